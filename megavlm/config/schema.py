@@ -1,0 +1,278 @@
+"""The configuration of a training run, as a tree of frozen dataclasses.
+
+It is built once, by ``config/cli``, from the tables (``config/models``, ``config/stages``), YAML files and the command line, and is
+saved as one resolved YAML beside every checkpoint. A fact is stated once; what follows from it is a property.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vision:
+    """The vision encoder, an InternViT.
+
+    Args:
+        image_size: side of a tile in pixels.
+        patch_size: side of a patch in pixels.
+        num_layers: transformer layers.
+        hidden_size: width of the encoder.
+        ffn_hidden_size: width inside the MLP of a layer.
+        num_attention_heads: attention heads.
+        normalization: kind of norm before attention and before the MLP.
+        layernorm_epsilon: added to the variance inside the norms.
+        qkv_bias: whether the query, key and value projections have a bias.
+        layer_scale: starting value of the learned factors on both residual branches.
+        pixel_mean: mean of red, green and blue (of pixels from 0 to 1) that is subtracted.
+        pixel_std: standard deviation of red, green and blue that is divided by.
+    """
+
+    image_size: int = 448
+    patch_size: int = 14
+    num_layers: int = 24
+    hidden_size: int = 1024
+    ffn_hidden_size: int = 4096
+    num_attention_heads: int = 16
+    normalization: Literal["LayerNorm", "RMSNorm"] = "LayerNorm"
+    layernorm_epsilon: float = 1e-6
+    qkv_bias: bool = True
+    layer_scale: float = 0.1
+    pixel_mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    pixel_std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side of a tile."""
+        return self.image_size // self.patch_size
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a tile inside the encoder: its patches and the class token."""
+        return self.grid**2 + 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Language:
+    """The language model, of the Qwen2.5 family.
+
+    Args:
+        num_layers: transformer layers.
+        hidden_size: width of the model.
+        ffn_hidden_size: width inside the gated MLP of a layer.
+        num_attention_heads: query heads.
+        num_query_groups: key and value heads (grouped-query attention).
+        vocab_size: rows of the embedding, special tokens of the vision-language model included, padding for tensor parallelism not.
+        rotary_base: base period of the rotary position embedding.
+        layernorm_epsilon: added to the mean square inside the norms.
+        max_position_embeddings: longest sample that the positions are made for; written to exported checkpoints.
+        qkv_bias: whether the query, key and value projections have a bias.
+    """
+
+    num_layers: int = 24
+    hidden_size: int = 896
+    ffn_hidden_size: int = 4864
+    num_attention_heads: int = 14
+    num_query_groups: int = 2
+    vocab_size: int = 151674
+    rotary_base: float = 1e6
+    layernorm_epsilon: float = 1e-6
+    max_position_embeddings: int = 32768
+    qkv_bias: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """What the model is made of; ``--model`` fills it from the table.
+
+    Args:
+        vision: the vision encoder.
+        language: the language model.
+        pixel_shuffle: patches along a side that become one feature (2: four patches, a quarter of the tokens).
+    """
+
+    vision: Vision = field(default_factory=Vision)
+    language: Language = field(default_factory=Language)
+    pixel_shuffle: int = 2
+
+    @property
+    def features_per_tile(self) -> int:
+        """Features, and so ``<IMG_CONTEXT>`` tokens, of one tile."""
+        return (self.vision.grid // self.pixel_shuffle) ** 2
+
+    @property
+    def projector_input_size(self) -> int:
+        """Width of a feature before the projector."""
+        return self.vision.hidden_size * self.pixel_shuffle**2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Packed datasets, made by ``tools/pack_dataset.py``.
+
+    Args:
+        train: folder of the packed training set.
+        valid: folder of the packed held-out set; empty: no evaluation.
+        shuffle: visit the packs in an order drawn from the seed, a new one each epoch; otherwise as stored.
+        loss_reduction: weight of a supervised token: 1 (token), 1/n (sample) or 1/sqrt(n) (square), n the sample's supervised tokens.
+        workers: loader processes of each rank; 0 decodes in the training process.
+        prefetch: packs that each loader process keeps ready.
+    """
+
+    train: str = ""
+    valid: str = ""
+    shuffle: bool = True
+    loss_reduction: Literal["token", "sample", "square"] = "square"
+    workers: int = 4
+    prefetch: int = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parallel:
+    """How the model is laid out over the ranks; what is left of the world is data parallel.
+
+    Args:
+        tensor_model_parallel_size: ranks that share each layer.
+        pipeline_model_parallel_size: chunks that the layers are cut into.
+        sequence_parallel: share the language model's activations between its layers over the tensor-parallel ranks too.
+        pipeline_split: number of layers (of the vision encoder, then of the language model, counted through) in each chunk, such as
+            ``10,20,18``; patch embedding, projector and token embedding go with the layer that follows them, the head with the last.
+            Empty: equal numbers.
+        recompute: keep a layer's activations (none), or only its input and compute them again in the backward pass (full).
+        timeout_minutes: how long a collective may wait before the run is ended.
+    """
+
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    sequence_parallel: bool = False
+    pipeline_split: tuple[int, ...] = ()
+    recompute: Literal["none", "full"] = "none"
+    timeout_minutes: int = 30
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Ranks that hold one copy of the model."""
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    """AdamW with a learning rate that warms up linearly, then falls on a cosine.
+
+    Args:
+        lr: highest learning rate.
+        min_lr: learning rate at the last step.
+        warmup_steps: steps of linear warm-up from 0; it wins over ``warmup_ratio`` when above 0.
+        warmup_ratio: warm-up as a share of the training steps.
+        schedule: course of the learning rate after warm-up.
+        weight_decay: decoupled weight decay.
+        decay: which trained parameters decay: all, as InternVL's recipe does, or matrices only (neither norms, biases nor layer scales).
+        adam_beta1: decay of the first moment.
+        adam_beta2: decay of the second moment.
+        adam_eps: added to the root of the second moment.
+        clip_grad: largest norm of the whole gradient; 0: no clipping.
+    """
+
+    lr: float = 2e-4
+    min_lr: float = 0.0
+    warmup_steps: int = 0
+    warmup_ratio: float = 0.03
+    schedule: Literal["cosine", "constant"] = "cosine"
+    weight_decay: float = 0.05
+    decay: Literal["all", "matrices"] = "all"
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_eps: float = 1e-8
+    clip_grad: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """The length and the randomness of the run.
+
+    Args:
+        steps: optimizer updates.
+        global_batch_size: packs of one update, over all ranks and micro-steps.
+        seed: fixes fresh weights, the order of the packs and drop path.
+        precision: number format of weights and activations; float32 master weights and gradients are kept either way.
+        trainable: what is trained: vision, projector, language, or patterns of parameter names such as ``vision.encoder.layers.2*``.
+        drop_path: highest rate of drop path in the vision encoder, growing linearly over its depth; off where vision is frozen.
+        eval_interval: steps between evaluations on ``data.valid``; 0: only at the start and at the end.
+        eval_packs: packs of one evaluation; 0: all.
+    """
+
+    steps: int = 1000
+    global_batch_size: int = 512
+    seed: int = 42
+    precision: Literal["bfloat16", "float32"] = "bfloat16"
+    trainable: tuple[str, ...] = ("projector",)
+    drop_path: float = 0.0
+    eval_interval: int = 0
+    eval_packs: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """Where checkpoints go and come from.
+
+    Args:
+        save: folder that gets a sub-folder for each checkpoint; a run that finds its own checkpoints there goes on from the newest.
+        load: checkpoint folder (one step, or a run's ``save`` folder) or Hugging Face folder to start from. The same stage resumes exactly;
+            another stage takes the weights only.
+        save_interval: steps between checkpoints; 0: only at the end and when the run is asked to stop.
+        keep: newest checkpoints to keep; 0: all.
+        export_hf: folder to write the trained model to, in Hugging Face format, at the end of the run.
+    """
+
+    save: str = ""
+    load: str = ""
+    save_interval: int = 100
+    keep: int = 3
+    export_hf: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Logging:
+    """What a run tells while it trains.
+
+    Args:
+        interval: steps between lines on the console, in ``metrics.jsonl`` and in the trackers.
+        tensorboard: also write TensorBoard event files, to ``tensorboard/`` in the save folder.
+        wandb_project: Weights & Biases project; empty: off.
+        wandb_mode: whether Weights & Biases sends its records, or keeps them in the save folder.
+        run_name: name of the run in the trackers.
+    """
+
+    interval: int = 10
+    tensorboard: bool = False
+    wandb_project: str = ""
+    wandb_mode: Literal["online", "offline"] = "online"
+    run_name: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A whole training run.
+
+    Args:
+        stage: name of a row of the table of stages (``0``, ``1``, ``1.5``, ``2``), which fills the recipe's settings.
+        model: name of a row of the table of models, which fills ``architecture``.
+        architecture: what the model is made of.
+        data: the packed datasets.
+        parallel: the layout over ranks.
+        optimizer: AdamW and its learning rate.
+        training: length, batch size, precision and freeze mask.
+        checkpoint: saving and loading.
+        logging: console, files and trackers.
+    """
+
+    stage: str
+    model: str
+    architecture: Architecture = field(default_factory=Architecture)
+    data: Data = field(default_factory=Data)
+    parallel: Parallel = field(default_factory=Parallel)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    training: Training = field(default_factory=Training)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    logging: Logging = field(default_factory=Logging)

@@ -1,0 +1,1 @@
+"""From JSONL and images to packs on disk, and from packs to batches."""

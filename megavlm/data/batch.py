@@ -1,0 +1,60 @@
+"""The tensors of one pack on one rank.
+
+Shapes: T tokens of the pack (its capacity), N samples, I tiles, F features a tile, S side of a tile in pixels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Batch:
+    """The tensors of one pack.
+
+    Args:
+        tokens: int64 [T].
+        labels: int64 [T], the next token inside the sample; 0 where there is none.
+        loss_weights: float32 [T], weight of the label at this position; 0 where it has no loss.
+        sample_ends: int32 [N + 1], from 0 to T: where samples start and end. The padding at the end is one more sample.
+        longest_sample: tokens of the longest sample, the padding counted as one.
+        tiles: uint8 [I, 3, S, S]; a pack without images has one black tile that no feature is taken from, so that every rank
+            runs the same. [0, 3, S, S] where the pixels were not asked for.
+        feature_positions: int64 [real tiles * F], where in ``tokens`` the image features go, in the order of the tiles.
+        drop_path_draws: float32 [2 * vision layers, I], uniform in [0, 1), drawn from (seed, position) alone.
+        weight_sum: sum of the loss weights, in float64 from the index.
+        pack_id: the pack.
+    """
+
+    tokens: torch.Tensor
+    labels: torch.Tensor
+    loss_weights: torch.Tensor
+    sample_ends: torch.Tensor
+    longest_sample: int
+    tiles: torch.Tensor
+    feature_positions: torch.Tensor
+    drop_path_draws: torch.Tensor
+    weight_sum: float
+    pack_id: int
+
+    @classmethod
+    def of(cls, **values: np.ndarray | int | float) -> Batch:
+        """A batch whose tensors share memory with the given arrays, of the types and shapes above."""
+        return cls(**{name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value for name, value in values.items()})
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        """The batch with its tensors on a device."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Batch:
+        """The batch in page-locked memory, from which copies to a GPU need not wait."""
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        values = {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(self)}
+        return Batch(**{name: change(value) if isinstance(value, torch.Tensor) else value for name, value in values.items()})

@@ -1,0 +1,95 @@
+"""Batches ahead of time: worker processes read and decode the packs that the training process will ask for next."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from megavlm.data.batch import Batch
+from megavlm.data.dataset import PackedDataset
+from megavlm.data.plan import Plan
+
+
+def batches(
+    dataset: PackedDataset,
+    plan: Plan,
+    positions: Sequence[int],
+    *,
+    reduction: str,
+    vision_layers: int = 0,
+    seed: int = 0,
+    workers: int = 0,
+    prefetch: int = 2,
+    with_tiles: bool = True,
+    start_method: str | None = None,
+) -> Generator[Batch, None, None]:
+    """The batches at ``positions`` of the plan, in their order. Workers never change what a batch holds. ``close()`` ends the workers.
+
+    Args:
+        dataset: the packs.
+        plan: their order.
+        positions: places in the endless sequence of epochs. Rank r of n data ranks that goes on after ``consumed`` packs gives
+            ``range(consumed + r, end, n)``, which takes no memory however long the run is.
+        reduction, vision_layers, seed, with_tiles: as for ``PackedDataset.batch``.
+        workers: processes that decode; 0: this one.
+        prefetch: packs that each worker keeps ready.
+        start_method: how workers start (fork, spawn, forkserver); None: as the platform does.
+
+    Raises:
+        ValueError: a pack that cannot be read or decoded; names the pack and the sample's file and line.
+        RuntimeError: a worker died; names the pack that was waited for and where its samples come from.
+    """
+    options = dict(reduction=reduction, vision_layers=vision_layers, seed=seed, with_tiles=with_tiles)
+    loader = DataLoader(
+        Positions(dataset, plan, positions, options),
+        batch_size=None,
+        # Otherwise the DataLoader draws from the global generator, and the training process would be changed by being fed.
+        generator=torch.Generator(),
+        collate_fn=_unchanged,
+        num_workers=workers,
+        prefetch_factor=prefetch if workers else None,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_start_worker if workers else None,
+        multiprocessing_context=start_method if workers else None,
+    )
+    # The generator alone holds the DataLoader's iterator, so closing the generator lets go of it, and that ends the workers.
+    arriving = iter(loader)
+    for position in positions:
+        try:
+            batch = next(arriving)
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            pack_id = int(plan.at(position))
+            raise RuntimeError(
+                f"{dataset.folder}: no batch for pack {pack_id} (position {position}), nor for those being made after it: {error} "
+                f"Out of memory (see the kernel log), a full /dev/shm, or a file that crashes the image decoder are common causes; "
+                f"--data.workers 0 shows which. The pack's samples: {', '.join(dataset.origins(pack_id))}"
+            ) from error
+        yield batch
+
+
+class Positions(Dataset):
+    """The batches of a plan's positions, as a map-style dataset of PyTorch."""
+
+    def __init__(self, dataset: PackedDataset, plan: Plan, positions: Sequence[int], options: dict) -> None:
+        self.dataset, self.plan, self.positions, self.options = dataset, plan, positions, options
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def __getitem__(self, place: int) -> Batch:
+        position = int(self.positions[place])
+        return self.dataset.batch(int(self.plan.at(position)), position, **self.options)
+
+
+def _unchanged(batch: Batch) -> Batch:
+    """What a pack becomes on its way out of the DataLoader."""
+    return batch
+
+
+def _start_worker(worker: int) -> None:
+    """One thread for each worker: many workers already fill the cores."""
+    torch.set_num_threads(1)

@@ -1,0 +1,62 @@
+"""The noun between encoding and packing: the tokens of one record with its images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Image:
+    """An image as stored: encoded bytes and the tile grid chosen for it.
+
+    Args:
+        encoded: content of the image file (JPEG, PNG, ...), unchanged.
+        width: width in pixels, as in the file's header.
+        height: height in pixels, as in the file's header.
+        columns: tiles beside each other in the grid.
+        rows: tiles above each other in the grid.
+        tiles: tiles that the vision encoder sees; counts the thumbnail.
+    """
+
+    encoded: bytes
+    width: int
+    height: int
+    columns: int
+    rows: int
+    tiles: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sample:
+    """Tokens of one record, ready to pack.
+
+    Args:
+        tokens: int32 [n].
+        supervised: bool [n], True where the token has a loss.
+        images: in the order of their features in ``tokens``.
+        source: number of the source in the manifest's list of sources, from 0.
+        line: line in the source's annotation file, from 1.
+    """
+
+    tokens: np.ndarray
+    supervised: np.ndarray
+    images: tuple[Image, ...]
+    source: int
+    line: int
+
+    @property
+    def length(self) -> int:
+        """Number of tokens."""
+        return len(self.tokens)
+
+    @property
+    def tiles(self) -> int:
+        """Tiles of all images, thumbnails counted."""
+        return sum(image.tiles for image in self.images)
+
+    @property
+    def supervised_count(self) -> int:
+        """Number of tokens that have a loss."""
+        return int(np.count_nonzero(self.supervised))

@@ -1,0 +1,96 @@
+"""Dynamic tiling: which grid of square tiles an image is resized to.
+
+The grid whose shape is nearest to the image's is taken, among all grids of an allowed number of tiles; of grids of one shape, the larger one
+is taken if the image has more than half as many pixels as the grid. The rule is InternVL 1.5's (Chen et al., 2024, arXiv:2404.16821).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tiling:
+    """How images become tiles.
+
+    Args:
+        tile_size: side of a tile in pixels.
+        min_tiles: fewest tiles of an image, thumbnail not counted.
+        max_tiles: most tiles of an image, thumbnail not counted; the images of one record share it.
+        thumbnail: whether an image of several tiles gets a thumbnail, the whole image as one more tile.
+    """
+
+    tile_size: int
+    min_tiles: int = 1
+    max_tiles: int = 12
+    thumbnail: bool = True
+
+    def __post_init__(self) -> None:
+        if self.tile_size < 1:
+            raise ValueError(f"--image_size {self.tile_size}: must be at least 1 pixel")
+        if not 1 <= self.min_tiles <= self.max_tiles:
+            raise ValueError(f"--min_tiles {self.min_tiles} and --max_tiles {self.max_tiles}: must be 1 <= min <= max")
+
+    def grid(self, width: int, height: int, images: int = 1, max_tiles: int | None = None) -> tuple[int, int]:
+        """Columns and rows for an image of ``width`` x ``height`` pixels, one of ``images`` in its record.
+
+        ``max_tiles`` stands in for the setting of the same name, for a source that has its own.
+        """
+        most = image_max_tiles(self.max_tiles if max_tiles is None else max_tiles, images)
+        return choose_grid(width, height, self.min_tiles, most, self.tile_size)
+
+    def count(self, columns: int, rows: int) -> int:
+        """Tiles of an image with this grid, thumbnail counted."""
+        return tile_count(columns, rows, self.thumbnail)
+
+
+@lru_cache(maxsize=256)
+def candidate_grids(min_tiles: int, max_tiles: int) -> tuple[tuple[int, int, float], ...]:
+    """(columns, rows, columns / rows) of the grids of ``min_tiles`` to ``max_tiles`` tiles, by tiles, then by columns.
+
+    InternVL sorts a Python set by tiles alone, so the order of grids with equally many tiles is left to the interpreter. It is of no
+    consequence with ``min_tiles`` 1 (a test shows it). Above 1, where few numbers of tiles are allowed, an image exactly between two grids
+    of equally many tiles may get the other one than in InternVL.
+    """
+    grids = {
+        (columns, tiles // columns) for tiles in range(min_tiles, max_tiles + 1) for columns in range(1, tiles + 1) if tiles % columns == 0
+    }
+    return tuple((columns, rows, columns / rows) for columns, rows in sorted(grids, key=lambda grid: (grid[0] * grid[1], grid[0])))
+
+
+@lru_cache(maxsize=65536)
+def choose_grid(width: int, height: int, min_tiles: int, max_tiles: int, tile_size: int) -> tuple[int, int]:
+    """The grid for an image, as (columns, rows); (1, 1) where ``min_tiles`` is above ``max_tiles``.
+
+    Args:
+        width: of the image, in pixels.
+        height: of the image, in pixels.
+        min_tiles: fewest tiles, thumbnail not counted.
+        max_tiles: most tiles, thumbnail not counted.
+        tile_size: side of a tile in pixels.
+
+    Raises:
+        ValueError: the image has no pixels.
+    """
+    if width < 1 or height < 1:
+        raise ValueError(f"an image of {width} x {height} pixels cannot be tiled")
+    shape = width / height
+    best, best_difference = (1, 1), float("inf")
+    for columns, rows, grid_shape in candidate_grids(min_tiles, max_tiles):
+        difference = abs(shape - grid_shape)
+        if difference < best_difference:
+            best, best_difference = (columns, rows), difference
+        elif difference == best_difference and 2 * width * height > tile_size**2 * columns * rows:
+            best = (columns, rows)
+    return best
+
+
+def tile_count(columns: int, rows: int, thumbnail: bool) -> int:
+    """Tiles of an image: those of its grid, and a thumbnail where the grid has more than one."""
+    return columns * rows + (thumbnail and columns * rows > 1)
+
+
+def image_max_tiles(max_tiles: int, images: int) -> int:
+    """Most tiles of each of the ``images`` of one record, which share ``max_tiles``; at least one each."""
+    return max(1, max_tiles // max(1, images))

@@ -1,0 +1,80 @@
+"""Processes that encode records: each builds its encoder once, and results come back in the order of the tasks."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TypeVar
+
+from megavlm.data.encode import Encoder
+from megavlm.data.template import ChatTemplate, load_tokenizer
+from megavlm.data.tiling import Tiling
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+# Enough that no worker waits for the reader, and few enough that results do not pile up in memory when the writer is slower.
+TASKS_PER_WORKER = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderSettings:
+    """What a process builds its encoder from.
+
+    Args:
+        tokenizer: folder of the tokenizer, special tokens included.
+        fingerprint: of that tokenizer; tells apart two that lie in the same folder one after the other.
+        features_per_tile: ``<IMG_CONTEXT>`` tokens of one tile.
+        tiling: how images become tiles.
+        capacity: most tokens of a sample.
+        tile_cap: most tiles of a sample; None: any number.
+    """
+
+    tokenizer: str
+    fingerprint: str
+    features_per_tile: int
+    tiling: Tiling
+    capacity: int
+    tile_cap: int | None
+
+
+@lru_cache(maxsize=1)
+def build_encoder(settings: EncoderSettings) -> Encoder:
+    """The encoder of this process."""
+    # The processes are the parallelism; threads of the tokenizer on top would only fight for cores.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    template = ChatTemplate(load_tokenizer(settings.tokenizer), settings.features_per_tile)
+    return Encoder(template, settings.tiling, settings.capacity, settings.tile_cap)
+
+
+def ordered_map(function: Callable[[Task], Result], tasks: Iterable[Task], workers: int) -> Iterator[Result]:
+    """``function`` of each task, in order, computed by ``workers`` processes (0: by this one), a bounded number of tasks ahead.
+
+    Raises:
+        RuntimeError: a process ended on its own, as when the system ran out of memory.
+    """
+    if workers == 0:
+        yield from map(function, tasks)
+        return
+    # Spawned, not forked: the tokenizer's threads do not survive a fork.
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        waiting = deque()
+        try:
+            for task in tasks:
+                waiting.append(pool.submit(function, task))
+                if len(waiting) >= workers * TASKS_PER_WORKER:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        except BrokenProcessPool:
+            raise RuntimeError(
+                f"one of {workers} worker processes ended on its own, maybe for lack of memory; try fewer --workers"
+            ) from None
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)

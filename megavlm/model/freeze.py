@@ -1,0 +1,66 @@
+"""Freeze masks: which weights a stage trains."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch.distributed as dist
+
+from megavlm.model.vlm import VisionLanguageModel
+from megavlm.model.weights import named_weights, weight_sizes
+
+PARTS = ("vision", "projector", "language")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """What a freeze mask leaves to train, over the whole model.
+
+    Args:
+        weights: numbers in trained tensors of each part.
+        total: numbers in all tensors of each part.
+    """
+
+    weights: dict[str, int]
+    total: dict[str, int]
+
+
+def matches(key: str, pattern: str) -> bool:
+    """Whether ``pattern``, a part or a pattern of names, means the weight ``key``."""
+    return fnmatchcase(key, pattern) or fnmatchcase(key, f"{pattern}.*")
+
+
+def apply(model: VisionLanguageModel, trainable: Sequence[str]) -> Trained:
+    """Freeze every weight that no pattern of ``trainable`` means. Collective; call it before DDP and the optimizer are built.
+
+    Args:
+        model: this rank's chunk.
+        trainable: parts, or patterns of checkpoint keys with ``*``, ``?`` and ``[]``.
+
+    Raises:
+        ValueError: a pattern means no weight on any rank; every rank raises it.
+    """
+    used: set[str] = set()
+    sizes: dict[str, tuple[int, bool]] = {}
+    whole = weight_sizes(model)
+    for key, parameter in named_weights(model).items():
+        patterns = {pattern for pattern in trainable if matches(key, pattern)}
+        parameter.requires_grad_(bool(patterns))
+        used |= patterns
+        sizes[key] = whole[key], bool(patterns)
+    everywhere: list = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, (used, sizes))
+    unused = set(trainable) - set().union(*(seen for seen, _ in everywhere))
+    if unused:
+        listed = ", ".join(sorted(unused))
+        raise ValueError(f"--training.trainable: nothing in the model is called {listed}; parts are {', '.join(PARTS)}")
+    merged = {key: size for _, chunk_sizes in everywhere for key, size in chunk_sizes.items()}
+    model.trains_vision = any(trained for key, (_, trained) in merged.items() if key.startswith("vision."))
+    return Trained(weights=_by_part(merged, trained_only=True), total=_by_part(merged, trained_only=False))
+
+
+def _by_part(sizes: dict[str, tuple[int, bool]], *, trained_only: bool) -> dict[str, int]:
+    chosen = [(key.split(".")[0], size) for key, (size, trained) in sizes.items() if trained or not trained_only]
+    return {part: sum(size for owner, size in chosen if owner == part) for part in PARTS}

@@ -1,0 +1,62 @@
+"""The language model: megatron-core's GPTModel, with a vocabulary padded so that it divides over ranks."""
+
+from __future__ import annotations
+
+from megatron.core.models.gpt import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer import TransformerConfig
+from torch import Tensor
+
+from megavlm.config.schema import Language
+from megavlm.model.specs import Kernels, language_spec
+from megavlm.parallel.layout import Chunk
+
+_VOCABULARY_MULTIPLE = 128
+
+
+def padded_vocabulary(vocab_size: int) -> int:
+    """Rows of embedding and head: the next multiple of 128, whatever the layout, so that checkpoints fit every one."""
+    return -(-vocab_size // _VOCABULARY_MULTIPLE) * _VOCABULARY_MULTIPLE
+
+
+class LanguageModel(GPTModel):
+    """The layers of the language model that stand in one chunk, with token embedding and head where the chunk has them.
+
+    Args:
+        config: megatron-core's configuration of the whole language model.
+        language: ours.
+        chunk: which layers are built.
+        chosen: kernels of the layers.
+        groups: process groups.
+    """
+
+    def __init__(self, config: TransformerConfig, language: Language, chunk: Chunk, chosen: Kernels, groups: ProcessGroupCollection):
+        super().__init__(
+            config=config,
+            transformer_layer_spec=language_spec(len(chunk.language_layers), chosen),
+            vocab_size=padded_vocabulary(language.vocab_size),
+            max_sequence_length=language.max_position_embeddings,
+            pre_process=chunk.has_projector,
+            post_process=chunk.has_head,
+            share_embeddings_and_output_weights=False,
+            position_embedding_type="rope",
+            rotary_base=language.rotary_base,
+            scatter_embedding_sequence_parallel=False,
+            pg_collection=groups,
+        )
+        rows = self.vocab_size // groups.tp.size()
+        self.real_rows = min(max(language.vocab_size - rows * groups.tp.rank(), 0), rows)
+
+    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
+        """Cross-entropy over the vocabulary without its padding.
+
+        Args:
+            labels: [1, T]
+            logits: this rank's share [T, 1, padded V / tensor-parallel ranks]
+
+        Returns:
+            [1, T]
+        """
+        if self.real_rows < logits.shape[-1]:
+            logits[..., self.real_rows :] = float("-inf")
+        return super().compute_language_model_loss(labels, logits)

@@ -1,0 +1,56 @@
+"""From features of the vision encoder to tokens of the language model."""
+
+from __future__ import annotations
+
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer import MegatronModule, TransformerConfig
+from megatron.core.transformer.mlp import MLP
+from torch import Tensor
+
+from megavlm.model.specs import Kernels, mlp_submodules
+
+
+def pixel_shuffle(patches: Tensor, factor: int) -> Tensor:
+    """Join squares of neighbouring patches, channel after channel (pixel shuffle v2 of InternVL; Shi et al., arXiv 1609.05158).
+
+    Args:
+        patches: [I, P, D], row by row.
+        factor: patches along a side that become one.
+
+    Returns:
+        [I, P / factor^2, D * factor^2], row by row; inside a feature the patches of the square follow row by row.
+    """
+    tiles, count, width = patches.shape
+    side = int(count**0.5) // factor
+    squares = patches.view(tiles, side, factor, side, factor, width).transpose(2, 3)
+    return squares.reshape(tiles, side * side, factor * factor * width)
+
+
+class Projector(MegatronModule):
+    """LayerNorm, linear, GELU, linear, after pixel shuffle; the ``mlp1`` of InternVL.
+
+    Args:
+        config: megatron-core's configuration of the projector.
+        input_size: width of a feature after pixel shuffle.
+        factor: of the pixel shuffle.
+        chosen: kernels of the layers.
+        groups: process groups.
+    """
+
+    def __init__(self, config: TransformerConfig, input_size: int, factor: int, chosen: Kernels, groups: ProcessGroupCollection):
+        super().__init__(config)
+        self.factor = factor
+        self.norm = chosen.norm(config=config, hidden_size=input_size, eps=config.layernorm_epsilon)
+        self.mlp = MLP(
+            config=config,
+            submodules=mlp_submodules(chosen.column_linear, chosen),
+            input_size=input_size,
+            ffn_hidden_size=config.ffn_hidden_size,
+            tp_group=groups.tp,
+        )
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[1 + P, I, D of vision], class token first -> [I * F, 1, D of language], tile by tile."""
+        features = pixel_shuffle(hidden[1:].transpose(0, 1), self.factor)
+        projected, bias = self.mlp(self.norm(features.flatten(0, 1)[:, None]))
+        return projected + bias

@@ -1,0 +1,102 @@
+"""megatron-core's configuration of each part, from ours."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.transformer import TransformerConfig
+
+from megavlm.config.schema import Config
+from megavlm.model.precision import precision
+from megavlm.model.specs import Kernels
+from megavlm.parallel.layout import Layout
+
+
+def _common(config: Config, counts: tuple[int, ...], chosen: Kernels) -> dict[str, Any]:
+    """Settings that the parts share.
+
+    Args:
+        config: the run.
+        counts: layers of this part in each pipeline chunk.
+        chosen: kernels of the layers.
+    """
+    number = precision(config)
+    stages = [["decoder"] * count for count in counts]
+    layout = [["embedding", *stages[0]], *stages[1:-1], [*stages[-1], "loss"]] if len(stages) > 1 else None
+    full = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    return dict(
+        tensor_model_parallel_size=config.parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=config.parallel.pipeline_model_parallel_size,
+        pipeline_model_parallel_layout=layout,
+        params_dtype=number.dtype,
+        pipeline_dtype=number.dtype,
+        bf16=number.is_half,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        apply_rope_fusion=chosen.fused_rotary,
+        persist_layer_norm=False,
+        calculate_per_token_loss=True,  # gradients are summed: the loss is divided by the whole step's weight before backward
+        hetereogenous_dist_checkpoint=True,  # a key for each layer, so that some layers of a stack may be frozen
+        variable_seq_lengths=True,  # tiles and tokens travel through one pipeline, in shapes of their own
+        moe_token_dispatcher_type="alltoall",  # asked for by variable_seq_lengths, without experts too
+        **(full if config.parallel.recompute == "full" else {}),
+    )
+
+
+def vision_config(config: Config, layout: Layout, chosen: Kernels) -> TransformerConfig:
+    """The vision encoder's; its tiles are too short to be split for sequence parallelism."""
+    vision = config.architecture.vision
+    return TransformerConfig(
+        num_layers=vision.num_layers,
+        hidden_size=vision.hidden_size,
+        ffn_hidden_size=vision.ffn_hidden_size,
+        num_attention_heads=vision.num_attention_heads,
+        normalization=vision.normalization,
+        layernorm_epsilon=vision.layernorm_epsilon,
+        add_bias_linear=True,
+        add_qkv_bias=vision.qkv_bias,
+        activation_func=torch.nn.functional.gelu,
+        **_common(config, layout.vision_counts(), chosen),
+    )
+
+
+def projector_config(config: Config, chosen: Kernels) -> TransformerConfig:
+    """The projector's: LayerNorm, linear, GELU, linear, without a pipeline of its own."""
+    language = config.architecture.language
+    common = _common(config, (1,), chosen) | {"pipeline_model_parallel_size": 1}
+    return TransformerConfig(
+        num_layers=1,
+        hidden_size=language.hidden_size,
+        ffn_hidden_size=language.hidden_size,
+        num_attention_heads=language.num_attention_heads,
+        normalization="LayerNorm",
+        layernorm_epsilon=1e-5,
+        add_bias_linear=True,
+        activation_func=torch.nn.functional.gelu,
+        **common,
+    )
+
+
+def language_config(config: Config, layout: Layout, chosen: Kernels) -> TransformerConfig:
+    """The language model's: RMSNorm, rotary positions, grouped-query attention, SwiGLU."""
+    language = config.architecture.language
+    return TransformerConfig(
+        num_layers=language.num_layers,
+        hidden_size=language.hidden_size,
+        ffn_hidden_size=language.ffn_hidden_size,
+        num_attention_heads=language.num_attention_heads,
+        num_query_groups=language.num_query_groups,
+        normalization="RMSNorm",
+        layernorm_epsilon=language.layernorm_epsilon,
+        add_bias_linear=False,
+        add_qkv_bias=language.qkv_bias,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        sequence_parallel=config.parallel.sequence_parallel,
+        **_common(config, layout.language_counts(), chosen),
+    )

@@ -1,0 +1,122 @@
+"""The vision-language model: one pipeline over all its layers, of which each rank holds a chunk.
+
+Shape letters: T tokens of the pack, I tiles, S pixels along a tile, P patches of a tile, F features of a tile, D hidden size.
+"""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.enums import ModelType
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
+from megatron.core.transformer import MegatronModule
+from torch import Tensor
+
+from megavlm.config.schema import Config
+from megavlm.data.batch import Batch
+from megavlm.model.fusion import place_features
+from megavlm.model.language import LanguageModel
+from megavlm.model.projector import Projector
+from megavlm.model.recompute import ask_for_gradient
+from megavlm.model.specs import kernels
+from megavlm.model.transformer import language_config, projector_config, vision_config
+from megavlm.model.vision import VisionEncoder
+from megavlm.parallel.groups import Groups
+from megavlm.parallel.layout import Layout
+
+
+class _ZeroGradient(torch.autograd.Function):
+    """Stands for frozen layers between two pipeline chunks: the schedule wants a gradient to send upstream, and nobody uses it."""
+
+    @staticmethod
+    def forward(ctx, received: Tensor, output: Tensor) -> Tensor:
+        ctx.shape, ctx.dtype, ctx.device = received.shape, received.dtype, received.device
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        return torch.zeros(ctx.shape, dtype=ctx.dtype, device=ctx.device), None
+
+
+class VisionLanguageModel(MegatronModule):
+    """The chunk of the model that stands on this rank.
+
+    Args:
+        config: the run.
+        layout: layers of every chunk.
+        groups: process groups and this rank's place.
+    """
+
+    def __init__(self, config: Config, layout: Layout, groups: Groups):
+        chunk, chosen, arch = layout.chunks[groups.pipeline_rank], kernels(), config.architecture
+        super().__init__(language_config(config, layout, chosen))
+        # The pipeline schedules of megatron-core ask a chunk for these.
+        self.model_type, self.vp_stage, self.input_tensor = ModelType.encoder_or_decoder, None, None
+        self.pre_process, self.post_process = chunk.has_patch_embedding, chunk.has_head
+        self.share_embeddings_and_output_weights = False
+        self.architecture = arch
+
+        self.vision = self.projector = self.language = None
+        self.trains_vision = True
+        collection = groups.collection
+        if chunk.has_patch_embedding or chunk.vision_layers:
+            drop_path, encoder = config.training.drop_path, vision_config(config, layout, chosen)
+            self.vision = VisionEncoder(encoder, arch.vision, chunk, drop_path, chosen, collection)
+        if chunk.has_projector:
+            width, factor = arch.projector_input_size, arch.pixel_shuffle
+            self.projector = Projector(projector_config(config, chosen), width, factor, chosen, collection)
+        if chunk.has_projector or chunk.has_language:
+            self.language = LanguageModel(self.config, arch.language, chunk, chosen, collection)
+
+    def set_input_tensor(self, received: Tensor | list[Tensor]) -> None:
+        """Take what the chunk before sent; called by the schedule."""
+        self.input_tensor = received[0] if isinstance(received, list) else received
+
+    def forward(self, batch: Batch, with_loss: bool = True) -> Tensor:
+        """Run this chunk on one pack.
+
+        Args:
+            batch: the pack.
+            with_loss: end in losses, otherwise in logits.
+
+        Returns:
+            The loss of every token [T], or logits [T, padded V / tensor-parallel ranks], from the last chunk; from others what the next
+            chunk takes: [1 + P, I, D] inside the vision encoder, [T, 1, D] inside the language model.
+        """
+        hidden = self.input_tensor
+        if self.vision is not None:
+            hidden = self._encode(hidden, batch)
+        if self.projector is not None:
+            hidden = self._fuse(hidden, batch)
+        if self.language is not None:
+            hidden = self._read(hidden, batch, with_loss)
+        return hidden
+
+    def _encode(self, received: Tensor | None, batch: Batch) -> Tensor:
+        if self.trains_vision:
+            return self.vision(received, batch.tiles, batch.drop_path_draws)
+        with torch.no_grad():
+            encoded = self.vision(received, batch.tiles, None)
+        return encoded if received is None else _ZeroGradient.apply(received, encoded)
+
+    def _fuse(self, hidden: Tensor, batch: Batch) -> Tensor:
+        embeddings = self.language.embedding(input_ids=batch.tokens[None], position_ids=None)
+        fused = place_features(embeddings, self.projector(hidden), batch.feature_positions)
+        return scatter_to_sequence_parallel_region(fused) if self.config.sequence_parallel else fused
+
+    def _read(self, hidden: Tensor, batch: Batch, with_loss: bool) -> Tensor:
+        hidden = ask_for_gradient(hidden, self.config)
+        self.language.set_input_tensor(hidden)
+        ends, longest = batch.sample_ends, batch.longest_sample
+        packed = PackedSeqParams(
+            qkv_format="thd", cu_seqlens_q=ends, cu_seqlens_kv=ends, max_seqlen_q=longest, max_seqlen_kv=longest
+        )
+        output = self.language(
+            input_ids=None,
+            position_ids=None,
+            attention_mask=None,
+            decoder_input=hidden,
+            labels=batch.labels[None] if with_loss else None,
+            packed_seq_params=packed,
+        )
+        return output[0] if self.post_process else output

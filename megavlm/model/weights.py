@@ -1,0 +1,96 @@
+"""The weights of a chunk under the names that checkpoints use, whatever the layout and the kernels of the layers."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable, Iterator
+
+import torch
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from torch import Tensor, nn
+
+from megavlm.config.schema import Config
+from megavlm.model.vlm import VisionLanguageModel
+
+FullTensor = Callable[[str, tuple[int, ...]], Tensor]
+
+
+def named_weights(model: VisionLanguageModel) -> dict[str, nn.Parameter]:
+    """Parameters of this chunk by checkpoint key, such as ``vision.encoder.layers.3.mlp.linear_fc1.weight``."""
+    sharded = model.sharded_state_dict().values()
+    return {entry.key: entry.data for entry in sharded if isinstance(entry, (ShardedTensor, ShardedTensorFactory))}
+
+
+def _shards(model: VisionLanguageModel) -> Iterator[ShardedTensor]:
+    found: list[ShardedTensor] = []
+
+    def collect(entry):
+        if isinstance(entry, ShardedTensorFactory):
+            dict_list_map_inplace(collect, [entry.build()])
+        elif isinstance(entry, ShardedTensor):
+            found.append(entry)
+        return entry
+
+    dict_list_map_inplace(collect, dict(model.sharded_state_dict()))
+    return iter(found)
+
+
+def weight_sizes(model: VisionLanguageModel) -> dict[str, int]:
+    """Numbers in each whole tensor of which this chunk holds a part, by checkpoint key."""
+    return {shard.key: math.prod(shard.global_shape) for shard in _shards(model)}
+
+
+@torch.no_grad()
+def fill(model: VisionLanguageModel, full_tensor: FullTensor) -> list[str]:
+    """Fill every weight of this chunk with its part of the whole tensor.
+
+    Args:
+        model: the chunk.
+        full_tensor: takes a checkpoint key and the shape of the whole tensor, and answers with that tensor. It may have fewer rows (a
+            vocabulary without padding); the missing ones become zero.
+
+    Returns:
+        The keys that were filled.
+    """
+    keys = []
+    for shard in _shards(model):
+        full = full_tensor(shard.key, tuple(shard.global_shape))
+        part = full[shard.global_slice()]
+        shard.data.zero_()
+        shard.data[tuple(slice(0, size) for size in part.shape)].copy_(part)
+        keys.append(shard.key)
+    return keys
+
+
+def fresh_tensor(config: Config) -> FullTensor:
+    """Fresh weights, drawn from the seed and the weight's name, so that they are the same at every layout.
+
+    Matrices are normal with standard deviation sqrt(2 / (5 D)) (Nguyen and Salazar, arXiv 1910.05895), those that end a residual branch
+    divided by the root of twice the layers (Radford et al., GPT-2); norms start at one, biases at zero, layer scale as configured.
+    """
+    arch, seed = config.architecture, config.training.seed
+    parts = {
+        "vision": (arch.vision.hidden_size, arch.vision.num_layers),
+        "projector": (arch.projector_input_size, 1),
+        "language": (arch.language.hidden_size, arch.language.num_layers),
+    }
+
+    def draw(key: str, shape: tuple[int, ...]) -> Tensor:
+        if key.endswith("_scale"):
+            return torch.full(shape, arch.vision.layer_scale)
+        if key.endswith("norm.weight") or key.endswith("layernorm.weight") or key.endswith("layer_norm_weight"):
+            return torch.ones(shape)
+        if key.endswith("bias"):
+            return torch.zeros(shape)
+        width, layers = parts[key.split(".")[0]]
+        std = (2 / (5 * width)) ** 0.5
+        if key.endswith(("linear_proj.weight", "linear_fc2.weight")) and layers > 1:
+            std /= (2 * layers) ** 0.5
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {key}".encode()))
+        if key.endswith(("word_embeddings.weight", "output_layer.weight")):
+            shape = (arch.language.vocab_size, *shape[1:])
+        return torch.normal(0.0, std, shape, generator=generator)
+
+    return draw

@@ -1,0 +1,1 @@
+"""Process groups, devices and the layout of the layers over ranks."""

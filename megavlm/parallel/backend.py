@@ -1,0 +1,60 @@
+"""The machine below a run: CUDA with NCCL, or a CPU with gloo where no CUDA device is found."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from megavlm.parallel import cpu
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backend:
+    """Where tensors live.
+
+    Args:
+        device: the device of this rank.
+        asynchronous: whether copies and collectives can run beside computation.
+    """
+
+    device: torch.device
+    asynchronous: bool
+
+
+def world_size() -> int:
+    """Ranks that torchrun started; 1 without torchrun."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def rank() -> int:
+    """Number of this rank, before and after the process group exists."""
+    return int(os.environ.get("RANK", 0))
+
+
+def start(timeout_minutes: int) -> Backend:
+    """Pick the backend and join the world.
+
+    Args:
+        timeout_minutes: how long a collective may wait for a rank.
+    """
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    else:
+        cpu.install()
+        device = torch.device("cpu")
+    if not dist.is_initialized():
+        alone = {} if "MASTER_ADDR" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(minutes=timeout_minutes), **alone)
+    return Backend(device=device, asynchronous=on_gpu)
+
+
+def stop() -> None:
+    """Leave the world."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

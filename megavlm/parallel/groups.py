@@ -1,0 +1,88 @@
+"""Process groups of a run, and this rank's place in them: the only module that talks to megatron-core's ``parallel_state``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+from megavlm.config.schema import Parallel
+
+
+@dataclass(frozen=True, kw_only=True)
+class Groups:
+    """The process groups, sizes and this rank's place.
+
+    Args:
+        collection: megatron-core's groups, handed to the modules that take them.
+        rank, size: place in the world.
+        tensor_rank, tensor_size: place among the ranks that share each layer.
+        pipeline_rank, pipeline_size: place among the chunks of the model.
+        data_rank, data_size: place among the copies of the model.
+    """
+
+    collection: ProcessGroupCollection
+    rank: int
+    size: int
+    tensor_rank: int
+    tensor_size: int
+    pipeline_rank: int
+    pipeline_size: int
+    data_rank: int
+    data_size: int
+
+    @property
+    def is_last_chunk(self) -> bool:
+        """Whether this rank computes the loss."""
+        return self.pipeline_rank == self.pipeline_size - 1
+
+    @property
+    def is_writer(self) -> bool:
+        """Whether this rank writes to the console and to files; it is in the last chunk, where the loss is known."""
+        return self.is_last_chunk and self.tensor_rank == 0 and self.data_rank == 0
+
+    def sum_over_data(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum ``values`` in place over the copies of the model."""
+        dist.all_reduce(values, group=self.collection.dp)
+        return values
+
+    def any_rank(self, flag: bool, device: torch.device) -> bool:
+        """Whether ``flag`` is set on any rank of the world; a collective call that waits for the answer."""
+        answer = torch.tensor([float(flag)], device=device)
+        dist.all_reduce(answer, op=dist.ReduceOp.MAX)
+        return bool(answer.item())
+
+
+def create(parallel: Parallel, seed: int) -> Groups:
+    """Create the process groups. Collective: every rank of the world calls it.
+
+    Args:
+        parallel: sizes of the layout.
+        seed: of the random states that megatron-core keeps; nothing in training draws from them.
+    """
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        distributed_timeout_minutes=parallel.timeout_minutes,
+    )
+    model_parallel_cuda_manual_seed(seed)
+    return Groups(
+        collection=ProcessGroupCollection.use_mpu_process_groups(),
+        rank=dist.get_rank(),
+        size=dist.get_world_size(),
+        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tensor_size=parallel_state.get_tensor_model_parallel_world_size(),
+        pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pipeline_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        data_rank=parallel_state.get_data_parallel_rank(),
+        data_size=parallel_state.get_data_parallel_world_size(),
+    )
+
+
+def destroy() -> None:
+    """Forget the groups, so that others can be created in the same process (the tests do)."""
+    parallel_state.destroy_model_parallel()

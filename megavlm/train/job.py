@@ -1,0 +1,42 @@
+"""Everything that a run is made of, once it is built."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+
+from megavlm.config.schema import Config
+from megavlm.data.dataset import PackedDataset
+from megavlm.data.plan import Plan
+from megavlm.model.vlm import VisionLanguageModel
+from megavlm.parallel.backend import Backend
+from megavlm.parallel.groups import Groups
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """The parts of a run on this rank.
+
+    Args:
+        config: the run.
+        backend: where tensors live.
+        groups: process groups and this rank's place.
+        train: the training packs.
+        plan: their order.
+        valid: the held-out packs, if any.
+        model: this rank's chunk.
+        wrapped: the chunk with its gradient reduction.
+        optimizer: AdamW over what is trained.
+    """
+
+    config: Config
+    backend: Backend
+    groups: Groups
+    train: PackedDataset
+    plan: Plan
+    valid: PackedDataset | None
+    model: VisionLanguageModel
+    wrapped: DistributedDataParallel
+    optimizer: MegatronOptimizer

@@ -1,0 +1,189 @@
+"""From a configuration to a trained model: check, build, load, train, export."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from megavlm.config.rules import ConfigError, DatasetFacts, check
+from megavlm.config.schema import Config
+from megavlm.convert import hf
+from megavlm.data.dataset import PackedDataset
+from megavlm.data.manifest import Manifest
+from megavlm.data.plan import Plan
+from megavlm.model import freeze, weights
+from megavlm.model.freeze import PARTS, Trained
+from megavlm.model.vlm import VisionLanguageModel
+from megavlm.parallel import backend, groups
+from megavlm.parallel.layout import make_layout
+from megavlm.train import checkpoint, optimizer
+from megavlm.train.checkpoint import Checkpoint
+from megavlm.train.job import Job
+from megavlm.train.loop import run
+from megavlm.train.metrics import Metrics
+from megavlm.train.state import State
+from megavlm.train.step import prepare
+
+
+def launch(config: Config) -> None:
+    """Run a training job; what is wrong with it ends the process with status 2 before any process group exists."""
+    try:
+        source = inspect(config, backend.world_size())
+    except (ValueError, FileNotFoundError) as error:
+        if backend.rank() == 0:
+            print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    machine = backend.start(config.parallel.timeout_minutes)
+    try:
+        train(config, machine, source)
+    finally:
+        backend.stop()
+
+
+def inspect(config: Config, world_size: int) -> Checkpoint | Path | None:
+    """Check the whole job without building anything.
+
+    Returns:
+        What to start from: a checkpoint, a Hugging Face folder, or nothing.
+
+    Raises:
+        ConfigError: everything that is wrong with the configuration, in one message.
+        ValueError: a dataset or checkpoint that cannot be used.
+    """
+    check(config, world_size, facts=[_facts(flag, folder) for flag, folder in _datasets(config)])
+    own = _own_checkpoint(config)
+    if own is not None:
+        return _fit(config, own)
+    if not config.checkpoint.load:
+        return None
+    if (Path(config.checkpoint.load) / "config.json").is_file():
+        return Path(config.checkpoint.load)
+    loaded = checkpoint.find(config.checkpoint.load)
+    if loaded is None:
+        raise ValueError(f"--checkpoint.load {config.checkpoint.load}: no checkpoint and no Hugging Face model is there")
+    return _fit(config, loaded)
+
+
+def _datasets(config: Config) -> Sequence[tuple[str, str]]:
+    named = (("--data.train", config.data.train), ("--data.valid", config.data.valid))
+    return [(flag, folder) for flag, folder in named if folder and Path(folder).exists()]
+
+
+def _facts(flag: str, folder: str) -> DatasetFacts:
+    manifest = Manifest.load(folder)
+    return DatasetFacts(
+        flag=flag,
+        folder=folder,
+        image_size=manifest.image_size,
+        features_per_tile=manifest.features_per_tile,
+        vocab_size=manifest.vocab_size,
+        capacity=manifest.capacity,
+        num_packs=manifest.totals.packs,
+        has_images=manifest.totals.tiles > 0,
+        fingerprint=manifest.tokenizer_fingerprint,
+    )
+
+
+def _own_checkpoint(config: Config) -> Checkpoint | None:
+    """The newest checkpoint of this very run, to go on from.
+
+    Raises:
+        ValueError: the save folder holds something else.
+    """
+    save = Path(config.checkpoint.save)
+    if not config.checkpoint.save or not save.exists():
+        return None
+    found = checkpoint.find(str(save))
+    if found is None:
+        strangers = sorted(entry.name for entry in save.iterdir() if not checkpoint.is_own(entry))
+        if strangers:
+            listed = ", ".join(strangers[:3])
+            raise ValueError(f"--checkpoint.save {save}: the folder holds something else already ({listed}); name another one")
+        return None
+    if found.state.stage != config.stage:
+        raise ValueError(
+            f"--checkpoint.save {save}: it holds checkpoints of stage {found.state.stage}, and this is stage {config.stage}; "
+            "name another folder, and give this one to --checkpoint.load to start from its weights"
+        )
+    return found
+
+
+def _fit(config: Config, source: Checkpoint) -> Checkpoint:
+    """Refuse a checkpoint that this job cannot start from."""
+    problems = checkpoint.describe_differences(source.config.architecture, config.architecture)
+    tokenizer = Manifest.load(config.data.train).tokenizer_fingerprint
+    if source.state.tokenizer not in (None, tokenizer):
+        problems.append(f"--data.train {config.data.train}: packed with another tokenizer than the checkpoint's; pack it with {source.folder / checkpoint.TOKENIZER}")
+    if resumes(config, source):
+        problems += checkpoint.describe_differences(source.config.training.trainable, config.training.trainable, "training.trainable")
+        problems += checkpoint.describe_differences(source.config.training.seed, config.training.seed, "training.seed")
+    if problems:
+        listed = "\n  ".join(problems)
+        raise ConfigError(f"the checkpoint {source.folder} does not fit this run:\n  {listed}")
+    return source
+
+
+def resumes(config: Config, source: Checkpoint) -> bool:
+    """Whether a checkpoint is gone on from, rather than only its weights taken: it is of the same stage."""
+    return source.state.stage == config.stage
+
+
+def train(config: Config, machine: backend.Backend, source: Checkpoint | Path | None) -> State:
+    """Build the model and everything around it, train, and export. Collective.
+
+    Args:
+        config: the run, checked.
+        machine: where tensors live.
+        source: what to start from, as ``inspect`` answered.
+    """
+    place = groups.create(config.parallel, config.training.seed)
+    with Metrics(config, place.is_writer) as metrics:
+        model = VisionLanguageModel(config, make_layout(config), place).to(machine.device)
+        if isinstance(source, Checkpoint):
+            checkpoint.load_weights(source, model)
+        else:
+            weights.fill(model, hf.full_tensors(source, config.architecture) if source else weights.fresh_tensor(config))
+        trained = freeze.apply(model, config.training.trainable)
+        prepare(model)
+        wrapped = optimizer.wrap(model)
+        adamw = optimizer.build(config, wrapped)
+        state = State(stage=config.stage, tokenizer=Manifest.load(config.data.train).tokenizer_fingerprint)
+        if isinstance(source, Checkpoint) and resumes(config, source):
+            checkpoint.load_optimizer(source, model, adamw)
+            state = source.state
+        _introduce(config, place, trained, source, state, metrics)
+        packs = PackedDataset(config.data.train)
+        job = Job(
+            config=config,
+            backend=machine,
+            groups=place,
+            train=packs,
+            plan=Plan(num_packs=len(packs), seed=config.training.seed, shuffle=config.data.shuffle),
+            valid=PackedDataset(config.data.valid) if config.data.valid else None,
+            model=model,
+            wrapped=wrapped,
+            optimizer=adamw,
+        )
+        state = run(job, state, metrics)
+        if config.checkpoint.export_hf and state.step == config.training.steps and place.rank == 0:
+            hf.export(checkpoint.find(config.checkpoint.save).folder, Path(config.checkpoint.export_hf))
+    groups.destroy()
+    return state
+
+
+def _introduce(
+    config: Config, place: groups.Groups, trained: Trained, source: Checkpoint | Path | None, state: State, metrics: Metrics
+) -> None:
+    """Say what is about to run."""
+    start = "fresh weights"
+    if isinstance(source, Checkpoint):
+        goes_on = f"going on after step {state.step}" if resumes(config, source) else "its weights only, with fresh moments"
+        start = f"{source.folder} (stage {source.state.stage}, step {source.state.step}): {goes_on}"
+    elif source is not None:
+        start = f"{source} (Hugging Face): its weights"
+    parts = ", ".join(f"{part} {trained.weights[part]:,} of {trained.total[part]:,}" for part in PARTS)
+    sizes = f"tensor {place.tensor_size} x pipeline {place.pipeline_size} x data {place.data_size}"
+    metrics.say(f"stage {config.stage}, model {config.model}, {place.size} ranks: {sizes}, {config.training.precision}")
+    metrics.say(f"start: {start}")
+    metrics.say(f"trained weights: {parts}")

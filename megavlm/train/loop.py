@@ -1,0 +1,96 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import time
+
+import torch
+
+from megavlm.data.loader import batches
+from megavlm.train import checkpoint
+from megavlm.train.evaluate import held_out_loss
+from megavlm.train.job import Job
+from megavlm.train.metrics import Metrics
+from megavlm.train.optimizer import set_rates
+from megavlm.train.state import State
+from megavlm.train.step import train_step
+from megavlm.train.stop import StopRequest
+
+
+def run(job: Job, state: State, metrics: Metrics) -> State:
+    """Train from ``state`` to the last step, or until asked to stop. Collective.
+
+    Raises:
+        ValueError: no token of a step is supervised, so its loss is not defined.
+        FloatingPointError: the gradient is not finite; the last checkpoint is from before it.
+    """
+    config, groups, packs = job.config, job.groups, job.config.training.global_batch_size
+    last, interval = config.training.steps, config.logging.interval
+    positions = range(state.consumed + groups.data_rank, state.consumed + (last - state.step) * packs, groups.data_size)
+    saved = state.step
+    clock, tokens, tiles = time.perf_counter(), 0, 0
+    if state.step == 0:
+        _evaluate(job, state, metrics)
+    with StopRequest() as stop, contextlib.closing(_loader(job, positions)) as arriving:
+        while state.step < last:
+            ids = job.plan.pack_ids(state.consumed, packs)
+            weight = job.train.weight_sum(ids, config.data.loss_reduction)
+            if not weight:
+                raise ValueError(f"--data.train {config.data.train}: no token of packs {ids.tolist()} is supervised, so there is no loss")
+            rate = set_rates(job.optimizer, config, state.step)
+            result = train_step(job.wrapped, job.optimizer, arriving, packs // groups.data_size, weight, job.backend)
+            if not math.isfinite(result.grad_norm):
+                raise FloatingPointError(f"step {state.step}: the gradient's norm is {result.grad_norm} on packs {ids.tolist()}")
+            state = dataclasses.replace(state, step=state.step + 1, consumed=state.consumed + packs)
+            tokens, tiles = tokens + int(job.train.index[ids]["tokens"].sum()), tiles + int(job.train.index[ids]["tiles"].sum())
+
+            asked_to_stop = False
+            if state.step % interval == 0 or state.step == last:
+                loss = float(groups.sum_over_data(result.loss))
+                seconds = time.perf_counter() - clock
+                metrics.record(
+                    state.step,
+                    {"loss": loss, "lr": rate, "grad_norm": result.grad_norm, "tokens_per_s": tokens / seconds, "tiles_per_s": tiles / seconds},
+                )
+                asked_to_stop = groups.any_rank(stop.asked, job.backend.device)
+                clock, tokens, tiles = time.perf_counter(), 0, 0
+            if state.step == last or (config.training.eval_interval and state.step % config.training.eval_interval == 0):
+                _evaluate(job, state, metrics)
+            interval_is_over = config.checkpoint.save_interval and state.step % config.checkpoint.save_interval == 0
+            if config.checkpoint.save and (interval_is_over or asked_to_stop or state.step == last):
+                saved = _save(job, state, metrics)
+            if asked_to_stop:
+                metrics.say(f"stopped by a signal after step {state.step}; the last checkpoint is of step {saved}")
+                break
+    return state
+
+
+def _loader(job: Job, positions: range):
+    data = job.config.data
+    return batches(
+        job.train,
+        job.plan,
+        positions,
+        reduction=data.loss_reduction,
+        vision_layers=job.config.architecture.vision.num_layers,
+        seed=job.config.training.seed,
+        workers=data.workers,
+        prefetch=data.prefetch,
+        with_tiles=job.model.pre_process,
+    )
+
+
+def _evaluate(job: Job, state: State, metrics: Metrics) -> None:
+    if job.valid is not None:
+        metrics.record(state.step, {"valid_loss": held_out_loss(job)})
+
+
+def _save(job: Job, state: State, metrics: Metrics) -> int:
+    start = time.perf_counter()
+    folder = checkpoint.save(job.config, state, job.model, job.optimizer, job.groups, job.train.folder)
+    torch.distributed.barrier()
+    metrics.say(f"saved {folder} in {time.perf_counter() - start:.1f} s")
+    return state.step

@@ -1,0 +1,101 @@
+"""What a run tells while it trains: console, ``metrics.jsonl``, TensorBoard and Weights & Biases.
+
+Observers only: nothing here changes training.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+from megavlm.config.cli import to_yaml
+from megavlm.config.schema import Config
+
+FILE_NAME = "metrics.jsonl"
+
+
+class Metrics:
+    """Writes records of the run; on ranks that do not write, every method does nothing.
+
+    Args:
+        config: the run.
+        is_writer: whether this rank writes.
+    """
+
+    def __init__(self, config: Config, is_writer: bool):
+        self._writes = is_writer
+        self._file: TextIO | None = None
+        self._board: Any = None
+        self._wandb: Any = None
+        if not is_writer:
+            return
+        if config.checkpoint.save:
+            folder = Path(config.checkpoint.save)
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = (folder / FILE_NAME).open("a", buffering=1)
+        if config.logging.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(Path(config.checkpoint.save) / "tensorboard"))
+        if config.logging.wandb_project:
+            self._wandb = _start_wandb(config)
+
+    def say(self, text: str) -> None:
+        """Print a line on the console."""
+        if self._writes:
+            print(text, flush=True)
+
+    def record(self, step: int, values: dict[str, float | str]) -> None:
+        """Write one record everywhere.
+
+        Args:
+            step: updates that are done.
+            values: figures by name; texts go to the console and to the file only.
+        """
+        if not self._writes:
+            return
+        print("  ".join([f"step {step}"] + [f"{name} {_short(value)}" for name, value in values.items()]), flush=True)
+        numbers = {name: value for name, value in values.items() if not isinstance(value, str)}
+        if self._file is not None:
+            finite = {name: value if isinstance(value, str) or math.isfinite(value) else None for name, value in values.items()}
+            self._file.write(json.dumps({"step": step, "time": round(time.time(), 3)} | finite) + "\n")
+        if self._board is not None:
+            for name, value in numbers.items():
+                self._board.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(numbers, step=step)
+
+    def __enter__(self) -> Metrics:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._file is not None:
+            self._file.close()
+        if self._board is not None:
+            self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish(exit_code=1 if kind else 0)
+
+
+def _short(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:.6g}"
+
+
+def _start_wandb(config: Config) -> Any:
+    try:
+        import wandb
+    except ImportError as error:
+        raise ValueError("--logging.wandb_project needs Weights & Biases: pip install wandb") from error
+    import yaml
+
+    return wandb.init(
+        project=config.logging.wandb_project,
+        name=config.logging.run_name or None,
+        mode=config.logging.wandb_mode,
+        dir=config.checkpoint.save or None,
+        config=yaml.safe_load(to_yaml(config)),
+    )

@@ -1,0 +1,55 @@
+"""What a run must remember beside weights and moments to go on as if it had never stopped."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+FILE_NAME = "state.json"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class State:
+    """The position of a run.
+
+    The order of the packs is a pure function of the seed and a position, and nothing in training draws from a random state, so this is all.
+
+    Args:
+        step: updates that are done.
+        consumed: packs that are done, over all ranks and epochs.
+        stage: name of the stage that was trained; none in a checkpoint made by conversion.
+        tokenizer: fingerprint of the tokenizer of the training packs; none where it is not known.
+        format: version of the checkpoint's layout.
+    """
+
+    step: int = 0
+    consumed: int = 0
+    stage: str | None = None
+    tokenizer: str | None = None
+    format: int = FORMAT_VERSION
+
+
+def write(state: State, folder: Path) -> None:
+    """Write ``state.json``."""
+    (folder / FILE_NAME).write_text(json.dumps(dataclasses.asdict(state), indent=2) + "\n")
+
+
+def read(folder: Path) -> State:
+    """Read ``state.json``.
+
+    Raises:
+        ValueError: it is missing, is not JSON, or was written by another version.
+    """
+    path = folder / FILE_NAME
+    if not path.is_file():
+        raise ValueError(f"--checkpoint.load {folder}: no {FILE_NAME} in it, so it is not a complete checkpoint")
+    try:
+        state = State(**json.loads(path.read_text()))
+    except (json.JSONDecodeError, TypeError) as error:
+        raise ValueError(f"{path}: not the state of a checkpoint ({error})") from error
+    if state.format != FORMAT_VERSION:
+        raise ValueError(f"{path}: written in format {state.format}; this version of megavlm reads {FORMAT_VERSION}")
+    return state

@@ -1,0 +1,102 @@
+"""One optimizer update: micro-steps forward and backward through the pipeline, then AdamW."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megavlm.data.batch import Batch
+from megavlm.model.loss import weighted_sum
+from megavlm.model.vlm import VisionLanguageModel
+from megavlm.parallel.backend import Backend
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """What an update tells.
+
+    Args:
+        loss: this rank's part of the loss (0 but in the last chunk); the sum over data-parallel ranks is the loss of the step.
+        grad_norm: norm of the whole gradient before clipping.
+    """
+
+    loss: Tensor
+    grad_norm: float
+
+
+def _finalize(model: list[DistributedDataParallel], num_tokens: Tensor | None = None, **kwargs) -> None:
+    """Finish the gradients without dividing them: the loss is already divided by the weight of the step."""
+    finalize_model_grads(model, None, **kwargs)
+
+
+def prepare(model: VisionLanguageModel) -> None:
+    """Tell megatron-core's schedules how gradients are finished."""
+    model.config.finalize_model_grads_func = _finalize
+
+
+def _loss(batch: Batch, weight_of_step: float, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss of a pack, megatron-core's count of tokens (an integer, which could not carry our weights, and so is not used), and a copy."""
+    loss = weighted_sum(losses, batch.loss_weights) / weight_of_step
+    return loss, torch.zeros((), dtype=torch.int, device=loss.device), loss.detach()
+
+
+def run_packs(
+    model: DistributedDataParallel | VisionLanguageModel,
+    batches: Iterator[Batch],
+    count: int,
+    weight_of_step: float,
+    backend: Backend,
+    *,
+    forward_only: bool = False,
+) -> Tensor:
+    """Run ``count`` packs through the pipeline, backward too unless ``forward_only``.
+
+    Args:
+        model: this rank's chunk.
+        batches: packs of this data-parallel rank, in order.
+        count: packs to take.
+        weight_of_step: sum of the loss weights of all packs of the step, over all ranks.
+        backend: where tensors live.
+        forward_only: no gradients.
+
+    Returns:
+        This rank's part of the loss; 0 but in the last chunk.
+    """
+
+    def forward_step(iterator: Iterator[Batch], chunk: VisionLanguageModel):
+        batch = next(iterator).to(backend.device, non_blocking=backend.asynchronous)
+        return chunk(batch), partial(_loss, batch, weight_of_step)
+
+    losses = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=batches,
+        model=[model],
+        num_microbatches=count,
+        seq_length=1,  # not used: tensors travel with their shapes
+        micro_batch_size=1,
+        forward_only=forward_only,
+    )
+    return torch.stack(losses).sum() if losses else torch.zeros((), device=backend.device)
+
+
+def train_step(
+    model: DistributedDataParallel,
+    optimizer: MegatronOptimizer,
+    batches: Iterator[Batch],
+    count: int,
+    weight_of_step: float,
+    backend: Backend,
+) -> StepResult:
+    """Update the trained weights once; arguments as in ``run_packs``."""
+    model.zero_grad_buffer()
+    optimizer.zero_grad()
+    loss = run_packs(model, batches, count, weight_of_step, backend)
+    _, grad_norm, _ = optimizer.step()
+    return StepResult(loss=loss, grad_norm=grad_norm)

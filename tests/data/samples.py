@@ -1,0 +1,132 @@
+"""Small packed datasets of random samples, written straight through ``store.Writer``: no tokenizer is needed."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+from PIL import Image as Picture
+
+from megavlm.data import store
+from megavlm.data.manifest import Manifest, Source
+from megavlm.data.sample import Image, Sample
+
+GRIDS = ((1, 1), (2, 1), (1, 2), (3, 1))
+
+
+def make_image(rng: np.random.Generator, tile_size: int, columns: int, rows: int) -> Image:
+    """A PNG of random coloured blocks that fills its tiles; several tiles come with a thumbnail."""
+    blocks = rng.integers(0, 256, (4 * rows, 4 * columns, 3), dtype=np.uint8)
+    picture = Picture.fromarray(blocks).resize((columns * tile_size, rows * tile_size), Picture.Resampling.NEAREST)
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    count = columns * rows
+    return Image(
+        encoded=file.getvalue(),
+        width=picture.width,
+        height=picture.height,
+        columns=columns,
+        rows=rows,
+        tiles=count + (1 if count > 1 else 0),
+    )
+
+
+def make_sample(
+    rng: np.random.Generator,
+    *,
+    vocab_size: int,
+    context_token_id: int,
+    tile_size: int,
+    features_per_tile: int,
+    images: int,
+    text_tokens: int,
+    line: int,
+    grids: tuple[tuple[int, int], ...] = GRIDS,
+) -> Sample:
+    """Random text whose second half is supervised, after the context tokens of some images. Ids 0 and 1 are left for padding and such."""
+    pictures = tuple(make_image(rng, tile_size, *grids[rng.integers(len(grids))]) for _ in range(images))
+    words = rng.integers(2, vocab_size, text_tokens)
+    words[words == context_token_id] = 2 if context_token_id != 2 else 3
+    context = np.full(sum(picture.tiles for picture in pictures) * features_per_tile, context_token_id)
+    tokens = np.concatenate([words[:1], context, words[1:]]).astype(np.int32)
+    supervised = np.zeros(len(tokens), bool)
+    supervised[len(context) + text_tokens // 2 :] = True
+    return Sample(tokens=tokens, supervised=supervised, images=pictures, source=0, line=line)
+
+
+def make_dataset(
+    folder: Path,
+    *,
+    packs: int = 8,
+    samples_per_pack: int = 3,
+    image_share: float = 0.5,
+    vocab_size: int = 512,
+    context_token_id: int = 500,
+    tile_size: int = 32,
+    features_per_tile: int = 16,
+    capacity: int = 256,
+    alignment: int = 1,
+    text_tokens: tuple[int, int] = (8, 40),
+    shard_bytes: int = store.SHARD_BYTES,
+    seed: int = 0,
+    grids: tuple[tuple[int, int], ...] = GRIDS,
+) -> Manifest:
+    """Write a packed dataset of random samples; the same arguments give the same bytes.
+
+    A sample has an image with the chance ``image_share`` (0: text only). Samples that do not fit into what is left of a pack lose their
+    image, or are dropped, so a pack has 1 to ``samples_per_pack`` of them.
+    """
+    rng = np.random.default_rng(seed)
+    facts = dict(vocab_size=vocab_size, context_token_id=context_token_id, tile_size=tile_size, features_per_tile=features_per_tile)
+    line, chosen = 0, []
+    for _ in range(packs):
+        pack: list[Sample] = []
+        for _ in range(samples_per_pack):
+            line += 1
+            images = int(rng.random() < image_share)
+            words = int(rng.integers(*text_tokens))
+            used = sum(store.round_up(sample.length, alignment) for sample in pack)
+            for count in range(images, -1, -1):
+                sample = make_sample(rng, images=count, text_tokens=words, line=line, grids=grids, **facts)
+                if used + store.round_up(sample.length, alignment) <= capacity:
+                    pack.append(sample)
+                    break
+        chosen.append(pack)
+    return write_packs(folder, chosen, capacity=capacity, alignment=alignment, shard_bytes=shard_bytes, seed=seed, **facts)
+
+
+def write_packs(
+    folder: Path,
+    packs: list[list[Sample]],
+    *,
+    vocab_size: int,
+    context_token_id: int,
+    tile_size: int,
+    features_per_tile: int,
+    capacity: int,
+    alignment: int = 1,
+    shard_bytes: int = store.SHARD_BYTES,
+    seed: int = 0,
+) -> Manifest:
+    """Write the given samples as the packs of a dataset."""
+    lines = max(sample.line for pack in packs for sample in pack)
+    with store.Writer(folder, capacity, shard_bytes, alignment=alignment) as writer:
+        for pack in packs:
+            writer.write(pack)
+        return writer.close(
+            Manifest(
+                tokenizer_fingerprint=f"random-{vocab_size}",
+                vocab_size=vocab_size,
+                context_token_id=context_token_id,
+                template="random",
+                image_size=tile_size,
+                features_per_tile=features_per_tile,
+                max_tiles=3,
+                capacity=capacity,
+                tile_cap=max(sum(sample.tiles for sample in pack) for pack in packs),
+                alignment=alignment,
+                seed=seed,
+                sources=(Source(name="random", annotations="random.jsonl", records=lines, samples=lines),),
+            )
+        )

@@ -1,0 +1,103 @@
+"""Workers never change a batch, what goes wrong in one is named, and none is left behind."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import multiprocessing
+import os
+import signal
+
+import pytest
+import torch
+
+from megavlm.data.batch import Batch
+from megavlm.data.dataset import PackedDataset
+from megavlm.data.loader import batches
+from megavlm.data.plan import Plan
+from tests.data.samples import make_dataset
+from tests.data.test_dataset import write_broken_image
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory) -> PackedDataset:
+    folder = tmp_path_factory.mktemp("packs")
+    make_dataset(folder, packs=7, shard_bytes=5000)
+    return PackedDataset(folder)
+
+
+@pytest.fixture(autouse=True)
+def no_worker_is_left_behind():
+    """An error's traceback keeps the stream alive, and so its workers, until both are collected."""
+    yield
+    gc.collect()
+    assert not multiprocessing.active_children()
+
+
+def equal(left: Batch, right: Batch) -> bool:
+    pairs = [(getattr(left, entry.name), getattr(right, entry.name)) for entry in dataclasses.fields(left)]
+    return all(torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other for one, other in pairs)
+
+
+def load(dataset: PackedDataset, positions: range, **options) -> list[Batch]:
+    plan = Plan(num_packs=len(dataset), seed=4)
+    return list(batches(dataset, plan, positions, reduction="sample", vision_layers=2, seed=9, **options))
+
+
+def test_order_and_content(dataset):
+    plan = Plan(num_packs=7, seed=4)
+    found = load(dataset, range(3, 20))
+    assert [batch.pack_id for batch in found] == plan.pack_ids(3, 17).tolist()
+    expected = dataset.batch(found[5].pack_id, 8, reduction="sample", vision_layers=2, seed=9)
+    assert equal(found[5], expected)
+
+
+@pytest.mark.parametrize(
+    "options", [{"workers": 1}, {"workers": 2, "prefetch": 1}, {"workers": 1, "start_method": "spawn"}], ids=["one", "two", "spawn"]
+)
+def test_workers_do_not_change_batches(dataset, options):
+    expected, found = load(dataset, range(10)), load(dataset, range(10), **options)
+    assert len(found) == 10 and all(map(equal, expected, found))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_global_generator_is_left_alone(dataset, workers):
+    before = torch.get_rng_state()
+    load(dataset, range(3), workers=workers)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_ranks_share_out_the_sequence(dataset):
+    whole, shares = load(dataset, range(2, 14)), [load(dataset, range(2 + rank, 14, 3)) for rank in range(3)]
+    assert all(equal(batch, shares[place % 3][place // 3]) for place, batch in enumerate(whole))
+
+
+def test_positions_take_no_memory(dataset):
+    stream = batches(dataset, Plan(num_packs=7), range(10**12 + 1, 10**15, 4), reduction="token")
+    assert next(stream).pack_id == Plan(num_packs=7).at(10**12 + 1)
+    stream.close()
+
+
+def test_close_ends_the_workers(dataset):
+    stream = batches(dataset, Plan(num_packs=7), range(10**9), reduction="token", workers=2)
+    next(stream)
+    assert len(multiprocessing.active_children()) == 2
+    stream.close()
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_unreadable_image_is_named(tmp_path, workers):
+    write_broken_image(tmp_path)
+    with pytest.raises(ValueError, match=r"pack 0: image 0 of the pack, from the sample at captions.jsonl:41"):
+        next(batches(PackedDataset(tmp_path), Plan(num_packs=1), range(5), reduction="token", workers=workers))
+
+
+def test_a_worker_that_dies_is_named(dataset):
+    stream = batches(dataset, Plan(num_packs=7, shuffle=False), range(10**6), reduction="token", workers=1, prefetch=1)
+    next(stream)
+    (worker,) = multiprocessing.active_children()
+    os.kill(worker.pid, signal.SIGKILL)
+    with pytest.raises(RuntimeError, match=r"no batch for pack (1|2) .*--data.workers 0.* random.jsonl:\d+"):
+        for _ in range(3):
+            next(stream)

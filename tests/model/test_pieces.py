@@ -1,0 +1,86 @@
+"""The pieces of the model that can be looked at alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megavlm.model.attention import PackedCausalAttention, TileAttention
+from megavlm.model.freeze import matches
+from megavlm.model.fusion import place_features
+from megavlm.model.language import padded_vocabulary
+from megavlm.model.projector import pixel_shuffle
+from megavlm.model.vision import resize_positions
+from megavlm.model.vision_layer import drop_path_rate
+
+
+def test_pixel_shuffle_equals_transformers() -> None:
+    from transformers.models.internvl.modeling_internvl import InternVLModel
+
+    patches = torch.randn(3, 36, 5)
+    expected = InternVLModel.pixel_shuffle(None, patches.view(3, 6, 6, 5), 0.5).reshape(3, 9, 20)
+    torch.testing.assert_close(pixel_shuffle(patches, 2), expected)
+
+
+def test_positions_are_resized_as_transformers_does() -> None:
+    from transformers.models.internvl import InternVLVisionConfig
+    from transformers.models.internvl.modeling_internvl import InternVLVisionEmbeddings
+
+    config = InternVLVisionConfig(hidden_size=8, image_size=(32, 32), patch_size=(4, 4))
+    embeddings = InternVLVisionEmbeddings(config)
+    embeddings.position_embeddings.data.normal_()
+    expected = embeddings.interpolate_pos_encoding(torch.zeros(1, 12 * 12 + 1, 8), 48, 48)
+    torch.testing.assert_close(resize_positions(embeddings.position_embeddings, 12), expected)
+    assert resize_positions(embeddings.position_embeddings, 8) is embeddings.position_embeddings
+
+
+def test_features_replace_placeholders_in_order() -> None:
+    embeddings, features = torch.zeros(6, 1, 2), torch.arange(1.0, 4.0)[:, None, None].expand(3, 1, 2)
+    placed = place_features(embeddings, features, torch.tensor([1, 2, 5]))
+    assert placed[:, 0, 0].tolist() == [0, 1, 2, 0, 0, 3]
+    with pytest.raises(ValueError, match="2 image placeholder tokens.*3 features"):
+        place_features(embeddings, features, torch.tensor([1, 2]))
+
+
+def test_a_pack_without_images_gives_its_blank_tile_a_gradient_of_zero() -> None:
+    features = torch.ones(4, 1, 2, requires_grad=True)
+    place_features(torch.ones(6, 1, 2), features, torch.tensor([], dtype=torch.long)).sum().backward()
+    assert torch.equal(features.grad, torch.zeros(4, 1, 2))
+
+
+def test_attention_of_a_pack_is_that_of_its_samples_with_grouped_queries() -> None:
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+    query, key, value = torch.randn(9, 4, 8), torch.randn(9, 2, 8), torch.randn(9, 2, 8)
+    ends = torch.tensor([0, 4, 5, 9], dtype=torch.int32)
+    packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=ends, cu_seqlens_kv=ends, max_seqlen_q=4, max_seqlen_kv=4)
+    answer = PackedCausalAttention()(query, key, value, None, packed_seq_params=packed)
+    scores = torch.einsum("qhd,khd->hqk", query, key.repeat_interleave(2, 1)) / 8**0.5
+    sample = torch.tensor([0, 0, 0, 0, 1, 2, 2, 2, 2])
+    seen = (sample[:, None] == sample[None]) & (torch.arange(9)[:, None] >= torch.arange(9)[None])
+    weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
+    torch.testing.assert_close(answer, torch.einsum("hqk,khd->qhd", weights, value.repeat_interleave(2, 1)).flatten(1))
+
+
+def test_attention_of_tiles_keeps_to_the_tile() -> None:
+    query, key, value = (torch.randn(5, 3, 2, 4) for _ in range(3))
+    answer = TileAttention()(query, key, value)
+    weights = (torch.einsum("qihd,kihd->ihqk", query, key) / 2).softmax(-1)
+    torch.testing.assert_close(answer, torch.einsum("ihqk,kihd->qihd", weights, value).flatten(2))
+
+
+def test_drop_path_grows_linearly_over_the_depth() -> None:
+    assert [drop_path_rate(0.4, layer, 5) for layer in range(5)] == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4])
+    assert drop_path_rate(0.4, 0, 1) == 0.0
+
+
+def test_the_padded_vocabulary_does_not_depend_on_the_layout() -> None:
+    assert [padded_vocabulary(size) for size in (1, 128, 129, 151674)] == [128, 128, 256, 151680]
+
+
+def test_a_freeze_pattern_means_a_part_a_module_or_a_name() -> None:
+    key = "vision.encoder.layers.12.mlp.linear_fc1.weight"
+    for pattern in ("vision", "vision.encoder", "vision.encoder.layers.1?", "*.mlp.*", "vision.encoder.layers.12.mlp.linear_fc1.weight"):
+        assert matches(key, pattern), pattern
+    for pattern in ("visio", "language", "vision.encoder.layers.1", "mlp"):
+        assert not matches(key, pattern), pattern

@@ -1,0 +1,101 @@
+"""Worker processes that stand for ranks, kept for the whole test session: importing megatron-core takes seconds in each."""
+
+from __future__ import annotations
+
+import multiprocessing
+import tempfile
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+_TIMEOUT_SECONDS = 240
+
+
+class Pool:
+    """Runs a function on 1 to 8 gloo ranks; workers start when they are first needed."""
+
+    def __init__(self):
+        self._context = multiprocessing.get_context("spawn")
+        self._workers: list[tuple[Any, Connection]] = []
+        self._folder = tempfile.TemporaryDirectory(prefix="megavlm-ranks-")
+        self._jobs = 0
+
+    def run(self, function: Callable, world_size: int, *args: Any) -> list[Any]:
+        """Call ``function(*args)`` on every rank of a fresh world.
+
+        Returns:
+            What each rank returned, in the order of ranks.
+
+        Raises:
+            AssertionError: a rank raised; its traceback is the message. The workers are replaced.
+        """
+        while len(self._workers) < world_size:
+            self._start_worker()
+        self._jobs += 1
+        store = str(Path(self._folder.name) / f"store-{self._jobs}")
+        ranks = self._workers[:world_size]
+        for rank, (_, connection) in enumerate(ranks):
+            connection.send((function, args, rank, world_size, store))
+        answers: dict[int, Any] = {}
+        waiting = {connection: rank for rank, (_, connection) in enumerate(ranks)}
+        while waiting:
+            ready = wait(list(waiting), timeout=_TIMEOUT_SECONDS)
+            if not ready:
+                self.close()
+                raise AssertionError(f"ranks {sorted(waiting.values())} of {world_size} did not finish in {_TIMEOUT_SECONDS} s")
+            for connection in ready:
+                rank = waiting.pop(connection)
+                answers[rank] = self._answer(connection, rank)
+        return [answers[rank] for rank in range(world_size)]
+
+    def _answer(self, connection: Connection, rank: int) -> Any:
+        try:
+            failed, answer = connection.recv()
+        except EOFError:
+            failed, answer = True, "the process died"
+        if failed:
+            self.close()
+            raise AssertionError(f"rank {rank}: {answer}")
+        return answer
+
+    def _start_worker(self) -> None:
+        ours, theirs = self._context.Pipe()
+        process = self._context.Process(target=_serve, args=(theirs,))
+        process.start()
+        theirs.close()
+        self._workers.append((process, ours))
+
+    def close(self) -> None:
+        """End all workers."""
+        for process, connection in self._workers:
+            connection.close()
+            process.kill()
+            process.join()
+        self._workers = []
+
+
+def _serve(connection: Connection) -> None:
+    import warnings
+
+    import torch
+    import torch.distributed as dist
+
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    while True:
+        try:
+            function, args, rank, world_size, store = connection.recv()
+        except EOFError:
+            return
+        try:
+            timeout = timedelta(seconds=_TIMEOUT_SECONDS)
+            dist.init_process_group("gloo", store=dist.FileStore(store, world_size), rank=rank, world_size=world_size, timeout=timeout)
+            answer = False, function(*args)
+        except BaseException:
+            answer = True, traceback.format_exc()
+        connection.send(answer)
+        if dist.is_initialized():
+            dist.destroy_process_group()

@@ -1,0 +1,123 @@
+"""What the ranks of the tests run, and the configurations they run it with."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megavlm.config.schema import Architecture, Config, Data, Language, Optimizer, Parallel, Training, Vision
+
+# Shapes unlike each other, so that a mix-up shows: grouped queries, a prime vocabulary that is padded, several layers of each kind.
+TINY = Architecture(
+    vision=Vision(image_size=16, patch_size=4, num_layers=3, hidden_size=32, ffn_hidden_size=48, num_attention_heads=4),
+    language=Language(
+        num_layers=3,
+        hidden_size=48,
+        ffn_hidden_size=80,
+        num_attention_heads=4,
+        num_query_groups=2,
+        vocab_size=199,
+        rotary_base=1e4,
+        max_position_embeddings=256,
+    ),
+)
+EVERYTHING = ("vision", "projector", "language")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """What ten steps tell: loss and gradient norm of each, and the weights after them (of this rank, by checkpoint key)."""
+
+    losses: list[float]
+    grad_norms: list[float]
+
+
+def config_for(dataset: Path, **settings: Any) -> Config:
+    """A run of the tiny model; ``settings`` are fields of ``Parallel``, ``Training`` and ``Optimizer``."""
+
+    def take(kind: type, **defaults: Any) -> Any:
+        names = {field.name for field in dataclasses.fields(kind)}
+        return kind(**defaults | {name: settings.pop(name) for name in list(settings) if name in names})
+
+    config = Config(
+        stage="2",
+        model="tiny",
+        architecture=TINY,
+        data=Data(train=str(dataset), workers=0),
+        parallel=take(Parallel),
+        training=take(Training, precision="float32", global_batch_size=4, steps=10, trainable=EVERYTHING, seed=3),
+        optimizer=take(Optimizer, lr=3e-3, warmup_ratio=0.1, clip_grad=0.5),
+    )
+    assert not settings, f"unknown settings {settings}"
+    return config
+
+
+def build(config: Config):
+    """Build a job from fresh weights, as ``train.launch`` does."""
+    from megavlm.data.dataset import PackedDataset
+    from megavlm.data.plan import Plan
+    from megavlm.model import freeze, weights
+    from megavlm.model.vlm import VisionLanguageModel
+    from megavlm.parallel import backend, groups
+    from megavlm.parallel.layout import make_layout
+    from megavlm.train import optimizer
+    from megavlm.train.job import Job
+    from megavlm.train.step import prepare
+
+    machine = backend.start(config.parallel.timeout_minutes)
+    place = groups.create(config.parallel, config.training.seed)
+    model = VisionLanguageModel(config, make_layout(config), place)
+    weights.fill(model, weights.fresh_tensor(config))
+    freeze.apply(model, config.training.trainable)
+    prepare(model)
+    wrapped = optimizer.wrap(model)
+    packs = PackedDataset(config.data.train)
+    return Job(
+        config=config,
+        backend=machine,
+        groups=place,
+        train=packs,
+        plan=Plan(num_packs=len(packs), seed=config.training.seed),
+        valid=None,
+        model=model,
+        wrapped=wrapped,
+        optimizer=optimizer.build(config, wrapped),
+    )
+
+
+def train_curve(config: Config, pack_ids: tuple[int, ...] = ()) -> Curve:
+    """Loss and gradient norm of every step, on every rank; ``pack_ids`` replaces the order of the packs by this one, again and again."""
+    from megavlm.parallel import groups
+    from megavlm.train.optimizer import set_rates
+    from megavlm.train.step import train_step
+
+    job = build(config)
+    size, rank, world = config.training.global_batch_size, job.groups.data_rank, job.groups.data_size
+    layers, steps = config.architecture.vision.num_layers, config.training.steps
+    order = np.resize(pack_ids, size * steps) if pack_ids else job.plan.pack_ids(0, size * steps)
+    losses, norms = [], []
+    for step in range(steps):
+        ids = order[step * size : (step + 1) * size]
+        positions = range(step * size + rank, (step + 1) * size, world)
+        options = dict(reduction=config.data.loss_reduction, vision_layers=layers, seed=config.training.seed)
+        arriving = iter([job.train.batch(int(order[p]), p, **options) for p in positions])
+        set_rates(job.optimizer, config, step)
+        weight = job.train.weight_sum(ids, config.data.loss_reduction)
+        result = train_step(job.wrapped, job.optimizer, arriving, size // world, weight, job.backend)
+        losses.append(_from_last_chunk(float(job.groups.sum_over_data(result.loss)), job))
+        norms.append(result.grad_norm)
+    groups.destroy()
+    return Curve(losses=losses, grad_norms=norms)
+
+
+def _from_last_chunk(value: float, job) -> float:
+    import torch
+    import torch.distributed as dist
+
+    answer = torch.tensor([value if job.groups.is_writer else 0.0], dtype=torch.float64)
+    dist.all_reduce(answer)
+    return float(answer)
