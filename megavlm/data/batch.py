@@ -43,7 +43,7 @@ class Batch:
     pack_id: int
 
     @classmethod
-    def of(cls, **values: np.ndarray | int | float) -> Batch:
+    def of(cls, **values: np.ndarray | float) -> Batch:
         """A batch whose tensors share memory with the given arrays, of the types and shapes above."""
         return cls(**{name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value for name, value in values.items()})
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
+from functools import partial
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -41,9 +42,9 @@ def batches(
         ValueError: a pack that cannot be read or decoded; names the pack and the sample's file and line.
         RuntimeError: a worker died; names the pack that was waited for and where its samples come from.
     """
-    options = dict(reduction=reduction, vision_layers=vision_layers, seed=seed, with_tiles=with_tiles)
+    make = partial(dataset.batch, reduction=reduction, vision_layers=vision_layers, seed=seed, with_tiles=with_tiles)
     loader = DataLoader(
-        Positions(dataset, plan, positions, options),
+        Positions(make, plan, positions),
         batch_size=None,
         # Otherwise the DataLoader draws from the global generator, and the training process would be changed by being fed.
         generator=torch.Generator(),
@@ -54,35 +55,46 @@ def batches(
         worker_init_fn=_start_worker if workers else None,
         multiprocessing_context=start_method if workers else None,
     )
-    # The generator alone holds the DataLoader's iterator, so closing the generator lets go of it, and that ends the workers.
     arriving = iter(loader)
-    for position in positions:
-        try:
-            batch = next(arriving)
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            pack_id = int(plan.at(position))
-            raise RuntimeError(
-                f"{dataset.folder}: no batch for pack {pack_id} (position {position}), nor for those being made after it: {error} "
-                f"Out of memory (see the kernel log), a full /dev/shm, or a file that crashes the image decoder are common causes; "
-                f"--data.workers 0 shows which. The pack's samples: {', '.join(dataset.origins(pack_id))}"
-            ) from error
-        yield batch
+    try:
+        for position in positions:
+            try:
+                batch = next(arriving)
+            except Exception as error:
+                if not workers:
+                    raise
+                # Without DataLoader's own frames, which keep the workers running as long as the error lives; its text has the worker's.
+                error.with_traceback(None)
+                if not str(error).startswith("DataLoader worker"):
+                    raise
+                raise _worker_died(dataset, int(plan.at(position)), position, error) from error
+            yield batch
+    finally:
+        # Nothing else holds DataLoader's iterator: letting go of it ends the workers.
+        del arriving
+
+
+def _worker_died(dataset: PackedDataset, pack_id: int, position: int, error: Exception) -> RuntimeError:
+    """What is known about a worker that is gone: which pack was waited for."""
+    return RuntimeError(
+        f"{dataset.folder}: no batch for pack {pack_id} (position {position}), nor for those being made after it: {error} "
+        "Out of memory (see the kernel log), a full /dev/shm, or a file that crashes the image decoder are common causes; "
+        f"--data.workers 0 shows which. The pack's samples: {', '.join(dataset.origins(pack_id))}"
+    )
 
 
 class Positions(Dataset):
     """The batches of a plan's positions, as a map-style dataset of PyTorch."""
 
-    def __init__(self, dataset: PackedDataset, plan: Plan, positions: Sequence[int], options: dict) -> None:
-        self.dataset, self.plan, self.positions, self.options = dataset, plan, positions, options
+    def __init__(self, make: Callable[[int, int], Batch], plan: Plan, positions: Sequence[int]) -> None:
+        self.make, self.plan, self.positions = make, plan, positions
 
     def __len__(self) -> int:
         return len(self.positions)
 
     def __getitem__(self, place: int) -> Batch:
         position = int(self.positions[place])
-        return self.dataset.batch(int(self.plan.at(position)), position, **self.options)
+        return self.make(int(self.plan.at(position)), position)
 
 
 def _unchanged(batch: Batch) -> Batch:

@@ -95,12 +95,16 @@ def to_text(overview: Overview) -> str:
     mean_tiles = overview.spreads["tiles"].mean
     lines = [
         overview.folder,
-        f"  packs {totals.packs:,} of {manifest.capacity:,} tokens and up to {manifest.tile_cap} tiles, in {len(manifest.shards)} shards, "
-        f"{totals.bytes / 1e9:.3f} GB",
+        (
+            f"  packs {totals.packs:,} of {manifest.capacity:,} tokens and up to {manifest.tile_cap} tiles, in {len(manifest.shards)} shards, "
+            f"{totals.bytes / 1e9:.3f} GB"
+        ),
         f"  samples {totals.samples:,}, images {totals.images:,}, tiles {totals.tiles:,}, tokens {totals.tokens:,}",
         f"  fill {overview.fill:.3%}, supervised {overview.supervised_share:.1%} of the tokens",
-        f"  packs without images {overview.packs_without_tiles:,}; mean tiles {mean_tiles:.2f}, "
-        f"most tiles among {STRAGGLE_RANKS} packs {overview.straggle:.3f} x the mean",
+        (
+            f"  packs without images {overview.packs_without_tiles:,}; mean tiles {mean_tiles:.2f}, "
+            f"most tiles among {STRAGGLE_RANKS} packs {overview.straggle:.3f} x the mean"
+        ),
     ]
     if overview.checked_packs:
         lines.append(f"  checksums of all {overview.checked_packs:,} packs are right")

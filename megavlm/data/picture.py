@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -73,7 +74,7 @@ def spans(dataset: PackedDataset, pack: Pack, decode: Callable[[list[int]], str]
         tokens, supervised = pack.tokens[start : start + length], pack.supervised[start : start + length]
         kinds = supervised + 2 * (tokens == context)
         edges = [0, *(np.flatnonzero(np.diff(kinds)) + 1), int(length)]
-        for low, high in zip(edges, edges[1:], strict=False):
+        for low, high in itertools.pairwise(edges):
             text = f"<IMG_CONTEXT> x {high - low}" if kinds[low] >= 2 else decode(tokens[low:high].tolist())
             yield text, SUPERVISED_COLOUR if supervised[low] else OTHER_COLOUR
         start += int(length)

@@ -216,7 +216,11 @@ def _meta_entry(name: str, entry: Any, where: str) -> Annotations:
     if entry.get("data_augment", False) is not False:
         raise ValueError(f"{where}: data_augment {entry['data_augment']!r} is not supported yet; set it to false")
     repeat = entry.get("repeat_time", 1)
-    if isinstance(repeat, bool) or not isinstance(repeat, (int, float)) or not (0 < repeat < 1 or (repeat >= 1 and float(repeat).is_integer())):
+    if (
+        isinstance(repeat, bool)
+        or not isinstance(repeat, (int, float))
+        or not (0 < repeat < 1 or (repeat >= 1 and float(repeat).is_integer()))
+    ):
         raise ValueError(f"{where}: repeat_time {repeat!r} must be a whole number of at least 1, or a share between 0 and 1")
     most = entry.get("max_dynamic_patch")
     if most is not None and (isinstance(most, bool) or not isinstance(most, int) or most < 1):

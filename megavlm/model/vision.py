@@ -79,8 +79,12 @@ class VisionEncoder(MegatronModule):
         rates = torch.tensor(rates).repeat_interleave(2)[:, None] if drop_path else None
         self.register_buffer("drop_path_rates", rates, persistent=False)
 
+    def normalise(self, tiles: Tensor) -> Tensor:
+        """uint8 [I, 3, S, S] -> [I, 3, S, S] in the model's number format, as the encoder was pretrained with."""
+        return ((tiles.float() / 255 - self.mean.float()) / self.std.float()).to(self.class_token.dtype)
+
     def embed(self, tiles: Tensor) -> Tensor:
-        """Normalise pixels and turn patches into tokens.
+        """Turn patches into tokens.
 
         Args:
             tiles: uint8 [I, 3, S, S]
@@ -88,9 +92,10 @@ class VisionEncoder(MegatronModule):
         Returns:
             [1 + P, I, D], the class token first.
         """
-        pixels = ((tiles.float() / 255 - self.mean.float()) / self.std.float()).to(self.class_token.dtype)
         size = self.vision.patch_size
-        patches = conv2d(pixels, self.patch_embedding.weight, self.patch_embedding.bias, stride=size).flatten(2).transpose(1, 2)
+        patches = (
+            conv2d(self.normalise(tiles), self.patch_embedding.weight, self.patch_embedding.bias, stride=size).flatten(2).transpose(1, 2)
+        )
         tokens = torch.cat([self.class_token.expand(len(tiles), -1, -1), patches], dim=1)
         return (tokens + resize_positions(self.position_embedding, tiles.shape[-1] // size)).transpose(0, 1).contiguous()
 

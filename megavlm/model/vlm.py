@@ -108,9 +108,7 @@ class VisionLanguageModel(MegatronModule):
         hidden = ask_for_gradient(hidden, self.config)
         self.language.set_input_tensor(hidden)
         ends, longest = batch.sample_ends, batch.longest_sample
-        packed = PackedSeqParams(
-            qkv_format="thd", cu_seqlens_q=ends, cu_seqlens_kv=ends, max_seqlen_q=longest, max_seqlen_kv=longest
-        )
+        packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=ends, cu_seqlens_kv=ends, max_seqlen_q=longest, max_seqlen_kv=longest)
         output = self.language(
             input_ids=None,
             position_ids=None,

@@ -64,9 +64,7 @@ def find(path: str) -> Checkpoint | None:
     return Checkpoint(folder=folder, config=from_yaml(folder / CONFIG_NAME), state=run_state.read(folder))
 
 
-def save(
-    config: Config, state: State, model: VisionLanguageModel, optimizer: MegatronOptimizer, groups: Groups, dataset: Path
-) -> Path:
+def save(config: Config, state: State, model: VisionLanguageModel, optimizer: MegatronOptimizer, groups: Groups, dataset: Path) -> Path:
     """Write a checkpoint and drop those that are too old. Collective.
 
     Args:

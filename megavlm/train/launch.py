@@ -10,7 +10,7 @@ from megavlm.config.rules import ConfigError, DatasetFacts, check
 from megavlm.config.schema import Config
 from megavlm.convert import hf
 from megavlm.data.dataset import PackedDataset
-from megavlm.data.manifest import Manifest
+from megavlm.data.manifest import read_manifest
 from megavlm.data.plan import Plan
 from megavlm.model import freeze, weights
 from megavlm.model.freeze import PARTS, Trained
@@ -71,7 +71,7 @@ def _datasets(config: Config) -> Sequence[tuple[str, str]]:
 
 
 def _facts(flag: str, folder: str) -> DatasetFacts:
-    manifest = Manifest.load(folder)
+    manifest = read_manifest(folder)
     return DatasetFacts(
         flag=flag,
         folder=folder,
@@ -112,9 +112,11 @@ def _own_checkpoint(config: Config) -> Checkpoint | None:
 def _fit(config: Config, source: Checkpoint) -> Checkpoint:
     """Refuse a checkpoint that this job cannot start from."""
     problems = checkpoint.describe_differences(source.config.architecture, config.architecture)
-    tokenizer = Manifest.load(config.data.train).tokenizer_fingerprint
+    tokenizer = read_manifest(config.data.train).tokenizer_fingerprint
     if source.state.tokenizer not in (None, tokenizer):
-        problems.append(f"--data.train {config.data.train}: packed with another tokenizer than the checkpoint's; pack it with {source.folder / checkpoint.TOKENIZER}")
+        problems.append(
+            f"--data.train {config.data.train}: packed with another tokenizer than the checkpoint's; pack it with {source.folder / checkpoint.TOKENIZER}"
+        )
     if resumes(config, source):
         problems += checkpoint.describe_differences(source.config.training.trainable, config.training.trainable, "training.trainable")
         problems += checkpoint.describe_differences(source.config.training.seed, config.training.seed, "training.seed")
@@ -148,7 +150,7 @@ def train(config: Config, machine: backend.Backend, source: Checkpoint | Path | 
         prepare(model)
         wrapped = optimizer.wrap(model)
         adamw = optimizer.build(config, wrapped)
-        state = State(stage=config.stage, tokenizer=Manifest.load(config.data.train).tokenizer_fingerprint)
+        state = State(stage=config.stage, tokenizer=read_manifest(config.data.train).tokenizer_fingerprint)
         if isinstance(source, Checkpoint) and resumes(config, source):
             checkpoint.load_optimizer(source, model, adamw)
             state = source.state

@@ -53,7 +53,13 @@ def run(job: Job, state: State, metrics: Metrics) -> State:
                 seconds = time.perf_counter() - clock
                 metrics.record(
                     state.step,
-                    {"loss": loss, "lr": rate, "grad_norm": result.grad_norm, "tokens_per_s": tokens / seconds, "tiles_per_s": tiles / seconds},
+                    {
+                        "loss": loss,
+                        "lr": rate,
+                        "grad_norm": result.grad_norm,
+                        "tokens_per_s": tokens / seconds,
+                        "tiles_per_s": tiles / seconds,
+                    },
                 )
                 asked_to_stop = groups.any_rank(stop.asked, job.backend.device)
                 clock, tokens, tiles = time.perf_counter(), 0, 0

@@ -78,7 +78,7 @@ def make_dataset(
     image, or are dropped, so a pack has 1 to ``samples_per_pack`` of them.
     """
     rng = np.random.default_rng(seed)
-    facts = dict(vocab_size=vocab_size, context_token_id=context_token_id, tile_size=tile_size, features_per_tile=features_per_tile)
+    facts = {"vocab_size": vocab_size, "context_token_id": context_token_id, "tile_size": tile_size, "features_per_tile": features_per_tile}
     line, chosen = 0, []
     for _ in range(packs):
         pack: list[Sample] = []

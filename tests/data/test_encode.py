@@ -36,7 +36,9 @@ def _encode(root, *, images=Images.LOAD, capacity=1000, tile_cap=None, max_tiles
     encoder = Encoder(template, Tiling(tile_size=16, max_tiles=6), capacity, tile_cap)
     chat = [{"from": "human", "value": fields.pop("question", "what")}, {"from": "gpt", "value": "the answer"}]
     text = json.dumps({"conversations": chat, **fields}).encode()
-    return encoder.encode_line(text, Annotations(name="a", path="a.jsonl", root=str(root), max_tiles=max_tiles), source=2, line=9, images=images)
+    return encoder.encode_line(
+        text, Annotations(name="a", path="a.jsonl", root=str(root), max_tiles=max_tiles), source=2, line=9, images=images
+    )
 
 
 def test_a_sample_with_an_image(root):

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from megavlm.data.dataset import PackedDataset
 from megavlm.data.encode import Encoder, Images
 from megavlm.data.packer import Job, pack_dataset
+from megavlm.data.reader import Reader
 from megavlm.data.record import Annotations, single_file
 from megavlm.data.template import ChatTemplate, fingerprint, load_tokenizer
 from megavlm.data.tiling import Tiling
@@ -56,10 +56,15 @@ def _job(data: Path, out: Path, name: str = "good", **settings) -> Job:
 
 
 def _stored(folder: Path) -> list[tuple]:
-    """All samples of a dataset, in the order of the packs."""
-    dataset = PackedDataset(folder)
-    samples = [sample for pack in range(len(dataset)) for sample in dataset.samples(pack)]
-    return [(s.source, s.line, s.tokens.tobytes(), s.supervised.tobytes(), tuple(image.encoded for image in s.images)) for s in samples]
+    """(source, line, tokens, mask, images) of all samples of a dataset, in the order of the packs."""
+    reader, samples = Reader(folder), []
+    for pack in map(reader.read, range(len(reader))):
+        ends = np.cumsum(pack.lengths)
+        for place, (line, source, _) in enumerate(pack.provenance.tolist()):
+            part = slice(ends[place] - pack.lengths[place], ends[place])
+            images = tuple(pack.image(number) for number in np.flatnonzero(pack.images["sample"] == place))
+            samples.append((source, line, pack.tokens[part].tobytes(), pack.supervised[part].tobytes(), images))
+    return samples
 
 
 def test_packs_hold_every_record(data, tmp_path):
@@ -80,7 +85,7 @@ def test_packs_hold_every_record(data, tmp_path):
 
 def test_the_manifest_says_what_was_done(data, tmp_path):
     pack_dataset(_job(data, tmp_path / "out", "bad", max_rejects=0.7, alignment=8, tile_cap=20, seed=5))
-    manifest = PackedDataset(tmp_path / "out").manifest
+    manifest = Reader(tmp_path / "out").manifest
     tokenizer = load_tokenizer(tmp_path / "out" / "tokenizer")
     assert manifest.tokenizer_fingerprint == fingerprint(tokenizer) == fingerprint(load_tokenizer(GOLDEN / "tokenizer"))
     assert (manifest.vocab_size, manifest.context_token_id, manifest.template) == (457, 5, "internvl2_5")
@@ -137,7 +142,7 @@ def test_repeats_and_shares(data, tmp_path):
     # line 41 is blank, so the first half of 90 records ends with line 46
     assert {line for source, line in counts if source == 0} == set(range(1, 47)) - {41}
     assert counts[1, 7] == counts[1, 10] == 3 and set(counts.values()) == {1, 3}
-    totals = PackedDataset(tmp_path / "out").manifest
+    totals = Reader(tmp_path / "out").manifest
     assert [(source.records, source.samples) for source in totals.sources] == [(45, 45), (10, 12)]
 
 
@@ -181,4 +186,4 @@ def test_out_is_never_overwritten(data, tmp_path):
     with pytest.raises(FileExistsError, match="new.partial was left by a packing"):
         pack_dataset(_job(data, tmp_path / "new"))
     (tmp_path / "empty").mkdir()
-    assert pack_dataset(_job(data, tmp_path / "empty")).packs == len(PackedDataset(tmp_path / "empty"))
+    assert pack_dataset(_job(data, tmp_path / "empty")).packs == len(Reader(tmp_path / "empty"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 
@@ -118,7 +119,7 @@ def test_members():
     for seed in (None, 0, 1):
         order, starts = packing.members(seed)
         assert np.array_equal(np.sort(order), np.arange(500))
-        groups = {frozenset(order[low:high].tolist()) for low, high in zip(starts, starts[1:], strict=False)}
+        groups = {frozenset(order[low:high].tolist()) for low, high in itertools.pairwise(starts)}
         assert groups == {frozenset(np.flatnonzero(packing.bin_of == place).tolist()) for place in range(packing.bins)}
     assert not np.array_equal(packing.members(0)[0], packing.members(1)[0])
     assert np.array_equal(packing.members(0)[0], packing.members(0)[0])

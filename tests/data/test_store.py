@@ -15,7 +15,7 @@ from megavlm.data.reader import Reader
 from megavlm.data.sample import Sample
 from tests.data.samples import make_dataset, make_sample
 
-FACTS = dict(vocab_size=512, context_token_id=500, tile_size=32, features_per_tile=4)
+FACTS = {"vocab_size": 512, "context_token_id": 500, "tile_size": 32, "features_per_tile": 4}
 MANIFEST = Manifest(
     tokenizer_fingerprint="x",
     vocab_size=512,

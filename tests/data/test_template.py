@@ -48,7 +48,9 @@ def test_a_prompt_is_what_the_sample_begins_with(conversations, template):
         shown = sum(turn.text.count("<image>") for turn in turns[:-1])
         prompt = template.prompt(turns[:-1], conversation["tiles_per_image"][:shown])
         assert conversation["input_ids"][: len(prompt)] == prompt.tolist()
-        assert sum(conversation["supervised"][: len(prompt)]) == sum(conversation["supervised"]) - template_answer(conversation, len(prompt))
+        assert sum(conversation["supervised"][: len(prompt)]) == sum(conversation["supervised"]) - template_answer(
+            conversation, len(prompt)
+        )
 
 
 def template_answer(conversation: dict, start: int) -> int:
@@ -89,7 +91,9 @@ def test_hugging_face_template_places_images_and_opens_the_answer(template):
     assert template.tokenizer(expanded)["input_ids"] == template.prompt("what number", [1]).tolist()
 
 
-@pytest.mark.parametrize(("text", "tiles", "counts"), [("<image> <image> a", [1], "2 .* 1 images"), ("a", [1], "0 .* 1 images"), ("<image>", [], "1 .* 0")])
+@pytest.mark.parametrize(
+    ("text", "tiles", "counts"), [("<image> <image> a", [1], "2 .* 1 images"), ("a", [1], "0 .* 1 images"), ("<image>", [], "1 .* 0")]
+)
 def test_placeholders_and_images_must_agree(template, text, tiles, counts):
     with pytest.raises(RejectError, match=counts) as caught:
         template.encode([Turn(role="human", text=text), Turn(role="gpt", text="a")], tiles)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -37,7 +38,7 @@ def test_order_of_equally_large_grids_is_of_no_consequence():
         grids = [grid[:2] for grid in candidate_grids(1, most)]
         backwards = sorted(grids, key=lambda grid: (grid[0] * grid[1], -grid[0]))
         shapes = sorted({Fraction(*grid) for grid in grids})
-        for low, high in zip(shapes, shapes[1:], strict=False):
+        for low, high in pairwise(shapes):
             between = (low + high) / 2
             for scale in (1, 7, 40, 300, 2000):
                 width, height = between.numerator * scale, between.denominator * scale

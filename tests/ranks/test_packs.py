@@ -104,5 +104,3 @@ def test_features_and_placeholders_must_be_equal_in_number(ranks: Pool, tmp_path
     [message] = ranks.run(count_mismatch, 1, config_for(tmp_path / "packs"))
     features = TINY.features_per_tile
     assert f"{tiles * features} image placeholder tokens" in message and f"{(tiles - 1) * features} features" in message
-
-

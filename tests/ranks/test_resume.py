@@ -1,0 +1,119 @@
+"""Saving, going on, changing the layout, and the next stage."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from megavlm.config.schema import Checkpoint, Config, Logging, Parallel
+from tests.data.samples import make_dataset
+from tests.ranks.pool import Pool
+from tests.ranks.runs import EVERYTHING, TINY, config_for
+
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("packs") / "train"
+    sizes = dict(vocab_size=199, context_token_id=7, tile_size=16, features_per_tile=TINY.features_per_tile, capacity=128)
+    make_dataset(folder, packs=10, samples_per_pack=4, image_share=0.6, **sizes)
+    return folder
+
+
+def run_job(config: Config) -> int:
+    """A whole job, as ``pretrain_vlm.py`` runs it; returns the step that it ended at."""
+    from megavlm.parallel import backend
+    from megavlm.train import launch
+
+    world = config.parallel.model_parallel_size
+    source = launch.inspect(config, max(world, torch.distributed.get_world_size()))
+    return launch.train(config, backend.start(5), source).step
+
+
+def saved_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint, weights and moments, whole."""
+    from megatron.core import dist_checkpointing
+
+    from megavlm.parallel import backend
+
+    backend.start(5)
+    loaded = dist_checkpointing.load_plain_tensors(str(folder / "shards"))
+    return {key: value for key, value in loaded.items() if isinstance(value, torch.Tensor)}
+
+
+def _job(dataset: Path, save: Path, load: Path | str = "", stage: str = "2", **settings) -> Config:
+    config = config_for(dataset, steps=STEPS, global_batch_size=4, drop_path=0.2, **settings)
+    files = Checkpoint(save=str(save), load=str(load), save_interval=3, keep=0)
+    return dataclasses.replace(config, stage=stage, checkpoint=files, logging=Logging(interval=1))
+
+
+def _losses(save: Path) -> list[float]:
+    lines = [json.loads(line) for line in (save / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def _forget_the_end(save: Path, target: Path) -> None:
+    """Make a copy of a run that looks as if it had been killed after its checkpoint of step 3."""
+    shutil.copytree(save, target)
+    shutil.rmtree(target / f"step_{STEPS:08d}")
+    (target / "metrics.jsonl").unlink()
+    (target / "latest").write_text("step_00000003\n")
+    (target / ".growing_step_00000006").mkdir()
+
+
+@pytest.mark.parametrize("mask", [("projector",), EVERYTHING])
+@pytest.mark.parametrize(
+    "layout", [dict(), dict(tensor_model_parallel_size=2), dict(pipeline_model_parallel_size=2, pipeline_split=(2, 4))]
+)
+def test_going_on_equals_no_interruption_bit_for_bit(
+    ranks: Pool, dataset: Path, tmp_path: Path, layout: dict, mask: tuple[str, ...]
+) -> None:
+    settings = dict(trainable=mask, **layout)
+    assert ranks.run(run_job, 2, _job(dataset, tmp_path / "whole", **settings)) == [STEPS] * 2
+    _forget_the_end(tmp_path / "whole", tmp_path / "killed")
+    ranks.run(run_job, 2, _job(dataset, tmp_path / "killed", **settings))
+    assert _losses(tmp_path / "killed") == _losses(tmp_path / "whole")[3:]
+    last = f"step_{STEPS:08d}"
+    [whole] = ranks.run(saved_tensors, 1, tmp_path / "whole" / last)
+    [killed] = ranks.run(saved_tensors, 1, tmp_path / "killed" / last)
+    assert whole.keys() == killed.keys() and any("exp_avg_sq" in key for key in whole)
+    assert all(torch.equal(whole[key], killed[key]) for key in whole)
+
+
+def test_a_checkpoint_goes_on_at_other_layouts(ranks: Pool, dataset: Path, tmp_path: Path) -> None:
+    ranks.run(run_job, 4, _job(dataset, tmp_path / "whole", tensor_model_parallel_size=2, pipeline_model_parallel_size=2))
+    expected = _losses(tmp_path / "whole")[3:]
+    for world, layout in ((1, dict()), (2, dict(pipeline_model_parallel_size=2, pipeline_split=(1, 5))), (2, dict())):
+        save = tmp_path / f"other-{world}-{len(layout)}"
+        _forget_the_end(tmp_path / "whole", save)
+        ranks.run(run_job, world, _job(dataset, save, **layout))
+        assert _losses(save) == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_next_stage_takes_the_weights_and_starts_anew(ranks: Pool, dataset: Path, tmp_path: Path) -> None:
+    ranks.run(run_job, 1, _job(dataset, tmp_path / "one", stage="1", trainable=("projector",)))
+    ranks.run(run_job, 1, _job(dataset, tmp_path / "two", load=tmp_path / "one"))
+    [one] = ranks.run(saved_tensors, 1, tmp_path / "one" / f"step_{STEPS:08d}")
+    [two] = ranks.run(saved_tensors, 1, tmp_path / "two" / "step_00000003")
+    assert not any("vision" in key for key in one if key.startswith("optimizer"))
+    assert any("vision" in key for key in two if key.startswith("optimizer"))
+    # The first update has a learning rate of 0, so the first loss of stage 2 is that of the weights of stage 1.
+    assert _losses(tmp_path / "two")[0] < _losses(tmp_path / "one")[0]
+    state = json.loads((tmp_path / "two" / f"step_{STEPS:08d}" / "state.json").read_text())
+    assert (state["step"], state["consumed"], state["stage"]) == (STEPS, 4 * STEPS, "2")
+
+
+def test_old_checkpoints_go(ranks: Pool, dataset: Path, tmp_path: Path) -> None:
+    config = _job(dataset, tmp_path / "run")
+    config = dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, save_interval=1, keep=2))
+    ranks.run(run_job, 1, dataclasses.replace(config, parallel=Parallel()))
+    kept = sorted(entry.name for entry in (tmp_path / "run").glob("step_*"))
+    assert kept == ["step_00000005", "step_00000006"]
+    assert (tmp_path / "run" / "latest").read_text().strip() == kept[-1]
+    assert not list((tmp_path / "run").glob(".growing*"))

@@ -1,0 +1,46 @@
+"""Show what is in a packed dataset: counts, fill, spreads, sources, rejects, and packs as a picture.
+
+python tools/inspect_dataset.py packs/train
+python tools/inspect_dataset.py packs/train --check --json overview.json --picture packs.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from megavlm.data.overview import survey, to_text
+from megavlm.data.reader import Reader
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="folder of a packed dataset")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the same figures as JSON")
+    parser.add_argument("--check", action="store_true", help="read every byte and verify all checksums")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw packs: tiles, text with the supervised part marked, mask")
+    parser.add_argument("--packs", type=int, nargs="+", metavar="ID", help="packs to draw (default: three, spread over the dataset)")
+    options = parser.parse_args(arguments)
+    try:
+        reader = Reader(options.folder)
+        overview = survey(reader, check=options.check)
+        print(to_text(overview))
+        if options.json:
+            options.json.write_text(overview.to_json(), encoding="utf-8")
+        if options.picture:
+            from megavlm.data.dataset import PackedDataset
+            from megavlm.data.picture import draw
+
+            ids = options.packs or sorted({0, len(reader) // 2, len(reader) - 1})
+            draw(PackedDataset(options.folder), ids, options.picture)
+            print(f"\n  drew packs {', '.join(map(str, ids))} to {options.picture}")
+    except (OSError, ValueError, IndexError, ModuleNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
