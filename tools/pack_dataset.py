@@ -10,23 +10,26 @@ from pathlib import Path
 from megavlm.config.models import architecture
 from megavlm.config.schema import Architecture
 from megavlm.data.packer import Job, pack_dataset
-from megavlm.data.record import read_meta, single_file
-from megavlm.data.tiling import Tiling
+from megavlm.data.record import read_sources
+from megavlm.data.tiling import Tiling, features_per_tile
 
 EXAMPLE = """example:
   python tools/pack_dataset.py --model internvl2_5-1b --tokenizer Qwen2.5-0.5B-Instruct/ \\
       --jsonl chats.jsonl --root images/ --capacity 16384 --out packs/chats
-
 The folder --out appears when it is complete; its rejects.jsonl lists the records that cannot be used.
 """
-NUMBERS = (
-    ("capacity", 16384, "tokens of a pack"),
-    ("min_tiles", 1, "fewest tiles of an image, thumbnail not counted"),
-    ("max_tiles", 12, "most tiles of a record's images, thumbnails not counted"),
-    ("alignment", 1, "samples start at multiples of this many tokens in a pack"),
-    ("seed", 0, "fixes the order of the packs"),
-    ("workers", os.cpu_count() or 1, "processes; 0: this one only"),
-    ("max_rejects", 0.01, "largest share of the records that may be unusable"),
+OPTIONS = (
+    ("image_size", None, "side of a tile in pixels (default: the model's, or 448)"),
+    ("patch_size", None, "side of a patch in pixels (default: the model's, or 14)"),
+    ("pixel_shuffle", None, "patches along a side that become one feature (default: the model's, or 2)"),
+    ("capacity", 16384, "tokens of a pack (default: %(default)s)"),
+    ("min_tiles", 1, "fewest tiles of an image, thumbnail not counted (default: %(default)s)"),
+    ("max_tiles", 12, "most tiles of a record's images, thumbnails not counted (default: %(default)s)"),
+    ("tile_cap", "auto", "most tiles of a pack; auto (default): just above the mean, so that packs cost alike"),
+    ("alignment", 1, "samples start at multiples of this many tokens in a pack (default: %(default)s)"),
+    ("seed", 0, "fixes the order of the packs (default: %(default)s)"),
+    ("workers", os.cpu_count() or 1, "processes; 0: this one only (default: all cores, %(default)s)"),
+    ("max_rejects", 0.01, "largest share of the records that may be unusable (default: %(default)s)"),
 )
 
 
@@ -40,17 +43,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--tokenizer", metavar="DIR", required=True, help="folder of the language model's tokenizer")
     add("--out", metavar="DIR", required=True, help="folder to make; must be missing or empty")
     add("--model", metavar="NAME", help="model that the packs are for: gives the next three sizes")
-    add("--image_size", type=int, metavar="N", help="side of a tile in pixels (default: 448)")
-    add("--patch_size", type=int, metavar="N", help="side of a patch in pixels (default: 14)")
-    add("--pixel_shuffle", type=int, metavar="N", help="patches along a side that become one feature (default: 2)")
-    for name, default, text in NUMBERS:
-        add(f"--{name}", type=type(default), default=default, metavar="N", help=f"{text} (default: %(default)s)")
-    add(
-        "--tile_cap",
-        default="auto",
-        metavar="N",
-        help="most tiles of a pack; auto (default): just above the mean, so that packs cost alike",
-    )
+    for name, default, text in OPTIONS:
+        add(f"--{name}", type=int if default is None else type(default), default=default, metavar="N", help=text)
     add("--no_thumbnail", action="store_false", dest="thumbnail", help="do not add the whole image, small, to images of several tiles")
     add("--headers_only", action="store_true", help="trust images whose header can be read, instead of decoding each once")
     add("--json", metavar="FILE", help="also write the report's figures there")
@@ -60,38 +54,27 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def make_job(args: argparse.Namespace) -> Job:
     """What the command line asks for; raises ValueError or FileNotFoundError, naming the flag, where it cannot be."""
     model = architecture(args.model) if args.model else Architecture()
-    given = (args.image_size, args.patch_size, args.pixel_shuffle)
-    known = (model.vision.image_size, model.vision.patch_size, model.pixel_shuffle)
-    size, patch, shuffle = (known[place] if value is None else value for place, value in enumerate(given))
-    if min(size, patch, shuffle) < 1 or size % (patch * shuffle):
-        raise ValueError(f"--image_size {size}: must be a multiple of --patch_size {patch} x --pixel_shuffle {shuffle}")
+    sizes = {"image_size": model.vision.image_size, "patch_size": model.vision.patch_size, "pixel_shuffle": model.pixel_shuffle}
+    size, patch, shuffle = (known if getattr(args, name) is None else getattr(args, name) for name, known in sizes.items())
     if args.tile_cap != "auto" and not args.tile_cap.isdecimal():
         raise ValueError(f"--tile_cap {args.tile_cap}: must be a number or auto")
-    if args.meta and args.root:
-        raise ValueError(f"--root {args.root}: goes with --jsonl; the entries of --meta have their own root")
     return Job(
-        sources=read_meta(args.meta) if args.meta else (single_file(args.jsonl, args.root),),
-        features_per_tile=(size // patch // shuffle) ** 2,
+        sources=read_sources(args.meta, args.jsonl, args.root),
+        features_per_tile=features_per_tile(size, patch, shuffle),
         tiling=Tiling(tile_size=size, min_tiles=args.min_tiles, max_tiles=args.max_tiles, thumbnail=args.thumbnail),
-        decode_images=not args.headers_only,
         tile_cap=None if args.tile_cap == "auto" else int(args.tile_cap),
+        decode_images=not args.headers_only,
         **{name: getattr(args, name) for name in ("tokenizer", "out", "capacity", "alignment", "seed", "workers", "max_rejects")},
     )
 
 
-def main() -> int:
-    """0, or 2 after one message where the input is at fault."""
+if __name__ == "__main__":
     options = parse()
     try:
         report = pack_dataset(make_job(options))
-        if options.json:
-            Path(options.json).write_text(report.to_json(), encoding="utf-8")
     except (ValueError, OSError, RuntimeError) as error:
         print(f"pack_dataset: error: {error}", file=sys.stderr)
-        return 2
+        sys.exit(2)
     print(report.text())
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    if options.json:
+        Path(options.json).write_text(report.to_json(), encoding="utf-8")

@@ -256,7 +256,7 @@ class Config:
     """A whole training run.
 
     Args:
-        stage: name of a row of the table of stages (``0``, ``1``, ``1.5``, ``2``), which fills the recipe's settings.
+        stage: name of a row of the table of stages, which fills the recipe's settings.
         model: name of a row of the table of models, which fills ``architecture``.
         architecture: what the model is made of.
         data: the packed datasets.

@@ -95,6 +95,15 @@ def read_meta(path: str | Path) -> tuple[Annotations, ...]:
     return tuple(_meta_entry(name, entry, f"--meta {path}: {name!r}") for name, entry in meta.items())
 
 
+def read_sources(meta: str | None, jsonl: str | None, root: str = "") -> tuple[Annotations, ...]:
+    """The annotation files of ``meta``, or the one file ``jsonl`` with the folder of its images; errors as in ``read_meta``."""
+    if meta is None:
+        return (single_file(jsonl or "", root),)
+    if root:
+        raise ValueError(f"--root {root}: goes with --jsonl; each entry of --meta has its own root")
+    return read_meta(meta)
+
+
 def single_file(path: str | Path, root: str | Path = "") -> Annotations:
     """One annotation file without a meta file; raises FileNotFoundError where there is none."""
     if not Path(path).is_file():

@@ -94,3 +94,10 @@ def tile_count(columns: int, rows: int, thumbnail: bool) -> int:
 def image_max_tiles(max_tiles: int, images: int) -> int:
     """Most tiles of each of the ``images`` of one record, which share ``max_tiles``; at least one each."""
     return max(1, max_tiles // max(1, images))
+
+
+def features_per_tile(tile_size: int, patch_size: int, pixel_shuffle: int) -> int:
+    """Features of one tile, and so its tokens; raises ValueError where the sizes do not divide."""
+    if min(tile_size, patch_size, pixel_shuffle) < 1 or tile_size % (patch_size * pixel_shuffle):
+        raise ValueError(f"--image_size {tile_size}: must be a multiple of --patch_size {patch_size} x --pixel_shuffle {pixel_shuffle}")
+    return (tile_size // patch_size // pixel_shuffle) ** 2

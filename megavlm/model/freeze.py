@@ -8,10 +8,9 @@ from fnmatch import fnmatchcase
 
 import torch.distributed as dist
 
+from megavlm.config.rules import PARTS
 from megavlm.model.vlm import VisionLanguageModel
 from megavlm.model.weights import named_weights, weight_sizes
-
-PARTS = ("vision", "projector", "language")
 
 
 @dataclass(frozen=True, kw_only=True)

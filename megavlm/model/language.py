@@ -33,7 +33,7 @@ class LanguageModel(GPTModel):
     def __init__(self, config: TransformerConfig, language: Language, chunk: Chunk, chosen: Kernels, groups: ProcessGroupCollection):
         super().__init__(
             config=config,
-            transformer_layer_spec=language_spec(len(chunk.language_layers), chosen),
+            transformer_layer_spec=language_spec(len(chunk.language_layers), language.qkv_bias, chosen),
             vocab_size=padded_vocabulary(language.vocab_size),
             max_sequence_length=language.max_position_embeddings,
             pre_process=chunk.has_projector,

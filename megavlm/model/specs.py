@@ -90,8 +90,19 @@ def kernels() -> Kernels:
     return transformer_engine_kernels() if uses_transformer_engine() else local_kernels()
 
 
-def _attention(core: type, mask: AttnMaskType, chosen: Kernels) -> ModuleSpec:
-    submodules = SelfAttentionSubmodules(linear_qkv=chosen.norm_linear, core_attention=core, linear_proj=chosen.row_linear)
+def _without_bias(linear: type) -> type:
+    """``linear`` that has no bias, whatever it is asked for: megatron-core gives one to queries, keys and values when other layers have."""
+
+    class WithoutBias(linear):
+        def __init__(self, *args, bias: bool, **kwargs):
+            super().__init__(*args, bias=False, **kwargs)
+
+    return WithoutBias
+
+
+def _attention(core: type, mask: AttnMaskType, qkv_bias: bool, chosen: Kernels) -> ModuleSpec:
+    linear = chosen.norm_linear if qkv_bias else _without_bias(chosen.norm_linear)
+    submodules = SelfAttentionSubmodules(linear_qkv=linear, core_attention=core, linear_proj=chosen.row_linear)
     return ModuleSpec(module=SelfAttention, params={"attn_mask_type": mask}, submodules=submodules)
 
 
@@ -116,13 +127,13 @@ def _layers(module: type, attention: ModuleSpec, count: int, chosen: Kernels) ->
     return [ModuleSpec(module=module, submodules=submodules)] * count
 
 
-def vision_spec(count: int, chosen: Kernels) -> TransformerBlockSubmodules:
+def vision_spec(count: int, qkv_bias: bool, chosen: Kernels) -> TransformerBlockSubmodules:
     """A run of ``count`` InternViT layers, without a norm after the last."""
-    attention = _attention(chosen.tile_attention, AttnMaskType.no_mask, chosen)
+    attention = _attention(chosen.tile_attention, AttnMaskType.no_mask, qkv_bias, chosen)
     return TransformerBlockSubmodules(layer_specs=_layers(VisionLayer, attention, count, chosen), layer_norm=None)
 
 
-def language_spec(count: int, chosen: Kernels) -> TransformerBlockSubmodules:
+def language_spec(count: int, qkv_bias: bool, chosen: Kernels) -> TransformerBlockSubmodules:
     """A run of ``count`` layers of the language model, with a norm after the last one of the model."""
-    attention = _attention(chosen.packed_attention, AttnMaskType.causal, chosen)
+    attention = _attention(chosen.packed_attention, AttnMaskType.causal, qkv_bias, chosen)
     return TransformerBlockSubmodules(layer_specs=_layers(TransformerLayer, attention, count, chosen), layer_norm=chosen.norm)

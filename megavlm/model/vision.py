@@ -69,7 +69,7 @@ class VisionEncoder(MegatronModule):
             self.register_buffer("std", torch.tensor(vision.pixel_std)[:, None, None], persistent=False)
         self.encoder = TransformerBlock(
             config=config,
-            spec=vision_spec(len(chunk.vision_layers), chosen),
+            spec=vision_spec(len(chunk.vision_layers), vision.qkv_bias, chosen),
             post_layer_norm=False,
             pre_process=True,
             post_process=False,

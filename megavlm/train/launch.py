@@ -6,14 +6,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megavlm.config.rules import ConfigError, DatasetFacts, check
+from megavlm.config.rules import PARTS, ConfigError, DatasetFacts, check
 from megavlm.config.schema import Config
 from megavlm.convert import hf
 from megavlm.data.dataset import PackedDataset
 from megavlm.data.manifest import read_manifest
 from megavlm.data.plan import Plan
 from megavlm.model import freeze, weights
-from megavlm.model.freeze import PARTS, Trained
+from megavlm.model.freeze import Trained
 from megavlm.model.vlm import VisionLanguageModel
 from megavlm.parallel import backend, groups
 from megavlm.parallel.layout import make_layout

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megavlm.config.schema import Parallel
-from megavlm.convert import hf
+from megavlm.convert.reference import load_reference
 from megavlm.data.batch import Batch
 from megavlm.data.dataset import PackedDataset
 from megavlm.model.vlm import VisionLanguageModel
@@ -51,7 +51,7 @@ def compare(checkpoint_path: str, hf_folder: Path, dataset_folder: Path, packs: 
     """
     machine = backend.start(timeout_minutes=30)
     model, dataset = _load(checkpoint_path, machine), PackedDataset(dataset_folder)
-    other = hf.load_model(hf_folder).to(machine.device).eval()
+    other = load_reference(hf_folder).to(machine.device)
     samples = tokens = equal = 0
     largest = 0.0
     for pack_id in range(min(packs, len(dataset))):

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import random
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -187,3 +190,27 @@ def test_out_is_never_overwritten(data, tmp_path):
         pack_dataset(_job(data, tmp_path / "new"))
     (tmp_path / "empty").mkdir()
     assert pack_dataset(_job(data, tmp_path / "empty")).packs == len(Reader(tmp_path / "empty"))
+
+
+TOOL = Path(__file__).parents[2] / "tools" / "pack_dataset.py"
+
+
+def _run_tool(data: Path, *arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, TOOL, "--jsonl", data / "good.jsonl", "--root", data, "--tokenizer", GOLDEN / "tokenizer", "--workers", "0"]
+    environment = {**os.environ, "PYTHONPATH": str(TOOL.parents[1])}
+    return subprocess.run([*map(str, command), *arguments], env=environment, capture_output=True, text=True, check=False)
+
+
+def test_the_tool_packs(data, tmp_path):
+    out, figures = tmp_path / "out", tmp_path / "report.json"
+    done = _run_tool(data, "--model", "tiny", "--out", str(out), "--capacity", "1500", "--json", str(figures))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "records   90 read, 0 rejected" in done.stdout and json.loads(figures.read_text())["samples"] == 90
+    manifest = Reader(out).manifest
+    assert (manifest.image_size, manifest.features_per_tile, manifest.max_tiles, manifest.capacity) == (32, 16, 12, 1500)
+
+
+def test_the_tool_tells_what_is_wrong_in_one_line(data, tmp_path):
+    done = _run_tool(data, "--model", "tiny", "--out", str(data))
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"pack_dataset: error: --out {data}: already holds") and done.stderr.count("\n") == 1

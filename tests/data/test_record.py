@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from megavlm.data.record import Turn, count_records, parse_record, read_lines, read_meta, single_file
+from megavlm.data.record import Turn, count_records, parse_record, read_lines, read_meta, read_sources, single_file
 from megavlm.data.reject import REASONS, RejectError
 
 CHAT = [{"from": "human", "value": "what"}, {"from": "gpt", "value": "this"}]
@@ -130,3 +130,11 @@ def test_files_that_are_not_there(tmp_path):
         read_meta(_meta(tmp_path, annotation=str(tmp_path / "nowhere.jsonl")))
     with pytest.raises(FileNotFoundError, match="--jsonl .*nowhere.jsonl"):
         single_file(tmp_path / "nowhere.jsonl")
+
+
+def test_sources_are_one_file_or_a_meta_file(tmp_path):
+    path = _meta(tmp_path)
+    assert read_sources(str(path), None) == read_meta(path)
+    assert read_sources(None, str(tmp_path / "a.jsonl"), "here") == (single_file(tmp_path / "a.jsonl", "here"),)
+    with pytest.raises(ValueError, match="--root here: goes with --jsonl"):
+        read_sources(str(path), None, "here")

@@ -48,7 +48,8 @@ def saved_tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def _job(dataset: Path, save: Path, load: Path | str = "", stage: str = "2", **settings) -> Config:
-    config = config_for(dataset, steps=STEPS, global_batch_size=4, drop_path=0.2, **settings)
+    drop_path = 0.2 if "vision" in settings.get("trainable", EVERYTHING) else 0.0
+    config = config_for(dataset, steps=STEPS, global_batch_size=4, drop_path=drop_path, **settings)
     files = Checkpoint(save=str(save), load=str(load), save_interval=3, keep=0)
     return dataclasses.replace(config, stage=stage, checkpoint=files, logging=Logging(interval=1))
 

@@ -1,0 +1,186 @@
+"""Command line options made from the dataclasses of the schema: one option, and one YAML key, for each field."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import inspect
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
+
+import docstring_parser
+import jsonargparse
+
+from megavlm.config.schema import Config
+
+# Names that Megatron-LM's users know, for fields that mean the same.
+ALIASES = {
+    "--tensor-model-parallel-size": "parallel.tensor_model_parallel_size",
+    "--pipeline-model-parallel-size": "parallel.pipeline_model_parallel_size",
+    "--sequence-parallel": "parallel.sequence_parallel",
+    "--recompute-granularity": "parallel.recompute",
+    "--distributed-timeout-minutes": "parallel.timeout_minutes",
+    "--lr": "optimizer.lr",
+    "--min-lr": "optimizer.min_lr",
+    "--lr-warmup-iters": "optimizer.warmup_steps",
+    "--lr-warmup-fraction": "optimizer.warmup_ratio",
+    "--lr-decay-style": "optimizer.schedule",
+    "--weight-decay": "optimizer.weight_decay",
+    "--adam-beta1": "optimizer.adam_beta1",
+    "--adam-beta2": "optimizer.adam_beta2",
+    "--adam-eps": "optimizer.adam_eps",
+    "--clip-grad": "optimizer.clip_grad",
+    "--train-iters": "training.steps",
+    "--global-batch-size": "training.global_batch_size",
+    "--seed": "training.seed",
+    "--eval-interval": "training.eval_interval",
+    "--save": "checkpoint.save",
+    "--load": "checkpoint.load",
+    "--save-interval": "checkpoint.save_interval",
+    "--log-interval": "logging.interval",
+    "--num-workers": "data.workers",
+    "--wandb-project": "logging.wandb_project",
+    "--wandb-exp-name": "logging.run_name",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """A field of the configuration as an option.
+
+    Args:
+        key: dotted path, such as ``training.steps``; the option is this with two dashes before it.
+        kind: type of the field.
+        help: what the field's docstring says.
+    """
+
+    key: str
+    kind: Any
+    help: str
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """All names on the command line, the full one first."""
+        return f"--{self.key}", *(alias for alias, key in ALIASES.items() if key == self.key)
+
+    @property
+    def expects(self) -> str:
+        """What a value must be, in words."""
+        if get_origin(self.kind) is Literal:
+            return "one of " + ", ".join(get_args(self.kind))
+        if get_origin(self.kind) is tuple:
+            item, *more = get_args(self.kind)
+            count = "" if more == [...] else f"{len(more) + 1} "
+            return f"{count}{ {int: 'integers', float: 'numbers', str: 'names'}[item] } with commas between them"
+        return {int: "an integer", float: "a number", bool: "true or false", str: "text"}[self.kind]
+
+
+def sections(kind: type = Config, path: str = "") -> Iterator[tuple[str, str, list[Option]]]:
+    """The sections of the configuration: path, what its docstring says, and its own fields; a section comes before those inside it."""
+    hints, documented = get_type_hints(kind), docstring_parser.parse(inspect.getdoc(kind) or "")
+    texts = {parameter.arg_name: " ".join((parameter.description or "").split()) for parameter in documented.params}
+    own = [name for name in hints if not dataclasses.is_dataclass(hints[name])]
+    yield path, documented.short_description or "", [Option(key=f"{path}{name}", kind=hints[name], help=texts[name]) for name in own]
+    for name in hints:
+        if name not in own:
+            yield from sections(hints[name], f"{path}{name}.")
+
+
+def options() -> dict[str, Option]:
+    """Every option of the configuration, by key."""
+    return {option.key: option for _, _, listed in sections() for option in listed}
+
+
+class Parser(jsonargparse.ArgumentParser):
+    """Raises ``ArgumentError`` with a short message, where its base prints the usage and ends the process."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Called by the base class."""
+        raise argparse.ArgumentError(None, explain(message)) from ex
+
+
+def make_parser(defaults: Config, prog: str, description: str = "") -> Parser:
+    """A parser of every option.
+
+    Args:
+        defaults: values where none are given.
+        prog: name of the program.
+        description: text above the options, shown as it stands.
+    """
+    parser = Parser(
+        prog=prog,
+        usage="torchrun [torchrun options] %(prog)s --stage NAME --model NAME [--config FILE] [--section.field VALUE] ...",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    for path, text, listed in sections():
+        group = parser.add_argument_group(path.removesuffix(".") or "run", text.replace("``", ""))
+        for option in listed:
+            value = _value(defaults, option.key)
+            shown = option.help.replace("%", "%%").replace("``", "").removesuffix(".") + f" (default: {shown_value(value)})" * (value != "")
+            group.add_argument(*option.flags, type=_reader(option), default=value, help=shown, metavar=_metavar(option))
+    return parser
+
+
+def to_config(namespace: Any, kind: type = Config) -> Any:
+    """The dataclass ``kind`` from what a parser read."""
+    hints, values = get_type_hints(kind), vars(namespace)
+    return kind(**{name: to_config(values[name], hints[name]) if dataclasses.is_dataclass(hints[name]) else values[name] for name in hints})
+
+
+def shown_value(value: Any) -> str:
+    """A value as it is written on the command line."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return ",".join(map(str, value)) or "empty" if isinstance(value, tuple) else str(value)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """``; did you mean ...?`` where a known name is near, else nothing."""
+    known = list(known)
+    by_ending = [entry for entry in known if entry.rsplit(".")[-1].lstrip("-") == name.rsplit(".")[-1].lstrip("-")]
+    near = by_ending[:3] or difflib.get_close_matches(name, known, n=2, cutoff=0.7)
+    return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
+def explain(message: str) -> str:
+    """The parser's message about a value of the wrong kind, in the words of the command line; any other as it is."""
+    found = re.search(r"(?:Parser key \"|argument --)([\w.]+)\"?:.*(?:Got value|got|value): (.*)", message, re.DOTALL)
+    if not found or found[1] not in options():
+        return message
+    return f"--{found[1]}: expected {options()[found[1]].expects}; got {found[2]}"
+
+
+def _reader(option: Option) -> Any:
+    """What turns a text or a YAML value into the field's value."""
+    if get_origin(option.kind) is not tuple:
+        return option.kind
+    item, *more = get_args(option.kind)
+
+    def read(value: Any) -> tuple:
+        try:
+            values = [part.strip() for part in value.strip("[]() ").split(",") if part.strip()] if isinstance(value, str) else list(value)
+            if more != [...] and len(values) != len(more) + 1:
+                raise ValueError("another number of values")
+            return tuple(item(entry) for entry in values)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{error}; got: {value}") from None
+
+    return read
+
+
+def _metavar(option: Option) -> str:
+    if get_origin(option.kind) is Literal:
+        return "{" + ",".join(get_args(option.kind)) + "}"
+    if get_origin(option.kind) is tuple:
+        return "A,B,..."
+    return {int: "N", float: "X", bool: "{true,false}", str: "TEXT"}[option.kind]
+
+
+def _value(config: Any, key: str) -> Any:
+    for name in key.split("."):
+        config = vars(config)[name]
+    return config

@@ -1,0 +1,294 @@
+"""Cross checks of a configuration, before anything is built. All problems are reported together; nothing is corrected."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from megavlm.config.schema import Architecture, Checkpoint, Config, Data, Logging, Optimizer, Parallel, Training
+
+PARTS = ("vision", "projector", "language")
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot run; the message names every flag to change."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetFacts:
+    """What the manifest of a packed dataset says that must fit the model.
+
+    Args:
+        flag: option that names the dataset, such as ``--data.train``.
+        folder: where it is.
+        image_size: side of a tile in pixels.
+        features_per_tile: context tokens of a tile.
+        vocab_size: ids of the tokenizer that made the tokens.
+        capacity: tokens of a pack.
+        num_packs: packs in the dataset.
+        has_images: whether any pack has an image.
+        fingerprint: hash of the tokenizer.
+    """
+
+    flag: str
+    folder: str
+    image_size: int
+    features_per_tile: int
+    vocab_size: int
+    capacity: int
+    num_packs: int
+    has_images: bool
+    fingerprint: str
+
+
+def check(config: Config, world_size: int, facts: Sequence[DatasetFacts] = ()) -> None:
+    """Refuse a configuration that cannot run.
+
+    Args:
+        config: the run.
+        world_size: ranks it is started on.
+        facts: of the datasets that could be opened.
+
+    Raises:
+        ConfigError: with everything that is wrong.
+    """
+    found = problems(config, world_size) + facts_problems(config, facts)
+    if found:
+        listed = "\n  ".join(found)
+        raise ConfigError(f"{len(found)} problem{'s' * (len(found) > 1)} with the configuration:\n  {listed}")
+
+
+def problems(config: Config, world_size: int) -> list[str]:
+    """Everything in a configuration that cannot run on ``world_size`` ranks, each naming the flag to change."""
+    return [
+        *_architecture(config.architecture),
+        *_tensor_parallel(config.parallel, config.architecture),
+        *_pipeline(config.parallel, config.architecture),
+        *_world(config, world_size),
+        *_data(config.data),
+        *_training(config.training, config.data),
+        *_optimizer(config.optimizer, config.training.steps),
+        *_checkpoint(config.checkpoint),
+        *_logging(config.logging, config.checkpoint),
+    ]
+
+
+def facts_problems(config: Config, facts: Sequence[DatasetFacts]) -> list[str]:
+    """Everything in which packed datasets do not fit the model or each other."""
+    return [problem for dataset in facts for problem in _dataset(config, dataset)] + list(_same_tokenizer(facts))
+
+
+def _at_least(least: int, section: str, values: object, *names: str) -> Iterator[str]:
+    """The fields ``names`` that are below ``least``."""
+    for name in names:
+        value = vars(values)[name]
+        if value < least:
+            yield f"--{section}.{name} {value}: must be {least} or more"
+
+
+def _divisors(*numbers: int) -> str:
+    """Common divisors in words: ``1, 2 or 7``."""
+    *others, last = [str(size) for size in range(1, min(numbers) + 1) if all(number % size == 0 for number in numbers)]
+    return f"{', '.join(others)} or {last}" if others else last
+
+
+def _architecture(arch: Architecture) -> list[str]:
+    vision, language, sizes = arch.vision, arch.language, ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
+    found = [
+        *_at_least(1, "architecture", arch, "pixel_shuffle"),
+        *_at_least(1, "architecture.vision", vision, "image_size", "patch_size", *sizes),
+        *_at_least(1, "architecture.language", language, *sizes, "num_query_groups", "vocab_size", "max_position_embeddings"),
+    ]
+    return found or [*_vision(arch), *_language(arch)]
+
+
+def _vision(arch: Architecture) -> Iterator[str]:
+    vision, flag = arch.vision, "--architecture.vision"
+    if vision.image_size % vision.patch_size:
+        yield f"{flag}.patch_size {vision.patch_size} does not divide {flag}.image_size {vision.image_size}"
+    elif vision.grid % arch.pixel_shuffle:
+        yield f"--architecture.pixel_shuffle {arch.pixel_shuffle} does not divide the {vision.grid} patches along a tile's side"
+    if vision.hidden_size % vision.num_attention_heads:
+        yield f"{flag}.num_attention_heads {vision.num_attention_heads} does not divide {flag}.hidden_size {vision.hidden_size}"
+    if min(vision.pixel_std) <= 0:
+        yield f"{flag}.pixel_std {','.join(map(str, vision.pixel_std))}: must be above 0"
+
+
+def _language(arch: Architecture) -> Iterator[str]:
+    language, flag = arch.language, "--architecture.language"
+    heads, groups = language.num_attention_heads, language.num_query_groups
+    if language.hidden_size % heads:
+        yield f"{flag}.num_attention_heads {heads} does not divide {flag}.hidden_size {language.hidden_size}"
+    elif language.hidden_size // heads % 2:
+        yield f"{flag}.hidden_size {language.hidden_size}: {language.hidden_size // heads} a head, and rotary positions need an even number"
+    if heads % groups:
+        yield f"{flag}.num_query_groups {groups} does not divide {flag}.num_attention_heads {heads}"
+
+
+def _tensor_parallel(parallel: Parallel, arch: Architecture) -> Iterator[str]:
+    size, flag = parallel.tensor_model_parallel_size, "--parallel.tensor_model_parallel_size"
+    if size < 1:
+        yield f"{flag} {size}: must be 1 or more"
+        return
+    vision, language = arch.vision, arch.language
+    shared = {
+        "vision.num_attention_heads": vision.num_attention_heads,
+        "vision.ffn_hidden_size": vision.ffn_hidden_size,
+        "language.num_attention_heads": language.num_attention_heads,
+        "language.num_query_groups": language.num_query_groups,
+        "language.hidden_size": language.hidden_size,
+        "language.ffn_hidden_size": language.ffn_hidden_size,
+    }
+    if min(shared.values()) < 1:
+        return
+    for name, number in shared.items():
+        if number % size:
+            yield f"{flag} {size} does not divide --architecture.{name} {number}; use {_divisors(*shared.values())}"
+    if parallel.sequence_parallel and size == 1:
+        yield f"--parallel.sequence_parallel true needs {flag} 2 or more; it is 1"
+
+
+def _pipeline(parallel: Parallel, arch: Architecture) -> Iterator[str]:
+    size, split = parallel.pipeline_model_parallel_size, parallel.pipeline_split
+    vision, language = arch.vision.num_layers, arch.language.num_layers
+    layers = f"{vision + language} layers ({vision} of the vision encoder, {language} of the language model)"
+    flag, given = "--parallel.pipeline_model_parallel_size", f"--parallel.pipeline_split {','.join(map(str, split))}"
+    if size < 1:
+        yield f"{flag} {size}: must be 1 or more"
+    elif size > vision + language:
+        yield f"{flag} {size}: more chunks than the model's {layers}"
+    if split and len(split) != size:
+        yield f"{given}: {len(split)} chunks, but {flag} is {size}"
+    if split and min(split) < 1:
+        yield f"{given}: each chunk must have a layer"
+    if split and sum(split) != vision + language:
+        yield f"{given}: {sum(split)} layers in all, but the model has {layers}"
+
+
+def _world(config: Config, world_size: int) -> Iterator[str]:
+    model, batch = config.parallel.model_parallel_size, config.training.global_batch_size
+    tensor, pipeline = config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size
+    if batch < 1:
+        yield f"--training.global_batch_size {batch}: must be 1 or more"
+    yield from _at_least(1, "parallel", config.parallel, "timeout_minutes")
+    if min(tensor, pipeline) < 1:
+        return
+    if world_size % model:
+        yield (
+            f"--parallel.tensor_model_parallel_size {tensor} x --parallel.pipeline_model_parallel_size {pipeline} = {model} "
+            f"does not divide the {world_size} ranks that torchrun started"
+        )
+    elif batch % (copies := world_size // model):
+        lower, upper = batch // copies * copies, (batch // copies + 1) * copies
+        near = f"{lower} or {upper}" if lower > 0 else f"{upper}"
+        yield (
+            f"--training.global_batch_size {batch} is not a multiple of the {copies} data-parallel ranks "
+            f"({world_size} ranks / {model} for each copy of the model); use {near}"
+        )
+
+
+def _data(data: Data) -> Iterator[str]:
+    if not data.train:
+        yield "--data.train: name the folder of a packed dataset; tools/pack_dataset.py makes one"
+    for name in ("train", "valid"):
+        folder = vars(data)[name]
+        if folder and not Path(folder).is_dir():
+            yield f"--data.{name} {folder}: no such folder; tools/pack_dataset.py --out {folder} makes one"
+    yield from _at_least(0, "data", data, "workers")
+    yield from _at_least(1, "data", data, "prefetch")
+
+
+def _training(training: Training, data: Data) -> Iterator[str]:
+    yield from _at_least(1, "training", training, "steps")
+    yield from _at_least(0, "training", training, "seed", "eval_interval", "eval_packs")
+    if not training.trainable:
+        yield f"--training.trainable: empty, so nothing would be trained; name some of {', '.join(PARTS)}"
+    for pattern in training.trainable:
+        if not _parts(pattern):
+            yield f"--training.trainable {pattern}: nothing is called so; parts are {', '.join(PARTS)}"
+    if not 0 <= training.drop_path < 1:
+        yield f"--training.drop_path {training.drop_path}: must be 0 or more, and less than 1"
+    elif training.drop_path and training.trainable and not any("vision" in _parts(pattern) for pattern in training.trainable):
+        yield (
+            f"--training.drop_path {training.drop_path} has no effect: --training.trainable {','.join(training.trainable)} "
+            "leaves the vision encoder frozen; use 0"
+        )
+    if training.eval_interval > 0 and not data.valid:
+        yield f"--training.eval_interval {training.eval_interval} needs --data.valid, the held-out packs"
+
+
+def _parts(pattern: str) -> list[str]:
+    """Parts that a name, or a pattern of names, can mean."""
+    return [part for part in PARTS if fnmatchcase(part, pattern.split(".")[0])]
+
+
+def _optimizer(optimizer: Optimizer, steps: int) -> Iterator[str]:
+    if not optimizer.lr > 0:
+        yield f"--optimizer.lr {optimizer.lr}: must be above 0"
+    elif optimizer.min_lr > optimizer.lr:
+        yield f"--optimizer.min_lr {optimizer.min_lr} is above --optimizer.lr {optimizer.lr}"
+    yield from _at_least(0, "optimizer", optimizer, "min_lr", "warmup_steps", "weight_decay", "clip_grad")
+    if optimizer.warmup_steps > steps:
+        yield f"--optimizer.warmup_steps {optimizer.warmup_steps} is more than --training.steps {steps}: lr would never be reached"
+    if not 0 <= optimizer.warmup_ratio <= 1:
+        yield f"--optimizer.warmup_ratio {optimizer.warmup_ratio}: must be from 0 to 1"
+    for name in ("adam_beta1", "adam_beta2"):
+        if not 0 <= vars(optimizer)[name] < 1:
+            yield f"--optimizer.{name} {vars(optimizer)[name]}: must be 0 or more, and less than 1"
+    if not optimizer.adam_eps > 0:
+        yield f"--optimizer.adam_eps {optimizer.adam_eps}: must be above 0"
+
+
+def _checkpoint(checkpoint: Checkpoint) -> Iterator[str]:
+    yield from _at_least(0, "checkpoint", checkpoint, "save_interval", "keep")
+    if checkpoint.save_interval > 0 and not checkpoint.save:
+        yield (
+            f"--checkpoint.save_interval {checkpoint.save_interval} needs --checkpoint.save, the folder for checkpoints; "
+            "use --checkpoint.save_interval 0 for a run that keeps nothing"
+        )
+    if checkpoint.save and Path(checkpoint.save).exists() and not Path(checkpoint.save).is_dir():
+        yield f"--checkpoint.save {checkpoint.save}: is a file; name a folder"
+    if checkpoint.load and not Path(checkpoint.load).is_dir():
+        yield f"--checkpoint.load {checkpoint.load}: no such folder"
+    if checkpoint.export_hf and not checkpoint.save:
+        yield f"--checkpoint.export_hf {checkpoint.export_hf} needs --checkpoint.save: the model is exported from the last checkpoint"
+    target = Path(checkpoint.export_hf)
+    if checkpoint.export_hf and target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        yield f"--checkpoint.export_hf {checkpoint.export_hf}: exists already and is not an empty folder; name another"
+
+
+def _logging(logging: Logging, checkpoint: Checkpoint) -> Iterator[str]:
+    yield from _at_least(1, "logging", logging, "interval")
+    if logging.tensorboard and not checkpoint.save:
+        yield "--logging.tensorboard true needs --checkpoint.save, where its files go"
+    if logging.wandb_project and logging.wandb_mode == "offline" and not checkpoint.save:
+        yield "--logging.wandb_mode offline needs --checkpoint.save, where its files go"
+
+
+def _dataset(config: Config, facts: DatasetFacts) -> Iterator[str]:
+    arch, tensor, where = config.architecture, config.parallel.tensor_model_parallel_size, f"{facts.flag} {facts.folder}"
+    if facts.num_packs < 1:
+        yield f"{where}: has no packs"
+    if facts.has_images and facts.image_size != arch.vision.image_size:
+        yield f"{where}: tiles of {facts.image_size} pixels, but --architecture.vision.image_size is {arch.vision.image_size}"
+    wanted = arch.vision.image_size // max(arch.vision.patch_size, 1) // max(arch.pixel_shuffle, 1)
+    if facts.has_images and facts.features_per_tile != wanted**2:
+        yield f"{where}: packed for {facts.features_per_tile} features a tile, but the model makes {wanted**2}; pack it with --model"
+    if facts.vocab_size > arch.language.vocab_size:
+        yield f"{where}: its tokenizer has {facts.vocab_size} tokens, but --architecture.language.vocab_size is {arch.language.vocab_size}"
+    if config.parallel.sequence_parallel and facts.capacity % max(tensor, 1):
+        yield (
+            f"{where}: packs of {facts.capacity} tokens cannot be shared by --parallel.tensor_model_parallel_size {tensor}, "
+            "as --parallel.sequence_parallel true asks; pack with a --capacity that is a multiple"
+        )
+    parts = {part for pattern in config.training.trainable for part in _parts(pattern)}
+    if parts and "language" not in parts and not facts.has_images:
+        yield f"{where}: has no images, and --training.trainable {','.join(config.training.trainable)} learns from images only"
+
+
+def _same_tokenizer(facts: Sequence[DatasetFacts]) -> Iterator[str]:
+    for other in facts[1:]:
+        if other.fingerprint != facts[0].fingerprint:
+            yield f"{other.flag} {other.folder}: packed with another tokenizer than {facts[0].flag} {facts[0].folder}"

@@ -1,0 +1,74 @@
+"""The table of training stages, which ``--stage`` picks from: what each one trains, and with which settings.
+
+Stages 1, 1.5 and 2 are those of InternVL 2.5 (arXiv 2412.05271), with the values that its 8B model was trained with; the 1B, 2B and 4B
+models differ in a weight decay of 0.01 and in more steps of stage 2. In all three every trained weight decays, norms and biases included,
+and a sample of n supervised tokens weighs the square root of n. Batch sizes count packs of 16384 tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megavlm.config.schema import Data, Optimizer, Training
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """What a stage sets; whatever it leaves alone keeps the schema's value.
+
+    Args:
+        description: one line, for people.
+        data: how supervised tokens weigh.
+        optimizer: learning rate, weight decay and so on.
+        training: trained parts, batch size, steps.
+    """
+
+    description: str
+    data: Data
+    optimizer: Optimizer
+    training: Training
+
+
+_INTERNVL = Data(loss_reduction="square")
+_EVERYTHING = ("vision", "projector", "language")
+
+STAGES: dict[str, Stage] = {
+    # Not a stage of InternVL, which starts from finished language models: what is usual for pre-training one (Llama 2, arXiv 2307.09288).
+    # Text has no answers of unlike length to balance, so each token weighs the same; a second moment with a shorter memory and a longer
+    # warm-up keep training from scratch stable; norms and biases do not decay.
+    "0": Stage(
+        description="language model alone, on packs without images",
+        data=Data(loss_reduction="token"),
+        optimizer=Optimizer(lr=3e-4, min_lr=3e-5, warmup_steps=2000, warmup_ratio=0.0, weight_decay=0.1, decay="matrices", adam_beta2=0.95),
+        training=Training(trainable=("language",), steps=100_000, global_batch_size=256),
+    ),
+    "1": Stage(
+        description="projector alone: teaches it to speak to the language model",
+        data=_INTERNVL,
+        optimizer=Optimizer(lr=2e-4, warmup_steps=100, warmup_ratio=0.0, weight_decay=0.05),
+        training=Training(trainable=("projector",), steps=100_000, global_batch_size=512),
+    ),
+    "1.5": Stage(
+        description="vision encoder and projector: what the encoder has not seen yet",
+        data=_INTERNVL,
+        optimizer=Optimizer(lr=1e-5, warmup_steps=100, warmup_ratio=0.0, weight_decay=0.05),
+        training=Training(trainable=("vision", "projector"), steps=100_000, global_batch_size=1024, drop_path=0.1),
+    ),
+    "2": Stage(
+        description="everything, on instructions",
+        data=_INTERNVL,
+        optimizer=Optimizer(lr=4e-5, warmup_ratio=0.03, weight_decay=0.05),
+        training=Training(trainable=_EVERYTHING, steps=5500, global_batch_size=512, drop_path=0.1),
+    ),
+}
+
+
+def stage(name: str) -> Stage:
+    """The row ``name`` of the table.
+
+    Raises:
+        ValueError: there is no such row; the message lists the names.
+    """
+    if name not in STAGES:
+        raise ValueError(f"--stage {name}: no such stage; known are {', '.join(STAGES)}")
+    return STAGES[name]

@@ -1,0 +1,1 @@
+"""Weights and settings of a model, to and from Hugging Face, exactly."""

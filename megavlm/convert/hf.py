@@ -1,0 +1,236 @@
+"""Whole models between checkpoints and the native InternVL format of Hugging Face (``InternVLForConditionalGeneration``)."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megavlm.config.cli import from_yaml, to_yaml
+from megavlm.config.models import MODELS
+from megavlm.config.schema import Architecture, Config
+from megavlm.convert import model_config
+from megavlm.convert.files import SafetensorsFolder, ShardsFolder, new_folder, write_safetensors, write_shards
+from megavlm.convert.model_config import architecture_from_hf, hf_config
+from megavlm.convert.ops import Shape
+from megavlm.convert.processor import TOKENIZER_FILES, write_processor
+from megavlm.convert.views import HuggingFaceView, MegatronView
+from megavlm.data.manifest import FILE_NAME as MANIFEST_NAME
+from megavlm.data.manifest import read_manifest
+from megavlm.data.progress import Progress
+from megavlm.data.template import fingerprint, load_tokenizer
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_HEAD = "language_model.lm_head.weight"
+# In memory transformers names weights so; files carry the names on the right, but some programs write the others.
+_IN_MEMORY = (
+    (re.compile(r"^lm_head\."), "language_model.lm_head."),
+    (re.compile(r"^model\.language_model\."), "language_model.model."),
+    (re.compile(r"^model\.(vision_tower|multi_modal_projector)\."), r"\1."),
+)
+
+
+def name_on_disk(name: str) -> str:
+    """The name that files of ``InternVLForConditionalGeneration`` give to a weight, whichever of its two names this is."""
+    for pattern, replacement in _IN_MEMORY:
+        if pattern.match(name):
+            return pattern.sub(replacement, name)
+    return name
+
+
+def hf_tensors_as_megatron(folder: str | Path, architecture: Architecture) -> MegatronView:
+    """The weights of a Hugging Face folder under our checkpoint keys, each read when it is asked for.
+
+    Raises:
+        FileNotFoundError: files are missing.
+        ValueError: the weights are not those of ``architecture``; every tensor at fault is named.
+    """
+    return MegatronView(_open(Path(folder)), architecture)
+
+
+def full_tensors(folder: str | Path, architecture: Architecture) -> Callable[[str, Shape], Tensor]:
+    """What fills a model from a Hugging Face folder: takes a checkpoint key (and a shape, which may have padding), gives the whole tensor.
+
+    Raises:
+        FileNotFoundError: files are missing.
+        ValueError: the model in the folder is another one than ``architecture``; every difference is named.
+    """
+    refuse_other(folder, architecture)
+    view = hf_tensors_as_megatron(folder, architecture)
+    return lambda key, shape: view[key]
+
+
+def refuse_other(folder: str | Path, architecture: Architecture) -> None:
+    """Raise ValueError where the model in a Hugging Face folder is of another architecture; only ``config.json`` is read."""
+    different = model_config.differences(architecture_from_hf(folder), architecture)
+    if different:
+        listed = "\n  ".join(different)
+        raise ValueError(f"{folder}: the model there is of another architecture than --model:\n  {listed}")
+
+
+def _open(folder: Path) -> SafetensorsFolder:
+    """The weights of a Hugging Face folder."""
+    source = SafetensorsFolder(folder, rename=name_on_disk)
+    if _HEAD not in source.headers and model_config.read_json(folder / model_config.FILE_NAME).get("tie_word_embeddings", True):
+        raise ValueError(f"{folder}: token embedding and head are one tensor (tie_word_embeddings); a model with two is needed")
+    return source
+
+
+def step_folder(path: str | Path) -> Path:
+    """The folder of one step at ``path``: that folder itself, or a run's save folder (then its newest).
+
+    Raises:
+        FileNotFoundError: no complete checkpoint is there.
+    """
+    folder = Path(path)
+    if (folder / "latest").is_file():
+        folder = folder / (folder / "latest").read_text(encoding="utf-8").strip()
+    for name in ("state.json", "config.yaml"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder}: no complete checkpoint is there ({name} is missing)")
+    return folder
+
+
+def export(
+    checkpoint: str | Path,
+    out: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    tokenizer: str | Path = "",
+    flag: str = "--out",
+) -> Path:
+    """Write a checkpoint as a Hugging Face folder. It needs neither a process group nor the memory for a whole model.
+
+    Args:
+        checkpoint: folder of a step, or a run's save folder.
+        out: folder to make; missing or empty.
+        dtype: number format of the weights; none: as they are.
+        tokenizer: folder of the tokenizer, where the checkpoint has none.
+        flag: names ``out`` in errors.
+
+    Returns:
+        The folder.
+
+    Raises:
+        FileNotFoundError: the checkpoint, or its tokenizer, is missing.
+        ValueError: the checkpoint is damaged or of another model than it says, or ``out`` is taken.
+    """
+    folder, out = step_folder(checkpoint), Path(out)
+    architecture = from_yaml(folder / "config.yaml").architecture
+    source = ShardsFolder(folder / "shards")
+    view = HuggingFaceView(source, architecture, dtype)
+    words = Path(tokenizer) if tokenizer else folder / "tokenizer"
+    if not words.is_dir():
+        raise FileNotFoundError(f"{words}: the checkpoint has no tokenizer; name the folder of one with --tokenizer")
+    manifest = read_manifest(folder) if (folder / MANIFEST_NAME).is_file() else None
+    with new_folder(out, flag) as growing, Progress("export", "B", _bytes(view)) as progress:
+        ids = write_processor(growing, words, architecture, manifest)
+        number = next(iter(view.headers.values())).dtype
+        settings = hf_config(architecture, dtype=number, image_token_id=ids.image, eos_token_id=ids.end, pad_token_id=ids.pad)
+        model_config.write_json(growing / model_config.FILE_NAME, settings)
+        write_safetensors(view, growing, done=progress.add)
+    return out
+
+
+def import_(folder: str | Path, out: str | Path, *, flag: str = "--out") -> Path:
+    """Write a Hugging Face folder as a checkpoint that any layout can load; its weights can be started from, no run be gone on with.
+
+    Args:
+        folder: the Hugging Face folder.
+        out: folder of the checkpoint to make; missing or empty.
+        flag: names ``out`` in errors.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        FileNotFoundError: files are missing.
+        ValueError: the model cannot be trained here, its weights are not those that its settings say, or ``out`` is taken.
+    """
+    folder, out = Path(folder), Path(out)
+    architecture = architecture_from_hf(folder)
+    view = hf_tensors_as_megatron(folder, architecture)
+    name = next((name for name, known in MODELS.items() if known == architecture), "custom")
+    with new_folder(out, flag) as growing, Progress("import", "B", _bytes(view)) as progress:
+        write_shards(view, growing / "shards", done=progress.add)
+        words = _copy_tokenizer(folder, growing / "tokenizer")
+        (growing / "config.yaml").write_text(to_yaml(Config(stage="2", model=name, architecture=architecture)), encoding="utf-8")
+        state = {"step": 0, "consumed": 0, "stage": None, "tokenizer": words, "format": 1}
+        (growing / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+    return out
+
+
+def _copy_tokenizer(folder: Path, target: Path) -> str | None:
+    """Copy the tokenizer, where there is one, and return its fingerprint."""
+    present = [name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    if "tokenizer_config.json" not in present:
+        return None
+    target.mkdir()
+    for name in present:
+        shutil.copyfile(folder / name, target / name)
+    return fingerprint(load_tokenizer(target))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartCheck:
+    """What became of one part's tensors on the way there and back.
+
+    Args:
+        part: ``vision_tower``, ``multi_modal_projector`` or ``language_model``.
+        tensors: in the part.
+        nbytes: of them.
+        changed: names of those that came back different.
+    """
+
+    part: str
+    tensors: int
+    nbytes: int
+    changed: tuple[str, ...]
+
+
+def check(folder: str | Path) -> list[PartCheck]:
+    """Convert a Hugging Face folder to our layout and back, tensor by tensor, in memory, and compare bit for bit.
+
+    Raises:
+        FileNotFoundError: files are missing.
+        ValueError: the model cannot be trained here, or its weights are not those that its settings say.
+    """
+    folder = Path(folder)
+    architecture, source = architecture_from_hf(folder), _open(folder)
+    back = HuggingFaceView(MegatronView(source, architecture), architecture)
+    names: dict[str, list[str]] = {}
+    changed: dict[str, list[str]] = {}
+    with Progress("check", "B", _bytes(back)) as progress:
+        for name, header in back.headers.items():
+            part = name.split(".")[0]
+            names.setdefault(part, []).append(name)
+            if not _same_bits(source[name], back[name]):
+                changed.setdefault(part, []).append(name)
+            progress.add(header.nbytes)
+    return [
+        PartCheck(
+            part=part,
+            tensors=len(found),
+            nbytes=sum(back.headers[name].nbytes for name in found),
+            changed=tuple(changed.get(part, ())),
+        )
+        for part, found in names.items()
+    ]
+
+
+def _bytes(view: MegatronView | HuggingFaceView) -> int:
+    """Bytes of all tensors."""
+    return sum(header.nbytes for header in view.headers.values())
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors have the same type, shape and bits; NaN is equal to itself here."""
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))

@@ -1,0 +1,160 @@
+"""What becomes of one tensor of megatron-core in Hugging Face's format, and back: invertible operations on whole tensors.
+
+Each operation takes a tensor of megatron-core apart (``split``) and puts it together again (``join``), bit for bit.
+Shape letters: H query heads, G query groups, d numbers of a head.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Shape = tuple[int, ...]
+
+
+class Operation(ABC):
+    """An invertible operation between one tensor of megatron-core and one or more of Hugging Face's."""
+
+    @abstractmethod
+    def split(self, whole: Tensor) -> tuple[Tensor, ...]:
+        """Hugging Face's tensors from megatron-core's; they may be views of it."""
+
+    @abstractmethod
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        """Megatron-core's tensor from Hugging Face's."""
+
+    @abstractmethod
+    def part_shapes(self, whole: Shape) -> tuple[Shape, ...]:
+        """Shapes of Hugging Face's tensors where megatron-core's has shape ``whole``."""
+
+    def takes(self, found: Shape, expected: Shape) -> bool:
+        """Whether a tensor of megatron-core of shape ``found`` can stand for one of shape ``expected``."""
+        return found == expected
+
+
+@dataclass(frozen=True)
+class Same(Operation):
+    """The same tensor on both sides."""
+
+    def split(self, whole: Tensor) -> tuple[Tensor, ...]:
+        """The tensor."""
+        return (whole,)
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        """The tensor."""
+        return parts[0]
+
+    def part_shapes(self, whole: Shape) -> tuple[Shape, ...]:
+        """The shape."""
+        return (whole,)
+
+
+@dataclass(frozen=True)
+class Vocabulary(Same):
+    """One row for each token; megatron-core's tensor may have more rows behind them, so that it divides over ranks. They are cut off.
+
+    Args:
+        rows: tokens of the vocabulary.
+    """
+
+    rows: int
+
+    def split(self, whole: Tensor) -> tuple[Tensor, ...]:
+        """The rows of the vocabulary."""
+        return (whole[: self.rows],)
+
+    def takes(self, found: Shape, expected: Shape) -> bool:
+        """Rows may be more, not fewer."""
+        return len(found) == len(expected) and found[0] >= expected[0] and found[1:] == expected[1:]
+
+
+@dataclass(frozen=True)
+class Stacked(Operation):
+    """Several tensors of the same shape, one below the other, such as ``[gate; up]``.
+
+    Args:
+        count: tensors.
+    """
+
+    count: int
+
+    def split(self, whole: Tensor) -> tuple[Tensor, ...]:
+        """The tensors."""
+        return whole.chunk(self.count)
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        """The stack."""
+        return torch.cat(list(parts))
+
+    def part_shapes(self, whole: Shape) -> tuple[Shape, ...]:
+        """A ``count``-th of the rows each."""
+        return ((whole[0] // self.count, *whole[1:]),) * self.count
+
+
+@dataclass(frozen=True)
+class GroupedQKV(Operation):
+    """Query, key and value projections, weights or biases, that megatron-core keeps in one tensor: for each query group the rows of its
+    query heads, then of its key head, then of its value head.
+
+    Args:
+        heads: query heads H.
+        groups: query groups G; key and value have a head for each. G = H is plain multi-head attention.
+        head_size: rows of a head d.
+    """
+
+    heads: int
+    groups: int
+    head_size: int
+
+    def split(self, whole: Tensor) -> tuple[Tensor, ...]:
+        """[(H + 2G) d, ...] -> query [H d, ...], key [G d, ...], value [G d, ...]."""
+        heads = whole.unflatten(0, (self.groups, self._heads_of_group, self.head_size))
+        return tuple(part.flatten(0, 2) for part in heads.split([self.heads // self.groups, 1, 1], dim=1))
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        """The inverse of ``split``."""
+        grouped = [part.unflatten(0, (self.groups, -1, self.head_size)) for part in parts]
+        return torch.cat(grouped, dim=1).flatten(0, 2)
+
+    def part_shapes(self, whole: Shape) -> tuple[Shape, ...]:
+        """Rows of query, key and value."""
+        return tuple((heads * self.head_size, *whole[1:]) for heads in (self.heads, self.groups, self.groups))
+
+    @property
+    def _heads_of_group(self) -> int:
+        """Query heads of a group, its key head and its value head."""
+        return self.heads // self.groups + 2
+
+
+@dataclass(frozen=True)
+class Reshape(Operation):
+    """The same numbers in the same order under another shape.
+
+    Args:
+        shape: Hugging Face's.
+        whole: megatron-core's.
+    """
+
+    shape: Shape
+    whole: Shape
+
+    def __post_init__(self) -> None:
+        if math.prod(self.shape) != math.prod(self.whole):
+            raise ValueError(f"{self.shape} and {self.whole} hold different amounts of numbers")
+
+    def split(self, whole: Tensor) -> tuple[Tensor, ...]:
+        """Hugging Face's shape."""
+        return (whole.reshape(self.shape),)
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        """Megatron-core's shape."""
+        return parts[0].reshape(self.whole)
+
+    def part_shapes(self, whole: Shape) -> tuple[Shape, ...]:
+        """Hugging Face's shape."""
+        return (self.shape,)

@@ -1,0 +1,147 @@
+"""What ``AutoProcessor`` of transformers needs to use an exported model: tokenizer, chat template, image processor, generation settings."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megavlm.config.schema import Architecture
+from megavlm.convert.model_config import IMAGE_PROCESSOR_NAME, read_json, write_json
+from megavlm.data.manifest import Manifest
+from megavlm.data.template import (
+    HF_CHAT_TEMPLATE,
+    IMAGE_CONTEXT,
+    IMAGE_END,
+    IMAGE_START,
+    SPECIAL_TOKENS,
+    SYSTEM_MESSAGE,
+    TURN_END,
+    load_tokenizer,
+)
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+)
+# The processor wants a token for videos that texts do not hold. Qwen2.5's tokenizers have one; elsewhere it is one of InternVL's that nothing
+# uses, since a new token would make another tokenizer than the one that the model was trained with.
+_VIDEO, _UNUSED = "<|video_pad|>", "<quad>"
+_PROCESSOR = "InternVLProcessor"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenIds:
+    """Tokens that a model's settings name."""
+
+    image: int
+    end: int
+    pad: int
+
+
+def token_ids(folder: Path, architecture: Architecture) -> TokenIds:
+    """Ids of the tokens that matter, in the tokenizer of a folder.
+
+    Raises:
+        ValueError: the tokenizer lacks one, or knows more tokens than the model.
+    """
+    tokenizer = load_tokenizer(folder)
+    known = tokenizer.get_vocab()
+    missing = [token for token in (*SPECIAL_TOKENS, TURN_END) if token not in known]
+    if missing:
+        raise ValueError(f"--tokenizer {folder}: lacks {', '.join(missing)}; take the folder tokenizer/ of the packed dataset")
+    if max(known.values()) >= architecture.language.vocab_size:
+        highest, rows = max(known.values()), architecture.language.vocab_size
+        raise ValueError(f"--tokenizer {folder}: has ids up to {highest}, and the model's vocabulary has {rows} rows")
+    end = known[TURN_END]
+    return TokenIds(image=known[IMAGE_CONTEXT], end=end, pad=end if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
+
+
+def write_processor(folder: Path, tokenizer: Path, architecture: Architecture, manifest: Manifest | None) -> TokenIds:
+    """Write everything but weights and ``config.json``.
+
+    Args:
+        folder: the folder of the model.
+        tokenizer: folder of the tokenizer.
+        architecture: the model.
+        manifest: of the dataset that it was trained on: its tile limits and its system message; none: InternVL's.
+    """
+    ids = token_ids(tokenizer, architecture)
+    for name in TOKENIZER_FILES:
+        if (tokenizer / name).is_file():
+            shutil.copyfile(tokenizer / name, folder / name)
+    write_json(folder / "tokenizer_config.json", _tokenizer_config(tokenizer))
+    (folder / "chat_template.jinja").write_text(chat_template(manifest.system_message if manifest else SYSTEM_MESSAGE), encoding="utf-8")
+    write_json(folder / IMAGE_PROCESSOR_NAME, _image_processor(architecture, manifest))
+    write_json(folder / "video_preprocessor_config.json", _video_processor(architecture))
+    write_json(folder / "processor_config.json", {"processor_class": _PROCESSOR, "image_seq_length": architecture.features_per_tile})
+    write_json(folder / "generation_config.json", {"eos_token_id": ids.end, "pad_token_id": ids.pad})
+    return ids
+
+
+def chat_template(system_message: str) -> str:
+    """The chat template with another system message than InternVL's."""
+    escaped = system_message.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n")
+    return HF_CHAT_TEMPLATE.replace(SYSTEM_MESSAGE, escaped)
+
+
+def _tokenizer_config(tokenizer: Path) -> dict[str, Any]:
+    """``tokenizer_config.json`` with the names under which the processor looks for its tokens."""
+    path = tokenizer / "tokenizer_config.json"
+    settings = read_json(path) if path.is_file() else {}
+    settings.pop("chat_template", None)
+    extra = settings.pop("extra_special_tokens", None) or []
+    named = dict(extra) if isinstance(extra, dict) else {}
+    listed = settings.pop("additional_special_tokens", None) or ([] if named else extra)
+    names = {"start_image_token": IMAGE_START, "end_image_token": IMAGE_END, "context_image_token": IMAGE_CONTEXT}
+    video = _VIDEO if _VIDEO in load_tokenizer(tokenizer).get_vocab() else _UNUSED
+    # transformers 4 and 5 both read names from the one entry, and plain special tokens from the other.
+    return settings | {
+        "additional_special_tokens": listed,
+        "extra_special_tokens": {"video_token": video} | named | names,
+        "processor_class": _PROCESSOR,
+    }
+
+
+def _image_processor(architecture: Architecture, manifest: Manifest | None) -> dict[str, Any]:
+    vision = architecture.vision
+    return {
+        "image_processor_type": "GotOcr2ImageProcessorFast",
+        "processor_class": _PROCESSOR,
+        "crop_to_patches": True,
+        "min_patches": manifest.min_tiles if manifest else 1,
+        "max_patches": manifest.max_tiles if manifest else 12,
+        **_pixels(architecture),
+        "size": {"height": vision.image_size, "width": vision.image_size},
+    }
+
+
+def _video_processor(architecture: Architecture) -> dict[str, Any]:
+    side = architecture.vision.image_size
+    return {
+        "video_processor_type": "InternVLVideoProcessor",
+        "processor_class": _PROCESSOR,
+        **_pixels(architecture),
+        "size": {"height": side, "width": side},
+    }
+
+
+def _pixels(architecture: Architecture) -> dict[str, Any]:
+    """How pixels become numbers."""
+    return {
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "resample": 3,  # bicubic
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(architecture.vision.pixel_mean),
+        "image_std": list(architecture.vision.pixel_std),
+    }

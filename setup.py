@@ -1,0 +1,48 @@
+"""Packaging of megavlm: ``pip install -c constraints.txt -e .[dev,quickstart]``."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+README = ROOT / "README.md"
+
+setup(
+    name="megavlm",
+    version=re.search(r'__version__ = "(.+)"', (ROOT / "megavlm" / "__init__.py").read_text()).group(1),
+    description="Trains vision-language models, at scale, on megatron-core",
+    long_description=README.read_text(encoding="utf-8") if README.exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["megavlm", "megavlm.*"]),
+    install_requires=[
+        "torch>=2.6",
+        # The last release for Python 3.11, and the one that is tested on newer ones.
+        "megatron-core==0.16.1; python_version < '3.12'",
+        "megatron-core==0.19.2; python_version >= '3.12'",
+        "docstring-parser>=0.16",
+        "jsonargparse>=4.50",
+        "numpy>=1.26",
+        "pillow>=10.0",
+        "psutil>=5.9",  # megatron-core's distributed checkpoints import it without asking for it
+        "pyyaml>=6.0",
+        "safetensors>=0.5",
+        "sentencepiece>=0.2",  # tokenizers that come as tokenizer.model
+        "tokenizers>=0.21",
+        "tqdm>=4.66",
+        "transformers>=5.0",
+    ],
+    extras_require={
+        # A CUDA toolkit must be there to build it; without it training runs on a CPU. megatron-core also uses Apex where it is installed
+        # (from source, https://github.com/NVIDIA/apex); nothing here needs it.
+        "gpu": ["transformer-engine[pytorch]>=2.4"],
+        # Packs millions of samples a second instead of tens of thousands; the result is the same.
+        "fast": ["numba>=0.61"],
+        "tensorboard": ["tensorboard>=2.17"],
+        "wandb": ["wandb>=0.19"],
+        "quickstart": ["matplotlib>=3.9", "scikit-learn>=1.5"],
+        "dev": ["numba>=0.61", "pytest>=8.0", "ruff==0.17.5", "tensorboard>=2.17", "wandb>=0.19"],
+    },
+)

@@ -1,0 +1,171 @@
+"""The command line: precedence, names, types, messages, and configurations as YAML."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megavlm.config.cli import from_yaml, parse, to_yaml
+from megavlm.config.models import MODELS
+from megavlm.config.options import ALIASES, options
+from megavlm.config.schema import Config, Optimizer, Training
+from megavlm.config.stages import STAGES
+
+NAMES = ["--stage", "1", "--model", "tiny"]
+
+
+def refused(arguments: list[str], capsys: pytest.CaptureFixture) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        parse(arguments)
+    assert stopped.value.code == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("model", MODELS)
+def test_names_pick_rows_of_the_tables(stage: str, model: str):
+    config = parse(["--stage", stage, "--model", model])
+    row = STAGES[stage]
+    assert config == Config(
+        stage=stage, model=model, architecture=MODELS[model], data=row.data, optimizer=row.optimizer, training=row.training
+    )
+
+
+def test_later_sources_win(tmp_path: Path):
+    (tmp_path / "a.yaml").write_text("training: {steps: 7, seed: 8}\noptimizer: {lr: 1e-3}\narchitecture: {language: {num_layers: 6}}\n")
+    (tmp_path / "b.yaml").write_text("training:\n  seed: 9\n")
+    files = ["--config", str(tmp_path / "a.yaml"), "--config", str(tmp_path / "b.yaml")]
+    config = parse([*NAMES, "--optimizer.lr", "5e-3", *files])
+    assert config.architecture.vision == MODELS["tiny"].vision and config.architecture.language.num_layers == 6
+    assert config.training == Training(steps=7, seed=9, global_batch_size=512)
+    assert config.optimizer == dataclasses.replace(STAGES["1"].optimizer, lr=5e-3)
+
+
+@pytest.mark.parametrize(("written", "stage"), [("1.5", "1.5"), ("1", "1"), ('"1.5"', "1.5"), ("'2'", "2"), ("0", "0")])
+def test_a_stage_in_a_file_may_be_a_number_or_a_text(written: str, stage: str, tmp_path: Path):
+    path = tmp_path / "run.yaml"
+    path.write_text(f"stage: {written}\nmodel: tiny\n")
+    config = parse(["--config", str(path)])
+    assert config.stage == stage and config.training == STAGES[stage].training
+    assert parse(["--config", str(path), "--stage", "2"]).training == STAGES["2"].training
+
+
+def test_lists_have_commas_on_the_command_line_and_are_lists_in_files(tmp_path: Path):
+    (tmp_path / "run.yaml").write_text("parallel: {pipeline_split: [3, 5]}\ntraining:\n  trainable: [projector, 'vision.*']\n")
+    config = parse([*NAMES, "--config", str(tmp_path / "run.yaml")])
+    assert config.parallel.pipeline_split == (3, 5) and config.training.trainable == ("projector", "vision.*")
+    config = parse([*NAMES, "--parallel.pipeline_split", "10,20,18", "--training.trainable", "vision,projector"])
+    assert config.parallel.pipeline_split == (10, 20, 18) and config.training.trainable == ("vision", "projector")
+    assert parse([*NAMES, "--architecture.vision.pixel_mean=0.5,0.5,0.5"]).architecture.vision.pixel_mean == (0.5, 0.5, 0.5)
+
+
+def test_every_alias_sets_the_field_that_it_stands_for():
+    kinds = {int: "3", float: "0.25", bool: "true", str: "some"}
+    for alias, key in ALIASES.items():
+        text = {"parallel.recompute": "full", "optimizer.schedule": "constant"}.get(key) or kinds[options()[key].kind]
+        config = parse([*NAMES, alias, text])
+        assert config == parse([*NAMES, f"--{key}", text]), alias
+        assert config != parse(NAMES), alias
+
+
+def test_a_switch_needs_no_value():
+    assert parse([*NAMES, "--sequence-parallel", "--lr", "0.5"]).parallel.sequence_parallel
+    assert parse([*NAMES, "--parallel.sequence_parallel"]).parallel.sequence_parallel
+    assert not parse([*NAMES, "--sequence-parallel", "false"]).parallel.sequence_parallel
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], ["--stage (one of 0, 1, 1.5, 2)", "--model (one of tiny, internvl2_5-1b"]),
+        (["--stage", "3", "--model", "tiny"], ["--stage 3: no such stage", "0, 1, 1.5, 2"]),
+        (["--stage", "1", "--model", "big"], ["--model big: no such model", "internvl2_5-4b"]),
+        ([*NAMES, "--trainig.steps", "3"], ["--trainig.steps; did you mean --training.steps?"]),
+        ([*NAMES, "--steps", "3"], ["--steps; did you mean --training.steps?"]),
+        ([*NAMES, "--training.step", "3"], ["unknown option --training.step;"]),
+        ([*NAMES, "--training.steps", "3.5"], ["--training.steps: expected an integer; got 3.5"]),
+        ([*NAMES, "--lr", "fast"], ["--optimizer.lr: expected a number; got fast"]),
+        ([*NAMES, "--training.precision", "float16"], ["expected one of bfloat16, float32; got float16"]),
+        ([*NAMES, "--parallel.pipeline_split", "1,a"], ["expected integers with commas"]),
+        ([*NAMES, "--architecture.vision.pixel_std", "1,1"], ["expected 3 numbers"]),
+        ([*NAMES, "--parallel.sequence_parallel", "3"], ["expected true or false; got 3"]),
+        ([*NAMES, "--config", "missing.yaml"], ["--config missing.yaml: no such file"]),
+        ([*NAMES, "stray"], ["stray"]),
+    ],
+)
+def test_wrong_command_lines_get_a_short_message(arguments: list[str], words: list[str], capsys: pytest.CaptureFixture):
+    message = refused(arguments, capsys)
+    assert all(word in message for word in words), message
+    assert message.count("\n") <= 2 and "usage" not in message and "class" not in message
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("training: {stesp: 3}", ["unknown key training.stesp; did you mean training.steps"]),
+        ("steps: 3", ["unknown key steps; did you mean training.steps"]),
+        ("training: 3", ["training (a section"]),
+        ("training: {steps: many}", ["--training.steps: expected an integer; got many"]),
+        ("parallel: {pipeline_split: 3}", ["--parallel.pipeline_split: expected integers"]),
+        ("- 1", ["expected keys and values"]),
+        ("a: [", ["not YAML"]),
+    ],
+)
+def test_wrong_files_get_a_message_with_their_name(text: str, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    message = refused([*NAMES, "--config", str(path)], capsys)
+    assert all(word in message for word in [str(path), *words]), message
+
+
+def test_only_the_first_rank_speaks(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("RANK", "3")
+    assert refused(["--stage", "3", "--model", "tiny"], capsys) == ""
+
+
+def test_help_names_every_option_and_shows_the_defaults_of_the_stage(capsys: pytest.CaptureFixture):
+    with pytest.raises(SystemExit) as stopped:
+        parse(["--help", "--stage", "2", "--model", "tiny"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert stopped.value.code == 0
+    assert all(f"--{key}" in shown for key in options()) and all(alias in shown for alias in ALIASES)
+    assert "highest learning rate (default: 4e-05)" in shown and "(default: vision,projector,language)" in shown
+    assert "``" not in shown
+
+
+def test_print_config_prints_what_would_run(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
+    arguments = [*NAMES, "--lr", "0.125"]
+    with pytest.raises(SystemExit) as stopped:
+        parse([*arguments, "--print_config"])
+    assert stopped.value.code == 0
+    assert from_yaml(capsys.readouterr().out) == parse(arguments)
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit):
+        parse([*arguments, "--print_config"])
+    assert capsys.readouterr().out == ""
+
+
+def test_yaml_gives_exactly_the_configuration_back(tmp_path: Path):
+    odd = Optimizer(lr=0.1 + 0.2, adam_eps=1e-12, min_lr=1 / 3)
+    training = Training(trainable=("vision.encoder.layers.[01].*", "1.5"), seed=2**40)
+    config = dataclasses.replace(parse(["--stage", "1.5", "--model", "tiny"]), optimizer=odd, training=training)
+    config = dataclasses.replace(config, model="/models/größe: 7", data=dataclasses.replace(config.data, train="1e3"))
+    path = tmp_path / "config.yaml"
+    path.write_text(to_yaml(config), encoding="utf-8")
+    assert from_yaml(path) == config == from_yaml(to_yaml(config))
+    assert yaml.safe_load(to_yaml(config))["stage"] == "1.5"
+
+
+def test_yaml_with_missing_fields_gets_the_schema_and_not_the_tables():
+    assert from_yaml("stage: '2'\nmodel: tiny\n") == Config(stage="2", model="tiny")
+    with pytest.raises(ValueError, match="unknown key traning"):
+        from_yaml("traning: {steps: 3}")
+
+
+def test_the_recipe_of_the_examples_resolves():
+    for path in sorted(Path(__file__).parents[2].glob("examples/*/*.yaml")):
+        config = parse(["--config", str(path)])
+        assert config.training.trainable == STAGES[config.stage].training.trainable, path

@@ -1,0 +1,180 @@
+"""Every cross check, one wrong configuration each, and all of them together."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megavlm.config.cli import parse
+from megavlm.config.rules import ConfigError, DatasetFacts, check, facts_problems, problems
+from megavlm.config.schema import Config
+from megavlm.config.stages import STAGES
+
+
+@pytest.fixture
+def packs(tmp_path: Path) -> Path:
+    (tmp_path / "packs").mkdir()
+    return tmp_path / "packs"
+
+
+def tiny(packs: Path, *arguments: str, stage: str = "2", model: str = "tiny") -> Config:
+    saved = ["--data.train", str(packs), "--checkpoint.save", str(packs.parent / "run")]
+    return parse(["--stage", stage, "--model", model, *saved, *arguments])
+
+
+def facts(config: Config, **changes: Any) -> DatasetFacts:
+    good = DatasetFacts(
+        flag="--data.train",
+        folder="packs",
+        image_size=config.architecture.vision.image_size,
+        features_per_tile=config.architecture.features_per_tile,
+        vocab_size=config.architecture.language.vocab_size,
+        capacity=1024,
+        num_packs=10,
+        has_images=True,
+        fingerprint="abc",
+    )
+    return dataclasses.replace(good, **changes)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(
+    ("model", "layout", "world_size"),
+    [
+        ("tiny", [], 1),
+        ("tiny", ["--tensor-model-parallel-size", "2", "--sequence-parallel", "--pipeline-model-parallel-size", "4"], 16),
+        ("tiny", ["--pipeline-model-parallel-size", "2", "--parallel.pipeline_split", "2,6"], 2),
+        ("internvl2_5-8b", ["--tensor-model-parallel-size", "8"], 512),
+    ],
+)
+def test_what_is_meant_to_run_has_no_problems(stage: str, model: str, layout: list[str], world_size: int, packs: Path):
+    config = tiny(packs, *layout, stage=stage, model=model)
+    assert problems(config, world_size) == []
+    assert facts_problems(config, [facts(config), facts(config, flag="--data.valid", num_packs=1)]) == []
+    check(config, world_size, [facts(config)])
+
+
+# Options, ranks, and words that the one message must have.
+WRONG = [
+    ("--tensor-model-parallel-size 0", 1, ["tensor_model_parallel_size 0: must be 1 or more"]),
+    ("--pipeline-model-parallel-size 0", 1, ["pipeline_model_parallel_size 0: must be 1 or more"]),
+    ("--sequence-parallel", 1, ["sequence_parallel true needs --parallel.tensor_model_parallel_size 2 or more"]),
+    ("--pipeline-model-parallel-size 9", 9 * 128, ["size 9: more chunks than", "8 layers (4 of the vision encoder, 4 of"]),
+    ("--parallel.pipeline_split 2,6", 1, ["2,6: 2 chunks, but --parallel.pipeline_model_parallel_size is 1"]),
+    ("--pipeline-model-parallel-size 2 --parallel.pipeline_split 8,0", 2, ["8,0: each chunk must have a layer"]),
+    ("--pipeline-model-parallel-size 2 --parallel.pipeline_split 3,4", 2, ["3,4: 7 layers in all, but the model has 8"]),
+    ("--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2", 6, ["2 x --parallel.pipeline", "= 4 does not divide the 6 ranks"]),
+    ("--global-batch-size 30", 8, ["global_batch_size 30 is not a multiple of the 8 data-parallel ranks", "use 24 or 32"]),
+    ("--global-batch-size 3", 8, ["use 8"]),
+    ("--global-batch-size 0", 1, ["global_batch_size 0: must be 1 or more"]),
+    ("--parallel.timeout_minutes 0", 1, ["timeout_minutes 0: must be 1 or more"]),
+    ("--architecture.vision.num_layers 0", 1, ["vision.num_layers 0: must be 1 or more"]),
+    ("--architecture.vision.patch_size 5", 1, ["patch_size 5 does not divide --architecture.vision.image_size 32"]),
+    ("--architecture.pixel_shuffle 3", 1, ["pixel_shuffle 3 does not divide the 8 patches"]),
+    ("--architecture.vision.num_attention_heads 3", 1, ["num_attention_heads 3 does not divide --architecture.vision.hidden_size 64"]),
+    ("--architecture.vision.pixel_std 1,0,1", 1, ["pixel_std 1.0,0.0,1.0: must be above 0"]),
+    ("--architecture.language.hidden_size 130", 1, ["num_attention_heads 4 does not divide --architecture.language.hidden_size 130"]),
+    ("--architecture.language.hidden_size 12", 1, ["hidden_size 12: 3 a head, and rotary positions need an even number"]),
+    ("--architecture.language.num_query_groups 3", 1, ["num_query_groups 3 does not divide"]),
+    ("--data.train=", 1, ["--data.train: name the folder"]),
+    ("--data.train nowhere", 1, ["--data.train nowhere: no such folder; tools/pack_dataset.py --out nowhere makes one"]),
+    ("--data.valid nowhere", 1, ["--data.valid nowhere: no such folder"]),
+    ("--data.workers -1", 1, ["data.workers -1: must be 0 or more"]),
+    ("--data.prefetch 0", 1, ["data.prefetch 0: must be 1 or more"]),
+    ("--training.steps 0", 1, ["training.steps 0: must be 1 or more"]),
+    ("--training.trainable=", 1, ["--training.trainable: empty"]),
+    ("--training.trainable vision,visoin.encoder", 1, ["--training.trainable visoin.encoder: nothing is called so"]),
+    ("--training.drop_path 1", 1, ["drop_path 1.0: must be 0 or more, and less than 1"]),
+    ("--training.trainable projector", 1, ["drop_path 0.1 has no effect", "leaves the vision encoder frozen; use 0"]),
+    ("--eval-interval 10", 1, ["eval_interval 10 needs --data.valid"]),
+    ("--lr 0", 1, ["optimizer.lr 0.0: must be above 0"]),
+    ("--lr .nan", 1, ["optimizer.lr nan: must be above 0"]),
+    ("--lr 1e-5 --min-lr 2e-5", 1, ["min_lr 2e-05 is above --optimizer.lr 1e-05"]),
+    ("--weight-decay -1", 1, ["weight_decay -1.0: must be 0 or more"]),
+    ("--train-iters 10 --lr-warmup-iters 11", 1, ["warmup_steps 11 is more than --training.steps 10"]),
+    ("--lr-warmup-fraction 2", 1, ["warmup_ratio 2.0: must be from 0 to 1"]),
+    ("--adam-beta2 1", 1, ["adam_beta2 1.0: must be 0 or more, and less than 1"]),
+    ("--adam-eps 0", 1, ["adam_eps 0.0: must be above 0"]),
+    ("--checkpoint.save=", 1, ["save_interval 100 needs --checkpoint.save", "save_interval 0 for a run that keeps nothing"]),
+    ("--checkpoint.save FILE", 1, ["is a file"]),
+    ("--checkpoint.keep -1", 1, ["checkpoint.keep -1: must be 0 or more"]),
+    ("--checkpoint.load nowhere", 1, ["--checkpoint.load nowhere: no such folder"]),
+    ("--checkpoint.save= --save-interval 0 --checkpoint.export_hf out", 1, ["export_hf out needs --checkpoint.save"]),
+    ("--checkpoint.export_hf FULL", 1, ["exists already and is not an empty folder"]),
+    ("--log-interval 0", 1, ["logging.interval 0: must be 1 or more"]),
+    ("--checkpoint.save= --save-interval 0 --logging.tensorboard", 1, ["tensorboard true needs --checkpoint.save"]),
+    ("--checkpoint.save= --save-interval 0 --wandb-project p --logging.wandb_mode offline", 1, ["wandb_mode offline needs"]),
+]
+
+
+@pytest.mark.parametrize(("options", "world_size", "words"), WRONG, ids=[options for options, _, _ in WRONG])
+def test_each_mistake_gets_one_message(options: str, world_size: int, words: list[str], packs: Path):
+    (packs.parent / "full").mkdir()
+    (packs.parent / "full" / "file").touch()
+    options = options.replace("FILE", str(packs.parent / "full" / "file")).replace("FULL", str(packs.parent / "full"))
+    found = problems(tiny(packs, *options.split()), world_size)
+    assert len(found) == 1 and found[0].startswith("--"), found
+    assert all(word in found[0] for word in words), found
+
+
+def test_tensor_parallelism_divides_every_size_it_shares(packs: Path):
+    found = problems(tiny(packs, "--tensor-model-parallel-size", "3"), 3 * 512)
+    named = [problem.split("does not divide --architecture.")[1] for problem in found]
+    assert [name.split()[0] for name in named] == [
+        "vision.num_attention_heads",
+        "vision.ffn_hidden_size",
+        "language.num_attention_heads",
+        "language.num_query_groups",
+        "language.hidden_size",
+    ]
+    assert all("use 1 or 2" in name for name in named), "two query groups allow no more"
+    assert [problem for problem in problems(tiny(packs, "--tensor-model-parallel-size", "4"), 4) if "num_query_groups 2" in problem]
+
+
+def test_sizes_of_nothing_are_reported_and_divide_nothing(packs: Path):
+    options = [f"--architecture.{name} 0" for name in ("vision.patch_size", "pixel_shuffle", "language.num_attention_heads")]
+    config = tiny(packs, *" ".join(options).split())
+    assert len(problems(config, 1)) == 3
+    facts_problems(config, [facts(tiny(packs))])
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "words"),
+    [
+        ({"num_packs": 0}, "", ["--data.train packs: has no packs"]),
+        ({"image_size": 448}, "", ["tiles of 448 pixels", "image_size is 32"]),
+        ({"features_per_tile": 256}, "", ["packed for 256 features a tile, but the model makes 16"]),
+        ({"vocab_size": 600}, "", ["has 600 tokens", "vocab_size is 512"]),
+        ({"capacity": 1023}, "--tensor-model-parallel-size 2 --sequence-parallel", ["packs of 1023 tokens", "parallel_size 2"]),
+        ({"has_images": False}, "--training.trainable vision,projector", ["has no images", "learns from images only"]),
+    ],
+)
+def test_packs_that_do_not_fit_the_model_are_refused(changes: dict[str, Any], options: str, words: list[str], packs: Path):
+    config = tiny(packs, *options.split())
+    found = facts_problems(config, [facts(config, **changes)])
+    assert len(found) == 1 and all(word in found[0] for word in words), found
+
+
+def test_packs_without_images_need_not_fit_the_vision_encoder(packs: Path):
+    config = tiny(packs, stage="0")
+    assert facts_problems(config, [facts(config, has_images=False, image_size=448, features_per_tile=256)]) == []
+
+
+def test_training_and_held_out_packs_share_a_tokenizer(packs: Path):
+    config = tiny(packs)
+    other = facts(config, flag="--data.valid", folder="held-out", fingerprint="xyz")
+    assert facts_problems(config, [facts(config), other]) == [
+        "--data.valid held-out: packed with another tokenizer than --data.train packs"
+    ]
+
+
+def test_all_problems_come_in_one_message(packs: Path):
+    config = tiny(packs, "--lr", "0", "--training.steps", "0", "--global-batch-size", "3")
+    with pytest.raises(ConfigError) as refused:
+        check(config, 2, [facts(config, num_packs=0)])
+    lines = str(refused.value).splitlines()
+    assert lines[0] == "4 problems with the configuration:" and len(lines) == 5
+    assert [line.split()[0] for line in lines[1:]] == ["--training.global_batch_size", "--training.steps", "--optimizer.lr", "--data.train"]

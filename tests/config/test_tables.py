@@ -1,0 +1,71 @@
+"""The tables of models and stages say what the papers say."""
+
+from __future__ import annotations
+
+import pytest
+
+from megavlm.config.models import MODELS, architecture
+from megavlm.config.schema import Architecture
+from megavlm.config.stages import STAGES, stage
+
+
+def weights(arch: Architecture) -> tuple[int, int]:
+    """Weights of the vision encoder and of the language model (its two tables of words not shared), from first principles."""
+    vision, language = arch.vision, arch.language
+    wide, inner = vision.hidden_size, vision.ffn_hidden_size
+    layer = 4 * wide**2 + 4 * wide + 2 * wide * inner + inner + wide + 4 * wide + 2 * wide
+    encoder = vision.num_layers * layer + 3 * vision.patch_size**2 * wide + wide + (1 + vision.tokens) * wide
+    wide, keys = language.hidden_size, language.hidden_size // language.num_attention_heads * language.num_query_groups
+    layer = 2 * wide**2 + 2 * wide * keys + language.qkv_bias * (wide + 2 * keys) + 3 * wide * language.ffn_hidden_size + 2 * wide
+    return encoder, language.num_layers * layer + wide + 2 * language.vocab_size * wide
+
+
+@pytest.mark.parametrize(
+    ("name", "vision_millions", "language_millions"),
+    # Published: InternViT-300M has 304 M weights; Qwen2.5 0.36 B and 2.77 B without its tables; InternLM2.5 1.89 B and 7.74 B with them.
+    [
+        ("internvl2_5-1b", 304, 358 + 2 * 151674 * 896 // 10**6),
+        ("internvl2_5-2b", 304, 1889),
+        ("internvl2_5-4b", 304, 2775 + 2 * 151674 * 2048 // 10**6),
+        ("internvl2_5-8b", 304, 7738),
+    ],
+)
+def test_models_have_as_many_weights_as_published(name: str, vision_millions: int, language_millions: int):
+    vision, language = weights(architecture(name))
+    assert vision / 1e6 == pytest.approx(vision_millions, abs=1.0)
+    assert language / 1e6 == pytest.approx(language_millions, abs=2.0)
+
+
+def test_a_tile_of_448_pixels_gives_256_features():
+    for name, arch in MODELS.items():
+        assert arch.features_per_tile == (16 if name == "tiny" else 256)
+        assert arch.projector_input_size == 4 * arch.vision.hidden_size
+
+
+@pytest.mark.parametrize(
+    ("name", "trainable", "lr", "warmup", "batch", "drop_path"),
+    [
+        ("1", ("projector",), 2e-4, (100, 0.0), 512, 0.0),
+        ("1.5", ("vision", "projector"), 1e-5, (100, 0.0), 1024, 0.1),
+        ("2", ("vision", "projector", "language"), 4e-5, (0, 0.03), 512, 0.1),
+    ],
+)
+def test_stages_are_those_of_internvl(
+    name: str, trainable: tuple[str, ...], lr: float, warmup: tuple[int, float], batch: int, drop_path: float
+):
+    row = stage(name)
+    assert row.training.trainable == trainable and row.training.global_batch_size == batch and row.training.drop_path == drop_path
+    assert (row.optimizer.lr, row.optimizer.warmup_steps, row.optimizer.warmup_ratio) == (lr, *warmup)
+    assert row.data.loss_reduction == "square" and row.optimizer.decay == "all" and row.optimizer.weight_decay == 0.05
+
+
+def test_stage_0_trains_the_language_model_alone():
+    assert STAGES["0"].training.trainable == ("language",) and STAGES["0"].training.drop_path == 0
+    assert STAGES["0"].data.loss_reduction == "token"
+
+
+def test_unknown_names_are_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match=r"--model nano: no such model; known are tiny, internvl2_5-1b"):
+        architecture("nano")
+    with pytest.raises(ValueError, match=r"--stage 7: no such stage; known are 0, 1, 1\.5, 2"):
+        stage("7")

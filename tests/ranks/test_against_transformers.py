@@ -1,0 +1,106 @@
+"""The model against ``transformers``: the same logits from the same weights, in float32, at several layouts."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from megavlm.config.schema import Architecture, Config
+from tests.data.samples import make_dataset
+from tests.ranks.pool import Pool
+from tests.ranks.runs import TINY, config_for
+
+RMS = dataclasses.replace(
+    TINY,
+    vision=dataclasses.replace(TINY.vision, normalization="RMSNorm", qkv_bias=False, num_layers=2),
+    language=dataclasses.replace(TINY.language, qkv_bias=False, num_query_groups=4, vocab_size=256),
+)
+LAYOUTS = {
+    "one process": (1, {}),
+    "tp2": (2, dict(tensor_model_parallel_size=2)),
+    "pp2": (2, dict(pipeline_model_parallel_size=2)),
+}
+
+
+def random_model(architecture: Architecture, context_token_id: int, folder: Path) -> None:
+    """Write a random ``InternVLForConditionalGeneration`` whose every weight differs from its fresh value."""
+    from transformers import InternVLConfig, InternVLForConditionalGeneration
+
+    from megavlm.convert.model_config import hf_config
+
+    settings = hf_config(architecture, dtype=torch.float32, image_token_id=context_token_id, eos_token_id=1, pad_token_id=0)
+    torch.manual_seed(5)
+    model = InternVLForConditionalGeneration(InternVLConfig.from_dict(json.loads(json.dumps(settings))))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    model.save_pretrained(folder)
+
+
+def logits_of_pack(config: Config, folder: Path) -> np.ndarray | None:
+    """Logits of the first pack from the weights of a Hugging Face folder, [T, V of this rank's share]; none but from the last chunk."""
+    from megavlm.convert import hf
+    from megavlm.data.dataset import PackedDataset
+    from megavlm.model import weights
+    from megavlm.model.vlm import VisionLanguageModel
+    from megavlm.parallel import backend, groups
+    from megavlm.parallel.layout import make_layout
+
+    backend.start(5)
+    place = groups.create(config.parallel, 0)
+    model = VisionLanguageModel(config, make_layout(config), place).eval()
+    weights.fill(model, hf.full_tensors(folder, config.architecture))
+    batch = PackedDataset(config.data.train).batch(0, 0, vision_layers=config.architecture.vision.num_layers)
+    logits = _through_the_pipeline(model, batch, place)
+    groups.destroy()
+    return None if logits is None else logits.numpy()
+
+
+@torch.no_grad()
+def _through_the_pipeline(model, batch, place) -> torch.Tensor | None:
+    """Pass hidden states from chunk to chunk by hand: the schedules return losses only."""
+    import torch.distributed as dist
+
+    group = dist.get_process_group_ranks(place.collection.pp)
+    if place.pipeline_rank > 0:
+        received: list = [None]
+        dist.recv_object_list(received, src=group[place.pipeline_rank - 1])
+        model.set_input_tensor(received[0])
+    output = model(batch, with_loss=False)
+    if not place.is_last_chunk:
+        dist.send_object_list([output], dst=group[place.pipeline_rank + 1])
+        return None
+    return output
+
+
+@pytest.mark.parametrize("architecture", [TINY, RMS], ids=["layer norm", "rms norm"])
+def test_logits_equal_those_of_transformers(ranks: Pool, tmp_path: Path, architecture: Architecture) -> None:
+    from megavlm.convert.reference import load_reference
+    from megavlm.data.dataset import PackedDataset
+
+    vocabulary, features = architecture.language.vocab_size, architecture.features_per_tile
+    make_dataset(tmp_path / "packs", packs=1, vocab_size=vocabulary, context_token_id=7, tile_size=16, features_per_tile=features)
+    random_model(architecture, 7, tmp_path / "hf")
+    config = dataclasses.replace(config_for(tmp_path / "packs"), architecture=architecture)
+    reference = load_reference(tmp_path / "hf")
+    batch = PackedDataset(tmp_path / "packs").batch(0, 0)
+    mean, std = (torch.tensor(x)[:, None, None] for x in (architecture.vision.pixel_mean, architecture.vision.pixel_std))
+    pixels, ends = (batch.tiles / 255 - mean) / std, batch.sample_ends.tolist()
+    for name, (world, layout) in LAYOUTS.items():
+        shares = ranks.run(logits_of_pack, world, dataclasses.replace(config, parallel=config_for(tmp_path, **layout).parallel), tmp_path / "hf")
+        ours = torch.from_numpy(np.concatenate([share for share in shares if share is not None], axis=-1))[:, :vocabulary]
+        tile = 0
+        for start, end in zip(ends[:-2], ends[1:-1], strict=True):
+            count = int((batch.tokens[start:end] == 7).sum()) // features
+            inputs = {"pixel_values": pixels[tile : tile + count]} if count else {}
+            with torch.no_grad():
+                theirs = reference(input_ids=batch.tokens[None, start:end], **inputs).logits[0]
+            tile += count
+            assert (ours[start:end] - theirs).abs().max() <= 1e-4, name
+            assert torch.equal(ours[start:end].argmax(-1), theirs.argmax(-1)), name
+        assert tile == len(batch.tiles)

@@ -1,0 +1,71 @@
+"""``pretrain_vlm.py`` as users start it: under torchrun, in processes of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megavlm.config.cli import from_yaml, to_yaml
+from tests.data.samples import make_dataset
+from tests.ranks.runs import config_for
+
+ROOT = Path(__file__).parents[2]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(ROOT / "pretrain_vlm.py")]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+@pytest.fixture(scope="module")
+def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("torchrun")
+    make_dataset(folder / "train", packs=8, vocab_size=199, context_token_id=7, tile_size=16, features_per_tile=4, capacity=128)
+    (folder / "run.yaml").write_text(to_yaml(config_for(folder / "train")))
+    return folder / "run.yaml"
+
+
+def _torchrun(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([*TORCHRUN, *arguments], env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
+
+
+def test_the_resolved_configuration_is_printed_once() -> None:
+    done = _torchrun("--print_config", "--stage", "1.5", "--model", "tiny")
+    assert done.returncode == 0, done.stderr
+    config = from_yaml(done.stdout)
+    assert config.stage == "1.5" and config.training.trainable == ("vision", "projector") and config.optimizer.lr == 1e-5
+
+
+def test_a_wrong_world_size_is_told_once_and_before_anything_starts(config_file: Path) -> None:
+    done = _torchrun("--config", str(config_file), "--parallel.pipeline_model_parallel_size", "4")
+    assert done.returncode != 0
+    assert done.stderr.count("--parallel.pipeline_model_parallel_size") == 1
+    assert "Traceback" not in done.stderr.split("error:")[1].split("ChildFailedError")[0].split("torch/distributed")[0]
+
+
+def test_sigterm_ends_a_run_after_a_checkpoint_and_the_same_command_goes_on(config_file: Path, tmp_path: Path) -> None:
+    arguments = ["--config", str(config_file), "--checkpoint.save", str(tmp_path / "run"), "--training.steps", "100000"]
+    arguments += ["--logging.interval", "1", "--checkpoint.save_interval", "0", "--optimizer.schedule", "constant"]
+    with subprocess.Popen([*TORCHRUN, *arguments], env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as run:
+        _wait_for_step(tmp_path / "run" / "metrics.jsonl", 3)
+        run.send_signal(signal.SIGTERM)
+        output, _ = run.communicate(timeout=120)
+    assert "stopped by a signal after step" in output
+    stopped = int((tmp_path / "run" / "latest").read_text().strip().removeprefix("step_"))
+    assert stopped >= 3
+    done = _torchrun(*arguments, "--training.steps", str(stopped + 2))
+    assert done.returncode == 0, done.stderr
+    assert f"going on after step {stopped}" in done.stdout
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, stopped + 3))
+
+
+def _wait_for_step(path: Path, step: int) -> None:
+    deadline = time.monotonic() + 120
+    while not path.exists() or len(path.read_text().splitlines()) < step:
+        assert time.monotonic() < deadline, f"no {step} steps after two minutes"
+        time.sleep(0.2)

@@ -1,0 +1,75 @@
+"""The project's Python files, parsed, and the questions that the style tests ask about them."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A Python file.
+
+    Args:
+        path: from the project's folder, such as ``megavlm/data/store.py``.
+        text: what is in it.
+    """
+
+    path: str
+    text: str
+
+    @cached_property
+    def tree(self) -> ast.Module:
+        """The file, parsed."""
+        return ast.parse(self.text, self.path)
+
+    @property
+    def module(self) -> str:
+        """Dotted name, such as ``megavlm.data.store``."""
+        return self.path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+    @property
+    def folder(self) -> str:
+        """Folder inside the package, such as ``data``; empty for the package's own files."""
+        parts = self.path.split("/")
+        return parts[1] if len(parts) > 2 else ""
+
+    def imports(self) -> list[tuple[int, str]]:
+        """Line and dotted name of every import, those inside functions included; ``from a import b`` counts as ``a.b``."""
+        found = []
+        for node in ast.walk(self.tree):
+            if isinstance(node, ast.Import):
+                found += [(node.lineno, alias.name) for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                start = self.module.split(".")[: -node.level] if node.level else []
+                base = ".".join([*start, *([node.module] if node.module else [])])
+                found += [(node.lineno, f"{base}.{alias.name}") for alias in node.names]
+        return found
+
+    def functions(self) -> Iterator[tuple[str, int]]:
+        """Name and number of lines of every function, from ``def`` to its last line."""
+        for node in ast.walk(self.tree):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                yield node.name, node.end_lineno - node.lineno + 1
+
+    def calls(self) -> Iterator[tuple[int, str]]:
+        """Line and last name of every call: ``item`` for ``loss.item()``, ``getattr`` for ``getattr(a, "b")``."""
+        for node in ast.walk(self.tree):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name | ast.Attribute):
+                yield node.lineno, node.func.id if isinstance(node.func, ast.Name) else node.func.attr
+
+
+def sources(*folders: str) -> list[Source]:
+    """Every Python file in ``folders`` of the project."""
+    paths = sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+    return [Source(str(path.relative_to(ROOT)), path.read_text(encoding="utf-8")) for path in paths]
+
+
+def reaches(name: str, dependency: str) -> bool:
+    """Whether the dotted ``name`` is ``dependency`` or something in it."""
+    return name == dependency or name.startswith(dependency + ".")

@@ -1,0 +1,201 @@
+"""The rules that keep the code readable. Each rule is a function from sources to complaints, and is shown a bad file of its own first."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from graphlib import CycleError, TopologicalSorter
+
+import pytest
+
+from tests.style.source import Source, reaches, sources
+
+ORDER = ("config", "data", "parallel", "model", "convert", "train")
+
+# Who may import what; each dependency has one door, so that another version or another library changes one place.
+DOORS = {
+    "megatron.core.parallel_state": {"megavlm/parallel/groups.py"},
+    "transformer_engine": {"megavlm/model/specs.py", "megavlm/model/precision.py"},
+    "transformers": {"megavlm/data/template.py", "megavlm/convert/"},
+    "PIL": {"megavlm/data/media.py"},
+    "jsonargparse": {"megavlm/config/"},
+    "megatron.training": set(),
+}
+# Folders and files that work where torch is not installed.
+WITHOUT_TORCH = ("megavlm/config/", "megavlm/data/")
+TORCH_IN_DATA = {"megavlm/data/batch.py", "megavlm/data/loader.py"}
+# Answers on a CPU only, where nothing has to wait for a device.
+MAY_SYNCHRONISE = {"megavlm/model/attention.py"}
+LONG_FUNCTIONS = {"megavlm/train/loop.py": 120}
+
+
+def import_order(files: Iterable[Source]) -> Iterator[str]:
+    """A folder imports itself and folders before it."""
+    for file in files:
+        for line, name in file.imports():
+            parts = name.split(".")
+            if file.folder and parts[0] == "megavlm" and len(parts) > 1 and parts[1] in ORDER:
+                if ORDER.index(parts[1]) > ORDER.index(file.folder):
+                    yield f"{file.path}:{line}: {file.folder} imports {name}, but {' < '.join(ORDER)}"
+            elif file.folder and parts[0] in ("tools", "tests", "examples", "pretrain_vlm"):
+                yield f"{file.path}:{line}: the package imports {name}"
+
+
+def known_folders(files: Iterable[Source]) -> Iterator[str]:
+    """Every folder has its place in the order, and none is a drawer for everything."""
+    for file in files:
+        if file.folder and file.folder not in ORDER:
+            yield f"{file.path}: folder {file.folder} has no place in {' < '.join(ORDER)}"
+        for part in file.path.removesuffix(".py").split("/"):
+            if re.fullmatch(r"(utils?|helpers?|common|misc|tools)", part):
+                yield f"{file.path}: {part} says nothing about what is in it"
+
+
+def cycles(files: Iterable[Source]) -> Iterator[str]:
+    """Modules do not import each other in a circle."""
+    files = list(files)
+    modules = {file.module for file in files}
+
+    def target(name: str) -> str | None:
+        return name if name in modules else (parent if (parent := name.rpartition(".")[0]) in modules else None)
+
+    graph = {file.module: {target(name) for _, name in file.imports()} - {None, file.module} for file in files}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        yield " -> ".join(error.args[1])
+
+
+def one_door(files: Iterable[Source]) -> Iterator[str]:
+    """A dependency with a door is imported there only."""
+    for file in files:
+        for line, name in file.imports():
+            for dependency, doors in DOORS.items():
+                if reaches(name, dependency) and not any(file.path.startswith(door) for door in doors):
+                    yield f"{file.path}:{line}: imports {name}; only {', '.join(sorted(doors)) or 'nobody'} may"
+
+
+def no_torch(files: Iterable[Source]) -> Iterator[str]:
+    """Configuration and offline data work without torch and megatron-core."""
+    for file in files:
+        if file.path.startswith(WITHOUT_TORCH) and file.path not in TORCH_IN_DATA:
+            for line, name in file.imports():
+                if reaches(name, "torch") or reaches(name, "megatron"):
+                    yield f"{file.path}:{line}: imports {name}"
+                if any(reaches(name, door.removesuffix(".py").replace("/", ".")) for door in TORCH_IN_DATA):
+                    yield f"{file.path}:{line}: imports {name}, which imports torch"
+
+
+def no_waiting(files: Iterable[Source]) -> Iterator[str]:
+    """The step never waits for the device."""
+    for file in files:
+        in_step = file.path.startswith("megavlm/model/") or file.path == "megavlm/train/step.py"
+        if in_step and file.path not in MAY_SYNCHRONISE:
+            for line, name in file.calls():
+                if name in ("item", "cpu", "tolist"):
+                    yield f"{file.path}:{line}: .{name}() waits for the device"
+
+
+def file_length(files: Iterable[Source]) -> Iterator[str]:
+    """Files are short, scripts shorter."""
+    for file in files:
+        most = 80 if re.fullmatch(r"tools/[^/]+\.py", file.path) else 400
+        if (lines := file.text.count("\n")) > most:
+            yield f"{file.path}: {lines} lines; {most} are allowed"
+
+
+def function_length(files: Iterable[Source]) -> Iterator[str]:
+    """Functions are short."""
+    for file in files:
+        most = LONG_FUNCTIONS.get(file.path, 60)
+        yield from (f"{file.path}: {name} has {lines} lines; {most} are allowed" for name, lines in file.functions() if lines > most)
+
+
+def unfinished(files: Iterable[Source]) -> Iterator[str]:
+    """Nothing is left for later in the code."""
+    for file in files:
+        for number, line in enumerate(file.text.splitlines(), start=1):
+            if re.search(r"\b(TO" + r"DO|FIX" + r"ME|XX" + r"X|HA" + r"CK)\b", line):
+                yield f"{file.path}:{number}: {line.strip()}"
+
+
+def guessing(files: Iterable[Source]) -> Iterator[str]:
+    """Types say what an object has; nobody asks it."""
+    for file in files:
+        for line, name in file.calls():
+            if name in ("hasattr", "setattr", "globals", "locals"):
+                yield f"{file.path}:{line}: {name}"
+    asked = [f"{file.path}:{line}" for file in files for line, name in file.calls() if name == "getattr"]
+    if len(asked) > 12:
+        yield f"getattr {len(asked)} times, 12 are allowed: {', '.join(asked)}"
+
+
+def no_globals(files: Iterable[Source]) -> Iterator[str]:
+    """Functions do not change their module."""
+    for file in files:
+        for number, line in enumerate(file.text.splitlines(), start=1):
+            if re.match(r"\s+global \w", line):
+                yield f"{file.path}:{number}: {line.strip()}"
+
+
+def stage_names(files: Iterable[Source]) -> Iterator[str]:
+    """The name of a stage stands in the table of stages and nowhere else."""
+    name = "1" + ".5"
+    for file in files:
+        if name in file.text and file.path != "megavlm/config/stages.py":
+            lines = [
+                number
+                for number, line in enumerate(file.text.splitlines(), start=1)
+                if re.search(rf"(?<![\d.]){re.escape(name)}(?!\d)", line)
+            ]
+            yield from (f"{file.path}:{number}: says {name}" for number in lines)
+
+
+PACKAGE = ("megavlm",)
+EVERYTHING = ("megavlm", "tools", "tests", "examples")
+
+# The rule, where it holds, and a file that breaks it.
+RULES: list[tuple[Callable[[Iterable[Source]], Iterator[str]], tuple[str, ...], str, str]] = [
+    (import_order, PACKAGE, "megavlm/data/bad.py", "def late():\n    from megavlm.model import vlm\n"),
+    (import_order, PACKAGE, "megavlm/config/bad.py", "import megavlm.data.store\n"),
+    (import_order, PACKAGE, "megavlm/train/bad.py", "from ..model.vlm import x\nfrom tests.style import source\n"),
+    (known_folders, PACKAGE, "megavlm/shapes/bad.py", ""),
+    (known_folders, EVERYTHING[:1] + EVERYTHING[2:], "megavlm/data/utils.py", ""),
+    (cycles, PACKAGE, "megavlm/data/bad.py", "def late():\n    from megavlm.data.worse import y\n"),
+    (one_door, PACKAGE, "megavlm/model/bad.py", "from megatron.core import parallel_state\n"),
+    (one_door, PACKAGE, "megavlm/model/vlm.py", "import transformer_engine.pytorch as te\n"),
+    (one_door, PACKAGE, "megavlm/train/bad.py", "from transformers import AutoTokenizer\n"),
+    (one_door, PACKAGE, "megavlm/data/bad.py", "from PIL.Image import open\n"),
+    (one_door, PACKAGE, "megavlm/train/launch.py", "from megatron.training import get_args\n"),
+    (no_torch, PACKAGE, "megavlm/config/bad.py", "import torch.nn\n"),
+    (no_torch, PACKAGE, "megavlm/data/bad.py", "from megavlm.data.batch import Batch\n"),
+    (no_waiting, PACKAGE, "megavlm/model/bad.py", "def f(loss):\n    return loss.sum().item()\n"),
+    (no_waiting, PACKAGE, "megavlm/train/step.py", "def f(loss):\n    return loss.cpu()\n"),
+    (file_length, EVERYTHING, "tests/bad.py", "x = 1\n" * 401),
+    (file_length, EVERYTHING, "tools/bad.py", "x = 1\n" * 81),
+    (function_length, EVERYTHING, "megavlm/data/bad.py", "def f():\n" + "    x = 1\n" * 60),
+    (function_length, EVERYTHING, "megavlm/train/loop.py", "def f():\n" + "    x = 1\n" * 120),
+    (unfinished, EVERYTHING, "megavlm/data/bad.py", "x = 1  # TO" + "DO later\n"),
+    (guessing, PACKAGE, "megavlm/data/bad.py", "x = hasattr(str, 'lower')\n"),
+    (guessing, PACKAGE, "megavlm/data/bad.py", "x = getattr(str, 'lower')\n" * 13),
+    (no_globals, PACKAGE, "megavlm/data/bad.py", "def f():\n    global x\n    x = 1\n"),
+    (stage_names, PACKAGE + ("tools",), "megavlm/train/bad.py", 'if stage == "1' + '.5":\n    pass\n'),
+]
+
+
+@pytest.mark.parametrize(("rule", "path", "text"), [(rule, path, text) for rule, _, path, text in RULES])
+def test_the_rule_sees_a_bad_file(rule: Callable, path: str, text: str):
+    partner = Source("megavlm/data/worse.py", "from megavlm.data import bad\n")
+    assert list(rule([Source(path, text), partner])), "the rule lets this through"
+
+
+@pytest.mark.parametrize(("rule", "folders"), sorted({(rule, folders) for rule, folders, _, _ in RULES}, key=lambda pair: pair[0].__name__))
+def test_the_project_keeps_the_rule(rule: Callable, folders: tuple[str, ...]):
+    complaints = list(rule(sources(*folders)))
+    assert not complaints, f"{rule.__doc__}\n" + "\n".join(complaints)
+
+
+def test_the_files_are_found():
+    paths = {source.path for source in sources(*EVERYTHING)}
+    assert {"megavlm/config/schema.py", "tests/style/source.py"} <= paths
+    assert {source.folder for source in sources("megavlm")} <= {"", *ORDER}

@@ -1,0 +1,117 @@
+"""What a job refuses before anything is built, and in which words."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from megavlm.config.cli import to_yaml
+from megavlm.config.rules import ConfigError
+from megavlm.config.schema import Checkpoint, Config, Logging
+from megavlm.train.launch import inspect
+from tests.data.samples import make_dataset
+from tests.ranks.runs import TINY, config_for
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("packs") / "train"
+    make_dataset(folder, packs=4, vocab_size=199, context_token_id=7, tile_size=16, features_per_tile=4, capacity=128)
+    return folder
+
+
+def _config(dataset: Path, **checkpoint) -> Config:
+    checkpoint = {"save_interval": 0} | checkpoint
+    return dataclasses.replace(config_for(dataset), checkpoint=Checkpoint(**checkpoint), logging=Logging(interval=1))
+
+
+def _fake_checkpoint(folder: Path, config: Config, **state) -> Path:
+    """The small files of a checkpoint; nothing here gets as far as its weights."""
+    step = folder / "step_00000001"
+    step.mkdir(parents=True)
+    (step / "config.yaml").write_text(to_yaml(config))
+    (step / "state.json").write_text(json.dumps({"step": 1, "consumed": 4, "stage": "2", "tokenizer": None, "format": 1} | state))
+    (folder / "latest").write_text("step_00000001\n")
+    return folder
+
+
+def test_a_sound_job_starts_from_nothing(dataset: Path, tmp_path: Path) -> None:
+    assert inspect(_config(dataset, save=str(tmp_path / "new")), 1) is None
+
+
+def test_all_problems_are_told_at_once(dataset: Path) -> None:
+    parallel = dataclasses.replace(_config(dataset).parallel, tensor_model_parallel_size=3)
+    config = dataclasses.replace(_config(dataset), parallel=parallel)
+    with pytest.raises(ConfigError) as error:
+        inspect(config, 4)
+    assert "--parallel.tensor_model_parallel_size 3" in str(error.value)
+    assert "4 ranks" in str(error.value) or "world" in str(error.value)
+
+
+def test_packs_of_another_tile_size_are_refused(tmp_path: Path) -> None:
+    make_dataset(tmp_path / "other", packs=2, vocab_size=199, context_token_id=7, tile_size=32, features_per_tile=16)
+    with pytest.raises(ConfigError, match=r"--data.train.*(?s:.*)32.*16"):
+        inspect(_config(tmp_path / "other"), 1)
+
+
+def test_packs_of_a_larger_vocabulary_are_refused(tmp_path: Path) -> None:
+    make_dataset(tmp_path / "other", packs=2, vocab_size=900, context_token_id=7, tile_size=16, features_per_tile=4)
+    with pytest.raises(ConfigError, match="900.*199|199.*900"):
+        inspect(_config(tmp_path / "other"), 1)
+
+
+def test_missing_packs_are_named(tmp_path: Path) -> None:
+    with pytest.raises((ValueError, FileNotFoundError), match=f"--data.train.*{tmp_path / 'none'}"):
+        inspect(_config(tmp_path / "none"), 1)
+
+
+def test_a_save_folder_with_something_else_is_refused(dataset: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("important")
+    with pytest.raises(ValueError, match=r"--checkpoint.save.*thesis.tex"):
+        inspect(_config(dataset, save=str(tmp_path)), 1)
+
+
+def test_a_save_folder_of_another_stage_is_refused(dataset: Path, tmp_path: Path) -> None:
+    save = _fake_checkpoint(tmp_path / "run", _config(dataset), stage="1")
+    with pytest.raises(ValueError, match=r"--checkpoint.save.*stage 1.*this is stage 2"):
+        inspect(_config(dataset, save=str(save)), 1)
+
+
+def test_a_checkpoint_of_another_architecture_is_refused_with_every_difference(dataset: Path, tmp_path: Path) -> None:
+    language = dataclasses.replace(TINY.language, num_layers=5, hidden_size=96)
+    other = dataclasses.replace(_config(dataset), architecture=dataclasses.replace(TINY, language=language))
+    load = _fake_checkpoint(tmp_path / "run", other)
+    with pytest.raises(ConfigError) as error:
+        inspect(_config(dataset, load=str(load)), 1)
+    assert "--architecture.language.num_layers: 5 in the checkpoint, 3 asked for" in str(error.value)
+    assert "--architecture.language.hidden_size: 96 in the checkpoint, 48 asked for" in str(error.value)
+
+
+def test_a_checkpoint_of_another_tokenizer_is_refused(dataset: Path, tmp_path: Path) -> None:
+    load = _fake_checkpoint(tmp_path / "run", _config(dataset), stage="1", tokenizer="somebody else's")
+    with pytest.raises(ConfigError, match=r"--data.train.*another tokenizer"):
+        inspect(_config(dataset, load=str(load)), 1)
+
+
+def test_going_on_with_another_freeze_mask_or_seed_is_refused(dataset: Path, tmp_path: Path) -> None:
+    training = dataclasses.replace(_config(dataset).training, trainable=("projector",), seed=9)
+    load = _fake_checkpoint(tmp_path / "run", dataclasses.replace(_config(dataset), training=training))
+    with pytest.raises(ConfigError) as error:
+        inspect(_config(dataset, load=str(load)), 1)
+    assert "--training.trainable" in str(error.value) and "--training.seed: 9 in the checkpoint, 3 asked for" in str(error.value)
+
+
+def test_an_incomplete_checkpoint_is_refused(dataset: Path, tmp_path: Path) -> None:
+    load = _fake_checkpoint(tmp_path / "run", _config(dataset))
+    (load / "step_00000001" / "state.json").unlink()
+    with pytest.raises(ValueError, match="not a complete checkpoint"):
+        inspect(_config(dataset, load=str(load)), 1)
+
+
+def test_nothing_to_load_is_named(dataset: Path, tmp_path: Path) -> None:
+    tmp_path.joinpath("empty").mkdir()
+    with pytest.raises(ValueError, match=f"--checkpoint.load {tmp_path / 'empty'}"):
+        inspect(_config(dataset, load=str(tmp_path / "empty")), 1)

@@ -1,0 +1,54 @@
+"""What a run tells: console, JSONL, TensorBoard, Weights & Biases."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from megavlm.config.schema import Checkpoint, Logging
+from megavlm.train.metrics import Metrics
+from tests.ranks.runs import config_for
+
+
+def _config(tmp_path: Path, **logging):
+    return dataclasses.replace(config_for(tmp_path), checkpoint=Checkpoint(save=str(tmp_path / "run")), logging=Logging(**logging))
+
+
+def test_records_go_to_the_console_and_to_a_file_that_a_restart_continues(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for step in (1, 2):
+        with Metrics(_config(tmp_path), is_writer=True) as metrics:
+            metrics.record(step, {"loss": 2.5 / step, "grad_norm": float("inf")})
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["loss"], line["grad_norm"]) for line in lines] == [(1, 2.5, None), (2, 1.25, None)]
+    assert "step 2  loss 1.25" in capsys.readouterr().out
+
+
+def test_other_ranks_write_nothing(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    with Metrics(_config(tmp_path, tensorboard=True, wandb_project="p", wandb_mode="offline"), is_writer=False) as metrics:
+        metrics.record(1, {"loss": 1.0})
+        metrics.say("hello")
+    assert not (tmp_path / "run").exists() and capsys.readouterr().out == ""
+
+
+def test_tensorboard_gets_every_figure(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with Metrics(_config(tmp_path, tensorboard=True), is_writer=True) as metrics:
+        for step in (1, 2, 3):
+            metrics.record(step, {"loss": 1.0 / step, "lr": 0.5})
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 1.0), (2, 0.5), (3, pytest.approx(1 / 3))]
+    assert len(events.Scalars("lr")) == 3
+
+
+def test_weights_and_biases_works_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb", reason="Weights & Biases is an optional extra: pip install megavlm[wandb]")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    config = _config(tmp_path, wandb_project="megavlm-tests", wandb_mode="offline", run_name="here")
+    with Metrics(config, is_writer=True) as metrics:
+        metrics.record(1, {"loss": 1.0})
+    [record] = (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")
+    assert record.stat().st_size > 0

@@ -1,0 +1,64 @@
+"""Move a model between Hugging Face's InternVL format and the checkpoints of training. `COMMAND --help` tells how."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from megavlm.convert import hf
+
+EXAMPLE = """examples:
+  python tools/convert_checkpoint.py import --hf InternVL2_5-1B-hf/ --out checkpoints/start
+  python tools/convert_checkpoint.py export --load checkpoints/stage2 --out my-model-hf/ --dtype bfloat16
+  python tools/convert_checkpoint.py check --hf InternVL2_5-1B-hf/
+
+Training also starts from a Hugging Face folder itself: --checkpoint.load DIR.
+"""
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    bring = commands.add_parser("import", help="make a checkpoint of a Hugging Face folder")
+    bring.add_argument("--hf", metavar="DIR", required=True, help="Hugging Face folder")
+    bring.add_argument("--out", metavar="DIR", required=True, help="folder of the checkpoint to make; must be missing or empty")
+    send = commands.add_parser("export", help="make a Hugging Face folder of a checkpoint")
+    send.add_argument("--load", metavar="DIR", required=True, help="folder of one step, or a run's save folder (then its newest)")
+    send.add_argument("--out", metavar="DIR", required=True, help="Hugging Face folder to make; must be missing or empty")
+    send.add_argument("--dtype", choices=sorted(hf.DTYPES), help="number format of the weights (default: as in the checkpoint)")
+    send.add_argument("--tokenizer", metavar="DIR", default="", help="folder of the tokenizer, if the checkpoint has none")
+    look = commands.add_parser("check", help="convert a Hugging Face folder there and back in memory, and compare")
+    look.add_argument("--hf", metavar="DIR", required=True, help="Hugging Face folder")
+    return parser.parse_args(arguments)
+
+
+def report(parts: list[hf.PartCheck]) -> int:
+    """Print what the check found; 1 where a tensor changed."""
+    print(f"{'part':24} {'tensors':>8} {'bytes':>16}  equal")
+    for part in parts:
+        print(f"{part.part:24} {part.tensors:8,} {part.nbytes:16,}  {'no' if part.changed else 'yes'}")
+        for name in part.changed:
+            print(f"    changed: {name}")
+    return int(any(part.changed for part in parts))
+
+
+def main() -> int:
+    """Run the tool; 0 where it went well, 1 where a check found a difference, 2 with a message where the input is at fault."""
+    args = parse()
+    try:
+        if args.command == "check":
+            return report(hf.check(args.hf))
+        if args.command == "import":
+            print(f"checkpoint written to {hf.import_(args.hf, args.out)}")
+        else:
+            made = hf.export(args.load, args.out, dtype=hf.DTYPES.get(args.dtype), tokenizer=args.tokenizer)
+            print(f"Hugging Face model written to {made}")
+    except (ValueError, OSError) as error:
+        print(f"convert_checkpoint: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
