@@ -4,6 +4,7 @@ from megavlm.config.cli import parse
 
 if __name__ == "__main__":
     config = parse()
-    from megavlm.train.launch import launch  # after parsing: --help and mistakes are answered without loading megatron-core
+    # Only now, since it takes seconds: help and mistakes on the command line should not wait for torch and megatron-core.
+    from megavlm.train.launch import launch
 
     launch(config)

@@ -34,9 +34,12 @@ fi
 # The tests start their ranks as processes of their own: one thread each, or they fight over the cores.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false
 
-"$python" -m ruff check .
-"$python" -m ruff format --check --quiet . || {
-    echo "tests/run.sh: error: some files are not formatted; run: $python -m ruff format ." >&2
+# All is run, whatever fails first.
+failed=()
+"$python" -m ruff check --quiet --output-format concise . || failed+=("ruff check (see above)")
+"$python" -m ruff format --check --quiet . >/dev/null || failed+=("ruff format (run: $python -m ruff format .)")
+"$python" -m pytest -rs "$@" || failed+=("pytest")
+if ((${#failed[@]})); then
+    printf 'tests/run.sh: failed: %s\n' "${failed[@]}" >&2
     exit 1
-}
-exec "$python" -m pytest -rs "$@"
+fi

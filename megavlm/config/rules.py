@@ -30,6 +30,7 @@ class DatasetFacts:
         num_packs: packs in the dataset.
         has_images: whether any pack has an image.
         fingerprint: hash of the tokenizer.
+        pixel_mean, pixel_std: how the pixels are to be normalised.
     """
 
     flag: str
@@ -41,6 +42,8 @@ class DatasetFacts:
     num_packs: int
     has_images: bool
     fingerprint: str
+    pixel_mean: tuple[float, float, float]
+    pixel_std: tuple[float, float, float]
 
 
 def check(config: Config, world_size: int, facts: Sequence[DatasetFacts] = ()) -> None:
@@ -178,7 +181,7 @@ def _world(config: Config, world_size: int) -> Iterator[str]:
     if world_size % model:
         yield (
             f"--parallel.tensor_model_parallel_size {tensor} x --parallel.pipeline_model_parallel_size {pipeline} = {model} "
-            f"does not divide the {world_size} ranks that torchrun started"
+            f"does not divide the number of ranks that torchrun started, {world_size}"
         )
     elif batch % (copies := world_size // model):
         lower, upper = batch // copies * copies, (batch // copies + 1) * copies
@@ -276,6 +279,12 @@ def _dataset(config: Config, facts: DatasetFacts) -> Iterator[str]:
     wanted = arch.vision.image_size // max(arch.vision.patch_size, 1) // max(arch.pixel_shuffle, 1)
     if facts.has_images and facts.features_per_tile != wanted**2:
         yield f"{where}: packed for {facts.features_per_tile} features a tile, but the model makes {wanted**2}; pack it with --model"
+    for name, packed, trained in (
+        ("pixel_mean", facts.pixel_mean, arch.vision.pixel_mean),
+        ("pixel_std", facts.pixel_std, arch.vision.pixel_std),
+    ):
+        if facts.has_images and packed != trained:
+            yield f"{where}: packed for a {name} of {packed}, but --architecture.vision.{name} is {trained}"
     if facts.vocab_size > arch.language.vocab_size:
         yield f"{where}: its tokenizer has {facts.vocab_size} tokens, but --architecture.language.vocab_size is {arch.language.vocab_size}"
     if config.parallel.sequence_parallel and facts.capacity % max(tensor, 1):

@@ -6,7 +6,6 @@ Shape letters: H query heads, G query groups, d numbers of a head.
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -129,32 +128,3 @@ class GroupedQKV(Operation):
     def _heads_of_group(self) -> int:
         """Query heads of a group, its key head and its value head."""
         return self.heads // self.groups + 2
-
-
-@dataclass(frozen=True)
-class Reshape(Operation):
-    """The same numbers in the same order under another shape.
-
-    Args:
-        shape: Hugging Face's.
-        whole: megatron-core's.
-    """
-
-    shape: Shape
-    whole: Shape
-
-    def __post_init__(self) -> None:
-        if math.prod(self.shape) != math.prod(self.whole):
-            raise ValueError(f"{self.shape} and {self.whole} hold different amounts of numbers")
-
-    def split(self, whole: Tensor) -> tuple[Tensor, ...]:
-        """Hugging Face's shape."""
-        return (whole.reshape(self.shape),)
-
-    def join(self, parts: Sequence[Tensor]) -> Tensor:
-        """Megatron-core's shape."""
-        return parts[0].reshape(self.whole)
-
-    def part_shapes(self, whole: Shape) -> tuple[Shape, ...]:
-        """Hugging Face's shape."""
-        return (self.shape,)

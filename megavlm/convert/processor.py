@@ -31,8 +31,8 @@ TOKENIZER_FILES = (
     "tokenizer.model",
     "chat_template.jinja",
 )
-# The processor wants a token for videos that texts do not hold. Qwen2.5's tokenizers have one; elsewhere it is one of InternVL's that nothing
-# uses, since a new token would make another tokenizer than the one that the model was trained with.
+# The processor wants a token for videos that texts do not hold. Qwen2.5's tokenizers have one. Elsewhere it is one of InternVL's that
+# nothing uses, since a new token would make another tokenizer than the one that the model was trained with.
 _VIDEO, _UNUSED = "<|video_pad|>", "<quad>"
 _PROCESSOR = "InternVLProcessor"
 

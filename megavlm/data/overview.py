@@ -96,8 +96,8 @@ def to_text(overview: Overview) -> str:
     lines = [
         overview.folder,
         (
-            f"  packs {totals.packs:,} of {manifest.capacity:,} tokens and up to {manifest.tile_cap} tiles, in {len(manifest.shards)} shards, "
-            f"{totals.bytes / 1e9:.3f} GB"
+            f"  packs {totals.packs:,} of {manifest.capacity:,} tokens and up to {manifest.tile_cap} tiles, "
+            f"in {len(manifest.shards)} shards, {totals.bytes / 1e9:.3f} GB"
         ),
         f"  samples {totals.samples:,}, images {totals.images:,}, tiles {totals.tiles:,}, tokens {totals.tokens:,}",
         f"  fill {overview.fill:.3%}, supervised {overview.supervised_share:.1%} of the tokens",

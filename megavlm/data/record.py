@@ -1,7 +1,7 @@
 """Records: the lines of annotation files in InternVL's JSONL format, and the meta file that lists annotation files.
 
-One line is one JSON object: ``conversations``, a list of ``{"from": "system" | "human" | "gpt", "value": text}``, and ``image``, a path, a list
-of paths, or absent. ``<image>`` in a human turn is an image's place. Other keys (``id``, ``width``, ...) are of no consequence.
+One line is one JSON object: ``conversations``, a list of ``{"from": "system" | "human" | "gpt", "value": text}``, and ``image``, a path, a
+list of paths, or absent. ``<image>`` in a human turn is an image's place. Other keys (``id``, ``width``, ...) are of no consequence.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ class Annotations:
 def read_meta(path: str | Path) -> tuple[Annotations, ...]:
     """The annotation files that a meta file lists.
 
-    A meta file is JSON: ``{name: {"root": folder, "annotation": file.jsonl, "repeat_time": 1, "max_dynamic_patch": 12, ...}}``. ``length`` is
-    read by nobody; ``data_augment`` must be false.
+    A meta file is JSON: ``{name: {"root": folder, "annotation": file.jsonl, "repeat_time": 1, "max_dynamic_patch": 12, ...}}``. ``length``
+    is read by nobody; ``data_augment`` must be false.
 
     Raises:
         FileNotFoundError: there is no such meta file, or no annotation file that it names.
@@ -211,13 +211,13 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _meta_entry(name: str, entry: Any, where: str) -> Annotations:
     """One entry of a meta file; ``where`` names it in errors."""
     if not isinstance(entry, dict):
-        raise ValueError(f"{where}: must be an object, not {entry!r:.200}")  # noqa: TRY004 - user input
+        raise ValueError(f"{where}: must be an object, not {entry!r:.200}")
     unknown = sorted(set(entry) - set(META_KEYS))
     if unknown:
         raise ValueError(f"{where}: unknown key {', '.join(map(repr, unknown))}; known: {', '.join(META_KEYS)}")
     root, path = entry.get("root", ""), entry.get("annotation")
     if not isinstance(path, str) or not isinstance(root, str):
-        raise ValueError(f"{where}: annotation and root must be paths, not {path!r} and {root!r}")  # noqa: TRY004 - user input
+        raise ValueError(f"{where}: annotation and root must be paths, not {path!r} and {root!r}")
     if "://" in path or "://" in root:
         raise ValueError(f"{where}: {path if '://' in path else root}: object storage is not supported; mount it, or copy the files")
     if not Path(path).is_file():

@@ -1,7 +1,7 @@
 """From conversations to tokens: the chat template ``internvl2_5`` and its tokenizer. The only module of ``data`` that imports transformers.
 
-A sample reads ``<|im_start|>system\\n...<|im_end|>\\n<|im_start|>user\\n...<|im_end|>\\n<|im_start|>assistant\\n...<|im_end|>\\n``; an image is
-``<img>``, one ``<IMG_CONTEXT>`` a feature, ``</img>``. Answers and the ``<|im_end|>`` behind them are supervised, nothing else is.
+A sample reads ``<|im_start|>system\\n...<|im_end|>\\n<|im_start|>user\\n...<|im_end|>\\n<|im_start|>assistant\\n...<|im_end|>\\n``; an
+image is ``<img>``, one ``<IMG_CONTEXT>`` a feature, ``</img>``. Answers and the ``<|im_end|>`` behind them are supervised, nothing else is.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
         raise FileNotFoundError(f"--tokenizer {folder}: there is no such folder")
     try:
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except Exception as error:  # noqa: BLE001 - OSError, ValueError, KeyError, ... for files that are missing or not transformers' own
+    except Exception as error:
         text = " ".join(str(error).split())
         raise ValueError(f"--tokenizer {folder}: holds no readable tokenizer: {text:.300}") from None
 
@@ -98,7 +98,7 @@ class ChatTemplate:
             self._token_id(token)
         if tokenizer("a")["input_ids"] != self._tokens(["a"])[0]:
             raise ValueError(
-                f"the tokenizer starts a text with {tokenizer('')['input_ids']}; {NAME} is made for tokenizers that add nothing, like Qwen2.5's"
+                f"the tokenizer starts a text with {tokenizer('')['input_ids']}; {NAME} is for tokenizers that add nothing, like Qwen2.5's"
             )
         self._answer_start = len(self._tokens([_open_turn("gpt")])[0])
 

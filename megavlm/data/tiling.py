@@ -1,7 +1,7 @@
 """Dynamic tiling: which grid of square tiles an image is resized to.
 
-The grid whose shape is nearest to the image's is taken, among all grids of an allowed number of tiles; of grids of one shape, the larger one
-is taken if the image has more than half as many pixels as the grid. The rule is InternVL 1.5's (Chen et al., 2024, arXiv:2404.16821).
+The grid whose shape is nearest to the image's is taken, among all grids of an allowed number of tiles; of grids of one shape, the larger
+one is taken if the image has more than half as many pixels as the grid. The rule is InternVL 1.5's (Chen et al., 2024, arXiv:2404.16821).
 """
 
 from __future__ import annotations

@@ -80,7 +80,7 @@ def fresh_tensor(config: Config) -> FullTensor:
     def draw(key: str, shape: tuple[int, ...]) -> Tensor:
         if key.endswith("_scale"):
             return torch.full(shape, arch.vision.layer_scale)
-        if key.endswith("norm.weight") or key.endswith("layernorm.weight") or key.endswith("layer_norm_weight"):
+        if key.endswith(("norm.weight", "layer_norm_weight")):
             return torch.ones(shape)
         if key.endswith("bias"):
             return torch.zeros(shape)

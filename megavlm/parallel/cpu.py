@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import logging
 from collections.abc import Callable
 from types import ModuleType
@@ -18,7 +19,18 @@ import torch
 from megavlm.parallel.adam import Adam
 
 _CPU = torch.device("cpu")
-_FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange")
+# Modules of megatron-core that make tensors with device="cuda", and the functions of torch that they make them with.
+_MODULES = (
+    "distributed.param_and_grad_buffer",
+    "optimizer.clip_grads",
+    "optimizer.distrib_optimizer",
+    "optimizer.grad_scaler",
+    "optimizer.optimizer",
+    "pipeline_parallel.schedules",
+    "transformer.utils",
+    "utils",
+)
+_FACTORIES = ("tensor", "zeros", "ones", "empty")
 
 
 class _NoStream:
@@ -38,7 +50,7 @@ class _NoStream:
 
 
 def _on_cpu(factory: Callable) -> Callable:
-    """Make ``factory(..., device="cuda")`` answer with a tensor on the CPU."""
+    """``factory``, which answers with a tensor on the CPU when ``device="cuda"`` is asked for."""
 
     @functools.wraps(factory)
     def wrapped(*args, **kwargs):
@@ -47,6 +59,23 @@ def _on_cpu(factory: Callable) -> Callable:
         return factory(*args, **kwargs)
 
     return wrapped
+
+
+class _TorchOnCpu(ModuleType):
+    """What the modules above see as ``torch``; for everybody else it stays as it is, transformers' tricks with devices included."""
+
+    def __init__(self):
+        super().__init__("torch")
+        self.__dict__.update({name: _on_cpu(vars(torch)[name]) for name in _FACTORIES})
+
+    def __getattr__(self, name: str) -> object:
+        return vars(torch)[name]
+
+
+def _replace_factories() -> None:
+    on_cpu = _TorchOnCpu()
+    for name in _MODULES:
+        vars(importlib.import_module(f"megatron.core.{name}"))["torch"] = on_cpu
 
 
 def _replace_cuda_questions() -> None:
@@ -60,9 +89,6 @@ def _replace_cuda_questions() -> None:
     cuda.Stream = cuda.Event = _NoStream
     cuda.stream = lambda stream: contextlib.nullcontext()
     torch.Tensor.cuda = lambda self, *args, **kwargs: self
-    for name in _FACTORIES:
-        setattr(torch, name, _on_cpu(vars(torch)[name]))
-
     tensor_type = torch.Tensor.type
 
     def type_with_cuda_name(self, *args, **kwargs):
@@ -96,5 +122,6 @@ def install() -> None:
     import megatron.core.optimizer.distrib_optimizer as distributed
     import megatron.core.tensor_parallel.random as random
 
+    _replace_factories()
     _replace_random_states(random)
     _replace_optimizer(optimizer, distributed)

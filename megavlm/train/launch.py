@@ -58,6 +58,7 @@ def inspect(config: Config, world_size: int) -> Checkpoint | Path | None:
     if not config.checkpoint.load:
         return None
     if (Path(config.checkpoint.load) / "config.json").is_file():
+        hf.refuse_other(config.checkpoint.load, config.architecture)
         return Path(config.checkpoint.load)
     loaded = checkpoint.find(config.checkpoint.load)
     if loaded is None:
@@ -82,6 +83,8 @@ def _facts(flag: str, folder: str) -> DatasetFacts:
         num_packs=manifest.totals.packs,
         has_images=manifest.totals.tiles > 0,
         fingerprint=manifest.tokenizer_fingerprint,
+        pixel_mean=manifest.pixel_mean,
+        pixel_std=manifest.pixel_std,
     )
 
 
@@ -114,9 +117,8 @@ def _fit(config: Config, source: Checkpoint) -> Checkpoint:
     problems = checkpoint.describe_differences(source.config.architecture, config.architecture)
     tokenizer = read_manifest(config.data.train).tokenizer_fingerprint
     if source.state.tokenizer not in (None, tokenizer):
-        problems.append(
-            f"--data.train {config.data.train}: packed with another tokenizer than the checkpoint's; pack it with {source.folder / checkpoint.TOKENIZER}"
-        )
+        own = source.folder / checkpoint.TOKENIZER
+        problems.append(f"--data.train {config.data.train}: packed with another tokenizer than the checkpoint's, {own}")
     if resumes(config, source):
         problems += checkpoint.describe_differences(source.config.training.trainable, config.training.trainable, "training.trainable")
         problems += checkpoint.describe_differences(source.config.training.seed, config.training.seed, "training.seed")
@@ -169,7 +171,7 @@ def train(config: Config, machine: backend.Backend, source: Checkpoint | Path | 
         )
         state = run(job, state, metrics)
         if config.checkpoint.export_hf and state.step == config.training.steps and place.rank == 0:
-            hf.export(checkpoint.find(config.checkpoint.save).folder, Path(config.checkpoint.export_hf))
+            hf.export(config.checkpoint.save, config.checkpoint.export_hf, flag="--checkpoint.export_hf")
     groups.destroy()
     return state
 

@@ -36,6 +36,8 @@ def facts(config: Config, **changes: Any) -> DatasetFacts:
         num_packs=10,
         has_images=True,
         fingerprint="abc",
+        pixel_mean=config.architecture.vision.pixel_mean,
+        pixel_std=config.architecture.vision.pixel_std,
     )
     return dataclasses.replace(good, **changes)
 
@@ -66,7 +68,11 @@ WRONG = [
     ("--parallel.pipeline_split 2,6", 1, ["2,6: 2 chunks, but --parallel.pipeline_model_parallel_size is 1"]),
     ("--pipeline-model-parallel-size 2 --parallel.pipeline_split 8,0", 2, ["8,0: each chunk must have a layer"]),
     ("--pipeline-model-parallel-size 2 --parallel.pipeline_split 3,4", 2, ["3,4: 7 layers in all, but the model has 8"]),
-    ("--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2", 6, ["2 x --parallel.pipeline", "= 4 does not divide the 6 ranks"]),
+    (
+        "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2",
+        6,
+        ["2 x --parallel.pipeline", "= 4 does not divide the number of ranks", "6"],
+    ),
     ("--global-batch-size 30", 8, ["global_batch_size 30 is not a multiple of the 8 data-parallel ranks", "use 24 or 32"]),
     ("--global-batch-size 3", 8, ["use 8"]),
     ("--global-batch-size 0", 1, ["global_batch_size 0: must be 1 or more"]),
@@ -161,6 +167,12 @@ def test_packs_that_do_not_fit_the_model_are_refused(changes: dict[str, Any], op
 def test_packs_without_images_need_not_fit_the_vision_encoder(packs: Path):
     config = tiny(packs, stage="0")
     assert facts_problems(config, [facts(config, has_images=False, image_size=448, features_per_tile=256)]) == []
+
+
+def test_packs_for_another_normalisation_are_refused(packs: Path):
+    config = tiny(packs)
+    [problem] = facts_problems(config, [facts(config, pixel_mean=(0.5, 0.5, 0.5))])
+    assert "--data.train" in problem and "pixel_mean" in problem and "0.5" in problem and "0.485" in problem
 
 
 def test_training_and_held_out_packs_share_a_tokenizer(packs: Path):

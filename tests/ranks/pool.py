@@ -71,7 +71,8 @@ class Pool:
     def close(self) -> None:
         """End all workers."""
         for process, connection in self._workers:
-            connection.close()
+            connection.close()  # a worker that waits for work ends by itself, and ends the processes that it started
+            process.join(timeout=5)
             process.kill()
             process.join()
         self._workers = []
@@ -82,6 +83,8 @@ def _serve(connection: Connection) -> None:
 
     import torch
     import torch.distributed as dist
+
+    from megavlm.parallel import groups
 
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
@@ -97,5 +100,6 @@ def _serve(connection: Connection) -> None:
         except BaseException:
             answer = True, traceback.format_exc()
         connection.send(answer)
+        groups.destroy()  # a function that failed may have left its groups
         if dist.is_initialized():
             dist.destroy_process_group()

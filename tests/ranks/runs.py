@@ -91,7 +91,6 @@ def build(config: Config):
 
 def train_curve(config: Config, pack_ids: tuple[int, ...] = ()) -> Curve:
     """Loss and gradient norm of every step, on every rank; ``pack_ids`` replaces the order of the packs by this one, again and again."""
-    from megavlm.parallel import groups
     from megavlm.train.optimizer import set_rates
     from megavlm.train.step import train_step
 
@@ -110,7 +109,6 @@ def train_curve(config: Config, pack_ids: tuple[int, ...] = ()) -> Curve:
         result = train_step(job.wrapped, job.optimizer, arriving, size // world, weight, job.backend)
         losses.append(_from_last_chunk(float(job.groups.sum_over_data(result.loss)), job))
         norms.append(result.grad_norm)
-    groups.destroy()
     return Curve(losses=losses, grad_norms=norms)
 
 

@@ -92,7 +92,9 @@ def test_logits_equal_those_of_transformers(ranks: Pool, tmp_path: Path, archite
     mean, std = (torch.tensor(x)[:, None, None] for x in (architecture.vision.pixel_mean, architecture.vision.pixel_std))
     pixels, ends = (batch.tiles / 255 - mean) / std, batch.sample_ends.tolist()
     for name, (world, layout) in LAYOUTS.items():
-        shares = ranks.run(logits_of_pack, world, dataclasses.replace(config, parallel=config_for(tmp_path, **layout).parallel), tmp_path / "hf")
+        shares = ranks.run(
+            logits_of_pack, world, dataclasses.replace(config, parallel=config_for(tmp_path, **layout).parallel), tmp_path / "hf"
+        )
         ours = torch.from_numpy(np.concatenate([share for share in shares if share is not None], axis=-1))[:, :vocabulary]
         tile = 0
         for start, end in zip(ends[:-2], ends[1:-1], strict=True):

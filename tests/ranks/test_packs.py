@@ -25,7 +25,6 @@ def _samples(images: tuple[int, ...], seed: int) -> list:
 def losses_and_gradients(config: Config) -> tuple[list[np.ndarray], dict[str, np.ndarray]]:
     """The losses of the supervised tokens of every pack, and the gradient of the sum of all packs' losses."""
     from megavlm.model.weights import named_weights
-    from megavlm.parallel import groups
     from megavlm.train.step import run_packs
 
     job = build(config)
@@ -36,7 +35,6 @@ def losses_and_gradients(config: Config) -> tuple[list[np.ndarray], dict[str, np
     job.wrapped.zero_grad_buffer()
     run_packs(job.wrapped, iter(packs), len(packs), 1.0, job.backend)
     gradients = {key: weight.main_grad.numpy().copy() for key, weight in named_weights(job.model).items()}
-    groups.destroy()
     return losses, gradients
 
 

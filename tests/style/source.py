@@ -37,7 +37,7 @@ class Source:
     def folder(self) -> str:
         """Folder inside the package, such as ``data``; empty for the package's own files."""
         parts = self.path.split("/")
-        return parts[1] if len(parts) > 2 else ""
+        return parts[1] if parts[0] == "megavlm" and len(parts) > 2 else ""
 
     def imports(self) -> list[tuple[int, str]]:
         """Line and dotted name of every import, those inside functions included; ``from a import b`` counts as ``a.b``."""
@@ -50,6 +50,13 @@ class Source:
                 base = ".".join([*start, *([node.module] if node.module else [])])
                 found += [(node.lineno, f"{base}.{alias.name}") for alias in node.names]
         return found
+
+    def texts(self) -> Iterator[tuple[int, str]]:
+        """Line and value of every text in the code, docstrings and comments not."""
+        said = {id(node.value) for node in ast.walk(self.tree) if isinstance(node, ast.Expr)}
+        for node in ast.walk(self.tree):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in said:
+                yield node.lineno, node.value
 
     def functions(self) -> Iterator[tuple[str, int]]:
         """Name and number of lines of every function, from ``def`` to its last line."""

@@ -1,0 +1,58 @@
+"""Small random models in Hugging Face's format, with shapes unlike each other, so that a mix-up shows."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import InternVLConfig, InternVLForConditionalGeneration
+
+from megavlm.config.schema import Architecture, Language, Vision
+from megavlm.convert.model_config import hf_config
+from megavlm.convert.processor import TOKENIZER_FILES
+
+TOKENIZER = Path(__file__).parents[1] / "golden" / "tokenizer"
+
+SMALL = Architecture(
+    vision=Vision(image_size=28, patch_size=7, num_layers=2, hidden_size=24, ffn_hidden_size=40, num_attention_heads=3),
+    language=Language(
+        num_layers=3,
+        hidden_size=48,
+        ffn_hidden_size=56,
+        num_attention_heads=6,
+        num_query_groups=2,
+        vocab_size=461,
+        rotary_base=12345.0,
+        layernorm_epsilon=1e-5,
+        max_position_embeddings=512,
+    ),
+)
+# One of each kind that the table knows: norms with and without bias, projections with and without bias.
+KINDS = {
+    "LayerNorm": SMALL,
+    "RMSNorm, vision without bias": replace(SMALL, vision=replace(SMALL.vision, normalization="RMSNorm", qkv_bias=False)),
+    "language without bias": replace(SMALL, language=replace(SMALL.language, qkv_bias=False)),
+}
+
+
+def make_hf(folder: Path, architecture: Architecture = SMALL, dtype: torch.dtype = torch.bfloat16, shard_size: str = "5GB") -> Path:
+    """Write a random model, as transformers saves it, with the golden tokenizer."""
+    settings = hf_config(architecture, dtype=dtype, image_token_id=90, eos_token_id=1, pad_token_id=2)
+    torch.manual_seed(0)
+    model = InternVLForConditionalGeneration(InternVLConfig.from_dict(settings)).to(dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_()
+    model.save_pretrained(folder, max_shard_size=shard_size)
+    for name in TOKENIZER_FILES:
+        if (TOKENIZER / name).is_file():
+            (folder / name).write_bytes((TOKENIZER / name).read_bytes())
+    return folder
+
+
+def load_all(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of a folder, under the name in its file."""
+    return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}

@@ -1,0 +1,165 @@
+"""Whole models, there and back, and the command-line tool."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, InternVLForConditionalGeneration
+
+from megavlm.config.cli import from_yaml
+from megavlm.config.schema import Architecture
+from megavlm.convert import hf
+from megavlm.convert.model_config import architecture_from_hf
+from megavlm.convert.processor import chat_template
+from megavlm.data.record import Turn
+from megavlm.data.template import ChatTemplate, fingerprint, load_tokenizer
+from tests.convert.models import KINDS, SMALL, TOKENIZER, load_all, make_hf
+
+TOOL = str(Path(__file__).parents[2] / "tools" / "convert_checkpoint.py")
+
+
+def run_tool(*arguments: str) -> int:
+    before = sys.argv
+    sys.argv = [TOOL, *arguments]
+    try:
+        runpy.run_path(TOOL, run_name="__main__")
+    except SystemExit as ended:
+        return int(ended.code or 0)
+    finally:
+        sys.argv = before
+    raise AssertionError("the tool did not exit")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_import_then_export_is_bit_identical(tmp_path: Path, kind: str) -> None:
+    source = make_hf(tmp_path / "hf", KINDS[kind], shard_size="20KB")
+    assert len(list(source.glob("*.safetensors"))) > 1
+    checkpoint = hf.import_(source, tmp_path / "checkpoint")
+    out = hf.export(checkpoint, tmp_path / "out")
+    before, after = load_all(source), load_all(out)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) and before[name].dtype == after[name].dtype for name in before)
+    assert architecture_from_hf(out) == KINDS[kind] == from_yaml(checkpoint / "config.yaml").architecture
+
+
+def test_transformers_loads_an_export_without_a_name_lost(tmp_path: Path) -> None:
+    source = make_hf(tmp_path / "hf")
+    out = hf.export(hf.import_(source, tmp_path / "checkpoint"), tmp_path / "out", dtype=torch.float32)
+    model, info = InternVLForConditionalGeneration.from_pretrained(out, output_loading_info=True, dtype="auto")
+    assert not any(info.values()) and model.dtype == torch.float32
+    expected = InternVLForConditionalGeneration.from_pretrained(source, dtype=torch.float32).state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+    assert model.config.image_seq_length == SMALL.features_per_tile
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    assert model.config.image_token_id == tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>") == tokenizer.context_image_token_id
+    assert model.generation_config.eos_token_id == tokenizer.convert_tokens_to_ids("<|im_end|>")
+
+
+def test_the_tokenizer_stays_the_same_and_renders_the_template(tmp_path: Path) -> None:
+    checkpoint = hf.import_(make_hf(tmp_path / "hf"), tmp_path / "checkpoint")
+    out = hf.export(checkpoint, tmp_path / "out")
+    again = hf.import_(out, tmp_path / "again")
+    expected = fingerprint(load_tokenizer(TOKENIZER))
+    state = {"step": 0, "consumed": 0, "stage": None, "tokenizer": expected, "format": 1}
+    assert json.loads((checkpoint / "state.json").read_text()) == json.loads((again / "state.json").read_text()) == state
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    assert fingerprint(tokenizer) == expected
+    assert (tokenizer.start_image_token, tokenizer.end_image_token, tokenizer.context_image_token) == ("<img>", "</img>", "<IMG_CONTEXT>")
+    chat = [{"role": "user", "content": "How many?"}, {"role": "assistant", "content": "Three."}]
+    ours, _ = ChatTemplate(load_tokenizer(TOKENIZER), 4).encode([Turn(role="human", text="How many?"), Turn(role="gpt", text="Three.")], [])
+    assert tokenizer.apply_chat_template(chat, return_dict=False) == ours.tolist()
+
+
+def test_a_system_message_of_ones_own_survives_the_template(tmp_path: Path) -> None:
+    message = "It's \\ here:\n{{ nothing }}"
+    tokenizer = load_tokenizer(TOKENIZER)
+    text = tokenizer.apply_chat_template([{"role": "user", "content": "?"}], chat_template=chat_template(message), tokenize=False)
+    assert text == f"<|im_start|>system\n{message}<|im_end|>\n<|im_start|>user\n?<|im_end|>\n"
+
+
+def test_weights_are_served_to_the_trainer(tmp_path: Path) -> None:
+    source = make_hf(tmp_path / "hf")
+    served, weights = hf.full_tensors(source, SMALL), load_all(source)
+    padded = served("language.output_layer.weight", (512, 48))
+    assert torch.equal(padded, weights["language_model.lm_head.weight"])
+    layer = "language_model.model.layers.2.mlp."
+    gate_up = torch.cat([weights[f"{layer}gate_proj.weight"], weights[f"{layer}up_proj.weight"]])
+    assert torch.equal(served("language.decoder.layers.2.mlp.linear_fc1.weight", (112, 48)), gate_up)
+
+
+@pytest.mark.parametrize("other", [replace(SMALL, language=replace(SMALL.language, num_query_groups=3)), replace(SMALL, pixel_shuffle=1)])
+def test_another_model_than_asked_for_is_refused(tmp_path: Path, other: Architecture) -> None:
+    source = make_hf(tmp_path / "hf")
+    with pytest.raises(ValueError, match=r"of another architecture than --model:\n  --architecture\.\S+: 2 there, \d asked for"):
+        hf.full_tensors(source, other)
+
+
+def test_names_that_transformers_uses_in_memory_are_read(tmp_path: Path) -> None:
+    source = make_hf(tmp_path / "hf")
+    model = InternVLForConditionalGeneration.from_pretrained(source)
+    before = load_all(source)
+    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, source / "model.safetensors", {"format": "pt"})
+    assert load_file(source / "model.safetensors").keys().isdisjoint(before)
+    after = load_all(hf.export(hf.import_(source, tmp_path / "checkpoint"), tmp_path / "out"))
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_tied_head_is_refused(tmp_path: Path) -> None:
+    source = make_hf(tmp_path / "hf")
+    weights = load_all(source)
+    del weights["language_model.lm_head.weight"]
+    save_file(weights, source / "model.safetensors")
+    with pytest.raises(ValueError, match=r"language_model.lm_head.weight: missing"):
+        hf.check(source)
+    settings = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(settings | {"tie_word_embeddings": True}))
+    with pytest.raises(ValueError, match="tie_word_embeddings"):
+        hf.check(source)
+
+
+def test_a_checkpoint_without_tokenizer_asks_for_one(tmp_path: Path) -> None:
+    source = make_hf(tmp_path / "hf")
+    (source / "tokenizer_config.json").unlink()
+    (source / "tokenizer.json").unlink()
+    checkpoint = hf.import_(source, tmp_path / "checkpoint")
+    assert json.loads((checkpoint / "state.json").read_text())["tokenizer"] is None
+    with pytest.raises(FileNotFoundError, match="--tokenizer"):
+        hf.export(checkpoint, tmp_path / "out")
+    assert hf.export(checkpoint, tmp_path / "out", tokenizer=TOKENIZER).is_dir()
+
+
+def test_a_tokenizer_with_more_tokens_than_rows_is_refused(tmp_path: Path) -> None:
+    few = replace(SMALL, language=replace(SMALL.language, vocab_size=450))
+    checkpoint = hf.import_(make_hf(tmp_path / "hf", few), tmp_path / "checkpoint")
+    with pytest.raises(ValueError, match="has ids up to 456, and the model's vocabulary has 450 rows"):
+        hf.export(checkpoint, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_tool_goes_there_and_back(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    source, run = make_hf(tmp_path / "hf"), tmp_path / "run"
+    assert run_tool("import", "--hf", str(source), "--out", str(run / "step_00000000")) == 0
+    (run / "latest").write_text("step_00000000\n")
+    assert run_tool("export", "--load", str(run), "--out", str(tmp_path / "out"), "--dtype", "float32") == 0
+    assert {tensor.dtype for tensor in load_all(tmp_path / "out").values()} == {torch.float32}
+    assert run_tool("check", "--hf", str(source)) == 0
+    lines = capsys.readouterr().out.splitlines()[-4:]
+    assert [line.split()[0] for line in lines] == ["part", "vision_tower", "multi_modal_projector", "language_model"]
+    assert all(line.endswith("yes") for line in lines[1:])
+
+
+def test_the_tool_says_what_is_wrong_and_exits_with_2(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    source = make_hf(tmp_path / "hf")
+    assert run_tool("import", "--hf", str(source), "--out", str(tmp_path)) == 2
+    assert f"--out {tmp_path}: exists" in capsys.readouterr().err
+    assert run_tool("export", "--load", str(tmp_path / "none"), "--out", str(tmp_path / "out")) == 2
+    assert "no complete checkpoint" in capsys.readouterr().err
+    assert run_tool("check", "--hf", str(tmp_path)) == 2
+    assert "config.json: no such file" in capsys.readouterr().err
