@@ -69,12 +69,36 @@ _TINY = Architecture(
     ),
 )
 
+# What examples/quickstart trains from scratch in minutes: tiles of four patches, each tile one feature.
+_DIGITS = Architecture(
+    vision=Vision(
+        image_size=16,
+        patch_size=8,
+        num_layers=4,
+        hidden_size=96,
+        ffn_hidden_size=256,
+        num_attention_heads=4,
+        layer_scale=1.0,  # not deep, and not pretrained: there is nothing to damp
+    ),
+    language=Language(
+        num_layers=3,
+        hidden_size=128,
+        ffn_hidden_size=256,
+        num_attention_heads=4,
+        num_query_groups=2,
+        vocab_size=512,
+        rotary_base=1e4,
+        max_position_embeddings=2048,
+    ),
+)
+
 MODELS: dict[str, Architecture] = {
     "tiny": _TINY,
     "internvl2_5-1b": Architecture(vision=_INTERNVIT_300M, language=_QWEN2_5_0_5B),
     "internvl2_5-2b": Architecture(vision=_INTERNVIT_300M, language=_INTERNLM2_5_1_8B),
     "internvl2_5-4b": Architecture(vision=_INTERNVIT_300M, language=_QWEN2_5_3B),
     "internvl2_5-8b": Architecture(vision=_INTERNVIT_300M, language=_INTERNLM2_5_7B),
+    "digits": _DIGITS,
 }
 
 

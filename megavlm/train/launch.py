@@ -191,3 +191,4 @@ def _introduce(
     metrics.say(f"stage {config.stage}, model {config.model}, {place.size} ranks: {sizes}, {config.training.precision}")
     metrics.say(f"start: {start}")
     metrics.say(f"trained weights: {parts}")
+    metrics.record(state.step, {"trained_weights": sum(trained.weights.values())})
