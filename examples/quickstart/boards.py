@@ -1,4 +1,4 @@
-"""Boards of handwritten digits: pictures of one to six cells, most of them with a scan from scikit-learn's digits, and questions about them."""
+"""Boards of handwritten digits: pictures of one to six cells with scans from scikit-learn's digits, and questions about them."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from boards import CELL, Board, Question, Scans, make_board, questions, shape_of, split_scans
+from boards import Board, Question, Scans, make_board, questions, shape_of, split_scans
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -165,9 +165,7 @@ def main() -> None:
         turn["value"] for name in ("mixed_train.jsonl", "text_train.jsonl") for record in records[name] for turn in record["conversations"]
     ]
     train_tokenizer(texts, options.out / "tokenizer")
-    print(
-        f"{learner.count} pictures of {len(train)} scans to learn from, {examiner.count} of {len(held_out)} other scans, {CELL} pixels a cell"
-    )
+    print(f"{learner.count} pictures of {len(train)} scans to learn from, {examiner.count} of {len(held_out)} other scans")
 
 
 if __name__ == "__main__":
