@@ -90,7 +90,8 @@ class Maker:
                 yield self.text()
             else:
                 board, name = self.board()
-                yield about_board(board, self.shuffled(questions(board)), name)
+                asked = self.shuffled(questions(board))[: int(self.rng.integers(1, 4))]
+                yield about_board(board, asked, name)
 
     def text(self) -> dict[str, Any]:
         """A record without pictures. Where the mark is, is not asked: in words nothing but its place tells."""
@@ -139,7 +140,7 @@ def train_tokenizer(texts: list[str], folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to make")
-    parser.add_argument("--records", type=int, default=18000, help="training records (default: %(default)s)")
+    parser.add_argument("--records", type=int, default=24000, help="training records (default: %(default)s)")
     parser.add_argument("--texts", type=int, default=6000, help="records without pictures for the language part (default: %(default)s)")
     parser.add_argument("--lone", type=int, default=16000, help="records about a single digit (default: %(default)s)")
     parser.add_argument("--exam", type=int, default=400, help="held-out questions (default: %(default)s)")
