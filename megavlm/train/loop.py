@@ -69,7 +69,8 @@ def run(job: Job, state: State, metrics: Metrics) -> State:
             if config.checkpoint.save and (interval_is_over or asked_to_stop or state.step == last):
                 saved = _save(job, state, metrics)
             if asked_to_stop:
-                metrics.say(f"stopped by a signal after step {state.step}; the last checkpoint is of step {saved}")
+                kept = f"the last checkpoint is of step {saved}" if config.checkpoint.save else "nothing is kept without --checkpoint.save"
+                metrics.say(f"stopped by a signal after step {state.step}; {kept}")
                 break
     return state
 

@@ -108,7 +108,11 @@ WRONG = [
     ("--checkpoint.save FILE", 1, ["is a file"]),
     ("--checkpoint.keep -1", 1, ["checkpoint.keep -1: must be 0 or more"]),
     ("--checkpoint.load nowhere", 1, ["--checkpoint.load nowhere: no such folder"]),
-    ("--checkpoint.save= --save-interval 0 --checkpoint.export_hf no-such-folder/hf", 1, ["export_hf no-such-folder/hf needs --checkpoint.save"]),
+    (
+        "--checkpoint.save= --save-interval 0 --checkpoint.export_hf no-such-folder/hf",
+        1,
+        ["export_hf no-such-folder/hf needs --checkpoint.save"],
+    ),
     ("--checkpoint.export_hf FULL", 1, ["exists already and is not an empty folder"]),
     ("--log-interval 0", 1, ["logging.interval 0: must be 1 or more"]),
     ("--checkpoint.save= --save-interval 0 --logging.tensorboard", 1, ["tensorboard true needs --checkpoint.save"]),
