@@ -152,12 +152,12 @@ def train(config: Config, machine: backend.Backend, source: Checkpoint | Path | 
         prepare(model)
         wrapped = optimizer.wrap(model)
         adamw = optimizer.build(config, wrapped)
-        state = State(stage=config.stage, tokenizer=read_manifest(config.data.train).tokenizer_fingerprint)
+        packs = PackedDataset(config.data.train)
+        state = State(stage=config.stage, tokenizer=packs.manifest.tokenizer_fingerprint)
         if isinstance(source, Checkpoint) and resumes(config, source):
             checkpoint.load_optimizer(source, model, adamw)
             state = source.state
         _introduce(config, place, trained, source, state, metrics)
-        packs = PackedDataset(config.data.train)
         job = Job(
             config=config,
             backend=machine,

@@ -7,8 +7,6 @@ import dataclasses
 import math
 import time
 
-import torch
-
 from megavlm.data.loader import batches
 from megavlm.train import checkpoint
 from megavlm.train.evaluate import held_out_loss
@@ -98,6 +96,5 @@ def _evaluate(job: Job, state: State, metrics: Metrics) -> None:
 def _save(job: Job, state: State, metrics: Metrics) -> int:
     start = time.perf_counter()
     folder = checkpoint.save(job.config, state, job.model, job.optimizer, job.groups, job.train.folder)
-    torch.distributed.barrier()
     metrics.say(f"saved {folder} in {time.perf_counter() - start:.1f} s")
     return state.step
