@@ -139,7 +139,10 @@ class Parallel:
         pipeline_split: number of layers (of the vision encoder, then of the language model, counted through) in each chunk, such as
             ``10,20,18``; patch embedding, projector and token embedding go with the layer that follows them, the head with the last.
             Empty: equal numbers.
-        recompute: keep a layer's activations (none), or only its input and compute them again in the backward pass (full).
+        recompute: what the backward pass computes again instead of keeping it: nothing (none), the MLP of each layer (selective; more than
+            half of the memory for a fifth of the time), or whole layers (full).
+        overlap_grad_reduce: sum gradients over the copies of the model while the backward pass goes on, instead of after it.
+        overlap_param_gather: collect updated weights from the copies of the model while the forward pass goes on, instead of before it.
         timeout_minutes: how long a collective may wait before the run is ended.
     """
 
@@ -147,7 +150,9 @@ class Parallel:
     pipeline_model_parallel_size: int = 1
     sequence_parallel: bool = False
     pipeline_split: tuple[int, ...] = ()
-    recompute: Literal["none", "full"] = "none"
+    recompute: Literal["none", "selective", "full"] = "none"
+    overlap_grad_reduce: bool = True
+    overlap_param_gather: bool = True
     timeout_minutes: int = 30
 
     @property
@@ -172,6 +177,7 @@ class Optimizer:
         adam_beta2: decay of the second moment.
         adam_eps: added to the root of the second moment.
         clip_grad: largest norm of the whole gradient; 0: no clipping.
+        moments: number format of both moments; bfloat16 saves four bytes a trained weight and needs Transformer Engine.
     """
 
     lr: float = 2e-4
@@ -185,6 +191,7 @@ class Optimizer:
     adam_beta2: float = 0.999
     adam_eps: float = 1e-8
     clip_grad: float = 1.0
+    moments: Literal["float32", "bfloat16"] = "float32"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,6 +207,7 @@ class Training:
         drop_path: highest rate of drop path in the vision encoder, growing linearly over its depth; off where vision is frozen.
         eval_interval: steps between evaluations on ``data.valid``; 0: only at the start and at the end.
         eval_packs: packs of one evaluation; 0: all.
+        deterministic: use only kernels that give the same bits each time; slower on a GPU, and how a CPU always computes.
     """
 
     steps: int = 1000
@@ -210,6 +218,34 @@ class Training:
     drop_path: float = 0.0
     eval_interval: int = 0
     eval_packs: int = 0
+    deterministic: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fp8:
+    """Matrix products in 8 bits, by Transformer Engine; weights, gradients and everything else keep the formats they have without.
+
+    A recipe says how numbers are scaled into 8 bits: by the largest value of earlier steps (delayed), of the tensor itself (tensorwise),
+    of blocks of 128 x 128 weights and 1 x 128 activations (blockwise), or of 32 numbers in hardware (mxfp8, from Blackwell on).
+
+    Args:
+        vision: recipe of the vision encoder's layers.
+        language: recipe of the language model's layers; embedding and head stay in 16 bits, as does the projector.
+        format: e4m3 everywhere, or e5m2 for gradients (hybrid).
+        first_bf16_layers: layers at the start of each part that stay in 16 bits.
+        last_bf16_layers: layers at the end of each part that stay in 16 bits.
+    """
+
+    vision: Literal["none", "delayed", "tensorwise", "blockwise", "mxfp8"] = "none"
+    language: Literal["none", "delayed", "tensorwise", "blockwise", "mxfp8"] = "none"
+    format: Literal["hybrid", "e4m3"] = "hybrid"
+    first_bf16_layers: int = 0
+    last_bf16_layers: int = 0
+
+    @property
+    def recipes(self) -> dict[str, str]:
+        """The recipe of each part that has one."""
+        return {part: recipe for part, recipe in (("vision", self.vision), ("language", self.language)) if recipe != "none"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,6 +299,7 @@ class Config:
         parallel: the layout over ranks.
         optimizer: AdamW and its learning rate.
         training: length, batch size, precision and freeze mask.
+        fp8: matrix products in 8 bits.
         checkpoint: saving and loading.
         logging: console, files and trackers.
     """
@@ -274,5 +311,6 @@ class Config:
     parallel: Parallel = field(default_factory=Parallel)
     optimizer: Optimizer = field(default_factory=Optimizer)
     training: Training = field(default_factory=Training)
+    fp8: Fp8 = field(default_factory=Fp8)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     logging: Logging = field(default_factory=Logging)
