@@ -7,13 +7,42 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from megavlm.config.schema import Architecture, Checkpoint, Config, Data, Logging, Optimizer, Parallel, Training
+from megavlm.config.schema import Architecture, Checkpoint, Config, Data, Fp8, Logging, Optimizer, Parallel, Training
 
 PARTS = ("vision", "projector", "language")
+
+# Matrices come in multiples of so many rows and columns (Transformer Engine 2.11; blocks of 128 may be cut short, scales of 32 may not).
+FP8_ROWS = {"delayed": 16, "tensorwise": 16, "blockwise": 16, "mxfp8": 32}
+# First compute capability with the instructions that a recipe needs.
+_FP8_CAPABILITY = {"delayed": (8, 9), "tensorwise": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
 
 
 class ConfigError(ValueError):
     """A configuration that cannot run; the message names every flag to change."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """What the machine can run.
+
+    Args:
+        capability: compute capability of the CUDA device; none without one.
+        has_transformer_engine: whether the package is installed.
+    """
+
+    capability: tuple[int, int] | None = None
+    has_transformer_engine: bool = False
+
+    @property
+    def runs_transformer_engine(self) -> bool:
+        """Whether Transformer Engine's layers can be used."""
+        return self.capability is not None and self.has_transformer_engine
+
+    @property
+    def lack(self) -> str:
+        """What keeps Transformer Engine's layers from being used; empty if nothing does."""
+        lacks = ["no CUDA device"] * (self.capability is None) + ["no Transformer Engine"] * (not self.has_transformer_engine)
+        return " and ".join(lacks)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,18 +75,19 @@ class DatasetFacts:
     pixel_std: tuple[float, float, float]
 
 
-def check(config: Config, world_size: int, facts: Sequence[DatasetFacts] = ()) -> None:
+def check(config: Config, world_size: int, facts: Sequence[DatasetFacts] = (), machine: Machine = Machine()) -> None:
     """Refuse a configuration that cannot run.
 
     Args:
         config: the run.
         world_size: ranks it is started on.
         facts: of the datasets that could be opened.
+        machine: where it is started.
 
     Raises:
         ConfigError: with everything that is wrong.
     """
-    found = problems(config, world_size) + facts_problems(config, facts)
+    found = problems(config, world_size) + facts_problems(config, facts) + machine_problems(config, machine)
     if found:
         listed = "\n  ".join(found)
         raise ConfigError(f"{len(found)} problem{'s' * (len(found) > 1)} with the configuration:\n  {listed}")
@@ -72,7 +102,8 @@ def problems(config: Config, world_size: int) -> list[str]:
         *_world(config, world_size),
         *_data(config.data),
         *_training(config.training, config.data),
-        *_optimizer(config.optimizer, config.training.steps),
+        *_optimizer(config.optimizer, config.training),
+        *_fp8(config.fp8, config),
         *_checkpoint(config.checkpoint),
         *_logging(config.logging, config.checkpoint),
     ]
@@ -81,6 +112,23 @@ def problems(config: Config, world_size: int) -> list[str]:
 def facts_problems(config: Config, facts: Sequence[DatasetFacts]) -> list[str]:
     """Everything in which packed datasets do not fit the model or each other."""
     return [problem for dataset in facts for problem in _dataset(config, dataset)] + list(_same_tokenizer(facts))
+
+
+def machine_problems(config: Config, machine: Machine) -> list[str]:
+    """Everything that the machine lacks."""
+    found, lack = [], machine.lack
+    if config.training.kernels == "transformer_engine" and lack:
+        found.append(f"--training.kernels transformer_engine: this machine has {lack}; use local or auto")
+    if config.optimizer.moments == "bfloat16" and lack:
+        found.append(f"--optimizer.moments bfloat16 needs Transformer Engine's AdamW, and this machine has {lack}; use float32")
+    for part, recipe in config.fp8.recipes.items():
+        if lack:
+            found.append(f"--fp8.{part} {recipe} needs Transformer Engine's layers, and this machine has {lack}; use none")
+        elif machine.capability < _FP8_CAPABILITY[recipe]:
+            needed, there = (".".join(map(str, numbers)) for numbers in (_FP8_CAPABILITY[recipe], machine.capability))
+            runs = [name for name, least in _FP8_CAPABILITY.items() if machine.capability >= least]
+            found.append(f"--fp8.{part} {recipe} needs compute capability {needed}, this GPU has {there}; use {', '.join([*runs, 'none'])}")
+    return found
 
 
 def _at_least(least: int, section: str, values: object, *names: str) -> Iterator[str]:
@@ -227,14 +275,16 @@ def _parts(pattern: str) -> list[str]:
     return [part for part in PARTS if fnmatchcase(part, pattern.split(".")[0])]
 
 
-def _optimizer(optimizer: Optimizer, steps: int) -> Iterator[str]:
+def _optimizer(optimizer: Optimizer, training: Training) -> Iterator[str]:
     if not optimizer.lr > 0:
         yield f"--optimizer.lr {optimizer.lr}: must be above 0"
     elif optimizer.min_lr > optimizer.lr:
         yield f"--optimizer.min_lr {optimizer.min_lr} is above --optimizer.lr {optimizer.lr}"
     yield from _at_least(0, "optimizer", optimizer, "min_lr", "warmup_steps", "weight_decay", "clip_grad")
-    if optimizer.warmup_steps > steps:
-        yield f"--optimizer.warmup_steps {optimizer.warmup_steps} is more than --training.steps {steps}: lr would never be reached"
+    if optimizer.warmup_steps > training.steps:
+        yield f"--optimizer.warmup_steps {optimizer.warmup_steps} is more than --training.steps {training.steps}: lr would never be reached"
+    if optimizer.moments == "bfloat16" and training.precision == "float32":
+        yield "--optimizer.moments bfloat16 needs --training.precision bfloat16"
     if not 0 <= optimizer.warmup_ratio <= 1:
         yield f"--optimizer.warmup_ratio {optimizer.warmup_ratio}: must be from 0 to 1"
     for name in ("adam_beta1", "adam_beta2"):
@@ -242,6 +292,29 @@ def _optimizer(optimizer: Optimizer, steps: int) -> Iterator[str]:
             yield f"--optimizer.{name} {vars(optimizer)[name]}: must be 0 or more, and less than 1"
     if not optimizer.adam_eps > 0:
         yield f"--optimizer.adam_eps {optimizer.adam_eps}: must be above 0"
+
+
+def _fp8(fp8: Fp8, config: Config) -> Iterator[str]:
+    first, last, arch = fp8.first_bf16_layers, fp8.last_bf16_layers, config.architecture
+    spared = f"--fp8.first_bf16_layers {first} and --fp8.last_bf16_layers {last}"
+    yield from _at_least(0, "fp8", fp8, "first_bf16_layers", "last_bf16_layers")
+    if not fp8.recipes and first + last > 0:
+        yield f"{spared}: have no effect without --fp8.vision or --fp8.language"
+    if fp8.recipes and config.training.kernels == "local":
+        yield "--training.kernels local: FP8 needs Transformer Engine's layers; use auto, or no recipe for --fp8.vision and --fp8.language"
+    for part, recipe in fp8.recipes.items():
+        if config.training.precision == "float32":
+            yield f"--fp8.{part} {recipe} needs --training.precision bfloat16"
+        if recipe == "delayed" and first + last > 0:
+            yield f"--fp8.{part} delayed: {spared} do not go with it; use another recipe, or 0"
+        sizes = vars(arch)[part]
+        share = sizes.num_layers // max(config.parallel.pipeline_model_parallel_size, 1)
+        if max(first, last) > share:
+            yield f"{spared}: at most {share}, the {part} layers of one of the pipeline's chunks"
+        tensor = max(config.parallel.tensor_model_parallel_size, 1)
+        for name, width in (("hidden_size", sizes.hidden_size), ("ffn_hidden_size", sizes.ffn_hidden_size // tensor)):
+            if width % (multiple := FP8_ROWS[recipe]):
+                yield f"--fp8.{part} {recipe}: --architecture.{part}.{name} makes matrices {width} wide, not a multiple of {multiple}"
 
 
 def _checkpoint(checkpoint: Checkpoint) -> Iterator[str]:
@@ -291,6 +364,13 @@ def _dataset(config: Config, facts: DatasetFacts) -> Iterator[str]:
         yield (
             f"{where}: packs of {facts.capacity} tokens cannot be shared by --parallel.tensor_model_parallel_size {tensor}, "
             "as --parallel.sequence_parallel true asks; pack with a --capacity that is a multiple"
+        )
+    rows = facts.capacity // (max(tensor, 1) if config.parallel.sequence_parallel else 1)
+    recipe = config.fp8.language
+    if rows % (multiple := FP8_ROWS.get(recipe, 1)):
+        yield (
+            f"{where}: packs of {facts.capacity} tokens give a rank {rows} rows, and --fp8.language {recipe} needs a multiple of "
+            f"{multiple}; pack with such a --capacity"
         )
     parts = {part for pattern in config.training.trainable for part in _parts(pattern)}
     if parts and "language" not in parts and not facts.has_images:

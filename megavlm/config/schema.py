@@ -207,6 +207,7 @@ class Training:
         drop_path: highest rate of drop path in the vision encoder, growing linearly over its depth; off where vision is frozen.
         eval_interval: steps between evaluations on ``data.valid``; 0: only at the start and at the end.
         eval_packs: packs of one evaluation; 0: all.
+        kernels: layers of Transformer Engine, megatron-core's own (local), or the former wherever they run (auto).
         deterministic: use only kernels that give the same bits each time; slower on a GPU, and how a CPU always computes.
     """
 
@@ -218,6 +219,7 @@ class Training:
     drop_path: float = 0.0
     eval_interval: int = 0
     eval_packs: int = 0
+    kernels: Literal["auto", "local", "transformer_engine"] = "auto"
     deterministic: bool = False
 
 

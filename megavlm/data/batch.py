@@ -23,8 +23,9 @@ class Batch:
         loss_weights: float32 [T], weight of the label at this position; 0 where it has no loss.
         sample_ends: int32 [N + 1], from 0 to T: where samples start and end. The padding at the end is one more sample.
         longest_sample: tokens of the longest sample, the padding counted as one.
-        tiles: uint8 [I, 3, S, S]; a pack without images has one black tile that no feature is taken from, so that every rank
-            runs the same. [0, 3, S, S] where the pixels were not asked for.
+        tiles: uint8 [I, 3, S, S], those of the pack's images first. Black ones, which no feature is taken from, follow where a multiple
+            is asked for; a pack without images has at least one, so that every rank runs the same. [0, 3, S, S] where the pixels were
+            not asked for.
         feature_positions: int64 [real tiles * F], where in ``tokens`` the image features go, in the order of the tiles.
         drop_path_draws: float32 [2 * vision layers, I], uniform in [0, 1), drawn from (seed, position) alone.
         weight_sum: sum of the loss weights, in float64 from the index.

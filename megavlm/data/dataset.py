@@ -62,7 +62,15 @@ class PackedDataset:
         return math.fsum(self.index[pack_ids][_weight_field(reduction)])
 
     def batch(
-        self, pack_id: int, position: int, *, reduction: str = "square", vision_layers: int = 0, seed: int = 0, with_tiles: bool = True
+        self,
+        pack_id: int,
+        position: int,
+        *,
+        reduction: str = "square",
+        vision_layers: int = 0,
+        seed: int = 0,
+        with_tiles: bool = True,
+        tile_multiple: int = 1,
     ) -> Batch:
         """The tensors of a pack.
 
@@ -73,6 +81,7 @@ class PackedDataset:
             vision_layers: layers of the vision encoder that need draws.
             seed: the run's seed.
             with_tiles: whether to decode the images.
+            tile_multiple: number that the tiles are filled up to a multiple of, with black ones.
 
         Raises:
             ValueError: bytes damaged on the disk, an image that cannot be decoded, or context tokens that do not match the tiles.
@@ -83,16 +92,18 @@ class PackedDataset:
         labels, weights = label(pack.tokens, pack.supervised, pack.lengths, reduction)
         tokens = np.full(manifest.capacity, manifest.pad_token_id, np.int64)
         tokens[places] = pack.tokens
-        seen = max(1, pack.tiles)
+        draws = drop_path_draws(seed, position, 2 * vision_layers, max(1, pack.tiles))
+        seen = -(-draws.shape[1] // tile_multiple) * tile_multiple
         return Batch.of(
             tokens=tokens,
             labels=_spread(labels.astype(np.int64), places, manifest.capacity),
             loss_weights=_spread(weights, places, manifest.capacity),
             sample_ends=ends,
             longest_sample=int(np.diff(ends).max()),
-            tiles=self._tiles(pack) if with_tiles else np.empty((0, 3, manifest.image_size, manifest.image_size), np.uint8),
+            tiles=self._tiles(pack, seen) if with_tiles else np.empty((0, 3, manifest.image_size, manifest.image_size), np.uint8),
             feature_positions=self._feature_positions(pack, places),
-            drop_path_draws=drop_path_draws(seed, position, 2 * vision_layers, seen),
+            # Drawn for the real tiles only: what they are filled up to must not change what is dropped.
+            drop_path_draws=np.pad(draws, ((0, 0), (0, seen - draws.shape[1]))),
             weight_sum=float(self.index[pack_id][_weight_field(reduction)]),
             pack_id=int(pack_id),
         )
@@ -113,10 +124,10 @@ class PackedDataset:
             )
         return positions
 
-    def _tiles(self, pack: Pack) -> np.ndarray:
-        """The pixels of the pack's tiles; uint8 [I, 3, S, S]."""
+    def _tiles(self, pack: Pack, count: int) -> np.ndarray:
+        """The pixels of the pack's tiles, and black ones up to ``count``; uint8 [I, 3, S, S]."""
         size = self.manifest.image_size
-        tiles = np.zeros((max(1, pack.tiles), 3, size, size), np.uint8)
+        tiles = np.zeros((count, 3, size, size), np.uint8)
         start = 0
         for place, row in enumerate(pack.images):
             columns, rows, count = int(row["columns"]), int(row["rows"]), int(row["tiles"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -18,13 +19,10 @@ def batches(
     plan: Plan,
     positions: Sequence[int],
     *,
-    reduction: str,
-    vision_layers: int = 0,
-    seed: int = 0,
     workers: int = 0,
     prefetch: int = 2,
-    with_tiles: bool = True,
     start_method: str | None = None,
+    **options: Any,
 ) -> Generator[Batch, None, None]:
     """The batches at ``positions`` of the plan, in their order. Workers never change what a batch holds. ``close()`` ends the workers.
 
@@ -33,16 +31,16 @@ def batches(
         plan: their order.
         positions: places in the endless sequence of epochs. Rank r of n data ranks that goes on after ``consumed`` packs gives
             ``range(consumed + r, end, n)``, which takes no memory however long the run is.
-        reduction, vision_layers, seed, with_tiles: as for ``PackedDataset.batch``.
         workers: processes that decode; 0: this one.
         prefetch: packs that each worker keeps ready.
         start_method: how workers start (fork, spawn, forkserver); None: as the platform does.
+        options: keyword arguments of ``PackedDataset.batch``, which makes every batch.
 
     Raises:
         ValueError: a pack that cannot be read or decoded; names the pack and the sample's file and line.
         RuntimeError: a worker died; names the pack that was waited for and where its samples come from.
     """
-    make = partial(dataset.batch, reduction=reduction, vision_layers=vision_layers, seed=seed, with_tiles=with_tiles)
+    make = partial(dataset.batch, **options)
     loader = DataLoader(
         Positions(make, plan, positions),
         batch_size=None,

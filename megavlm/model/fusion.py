@@ -8,21 +8,22 @@ from torch import Tensor
 def place_features(embeddings: Tensor, features: Tensor, positions: Tensor) -> Tensor:
     """Replace the embeddings of the placeholder tokens by features.
 
-    A pack without images brings the features of one blank tile and no position: nothing is replaced, but the result still depends on the
-    features, so that every trained parameter gets a gradient (of zero) and no collective waits for one.
+    Blank tiles at the end, which fill a batch up to a number of tiles that suits the kernels, have no position; nor has the one tile of a
+    pack without images. The result depends on the features all the same, so that every trained parameter gets a gradient (of zero) and no
+    collective waits for one.
 
     Args:
         embeddings: [T, 1, D]
-        features: [I * F, 1, D], tile by tile.
+        features: [I * F, 1, D], tile by tile, those of blank tiles last.
         positions: [placeholders], ascending.
 
     Returns:
         [T, 1, D]
 
     Raises:
-        ValueError: features and placeholders are not equal in number.
+        ValueError: there are more placeholders than features.
     """
     count = len(positions)
-    if count and count != len(features):
+    if count > len(features):
         raise ValueError(f"the pack has {count} image placeholder tokens, but its tiles give {len(features)} features")
     return embeddings.index_copy(0, positions, features[:count])

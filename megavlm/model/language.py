@@ -44,6 +44,7 @@ class LanguageModel(GPTModel):
             scatter_embedding_sequence_parallel=False,
             pg_collection=groups,
         )
+        self.cross_entropy = chosen.cross_entropy
         rows = self.vocab_size // groups.tp.size()
         self.real_rows = min(max(language.vocab_size - rows * groups.tp.rank(), 0), rows)
 
@@ -59,4 +60,4 @@ class LanguageModel(GPTModel):
         """
         if self.real_rows < logits.shape[-1]:
             logits[..., self.real_rows :] = float("-inf")
-        return super().compute_language_model_loss(labels, logits)
+        return self.cross_entropy(logits, labels.T.contiguous(), self.pg_collection.tp).T

@@ -1,14 +1,20 @@
-"""Number formats of weights, activations and of what travels between pipeline chunks."""
+"""Number formats of weights, activations, matrix products and of what travels between pipeline chunks."""
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from megavlm.config.rules import FP8_ROWS, Machine
 from megavlm.config.schema import Config
 
 _FORMATS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# Transformer Engine's attention plans its kernels anew for every number of tiles: few numbers, few plans. It is also what FP8 asks for.
+_TILES = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,3 +36,48 @@ class Precision:
 def precision(config: Config) -> Precision:
     """Number format that the configuration asks for."""
     return Precision(dtype=_FORMATS[config.training.precision])
+
+
+@functools.cache
+def machine() -> Machine:
+    """What this machine can run."""
+    has_cuda = torch.cuda.is_available()
+    return Machine(
+        capability=torch.cuda.get_device_capability() if has_cuda else None,
+        has_transformer_engine=importlib.util.find_spec("transformer_engine") is not None,
+    )
+
+
+def uses_transformer_engine(config: Config) -> bool:
+    """Whether the layers are Transformer Engine's: asked for, or possible where nothing is asked for."""
+    asked = config.training.kernels
+    return asked == "transformer_engine" or (asked == "auto" and machine().runs_transformer_engine)
+
+
+def tile_multiple(config: Config) -> int:
+    """Number that the tiles of a batch are padded to a multiple of, with blank ones.
+
+    A tile has an odd number of tokens, so that matrices have rows in the multiple that FP8 asks for only if the tiles come in it.
+    """
+    recipe = config.fp8.vision
+    if recipe != "none":
+        return FP8_ROWS[recipe]
+    return _TILES if uses_transformer_engine(config) else 1
+
+
+def fp8_settings(config: Config, part: str) -> dict[str, Any]:
+    """What megatron-core's configuration of a part says about FP8; nothing where the part has no recipe."""
+    recipe = config.fp8.recipes.get(part)
+    if recipe is None:
+        return {}
+    first, last = config.fp8.first_bf16_layers, config.fp8.last_bf16_layers
+    # With the history that Transformer Engine itself takes, one large value does not fade after a single step.
+    history = {"fp8_amax_history_len": 1024, "fp8_amax_compute_algo": "max"} if recipe == "delayed" else {}
+    return dict(
+        fp8=config.fp8.format,
+        fp8_recipe=recipe,
+        first_last_layers_bf16=first + last > 0,
+        num_layers_at_start_in_bf16=first,
+        num_layers_at_end_in_bf16=last,
+        **history,
+    )

@@ -2,16 +2,22 @@
 
 Both give a checkpoint the same keys: Transformer Engine folds a norm into the linear layer after it, and the key maps below let the
 separate norms be saved under the same names.
+
+Shape letters: T tokens of the pack, V vocabulary.
 """
 
 from __future__ import annotations
 
-import importlib.util
+import copy
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from megatron.core import tensor_parallel
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
@@ -19,15 +25,19 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor
+from torch.distributed import ProcessGroup
 
+from megavlm.config.schema import Config
 from megavlm.model.attention import PackedCausalAttention, TileAttention
 from megavlm.model.norm import Norm
+from megavlm.model.precision import uses_transformer_engine
 from megavlm.model.vision_layer import VisionLayer
 
 
 @dataclass(frozen=True, kw_only=True)
 class Kernels:
-    """The classes that fill the slots of a layer.
+    """The classes that fill the slots of a layer, and the functions between them.
 
     Args:
         norm: norm that stands alone (before the projector, after the last layer).
@@ -37,7 +47,12 @@ class Kernels:
         row_linear: linear layer with its input split, its output summed.
         tile_attention: attention inside the tiles.
         packed_attention: causal attention inside the samples of a pack.
-        fused_rotary: whether a fused kernel turns queries and keys.
+        is_fused: whether megatron-core's fused kernels turn queries and keys, gate the MLP and add residuals.
+        pointwise: makes one kernel of a function that works element by element.
+        checkpoint: calls a function on tensors, of which it keeps the inputs only, and calls it again in the backward pass; a group of
+            tensor-parallel ranks stands between the two.
+        cross_entropy: losses of the tokens [T, 1] from a rank's share of the logits [T, 1, V / tensor-parallel ranks], which it may
+            overwrite, and the labels [T, 1].
     """
 
     norm: type
@@ -47,12 +62,10 @@ class Kernels:
     row_linear: type
     tile_attention: type
     packed_attention: type
-    fused_rotary: bool
-
-
-def uses_transformer_engine() -> bool:
-    """Whether Transformer Engine's layers are used."""
-    return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
+    is_fused: bool
+    pointwise: Callable[[Callable[..., Tensor]], Callable[..., Tensor]]
+    checkpoint: Callable
+    cross_entropy: Callable[[Tensor, Tensor, ProcessGroup], Tensor]
 
 
 def local_kernels() -> Kernels:
@@ -65,7 +78,10 @@ def local_kernels() -> Kernels:
         row_linear=RowParallelLinear,
         tile_attention=TileAttention,
         packed_attention=PackedCausalAttention,
-        fused_rotary=False,
+        is_fused=False,
+        pointwise=lambda function: function,
+        checkpoint=lambda function, group, *tensors: tensor_parallel.checkpoint(function, False, *tensors),
+        cross_entropy=lambda logits, labels, group: tensor_parallel.vocab_parallel_cross_entropy(logits, labels),
     )
 
 
@@ -73,21 +89,53 @@ def transformer_engine_kernels() -> Kernels:
     """Transformer Engine's layers, which need a CUDA device to run."""
     from megatron.core.extensions import transformer_engine as engine
 
+    def cross_entropy(logits: Tensor, labels: Tensor, group: ProcessGroup) -> Tensor:
+        # What must be fit for CUDA graphs does not look at the gradient's value, which would make the host wait for the device.
+        return engine.te_parallel_cross_entropy(logits, labels, group, True)
+
+    def checkpoint(function: Callable, group: ProcessGroup, *tensors: Tensor):
+        # Transformer Engine's own also keeps the scales of FP8 from changing when the function is called again.
+        return engine.te_checkpoint(function, False, get_cuda_rng_tracker, group, *tensors)
+
     return Kernels(
         norm=engine.TENorm,
         layer_norm=IdentityOp,
-        norm_linear=engine.TELayerNormColumnParallelLinear,
-        column_linear=engine.TEColumnParallelLinear,
-        row_linear=engine.TERowParallelLinear,
+        norm_linear=_accumulating(engine.TELayerNormColumnParallelLinear),
+        column_linear=_accumulating(engine.TEColumnParallelLinear),
+        row_linear=_accumulating(engine.TERowParallelLinear),
         tile_attention=engine.TEDotProductAttention,
         packed_attention=engine.TEDotProductAttention,
-        fused_rotary=True,
+        is_fused=True,
+        pointwise=_compiled,
+        checkpoint=checkpoint,
+        cross_entropy=cross_entropy,
     )
 
 
-def kernels() -> Kernels:
-    """Layers for this machine."""
-    return transformer_engine_kernels() if uses_transformer_engine() else local_kernels()
+def kernels(config: Config) -> Kernels:
+    """The layers that the configuration asks for, or the best that this machine runs."""
+    return transformer_engine_kernels() if uses_transformer_engine(config) else local_kernels()
+
+
+@functools.cache
+def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """One kernel for any number of tiles; compiled at the first call."""
+    return torch.compile(function, dynamic=True)
+
+
+def _accumulating(linear: type) -> type:
+    """``linear`` of Transformer Engine, whose weight gradient is added to the float32 sum inside the matrix product.
+
+    megatron-core's own layers (embedding, head) can do so with Apex only, so the switch is set for each layer, not for the whole model.
+    """
+
+    class Accumulating(linear):
+        def __init__(self, *args, config, **kwargs):
+            config = copy.copy(config)
+            config.gradient_accumulation_fusion = True
+            super().__init__(*args, config=config, **kwargs)
+
+    return Accumulating
 
 
 def _without_bias(linear: type) -> type:
@@ -100,6 +148,16 @@ def _without_bias(linear: type) -> type:
     return WithoutBias
 
 
+def _adding_bias(linear: type) -> type:
+    """``linear`` that adds its bias itself, in the matrix product where it can, instead of leaving it to the MLP around it."""
+
+    class AddingBias(linear):
+        def __init__(self, *args, skip_bias_add: bool, **kwargs):
+            super().__init__(*args, skip_bias_add=False, **kwargs)
+
+    return AddingBias
+
+
 def _attention(core: type, mask: AttnMaskType, qkv_bias: bool, chosen: Kernels) -> ModuleSpec:
     linear = chosen.norm_linear if qkv_bias else _without_bias(chosen.norm_linear)
     submodules = SelfAttentionSubmodules(linear_qkv=linear, core_attention=core, linear_proj=chosen.row_linear)
@@ -108,10 +166,10 @@ def _attention(core: type, mask: AttnMaskType, qkv_bias: bool, chosen: Kernels) 
 
 def mlp_submodules(first: type, chosen: Kernels) -> MLPSubmodules:
     """Slots of an MLP whose first linear layer is ``first``."""
-    return MLPSubmodules(linear_fc1=first, linear_fc2=chosen.row_linear)
+    return MLPSubmodules(linear_fc1=_adding_bias(first), linear_fc2=chosen.row_linear)
 
 
-def _layers(module: type, attention: ModuleSpec, count: int, chosen: Kernels) -> list[ModuleSpec]:
+def _layers(module: type, attention: ModuleSpec, count: int, chosen: Kernels, **params: Callable) -> list[ModuleSpec]:
     submodules = TransformerLayerSubmodules(
         input_layernorm=chosen.layer_norm,
         self_attention=attention,
@@ -124,13 +182,14 @@ def _layers(module: type, attention: ModuleSpec, count: int, chosen: Kernels) ->
             "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
         },
     )
-    return [ModuleSpec(module=module, submodules=submodules)] * count
+    return [ModuleSpec(module=module, params=params, submodules=submodules)] * count
 
 
 def vision_spec(count: int, qkv_bias: bool, chosen: Kernels) -> TransformerBlockSubmodules:
     """A run of ``count`` InternViT layers, without a norm after the last."""
     attention = _attention(chosen.tile_attention, AttnMaskType.no_mask, qkv_bias, chosen)
-    return TransformerBlockSubmodules(layer_specs=_layers(VisionLayer, attention, count, chosen), layer_norm=None)
+    layers = _layers(VisionLayer, attention, count, chosen, pointwise=chosen.pointwise, checkpoint=chosen.checkpoint)
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=None)
 
 
 def language_spec(count: int, qkv_bias: bool, chosen: Kernels) -> TransformerBlockSubmodules:

@@ -8,9 +8,15 @@ import torch
 from megatron.core.transformer import TransformerConfig
 
 from megavlm.config.schema import Config
-from megavlm.model.precision import precision
+from megavlm.model.precision import fp8_settings, precision
 from megavlm.model.specs import Kernels
 from megavlm.parallel.layout import Layout
+
+_RECOMPUTE: dict[str, dict[str, Any]] = {
+    "none": {},
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["mlp"]},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+}
 
 
 def _common(config: Config, counts: tuple[int, ...], chosen: Kernels) -> dict[str, Any]:
@@ -24,7 +30,6 @@ def _common(config: Config, counts: tuple[int, ...], chosen: Kernels) -> dict[st
     number = precision(config)
     stages = [["decoder"] * count for count in counts]
     layout = [["embedding", *stages[0]], *stages[1:-1], [*stages[-1], "loss"]] if len(stages) > 1 else None
-    full = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     return dict(
         tensor_model_parallel_size=config.parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=config.parallel.pipeline_model_parallel_size,
@@ -34,17 +39,18 @@ def _common(config: Config, counts: tuple[int, ...], chosen: Kernels) -> dict[st
         bf16=number.is_half,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=False,  # the kernels that can do it do
         masked_softmax_fusion=False,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        apply_rope_fusion=chosen.fused_rotary,
+        bias_activation_fusion=False,  # megatron-core's fused GELU is an approximation
+        bias_dropout_fusion=chosen.is_fused,
+        apply_rope_fusion=chosen.is_fused,
         persist_layer_norm=False,
+        deterministic_mode=config.training.deterministic,
         calculate_per_token_loss=True,  # gradients are summed: the loss is divided by the whole step's weight before backward
         hetereogenous_dist_checkpoint=True,  # a key for each layer, so that some layers of a stack may be frozen
         variable_seq_lengths=True,  # tiles and tokens travel through one pipeline, in shapes of their own
         moe_token_dispatcher_type="alltoall",  # asked for by variable_seq_lengths, without experts too
-        **(full if config.parallel.recompute == "full" else {}),
+        **_RECOMPUTE[config.parallel.recompute],
     )
 
 
@@ -61,6 +67,7 @@ def vision_config(config: Config, layout: Layout, chosen: Kernels) -> Transforme
         add_bias_linear=True,
         add_qkv_bias=vision.qkv_bias,
         activation_func=torch.nn.functional.gelu,
+        **fp8_settings(config, "vision"),
         **_common(config, layout.vision_counts(), chosen),
     )
 
@@ -98,5 +105,6 @@ def language_config(config: Config, layout: Layout, chosen: Kernels) -> Transfor
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
         sequence_parallel=config.parallel.sequence_parallel,
-        **_common(config, layout.language_counts(), chosen),
+        **fp8_settings(config, "language"),
+        **_common(config, layout.language_counts(), chosen) | {"bias_activation_fusion": chosen.is_fused},
     )

@@ -10,7 +10,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import MegatronModule, TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor, nn
-from torch.nn.functional import conv2d, interpolate
+from torch.nn.functional import interpolate
 
 from megavlm.config.schema import Vision
 from megavlm.model.recompute import ask_for_gradient
@@ -35,6 +35,10 @@ def resize_positions(positions: Tensor, grid: int) -> Tensor:
     patches = positions[:, 1:].float().unflatten(1, (native, native)).permute(0, 3, 1, 2)
     resized = interpolate(patches, size=(grid, grid), mode="bicubic", align_corners=False)
     return torch.cat([positions[:, :1], resized.flatten(2).transpose(1, 2).to(positions.dtype)], dim=1)
+
+
+def _standardise(tiles: Tensor, mean: Tensor, std: Tensor, dtype: torch.dtype) -> Tensor:
+    return ((tiles.float() / 255 - mean.float()) / std.float()).to(dtype)
 
 
 class VisionEncoder(MegatronModule):
@@ -67,6 +71,7 @@ class VisionEncoder(MegatronModule):
             self.position_embedding = nn.Parameter(torch.zeros(1, vision.tokens, width, dtype=dtype))
             self.register_buffer("mean", torch.tensor(vision.pixel_mean)[:, None, None], persistent=False)
             self.register_buffer("std", torch.tensor(vision.pixel_std)[:, None, None], persistent=False)
+            self.standardise = chosen.pointwise(_standardise)
         self.encoder = TransformerBlock(
             config=config,
             spec=vision_spec(len(chunk.vision_layers), vision.qkv_bias, chosen),
@@ -81,7 +86,7 @@ class VisionEncoder(MegatronModule):
 
     def normalise(self, tiles: Tensor) -> Tensor:
         """uint8 [I, 3, S, S] -> [I, 3, S, S] in the model's number format, as the encoder was pretrained with."""
-        return ((tiles.float() / 255 - self.mean.float()) / self.std.float()).to(self.class_token.dtype)
+        return self.standardise(tiles, self.mean, self.std, self.class_token.dtype)
 
     def embed(self, tiles: Tensor) -> Tensor:
         """Turn patches into tokens.
@@ -93,9 +98,7 @@ class VisionEncoder(MegatronModule):
             [1 + P, I, D], the class token first.
         """
         size = self.vision.patch_size
-        patches = (
-            conv2d(self.normalise(tiles), self.patch_embedding.weight, self.patch_embedding.bias, stride=size).flatten(2).transpose(1, 2)
-        )
+        patches = self.patch_embedding(self.normalise(tiles)).flatten(2).transpose(1, 2)
         tokens = torch.cat([self.class_token.expand(len(tiles), -1, -1), patches], dim=1)
         return (tokens + resize_positions(self.position_embedding, tiles.shape[-1] // size)).transpose(0, 1).contiguous()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
@@ -13,13 +15,34 @@ def drop_path_rate(highest: float, layer: int, layers: int) -> float:
     return highest * layer / max(layers - 1, 1)
 
 
-class VisionLayer(TransformerLayer):
-    """``x + path(scale * attention(norm(x)))``, then the same with the MLP (Touvron et al., arXiv 2103.17239, for the layer scale)."""
+def add_branch(hidden: Tensor, branch: Tensor, bias: Tensor, scale: Tensor) -> Tensor:
+    """A residual branch that is kept: ``hidden + (branch + bias) * scale``, [tokens of a tile, I, D]."""
+    return hidden + (branch + bias) * scale
 
-    def __init__(self, config: TransformerConfig, submodules: TransformerLayerSubmodules, **kwargs):
+
+def add_kept_branch(hidden: Tensor, branch: Tensor, bias: Tensor, scale: Tensor, keep: Tensor) -> Tensor:
+    """The same where drop path decides: ``keep`` [I] is 0 where a tile's branch is dropped, else the inverse of the share that is kept."""
+    return hidden + (branch + bias) * scale * keep[:, None].to(branch.dtype)
+
+
+class VisionLayer(TransformerLayer):
+    """``x + path(scale * attention(norm(x)))``, then the same with the MLP (Touvron et al., arXiv 2103.17239, for the layer scale).
+
+    Args:
+        config: megatron-core's configuration of the encoder.
+        submodules: what fills the slots of the layer.
+        pointwise: makes one kernel of a function that works element by element.
+        checkpoint: calls a function on tensors, of which it keeps the inputs only.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, submodules: TransformerLayerSubmodules, *, pointwise: Callable, checkpoint: Callable, **kwargs
+    ):
         super().__init__(config=config, submodules=submodules, **kwargs)
         self.attention_scale = nn.Parameter(torch.ones(config.hidden_size, dtype=config.params_dtype))
         self.mlp_scale = nn.Parameter(torch.ones(config.hidden_size, dtype=config.params_dtype))
+        self.checkpoint = checkpoint
+        self.add_branch, self.add_kept_branch = pointwise(add_branch), pointwise(add_kept_branch)
 
     def forward(self, hidden_states: Tensor, context: Tensor | None = None, **kwargs) -> tuple[Tensor, Tensor | None]:
         """One layer.
@@ -30,12 +53,12 @@ class VisionLayer(TransformerLayer):
                 the place of cross-attention's context, the one tensor that megatron-core's block hands to every layer, recomputed or not.
         """
         attended, bias = self.self_attention(self.input_layernorm(hidden_states), attention_mask=None)
-        hidden_states = hidden_states + self._branch(attended + bias, self.attention_scale, context, 0)
-        transformed, bias = self.mlp(self.pre_mlp_layernorm(hidden_states))
-        return hidden_states + self._branch(transformed + bias, self.mlp_scale, context, 1), context
+        hidden_states = self._add(hidden_states, attended, bias, self.attention_scale, context, 0)
+        normed = self.pre_mlp_layernorm(hidden_states)
+        transformed, bias = self.checkpoint(self.mlp, self.tp_group, normed) if self.recompute_mlp else self.mlp(normed)
+        return self._add(hidden_states, transformed, bias, self.mlp_scale, context, 1), context
 
-    def _branch(self, branch: Tensor, scale: Tensor, keep: Tensor | None, number: int) -> Tensor:
-        branch = branch * scale
+    def _add(self, hidden: Tensor, branch: Tensor, bias: Tensor, scale: Tensor, keep: Tensor | None, number: int) -> Tensor:
         if keep is None:
-            return branch
-        return branch * keep[2 * (self.layer_number - 1) + number, :, None].to(branch.dtype)
+            return self.add_branch(hidden, branch, bias, scale)
+        return self.add_kept_branch(hidden, branch, bias, scale, keep[2 * (self.layer_number - 1) + number])

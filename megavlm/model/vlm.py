@@ -48,7 +48,7 @@ class VisionLanguageModel(MegatronModule):
     """
 
     def __init__(self, config: Config, layout: Layout, groups: Groups):
-        chunk, chosen, arch = layout.chunks[groups.pipeline_rank], kernels(), config.architecture
+        chunk, chosen, arch = layout.chunks[groups.pipeline_rank], kernels(config), config.architecture
         super().__init__(language_config(config, layout, chosen))
         # The pipeline schedules of megatron-core ask a chunk for these.
         self.model_type, self.vp_stage, self.input_tensor = ModelType.encoder_or_decoder, None, None

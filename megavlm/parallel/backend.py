@@ -11,6 +11,9 @@ import torch.distributed as dist
 
 from megavlm.parallel import cpu
 
+# What cuBLAS, NCCL and Transformer Engine read, before they are first used.
+_DETERMINISTIC = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NCCL_ALGO": "Ring", "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0"}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Backend:
@@ -35,13 +38,20 @@ def rank() -> int:
     return int(os.environ.get("RANK", 0))
 
 
-def start(timeout_minutes: int) -> Backend:
+def start(timeout_minutes: int, *, deterministic: bool = False) -> Backend:
     """Pick the backend and join the world.
 
     Args:
         timeout_minutes: how long a collective may wait for a rank.
+        deterministic: use only kernels that give the same bits each time.
     """
     on_gpu = torch.cuda.is_available()
+    # megatron-core relies on it to start a collective before the matrix product that is to hide it, up to Hopper.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    torch.use_deterministic_algorithms(deterministic)
+    if deterministic:
+        os.environ.update(_DETERMINISTIC)
+        torch.utils.deterministic.fill_uninitialized_memory = False
     if on_gpu:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)

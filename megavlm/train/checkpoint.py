@@ -16,10 +16,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedStateDict
 from megatron.core.optimizer import MegatronOptimizer
 
 from megavlm.config.cli import from_yaml, to_yaml
-from megavlm.config.schema import Config
+from megavlm.config.schema import Config, Fp8
 from megavlm.data.manifest import FILE_NAME as MANIFEST_NAME
 from megavlm.model.vlm import VisionLanguageModel
 from megavlm.parallel.groups import Groups
@@ -84,7 +85,7 @@ def save(config: Config, state: State, model: VisionLanguageModel, optimizer: Me
         shutil.rmtree(growing, ignore_errors=True)
         (growing / SHARDS).mkdir(parents=True)
     dist.barrier()
-    dist_checkpointing.save(_sharded(model, optimizer, is_loading=False), str(growing / SHARDS))
+    dist_checkpointing.save(_sharded(model, optimizer, config.fp8, is_loading=False), str(growing / SHARDS))
     dist.barrier()
     if groups.rank == 0:
         (growing / CONFIG_NAME).write_text(to_yaml(config))
@@ -115,12 +116,21 @@ def _drop_old(root: Path, keep: int) -> None:
             shutil.rmtree(folder)
 
 
-def _sharded(model: VisionLanguageModel, optimizer: MegatronOptimizer | None, *, is_loading: bool) -> dict[str, Any]:
-    weights = model.sharded_state_dict(prefix=_PREFIX)
-    if optimizer is None:
-        return {"model": weights}
+def sharded_weights(model: VisionLanguageModel) -> ShardedStateDict:
+    """The weights of a chunk, as megatron-core saves and loads them; the same for every kind of layers."""
+    entries = model.sharded_state_dict(prefix=_PREFIX).items()
+    return {key: entry for key, entry in entries if not isinstance(entry, ShardedObject)}
+
+
+def _sharded(model: VisionLanguageModel, optimizer: MegatronOptimizer, fp8: Fp8, *, is_loading: bool) -> dict[str, Any]:
+    weights = sharded_weights(model)
     moments = optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=_OPTIMIZER_FORMAT)
-    return {"model": weights, "optimizer": moments}
+    return {"model": weights, "optimizer": moments} | ({"scales": _scales(model)} if "delayed" in fp8.recipes.values() else {})
+
+
+def _scales(model: VisionLanguageModel) -> ShardedStateDict:
+    """What delayed scaling to FP8 remembers of earlier steps."""
+    return {key: entry for key, entry in model.sharded_state_dict(prefix=_PREFIX).items() if isinstance(entry, ShardedObject)}
 
 
 def load_weights(checkpoint: Checkpoint, model: VisionLanguageModel) -> None:
@@ -133,15 +143,26 @@ def load_weights(checkpoint: Checkpoint, model: VisionLanguageModel) -> None:
     if differences:
         listed = "\n  ".join(differences)
         raise ValueError(f"--checkpoint.load {checkpoint.folder}: the checkpoint is of another architecture than --model:\n  {listed}")
-    loaded = dist_checkpointing.load(_sharded(model, None, is_loading=True), str(checkpoint.folder / SHARDS))
-    model.load_state_dict({key.removeprefix(_PREFIX): value for key, value in loaded["model"].items()})
+    loaded = dist_checkpointing.load({"model": sharded_weights(model)}, str(checkpoint.folder / SHARDS))
+    _take(model, loaded["model"])
 
 
 @torch.no_grad()
-def load_optimizer(checkpoint: Checkpoint, model: VisionLanguageModel, optimizer: MegatronOptimizer) -> None:
-    """Fill moments, main weights and step count. Collective."""
-    loaded = dist_checkpointing.load(_sharded(model, optimizer, is_loading=True), str(checkpoint.folder / SHARDS))
+def load_optimizer(checkpoint: Checkpoint, model: VisionLanguageModel, optimizer: MegatronOptimizer, fp8: Fp8) -> None:
+    """Fill moments, main weights and step count, and the scales of FP8 where ``fp8`` is as it was. Collective."""
+    kept = fp8 if fp8 == checkpoint.config.fp8 else Fp8()
+    loaded = dist_checkpointing.load(_sharded(model, optimizer, kept, is_loading=True), str(checkpoint.folder / SHARDS))
     optimizer.load_state_dict(loaded["optimizer"])
+    _take(model, loaded["model"] | loaded.get("scales", {}))
+
+
+def _take(model: VisionLanguageModel, loaded: dict[str, Any]) -> None:
+    """Fill the model; what its layers remember beside their weights may be missing."""
+    values = {key.removeprefix(_PREFIX): value for key, value in loaded.items()}
+    result = model.load_state_dict(values, strict=False)
+    wrong = [*result.unexpected_keys, *(key for key in result.missing_keys if not key.endswith("_extra_state"))]
+    if wrong:
+        raise ValueError(f"the checkpoint's weights are not those of the model: {', '.join(wrong)}")
 
 
 def describe_differences(old: Any, new: Any, path: str = "architecture") -> list[str]:

@@ -8,6 +8,7 @@ import torch
 
 from megavlm.data.loader import batches
 from megavlm.data.plan import Plan
+from megavlm.model.precision import tile_multiple
 from megavlm.train.job import Job
 from megavlm.train.step import run_packs
 
@@ -35,6 +36,7 @@ def held_out_loss(job: Job) -> float:
         workers=min(data.workers, len(positions)),
         prefetch=data.prefetch,
         with_tiles=job.model.pre_process,
+        tile_multiple=tile_multiple(job.config),
     )
     loss = torch.zeros((), device=job.backend.device)
     job.wrapped.eval()

@@ -12,7 +12,7 @@ from megavlm.convert import hf
 from megavlm.data.dataset import PackedDataset
 from megavlm.data.manifest import read_manifest
 from megavlm.data.plan import Plan
-from megavlm.model import freeze, weights
+from megavlm.model import freeze, precision, weights
 from megavlm.model.freeze import Trained
 from megavlm.model.vlm import VisionLanguageModel
 from megavlm.parallel import backend, groups
@@ -34,7 +34,7 @@ def launch(config: Config) -> None:
         if backend.rank() == 0:
             print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    machine = backend.start(config.parallel.timeout_minutes)
+    machine = backend.start(config.parallel.timeout_minutes, deterministic=config.training.deterministic)
     try:
         train(config, machine, source)
     finally:
@@ -51,7 +51,7 @@ def inspect(config: Config, world_size: int) -> Checkpoint | Path | None:
         ConfigError: everything that is wrong with the configuration, in one message.
         ValueError: a dataset or checkpoint that cannot be used.
     """
-    check(config, world_size, facts=[_facts(flag, folder) for flag, folder in _datasets(config)])
+    check(config, world_size, facts=[_facts(flag, folder) for flag, folder in _datasets(config)], machine=precision.machine())
     own = _own_checkpoint(config)
     if own is not None:
         return _fit(config, own)
@@ -149,13 +149,13 @@ def train(config: Config, machine: backend.Backend, source: Checkpoint | Path | 
         else:
             weights.fill(model, hf.full_tensors(source, config.architecture) if source else weights.fresh_tensor(config))
         trained = freeze.apply(model, config.training.trainable)
-        prepare(model)
-        wrapped = optimizer.wrap(model)
+        wrapped = optimizer.wrap(config, model)
+        prepare(wrapped)
         adamw = optimizer.build(config, wrapped)
         packs = PackedDataset(config.data.train)
         state = State(stage=config.stage, tokenizer=packs.manifest.tokenizer_fingerprint)
         if isinstance(source, Checkpoint) and resumes(config, source):
-            checkpoint.load_optimizer(source, model, adamw)
+            checkpoint.load_optimizer(source, model, adamw, config.fp8)
             state = source.state
         _introduce(config, place, trained, source, state, metrics)
         job = Job(

@@ -7,12 +7,16 @@ import dataclasses
 import math
 import time
 
+import torch
+from torch import Tensor
+
 from megavlm.data.loader import batches
+from megavlm.model.precision import tile_multiple
 from megavlm.train import checkpoint
 from megavlm.train.evaluate import held_out_loss
 from megavlm.train.job import Job
 from megavlm.train.metrics import Metrics
-from megavlm.train.optimizer import set_rates
+from megavlm.train.optimizer import set_rates, whole_weights
 from megavlm.train.state import State
 from megavlm.train.step import train_step
 from megavlm.train.stop import StopRequest
@@ -23,12 +27,12 @@ def run(job: Job, state: State, metrics: Metrics) -> State:
 
     Raises:
         ValueError: no token of a step is supervised, so its loss is not defined.
-        FloatingPointError: the gradient is not finite; the last checkpoint is from before it.
+        FloatingPointError: a gradient was not finite; the last checkpoint is from before it.
     """
     config, groups, packs = job.config, job.groups, job.config.training.global_batch_size
     last, interval = config.training.steps, config.logging.interval
     positions = range(state.consumed + groups.data_rank, state.consumed + (last - state.step) * packs, groups.data_size)
-    saved = state.step
+    saved, unseen = state.step, {}
     clock, tokens, tiles = time.perf_counter(), 0, 0
     if state.step == 0:
         _evaluate(job, state, metrics)
@@ -39,13 +43,17 @@ def run(job: Job, state: State, metrics: Metrics) -> State:
             if not weight:
                 raise ValueError(f"--data.train {config.data.train}: no token of packs {ids.tolist()} is supervised, so there is no loss")
             rate = set_rates(job.optimizer, config, state.step)
-            result = train_step(job.wrapped, job.optimizer, arriving, packs // groups.data_size, weight, job.backend)
-            if not math.isfinite(result.grad_norm):
-                raise FloatingPointError(f"step {state.step}: the gradient's norm is {result.grad_norm} on packs {ids.tolist()}")
+            micro_steps, clip = packs // groups.data_size, config.optimizer.clip_grad
+            result = train_step(job.wrapped, job.optimizer, arriving, micro_steps, weight, clip, job.backend)
+            unseen[state.step] = result.grad_norm
             state = dataclasses.replace(state, step=state.step + 1, consumed=state.consumed + packs)
             tokens, tiles = tokens + int(job.train.index[ids]["tokens"].sum()), tiles + int(job.train.index[ids]["tiles"].sum())
 
             asked_to_stop = False
+            interval_is_over = config.checkpoint.save_interval and state.step % config.checkpoint.save_interval == 0
+            if state.step % interval == 0 or state.step == last or interval_is_over:
+                grad_norm = _look(unseen, job)
+                unseen = {}
             if state.step % interval == 0 or state.step == last:
                 loss = float(groups.sum_over_data(result.loss))
                 seconds = time.perf_counter() - clock
@@ -54,7 +62,7 @@ def run(job: Job, state: State, metrics: Metrics) -> State:
                     {
                         "loss": loss,
                         "lr": rate,
-                        "grad_norm": result.grad_norm,
+                        "grad_norm": grad_norm,
                         "tokens_per_s": tokens / seconds,
                         "tiles_per_s": tiles / seconds,
                     },
@@ -63,7 +71,6 @@ def run(job: Job, state: State, metrics: Metrics) -> State:
                 clock, tokens, tiles = time.perf_counter(), 0, 0
             if state.step == last or (config.training.eval_interval and state.step % config.training.eval_interval == 0):
                 _evaluate(job, state, metrics)
-            interval_is_over = config.checkpoint.save_interval and state.step % config.checkpoint.save_interval == 0
             if config.checkpoint.save and (interval_is_over or asked_to_stop or state.step == last):
                 saved = _save(job, state, metrics)
             if asked_to_stop:
@@ -71,6 +78,17 @@ def run(job: Job, state: State, metrics: Metrics) -> State:
                 metrics.say(f"stopped by a signal after step {state.step}; {kept}")
                 break
     return state
+
+
+def _look(grad_norms: dict[int, Tensor], job: Job) -> float:
+    """Wait for the norms of the last steps' gradients, by step, and refuse one that is not finite; the newest is returned."""
+    values = torch.stack(list(grad_norms.values())).tolist()
+    for step, norm in zip(grad_norms, values, strict=True):
+        if not math.isfinite(norm):
+            packs = job.config.training.global_batch_size
+            ids = job.plan.pack_ids(step * packs, packs).tolist()
+            raise FloatingPointError(f"step {step}: the gradient's norm is {norm} on packs {ids}; the weights are lost since then")
+    return values[-1]
 
 
 def _loader(job: Job, positions: range):
@@ -85,16 +103,19 @@ def _loader(job: Job, positions: range):
         workers=data.workers,
         prefetch=data.prefetch,
         with_tiles=job.model.pre_process,
+        tile_multiple=tile_multiple(job.config),
     )
 
 
 def _evaluate(job: Job, state: State, metrics: Metrics) -> None:
     if job.valid is not None:
-        metrics.record(state.step, {"valid_loss": held_out_loss(job)})
+        with whole_weights(job.wrapped):
+            metrics.record(state.step, {"valid_loss": held_out_loss(job)})
 
 
 def _save(job: Job, state: State, metrics: Metrics) -> int:
     start = time.perf_counter()
-    folder = checkpoint.save(job.config, state, job.model, job.optimizer, job.groups, job.train.folder)
+    with whole_weights(job.wrapped):
+        folder = checkpoint.save(job.config, state, job.model, job.optimizer, job.groups, job.train.folder)
     metrics.say(f"saved {folder} in {time.perf_counter() - start:.1f} s")
     return state.step

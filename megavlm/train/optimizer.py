@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
@@ -13,11 +19,37 @@ from megavlm.model.precision import precision
 from megavlm.model.vlm import VisionLanguageModel
 from megavlm.train.schedule import learning_rate
 
+_MOMENTS: dict[str, dict[str, Any]] = {
+    "float32": {},
+    "bfloat16": {"use_precision_aware_optimizer": True, "exp_avg_dtype": torch.bfloat16, "exp_avg_sq_dtype": torch.bfloat16},
+}
 
-def wrap(model: VisionLanguageModel) -> DistributedDataParallel:
+
+def wrap(config: Config, model: VisionLanguageModel) -> DistributedDataParallel:
     """Sum gradients over the copies of the model, in float32. The freeze mask must be set before."""
-    settings = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
+    settings = DistributedDataParallelConfig(
+        use_distributed_optimizer=True,
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=config.parallel.overlap_grad_reduce,
+        overlap_param_gather=config.parallel.overlap_param_gather,
+    )
     return DistributedDataParallel(model.config, settings, model)
+
+
+@contextlib.contextmanager
+def whole_weights(wrapped: DistributedDataParallel) -> Iterator[None]:
+    """A time in which every rank holds all updated weights: for reading or saving them. Collective.
+
+    Between the optimizer's update and the next forward pass a rank has its own share of them only, where collecting overlaps.
+    """
+    if not wrapped.ddp_config.overlap_param_gather:
+        yield
+        return
+    wrapped.disable_forward_pre_hook()
+    try:
+        yield
+    finally:
+        wrapped.enable_forward_pre_hook()
 
 
 def _is_vector(parameter: Tensor) -> bool:
@@ -38,10 +70,45 @@ def build(config: Config, wrapped: DistributedDataParallel) -> MegatronOptimizer
         bf16=number.is_half,
         params_dtype=number.dtype,
         use_distributed_optimizer=True,
+        overlap_param_gather=config.parallel.overlap_param_gather,
+        **_MOMENTS[optimizer.moments],
     )
     spared = {ParamKey(predicate=ParamPredicate(name="vector", fn=_is_vector)): ParamGroupOverride(wd_mult=0.0)}
     overrides = spared if optimizer.decay == "matrices" else {}
     return get_megatron_optimizer(settings, [wrapped], config_overrides=overrides)
+
+
+@torch.no_grad()
+def step(optimizer: MegatronOptimizer, clip_grad: float, device: torch.device) -> Tensor:
+    """Clip the gradient and update the weights. megatron-core's own ``step`` does the same, but waits for the norm on the host.
+
+    Args:
+        optimizer: of megatron-core.
+        clip_grad: largest norm of the gradient; 0: no clipping.
+        device: of this rank.
+
+    Returns:
+        Norm of the whole gradient before clipping, a scalar on the device.
+    """
+    optimizer.prepare_grads()
+    counted = [grad for part in optimizer.chained_optimizers for grad in part.get_main_grads_for_grad_norm()]
+    norms = torch._foreach_norm(counted) if counted else [torch.zeros((), device=device)]
+    square = torch.stack(norms).square().sum()
+    dist.all_reduce(square, group=optimizer.get_grad_stats_parallel_group())
+    norm = square.sqrt()
+    if clip_grad:
+        grads = [grad for part in optimizer.chained_optimizers for grad in _gradients(part)]
+        if grads:
+            torch._foreach_mul_(grads, (clip_grad / (norm + 1e-6)).clamp(max=1.0))
+    optimizer.step_with_ready_grads()
+    return norm
+
+
+def _gradients(optimizer: MegatronOptimizer) -> list[Tensor]:
+    """Gradients of this rank's share of the weights; with moments in 16 bits they stand beside weights of another format."""
+    name = "decoupled_grad" if optimizer.config.use_precision_aware_optimizer else "grad"
+    found = [getattr(parameter, name, None) for parameter in optimizer.get_parameters()]
+    return [grad for grad in found if grad is not None]
 
 
 def set_rates(optimizer: MegatronOptimizer, config: Config, step: int) -> float:

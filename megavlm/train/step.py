@@ -16,6 +16,7 @@ from megavlm.data.batch import Batch
 from megavlm.model.loss import weighted_sum
 from megavlm.model.vlm import VisionLanguageModel
 from megavlm.parallel.backend import Backend
+from megavlm.train.optimizer import step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,11 +25,11 @@ class StepResult:
 
     Args:
         loss: this rank's part of the loss (0 but in the last chunk); the sum over data-parallel ranks is the loss of the step.
-        grad_norm: norm of the whole gradient before clipping.
+        grad_norm: norm of the whole gradient before clipping. Both are scalars on the device, for which nobody has waited yet.
     """
 
     loss: Tensor
-    grad_norm: float
+    grad_norm: Tensor
 
 
 def _finalize(model: list[DistributedDataParallel], num_tokens: Tensor | None = None, **kwargs) -> None:
@@ -36,9 +37,10 @@ def _finalize(model: list[DistributedDataParallel], num_tokens: Tensor | None = 
     finalize_model_grads(model, None, **kwargs)
 
 
-def prepare(model: VisionLanguageModel) -> None:
-    """Tell megatron-core's schedules how gradients are finished."""
+def prepare(model: DistributedDataParallel) -> None:
+    """Tell megatron-core's schedules how gradients are finished, and when not to sum them yet."""
     model.config.finalize_model_grads_func = _finalize
+    model.config.no_sync_func = model.no_sync if model.ddp_config.overlap_grad_reduce else None
 
 
 def _loss(batch: Batch, weight_of_step: float, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -92,11 +94,11 @@ def train_step(
     batches: Iterator[Batch],
     count: int,
     weight_of_step: float,
+    clip_grad: float,
     backend: Backend,
 ) -> StepResult:
-    """Update the trained weights once; arguments as in ``run_packs``."""
+    """Update the trained weights once; arguments as in ``run_packs`` and ``optimizer.step``."""
     model.zero_grad_buffer()
     optimizer.zero_grad()
     loss = run_packs(model, batches, count, weight_of_step, backend)
-    _, grad_norm, _ = optimizer.step()
-    return StepResult(loss=loss, grad_norm=grad_norm)
+    return StepResult(loss=loss, grad_norm=step(optimizer, clip_grad, backend.device))

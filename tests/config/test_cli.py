@@ -64,8 +64,16 @@ def test_lists_have_commas_on_the_command_line_and_are_lists_in_files(tmp_path: 
 
 def test_every_alias_sets_the_field_that_it_stands_for():
     kinds = {int: "3", float: "0.25", bool: "true", str: "some"}
+    others = {
+        "parallel.recompute": "full",
+        "parallel.overlap_grad_reduce": "false",
+        "parallel.overlap_param_gather": "false",
+        "optimizer.schedule": "constant",
+        "fp8.format": "e4m3",
+        "fp8.language": "tensorwise",
+    }
     for alias, key in ALIASES.items():
-        text = {"parallel.recompute": "full", "optimizer.schedule": "constant"}.get(key) or kinds[options()[key].kind]
+        text = others.get(key) or kinds[options()[key].kind]
         config = parse([*NAMES, alias, text])
         assert config == parse([*NAMES, f"--{key}", text]), alias
         assert config != parse(NAMES), alias

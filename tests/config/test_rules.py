@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from megavlm.config.cli import parse
-from megavlm.config.rules import ConfigError, DatasetFacts, check, facts_problems, problems
+from megavlm.config.rules import ConfigError, DatasetFacts, Machine, check, facts_problems, machine_problems, problems
 from megavlm.config.schema import Config
 from megavlm.config.stages import STAGES
 
@@ -114,6 +114,23 @@ WRONG = [
         ["export_hf no-such-folder/hf needs --checkpoint.save"],
     ),
     ("--checkpoint.export_hf FULL", 1, ["exists already and is not an empty folder"]),
+    ("--optimizer.moments bfloat16 --training.precision float32", 1, ["moments bfloat16 needs --training.precision bfloat16"]),
+    ("--fp8.first_bf16_layers 1", 1, ["first_bf16_layers 1", "have no effect without --fp8.vision or --fp8.language"]),
+    ("--fp8.language tensorwise --fp8.last_bf16_layers -1", 1, ["last_bf16_layers -1: must be 0 or more"]),
+    ("--fp8.vision delayed --fp8.last_bf16_layers 1", 1, ["--fp8.vision delayed", "do not go with it; use another recipe, or 0"]),
+    ("--fp8.vision blockwise --fp8.first_bf16_layers 5", 1, ["first_bf16_layers 5", "at most 4, the vision layers of one"]),
+    (
+        "--pipeline-model-parallel-size 2 --fp8.language mxfp8 --fp8.last_bf16_layers 3",
+        2,
+        ["last_bf16_layers 3: at most 2, the language layers of one of the pipeline's chunks"],
+    ),
+    ("--fp8.language tensorwise --training.precision float32", 1, ["--fp8.language tensorwise needs --training.precision bfloat16"]),
+    ("--fp8.language tensorwise --training.kernels local", 1, ["--training.kernels local: FP8 needs Transformer Engine's layers"]),
+    (
+        "--fp8.language mxfp8 --architecture.language.ffn_hidden_size 432",
+        1,
+        ["--fp8.language mxfp8: --architecture.language.ffn_hidden_size makes matrices 432 wide, not a multiple of 32"],
+    ),
     ("--log-interval 0", 1, ["logging.interval 0: must be 1 or more"]),
     ("--checkpoint.save= --save-interval 0 --logging.tensorboard", 1, ["tensorboard true needs --checkpoint.save"]),
     ("--checkpoint.save= --save-interval 0 --wandb-project p --logging.wandb_mode offline", 1, ["wandb_mode offline needs"]),
@@ -128,6 +145,34 @@ def test_each_mistake_gets_one_message(options: str, world_size: int, words: lis
     found = problems(tiny(packs, *options.split()), world_size)
     assert len(found) == 1 and found[0].startswith("--"), found
     assert all(word in found[0] for word in words), found
+
+
+HOPPER = Machine(capability=(9, 0), has_transformer_engine=True)
+LACKING = [
+    ("--training.kernels transformer_engine", Machine(), ["this machine has no CUDA device and no Transformer Engine; use local or auto"]),
+    (
+        "--optimizer.moments bfloat16",
+        Machine(capability=(9, 0)),
+        ["Transformer Engine's AdamW, and this machine has no Transformer Engine"],
+    ),
+    ("--fp8.vision delayed", Machine(has_transformer_engine=True), ["--fp8.vision delayed", "has no CUDA device; use none"]),
+    ("--fp8.language mxfp8", HOPPER, ["needs compute capability 10.0, this GPU has 9.0; use delayed, tensorwise, blockwise, none"]),
+]
+
+
+@pytest.mark.parametrize(("options", "machine", "words"), LACKING, ids=[options for options, _, _ in LACKING])
+def test_what_the_machine_lacks_is_named_with_the_flag(options: str, machine: Machine, words: list[str], packs: Path):
+    config = tiny(packs, *options.split())
+    assert not problems(config, 1)
+    found = machine_problems(config, machine)
+    assert len(found) == 1 and all(word in found[0] for word in words), found
+    with pytest.raises(ConfigError, match="--"):
+        check(config, 1, machine=machine)
+
+
+def test_a_hopper_gpu_runs_what_it_can(packs: Path):
+    options = "--fp8.vision blockwise --fp8.language delayed --optimizer.moments bfloat16 --training.kernels transformer_engine"
+    check(tiny(packs, *options.split()), 1, machine=HOPPER)
 
 
 def test_tensor_parallelism_divides_every_size_it_shares(packs: Path):
@@ -159,6 +204,12 @@ def test_sizes_of_nothing_are_reported_and_divide_nothing(packs: Path):
         ({"features_per_tile": 256}, "", ["packed for 256 features a tile, but the model makes 16"]),
         ({"vocab_size": 600}, "", ["has 600 tokens", "vocab_size is 512"]),
         ({"capacity": 1023}, "--tensor-model-parallel-size 2 --sequence-parallel", ["packs of 1023 tokens", "parallel_size 2"]),
+        ({"capacity": 1000}, "--fp8.language tensorwise", ["packs of 1000 tokens give a rank 1000 rows", "a multiple of 16; pack with"]),
+        (
+            {"capacity": 1072},
+            "--fp8.language mxfp8 --tensor-model-parallel-size 2 --sequence-parallel",
+            ["give a rank 536 rows", "a multiple of 32"],
+        ),
         ({"has_images": False}, "--training.trainable vision,projector", ["has no images", "learns from images only"]),
     ],
 )

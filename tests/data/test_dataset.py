@@ -82,6 +82,18 @@ def test_tiles_and_feature_positions(dataset):
     assert kinds == {False, True}
 
 
+def test_tiles_are_filled_up_with_blank_ones(dataset):
+    for pack_id in range(len(dataset)):
+        plain = dataset.batch(pack_id, 3, vision_layers=2)
+        filled = dataset.batch(pack_id, 3, vision_layers=2, tile_multiple=16)
+        real = len(plain.tiles)
+        assert len(filled.tiles) % 16 == 0 and real <= len(filled.tiles) < real + 16
+        assert torch.equal(filled.tiles[:real], plain.tiles) and not filled.tiles[real:].any()
+        assert torch.equal(filled.drop_path_draws[:, :real], plain.drop_path_draws)
+        assert filled.drop_path_draws.shape == (4, len(filled.tiles))
+        assert torch.equal(filled.feature_positions, plain.feature_positions)
+
+
 def test_without_tiles_all_else_is_equal(dataset):
     for pack_id in range(len(dataset)):
         with_tiles, without = (dataset.batch(pack_id, 5, vision_layers=2, seed=1, with_tiles=wanted) for wanted in (True, False))

@@ -38,14 +38,16 @@ def test_features_replace_placeholders_in_order() -> None:
     embeddings, features = torch.zeros(6, 1, 2), torch.arange(1.0, 4.0)[:, None, None].expand(3, 1, 2)
     placed = place_features(embeddings, features, torch.tensor([1, 2, 5]))
     assert placed[:, 0, 0].tolist() == [0, 1, 2, 0, 0, 3]
-    with pytest.raises(ValueError, match="2 image placeholder tokens.*3 features"):
-        place_features(embeddings, features, torch.tensor([1, 2]))
+    with pytest.raises(ValueError, match="4 image placeholder tokens.*3 features"):
+        place_features(embeddings, features, torch.tensor([1, 2, 3, 4]))
 
 
-def test_a_pack_without_images_gives_its_blank_tile_a_gradient_of_zero() -> None:
+@pytest.mark.parametrize("positions", [[], [0, 4]])
+def test_features_of_blank_tiles_go_nowhere_and_get_a_gradient_of_zero(positions: list[int]) -> None:
     features = torch.ones(4, 1, 2, requires_grad=True)
-    place_features(torch.ones(6, 1, 2), features, torch.tensor([], dtype=torch.long)).sum().backward()
-    assert torch.equal(features.grad, torch.zeros(4, 1, 2))
+    place_features(torch.ones(6, 1, 2), features, torch.tensor(positions, dtype=torch.long)).sum().backward()
+    assert features.grad[: len(positions)].eq(1).all()
+    assert features.grad[len(positions) :].eq(0).all()
 
 
 def test_attention_of_a_pack_is_that_of_its_samples_with_grouped_queries() -> None:

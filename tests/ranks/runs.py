@@ -73,8 +73,8 @@ def build(config: Config):
     model = VisionLanguageModel(config, make_layout(config), place)
     weights.fill(model, weights.fresh_tensor(config))
     freeze.apply(model, config.training.trainable)
-    prepare(model)
-    wrapped = optimizer.wrap(model)
+    wrapped = optimizer.wrap(config, model)
+    prepare(wrapped)
     packs = PackedDataset(config.data.train)
     return Job(
         config=config,
@@ -106,9 +106,9 @@ def train_curve(config: Config, pack_ids: tuple[int, ...] = ()) -> Curve:
         arriving = iter([job.train.batch(int(order[p]), p, **options) for p in positions])
         set_rates(job.optimizer, config, step)
         weight = job.train.weight_sum(ids, config.data.loss_reduction)
-        result = train_step(job.wrapped, job.optimizer, arriving, size // world, weight, job.backend)
+        result = train_step(job.wrapped, job.optimizer, arriving, size // world, weight, config.optimizer.clip_grad, job.backend)
         losses.append(_from_last_chunk(float(job.groups.sum_over_data(result.loss)), job))
-        norms.append(result.grad_norm)
+        norms.append(float(result.grad_norm))
     return Curve(losses=losses, grad_norms=norms)
 
 

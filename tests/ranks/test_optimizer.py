@@ -1,15 +1,17 @@
-"""What decays, and what clipping does."""
+"""What decays, what clipping does, and how updates travel."""
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from megavlm.config.schema import Config
 from tests.data.samples import make_dataset
 from tests.ranks.pool import Pool
-from tests.ranks.runs import TINY, build, config_for, train_curve
+from tests.ranks.runs import EVERYTHING, TINY, Curve, build, config_for, train_curve
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +27,7 @@ def decay_factors(config: Config) -> dict[str, float]:
     import torch
 
     from megavlm.model.weights import named_weights
-    from megavlm.train.optimizer import set_rates
+    from megavlm.train.optimizer import set_rates, step
 
     job = build(config)
     weights = {key: weight for key, weight in named_weights(job.model).items() if weight.requires_grad}
@@ -33,7 +35,7 @@ def decay_factors(config: Config) -> dict[str, float]:
     job.wrapped.zero_grad_buffer()
     job.optimizer.zero_grad()
     set_rates(job.optimizer, config, 1)
-    job.optimizer.step()
+    step(job.optimizer, config.optimizer.clip_grad, job.backend.device)
     kept = {key: float(weight.norm() / before[key].norm()) for key, weight in weights.items() if before[key].any()}
     assert torch.isfinite(torch.tensor(list(kept.values()))).all()
     return kept
@@ -47,6 +49,54 @@ def test_weight_decay_reaches_what_it_is_asked_to(ranks: Pool, dataset: Path, de
     for key, factor in factors.items():
         is_vector = key.endswith(("norm.weight", "norm_weight", "layernorm.weight", "scale", "class_token"))
         assert factor == pytest.approx(1.0 if decay == "matrices" and is_vector else 0.95, rel=1e-5), key
+
+
+def weights_after_a_step(config: Config, *, by_megatron_core: bool) -> tuple[dict[str, np.ndarray], float]:
+    """This rank's weights after an update that clips, and the norm before clipping."""
+    from megavlm.model.weights import named_weights
+    from megavlm.train.optimizer import set_rates, step, whole_weights
+    from megavlm.train.step import run_packs
+
+    job = build(config)
+    job.wrapped.zero_grad_buffer()
+    set_rates(job.optimizer, config, 1)
+    pack = job.groups.data_rank
+    run_packs(job.wrapped, iter([job.train.batch(pack, pack, vision_layers=3)]), 1, 1.0, job.backend)
+    clip = config.optimizer.clip_grad
+    norm = job.optimizer.step()[1] if by_megatron_core else step(job.optimizer, clip, job.backend.device)
+    with whole_weights(job.wrapped):
+        return {key: weight.detach().numpy().copy() for key, weight in named_weights(job.model).items()}, float(norm)
+
+
+@pytest.mark.parametrize("layout", [dict(), dict(tensor_model_parallel_size=2), dict(pipeline_model_parallel_size=2)])
+@pytest.mark.parametrize("trainable", [EVERYTHING, ("projector",)])
+def test_an_update_is_that_of_megatron_core(ranks: Pool, dataset: Path, layout: dict[str, int], trainable: tuple[str, ...]) -> None:
+    config = config_for(dataset, clip_grad=0.01, trainable=trainable, **layout)
+    ours = ranks.run(partial(weights_after_a_step, by_megatron_core=False), 2, config)
+    theirs = ranks.run(partial(weights_after_a_step, by_megatron_core=True), 2, config)
+    for (weights, norm), (expected, expected_norm) in zip(ours, theirs, strict=True):
+        assert norm == pytest.approx(expected_norm, rel=1e-6) and norm > 0.01
+        for key, weight in weights.items():
+            np.testing.assert_allclose(weight, expected[key], rtol=1e-5, atol=1e-7, err_msg=key)
+
+
+def curve_with_small_buckets(config: Config) -> Curve:
+    """A curve whose gradients are summed, and weights collected, in many pieces, as those of a large model are."""
+    from unittest import mock
+
+    from megavlm.train import optimizer
+
+    small = partial(optimizer.DistributedDataParallelConfig, bucket_size=5000)
+    with mock.patch.object(optimizer, "DistributedDataParallelConfig", small):
+        return train_curve(config)
+
+
+@pytest.mark.parametrize("overlap", [dict(), dict(overlap_grad_reduce=False), dict(overlap_param_gather=False)])
+def test_communication_beside_computation_changes_nothing(ranks: Pool, dataset: Path, overlap: dict[str, bool]) -> None:
+    [alone] = ranks.run(train_curve, 1, config_for(dataset, drop_path=0.2))
+    shared = ranks.run(curve_with_small_buckets, 2, config_for(dataset, drop_path=0.2, **overlap))[0]
+    assert shared.losses == pytest.approx(alone.losses, rel=1e-5)
+    assert shared.grad_norms == pytest.approx(alone.grad_norms, rel=1e-5)
 
 
 def test_the_norm_is_told_as_it_was_before_clipping(ranks: Pool, dataset: Path) -> None:

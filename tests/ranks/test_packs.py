@@ -38,7 +38,7 @@ def losses_and_gradients(config: Config) -> tuple[list[np.ndarray], dict[str, np
     return losses, gradients
 
 
-@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 def test_a_pack_equals_its_samples_alone(ranks: Pool, tmp_path: Path, recompute: str) -> None:
     samples = _samples((1, 0, 2, 1), seed=1)
     write_packs(tmp_path / "together", [samples], capacity=CAPACITY, **SIZES)
@@ -65,12 +65,13 @@ def test_a_pack_without_images_trains_beside_one_with_images(ranks: Pool, tmp_pa
         assert curve.grad_norms == pytest.approx(alone.grad_norms, rel=1e-5, abs=1e-12)
 
 
-def test_recomputed_layers_train_the_same(ranks: Pool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_recomputed_layers_train_the_same(ranks: Pool, tmp_path: Path, recompute: str) -> None:
     write_packs(tmp_path / "packs", [_samples((1, 0, 1), seed=s) for s in range(4)], capacity=CAPACITY, **SIZES)
     # Only late layers are trained, so that the input of the recomputed layers is frozen.
     mask = ("vision.encoder.layers.2", "projector")
     [kept] = ranks.run(train_curve, 1, config_for(tmp_path / "packs", trainable=mask, drop_path=0.3))
-    [recomputed] = ranks.run(train_curve, 1, config_for(tmp_path / "packs", trainable=mask, drop_path=0.3, recompute="full"))
+    [recomputed] = ranks.run(train_curve, 1, config_for(tmp_path / "packs", trainable=mask, drop_path=0.3, recompute=recompute))
     assert recomputed.losses == pytest.approx(kept.losses, rel=1e-6)
     assert recomputed.grad_norms == pytest.approx(kept.grad_norms, rel=1e-6)
 

@@ -1,0 +1,90 @@
+"""Models of Transformer Engine's layers are built, on a machine without a GPU too, and hold what models of local layers hold."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("transformer_engine") is None, reason="Transformer Engine is not installed")
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def built() -> dict[str, Any]:
+    """What ``build.py`` prints, from a process of its own."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
+    with tempfile.TemporaryFile() as answer:
+        number = answer.fileno()
+        process = subprocess.run(
+            [sys.executable, "-W", "ignore", str(Path(__file__).with_name("build.py")), str(number)],
+            env=environment | {"CUDA_VISIBLE_DEVICES": ""},
+            pass_fds=[number],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert process.returncode == 0, process.stderr[-4000:]
+        answer.seek(0)
+        return json.load(answer)
+
+
+def test_checkpoint_keys_and_shapes_are_those_of_local_layers(built: dict[str, Any]) -> None:
+    assert built["engine"]["sizes"] == built["local"]["sizes"]
+    assert built["engine"]["shapes"] == built["local"]["shapes"]
+    assert built["engine"]["dtypes"] == ["torch.bfloat16"]
+
+
+def test_the_same_weights_are_filled_in(built: dict[str, Any]) -> None:
+    assert built["engine"]["sums"] == built["local"]["sums"]
+    assert sum(value != 0 for value in built["engine"]["sums"].values()) > 50
+
+
+@pytest.mark.parametrize("way", ["to local", "to engine"])
+def test_a_checkpoint_of_one_kind_of_layers_loads_into_the_other(built: dict[str, Any], way: str) -> None:
+    assert built["moved"][way]["before"] != built["local"]["sums"]
+    assert built["moved"][way]["after"] == built["local"]["sums"]
+
+
+def test_layers_are_transformer_engines(built: dict[str, Any]) -> None:
+    names = set(built["engine"]["modules"])
+    assert {"TELayerNormColumnParallelLinear", "TERowParallelLinear", "TEDotProductAttention"} <= names
+    assert not {"Norm", "TileAttention", "PackedCausalAttention", "RowParallelLinear"} & names
+
+
+def test_weight_gradients_are_summed_inside_the_products(built: dict[str, Any]) -> None:
+    products = built["engine"]["sums_in_product"]
+    assert len(products) == 4 * 6 + 2 and all(products.values())
+
+
+def test_tiles_come_in_sixteens(built: dict[str, Any]) -> None:
+    assert built["tile_multiple"] == [1, 16]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "kind"),
+    [
+        ("delayed", "TEDelayedScaling"),
+        ("tensorwise", "Float8CurrentScaling"),
+        ("blockwise", "Float8BlockScaling"),
+        ("mxfp8", "MXFP8BlockScaling"),
+    ],
+)
+def test_each_recipe_reaches_both_parts_and_no_checkpoint(built: dict[str, Any], recipe: str, kind: str) -> None:
+    found = built["recipes"][recipe]
+    assert found["classes"] == {"vision": kind, "language": kind}, "the projector stays in 16 bits"
+    assert found["spared"] == ([] if recipe == "delayed" else [0])
+    assert found["sizes"] == built["local"]["sizes"]
+
+
+def test_the_pretence_ends_with_its_process() -> None:
+    assert torch.cuda.is_available() == (torch.cuda.device_count() > 0)
