@@ -55,8 +55,12 @@ class VisionLayer(TransformerLayer):
         attended, bias = self.self_attention(self.input_layernorm(hidden_states), attention_mask=None)
         hidden_states = self._add(hidden_states, attended, bias, self.attention_scale, context, 0)
         normed = self.pre_mlp_layernorm(hidden_states)
-        transformed, bias = self.checkpoint(self.mlp, self.tp_group, normed) if self.recompute_mlp else self.mlp(normed)
-        return self._add(hidden_states, transformed, bias, self.mlp_scale, context, 1), context
+        transformed = self.checkpoint(self._transform, self.tp_group, normed) if self.recompute_mlp else self._transform(normed)
+        return self._add(hidden_states, transformed, self.mlp.linear_fc2.bias, self.mlp_scale, context, 1), context
+
+    def _transform(self, hidden: Tensor) -> Tensor:
+        # Without its bias: a parameter that a recomputed function returns is cut off from the parameters that are trained.
+        return self.mlp(hidden)[0]
 
     def _add(self, hidden: Tensor, branch: Tensor, bias: Tensor, scale: Tensor, keep: Tensor | None, number: int) -> Tensor:
         if keep is None:

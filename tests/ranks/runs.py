@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from megavlm.config.schema import Architecture, Config, Data, Language, Optimizer, Parallel, Training, Vision
+from megavlm.config.schema import Architecture, Config, Data, Fp8, Language, Optimizer, Parallel, Training, Vision
 
 # Shapes unlike each other, so that a mix-up shows: grouped queries, a prime vocabulary that is padded, several layers of each kind.
 TINY = Architecture(
@@ -37,7 +37,7 @@ class Curve:
 
 
 def config_for(dataset: Path, **settings: Any) -> Config:
-    """A run of the tiny model; ``settings`` are fields of ``Parallel``, ``Training`` and ``Optimizer``."""
+    """A run of the tiny model; ``settings`` are fields of ``Parallel``, ``Training``, ``Optimizer`` and ``Fp8``."""
 
     def take(kind: type, **defaults: Any) -> Any:
         names = {field.name for field in dataclasses.fields(kind)}
@@ -51,6 +51,7 @@ def config_for(dataset: Path, **settings: Any) -> Config:
         parallel=take(Parallel),
         training=take(Training, precision="float32", global_batch_size=4, steps=10, trainable=EVERYTHING, seed=3),
         optimizer=take(Optimizer, lr=3e-3, warmup_ratio=0.1, clip_grad=0.5),
+        fp8=take(Fp8),
     )
     assert not settings, f"unknown settings {settings}"
     return config
@@ -68,9 +69,9 @@ def build(config: Config):
     from megavlm.train.job import Job
     from megavlm.train.step import prepare
 
-    machine = backend.start(config.parallel.timeout_minutes)
+    machine = backend.start(config.parallel.timeout_minutes, deterministic=config.training.deterministic)
     place = groups.create(config.parallel, config.training.seed)
-    model = VisionLanguageModel(config, make_layout(config), place)
+    model = VisionLanguageModel(config, make_layout(config), place).to(machine.device)
     weights.fill(model, weights.fresh_tensor(config))
     freeze.apply(model, config.training.trainable)
     wrapped = optimizer.wrap(config, model)
@@ -91,6 +92,7 @@ def build(config: Config):
 
 def train_curve(config: Config, pack_ids: tuple[int, ...] = ()) -> Curve:
     """Loss and gradient norm of every step, on every rank; ``pack_ids`` replaces the order of the packs by this one, again and again."""
+    from megavlm.model.precision import tile_multiple
     from megavlm.train.optimizer import set_rates
     from megavlm.train.step import train_step
 
@@ -102,7 +104,12 @@ def train_curve(config: Config, pack_ids: tuple[int, ...] = ()) -> Curve:
     for step in range(steps):
         ids = order[step * size : (step + 1) * size]
         positions = range(step * size + rank, (step + 1) * size, world)
-        options = dict(reduction=config.data.loss_reduction, vision_layers=layers, seed=config.training.seed)
+        options = dict(
+            reduction=config.data.loss_reduction,
+            vision_layers=layers,
+            seed=config.training.seed,
+            tile_multiple=tile_multiple(config),
+        )
         arriving = iter([job.train.batch(int(order[p]), p, **options) for p in positions])
         set_rates(job.optimizer, config, step)
         weight = job.train.weight_sum(ids, config.data.loss_reduction)
@@ -116,6 +123,6 @@ def _from_last_chunk(value: float, job) -> float:
     import torch
     import torch.distributed as dist
 
-    answer = torch.tensor([value if job.groups.is_writer else 0.0], dtype=torch.float64)
+    answer = torch.tensor([value if job.groups.is_writer else 0.0], dtype=torch.float64, device=job.backend.device)
     dist.all_reduce(answer)
     return float(answer)

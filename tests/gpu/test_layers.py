@@ -1,0 +1,104 @@
+"""Transformer Engine's layers compute what local layers do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from megavlm.parallel import backend
+from tests.gpu.models import CAPACITY, SMALL, small
+from tests.ranks.runs import EVERYTHING
+
+
+def gradients(built) -> tuple[float, dict[str, torch.Tensor]]:
+    """The loss of the first two packs, and its gradient."""
+    from megavlm.model.precision import tile_multiple
+    from megavlm.model.weights import named_weights
+    from megavlm.train.step import run_packs
+
+    layers, multiple = SMALL.vision.num_layers, tile_multiple(built.config)
+    packs = [built.train.batch(pack, pack, vision_layers=layers, tile_multiple=multiple) for pack in range(2)]
+    built.wrapped.zero_grad_buffer()
+    loss = run_packs(built.wrapped, iter(packs), 2, sum(pack.weight_sum for pack in packs), built.backend)
+    return float(loss), {key: weight.main_grad.float().cpu() for key, weight in named_weights(built.model).items() if weight.requires_grad}
+
+
+def distance(gradient: torch.Tensor, exact: torch.Tensor) -> float:
+    """Length of the difference, as a share of the exact gradient's."""
+    return float((gradient - exact).norm() / exact.norm().clamp_min(1e-12))
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_loss_and_gradients_are_as_near_to_float32_as_those_of_local_layers(job, dataset: Path, recompute: str) -> None:
+    answers = {}
+    for name, settings in {
+        "exact": dict(kernels="local", precision="float32"),
+        "local": dict(kernels="local"),
+        "engine": dict(kernels="transformer_engine", recompute=recompute),
+    }.items():
+        with job(small(dataset, drop_path=0.2, **settings)) as built:
+            answers[name] = gradients(built)
+    (exact_loss, exact), (local_loss, local), (engine_loss, engine) = answers["exact"], answers["local"], answers["engine"]
+    assert local_loss == pytest.approx(exact_loss, rel=5e-3) and engine_loss == pytest.approx(exact_loss, rel=5e-3)
+    assert engine.keys() == exact.keys()
+    for key in exact:
+        assert distance(engine[key], exact[key]) < 2 * distance(local[key], exact[key]) + 0.02, key
+
+
+def test_packed_attention_sees_one_sample_at_a_time() -> None:
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+    from megavlm.model.attention import PackedCausalAttention
+    from megavlm.model.specs import transformer_engine_kernels
+    from megavlm.model.transformer import language_config
+    from megavlm.parallel import groups
+    from megavlm.parallel.layout import make_layout
+
+    config = small(Path("unused"), kernels="transformer_engine")
+    machine, chosen = backend.start(5), transformer_engine_kernels()
+    place = groups.create(config.parallel, 0)
+    try:
+        from megatron.core.transformer.enums import AttnMaskType
+
+        settings = language_config(config, make_layout(config), chosen)
+        attention = chosen.packed_attention(
+            config=settings, layer_number=1, attn_mask_type=AttnMaskType.causal, attention_type="self", pg_collection=place.collection
+        )
+        torch.manual_seed(0)
+        ends = torch.tensor([0, 7, 300, 301, 640, CAPACITY], dtype=torch.int32, device=machine.device)
+        packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=ends, cu_seqlens_kv=ends, max_seqlen_q=384, max_seqlen_kv=384)
+        draw = dict(device=machine.device, dtype=torch.bfloat16, requires_grad=True)
+        query = torch.randn(CAPACITY, 4, 64, **draw)
+        key, value = (torch.randn(CAPACITY, 2, 64, **draw) for _ in range(2))
+        found = attention(query, key, value, None, attn_mask_type=AttnMaskType.causal, packed_seq_params=packed)
+        inputs = [tensor.detach().float().requires_grad_() for tensor in (query, key, value)]
+        expected = PackedCausalAttention()(*inputs, packed_seq_params=packed)
+        torch.testing.assert_close(found.float().view_as(expected), expected, atol=2e-2, rtol=2e-2)
+        found.float().square().sum().backward()
+        expected.square().sum().backward()
+        for tensor, exact in zip((query, key, value), inputs, strict=True):
+            assert distance(tensor.grad.float(), exact.grad) < 0.02
+    finally:
+        groups.destroy()
+
+
+@pytest.mark.parametrize("trainable", [("projector",), ("vision", "projector"), ("language",), EVERYTHING, ("vision.encoder.layers.2",)])
+def test_a_freeze_mask_trains_what_it_says_and_nothing_else(job, dataset: Path, trainable: tuple[str, ...]) -> None:
+    from megavlm.model.freeze import matches
+    from megavlm.model.weights import named_weights
+    from megavlm.train.optimizer import set_rates, step, whole_weights
+
+    with job(small(dataset, kernels="transformer_engine", trainable=trainable)) as built:
+        before = {key: weight.detach().clone() for key, weight in named_weights(built.model).items()}
+        _, found = gradients(built)
+        set_rates(built.optimizer, built.config, 5)
+        step(built.optimizer, 1.0, built.backend.device)
+        with whole_weights(built.wrapped):
+            after = named_weights(built.model)
+            for key, weight in after.items():
+                trains = any(matches(key, pattern) for pattern in trainable)
+                assert (key in found) == trains, key
+                assert trains or torch.equal(weight, before[key]), key
+            assert any(not torch.equal(after[key], before[key]) for key in found)

@@ -1,0 +1,134 @@
+"""Training on a GPU: FP8, moments in 16 bits, the same bits twice, nothing that the host waits for, checkpoints."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from megavlm.config.rules import machine_problems
+from megavlm.config.schema import Checkpoint, Config, Logging
+from tests.convert.models import TOKENIZER, load_all, make_hf
+from tests.gpu.models import SMALL, small
+
+RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8")
+
+
+def engine(dataset: Path, **settings) -> Config:
+    """A run on Transformer Engine's layers; the test is skipped where the GPU cannot do what it asks."""
+    from megavlm.model.precision import machine
+
+    config = small(dataset, kernels="transformer_engine", **settings)
+    lacking = machine_problems(config, machine())
+    if lacking:
+        pytest.skip(lacking[0])
+    return config
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_fp8_trains_like_bfloat16(curve, dataset: Path, recipe: str) -> None:
+    settings = dict(steps=200, lr=5e-4)
+    exact = curve(engine(dataset, **settings))
+    eight = curve(engine(dataset, vision=recipe, language=recipe, **settings))
+    assert eight != exact, "the recipe had no effect"
+    # Three steps a pack: an average over the last epochs, in which no pack weighs more than another.
+    assert sum(eight[-30:]) == pytest.approx(sum(exact[-30:]), rel=5e-3)
+
+
+def test_layers_that_stay_in_16_bits_change_the_result(curve, dataset: Path) -> None:
+    all_eight = curve(engine(dataset, language="tensorwise", steps=3))
+    some = curve(engine(dataset, language="tensorwise", steps=3, first_bf16_layers=1, last_bf16_layers=1))
+    assert all_eight != some
+
+
+def test_moments_in_16_bits_train_like_those_in_32(curve, dataset: Path) -> None:
+    exact = curve(engine(dataset, steps=50))
+    short = curve(engine(dataset, steps=50, moments="bfloat16"))
+    assert short != exact and short[-1] == pytest.approx(exact[-1], rel=2e-2)
+
+
+def test_a_deterministic_run_gives_the_same_bits_twice(curve, dataset: Path) -> None:
+    config = engine(dataset, steps=8, drop_path=0.2, deterministic=True)
+    assert curve(config) == curve(config)
+
+
+@pytest.mark.parametrize("recipe", ["none", "tensorwise"])
+def test_the_host_waits_for_nothing_in_a_step(job, dataset: Path, recipe: str) -> None:
+    from megavlm.data.loader import batches
+    from megavlm.model.precision import tile_multiple
+    from megavlm.train.optimizer import set_rates
+    from megavlm.train.step import train_step
+
+    config = engine(dataset, vision=recipe, language=recipe, drop_path=0.2)
+    with job(config) as built:
+        size, clip = config.training.global_batch_size, config.optimizer.clip_grad
+        options = dict(reduction="square", vision_layers=SMALL.vision.num_layers, tile_multiple=tile_multiple(config))
+        # The same packs again and again: the first steps compile kernels and plan attention, which may wait.
+        steps = [list(batches(built.train, built.plan, range(size), **options)) for _ in range(4)]
+        for number, packs in enumerate(steps):
+            weight = sum(pack.weight_sum for pack in packs)
+            set_rates(built.optimizer, config, number)
+            torch.cuda.synchronize()
+            torch.cuda.set_sync_debug_mode("error" if number == len(steps) - 1 else "default")
+            try:
+                result = train_step(built.wrapped, built.optimizer, iter(packs), size, weight, clip, built.backend)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        assert torch.isfinite(result.loss) and torch.isfinite(result.grad_norm)
+
+
+def run(config: Config) -> None:
+    """A whole job, as ``pretrain_vlm.py`` runs it."""
+    from megavlm.parallel import backend
+    from megavlm.train import launch
+
+    source = launch.inspect(config, 1)
+    launch.train(config, backend.start(5, deterministic=config.training.deterministic), source)
+
+
+def saving(config: Config, save: Path, load: Path | str = "", **checkpoint) -> Config:
+    """The run with checkpoints."""
+    files = Checkpoint(save=str(save), load=str(load), save_interval=3, keep=0, **checkpoint)
+    return dataclasses.replace(config, checkpoint=files, logging=Logging(interval=1))
+
+
+def losses(save: Path) -> dict[int, float]:
+    """The loss of every step, from the run's metrics."""
+    import json
+
+    lines = [json.loads(line) for line in (save / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+
+
+@pytest.mark.parametrize("recipe", ["none", "delayed", "tensorwise"])
+def test_going_on_from_a_checkpoint_is_as_if_never_stopped(dataset: Path, tmp_path: Path, recipe: str) -> None:
+    config = engine(dataset, steps=6, vision=recipe, language=recipe, deterministic=True)
+    run(saving(config, tmp_path / "whole"))
+    run(saving(config, tmp_path / "rest", load=tmp_path / "whole" / "step_00000003"))
+    whole, rest = losses(tmp_path / "whole"), losses(tmp_path / "rest")
+    assert list(rest) == [4, 5, 6] and rest == {step: whole[step] for step in rest}
+
+
+@pytest.mark.parametrize(("first", "second"), [("transformer_engine", "local"), ("local", "transformer_engine")])
+def test_a_checkpoint_of_one_kind_of_layers_goes_on_with_the_other(dataset: Path, tmp_path: Path, first: str, second: str) -> None:
+    engine(dataset)
+    run(saving(small(dataset, steps=6, kernels=first), tmp_path / "whole"))
+    run(saving(small(dataset, steps=6, kernels=second), tmp_path / "rest", load=tmp_path / "whole" / "step_00000003"))
+    whole, rest = losses(tmp_path / "whole"), losses(tmp_path / "rest")
+    assert list(rest) == [4, 5, 6]
+    assert all(rest[step] == pytest.approx(whole[step], rel=1e-2) for step in rest)
+
+
+def test_frozen_weights_come_back_from_hugging_face_and_return_bit_identical(dataset: Path, tmp_path: Path) -> None:
+    from megavlm.convert import hf
+
+    config = engine(dataset, steps=3, trainable=("projector",))
+    source = make_hf(tmp_path / "hf", SMALL)
+    run(saving(config, tmp_path / "run", load=source))
+    hf.export(tmp_path / "run", tmp_path / "out", tokenizer=TOKENIZER)
+    before, after = load_all(source), load_all(tmp_path / "out")
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all("projector" in name for name in changed)
