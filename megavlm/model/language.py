@@ -59,5 +59,6 @@ class LanguageModel(GPTModel):
             [1, T]
         """
         if self.real_rows < logits.shape[-1]:
-            logits[..., self.real_rows :] = float("-inf")
+            # Detached: the gradient of the padding is zero as it is, and autograd would copy all logits to write that down.
+            logits.detach()[..., self.real_rows :] = float("-inf")
         return self.cross_entropy(logits, labels.T.contiguous(), self.pg_collection.tp).T

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,7 +44,7 @@ def machine() -> Machine:
     """What this machine can run."""
     has_cuda = torch.cuda.is_available()
     return Machine(
-        capability=torch.cuda.get_device_capability() if has_cuda else None,
+        capability=torch.cuda.get_device_capability(int(os.environ.get("LOCAL_RANK", 0))) if has_cuda else None,
         has_transformer_engine=importlib.util.find_spec("transformer_engine") is not None,
     )
 

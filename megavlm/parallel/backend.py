@@ -11,9 +11,6 @@ import torch.distributed as dist
 
 from megavlm.parallel import cpu
 
-# What cuBLAS, NCCL and Transformer Engine read, before they are first used.
-_DETERMINISTIC = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NCCL_ALGO": "Ring", "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0"}
-
 
 @dataclass(frozen=True, kw_only=True)
 class Backend:
@@ -38,6 +35,18 @@ def rank() -> int:
     return int(os.environ.get("RANK", 0))
 
 
+def set_environment(deterministic: bool) -> None:
+    """Set what CUDA and its libraries read when they are first used; before that it must be called.
+
+    Args:
+        deterministic: use only kernels that give the same bits each time.
+    """
+    # megatron-core relies on it to start a collective before the matrix product that is to hide it, up to Hopper.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    if deterministic:
+        os.environ.update(CUBLAS_WORKSPACE_CONFIG=":4096:8", NCCL_ALGO="Ring", NVTE_ALLOW_NONDETERMINISTIC_ALGO="0")
+
+
 def start(timeout_minutes: int, *, deterministic: bool = False) -> Backend:
     """Pick the backend and join the world.
 
@@ -45,13 +54,10 @@ def start(timeout_minutes: int, *, deterministic: bool = False) -> Backend:
         timeout_minutes: how long a collective may wait for a rank.
         deterministic: use only kernels that give the same bits each time.
     """
-    on_gpu = torch.cuda.is_available()
-    # megatron-core relies on it to start a collective before the matrix product that is to hide it, up to Hopper.
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    set_environment(deterministic)
     torch.use_deterministic_algorithms(deterministic)
-    if deterministic:
-        os.environ.update(_DETERMINISTIC)
-        torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    on_gpu = torch.cuda.is_available()
     if on_gpu:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)

@@ -28,6 +28,7 @@ from megavlm.train.step import prepare
 
 def launch(config: Config) -> None:
     """Run a training job; what is wrong with it ends the process with status 2 before any process group exists."""
+    backend.set_environment(config.training.deterministic)
     try:
         source = inspect(config, backend.world_size())
     except (ValueError, FileNotFoundError) as error:
