@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 import torch.distributed as dist
 
+from megavlm.config.mask import matches
 from megavlm.config.rules import PARTS
 from megavlm.model.vlm import VisionLanguageModel
 from megavlm.model.weights import named_weights, weight_sizes
@@ -24,11 +24,6 @@ class Trained:
 
     weights: dict[str, int]
     total: dict[str, int]
-
-
-def matches(key: str, pattern: str) -> bool:
-    """Whether ``pattern``, a part or a pattern of names, means the weight ``key``."""
-    return fnmatchcase(key, pattern) or fnmatchcase(key, f"{pattern}.*")
 
 
 def apply(model: VisionLanguageModel, trainable: Sequence[str]) -> Trained:

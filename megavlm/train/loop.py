@@ -12,11 +12,13 @@ from torch import Tensor
 
 from megavlm.data.loader import batches
 from megavlm.model.precision import tile_multiple
+from megavlm.parallel.cost import training_cost
 from megavlm.train import checkpoint
 from megavlm.train.evaluate import held_out_loss
 from megavlm.train.job import Job
 from megavlm.train.metrics import Metrics
 from megavlm.train.optimizer import set_rates, whole_weights
+from megavlm.train.pace import Pace
 from megavlm.train.state import State
 from megavlm.train.step import train_step
 from megavlm.train.stop import StopRequest
@@ -33,9 +35,9 @@ def run(job: Job, state: State, metrics: Metrics) -> State:
     last, interval = config.training.steps, config.logging.interval
     positions = range(state.consumed + groups.data_rank, state.consumed + (last - state.step) * packs, groups.data_size)
     saved, unseen = state.step, {}
-    clock, tokens, tiles = time.perf_counter(), 0, 0
     if state.step == 0:
         _evaluate(job, state, metrics)
+    pace = Pace(training_cost(config.architecture, config.training.trainable), groups.size)
     with StopRequest() as stop, contextlib.closing(_loader(job, positions)) as arriving:
         while state.step < last:
             ids = job.plan.pack_ids(state.consumed, packs)
@@ -47,7 +49,7 @@ def run(job: Job, state: State, metrics: Metrics) -> State:
             result = train_step(job.wrapped, job.optimizer, arriving, micro_steps, weight, clip, job.backend)
             unseen[state.step] = result.grad_norm
             state = dataclasses.replace(state, step=state.step + 1, consumed=state.consumed + packs)
-            tokens, tiles = tokens + int(job.train.index[ids]["tokens"].sum()), tiles + int(job.train.index[ids]["tiles"].sum())
+            pace.add(job.train.index[ids])
 
             asked_to_stop = False
             interval_is_over = config.checkpoint.save_interval and state.step % config.checkpoint.save_interval == 0
@@ -56,23 +58,14 @@ def run(job: Job, state: State, metrics: Metrics) -> State:
                 unseen = {}
             if state.step % interval == 0 or state.step == last:
                 loss = float(groups.sum_over_data(result.loss))
-                seconds = time.perf_counter() - clock
-                metrics.record(
-                    state.step,
-                    {
-                        "loss": loss,
-                        "lr": rate,
-                        "grad_norm": grad_norm,
-                        "tokens_per_s": tokens / seconds,
-                        "tiles_per_s": tiles / seconds,
-                    },
-                )
+                metrics.record(state.step, {"loss": loss, "lr": rate, "grad_norm": grad_norm} | pace.report())
                 asked_to_stop = groups.any_rank(stop.asked, job.backend.device)
-                clock, tokens, tiles = time.perf_counter(), 0, 0
             if state.step == last or (config.training.eval_interval and state.step % config.training.eval_interval == 0):
-                _evaluate(job, state, metrics)
+                with pace.paused():
+                    _evaluate(job, state, metrics)
             if config.checkpoint.save and (interval_is_over or asked_to_stop or state.step == last):
-                saved = _save(job, state, metrics)
+                with pace.paused():
+                    saved = _save(job, state, metrics)
             if asked_to_stop:
                 kept = f"the last checkpoint is of step {saved}" if config.checkpoint.save else "nothing is kept without --checkpoint.save"
                 metrics.say(f"stopped by a signal after step {state.step}; {kept}")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from megavlm.config.mask import matches
 from megavlm.model.attention import PackedCausalAttention, TileAttention
-from megavlm.model.freeze import matches
 from megavlm.model.fusion import place_features
 from megavlm.model.language import padded_vocabulary
 from megavlm.model.projector import pixel_shuffle
