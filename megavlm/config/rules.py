@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from megavlm.config.pipeline import parse_layout
 from megavlm.config.schema import Architecture, Checkpoint, Config, Data, Fp8, Logging, Optimizer, Parallel, Training
 
 PARTS = ("vision", "projector", "language")
@@ -202,20 +203,23 @@ def _tensor_parallel(parallel: Parallel, arch: Architecture) -> Iterator[str]:
 
 
 def _pipeline(parallel: Parallel, arch: Architecture) -> Iterator[str]:
-    size, split = parallel.pipeline_model_parallel_size, parallel.pipeline_split
+    size, layout = parallel.pipeline_model_parallel_size, parallel.layout
     vision, language = arch.vision.num_layers, arch.language.num_layers
-    layers = f"{vision + language} layers ({vision} of the vision encoder, {language} of the language model)"
-    flag, given = "--parallel.pipeline_model_parallel_size", f"--parallel.pipeline_split {','.join(map(str, split))}"
+    flag, given = "--parallel.pipeline_model_parallel_size", f"--parallel.layout {layout}"
     if size < 1:
         yield f"{flag} {size}: must be 1 or more"
     elif size > vision + language:
+        layers = f"{vision + language} layers ({vision} of the vision encoder, {language} of the language model)"
         yield f"{flag} {size}: more chunks than the model's {layers}"
-    if split and len(split) != size:
-        yield f"{given}: {len(split)} chunks, but {flag} is {size}"
-    if split and min(split) < 1:
-        yield f"{given}: each chunk must have a layer"
-    if split and sum(split) != vision + language:
-        yield f"{given}: {sum(split)} layers in all, but the model has {layers}"
+    if layout in ("auto", "even"):
+        return
+    try:
+        counts = parse_layout(layout, vision, language)
+    except ValueError as error:
+        yield f"{given}: {error}; or use auto or even"
+        return
+    if len(counts) != size:
+        yield f"{given}: {len(counts)} chunk{'s' * (len(counts) > 1)}, but {flag} is {size}"
 
 
 def _world(config: Config, world_size: int) -> Iterator[str]:

@@ -136,9 +136,9 @@ class Parallel:
         tensor_model_parallel_size: ranks that share each layer.
         pipeline_model_parallel_size: chunks that the layers are cut into.
         sequence_parallel: share the language model's activations between its layers over the tensor-parallel ranks too.
-        pipeline_split: number of layers (of the vision encoder, then of the language model, counted through) in each chunk, such as
-            ``10,20,18``; patch embedding, projector and token embedding go with the layer that follows them, the head with the last.
-            Empty: equal numbers.
+        layout: layers of each chunk of the pipeline. auto: the borders that make the slowest chunk fastest, for this model, freeze mask and
+            data; even: equal numbers of layers; or a text such as ``v*24,p,t*4|t*9|t*9|t*6,h``: v is a layer of the vision encoder, t one of
+            the language model, p the projector and token embedding (with the first t), h the head (with the last t).
         recompute: what the backward pass computes again instead of keeping it: nothing (none), the MLP of each layer (selective; more than
             half of the memory for a fifth of the time), or whole layers (full).
         overlap_grad_reduce: sum gradients over the copies of the model while the backward pass goes on, instead of after it.
@@ -149,7 +149,7 @@ class Parallel:
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1
     sequence_parallel: bool = False
-    pipeline_split: tuple[int, ...] = ()
+    layout: str = "auto"
     recompute: Literal["none", "selective", "full"] = "none"
     overlap_grad_reduce: bool = True
     overlap_param_gather: bool = True

@@ -52,6 +52,10 @@ class PackedDataset:
         """The records of the packs: ``index[pack_ids]["tiles"]``."""
         return self.reader.index
 
+    def some_records(self, limit: int = 4096) -> np.ndarray:
+        """The index's records of packs spread evenly over the dataset: all of them, or ``limit`` of a large one."""
+        return self.index[np.linspace(0, len(self) - 1, min(limit, len(self)), dtype=np.int64)]
+
     @property
     def has_images(self) -> bool:
         """Whether any pack has an image."""

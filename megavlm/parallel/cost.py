@@ -18,8 +18,8 @@ lengths. Shape letters as in ``model/``: P patches of a tile, F features of a ti
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from megavlm.config.mask import matches
@@ -39,6 +39,7 @@ class Piece:
         numbers: numbers in the weight.
         forward: FLOPs of the forward pass, for each unit.
         unit: count of the data that the cost is in proportion to.
+        layer: number of its layer inside the part; none where it stands before or after the layers.
     """
 
     key: str
@@ -46,6 +47,7 @@ class Piece:
     numbers: int
     forward: int
     unit: Unit
+    layer: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,15 +80,21 @@ def training_cost(architecture: Architecture, trainable: Sequence[str]) -> Cost:
         trainable: parts, or patterns of checkpoint keys, as in ``training.trainable``; empty: the forward pass alone.
     """
     by_unit: dict[str, dict[Unit, int]] = {part: {} for part in PARTS}
+    for piece, passes in with_gradients(pieces(architecture), trainable):
+        units = by_unit[piece.part]
+        units[piece.unit] = units.get(piece.unit, 0) + piece.forward * passes
+    return Cost(by_unit=by_unit)
+
+
+def with_gradients(pieces: Iterable[Piece], trainable: Sequence[str]) -> Iterator[tuple[Piece, int]]:
+    """Each piece with how many times its forward pass it costs in all under a freeze mask: 1, 2 or 3."""
     trained_before = False
-    for piece in pieces(architecture):
+    for piece in pieces:
         is_trained = any(matches(piece.key, pattern) for pattern in trainable)
         # Both factors of attention's products are activations, so each product has two gradients or none.
         gradients = is_trained + trained_before if piece.key else 2 * trained_before
-        units = by_unit[piece.part]
-        units[piece.unit] = units.get(piece.unit, 0) + piece.forward * (1 + gradients)
+        yield piece, 1 + gradients
         trained_before |= is_trained
-    return Cost(by_unit=by_unit)
 
 
 def pieces(architecture: Architecture) -> Iterator[Piece]:
@@ -115,24 +123,28 @@ def _norm(key: str, part: str, size: int, *, has_bias: bool, joint: str = ".") -
 
 
 def _vision(architecture: Architecture) -> Iterator[Piece]:
-    vision, part, has_bias = architecture.vision, "vision", architecture.vision.normalization == "LayerNorm"
-    width, inner, rows = vision.hidden_size, vision.ffn_hidden_size, vision.tokens
+    vision, part, width = architecture.vision, "vision", architecture.vision.hidden_size
     patch = 3 * vision.patch_size**2
     yield from _linear("vision.patch_embedding", part, patch, width, rows=vision.grid**2, unit="tile", has_bias=True)
     yield _vector("vision.class_token", part, width)
     yield _vector("vision.position_embedding", part, vision.tokens * width)
     for number in range(vision.num_layers):
-        layer = f"vision.encoder.layers.{number}"
-        qkv, proj, fc1, fc2 = (f"{layer}.{name}" for name in _LINEARS)
-        yield from _norm(qkv, part, width, has_bias=has_bias, joint=".layer_norm_")
-        yield from _linear(qkv, part, width, 3 * width, rows=rows, unit="tile", has_bias=vision.qkv_bias)
-        yield Piece(key="", part=part, numbers=0, forward=4 * rows**2 * width, unit="tile")
-        yield from _linear(proj, part, width, width, rows=rows, unit="tile", has_bias=True)
-        yield _vector(f"{layer}.attention_scale", part, width)
-        yield from _norm(fc1, part, width, has_bias=has_bias, joint=".layer_norm_")
-        yield from _linear(fc1, part, width, inner, rows=rows, unit="tile", has_bias=True)
-        yield from _linear(fc2, part, inner, width, rows=rows, unit="tile", has_bias=True)
-        yield _vector(f"{layer}.mlp_scale", part, width)
+        yield from (replace(piece, layer=number) for piece in _vision_layer(architecture, number))
+
+
+def _vision_layer(architecture: Architecture, number: int) -> Iterator[Piece]:
+    vision, part, has_bias = architecture.vision, "vision", architecture.vision.normalization == "LayerNorm"
+    width, inner, rows, layer = vision.hidden_size, vision.ffn_hidden_size, vision.tokens, f"vision.encoder.layers.{number}"
+    qkv, proj, fc1, fc2 = (f"{layer}.{name}" for name in _LINEARS)
+    yield from _norm(qkv, part, width, has_bias=has_bias, joint=".layer_norm_")
+    yield from _linear(qkv, part, width, 3 * width, rows=rows, unit="tile", has_bias=vision.qkv_bias)
+    yield Piece(key="", part=part, numbers=0, forward=4 * rows**2 * width, unit="tile")
+    yield from _linear(proj, part, width, width, rows=rows, unit="tile", has_bias=True)
+    yield _vector(f"{layer}.attention_scale", part, width)
+    yield from _norm(fc1, part, width, has_bias=has_bias, joint=".layer_norm_")
+    yield from _linear(fc1, part, width, inner, rows=rows, unit="tile", has_bias=True)
+    yield from _linear(fc2, part, inner, width, rows=rows, unit="tile", has_bias=True)
+    yield _vector(f"{layer}.mlp_scale", part, width)
 
 
 def _projector(architecture: Architecture) -> Iterator[Piece]:
@@ -144,22 +156,27 @@ def _projector(architecture: Architecture) -> Iterator[Piece]:
 
 
 def _language(architecture: Architecture) -> Iterator[Piece]:
-    language, part = architecture.language, "language"
-    width, inner, words = language.hidden_size, language.ffn_hidden_size, language.vocab_size
-    head_size = width // language.num_attention_heads
-    yield _vector("language.embedding.word_embeddings.weight", part, words * width)  # looked up, not multiplied
+    language = architecture.language
+    width, words = language.hidden_size, language.vocab_size
+    yield _vector("language.embedding.word_embeddings.weight", "language", words * width)  # looked up, not multiplied
     for number in range(language.num_layers):
-        qkv, proj, fc1, fc2 = (f"language.decoder.layers.{number}.{name}" for name in _LINEARS)
-        yield from _norm(qkv, part, width, has_bias=False, joint=".layer_norm_")
-        outputs = width + 2 * language.num_query_groups * head_size
-        yield from _linear(qkv, part, width, outputs, rows=1, unit="token", has_bias=language.qkv_bias)
-        yield Piece(key="", part=part, numbers=0, forward=2 * width, unit="squared_length")  # half of 4: causal
-        yield from _linear(proj, part, width, width, rows=1, unit="token", has_bias=False)
-        yield from _norm(fc1, part, width, has_bias=False, joint=".layer_norm_")
-        yield from _linear(fc1, part, width, 2 * inner, rows=1, unit="token", has_bias=False)
-        yield from _linear(fc2, part, inner, width, rows=1, unit="token", has_bias=False)
+        yield from (replace(piece, layer=number) for piece in _language_layer(architecture, number))
     yield from _norm("language.decoder.final_layernorm", "head", width, has_bias=False)
     yield from _linear("language.output_layer", "head", width, words, rows=1, unit="token", has_bias=False)
+
+
+def _language_layer(architecture: Architecture, number: int) -> Iterator[Piece]:
+    language, part = architecture.language, "language"
+    width, inner, head_size = language.hidden_size, language.ffn_hidden_size, language.hidden_size // language.num_attention_heads
+    qkv, proj, fc1, fc2 = (f"language.decoder.layers.{number}.{name}" for name in _LINEARS)
+    yield from _norm(qkv, part, width, has_bias=False, joint=".layer_norm_")
+    outputs = width + 2 * language.num_query_groups * head_size
+    yield from _linear(qkv, part, width, outputs, rows=1, unit="token", has_bias=language.qkv_bias)
+    yield Piece(key="", part=part, numbers=0, forward=2 * width, unit="squared_length")  # half of 4: causal
+    yield from _linear(proj, part, width, width, rows=1, unit="token", has_bias=False)
+    yield from _norm(fc1, part, width, has_bias=False, joint=".layer_norm_")
+    yield from _linear(fc1, part, width, 2 * inner, rows=1, unit="token", has_bias=False)
+    yield from _linear(fc2, part, inner, width, rows=1, unit="token", has_bias=False)
 
 
 _LINEARS = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")

@@ -7,9 +7,12 @@ last. Borders may lie anywhere, inside the vision encoder too.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megavlm.config.pipeline import parse_layout, write_layout
 from megavlm.config.schema import Config
+from megavlm.parallel.split import PackSize, balance, layer_costs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +45,11 @@ class Layout:
 
     chunks: tuple[Chunk, ...]
 
+    def __str__(self) -> str:
+        """The layout as ``parallel.layout`` takes it."""
+        counts = [len(chunk.vision_layers) + len(chunk.language_layers) for chunk in self.chunks]
+        return write_layout(counts, sum(self.vision_counts()))
+
     def vision_counts(self) -> tuple[int, ...]:
         """Vision layers of each chunk."""
         return tuple(len(chunk.vision_layers) for chunk in self.chunks)
@@ -57,20 +65,35 @@ def split_evenly(layers: int, chunks: int) -> tuple[int, ...]:
     return tuple(least + (chunk >= chunks - more) for chunk in range(chunks))
 
 
-def make_layout(config: Config) -> Layout:
-    """Cut the layers as ``parallel.pipeline_split`` says, or evenly."""
-    vision, language = config.architecture.vision.num_layers, config.architecture.language.num_layers
-    split = config.parallel.pipeline_split or split_evenly(vision + language, config.parallel.pipeline_model_parallel_size)
+def make_layout(config: Config, size: PackSize | None = None) -> Layout:
+    """Cut the layers as ``parallel.layout`` says.
+
+    Args:
+        config: the run.
+        size: what a pack holds, for the layout auto; none: as much text as vision.
+    """
+    arch, parallel = config.architecture, config.parallel
+    vision, language, chunks = arch.vision.num_layers, arch.language.num_layers, parallel.pipeline_model_parallel_size
+    if parallel.layout == "even":
+        return from_counts(split_evenly(vision + language, chunks), vision)
+    if parallel.layout == "auto":
+        typical = PackSize(tokens=2.0 * arch.features_per_tile, squared_lengths=0.0, tiles=1.0)
+        return from_counts(balance(layer_costs(arch, config.training.trainable, size or typical), chunks), vision)
+    return from_counts(parse_layout(parallel.layout, vision, language), vision)
+
+
+def from_counts(counts: Sequence[int], vision_layers: int) -> Layout:
+    """The layout whose chunks have these numbers of layers, vision encoder and language model counted through."""
     chunks, start = [], 0
-    for count in split:
+    for count in counts:
         end = start + count
         chunks.append(
             Chunk(
-                vision_layers=range(min(start, vision), min(end, vision)),
-                language_layers=range(max(start - vision, 0), max(end - vision, 0)),
+                vision_layers=range(min(start, vision_layers), min(end, vision_layers)),
+                language_layers=range(max(start - vision_layers, 0), max(end - vision_layers, 0)),
                 has_patch_embedding=start == 0,
-                has_projector=start <= vision < end,
-                has_head=end == vision + language,
+                has_projector=start <= vision_layers < end,
+                has_head=end == sum(counts),
             )
         )
         start = end

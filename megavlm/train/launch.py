@@ -17,6 +17,7 @@ from megavlm.model.freeze import Trained
 from megavlm.model.vlm import VisionLanguageModel
 from megavlm.parallel import backend, groups
 from megavlm.parallel.layout import make_layout
+from megavlm.parallel.split import PackSize
 from megavlm.train import checkpoint, optimizer
 from megavlm.train.checkpoint import Checkpoint
 from megavlm.train.job import Job
@@ -144,7 +145,9 @@ def train(config: Config, machine: backend.Backend, source: Checkpoint | Path | 
     """
     place = groups.create(config.parallel, config.training.seed)
     with Metrics(config, place.is_writer) as metrics:
-        model = VisionLanguageModel(config, make_layout(config), place).to(machine.device)
+        packs = PackedDataset(config.data.train)
+        layout = make_layout(config, PackSize.mean(packs.some_records()))
+        model = VisionLanguageModel(config, layout, place).to(machine.device)
         if isinstance(source, Checkpoint):
             checkpoint.load_weights(source, model)
         else:
@@ -153,12 +156,13 @@ def train(config: Config, machine: backend.Backend, source: Checkpoint | Path | 
         wrapped = optimizer.wrap(config, model)
         prepare(wrapped)
         adamw = optimizer.build(config, wrapped)
-        packs = PackedDataset(config.data.train)
         state = State(stage=config.stage, tokenizer=packs.manifest.tokenizer_fingerprint)
         if isinstance(source, Checkpoint) and resumes(config, source):
             checkpoint.load_optimizer(source, model, adamw, config.fp8)
             state = source.state
         _introduce(config, place, trained, source, state, metrics)
+        if place.pipeline_size > 1:
+            metrics.say(f"pipeline: {layout}")
         job = Job(
             config=config,
             backend=machine,

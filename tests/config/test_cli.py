@@ -54,11 +54,11 @@ def test_a_stage_in_a_file_may_be_a_number_or_a_text(written: str, stage: str, t
 
 
 def test_lists_have_commas_on_the_command_line_and_are_lists_in_files(tmp_path: Path):
-    (tmp_path / "run.yaml").write_text("parallel: {pipeline_split: [3, 5]}\ntraining:\n  trainable: [projector, 'vision.*']\n")
+    (tmp_path / "run.yaml").write_text("parallel: {layout: 'v*4,t|t*3'}\ntraining:\n  trainable: [projector, 'vision.*']\n")
     config = parse([*NAMES, "--config", str(tmp_path / "run.yaml")])
-    assert config.parallel.pipeline_split == (3, 5) and config.training.trainable == ("projector", "vision.*")
-    config = parse([*NAMES, "--parallel.pipeline_split", "10,20,18", "--training.trainable", "vision,projector"])
-    assert config.parallel.pipeline_split == (10, 20, 18) and config.training.trainable == ("vision", "projector")
+    assert config.parallel.layout == "v*4,t|t*3" and config.training.trainable == ("projector", "vision.*")
+    config = parse([*NAMES, "--architecture.vision.pixel_mean", "0.5,0.4,0.3", "--training.trainable", "vision,projector"])
+    assert config.architecture.vision.pixel_mean == (0.5, 0.4, 0.3) and config.training.trainable == ("vision", "projector")
     assert parse([*NAMES, "--architecture.vision.pixel_mean=0.5,0.5,0.5"]).architecture.vision.pixel_mean == (0.5, 0.5, 0.5)
 
 
@@ -97,7 +97,7 @@ def test_a_switch_needs_no_value():
         ([*NAMES, "--training.steps", "3.5"], ["--training.steps: expected an integer; got 3.5"]),
         ([*NAMES, "--lr", "fast"], ["--optimizer.lr: expected a number; got fast"]),
         ([*NAMES, "--training.precision", "float16"], ["expected one of bfloat16, float32; got float16"]),
-        ([*NAMES, "--parallel.pipeline_split", "1,a"], ["expected integers with commas"]),
+        ([*NAMES, "--architecture.vision.pixel_mean", "1,a,2"], ["expected 3 numbers with commas"]),
         ([*NAMES, "--architecture.vision.pixel_std", "1,1"], ["expected 3 numbers"]),
         ([*NAMES, "--parallel.sequence_parallel", "3"], ["expected true or false; got 3"]),
         ([*NAMES, "--config", "missing.yaml"], ["--config missing.yaml: no such file"]),
@@ -117,7 +117,7 @@ def test_wrong_command_lines_get_a_short_message(arguments: list[str], words: li
         ("steps: 3", ["unknown key steps; did you mean training.steps"]),
         ("training: 3", ["training (a section"]),
         ("training: {steps: many}", ["--training.steps: expected an integer; got many"]),
-        ("parallel: {pipeline_split: 3}", ["--parallel.pipeline_split: expected integers"]),
+        ("architecture: {vision: {pixel_mean: 3}}", ["--architecture.vision.pixel_mean: expected 3 numbers"]),
         ("- 1", ["expected keys and values"]),
         ("a: [", ["not YAML"]),
     ],

@@ -48,7 +48,7 @@ def facts(config: Config, **changes: Any) -> DatasetFacts:
     [
         ("tiny", [], 1),
         ("tiny", ["--tensor-model-parallel-size", "2", "--sequence-parallel", "--pipeline-model-parallel-size", "4"], 16),
-        ("tiny", ["--pipeline-model-parallel-size", "2", "--parallel.pipeline_split", "2,6"], 2),
+        ("tiny", ["--pipeline-model-parallel-size", "2", "--parallel.layout", "v*2|v*2,p,t*4,h"], 2),
         ("internvl2_5-8b", ["--tensor-model-parallel-size", "8"], 512),
     ],
 )
@@ -65,9 +65,8 @@ WRONG = [
     ("--pipeline-model-parallel-size 0", 1, ["pipeline_model_parallel_size 0: must be 1 or more"]),
     ("--sequence-parallel", 1, ["sequence_parallel true needs --parallel.tensor_model_parallel_size 2 or more"]),
     ("--pipeline-model-parallel-size 9", 9 * 128, ["size 9: more chunks than", "8 layers (4 of the vision encoder, 4 of"]),
-    ("--parallel.pipeline_split 2,6", 1, ["2,6: 2 chunks, but --parallel.pipeline_model_parallel_size is 1"]),
-    ("--pipeline-model-parallel-size 2 --parallel.pipeline_split 8,0", 2, ["8,0: each chunk must have a layer"]),
-    ("--pipeline-model-parallel-size 2 --parallel.pipeline_split 3,4", 2, ["3,4: 7 layers in all, but the model has 8"]),
+    ("--parallel.layout v*2|v*2,t*4", 1, ["v*2|v*2,t*4: 2 chunks, but --parallel.pipeline_model_parallel_size is 1"]),
+    ("--pipeline-model-parallel-size 2 --parallel.layout evn", 2, ["layout evn: 'evn' is none of v, p, t, h", "or use auto or even"]),
     (
         "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2",
         6,

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import pytest
 
+from megavlm.config.pipeline import write_layout
 from megavlm.config.schema import Config, Parallel
 from megavlm.parallel.layout import make_layout, split_evenly
 from tests.ranks.runs import TINY
 
 
 def _layout(*split: int, chunks: int | None = None):
-    parallel = Parallel(pipeline_model_parallel_size=chunks or len(split), pipeline_split=split)
+    layout = write_layout(split, TINY.vision.num_layers) if split else "even"
+    parallel = Parallel(pipeline_model_parallel_size=chunks or len(split), layout=layout)
     return make_layout(Config(stage="2", model="tiny", architecture=TINY, parallel=parallel))
 
 
@@ -23,6 +25,10 @@ def test_every_layer_stands_in_one_chunk(split: tuple[int, ...]) -> None:
         assert sum(getattr(chunk, what) for chunk in layout.chunks) == 1, what
     assert layout.chunks[0].has_patch_embedding and layout.chunks[-1].has_head
     assert tuple(map(sum, zip(layout.vision_counts(), layout.language_counts(), strict=True))) == split
+
+
+def test_a_layout_is_told_as_it_is_given() -> None:
+    assert str(_layout(2, 4)) == "v*2|v,p,t*3,h" and str(_layout(6)) == "v*3,p,t*3,h"
 
 
 def test_the_projector_goes_with_the_first_language_layer() -> None:

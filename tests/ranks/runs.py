@@ -65,18 +65,19 @@ def build(config: Config):
     from megavlm.model.vlm import VisionLanguageModel
     from megavlm.parallel import backend, groups
     from megavlm.parallel.layout import make_layout
+    from megavlm.parallel.split import PackSize
     from megavlm.train import optimizer
     from megavlm.train.job import Job
     from megavlm.train.step import prepare
 
     machine = backend.start(config.parallel.timeout_minutes, deterministic=config.training.deterministic)
     place = groups.create(config.parallel, config.training.seed)
-    model = VisionLanguageModel(config, make_layout(config), place).to(machine.device)
+    packs = PackedDataset(config.data.train)
+    model = VisionLanguageModel(config, make_layout(config, PackSize.mean(packs.some_records())), place).to(machine.device)
     weights.fill(model, weights.fresh_tensor(config))
     freeze.apply(model, config.training.trainable)
     wrapped = optimizer.wrap(config, model)
     prepare(wrapped)
-    packs = PackedDataset(config.data.train)
     return Job(
         config=config,
         backend=machine,

@@ -16,8 +16,8 @@ LAYOUTS = {
     "tp2 sp": dict(tensor_model_parallel_size=2, sequence_parallel=True),
     "pp2": dict(pipeline_model_parallel_size=2),
     "dp2": dict(),
-    "tp2 pp2, border in the vision encoder": dict(tensor_model_parallel_size=2, pipeline_model_parallel_size=2, pipeline_split=(2, 4)),
-    "pp4, two chunks of vision": dict(pipeline_model_parallel_size=4, pipeline_split=(1, 2, 1, 2)),
+    "tp2 pp2, border in the vision encoder": dict(tensor_model_parallel_size=2, pipeline_model_parallel_size=2, layout="v*2|v,p,t*3,h"),
+    "pp4, two chunks of vision": dict(pipeline_model_parallel_size=4, layout="v|v*2|p,t|t*2,h"),
 }
 RANKS = {"dp2": 2, "tp2 pp2, border in the vision encoder": 4, "pp4, two chunks of vision": 4}
 

@@ -59,7 +59,7 @@ def test_a_pack_without_images_trains_beside_one_with_images(ranks: Pool, tmp_pa
     order = (0, 1, 2, 3, 1, 3)
     settings = dict(trainable=mask, global_batch_size=2, steps=6)
     [alone] = ranks.run(train_curve, 1, config_for(tmp_path / "packs", **settings), order)
-    for layout in (dict(), dict(pipeline_model_parallel_size=2, pipeline_split=(2, 4))):
+    for layout in (dict(), dict(pipeline_model_parallel_size=2, layout="v*2|v,t*3")):
         curve = ranks.run(train_curve, 2, config_for(tmp_path / "packs", **settings, **layout), order)[0]
         assert curve.losses == pytest.approx(alone.losses, rel=1e-5)
         assert curve.grad_norms == pytest.approx(alone.grad_norms, rel=1e-5, abs=1e-12)

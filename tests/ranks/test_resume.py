@@ -69,9 +69,7 @@ def _forget_the_end(save: Path, target: Path) -> None:
 
 
 @pytest.mark.parametrize("mask", [("projector",), EVERYTHING])
-@pytest.mark.parametrize(
-    "layout", [dict(), dict(tensor_model_parallel_size=2), dict(pipeline_model_parallel_size=2, pipeline_split=(2, 4))]
-)
+@pytest.mark.parametrize("layout", [dict(), dict(tensor_model_parallel_size=2), dict(pipeline_model_parallel_size=2, layout="v*2|v,t*3")])
 def test_going_on_equals_no_interruption_bit_for_bit(
     ranks: Pool, dataset: Path, tmp_path: Path, layout: dict, mask: tuple[str, ...]
 ) -> None:
@@ -90,7 +88,7 @@ def test_going_on_equals_no_interruption_bit_for_bit(
 def test_a_checkpoint_goes_on_at_other_layouts(ranks: Pool, dataset: Path, tmp_path: Path) -> None:
     ranks.run(run_job, 4, _job(dataset, tmp_path / "whole", tensor_model_parallel_size=2, pipeline_model_parallel_size=2))
     expected = _losses(tmp_path / "whole")[3:]
-    for world, layout in ((1, dict()), (2, dict(pipeline_model_parallel_size=2, pipeline_split=(1, 5))), (2, dict())):
+    for world, layout in ((1, dict()), (2, dict(pipeline_model_parallel_size=2, layout="v|v*2,t*3")), (2, dict())):
         save = tmp_path / f"other-{world}-{len(layout)}"
         _forget_the_end(tmp_path / "whole", save)
         ranks.run(run_job, world, _job(dataset, save, **layout))
