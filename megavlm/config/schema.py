@@ -137,7 +137,7 @@ class Parallel:
         pipeline_model_parallel_size: chunks that the layers are cut into.
         sequence_parallel: share the language model's activations between its layers over the tensor-parallel ranks too.
         layout: layers of each chunk of the pipeline. auto: the borders that make the slowest chunk fastest, for this model, freeze mask and
-            data; even: equal numbers of layers; or a text such as ``v*24,p,t*4|t*9|t*9|t*6,h``: v is a layer of the vision encoder, t one of
+            data; even: equal numbers of layers; or a text such as ``v*24,p,t*4|t*9|t*9|t*6,h``: v is a layer of the vision encoder, t of
             the language model, p the projector and token embedding (with the first t), h the head (with the last t).
         recompute: what the backward pass computes again instead of keeping it: nothing (none), the MLP of each layer (selective; more than
             half of the memory for a fifth of the time), or whole layers (full).
