@@ -98,15 +98,22 @@ def problems(config: Config, world_size: int) -> list[str]:
     """Everything in a configuration that cannot run on ``world_size`` ranks, each naming the flag to change."""
     return [
         *_architecture(config.architecture),
-        *_tensor_parallel(config.parallel, config.architecture),
-        *_pipeline(config.parallel, config.architecture),
-        *_world(config, world_size),
+        *layout_problems(config, world_size),
         *_data(config.data),
         *_training(config.training, config.data),
         *_optimizer(config.optimizer, config.training),
         *_fp8(config.fp8, config),
         *_checkpoint(config.checkpoint),
         *_logging(config.logging, config.checkpoint),
+    ]
+
+
+def layout_problems(config: Config, world_size: int) -> list[str]:
+    """Everything that keeps the model from being laid out over ``world_size`` ranks."""
+    return [
+        *_tensor_parallel(config.parallel, config.architecture),
+        *_pipeline(config.parallel, config.architecture),
+        *_world(config, world_size),
     ]
 
 

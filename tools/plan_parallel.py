@@ -1,0 +1,68 @@
+"""Find out how to lay a model out over GPUs: every layout that fits, with what it is expected to need and take, the fastest first.
+
+python tools/plan_parallel.py --model internvl2_5-8b --stage 2 --gpus 64 --memory_gib 80
+python tools/plan_parallel.py --model internvl2_5-8b --stage 1 --gpus 64 --data packs/train --picture chunks.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+from megavlm.config.cli import parse
+from megavlm.data.reader import Reader
+from megavlm.parallel.chart import draw, to_text
+from megavlm.parallel.estimate import Hardware, layouts
+from megavlm.parallel.split import PackSize
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="row of the table of models")
+    parser.add_argument("--stage", required=True, help="row of the table of stages")
+    parser.add_argument("--gpus", type=int, required=True, help="how many there are")
+    parser.add_argument("--global_batch_size", type=int, help="packs of a step (default: the stage's)")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="packed dataset that tells how large packs are; instead of the next three")
+    parser.add_argument("--capacity", type=int, default=16384, help="tokens of a pack (default: %(default)s)")
+    parser.add_argument("--tiles", type=float, default=50, help="tiles of a pack, on average (default: %(default)s)")
+    parser.add_argument("--sample_tokens", type=float, default=2000, help="tokens of a sample, on average (default: %(default)s)")
+    for field in dataclasses.fields(Hardware):
+        parser.add_argument(f"--{field.name}", type=type(field.default), default=field.default, help="of the GPUs (default: %(default)s)")
+    parser.add_argument("--top", type=int, default=12, help="layouts to show (default: %(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all layouts as JSON")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the chunks of the layouts that are shown")
+    options = parser.parse_args(arguments)
+    try:
+        batch = ["--training.global_batch_size", str(options.global_batch_size)] if options.global_batch_size else []
+        config = parse(["--stage", options.stage, "--model", options.model, *batch])
+        size, capacity = packs(options)
+        hardware = Hardware(**{field.name: vars(options)[field.name] for field in dataclasses.fields(Hardware)})
+        found = layouts(config, options.gpus, size, capacity, hardware)
+        print(f"{options.model}, stage {options.stage}, {options.gpus} GPUs, {config.training.global_batch_size} packs a step, {size}")
+        print(f"{len(found)} layouts fit into nine tenths of {hardware.memory_gib:g} GiB\n\n{to_text(found[: options.top])}")
+        if options.json:
+            rows = [dataclasses.asdict(one) | {"memory_gib": one.memory_gib} for one in found]
+            options.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        if options.picture:
+            draw(found[: options.top], options.picture)
+    except (OSError, ValueError, ModuleNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0 if found else 1
+
+
+def packs(options: argparse.Namespace) -> tuple[PackSize, int]:
+    """What a pack holds on average, and its capacity."""
+    if not options.data:
+        mean = options.capacity * options.sample_tokens
+        return PackSize(tokens=options.capacity, squared_lengths=mean, tiles=options.tiles), options.capacity
+    reader = Reader(options.data)
+    return PackSize.mean(reader.index[range(min(len(reader), 4096))]), reader.manifest.capacity
+
+
+if __name__ == "__main__":
+    sys.exit(main())
