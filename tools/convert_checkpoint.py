@@ -1,4 +1,4 @@
-"""Move a model between Hugging Face's InternVL format and the checkpoints of training. `COMMAND --help` tells how."""
+"""Move a model between Hugging Face folders and the checkpoints of training. `COMMAND --help` tells how."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import argparse
 import sys
 
 from megavlm.convert import hf
+from megavlm.convert.tables import DIALECTS
 
 EXAMPLE = """examples:
   python tools/convert_checkpoint.py import --hf InternVL2_5-1B-hf/ --out checkpoints/start
   python tools/convert_checkpoint.py export --load checkpoints/stage2 --out my-model-hf/ --dtype bfloat16
+  python tools/convert_checkpoint.py export --load checkpoints/stage2 --out my-model/ --dialect chat
   python tools/convert_checkpoint.py check --hf InternVL2_5-1B-hf/
 
 Training also starts from a Hugging Face folder itself: --checkpoint.load DIR.
@@ -21,11 +23,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     bring = commands.add_parser("import", help="make a checkpoint of a Hugging Face folder")
-    bring.add_argument("--hf", metavar="DIR", required=True, help="Hugging Face folder")
+    bring.add_argument("--hf", metavar="DIR", required=True, help="Hugging Face folder, in either dialect")
     bring.add_argument("--out", metavar="DIR", required=True, help="folder of the checkpoint to make; must be missing or empty")
     send = commands.add_parser("export", help="make a Hugging Face folder of a checkpoint")
     send.add_argument("--load", metavar="DIR", required=True, help="folder of one step, or a run's save folder (then its newest)")
     send.add_argument("--out", metavar="DIR", required=True, help="Hugging Face folder to make; must be missing or empty")
+    send.add_argument(
+        "--dialect", choices=DIALECTS, default="native", help="transformers' own format, or OpenGVLab's InternVLChatModel (default: native)"
+    )
     send.add_argument("--dtype", choices=sorted(hf.DTYPES), help="number format of the weights (default: as in the checkpoint)")
     send.add_argument("--tokenizer", metavar="DIR", default="", help="folder of the tokenizer, if the checkpoint has none")
     look = commands.add_parser("check", help="convert a Hugging Face folder there and back in memory, and compare")
@@ -52,7 +57,7 @@ def main() -> int:
         if args.command == "import":
             print(f"checkpoint written to {hf.import_(args.hf, args.out)}")
         else:
-            made = hf.export(args.load, args.out, dtype=hf.DTYPES.get(args.dtype), tokenizer=args.tokenizer)
+            made = hf.export(args.load, args.out, dialect=args.dialect, dtype=hf.DTYPES.get(args.dtype), tokenizer=args.tokenizer)
             print(f"Hugging Face model written to {made}")
     except (ValueError, OSError) as error:
         print(f"convert_checkpoint: error: {error}", file=sys.stderr)

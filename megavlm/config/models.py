@@ -1,58 +1,47 @@
 """The table of models, which ``--model`` picks from.
 
-Weights can be converted, both ways, for models whose language part is of the Qwen2.5 family (``internvl2_5-1b`` and ``-4b``), from and to
-the native InternVL format of Hugging Face. Those with InternLM2.5 (``-2b`` and ``-8b``) have the same kind of layer, without bias, so
-they train and load our own checkpoints; OpenGVLab's and InternLM's own files for them, with their fused names, are not read yet.
+They are InternVL 2.5 (arXiv 2412.05271), 3 (arXiv 2504.10479) and 3.5 (arXiv 2508.18265), but for those with experts.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 from megavlm.config.schema import Architecture, Language, Vision
 
 # InternViT-300M-448px-V2_5: the schema's defaults are its sizes.
 _INTERNVIT_300M = Vision()
-
-# Nine special tokens are added to each tokenizer; InternVL cuts the unused rows of Qwen2.5's table off.
-_QWEN2_5_VOCAB_SIZE = 151674
-_INTERNLM2_5_VOCAB_SIZE = 92553
-
-_QWEN2_5_0_5B = Language(
-    num_layers=24,
-    hidden_size=896,
-    ffn_hidden_size=4864,
-    num_attention_heads=14,
-    num_query_groups=2,
-    vocab_size=_QWEN2_5_VOCAB_SIZE,
-)
-_QWEN2_5_3B = Language(
-    num_layers=36,
-    hidden_size=2048,
-    ffn_hidden_size=11008,
-    num_attention_heads=16,
-    num_query_groups=2,
-    vocab_size=_QWEN2_5_VOCAB_SIZE,
-)
-# InternLM2.5 stretches its rotary base only beyond 32768 positions, which no sample reaches here.
-_INTERNLM2_5_1_8B = Language(
-    num_layers=24,
-    hidden_size=2048,
-    ffn_hidden_size=8192,
-    num_attention_heads=16,
-    num_query_groups=8,
-    vocab_size=_INTERNLM2_5_VOCAB_SIZE,
-    layernorm_epsilon=1e-5,
+# InternViT-6B-448px-V2_5, and V1-5, which the 26B model starts from.
+_INTERNVIT_6B = Vision(
+    num_layers=45,
+    hidden_size=3200,
+    ffn_hidden_size=12800,
+    num_attention_heads=25,
+    normalization="RMSNorm",
     qkv_bias=False,
+    qk_norm=True,
 )
-_INTERNLM2_5_7B = Language(
-    num_layers=32,
-    hidden_size=4096,
-    ffn_hidden_size=14336,
-    num_attention_heads=32,
-    num_query_groups=8,
-    vocab_size=_INTERNLM2_5_VOCAB_SIZE,
-    layernorm_epsilon=1e-5,
-    qkv_bias=False,
-)
+
+
+def _language(layers: int, width: int, inner: int, heads: int, groups: int, **facts: Any) -> Language:
+    """A language model by its sizes: layers, hidden size, hidden size of the MLP, query heads, query groups."""
+    sizes = dict(num_layers=layers, hidden_size=width, ffn_hidden_size=inner, num_attention_heads=heads, num_query_groups=groups)
+    return Language(**sizes, **facts)
+
+
+def _qwen2_5(*sizes: int, epsilon: float = 1e-6) -> Language:
+    # Nine special tokens are added to each tokenizer; InternVL cuts the unused rows of Qwen2.5's table off.
+    return _language(*sizes, vocab_size=151674, layernorm_epsilon=epsilon)
+
+
+def _internlm2_5(*sizes: int) -> Language:
+    return _language(*sizes, family="internlm2", vocab_size=92553, qkv_bias=False, layernorm_epsilon=1e-5, rotary_dynamic_factor=2.0)
+
+
+def _qwen3(*sizes: int, kv_channels: int = 0, tied_head: bool = False) -> Language:
+    facts = dict(family="qwen3", vocab_size=151936, max_position_embeddings=40960, qkv_bias=False, qk_norm=True)
+    return _language(*sizes, kv_channels=kv_channels, tied_head=tied_head, **facts)
+
 
 # Learns to read a few shapes and colours within minutes on a laptop; for trying things out and for tests.
 _TINY = Architecture(
@@ -94,10 +83,25 @@ _DIGITS = Architecture(
 
 MODELS: dict[str, Architecture] = {
     "tiny": _TINY,
-    "internvl2_5-1b": Architecture(vision=_INTERNVIT_300M, language=_QWEN2_5_0_5B),
-    "internvl2_5-2b": Architecture(vision=_INTERNVIT_300M, language=_INTERNLM2_5_1_8B),
-    "internvl2_5-4b": Architecture(vision=_INTERNVIT_300M, language=_QWEN2_5_3B),
-    "internvl2_5-8b": Architecture(vision=_INTERNVIT_300M, language=_INTERNLM2_5_7B),
+    "internvl2_5-1b": Architecture(vision=_INTERNVIT_300M, language=_qwen2_5(24, 896, 4864, 14, 2)),
+    "internvl2_5-2b": Architecture(vision=_INTERNVIT_300M, language=_internlm2_5(24, 2048, 8192, 16, 8)),
+    "internvl2_5-4b": Architecture(vision=_INTERNVIT_300M, language=_qwen2_5(36, 2048, 11008, 16, 2)),
+    "internvl2_5-8b": Architecture(vision=_INTERNVIT_300M, language=_internlm2_5(32, 4096, 14336, 32, 8)),
+    "internvl2_5-26b": Architecture(vision=_INTERNVIT_6B, language=_internlm2_5(48, 6144, 16384, 48, 8)),
+    "internvl2_5-38b": Architecture(vision=_INTERNVIT_6B, language=_qwen2_5(64, 5120, 27648, 40, 8)),
+    "internvl2_5-78b": Architecture(vision=_INTERNVIT_6B, language=_qwen2_5(80, 8192, 29568, 64, 8)),
+    "internvl3-1b": Architecture(vision=_INTERNVIT_300M, language=_qwen2_5(24, 896, 4864, 14, 2)),
+    "internvl3-2b": Architecture(vision=_INTERNVIT_300M, language=_qwen2_5(28, 1536, 8960, 12, 2)),
+    "internvl3-8b": Architecture(vision=_INTERNVIT_300M, language=_qwen2_5(28, 3584, 18944, 28, 4)),
+    "internvl3-14b": Architecture(vision=_INTERNVIT_300M, language=_qwen2_5(48, 5120, 13824, 40, 8, epsilon=1e-5)),
+    "internvl3-38b": Architecture(vision=_INTERNVIT_6B, language=_qwen2_5(64, 5120, 27648, 40, 8, epsilon=1e-5)),
+    "internvl3-78b": Architecture(vision=_INTERNVIT_6B, language=_qwen2_5(80, 8192, 29568, 64, 8, epsilon=1e-5)),
+    "internvl3_5-1b": Architecture(vision=_INTERNVIT_300M, language=_qwen3(28, 1024, 3072, 16, 8, kv_channels=128, tied_head=True)),
+    "internvl3_5-2b": Architecture(vision=_INTERNVIT_300M, language=_qwen3(28, 2048, 6144, 16, 8, tied_head=True)),
+    "internvl3_5-4b": Architecture(vision=_INTERNVIT_300M, language=_qwen3(36, 2560, 9728, 32, 8, kv_channels=128, tied_head=True)),
+    "internvl3_5-8b": Architecture(vision=_INTERNVIT_300M, language=_qwen3(36, 4096, 12288, 32, 8)),
+    "internvl3_5-14b": Architecture(vision=_INTERNVIT_300M, language=_qwen3(40, 5120, 17408, 40, 8)),
+    "internvl3_5-38b": Architecture(vision=_INTERNVIT_6B, language=_qwen3(64, 5120, 25600, 64, 8, kv_channels=128)),
     "digits": _DIGITS,
 }
 

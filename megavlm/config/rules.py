@@ -159,6 +159,8 @@ def _architecture(arch: Architecture) -> list[str]:
         *_at_least(1, "architecture", arch, "pixel_shuffle"),
         *_at_least(1, "architecture.vision", vision, "image_size", "patch_size", *sizes),
         *_at_least(1, "architecture.language", language, *sizes, "num_query_groups", "vocab_size", "max_position_embeddings"),
+        *_at_least(0, "architecture.language", language, "kv_channels"),
+        *_at_least(1, "architecture.language", language, "rotary_dynamic_factor"),
     ]
     return found or [*_vision(arch), *_language(arch)]
 
@@ -178,10 +180,12 @@ def _vision(arch: Architecture) -> Iterator[str]:
 def _language(arch: Architecture) -> Iterator[str]:
     language, flag = arch.language, "--architecture.language"
     heads, groups = language.num_attention_heads, language.num_query_groups
-    if language.hidden_size % heads:
-        yield f"{flag}.num_attention_heads {heads} does not divide {flag}.hidden_size {language.hidden_size}"
-    elif language.hidden_size // heads % 2:
-        yield f"{flag}.hidden_size {language.hidden_size}: {language.hidden_size // heads} a head, and rotary positions need an even number"
+    if not language.kv_channels and language.hidden_size % heads:
+        yield f"{flag}.num_attention_heads {heads} does not divide {flag}.hidden_size {language.hidden_size}; or give {flag}.kv_channels"
+    elif language.head_size % 2 and language.kv_channels:
+        yield f"{flag}.kv_channels {language.kv_channels}: rotary positions need an even number"
+    elif language.head_size % 2:
+        yield f"{flag}.hidden_size {language.hidden_size}: {language.head_size} a head, and rotary positions need an even number"
     if heads % groups:
         yield f"{flag}.num_query_groups {groups} does not divide {flag}.num_attention_heads {heads}"
 
@@ -193,18 +197,21 @@ def _tensor_parallel(parallel: Parallel, arch: Architecture) -> Iterator[str]:
         return
     vision, language = arch.vision, arch.language
     shared = {
-        "vision.num_attention_heads": vision.num_attention_heads,
         "vision.ffn_hidden_size": vision.ffn_hidden_size,
         "language.num_attention_heads": language.num_attention_heads,
-        "language.num_query_groups": language.num_query_groups,
         "language.hidden_size": language.hidden_size,
         "language.ffn_hidden_size": language.ffn_hidden_size,
     }
-    if min(shared.values()) < 1:
+    if min(shared.values()) < 1 or language.num_query_groups < 1:
         return
     for name, number in shared.items():
         if number % size:
             yield f"{flag} {size} does not divide --architecture.{name} {number}; use {_divisors(*shared.values())}"
+    groups = language.num_query_groups
+    if groups % size and size % groups:  # where there are fewer groups than ranks, several ranks share one
+        yield f"{flag} {size} is neither a divisor nor a multiple of --architecture.language.num_query_groups {groups}"
+    elif not language.num_attention_heads % size and 2 * groups * language.head_size % size:
+        yield f"{flag} {size} does not divide the rows of queries, keys and values; use a divisor of {2 * groups * language.head_size}"
     if parallel.sequence_parallel and size == 1:
         yield f"--parallel.sequence_parallel true needs {flag} 2 or more; it is 1"
 

@@ -24,6 +24,7 @@ class Vision:
         normalization: kind of norm before attention and before the MLP.
         layernorm_epsilon: added to the variance inside the norms.
         qkv_bias: whether the query, key and value projections have a bias.
+        qk_norm: whether queries and keys are normalised, each over all heads at once (InternViT-6B).
         layer_scale: starting value of the learned factors on both residual branches.
         pixel_mean: mean of red, green and blue (of pixels from 0 to 1) that is subtracted.
         pixel_std: standard deviation of red, green and blue that is divided by.
@@ -38,6 +39,7 @@ class Vision:
     normalization: Literal["LayerNorm", "RMSNorm"] = "LayerNorm"
     layernorm_epsilon: float = 1e-6
     qkv_bias: bool = True
+    qk_norm: bool = False
     layer_scale: float = 0.1
     pixel_mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     pixel_std: tuple[float, float, float] = (0.229, 0.224, 0.225)
@@ -55,31 +57,47 @@ class Vision:
 
 @dataclass(frozen=True, kw_only=True)
 class Language:
-    """The language model, of the Qwen2.5 family.
+    """The language model: RMSNorm, rotary positions, grouped-query attention, gated MLP.
 
     Args:
+        family: name of the family, such as qwen2, qwen3, internlm2, internlm3, llama or mistral: how Hugging Face's files name its weights.
         num_layers: transformer layers.
         hidden_size: width of the model.
         ffn_hidden_size: width inside the gated MLP of a layer.
         num_attention_heads: query heads.
         num_query_groups: key and value heads (grouped-query attention).
+        kv_channels: width of a head; 0: hidden_size / num_attention_heads.
         vocab_size: rows of the embedding, special tokens of the vision-language model included, padding for tensor parallelism not.
         rotary_base: base period of the rotary position embedding.
+        rotary_dynamic_factor: how much the base is stretched for samples beyond max_position_embeddings (dynamic NTK; 1: never). It changes
+            nothing for shorter samples, and is written to exported checkpoints.
         layernorm_epsilon: added to the mean square inside the norms.
         max_position_embeddings: longest sample that the positions are made for; written to exported checkpoints.
         qkv_bias: whether the query, key and value projections have a bias.
+        qk_norm: whether the queries and keys of each head are normalised (Qwen3).
+        tied_head: whether the head is the token embedding's own tensor.
     """
 
+    family: str = "qwen2"
     num_layers: int = 24
     hidden_size: int = 896
     ffn_hidden_size: int = 4864
     num_attention_heads: int = 14
     num_query_groups: int = 2
+    kv_channels: int = 0
     vocab_size: int = 151674
     rotary_base: float = 1e6
+    rotary_dynamic_factor: float = 1.0
     layernorm_epsilon: float = 1e-6
     max_position_embeddings: int = 32768
     qkv_bias: bool = True
+    qk_norm: bool = False
+    tied_head: bool = False
+
+    @property
+    def head_size(self) -> int:
+        """Width of a head."""
+        return self.kv_channels or self.hidden_size // self.num_attention_heads
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -92,6 +92,17 @@ class SafetensorsFolder:
         return str(self._folder)
 
 
+def tensor_names(folder: Path) -> set[str] | None:
+    """Names of the tensors in a Hugging Face folder, from index or header; none where it holds no weights.
+
+    Raises:
+        ValueError: index or file are damaged.
+    """
+    if (folder / INDEX_NAME).is_file():
+        return set(_read_index(folder / INDEX_NAME))
+    return set(_open(folder / SINGLE_NAME).keys()) if (folder / SINGLE_NAME).is_file() else None
+
+
 def _read_index(path: Path) -> dict[str, str]:
     """Name of the file of each tensor."""
     try:

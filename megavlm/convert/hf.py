@@ -1,9 +1,9 @@
-"""Whole models between checkpoints and the native InternVL format of Hugging Face (``InternVLForConditionalGeneration``)."""
+"""Whole models between checkpoints and Hugging Face folders, in the native dialect (``InternVLForConditionalGeneration``) or the chat
+dialect (``InternVLChatModel``)."""
 
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,11 +15,11 @@ from torch import Tensor
 from megavlm.config.cli import from_yaml, to_yaml
 from megavlm.config.models import MODELS
 from megavlm.config.schema import Architecture, Config
-from megavlm.convert import model_config
 from megavlm.convert.files import SafetensorsFolder, ShardsFolder, new_folder, write_safetensors, write_shards
-from megavlm.convert.model_config import architecture_from_hf, hf_config
+from megavlm.convert.model_config import architecture_from_hf, dialect_of, differences
 from megavlm.convert.ops import Shape
-from megavlm.convert.processor import TOKENIZER_FILES, write_processor
+from megavlm.convert.processor import TOKENIZER_FILES, write_folder
+from megavlm.convert.tables import EMBEDDING_KEY, HEAD_KEY, Dialect, name_on_disk
 from megavlm.convert.views import HuggingFaceView, MegatronView
 from megavlm.data.manifest import FILE_NAME as MANIFEST_NAME
 from megavlm.data.manifest import read_manifest
@@ -27,21 +27,6 @@ from megavlm.data.progress import Progress
 from megavlm.data.template import fingerprint, load_tokenizer
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-_HEAD = "language_model.lm_head.weight"
-# In memory transformers names weights so; files carry the names on the right, but some programs write the others.
-_IN_MEMORY = (
-    (re.compile(r"^lm_head\."), "language_model.lm_head."),
-    (re.compile(r"^model\.language_model\."), "language_model.model."),
-    (re.compile(r"^model\.(vision_tower|multi_modal_projector)\."), r"\1."),
-)
-
-
-def name_on_disk(name: str) -> str:
-    """The name that files of ``InternVLForConditionalGeneration`` give to a weight, whichever of its two names this is."""
-    for pattern, replacement in _IN_MEMORY:
-        if pattern.match(name):
-            return pattern.sub(replacement, name)
-    return name
 
 
 def hf_tensors_as_megatron(folder: str | Path, architecture: Architecture) -> MegatronView:
@@ -51,35 +36,42 @@ def hf_tensors_as_megatron(folder: str | Path, architecture: Architecture) -> Me
         FileNotFoundError: files are missing.
         ValueError: the weights are not those of ``architecture``; every tensor at fault is named.
     """
-    return MegatronView(_open(Path(folder)), architecture)
+    return MegatronView(_open(Path(folder)), architecture, dialect_of(folder))
 
 
 def full_tensors(folder: str | Path, architecture: Architecture) -> Callable[[str, Shape], Tensor]:
     """What fills a model from a Hugging Face folder: takes a checkpoint key (and a shape, which may have padding), gives the whole tensor.
 
+    A head that is tied in the folder and not in the model starts as a copy of the token embedding.
+
     Raises:
         FileNotFoundError: files are missing.
         ValueError: the model in the folder is another one than ``architecture``; every difference is named.
     """
-    refuse_other(folder, architecture)
-    view = hf_tensors_as_megatron(folder, architecture)
-    return lambda key, shape: view[key]
+    found = refuse_other(folder, architecture)
+    view = hf_tensors_as_megatron(folder, found)
+    untied = found.language.tied_head and not architecture.language.tied_head
+    return lambda key, shape: view[EMBEDDING_KEY if untied and key == HEAD_KEY else key]
 
 
-def refuse_other(folder: str | Path, architecture: Architecture) -> None:
-    """Raise ValueError where the model in a Hugging Face folder is of another architecture; only ``config.json`` is read."""
-    different = model_config.differences(architecture_from_hf(folder), architecture)
+def refuse_other(folder: str | Path, architecture: Architecture) -> Architecture:
+    """What the model in a Hugging Face folder is made of; no weights are read.
+
+    Raises:
+        FileNotFoundError: files are missing.
+        ValueError: it is another model than ``architecture``; every difference is named.
+    """
+    found = architecture_from_hf(folder)
+    different = differences(found, architecture)
     if different:
         listed = "\n  ".join(different)
         raise ValueError(f"{folder}: the model there is of another architecture than --model:\n  {listed}")
+    return found
 
 
 def _open(folder: Path) -> SafetensorsFolder:
     """The weights of a Hugging Face folder."""
-    source = SafetensorsFolder(folder, rename=name_on_disk)
-    if _HEAD not in source.headers and model_config.read_json(folder / model_config.FILE_NAME).get("tie_word_embeddings", True):
-        raise ValueError(f"{folder}: token embedding and head are one tensor (tie_word_embeddings); a model with two is needed")
-    return source
+    return SafetensorsFolder(folder, rename=name_on_disk if dialect_of(folder) == "native" else str)
 
 
 def step_folder(path: str | Path) -> Path:
@@ -101,6 +93,7 @@ def export(
     checkpoint: str | Path,
     out: str | Path,
     *,
+    dialect: Dialect = "native",
     dtype: torch.dtype | None = None,
     tokenizer: str | Path = "",
     flag: str = "--out",
@@ -110,6 +103,7 @@ def export(
     Args:
         checkpoint: folder of a step, or a run's save folder.
         out: folder to make; missing or empty.
+        dialect: to write it in.
         dtype: number format of the weights; none: as they are.
         tokenizer: folder of the tokenizer, where the checkpoint has none.
         flag: names ``out`` in errors.
@@ -124,16 +118,14 @@ def export(
     folder, out = step_folder(checkpoint), Path(out)
     architecture = from_yaml(folder / "config.yaml").architecture
     source = ShardsFolder(folder / "shards")
-    view = HuggingFaceView(source, architecture, dtype)
+    view = HuggingFaceView(source, architecture, dtype, dialect=dialect)
     words = Path(tokenizer) if tokenizer else folder / "tokenizer"
     if not words.is_dir():
         raise FileNotFoundError(f"{words}: the checkpoint has no tokenizer; name the folder of one with --tokenizer")
     manifest = read_manifest(folder) if (folder / MANIFEST_NAME).is_file() else None
     with new_folder(out, flag) as growing, Progress("export", "B", _bytes(view)) as progress:
-        ids = write_processor(growing, words, architecture, manifest)
         number = next(iter(view.headers.values())).dtype
-        settings = hf_config(architecture, dtype=number, image_token_id=ids.image, eos_token_id=ids.end, pad_token_id=ids.pad)
-        model_config.write_json(growing / model_config.FILE_NAME, settings)
+        write_folder(growing, dialect, words, architecture, manifest, number)
         write_safetensors(view, growing, done=progress.add)
     return out
 
@@ -182,7 +174,7 @@ class PartCheck:
     """What became of one part's tensors on the way there and back.
 
     Args:
-        part: ``vision_tower``, ``multi_modal_projector`` or ``language_model``.
+        part: first word of its names, such as ``vision_tower`` or ``mlp1``.
         tensors: in the part.
         nbytes: of them.
         changed: names of those that came back different.
@@ -202,8 +194,8 @@ def check(folder: str | Path) -> list[PartCheck]:
         ValueError: the model cannot be trained here, or its weights are not those that its settings say.
     """
     folder = Path(folder)
-    architecture, source = architecture_from_hf(folder), _open(folder)
-    back = HuggingFaceView(MegatronView(source, architecture), architecture)
+    architecture, source, dialect = architecture_from_hf(folder), _open(folder), dialect_of(folder)
+    back = HuggingFaceView(MegatronView(source, architecture, dialect), architecture, dialect=dialect)
     names: dict[str, list[str]] = {}
     changed: dict[str, list[str]] = {}
     with Progress("check", "B", _bytes(back)) as progress:

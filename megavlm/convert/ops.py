@@ -54,22 +54,61 @@ class Same(Operation):
 
 
 @dataclass(frozen=True)
-class Vocabulary(Same):
-    """One row for each token; megatron-core's tensor may have more rows behind them, so that it divides over ranks. They are cut off.
+class Padded(Operation):
+    """Another operation on a tensor of megatron-core that may be longer than what it holds, so that it divides over ranks: rows for tokens
+    that do not exist, or for heads. The end is cut off.
 
     Args:
-        rows: tokens of the vocabulary.
+        size: length without padding.
+        axis: that is padded.
+        inner: what is done with the rest.
     """
 
-    rows: int
+    size: int
+    axis: int = 0
+    inner: Operation = Same()
 
     def split(self, whole: Tensor) -> tuple[Tensor, ...]:
-        """The rows of the vocabulary."""
-        return (whole[: self.rows],)
+        """Hugging Face's tensors, without padding."""
+        return self.inner.split(whole.narrow(self.axis, 0, self.size))
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        """Megatron-core's tensor, without padding."""
+        return self.inner.join(parts)
+
+    def part_shapes(self, whole: Shape) -> tuple[Shape, ...]:
+        """Shapes of the inner operation."""
+        return self.inner.part_shapes(whole)
 
     def takes(self, found: Shape, expected: Shape) -> bool:
-        """Rows may be more, not fewer."""
-        return len(found) == len(expected) and found[0] >= expected[0] and found[1:] == expected[1:]
+        """The padded axis may be longer, not shorter."""
+        others = [number for number in range(len(expected)) if number != self.axis]
+        return len(found) == len(expected) and found[self.axis] >= self.size and all(found[n] == expected[n] for n in others)
+
+
+@dataclass(frozen=True)
+class Fused(Operation):
+    """One tensor of Hugging Face: what another operation gives, one part below the other.
+
+    Args:
+        inner: gives the parts.
+        rows: of each part.
+    """
+
+    inner: Operation
+    rows: tuple[int, ...]
+
+    def split(self, whole: Tensor) -> tuple[Tensor, ...]:
+        """The parts in one tensor."""
+        return (torch.cat(self.inner.split(whole)),)
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        """The inverse of ``split``."""
+        return self.inner.join(parts[0].split(self.rows))
+
+    def part_shapes(self, whole: Shape) -> tuple[Shape, ...]:
+        """One shape, with the rows of all parts."""
+        return ((sum(self.rows), *whole[1:]),)
 
 
 @dataclass(frozen=True)

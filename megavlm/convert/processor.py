@@ -1,4 +1,4 @@
-"""What ``AutoProcessor`` of transformers needs to use an exported model: tokenizer, chat template, image processor, generation settings."""
+"""Everything in a Hugging Face folder but the weights: config.json, tokenizer, chat template, image processor, generation settings."""
 
 from __future__ import annotations
 
@@ -7,20 +7,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from megavlm.config.schema import Architecture
-from megavlm.convert.model_config import IMAGE_PROCESSOR_NAME, read_json, write_json
+from megavlm.convert import chat_config, native_config
+from megavlm.convert.settings import FILE_NAME, IMAGE_PROCESSOR_NAME, read_json, write_json
+from megavlm.convert.tables import Dialect
 from megavlm.data.manifest import Manifest
 from megavlm.data.template import (
     HF_CHAT_TEMPLATE,
     IMAGE_CONTEXT,
     IMAGE_END,
     IMAGE_START,
+    NAME,
     SPECIAL_TOKENS,
     SYSTEM_MESSAGE,
     TURN_END,
     load_tokenizer,
 )
 
+_TEMPLATE_NAME = "chat_template.jinja"
+_BICUBIC = 3
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -29,7 +36,7 @@ TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
     "tokenizer.model",
-    "chat_template.jinja",
+    _TEMPLATE_NAME,
 )
 # The processor wants a token for videos that texts do not hold. Qwen2.5's tokenizers have one. Elsewhere it is one of InternVL's that
 # nothing uses, since a new token would make another tokenizer than the one that the model was trained with.
@@ -64,26 +71,81 @@ def token_ids(folder: Path, architecture: Architecture) -> TokenIds:
     return TokenIds(image=known[IMAGE_CONTEXT], end=end, pad=end if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
 
 
-def write_processor(folder: Path, tokenizer: Path, architecture: Architecture, manifest: Manifest | None) -> TokenIds:
-    """Write everything but weights and ``config.json``.
+def write_folder(
+    folder: Path, dialect: Dialect, tokenizer: Path, architecture: Architecture, manifest: Manifest | None, dtype: torch.dtype
+) -> None:
+    """Write everything but weights.
 
     Args:
         folder: the folder of the model.
+        dialect: to write it in.
         tokenizer: folder of the tokenizer.
         architecture: the model.
         manifest: of the dataset that it was trained on: its tile limits and its system message; none: InternVL's.
+        dtype: number format of the weights.
+
+    Raises:
+        ValueError: tokenizer and model do not fit, or the dialect has no such model.
     """
     ids = token_ids(tokenizer, architecture)
     for name in TOKENIZER_FILES:
-        if (tokenizer / name).is_file():
+        if (tokenizer / name).is_file() and name != _TEMPLATE_NAME:
             shutil.copyfile(tokenizer / name, folder / name)
+    write_json(folder / "generation_config.json", {"eos_token_id": ids.end, "pad_token_id": ids.pad})
+    (_write_native if dialect == "native" else _write_chat)(folder, tokenizer, architecture, manifest, dtype, ids)
+
+
+def _write_native(
+    folder: Path, tokenizer: Path, architecture: Architecture, manifest: Manifest | None, dtype: torch.dtype, ids: TokenIds
+) -> None:
+    """What ``AutoProcessor`` and ``InternVLForConditionalGeneration`` read."""
+    tokens = dict(image_token_id=ids.image, eos_token_id=ids.end, pad_token_id=ids.pad)
+    write_json(folder / FILE_NAME, native_config.write(architecture, dtype=dtype, **tokens))
     write_json(folder / "tokenizer_config.json", _tokenizer_config(tokenizer))
-    (folder / "chat_template.jinja").write_text(chat_template(manifest.system_message if manifest else SYSTEM_MESSAGE), encoding="utf-8")
+    (folder / _TEMPLATE_NAME).write_text(chat_template(_system_message(manifest)), encoding="utf-8")
     write_json(folder / IMAGE_PROCESSOR_NAME, _image_processor(architecture, manifest))
     write_json(folder / "video_preprocessor_config.json", _video_processor(architecture))
     write_json(folder / "processor_config.json", {"processor_class": _PROCESSOR, "image_seq_length": architecture.features_per_tile})
-    write_json(folder / "generation_config.json", {"eos_token_id": ids.end, "pad_token_id": ids.pad})
-    return ids
+
+
+def _write_chat(
+    folder: Path, tokenizer: Path, architecture: Architecture, manifest: Manifest | None, dtype: torch.dtype, ids: TokenIds
+) -> None:
+    """What OpenGVLab's ``InternVLChatModel`` and the programs that know it read."""
+    min_tiles, max_tiles, thumbnail = (manifest.min_tiles, manifest.max_tiles, manifest.thumbnail) if manifest else (1, 12, True)
+    settings = chat_config.write(
+        architecture,
+        dtype=dtype,
+        eos_token_id=ids.end,
+        pad_token_id=ids.pad,
+        template=manifest.template if manifest else NAME,
+        min_tiles=min_tiles,
+        max_tiles=max_tiles,
+        thumbnail=thumbnail,
+    )
+    write_json(folder / FILE_NAME, settings)
+    words = read_json(tokenizer / "tokenizer_config.json")
+    words.pop("processor_class", None)
+    # The transformers of that time reads the template from here.
+    write_json(folder / "tokenizer_config.json", words | {"chat_template": chat_template(_system_message(manifest))})
+    side, vision = architecture.vision.image_size, architecture.vision
+    image_processor = {
+        "feature_extractor_type": "CLIPFeatureExtractor",
+        "image_processor_type": "CLIPImageProcessor",
+        "do_resize": True,
+        "size": side,
+        "do_center_crop": True,
+        "crop_size": side,
+        "resample": _BICUBIC,
+        "do_normalize": True,
+        "image_mean": list(vision.pixel_mean),
+        "image_std": list(vision.pixel_std),
+    }
+    write_json(folder / IMAGE_PROCESSOR_NAME, image_processor)
+
+
+def _system_message(manifest: Manifest | None) -> str:
+    return manifest.system_message if manifest else SYSTEM_MESSAGE
 
 
 def chat_template(system_message: str) -> str:
@@ -138,7 +200,7 @@ def _pixels(architecture: Architecture) -> dict[str, Any]:
     return {
         "do_convert_rgb": True,
         "do_resize": True,
-        "resample": 3,  # bicubic
+        "resample": _BICUBIC,
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,

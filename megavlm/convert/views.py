@@ -15,7 +15,8 @@ from torch import Tensor
 
 from megavlm.config.schema import Architecture
 from megavlm.convert.ops import Shape
-from megavlm.convert.tables import Row, rows
+from megavlm.convert.rows import Row
+from megavlm.convert.tables import Dialect, rows
 
 _LISTED = 8
 
@@ -53,13 +54,14 @@ class MegatronView(Mapping[str, Tensor]):
     Args:
         source: Hugging Face's tensors.
         architecture: the model that they must be.
+        dialect: that names them.
 
     Raises:
         ValueError: a tensor is missing, left over or of another shape; each is named.
     """
 
-    def __init__(self, source: Tensors, architecture: Architecture):
-        table = rows(architecture)
+    def __init__(self, source: Tensors, architecture: Architecture, dialect: Dialect = "native"):
+        table = rows(architecture, dialect)
         wrong = _compare({name for row in table for name in row.names}, source.headers)
         for name, shape in ((name, shape) for row in table for name, shape in zip(row.names, row.part_shapes, strict=True)):
             if name in source.headers and source.headers[name].shape != shape:
@@ -89,13 +91,14 @@ class HuggingFaceView(Mapping[str, Tensor]):
         source: megatron-core's whole tensors.
         architecture: the model that they must be.
         dtype: number format to turn them into; none: as they are.
+        dialect: to name them in.
 
     Raises:
         ValueError: a tensor is missing, left over or of another shape; each is named.
     """
 
-    def __init__(self, source: Tensors, architecture: Architecture, dtype: torch.dtype | None = None):
-        table = rows(architecture)
+    def __init__(self, source: Tensors, architecture: Architecture, dtype: torch.dtype | None = None, *, dialect: Dialect = "native"):
+        table = rows(architecture, dialect)
         wrong = _compare({row.key for row in table}, source.headers)
         for row in table:
             if row.key in source.headers and not row.operation.takes(source.headers[row.key].shape, row.shape):

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from megatron.core.transformer import TransformerConfig
+from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, reduce_from_tensor_model_parallel_region
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.transformer import MegatronModule, TransformerConfig
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.nn.functional import layer_norm, rms_norm
 
 
@@ -28,3 +34,40 @@ class Norm(nn.Module):
         if self.bias is None:
             return rms_norm(hidden, self.weight.shape, self.weight, self.eps)
         return layer_norm(hidden, self.weight.shape, self.weight, self.bias, self.eps)
+
+
+class QueryKeyNorm(MegatronModule):
+    """RMSNorm of queries and of keys over all heads at once, which tensor-parallel ranks share; InternViT-6B has it.
+
+    Heads that only pad are zero, and so add nothing to the mean square.
+
+    Args:
+        config: megatron-core's configuration.
+        width: of all heads together, without those that only pad.
+        local_width: of the heads of this rank.
+        group: ranks that share the heads.
+    """
+
+    def __init__(self, config: TransformerConfig, width: int, local_width: int, group: ProcessGroup):
+        super().__init__(config)
+        self.width, self.eps, self.group = width, config.layernorm_epsilon, group
+        self.query = nn.Parameter(torch.ones(local_width, dtype=config.params_dtype))
+        self.key = nn.Parameter(torch.ones(local_width, dtype=config.params_dtype))
+        for parameter in self.parameters():
+            set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=0, stride=1)
+
+    def forward(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Both [tokens of a tile, I, heads of this rank, head size]."""
+        wide = torch.stack([query, key]).flatten(-2).float()
+        squares = reduce_from_tensor_model_parallel_region(wide.square().sum(-1, keepdim=True), self.group)
+        # Every rank's share of the loss depends on the sum: its gradient is summed too.
+        mean = copy_to_tensor_model_parallel_region(squares, self.group) / self.width
+        normal = (wide * torch.rsqrt(mean + self.eps)).to(query.dtype)
+        return (normal[0] * self.query).view_as(query), (normal[1] * self.key).view_as(key)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[tuple[int, int, int], ...] = (), metadata: dict | None = None
+    ) -> dict[str, Any]:
+        """Called by megatron-core; both weights are split over the ranks as the heads are."""
+        weights = self.state_dict(prefix="", keep_vars=True)
+        return make_sharded_tensors_for_checkpoint(weights, prefix, {"query": 0, "key": 0}, sharded_offsets)

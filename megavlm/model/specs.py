@@ -28,10 +28,11 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megavlm.config.schema import Config
+from megavlm.config.schema import Config, Language, Vision
 from megavlm.model.attention import PackedCausalAttention, TileAttention
 from megavlm.model.norm import Norm
 from megavlm.model.precision import uses_transformer_engine
+from megavlm.model.vision_attention import VisionAttention
 from megavlm.model.vision_layer import VisionLayer
 
 
@@ -158,10 +159,11 @@ def _adding_bias(linear: type) -> type:
     return AddingBias
 
 
-def _attention(core: type, mask: AttnMaskType, qkv_bias: bool, chosen: Kernels) -> ModuleSpec:
+def _attention(core: type, qkv_bias: bool, chosen: Kernels, head_norm: type | None = None) -> SelfAttentionSubmodules:
     linear = chosen.norm_linear if qkv_bias else _without_bias(chosen.norm_linear)
-    submodules = SelfAttentionSubmodules(linear_qkv=linear, core_attention=core, linear_proj=chosen.row_linear)
-    return ModuleSpec(module=SelfAttention, params={"attn_mask_type": mask}, submodules=submodules)
+    return SelfAttentionSubmodules(
+        linear_qkv=linear, core_attention=core, linear_proj=chosen.row_linear, q_layernorm=head_norm, k_layernorm=head_norm
+    )
 
 
 def mlp_submodules(first: type, chosen: Kernels) -> MLPSubmodules:
@@ -185,14 +187,17 @@ def _layers(module: type, attention: ModuleSpec, count: int, chosen: Kernels, **
     return [ModuleSpec(module=module, params=params, submodules=submodules)] * count
 
 
-def vision_spec(count: int, qkv_bias: bool, chosen: Kernels) -> TransformerBlockSubmodules:
+def vision_spec(count: int, vision: Vision, chosen: Kernels) -> TransformerBlockSubmodules:
     """A run of ``count`` InternViT layers, without a norm after the last."""
-    attention = _attention(chosen.tile_attention, AttnMaskType.no_mask, qkv_bias, chosen)
+    params = {"attn_mask_type": AttnMaskType.no_mask, "qk_norm": vision.qk_norm}
+    inside = _attention(chosen.tile_attention, vision.qkv_bias, chosen)
+    attention = ModuleSpec(module=VisionAttention, params=params, submodules=inside)
     layers = _layers(VisionLayer, attention, count, chosen, pointwise=chosen.pointwise, checkpoint=chosen.checkpoint)
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=None)
 
 
-def language_spec(count: int, qkv_bias: bool, chosen: Kernels) -> TransformerBlockSubmodules:
+def language_spec(count: int, language: Language, chosen: Kernels) -> TransformerBlockSubmodules:
     """A run of ``count`` layers of the language model, with a norm after the last one of the model."""
-    attention = _attention(chosen.packed_attention, AttnMaskType.causal, qkv_bias, chosen)
+    inside = _attention(chosen.packed_attention, language.qkv_bias, chosen, chosen.norm if language.qk_norm else None)
+    attention = ModuleSpec(module=SelfAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=inside)
     return TransformerBlockSubmodules(layer_specs=_layers(TransformerLayer, attention, count, chosen), layer_norm=chosen.norm)

@@ -10,6 +10,7 @@ from megatron.core.transformer import TransformerConfig
 from megavlm.config.schema import Config
 from megavlm.model.precision import fp8_settings, precision
 from megavlm.model.specs import Kernels
+from megavlm.model.vision_attention import padded_heads
 from megavlm.parallel.layout import Layout
 
 _RECOMPUTE: dict[str, dict[str, Any]] = {
@@ -61,7 +62,8 @@ def vision_config(config: Config, layout: Layout, chosen: Kernels) -> Transforme
         num_layers=vision.num_layers,
         hidden_size=vision.hidden_size,
         ffn_hidden_size=vision.ffn_hidden_size,
-        num_attention_heads=vision.num_attention_heads,
+        num_attention_heads=padded_heads(vision.num_attention_heads, config.parallel.tensor_model_parallel_size),
+        kv_channels=vision.hidden_size // vision.num_attention_heads,
         normalization=vision.normalization,
         layernorm_epsilon=vision.layernorm_epsilon,
         add_bias_linear=True,
@@ -80,7 +82,7 @@ def projector_config(config: Config, chosen: Kernels) -> TransformerConfig:
         num_layers=1,
         hidden_size=language.hidden_size,
         ffn_hidden_size=language.hidden_size,
-        num_attention_heads=language.num_attention_heads,
+        num_attention_heads=config.parallel.tensor_model_parallel_size,  # it has none, but the number must divide over ranks
         normalization="LayerNorm",
         layernorm_epsilon=1e-5,
         add_bias_linear=True,
@@ -98,6 +100,8 @@ def language_config(config: Config, layout: Layout, chosen: Kernels) -> Transfor
         ffn_hidden_size=language.ffn_hidden_size,
         num_attention_heads=language.num_attention_heads,
         num_query_groups=language.num_query_groups,
+        kv_channels=language.head_size,
+        qk_layernorm=language.qk_norm,
         normalization="RMSNorm",
         layernorm_epsilon=language.layernorm_epsilon,
         add_bias_linear=False,

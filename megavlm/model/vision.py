@@ -74,7 +74,7 @@ class VisionEncoder(MegatronModule):
             self.standardise = chosen.pointwise(_standardise)
         self.encoder = TransformerBlock(
             config=config,
-            spec=vision_spec(len(chunk.vision_layers), vision.qkv_bias, chosen),
+            spec=vision_spec(len(chunk.vision_layers), vision, chosen),
             post_layer_norm=False,
             pre_process=True,
             post_process=False,

@@ -53,7 +53,7 @@ class VisionLanguageModel(MegatronModule):
         # The pipeline schedules of megatron-core ask a chunk for these.
         self.model_type, self.vp_stage, self.input_tensor = ModelType.encoder_or_decoder, None, None
         self.pre_process, self.post_process = chunk.has_patch_embedding, chunk.has_head
-        self.share_embeddings_and_output_weights = False
+        self.share_embeddings_and_output_weights = arch.language.tied_head
         self.architecture = arch
 
         self.vision = self.projector = self.language = None
@@ -71,6 +71,10 @@ class VisionLanguageModel(MegatronModule):
     def set_input_tensor(self, received: Tensor | list[Tensor]) -> None:
         """Take what the chunk before sent; called by the schedule."""
         self.input_tensor = received[0] if isinstance(received, list) else received
+
+    def shared_embedding_or_output_weight(self) -> Tensor | None:
+        """This chunk's copy of the token embedding that is also the head; called when gradients of the copies are summed."""
+        return self.language.shared_embedding_or_output_weight() if self.language is not None else None
 
     def forward(self, batch: Batch, with_loss: bool = True) -> Tensor:
         """Run this chunk on one pack.

@@ -12,6 +12,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from torch import Tensor, nn
 
 from megavlm.config.schema import Config
+from megavlm.model.vision_attention import unpadded_shape
 from megavlm.model.vlm import VisionLanguageModel
 
 FullTensor = Callable[[str, tuple[int, ...]], Tensor]
@@ -48,8 +49,8 @@ def fill(model: VisionLanguageModel, full_tensor: FullTensor) -> list[str]:
 
     Args:
         model: the chunk.
-        full_tensor: takes a checkpoint key and the shape of the whole tensor, and answers with that tensor. It may have fewer rows (a
-            vocabulary without padding); the missing ones become zero.
+        full_tensor: takes a checkpoint key and the shape of the whole tensor, and answers with that tensor. It may be shorter (a
+            vocabulary or heads without padding); what is missing becomes zero.
 
     Returns:
         The keys that were filled.
@@ -80,11 +81,13 @@ def fresh_tensor(config: Config) -> FullTensor:
     def draw(key: str, shape: tuple[int, ...]) -> Tensor:
         if key.endswith("_scale"):
             return torch.full(shape, arch.vision.layer_scale)
-        if key.endswith(("norm.weight", "layer_norm_weight")):
+        if key.endswith(("norm.weight", "layer_norm_weight", "qk_norm.query", "qk_norm.key")):
             return torch.ones(shape)
         if key.endswith("bias"):
             return torch.zeros(shape)
         width, layers = parts[key.split(".")[0]]
+        if key.startswith("vision."):
+            shape = unpadded_shape(arch.vision, key, shape)
         std = (2 / (5 * width)) ** 0.5
         if key.endswith(("linear_proj.weight", "linear_fc2.weight")) and layers > 1:
             std /= (2 * layers) ** 0.5

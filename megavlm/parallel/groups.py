@@ -57,17 +57,23 @@ class Groups:
         return bool(answer.item())
 
 
-def create(parallel: Parallel, seed: int) -> Groups:
+def create(parallel: Parallel, seed: int, embedding_chunk: int = 0) -> Groups:
     """Create the process groups. Collective: every rank of the world calls it.
 
     Args:
         parallel: sizes of the layout.
         seed: of the random states that megatron-core keeps; nothing in training draws from them.
+        embedding_chunk: pipeline chunk of the token embedding, whose gradient is summed with that of a tied head in the last chunk.
     """
+
+    def embedding_ranks(pipeline: list[int], split: int | None = None) -> list[int]:
+        return sorted({pipeline[embedding_chunk], pipeline[-1]})
+
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         distributed_timeout_minutes=parallel.timeout_minutes,
+        get_embedding_ranks=embedding_ranks,
     )
     model_parallel_cuda_manual_seed(seed)
     return Groups(

@@ -50,6 +50,11 @@ class Layout:
         counts = [len(chunk.vision_layers) + len(chunk.language_layers) for chunk in self.chunks]
         return write_layout(counts, sum(self.vision_counts()))
 
+    @property
+    def embedding_chunk(self) -> int:
+        """Number of the chunk that embeds tokens."""
+        return next(number for number, chunk in enumerate(self.chunks) if chunk.has_projector)
+
     def vision_counts(self) -> tuple[int, ...]:
         """Vision layers of each chunk."""
         return tuple(len(chunk.vision_layers) for chunk in self.chunks)

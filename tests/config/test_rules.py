@@ -176,16 +176,27 @@ def test_a_hopper_gpu_runs_what_it_can(packs: Path):
 
 def test_tensor_parallelism_divides_every_size_it_shares(packs: Path):
     found = problems(tiny(packs, "--tensor-model-parallel-size", "3"), 3 * 512)
-    named = [problem.split("does not divide --architecture.")[1] for problem in found]
+    named = [problem.split("--architecture.")[1] for problem in found]
     assert [name.split()[0] for name in named] == [
-        "vision.num_attention_heads",
         "vision.ffn_hidden_size",
         "language.num_attention_heads",
-        "language.num_query_groups",
         "language.hidden_size",
+        "language.num_query_groups",
     ]
-    assert all("use 1 or 2" in name for name in named), "two query groups allow no more"
-    assert [problem for problem in problems(tiny(packs, "--tensor-model-parallel-size", "4"), 4) if "num_query_groups 2" in problem]
+    assert all("use 1, 2 or 4" in name for name in named[:3])
+
+
+def test_heads_of_the_vision_encoder_are_padded_and_query_groups_shared(packs: Path):
+    options = [
+        "--tensor-model-parallel-size",
+        "4",
+        "--architecture.vision.num_attention_heads",
+        "2",
+        "--architecture.language.num_query_groups",
+    ]
+    assert (
+        problems(tiny(packs, *options, "1"), 4) == problems(tiny(packs, *options, "2"), 4) == problems(tiny(packs, *options, "4"), 4) == []
+    )
 
 
 def test_sizes_of_nothing_are_reported_and_divide_nothing(packs: Path):

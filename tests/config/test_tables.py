@@ -13,10 +13,13 @@ def weights(arch: Architecture) -> tuple[int, int]:
     """Weights of the vision encoder and of the language model (its two tables of words not shared), from first principles."""
     vision, language = arch.vision, arch.language
     wide, inner = vision.hidden_size, vision.ffn_hidden_size
-    layer = 4 * wide**2 + 4 * wide + 2 * wide * inner + inner + wide + 4 * wide + 2 * wide
+    norms, qkv_bias = 2 * wide * (vision.normalization == "LayerNorm") + 2 * wide, 3 * wide * vision.qkv_bias
+    layer = 4 * wide**2 + qkv_bias + wide + 2 * wide * inner + inner + wide + norms + 2 * wide * vision.qk_norm + 2 * wide
     encoder = vision.num_layers * layer + 3 * vision.patch_size**2 * wide + wide + (1 + vision.tokens) * wide
-    wide, keys = language.hidden_size, language.hidden_size // language.num_attention_heads * language.num_query_groups
-    layer = 2 * wide**2 + 2 * wide * keys + language.qkv_bias * (wide + 2 * keys) + 3 * wide * language.ffn_hidden_size + 2 * wide
+    wide, size = language.hidden_size, language.head_size
+    queries, keys = size * language.num_attention_heads, size * language.num_query_groups
+    layer = 2 * wide * queries + 2 * wide * keys + language.qkv_bias * (queries + 2 * keys) + 2 * size * language.qk_norm
+    layer += 3 * wide * language.ffn_hidden_size + 2 * wide
     return encoder, language.num_layers * layer + wide + 2 * language.vocab_size * wide
 
 
@@ -34,6 +37,34 @@ def test_models_have_as_many_weights_as_published(name: str, vision_millions: in
     vision, language = weights(architecture(name))
     assert vision / 1e6 == pytest.approx(vision_millions, abs=1.0)
     assert language / 1e6 == pytest.approx(language_millions, abs=2.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    # Published, without the tables of words: Qwen2.5 (arXiv 2412.15115) and Qwen3 (their model cards).
+    [
+        ("internvl3-2b", 1.31),
+        ("internvl3-8b", 6.53),
+        ("internvl3-14b", 13.1),
+        ("internvl2_5-38b", 31.0),
+        ("internvl3-78b", 70.0),
+        ("internvl3_5-1b", 0.44),
+        ("internvl3_5-2b", 1.4),
+        ("internvl3_5-4b", 3.6),
+        ("internvl3_5-8b", 6.95),
+        ("internvl3_5-14b", 13.2),
+        ("internvl3_5-38b", 31.2),
+    ],
+)
+def test_larger_language_models_have_as_many_weights_as_published(name: str, billions: float):
+    language = architecture(name).language
+    tables = 2 * language.vocab_size * language.hidden_size
+    assert (weights(architecture(name))[1] - tables) / 1e9 == pytest.approx(billions, rel=0.012)
+
+
+def test_internvit_6b_has_5540_million_weights():
+    for name in ("internvl2_5-26b", "internvl2_5-38b", "internvl2_5-78b", "internvl3-38b", "internvl3_5-38b"):
+        assert weights(architecture(name))[0] / 1e6 == pytest.approx(5540, abs=5)
 
 
 def test_a_tile_of_448_pixels_gives_256_features():

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import InternVLConfig, InternVLForConditionalGeneration
 
 from megavlm.config.schema import Architecture, Language, Vision
-from megavlm.convert.model_config import hf_config
+from megavlm.convert import native_config
 from megavlm.convert.processor import TOKENIZER_FILES
 
 TOKENIZER = Path(__file__).parents[1] / "golden" / "tokenizer"
@@ -30,17 +30,38 @@ SMALL = Architecture(
         max_position_embeddings=512,
     ),
 )
-# One of each kind that the table knows: norms with and without bias, projections with and without bias.
+
+
+def language(**settings) -> Architecture:
+    """The small model with another language model."""
+    return replace(SMALL, language=replace(SMALL.language, **settings))
+
+
+# One of each kind that the tables know: vision encoders, families, tied and untied heads.
 KINDS = {
-    "LayerNorm": SMALL,
-    "RMSNorm, vision without bias": replace(SMALL, vision=replace(SMALL.vision, normalization="RMSNorm", qkv_bias=False)),
-    "language without bias": replace(SMALL, language=replace(SMALL.language, qkv_bias=False)),
+    "qwen2": SMALL,
+    "qwen2 tied": language(tied_head=True),
+    "InternViT-6B": replace(
+        SMALL, vision=replace(SMALL.vision, normalization="RMSNorm", qkv_bias=False, qk_norm=True, num_attention_heads=2)
+    ),
+    "qwen3": language(family="qwen3", qkv_bias=False, qk_norm=True, kv_channels=10),
+    "qwen3 tied": language(family="qwen3", qkv_bias=False, qk_norm=True, tied_head=True, num_query_groups=3),
+    "llama": language(family="llama", qkv_bias=False, rotary_dynamic_factor=2.0),
+    "mistral": language(family="mistral", qkv_bias=False, kv_channels=6),
+    "internlm2": language(family="internlm2", qkv_bias=False, rotary_dynamic_factor=3.0),
+    "internlm3": language(family="internlm3", qkv_bias=False, kv_channels=12),
 }
+
+
+def as_native(architecture: Architecture) -> Architecture:
+    """The same model as the native dialect tells it: it knows neither InternLM2 nor InternLM3."""
+    family = {"internlm2": "llama", "internlm3": "llama"}.get(architecture.language.family, architecture.language.family)
+    return replace(architecture, language=replace(architecture.language, family=family))
 
 
 def make_hf(folder: Path, architecture: Architecture = SMALL, dtype: torch.dtype = torch.bfloat16, shard_size: str = "5GB") -> Path:
     """Write a random model, as transformers saves it, with the golden tokenizer."""
-    settings = hf_config(architecture, dtype=dtype, image_token_id=90, eos_token_id=1, pad_token_id=2)
+    settings = native_config.write(architecture, dtype=dtype, image_token_id=90, eos_token_id=1, pad_token_id=2)
     torch.manual_seed(0)
     model = InternVLForConditionalGeneration(InternVLConfig.from_dict(settings)).to(dtype)
     with torch.no_grad():

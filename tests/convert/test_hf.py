@@ -20,7 +20,7 @@ from megavlm.convert.model_config import architecture_from_hf
 from megavlm.convert.processor import chat_template
 from megavlm.data.record import Turn
 from megavlm.data.template import ChatTemplate, fingerprint, load_tokenizer
-from tests.convert.models import KINDS, SMALL, TOKENIZER, load_all, make_hf
+from tests.convert.models import KINDS, SMALL, TOKENIZER, as_native, language, load_all, make_hf
 
 TOOL = str(Path(__file__).parents[2] / "tools" / "convert_checkpoint.py")
 
@@ -46,7 +46,7 @@ def test_import_then_export_is_bit_identical(tmp_path: Path, kind: str) -> None:
     before, after = load_all(source), load_all(out)
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) and before[name].dtype == after[name].dtype for name in before)
-    assert architecture_from_hf(out) == KINDS[kind] == from_yaml(checkpoint / "config.yaml").architecture
+    assert architecture_from_hf(out) == as_native(KINDS[kind]) == from_yaml(checkpoint / "config.yaml").architecture
 
 
 def test_transformers_loads_an_export_without_a_name_lost(tmp_path: Path) -> None:
@@ -111,17 +111,29 @@ def test_names_that_transformers_uses_in_memory_are_read(tmp_path: Path) -> None
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_a_tied_head_is_refused(tmp_path: Path) -> None:
+def test_a_head_of_its_own_must_be_there(tmp_path: Path) -> None:
     source = make_hf(tmp_path / "hf")
     weights = load_all(source)
-    del weights["language_model.lm_head.weight"]
+    head = weights.pop("language_model.lm_head.weight")
     save_file(weights, source / "model.safetensors")
     with pytest.raises(ValueError, match=r"language_model.lm_head.weight: missing"):
         hf.check(source)
+    # Many files say that the head is tied, since transformers thinks so where nothing is said, and hold one all the same.
     settings = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(settings | {"tie_word_embeddings": True}))
-    with pytest.raises(ValueError, match="tie_word_embeddings"):
-        hf.check(source)
+    assert architecture_from_hf(source).language.tied_head
+    save_file(weights | {"language_model.lm_head.weight": head}, source / "model.safetensors")
+    assert not architecture_from_hf(source).language.tied_head
+
+
+def test_a_tied_head_may_start_a_model_with_two(tmp_path: Path) -> None:
+    source = make_hf(tmp_path / "hf", KINDS["qwen2 tied"])
+    assert "language_model.lm_head.weight" not in load_all(source)
+    tensor = hf.full_tensors(source, SMALL)
+    head, embedding = (tensor(f"language.{key}.weight", (461, 48)) for key in ("output_layer", "embedding.word_embeddings"))
+    assert torch.equal(head, embedding)
+    with pytest.raises(ValueError, match="tied_head: False there, True asked for"):
+        hf.full_tensors(make_hf(tmp_path / "untied"), language(tied_head=True))
 
 
 def test_a_checkpoint_without_tokenizer_asks_for_one(tmp_path: Path) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megavlm.convert.ops import GroupedQKV, Operation, Same, Stacked, Vocabulary
+from megavlm.convert.ops import Fused, GroupedQKV, Operation, Padded, Same, Stacked
 
 OPERATIONS = {
     "same": (Same(), (5, 7)),
-    "vocabulary": (Vocabulary(11), (11, 3)),
+    "padded": (Padded(11), (11, 3)),
+    "padded columns": (Padded(7, axis=1), (5, 7)),
+    "padded heads in one tensor": (Padded(18, inner=Fused(GroupedQKV(3, 3, 2), (6, 6, 6))), (18, 5)),
     "stacked": (Stacked(2), (6, 5)),
     "grouped": (GroupedQKV(6, 2, 4), (40, 3)),
     "grouped bias": (GroupedQKV(6, 2, 4), (40,)),
@@ -52,9 +54,20 @@ def test_grouped_rows_are_queries_then_key_then_value_of_each_group(heads: int, 
     torch.testing.assert_close(product[:, -1], values)
 
 
-def test_vocabulary_drops_padding_and_takes_no_fewer_rows() -> None:
-    operation: Operation = Vocabulary(11)
-    padded = torch.randn(16, 3)
-    assert torch.equal(operation.split(padded)[0], padded[:11])
-    assert operation.takes((16, 3), (11, 3)) and operation.takes((11, 3), (11, 3))
-    assert not operation.takes((10, 3), (11, 3)) and not operation.takes((16, 4), (11, 3)) and not operation.takes((11,), (11, 3))
+@pytest.mark.parametrize("axis", [0, 1])
+def test_padding_is_dropped_and_nothing_shorter_taken(axis: int) -> None:
+    operation: Operation = Padded(11, axis)
+    padded, expected = (torch.randn(16, 3), (11, 3)) if axis == 0 else (torch.randn(3, 16), (3, 11))
+    assert torch.equal(operation.split(padded)[0], padded[:11] if axis == 0 else padded[:, :11])
+    assert operation.takes(tuple(padded.shape), expected) and operation.takes(expected, expected)
+    for other in ((10, 3), (16, 4), (11,)):
+        assert not operation.takes(other if axis == 0 else other[::-1], expected)
+
+
+def test_fused_thirds_become_groups_of_query_key_and_value() -> None:
+    query, key, value = (torch.randn(6, 5) for _ in range(3))
+    operation = Fused(GroupedQKV(3, 3, 2), (6, 6, 6))
+    grouped = operation.join([torch.cat([query, key, value])])
+    for head in range(3):
+        rows = slice(2 * head, 2 * head + 2)
+        assert torch.equal(grouped[6 * head : 6 * head + 6], torch.cat([query[rows], key[rows], value[rows]]))

@@ -71,9 +71,10 @@ def build(config: Config):
     from megavlm.train.step import prepare
 
     machine = backend.start(config.parallel.timeout_minutes, deterministic=config.training.deterministic)
-    place = groups.create(config.parallel, config.training.seed)
     packs = PackedDataset(config.data.train)
-    model = VisionLanguageModel(config, make_layout(config, PackSize.mean(packs.some_records())), place).to(machine.device)
+    layout = make_layout(config, PackSize.mean(packs.some_records()))
+    place = groups.create(config.parallel, config.training.seed, layout.embedding_chunk)
+    model = VisionLanguageModel(config, layout, place).to(machine.device)
     weights.fill(model, weights.fresh_tensor(config))
     freeze.apply(model, config.training.trainable)
     wrapped = optimizer.wrap(config, model)

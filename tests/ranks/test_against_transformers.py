@@ -11,15 +11,31 @@ import pytest
 import torch
 
 from megavlm.config.schema import Architecture, Config
+from tests.convert.chat import make_chat
 from tests.data.samples import make_dataset
 from tests.ranks.pool import Pool
 from tests.ranks.runs import TINY, config_for
 
-RMS = dataclasses.replace(
-    TINY,
-    vision=dataclasses.replace(TINY.vision, normalization="RMSNorm", qkv_bias=False, num_layers=2),
-    language=dataclasses.replace(TINY.language, qkv_bias=False, num_query_groups=4, vocab_size=256),
-)
+
+def _model(vision: dict | None = None, **language) -> Architecture:
+    found = dataclasses.replace(TINY, vision=dataclasses.replace(TINY.vision, **(vision or {})))
+    return dataclasses.replace(found, language=dataclasses.replace(TINY.language, **language))
+
+
+# InternViT-6B's kind: an odd number of heads, and a norm over all of them.
+SIX_B = dict(normalization="RMSNorm", qkv_bias=False, qk_norm=True, num_attention_heads=3, hidden_size=30, num_layers=2)
+MODELS = {
+    "qwen2": _model(),
+    "qwen2 tied, three vision heads": _model(dict(num_attention_heads=3, hidden_size=36), tied_head=True, vocab_size=211),
+    "qwen3, InternViT-6B": _model(SIX_B, family="qwen3", qkv_bias=False, qk_norm=True, kv_channels=10, num_query_groups=1, vocab_size=256),
+    "qwen3 tied": _model(family="qwen3", qkv_bias=False, qk_norm=True, num_query_groups=4, tied_head=True),
+    "llama": _model(family="llama", qkv_bias=False, num_query_groups=4, rotary_dynamic_factor=2.0),
+    "mistral, InternViT-6B": _model(SIX_B, family="mistral", qkv_bias=False, kv_channels=6),
+    "internlm2": _model(family="internlm2", qkv_bias=False, num_attention_heads=6, vocab_size=193),
+    "internlm3": _model(family="internlm3", qkv_bias=False, kv_channels=14, num_query_groups=1),
+}
+# Read in the format of OpenGVLab; the others in that of transformers.
+CHAT = ("qwen2 tied, three vision heads", "qwen3, InternViT-6B", "internlm2", "internlm3")
 LAYOUTS = {
     "one process": (1, {}),
     "tp2": (2, dict(tensor_model_parallel_size=2)),
@@ -31,9 +47,9 @@ def random_model(architecture: Architecture, context_token_id: int, folder: Path
     """Write a random ``InternVLForConditionalGeneration`` whose every weight differs from its fresh value."""
     from transformers import InternVLConfig, InternVLForConditionalGeneration
 
-    from megavlm.convert.model_config import hf_config
+    from megavlm.convert import native_config
 
-    settings = hf_config(architecture, dtype=torch.float32, image_token_id=context_token_id, eos_token_id=1, pad_token_id=0)
+    settings = native_config.write(architecture, dtype=torch.float32, image_token_id=context_token_id, eos_token_id=1, pad_token_id=0)
     torch.manual_seed(5)
     model = InternVLForConditionalGeneration(InternVLConfig.from_dict(json.loads(json.dumps(settings))))
     with torch.no_grad():
@@ -52,7 +68,7 @@ def logits_of_pack(config: Config, folder: Path) -> np.ndarray | None:
     from megavlm.parallel.layout import make_layout
 
     backend.start(5)
-    place = groups.create(config.parallel, 0)
+    place = groups.create(config.parallel, 0, make_layout(config).embedding_chunk)
     model = VisionLanguageModel(config, make_layout(config), place).eval()
     weights.fill(model, hf.full_tensors(folder, config.architecture))
     batch = PackedDataset(config.data.train).batch(0, 0, vision_layers=config.architecture.vision.num_layers)
@@ -78,23 +94,24 @@ def _through_the_pipeline(model, batch, place) -> torch.Tensor | None:
     return output
 
 
-@pytest.mark.parametrize("architecture", [TINY, RMS], ids=["layer norm", "rms norm"])
-def test_logits_equal_those_of_transformers(ranks: Pool, tmp_path: Path, architecture: Architecture) -> None:
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_equal_those_of_transformers(ranks: Pool, tmp_path: Path, name: str) -> None:
     from megavlm.convert.reference import load_reference
     from megavlm.data.dataset import PackedDataset
 
+    architecture = MODELS[name]
     vocabulary, features = architecture.language.vocab_size, architecture.features_per_tile
     make_dataset(tmp_path / "packs", packs=1, vocab_size=vocabulary, context_token_id=7, tile_size=16, features_per_tile=features)
     random_model(architecture, 7, tmp_path / "hf")
+    folder = make_chat(tmp_path / "hf", tmp_path / "chat", architecture) if name in CHAT else tmp_path / "hf"
     config = dataclasses.replace(config_for(tmp_path / "packs"), architecture=architecture)
     reference = load_reference(tmp_path / "hf")
     batch = PackedDataset(tmp_path / "packs").batch(0, 0)
     mean, std = (torch.tensor(x)[:, None, None] for x in (architecture.vision.pixel_mean, architecture.vision.pixel_std))
     pixels, ends = (batch.tiles / 255 - mean) / std, batch.sample_ends.tolist()
-    for name, (world, layout) in LAYOUTS.items():
-        shares = ranks.run(
-            logits_of_pack, world, dataclasses.replace(config, parallel=config_for(tmp_path, **layout).parallel), tmp_path / "hf"
-        )
+    for layout, (world, settings) in LAYOUTS.items():
+        parallel = config_for(tmp_path, **settings).parallel
+        shares = ranks.run(logits_of_pack, world, dataclasses.replace(config, parallel=parallel), folder)
         ours = torch.from_numpy(np.concatenate([share for share in shares if share is not None], axis=-1))[:, :vocabulary]
         tile = 0
         for start, end in zip(ends[:-2], ends[1:-1], strict=True):
@@ -103,6 +120,6 @@ def test_logits_equal_those_of_transformers(ranks: Pool, tmp_path: Path, archite
             with torch.no_grad():
                 theirs = reference(input_ids=batch.tokens[None, start:end], **inputs).logits[0]
             tile += count
-            assert (ours[start:end] - theirs).abs().max() <= 1e-4, name
-            assert torch.equal(ours[start:end].argmax(-1), theirs.argmax(-1)), name
+            assert (ours[start:end] - theirs).abs().max() <= 1e-4, layout
+            assert torch.equal(ours[start:end].argmax(-1), theirs.argmax(-1)), layout
         assert tile == len(batch.tiles)

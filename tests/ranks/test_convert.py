@@ -29,7 +29,7 @@ def load_then_save(folder: Path, imported: Path, config: Config) -> list[str]:
     from megavlm.parallel.layout import make_layout
 
     backend.start(config.parallel.timeout_minutes)
-    place = groups.create(config.parallel, config.training.seed)
+    place = groups.create(config.parallel, config.training.seed, make_layout(config).embedding_chunk)
     models = [VisionLanguageModel(config, make_layout(config), place) for _ in range(2)]
     keys = weights.fill(models[0], hf.full_tensors(folder, config.architecture))
     loaded = dist_checkpointing.load({"model": models[1].sharded_state_dict(prefix="model.")}, str(imported / "shards"))

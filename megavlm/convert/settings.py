@@ -1,0 +1,73 @@
+"""JSON files of Hugging Face folders, and the facts that every dialect finds in the same places."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from megavlm.config.schema import Vision
+
+FILE_NAME = "config.json"
+IMAGE_PROCESSOR_NAME = "preprocessor_config.json"
+NORMS = {"layer_norm": "LayerNorm", "rms_norm": "RMSNorm"}
+_USUAL = Vision()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it holds something else.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: not a JSON object")
+    return content
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON object as Hugging Face lays it out."""
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def contradictions(section: str, found: Mapping[str, Any], fixed: Mapping[str, Any]) -> Iterator[str]:
+    """Settings that have another value than the one with which our model computes the same."""
+    for name, value in fixed.items():
+        if name in found and found[name] != value:
+            yield f"{section}.{name}".lstrip(".") + f" is {found[name]!r}, must be {value!r}"
+
+
+def missing(section: str, found: Mapping[str, Any], *names: str) -> Iterator[str]:
+    """Settings that are not there."""
+    return (f"{section}.{name} is missing".lstrip(".") for name in names if found.get(name) is None)
+
+
+def refuse(path: Path, wrong: list[str]) -> None:
+    """Raise ValueError where anything is wrong with a model's settings."""
+    if wrong:
+        listed = "\n  ".join(wrong)
+        raise ValueError(f"{path}: a model of another kind than those that can be trained here:\n  {listed}")
+
+
+def normalisation(folder: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of pixels; those of InternVL where the folder says nothing."""
+    settings: dict[str, Any] = {}
+    if (folder / IMAGE_PROCESSOR_NAME).is_file():
+        settings = read_json(folder / IMAGE_PROCESSOR_NAME)
+    elif (folder / "processor_config.json").is_file():  # transformers 5 keeps the image processor in it
+        settings = read_json(folder / "processor_config.json").get("image_processor", {})
+    return tuple(settings.get("image_mean", _USUAL.pixel_mean)), tuple(settings.get("image_std", _USUAL.pixel_std))
+
+
+def pixel_shuffle(ratio: float) -> int:
+    """Patches along a side that become one feature; 0 where they are no whole number."""
+    factor = 1 / ratio
+    return round(factor) if factor == round(factor) else 0
