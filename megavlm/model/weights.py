@@ -79,6 +79,8 @@ def fresh_tensor(config: Config) -> FullTensor:
     }
 
     def draw(key: str, shape: tuple[int, ...]) -> Tensor:
+        if key.startswith("vision."):
+            shape = unpadded_shape(arch.vision, key, shape)
         if key.endswith("_scale"):
             return torch.full(shape, arch.vision.layer_scale)
         if key.endswith(("norm.weight", "layer_norm_weight", "qk_norm.query", "qk_norm.key")):
@@ -86,8 +88,6 @@ def fresh_tensor(config: Config) -> FullTensor:
         if key.endswith("bias"):
             return torch.zeros(shape)
         width, layers = parts[key.split(".")[0]]
-        if key.startswith("vision."):
-            shape = unpadded_shape(arch.vision, key, shape)
         std = (2 / (5 * width)) ** 0.5
         if key.endswith(("linear_proj.weight", "linear_fc2.weight")) and layers > 1:
             std /= (2 * layers) ** 0.5

@@ -91,9 +91,8 @@ def _internlm2_tensor(inner: str, tensor: Tensor, native: dict[str, Tensor], arc
     return {f"language_model.{inner}": tensor}
 
 
-def chat_settings(architecture: Architecture) -> dict:
-    """config.json as OpenGVLab writes it, with some of the entries that mean nothing here."""
-    vision, language = architecture.vision, architecture.language
+def _language_settings(architecture: Architecture) -> dict:
+    language = architecture.language
     classes = {
         "qwen2": "Qwen2",
         "qwen3": "Qwen3",
@@ -104,30 +103,36 @@ def chat_settings(architecture: Architecture) -> dict:
     }
     scaling = {"type": "dynamic", "factor": language.rotary_dynamic_factor} if language.rotary_dynamic_factor > 1 else None
     return {
+        "architectures": [f"{classes[language.family]}ForCausalLM"],
+        "hidden_act": "silu",
+        "hidden_size": language.hidden_size,
+        "intermediate_size": language.ffn_hidden_size,
+        "max_position_embeddings": language.max_position_embeddings,
+        "model_type": language.family,
+        "num_attention_heads": language.num_attention_heads,
+        "num_hidden_layers": language.num_layers,
+        "num_key_value_heads": language.num_query_groups,
+        "rms_norm_eps": language.layernorm_epsilon,
+        "rope_scaling": scaling,
+        "rope_theta": language.rotary_base,
+        "tie_word_embeddings": language.tied_head,
+        "vocab_size": language.vocab_size,
+        **({"head_dim": language.head_size} if language.kv_channels else {}),
+        **({"bias": False} if language.family == "internlm2" else {}),
+    }
+
+
+def chat_settings(architecture: Architecture) -> dict:
+    """config.json as OpenGVLab writes it, with some of the entries that mean nothing here."""
+    vision, language = architecture.vision, architecture.language
+    return {
         "_commit_hash": None,
         "architectures": ["InternVLChatModel"],
         "auto_map": {"AutoModel": "modeling_internvl_chat.InternVLChatModel"},
         "downsample_ratio": 1 / architecture.pixel_shuffle,
         "dynamic_image_size": True,
         "force_image_size": vision.image_size,
-        "llm_config": {
-            "architectures": [f"{classes[language.family]}ForCausalLM"],
-            "hidden_act": "silu",
-            "hidden_size": language.hidden_size,
-            "intermediate_size": language.ffn_hidden_size,
-            "max_position_embeddings": language.max_position_embeddings,
-            "model_type": language.family,
-            "num_attention_heads": language.num_attention_heads,
-            "num_hidden_layers": language.num_layers,
-            "num_key_value_heads": language.num_query_groups,
-            "rms_norm_eps": language.layernorm_epsilon,
-            "rope_scaling": scaling,
-            "rope_theta": language.rotary_base,
-            "tie_word_embeddings": language.tied_head,
-            "vocab_size": language.vocab_size,
-            **({"head_dim": language.head_size} if language.kv_channels else {}),
-            **({"bias": False} if language.family == "internlm2" else {}),
-        },
+        "llm_config": _language_settings(architecture),
         "max_dynamic_patch": 12,
         "min_dynamic_patch": 1,
         "model_type": "internvl_chat",
