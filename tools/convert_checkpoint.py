@@ -25,6 +25,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     bring = commands.add_parser("import", help="make a checkpoint of a Hugging Face folder")
     bring.add_argument("--hf", metavar="DIR", required=True, help="Hugging Face folder, in either dialect")
     bring.add_argument("--out", metavar="DIR", required=True, help="folder of the checkpoint to make; must be missing or empty")
+    bring.add_argument("--tokenizer", metavar="DIR", default="", help="folder of the tokenizer, if the model's own is Python code")
     send = commands.add_parser("export", help="make a Hugging Face folder of a checkpoint")
     send.add_argument("--load", metavar="DIR", required=True, help="folder of one step, or a run's save folder (then its newest)")
     send.add_argument("--out", metavar="DIR", required=True, help="Hugging Face folder to make; must be missing or empty")
@@ -55,7 +56,7 @@ def main() -> int:
         if args.command == "check":
             return report(hf.check(args.hf))
         if args.command == "import":
-            print(f"checkpoint written to {hf.import_(args.hf, args.out)}")
+            print(f"checkpoint written to {hf.import_(args.hf, args.out, tokenizer=args.tokenizer)}")
         else:
             made = hf.export(args.load, args.out, dialect=args.dialect, dtype=hf.DTYPES.get(args.dtype), tokenizer=args.tokenizer)
             print(f"Hugging Face model written to {made}")

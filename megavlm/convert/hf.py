@@ -15,14 +15,14 @@ from torch import Tensor
 from megavlm.config.cli import from_yaml, to_yaml
 from megavlm.config.models import MODELS
 from megavlm.config.schema import Architecture, Config
+from megavlm.convert import usage
 from megavlm.convert.files import SafetensorsFolder, ShardsFolder, new_folder, write_safetensors, write_shards
 from megavlm.convert.model_config import architecture_from_hf, dialect_of, differences
 from megavlm.convert.ops import Shape
 from megavlm.convert.processor import TOKENIZER_FILES, write_folder
+from megavlm.convert.settings import read_json
 from megavlm.convert.tables import EMBEDDING_KEY, HEAD_KEY, Dialect, name_on_disk
 from megavlm.convert.views import HuggingFaceView, MegatronView
-from megavlm.data.manifest import FILE_NAME as MANIFEST_NAME
-from megavlm.data.manifest import read_manifest
 from megavlm.data.progress import Progress
 from megavlm.data.template import fingerprint, load_tokenizer
 
@@ -122,20 +122,20 @@ def export(
     words = Path(tokenizer) if tokenizer else folder / "tokenizer"
     if not words.is_dir():
         raise FileNotFoundError(f"{words}: the checkpoint has no tokenizer; name the folder of one with --tokenizer")
-    manifest = read_manifest(folder) if (folder / MANIFEST_NAME).is_file() else None
     with new_folder(out, flag) as growing, Progress("export", "B", _bytes(view)) as progress:
         number = next(iter(view.headers.values())).dtype
-        write_folder(growing, dialect, words, architecture, manifest, number)
+        write_folder(growing, dialect, words, architecture, usage.of_checkpoint(folder), number)
         write_safetensors(view, growing, done=progress.add)
     return out
 
 
-def import_(folder: str | Path, out: str | Path, *, flag: str = "--out") -> Path:
+def import_(folder: str | Path, out: str | Path, *, tokenizer: str | Path = "", flag: str = "--out") -> Path:
     """Write a Hugging Face folder as a checkpoint that any layout can load; its weights can be started from, no run be gone on with.
 
     Args:
         folder: the Hugging Face folder.
         out: folder of the checkpoint to make; missing or empty.
+        tokenizer: folder of the tokenizer; empty: that of the model.
         flag: names ``out`` in errors.
 
     Returns:
@@ -151,18 +151,28 @@ def import_(folder: str | Path, out: str | Path, *, flag: str = "--out") -> Path
     name = next((name for name, known in MODELS.items() if known == architecture), "custom")
     with new_folder(out, flag) as growing, Progress("import", "B", _bytes(view)) as progress:
         write_shards(view, growing / "shards", done=progress.add)
-        words = _copy_tokenizer(folder, growing / "tokenizer")
+        words = _copy_tokenizer(Path(tokenizer) if tokenizer else folder, growing / "tokenizer")
         (growing / "config.yaml").write_text(to_yaml(Config(stage="2", model=name, architecture=architecture)), encoding="utf-8")
+        usage.write(usage.of_folder(folder, dialect_of(folder)), growing)
         state = {"step": 0, "consumed": 0, "stage": None, "tokenizer": words, "format": 1}
         (growing / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
     return out
 
 
 def _copy_tokenizer(folder: Path, target: Path) -> str | None:
-    """Copy the tokenizer, where there is one, and return its fingerprint."""
+    """Copy the tokenizer, where there is one, and return its fingerprint.
+
+    Raises:
+        ValueError: it needs Python code of its own.
+    """
     present = [name for name in TOKENIZER_FILES if (folder / name).is_file()]
     if "tokenizer_config.json" not in present:
         return None
+    if "auto_map" in read_json(folder / "tokenizer_config.json") and "tokenizer.json" not in present:
+        raise ValueError(
+            f"{folder}: the tokenizer is Python code of the model's own (auto_map in tokenizer_config.json), which is never run; "
+            "name a folder with the same tokenizer as tokenizer.json with --tokenizer"
+        )
     target.mkdir()
     for name in present:
         shutil.copyfile(folder / name, target / name)

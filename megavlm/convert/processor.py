@@ -13,13 +13,12 @@ from megavlm.config.schema import Architecture
 from megavlm.convert import chat_config, native_config
 from megavlm.convert.settings import FILE_NAME, IMAGE_PROCESSOR_NAME, read_json, write_json
 from megavlm.convert.tables import Dialect
-from megavlm.data.manifest import Manifest
+from megavlm.convert.usage import Usage
 from megavlm.data.template import (
     HF_CHAT_TEMPLATE,
     IMAGE_CONTEXT,
     IMAGE_END,
     IMAGE_START,
-    NAME,
     SPECIAL_TOKENS,
     SYSTEM_MESSAGE,
     TURN_END,
@@ -71,9 +70,7 @@ def token_ids(folder: Path, architecture: Architecture) -> TokenIds:
     return TokenIds(image=known[IMAGE_CONTEXT], end=end, pad=end if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
 
 
-def write_folder(
-    folder: Path, dialect: Dialect, tokenizer: Path, architecture: Architecture, manifest: Manifest | None, dtype: torch.dtype
-) -> None:
+def write_folder(folder: Path, dialect: Dialect, tokenizer: Path, architecture: Architecture, usage: Usage, dtype: torch.dtype) -> None:
     """Write everything but weights.
 
     Args:
@@ -81,7 +78,7 @@ def write_folder(
         dialect: to write it in.
         tokenizer: folder of the tokenizer.
         architecture: the model.
-        manifest: of the dataset that it was trained on: its tile limits and its system message; none: InternVL's.
+        usage: its template and its tile limits.
         dtype: number format of the weights.
 
     Raises:
@@ -92,42 +89,37 @@ def write_folder(
         if (tokenizer / name).is_file() and name != _TEMPLATE_NAME:
             shutil.copyfile(tokenizer / name, folder / name)
     write_json(folder / "generation_config.json", {"eos_token_id": ids.end, "pad_token_id": ids.pad})
-    (_write_native if dialect == "native" else _write_chat)(folder, tokenizer, architecture, manifest, dtype, ids)
+    (_write_native if dialect == "native" else _write_chat)(folder, tokenizer, architecture, usage, dtype, ids)
 
 
-def _write_native(
-    folder: Path, tokenizer: Path, architecture: Architecture, manifest: Manifest | None, dtype: torch.dtype, ids: TokenIds
-) -> None:
+def _write_native(folder: Path, tokenizer: Path, architecture: Architecture, usage: Usage, dtype: torch.dtype, ids: TokenIds) -> None:
     """What ``AutoProcessor`` and ``InternVLForConditionalGeneration`` read."""
     tokens = dict(image_token_id=ids.image, eos_token_id=ids.end, pad_token_id=ids.pad)
     write_json(folder / FILE_NAME, native_config.write(architecture, dtype=dtype, **tokens))
     write_json(folder / "tokenizer_config.json", _tokenizer_config(tokenizer))
-    (folder / _TEMPLATE_NAME).write_text(chat_template(_system_message(manifest)), encoding="utf-8")
-    write_json(folder / IMAGE_PROCESSOR_NAME, _image_processor(architecture, manifest))
+    (folder / _TEMPLATE_NAME).write_text(_template(tokenizer, usage, with_images=True), encoding="utf-8")
+    write_json(folder / IMAGE_PROCESSOR_NAME, _image_processor(architecture, usage))
     write_json(folder / "video_preprocessor_config.json", _video_processor(architecture))
     write_json(folder / "processor_config.json", {"processor_class": _PROCESSOR, "image_seq_length": architecture.features_per_tile})
 
 
-def _write_chat(
-    folder: Path, tokenizer: Path, architecture: Architecture, manifest: Manifest | None, dtype: torch.dtype, ids: TokenIds
-) -> None:
+def _write_chat(folder: Path, tokenizer: Path, architecture: Architecture, usage: Usage, dtype: torch.dtype, ids: TokenIds) -> None:
     """What OpenGVLab's ``InternVLChatModel`` and the programs that know it read."""
-    min_tiles, max_tiles, thumbnail = (manifest.min_tiles, manifest.max_tiles, manifest.thumbnail) if manifest else (1, 12, True)
     settings = chat_config.write(
         architecture,
         dtype=dtype,
         eos_token_id=ids.end,
         pad_token_id=ids.pad,
-        template=manifest.template if manifest else NAME,
-        min_tiles=min_tiles,
-        max_tiles=max_tiles,
-        thumbnail=thumbnail,
+        template=usage.template,
+        min_tiles=usage.min_tiles,
+        max_tiles=usage.max_tiles,
+        thumbnail=usage.thumbnail,
     )
     write_json(folder / FILE_NAME, settings)
     words = read_json(tokenizer / "tokenizer_config.json")
     words.pop("processor_class", None)
     # The transformers of that time reads the template from here.
-    write_json(folder / "tokenizer_config.json", words | {"chat_template": chat_template(_system_message(manifest))})
+    write_json(folder / "tokenizer_config.json", words | {"chat_template": _template(tokenizer, usage, with_images=False)})
     side, vision = architecture.vision.image_size, architecture.vision
     image_processor = {
         "feature_extractor_type": "CLIPFeatureExtractor",
@@ -144,8 +136,12 @@ def _write_chat(
     write_json(folder / IMAGE_PROCESSOR_NAME, image_processor)
 
 
-def _system_message(manifest: Manifest | None) -> str:
-    return manifest.system_message if manifest else SYSTEM_MESSAGE
+def _template(tokenizer: Path, usage: Usage, *, with_images: bool) -> str:
+    """The chat template: InternVL's, unless the model was not trained here and its tokenizer has one (that knows images, if it must)."""
+    own = tokenizer / _TEMPLATE_NAME
+    found = own.read_text(encoding="utf-8") if own.is_file() else read_json(tokenizer / "tokenizer_config.json").get("chat_template")
+    keeps = isinstance(found, str) and not usage.is_trained and (IMAGE_CONTEXT in found or not with_images)
+    return found if keeps else chat_template(usage.system_message)
 
 
 def chat_template(system_message: str) -> str:
@@ -172,14 +168,14 @@ def _tokenizer_config(tokenizer: Path) -> dict[str, Any]:
     }
 
 
-def _image_processor(architecture: Architecture, manifest: Manifest | None) -> dict[str, Any]:
+def _image_processor(architecture: Architecture, usage: Usage) -> dict[str, Any]:
     vision = architecture.vision
     return {
         "image_processor_type": "GotOcr2ImageProcessorFast",
         "processor_class": _PROCESSOR,
         "crop_to_patches": True,
-        "min_patches": manifest.min_tiles if manifest else 1,
-        "max_patches": manifest.max_tiles if manifest else 12,
+        "min_patches": usage.min_tiles,
+        "max_patches": usage.max_tiles,
         **_pixels(architecture),
         "size": {"height": vision.image_size, "width": vision.image_size},
     }

@@ -47,7 +47,7 @@ PROBE = (
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in a folder, never fetched from elsewhere.
+    """The tokenizer in a folder, never fetched from elsewhere, and never with Python code of its own.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -56,7 +56,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     if not Path(folder).is_dir():
         raise FileNotFoundError(f"--tokenizer {folder}: there is no such folder")
     try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:
         text = " ".join(str(error).split())
         raise ValueError(f"--tokenizer {folder}: holds no readable tokenizer: {text:.300}") from None

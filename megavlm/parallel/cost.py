@@ -138,6 +138,8 @@ def _vision_layer(architecture: Architecture, number: int) -> Iterator[Piece]:
     qkv, proj, fc1, fc2 = (f"{layer}.{name}" for name in _LINEARS)
     yield from _norm(qkv, part, width, has_bias=has_bias, joint=".layer_norm_")
     yield from _linear(qkv, part, width, 3 * width, rows=rows, unit="tile", has_bias=vision.qkv_bias)
+    for name in ("query", "key") if vision.qk_norm else ():
+        yield _vector(f"{layer}.self_attention.qk_norm.{name}", part, width)
     yield Piece(key="", part=part, numbers=0, forward=4 * rows**2 * width, unit="tile")
     yield from _linear(proj, part, width, width, rows=rows, unit="tile", has_bias=True)
     yield _vector(f"{layer}.attention_scale", part, width)
@@ -158,25 +160,31 @@ def _projector(architecture: Architecture) -> Iterator[Piece]:
 def _language(architecture: Architecture) -> Iterator[Piece]:
     language = architecture.language
     width, words = language.hidden_size, language.vocab_size
-    yield _vector("language.embedding.word_embeddings.weight", "language", words * width)  # looked up, not multiplied
+    yield _vector(_EMBEDDING, "language", words * width)  # looked up, not multiplied
     for number in range(language.num_layers):
         yield from (replace(piece, layer=number) for piece in _language_layer(architecture, number))
     yield from _norm("language.decoder.final_layernorm", "head", width, has_bias=False)
-    yield from _linear("language.output_layer", "head", width, words, rows=1, unit="token", has_bias=False)
+    if language.tied_head:
+        yield Piece(key=_EMBEDDING, part="head", numbers=0, forward=2 * width * words, unit="token")
+    else:
+        yield from _linear("language.output_layer", "head", width, words, rows=1, unit="token", has_bias=False)
 
 
 def _language_layer(architecture: Architecture, number: int) -> Iterator[Piece]:
     language, part = architecture.language, "language"
-    width, inner, head_size = language.hidden_size, language.ffn_hidden_size, language.hidden_size // language.num_attention_heads
+    width, inner = language.hidden_size, language.ffn_hidden_size
+    queries, keys = (count * language.head_size for count in (language.num_attention_heads, language.num_query_groups))
     qkv, proj, fc1, fc2 = (f"language.decoder.layers.{number}.{name}" for name in _LINEARS)
     yield from _norm(qkv, part, width, has_bias=False, joint=".layer_norm_")
-    outputs = width + 2 * language.num_query_groups * head_size
-    yield from _linear(qkv, part, width, outputs, rows=1, unit="token", has_bias=language.qkv_bias)
-    yield Piece(key="", part=part, numbers=0, forward=2 * width, unit="squared_length")  # half of 4: causal
-    yield from _linear(proj, part, width, width, rows=1, unit="token", has_bias=False)
+    yield from _linear(qkv, part, width, queries + 2 * keys, rows=1, unit="token", has_bias=language.qkv_bias)
+    for name in ("q_layernorm", "k_layernorm") if language.qk_norm else ():
+        yield _vector(f"language.decoder.layers.{number}.self_attention.{name}.weight", part, language.head_size)
+    yield Piece(key="", part=part, numbers=0, forward=2 * queries, unit="squared_length")  # half of 4: causal
+    yield from _linear(proj, part, queries, width, rows=1, unit="token", has_bias=False)
     yield from _norm(fc1, part, width, has_bias=False, joint=".layer_norm_")
     yield from _linear(fc1, part, width, 2 * inner, rows=1, unit="token", has_bias=False)
     yield from _linear(fc2, part, inner, width, rows=1, unit="token", has_bias=False)
 
 
+_EMBEDDING = "language.embedding.word_embeddings.weight"
 _LINEARS = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")

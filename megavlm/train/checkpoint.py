@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedState
 from megatron.core.optimizer import MegatronOptimizer
 
 from megavlm.config.cli import from_yaml, to_yaml
-from megavlm.config.schema import Config, Fp8
+from megavlm.config.schema import Architecture, Config, Fp8
 from megavlm.data.manifest import FILE_NAME as MANIFEST_NAME
 from megavlm.model.vlm import VisionLanguageModel
 from megavlm.parallel.groups import Groups
@@ -139,7 +139,7 @@ def load_weights(checkpoint: Checkpoint, model: VisionLanguageModel) -> None:
     Raises:
         ValueError: the checkpoint is of another architecture; every difference is named.
     """
-    differences = describe_differences(checkpoint.config.architecture, model.architecture)
+    differences = architecture_differences(checkpoint.config.architecture, model.architecture)
     if differences:
         listed = "\n  ".join(differences)
         raise ValueError(f"--checkpoint.load {checkpoint.folder}: the checkpoint is of another architecture than --model:\n  {listed}")
@@ -163,6 +163,11 @@ def _take(model: VisionLanguageModel, loaded: dict[str, Any]) -> None:
     wrong = [*result.unexpected_keys, *(key for key in result.missing_keys if not key.endswith("_extra_state"))]
     if wrong:
         raise ValueError(f"the checkpoint's weights are not those of the model: {', '.join(wrong)}")
+
+
+def architecture_differences(old: Architecture, new: Architecture) -> list[str]:
+    """``describe_differences`` of two models; the family only says how Hugging Face's files name the same weights."""
+    return describe_differences(replace(old, language=replace(old.language, family=new.language.family)), new)
 
 
 def describe_differences(old: Any, new: Any, path: str = "architecture") -> list[str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from megavlm.config.rules import PARTS, ConfigError, DatasetFacts, check
 from megavlm.config.schema import Config
 from megavlm.convert import hf
+from megavlm.convert.families import family_of
 from megavlm.data.dataset import PackedDataset
 from megavlm.data.manifest import read_manifest
 from megavlm.data.plan import Plan
@@ -54,6 +55,7 @@ def inspect(config: Config, world_size: int) -> Checkpoint | Path | None:
         ValueError: a dataset or checkpoint that cannot be used.
     """
     check(config, world_size, facts=[_facts(flag, folder) for flag, folder in _datasets(config)], machine=precision.machine())
+    family_of(config.architecture.language)  # else the trained model could not be exported
     own = _own_checkpoint(config)
     if own is not None:
         return _fit(config, own)
@@ -116,7 +118,7 @@ def _own_checkpoint(config: Config) -> Checkpoint | None:
 
 def _fit(config: Config, source: Checkpoint) -> Checkpoint:
     """Refuse a checkpoint that this job cannot start from."""
-    problems = checkpoint.describe_differences(source.config.architecture, config.architecture)
+    problems = checkpoint.architecture_differences(source.config.architecture, config.architecture)
     tokenizer = read_manifest(config.data.train).tokenizer_fingerprint
     if source.state.tokenizer not in (None, tokenizer):
         own = source.folder / checkpoint.TOKENIZER

@@ -74,6 +74,39 @@ def test_a_written_folder_is_complete(tmp_path: Path) -> None:
     assert not list(out.glob("*.py"))
 
 
+def test_what_a_folder_says_about_its_use_outlives_an_import(tmp_path: Path) -> None:
+    chat = chat_folder(tmp_path)
+    said = {"template": "Hermes-2", "min_dynamic_patch": 2, "max_dynamic_patch": 6, "use_thumbnail": False}
+    (chat / "config.json").write_text(json.dumps(chat_settings(SMALL) | said))
+    words = json.loads((chat / "tokenizer_config.json").read_text()) | {"chat_template": "{{ messages[0]['content'] }}"}
+    (chat / "tokenizer_config.json").write_text(json.dumps(words))
+    checkpoint = hf.import_(chat, tmp_path / "checkpoint")
+    out = hf.export(checkpoint, tmp_path / "out", dialect="chat")
+    assert json.loads((out / "config.json").read_text()).items() >= said.items()
+    assert json.loads((out / "tokenizer_config.json").read_text())["chat_template"] == "{{ messages[0]['content'] }}"
+    # transformers' processor must find a place for images in the template.
+    native = hf.export(checkpoint, tmp_path / "again")
+    assert "<IMG_CONTEXT>" in (native / "chat_template.jinja").read_text()
+    processor = json.loads((native / "preprocessor_config.json").read_text())
+    assert (processor["min_patches"], processor["max_patches"]) == (2, 6)
+
+
+def test_python_code_of_a_folder_is_never_run(tmp_path: Path) -> None:
+    chat = chat_folder(tmp_path)
+    for name in ("configuration_internvl_chat", "modeling_internvl_chat", "tokenization_internlm2"):
+        (chat / f"{name}.py").write_text("raise SystemExit('run')\n")
+    (chat / "tokenizer.json").rename(tmp_path / "tokenizer.json")
+    settings = json.loads((chat / "tokenizer_config.json").read_text())
+    code = {"auto_map": {"AutoTokenizer": ["tokenization_internlm2.InternLM2Tokenizer", None]}, "tokenizer_class": "InternLM2Tokenizer"}
+    (chat / "tokenizer_config.json").write_text(json.dumps(settings | code))
+    with pytest.raises(ValueError, match=r"never run; name a folder with the same tokenizer as tokenizer.json with --tokenizer"):
+        hf.import_(chat, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="no readable tokenizer"):
+        load_tokenizer(chat)
+    assert hf.import_(chat, tmp_path / "out", tokenizer=TOKENIZER).is_dir()
+
+
 def test_a_check_goes_by_parts(tmp_path: Path) -> None:
     parts = hf.check(chat_folder(tmp_path, "internlm2"))
     assert [part.part for part in parts] == ["vision_model", "mlp1", "language_model"]

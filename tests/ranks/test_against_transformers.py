@@ -58,8 +58,11 @@ def random_model(architecture: Architecture, context_token_id: int, folder: Path
     model.save_pretrained(folder)
 
 
-def logits_of_pack(config: Config, folder: Path) -> np.ndarray | None:
-    """Logits of the first pack from the weights of a Hugging Face folder, [T, V of this rank's share]; none but from the last chunk."""
+def answers_of_pack(config: Config, folder: Path) -> tuple[np.ndarray, np.ndarray] | None:
+    """From the weights of a Hugging Face folder: logits of the first pack [T, V of this rank's share], and the losses of its tokens [T].
+
+    None but from the last chunk.
+    """
     from megavlm.convert import hf
     from megavlm.data.dataset import PackedDataset
     from megavlm.model import weights
@@ -72,14 +75,14 @@ def logits_of_pack(config: Config, folder: Path) -> np.ndarray | None:
     model = VisionLanguageModel(config, make_layout(config), place).eval()
     weights.fill(model, hf.full_tensors(folder, config.architecture))
     batch = PackedDataset(config.data.train).batch(0, 0, vision_layers=config.architecture.vision.num_layers)
-    logits = _through_the_pipeline(model, batch, place)
+    answers = [_through_the_pipeline(model, batch, place, with_loss=with_loss) for with_loss in (False, True)]
     groups.destroy()
-    return None if logits is None else logits.numpy()
+    return None if answers[0] is None else (answers[0].numpy(), answers[1].numpy())
 
 
 @torch.no_grad()
-def _through_the_pipeline(model, batch, place) -> torch.Tensor | None:
-    """Pass hidden states from chunk to chunk by hand: the schedules return losses only."""
+def _through_the_pipeline(model, batch, place, *, with_loss: bool) -> torch.Tensor | None:
+    """Pass hidden states from chunk to chunk by hand: the schedules return the sum of the losses only."""
     import torch.distributed as dist
 
     group = dist.get_process_group_ranks(place.collection.pp)
@@ -87,39 +90,48 @@ def _through_the_pipeline(model, batch, place) -> torch.Tensor | None:
         received: list = [None]
         dist.recv_object_list(received, src=group[place.pipeline_rank - 1])
         model.set_input_tensor(received[0])
-    output = model(batch, with_loss=False)
+    output = model(batch, with_loss=with_loss)
     if not place.is_last_chunk:
         dist.send_object_list([output], dst=group[place.pipeline_rank + 1])
         return None
-    return output
+    return output.clone()
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_logits_equal_those_of_transformers(ranks: Pool, tmp_path: Path, name: str) -> None:
+def answers_of_transformers(folder: Path, packs: Path, architecture: Architecture) -> list[tuple[slice, torch.Tensor, torch.Tensor]]:
+    """Of each sample, run by itself: its place in the pack, its logits, and the losses of all its tokens but the last."""
     from megavlm.convert.reference import load_reference
     from megavlm.data.dataset import PackedDataset
 
+    batch, reference = PackedDataset(packs).batch(0, 0), load_reference(folder)
+    mean, std = (torch.tensor(x)[:, None, None] for x in (architecture.vision.pixel_mean, architecture.vision.pixel_std))
+    pixels, ends = (batch.tiles / 255 - mean) / std, batch.sample_ends.tolist()
+    found, tile = [], 0
+    for start, end in zip(ends[:-2], ends[1:-1], strict=True):
+        tokens = batch.tokens[start:end]
+        count = int((tokens == 7).sum()) // architecture.features_per_tile
+        inputs = {"pixel_values": pixels[tile : tile + count]} if count else {}
+        with torch.no_grad():
+            logits = reference(input_ids=tokens[None], **inputs).logits[0]
+        found.append((slice(start, end), logits, torch.nn.functional.cross_entropy(logits[:-1], tokens[1:], reduction="none")))
+        tile += count
+    assert tile == len(batch.tiles)
+    return found
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_and_losses_equal_those_of_transformers(ranks: Pool, tmp_path: Path, name: str) -> None:
     architecture = MODELS[name]
     vocabulary, features = architecture.language.vocab_size, architecture.features_per_tile
     make_dataset(tmp_path / "packs", packs=1, vocab_size=vocabulary, context_token_id=7, tile_size=16, features_per_tile=features)
     random_model(architecture, 7, tmp_path / "hf")
     folder = make_chat(tmp_path / "hf", tmp_path / "chat", architecture) if name in CHAT else tmp_path / "hf"
-    config = dataclasses.replace(config_for(tmp_path / "packs"), architecture=architecture)
-    reference = load_reference(tmp_path / "hf")
-    batch = PackedDataset(tmp_path / "packs").batch(0, 0)
-    mean, std = (torch.tensor(x)[:, None, None] for x in (architecture.vision.pixel_mean, architecture.vision.pixel_std))
-    pixels, ends = (batch.tiles / 255 - mean) / std, batch.sample_ends.tolist()
+    expected = answers_of_transformers(tmp_path / "hf", tmp_path / "packs", architecture)
     for layout, (world, settings) in LAYOUTS.items():
-        parallel = config_for(tmp_path, **settings).parallel
-        shares = ranks.run(logits_of_pack, world, dataclasses.replace(config, parallel=parallel), folder)
-        ours = torch.from_numpy(np.concatenate([share for share in shares if share is not None], axis=-1))[:, :vocabulary]
-        tile = 0
-        for start, end in zip(ends[:-2], ends[1:-1], strict=True):
-            count = int((batch.tokens[start:end] == 7).sum()) // features
-            inputs = {"pixel_values": pixels[tile : tile + count]} if count else {}
-            with torch.no_grad():
-                theirs = reference(input_ids=batch.tokens[None, start:end], **inputs).logits[0]
-            tile += count
-            assert (ours[start:end] - theirs).abs().max() <= 1e-4, layout
-            assert torch.equal(ours[start:end].argmax(-1), theirs.argmax(-1)), layout
-        assert tile == len(batch.tiles)
+        config = dataclasses.replace(config_for(tmp_path / "packs", **settings), architecture=architecture)
+        answers = [answer for answer in ranks.run(answers_of_pack, world, config, folder) if answer is not None]
+        logits = torch.from_numpy(np.concatenate([share for share, _ in answers], axis=-1))[:, :vocabulary]
+        for sample, their_logits, their_losses in expected:
+            assert (logits[sample] - their_logits).abs().max() <= 1e-4, layout
+            assert torch.equal(logits[sample].argmax(-1), their_logits.argmax(-1)), layout
+            for _, losses in answers:
+                assert losses[sample][:-1].sum() == pytest.approx(float(their_losses.sum()), rel=1e-5), layout

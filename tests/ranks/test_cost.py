@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megavlm.config.schema import Checkpoint, Logging
+from megavlm.config.schema import Architecture, Checkpoint, Logging
 from megavlm.config.stages import STAGES
 from megavlm.data.dataset import PackedDataset
 from megavlm.data.plan import Plan
@@ -28,7 +28,17 @@ MASKS = {
 }
 
 
-def counted_by_torch(dataset: Path, trainable: tuple[str, ...]) -> tuple[int, dict[str, int], set[str]]:
+# InternViT-6B's and Qwen3's norms, heads of another width than hidden size / heads, a tied head.
+OTHER = dataclasses.replace(
+    ARCHITECTURE,
+    vision=dataclasses.replace(TINY.vision, normalization="RMSNorm", qkv_bias=False, qk_norm=True),
+    language=dataclasses.replace(ARCHITECTURE.language, family="qwen3", qkv_bias=False, qk_norm=True, kv_channels=14, tied_head=True),
+)
+
+
+def counted_by_torch(
+    dataset: Path, trainable: tuple[str, ...], architecture: Architecture = ARCHITECTURE
+) -> tuple[int, dict[str, int], set[str]]:
     """FLOPs of forward and backward pass of one pack, the pack's size, and the keys of the weights."""
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -37,8 +47,8 @@ def counted_by_torch(dataset: Path, trainable: tuple[str, ...]) -> tuple[int, di
     from megavlm.model.weights import named_weights
     from megavlm.train.step import run_packs
 
-    job = build(dataclasses.replace(config_for(dataset, trainable=trainable), architecture=ARCHITECTURE))
-    batch = job.train.batch(0, 0, vision_layers=ARCHITECTURE.vision.num_layers)
+    job = build(dataclasses.replace(config_for(dataset, trainable=trainable), architecture=architecture))
+    batch = job.train.batch(0, 0, vision_layers=architecture.vision.num_layers)
     # The plain kernel keeps the probabilities; fused ones compute them again in the backward pass, which torch counts, unlike us.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         run_packs(job.wrapped, iter([batch]), 1, batch.weight_sum, job.backend)
@@ -62,6 +72,14 @@ def test_the_cost_is_what_torch_counts(ranks: Pool, dataset: Path, mask: str):
     # torch counts all pairs of tokens, the cost only those that a causal mask lets see each other: half.
     size["squared_lengths"] *= 2
     assert cost.total(**size) == counted
+
+
+@pytest.mark.parametrize("mask", ["stage 2", "late layers"])
+def test_the_cost_of_what_only_some_models_have_is_what_torch_counts(ranks: Pool, dataset: Path, mask: str):
+    [(counted, size, keys)] = ranks.run(counted_by_torch, 1, dataset, MASKS[mask], OTHER)
+    size["squared_lengths"] *= 2
+    assert training_cost(OTHER, MASKS[mask]).total(**size) == counted
+    assert {piece.key for piece in pieces(OTHER)} - {""} == keys
 
 
 def test_every_weight_of_the_model_is_listed(ranks: Pool, dataset: Path):

@@ -70,22 +70,24 @@ def padding_after_steps(config: Config) -> dict[str, torch.Tensor]:
     """What stands in the rows and columns of heads that only pad after some steps of training, on the rank that has them."""
     from megavlm.model.vision_attention import unpadded_shape
     from megavlm.model.weights import named_weights
-    from megavlm.train.optimizer import set_rates
+    from megavlm.train.optimizer import set_rates, whole_weights
     from megavlm.train.step import train_step
 
     job, found = build(config), {}
     for step in range(3):
         batches = iter([job.train.batch(pack, 0, vision_layers=3) for pack in range(4)])
         set_rates(job.optimizer, config, step + 1)
-        train_step(job.wrapped, job.optimizer, batches, 4, 100.0, job.backend)
+        train_step(job.wrapped, job.optimizer, batches, 4, 100.0, 1.0, job.backend)
     ranks = config.parallel.tensor_model_parallel_size
-    for key, weight in named_weights(job.model).items():
+    with whole_weights(job.wrapped):
+        weights = {key: weight.detach().clone() for key, weight in named_weights(job.model).items()}
+    for key, weight in weights.items():
         if key.startswith("vision.") and "layer_norm" not in key:
             axis = weight.ndim - 1 if "linear_proj.weight" in key else 0
             whole = (*weight.shape[:axis], weight.shape[axis] * ranks, *weight.shape[axis + 1 :])
             real = unpadded_shape(config.architecture.vision, key, whole)[axis]
             if real < whole[axis]:
-                found[key] = weight.detach().narrow(axis, real - (ranks - 1) * weight.shape[axis], whole[axis] - real)
+                found[key] = weight.narrow(axis, real - (ranks - 1) * weight.shape[axis], whole[axis] - real)
     return found if job.groups.tensor_rank == ranks - 1 else {}
 
 

@@ -51,6 +51,25 @@ def test_all_problems_are_told_at_once(dataset: Path) -> None:
     assert "ranks that torchrun started, 4" in str(error.value)
 
 
+def test_a_model_that_contradicts_its_family_is_refused_before_it_is_trained(dataset: Path) -> None:
+    config = _config(dataset)
+    language = dataclasses.replace(config.architecture.language, family="llama")
+    config = dataclasses.replace(config, architecture=dataclasses.replace(config.architecture, language=language))
+    with pytest.raises(ValueError, match="family llama: --architecture.language.qkv_bias is true, must be false"):
+        inspect(config, 1)
+
+
+def test_the_same_weights_under_another_familys_names_are_no_difference(dataset: Path, tmp_path: Path) -> None:
+    config = _config(dataset)
+    llama, internlm = (
+        dataclasses.replace(config.architecture, language=dataclasses.replace(TINY.language, family=name, qkv_bias=False))
+        for name in ("llama", "internlm2")
+    )
+    source = _fake_checkpoint(tmp_path / "run", dataclasses.replace(config, architecture=llama), stage=None)
+    config = dataclasses.replace(config, architecture=internlm, checkpoint=dataclasses.replace(config.checkpoint, load=str(source)))
+    assert inspect(config, 1).folder == source / "step_00000001"
+
+
 def test_packs_of_another_tile_size_are_refused(tmp_path: Path) -> None:
     make_dataset(tmp_path / "other", packs=2, vocab_size=199, context_token_id=7, tile_size=32, features_per_tile=16)
     with pytest.raises(ConfigError, match=r"--data.train.*(?s:.*)32.*16"):
