@@ -145,10 +145,10 @@ def train(config: Config, machine: backend.Backend, source: Checkpoint | Path | 
         machine: where tensors live.
         source: what to start from, as ``inspect`` answered.
     """
-    place = groups.create(config.parallel, config.training.seed, make_layout(config).embedding_chunk)
+    packs = PackedDataset(config.data.train)
+    layout = make_layout(config, PackSize.mean(packs.some_records()))
+    place = groups.create(config.parallel, config.training.seed, layout.embedding_chunk)
     with Metrics(config, place.is_writer) as metrics:
-        packs = PackedDataset(config.data.train)
-        layout = make_layout(config, PackSize.mean(packs.some_records()))
         model = VisionLanguageModel(config, layout, place).to(machine.device)
         if isinstance(source, Checkpoint):
             checkpoint.load_weights(source, model)

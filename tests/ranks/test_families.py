@@ -24,16 +24,16 @@ ODD = Architecture(
 FROZEN_TABLE = ("vision", "projector", "language.decoder")
 # Pipelines whose token embedding stands in the first chunk, in one in the middle, or with the head.
 TIED_LAYOUTS = {
-    "pp2": (2, dict(pipeline_model_parallel_size=2, pipeline_split=(4, 2))),
-    "pp2, with the head": (2, dict(pipeline_model_parallel_size=2, pipeline_split=(3, 3))),
-    "pp3, in the middle": (3, dict(pipeline_model_parallel_size=3, pipeline_split=(2, 2, 2))),
-    "pp2 dp2": (4, dict(pipeline_model_parallel_size=2, pipeline_split=(4, 2))),
-    "tp2 pp2": (4, dict(tensor_model_parallel_size=2, pipeline_model_parallel_size=2, pipeline_split=(5, 1))),
+    "pp2": (2, dict(pipeline_model_parallel_size=2, layout="v*3,t|t*2")),
+    "pp2, with the head": (2, dict(pipeline_model_parallel_size=2, layout="v*3|t*3")),
+    "pp3, in the middle": (3, dict(pipeline_model_parallel_size=3, layout="v*2|v,t|t*2")),
+    "pp2 dp2": (4, dict(pipeline_model_parallel_size=2, layout="v*3,t|t*2")),
+    "tp2 pp2": (4, dict(tensor_model_parallel_size=2, pipeline_model_parallel_size=2, layout="v*3,t*2|t")),
 }
 ODD_LAYOUTS = {
     "tp2": (2, dict(tensor_model_parallel_size=2)),
     "tp4 sp": (4, dict(tensor_model_parallel_size=4, sequence_parallel=True)),
-    "tp2 pp2": (4, dict(tensor_model_parallel_size=2, pipeline_model_parallel_size=2, pipeline_split=(2, 4), recompute="full")),
+    "tp2 pp2": (4, dict(tensor_model_parallel_size=2, pipeline_model_parallel_size=2, layout="v*2|v,t*3", recompute="full")),
 }
 
 
