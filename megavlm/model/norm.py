@@ -58,12 +58,11 @@ class QueryKeyNorm(MegatronModule):
 
     def forward(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         """Both [tokens of a tile, I, heads of this rank, head size]."""
-        wide = torch.stack([query, key]).flatten(-2).float()
-        squares = reduce_from_tensor_model_parallel_region(wide.square().sum(-1, keepdim=True), self.group)
-        # Every rank's share of the loss depends on the sum: its gradient is summed too.
-        mean = copy_to_tensor_model_parallel_region(squares, self.group) / self.width
-        normal = (wide * torch.rsqrt(mean + self.eps)).to(query.dtype)
-        return (normal[0] * self.query).view_as(query), (normal[1] * self.key).view_as(key)
+        squares = torch.stack([states.float().square().sum((-2, -1)) for states in (query, key)])
+        # Every rank's share of the loss depends on the sums: their gradients are summed too.
+        means = copy_to_tensor_model_parallel_region(reduce_from_tensor_model_parallel_region(squares, self.group), self.group) / self.width
+        factors = torch.rsqrt(means + self.eps)[..., None, None]
+        return _scaled(query, factors[0], self.query), _scaled(key, factors[1], self.key)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[tuple[int, int, int], ...] = (), metadata: dict | None = None
@@ -71,3 +70,8 @@ class QueryKeyNorm(MegatronModule):
         """Called by megatron-core; both weights are split over the ranks as the heads are."""
         weights = self.state_dict(prefix="", keep_vars=True)
         return make_sharded_tensors_for_checkpoint(weights, prefix, {"query": 0, "key": 0}, sharded_offsets)
+
+
+def _scaled(states: Tensor, factors: Tensor, weight: Tensor) -> Tensor:
+    """States times a factor for each token, in float32, times the norm's weight."""
+    return (states.float() * factors).to(states.dtype) * weight.view(states.shape[-2:])
