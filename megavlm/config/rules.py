@@ -182,10 +182,9 @@ def _language(arch: Architecture) -> Iterator[str]:
     heads, groups = language.num_attention_heads, language.num_query_groups
     if not language.kv_channels and language.hidden_size % heads:
         yield f"{flag}.num_attention_heads {heads} does not divide {flag}.hidden_size {language.hidden_size}; or give {flag}.kv_channels"
-    elif language.head_size % 2 and language.kv_channels:
-        yield f"{flag}.kv_channels {language.kv_channels}: rotary positions need an even number"
     elif language.head_size % 2:
-        yield f"{flag}.hidden_size {language.hidden_size}: {language.head_size} a head, and rotary positions need an even number"
+        name = "kv_channels" if language.kv_channels else "hidden_size"
+        yield f"{flag}.{name} {vars(language)[name]}: {language.head_size} a head, and rotary positions need an even number"
     if heads % groups:
         yield f"{flag}.num_query_groups {groups} does not divide {flag}.num_attention_heads {heads}"
 

@@ -126,10 +126,11 @@ def language_layer(arch: Architecture, tensor: int, sequence_parallel: bool) -> 
     """Numbers that a layer of the language model keeps for each token, and those inside its MLP.
 
     Inputs and results of both norms (4 D) are whole on every rank, or shared with sequence parallelism. Shared: queries, keys, values, what
-    attention gives, and the MLP's gate, its other half and their product (3 M).
+    attention gives, and the MLP's gate, its other half and their product (3 M). Queries and keys that are normalised are there twice.
     """
     language = arch.language
     width = language.hidden_size
-    keys = 2 * language.num_query_groups * (width // language.num_attention_heads)
+    queries, keys = (count * language.head_size for count in (language.num_attention_heads, language.num_query_groups))
+    attention = 2 * queries + 2 * keys + (queries + keys) * language.qk_norm
     inner = 3 * language.ffn_hidden_size / tensor
-    return 4 * width / (tensor if sequence_parallel else 1) + (2 * width + keys) / tensor + inner, inner
+    return 4 * width / (tensor if sequence_parallel else 1) + attention / tensor + inner, inner
