@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from megavlm.convert.files import tensor_names
 from megavlm.convert.settings import FILE_NAME, read_json
 from megavlm.convert.tables import Dialect, head_names, name_on_disk
 
-_READERS: dict[str, tuple[Dialect, Any]] = {
+_Reader = Callable[..., Architecture]
+_READERS: dict[str, tuple[Dialect, _Reader]] = {
     native_config.MODEL_TYPE: ("native", native_config.read),
     chat_config.MODEL_TYPE: ("chat", chat_config.read),
 }
@@ -29,7 +31,7 @@ def dialect_of(folder: str | Path) -> Dialect:
     return _reader(path, read_json(path))[0]
 
 
-def _reader(path: Path, raw: dict[str, Any]) -> tuple[Dialect, Any]:
+def _reader(path: Path, raw: dict[str, Any]) -> tuple[Dialect, _Reader]:
     kind = raw.get("model_type")
     if kind not in _READERS:
         raise ValueError(f"{path}: model_type is {kind!r}, must be {' or '.join(map(repr, _READERS))}")

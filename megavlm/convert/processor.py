@@ -116,7 +116,7 @@ def _write_chat(folder: Path, tokenizer: Path, architecture: Architecture, usage
         thumbnail=usage.thumbnail,
     )
     write_json(folder / FILE_NAME, settings)
-    words = read_json(tokenizer / "tokenizer_config.json")
+    words = _tokenizer_settings(tokenizer)
     words.pop("processor_class", None)
     # The transformers of that time reads the template from here.
     write_json(folder / "tokenizer_config.json", words | {"chat_template": _template(tokenizer, usage, with_images=False)})
@@ -139,7 +139,7 @@ def _write_chat(folder: Path, tokenizer: Path, architecture: Architecture, usage
 def _template(tokenizer: Path, usage: Usage, *, with_images: bool) -> str:
     """The chat template: InternVL's, unless the model was not trained here and its tokenizer has one (that knows images, if it must)."""
     own = tokenizer / _TEMPLATE_NAME
-    found = own.read_text(encoding="utf-8") if own.is_file() else read_json(tokenizer / "tokenizer_config.json").get("chat_template")
+    found = own.read_text(encoding="utf-8") if own.is_file() else _tokenizer_settings(tokenizer).get("chat_template")
     keeps = isinstance(found, str) and not usage.is_trained and (IMAGE_CONTEXT in found or not with_images)
     return found if keeps else chat_template(usage.system_message)
 
@@ -150,10 +150,14 @@ def chat_template(system_message: str) -> str:
     return HF_CHAT_TEMPLATE.replace(SYSTEM_MESSAGE, escaped)
 
 
+def _tokenizer_settings(tokenizer: Path) -> dict[str, Any]:
+    path = tokenizer / "tokenizer_config.json"
+    return read_json(path) if path.is_file() else {}
+
+
 def _tokenizer_config(tokenizer: Path) -> dict[str, Any]:
     """``tokenizer_config.json`` with the names under which the processor looks for its tokens."""
-    path = tokenizer / "tokenizer_config.json"
-    settings = read_json(path) if path.is_file() else {}
+    settings = _tokenizer_settings(tokenizer)
     settings.pop("chat_template", None)
     extra = settings.pop("extra_special_tokens", None) or []
     named = dict(extra) if isinstance(extra, dict) else {}

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 from megavlm.config.cli import from_yaml
 from megavlm.convert import hf
 from megavlm.convert.model_config import architecture_from_hf, dialect_of
+from megavlm.convert.reference import load_reference
 from megavlm.data.template import fingerprint, load_tokenizer
 from tests.convert.chat import chat_settings, make_chat, same_tensors
 from tests.convert.models import KINDS, SMALL, TOKENIZER, as_native, load_all, make_hf
@@ -129,6 +130,11 @@ def test_every_tensor_that_does_not_fit_is_named_and_nothing_is_written(tmp_path
     with pytest.raises(ValueError, match=r"model.safetensors: damaged"):
         hf.import_(chat, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["chat", "native"]
+
+
+def test_transformers_is_not_asked_to_run_it(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="chat: in OpenGVLab's format.*--dialect native"):
+        load_reference(chat_folder(tmp_path))
 
 
 @pytest.mark.parametrize(
