@@ -1,0 +1,48 @@
+"""The packs that are measured on, again and again, through the project's loader; it tells how long was waited for them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+from megavlm.data.batch import Batch
+from megavlm.data.dataset import PackedDataset
+from megavlm.data.loader import batches
+from megavlm.data.plan import Plan
+
+MOST_STEPS = 1000
+
+
+class Feed:
+    """An iterator of batches.
+
+    Args:
+        packs: the dataset.
+        plan: its packs as they are stored, so that a position is a pack's id.
+        pack_ids: the packs that are taken, in turn.
+        options: as for ``loader.batches``.
+    """
+
+    def __init__(self, packs: PackedDataset, plan: Plan, pack_ids: list[int], **options):
+        self.waited_s, self.taken = 0.0, 0
+        self._ids = pack_ids
+        self._arriving = batches(packs, plan, [pack_ids[step % len(pack_ids)] for step in range(MOST_STEPS)], **options)
+
+    @property
+    def next_id(self) -> int:
+        """The pack that comes next."""
+        return self._ids[self.taken % len(self._ids)]
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        start = time.perf_counter()
+        batch = next(self._arriving)
+        self.waited_s += time.perf_counter() - start
+        self.taken += 1
+        return batch
+
+    def close(self) -> None:
+        """End the loader's processes."""
+        self._arriving.close()

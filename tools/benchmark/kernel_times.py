@@ -1,0 +1,97 @@
+"""Where the time of a step goes, kernel by kernel, from torch's profiler."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+# The first group that a kernel's name fits. Names are those of CUDA kernels, and of torch's operators on a CPU.
+GROUPS = (
+    ("communication", r"nccl|all_reduce|all_gather|reduce_scatter|gloo|c10d"),
+    ("attention", r"fmha|flash|attention|sdpa|_mha_|flex"),
+    ("8-bit conversion", r"cast_transpose|quantize|fp8|amax|transpose_dbias|rowwise.*scal|scaling_factor"),
+    ("matrix products", r"gemm|cutlass|cublas|nvjet|wgmma|xmma|matmul|conv|::(mm|addmm|bmm|baddbmm)\b"),
+    ("norm", r"norm|ln_(fwd|bwd)"),
+    ("loss", r"cross_entropy|softmax|nll|loss"),
+    ("optimizer", r"adam|multi_tensor|foreach|l2norm"),
+    ("copies", r"memcpy|memset|copy|catarray|::(cat|fill_|zero_|clone)\b|scatter|gather|index"),
+    ("elementwise", r"elementwise|triton|gelu|silu|swiglu|rope|rotary|reduce|::(add|mul|sub|div|where|sum)"),
+)
+LISTED = 15
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kernel:
+    """One run of a kernel.
+
+    Args:
+        name: as the profiler knows it.
+        start, end: when it ran, in microseconds.
+        own: microseconds of its own, without those of operators that it called (on a CPU).
+    """
+
+    name: str
+    start: float
+    end: float
+    own: float
+
+
+def record(step: Callable[[], object], device: torch.device) -> list[Kernel]:
+    """The kernels that a step runs; on a CPU torch's operators."""
+    on_gpu = device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as found:
+        step()
+        if on_gpu:
+            torch.cuda.synchronize()
+    wanted = torch.autograd.DeviceType.CUDA if on_gpu else torch.autograd.DeviceType.CPU
+    return [
+        Kernel(
+            name=event.name,
+            start=event.time_range.start,
+            end=event.time_range.end,
+            own=event.time_range.elapsed_us() if on_gpu else event.self_cpu_time_total,
+        )
+        for event in found.events()
+        if event.device_type == wanted and not event.is_user_annotation
+    ]
+
+
+def group_of(name: str) -> str:
+    """The group of a kernel."""
+    return next((group for group, pattern in GROUPS if re.search(pattern, name, re.IGNORECASE)), "other")
+
+
+def busy_us(kernels: list[Kernel]) -> float:
+    """Microseconds in which at least one kernel ran."""
+    total, reached = 0.0, float("-inf")
+    for kernel in sorted(kernels, key=lambda kernel: kernel.start):
+        total += max(kernel.end - max(kernel.start, reached), 0.0)
+        reached = max(reached, kernel.end)
+    return total
+
+
+def table(kernels: list[Kernel]) -> dict[str, object]:
+    """Milliseconds of each group, of nothing at all (idle), and of the kernels that take longest.
+
+    Kernels of several streams can run at once, so the groups may add up to more than the span.
+    """
+    if not kernels:
+        return {"span_ms": 0.0, "groups_ms": {}, "longest": []}
+    span = max(kernel.end for kernel in kernels) - min(kernel.start for kernel in kernels)
+    groups: dict[str, float] = defaultdict(float)
+    names: dict[str, list[float]] = defaultdict(list)
+    for kernel in kernels:
+        groups[group_of(kernel.name)] += kernel.own / 1e3
+        names[kernel.name].append(kernel.own / 1e3)
+    groups["idle"] = (span - busy_us(kernels)) / 1e3
+    longest = sorted(names.items(), key=lambda entry: -sum(entry[1]))[:LISTED]
+    return {
+        "span_ms": round(span / 1e3, 3),
+        "groups_ms": {name: round(ms, 3) for name, ms in sorted(groups.items(), key=lambda entry: -entry[1])},
+        "longest": [{"name": name[:120], "group": group_of(name), "ms": round(sum(each), 3), "calls": len(each)} for name, each in longest],
+    }
