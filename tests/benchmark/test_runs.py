@@ -50,11 +50,18 @@ def test_a_case_runs_through_the_trainer_and_its_figures_fit_together(tmp_path: 
 
 
 def test_a_case_that_fails_is_a_row_with_its_error(packs: PackedDataset, tmp_path: Path):
-    cases = [dataclasses.replace(TINY, limit_s=1), TINY]
-    [late, broken] = runner.run_all(cases, tmp_path / "nowhere", tmp_path, SETTINGS, time.monotonic() + 100)
+    eight_bits = next(case for case in smoke_cases() if case.name == "tiny-stage2-fp8_tensorwise-megavlm")
+    cases = [dataclasses.replace(TINY, limit_s=1), eight_bits]
+    [late, refused] = runner.run_all(cases, packs.folder, tmp_path, SETTINGS, time.monotonic() + 100)
     assert late["error"].startswith("not done after 1 s") and late["tokens_per_s"] is None
-    assert "FileNotFoundError" in broken["error"] and "nowhere" in broken["error"]
-    assert any("Traceback" in line for line in broken["log"])
+    if not torch.cuda.is_available():
+        assert "ConfigError" in refused["error"] and "--fp8.vision tensorwise" in refused["error"]
+        assert any("Traceback" in line for line in refused["log"])
+
+
+def test_a_process_without_its_packs_tells_what_is_missing(tmp_path: Path):
+    [row] = runner.run_all([TINY], tmp_path / "nowhere", tmp_path, SETTINGS, time.monotonic() + 100)
+    assert "FileNotFoundError" in row["error"] and "nowhere" in row["error"]
 
 
 def test_cases_that_are_not_reached_say_so(packs: PackedDataset, tmp_path: Path):

@@ -32,6 +32,7 @@ class Case:
         implementation: megavlm, or a variant of transformers.
         recompute: what the backward pass computes again: none, selective or full.
         moments: number format of Adam's moments.
+        kernels: layers of megavlm: auto (Transformer Engine's, where they run) or local.
         is_profiled: whether one more step is looked into, kernel by kernel.
         limit_s: seconds after which the case is given up.
     """
@@ -42,13 +43,15 @@ class Case:
     implementation: str = OURS
     recompute: str = "none"
     moments: str = "float32"
+    kernels: str = "auto"
     is_profiled: bool = False
     limit_s: int = 75
 
     @property
     def name(self) -> str:
         """Unlike every other case's, such as ``2b-stage2-bf16-megavlm-recompute_full``."""
-        extras = [f"recompute_{self.recompute}"] * (self.recompute != "none") + ["bf16_moments"] * (self.moments == "bfloat16")
+        extras = [f"recompute_{self.recompute}"] * (self.recompute != "none")
+        extras += ["bf16_moments"] * (self.moments == "bfloat16") + ["local"] * (self.kernels == "local")
         return "-".join([self.model.rpartition("-")[2], f"stage{self.stage}", self.precision, self.implementation, *extras])
 
     @property
@@ -91,6 +94,8 @@ def all_cases() -> list[Case]:
         # What does saving memory cost?
         _case("2b", ALL, recompute="selective"),
         _case("2b", ALL, recompute="full"),
+        # What if Transformer Engine cannot be had?
+        _case("2b", ALL, recompute="selective", kernels="local", is_profiled=True),
         _case("1b", ALL),
         _case("2b", ALL, implementation="transformers_compiled", limit_s=110),
         _case("2b", ALL, implementation="transformers_packed", recompute="full"),
@@ -119,7 +124,7 @@ def smoke_cases() -> list[Case]:
     for case in all_cases():
         if case.moments == "float32":
             alike = replace(case, model="tiny", limit_s=2 * case.limit_s)
-            kinds.setdefault((case.stage, case.precision, case.implementation, case.recompute), alike)
+            kinds.setdefault((case.stage, case.precision, case.implementation, case.recompute, case.kernels), alike)
     return list(kinds.values())
 
 

@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 from tools.benchmark.cases import Case
@@ -94,9 +95,13 @@ class CaseProcess:
 
 
 def _reason(lines: list[str]) -> str:
-    """The line of a log that says what went wrong."""
-    raised = [line.strip() for line in lines if line[:1].strip() and ("Error" in line.split(":")[0] or "Exception" in line.split(":")[0])]
-    return (raised or lines or ["no output"])[-1].strip()[:400]
+    """What a log says that went wrong: the message of the last exception."""
+    kinds = [line.split(":")[0] if line[:1].strip() else "" for line in lines]
+    raised = [number for number, kind in enumerate(kinds) if "Error" in kind or "Exception" in kind]
+    if not raised:
+        return (lines or ["no output"])[-1].strip()[:400]
+    message = lines[raised[-1] : raised[-1] + 1] + list(takewhile(lambda line: line.startswith("  "), lines[raised[-1] + 1 :]))
+    return " ".join(line.strip() for line in message)[:400]
 
 
 def device_name() -> str:

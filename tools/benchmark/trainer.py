@@ -13,7 +13,7 @@ from megavlm.config.schema import Checkpoint, Config, Data, Fp8, Parallel
 from megavlm.config.stages import STAGES
 from megavlm.data.dataset import PackedDataset
 from megavlm.data.plan import Plan
-from megavlm.model import freeze, weights
+from megavlm.model import freeze, precision, weights
 from megavlm.model.vlm import VisionLanguageModel
 from megavlm.parallel import backend, groups
 from megavlm.parallel.layout import make_layout
@@ -29,6 +29,7 @@ def make_config(case: Case, packs: PackedDataset) -> Config:
     """The stage's recipe for one rank and one pack a step; raises ConfigError for a case that cannot run."""
     row, recipe = STAGES[case.stage], case.precision.removeprefix("fp8_")
     is_fp8 = recipe != case.precision
+    number = "bfloat16" if is_fp8 else PRECISIONS[case.precision]
     config = Config(
         stage=case.stage,
         model=case.model,
@@ -36,11 +37,11 @@ def make_config(case: Case, packs: PackedDataset) -> Config:
         data=Data(train=str(packs.folder), loss_reduction=row.data.loss_reduction),
         parallel=Parallel(recompute=case.recompute),
         optimizer=replace(row.optimizer, moments=case.moments),
-        training=replace(row.training, precision="bfloat16" if is_fp8 else PRECISIONS[case.precision], global_batch_size=1),
+        training=replace(row.training, precision=number, kernels=case.kernels, global_batch_size=1),
         fp8=Fp8(vision=recipe, language=recipe) if is_fp8 else Fp8(),
         checkpoint=Checkpoint(save_interval=0),
     )
-    check(config, world_size=1)
+    check(config, world_size=1, machine=precision.machine())
     return config
 
 
@@ -76,8 +77,8 @@ class Trainer:
         model = VisionLanguageModel(config, make_layout(config), place).to(machine.device)
         weights.fill(model, random_weights(machine.device))
         freeze.apply(model, config.training.trainable)
-        prepare(model)
-        self._wrapped = optimizer.wrap(model)
+        self._wrapped = optimizer.wrap(config, model)
+        prepare(self._wrapped)
         self._optimizer = optimizer.build(config, self._wrapped)
         self._steps = 0
         self.feed = Feed(
@@ -86,16 +87,19 @@ class Trainer:
             pack_ids,
             reduction=config.data.loss_reduction,
             vision_layers=config.architecture.vision.num_layers,
+            tile_multiple=precision.tile_multiple(config),
             workers=workers,
         )
-        self.notes = {"moments": case.moments, "drop_path": config.training.drop_path}
+        layers = "transformer_engine" if precision.uses_transformer_engine(config) else "local"
+        self.notes = {"layers": layers, "moments": case.moments, "drop_path": config.training.drop_path}
 
     def step(self) -> Tensor:
         """One update; the loss, on the device."""
         weight = self._packs.weight_sum([self.feed.next_id], self._config.data.loss_reduction)
         optimizer.set_rates(self._optimizer, self._config, self._steps)
         self._steps += 1
-        return train_step(self._wrapped, self._optimizer, self.feed, 1, weight, self._machine).loss
+        clip = self._config.optimizer.clip_grad
+        return train_step(self._wrapped, self._optimizer, self.feed, 1, weight, clip, self._machine).loss
 
     def close(self) -> None:
         """End the loader's processes."""
