@@ -1,0 +1,131 @@
+"""The example for several nodes: what its scripts start, and how a job that must end is told to."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from torch.distributed.run import get_args_parser
+
+from megavlm.config.cli import parse
+from megavlm.config.rules import ConfigError, check
+from megavlm.config.schema import Config
+from tools import pack_dataset
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "examples" / "internvl2_5_8b"
+SCRIPTS = [*sorted(ROOT.glob("examples/**/*.sh")), ROOT / "tests" / "run.sh", ROOT / ".ci" / "run"]
+# Stands in for a program: writes down what it was asked, then waits for SIGTERM if it is to.
+RECORDER = """#!/usr/bin/env bash
+trap 'echo TERM >>"$LOG.signals"; exit 1' TERM
+printf '%s\\n' "$@" >"$LOG"
+if [[ -n "${LINGERS:-}" ]]; then for _ in {1..300}; do sleep 0.1; done; fi
+"""
+# Slurm's srun, for one node: leaves out its own options and runs the command.
+SRUN = """#!/usr/bin/env bash
+while [[ "$1" != bash ]]; do shift; done
+exec "$@"
+"""
+SCONTROL = """#!/usr/bin/env bash
+case "$1" in
+    show) printf 'node7\\nnode8\\n' ;;
+    *) printf '%s ' "$@" >"$LOG.scontrol" ;;
+esac
+"""
+
+
+@pytest.fixture
+def shell(tmp_path: Path) -> dict[str, str]:
+    """An environment in which torchrun, python and Slurm's commands are stand-ins; ``LOG`` names the file with the arguments."""
+    for name, text in {"torchrun": RECORDER, "python": RECORDER, "srun": SRUN, "scontrol": SCONTROL}.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    folders = {"LOG": str(tmp_path / "log"), "RUNS": "runs", "PACKS": "packs"}
+    return folders | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "STOP_INTERVAL_S": "1"}
+
+
+def asked(shell: dict[str, str]) -> list[str]:
+    """Arguments of the program that was started."""
+    return Path(shell["LOG"]).read_text().splitlines()
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_script_is_valid_bash(script: Path):
+    done = subprocess.run(["bash", "-n", str(script)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(("stage", "load"), [("1", "weights"), ("1.5", "runs/stage1"), ("2", "runs/stage1_5")])
+def test_torchrun_and_the_trainer_know_every_option(shell: dict[str, str], stage: str, load: str):
+    cluster = {"NNODES": "4", "MASTER_ADDR": "node0", "JOB_ID": "7", "INIT": "weights"}
+    subprocess.run(["bash", str(FOLDER / "run.sh"), stage], env=shell | cluster, check=True)
+    run = get_args_parser().parse_args(asked(shell))
+    assert (run.nnodes, run.nproc_per_node, run.rdzv_endpoint, run.rdzv_id, run.max_restarts) == ("4", "8", "node0:29500", "7", 0)
+    assert Path(run.training_script).resolve() == ROOT / "pretrain_vlm.py"
+    config = parse(run.training_script_args)
+    assert (config.stage, config.checkpoint.load) == (stage, load)
+    assert fits(config, ranks=32) and not fits(config, ranks=30)
+
+
+def fits(config: Config, ranks: int) -> bool:
+    """Whether the layout divides the ranks; the folders of the example need not be there."""
+    try:
+        check(config, ranks)
+    except ConfigError as error:
+        return "number of ranks" not in str(error) and "data-parallel ranks" not in str(error)
+    return True
+
+
+def test_the_packer_knows_every_option(shell: dict[str, str]):
+    subprocess.run(["bash", str(FOLDER / "run.sh"), "pack"], env=shell | {"DATA": "data", "TOKENIZER": "tokenizer"}, check=True)
+    script, *arguments = asked(shell)
+    assert Path(script).resolve() == ROOT / "tools" / "pack_dataset.py"
+    args = pack_dataset.parse(arguments)
+    assert (args.model, args.capacity, args.out) == ("internvl2_5-8b", 16384, "packs/stage2")
+
+
+@pytest.mark.parametrize("how", ["signal", "file"])
+def test_a_stop_reaches_torchrun_once(shell: dict[str, str], tmp_path: Path, how: str):
+    environment = shell | {"LINGERS": "yes", "STOP_FILE": str(tmp_path / "stop")}
+    with subprocess.Popen(["bash", str(FOLDER / "run.sh"), "all"], env=environment) as run:
+        wait_for(Path(shell["LOG"]))
+        if how == "signal":
+            run.send_signal(signal.SIGTERM)
+        else:
+            (tmp_path / "stop").touch()
+        assert run.wait(timeout=30) != 0, "the stages that follow are not started"
+    assert Path(shell["LOG"] + ".signals").read_text() == "TERM\n"
+    assert parse(get_args_parser().parse_args(asked(shell)).training_script_args).stage == "1"
+
+
+def test_slurm_starts_a_stage_on_every_node_and_requeues_a_job_that_was_asked_to_end(shell: dict[str, str], tmp_path: Path):
+    job = {"SLURM_JOB_ID": "123", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_GPUS_ON_NODE": "4"}
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    with subprocess.Popen(["bash", str(FOLDER / "slurm.sh"), "2"], env=shell | job | {"LINGERS": "yes"}, cwd=tmp_path) as run:
+        wait_for(Path(shell["LOG"]))
+        options = get_args_parser().parse_args(asked(shell))
+        assert (options.nnodes, options.nproc_per_node, options.rdzv_endpoint) == ("2", "4", "node7:20123")
+        run.send_signal(signal.SIGTERM)
+        run.wait(timeout=30)
+    assert Path(shell["LOG"] + ".signals").read_text() == "TERM\n"
+    assert Path(shell["LOG"] + ".scontrol").read_text() == "requeue 123 "
+    assert not list(tmp_path.glob(".stop-*"))
+
+
+def test_slurm_does_not_requeue_a_job_that_is_done(shell: dict[str, str], tmp_path: Path):
+    job = {"SLURM_JOB_ID": "123", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "node7"}
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    done = subprocess.run(["bash", str(FOLDER / "slurm.sh"), "2"], env=shell | job, cwd=tmp_path)
+    assert done.returncode == 0 and not Path(shell["LOG"] + ".scontrol").exists()
+
+
+def wait_for(path: Path) -> None:
+    """Until a file is there and has been written."""
+    deadline = time.monotonic() + 20
+    while not (path.exists() and path.stat().st_size):
+        assert time.monotonic() < deadline, f"{path} did not come"
+        time.sleep(0.05)
