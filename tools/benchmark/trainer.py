@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from megavlm.config.rules import check
-from megavlm.config.schema import Checkpoint, Config, Data, Fp8, Parallel
-from megavlm.config.stages import STAGES
 from megavlm.data.dataset import PackedDataset
 from megavlm.data.plan import Plan
 from megavlm.model import freeze, precision, weights
@@ -21,28 +18,6 @@ from megavlm.train import optimizer
 from megavlm.train.step import prepare, train_step
 from tools.benchmark.cases import Case
 from tools.benchmark.feed import Feed
-
-PRECISIONS = {"bf16": "bfloat16", "fp32": "float32"}
-
-
-def make_config(case: Case, packs: PackedDataset) -> Config:
-    """The stage's recipe for one rank and one pack a step; raises ConfigError for a case that cannot run."""
-    row, recipe = STAGES[case.stage], case.precision.removeprefix("fp8_")
-    is_fp8 = recipe != case.precision
-    number = "bfloat16" if is_fp8 else PRECISIONS[case.precision]
-    config = Config(
-        stage=case.stage,
-        model=case.model,
-        architecture=case.architecture,
-        data=Data(train=str(packs.folder), loss_reduction=row.data.loss_reduction),
-        parallel=Parallel(recompute=case.recompute),
-        optimizer=replace(row.optimizer, moments=case.moments),
-        training=replace(row.training, precision=number, kernels=case.kernels, global_batch_size=1),
-        fp8=Fp8(vision=recipe, language=recipe) if is_fp8 else Fp8(),
-        checkpoint=Checkpoint(save_interval=0),
-    )
-    check(config, world_size=1, machine=precision.machine())
-    return config
 
 
 def random_weights(device: torch.device) -> Callable[[str, tuple[int, ...]], Tensor]:
@@ -70,7 +45,8 @@ class Trainer:
     """
 
     def __init__(self, case: Case, packs: PackedDataset, pack_ids: list[int], workers: int):
-        self._config = config = make_config(case, packs)
+        self._config = config = case.config(str(packs.folder))
+        check(config, world_size=1, machine=precision.machine())
         self._machine = machine = backend.start(config.parallel.timeout_minutes)
         self.device, self._packs = machine.device, packs
         place = groups.create(config.parallel, config.training.seed)
