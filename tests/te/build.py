@@ -112,6 +112,7 @@ def main() -> None:
     answer = {
         "local": facts(build(local, place)),
         "engine": facts(build(config, place)),
+        "normed": [facts(build(dataclasses.replace(one, architecture=normed(one.architecture)), place)) for one in (local, config)],
         "moved": moved(config, local, place),
         "recipes": recipes(config, place),
         "tile_multiple": [precision.tile_multiple(local), precision.tile_multiple(config)],
@@ -125,6 +126,13 @@ def wide(architecture: Any) -> Any:
     """The tests' tiny model, in widths that FP8 allows."""
     vision = dataclasses.replace(architecture.vision, hidden_size=64, ffn_hidden_size=96)
     language = dataclasses.replace(architecture.language, hidden_size=64, ffn_hidden_size=128)
+    return dataclasses.replace(architecture, vision=vision, language=language)
+
+
+def normed(architecture: Any) -> Any:
+    """The same with the norms of InternViT-6B and Qwen3, heads of a width of their own, and a tied head."""
+    vision = dataclasses.replace(architecture.vision, normalization="RMSNorm", qkv_bias=False, qk_norm=True)
+    language = dataclasses.replace(architecture.language, family="qwen3", qkv_bias=False, qk_norm=True, kv_channels=32, tied_head=True)
     return dataclasses.replace(architecture, vision=vision, language=language)
 
 

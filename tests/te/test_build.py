@@ -49,6 +49,14 @@ def test_the_same_weights_are_filled_in(built: dict[str, Any]) -> None:
     assert sum(value != 0 for value in built["engine"]["sums"].values()) > 50
 
 
+def test_models_with_other_norms_and_a_tied_head_hold_the_same_too(built: dict[str, Any]) -> None:
+    local, engine = built["normed"]
+    for what in ("sizes", "shapes", "sums", "dtypes"):
+        assert engine[what] == local[what], what
+    assert any("q_layernorm" in key for key in engine["sizes"]) and any("qk_norm" in key for key in engine["sizes"])
+    assert not any("output_layer" in key for key in engine["sizes"])
+
+
 @pytest.mark.parametrize("way", ["to local", "to engine"])
 def test_a_checkpoint_of_one_kind_of_layers_loads_into_the_other(built: dict[str, Any], way: str) -> None:
     assert built["moved"][way]["before"] != built["local"]["sums"]
