@@ -83,6 +83,8 @@ WRONG = [
     ("--architecture.vision.pixel_std 1,0,1", 1, ["pixel_std 1.0,0.0,1.0: must be above 0"]),
     ("--architecture.language.hidden_size 130", 1, ["num_attention_heads 4 does not divide --architecture.language.hidden_size 130"]),
     ("--architecture.language.hidden_size 12", 1, ["hidden_size 12: 3 a head, and rotary positions need an even number"]),
+    ("--architecture.language.kv_channels 33", 1, ["kv_channels 33: 33 a head, and rotary positions need an even number"]),
+    ("--architecture.language.rotary_dynamic_factor 0.5", 1, ["rotary_dynamic_factor 0.5: must be 1 or more"]),
     ("--architecture.language.num_query_groups 3", 1, ["num_query_groups 3 does not divide"]),
     ("--data.train=", 1, ["--data.train: name the folder"]),
     ("--data.train nowhere", 1, ["--data.train nowhere: no such folder; tools/pack_dataset.py --out nowhere makes one"]),
