@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import InternVLConfig, InternVLForConditionalGeneration
 
 from megavlm.config.schema import Vision
-from megavlm.convert.model_config import hf_config
+from megavlm.convert import native_config
 from megavlm.data.batch import Batch
 from megavlm.data.dataset import PackedDataset
 from megavlm.data.plan import Plan
@@ -91,7 +91,7 @@ def build(
 ) -> InternVLForConditionalGeneration:
     """A model with random weights and the stage's parts frozen."""
     torch.manual_seed(0)
-    settings = hf_config(case.architecture, dtype=dtype, image_token_id=image_token_id, eos_token_id=2, pad_token_id=0)
+    settings = native_config.write(case.architecture, dtype=dtype, image_token_id=image_token_id, eos_token_id=2, pad_token_id=0)
     with device:
         model = InternVLForConditionalGeneration._from_config(
             InternVLConfig.from_dict(settings), attn_implementation=attention, dtype=dtype
