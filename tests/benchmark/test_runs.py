@@ -52,7 +52,7 @@ def test_a_case_runs_through_the_trainer_and_its_figures_fit_together(tmp_path: 
 def test_a_case_that_fails_is_a_row_with_its_error(packs: PackedDataset, tmp_path: Path):
     eight_bits = next(case for case in smoke_cases() if case.name == "tiny-stage2-fp8_tensorwise-megavlm")
     cases = [dataclasses.replace(TINY, limit_s=1), eight_bits]
-    [late, refused] = runner.run_all(cases, packs.folder, tmp_path, SETTINGS, time.monotonic() + 100)
+    [late, refused] = runner.run_all(cases, packs.folder, tmp_path, SETTINGS, time.monotonic() + 300)
     assert late["error"].startswith("not done after 1 s") and late["tokens_per_s"] is None
     if not torch.cuda.is_available():
         assert "ConfigError" in refused["error"] and "--fp8.vision tensorwise" in refused["error"]
@@ -60,7 +60,7 @@ def test_a_case_that_fails_is_a_row_with_its_error(packs: PackedDataset, tmp_pat
 
 
 def test_a_process_without_its_packs_tells_what_is_missing(tmp_path: Path):
-    [row] = runner.run_all([TINY], tmp_path / "nowhere", tmp_path, SETTINGS, time.monotonic() + 100)
+    [row] = runner.run_all([TINY], tmp_path / "nowhere", tmp_path, SETTINGS, time.monotonic() + 300)
     assert "FileNotFoundError" in row["error"] and "nowhere" in row["error"]
 
 

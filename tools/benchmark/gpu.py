@@ -61,7 +61,6 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     from tools.benchmark.packs import REAL, SMOKE, make_packs  # only now: --dry_run needs no tokenizer and no torch
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the case that runs is ended too
     sizes, rows = SMOKE if args.smoke else REAL, []
     with tempfile.TemporaryDirectory(prefix="megavlm-benchmark-") as folder:
         packs = make_packs(Path(folder) / "data", cases[0].architecture, sizes)
@@ -79,4 +78,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the case that runs is ended too
     sys.exit(main())
