@@ -15,9 +15,9 @@ import torch
 
 from megavlm.config.models import architecture
 from megavlm.data.dataset import PackedDataset
-from megavlm.parallel.cost import training_cost
+from megavlm.parallel.cost import pieces, training_cost
 from tools.benchmark import gpu, runner
-from tools.benchmark.cases import Case, smoke_cases
+from tools.benchmark.cases import Case, all_cases, smoke_cases
 from tools.benchmark.packs import SMOKE, fullest, make_packs, photographs
 from tools.benchmark.peer import IGNORED, build, normalise, packed, padded, samples
 
@@ -107,6 +107,13 @@ def test_the_peer_trains_what_the_stage_trains(packs: PackedDataset):
     assert trained and all("multi_modal_projector" in name for name in trained)
     everything = build(dataclasses.replace(case, stage="2"), torch.float32, torch.device("cpu"), "sdpa", packs.manifest.context_token_id)
     assert all(parameter.requires_grad for parameter in everything.parameters())
+
+
+@pytest.mark.parametrize("model", sorted({case.model for case in all_cases()}))
+def test_the_peer_has_as_many_weights_as_the_trainer(model: str):
+    case = Case(model=model, stage="2", implementation="transformers")
+    peer = build(case, torch.bfloat16, torch.device("meta"), "sdpa", 5)
+    assert sum(parameter.numel() for parameter in peer.parameters()) == sum(piece.numbers for piece in pieces(case.architecture))
 
 
 def test_the_peer_is_the_model_whose_flops_are_counted(packs: PackedDataset):
