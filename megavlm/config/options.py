@@ -45,6 +45,7 @@ ALIASES = {
     "--save": "checkpoint.save",
     "--load": "checkpoint.load",
     "--save-interval": "checkpoint.save_interval",
+    "--async-save": "checkpoint.asynchronous",
     "--log-interval": "logging.interval",
     "--num-workers": "data.workers",
     "--wandb-project": "logging.wandb_project",

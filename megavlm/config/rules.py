@@ -103,7 +103,7 @@ def problems(config: Config, world_size: int) -> list[str]:
         *_training(config.training, config.data),
         *_optimizer(config.optimizer, config.training),
         *_fp8(config.fp8, config),
-        *_checkpoint(config.checkpoint),
+        *_checkpoint(config.checkpoint, config.training.eval_interval),
         *_logging(config.logging, config.checkpoint),
     ]
 
@@ -334,8 +334,15 @@ def _fp8(fp8: Fp8, config: Config) -> Iterator[str]:
                 yield f"--fp8.{part} {recipe}: --architecture.{part}.{name} makes matrices {width} wide, not a multiple of {multiple}"
 
 
-def _checkpoint(checkpoint: Checkpoint) -> Iterator[str]:
-    yield from _at_least(0, "checkpoint", checkpoint, "save_interval", "keep")
+def _checkpoint(checkpoint: Checkpoint, eval_interval: int) -> Iterator[str]:
+    yield from _at_least(0, "checkpoint", checkpoint, "save_interval", "keep", "keep_best")
+    if checkpoint.keep_best > 0 and (eval_interval < 1 or checkpoint.save_interval % eval_interval):
+        yield (
+            f"--checkpoint.keep_best {checkpoint.keep_best} needs a held-out loss of each checkpoint: an --training.eval_interval that "
+            f"divides --checkpoint.save_interval {checkpoint.save_interval}; it is {eval_interval}"
+        )
+    if checkpoint.keep_best > 0 and checkpoint.keep == 0:
+        yield f"--checkpoint.keep_best {checkpoint.keep_best} has no effect with --checkpoint.keep 0, which keeps all"
     if checkpoint.save_interval > 0 and not checkpoint.save:
         yield (
             f"--checkpoint.save_interval {checkpoint.save_interval} needs --checkpoint.save, the folder for checkpoints; "

@@ -277,14 +277,21 @@ class Checkpoint:
         load: checkpoint folder (one step, or a run's ``save`` folder) or Hugging Face folder to start from. The same stage resumes exactly;
             another stage takes the weights only.
         save_interval: steps between checkpoints; 0: only at the end and when the run is asked to stop.
+        asynchronous: write checkpoints beside training; only the copy from the device to the host holds it up.
         keep: newest checkpoints to keep; 0: all.
+        keep_best: checkpoints with the lowest held-out loss to keep beside the newest.
+        verify: what is compared with the checksums before a checkpoint is loaded: every byte (content), or, where reading them takes too
+            long, only the sizes of the files.
         export_hf: folder to write the trained model to, in Hugging Face format, at the end of the run.
     """
 
     save: str = ""
     load: str = ""
     save_interval: int = 100
+    asynchronous: bool = False
     keep: int = 3
+    keep_best: int = 0
+    verify: Literal["content", "size"] = "content"
     export_hf: str = ""
 
 

@@ -50,6 +50,12 @@ class Groups:
         dist.all_reduce(values, group=self.collection.dp)
         return values
 
+    def from_writer(self, value: float, device: torch.device) -> float:
+        """The ``value`` of the rank that writes, on every rank of the world; a collective call that waits for the answer."""
+        answer = torch.tensor([value if self.is_writer else 0.0], device=device)
+        dist.all_reduce(answer)
+        return float(answer.item())
+
     def any_rank(self, flag: bool, device: torch.device) -> bool:
         """Whether ``flag`` is set on any rank of the world; a collective call that waits for the answer."""
         answer = torch.tensor([float(flag)], device=device)

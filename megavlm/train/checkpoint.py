@@ -1,37 +1,32 @@
-"""Checkpoints that any layout can load, written so that a half-written one never counts.
+"""What is in a checkpoint, and how a model and its optimizer are filled from one, at any layout.
 
-A run's save folder holds ``step_00000100/`` and so on, and ``latest``, the name of the newest. A step's folder holds ``shards/``
-(megatron-core's distributed checkpoint), ``config.yaml``, ``manifest.json`` and ``tokenizer/`` of the training set, and ``state.json``.
-It is written under another name and renamed when it is complete.
+A run's save folder (``train/folder``) holds ``step_00000100/`` and so on, and ``latest``, the name of the newest. A step's folder holds
+``shards/`` (megatron-core's distributed checkpoint), ``config.yaml``, ``manifest.json`` and ``tokenizer/`` of the training set,
+``state.json``, and ``checksums.json`` of all the others (``train/integrity``). ``train/saver`` writes them.
 """
 
 from __future__ import annotations
 
-import os
-import shutil
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedStateDict
 from megatron.core.optimizer import MegatronOptimizer
 
-from megavlm.config.cli import from_yaml, to_yaml
+from megavlm.config.cli import from_yaml
 from megavlm.config.schema import Architecture, Config, Fp8
-from megavlm.data.manifest import FILE_NAME as MANIFEST_NAME
 from megavlm.model.vlm import VisionLanguageModel
-from megavlm.parallel.groups import Groups
+from megavlm.train import integrity
 from megavlm.train import state as run_state
+from megavlm.train.folder import LATEST
 from megavlm.train.state import State
 
-LATEST = "latest"
 CONFIG_NAME = "config.yaml"
 SHARDS = "shards"
 TOKENIZER = "tokenizer"
-_OWN = {LATEST, "metrics.jsonl", "tensorboard", "wandb"}
 _PREFIX = "model."
 _OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}
 
@@ -55,65 +50,29 @@ def find(path: str) -> Checkpoint | None:
     """The checkpoint at ``path``, the folder of a step or a save folder (then the newest); none where a save folder holds none yet.
 
     Raises:
-        ValueError: the folder is incomplete, or of another format.
+        ValueError: the folder is incomplete, damaged, or of another format.
     """
     folder = Path(path)
     if (folder / LATEST).is_file():
         folder = folder / (folder / LATEST).read_text().strip()
     elif not (folder / run_state.FILE_NAME).is_file():
         return None
-    return Checkpoint(folder=folder, config=from_yaml(folder / CONFIG_NAME), state=run_state.read(folder))
+    return read(folder)
 
 
-def save(config: Config, state: State, model: VisionLanguageModel, optimizer: MegatronOptimizer, groups: Groups, dataset: Path) -> Path:
-    """Write a checkpoint and drop those that are too old. Collective.
+def read(folder: Path) -> Checkpoint:
+    """The checkpoint of one step; its small files are compared with their checksums, its shards are not touched.
 
-    Args:
-        config: the run.
-        state: where it is.
-        model: this rank's chunk.
-        optimizer: its optimizer.
-        groups: this rank's place.
-        dataset: folder of the training set, whose manifest and tokenizer go with the weights.
-
-    Returns:
-        The folder of the checkpoint.
+    Raises:
+        ValueError: the folder is incomplete, damaged, or of another format.
     """
-    root = Path(config.checkpoint.save)
-    target, growing = root / f"step_{state.step:08d}", root / f".growing_step_{state.step:08d}"
-    if groups.rank == 0:
-        shutil.rmtree(growing, ignore_errors=True)
-        (growing / SHARDS).mkdir(parents=True)
-    dist.barrier()
-    dist_checkpointing.save(_sharded(model, optimizer, config.fp8, is_loading=False), str(growing / SHARDS))
-    dist.barrier()
-    if groups.rank == 0:
-        (growing / CONFIG_NAME).write_text(to_yaml(config))
-        shutil.copyfile(dataset / MANIFEST_NAME, growing / MANIFEST_NAME)
-        if (dataset / TOKENIZER).is_dir():
-            shutil.copytree(dataset / TOKENIZER, growing / TOKENIZER)
-        run_state.write(state, growing)
-        _publish(growing, target)
-        _drop_old(root, config.checkpoint.keep)
-    dist.barrier()
-    return target
-
-
-def _publish(growing: Path, target: Path) -> None:
-    replaced = target.with_name(f".replaced_{target.name}")
-    if target.exists():
-        os.replace(target, replaced)
-    os.replace(growing, target)
-    shutil.rmtree(replaced, ignore_errors=True)
-    pointer = target.parent / f".{LATEST}"
-    pointer.write_text(target.name + "\n")
-    os.replace(pointer, target.parent / LATEST)
-
-
-def _drop_old(root: Path, keep: int) -> None:
-    if keep:
-        for folder in sorted(root.glob("step_*"))[:-keep]:
-            shutil.rmtree(folder)
+    state = run_state.read(folder)
+    integrity.check_small_files(folder)
+    path = folder / CONFIG_NAME
+    try:
+        return Checkpoint(folder=folder, config=from_yaml(path), state=state)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: missing, so {folder} is not a complete checkpoint") from None
 
 
 def sharded_weights(model: VisionLanguageModel) -> ShardedStateDict:
@@ -122,7 +81,8 @@ def sharded_weights(model: VisionLanguageModel) -> ShardedStateDict:
     return {key: entry for key, entry in entries if not isinstance(entry, ShardedObject)}
 
 
-def _sharded(model: VisionLanguageModel, optimizer: MegatronOptimizer, fp8: Fp8, *, is_loading: bool) -> dict[str, Any]:
+def sharded(model: VisionLanguageModel, optimizer: MegatronOptimizer, fp8: Fp8, *, is_loading: bool) -> dict[str, Any]:
+    """Weights, main weights, moments, and the scales of FP8, of this rank, as megatron-core saves and loads them. Collective."""
     weights = sharded_weights(model)
     moments = optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=_OPTIMIZER_FORMAT)
     return {"model": weights, "optimizer": moments} | ({"scales": _scales(model)} if "delayed" in fp8.recipes.values() else {})
@@ -151,7 +111,7 @@ def load_weights(checkpoint: Checkpoint, model: VisionLanguageModel) -> None:
 def load_optimizer(checkpoint: Checkpoint, model: VisionLanguageModel, optimizer: MegatronOptimizer, fp8: Fp8) -> None:
     """Fill moments, main weights and step count, and the scales of FP8 where ``fp8`` is as it was. Collective."""
     kept = fp8 if fp8 == checkpoint.config.fp8 else Fp8()
-    loaded = dist_checkpointing.load(_sharded(model, optimizer, kept, is_loading=True), str(checkpoint.folder / SHARDS))
+    loaded = dist_checkpointing.load(sharded(model, optimizer, kept, is_loading=True), str(checkpoint.folder / SHARDS))
     optimizer.load_state_dict(loaded["optimizer"])
     _take(model, loaded["model"] | loaded.get("scales", {}))
 
@@ -176,8 +136,3 @@ def describe_differences(old: Any, new: Any, path: str = "architecture") -> list
         inside = [describe_differences(getattr(old, f.name), getattr(new, f.name), f"{path}.{f.name}") for f in fields(old)]
         return [line for lines in inside for line in lines]
     return [] if old == new else [f"--{path}: {old} in the checkpoint, {new} asked for"]
-
-
-def is_own(entry: Path) -> bool:
-    """Whether a file or folder in a save folder is one that a run writes there."""
-    return entry.name in _OWN or entry.name.startswith(("step_", ".growing_", ".replaced_", f".{LATEST}"))

@@ -6,7 +6,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megavlm.config.rules import PARTS, ConfigError, DatasetFacts, check
+import torch.distributed as dist
+
+from megavlm.config.rules import PARTS, DatasetFacts, check
 from megavlm.config.schema import Config
 from megavlm.convert import hf
 from megavlm.convert.families import family_of
@@ -19,11 +21,12 @@ from megavlm.model.vlm import VisionLanguageModel
 from megavlm.parallel import backend, groups
 from megavlm.parallel.layout import make_layout
 from megavlm.parallel.split import PackSize
-from megavlm.train import checkpoint, optimizer
+from megavlm.train import checkpoint, folder, optimizer, source
 from megavlm.train.checkpoint import Checkpoint
 from megavlm.train.job import Job
 from megavlm.train.loop import run
 from megavlm.train.metrics import Metrics
+from megavlm.train.saver import SaveError
 from megavlm.train.state import State
 from megavlm.train.step import prepare
 
@@ -32,14 +35,19 @@ def launch(config: Config) -> None:
     """Run a training job; what is wrong with it ends the process with status 2 before any process group exists."""
     backend.set_environment(config.training.deterministic)
     try:
-        source = inspect(config, backend.world_size())
+        start = inspect(config, backend.world_size())
     except (ValueError, FileNotFoundError) as error:
         if backend.rank() == 0:
             print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     machine = backend.start(config.parallel.timeout_minutes, deterministic=config.training.deterministic)
     try:
-        train(config, machine, source)
+        train(config, machine, start)
+    except (source.DamagedError, SaveError) as error:
+        # Every rank knows of it, so none waits for another.
+        if backend.rank() == 0:
+            print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
     finally:
         backend.stop()
 
@@ -56,9 +64,9 @@ def inspect(config: Config, world_size: int) -> Checkpoint | Path | None:
     """
     check(config, world_size, facts=[_facts(flag, folder) for flag, folder in _datasets(config)], machine=precision.machine())
     family_of(config.architecture.language)  # else the trained model could not be exported
-    own = _own_checkpoint(config)
+    own = source.own(config)
     if own is not None:
-        return _fit(config, own)
+        return own
     if not config.checkpoint.load:
         return None
     if (Path(config.checkpoint.load) / "config.json").is_file():
@@ -67,7 +75,7 @@ def inspect(config: Config, world_size: int) -> Checkpoint | Path | None:
     loaded = checkpoint.find(config.checkpoint.load)
     if loaded is None:
         raise ValueError(f"--checkpoint.load {config.checkpoint.load}: no checkpoint and no Hugging Face model is there")
-    return _fit(config, loaded)
+    return source.fit(config, loaded)
 
 
 def _datasets(config: Config) -> Sequence[tuple[str, str]]:
@@ -92,77 +100,40 @@ def _facts(flag: str, folder: str) -> DatasetFacts:
     )
 
 
-def _own_checkpoint(config: Config) -> Checkpoint | None:
-    """The newest checkpoint of this very run, to go on from.
-
-    Raises:
-        ValueError: the save folder holds something else.
-    """
-    save = Path(config.checkpoint.save)
-    if not config.checkpoint.save or not save.exists():
-        return None
-    found = checkpoint.find(str(save))
-    if found is None:
-        strangers = sorted(entry.name for entry in save.iterdir() if not checkpoint.is_own(entry))
-        if strangers:
-            listed = ", ".join(strangers[:3])
-            raise ValueError(f"--checkpoint.save {save}: the folder holds something else already ({listed}); name another one")
-        return None
-    if found.state.stage != config.stage:
-        raise ValueError(
-            f"--checkpoint.save {save}: it holds checkpoints of stage {found.state.stage}, and this is stage {config.stage}; "
-            "name another folder, and give this one to --checkpoint.load to start from its weights"
-        )
-    return found
-
-
-def _fit(config: Config, source: Checkpoint) -> Checkpoint:
-    """Refuse a checkpoint that this job cannot start from."""
-    problems = checkpoint.architecture_differences(source.config.architecture, config.architecture)
-    tokenizer = read_manifest(config.data.train).tokenizer_fingerprint
-    if source.state.tokenizer not in (None, tokenizer):
-        own = source.folder / checkpoint.TOKENIZER
-        problems.append(f"--data.train {config.data.train}: packed with another tokenizer than the checkpoint's, {own}")
-    if resumes(config, source):
-        problems += checkpoint.describe_differences(source.config.training.trainable, config.training.trainable, "training.trainable")
-        problems += checkpoint.describe_differences(source.config.training.seed, config.training.seed, "training.seed")
-    if problems:
-        listed = "\n  ".join(problems)
-        raise ConfigError(f"the checkpoint {source.folder} does not fit this run:\n  {listed}")
-    return source
-
-
-def resumes(config: Config, source: Checkpoint) -> bool:
-    """Whether a checkpoint is gone on from, rather than only its weights taken: it is of the same stage."""
-    return source.state.stage == config.stage
-
-
-def train(config: Config, machine: backend.Backend, source: Checkpoint | Path | None) -> State:
+def train(config: Config, machine: backend.Backend, start: Checkpoint | Path | None) -> State:
     """Build the model and everything around it, train, and export. Collective.
 
     Args:
         config: the run, checked.
         machine: where tensors live.
-        source: what to start from, as ``inspect`` answered.
+        start: what to start from, as ``inspect`` answered.
+
+    Raises:
+        DamagedError: the checkpoint to start from is damaged, on every rank.
+        SaveError: the last checkpoint could not be saved, on every rank.
     """
     packs = PackedDataset(config.data.train)
     layout = make_layout(config, PackSize.mean(packs.some_records()))
     place = groups.create(config.parallel, config.training.seed, layout.embedding_chunk)
+    if isinstance(start, Checkpoint):
+        start = source.whole(config, start)
     with Metrics(config, place.is_writer) as metrics:
+        if config.checkpoint.save:
+            _clean(Path(config.checkpoint.save), place, metrics)
         model = VisionLanguageModel(config, layout, place).to(machine.device)
-        if isinstance(source, Checkpoint):
-            checkpoint.load_weights(source, model)
+        if isinstance(start, Checkpoint):
+            checkpoint.load_weights(start, model)
         else:
-            weights.fill(model, hf.full_tensors(source, config.architecture) if source else weights.fresh_tensor(config))
+            weights.fill(model, hf.full_tensors(start, config.architecture) if start else weights.fresh_tensor(config))
         trained = freeze.apply(model, config.training.trainable)
         wrapped = optimizer.wrap(config, model)
         prepare(wrapped)
         adamw = optimizer.build(config, wrapped)
         state = State(stage=config.stage, tokenizer=packs.manifest.tokenizer_fingerprint)
-        if isinstance(source, Checkpoint) and resumes(config, source):
-            checkpoint.load_optimizer(source, model, adamw, config.fp8)
-            state = source.state
-        _introduce(config, place, trained, source, state, metrics)
+        if isinstance(start, Checkpoint) and source.resumes(config, start):
+            checkpoint.load_optimizer(start, model, adamw, config.fp8)
+            state = start.state
+        _introduce(config, place, trained, start, state, metrics)
         if place.pipeline_size > 1:
             metrics.say(f"pipeline: {layout}")
         job = Job(
@@ -183,19 +154,27 @@ def train(config: Config, machine: backend.Backend, source: Checkpoint | Path | 
     return state
 
 
+def _clean(save: Path, place: groups.Groups, metrics: Metrics) -> None:
+    """Remove what a killed run left in the save folder. Collective."""
+    left: list = [folder.clean(save) if place.rank == 0 and save.exists() else []]
+    dist.broadcast_object_list(left)
+    if left[0]:
+        metrics.say(f"removed from {save} what a killed run left: {', '.join(left[0])}")
+
+
 def _introduce(
-    config: Config, place: groups.Groups, trained: Trained, source: Checkpoint | Path | None, state: State, metrics: Metrics
+    config: Config, place: groups.Groups, trained: Trained, start: Checkpoint | Path | None, state: State, metrics: Metrics
 ) -> None:
     """Say what is about to run."""
-    start = "fresh weights"
-    if isinstance(source, Checkpoint):
-        goes_on = f"going on after step {state.step}" if resumes(config, source) else "its weights only, with fresh moments"
-        start = f"{source.folder} (stage {source.state.stage}, step {source.state.step}): {goes_on}"
-    elif source is not None:
-        start = f"{source} (Hugging Face): its weights"
+    origin = "fresh weights"
+    if isinstance(start, Checkpoint):
+        goes_on = f"going on after step {state.step}" if source.resumes(config, start) else "its weights only, with fresh moments"
+        origin = f"{start.folder} (stage {start.state.stage}, step {start.state.step}): {goes_on}"
+    elif start is not None:
+        origin = f"{start} (Hugging Face): its weights"
     parts = ", ".join(f"{part} {trained.weights[part]:,} of {trained.total[part]:,}" for part in PARTS)
     sizes = f"tensor {place.tensor_size} x pipeline {place.pipeline_size} x data {place.data_size}"
     metrics.say(f"stage {config.stage}, model {config.model}, {place.size} ranks: {sizes}, {config.training.precision}")
-    metrics.say(f"start: {start}")
+    metrics.say(f"start: {origin}")
     metrics.say(f"trained weights: {parts}")
     metrics.record(state.step, {"trained_weights": sum(trained.weights.values())})

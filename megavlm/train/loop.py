@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import time
 
 import torch
 from torch import Tensor
@@ -13,12 +12,12 @@ from torch import Tensor
 from megavlm.data.loader import batches
 from megavlm.model.precision import tile_multiple
 from megavlm.parallel.cost import training_cost
-from megavlm.train import checkpoint
 from megavlm.train.evaluate import held_out_loss
 from megavlm.train.job import Job
 from megavlm.train.metrics import Metrics
 from megavlm.train.optimizer import set_rates, whole_weights
 from megavlm.train.pace import Pace
+from megavlm.train.saver import Saver
 from megavlm.train.state import State
 from megavlm.train.step import train_step
 from megavlm.train.stop import StopRequest
@@ -30,13 +29,14 @@ def run(job: Job, state: State, metrics: Metrics) -> State:
     Raises:
         ValueError: no token of a step is supervised, so its loss is not defined.
         FloatingPointError: a gradient was not finite; the last checkpoint is from before it.
+        SaveError: the last checkpoint could not be saved.
     """
     config, groups, packs = job.config, job.groups, job.config.training.global_batch_size
     last, interval = config.training.steps, config.logging.interval
     positions = range(state.consumed + groups.data_rank, state.consumed + (last - state.step) * packs, groups.data_size)
-    saved, unseen = state.step, {}
+    saver, unseen = Saver(job, metrics, state.step), {}
     if state.step == 0:
-        _evaluate(job, state, metrics)
+        state = _evaluate(job, state, metrics)
     pace = Pace(training_cost(config.architecture, config.training.trainable), groups.size)
     with StopRequest() as stop, contextlib.closing(_loader(job, positions)) as arriving:
         while state.step < last:
@@ -48,7 +48,7 @@ def run(job: Job, state: State, metrics: Metrics) -> State:
             micro_steps, clip = packs // groups.data_size, config.optimizer.clip_grad
             result = train_step(job.wrapped, job.optimizer, arriving, micro_steps, weight, clip, job.backend)
             unseen[state.step] = result.grad_norm
-            state = dataclasses.replace(state, step=state.step + 1, consumed=state.consumed + packs)
+            state = dataclasses.replace(state, step=state.step + 1, consumed=state.consumed + packs, valid_loss=None)
             pace.add(job.train.index[ids])
 
             asked_to_stop = False
@@ -60,16 +60,24 @@ def run(job: Job, state: State, metrics: Metrics) -> State:
                 loss = float(groups.sum_over_data(result.loss))
                 metrics.record(state.step, {"loss": loss, "lr": rate, "grad_norm": grad_norm} | pace.report())
                 asked_to_stop = groups.any_rank(stop.asked, job.backend.device)
+                with pace.paused():
+                    saver.poll()
             if state.step == last or (config.training.eval_interval and state.step % config.training.eval_interval == 0):
                 with pace.paused():
-                    _evaluate(job, state, metrics)
+                    state = _evaluate(job, state, metrics)
             if config.checkpoint.save and (interval_is_over or asked_to_stop or state.step == last):
                 with pace.paused():
-                    saved = _save(job, state, metrics)
+                    saver.save(state)
             if asked_to_stop:
-                kept = f"the last checkpoint is of step {saved}" if config.checkpoint.save else "nothing is kept without --checkpoint.save"
+                saver.wait()
+                kept = (
+                    f"the last checkpoint is of step {saver.step}"
+                    if config.checkpoint.save
+                    else "nothing is kept without --checkpoint.save"
+                )
                 metrics.say(f"stopped by a signal after step {state.step}; {kept}")
                 break
+    saver.finish()
     return state
 
 
@@ -100,15 +108,11 @@ def _loader(job: Job, positions: range):
     )
 
 
-def _evaluate(job: Job, state: State, metrics: Metrics) -> None:
-    if job.valid is not None:
-        with whole_weights(job.wrapped):
-            metrics.record(state.step, {"valid_loss": held_out_loss(job)})
-
-
-def _save(job: Job, state: State, metrics: Metrics) -> int:
-    start = time.perf_counter()
+def _evaluate(job: Job, state: State, metrics: Metrics) -> State:
+    """Measure the held-out loss, where there are packs for it; the state with it is returned."""
+    if job.valid is None:
+        return state
     with whole_weights(job.wrapped):
-        folder = checkpoint.save(job.config, state, job.model, job.optimizer, job.groups, job.train.folder)
-    metrics.say(f"saved {folder} in {time.perf_counter() - start:.1f} s")
-    return state.step
+        loss = job.groups.from_writer(held_out_loss(job), job.backend.device)
+    metrics.record(state.step, {"valid_loss": loss})
+    return dataclasses.replace(state, valid_loss=loss)

@@ -22,6 +22,7 @@ class State:
         consumed: packs that are done, over all ranks and epochs.
         stage: name of the stage that was trained; none in a checkpoint made by conversion.
         tokenizer: fingerprint of the tokenizer of the training packs; none where it is not known.
+        valid_loss: held-out loss after this very step; none where it was not measured.
         format: version of the checkpoint's layout.
     """
 
@@ -29,6 +30,7 @@ class State:
     consumed: int = 0
     stage: str | None = None
     tokenizer: str | None = None
+    valid_loss: float | None = None
     format: int = FORMAT_VERSION
 
 
@@ -45,10 +47,10 @@ def read(folder: Path) -> State:
     """
     path = folder / FILE_NAME
     if not path.is_file():
-        raise ValueError(f"--checkpoint.load {folder}: no {FILE_NAME} in it, so it is not a complete checkpoint")
+        raise ValueError(f"{path}: missing, so {folder} is not a complete checkpoint")
     try:
         state = State(**json.loads(path.read_text()))
-    except (json.JSONDecodeError, TypeError) as error:
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: not the state of a checkpoint ({error})") from error
     if state.format != FORMAT_VERSION:
         raise ValueError(f"{path}: written in format {state.format}; this version of megavlm reads {FORMAT_VERSION}")

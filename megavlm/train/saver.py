@@ -1,0 +1,153 @@
+"""Saves a run's checkpoints, and tells when one could not be saved.
+
+A failed save costs the checkpoint that was being written and nothing else: the ones before it stay, what was written of it is removed, and
+training goes on to the next one. Only when the last save of a run fails does the run end with an error.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megavlm.config.cli import to_yaml
+from megavlm.data.manifest import FILE_NAME as MANIFEST_NAME
+from megavlm.train import checkpoint, folder, integrity
+from megavlm.train import state as run_state
+from megavlm.train.job import Job
+from megavlm.train.metrics import Metrics
+from megavlm.train.optimizer import whole_weights
+from megavlm.train.state import State
+from megavlm.train.writing import Writing
+
+# Kept free while the shards are written, for the small files that come after them: a disk that is full by then would leave one rank with an
+# error and the others waiting for it.
+_SPARE_BYTES = 64 << 20
+_SPARE = ".spare"
+
+
+class SaveError(RuntimeError):
+    """A checkpoint that could not be saved, at the end of a run."""
+
+
+class Saver:
+    """Writes checkpoints of a job, one at a time. Every method is collective.
+
+    Args:
+        job: the run.
+        metrics: told of each save.
+        step: of the checkpoint that the run goes on from, 0 without one.
+    """
+
+    def __init__(self, job: Job, metrics: Metrics, step: int):
+        self.step = step
+        self._job, self._metrics, self._root = job, metrics, Path(job.config.checkpoint.save)
+        self._beside = job.config.checkpoint.asynchronous
+        self._writing: Writing | None = None
+        self._state, self._growing, self._start = State(), Path(), 0.0
+        self._problem = ""
+
+    def save(self, state: State) -> None:
+        """Save the run as it is; if writing goes on beside training, the weights may change when this returns."""
+        self.wait()
+        self._state, self._start, self._problem = state, time.perf_counter(), ""
+        name: list = [folder.growing_name(state.step)]
+        dist.broadcast_object_list(name)  # rank 0's
+        self._growing = self._root / name[0]
+        if self._agree(self._on_first(self._prepare)):
+            return
+        job = self._job
+        with whole_weights(job.wrapped):
+            tensors = checkpoint.sharded(job.model, job.optimizer, job.config.fp8, is_loading=False)
+            self._writing = Writing(tensors, self._growing / checkpoint.SHARDS, beside=self._beside)
+        if not self._beside:
+            self.wait()
+
+    def poll(self) -> None:
+        """Publish the checkpoint that is being written beside training, if all ranks are done with it."""
+        if self._writing is not None:
+            done = torch.tensor([float(self._writing.is_done)], device=self._job.backend.device)
+            dist.all_reduce(done, op=dist.ReduceOp.MIN)
+            if done.item():
+                self.wait()
+
+    def wait(self) -> None:
+        """Wait for the checkpoint that is being written, if any, and publish it."""
+        if self._writing is None:
+            return
+        writing, self._writing = self._writing, None
+        outcome = writing.wait()
+        known: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(known, outcome.sums or {})
+        self._on_first(lambda: (self._growing / _SPARE).unlink())
+        if self._agree(outcome.error):
+            return
+        writing.describe()
+        sums = {name: found for share in known for name, found in share.items()}
+        if self._agree(self._on_first(lambda: self._publish(sums))):
+            return
+        self.step = self._state.step
+        target, seconds = self._root / folder.step_name(self.step), time.perf_counter() - self._start
+        self._metrics.say(f"saved {target} in {seconds:.1f} s" + " beside training" * self._beside)
+
+    def finish(self) -> None:
+        """Wait for the last checkpoint.
+
+        Raises:
+            SaveError: it could not be saved.
+        """
+        self.wait()
+        if self._problem:
+            raise SaveError(self._problem)
+
+    def _on_first(self, action: Callable[[], None]) -> str:
+        """Run ``action`` on rank 0, and return what went wrong with it."""
+        if self._job.groups.rank:
+            return ""
+        try:
+            action()
+        except OSError as error:
+            return f"{type(error).__name__}: {error}"
+        return ""
+
+    def _agree(self, error: str) -> bool:
+        """Whether saving failed on any rank; then it is told and cleared away."""
+        errors: list = [None] * dist.get_world_size()
+        dist.all_gather_object(errors, error)
+        told = {text: rank for rank, text in reversed(list(enumerate(errors))) if text}
+        if not told:
+            return False
+        free = shutil.disk_usage(self._root if self._root.exists() else "/").free
+        listed = "; ".join(f"rank {rank}: {text}" for text, rank in told.items())
+        self._problem = (
+            f"--checkpoint.save {self._root}: the checkpoint of step {self._state.step} could not be saved ({listed}); "
+            f"{free / 2**20:,.0f} MiB are free there, the last checkpoint is of step {self.step}"
+        )
+        if self._job.groups.rank == 0:
+            shutil.rmtree(self._growing, ignore_errors=True)
+        self._metrics.say(f"ERROR: {self._problem}")
+        return True
+
+    def _prepare(self) -> None:
+        (self._growing / checkpoint.SHARDS).mkdir(parents=True)
+        with (self._growing / _SPARE).open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, _SPARE_BYTES)
+
+    def _publish(self, sums: dict[str, integrity.Sum]) -> None:
+        """Add the small files to the shards, then give the checkpoint its name."""
+        config, growing, dataset = self._job.config, self._growing, self._job.train.folder
+        (growing / checkpoint.CONFIG_NAME).write_text(to_yaml(config))
+        shutil.copyfile(dataset / MANIFEST_NAME, growing / MANIFEST_NAME)
+        if (dataset / checkpoint.TOKENIZER).is_dir():
+            shutil.copytree(dataset / checkpoint.TOKENIZER, growing / checkpoint.TOKENIZER)
+        run_state.write(self._state, growing)
+        integrity.write(growing, sums)
+        target = self._root / folder.step_name(self._state.step)
+        folder.publish(growing, target)
+        folder.drop_old(self._root, target, config.checkpoint.keep, config.checkpoint.keep_best)
