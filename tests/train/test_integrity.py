@@ -1,0 +1,92 @@
+"""Checksums of a checkpoint's files, and what may not be unpickled."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import zlib
+from pathlib import Path
+
+import pytest
+
+from megavlm.train import integrity
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / "__0_0.distcp").write_bytes(bytes(range(256)) * 9)
+    (tmp_path / "state.json").write_text("{}")
+    integrity.write(tmp_path, {})
+    return tmp_path
+
+
+def _wrong(folder: Path, **options) -> list[str]:
+    sums = integrity.read(folder)
+    return integrity.differences(folder, sums, sums, **options)
+
+
+def test_every_file_is_listed_with_its_size_and_checksum(folder: Path) -> None:
+    assert json.loads((folder / integrity.FILE_NAME).read_text()) == {
+        "shards/__0_0.distcp": [2304, zlib.crc32(bytes(range(256)) * 9)],
+        "state.json": [2, zlib.crc32(b"{}")],
+    }
+    assert _wrong(folder) == []
+
+
+def test_checksums_that_are_known_already_are_not_computed_again(folder: Path) -> None:
+    integrity.write(folder, {"state.json": (7, 8)})
+    assert integrity.read(folder)["state.json"] == (7, 8)
+
+
+def test_one_flipped_bit_is_found_by_content_and_not_by_size(folder: Path) -> None:
+    path = folder / "shards" / "__0_0.distcp"
+    content = bytearray(path.read_bytes())
+    content[1000] ^= 4
+    path.write_bytes(content)
+    [line] = _wrong(folder)
+    assert str(path) in line and "checksum" in line
+    assert _wrong(folder, by_size_only=True) == []
+
+
+@pytest.mark.parametrize("by_size_only", [False, True])
+def test_files_that_are_cut_short_or_gone_are_named(folder: Path, by_size_only: bool) -> None:
+    os.truncate(folder / "shards" / "__0_0.distcp", 100)
+    (folder / "state.json").unlink()
+    cut, gone = _wrong(folder, by_size_only=by_size_only)
+    assert "__0_0.distcp: 100 bytes, 2,304 were written" in cut and gone == f"{folder / 'state.json'}: missing"
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", '{"a": 3}', '{"a": [1, "x"]}'])
+def test_damaged_checksums_are_damage_too(folder: Path, content: str) -> None:
+    (folder / integrity.FILE_NAME).write_text(content)
+    with pytest.raises(ValueError, match=integrity.FILE_NAME):
+        integrity.read(folder)
+
+
+class _Attack:
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_description_of_shards_that_would_run_a_program_is_refused_unrun(tmp_path: Path) -> None:
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(_Attack(tmp_path / "broken-in")))
+    [line] = integrity.strangers(tmp_path / ".metadata")
+    assert "mkdir" in line and not (tmp_path / "broken-in").exists()
+
+
+def test_a_real_description_of_shards_passes(tmp_path: Path) -> None:
+    import torch
+    from torch.distributed.checkpoint import FileSystemWriter, save
+
+    tensors = {"a": torch.zeros(3, 5), "b": torch.ones(2, dtype=torch.bfloat16)}
+    save(tensors, storage_writer=FileSystemWriter(tmp_path), no_dist=True)
+    assert integrity.strangers(tmp_path / ".metadata") == []
+    content = (tmp_path / ".metadata").read_bytes()
+    (tmp_path / ".metadata").write_bytes(content[: len(content) // 2])
+    [line] = integrity.strangers(tmp_path / ".metadata")
+    assert "not a description" in line
