@@ -47,14 +47,15 @@ def saved_tensors(folder: Path) -> dict[str, torch.Tensor]:
     return {key: value for key, value in loaded.items() if isinstance(value, torch.Tensor)}
 
 
-def _job(dataset: Path, save: Path, load: Path | str = "", stage: str = "2", **settings) -> Config:
+def make_job(dataset: Path, save: Path, load: Path | str = "", stage: str = "2", **settings) -> Config:
     drop_path = 0.2 if "vision" in settings.get("trainable", EVERYTHING) else 0.0
     config = config_for(dataset, steps=STEPS, global_batch_size=4, drop_path=drop_path, **settings)
     files = Checkpoint(save=str(save), load=str(load), save_interval=3, keep=0)
     return dataclasses.replace(config, stage=stage, checkpoint=files, logging=Logging(interval=1))
 
 
-def _losses(save: Path) -> list[float]:
+def losses(save: Path) -> list[float]:
+    """The losses that a run has on record."""
     lines = [json.loads(line) for line in (save / "metrics.jsonl").read_text().splitlines()]
     return [line["loss"] for line in lines if "loss" in line]
 
@@ -74,10 +75,10 @@ def test_going_on_equals_no_interruption_bit_for_bit(
     ranks: Pool, dataset: Path, tmp_path: Path, layout: dict, mask: tuple[str, ...]
 ) -> None:
     settings = dict(trainable=mask, **layout)
-    assert ranks.run(run_job, 2, _job(dataset, tmp_path / "whole", **settings)) == [STEPS] * 2
+    assert ranks.run(run_job, 2, make_job(dataset, tmp_path / "whole", **settings)) == [STEPS] * 2
     _forget_the_end(tmp_path / "whole", tmp_path / "killed")
-    ranks.run(run_job, 2, _job(dataset, tmp_path / "killed", **settings))
-    assert _losses(tmp_path / "killed") == _losses(tmp_path / "whole")[3:]
+    ranks.run(run_job, 2, make_job(dataset, tmp_path / "killed", **settings))
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")[3:]
     last = f"step_{STEPS:08d}"
     [whole] = ranks.run(saved_tensors, 1, tmp_path / "whole" / last)
     [killed] = ranks.run(saved_tensors, 1, tmp_path / "killed" / last)
@@ -85,31 +86,44 @@ def test_going_on_equals_no_interruption_bit_for_bit(
     assert all(torch.equal(whole[key], killed[key]) for key in whole)
 
 
-def test_a_checkpoint_goes_on_at_other_layouts(ranks: Pool, dataset: Path, tmp_path: Path) -> None:
-    ranks.run(run_job, 4, _job(dataset, tmp_path / "whole", tensor_model_parallel_size=2, pipeline_model_parallel_size=2))
-    expected = _losses(tmp_path / "whole")[3:]
-    for world, layout in ((1, dict()), (2, dict(pipeline_model_parallel_size=2, layout="v|v*2,t*3")), (2, dict())):
-        save = tmp_path / f"other-{world}-{len(layout)}"
+PARTLY = ("projector", "vision.encoder.layers.1.*", "language.decoder.layers.[02].*")
+OTHER_LAYOUTS = [
+    (1, dict()),
+    (2, dict()),
+    (2, dict(tensor_model_parallel_size=2, sequence_parallel=True)),
+    (2, dict(pipeline_model_parallel_size=2, layout="v|v*2,t*3")),
+    (4, dict(pipeline_model_parallel_size=4, layout="v|v*2|t|t*2")),
+    (4, dict(tensor_model_parallel_size=2)),
+]
+
+
+@pytest.mark.parametrize("mask", [EVERYTHING, PARTLY])
+def test_a_checkpoint_goes_on_at_other_layouts(ranks: Pool, dataset: Path, tmp_path: Path, mask: tuple[str, ...]) -> None:
+    whole = make_job(dataset, tmp_path / "whole", trainable=mask, tensor_model_parallel_size=2, pipeline_model_parallel_size=2)
+    ranks.run(run_job, 4, whole)
+    expected = losses(tmp_path / "whole")[3:]
+    for number, (world, layout) in enumerate(OTHER_LAYOUTS):
+        save = tmp_path / f"other-{number}"
         _forget_the_end(tmp_path / "whole", save)
-        ranks.run(run_job, world, _job(dataset, save, **layout))
-        assert _losses(save) == pytest.approx(expected, rel=1e-5)
+        ranks.run(run_job, world, make_job(dataset, save, trainable=mask, **layout))
+        assert losses(save) == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_next_stage_takes_the_weights_and_starts_anew(ranks: Pool, dataset: Path, tmp_path: Path) -> None:
-    ranks.run(run_job, 1, _job(dataset, tmp_path / "one", stage="1", trainable=("projector",)))
-    ranks.run(run_job, 1, _job(dataset, tmp_path / "two", load=tmp_path / "one"))
+    ranks.run(run_job, 1, make_job(dataset, tmp_path / "one", stage="1", trainable=("projector",)))
+    ranks.run(run_job, 1, make_job(dataset, tmp_path / "two", load=tmp_path / "one"))
     [one] = ranks.run(saved_tensors, 1, tmp_path / "one" / f"step_{STEPS:08d}")
     [two] = ranks.run(saved_tensors, 1, tmp_path / "two" / "step_00000003")
     assert not any("vision" in key for key in one if key.startswith("optimizer"))
     assert any("vision" in key for key in two if key.startswith("optimizer"))
     # The first update has a learning rate of 0, so the first loss of stage 2 is that of the weights of stage 1.
-    assert _losses(tmp_path / "two")[0] < _losses(tmp_path / "one")[0]
+    assert losses(tmp_path / "two")[0] < losses(tmp_path / "one")[0]
     state = json.loads((tmp_path / "two" / f"step_{STEPS:08d}" / "state.json").read_text())
     assert (state["step"], state["consumed"], state["stage"]) == (STEPS, 4 * STEPS, "2")
 
 
 def test_old_checkpoints_go(ranks: Pool, dataset: Path, tmp_path: Path) -> None:
-    config = _job(dataset, tmp_path / "run")
+    config = make_job(dataset, tmp_path / "run")
     config = dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, save_interval=1, keep=2))
     ranks.run(run_job, 1, dataclasses.replace(config, parallel=Parallel()))
     kept = sorted(entry.name for entry in (tmp_path / "run").glob("step_*"))

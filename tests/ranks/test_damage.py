@@ -1,0 +1,183 @@
+"""Damaged checkpoints, a full disk, and checkpoints that are written beside training."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import json
+import os
+import resource
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from megavlm.config.cli import from_yaml, to_yaml
+from megavlm.config.schema import Config
+from tests.data.samples import make_dataset
+from tests.ranks.pool import Pool
+from tests.ranks.runs import TINY
+from tests.ranks.test_resume import STEPS, losses, make_job, run_job
+
+NEWEST = f"step_{STEPS:08d}"
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("packs") / "train"
+    sizes = dict(vocab_size=199, context_token_id=7, tile_size=16, features_per_tile=TINY.features_per_tile, capacity=128)
+    make_dataset(folder, packs=10, samples_per_pack=4, image_share=0.6, **sizes)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(ranks: Pool, dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that ended well, with checkpoints of steps 3 and 6."""
+    save = tmp_path_factory.mktemp("whole") / "run"
+    ranks.run(run_job, 1, make_job(dataset, save))
+    return save
+
+
+def told(config: Config) -> tuple[str, str]:
+    """Run a job; what it said, and the error that it ended with."""
+    words = io.StringIO()
+    error = ""
+    with contextlib.redirect_stderr(words), contextlib.redirect_stdout(words):
+        try:
+            run_job(config)
+        except (ValueError, RuntimeError) as problem:
+            error = str(problem)
+    return words.getvalue(), error
+
+
+def _flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def _other_model(path: Path) -> None:
+    config = from_yaml(path)
+    language = dataclasses.replace(config.architecture.language, num_layers=9)
+    path.write_text(to_yaml(dataclasses.replace(config, architecture=dataclasses.replace(config.architecture, language=language))))
+    (path.parent / "checksums.json").unlink()
+
+
+DAMAGES: list[tuple[str, Callable[[Path], None], str]] = [
+    ("shards/__0_1.distcp", _flip, "checksum differs"),
+    ("shards/__0_0.distcp", lambda path: os.truncate(path, 1000), "1,000 bytes"),
+    ("shards/__0_1.distcp", Path.unlink, "missing"),
+    ("shards/.metadata", _flip, "checksum differs"),
+    ("shards/common.pt", Path.unlink, "missing"),
+    ("state.json", Path.unlink, "missing"),
+    ("state.json", lambda path: path.write_text("{"), "not the state"),
+    ("config.yaml", _flip, "checksum differs"),
+    ("config.yaml", _other_model, "num_layers: 9 in the checkpoint, 3 asked for"),
+    ("checksums.json", lambda path: os.truncate(path, 50), "damaged"),
+    ("", shutil.rmtree, "missing"),
+]
+
+
+@pytest.mark.parametrize(("name", "damage", "reason"), DAMAGES)
+def test_a_run_names_the_damage_and_goes_on_from_the_checkpoint_before(
+    ranks: Pool, dataset: Path, whole: Path, tmp_path: Path, name: str, damage: Callable[[Path], None], reason: str
+) -> None:
+    shutil.copytree(whole, tmp_path / "run")
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    damage(tmp_path / "run" / NEWEST / name)
+    [(words, error)] = ranks.run(told, 1, make_job(dataset, tmp_path / "run"))
+    assert not error and "WARNING" in words and str(tmp_path / "run" / NEWEST / name) in words and reason in words
+    assert "going on after step 3" in words
+    assert losses(tmp_path / "run") == losses(whole)[3:]
+    shards = "shards/__0_0.distcp"
+    assert (tmp_path / "run" / NEWEST / shards).read_bytes() == (whole / NEWEST / shards).read_bytes()
+
+
+def test_with_no_whole_checkpoint_left_nothing_is_overwritten(ranks: Pool, dataset: Path, whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole, tmp_path / "run")
+    for step in ("step_00000003", NEWEST):
+        _flip(tmp_path / "run" / step / "shards" / "__0_0.distcp")
+    [(_, error)] = ranks.run(told, 1, make_job(dataset, tmp_path / "run"))
+    assert "no checkpoint of this run can be used" in error and error.count("checksum differs") == 2
+    assert (tmp_path / "run" / NEWEST).is_dir()
+
+
+def test_a_damaged_checkpoint_that_the_user_names_is_an_error_on_every_rank(
+    ranks: Pool, dataset: Path, whole: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(whole, tmp_path / "old")
+    _flip(tmp_path / "old" / NEWEST / "shards" / "__0_0.distcp")
+    config = make_job(dataset, tmp_path / "new", load=tmp_path / "old")
+    for _, error in ranks.run(told, 2, config):
+        assert f"--checkpoint.load {tmp_path / 'old' / NEWEST}" in error and "__0_0.distcp" in error
+    by_size = dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, verify="size", load=str(tmp_path / "old")))
+    [(words, error)] = ranks.run(told, 1, by_size)
+    assert not error and "going on after step 6" in words
+
+
+def with_small_files(config: Config, spare_bytes: int, rank: int) -> tuple[str, str]:
+    """Run a job in which one rank can write no file above 300 kB, as if its disk were full."""
+    from megavlm.train import saver
+
+    before, spare = resource.getrlimit(resource.RLIMIT_FSIZE), saver._SPARE_BYTES
+    vars(saver)["_SPARE_BYTES"] = spare_bytes
+    if dist.get_rank() == rank:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, before[1]))
+    try:
+        return told(config)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        vars(saver)["_SPARE_BYTES"] = spare
+
+
+@pytest.mark.parametrize(("beside", "spare_bytes", "rank"), [(False, 64 << 20, 0), (False, 1000, 1), (True, 1000, 1), (True, 1000, 0)])
+def test_a_full_disk_costs_the_checkpoint_that_was_being_written_and_no_other(
+    ranks: Pool, dataset: Path, tmp_path: Path, beside: bool, spare_bytes: int, rank: int
+) -> None:
+    config = make_job(dataset, tmp_path / "run", tensor_model_parallel_size=2)
+    ranks.run(run_job, 2, dataclasses.replace(config, training=dataclasses.replace(config.training, steps=3)))
+    often = dataclasses.replace(config.checkpoint, save_interval=1, asynchronous=beside)
+    for words, error in ranks.run(with_small_files, 2, dataclasses.replace(config, checkpoint=often), spare_bytes, rank):
+        assert f"--checkpoint.save {tmp_path / 'run'}: the checkpoint of step 6 could not be saved (rank {rank}: OSError" in error
+        assert "MiB are free there, the last checkpoint is of step 3" in error
+        assert not words or words.count("could not be saved") == 3
+    assert len(losses(tmp_path / "run")) == STEPS
+    assert sorted(entry.name for entry in (tmp_path / "run").iterdir()) == ["latest", "metrics.jsonl", "step_00000003"]
+    [(words, error), _] = sorted(ranks.run(told, 2, config), reverse=True)
+    assert not error and "going on after step 3" in words
+
+
+def with_slow_disk(config: Config) -> tuple[str, str]:
+    """Run a job in which rank 1 takes a second to write, so that training is steps ahead by then."""
+    from megavlm.train import writing
+
+    write = writing._write
+
+    def slowly(*arguments) -> writing.Outcome:
+        time.sleep(dist.get_rank())
+        return write(*arguments)
+
+    vars(writing)["_write"] = slowly
+    try:
+        return told(config)
+    finally:
+        vars(writing)["_write"] = write
+
+
+@pytest.mark.parametrize("layout", [dict(), dict(pipeline_model_parallel_size=2, layout="v*2|v,t*3")])
+def test_checkpoints_written_beside_training_have_the_same_bytes(ranks: Pool, dataset: Path, tmp_path: Path, layout: dict) -> None:
+    config = make_job(dataset, tmp_path / "waiting", **layout)
+    ranks.run(run_job, 2, config)
+    files = dataclasses.replace(config.checkpoint, save=str(tmp_path / "beside"), asynchronous=True)
+    words, error = max(ranks.run(with_slow_disk, 2, dataclasses.replace(config, checkpoint=files)))
+    assert not error
+    # The checkpoint of step 3 came into being while training went on.
+    assert words.index("step 4 ") < words.index("step_00000003 in")
+    for step in ("step_00000003", NEWEST):
+        sums = [json.loads((tmp_path / run / step / "checksums.json").read_text()) for run in ("waiting", "beside")]
+        shards = [name for name in sums[0] if name.endswith(".distcp")]
+        assert len(shards) >= 3 and all(sums[0][name] == sums[1][name] for name in shards)
