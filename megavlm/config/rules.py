@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from megavlm.config.pipeline import parse_layout
+from megavlm.config.saving import checkpoint_problems
 from megavlm.config.schema import Architecture, Checkpoint, Config, Data, Fp8, Logging, Optimizer, Parallel, Training
 
 PARTS = ("vision", "projector", "language")
@@ -103,7 +104,8 @@ def problems(config: Config, world_size: int) -> list[str]:
         *_training(config.training, config.data),
         *_optimizer(config.optimizer, config.training),
         *_fp8(config.fp8, config),
-        *_checkpoint(config.checkpoint, config.training.eval_interval),
+        *_at_least(0, "checkpoint", config.checkpoint, "save_interval", "keep", "keep_best"),
+        *checkpoint_problems(config.checkpoint, config.training.eval_interval),
         *_logging(config.logging, config.checkpoint),
     ]
 
@@ -332,31 +334,6 @@ def _fp8(fp8: Fp8, config: Config) -> Iterator[str]:
         for name, width in (("hidden_size", sizes.hidden_size), ("ffn_hidden_size", sizes.ffn_hidden_size // tensor)):
             if width % (multiple := FP8_ROWS[recipe]):
                 yield f"--fp8.{part} {recipe}: --architecture.{part}.{name} makes matrices {width} wide, not a multiple of {multiple}"
-
-
-def _checkpoint(checkpoint: Checkpoint, eval_interval: int) -> Iterator[str]:
-    yield from _at_least(0, "checkpoint", checkpoint, "save_interval", "keep", "keep_best")
-    if checkpoint.keep_best > 0 and (eval_interval < 1 or checkpoint.save_interval % eval_interval):
-        yield (
-            f"--checkpoint.keep_best {checkpoint.keep_best} needs a held-out loss of each checkpoint: an --training.eval_interval that "
-            f"divides --checkpoint.save_interval {checkpoint.save_interval}; it is {eval_interval}"
-        )
-    if checkpoint.keep_best > 0 and checkpoint.keep == 0:
-        yield f"--checkpoint.keep_best {checkpoint.keep_best} has no effect with --checkpoint.keep 0, which keeps all"
-    if checkpoint.save_interval > 0 and not checkpoint.save:
-        yield (
-            f"--checkpoint.save_interval {checkpoint.save_interval} needs --checkpoint.save, the folder for checkpoints; "
-            "use --checkpoint.save_interval 0 for a run that keeps nothing"
-        )
-    if checkpoint.save and Path(checkpoint.save).exists() and not Path(checkpoint.save).is_dir():
-        yield f"--checkpoint.save {checkpoint.save}: is a file; name a folder"
-    if checkpoint.load and not Path(checkpoint.load).is_dir():
-        yield f"--checkpoint.load {checkpoint.load}: no such folder"
-    if checkpoint.export_hf and not checkpoint.save:
-        yield f"--checkpoint.export_hf {checkpoint.export_hf} needs --checkpoint.save: the model is exported from the last checkpoint"
-    target = Path(checkpoint.export_hf)
-    if checkpoint.export_hf and target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        yield f"--checkpoint.export_hf {checkpoint.export_hf}: exists already and is not an empty folder; name another"
 
 
 def _logging(logging: Logging, checkpoint: Checkpoint) -> Iterator[str]:

@@ -280,6 +280,7 @@ class Checkpoint:
         asynchronous: write checkpoints beside training; only the copy from the device to the host holds it up.
         keep: newest checkpoints to keep; 0: all.
         keep_best: checkpoints with the lowest held-out loss to keep beside the newest.
+        moments: AdamW's moments when a stage starts from the checkpoint of another: all fresh, or kept for weights that both stages train.
         verify: what is compared with the checksums before a checkpoint is loaded: every byte (content), or, where reading them takes too
             long, only the sizes of the files.
         export_hf: folder to write the trained model to, in Hugging Face format, at the end of the run.
@@ -291,6 +292,7 @@ class Checkpoint:
     asynchronous: bool = False
     keep: int = 3
     keep_best: int = 0
+    moments: Literal["fresh", "keep"] = "fresh"
     verify: Literal["content", "size"] = "content"
     export_hf: str = ""
 

@@ -21,7 +21,7 @@ from megavlm.model.vlm import VisionLanguageModel
 from megavlm.parallel import backend, groups
 from megavlm.parallel.layout import make_layout
 from megavlm.parallel.split import PackSize
-from megavlm.train import checkpoint, folder, optimizer, source
+from megavlm.train import checkpoint, folder, moments, optimizer, source
 from megavlm.train.checkpoint import Checkpoint
 from megavlm.train.job import Job
 from megavlm.train.loop import run
@@ -71,6 +71,8 @@ def inspect(config: Config, world_size: int) -> Checkpoint | Path | None:
         return None
     if (Path(config.checkpoint.load) / "config.json").is_file():
         hf.refuse_other(config.checkpoint.load, config.architecture)
+        if config.checkpoint.moments == "keep":
+            raise ValueError(f"--checkpoint.moments keep: {config.checkpoint.load} is of Hugging Face and has none; use fresh")
         return Path(config.checkpoint.load)
     loaded = checkpoint.find(config.checkpoint.load)
     if loaded is None:
@@ -128,11 +130,14 @@ def train(config: Config, machine: backend.Backend, start: Checkpoint | Path | N
         trained = freeze.apply(model, config.training.trainable)
         wrapped = optimizer.wrap(config, model)
         prepare(wrapped)
-        adamw = optimizer.build(config, wrapped)
-        state = State(stage=config.stage, tokenizer=packs.manifest.tokenizer_fingerprint)
+        history = source.history(config, start)
+        adamw = optimizer.build(config, wrapped, moments.ages(model, history))
+        state = State(stage=config.stage, tokenizer=packs.manifest.tokenizer_fingerprint, history=history)
         if isinstance(start, Checkpoint) and source.resumes(config, start):
             checkpoint.load_optimizer(start, model, adamw, config.fp8)
             state = start.state
+        elif history:
+            moments.keep(start, model, adamw, optimizer.oldest(adamw))
         _introduce(config, place, trained, start, state, metrics)
         if place.pipeline_size > 1:
             metrics.say(f"pipeline: {layout}")
@@ -168,7 +173,7 @@ def _introduce(
     """Say what is about to run."""
     origin = "fresh weights"
     if isinstance(start, Checkpoint):
-        goes_on = f"going on after step {state.step}" if source.resumes(config, start) else "its weights only, with fresh moments"
+        goes_on = f"going on after step {state.step}" if source.resumes(config, start) else "its weights"
         origin = f"{start.folder} (stage {start.state.stage}, step {start.state.step}): {goes_on}"
     elif start is not None:
         origin = f"{start} (Hugging Face): its weights"
@@ -176,5 +181,10 @@ def _introduce(
     sizes = f"tensor {place.tensor_size} x pipeline {place.pipeline_size} x data {place.data_size}"
     metrics.say(f"stage {config.stage}, model {config.model}, {place.size} ranks: {sizes}, {config.training.precision}")
     metrics.say(f"start: {origin}")
+    if state.history:
+        *_, (steps, trainable) = state.history
+        metrics.say(f"moments: those after {steps} steps of {', '.join(trainable)} for what this stage trains too, fresh for the rest")
+    elif state.step == 0:
+        metrics.say("moments: fresh")
     metrics.say(f"trained weights: {parts}")
     metrics.record(state.step, {"trained_weights": sum(trained.weights.values())})

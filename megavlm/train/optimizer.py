@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -56,8 +58,14 @@ def _is_vector(parameter: Tensor) -> bool:
     return parameter.squeeze().ndim < 2
 
 
-def build(config: Config, wrapped: DistributedDataParallel) -> MegatronOptimizer:
-    """Create AdamW over what is trained. Collective: every rank calls it, with nothing to train too."""
+def build(config: Config, wrapped: DistributedDataParallel, ages: Mapping[int, int] = MappingProxyType({})) -> MegatronOptimizer:
+    """Create AdamW over what is trained. Collective: every rank calls it, with nothing to train too.
+
+    Args:
+        config: the run.
+        wrapped: this rank's chunk.
+        ages: updates that the moments of each weight have seen before this run, by ``id`` of the parameter; none: all are fresh.
+    """
     optimizer, number = config.optimizer, precision(config)
     settings = OptimizerConfig(
         optimizer="adam",
@@ -75,6 +83,10 @@ def build(config: Config, wrapped: DistributedDataParallel) -> MegatronOptimizer
     )
     spared = {ParamKey(predicate=ParamPredicate(name="vector", fn=_is_vector)): ParamGroupOverride(wd_mult=0.0)}
     overrides = spared if optimizer.decay == "matrices" else {}
+    for age in set(ages.values()):
+        # megatron-core tells groups apart by lr_mult, among others, and does nothing else with it.
+        chosen = ParamPredicate(name=f"age {age}", fn=lambda parameter, age=age: ages[id(parameter)] == age)
+        overrides[ParamKey(predicate=chosen)] = ParamGroupOverride(lr_mult=1.0 + age)
     return get_megatron_optimizer(settings, [wrapped], config_overrides=overrides)
 
 
@@ -111,10 +123,30 @@ def _gradients(optimizer: MegatronOptimizer) -> list[Tensor]:
     return [grad for grad in found if grad is not None]
 
 
+def oldest(optimizer: MegatronOptimizer) -> int:
+    """Updates that the oldest moments have seen before this run."""
+    return max((_age(group) for group in optimizer.param_groups), default=0)
+
+
+def _age(group: dict[str, Any]) -> int:
+    return round(group["lr_mult"] - 1)
+
+
 def set_rates(optimizer: MegatronOptimizer, config: Config, step: int) -> float:
-    """Set learning rate and weight decay of every parameter group for update ``step``; the learning rate is returned."""
-    rate = learning_rate(step, config.optimizer, config.training.steps)
+    """Set learning rate, weight decay and epsilon of every parameter group for update ``step``; the learning rate is returned.
+
+    All groups count updates as the oldest does, and AdamW divides both moments by one minus their decay to that power. Rates of a younger
+    group undo that and put its own number of updates in place.
+    """
+    settings, rate, most = config.optimizer, learning_rate(step, config.optimizer, config.training.steps), oldest(optimizer)
     for group in optimizer.param_groups:
-        group["lr"] = rate
-        group["weight_decay"] = config.optimizer.weight_decay * group["wd_mult"]
+        first = _correction(settings.adam_beta1, most + step + 1) / _correction(settings.adam_beta1, _age(group) + step + 1)
+        second = math.sqrt(_correction(settings.adam_beta2, _age(group) + step + 1) / _correction(settings.adam_beta2, most + step + 1))
+        group["lr"] = rate * first * second
+        group["weight_decay"] = settings.weight_decay * group["wd_mult"] / (first * second)
+        group["eps"] = settings.adam_eps * second
     return rate
+
+
+def _correction(beta: float, updates: int) -> float:
+    return 1 - beta**updates

@@ -17,6 +17,7 @@ from megavlm.data.manifest import read_manifest
 from megavlm.parallel import backend
 from megavlm.train import checkpoint, folder, integrity
 from megavlm.train.checkpoint import Checkpoint
+from megavlm.train.state import History
 
 
 class DamagedError(ValueError):
@@ -91,6 +92,8 @@ def fit(config: Config, source: Checkpoint) -> Checkpoint:
     if resumes(config, source):
         problems += checkpoint.describe_differences(source.config.training.trainable, config.training.trainable, "training.trainable")
         problems += checkpoint.describe_differences(source.config.training.seed, config.training.seed, "training.seed")
+    elif config.checkpoint.moments == "keep" and source.state.stage is None:
+        problems.append(f"--checkpoint.moments keep: {source.folder} was made by conversion and has no moments; use fresh")
     if problems:
         listed = "\n  ".join(problems)
         raise ConfigError(f"the checkpoint {source.folder} does not fit this run:\n  {listed}")
@@ -100,6 +103,16 @@ def fit(config: Config, source: Checkpoint) -> Checkpoint:
 def resumes(config: Config, source: Checkpoint) -> bool:
     """Whether a checkpoint is gone on from, rather than only its weights taken: it is of the same stage."""
     return source.state.stage == config.stage
+
+
+def history(config: Config, source: Checkpoint | Path | None) -> History:
+    """Earlier stages whose moments the run goes on with."""
+    if not isinstance(source, Checkpoint):
+        return ()
+    if resumes(config, source):
+        return source.state.history
+    before = (source.state.step, source.config.training.trainable)
+    return (*source.state.history, before) if config.checkpoint.moments == "keep" else ()
 
 
 def whole(config: Config, source: Checkpoint) -> Checkpoint:

@@ -10,6 +10,9 @@ from pathlib import Path
 FILE_NAME = "state.json"
 FORMAT_VERSION = 1
 
+History = tuple[tuple[int, tuple[str, ...]], ...]
+"""Stages whose moments were kept, oldest first: steps of each, and what it trained."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class State:
@@ -23,6 +26,7 @@ class State:
         stage: name of the stage that was trained; none in a checkpoint made by conversion.
         tokenizer: fingerprint of the tokenizer of the training packs; none where it is not known.
         valid_loss: held-out loss after this very step; none where it was not measured.
+        history: earlier stages of which moments were kept.
         format: version of the checkpoint's layout.
     """
 
@@ -31,6 +35,7 @@ class State:
     stage: str | None = None
     tokenizer: str | None = None
     valid_loss: float | None = None
+    history: History = ()
     format: int = FORMAT_VERSION
 
 
@@ -49,8 +54,10 @@ def read(folder: Path) -> State:
     if not path.is_file():
         raise ValueError(f"{path}: missing, so {folder} is not a complete checkpoint")
     try:
-        state = State(**json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
+        values = json.loads(path.read_text())
+        history = tuple((int(steps), tuple(trainable)) for steps, trainable in values.pop("history", []))
+        state = State(**values, history=history)
+    except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: not the state of a checkpoint ({error})") from error
     if state.format != FORMAT_VERSION:
         raise ValueError(f"{path}: written in format {state.format}; this version of megavlm reads {FORMAT_VERSION}")

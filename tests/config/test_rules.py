@@ -108,6 +108,9 @@ WRONG = [
     ("--checkpoint.save=", 1, ["save_interval 100 needs --checkpoint.save", "save_interval 0 for a run that keeps nothing"]),
     ("--checkpoint.save FILE", 1, ["is a file"]),
     ("--checkpoint.keep -1", 1, ["checkpoint.keep -1: must be 0 or more"]),
+    ("--checkpoint.keep_best 2", 1, ["keep_best 2 needs a held-out loss of each checkpoint", "save_interval 100; it is 0"]),
+    ("--checkpoint.keep_best 2 --checkpoint.keep 0", 1, ["keep_best 2 has no effect with --checkpoint.keep 0, which keeps all"]),
+    ("--checkpoint.moments keep", 1, ["--checkpoint.moments keep needs --checkpoint.load"]),
     ("--checkpoint.load nowhere", 1, ["--checkpoint.load nowhere: no such folder"]),
     (
         "--checkpoint.save= --save-interval 0 --checkpoint.export_hf no-such-folder/hf",

@@ -48,9 +48,11 @@ def saved_tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def make_job(dataset: Path, save: Path, load: Path | str = "", stage: str = "2", **settings) -> Config:
-    drop_path = 0.2 if "vision" in settings.get("trainable", EVERYTHING) else 0.0
-    config = config_for(dataset, steps=STEPS, global_batch_size=4, drop_path=drop_path, **settings)
-    files = Checkpoint(save=str(save), load=str(load), save_interval=3, keep=0)
+    settings = dict(drop_path=0.2 if "vision" in settings.get("trainable", EVERYTHING) else 0.0) | settings
+    names = {field.name for field in dataclasses.fields(Checkpoint)}
+    chosen = {name: settings.pop(name) for name in list(settings) if name in names}
+    files = Checkpoint(**dict(save=str(save), load=str(load), save_interval=3, keep=0) | chosen)
+    config = config_for(dataset, steps=STEPS, global_batch_size=4, **settings)
     return dataclasses.replace(config, stage=stage, checkpoint=files, logging=Logging(interval=1))
 
 
@@ -66,7 +68,7 @@ def _forget_the_end(save: Path, target: Path) -> None:
     shutil.rmtree(target / f"step_{STEPS:08d}")
     (target / "metrics.jsonl").unlink()
     (target / "latest").write_text("step_00000003\n")
-    (target / ".growing_step_00000006").mkdir()
+    (target / ".growing_step_00000006_0a1b2c3d").mkdir()
 
 
 @pytest.mark.parametrize("mask", [("projector",), EVERYTHING])
@@ -120,6 +122,40 @@ def test_the_next_stage_takes_the_weights_and_starts_anew(ranks: Pool, dataset: 
     assert losses(tmp_path / "two")[0] < losses(tmp_path / "one")[0]
     state = json.loads((tmp_path / "two" / f"step_{STEPS:08d}" / "state.json").read_text())
     assert (state["step"], state["consumed"], state["stage"]) == (STEPS, 4 * STEPS, "2")
+
+
+SOME = ("projector", "language.decoder.layers.[02].*")
+MORE = ("vision.encoder.layers.*", "projector", "language.decoder.layers.0.*")
+
+
+def first_moments(save: Path, step: int) -> dict[str, torch.Tensor]:
+    """The first moments in a checkpoint, by name of the weight."""
+    start = "optimizer.state.exp_avg.model."
+    tensors = saved_tensors(save / f"step_{step:08d}").items()
+    return {key.removeprefix(start): value for key, value in tensors if key.startswith(start)}
+
+
+@pytest.mark.parametrize(("world", "layout"), OTHER_LAYOUTS[1:4:2])
+def test_moments_of_what_both_stages_train_are_kept_when_asked(
+    ranks: Pool, dataset: Path, tmp_path: Path, world: int, layout: dict
+) -> None:
+    second = dict(load=tmp_path / "one", trainable=MORE, drop_path=0.0, lr=1e-3, warmup_ratio=0.0, clip_grad=0.0, save_interval=1)
+    ranks.run(run_job, 2, make_job(dataset, tmp_path / "one", stage="1", trainable=SOME, tensor_model_parallel_size=2))
+    ranks.run(run_job, 1, make_job(dataset, tmp_path / "fresh", **second))
+    ranks.run(run_job, world, make_job(dataset, tmp_path / "kept", moments="keep", **second, **layout))
+    runs = (("one", STEPS), ("fresh", 1), ("kept", 1))
+    [before], [fresh], [kept] = (ranks.run(first_moments, 1, tmp_path / run, step) for run, step in runs)
+    # After the first update: (1 - beta) gradient where fresh, and beta times what was there in addition where kept.
+    assert fresh.keys() == kept.keys() and before.keys() - kept.keys() and kept.keys() - before.keys() and before.keys() & kept.keys()
+    for key in kept:
+        wanted = fresh[key] + (0.9 * before[key] if key in before else 0.0)
+        assert torch.allclose(kept[key], wanted, rtol=1e-4, atol=1e-7), key
+    # Going on inside the stage needs no checkpoint of the stage before, and is exact.
+    _forget_the_end(tmp_path / "kept", tmp_path / "killed")
+    ranks.run(run_job, world, make_job(dataset, tmp_path / "killed", moments="keep", **second, **layout))
+    assert losses(tmp_path / "killed") == losses(tmp_path / "kept")[3:]
+    [whole], [killed] = (ranks.run(saved_tensors, 1, tmp_path / run / f"step_{STEPS:08d}") for run in ("kept", "killed"))
+    assert whole.keys() == killed.keys() and all(torch.equal(whole[key], killed[key]) for key in whole)
 
 
 def test_old_checkpoints_go(ranks: Pool, dataset: Path, tmp_path: Path) -> None:
