@@ -54,7 +54,11 @@ def run(job: Job, state: State, metrics: Metrics) -> State:
             asked_to_stop = False
             interval_is_over = config.checkpoint.save_interval and state.step % config.checkpoint.save_interval == 0
             if state.step % interval == 0 or state.step == last or interval_is_over:
-                grad_norm = _look(unseen, job)
+                try:
+                    grad_norm = _look(unseen, job)
+                except FloatingPointError:
+                    saver.wait()  # every rank is here, and what is being written is from before it
+                    raise
                 unseen = {}
             if state.step % interval == 0 or state.step == last:
                 loss = float(groups.sum_over_data(result.loss))

@@ -48,6 +48,7 @@ def saved_tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def make_job(dataset: Path, save: Path, load: Path | str = "", stage: str = "2", **settings) -> Config:
+    """A job of a few steps with a checkpoint in the middle and one at the end; ``settings`` as in ``config_for``, and of ``Checkpoint``."""
     settings = dict(drop_path=0.2 if "vision" in settings.get("trainable", EVERYTHING) else 0.0) | settings
     names = {field.name for field in dataclasses.fields(Checkpoint)}
     chosen = {name: settings.pop(name) for name in list(settings) if name in names}
