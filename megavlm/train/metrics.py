@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any
 
 from megavlm.config.cli import to_yaml
 from megavlm.config.schema import Config
@@ -28,7 +30,7 @@ class Metrics:
 
     def __init__(self, config: Config, is_writer: bool):
         self._writes = is_writer
-        self._file: TextIO | None = None
+        self._file: FileIO | None = None
         self._board: Any = None
         self._wandb: Any = None
         if not is_writer:
@@ -36,7 +38,7 @@ class Metrics:
         if config.checkpoint.save:
             folder = Path(config.checkpoint.save)
             folder.mkdir(parents=True, exist_ok=True)
-            self._file = (folder / FILE_NAME).open("a", buffering=1)
+            self._file = (folder / FILE_NAME).open("ab", buffering=0)
         if config.logging.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -62,12 +64,22 @@ class Metrics:
         numbers = {name: value for name, value in values.items() if not isinstance(value, str)}
         if self._file is not None:
             finite = {name: value if isinstance(value, str) or math.isfinite(value) else None for name, value in values.items()}
-            self._file.write(json.dumps({"step": step, "time": round(time.time(), 3)} | finite) + "\n")
+            self._append(json.dumps({"step": step, "time": round(time.time(), 3)} | finite) + "\n")
         if self._board is not None:
             for name, value in numbers.items():
                 self._board.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(numbers, step=step)
+
+    def _append(self, line: str) -> None:
+        """Add a line to the file, whole or not at all. A full disk does not end the run for it."""
+        size = os.fstat(self._file.fileno()).st_size
+        try:
+            if self._file.write(line.encode()) < len(line.encode()):
+                self._file.truncate(size)
+                raise OSError("no space for a whole line")
+        except OSError as error:
+            self.say(f"ERROR: {self._file.name}: the record above is on the console only ({error})")
 
     def __enter__(self) -> Metrics:
         return self

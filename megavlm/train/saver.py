@@ -85,9 +85,9 @@ class Saver:
         outcome = writing.wait()
         known: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(known, outcome.sums or {})
-        self._on_first(lambda: (self._growing / _SPARE).unlink())
         if self._agree(outcome.error):
             return
+        self._on_first(lambda: (self._growing / _SPARE).unlink())
         writing.describe()
         sums = {name: found for share in known for name, found in share.items()}
         if self._agree(self._on_first(lambda: self._publish(sums))):

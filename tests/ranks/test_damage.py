@@ -142,7 +142,7 @@ def test_a_full_disk_costs_the_checkpoint_that_was_being_written_and_no_other(
     ranks.run(run_job, 2, dataclasses.replace(config, training=dataclasses.replace(config.training, steps=3)))
     often = dataclasses.replace(config.checkpoint, save_interval=1, asynchronous=beside)
     for words, error in ranks.run(with_small_files, 2, dataclasses.replace(config, checkpoint=often), spare_bytes, rank):
-        assert f"--checkpoint.save {tmp_path / 'run'}: the checkpoint of step 6 could not be saved (rank {rank}: OSError" in error
+        assert f"--checkpoint.save {tmp_path / 'run'}: the checkpoint of step 6 could not be saved (rank {rank}: " in error
         assert "MiB are free there, the last checkpoint is of step 3" in error
         assert not words or words.count("could not be saved") == 3
     assert len(losses(tmp_path / "run")) == STEPS

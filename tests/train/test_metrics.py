@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import resource
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,22 @@ def test_records_go_to_the_console_and_to_a_file_that_a_restart_continues(tmp_pa
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [(line["step"], line["loss"], line["grad_norm"]) for line in lines] == [(1, 2.5, None), (2, 1.25, None)]
     assert "step 2  loss 1.25" in capsys.readouterr().out
+
+
+def test_a_full_disk_costs_records_but_no_run_and_leaves_whole_lines(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with Metrics(_config(tmp_path), is_writer=True) as metrics:
+        metrics.record(1, {"loss": 2.5})
+        size = (tmp_path / "run" / "metrics.jsonl").stat().st_size
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 10, before[1]))
+        try:
+            metrics.record(2, {"loss": 1.5})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        metrics.record(3, {"loss": 0.5})
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 3]
+    assert "metrics.jsonl: the record above is on the console only" in capsys.readouterr().out
 
 
 def test_other_ranks_write_nothing(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
