@@ -72,13 +72,11 @@ def run(job: Job, state: State, metrics: Metrics) -> State:
             if config.checkpoint.save and (interval_is_over or asked_to_stop or state.step == last):
                 with pace.paused():
                     saver.save(state)
+            if asked_to_stop or state.step == last:
+                saver.wait()  # while a signal does not end the run at once
             if asked_to_stop:
-                saver.wait()
-                kept = (
-                    f"the last checkpoint is of step {saver.step}"
-                    if config.checkpoint.save
-                    else "nothing is kept without --checkpoint.save"
-                )
+                newest = f"the last checkpoint is of step {saver.step}"
+                kept = newest if config.checkpoint.save else "nothing is kept without --checkpoint.save"
                 metrics.say(f"stopped by a signal after step {state.step}; {kept}")
                 break
     saver.finish()

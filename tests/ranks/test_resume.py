@@ -167,3 +167,17 @@ def test_old_checkpoints_go(ranks: Pool, dataset: Path, tmp_path: Path) -> None:
     assert kept == ["step_00000005", "step_00000006"]
     assert (tmp_path / "run" / "latest").read_text().strip() == kept[-1]
     assert not list((tmp_path / "run").glob(".growing*"))
+
+
+def test_the_checkpoint_with_the_lowest_held_out_loss_stays(ranks: Pool, dataset: Path, tmp_path: Path) -> None:
+    config = make_job(dataset, tmp_path / "run", lr=0.05, save_interval=1, keep=1, keep_best=1)
+    training = dataclasses.replace(config.training, eval_interval=1, eval_packs=2)
+    config = dataclasses.replace(config, training=training, data=dataclasses.replace(config.data, valid=str(dataset)))
+    ranks.run(run_job, 1, config)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    found = {line["step"]: line["valid_loss"] for line in lines if "valid_loss" in line and line["step"]}
+    best = min(found, key=found.get)
+    kept = sorted(int(entry.name.removeprefix("step_")) for entry in (tmp_path / "run").glob("step_*"))
+    assert len(found) == STEPS and kept == sorted({best, STEPS})
+    state = json.loads((tmp_path / "run" / f"step_{best:08d}" / "state.json").read_text())
+    assert state["valid_loss"] == pytest.approx(found[best])
