@@ -115,7 +115,11 @@ def main() -> None:
         "normed": [facts(build(dataclasses.replace(one, architecture=normed(one.architecture)), place)) for one in (local, config)],
         "moved": moved(config, local, place),
         "recipes": recipes(config, place),
-        "tile_multiple": [precision.tile_multiple(local), precision.tile_multiple(config)],
+        "tile_multiple": {
+            "local": precision.tile_multiple(local),
+            "engine": precision.tile_multiple(config),
+            "fp8": precision.tile_multiple(dataclasses.replace(config, fp8=dataclasses.replace(config.fp8, vision="tensorwise"))),
+        },
     }
     groups.destroy()
     dist.destroy_process_group()

@@ -74,8 +74,8 @@ def test_weight_gradients_are_summed_inside_the_products(built: dict[str, Any]) 
     assert len(products) == 4 * 6 + 2 and all(products.values())
 
 
-def test_tiles_come_in_sixteens(built: dict[str, Any]) -> None:
-    assert built["tile_multiple"] == [1, 16]
+def test_tiles_come_in_sixteens_where_fp8_asks_for_it(built: dict[str, Any]) -> None:
+    assert built["tile_multiple"] == {"local": 1, "engine": 4, "fp8": 16}
 
 
 @pytest.mark.parametrize(
