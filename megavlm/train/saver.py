@@ -30,6 +30,8 @@ from megavlm.train.writing import Writing
 # error and the others waiting for it.
 _SPARE_BYTES = 64 << 20
 _SPARE = ".spare"
+# Free beside it when writing begins, for the small file that comes before the shards.
+_FIRST_BYTES = 1 << 18
 
 
 class SaveError(RuntimeError):
@@ -137,7 +139,8 @@ class Saver:
     def _prepare(self) -> None:
         (self._growing / checkpoint.SHARDS).mkdir(parents=True)
         with (self._growing / _SPARE).open("wb") as file:
-            os.posix_fallocate(file.fileno(), 0, _SPARE_BYTES)
+            os.posix_fallocate(file.fileno(), 0, _SPARE_BYTES + _FIRST_BYTES)
+            file.truncate(_SPARE_BYTES)
 
     def _publish(self, sums: dict[str, integrity.Sum]) -> None:
         """Add the small files to the shards, then give the checkpoint its name."""

@@ -110,11 +110,11 @@ def test_a_damaged_checkpoint_that_the_user_names_is_an_error_on_every_rank(
     ranks: Pool, dataset: Path, whole: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(whole, tmp_path / "old")
-    _flip(tmp_path / "old" / NEWEST / "shards" / "__0_0.distcp")
+    _flip(tmp_path / "old" / NEWEST / "manifest.json")
     config = make_job(dataset, tmp_path / "new", load=tmp_path / "old")
     for _, error in ranks.run(told, 2, config):
-        assert f"--checkpoint.load {tmp_path / 'old' / NEWEST}" in error and "__0_0.distcp" in error
-    by_size = dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, verify="size", load=str(tmp_path / "old")))
+        assert f"--checkpoint.load {tmp_path / 'old' / NEWEST}" in error and "manifest.json: its bytes are not those" in error
+    by_size = dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, verify="size"))
     [(words, error)] = ranks.run(told, 1, by_size)
     assert not error and "going on after step 6" in words
 
@@ -141,13 +141,14 @@ def test_a_full_disk_costs_the_checkpoint_that_was_being_written_and_no_other(
     config = make_job(dataset, tmp_path / "run", tensor_model_parallel_size=2)
     ranks.run(run_job, 2, dataclasses.replace(config, training=dataclasses.replace(config.training, steps=3)))
     often = dataclasses.replace(config.checkpoint, save_interval=1, asynchronous=beside)
-    for words, error in ranks.run(with_small_files, 2, dataclasses.replace(config, checkpoint=often), spare_bytes, rank):
+    answers = ranks.run(with_small_files, 2, dataclasses.replace(config, checkpoint=often), spare_bytes, rank)
+    for _, error in answers:
         assert f"--checkpoint.save {tmp_path / 'run'}: the checkpoint of step 6 could not be saved (rank {rank}: " in error
         assert "MiB are free there, the last checkpoint is of step 3" in error
-        assert not words or words.count("could not be saved") == 3
+    assert answers[0][0].count("could not be saved") == 3
     assert len(losses(tmp_path / "run")) == STEPS
     assert sorted(entry.name for entry in (tmp_path / "run").iterdir()) == ["latest", "metrics.jsonl", "step_00000003"]
-    [(words, error), _] = sorted(ranks.run(told, 2, config), reverse=True)
+    words, error = ranks.run(told, 2, config)[0]
     assert not error and "going on after step 3" in words
 
 
@@ -180,4 +181,4 @@ def test_checkpoints_written_beside_training_have_the_same_bytes(ranks: Pool, da
     for step in ("step_00000003", NEWEST):
         sums = [json.loads((tmp_path / run / step / "checksums.json").read_text()) for run in ("waiting", "beside")]
         shards = [name for name in sums[0] if name.endswith(".distcp")]
-        assert len(shards) >= 3 and all(sums[0][name] == sums[1][name] for name in shards)
+        assert len(shards) >= 2 and all(sums[0][name] == sums[1][name] for name in shards)
