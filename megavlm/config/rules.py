@@ -10,6 +10,7 @@ from pathlib import Path
 from megavlm.config.pipeline import parse_layout
 from megavlm.config.saving import checkpoint_problems
 from megavlm.config.schema import Architecture, Checkpoint, Config, Data, Fp8, Logging, Optimizer, Parallel, Training
+from megavlm.config.sharing import rows_of_a_rank, sharing_problems
 
 PARTS = ("vision", "projector", "language")
 
@@ -58,6 +59,7 @@ class DatasetFacts:
         features_per_tile: context tokens of a tile.
         vocab_size: ids of the tokenizer that made the tokens.
         capacity: tokens of a pack.
+        alignment: each sample starts at a multiple of this many tokens in its pack.
         num_packs: packs in the dataset.
         has_images: whether any pack has an image.
         fingerprint: hash of the tokenizer.
@@ -70,6 +72,7 @@ class DatasetFacts:
     features_per_tile: int
     vocab_size: int
     capacity: int
+    alignment: int
     num_packs: int
     has_images: bool
     fingerprint: str
@@ -197,8 +200,8 @@ def _tensor_parallel(parallel: Parallel, arch: Architecture) -> Iterator[str]:
         yield f"{flag} {size}: must be 1 or more"
         return
     vision, language = arch.vision, arch.language
-    shared = {
-        "vision.ffn_hidden_size": vision.ffn_hidden_size,
+    in_vision = {"vision.ffn_hidden_size": vision.ffn_hidden_size} if parallel.vision == "tensor" else {}
+    shared = in_vision | {
         "language.num_attention_heads": language.num_attention_heads,
         "language.hidden_size": language.hidden_size,
         "language.ffn_hidden_size": language.ffn_hidden_size,
@@ -239,17 +242,15 @@ def _pipeline(parallel: Parallel, arch: Architecture) -> Iterator[str]:
 
 def _world(config: Config, world_size: int) -> Iterator[str]:
     model, batch = config.parallel.model_parallel_size, config.training.global_batch_size
-    tensor, pipeline = config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size
+    sizes = {name: vars(config.parallel)[f"{name}_parallel_size"] for name in ("tensor_model", "pipeline_model", "context")}
     if batch < 1:
         yield f"--training.global_batch_size {batch}: must be 1 or more"
-    yield from _at_least(1, "parallel", config.parallel, "timeout_minutes")
-    if min(tensor, pipeline) < 1:
+    yield from _at_least(1, "parallel", config.parallel, "timeout_minutes", "context_parallel_size")
+    if min(sizes.values()) < 1:
         return
     if world_size % model:
-        yield (
-            f"--parallel.tensor_model_parallel_size {tensor} x --parallel.pipeline_model_parallel_size {pipeline} = {model} "
-            f"does not divide the number of ranks that torchrun started, {world_size}"
-        )
+        product = " x ".join(f"--parallel.{name}_parallel_size {size}" for name, size in sizes.items() if size > 1 or name != "context")
+        yield f"{product} = {model} does not divide the number of ranks that torchrun started, {world_size}"
     elif batch % (copies := world_size // model):
         lower, upper = batch // copies * copies, (batch // copies + 1) * copies
         near = f"{lower} or {upper}" if lower > 0 else f"{upper}"
@@ -330,7 +331,8 @@ def _fp8(fp8: Fp8, config: Config) -> Iterator[str]:
         share = sizes.num_layers // max(config.parallel.pipeline_model_parallel_size, 1)
         if max(first, last) > share:
             yield f"{spared}: at most {share}, the {part} layers of one of the pipeline's chunks"
-        tensor = max(config.parallel.tensor_model_parallel_size, 1)
+        parallel = config.parallel
+        tensor = max(parallel.vision_tensor_size if part == "vision" else parallel.tensor_model_parallel_size, 1)
         for name, width in (("hidden_size", sizes.hidden_size), ("ffn_hidden_size", sizes.ffn_hidden_size // tensor)):
             if width % (multiple := FP8_ROWS[recipe]):
                 yield f"--fp8.{part} {recipe}: --architecture.{part}.{name} makes matrices {width} wide, not a multiple of {multiple}"
@@ -345,7 +347,7 @@ def _logging(logging: Logging, checkpoint: Checkpoint) -> Iterator[str]:
 
 
 def _dataset(config: Config, facts: DatasetFacts) -> Iterator[str]:
-    arch, tensor, where = config.architecture, config.parallel.tensor_model_parallel_size, f"{facts.flag} {facts.folder}"
+    arch, where = config.architecture, f"{facts.flag} {facts.folder}"
     if facts.num_packs < 1:
         yield f"{where}: has no packs"
     if facts.has_images and facts.image_size != arch.vision.image_size:
@@ -361,12 +363,8 @@ def _dataset(config: Config, facts: DatasetFacts) -> Iterator[str]:
             yield f"{where}: packed for a {name} of {packed}, but --architecture.vision.{name} is {trained}"
     if facts.vocab_size > arch.language.vocab_size:
         yield f"{where}: its tokenizer has {facts.vocab_size} tokens, but --architecture.language.vocab_size is {arch.language.vocab_size}"
-    if config.parallel.sequence_parallel and facts.capacity % max(tensor, 1):
-        yield (
-            f"{where}: packs of {facts.capacity} tokens cannot be shared by --parallel.tensor_model_parallel_size {tensor}, "
-            "as --parallel.sequence_parallel true asks; pack with a --capacity that is a multiple"
-        )
-    rows = facts.capacity // (max(tensor, 1) if config.parallel.sequence_parallel else 1)
+    yield from sharing_problems(config.parallel, where, facts.capacity, facts.alignment)
+    rows = rows_of_a_rank(config.parallel, facts.capacity)
     recipe = config.fp8.language
     if rows % (multiple := FP8_ROWS.get(recipe, 1)):
         yield (

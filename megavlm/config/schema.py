@@ -153,10 +153,14 @@ class Parallel:
     Args:
         tensor_model_parallel_size: ranks that share each layer.
         pipeline_model_parallel_size: chunks that the layers are cut into.
+        context_parallel_size: ranks that share each pack's tokens, sample by sample, and its tiles. The packs' samples must be aligned to
+            twice as many tokens (``tools/pack_dataset.py --alignment``).
         sequence_parallel: share the language model's activations between its layers over the tensor-parallel ranks too.
         layout: layers of each chunk of the pipeline. auto: the borders that make the slowest chunk fastest, for this model, freeze mask and
             data; even: equal numbers of layers; or a text such as ``v*24,p,t*4|t*9|t*9|t*6,h``: v is a layer of the vision encoder, t of
             the language model, p the projector and token embedding (with the first t), h the head (with the last t).
+        vision: how the tensor-parallel ranks share the vision encoder and the projector: a part of each layer on every rank (tensor), or
+            whole layers on every rank and a share of the tiles (data), which spares two sums over the ranks in every layer.
         recompute: what the backward pass computes again instead of keeping it: nothing (none), the MLP of each layer (selective; more than
             half of the memory for a fifth of the time), or whole layers (full).
         overlap_grad_reduce: sum gradients over the copies of the model while the backward pass goes on, instead of after it.
@@ -166,8 +170,10 @@ class Parallel:
 
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1
+    context_parallel_size: int = 1
     sequence_parallel: bool = False
     layout: str = "auto"
+    vision: Literal["tensor", "data"] = "tensor"
     recompute: Literal["none", "selective", "full"] = "none"
     overlap_grad_reduce: bool = True
     overlap_param_gather: bool = True
@@ -176,7 +182,12 @@ class Parallel:
     @property
     def model_parallel_size(self) -> int:
         """Ranks that hold one copy of the model."""
-        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
+
+    @property
+    def vision_tensor_size(self) -> int:
+        """Ranks that share each layer of the vision encoder and of the projector."""
+        return 1 if self.vision == "data" else self.tensor_model_parallel_size
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,7 @@
 """The tensors of one pack on one rank.
 
-Shapes: T tokens of the pack (its capacity), N samples, I tiles, F features a tile, S side of a tile in pixels.
+Shapes: T tokens of the pack (its capacity) on this rank, N samples, I tiles on this rank, F features a tile, S side of a tile in pixels.
+A rank has all tokens and all tiles of a pack, or its share of them (see ``data/share``).
 """
 
 from __future__ import annotations
@@ -21,14 +22,16 @@ class Batch:
         tokens: int64 [T].
         labels: int64 [T], the next token inside the sample; 0 where there is none.
         loss_weights: float32 [T], weight of the label at this position; 0 where it has no loss.
-        sample_ends: int32 [N + 1], from 0 to T: where samples start and end. The padding at the end is one more sample.
+        sample_ends: int32 [N + 1], from 0 to the capacity: where samples start and end in the whole pack. The padding at the end is one
+            more sample.
         longest_sample: tokens of the longest sample, the padding counted as one.
         tiles: uint8 [I, 3, S, S], those of the pack's images first. Black ones, which no feature is taken from, follow where a multiple
-            is asked for; a pack without images has at least one, so that every rank runs the same. [0, 3, S, S] where the pixels were
-            not asked for.
-        feature_positions: int64 [real tiles * F], where in ``tokens`` the image features go, in the order of the tiles.
+            is asked for; each rank has at least one, so that every rank runs the same. [0, 3, S, S] where the pixels were not asked for.
+        feature_positions: int64 [placeholders], where in ``tokens`` image features go, ascending.
+        feature_numbers: int64 [placeholders], which of the features of the whole pack (those of all its tiles, in their order) goes there.
+        num_features: features of the whole pack, those of blank tiles not counted.
         drop_path_draws: float32 [2 * vision layers, I], uniform in [0, 1), drawn from (seed, position) alone.
-        weight_sum: sum of the loss weights, in float64 from the index.
+        weight_sum: sum of the loss weights of the whole pack, in float64 from the index.
         pack_id: the pack.
     """
 
@@ -39,6 +42,8 @@ class Batch:
     longest_sample: int
     tiles: torch.Tensor
     feature_positions: torch.Tensor
+    feature_numbers: torch.Tensor
+    num_features: int
     drop_path_draws: torch.Tensor
     weight_sum: float
     pack_id: int

@@ -14,6 +14,7 @@ from megavlm.data.batch import Batch
 from megavlm.data.manifest import Manifest
 from megavlm.data.media import decode_tiles
 from megavlm.data.reader import Index, Pack, Reader
+from megavlm.data.share import WHOLE_PACK, Share
 from megavlm.data.store import REDUCTIONS
 
 
@@ -75,8 +76,9 @@ class PackedDataset:
         seed: int = 0,
         with_tiles: bool = True,
         tile_multiple: int = 1,
+        share: Share = WHOLE_PACK,
     ) -> Batch:
-        """The tensors of a pack.
+        """The tensors of a pack, or a rank's share of them.
 
         Args:
             pack_id: the pack.
@@ -85,10 +87,12 @@ class PackedDataset:
             vision_layers: layers of the vision encoder that need draws.
             seed: the run's seed.
             with_tiles: whether to decode the images.
-            tile_multiple: number that the tiles are filled up to a multiple of, with black ones.
+            tile_multiple: number that a rank's tiles are filled up to a multiple of, with black ones.
+            share: which tiles and tokens are this rank's.
 
         Raises:
-            ValueError: bytes damaged on the disk, an image that cannot be decoded, or context tokens that do not match the tiles.
+            ValueError: bytes damaged on the disk, an image that cannot be decoded, context tokens that do not match the tiles, or samples
+                that cannot be cut for the ranks that share them.
         """
         manifest = self.manifest
         pack = self.reader.read(pack_id, with_images=with_tiles)
@@ -96,18 +100,21 @@ class PackedDataset:
         labels, weights = label(pack.tokens, pack.supervised, pack.lengths, reduction)
         tokens = np.full(manifest.capacity, manifest.pad_token_id, np.int64)
         tokens[places] = pack.tokens
+        # Drawn for the real tiles of the whole pack: neither what they are filled up to nor who has them must change what is dropped.
         draws = drop_path_draws(seed, position, 2 * vision_layers, max(1, pack.tiles))
-        seen = -(-draws.shape[1] // tile_multiple) * tile_multiple
+        own, chosen = share.tokens(ends), share.tiles(pack.tiles, tile_multiple)
+        positions, numbers = _shared_positions(self._feature_positions(pack, places), own, manifest.capacity)
         return Batch.of(
-            tokens=tokens,
-            labels=_spread(labels.astype(np.int64), places, manifest.capacity),
-            loss_weights=_spread(weights, places, manifest.capacity),
+            tokens=tokens[own],
+            labels=_spread(labels.astype(np.int64), places, manifest.capacity)[own],
+            loss_weights=_spread(weights, places, manifest.capacity)[own],
             sample_ends=ends,
             longest_sample=int(np.diff(ends).max()),
-            tiles=self._tiles(pack, seen) if with_tiles else np.empty((0, 3, manifest.image_size, manifest.image_size), np.uint8),
-            feature_positions=self._feature_positions(pack, places),
-            # Drawn for the real tiles only: what they are filled up to must not change what is dropped.
-            drop_path_draws=np.pad(draws, ((0, 0), (0, seen - draws.shape[1]))),
+            tiles=self._tiles(pack, chosen) if with_tiles else np.empty((0, 3, manifest.image_size, manifest.image_size), np.uint8),
+            feature_positions=positions,
+            feature_numbers=numbers,
+            num_features=pack.tiles * manifest.features_per_tile,
+            drop_path_draws=np.pad(draws, ((0, 0), (0, max(0, chosen.stop - draws.shape[1]))))[:, chosen.start : chosen.stop],
             weight_sum=float(self.index[pack_id][_weight_field(reduction)]),
             pack_id=int(pack_id),
         )
@@ -128,13 +135,17 @@ class PackedDataset:
             )
         return positions
 
-    def _tiles(self, pack: Pack, count: int) -> np.ndarray:
-        """The pixels of the pack's tiles, and black ones up to ``count``; uint8 [I, 3, S, S]."""
+    def _tiles(self, pack: Pack, chosen: range) -> np.ndarray:
+        """The pixels of the chosen tiles of the pack, black where it has none; uint8 [I, 3, S, S]. Other images are not decoded."""
         size = self.manifest.image_size
-        tiles = np.zeros((count, 3, size, size), np.uint8)
-        start = 0
+        tiles = np.zeros((len(chosen), 3, size, size), np.uint8)
+        end = 0
         for place, row in enumerate(pack.images):
             columns, rows, count = int(row["columns"]), int(row["rows"]), int(row["tiles"])
+            start, end = end, end + count
+            first, last = max(start, chosen.start), min(end, chosen.stop)
+            if first >= last:
+                continue
             try:
                 decoded = decode_tiles(pack.image(place), columns, rows, size, count > columns * rows)
                 if decoded.shape != (count, 3, size, size):
@@ -146,8 +157,7 @@ class PackedDataset:
                     f"{self.folder}: pack {pack.pack_id}: image {place} of the pack, from the sample at {origin}, cannot be decoded: "
                     f"{type(error).__name__}: {error}"
                 ) from error
-            tiles[start : start + count] = decoded
-            start += count
+            tiles[first - chosen.start : last - chosen.start] = decoded[first - start : last - start]
         return tiles
 
 
@@ -165,6 +175,20 @@ def place_samples(lengths: np.ndarray, alignment: int, capacity: int) -> tuple[n
     if ends[-1] < capacity:
         ends = np.append(ends, capacity)
     return places, ends.astype(np.int32)
+
+
+def _shared_positions(positions: np.ndarray, own: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
+    """Positions among a rank's own tokens of those placeholders that it has, and their numbers among all of the pack; both int64.
+
+    Args:
+        positions: of all placeholders in the pack, ascending.
+        own: places of the rank's tokens in the pack.
+        capacity: tokens of the pack.
+    """
+    place = np.full(capacity, -1)
+    place[own] = np.arange(len(own))
+    found = place[positions]
+    return found[found >= 0], np.flatnonzero(found >= 0)
 
 
 def label(tokens: np.ndarray, supervised: np.ndarray, lengths: np.ndarray, reduction: str) -> tuple[np.ndarray, np.ndarray]:

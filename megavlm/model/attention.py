@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
+
+from megavlm.parallel.context import gather_tokens, own_places
 
 
 class TileAttention(nn.Module):
@@ -29,18 +32,38 @@ class TileAttention(nn.Module):
 class PackedCausalAttention(nn.Module):
     """Every token of a sample sees itself and what comes before it in the same sample, never another sample of the pack.
 
-    Shapes: query [T, H, head size], key and value [T, key and value heads, head size] -> [T, H * head size].
+    Where ranks share the pack, each brings together the keys and values of all tokens, and attends with its own queries.
+
+    Shapes: query [T, H, head size], key and value [T, key and value heads, head size] -> [T, H * head size]; T tokens of this rank.
+
+    Args:
+        pg_collection: process groups.
     """
 
-    def __init__(self, **kwargs):
+    def __init__(self, *, pg_collection: ProcessGroupCollection, **kwargs):
         super().__init__()
+        self.group = pg_collection.cp
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: None = None, *, packed_seq_params: PackedSeqParams, **kwargs
     ) -> Tensor:
         """Attend sample by sample."""
-        lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
-        grouped = query.shape[1] != key.shape[1]
+        ends = packed_seq_params.cu_seqlens_q
+        grouped, lengths = query.shape[1] != key.shape[1], ends.diff().tolist()
+        if self.group.size() > 1:
+            return self._attend_to_all(query, key, value, ends, grouped)
         samples = zip(*(x.transpose(0, 1).split(lengths, dim=1) for x in (query, key, value)), strict=True)
         attended = [scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped) for q, k, v in samples]
+        return torch.cat(attended, dim=1).transpose(0, 1).flatten(1)
+
+    def _attend_to_all(self, query: Tensor, key: Tensor, value: Tensor, ends: Tensor, grouped: bool) -> Tensor:
+        ends, lengths = ends.numpy(), ends.diff()
+        places = own_places(ends, self.group)
+        key, value = gather_tokens(torch.cat([key, value], dim=-1), ends, self.group).split((key.shape[-1], value.shape[-1]), dim=-1)
+        own, whole = (lengths // self.group.size()).tolist(), lengths.tolist()
+        parts = (*(x.transpose(0, 1).split(sizes, dim=1) for x, sizes in ((query, own), (key, whole), (value, whole))), places.split(own))
+        attended = []
+        for q, k, v, place, start in zip(*parts, ends[:-1], strict=True):
+            seen = place[:, None] >= torch.arange(start, start + k.shape[1])
+            attended.append(scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=grouped))
         return torch.cat(attended, dim=1).transpose(0, 1).flatten(1)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from megavlm.data.batch import Batch
 
-def place_features(embeddings: Tensor, features: Tensor, positions: Tensor) -> Tensor:
+
+def place_features(embeddings: Tensor, features: Tensor, batch: Batch) -> Tensor:
     """Replace the embeddings of the placeholder tokens by features.
 
     Blank tiles at the end, which fill a batch up to a number of tiles that suits the kernels, have no position; nor has the one tile of a
@@ -13,9 +15,9 @@ def place_features(embeddings: Tensor, features: Tensor, positions: Tensor) -> T
     collective waits for one.
 
     Args:
-        embeddings: [T, 1, D]
-        features: [I * F, 1, D], tile by tile, those of blank tiles last.
-        positions: [placeholders], ascending.
+        embeddings: of this rank's tokens [T, 1, D].
+        features: of the whole pack [I * F, 1, D], tile by tile, those of blank tiles last.
+        batch: says which feature goes where.
 
     Returns:
         [T, 1, D]
@@ -23,7 +25,6 @@ def place_features(embeddings: Tensor, features: Tensor, positions: Tensor) -> T
     Raises:
         ValueError: there are more placeholders than features.
     """
-    count = len(positions)
-    if count > len(features):
-        raise ValueError(f"the pack has {count} image placeholder tokens, but its tiles give {len(features)} features")
-    return embeddings.index_copy(0, positions, features[:count])
+    if batch.num_features > len(features):
+        raise ValueError(f"the pack has {batch.num_features} image placeholder tokens, but its tiles give {len(features)} features")
+    return embeddings.index_copy(0, batch.feature_positions, features.index_select(0, batch.feature_numbers))

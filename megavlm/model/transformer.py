@@ -20,19 +20,20 @@ _RECOMPUTE: dict[str, dict[str, Any]] = {
 }
 
 
-def _common(config: Config, counts: tuple[int, ...], chosen: Kernels) -> dict[str, Any]:
+def _common(config: Config, counts: tuple[int, ...], chosen: Kernels, tensor_size: int) -> dict[str, Any]:
     """Settings that the parts share.
 
     Args:
         config: the run.
         counts: layers of this part in each pipeline chunk.
         chosen: kernels of the layers.
+        tensor_size: ranks that share each layer of this part.
     """
     number = precision(config)
     stages = [["decoder"] * count for count in counts]
     layout = [["embedding", *stages[0]], *stages[1:-1], [*stages[-1], "loss"]] if len(stages) > 1 else None
     return dict(
-        tensor_model_parallel_size=config.parallel.tensor_model_parallel_size,
+        tensor_model_parallel_size=tensor_size,
         pipeline_model_parallel_size=config.parallel.pipeline_model_parallel_size,
         pipeline_model_parallel_layout=layout,
         params_dtype=number.dtype,
@@ -62,7 +63,7 @@ def vision_config(config: Config, layout: Layout, chosen: Kernels) -> Transforme
         num_layers=vision.num_layers,
         hidden_size=vision.hidden_size,
         ffn_hidden_size=vision.ffn_hidden_size,
-        num_attention_heads=padded_heads(vision.num_attention_heads, config.parallel.tensor_model_parallel_size),
+        num_attention_heads=padded_heads(vision.num_attention_heads, config.parallel.vision_tensor_size),
         kv_channels=vision.hidden_size // vision.num_attention_heads,
         normalization=vision.normalization,
         layernorm_epsilon=vision.layernorm_epsilon,
@@ -70,19 +71,19 @@ def vision_config(config: Config, layout: Layout, chosen: Kernels) -> Transforme
         add_qkv_bias=vision.qkv_bias,
         activation_func=torch.nn.functional.gelu,
         **fp8_settings(config, "vision"),
-        **_common(config, layout.vision_counts(), chosen),
+        **_common(config, layout.vision_counts(), chosen, config.parallel.vision_tensor_size),
     )
 
 
 def projector_config(config: Config, chosen: Kernels) -> TransformerConfig:
     """The projector's: LayerNorm, linear, GELU, linear, without a pipeline of its own."""
     language = config.architecture.language
-    common = _common(config, (1,), chosen) | {"pipeline_model_parallel_size": 1}
+    common = _common(config, (1,), chosen, config.parallel.vision_tensor_size) | {"pipeline_model_parallel_size": 1}
     return TransformerConfig(
         num_layers=1,
         hidden_size=language.hidden_size,
         ffn_hidden_size=language.hidden_size,
-        num_attention_heads=config.parallel.tensor_model_parallel_size,  # it has none, but the number must divide over ranks
+        num_attention_heads=config.parallel.vision_tensor_size,  # it has none, but the number must divide over ranks
         normalization="LayerNorm",
         layernorm_epsilon=1e-5,
         add_bias_linear=True,
@@ -109,6 +110,8 @@ def language_config(config: Config, layout: Layout, chosen: Kernels) -> Transfor
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
         sequence_parallel=config.parallel.sequence_parallel,
+        context_parallel_size=config.parallel.context_parallel_size,
         **fp8_settings(config, "language"),
-        **_common(config, layout.language_counts(), chosen) | {"bias_activation_fusion": chosen.is_fused},
+        **_common(config, layout.language_counts(), chosen, config.parallel.tensor_model_parallel_size)
+        | {"bias_activation_fusion": chosen.is_fused},
     )

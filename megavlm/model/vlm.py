@@ -6,6 +6,7 @@ Shape letters: T tokens of the pack, I tiles, S pixels along a tile, P patches o
 from __future__ import annotations
 
 import torch
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.enums import ModelType
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
@@ -21,6 +22,7 @@ from megavlm.model.recompute import ask_for_gradient
 from megavlm.model.specs import kernels
 from megavlm.model.transformer import language_config, projector_config, vision_config
 from megavlm.model.vision import VisionEncoder
+from megavlm.parallel.encoder import gather_features, holds_whole_layers, mark_copies, save_once, sum_gradients
 from megavlm.parallel.groups import Groups
 from megavlm.parallel.layout import Layout
 
@@ -54,17 +56,21 @@ class VisionLanguageModel(MegatronModule):
         self.model_type, self.vp_stage, self.input_tensor = ModelType.encoder_or_decoder, None, None
         self.pre_process, self.post_process = chunk.has_patch_embedding, chunk.has_head
         self.share_embeddings_and_output_weights = arch.language.tied_head
-        self.architecture = arch
+        self.architecture, self.groups = arch, groups
 
         self.vision = self.projector = self.language = None
         self.trains_vision = True
         collection = groups.collection
         if chunk.has_patch_embedding or chunk.vision_layers:
             drop_path, encoder = config.training.drop_path, vision_config(config, layout, chosen)
-            self.vision = VisionEncoder(encoder, arch.vision, chunk, drop_path, chosen, collection)
+            self.vision = VisionEncoder(encoder, arch.vision, chunk, drop_path, chosen, groups.vision)
         if chunk.has_projector:
             width, factor = arch.projector_input_size, arch.pixel_shuffle
-            self.projector = Projector(projector_config(config, chosen), width, factor, chosen, collection)
+            self.projector = Projector(projector_config(config, chosen), width, factor, chosen, groups.vision)
+        # Parts of which every tensor-parallel rank has a copy, for tiles of its own.
+        self.copies = [part for part in (self.vision, self.projector) if part is not None] if holds_whole_layers(groups) else []
+        for part in self.copies:
+            mark_copies(part)
         if chunk.has_projector or chunk.has_language:
             self.language = LanguageModel(self.config, arch.language, chunk, chosen, collection)
 
@@ -75,6 +81,19 @@ class VisionLanguageModel(MegatronModule):
     def shared_embedding_or_output_weight(self) -> Tensor | None:
         """This chunk's copy of the token embedding that is also the head; called when gradients of the copies are summed."""
         return self.language.shared_embedding_or_output_weight() if self.language is not None else None
+
+    def sharded_state_dict(self, prefix: str = "", *args, **kwargs) -> ShardedStateDict:
+        """Called to name, save and load the weights."""
+        entries = super().sharded_state_dict(prefix, *args, **kwargs)
+        if not self.copies:
+            return entries
+        of_copies = {key: entry for key, entry in entries.items() if key.startswith((f"{prefix}vision.", f"{prefix}projector."))}
+        return entries | save_once(of_copies, self.groups.tensor_rank)
+
+    def sum_gradients(self) -> None:
+        """Finish the gradients of weights of which each tensor-parallel rank has a copy. Collective."""
+        for part in self.copies:
+            sum_gradients(part.parameters(), self.groups)
 
     def forward(self, batch: Batch, with_loss: bool = True) -> Tensor:
         """Run this chunk on one pack.
@@ -105,7 +124,7 @@ class VisionLanguageModel(MegatronModule):
 
     def _fuse(self, hidden: Tensor, batch: Batch) -> Tensor:
         embeddings = self.language.embedding(input_ids=batch.tokens[None], position_ids=None)
-        fused = place_features(embeddings, self.projector(hidden), batch.feature_positions)
+        fused = place_features(embeddings, gather_features(self.projector(hidden), self.groups), batch)
         return scatter_to_sequence_parallel_region(fused) if self.config.sequence_parallel else fused
 
     def _read(self, hidden: Tensor, batch: Batch, with_loss: bool) -> Tensor:
@@ -113,6 +132,9 @@ class VisionLanguageModel(MegatronModule):
         self.language.set_input_tensor(hidden)
         ends, longest = batch.sample_ends, batch.longest_sample
         packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=ends, cu_seqlens_kv=ends, max_seqlen_q=longest, max_seqlen_kv=longest)
+        if self.groups.context_size > 1:
+            # Transformer Engine cuts samples at the ends with padding. There is none between ours: what aligns a sample is part of it.
+            packed.cu_seqlens_q_padded = packed.cu_seqlens_kv_padded = ends
         output = self.language(
             input_ids=None,
             position_ids=None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from megavlm.config.schema import Parallel
+from megavlm.data.share import Share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,17 +21,25 @@ class Groups:
 
     Args:
         collection: megatron-core's groups, handed to the modules that take them.
+        vision: the same for the vision encoder and the projector; where these stand whole on every rank, each is its own tensor-parallel
+            group.
+        share: which tiles and tokens of a pack are this rank's.
         rank, size: place in the world.
         tensor_rank, tensor_size: place among the ranks that share each layer.
+        context_rank, context_size: place among the ranks that share each pack.
         pipeline_rank, pipeline_size: place among the chunks of the model.
         data_rank, data_size: place among the copies of the model.
     """
 
     collection: ProcessGroupCollection
+    vision: ProcessGroupCollection
+    share: Share
     rank: int
     size: int
     tensor_rank: int
     tensor_size: int
+    context_rank: int
+    context_size: int
     pipeline_rank: int
     pipeline_size: int
     data_rank: int
@@ -43,11 +53,11 @@ class Groups:
     @property
     def is_writer(self) -> bool:
         """Whether this rank writes to the console and to files; it is in the last chunk, where the loss is known."""
-        return self.is_last_chunk and self.tensor_rank == 0 and self.data_rank == 0
+        return self.is_last_chunk and self.tensor_rank == 0 and self.context_rank == 0 and self.data_rank == 0
 
     def sum_over_data(self, values: torch.Tensor) -> torch.Tensor:
-        """Sum ``values`` in place over the copies of the model."""
-        dist.all_reduce(values, group=self.collection.dp)
+        """Sum ``values`` in place over the copies of the model, and over the ranks that share their packs."""
+        dist.all_reduce(values, group=self.collection.dp_cp)
         return values
 
     def from_writer(self, value: float, device: torch.device) -> float:
@@ -78,16 +88,29 @@ def create(parallel: Parallel, seed: int, embedding_chunk: int = 0) -> Groups:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
         distributed_timeout_minutes=parallel.timeout_minutes,
         get_embedding_ranks=embedding_ranks,
     )
     model_parallel_cuda_manual_seed(seed)
+    collection = ProcessGroupCollection.use_mpu_process_groups()
+    tensor_rank, tensor_size = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
+    context_rank, context_size = parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_world_size()
+    vision, tile_rank, tile_ranks = collection, context_rank, context_size
+    if parallel.vision == "data":
+        vision = copy.copy(collection)
+        vision.tp = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+        tile_rank, tile_ranks = context_rank * tensor_size + tensor_rank, context_size * tensor_size
     return Groups(
-        collection=ProcessGroupCollection.use_mpu_process_groups(),
+        collection=collection,
+        vision=vision,
+        share=Share(tile_rank=tile_rank, tile_ranks=tile_ranks, context_rank=context_rank, context_ranks=context_size),
         rank=dist.get_rank(),
         size=dist.get_world_size(),
-        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
-        tensor_size=parallel_state.get_tensor_model_parallel_world_size(),
+        tensor_rank=tensor_rank,
+        tensor_size=tensor_size,
+        context_rank=context_rank,
+        context_size=context_size,
         pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
         pipeline_size=parallel_state.get_pipeline_model_parallel_world_size(),
         data_rank=parallel_state.get_data_parallel_rank(),

@@ -36,6 +36,7 @@ def held_out_loss(job: Job) -> float:
         workers=min(data.workers, len(positions)),
         prefetch=data.prefetch,
         with_tiles=job.model.pre_process,
+        share=groups.share,
         tile_multiple=tile_multiple(job.config),
     )
     loss = torch.zeros((), device=job.backend.device)

@@ -94,6 +94,7 @@ def _facts(flag: str, folder: str) -> DatasetFacts:
         features_per_tile=manifest.features_per_tile,
         vocab_size=manifest.vocab_size,
         capacity=manifest.capacity,
+        alignment=manifest.alignment,
         num_packs=manifest.totals.packs,
         has_images=manifest.totals.tiles > 0,
         fingerprint=manifest.tokenizer_fingerprint,
@@ -178,7 +179,8 @@ def _introduce(
     elif start is not None:
         origin = f"{start} (Hugging Face): its weights"
     parts = ", ".join(f"{part} {trained.weights[part]:,} of {trained.total[part]:,}" for part in PARTS)
-    sizes = f"tensor {place.tensor_size} x pipeline {place.pipeline_size} x data {place.data_size}"
+    context = f" x context {place.context_size}" if place.context_size > 1 else ""
+    sizes = f"tensor {place.tensor_size}{context} x pipeline {place.pipeline_size} x data {place.data_size}"
     metrics.say(f"stage {config.stage}, model {config.model}, {place.size} ranks: {sizes}, {config.training.precision}")
     metrics.say(f"start: {origin}")
     if state.history:

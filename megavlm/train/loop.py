@@ -106,6 +106,7 @@ def _loader(job: Job, positions: range):
         workers=data.workers,
         prefetch=data.prefetch,
         with_tiles=job.model.pre_process,
+        share=job.groups.share,
         tile_multiple=tile_multiple(job.config),
     )
 

@@ -35,6 +35,8 @@ class StepResult:
 def _finalize(model: list[DistributedDataParallel], num_tokens: Tensor | None = None, **kwargs) -> None:
     """Finish the gradients without dividing them: the loss is already divided by the weight of the step."""
     finalize_model_grads(model, None, **kwargs)
+    for chunk in model:
+        chunk.module.sum_gradients()
 
 
 def prepare(model: DistributedDataParallel) -> None:

@@ -33,6 +33,7 @@ def facts(config: Config, **changes: Any) -> DatasetFacts:
         features_per_tile=config.architecture.features_per_tile,
         vocab_size=config.architecture.language.vocab_size,
         capacity=1024,
+        alignment=1,
         num_packs=10,
         has_images=True,
         fingerprint="abc",
@@ -63,6 +64,12 @@ def test_what_is_meant_to_run_has_no_problems(stage: str, model: str, layout: li
 WRONG = [
     ("--tensor-model-parallel-size 0", 1, ["tensor_model_parallel_size 0: must be 1 or more"]),
     ("--pipeline-model-parallel-size 0", 1, ["pipeline_model_parallel_size 0: must be 1 or more"]),
+    ("--context-parallel-size 0", 1, ["context_parallel_size 0: must be 1 or more"]),
+    (
+        "--context-parallel-size 2",
+        3,
+        ["--parallel.pipeline_model_parallel_size 1 x --parallel.context_parallel_size 2 = 2 does not divide", "started, 3"],
+    ),
     ("--sequence-parallel", 1, ["sequence_parallel true needs --parallel.tensor_model_parallel_size 2 or more"]),
     ("--pipeline-model-parallel-size 9", 9 * 128, ["size 9: more chunks than", "8 layers (4 of the vision encoder, 4 of"]),
     ("--parallel.layout v*2|v*2,t*4", 1, ["v*2|v*2,t*4: 2 chunks, but --parallel.pipeline_model_parallel_size is 1"]),
@@ -204,6 +211,11 @@ def test_heads_of_the_vision_encoder_are_padded_and_query_groups_shared(packs: P
     )
 
 
+def test_whole_vision_layers_need_not_divide(packs: Path):
+    found = problems(tiny(packs, "--tensor-model-parallel-size", "3", "--parallel.vision", "data"), 3 * 512)
+    assert found and not [problem for problem in found if "--architecture.vision" in problem]
+
+
 def test_sizes_of_nothing_are_reported_and_divide_nothing(packs: Path):
     options = [f"--architecture.{name} 0" for name in ("vision.patch_size", "pixel_shuffle", "language.num_attention_heads")]
     config = tiny(packs, *" ".join(options).split())
@@ -219,6 +231,7 @@ def test_sizes_of_nothing_are_reported_and_divide_nothing(packs: Path):
         ({"features_per_tile": 256}, "", ["packed for 256 features a tile, but the model makes 16"]),
         ({"vocab_size": 600}, "", ["has 600 tokens", "vocab_size is 512"]),
         ({"capacity": 1023}, "--tensor-model-parallel-size 2 --sequence-parallel", ["packs of 1023 tokens", "parallel_size 2"]),
+        ({"alignment": 6}, "--context-parallel-size 2", ["multiples of 6", "context_parallel_size 2", "with --alignment 4"]),
         ({"capacity": 1000}, "--fp8.language tensorwise", ["packs of 1000 tokens give a rank 1000 rows", "a multiple of 16; pack with"]),
         (
             {"capacity": 1072},

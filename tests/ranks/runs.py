@@ -111,6 +111,7 @@ def train_curve(config: Config, pack_ids: tuple[int, ...] = ()) -> Curve:
             vision_layers=layers,
             seed=config.training.seed,
             tile_multiple=tile_multiple(config),
+            share=job.groups.share,
         )
         arriving = iter([job.train.batch(int(order[p]), p, **options) for p in positions])
         set_rates(job.optimizer, config, step)
