@@ -26,7 +26,7 @@ OPTIONS = (
     ("min_tiles", 1, "fewest tiles of an image, thumbnail not counted (default: %(default)s)"),
     ("max_tiles", 12, "most tiles of a record's images, thumbnails not counted (default: %(default)s)"),
     ("tile_cap", "auto", "most tiles of a pack; auto (default): just above the mean, so that packs cost alike"),
-    ("alignment", 1, "samples start at multiples of this many tokens in a pack (default: %(default)s)"),
+    ("alignment", 1, "samples start at multiples of so many tokens in a pack, 2 x CP for context parallelism (default: %(default)s)"),
     ("seed", 0, "fixes the order of the packs (default: %(default)s)"),
     ("workers", os.cpu_count() or 1, "processes; 0: this one only (default: all cores, %(default)s)"),
     ("max_rejects", 0.01, "largest share of the records that may be unusable (default: %(default)s)"),

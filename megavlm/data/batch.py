@@ -53,6 +53,11 @@ class Batch:
         """A batch whose tensors share memory with the given arrays, of the types and shapes above."""
         return cls(**{name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value for name, value in values.items()})
 
+    @property
+    def num_tiles(self) -> int:
+        """Tiles of this rank, blank ones too, whether or not it has the pixels."""
+        return self.drop_path_draws.shape[1]
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The batch with its tensors on a device."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))

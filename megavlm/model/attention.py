@@ -37,12 +37,12 @@ class PackedCausalAttention(nn.Module):
     Shapes: query [T, H, head size], key and value [T, key and value heads, head size] -> [T, H * head size]; T tokens of this rank.
 
     Args:
-        pg_collection: process groups.
+        pg_collection: process groups; without them the pack belongs to this rank alone.
     """
 
-    def __init__(self, *, pg_collection: ProcessGroupCollection, **kwargs):
+    def __init__(self, pg_collection: ProcessGroupCollection | None = None, **kwargs):
         super().__init__()
-        self.group = pg_collection.cp
+        self.group = pg_collection.cp if pg_collection is not None and pg_collection.cp.size() > 1 else None
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: None = None, *, packed_seq_params: PackedSeqParams, **kwargs
@@ -50,7 +50,7 @@ class PackedCausalAttention(nn.Module):
         """Attend sample by sample."""
         ends = packed_seq_params.cu_seqlens_q
         grouped, lengths = query.shape[1] != key.shape[1], ends.diff().tolist()
-        if self.group.size() > 1:
+        if self.group is not None:
             return self._attend_to_all(query, key, value, ends, grouped)
         samples = zip(*(x.transpose(0, 1).split(lengths, dim=1) for x in (query, key, value)), strict=True)
         attended = [scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped) for q, k, v in samples]

@@ -45,13 +45,14 @@ def apply(model: VisionLanguageModel, trainable: Sequence[str]) -> Trained:
         used |= patterns
         sizes[key] = whole[key], bool(patterns)
     everywhere: list = [None] * dist.get_world_size()
-    dist.all_gather_object(everywhere, (used, sizes))
-    unused = set(trainable) - set().union(*(seen for seen, _ in everywhere))
+    dist.all_gather_object(everywhere, (used, sizes, model.groups.pipeline_rank))
+    unused = set(trainable) - set().union(*(seen for seen, _, _ in everywhere))
     if unused:
         listed = ", ".join(sorted(unused))
         raise ValueError(f"--training.trainable: nothing in the model is called {listed}; parts are {', '.join(PARTS)}")
-    merged = {key: size for _, chunk_sizes in everywhere for key, size in chunk_sizes.items()}
+    merged = {key: size for _, chunk_sizes, _ in everywhere for key, size in chunk_sizes.items()}
     model.trains_vision = any(trained for key, (_, trained) in merged.items() if key.startswith("vision."))
+    model.first_trained = min(chunk for _, chunk_sizes, chunk in everywhere if any(trained for _, trained in chunk_sizes.values()))
     return Trained(weights=_by_part(merged, trained_only=True), total=_by_part(merged, trained_only=False))
 
 

@@ -50,8 +50,6 @@ def _common(config: Config, counts: tuple[int, ...], chosen: Kernels, tensor_siz
         deterministic_mode=config.training.deterministic,
         calculate_per_token_loss=True,  # gradients are summed: the loss is divided by the whole step's weight before backward
         hetereogenous_dist_checkpoint=True,  # a key for each layer, so that some layers of a stack may be frozen
-        variable_seq_lengths=True,  # tiles and tokens travel through one pipeline, in shapes of their own
-        moe_token_dispatcher_type="alltoall",  # asked for by variable_seq_lengths, without experts too
         **_RECOMPUTE[config.parallel.recompute],
     )
 

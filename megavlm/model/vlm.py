@@ -27,19 +27,6 @@ from megavlm.parallel.groups import Groups
 from megavlm.parallel.layout import Layout
 
 
-class _ZeroGradient(torch.autograd.Function):
-    """Stands for frozen layers between two pipeline chunks: the schedule wants a gradient to send upstream, and nobody uses it."""
-
-    @staticmethod
-    def forward(ctx, received: Tensor, output: Tensor) -> Tensor:
-        ctx.shape, ctx.dtype, ctx.device = received.shape, received.dtype, received.device
-        return output.view_as(output)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
-        return torch.zeros(ctx.shape, dtype=ctx.dtype, device=ctx.device), None
-
-
 class VisionLanguageModel(MegatronModule):
     """The chunk of the model that stands on this rank.
 
@@ -59,7 +46,8 @@ class VisionLanguageModel(MegatronModule):
         self.architecture, self.groups = arch, groups
 
         self.vision = self.projector = self.language = None
-        self.trains_vision = True
+        # Set by the freeze mask: whether anything in the vision encoder is trained, and the first chunk that trains anything.
+        self.trains_vision, self.first_trained = True, 0
         collection = groups.collection
         if chunk.has_patch_embedding or chunk.vision_layers:
             drop_path, encoder = config.training.drop_path, vision_config(config, layout, chosen)
@@ -76,7 +64,17 @@ class VisionLanguageModel(MegatronModule):
 
     def set_input_tensor(self, received: Tensor | list[Tensor]) -> None:
         """Take what the chunk before sent; called by the schedule."""
-        self.input_tensor = received[0] if isinstance(received, list) else received
+        received = received[0] if isinstance(received, list) else received
+        trains_before = self.first_trained < self.groups.pipeline_rank
+        # What arrives asks for a gradient, whether or not anything that is trained has made it.
+        self.input_tensor = received if received is None or trains_before else received.detach()
+
+    def received_shape(self, batch: Batch) -> tuple[int, int, int]:
+        """Shape of what the chunk before sends for a pack."""
+        if self.vision is not None or self.projector is not None:
+            return self.architecture.vision.tokens, batch.num_tiles, self.architecture.vision.hidden_size
+        ranks = self.groups.tensor_size if self.config.sequence_parallel else 1
+        return len(batch.tokens) // ranks, 1, self.config.hidden_size
 
     def shared_embedding_or_output_weight(self) -> Tensor | None:
         """This chunk's copy of the token embedding that is also the head; called when gradients of the copies are summed."""
@@ -119,8 +117,7 @@ class VisionLanguageModel(MegatronModule):
         if self.trains_vision:
             return self.vision(received, batch.tiles, batch.drop_path_draws)
         with torch.no_grad():
-            encoded = self.vision(received, batch.tiles, None)
-        return encoded if received is None else _ZeroGradient.apply(received, encoded)
+            return self.vision(received, batch.tiles, None)
 
     def _fuse(self, hidden: Tensor, batch: Batch) -> Tensor:
         embeddings = self.language.embedding(input_ids=batch.tokens[None], position_ids=None)

@@ -16,6 +16,7 @@ from megavlm.data.batch import Batch
 from megavlm.model.loss import weighted_sum
 from megavlm.model.vlm import VisionLanguageModel
 from megavlm.parallel.backend import Backend
+from megavlm.parallel.pipeline import Ahead, Borders
 from megavlm.train.optimizer import step
 
 
@@ -78,14 +79,21 @@ def run_packs(
         batch = next(iterator).to(backend.device, non_blocking=backend.asynchronous)
         return chunk(batch), partial(_loss, batch, weight_of_step)
 
+    whole = model.module if isinstance(model, DistributedDataParallel) else model
+    ahead = Ahead(batches)
+    borders = {}
+    if whole.groups.pipeline_size > 1:
+        chunks = Borders(whole.groups.collection.pp, whole.config, lambda: whole.received_shape(ahead.look()), whole.first_trained)
+        borders = {"p2p_communicator": chunks, "pg_collection": whole.groups.collection}
     losses = get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=batches,
+        data_iterator=ahead,
         model=[model],
         num_microbatches=count,
-        seq_length=1,  # not used: tensors travel with their shapes
+        seq_length=1,  # not used: the borders know the shapes
         micro_batch_size=1,
         forward_only=forward_only,
+        **borders,
     )
     return torch.stack(losses).sum() if losses else torch.zeros((), device=backend.device)
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
 from megavlm.config.mask import matches
+from megavlm.data.batch import Batch
 from megavlm.model.attention import PackedCausalAttention, TileAttention
 from megavlm.model.fusion import place_features
 from megavlm.model.language import padded_vocabulary
 from megavlm.model.projector import pixel_shuffle
 from megavlm.model.vision import resize_positions
 from megavlm.model.vision_layer import drop_path_rate
+from tests.data.test_batch import make_batch
 
 
 def test_pixel_shuffle_equals_transformers() -> None:
@@ -34,18 +38,26 @@ def test_positions_are_resized_as_transformers_does() -> None:
     assert resize_positions(embeddings.position_embeddings, 8) is embeddings.position_embeddings
 
 
+def _batch(positions: list[int], numbers: list[int], num_features: int) -> Batch:
+    places = dict(feature_positions=torch.tensor(positions, dtype=torch.long), feature_numbers=torch.tensor(numbers, dtype=torch.long))
+    return dataclasses.replace(make_batch(), **places, num_features=num_features)
+
+
 def test_features_replace_placeholders_in_order() -> None:
     embeddings, features = torch.zeros(6, 1, 2), torch.arange(1.0, 4.0)[:, None, None].expand(3, 1, 2)
-    placed = place_features(embeddings, features, torch.tensor([1, 2, 5]))
+    placed = place_features(embeddings, features, _batch([1, 2, 5], [0, 1, 2], 3))
     assert placed[:, 0, 0].tolist() == [0, 1, 2, 0, 0, 3]
+    of_another_rank = place_features(embeddings, features, _batch([3, 4], [0, 2], 3))
+    assert of_another_rank[:, 0, 0].tolist() == [0, 0, 0, 1, 3, 0]
     with pytest.raises(ValueError, match="4 image placeholder tokens.*3 features"):
-        place_features(embeddings, features, torch.tensor([1, 2, 3, 4]))
+        place_features(embeddings, features, _batch([1, 2], [0, 1], 4))
 
 
 @pytest.mark.parametrize("positions", [[], [0, 4]])
 def test_features_of_blank_tiles_go_nowhere_and_get_a_gradient_of_zero(positions: list[int]) -> None:
     features = torch.ones(4, 1, 2, requires_grad=True)
-    place_features(torch.ones(6, 1, 2), features, torch.tensor(positions, dtype=torch.long)).sum().backward()
+    batch = _batch(positions, list(range(len(positions))), len(positions))
+    place_features(torch.ones(6, 1, 2), features, batch).sum().backward()
     assert features.grad[: len(positions)].eq(1).all()
     assert features.grad[len(positions) :].eq(0).all()
 

@@ -30,10 +30,27 @@ EVERYTHING = ("vision", "projector", "language")
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:
-    """What ten steps tell: loss and gradient norm of each, and the weights after them (of this rank, by checkpoint key)."""
+    """What ten steps tell: loss and gradient norm of each, and the weights after them.
+
+    Args:
+        losses, grad_norms: of each step.
+        shards: what this rank holds of each weight: checkpoint key, shape of the whole weight, where in it the shard is, and its values.
+    """
 
     losses: list[float]
     grad_norms: list[float]
+    shards: list[tuple[str, tuple[int, ...], tuple[slice, ...], np.ndarray]]
+
+
+def whole_weights(curves: list[Curve]) -> dict[str, np.ndarray]:
+    """The weights after the last step, put together from all ranks, which must agree where several hold the same."""
+    weights: dict[str, np.ndarray] = {}
+    for key, shape, place, values in (shard for curve in curves for shard in curve.shards):
+        held = weights.setdefault(key, np.full(shape, np.nan, np.float32))[place]
+        assert np.isnan(held).all() or np.array_equal(held, values), f"ranks differ in {key}"
+        held[...] = values
+    assert not any(np.isnan(weight).any() for weight in weights.values())
+    return weights
 
 
 def config_for(dataset: Path, **settings: Any) -> Config:
@@ -119,7 +136,16 @@ def train_curve(config: Config, pack_ids: tuple[int, ...] = ()) -> Curve:
         result = train_step(job.wrapped, job.optimizer, arriving, size // world, weight, config.optimizer.clip_grad, job.backend)
         losses.append(_from_last_chunk(float(job.groups.sum_over_data(result.loss)), job))
         norms.append(float(result.grad_norm))
-    return Curve(losses=losses, grad_norms=norms)
+    return Curve(losses=losses, grad_norms=norms, shards=_shards(job))
+
+
+def _shards(job) -> list[tuple[str, tuple[int, ...], tuple[slice, ...], np.ndarray]]:
+    from megavlm.model import weights
+    from megavlm.train.optimizer import whole_weights as collected
+
+    with collected(job.wrapped):
+        shards = list(weights._shards(job.model))
+        return [(shard.key, tuple(shard.global_shape), shard.global_slice(), shard.data.detach().cpu().float().numpy()) for shard in shards]
 
 
 def _from_last_chunk(value: float, job) -> float:

@@ -54,12 +54,13 @@ def test_a_pack_equals_its_samples_alone(ranks: Pool, tmp_path: Path, recompute:
 @pytest.mark.parametrize("mask", [("projector",), ("vision", "projector"), EVERYTHING])
 def test_a_pack_without_images_trains_beside_one_with_images(ranks: Pool, tmp_path: Path, mask: tuple[str, ...]) -> None:
     packs = [_samples((1, 2), seed=2), _samples((0, 0, 0), seed=3), _samples((2, 0), seed=4), _samples((0,), seed=5)]
-    write_packs(tmp_path / "packs", packs, capacity=CAPACITY, **SIZES)
+    write_packs(tmp_path / "packs", packs, capacity=CAPACITY, alignment=4, **SIZES)
     # Rank 0 always has images and rank 1 never has, then neither has.
     order = (0, 1, 2, 3, 1, 3)
     settings = dict(trainable=mask, global_batch_size=2, steps=6)
     [alone] = ranks.run(train_curve, 1, config_for(tmp_path / "packs", **settings), order)
-    for layout in (dict(), dict(pipeline_model_parallel_size=2, layout="v*2|v,t*3")):
+    pipeline = dict(pipeline_model_parallel_size=2, layout="v*2|v,t*3")
+    for layout in (dict(), pipeline, dict(tensor_model_parallel_size=2, vision="data"), dict(context_parallel_size=2)):
         curve = ranks.run(train_curve, 2, config_for(tmp_path / "packs", **settings, **layout), order)[0]
         assert curve.losses == pytest.approx(alone.losses, rel=1e-5)
         assert curve.grad_norms == pytest.approx(alone.grad_norms, rel=1e-5, abs=1e-12)
