@@ -1,25 +1,37 @@
 #!/usr/bin/env bash
 # The test command. From a fresh clone: bash tests/run.sh [arguments of pytest, such as tests/config -k stage]
 #
-# It makes .venv with ${PYTHON:-python3} (3.11 or newer) unless a virtual or conda environment is active, installs what is missing, at the
-# versions of constraints.txt, then checks the style and runs the tests. At the end it says what was skipped, and why.
+# It uses the virtual or conda environment that is active; else it makes .venv with python3 (3.11 or newer). PYTHON names another
+# interpreter, and goes before both: PYTHON=python3.12 makes .venv-3.12, and the interpreter of an environment uses that environment. There
+# it installs what is missing, at the versions of constraints.txt: Python 3.11 gets megatron-core 0.16, newer ones 0.19. Then it checks the
+# style and runs the tests. At the end it says what was skipped, and why.
 set -euo pipefail
+[[ "${PYTHON:-}" == */* && "$PYTHON" != /* ]] && PYTHON="$PWD/$PYTHON"
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-if [[ -n "${VIRTUAL_ENV:-}" ]]; then
+folder=.venv
+if [[ -n "${PYTHON:-}" ]]; then
+    in_environment="$("$PYTHON" -c 'import os, sys; print(int(sys.prefix != sys.base_prefix or os.path.isdir(sys.prefix + "/conda-meta")))')"
+    if ((in_environment)); then
+        python="$PYTHON"
+    else
+        folder=".venv-$("$PYTHON" -c 'import sys; print("%d.%d" % sys.version_info[:2])')"
+    fi
+elif [[ -n "${VIRTUAL_ENV:-}" ]]; then
     python="$VIRTUAL_ENV/bin/python"
 elif [[ -n "${CONDA_PREFIX:-}" ]]; then
     python="$CONDA_PREFIX/bin/python"
-else
-    if [[ ! -x .venv/bin/python ]]; then
+fi
+if [[ -z "${python:-}" ]]; then
+    if [[ ! -x "$folder/bin/python" ]]; then
         base="${PYTHON:-python3}"
         "$base" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
             echo "tests/run.sh: error: $base is older than Python 3.11; name a newer one: PYTHON=python3.12 bash tests/run.sh" >&2
             exit 2
         }
-        "$base" -m venv .venv
+        "$base" -m venv "$folder"
     fi
-    python=.venv/bin/python
+    python="$folder/bin/python"
 fi
 
 # Installing again when nothing changed costs a minute, so the files that say what to install are remembered beside the environment.

@@ -22,9 +22,12 @@ class Adam(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         adam_w_mode: bool = True,
+        capturable: bool = False,
     ):
         if not adam_w_mode:
             raise ValueError("only decoupled weight decay (AdamW) is implemented")
+        if capturable:
+            raise ValueError("a CPU has no CUDA graphs to be captured in")
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
 
     @torch.no_grad()

@@ -3,7 +3,15 @@
 import logging
 import warnings
 
-# megatron-core warns of packages that it could use and of its own deprecated names, torch of names that megatron-core uses, and
-# megatron-core's check of what ranks save in common of a rank that has nothing to train: nothing that a user could act on.
+# megatron-core warns of packages that it could use and of its own deprecated names, torch of names that megatron-core uses, megatron-core's
+# check of what ranks save in common of a rank that has nothing to train, and its newer line of ways to call it that its older one
+# does not have: nothing that a user could act on.
 warnings.filterwarnings("ignore", module=r"megatron\.|torch\.(distributed|jit)\.")
-logging.getLogger("megatron.core.dist_checkpointing.validation").setLevel(logging.ERROR)
+for _name in (
+    "dist_checkpointing.strategies.torch",
+    "dist_checkpointing.validation",
+    "distributed.distributed_data_parallel",
+    "models.gpt.gpt_model",
+    "transformer.transformer_layer",
+):
+    logging.getLogger(f"megatron.core.{_name}").setLevel(logging.ERROR)

@@ -14,6 +14,8 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 from megatron.core.optimizer_param_scheduler import ParamGroupOverride
+from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
+from megatron.core.transformer.module import param_is_not_shared
 from torch import Tensor
 
 from megavlm.config.schema import Config
@@ -103,24 +105,28 @@ def step(optimizer: MegatronOptimizer, clip_grad: float, device: torch.device) -
         Norm of the whole gradient before clipping, a scalar on the device.
     """
     optimizer.prepare_grads()
-    counted = [grad for part in optimizer.chained_optimizers for grad in part.get_main_grads_for_grad_norm()]
+    found = [pair for part in optimizer.chained_optimizers for pair in _gradients(part)]
+    counted = [grad for parameter, grad in found if _counts_here(parameter, optimizer.chained_optimizers[0].tp_group)]
     norms = torch._foreach_norm(counted) if counted else [torch.zeros((), device=device)]
     square = torch.stack(norms).square().sum()
     dist.all_reduce(square, group=optimizer.get_grad_stats_parallel_group())
     norm = square.sqrt()
-    if clip_grad:
-        grads = [grad for part in optimizer.chained_optimizers for grad in _gradients(part)]
-        if grads:
-            torch._foreach_mul_(grads, (clip_grad / (norm + 1e-6)).clamp(max=1.0))
+    if clip_grad and found:
+        torch._foreach_mul_([grad for _, grad in found], (clip_grad / (norm + 1e-6)).clamp(max=1.0))
     optimizer.step_with_ready_grads()
     return norm
 
 
-def _gradients(optimizer: MegatronOptimizer) -> list[Tensor]:
-    """Gradients of this rank's share of the weights; with moments in 16 bits they stand beside weights of another format."""
+def _gradients(optimizer: MegatronOptimizer) -> list[tuple[Tensor, Tensor]]:
+    """This rank's share of the weights with its gradients; with moments in 16 bits they stand beside weights of another format."""
     name = "decoupled_grad" if optimizer.config.use_precision_aware_optimizer else "grad"
-    found = [getattr(parameter, name, None) for parameter in optimizer.get_parameters()]
-    return [grad for grad in found if grad is not None]
+    found = [(parameter, getattr(parameter, name, None)) for parameter in optimizer.get_parameters()]
+    return [(parameter, grad) for parameter, grad in found if grad is not None]
+
+
+def _counts_here(parameter: Tensor, tensor_ranks: dist.ProcessGroup) -> bool:
+    """Whether a gradient is counted on this rank: what several tensor-parallel ranks hold, or several layers share, counts once."""
+    return param_is_not_shared(parameter) and param_is_not_tensor_parallel_duplicate(parameter, tensor_ranks)
 
 
 def oldest(optimizer: MegatronOptimizer) -> int:

@@ -36,3 +36,8 @@ def test_a_parameter_without_a_gradient_stays_and_steps_are_counted_in_the_group
 def test_coupled_weight_decay_is_refused() -> None:
     with pytest.raises(ValueError, match="decoupled"):
         Adam([torch.nn.Parameter(torch.ones(1))], adam_w_mode=False)
+
+
+def test_a_cuda_graph_is_refused() -> None:
+    with pytest.raises(ValueError, match="CUDA graphs"):
+        Adam([torch.nn.Parameter(torch.ones(1))], capturable=True)
