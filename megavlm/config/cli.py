@@ -8,7 +8,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import socket
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from itertools import zip_longest
 from pathlib import Path
@@ -23,6 +25,7 @@ from megavlm.config.schema import Architecture, Config
 from megavlm.config.stages import STAGES
 
 PROGRAM = "pretrain_vlm.py"
+_PATIENCE_SECONDS = 3.0
 _NO_NAMES = Config(stage="", model="")
 
 
@@ -35,8 +38,7 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
     try:
         config, is_shown = _parse(sys.argv[1:] if arguments is None else list(arguments))
     except (argparse.ArgumentError, ValueError, OSError) as error:
-        if _is_first_rank():
-            print(f"{PROGRAM}: error: {error}\n--help lists every option", file=sys.stderr)
+        _tell(error)
         raise SystemExit(2) from None
     if is_shown:
         if _is_first_rank():
@@ -173,6 +175,15 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(entry) for key, entry in value.items()}
     return list(value) if isinstance(value, tuple) else value
+
+
+def _tell(error: Exception) -> None:
+    """Say what is wrong, once: another rank than the first speaks only where the first, and torchrun with it, has not ended the job."""
+    where = ""
+    if not _is_first_rank():
+        time.sleep(_PATIENCE_SECONDS)
+        where = f" on rank {os.environ['RANK']} ({socket.gethostname()})"
+    print(f"{PROGRAM}: error{where}: {error}\n--help lists every option", file=sys.stderr, flush=True)
 
 
 def _is_first_rank() -> bool:

@@ -7,45 +7,20 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from megavlm.config.machine import Machine, machine_problems
 from megavlm.config.pipeline import parse_layout
 from megavlm.config.saving import checkpoint_problems
-from megavlm.config.schema import Architecture, Checkpoint, Config, Data, Fp8, Logging, Optimizer, Parallel, Training
+from megavlm.config.schema import Architecture, Checkpoint, Config, Data, Fp8, Health, Logging, Optimizer, Parallel, Training
 from megavlm.config.sharing import rows_of_a_rank, sharing_problems
 
 PARTS = ("vision", "projector", "language")
 
 # Matrices come in multiples of so many rows and columns (Transformer Engine 2.11; blocks of 128 may be cut short, scales of 32 may not).
 FP8_ROWS = {"delayed": 16, "tensorwise": 16, "blockwise": 16, "mxfp8": 32}
-# First compute capability with the instructions that a recipe needs.
-_FP8_CAPABILITY = {"delayed": (8, 9), "tensorwise": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
 
 
 class ConfigError(ValueError):
     """A configuration that cannot run; the message names every flag to change."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Machine:
-    """What the machine can run.
-
-    Args:
-        capability: compute capability of the CUDA device; none without one.
-        has_transformer_engine: whether the package is installed.
-    """
-
-    capability: tuple[int, int] | None = None
-    has_transformer_engine: bool = False
-
-    @property
-    def runs_transformer_engine(self) -> bool:
-        """Whether Transformer Engine's layers can be used."""
-        return self.capability is not None and self.has_transformer_engine
-
-    @property
-    def lack(self) -> str:
-        """What keeps Transformer Engine's layers from being used; empty if nothing does."""
-        lacks = ["no CUDA device"] * (self.capability is None) + ["no Transformer Engine"] * (not self.has_transformer_engine)
-        return " and ".join(lacks)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,19 +55,19 @@ class DatasetFacts:
     pixel_std: tuple[float, float, float]
 
 
-def check(config: Config, world_size: int, facts: Sequence[DatasetFacts] = (), machine: Machine = Machine()) -> None:
+def check(config: Config, world_size: int, facts: Sequence[DatasetFacts] = (), machine: Machine | None = None) -> None:
     """Refuse a configuration that cannot run.
 
     Args:
         config: the run.
         world_size: ranks it is started on.
         facts: of the datasets that could be opened.
-        machine: where it is started.
+        machine: where it is started; none: on a CPU.
 
     Raises:
         ConfigError: with everything that is wrong.
     """
-    found = problems(config, world_size) + facts_problems(config, facts) + machine_problems(config, machine)
+    found = problems(config, world_size) + facts_problems(config, facts) + machine_problems(config, machine or Machine())
     if found:
         listed = "\n  ".join(found)
         raise ConfigError(f"{len(found)} problem{'s' * (len(found) > 1)} with the configuration:\n  {listed}")
@@ -110,6 +85,7 @@ def problems(config: Config, world_size: int) -> list[str]:
         *_at_least(0, "checkpoint", config.checkpoint, "save_interval", "keep", "keep_best"),
         *checkpoint_problems(config.checkpoint, config.training.eval_interval),
         *_logging(config.logging, config.checkpoint),
+        *_health(config.health),
     ]
 
 
@@ -125,23 +101,6 @@ def layout_problems(config: Config, world_size: int) -> list[str]:
 def facts_problems(config: Config, facts: Sequence[DatasetFacts]) -> list[str]:
     """Everything in which packed datasets do not fit the model or each other."""
     return [problem for dataset in facts for problem in _dataset(config, dataset)] + list(_same_tokenizer(facts))
-
-
-def machine_problems(config: Config, machine: Machine) -> list[str]:
-    """Everything that the machine lacks."""
-    found, lack = [], machine.lack
-    if config.training.kernels == "transformer_engine" and lack:
-        found.append(f"--training.kernels transformer_engine: this machine has {lack}; use local or auto")
-    if config.optimizer.moments == "bfloat16" and lack:
-        found.append(f"--optimizer.moments bfloat16 needs Transformer Engine's AdamW, and this machine has {lack}; use float32")
-    for part, recipe in config.fp8.recipes.items():
-        if lack:
-            found.append(f"--fp8.{part} {recipe} needs Transformer Engine's layers, and this machine has {lack}; use none")
-        elif machine.capability < _FP8_CAPABILITY[recipe]:
-            needed, there = (".".join(map(str, numbers)) for numbers in (_FP8_CAPABILITY[recipe], machine.capability))
-            runs = [name for name, least in _FP8_CAPABILITY.items() if machine.capability >= least]
-            found.append(f"--fp8.{part} {recipe} needs compute capability {needed}, this GPU has {there}; use {', '.join([*runs, 'none'])}")
-    return found
 
 
 def _at_least(least: int, section: str, values: object, *names: str) -> Iterator[str]:
@@ -344,6 +303,15 @@ def _logging(logging: Logging, checkpoint: Checkpoint) -> Iterator[str]:
         yield "--logging.tensorboard true needs --checkpoint.save, where its files go"
     if logging.wandb_project and logging.wandb_mode == "offline" and not checkpoint.save:
         yield "--logging.wandb_mode offline needs --checkpoint.save, where its files go"
+
+
+def _health(health: Health) -> Iterator[str]:
+    yield from _at_least(0, "health", health, "least_gb_per_s")
+    yield from _at_least(1, "health", health, "hang_seconds")
+    if not health.slow_factor > 1:
+        yield f"--health.slow_factor {health.slow_factor}: must be above 1"
+    if health.hang_factor and health.hang_factor < 1:
+        yield f"--health.hang_factor {health.hang_factor}: must be 1 or more, or 0 to report nothing"
 
 
 def _dataset(config: Config, facts: DatasetFacts) -> Iterator[str]:

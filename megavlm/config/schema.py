@@ -328,6 +328,26 @@ class Logging:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Health:
+    """How a run finds out that one of its machines is ill. It says so on the console; only a lost rank ends it.
+
+    Args:
+        speed_check: measure, for a few seconds at the start, how fast every rank computes and how fast every group of ranks exchanges data.
+        slow_factor: name a rank or a group that is this many times slower than is usual among its like.
+        least_gb_per_s: name a group of GPUs that moves less than this many GB (1e9 bytes) a second, even if all are alike: it talks
+            through the wrong network card; 0: none is too slow.
+        hang_factor: report what every rank does when one has made no progress for this many times the longest of its last waits; 0: never.
+        hang_seconds: shortest time without progress that is reported; the very first step may take ``hang_factor`` times as long.
+    """
+
+    speed_check: bool = True
+    slow_factor: float = 3.0
+    least_gb_per_s: float = 2.0
+    hang_factor: float = 10.0
+    hang_seconds: int = 60
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """A whole training run.
 
@@ -342,6 +362,7 @@ class Config:
         fp8: matrix products in 8 bits.
         checkpoint: saving and loading.
         logging: console, files and trackers.
+        health: checks of the machines.
     """
 
     stage: str
@@ -354,3 +375,4 @@ class Config:
     fp8: Fp8 = field(default_factory=Fp8)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     logging: Logging = field(default_factory=Logging)
+    health: Health = field(default_factory=Health)

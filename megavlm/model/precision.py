@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from megavlm.config.rules import FP8_ROWS, Machine
+from megavlm.config.machine import Machine
+from megavlm.config.rules import FP8_ROWS
 from megavlm.config.schema import Config
 
 _FORMATS = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -47,12 +47,25 @@ def set_environment(deterministic: bool) -> None:
         os.environ.update(CUBLAS_WORKSPACE_CONFIG=":4096:8", NCCL_ALGO="Ring", NVTE_ALLOW_NONDETERMINISTIC_ALGO="0")
 
 
-def start(timeout_minutes: int, *, deterministic: bool = False) -> Backend:
+def meet(timeout_minutes: int) -> dist.Store:
+    """The key-value store that torchrun's ranks share; nothing else is started, no device is touched.
+
+    Args:
+        timeout_minutes: how long to wait for the others.
+    """
+    if "MASTER_ADDR" not in os.environ:
+        return dist.HashStore()
+    store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(minutes=timeout_minutes)))
+    return store
+
+
+def start(timeout_minutes: int, *, deterministic: bool = False, store: dist.Store | None = None) -> Backend:
     """Pick the backend and join the world.
 
     Args:
         timeout_minutes: how long a collective may wait for a rank.
         deterministic: use only kernels that give the same bits each time.
+        store: what ``meet`` gave, if it was called.
     """
     set_environment(deterministic)
     torch.use_deterministic_algorithms(deterministic)
@@ -65,8 +78,13 @@ def start(timeout_minutes: int, *, deterministic: bool = False) -> Backend:
         cpu.install()
         device = torch.device("cpu")
     if not dist.is_initialized():
-        alone = {} if "MASTER_ADDR" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(minutes=timeout_minutes), **alone)
+        dist.init_process_group(
+            "nccl" if on_gpu else "gloo",
+            timeout=timedelta(minutes=timeout_minutes),
+            store=dist.PrefixStore("world", store or meet(timeout_minutes)),
+            rank=rank(),
+            world_size=world_size(),
+        )
     return Backend(device=device, asynchronous=on_gpu)
 
 

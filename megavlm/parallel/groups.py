@@ -55,6 +55,10 @@ class Groups:
         """Whether this rank writes to the console and to files; it is in the last chunk, where the loss is known."""
         return self.is_last_chunk and self.tensor_rank == 0 and self.context_rank == 0 and self.data_rank == 0
 
+    def by_kind(self) -> dict[str, dist.ProcessGroup]:
+        """This rank's group of each kind."""
+        return {"tensor": self.collection.tp, "pipeline": self.collection.pp, "data": self.collection.dp}
+
     def sum_over_data(self, values: torch.Tensor) -> torch.Tensor:
         """Sum ``values`` in place over the copies of the model, and over the ranks that share their packs."""
         dist.all_reduce(values, group=self.collection.dp_cp)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 
 import torch.distributed as dist
@@ -18,7 +19,8 @@ from megavlm.data.plan import Plan
 from megavlm.model import freeze, precision, weights
 from megavlm.model.freeze import Trained
 from megavlm.model.vlm import VisionLanguageModel
-from megavlm.parallel import backend, groups
+from megavlm.parallel import backend, groups, speed
+from megavlm.parallel.agree import DisagreementError, View, agree, look
 from megavlm.parallel.layout import make_layout
 from megavlm.parallel.split import PackSize
 from megavlm.train import checkpoint, folder, moments, optimizer, source
@@ -32,15 +34,20 @@ from megavlm.train.step import prepare
 
 
 def launch(config: Config) -> None:
-    """Run a training job; what is wrong with it ends the process with status 2 before any process group exists."""
+    """Run a training job; what is wrong with it, on any rank, ends every process with status 2 before any process group exists."""
     backend.set_environment(config.training.deterministic)
+    store = backend.meet(config.parallel.timeout_minutes)
+    start = None
     try:
         start = inspect(config, backend.world_size())
+        view = View(facts=look(config, start=start.folder if isinstance(start, Checkpoint) else start))
     except (ValueError, FileNotFoundError) as error:
-        if backend.rank() == 0:
-            print(f"error: {error}", file=sys.stderr)
+        view = View(problem=str(error))
+    try:
+        agree(store, backend.rank(), backend.world_size(), view, timedelta(minutes=config.parallel.timeout_minutes), _tell)
+    except DisagreementError:
         raise SystemExit(2) from None
-    machine = backend.start(config.parallel.timeout_minutes, deterministic=config.training.deterministic)
+    machine = backend.start(config.parallel.timeout_minutes, deterministic=config.training.deterministic, store=store)
     try:
         train(config, machine, start)
     except (source.DamagedError, SaveError) as error:
@@ -50,6 +57,10 @@ def launch(config: Config) -> None:
         raise SystemExit(2) from None
     finally:
         backend.stop()
+
+
+def _tell(wrong: str) -> None:
+    print(f"error: {wrong}", file=sys.stderr, flush=True)
 
 
 def inspect(config: Config, world_size: int) -> Checkpoint | Path | None:
@@ -121,6 +132,8 @@ def train(config: Config, machine: backend.Backend, start: Checkpoint | Path | N
     if isinstance(start, Checkpoint):
         start = source.whole(config, start)
     with Metrics(config, place.is_writer) as metrics:
+        if config.health.speed_check and place.size > 1:
+            _check_speed(config, place, machine, metrics)
         if config.checkpoint.save:
             _clean(Path(config.checkpoint.save), place, metrics)
         model = VisionLanguageModel(config, layout, place).to(machine.device)
@@ -166,6 +179,14 @@ def _clean(save: Path, place: groups.Groups, metrics: Metrics) -> None:
     dist.broadcast_object_list(left)
     if left[0]:
         metrics.say(f"removed from {save} what a killed run left: {', '.join(left[0])}")
+
+
+def _check_speed(config: Config, place: groups.Groups, machine: backend.Backend, metrics: Metrics) -> None:
+    """Say how fast ranks and groups are, and who is slow. Collective."""
+    speeds = speed.measure(place, machine)
+    metrics.say(speed.summary(speeds))
+    for finding in speed.findings(speeds, config.health, on_gpu=machine.asynchronous):
+        metrics.say(f"warning: {finding}")
 
 
 def _introduce(

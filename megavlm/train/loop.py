@@ -7,6 +7,7 @@ import dataclasses
 import math
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megavlm.data.loader import batches
@@ -21,6 +22,7 @@ from megavlm.train.saver import Saver
 from megavlm.train.state import State
 from megavlm.train.step import train_step
 from megavlm.train.stop import StopRequest
+from megavlm.train.watchdog import Watchdog
 
 
 def run(job: Job, state: State, metrics: Metrics) -> State:
@@ -35,11 +37,15 @@ def run(job: Job, state: State, metrics: Metrics) -> State:
     last, interval = config.training.steps, config.logging.interval
     positions = range(state.consumed + groups.data_rank, state.consumed + (last - state.step) * packs, groups.data_size)
     saver, unseen = Saver(job, metrics, state.step), {}
-    if state.step == 0:
-        state = _evaluate(job, state, metrics)
     pace = Pace(training_cost(config.architecture, config.training.trainable), groups.size)
-    with StopRequest() as stop, contextlib.closing(_loader(job, positions)) as arriving:
+    with StopRequest() as stop, _watchdog(job) as watchdog, contextlib.closing(_loader(job, positions)) as loaded:
+        arriving = watchdog.count(loaded)
+        if state.step == 0:
+            with pace.paused():
+                watchdog.enter("evaluation", state.step)
+                state = _evaluate(job, state, metrics)
         while state.step < last:
+            watchdog.enter("step", state.step + 1)
             ids = job.plan.pack_ids(state.consumed, packs)
             weight = job.train.weight_sum(ids, config.data.loss_reduction)
             if not weight:
@@ -68,9 +74,11 @@ def run(job: Job, state: State, metrics: Metrics) -> State:
                     saver.poll()
             if state.step == last or (config.training.eval_interval and state.step % config.training.eval_interval == 0):
                 with pace.paused():
+                    watchdog.enter("evaluation", state.step)
                     state = _evaluate(job, state, metrics)
             if config.checkpoint.save and (interval_is_over or asked_to_stop or state.step == last):
                 with pace.paused():
+                    watchdog.enter("checkpoint", state.step)
                     saver.save(state)
             if asked_to_stop or state.step == last:
                 saver.wait()  # while a signal does not end the run at once
@@ -92,6 +100,11 @@ def _look(grad_norms: dict[int, Tensor], job: Job) -> float:
             ids = job.plan.pack_ids(step * packs, packs).tolist()
             raise FloatingPointError(f"step {step}: the gradient's norm is {norm} on packs {ids}; the weights are lost since then")
     return values[-1]
+
+
+def _watchdog(job: Job) -> Watchdog:
+    store = dist.PrefixStore("watchdog", dist.group.WORLD.get_group_store().clone())  # a connection of its own: the other may be waiting
+    return Watchdog(store, job.groups.rank, job.groups.size, job.config.health, job.config.parallel.timeout_minutes)
 
 
 def _loader(job: Job, positions: range):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from pathlib import Path
 
 import pytest
@@ -129,9 +130,12 @@ def test_wrong_files_get_a_message_with_their_name(text: str, words: list[str], 
     assert all(word in message for word in [str(path), *words]), message
 
 
-def test_only_the_first_rank_speaks(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
+def test_another_rank_gives_the_first_time_to_end_the_job_before_it_speaks(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
+    waits = []
     monkeypatch.setenv("RANK", "3")
-    assert refused(["--stage", "3", "--model", "tiny"], capsys) == ""
+    monkeypatch.setattr(time, "sleep", waits.append)
+    assert "error on rank 3 (" in refused(["--stage", "3", "--model", "tiny"], capsys)
+    assert len(waits) == 1 and waits[0] >= 1
 
 
 def test_help_names_every_option_and_shows_the_defaults_of_the_stage(capsys: pytest.CaptureFixture):

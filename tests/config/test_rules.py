@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from megavlm.config.cli import parse
-from megavlm.config.rules import ConfigError, DatasetFacts, Machine, check, facts_problems, machine_problems, problems
+from megavlm.config.machine import Machine, machine_problems
+from megavlm.config.rules import ConfigError, DatasetFacts, check, facts_problems, problems
 from megavlm.config.schema import Config
 from megavlm.config.stages import STAGES
 
@@ -145,6 +146,10 @@ WRONG = [
     ("--log-interval 0", 1, ["logging.interval 0: must be 1 or more"]),
     ("--checkpoint.save= --save-interval 0 --logging.tensorboard", 1, ["tensorboard true needs --checkpoint.save"]),
     ("--checkpoint.save= --save-interval 0 --wandb-project p --logging.wandb_mode offline", 1, ["wandb_mode offline needs"]),
+    ("--health.slow_factor 1", 1, ["health.slow_factor 1.0: must be above 1"]),
+    ("--health.least_gb_per_s -1", 1, ["health.least_gb_per_s -1.0: must be 0 or more"]),
+    ("--health.hang_factor 0.5", 1, ["health.hang_factor 0.5: must be 1 or more, or 0 to report nothing"]),
+    ("--health.hang_seconds 0", 1, ["health.hang_seconds 0: must be 1 or more"]),
 ]
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megavlm.config.rules import machine_problems
+from megavlm.config.machine import machine_problems
 from megavlm.config.schema import Checkpoint, Config, Logging
 from tests.convert.models import TOKENIZER, load_all, make_hf
 from tests.gpu.models import SMALL, small

@@ -47,6 +47,24 @@ def test_a_wrong_world_size_is_told_once_and_before_anything_starts(config_file:
     assert "Traceback" not in done.stderr.split("error:")[1].split("ChildFailedError")[0].split("torch/distributed")[0]
 
 
+@pytest.mark.parametrize(
+    ("of_rank_1", "told"),
+    [
+        ("--training.seed 8", ["rank 1 (", "--training.seed is 8 (rank 0: 3)"]),
+        ("--data.train elsewhere", ["rank 1 (", "--data.train elsewhere: no such folder"]),
+        ("--config missing.yaml", ["error on rank 1 (", "missing.yaml: no such file"]),
+    ],
+)
+def test_a_rank_that_was_started_otherwise_is_named(config_file: Path, of_rank_1: str, told: list[str]) -> None:
+    command = f"exec {sys.executable} {TORCHRUN[-1]} --config {config_file} $([ $RANK = 1 ] && echo {of_rank_1})"
+    done = subprocess.run(
+        [*TORCHRUN[:-1], "--no-python", "bash", "-c", command], env=ENVIRONMENT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode != 0
+    assert all(words in done.stderr for words in told), done.stderr
+    assert done.stderr.count("error:") + done.stderr.count("error on") == 1 and "step 1 " not in done.stdout
+
+
 def test_sigterm_ends_a_run_after_a_checkpoint_and_the_same_command_goes_on(config_file: Path, tmp_path: Path) -> None:
     arguments = ["--config", str(config_file), "--checkpoint.save", str(tmp_path / "run"), "--training.steps", "100000"]
     arguments += ["--logging.interval", "1", "--checkpoint.save_interval", "0", "--optimizer.schedule", "constant"]

@@ -1,0 +1,51 @@
+"""What the machine can run, against what a configuration asks of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megavlm.config.schema import Config
+
+# First compute capability with the instructions that a recipe needs.
+_FP8_CAPABILITY = {"delayed": (8, 9), "tensorwise": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """What the machine can run.
+
+    Args:
+        capability: compute capability of the CUDA device; none without one.
+        has_transformer_engine: whether the package is installed.
+    """
+
+    capability: tuple[int, int] | None = None
+    has_transformer_engine: bool = False
+
+    @property
+    def runs_transformer_engine(self) -> bool:
+        """Whether Transformer Engine's layers can be used."""
+        return self.capability is not None and self.has_transformer_engine
+
+    @property
+    def lack(self) -> str:
+        """What keeps Transformer Engine's layers from being used; empty if nothing does."""
+        lacks = ["no CUDA device"] * (self.capability is None) + ["no Transformer Engine"] * (not self.has_transformer_engine)
+        return " and ".join(lacks)
+
+
+def machine_problems(config: Config, machine: Machine) -> list[str]:
+    """Everything that the machine lacks."""
+    found, lack = [], machine.lack
+    if config.training.kernels == "transformer_engine" and lack:
+        found.append(f"--training.kernels transformer_engine: this machine has {lack}; use local or auto")
+    if config.optimizer.moments == "bfloat16" and lack:
+        found.append(f"--optimizer.moments bfloat16 needs Transformer Engine's AdamW, and this machine has {lack}; use float32")
+    for part, recipe in config.fp8.recipes.items():
+        if lack:
+            found.append(f"--fp8.{part} {recipe} needs Transformer Engine's layers, and this machine has {lack}; use none")
+        elif machine.capability < _FP8_CAPABILITY[recipe]:
+            needed, there = (".".join(map(str, numbers)) for numbers in (_FP8_CAPABILITY[recipe], machine.capability))
+            runs = [name for name, least in _FP8_CAPABILITY.items() if machine.capability >= least]
+            found.append(f"--fp8.{part} {recipe} needs compute capability {needed}, this GPU has {there}; use {', '.join([*runs, 'none'])}")
+    return found

@@ -1,0 +1,43 @@
+"""A run of which rank 1 is late once: ``torchrun late_rank.py sleeps|freezes SECONDS CONFIG``."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from megavlm.config.cli import from_yaml
+from megavlm.train import launch, loop
+
+_LATE_STEP = 4
+
+
+def _sleep(seconds: float) -> None:
+    time.sleep(seconds)
+
+
+def _freeze(seconds: float) -> None:
+    """Stop the whole process, all of its threads, until a shell wakes it."""
+    with subprocess.Popen(["sh", "-c", f"sleep {seconds}; kill -CONT {os.getpid()}"]):
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def main(how: str, seconds: float, config: str) -> None:
+    """Train as ``pretrain_vlm.py`` does, with a step that begins late on one rank."""
+    train_step, steps = loop.train_step, []
+
+    def late(*arguments):
+        steps.append(1)
+        if os.environ["RANK"] == "1" and len(steps) == _LATE_STEP:
+            {"sleeps": _sleep, "freezes": _freeze}[how](seconds)
+        return train_step(*arguments)
+
+    loop.train_step = late
+    launch.launch(from_yaml(Path(config)))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], float(sys.argv[2]), sys.argv[3])

@@ -1,0 +1,78 @@
+"""Ranks that are late for a while, or slow, in real runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megavlm.config.cli import to_yaml
+from megavlm.config.schema import Health, Logging, Parallel
+from megavlm.parallel import backend, groups, speed
+from tests.data.samples import make_dataset
+from tests.ranks.pool import Pool
+from tests.ranks.runs import TINY, config_for
+
+HERE = Path(__file__).parent
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(HERE / "late_rank.py")]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parents[1])}
+
+
+@pytest.mark.parametrize(
+    ("how", "tensor", "told"),
+    [
+        ("sleeps", 2, [r"it waits for rank 1, in no collective", r"rank 1 \(on .*\): step 4; in no collective\n.*late_rank.py:\d+ _sleep"]),
+        ("freezes", 1, [r"it waits for rank 1, not answering", r"rank 0 \(on .*\): step 4, .*; in gloo:\w+ number \d+ of group DATA_"]),
+    ],
+)
+def test_a_rank_that_is_late_is_named_with_what_the_others_wait_in(how: str, tensor: int, told: list[str], tmp_path: Path) -> None:
+    sizes = dict(vocab_size=199, context_token_id=7, tile_size=16, features_per_tile=TINY.features_per_tile, capacity=128)
+    make_dataset(tmp_path / "train", packs=8, **sizes)
+    config = config_for(tmp_path / "train", steps=6, tensor_model_parallel_size=tensor)
+    quick = Health(hang_factor=1, hang_seconds=3, speed_check=False)
+    checkpoint = dataclasses.replace(config.checkpoint, save_interval=0)
+    config = dataclasses.replace(config, health=quick, logging=Logging(interval=1), checkpoint=checkpoint)
+    (tmp_path / "run.yaml").write_text(to_yaml(config))
+    done = subprocess.run([*TORCHRUN, how, "12", str(tmp_path / "run.yaml")], env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0 and "step 6 " in done.stdout, done.stderr
+    report = done.stderr[done.stderr.index("made no progress") :]
+    assert all(re.search(words, report, re.DOTALL) for words in told), done.stderr
+    assert "the run went on" in report
+
+
+def speeds_with_a_slow_rank(slow: int) -> tuple[list[str], str]:
+    """What is found when one rank hesitates before each exchange and product, and the line with the figures."""
+    exchange, multiply = dist.batch_isend_irecv, torch.mm
+
+    def late(function: Callable) -> Callable:
+        def wrapped(*arguments):
+            if dist.get_rank() == slow:
+                time.sleep(0.05)
+            return function(*arguments)
+
+        return wrapped
+
+    machine = backend.start(5)
+    place = groups.create(Parallel(tensor_model_parallel_size=2), seed=1)
+    with patch.object(dist, "batch_isend_irecv", late(exchange)), patch.object(torch, "mm", late(multiply)):
+        speeds = speed.measure(place, machine)
+    return speed.findings(speeds, Health(), on_gpu=False), speed.summary(speeds)
+
+
+def test_a_rank_that_is_slow_with_all_its_partners_is_named(ranks: Pool) -> None:
+    answers = ranks.run(speeds_with_a_slow_rank, 4, 2)
+    found, summary = answers[0]
+    assert all(answer == answers[0] for answer in answers[1:])
+    assert [line for line in found if "exchanges" in line and line.startswith("rank 2 ")] and "tensor groups" in summary, found
+    assert [line for line in found if "computes" in line and line.startswith("rank 2 ")], found
+    assert all(line.startswith("rank 2 ") for line in found if "exchanges" in line), found
