@@ -19,6 +19,11 @@ Shape = tuple[int, ...]
 class Operation(ABC):
     """An invertible operation between one tensor of megatron-core and one or more of Hugging Face's."""
 
+    @property
+    def moves_rows(self) -> bool:
+        """Whether it does nothing but move whole rows (along the first axis), so that it can be done on files."""
+        return False
+
     @abstractmethod
     def split(self, whole: Tensor) -> tuple[Tensor, ...]:
         """Hugging Face's tensors from megatron-core's; they may be views of it."""
@@ -39,6 +44,11 @@ class Operation(ABC):
 @dataclass(frozen=True)
 class Same(Operation):
     """The same tensor on both sides."""
+
+    @property
+    def moves_rows(self) -> bool:
+        """Yes."""
+        return True
 
     def split(self, whole: Tensor) -> tuple[Tensor, ...]:
         """The tensor."""
@@ -67,6 +77,11 @@ class Padded(Operation):
     size: int
     axis: int = 0
     inner: Operation = Same()
+
+    @property
+    def moves_rows(self) -> bool:
+        """Where rows are cut off and the rest moves."""
+        return self.axis == 0 and self.inner.moves_rows
 
     def split(self, whole: Tensor) -> tuple[Tensor, ...]:
         """Hugging Face's tensors, without padding."""
@@ -98,6 +113,11 @@ class Fused(Operation):
     inner: Operation
     rows: tuple[int, ...]
 
+    @property
+    def moves_rows(self) -> bool:
+        """Where the other operation does."""
+        return self.inner.moves_rows
+
     def split(self, whole: Tensor) -> tuple[Tensor, ...]:
         """The parts in one tensor."""
         return (torch.cat(self.inner.split(whole)),)
@@ -120,6 +140,11 @@ class Stacked(Operation):
     """
 
     count: int
+
+    @property
+    def moves_rows(self) -> bool:
+        """Yes."""
+        return True
 
     def split(self, whole: Tensor) -> tuple[Tensor, ...]:
         """The tensors."""
@@ -148,6 +173,11 @@ class GroupedQKV(Operation):
     heads: int
     groups: int
     head_size: int
+
+    @property
+    def moves_rows(self) -> bool:
+        """Yes."""
+        return True
 
     def split(self, whole: Tensor) -> tuple[Tensor, ...]:
         """[(H + 2G) d, ...] -> query [H d, ...], key [G d, ...], value [G d, ...]."""

@@ -5,7 +5,7 @@ That both sides match, name by name and shape by shape, is checked when a view i
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Protocol
@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from megavlm.config.schema import Architecture
+from megavlm.convert import ranges
 from megavlm.convert.ops import Shape
+from megavlm.convert.ranges import Range, Run
 from megavlm.convert.rows import Row
 from megavlm.convert.tables import Dialect, rows
 
@@ -44,8 +46,17 @@ class Tensors(Protocol):
     def __getitem__(self, name: str) -> Tensor:
         """Read a tensor."""
 
+    def ranges(self, name: str, rows: range) -> list[Range] | None:
+        """Bytes of files that hold some rows of a tensor; none where they must be read and put together."""
+
     def __str__(self) -> str:
         """Where they come from."""
+
+
+def whole_ranges(tensors: Tensors, name: str) -> list[Range] | None:
+    """Bytes of files that hold a tensor; none where it must be read and put together."""
+    shape = tensors.headers[name].shape
+    return tensors.ranges(name, range(shape[0])) if shape else None
 
 
 class MegatronView(Mapping[str, Tensor]):
@@ -73,6 +84,27 @@ class MegatronView(Mapping[str, Tensor]):
     def __getitem__(self, key: str) -> Tensor:
         row = self._rows[key]
         return row.join([self._source[name] for name in row.names])
+
+    def ranges(self, key: str, rows: range) -> list[Range] | None:
+        """See ``Tensors``."""
+        row = self._rows[key]
+        return _ranges(self._source, row.names, self._runs(key), rows)
+
+    def part(self, key: str, place: tuple[slice, ...]) -> Tensor:
+        """Read what stands at ``place`` of a tensor; of tensors whose rows only move, nothing else is read."""
+        row, runs = self._rows[key], self._runs(key)
+        if runs is None:
+            return self[key][place]
+        begin, end, _ = place[0].indices(row.shape[0])
+        sources = {number: self._source[row.names[number]] for number in {run.tensor for run in runs}}
+        found = [
+            sources[run.tensor][(slice(run.first, run.first + run.count), *place[1:])] for run in ranges.within(runs, begin, end - begin)
+        ]
+        empty = next(iter(sources.values()))[(slice(0, 0), *place[1:])]
+        return torch.cat(found) if found else empty
+
+    def _runs(self, key: str) -> list[Run] | None:
+        return ranges.joined_runs(self._rows[key].operation, self._rows[key].part_shapes)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.headers)
@@ -121,6 +153,15 @@ class HuggingFaceView(Mapping[str, Tensor]):
         tensor = self._parts(self._rows[name])[name]
         return tensor if self._dtype is None else tensor.to(self._dtype)
 
+    def ranges(self, name: str, rows: range) -> list[Range] | None:
+        """See ``Tensors``."""
+        row = self._rows[name]
+        found = self._source.headers[row.key]
+        if self._dtype not in (None, found.dtype):
+            return None
+        runs = ranges.split_runs(row.operation, found.shape)
+        return _ranges(self._source, (row.key,), runs and runs[row.names.index(name)], rows)
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.headers)
 
@@ -129,6 +170,17 @@ class HuggingFaceView(Mapping[str, Tensor]):
 
     def __str__(self) -> str:
         return str(self._source)
+
+
+def _ranges(source: Tensors, names: Sequence[str], runs: list[Run] | None, rows: range) -> list[Range] | None:
+    """Bytes of files that hold the rows ``rows`` of what ``runs`` of tensors make up."""
+    found = []
+    for run in ranges.within(runs or [], rows.start, len(rows)):
+        piece = source.ranges(names[run.tensor], range(run.first, run.first + run.count))
+        if piece is None:
+            return None
+        found += piece
+    return None if runs is None else found
 
 
 def _compare(expected: set[str], found: Collection[str]) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable, Iterator
+from typing import Protocol
 
 import torch
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
@@ -15,7 +16,15 @@ from megavlm.config.schema import Config
 from megavlm.model.vision_attention import unpadded_shape
 from megavlm.model.vlm import VisionLanguageModel
 
-FullTensor = Callable[[str, tuple[int, ...]], Tensor]
+
+class Sliceable(Protocol):
+    """A whole tensor, of which parts can be taken; it need not be in memory."""
+
+    def __getitem__(self, place: tuple[slice, ...], /) -> Tensor:
+        """Take a part."""
+
+
+FullTensor = Callable[[str, tuple[int, ...]], Sliceable]
 
 
 def named_weights(model: VisionLanguageModel) -> dict[str, nn.Parameter]:
@@ -50,7 +59,7 @@ def fill(model: VisionLanguageModel, full_tensor: FullTensor) -> list[str]:
     Args:
         model: the chunk.
         full_tensor: takes a checkpoint key and the shape of the whole tensor, and answers with that tensor. It may be shorter (a
-            vocabulary or heads without padding); what is missing becomes zero.
+            vocabulary or heads without padding); what is missing becomes zero. Only this chunk's parts are taken of it.
 
     Returns:
         The keys that were filled.

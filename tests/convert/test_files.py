@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from megavlm.convert.files import INDEX_NAME, SafetensorsFolder, ShardsFolder, new_folder, write_safetensors, write_shards
+from megavlm.convert.files import INDEX_NAME, SafetensorsFolder, new_folder, write_safetensors
+from megavlm.convert.shards import ShardsFolder, write_shards
 from tests.convert.models import load_all
 from tests.convert.test_views import InMemory
 

@@ -87,11 +87,18 @@ def test_a_system_message_of_ones_own_survives_the_template(tmp_path: Path) -> N
 def test_weights_are_served_to_the_trainer(tmp_path: Path) -> None:
     source = make_hf(tmp_path / "hf")
     served, weights = hf.full_tensors(source, SMALL), load_all(source)
-    padded = served("language.output_layer.weight", (512, 48))
+    padded = served("language.output_layer.weight", (512, 48))[:, :]
     assert torch.equal(padded, weights["language_model.lm_head.weight"])
     layer = "language_model.model.layers.2.mlp."
     gate_up = torch.cat([weights[f"{layer}gate_proj.weight"], weights[f"{layer}up_proj.weight"]])
-    assert torch.equal(served("language.decoder.layers.2.mlp.linear_fc1.weight", (112, 48)), gate_up)
+    assert torch.equal(served("language.decoder.layers.2.mlp.linear_fc1.weight", (112, 48))[:, :], gate_up)
+
+
+@pytest.mark.parametrize("place", [(slice(0, 16), slice(None)), (slice(13, 61),), (slice(None), slice(5, 30)), (slice(0, 0), slice(None))])
+def test_a_share_of_a_tensor_is_that_share_of_the_whole(tmp_path: Path, place: tuple[slice, ...]) -> None:
+    view = hf.hf_tensors_as_megatron(make_hf(tmp_path / "hf"), SMALL)
+    for key in ("language.decoder.layers.1.self_attention.linear_qkv.weight", "language.decoder.layers.0.mlp.linear_fc1.weight"):
+        assert torch.equal(view.part(key, place), view[key][place])
 
 
 @pytest.mark.parametrize("other", [replace(SMALL, language=replace(SMALL.language, num_query_groups=3)), replace(SMALL, pixel_shuffle=1)])

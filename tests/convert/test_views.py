@@ -33,6 +33,9 @@ class InMemory:
         self.reads += 1
         return self.tensors[name]
 
+    def ranges(self, name: str, rows: range) -> None:
+        return None
+
     def __str__(self) -> str:
         return "here"
 
