@@ -5,9 +5,14 @@ They are InternVL 2.5 (arXiv 2412.05271), 3 (arXiv 2504.10479) and 3.5 (arXiv 25
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from megavlm.config.schema import Architecture, Language, Vision
+
+ReadFolder = Callable[[str], Architecture]
+"""Reads what the model in a Hugging Face folder is made of."""
 
 # InternViT-300M-448px-V2_5: the schema's defaults are its sizes.
 _INTERNVIT_300M = Vision()
@@ -106,12 +111,19 @@ MODELS: dict[str, Architecture] = {
 }
 
 
-def architecture(name: str) -> Architecture:
-    """The row ``name`` of the table.
+def architecture(name: str, read_folder: ReadFolder | None = None) -> Architecture:
+    """The row ``name`` of the table, or the model in the Hugging Face folder ``name``.
+
+    Args:
+        name: of the row, or the folder.
+        read_folder: reads the model of a folder; none: only the table is known.
 
     Raises:
-        ValueError: there is no such row; the message lists the names.
+        ValueError: there is no such row and no such folder; the message lists the rows.
+        FileNotFoundError: the folder holds no model.
     """
-    if name not in MODELS:
-        raise ValueError(f"--model {name}: no such model; known are {', '.join(MODELS)}")
-    return MODELS[name]
+    if name in MODELS:
+        return MODELS[name]
+    if read_folder is not None and Path(name).is_dir():
+        return read_folder(name)
+    raise ValueError(f"--model {name}: no such model and no such folder; known models are {', '.join(MODELS)}")

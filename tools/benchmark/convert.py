@@ -23,9 +23,9 @@ from torch import Tensor
 
 from megavlm.config.models import architecture
 from megavlm.config.schema import Architecture
-from megavlm.convert import hf
+from megavlm.convert import hf, native_config
 from megavlm.convert.files import SafetensorsFolder, write_safetensors
-from megavlm.convert.model_config import FILE_NAME, hf_config, write_json
+from megavlm.convert.settings import FILE_NAME, write_json
 from megavlm.convert.tables import rows
 from megavlm.convert.views import Header
 from megavlm.data.template import SPECIAL_TOKENS, TURN_END
@@ -62,7 +62,7 @@ def make_model(folder: Path, name: str, layers: int) -> int:
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?").save_pretrained(folder)
     tensors = RandomTensors(model)
     write_safetensors(tensors, folder)
-    write_json(folder / FILE_NAME, hf_config(model, dtype=torch.bfloat16, image_token_id=2, eos_token_id=9, pad_token_id=9))
+    write_json(folder / FILE_NAME, native_config.write(model, dtype=torch.bfloat16, image_token_id=2, eos_token_id=9, pad_token_id=9))
     return sum(header.nbytes for header in tensors.headers.values())
 
 
