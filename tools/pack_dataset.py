@@ -7,11 +7,10 @@ import os
 import sys
 from pathlib import Path
 
-from megavlm.config.models import architecture
-from megavlm.config.schema import Architecture
 from megavlm.data.packer import Job, pack_dataset
 from megavlm.data.record import read_sources
 from megavlm.data.tiling import Tiling, features_per_tile
+from megavlm.folders import image_model
 
 EXAMPLE = """example:
   python tools/pack_dataset.py --model internvl2_5-1b --tokenizer Qwen2.5-0.5B-Instruct/ \\
@@ -42,7 +41,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--root", metavar="DIR", default="", help="folder that image paths in --jsonl are relative to")
     add("--tokenizer", metavar="DIR", required=True, help="folder of the language model's tokenizer")
     add("--out", metavar="DIR", required=True, help="folder to make; must be missing or empty")
-    add("--model", metavar="NAME", help="model that the packs are for: gives the next three sizes")
+    add("--model", metavar="NAME", help="model, or Hugging Face folder, that the packs are for: gives the next three sizes, and the pixels")
     for name, default, text in OPTIONS:
         add(f"--{name}", type=int if default is None else type(default), default=default, metavar="N", help=text)
     add("--no_thumbnail", action="store_false", dest="thumbnail", help="do not add the whole image, small, to images of several tiles")
@@ -53,7 +52,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def make_job(args: argparse.Namespace) -> Job:
     """What the command line asks for; raises ValueError or FileNotFoundError, naming the flag, where it cannot be."""
-    model = architecture(args.model) if args.model else Architecture()
+    model = image_model(args.model)
     sizes = {"image_size": model.vision.image_size, "patch_size": model.vision.patch_size, "pixel_shuffle": model.pixel_shuffle}
     size, patch, shuffle = (known if getattr(args, name) is None else getattr(args, name) for name, known in sizes.items())
     if args.tile_cap != "auto" and not args.tile_cap.isdecimal():
@@ -64,6 +63,7 @@ def make_job(args: argparse.Namespace) -> Job:
         tiling=Tiling(tile_size=size, min_tiles=args.min_tiles, max_tiles=args.max_tiles, thumbnail=args.thumbnail),
         tile_cap=None if args.tile_cap == "auto" else int(args.tile_cap),
         decode_images=not args.headers_only,
+        **{name: vars(model.vision)[name] for name in ("pixel_mean", "pixel_std")},
         **{name: getattr(args, name) for name in ("tokenizer", "out", "capacity", "alignment", "seed", "workers", "max_rejects")},
     )
 

@@ -19,9 +19,9 @@ from typing import Any
 import yaml
 
 from megavlm.config import stages
-from megavlm.config.models import MODELS, architecture
+from megavlm.config.models import MODELS, ReadModel, architecture
 from megavlm.config.options import Parser, make_parser, nearest, options, to_config
-from megavlm.config.schema import Architecture, Config
+from megavlm.config.schema import Architecture, Config, Init
 from megavlm.config.stages import STAGES
 
 PROGRAM = "pretrain_vlm.py"
@@ -29,14 +29,15 @@ _PATIENCE_SECONDS = 3.0
 _NO_NAMES = Config(stage="", model="")
 
 
-def parse(arguments: Sequence[str] | None = None) -> Config:
+def parse(arguments: Sequence[str] | None = None, read_model: ReadModel | None = None) -> Config:
     """The configuration that a command line asks for; wrong input ends the process with status 2 and a short message.
 
     Args:
         arguments: the command line without the program's name; this process's own where there is none.
+        read_model: reads a ``--model`` that is a folder, and the model that two parts give; none: only the table of models is known.
     """
     try:
-        config, is_shown = _parse(sys.argv[1:] if arguments is None else list(arguments))
+        config, is_shown = _parse(sys.argv[1:] if arguments is None else list(arguments), read_model)
     except (argparse.ArgumentError, ValueError, OSError) as error:
         _tell(error)
         raise SystemExit(2) from None
@@ -67,13 +68,16 @@ def from_yaml(source: str | Path) -> Config:
     return to_config(_apply(parser, _read(source, where), where, parser.get_defaults()))
 
 
-def _parse(arguments: list[str]) -> tuple[Config, bool]:
+def _parse(arguments: list[str], read_model: ReadModel | None) -> tuple[Config, bool]:
     """The configuration, and whether to print it instead of running it."""
     chosen, others = _first_pass().parse_known_args(arguments)
     files = {f"--config {path}": _read(Path(path), f"--config {path}") for path in chosen.config}
     names = {name: vars(chosen)[name] or _last_named(files, name) for name in ("stage", "model")}
+    init = Init(**{name: vars(chosen)[f"init.{name}"] or _last_named(files, "init", name) or "" for name in vars(_NO_NAMES.init)})
+    others += [word for name, folder in vars(init).items() if folder for word in (f"--init.{name}", folder)]
     wants_help = any(word in others for word in ("-h", "--help"))
-    parser = make_parser(_NO_NAMES if wants_help and not all(names.values()) else _from_tables(**names), PROGRAM, _description())
+    defaults = _NO_NAMES if wants_help and not all(names.values()) else _from_tables(**names, init=init, read_model=read_model)
+    parser = make_parser(defaults, PROGRAM, _description())
     values = parser.get_defaults()
     for where, content in files.items():
         values = _apply(parser, {key: value for key, value in content.items() if key not in names}, where, values)
@@ -81,28 +85,37 @@ def _parse(arguments: list[str]) -> tuple[Config, bool]:
 
 
 def _first_pass() -> argparse.ArgumentParser:
-    """Finds what is no value of the configuration, and the two names that every default depends on."""
+    """Finds what is no value of the configuration, and the names that every default depends on."""
     parser = argparse.ArgumentParser(prog=PROGRAM, add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--stage")
     parser.add_argument("--model")
+    for name in vars(_NO_NAMES.init):
+        parser.add_argument(f"--init.{name}")
     parser.add_argument("--config", action="append", default=[])
     parser.add_argument("--print_config", action="store_true")
     return parser
 
 
-def _last_named(files: dict[str, dict[str, Any]], name: str) -> str | None:
-    """The stage or model of the last file that names one; YAML reads a bare 1 as a number."""
-    return next((str(content[name]) for content in reversed(files.values()) if name in content), None)
+def _last_named(files: dict[str, dict[str, Any]], *path: str) -> str | None:
+    """The value, at a path such as ``init``, ``vision``, of the last file that has one; YAML reads a stage of 1 as a number."""
+    found = None
+    for content in files.values():
+        value: Any = content
+        for name in path:
+            value = value.get(name) if isinstance(value, dict) else None
+        found = found if value is None else str(value)
+    return found
 
 
-def _from_tables(*, stage: str | None, model: str | None) -> Config:
+def _from_tables(*, stage: str | None, model: str | None, init: Init, read_model: ReadModel | None) -> Config:
     """The schema's defaults under the rows of both tables."""
-    wanted = ("stage", stage, STAGES), ("model", model, MODELS)
+    wanted = ("stage", stage, STAGES), ("model", model or init.is_whole, MODELS)
     missing = [f"--{name} (one of {', '.join(table)})" for name, given, table in wanted if not given]
     if missing:
         raise ValueError(f"missing {' and '.join(missing)}")
-    row, built = stages.stage(stage), architecture(model)
-    return Config(stage=stage, model=model, architecture=built, data=row.data, optimizer=row.optimizer, training=row.training)
+    row, built = stages.stage(stage), architecture(model or "", init, read_model)
+    name = model or "+".join(Path(folder).resolve().name for folder in init.parts.values())
+    return Config(stage=stage, model=name, architecture=built, data=row.data, optimizer=row.optimizer, training=row.training)
 
 
 def _read(source: str | Path, where: str) -> dict[str, Any]:

@@ -9,11 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megavlm.config.schema import Architecture, Language, Vision
+from megavlm.config.schema import Architecture, Init, Language, Vision
 
-ReadFolder = Callable[[str], Architecture]
-"""Reads what the model in a Hugging Face folder is made of."""
+ReadModel = Callable[[str, Init], Architecture]
+"""Reads what the model in a Hugging Face folder is made of or, where no folder is named, the model that two parts give."""
 
+_NO_PARTS = Init()
 # InternViT-300M-448px-V2_5: the schema's defaults are its sizes.
 _INTERNVIT_300M = Vision()
 # InternViT-6B-448px-V2_5, and V1-5, which the 26B model starts from.
@@ -111,19 +112,20 @@ MODELS: dict[str, Architecture] = {
 }
 
 
-def architecture(name: str, read_folder: ReadFolder | None = None) -> Architecture:
-    """The row ``name`` of the table, or the model in the Hugging Face folder ``name``.
+def architecture(name: str, init: Init = _NO_PARTS, read_model: ReadModel | None = None) -> Architecture:
+    """The row ``name`` of the table, the model in the Hugging Face folder ``name``, or what is made of the parts to start from.
 
     Args:
-        name: of the row, or the folder.
-        read_folder: reads the model of a folder; none: only the table is known.
+        name: of the row, or the folder; may be empty where both parts are named.
+        init: the parts to start from.
+        read_model: reads what is not in the table; none: only the table is known.
 
     Raises:
-        ValueError: there is no such row and no such folder; the message lists the rows.
+        ValueError: there is no such row and no such folder, which the message tells, or the folder is of a model that ours is not.
         FileNotFoundError: the folder holds no model.
     """
     if name in MODELS:
         return MODELS[name]
-    if read_folder is not None and Path(name).is_dir():
-        return read_folder(name)
+    if read_model is not None and (Path(name).is_dir() if name else init.is_whole):
+        return read_model(name, init)
     raise ValueError(f"--model {name}: no such model and no such folder; known models are {', '.join(MODELS)}")

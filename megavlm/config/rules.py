@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from megavlm.config import start
 from megavlm.config.machine import Machine, machine_problems
 from megavlm.config.pipeline import parse_layout
 from megavlm.config.saving import checkpoint_problems
@@ -84,6 +85,7 @@ def problems(config: Config, world_size: int) -> list[str]:
         *_fp8(config.fp8, config),
         *_at_least(0, "checkpoint", config.checkpoint, "save_interval", "keep", "keep_best"),
         *checkpoint_problems(config.checkpoint, config.training.eval_interval),
+        *start.problems(config),
         *_logging(config.logging, config.checkpoint),
         *_health(config.health),
     ]
@@ -131,7 +133,7 @@ def _architecture(arch: Architecture) -> list[str]:
 
 def _vision(arch: Architecture) -> Iterator[str]:
     vision, flag = arch.vision, "--architecture.vision"
-    if vision.image_size % vision.patch_size:
+    if vision.image_size % vision.patch_size and vision.family != "siglip":  # whose largest models leave some pixels out
         yield f"{flag}.patch_size {vision.patch_size} does not divide {flag}.image_size {vision.image_size}"
     elif vision.grid % arch.pixel_shuffle:
         yield f"--architecture.pixel_shuffle {arch.pixel_shuffle} does not divide the {vision.grid} patches along a tile's side"

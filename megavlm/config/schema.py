@@ -12,9 +12,10 @@ from typing import Literal
 
 @dataclass(frozen=True, kw_only=True)
 class Vision:
-    """The vision encoder, an InternViT.
+    """The vision encoder: an InternViT, or the part of a CLIP (arXiv 2103.00020) or SigLIP (arXiv 2303.15343) that sees images.
 
     Args:
+        family: what files call the weights, and what stands around the layers: see the properties below.
         image_size: side of a tile in pixels.
         patch_size: side of a patch in pixels.
         num_layers: transformer layers.
@@ -25,11 +26,13 @@ class Vision:
         layernorm_epsilon: added to the variance inside the norms.
         qkv_bias: whether the query, key and value projections have a bias.
         qk_norm: whether queries and keys are normalised, each over all heads at once (InternViT-6B).
-        layer_scale: starting value of the learned factors on both residual branches.
+        activation: of the MLP: GELU, its approximation with tanh, or x * sigmoid(1.702 x).
+        layer_scale: starting value of the learned factors on both residual branches; only InternViT has them.
         pixel_mean: mean of red, green and blue (of pixels from 0 to 1) that is subtracted.
         pixel_std: standard deviation of red, green and blue that is divided by.
     """
 
+    family: Literal["internvit", "clip", "siglip"] = "internvit"
     image_size: int = 448
     patch_size: int = 14
     num_layers: int = 24
@@ -40,6 +43,7 @@ class Vision:
     layernorm_epsilon: float = 1e-6
     qkv_bias: bool = True
     qk_norm: bool = False
+    activation: Literal["gelu", "gelu_tanh", "quick_gelu"] = "gelu"
     layer_scale: float = 0.1
     pixel_mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     pixel_std: tuple[float, float, float] = (0.229, 0.224, 0.225)
@@ -50,9 +54,29 @@ class Vision:
         return self.image_size // self.patch_size
 
     @property
+    def has_class_token(self) -> bool:
+        """Whether a token of no patch stands before the patches."""
+        return self.family != "siglip"
+
+    @property
+    def has_patch_bias(self) -> bool:
+        """Whether the patch embedding has a bias."""
+        return self.family != "clip"
+
+    @property
+    def has_embedding_norm(self) -> bool:
+        """Whether a norm stands between the embedding and the first layer."""
+        return self.family == "clip"
+
+    @property
+    def has_layer_scale(self) -> bool:
+        """Whether learned factors stand on the residual branches."""
+        return self.family == "internvit"
+
+    @property
     def tokens(self) -> int:
-        """Tokens of a tile inside the encoder: its patches and the class token."""
-        return self.grid**2 + 1
+        """Tokens of a tile inside the encoder: its patches and, where there is one, the class token."""
+        return self.grid**2 + self.has_class_token
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,11 +132,13 @@ class Architecture:
         vision: the vision encoder.
         language: the language model.
         pixel_shuffle: patches along a side that become one feature (2: four patches, a quarter of the tokens).
+        projector_norm: whether a LayerNorm stands before the projector's MLP, as in InternVL; LLaVA has none.
     """
 
     vision: Vision = field(default_factory=Vision)
     language: Language = field(default_factory=Language)
     pixel_shuffle: int = 2
+    projector_norm: bool = True
 
     @property
     def features_per_tile(self) -> int:
@@ -123,6 +149,31 @@ class Architecture:
     def projector_input_size(self) -> int:
         """Width of a feature before the projector."""
         return self.vision.hidden_size * self.pixel_shuffle**2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Init:
+    """Start from parts that were trained apart: the projector is fresh, and so is a part that is not named.
+
+    Args:
+        vision: Hugging Face folder of a vision encoder: InternViT, CLIP or SigLIP.
+        language: Hugging Face folder of a language model with its tokenizer; InternVL's special tokens are added.
+        tokenizer: folder of the language model's tokenizer, where its own cannot be read (because it is Python code, as InternLM2's).
+    """
+
+    vision: str = ""
+    language: str = ""
+    tokenizer: str = ""
+
+    @property
+    def parts(self) -> dict[str, str]:
+        """Folders of the parts that are named."""
+        return {part: folder for part, folder in (("vision", self.vision), ("language", self.language)) if folder}
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether both parts are named, so that they make a model."""
+        return bool(self.vision and self.language)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -353,8 +404,10 @@ class Config:
 
     Args:
         stage: name of a row of the table of stages, which fills the recipe's settings.
-        model: name of a row of the table of models, which fills ``architecture``.
+        model: name of a row of the table of models, or a Hugging Face folder, whose config.json then fills ``architecture``; not needed
+            where ``init`` names both parts.
         architecture: what the model is made of.
+        init: parts to start from.
         data: the packed datasets.
         parallel: the layout over ranks.
         optimizer: AdamW and its learning rate.
@@ -368,6 +421,7 @@ class Config:
     stage: str
     model: str
     architecture: Architecture = field(default_factory=Architecture)
+    init: Init = field(default_factory=Init)
     data: Data = field(default_factory=Data)
     parallel: Parallel = field(default_factory=Parallel)
     optimizer: Optimizer = field(default_factory=Optimizer)

@@ -49,7 +49,7 @@ def read(raw: dict[str, Any], folder: Path, *, has_head: bool | None) -> Archite
     says_tied = bool(raw.get("tie_word_embeddings", language.get("tie_word_embeddings", False)))
     mean, std = shared.normalisation(folder)
     return Architecture(
-        vision=_vision(vision, mean, std),
+        vision=read_vision(vision, mean, std),
         language=language_config.read(language, tied_head=says_tied and not has_head),
         pixel_shuffle=shared.pixel_shuffle(raw["downsample_ratio"]),
     )
@@ -65,10 +65,7 @@ def _problems(raw: dict[str, Any]) -> Iterator[str]:
         yield f"downsample_ratio is {ratio!r}, must be 1 / a whole number"
     vision, language = raw.get("vision_config"), raw.get("llm_config")
     if isinstance(vision, dict):
-        yield from shared.missing("vision_config", vision, *_NEEDED_OF_VISION)
-        yield from shared.contradictions("vision_config", vision, _FIXED["vision_config"])
-        if vision.get("norm_type") not in (None, *NORMS):
-            yield f"vision_config.norm_type is {vision['norm_type']!r}, must be one of {', '.join(NORMS)}"
+        yield from vision_problems(vision, "vision_config")
     else:
         yield "vision_config is missing"
     if isinstance(language, dict):
@@ -77,7 +74,15 @@ def _problems(raw: dict[str, Any]) -> Iterator[str]:
         yield "llm_config is missing"
 
 
-def _vision(settings: dict[str, Any], mean: tuple[float, ...], std: tuple[float, ...]) -> Vision:
+def vision_problems(vision: dict[str, Any], section: str) -> Iterator[str]:
+    """Why a vision encoder is none that can be trained here; ``section`` is the name of its settings in the file."""
+    yield from shared.missing(section, vision, *_NEEDED_OF_VISION)
+    yield from shared.contradictions(section, vision, _FIXED["vision_config"])
+    if vision.get("norm_type") not in (None, *NORMS):
+        yield f"{section}.norm_type is {vision['norm_type']!r}, must be one of {', '.join(NORMS)}".lstrip(".")
+
+
+def read_vision(settings: dict[str, Any], mean: tuple[float, ...], std: tuple[float, ...]) -> Vision:
     """The vision encoder."""
     return Vision(
         image_size=settings["image_size"],

@@ -60,32 +60,36 @@ class SafetensorsFolder:
 
     Args:
         folder: the folder.
-        rename: from the name in the file to the name that is wanted.
+        rename: from the name in the file to the name that is wanted; none leaves the tensor out.
 
     Raises:
         FileNotFoundError: there is no such folder, or one of its files is missing.
         ValueError: a file is damaged, or the index is of other files.
     """
 
-    def __init__(self, folder: Path, rename: Callable[[str], str] = str):
+    def __init__(self, folder: Path, rename: Callable[[str], str | None] = str):
         self._folder = folder
         index = folder / INDEX_NAME
         listed = _read_index(index) if index.is_file() else None
         self._places: dict[str, _Place] = {}
+        seen: set[str] = set()
         self.headers: dict[str, Header] = {}
         for file_name in sorted(set(listed.values())) if listed is not None else [SINGLE_NAME]:
             start, header = _read_header(folder / file_name)
             for inner, facts in header.items():
                 if listed is not None and listed.get(inner) != file_name:
                     raise ValueError(f"{index}: does not name {inner}, which {file_name} holds")
-                if facts["dtype"] not in _DTYPES:
-                    raise ValueError(f"{folder / file_name}: {inner} has number format {facts['dtype']}, which is not supported")
+                seen.add(inner)
                 name = rename(inner)
+                if name is None:
+                    continue
                 if name in self._places:
                     raise ValueError(f"{folder / file_name}: {inner} and {self._places[name].inner} are the same weight")
+                if facts["dtype"] not in _DTYPES:
+                    raise ValueError(f"{folder / file_name}: {inner} has number format {facts['dtype']}, which is not supported")
                 self._places[name] = _Place(folder / file_name, inner, start + facts["data_offsets"][0])
                 self.headers[name] = Header(tuple(facts["shape"]), _DTYPES[facts["dtype"]])
-        lost = sorted(set(listed or {}) - {place.inner for place in self._places.values()})
+        lost = sorted(set(listed or {}) - seen)
         if lost:
             raise ValueError(f"{index}: names {lost[0]}, which {listed[lost[0]]} does not hold")
 

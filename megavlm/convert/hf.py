@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,11 +17,11 @@ from megavlm.config.schema import Architecture, Config
 from megavlm.convert import usage
 from megavlm.convert.files import SafetensorsFolder, new_folder, write_safetensors
 from megavlm.convert.model_config import architecture_from_hf, dialect_of, differences
-from megavlm.convert.ops import Shape
 from megavlm.convert.processor import TOKENIZER_FILES, write_folder
+from megavlm.convert.serve import FullTensor, head_source, vision_tensor
 from megavlm.convert.settings import read_json
 from megavlm.convert.shards import ShardsFolder, write_shards
-from megavlm.convert.tables import EMBEDDING_KEY, HEAD_KEY, Dialect, name_on_disk
+from megavlm.convert.tables import Dialect, name_on_disk
 from megavlm.convert.views import HuggingFaceView, MegatronView
 from megavlm.data.progress import Progress
 from megavlm.data.template import fingerprint, load_tokenizer
@@ -40,27 +39,12 @@ def hf_tensors_as_megatron(folder: str | Path, architecture: Architecture) -> Me
     return MegatronView(_open(Path(folder)), architecture, dialect_of(folder))
 
 
-@dataclass(frozen=True)
-class LazyTensor:
-    """A tensor of a Hugging Face folder under our key: what is taken of it is read, and nothing else.
-
-    Args:
-        view: of the folder.
-        key: checkpoint key.
-    """
-
-    view: MegatronView
-    key: str
-
-    def __getitem__(self, place: tuple[slice, ...]) -> Tensor:
-        return self.view.part(self.key, place)
-
-
-def full_tensors(folder: str | Path, architecture: Architecture) -> Callable[[str, Shape], LazyTensor]:
+def full_tensors(folder: str | Path, architecture: Architecture) -> FullTensor:
     """What fills a model from a Hugging Face folder: takes a checkpoint key (and a shape, which may have padding), gives the whole tensor,
     of which a rank reads its share.
 
-    A head that is tied in the folder and not in the model starts as a copy of the token embedding.
+    A head that is tied in the folder and not in the model starts as a copy of the token embedding; positions are resized to the model's
+    tiles.
 
     Raises:
         FileNotFoundError: files are missing.
@@ -68,8 +52,7 @@ def full_tensors(folder: str | Path, architecture: Architecture) -> Callable[[st
     """
     found = refuse_other(folder, architecture)
     view = hf_tensors_as_megatron(folder, found)
-    untied = found.language.tied_head and not architecture.language.tied_head
-    return lambda key, shape: LazyTensor(view, EMBEDDING_KEY if untied and key == HEAD_KEY else key)
+    return lambda key, shape: vision_tensor(view, found, architecture, head_source(key, found, architecture))
 
 
 def refuse_other(folder: str | Path, architecture: Architecture) -> Architecture:

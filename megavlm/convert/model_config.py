@@ -70,7 +70,7 @@ def differences(found: Architecture, wanted: Architecture) -> list[str]:
     """Facts in which ``found`` contradicts ``wanted``, such as ``--architecture.pixel_shuffle: 2 there, 4 asked for``."""
 
     def flat(architecture: Architecture) -> dict[str, Any]:
-        facts: dict[str, Any] = {"pixel_shuffle": architecture.pixel_shuffle}
+        facts: dict[str, Any] = {name: vars(architecture)[name] for name in ("pixel_shuffle", "projector_norm")}
         for section in ("vision", "language"):
             facts |= {f"{section}.{name}": value for name, value in dataclasses.asdict(architecture)[section].items()}
         return facts | {"language.kv_channels": architecture.language.head_size}

@@ -197,3 +197,28 @@ class GroupedQKV(Operation):
     def _heads_of_group(self) -> int:
         """Query heads of a group, its key head and its value head."""
         return self.heads // self.groups + 2
+
+
+@dataclass(frozen=True)
+class Reshaped(Operation):
+    """The same numbers in another shape.
+
+    Args:
+        part: Hugging Face's shape.
+        whole: megatron-core's.
+    """
+
+    part: Shape
+    whole: Shape
+
+    def split(self, whole: Tensor) -> tuple[Tensor, ...]:
+        """In Hugging Face's shape."""
+        return (whole.reshape(self.part),)
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        """In megatron-core's shape."""
+        return parts[0].reshape(self.whole)
+
+    def part_shapes(self, whole: Shape) -> tuple[Shape, ...]:
+        """Hugging Face's shape."""
+        return (self.part,)

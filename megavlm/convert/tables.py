@@ -60,8 +60,14 @@ def rows(architecture: Architecture, dialect: Dialect = "native") -> tuple[Row, 
     """Every weight of the model.
 
     Raises:
-        ValueError: the language model is of no known family, or contradicts its family.
+        ValueError: the language model is of no known family, or contradicts its family, or the dialect has no place for the vision encoder.
     """
+    if architecture.vision.family != "internvit" or not architecture.projector_norm:
+        raise ValueError(
+            f"--architecture.vision.family {architecture.vision.family}, --architecture.projector_norm "
+            f"{str(architecture.projector_norm).lower()}: Hugging Face's InternVL has an internvit and a norm before the projector; "
+            "this model stays in checkpoints"
+        )
     names, language = _NAMES[dialect], architecture.language
     return (
         *within(internvit.rows(architecture.vision, names.vision_names), "vision.", names.vision),

@@ -64,15 +64,15 @@ class MegatronView(Mapping[str, Tensor]):
 
     Args:
         source: Hugging Face's tensors.
-        architecture: the model that they must be.
-        dialect: that names them.
+        model: what they must be: a whole model, or the rows of one of its parts.
+        dialect: that names those of a whole model.
 
     Raises:
         ValueError: a tensor is missing, left over or of another shape; each is named.
     """
 
-    def __init__(self, source: Tensors, architecture: Architecture, dialect: Dialect = "native"):
-        table = rows(architecture, dialect)
+    def __init__(self, source: Tensors, model: Architecture | Sequence[Row], dialect: Dialect = "native"):
+        table = rows(model, dialect) if isinstance(model, Architecture) else model
         wrong = _compare({name for row in table for name in row.names}, source.headers)
         for name, shape in ((name, shape) for row in table for name, shape in zip(row.names, row.part_shapes, strict=True)):
             if name in source.headers and source.headers[name].shape != shape:

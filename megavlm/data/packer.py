@@ -46,6 +46,7 @@ class Job:
         seed: fixes which of equal samples share a pack, and the order of packs.
         workers: processes that encode; 0: this one.
         max_rejects: largest share of the records that may be rejected.
+        pixel_mean, pixel_std: how the model that the packs are for normalises its pixels.
         decode_images: whether the first pass decodes each image, so that none can stop a training run; otherwise it reads headers only.
     """
 
@@ -60,6 +61,8 @@ class Job:
     seed: int = 0
     workers: int = 0
     max_rejects: float = 0.01
+    pixel_mean: tuple[float, float, float] = Manifest.pixel_mean
+    pixel_std: tuple[float, float, float] = Manifest.pixel_std
     decode_images: bool = True
 
     def check(self) -> None:
@@ -252,6 +255,8 @@ def _manifest(job: Job, found: Survey, plan: PackPlan, **tokenizer_facts: str | 
         min_tiles=job.tiling.min_tiles,
         max_tiles=job.tiling.max_tiles,
         thumbnail=job.tiling.thumbnail,
+        pixel_mean=job.pixel_mean,
+        pixel_std=job.pixel_std,
         capacity=job.capacity,
         tile_cap=plan.tile_cap,
         alignment=job.alignment,

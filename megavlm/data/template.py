@@ -46,25 +46,32 @@ PROBE = (
 )  # fmt: skip
 
 
-def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in a folder, never fetched from elsewhere, and never with Python code of its own.
+def load_tokenizer(folder: str | Path, flag: str = "--tokenizer") -> PreTrainedTokenizerBase:
+    """The tokenizer in a folder, never fetched from elsewhere, and never with Python code of its own; ``flag`` names the folder in errors.
 
     Raises:
         FileNotFoundError: there is no such folder.
         ValueError: it holds no tokenizer that transformers can read.
     """
     if not Path(folder).is_dir():
-        raise FileNotFoundError(f"--tokenizer {folder}: there is no such folder")
+        raise FileNotFoundError(f"{flag} {folder}: there is no such folder")
     try:
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:
         text = " ".join(str(error).split())
-        raise ValueError(f"--tokenizer {folder}: holds no readable tokenizer: {text:.300}") from None
+        raise ValueError(f"{flag} {folder}: holds no readable tokenizer: {text:.300}") from None
 
 
 def add_special_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
     """Add those of InternVL's nine special tokens that are missing, in InternVL's order, and return how many were."""
     return tokenizer.add_tokens(list(SPECIAL_TOKENS), special_tokens=True)
+
+
+def extend(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Add InternVL's special tokens, and return the ids of those that were missing."""
+    before = set(tokenizer.get_vocab().values())
+    add_special_tokens(tokenizer)
+    return tuple(sorted(set(tokenizer.get_vocab().values()) - before))
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

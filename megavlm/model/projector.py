@@ -7,6 +7,7 @@ from megatron.core.transformer import MegatronModule, TransformerConfig
 from megatron.core.transformer.mlp import MLP
 from torch import Tensor
 
+from megavlm.config.schema import Architecture
 from megavlm.model.specs import Kernels, mlp_submodules
 
 
@@ -27,20 +28,21 @@ def pixel_shuffle(patches: Tensor, factor: int) -> Tensor:
 
 
 class Projector(MegatronModule):
-    """LayerNorm, linear, GELU, linear, after pixel shuffle; the ``mlp1`` of InternVL.
+    """LayerNorm, linear, GELU, linear, after pixel shuffle: the ``mlp1`` of InternVL. Without norm and shuffle it is LLaVA's projector.
 
     Args:
         config: megatron-core's configuration of the projector.
-        input_size: width of a feature after pixel shuffle.
-        factor: of the pixel shuffle.
+        architecture: of the whole model.
         chosen: kernels of the layers.
         groups: process groups.
     """
 
-    def __init__(self, config: TransformerConfig, input_size: int, factor: int, chosen: Kernels, groups: ProcessGroupCollection):
+    def __init__(self, config: TransformerConfig, architecture: Architecture, chosen: Kernels, groups: ProcessGroupCollection):
         super().__init__(config)
-        self.factor = factor
-        self.norm = chosen.norm(config=config, hidden_size=input_size, eps=config.layernorm_epsilon)
+        self.factor, self.class_tokens = architecture.pixel_shuffle, int(architecture.vision.has_class_token)
+        input_size, self.norm = architecture.projector_input_size, None
+        if architecture.projector_norm:
+            self.norm = chosen.norm(config=config, hidden_size=input_size, eps=config.layernorm_epsilon)
         self.mlp = MLP(
             config=config,
             submodules=mlp_submodules(chosen.column_linear, chosen),
@@ -50,7 +52,7 @@ class Projector(MegatronModule):
         )
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """[1 + P, I, D of vision], class token first -> [I * F, 1, D of language], tile by tile."""
-        features = pixel_shuffle(hidden[1:].transpose(0, 1), self.factor)
-        projected, bias = self.mlp(self.norm(features.flatten(0, 1)[:, None]))
+        """[tokens of a tile, I, D of vision], a class token first -> [I * F, 1, D of language], tile by tile."""
+        features = pixel_shuffle(hidden[self.class_tokens :].transpose(0, 1), self.factor).flatten(0, 1)[:, None]
+        projected, bias = self.mlp(features if self.norm is None else self.norm(features))
         return projected + bias

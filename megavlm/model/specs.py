@@ -171,7 +171,7 @@ def mlp_submodules(first: type, chosen: Kernels) -> MLPSubmodules:
     return MLPSubmodules(linear_fc1=_adding_bias(first), linear_fc2=chosen.row_linear)
 
 
-def _layers(module: type, attention: ModuleSpec, count: int, chosen: Kernels, **params: Callable) -> list[ModuleSpec]:
+def _layers(module: type, attention: ModuleSpec, count: int, chosen: Kernels, **params: Callable | bool) -> list[ModuleSpec]:
     submodules = TransformerLayerSubmodules(
         input_layernorm=chosen.layer_norm,
         self_attention=attention,
@@ -188,11 +188,12 @@ def _layers(module: type, attention: ModuleSpec, count: int, chosen: Kernels, **
 
 
 def vision_spec(count: int, vision: Vision, chosen: Kernels) -> TransformerBlockSubmodules:
-    """A run of ``count`` InternViT layers, without a norm after the last."""
+    """A run of ``count`` layers of the vision encoder, without a norm after the last."""
     params = {"attn_mask_type": AttnMaskType.no_mask, "qk_norm": vision.qk_norm}
     inside = _attention(chosen.tile_attention, vision.qkv_bias, chosen)
     attention = ModuleSpec(module=VisionAttention, params=params, submodules=inside)
-    layers = _layers(VisionLayer, attention, count, chosen, pointwise=chosen.pointwise, checkpoint=chosen.checkpoint)
+    settings = dict(layer_scale=vision.has_layer_scale, pointwise=chosen.pointwise, checkpoint=chosen.checkpoint)
+    layers = _layers(VisionLayer, attention, count, chosen, **settings)
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=None)
 
 

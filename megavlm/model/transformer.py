@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from megatron.core.transformer import TransformerConfig
+from torch import Tensor
+from torch.nn.functional import gelu
 
 from megavlm.config.schema import Config
 from megavlm.model.precision import fp8_settings, precision
@@ -13,6 +17,17 @@ from megavlm.model.specs import Kernels
 from megavlm.model.vision_attention import padded_heads
 from megavlm.parallel.layout import Layout
 
+
+def _quick_gelu(hidden: Tensor) -> Tensor:
+    """The approximation of GELU that OpenAI trained CLIP with."""
+    return hidden * torch.sigmoid(1.702 * hidden)
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": gelu,
+    "gelu_tanh": partial(gelu, approximate="tanh"),
+    "quick_gelu": _quick_gelu,
+}
 _RECOMPUTE: dict[str, dict[str, Any]] = {
     "none": {},
     "selective": {"recompute_granularity": "selective", "recompute_modules": ["mlp"]},
@@ -67,7 +82,7 @@ def vision_config(config: Config, layout: Layout, chosen: Kernels) -> Transforme
         layernorm_epsilon=vision.layernorm_epsilon,
         add_bias_linear=True,
         add_qkv_bias=vision.qkv_bias,
-        activation_func=torch.nn.functional.gelu,
+        activation_func=ACTIVATIONS[vision.activation],
         **fp8_settings(config, "vision"),
         **_common(config, layout.vision_counts(), chosen, config.parallel.vision_tensor_size),
     )
@@ -85,7 +100,7 @@ def projector_config(config: Config, chosen: Kernels) -> TransformerConfig:
         normalization="LayerNorm",
         layernorm_epsilon=1e-5,
         add_bias_linear=True,
-        activation_func=torch.nn.functional.gelu,
+        activation_func=gelu,
         **common,
     )
 

@@ -1,6 +1,7 @@
-"""InternViT: tiles to features, one piece of it for each pipeline chunk.
+"""The vision encoder: tiles to features, one piece of it for each pipeline chunk.
 
-Shape letters: I tiles, S pixels along a tile, P patches of a tile, D hidden size, L layers.
+Shape letters: I tiles, S pixels along a tile, N tokens of a tile (its patches and, where there is one, the class token), D hidden size,
+L layers.
 """
 
 from __future__ import annotations
@@ -10,31 +11,13 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import MegatronModule, TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor, nn
-from torch.nn.functional import interpolate
 
 from megavlm.config.schema import Vision
+from megavlm.model.positions import resize_positions
 from megavlm.model.recompute import ask_for_gradient
 from megavlm.model.specs import Kernels, vision_spec
 from megavlm.model.vision_layer import drop_path_rate
 from megavlm.parallel.layout import Chunk
-
-
-def resize_positions(positions: Tensor, grid: int) -> Tensor:
-    """Interpolate learned positions to another number of patches, as InternViT does (bicubic, in float32).
-
-    Args:
-        positions: [1, 1 + patches, D], the class token's first.
-        grid: patches along a side that are wanted.
-
-    Returns:
-        [1, 1 + grid * grid, D]
-    """
-    native = int((positions.shape[1] - 1) ** 0.5)
-    if grid == native:
-        return positions
-    patches = positions[:, 1:].float().unflatten(1, (native, native)).permute(0, 3, 1, 2)
-    resized = interpolate(patches, size=(grid, grid), mode="bicubic", align_corners=False)
-    return torch.cat([positions[:, :1], resized.flatten(2).transpose(1, 2).to(positions.dtype)], dim=1)
 
 
 def _standardise(tiles: Tensor, mean: Tensor, std: Tensor, dtype: torch.dtype) -> Tensor:
@@ -42,7 +25,7 @@ def _standardise(tiles: Tensor, mean: Tensor, std: Tensor, dtype: torch.dtype) -
 
 
 class VisionEncoder(MegatronModule):
-    """The layers of InternViT that stand in one chunk, with the patch embedding in the first.
+    """The layers of the encoder that stand in one chunk, with the patch embedding in the first.
 
     Args:
         config: megatron-core's configuration of the whole encoder.
@@ -66,11 +49,15 @@ class VisionEncoder(MegatronModule):
         self.vision, self.has_patch_embedding = vision, chunk.has_patch_embedding
         if self.has_patch_embedding:
             width, dtype = vision.hidden_size, config.params_dtype
-            self.patch_embedding = nn.Conv2d(3, width, vision.patch_size, vision.patch_size, dtype=dtype)
-            self.class_token = nn.Parameter(torch.zeros(1, 1, width, dtype=dtype))
+            size = vision.patch_size
+            self.patch_embedding = nn.Conv2d(3, width, size, size, bias=vision.has_patch_bias, dtype=dtype)
+            self.class_token = nn.Parameter(torch.zeros(1, 1, width, dtype=dtype)) if vision.has_class_token else None
             self.position_embedding = nn.Parameter(torch.zeros(1, vision.tokens, width, dtype=dtype))
             self.register_buffer("mean", torch.tensor(vision.pixel_mean)[:, None, None], persistent=False)
             self.register_buffer("std", torch.tensor(vision.pixel_std)[:, None, None], persistent=False)
+            self.embedding_norm = None
+            if vision.has_embedding_norm:
+                self.embedding_norm = chosen.norm(config=config, hidden_size=width, eps=vision.layernorm_epsilon)
             self.standardise = chosen.pointwise(_standardise)
         self.encoder = TransformerBlock(
             config=config,
@@ -86,7 +73,7 @@ class VisionEncoder(MegatronModule):
 
     def normalise(self, tiles: Tensor) -> Tensor:
         """uint8 [I, 3, S, S] -> [I, 3, S, S] in the model's number format, as the encoder was pretrained with."""
-        return self.standardise(tiles, self.mean, self.std, self.class_token.dtype)
+        return self.standardise(tiles, self.mean, self.std, self.position_embedding.dtype)
 
     def embed(self, tiles: Tensor) -> Tensor:
         """Turn patches into tokens.
@@ -95,12 +82,15 @@ class VisionEncoder(MegatronModule):
             tiles: uint8 [I, 3, S, S]
 
         Returns:
-            [1 + P, I, D], the class token first.
+            [N, I, D], the class token first.
         """
         size = self.vision.patch_size
-        patches = self.patch_embedding(self.normalise(tiles)).flatten(2).transpose(1, 2)
-        tokens = torch.cat([self.class_token.expand(len(tiles), -1, -1), patches], dim=1)
-        return (tokens + resize_positions(self.position_embedding, tiles.shape[-1] // size)).transpose(0, 1).contiguous()
+        tokens = self.patch_embedding(self.normalise(tiles)).flatten(2).transpose(1, 2)
+        if self.class_token is not None:
+            tokens = torch.cat([self.class_token.expand(len(tiles), -1, -1), tokens], dim=1)
+        positions = resize_positions(self.position_embedding, tiles.shape[-1] // size, int(self.vision.has_class_token))
+        embedded = (tokens + positions).transpose(0, 1).contiguous()
+        return embedded if self.embedding_norm is None else self.embedding_norm(embedded)
 
     def kept_paths(self, draws: Tensor) -> Tensor | None:
         """Factors of the residual branches: 0 where drop path drops one, else the inverse of the share that is kept.
@@ -119,12 +109,12 @@ class VisionEncoder(MegatronModule):
         """Run this chunk's layers.
 
         Args:
-            hidden: output of the chunk before [1 + P, I, D]; none in the first chunk.
+            hidden: output of the chunk before [N, I, D]; none in the first chunk.
             tiles: uint8 [I, 3, S, S], looked at in the first chunk only.
             draws: see ``kept_paths``.
 
         Returns:
-            [1 + P, I, D]
+            [N, I, D]
         """
         hidden = self.embed(tiles) if self.has_patch_embedding else hidden
         if not len(self.encoder.layers):

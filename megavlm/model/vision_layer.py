@@ -1,4 +1,4 @@
-"""A layer of InternViT: a transformer layer with layer scale and drop path on both residual branches."""
+"""A layer of the vision encoder: a transformer layer with layer scale (InternViT's) and drop path on both residual branches."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ def drop_path_rate(highest: float, layer: int, layers: int) -> float:
     return highest * layer / max(layers - 1, 1)
 
 
-def add_branch(hidden: Tensor, branch: Tensor, bias: Tensor, scale: Tensor) -> Tensor:
+def add_branch(hidden: Tensor, branch: Tensor, bias: Tensor, scale: Tensor | float) -> Tensor:
     """A residual branch that is kept: ``hidden + (branch + bias) * scale``, [tokens of a tile, I, D]."""
     return hidden + (branch + bias) * scale
 
 
-def add_kept_branch(hidden: Tensor, branch: Tensor, bias: Tensor, scale: Tensor, keep: Tensor) -> Tensor:
+def add_kept_branch(hidden: Tensor, branch: Tensor, bias: Tensor, scale: Tensor | float, keep: Tensor) -> Tensor:
     """The same where drop path decides: ``keep`` [I] is 0 where a tile's branch is dropped, else the inverse of the share that is kept."""
     return hidden + (branch + bias) * scale * keep[:, None].to(branch.dtype)
 
@@ -31,16 +31,26 @@ class VisionLayer(TransformerLayer):
     Args:
         config: megatron-core's configuration of the encoder.
         submodules: what fills the slots of the layer.
+        layer_scale: whether there are learned factors on both residual branches.
         pointwise: makes one kernel of a function that works element by element.
         checkpoint: calls a function on tensors, of which it keeps the inputs only.
     """
 
     def __init__(
-        self, config: TransformerConfig, submodules: TransformerLayerSubmodules, *, pointwise: Callable, checkpoint: Callable, **kwargs
+        self,
+        config: TransformerConfig,
+        submodules: TransformerLayerSubmodules,
+        *,
+        layer_scale: bool,
+        pointwise: Callable,
+        checkpoint: Callable,
+        **kwargs,
     ):
         super().__init__(config=config, submodules=submodules, **kwargs)
-        self.attention_scale = nn.Parameter(torch.ones(config.hidden_size, dtype=config.params_dtype))
-        self.mlp_scale = nn.Parameter(torch.ones(config.hidden_size, dtype=config.params_dtype))
+        self.attention_scale = self.mlp_scale = None
+        if layer_scale:
+            self.attention_scale = nn.Parameter(torch.ones(config.hidden_size, dtype=config.params_dtype))
+            self.mlp_scale = nn.Parameter(torch.ones(config.hidden_size, dtype=config.params_dtype))
         self.checkpoint = checkpoint
         self.add_branch, self.add_kept_branch = pointwise(add_branch), pointwise(add_kept_branch)
 
@@ -62,7 +72,8 @@ class VisionLayer(TransformerLayer):
         # Without its bias: a parameter that a recomputed function returns is cut off from the parameters that are trained.
         return self.mlp(hidden)[0]
 
-    def _add(self, hidden: Tensor, branch: Tensor, bias: Tensor, scale: Tensor, keep: Tensor | None, number: int) -> Tensor:
+    def _add(self, hidden: Tensor, branch: Tensor, bias: Tensor, scale: Tensor | None, keep: Tensor | None, number: int) -> Tensor:
+        scale = 1.0 if scale is None else scale
         if keep is None:
             return self.add_branch(hidden, branch, bias, scale)
         return self.add_kept_branch(hidden, branch, bias, scale, keep[2 * (self.layer_number - 1) + number])

@@ -1,6 +1,7 @@
 """The vision-language model: one pipeline over all its layers, of which each rank holds a chunk.
 
-Shape letters: T tokens of the pack, I tiles, S pixels along a tile, P patches of a tile, F features of a tile, D hidden size.
+Shape letters: T tokens of the pack, I tiles, S pixels along a tile, N tokens of a tile in the vision encoder, F features of a tile,
+D hidden size.
 """
 
 from __future__ import annotations
@@ -53,8 +54,7 @@ class VisionLanguageModel(MegatronModule):
             drop_path, encoder = config.training.drop_path, vision_config(config, layout, chosen)
             self.vision = VisionEncoder(encoder, arch.vision, chunk, drop_path, chosen, groups.vision)
         if chunk.has_projector:
-            width, factor = arch.projector_input_size, arch.pixel_shuffle
-            self.projector = Projector(projector_config(config, chosen), width, factor, chosen, groups.vision)
+            self.projector = Projector(projector_config(config, chosen), arch, chosen, groups.vision)
         # Parts of which every tensor-parallel rank has a copy, for tiles of its own.
         self.copies = [part for part in (self.vision, self.projector) if part is not None] if holds_whole_layers(groups) else []
         for part in self.copies:
@@ -102,7 +102,7 @@ class VisionLanguageModel(MegatronModule):
 
         Returns:
             The loss of every token [T], or logits [T, padded V / tensor-parallel ranks], from the last chunk; from others what the next
-            chunk takes: [1 + P, I, D] inside the vision encoder, [T, 1, D] inside the language model.
+            chunk takes: [N, I, D] inside the vision encoder, [T, 1, D] inside the language model.
         """
         hidden = self.input_tensor
         if self.vision is not None:

@@ -54,12 +54,12 @@ class View:
     host: str = field(default_factory=socket.gethostname)
 
 
-def look(config: Config, start: Path | None) -> dict[str, str]:
+def look(config: Config, start: object) -> dict[str, str]:
     """The facts of this rank.
 
     Args:
         config: the run.
-        start: what it would start from; none for fresh weights.
+        start: what it would start from, a folder or parts; none for fresh weights. Only its text is looked at.
     """
     facts = {f"--{key}": value for key, value in _flat(yaml.safe_load(to_yaml(config)))}
     facts |= {"it starts from": str(start), "python": platform.python_version(), "CUDA": str(torch.cuda.is_available()).lower()}

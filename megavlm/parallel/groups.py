@@ -57,8 +57,8 @@ class Groups:
 
     def by_kind(self) -> dict[str, dist.ProcessGroup]:
         """This rank's group of each kind."""
-        found = {"tensor": self.collection.tp, "context": self.collection.cp}
-        return found | {"pipeline": self.collection.pp, "data": self.collection.dp}
+        of = self.collection
+        return {"tensor": of.tp, "context": of.cp, "pipeline": of.pp, "data": of.dp}
 
     def sum_over_data(self, values: torch.Tensor) -> torch.Tensor:
         """Sum ``values`` in place over the copies of the model, and over the ranks that share their packs."""

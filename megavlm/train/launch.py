@@ -9,13 +9,14 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megavlm.config.rules import PARTS, DatasetFacts, check
-from megavlm.config.schema import Config
-from megavlm.convert import hf
+from megavlm.config.rules import PARTS, ConfigError, DatasetFacts, check
+from megavlm.config.schema import Config, Init
+from megavlm.convert import hf, parts
 from megavlm.convert.families import family_of
 from megavlm.data.dataset import PackedDataset
 from megavlm.data.manifest import read_manifest
 from megavlm.data.plan import Plan
+from megavlm.data.template import fingerprint
 from megavlm.model import freeze, precision, weights
 from megavlm.model.freeze import Trained
 from megavlm.model.vlm import VisionLanguageModel
@@ -31,6 +32,9 @@ from megavlm.train.metrics import Metrics
 from megavlm.train.saver import SaveError
 from megavlm.train.state import State
 from megavlm.train.step import prepare
+
+Start = Checkpoint | Path | Init | None
+"""What a run starts from: a checkpoint, a Hugging Face folder, parts, or nothing."""
 
 
 def launch(config: Config) -> None:
@@ -63,11 +67,11 @@ def _tell(wrong: str) -> None:
     print(f"error: {wrong}", file=sys.stderr, flush=True)
 
 
-def inspect(config: Config, world_size: int) -> Checkpoint | Path | None:
+def inspect(config: Config, world_size: int) -> Start:
     """Check the whole job without building anything.
 
     Returns:
-        What to start from: a checkpoint, a Hugging Face folder, or nothing.
+        What to start from: a checkpoint, a Hugging Face folder, parts, or nothing.
 
     Raises:
         ConfigError: everything that is wrong with the configuration, in one message.
@@ -78,6 +82,9 @@ def inspect(config: Config, world_size: int) -> Checkpoint | Path | None:
     own = source.own(config)
     if own is not None:
         return own
+    if config.init != Init():
+        _check_parts(config)
+        return config.init
     if not config.checkpoint.load:
         return None
     if (Path(config.checkpoint.load) / "config.json").is_file():
@@ -89,6 +96,16 @@ def inspect(config: Config, world_size: int) -> Checkpoint | Path | None:
     if loaded is None:
         raise ValueError(f"--checkpoint.load {config.checkpoint.load}: no checkpoint and no Hugging Face model is there")
     return source.fit(config, loaded)
+
+
+def _check_parts(config: Config) -> None:
+    """Refuse parts that do not fit the model or the data."""
+    parts.refuse_other(config.init, config.architecture)
+    if config.init.language:
+        tokenizer, _ = parts.extend_tokenizer(config.init)
+        if fingerprint(tokenizer) != read_manifest(config.data.train).tokenizer_fingerprint:
+            words = " ".join(parts.words_of(config.init))
+            raise ConfigError(f"--data.train {config.data.train}: packed with another tokenizer than that of {words}")
 
 
 def _datasets(config: Config) -> Sequence[tuple[str, str]]:
@@ -114,7 +131,7 @@ def _facts(flag: str, folder: str) -> DatasetFacts:
     )
 
 
-def train(config: Config, machine: backend.Backend, start: Checkpoint | Path | None) -> State:
+def train(config: Config, machine: backend.Backend, start: Start) -> State:
     """Build the model and everything around it, train, and export. Collective.
 
     Args:
@@ -140,7 +157,7 @@ def train(config: Config, machine: backend.Backend, start: Checkpoint | Path | N
         if isinstance(start, Checkpoint):
             checkpoint.load_weights(start, model)
         else:
-            weights.fill(model, hf.full_tensors(start, config.architecture) if start else weights.fresh_tensor(config))
+            weights.fill(model, _whole_tensors(config, start))
         trained = freeze.apply(model, config.training.trainable)
         wrapped = optimizer.wrap(config, model)
         prepare(wrapped)
@@ -189,17 +206,25 @@ def _check_speed(config: Config, place: groups.Groups, machine: backend.Backend,
         metrics.say(f"warning: {finding}")
 
 
-def _introduce(
-    config: Config, place: groups.Groups, trained: Trained, start: Checkpoint | Path | None, state: State, metrics: Metrics
-) -> None:
+def _whole_tensors(config: Config, start: Path | Init | None) -> weights.FullTensor:
+    """What fills a model that starts from no checkpoint."""
+    if isinstance(start, Path):
+        return hf.full_tensors(start, config.architecture)
+    fresh = weights.fresh_tensor(config)
+    return fresh if start is None else parts.full_tensors(config, fresh)
+
+
+def _introduce(config: Config, place: groups.Groups, trained: Trained, start: Start, state: State, metrics: Metrics) -> None:
     """Say what is about to run."""
     origin = "fresh weights"
     if isinstance(start, Checkpoint):
         goes_on = f"going on after step {state.step}" if source.resumes(config, start) else "its weights"
         origin = f"{start.folder} (stage {start.state.stage}, step {start.state.step}): {goes_on}"
-    elif start is not None:
+    elif isinstance(start, Path):
         origin = f"{start} (Hugging Face): its weights"
-    parts = ", ".join(f"{part} {trained.weights[part]:,} of {trained.total[part]:,}" for part in PARTS)
+    elif start is not None:
+        origin = ", ".join(f"{part} from {folder}" for part, folder in start.parts.items()) + ", the rest fresh"
+    shares = ", ".join(f"{part} {trained.weights[part]:,} of {trained.total[part]:,}" for part in PARTS)
     context = f" x context {place.context_size}" if place.context_size > 1 else ""
     sizes = f"tensor {place.tensor_size}{context} x pipeline {place.pipeline_size} x data {place.data_size}"
     metrics.say(f"stage {config.stage}, model {config.model}, {place.size} ranks: {sizes}, {config.training.precision}")
@@ -209,5 +234,5 @@ def _introduce(
         metrics.say(f"moments: those after {steps} steps of {', '.join(trainable)} for what this stage trains too, fresh for the rest")
     elif state.step == 0:
         metrics.say("moments: fresh")
-    metrics.say(f"trained weights: {parts}")
+    metrics.say(f"trained weights: {shares}")
     metrics.record(state.step, {"trained_weights": sum(trained.weights.values())})

@@ -96,7 +96,7 @@ def test_stage_0_trains_the_language_model_alone():
 
 
 def test_unknown_names_are_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match=r"--model nano: no such model; known are tiny, internvl2_5-1b"):
+    with pytest.raises(ValueError, match=r"--model nano: no such model and no such folder; known models are tiny, internvl2_5-1b"):
         architecture("nano")
     with pytest.raises(ValueError, match=r"--stage 7: no such stage; known are 0, 1, 1\.5, 2"):
         stage("7")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from megavlm.convert import ranges
 from megavlm.convert.files import SafetensorsFolder, write_safetensors
 from megavlm.convert.ops import Fused, GroupedQKV, Operation, Padded, Same, Stacked
 from megavlm.convert.ranges import Range, Run
+from megavlm.convert.rows import Row
 from megavlm.convert.shards import ShardsFolder, write_shards
 from megavlm.convert.tables import rows
 from megavlm.convert.views import HuggingFaceView, MegatronView, whole_ranges
@@ -107,6 +109,20 @@ def test_a_truncated_shard_leaves_nothing_behind(tmp_path: Path) -> None:
     shard.write_bytes(shard.read_bytes()[:-10])
     with pytest.raises(ValueError, match=f"{shard.name}: damaged"):
         SafetensorsFolder(source)
+
+
+def test_a_share_is_read_without_the_rest(tmp_path: Path) -> None:
+    rows, width, last = 1 << 19, 8192, torch.arange(4.0)
+    header = {"big": {"dtype": "F32", "shape": [rows, width], "data_offsets": [0, rows * width * 4]}}
+    text = json.dumps(header).encode()
+    with open(tmp_path / "model.safetensors", "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + rows * width * 4)  # 16 GiB that take no place on the disk
+        file.seek(-16, 2)
+        file.write(last.numpy().tobytes())
+    view = MegatronView(SafetensorsFolder(tmp_path), [Row("ours", ("big",), (rows, width))])
+    found = view.part("ours", (slice(rows - 2, None), slice(width - 4, None)))
+    assert torch.equal(found, torch.stack([torch.zeros(4), last]))
 
 
 def test_files_are_what_the_library_reads(tmp_path: Path) -> None:

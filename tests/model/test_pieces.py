@@ -12,8 +12,8 @@ from megavlm.data.batch import Batch
 from megavlm.model.attention import PackedCausalAttention, TileAttention
 from megavlm.model.fusion import place_features
 from megavlm.model.language import padded_vocabulary
+from megavlm.model.positions import resize_positions
 from megavlm.model.projector import pixel_shuffle
-from megavlm.model.vision import resize_positions
 from megavlm.model.vision_layer import drop_path_rate
 from tests.data.test_batch import make_batch
 

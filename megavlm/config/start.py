@@ -1,0 +1,26 @@
+"""Cross checks of the parts that a run starts from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from megavlm.config.schema import Config
+
+
+def problems(config: Config) -> Iterator[str]:
+    """Everything about parts that cannot be, and exports that InternVL's formats cannot hold; each names the flag to change."""
+    init, load, export, arch = config.init, config.checkpoint.load, config.checkpoint.export_hf, config.architecture
+    for name, folder in vars(init).items():
+        if folder and not Path(folder).is_dir():
+            yield f"--init.{name} {folder}: no such folder"
+    if init.tokenizer and not init.language:
+        yield f"--init.tokenizer {init.tokenizer} needs --init.language, whose tokenizer it is"
+    for part, folder in init.parts.items():
+        if load:
+            yield f"--init.{part} {folder} and --checkpoint.load {load} both say where weights come from; give one of them"
+    if export and (arch.vision.family != "internvit" or not arch.projector_norm):
+        yield (
+            f"--checkpoint.export_hf {export}: InternVL's formats hold --architecture.vision.family internvit with "
+            f"--architecture.projector_norm true; this model is {arch.vision.family} with {str(arch.projector_norm).lower()}"
+        )

@@ -1,0 +1,73 @@
+"""Where a run's architecture and weights come from: a row of the table, a folder, or parts."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from megavlm.config.cli import from_yaml, parse, to_yaml
+from megavlm.config.models import MODELS, architecture
+from megavlm.config.rules import problems
+from megavlm.config.schema import Architecture, Checkpoint, Init, Vision
+
+FOUND = Architecture(pixel_shuffle=7)
+
+
+def read(folder: str, init: Init) -> Architecture:
+    """Tells what it was asked for."""
+    assert bool(folder) != init.is_whole
+    return dataclasses.replace(FOUND, vision=Vision(num_layers=len(folder) or 99))
+
+
+def test_a_folder_fills_the_architecture_and_options_still_win(tmp_path: Path) -> None:
+    config = parse(["--stage", "1", "--model", str(tmp_path), "--architecture.vision.hidden_size", "33"], read)
+    assert config.model == str(tmp_path) and config.architecture.pixel_shuffle == 7
+    assert config.architecture.vision == Vision(num_layers=len(str(tmp_path)), hidden_size=33)
+    assert from_yaml(to_yaml(config)) == config
+
+
+def test_two_parts_need_no_model(tmp_path: Path) -> None:
+    (tmp_path / "eyes").mkdir()
+    (tmp_path / "run.yaml").write_text(f"stage: 1\ninit: {{vision: {tmp_path}/eyes, language: nowhere}}\n")
+    config = parse(["--config", str(tmp_path / "run.yaml"), "--init.language", str(tmp_path)], read)
+    assert config.init == Init(vision=f"{tmp_path}/eyes", language=str(tmp_path))
+    assert config.model == f"eyes+{tmp_path.name}" and config.architecture.vision.num_layers == 99
+
+
+def test_one_part_needs_a_model(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit):
+        parse(["--stage", "1", "--init.vision", str(tmp_path)], read)
+    assert "missing --model" in capsys.readouterr().err
+    config = parse(["--stage", "1", "--init.vision", str(tmp_path), "--model", "tiny"], read)
+    assert config.architecture == MODELS["tiny"] and config.init == Init(vision=str(tmp_path))
+
+
+def test_names_of_the_table_win_over_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("tiny").mkdir()
+    assert architecture("tiny", read_model=read) == MODELS["tiny"]
+    assert architecture("./tiny", read_model=read).pixel_shuffle == 7
+    with pytest.raises(ValueError, match=r"--model big: no such model and no such folder"):
+        architecture("big", read_model=read)
+
+
+def test_where_weights_come_from_is_said_once(tmp_path: Path) -> None:
+    parts = ["--init.vision", str(tmp_path), "--load", str(tmp_path), "--init.language", "no", "--init.tokenizer", "none"]
+    config = parse(["--stage", "1", "--model", "tiny", *parts], read)
+    said = f"and --checkpoint.load {tmp_path} both say where weights come from; give one of them"
+    assert [line for line in problems(config, 1) if "--init" in line] == [
+        "--init.language no: no such folder",
+        "--init.tokenizer none: no such folder",
+        f"--init.vision {tmp_path} {said}",
+        f"--init.language no {said}",
+    ]
+    alone = dataclasses.replace(config, init=Init(tokenizer=str(tmp_path)))
+    assert f"--init.tokenizer {tmp_path} needs --init.language, whose tokenizer it is" in problems(alone, 1)
+
+
+def test_what_internvls_formats_cannot_hold_is_not_exported(tmp_path: Path) -> None:
+    config = parse(["--stage", "1", "--model", "tiny", "--architecture.vision.family", "siglip"])
+    config = dataclasses.replace(config, checkpoint=Checkpoint(save=str(tmp_path / "run"), export_hf=str(tmp_path / "out")))
+    assert any(line.startswith(f"--checkpoint.export_hf {tmp_path}/out: ") and "siglip" in line for line in problems(config, 1))

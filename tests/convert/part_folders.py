@@ -1,0 +1,86 @@
+"""Folders of parts, as their makers publish them: vision encoders and language models, small and random."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    CLIPConfig,
+    CLIPModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    PreTrainedTokenizerFast,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
+
+from megavlm.config.schema import Architecture
+from tests.convert.chat import make_chat
+from tests.convert.models import load_all, make_hf
+
+WORDS = 256 + 3
+_SIZES = dict(hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=4)
+
+
+def _shake(model: nn.Module) -> nn.Module:
+    """Change every weight, norms and biases included, so that one that is lost shows."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def make_vision(folder: Path, kind: str, image_size: int = 21) -> Path:
+    """A ``clip``, ``siglip`` or whole ``clip`` with a text half, of three layers; patches of 5 pixels, so that SigLIP leaves one out."""
+    torch.manual_seed(11)
+    size = image_size - 1 if kind != "siglip" else image_size
+    if kind == "clip":
+        model = CLIPVisionModel(CLIPVisionConfig(**_SIZES, image_size=size, patch_size=5))
+    elif kind == "siglip":
+        model = SiglipVisionModel(SiglipVisionConfig(**_SIZES, image_size=size, patch_size=5))
+    else:
+        text = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=4, num_attention_heads=2, vocab_size=30)
+        model = CLIPModel(CLIPConfig(vision_config=_SIZES | dict(image_size=size, patch_size=5), text_config=text, projection_dim=8))
+    _shake(model).save_pretrained(folder)
+    mean_and_std = {"image_mean": [0.48, 0.46, 0.41], "image_std": [0.27, 0.26, 0.28]}
+    (folder / "preprocessor_config.json").write_text(json.dumps(mean_and_std))
+    return folder
+
+
+def make_tokenizer(folder: Path, extra: tuple[str, ...] = ()) -> None:
+    """A tokenizer of single bytes, chat tokens and ``extra`` ones; InternVL's special tokens it has not."""
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *extra]
+    names = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *special]
+    words = Tokenizer(models.BPE({name: number for number, name in enumerate(names)}, []))
+    words.pre_tokenizer, words.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=words, additional_special_tokens=special).save_pretrained(folder)
+
+
+def make_language(folder: Path, *, rows: int = 300, tied: bool = False, kind: str = "qwen2") -> Path:
+    """A language model whose tokenizer has ``WORDS`` tokens, and a table of ``rows`` rows."""
+    torch.manual_seed(12)
+    sizes = dict(hidden_size=48, intermediate_size=56, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2, vocab_size=rows)
+    config = AutoConfig.for_model(kind, **sizes, tie_word_embeddings=tied, max_position_embeddings=256, initializer_range=0.5)
+    _shake(AutoModelForCausalLM.from_config(config)).save_pretrained(folder)
+    make_tokenizer(folder)
+    return folder
+
+
+def make_parts(folder: Path, architecture: Architecture) -> tuple[Path, Path, Path]:
+    """A model in the chat dialect, its InternViT alone, and its language model alone: three folders."""
+    whole = make_chat(make_hf(folder / "native", architecture), folder / "chat", architecture)
+    settings, weights = json.loads((whole / "config.json").read_text()), load_all(whole)
+    for part, prefix, section in (("vision", "vision_model.", "vision_config"), ("language", "language_model.", "llm_config")):
+        (folder / part).mkdir()
+        inside = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
+        save_file(inside, folder / part / "model.safetensors", metadata={"format": "pt"})
+        (folder / part / "config.json").write_text(json.dumps(settings[section]))
+    make_tokenizer(folder / "language")
+    return whole, folder / "vision", folder / "language"
