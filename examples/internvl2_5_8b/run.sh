@@ -2,8 +2,9 @@
 # InternVL2.5-8B from its parts: bash run.sh pack | 1 | 1.5 | 2 | all. `pack` runs on one node; the others run on every node of the job.
 #
 #   DATA=/data TOKENIZER=internlm2_5-7b-chat/ bash examples/internvl2_5_8b/run.sh pack
-#   INIT=weights/ bash examples/internvl2_5_8b/run.sh all                                          one node of 8 GPUs
-#   NNODES=8 MASTER_ADDR=node0 JOB_ID=7 INIT=weights/ bash examples/internvl2_5_8b/run.sh all      the same on each of 8 nodes
+#   export VISION=InternViT-300M-448px/ LANGUAGE=internlm2_5-7b-chat/
+#   bash examples/internvl2_5_8b/run.sh all                                          one node of 8 GPUs
+#   NNODES=8 MASTER_ADDR=node0 JOB_ID=7 bash examples/internvl2_5_8b/run.sh all      the same on each of 8 nodes
 #   sbatch --nodes 64 examples/internvl2_5_8b/slurm.sh all                                         what a cluster with Slurm does
 #
 # NNODES      nodes of the job
@@ -11,9 +12,10 @@
 # JOB_ID      any word, the same on every node and unlike another job's
 # DATA        holds stage1.json, stage1_5.json and stage2.json: lists of annotation files, as tools/pack_dataset.py reads them
 # TOKENIZER   folder of the language model's tokenizer
-# INIT        what stage 1 starts from: a checkpoint of megavlm, or a model in Hugging Face's native InternVL format. The original weights
-#             of InternViT and InternLM2.5 have other names inside and are not read yet, so without INIT stage 1 starts from fresh
-#             weights: good for measuring speed, of no use for a model.
+#             (as tokenizer.json: InternLM2.5's own is Python code, which is never run)
+# VISION LANGUAGE  what stage 1 starts from: folders of InternViT-300M-448px and of internlm2_5-7b-chat, as they are published
+# INIT        or a whole model: a checkpoint of megavlm, or a Hugging Face folder. With none of them stage 1 starts from fresh weights: good
+#             for measuring speed, of no use for a model.
 # PACKS RUNS  where packs and checkpoints go
 # STOP_FILE   file whose appearance asks the job to save and end (slurm.sh makes it), looked for every STOP_INTERVAL_S seconds
 #
@@ -37,14 +39,21 @@ pack() {
     done
 }
 
-# train NAME [LOAD]: a stage, on this node's share of the job. SIGTERM, or the appearance of STOP_FILE, is passed on to torchrun alone, which
+# What stage 1 starts from.
+start=()
+if [[ -n "${INIT:-}" ]]; then start+=(--checkpoint.load "$INIT"); fi
+if [[ -n "${VISION:-}" ]]; then start+=(--init.vision "$VISION"); fi
+if [[ -n "${LANGUAGE:-}" ]]; then start+=(--init.language "$LANGUAGE"); fi
+if [[ -n "${LANGUAGE:-}" && -n "${TOKENIZER:-}" ]]; then start+=(--init.tokenizer "$TOKENIZER"); fi
+
+# train NAME OPTION...: a stage, on this node's share of the job. SIGTERM, or the appearance of STOP_FILE, is passed on to torchrun alone, which
 # tells the ranks once; a second signal would end them before they have saved.
 train() {
-    local load=() child
-    if [[ -n "${2:-}" ]]; then load=(--checkpoint.load "$2"); fi
+    local name="$1" child
+    shift
     torchrun --nnodes "${NNODES:-1}" --nproc_per_node "${GPUS_PER_NODE:-8}" --max_restarts 0 \
         --rdzv_backend c10d --rdzv_endpoint "${MASTER_ADDR:-127.0.0.1}:${MASTER_PORT:-29500}" --rdzv_id "${JOB_ID:-internvl2_5_8b}" \
-        "$root/pretrain_vlm.py" --config "$here/$1.yaml" --data.train "$PACKS/$1" --checkpoint.save "$RUNS/$1" "${load[@]}" &
+        "$root/pretrain_vlm.py" --config "$here/$name.yaml" --data.train "$PACKS/$name" --checkpoint.save "$RUNS/$name" "$@" &
     child=$!
     trap 'kill -TERM "$child" 2>/dev/null || true' TERM INT
     while kill -0 "$child" 2>/dev/null; do
@@ -61,13 +70,13 @@ train() {
 
 case "${1:-}" in
     pack) pack ;;
-    1) train stage1 "${INIT:-}" ;;
-    1.5) train stage1_5 "$RUNS/stage1" ;;
-    2) train stage2 "$RUNS/stage1_5" ;;
+    1) train stage1 "${start[@]}" ;;
+    1.5) train stage1_5 --checkpoint.load "$RUNS/stage1" ;;
+    2) train stage2 --checkpoint.load "$RUNS/stage1_5" ;;
     all)
-        train stage1 "${INIT:-}"
-        train stage1_5 "$RUNS/stage1"
-        train stage2 "$RUNS/stage1_5"
+        train stage1 "${start[@]}"
+        train stage1_5 --checkpoint.load "$RUNS/stage1"
+        train stage2 --checkpoint.load "$RUNS/stage1_5"
         ;;
     *)
         echo "usage: bash run.sh pack | 1 | 1.5 | 2 | all" >&2

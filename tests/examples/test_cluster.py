@@ -13,7 +13,7 @@ from torch.distributed.run import get_args_parser
 
 from megavlm.config.cli import parse
 from megavlm.config.rules import ConfigError, check
-from megavlm.config.schema import Config
+from megavlm.config.schema import Config, Init
 from tools import pack_dataset
 
 ROOT = Path(__file__).parents[2]
@@ -69,6 +69,13 @@ def test_torchrun_and_the_trainer_know_every_option(shell: dict[str, str], stage
     config = parse(run.training_script_args)
     assert (config.stage, config.checkpoint.load) == (stage, load)
     assert fits(config, ranks=32) and not fits(config, ranks=30)
+
+
+def test_stage_1_starts_from_parts(shell: dict[str, str]):
+    folders = {"VISION": "InternViT", "LANGUAGE": "InternLM", "TOKENIZER": "words"}
+    subprocess.run(["bash", str(FOLDER / "run.sh"), "1"], env=shell | folders, check=True)
+    config = parse(get_args_parser().parse_args(asked(shell)).training_script_args)
+    assert config.init == Init(vision="InternViT", language="InternLM", tokenizer="words") and not config.checkpoint.load
 
 
 def fits(config: Config, ranks: int) -> bool:
