@@ -127,6 +127,8 @@ def test_a_run_that_is_killed_again_and_again_ends_bit_for_bit_as_if_it_had_not_
     (tmp_path / "run.yaml").write_text(to_yaml(_config(dataset, save, beside=beside)))
     command = [*TORCHRUN, str(ROOT / "pretrain_vlm.py"), "--config", str(tmp_path / "run.yaml")]
     log = tmp_path / "log"
+    # The ranks give way to this process, or on few cores they would be done before it sees what they do.
+    command = ["nice", "-n", "10", *command]
     with log.open("w") as output, subprocess.Popen(command, env=ENVIRONMENT, stdout=output, stderr=subprocess.STDOUT) as run:
         try:
             killer = _Killer(run, save, seed=CRASHES + beside)
