@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from megavlm.config.parts import Init
+
 
 @dataclass(frozen=True, kw_only=True)
 class Vision:
@@ -149,31 +151,6 @@ class Architecture:
     def projector_input_size(self) -> int:
         """Width of a feature before the projector."""
         return self.vision.hidden_size * self.pixel_shuffle**2
-
-
-@dataclass(frozen=True, kw_only=True)
-class Init:
-    """Start from parts that were trained apart: the projector is fresh, and so is a part that is not named.
-
-    Args:
-        vision: Hugging Face folder of a vision encoder: InternViT, CLIP or SigLIP.
-        language: Hugging Face folder of a language model with its tokenizer; InternVL's special tokens are added.
-        tokenizer: folder of the language model's tokenizer, where its own cannot be read (because it is Python code, as InternLM2's).
-    """
-
-    vision: str = ""
-    language: str = ""
-    tokenizer: str = ""
-
-    @property
-    def parts(self) -> dict[str, str]:
-        """Folders of the parts that are named."""
-        return {part: folder for part, folder in (("vision", self.vision), ("language", self.language)) if folder}
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether both parts are named, so that they make a model."""
-        return bool(self.vision and self.language)
 
 
 @dataclass(frozen=True, kw_only=True)

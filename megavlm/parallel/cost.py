@@ -125,9 +125,12 @@ def _norm(key: str, part: str, size: int, *, has_bias: bool, joint: str = ".") -
 def _vision(architecture: Architecture) -> Iterator[Piece]:
     vision, part, width = architecture.vision, "vision", architecture.vision.hidden_size
     patch = 3 * vision.patch_size**2
-    yield from _linear("vision.patch_embedding", part, patch, width, rows=vision.grid**2, unit="tile", has_bias=True)
-    yield _vector("vision.class_token", part, width)
+    yield from _linear("vision.patch_embedding", part, patch, width, rows=vision.grid**2, unit="tile", has_bias=vision.has_patch_bias)
+    if vision.has_class_token:
+        yield _vector("vision.class_token", part, width)
     yield _vector("vision.position_embedding", part, vision.tokens * width)
+    if vision.has_embedding_norm:
+        yield from _norm("vision.embedding_norm", part, width, has_bias=True)
     for number in range(vision.num_layers):
         yield from (replace(piece, layer=number) for piece in _vision_layer(architecture, number))
 
@@ -142,17 +145,20 @@ def _vision_layer(architecture: Architecture, number: int) -> Iterator[Piece]:
         yield _vector(f"{layer}.self_attention.qk_norm.{name}", part, width)
     yield Piece(key="", part=part, numbers=0, forward=4 * rows**2 * width, unit="tile")
     yield from _linear(proj, part, width, width, rows=rows, unit="tile", has_bias=True)
-    yield _vector(f"{layer}.attention_scale", part, width)
+    if vision.has_layer_scale:
+        yield _vector(f"{layer}.attention_scale", part, width)
     yield from _norm(fc1, part, width, has_bias=has_bias, joint=".layer_norm_")
     yield from _linear(fc1, part, width, inner, rows=rows, unit="tile", has_bias=True)
     yield from _linear(fc2, part, inner, width, rows=rows, unit="tile", has_bias=True)
-    yield _vector(f"{layer}.mlp_scale", part, width)
+    if vision.has_layer_scale:
+        yield _vector(f"{layer}.mlp_scale", part, width)
 
 
 def _projector(architecture: Architecture) -> Iterator[Piece]:
     part, inputs, width = "projector", architecture.projector_input_size, architecture.language.hidden_size
     rows = architecture.features_per_tile
-    yield from _norm("projector.norm", part, inputs, has_bias=True)
+    if architecture.projector_norm:
+        yield from _norm("projector.norm", part, inputs, has_bias=True)
     yield from _linear("projector.mlp.linear_fc1", part, inputs, width, rows=rows, unit="tile", has_bias=True)
     yield from _linear("projector.mlp.linear_fc2", part, width, width, rows=rows, unit="tile", has_bias=True)
 
