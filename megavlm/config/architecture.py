@@ -1,0 +1,147 @@
+"""What a model is made of: the first section of the configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vision:
+    """The vision encoder: an InternViT, or the part of a CLIP (arXiv 2103.00020) or SigLIP (arXiv 2303.15343) that sees images.
+
+    Args:
+        family: what files call the weights, and what stands around the layers: see the properties below.
+        image_size: side of a tile in pixels.
+        patch_size: side of a patch in pixels.
+        num_layers: transformer layers.
+        hidden_size: width of the encoder.
+        ffn_hidden_size: width inside the MLP of a layer.
+        num_attention_heads: attention heads.
+        normalization: kind of norm before attention and before the MLP.
+        layernorm_epsilon: added to the variance inside the norms.
+        qkv_bias: whether the query, key and value projections have a bias.
+        qk_norm: whether queries and keys are normalised, each over all heads at once (InternViT-6B).
+        activation: of the MLP: GELU, its approximation with tanh, or x * sigmoid(1.702 x).
+        layer_scale: starting value of the learned factors on both residual branches; only InternViT has them.
+        pixel_mean: mean of red, green and blue (of pixels from 0 to 1) that is subtracted.
+        pixel_std: standard deviation of red, green and blue that is divided by.
+    """
+
+    family: Literal["internvit", "clip", "siglip"] = "internvit"
+    image_size: int = 448
+    patch_size: int = 14
+    num_layers: int = 24
+    hidden_size: int = 1024
+    ffn_hidden_size: int = 4096
+    num_attention_heads: int = 16
+    normalization: Literal["LayerNorm", "RMSNorm"] = "LayerNorm"
+    layernorm_epsilon: float = 1e-6
+    qkv_bias: bool = True
+    qk_norm: bool = False
+    activation: Literal["gelu", "gelu_tanh", "quick_gelu"] = "gelu"
+    layer_scale: float = 0.1
+    pixel_mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    pixel_std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side of a tile."""
+        return self.image_size // self.patch_size
+
+    @property
+    def has_class_token(self) -> bool:
+        """Whether a token of no patch stands before the patches."""
+        return self.family != "siglip"
+
+    @property
+    def has_patch_bias(self) -> bool:
+        """Whether the patch embedding has a bias."""
+        return self.family != "clip"
+
+    @property
+    def has_embedding_norm(self) -> bool:
+        """Whether a norm stands between the embedding and the first layer."""
+        return self.family == "clip"
+
+    @property
+    def has_layer_scale(self) -> bool:
+        """Whether learned factors stand on the residual branches."""
+        return self.family == "internvit"
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a tile inside the encoder: its patches and, where there is one, the class token."""
+        return self.grid**2 + self.has_class_token
+
+
+@dataclass(frozen=True, kw_only=True)
+class Language:
+    """The language model: RMSNorm, rotary positions, grouped-query attention, gated MLP.
+
+    Args:
+        family: name of the family, such as qwen2, qwen3, internlm2, internlm3, llama or mistral: how Hugging Face's files name its weights.
+        num_layers: transformer layers.
+        hidden_size: width of the model.
+        ffn_hidden_size: width inside the gated MLP of a layer.
+        num_attention_heads: query heads.
+        num_query_groups: key and value heads (grouped-query attention).
+        kv_channels: width of a head; 0: hidden_size / num_attention_heads.
+        vocab_size: rows of the embedding, special tokens of the vision-language model included, padding for tensor parallelism not.
+        rotary_base: base period of the rotary position embedding.
+        rotary_dynamic_factor: how much the base is stretched for samples beyond max_position_embeddings (dynamic NTK; 1: never). It changes
+            nothing for shorter samples, and is written to exported checkpoints.
+        layernorm_epsilon: added to the mean square inside the norms.
+        max_position_embeddings: longest sample that the positions are made for; written to exported checkpoints.
+        qkv_bias: whether the query, key and value projections have a bias.
+        qk_norm: whether the queries and keys of each head are normalised (Qwen3).
+        tied_head: whether the head is the token embedding's own tensor.
+    """
+
+    family: str = "qwen2"
+    num_layers: int = 24
+    hidden_size: int = 896
+    ffn_hidden_size: int = 4864
+    num_attention_heads: int = 14
+    num_query_groups: int = 2
+    kv_channels: int = 0
+    vocab_size: int = 151674
+    rotary_base: float = 1e6
+    rotary_dynamic_factor: float = 1.0
+    layernorm_epsilon: float = 1e-6
+    max_position_embeddings: int = 32768
+    qkv_bias: bool = True
+    qk_norm: bool = False
+    tied_head: bool = False
+
+    @property
+    def head_size(self) -> int:
+        """Width of a head."""
+        return self.kv_channels or self.hidden_size // self.num_attention_heads
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """What the model is made of; ``--model`` fills it from the table.
+
+    Args:
+        vision: the vision encoder.
+        language: the language model.
+        pixel_shuffle: patches along a side that become one feature (2: four patches, a quarter of the tokens).
+        projector_norm: whether a LayerNorm stands before the projector's MLP, as in InternVL; LLaVA has none.
+    """
+
+    vision: Vision = field(default_factory=Vision)
+    language: Language = field(default_factory=Language)
+    pixel_shuffle: int = 2
+    projector_norm: bool = True
+
+    @property
+    def features_per_tile(self) -> int:
+        """Features, and so ``<IMG_CONTEXT>`` tokens, of one tile."""
+        return (self.vision.grid // self.pixel_shuffle) ** 2
+
+    @property
+    def projector_input_size(self) -> int:
+        """Width of a feature before the projector."""
+        return self.vision.hidden_size * self.pixel_shuffle**2
