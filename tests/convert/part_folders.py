@@ -63,11 +63,11 @@ def make_tokenizer(folder: Path, extra: tuple[str, ...] = ()) -> None:
     PreTrainedTokenizerFast(tokenizer_object=words, additional_special_tokens=special).save_pretrained(folder)
 
 
-def make_language(folder: Path, *, rows: int = 300, tied: bool = False, kind: str = "qwen2") -> Path:
-    """A language model whose tokenizer has ``WORDS`` tokens, and a table of ``rows`` rows."""
+def make_language(folder: Path, *, rows: int = 300, tied: bool = False, spread: float = 0.5) -> Path:
+    """A language model whose tokenizer has ``WORDS`` tokens, and a table of ``rows`` rows; fresh weights spread so much."""
     torch.manual_seed(12)
     sizes = dict(hidden_size=48, intermediate_size=56, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2, vocab_size=rows)
-    config = AutoConfig.for_model(kind, **sizes, tie_word_embeddings=tied, max_position_embeddings=256, initializer_range=0.5)
+    config = AutoConfig.for_model("qwen2", **sizes, tie_word_embeddings=tied, max_position_embeddings=256, initializer_range=spread)
     _shake(AutoModelForCausalLM.from_config(config)).save_pretrained(folder)
     make_tokenizer(folder)
     return folder

@@ -123,7 +123,8 @@ def test_a_model_of_llavas_shape_equals_llava_of_transformers(ranks: Pool, tmp_p
     from megavlm.convert import parts
     from megavlm.data.dataset import PackedDataset
 
-    vision, words = make_vision(tmp_path / "vision", "clip"), make_language(tmp_path / "language", rows=WORDS + len(SPECIAL_TOKENS))
+    vision = make_vision(tmp_path / "vision", "clip")
+    words = make_language(tmp_path / "language", rows=WORDS + len(SPECIAL_TOKENS), spread=0.1)
     make_tokenizer(words, SPECIAL_TOKENS)
     init = Init(vision=str(vision), language=str(words))
     architecture = parts.read_model("", init)
