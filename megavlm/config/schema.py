@@ -23,6 +23,7 @@ class Data:
         train: folder of the packed training set.
         valid: folder of the packed held-out set; empty: no evaluation.
         shuffle: visit the packs in an order drawn from the seed, a new one each epoch; otherwise as stored.
+        group: packs of like cost that are taken together, so that no rank of a step waits long; 0: the global batch size. 1: any packs.
         loss_reduction: weight of a supervised token: 1 (token), 1/n (sample) or 1/sqrt(n) (square), n the sample's supervised tokens.
         workers: loader processes of each rank; 0 decodes in the training process.
         prefetch: packs that each loader process keeps ready.
@@ -31,6 +32,7 @@ class Data:
     train: str = ""
     valid: str = ""
     shuffle: bool = True
+    group: int = 0
     loss_reduction: Literal["token", "sample", "square"] = "square"
     workers: int = 4
     prefetch: int = 4
@@ -269,3 +271,8 @@ class Config:
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     logging: Logging = field(default_factory=Logging)
     health: Health = field(default_factory=Health)
+
+    @property
+    def group(self) -> int:
+        """Packs of like cost that are taken together."""
+        return self.data.group or self.training.global_batch_size

@@ -18,6 +18,7 @@ import numpy as np
 from megavlm.data.encode import Images
 from megavlm.data.manifest import Manifest, Source
 from megavlm.data.packing import automatic_tile_cap, pack
+from megavlm.data.packing_order import places_by_cost
 from megavlm.data.progress import Progress
 from megavlm.data.record import Annotations, read_lines
 from megavlm.data.reject import Reject
@@ -174,7 +175,9 @@ def plan_packs(job: Job, found: Survey) -> PackPlan:
     tiles = found.rows["tiles"][rows]
     tile_cap = automatic_tile_cap(tokens, tiles, job.capacity, seed=job.seed) if job.tile_cap is None else job.tile_cap
     packing = pack(tokens, tiles, capacity=job.capacity, tile_cap=tile_cap)
-    order, starts = packing.members(job.seed)
+    squares = np.bincount(packing.bin_of, weights=np.square(tokens.astype(np.float64)), minlength=packing.bins)
+    places = places_by_cost(squares, np.bincount(packing.bin_of, weights=tiles, minlength=packing.bins))
+    order, starts = packing.members(job.seed, places)
     return PackPlan(order=rows[order], starts=starts, tile_cap=tile_cap)
 
 

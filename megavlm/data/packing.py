@@ -16,10 +16,10 @@ from dataclasses import dataclass
 import numpy as np
 
 # What the automatic cap tries, as multiples of the mean tiles of a full pack.
-CAP_FACTORS = (1.03, 1.04, 1.06, 1.08, 1.1, 1.15, 1.2, 1.3, 1.5, 2.0)
+CAP_FACTORS = (1.01, 1.02, 1.03, 1.04, 1.06, 1.08, 1.1, 1.15, 1.2, 1.3, 1.5, 2.0)
 GOOD_FILL = 0.999
 # Caps are tried on this many samples; more do not change which cap is found, only how long it takes.
-TRIAL_SAMPLES = 200_000
+TRIAL_SAMPLES = 100_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,17 +34,16 @@ class Packing:
     bin_of: np.ndarray
     bins: int
 
-    def members(self, seed: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    def members(self, seed: int, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The samples of all packs, pack after pack, and where each pack starts: pack b holds ``order[starts[b]:starts[b + 1]]``.
 
-        Packs come out with the longest samples first. With a seed, the packs and the samples inside each come in a random order, so that
-        any run of packs is a fair sample of the data.
+        Args:
+            seed: samples inside a pack come in a random order that it fixes; otherwise the longest would always be first.
+            places: int [bins], which pack each bin becomes.
         """
-        bin_of, samples = self.bin_of, np.arange(len(self.bin_of), dtype=np.int32)
-        if seed is not None:
-            rng = np.random.default_rng(seed)
-            bin_of = rng.permutation(self.bins).astype(np.int32)[bin_of]
-            rng.shuffle(samples)
+        bin_of = places.astype(np.int32)[self.bin_of]
+        samples = np.arange(len(bin_of), dtype=np.int32)
+        np.random.default_rng(seed).shuffle(samples)
         order = samples[np.argsort(bin_of[samples], kind="stable")]
         starts = np.concatenate([[0], np.cumsum(np.bincount(bin_of, minlength=self.bins))])
         return order, starts
@@ -82,7 +81,7 @@ def pack(tokens: np.ndarray, tiles: np.ndarray, *, capacity: int, tile_cap: int)
 def automatic_tile_cap(tokens: np.ndarray, tiles: np.ndarray, capacity: int, *, good_fill: float = GOOD_FILL, seed: int = 0) -> int:
     """The lowest tile cap that costs hardly any tokens, found by packing a random part of the samples with several caps.
 
-    Tried are 1.03, 1.04, 1.06, ... times the mean tiles of a full pack, never below the tiles of the largest sample, and at last a
+    Tried are 1.01, 1.02, 1.03, ... times the mean tiles of a full pack, never below the tiles of the largest sample, and at last a
     cap that cannot bind. Taken is the lowest whose fill is ``good_fill`` or more, measured against the fewest packs that could hold
     the tokens, so that a small set is not blamed for its last pack. Where none is, it is the lowest of those with the best fill.
 

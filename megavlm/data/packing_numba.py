@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import lru_cache
+
 import numba
 import numpy as np
+
+
+@lru_cache
+def compiled(loop: Callable) -> Callable:
+    """A plain loop over arrays as machine code, made at its first call."""
+    return numba.njit(loop)
+
+
+# Multiplying a power of two by this number brings a different run of six bits to its top for each (a de Bruijn sequence).
+DE_BRUIJN = np.uint64(0x03F79D71B4CB0A89)
+PLACE_OF_RUN = np.zeros(64, np.int64)
+PLACE_OF_RUN[[(1 << place) * int(DE_BRUIJN) % 2**64 >> 58 for place in range(64)]] = np.arange(64)
 
 
 @numba.njit
 def _lowest_bit(word):
     """The place of the lowest bit that is set, of a word with one at least."""
-    place = 0
-    for shift in (32, 16, 8, 4, 2, 1):
-        if word & ((np.uint64(1) << np.uint64(shift)) - np.uint64(1)) == 0:
-            word >>= np.uint64(shift)
-            place += shift
-    return place
+    return PLACE_OF_RUN[((word & (~word + np.uint64(1))) * DE_BRUIJN) >> np.uint64(58)]
 
 
 @numba.njit
@@ -48,6 +58,8 @@ def best_fit(tokens, tiles, order, capacity, tile_cap):
     # One word more than needed: the search may look one place past the last word.
     summary = np.zeros((tile_cap + 1, (words >> 6) + 1), np.uint64)
     newest = np.full((tile_cap + 1, capacity + 1), -1, np.int32)
+    # Not below the most free tokens of a row's bins: most rows hold nothing large enough, and are passed over by one comparison.
+    most_left = np.full(tile_cap + 1, -1, np.int64)
     before = np.empty(len(tokens), np.int32)
     bin_of = np.empty(len(tokens), np.int32)
     bins = 0
@@ -60,8 +72,12 @@ def best_fit(tokens, tiles, order, capacity, tile_cap):
             spare = (row - need_tiles) * capacity
             if spare >= best_score:
                 break
+            if most_left[row] < need:
+                continue
             left = _first_from(bits[row], summary[row], need)
-            if left >= 0 and (left - need) * tile_scale + spare < best_score:
+            if left < 0:
+                most_left[row] = need - 1
+            elif (left - need) * tile_scale + spare < best_score:
                 best_row, best_left, best_score = row, left, (left - need) * tile_scale + spare
         if best_row < 0:
             chosen, row, left = bins, tile_cap, capacity
@@ -75,6 +91,7 @@ def best_fit(tokens, tiles, order, capacity, tile_cap):
                     summary[row, left >> 12] &= ~(one << np.uint64((left >> 6) & 63))
         row -= need_tiles
         left -= need
+        most_left[row] = max(most_left[row], left)
         before[chosen] = newest[row, left]
         newest[row, left] = chosen
         bits[row, left >> 6] |= one << np.uint64(left & 63)

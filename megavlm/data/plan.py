@@ -4,6 +4,9 @@ Nothing is stored and nothing is shuffled in memory, so resuming at any position
 
 An epoch's order is a permutation of ``range(num_packs)`` made by a Feistel network over the next power of two, walking along its cycles
 until a number falls inside the range (J. Black and P. Rogaway, "Ciphers with Arbitrary Finite Domains", CT-RSA 2002).
+
+Packs are stored so that neighbours cost alike (see ``packing_order``). With a ``group`` of several packs, each run of so many positions is
+taken from one neighbourhood, a window of a few groups; groups come in a random order, and windows start elsewhere in every epoch.
 """
 
 from __future__ import annotations
@@ -15,6 +18,8 @@ import numpy as np
 ROUNDS = 8
 # Below this many bits a Feistel network can make few different permutations; small datasets walk a little more instead.
 SMALLEST_DOMAIN_BITS = 6
+# A group's packs are drawn from a window of so many groups: enough that every epoch puts other packs together.
+WINDOW_GROUPS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,15 +30,20 @@ class Plan:
         num_packs: packs in the dataset.
         seed: fixes the order of every epoch.
         shuffle: whether epochs are permuted; otherwise packs come as stored.
+        group: positions ``[k * group, (k + 1) * group)`` hold packs of like cost; a step's packs are one or several groups. 1: any packs.
+            A part of a group where an epoch ends and the next begins is exempt.
     """
 
     num_packs: int
     seed: int = 0
     shuffle: bool = True
+    group: int = 1
 
     def __post_init__(self) -> None:
         if self.num_packs < 1:
             raise ValueError(f"a dataset of {self.num_packs} packs has no order")
+        if self.group < 1:
+            raise ValueError(f"--data.group {self.group}: must be at least 1")
 
     def pack_ids(self, consumed: int, count: int) -> np.ndarray:
         """Ids of the ``count`` packs that follow the first ``consumed`` ones; int64 [count]. Rank r of n data ranks takes ``[r::n]``."""
@@ -42,8 +52,38 @@ class Plan:
     def at(self, positions: np.ndarray) -> np.ndarray:
         """The pack at each position of the endless sequence; int64, shaped like ``positions``."""
         epochs, places = np.divmod(np.ravel(positions).astype(np.int64), self.num_packs)
-        ids = permute(places, self.num_packs, self.seed, epochs) if self.shuffle else places
+        if not self.shuffle:
+            ids = places
+        elif self.group == 1:
+            ids = permute(places, self.num_packs, self.seed, epochs)
+        else:
+            ids = self._grouped(places, epochs)
         return ids.reshape(np.shape(positions))
+
+    def _grouped(self, places: np.ndarray, epochs: np.ndarray) -> np.ndarray:
+        """The pack at each place of its epoch, with groups kept together."""
+        lead = -(epochs * self.num_packs) % self.group  # an epoch begins in the middle of a group
+        groups = (self.num_packs - lead) // self.group
+        within = places - lead
+        # What lies outside whole groups comes last in the order that is cut into groups.
+        sorted_places = np.where(within < 0, groups * self.group + places, lead + within)
+        for count in np.unique(groups[(within >= 0) & (within < groups * self.group)]).tolist():
+            chosen = (groups == count) & (within >= 0) & (within < count * self.group)
+            sorted_places[chosen] = self._place_groups(within[chosen], count, epochs[chosen])
+        shift = _mix(np.uint64(self.seed % 2**64) + _mix(epochs.astype(np.uint64))) % np.uint64(self.num_packs)
+        return (sorted_places + shift.astype(np.int64)) % self.num_packs
+
+    def _place_groups(self, within: np.ndarray, count: int, epochs: np.ndarray) -> np.ndarray:
+        """Permute ``count`` groups, and the places inside each window of groups."""
+        groups = permute(within // self.group, count, self.seed, epochs)
+        windows, rest = np.divmod(groups, WINDOW_GROUPS)
+        places = rest * self.group + within % self.group
+        keys = _mix(epochs.astype(np.uint64) + _mix(windows.astype(np.uint64))).astype(np.int64)
+        sizes = np.minimum(count - windows * WINDOW_GROUPS, WINDOW_GROUPS) * self.group
+        for size in np.unique(sizes).tolist():
+            chosen = sizes == size
+            places[chosen] = permute(places[chosen], size, self.seed, keys[chosen])
+        return windows * WINDOW_GROUPS * self.group + places
 
 
 def permute(places: np.ndarray, size: int, seed: int, epochs: np.ndarray) -> np.ndarray:

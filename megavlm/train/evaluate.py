@@ -21,7 +21,8 @@ def held_out_loss(job: Job) -> float:
         The loss, on ranks of the last chunk; 0 on others.
     """
     data, groups, wanted = job.config.data, job.groups, job.config.training.eval_packs
-    plan = Plan(num_packs=len(job.valid), seed=0, shuffle=False)
+    # Stored by cost, the first packs would not stand for all.
+    plan = Plan(num_packs=len(job.valid), seed=0)
     count = min(wanted, len(job.valid)) if wanted else len(job.valid)
     positions = range(groups.data_rank, count, groups.data_size)
     weight = job.valid.weight_sum(plan.pack_ids(0, count), data.loss_reduction)

@@ -177,7 +177,7 @@ def train(config: Config, machine: backend.Backend, start: Start) -> State:
             backend=machine,
             groups=place,
             train=packs,
-            plan=Plan(num_packs=len(packs), seed=config.training.seed, shuffle=config.data.shuffle),
+            plan=Plan(num_packs=len(packs), seed=config.training.seed, shuffle=config.data.shuffle, group=config.group),
             valid=PackedDataset(config.data.valid) if config.data.valid else None,
             model=model,
             wrapped=wrapped,

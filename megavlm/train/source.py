@@ -92,6 +92,9 @@ def fit(config: Config, source: Checkpoint) -> Checkpoint:
     if resumes(config, source):
         problems += checkpoint.describe_differences(source.config.training.trainable, config.training.trainable, "training.trainable")
         problems += checkpoint.describe_differences(source.config.training.seed, config.training.seed, "training.seed")
+        # The same packs in another order would be seen twice or never in this epoch.
+        problems += checkpoint.describe_differences(source.config.group, config.group, "data.group")
+        problems += checkpoint.describe_differences(source.config.data.shuffle, config.data.shuffle, "data.shuffle")
     elif config.checkpoint.moments == "keep" and source.state.stage is None:
         problems.append(f"--checkpoint.moments keep: {source.folder} was made by conversion and has no moments; use fresh")
     if problems:

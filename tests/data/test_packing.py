@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import sys
 
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 
 from megavlm.data.packing import Packing, automatic_tile_cap, best_fit_python, pack
+from megavlm.data.packing_order import places_by_cost
 
 CAPACITY = 16384
 
@@ -116,13 +116,25 @@ def test_automatic_cap_of_other_data():
 def test_members():
     tokens, tiles = mixture(500)
     packing = pack(tokens, tiles, capacity=CAPACITY, tile_cap=64)
-    for seed in (None, 0, 1):
-        order, starts = packing.members(seed)
+    places = np.random.default_rng(0).permutation(packing.bins)
+    for seed in (0, 1):
+        order, starts = packing.members(seed, places)
         assert np.array_equal(np.sort(order), np.arange(500))
-        groups = {frozenset(order[low:high].tolist()) for low, high in itertools.pairwise(starts)}
-        assert groups == {frozenset(np.flatnonzero(packing.bin_of == place).tolist()) for place in range(packing.bins)}
-    assert not np.array_equal(packing.members(0)[0], packing.members(1)[0])
-    assert np.array_equal(packing.members(0)[0], packing.members(0)[0])
+        for group, place in enumerate(np.argsort(places)):
+            assert set(order[starts[group] : starts[group + 1]]) == set(np.flatnonzero(packing.bin_of == place))
+    assert not np.array_equal(packing.members(0, places)[0], packing.members(1, places)[0])
+
+
+def test_places_by_cost_make_neighbours_alike():
+    rng = np.random.default_rng(0)
+    squared, tiles = rng.lognormal(17, 1, 6400), rng.integers(30, 57, 6400)
+    places = places_by_cost(squared, tiles)
+    assert np.array_equal(np.sort(places), np.arange(6400))
+    stored = np.argsort(places).reshape(-1, 64)
+    for cost, least in ((squared, 3), (tiles, 6)):
+        spread = (cost[stored].max(axis=1) / cost[stored].mean(axis=1) - 1).mean()
+        shuffled = (rng.permutation(cost).reshape(-1, 64).max(axis=1) / cost.mean() - 1).mean()
+        assert spread * least < shuffled
 
 
 def test_without_numba(monkeypatch):

@@ -66,3 +66,32 @@ def test_a_billion_packs():
 def test_no_packs():
     with pytest.raises(ValueError, match="0 packs"):
         Plan(num_packs=0)
+
+
+@pytest.mark.parametrize("size", [1, 5, 63, 64, 100, 1000, 4097])
+@pytest.mark.parametrize("group", [2, 3, 16, 64, 5000])
+def test_every_epoch_is_a_permutation_in_groups_too(size, group):
+    plan = Plan(num_packs=size, seed=5, group=group)
+    for epoch in range(3):
+        assert np.array_equal(np.sort(plan.pack_ids(epoch * size, size)), np.arange(size))
+
+
+def test_a_group_comes_from_one_neighbourhood():
+    plan = Plan(num_packs=10_001, seed=3, group=16)
+    far = 0
+    for step in range(2000):  # more than three epochs
+        ids = plan.pack_ids(step * 16, 16)
+        spread = np.sort((ids - ids[0] + 5000) % 10_001)
+        far += spread[-1] - spread[0] >= 8 * 16
+    assert far <= 4  # where an epoch ends
+
+
+def test_groups_are_others_in_every_epoch():
+    plan = Plan(num_packs=4096, seed=3, group=16)
+    first, second = ({frozenset(ids) for ids in plan.pack_ids(epoch * 4096, 4096).reshape(-1, 16).tolist()} for epoch in (0, 1))
+    assert len(first) == 256 and not first & second
+
+
+def test_no_group():
+    with pytest.raises(ValueError, match="--data.group 0"):
+        Plan(num_packs=5, group=0)
