@@ -12,9 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megavlm.data.files import LocalFiles, open_folder
+
 FILE_NAME = "manifest.json"
 FORMAT_NAME = "megavlm-packs"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,19 +42,17 @@ class Source:
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """One pair of files ``NAME.bin`` and ``NAME.idx``.
+    """One file ``NAME.bin``.
 
     Args:
         name: file name without its ending.
         packs: packs in it.
-        bin_bytes: size of the ``.bin`` file.
-        idx_crc32: checksum of the whole ``.idx`` file.
+        bin_bytes: size of the file.
     """
 
     name: str
     packs: int
     bin_bytes: int
-    idx_crc32: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,8 +92,9 @@ class Manifest:
         seed: seed of the packer.
         sources: annotation files; a sample names its source by its place here.
         rejects: number of rejected records for each reason.
-        shards: the files; filled by ``store.Writer``.
-        totals: sums over all packs; filled by ``store.Writer``.
+        shards: the files; filled by ``store.complete``.
+        idx_crc32: checksum of the whole index; filled by ``store.complete``.
+        totals: sums over all packs; filled by ``store.complete``.
     """
 
     tokenizer_fingerprint: str
@@ -116,6 +117,7 @@ class Manifest:
     sources: tuple[Source, ...] = ()
     rejects: dict[str, int] = field(default_factory=dict)
     shards: tuple[Shard, ...] = ()
+    idx_crc32: int = 0
     totals: Totals = field(default_factory=Totals)
 
     def to_json(self) -> str:
@@ -134,22 +136,22 @@ class Manifest:
         os.replace(temporary, folder / FILE_NAME)
 
 
-def read_manifest(folder: Path) -> Manifest:
+def read_manifest(folder: Path | str) -> Manifest:
     """The manifest of a packed dataset.
 
     Raises:
         FileNotFoundError: there is no folder, or no manifest in it.
         ValueError: not a manifest, one of a newer format version, or one that lacks a fact.
     """
-    folder = Path(folder)
-    path = folder / FILE_NAME
-    if not folder.is_dir():
+    files = open_folder(folder)
+    path = f"{files.folder}/{FILE_NAME}"
+    if isinstance(files, LocalFiles) and not files.folder.is_dir():
         raise FileNotFoundError(f"{folder}: there is no such folder of packs; make one with tools/pack_dataset.py --out {folder}")
-    if not path.is_file():
+    if not files.exists(FILE_NAME):
         raise FileNotFoundError(
             f"{path}: missing. It is written last, so {folder} is no packed dataset or its packing did not end; run tools/pack_dataset.py"
         )
-    return parse_manifest(path.read_text(encoding="utf-8"), path)
+    return parse_manifest(files.read(FILE_NAME, 0, files.size(FILE_NAME)).decode(), path)
 
 
 def parse_manifest(text: str, path: Path | str) -> Manifest:
@@ -161,8 +163,10 @@ def parse_manifest(text: str, path: Path | str) -> Manifest:
     if not isinstance(facts, dict) or facts.pop("format", None) != FORMAT_NAME:
         raise ValueError(f"{path}: not the manifest of a packed dataset (no format {FORMAT_NAME!r})")
     version = facts.pop("version", None)
-    if not isinstance(version, int) or version > FORMAT_VERSION:
-        raise ValueError(f"{path}: format version {version}, but this megavlm reads up to {FORMAT_VERSION}; update megavlm or pack again")
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"{path}: format version {version}, but this megavlm reads {FORMAT_VERSION}; update megavlm, or pack the dataset again"
+        )
     for name, kind in (("sources", Source), ("shards", Shard)):
         facts[name] = tuple(_build(kind, entry, f"{path}: {name}[{place}]") for place, entry in enumerate(facts.get(name, ())))
     facts["totals"] = _build(Totals, facts.get("totals", {}), f"{path}: totals")

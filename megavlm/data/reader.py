@@ -1,4 +1,4 @@
-"""Reading packs: memory maps over the index, one read a pack, a checksum on what is read.
+"""Reading packs: the records that are asked for, one read a pack, a checksum on what is read.
 
 Shapes: T tokens of the pack, N samples.
 """
@@ -6,17 +6,30 @@ Shapes: T tokens of the pack, N samples.
 from __future__ import annotations
 
 import zlib
-from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from megavlm.data.manifest import Manifest, Shard, read_manifest
-from megavlm.data.store import DESCRIPTION, HEADER, HEADER_BYTES, IMAGE, MAGIC, PROVENANCE, RECORD, VERSION, pack_header, sections
+from megavlm.data.files import Files, LocalFiles, is_remote, open_folder
+from megavlm.data.manifest import Manifest, read_manifest
+from megavlm.data.rows import CHUNK_BYTES, Rows
+from megavlm.data.store import (
+    DESCRIPTION,
+    HEADER,
+    HEADER_BYTES,
+    IMAGE,
+    INDEX_NAME,
+    MAGIC,
+    PROVENANCE,
+    RECORD,
+    VERSION,
+    pack_header,
+    sections,
+)
 
-# Each map keeps a file open, and a process may commonly open 1024.
-OPEN_SHARDS = 64
+CHECKED_SHARDS = 1024
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,31 +66,25 @@ class Pack:
 
 
 class Index:
-    """The records of all packs, over the shards' memory maps; nothing is read until it is asked for.
+    """The records of all packs; nothing is read until it is asked for.
 
     ``index[pack_ids]`` is a structured array with the fields of ``store.RECORD``, in the order of the ids; ``index["tiles"]`` is a
     whole column (8 bytes a pack at most: meant for statistics).
+
+    Args:
+        rows: the records.
+        packs: number of packs of each shard.
     """
 
-    def __init__(self, records: list[np.ndarray]) -> None:
-        self._records = records
-        self.starts = np.cumsum([0] + [len(shard) for shard in records], dtype=np.int64)
+    def __init__(self, rows: Rows, packs: Sequence[int]) -> None:
+        self._rows = rows
+        self.starts = np.concatenate([[0], np.cumsum(packs, dtype=np.int64)])
 
     def __len__(self) -> int:
-        return int(self.starts[-1])
+        return len(self._rows)
 
     def __getitem__(self, key: str | int | np.ndarray | list[int]) -> np.ndarray:
-        if isinstance(key, str):
-            return np.concatenate([shard[key] for shard in self._records])
-        ids = np.asarray(key, np.int64)
-        if ids.size and (ids.min() < 0 or ids.max() >= len(self)):
-            raise IndexError(f"pack ids run from 0 to {len(self) - 1}, not {ids.min()} to {ids.max()}")
-        shards = self.shard_of(ids)
-        found = np.empty(ids.shape, RECORD)
-        for shard in np.unique(shards):
-            chosen = shards == shard
-            found[chosen] = self._records[shard][ids[chosen] - self.starts[shard]]
-        return found
+        return self._rows[key]
 
     def shard_of(self, ids: np.ndarray | int) -> np.ndarray:
         """The number of the shard that holds each pack."""
@@ -85,21 +92,25 @@ class Index:
 
 
 class Reader:
-    """A packed dataset, memory-mapped. It can be pickled: the copy opens the files again.
+    """A packed dataset. It can be pickled: the copy opens the files again.
 
     Args:
-        folder: folder with ``manifest.json``.
+        folder: folder with ``manifest.json``, or the URL of one in object storage.
 
     Raises:
         FileNotFoundError: no manifest, or a file that it names is missing.
-        ValueError: a newer format, a file cut off, or an index of another build.
+        ValueError: another format, a file cut off, or an index of another build.
     """
 
     def __init__(self, folder: Path | str) -> None:
-        self.folder = Path(folder)
+        self.folder: Path | str = str(folder) if is_remote(folder) else Path(folder)
+        self.files = open_folder(folder)
         self.manifest: Manifest = read_manifest(self.folder)
-        self.index = Index([_map_index(self.folder, shard) for shard in self.manifest.shards])
-        self._bins: OrderedDict[int, np.ndarray] = OrderedDict()
+        shards = self.manifest.shards
+        _check_files(self.files, self.manifest)
+        self.index = Index(
+            Rows(self.files, INDEX_NAME, RECORD, sum(shard.packs for shard in shards), HEADER_BYTES), [shard.packs for shard in shards]
+        )
         if len(self.index) == 0:
             raise ValueError(f"{self.folder}: the dataset has no packs")
 
@@ -109,9 +120,9 @@ class Reader:
     def __len__(self) -> int:
         return len(self.index)
 
-    def bin_path(self, pack_id: int) -> Path:
+    def bin_path(self, pack_id: int) -> str:
         """The file that holds the pack."""
-        return self.folder / f"{self.manifest.shards[int(self.index.shard_of(pack_id))].name}.bin"
+        return f"{self.folder}/{self.manifest.shards[int(self.index.shard_of(pack_id))].name}.bin"
 
     def read(self, pack_id: int, *, with_images: bool = True) -> Pack:
         """The pack, its checksums verified; without ``with_images`` the encoded images are neither read nor checked.
@@ -120,19 +131,22 @@ class Reader:
             ValueError: the bytes on the disk are not those that were written; names the pack and the file.
         """
         record = self.index[pack_id]
-        shard = int(self.index.shard_of(pack_id))
-        layout = sections(int(record["tokens"]), int(record["samples"]), int(record["images"]))
+        shard = self.manifest.shards[int(self.index.shard_of(pack_id))]
+        count, samples = int(record["tokens"]), int(record["samples"])
+        layout = sections(count, samples, int(record["images"]))
         start, end = int(record["offset"]), int(record["offset"] + record["bytes"])
         middle = start + layout.encoded
-        data = self._bin(shard)
-        if not 0 <= start <= middle <= end <= len(data):
-            raise ValueError(f"pack {pack_id}: its record places it outside {self.bin_path(pack_id)}; the .idx file is damaged, pack again")
-        head = data[start:middle]
-        encoded = data[middle : end if with_images else middle]
+        if not 0 <= start <= middle <= end <= shard.bin_bytes:
+            raise ValueError(f"pack {pack_id}: its record places it outside {self.bin_path(pack_id)}; {INDEX_NAME} is damaged, pack again")
+        end = end if with_images else middle
+        data = self.files.read(f"{shard.name}.bin", start, end)
+        if len(data) != end - start:
+            raise ValueError(f"{self.bin_path(pack_id)}: ends inside pack {pack_id}; the file is cut off, copy or pack the dataset again")
+        block = np.frombuffer(data, np.uint8)
+        head, encoded = block[: layout.encoded], block[layout.encoded :]
         self._check(pack_id, "tokens", head, int(record["crc_tokens"]))
         if with_images:
             self._check(pack_id, "images", encoded, int(record["crc_images"]))
-        count, samples = int(record["tokens"]), int(record["samples"])
         return Pack(
             pack_id=int(pack_id),
             tokens=head[: 4 * count].view("<i4"),
@@ -155,10 +169,13 @@ class Reader:
         Raises:
             ValueError: at the first that is wrong.
         """
-        for shard in self.manifest.shards:
-            path = self.folder / f"{shard.name}.idx"
-            if zlib.crc32(np.memmap(path, np.uint8, mode="r")) != shard.idx_crc32:
-                raise ValueError(f"{path}: checksum is not the one in the manifest; the file is damaged, copy or pack the dataset again")
+        size, crc = HEADER_BYTES + RECORD.itemsize * len(self), 0
+        for start in range(0, size, CHUNK_BYTES):
+            crc = zlib.crc32(self.files.read(INDEX_NAME, start, min(start + CHUNK_BYTES, size)), crc)
+        if crc != self.manifest.idx_crc32:
+            raise ValueError(
+                f"{self.folder}/{INDEX_NAME}: checksum is not the one in the manifest; the file is damaged, copy or pack the dataset again"
+            )
         for pack_id in range(len(self)):
             self.read(pack_id)
         return len(self)
@@ -171,50 +188,38 @@ class Reader:
                 "the file is damaged, copy or pack the dataset again"
             )
 
-    def _bin(self, shard: int) -> np.ndarray:
-        """The map of a ``.bin`` file; the files read last stay open."""
-        if shard not in self._bins:
-            if len(self._bins) >= OPEN_SHARDS:
-                self._bins.popitem(last=False)
-            # A plain view: slices of a memmap object are slow.
-            self._bins[shard] = np.memmap(self.folder / f"{self.manifest.shards[shard].name}.bin", np.uint8, mode="r").view(np.ndarray)
-        self._bins.move_to_end(shard)
-        return self._bins[shard]
+
+def _check_files(files: Files, manifest: Manifest) -> None:
+    """Look at the index's header, and at the sizes of the files."""
+    packs = sum(shard.packs for shard in manifest.shards)
+    sizes = {INDEX_NAME: HEADER_BYTES + RECORD.itemsize * packs}
+    # Of very many files the sizes are looked at when one is read, so that a run starts at once.
+    if len(manifest.shards) <= CHECKED_SHARDS and isinstance(files, LocalFiles):
+        sizes |= {f"{shard.name}.bin": shard.bin_bytes for shard in manifest.shards}
+    for name in sizes:
+        if not files.exists(name):
+            raise FileNotFoundError(f"{files.folder}/{name}: missing, but the manifest names it; copy or pack the dataset again")
+    _check_header(f"{files.folder}/{INDEX_NAME}", files.read(INDEX_NAME, 0, HEADER_BYTES), packs)
+    for name, expected in sizes.items():
+        if (found := files.size(name)) != expected:
+            raise ValueError(
+                f"{files.folder}/{name}: {found} bytes, written were {expected}; "
+                "the file is cut off or changed, copy or pack the dataset again"
+            )
 
 
-def _map_index(folder: Path, shard: Shard) -> np.ndarray:
-    """The records of one shard, after a look at both files."""
-    idx, data = folder / f"{shard.name}.idx", folder / f"{shard.name}.bin"
-    for path in (idx, data):
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: missing, but {folder / 'manifest.json'} names it; copy or pack the dataset again")
-    with open(idx, "rb") as file:
-        start = file.read(HEADER_BYTES)
+def _check_header(path: str, start: bytes, packs: int) -> None:
+    """Refuse an index that this program cannot read, or of another dataset."""
     if len(start) < HEADER.size or not start.startswith(MAGIC):
-        raise ValueError(f"{idx}: not an index of packs (it does not start with {MAGIC.decode()})")
-    _, version, header_bytes, record_bytes, _, packs, _ = HEADER.unpack_from(start)
-    if version > VERSION:
-        raise ValueError(f"{idx}: format version {version}, but this megavlm reads up to {VERSION}; update megavlm or pack again")
-    if (
-        record_bytes != RECORD.itemsize
-        or header_bytes != HEADER_BYTES
-        or start[HEADER.size : HEADER.size + len(DESCRIPTION)] != DESCRIPTION
-    ):
+        raise ValueError(f"{path}: not an index of packs (it does not start with {MAGIC.decode()})")
+    _, version, header_bytes, record_bytes, _, found = HEADER.unpack_from(start)
+    if version != VERSION:
+        raise ValueError(f"{path}: format version {version}, but this megavlm reads {VERSION}; update megavlm, or pack the dataset again")
+    description = start[HEADER.size : HEADER.size + len(DESCRIPTION)]
+    if record_bytes != RECORD.itemsize or header_bytes != HEADER_BYTES or description != DESCRIPTION:
         raise ValueError(
-            f"{idx}: records of {record_bytes} bytes with other fields than those of {RECORD.itemsize} bytes that this megavlm reads; "
+            f"{path}: records of {record_bytes} bytes with other fields than those of {RECORD.itemsize} bytes that this megavlm reads; "
             "pack the dataset again"
         )
-    if start != pack_header(shard.packs, shard.bin_bytes):
-        raise ValueError(
-            f"{idx}: header says {packs} packs, {folder / 'manifest.json'} says {shard.packs}; the files do not belong together"
-        )
-    sizes = ((idx, HEADER_BYTES + RECORD.itemsize * shard.packs), (data, shard.bin_bytes))
-    for path, expected in sizes:
-        found = path.stat().st_size
-        if found != expected:
-            raise ValueError(
-                f"{path}: {found} bytes, written were {expected}; the file is cut off or changed, copy or pack the dataset again"
-            )
-    if shard.packs == 0:
-        return np.zeros(0, RECORD)
-    return np.memmap(idx, RECORD, mode="r", offset=HEADER_BYTES, shape=(shard.packs,)).view(np.ndarray)
+    if start != pack_header(packs):
+        raise ValueError(f"{path}: header says {found} packs, the manifest says {packs}; the files do not belong together")

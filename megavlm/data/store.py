@@ -1,11 +1,11 @@
-"""Packs on disk: ``packs-00000.bin`` holds the bytes, ``packs-00000.idx`` one record of fixed size a pack.
+"""Packs on disk: ``packs-00000.bin``, ... hold the bytes, ``packs.idx`` one record of fixed size a pack, of all packs in their order.
 
-A pack is one block of the ``.bin`` file, which starts at a multiple of 64 bytes; its sections start at multiples of 8 bytes:
+A pack is one block of a ``.bin`` file, which starts at a multiple of 64 bytes; its sections start at multiples of 8 bytes:
 
     tokens int32 [T] | supervised uint8 [T] | sample lengths int32 [N] | provenance [N] | image table [images] | encoded images
 
-All numbers are little-endian. The ``.idx`` file is a header (magic, format version, sizes, and the record's fields as JSON) and then the
-records, so an index of any size is a memory map. Shapes: T tokens of the pack, N samples.
+All numbers are little-endian. The index is a header (magic, format version, sizes, and the record's fields as JSON) and then the records,
+so that any record is read without the others. Shapes: T tokens of the pack, N samples.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ import os
 import re
 import struct
 import zlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import BinaryIO, Self
 
 import numpy as np
 
@@ -28,10 +29,11 @@ from megavlm.data.manifest import FILE_NAME, Manifest, Shard, Totals
 from megavlm.data.sample import Sample
 
 MAGIC = b"MVLMPACK"
-VERSION = 1
+VERSION = 2
+INDEX_NAME = "packs.idx"
 BLOCK_ALIGNMENT_BYTES = 64
 SECTION_ALIGNMENT_BYTES = 8
-SHARD_BYTES = 32 * 2**30
+SHARD_BYTES = 2**30
 REDUCTIONS = ("token", "sample", "square")
 
 RECORD = np.dtype(
@@ -65,8 +67,8 @@ IMAGE = np.dtype(
         ("sample", "<i4"),  # place of its sample in the pack
     ]
 )
-# magic, version, header bytes, record bytes, description bytes, packs, bytes of the .bin file
-HEADER = struct.Struct("<8sIIIIqq")
+# magic, version, header bytes, record bytes, description bytes, packs
+HEADER = struct.Struct("<8sIIIIq")
 DESCRIPTION = json.dumps(RECORD.descr).encode()
 
 
@@ -98,9 +100,9 @@ def sections(tokens: int, samples: int, images: int) -> Sections:
     return Sections(supervised=supervised, lengths=lengths, provenance=provenance, images=table, encoded=table + IMAGE.itemsize * images)
 
 
-def pack_header(packs: int, bin_bytes: int) -> bytes:
-    """The header of an ``.idx`` file."""
-    header = HEADER.pack(MAGIC, VERSION, HEADER_BYTES, RECORD.itemsize, len(DESCRIPTION), packs, bin_bytes)
+def pack_header(packs: int) -> bytes:
+    """The header of the index."""
+    header = HEADER.pack(MAGIC, VERSION, HEADER_BYTES, RECORD.itemsize, len(DESCRIPTION), packs)
     return (header + DESCRIPTION).ljust(HEADER_BYTES, b"\0")
 
 
@@ -113,66 +115,29 @@ def sample_weights(supervised: np.ndarray) -> tuple[float, float, float]:
     return float(counts.sum()), float(len(counts)), float(np.sqrt(counts).sum())
 
 
-class Writer:
-    """Writes packs one after the other, starts a new pair of files at ``shard_bytes``, and the manifest at the end.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PackRules:
+    """What a pack may hold.
 
     Args:
-        folder: made if missing. Packs that an unfinished run left there are removed; a complete dataset is an error.
         capacity: tokens of a pack, each sample's length rounded up to ``alignment``.
-        shard_bytes: a ``.bin`` file that has reached this size is followed by the next one.
         tile_cap: most tiles of a pack; None: any number.
         alignment: each sample will start at a multiple of this many tokens.
 
     Raises:
-        FileExistsError: the folder holds a complete dataset.
         ValueError: the capacity is not a multiple of the alignment.
     """
 
-    def __init__(
-        self, folder: Path, capacity: int, shard_bytes: int = SHARD_BYTES, *, tile_cap: int | None = None, alignment: int = 1
-    ) -> None:
-        if capacity < 1 or alignment < 1 or capacity % alignment:
-            raise ValueError(f"--capacity {capacity} is not a multiple of --alignment {alignment}")
-        self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if (self.folder / FILE_NAME).exists():
-            raise FileExistsError(f"{self.folder}: holds a complete packed dataset; give another --out or remove it")
-        for path in self.folder.iterdir():
-            if re.fullmatch(r"packs-\d{5,}\.(bin|idx)", path.name):
-                path.unlink()
-        self.capacity, self.shard_bytes, self.tile_cap, self.alignment = capacity, shard_bytes, tile_cap, alignment
-        self._shards: list[Shard] = []
-        self._sums = dict.fromkeys((entry.name for entry in dataclasses.fields(Totals)), 0)
-        self._open_shard()
+    capacity: int
+    tile_cap: int | None = None
+    alignment: int = 1
 
-    def _open_shard(self) -> None:
-        self._name = f"packs-{len(self._shards):05d}"
-        # Both files stay open from pack to pack: close() and __exit__ close them.
-        self._bin = open(self.folder / f"{self._name}.bin", "wb")  # noqa: SIM115
-        self._idx = open(self.folder / f"{self._name}.idx", "wb")  # noqa: SIM115
-        self._idx.write(pack_header(0, 0))
-        self._packs = 0
-        self._crc = 0
+    def __post_init__(self) -> None:
+        if self.capacity < 1 or self.alignment < 1 or self.capacity % self.alignment:
+            raise ValueError(f"--capacity {self.capacity} is not a multiple of --alignment {self.alignment}")
 
-    def _close_shard(self) -> None:
-        """Write the header, now that its counts are known, and put both files on the disk."""
-        bin_bytes = self._bin.tell()
-        header = pack_header(self._packs, bin_bytes)
-        self._idx.seek(0)
-        self._idx.write(header)
-        for file in (self._bin, self._idx):
-            file.flush()
-            os.fsync(file.fileno())
-            file.close()
-        records = np.memmap(self.folder / f"{self._name}.idx", dtype=np.uint8, mode="r")
-        self._shards.append(Shard(name=self._name, packs=self._packs, bin_bytes=bin_bytes, idx_crc32=zlib.crc32(records)))
-
-    def write(self, samples: Sequence[Sample]) -> int:
-        """Append one pack and return its id.
-
-        Raises:
-            ValueError: no samples, or more tokens or tiles than a pack may hold.
-        """
+    def check(self, samples: Sequence[Sample]) -> None:
+        """Raise ValueError where samples cannot make a pack."""
         used = sum(round_up(len(sample.tokens), self.alignment) for sample in samples)
         tiles = sum(sample.tiles for sample in samples)
         if not samples or used > self.capacity or any(len(sample.tokens) == 0 for sample in samples):
@@ -182,18 +147,123 @@ class Writer:
             )
         if self.tile_cap is not None and tiles > self.tile_cap:
             raise ValueError(f"a pack of {len(samples)} samples has {tiles} tiles, above --tile_cap {self.tile_cap}")
-        if self._packs and self._bin.tell() >= self.shard_bytes:
-            self._close_shard()
-            self._open_shard()
+
+
+class ShardWriter:
+    """Writes the packs of one shard: ``NAME.bin``, and their records as ``NAME.records`` until ``complete`` joins those of all shards.
+
+    Args:
+        folder: where the files go.
+        number: of the shard.
+        rules: what a pack may hold.
+    """
+
+    def __init__(self, folder: Path, number: int, rules: PackRules) -> None:
+        self.folder, self.name, self.rules = Path(folder), f"packs-{number:05d}", rules
+        # Both files stay open from pack to pack: close() and __exit__ close them.
+        self._bin = open(self.folder / f"{self.name}.bin", "wb")  # noqa: SIM115
+        self._records = open(self.folder / f"{self.name}.records", "wb")  # noqa: SIM115
+        self._sums = dict.fromkeys((entry.name for entry in dataclasses.fields(Totals)), 0)
+
+    @property
+    def bytes(self) -> int:
+        """Size of the shard so far."""
+        return self._bin.tell()
+
+    @property
+    def packs(self) -> int:
+        """Packs written so far."""
+        return self._sums["packs"]
+
+    def write(self, samples: Sequence[Sample]) -> None:
+        """Append one pack; raises ValueError where the samples cannot make one."""
+        self.rules.check(samples)
         self._bin.write(bytes(-self._bin.tell() % BLOCK_ALIGNMENT_BYTES))
         block, record = pack_block(samples)
         record["offset"] = self._bin.tell()
         self._bin.write(block)
-        self._idx.write(record.tobytes())
-        self._packs += 1
+        self._records.write(record.tobytes())
         for name in self._sums:
             self._sums[name] += 1 if name == "packs" else int(record[name])
-        return self._sums["packs"] - 1
+
+    def close(self) -> tuple[Shard, Totals]:
+        """Put the files on the disk, and say what is in them."""
+        size = self._bin.tell()
+        for file in (self._bin, self._records):
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
+        return Shard(name=self.name, packs=self.packs, bin_bytes=size), Totals(**self._sums)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Let go of the files; a shard that was not closed stays incomplete."""
+        self._bin.close()
+        self._records.close()
+
+
+def complete(folder: Path, manifest: Manifest, shards: Sequence[tuple[Shard, Totals]]) -> Manifest:
+    """Make a dataset of its shards: join their records to the index, then write the manifest, and return it with shards and totals."""
+    packs = sum(shard.packs for shard, _ in shards)
+    with open(folder / INDEX_NAME, "wb") as index:
+        crc = _append(index, pack_header(packs), 0)
+        for shard, _ in shards:
+            with open(folder / f"{shard.name}.records", "rb") as records:
+                while piece := records.read(2**24):
+                    crc = _append(index, piece, crc)
+        index.flush()
+        os.fsync(index.fileno())
+    sums = Counter()
+    for _, totals in shards:
+        sums.update(dataclasses.asdict(totals))
+    manifest = dataclasses.replace(manifest, shards=tuple(shard for shard, _ in shards), idx_crc32=crc, totals=Totals(**sums))
+    manifest.write(folder)
+    for shard, _ in shards:
+        (folder / f"{shard.name}.records").unlink()
+    return manifest
+
+
+def _append(file: BinaryIO, data: bytes, crc: int) -> int:
+    """Write, and go on with a checksum."""
+    file.write(data)
+    return zlib.crc32(data, crc)
+
+
+class Writer:
+    """Writes packs one after the other, starts a new shard at ``shard_bytes``, and the manifest at the end.
+
+    Args:
+        folder: made if missing. Packs that an unfinished run left there are removed; a complete dataset is an error.
+        capacity, tile_cap, alignment: as for ``PackRules``.
+        shard_bytes: a ``.bin`` file that has reached this size is followed by the next one.
+
+    Raises:
+        FileExistsError: the folder holds a complete dataset.
+    """
+
+    def __init__(
+        self, folder: Path, capacity: int, shard_bytes: int = SHARD_BYTES, *, tile_cap: int | None = None, alignment: int = 1
+    ) -> None:
+        self.folder, self.shard_bytes = Path(folder), shard_bytes
+        self.rules = PackRules(capacity=capacity, tile_cap=tile_cap, alignment=alignment)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if (self.folder / FILE_NAME).exists():
+            raise FileExistsError(f"{self.folder}: holds a complete packed dataset; give another --out or remove it")
+        for path in self.folder.iterdir():
+            if re.fullmatch(r"packs-\d{5,}\.(bin|records)", path.name):
+                path.unlink()
+        self._shards: list[tuple[Shard, Totals]] = []
+        self._shard = ShardWriter(self.folder, 0, self.rules)
+
+    def write(self, samples: Sequence[Sample]) -> int:
+        """Append one pack and return its id; raises ValueError where the samples cannot make one."""
+        if self._shard.packs and self._shard.bytes >= self.shard_bytes:
+            self._shards.append(self._shard.close())
+            self._shard = ShardWriter(self.folder, len(self._shards), self.rules)
+        self._shard.write(samples)
+        return sum(shard.packs for shard, _ in self._shards) + self._shard.packs - 1
 
     def close(self, manifest: Manifest) -> Manifest:
         """Complete the dataset: write ``manifest`` with the shards and totals of what was written, and return it.
@@ -201,21 +271,19 @@ class Writer:
         Raises:
             ValueError: the manifest's capacity, alignment or tile cap is not the one that the packs were written with.
         """
-        for name in ("capacity", "alignment") + (("tile_cap",) if self.tile_cap is not None else ()):
-            if getattr(manifest, name) != getattr(self, name):
-                raise ValueError(f"manifest: {name} {getattr(manifest, name)}, but the packs were written with {getattr(self, name)}")
-        self._close_shard()
-        manifest = dataclasses.replace(manifest, shards=tuple(self._shards), totals=Totals(**self._sums))
-        manifest.write(self.folder)
-        return manifest
+        for name in ("capacity", "alignment", "tile_cap"):
+            wanted = getattr(self.rules, name)
+            if wanted is not None and getattr(manifest, name) != wanted:
+                raise ValueError(f"manifest: {name} {getattr(manifest, name)}, but the packs were written with {wanted}")
+        self._shards.append(self._shard.close())
+        return complete(self.folder, manifest, self._shards)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         """Let go of the files; a folder that was not closed stays incomplete."""
-        self._bin.close()
-        self._idx.close()
+        self._shard.__exit__(kind, error, trace)
 
 
 def pack_block(samples: Sequence[Sample]) -> tuple[bytes, np.ndarray]:

@@ -131,7 +131,7 @@ def test_pickle(stored):
 
 def test_more_shards_than_may_stay_open(tmp_path, monkeypatch):
     make_dataset(tmp_path, packs=6, shard_bytes=1)
-    monkeypatch.setattr("megavlm.data.reader.OPEN_SHARDS", 2)
+    monkeypatch.setattr("megavlm.data.files.OPEN_FILES", 2)
     reader = Reader(tmp_path)
     assert len(reader.manifest.shards) == 6
     first = reader.read(0)
@@ -149,7 +149,7 @@ def test_unfinished_folder(tmp_path):
     with store.Writer(tmp_path, 300) as writer:
         writer.write(random_packs(1)[0])
         writer.close(MANIFEST)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["manifest.json", "packs-00000.bin", "packs-00000.idx"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["manifest.json", "packs-00000.bin", "packs.idx"]
     with pytest.raises(FileExistsError, match="complete packed dataset"):
         store.Writer(tmp_path, 300)
 
@@ -192,18 +192,18 @@ def test_damaged_bytes(stored, damaged):
 
 
 def test_damaged_index(damaged):
-    path = damaged / "packs-00001.idx"
+    path = damaged / "packs.idx"
     flip(path, store.HEADER_BYTES + 16)
-    with pytest.raises(ValueError, match="packs-00001.idx: checksum"):
+    with pytest.raises(ValueError, match="packs.idx: checksum"):
         Reader(damaged).check()
     flip(path, store.HEADER_BYTES + 16)
-    flip(path, store.HEADER_BYTES + 5)  # the offset, by a lot
-    reader = Reader(damaged)
-    with pytest.raises(ValueError, match="outside .*packs-00001.bin; the .idx file is damaged"):
-        reader.read(int(reader.index.starts[1]))
+    second = int(Reader(damaged).index.starts[1])
+    flip(path, store.HEADER_BYTES + second * store.RECORD.itemsize + 5)  # the offset, by a lot
+    with pytest.raises(ValueError, match="outside .*packs-00001.bin; packs.idx is damaged"):
+        Reader(damaged).read(second)
 
 
-@pytest.mark.parametrize("name", ["packs-00001.bin", "packs-00001.idx"])
+@pytest.mark.parametrize("name", ["packs-00001.bin", "packs.idx"])
 def test_cut_off(damaged, name):
     path = damaged / name
     path.write_bytes(path.read_bytes()[:-1])
@@ -218,14 +218,14 @@ def test_cut_off(damaged, name):
     ("place", "value", "message"),
     [
         (0, b"?", "not an index of packs"),
-        (8, bytes([store.VERSION + 1]), "format version 2, but this megavlm reads up to 1"),
+        (8, bytes([store.VERSION + 1]), "format version 3, but this megavlm reads 2"),
         (16, bytes([72]), "records of 72 bytes"),
         (store.HEADER.size + 4, b"?", "with other fields"),
         (24, bytes([99]), "header says 99 packs"),
     ],
 )
 def test_wrong_header(damaged, place, value, message):
-    path = damaged / "packs-00000.idx"
+    path = damaged / "packs.idx"
     data = bytearray(path.read_bytes())
     data[place : place + len(value)] = value
     path.write_bytes(data)

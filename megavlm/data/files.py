@@ -1,0 +1,108 @@
+"""The files of a folder, read in pieces: of a local folder, or of object storage through fsspec."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import OrderedDict
+from pathlib import Path
+
+# A process may commonly open 1024 files, and workers inherit those of their parent.
+OPEN_FILES = 64
+
+
+class LocalFiles:
+    """The files of a local folder. Reads name their place, so that processes and threads may share open files.
+
+    Args:
+        folder: that holds the files.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self._open: OrderedDict[str, int] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self.folder,)
+
+    def __del__(self) -> None:
+        for descriptor in self._open.values():
+            os.close(descriptor)
+
+    def exists(self, name: str) -> bool:
+        """Whether there is such a file."""
+        return (self.folder / name).is_file()
+
+    def size(self, name: str) -> int:
+        """Bytes of a file; raises FileNotFoundError."""
+        return (self.folder / name).stat().st_size
+
+    def read(self, name: str, start: int, end: int) -> bytes:
+        """Bytes ``[start, end)`` of a file; fewer where it ends before."""
+        with self._lock:
+            descriptor = self._descriptor(name)
+            data = os.pread(descriptor, end - start, start)
+            while len(data) < end - start:  # one call gives 2 GB at most
+                more = os.pread(descriptor, end - start - len(data), start + len(data))
+                if not more:
+                    break
+                data += more
+        return data
+
+    def _descriptor(self, name: str) -> int:
+        """An open file; those read last stay open."""
+        if name not in self._open:
+            while len(self._open) >= OPEN_FILES:
+                os.close(self._open.popitem(last=False)[1])
+            self._open[name] = os.open(self.folder / name, os.O_RDONLY)
+        self._open.move_to_end(name)
+        return self._open[name]
+
+
+class RemoteFiles:
+    """The files under a URL that fsspec knows, such as ``s3://bucket/packs``.
+
+    Args:
+        folder: the URL.
+
+    Raises:
+        ValueError: fsspec does not know such URLs, or lacks the package for them.
+    """
+
+    def __init__(self, folder: str) -> None:
+        import fsspec
+
+        self.folder = folder.rstrip("/")
+        try:
+            self._system, self._root = fsspec.url_to_fs(self.folder)
+        except (ValueError, ImportError) as error:
+            raise ValueError(f"{folder}: cannot be read: {error}") from None
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self.folder,)
+
+    def exists(self, name: str) -> bool:
+        """Whether there is such a file."""
+        return self._system.isfile(f"{self._root}/{name}")
+
+    def size(self, name: str) -> int:
+        """Bytes of a file; raises FileNotFoundError."""
+        return self._system.size(f"{self._root}/{name}")
+
+    def read(self, name: str, start: int, end: int) -> bytes:
+        """Bytes ``[start, end)`` of a file; fewer where it ends before."""
+        return self._system.cat_file(f"{self._root}/{name}", start=start, end=end) if end > start else b""
+
+
+Files = LocalFiles | RemoteFiles
+
+
+def is_remote(folder: str | Path) -> bool:
+    """Whether a folder is named by a URL."""
+    return "://" in str(folder)
+
+
+def open_folder(folder: str | Path) -> Files:
+    """The files of a folder."""
+    return RemoteFiles(str(folder)) if is_remote(folder) else LocalFiles(folder)
