@@ -2,79 +2,23 @@
 
 from __future__ import annotations
 
-import argparse
-import os
 import sys
 from pathlib import Path
 
-from megavlm.data.packer import Job, pack_dataset
-from megavlm.data.record import read_sources
-from megavlm.data.tiling import Tiling, features_per_tile
+from megavlm.data.pack_command import make_job, parse
+from megavlm.data.packer import pack_dataset, plan_dataset
+from megavlm.data.report_picture import draw_report
 from megavlm.folders import image_model
-
-EXAMPLE = """example:
-  python tools/pack_dataset.py --model internvl2_5-1b --tokenizer Qwen2.5-0.5B-Instruct/ \\
-      --jsonl chats.jsonl --root images/ --capacity 16384 --out packs/chats
-The folder --out appears when it is complete; its rejects.jsonl lists the records that cannot be used.
-"""
-OPTIONS = (
-    ("image_size", None, "side of a tile in pixels (default: the model's, or 448)"),
-    ("patch_size", None, "side of a patch in pixels (default: the model's, or 14)"),
-    ("pixel_shuffle", None, "patches along a side that become one feature (default: the model's, or 2)"),
-    ("capacity", 16384, "tokens of a pack (default: %(default)s)"),
-    ("min_tiles", 1, "fewest tiles of an image, thumbnail not counted (default: %(default)s)"),
-    ("max_tiles", 12, "most tiles of a record's images, thumbnails not counted (default: %(default)s)"),
-    ("tile_cap", "auto", "most tiles of a pack; auto (default): just above the mean, so that packs cost alike"),
-    ("alignment", 1, "samples start at multiples of so many tokens in a pack, 2 x CP for context parallelism (default: %(default)s)"),
-    ("seed", 0, "fixes the order of the packs (default: %(default)s)"),
-    ("workers", os.cpu_count() or 1, "processes; 0: this one only (default: all cores, %(default)s)"),
-    ("max_rejects", 0.01, "largest share of the records that may be unusable (default: %(default)s)"),
-)
-
-
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter)
-    data, add = parser.add_mutually_exclusive_group(required=True), parser.add_argument
-    data.add_argument("--meta", metavar="FILE", help="JSON list of annotation files: {name: {root, annotation, repeat_time, ...}}")
-    data.add_argument("--jsonl", metavar="FILE", help="one annotation file: a JSON object {conversations, image} a line")
-    add("--root", metavar="DIR", default="", help="folder that image paths in --jsonl are relative to")
-    add("--tokenizer", metavar="DIR", required=True, help="folder of the language model's tokenizer")
-    add("--out", metavar="DIR", required=True, help="folder to make; must be missing or empty")
-    add("--model", metavar="NAME", help="model, or Hugging Face folder, that the packs are for: gives the next three sizes, and the pixels")
-    for name, default, text in OPTIONS:
-        add(f"--{name}", type=int if default is None else type(default), default=default, metavar="N", help=text)
-    add("--no_thumbnail", action="store_false", dest="thumbnail", help="do not add the whole image, small, to images of several tiles")
-    add("--headers_only", action="store_true", help="trust images whose header can be read, instead of decoding each once")
-    add("--json", metavar="FILE", help="also write the report's figures there")
-    return parser.parse_args(arguments)
-
-
-def make_job(args: argparse.Namespace) -> Job:
-    """What the command line asks for; raises ValueError or FileNotFoundError, naming the flag, where it cannot be."""
-    model = image_model(args.model)
-    sizes = {"image_size": model.vision.image_size, "patch_size": model.vision.patch_size, "pixel_shuffle": model.pixel_shuffle}
-    size, patch, shuffle = (known if getattr(args, name) is None else getattr(args, name) for name, known in sizes.items())
-    if args.tile_cap != "auto" and not args.tile_cap.isdecimal():
-        raise ValueError(f"--tile_cap {args.tile_cap}: must be a number or auto")
-    return Job(
-        sources=read_sources(args.meta, args.jsonl, args.root),
-        features_per_tile=features_per_tile(size, patch, shuffle),
-        tiling=Tiling(tile_size=size, min_tiles=args.min_tiles, max_tiles=args.max_tiles, thumbnail=args.thumbnail),
-        tile_cap=None if args.tile_cap == "auto" else int(args.tile_cap),
-        decode_images=not args.headers_only,
-        **{name: vars(model.vision)[name] for name in ("pixel_mean", "pixel_std")},
-        **{name: getattr(args, name) for name in ("tokenizer", "out", "capacity", "alignment", "seed", "workers", "max_rejects")},
-    )
-
 
 if __name__ == "__main__":
     options = parse()
     try:
-        report = pack_dataset(make_job(options))
+        report = (plan_dataset if options.dry_run else pack_dataset)(make_job(options, image_model(options.model)))
     except (ValueError, OSError, RuntimeError) as error:
         print(f"pack_dataset: error: {error}", file=sys.stderr)
         sys.exit(2)
     print(report.text())
     if options.json:
         Path(options.json).write_text(report.to_json(), encoding="utf-8")
+    if options.picture:
+        draw_report(report, options.picture)

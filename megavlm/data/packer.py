@@ -1,34 +1,43 @@
 """The offline job: annotation files and images become a packed dataset.
 
-Two passes. The first measures all records and leaves out the bad ones, then the packs are planned over all samples; the second encodes the
-samples again, pack by pack, with their images' bytes, and writes them. Only sizes are held in memory between the passes.
+Two passes. The first measures all records, of images only their headers, and leaves out the bad ones; then the packs are planned over all
+samples. The second encodes the samples again, with their images' bytes, and writes them, a shard at a time. Of each record 22 bytes are
+kept between the passes, in a file. What is done stays in ``OUT.partial`` when the job is stopped; the same command goes on with it.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import os
 import shutil
+import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from megavlm.data.encode import Images
-from megavlm.data.manifest import Manifest, Source
-from megavlm.data.packing import automatic_tile_cap, pack
-from megavlm.data.packing_order import places_by_cost
+from megavlm.data.manifest import FORMAT_VERSION, Manifest, Source
+from megavlm.data.packing_plan import PackPlan, Samples, gather_samples, plan_packs
+from megavlm.data.partial import JOB_NAME, LOCK_NAME, partial_folder
 from megavlm.data.progress import Progress
-from megavlm.data.record import Annotations, read_lines
+from megavlm.data.record import Annotations
 from megavlm.data.reject import Reject
-from megavlm.data.report import Report
-from megavlm.data.sample import Sample
-from megavlm.data.store import Writer
-from megavlm.data.survey import HOPELESS_RECORDS, Survey, survey
+from megavlm.data.report import Report, make_report
+from megavlm.data.shards import LateReject, ShardTask, WrittenShard, find_written, remove_markers, write_shard
+from megavlm.data.store import PackRules, complete
+from megavlm.data.survey import HOPELESS_RECORDS, REJECTS_NAME, SHOWN_REJECTS, Survey, survey
 from megavlm.data.template import HF_CHAT_TEMPLATE, IMAGE_CONTEXT, NAME, SYSTEM_MESSAGE, add_special_tokens, fingerprint, load_tokenizer
 from megavlm.data.tiling import Tiling
-from megavlm.data.workers import EncoderSettings, build_encoder, ordered_map
+from megavlm.data.workers import EncoderSettings, Executor, build_encoder, ordered_map
+
+TOKENIZER_NAME, SURVEY_NAME = "tokenizer", "survey"
+# What may be other when a stopped job goes on: it changes no byte of the result.
+FREE_SETTINGS = ("out", "workers", "executor", "max_rejects")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,10 +54,11 @@ class Job:
         tile_cap: most tiles of a pack; None: chosen from the data.
         alignment: each sample's length is rounded up to a multiple of this inside its pack.
         seed: fixes which of equal samples share a pack, and the order of packs.
-        workers: processes that encode; 0: this one.
+        workers: processes that encode; 0: this one (with Ray: as many as the cluster has cores).
+        executor: where they run.
         max_rejects: largest share of the records that may be rejected.
         pixel_mean, pixel_std: how the model that the packs are for normalises its pixels.
-        decode_images: whether the first pass decodes each image, so that none can stop a training run; otherwise it reads headers only.
+        decode_images: whether each image is decoded when it is packed, so that none can stop a training run.
     """
 
     sources: tuple[Annotations, ...]
@@ -61,6 +71,7 @@ class Job:
     alignment: int = 1
     seed: int = 0
     workers: int = 0
+    executor: Executor = "processes"
     max_rejects: float = 0.01
     pixel_mean: tuple[float, float, float] = Manifest.pixel_mean
     pixel_std: tuple[float, float, float] = Manifest.pixel_std
@@ -81,10 +92,6 @@ class Job:
         out = Path(self.out)
         if out.exists() and not (out.is_dir() and not any(out.iterdir())):
             raise FileExistsError(f"--out {out}: already holds something; give another folder, or remove it")
-        if self.partial.exists():
-            raise FileExistsError(
-                f"--out {out}: {self.partial} was left by a packing that was stopped, or is still running; remove it first"
-            )
 
     @property
     def partial(self) -> Path:
@@ -92,163 +99,226 @@ class Job:
         out = Path(self.out)
         return out.with_name(out.name + ".partial")
 
+    def identity(self, tokenizer_fingerprint: str) -> dict[str, Any]:
+        """What the result depends on, as JSON: settings, the state of the annotation files, the tokenizer and the format."""
+        settings = {name: value for name, value in dataclasses.asdict(self).items() if name not in (*FREE_SETTINGS, "sources", "tokenizer")}
+        files = [os.stat(source.path) for source in self.sources]
+        sources = [
+            {**dataclasses.asdict(source), "bytes": found.st_size, "modified": found.st_mtime_ns}
+            for source, found in zip(self.sources, files, strict=True)
+        ]
+        return {**settings, "sources": sources, "tokenizer": tokenizer_fingerprint, "format": FORMAT_VERSION}
+
 
 def pack_dataset(job: Job) -> Report:
-    """Pack a dataset, and return its figures. The folder ``job.out`` appears when it is complete, not before.
+    """Pack a dataset, or go on with it, and return its figures. The folder ``job.out`` appears when it is complete, not before.
 
     Raises:
         FileNotFoundError: the tokenizer or an annotation file is not there.
-        FileExistsError: ``--out`` already holds something.
-        ValueError: a setting that cannot work, too many rejected records, no sample left, or a file that changed meanwhile.
+        FileExistsError: ``--out`` already holds something, or ``OUT.partial`` something else than this job.
+        ValueError: a setting that cannot work, too many rejected records, or no sample left.
     """
     start = time.monotonic()
     job.check()
+    tokenizer = _tokenizer(job)
+    with partial_folder(job.partial, job.identity(fingerprint(tokenizer)), flag=f"--out {job.out}") as folder:
+        tokenizer.save_pretrained(folder / TOKENIZER_NAME)
+        settings = _settings(job, tokenizer, folder / TOKENIZER_NAME)
+        found = _survey(job, settings, folder / SURVEY_NAME)
+        samples = _gather(job, found)
+        plan = plan_packs(samples, capacity=job.capacity, tile_cap=job.tile_cap, seed=job.seed)
+        del samples  # gathered again for the report; meanwhile it would only take memory
+        shards = _write_shards(job, settings, found, plan, folder)
+        left_out = _left_out(shards)
+        facts = {
+            "tokenizer_fingerprint": settings.fingerprint,
+            "vocab_size": max(tokenizer.get_vocab().values()) + 1,
+            "context_token_id": tokenizer.convert_tokens_to_ids(IMAGE_CONTEXT),
+            "pad_token_id": tokenizer.pad_token_id or 0,
+        }
+        manifest = complete(
+            folder, _manifest(job, found, plan, shards, left_out, facts), [(written.shard, written.totals) for written in shards]
+        )
+        report = make_report(
+            _gather(job, found),
+            plan,
+            out=job.out,
+            records=sum(found.records),
+            packed_records=len(found.rows) - len(left_out),
+            rejects=manifest.rejects,
+            capacity=job.capacity,
+            seed=job.seed,
+            totals=manifest.totals,
+            seconds=time.monotonic() - start,
+        )
+        _tidy(folder, plan.shards, left_out, report)
+        folder.rename(job.out)
+    return report
+
+
+def plan_dataset(job: Job) -> Report:
+    """What packing a dataset would come to, without writing it; errors as in ``pack_dataset``."""
+    start = time.monotonic()
+    job.check()
+    tokenizer = _tokenizer(job)
+    with tempfile.TemporaryDirectory(prefix="megavlm-") as temporary:
+        folder = Path(temporary)
+        tokenizer.save_pretrained(folder / TOKENIZER_NAME)
+        found = _survey(job, _settings(job, tokenizer, folder / TOKENIZER_NAME), folder / SURVEY_NAME)
+        samples = _gather(job, found)
+        plan = plan_packs(samples, capacity=job.capacity, tile_cap=job.tile_cap, seed=job.seed)
+        return make_report(
+            samples,
+            plan,
+            out=job.out,
+            records=sum(found.records),
+            packed_records=len(found.rows),
+            rejects=found.rejects,
+            capacity=job.capacity,
+            seed=job.seed,
+            totals=None,
+            seconds=time.monotonic() - start,
+        )
+
+
+def _tokenizer(job: Job):
+    """The tokenizer, with all that the dataset's copy of it needs."""
     tokenizer = load_tokenizer(job.tokenizer)
     add_special_tokens(tokenizer)
     tokenizer.chat_template = HF_CHAT_TEMPLATE
-    job.partial.mkdir(parents=True)
-    try:
-        folder = job.partial / "tokenizer"
-        tokenizer.save_pretrained(folder)
-        settings = EncoderSettings(
-            tokenizer=str(folder),
-            fingerprint=fingerprint(tokenizer),
-            features_per_tile=job.features_per_tile,
-            tiling=job.tiling,
-            capacity=job.capacity,
-            tile_cap=job.tile_cap,
-        )
-        build_encoder(settings)  # an unfit tokenizer is told here, not by a worker
-        images = Images.DECODE if job.decode_images else Images.HEADER
-        rejects = job.partial / "rejects.jsonl"
-        with open(rejects, "w", encoding="utf-8") as file:
-            found = survey(job.sources, settings, images=images, workers=job.workers, rejects_file=file)
-        _check_rejects(job, found, rejects)
-        plan = plan_packs(job, found)
-        with Writer(job.partial, job.capacity, tile_cap=plan.tile_cap, alignment=job.alignment) as writer:
-            _write_packs(job, settings, found, plan, writer)
-            manifest = writer.close(
-                _manifest(
-                    job,
-                    found,
-                    plan,
-                    tokenizer_fingerprint=settings.fingerprint,
-                    vocab_size=max(tokenizer.get_vocab().values()) + 1,
-                    context_token_id=tokenizer.convert_tokens_to_ids(IMAGE_CONTEXT),
-                    pad_token_id=tokenizer.pad_token_id or 0,
-                )
-            )
-        job.partial.rename(job.out)
-    except BaseException:
-        shutil.rmtree(job.partial, ignore_errors=True)
-        raise
-    return _report(job, found, plan, manifest, time.monotonic() - start)
+    return tokenizer
 
 
-@dataclass(frozen=True, kw_only=True)
-class PackPlan:
-    """Which samples go into which pack.
-
-    Args:
-        order: rows of the survey, pack after pack; a record that is taken k times is there k times.
-        starts: int64 [packs + 1]; pack b holds ``order[starts[b]:starts[b + 1]]``.
-        tile_cap: most tiles of a pack.
-    """
-
-    order: np.ndarray
-    starts: np.ndarray
-    tile_cap: int
-
-    @property
-    def packs(self) -> int:
-        """Number of packs."""
-        return len(self.starts) - 1
+def _settings(job: Job, tokenizer, folder: Path) -> EncoderSettings:
+    """What workers build their encoders from; an unfit tokenizer is told here, not by a worker."""
+    settings = EncoderSettings(
+        tokenizer=str(folder.absolute()),
+        fingerprint=fingerprint(tokenizer),
+        features_per_tile=job.features_per_tile,
+        tiling=job.tiling,
+        capacity=job.capacity,
+        tile_cap=job.tile_cap,
+    )
+    build_encoder(settings)
+    return settings
 
 
-def plan_packs(job: Job, found: Survey) -> PackPlan:
-    """Plan the packs over all samples, repeats counted, in an order that the seed fixes."""
-    repeats = np.array([source.repeats for source in job.sources])
-    rows = np.repeat(np.arange(len(found.rows), dtype=np.int32), repeats[found.rows["source"]])
-    # Best fit takes equally long samples as they come: shuffled, so that neighbours in a file do not share a pack.
-    np.random.default_rng((job.seed, 0)).shuffle(rows)
-    tokens = -(-found.rows["tokens"][rows] // job.alignment) * job.alignment
-    tiles = found.rows["tiles"][rows]
-    tile_cap = automatic_tile_cap(tokens, tiles, job.capacity, seed=job.seed) if job.tile_cap is None else job.tile_cap
-    packing = pack(tokens, tiles, capacity=job.capacity, tile_cap=tile_cap)
-    squares = np.bincount(packing.bin_of, weights=np.square(tokens.astype(np.float64)), minlength=packing.bins)
-    places = places_by_cost(squares, np.bincount(packing.bin_of, weights=tiles, minlength=packing.bins))
-    order, starts = packing.members(job.seed, places)
-    return PackPlan(order=rows[order], starts=starts, tile_cap=tile_cap)
-
-
-@dataclass(frozen=True, kw_only=True)
-class PackTask:
-    """The samples of one pack, to be encoded by a worker: their ``rows`` of the survey."""
-
-    settings: EncoderSettings
-    sources: tuple[Annotations, ...]
-    rows: np.ndarray
-
-
-def load_pack(task: PackTask) -> list[Sample]:
-    """Encode the samples of one pack, with the bytes of their images.
-
-    Raises:
-        ValueError: a record or an image is not what it was in the first pass.
-    """
-    encoder = build_encoder(task.settings)
-    samples: list[Sample | None] = [None] * len(task.rows)
-    places = sorted(range(len(task.rows)), key=lambda place: (task.rows["source"][place], task.rows["offset"][place]))
-    for source, group in groupby(places, key=lambda place: int(task.rows["source"][place])):
-        annotations = task.sources[source]
-        for place in group:
-            row = task.rows[place]
-            _, text = next(read_lines(annotations.path, int(row["offset"]), 1), (0, b""))
-            sample = encoder.encode_line(text, annotations, source=source, line=int(row["line"]), images=Images.LOAD)
-            if isinstance(sample, Reject) or (sample.length, sample.tiles) != (row["tokens"], row["tiles"]):
-                raise ValueError(
-                    f"{annotations.path}:{row['line']}: the record or its images changed while they were packed "
-                    f"({sample if isinstance(sample, Reject) else f'{sample.length} tokens, {sample.tiles} tiles'}; "
-                    f"before: {row['tokens']} tokens, {row['tiles']} tiles)"
-                )
-            samples[place] = sample
-    return samples
-
-
-def _write_packs(job: Job, settings: EncoderSettings, found: Survey, plan: PackPlan, writer: Writer) -> None:
-    """Second pass: encode and write the packs as planned."""
-
-    def tasks() -> Iterator[PackTask]:
-        for first, end in zip(plan.starts[:-1].tolist(), plan.starts[1:].tolist(), strict=True):
-            yield PackTask(settings=settings, sources=job.sources, rows=found.rows[plan.order[first:end]])
-
-    with Progress("writing", "packs", plan.packs) as progress:
-        for samples in ordered_map(load_pack, tasks(), job.workers):
-            writer.write(samples)
-            progress.add(1)
-
-
-def _check_rejects(job: Job, found: Survey, rejects: Path) -> None:
-    """Raise ValueError for too many rejected records, after putting the list of them beside ``--out``."""
+def _survey(job: Job, settings: EncoderSettings, folder: Path) -> Survey:
+    """First pass. Raises ValueError for too many rejected records, after putting the list of them beside ``--out``."""
+    folder.mkdir(exist_ok=True)
+    found = survey(job.sources, settings, folder, workers=job.workers, executor=job.executor)
     records = sum(found.records)
     assert records == len(found.rows) + found.rejected, (records, len(found.rows), found.rejected)
-    if records and len(found.rows) and found.rejected <= job.max_rejects * records:
-        return
     if records == 0:
         raise ValueError(f"no records in {', '.join(source.path for source in job.sources)}")
-    kept = Path(job.out).with_name(Path(job.out).name + ".rejects.jsonl")
-    shutil.move(rejects, kept)
-    first = "".join(f"\n  {reject}" for reject in found.first_rejects)
-    hopeless = not len(found.rows) and records >= HOPELESS_RECORDS
-    raise ValueError(
-        f"{found.rejected} of {'the first ' if hopeless else ''}{records} records ({found.rejected / records:.2%}) were rejected; "
-        f"--max_rejects allows {job.max_rejects:.2%}, and one must be left. The list of them: {kept}; the first:{first}"
+    hopeless = len(found.rows) == 0 and records >= HOPELESS_RECORDS
+    if len(found.rows) == 0 or found.rejected > job.max_rejects * records:
+        kept = Path(job.out).with_name(Path(job.out).name + ".rejects.jsonl")
+        shutil.copyfile(folder / REJECTS_NAME, kept)
+        raise _too_many(job, found.rejected, f"{'the first ' if hopeless else ''}{records}", records, found.first_rejects, kept)
+    return found
+
+
+def _too_many(job: Job, rejected: int, of: str, records: int, first: tuple[Reject, ...], listed: Path) -> ValueError:
+    """The error for too many rejected records."""
+    lines = "".join(f"\n  {reject}" for reject in first)
+    return ValueError(
+        f"{rejected} of {of} records ({rejected / records:.2%}) were rejected; --max_rejects allows {job.max_rejects:.2%}, and one must be "
+        f"left. The list of them: {listed}. With a larger --max_rejects the same command goes on; after a change to the files, remove "
+        f"{job.partial} first. The first:{lines}"
     )
 
 
-def _manifest(job: Job, found: Survey, plan: PackPlan, **tokenizer_facts: str | int) -> Manifest:
+def _gather(job: Job, found: Survey) -> Samples:
+    """The sizes of all samples."""
+    return gather_samples(found.rows, [source.repeats for source in job.sources], job.alignment, job.seed)
+
+
+def _write_shards(job: Job, settings: EncoderSettings, found: Survey, plan: PackPlan, folder: Path) -> list[WrittenShard]:
+    """Second pass: all shards, those that are on the disk already left as they are."""
+    shards = {number: find_written(folder, number) for number in range(plan.shards)}
+    missing = [number for number, written in shards.items() if written is None]
+    rules = PackRules(capacity=job.capacity, tile_cap=plan.tile_cap, alignment=job.alignment)
+
+    def tasks() -> Iterator[ShardTask]:
+        for number in missing:
+            starts = plan.shard(number)
+            yield ShardTask(
+                settings=settings,
+                sources=job.sources,
+                folder=folder.absolute(),
+                number=number,
+                rules=rules,
+                rows=found.rows[plan.order[starts[0] : starts[-1]]],
+                starts=starts - starts[0],
+                decode_images=job.decode_images,
+            )
+
+    done = plan.packs - sum(len(plan.shard(number)) - 1 for number in missing)
+    rejected = sum(len(written.rejects) for written in shards.values() if written)
+    written_bytes = sum(written.totals.bytes for written in shards.values() if written)
+    with Progress("writing", "packs", plan.packs, done) as progress:
+        for number, written in zip(missing, ordered_map(write_shard, tasks(), job.workers, job.executor), strict=True):
+            shards[number] = written
+            rejected += len(written.rejects)
+            written_bytes += written.totals.bytes
+            progress.add(len(plan.shard(number)) - 1, f"{written_bytes / 1e6:,.0f} MB, {rejected} rejected")
+            if rejected:
+                _check_left_out(job, found, [each for each in shards.values() if each])
+    finished = [shards[number] for number in range(plan.shards)]
+    _check_left_out(job, found, finished)
+    return finished
+
+
+def _left_out(shards: list[WrittenShard]) -> dict[tuple[int, int], LateReject]:
+    """The records that the second pass rejected, by source and line; one that is taken several times is one record."""
+    return {(late.source, late.reject.line): late for written in shards for late in written.rejects}
+
+
+def _check_left_out(job: Job, found: Survey, shards: list[WrittenShard]) -> None:
+    """Raise ValueError where both passes together rejected too many records."""
+    left_out, records = _left_out(shards), sum(found.records)
+    rejected = found.rejected + len(left_out)
+    if rejected > job.max_rejects * records or rejected == records:
+        kept = Path(job.out).with_name(Path(job.out).name + ".rejects.jsonl")
+        shutil.copyfile(job.partial / SURVEY_NAME / REJECTS_NAME, kept)
+        _append_rejects(kept, left_out)
+        first = tuple(late.reject for late in left_out.values())[:SHOWN_REJECTS]
+        raise _too_many(job, rejected, str(records), records, first, kept)
+
+
+def _append_rejects(path: Path, left_out: dict[tuple[int, int], LateReject]) -> None:
+    """Add the records that the second pass rejected to a list of rejects."""
+    with open(path, "a", encoding="utf-8") as file:
+        for _, late in sorted(left_out.items()):
+            file.write(json.dumps(dataclasses.asdict(late.reject), ensure_ascii=False) + "\n")
+
+
+def _tidy(folder: Path, shards: int, left_out: dict[tuple[int, int], LateReject], report: Report) -> None:
+    """Leave in the folder what belongs to a dataset."""
+    rejects = folder / REJECTS_NAME
+    shutil.copyfile(folder / SURVEY_NAME / REJECTS_NAME, rejects)
+    _append_rejects(rejects, left_out)
+    (folder / "report.json").write_text(report.to_json(), encoding="utf-8")
+    (folder / "report.txt").write_text(report.text() + "\n", encoding="utf-8")
+    remove_markers(folder, shards)
+    shutil.rmtree(folder / SURVEY_NAME)
+    for name in (JOB_NAME, LOCK_NAME):
+        (folder / name).unlink()
+
+
+def _manifest(
+    job: Job,
+    found: Survey,
+    plan: PackPlan,
+    shards: list[WrittenShard],
+    left_out: dict[tuple[int, int], LateReject],
+    tokenizer_facts: dict[str, Any],
+) -> Manifest:
     """The manifest of the dataset, without shards and totals."""
     taken = np.bincount(found.rows["source"], minlength=len(job.sources)).tolist()
+    lost = Counter(late.source for written in shards for late in written.rejects)
+    reasons = Counter(found.rejects) + Counter(late.reject.reason for late in left_out.values())
     return Manifest(
         **tokenizer_facts,
         template=NAME,
@@ -270,36 +340,10 @@ def _manifest(job: Job, found: Survey, plan: PackPlan, **tokenizer_facts: str | 
                 annotations=source.path,
                 root=source.root,
                 records=records,
-                samples=samples * source.repeats,
+                samples=samples * source.repeats - lost[number],
                 repeat_time=source.repeat_time,
             )
-            for source, records, samples in zip(job.sources, found.records, taken, strict=True)
+            for number, (source, records, samples) in enumerate(zip(job.sources, found.records, taken, strict=True))
         ),
-        rejects=found.rejects,
-    )
-
-
-def _report(job: Job, found: Survey, plan: PackPlan, manifest: Manifest, seconds: float) -> Report:
-    """The figures of a complete dataset."""
-    totals = manifest.totals
-    assert totals.samples == len(plan.order) and totals.packs == plan.packs, (totals, len(plan.order), plan.packs)
-    tiles = np.add.reduceat(found.rows["tiles"][plan.order], plan.starts[:-1])
-    return Report(
-        out=job.out,
-        records=sum(found.records),
-        rejected=found.rejected,
-        rejects=found.rejects,
-        samples=totals.samples,
-        packs=totals.packs,
-        capacity=job.capacity,
-        tokens=totals.tokens,
-        supervised=totals.supervised,
-        fill=totals.tokens / (totals.packs * job.capacity),
-        images=totals.images,
-        tiles=totals.tiles,
-        tiles_per_pack_mean=totals.tiles / totals.packs,
-        tiles_per_pack_max=int(tiles.max()),
-        tile_cap=plan.tile_cap,
-        bytes=totals.bytes,
-        seconds=seconds,
+        rejects=dict(sorted(reasons.items())),
     )

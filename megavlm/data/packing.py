@@ -11,12 +11,15 @@ work, so a cap just above the mean keeps all ranks busy alike, and with best fit
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 # What the automatic cap tries, as multiples of the mean tiles of a full pack.
 CAP_FACTORS = (1.01, 1.02, 1.03, 1.04, 1.06, 1.08, 1.1, 1.15, 1.2, 1.3, 1.5, 2.0)
+# Caps below the mean cannot fill the packs; the curve shows what they would cost.
+LOW_CAP_FACTORS = (0.8, 0.85, 0.9, 0.95, 1.0)
 GOOD_FILL = 0.999
 # Caps are tried on this many samples; more do not change which cap is found, only how long it takes.
 TRIAL_SAMPLES = 100_000
@@ -78,6 +81,15 @@ def pack(tokens: np.ndarray, tiles: np.ndarray, *, capacity: int, tile_cap: int)
     return Packing(bin_of=bin_of, bins=int(bins))
 
 
+@dataclass(frozen=True, kw_only=True)
+class CapTrial:
+    """What a tile cap comes to: the fill of packs of a random part of the samples, against the fewest packs that could hold their
+    tokens."""
+
+    tile_cap: int
+    fill: float
+
+
 def automatic_tile_cap(tokens: np.ndarray, tiles: np.ndarray, capacity: int, *, good_fill: float = GOOD_FILL, seed: int = 0) -> int:
     """The lowest tile cap that costs hardly any tokens, found by packing a random part of the samples with several caps.
 
@@ -88,11 +100,28 @@ def automatic_tile_cap(tokens: np.ndarray, tiles: np.ndarray, capacity: int, *, 
     Raises:
         ValueError: a sample that is empty or longer than the capacity.
     """
+    trials = []
+    for trial in _try_caps(tokens, tiles, capacity, seed):
+        trials.append(trial)
+        if trial.fill >= good_fill:
+            return trial.tile_cap
+    return max(trials, key=lambda trial: trial.fill).tile_cap if trials else 0
+
+
+def cap_curve(tokens: np.ndarray, tiles: np.ndarray, capacity: int, *, seed: int = 0, also: int = 0) -> tuple[CapTrial, ...]:
+    """The fill with each of the caps that ``automatic_tile_cap`` may take, with some lower ones, and with the cap ``also``."""
+    return tuple(_try_caps(tokens, tiles, capacity, seed, (*LOW_CAP_FACTORS, *CAP_FACTORS), also))
+
+
+def _try_caps(
+    tokens: np.ndarray, tiles: np.ndarray, capacity: int, seed: int, factors: Sequence[float] = CAP_FACTORS, also: int = 0
+) -> Iterator[CapTrial]:
+    """The caps to try, lowest first; none where there are no tiles."""
     tokens, tiles = np.asarray(tokens, np.int32), np.asarray(tiles, np.int32)
     most = int(tiles.max(initial=0))
     _check(tokens, tiles, capacity, most)
     if most == 0:
-        return 0
+        return
     if len(tokens) > TRIAL_SAMPLES:
         chosen = np.random.default_rng(seed).choice(len(tokens), TRIAL_SAMPLES, replace=False)
         tokens, tiles = tokens[chosen], tiles[chosen]
@@ -100,14 +129,10 @@ def automatic_tile_cap(tokens: np.ndarray, tiles: np.ndarray, capacity: int, *, 
     mean = int(tiles.sum(dtype=np.int64)) * capacity / total
     # No pack can hold more: its tokens times the densest sample's tiles a token.
     unbound = max(most, min(int(capacity * float((tiles / tokens).max())), int(tiles.sum(dtype=np.int64))))
-    caps = sorted({min(max(math.ceil(factor * mean), most), unbound) for factor in CAP_FACTORS} | {unbound})
+    caps = {min(max(math.ceil(factor * mean), most), unbound) for factor in factors} | {unbound}
     fewest = math.ceil(total / capacity)
-    fills = []
-    for cap in caps:
-        fills.append(fewest / pack(tokens, tiles, capacity=capacity, tile_cap=cap).bins)
-        if fills[-1] >= good_fill:
-            return cap
-    return caps[int(np.argmax(fills))]
+    for cap in sorted(caps | ({also} if also >= most else set())):
+        yield CapTrial(tile_cap=cap, fill=fewest / pack(tokens, tiles, capacity=capacity, tile_cap=cap).bins)
 
 
 def _check(tokens: np.ndarray, tiles: np.ndarray, capacity: int, tile_cap: int) -> None:

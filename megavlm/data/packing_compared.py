@@ -15,6 +15,7 @@ from megavlm.data.packing import Packing, automatic_tile_cap, pack
 
 INTERNVL_BUFFERS = 20
 INTERNVL_TILES = 48
+COMPARED_SAMPLES = 200_000
 STRAGGLE_RANKS = 512
 STRAGGLE_DRAWS = 200
 

@@ -19,13 +19,16 @@ class Progress:
         what: is going on.
         unit: of the numbers.
         total: to be done.
+        done: of it before.
     """
 
-    def __init__(self, what: str, unit: str, total: int) -> None:
+    def __init__(self, what: str, unit: str, total: int, done: int = 0) -> None:
         self._what, self._unit, self._total = what, unit, total
-        self._done, self._note = 0, ""
+        self._done, self._before, self._note = done, done, ""
         self._start = self._said = time.monotonic()
-        self._bar = tqdm(total=total, desc=what, unit=unit, unit_scale=True, dynamic_ncols=True) if sys.stderr.isatty() else None
+        self._bar = None
+        if sys.stderr.isatty():
+            self._bar = tqdm(total=total, initial=done, desc=what, unit=unit, unit_scale=True, dynamic_ncols=True)
 
     def add(self, amount: int, note: str = "") -> None:
         """So much more is done; ``note`` says more about it."""
@@ -42,8 +45,14 @@ class Progress:
         """Write one line."""
         share = self._done / self._total if self._total else 1.0
         seconds = time.monotonic() - self._start
+        rate = (self._done - self._before) / max(seconds, 1e-9)
+        left = f", {(self._total - self._done) / rate:.0f} s left" if rate else ""
         note = f", {self._note}" if self._note else ""
-        print(f"{self._what}: {share:.1%} of {self._total} {self._unit} in {seconds:.0f} s{note}", file=sys.stderr, flush=True)
+        print(
+            f"{self._what}: {share:.1%} of {self._total} {self._unit} in {seconds:.0f} s ({rate:,.1f} {self._unit}/s{left}){note}",
+            file=sys.stderr,
+            flush=True,
+        )
 
     def __enter__(self) -> Self:
         return self

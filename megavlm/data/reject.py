@@ -14,6 +14,7 @@ REASONS = {
     "image_token_in_text": "a text holds <img>, </img> or <IMG_CONTEXT>, which only the packer may write",
     "missing_image": "an image file is not there or may not be read",
     "unreadable_image": "an image file cannot be decoded",
+    "changed": "the record or its images were others when they were packed than when they were counted",
     "too_long": "the sample has more tokens than a pack",
     "too_many_tiles": "the sample has more tiles than a pack may hold",
 }

@@ -35,7 +35,11 @@ class Rows:
     def __getitem__(self, key: str | int | np.ndarray | list[int]) -> np.ndarray:
         """Rows or a column; raises IndexError for places outside, ValueError where the file ends too early."""
         if isinstance(key, str):
-            return np.concatenate([np.zeros(0, self.dtype[key]), *(chunk[key] for chunk in self.chunks())])
+            column, filled = np.empty(self.count, self.dtype[key]), 0
+            for chunk in self.chunks():
+                column[filled : filled + len(chunk)] = chunk[key]
+                filled += len(chunk)
+            return column
         places = np.asarray(key, np.int64)
         if places.size and (places.min() < 0 or places.max() >= self.count):
             raise IndexError(f"rows run from 0 to {self.count - 1}, not {places.min()} to {places.max()}")

@@ -1,31 +1,38 @@
 """First pass over the annotation files: the tokens and tiles of each record, and the records to leave out.
 
-Of a record only a row of 22 bytes is kept, so that 50 million of them take about a gigabyte.
+Of a record only a row of 22 bytes is kept, in a file. What is done is written down now and then, and a survey that was stopped goes on
+there.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections import Counter
+import os
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
-from typing import TextIO
+from typing import BinaryIO
 
 import numpy as np
 
 from megavlm.data.encode import Images
+from megavlm.data.files import LocalFiles
 from megavlm.data.progress import Progress
 from megavlm.data.record import Annotations, count_records, read_lines
 from megavlm.data.reject import Reject
-from megavlm.data.workers import EncoderSettings, build_encoder, ordered_map
+from megavlm.data.rows import Rows
+from megavlm.data.workers import EncoderSettings, Executor, build_encoder, ordered_map
 
 ROW = np.dtype([("offset", "<i8"), ("line", "<i4"), ("tokens", "<i4"), ("tiles", "<i4"), ("source", "<i2")])
 LINES_PER_TASK = 32
 # So many records without one that can be used mean a wrong folder or format, which is better told now than after hours.
 HOPELESS_RECORDS = 2000
 SHOWN_REJECTS = 5
+ROWS_NAME, REJECTS_NAME, STATE_NAME = "rows.bin", "rejects.jsonl", "survey.json"
+SAVE_INTERVAL_SECONDS = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,13 +75,13 @@ class Survey:
     """All records, measured.
 
     Args:
-        rows: array of type ``ROW``, one for each record that can be packed.
+        rows: of type ``ROW``, one for each record that can be packed.
         records: number of records of each source.
         rejects: number of rejected records for each reason.
         first_rejects: the first few of them.
     """
 
-    rows: np.ndarray
+    rows: Rows
     records: tuple[int, ...]
     rejects: dict[str, int] = field(default_factory=dict)
     first_rejects: tuple[Reject, ...] = ()
@@ -85,26 +92,116 @@ class Survey:
         return sum(self.rejects.values())
 
 
-def survey(sources: Sequence[Annotations], settings: EncoderSettings, *, images: Images, workers: int, rejects_file: TextIO) -> Survey:
-    """Measure all records of ``sources``; rejected ones are written to ``rejects_file``, one JSON object a line, in the order of the files.
+@dataclass(kw_only=True)
+class State:
+    """How far a survey is; all that it needs to go on.
 
-    Raises:
-        ValueError: none of the first ``HOPELESS_RECORDS`` records can be used.
+    Args:
+        tasks: spans that are done.
+        bytes: of the annotation files that are done.
+        rows: written to ``ROWS_NAME``.
+        rejects_bytes: written to ``REJECTS_NAME``.
+        records: read of each source.
+        rejects: rejected records for each reason.
+        first_rejects: the first few of them.
+        complete: whether all is done.
     """
-    rows, records, reasons, first = bytearray(), [0] * len(sources), Counter(), []
-    total_bytes = sum(Path(source.path).stat().st_size for source in sources)
-    with Progress("reading", "B", total_bytes) as progress:
-        for measured in ordered_map(measure, _spans(sources, settings, images), workers):
-            rows += measured.rows.tobytes()
-            records[measured.span.source] += measured.records
-            for reject in measured.rejects:
-                reasons[reject.reason] += 1
-                rejects_file.write(json.dumps(dataclasses.asdict(reject), ensure_ascii=False) + "\n")
-            first += measured.rejects[: SHOWN_REJECTS - len(first)]
-            progress.add(measured.span.size, f"{sum(records)} records, {sum(reasons.values())} rejected")
-            if not rows and sum(records) >= HOPELESS_RECORDS:
-                break
-    return Survey(rows=np.frombuffer(rows, ROW), records=tuple(records), rejects=dict(sorted(reasons.items())), first_rejects=tuple(first))
+
+    records: list[int]
+    tasks: int = 0
+    bytes: int = 0
+    rows: int = 0
+    rejects_bytes: int = 0
+    rejects: dict[str, int] = field(default_factory=dict)
+    first_rejects: list[Reject] = field(default_factory=list)
+    complete: bool = False
+
+
+def survey(
+    sources: Sequence[Annotations],
+    settings: EncoderSettings,
+    folder: Path,
+    *,
+    images: Images = Images.HEADER,
+    workers: int,
+    executor: Executor = "processes",
+) -> Survey:
+    """Measure all records of ``sources``, or go on with it.
+
+    Args:
+        sources: annotation files.
+        settings: of the encoder.
+        folder: where rows and rejected records (``rejects.jsonl``, one JSON object a line, in the order of the files) are written.
+        images: how far images are read.
+        workers, executor: as for ``ordered_map``.
+
+    Returns:
+        All records; where none of the first ``HOPELESS_RECORDS`` can be used, only those.
+    """
+    state = _read_state(folder, len(sources))
+    if not state.complete:
+        total_bytes = sum(Path(source.path).stat().st_size for source in sources)
+        spans = islice(_spans(sources, settings, images), state.tasks, None)
+        with (
+            open(folder / ROWS_NAME, "ab") as rows,
+            open(folder / REJECTS_NAME, "ab") as rejects,
+            Progress("reading", "B", total_bytes, state.bytes) as progress,
+        ):
+            rows.truncate(state.rows * ROW.itemsize)
+            rejects.truncate(state.rejects_bytes)
+            saved = time.monotonic()
+            for measured in ordered_map(measure, spans, workers, executor):
+                rows.write(measured.rows.tobytes())
+                rejects.write(_note(state, measured))
+                progress.add(measured.span.size, f"{sum(state.records)} records, {sum(state.rejects.values())} rejected")
+                if not state.rows and sum(state.records) >= HOPELESS_RECORDS:
+                    break
+                if time.monotonic() - saved > SAVE_INTERVAL_SECONDS:
+                    _save_state(folder, state, rows, rejects)
+                    saved = time.monotonic()
+            else:
+                state.complete = True
+                _save_state(folder, state, rows, rejects)
+    return Survey(
+        rows=Rows(LocalFiles(folder), ROWS_NAME, ROW, state.rows),
+        records=tuple(state.records),
+        rejects=dict(sorted(state.rejects.items())),
+        first_rejects=tuple(state.first_rejects),
+    )
+
+
+def _note(state: State, measured: Measured) -> bytes:
+    """Count what came of a span, and return the lines of its rejected records."""
+    lines = "".join(json.dumps(dataclasses.asdict(reject), ensure_ascii=False) + "\n" for reject in measured.rejects).encode()
+    state.tasks += 1
+    state.bytes += measured.span.size
+    state.rows += len(measured.rows)
+    state.rejects_bytes += len(lines)
+    state.records[measured.span.source] += measured.records
+    for reject in measured.rejects:
+        state.rejects[reject.reason] = state.rejects.get(reject.reason, 0) + 1
+    state.first_rejects += measured.rejects[: SHOWN_REJECTS - len(state.first_rejects)]
+    return lines
+
+
+def _read_state(folder: Path, sources: int) -> State:
+    """How far the survey in a folder is."""
+    try:
+        facts = json.loads((folder / STATE_NAME).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return State(records=[0] * sources)
+    facts["first_rejects"] = [Reject(**entry) for entry in facts["first_rejects"]]
+    return State(**facts)
+
+
+def _save_state(folder: Path, state: State, *files: BinaryIO) -> None:
+    """Put the files on the disk, and then the state that says how much of them is good."""
+    for file in files:
+        file.flush()
+        os.fsync(file.fileno())
+    temporary = folder / (STATE_NAME + ".partial")
+    temporary.write_text(json.dumps(dataclasses.asdict(state), ensure_ascii=False), encoding="utf-8")
+    os.replace(temporary, folder / STATE_NAME)
 
 
 def measure(span: Span) -> Measured:

@@ -10,7 +10,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from megavlm.data.encode import Encoder
 from megavlm.data.template import ChatTemplate, load_tokenizer
@@ -18,6 +18,7 @@ from megavlm.data.tiling import Tiling
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
+Executor = Literal["processes", "ray"]
 
 # Enough that no worker waits for the reader, and few enough that results do not pile up in memory when the writer is slower.
 TASKS_PER_WORKER = 4
@@ -53,15 +54,30 @@ def build_encoder(settings: EncoderSettings) -> Encoder:
     return Encoder(template, settings.tiling, settings.capacity, settings.tile_cap)
 
 
-def ordered_map(function: Callable[[Task], Result], tasks: Iterable[Task], workers: int) -> Iterator[Result]:
-    """``function`` of each task, in order, computed by ``workers`` processes (0: by this one), a bounded number of tasks ahead.
+def ordered_map(
+    function: Callable[[Task], Result], tasks: Iterable[Task], workers: int, executor: Executor = "processes"
+) -> Iterator[Result]:
+    """``function`` of each task, in order, computed by other processes, a bounded number of tasks ahead.
+
+    Args:
+        function: of a module that the processes can import.
+        tasks: read as results are taken.
+        workers: processes on this machine (0: this one); with Ray, tasks at a time (0: as many as the cluster has cores).
+        executor: where the processes run.
 
     Raises:
         RuntimeError: a process ended on its own, as when the system ran out of memory.
     """
-    if workers == 0:
+    if executor == "ray":
+        yield from _ray_map(function, tasks, workers)
+    elif workers == 0:
         yield from map(function, tasks)
-        return
+    else:
+        yield from _process_map(function, tasks, workers)
+
+
+def _process_map(function: Callable[[Task], Result], tasks: Iterable[Task], workers: int) -> Iterator[Result]:
+    """``ordered_map`` over processes of this machine."""
     # Spawned, not forked: the tokenizer's threads do not survive a fork.
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         waiting = deque()
@@ -74,7 +90,31 @@ def ordered_map(function: Callable[[Task], Result], tasks: Iterable[Task], worke
                 yield waiting.popleft().result()
         except BrokenProcessPool:
             raise RuntimeError(
-                f"one of {workers} worker processes ended on its own, maybe for lack of memory; try fewer --workers"
+                f"one of {workers} worker processes ended on its own, for lack of memory maybe; the same command goes on"
             ) from None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _ray_map(function: Callable[[Task], Result], tasks: Iterable[Task], workers: int) -> Iterator[Result]:
+    """``ordered_map`` over a Ray cluster: the one that RAY_ADDRESS names, one that runs on this machine, or a new one of this machine."""
+    try:
+        import ray
+    except ModuleNotFoundError as error:
+        raise ValueError(f"--executor ray: {error}; pip install 'megavlm[ray]'") from None
+    ray.init(ignore_reinit_error=True, logging_level="ERROR", log_to_driver=False)
+    remote = ray.remote(function)
+    most = TASKS_PER_WORKER * (workers or max(1, int(ray.cluster_resources().get("CPU", 1))))
+    waiting = deque()
+    try:
+        for task in tasks:
+            waiting.append(remote.remote(task))
+            if len(waiting) >= most:
+                yield ray.get(waiting.popleft())
+        while waiting:
+            yield ray.get(waiting.popleft())
+    except (ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError, ray.exceptions.OutOfMemoryError) as error:
+        raise RuntimeError(f"a process of the Ray cluster ended on its own; the same command goes on: {error}") from None
+    finally:
+        for unfinished in waiting:
+            ray.cancel(unfinished)

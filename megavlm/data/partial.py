@@ -1,0 +1,61 @@
+"""The folder of a packing that is under way: one packing at a time works in it, and only one of the same job goes on in it."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+JOB_NAME = "job.json"
+LOCK_NAME = "lock"
+
+
+@contextmanager
+def partial_folder(folder: Path, identity: dict[str, Any], *, flag: str) -> Iterator[Path]:
+    """Make a folder for a job, or enter the one that the same job left; it stays when the job ends with an error.
+
+    Args:
+        folder: of the work.
+        identity: what makes a job the same; JSON.
+        flag: the flag that the folder comes from, for errors.
+
+    Raises:
+        FileExistsError: another packing works there, or one of another job was stopped there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    identity = json.loads(json.dumps(identity))
+    with open(folder / LOCK_NAME, "w", encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise FileExistsError(f"{flag}: another packing is running in {folder}; wait for it, or give another folder") from None
+        _same_job(folder, identity, flag)
+        yield folder
+
+
+def _same_job(folder: Path, identity: dict[str, Any], flag: str) -> None:
+    """Write down which job works in a folder, or see that it is this one."""
+    path = folder / JOB_NAME
+    if not path.exists():
+        strangers = sorted(entry.name for entry in folder.iterdir() if entry.name != LOCK_NAME)
+        if strangers:
+            raise FileExistsError(f"{flag}: {folder} holds something else ({', '.join(strangers[:3])}); remove it first")
+        temporary = folder / (JOB_NAME + ".partial")
+        temporary.write_text(json.dumps(identity, indent=2, ensure_ascii=False), encoding="utf-8")
+        os.replace(temporary, path)
+        return
+    before = json.loads(path.read_text(encoding="utf-8"))
+    differences = [
+        f"{name}: {before.get(name)!r:.200} there, {identity.get(name)!r:.200} asked for"
+        for name in sorted(before.keys() | identity.keys())
+        if before.get(name) != identity.get(name)
+    ]
+    if differences:
+        raise FileExistsError(
+            f"{flag}: {folder} was left by a packing of another job ({'; '.join(differences)}); "
+            "give the same settings to go on with it, or remove it"
+        )
