@@ -147,9 +147,8 @@ class PackedDataset:
             if first >= last:
                 continue
             try:
-                decoded = decode_tiles(pack.image(place), columns, rows, size, count > columns * rows)
-                if decoded.shape != (count, 3, size, size):
-                    raise ValueError(f"decoded to tiles of shape {decoded.shape}, the pack says {(count, 3, size, size)}")
+                whole = tiles[first - chosen.start : last - chosen.start] if last - first == count else None
+                decoded = decode_tiles(pack.image(place), columns, rows, size, count > columns * rows, out=whole)
             # Whatever the decoder raises, the user has to learn which image it was.
             except Exception as error:
                 origin = self.reader.origin(pack, int(row["sample"]))
@@ -157,7 +156,8 @@ class PackedDataset:
                     f"{self.folder}: pack {pack.pack_id}: image {place} of the pack, from the sample at {origin}, cannot be decoded: "
                     f"{type(error).__name__}: {error}"
                 ) from error
-            tiles[first - chosen.start : last - chosen.start] = decoded[first - start : last - start]
+            if whole is None:  # only part of the image is chosen
+                tiles[first - chosen.start : last - chosen.start] = decoded[first - start : last - start]
         return tiles
 
 

@@ -1,17 +1,23 @@
 """Image files: their size, and their pixels as tiles. The only module that imports PIL.
 
 Pixels are those of InternVL: converted to RGB, resized to the grid with bicubic interpolation (the shape is not kept), cut row by row, the
-thumbnail last; a rotation noted in EXIF is not applied. Unlike there, a truncated file is an error, not a picture that ends in grey.
+thumbnail last; a rotation noted in EXIF is not applied. Resizing is along rows first, then along columns, as in all Pillow up to version
+12; later ones choose the order for each image, which changes a few pixels by a few levels. Unlike there, a truncated file is an error, not
+a picture that ends in grey.
 """
 
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 from PIL import Image as PillowImage
 from PIL import PngImagePlugin, UnidentifiedImageError
+
+from megavlm.data.jpeg import decode_jpeg
 
 # Pillow warns above 89 million pixels and refuses twice that, but scans and maps of honest data are larger. This bound costs at most 1.6 GB
 # while an image is decoded; it takes the place of Pillow's own, which is one setting for the whole process.
@@ -38,7 +44,7 @@ def read_size(source: bytes | Path) -> tuple[int, int]:
         return _open(file).size
 
 
-def decode_tiles(encoded: bytes, columns: int, rows: int, tile_size: int, thumbnail: bool) -> np.ndarray:
+def decode_tiles(encoded: bytes, columns: int, rows: int, tile_size: int, thumbnail: bool, out: np.ndarray | None = None) -> np.ndarray:
     """The tiles of an image, uint8 [I, 3, S, S]: row by row, then the thumbnail where the grid has more than one tile.
 
     Args:
@@ -47,22 +53,57 @@ def decode_tiles(encoded: bytes, columns: int, rows: int, tile_size: int, thumbn
         rows: tiles above each other.
         tile_size: side S of a tile in pixels.
         thumbnail: whether a grid of several tiles is followed by the whole image as one tile.
+        out: where the tiles go; None: a new array.
 
     Raises:
-        ValueError: the image cannot be decoded, with the reason.
+        ValueError: the image cannot be decoded, with the reason, or ``out`` has another shape.
     """
-    image = _decode(encoded)
-    grid = np.asarray(image.resize((columns * tile_size, rows * tile_size), PillowImage.Resampling.BICUBIC))
-    tiles = grid.reshape(rows, tile_size, columns, tile_size, 3).transpose(0, 2, 4, 1, 3).reshape(-1, 3, tile_size, tile_size)
-    if thumbnail and columns * rows > 1:
-        small = np.asarray(image.resize((tile_size, tile_size), PillowImage.Resampling.BICUBIC)).transpose(2, 0, 1)
-        tiles = np.concatenate([tiles, small[None]])
-    return np.ascontiguousarray(tiles)
+    whole = columns * rows
+    shape = (whole + (thumbnail and whole > 1), 3, tile_size, tile_size)
+    if out is None:
+        out = np.empty(shape, np.uint8)
+    if out.shape != shape:
+        raise ValueError(f"room for tiles of shape {out.shape}, but the image gives {shape}")
+    pixels = decode_jpeg(encoded, MAX_PIXELS)
+    if pixels is None:
+        pixels = np.asarray(_decode(encoded))
+    resize = _resize_function()
+    resize(pixels, columns, rows, tile_size, out[:whole])
+    if len(out) > whole:
+        resize(pixels, 1, 1, tile_size, out[whole:])
+    return out
 
 
 def check_pixels(encoded: bytes) -> None:
     """Decode an image to see that it can be; raises ValueError with the reason where not."""
-    _decode(encoded)
+    image = _open(io.BytesIO(encoded))
+    try:
+        # A JPEG file is read to its end, but not all pixels are worked out.
+        image.draft("RGB", (1, 1))
+        image.load()
+    except Exception as error:
+        raise ValueError(f"an image that cannot be decoded: {_words(error)}") from None
+
+
+@cache
+def _resize_function() -> Callable[[np.ndarray, int, int, int, np.ndarray], None]:
+    """What resizes: machine code where numba is installed, else Pillow; the pixels are the same."""
+    try:
+        from megavlm.data.resize_numba import resize_to_tiles
+    except ModuleNotFoundError as error:
+        if error.name != "numba":
+            raise
+        return _resize_with_pillow
+    return resize_to_tiles
+
+
+def _resize_with_pillow(pixels: np.ndarray, columns: int, rows: int, tile_size: int, tiles: np.ndarray) -> None:
+    """``resize_numba.resize_to_tiles``."""
+    image = PillowImage.fromarray(pixels)
+    for width, height in ((columns * tile_size, image.height), (columns * tile_size, rows * tile_size)):
+        image = image.resize((width, height), PillowImage.Resampling.BICUBIC)
+    grid = np.asarray(image).reshape(rows, tile_size, columns, tile_size, 3)
+    tiles[:] = grid.transpose(0, 2, 4, 1, 3).reshape(-1, 3, tile_size, tile_size)
 
 
 def _open(file: io.BufferedIOBase) -> PillowImage.Image:

@@ -12,7 +12,7 @@ import numpy as np
 @lru_cache
 def compiled(loop: Callable) -> Callable:
     """A plain loop over arrays as machine code, made at its first call."""
-    return numba.njit(loop)
+    return numba.njit(loop, cache=True)
 
 
 # Multiplying a power of two by this number brings a different run of six bits to its top for each (a de Bruijn sequence).
@@ -21,13 +21,13 @@ PLACE_OF_RUN = np.zeros(64, np.int64)
 PLACE_OF_RUN[[(1 << place) * int(DE_BRUIJN) % 2**64 >> 58 for place in range(64)]] = np.arange(64)
 
 
-@numba.njit
+@numba.njit(cache=True)
 def _lowest_bit(word):
     """The place of the lowest bit that is set, of a word with one at least."""
     return PLACE_OF_RUN[((word & (~word + np.uint64(1))) * DE_BRUIJN) >> np.uint64(58)]
 
 
-@numba.njit
+@numba.njit(cache=True)
 def _first_from(bits, summary, need):
     """The lowest bit that is set in ``bits`` at ``need`` or above, or -1. A bit of ``summary`` says which words of ``bits`` have any."""
     everything = ~np.uint64(0)
@@ -46,7 +46,7 @@ def _first_from(bits, summary, need):
     return (word << 6) + _lowest_bit(found)
 
 
-@numba.njit
+@numba.njit(cache=True)
 def best_fit(tokens, tiles, order, capacity, tile_cap):
     """Best fit in the given order: int32 bin of each sample, and the number of bins.
 

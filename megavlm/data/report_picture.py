@@ -55,7 +55,7 @@ def _draw_bars(axes, names: list[str], values: list[float], label: str) -> None:
     bars = axes.barh(names, values, color=[OTHER_COLOUR] * (len(names) - 1) + [TAKEN_COLOUR])
     axes.bar_label(bars, fmt="%.2f", padding=3)
     axes.invert_yaxis()
-    axes.margins(x=0.15)
+    axes.margins(x=0.25)
     axes.set_xlabel(label)
 
 
@@ -68,5 +68,5 @@ def _draw_rejects(axes, report: Report) -> None:
     bars = axes.barh(list(report.rejects), list(report.rejects.values()), color=OTHER_COLOUR)
     axes.bar_label(bars, padding=3)
     axes.invert_yaxis()
-    axes.margins(x=0.15)
+    axes.margins(x=0.25)
     axes.set_xlabel("rejected records")

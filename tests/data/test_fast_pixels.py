@@ -1,0 +1,63 @@
+"""The fast ways to pixels, by libjpeg-turbo and numba, give those of Pillow to the last bit."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from megavlm.data import jpeg, media
+
+
+def picture(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
+    """Soft colours with hard edges and some noise, so that overshoots are cut off at black and white."""
+    coarse = rng.integers(0, 256, (height // 9 + 2, width // 9 + 2, 3), dtype=np.uint8)
+    smooth = np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BILINEAR)).astype(np.int64)
+    return np.clip(smooth * 2 - 128 + rng.integers(-9, 10, smooth.shape), 0, 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_resizing(seed):
+    resize_to_tiles = pytest.importorskip("megavlm.data.resize_numba", exc_type=ImportError).resize_to_tiles
+    rng = np.random.default_rng(seed)
+    (width, height), (columns, rows), size = rng.integers(1, 500, 2), rng.integers(1, 5, 2), int(rng.choice([14, 48, 448]))
+    pixels = picture(rng, int(width), int(height))
+    found, expected = (np.empty((columns * rows, 3, size, size), np.uint8) for _ in range(2))
+    resize_to_tiles(pixels, int(columns), int(rows), size, found)
+    media._resize_with_pillow(pixels, int(columns), int(rows), size, expected)
+    assert np.array_equal(found, expected)
+
+
+def test_enlarging_is_one_call_of_pillow():
+    """Where an image grows in both directions every version of Pillow resizes along rows first."""
+    pixels = picture(np.random.default_rng(0), 61, 45)
+    found = np.empty((6, 3, 32, 32), np.uint8)
+    media._resize_with_pillow(pixels, 3, 2, 32, found)
+    whole = np.asarray(Image.fromarray(pixels).resize((96, 64), Image.Resampling.BICUBIC))
+    assert np.array_equal(found[4].transpose(1, 2, 0), whole[32:, 32:64])
+
+
+@pytest.mark.parametrize("options", [{}, {"quality": 30}, {"subsampling": 0}, {"progressive": True}, {"quality": 95, "optimize": True}])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_jpeg(options, mode):
+    pytest.importorskip("simplejpeg")
+    file = io.BytesIO()
+    Image.fromarray(picture(np.random.default_rng(1), 203, 117)).convert(mode).save(file, "JPEG", **options)
+    found = jpeg.decode_jpeg(file.getvalue(), 10**6)
+    expected = np.asarray(Image.open(file).convert("RGB"))
+    assert np.abs(found.astype(int) - expected).max() <= 1
+
+
+def test_what_pillow_has_to_look_at():
+    pytest.importorskip("simplejpeg")
+    image, file = Image.fromarray(picture(np.random.default_rng(2), 90, 70)), io.BytesIO()
+    image.save(file, "JPEG")
+    assert jpeg.decode_jpeg(file.getvalue(), 90 * 70) is not None
+    assert jpeg.decode_jpeg(file.getvalue(), 90 * 70 - 1) is None
+    assert jpeg.decode_jpeg(file.getvalue()[:-100], 10**6) is None
+    image.convert("CMYK").save(cmyk := io.BytesIO(), "JPEG")
+    assert jpeg.decode_jpeg(cmyk.getvalue(), 10**6) is None
+    image.save(png := io.BytesIO(), "PNG")
+    assert jpeg.decode_jpeg(png.getvalue(), 10**6) is None

@@ -1,0 +1,113 @@
+"""Speed and memory of the whole packer: records and megabytes a second on real-size JPEG files, and peak memory on a long annotation file.
+
+    python tools/benchmark/pack_dataset.py --work /tmp/pack_benchmark --json pack_dataset.json
+
+The packer runs as users run it, as a command; times include its start. Memory is that of the command and its workers together (resident,
+the libraries that they share counted once for each), and of the command alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+from photographs import write_jpegs, write_records
+
+ROOT = Path(__file__).parents[2]
+TOKENIZER = ROOT / "tests" / "golden" / "tokenizer"
+SAMPLE_SECONDS = 0.2
+
+
+def run(arguments: list[str]) -> dict[str, float]:
+    """Run the packer, and measure seconds and peak memory in MiB."""
+    command = [sys.executable, str(ROOT / "tools" / "pack_dataset.py"), "--tokenizer", str(TOKENIZER), *arguments]
+    start = time.perf_counter()
+    process = psutil.Popen(command, stdout=subprocess.DEVNULL)
+    alone = together = 0
+    while process.poll() is None:
+        try:
+            own = process.memory_info().rss
+            all_of_them = own + sum(child.memory_info().rss for child in process.children(recursive=True))
+            alone, together = max(alone, own), max(together, all_of_them)
+        except psutil.NoSuchProcess:
+            pass
+        time.sleep(SAMPLE_SECONDS)
+    if process.returncode:
+        raise SystemExit(f"the packer ended with status {process.returncode}")
+    return {"seconds": time.perf_counter() - start, "peak_mib": together / 2**20, "peak_alone_mib": alone / 2**20}
+
+
+def speed(work: Path, images: int, repeats: int) -> dict[str, dict[str, float]]:
+    """Records and megabytes a second with one and two processes; the best of some runs."""
+    folder = work / "jpegs"
+    size = write_jpegs(folder, images)
+    write_records(work / "images.jsonl", images)
+    print(f"{images:,} JPEG files of {size / images / 1e3:.0f} KB on average")
+    found = {}
+    for processes in (1, 2):
+        runs = []
+        for _ in range(repeats):
+            shutil.rmtree(work / "packs", ignore_errors=True)
+            arguments = ["--jsonl", str(work / "images.jsonl"), "--root", str(folder), "--out", str(work / "packs")]
+            runs.append(run([*arguments, "--workers", str(processes)]))
+        best = min(runs, key=lambda each: each["seconds"])
+        found[f"processes_{processes}"] = {
+            **best,
+            "records": images,
+            "records_per_s": images / best["seconds"],
+            "mb_per_s": size / best["seconds"] / 1e6,
+        }
+        print(f"{processes} processes: {images / best['seconds']:,.0f} records/s, {size / best['seconds'] / 1e6:,.1f} MB/s")
+    shutil.rmtree(folder)
+    return found
+
+
+def memory(work: Path, lines: int) -> dict[str, float]:
+    """Peak memory on one annotation file of many short lines."""
+    path = work / "lines.jsonl"
+    with open(path, "w", encoding="utf-8") as file:
+        for number in range(lines):
+            text = "why " * (number % 13)
+            file.write(
+                f'{{"conversations": [{{"from": "system", "value": "."}}, {{"from": "human", "value": "{text}{number % 97}?"}}, '
+                f'{{"from": "gpt", "value": "as {number % 89} is {text}"}}]}}\n'
+            )
+    shutil.rmtree(work / "packs", ignore_errors=True)
+    found = run(["--jsonl", str(path), "--out", str(work / "packs"), "--workers", "2"])
+    print(
+        f"{lines:,} lines: {found['seconds']:.0f} s, peak memory {found['peak_mib']:,.0f} MiB, {found['peak_alone_mib']:,.0f} without workers"
+    )
+    return {**found, "lines": lines, "annotation_mb": path.stat().st_size / 1e6, "records_per_s": lines / found["seconds"]}
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=20_000, metavar="N", help="JPEG files (default: %(default)s)")
+    parser.add_argument(
+        "--lines", type=int, default=5_000_000, metavar="N", help="lines for memory; 0: not measured (default: %(default)s)"
+    )
+    parser.add_argument("--repeats", type=int, default=2, metavar="N", help="runs, of which the fastest counts (default: %(default)s)")
+    parser.add_argument("--work", type=Path, metavar="DIR", help="folder for files, removed at the end (default: a temporary one)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=options.work) as temporary:
+        work = Path(temporary)
+        figures = speed(work, options.images, options.repeats) if options.images else {}
+        if options.lines:
+            figures["memory"] = memory(work, options.lines)
+    if options.json:
+        facts = {"machine": platform.processor() or platform.machine(), "python": platform.python_version()}
+        options.json.write_text(json.dumps({**figures, **facts}, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""Real-size JPEG files for benchmarks, made from the two photographs that come with scikit-learn by crops, sizes and qualities."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+# Sizes as in web data: most images between half a megapixel and one, some screens and some thumbnails.
+LONG_SIDES = (320, 480, 640, 800, 1024, 1280, 1600)
+SIDE_SHARES = (0.06, 0.12, 0.24, 0.22, 0.22, 0.10, 0.04)
+ASPECTS = (0.5, 0.66, 0.75, 1.0, 1.0, 1.33, 1.5, 1.78, 2.2)
+WORDS = [
+    "what",
+    "who",
+    "where",
+    "is",
+    "are",
+    "on",
+    "in",
+    "the",
+    "a",
+    "of",
+    "this",
+    "photograph",
+    "picture",
+    "sky",
+    "red",
+    "blue",
+    "flower",
+    "petal",
+    "roof",
+    "temple",
+    "people",
+    "there",
+    "how",
+    "many",
+]
+
+
+def photographs() -> list[Image.Image]:
+    """The photographs, enlarged so that crops of any size can be cut from them."""
+    from sklearn.datasets import load_sample_images
+
+    return [Image.fromarray(pixels).resize((1920, 1280), Image.Resampling.LANCZOS) for pixels in load_sample_images().images]
+
+
+def draw_sizes(count: int, seed: int) -> Iterator[tuple[int, int, int]]:
+    """Width, height and JPEG quality of ``count`` images."""
+    rng = np.random.default_rng(seed)
+    sides, aspects = rng.choice(LONG_SIDES, count, p=SIDE_SHARES), rng.choice(ASPECTS, count)
+    for side, aspect, quality in zip(sides.tolist(), aspects.tolist(), rng.integers(75, 96, count).tolist(), strict=True):
+        width, height = (side, round(side / aspect)) if aspect >= 1 else (round(side * aspect), side)
+        yield width, height, quality
+
+
+def write_jpegs(folder: Path, count: int, *, seed: int = 0, processes: int = 2) -> int:
+    """Write ``0.jpg``, ``1.jpg``, ... and return their bytes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = [(folder, count, seed, first, processes) for first in range(processes)]
+    with ProcessPoolExecutor(processes) as pool:
+        return sum(pool.map(_write_part, parts))
+
+
+def _write_part(part: tuple[Path, int, int, int, int]) -> int:
+    folder, count, seed, first, step = part
+    sources, size = photographs(), 0
+    for number, (width, height, quality) in enumerate(draw_sizes(count, seed)):
+        if number % step != first:
+            continue
+        rng = random.Random(number)
+        source = sources[rng.randrange(len(sources))]
+        # A crop of the image's shape, from a third of the photograph to all of it.
+        scale = min(source.width / width, source.height / height) * rng.uniform(0.35, 1.0)
+        box_width, box_height = width * scale, height * scale
+        left, top = rng.uniform(0, source.width - box_width), rng.uniform(0, source.height - box_height)
+        picture = source.resize((width, height), Image.Resampling.BICUBIC, box=(left, top, left + box_width, top + box_height))
+        path = folder / f"{number}.jpg"
+        picture.save(path, quality=quality)
+        size += path.stat().st_size
+    return size
+
+
+def write_records(path: Path, images: int, *, seed: int = 0) -> None:
+    """A record of one question and one answer about each image, as JSONL."""
+    rng = random.Random(seed)
+    with open(path, "w", encoding="utf-8") as file:
+        for number in range(images):
+            question, answer = (" ".join(rng.choices(WORDS, k=rng.randint(low, high))) for low, high in ((5, 30), (5, 120)))
+            turns = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
+            file.write(json.dumps({"id": number, "image": f"{number}.jpg", "conversations": turns}) + "\n")
