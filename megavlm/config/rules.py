@@ -228,7 +228,7 @@ def _data(data: Data) -> Iterator[str]:
         folder = vars(data)[name]
         if folder and not Path(folder).is_dir():
             yield f"--data.{name} {folder}: no such folder; tools/pack_dataset.py --out {folder} makes one"
-    yield from _at_least(0, "data", data, "workers", "group")
+    yield from _at_least(0, "data", data, "workers", "group", "timeout")
     yield from _at_least(1, "data", data, "prefetch")
 
 

@@ -27,6 +27,7 @@ class Data:
         loss_reduction: weight of a supervised token: 1 (token), 1/n (sample) or 1/sqrt(n) (square), n the sample's supervised tokens.
         workers: loader processes of each rank; 0 decodes in the training process.
         prefetch: packs that each loader process keeps ready.
+        timeout: seconds after which a loader process that gives no pack ends the run; 0: it is waited for.
     """
 
     train: str = ""
@@ -36,6 +37,7 @@ class Data:
     loss_reduction: Literal["token", "sample", "square"] = "square"
     workers: int = 4
     prefetch: int = 4
+    timeout: int = 600
 
 
 @dataclass(frozen=True, kw_only=True)

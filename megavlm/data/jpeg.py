@@ -13,7 +13,8 @@ COLOURS = ("YCbCr", "Gray")
 
 
 @cache
-def _simplejpeg() -> ModuleType | None:
+def load_jpeg_decoder() -> ModuleType | None:
+    """simplejpeg, where it is installed."""
     try:
         import simplejpeg
     except ModuleNotFoundError:
@@ -28,7 +29,7 @@ def decode_jpeg(encoded: bytes, max_pixels: int) -> np.ndarray | None:
         encoded: content of the file.
         max_pixels: of a larger image nothing is decoded.
     """
-    simplejpeg = _simplejpeg()
+    simplejpeg = load_jpeg_decoder()
     if simplejpeg is None or not encoded.startswith(MAGIC):
         return None
     try:

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import multiprocessing.sharedctypes
+import os
+import time
 from collections.abc import Callable, Generator, Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from megavlm.data.batch import Batch
 from megavlm.data.dataset import PackedDataset
+from megavlm.data.media import load_decoders
 from megavlm.data.plan import Plan
+
+# How PyTorch's words for a worker that is gone begin.
+DIED, STUCK = "DataLoader worker", "DataLoader timed out"
 
 
 def batches(
@@ -21,6 +28,7 @@ def batches(
     *,
     workers: int = 0,
     prefetch: int = 2,
+    timeout: float = 0,
     start_method: str | None = None,
     **options: Any,
 ) -> Generator[Batch, None, None]:
@@ -33,16 +41,20 @@ def batches(
             ``range(consumed + r, end, n)``, which takes no memory however long the run is.
         workers: processes that decode; 0: this one.
         prefetch: packs that each worker keeps ready.
+        timeout: seconds after which a worker is given up; 0: never.
         start_method: how workers start (fork, spawn, forkserver); None: as the platform does.
         options: keyword arguments of ``PackedDataset.batch``, which makes every batch.
 
     Raises:
         ValueError: a pack that cannot be read or decoded; names the pack and the sample's file and line.
-        RuntimeError: a worker died; names the pack that was waited for and where its samples come from.
+        RuntimeError: a worker died, or is stuck; names the pack that it was at and where its samples come from.
     """
     make = partial(dataset.batch, **options)
+    if workers and dataset.has_images and options.get("with_tiles", True):
+        load_decoders()  # once here, rather than in each worker
+    desks = Desks(workers)
     loader = DataLoader(
-        Positions(make, plan, positions),
+        Positions(make, plan, positions, desks),
         batch_size=None,
         # Otherwise the DataLoader draws from the global generator, and the training process would be changed by being fed.
         generator=torch.Generator(),
@@ -50,6 +62,7 @@ def batches(
         num_workers=workers,
         prefetch_factor=prefetch if workers else None,
         pin_memory=torch.cuda.is_available(),
+        timeout=timeout if workers else 0,
         worker_init_fn=_start_worker if workers else None,
         multiprocessing_context=start_method if workers else None,
     )
@@ -63,36 +76,87 @@ def batches(
                     raise
                 # Without DataLoader's own frames, which keep the workers running as long as the error lives; its text has the worker's.
                 error.with_traceback(None)
-                if not str(error).startswith("DataLoader worker"):
+                error.__cause__ = error.__context__ = None
+                # A worker that dies while it hands a batch over leaves half of one behind.
+                if not str(error).startswith((DIED, STUCK)) and not isinstance(error, EOFError | ConnectionError):
                     raise
-                raise _worker_died(dataset, int(plan.at(position)), position, error) from error
+                raise _worker_is_gone(dataset, plan, position, desks, error) from error
             yield batch
     finally:
         # Nothing else holds DataLoader's iterator: letting go of it ends the workers.
         del arriving
 
 
-def _worker_died(dataset: PackedDataset, pack_id: int, position: int, error: Exception) -> RuntimeError:
-    """What is known about a worker that is gone: which pack was waited for."""
-    return RuntimeError(
-        f"{dataset.folder}: no batch for pack {pack_id} (position {position}), nor for those being made after it: {error} "
-        "Out of memory (see the kernel log), a full /dev/shm, or a file that crashes the image decoder are common causes; "
-        f"--data.workers 0 shows which. The pack's samples: {', '.join(dataset.origins(pack_id))}"
-    )
+class Desks:
+    """What each worker is at, in memory that it shares with the process that waits for it.
+
+    Args:
+        workers: number of them.
+    """
+
+    def __init__(self, workers: int) -> None:
+        self._slots = multiprocessing.sharedctypes.RawArray("q", 3 * workers)  # process, position, since when (ms) of each
+
+    def start(self, worker: int, position: int) -> None:
+        """A worker starts to make the batch at a position."""
+        self._slots[3 * worker : 3 * worker + 3] = [os.getpid(), position, time.monotonic_ns() // 10**6]
+
+    def end(self, worker: int) -> None:
+        """A worker has made its batch."""
+        self._slots[3 * worker + 1] = -1
+
+    def at_work(self) -> list[tuple[int, int, float]]:
+        """Process, position and seconds so far of each worker that is making a batch."""
+        now = time.monotonic_ns() // 10**6
+        slots = [self._slots[place : place + 3] for place in range(0, len(self._slots), 3)]
+        return [(process, position, (now - since) / 1000) for process, position, since in slots if process and position >= 0]
 
 
 class Positions(Dataset):
     """The batches of a plan's positions, as a map-style dataset of PyTorch."""
 
-    def __init__(self, make: Callable[[int, int], Batch], plan: Plan, positions: Sequence[int]) -> None:
-        self.make, self.plan, self.positions = make, plan, positions
+    def __init__(self, make: Callable[[int, int], Batch], plan: Plan, positions: Sequence[int], desks: Desks) -> None:
+        self.make, self.plan, self.positions, self.desks = make, plan, positions, desks
 
     def __len__(self) -> int:
         return len(self.positions)
 
     def __getitem__(self, place: int) -> Batch:
         position = int(self.positions[place])
-        return self.make(int(self.plan.at(position)), position)
+        worker = get_worker_info()
+        if worker is None:
+            return self.make(int(self.plan.at(position)), position)
+        self.desks.start(worker.id, position)
+        try:
+            return self.make(int(self.plan.at(position)), position)
+        finally:
+            self.desks.end(worker.id)
+
+
+def _worker_is_gone(dataset: PackedDataset, plan: Plan, position: int, desks: Desks, error: Exception) -> RuntimeError:
+    """What is known about a worker that died or is stuck: which pack it was at, and whose samples these are."""
+    text = f"{type(error).__name__} {error}"
+    at_work = desks.at_work()
+    if STUCK not in text:
+        alive = {process.pid for process in multiprocessing.active_children()}
+        gone = [each for each in at_work if each[0] not in alive]
+        advice = (
+            "Out of memory (see the kernel log), a full /dev/shm, or a file that crashes the image decoder are common causes; "
+            "--data.workers 0 shows which"
+        )
+    else:
+        gone = [each for each in at_work if each[1] == position] or at_work
+        advice = "a disk that does not answer, or an image that takes very long; --data.timeout sets how long is waited"
+    at = [
+        (int(plan.at(place)), f"process {process} was at pack {int(plan.at(place))} (position {place}) for {seconds:.1f} s")
+        for process, place, seconds in gone
+    ]
+    pack_ids = [pack_id for pack_id, _ in at] or [int(plan.at(position))]
+    origins = [origin for pack_id in pack_ids for origin in dataset.origins(pack_id)]
+    return RuntimeError(
+        f"{dataset.folder}: no batch for pack {int(plan.at(position))} (position {position}): {text.rstrip('. ')}. "
+        f"{'; '.join(words for _, words in at) or 'no process was at a pack'}. {advice}. The samples: {', '.join(origins)}"
+    )
 
 
 def _unchanged(batch: Batch) -> Batch:

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image as PillowImage
 from PIL import PngImagePlugin, UnidentifiedImageError
 
-from megavlm.data.jpeg import decode_jpeg
+from megavlm.data.jpeg import decode_jpeg, load_jpeg_decoder
 
 # Pillow warns above 89 million pixels and refuses twice that, but scans and maps of honest data are larger. This bound costs at most 1.6 GB
 # while an image is decoded; it takes the place of Pillow's own, which is one setting for the whole process.
@@ -72,6 +72,12 @@ def decode_tiles(encoded: bytes, columns: int, rows: int, tile_size: int, thumbn
     if len(out) > whole:
         resize(pixels, 1, 1, tile_size, out[whole:])
     return out
+
+
+def load_decoders() -> None:
+    """Load the libraries and the machine code that ``decode_tiles`` will need, so that processes that are forked later have them."""
+    load_jpeg_decoder()
+    _resize_function()(np.zeros((2, 2, 3), np.uint8), 1, 1, 1, np.empty((1, 3, 1, 1), np.uint8))
 
 
 def check_pixels(encoded: bytes) -> None:

@@ -36,6 +36,7 @@ def held_out_loss(job: Job) -> float:
         vision_layers=job.config.architecture.vision.num_layers,
         workers=min(data.workers, len(positions)),
         prefetch=data.prefetch,
+        timeout=data.timeout,
         with_tiles=job.model.pre_process,
         share=groups.share,
         tile_multiple=tile_multiple(job.config),

@@ -118,6 +118,7 @@ def _loader(job: Job, positions: range):
         seed=job.config.training.seed,
         workers=data.workers,
         prefetch=data.prefetch,
+        timeout=data.timeout,
         with_tiles=job.model.pre_process,
         share=job.groups.share,
         tile_multiple=tile_multiple(job.config),

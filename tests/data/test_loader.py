@@ -7,6 +7,7 @@ import gc
 import multiprocessing
 import os
 import signal
+import time
 
 import pytest
 import torch
@@ -102,3 +103,28 @@ def test_a_worker_that_dies_is_named(dataset):
     with pytest.raises(RuntimeError, match=r"no batch for pack (1|2) .*--data.workers 0.* random.jsonl:\d+"):
         for _ in range(3):
             next(stream)
+
+
+class Trouble(PackedDataset):
+    """Packs of which one, number 5, is never made."""
+
+    def batch(self, pack_id, position, **options):
+        if pack_id == 5:
+            if options.pop("die"):
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(600)
+        options.pop("die")
+        return super().batch(pack_id, position, **options)
+
+
+@pytest.mark.parametrize(("die", "words"), [(True, "(killed by signal|exited unexpectedly)"), (False, "timed out after 5")])
+def test_the_pack_that_a_worker_is_lost_at_is_named(dataset, die, words):
+    stream = batches(Trouble(dataset.folder), Plan(num_packs=7, shuffle=False), range(100), workers=2, timeout=5, die=die)
+    start = time.monotonic()
+    with pytest.raises(RuntimeError, match=rf"{words}.* was at pack 5 \(position 5\) for \d+\.\d s.* random.jsonl:\d+") as caught:
+        for _ in range(7):
+            next(stream)
+    assert ", ".join(dataset.origins(5)) in str(caught.value)
+    while multiprocessing.active_children():  # one that is stuck is ended after a few seconds
+        assert time.monotonic() - start < 60
+        time.sleep(0.05)

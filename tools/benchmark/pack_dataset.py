@@ -82,9 +82,8 @@ def memory(work: Path, lines: int) -> dict[str, float]:
             )
     shutil.rmtree(work / "packs", ignore_errors=True)
     found = run(["--jsonl", str(path), "--out", str(work / "packs"), "--workers", "2"])
-    print(
-        f"{lines:,} lines: {found['seconds']:.0f} s, peak memory {found['peak_mib']:,.0f} MiB, {found['peak_alone_mib']:,.0f} without workers"
-    )
+    alone = f"{found['peak_alone_mib']:,.0f} without workers"
+    print(f"{lines:,} lines: {found['seconds']:.0f} s, peak memory {found['peak_mib']:,.0f} MiB, {alone}")
     return {**found, "lines": lines, "annotation_mb": path.stat().st_size / 1e6, "records_per_s": lines / found["seconds"]}
 
 

@@ -1,0 +1,212 @@
+"""The loader's speed on one core, and how soon it starts in a very large dataset.
+
+Three ways from a JPEG file to normalised float tensors of tiles, over the same images, one after the other on one core:
+
+- ours: a pack is read and checked, its images become uint8 tiles, which are normalised as the model does;
+- InternVL's: Pillow opens and converts, resizes to the grid, crops each tile, and each tile goes through a transform of its own as in
+  torchvision (resize, to float, normalise), to be stacked;
+- the limit: JPEG decoding alone, by the fastest decoder that is installed.
+
+Then a dataset of 100 million packs (an index of 8 GB; the packs themselves are links to a few real ones) is opened in a fresh process:
+seconds to the first batch, seconds to the batch of step one million, and what the process's memory grows by while a thousand steps look up
+their packs.
+
+    python tools/benchmark/loader.py --work /tmp/loader_benchmark --json loader.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+from photographs import write_jpegs, write_records
+from PIL import Image
+
+from megavlm.data import media
+from megavlm.data.dataset import PackedDataset
+from megavlm.data.jpeg import decode_jpeg
+from megavlm.data.loader import batches
+from megavlm.data.manifest import read_manifest
+from megavlm.data.packer import Job, pack_dataset
+from megavlm.data.plan import Plan
+from megavlm.data.record import single_file
+from megavlm.data.store import HEADER_BYTES, INDEX_NAME, RECORD, pack_header
+from megavlm.data.tiling import Tiling
+
+ROOT = Path(__file__).parents[2]
+SIZE = 448
+MEAN, STD = (torch.tensor(values)[:, None, None] for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+GLOBAL_BATCH = 512
+LOOKED_UP_STEPS = 1000
+
+
+def ours(dataset: PackedDataset) -> int:
+    """All packs as normalised tensors; returns the number of tiles."""
+    tiles = 0
+    for pack_id in range(len(dataset)):
+        batch = dataset.batch(pack_id, pack_id)
+        normalised = (batch.tiles.float() / 255 - MEAN) / STD
+        tiles += len(normalised)
+    return tiles
+
+
+def internvl_way(dataset: PackedDataset, folder: Path) -> int:
+    """The same images from their files, tile by tile."""
+    tiles = 0
+    for pack_id in range(len(dataset)):
+        pack = dataset.reader.read(pack_id, with_images=False)
+        samples = []
+        for row, origin in zip(pack.images, pack.provenance["line"], strict=True):
+            with Image.open(folder / f"{origin - 1}.jpg") as file:
+                image = file.convert("RGB")
+            columns, rows = int(row["columns"]), int(row["rows"])
+            grid = image.resize((columns * SIZE, rows * SIZE), Image.Resampling.BICUBIC)
+            corners = [(place % columns * SIZE, place // columns * SIZE) for place in range(columns * rows)]
+            pieces = [grid.crop((left, top, left + SIZE, top + SIZE)) for left, top in corners]
+            if len(pieces) > 1:
+                pieces.append(image.resize((SIZE, SIZE), Image.Resampling.BICUBIC))
+            samples.append(torch.stack([_transform(piece) for piece in pieces]))
+        tiles += len(torch.cat(samples))
+    return tiles
+
+
+def _transform(tile: Image.Image) -> torch.Tensor:
+    """What torchvision's Resize, ToTensor and Normalize do to a tile."""
+    tile = tile.resize((SIZE, SIZE), Image.Resampling.BICUBIC)
+    pixels = torch.from_numpy(np.array(tile, copy=True)).permute(2, 0, 1).contiguous()
+    return pixels.to(torch.float32).div(255).sub_(MEAN).div_(STD)
+
+
+def bare_decode(encoded: list[bytes]) -> None:
+    """JPEG decoding alone."""
+    for data in encoded:
+        if decode_jpeg(data, media.MAX_PIXELS) is None:
+            media._decode(data)
+
+
+def fastest(work: Callable[[], object], repeats: int) -> float:
+    """Seconds of the fastest run."""
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+def speed(work: Path, images: int, repeats: int) -> dict[str, float]:
+    """Tiles a second of the three ways."""
+    torch.set_num_threads(1)
+    write_jpegs(work / "jpegs", images, processes=1)
+    write_records(work / "images.jsonl", images)
+    tokenizer = str(ROOT / "tests" / "golden" / "tokenizer")
+    source = single_file(work / "images.jsonl", work / "jpegs")
+    pack_dataset(
+        Job(
+            sources=(source,),
+            tokenizer=tokenizer,
+            out=str(work / "packs"),
+            capacity=16384,
+            features_per_tile=256,
+            tiling=Tiling(tile_size=SIZE),
+        )
+    )
+    dataset = PackedDataset(work / "packs")
+    tiles = ours(dataset)  # also reads all files once, so that every way finds them in the page cache
+    assert tiles == internvl_way(dataset, work / "jpegs"), "both ways see the same tiles"
+    encoded = [(work / "jpegs" / f"{number}.jpg").read_bytes() for number in range(images)]
+    best = {"tiles_per_s": 0.0, "internvl_way_tiles_per_s": 0.0, "decode_limit_tiles_per_s": 0.0}
+    for _ in range(repeats):  # by turns, so that what else the machine does hits all alike
+        for name, way in zip(
+            best, (lambda: ours(dataset), lambda: internvl_way(dataset, work / "jpegs"), lambda: bare_decode(encoded)), strict=True
+        ):
+            best[name] = max(best[name], tiles / fastest(way, 1))
+    return {**best, "over_internvl_way": best["tiles_per_s"] / best["internvl_way_tiles_per_s"], "tiles": tiles, "images": images}
+
+
+def make_large(small: Path, large: Path, packs: int) -> None:
+    """A dataset of ``packs`` packs, each a link to one of a small dataset's first shard."""
+    manifest = read_manifest(small)
+    first = manifest.shards[0]
+    real = np.fromfile(small / INDEX_NAME, RECORD, first.packs, offset=HEADER_BYTES)
+    shards, each = 16384, -(-packs // 16384)
+    large.mkdir()
+    sizes = [min(each, packs - number * each) for number in range(shards) if packs > number * each]
+    with open(large / INDEX_NAME, "wb") as index:
+        index.write(pack_header(packs))
+        for size in sizes:
+            index.write(np.resize(real, size).tobytes())
+    for number in range(len(sizes)):
+        (large / f"packs-{number:05d}.bin").symlink_to(small.absolute() / f"{first.name}.bin")
+    names = [dataclasses.replace(first, name=f"packs-{number:05d}", packs=size) for number, size in enumerate(sizes)]
+    dataclasses.replace(manifest, shards=tuple(names)).write(large)
+
+
+def start_in(folder: Path) -> None:
+    """Open a large dataset in this process, and print how long it takes and what it costs, as JSON."""
+    media.load_decoders()  # what a process needs once, whatever the size of the data
+    process = psutil.Process()
+    before = process.memory_info().rss
+    start = time.perf_counter()
+    dataset = PackedDataset(folder)
+    plan = Plan(num_packs=len(dataset), seed=1, group=GLOBAL_BATCH)
+    stream = batches(dataset, plan, range(0, 10**15, GLOBAL_BATCH))
+    next(stream)
+    first = time.perf_counter() - start
+    start = time.perf_counter()
+    position = 10**6 * GLOBAL_BATCH
+    stream = batches(dataset, plan, range(position, 10**15, GLOBAL_BATCH))
+    next(stream)
+    seek = time.perf_counter() - start
+    del stream
+    for step in range(LOOKED_UP_STEPS):
+        dataset.weight_sum(plan.pack_ids(position + step * GLOBAL_BATCH, GLOBAL_BATCH), "square")
+    grown = max(process.memory_info().rss, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) - before
+    print(json.dumps({"first_batch_s": first, "seek_s": seek, "index_memory_mib": grown / 2**20, "packs": len(dataset)}))
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=300, metavar="N", help="JPEG files (default: %(default)s)")
+    parser.add_argument("--packs", type=int, default=100_000_000, metavar="N", help="packs of the large dataset (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="runs, of which the fastest counts (default: %(default)s)")
+    parser.add_argument("--work", type=Path, metavar="DIR", help="where files may lie meanwhile (default: the system's temporary folder)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
+    parser.add_argument("--start_in", type=Path, metavar="DIR", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.start_in:
+        start_in(options.start_in)
+        return
+    with tempfile.TemporaryDirectory(dir=options.work) as temporary:
+        work = Path(temporary)
+        figures = speed(work, options.images, options.repeats)
+        print(f"ours {figures['tiles_per_s']:,.0f} tiles/s, InternVL's way {figures['internvl_way_tiles_per_s']:,.0f}, ", end="")
+        print(f"JPEG decoding alone {figures['decode_limit_tiles_per_s']:,.0f}; {figures['over_internvl_way']:.2f} x InternVL's way")
+        make_large(work / "packs", work / "large", options.packs)
+        runs = [
+            json.loads(subprocess.run([sys.executable, __file__, "--start_in", work / "large"], capture_output=True, check=True).stdout)
+            for _ in range(options.repeats)
+        ]
+    figures |= {name: min(run[name] for run in runs) for name in runs[0]}
+    print(f"{options.packs:,} packs: first batch after {figures['first_batch_s']:.2f} s, ", end="")
+    print(f"that of step 1,000,000 after {figures['seek_s']:.2f} s, {figures['index_memory_mib']:.0f} MiB more memory")
+    if options.json:
+        facts = {"machine": platform.processor() or platform.machine(), "python": platform.python_version(), "torch": torch.__version__}
+        options.json.write_text(json.dumps({**figures, **facts}, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
