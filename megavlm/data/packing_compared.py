@@ -31,7 +31,7 @@ class Strategy:
         straggle_512: share by which the most tiles among 512 random packs are above the mean: how long 512 data ranks wait for the
             vision encoder of the slowest.
         tile_cap: most tiles of a pack; None: any number.
-        samples_per_s: samples packed a second, on one core; choosing the cap is counted.
+        samples_per_s: samples packed a second of one processor; choosing the cap is counted.
     """
 
     name: str
@@ -150,9 +150,9 @@ def _packing(found: tuple[np.ndarray, int]) -> Packing:
 
 def _measure(name: str, rule: Callable[[], tuple[Packing, int | None]], tokens: np.ndarray, tiles: np.ndarray, capacity: int) -> Strategy:
     """Run a rule and weigh its packs."""
-    start = time.perf_counter()
+    start = time.process_time()
     packing, cap = rule()
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     work = np.bincount(packing.bin_of, weights=tiles, minlength=packing.bins)
     return Strategy(
         name=name,
