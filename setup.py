@@ -40,11 +40,15 @@ setup(
         "gpu": ["transformer-engine[pytorch]>=2.4"],
         # Packs millions of samples a second instead of tens of thousands, and makes tiles several times as fast; the results are the same.
         "fast": ["numba>=0.61", "simplejpeg>=1.8"],
+        # Packing over several machines.
         "ray": ["ray>=2.40"],
+        # Packs in object storage; s3fs, gcsfs and such go with it.
+        "remote": ["fsspec>=2024.6"],
         "tensorboard": ["tensorboard>=2.17"],
         "wandb": ["wandb>=0.19"],
         "quickstart": ["matplotlib>=3.9", "scikit-learn>=1.5"],
         "dev": [
+            "fsspec>=2024.6",
             "hypothesis>=6.100",
             "numba>=0.61",
             "pytest>=8.0",

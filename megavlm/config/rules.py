@@ -226,7 +226,7 @@ def _data(data: Data) -> Iterator[str]:
         yield "--data.train: name the folder of a packed dataset; tools/pack_dataset.py makes one"
     for name in ("train", "valid"):
         folder = vars(data)[name]
-        if folder and not Path(folder).is_dir():
+        if folder and "://" not in folder and not Path(folder).is_dir():
             yield f"--data.{name} {folder}: no such folder; tools/pack_dataset.py --out {folder} makes one"
     yield from _at_least(0, "data", data, "workers", "group", "timeout")
     yield from _at_least(1, "data", data, "prefetch")

@@ -20,7 +20,7 @@ class Data:
     """Packed datasets, made by ``tools/pack_dataset.py``.
 
     Args:
-        train: folder of the packed training set.
+        train: folder of the packed training set, or its URL in object storage, such as ``s3://bucket/packs``.
         valid: folder of the packed held-out set; empty: no evaluation.
         shuffle: visit the packs in an order drawn from the seed, a new one each epoch; otherwise as stored.
         group: packs of like cost that are taken together, so that no rank of a step waits long; 0: the global batch size. 1: any packs.

@@ -22,7 +22,7 @@ class PackedDataset:
     """A folder of packs, memory-mapped; it can be pickled, as worker processes need.
 
     Args:
-        folder: folder that ``tools/pack_dataset.py`` wrote.
+        folder: folder that ``tools/pack_dataset.py`` wrote, or the URL of a copy of it in object storage.
 
     Raises:
         FileNotFoundError: no complete dataset there.
@@ -39,7 +39,7 @@ class PackedDataset:
         return len(self.reader)
 
     @property
-    def folder(self) -> Path:
+    def folder(self) -> Path | str:
         """Where the dataset lies."""
         return self.reader.folder
 

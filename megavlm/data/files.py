@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import threading
 from collections import OrderedDict
 from pathlib import Path
@@ -50,6 +51,14 @@ class LocalFiles:
                 data += more
         return data
 
+    def copy(self, name: str, to: Path) -> None:
+        """Copy a file, or a folder with all that is in it; nothing where there is none."""
+        source = self.folder / name
+        if source.is_dir():
+            shutil.copytree(source, to)
+        elif source.exists():
+            shutil.copyfile(source, to)
+
     def _descriptor(self, name: str) -> int:
         """An open file; those read last stay open."""
         if name not in self._open:
@@ -93,6 +102,14 @@ class RemoteFiles:
     def read(self, name: str, start: int, end: int) -> bytes:
         """Bytes ``[start, end)`` of a file; fewer where it ends before."""
         return self._system.cat_file(f"{self._root}/{name}", start=start, end=end) if end > start else b""
+
+    def copy(self, name: str, to: Path) -> None:
+        """Copy a file, or a folder with all that is in it; nothing where there is none."""
+        source = f"{self._root}/{name}"
+        if self._system.isdir(source):
+            self._system.get(source + "/", f"{to}/", recursive=True)
+        elif self._system.exists(source):
+            self._system.get_file(source, str(to))
 
 
 Files = LocalFiles | RemoteFiles

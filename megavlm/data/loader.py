@@ -74,13 +74,7 @@ def batches(
             except Exception as error:
                 if not workers:
                     raise
-                # Without DataLoader's own frames, which keep the workers running as long as the error lives; its text has the worker's.
-                error.with_traceback(None)
-                error.__cause__ = error.__context__ = None
-                # A worker that dies while it hands a batch over leaves half of one behind.
-                if not str(error).startswith((DIED, STUCK)) and not isinstance(error, EOFError | ConnectionError):
-                    raise
-                raise _worker_is_gone(dataset, plan, position, desks, error) from error
+                raise _explain(error, dataset, plan, position, desks) from None
             yield batch
     finally:
         # Nothing else holds DataLoader's iterator: letting go of it ends the workers.
@@ -133,13 +127,34 @@ class Positions(Dataset):
             self.desks.end(worker.id)
 
 
+def _explain(error: Exception, dataset: PackedDataset, plan: Plan, position: int, desks: Desks) -> Exception:
+    """The error to raise where workers gave none of what was waited for: their own, or one that says which of them is gone."""
+    # Without DataLoader's own frames, which keep the workers running as long as the error lives; its text has the worker's.
+    error.with_traceback(None)
+    error.__cause__ = error.__context__ = None
+    # A worker that dies while it hands a batch over leaves half of one behind.
+    if str(error).startswith((DIED, STUCK)) or isinstance(error, EOFError | ConnectionError):
+        return _worker_is_gone(dataset, plan, position, desks, error)
+    return error
+
+
+def _without_process(at_work: list[tuple[int, int, float]]) -> list[tuple[int, int, float]]:
+    """Those of the workers that are dead; what they leave behind may arrive a moment before they are gone."""
+    for _ in range(40):
+        alive = {process.pid for process in multiprocessing.active_children()}
+        gone = [each for each in at_work if each[0] not in alive]
+        if gone:
+            return gone
+        time.sleep(0.05)
+    return []
+
+
 def _worker_is_gone(dataset: PackedDataset, plan: Plan, position: int, desks: Desks, error: Exception) -> RuntimeError:
     """What is known about a worker that died or is stuck: which pack it was at, and whose samples these are."""
     text = f"{type(error).__name__} {error}"
     at_work = desks.at_work()
     if STUCK not in text:
-        alive = {process.pid for process in multiprocessing.active_children()}
-        gone = [each for each in at_work if each[0] not in alive]
+        gone = _without_process(at_work)
         advice = (
             "Out of memory (see the kernel log), a full /dev/shm, or a file that crashes the image decoder are common causes; "
             "--data.workers 0 shows which"

@@ -271,10 +271,10 @@ class Writer:
         Raises:
             ValueError: the manifest's capacity, alignment or tile cap is not the one that the packs were written with.
         """
+        facts, rules = dataclasses.asdict(manifest), dataclasses.asdict(self.rules)
         for name in ("capacity", "alignment", "tile_cap"):
-            wanted = getattr(self.rules, name)
-            if wanted is not None and getattr(manifest, name) != wanted:
-                raise ValueError(f"manifest: {name} {getattr(manifest, name)}, but the packs were written with {wanted}")
+            if rules[name] not in (None, facts[name]):
+                raise ValueError(f"manifest: {name} {facts[name]}, but the packs were written with {rules[name]}")
         self._shards.append(self._shard.close())
         return complete(self.folder, manifest, self._shards)
 

@@ -14,6 +14,7 @@ from megavlm.config.schema import Config, Init
 from megavlm.convert import hf, parts
 from megavlm.convert.families import family_of
 from megavlm.data.dataset import PackedDataset
+from megavlm.data.files import is_remote
 from megavlm.data.manifest import read_manifest
 from megavlm.data.plan import Plan
 from megavlm.data.template import fingerprint
@@ -110,7 +111,7 @@ def _check_parts(config: Config) -> None:
 
 def _datasets(config: Config) -> Sequence[tuple[str, str]]:
     named = (("--data.train", config.data.train), ("--data.valid", config.data.valid))
-    return [(flag, folder) for flag, folder in named if folder and Path(folder).exists()]
+    return [(flag, folder) for flag, folder in named if folder and (is_remote(folder) or Path(folder).exists())]
 
 
 def _facts(flag: str, folder: str) -> DatasetFacts:

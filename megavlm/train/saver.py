@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from megavlm.config.cli import to_yaml
+from megavlm.data.files import open_folder
 from megavlm.data.manifest import FILE_NAME as MANIFEST_NAME
 from megavlm.train import checkpoint, folder, integrity
 from megavlm.train import state as run_state
@@ -146,9 +147,8 @@ class Saver:
         """Add the small files to the shards, then give the checkpoint its name."""
         config, growing, dataset = self._job.config, self._growing, self._job.train.folder
         (growing / checkpoint.CONFIG_NAME).write_text(to_yaml(config))
-        shutil.copyfile(dataset / MANIFEST_NAME, growing / MANIFEST_NAME)
-        if (dataset / checkpoint.TOKENIZER).is_dir():
-            shutil.copytree(dataset / checkpoint.TOKENIZER, growing / checkpoint.TOKENIZER)
+        for name in (MANIFEST_NAME, checkpoint.TOKENIZER):
+            open_folder(dataset).copy(name, growing / name)
         run_state.write(self._state, growing)
         integrity.write(growing, sums)
         target = self._root / folder.step_name(self._state.step)

@@ -117,7 +117,9 @@ class Trouble(PackedDataset):
         return super().batch(pack_id, position, **options)
 
 
-@pytest.mark.parametrize(("die", "words"), [(True, "(killed by signal|exited unexpectedly)"), (False, "timed out after 5")])
+@pytest.mark.parametrize(
+    ("die", "words"), [(True, "(killed by signal|exited unexpectedly|ConnectionResetError|EOFError)"), (False, "timed out after 5")]
+)
 def test_the_pack_that_a_worker_is_lost_at_is_named(dataset, die, words):
     stream = batches(Trouble(dataset.folder), Plan(num_packs=7, shuffle=False), range(100), workers=2, timeout=5, die=die)
     start = time.monotonic()
