@@ -9,6 +9,7 @@ import dataclasses
 import json
 import os
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -178,13 +179,16 @@ def parse_manifest(text: str, path: Path | str) -> Manifest:
 
 def _build(kind: type, facts: dict[str, Any], where: str) -> Any:
     """A ``kind`` from its facts, strict on both sides."""
-    fields = {entry.name: entry for entry in dataclasses.fields(kind)}
-    unknown = sorted(set(facts) - set(fields))
-    missing = sorted(
-        name
-        for name, entry in fields.items()
-        if name not in facts and entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING
-    )
+    known, required = _names(kind)
+    unknown, missing = sorted(facts.keys() - known), sorted(required - facts.keys())
     if unknown or missing:
         raise ValueError(f"{where}: facts missing: {missing or 'none'}; facts unknown: {unknown or 'none'}; pack the dataset again")
     return kind(**facts)
+
+
+@cache
+def _names(kind: type) -> tuple[frozenset[str], frozenset[str]]:
+    """The fields of a ``kind``, and those without a default."""
+    fields = dataclasses.fields(kind)
+    required = [entry.name for entry in fields if entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING]
+    return frozenset(entry.name for entry in fields), frozenset(required)

@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -204,7 +205,12 @@ def main() -> None:
     print(f"{options.packs:,} packs: first batch after {figures['first_batch_s']:.2f} s, ", end="")
     print(f"that of step 1,000,000 after {figures['seek_s']:.2f} s, {figures['index_memory_mib']:.0f} MiB more memory")
     if options.json:
-        facts = {"machine": platform.processor() or platform.machine(), "python": platform.python_version(), "torch": torch.__version__}
+        facts = {
+            "load_average": os.getloadavg()[0],
+            "machine": platform.processor() or platform.machine(),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+        }
         options.json.write_text(json.dumps({**figures, **facts}, indent=2) + "\n", encoding="utf-8")
 
 

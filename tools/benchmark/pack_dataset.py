@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import resource
 import shutil
@@ -113,7 +114,11 @@ def main() -> None:
         if options.lines:
             figures["memory"] = memory(work, options.lines)
     if options.json:
-        facts = {"machine": platform.processor() or platform.machine(), "python": platform.python_version()}
+        facts = {
+            "load_average": os.getloadavg()[0],
+            "machine": platform.processor() or platform.machine(),
+            "python": platform.python_version(),
+        }
         options.json.write_text(json.dumps({**figures, **facts}, indent=2) + "\n", encoding="utf-8")
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import platform
 import resource
 import subprocess
@@ -141,7 +142,12 @@ def main() -> None:
             f"{figures['many']['before_packing_mib']:,.0f} MiB of them before packing"
         )
     if options.json:
-        facts = {"machine": platform.processor() or platform.machine(), "python": platform.python_version(), "samples": len(tokens)}
+        facts = {
+            "load_average": os.getloadavg()[0],
+            "machine": platform.processor() or platform.machine(),
+            "python": platform.python_version(),
+            "samples": len(tokens),
+        }
         options.json.write_text(json.dumps({**figures, **facts}, indent=2) + "\n", encoding="utf-8")
 
 
