@@ -44,13 +44,19 @@ setup(
         "ray": ["ray>=2.40"],
         # Packs in object storage; s3fs, gcsfs and such go with it.
         "remote": ["fsspec>=2024.6"],
+        # Reads annotations, and images in them, from parquet files.
+        "parquet": ["pyarrow>=17"],
+        # Decodes videos; animated GIFs and folders of frames need nothing.
+        "video": ["av>=13"],
         "tensorboard": ["tensorboard>=2.17"],
         "wandb": ["wandb>=0.19"],
         "quickstart": ["matplotlib>=3.9", "scikit-learn>=1.5"],
         "dev": [
+            "av>=13",
             "fsspec>=2024.6",
             "hypothesis>=6.100",
             "numba>=0.61",
+            "pyarrow>=17",
             "pytest>=8.0",
             "ray>=2.40",
             "ruff==0.17.5",

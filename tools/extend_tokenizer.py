@@ -12,7 +12,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from megavlm.data.template import HF_CHAT_TEMPLATE, extend, fingerprint, load_tokenizer
+from megavlm.data.chat_formats import chat_format
+from megavlm.data.template import DEFAULT
+from megavlm.data.tokenizer import extend, fingerprint, first_tokens, load_tokenizer
 
 
 def main() -> int:
@@ -26,7 +28,7 @@ def main() -> int:
             raise ValueError(f"--out {options.out}: exists and is not an empty folder; name another one")
         tokenizer = load_tokenizer(options.hf, "--hf")
         new = extend(tokenizer)
-        tokenizer.chat_template = HF_CHAT_TEMPLATE
+        tokenizer.chat_template = chat_format(DEFAULT).hf_template(bos=bool(first_tokens(tokenizer)))
         tokenizer.save_pretrained(options.out)
     except (ValueError, OSError) as error:
         print(f"extend_tokenizer: error: {error}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Turn image-text conversations (JSONL and image files) into a packed dataset for training."""
+"""Turn images, videos and texts into a packed dataset for training."""
 
 from __future__ import annotations
 

@@ -18,8 +18,9 @@ from transformers import InternVLForConditionalGeneration
 from megavlm.data.manifest import Manifest, read_manifest
 from megavlm.data.media import decode_tiles, read_size
 from megavlm.data.record import Turn
-from megavlm.data.template import ChatTemplate, load_tokenizer
+from megavlm.data.template import ChatTemplate
 from megavlm.data.tiling import Tiling
+from megavlm.data.tokenizer import load_tokenizer
 
 BATCH = 50
 LONGEST_ANSWER = 6
@@ -82,7 +83,7 @@ def main() -> None:
     manifest, exam = read_manifest(options.packs), [json.loads(line) for line in options.exam.read_text().splitlines()]
     results = {}
     for stage, folder in (entry.split("=", 1) for entry in options.models):
-        template = ChatTemplate(load_tokenizer(folder), manifest.features_per_tile)
+        template = ChatTemplate(load_tokenizer(folder), manifest.features_per_tile, name=manifest.template)
         asked = [prepare(item, options.images, template, manifest) for item in exam]
         model = InternVLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
         results[stage] = answer(model, asked, template)

@@ -5,6 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+# Mean and standard deviation of red, green and blue, by what the vision encoder was pretrained with.
+PIXELS: dict[str, tuple[tuple[float, float, float], tuple[float, float, float]]] = {
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "clip": ((0.4814546, 0.4578275, 0.40821073), (0.2686295, 0.2613025, 0.2757711)),
+    "siglip": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Vision:
@@ -24,8 +31,8 @@ class Vision:
         qk_norm: whether queries and keys are normalised, each over all heads at once (InternViT-6B).
         activation: of the MLP: GELU, its approximation with tanh, or x * sigmoid(1.702 x).
         layer_scale: starting value of the learned factors on both residual branches; only InternViT has them.
-        pixel_mean: mean of red, green and blue (of pixels from 0 to 1) that is subtracted.
-        pixel_std: standard deviation of red, green and blue that is divided by.
+        pixel_mean: mean of red, green and blue (of pixels from 0 to 1) that is subtracted: three numbers, or imagenet, clip or siglip.
+        pixel_std: standard deviation of red, green and blue that is divided by; likewise.
     """
 
     family: Literal["internvit", "clip", "siglip"] = "internvit"
@@ -41,8 +48,8 @@ class Vision:
     qk_norm: bool = False
     activation: Literal["gelu", "gelu_tanh", "quick_gelu"] = "gelu"
     layer_scale: float = 0.1
-    pixel_mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    pixel_std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    pixel_mean: tuple[float, float, float] = PIXELS["imagenet"][0]
+    pixel_std: tuple[float, float, float] = PIXELS["imagenet"][1]
 
     @property
     def grid(self) -> int:

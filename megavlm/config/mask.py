@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from fnmatch import fnmatchcase
 
+PARTS = ("vision", "projector", "language")
+
 
 def matches(key: str, pattern: str) -> bool:
     """Whether ``pattern``, a part or a pattern of names, means the weight ``key``."""
     return fnmatchcase(key, pattern) or fnmatchcase(key, f"{pattern}.*")
+
+
+def parts_named(pattern: str) -> list[str]:
+    """Parts that a name, or a pattern of names, can mean."""
+    return [part for part in PARTS if fnmatchcase(part, pattern.split(".")[0])]

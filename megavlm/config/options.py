@@ -14,6 +14,7 @@ from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 import docstring_parser
 import jsonargparse
 
+from megavlm.config.architecture import PIXELS
 from megavlm.config.schema import Config
 
 # Names that Megatron-LM's users know, for fields that mean the same.
@@ -51,6 +52,13 @@ ALIASES = {
     "--num-workers": "data.workers",
     "--wandb-project": "logging.wandb_project",
     "--wandb-exp-name": "logging.run_name",
+}
+
+
+# Values that have a name.
+NAMED = {
+    "architecture.vision.pixel_mean": {name: mean for name, (mean, _) in PIXELS.items()},
+    "architecture.vision.pixel_std": {name: std for name, (_, std) in PIXELS.items()},
 }
 
 
@@ -167,7 +175,11 @@ def _reader(option: Option) -> Any:
         return option.kind
     item, *more = get_args(option.kind)
 
+    names = NAMED.get(option.key, {})
+
     def read(value: Any) -> tuple:
+        if isinstance(value, str) and value.strip() in names:
+            return names[value.strip()]
         try:
             values = [part.strip() for part in value.strip("[]() ").split(",") if part.strip()] if isinstance(value, str) else list(value)
             if more != [...] and len(values) != len(more) + 1:

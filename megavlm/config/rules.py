@@ -3,57 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 from megavlm.config import start
+from megavlm.config.dataset_rules import FP8_ROWS, DatasetFacts, facts_problems
 from megavlm.config.machine import Machine, machine_problems
+from megavlm.config.mask import PARTS, parts_named
 from megavlm.config.pipeline import parse_layout
 from megavlm.config.saving import checkpoint_problems
-from megavlm.config.schema import Architecture, Checkpoint, Config, Data, Fp8, Health, Logging, Optimizer, Parallel, Training
-from megavlm.config.sharing import rows_of_a_rank, sharing_problems
-
-PARTS = ("vision", "projector", "language")
-
-# Matrices come in multiples of so many rows and columns (Transformer Engine 2.11; blocks of 128 may be cut short, scales of 32 may not).
-FP8_ROWS = {"delayed": 16, "tensorwise": 16, "blockwise": 16, "mxfp8": 32}
+from megavlm.config.schema import AUGMENTATIONS, Architecture, Checkpoint, Config, Data, Fp8, Health, Logging, Optimizer, Parallel, Training
 
 
 class ConfigError(ValueError):
     """A configuration that cannot run; the message names every flag to change."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class DatasetFacts:
-    """What the manifest of a packed dataset says that must fit the model.
-
-    Args:
-        flag: option that names the dataset, such as ``--data.train``.
-        folder: where it is.
-        image_size: side of a tile in pixels.
-        features_per_tile: context tokens of a tile.
-        vocab_size: ids of the tokenizer that made the tokens.
-        capacity: tokens of a pack.
-        alignment: each sample starts at a multiple of this many tokens in its pack.
-        num_packs: packs in the dataset.
-        has_images: whether any pack has an image.
-        fingerprint: hash of the tokenizer.
-        pixel_mean, pixel_std: how the pixels are to be normalised.
-    """
-
-    flag: str
-    folder: str
-    image_size: int
-    features_per_tile: int
-    vocab_size: int
-    capacity: int
-    alignment: int
-    num_packs: int
-    has_images: bool
-    fingerprint: str
-    pixel_mean: tuple[float, float, float]
-    pixel_std: tuple[float, float, float]
 
 
 def check(config: Config, world_size: int, facts: Sequence[DatasetFacts] = (), machine: Machine | None = None) -> None:
@@ -98,11 +60,6 @@ def layout_problems(config: Config, world_size: int) -> list[str]:
         *_pipeline(config.parallel, config.architecture),
         *_world(config, world_size),
     ]
-
-
-def facts_problems(config: Config, facts: Sequence[DatasetFacts]) -> list[str]:
-    """Everything in which packed datasets do not fit the model or each other."""
-    return [problem for dataset in facts for problem in _dataset(config, dataset)] + list(_same_tokenizer(facts))
 
 
 def _at_least(least: int, section: str, values: object, *names: str) -> Iterator[str]:
@@ -224,10 +181,16 @@ def _world(config: Config, world_size: int) -> Iterator[str]:
 def _data(data: Data) -> Iterator[str]:
     if not data.train:
         yield "--data.train: name the folder of a packed dataset; tools/pack_dataset.py makes one"
-    for name in ("train", "valid"):
-        folder = vars(data)[name]
-        if folder and "://" not in folder and not Path(folder).is_dir():
+    for name, folder in [("train", folder) for folder in data.train_folders] + [("valid", data.valid)] * bool(data.valid):
+        if "://" not in folder and not Path(folder).is_dir():
             yield f"--data.{name} {folder}: no such folder; tools/pack_dataset.py --out {folder} makes one"
+    if data.weights and len(data.weights) != len(data.train_folders):
+        yield f"--data.weights: {len(data.weights)} weights for {len(data.train_folders)} folders of --data.train"
+    if any(not 0 < weight < float("inf") for weight in data.weights):
+        yield f"--data.weights {','.join(map(str, data.weights))}: each must be above 0"
+    for name in data.augment:
+        if name not in AUGMENTATIONS:
+            yield f"--data.augment {name}: no such change; known are {', '.join(AUGMENTATIONS)}"
     yield from _at_least(0, "data", data, "workers", "group", "timeout")
     yield from _at_least(1, "data", data, "prefetch")
 
@@ -238,22 +201,17 @@ def _training(training: Training, data: Data) -> Iterator[str]:
     if not training.trainable:
         yield f"--training.trainable: empty, so nothing would be trained; name some of {', '.join(PARTS)}"
     for pattern in training.trainable:
-        if not _parts(pattern):
+        if not parts_named(pattern):
             yield f"--training.trainable {pattern}: nothing is called so; parts are {', '.join(PARTS)}"
     if not 0 <= training.drop_path < 1:
         yield f"--training.drop_path {training.drop_path}: must be 0 or more, and less than 1"
-    elif training.drop_path and training.trainable and not any("vision" in _parts(pattern) for pattern in training.trainable):
+    elif training.drop_path and training.trainable and not any("vision" in parts_named(pattern) for pattern in training.trainable):
         yield (
             f"--training.drop_path {training.drop_path} has no effect: --training.trainable {','.join(training.trainable)} "
             "leaves the vision encoder frozen; use 0"
         )
     if training.eval_interval > 0 and not data.valid:
         yield f"--training.eval_interval {training.eval_interval} needs --data.valid, the held-out packs"
-
-
-def _parts(pattern: str) -> list[str]:
-    """Parts that a name, or a pattern of names, can mean."""
-    return [part for part in PARTS if fnmatchcase(part, pattern.split(".")[0])]
 
 
 def _optimizer(optimizer: Optimizer, training: Training) -> Iterator[str]:
@@ -314,39 +272,3 @@ def _health(health: Health) -> Iterator[str]:
         yield f"--health.slow_factor {health.slow_factor}: must be above 1"
     if health.hang_factor and health.hang_factor < 1:
         yield f"--health.hang_factor {health.hang_factor}: must be 1 or more, or 0 to report nothing"
-
-
-def _dataset(config: Config, facts: DatasetFacts) -> Iterator[str]:
-    arch, where = config.architecture, f"{facts.flag} {facts.folder}"
-    if facts.num_packs < 1:
-        yield f"{where}: has no packs"
-    if facts.has_images and facts.image_size != arch.vision.image_size:
-        yield f"{where}: tiles of {facts.image_size} pixels, but --architecture.vision.image_size is {arch.vision.image_size}"
-    wanted = arch.vision.image_size // max(arch.vision.patch_size, 1) // max(arch.pixel_shuffle, 1)
-    if facts.has_images and facts.features_per_tile != wanted**2:
-        yield f"{where}: packed for {facts.features_per_tile} features a tile, but the model makes {wanted**2}; pack it with --model"
-    for name, packed, trained in (
-        ("pixel_mean", facts.pixel_mean, arch.vision.pixel_mean),
-        ("pixel_std", facts.pixel_std, arch.vision.pixel_std),
-    ):
-        if facts.has_images and packed != trained:
-            yield f"{where}: packed for a {name} of {packed}, but --architecture.vision.{name} is {trained}"
-    if facts.vocab_size > arch.language.vocab_size:
-        yield f"{where}: its tokenizer has {facts.vocab_size} tokens, but --architecture.language.vocab_size is {arch.language.vocab_size}"
-    yield from sharing_problems(config.parallel, where, facts.capacity, facts.alignment)
-    rows = rows_of_a_rank(config.parallel, facts.capacity)
-    recipe = config.fp8.language
-    if rows % (multiple := FP8_ROWS.get(recipe, 1)):
-        yield (
-            f"{where}: packs of {facts.capacity} tokens give a rank {rows} rows, and --fp8.language {recipe} needs a multiple of "
-            f"{multiple}; pack with such a --capacity"
-        )
-    parts = {part for pattern in config.training.trainable for part in _parts(pattern)}
-    if parts and "language" not in parts and not facts.has_images:
-        yield f"{where}: has no images, and --training.trainable {','.join(config.training.trainable)} learns from images only"
-
-
-def _same_tokenizer(facts: Sequence[DatasetFacts]) -> Iterator[str]:
-    for other in facts[1:]:
-        if other.fingerprint != facts[0].fingerprint:
-            yield f"{other.flag} {other.folder}: packed with another tokenizer than {facts[0].flag} {facts[0].folder}"

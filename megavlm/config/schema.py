@@ -14,30 +14,44 @@ from megavlm.config.architecture import Language as Language
 from megavlm.config.architecture import Vision as Vision
 from megavlm.config.parts import Init as Init
 
+# What ``--data.augment`` knows.
+AUGMENTATIONS = ("jpeg", "crop", "flip", "colour")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
     """Packed datasets, made by ``tools/pack_dataset.py``.
 
     Args:
-        train: folder of the packed training set, or its URL in object storage, such as ``s3://bucket/packs``.
+        train: folder of the packed training set, or its URL in object storage, such as ``s3://bucket/packs``; or several with commas
+            between them.
+        weights: shares of the packs that are taken from each folder of ``train``; empty: each as often as it has packs.
         valid: folder of the packed held-out set; empty: no evaluation.
         shuffle: visit the packs in an order drawn from the seed, a new one each epoch; otherwise as stored.
         group: packs of like cost that are taken together, so that no rank of a step waits long; 0: the global batch size. 1: any packs.
         loss_reduction: weight of a supervised token: 1 (token), 1/n (sample) or 1/sqrt(n) (square), n the sample's supervised tokens.
+        augment: random changes of images of sources that were packed with data_augment: jpeg (quality 75 to 100, InternVL's), crop, flip,
+            colour. Crop and flip move what boxes and words such as "left" are about.
         workers: loader processes of each rank; 0 decodes in the training process.
         prefetch: packs that each loader process keeps ready.
         timeout: seconds after which a loader process that gives no pack ends the run; 0: it is waited for.
     """
 
     train: str = ""
+    weights: tuple[float, ...] = ()
     valid: str = ""
     shuffle: bool = True
     group: int = 0
     loss_reduction: Literal["token", "sample", "square"] = "square"
+    augment: tuple[str, ...] = ()
     workers: int = 4
     prefetch: int = 4
     timeout: int = 600
+
+    @property
+    def train_folders(self) -> tuple[str, ...]:
+        """The folders of ``train``."""
+        return tuple(folder.strip() for folder in self.train.split(",") if folder.strip())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,7 @@ from megavlm.convert.shards import ShardsFolder, write_shards
 from megavlm.convert.tables import Dialect, name_on_disk
 from megavlm.convert.views import HuggingFaceView, MegatronView
 from megavlm.data.progress import Progress
-from megavlm.data.template import fingerprint, load_tokenizer
+from megavlm.data.tokenizer import fingerprint, load_tokenizer
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 

@@ -21,7 +21,7 @@ from megavlm.convert.rows import within
 from megavlm.convert.serve import ExtendedVocabulary, FullTensor, LazyTensor, Served, head_source, vision_tensor
 from megavlm.convert.tables import EMBEDDING_KEY, HEAD_KEY
 from megavlm.convert.views import MegatronView
-from megavlm.data.template import extend, load_tokenizer
+from megavlm.data.tokenizer import extend, load_tokenizer
 
 _INTERNVIT = "intern_vit_6b"  # what OpenGVLab calls every InternViT
 _CLIP_KINDS: dict[str, tuple[str, type]] = {

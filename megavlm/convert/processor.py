@@ -14,16 +14,9 @@ from megavlm.convert import chat_config, native_config
 from megavlm.convert.settings import FILE_NAME, IMAGE_PROCESSOR_NAME, read_json, write_json
 from megavlm.convert.tables import Dialect
 from megavlm.convert.usage import Usage
-from megavlm.data.template import (
-    HF_CHAT_TEMPLATE,
-    IMAGE_CONTEXT,
-    IMAGE_END,
-    IMAGE_START,
-    SPECIAL_TOKENS,
-    SYSTEM_MESSAGE,
-    TURN_END,
-    load_tokenizer,
-)
+from megavlm.data.chat_formats import FORMATS, ChatFormat, chat_format
+from megavlm.data.template import DEFAULT
+from megavlm.data.tokenizer import IMAGE_CONTEXT, IMAGE_END, IMAGE_START, SPECIAL_TOKENS, first_tokens, load_tokenizer
 
 _TEMPLATE_NAME = "chat_template.jinja"
 _BICUBIC = 3
@@ -52,21 +45,21 @@ class TokenIds:
     pad: int
 
 
-def token_ids(folder: Path, architecture: Architecture) -> TokenIds:
+def token_ids(folder: Path, architecture: Architecture, template: str) -> TokenIds:
     """Ids of the tokens that matter, in the tokenizer of a folder.
 
     Raises:
         ValueError: the tokenizer lacks one, or knows more tokens than the model.
     """
     tokenizer = load_tokenizer(folder)
-    known = tokenizer.get_vocab()
-    missing = [token for token in (*SPECIAL_TOKENS, TURN_END) if token not in known]
+    known, row = tokenizer.get_vocab(), _format(template)
+    missing = [token for token in (*SPECIAL_TOKENS, *row.markers) if token not in known]
     if missing:
         raise ValueError(f"--tokenizer {folder}: lacks {', '.join(missing)}; take the folder tokenizer/ of the packed dataset")
     if max(known.values()) >= architecture.language.vocab_size:
         highest, rows = max(known.values()), architecture.language.vocab_size
         raise ValueError(f"--tokenizer {folder}: has ids up to {highest}, and the model's vocabulary has {rows} rows")
-    end = known[TURN_END]
+    end = tokenizer(row.end, add_special_tokens=False)["input_ids"][-1]
     return TokenIds(image=known[IMAGE_CONTEXT], end=end, pad=end if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
 
 
@@ -84,7 +77,7 @@ def write_folder(folder: Path, dialect: Dialect, tokenizer: Path, architecture: 
     Raises:
         ValueError: tokenizer and model do not fit, or the dialect has no such model.
     """
-    ids = token_ids(tokenizer, architecture)
+    ids = token_ids(tokenizer, architecture, usage.template)
     for name in TOKENIZER_FILES:
         if (tokenizer / name).is_file() and name != _TEMPLATE_NAME:
             shutil.copyfile(tokenizer / name, folder / name)
@@ -141,13 +134,14 @@ def _template(tokenizer: Path, usage: Usage, *, with_images: bool) -> str:
     own = tokenizer / _TEMPLATE_NAME
     found = own.read_text(encoding="utf-8") if own.is_file() else _tokenizer_settings(tokenizer).get("chat_template")
     keeps = isinstance(found, str) and not usage.is_trained and (IMAGE_CONTEXT in found or not with_images)
-    return found if keeps else chat_template(usage.system_message)
+    if keeps:
+        return found
+    return _format(usage.template).hf_template(system_message=usage.system_message, bos=bool(first_tokens(load_tokenizer(tokenizer))))
 
 
-def chat_template(system_message: str) -> str:
-    """The chat template with another system message than InternVL's."""
-    escaped = system_message.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n")
-    return HF_CHAT_TEMPLATE.replace(SYSTEM_MESSAGE, escaped)
+def _format(template: str) -> ChatFormat:
+    """The row of a template; of one that is not in the table, as folders of other models may name, InternVL 2.5's."""
+    return chat_format(template if template in FORMATS else DEFAULT)
 
 
 def _tokenizer_settings(tokenizer: Path) -> dict[str, Any]:

@@ -12,9 +12,10 @@ from typing import Any
 
 from megavlm.convert.settings import FILE_NAME, IMAGE_PROCESSOR_NAME, read_json, write_json
 from megavlm.convert.tables import Dialect
+from megavlm.data.chat_formats import chat_format
 from megavlm.data.manifest import FILE_NAME as MANIFEST_NAME
 from megavlm.data.manifest import read_manifest
-from megavlm.data.template import NAME, SYSTEM_MESSAGE
+from megavlm.data.template import DEFAULT
 
 _FILE_NAME = "usage.json"
 
@@ -32,8 +33,8 @@ class Usage:
         is_trained: whether the model was trained here; otherwise a chat template that comes with the tokenizer is kept.
     """
 
-    template: str = NAME
-    system_message: str = SYSTEM_MESSAGE
+    template: str = DEFAULT
+    system_message: str = chat_format(DEFAULT).system_message
     min_tiles: int = 1
     max_tiles: int = 12
     thumbnail: bool = True

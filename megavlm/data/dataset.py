@@ -6,16 +6,21 @@ Shapes: T tokens of the pack (its capacity), t tokens stored, N samples, I tiles
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from megavlm.data.augment import draw
 from megavlm.data.batch import Batch
 from megavlm.data.manifest import Manifest
 from megavlm.data.media import decode_tiles
+from megavlm.data.media_changed import decode_changed
 from megavlm.data.reader import Index, Pack, Reader
 from megavlm.data.share import WHOLE_PACK, Share
 from megavlm.data.store import REDUCTIONS
+from megavlm.data.tiling import pad_colour
 
 
 class PackedDataset:
@@ -23,17 +28,20 @@ class PackedDataset:
 
     Args:
         folder: folder that ``tools/pack_dataset.py`` wrote, or the URL of a copy of it in object storage.
+        augment: changes that images of sources with ``data_augment`` go through: jpeg, crop, flip, colour.
 
     Raises:
         FileNotFoundError: no complete dataset there.
         ValueError: damaged, or of a newer format.
     """
 
-    def __init__(self, folder: Path | str) -> None:
+    def __init__(self, folder: Path | str, *, augment: Sequence[str] = ()) -> None:
         self.reader = Reader(folder)
+        self.augment = tuple(augment)
+        self.pad_colour = pad_colour(self.manifest.tiling, self.manifest.pixel_mean)
 
     def __reduce__(self) -> tuple:
-        return type(self), (self.folder,)
+        return partial(type(self), self.folder, augment=self.augment), ()
 
     def __len__(self) -> int:
         return len(self.reader)
@@ -85,7 +93,7 @@ class PackedDataset:
             position: its place in the endless sequence of epochs (see ``plan``); with ``seed`` it fixes the draws of drop path.
             reduction: how a sample's supervised tokens are weighed: token, sample or square.
             vision_layers: layers of the vision encoder that need draws.
-            seed: the run's seed.
+            seed: the run's seed; with the position it also fixes the random changes of images.
             with_tiles: whether to decode the images.
             tile_multiple: number that a rank's tiles are filled up to a multiple of, with black ones.
             share: which tiles and tokens are this rank's.
@@ -110,7 +118,9 @@ class PackedDataset:
             loss_weights=_spread(weights, places, manifest.capacity)[own],
             sample_ends=ends,
             longest_sample=int(np.diff(ends).max()),
-            tiles=self._tiles(pack, chosen) if with_tiles else np.empty((0, 3, manifest.image_size, manifest.image_size), np.uint8),
+            tiles=self._tiles(pack, chosen, seed, position)
+            if with_tiles
+            else np.empty((0, 3, manifest.image_size, manifest.image_size), np.uint8),
             feature_positions=positions,
             feature_numbers=numbers,
             num_features=pack.tiles * manifest.features_per_tile,
@@ -135,7 +145,7 @@ class PackedDataset:
             )
         return positions
 
-    def _tiles(self, pack: Pack, chosen: range) -> np.ndarray:
+    def _tiles(self, pack: Pack, chosen: range, seed: int, position: int) -> np.ndarray:
         """The pixels of the chosen tiles of the pack, black where it has none; uint8 [I, 3, S, S]. Other images are not decoded."""
         size = self.manifest.image_size
         tiles = np.zeros((len(chosen), 3, size, size), np.uint8)
@@ -147,8 +157,12 @@ class PackedDataset:
             if first >= last:
                 continue
             try:
-                whole = tiles[first - chosen.start : last - chosen.start] if last - first == count else None
-                decoded = decode_tiles(pack.image(place), columns, rows, size, count > columns * rows, out=whole)
+                is_whole = last - first == count
+                room = tiles[first - chosen.start : last - chosen.start] if is_whole else np.empty((count, 3, size, size), np.uint8)
+                if self.pad_colour is None and not self._is_augmented(pack, place):
+                    decode_tiles(pack.image(place), columns, rows, size, count > columns * rows, out=room)
+                else:
+                    self._decode_changed(pack, place, seed, position, room)
             # Whatever the decoder raises, the user has to learn which image it was.
             except Exception as error:
                 origin = self.reader.origin(pack, int(row["sample"]))
@@ -156,9 +170,29 @@ class PackedDataset:
                     f"{self.folder}: pack {pack.pack_id}: image {place} of the pack, from the sample at {origin}, cannot be decoded: "
                     f"{type(error).__name__}: {error}"
                 ) from error
-            if whole is None:  # only part of the image is chosen
-                tiles[first - chosen.start : last - chosen.start] = decoded[first - start : last - start]
+            if not is_whole:  # only part of the image is chosen
+                tiles[first - chosen.start : last - chosen.start] = room[first - start : last - start]
         return tiles
+
+    def _is_augmented(self, pack: Pack, place: int) -> bool:
+        """Whether an image goes through random changes."""
+        source = int(pack.provenance["source"][pack.images["sample"][place]])
+        return bool(self.augment) and self.manifest.sources[source].augment
+
+    def _decode_changed(self, pack: Pack, place: int, seed: int, position: int, room: np.ndarray) -> None:
+        """The tiles of an image that is filled up to a square, or changed at random."""
+        columns, rows, count = (int(pack.images[name][place]) for name in ("columns", "rows", "tiles"))
+        operations = self.augment if self._is_augmented(pack, place) else ()
+        decode_changed(
+            pack.image(place),
+            columns,
+            rows,
+            self.manifest.image_size,
+            count > columns * rows,
+            pad_colour=self.pad_colour,
+            change=draw(operations, count, seed=seed, position=position, place=place),
+            out=room,
+        )
 
 
 def place_samples(lengths: np.ndarray, alignment: int, capacity: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,12 +1,17 @@
-"""From a record to a sample: images are looked at, tiles counted, the conversation becomes tokens."""
+"""From a record to a sample: images are looked at, frames chosen, tiles counted, the conversation becomes tokens."""
 
 from __future__ import annotations
 
 from enum import Enum
-from pathlib import Path
 
+import numpy as np
+
+from megavlm.data.entry import Entry
+from megavlm.data.frames import FrameChoice, show_frames
 from megavlm.data.media import check_pixels, read_size
-from megavlm.data.record import Annotations, Record, parse_record
+from megavlm.data.media_video import frame_times, open_media, read_frames
+from megavlm.data.meta import Annotations, Filter
+from megavlm.data.record import MediaFile, Record, Video, parse_record
 from megavlm.data.reject import Reject, RejectError
 from megavlm.data.sample import Image, Sample
 from megavlm.data.template import ChatTemplate
@@ -14,11 +19,11 @@ from megavlm.data.tiling import Tiling
 
 
 class Images(Enum):
-    """How far images are read.
+    """How far images and videos are read.
 
-    HEADER: their size only; a file whose end is missing passes. Samples then hold no bytes.
+    HEADER: their sizes and frame times only; a file whose end is missing passes. Samples then hold no bytes.
     DECODE: the pixels too, to see that they can be; samples hold no bytes.
-    LOAD: the bytes are kept in the sample, and not decoded.
+    LOAD: the bytes are kept in the sample; images are not decoded, frames of videos have to be.
     """
 
     HEADER = "header"
@@ -34,69 +39,100 @@ class Encoder:
         tiling: the images' tiles.
         capacity: most tokens of a sample.
         tile_cap: most tiles of a sample; None: any number.
+        frames: how frames of videos are chosen.
+        seed: fixes the frames that are chosen at random.
     """
 
-    def __init__(self, template: ChatTemplate, tiling: Tiling, capacity: int, tile_cap: int | None = None) -> None:
+    def __init__(
+        self,
+        template: ChatTemplate,
+        tiling: Tiling,
+        capacity: int,
+        tile_cap: int | None = None,
+        *,
+        frames: FrameChoice | None = None,
+        seed: int = 0,
+    ) -> None:
         self.template = template
         self.tiling = tiling
         self.capacity = capacity
         self.tile_cap = tile_cap
+        self.frames = frames or FrameChoice()
+        self.seed = seed
 
-    def encode_line(self, text: bytes, annotations: Annotations, *, source: int, line: int, images: Images) -> Sample | Reject:
-        """The sample of one line of an annotation file, or why there is none.
+    def encode_entry(self, entry: Entry, annotations: Annotations, *, source: int, images: Images) -> Sample | Reject:
+        """The sample of one entry of an annotation file, or why there is none.
 
         Args:
-            text: the line, UTF-8.
+            entry: the record as it stands in the file.
             annotations: the file that it is from.
             source: number of the file.
-            line: line in it, from 1.
             images: how far images are read.
         """
         try:
-            record = parse_record(text, source=source, line=line, root=annotations.root)
-            return self.encode(record, images=images, max_tiles=annotations.max_tiles)
+            fields = entry.fields()
+            annotations.keep.check_fields(fields)
+            record = parse_record(fields, root=annotations.root, files=entry.files, prompt=annotations.prompt)
+            return self.encode(
+                record, source=source, line=entry.number, images=images, max_tiles=annotations.max_tiles, keep=annotations.keep
+            )
         except RejectError as error:
-            return Reject(file=annotations.path, line=line, reason=error.reason, detail=error.detail)
+            return Reject(file=annotations.path, line=entry.number, reason=error.reason, detail=error.detail)
 
-    def encode(self, record: Record, *, images: Images, max_tiles: int | None = None) -> Sample:
+    def encode(
+        self, record: Record, *, source: int, line: int, images: Images, max_tiles: int | None = None, keep: Filter | None = None
+    ) -> Sample:
         """The sample of a record. Nothing is cut off: what is too long is refused.
 
         Args:
-            record: conversations and paths of images.
+            record: conversations, images and video.
+            source: number of the annotation file.
+            line: number of the record in it, from 1.
             images: how far images are read.
             max_tiles: stands in for the tiling's, for a source that has its own.
+            keep: what the record must be like.
 
         Raises:
             RejectError: the record cannot become a sample, with the reason.
         """
-        pictures = tuple(self._image(Path(path), len(record.images), max_tiles, images) for path in record.images)
+        keep, turns = keep or Filter(), record.conversations
+        if record.video:
+            rng = np.random.default_rng((self.seed, source, line))
+            pictures = self._frames(record.video, images, rng)
+            turns = show_frames(turns, len(pictures))
+        else:
+            pictures = tuple(self._image(file, len(record.images), max_tiles, images, keep) for file in record.images)
         tiles = [picture.tiles for picture in pictures]
         if self.tile_cap is not None and sum(tiles) > self.tile_cap:
             raise RejectError(
                 "too_many_tiles",
-                f"{sum(tiles)} tiles of {len(tiles)} images, but a pack holds {self.tile_cap}: lower --max_tiles or raise --tile_cap",
+                f"{sum(tiles)} tiles of {len(tiles)} images, but a pack holds {self.tile_cap}: "
+                f"lower {'--max_frames' if record.video else '--max_tiles'} or raise --tile_cap",
             )
-        tokens, supervised = self.template.encode(record.conversations, tiles)
+        tokens, supervised = self.template.encode(turns, tiles)
         if len(tokens) > self.capacity:
             raise RejectError(
                 "too_long",
                 f"{len(tokens)} tokens, {sum(tiles) * self.template.features_per_tile} of them for {sum(tiles)} tiles, "
-                f"but a pack holds {self.capacity}: raise --capacity or lower --max_tiles",
+                f"but a pack holds {self.capacity}: raise --capacity or lower {'--max_frames' if record.video else '--max_tiles'}",
             )
-        return Sample(tokens=tokens, supervised=supervised, images=pictures, source=record.source, line=record.line)
+        keep.check_length(len(tokens))
+        return Sample(tokens=tokens, supervised=supervised, images=pictures, source=source, line=line)
 
-    def _image(self, path: Path, images: int, max_tiles: int | None, how: Images) -> Image:
+    def _image(self, file: MediaFile, images: int, max_tiles: int | None, how: Images, keep: Filter) -> Image:
         """One of a record's ``images`` images."""
         try:
-            encoded = b"" if how is Images.HEADER else path.read_bytes()
-            width, height = read_size(path if how is Images.HEADER else encoded)
+            with open_media(file) as opened:
+                encoded = b"" if how is Images.HEADER else opened.read()
+                width, height = read_size(opened if how is Images.HEADER else encoded)
             if how is Images.DECODE:
                 check_pixels(encoded)
             columns, rows = self.tiling.grid(width, height, images, max_tiles)
         except OSError as error:
-            raise RejectError("missing_image", f"{path}: {error.strerror or error}") from None
+            raise RejectError("missing_image", f"{file.path}: {error.strerror or error}") from None
         except ValueError as error:
-            raise RejectError("unreadable_image", f"{path}: {error}") from None
+            raise RejectError("unreadable_image", f"{file.path}: {error}") from None
+        keep.check_image(width, height)
         return Image(
             encoded=encoded if how is Images.LOAD else b"",
             width=width,
@@ -104,4 +140,24 @@ class Encoder:
             columns=columns,
             rows=rows,
             tiles=self.tiling.count(columns, rows),
+        )
+
+    def _frames(self, video: Video, how: Images, rng: np.random.Generator) -> tuple[Image, ...]:
+        """The chosen frames of a video, a tile each."""
+        try:
+            places = self.frames.choose(frame_times(video.file), video.clip, rng)
+            if how is Images.HEADER:
+                return tuple(Image(encoded=b"", width=0, height=0, columns=1, rows=1, tiles=1) for _ in places)
+            frames = read_frames(video.file, places, self.tiling.tile_size, self.tiling.pad_colour)
+            for frame in frames if how is Images.DECODE else ():
+                check_pixels(frame.encoded)
+        except OSError as error:
+            raise RejectError("missing_video", f"{video.file.path}: {error.strerror or error}") from None
+        except RejectError as error:
+            raise RejectError(error.reason, f"{video.file.path}: {error.detail}") from None
+        except ValueError as error:
+            raise RejectError("unreadable_video", f"{video.file.path}: {error}") from None
+        return tuple(
+            Image(encoded=frame.encoded if how is Images.LOAD else b"", width=frame.width, height=frame.height, columns=1, rows=1, tiles=1)
+            for frame in frames
         )

@@ -31,6 +31,7 @@ class Source:
         records: records read.
         samples: samples packed (repeats counted, rejected records not).
         repeat_time: how often the source was asked to be taken; below 1: a share of it.
+        augment: whether its images may be changed at random while training.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Source:
     records: int = 0
     samples: int = 0
     repeat_time: float = 1.0
+    augment: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +87,7 @@ class Manifest:
         min_tiles: fewest tiles of an image, thumbnail not counted.
         max_tiles: most tiles of an image, thumbnail not counted.
         thumbnail: whether an image of several tiles gets its thumbnail as one more tile.
+        tiling: how images become tiles, dynamic or pad; frames of videos are one tile either way.
         pixel_mean: mean that the model subtracts from each channel, of values in [0, 1].
         pixel_std: value that the model divides each channel by.
         capacity: tokens of a pack.
@@ -109,6 +112,7 @@ class Manifest:
     min_tiles: int = 1
     max_tiles: int = 12
     thumbnail: bool = True
+    tiling: str = "dynamic"
     pixel_mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     pixel_std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     capacity: int

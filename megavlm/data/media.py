@@ -12,6 +12,7 @@ import io
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image as PillowImage
@@ -28,20 +29,20 @@ MAX_TEXT_BYTES = 2**26
 PngImagePlugin.MAX_TEXT_CHUNK = MAX_TEXT_BYTES
 
 
-def read_size(source: bytes | Path) -> tuple[int, int]:
+def read_size(source: bytes | Path | BinaryIO) -> tuple[int, int]:
     """Width and height in pixels, from the header of an image file.
 
     Args:
-        source: content of the file, or its path; of a path only the header is read.
+        source: content of the file, or its path, or the file opened; of the latter two only the header is read.
 
     Raises:
         FileNotFoundError: there is no such file (other OSErrors likewise where a path may not be read).
         ValueError: not an image, or one of more than ``MAX_PIXELS`` pixels.
     """
-    if isinstance(source, bytes):
-        return _open(io.BytesIO(source)).size
-    with open(source, "rb") as file:
-        return _open(file).size
+    if isinstance(source, Path):
+        with open(source, "rb") as file:
+            return open_image(file).size
+    return open_image(io.BytesIO(source) if isinstance(source, bytes) else source).size
 
 
 def decode_tiles(encoded: bytes, columns: int, rows: int, tile_size: int, thumbnail: bool, out: np.ndarray | None = None) -> np.ndarray:
@@ -58,15 +59,23 @@ def decode_tiles(encoded: bytes, columns: int, rows: int, tile_size: int, thumbn
     Raises:
         ValueError: the image cannot be decoded, with the reason, or ``out`` has another shape.
     """
+    return cut_tiles(decode_pixels(encoded), columns, rows, tile_size, thumbnail, out)
+
+
+def decode_pixels(encoded: bytes) -> np.ndarray:
+    """The pixels of an image as RGB, uint8 [height, width, 3]; raises ValueError where they cannot be decoded."""
+    pixels = decode_jpeg(encoded, MAX_PIXELS)
+    return np.asarray(_decode(encoded)) if pixels is None else pixels
+
+
+def cut_tiles(pixels: np.ndarray, columns: int, rows: int, tile_size: int, thumbnail: bool, out: np.ndarray | None = None) -> np.ndarray:
+    """``decode_tiles`` of pixels, uint8 [height, width, 3]."""
     whole = columns * rows
     shape = (whole + (thumbnail and whole > 1), 3, tile_size, tile_size)
     if out is None:
         out = np.empty(shape, np.uint8)
     if out.shape != shape:
         raise ValueError(f"room for tiles of shape {out.shape}, but the image gives {shape}")
-    pixels = decode_jpeg(encoded, MAX_PIXELS)
-    if pixels is None:
-        pixels = np.asarray(_decode(encoded))
     resize = _resize_function()
     resize(pixels, columns, rows, tile_size, out[:whole])
     if len(out) > whole:
@@ -82,13 +91,13 @@ def load_decoders() -> None:
 
 def check_pixels(encoded: bytes) -> None:
     """Decode an image to see that it can be; raises ValueError with the reason where not."""
-    image = _open(io.BytesIO(encoded))
+    image = open_image(io.BytesIO(encoded))
     try:
         # A JPEG file is read to its end, but not all pixels are worked out.
         image.draft("RGB", (1, 1))
         image.load()
     except Exception as error:
-        raise ValueError(f"an image that cannot be decoded: {_words(error)}") from None
+        raise ValueError(f"an image that cannot be decoded: {describe(error)}") from None
 
 
 @cache
@@ -112,12 +121,12 @@ def _resize_with_pillow(pixels: np.ndarray, columns: int, rows: int, tile_size: 
     tiles[:] = grid.transpose(0, 2, 4, 1, 3).reshape(-1, 3, tile_size, tile_size)
 
 
-def _open(file: io.BufferedIOBase) -> PillowImage.Image:
+def open_image(file: BinaryIO) -> PillowImage.Image:
     """The image in ``file``, of which only the header is read."""
     try:
         image = PillowImage.open(file)
     except Exception as error:
-        raise ValueError(f"not a readable image: {_words(error)}") from None
+        raise ValueError(f"not a readable image: {describe(error)}") from None
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(f"an image of {image.width} x {image.height} pixels; at most {MAX_PIXELS} pixels are decoded")
     return image
@@ -125,14 +134,14 @@ def _open(file: io.BufferedIOBase) -> PillowImage.Image:
 
 def _decode(encoded: bytes) -> PillowImage.Image:
     """The pixels of an image, as RGB."""
-    image = _open(io.BytesIO(encoded))
+    image = open_image(io.BytesIO(encoded))
     try:
         return image.convert("RGB")
     except Exception as error:
-        raise ValueError(f"an image that cannot be decoded: {_words(error)}") from None
+        raise ValueError(f"an image that cannot be decoded: {describe(error)}") from None
 
 
-def _words(error: Exception) -> str:
+def describe(error: Exception) -> str:
     """What a decoder's error says, on one line."""
     if isinstance(error, UnidentifiedImageError):
         return "no known image format"  # its own words hold the address of a buffer

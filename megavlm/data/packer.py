@@ -15,24 +15,27 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from megavlm.data.chat_formats import chat_format
+from megavlm.data.frames import FrameChoice
 from megavlm.data.manifest import FORMAT_VERSION, Manifest, Source
+from megavlm.data.meta import Annotations
 from megavlm.data.packing_plan import PackPlan, Samples, gather_samples, plan_packs
 from megavlm.data.partial import JOB_NAME, LOCK_NAME, partial_folder
 from megavlm.data.progress import Progress
-from megavlm.data.record import Annotations
-from megavlm.data.reject import Reject
+from megavlm.data.reject import Reject, count_unwanted
 from megavlm.data.report import Report, make_report
 from megavlm.data.shards import LateReject, ShardTask, WrittenShard, find_written, remove_markers, write_shard
 from megavlm.data.store import PackRules, complete
 from megavlm.data.survey import HOPELESS_RECORDS, REJECTS_NAME, SHOWN_REJECTS, Survey, survey
-from megavlm.data.template import HF_CHAT_TEMPLATE, IMAGE_CONTEXT, NAME, SYSTEM_MESSAGE, add_special_tokens, fingerprint, load_tokenizer
+from megavlm.data.template import DEFAULT
 from megavlm.data.tiling import Tiling
+from megavlm.data.tokenizer import IMAGE_CONTEXT, add_special_tokens, fingerprint, first_tokens, load_tokenizer
 from megavlm.data.workers import EncoderSettings, Executor, build_encoder, ordered_map
 
 TOKENIZER_NAME, SURVEY_NAME = "tokenizer", "survey"
@@ -50,14 +53,17 @@ class Job:
         out: folder of the dataset; missing or empty.
         capacity: tokens of a pack.
         features_per_tile: ``<IMG_CONTEXT>`` tokens of one tile.
+        template: name of the conversation template.
+        system_message: what a conversation without a system turn begins with; None: the template's own.
         tiling: how images become tiles.
+        pixel_std: what the model divides red, green and blue by; the mean is the tiling's.
+        frames: how frames of videos are chosen.
         tile_cap: most tiles of a pack; None: chosen from the data.
         alignment: each sample's length is rounded up to a multiple of this inside its pack.
         seed: fixes which of equal samples share a pack, and the order of packs.
         workers: processes that encode; 0: this one (with Ray: as many as the cluster has cores).
         executor: where they run.
         max_rejects: largest share of the records that may be rejected.
-        pixel_mean, pixel_std: how the model that the packs are for normalises its pixels.
         decode_images: whether each image is decoded when it is packed, so that none can stop a training run.
     """
 
@@ -67,14 +73,16 @@ class Job:
     capacity: int
     features_per_tile: int
     tiling: Tiling
+    pixel_std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    frames: FrameChoice = field(default_factory=FrameChoice)
+    template: str = DEFAULT
+    system_message: str | None = None
     tile_cap: int | None = None
     alignment: int = 1
     seed: int = 0
     workers: int = 0
     executor: Executor = "processes"
     max_rejects: float = 0.01
-    pixel_mean: tuple[float, float, float] = Manifest.pixel_mean
-    pixel_std: tuple[float, float, float] = Manifest.pixel_std
     decode_images: bool = True
 
     def check(self) -> None:
@@ -83,6 +91,7 @@ class Job:
         for name, bound in least.items():
             if getattr(self, name) < bound:
                 raise ValueError(f"--{name} {getattr(self, name)}: must be at least {bound}")
+        chat_format(self.template)
         if self.capacity % self.alignment:
             raise ValueError(f"--capacity {self.capacity}: must be a multiple of --alignment {self.alignment}")
         if self.tile_cap is not None and self.tile_cap < 0:
@@ -185,7 +194,7 @@ def _tokenizer(job: Job):
     """The tokenizer, with all that the dataset's copy of it needs."""
     tokenizer = load_tokenizer(job.tokenizer)
     add_special_tokens(tokenizer)
-    tokenizer.chat_template = HF_CHAT_TEMPLATE
+    tokenizer.chat_template = chat_format(job.template).hf_template(system_message=job.system_message, bos=bool(first_tokens(tokenizer)))
     return tokenizer
 
 
@@ -194,8 +203,12 @@ def _settings(job: Job, tokenizer, folder: Path) -> EncoderSettings:
     settings = EncoderSettings(
         tokenizer=str(folder.absolute()),
         fingerprint=fingerprint(tokenizer),
+        template=job.template,
+        system_message=job.system_message,
         features_per_tile=job.features_per_tile,
         tiling=job.tiling,
+        frames=job.frames,
+        seed=job.seed,
         capacity=job.capacity,
         tile_cap=job.tile_cap,
     )
@@ -212,10 +225,11 @@ def _survey(job: Job, settings: EncoderSettings, folder: Path) -> Survey:
     if records == 0:
         raise ValueError(f"no records in {', '.join(source.path for source in job.sources)}")
     hopeless = len(found.rows) == 0 and records >= HOPELESS_RECORDS
-    if len(found.rows) == 0 or found.rejected > job.max_rejects * records:
+    rejected = count_unwanted(found.rejects)
+    if len(found.rows) == 0 or rejected > job.max_rejects * records:
         kept = Path(job.out).with_name(Path(job.out).name + ".rejects.jsonl")
         shutil.copyfile(folder / REJECTS_NAME, kept)
-        raise _too_many(job, found.rejected, f"{'the first ' if hopeless else ''}{records}", records, found.first_rejects, kept)
+        raise _too_many(job, rejected, f"{'the first ' if hopeless else ''}{records}", records, found.first_rejects, kept)
     return found
 
 
@@ -231,7 +245,7 @@ def _too_many(job: Job, rejected: int, of: str, records: int, first: tuple[Rejec
 
 def _gather(job: Job, found: Survey) -> Samples:
     """The sizes of all samples."""
-    return gather_samples(found.rows, [source.repeats for source in job.sources], job.alignment, job.seed)
+    return gather_samples(found.rows, job.sources, job.alignment, job.seed)
 
 
 def _write_shards(job: Job, settings: EncoderSettings, found: Survey, plan: PackPlan, folder: Path) -> list[WrittenShard]:
@@ -278,8 +292,8 @@ def _left_out(shards: list[WrittenShard]) -> dict[tuple[int, int], LateReject]:
 def _check_left_out(job: Job, found: Survey, shards: list[WrittenShard]) -> None:
     """Raise ValueError where both passes together rejected too many records."""
     left_out, records = _left_out(shards), sum(found.records)
-    rejected = found.rejected + len(left_out)
-    if rejected > job.max_rejects * records or rejected == records:
+    rejected = count_unwanted(found.rejects) + len(left_out)
+    if rejected > job.max_rejects * records or len(left_out) == len(found.rows):
         kept = Path(job.out).with_name(Path(job.out).name + ".rejects.jsonl")
         shutil.copyfile(job.partial / SURVEY_NAME / REJECTS_NAME, kept)
         _append_rejects(kept, left_out)
@@ -316,19 +330,20 @@ def _manifest(
     tokenizer_facts: dict[str, Any],
 ) -> Manifest:
     """The manifest of the dataset, without shards and totals."""
-    taken = np.bincount(found.rows["source"], minlength=len(job.sources)).tolist()
+    taken = np.bincount(found.rows["source"][plan.order], minlength=len(job.sources)).tolist()
     lost = Counter(late.source for written in shards for late in written.rejects)
     reasons = Counter(found.rejects) + Counter(late.reject.reason for late in left_out.values())
     return Manifest(
         **tokenizer_facts,
-        template=NAME,
-        system_message=SYSTEM_MESSAGE,
+        template=job.template,
+        system_message=chat_format(job.template).system_message if job.system_message is None else job.system_message,
         image_size=job.tiling.tile_size,
         features_per_tile=job.features_per_tile,
         min_tiles=job.tiling.min_tiles,
         max_tiles=job.tiling.max_tiles,
         thumbnail=job.tiling.thumbnail,
-        pixel_mean=job.pixel_mean,
+        tiling=job.tiling.mode,
+        pixel_mean=job.tiling.pixel_mean,
         pixel_std=job.pixel_std,
         capacity=job.capacity,
         tile_cap=plan.tile_cap,
@@ -340,8 +355,9 @@ def _manifest(
                 annotations=source.path,
                 root=source.root,
                 records=records,
-                samples=samples * source.repeats - lost[number],
+                samples=samples - lost[number],
                 repeat_time=source.repeat_time,
+                augment=source.augment,
             )
             for number, (source, records, samples) in enumerate(zip(job.sources, found.records, taken, strict=True))
         ),

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megavlm.data.meta import Annotations
+from megavlm.data.mixture import take
 from megavlm.data.packing import automatic_tile_cap, pack
 from megavlm.data.packing_order import places_by_cost
 from megavlm.data.rows import Rows
@@ -66,18 +68,18 @@ class Samples:
     tiles: np.ndarray
 
 
-def gather_samples(rows: Rows, repeats: Sequence[int], alignment: int, seed: int) -> Samples:
+def gather_samples(rows: Rows, sources: Sequence[Annotations], alignment: int, seed: int) -> Samples:
     """The sizes of the samples that the rows of a survey stand for.
 
     Args:
         rows: of the survey.
-        repeats: how often the records of each source are taken.
+        sources: of the records, and how often they are taken.
         alignment: of samples in a pack.
-        seed: fixes which of equal samples share a pack.
+        seed: fixes which of equal samples share a pack, and which are drawn once more.
     """
     chosen = np.arange(len(rows), dtype=np.int32)
-    if set(repeats) != {1}:
-        chosen = np.repeat(chosen, np.asarray(repeats)[rows["source"]])
+    if any(source.weight is not None or source.repeat_time > 1 for source in sources):
+        chosen = take(rows["source"], sources, seed)
     # Best fit takes equally long samples as they come: shuffled, so that neighbours in a file do not share a pack.
     np.random.default_rng((seed, 0)).shuffle(chosen)
     tokens = rows["tokens"][chosen]

@@ -12,7 +12,7 @@ import numpy as np
 
 from megavlm.data.dataset import PackedDataset
 from megavlm.data.reader import Pack
-from megavlm.data.template import load_tokenizer
+from megavlm.data.tokenizer import load_tokenizer
 
 WIDTH_INCHES = 14.0
 TILES_SHOWN = 10

@@ -16,9 +16,10 @@ from pathlib import Path
 import numpy as np
 
 from megavlm.data.encode import Images
+from megavlm.data.entry_files import open_entries
 from megavlm.data.manifest import Shard, Totals
 from megavlm.data.media import check_pixels
-from megavlm.data.record import Annotations, read_lines
+from megavlm.data.meta import Annotations
 from megavlm.data.reject import Reject
 from megavlm.data.sample import Sample
 from megavlm.data.store import RECORD, PackRules, ShardWriter
@@ -131,10 +132,12 @@ def encode_rows(task: ShardTask, rows: np.ndarray) -> Iterator[Sample | LateReje
 def _encode_row(task: ShardTask, row: np.ndarray, source: int) -> Sample | LateReject:
     """The sample of one row."""
     annotations, line = task.sources[source], int(row["line"])
-    _, text = next(read_lines(annotations.path, int(row["offset"]), 1), (0, b""))
-    sample = build_encoder(task.settings).encode_line(text, annotations, source=source, line=line, images=Images.LOAD)
-    if isinstance(sample, Reject) or (sample.length, sample.tiles) != (row["tokens"], row["tiles"]):
-        now = f"{sample.reason}, {sample.detail}" if isinstance(sample, Reject) else f"{sample.length} tokens, {sample.tiles} tiles"
+    entry = next(open_entries(annotations.path).read(int(row["offset"]), line, 1), None)
+    sample = entry and build_encoder(task.settings).encode_entry(entry, annotations, source=source, images=Images.LOAD)
+    if not isinstance(sample, Sample) or (sample.length, sample.tiles) != (row["tokens"], row["tiles"]):
+        if isinstance(sample, Reject) and sample.reason.startswith("unreadable"):
+            return LateReject(source=source, reject=sample)  # a video is looked into only now
+        now = f"{sample.length} tokens, {sample.tiles} tiles" if isinstance(sample, Sample) else f"{sample or 'gone'}"
         detail = f"before: {row['tokens']} tokens, {row['tiles']} tiles; now: {now}"
         return LateReject(source=source, reject=Reject(file=annotations.path, line=line, reason="changed", detail=detail))
     if task.decode_images:

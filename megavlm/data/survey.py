@@ -1,6 +1,6 @@
 """First pass over the annotation files: the tokens and tiles of each record, and the records to leave out.
 
-Of a record only a row of 22 bytes is kept, in a file. What is done is written down now and then, and a survey that was stopped goes on
+Of a record only a row of 24 bytes is kept, in a file. What is done is written down now and then, and a survey that was stopped goes on
 there.
 """
 
@@ -19,14 +19,16 @@ from typing import BinaryIO
 import numpy as np
 
 from megavlm.data.encode import Images
+from megavlm.data.entry import Block
+from megavlm.data.entry_files import open_entries
 from megavlm.data.files import LocalFiles
+from megavlm.data.meta import Annotations
 from megavlm.data.progress import Progress
-from megavlm.data.record import Annotations, count_records, read_lines
 from megavlm.data.reject import Reject
 from megavlm.data.rows import Rows
 from megavlm.data.workers import EncoderSettings, Executor, build_encoder, ordered_map
 
-ROW = np.dtype([("offset", "<i8"), ("line", "<i4"), ("tokens", "<i4"), ("tiles", "<i4"), ("source", "<i2")])
+ROW = np.dtype([("offset", "<i8"), ("line", "<i4"), ("tokens", "<i4"), ("tiles", "<i4"), ("source", "<i4")])
 LINES_PER_TASK = 32
 # So many records without one that can be used mean a wrong folder or format, which is better told now than after hours.
 HOPELESS_RECORDS = 2000
@@ -37,26 +39,20 @@ SAVE_INTERVAL_SECONDS = 10.0
 
 @dataclass(frozen=True, kw_only=True)
 class Span:
-    """Lines of one annotation file, as one task.
+    """Entries of one annotation file, as one task.
 
     Args:
         settings: of the encoder.
         annotations: the file.
         source: its number.
-        first_line: from 1.
-        offset: of the first line, in bytes.
-        lines: number of lines, blank ones counted.
-        size: bytes of the lines.
+        block: the entries.
         images: how far images are read.
     """
 
     settings: EncoderSettings
     annotations: Annotations
     source: int
-    first_line: int
-    offset: int
-    lines: int
-    size: int
+    block: Block
     images: Images
 
 
@@ -153,7 +149,7 @@ def survey(
             for measured in ordered_map(measure, spans, workers, executor):
                 rows.write(measured.rows.tobytes())
                 rejects.write(_note(state, measured))
-                progress.add(measured.span.size, f"{sum(state.records)} records, {sum(state.rejects.values())} rejected")
+                progress.add(measured.span.block.size, f"{sum(state.records)} records, {sum(state.rejects.values())} rejected")
                 if not state.rows and sum(state.records) >= HOPELESS_RECORDS:
                     break
                 if time.monotonic() - saved > SAVE_INTERVAL_SECONDS:
@@ -174,7 +170,7 @@ def _note(state: State, measured: Measured) -> bytes:
     """Count what came of a span, and return the lines of its rejected records."""
     lines = "".join(json.dumps(dataclasses.asdict(reject), ensure_ascii=False) + "\n" for reject in measured.rejects).encode()
     state.tasks += 1
-    state.bytes += measured.span.size
+    state.bytes += measured.span.block.size
     state.rows += len(measured.rows)
     state.rejects_bytes += len(lines)
     state.records[measured.span.source] += measured.records
@@ -207,50 +203,31 @@ def _save_state(folder: Path, state: State, *files: BinaryIO) -> None:
 def measure(span: Span) -> Measured:
     """Encode the records of a span, in a worker, and keep their sizes."""
     encoder = build_encoder(span.settings)
-    rows, rejects, records = [], [], 0
-    for place, (offset, text) in enumerate(read_lines(span.annotations.path, span.offset, span.lines)):
-        if text.isspace():
-            continue
-        records += 1
-        line = span.first_line + place
-        sample = encoder.encode_line(text, span.annotations, source=span.source, line=line, images=span.images)
+    rows, rejects, block = [], [], span.block
+    for entry in open_entries(span.annotations.path).read(block.offset, block.number, block.entries):
+        sample = encoder.encode_entry(entry, span.annotations, source=span.source, images=span.images)
         if isinstance(sample, Reject):
             rejects.append(sample)
         else:
-            rows.append((offset, line, sample.length, sample.tiles, span.source))
-    return Measured(span=span, records=records, rows=np.array(rows, ROW), rejects=rejects)
+            rows.append((entry.offset, entry.number, sample.length, sample.tiles, span.source))
+    return Measured(span=span, records=len(rows) + len(rejects), rows=np.array(rows, ROW), rejects=rejects)
 
 
 def _spans(sources: Sequence[Annotations], settings: EncoderSettings, images: Images) -> Iterator[Span]:
     """The annotation files cut into tasks."""
     for source, file in enumerate(sources):
-        wanted = int(count_records(file.path) * file.repeat_time) if file.repeat_time < 1 else None
-        line = 0
-        for offset, lines, size in _blocks(file.path, wanted):
-            yield Span(
-                settings=settings,
-                annotations=file,
-                source=source,
-                first_line=line + 1,
-                offset=offset,
-                lines=lines,
-                size=size,
-                images=images,
-            )
-            line += lines
+        for block in _wanted(file):
+            yield Span(settings=settings, annotations=file, source=source, block=block, images=images)
 
 
-def _blocks(path: str, wanted: int | None) -> Iterator[tuple[int, int, int]]:
-    """(offset, lines, bytes) of runs of lines, up to the one that holds record number ``wanted``."""
-    start, lines, size, records = 0, 0, 0, 0
-    for offset, text in read_lines(path):
-        if records == wanted:
-            break
-        records += not text.isspace()
-        lines += 1
-        size += len(text)
-        if lines == LINES_PER_TASK:
-            yield start, lines, size
-            start, lines, size = offset + len(text), 0, 0
-    if lines:
-        yield start, lines, size
+def _wanted(file: Annotations) -> Iterator[Block]:
+    """The blocks of a file; of one that is taken less than once, those with the first share of its entries."""
+    entries = open_entries(file.path)
+    if file.repeat_time >= 1:
+        yield from entries.blocks(LINES_PER_TASK)
+        return
+    left = int(sum(block.entries for block in entries.blocks(LINES_PER_TASK)) * file.repeat_time)
+    for block in entries.blocks(LINES_PER_TASK):
+        if left > 0:
+            yield dataclasses.replace(block, entries=min(block.entries, left))
+        left -= block.entries

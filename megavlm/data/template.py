@@ -1,135 +1,71 @@
-"""From conversations to tokens: the chat template ``internvl2_5`` and its tokenizer. The only module of ``data`` that imports transformers.
+"""From conversations to tokens: a template of ``chat_formats`` with a tokenizer.
 
-A sample reads ``<|im_start|>system\\n...<|im_end|>\\n<|im_start|>user\\n...<|im_end|>\\n<|im_start|>assistant\\n...<|im_end|>\\n``; an
-image is ``<img>``, one ``<IMG_CONTEXT>`` a feature, ``</img>``. Answers and the ``<|im_end|>`` behind them are supervised, nothing else is.
+An image is ``<img>``, one ``<IMG_CONTEXT>`` a feature, ``</img>``. Answers with their end are supervised; of a ``pretrain`` text
+everything but images is.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from itertools import chain
-from pathlib import Path
-from typing import Any
 
 import numpy as np
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
+from megavlm.data.chat_formats import chat_format
 from megavlm.data.record import IMAGE_PLACEHOLDER, Turn
 from megavlm.data.reject import RejectError
+from megavlm.data.tokenizer import IMAGE_CONTEXT, IMAGE_END, IMAGE_START, IMAGE_TOKENS, SPECIAL_TOKENS, first_tokens
 
-NAME = "internvl2_5"
-IMAGE_START, IMAGE_END, IMAGE_CONTEXT = "<img>", "</img>", "<IMG_CONTEXT>"
-SPECIAL_TOKENS = (IMAGE_START, IMAGE_END, IMAGE_CONTEXT, "<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>")
-TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
-ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
-# What InternVL 2.5 is told where a conversation has no system turn of its own.
-SYSTEM_MESSAGE = "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
-
-# The same text for Hugging Face's apply_chat_template; an image becomes one <IMG_CONTEXT>, which the processor of InternVL expands.
-HF_CHAT_TEMPLATE = (
-    "{%- if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\\n" + SYSTEM_MESSAGE + "<|im_end|>\\n' }}{% endif %}"
-    "{%- for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}"
-    "{%- if message['content'] is string %}{{ message['content'] }}{% else %}"
-    "{%- for part in message['content'] %}"
-    "{%- if part['type'] == 'image' %}{{ '<IMG_CONTEXT>\\n' }}{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}"
-    "{%- endfor %}{% endif %}{{ '<|im_end|>\\n' }}{% endfor %}"
-    "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
-
-# Scripts, digits, white space, code and special tokens: two tokenizers that cut this alike and share a vocabulary are one.
-PROBE = (
-    "The 3 quick brown foxes didn't jump: 12,345.67 + 89 = ?\n\n\tdef f(x):  return x ** 2\r\n"
-    "InternVL 你好，世界 naïve Straße Ελλάδα Привет العربية 한국어 🙂👍🏽 e\u0301 \u00e9 \ufb01 "
-    + TURN_START + " text " + IMAGE_START + IMAGE_CONTEXT + IMAGE_END + "<box>[[12, 34, 560, 780]]</box>" + TURN_END + "\n"
-)  # fmt: skip
-
-
-def load_tokenizer(folder: str | Path, flag: str = "--tokenizer") -> PreTrainedTokenizerBase:
-    """The tokenizer in a folder, never fetched from elsewhere, and never with Python code of its own; ``flag`` names the folder in errors.
-
-    Raises:
-        FileNotFoundError: there is no such folder.
-        ValueError: it holds no tokenizer that transformers can read.
-    """
-    if not Path(folder).is_dir():
-        raise FileNotFoundError(f"{flag} {folder}: there is no such folder")
-    try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    except Exception as error:
-        text = " ".join(str(error).split())
-        raise ValueError(f"{flag} {folder}: holds no readable tokenizer: {text:.300}") from None
-
-
-def add_special_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Add those of InternVL's nine special tokens that are missing, in InternVL's order, and return how many were."""
-    return tokenizer.add_tokens(list(SPECIAL_TOKENS), special_tokens=True)
-
-
-def extend(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Add InternVL's special tokens, and return the ids of those that were missing."""
-    before = set(tokenizer.get_vocab().values())
-    add_special_tokens(tokenizer)
-    return tuple(sorted(set(tokenizer.get_vocab().values()) - before))
-
-
-def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A hash of what a tokenizer does: its vocabulary, and its tokens for a text of many kinds.
-
-    It does not depend on how the files are written, so it outlives saving, loading and new versions of transformers.
-    """
-    facts = [sorted(tokenizer.get_vocab().items()), tokenizer(PROBE, add_special_tokens=False)["input_ids"]]
-    return hashlib.sha256(json.dumps(facts, ensure_ascii=True).encode()).hexdigest()[:32]
+DEFAULT = "internvl2_5"
+SHOWING_ROLES = ("human", "pretrain")  # whose texts hold images
 
 
 class ChatTemplate:
-    """The template ``internvl2_5`` with a tokenizer.
+    """A row of the table of templates with a tokenizer.
 
     Args:
-        tokenizer: has the special tokens of ``add_special_tokens``, and adds none of its own in front of a text.
+        tokenizer: has the special tokens of ``add_special_tokens``; in front of a text it adds nothing, or its ``bos_token``.
         features_per_tile: ``<IMG_CONTEXT>`` tokens of one tile.
-        system_message: what a conversation without a system turn begins with.
+        name: of the row.
+        system_message: what a conversation without a system turn begins with; None: the row's.
 
     Raises:
-        ValueError: the tokenizer lacks a token, or starts texts with a token of its own.
+        ValueError: the tokenizer lacks a token, adds other ones of its own, or cannot say where its tokens stand in a text.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, features_per_tile: int, *, system_message: str = SYSTEM_MESSAGE) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, features_per_tile: int, *, name: str = DEFAULT, system_message: str | None = None
+    ) -> None:
         self.tokenizer = tokenizer
         self.features_per_tile = features_per_tile
-        self.system_message = system_message
-        self.context_token_id = self._token_id(IMAGE_CONTEXT)
-        self.end_token_id = self._token_id(TURN_END)
-        for token in (TURN_START, *SPECIAL_TOKENS):
-            self._token_id(token)
-        if tokenizer("a")["input_ids"] != self._tokens(["a"])[0]:
+        self.format = chat_format(name)
+        self.system_message = self.format.system_message if system_message is None else system_message
+        if not tokenizer.is_fast:
             raise ValueError(
-                f"the tokenizer starts a text with {tokenizer('')['input_ids']}; {NAME} is for tokenizers that add nothing, like Qwen2.5's"
+                f"the tokenizer {type(tokenizer).__name__} does not tell where its tokens stand; one with a tokenizer.json does"
             )
-        self._answer_start = len(self._tokens([_open_turn("gpt")])[0])
+        self.first_tokens = first_tokens(tokenizer)
+        for token in (*self.format.markers, *SPECIAL_TOKENS):
+            self._token_id(token)
+        self.context_token_id = self._token_id(IMAGE_CONTEXT)
+        self.end_token_id = self._tokens([self.format.end])[0][-1]
+        self._image_token_ids = [self._token_id(token) for token in IMAGE_TOKENS]
+        self._opening_tokens = self._tokens([self.format.opening])[0]
+        end, whole = self._tokens([self.format.end, self.format.end + self.format.closing])
+        self._closing_length = len(whole) - len(end)  # alone, a text may begin with a token for a space
 
     def encode(self, turns: Sequence[Turn], tiles: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens, int32 [T], and the supervised mask, bool [T], of a conversation.
+        """Tokens, int32 [T], and the supervised mask, bool [T], of a conversation or of a text.
 
         Args:
-            turns: system (optional), human, gpt, human, gpt, ...
+            turns: system (optional), human, gpt, human, gpt, ...; or one ``pretrain`` turn.
             tiles: tiles of each image, thumbnail counted, in the order of the placeholders.
 
         Raises:
             RejectError: not as many placeholders as images, or an image's token in a text.
         """
-        turns = self._with_system(turns)
-        _check_placeholders(turns, len(tiles))
-        # Turns are tokenised apart, as InternVL does: a merge over their border would make other tokens.
-        pieces = self._tokens([_open_turn(turn.role) + _place_images(turn) + _close_turn() for turn in turns])
-        masks = []
-        for turn, piece in zip(turns, pieces, strict=True):
-            mask = np.zeros(len(piece), bool)
-            if turn.role == "gpt":
-                mask[self._answer_start : -1] = True  # the last token is the newline behind <|im_end|>
-            masks.append(mask)
-        return self._expand(np.fromiter(chain.from_iterable(pieces), np.int32), np.concatenate(masks), tiles)
+        return self._encode(turns, tiles, "")
 
     def prompt(self, question: str | Sequence[Turn], tiles: Sequence[int] = ()) -> np.ndarray:
         """Tokens, int32 [T], up to where the answer begins: the start of what ``encode`` makes of the same conversation.
@@ -144,23 +80,71 @@ class ChatTemplate:
         if isinstance(question, str):
             alone = len(tiles) == 1 and IMAGE_PLACEHOLDER not in question
             question = [Turn(role="human", text=f"{IMAGE_PLACEHOLDER}\n{question}" if alone else question)]
-        tokens, _ = self.encode(question, tiles)
-        return np.concatenate([tokens, np.array(self._tokens([_open_turn("gpt")])[0], np.int32)])
+        return self._encode(question, tiles, self.format.opening)[0]
 
     def text(self, tokens: Sequence[int] | np.ndarray) -> str:
         """The text of an answer's tokens, without special tokens."""
         return self.tokenizer.decode([int(token) for token in tokens], skip_special_tokens=True)
 
-    def _with_system(self, turns: Sequence[Turn]) -> list[Turn]:
-        """The turns, with a system turn in front."""
-        return list(turns) if turns[0].role == "system" else [Turn(role="system", text=self.system_message), *turns]
-
-    def _expand(self, tokens: np.ndarray, supervised: np.ndarray, tiles: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        """One context token for each image turned into one for each of its features."""
-        repeats = np.ones(len(tokens), np.int64)
+    def _encode(self, turns: Sequence[Turn], tiles: Sequence[int], opening: str) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and mask of turns, followed by the ``opening`` of an answer."""
+        if turns[0].role == "system" or turns[0].role == "pretrain":
+            turns = list(turns)
+        else:
+            turns = [Turn(role="system", text=self.system_message), *turns]
+        _check_placeholders(turns, len(tiles))
+        pieces = [self._render(turn) for turn in turns]
+        is_joint = self.format.joint or turns[0].role == "pretrain"
+        tokens, supervised = (self._encode_joint if is_joint else self._encode_apart)(turns, pieces, opening)
+        tokens = np.concatenate([np.array(self.first_tokens, np.int32), tokens])
+        supervised = np.concatenate([np.zeros(len(self.first_tokens), bool), supervised])
+        supervised &= ~np.isin(tokens, self._image_token_ids)
         # Each placeholder became one context token, and no text holds another.
+        repeats = np.ones(len(tokens), np.int64)
         repeats[tokens == self.context_token_id] = np.asarray(tiles, np.int64) * self.features_per_tile
         return np.repeat(tokens, repeats), np.repeat(supervised, repeats)
+
+    def _render(self, turn: Turn) -> tuple[str, str, str]:
+        """What stands before the learned part of a turn, that part, and what stands behind it."""
+        text = turn.text.strip() if self.format.strip else turn.text
+        if turn.role in SHOWING_ROLES:
+            if turn.role == "human" and not self.format.questions:
+                text = IMAGE_PLACEHOLDER * text.count(IMAGE_PLACEHOLDER)
+            text = text.replace(IMAGE_PLACEHOLDER, IMAGE_START + IMAGE_CONTEXT + IMAGE_END)
+        if turn.role == "pretrain":
+            return "", text, ""
+        if turn.role == "gpt":
+            return self.format.opening, self.format.answer.replace("{}", text, 1), self.format.closing
+        row = self.format.system if turn.role == "system" else self.format.human
+        return row.replace("{}", text, 1), "", ""
+
+    def _encode_apart(self, turns: Sequence[Turn], pieces: list[tuple[str, str, str]], opening: str) -> tuple[np.ndarray, np.ndarray]:
+        """Each turn as a text of its own, as InternVL 2.5 does: a merge over their border would make other tokens."""
+        found, masks = self._tokens(["".join(piece) for piece in pieces]), []
+        for turn, tokens in zip(turns, found, strict=True):
+            mask = np.zeros(len(tokens), bool)
+            if turn.role == "gpt":
+                mask[len(self._opening_tokens) : len(tokens) - self._closing_length] = True
+            masks.append(mask)
+        if opening:
+            found.append(self._opening_tokens)
+            masks.append(np.zeros(len(self._opening_tokens), bool))
+        return np.fromiter(chain.from_iterable(found), np.int32), np.concatenate(masks)
+
+    def _encode_joint(self, turns: Sequence[Turn], pieces: list[tuple[str, str, str]], opening: str) -> tuple[np.ndarray, np.ndarray]:
+        """All turns as one text; a token is learned that reaches into a learned part of it."""
+        text, learned = "", []
+        for before, body, after in pieces:
+            text += before
+            if body:
+                learned.append((len(text), len(text) + len(body)))
+            text += body + after
+        found = self.tokenizer(text + opening, add_special_tokens=False, return_offsets_mapping=True)
+        places = np.array(found["offset_mapping"], np.int64).reshape(-1, 2)
+        mask = np.zeros(len(places), bool)
+        for start, end in learned:
+            mask |= (places[:, 1] > start) & (places[:, 0] < end)
+        return np.array(found["input_ids"], np.int32), mask
 
     def _tokens(self, texts: list[str]) -> list[list[int]]:
         """Token ids of each text."""
@@ -168,33 +152,20 @@ class ChatTemplate:
 
     def _token_id(self, token: str) -> int:
         """The id of a special token."""
-        ids: Any = self._tokens([token])[0]
+        ids = self._tokens([token])[0]
         if len(ids) != 1:
-            raise ValueError(f"the tokenizer has no token {token}; {NAME} is made for tokenizers of the Qwen2.5 family")
+            raise ValueError(f"the tokenizer has no token {token}, which --template {self.format.name} needs")
         return ids[0]
-
-
-def _open_turn(role: str) -> str:
-    """What stands in front of a turn's text."""
-    return f"{TURN_START}{ROLES[role]}\n"
-
-
-def _close_turn() -> str:
-    """What stands behind a turn's text."""
-    return f"{TURN_END}\n"
-
-
-def _place_images(turn: Turn) -> str:
-    """A turn's text with one context token for each image; only humans show images."""
-    return turn.text.replace(IMAGE_PLACEHOLDER, IMAGE_START + IMAGE_CONTEXT + IMAGE_END) if turn.role == "human" else turn.text
 
 
 def _check_placeholders(turns: Sequence[Turn], images: int) -> None:
     """Refuse texts that hold an image's tokens, and more or fewer placeholders than images."""
     for turn in turns:
-        for token in (IMAGE_START, IMAGE_END, IMAGE_CONTEXT):
+        for token in IMAGE_TOKENS:
             if token in turn.text:
                 raise RejectError("image_token_in_text", f"a {turn.role} turn holds {token} {turn.text.count(token)} times")
-    placeholders = sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in turns if turn.role == "human")
+    placeholders = sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in turns if turn.role in SHOWING_ROLES)
     if placeholders != images:
-        raise RejectError("placeholder_count", f"{placeholders} {IMAGE_PLACEHOLDER} placeholders in the human turns, but {images} images")
+        raise RejectError(
+            "placeholder_count", f"{placeholders} {IMAGE_PLACEHOLDER} placeholders in the texts that show images, but {images} images"
+        )

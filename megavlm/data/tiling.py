@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,24 +20,37 @@ class Tiling:
         min_tiles: fewest tiles of an image, thumbnail not counted.
         max_tiles: most tiles of an image, thumbnail not counted; the images of one record share it.
         thumbnail: whether an image of several tiles gets a thumbnail, the whole image as one more tile.
+        mode: ``dynamic``, or ``pad``: each image is one tile, filled up to a square, as LLaVA has it.
+        pixel_mean: mean of red, green and blue, from 0 to 1: what ``pad`` fills with.
     """
 
     tile_size: int
     min_tiles: int = 1
     max_tiles: int = 12
     thumbnail: bool = True
+    mode: Literal["dynamic", "pad"] = "dynamic"
+    pixel_mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
 
     def __post_init__(self) -> None:
         if self.tile_size < 1:
             raise ValueError(f"--image_size {self.tile_size}: must be at least 1 pixel")
         if not 1 <= self.min_tiles <= self.max_tiles:
             raise ValueError(f"--min_tiles {self.min_tiles} and --max_tiles {self.max_tiles}: must be 1 <= min <= max")
+        if self.mode not in ("dynamic", "pad"):
+            raise ValueError(f"--tiling {self.mode}: must be dynamic or pad")
+
+    @property
+    def pad_colour(self) -> tuple[int, int, int] | None:
+        """What images are filled up with to squares; None: they are not."""
+        return pad_colour(self.mode, self.pixel_mean)
 
     def grid(self, width: int, height: int, images: int = 1, max_tiles: int | None = None) -> tuple[int, int]:
         """Columns and rows for an image of ``width`` x ``height`` pixels, one of ``images`` in its record.
 
         ``max_tiles`` stands in for the setting of the same name, for a source that has its own.
         """
+        if self.mode == "pad":
+            return 1, 1
         most = image_max_tiles(self.max_tiles if max_tiles is None else max_tiles, images)
         return choose_grid(width, height, self.min_tiles, most, self.tile_size)
 
@@ -84,6 +98,11 @@ def choose_grid(width: int, height: int, min_tiles: int, max_tiles: int, tile_si
         elif difference == best_difference and 2 * width * height > tile_size**2 * columns * rows:
             best = (columns, rows)
     return best
+
+
+def pad_colour(mode: str, pixel_mean: tuple[float, float, float]) -> tuple[int, int, int] | None:
+    """The mean colour, from 0 to 255, where images are filled up to squares; None where they are not."""
+    return tuple(int(255 * value) for value in pixel_mean) if mode == "pad" else None
 
 
 def tile_count(columns: int, rows: int, thumbnail: bool) -> int:

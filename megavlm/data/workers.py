@@ -13,8 +13,10 @@ from functools import lru_cache
 from typing import Literal, TypeVar
 
 from megavlm.data.encode import Encoder
-from megavlm.data.template import ChatTemplate, load_tokenizer
+from megavlm.data.frames import FrameChoice
+from megavlm.data.template import ChatTemplate
 from megavlm.data.tiling import Tiling
+from megavlm.data.tokenizer import load_tokenizer
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -31,16 +33,24 @@ class EncoderSettings:
     Args:
         tokenizer: folder of the tokenizer, special tokens included.
         fingerprint: of that tokenizer; tells apart two that lie in the same folder one after the other.
+        template: name of the conversation template.
+        system_message: what a conversation without a system turn begins with; None: the template's own.
         features_per_tile: ``<IMG_CONTEXT>`` tokens of one tile.
         tiling: how images become tiles.
+        frames: how frames of videos are chosen.
+        seed: fixes the frames that are chosen at random.
         capacity: most tokens of a sample.
         tile_cap: most tiles of a sample; None: any number.
     """
 
     tokenizer: str
     fingerprint: str
+    template: str
+    system_message: str | None
     features_per_tile: int
     tiling: Tiling
+    frames: FrameChoice
+    seed: int
     capacity: int
     tile_cap: int | None
 
@@ -50,8 +60,10 @@ def build_encoder(settings: EncoderSettings) -> Encoder:
     """The encoder of this process."""
     # The processes are the parallelism; threads of the tokenizer on top would only fight for cores.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    template = ChatTemplate(load_tokenizer(settings.tokenizer), settings.features_per_tile)
-    return Encoder(template, settings.tiling, settings.capacity, settings.tile_cap)
+    template = ChatTemplate(
+        load_tokenizer(settings.tokenizer), settings.features_per_tile, name=settings.template, system_message=settings.system_message
+    )
+    return Encoder(template, settings.tiling, settings.capacity, settings.tile_cap, frames=settings.frames, seed=settings.seed)
 
 
 def ordered_map(

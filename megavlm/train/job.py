@@ -8,6 +8,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 
 from megavlm.config.schema import Config
+from megavlm.data.blend import BlendedDataset, BlendPlan
 from megavlm.data.dataset import PackedDataset
 from megavlm.data.plan import Plan
 from megavlm.model.vlm import VisionLanguageModel
@@ -34,8 +35,8 @@ class Job:
     config: Config
     backend: Backend
     groups: Groups
-    train: PackedDataset
-    plan: Plan
+    train: PackedDataset | BlendedDataset
+    plan: Plan | BlendPlan
     valid: PackedDataset | None
     model: VisionLanguageModel
     wrapped: DistributedDataParallel

@@ -13,11 +13,11 @@ from megavlm.config.rules import PARTS, ConfigError, DatasetFacts, check
 from megavlm.config.schema import Config, Init
 from megavlm.convert import hf, parts
 from megavlm.convert.families import family_of
+from megavlm.data.blend import open_blend
 from megavlm.data.dataset import PackedDataset
 from megavlm.data.files import is_remote
 from megavlm.data.manifest import read_manifest
-from megavlm.data.plan import Plan
-from megavlm.data.template import fingerprint
+from megavlm.data.tokenizer import fingerprint
 from megavlm.model import freeze, precision, weights
 from megavlm.model.freeze import Trained
 from megavlm.model.vlm import VisionLanguageModel
@@ -110,7 +110,7 @@ def _check_parts(config: Config) -> None:
 
 
 def _datasets(config: Config) -> Sequence[tuple[str, str]]:
-    named = (("--data.train", config.data.train), ("--data.valid", config.data.valid))
+    named = [*(("--data.train", folder) for folder in config.data.train_folders), ("--data.valid", config.data.valid)]
     return [(flag, folder) for flag, folder in named if folder and (is_remote(folder) or Path(folder).exists())]
 
 
@@ -129,6 +129,7 @@ def _facts(flag: str, folder: str) -> DatasetFacts:
         fingerprint=manifest.tokenizer_fingerprint,
         pixel_mean=manifest.pixel_mean,
         pixel_std=manifest.pixel_std,
+        may_augment=any(source.augment for source in manifest.sources),
     )
 
 
@@ -144,7 +145,10 @@ def train(config: Config, machine: backend.Backend, start: Start) -> State:
         DamagedError: the checkpoint to start from is damaged, on every rank.
         SaveError: the last checkpoint could not be saved, on every rank.
     """
-    packs = PackedDataset(config.data.train)
+    data = config.data
+    packs, plan = open_blend(
+        data.train_folders, data.weights, seed=config.training.seed, shuffle=data.shuffle, group=config.group, augment=data.augment
+    )
     layout = make_layout(config, PackSize.mean(packs.some_records()))
     place = groups.create(config.parallel, config.training.seed, layout.embedding_chunk)
     if isinstance(start, Checkpoint):
@@ -178,7 +182,7 @@ def train(config: Config, machine: backend.Backend, start: Start) -> State:
             backend=machine,
             groups=place,
             train=packs,
-            plan=Plan(num_packs=len(packs), seed=config.training.seed, shuffle=config.data.shuffle, group=config.group),
+            plan=plan,
             valid=PackedDataset(config.data.valid) if config.data.valid else None,
             model=model,
             wrapped=wrapped,

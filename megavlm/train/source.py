@@ -85,7 +85,7 @@ def _of_this_stage(config: Config, found: Checkpoint) -> Checkpoint:
 def fit(config: Config, source: Checkpoint) -> Checkpoint:
     """Refuse a checkpoint that this job cannot start from."""
     problems = checkpoint.architecture_differences(source.config.architecture, config.architecture)
-    tokenizer = read_manifest(config.data.train).tokenizer_fingerprint
+    tokenizer = read_manifest(config.data.train_folders[0]).tokenizer_fingerprint
     if source.state.tokenizer not in (None, tokenizer):
         words = source.folder / checkpoint.TOKENIZER
         problems.append(f"--data.train {config.data.train}: packed with another tokenizer than the checkpoint's, {words}")
@@ -95,6 +95,7 @@ def fit(config: Config, source: Checkpoint) -> Checkpoint:
         # The same packs in another order would be seen twice or never in this epoch.
         problems += checkpoint.describe_differences(source.config.group, config.group, "data.group")
         problems += checkpoint.describe_differences(source.config.data.shuffle, config.data.shuffle, "data.shuffle")
+        problems += checkpoint.describe_differences(source.config.data.weights, config.data.weights, "data.weights")
     elif config.checkpoint.moments == "keep" and source.state.stage is None:
         problems.append(f"--checkpoint.moments keep: {source.folder} was made by conversion and has no moments; use fresh")
     if problems:

@@ -63,6 +63,14 @@ def test_lists_have_commas_on_the_command_line_and_are_lists_in_files(tmp_path: 
     assert parse([*NAMES, "--architecture.vision.pixel_mean=0.5,0.5,0.5"]).architecture.vision.pixel_mean == (0.5, 0.5, 0.5)
 
 
+def test_normalisations_have_names(tmp_path: Path):
+    (tmp_path / "run.yaml").write_text("architecture: {vision: {pixel_std: clip}}\n")
+    config = parse([*NAMES, "--config", str(tmp_path / "run.yaml"), "--architecture.vision.pixel_mean", "siglip"])
+    assert config.architecture.vision.pixel_mean == (0.5, 0.5, 0.5)
+    assert config.architecture.vision.pixel_std == (0.2686295, 0.2613025, 0.2757711)
+    assert from_yaml(to_yaml(config)) == config
+
+
 def test_every_alias_sets_the_field_that_it_stands_for():
     kinds = {int: "3", float: "0.25", bool: "true", str: "some"}
     others = {

@@ -88,6 +88,9 @@ WRONG = [
     ("--architecture.vision.patch_size 5", 1, ["patch_size 5 does not divide --architecture.vision.image_size 32"]),
     ("--architecture.pixel_shuffle 3", 1, ["pixel_shuffle 3 does not divide the 8 patches"]),
     ("--architecture.vision.num_attention_heads 3", 1, ["num_attention_heads 3 does not divide --architecture.vision.hidden_size 64"]),
+    ("--data.weights 1,2", 1, ["--data.weights: 2 weights for 1 folders of --data.train"]),
+    ("--data.weights 0", 1, ["--data.weights 0.0: each must be above 0"]),
+    ("--data.augment jpeg,blur", 1, ["--data.augment blur: no such change; known are jpeg, crop, flip, colour"]),
     ("--architecture.vision.pixel_std 1,0,1", 1, ["pixel_std 1.0,0.0,1.0: must be above 0"]),
     ("--architecture.language.hidden_size 130", 1, ["num_attention_heads 4 does not divide --architecture.language.hidden_size 130"]),
     ("--architecture.language.hidden_size 12", 1, ["hidden_size 12: 3 a head, and rotary positions need an even number"]),
@@ -278,3 +281,16 @@ def test_all_problems_come_in_one_message(packs: Path):
     lines = str(refused.value).splitlines()
     assert lines[0] == "4 problems with the configuration:" and len(lines) == 5
     assert [line.split()[0] for line in lines[1:]] == ["--training.global_batch_size", "--training.steps", "--optimizer.lr", "--data.train"]
+
+
+def test_augmentation_that_would_change_nothing_is_told(packs: Path):
+    config = tiny(packs, "--data.augment", "jpeg,flip")
+    [problem] = facts_problems(config, [facts(config)])
+    assert "--data.augment jpeg,flip has no effect" in problem and "--data_augment" in problem
+    assert not facts_problems(config, [facts(config, may_augment=True)])
+
+
+def test_blended_packs_have_one_capacity(packs: Path):
+    config = tiny(packs)
+    [problem] = facts_problems(config, [facts(config), facts(config, folder="other", capacity=512)])
+    assert "--data.train other: packs of 512 tokens, but those of packs have 1024" in problem

@@ -15,7 +15,7 @@ from megavlm.config.cli import from_yaml
 from megavlm.convert import hf
 from megavlm.convert.model_config import architecture_from_hf, dialect_of
 from megavlm.convert.reference import load_reference
-from megavlm.data.template import fingerprint, load_tokenizer
+from megavlm.data.tokenizer import fingerprint, load_tokenizer
 from tests.convert.chat import chat_settings, make_chat, same_tensors
 from tests.convert.models import KINDS, SMALL, TOKENIZER, as_native, load_all, make_hf
 

@@ -17,9 +17,10 @@ from megavlm.config.cli import from_yaml
 from megavlm.config.schema import Architecture
 from megavlm.convert import hf
 from megavlm.convert.model_config import architecture_from_hf
-from megavlm.convert.processor import chat_template
+from megavlm.data.chat_formats import chat_format
 from megavlm.data.record import Turn
-from megavlm.data.template import ChatTemplate, fingerprint, load_tokenizer
+from megavlm.data.template import ChatTemplate
+from megavlm.data.tokenizer import fingerprint, load_tokenizer
 from tests.convert.models import KINDS, SMALL, TOKENIZER, as_native, language, load_all, make_hf
 
 TOOL = str(Path(__file__).parents[2] / "tools" / "convert_checkpoint.py")
@@ -80,7 +81,9 @@ def test_the_tokenizer_stays_the_same_and_renders_the_template(tmp_path: Path) -
 def test_a_system_message_of_ones_own_survives_the_template(tmp_path: Path) -> None:
     message = "It's \\ here:\n{{ nothing }}"
     tokenizer = load_tokenizer(TOKENIZER)
-    text = tokenizer.apply_chat_template([{"role": "user", "content": "?"}], chat_template=chat_template(message), tokenize=False)
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "?"}], chat_template=chat_format("internvl2_5").hf_template(system_message=message), tokenize=False
+    )
     assert text == f"<|im_start|>system\n{message}<|im_end|>\n<|im_start|>user\n?<|im_end|>\n"
 
 

@@ -14,7 +14,8 @@ from megavlm.config.schema import Architecture, Config, Init, Training
 from megavlm.convert import hf, parts
 from megavlm.convert.serve import FullTensor
 from megavlm.convert.tables import EMBEDDING_KEY, HEAD_KEY, rows
-from megavlm.data.template import SPECIAL_TOKENS, ChatTemplate
+from megavlm.data.template import ChatTemplate
+from megavlm.data.tokenizer import SPECIAL_TOKENS
 from tests.convert.models import KINDS, SMALL, language, load_all
 from tests.convert.part_folders import WORDS, make_language, make_parts, make_tokenizer, make_vision
 

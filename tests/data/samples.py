@@ -119,7 +119,7 @@ def write_packs(
                 tokenizer_fingerprint=f"random-{vocab_size}",
                 vocab_size=vocab_size,
                 context_token_id=context_token_id,
-                template="random",
+                template="internvl2_5",
                 image_size=tile_size,
                 features_per_tile=features_per_tile,
                 max_tiles=3,

@@ -10,11 +10,13 @@ import pytest
 from PIL import Image
 
 from megavlm.data.encode import Encoder, Images
-from megavlm.data.record import Annotations
+from megavlm.data.entry import Entry
+from megavlm.data.meta import Annotations
 from megavlm.data.reject import Reject
 from megavlm.data.sample import Sample
-from megavlm.data.template import ChatTemplate, load_tokenizer
+from megavlm.data.template import ChatTemplate
 from megavlm.data.tiling import Tiling
+from megavlm.data.tokenizer import load_tokenizer
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 SIZES = {"square.png": (16, 16), "wide.png": (64, 32), "tall.png": (20, 100)}
@@ -36,9 +38,8 @@ def _encode(root, *, images=Images.LOAD, capacity=1000, tile_cap=None, max_tiles
     encoder = Encoder(template, Tiling(tile_size=16, max_tiles=6), capacity, tile_cap)
     chat = [{"from": "human", "value": fields.pop("question", "what")}, {"from": "gpt", "value": "the answer"}]
     text = json.dumps({"conversations": chat, **fields}).encode()
-    return encoder.encode_line(
-        text, Annotations(name="a", path="a.jsonl", root=str(root), max_tiles=max_tiles), source=2, line=9, images=images
-    )
+    annotations = Annotations(name="a", path="a.jsonl", root=str(root), max_tiles=max_tiles)
+    return encoder.encode_entry(Entry(offset=0, number=9, content=text), annotations, source=2, images=images)
 
 
 def test_a_sample_with_an_image(root):

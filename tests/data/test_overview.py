@@ -73,7 +73,7 @@ def test_picture(tmp_path):
     pytest.importorskip("matplotlib")
     from megavlm.data.dataset import PackedDataset
     from megavlm.data.picture import draw, lay_out, spans
-    from megavlm.data.template import load_tokenizer
+    from megavlm.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(TOKENIZER)
     context = tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")

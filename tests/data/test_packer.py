@@ -16,12 +16,14 @@ import pytest
 from PIL import Image
 
 from megavlm.data.encode import Encoder, Images
+from megavlm.data.entry_files import open_entries
+from megavlm.data.meta import Annotations, single_source
 from megavlm.data.packer import Job, pack_dataset
 from megavlm.data.packing_plan import plan_packs
 from megavlm.data.reader import Reader
-from megavlm.data.record import Annotations, single_file
-from megavlm.data.template import ChatTemplate, fingerprint, load_tokenizer
+from megavlm.data.template import ChatTemplate
 from megavlm.data.tiling import Tiling
+from megavlm.data.tokenizer import fingerprint, load_tokenizer
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 TILING = Tiling(tile_size=16, max_tiles=4)
@@ -55,7 +57,7 @@ def data(tmp_path_factory) -> Path:
 
 def _job(data: Path, out: Path, name: str = "good", **settings) -> Job:
     defaults = {"tokenizer": str(GOLDEN / "tokenizer"), "capacity": 1024, "features_per_tile": 4, "tiling": TILING}
-    sources = (single_file(data / f"{name}.jsonl", data),)
+    sources = single_source(data / f"{name}.jsonl", data)
     return Job(**{"sources": sources, "out": str(out), **defaults, **settings})
 
 
@@ -75,10 +77,11 @@ def test_packs_hold_every_record(data, tmp_path):
     report = pack_dataset(_job(data, tmp_path / "out"))
     encoder = Encoder(ChatTemplate(load_tokenizer(GOLDEN / "tokenizer"), 4), TILING, 1024)
     wanted = []
-    for line, text in enumerate((data / "good.jsonl").read_bytes().splitlines(), start=1):
-        if text:
-            sample = encoder.encode_line(text, single_file(data / "good.jsonl", data), source=0, line=line, images=Images.LOAD)
-            wanted.append((0, line, sample.tokens.tobytes(), sample.supervised.tobytes(), tuple(image.encoded for image in sample.images)))
+    (source,) = single_source(data / "good.jsonl", data)
+    for entry in open_entries(source.path).read(0, 1, 1000):
+        sample = encoder.encode_entry(entry, source, source=0, images=Images.LOAD)
+        images = tuple(image.encoded for image in sample.images)
+        wanted.append((0, entry.number, sample.tokens.tobytes(), sample.supervised.tobytes(), images))
     assert sorted(_stored(tmp_path / "out")) == sorted(wanted)
     assert (report.records, report.samples, report.rejected, report.images) == (90, 90, 0, 90)
     assert report.fill > 0.8 and report.tiles_per_pack_max <= report.tile_cap
@@ -165,7 +168,7 @@ def test_a_record_that_changes_meanwhile_is_left_out(data, tmp_path, monkeypatch
         return plan_packs(*arguments, **settings)
 
     monkeypatch.setattr("megavlm.data.packer.plan_packs", change)
-    report = pack_dataset(_job(data, tmp_path / "out", sources=(single_file(copy, data),), max_rejects=0.02))
+    report = pack_dataset(_job(data, tmp_path / "out", sources=single_source(copy, data), max_rejects=0.02))
     assert (report.records, report.packed_records, report.rejects) == (90, 89, {"changed": 1})
     reject = json.loads((tmp_path / "out" / "rejects.jsonl").read_text())
     assert (reject["file"], reject["line"]) == (str(copy), 91) and "before: " in reject["detail"]

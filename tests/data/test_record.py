@@ -1,31 +1,36 @@
-"""Annotation files and meta files, good and bad."""
+"""Records, good and bad."""
 
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 
-from megavlm.data.record import Turn, count_records, parse_record, read_lines, read_meta, read_sources, single_file
+from megavlm.data.record import MediaFile, Turn, Video, parse_json, parse_record
 from megavlm.data.reject import REASONS, RejectError
 
 CHAT = [{"from": "human", "value": "what"}, {"from": "gpt", "value": "this"}]
 
 
 def _parse(**fields):
-    return parse_record(json.dumps({"conversations": CHAT, **fields}).encode(), source=3, line=7, root="pictures")
+    return parse_record(parse_json(json.dumps({"conversations": CHAT, **fields}).encode()), root="pictures")
+
+
+def _paths(**fields):
+    return [file.path for file in _parse(**fields).images]
 
 
 def test_a_record_without_images():
     record = _parse(id=5, width=3)
     assert record.conversations == (Turn(role="human", text="what"), Turn(role="gpt", text="this"))
-    assert (record.images, record.source, record.line) == ((), 3, 7)
+    assert (record.images, record.video) == ((), None)
     assert _parse(image="").images == _parse(image=None).images == _parse(image=[]).images == ()
 
 
 def test_one_image_is_shown_first_where_the_text_does_not_say():
     record = _parse(image="a/b.jpg")
-    assert record.images == ("pictures/a/b.jpg",)
+    assert record.images == (MediaFile(path="pictures/a/b.jpg"),)
     assert record.conversations[0].text == "<image>\nwhat"
     system = [{"from": "system", "value": "be brief"}, *CHAT]
     assert [turn.text for turn in _parse(image=["b.jpg"], conversations=system).conversations] == ["be brief", "<image>\nwhat", "this"]
@@ -34,7 +39,7 @@ def test_one_image_is_shown_first_where_the_text_does_not_say():
 def test_placeholders_that_are_there_stay():
     later = [*CHAT, {"from": "human", "value": "and <image>"}, {"from": "gpt", "value": "that"}]
     assert [turn.text for turn in _parse(image="b.jpg", conversations=later).conversations] == ["what", "this", "and <image>", "that"]
-    assert _parse(image=["b.jpg", "/c.jpg"]).images == ("pictures/b.jpg", "/c.jpg")
+    assert _paths(image=["b.jpg", os.path.abspath("pictures/c.jpg")]) == ["pictures/b.jpg", os.path.abspath("pictures/c.jpg")]
     assert _parse(image=["b.jpg", "c.jpg"]).conversations[0].text == "what"
 
 
@@ -56,7 +61,22 @@ BAD_LINES = [
     ({"conversations": [{"from": "user", "value": "a"}, GPT]}, "role_order", "user"),
     ({"conversations": CHAT, "image": 5}, "image_field", "5"),
     ({"conversations": CHAT, "image": ["a.jpg", None]}, "image_field", "None"),
-    ({"conversations": CHAT, "video": "a.mp4"}, "video", "a.mp4"),
+    ({"conversations": CHAT, "video": ["a.mp4", "b.mp4"]}, "video", "2 videos"),
+    ({"conversations": CHAT, "video": "a.mp4", "image": "a.jpg"}, "video", "images and a video"),
+    ({"conversations": CHAT, "video": 5}, "video_field", "5"),
+    ({"conversations": CHAT, "video": "a.mp4", "clip": [3, 2]}, "video", r"clip \[3, 2\]"),
+    ({"conversations": CHAT, "video": "a.mp4", "clip": ["0", "2"]}, "video", "clip"),
+    (b'{"conversations": [], "width": NaN}', "malformed_json", "NaN is not JSON"),
+    (b'{"id": ' + b"1" * 5000 + b"}", "malformed_json", "integer string"),
+    (b"[" * 100_000, "malformed_json", "recursion|Recursion"),
+    ({"conversations": [HUMAN, {"from": "gpt", "value": " \n"}]}, "empty_answer", r"conversations\[1\]"),
+    ({"caption": ""}, "empty_answer", "caption"),
+    ({"caption": 5}, "conversation", "caption is 5"),
+    ({"text": "  "}, "empty_answer", "text"),
+    ({"conversations": [{"from": "pretrain", "value": "a"}, GPT]}, "role_order", "pretrain"),
+    ({"conversations": CHAT, "image": "../a.jpg"}, "outside_root", "leads out of the root pictures"),
+    ({"conversations": CHAT, "image": "/etc/passwd"}, "outside_root", "/etc/passwd"),
+    ({"conversations": CHAT, "video": "a/../../b.mp4"}, "outside_root", "b.mp4"),
 ]
 
 
@@ -64,77 +84,39 @@ BAD_LINES = [
 def test_bad_lines(line, reason, words):
     text = line if isinstance(line, bytes) else json.dumps(line).encode()
     with pytest.raises(RejectError, match=words) as caught:
-        parse_record(text, source=0, line=1)
+        parse_record(parse_json(text), root="pictures")
     assert caught.value.reason == reason
     assert reason in REASONS
 
 
-def test_lines_are_read_from_any_offset(tmp_path):
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(b"one\n\ntwo two\n  \nend")
-    lines = list(read_lines(path))
-    assert lines == [(0, b"one\n"), (4, b"\n"), (5, b"two two\n"), (13, b"  \n"), (16, b"end")]
-    assert list(read_lines(path, 5, 2)) == lines[2:4]
-    assert count_records(path) == 3
+def test_a_caption_is_an_image_and_an_answer():
+    record = parse_record({"image": "a.jpg", "caption": "a fox"}, prompt="Describe it.")
+    assert record.conversations == (Turn(role="human", text="<image>\nDescribe it."), Turn(role="gpt", text="a fox"))
+    assert parse_record({"image": ["a.jpg", "b.jpg"], "caption": "two"}).conversations[0].text == "<image><image>"
 
 
-def _meta(tmp_path, **entry):
-    (tmp_path / "a.jsonl").touch()
-    path = tmp_path / "meta.json"
-    path.write_text(json.dumps({"first": {"root": "pictures", "annotation": str(tmp_path / "a.jsonl"), **entry}}))
-    return path
+def test_a_text_is_learned_and_may_show_images():
+    turns = parse_record({"text": "hello"}).conversations
+    assert turns == parse_record({"conversations": [{"from": "pretrain", "value": "hello"}]}).conversations
+    assert turns == (Turn(role="pretrain", text="hello"),)
+    record = parse_record({"text": "see <image> and <image>", "image": ["a.jpg", "b.jpg"]})
+    assert record.conversations[0].text == "see <image> and <image>" and len(record.images) == 2
+    assert parse_record({"text": "a fox", "image": "a.jpg"}).conversations[0].text == "<image>\na fox"
 
 
-def test_meta(tmp_path):
-    path = _meta(tmp_path, data_augment=False, repeat_time=3, length=100, max_dynamic_patch=6)
-    (source,) = read_meta(path)
-    assert (source.name, source.root, source.path) == ("first", "pictures", str(tmp_path / "a.jsonl"))
-    assert (source.repeat_time, source.repeats, source.max_tiles) == (3, 3, 6)
-    (source,) = read_meta(_meta(tmp_path, repeat_time=0.25))
-    assert (source.repeat_time, source.repeats, source.max_tiles) == (0.25, 1, None)
+def test_a_video_and_its_clip():
+    record = _parse(video="a.mp4", clip=[1, 2.5])
+    assert record.video == Video(file=MediaFile(path="pictures/a.mp4"), clip=(1.0, 2.5))
+    assert record.conversations[0].text == "<video>\nwhat"
 
 
-BAD_ENTRIES = [
-    ({"repeat": 2, "roots": ""}, "unknown key 'repeat', 'roots'; known: root, annotation"),
-    ({"data_augment": True}, "data_augment True is not supported yet; set it to false"),
-    ({"repeat_time": 0}, "repeat_time 0 "),
-    ({"repeat_time": 2.5}, "repeat_time 2.5 "),
-    ({"repeat_time": True}, "repeat_time True "),
-    ({"repeat_time": "2"}, "repeat_time '2' "),
-    ({"repeat_time": float("inf")}, "repeat_time inf "),
-    ({"max_dynamic_patch": 0}, "max_dynamic_patch 0 "),
-    ({"annotation": None}, "must be paths, not None"),
-    ({"root": "s3://bucket"}, "s3://bucket: object storage is not supported"),
-]
+def test_media_may_be_in_the_record():
+    expected = (MediaFile(path="x.jpg", content=b"1"),)
+    assert parse_record({"image": {"bytes": b"1", "path": "x.jpg"}, "caption": "a"}).images == expected
+    assert parse_record({"image": "x.jpg", "caption": "a"}, files={"x.jpg": b"1"}, root="pictures").images == expected
+    assert parse_record({"image": [b"1", b"2"], "caption": "a"}).images[1].content == b"2"
+    assert parse_record({"images": [{"bytes": None, "path": "y.jpg"}], "caption": "a"}).images == (MediaFile(path="y.jpg"),)
 
 
-@pytest.mark.parametrize(("entry", "words"), BAD_ENTRIES)
-def test_bad_meta_entries(tmp_path, entry, words):
-    with pytest.raises(ValueError, match="--meta .*meta.json: 'first': ") as caught:
-        read_meta(_meta(tmp_path, **entry))
-    assert words in str(caught.value)
-
-
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"a": {}, "a": {}}', '{"a": 3}'])
-def test_bad_meta_files(tmp_path, text):
-    path = tmp_path / "meta.json"
-    path.write_text(text)
-    with pytest.raises(ValueError, match="--meta .*meta.json"):
-        read_meta(path)
-
-
-def test_files_that_are_not_there(tmp_path):
-    with pytest.raises(FileNotFoundError, match="--meta .*nowhere.json"):
-        read_meta(tmp_path / "nowhere.json")
-    with pytest.raises(FileNotFoundError, match="'first': annotation .*nowhere.jsonl"):
-        read_meta(_meta(tmp_path, annotation=str(tmp_path / "nowhere.jsonl")))
-    with pytest.raises(FileNotFoundError, match="--jsonl .*nowhere.jsonl"):
-        single_file(tmp_path / "nowhere.jsonl")
-
-
-def test_sources_are_one_file_or_a_meta_file(tmp_path):
-    path = _meta(tmp_path)
-    assert read_sources(str(path), None) == read_meta(path)
-    assert read_sources(None, str(tmp_path / "a.jsonl"), "here") == (single_file(tmp_path / "a.jsonl", "here"),)
-    with pytest.raises(ValueError, match="--root here: goes with --jsonl"):
-        read_sources(str(path), None, "here")
+def test_without_a_root_paths_are_taken_as_they_are():
+    assert parse_record({"image": "../a.jpg", "caption": "a"}).images == (MediaFile(path="../a.jpg"),)

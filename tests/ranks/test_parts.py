@@ -15,8 +15,8 @@ from torch import Tensor
 from megavlm.config.schema import Architecture, Checkpoint, Config, Init, Logging
 from megavlm.data.packer import Job, pack_dataset
 from megavlm.data.record import read_sources
-from megavlm.data.template import SPECIAL_TOKENS
 from megavlm.data.tiling import Tiling
+from megavlm.data.tokenizer import SPECIAL_TOKENS
 from tests.convert.models import SMALL, load_all
 from tests.convert.part_folders import WORDS, make_language, make_parts, make_tokenizer, make_vision
 from tests.data.samples import make_dataset

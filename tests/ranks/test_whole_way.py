@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from megavlm.config.schema import Checkpoint, Config, Logging
+from megavlm.data.meta import read_sources
 from megavlm.data.packer import Job, pack_dataset
-from megavlm.data.record import read_sources
 from megavlm.data.tiling import Tiling
 from tests.ranks.pool import Pool
 from tests.ranks.runs import TINY, config_for

@@ -16,8 +16,10 @@ ORDER = ("config", "data", "parallel", "model", "convert", "train")
 DOORS = {
     "megatron.core.parallel_state": {"megavlm/parallel/groups.py"},
     "transformer_engine": {"megavlm/model/specs.py", "megavlm/model/precision.py"},
-    "transformers": {"megavlm/data/template.py", "megavlm/convert/"},
-    "PIL": {"megavlm/data/media.py"},
+    "transformers": {"megavlm/data/tokenizer.py", "megavlm/data/template.py", "megavlm/convert/"},
+    "PIL": {"megavlm/data/media"},
+    "av": {"megavlm/data/media_video.py"},
+    "pyarrow": {"megavlm/data/entries_parquet.py"},
     "jsonargparse": {"megavlm/config/"},
     "megatron.training": set(),
 }

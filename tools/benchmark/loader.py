@@ -39,9 +39,9 @@ from megavlm.data.dataset import PackedDataset
 from megavlm.data.jpeg import decode_jpeg
 from megavlm.data.loader import batches
 from megavlm.data.manifest import read_manifest
+from megavlm.data.meta import single_source
 from megavlm.data.packer import Job, pack_dataset
 from megavlm.data.plan import Plan
-from megavlm.data.record import single_file
 from megavlm.data.store import HEADER_BYTES, INDEX_NAME, RECORD, pack_header
 from megavlm.data.tiling import Tiling
 
@@ -113,10 +113,10 @@ def speed(work: Path, images: int, repeats: int) -> dict[str, float]:
     write_jpegs(work / "jpegs", images, processes=1)
     write_records(work / "images.jsonl", images)
     tokenizer = str(ROOT / "tests" / "golden" / "tokenizer")
-    source = single_file(work / "images.jsonl", work / "jpegs")
+    source = single_source(work / "images.jsonl", work / "jpegs")
     pack_dataset(
         Job(
-            sources=(source,),
+            sources=source,
             tokenizer=tokenizer,
             out=str(work / "packs"),
             capacity=16384,

@@ -13,10 +13,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from megavlm.config.schema import Architecture
+from megavlm.data.chat_formats import chat_format
 from megavlm.data.dataset import PackedDataset
+from megavlm.data.meta import read_sources
 from megavlm.data.packer import Job, pack_dataset
-from megavlm.data.record import read_sources
-from megavlm.data.template import SYSTEM_MESSAGE
 from megavlm.data.tiling import Tiling
 
 WORDS = [
@@ -156,6 +156,6 @@ def make_tokenizer(folder: Path) -> None:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    texts = [" ".join(WORDS), "system user assistant What is there?", SYSTEM_MESSAGE]
+    texts = [" ".join(WORDS), "system user assistant What is there?", chat_format("internvl2_5").system_message]
     tokenizer.train_from_iterator(texts * 10, trainer)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>").save_pretrained(folder)
