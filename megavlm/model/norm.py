@@ -8,7 +8,7 @@ import torch
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, reduce_from_tensor_model_parallel_region
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer import MegatronModule, TransformerConfig
-from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn.functional import layer_norm, rms_norm
@@ -68,8 +68,9 @@ class QueryKeyNorm(MegatronModule):
         self, prefix: str = "", sharded_offsets: tuple[tuple[int, int, int], ...] = (), metadata: dict | None = None
     ) -> dict[str, Any]:
         """Called by megatron-core; both weights are split over the ranks as the heads are."""
-        weights = self.state_dict(prefix="", keep_vars=True)
-        return make_sharded_tensors_for_checkpoint(weights, prefix, {"query": 0, "key": 0}, sharded_offsets)
+        weights, copies = self.state_dict(prefix="", keep_vars=True), ensure_metadata_has_dp_cp_group(metadata)["dp_cp_group"]
+        axes = {"query": 0, "key": 0}
+        return make_sharded_tensors_for_checkpoint(weights, prefix, axes, sharded_offsets, tp_group=self.group, dp_cp_group=copies)
 
 
 def _scaled(states: Tensor, factors: Tensor, weight: Tensor) -> Tensor:
