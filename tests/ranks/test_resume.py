@@ -21,8 +21,8 @@ STEPS = 6
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("packs") / "train"
-    sizes = dict(vocab_size=199, context_token_id=7, tile_size=16, features_per_tile=TINY.features_per_tile, capacity=128)
-    make_dataset(folder, packs=10, samples_per_pack=4, image_share=0.6, **sizes)
+    sizes = dict(vocab_size=199, context_token_id=7, tile_size=16, features_per_tile=TINY.features_per_tile)
+    make_dataset(folder, packs=10, samples_per_pack=4, image_share=0.6, capacity=128, alignment=4, **sizes)
     return folder
 
 
@@ -96,14 +96,15 @@ OTHER_LAYOUTS = [
     (2, dict(tensor_model_parallel_size=2, sequence_parallel=True)),
     (2, dict(pipeline_model_parallel_size=2, layout="v|v*2,t*3")),
     (4, dict(pipeline_model_parallel_size=4, layout="v|v*2|t|t*2")),
-    (4, dict(tensor_model_parallel_size=2)),
+    (4, dict(tensor_model_parallel_size=2, context_parallel_size=2)),
+    (2, dict(tensor_model_parallel_size=2, vision="data")),
 ]
 
 
 @pytest.mark.parametrize("mask", [EVERYTHING, PARTLY])
 def test_a_checkpoint_goes_on_at_other_layouts(ranks: Pool, dataset: Path, tmp_path: Path, mask: tuple[str, ...]) -> None:
-    whole = make_job(dataset, tmp_path / "whole", trainable=mask, tensor_model_parallel_size=2, pipeline_model_parallel_size=2)
-    ranks.run(run_job, 4, whole)
+    saved = dict(tensor_model_parallel_size=2, pipeline_model_parallel_size=2, vision="data")
+    ranks.run(run_job, 4, make_job(dataset, tmp_path / "whole", trainable=mask, **saved))
     expected = losses(tmp_path / "whole")[3:]
     for number, (world, layout) in enumerate(OTHER_LAYOUTS):
         save = tmp_path / f"other-{number}"
