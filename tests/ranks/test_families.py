@@ -28,11 +28,13 @@ TIED_LAYOUTS = {
     "pp2, with the head": (2, dict(pipeline_model_parallel_size=2, layout="v*3|t*3")),
     "pp3, in the middle": (3, dict(pipeline_model_parallel_size=3, layout="v*2|v,t|t*2")),
     "pp2 dp2": (4, dict(pipeline_model_parallel_size=2, layout="v*3,t|t*2")),
+    "pp2 cp2": (4, dict(pipeline_model_parallel_size=2, layout="v*3,t|t*2", context_parallel_size=2)),
     "tp2 pp2": (4, dict(tensor_model_parallel_size=2, pipeline_model_parallel_size=2, layout="v*3,t*2|t")),
 }
 ODD_LAYOUTS = {
     "tp2": (2, dict(tensor_model_parallel_size=2)),
     "tp4 sp": (4, dict(tensor_model_parallel_size=4, sequence_parallel=True)),
+    "tp2 cp2, whole vision layers": (4, dict(tensor_model_parallel_size=2, context_parallel_size=2, vision="data")),
     "tp2 pp2": (4, dict(tensor_model_parallel_size=2, pipeline_model_parallel_size=2, layout="v*2|v,t*3", recompute="full")),
 }
 
@@ -41,7 +43,7 @@ ODD_LAYOUTS = {
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("packs") / "train"
     sizes = dict(vocab_size=TINY.language.vocab_size, context_token_id=7, tile_size=16, features_per_tile=TINY.features_per_tile)
-    make_dataset(folder, packs=8, samples_per_pack=4, image_share=0.6, capacity=128, **sizes)
+    make_dataset(folder, packs=8, samples_per_pack=4, image_share=0.6, capacity=128, alignment=4, **sizes)
     return folder
 
 
