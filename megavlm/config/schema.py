@@ -97,6 +97,11 @@ class Parallel:
         """Ranks that share each layer of the vision encoder and of the projector."""
         return 1 if self.vision == "data" else self.tensor_model_parallel_size
 
+    @property
+    def tile_ranks(self) -> int:
+        """Ranks that share each pack's tiles."""
+        return self.context_parallel_size * self.tensor_model_parallel_size // self.vision_tensor_size
+
 
 @dataclass(frozen=True, kw_only=True)
 class Optimizer:

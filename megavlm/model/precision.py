@@ -57,14 +57,15 @@ def uses_transformer_engine(config: Config) -> bool:
 
 
 def tile_multiple(config: Config) -> int:
-    """Number that the tiles of a batch are padded to a multiple of, with blank ones.
+    """Number that the tiles of a batch, a rank's share of a pack, are padded to a multiple of, with blank ones.
 
     A tile has an odd number of tokens, so that matrices have rows in the multiple that FP8 asks for only if the tiles come in it.
     """
     recipe = config.fp8.vision
     if recipe != "none":
         return FP8_ROWS[recipe]
-    return _TILES if uses_transformer_engine(config) else 1
+    # Shares of a pack's tiles come in few numbers as it is.
+    return max(1, _TILES // config.parallel.tile_ranks) if uses_transformer_engine(config) else 1
 
 
 def fp8_settings(config: Config, part: str) -> dict[str, Any]:

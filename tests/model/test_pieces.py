@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
 
 from megavlm.config.mask import matches
+from megavlm.config.schema import Fp8
 from megavlm.data.batch import Batch
 from megavlm.model.attention import PackedCausalAttention, TileAttention
 from megavlm.model.fusion import place_features
 from megavlm.model.language import padded_vocabulary
 from megavlm.model.positions import resize_positions
+from megavlm.model.precision import tile_multiple
 from megavlm.model.projector import pixel_shuffle
 from megavlm.model.vision_layer import drop_path_rate
 from tests.data.test_batch import make_batch
+from tests.ranks.runs import config_for
 
 
 def test_pixel_shuffle_equals_transformers() -> None:
@@ -60,6 +64,21 @@ def test_features_of_blank_tiles_go_nowhere_and_get_a_gradient_of_zero(positions
     place_features(torch.ones(6, 1, 2), features, batch).sum().backward()
     assert features.grad[: len(positions)].eq(1).all()
     assert features.grad[len(positions) :].eq(0).all()
+
+
+@pytest.mark.parametrize(
+    ("layout", "recipe", "multiple"),
+    [
+        ({}, "none", 4),
+        (dict(tensor_model_parallel_size=2), "none", 4),
+        (dict(tensor_model_parallel_size=2, vision="data"), "none", 2),
+        (dict(tensor_model_parallel_size=4, context_parallel_size=2, vision="data"), "none", 1),
+        (dict(tensor_model_parallel_size=4, vision="data"), "tensorwise", 16),
+    ],
+)
+def test_small_shares_of_the_tiles_need_little_filling(layout: dict, recipe: str, multiple: int) -> None:
+    config = config_for(Path("packs"), kernels="transformer_engine", **layout)
+    assert tile_multiple(dataclasses.replace(config, fp8=Fp8(vision=recipe))) == multiple
 
 
 def test_attention_of_a_pack_is_that_of_its_samples_with_grouped_queries() -> None:
