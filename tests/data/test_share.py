@@ -80,6 +80,6 @@ def test_only_images_of_the_share_are_decoded(dataset: PackedDataset, monkeypatc
     pack_id = int(np.argmax(dataset.index["tiles"]))
     pack, decoded = dataset.reader.read(pack_id), []
     decode = module.decode_tiles
-    monkeypatch.setattr(module, "decode_tiles", lambda *args: decoded.append(1) or decode(*args))
+    monkeypatch.setattr(module, "decode_tiles", lambda *args, **named: decoded.append(1) or decode(*args, **named))
     dataset.batch(pack_id, 0, share=Share(tile_rank=0, tile_ranks=pack.tiles))
     assert len(decoded) == 1 < len(pack.images)
