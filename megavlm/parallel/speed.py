@@ -89,9 +89,9 @@ def measure(groups: Groups, backend: Backend) -> Speeds:
     figures += [float(dist.get_process_group_ranks(group)[0]) for group in kinds.values()]
     dist.barrier()
     figures.append(time.time())
-    gathered = torch.empty(groups.size, len(figures), dtype=torch.float64, device=backend.device)
-    dist.all_gather_into_tensor(gathered, torch.tensor(figures, dtype=torch.float64, device=backend.device))
-    compute, *columns, clock = map(tuple, gathered.T.tolist())
+    gathered: list[list[float]] = [[]] * groups.size
+    dist.all_gather_object(gathered, figures)
+    compute, *columns, clock = zip(*gathered)
     first = len(distances) + len(kinds)
     return Speeds(
         hosts=tuple(hosts),

@@ -7,6 +7,7 @@ import sys
 import threading
 import traceback
 from dataclasses import dataclass
+from types import FrameType
 
 import torch
 import torch.distributed as dist
@@ -63,6 +64,7 @@ def stacks() -> str:
     return "\n".join(f"{name}:\n{_calls(frame)}" for name, frame in found)
 
 
-def _calls(frame) -> str:
-    calls = traceback.extract_stack(frame)[-_MOST_FRAMES:]
-    return "\n".join(f"  {call.filename}:{call.lineno} {call.name}: {call.line}" for call in calls)
+def _calls(frame: FrameType) -> str:
+    """The innermost calls, without those of torch by which one module calls another."""
+    calls = [call for call in traceback.extract_stack(frame) if not call.filename.endswith("torch/nn/modules/module.py")]
+    return "\n".join(f"  {call.filename}:{call.lineno} {call.name}: {call.line}" for call in calls[-_MOST_FRAMES:])
