@@ -56,9 +56,9 @@ class Groups:
         return self.is_last_chunk and self.tensor_rank == 0 and self.context_rank == 0 and self.data_rank == 0
 
     def by_kind(self) -> dict[str, dist.ProcessGroup]:
-        """This rank's group of each kind."""
+        """This rank's group of each kind; ``data`` sums gradients, over the ranks that share packs too."""
         of = self.collection
-        return {"tensor": of.tp, "context": of.cp, "pipeline": of.pp, "data": of.dp}
+        return {"tensor": of.tp, "context": of.cp, "pipeline": of.pp, "data": of.dp_cp}
 
     def sum_over_data(self, values: torch.Tensor) -> torch.Tensor:
         """Sum ``values`` in place over the copies of the model, and over the ranks that share their packs."""
