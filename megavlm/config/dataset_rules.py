@@ -9,8 +9,18 @@ from megavlm.config.mask import parts_named
 from megavlm.config.schema import Config
 from megavlm.config.sharing import rows_of_a_rank, sharing_problems
 
-# Matrices come in multiples of so many rows and columns (Transformer Engine 2.11; blocks of 128 may be cut short, scales of 32 may not).
+# Matrices come in multiples of so many rows and columns (Transformer Engine 2.11).
 FP8_ROWS = {"delayed": 16, "tensorwise": 16, "blockwise": 16, "mxfp8": 32}
+
+
+def fp8_multiple(recipe: str, is_gathered: bool) -> int:
+    """What rows and columns of a recipe's matrices must be a multiple of; 1 without a recipe.
+
+    Args:
+        recipe: one of ``Fp8``'s.
+        is_gathered: whether ranks gather them in 8 bits (sequence parallelism): blocks of 128 may then not be cut short.
+    """
+    return 128 if recipe == "blockwise" and is_gathered else FP8_ROWS.get(recipe, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +86,7 @@ def _dataset(config: Config, facts: DatasetFacts) -> Iterator[str]:
     yield from sharing_problems(config.parallel, where, facts.capacity, facts.alignment)
     rows = rows_of_a_rank(config.parallel, facts.capacity)
     recipe = config.fp8.language
-    if rows % (multiple := FP8_ROWS.get(recipe, 1)):
+    if rows % (multiple := fp8_multiple(recipe, config.parallel.sequence_parallel)):
         yield (
             f"{where}: packs of {facts.capacity} tokens give a rank {rows} rows, and --fp8.language {recipe} needs a multiple of "
             f"{multiple}; pack with such a --capacity"

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from megavlm.config.schema import Config
 
-# First compute capability with the instructions that a recipe needs.
+# First compute capability with the instructions that a recipe needs, and the first for which Transformer Engine 2.11 refuses it.
 _FP8_CAPABILITY = {"delayed": (8, 9), "tensorwise": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
+_FP8_TOO_NEW = {"mxfp8": (12, 0)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +45,15 @@ def machine_problems(config: Config, machine: Machine) -> list[str]:
     for part, recipe in config.fp8.recipes.items():
         if lack:
             found.append(f"--fp8.{part} {recipe} needs Transformer Engine's layers, and this machine has {lack}; use none")
-        elif machine.capability < _FP8_CAPABILITY[recipe]:
+        elif not _runs(recipe, machine.capability):
             needed, there = (".".join(map(str, numbers)) for numbers in (_FP8_CAPABILITY[recipe], machine.capability))
-            runs = [name for name, least in _FP8_CAPABILITY.items() if machine.capability >= least]
-            found.append(f"--fp8.{part} {recipe} needs compute capability {needed}, this GPU has {there}; use {', '.join([*runs, 'none'])}")
+            below = f", and less than {'.'.join(map(str, _FP8_TOO_NEW[recipe]))}" if recipe in _FP8_TOO_NEW else ""
+            runs = [name for name in _FP8_CAPABILITY if _runs(name, machine.capability)]
+            found.append(
+                f"--fp8.{part} {recipe} needs compute capability {needed}{below}, this GPU has {there}; use {', '.join([*runs, 'none'])}"
+            )
     return found
+
+
+def _runs(recipe: str, capability: tuple[int, int]) -> bool:
+    return _FP8_CAPABILITY[recipe] <= capability < _FP8_TOO_NEW.get(recipe, (99, 0))

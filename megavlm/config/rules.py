@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megavlm.config import start
-from megavlm.config.dataset_rules import FP8_ROWS, DatasetFacts, facts_problems
+from megavlm.config.dataset_rules import DatasetFacts, facts_problems, fp8_multiple
 from megavlm.config.machine import Machine, machine_problems
 from megavlm.config.mask import PARTS, parts_named
 from megavlm.config.pipeline import parse_layout
@@ -44,6 +44,7 @@ def problems(config: Config, world_size: int) -> list[str]:
         *_data(config.data),
         *_training(config.training, config.data),
         *_optimizer(config.optimizer, config.training),
+        *_kernels(config.training),
         *_fp8(config.fp8, config),
         *_at_least(0, "checkpoint", config.checkpoint, "save_interval", "keep", "keep_best"),
         *checkpoint_problems(config.checkpoint, config.training.eval_interval),
@@ -233,6 +234,11 @@ def _optimizer(optimizer: Optimizer, training: Training) -> Iterator[str]:
         yield f"--optimizer.adam_eps {optimizer.adam_eps}: must be above 0"
 
 
+def _kernels(training: Training) -> Iterator[str]:
+    if training.kernels == "transformer_engine" and training.precision == "float32":
+        yield "--training.kernels transformer_engine: its attention has no fused kernel for --training.precision float32; use local or auto"
+
+
 def _fp8(fp8: Fp8, config: Config) -> Iterator[str]:
     first, last, arch = fp8.first_bf16_layers, fp8.last_bf16_layers, config.architecture
     spared = f"--fp8.first_bf16_layers {first} and --fp8.last_bf16_layers {last}"
@@ -241,6 +247,11 @@ def _fp8(fp8: Fp8, config: Config) -> Iterator[str]:
         yield f"{spared}: have no effect without --fp8.vision or --fp8.language"
     if fp8.recipes and config.training.kernels == "local":
         yield "--training.kernels local: FP8 needs Transformer Engine's layers; use auto, or no recipe for --fp8.vision and --fp8.language"
+    if fp8.vision == "delayed" and not any("vision" in parts_named(pattern) for pattern in config.training.trainable):
+        yield (
+            f"--fp8.vision delayed: --training.trainable {','.join(config.training.trainable)} leaves the vision encoder frozen, "
+            "and without a backward pass its scales are never set; use tensorwise"
+        )
     for part, recipe in fp8.recipes.items():
         if config.training.precision == "float32":
             yield f"--fp8.{part} {recipe} needs --training.precision bfloat16"
@@ -252,8 +263,12 @@ def _fp8(fp8: Fp8, config: Config) -> Iterator[str]:
             yield f"{spared}: at most {share}, the {part} layers of one of the pipeline's chunks"
         parallel = config.parallel
         tensor = max(parallel.vision_tensor_size if part == "vision" else parallel.tensor_model_parallel_size, 1)
-        for name, width in (("hidden_size", sizes.hidden_size), ("ffn_hidden_size", sizes.ffn_hidden_size // tensor)):
-            if width % (multiple := FP8_ROWS[recipe]):
+        multiple = fp8_multiple(recipe, config.parallel.sequence_parallel and part == "language")
+        widths = {"hidden_size": sizes.hidden_size, "ffn_hidden_size": sizes.ffn_hidden_size // tensor}
+        if part == "language":
+            widths["num_attention_heads"] = arch.language.num_attention_heads * arch.language.head_size // tensor
+        for name, width in widths.items():
+            if width % multiple:
                 yield f"--fp8.{part} {recipe}: --architecture.{part}.{name} makes matrices {width} wide, not a multiple of {multiple}"
 
 

@@ -119,7 +119,7 @@ class Optimizer:
         adam_beta2: decay of the second moment.
         adam_eps: added to the root of the second moment.
         clip_grad: largest norm of the whole gradient; 0: no clipping.
-        moments: number format of both moments; bfloat16 saves four bytes a trained weight and needs Transformer Engine.
+        moments: number format of both moments; bfloat16 saves six bytes a trained weight and needs Transformer Engine.
     """
 
     lr: float = 2e-4
@@ -149,7 +149,7 @@ class Training:
         drop_path: highest rate of drop path in the vision encoder, growing linearly over its depth; off where vision is frozen.
         eval_interval: steps between evaluations on ``data.valid``; 0: only at the start and at the end.
         eval_packs: packs of one evaluation; 0: all.
-        kernels: layers of Transformer Engine, megatron-core's own (local), or the former wherever they run (auto).
+        kernels: layers of Transformer Engine, megatron-core's own (local), or the former wherever they run and numbers have 16 bits (auto).
         deterministic: use only kernels that give the same bits each time; slower on a GPU, and how a CPU always computes.
     """
 

@@ -86,4 +86,5 @@ class LanguageModel(GPTModel):
         if self.real_rows < logits.shape[-1]:
             # Detached: the gradient of the padding is zero as it is, and autograd would copy all logits to write that down.
             logits.detach()[..., self.real_rows :] = float("-inf")
-        return self.cross_entropy(logits, labels.T.contiguous(), self.pg_collection.tp).T
+        # Not a transpose: its stride of T in a dimension of one is what Transformer Engine's kernel would step by.
+        return self.cross_entropy(logits, labels.reshape(-1, 1), self.pg_collection.tp).T

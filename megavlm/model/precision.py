@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
+from megavlm.config.dataset_rules import FP8_ROWS
 from megavlm.config.machine import Machine
-from megavlm.config.rules import FP8_ROWS
 from megavlm.config.schema import Config
 
 _FORMATS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -51,9 +51,12 @@ def machine() -> Machine:
 
 
 def uses_transformer_engine(config: Config) -> bool:
-    """Whether the layers are Transformer Engine's: asked for, or possible where nothing is asked for."""
+    """Whether the layers are Transformer Engine's: asked for, or possible in 16 bits where nothing is asked for.
+
+    In 32 bits its attention has no fused kernel, and makes a matrix of all pairs of a pack's tokens.
+    """
     asked = config.training.kernels
-    return asked == "transformer_engine" or (asked == "auto" and machine().runs_transformer_engine)
+    return asked == "transformer_engine" or (asked == "auto" and precision(config).is_half and machine().runs_transformer_engine)
 
 
 def tile_multiple(config: Config) -> int:

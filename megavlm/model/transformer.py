@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -11,6 +12,7 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 from torch.nn.functional import gelu
 
+from megavlm.config.mask import parts_named
 from megavlm.config.schema import Config
 from megavlm.model.precision import fp8_settings, precision
 from megavlm.model.specs import Kernels
@@ -65,6 +67,7 @@ def _common(config: Config, counts: tuple[int, ...], chosen: Kernels, tensor_siz
         deterministic_mode=config.training.deterministic,
         calculate_per_token_loss=True,  # gradients are summed: the loss is divided by the whole step's weight before backward
         hetereogenous_dist_checkpoint=True,  # a key for each layer, so that some layers of a stack may be frozen
+        batch_p2p_sync=False,  # a wait for the device at every border, against a fault of PyTorch's of long ago
         **_RECOMPUTE[config.parallel.recompute],
     )
 
@@ -84,8 +87,14 @@ def vision_config(config: Config, layout: Layout, chosen: Kernels) -> Transforme
         add_qkv_bias=vision.qkv_bias,
         activation_func=ACTIVATIONS[vision.activation],
         **fp8_settings(config, "vision"),
-        **_common(config, layout.vision_counts(), chosen, config.parallel.vision_tensor_size),
+        **_common(_keeping_frozen(config), layout.vision_counts(), chosen, config.parallel.vision_tensor_size),
     )
+
+
+def _keeping_frozen(config: Config) -> Config:
+    """The run without recomputation where the vision encoder is frozen: nothing is kept, and nothing would be computed again."""
+    trains = any("vision" in parts_named(pattern) for pattern in config.training.trainable)
+    return config if trains else replace(config, parallel=replace(config.parallel, recompute="none"))
 
 
 def projector_config(config: Config, chosen: Kernels) -> TransformerConfig:

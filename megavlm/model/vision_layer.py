@@ -65,7 +65,9 @@ class VisionLayer(TransformerLayer):
         attended, bias = self.self_attention(self.input_layernorm(hidden_states), attention_mask=None)
         hidden_states = self._add(hidden_states, attended, bias, self.attention_scale, context, 0)
         normed = self.pre_mlp_layernorm(hidden_states)
-        transformed = self.checkpoint(self._transform, self.tp_group, normed) if self.recompute_mlp else self._transform(normed)
+        # Without a backward pass Transformer Engine would wait for ever for the second call, and keep what it needs for it.
+        recompute = self.recompute_mlp and torch.is_grad_enabled()
+        transformed = self.checkpoint(self._transform, self.tp_group, normed) if recompute else self._transform(normed)
         return self._add(hidden_states, transformed, self.mlp.linear_fc2.bias, self.mlp_scale, context, 1), context
 
     def _transform(self, hidden: Tensor) -> Tensor:

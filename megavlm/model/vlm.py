@@ -12,6 +12,7 @@ from megatron.core.enums import ModelType
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 from megatron.core.transformer import MegatronModule
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from megavlm.config.schema import Config
@@ -92,6 +93,14 @@ class VisionLanguageModel(MegatronModule):
         """Finish the gradients of weights of which each tensor-parallel rank has a copy. Collective."""
         for part in self.copies:
             sum_gradients(part.parameters(), self.groups)
+
+    def train(self, mode: bool = True) -> VisionLanguageModel:
+        """Switch between training and evaluation, in which nothing is recomputed: megatron-core would do so for MLPs without looking."""
+        super().train(mode)
+        for layer in self.modules():
+            if isinstance(layer, TransformerLayer) and layer.config.recompute_granularity == "selective":
+                layer.recompute_mlp = mode
+        return self
 
     def forward(self, batch: Batch, with_loss: bool = True) -> Tensor:
         """Run this chunk on one pack.

@@ -17,7 +17,9 @@ from megavlm.config.schema import Architecture, Config
 from megavlm.parallel.cost import Piece, pieces
 from megavlm.parallel.layout import Chunk, Layout
 
-_WEIGHT, _GRADIENT, _MAIN = 2, 4, 4
+_WEIGHT, _GRADIENT = 2, 4
+# With moments in 16 bits, of a main weight only what the model's own weight lacks is kept.
+_MAIN = {"float32": 4, "bfloat16": 2}
 _MOMENTS = {"float32": 8, "bfloat16": 4}
 # Of a logit: in 16 bits, its gradient, and the exponentials in 32 bits while the loss is computed.
 _LOGIT = 8
@@ -69,7 +71,7 @@ def _chunk(config: Config, chunk: Chunk, data_ranks: int, under_way: int, capaci
     return Memory(
         weights=_WEIGHT * sum(piece.numbers for piece in held) / tensor,
         gradients=_GRADIENT * trained,
-        optimizer=(_MAIN + _MOMENTS[config.optimizer.moments]) * trained / data_ranks,
+        optimizer=(_MAIN[config.optimizer.moments] + _MOMENTS[config.optimizer.moments]) * trained / data_ranks,
         activations=_activations(config, chunk, under_way, capacity, tiles),
     )
 
@@ -109,7 +111,9 @@ def _kept(layer: tuple[float, float], width: int, layers: int, packs: int, recom
         return 0.0
     if not packs or recompute == "full":
         return whole + width * layers * packs
-    return (whole - inside * (recompute == "selective")) * layers * packs
+    if recompute == "selective":
+        return (whole - inside) * layers * packs + inside
+    return whole * layers * packs
 
 
 def vision_layer(arch: Architecture, tensor: int) -> tuple[float, float]:

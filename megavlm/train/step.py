@@ -79,6 +79,9 @@ def run_packs(
         batch = next(iterator).to(backend.device, non_blocking=backend.asynchronous)
         return chunk(batch), partial(_loss, batch, weight_of_step)
 
+    for module in model.modules():  # megatron-core does so only where the language model has a recipe for FP8
+        if hasattr(module, "is_first_microbatch"):
+            module.is_first_microbatch = True
     whole = model.module if isinstance(model, DistributedDataParallel) else model
     ahead = Ahead(batches)
     borders = {}

@@ -140,6 +140,8 @@ WRONG = [
         ["last_bf16_layers 3: at most 2, the language layers of one of the pipeline's chunks"],
     ),
     ("--fp8.language tensorwise --training.precision float32", 1, ["--fp8.language tensorwise needs --training.precision bfloat16"]),
+    ("--fp8.vision delayed --training.trainable projector --training.drop_path 0", 1, ["--fp8.vision delayed", "frozen", "use tensorwise"]),
+    ("--training.kernels transformer_engine --training.precision float32", 1, ["no fused kernel for --training.precision float32"]),
     ("--fp8.language tensorwise --training.kernels local", 1, ["--training.kernels local: FP8 needs Transformer Engine's layers"]),
     (
         "--fp8.language mxfp8 --architecture.language.ffn_hidden_size 432",

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from megavlm.config.schema import Architecture, Checkpoint, Config, Init, Logging
+from megavlm.data.meta import read_sources
 from megavlm.data.packer import Job, pack_dataset
-from megavlm.data.record import read_sources
 from megavlm.data.tiling import Tiling
 from megavlm.data.tokenizer import SPECIAL_TOKENS
 from tests.convert.models import SMALL, load_all
