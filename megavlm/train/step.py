@@ -80,7 +80,7 @@ def run_packs(
         return chunk(batch), partial(_loss, batch, weight_of_step)
 
     for module in model.modules():  # megatron-core does so only where the language model has a recipe for FP8
-        if hasattr(module, "is_first_microbatch"):
+        if "is_first_microbatch" in vars(module):
             module.is_first_microbatch = True
     whole = model.module if isinstance(model, DistributedDataParallel) else model
     ahead = Ahead(batches)

@@ -177,7 +177,11 @@ LACKING = [
         ["Transformer Engine's AdamW, and this machine has no Transformer Engine"],
     ),
     ("--fp8.vision delayed", Machine(has_transformer_engine=True), ["--fp8.vision delayed", "has no CUDA device; use none"]),
-    ("--fp8.language mxfp8", HOPPER, ["needs compute capability 10.0, this GPU has 9.0; use delayed, tensorwise, blockwise, none"]),
+    (
+        "--fp8.language mxfp8",
+        HOPPER,
+        ["needs compute capability 10.0, and less than 12.0, this GPU has 9.0; use delayed, tensorwise, blockwise, none"],
+    ),
 ]
 
 

@@ -79,7 +79,7 @@ def test_packed_attention_sees_one_sample_at_a_time() -> None:
         found.float().square().sum().backward()
         expected.square().sum().backward()
         for tensor, exact in zip((query, key, value), inputs, strict=True):
-            assert distance(tensor.grad.float(), exact.grad) < 0.02
+            assert distance(tensor.grad.float(), exact.grad) < 0.03
     finally:
         groups.destroy()
 

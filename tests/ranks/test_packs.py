@@ -104,3 +104,24 @@ def test_features_and_placeholders_must_be_equal_in_number(ranks: Pool, tmp_path
     [message] = ranks.run(count_mismatch, 1, config_for(tmp_path / "packs"))
     features = TINY.features_per_tile
     assert f"{tiles * features} image placeholder tokens" in message and f"{(tiles - 1) * features} features" in message
+
+
+def strides_of_labels(config: Config) -> tuple[int, ...]:
+    """The strides of what a fused cross-entropy is given as labels."""
+    seen = []
+    job = build(config)
+
+    def cross_entropy(logits, labels, group):
+        seen.append(labels.stride())
+        return logits.float().logsumexp(-1)
+
+    job.model.language.cross_entropy = cross_entropy
+    job.model(job.train.batch(0, 0, vision_layers=3))
+    return seen[0]
+
+
+def test_labels_stand_one_behind_the_other(ranks: Pool, tmp_path: Path) -> None:
+    write_packs(tmp_path / "packs", [_samples((1,), seed=1)], capacity=CAPACITY, **SIZES)
+    assert ranks.run(strides_of_labels, 1, config_for(tmp_path / "packs")) == [(1, 1)], (
+        "Transformer Engine's kernel steps by the last stride"
+    )
