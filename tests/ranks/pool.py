@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 _TIMEOUT_SECONDS = 240
+# A job that trains leaves the threads of its process groups behind, which torch does not end.
+_JOBS_OF_A_WORKER = 15
 
 
 class Pool:
@@ -32,6 +34,8 @@ class Pool:
         Raises:
             AssertionError: a rank raised; its traceback is the message. The workers are replaced.
         """
+        if self._jobs % _JOBS_OF_A_WORKER == 0:
+            self.close()
         while len(self._workers) < world_size:
             self._start_worker()
         self._jobs += 1
