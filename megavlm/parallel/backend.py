@@ -56,7 +56,8 @@ def meet(timeout_minutes: int) -> dist.Store:
     if "MASTER_ADDR" not in os.environ:
         return dist.HashStore()
     store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(minutes=timeout_minutes)))
-    return store
+    # torchrun keeps its store when it starts the ranks again: what they wrote in their last life must not be read in this one.
+    return dist.PrefixStore(f"megavlm/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
 def start(timeout_minutes: int, *, deterministic: bool = False, store: dist.Store | None = None) -> Backend:

@@ -58,7 +58,8 @@ def make_model(folder: Path, name: str, layers: int) -> int:
     model = architecture(name)
     model = dataclasses.replace(model, language=dataclasses.replace(model.language, num_layers=layers or model.language.num_layers))
     folder.mkdir(parents=True)
-    words = Tokenizer(models.WordLevel({word: number for number, word in enumerate([*SPECIAL_TOKENS, "<|im_start|>", "<|im_end|>", "?"])}, unk_token="?"))
+    known = [*SPECIAL_TOKENS, "<|im_start|>", "<|im_end|>", "?"]
+    words = Tokenizer(models.WordLevel({word: number for number, word in enumerate(known)}, unk_token="?"))
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?").save_pretrained(folder)
     tensors = RandomTensors(model)
     write_safetensors(tensors, folder)
