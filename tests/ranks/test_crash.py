@@ -1,7 +1,7 @@
 """``kill -9`` at random moments, also inside a save, of one rank or of all: torchrun starts them again, and the end is the same.
 
-``MEGAVLM_CRASHES=20`` kills each run twenty times, also one that saves beside training; the few kills that are the default fit into everyday
-testing.
+``MEGAVLM_CRASHES=20`` kills each run twenty times, also one that saves beside training; the few kills that are the default fit into
+everyday testing.
 """
 
 from __future__ import annotations
