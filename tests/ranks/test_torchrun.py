@@ -56,7 +56,8 @@ def test_a_wrong_world_size_is_told_once_and_before_anything_starts(config_file:
     ],
 )
 def test_a_rank_that_was_started_otherwise_is_named(config_file: Path, of_rank_1: str, told: list[str]) -> None:
-    command = f"exec {sys.executable} {TORCHRUN[-1]} --config {config_file} $([ $RANK = 1 ] && echo {of_rank_1})"
+    start = f"{sys.executable} {TORCHRUN[-1]} --config {config_file} --checkpoint.save_interval 0"
+    command = f"exec {start} $([ $RANK = 1 ] && echo {of_rank_1})"
     done = subprocess.run(
         [*TORCHRUN[:-1], "--no-python", "bash", "-c", command], env=ENVIRONMENT, capture_output=True, text=True, timeout=120
     )
