@@ -83,7 +83,7 @@ def test_an_export_that_differs_is_noticed(ranks: Pool, packs: Path, tmp_path: P
 
     ranks.run(run_job, 1, _config(packs, tmp_path / "run", export_hf=str(tmp_path / "hf")))
     weights = load_file(tmp_path / "hf" / "model.safetensors")
-    name = next(name for name in weights if name.endswith("lambda_1"))
+    name = next(name for name in weights if name.startswith("language_model.") and name.endswith("norm.weight"))
     save_file(weights | {name: weights[name] * 2}, tmp_path / "hf" / "model.safetensors", metadata={"format": "pt"})
     [found] = ranks.run(agreement, 1, tmp_path / "run", tmp_path / "hf", packs)
     assert found.max_abs_difference > 1e-4
