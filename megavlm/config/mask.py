@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
 PARTS = ("vision", "projector", "language")
@@ -15,3 +16,8 @@ def matches(key: str, pattern: str) -> bool:
 def parts_named(pattern: str) -> list[str]:
     """Parts that a name, or a pattern of names, can mean."""
     return [part for part in PARTS if fnmatchcase(part, pattern.split(".")[0])]
+
+
+def trains(part: str, trainable: Sequence[str]) -> bool:
+    """Whether a mask can mean any weight of a part."""
+    return any(part in parts_named(pattern) for pattern in trainable)

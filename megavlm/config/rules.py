@@ -8,7 +8,7 @@ from pathlib import Path
 from megavlm.config import start
 from megavlm.config.dataset_rules import DatasetFacts, facts_problems, fp8_multiple
 from megavlm.config.machine import Machine, machine_problems
-from megavlm.config.mask import PARTS, parts_named
+from megavlm.config.mask import PARTS, parts_named, trains
 from megavlm.config.pipeline import parse_layout
 from megavlm.config.saving import checkpoint_problems
 from megavlm.config.schema import AUGMENTATIONS, Architecture, Checkpoint, Config, Data, Fp8, Health, Logging, Optimizer, Parallel, Training
@@ -206,7 +206,7 @@ def _training(training: Training, data: Data) -> Iterator[str]:
             yield f"--training.trainable {pattern}: nothing is called so; parts are {', '.join(PARTS)}"
     if not 0 <= training.drop_path < 1:
         yield f"--training.drop_path {training.drop_path}: must be 0 or more, and less than 1"
-    elif training.drop_path and training.trainable and not any("vision" in parts_named(pattern) for pattern in training.trainable):
+    elif training.drop_path and training.trainable and not trains("vision", training.trainable):
         yield (
             f"--training.drop_path {training.drop_path} has no effect: --training.trainable {','.join(training.trainable)} "
             "leaves the vision encoder frozen; use 0"
@@ -247,7 +247,7 @@ def _fp8(fp8: Fp8, config: Config) -> Iterator[str]:
         yield f"{spared}: have no effect without --fp8.vision or --fp8.language"
     if fp8.recipes and config.training.kernels == "local":
         yield "--training.kernels local: FP8 needs Transformer Engine's layers; use auto, or no recipe for --fp8.vision and --fp8.language"
-    if fp8.vision == "delayed" and not any("vision" in parts_named(pattern) for pattern in config.training.trainable):
+    if fp8.vision == "delayed" and not trains("vision", config.training.trainable):
         yield (
             f"--fp8.vision delayed: --training.trainable {','.join(config.training.trainable)} leaves the vision encoder frozen, "
             "and without a backward pass its scales are never set; use tensorwise"

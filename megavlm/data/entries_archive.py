@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megavlm.data.entry import Block, Entry
+from megavlm.data.entry import Block, Entry, in_blocks
 from megavlm.data.record import parse_json
 from megavlm.data.reject import RejectError
 
@@ -52,16 +52,7 @@ class ArchiveFile:
 
     def blocks(self, length: int) -> Iterator[Block]:
         """See ``EntryFile``; only the archive's headers are read."""
-        start, number, entries, end = 0, 1, 0, 0
-        for members in self._records(0):
-            start = start if entries else members[0].offset
-            end = members[-1].offset_data + members[-1].size
-            entries += 1
-            if entries == length:
-                yield Block(offset=start, number=number, entries=entries, size=end - start)
-                number, entries = number + entries, 0
-        if entries:
-            yield Block(offset=start, number=number, entries=entries, size=end - start)
+        return in_blocks(((members[0].offset, members[-1].offset_data + members[-1].size) for members in self._records(0)), length)
 
     def read(self, offset: int, number: int, count: int) -> Iterator[Entry]:
         """See ``EntryFile``."""

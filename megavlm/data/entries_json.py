@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from megavlm.data.entry import Block, Entry
+from megavlm.data.entry import Block, Entry, in_blocks
 from megavlm.data.reject import RejectError
 
 # A record is some kilobytes. What is longer than this is no line of an annotation file, and would fill the memory of every worker.
@@ -61,15 +61,7 @@ class JsonList:
 
     def blocks(self, length: int) -> Iterator[Block]:
         """See ``EntryFile``."""
-        start, number, entries, end = 0, 1, 0, 0
-        for place, end in self._places(None):
-            start = start if entries else place
-            entries += 1
-            if entries == length:
-                yield Block(offset=start, number=number, entries=entries, size=end - start)
-                number, entries = number + entries, 0
-        if entries:
-            yield Block(offset=start, number=number, entries=entries, size=end - start)
+        return in_blocks(self._places(None), length)
 
     def read(self, offset: int, number: int, count: int) -> Iterator[Entry]:
         """See ``EntryFile``."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -48,6 +48,19 @@ class Block:
     number: int
     entries: int
     size: int
+
+
+def in_blocks(places: Iterable[tuple[int, int]], length: int) -> Iterator[Block]:
+    """Blocks of at most ``length`` entries, which begin and end at ``places`` in the file and are numbered through from 1."""
+    start, number, entries, end = 0, 1, 0, 0
+    for place, end in places:
+        start = start if entries else place
+        entries += 1
+        if entries == length:
+            yield Block(offset=start, number=number, entries=entries, size=end - start)
+            number, entries = number + entries, 0
+    if entries:
+        yield Block(offset=start, number=number, entries=entries, size=end - start)
 
 
 class EntryFile(Protocol):

@@ -12,7 +12,7 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 from torch.nn.functional import gelu
 
-from megavlm.config.mask import parts_named
+from megavlm.config.mask import trains
 from megavlm.config.schema import Config
 from megavlm.model.precision import fp8_settings, precision
 from megavlm.model.specs import Kernels
@@ -93,8 +93,8 @@ def vision_config(config: Config, layout: Layout, chosen: Kernels) -> Transforme
 
 def _keeping_frozen(config: Config) -> Config:
     """The run without recomputation where the vision encoder is frozen: nothing is kept, and nothing would be computed again."""
-    trains = any("vision" in parts_named(pattern) for pattern in config.training.trainable)
-    return config if trains else replace(config, parallel=replace(config.parallel, recompute="none"))
+    is_trained = trains("vision", config.training.trainable)
+    return config if is_trained else replace(config, parallel=replace(config.parallel, recompute="none"))
 
 
 def projector_config(config: Config, chosen: Kernels) -> TransformerConfig:

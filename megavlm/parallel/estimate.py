@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megavlm.config.mask import parts_named
+from megavlm.config.mask import trains
 from megavlm.config.rules import layout_problems
 from megavlm.config.schema import Config, Parallel
 from megavlm.parallel.layout import Layout, make_layout
@@ -160,6 +160,6 @@ def _tensor_bytes(config: Config, layout: Layout, number: int, size: PackSize, c
     arch, chunk, tensor = config.architecture, layout.chunks[number], config.parallel.tensor_model_parallel_size
     vision = len(chunk.vision_layers) * size.tiles * arch.vision.tokens * arch.vision.hidden_size
     language = len(chunk.language_layers) * capacity * arch.language.hidden_size
-    trains_vision = any("vision" in parts_named(pattern) for pattern in config.training.trainable)
+    trains_vision = trains("vision", config.training.trainable)
     # A sum over a ring sends every number almost twice; so do the gathering and scattering of sequence parallelism together.
     return 2 * (tensor - 1) / tensor * _BF16 * (vision * (4 if trains_vision else 2) + language * 4)

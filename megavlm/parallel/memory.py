@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megavlm.config.mask import matches
+from megavlm.config.mask import matches, trains
 from megavlm.config.schema import Architecture, Config
 from megavlm.parallel.cost import Piece, pieces
 from megavlm.parallel.layout import Chunk, Layout
@@ -85,8 +85,7 @@ def _stands_in(piece: Piece, chunk: Chunk) -> bool:
 
 def _activations(config: Config, chunk: Chunk, under_way: int, capacity: int, tiles: float) -> float:
     arch, parallel, tensor = config.architecture, config.parallel, config.parallel.tensor_model_parallel_size
-    patterns = config.training.trainable
-    trains_vision = any(matches(piece.key, pattern) for piece in pieces(arch) if piece.part == "vision" for pattern in patterns)
+    trains_vision = trains("vision", config.training.trainable)
     vision = _kept(
         vision_layer(arch, tensor), arch.vision.hidden_size, len(chunk.vision_layers), under_way * trains_vision, parallel.recompute
     )
