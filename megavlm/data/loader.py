@@ -16,8 +16,9 @@ from megavlm.data.batch import Batch
 from megavlm.data.dataset import PackedDataset
 from megavlm.data.media import load_decoders
 from megavlm.data.plan import Plan
+from megavlm.data.worker_signals import Deaths, heed_parent_alone, starting_workers
 
-# How PyTorch's words for a worker that is gone begin.
+# How the words for a worker that is gone begin, PyTorch's and ours.
 DIED, STUCK = "DataLoader worker", "DataLoader timed out"
 
 
@@ -66,11 +67,14 @@ def batches(
         worker_init_fn=_start_worker if workers else None,
         multiprocessing_context=start_method if workers else None,
     )
-    arriving = iter(loader)
+    with starting_workers() as processes:
+        arriving = iter(loader)
+    deaths = Deaths(processes)
     try:
         for position in positions:
             try:
-                batch = next(arriving)
+                with deaths:
+                    batch = next(arriving)
             except Exception as error:
                 if not workers:
                     raise
@@ -180,5 +184,6 @@ def _unchanged(batch: Batch) -> Batch:
 
 
 def _start_worker(worker: int) -> None:
-    """One thread for each worker: many workers already fill the cores."""
+    """One thread for each worker: many workers already fill the cores. None ends before the training process says so."""
     torch.set_num_threads(1)
+    heed_parent_alone()

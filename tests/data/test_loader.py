@@ -7,7 +7,10 @@ import gc
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -105,6 +108,65 @@ def test_a_worker_that_dies_is_named(dataset):
             next(stream)
 
 
+def test_a_worker_that_dies_is_told_of_only_where_a_batch_is_waited_for(dataset):
+    stream = batches(dataset, Plan(num_packs=7, shuffle=False), range(10**6), reduction="token", workers=2, prefetch=1)
+    next(stream)
+    for worker in multiprocessing.active_children():
+        os.kill(worker.pid, signal.SIGKILL)
+    time.sleep(0.3)  # the training process is at something else when the news arrives
+    with pytest.raises(RuntimeError, match=r"no batch for pack [123] .*(Connection\w+Error|killed by signal 9 \(SIGKILL\))"):
+        for _ in range(3):
+            next(stream)
+
+
+TRAINER = """
+import multiprocessing, os, signal, sys, time
+from megavlm.data.dataset import PackedDataset
+from megavlm.data.loader import batches
+from megavlm.data.plan import Plan
+
+asked = []
+signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
+signal.signal(signal.SIGINT, lambda *_: asked.append(1))
+stream = batches(PackedDataset(sys.argv[1]), Plan(num_packs=7), range(10**6), reduction="token", workers=2, start_method=sys.argv[2])
+next(stream)
+print("ready", flush=True)
+while len(asked) < 2:
+    time.sleep(0.02)
+for _ in range(20):
+    next(stream)
+print(len(asked), *(worker.pid for worker in multiprocessing.active_children()), flush=True)
+if sys.argv[3] == "crash":
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize(("start_method", "end"), [("fork", "crash"), ("fork", "leave"), ("spawn", "leave")])
+def test_workers_outlive_signals_to_the_process_group_and_not_the_training_process(dataset, start_method, end):
+    command = [sys.executable, "-c", TRAINER, str(dataset.folder), start_method, end]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with subprocess.Popen(command, start_new_session=True, **pipes) as trainer:
+        assert trainer.stdout.readline() == "ready\n"
+        for number in (signal.SIGTERM, signal.SIGINT):
+            os.killpg(trainer.pid, number)
+            time.sleep(0.2)
+        output, errors = trainer.communicate(timeout=120)
+    assert trainer.returncode == (-signal.SIGKILL if end == "crash" else 0), errors
+    asked, *workers = map(int, output.split())
+    assert asked == 2 and len(workers) == 2
+    deadline = time.monotonic() + 30
+    while any(map(is_running, workers)):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def is_running(process: int) -> bool:
+    try:
+        return "State:\tZ" not in Path(f"/proc/{process}/status").read_text()
+    except FileNotFoundError:
+        return False
+
+
 class Trouble(PackedDataset):
     """Packs of which one, number 5, is never made."""
 
@@ -118,7 +180,7 @@ class Trouble(PackedDataset):
 
 
 @pytest.mark.parametrize(
-    ("die", "words"), [(True, "(killed by signal|exited unexpectedly|ConnectionResetError|EOFError)"), (False, "timed out after 5")]
+    ("die", "words"), [(True, r"(killed by signal 9|exited unexpectedly|Connection\w+Error|EOFError)"), (False, "timed out after 5")]
 )
 def test_the_pack_that_a_worker_is_lost_at_is_named(dataset, die, words):
     stream = batches(Trouble(dataset.folder), Plan(num_packs=7, shuffle=False), range(100), workers=2, timeout=5, die=die)

@@ -1,0 +1,93 @@
+"""Signals between the training process and its loader workers.
+
+A batch scheduler, torchrun and Ctrl-C signal the whole process group. The training process then saves a checkpoint, for which it needs the
+batches that its workers still have to make. So workers heed SIGTERM and SIGINT from their parent alone; one whose parent is gone ends
+by itself, since PyTorch's workers look after their parent every few seconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from multiprocessing.process import BaseProcess
+from types import FrameType
+from typing import Self
+
+ENDING = (signal.SIGTERM, signal.SIGINT)
+
+
+@contextlib.contextmanager
+def starting_workers() -> Iterator[list[BaseProcess]]:
+    """Processes that are started inside are deaf to ``ENDING`` from their first moment; the list that it gives holds them afterwards.
+
+    What handles SIGCHLD stays as it was: PyTorch's handler raises wherever the training process happens to be when a worker dies. ``Deaths``
+    raises where a batch is waited for.
+    """
+    before, started = multiprocessing.active_children(), []
+    mask, handler = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING), signal.getsignal(signal.SIGCHLD)
+    try:
+        yield started
+    finally:
+        if _in_main_thread():
+            signal.signal(signal.SIGCHLD, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        started += [process for process in multiprocessing.active_children() if process not in before]
+
+
+def heed_parent_alone() -> None:
+    """In a worker: ignore ``ENDING``, unless it is the parent that sends it, as it does to a worker that is stuck."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+    threading.Thread(target=_end_at_the_parent_s_wish, daemon=True).start()
+
+
+def _end_at_the_parent_s_wish() -> None:
+    while signal.sigwaitinfo(ENDING).si_pid != os.getppid():
+        pass
+    os._exit(0)
+
+
+class Deaths:
+    """Raises as soon as one of some processes has died, while inside: ``with deaths: wait()``.
+
+    Args:
+        processes: those that should live.
+
+    Raises:
+        RuntimeError: one is dead; says which, and how it ended. Outside the main thread nothing is noticed.
+    """
+
+    def __init__(self, processes: Sequence[BaseProcess]) -> None:
+        self.processes = processes
+
+    def __enter__(self) -> Self:
+        if self.processes and _in_main_thread():
+            self._before = signal.signal(signal.SIGCHLD, self._look)
+            try:
+                self._look()
+            except RuntimeError:
+                self.__exit__()
+                raise
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.processes and _in_main_thread():
+            signal.signal(signal.SIGCHLD, self._before)
+
+    def _look(self, number: int = 0, frame: FrameType | None = None) -> None:
+        for process in self.processes:
+            if process.exitcode is not None:
+                code = process.exitcode
+                how = (
+                    f"was killed by signal {-code} ({signal.Signals(-code).name})"
+                    if code < 0
+                    else f"exited unexpectedly with status {code}"
+                )
+                raise RuntimeError(f"DataLoader worker (pid {process.pid}) {how}")
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
