@@ -53,6 +53,7 @@ class ChatTemplate:
         self._image_token_ids = [self._token_id(token) for token in IMAGE_TOKENS]
         self._opening_tokens = self._tokens([self.format.opening])[0]
         end, whole = self._tokens([self.format.end, self.format.end + self.format.closing])
+        self._first = self.format.end, end  # what a conversation began with last, and its tokens
         self._closing_length = len(whole) - len(end)  # alone, a text may begin with a token for a space
 
     def encode(self, turns: Sequence[Turn], tiles: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -120,7 +121,10 @@ class ChatTemplate:
 
     def _encode_apart(self, turns: Sequence[Turn], pieces: list[tuple[str, str, str]], opening: str) -> tuple[np.ndarray, np.ndarray]:
         """Each turn as a text of its own, as InternVL 2.5 does: a merge over their border would make other tokens."""
-        found, masks = self._tokens(["".join(piece) for piece in pieces]), []
+        first, *others = ["".join(piece) for piece in pieces]
+        if first != self._first[0]:  # one system message begins most conversations
+            self._first = first, self._tokens([first])[0]
+        found, masks = [self._first[1], *self._tokens(others)], []
         for turn, tokens in zip(turns, found, strict=True):
             mask = np.zeros(len(tokens), bool)
             if turn.role == "gpt":
@@ -148,7 +152,7 @@ class ChatTemplate:
 
     def _tokens(self, texts: list[str]) -> list[list[int]]:
         """Token ids of each text."""
-        return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        return self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
 
     def _token_id(self, token: str) -> int:
         """The id of a special token."""

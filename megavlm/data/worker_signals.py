@@ -24,8 +24,8 @@ ENDING = (signal.SIGTERM, signal.SIGINT)
 def starting_workers() -> Iterator[list[BaseProcess]]:
     """Processes that are started inside are deaf to ``ENDING`` from their first moment; the list that it gives holds them afterwards.
 
-    What handles SIGCHLD stays as it was: PyTorch's handler raises wherever the training process happens to be when a worker dies. ``Deaths``
-    raises where a batch is waited for.
+    What handles SIGCHLD stays as it was: PyTorch's handler would raise wherever the training process happens to be when a worker dies;
+    ``Deaths`` raises where a batch is waited for.
     """
     before, started = multiprocessing.active_children(), []
     mask, handler = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING), signal.getsignal(signal.SIGCHLD)
@@ -79,14 +79,9 @@ class Deaths:
 
     def _look(self, number: int = 0, frame: FrameType | None = None) -> None:
         for process in self.processes:
-            if process.exitcode is not None:
-                code = process.exitcode
-                how = (
-                    f"was killed by signal {-code} ({signal.Signals(-code).name})"
-                    if code < 0
-                    else f"exited unexpectedly with status {code}"
-                )
-                raise RuntimeError(f"DataLoader worker (pid {process.pid}) {how}")
+            if (code := process.exitcode) is not None:
+                killed = f"was killed by signal {-code} ({signal.Signals(-code).name})" if code < 0 else ""
+                raise RuntimeError(f"DataLoader worker (pid {process.pid}) {killed or f'exited unexpectedly with status {code}'}")
 
 
 def _in_main_thread() -> bool:

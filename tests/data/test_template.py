@@ -45,6 +45,17 @@ def test_every_golden_conversation(conversations, template):
         assert supervised.astype(int).tolist() == conversation["supervised"]
 
 
+def test_conversations_before_it_change_no_conversation(conversations, template):
+    """The tokens of the last system message are kept."""
+    own = [conversation for conversation in conversations if conversation["conversations"][0]["from"] == "system"]
+    assert len({conversation["conversations"][0]["value"] for conversation in own}) > 1
+    for conversation in (*own, *conversations[:20], *own[::-1]):
+        fresh = ChatTemplate(template.tokenizer, features_per_tile=4)
+        for encoder in (template, fresh):
+            tokens, _ = encoder.encode(_turns(conversation), conversation["tiles_per_image"])
+            assert tokens.tolist() == conversation["input_ids"]
+
+
 def test_a_prompt_is_what_the_sample_begins_with(conversations, template):
     for conversation in conversations:
         turns = _turns(conversation)
