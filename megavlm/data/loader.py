@@ -69,11 +69,10 @@ def batches(
     )
     with starting_workers() as processes:
         arriving = iter(loader)
-    deaths = Deaths(processes)
     try:
         for position in positions:
             try:
-                with deaths:
+                with Deaths(processes):
                     batch = next(arriving)
             except Exception as error:
                 if not workers:
