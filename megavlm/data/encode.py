@@ -72,15 +72,23 @@ class Encoder:
         try:
             fields = entry.fields()
             annotations.keep.check_fields(fields)
+            difficulty = annotations.difficulty_of(fields)
             record = parse_record(fields, root=annotations.root, files=entry.files, prompt=annotations.prompt)
-            return self.encode(
-                record, source=source, line=entry.number, images=images, max_tiles=annotations.max_tiles, keep=annotations.keep
-            )
+            limits = {"max_tiles": annotations.max_tiles, "keep": annotations.keep}
+            return self.encode(record, source=source, line=entry.number, images=images, difficulty=difficulty, **limits)
         except RejectError as error:
             return Reject(file=annotations.path, line=entry.number, reason=error.reason, detail=error.detail)
 
     def encode(
-        self, record: Record, *, source: int, line: int, images: Images, max_tiles: int | None = None, keep: Filter | None = None
+        self,
+        record: Record,
+        *,
+        source: int,
+        line: int,
+        images: Images,
+        max_tiles: int | None = None,
+        keep: Filter | None = None,
+        difficulty: float = 0.0,
     ) -> Sample:
         """The sample of a record. Nothing is cut off: what is too long is refused.
 
@@ -91,6 +99,7 @@ class Encoder:
             images: how far images are read.
             max_tiles: stands in for the tiling's, for a source that has its own.
             keep: what the record must be like.
+            difficulty: of the record.
 
         Raises:
             RejectError: the record cannot become a sample, with the reason.
@@ -117,7 +126,7 @@ class Encoder:
                 f"but a pack holds {self.capacity}: raise --capacity or lower {'--max_frames' if record.video else '--max_tiles'}",
             )
         keep.check_length(len(tokens))
-        return Sample(tokens=tokens, supervised=supervised, images=pictures, source=source, line=line)
+        return Sample(tokens=tokens, supervised=supervised, images=pictures, source=source, line=line, difficulty=difficulty)
 
     def _image(self, file: MediaFile, images: int, max_tiles: int | None, how: Images, keep: Filter) -> Image:
         """One of a record's ``images`` images."""

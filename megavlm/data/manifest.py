@@ -17,7 +17,9 @@ from megavlm.data.files import LocalFiles, open_folder
 
 FILE_NAME = "manifest.json"
 FORMAT_NAME = "megavlm-packs"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+# Version 2 had no levels.
+READ_VERSIONS = (2, FORMAT_VERSION)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +43,20 @@ class Source:
     samples: int = 0
     repeat_time: float = 1.0
     augment: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Level:
+    """Packs whose samples are alike in difficulty.
+
+    Args:
+        packs: packs of it; they follow those of the level before.
+        easiest, hardest: lowest and highest difficulty of its samples.
+    """
+
+    packs: int
+    easiest: float
+    hardest: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +111,7 @@ class Manifest:
         alignment: each sample starts at a multiple of this many tokens in its pack.
         seed: seed of the packer.
         sources: annotation files; a sample names its source by its place here.
+        levels: the packs' levels of difficulty, the easiest first; none where the records' difficulty is not known.
         rejects: number of rejected records for each reason.
         shards: the files; filled by ``store.complete``.
         idx_crc32: checksum of the whole index; filled by ``store.complete``.
@@ -120,6 +137,7 @@ class Manifest:
     alignment: int = 1
     seed: int = 0
     sources: tuple[Source, ...] = ()
+    levels: tuple[Level, ...] = ()
     rejects: dict[str, int] = field(default_factory=dict)
     shards: tuple[Shard, ...] = ()
     idx_crc32: int = 0
@@ -168,11 +186,12 @@ def parse_manifest(text: str, path: Path | str) -> Manifest:
     if not isinstance(facts, dict) or facts.pop("format", None) != FORMAT_NAME:
         raise ValueError(f"{path}: not the manifest of a packed dataset (no format {FORMAT_NAME!r})")
     version = facts.pop("version", None)
-    if version != FORMAT_VERSION:
+    if version not in READ_VERSIONS:
         raise ValueError(
-            f"{path}: format version {version}, but this megavlm reads {FORMAT_VERSION}; update megavlm, or pack the dataset again"
+            f"{path}: format version {version}, but this megavlm reads {' and '.join(map(str, READ_VERSIONS))}; "
+            "update megavlm, or pack the dataset again"
         )
-    for name, kind in (("sources", Source), ("shards", Shard)):
+    for name, kind in (("sources", Source), ("levels", Level), ("shards", Shard)):
         facts[name] = tuple(_build(kind, entry, f"{path}: {name}[{place}]") for place, entry in enumerate(facts.get(name, ())))
     facts["totals"] = _build(Totals, facts.get("totals", {}), f"{path}: totals")
     for name in ("pixel_mean", "pixel_std"):

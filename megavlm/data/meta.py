@@ -12,7 +12,7 @@ from typing import Any
 from megavlm.data.entry_files import find_files
 from megavlm.data.reject import RejectError
 
-META_KEYS = ("root", "annotation", "data_augment", "repeat_time", "weight", "length", "max_dynamic_patch", "prompt", "filter")
+META_KEYS = ("root", "annotation", "data_augment", "repeat_time", "weight", "length", "max_dynamic_patch", "prompt", "difficulty", "filter")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +78,7 @@ class Annotations:
         max_tiles: most tiles of an image of this source; None: the packer's setting.
         augment: whether images may be changed at random while training.
         prompt: what the human turn of a caption says behind the image.
+        difficulty: name of the records' field that holds it as a number, or the difficulty of all of them; None: there is none.
         keep: what records must be like.
     """
 
@@ -89,7 +90,17 @@ class Annotations:
     max_tiles: int | None = None
     augment: bool = False
     prompt: str = ""
+    difficulty: str | float | None = None
     keep: Filter = field(default_factory=Filter)
+
+    def difficulty_of(self, record: Mapping[str, Any]) -> float:
+        """How difficult a record is; raises RejectError where its field does not say."""
+        if not isinstance(self.difficulty, str):
+            return self.difficulty or 0.0
+        value = record.get(self.difficulty)
+        if not _is_number(value):
+            raise RejectError("difficulty", f"{self.difficulty} is {value!r:.100}, not a number")
+        return float(value)
 
 
 def read_meta(path: str | Path) -> tuple[Annotations, ...]:
@@ -113,28 +124,35 @@ def read_meta(path: str | Path) -> tuple[Annotations, ...]:
         raise ValueError(f"--meta {path}: must be a JSON object {{name: {{root, annotation, ...}}}} with at least one entry")
     sources = tuple(source for name, entry in meta.items() for source in _entry(name, entry, f"--meta {path}: {name!r}"))
     unweighted = [source.name for source in sources if source.weight is None]
-    if unweighted and len(unweighted) < len(sources):
-        raise ValueError(f"--meta {path}: {unweighted[0]!r} has no weight, and others have; give all of them one, or none")
+    easy = [source.name for source in sources if source.difficulty is None]
+    for key, lacking in (("weight", unweighted), ("difficulty", easy)):
+        if lacking and len(lacking) < len(sources):
+            raise ValueError(f"--meta {path}: {lacking[0]!r} has no {key}, and others have; give all of them one, or none")
     return sources
 
 
-def read_sources(meta: str | None, annotation: str | None, root: str = "", *, augment: bool = False) -> tuple[Annotations, ...]:
+def read_sources(
+    meta: str | None, annotation: str | None, root: str = "", *, augment: bool = False, difficulty: str | None = None
+) -> tuple[Annotations, ...]:
     """The sources of ``meta``, or the one ``annotation`` with the folder of its images; errors as in ``read_meta``."""
     if meta is None:
-        return single_source(annotation or "", root, augment=augment)
-    if root or augment:
-        flag = f"--root {root}" if root else "--data_augment"
-        raise ValueError(f"{flag}: goes with --jsonl; each entry of --meta has its own {'root' if root else 'data_augment'}")
+        return single_source(annotation or "", root, augment=augment, difficulty=difficulty)
+    for key, value, flag in (("root", root, f" {root}"), ("data_augment", augment, ""), ("difficulty", difficulty, f" {difficulty}")):
+        if value:
+            raise ValueError(f"--{key}{flag}: goes with --jsonl; each entry of --meta has its own {key}")
     return read_meta(meta)
 
 
-def single_source(annotation: str | Path, root: str | Path = "", *, augment: bool = False) -> tuple[Annotations, ...]:
+def single_source(
+    annotation: str | Path, root: str | Path = "", *, augment: bool = False, difficulty: str | None = None
+) -> tuple[Annotations, ...]:
     """The files of one source without a meta file; raises FileNotFoundError where there is none."""
     try:
         files = find_files(str(annotation))
     except (FileNotFoundError, ValueError) as error:
         raise type(error)(f"--jsonl {annotation}: {error}") from None
-    return tuple(Annotations(name=Path(annotation).stem, path=path, root=str(root), augment=augment) for path in files)
+    settings = {"root": str(root), "augment": augment, "difficulty": difficulty}
+    return tuple(Annotations(name=Path(annotation).stem, path=path, **settings) for path in files)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -160,6 +178,9 @@ def _entry(name: str, entry: Any, where: str) -> list[Annotations]:
     for key, value in (("repeat_time", repeat), ("weight", 1 if weight is None else weight)):
         if not _is_number(value) or not value > 0:
             raise ValueError(f"{where}: {key} {value!r} must be a number above 0")
+    difficulty = entry.get("difficulty")
+    if not (difficulty is None or _is_number(difficulty) or (isinstance(difficulty, str) and difficulty)):
+        raise ValueError(f"{where}: difficulty {difficulty!r} must be the name of a field, or a number for all records")
     most = entry.get("max_dynamic_patch")
     if most is not None and (type(most) is not int or most < 1):
         raise ValueError(f"{where}: max_dynamic_patch {most!r} must be a whole number of at least 1")
@@ -170,6 +191,7 @@ def _entry(name: str, entry: Any, where: str) -> list[Annotations]:
         "max_tiles": most,
         "augment": augment,
         "prompt": prompt,
+        "difficulty": difficulty,
         "keep": _filter(entry.get("filter", {}), f"{where}: filter"),
     }
     return [Annotations(name=name, path=path, **settings) for path in _files(entry.get("annotation"), root, where)]

@@ -106,6 +106,7 @@ def to_text(overview: Overview) -> str:
             f"most tiles among {STRAGGLE_RANKS} packs {overview.straggle:.3f} x the mean"
         ),
     ]
+    lines += [f"  {level.packs:,} packs of difficulty {level.easiest:g} to {level.hardest:g}" for level in manifest.levels]
     if overview.checked_packs:
         lines.append(f"  checksums of all {overview.checked_packs:,} packs are right")
     lines += ["", f"  {'of a pack':<16}" + "".join(f"{title:>12}" for title in ("mean", "min", *(f"{p}%" for p in PERCENTILES), "max"))]
@@ -119,7 +120,7 @@ def to_text(overview: Overview) -> str:
         lines.append(f"  {source.name:<32}{source.records:>12,}{source.samples:>12,}{source.repeat_time:>8g}  {source.annotations}")
     lines += ["", "  rejected records: " + (", ".join(f"{reason} {count:,}" for reason, count in manifest.rejects.items()) or "none")]
     lines += ["", "  manifest"]
-    shown_above = {"sources", "shards", "totals", "rejects"}
+    shown_above = {"sources", "levels", "shards", "totals", "rejects"}
     for field in dataclasses.fields(manifest):
         if field.name not in shown_above:
             lines.append(f"  {field.name:<24}{getattr(manifest, field.name)!r}")

@@ -31,11 +31,12 @@ OPTIONS = (
     ("frame_sampling", "rand", "rand, middle, or frames a second such as fps0.5 (default: %(default)s)"),
     ("tile_cap", "auto", "most tiles of a pack; auto (default): just above the mean, so that packs cost alike"),
     ("alignment", 1, "samples start at multiples of so many tokens in a pack, 2 x CP for context parallelism (default: %(default)s)"),
+    ("levels", 0, "levels of difficulty for a curriculum, of as many samples each; 0: one for each difficulty (default: %(default)s)"),
     ("seed", 0, "fixes the order of the packs (default: %(default)s)"),
     ("workers", os.cpu_count() or 1, "processes; 0: this one only (default: all cores, %(default)s)"),
     ("max_rejects", 0.01, "largest share of the records that may be unusable (default: %(default)s)"),
 )
-PASSED_ON = ("tokenizer", "out", "template", "capacity", "alignment", "seed", "workers", "max_rejects", "executor")
+PASSED_ON = ("tokenizer", "out", "template", "capacity", "alignment", "levels", "seed", "workers", "max_rejects", "executor")
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -56,6 +57,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="mean and deviation that the model takes off its pixels (default: the model's, or imagenet)",
     )
     add("--data_augment", action="store_true", help="let images of --jsonl be changed at random while training (see --data.augment there)")
+    add("--difficulty", metavar="KEY", help="field of the records in --jsonl with their difficulty, a number, for a curriculum")
     add("--no_thumbnail", action="store_false", dest="thumbnail", help="do not add the whole image, small, to images of several tiles")
     add("--headers_only", action="store_true", help="trust images whose header can be read, instead of decoding each once")
     add("--executor", choices=("processes", "ray"), default="processes", help="where workers run (default: %(default)s)")
@@ -74,7 +76,7 @@ def make_job(args: argparse.Namespace, model: Architecture) -> Job:
     if args.tile_cap != "auto" and not args.tile_cap.isdecimal():
         raise ValueError(f"--tile_cap {args.tile_cap}: must be a number or auto")
     return Job(
-        sources=read_sources(args.meta, args.jsonl, args.root, augment=args.data_augment),
+        sources=read_sources(args.meta, args.jsonl, args.root, augment=args.data_augment, difficulty=args.difficulty),
         features_per_tile=features_per_tile(size, patch, shuffle),
         tiling=Tiling(
             tile_size=size,

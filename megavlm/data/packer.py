@@ -60,6 +60,7 @@ class Job:
         frames: how frames of videos are chosen.
         tile_cap: most tiles of a pack; None: chosen from the data.
         alignment: each sample's length is rounded up to a multiple of this inside its pack.
+        levels: levels of difficulty that records are cut into; 0: one for each difficulty.
         seed: fixes which of equal samples share a pack, and the order of packs.
         workers: processes that encode; 0: this one (with Ray: as many as the cluster has cores).
         executor: where they run.
@@ -79,6 +80,7 @@ class Job:
     system_message: str | None = None
     tile_cap: int | None = None
     alignment: int = 1
+    levels: int = 0
     seed: int = 0
     workers: int = 0
     executor: Executor = "processes"
@@ -87,13 +89,17 @@ class Job:
 
     def check(self) -> None:
         """Raise ValueError or FileExistsError, naming the flag, for settings that cannot work; touches no data."""
-        least = {"capacity": 1, "features_per_tile": 1, "alignment": 1, "workers": 0, "seed": 0}
+        least = {"capacity": 1, "features_per_tile": 1, "alignment": 1, "levels": 0, "workers": 0, "seed": 0}
         for name, bound in least.items():
             if getattr(self, name) < bound:
                 raise ValueError(f"--{name} {getattr(self, name)}: must be at least {bound}")
         chat_format(self.template)
         if self.capacity % self.alignment:
             raise ValueError(f"--capacity {self.capacity}: must be a multiple of --alignment {self.alignment}")
+        if self.levels and all(source.difficulty is None for source in self.sources):
+            raise ValueError(
+                f"--levels {self.levels}: no source has a difficulty; give --difficulty, or difficulty in each entry of --meta"
+            )
         if self.tile_cap is not None and self.tile_cap < 0:
             raise ValueError(f"--tile_cap {self.tile_cap}: must be at least 0, or auto")
         if not 0 <= self.max_rejects <= 1:
@@ -245,7 +251,7 @@ def _too_many(job: Job, rejected: int, of: str, records: int, first: tuple[Rejec
 
 def _gather(job: Job, found: Survey) -> Samples:
     """The sizes of all samples."""
-    return gather_samples(found.rows, job.sources, job.alignment, job.seed)
+    return gather_samples(found.rows, job.sources, job.alignment, job.seed, job.levels)
 
 
 def _write_shards(job: Job, settings: EncoderSettings, found: Survey, plan: PackPlan, folder: Path) -> list[WrittenShard]:
@@ -332,6 +338,7 @@ def _manifest(
     """The manifest of the dataset, without shards and totals."""
     taken = np.bincount(found.rows["source"][plan.order], minlength=len(job.sources)).tolist()
     lost = Counter(late.source for written in shards for late in written.rejects)
+    lost_packs = [number * plan.packs_per_shard + pack for number, written in enumerate(shards) for pack in written.lost_packs]
     reasons = Counter(found.rejects) + Counter(late.reject.reason for late in left_out.values())
     return Manifest(
         **tokenizer_facts,
@@ -361,5 +368,6 @@ def _manifest(
             )
             for number, (source, records, samples) in enumerate(zip(job.sources, found.records, taken, strict=True))
         ),
+        levels=plan.levels_without(lost_packs),
         rejects=dict(sorted(reasons.items())),
     )

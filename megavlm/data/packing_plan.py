@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from megavlm.data.levels import Levels, find_levels
+from megavlm.data.manifest import Level
 from megavlm.data.meta import Annotations
 from megavlm.data.mixture import take
 from megavlm.data.packing import automatic_tile_cap, pack
@@ -26,11 +28,13 @@ class PackPlan:
         order: int32, rows of the survey, pack after pack; a record that is taken k times is there k times.
         starts: int64 [packs + 1]; pack b holds ``order[starts[b]:starts[b + 1]]``.
         tile_cap: most tiles of a pack.
+        levels: of difficulty, one after the other; none where it is not known.
     """
 
     order: np.ndarray
     starts: np.ndarray
     tile_cap: int
+    levels: tuple[Level, ...] = ()
 
     @property
     def packs(self) -> int:
@@ -52,6 +56,13 @@ class PackPlan:
         first = number * self.packs_per_shard
         return self.starts[first : min(first + self.packs_per_shard, self.packs) + 1]
 
+    def levels_without(self, lost_packs: Sequence[int]) -> tuple[Level, ...]:
+        """The levels of difficulty when some packs are not written after all."""
+        ends = np.cumsum([level.packs for level in self.levels])
+        lost = np.bincount(np.searchsorted(ends, lost_packs, side="right"), minlength=len(ends)) if self.levels else ()
+        left = (replace(level, packs=level.packs - int(count)) for level, count in zip(self.levels, lost, strict=True))
+        return tuple(level for level in left if level.packs)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Samples:
@@ -61,14 +72,16 @@ class Samples:
         rows: int32 [samples], the row of the survey that each is, in an order that the seed fixes.
         tokens: int32 [samples], rounded up to the alignment.
         tiles: int32 [samples].
+        levels: of difficulty, where it is known.
     """
 
     rows: np.ndarray
     tokens: np.ndarray
     tiles: np.ndarray
+    levels: Levels | None = None
 
 
-def gather_samples(rows: Rows, sources: Sequence[Annotations], alignment: int, seed: int) -> Samples:
+def gather_samples(rows: Rows, sources: Sequence[Annotations], alignment: int, seed: int, levels: int = 0) -> Samples:
     """The sizes of the samples that the rows of a survey stand for.
 
     Args:
@@ -76,6 +89,7 @@ def gather_samples(rows: Rows, sources: Sequence[Annotations], alignment: int, s
         sources: of the records, and how often they are taken.
         alignment: of samples in a pack.
         seed: fixes which of equal samples share a pack, and which are drawn once more.
+        levels: of difficulty, as for ``find_levels``.
     """
     chosen = np.arange(len(rows), dtype=np.int32)
     if any(source.weight is not None or source.repeat_time > 1 for source in sources):
@@ -85,18 +99,39 @@ def gather_samples(rows: Rows, sources: Sequence[Annotations], alignment: int, s
     tokens = rows["tokens"][chosen]
     if alignment > 1:
         tokens = -(-tokens // alignment) * alignment
-    return Samples(rows=chosen, tokens=tokens, tiles=rows["tiles"][chosen])
+    is_known = any(source.difficulty is not None for source in sources)
+    found = find_levels(rows["difficulty"][chosen], levels) if is_known else None
+    return Samples(rows=chosen, tokens=tokens, tiles=rows["tiles"][chosen], levels=found)
 
 
 def plan_packs(samples: Samples, *, capacity: int, tile_cap: int | None, seed: int) -> PackPlan:
-    """Plan the packs over all samples, those of like cost beside each other.
+    """Plan the packs over all samples, those of like cost beside each other. A pack has samples of one level of difficulty.
 
     Args:
         samples: their sizes.
         capacity: most tokens of a pack.
-        tile_cap: most tiles of a pack; None: chosen from the data.
+        tile_cap: most tiles of a pack; None: chosen from the data, for each level.
         seed: fixes the order of the samples in a pack, and of packs of equal cost.
     """
+    if samples.levels is None:
+        return _plan_level(samples, capacity, tile_cap, seed)
+    plans, levels = [], []
+    for number, (easiest, hardest) in enumerate(samples.levels.bounds):
+        own = samples.levels.of_sample == number
+        level = Samples(rows=samples.rows[own], tokens=samples.tokens[own], tiles=samples.tiles[own])
+        plans.append(_plan_level(level, capacity, tile_cap, seed))
+        levels.append(Level(packs=plans[-1].packs, easiest=easiest, hardest=hardest))
+    before = np.cumsum([0] + [len(plan.order) for plan in plans])
+    return PackPlan(
+        order=np.concatenate([plan.order for plan in plans]),
+        starts=np.concatenate([[0], *(plan.starts[1:] + start for plan, start in zip(plans, before[:-1], strict=True))]),
+        tile_cap=max(plan.tile_cap for plan in plans),
+        levels=tuple(levels),
+    )
+
+
+def _plan_level(samples: Samples, capacity: int, tile_cap: int | None, seed: int) -> PackPlan:
+    """``plan_packs`` for samples that may share packs."""
     tokens, tiles = samples.tokens, samples.tiles
     cap = automatic_tile_cap(tokens, tiles, capacity, seed=seed) if tile_cap is None else tile_cap
     packing = pack(tokens, tiles, capacity=capacity, tile_cap=cap)

@@ -27,6 +27,7 @@ REASONS = {
     "unreadable_image": "an image file cannot be decoded",
     "missing_video": "a video file is not there or may not be read",
     "unreadable_video": "a video cannot be decoded, or has no frames where they are wanted",
+    "difficulty": "the field that says how difficult the record is holds no number",
     "changed": "the record or its images were others when they were packed than when they were counted",
     "too_long": "the sample has more tokens than a pack",
     "too_many_tiles": "the sample has more tiles than a pack may hold",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megavlm.data.manifest import Totals
+from megavlm.data.manifest import Level, Totals
 from megavlm.data.packing import CapTrial, cap_curve
 from megavlm.data.packing_compared import COMPARED_SAMPLES, Strategy, compare, straggle
 from megavlm.data.packing_plan import PackPlan, Samples
@@ -47,6 +47,7 @@ class Report:
         tiles_per_pack_mean: mean over the planned packs.
         tiles_per_pack_max: largest over the planned packs.
         tile_cap: most tiles that a pack was allowed.
+        levels: levels of difficulty, the easiest first.
         straggle_512: share by which the most tiles among 512 random packs are above the mean.
         bytes: size of the packs; None in a dry run.
         seconds: time that it took, since it was started last.
@@ -73,6 +74,7 @@ class Report:
     tiles_per_pack_mean: float
     tiles_per_pack_max: int
     tile_cap: int
+    levels: tuple[Level, ...]
     straggle_512: float
     bytes: int | None
     seconds: float
@@ -101,6 +103,7 @@ class Report:
             *(f"            {count:,} {reason}: {REASONS[reason]}" for reason, count in self.rejects.items()),
             f"samples   {self.samples:,} of {self.tokens:,} tokens{supervised}",
             f"packs     {self.packs:,} of {self.capacity:,} tokens, {self.fill:.2%} filled{size}",
+            *(f"level     {level.packs:,} packs of difficulty {level.easiest:g} to {level.hardest:g}" for level in self.levels),
             f"images    {images}",
             f"tiles     {self.tiles_per_pack_mean:.2f} a pack on average, {self.tiles_per_pack_max} at most (cap {self.tile_cap}); "
             f"the most among 512 packs are {self.straggle_512:.1%} above the mean",
@@ -163,6 +166,7 @@ def make_report(
         tiles_per_pack_mean=float(per_pack.mean(dtype=np.float64)),
         tiles_per_pack_max=int(per_pack.max()),
         tile_cap=plan.tile_cap,
+        levels=plan.levels,
         straggle_512=straggle(per_pack),
         bytes=totals.bytes if totals else None,
         seconds=seconds,

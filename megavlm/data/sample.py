@@ -38,6 +38,7 @@ class Sample:
         images: in the order of their features in ``tokens``.
         source: number of the source in the manifest's list of sources, from 0.
         line: line in the source's annotation file, from 1.
+        difficulty: for a curriculum; what is packed does not depend on it, only where.
     """
 
     tokens: np.ndarray
@@ -45,6 +46,7 @@ class Sample:
     images: tuple[Image, ...]
     source: int
     line: int
+    difficulty: float = 0.0
 
     @property
     def length(self) -> int:

@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -61,11 +61,12 @@ class LateReject:
 
 @dataclass(frozen=True, kw_only=True)
 class WrittenShard:
-    """A shard that is on the disk, what is in it, and the samples that were left out of it."""
+    """A shard that is on the disk, what is in it, the samples that were left out of it, and planned packs that lost all of theirs."""
 
     shard: Shard
     totals: Totals
     rejects: tuple[LateReject, ...]
+    lost_packs: tuple[int, ...] = ()
 
     def to_json(self) -> str:
         """The content of the shard's marker."""
@@ -78,9 +79,9 @@ def write_shard(task: ShardTask) -> WrittenShard:
     Raises:
         OSError: the disk is full, or cannot be written to.
     """
-    rejects: list[LateReject] = []
+    rejects, lost_packs = [], []
     with ShardWriter(task.folder, task.number, task.rules) as writer:
-        for first, end in zip(task.starts[:-1].tolist(), task.starts[1:].tolist(), strict=True):
+        for pack, (first, end) in enumerate(pairwise(task.starts.tolist())):
             samples = []
             for sample in encode_rows(task, task.rows[first:end]):
                 if isinstance(sample, LateReject):
@@ -89,8 +90,10 @@ def write_shard(task: ShardTask) -> WrittenShard:
                     samples.append(sample)
             if samples:
                 writer.write(samples)
+            else:
+                lost_packs.append(pack)
         shard, totals = writer.close()
-    written = WrittenShard(shard=shard, totals=totals, rejects=tuple(rejects))
+    written = WrittenShard(shard=shard, totals=totals, rejects=tuple(rejects), lost_packs=tuple(lost_packs))
     marker = _marker(task.folder, task.number)
     temporary = marker.with_name(marker.name + ".partial")
     temporary.write_text(written.to_json(), encoding="utf-8")
@@ -109,7 +112,7 @@ def find_written(folder: Path, number: int) -> WrittenShard | None:
     if any(not (folder / name).is_file() or (folder / name).stat().st_size != size for name, size in sizes.items()):
         return None
     rejects = tuple(LateReject(source=entry["source"], reject=Reject(**entry["reject"])) for entry in facts["rejects"])
-    return WrittenShard(shard=shard, totals=Totals(**facts["totals"]), rejects=rejects)
+    return WrittenShard(shard=shard, totals=Totals(**facts["totals"]), rejects=rejects, lost_packs=tuple(facts["lost_packs"]))
 
 
 def remove_markers(folder: Path, shards: int) -> None:

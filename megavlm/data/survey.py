@@ -1,6 +1,6 @@
 """First pass over the annotation files: the tokens and tiles of each record, and the records to leave out.
 
-Of a record only a row of 24 bytes is kept, in a file. What is done is written down now and then, and a survey that was stopped goes on
+Of a record only a row of 28 bytes is kept, in a file. What is done is written down now and then, and a survey that was stopped goes on
 there.
 """
 
@@ -28,7 +28,7 @@ from megavlm.data.reject import Reject
 from megavlm.data.rows import Rows
 from megavlm.data.workers import EncoderSettings, Executor, build_encoder, ordered_map
 
-ROW = np.dtype([("offset", "<i8"), ("line", "<i4"), ("tokens", "<i4"), ("tiles", "<i4"), ("source", "<i4")])
+ROW = np.dtype([("offset", "<i8"), ("line", "<i4"), ("tokens", "<i4"), ("tiles", "<i4"), ("source", "<i4"), ("difficulty", "<f4")])
 LINES_PER_TASK = 32
 # So many records without one that can be used mean a wrong folder or format, which is better told now than after hours.
 HOPELESS_RECORDS = 2000
@@ -209,7 +209,7 @@ def measure(span: Span) -> Measured:
         if isinstance(sample, Reject):
             rejects.append(sample)
         else:
-            rows.append((entry.offset, entry.number, sample.length, sample.tiles, span.source))
+            rows.append((entry.offset, entry.number, sample.length, sample.tiles, span.source, sample.difficulty))
     return Measured(span=span, records=len(rows) + len(rejects), rows=np.array(rows, ROW), rejects=rejects)
 
 

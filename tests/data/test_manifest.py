@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from megavlm.data.manifest import FORMAT_VERSION, Manifest, Source, read_manifest
+from megavlm.data.manifest import FORMAT_VERSION, Level, Manifest, Source, read_manifest
 
 MANIFEST = Manifest(
     tokenizer_fingerprint="0123",
@@ -19,6 +19,7 @@ MANIFEST = Manifest(
     capacity=4096,
     tile_cap=13,
     sources=(Source(name="a", annotations="a.jsonl", records=3, samples=2, repeat_time=0.5),),
+    levels=(Level(packs=2, easiest=-0.5, hardest=3.0),),
     rejects={"image missing": 1},
 )
 
@@ -39,7 +40,7 @@ def test_missing(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": FORMAT_VERSION + 1}, f"format version {FORMAT_VERSION + 1}, but this megavlm reads {FORMAT_VERSION}"),
+        ({"version": FORMAT_VERSION + 1}, f"format version {FORMAT_VERSION + 1}, but this megavlm reads 2 and {FORMAT_VERSION}"),
         ({"format": "other"}, "not the manifest of a packed dataset"),
         ({"capacity": None}, r"facts missing: \['capacity'\]"),
         ({"colour": 1}, r"facts unknown: \['colour'\]"),
