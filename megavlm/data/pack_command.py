@@ -30,13 +30,26 @@ OPTIONS = (
     ("max_frames", 32, "most frames of a video, a tile each (default: %(default)s)"),
     ("frame_sampling", "rand", "rand, middle, or frames a second such as fps0.5 (default: %(default)s)"),
     ("tile_cap", "auto", "most tiles of a pack; auto (default): just above the mean, so that packs cost alike"),
+    ("tile_multiple", 1, "what an auto --tile_cap is a multiple of: what training fills tiles up to, 4 or 16 (default: %(default)s)"),
     ("alignment", 1, "samples start at multiples of so many tokens in a pack, 2 x CP for context parallelism (default: %(default)s)"),
     ("levels", 0, "levels of difficulty for a curriculum, of as many samples each; 0: one for each difficulty (default: %(default)s)"),
     ("seed", 0, "fixes the order of the packs (default: %(default)s)"),
     ("workers", os.cpu_count() or 1, "processes; 0: this one only (default: all cores, %(default)s)"),
     ("max_rejects", 0.01, "largest share of the records that may be unusable (default: %(default)s)"),
 )
-PASSED_ON = ("tokenizer", "out", "template", "capacity", "alignment", "levels", "seed", "workers", "max_rejects", "executor")
+PASSED_ON = (
+    "tokenizer",
+    "out",
+    "template",
+    "capacity",
+    "tile_multiple",
+    "alignment",
+    "levels",
+    "seed",
+    "workers",
+    "max_rejects",
+    "executor",
+)
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

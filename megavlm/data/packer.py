@@ -59,6 +59,7 @@ class Job:
         pixel_std: what the model divides red, green and blue by; the mean is the tiling's.
         frames: how frames of videos are chosen.
         tile_cap: most tiles of a pack; None: chosen from the data.
+        tile_multiple: what the cap is a multiple of where it is chosen.
         alignment: each sample's length is rounded up to a multiple of this inside its pack.
         levels: levels of difficulty that records are cut into; 0: one for each difficulty.
         seed: fixes which of equal samples share a pack, and the order of packs.
@@ -79,6 +80,7 @@ class Job:
     template: str = DEFAULT
     system_message: str | None = None
     tile_cap: int | None = None
+    tile_multiple: int = 1
     alignment: int = 1
     levels: int = 0
     seed: int = 0
@@ -89,7 +91,7 @@ class Job:
 
     def check(self) -> None:
         """Raise ValueError or FileExistsError, naming the flag, for settings that cannot work; touches no data."""
-        least = {"capacity": 1, "features_per_tile": 1, "alignment": 1, "levels": 0, "workers": 0, "seed": 0}
+        least = {"capacity": 1, "features_per_tile": 1, "alignment": 1, "tile_multiple": 1, "levels": 0, "workers": 0, "seed": 0}
         for name, bound in least.items():
             if getattr(self, name) < bound:
                 raise ValueError(f"--{name} {getattr(self, name)}: must be at least {bound}")
@@ -102,6 +104,10 @@ class Job:
             )
         if self.tile_cap is not None and self.tile_cap < 0:
             raise ValueError(f"--tile_cap {self.tile_cap}: must be at least 0, or auto")
+        if self.tile_cap is not None and self.tile_multiple > 1:
+            raise ValueError(
+                f"--tile_multiple {self.tile_multiple}: goes with --tile_cap auto; --tile_cap {self.tile_cap} is taken as it is"
+            )
         if not 0 <= self.max_rejects <= 1:
             raise ValueError(f"--max_rejects {self.max_rejects}: must be a share between 0 and 1")
         out = Path(self.out)
@@ -141,7 +147,7 @@ def pack_dataset(job: Job) -> Report:
         settings = _settings(job, tokenizer, folder / TOKENIZER_NAME)
         found = _survey(job, settings, folder / SURVEY_NAME)
         samples = _gather(job, found)
-        plan = plan_packs(samples, capacity=job.capacity, tile_cap=job.tile_cap, seed=job.seed)
+        plan = _plan(job, samples)
         del samples  # gathered again for the report; meanwhile it would only take memory
         shards = _write_shards(job, settings, found, plan, folder)
         left_out = _left_out(shards)
@@ -163,6 +169,7 @@ def pack_dataset(job: Job) -> Report:
             rejects=manifest.rejects,
             capacity=job.capacity,
             seed=job.seed,
+            tile_multiple=job.tile_multiple,
             totals=manifest.totals,
             seconds=time.monotonic() - start,
         )
@@ -181,7 +188,7 @@ def plan_dataset(job: Job) -> Report:
         tokenizer.save_pretrained(folder / TOKENIZER_NAME)
         found = _survey(job, _settings(job, tokenizer, folder / TOKENIZER_NAME), folder / SURVEY_NAME)
         samples = _gather(job, found)
-        plan = plan_packs(samples, capacity=job.capacity, tile_cap=job.tile_cap, seed=job.seed)
+        plan = _plan(job, samples)
         return make_report(
             samples,
             plan,
@@ -191,6 +198,7 @@ def plan_dataset(job: Job) -> Report:
             rejects=found.rejects,
             capacity=job.capacity,
             seed=job.seed,
+            tile_multiple=job.tile_multiple,
             totals=None,
             seconds=time.monotonic() - start,
         )
@@ -252,6 +260,11 @@ def _too_many(job: Job, rejected: int, of: str, records: int, first: tuple[Rejec
 def _gather(job: Job, found: Survey) -> Samples:
     """The sizes of all samples."""
     return gather_samples(found.rows, job.sources, job.alignment, job.seed, job.levels)
+
+
+def _plan(job: Job, samples: Samples) -> PackPlan:
+    """Which samples go into which pack."""
+    return plan_packs(samples, capacity=job.capacity, tile_cap=job.tile_cap, seed=job.seed, tile_multiple=job.tile_multiple)
 
 
 def _write_shards(job: Job, settings: EncoderSettings, found: Survey, plan: PackPlan, folder: Path) -> list[WrittenShard]:

@@ -90,31 +90,42 @@ class CapTrial:
     fill: float
 
 
-def automatic_tile_cap(tokens: np.ndarray, tiles: np.ndarray, capacity: int, *, good_fill: float = GOOD_FILL, seed: int = 0) -> int:
+def automatic_tile_cap(
+    tokens: np.ndarray, tiles: np.ndarray, capacity: int, *, good_fill: float = GOOD_FILL, seed: int = 0, multiple: int = 1
+) -> int:
     """The lowest tile cap that costs hardly any tokens, found by packing a random part of the samples with several caps.
 
     Tried are 1.01, 1.02, 1.03, ... times the mean tiles of a full pack, never below the tiles of the largest sample, and at last a
     cap that cannot bind. Taken is the lowest whose fill is ``good_fill`` or more, measured against the fewest packs that could hold
-    the tokens, so that a small set is not blamed for its last pack. Where none is, it is the lowest of those with the best fill.
+    the tokens, so that a small set is not blamed for its last pack. Where none is, it is the lowest of those with the best fill. All are
+    rounded up to a ``multiple``, where a pack's tiles will be filled up to it anyway.
 
     Raises:
         ValueError: a sample that is empty or longer than the capacity.
     """
     trials = []
-    for trial in _try_caps(tokens, tiles, capacity, seed):
+    for trial in _try_caps(tokens, tiles, capacity, seed, multiple=multiple):
         trials.append(trial)
         if trial.fill >= good_fill:
             return trial.tile_cap
     return max(trials, key=lambda trial: trial.fill).tile_cap if trials else 0
 
 
-def cap_curve(tokens: np.ndarray, tiles: np.ndarray, capacity: int, *, seed: int = 0, also: int = 0) -> tuple[CapTrial, ...]:
+def cap_curve(
+    tokens: np.ndarray, tiles: np.ndarray, capacity: int, *, seed: int = 0, also: int = 0, multiple: int = 1
+) -> tuple[CapTrial, ...]:
     """The fill with each of the caps that ``automatic_tile_cap`` may take, with some lower ones, and with the cap ``also``."""
-    return tuple(_try_caps(tokens, tiles, capacity, seed, (*LOW_CAP_FACTORS, *CAP_FACTORS), also))
+    return tuple(_try_caps(tokens, tiles, capacity, seed, (*LOW_CAP_FACTORS, *CAP_FACTORS), also, multiple))
 
 
 def _try_caps(
-    tokens: np.ndarray, tiles: np.ndarray, capacity: int, seed: int, factors: Sequence[float] = CAP_FACTORS, also: int = 0
+    tokens: np.ndarray,
+    tiles: np.ndarray,
+    capacity: int,
+    seed: int,
+    factors: Sequence[float] = CAP_FACTORS,
+    also: int = 0,
+    multiple: int = 1,
 ) -> Iterator[CapTrial]:
     """The caps to try, lowest first; none where there are no tiles."""
     tokens, tiles = np.asarray(tokens, np.int32), np.asarray(tiles, np.int32)
@@ -129,7 +140,8 @@ def _try_caps(
     mean = int(tiles.sum(dtype=np.int64)) * capacity / total
     # No pack can hold more: its tokens times the densest sample's tiles a token.
     unbound = max(most, min(int(capacity * float((tiles / tokens).max())), int(tiles.sum(dtype=np.int64))))
-    caps = {min(max(math.ceil(factor * mean), most), unbound) for factor in factors} | {unbound}
+    wanted = {min(max(math.ceil(factor * mean), most), unbound) for factor in factors} | {unbound}
+    caps = {-(-cap // multiple) * multiple for cap in wanted}
     fewest = math.ceil(total / capacity)
     for cap in sorted(caps | ({also} if also >= most else set())):
         yield CapTrial(tile_cap=cap, fill=fewest / pack(tokens, tiles, capacity=capacity, tile_cap=cap).bins)

@@ -104,7 +104,7 @@ def gather_samples(rows: Rows, sources: Sequence[Annotations], alignment: int, s
     return Samples(rows=chosen, tokens=tokens, tiles=rows["tiles"][chosen], levels=found)
 
 
-def plan_packs(samples: Samples, *, capacity: int, tile_cap: int | None, seed: int) -> PackPlan:
+def plan_packs(samples: Samples, *, capacity: int, tile_cap: int | None, seed: int, tile_multiple: int = 1) -> PackPlan:
     """Plan the packs over all samples, those of like cost beside each other. A pack has samples of one level of difficulty.
 
     Args:
@@ -112,14 +112,15 @@ def plan_packs(samples: Samples, *, capacity: int, tile_cap: int | None, seed: i
         capacity: most tokens of a pack.
         tile_cap: most tiles of a pack; None: chosen from the data, for each level.
         seed: fixes the order of the samples in a pack, and of packs of equal cost.
+        tile_multiple: what the chosen cap is a multiple of.
     """
     if samples.levels is None:
-        return _plan_level(samples, capacity, tile_cap, seed)
+        return _plan_level(samples, capacity, tile_cap, seed, tile_multiple)
     plans, levels = [], []
     for number, (easiest, hardest) in enumerate(samples.levels.bounds):
         own = samples.levels.of_sample == number
         level = Samples(rows=samples.rows[own], tokens=samples.tokens[own], tiles=samples.tiles[own])
-        plans.append(_plan_level(level, capacity, tile_cap, seed))
+        plans.append(_plan_level(level, capacity, tile_cap, seed, tile_multiple))
         levels.append(Level(packs=plans[-1].packs, easiest=easiest, hardest=hardest))
     before = np.cumsum([0] + [len(plan.order) for plan in plans])
     return PackPlan(
@@ -130,10 +131,10 @@ def plan_packs(samples: Samples, *, capacity: int, tile_cap: int | None, seed: i
     )
 
 
-def _plan_level(samples: Samples, capacity: int, tile_cap: int | None, seed: int) -> PackPlan:
+def _plan_level(samples: Samples, capacity: int, tile_cap: int | None, seed: int, tile_multiple: int) -> PackPlan:
     """``plan_packs`` for samples that may share packs."""
     tokens, tiles = samples.tokens, samples.tiles
-    cap = automatic_tile_cap(tokens, tiles, capacity, seed=seed) if tile_cap is None else tile_cap
+    cap = automatic_tile_cap(tokens, tiles, capacity, seed=seed, multiple=tile_multiple) if tile_cap is None else tile_cap
     packing = pack(tokens, tiles, capacity=capacity, tile_cap=cap)
     squares = np.bincount(packing.bin_of, weights=np.square(tokens, dtype=np.float64), minlength=packing.bins)
     places = places_by_cost(squares, np.bincount(packing.bin_of, weights=tiles, minlength=packing.bins))

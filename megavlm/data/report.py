@@ -129,6 +129,7 @@ def make_report(
     seed: int,
     totals: Totals | None,
     seconds: float,
+    tile_multiple: int = 1,
 ) -> Report:
     """The figures of a packing.
 
@@ -143,6 +144,7 @@ def make_report(
         seed: of the packer.
         totals: of what was written; None: a dry run.
         seconds: time that it took.
+        tile_multiple: what a chosen tile cap is a multiple of.
     """
     rejected = sum(rejects.values())
     assert records == packed_records + rejected, (records, packed_records, rejected)
@@ -172,7 +174,7 @@ def make_report(
         seconds=seconds,
         lengths=_histogram(samples.tokens),
         tile_counts=_histogram(samples.tiles),
-        caps=cap_curve(samples.tokens, samples.tiles, capacity, seed=seed, also=plan.tile_cap),
+        caps=cap_curve(samples.tokens, samples.tiles, capacity, seed=seed, also=plan.tile_cap, multiple=tile_multiple),
         strategies=_compare(samples, capacity, plan.tile_cap, seed),
     )
 

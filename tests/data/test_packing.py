@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from megavlm.data.packing import Packing, automatic_tile_cap, best_fit_python, pack
+from megavlm.data.packing import Packing, automatic_tile_cap, best_fit_python, cap_curve, pack
 from megavlm.data.packing_order import places_by_cost
 
 CAPACITY = 16384
@@ -98,6 +98,15 @@ def test_small_sets():
 def test_impossible_samples(tokens, tiles, message):
     with pytest.raises(ValueError, match=message):
         pack(np.array(tokens), np.array(tiles), capacity=10, tile_cap=3)
+
+
+def test_the_automatic_cap_is_the_multiple_above():
+    rng = np.random.default_rng(0)
+    tokens, tiles = rng.integers(50, 400, 4000), rng.integers(0, 9, 4000)
+    plain = automatic_tile_cap(tokens, tiles, CAPACITY)
+    assert plain % 16
+    assert [automatic_tile_cap(tokens, tiles, CAPACITY, multiple=multiple) for multiple in (4, 16)] == [-(-plain // m) * m for m in (4, 16)]
+    assert all(trial.tile_cap % 16 == 0 for trial in cap_curve(tokens, tiles, CAPACITY, multiple=16))
 
 
 def test_automatic_cap_of_other_data():
