@@ -40,6 +40,7 @@ class DatasetFacts:
         fingerprint: hash of the tokenizer.
         pixel_mean, pixel_std: how the pixels are to be normalised.
         may_augment: whether a source was packed with data_augment.
+        has_levels: whether it was packed by levels of difficulty.
     """
 
     flag: str
@@ -55,6 +56,7 @@ class DatasetFacts:
     pixel_mean: tuple[float, float, float]
     pixel_std: tuple[float, float, float]
     may_augment: bool = False
+    has_levels: bool = False
 
 
 def facts_problems(config: Config, facts: Sequence[DatasetFacts]) -> list[str]:
@@ -110,6 +112,25 @@ def _together(config: Config, facts: Sequence[DatasetFacts]) -> Iterator[str]:
             f"--data.augment {','.join(config.data.augment)} has no effect: no source of --data.train was packed with data_augment; "
             "pack with --data_augment or with data_augment in the meta file, or leave --data.augment out"
         )
+    if train and config.data.curriculum and not any(dataset.has_levels for dataset in train):
+        yield (
+            f"--data.curriculum true: {config.data.train} has no levels of difficulty; pack with --difficulty or with difficulty in the "
+            "meta file, or leave --data.curriculum out"
+        )
+    if config.data.batch_shares and len(train) == len(config.data.train_folders):
+        yield from _batch_shares(config, train)
+
+
+def _batch_shares(config: Config, train: Sequence[DatasetFacts]) -> Iterator[str]:
+    """Training sets whose share of a global batch is less than a pack."""
+    weights, batch = config.data.weights or [dataset.num_packs for dataset in train], config.training.global_batch_size
+    for dataset, weight in zip(train, weights, strict=False):
+        share = weight / max(sum(weights), 1e-300) * batch
+        if share < 1:
+            yield (
+                f"--data.batch_shares true: {dataset.folder} has a share of {share:.2g} packs of --training.global_batch_size {batch}, and "
+                "must have 1; raise its share of --data.weights or the batch, or leave --data.batch_shares out"
+            )
 
 
 def _same_tokenizer(facts: Sequence[DatasetFacts]) -> Iterator[str]:

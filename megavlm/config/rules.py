@@ -189,6 +189,8 @@ def _data(data: Data) -> Iterator[str]:
         yield f"--data.weights: {len(data.weights)} weights for {len(data.train_folders)} folders of --data.train"
     if any(not 0 < weight < float("inf") for weight in data.weights):
         yield f"--data.weights {','.join(map(str, data.weights))}: each must be above 0"
+    if data.batch_shares and len(data.train_folders) < 2:
+        yield "--data.batch_shares true has no effect: --data.train names one folder; give several, with commas, or leave it out"
     for name in data.augment:
         if name not in AUGMENTATIONS:
             yield f"--data.augment {name}: no such change; known are {', '.join(AUGMENTATIONS)}"

@@ -26,6 +26,10 @@ class Data:
         train: folder of the packed training set, or its URL in object storage, such as ``s3://bucket/packs``; or several with commas
             between them.
         weights: shares of the packs that are taken from each folder of ``train``; empty: each as often as it has packs.
+        batch_shares: every global batch has the same number of packs from each folder of ``train``, its share rounded to whole packs;
+            otherwise any 64 packs in a row have their shares, to within one or two.
+        curriculum: in the first epoch, take packs by their level of difficulty, the easiest first, shuffled inside a level; later epochs
+            mix all levels. The packs must have been made with ``tools/pack_dataset.py --difficulty``.
         valid: folder of the packed held-out set; empty: no evaluation.
         shuffle: visit the packs in an order drawn from the seed, a new one each epoch; otherwise as stored.
         group: packs of like cost that are taken together, so that no rank of a step waits long; 0: the global batch size. 1: any packs.
@@ -39,6 +43,8 @@ class Data:
 
     train: str = ""
     weights: tuple[float, ...] = ()
+    batch_shares: bool = False
+    curriculum: bool = False
     valid: str = ""
     shuffle: bool = True
     group: int = 0

@@ -1,14 +1,16 @@
 """Several packed datasets as one, mixed by weight while training.
 
 Which dataset a position takes from, and which of its packs, is a pure function of the seed and the position, as with one dataset:
-nothing is stored, and going on anywhere costs the same. In every window of 64 positions each dataset has its share to within one pack or
-two, so batches are mixed alike; inside a window the order is shuffled, so that no data-parallel rank is always given the same dataset.
-Each dataset's own packs come in the order that its own plan has.
+nothing is stored, and going on anywhere costs the same. Up to the end of any window of 64 positions each dataset has its share to within a
+pack, so batches are mixed alike; inside a window the order is shuffled, so that no data-parallel rank is always given the same dataset.
+Or the window is a global batch, and each has the same number of packs of each dataset. Each dataset's own packs come in the order that its
+own plan has.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import heapq
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,9 +21,10 @@ from typing import Any
 import numpy as np
 
 from megavlm.data.batch import Batch
+from megavlm.data.curriculum import Curriculum
 from megavlm.data.dataset import PackedDataset
 from megavlm.data.manifest import Manifest
-from megavlm.data.plan import Plan, permute
+from megavlm.data.plan import Order, Plan, permute
 from megavlm.data.store import RECORD
 
 # Weights are rounded to shares of so many positions.
@@ -38,45 +41,69 @@ class BlendPlan:
         weights: share of the packs that are taken from each, compared with the others.
         seed: fixes the order inside windows.
         shuffle: whether that is shuffled.
+        block: positions that hold whole numbers of packs of each dataset, as close to the weights as such numbers can be.
+        window: positions that are shuffled together; divides the block.
 
     Raises:
         ValueError: not as many weights as plans, or a weight that is not above 0 or too small beside the others.
     """
 
-    plans: tuple[Plan, ...]
+    plans: tuple[Order, ...]
     weights: tuple[float, ...]
     seed: int = 0
     shuffle: bool = True
+    block: int = BLOCK
+    window: int = WINDOW
 
     def __post_init__(self) -> None:
         if len(self.weights) != len(self.plans):
             raise ValueError(f"--data.weights: {len(self.weights)} weights for {len(self.plans)} datasets of --data.train")
         if not all(weight > 0 and math.isfinite(weight) for weight in self.weights) or not self.counts.all():
-            raise ValueError(f"--data.weights {','.join(map(str, self.weights))}: each must be above 0, and at least 1/{BLOCK} of the sum")
+            raise ValueError(
+                f"--data.weights {','.join(map(str, self.weights))}: each must be above 0, and at least 1/{self.block} of the sum"
+            )
+
+    @property
+    def num_packs(self) -> int:
+        """Packs of all datasets."""
+        return sum(plan.num_packs for plan in self.plans)
 
     @cached_property
     def counts(self) -> np.ndarray:
-        """Positions of a block that each dataset has; int64, their sum is ``BLOCK``."""
-        exact = np.array(self.weights) / sum(self.weights) * BLOCK
+        """Positions of a block that each dataset has: its share, rounded by the largest remainders; int64, their sum is ``block``."""
+        exact = np.array(self.weights) / sum(self.weights) * self.block
         counts = np.floor(exact).astype(np.int64)
-        counts[np.argsort(counts - exact, kind="stable")[: BLOCK - counts.sum()]] += 1
+        counts[np.argsort(counts - exact, kind="stable")[: self.block - counts.sum()]] += 1
         return counts
 
     @cached_property
     def pattern(self) -> np.ndarray:
-        """The dataset at each position of a block, each evenly spread over it; int64 [BLOCK]."""
-        times = [(np.arange(count) + 0.5) / count for count in self.counts]
-        owners = np.repeat(np.arange(len(self.counts)), self.counts)
-        return owners[np.argsort(np.concatenate(times), kind="stable")]
+        """The dataset at each position of a block, each evenly spread over it; int64 [block].
+
+        Up to any position each dataset has its share of turns, rounded up or down. The k-th turn of a dataset with share w lies between
+        k / w and (k + 1) / w; giving each position to the dataset whose turn ends soonest keeps all of them (S. Baruah et al.,
+        "Proportionate Progress", Algorithmica 15, 1996).
+        """
+        pattern, waiting = np.empty(self.block, np.int64), []
+        opening = [(0, owner, 0) for owner in range(len(self.counts))]  # from which position, dataset, how often it came before
+        for position in range(self.block):
+            while opening and opening[0][0] <= position:
+                _, owner, turn = heapq.heappop(opening)
+                heapq.heappush(waiting, (-(-(turn + 1) * self.block // int(self.counts[owner])), owner, turn))
+            _, owner, turn = heapq.heappop(waiting)
+            pattern[position] = owner
+            if turn + 1 < self.counts[owner]:
+                heapq.heappush(opening, ((turn + 1) * self.block // int(self.counts[owner]), owner, turn + 1))
+        return pattern
 
     @cached_property
     def before(self) -> np.ndarray:
-        """How often each dataset comes in a block before each window; int64 [BLOCK / WINDOW, datasets]."""
-        in_window = (self.pattern.reshape(-1, WINDOW, 1) == np.arange(len(self.counts))).sum(axis=1)
+        """How often each dataset comes in a block before each window; int64 [block / window, datasets]."""
+        in_window = (self.pattern.reshape(-1, self.window, 1) == np.arange(len(self.counts))).sum(axis=1)
         return np.cumsum(in_window, axis=0) - in_window
 
     def pack_ids(self, consumed: int, count: int) -> np.ndarray:
-        """See ``Plan.pack_ids``."""
+        """See ``Order.pack_ids``."""
         return self.at(np.arange(consumed, consumed + count, dtype=np.int64))
 
     def at(self, positions: np.ndarray) -> np.ndarray:
@@ -92,15 +119,15 @@ class BlendPlan:
 
     def split(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The dataset of each position, and the position in that dataset's own sequence; all are int64 [n]."""
-        windows, row = np.unique(positions // WINDOW, return_inverse=True)
-        slots = np.tile(np.arange(WINDOW, dtype=np.int64), len(windows))
+        windows, row = np.unique(positions // self.window, return_inverse=True)
+        slots = np.tile(np.arange(self.window, dtype=np.int64), len(windows))
         if self.shuffle:
-            slots = permute(slots, WINDOW, self.seed, np.repeat(windows, WINDOW))
-        blocks, in_block = np.divmod(windows, BLOCK // WINDOW)
-        datasets = self.pattern[in_block[:, None] * WINDOW + slots.reshape(-1, WINDOW)]
+            slots = permute(slots, self.window, self.seed, np.repeat(windows, self.window))
+        blocks, in_block = np.divmod(windows, self.block // self.window)
+        datasets = self.pattern[in_block[:, None] * self.window + slots.reshape(-1, self.window)]
         is_of = datasets[:, :, None] == np.arange(len(self.plans))
         earlier = np.cumsum(is_of, axis=1) - is_of + (blocks[:, None] * self.counts + self.before[in_block])[:, None]
-        column = positions % WINDOW
+        column = positions % self.window
         chosen = datasets[row, column]
         return chosen, earlier[row, column, chosen]
 
@@ -178,19 +205,36 @@ class BlendedDataset:
 
 
 def open_blend(
-    folders: Sequence[str], weights: Sequence[float], *, seed: int, shuffle: bool, group: int, augment: Sequence[str] = ()
-) -> tuple[PackedDataset | BlendedDataset, Plan | BlendPlan]:
+    folders: Sequence[str],
+    weights: Sequence[float],
+    *,
+    seed: int,
+    shuffle: bool,
+    group: int,
+    curriculum: bool = False,
+    shared_batch: int = 0,
+    augment: Sequence[str] = (),
+) -> tuple[PackedDataset | BlendedDataset, Order]:
     """Packed datasets as one, and the order of their packs.
 
     Args:
         folders: of the datasets.
         weights: share of the packs that are taken from each; empty: each as often as it has packs.
         seed, shuffle, group: of the order, as for ``Plan``.
+        curriculum: whether each dataset's levels of difficulty come one after the other; one without levels is of one level.
+        shared_batch: packs of a batch, every one of which has the same number of packs of each dataset; 0: batches may differ.
         augment: as for ``PackedDataset``.
     """
     datasets = [PackedDataset(folder, augment=augment) for folder in folders]
-    plans = tuple(Plan(num_packs=len(dataset), seed=seed, shuffle=shuffle, group=group) for dataset in datasets)
+    order = {"seed": seed, "shuffle": shuffle, "group": group}
+    plans = tuple(
+        Curriculum(levels=tuple(level.packs for level in dataset.manifest.levels), **order)
+        if curriculum and dataset.manifest.levels
+        else Plan(num_packs=len(dataset), **order)
+        for dataset in datasets
+    )
     if len(datasets) == 1:
         return datasets[0], plans[0]
     shares = tuple(weights) or tuple(float(len(dataset)) for dataset in datasets)
-    return BlendedDataset(datasets), BlendPlan(plans=plans, weights=shares, seed=seed, shuffle=shuffle)
+    windows = {"block": shared_batch, "window": shared_batch} if shared_batch else {}
+    return BlendedDataset(datasets), BlendPlan(plans=plans, weights=shares, seed=seed, shuffle=shuffle, **windows)

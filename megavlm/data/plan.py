@@ -12,6 +12,7 @@ taken from one neighbourhood, a window of a few groups; groups come in a random 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -20,6 +21,20 @@ ROUNDS = 8
 SMALLEST_DOMAIN_BITS = 6
 # A group's packs are drawn from a window of so many groups: enough that every epoch puts other packs together.
 WINDOW_GROUPS = 8
+
+
+class Order(Protocol):
+    """An endless order of packs: of one dataset or of several, with a curriculum or without. A pure function of the position."""
+
+    @property
+    def num_packs(self) -> int:
+        """Packs that it orders."""
+
+    def pack_ids(self, consumed: int, count: int) -> np.ndarray:
+        """Ids of the ``count`` packs that follow the first ``consumed`` ones; int64 [count]. Rank r of n data ranks takes ``[r::n]``."""
+
+    def at(self, positions: np.ndarray) -> np.ndarray:
+        """The pack at each position; int64, shaped like ``positions``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,12 +47,14 @@ class Plan:
         shuffle: whether epochs are permuted; otherwise packs come as stored.
         group: positions ``[k * group, (k + 1) * group)`` hold packs of like cost; a step's packs are one or several groups. 1: any packs.
             A part of a group where an epoch ends and the next begins is exempt.
+        start: position at which the first epoch begins.
     """
 
     num_packs: int
     seed: int = 0
     shuffle: bool = True
     group: int = 1
+    start: int = 0
 
     def __post_init__(self) -> None:
         if self.num_packs < 1:
@@ -46,12 +63,12 @@ class Plan:
             raise ValueError(f"--data.group {self.group}: must be at least 1")
 
     def pack_ids(self, consumed: int, count: int) -> np.ndarray:
-        """Ids of the ``count`` packs that follow the first ``consumed`` ones; int64 [count]. Rank r of n data ranks takes ``[r::n]``."""
+        """See ``Order.pack_ids``."""
         return self.at(np.arange(consumed, consumed + count, dtype=np.int64))
 
     def at(self, positions: np.ndarray) -> np.ndarray:
         """The pack at each position of the endless sequence; int64, shaped like ``positions``."""
-        epochs, places = np.divmod(np.ravel(positions).astype(np.int64), self.num_packs)
+        epochs, places = np.divmod(np.ravel(positions).astype(np.int64) - self.start, self.num_packs)
         if not self.shuffle:
             ids = places
         elif self.group == 1:
@@ -62,7 +79,7 @@ class Plan:
 
     def _grouped(self, places: np.ndarray, epochs: np.ndarray) -> np.ndarray:
         """The pack at each place of its epoch, with groups kept together."""
-        lead = -(epochs * self.num_packs) % self.group  # an epoch begins in the middle of a group
+        lead = -(self.start + epochs * self.num_packs) % self.group  # an epoch begins in the middle of a group
         groups = (self.num_packs - lead) // self.group
         within = places - lead
         # What lies outside whole groups comes last in the order that is cut into groups.

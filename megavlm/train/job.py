@@ -8,9 +8,9 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 
 from megavlm.config.schema import Config
-from megavlm.data.blend import BlendedDataset, BlendPlan
+from megavlm.data.blend import BlendedDataset
 from megavlm.data.dataset import PackedDataset
-from megavlm.data.plan import Plan
+from megavlm.data.plan import Order
 from megavlm.model.vlm import VisionLanguageModel
 from megavlm.parallel.backend import Backend
 from megavlm.parallel.groups import Groups
@@ -36,7 +36,7 @@ class Job:
     backend: Backend
     groups: Groups
     train: PackedDataset | BlendedDataset
-    plan: Plan | BlendPlan
+    plan: Order
     valid: PackedDataset | None
     model: VisionLanguageModel
     wrapped: DistributedDataParallel

@@ -13,10 +13,11 @@ from megavlm.config.rules import PARTS, ConfigError, DatasetFacts, check
 from megavlm.config.schema import Config, Init
 from megavlm.convert import hf, parts
 from megavlm.convert.families import family_of
-from megavlm.data.blend import open_blend
+from megavlm.data.blend import BlendedDataset, open_blend
 from megavlm.data.dataset import PackedDataset
 from megavlm.data.files import is_remote
 from megavlm.data.manifest import read_manifest
+from megavlm.data.plan import Order
 from megavlm.data.tokenizer import fingerprint
 from megavlm.model import freeze, precision, weights
 from megavlm.model.freeze import Trained
@@ -130,6 +131,7 @@ def _facts(flag: str, folder: str) -> DatasetFacts:
         pixel_mean=manifest.pixel_mean,
         pixel_std=manifest.pixel_std,
         may_augment=any(source.augment for source in manifest.sources),
+        has_levels=bool(manifest.levels),
     )
 
 
@@ -145,10 +147,7 @@ def train(config: Config, machine: backend.Backend, start: Start) -> State:
         DamagedError: the checkpoint to start from is damaged, on every rank.
         SaveError: the last checkpoint could not be saved, on every rank.
     """
-    data = config.data
-    packs, plan = open_blend(
-        data.train_folders, data.weights, seed=config.training.seed, shuffle=data.shuffle, group=config.group, augment=data.augment
-    )
+    packs, plan = _open_training_set(config)
     layout = make_layout(config, PackSize.mean(packs.some_records()))
     place = groups.create(config.parallel, config.training.seed, layout.embedding_chunk)
     if isinstance(start, Checkpoint):
@@ -193,6 +192,21 @@ def train(config: Config, machine: backend.Backend, start: Start) -> State:
             hf.export(config.checkpoint.save, config.checkpoint.export_hf, flag="--checkpoint.export_hf")
     groups.destroy()
     return state
+
+
+def _open_training_set(config: Config) -> tuple[PackedDataset | BlendedDataset, Order]:
+    """The packs of the run, and their order."""
+    data = config.data
+    return open_blend(
+        data.train_folders,
+        data.weights,
+        seed=config.training.seed,
+        shuffle=data.shuffle,
+        group=config.group,
+        curriculum=data.curriculum,
+        shared_batch=config.training.global_batch_size if data.batch_shares else 0,
+        augment=data.augment,
+    )
 
 
 def _clean(save: Path, place: groups.Groups, metrics: Metrics) -> None:

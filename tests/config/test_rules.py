@@ -90,6 +90,7 @@ WRONG = [
     ("--architecture.vision.num_attention_heads 3", 1, ["num_attention_heads 3 does not divide --architecture.vision.hidden_size 64"]),
     ("--data.weights 1,2", 1, ["--data.weights: 2 weights for 1 folders of --data.train"]),
     ("--data.weights 0", 1, ["--data.weights 0.0: each must be above 0"]),
+    ("--data.batch_shares true", 1, ["--data.batch_shares true has no effect: --data.train names one folder"]),
     ("--data.augment jpeg,blur", 1, ["--data.augment blur: no such change; known are jpeg, crop, flip, colour"]),
     ("--architecture.vision.pixel_std 1,0,1", 1, ["pixel_std 1.0,0.0,1.0: must be above 0"]),
     ("--architecture.language.hidden_size 130", 1, ["num_attention_heads 4 does not divide --architecture.language.hidden_size 130"]),
@@ -294,6 +295,22 @@ def test_augmentation_that_would_change_nothing_is_told(packs: Path):
     [problem] = facts_problems(config, [facts(config)])
     assert "--data.augment jpeg,flip has no effect" in problem and "--data_augment" in problem
     assert not facts_problems(config, [facts(config, may_augment=True)])
+
+
+def test_a_curriculum_needs_levels(packs: Path):
+    config = tiny(packs, "--data.curriculum", "true")
+    [problem] = facts_problems(config, [facts(config), facts(config, flag="--data.valid", has_levels=True)])
+    assert problem.startswith("--data.curriculum true: ") and "--difficulty" in problem
+    assert not facts_problems(config, [facts(config, has_levels=True)])
+
+
+@pytest.mark.parametrize(("options", "wrong"), [("", "a has a share of 0.8"), ("--data.weights 1,19", None), ("--data.weights 1,30", "a ")])
+def test_shares_of_a_batch_are_a_pack_at_least(packs: Path, options: str, wrong: str | None):
+    folders = ["--data.train", f"{packs},{packs}", "--data.batch_shares", "true", "--training.global_batch_size", "20"]
+    config = tiny(packs, *folders, *options.split())
+    problems = facts_problems(config, [facts(config, folder="a", num_packs=4), facts(config, folder="b", num_packs=96)])
+    assert len(problems) == (wrong is not None)
+    assert wrong is None or (wrong in problems[0] and "--training.global_batch_size 20" in problems[0])
 
 
 def test_blended_packs_have_one_capacity(packs: Path):

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image as Picture
 
 from megavlm.data import store
-from megavlm.data.manifest import Manifest, Source
+from megavlm.data.manifest import Level, Manifest, Source
 from megavlm.data.sample import Image, Sample
 
 GRIDS = ((1, 1), (2, 1), (1, 2), (3, 1))
@@ -43,6 +43,7 @@ def make_sample(
     text_tokens: int,
     line: int,
     grids: tuple[tuple[int, int], ...] = GRIDS,
+    source: int = 0,
 ) -> Sample:
     """Random text whose second half is supervised, after the context tokens of some images. Ids 0 and 1 are left for padding and such."""
     pictures = tuple(make_image(rng, tile_size, *grids[rng.integers(len(grids))]) for _ in range(images))
@@ -52,7 +53,7 @@ def make_sample(
     tokens = np.concatenate([words[:1], context, words[1:]]).astype(np.int32)
     supervised = np.zeros(len(tokens), bool)
     supervised[len(context) + text_tokens // 2 :] = True
-    return Sample(tokens=tokens, supervised=supervised, images=pictures, source=0, line=line)
+    return Sample(tokens=tokens, supervised=supervised, images=pictures, source=source, line=line)
 
 
 def make_dataset(
@@ -71,11 +72,14 @@ def make_dataset(
     shard_bytes: int = store.SHARD_BYTES,
     seed: int = 0,
     grids: tuple[tuple[int, int], ...] = GRIDS,
+    levels: tuple[int, ...] = (),
+    sources: tuple[str, ...] = ("random",),
 ) -> Manifest:
     """Write a packed dataset of random samples; the same arguments give the same bytes.
 
     A sample has an image with the chance ``image_share`` (0: text only). Samples that do not fit into what is left of a pack lose their
-    image, or are dropped, so a pack has 1 to ``samples_per_pack`` of them.
+    image, or are dropped, so a pack has 1 to ``samples_per_pack`` of them. They are of the ``sources`` in turn; ``levels`` says how many
+    packs are of each level of difficulty.
     """
     rng = np.random.default_rng(seed)
     facts = {"vocab_size": vocab_size, "context_token_id": context_token_id, "tile_size": tile_size, "features_per_tile": features_per_tile}
@@ -88,12 +92,14 @@ def make_dataset(
             words = int(rng.integers(*text_tokens))
             used = sum(store.round_up(sample.length, alignment) for sample in pack)
             for count in range(images, -1, -1):
-                sample = make_sample(rng, images=count, text_tokens=words, line=line, grids=grids, **facts)
+                sample = make_sample(rng, images=count, text_tokens=words, line=line, grids=grids, source=line % len(sources), **facts)
                 if used + store.round_up(sample.length, alignment) <= capacity:
                     pack.append(sample)
                     break
         chosen.append(pack)
-    return write_packs(folder, chosen, capacity=capacity, alignment=alignment, shard_bytes=shard_bytes, seed=seed, **facts)
+    return write_packs(
+        folder, chosen, capacity=capacity, alignment=alignment, shard_bytes=shard_bytes, seed=seed, levels=levels, sources=sources, **facts
+    )
 
 
 def write_packs(
@@ -108,6 +114,8 @@ def write_packs(
     alignment: int = 1,
     shard_bytes: int = store.SHARD_BYTES,
     seed: int = 0,
+    levels: tuple[int, ...] = (),
+    sources: tuple[str, ...] = ("random",),
 ) -> Manifest:
     """Write the given samples as the packs of a dataset."""
     lines = max(sample.line for pack in packs for sample in pack)
@@ -127,6 +135,7 @@ def write_packs(
                 tile_cap=max(sum(sample.tiles for sample in pack) for pack in packs),
                 alignment=alignment,
                 seed=seed,
-                sources=(Source(name="random", annotations="random.jsonl", records=lines, samples=lines),),
+                sources=tuple(Source(name=name, annotations=f"{name}.jsonl", records=lines, samples=lines) for name in sources),
+                levels=tuple(Level(packs=count, easiest=place, hardest=place) for place, count in enumerate(levels)),
             )
         )
