@@ -7,7 +7,6 @@ everything but images is.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import chain
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -45,12 +44,16 @@ class ChatTemplate:
             raise ValueError(
                 f"the tokenizer {type(tokenizer).__name__} does not tell where its tokens stand; one with a tokenizer.json does"
             )
+        # The folder of a tokenizer may ask for either; a record is never cut, and never filled up.
+        tokenizer.backend_tokenizer.no_truncation()
+        tokenizer.backend_tokenizer.no_padding()
         self.first_tokens = first_tokens(tokenizer)
         for token in (*self.format.markers, *SPECIAL_TOKENS):
             self._token_id(token)
         self.context_token_id = self._token_id(IMAGE_CONTEXT)
         self.end_token_id = self._tokens([self.format.end])[0][-1]
         self._image_token_ids = [self._token_id(token) for token in IMAGE_TOKENS]
+        self._first_tokens = np.array(self.first_tokens, np.int32)
         self._opening_tokens = self._tokens([self.format.opening])[0]
         end, whole = self._tokens([self.format.end, self.format.end + self.format.closing])
         self._first = self.format.end, end  # what a conversation began with last, and its tokens
@@ -97,9 +100,13 @@ class ChatTemplate:
         pieces = [self._render(turn) for turn in turns]
         is_joint = self.format.joint or turns[0].role == "pretrain"
         tokens, supervised = (self._encode_joint if is_joint else self._encode_apart)(turns, pieces, opening)
-        tokens = np.concatenate([np.array(self.first_tokens, np.int32), tokens])
-        supervised = np.concatenate([np.zeros(len(self.first_tokens), bool), supervised])
-        supervised &= ~np.isin(tokens, self._image_token_ids)
+        if self.first_tokens:
+            tokens = np.concatenate([self._first_tokens, tokens])
+            supervised = np.concatenate([np.zeros(len(self.first_tokens), bool), supervised])
+        if not len(tiles):
+            return tokens, supervised
+        for token_id in self._image_token_ids:
+            supervised[tokens == token_id] = False
         # Each placeholder became one context token, and no text holds another.
         repeats = np.ones(len(tokens), np.int64)
         repeats[tokens == self.context_token_id] = np.asarray(tiles, np.int64) * self.features_per_tile
@@ -124,16 +131,17 @@ class ChatTemplate:
         first, *others = ["".join(piece) for piece in pieces]
         if first != self._first[0]:  # one system message begins most conversations
             self._first = first, self._tokens([first])[0]
-        found, masks = [self._first[1], *self._tokens(others)], []
-        for turn, tokens in zip(turns, found, strict=True):
-            mask = np.zeros(len(tokens), bool)
+        tokens, learned = [], []
+        for turn, found in zip(turns, [self._first[1], *self._tokens(others)], strict=True):
             if turn.role == "gpt":
-                mask[len(self._opening_tokens) : len(tokens) - self._closing_length] = True
-            masks.append(mask)
+                learned.append((len(tokens) + len(self._opening_tokens), len(tokens) + len(found) - self._closing_length))
+            tokens += found
         if opening:
-            found.append(self._opening_tokens)
-            masks.append(np.zeros(len(self._opening_tokens), bool))
-        return np.fromiter(chain.from_iterable(found), np.int32), np.concatenate(masks)
+            tokens += self._opening_tokens
+        mask = np.zeros(len(tokens), bool)
+        for start, end in learned:
+            mask[start:end] = True
+        return np.array(tokens, np.int32), mask
 
     def _encode_joint(self, turns: Sequence[Turn], pieces: list[tuple[str, str, str]], opening: str) -> tuple[np.ndarray, np.ndarray]:
         """All turns as one text; a token is learned that reaches into a learned part of it."""
@@ -151,8 +159,8 @@ class ChatTemplate:
         return np.array(found["input_ids"], np.int32), mask
 
     def _tokens(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of each text."""
-        return self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+        """Token ids of each text; what the tokenizer's own call gives, without the half of its time that is not for these."""
+        return [found.ids for found in self.tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
     def _token_id(self, token: str) -> int:
         """The id of a special token."""
