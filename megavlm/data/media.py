@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image as PillowImage
 from PIL import PngImagePlugin, UnidentifiedImageError
 
-from megavlm.data.jpeg import decode_jpeg, load_jpeg_decoder
+from megavlm.data.jpeg import decode_jpeg, is_whole, load_jpeg_decoder
 
 # Pillow warns above 89 million pixels and refuses twice that, but scans and maps of honest data are larger. This bound costs at most 1.6 GB
 # while an image is decoded; it takes the place of Pillow's own, which is one setting for the whole process.
@@ -90,8 +90,10 @@ def load_decoders() -> None:
 
 
 def check_pixels(encoded: bytes) -> None:
-    """Decode an image to see that it can be; raises ValueError with the reason where not."""
+    """See that an image can be decoded, by decoding it unless there is a faster way to know; raises ValueError with the reason where not."""
     image = open_image(io.BytesIO(encoded))
+    if is_whole(encoded):
+        return
     try:
         # A JPEG file is read to its end, but not all pixels are worked out.
         image.draft("RGB", (1, 1))

@@ -179,9 +179,9 @@ class ShardWriter:
         """Append one pack; raises ValueError where the samples cannot make one."""
         self.rules.check(samples)
         self._bin.write(bytes(-self._bin.tell() % BLOCK_ALIGNMENT_BYTES))
-        block, record = pack_block(samples)
+        parts, record = pack_block(samples)
         record["offset"] = self._bin.tell()
-        self._bin.write(block)
+        self._bin.writelines(parts)
         self._records.write(record.tobytes())
         for name in self._sums:
             self._sums[name] += 1 if name == "packs" else int(record[name])
@@ -286,8 +286,8 @@ class Writer:
         self._shard.__exit__(kind, error, trace)
 
 
-def pack_block(samples: Sequence[Sample]) -> tuple[bytes, np.ndarray]:
-    """The block of a pack, and its record in the index without the offset."""
+def pack_block(samples: Sequence[Sample]) -> tuple[list[bytes], np.ndarray]:
+    """The block of a pack in pieces, so that images are not copied to join them, and its record in the index without the offset."""
     lengths = np.array([len(sample.tokens) for sample in samples], np.int32)
     images = [(place, image) for place, sample in enumerate(samples) for image in sample.images]
     layout = sections(int(lengths.sum()), len(samples), len(images))
@@ -300,23 +300,24 @@ def pack_block(samples: Sequence[Sample]) -> tuple[bytes, np.ndarray]:
     provenance["source"] = [sample.source for sample in samples]
     provenance["line"] = [sample.line for sample in samples]
     table = head[layout.images :].view(IMAGE)
-    parts, offset = [], 0
+    parts, offset, crc = [], 0, 0
     for row, (place, image) in zip(table, images, strict=True):
         size = len(image.encoded)
         row["offset"], row["bytes"], row["sample"] = offset, size, place
         row["width"], row["height"], row["columns"], row["rows"] = image.width, image.height, image.columns, image.rows
         row["tiles"] = image.tiles
-        parts += [image.encoded, bytes(-size % SECTION_ALIGNMENT_BYTES)]
+        for part in (image.encoded, bytes(-size % SECTION_ALIGNMENT_BYTES)):
+            parts.append(part)
+            crc = zlib.crc32(part, crc)
         offset += round_up(size, SECTION_ALIGNMENT_BYTES)
-    encoded = b"".join(parts)
     # The first token of a sample follows nothing inside it, so it is never a label and never counts.
     supervised = np.array([np.count_nonzero(sample.supervised[1:]) for sample in samples])
     record = np.zeros((), RECORD)
-    record["bytes"] = len(head) + len(encoded)
+    record["bytes"] = len(head) + offset
     record["tokens"], record["samples"], record["images"] = count, len(samples), len(images)
     record["tiles"] = int(table["tiles"].sum())
     record["supervised"], record["longest"] = supervised.sum(), lengths.max()
     record["weight_token"], record["weight_sample"], record["weight_square"] = sample_weights(supervised)
     record["squared_lengths"] = np.square(lengths.astype(np.float64)).sum()
-    record["crc_tokens"], record["crc_images"] = zlib.crc32(head), zlib.crc32(encoded)
-    return head.tobytes() + encoded, record
+    record["crc_tokens"], record["crc_images"] = zlib.crc32(head), crc
+    return [head.tobytes(), *parts], record

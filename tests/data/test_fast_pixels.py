@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import random
+import warnings
 
 import numpy as np
 import pytest
@@ -61,3 +63,50 @@ def test_what_pillow_has_to_look_at():
     assert jpeg.decode_jpeg(cmyk.getvalue(), 10**6) is None
     image.save(png := io.BytesIO(), "PNG")
     assert jpeg.decode_jpeg(png.getvalue(), 10**6) is None
+
+
+def damaged(encoded: bytes, rng: random.Random) -> bytes:
+    """A file with some bytes changed, taken out or put in, in its headers as often as in its pixels' bits."""
+    data = bytearray(encoded)
+    for _ in range(rng.choice([1, 1, 2, 5])):
+        end = len(data) if rng.random() < 0.5 else data.find(b"\xff\xda") + 16
+        place = rng.randrange(2, max(3, min(end, len(data))))
+        kind = rng.randrange(5)
+        if kind == 0:
+            data[place : place + 1] = rng.randbytes(1)
+        elif kind == 1:
+            del data[place : rng.choice([place + rng.randrange(1, 40), len(data)])]
+        elif kind == 2:
+            data[place : place + 2] = bytes([0xFF, rng.choice([0, 0xC0, 0xC2, 0xC4, 0xC8, 0xD0, 0xD3, 0xD9, 0xDA, 0xDB, 0xDC, 0xDD, 0xE1, 0xFE])])
+        elif kind == 3:
+            data[place:place] = rng.randbytes(rng.randrange(1, 30))
+        else:
+            data[place : place + 20] = data[rng.randrange(len(data) or 1) :][:20]
+    return bytes(data) + rng.choice([b"", b"", b"\xff\xd9"])
+
+
+def test_no_jpeg_is_called_whole_that_pillow_refuses():
+    pytest.importorskip("simplejpeg")
+    rng, files, verdicts = random.Random(5), [], []
+    for seed, options in enumerate(({}, {"subsampling": 0}, {"optimize": True}, {"restart_marker_blocks": 3}, {"exif": bytes(50)})):
+        for mode in ("RGB", "L"):
+            Image.fromarray(picture(np.random.default_rng(seed), 31 + 9 * seed, 40)).convert(mode).save(file := io.BytesIO(), "JPEG", **options)
+            files.append(file.getvalue())
+            assert jpeg.is_whole(files[-1])
+    for _ in range(4000):
+        encoded = damaged(rng.choice(files), rng)
+        if jpeg.is_whole(encoded):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                Image.open(io.BytesIO(encoded)).load()
+        verdicts.append(jpeg.is_whole(encoded))
+    assert 1000 < sum(verdicts) < 3000
+
+
+@pytest.mark.parametrize("options", [{"progressive": True}, {"mode": "CMYK"}])
+def test_what_is_decoded_to_know_whether_it_can_be(options):
+    pytest.importorskip("simplejpeg")
+    image = Image.fromarray(picture(np.random.default_rng(2), 90, 70)).convert(options.pop("mode", "RGB"))
+    image.save(file := io.BytesIO(), "JPEG", **options)
+    assert not jpeg.is_whole(file.getvalue())
+    media.check_pixels(file.getvalue())
