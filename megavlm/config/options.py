@@ -21,6 +21,7 @@ from megavlm.config.schema import Config
 ALIASES = {
     "--tensor-model-parallel-size": "parallel.tensor_model_parallel_size",
     "--pipeline-model-parallel-size": "parallel.pipeline_model_parallel_size",
+    "--num-virtual-stages-per-pipeline-rank": "parallel.virtual_pipeline_model_parallel_size",
     "--context-parallel-size": "parallel.context_parallel_size",
     "--sequence-parallel": "parallel.sequence_parallel",
     "--recompute-granularity": "parallel.recompute",

@@ -143,11 +143,14 @@ def _pipeline(parallel: Parallel, arch: Architecture) -> Iterator[str]:
     size, layout = parallel.pipeline_model_parallel_size, parallel.layout
     vision, language = arch.vision.num_layers, arch.language.num_layers
     flag, given = "--parallel.pipeline_model_parallel_size", f"--parallel.layout {layout}"
-    if size < 1:
-        yield f"{flag} {size}: must be 1 or more"
-    elif size > vision + language:
+    virtual, chunks = parallel.virtual_pipeline_model_parallel_size, parallel.chunks
+    sizes = f"{flag} {size}" + f" x --parallel.virtual_pipeline_model_parallel_size {virtual}" * (virtual != 1)
+    yield from _at_least(1, "parallel", parallel, "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size")
+    if min(size, virtual) > 0 and chunks > vision + language:
         layers = f"{vision + language} layers ({vision} of the vision encoder, {language} of the language model)"
-        yield f"{flag} {size}: more chunks than the model's {layers}"
+        yield f"{sizes}: more chunks than the model's {layers}"
+    if virtual > 1 and size == 1:
+        yield f"{sizes}: chunks take turns over the ranks of a pipeline, and one rank is none; use 1 chunk, or 2 ranks or more"
     if layout in ("auto", "even"):
         return
     try:
@@ -155,8 +158,9 @@ def _pipeline(parallel: Parallel, arch: Architecture) -> Iterator[str]:
     except ValueError as error:
         yield f"{given}: {error}; or use auto or even"
         return
-    if len(counts) != size:
-        yield f"{given}: {len(counts)} chunk{'s' * (len(counts) > 1)}, but {flag} is {size}"
+    if len(counts) != chunks:
+        wanted = f"{sizes} is {chunks}" if virtual != 1 else f"{flag} is {size}"
+        yield f"{given}: {len(counts)} chunk{'s' * (len(counts) > 1)}, but {wanted}"
 
 
 def _world(config: Config, world_size: int) -> Iterator[str]:
@@ -170,13 +174,25 @@ def _world(config: Config, world_size: int) -> Iterator[str]:
     if world_size % model:
         product = " x ".join(f"--parallel.{name}_parallel_size {size}" for name, size in sizes.items() if size > 1 or name != "context")
         yield f"{product} = {model} does not divide the number of ranks that torchrun started, {world_size}"
-    elif batch % (copies := world_size // model):
-        lower, upper = batch // copies * copies, (batch // copies + 1) * copies
-        near = f"{lower} or {upper}" if lower > 0 else f"{upper}"
+        return
+    copies, pipeline, virtual = world_size // model, sizes["pipeline_model"], config.parallel.virtual_pipeline_model_parallel_size
+    if batch % copies:
         yield (
             f"--training.global_batch_size {batch} is not a multiple of the {copies} data-parallel ranks "
-            f"({world_size} ranks / {model} for each copy of the model); use {near}"
+            f"({world_size} ranks / {model} for each copy of the model); use {_nearest_multiples(batch, copies)}"
         )
+    elif virtual > 1 and batch // copies % pipeline:
+        yield (
+            f"--training.global_batch_size {batch} gives each of the {copies} data-parallel ranks {batch // copies} packs a step, which "
+            f"--parallel.virtual_pipeline_model_parallel_size {virtual} asks to be a multiple of "
+            f"--parallel.pipeline_model_parallel_size {pipeline}; use {_nearest_multiples(batch, copies * pipeline)}"
+        )
+
+
+def _nearest_multiples(number: int, of: int) -> str:
+    """The multiples below and above, in words."""
+    below = number // of * of
+    return f"{below} or {below + of}" if below > 0 else f"{below + of}"
 
 
 def _data(data: Data) -> Iterator[str]:

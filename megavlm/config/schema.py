@@ -66,7 +66,10 @@ class Parallel:
 
     Args:
         tensor_model_parallel_size: ranks that share each layer.
-        pipeline_model_parallel_size: chunks that the layers are cut into.
+        pipeline_model_parallel_size: ranks that share out the layers, each a chunk of neighbouring ones, or several.
+        virtual_pipeline_model_parallel_size: chunks on each rank of the pipeline. The ranks take their turns again and again along the
+            layers, so that each waits a shorter time at the start and at the end of a step, and activations travel more often. Every
+            data-parallel rank must have a multiple of ``pipeline_model_parallel_size`` packs in a step.
         context_parallel_size: ranks that share each pack's tokens, sample by sample, and its tiles. The packs' samples must be aligned to
             twice as many tokens (``tools/pack_dataset.py --alignment``).
         sequence_parallel: share the language model's activations between its layers over the tensor-parallel ranks too.
@@ -84,6 +87,7 @@ class Parallel:
 
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1
+    virtual_pipeline_model_parallel_size: int = 1
     context_parallel_size: int = 1
     sequence_parallel: bool = False
     layout: str = "auto"
@@ -97,6 +101,11 @@ class Parallel:
     def model_parallel_size(self) -> int:
         """Ranks that hold one copy of the model."""
         return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
+
+    @property
+    def chunks(self) -> int:
+        """Pieces that the layers are cut into. Chunk ``c`` stands on rank ``c % pipeline_model_parallel_size`` of the pipeline."""
+        return self.pipeline_model_parallel_size * self.virtual_pipeline_model_parallel_size
 
     @property
     def vision_tensor_size(self) -> int:

@@ -26,33 +26,37 @@ class Trained:
     total: dict[str, int]
 
 
-def apply(model: VisionLanguageModel, trainable: Sequence[str]) -> Trained:
+def apply(chunks: Sequence[VisionLanguageModel], trainable: Sequence[str]) -> Trained:
     """Freeze every weight that no pattern of ``trainable`` means. Collective; call it before DDP and the optimizer are built.
 
     Args:
-        model: this rank's chunk.
+        chunks: this rank's.
         trainable: parts, or patterns of checkpoint keys with ``*``, ``?`` and ``[]``.
 
     Raises:
         ValueError: a pattern means no weight on any rank; every rank raises it.
     """
     used: set[str] = set()
-    sizes: dict[str, tuple[int, bool]] = {}
-    whole = weight_sizes(model)
-    for key, parameter in named_weights(model).items():
-        patterns = {pattern for pattern in trainable if matches(key, pattern)}
-        parameter.requires_grad_(bool(patterns))
-        used |= patterns
-        sizes[key] = whole[key], bool(patterns)
+    found: dict[int, dict[str, tuple[int, bool]]] = {}
+    for chunk in chunks:
+        whole, sizes = weight_sizes(chunk), found.setdefault(chunk.number, {})
+        for key, parameter in named_weights(chunk).items():
+            patterns = {pattern for pattern in trainable if matches(key, pattern)}
+            parameter.requires_grad_(bool(patterns))
+            used |= patterns
+            sizes[key] = whole[key], bool(patterns)
     everywhere: list = [None] * dist.get_world_size()
-    dist.all_gather_object(everywhere, (used, sizes, model.groups.pipeline_rank))
-    unused = set(trainable) - set().union(*(seen for seen, _, _ in everywhere))
+    dist.all_gather_object(everywhere, (used, found))
+    unused = set(trainable) - set().union(*(seen for seen, _ in everywhere))
     if unused:
         listed = ", ".join(sorted(unused))
         raise ValueError(f"--training.trainable: nothing in the model is called {listed}; parts are {', '.join(PARTS)}")
-    merged = {key: size for _, chunk_sizes, _ in everywhere for key, size in chunk_sizes.items()}
-    model.trains_vision = any(trained for key, (_, trained) in merged.items() if key.startswith("vision."))
-    model.first_trained = min(chunk for _, chunk_sizes, chunk in everywhere if any(trained for _, trained in chunk_sizes.values()))
+    numbered = [(number, sizes) for _, found in everywhere for number, sizes in found.items()]
+    merged = {key: size for _, sizes in numbered for key, size in sizes.items()}
+    trains_vision = any(trained for key, (_, trained) in merged.items() if key.startswith("vision."))
+    first_trained = min(number for number, sizes in numbered if any(trained for _, trained in sizes.values()))
+    for chunk in chunks:
+        chunk.trains_vision, chunk.first_trained = trains_vision, first_trained
     return Trained(weights=_by_part(merged, trained_only=True), total=_by_part(merged, trained_only=False))
 
 

@@ -29,9 +29,12 @@ class LanguageModel(GPTModel):
         chunk: which layers are built.
         chosen: kernels of the layers.
         groups: process groups.
+        turn: which of its rank's chunks it is, where a rank has several.
     """
 
-    def __init__(self, config: TransformerConfig, language: Language, chunk: Chunk, chosen: Kernels, groups: ProcessGroupCollection):
+    def __init__(
+        self, config: TransformerConfig, language: Language, chunk: Chunk, chosen: Kernels, groups: ProcessGroupCollection, turn: int | None
+    ):
         super().__init__(
             config=config,
             transformer_layer_spec=language_spec(len(chunk.language_layers), language, chosen),
@@ -44,6 +47,7 @@ class LanguageModel(GPTModel):
             rotary_base=language.rotary_base,
             scatter_embedding_sequence_parallel=False,
             pg_collection=groups,
+            vp_stage=turn,
         )
         self.cross_entropy = chosen.cross_entropy
         rows = self.vocab_size // groups.tp.size()
@@ -53,8 +57,8 @@ class LanguageModel(GPTModel):
         """Mark embedding and head as megatron-core looks for them; called by GPTModel.
 
         Its own version takes the token embedding to stand in the first chunk of the pipeline. Here it stands behind the vision encoder.
-        Where a tied head stands in another chunk, both are copies: the ranks that hold them are the group over which their gradients are
-        summed, and one copy counts in the norm of the gradient. They start equal because both are filled from one tensor.
+        Where a tied head stands in another chunk, both are copies, whose gradients ``model/tied`` sums; one of them counts in the norm of
+        the gradient. They start equal because both are filled from one tensor.
         """
         tied = self.share_embeddings_and_output_weights
         if self.pre_process:

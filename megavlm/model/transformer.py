@@ -49,6 +49,7 @@ def _common(config: Config, counts: tuple[int, ...], chosen: Kernels, tensor_siz
     number = precision(config)
     stages = [["decoder"] * count for count in counts]
     layout = [["embedding", *stages[0]], *stages[1:-1], [*stages[-1], "loss"]] if len(stages) > 1 else None
+    is_interleaved = config.parallel.virtual_pipeline_model_parallel_size > 1
     return dict(
         tensor_model_parallel_size=tensor_size,
         pipeline_model_parallel_size=config.parallel.pipeline_model_parallel_size,
@@ -68,6 +69,8 @@ def _common(config: Config, counts: tuple[int, ...], chosen: Kernels, tensor_siz
         calculate_per_token_loss=True,  # gradients are summed: the loss is divided by the whole step's weight before backward
         hetereogenous_dist_checkpoint=True,  # a key for each layer, so that some layers of a stack may be frozen
         batch_p2p_sync=False,  # a wait for the device at every border, against a fault of PyTorch's of long ago
+        overlap_p2p_comm=is_interleaved,
+        batch_p2p_comm=not is_interleaved,
         **_RECOMPUTE[config.parallel.recompute],
     )
 

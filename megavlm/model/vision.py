@@ -34,6 +34,7 @@ class VisionEncoder(MegatronModule):
         drop_path: highest rate of drop path.
         chosen: kernels of the layers.
         groups: process groups.
+        turn: which of its rank's chunks it is, where a rank has several.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class VisionEncoder(MegatronModule):
         drop_path: float,
         chosen: Kernels,
         groups: ProcessGroupCollection,
+        turn: int | None,
     ):
         super().__init__(config)
         self.vision, self.has_patch_embedding = vision, chunk.has_patch_embedding
@@ -66,6 +68,7 @@ class VisionEncoder(MegatronModule):
             pre_process=True,
             post_process=False,
             pg_collection=groups,
+            vp_stage=turn,
         )
         rates = [drop_path_rate(drop_path, layer, vision.num_layers) for layer in range(vision.num_layers)]
         rates = torch.tensor(rates).repeat_interleave(2)[:, None] if drop_path else None

@@ -1,4 +1,4 @@
-"""The vision-language model: one pipeline over all its layers, of which each rank holds a chunk.
+"""The vision-language model: one pipeline over all its layers, of which each rank holds a chunk or several.
 
 Shape letters: T tokens of the pack, I tiles, S pixels along a tile, N tokens of a tile in the vision encoder, F features of a tile,
 D hidden size.
@@ -30,22 +30,25 @@ from megavlm.parallel.layout import Layout
 
 
 class VisionLanguageModel(MegatronModule):
-    """The chunk of the model that stands on this rank.
+    """A chunk of the model, one of those that stand on this rank.
 
     Args:
         config: the run.
         layout: layers of every chunk.
         groups: process groups and this rank's place.
+        number: of the chunk; by default that of this rank's first.
     """
 
-    def __init__(self, config: Config, layout: Layout, groups: Groups):
-        chunk, chosen, arch = layout.chunks[groups.pipeline_rank], kernels(config), config.architecture
+    def __init__(self, config: Config, layout: Layout, groups: Groups, number: int | None = None):
+        number = groups.pipeline_rank if number is None else number
+        chunk, chosen, arch = layout.chunks[number], kernels(config), config.architecture
         super().__init__(language_config(config, layout, chosen))
         # The pipeline schedules of megatron-core ask a chunk for these.
-        self.model_type, self.vp_stage, self.input_tensor = ModelType.encoder_or_decoder, None, None
+        turn = number // groups.pipeline_size if config.parallel.virtual_pipeline_model_parallel_size > 1 else None
+        self.model_type, self.vp_stage, self.input_tensor = ModelType.encoder_or_decoder, turn, None
         self.pre_process, self.post_process = chunk.has_patch_embedding, chunk.has_head
-        self.share_embeddings_and_output_weights = arch.language.tied_head
-        self.architecture, self.groups = arch, groups
+        self.share_embeddings_and_output_weights = False  # megatron-core would sum gradients of tied weights at the pipeline's ends only
+        self.number, self.architecture, self.groups = number, arch, groups
 
         self.vision = self.projector = self.language = None
         # Set by the freeze mask: whether anything in the vision encoder is trained, and the first chunk that trains anything.
@@ -53,7 +56,7 @@ class VisionLanguageModel(MegatronModule):
         collection = groups.collection
         if chunk.has_patch_embedding or chunk.vision_layers:
             drop_path, encoder = config.training.drop_path, vision_config(config, layout, chosen)
-            self.vision = VisionEncoder(encoder, arch.vision, chunk, drop_path, chosen, groups.vision)
+            self.vision = VisionEncoder(encoder, arch.vision, chunk, drop_path, chosen, groups.vision, turn)
         if chunk.has_projector:
             self.projector = Projector(projector_config(config, chosen), arch, chosen, groups.vision)
         # Parts of which every tensor-parallel rank has a copy, for tiles of its own.
@@ -61,12 +64,12 @@ class VisionLanguageModel(MegatronModule):
         for part in self.copies:
             mark_copies(part)
         if chunk.has_projector or chunk.has_language:
-            self.language = LanguageModel(self.config, arch.language, chunk, chosen, collection)
+            self.language = LanguageModel(self.config, arch.language, chunk, chosen, collection, turn)
 
     def set_input_tensor(self, received: Tensor | list[Tensor]) -> None:
         """Take what the chunk before sent; called by the schedule."""
         received = received[0] if isinstance(received, list) else received
-        trains_before = self.first_trained < self.groups.pipeline_rank
+        trains_before = self.first_trained < self.number
         # What arrives asks for a gradient, whether or not anything that is trained has made it.
         self.input_tensor = received if received is None or trains_before else received.detach()
 
@@ -77,9 +80,11 @@ class VisionLanguageModel(MegatronModule):
         ranks = self.groups.tensor_size if self.config.sequence_parallel else 1
         return len(batch.tokens) // ranks, 1, self.config.hidden_size
 
-    def shared_embedding_or_output_weight(self) -> Tensor | None:
-        """This chunk's copy of the token embedding that is also the head; called when gradients of the copies are summed."""
-        return self.language.shared_embedding_or_output_weight() if self.language is not None else None
+    @property
+    def tied_weight(self) -> Tensor | None:
+        """This chunk's copy of the token embedding that is also the head; none where they are not one, or not here."""
+        is_tied = self.architecture.language.tied_head and self.language is not None
+        return self.language.shared_embedding_or_output_weight() if is_tied else None
 
     def sharded_state_dict(self, prefix: str = "", *args, **kwargs) -> ShardedStateDict:
         """Called to name, save and load the weights."""
@@ -113,6 +118,11 @@ class VisionLanguageModel(MegatronModule):
             The loss of every token [T], or logits [T, padded V / tensor-parallel ranks], from the last chunk; from others what the next
             chunk takes: [N, I, D] inside the vision encoder, [T, 1, D] inside the language model.
         """
+        # Before the first chunk that trains anything there is no backward pass, and nothing is kept for one.
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.number >= self.first_trained):
+            return self._run(batch, with_loss)
+
+    def _run(self, batch: Batch, with_loss: bool) -> Tensor:
         hidden = self.input_tensor
         if self.vision is not None:
             hidden = self._encode(hidden, batch)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -53,19 +53,19 @@ def weight_sizes(model: VisionLanguageModel) -> dict[str, int]:
 
 
 @torch.no_grad()
-def fill(model: VisionLanguageModel, full_tensor: FullTensor) -> list[str]:
-    """Fill every weight of this chunk with its part of the whole tensor.
+def fill(chunks: Sequence[VisionLanguageModel], full_tensor: FullTensor) -> list[str]:
+    """Fill every weight of these chunks with its part of the whole tensor.
 
     Args:
-        model: the chunk.
+        chunks: this rank's.
         full_tensor: takes a checkpoint key and the shape of the whole tensor, and answers with that tensor. It may be shorter (a
-            vocabulary or heads without padding); what is missing becomes zero. Only this chunk's parts are taken of it.
+            vocabulary or heads without padding); what is missing becomes zero. Only these chunks' parts are taken of it.
 
     Returns:
         The keys that were filled.
     """
     keys = []
-    for shard in _shards(model):
+    for shard in (shard for chunk in chunks for shard in _shards(chunk)):
         full = full_tensor(shard.key, tuple(shard.global_shape))
         part = full[shard.global_slice()]
         shard.data.zero_()

@@ -27,7 +27,7 @@ class Groups:
         rank, size: place in the world.
         tensor_rank, tensor_size: place among the ranks that share each layer.
         context_rank, context_size: place among the ranks that share each pack.
-        pipeline_rank, pipeline_size: place among the chunks of the model.
+        pipeline_rank, pipeline_size: place among the ranks that share out the layers.
         data_rank, data_size: place among the copies of the model.
     """
 
@@ -46,14 +46,14 @@ class Groups:
     data_size: int
 
     @property
-    def is_last_chunk(self) -> bool:
+    def has_last_chunk(self) -> bool:
         """Whether this rank computes the loss."""
         return self.pipeline_rank == self.pipeline_size - 1
 
     @property
     def is_writer(self) -> bool:
-        """Whether this rank writes to the console and to files; it is in the last chunk, where the loss is known."""
-        return self.is_last_chunk and self.tensor_rank == 0 and self.context_rank == 0 and self.data_rank == 0
+        """Whether this rank writes to the console and to files; it has the last chunk, where the loss is known."""
+        return self.has_last_chunk and self.tensor_rank == 0 and self.context_rank == 0 and self.data_rank == 0
 
     def by_kind(self) -> dict[str, dist.ProcessGroup]:
         """This rank's group of each kind; ``data`` sums gradients, over the ranks that share packs too."""
@@ -84,15 +84,18 @@ def create(parallel: Parallel, seed: int, embedding_chunk: int = 0) -> Groups:
     Args:
         parallel: sizes of the layout.
         seed: of the random states that megatron-core keeps; nothing in training draws from them.
-        embedding_chunk: pipeline chunk of the token embedding, whose gradient is summed with that of a tied head in the last chunk.
+        embedding_chunk: number of the chunk with the token embedding, whose gradient is summed with that of a tied head in the last one.
     """
 
+    virtual = parallel.virtual_pipeline_model_parallel_size
+
     def embedding_ranks(pipeline: list[int], split: int | None = None) -> list[int]:
-        return sorted({pipeline[embedding_chunk], pipeline[-1]})
+        return sorted({pipeline[embedding_chunk % len(pipeline)], pipeline[-1]})
 
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
         context_parallel_size=parallel.context_parallel_size,
         distributed_timeout_minutes=parallel.timeout_minutes,
         get_embedding_ranks=embedding_ranks,

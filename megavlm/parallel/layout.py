@@ -17,7 +17,7 @@ from megavlm.parallel.split import PackSize, balance, layer_costs
 
 @dataclass(frozen=True, kw_only=True)
 class Chunk:
-    """What one pipeline rank holds.
+    """Neighbouring layers, of which a pipeline rank holds one such piece or several.
 
     Args:
         vision_layers: numbers of its vision layers, from 0.
@@ -78,7 +78,7 @@ def make_layout(config: Config, size: PackSize | None = None) -> Layout:
         size: what a pack holds, for the layout auto; none: as much text as vision.
     """
     arch, parallel = config.architecture, config.parallel
-    vision, language, chunks = arch.vision.num_layers, arch.language.num_layers, parallel.pipeline_model_parallel_size
+    vision, language, chunks = arch.vision.num_layers, arch.language.num_layers, parallel.chunks
     if parallel.layout == "even":
         return from_counts(split_evenly(vision + language, chunks), vision)
     if parallel.layout == "auto":

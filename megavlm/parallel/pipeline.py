@@ -8,7 +8,7 @@ that the receiver knows every shape beforehand. And a gradient that trains nothi
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Generic, TypeVar
 
 import torch.distributed as dist
@@ -20,23 +20,32 @@ Item = TypeVar("Item")
 Shape = tuple[int, ...]
 
 
-class Ahead(Generic[Item]):
-    """An iterator whose next item can be looked at before it is taken."""
+class Turns(Generic[Item]):
+    """Hands the same items to several readers, in order; each is made once, and forgotten when every reader has had it.
 
-    def __init__(self, items: Iterator[Item]):
-        self._items, self._seen = items, deque[Item]()
+    Args:
+        items: what is read.
+        readers: how many read all of it.
+    """
 
-    def look(self) -> Item:
-        """The item that comes next."""
-        if not self._seen:
-            self._seen.append(next(self._items))
-        return self._seen[0]
+    def __init__(self, items: Iterator[Item], readers: int = 1):
+        self._items, self._kept, self._made = items, dict[int, Item](), 0
+        self._had = [0] * readers
 
-    def __iter__(self) -> Ahead[Item]:
-        return self
+    def look(self, number: int) -> Item:
+        """Item ``number``, counted from 0, which not every reader has had."""
+        while self._made <= number:
+            self._kept[self._made] = next(self._items)
+            self._made += 1
+        return self._kept[number]
 
-    def __next__(self) -> Item:
-        return self._seen.popleft() if self._seen else next(self._items)
+    def reader(self, number: int) -> Iterator[Item]:
+        """The items for reader ``number``; they end when nobody asks for more."""
+        while True:
+            item = self.look(self._had[number])
+            self._had[number] += 1
+            self._kept.pop(min(self._had) - 1, None)
+            yield item
 
 
 class Borders(P2PCommunicator):
@@ -45,19 +54,19 @@ class Borders(P2PCommunicator):
     Args:
         group: the chunks of one pipeline.
         config: megatron-core's, of the chunk.
-        next_shape: answers with the shape of the next activation that arrives.
+        arriving: shapes of the activations that arrive, in order.
         first_trained: number of the first chunk that has anything to train.
     """
 
-    def __init__(self, group: dist.ProcessGroup, config: ModelParallelConfig, next_shape: Callable[[], Shape], first_trained: int):
+    def __init__(self, group: dist.ProcessGroup, config: ModelParallelConfig, arriving: Iterator[Shape], first_trained: int):
         super().__init__(group, config)
-        self._next_shape = next_shape
+        self._arriving = arriving
         self._gradient_leaves, self._gradient_arrives = first_trained < group.rank(), first_trained <= group.rank()
         self._sent = deque[Shape]()  # of activations whose gradients have not arrived yet, which have the same shapes
 
     def recv_forward(self, tensor_shapes: object, is_first_stage: bool) -> list[Tensor | None]:
         """Called by the schedule, which knows no shapes; nor do the methods below look at those that it gives."""
-        return [None] if is_first_stage else super().recv_forward([self._next_shape()], is_first_stage)
+        return [None] if is_first_stage else super().recv_forward([next(self._arriving)], is_first_stage)
 
     def send_forward(self, output_tensors: list[Tensor], is_last_stage: bool) -> None:
         """Called by the schedule."""
@@ -89,4 +98,4 @@ class Borders(P2PCommunicator):
         """Called by the schedule."""
         if is_first_stage or not self._gradient_leaves:
             return self.recv_forward(tensor_shapes, is_first_stage)
-        return super().send_backward_recv_forward(input_tensor_grads, [self._next_shape()], is_first_stage)
+        return super().send_backward_recv_forward(input_tensor_grads, [next(self._arriving)], is_first_stage)

@@ -7,6 +7,7 @@ A run's save folder (``train/folder``) holds ``step_00000100/`` and so on, and `
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -75,52 +76,62 @@ def read(folder: Path) -> Checkpoint:
         raise ValueError(f"{path}: missing, so {folder} is not a complete checkpoint") from None
 
 
-def sharded_weights(model: VisionLanguageModel) -> ShardedStateDict:
-    """The weights of a chunk, as megatron-core saves and loads them; the same for every kind of layers."""
-    entries = model.sharded_state_dict(prefix=_PREFIX).items()
-    return {key: entry for key, entry in entries if not isinstance(entry, ShardedObject)}
+def _entries(chunks: Sequence[VisionLanguageModel]) -> ShardedStateDict:
+    """All that megatron-core saves and loads of this rank's chunks, under names that begin with the number of the chunk.
+
+    These names are for this process only: what stands in a file is known by the entry's own key, which is the same at every layout.
+    """
+    return {f"{chunk.number} {key}": entry for chunk in chunks for key, entry in chunk.sharded_state_dict(prefix=_PREFIX).items()}
 
 
-def sharded(model: VisionLanguageModel, optimizer: MegatronOptimizer, fp8: Fp8, *, is_loading: bool) -> dict[str, Any]:
+def sharded_weights(chunks: Sequence[VisionLanguageModel]) -> ShardedStateDict:
+    """The weights of this rank, as megatron-core saves and loads them; the same for every kind of layers."""
+    return {name: entry for name, entry in _entries(chunks).items() if not isinstance(entry, ShardedObject)}
+
+
+def sharded(chunks: Sequence[VisionLanguageModel], optimizer: MegatronOptimizer, fp8: Fp8, *, is_loading: bool) -> dict[str, Any]:
     """Weights, main weights, moments, and the scales of FP8, of this rank, as megatron-core saves and loads them. Collective."""
-    weights = sharded_weights(model)
+    weights = sharded_weights(chunks)
     moments = optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=_OPTIMIZER_FORMAT)
-    return {"model": weights, "optimizer": moments} | ({"scales": _scales(model)} if "delayed" in fp8.recipes.values() else {})
+    return {"model": weights, "optimizer": moments} | ({"scales": _scales(chunks)} if "delayed" in fp8.recipes.values() else {})
 
 
-def _scales(model: VisionLanguageModel) -> ShardedStateDict:
+def _scales(chunks: Sequence[VisionLanguageModel]) -> ShardedStateDict:
     """What delayed scaling to FP8 remembers of earlier steps."""
-    return {key: entry for key, entry in model.sharded_state_dict(prefix=_PREFIX).items() if isinstance(entry, ShardedObject)}
+    return {name: entry for name, entry in _entries(chunks).items() if isinstance(entry, ShardedObject)}
 
 
-def load_weights(checkpoint: Checkpoint, model: VisionLanguageModel) -> None:
-    """Fill the model. Collective; call it before the optimizer is built, which copies the weights.
+def load_weights(checkpoint: Checkpoint, chunks: Sequence[VisionLanguageModel]) -> None:
+    """Fill this rank's chunks. Collective; call it before the optimizer is built, which copies the weights.
 
     Raises:
         ValueError: the checkpoint is of another architecture; every difference is named.
     """
-    differences = architecture_differences(checkpoint.config.architecture, model.architecture)
+    differences = architecture_differences(checkpoint.config.architecture, chunks[0].architecture)
     if differences:
         listed = "\n  ".join(differences)
         raise ValueError(f"--checkpoint.load {checkpoint.folder}: the checkpoint is of another architecture than --model:\n  {listed}")
-    loaded = dist_checkpointing.load({"model": sharded_weights(model)}, str(checkpoint.folder / SHARDS))
-    _take(model, loaded["model"])
+    loaded = dist_checkpointing.load({"model": sharded_weights(chunks)}, str(checkpoint.folder / SHARDS))
+    _take(chunks, loaded["model"])
 
 
 @torch.no_grad()
-def load_optimizer(checkpoint: Checkpoint, model: VisionLanguageModel, optimizer: MegatronOptimizer, fp8: Fp8) -> None:
+def load_optimizer(checkpoint: Checkpoint, chunks: Sequence[VisionLanguageModel], optimizer: MegatronOptimizer, fp8: Fp8) -> None:
     """Fill moments, main weights and step count, and the scales of FP8 where ``fp8`` is as it was. Collective."""
     kept = fp8 if fp8 == checkpoint.config.fp8 else Fp8()
-    loaded = dist_checkpointing.load(sharded(model, optimizer, kept, is_loading=True), str(checkpoint.folder / SHARDS))
+    loaded = dist_checkpointing.load(sharded(chunks, optimizer, kept, is_loading=True), str(checkpoint.folder / SHARDS))
     optimizer.load_state_dict(loaded["optimizer"])
-    _take(model, loaded["model"] | loaded.get("scales", {}))
+    _take(chunks, loaded["model"] | loaded.get("scales", {}))
 
 
-def _take(model: VisionLanguageModel, loaded: dict[str, Any]) -> None:
-    """Fill the model; what its layers remember beside their weights may be missing."""
-    values = {key.removeprefix(_PREFIX): value for key, value in loaded.items()}
-    result = model.load_state_dict(values, strict=False)
-    wrong = [*result.unexpected_keys, *(key for key in result.missing_keys if not key.endswith("_extra_state"))]
+def _take(chunks: Sequence[VisionLanguageModel], loaded: dict[str, Any]) -> None:
+    """Fill the chunks; what their layers remember beside their weights may be missing."""
+    wrong: list[str] = []
+    for chunk in chunks:
+        start = f"{chunk.number} {_PREFIX}"
+        values = {name.removeprefix(start): value for name, value in loaded.items() if name.startswith(start)}
+        result = chunk.load_state_dict(values, strict=False)
+        wrong += [*result.unexpected_keys, *(key for key in result.missing_keys if not key.endswith("_extra_state"))]
     if wrong:
         raise ValueError(f"the checkpoint's weights are not those of the model: {', '.join(wrong)}")
 

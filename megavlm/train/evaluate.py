@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+from collections.abc import Iterator
 
 import torch
 
+from megavlm.data.batch import Batch
 from megavlm.data.loader import batches
 from megavlm.data.plan import Plan
 from megavlm.model.precision import tile_multiple
@@ -37,14 +40,26 @@ def held_out_loss(job: Job) -> float:
         workers=min(data.workers, len(positions)),
         prefetch=data.prefetch,
         timeout=data.timeout,
-        with_tiles=job.model.pre_process,
+        with_tiles=job.chunks[0].pre_process,
         share=groups.share,
         tile_multiple=tile_multiple(job.config),
     )
     loss = torch.zeros((), device=job.backend.device)
-    job.wrapped.eval()
+    for chunk in job.wrapped:
+        chunk.eval()
     with contextlib.closing(packs):
         if len(positions):
-            loss = run_packs(job.wrapped, packs, len(positions), weight, job.backend, forward_only=True)
-    job.wrapped.train()
+            blank = -len(positions) % groups.pipeline_size if len(job.wrapped) > 1 else 0
+            filled = _followed_by_blank(packs, blank)
+            loss = run_packs(job.wrapped, filled, len(positions) + blank, weight, job.backend, forward_only=True)
+    for chunk in job.wrapped:
+        chunk.train()
     return float(groups.sum_over_data(loss))
+
+
+def _followed_by_blank(packs: Iterator[Batch], count: int) -> Iterator[Batch]:
+    """The packs, then the last one again ``count`` times, without a loss: interleaved chunks take packs in multiples of their ranks."""
+    for pack in packs:
+        yield pack
+    for _ in range(count):
+        yield dataclasses.replace(pack, loss_weights=torch.zeros_like(pack.loss_weights))

@@ -27,9 +27,7 @@ class Job:
         train: the training packs.
         plan: their order.
         valid: the held-out packs, if any.
-        model: this rank's chunk.
-        wrapped: the chunk with its gradient reduction.
-        optimizer: AdamW over what is trained.
+        chunks, wrapped, optimizer: as in ``Built``.
     """
 
     config: Config
@@ -38,6 +36,6 @@ class Job:
     train: PackedDataset | BlendedDataset
     plan: Order
     valid: PackedDataset | None
-    model: VisionLanguageModel
-    wrapped: DistributedDataParallel
+    chunks: list[VisionLanguageModel]
+    wrapped: list[DistributedDataParallel]
     optimizer: MegatronOptimizer

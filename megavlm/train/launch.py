@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch.distributed as dist
@@ -19,7 +20,7 @@ from megavlm.data.files import is_remote
 from megavlm.data.manifest import read_manifest
 from megavlm.data.plan import Order
 from megavlm.data.tokenizer import fingerprint
-from megavlm.model import freeze, precision, weights
+from megavlm.model import precision, weights
 from megavlm.model.freeze import Trained
 from megavlm.model.vlm import VisionLanguageModel
 from megavlm.parallel import backend, groups, speed
@@ -27,13 +28,13 @@ from megavlm.parallel.agree import DisagreementError, View, agree, look
 from megavlm.parallel.layout import make_layout
 from megavlm.parallel.split import PackSize
 from megavlm.train import checkpoint, folder, moments, optimizer, source
+from megavlm.train.build import build
 from megavlm.train.checkpoint import Checkpoint
 from megavlm.train.job import Job
 from megavlm.train.loop import run
 from megavlm.train.metrics import Metrics
 from megavlm.train.saver import SaveError
 from megavlm.train.state import State
-from megavlm.train.step import prepare
 
 Start = Checkpoint | Path | Init | None
 """What a run starts from: a checkpoint, a Hugging Face folder, parts, or nothing."""
@@ -157,23 +158,15 @@ def train(config: Config, machine: backend.Backend, start: Start) -> State:
             _check_speed(config, place, machine, metrics)
         if config.checkpoint.save:
             _clean(Path(config.checkpoint.save), place, metrics)
-        model = VisionLanguageModel(config, layout, place).to(machine.device)
-        if isinstance(start, Checkpoint):
-            checkpoint.load_weights(start, model)
-        else:
-            weights.fill(model, _whole_tensors(config, start))
-        trained = freeze.apply(model, config.training.trainable)
-        wrapped = optimizer.wrap(config, model)
-        prepare(wrapped)
         history = source.history(config, start)
-        adamw = optimizer.build(config, wrapped, moments.ages(model, history))
+        built = build(config, layout, place, machine, partial(_fill, config, start), history)
         state = State(stage=config.stage, tokenizer=packs.manifest.tokenizer_fingerprint, history=history)
         if isinstance(start, Checkpoint) and source.resumes(config, start):
-            checkpoint.load_optimizer(start, model, adamw, config.fp8)
+            checkpoint.load_optimizer(start, built.chunks, built.optimizer, config.fp8)
             state = start.state
         elif history:
-            moments.keep(start, model, adamw, optimizer.oldest(adamw))
-        _introduce(config, place, trained, start, state, metrics)
+            moments.keep(start, built.chunks, built.optimizer, optimizer.oldest(built.optimizer))
+        _introduce(config, place, built.trained, start, state, metrics)
         if place.pipeline_size > 1:
             metrics.say(f"pipeline: {layout}")
         job = Job(
@@ -183,9 +176,9 @@ def train(config: Config, machine: backend.Backend, start: Start) -> State:
             train=packs,
             plan=plan,
             valid=PackedDataset(config.data.valid) if config.data.valid else None,
-            model=model,
-            wrapped=wrapped,
-            optimizer=adamw,
+            chunks=built.chunks,
+            wrapped=built.wrapped,
+            optimizer=built.optimizer,
         )
         state = run(job, state, metrics)
         if config.checkpoint.export_hf and state.step == config.training.steps and place.rank == 0:
@@ -225,12 +218,15 @@ def _check_speed(config: Config, place: groups.Groups, machine: backend.Backend,
         metrics.say(f"warning: {finding}")
 
 
-def _whole_tensors(config: Config, start: Path | Init | None) -> weights.FullTensor:
-    """What fills a model that starts from no checkpoint."""
-    if isinstance(start, Path):
-        return hf.full_tensors(start, config.architecture)
-    fresh = weights.fresh_tensor(config)
-    return fresh if start is None else parts.full_tensors(config, fresh)
+def _fill(config: Config, start: Start, chunks: Sequence[VisionLanguageModel]) -> None:
+    """Give this rank's chunks the weights that the run starts from. Collective."""
+    if isinstance(start, Checkpoint):
+        checkpoint.load_weights(start, chunks)
+    elif isinstance(start, Path):
+        weights.fill(chunks, hf.full_tensors(start, config.architecture))
+    else:
+        fresh = weights.fresh_tensor(config)
+        weights.fill(chunks, fresh if start is None else parts.full_tensors(config, fresh))
 
 
 def _introduce(config: Config, place: groups.Groups, trained: Trained, start: Start, state: State, metrics: Metrics) -> None:
@@ -245,7 +241,9 @@ def _introduce(config: Config, place: groups.Groups, trained: Trained, start: St
         origin = ", ".join(f"{part} from {folder}" for part, folder in start.parts.items()) + ", the rest fresh"
     shares = ", ".join(f"{part} {trained.weights[part]:,} of {trained.total[part]:,}" for part in PARTS)
     context = f" x context {place.context_size}" if place.context_size > 1 else ""
-    sizes = f"tensor {place.tensor_size}{context} x pipeline {place.pipeline_size} x data {place.data_size}"
+    virtual = config.parallel.virtual_pipeline_model_parallel_size
+    pipeline = f"pipeline {place.pipeline_size}" + f" ({virtual} chunks each)" * (virtual > 1)
+    sizes = f"tensor {place.tensor_size}{context} x {pipeline} x data {place.data_size}"
     metrics.say(f"stage {config.stage}, model {config.model}, {place.size} ranks: {sizes}, {config.training.precision}")
     metrics.say(f"start: {origin}")
     if state.history:

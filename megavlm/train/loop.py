@@ -119,7 +119,7 @@ def _loader(job: Job, positions: range):
         workers=data.workers,
         prefetch=data.prefetch,
         timeout=data.timeout,
-        with_tiles=job.model.pre_process,
+        with_tiles=job.chunks[0].pre_process,
         share=job.groups.share,
         tile_multiple=tile_multiple(job.config),
     )

@@ -33,9 +33,10 @@ def age(key: str, history: History) -> int:
     return updates
 
 
-def ages(model: VisionLanguageModel, history: History) -> dict[int, int]:
-    """Age of every weight of this chunk, by ``id`` of the parameter; nothing where no stage came before."""
-    return {id(parameter): age(key, history) for key, parameter in named_weights(model).items()} if history else {}
+def ages(chunks: Sequence[VisionLanguageModel], history: History) -> dict[int, int]:
+    """Age of every weight of this rank, by ``id`` of the parameter; nothing where no stage came before."""
+    named = [named for chunk in chunks for named in named_weights(chunk).items()] if history else []
+    return {id(parameter): age(key, history) for key, parameter in named}
 
 
 def _is_trained(key: str, trainable: Sequence[str]) -> bool:
@@ -43,17 +44,20 @@ def _is_trained(key: str, trainable: Sequence[str]) -> bool:
 
 
 @torch.no_grad()
-def keep(source: Checkpoint, model: VisionLanguageModel, optimizer: MegatronOptimizer, oldest: int) -> None:
+def keep(source: Checkpoint, chunks: Sequence[VisionLanguageModel], optimizer: MegatronOptimizer, oldest: int) -> None:
     """Fill main weights and moments of what the checkpoint's stage trained too. Collective.
 
     Args:
         source: last checkpoint of the stage before.
-        model: this rank's chunk, with the checkpoint's weights.
-        optimizer: its optimizer, just built.
+        chunks: this rank's, with the checkpoint's weights.
+        optimizer: their optimizer, just built.
         oldest: updates that the oldest moments have seen.
     """
-    asked = checkpoint.sharded(model, optimizer, Fp8(), is_loading=True)["optimizer"]
-    weights, fresh = named_weights(model), {}
+    asked = checkpoint.sharded(chunks, optimizer, Fp8(), is_loading=True)["optimizer"]
+    weights: dict[str, Any] = {}
+    fresh: dict[Any, dict[str, Any]] = {}
+    for chunk in chunks:
+        weights |= named_weights(chunk)
     for index, tensors in asked["param_state"].items():
         for name in list(tensors):
             key = tensors[name].key.split(".model.", 1)[1]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -29,43 +29,53 @@ _MOMENTS: dict[str, dict[str, Any]] = {
 }
 
 
-def wrap(config: Config, model: VisionLanguageModel) -> DistributedDataParallel:
-    """Sum gradients over the copies of the model, in float32. The freeze mask must be set before."""
-    settings = DistributedDataParallelConfig(
-        use_distributed_optimizer=True,
-        grad_reduce_in_fp32=True,
-        overlap_grad_reduce=config.parallel.overlap_grad_reduce,
-        overlap_param_gather=config.parallel.overlap_param_gather,
-    )
-    return DistributedDataParallel(model.config, settings, model)
+def wrap(config: Config, chunks: Sequence[VisionLanguageModel]) -> list[DistributedDataParallel]:
+    """Sum gradients over the copies of the model, in float32. The freeze mask must be set before.
+
+    The gradients of all but a rank's first chunk are summed in one go: its other chunks compute meanwhile.
+    """
+    return [
+        DistributedDataParallel(
+            chunk.config,
+            DistributedDataParallelConfig(
+                use_distributed_optimizer=True,
+                grad_reduce_in_fp32=True,
+                overlap_grad_reduce=config.parallel.overlap_grad_reduce,
+                overlap_param_gather=config.parallel.overlap_param_gather,
+            ),
+            chunk,
+            disable_bucketing=turn > 0,
+        )
+        for turn, chunk in enumerate(chunks)
+    ]
 
 
 @contextlib.contextmanager
-def whole_weights(wrapped: DistributedDataParallel) -> Iterator[None]:
+def whole_weights(wrapped: Sequence[DistributedDataParallel]) -> Iterator[None]:
     """A time in which every rank holds all updated weights: for reading or saving them. Collective.
 
     Between the optimizer's update and the next forward pass a rank has its own share of them only, where collecting overlaps.
     """
-    if not wrapped.ddp_config.overlap_param_gather:
-        yield
-        return
-    wrapped.disable_forward_pre_hook()
+    overlapping = [chunk for chunk in wrapped if chunk.ddp_config.overlap_param_gather]
+    for chunk in overlapping:
+        chunk.disable_forward_pre_hook()
     try:
         yield
     finally:
-        wrapped.enable_forward_pre_hook()
+        for chunk in overlapping:
+            chunk.enable_forward_pre_hook()
 
 
 def _is_vector(parameter: Tensor) -> bool:
     return parameter.squeeze().ndim < 2
 
 
-def build(config: Config, wrapped: DistributedDataParallel, ages: Mapping[int, int] = MappingProxyType({})) -> MegatronOptimizer:
+def build(config: Config, wrapped: Sequence[DistributedDataParallel], ages: Mapping[int, int] = MappingProxyType({})) -> MegatronOptimizer:
     """Create AdamW over what is trained. Collective: every rank calls it, with nothing to train too.
 
     Args:
         config: the run.
-        wrapped: this rank's chunk.
+        wrapped: this rank's chunks.
         ages: updates that the moments of each weight have seen before this run, by ``id`` of the parameter; none: all are fresh.
     """
     optimizer, number = config.optimizer, precision(config)
@@ -89,7 +99,7 @@ def build(config: Config, wrapped: DistributedDataParallel, ages: Mapping[int, i
         # megatron-core tells groups apart by lr_mult, among others, and does nothing else with it.
         chosen = ParamPredicate(name=f"age {age}", fn=lambda parameter, age=age: ages[id(parameter)] == age)
         overrides[ParamKey(predicate=chosen)] = ParamGroupOverride(lr_mult=1.0 + age)
-    return get_megatron_optimizer(settings, [wrapped], config_overrides=overrides)
+    return get_megatron_optimizer(settings, list(wrapped), config_overrides=overrides)
 
 
 @torch.no_grad()

@@ -67,7 +67,7 @@ class Saver:
             return
         job = self._job
         with whole_weights(job.wrapped):
-            tensors = checkpoint.sharded(job.model, job.optimizer, job.config.fp8, is_loading=False)
+            tensors = checkpoint.sharded(job.chunks, job.optimizer, job.config.fp8, is_loading=False)
             self._writing = Writing(tensors, self._growing / checkpoint.SHARDS, beside=self._beside)
         if not self._beside:
             self.wait()

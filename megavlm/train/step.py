@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,9 +14,11 @@ from torch import Tensor
 
 from megavlm.data.batch import Batch
 from megavlm.model.loss import weighted_sum
+from megavlm.model.tied import sum_tied_gradients
 from megavlm.model.vlm import VisionLanguageModel
 from megavlm.parallel.backend import Backend
-from megavlm.parallel.pipeline import Ahead, Borders
+from megavlm.parallel.interleave import Rings
+from megavlm.parallel.pipeline import Borders, Shape, Turns
 from megavlm.train.optimizer import step
 
 
@@ -38,12 +40,15 @@ def _finalize(model: list[DistributedDataParallel], num_tokens: Tensor | None = 
     finalize_model_grads(model, None, **kwargs)
     for chunk in model:
         chunk.module.sum_gradients()
+    sum_tied_gradients([chunk.module for chunk in model])
 
 
-def prepare(model: DistributedDataParallel) -> None:
-    """Tell megatron-core's schedules how gradients are finished, and when not to sum them yet."""
-    model.config.finalize_model_grads_func = _finalize
-    model.config.no_sync_func = model.no_sync if model.ddp_config.overlap_grad_reduce else None
+def prepare(model: Sequence[DistributedDataParallel]) -> None:
+    """Tell megatron-core's schedules, which ask a rank's first chunk, how gradients are finished, and when not to sum them yet."""
+    config, overlaps = model[0].config, model[0].ddp_config.overlap_grad_reduce
+    config.finalize_model_grads_func = _finalize
+    no_syncs = [chunk.no_sync for chunk in model] if overlaps else [None]
+    config.no_sync_func = no_syncs if len(no_syncs) > 1 else no_syncs[0]
 
 
 def _loss(batch: Batch, weight_of_step: float, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -53,7 +58,7 @@ def _loss(batch: Batch, weight_of_step: float, losses: Tensor) -> tuple[Tensor, 
 
 
 def run_packs(
-    model: DistributedDataParallel | VisionLanguageModel,
+    model: Sequence[DistributedDataParallel],
     batches: Iterator[Batch],
     count: int,
     weight_of_step: float,
@@ -64,9 +69,9 @@ def run_packs(
     """Run ``count`` packs through the pipeline, backward too unless ``forward_only``.
 
     Args:
-        model: this rank's chunk.
+        model: this rank's chunks.
         batches: packs of this data-parallel rank, in order.
-        count: packs to take.
+        count: packs to take; a multiple of the pipeline's ranks where each has several chunks.
         weight_of_step: sum of the loss weights of all packs of the step, over all ranks.
         backend: where tensors live.
         forward_only: no gradients.
@@ -76,33 +81,42 @@ def run_packs(
     """
 
     def forward_step(iterator: Iterator[Batch], chunk: VisionLanguageModel):
-        batch = next(iterator).to(backend.device, non_blocking=backend.asynchronous)
+        batch = next(iterator)
         return chunk(batch), partial(_loss, batch, weight_of_step)
 
-    for module in model.modules():  # megatron-core does so only where the language model has a recipe for FP8
-        if "is_first_microbatch" in vars(module):
+    for module in (module for chunk in model for module in chunk.modules()):
+        if "is_first_microbatch" in vars(module):  # megatron-core does so only where the language model has a recipe for FP8
             module.is_first_microbatch = True
-    whole = model.module if isinstance(model, DistributedDataParallel) else model
-    ahead = Ahead(batches)
-    borders = {}
-    if whole.groups.pipeline_size > 1:
-        chunks = Borders(whole.groups.collection.pp, whole.config, lambda: whole.received_shape(ahead.look()), whole.first_trained)
-        borders = {"p2p_communicator": chunks, "pg_collection": whole.groups.collection}
+    chunks, groups = [chunk.module for chunk in model], model[0].module.groups
+    packs = Turns((batch.to(backend.device, non_blocking=backend.asynchronous) for batch in batches), len(chunks))
+    borders: Borders | Rings | None = None
+    if len(chunks) > 1:
+        shape = partial(_arriving_shape, chunks, packs)
+        borders = Rings(groups.collection.pp, chunks[0].config, count, shape, chunks[0].first_trained)
+    elif groups.pipeline_size > 1:
+        arriving = (_arriving_shape(chunks, packs, pack, 0) for pack in range(count))
+        borders = Borders(groups.collection.pp, chunks[0].config, arriving, chunks[0].first_trained)
     losses = get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=ahead,
-        model=[model],
+        data_iterator=[packs.reader(number) for number in range(len(chunks))],
+        model=list(model),
         num_microbatches=count,
         seq_length=1,  # not used: the borders know the shapes
         micro_batch_size=1,
         forward_only=forward_only,
-        **borders,
+        **({"p2p_communicator": borders, "pg_collection": groups.collection} if borders is not None else {}),
     )
+    if isinstance(borders, Rings):
+        borders.finish()
     return torch.stack(losses).sum() if losses else torch.zeros((), device=backend.device)
 
 
+def _arriving_shape(chunks: Sequence[VisionLanguageModel], packs: Turns[Batch], pack: int, chunk: int) -> Shape:
+    return chunks[chunk].received_shape(packs.look(pack))
+
+
 def train_step(
-    model: DistributedDataParallel,
+    model: Sequence[DistributedDataParallel],
     optimizer: MegatronOptimizer,
     batches: Iterator[Batch],
     count: int,
@@ -111,7 +125,8 @@ def train_step(
     backend: Backend,
 ) -> StepResult:
     """Update the trained weights once; arguments as in ``run_packs`` and ``optimizer.step``."""
-    model.zero_grad_buffer()
+    for chunk in model:
+        chunk.zero_grad_buffer()
     optimizer.zero_grad()
     loss = run_packs(model, batches, count, weight_of_step, backend)
     return StepResult(loss=loss, grad_norm=step(optimizer, clip_grad, backend.device))

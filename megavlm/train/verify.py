@@ -76,7 +76,7 @@ def _load(path: str, machine: backend.Backend) -> VisionLanguageModel:
     alone = dataclasses.replace(found.config, parallel=Parallel())
     place = groups.create(alone.parallel, seed=0)
     model = VisionLanguageModel(alone, make_layout(alone), place).to(machine.device)
-    checkpoint.load_weights(found, model)
+    checkpoint.load_weights(found, [model])
     return model.eval()
 
 

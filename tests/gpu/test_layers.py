@@ -20,9 +20,11 @@ def gradients(built) -> tuple[float, dict[str, torch.Tensor]]:
 
     layers, multiple = SMALL.vision.num_layers, tile_multiple(built.config)
     packs = [built.train.batch(pack, pack, vision_layers=layers, tile_multiple=multiple) for pack in range(2)]
-    built.wrapped.zero_grad_buffer()
+    built.wrapped[0].zero_grad_buffer()
     loss = run_packs(built.wrapped, iter(packs), 2, sum(pack.weight_sum for pack in packs), built.backend)
-    return float(loss), {key: weight.main_grad.float().cpu() for key, weight in named_weights(built.model).items() if weight.requires_grad}
+    return float(loss), {
+        key: weight.main_grad.float().cpu() for key, weight in named_weights(built.chunks[0]).items() if weight.requires_grad
+    }
 
 
 def distance(gradient: torch.Tensor, exact: torch.Tensor) -> float:
@@ -91,12 +93,12 @@ def test_a_freeze_mask_trains_what_it_says_and_nothing_else(job, dataset: Path, 
     from megavlm.train.optimizer import set_rates, step, whole_weights
 
     with job(small(dataset, kernels="transformer_engine", trainable=trainable)) as built:
-        before = {key: weight.detach().clone() for key, weight in named_weights(built.model).items()}
+        before = {key: weight.detach().clone() for key, weight in named_weights(built.chunks[0]).items()}
         _, found = gradients(built)
         set_rates(built.optimizer, built.config, 5)
         step(built.optimizer, 1.0, built.backend.device)
         with whole_weights(built.wrapped):
-            after = named_weights(built.model)
+            after = named_weights(built.chunks[0])
             for key, weight in after.items():
                 trains = any(matches(key, pattern) for pattern in trainable)
                 assert (key in found) == trains, key

@@ -45,7 +45,7 @@ def test_8_bit_weights_follow_the_weights(job, dataset: Path, part: str) -> None
 
     config = engine(dataset, lr=0.1, **{part: "tensorwise"})
     with job(config) as built:
-        layer = {"vision": built.model.vision.encoder, "language": built.model.language.decoder}[part].layers[0].mlp.linear_fc2
+        layer = {"vision": built.chunks[0].vision.encoder, "language": built.chunks[0].language.decoder}[part].layers[0].mlp.linear_fc2
         copies = []
         for number in range(3):
             packs = [built.train.batch(pack, pack, vision_layers=3, tile_multiple=16) for pack in range(2)]

@@ -75,27 +75,21 @@ def config_for(dataset: Path, **settings: Any) -> Config:
 
 
 def build(config: Config):
-    """Build a job from fresh weights, as ``train.launch`` does."""
+    """A job from fresh weights."""
     from megavlm.data.dataset import PackedDataset
     from megavlm.data.plan import Plan
-    from megavlm.model import freeze, weights
-    from megavlm.model.vlm import VisionLanguageModel
+    from megavlm.model import weights
     from megavlm.parallel import backend, groups
     from megavlm.parallel.layout import make_layout
     from megavlm.parallel.split import PackSize
-    from megavlm.train import optimizer
+    from megavlm.train.build import build as build_model
     from megavlm.train.job import Job
-    from megavlm.train.step import prepare
 
     machine = backend.start(config.parallel.timeout_minutes, deterministic=config.training.deterministic)
     packs = PackedDataset(config.data.train)
     layout = make_layout(config, PackSize.mean(packs.some_records()))
     place = groups.create(config.parallel, config.training.seed, layout.embedding_chunk)
-    model = VisionLanguageModel(config, layout, place).to(machine.device)
-    weights.fill(model, weights.fresh_tensor(config))
-    freeze.apply(model, config.training.trainable)
-    wrapped = optimizer.wrap(config, model)
-    prepare(wrapped)
+    built = build_model(config, layout, place, machine, lambda chunks: weights.fill(chunks, weights.fresh_tensor(config)))
     return Job(
         config=config,
         backend=machine,
@@ -103,9 +97,9 @@ def build(config: Config):
         train=packs,
         plan=Plan(num_packs=len(packs), seed=config.training.seed),
         valid=None,
-        model=model,
-        wrapped=wrapped,
-        optimizer=optimizer.build(config, wrapped),
+        chunks=built.chunks,
+        wrapped=built.wrapped,
+        optimizer=built.optimizer,
     )
 
 
@@ -144,7 +138,7 @@ def _shards(job) -> list[tuple[str, tuple[int, ...], tuple[slice, ...], np.ndarr
     from megavlm.train.optimizer import whole_weights as collected
 
     with collected(job.wrapped):
-        shards = list(weights._shards(job.model))
+        shards = [shard for chunk in job.chunks for shard in weights._shards(chunk)]
         return [(shard.key, tuple(shard.global_shape), shard.global_slice(), shard.data.detach().cpu().float().numpy()) for shard in shards]
 
 

@@ -73,7 +73,7 @@ def answers_of_pack(config: Config, folder: Path) -> tuple[np.ndarray, np.ndarra
     backend.start(5)
     place = groups.create(config.parallel, 0, make_layout(config).embedding_chunk)
     model = VisionLanguageModel(config, make_layout(config), place).eval()
-    weights.fill(model, hf.full_tensors(folder, config.architecture))
+    weights.fill([model], hf.full_tensors(folder, config.architecture))
     batch = PackedDataset(config.data.train).batch(0, 0, vision_layers=config.architecture.vision.num_layers)
     answers = [_through_the_pipeline(model, batch, place, with_loss=with_loss) for with_loss in (False, True)]
     groups.destroy()
@@ -91,7 +91,7 @@ def _through_the_pipeline(model, batch, place, *, with_loss: bool) -> torch.Tens
         dist.recv_object_list(received, src=group[place.pipeline_rank - 1])
         model.set_input_tensor(received[0])
     output = model(batch, with_loss=with_loss)
-    if not place.is_last_chunk:
+    if not place.has_last_chunk:
         dist.send_object_list([output], dst=group[place.pipeline_rank + 1])
         return None
     return output.clone()

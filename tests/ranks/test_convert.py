@@ -31,7 +31,7 @@ def load_then_save(folder: Path, imported: Path, config: Config) -> list[str]:
     backend.start(config.parallel.timeout_minutes)
     place = groups.create(config.parallel, config.training.seed, make_layout(config).embedding_chunk)
     models = [VisionLanguageModel(config, make_layout(config), place) for _ in range(2)]
-    keys = weights.fill(models[0], hf.full_tensors(folder, config.architecture))
+    keys = weights.fill(models[:1], hf.full_tensors(folder, config.architecture))
     loaded = dist_checkpointing.load({"model": models[1].sharded_state_dict(prefix="model.")}, str(imported / "shards"))
     models[1].load_state_dict({key.removeprefix("model."): value for key, value in loaded["model"].items()})
     for one, other in zip(*(weights.named_weights(model).items() for model in models), strict=True):

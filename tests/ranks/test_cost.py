@@ -54,7 +54,7 @@ def counted_by_torch(
         run_packs(job.wrapped, iter([batch]), 1, batch.weight_sum, job.backend)
     lengths = batch.sample_ends.diff().to(torch.float64)
     size = {"tokens": len(batch.tokens), "squared_lengths": int((lengths**2).sum()), "tiles": len(batch.tiles)}
-    return counter.get_total_flops(), size, set(named_weights(job.model))
+    return counter.get_total_flops(), size, set(named_weights(job.chunks[0]))
 
 
 @pytest.fixture(scope="module")

@@ -82,7 +82,7 @@ def padding_after_steps(config: Config) -> dict[str, torch.Tensor]:
         train_step(job.wrapped, job.optimizer, batches, 4, 100.0, 1.0, job.backend)
     ranks = config.parallel.tensor_model_parallel_size
     with whole_weights(job.wrapped):
-        weights = {key: weight.detach().clone() for key, weight in named_weights(job.model).items()}
+        weights = {key: weight.detach().clone() for key, weight in named_weights(job.chunks[0]).items()}
     for key, weight in weights.items():
         if key.startswith("vision.") and "layer_norm" not in key:
             axis = weight.ndim - 1 if "linear_proj.weight" in key else 0

@@ -16,6 +16,7 @@ from tests.ranks.runs import EVERYTHING, TINY, Curve, config_for, train_curve, w
 STAGES = {"1": ("projector",), "1.5": ("vision", "projector"), "2": EVERYTHING, "0": ("language",)}
 TENSOR, PIPELINE, CONTEXT = dict(tensor_model_parallel_size=2), dict(pipeline_model_parallel_size=2), dict(context_parallel_size=2)
 IN_VISION = dict(pipeline_model_parallel_size=2, layout="v*2|v,p,t*3,h")
+INTERLEAVED = PIPELINE | dict(virtual_pipeline_model_parallel_size=2, layout="v*2|v|p,t*2|t,h")
 LAYOUTS = {
     "tp2": (2, TENSOR),
     "tp2 sp": (2, TENSOR | dict(sequence_parallel=True)),
@@ -30,6 +31,12 @@ LAYOUTS = {
     "cp2 pp2, border in the vision encoder": (4, CONTEXT | IN_VISION),
     "cp2 dp2": (4, CONTEXT),
     "cp2 tp2, whole vision layers": (4, CONTEXT | TENSOR | dict(vision="data")),
+    "pp2 vp2, border in the vision encoder": (2, INTERLEAVED),
+    "pp2 vp3": (2, PIPELINE | dict(virtual_pipeline_model_parallel_size=3, layout="even")),
+    "pp2 vp2, two chunks of vision, dp2": (4, PIPELINE | dict(virtual_pipeline_model_parallel_size=2, layout="v|v*2|p,t|t*2,h")),
+    "tp2 sp pp2 vp2": (4, INTERLEAVED | TENSOR | dict(sequence_parallel=True)),
+    "tp2 pp2 vp2, whole vision layers": (4, INTERLEAVED | TENSOR | dict(vision="data")),
+    "cp2 pp2 vp2": (4, INTERLEAVED | CONTEXT),
 }
 
 

@@ -30,9 +30,9 @@ def decay_factors(config: Config) -> dict[str, float]:
     from megavlm.train.optimizer import set_rates, step
 
     job = build(config)
-    weights = {key: weight for key, weight in named_weights(job.model).items() if weight.requires_grad}
+    weights = {key: weight for key, weight in named_weights(job.chunks[0]).items() if weight.requires_grad}
     before = {key: weight.detach().clone() for key, weight in weights.items()}
-    job.wrapped.zero_grad_buffer()
+    job.wrapped[0].zero_grad_buffer()
     job.optimizer.zero_grad()
     set_rates(job.optimizer, config, 1)
     step(job.optimizer, config.optimizer.clip_grad, job.backend.device)
@@ -58,14 +58,14 @@ def weights_after_a_step(config: Config, *, by_megatron_core: bool) -> tuple[dic
     from megavlm.train.step import run_packs
 
     job = build(config)
-    job.wrapped.zero_grad_buffer()
+    job.wrapped[0].zero_grad_buffer()
     set_rates(job.optimizer, config, 1)
     pack = job.groups.data_rank
     run_packs(job.wrapped, iter([job.train.batch(pack, pack, vision_layers=3)]), 1, 1.0, job.backend)
     clip = config.optimizer.clip_grad
     norm = job.optimizer.step()[1] if by_megatron_core else step(job.optimizer, clip, job.backend.device)
     with whole_weights(job.wrapped):
-        return {key: weight.detach().numpy().copy() for key, weight in named_weights(job.model).items()}, float(norm)
+        return {key: weight.detach().numpy().copy() for key, weight in named_weights(job.chunks[0]).items()}, float(norm)
 
 
 @pytest.mark.parametrize("layout", [dict(), dict(tensor_model_parallel_size=2), dict(pipeline_model_parallel_size=2)])

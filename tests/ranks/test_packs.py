@@ -29,12 +29,12 @@ def losses_and_gradients(config: Config) -> tuple[list[np.ndarray], dict[str, np
 
     job = build(config)
     packs = [job.train.batch(pack, pack, reduction="token", vision_layers=3) for pack in range(len(job.train))]
-    job.model.eval()
+    job.chunks[0].eval()
     with torch.no_grad():
-        losses = [job.model(batch)[batch.loss_weights > 0].numpy() for batch in packs]
-    job.wrapped.zero_grad_buffer()
+        losses = [job.chunks[0](batch)[batch.loss_weights > 0].numpy() for batch in packs]
+    job.wrapped[0].zero_grad_buffer()
     run_packs(job.wrapped, iter(packs), len(packs), 1.0, job.backend)
-    gradients = {key: weight.main_grad.numpy().copy() for key, weight in named_weights(job.model).items()}
+    gradients = {key: weight.main_grad.numpy().copy() for key, weight in named_weights(job.chunks[0]).items()}
     return losses, gradients
 
 
@@ -92,7 +92,7 @@ def count_mismatch(config: Config) -> str:
     batch = job.train.batch(0, 0, vision_layers=3)
     broken = dataclasses.replace(batch, tiles=batch.tiles[:-1], drop_path_draws=batch.drop_path_draws[:, :-1])
     try:
-        job.model(broken)
+        job.chunks[0](broken)
     except ValueError as error:
         return str(error)
     return ""
@@ -115,8 +115,8 @@ def strides_of_labels(config: Config) -> tuple[int, ...]:
         seen.append(labels.stride())
         return logits.float().logsumexp(-1)
 
-    job.model.language.cross_entropy = cross_entropy
-    job.model(job.train.batch(0, 0, vision_layers=3))
+    job.chunks[0].language.cross_entropy = cross_entropy
+    job.chunks[0](job.train.batch(0, 0, vision_layers=3))
     return seen[0]
 
 

@@ -44,7 +44,7 @@ def features(config: Config, tiles: Tensor) -> tuple[Tensor, Tensor]:
     layout = make_layout(config)
     place = groups.create(config.parallel, 0, layout.embedding_chunk)
     model = VisionLanguageModel(config, layout, place).eval()
-    weights.fill(model, parts.full_tensors(config, weights.fresh_tensor(config)))
+    weights.fill([model], parts.full_tensors(config, weights.fresh_tensor(config)))
     with torch.no_grad():
         found = model.vision(None, tiles, None).transpose(0, 1), model.vision.normalise(tiles)
     groups.destroy()
@@ -90,7 +90,7 @@ def logits_of_parts(config: Config) -> np.ndarray:
     layout = make_layout(config)
     place = groups.create(config.parallel, 0, layout.embedding_chunk)
     model = VisionLanguageModel(config, layout, place).eval()
-    weights.fill(model, parts.full_tensors(config, weights.fresh_tensor(config)))
+    weights.fill([model], parts.full_tensors(config, weights.fresh_tensor(config)))
     batch = PackedDataset(config.data.train).batch(0, 0, vision_layers=config.architecture.vision.num_layers)
     with torch.no_grad():
         logits = model(batch, with_loss=False)

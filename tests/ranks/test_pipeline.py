@@ -38,7 +38,7 @@ def messages(config: Config) -> tuple[list[tuple[int, ...]], list[tuple[int, ...
             (sent if operation.op is dist.isend else got).append(tuple(operation.tensor.shape))
         return original(operations)
 
-    job.wrapped.zero_grad_buffer()
+    job.wrapped[0].zero_grad_buffer()
     with mock.patch.object(dist, "batch_isend_irecv", spy):
         run_packs(job.wrapped, iter(packs), PACKS, 1.0, job.backend)
     return sent, got, [pack.num_tiles for pack in packs]

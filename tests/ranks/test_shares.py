@@ -49,10 +49,10 @@ def gradients(config: Config) -> dict[str, np.ndarray]:
 
     job = build(config)
     packs = [job.train.batch(pack, pack, vision_layers=3, share=job.groups.share) for pack in range(len(job.train))]
-    job.wrapped.zero_grad_buffer()
+    job.wrapped[0].zero_grad_buffer()
     run_packs(job.wrapped, iter(packs), len(packs), 1.0, job.backend)
     # With a single data-parallel rank all gradients are there; with several, each holds its share of the sum.
-    weights = named_weights(job.model)
+    weights = named_weights(job.chunks[0])
     return {key: weight.main_grad.numpy().copy() for key, weight in weights.items() if not key.startswith("language.")}
 
 

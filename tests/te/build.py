@@ -37,7 +37,7 @@ def build(config: Any, layout_groups: Any) -> Any:
     from megavlm.parallel.layout import make_layout
 
     model = VisionLanguageModel(config, make_layout(config), layout_groups)
-    weights.fill(model, weights.fresh_tensor(config))
+    weights.fill([model], weights.fresh_tensor(config))
     return model
 
 
@@ -86,10 +86,10 @@ def moved(config: Any, local: Any, groups: Any) -> dict[str, Any]:
     for name, source, target in (("to local", config, local), ("to engine", local, config)):
         folder = Path(tempfile.mkdtemp())
         (folder / "shards").mkdir()
-        dist_checkpointing.save({"model": sharded_weights(build(source, groups))}, str(folder / "shards"))
+        dist_checkpointing.save({"model": sharded_weights([build(source, groups)])}, str(folder / "shards"))
         other = build(dataclasses.replace(target, training=dataclasses.replace(target.training, seed=99)), groups)
         before = facts(other)["sums"]
-        load_weights(Checkpoint(folder=folder, config=source, state=State()), other)
+        load_weights(Checkpoint(folder=folder, config=source, state=State()), [other])
         found[name] = {"before": before, "after": facts(other)["sums"]}
     return found
 

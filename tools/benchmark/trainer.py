@@ -10,12 +10,12 @@ from torch import Tensor
 from megavlm.config.rules import check
 from megavlm.data.dataset import PackedDataset
 from megavlm.data.plan import Plan
-from megavlm.model import freeze, precision, weights
-from megavlm.model.vlm import VisionLanguageModel
+from megavlm.model import precision, weights
 from megavlm.parallel import backend, groups
 from megavlm.parallel.layout import make_layout
 from megavlm.train import optimizer
-from megavlm.train.step import prepare, train_step
+from megavlm.train.build import build
+from megavlm.train.step import train_step
 from tools.benchmark.cases import Case
 from tools.benchmark.feed import Feed
 
@@ -50,12 +50,8 @@ class Trainer:
         self._machine = machine = backend.start(config.parallel.timeout_minutes)
         self.device, self._packs = machine.device, packs
         place = groups.create(config.parallel, config.training.seed)
-        model = VisionLanguageModel(config, make_layout(config), place).to(machine.device)
-        weights.fill(model, random_weights(machine.device))
-        freeze.apply(model, config.training.trainable)
-        self._wrapped = optimizer.wrap(config, model)
-        prepare(self._wrapped)
-        self._optimizer = optimizer.build(config, self._wrapped)
+        drawn = random_weights(machine.device)
+        self._built = build(config, make_layout(config), place, machine, lambda chunks: weights.fill(chunks, drawn))
         self._steps = 0
         self.feed = Feed(
             packs,
@@ -72,10 +68,10 @@ class Trainer:
     def step(self) -> Tensor:
         """One update; the loss, on the device."""
         weight = self._packs.weight_sum([self.feed.next_id], self._config.data.loss_reduction)
-        optimizer.set_rates(self._optimizer, self._config, self._steps)
+        optimizer.set_rates(self._built.optimizer, self._config, self._steps)
         self._steps += 1
         clip = self._config.optimizer.clip_grad
-        return train_step(self._wrapped, self._optimizer, self.feed, 1, weight, clip, self._machine).loss
+        return train_step(self._built.wrapped, self._built.optimizer, self.feed, 1, weight, clip, self._machine).loss
 
     def close(self) -> None:
         """End the loader's processes."""
