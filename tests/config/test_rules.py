@@ -73,6 +73,27 @@ WRONG = [
     ),
     ("--sequence-parallel", 1, ["sequence_parallel true needs --parallel.tensor_model_parallel_size 2 or more"]),
     ("--pipeline-model-parallel-size 9", 9 * 128, ["size 9: more chunks than", "8 layers (4 of the vision encoder, 4 of"]),
+    (
+        "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 5",
+        2,
+        ["pipeline_model_parallel_size 2 x --parallel.virtual_pipeline_model_parallel_size 5: more chunks than", "8 layers"],
+    ),
+    (
+        "--parallel.virtual_pipeline_model_parallel_size 2",
+        1,
+        ["--parallel.pipeline_model_parallel_size 1 x --parallel.virtual_pipeline_model_parallel_size 2: chunks take turns"],
+    ),
+    ("--parallel.virtual_pipeline_model_parallel_size 0", 1, ["virtual_pipeline_model_parallel_size 0: must be 1 or more"]),
+    (
+        "--pipeline-model-parallel-size 2 --parallel.virtual_pipeline_model_parallel_size 2 --global-batch-size 10",
+        4,
+        ["--training.global_batch_size 10 gives each of the 2 data-parallel ranks 5 packs", "_parallel_size 2; use 8 or 12"],
+    ),
+    (
+        "--pipeline-model-parallel-size 2 --parallel.virtual_pipeline_model_parallel_size 2 --parallel.layout v*2|v*2,t*4",
+        2,
+        ["2 chunks, but --parallel.pipeline_model_parallel_size 2 x --parallel.virtual_pipeline_model_parallel_size 2 is 4"],
+    ),
     ("--parallel.layout v*2|v*2,t*4", 1, ["v*2|v*2,t*4: 2 chunks, but --parallel.pipeline_model_parallel_size is 1"]),
     ("--pipeline-model-parallel-size 2 --parallel.layout evn", 2, ["layout evn: 'evn' is none of v, p, t, h", "or use auto or even"]),
     (

@@ -10,9 +10,10 @@ from megavlm.parallel.layout import make_layout, split_evenly
 from tests.ranks.runs import TINY
 
 
-def _layout(*split: int, chunks: int | None = None):
+def _layout(*split: int, chunks: int | None = None, virtual: int = 1):
     layout = write_layout(split, TINY.vision.num_layers) if split else "even"
-    parallel = Parallel(pipeline_model_parallel_size=chunks or len(split), layout=layout)
+    size = (chunks or len(split)) // virtual
+    parallel = Parallel(pipeline_model_parallel_size=size, virtual_pipeline_model_parallel_size=virtual, layout=layout)
     return make_layout(Config(stage="2", model="tiny", architecture=TINY, parallel=parallel))
 
 
@@ -40,3 +41,13 @@ def test_the_projector_goes_with_the_first_language_layer() -> None:
 def test_layers_are_split_evenly_where_nothing_else_is_asked() -> None:
     assert split_evenly(10, 4) == (2, 2, 3, 3)
     assert _layout(chunks=4).vision_counts() == (1, 1, 1, 0)
+
+
+@pytest.mark.parametrize("split", [(), (1, 2, 1, 2)])
+def test_what_stands_in_a_chunk_does_not_depend_on_how_many_ranks_share_out_the_chunks(split: tuple[int, ...]) -> None:
+    assert _layout(*split, chunks=4, virtual=2) == _layout(*split, chunks=4)
+
+
+def test_the_layout_that_balances_cuts_as_many_chunks_as_all_ranks_hold() -> None:
+    parallel = Parallel(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=3)
+    assert len(make_layout(Config(stage="2", model="tiny", architecture=TINY, parallel=parallel)).chunks) == 6

@@ -22,6 +22,7 @@ ODD = Architecture(
     language=replace(TINY.language, family="qwen3", qkv_bias=False, qk_norm=True, num_query_groups=1, kv_channels=14),
 )
 FROZEN_TABLE = ("vision", "projector", "language.decoder")
+INTERLEAVED = dict(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2)
 # Pipelines whose token embedding stands in the first chunk, in one in the middle, or with the head.
 TIED_LAYOUTS = {
     "pp2": (2, dict(pipeline_model_parallel_size=2, layout="v*3,t|t*2")),
@@ -30,6 +31,9 @@ TIED_LAYOUTS = {
     "pp2 dp2": (4, dict(pipeline_model_parallel_size=2, layout="v*3,t|t*2")),
     "pp2 cp2": (4, dict(pipeline_model_parallel_size=2, layout="v*3,t|t*2", context_parallel_size=2)),
     "tp2 pp2": (4, dict(tensor_model_parallel_size=2, pipeline_model_parallel_size=2, layout="v*3,t*2|t")),
+    "pp2 vp2, on the head's rank": (2, INTERLEAVED | dict(layout="v*2|v,t|t|t")),
+    "pp2 vp2 dp2, on the head's rank": (4, INTERLEAVED | dict(layout="v*2|v,t|t|t")),
+    "pp2 vp2, on another rank": (2, INTERLEAVED | dict(layout="v*2|v|t*2|t")),
 }
 ODD_LAYOUTS = {
     "tp2": (2, dict(tensor_model_parallel_size=2)),

@@ -16,6 +16,7 @@ from tests.ranks.pool import Pool
 from tests.ranks.runs import EVERYTHING, TINY, config_for
 
 STEPS = 6
+INTERLEAVED = dict(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2, layout="v*2|v|t*2|t")
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +64,7 @@ def losses(save: Path) -> list[float]:
     return [line["loss"] for line in lines if "loss" in line]
 
 
-def _forget_the_end(save: Path, target: Path) -> None:
+def forget_the_end(save: Path, target: Path) -> None:
     """Make a copy of a run that looks as if it had been killed after its checkpoint of step 3."""
     shutil.copytree(save, target)
     shutil.rmtree(target / f"step_{STEPS:08d}")
@@ -73,13 +74,15 @@ def _forget_the_end(save: Path, target: Path) -> None:
 
 
 @pytest.mark.parametrize("mask", [("projector",), EVERYTHING])
-@pytest.mark.parametrize("layout", [dict(), dict(tensor_model_parallel_size=2), dict(pipeline_model_parallel_size=2, layout="v*2|v,t*3")])
+@pytest.mark.parametrize(
+    "layout", [dict(), dict(tensor_model_parallel_size=2), dict(pipeline_model_parallel_size=2, layout="v*2|v,t*3"), INTERLEAVED]
+)
 def test_going_on_equals_no_interruption_bit_for_bit(
     ranks: Pool, dataset: Path, tmp_path: Path, layout: dict, mask: tuple[str, ...]
 ) -> None:
     settings = dict(trainable=mask, **layout)
     assert ranks.run(run_job, 2, make_job(dataset, tmp_path / "whole", **settings)) == [STEPS] * 2
-    _forget_the_end(tmp_path / "whole", tmp_path / "killed")
+    forget_the_end(tmp_path / "whole", tmp_path / "killed")
     ranks.run(run_job, 2, make_job(dataset, tmp_path / "killed", **settings))
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")[3:]
     last = f"step_{STEPS:08d}"
@@ -98,6 +101,7 @@ OTHER_LAYOUTS = [
     (4, dict(pipeline_model_parallel_size=4, layout="v|v*2|t|t*2")),
     (4, dict(tensor_model_parallel_size=2, context_parallel_size=2)),
     (2, dict(tensor_model_parallel_size=2, vision="data")),
+    (2, INTERLEAVED),
 ]
 
 
@@ -108,7 +112,7 @@ def test_a_checkpoint_goes_on_at_other_layouts(ranks: Pool, dataset: Path, tmp_p
     expected = losses(tmp_path / "whole")[3:]
     for number, (world, layout) in enumerate(OTHER_LAYOUTS):
         save = tmp_path / f"other-{number}"
-        _forget_the_end(tmp_path / "whole", save)
+        forget_the_end(tmp_path / "whole", save)
         ranks.run(run_job, world, make_job(dataset, save, trainable=mask, **layout))
         assert losses(save) == pytest.approx(expected, rel=1e-5)
 
@@ -137,7 +141,7 @@ def first_moments(save: Path, step: int) -> dict[str, torch.Tensor]:
     return {key.removeprefix(start): value for key, value in tensors if key.startswith(start)}
 
 
-@pytest.mark.parametrize(("world", "layout"), OTHER_LAYOUTS[1:4:2])
+@pytest.mark.parametrize(("world", "layout"), [*OTHER_LAYOUTS[1:4:2], OTHER_LAYOUTS[-1]])
 def test_moments_of_what_both_stages_train_are_kept_when_asked(
     ranks: Pool, dataset: Path, tmp_path: Path, world: int, layout: dict
 ) -> None:
@@ -153,7 +157,7 @@ def test_moments_of_what_both_stages_train_are_kept_when_asked(
         wanted = fresh[key] + (0.9 * before[key] if key in before else 0.0)
         assert torch.allclose(kept[key], wanted, rtol=1e-4, atol=1e-7), key
     # Going on inside the stage needs no checkpoint of the stage before, and is exact.
-    _forget_the_end(tmp_path / "kept", tmp_path / "killed")
+    forget_the_end(tmp_path / "kept", tmp_path / "killed")
     ranks.run(run_job, world, make_job(dataset, tmp_path / "killed", moments="keep", **second, **layout))
     assert losses(tmp_path / "killed") == losses(tmp_path / "kept")[3:]
     [whole], [killed] = (ranks.run(saved_tensors, 1, tmp_path / run / f"step_{STEPS:08d}") for run in ("kept", "killed"))
