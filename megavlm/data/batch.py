@@ -22,6 +22,7 @@ class Batch:
         tokens: int64 [T].
         labels: int64 [T], the next token inside the sample; 0 where there is none.
         loss_weights: float32 [T], weight of the label at this position; 0 where it has no loss.
+        sources: int32 [T], number of the source that the token's sample is from, among ``source_names`` of the dataset.
         sample_ends: int32 [N + 1], from 0 to the capacity: where samples start and end in the whole pack. The padding at the end is one
             more sample.
         longest_sample: tokens of the longest sample, the padding counted as one.
@@ -38,6 +39,7 @@ class Batch:
     tokens: torch.Tensor
     labels: torch.Tensor
     loss_weights: torch.Tensor
+    sources: torch.Tensor
     sample_ends: torch.Tensor
     longest_sample: int
     tiles: torch.Tensor

@@ -15,6 +15,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,7 @@ class BlendedDataset:
     def __init__(self, datasets: Sequence[PackedDataset]) -> None:
         self.datasets = tuple(datasets)
         self.starts = np.cumsum([0] + [len(dataset) for dataset in self.datasets], dtype=np.int64)
+        self._first_sources = [0, *accumulate(len(dataset.source_names) for dataset in self.datasets)]
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -155,6 +157,16 @@ class BlendedDataset:
     def manifest(self) -> Manifest:
         """The facts of the first dataset; the tokenizer, the template and the capacity are those of all."""
         return self.datasets[0].manifest
+
+    @cached_property
+    def source_names(self) -> tuple[str, ...]:
+        """The sources of all datasets, one dataset after the other, as ``FOLDER/SOURCE``: a source may be in several."""
+        names = [Path(dataset.folder).name for dataset in self.datasets]
+        if len(set(names)) < len(names):
+            names = [str(dataset.folder) for dataset in self.datasets]
+        if len(set(names)) < len(names):
+            names = [f"{name}:{place}" for place, name in enumerate(names)]
+        return tuple(f"{name}/{source}" for name, dataset in zip(names, self.datasets, strict=True) for source in dataset.source_names)
 
     @property
     def has_images(self) -> bool:
@@ -192,7 +204,7 @@ class BlendedDataset:
         """The tensors of a pack; arguments and errors as for ``PackedDataset.batch``."""
         number = int(self._owner(np.asarray(pack_id)))
         batch = self.datasets[number].batch(int(pack_id - self.starts[number]), position, **options)
-        return dataclasses.replace(batch, pack_id=int(pack_id))
+        return dataclasses.replace(batch, pack_id=int(pack_id), sources=batch.sources + self._first_sources[number])
 
     def origins(self, pack_id: int) -> list[str]:
         """Where the samples of a pack come from: ``annotations.jsonl:line`` of each."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +60,11 @@ class PackedDataset:
     def index(self) -> Index:
         """The records of the packs: ``index[pack_ids]["tiles"]``."""
         return self.reader.index
+
+    @cached_property
+    def source_names(self) -> tuple[str, ...]:
+        """The sources of the samples; the annotation files of one entry of a meta file are one source."""
+        return tuple(dict.fromkeys(source.name for source in self.manifest.sources))
 
     def some_records(self, limit: int = 4096) -> np.ndarray:
         """The index's records of packs spread evenly over the dataset: all of them, or ``limit`` of a large one."""
@@ -116,6 +121,7 @@ class PackedDataset:
             tokens=tokens[own],
             labels=_spread(labels.astype(np.int64), places, manifest.capacity)[own],
             loss_weights=_spread(weights, places, manifest.capacity)[own],
+            sources=_spread(np.repeat(self._source_numbers(pack), pack.lengths), places, manifest.capacity)[own],
             sample_ends=ends,
             longest_sample=int(np.diff(ends).max()),
             tiles=self._tiles(pack, chosen, seed, position)
@@ -133,6 +139,17 @@ class PackedDataset:
         """Where the samples of a pack come from: ``annotations.jsonl:line`` of each."""
         pack = self.reader.read(pack_id, with_images=False)
         return [self.reader.origin(pack, sample) for sample in range(len(pack.lengths))]
+
+    def _source_numbers(self, pack: Pack) -> np.ndarray:
+        """The place in ``source_names`` of each sample's source; int32 [N]."""
+        numbers = np.array([self.source_names.index(source.name) for source in self.manifest.sources], np.int32)
+        named = pack.provenance["source"]
+        if named.min() < 0 or named.max() >= len(numbers):
+            raise ValueError(
+                f"{self.folder}: pack {pack.pack_id} has samples of source {named.max()}, but manifest.json lists {len(numbers)} sources; "
+                "pack the dataset again"
+            )
+        return numbers[named]
 
     def _feature_positions(self, pack: Pack, places: np.ndarray) -> np.ndarray:
         """Where the image features go; int64 [real tiles * F]."""

@@ -13,15 +13,16 @@ from megavlm.data.loader import batches
 from megavlm.data.plan import Plan
 from megavlm.model.precision import tile_multiple
 from megavlm.train.job import Job
+from megavlm.train.source_losses import SourceLosses
 from megavlm.train.step import run_packs
 
 
 @torch.no_grad()
-def held_out_loss(job: Job) -> float:
+def held_out_loss(job: Job) -> tuple[float, dict[str, float]]:
     """Loss over the first ``eval_packs`` held-out packs (all for 0), weighed like the training loss. Collective.
 
     Returns:
-        The loss, on ranks of the last chunk; 0 on others.
+        The loss, and the mean loss of each source's supervised tokens, on ranks of the last chunk; 0 and nothing on others.
     """
     data, groups, wanted = job.config.data, job.groups, job.config.training.eval_packs
     # Stored by cost, the first packs would not stand for all.
@@ -44,17 +45,18 @@ def held_out_loss(job: Job) -> float:
         share=groups.share,
         tile_multiple=tile_multiple(job.config),
     )
-    loss = torch.zeros((), device=job.backend.device)
+    loss, by_source = torch.zeros((), device=job.backend.device), SourceLosses(job.valid.source_names, job.backend.device)
     for chunk in job.wrapped:
         chunk.eval()
     with contextlib.closing(packs):
         if len(positions):
             blank = -len(positions) % groups.pipeline_size if len(job.wrapped) > 1 else 0
             filled = _followed_by_blank(packs, blank)
-            loss = run_packs(job.wrapped, filled, len(positions) + blank, weight, job.backend, forward_only=True)
+            loss = run_packs(job.wrapped, filled, len(positions) + blank, weight, job.backend, forward_only=True, by_source=by_source)
     for chunk in job.wrapped:
         chunk.train()
-    return float(groups.sum_over_data(loss))
+    means, _ = by_source.report(groups)
+    return float(groups.sum_over_data(loss)), means
 
 
 def _followed_by_blank(packs: Iterator[Batch], count: int) -> Iterator[Batch]:

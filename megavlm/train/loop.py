@@ -19,6 +19,7 @@ from megavlm.train.metrics import Metrics
 from megavlm.train.optimizer import set_rates, whole_weights
 from megavlm.train.pace import Pace
 from megavlm.train.saver import Saver
+from megavlm.train.source_losses import SourceLosses
 from megavlm.train.state import State
 from megavlm.train.step import train_step
 from megavlm.train.stop import StopRequest
@@ -37,6 +38,7 @@ def run(job: Job, state: State, metrics: Metrics) -> State:
     last, interval = config.training.steps, config.logging.interval
     positions = range(state.consumed + groups.data_rank, state.consumed + (last - state.step) * packs, groups.data_size)
     saver, unseen = Saver(job, metrics, state.step), {}
+    by_source, reported = SourceLosses(job.train.source_names, job.backend.device), state.step
     pace = Pace(training_cost(config.architecture, config.training.trainable), groups.size)
     with StopRequest() as stop, _watchdog(job) as watchdog, contextlib.closing(_loader(job, positions)) as loaded:
         arriving = watchdog.count(loaded)
@@ -52,7 +54,7 @@ def run(job: Job, state: State, metrics: Metrics) -> State:
                 raise ValueError(f"--data.train {config.data.train}: no token of packs {ids.tolist()} is supervised, so there is no loss")
             rate = set_rates(job.optimizer, config, state.step)
             micro_steps, clip = packs // groups.data_size, config.optimizer.clip_grad
-            result = train_step(job.wrapped, job.optimizer, arriving, micro_steps, weight, clip, job.backend)
+            result = train_step(job.wrapped, job.optimizer, arriving, micro_steps, weight, clip, job.backend, by_source)
             unseen[state.step] = result.grad_norm
             state = dataclasses.replace(state, step=state.step + 1, consumed=state.consumed + packs, valid_loss=None)
             pace.add(job.train.index[ids])
@@ -68,7 +70,10 @@ def run(job: Job, state: State, metrics: Metrics) -> State:
                 unseen = {}
             if state.step % interval == 0 or state.step == last:
                 loss = float(groups.sum_over_data(result.loss))
-                metrics.record(state.step, {"loss": loss, "lr": rate, "grad_norm": grad_norm} | pace.report())
+                means, parts = by_source.report(groups, state.step - reported)
+                reported = state.step
+                figures = {"loss": loss, "lr": rate, "grad_norm": grad_norm} | pace.report()
+                metrics.record(state.step, figures, {"loss": means, "loss_part": parts})
                 asked_to_stop = groups.any_rank(stop.asked, job.backend.device)
                 with pace.paused():
                     saver.poll()
@@ -130,6 +135,7 @@ def _evaluate(job: Job, state: State, metrics: Metrics) -> State:
     if job.valid is None:
         return state
     with whole_weights(job.wrapped):
-        loss = job.groups.from_writer(held_out_loss(job), job.backend.device)
-    metrics.record(state.step, {"valid_loss": loss})
+        own_loss, by_source = held_out_loss(job)
+        loss = job.groups.from_writer(own_loss, job.backend.device)
+    metrics.record(state.step, {"valid_loss": loss}, {"valid_loss": by_source})
     return dataclasses.replace(state, valid_loss=loss)

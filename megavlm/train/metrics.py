@@ -18,6 +18,8 @@ from megavlm.config.cli import to_yaml
 from megavlm.config.schema import Config
 
 FILE_NAME = "metrics.jsonl"
+# Sources whose figures fit into a line on the console.
+SHOWN_SOURCES = 6
 
 
 class Metrics:
@@ -51,16 +53,23 @@ class Metrics:
         if self._writes:
             print(text, flush=True)
 
-    def record(self, step: int, values: dict[str, float | str]) -> None:
+    def record(self, step: int, values: dict[str, float | str], by_source: dict[str, dict[str, float]] | None = None) -> None:
         """Write one record everywhere.
 
         Args:
             step: updates that are done.
             values: figures by name; texts go to the console and to the file only.
+            by_source: figures of each source of the data, by name, such as ``{"loss": {"chats": 1.2}}``. In the file and in trackers they
+                are called ``loss/chats``; the console shows the first ones, if the sources are few.
         """
         if not self._writes:
             return
-        print("  ".join([f"step {step}"] + [f"{name} {_short(value)}" for name, value in values.items()]), flush=True)
+        words = [f"step {step}"] + [f"{name} {_short(value)}" for name, value in values.items()]
+        for name, figures in list((by_source or {}).items())[:1]:
+            if 1 < len(figures) <= SHOWN_SOURCES:
+                words.append(f"{name} of " + ", ".join(f"{source} {figure:.4g}" for source, figure in figures.items()))
+        print("  ".join(words), flush=True)
+        values = values | {f"{name}/{source}": figure for name, figures in (by_source or {}).items() for source, figure in figures.items()}
         numbers = {name: value for name, value in values.items() if not isinstance(value, str)}
         if self._file is not None:
             finite = {name: value if isinstance(value, str) or math.isfinite(value) else None for name, value in values.items()}

@@ -20,6 +20,7 @@ from megavlm.parallel.backend import Backend
 from megavlm.parallel.interleave import Rings
 from megavlm.parallel.pipeline import Borders, Shape, Turns
 from megavlm.train.optimizer import step
+from megavlm.train.source_losses import SourceLosses
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,8 +52,10 @@ def prepare(model: Sequence[DistributedDataParallel]) -> None:
     config.no_sync_func = no_syncs if len(no_syncs) > 1 else no_syncs[0]
 
 
-def _loss(batch: Batch, weight_of_step: float, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _loss(batch: Batch, weight_of_step: float, by_source: SourceLosses | None, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Loss of a pack, megatron-core's count of tokens (an integer, which could not carry our weights, and so is not used), and a copy."""
+    if by_source is not None:
+        by_source.add(losses, batch, weight_of_step)
     loss = weighted_sum(losses, batch.loss_weights) / weight_of_step
     return loss, torch.zeros((), dtype=torch.int, device=loss.device), loss.detach()
 
@@ -65,6 +68,7 @@ def run_packs(
     backend: Backend,
     *,
     forward_only: bool = False,
+    by_source: SourceLosses | None = None,
 ) -> Tensor:
     """Run ``count`` packs through the pipeline, backward too unless ``forward_only``.
 
@@ -75,6 +79,7 @@ def run_packs(
         weight_of_step: sum of the loss weights of all packs of the step, over all ranks.
         backend: where tensors live.
         forward_only: no gradients.
+        by_source: counts the losses too.
 
     Returns:
         This rank's part of the loss; 0 but in the last chunk.
@@ -82,7 +87,7 @@ def run_packs(
 
     def forward_step(iterator: Iterator[Batch], chunk: VisionLanguageModel):
         batch = next(iterator)
-        return chunk(batch), partial(_loss, batch, weight_of_step)
+        return chunk(batch), partial(_loss, batch, weight_of_step, by_source)
 
     for module in (module for chunk in model for module in chunk.modules()):
         if "is_first_microbatch" in vars(module):  # megatron-core does so only where the language model has a recipe for FP8
@@ -123,10 +128,11 @@ def train_step(
     weight_of_step: float,
     clip_grad: float,
     backend: Backend,
+    by_source: SourceLosses | None = None,
 ) -> StepResult:
     """Update the trained weights once; arguments as in ``run_packs`` and ``optimizer.step``."""
     for chunk in model:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
-    loss = run_packs(model, batches, count, weight_of_step, backend)
+    loss = run_packs(model, batches, count, weight_of_step, backend, by_source=by_source)
     return StepResult(loss=loss, grad_norm=step(optimizer, clip_grad, backend.device))

@@ -27,6 +27,18 @@ def test_records_go_to_the_console_and_to_a_file_that_a_restart_continues(tmp_pa
     assert "step 2  loss 1.25" in capsys.readouterr().out
 
 
+def test_figures_of_sources_go_to_the_file_and_of_few_sources_to_the_console(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    few, many = {"chats": 1.25, "web": float("nan")}, {f"source-{place}": 1.0 for place in range(7)}
+    with Metrics(_config(tmp_path), is_writer=True) as metrics:
+        metrics.record(1, {"loss": 2.5}, {"loss": few, "loss_part": {"chats": 0.5}})
+        metrics.record(2, {"loss": 2.5}, {"loss": many})
+        metrics.record(3, {"loss": 2.5}, {"loss": {"chats": 1.25}})
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert lines[0].items() >= {"loss": 2.5, "loss/chats": 1.25, "loss/web": None, "loss_part/chats": 0.5}.items()
+    assert lines[1]["loss/source-6"] == 1.0 and lines[2]["loss/chats"] == 1.25
+    assert capsys.readouterr().out.splitlines() == ["step 1  loss 2.5  loss of chats 1.25, web nan", "step 2  loss 2.5", "step 3  loss 2.5"]
+
+
 def test_a_full_disk_costs_records_but_no_run_and_leaves_whole_lines(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     with Metrics(_config(tmp_path), is_writer=True) as metrics:

@@ -1,0 +1,57 @@
+"""The loss of each source of the data: summed on the device step by step, looked at when it is reported.
+
+Shapes: S sources, T tokens of the pack on this rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from megavlm.data.batch import Batch
+from megavlm.parallel.groups import Groups
+
+# Sums are whole numbers of these fractions. Adding whole numbers gives the same in any order, and GPUs add in any order.
+LOSS_UNIT = 2.0**-20
+PART_UNIT = 2.0**-40
+
+
+class SourceLosses:
+    """Sums of the losses of each source since the last report, on this rank.
+
+    Args:
+        names: of the sources, as ``Batch.sources`` numbers them.
+        device: where the sums are.
+    """
+
+    def __init__(self, names: Sequence[str], device: torch.device) -> None:
+        self.names = tuple(names)
+        self._sums = torch.zeros(
+            (3, len(self.names)), dtype=torch.int64, device=device
+        )  # losses, supervised tokens, parts of the step's loss
+
+    def add(self, losses: Tensor, batch: Batch, weight_of_step: float) -> None:
+        """Count a pack: ``losses``, float [T], are those of its tokens on this rank."""
+        losses, weights = losses.detach().float(), batch.loss_weights
+        is_supervised = weights > 0
+        rows = torch.stack([losses * is_supervised / LOSS_UNIT, is_supervised.float(), losses * weights / weight_of_step / PART_UNIT])
+        self._sums.index_add_(1, batch.sources, rows.round().to(torch.int64))
+
+    def report(self, groups: Groups, steps: int = 1) -> tuple[dict[str, float], dict[str, float]]:
+        """What was counted since the last report, of sources that had supervised tokens; empty but in the last chunk. Collective.
+
+        Args:
+            groups: whose data-parallel and context-parallel ranks counted other tokens. All of them wait for the device.
+            steps: that were counted.
+
+        Returns:
+            Mean loss of each source's supervised tokens, every one counted alike, whatever ``--data.loss_reduction`` is; and each source's
+            part of the loss that was trained on. These parts add up to the mean of the steps' losses.
+        """
+        sums = groups.sum_over_data(self._sums.clone()).cpu()
+        self._sums.zero_()
+        found = [(name, *column) for name, column in zip(self.names, sums.T.tolist(), strict=True) if column[1]]
+        means = {name: losses * LOSS_UNIT / tokens for name, losses, tokens, _ in found}
+        return means, {name: part * PART_UNIT / steps for name, _, _, part in found}

@@ -1,0 +1,68 @@
+"""A run over a blend of two packed datasets with sources of their own: stopped and gone on with it is the run that was not stopped."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from megavlm.config.schema import Config
+from tests.data.samples import make_dataset
+from tests.ranks.pool import Pool
+from tests.ranks.test_resume import STEPS, _forget_the_end, make_job, run_job, saved_tensors
+from tests.ranks.test_sources import SIZES
+
+KINDS = {"blend": {}, "shares of batches": dict(batch_shares=True), "curriculum": dict(curriculum=True)}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    parent = tmp_path_factory.mktemp("packs")
+    make_dataset(parent / "chats", packs=7, samples_per_pack=4, image_share=0, seed=1, sources=("chats",), **SIZES)
+    images = dict(image_share=0.7, seed=2, sources=("scans", "charts"), levels=(4, 5))
+    make_dataset(parent / "images", packs=9, samples_per_pack=3, **images, **SIZES)
+    return [parent / "chats", parent / "images"]
+
+
+def _job(folders: list[Path], save: Path, kind: str) -> Config:
+    config = make_job(folders[0], save)
+    data = dataclasses.replace(config.data, train=",".join(map(str, folders)), weights=(1.0, 3.0), workers=1, **KINDS[kind])
+    return dataclasses.replace(config, data=data)
+
+
+def _told(save: Path, after: int = 0) -> list[dict[str, float]]:
+    """What the steps told that follows from the data alone."""
+    records = [json.loads(line) for line in (save / "metrics.jsonl").read_text().splitlines()]
+    kept = [record for record in records if "loss" in record and record["step"] > after]
+    return [{name: value for name, value in record.items() if name in ("step", "lr", "grad_norm") or "loss" in name} for record in kept]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_blend_goes_on_bit_for_bit_and_in_the_same_order_at_other_numbers_of_ranks(
+    ranks: Pool, folders: list[Path], tmp_path: Path, kind: str
+) -> None:
+    whole = tmp_path / "whole"
+    assert ranks.run(run_job, 2, _job(folders, whole, kind)) == [STEPS] * 2
+    told = _told(whole)
+    assert {name for record in told for name in record if name.startswith("loss/")} == {
+        "loss/chats/chats",
+        "loss/images/scans",
+        "loss/images/charts",
+    }
+    # Each step has one pack of the chats, of which all losses are known by its source, wherever every batch has its share.
+    assert kind != "shares of batches" or all("loss/chats/chats" in record for record in told)
+    last = f"step_{STEPS:08d}"
+    for world in (2, 1, 4):
+        killed = tmp_path / f"killed-{world}"
+        _forget_the_end(whole, killed)
+        ranks.run(run_job, world, _job(folders, killed, kind))
+        found = _told(killed)
+        if world == 2:
+            assert found == told[3:]
+            [expected], [mine] = (ranks.run(saved_tensors, 1, save / last) for save in (whole, killed))
+            assert mine.keys() == expected.keys() and all(torch.equal(mine[key], expected[key]) for key in expected)
+        assert len(found) == STEPS - 3
+        assert all(mine == pytest.approx(expected, rel=1e-4, abs=1e-9) for mine, expected in zip(found, told[3:], strict=True))
