@@ -77,6 +77,10 @@ class BlendPlan:
         counts[np.argsort(counts - exact, kind="stable")[: self.block - counts.sum()]] += 1
         return counts
 
+    def describe(self, names: Sequence[str]) -> str:
+        """The shares in words, of datasets with these ``names``."""
+        return ", ".join(f"{count:,} from {name}" for count, name in zip(self.counts.tolist(), names, strict=True))
+
     @cached_property
     def pattern(self) -> np.ndarray:
         """The dataset at each position of a block, each evenly spread over it; int64 [block].

@@ -66,6 +66,12 @@ class PackedDataset:
         """The sources of the samples; the annotation files of one entry of a meta file are one source."""
         return tuple(dict.fromkeys(source.name for source in self.manifest.sources))
 
+    @cached_property
+    def _number_of_file(self) -> np.ndarray:
+        """The place in ``source_names`` of each annotation file; int32 [files]."""
+        numbers = {name: number for number, name in enumerate(self.source_names)}
+        return np.array([numbers[source.name] for source in self.manifest.sources], np.int32)
+
     def some_records(self, limit: int = 4096) -> np.ndarray:
         """The index's records of packs spread evenly over the dataset: all of them, or ``limit`` of a large one."""
         return self.index[np.linspace(0, len(self) - 1, min(limit, len(self)), dtype=np.int64)]
@@ -142,8 +148,7 @@ class PackedDataset:
 
     def _source_numbers(self, pack: Pack) -> np.ndarray:
         """The place in ``source_names`` of each sample's source; int32 [N]."""
-        numbers = np.array([self.source_names.index(source.name) for source in self.manifest.sources], np.int32)
-        named = pack.provenance["source"]
+        numbers, named = self._number_of_file, pack.provenance["source"]
         if named.min() < 0 or named.max() >= len(numbers):
             raise ValueError(
                 f"{self.folder}: pack {pack.pack_id} has samples of source {named.max()}, but manifest.json lists {len(numbers)} sources; "

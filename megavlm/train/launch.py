@@ -14,7 +14,7 @@ from megavlm.config.rules import PARTS, ConfigError, DatasetFacts, check
 from megavlm.config.schema import Config, Init
 from megavlm.convert import hf, parts
 from megavlm.convert.families import family_of
-from megavlm.data.blend import BlendedDataset, open_blend
+from megavlm.data.blend import BlendedDataset, BlendPlan, open_blend
 from megavlm.data.dataset import PackedDataset
 from megavlm.data.files import is_remote
 from megavlm.data.manifest import read_manifest
@@ -169,6 +169,8 @@ def train(config: Config, machine: backend.Backend, start: Start) -> State:
         _introduce(config, place, built.trained, start, state, metrics)
         if place.pipeline_size > 1:
             metrics.say(f"pipeline: {layout}")
+        if isinstance(plan, BlendPlan):
+            metrics.say(f"data: of {plan.block:,} packs {plan.describe(config.data.train_folders)}")
         job = Job(
             config=config,
             backend=machine,
