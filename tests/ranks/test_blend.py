@@ -12,7 +12,7 @@ import torch
 from megavlm.config.schema import Config
 from tests.data.samples import make_dataset
 from tests.ranks.pool import Pool
-from tests.ranks.test_resume import STEPS, _forget_the_end, make_job, run_job, saved_tensors
+from tests.ranks.test_resume import STEPS, forget_the_end, make_job, run_job, saved_tensors
 from tests.ranks.test_sources import SIZES
 
 KINDS = {"blend": dict(workers=1), "shares of batches, curriculum": dict(batch_shares=True, curriculum=True)}
@@ -57,7 +57,7 @@ def test_a_blend_goes_on_bit_for_bit_and_in_the_same_order_at_other_numbers_of_r
     last = f"step_{STEPS:08d}"
     for world in (2, other):
         killed = tmp_path / f"killed-{world}"
-        _forget_the_end(whole, killed)
+        forget_the_end(whole, killed)
         ranks.run(run_job, world, _job(folders, killed, kind))
         found = _told(killed)
         if world == 2:
