@@ -278,7 +278,7 @@ def _fp8(fp8: Fp8, config: Config) -> Iterator[str]:
         sizes = vars(arch)[part]
         share = sizes.num_layers // max(config.parallel.pipeline_model_parallel_size, 1)
         if max(first, last) > share:
-            yield f"{spared}: at most {share}, the {part} layers of one of the pipeline's chunks"
+            yield f"{spared}: at most {share}, the {part} layers of one of the pipeline's ranks"
         parallel = config.parallel
         tensor = max(parallel.vision_tensor_size if part == "vision" else parallel.tensor_model_parallel_size, 1)
         multiple = fp8_multiple(recipe, config.parallel.sequence_parallel and part == "language")

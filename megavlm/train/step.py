@@ -94,13 +94,7 @@ def run_packs(
             module.is_first_microbatch = True
     chunks, groups = [chunk.module for chunk in model], model[0].module.groups
     packs = Turns((batch.to(backend.device, non_blocking=backend.asynchronous) for batch in batches), len(chunks))
-    borders: Borders | Rings | None = None
-    if len(chunks) > 1:
-        shape = partial(_arriving_shape, chunks, packs)
-        borders = Rings(groups.collection.pp, chunks[0].config, count, shape, chunks[0].first_trained)
-    elif groups.pipeline_size > 1:
-        arriving = (_arriving_shape(chunks, packs, pack, 0) for pack in range(count))
-        borders = Borders(groups.collection.pp, chunks[0].config, arriving, chunks[0].first_trained)
+    borders = _borders(chunks, packs, count) if groups.pipeline_size > 1 else None
     losses = get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=[packs.reader(number) for number in range(len(chunks))],
@@ -116,8 +110,16 @@ def run_packs(
     return torch.stack(losses).sum() if losses else torch.zeros((), device=backend.device)
 
 
-def _arriving_shape(chunks: Sequence[VisionLanguageModel], packs: Turns[Batch], pack: int, chunk: int) -> Shape:
-    return chunks[chunk].received_shape(packs.look(pack))
+def _borders(chunks: Sequence[VisionLanguageModel], packs: Turns[Batch], count: int) -> Borders | Rings:
+    """What sends and receives at the borders of this rank's chunks, for a step of ``count`` packs."""
+
+    def shape(pack: int, chunk: int) -> Shape:
+        return chunks[chunk].received_shape(packs.look(pack))
+
+    first, group = chunks[0], chunks[0].groups.collection.pp
+    if len(chunks) > 1:
+        return Rings(group, first.config, count, shape, first.first_trained)
+    return Borders(group, first.config, (shape(pack, 0) for pack in range(count)), first.first_trained)
 
 
 def train_step(

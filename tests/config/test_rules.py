@@ -159,7 +159,7 @@ WRONG = [
     (
         "--pipeline-model-parallel-size 2 --fp8.language mxfp8 --fp8.last_bf16_layers 3",
         2,
-        ["last_bf16_layers 3: at most 2, the language layers of one of the pipeline's chunks"],
+        ["last_bf16_layers 3: at most 2, the language layers of one of the pipeline's ranks"],
     ),
     ("--fp8.language tensorwise --training.precision float32", 1, ["--fp8.language tensorwise needs --training.precision bfloat16"]),
     ("--fp8.vision delayed --training.trainable projector --training.drop_path 0", 1, ["--fp8.vision delayed", "frozen", "use tensorwise"]),
