@@ -83,7 +83,7 @@ def losses_by_hand(config) -> dict[str, float]:
     for pack in range(len(job.train)):
         batch = job.train.batch(pack, pack, reduction="square", vision_layers=3)
         stored, ends = job.train.reader.read(pack), batch.sample_ends.tolist()
-        losses = job.model(batch).tolist()
+        losses = job.chunks[0](batch).tolist()
         for sample, source in enumerate(stored.provenance["source"].tolist()):
             name = job.train.manifest.sources[source].name
             places = [place for place in range(ends[sample], ends[sample + 1]) if batch.loss_weights[place] > 0]
