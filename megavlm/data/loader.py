@@ -67,7 +67,7 @@ def batches(
         worker_init_fn=_start_worker if workers else None,
         multiprocessing_context=start_method if workers else None,
     )
-    with starting_workers() as processes:
+    with starting_workers(start_method) as processes:
         arriving = iter(loader)
     try:
         for position in positions:

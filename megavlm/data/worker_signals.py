@@ -13,6 +13,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator, Sequence
+from multiprocessing import resource_tracker
 from multiprocessing.process import BaseProcess
 from types import FrameType
 from typing import Self
@@ -21,12 +22,14 @@ ENDING = (signal.SIGTERM, signal.SIGINT)
 
 
 @contextlib.contextmanager
-def starting_workers() -> Iterator[list[BaseProcess]]:
+def starting_workers(start_method: str | None = None) -> Iterator[list[BaseProcess]]:
     """Processes that are started inside are deaf to ``ENDING`` from their first moment; the list that it gives holds them afterwards.
 
     What handles SIGCHLD stays as it was: PyTorch's handler would raise wherever the training process happens to be when a worker dies;
     ``Deaths`` raises where a batch is waited for.
     """
+    if (start_method or multiprocessing.get_start_method()) != "fork":
+        resource_tracker.ensure_running()  # started inside, it would unblock the signals
     before, started = multiprocessing.active_children(), []
     mask, handler = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING), signal.getsignal(signal.SIGCHLD)
     try:
@@ -45,7 +48,8 @@ def heed_parent_alone() -> None:
 
 
 def _end_at_the_parent_s_wish() -> None:
-    while signal.sigwaitinfo(ENDING).si_pid != os.getppid():
+    parent = multiprocessing.parent_process().pid  # not that of the server that forks, where there is one
+    while signal.sigwaitinfo(ENDING).si_pid != parent:
         pass
     os._exit(0)
 

@@ -28,15 +28,14 @@ class SourceLosses:
 
     def __init__(self, names: Sequence[str], device: torch.device) -> None:
         self.names = tuple(names)
-        self._sums = torch.zeros(
-            (3, len(self.names)), dtype=torch.int64, device=device
-        )  # losses, supervised tokens, parts of the step's loss
+        # Losses, supervised tokens, and parts of the step's loss.
+        self._sums = torch.zeros((3, len(self.names)), dtype=torch.int64, device=device)
 
     def add(self, losses: Tensor, batch: Batch, weight_of_step: float) -> None:
         """Count a pack: ``losses``, float [T], are those of its tokens on this rank."""
-        losses, weights = losses.detach().float(), batch.loss_weights
-        is_supervised = weights > 0
-        rows = torch.stack([losses * is_supervised / LOSS_UNIT, is_supervised.float(), losses * weights / weight_of_step / PART_UNIT])
+        is_supervised = batch.loss_weights > 0
+        losses = torch.where(is_supervised, losses.detach().float(), 0.0)
+        rows = torch.stack([losses / LOSS_UNIT, is_supervised.float(), losses * batch.loss_weights / weight_of_step / PART_UNIT])
         self._sums.index_add_(1, batch.sources, rows.round().to(torch.int64))
 
     def report(self, groups: Groups, steps: int = 1) -> tuple[dict[str, float], dict[str, float]]:

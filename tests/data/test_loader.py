@@ -141,7 +141,7 @@ if sys.argv[3] == "crash":
 """
 
 
-@pytest.mark.parametrize(("start_method", "end"), [("fork", "crash"), ("fork", "leave"), ("spawn", "leave")])
+@pytest.mark.parametrize(("start_method", "end"), [("fork", "crash"), ("fork", "leave"), ("forkserver", "leave")])
 def test_workers_outlive_signals_to_the_process_group_and_not_the_training_process(dataset, start_method, end):
     command = [sys.executable, "-c", TRAINER, str(dataset.folder), start_method, end]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
