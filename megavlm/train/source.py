@@ -92,16 +92,24 @@ def fit(config: Config, source: Checkpoint) -> Checkpoint:
     if resumes(config, source):
         problems += checkpoint.describe_differences(source.config.training.trainable, config.training.trainable, "training.trainable")
         problems += checkpoint.describe_differences(source.config.training.seed, config.training.seed, "training.seed")
-        # The same packs in another order would be seen twice or never in this epoch.
-        problems += checkpoint.describe_differences(source.config.group, config.group, "data.group")
-        problems += checkpoint.describe_differences(source.config.data.shuffle, config.data.shuffle, "data.shuffle")
-        problems += checkpoint.describe_differences(source.config.data.weights, config.data.weights, "data.weights")
+        problems += _order_differences(source.config, config)
     elif config.checkpoint.moments == "keep" and source.state.stage is None:
         problems.append(f"--checkpoint.moments keep: {source.folder} was made by conversion and has no moments; use fresh")
     if problems:
         listed = "\n  ".join(problems)
         raise ConfigError(f"the checkpoint {source.folder} does not fit this run:\n  {listed}")
     return source
+
+
+def _order_differences(old: Config, new: Config) -> list[str]:
+    """Options that would put the packs into another order, in which some would be seen twice or never in this epoch."""
+    problems = checkpoint.describe_differences(old.group, new.group, "data.group")
+    for name in ("shuffle", "weights", "batch_shares", "curriculum"):
+        problems += checkpoint.describe_differences(vars(old.data)[name], vars(new.data)[name], f"data.{name}")
+    if old.data.batch_shares and new.data.batch_shares:
+        sizes = [config.training.global_batch_size for config in (old, new)]
+        problems += checkpoint.describe_differences(*sizes, "training.global_batch_size")
+    return problems
 
 
 def resumes(config: Config, source: Checkpoint) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megavlm.config.rules import ConfigError
 from megavlm.config.schema import Config
 from tests.data.samples import make_dataset
 from tests.ranks.pool import Pool
@@ -38,6 +39,25 @@ def _told(save: Path, after: int = 0) -> list[dict[str, float]]:
     records = [json.loads(line) for line in (save / "metrics.jsonl").read_text().splitlines()]
     kept = [record for record in records if "loss" in record and record["step"] > after]
     return [{name: value for name, value in record.items() if name in ("step", "lr", "grad_norm") or "loss" in name} for record in kept]
+
+
+def test_a_run_that_would_take_other_packs_does_not_go_on(ranks: Pool, folders: list[Path], tmp_path: Path) -> None:
+    from megavlm.train import launch
+
+    config = _job(folders, tmp_path / "run", "shares of batches, curriculum")
+    ranks.run(run_job, 1, dataclasses.replace(config, training=dataclasses.replace(config.training, steps=1)))
+    data, training = config.data, config.training
+    others = {
+        "--data.weights: .*1.0, 3.0.* in the checkpoint": dict(data=dataclasses.replace(data, weights=(1.0, 2.0))),
+        "--data.curriculum: True in the checkpoint, False asked for": dict(data=dataclasses.replace(data, curriculum=False)),
+        "--data.batch_shares: True in the checkpoint": dict(data=dataclasses.replace(data, batch_shares=False)),
+        "--training.global_batch_size: 4 in the checkpoint, 8 asked for": dict(
+            training=dataclasses.replace(training, global_batch_size=8), data=dataclasses.replace(data, group=4)
+        ),
+    }
+    for words, changes in others.items():
+        with pytest.raises(ConfigError, match=words):
+            launch.inspect(dataclasses.replace(config, **changes), 1)
 
 
 @pytest.mark.parametrize(("kind", "other"), zip(KINDS, (1, 4), strict=True))
