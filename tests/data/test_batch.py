@@ -16,6 +16,7 @@ def make_batch() -> Batch:
         tokens=np.arange(4),
         labels=np.array([1, 2, 3, 0]),
         loss_weights=np.ones(4, np.float32),
+        sources=np.zeros(4, np.int32),
         sample_ends=np.array([0, 4], np.int32),
         longest_sample=4,
         tiles=np.zeros((1, 3, 2, 2), np.uint8),
