@@ -91,9 +91,9 @@ def load_decoders() -> None:
 
 def check_pixels(encoded: bytes) -> None:
     """See that an image can be decoded, by decoding it unless there is a faster way to know; raises ValueError with the reason where not."""
-    image = open_image(io.BytesIO(encoded))
-    if is_whole(encoded):
+    if is_whole(encoded, MAX_PIXELS):
         return
+    image = open_image(io.BytesIO(encoded))
     try:
         # A JPEG file is read to its end, but not all pixels are worked out.
         image.draft("RGB", (1, 1))
