@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -90,8 +91,10 @@ def ordered_map(
 
 def _process_map(function: Callable[[Task], Result], tasks: Iterable[Task], workers: int) -> Iterator[Result]:
     """``ordered_map`` over processes of this machine."""
-    # Spawned, not forked: the tokenizer's threads do not survive a fork.
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+    # Forked, so that all share what they import, but from a process without threads: the tokenizer's do not survive a fork.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([function.__module__])
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_follow_parent) as pool:
         waiting = deque()
         try:
             for task in tasks:
@@ -106,6 +109,16 @@ def _process_map(function: Callable[[Task], Result], tasks: Iterable[Task], work
             ) from None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _follow_parent() -> None:
+    """In a worker: end when the process that has started it ends, killed ones too. The pool's own workers would wait for tasks for ever."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def _ray_map(function: Callable[[Task], Result], tasks: Iterable[Task], workers: int) -> Iterator[Result]:

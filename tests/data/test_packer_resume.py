@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from megavlm.data import packer, survey
@@ -98,6 +99,20 @@ def test_killed(data, tmp_path, monkeypatch):  # noqa: F811
     pack_dataset(_job(data, tmp_path / "out"))
     assert (tmp_path / "out" / "packs-00001.bin").stat().st_ino == kept
     assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
+def test_workers_end_with_a_packing_that_is_killed():
+    code = "import time; from megavlm.data.workers import ordered_map; list(ordered_map(time.sleep, [60] * 8, 2))"
+    process = psutil.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)})
+    deadline, started = time.monotonic() + 60, []
+    while len(started) < 4:  # two workers, the process that forks them, and the one that cleans up after all
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.1)
+        started = process.children(recursive=True)
+    process.kill()
+    process.wait()
+    _, alive = psutil.wait_procs(started, timeout=20)
+    assert not alive
 
 
 def test_another_job_does_not_go_on(data, tmp_path, monkeypatch):  # noqa: F811
