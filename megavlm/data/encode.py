@@ -8,7 +8,7 @@ import numpy as np
 
 from megavlm.data.entry import Entry
 from megavlm.data.frames import FrameChoice, show_frames
-from megavlm.data.media import check_pixels, read_size
+from megavlm.data.media import check_pixels, load_decoders, read_size
 from megavlm.data.media_video import frame_times, open_media, read_frames
 from megavlm.data.meta import Annotations, Filter
 from megavlm.data.record import MediaFile, Record, Video, parse_record
@@ -157,6 +157,7 @@ class Encoder:
             places = self.frames.choose(frame_times(video.file), video.clip, rng)
             if how is Images.HEADER:
                 return tuple(Image(encoded=b"", width=0, height=0, columns=1, rows=1, tiles=1) for _ in places)
+            load_decoders()
             frames = read_frames(video.file, places, self.tiling.tile_size, self.tiling.pad_colour)
             for frame in frames if how is Images.DECODE else ():
                 check_pixels(frame.encoded)

@@ -53,9 +53,9 @@ def decode_jpeg(encoded: bytes, max_pixels: int) -> np.ndarray | None:
 def is_whole(encoded: bytes, max_pixels: int) -> bool:
     """Whether a JPEG file is certain to be decoded, found in a tenth of the time that decoding takes; False: it has to be tried.
 
-    Of files with one sequential scan, as cameras and most of the web make them, libjpeg refuses what has bad headers or tables, and what ends
-    too early. Headers, tables and the scan's beginning are decoded here, and the end is looked for. Between them libjpeg takes any bits,
-    wrong ones too, so decoding them would find nothing.
+    Of files with one sequential scan, as cameras and most of the web make them, libjpeg refuses what has bad headers or tables, and what
+    ends too early. Headers, tables and the scan's beginning are decoded here, and the end is looked for. Between them libjpeg takes any
+    bits, wrong ones too, so decoding them would find nothing.
 
     Args:
         encoded: content of the file.

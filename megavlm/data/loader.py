@@ -51,11 +51,10 @@ def batches(
         RuntimeError: a worker died, or is stuck; names the pack that it was at and where its samples come from.
     """
     make = partial(dataset.batch, **options)
-    if workers and dataset.has_images and options.get("with_tiles", True):
-        load_decoders()  # once here, rather than in each worker
+    has_pixels = dataset.has_images and options.get("with_tiles", True)
     desks = Desks(workers)
     loader = DataLoader(
-        Positions(make, plan, positions, desks),
+        Positions(make, plan, positions, desks, has_pixels),
         batch_size=None,
         # Otherwise the DataLoader draws from the global generator, and the training process would be changed by being fed.
         generator=torch.Generator(),
@@ -110,10 +109,14 @@ class Desks:
 
 
 class Positions(Dataset):
-    """The batches of a plan's positions, as a map-style dataset of PyTorch."""
+    """The batches of a plan's positions, as a map-style dataset of PyTorch.
 
-    def __init__(self, make: Callable[[int, int], Batch], plan: Plan, positions: Sequence[int], desks: Desks) -> None:
+    In every process the fast decoders are loaded behind its first batch, which would otherwise have to wait for them.
+    """
+
+    def __init__(self, make: Callable[[int, int], Batch], plan: Plan, positions: Sequence[int], desks: Desks, has_pixels: bool) -> None:
         self.make, self.plan, self.positions, self.desks = make, plan, positions, desks
+        self._has_pixels, self._has_made_one = has_pixels, False
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -122,12 +125,18 @@ class Positions(Dataset):
         position = int(self.positions[place])
         worker = get_worker_info()
         if worker is None:
-            return self.make(int(self.plan.at(position)), position)
+            return self._make(position)
         self.desks.start(worker.id, position)
         try:
-            return self.make(int(self.plan.at(position)), position)
+            return self._make(position)
         finally:
             self.desks.end(worker.id)
+
+    def _make(self, position: int) -> Batch:
+        if self._has_made_one and self._has_pixels:
+            load_decoders()
+        self._has_made_one = True
+        return self.make(int(self.plan.at(position)), position)
 
 
 def _explain(error: Exception, dataset: PackedDataset, plan: Plan, position: int, desks: Desks) -> Exception:

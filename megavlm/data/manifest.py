@@ -203,8 +203,8 @@ def parse_manifest(text: str, path: Path | str) -> Manifest:
 def _build(kind: type, facts: dict[str, Any], where: str) -> Any:
     """A ``kind`` from its facts, strict on both sides."""
     known, required = _names(kind)
-    unknown, missing = sorted(facts.keys() - known), sorted(required - facts.keys())
-    if unknown or missing:
+    if not required <= facts.keys() <= known:
+        unknown, missing = sorted(facts.keys() - known), sorted(required - facts.keys())
         raise ValueError(f"{where}: facts missing: {missing or 'none'}; facts unknown: {unknown or 'none'}; pack the dataset again")
     return kind(**facts)
 

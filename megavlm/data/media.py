@@ -76,21 +76,32 @@ def cut_tiles(pixels: np.ndarray, columns: int, rows: int, tile_size: int, thumb
         out = np.empty(shape, np.uint8)
     if out.shape != shape:
         raise ValueError(f"room for tiles of shape {out.shape}, but the image gives {shape}")
-    resize = _resize_function()
+    resize = load_decoders() if load_decoders.cache_info().currsize else _resize_with_pillow
     resize(pixels, columns, rows, tile_size, out[:whole])
     if len(out) > whole:
         resize(pixels, 1, 1, tile_size, out[whole:])
     return out
 
 
-def load_decoders() -> None:
-    """Load the libraries and the machine code that ``decode_tiles`` will need, so that processes that are forked later have them."""
+@cache
+def load_decoders() -> Callable[[np.ndarray, int, int, int, np.ndarray], None]:
+    """Load the libraries and the machine code that are fastest at many images, and return what resizes.
+
+    It takes half a second, mostly numba's. Until then Pillow resizes, to the same pixels; without numba it always does.
+    """
     load_jpeg_decoder()
-    _resize_function()(np.zeros((2, 2, 3), np.uint8), 1, 1, 1, np.empty((1, 3, 1, 1), np.uint8))
+    try:
+        from megavlm.data.resize_numba import resize_to_tiles
+    except ModuleNotFoundError as error:
+        if error.name != "numba":
+            raise
+        return _resize_with_pillow
+    resize_to_tiles(np.zeros((2, 2, 3), np.uint8), 1, 1, 1, np.empty((1, 3, 1, 1), np.uint8))
+    return resize_to_tiles
 
 
 def check_pixels(encoded: bytes) -> None:
-    """See that an image can be decoded, by decoding it unless there is a faster way to know; raises ValueError with the reason where not."""
+    """See that an image can be decoded, by decoding it where there is no faster way; raises ValueError with the reason where not."""
     if is_whole(encoded, MAX_PIXELS):
         return
     image = open_image(io.BytesIO(encoded))
@@ -100,18 +111,6 @@ def check_pixels(encoded: bytes) -> None:
         image.load()
     except Exception as error:
         raise ValueError(f"an image that cannot be decoded: {describe(error)}") from None
-
-
-@cache
-def _resize_function() -> Callable[[np.ndarray, int, int, int, np.ndarray], None]:
-    """What resizes: machine code where numba is installed, else Pillow; the pixels are the same."""
-    try:
-        from megavlm.data.resize_numba import resize_to_tiles
-    except ModuleNotFoundError as error:
-        if error.name != "numba":
-            raise
-        return _resize_with_pillow
-    return resize_to_tiles
 
 
 def _resize_with_pillow(pixels: np.ndarray, columns: int, rows: int, tile_size: int, tiles: np.ndarray) -> None:

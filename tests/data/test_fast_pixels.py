@@ -65,6 +65,9 @@ def test_what_pillow_has_to_look_at():
     assert jpeg.decode_jpeg(png.getvalue(), 10**6) is None
 
 
+MARKERS = (0, 0xC0, 0xC2, 0xC4, 0xC8, 0xD0, 0xD3, 0xD9, 0xDA, 0xDB, 0xDC, 0xDD, 0xE1, 0xFE)
+
+
 def damaged(encoded: bytes, rng: random.Random) -> bytes:
     """A file with some bytes changed, taken out or put in, in its headers as often as in its pixels' bits."""
     data = bytearray(encoded)
@@ -77,7 +80,9 @@ def damaged(encoded: bytes, rng: random.Random) -> bytes:
         elif kind == 1:
             del data[place : rng.choice([place + rng.randrange(1, 40), len(data)])]
         elif kind == 2:
-            data[place : place + 2] = bytes([0xFF, rng.choice([0, 0xC0, 0xC2, 0xC4, 0xC8, 0xD0, 0xD3, 0xD9, 0xDA, 0xDB, 0xDC, 0xDD, 0xE1, 0xFE])])
+            data[place : place + 2] = bytes(
+                [0xFF, rng.choice([0, 0xC0, 0xC2, 0xC4, 0xC8, 0xD0, 0xD3, 0xD9, 0xDA, 0xDB, 0xDC, 0xDD, 0xE1, 0xFE])]
+            )
         elif kind == 3:
             data[place:place] = rng.randbytes(rng.randrange(1, 30))
         else:
@@ -90,7 +95,9 @@ def test_no_jpeg_is_called_whole_that_pillow_refuses():
     rng, files, verdicts = random.Random(5), [], []
     for seed, options in enumerate(({}, {"subsampling": 0}, {"optimize": True}, {"restart_marker_blocks": 3}, {"exif": bytes(50)})):
         for mode in ("RGB", "L"):
-            Image.fromarray(picture(np.random.default_rng(seed), 31 + 9 * seed, 40)).convert(mode).save(file := io.BytesIO(), "JPEG", **options)
+            Image.fromarray(picture(np.random.default_rng(seed), 31 + 9 * seed, 40)).convert(mode).save(
+                file := io.BytesIO(), "JPEG", **options
+            )
             files.append(file.getvalue())
             assert jpeg.is_whole(files[-1], 10**6)
     for _ in range(4000):

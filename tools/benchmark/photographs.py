@@ -14,6 +14,7 @@ from PIL import Image
 # Sizes as in web data: most images between half a megapixel and one, some screens and some thumbnails.
 LONG_SIDES = (320, 480, 640, 800, 1024, 1280, 1600)
 SIDE_SHARES = (0.06, 0.12, 0.24, 0.22, 0.22, 0.10, 0.04)
+WIDEST, ASPECT = 2460, 1.5  # of the photographs: high enough for images as high as the longest side
 ASPECTS = (0.5, 0.66, 0.75, 1.0, 1.0, 1.33, 1.5, 1.78, 2.2)
 WORDS = [
     "what",
@@ -44,10 +45,12 @@ WORDS = [
 
 
 def photographs() -> list[Image.Image]:
-    """The photographs, enlarged so that crops of any size can be cut from them."""
+    """The photographs in several sizes, the largest so large that images of any size can be cut from them."""
     from sklearn.datasets import load_sample_images
 
-    return [Image.fromarray(pixels).resize((1920, 1280), Image.Resampling.LANCZOS) for pixels in load_sample_images().images]
+    originals = [Image.fromarray(pixels) for pixels in load_sample_images().images]
+    widths = [round(WIDEST / 1.25**step) for step in range(7)]
+    return [photo.resize((width, round(width / ASPECT)), Image.Resampling.LANCZOS) for photo in originals for width in widths]
 
 
 def draw_sizes(count: int, seed: int) -> Iterator[tuple[int, int, int]]:
@@ -74,12 +77,10 @@ def _write_part(part: tuple[Path, int, int, int, int]) -> int:
         if number % step != first:
             continue
         rng = random.Random(number)
-        source = sources[rng.randrange(len(sources))]
-        # A crop of the image's shape, from a third of the photograph to all of it.
-        scale = min(source.width / width, source.height / height) * rng.uniform(0.35, 1.0)
-        box_width, box_height = width * scale, height * scale
-        left, top = rng.uniform(0, source.width - box_width), rng.uniform(0, source.height - box_height)
-        picture = source.resize((width, height), Image.Resampling.BICUBIC, box=(left, top, left + box_width, top + box_height))
+        # A part of a photograph: of a large one a small part, of a small one up to all of it.
+        source = rng.choice([source for source in sources if source.width >= width and source.height >= height])
+        left, top = rng.randint(0, source.width - width), rng.randint(0, source.height - height)
+        picture = source.crop((left, top, left + width, top + height))
         path = folder / f"{number}.jpg"
         picture.save(path, quality=quality)
         size += path.stat().st_size
