@@ -1,4 +1,4 @@
-"""Worker processes that stand for ranks, kept for the whole test session: importing megatron-core takes seconds in each."""
+"""Worker processes that stand for ranks. They are copies of one process that has imported megatron-core, which takes seconds."""
 
 from __future__ import annotations
 
@@ -12,15 +12,17 @@ from pathlib import Path
 from typing import Any
 
 _TIMEOUT_SECONDS = 240
-# A job that trains leaves the threads of its process groups behind, which torch does not end.
+# A job that trains leaves the threads of its process groups behind, 50 and more, which torch does not end.
 _JOBS_OF_A_WORKER = 15
+_IMPORTED_ONCE = ["torch.distributed.checkpoint", "megavlm.train.launch", "tests.ranks.runs"]
 
 
 class Pool:
     """Runs a function on 1 to 8 gloo ranks; workers start when they are first needed."""
 
     def __init__(self):
-        self._context = multiprocessing.get_context("spawn")
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(_IMPORTED_ONCE)
         self._workers: list[tuple[Any, Connection]] = []
         self._folder = tempfile.TemporaryDirectory(prefix="megavlm-ranks-")
         self._jobs = 0

@@ -1,0 +1,162 @@
+"""The layouts that training is compared at, and the table of how far each was from one process."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from tests.ranks.runs import EVERYTHING
+
+DOCS = Path(__file__).parents[2] / "docs"
+# By the stage that has it.
+MASKS = {"0": ("language",), "1": ("projector",), "1.5": ("vision", "projector"), "2": EVERYTHING}
+LIMIT = 1e-5
+# The text of the layout for each number of chunks; borders lie inside the vision encoder wherever there are two or more of its layers.
+_CUTS = {1: "auto", 2: "v*2|v,p,t*3,h", 4: "v|v*2|p,t|t*2,h"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """A row of the table.
+
+    Args:
+        tensor, pipeline, context, data: sizes of the axes.
+        virtual: chunks on each rank of the pipeline.
+        sequence: whether activations are shared over the tensor-parallel ranks too.
+        vision: how tensor-parallel ranks share the vision encoder.
+        everyday: masks that it is tried with when not all of the matrix is asked for.
+    """
+
+    tensor: int = 1
+    pipeline: int = 1
+    context: int = 1
+    data: int = 1
+    virtual: int = 1
+    sequence: bool = False
+    vision: str = "tensor"
+    everyday: tuple[str, ...] = ()
+
+    @property
+    def ranks(self) -> int:
+        """Processes that it takes."""
+        return self.tensor * self.pipeline * self.context * self.data
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Fields of ``config.schema.Parallel``."""
+        return dict(
+            tensor_model_parallel_size=self.tensor,
+            pipeline_model_parallel_size=self.pipeline,
+            context_parallel_size=self.context,
+            sequence_parallel=self.sequence,
+            vision=self.vision,
+            layout=_CUTS[self.pipeline],
+        )
+
+    def __str__(self) -> str:
+        sizes = {"TP": self.tensor, "PP": self.pipeline, "CP": self.context, "DP": self.data}
+        words = [f"{name}{size}" for name, size in sizes.items() if size > 1]
+        words += ["SP"] * self.sequence + [f"virtual {self.virtual}"] * (self.virtual > 1)
+        return " ".join(words + ["whole vision layers"] * (self.vision == "data"))
+
+
+LAYOUTS = (
+    Layout(data=2, everyday=("2",)),
+    Layout(tensor=2, everyday=("1.5",)),
+    Layout(tensor=2, sequence=True, everyday=("2",)),
+    Layout(tensor=2, vision="data", everyday=("1", "2")),
+    Layout(tensor=2, sequence=True, vision="data"),
+    Layout(tensor=4),
+    Layout(tensor=4, sequence=True, everyday=("2",)),
+    Layout(tensor=4, sequence=True, vision="data"),
+    Layout(pipeline=2, everyday=("0", "1", "1.5", "2")),
+    Layout(pipeline=4, everyday=("1", "1.5", "2")),
+    Layout(context=2, everyday=("1", "2")),
+    Layout(tensor=2, data=2),
+    Layout(tensor=2, sequence=True, vision="data", data=2, everyday=("1.5",)),
+    Layout(pipeline=2, data=2, everyday=("2",)),
+    Layout(context=2, data=2, everyday=("1.5",)),
+    Layout(tensor=2, pipeline=2, everyday=("1",)),
+    Layout(tensor=2, pipeline=2, sequence=True, everyday=("2",)),
+    Layout(tensor=2, pipeline=2, vision="data", everyday=("0", "1.5")),
+    Layout(tensor=2, context=2, sequence=True, everyday=("2",)),
+    Layout(tensor=2, context=2, vision="data", everyday=("1.5",)),
+    Layout(pipeline=2, context=2, everyday=("1", "2")),
+    Layout(tensor=4, pipeline=2, sequence=True),
+    Layout(tensor=4, context=2, sequence=True, vision="data"),
+    Layout(tensor=4, data=2),
+    Layout(tensor=2, pipeline=4, sequence=True),
+    Layout(tensor=2, pipeline=2, context=2, sequence=True, everyday=("2",)),
+    Layout(tensor=2, pipeline=2, context=2, sequence=True, vision="data"),
+    Layout(tensor=2, pipeline=2, sequence=True, data=2),
+    Layout(tensor=2, context=2, sequence=True, data=2),
+    Layout(pipeline=4, context=2),
+    Layout(pipeline=4, data=2, everyday=("1",)),
+    Layout(pipeline=2, context=2, data=2),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """How far a layout was from one process: the largest relative differences over ten steps.
+
+    Args:
+        layout, ranks, mask: what was compared; the mask by the stage that has it.
+        loss, grad_norm: of any step.
+        weights: of any weight after the last step, relative to the largest of its tensor.
+    """
+
+    layout: str
+    ranks: int
+    mask: str
+    loss: float
+    grad_norm: float
+    weights: float
+
+    @property
+    def largest(self) -> float:
+        """The largest of the three."""
+        return max(self.loss, self.grad_norm, self.weights)
+
+
+def asks_for_all() -> bool:
+    """Whether all of the matrix is to be run, and its table kept in the documentation."""
+    return os.environ.get("MEGAVLM_MATRIX") == "all"
+
+
+def keep(found: Iterable[Row]) -> None:
+    """Take rows into ``docs/benchmarks/layouts.json`` in the place of older ones, and write ``docs/layouts.md`` from it."""
+    path = DOCS / "benchmarks" / "layouts.json"
+    rows = {}
+    if path.is_file():
+        rows = {(row["layout"], row["mask"]): Row(**row) for row in json.loads(path.read_text())["rows"]}
+    rows |= {(row.layout, row.mask): row for row in found}
+    ordered = [rows[key] for layout in LAYOUTS for mask in MASKS if (key := (str(layout), mask)) in rows]
+    packages = {name: version(name) for name in ("torch", "megatron-core")} | {"python": platform.python_version()}
+    path.write_text(json.dumps({"versions": packages, "rows": [asdict(row) for row in ordered]}, indent=1) + "\n")
+    (DOCS / "layouts.md").write_text(_page(ordered, packages))
+
+
+def _page(rows: list[Row], packages: dict[str, str]) -> str:
+    lines = [
+        "# Every layout trains like one process",
+        "",
+        f"{len({row.layout for row in rows})} layouts, each with the freeze masks of stages 1, 1.5 and 2, some with that of stage 0. The figures are",
+        "the largest relative differences from one process over 10 steps of 4 packs, some of them without images, in float32: of the loss, of",
+        "the norm of the gradient, and of every weight after the last step (relative to the largest of its tensor). A test fails above",
+        f"{LIMIT:.0e}. On a CPU over gloo, with {', '.join(f'{name} {number}' for name, number in packages.items())}.",
+        "",
+        "`MEGAVLM_MATRIX=all bash tests/run.sh tests/ranks/test_layouts.py` runs all and writes this page; without it, a part is run.",
+        "",
+        "| layout | ranks | stage | loss | gradient norm | weights |",
+        "|---|--:|---|--:|--:|--:|",
+    ]
+    for row in rows:
+        lines.append(f"| {row.layout} | {row.ranks} | {row.mask} | {row.loss:.1e} | {row.grad_norm:.1e} | {row.weights:.1e} |")
+    return "\n".join(lines) + "\n"
