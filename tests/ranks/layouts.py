@@ -147,16 +147,19 @@ def _page(rows: list[Row], packages: dict[str, str]) -> str:
     lines = [
         "# Every layout trains like one process",
         "",
-        f"{len({row.layout for row in rows})} layouts, each with the freeze masks of stages 1, 1.5 and 2, some with that of stage 0. The figures are",
-        "the largest relative differences from one process over 10 steps of 4 packs, some of them without images, in float32: of the loss, of",
-        "the norm of the gradient, and of every weight after the last step (relative to the largest of its tensor). A test fails above",
-        f"{LIMIT:.0e}. On a CPU over gloo, with {', '.join(f'{name} {number}' for name, number in packages.items())}.",
+        f"{len({row.layout for row in rows})} layouts, each with the freeze masks of stages 1, 1.5 and 2, some with that of stage 0.",
+        "The figures are the largest relative differences from one process over 10 steps of 4 packs, some without images, in float32:",
+        "of the loss, of the norm of the gradient, and of every weight after the last step (relative to the largest of its tensor).",
+        f"A test fails above {LIMIT:.0e}. On a CPU over gloo, with {', '.join(f'{name} {number}' for name, number in packages.items())}.",
         "",
         "`MEGAVLM_MATRIX=all bash tests/run.sh tests/ranks/test_layouts.py` runs all and writes this page; without it, a part is run.",
         "",
         "| layout | ranks | stage | loss | gradient norm | weights |",
         "|---|--:|---|--:|--:|--:|",
     ]
-    for row in rows:
-        lines.append(f"| {row.layout} | {row.ranks} | {row.mask} | {row.loss:.1e} | {row.grad_norm:.1e} | {row.weights:.1e} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines + [line(row) for row in rows]) + "\n"
+
+
+def line(row: Row) -> str:
+    """A row as the table shows it."""
+    return f"| {row.layout} | {row.ranks} | {row.mask} | {row.loss:.1e} | {row.grad_norm:.1e} | {row.weights:.1e} |"

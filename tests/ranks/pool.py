@@ -85,6 +85,7 @@ class Pool:
 
 
 def _serve(connection: Connection) -> None:
+    import gc
     import warnings
 
     import torch
@@ -94,6 +95,7 @@ def _serve(connection: Connection) -> None:
 
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
+    gc.freeze()  # what was imported stays, and each save collects garbage
     while True:
         try:
             function, args, rank, world_size, store = connection.recv()

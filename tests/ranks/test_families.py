@@ -104,7 +104,7 @@ def test_heads_that_only_pad_stay_zero(ranks: Pool, dataset: Path) -> None:
 
 
 def _job(dataset: Path, save: Path, load: Path | str = "", **settings) -> Config:
-    files = Checkpoint(save=str(save), load=str(load), save_interval=2, keep=0)
+    files = Checkpoint(save=str(save), load=str(load), save_interval=4, keep=0)
     return dataclasses.replace(_config(dataset, ODD, **settings), checkpoint=files, logging=Logging(interval=1))
 
 
