@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import json
-import pickle
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -28,6 +27,7 @@ from torch.distributed.checkpoint.utils import _create_file_view
 from torch.futures import Future
 from torch.serialization import skip_data
 
+from megavlm.convert.description import read_description
 from megavlm.convert.files import Done, ignore
 from megavlm.convert.ranges import Range, copy, sync, write, write_tensor
 from megavlm.convert.views import Header, Tensors, whole_ranges
@@ -42,11 +42,11 @@ _FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "commo
 
 
 class _Reader(FileSystemReader):
-    """Reads the metadata once, not for every tensor."""
+    """Reads the metadata once, not for every tensor, and runs nothing that it names."""
 
     def __init__(self, folder: Path):
         super().__init__(folder)
-        self._metadata = super().read_metadata()
+        self._metadata = read_description(folder / ".metadata")
 
     def read_metadata(self, *args, **kwargs) -> Metadata:
         return self._metadata
@@ -66,10 +66,7 @@ class ShardsFolder:
     def __init__(self, folder: Path):
         if not (folder / ".metadata").is_file():
             raise FileNotFoundError(f"{folder}: no distributed checkpoint (.metadata is missing)")
-        try:
-            self._reader = _Reader(folder)
-        except (pickle.UnpicklingError, EOFError, AttributeError) as error:
-            raise ValueError(f"{folder / '.metadata'}: damaged, or of another version of torch ({error})") from error
+        self._reader = _Reader(folder)
         self._folder = folder
         entries = self._reader.read_metadata().state_dict_metadata.items()
         # Beside weights there are the optimizer's tensors, and what FP8 keeps, which is no tensor.

@@ -6,40 +6,18 @@
 from __future__ import annotations
 
 import json
-import pickle
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
+
+from megavlm.convert.description import read_description
 
 FILE_NAME = "checksums.json"
 SMALL_FILES = ("state.json", "config.yaml")
 _METADATA = "shards/.metadata"
 _CHUNK_BYTES = 1 << 24
-
-# What torch's description of a distributed checkpoint is made of, beside number formats; unpickling runs nothing else.
-_KNOWN = {
-    "collections": {"OrderedDict"},
-    "megatron.core.dist_checkpointing.strategies.torch": {"MCoreMetadata", "MCoreSavePlan"},
-    "pathlib": {"PosixPath"},
-    "pathlib._local": {"PosixPath"},
-    "torch": {"Size"},
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
-    "torch.distributed.checkpoint.metadata": {
-        "BytesStorageMetadata",
-        "ChunkStorageMetadata",
-        "Metadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "TensorProperties",
-        "TensorStorageMetadata",
-        "_MEM_FORMAT_ENCODING",
-    },
-    "torch.distributed.checkpoint.planner": {"BytesIOWriteData", "SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"},
-    "torch.serialization": {"_get_layout"},
-}
 
 Sum = tuple[int, int]
 """Bytes and CRC-32 of a file."""
@@ -126,23 +104,12 @@ def damage(folder: Path, *, by_size_only: bool) -> list[str]:
     return list(dict.fromkeys(line for lines in everywhere for line in lines))
 
 
-class _Guarded(pickle.Unpickler):
-    """Builds nothing but what a description of tensors is made of."""
-
-    def find_class(self, module: str, name: str) -> object:
-        is_number_format = module == "torch" and isinstance(vars(torch).get(name), torch.dtype)
-        if name not in _KNOWN.get(module, ()) and not is_number_format:
-            raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint needs")
-        return super().find_class(module, name)
-
-
 def strangers(path: Path) -> list[str]:
     """Why the description of the shards should not be loaded: torch unpickles it, and unpickling runs what a file names."""
     try:
-        with path.open("rb") as file:
-            _Guarded(file).load()
+        read_description(path)
     except FileNotFoundError:
         return [f"{path}: missing"]
-    except Exception as error:  # a damaged pickle can raise anything
-        return [f"{path}: not a description of tensors ({error})"]
+    except ValueError as error:
+        return [str(error)]
     return []
