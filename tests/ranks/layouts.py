@@ -56,7 +56,8 @@ class Layout:
             context_parallel_size=self.context,
             sequence_parallel=self.sequence,
             vision=self.vision,
-            layout=_CUTS[self.pipeline],
+            layout=_CUTS[self.pipeline * self.virtual],
+            virtual_pipeline_model_parallel_size=self.virtual,
         )
 
     def __str__(self) -> str:
@@ -99,6 +100,12 @@ LAYOUTS = (
     Layout(pipeline=4, context=2),
     Layout(pipeline=4, data=2, everyday=("1",)),
     Layout(pipeline=2, context=2, data=2),
+    Layout(pipeline=2, virtual=2, everyday=("1", "2")),
+    Layout(pipeline=2, virtual=2, data=2),
+    Layout(tensor=2, pipeline=2, sequence=True, virtual=2, everyday=("1.5",)),
+    Layout(tensor=2, pipeline=2, virtual=2, vision="data"),
+    Layout(pipeline=2, context=2, virtual=2, everyday=("1.5",)),
+    Layout(tensor=2, pipeline=2, context=2, sequence=True, virtual=2, vision="data"),
 )
 
 

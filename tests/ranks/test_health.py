@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest.mock import patch
 
@@ -28,25 +28,40 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parents[1])}
 
 
-@pytest.mark.parametrize(
-    ("how", "tensor", "told"),
-    [
-        ("sleeps", 2, [r"it waits for rank 1, in no collective", r"rank 1 \(on .*\): step 4; in no collective\n.*late_rank.py:\d+ _sleep"]),
-        ("freezes", 1, [r"it waits for rank 1, not answering", r"rank 0 \(on .*\): step 4, .*; in gloo:\w+ number \d+ of group DATA_"]),
-    ],
-)
-def test_a_rank_that_is_late_is_named_with_what_the_others_wait_in(how: str, tensor: int, told: list[str], tmp_path: Path) -> None:
+# How rank 1 is late, at which tensor-parallel size, and what the report says.
+LATE = {
+    "sleeps": (2, [r"it waits for rank 1, in no collective", r"rank 1 \(on .*\): step 4; in no collective\n.*late_rank.py:\d+ _sleep"]),
+    "freezes": (1, [r"it waits for rank 1, not answering", r"rank 0 \(on .*\): step 4, .*; in gloo:\w+ number \d+ of group DATA_"]),
+}
+
+
+@pytest.fixture(scope="module")
+def late_runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, subprocess.Popen]]:
+    """Runs with a late rank, side by side, since most of their time is waiting."""
+    folder = tmp_path_factory.mktemp("late")
     sizes = dict(vocab_size=199, context_token_id=7, tile_size=16, features_per_tile=TINY.features_per_tile, capacity=128)
-    make_dataset(tmp_path / "train", packs=8, **sizes)
-    config = config_for(tmp_path / "train", steps=6, tensor_model_parallel_size=tensor)
-    quick = Health(hang_factor=1, hang_seconds=3, speed_check=False)
-    checkpoint = dataclasses.replace(config.checkpoint, save_interval=0)
-    config = dataclasses.replace(config, health=quick, logging=Logging(interval=1), checkpoint=checkpoint)
-    (tmp_path / "run.yaml").write_text(to_yaml(config))
-    done = subprocess.run([*TORCHRUN, how, "12", str(tmp_path / "run.yaml")], env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0 and "step 6 " in done.stdout, done.stderr
-    report = done.stderr[done.stderr.index("made no progress") :]
-    assert all(re.search(words, report, re.DOTALL) for words in told), done.stderr
+    make_dataset(folder / "train", packs=8, **sizes)
+    runs = {}
+    for how, (tensor, _) in LATE.items():
+        config = config_for(folder / "train", steps=6, tensor_model_parallel_size=tensor)
+        quick = Health(hang_factor=1, hang_seconds=3, speed_check=False)
+        checkpoint = dataclasses.replace(config.checkpoint, save_interval=0)
+        config = dataclasses.replace(config, health=quick, logging=Logging(interval=1), checkpoint=checkpoint)
+        (folder / f"{how}.yaml").write_text(to_yaml(config))
+        command = [*TORCHRUN, how, "10", str(folder / f"{how}.yaml")]
+        runs[how] = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    yield runs
+    for run in runs.values():
+        run.terminate()
+        run.wait()
+
+
+@pytest.mark.parametrize("how", LATE)
+def test_a_rank_that_is_late_is_named_with_what_the_others_wait_in(late_runs: dict[str, subprocess.Popen], how: str) -> None:
+    words, errors = late_runs[how].communicate(timeout=240)
+    assert late_runs[how].returncode == 0 and "step 6 " in words, errors
+    report = errors[errors.index("made no progress") :]
+    assert all(re.search(told, report, re.DOTALL) for told in LATE[how][1]), errors
     assert "the run went on" in report
 
 
