@@ -18,7 +18,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 MASKS = {"0": ("language",), "1": ("projector",), "1.5": ("vision", "projector"), "2": EVERYTHING}
 LIMIT = 1e-5
 # The text of the layout for each number of chunks; borders lie inside the vision encoder wherever there are two or more of its layers.
-_CUTS = {1: "auto", 2: "v*2|v,p,t*3,h", 4: "v|v*2|p,t|t*2,h"}
+_CUTS = {1: "auto", 2: "v*2|v,p,t*3,h", 4: "v|v*2|p,t|t*2,h", 6: "v|v|v|p,t|t|t,h"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +102,7 @@ LAYOUTS = (
     Layout(pipeline=2, context=2, data=2),
     Layout(pipeline=2, virtual=2, everyday=("1", "2")),
     Layout(pipeline=2, virtual=2, data=2),
+    Layout(pipeline=2, virtual=3, everyday=("1.5",)),
     Layout(tensor=2, pipeline=2, sequence=True, virtual=2, everyday=("1.5",)),
     Layout(tensor=2, pipeline=2, virtual=2, vision="data"),
     Layout(pipeline=2, context=2, virtual=2, everyday=("1.5",)),
