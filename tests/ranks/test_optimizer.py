@@ -91,9 +91,14 @@ def curve_with_small_buckets(config: Config) -> Curve:
         return train_curve(config)
 
 
+@pytest.fixture(scope="module")
+def alone(ranks: Pool, dataset: Path) -> Curve:
+    """The curve of one process."""
+    return ranks.run(train_curve, 1, config_for(dataset, drop_path=0.2))[0]
+
+
 @pytest.mark.parametrize("overlap", [dict(), dict(overlap_grad_reduce=False), dict(overlap_param_gather=False)])
-def test_communication_beside_computation_changes_nothing(ranks: Pool, dataset: Path, overlap: dict[str, bool]) -> None:
-    [alone] = ranks.run(train_curve, 1, config_for(dataset, drop_path=0.2))
+def test_communication_beside_computation_changes_nothing(ranks: Pool, dataset: Path, alone: Curve, overlap: dict[str, bool]) -> None:
     shared = ranks.run(curve_with_small_buckets, 2, config_for(dataset, drop_path=0.2, **overlap))[0]
     assert shared.losses == pytest.approx(alone.losses, rel=1e-5)
     assert shared.grad_norms == pytest.approx(alone.grad_norms, rel=1e-5)
