@@ -11,14 +11,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from tests.ranks.runs import EVERYTHING
+from tests.ranks.runs import EVERYTHING, TINY
 
 DOCS = Path(__file__).parents[2] / "docs"
 # By the stage that has it.
 MASKS = {"0": ("language",), "1": ("projector",), "1.5": ("vision", "projector"), "2": EVERYTHING}
 LIMIT = 1e-5
 # The text of the layout for each number of chunks; borders lie inside the vision encoder wherever there are two or more of its layers.
-_CUTS = {1: "auto", 2: "v*2|v,p,t*3,h", 4: "v|v*2|p,t|t*2,h", 6: "v|v|v|p,t|t|t,h"}
+_CUTS = {1: "auto", 2: "v*2|v,p,t*3,h", 4: "v|v*2|p,t|t*2,h", 6: "v|v|v|p,t|t|t,h", 8: "v|v|v|v|p,t|t|t|t,h"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +59,11 @@ class Layout:
             layout=_CUTS[self.pipeline * self.virtual],
             virtual_pipeline_model_parallel_size=self.virtual,
         )
+
+    @property
+    def layers(self) -> int:
+        """Layers that each part of the model has: as many as the tiny model, or more where there are more chunks than these."""
+        return max(TINY.vision.num_layers, self.pipeline * self.virtual // 2)
 
     def __str__(self) -> str:
         sizes = {"TP": self.tensor, "PP": self.pipeline, "CP": self.context, "DP": self.data}
@@ -103,6 +108,8 @@ LAYOUTS = (
     Layout(pipeline=2, virtual=2, everyday=("1", "2")),
     Layout(pipeline=2, virtual=2, data=2),
     Layout(pipeline=2, virtual=3, everyday=("1.5",)),
+    Layout(pipeline=4, virtual=2, everyday=("2",)),
+    Layout(tensor=2, pipeline=4, sequence=True, virtual=2),
     Layout(tensor=2, pipeline=2, sequence=True, virtual=2, everyday=("1.5",)),
     Layout(tensor=2, pipeline=2, virtual=2, vision="data"),
     Layout(pipeline=2, context=2, virtual=2, everyday=("1.5",)),

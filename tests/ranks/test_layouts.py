@@ -7,6 +7,7 @@ default has every axis, every pair of axes, and every mask, and fits into everyd
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -40,15 +41,17 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _config(dataset: Path, mask: str, **settings: Any) -> Config:
+def _config(dataset: Path, mask: str, layers: int, **settings: Any) -> Config:
     # Adam hides a wrong factor in the gradients, and makes much of the rounding in a gradient of zero: a large epsilon cures both.
-    return config_for(dataset, trainable=MASKS[mask], drop_path=0.2 if "vision" in MASKS[mask] else 0.0, adam_eps=1e-3, **settings)
+    config = config_for(dataset, trainable=MASKS[mask], drop_path=0.2 if "vision" in MASKS[mask] else 0.0, adam_eps=1e-3, **settings)
+    vision, language = (replace(part, num_layers=layers) for part in (TINY.vision, TINY.language))
+    return replace(config, architecture=replace(TINY, vision=vision, language=language))
 
 
 @pytest.fixture(scope="module")
-def alone(ranks: Pool, dataset: Path) -> Callable[[str], Curve]:
-    """The curve of one process, for a freeze mask."""
-    return cache(lambda mask: ranks.run(train_curve, 1, _config(dataset, mask))[0])
+def alone(ranks: Pool, dataset: Path) -> Callable[[str, int], Curve]:
+    """The curve of one process, for a freeze mask and a number of layers."""
+    return cache(lambda mask, layers: ranks.run(train_curve, 1, _config(dataset, mask, layers))[0])
 
 
 @pytest.fixture(scope="module")
@@ -82,16 +85,16 @@ def compare(curves: list[Curve], expected: Curve) -> dict[str, float]:
 
 @pytest.mark.parametrize(("layout", "mask"), CASES, ids=lambda value: str(value))
 def test_a_layout_trains_like_one_process(
-    ranks: Pool, dataset: Path, alone: Callable[[str], Curve], table: list[Row], layout: Layout, mask: str
+    ranks: Pool, dataset: Path, alone: Callable[[str, int], Curve], table: list[Row], layout: Layout, mask: str
 ) -> None:
-    curves = ranks.run(train_curve, layout.ranks, _config(dataset, mask, **layout.settings))
-    row = Row(layout=str(layout), ranks=layout.ranks, mask=mask, **compare(curves, alone(mask)))
+    curves = ranks.run(train_curve, layout.ranks, _config(dataset, mask, layout.layers, **layout.settings))
+    row = Row(layout=str(layout), ranks=layout.ranks, mask=mask, **compare(curves, alone(mask, layout.layers)))
     table.append(row)
     assert row.largest <= LIMIT, row
 
 
 @pytest.mark.parametrize("mask", MASKS)
-def test_training_learns(alone: Callable[[str], Curve], mask: str) -> None:
-    curve = alone(mask)
+def test_training_learns(alone: Callable[[str, int], Curve], mask: str) -> None:
+    curve = alone(mask, TINY.vision.num_layers)
     assert curve.losses[-1] < curve.losses[0]
     assert all(norm > 0 for norm in curve.grad_norms)
