@@ -11,13 +11,7 @@ from torch import Tensor
 from megavlm.config.schema import Language
 from megavlm.model.specs import Kernels, language_spec
 from megavlm.parallel.layout import Chunk
-
-_VOCABULARY_MULTIPLE = 128
-
-
-def padded_vocabulary(vocab_size: int) -> int:
-    """Rows of embedding and head: the next multiple of 128, whatever the layout, so that checkpoints fit every one."""
-    return -(-vocab_size // _VOCABULARY_MULTIPLE) * _VOCABULARY_MULTIPLE
+from megavlm.parallel.padding import padded_vocabulary
 
 
 class LanguageModel(GPTModel):

@@ -16,8 +16,8 @@ from megavlm.config.mask import trains
 from megavlm.config.schema import Config
 from megavlm.model.precision import fp8_settings, precision
 from megavlm.model.specs import Kernels
-from megavlm.model.vision_attention import padded_heads
 from megavlm.parallel.layout import Layout
+from megavlm.parallel.padding import padded_heads
 
 
 def _quick_gelu(hidden: Tensor) -> Tensor:

@@ -13,11 +13,6 @@ from megavlm.config.schema import Vision
 from megavlm.model.norm import QueryKeyNorm
 
 
-def padded_heads(heads: int, tensor_size: int) -> int:
-    """Heads with those that only pad: the next multiple of the ranks that share them. InternViT-6B has 25."""
-    return -(-heads // tensor_size) * tensor_size
-
-
 def unpadded_shape(vision: Vision, key: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Shape of a whole tensor of the vision encoder, without heads that only pad."""
     if ".self_attention.linear_qkv." in key and "layer_norm" not in key:
