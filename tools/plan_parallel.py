@@ -1,6 +1,6 @@
 """Find out how to lay a model out over GPUs: every layout that fits, with what it is expected to need and take, the fastest first.
 
-python tools/plan_parallel.py --model internvl2_5-8b --stage 2 --gpus 64 --memory_gib 80
+python tools/plan_parallel.py --model internvl2_5-78b --stage 2 --gpus 512 --memory_gib 80
 python tools/plan_parallel.py --model internvl2_5-8b --stage 1 --gpus 64 --data packs/train --picture chunks.png
 """
 
@@ -14,8 +14,9 @@ from pathlib import Path
 
 from megavlm.config.cli import parse
 from megavlm.data.reader import Reader
-from megavlm.parallel.chart import draw, to_text
-from megavlm.parallel.estimate import Hardware, layouts
+from megavlm.parallel import choose
+from megavlm.parallel.chart import draw, options_to_text, to_text
+from megavlm.parallel.estimate import Hardware
 from megavlm.parallel.split import PackSize
 
 
@@ -26,6 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--stage", required=True, help="row of the table of stages")
     parser.add_argument("--gpus", type=int, required=True, help="how many there are")
     parser.add_argument("--global_batch_size", type=int, help="packs of a step (default: the stage's)")
+    parser.add_argument("--moments", choices=["float32", "bfloat16"], default="float32", help="of Adam (default: %(default)s)")
     parser.add_argument("--data", type=Path, metavar="DIR", help="packed dataset that tells how large packs are; instead of the next three")
     parser.add_argument("--capacity", type=int, default=16384, help="tokens of a pack (default: %(default)s)")
     parser.add_argument("--tiles", type=float, default=50, help="tiles of a pack, on average (default: %(default)s)")
@@ -33,26 +35,34 @@ def main(arguments: list[str] | None = None) -> int:
     for field in dataclasses.fields(Hardware):
         parser.add_argument(f"--{field.name}", type=type(field.default), default=field.default, help="of the GPUs (default: %(default)s)")
     parser.add_argument("--top", type=int, default=12, help="layouts to show (default: %(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all layouts as JSON")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all layouts that fit as JSON")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the chunks of the layouts that are shown")
     options = parser.parse_args(arguments)
     try:
-        batch = ["--training.global_batch_size", str(options.global_batch_size)] if options.global_batch_size else []
-        config = parse(["--stage", options.stage, "--model", options.model, *batch])
-        size, capacity = packs(options)
-        hardware = Hardware(**{field.name: vars(options)[field.name] for field in dataclasses.fields(Hardware)})
-        found = layouts(config, options.gpus, size, capacity, hardware)
-        print(f"{options.model}, stage {options.stage}, {options.gpus} GPUs, {config.training.global_batch_size} packs a step, {size}")
-        print(f"{len(found)} layouts fit into nine tenths of {hardware.memory_gib:g} GiB\n\n{to_text(found[: options.top])}")
-        if options.json:
-            rows = [dataclasses.asdict(one) | {"memory_gib": one.memory_gib} for one in found]
-            options.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-        if options.picture:
-            draw(found[: options.top], options.picture)
+        show(options)
     except (OSError, ValueError, ModuleNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    return 0 if found else 1
+    return 0
+
+
+def show(options: argparse.Namespace) -> None:
+    """Print, write and draw what was asked for; raises ValueError where no layout runs or fits."""
+    batch = ["--training.global_batch_size", str(options.global_batch_size)] if options.global_batch_size else []
+    config = parse(["--stage", options.stage, "--model", options.model, "--optimizer.moments", options.moments, *batch])
+    hardware = Hardware(**{field.name: vars(options)[field.name] for field in dataclasses.fields(Hardware)})
+    case = (options.gpus, *packs(options), hardware)
+    found = choose.layouts(config, *case)
+    shown = choose.best_of_each(found)[: options.top]
+    print(f"{options.model}, stage {options.stage}, {options.gpus} GPUs, {config.training.global_batch_size} packs a step, {case[1]}")
+    print(f"{len(found)} layouts fit into nine tenths of {hardware.memory_gib:g} GiB\n\n{to_text(shown)}\n")
+    print(f"the first, with one option changed at a time:\n{options_to_text(choose.options(config, found[0], *case), hardware)}\n")
+    print(f"to use the first:\n{choose.flags(found[0])}")
+    if options.json:
+        rows = [dataclasses.asdict(one) | {"memory_gib": one.memory_gib} for one in found]
+        options.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    if options.picture:
+        draw(shown, options.picture)
 
 
 def packs(options: argparse.Namespace) -> tuple[PackSize, int]:

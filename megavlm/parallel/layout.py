@@ -38,6 +38,15 @@ class Chunk:
         """Whether any part of the language model stands here."""
         return len(self.language_layers) > 0 or self.has_head
 
+    def places(self, vision_layers: int) -> range:
+        """Its layers, counted through.
+
+        Args:
+            vision_layers: of the whole model.
+        """
+        first = self.vision_layers.start if self.vision_layers else vision_layers + self.language_layers.start
+        return range(first, first + len(self.vision_layers) + len(self.language_layers))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
@@ -83,7 +92,8 @@ def make_layout(config: Config, size: PackSize | None = None) -> Layout:
         return from_counts(split_evenly(vision + language, chunks), vision)
     if parallel.layout == "auto":
         typical = PackSize(tokens=2.0 * arch.features_per_tile, squared_lengths=0.0, tiles=1.0)
-        return from_counts(balance(layer_costs(arch, config.training.trainable, size or typical), chunks), vision)
+        costs = layer_costs(arch, config.training.trainable, size or typical, parallel.recompute)
+        return from_counts(balance(costs, chunks), vision)
     return from_counts(parse_layout(parallel.layout, vision, language), vision)
 
 
