@@ -96,7 +96,7 @@ def flags(chosen: Estimate) -> str:
 def _candidates(config: Config, gpus: int) -> Iterator[Config]:
     for parallel in _sizes(config, gpus):
         candidate = dataclasses.replace(config, parallel=parallel)
-        if not layout_problems(candidate, gpus) and _can_take_turns(candidate, gpus):
+        if not layout_problems(candidate, gpus):
             yield from (dataclasses.replace(candidate, parallel=dataclasses.replace(parallel, recompute=name)) for name in RECOMPUTE)
 
 
@@ -116,12 +116,3 @@ def _sizes(config: Config, gpus: int) -> Iterator[Parallel]:
                             sequence_parallel=tensor > 1,
                             vision=vision,
                         )
-
-
-def _can_take_turns(config: Config, gpus: int) -> bool:
-    """Whether the packs of a step go round the ranks of the pipeline without a rest, where each rank holds several chunks."""
-    parallel, arch = config.parallel, config.architecture
-    pipeline, virtual = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size
-    packs = config.training.global_batch_size // (gpus // parallel.model_parallel_size)
-    layers = arch.vision.num_layers + arch.language.num_layers
-    return virtual == 1 or (packs % pipeline == 0 and pipeline * virtual <= layers)

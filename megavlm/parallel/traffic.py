@@ -76,11 +76,11 @@ def of_step(config: Config, layout: Layout, rank: int, data_ranks: int) -> Traff
     held = sum((held_by(config, chunk) for chunk in layout.chunks[rank :: parallel.pipeline_model_parallel_size]), Held())
     sharing, tensor = data_ranks * parallel.context_parallel_size, parallel.tensor_model_parallel_size
     number = (_GRADIENT + NUMBER_BYTES[config.training.precision]) * (sharing - 1) / sharing
-    head_copies = {layout.embedding_chunk, len(layout.chunks) - 1}
-    holds_head = any(chunk % parallel.pipeline_model_parallel_size == rank for chunk in head_copies)
+    with_copies = {chunk % parallel.pipeline_model_parallel_size for chunk in (layout.embedding_chunk, len(layout.chunks) - 1)}
+    sums_copies = len(with_copies) > 1 and rank in with_copies
     return Traffic(
         tensor=2 * (tensor - 1) / tensor * _GRADIENT * held.trained_copies,
-        pipeline=float(_GRADIENT * copied_head(config, layout.chunks) * holds_head),
+        pipeline=float(_GRADIENT * copied_head(config, layout.chunks) * sums_copies),
         data=number * held.trained,
     )
 

@@ -29,6 +29,7 @@ LAYOUTS = {
     "context and tensor": dict(context_parallel_size=2, tensor_model_parallel_size=2, vision="data"),
     "pipeline": dict(pipeline_model_parallel_size=2, layout="v*2|v,t*3"),
     "pipeline of tensor-parallel ranks": dict(pipeline_model_parallel_size=2, tensor_model_parallel_size=2, layout="v*3,t|t*2"),
+    "chunks that take turns": dict(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2, layout="v*2|v,t|t|t"),
     "data": dict(),
 }
 WORLDS = {"alone": 1, "tensor": 2, "whole vision layers": 2, "context and tensor": 4, "pipeline of tensor-parallel ranks": 4}
@@ -41,9 +42,10 @@ def held(config: Config) -> tuple[int, Memory]:
     from megavlm.train.step import train_step
 
     job = build(config)
+    packs = config.training.global_batch_size // job.groups.data_size
     batch = job.train.batch(0, 0, vision_layers=config.architecture.vision.num_layers, share=job.groups.share)
-    train_step(job.wrapped, job.optimizer, iter([batch]), 1, batch.weight_sum, 1.0, job.backend)
-    parameters = list(job.model.parameters())
+    train_step(job.wrapped, job.optimizer, iter([batch] * packs), packs, batch.weight_sum, 1.0, job.backend)
+    parameters = [parameter for chunk in job.chunks for parameter in chunk.parameters()]
     states = [state for optimizer in job.optimizer.chained_optimizers for state in optimizer.optimizer.state.items()]
     own = {parameter.data_ptr() for parameter in parameters}
     of_optimizer = 0
@@ -68,15 +70,16 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("architecture", [TINY, WIDE], ids=["tiny", "wide"])
-@pytest.mark.parametrize("name", LAYOUTS)
+CASES = [(name, WIDE) for name in LAYOUTS] + [(name, TINY) for name in ("tensor", "pipeline")]
+
+
+@pytest.mark.parametrize(("name", "architecture"), CASES)
 def test_memory_is_what_a_model_that_is_built_takes(ranks: Pool, dataset: Path, name: str, architecture: Architecture):
     for stage in ("1", "2") if name in ("alone", "whole vision layers") else ("2",):
         world, trainable = WORLDS.get(name, 2), STAGES[stage].training.trainable
-        settings = dict(trainable=trainable, precision="bfloat16", global_batch_size=world, **LAYOUTS[name])
+        settings = dict(trainable=trainable, precision="bfloat16", global_batch_size=2, **LAYOUTS[name])
         config = dataclasses.replace(config_for(dataset, **settings), architecture=architecture)
         copies = world // config.parallel.model_parallel_size
-        config = dataclasses.replace(config, training=dataclasses.replace(config.training, global_batch_size=copies))
         layout = make_layout(config, PackSize(tokens=128.0, squared_lengths=4000.0, tiles=4.0))
         expected = memory_by_rank(config, layout, copies, capacity=128, tiles=4)
         found = ranks.run(held, world, config)
