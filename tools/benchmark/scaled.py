@@ -1,0 +1,95 @@
+"""A model with the proportions of InternVL2.5-78B, small enough for a CPU, and packs with the proportions of its data.
+
+InternViT-6B (45 layers, 3,200 wide) stands before 80 layers of 8,192. Depths are divided by 9, widths by 25; the vocabulary is such that
+the head costs as many layers as there. Images are three quarters of a pack, and the vision encoder has as much of the work as there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from megavlm.config.schema import Architecture, Config, Data, Language, Parallel, Training, Vision
+from megavlm.config.stages import STAGES
+from tools.benchmark.cases import ALL, PROJECTOR, VISION
+from tools.benchmark.packs import PackSizes
+
+STAGE_NAMES = (PROJECTOR, VISION, ALL)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """How large everything is.
+
+    Args:
+        architecture: the model.
+        packs: what it trains on.
+        packs_per_step: micro-steps of an update.
+        rounds: how often everything is measured, taking turns.
+    """
+
+    architecture: Architecture
+    packs: PackSizes
+    packs_per_step: int
+    rounds: int
+
+
+_MODEL = Architecture(
+    vision=Vision(
+        image_size=32,
+        patch_size=4,
+        num_layers=5,
+        hidden_size=128,
+        ffn_hidden_size=512,
+        num_attention_heads=4,
+        normalization="RMSNorm",
+        qkv_bias=False,
+        qk_norm=True,
+    ),
+    language=Language(
+        num_layers=9,
+        hidden_size=320,
+        ffn_hidden_size=1184,
+        num_attention_heads=10,
+        num_query_groups=2,
+        vocab_size=6144,
+        rotary_base=1e4,
+        max_position_embeddings=2048,
+    ),
+)
+_PACKS = PackSizes(capacity=384, packs=4, max_tiles=6, tile_cap=19, least_side=32, most_side=128)
+
+FULL = Scale(architecture=_MODEL, packs=_PACKS, packs_per_step=4, rounds=7)
+# For trying the benchmark itself.
+SMOKE = Scale(
+    architecture=replace(
+        _MODEL,
+        vision=replace(_MODEL.vision, num_layers=2, hidden_size=32, ffn_hidden_size=64),
+        language=replace(_MODEL.language, num_layers=3, hidden_size=40, ffn_hidden_size=64, vocab_size=512),
+    ),
+    packs=replace(_PACKS, capacity=256, packs=2, tile_cap=None),
+    packs_per_step=2,
+    rounds=2,
+)
+
+
+def config(scale: Scale, stage: str, train: Path, *, chunks: int = 1, layout: str = "auto") -> Config:
+    """The run of a stage: float32, without drop path, so that the stages differ in what they train alone.
+
+    Args:
+        scale: sizes.
+        stage: name in the table of stages.
+        train: folder of the packs.
+        chunks: of the pipeline.
+        layout: as ``parallel.layout`` takes it.
+    """
+    row = STAGES[stage]
+    return Config(
+        stage=stage,
+        model="scaled",
+        architecture=scale.architecture,
+        data=Data(train=str(train), loss_reduction=row.data.loss_reduction, workers=0),
+        parallel=Parallel(pipeline_model_parallel_size=chunks, layout=layout),
+        optimizer=row.optimizer,
+        training=Training(precision="float32", trainable=row.training.trainable, global_batch_size=scale.packs_per_step),
+    )
