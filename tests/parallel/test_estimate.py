@@ -66,22 +66,26 @@ def test_early_chunks_keep_more_packs_under_way() -> None:
     assert deep.activations > shallow.activations
 
 
-def test_every_layout_can_run_and_fits() -> None:
-    hardware = Hardware(memory_gib=80)
-    found = layouts(run(), 64, SIZE, CAPACITY, hardware)
+@pytest.fixture(scope="module")
+def found() -> list[Estimate]:
+    return layouts(run(), 64, SIZE, CAPACITY, Hardware(memory_gib=80))
+
+
+def test_every_layout_can_run_and_fits(found: list[Estimate]) -> None:
     assert len(found) > 10 and [one.step_ms for one in found] == sorted(one.step_ms for one in found)
+    config = run()
     for one in found:
         assert one.memory_gib <= 72
-        assert not layout_problems(dataclasses.replace(run(), parallel=one.parallel), 64)
+        assert not layout_problems(dataclasses.replace(config, parallel=one.parallel), 64)
 
 
 def test_where_nothing_fits_the_least_memory_that_would_is_told() -> None:
     with pytest.raises(ValueError, match=r"--memory_gib 1: .* would do; else try more --gpus") as told:
-        layouts(run(), 64, SIZE, CAPACITY, Hardware(memory_gib=1))
+        layouts(run(), 8, SIZE, CAPACITY, Hardware(memory_gib=1))
     enough = int(re.search(r"--memory_gib (\d+) would do", str(told.value))[1])
-    assert layouts(run(), 64, SIZE, CAPACITY, Hardware(memory_gib=enough))
+    assert layouts(run(), 8, SIZE, CAPACITY, Hardware(memory_gib=enough))
     with pytest.raises(ValueError, match="--memory_gib"):
-        layouts(run(), 64, SIZE, CAPACITY, Hardware(memory_gib=enough - 1))
+        layouts(run(), 8, SIZE, CAPACITY, Hardware(memory_gib=enough - 1))
 
 
 def test_where_nothing_can_run_the_flag_is_named() -> None:
@@ -89,8 +93,7 @@ def test_where_nothing_can_run_the_flag_is_named() -> None:
         layouts(run(), 97, SIZE, CAPACITY, Hardware())
 
 
-def test_layouts_of_every_kind_are_looked_at() -> None:
-    found = layouts(run(), 64, SIZE, CAPACITY, Hardware())
+def test_layouts_of_every_kind_are_looked_at(found: list[Estimate]) -> None:
     seen = {field: {vars(one.parallel)[field] for one in found} for field in vars(Parallel())}
     for field in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"):
         assert {1, 2, 4, 8} <= seen[field], field
@@ -98,16 +101,15 @@ def test_layouts_of_every_kind_are_looked_at() -> None:
     assert seen["vision"] == {"tensor", "data"} and seen["recompute"] == {"none", "selective", "full"}
 
 
-def test_of_layouts_that_differ_in_recomputation_the_fastest_is_shown() -> None:
-    found = layouts(run(), 64, SIZE, CAPACITY, Hardware())
+def test_of_layouts_that_differ_in_recomputation_the_fastest_is_shown(found: list[Estimate]) -> None:
     shown = best_of_each(found)
     assert shown[0] is found[0] and len(shown) < len(found)
     kept = {dataclasses.replace(one.parallel, recompute="none", layout="") for one in found}
     assert len(shown) == len(kept)
 
 
-def test_the_flags_of_a_layout_ask_for_it() -> None:
-    for one in layouts(run(), 64, SIZE, CAPACITY, Hardware())[::40]:
+def test_the_flags_of_a_layout_ask_for_it(found: list[Estimate]) -> None:
+    for one in found[:: len(found) // 5]:
         asked = parse(["--stage", "2", "--model", "internvl2_5-2b", *shlex.split(flags(one))]).parallel
         assert asked == dataclasses.replace(one.parallel, layout=asked.layout)
         assert asked.layout in ("auto", one.parallel.layout)
@@ -179,9 +181,8 @@ def test_an_automatic_split_is_no_slower_than_an_even_one() -> None:
         assert automatic.step_ms < even.step_ms
 
 
-def test_a_table_has_a_line_for_each_layout() -> None:
-    found: list[Estimate] = layouts(run(), 8, SIZE, CAPACITY, Hardware())[:3]
-    lines = to_text(found).splitlines()
+def test_a_table_has_a_line_for_each_layout(found: list[Estimate]) -> None:
+    lines = to_text(found[:3]).splitlines()
     assert len(lines) == 4 and lines[0].split()[:3] == ["TP", "PP", "V"]
     assert f"{found[0].memory_gib:.1f}" in lines[1]
 

@@ -13,6 +13,8 @@ from megavlm.parallel.layout import Layout, from_counts, make_layout
 from megavlm.parallel.split import PackSize, layer_costs
 from tools.benchmark.scaled import STAGE_NAMES, Scale, config
 
+RANKS = 1
+
 
 def measure(scale: Scale, packs: Path) -> list[dict]:
     """Chunks of several layouts for every stage; runs on one rank.

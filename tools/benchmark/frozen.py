@@ -10,6 +10,8 @@ from megavlm.parallel.split import PackSize, layer_costs
 from tools.benchmark.cases import ALL
 from tools.benchmark.scaled import STAGE_NAMES, Scale, config
 
+RANKS = 1
+
 
 def measure(scale: Scale, packs: Path) -> dict[str, dict[str, object]]:
     """Steps of all stages in turn; runs on one rank.

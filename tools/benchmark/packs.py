@@ -9,8 +9,6 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
 
 from megavlm.config.schema import Architecture
 from megavlm.data.chat_formats import chat_format
@@ -147,6 +145,10 @@ def _blots(rng: np.random.Generator) -> Image.Image:
 
 def make_tokenizer(folder: Path) -> None:
     """A small byte-level BPE, with the control tokens that the chat template needs."""
+    # Only here: processes that measure choose packs, and do without these.
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -19,7 +19,7 @@ from tools.benchmark import chunk_times, frozen, runner, splits
 from tools.benchmark.ranks import on_ranks
 from tools.benchmark.scaled import FULL, SMOKE
 
-PARTS = ("chunks", "splits", "frozen")
+PARTS = {"chunks": chunk_times, "splits": splits, "frozen": frozen}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -40,15 +40,9 @@ def main(arguments: list[str] | None = None) -> int:
     scale, results = SMOKE if args.smoke else FULL, {"facts": runner.facts()}
     with tempfile.TemporaryDirectory(prefix="megavlm-benchmark-") as folder:
         packs = make_packs(Path(folder) / "data", scale.architecture, scale.packs).folder
-        if "chunks" in parts:
-            [rows] = on_ranks(chunk_times.measure, 1, scale, packs)
-            results["chunks"] = {"summary": chunk_times.summary(rows), "rows": rows}
-        if "splits" in parts:
-            found = on_ranks(splits.measure, splits.RANKS, scale, packs)[0]
-            results["splits"] = {"summary": splits.summary(found), "rows": found}
-        if "frozen" in parts:
-            [found] = on_ranks(frozen.measure, 1, scale, packs)
-            results["frozen"] = {"summary": frozen.summary(found), "rows": found}
+        for part in (part for part in PARTS if part in parts):
+            found = on_ranks(PARTS[part].measure, PARTS[part].RANKS, scale, packs)[0]
+            results[part] = {"summary": PARTS[part].summary(found), "rows": found}
     results["seconds"] = round(time.monotonic() - began, 1)
     print(to_text(results))
     if args.json:
