@@ -32,6 +32,10 @@ class PackSize:
     squared_lengths: float
     tiles: float
 
+    def __str__(self) -> str:
+        """As people read it: the mean length is that of the sample that a token is in."""
+        return f"{self.tokens:,.0f} tokens (in samples of {self.squared_lengths / max(self.tokens, 1):,.0f}) and {self.tiles:,.1f} tiles"
+
     @classmethod
     def mean(cls, records: np.ndarray) -> PackSize:
         """Mean of packs, from their records in the index."""
