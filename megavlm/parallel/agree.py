@@ -26,6 +26,7 @@ import yaml
 import megavlm
 from megavlm.config.cli import to_yaml
 from megavlm.config.schema import Config
+from megavlm.data.files import open_folder
 from megavlm.data.manifest import FILE_NAME as MANIFEST_NAME
 from megavlm.data.manifest import read_manifest
 
@@ -66,10 +67,11 @@ def look(config: Config, start: object) -> dict[str, str]:
     if torch.cuda.is_available():
         facts["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
     facts |= {package: _version(package) for package in _PACKAGES}
-    for flag, folder in (("--data.train", config.data.train), ("--data.valid", config.data.valid)):
+    for flag, folder in (*(("--data.train", folder) for folder in config.data.train_folders), ("--data.valid", config.data.valid)):
         if folder:
-            facts[f"packs in {flag} {folder}"] = str(read_manifest(Path(folder)).totals.packs)
-            facts[f"{MANIFEST_NAME} of {flag} {folder}"] = _digest((Path(folder) / MANIFEST_NAME).read_bytes())
+            facts[f"packs in {flag} {folder}"] = str(read_manifest(folder).totals.packs)
+            files = open_folder(folder)
+            facts[f"{MANIFEST_NAME} of {flag} {folder}"] = _digest(files.read(MANIFEST_NAME, 0, files.size(MANIFEST_NAME)))
     package = Path(megavlm.__file__).parent
     facts |= {f"code of {path.relative_to(package.parent)}": _digest(path.read_bytes()) for path in sorted(package.rglob("*.py"))}
     return facts

@@ -106,7 +106,7 @@ def _check_parts(config: Config) -> None:
     parts.refuse_other(config.init, config.architecture)
     if config.init.language:
         tokenizer, _ = parts.extend_tokenizer(config.init)
-        if fingerprint(tokenizer) != read_manifest(config.data.train).tokenizer_fingerprint:
+        if fingerprint(tokenizer) != read_manifest(config.data.train_folders[0]).tokenizer_fingerprint:
             words = " ".join(parts.words_of(config.init))
             raise ConfigError(f"--data.train {config.data.train}: packed with another tokenizer than that of {words}")
 

@@ -88,6 +88,13 @@ def test_configuration_data_code_and_start_are_looked_at(tmp_path: Path) -> None
     assert changed(look(config, None)) == {f"packs in --data.train {tmp_path / 'one'}", f"manifest.json of --data.train {tmp_path / 'one'}"}
 
 
+def test_every_folder_of_a_blend_is_looked_at(tmp_path: Path) -> None:
+    for place, name in enumerate(("one", "two")):
+        make_dataset(tmp_path / name, packs=3 + place, image_share=0)
+    found = look(config_for(f"{tmp_path / 'one'},{tmp_path / 'two'}"), None)
+    assert [found[f"packs in --data.train {tmp_path / name}"] for name in ("one", "two")] == ["3", "4"]
+
+
 @pytest.mark.parametrize(("ranks", "words"), [([3], "3"), ([0, 1, 2, 5, 7, 8], "0-2, 5, 7-8")])
 def test_ranks_in_few_words(ranks: list[int], words: str) -> None:
     assert spans(ranks) == words
