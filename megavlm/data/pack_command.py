@@ -72,7 +72,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--data_augment", action="store_true", help="let images of --jsonl be changed at random while training (see --data.augment there)")
     add("--difficulty", metavar="KEY", help="field of the records in --jsonl with their difficulty, a number, for a curriculum")
     add("--no_thumbnail", action="store_false", dest="thumbnail", help="do not add the whole image, small, to images of several tiles")
-    add("--headers_only", action="store_true", help="trust images whose header can be read, instead of decoding each once")
+    add("--headers_only", action="store_true", help="trust images whose header can be read, instead of seeing that each can be decoded")
     add("--executor", choices=("processes", "ray"), default="processes", help="where workers run (default: %(default)s)")
     add("--dry_run", action="store_true", help="plan and report, without writing packs")
     add("--picture", metavar="FILE", help="draw the report, with matplotlib")
