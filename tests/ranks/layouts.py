@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -145,13 +144,13 @@ def asks_for_all() -> bool:
     return os.environ.get("MEGAVLM_MATRIX") == "all"
 
 
-def keep(found: Iterable[Row]) -> None:
-    """Take rows into ``docs/benchmarks/layouts.json`` in the place of older ones, and write ``docs/layouts.md`` from it."""
+def keep(found: Row) -> None:
+    """Take a row into ``docs/benchmarks/layouts.json`` in the place of an older one, and write ``docs/layouts.md`` from it."""
     path = DOCS / "benchmarks" / "layouts.json"
     rows = {}
     if path.is_file():
         rows = {(row["layout"], row["mask"]): Row(**row) for row in json.loads(path.read_text())["rows"]}
-    rows |= {(row.layout, row.mask): row for row in found}
+    rows[found.layout, found.mask] = found
     ordered = [rows[key] for layout in LAYOUTS for mask in MASKS if (key := (str(layout), mask)) in rows]
     packages = {name: version(name) for name in ("torch", "megatron-core")} | {"python": platform.python_version()}
     path.write_text(json.dumps({"versions": packages, "rows": [asdict(row) for row in ordered]}, indent=1) + "\n")
