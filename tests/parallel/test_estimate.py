@@ -13,6 +13,7 @@ import pytest
 from megavlm.config.cli import parse
 from megavlm.config.rules import layout_problems
 from megavlm.config.schema import Config, Parallel
+from megavlm.parallel.activations import RankShare, kept_by
 from megavlm.parallel.chart import to_text
 from megavlm.parallel.choose import best_of_each, flags, layouts, options
 from megavlm.parallel.cost import pieces
@@ -46,6 +47,17 @@ def test_frozen_parts_need_weights_only() -> None:
     assert projector.weights == everything.weights
     assert projector.gradients < 0.01 * everything.gradients
     assert projector.activations < 0.6 * everything.activations, "the vision encoder keeps nothing"
+
+
+def test_frozen_layers_keep_less_and_those_before_all_that_is_trained_nothing() -> None:
+    arch, share = run().architecture, RankShare(tokens=1000.0, tiles=0.0)
+    behind = make_layout(run(pipeline_model_parallel_size=4), SIZE).chunks[-1]
+    frozen, trained = (kept_by(run(stage=stage), behind, share).each_pack for stage in ("1", "2"))
+    assert 0.3 * trained < frozen < 0.8 * trained
+    first = make_layout(run(stage="1", pipeline_model_parallel_size=4), SIZE).chunks[0]
+    assert not first.language_layers
+    sent = 2 * 7 * arch.vision.tokens * arch.vision.hidden_size
+    assert kept_by(run(stage="1"), first, RankShare(tokens=1000.0, tiles=7.0)).each_pack == sent, "only what it sends on"
 
 
 def test_recomputation_saves_activations() -> None:

@@ -63,6 +63,15 @@ def test_the_head_has_its_weight() -> None:
     assert balance(costs, 4)[-1] < balance([*costs[:-1], costs[-2]], 4)[-1]
 
 
+def test_recomputed_layers_weigh_more_and_a_head_does_not() -> None:
+    arch = architecture("internvl2_5-1b")
+    none, selective, full = (layer_costs(arch, STAGES["2"].training.trainable, SIZE, name) for name in ("none", "selective", "full"))
+    assert full[5] == pytest.approx(none[5] * 4 / 3) and none[5] < selective[5] < full[5]
+    assert full[-1] / none[-1] < 1.06, "the layer that the head goes with"
+    frozen = layer_costs(arch, STAGES["1"].training.trainable, SIZE, "full")
+    assert frozen[5] == layer_costs(arch, (), SIZE)[5], "what has no backward pass is not computed again"
+
+
 def test_no_layout_has_more_chunks_than_layers() -> None:
     with pytest.raises(ValueError, match="4 chunks for 3 layers"):
         balance([1.0, 1.0, 1.0], 4)
