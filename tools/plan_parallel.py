@@ -54,7 +54,9 @@ def show(options: argparse.Namespace) -> None:
     case = (options.gpus, *packs(options), hardware)
     found = choose.layouts(config, *case)
     shown = choose.best_of_each(found)[: options.top]
-    print(f"{options.model}, stage {options.stage}, {options.gpus} GPUs, {config.training.global_batch_size} packs a step, each of {case[1]}")
+    print(
+        f"{options.model}, stage {options.stage}, {options.gpus} GPUs, {config.training.global_batch_size} packs a step, each of {case[1]}"
+    )
     print(f"{len(found)} layouts fit into nine tenths of {hardware.memory_gib:g} GiB\n\n{to_text(shown)}\n")
     print(f"the first, with one option changed at a time:\n{options_to_text(choose.options(config, found[0], *case), hardware)}\n")
     print(f"to use the first:\n{choose.flags(found[0])}")
