@@ -93,6 +93,13 @@ def fit(config: Config, source: Checkpoint) -> Checkpoint:
         problems += checkpoint.describe_differences(source.config.training.trainable, config.training.trainable, "training.trainable")
         problems += checkpoint.describe_differences(source.config.training.seed, config.training.seed, "training.seed")
         problems += _order_differences(source.config, config)
+        counts = pack_counts(config)
+        if source.state.packs not in ((), counts):
+            before, now = (" + ".join(f"{count:,}" for count in packs) for packs in (source.state.packs, counts))
+            problems.append(
+                f"--data.train {config.data.train}: has {now} packs, and the run began with {before}: its order would be another. To train "
+                "on other data, export the model (tools/convert_checkpoint.py export), and give it to --checkpoint.load of a new run"
+            )
     elif config.checkpoint.moments == "keep" and source.state.stage is None:
         problems.append(f"--checkpoint.moments keep: {source.folder} was made by conversion and has no moments; use fresh")
     if problems:
@@ -110,6 +117,11 @@ def _order_differences(old: Config, new: Config) -> list[str]:
         sizes = [config.training.global_batch_size for config in (old, new)]
         problems += checkpoint.describe_differences(*sizes, "training.global_batch_size")
     return problems
+
+
+def pack_counts(config: Config) -> tuple[int, ...]:
+    """Packs of each folder of training packs."""
+    return tuple(read_manifest(folder).totals.packs for folder in config.data.train_folders)
 
 
 def resumes(config: Config, source: Checkpoint) -> bool:

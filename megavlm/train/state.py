@@ -25,6 +25,7 @@ class State:
         consumed: packs that are done, over all ranks and epochs.
         stage: name of the stage that was trained; none in a checkpoint made by conversion.
         tokenizer: fingerprint of the tokenizer of the training packs; none where it is not known.
+        packs: how many each folder of training packs has; empty where it is not known.
         valid_loss: held-out loss after this very step; none where it was not measured.
         history: earlier stages of which moments were kept.
         format: version of the checkpoint's layout.
@@ -34,6 +35,7 @@ class State:
     consumed: int = 0
     stage: str | None = None
     tokenizer: str | None = None
+    packs: tuple[int, ...] = ()
     valid_loss: float | None = None
     history: History = ()
     format: int = FORMAT_VERSION
@@ -56,7 +58,7 @@ def read(folder: Path) -> State:
     try:
         values = json.loads(path.read_text())
         history = tuple((int(steps), tuple(trainable)) for steps, trainable in values.pop("history", []))
-        state = State(**values, history=history)
+        state = State(**values | {"packs": tuple(values.get("packs", ()))}, history=history)
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: not the state of a checkpoint ({error})") from error
     if state.format != FORMAT_VERSION:
