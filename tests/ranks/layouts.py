@@ -161,7 +161,7 @@ def _page(rows: list[Row], packages: dict[str, str]) -> str:
     lines = [
         "# Every layout trains like one process",
         "",
-        f"{len({row.layout for row in rows})} layouts, each with the freeze masks of stages 1, 1.5 and 2, some with that of stage 0.",
+        f"{len({row.layout for row in rows})} layouts with freeze masks of the stages, {len(rows)} pairs of both.",
         "The figures are the largest relative differences from one process over 10 steps of 4 packs, some without images, in float32:",
         "of the loss, of the norm of the gradient, and of every weight after the last step (relative to the largest of its tensor).",
         f"A test fails above {LIMIT:.0e}. On a CPU over gloo, with {', '.join(f'{name} {number}' for name, number in packages.items())}.",
