@@ -119,7 +119,8 @@ def test_recomputation_changes_nothing(ranks: Pool, dataset: Path, recompute: st
 def test_a_checkpoint_of_many_chunks_goes_on_at_other_layouts(ranks: Pool, dataset: Path, tmp_path: Path) -> None:
     ranks.run(run_job, 2, make_job(dataset, tmp_path / "whole", **INTERLEAVED))
     even = dict(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=3, layout="even")
-    for world, layout in ((1, {}), (2, dict(tensor_model_parallel_size=2)), (2, even), (4, INTERLEAVED)):
+    tensor = dict(tensor_model_parallel_size=2)
+    for world, layout in ((1, {}), (2, tensor), (2, even), (4, INTERLEAVED | tensor)):
         save = tmp_path / f"other-{len(list(tmp_path.iterdir()))}"
         forget_the_end(tmp_path / "whole", save)
         ranks.run(run_job, world, make_job(dataset, save, **layout))
