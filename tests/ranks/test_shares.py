@@ -30,7 +30,7 @@ def saved_shards(config: Config) -> list[tuple[str, tuple[int, ...]]]:
 
     from megavlm.model import weights
 
-    shards = weights._shards(build(config).model)
+    shards = (shard for chunk in build(config).chunks for shard in weights._shards(chunk))
     return [(shard.key, tuple(shard.global_offset)) for shard in shards if is_main_replica(shard.replica_id)]
 
 
