@@ -204,6 +204,8 @@ def main() -> None:
     if options.start_in:
         start_in(options.start_in, options.step, options.workers)
         return
+    if options.work:
+        options.work.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=options.work) as temporary:
         work = Path(temporary)
         figures = speed(work, options.images, options.repeats)

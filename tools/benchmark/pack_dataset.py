@@ -108,6 +108,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, metavar="DIR", help="folder for files, removed at the end (default: a temporary one)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     options = parser.parse_args()
+    if options.work:
+        options.work.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=options.work) as temporary:
         work = Path(temporary)
         figures = speed(work, options.images, options.repeats) if options.images else {}
