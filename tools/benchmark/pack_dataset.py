@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import shutil
 import subprocess
 import sys
@@ -31,24 +30,25 @@ SAMPLE_SECONDS = 0.2
 def run(arguments: list[str]) -> dict[str, float]:
     """Run the packer, and measure seconds by the clock and of processors (its workers' too), and peak memory in MiB."""
     command = [sys.executable, str(ROOT / "tools" / "pack_dataset.py"), "--tokenizer", str(TOKENIZER), *arguments]
-    start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    start = time.perf_counter()
     process = psutil.Popen(command, stdout=subprocess.DEVNULL)
     alone = together = 0
+    processor: dict[int, float] = {}  # by process, when last seen: workers are not children of who would be told of their time
     while process.poll() is None:
         try:
-            own = process.memory_info().rss
-            all_of_them = own + sum(child.memory_info().rss for child in process.children(recursive=True))
-            alone, together = max(alone, own), max(together, all_of_them)
+            resident = []
+            for each in (process, *process.children(recursive=True)):
+                resident.append(each.memory_info().rss)
+                processor[each.pid] = each.cpu_times().user + each.cpu_times().system
+            alone, together = max(alone, resident[0]), max(together, sum(resident))
         except psutil.NoSuchProcess:
             pass
         time.sleep(SAMPLE_SECONDS)
     if process.returncode:
         raise SystemExit(f"the packer ended with status {process.returncode}")
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    processor = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     return {
         "seconds": time.perf_counter() - start,
-        "processor_seconds": processor,
+        "processor_seconds": sum(processor.values()),
         "peak_mib": together / 2**20,
         "peak_alone_mib": alone / 2**20,
     }
