@@ -11,7 +11,20 @@ from megavlm.config.machine import Machine, machine_problems
 from megavlm.config.mask import PARTS, parts_named, trains
 from megavlm.config.pipeline import parse_layout
 from megavlm.config.saving import checkpoint_problems
-from megavlm.config.schema import AUGMENTATIONS, Architecture, Checkpoint, Config, Data, Fp8, Health, Logging, Optimizer, Parallel, Training
+from megavlm.config.schema import (
+    AUGMENTATIONS,
+    LAYER_PARTS,
+    Architecture,
+    Checkpoint,
+    Config,
+    Data,
+    Fp8,
+    Health,
+    Logging,
+    Optimizer,
+    Parallel,
+    Training,
+)
 
 
 class ConfigError(ValueError):
@@ -135,6 +148,11 @@ def _tensor_parallel(parallel: Parallel, arch: Architecture) -> Iterator[str]:
         yield f"{flag} {size} is neither a divisor nor a multiple of --architecture.language.num_query_groups {groups}"
     elif not language.num_attention_heads % size and 2 * groups * language.head_size % size:
         yield f"{flag} {size} does not divide the rows of queries, keys and values; use a divisor of {2 * groups * language.head_size}"
+    recomputed = ",".join(parallel.recompute_parts)
+    if not parallel.recompute_parts or not set(parallel.recompute_parts) <= set(LAYER_PARTS):
+        yield f"--parallel.recompute_parts {recomputed}: name one or both of {', '.join(LAYER_PARTS)}"
+    elif parallel.recompute == "none" and set(parallel.recompute_parts) != set(LAYER_PARTS):
+        yield f"--parallel.recompute_parts {recomputed} has no effect with --parallel.recompute none; use selective or full"
     if parallel.sequence_parallel and size == 1:
         yield f"--parallel.sequence_parallel true needs {flag} 2 or more; it is 1"
 

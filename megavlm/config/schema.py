@@ -60,6 +60,10 @@ class Data:
         return tuple(folder.strip() for folder in self.train.split(",") if folder.strip())
 
 
+LAYER_PARTS = ("vision", "language")
+"""The parts of the model that have layers."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Parallel:
     """How the model is laid out over the ranks; what is left of the world is data parallel.
@@ -80,6 +84,7 @@ class Parallel:
             whole layers on every rank and a share of the tiles (data), which spares two sums over the ranks in every layer.
         recompute: what the backward pass computes again instead of keeping it: nothing (none), the MLP of each layer (selective; more than
             half of the memory for a fifth of the time), or whole layers (full).
+        recompute_parts: whose layers that is done to: of the vision encoder (vision), of the language model (language), or of both.
         overlap_grad_reduce: sum gradients over the copies of the model while the backward pass goes on, instead of after it.
         overlap_param_gather: collect updated weights from the copies of the model while the forward pass goes on, instead of before it.
         timeout_minutes: how long a collective may wait before the run is ended.
@@ -93,6 +98,7 @@ class Parallel:
     layout: str = "auto"
     vision: Literal["tensor", "data"] = "tensor"
     recompute: Literal["none", "selective", "full"] = "none"
+    recompute_parts: tuple[str, ...] = LAYER_PARTS
     overlap_grad_reduce: bool = True
     overlap_param_gather: bool = True
     timeout_minutes: int = 30
@@ -106,6 +112,10 @@ class Parallel:
     def chunks(self) -> int:
         """Pieces that the layers are cut into. Chunk ``c`` stands on rank ``c % pipeline_model_parallel_size`` of the pipeline."""
         return self.pipeline_model_parallel_size * self.virtual_pipeline_model_parallel_size
+
+    def recompute_of(self, part: str) -> str:
+        """What is computed again of the layers of ``vision`` or of ``language``."""
+        return self.recompute if part in self.recompute_parts else "none"
 
     @property
     def vision_tensor_size(self) -> int:

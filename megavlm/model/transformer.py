@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -37,7 +36,7 @@ _RECOMPUTE: dict[str, dict[str, Any]] = {
 }
 
 
-def _common(config: Config, counts: tuple[int, ...], chosen: Kernels, tensor_size: int) -> dict[str, Any]:
+def _common(config: Config, counts: tuple[int, ...], chosen: Kernels, tensor_size: int, recompute: str = "none") -> dict[str, Any]:
     """Settings that the parts share.
 
     Args:
@@ -45,6 +44,7 @@ def _common(config: Config, counts: tuple[int, ...], chosen: Kernels, tensor_siz
         counts: layers of this part in each pipeline chunk.
         chosen: kernels of the layers.
         tensor_size: ranks that share each layer of this part.
+        recompute: what is computed again of its layers.
     """
     number = precision(config)
     stages = [["decoder"] * count for count in counts]
@@ -71,18 +71,20 @@ def _common(config: Config, counts: tuple[int, ...], chosen: Kernels, tensor_siz
         batch_p2p_sync=False,  # a wait for the device at every border, against a fault of PyTorch's of long ago
         overlap_p2p_comm=is_interleaved,
         batch_p2p_comm=not is_interleaved,
-        **_RECOMPUTE[config.parallel.recompute],
+        **_RECOMPUTE[recompute],
     )
 
 
 def vision_config(config: Config, layout: Layout, chosen: Kernels) -> TransformerConfig:
     """The vision encoder's; its tiles are too short to be split for sequence parallelism."""
-    vision = config.architecture.vision
+    vision, parallel = config.architecture.vision, config.parallel
+    # Of a frozen vision encoder nothing is kept, and nothing would be computed again.
+    recompute = parallel.recompute_of("vision") if trains("vision", config.training.trainable) else "none"
     return TransformerConfig(
         num_layers=vision.num_layers,
         hidden_size=vision.hidden_size,
         ffn_hidden_size=vision.ffn_hidden_size,
-        num_attention_heads=padded_heads(vision.num_attention_heads, config.parallel.vision_tensor_size),
+        num_attention_heads=padded_heads(vision.num_attention_heads, parallel.vision_tensor_size),
         kv_channels=vision.hidden_size // vision.num_attention_heads,
         normalization=vision.normalization,
         layernorm_epsilon=vision.layernorm_epsilon,
@@ -90,14 +92,8 @@ def vision_config(config: Config, layout: Layout, chosen: Kernels) -> Transforme
         add_qkv_bias=vision.qkv_bias,
         activation_func=ACTIVATIONS[vision.activation],
         **fp8_settings(config, "vision"),
-        **_common(_keeping_frozen(config), layout.vision_counts(), chosen, config.parallel.vision_tensor_size),
+        **_common(config, layout.vision_counts(), chosen, parallel.vision_tensor_size, recompute),
     )
-
-
-def _keeping_frozen(config: Config) -> Config:
-    """The run without recomputation where the vision encoder is frozen: nothing is kept, and nothing would be computed again."""
-    is_trained = trains("vision", config.training.trainable)
-    return config if is_trained else replace(config, parallel=replace(config.parallel, recompute="none"))
 
 
 def projector_config(config: Config, chosen: Kernels) -> TransformerConfig:
@@ -119,7 +115,7 @@ def projector_config(config: Config, chosen: Kernels) -> TransformerConfig:
 
 def language_config(config: Config, layout: Layout, chosen: Kernels) -> TransformerConfig:
     """The language model's: RMSNorm, rotary positions, grouped-query attention, SwiGLU."""
-    language = config.architecture.language
+    language, parallel = config.architecture.language, config.parallel
     return TransformerConfig(
         num_layers=language.num_layers,
         hidden_size=language.hidden_size,
@@ -134,9 +130,9 @@ def language_config(config: Config, layout: Layout, chosen: Kernels) -> Transfor
         add_qkv_bias=language.qkv_bias,
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
-        sequence_parallel=config.parallel.sequence_parallel,
-        context_parallel_size=config.parallel.context_parallel_size,
+        sequence_parallel=parallel.sequence_parallel,
+        context_parallel_size=parallel.context_parallel_size,
         **fp8_settings(config, "language"),
-        **_common(config, layout.language_counts(), chosen, config.parallel.tensor_model_parallel_size)
+        **_common(config, layout.language_counts(), chosen, parallel.tensor_model_parallel_size, parallel.recompute_of("language"))
         | {"bias_activation_fusion": chosen.is_fused},
     )

@@ -99,7 +99,7 @@ def kept_by(config: Config, chunk: Chunk, share: RankShare) -> Kept:
     each_pack, once = 0.0, 0.0
     for place in chunk.places(arch.vision.num_layers):
         part = "vision" if place < arch.vision.num_layers else "language"
-        kept, transient = _kept(layers[part], width[part], parallel.recompute if backward[place] else "nothing")
+        kept, transient = _kept(layers[part], width[part], parallel.recompute_of(part) if backward[place] else "nothing")
         each_pack += kept * rows[part] * size
         once = max(once, transient * rows[part] * size)
     each_pack += size * _around_layers(config, chunk, share)

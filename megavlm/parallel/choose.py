@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 from megavlm.config.rules import layout_problems
-from megavlm.config.schema import Config, Optimizer, Parallel
+from megavlm.config.schema import LAYER_PARTS, Config, Optimizer, Parallel
 from megavlm.parallel.estimate import USABLE, Estimate, Hardware, estimate
 from megavlm.parallel.split import PackSize
 
@@ -71,6 +71,8 @@ def options(config: Config, chosen: Estimate, gpus: int, size: PackSize, capacit
     """The chosen layout with one option changed at a time, by what was changed; arguments as for ``layouts``."""
     as_chosen = dataclasses.replace(chosen.parallel, layout="auto")
     changes: dict[str, dict] = {f"--parallel.recompute {name}": {"recompute": name} for name in RECOMPUTE}
+    for part in LAYER_PARTS:
+        changes[f"--parallel.recompute full --parallel.recompute_parts {part}"] = {"recompute": "full", "recompute_parts": (part,)}
     changes["--parallel.overlap_grad_reduce false"] = {"overlap_grad_reduce": False}
     changes["--parallel.overlap_param_gather false"] = {"overlap_param_gather": False}
     if as_chosen.tensor_model_parallel_size > 1:
@@ -90,6 +92,7 @@ def flags(chosen: Estimate) -> str:
     changed = {name: value for name, value in asked.items() if value != vars(plain)[name] and name != "layout"}
     if chosen.parallel.pipeline_model_parallel_size > 1:
         changed["layout"] = f"'{chosen.parallel.layout}'"
+    changed = {name: ",".join(value) if isinstance(value, tuple) else value for name, value in changed.items()}
     return " ".join(f"--parallel.{name} {str(value).lower() if value is True else value}" for name, value in changed.items())
 
 

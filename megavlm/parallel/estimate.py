@@ -166,8 +166,8 @@ def _exposed(parallel: Parallel, step: Traffic, rates: Traffic, forward: float, 
 
 def _layer_costs(config: Config, size: PackSize) -> tuple[list[float], list[float]]:
     """FLOPs of each layer for a pack: forward, and in all."""
-    arch = config.architecture
-    return layer_costs(arch, (), size), layer_costs(arch, config.training.trainable, size, config.parallel.recompute)
+    arch, parallel = config.architecture, config.parallel
+    return layer_costs(arch, (), size), layer_costs(arch, config.training.trainable, size, parallel.recompute, parallel.recompute_parts)
 
 
 def _compute_seconds(config: Config, layout: Layout, size: PackSize, costs: list[float], hardware: Hardware) -> list[float]:

@@ -92,7 +92,7 @@ def make_layout(config: Config, size: PackSize | None = None) -> Layout:
         return from_counts(split_evenly(vision + language, chunks), vision)
     if parallel.layout == "auto":
         typical = PackSize(tokens=2.0 * arch.features_per_tile, squared_lengths=0.0, tiles=1.0)
-        costs = layer_costs(arch, config.training.trainable, size or typical, parallel.recompute)
+        costs = layer_costs(arch, config.training.trainable, size or typical, parallel.recompute, parallel.recompute_parts)
         return from_counts(balance(costs, chunks), vision)
     return from_counts(parse_layout(parallel.layout, vision, language), vision)
 

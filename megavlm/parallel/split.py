@@ -14,7 +14,7 @@ from itertools import accumulate
 
 import numpy as np
 
-from megavlm.config.schema import Architecture
+from megavlm.config.schema import LAYER_PARTS, Architecture
 from megavlm.parallel.cost import Piece, pieces, with_gradients
 
 
@@ -46,7 +46,13 @@ class PackSize:
         return {"token": self.tokens, "squared_length": self.squared_lengths, "tile": self.tiles}
 
 
-def layer_costs(architecture: Architecture, trainable: Sequence[str], size: PackSize, recompute: str = "none") -> list[float]:
+def layer_costs(
+    architecture: Architecture,
+    trainable: Sequence[str],
+    size: PackSize,
+    recompute: str = "none",
+    recompute_parts: tuple[str, ...] = LAYER_PARTS,
+) -> list[float]:
     """FLOPs of forward and backward pass of each layer, vision encoder and language model counted through.
 
     What stands before a layer of its part (patch embedding, projector and token embedding) counts with the part's first, the head with the
@@ -56,13 +62,15 @@ def layer_costs(architecture: Architecture, trainable: Sequence[str], size: Pack
         architecture: the model.
         trainable: freeze mask, as in ``training.trainable``; empty: the forward pass alone.
         size: of a pack.
-        recompute: what the backward pass computes again, as in ``parallel.recompute``.
+        recompute, recompute_parts: what the backward pass computes again, as in ``parallel``.
     """
-    return list(_layer_costs(architecture, tuple(trainable), size, recompute))
+    return list(_layer_costs(architecture, tuple(trainable), size, recompute, recompute_parts))
 
 
 @lru_cache(maxsize=64)
-def _layer_costs(architecture: Architecture, trainable: tuple[str, ...], size: PackSize, recompute: str) -> tuple[float, ...]:
+def _layer_costs(
+    architecture: Architecture, trainable: tuple[str, ...], size: PackSize, recompute: str, recompute_parts: tuple[str, ...]
+) -> tuple[float, ...]:
     vision, units = architecture.vision.num_layers, size.units()
     costs = [0.0] * (vision + architecture.language.num_layers)
     again = [0.0] * len(costs)
@@ -72,7 +80,8 @@ def _layer_costs(architecture: Architecture, trainable: tuple[str, ...], size: P
         costs[place] += forward * passes
         if piece.layer is not None:
             has_backward[place] |= passes > 1
-            again[place] += forward * (recompute == "full" or (recompute == "selective" and ".mlp." in piece.key))
+            is_again = recompute == "full" or (recompute == "selective" and ".mlp." in piece.key)
+            again[place] += forward * (is_again and piece.part in recompute_parts)
     return tuple(cost + extra * backward for cost, extra, backward in zip(costs, again, has_backward, strict=True))
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megavlm.config.schema import Config
+from megavlm.config.schema import LAYER_PARTS, Config
 from megavlm.parallel.activations import NUMBER_BYTES, RankShare, has_backward
 from megavlm.parallel.held import Held, copied_head, held_by
 from megavlm.parallel.layout import Chunk, Layout
@@ -89,11 +89,12 @@ def _tensor(config: Config, chunk: Chunk, share: RankShare) -> float:
     """Numbers."""
     arch, parallel, tensor = config.architecture, config.parallel, config.parallel.tensor_model_parallel_size
     ring, backward, is_trained = 2 * (tensor - 1) / tensor, has_backward(config), held_by(config, chunk).trained > 0
-    again = {"none": 0, "selective": 1, "full": 2}[parallel.recompute]
+    again = {part: {"none": 0, "selective": 1, "full": 2}[parallel.recompute_of(part)] for part in LAYER_PARTS}
     found = 0.0
     for place in chunk.places(arch.vision.num_layers):
         in_vision = place < arch.vision.num_layers
-        sums = 2 + (2 + again + (parallel.sequence_parallel and is_trained and not in_vision)) * backward[place]
+        computed_again = again["vision" if in_vision else "language"]
+        sums = 2 + (2 + computed_again + (parallel.sequence_parallel and is_trained and not in_vision)) * backward[place]
         if not in_vision:
             found += sums * share.tokens * arch.language.hidden_size
         elif parallel.vision == "tensor":
@@ -114,7 +115,7 @@ def _context(config: Config, chunk: Chunk, capacity: int, share: RankShare) -> f
     gathered = 2 * heads * language.head_size * capacity
     backward, found = has_backward(config), 0.0
     for layer in chunk.language_layers:
-        found += gathered * (1 + (1 + (parallel.recompute == "full")) * backward[arch.vision.num_layers + layer])
+        found += gathered * (1 + (1 + (parallel.recompute_of("language") == "full")) * backward[arch.vision.num_layers + layer])
     if chunk.has_projector:
         of_all = share.tiles * parallel.tile_ranks * arch.features_per_tile * language.hidden_size
         found += 2 * of_all

@@ -109,6 +109,12 @@ WRONG = [
     ("--architecture.vision.patch_size 5", 1, ["patch_size 5 does not divide --architecture.vision.image_size 32"]),
     ("--architecture.pixel_shuffle 3", 1, ["pixel_shuffle 3 does not divide the 8 patches"]),
     ("--architecture.vision.num_attention_heads 3", 1, ["num_attention_heads 3 does not divide --architecture.vision.hidden_size 64"]),
+    (
+        "--parallel.recompute full --parallel.recompute_parts projector",
+        1,
+        ["projector: name one or both of vision, language"],
+    ),
+    ("--parallel.recompute_parts vision", 1, ["recompute_parts vision has no effect with --parallel.recompute none"]),
     ("--data.weights 1,2", 1, ["--data.weights: 2 weights for 1 folders of --data.train"]),
     ("--data.weights 0", 1, ["--data.weights 0.0: each must be above 0"]),
     ("--data.batch_shares true", 1, ["--data.batch_shares true has no effect: --data.train names one folder"]),

@@ -63,6 +63,8 @@ def test_frozen_layers_keep_less_and_those_before_all_that_is_trained_nothing() 
 def test_recomputation_saves_activations() -> None:
     none, selective, full = (needed(run(recompute=name)).activations for name in ("none", "selective", "full"))
     assert full < selective < none and selective < 0.6 * none
+    of_vision, of_language = (needed(run(recompute="full", recompute_parts=(part,))).activations for part in ("vision", "language"))
+    assert full < of_language < none and full < of_vision < none
 
 
 def test_ranks_that_share_a_layer_share_its_memory() -> None:
@@ -133,6 +135,8 @@ def test_options_are_told_by_what_they_change() -> None:
     none, full = found["--parallel.recompute none"], found["--parallel.recompute full"]
     assert (none.memory, none.step_ms) == (chosen.memory, chosen.step_ms)
     assert full.memory.activations < none.memory.activations and full.step_ms > none.step_ms
+    halves = [found[f"--parallel.recompute full --parallel.recompute_parts {part}"] for part in ("vision", "language")]
+    assert all(none.step_ms < half.step_ms < full.step_ms for half in halves)
     assert found["--parallel.overlap_grad_reduce false"].step_ms > none.step_ms
     assert found["--parallel.overlap_param_gather false"].step_ms > none.step_ms
     assert found["--parallel.sequence_parallel false"].memory.activations > none.memory.activations

@@ -68,6 +68,8 @@ def test_recomputed_layers_weigh_more_and_a_head_does_not() -> None:
     none, selective, full = (layer_costs(arch, STAGES["2"].training.trainable, SIZE, name) for name in ("none", "selective", "full"))
     assert full[5] == pytest.approx(none[5] * 4 / 3) and none[5] < selective[5] < full[5]
     assert full[-1] / none[-1] < 1.06, "the layer that the head goes with"
+    of_vision = layer_costs(arch, STAGES["2"].training.trainable, SIZE, "full", ("vision",))
+    assert of_vision == full[: arch.vision.num_layers] + none[arch.vision.num_layers :]
     frozen = layer_costs(arch, STAGES["1"].training.trainable, SIZE, "full")
     assert frozen[5] == layer_costs(arch, (), SIZE)[5], "what has no backward pass is not computed again"
 

@@ -77,6 +77,20 @@ def test_recomputed_layers_train_the_same(ranks: Pool, tmp_path: Path, recompute
     assert recomputed.grad_norms == pytest.approx(kept.grad_norms, rel=1e-6)
 
 
+def recomputed_layers(config: Config) -> dict[str, str | None]:
+    """What the layers of each part are told to compute again."""
+    [chunk] = build(config).chunks
+    return {"vision": chunk.vision.config.recompute_granularity, "language": chunk.language.config.recompute_granularity}
+
+
+def test_the_layers_of_one_part_can_be_recomputed_alone(ranks: Pool, tmp_path: Path) -> None:
+    write_packs(tmp_path / "packs", [_samples((1, 0, 1), seed=s) for s in range(4)], capacity=CAPACITY, **SIZES)
+    whole = dict(vision=None, language=None)
+    for part in whole:
+        config = config_for(tmp_path / "packs", recompute="full", recompute_parts=(part,))
+        assert ranks.run(recomputed_layers, 1, config) == [whole | {part: "full"}]
+
+
 def test_bfloat16_trains_like_float32(ranks: Pool, tmp_path: Path) -> None:
     write_packs(tmp_path / "packs", [_samples((1, 0, 1), seed=s) for s in range(4)], capacity=CAPACITY, **SIZES)
     [exact] = ranks.run(train_curve, 1, config_for(tmp_path / "packs"))
