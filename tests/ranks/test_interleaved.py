@@ -5,18 +5,16 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import pytest
 
-from megavlm.config.schema import Config
 from tests.data.samples import make_dataset
 from tests.ranks.pool import Pool
-from tests.ranks.runs import EVERYTHING, TINY, build, config_for, train_curve
+from tests.ranks.runs import EVERYTHING, TINY, config_for, train_curve
+from tests.ranks.test_pipeline import PACKS, messages
 from tests.ranks.test_resume import forget_the_end, losses, make_job, run_job
 
-PACKS = 4
 INTERLEAVED = dict(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2, layout="v*2|v|p,t*2|t,h")
 DEEP = dataclasses.replace(
     TINY, vision=dataclasses.replace(TINY.vision, num_layers=5), language=dataclasses.replace(TINY.language, num_layers=4)
@@ -29,29 +27,6 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sizes = dict(vocab_size=199, context_token_id=7, tile_size=16, features_per_tile=TINY.features_per_tile)
     make_dataset(folder, packs=7, samples_per_pack=4, image_share=0.6, capacity=128, alignment=4, **sizes)
     return folder
-
-
-def messages(config: Config) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]], list[int], int]:
-    """Shapes that this rank sends and gets along the ring in a step, the tiles of its packs, and how often a pack goes to the device."""
-    import torch.distributed as dist
-
-    from megavlm.data.batch import Batch
-    from megavlm.train.step import run_packs
-
-    job = build(config)
-    packs = [job.train.batch(pack, pack, vision_layers=3, share=job.groups.share) for pack in range(PACKS)]
-    original, sent, got = dist.batch_isend_irecv, [], []
-
-    def spy(operations: list):
-        for operation in operations:
-            (sent if operation.op is dist.isend else got).append(tuple(operation.tensor.shape))
-        return original(operations)
-
-    for chunk in job.wrapped:
-        chunk.zero_grad_buffer()
-    with mock.patch.object(dist, "batch_isend_irecv", spy), mock.patch.object(Batch, "to", autospec=True, side_effect=Batch.to) as moved:
-        run_packs(job.wrapped, iter(packs), PACKS, 1.0, job.backend)
-    return sent, got, [pack.num_tiles for pack in packs], moved.call_count
 
 
 @pytest.mark.parametrize(

@@ -23,10 +23,11 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def messages(config: Config) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]], list[int]]:
-    """Shapes of the tensors that this rank sends and gets along the pipeline in a step, and its tiles in every pack."""
+def messages(config: Config) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]], list[int], int]:
+    """Shapes that this rank sends and gets along the pipeline, the tiles of its packs, and how often a pack goes to the device."""
     import torch.distributed as dist
 
+    from megavlm.data.batch import Batch
     from megavlm.train.step import run_packs
 
     job = build(config)
@@ -38,10 +39,11 @@ def messages(config: Config) -> tuple[list[tuple[int, ...]], list[tuple[int, ...
             (sent if operation.op is dist.isend else got).append(tuple(operation.tensor.shape))
         return original(operations)
 
-    job.wrapped[0].zero_grad_buffer()
-    with mock.patch.object(dist, "batch_isend_irecv", spy):
+    for chunk in job.wrapped:
+        chunk.zero_grad_buffer()
+    with mock.patch.object(dist, "batch_isend_irecv", spy), mock.patch.object(Batch, "to", autospec=True, side_effect=Batch.to) as moved:
         run_packs(job.wrapped, iter(packs), PACKS, 1.0, job.backend)
-    return sent, got, [pack.num_tiles for pack in packs]
+    return sent, got, [pack.num_tiles for pack in packs], moved.call_count
 
 
 @pytest.mark.parametrize(
