@@ -1,7 +1,7 @@
 """Trains a vision-language model; start it with torchrun. `python pretrain_vlm.py --help` tells how."""
 
 from megavlm.config.cli import parse
-from megavlm.folders import read_model
+from megavlm.model_source import read_model
 
 if __name__ == "__main__":
     config = parse(read_model=read_model)

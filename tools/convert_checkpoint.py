@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 
-from megavlm.convert import hf
-from megavlm.convert.tables import DIALECTS
+from megavlm.convert.hf import convert
+from megavlm.convert.weights.tables import DIALECTS
 
 EXAMPLE = """examples:
   python tools/convert_checkpoint.py import --hf InternVL2_5-1B-hf/ --out checkpoints/start
@@ -32,14 +32,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     send.add_argument(
         "--dialect", choices=DIALECTS, default="native", help="transformers' own format, or OpenGVLab's InternVLChatModel (default: native)"
     )
-    send.add_argument("--dtype", choices=sorted(hf.DTYPES), help="number format of the weights (default: as in the checkpoint)")
+    send.add_argument("--dtype", choices=sorted(convert.DTYPES), help="number format of the weights (default: as in the checkpoint)")
     send.add_argument("--tokenizer", metavar="DIR", default="", help="folder of the tokenizer, if the checkpoint has none")
     look = commands.add_parser("check", help="convert a Hugging Face folder there and back in memory, and compare")
     look.add_argument("--hf", metavar="DIR", required=True, help="Hugging Face folder")
     return parser.parse_args(arguments)
 
 
-def report(parts: list[hf.PartCheck]) -> int:
+def report(parts: list[convert.PartCheck]) -> int:
     """Print what the check found; 1 where a tensor changed."""
     print(f"{'part':24} {'tensors':>8} {'bytes':>16}  equal")
     for part in parts:
@@ -54,11 +54,11 @@ def main() -> int:
     args = parse()
     try:
         if args.command == "check":
-            return report(hf.check(args.hf))
+            return report(convert.check(args.hf))
         if args.command == "import":
-            print(f"checkpoint written to {hf.import_(args.hf, args.out, tokenizer=args.tokenizer)}")
+            print(f"checkpoint written to {convert.import_(args.hf, args.out, tokenizer=args.tokenizer)}")
         else:
-            made = hf.export(args.load, args.out, dialect=args.dialect, dtype=hf.DTYPES.get(args.dtype), tokenizer=args.tokenizer)
+            made = convert.export(args.load, args.out, dialect=args.dialect, dtype=convert.DTYPES.get(args.dtype), tokenizer=args.tokenizer)
             print(f"Hugging Face model written to {made}")
     except (ValueError, OSError) as error:
         print(f"convert_checkpoint: error: {error}", file=sys.stderr)

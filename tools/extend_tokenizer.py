@@ -12,9 +12,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from megavlm.data.chat_formats import chat_format
-from megavlm.data.template import DEFAULT
-from megavlm.data.tokenizer import extend, fingerprint, first_tokens, load_tokenizer
+from megavlm.data.text.chat_tokens import DEFAULT
+from megavlm.data.text.templates import chat_format
+from megavlm.data.text.tokenizer import extend, fingerprint, first_tokens, load_tokenizer
 
 
 def main() -> int:

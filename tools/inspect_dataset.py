@@ -10,8 +10,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from megavlm.data.overview import survey, to_text
-from megavlm.data.reader import Reader
+from megavlm.data.inspect.statistics import survey, to_text
+from megavlm.data.store.reader import Reader
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -30,8 +30,8 @@ def main(arguments: list[str] | None = None) -> int:
         if options.json:
             options.json.write_text(overview.to_json(), encoding="utf-8")
         if options.picture:
-            from megavlm.data.dataset import PackedDataset
-            from megavlm.data.picture import draw
+            from megavlm.data.inspect.draw import draw
+            from megavlm.data.loading.dataset import PackedDataset
 
             ids = options.packs or sorted({0, len(reader) // 2, len(reader) - 1})
             draw(PackedDataset(options.folder), ids, options.picture)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from megavlm.data.pack_command import make_job, parse
-from megavlm.data.packer import pack_dataset, plan_dataset
-from megavlm.data.report_picture import draw_report
-from megavlm.folders import image_model
+from megavlm.data.packing.command_line import make_job, parse
+from megavlm.data.packing.job import pack_dataset, plan_dataset
+from megavlm.data.packing.report_plot import draw_report
+from megavlm.model_source import image_model
 
 if __name__ == "__main__":
     options = parse()

@@ -13,11 +13,11 @@ import sys
 from pathlib import Path
 
 from megavlm.config.cli import parse
-from megavlm.data.reader import Reader
-from megavlm.parallel import choose
-from megavlm.parallel.chart import draw, options_to_text, to_text
-from megavlm.parallel.estimate import Hardware
-from megavlm.parallel.split import PackSize
+from megavlm.data.store.reader import Reader
+from megavlm.planner import search
+from megavlm.planner.estimate import Hardware
+from megavlm.planner.partition import PackSize
+from megavlm.planner.report import draw, options_to_text, to_text
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -52,14 +52,14 @@ def show(options: argparse.Namespace) -> None:
     config = parse(["--stage", options.stage, "--model", options.model, "--optimizer.moments", options.moments, *batch])
     hardware = Hardware(**{field.name: vars(options)[field.name] for field in dataclasses.fields(Hardware)})
     case = (options.gpus, *packs(options), hardware)
-    found = choose.layouts(config, *case)
-    shown = choose.best_of_each(found)[: options.top]
+    found = search.layouts(config, *case)
+    shown = search.best_of_each(found)[: options.top]
     print(
         f"{options.model}, stage {options.stage}, {options.gpus} GPUs, {config.training.global_batch_size} packs a step, each of {case[1]}"
     )
     print(f"{len(found)} layouts fit into nine tenths of {hardware.memory_gib:g} GiB\n\n{to_text(shown)}\n")
-    print(f"the first, with one option changed at a time:\n{options_to_text(choose.options(config, found[0], *case), hardware)}\n")
-    print(f"to use the first:\n{choose.flags(found[0])}")
+    print(f"the first, with one option changed at a time:\n{options_to_text(search.options(config, found[0], *case), hardware)}\n")
+    print(f"to use the first:\n{search.flags(found[0])}")
     if options.json:
         rows = [dataclasses.asdict(one) | {"memory_gib": one.memory_gib} for one in found]
         options.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")

@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from transformers import InternVLForConditionalGeneration
 
-from megavlm.data.manifest import Manifest, read_manifest
-from megavlm.data.media import decode_tiles, read_size
-from megavlm.data.record import Turn
-from megavlm.data.template import ChatTemplate
-from megavlm.data.tiling import Tiling
-from megavlm.data.tokenizer import load_tokenizer
+from megavlm.data.images.decode import decode_tiles, read_size
+from megavlm.data.images.tiling import Tiling
+from megavlm.data.records.record import Turn
+from megavlm.data.store.manifest import Manifest, read_manifest
+from megavlm.data.text.chat_tokens import ChatTemplate
+from megavlm.data.text.tokenizer import load_tokenizer
 
 BATCH = 50
 LONGEST_ANSWER = 6

@@ -11,7 +11,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from megavlm.parallel.context import gather_tokens, own_places
+from megavlm.parallel.context_parallel import gather_tokens, own_places
 
 
 class TileAttention(nn.Module):

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 
-from megavlm.config.mask import matches
-from megavlm.config.rules import PARTS
+from megavlm.config.checks.rules import PARTS
+from megavlm.config.freeze_mask import matches
 from megavlm.model.vlm import VisionLanguageModel
 from megavlm.model.weights import named_weights, weight_sizes
 

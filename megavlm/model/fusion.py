@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from megavlm.data.batch import Batch
+from megavlm.data.loading.batch import Batch
 
 
 def place_features(embeddings: Tensor, features: Tensor, batch: Batch) -> Tensor:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from megavlm.config.schema import Language
 from megavlm.model.specs import Kernels, language_spec
-from megavlm.parallel.layout import Chunk
-from megavlm.parallel.padding import padded_vocabulary
+from megavlm.planner.layout import Chunk
+from megavlm.planner.padding import padded_vocabulary
 
 
 class LanguageModel(GPTModel):

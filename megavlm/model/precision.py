@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from megavlm.config.dataset_rules import FP8_ROWS
-from megavlm.config.machine import Machine
+from megavlm.config.checks.datasets import FP8_ROWS
+from megavlm.config.checks.device import Machine
 from megavlm.config.schema import Config
 
 _FORMATS = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -11,12 +11,12 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 from torch.nn.functional import gelu
 
-from megavlm.config.mask import trains
+from megavlm.config.freeze_mask import trains
 from megavlm.config.schema import Config
 from megavlm.model.precision import fp8_settings, precision
 from megavlm.model.specs import Kernels
-from megavlm.parallel.layout import Layout
-from megavlm.parallel.padding import padded_heads
+from megavlm.planner.layout import Layout
+from megavlm.planner.padding import padded_heads
 
 
 def _quick_gelu(hidden: Tensor) -> Tensor:

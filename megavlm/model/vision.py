@@ -17,7 +17,7 @@ from megavlm.model.positions import resize_positions
 from megavlm.model.recompute import ask_for_gradient
 from megavlm.model.specs import Kernels, vision_spec
 from megavlm.model.vision_layer import drop_path_rate
-from megavlm.parallel.layout import Chunk
+from megavlm.planner.layout import Chunk
 
 
 def _standardise(tiles: Tensor, mean: Tensor, std: Tensor, dtype: torch.dtype) -> Tensor:

@@ -16,7 +16,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from megavlm.config.schema import Config
-from megavlm.data.batch import Batch
+from megavlm.data.loading.batch import Batch
 from megavlm.model.fusion import place_features
 from megavlm.model.language import LanguageModel
 from megavlm.model.projector import Projector
@@ -24,9 +24,9 @@ from megavlm.model.recompute import ask_for_gradient
 from megavlm.model.specs import kernels
 from megavlm.model.transformer import language_config, projector_config, vision_config
 from megavlm.model.vision import VisionEncoder
-from megavlm.parallel.encoder import gather_features, holds_whole_layers, mark_copies, save_once, sum_gradients
-from megavlm.parallel.groups import Groups
-from megavlm.parallel.layout import Layout
+from megavlm.parallel.process_groups import Groups
+from megavlm.parallel.vision_parallel import gather_features, holds_whole_layers, mark_copies, save_once, sum_gradients
+from megavlm.planner.layout import Layout
 
 
 class VisionLanguageModel(MegatronModule):

@@ -1,1 +1,1 @@
-"""Process groups, devices and the layout of the layers over ranks."""
+"""Run-time parallelism: backend, process groups, point-to-point, context and vision parallelism."""

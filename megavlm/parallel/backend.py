@@ -9,7 +9,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from megavlm.parallel import cpu
+from megavlm.parallel import cpu_backend
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +76,7 @@ def start(timeout_minutes: int, *, deterministic: bool = False, store: dist.Stor
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     else:
-        cpu.install()
+        cpu_backend.install()
         device = torch.device("cpu")
     if not dist.is_initialized():
         dist.init_process_group(

@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 
+from megavlm.checkpoint.train_state import History
 from megavlm.config.schema import Config
 from megavlm.model import freeze
 from megavlm.model.freeze import Trained
 from megavlm.model.vlm import VisionLanguageModel
 from megavlm.parallel.backend import Backend
-from megavlm.parallel.groups import Groups
-from megavlm.parallel.layout import Layout
-from megavlm.train import moments, optimizer
-from megavlm.train.state import History
+from megavlm.parallel.process_groups import Groups
+from megavlm.planner.layout import Layout
+from megavlm.train import optimizer, stage_moments
 from megavlm.train.step import prepare
 
 
@@ -61,5 +61,5 @@ def build(
     trained = freeze.apply(chunks, config.training.trainable)
     wrapped = optimizer.wrap(config, chunks)
     prepare(wrapped)
-    adamw = optimizer.build(config, wrapped, moments.ages(chunks, history))
+    adamw = optimizer.build(config, wrapped, stage_moments.ages(chunks, history))
     return Built(chunks=chunks, wrapped=wrapped, optimizer=adamw, trained=trained)

@@ -17,13 +17,13 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedStateDict
 from megatron.core.optimizer import MegatronOptimizer
 
+from megavlm.checkpoint import checksums
+from megavlm.checkpoint import train_state as run_state
+from megavlm.checkpoint.directory import LATEST
+from megavlm.checkpoint.train_state import State
 from megavlm.config.cli import from_yaml
 from megavlm.config.schema import Architecture, Config, Fp8
 from megavlm.model.vlm import VisionLanguageModel
-from megavlm.train import integrity
-from megavlm.train import state as run_state
-from megavlm.train.folder import LATEST
-from megavlm.train.state import State
 
 CONFIG_NAME = "config.yaml"
 SHARDS = "shards"
@@ -68,7 +68,7 @@ def read(folder: Path) -> Checkpoint:
         ValueError: the folder is incomplete, damaged, or of another format.
     """
     state = run_state.read(folder)
-    integrity.check_small_files(folder)
+    checksums.check_small_files(folder)
     path = folder / CONFIG_NAME
     try:
         return Checkpoint(folder=folder, config=from_yaml(path), state=state)

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 
 import torch
 
-from megavlm.data.batch import Batch
-from megavlm.data.loader import batches
-from megavlm.data.plan import Plan
+from megavlm.data.loading.batch import Batch
+from megavlm.data.loading.loader import batches
+from megavlm.data.loading.order import Plan
 from megavlm.model.precision import tile_multiple
 from megavlm.train.job import Job
 from megavlm.train.source_losses import SourceLosses

@@ -8,12 +8,12 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 
 from megavlm.config.schema import Config
-from megavlm.data.blend import BlendedDataset
-from megavlm.data.dataset import PackedDataset
-from megavlm.data.plan import Order
+from megavlm.data.loading.blend import BlendedDataset
+from megavlm.data.loading.dataset import PackedDataset
+from megavlm.data.loading.order import Order
 from megavlm.model.vlm import VisionLanguageModel
 from megavlm.parallel.backend import Backend
-from megavlm.parallel.groups import Groups
+from megavlm.parallel.process_groups import Groups
 
 
 @dataclass(frozen=True, kw_only=True)

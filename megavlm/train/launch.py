@@ -10,31 +10,34 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megavlm.config.rules import PARTS, ConfigError, DatasetFacts, check
+from megavlm.checkpoint import directory as folder
+from megavlm.checkpoint.train_state import State
+from megavlm.config.checks.rules import PARTS, ConfigError, DatasetFacts, check
 from megavlm.config.schema import Config, Init
-from megavlm.convert import hf, parts
-from megavlm.convert.families import family_of
-from megavlm.data.blend import BlendedDataset, BlendPlan, open_blend
-from megavlm.data.dataset import PackedDataset
-from megavlm.data.files import is_remote
-from megavlm.data.manifest import read_manifest
-from megavlm.data.plan import Order
-from megavlm.data.tokenizer import fingerprint
+from megavlm.convert.hf import convert, from_parts
+from megavlm.convert.weights.families import family_of
+from megavlm.data.loading.blend import BlendedDataset, BlendPlan, open_blend
+from megavlm.data.loading.dataset import PackedDataset
+from megavlm.data.loading.order import Order
+from megavlm.data.store.manifest import read_manifest
+from megavlm.data.text.tokenizer import fingerprint
+from megavlm.health import speed_check
+from megavlm.health.preflight import DisagreementError, View, agree, look
+from megavlm.io.storage import is_remote
 from megavlm.model import precision, weights
 from megavlm.model.freeze import Trained
 from megavlm.model.vlm import VisionLanguageModel
-from megavlm.parallel import backend, groups, speed
-from megavlm.parallel.agree import DisagreementError, View, agree, look
-from megavlm.parallel.layout import make_layout
-from megavlm.parallel.split import PackSize
-from megavlm.train import checkpoint, folder, moments, optimizer, source
+from megavlm.parallel import backend, process_groups
+from megavlm.planner.layout import make_layout
+from megavlm.planner.partition import PackSize
+from megavlm.train import checkpoint, optimizer, stage_moments
+from megavlm.train import resume as source
 from megavlm.train.build import build
 from megavlm.train.checkpoint import Checkpoint
 from megavlm.train.job import Job
 from megavlm.train.loop import run
 from megavlm.train.metrics import Metrics
 from megavlm.train.saver import SaveError
-from megavlm.train.state import State
 
 Start = Checkpoint | Path | Init | None
 """What a run starts from: a checkpoint, a Hugging Face folder, parts, or nothing."""
@@ -91,7 +94,7 @@ def inspect(config: Config, world_size: int) -> Start:
     if not config.checkpoint.load:
         return None
     if (Path(config.checkpoint.load) / "config.json").is_file():
-        hf.refuse_other(config.checkpoint.load, config.architecture)
+        convert.refuse_other(config.checkpoint.load, config.architecture)
         if config.checkpoint.moments == "keep":
             raise ValueError(f"--checkpoint.moments keep: {config.checkpoint.load} is of Hugging Face and has none; use fresh")
         return Path(config.checkpoint.load)
@@ -103,11 +106,11 @@ def inspect(config: Config, world_size: int) -> Start:
 
 def _check_parts(config: Config) -> None:
     """Refuse parts that do not fit the model or the data."""
-    parts.refuse_other(config.init, config.architecture)
+    from_parts.refuse_other(config.init, config.architecture)
     if config.init.language:
-        tokenizer, _ = parts.extend_tokenizer(config.init)
+        tokenizer, _ = from_parts.extend_tokenizer(config.init)
         if fingerprint(tokenizer) != read_manifest(config.data.train_folders[0]).tokenizer_fingerprint:
-            words = " ".join(parts.words_of(config.init))
+            words = " ".join(from_parts.words_of(config.init))
             raise ConfigError(f"--data.train {config.data.train}: packed with another tokenizer than that of {words}")
 
 
@@ -150,7 +153,7 @@ def train(config: Config, machine: backend.Backend, start: Start) -> State:
     """
     packs, plan = _open_training_set(config)
     layout = make_layout(config, PackSize.mean(packs.some_records()))
-    place = groups.create(config.parallel, config.training.seed, layout.embedding_chunk)
+    place = process_groups.create(config.parallel, config.training.seed, layout.embedding_chunk)
     if isinstance(start, Checkpoint):
         start = source.whole(config, start)
     with Metrics(config, place.is_writer) as metrics:
@@ -166,7 +169,7 @@ def train(config: Config, machine: backend.Backend, start: Start) -> State:
             checkpoint.load_optimizer(start, built.chunks, built.optimizer, config.fp8)
             state = start.state
         elif history:
-            moments.keep(start, built.chunks, built.optimizer, optimizer.oldest(built.optimizer))
+            stage_moments.keep(start, built.chunks, built.optimizer, optimizer.oldest(built.optimizer))
         _introduce(config, place, built.trained, start, state, metrics)
         if place.pipeline_size > 1:
             metrics.say(f"pipeline: {layout}")
@@ -185,8 +188,8 @@ def train(config: Config, machine: backend.Backend, start: Start) -> State:
         )
         state = run(job, state, metrics)
         if config.checkpoint.export_hf and state.step == config.training.steps and place.rank == 0:
-            hf.export(config.checkpoint.save, config.checkpoint.export_hf, flag="--checkpoint.export_hf")
-    groups.destroy()
+            convert.export(config.checkpoint.save, config.checkpoint.export_hf, flag="--checkpoint.export_hf")
+    process_groups.destroy()
     return state
 
 
@@ -205,7 +208,7 @@ def _open_training_set(config: Config) -> tuple[PackedDataset | BlendedDataset, 
     )
 
 
-def _clean(save: Path, place: groups.Groups, metrics: Metrics) -> None:
+def _clean(save: Path, place: process_groups.Groups, metrics: Metrics) -> None:
     """Remove what a killed run left in the save folder. Collective."""
     left: list = [folder.clean(save) if place.rank == 0 and save.exists() else []]
     dist.broadcast_object_list(left)
@@ -213,11 +216,11 @@ def _clean(save: Path, place: groups.Groups, metrics: Metrics) -> None:
         metrics.say(f"removed from {save} what a killed run left: {', '.join(left[0])}")
 
 
-def _check_speed(config: Config, place: groups.Groups, machine: backend.Backend, metrics: Metrics) -> None:
+def _check_speed(config: Config, place: process_groups.Groups, machine: backend.Backend, metrics: Metrics) -> None:
     """Say how fast ranks and groups are, and who is slow. Collective."""
-    speeds = speed.measure(place, machine)
-    metrics.say(speed.summary(speeds))
-    for finding in speed.findings(speeds, config.health, on_gpu=machine.asynchronous):
+    speeds = speed_check.measure(place, machine)
+    metrics.say(speed_check.summary(speeds))
+    for finding in speed_check.findings(speeds, config.health, on_gpu=machine.asynchronous):
         metrics.say(f"warning: {finding}")
 
 
@@ -226,13 +229,13 @@ def _fill(config: Config, start: Start, chunks: Sequence[VisionLanguageModel]) -
     if isinstance(start, Checkpoint):
         checkpoint.load_weights(start, chunks)
     elif isinstance(start, Path):
-        weights.fill(chunks, hf.full_tensors(start, config.architecture))
+        weights.fill(chunks, convert.full_tensors(start, config.architecture))
     else:
         fresh = weights.fresh_tensor(config)
-        weights.fill(chunks, fresh if start is None else parts.full_tensors(config, fresh))
+        weights.fill(chunks, fresh if start is None else from_parts.full_tensors(config, fresh))
 
 
-def _introduce(config: Config, place: groups.Groups, trained: Trained, start: Start, state: State, metrics: Metrics) -> None:
+def _introduce(config: Config, place: process_groups.Groups, trained: Trained, start: Start, state: State, metrics: Metrics) -> None:
     """Say what is about to run."""
     origin = "fresh weights"
     if isinstance(start, Checkpoint):

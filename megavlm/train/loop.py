@@ -10,20 +10,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megavlm.data.loader import batches
+from megavlm.checkpoint.train_state import State
+from megavlm.data.loading.loader import batches
+from megavlm.health.watchdog import Watchdog
 from megavlm.model.precision import tile_multiple
-from megavlm.parallel.cost import training_cost
+from megavlm.planner.flops import training_cost
 from megavlm.train.evaluate import held_out_loss
 from megavlm.train.job import Job
 from megavlm.train.metrics import Metrics
 from megavlm.train.optimizer import set_rates, whole_weights
-from megavlm.train.pace import Pace
 from megavlm.train.saver import Saver
 from megavlm.train.source_losses import SourceLosses
-from megavlm.train.state import State
 from megavlm.train.step import train_step
-from megavlm.train.stop import StopRequest
-from megavlm.train.watchdog import Watchdog
+from megavlm.train.stop_signal import StopRequest
+from megavlm.train.throughput import Pace
 
 
 def run(job: Job, state: State, metrics: Metrics) -> State:

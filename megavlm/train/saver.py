@@ -16,16 +16,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megavlm.checkpoint import checksums, directory
+from megavlm.checkpoint import train_state as run_state
+from megavlm.checkpoint.async_writer import Writing
+from megavlm.checkpoint.train_state import State
 from megavlm.config.cli import to_yaml
-from megavlm.data.files import open_folder
-from megavlm.data.manifest import FILE_NAME as MANIFEST_NAME
-from megavlm.train import checkpoint, folder, integrity
-from megavlm.train import state as run_state
+from megavlm.data.store.manifest import FILE_NAME as MANIFEST_NAME
+from megavlm.io.storage import open_folder
+from megavlm.train import checkpoint
 from megavlm.train.job import Job
 from megavlm.train.metrics import Metrics
 from megavlm.train.optimizer import whole_weights
-from megavlm.train.state import State
-from megavlm.train.writing import Writing
 
 # Kept free while the shards are written, for the small files that come after them: a disk that is full by then would leave one rank with an
 # error and the others waiting for it.
@@ -60,7 +61,7 @@ class Saver:
         """Save the run as it is; if writing goes on beside training, the weights may change when this returns."""
         self.wait()
         self._state, self._start, self._problem = state, time.perf_counter(), ""
-        name: list = [folder.growing_name(state.step)]
+        name: list = [directory.growing_name(state.step)]
         dist.broadcast_object_list(name)  # rank 0's
         self._growing = self._root / name[0]
         if self._agree(self._on_first(self._prepare)):
@@ -96,7 +97,7 @@ class Saver:
         if self._agree(self._on_first(lambda: self._publish(sums))):
             return
         self.step = self._state.step
-        target, seconds = self._root / folder.step_name(self.step), time.perf_counter() - self._start
+        target, seconds = self._root / directory.step_name(self.step), time.perf_counter() - self._start
         self._metrics.say(f"saved {target} in {seconds:.1f} s" + " beside training" * self._beside)
 
     def finish(self) -> None:
@@ -143,14 +144,14 @@ class Saver:
             os.posix_fallocate(file.fileno(), 0, _SPARE_BYTES + _FIRST_BYTES)
             file.truncate(_SPARE_BYTES)
 
-    def _publish(self, sums: dict[str, integrity.Sum]) -> None:
+    def _publish(self, sums: dict[str, checksums.Sum]) -> None:
         """Add the small files to the shards, then give the checkpoint its name."""
         config, growing, dataset = self._job.config, self._growing, self._job.train.folder
         (growing / checkpoint.CONFIG_NAME).write_text(to_yaml(config))
         for name in (MANIFEST_NAME, checkpoint.TOKENIZER):
             open_folder(dataset).copy(name, growing / name)
         run_state.write(self._state, growing)
-        integrity.write(growing, sums)
-        target = self._root / folder.step_name(self._state.step)
-        folder.publish(growing, target)
-        folder.drop_old(self._root, target, config.checkpoint.keep, config.checkpoint.keep_best)
+        checksums.write(growing, sums)
+        target = self._root / directory.step_name(self._state.step)
+        directory.publish(growing, target)
+        directory.drop_old(self._root, target, config.checkpoint.keep, config.checkpoint.keep_best)

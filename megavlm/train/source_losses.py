@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megavlm.data.batch import Batch
-from megavlm.parallel.groups import Groups
+from megavlm.data.loading.batch import Batch
+from megavlm.parallel.process_groups import Groups
 
 # Sums are whole numbers of these fractions. Adding whole numbers gives the same in any order, and GPUs add in any order.
 LOSS_UNIT = 2.0**-20

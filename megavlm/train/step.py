@@ -12,13 +12,13 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megavlm.data.batch import Batch
+from megavlm.data.loading.batch import Batch
 from megavlm.model.loss import weighted_sum
 from megavlm.model.tied import sum_tied_gradients
 from megavlm.model.vlm import VisionLanguageModel
 from megavlm.parallel.backend import Backend
-from megavlm.parallel.interleave import Rings
-from megavlm.parallel.pipeline import Borders, Shape, Turns
+from megavlm.parallel.p2p import Borders, Shape, Turns
+from megavlm.parallel.p2p_interleaved import Rings
 from megavlm.train.optimizer import step
 from megavlm.train.source_losses import SourceLosses
 

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from megavlm.config.schema import Parallel
-from megavlm.convert.reference import load_reference
-from megavlm.data.batch import Batch
-from megavlm.data.dataset import PackedDataset
+from megavlm.convert.hf.reference import load_reference
+from megavlm.data.loading.batch import Batch
+from megavlm.data.loading.dataset import PackedDataset
 from megavlm.model.vlm import VisionLanguageModel
-from megavlm.parallel import backend, groups
-from megavlm.parallel.layout import make_layout
+from megavlm.parallel import backend, process_groups
+from megavlm.planner.layout import make_layout
 from megavlm.train import checkpoint
 
 
@@ -65,7 +65,7 @@ def compare(checkpoint_path: str, hf_folder: Path, dataset_folder: Path, packs: 
             largest = max(largest, float((mine - theirs).abs().max()))
             equal += int((mine.argmax(-1) == theirs.argmax(-1)).sum())
             samples, tokens = samples + 1, tokens + end - start
-    groups.destroy()
+    process_groups.destroy()
     return Agreement(samples=samples, tokens=tokens, max_abs_difference=largest, equal_choices=equal)
 
 
@@ -74,7 +74,7 @@ def _load(path: str, machine: backend.Backend) -> VisionLanguageModel:
     if found is None:
         raise ValueError(f"--load {path}: no checkpoint is there")
     alone = dataclasses.replace(found.config, parallel=Parallel())
-    place = groups.create(alone.parallel, seed=0)
+    place = process_groups.create(alone.parallel, seed=0)
     model = VisionLanguageModel(alone, make_layout(alone), place).to(machine.device)
     checkpoint.load_weights(found, [model])
     return model.eval()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from megavlm.config.models import architecture
-from megavlm.parallel.cost import training_cost
+from megavlm.planner.flops import training_cost
 from tools.benchmark import chunk_times, frozen, parallel, splits
 from tools.benchmark.scaled import FULL, STAGE_NAMES
 

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from megavlm.config.models import architecture
-from megavlm.data.dataset import PackedDataset
-from megavlm.parallel.cost import pieces, training_cost
+from megavlm.data.loading.dataset import PackedDataset
+from megavlm.planner.flops import pieces, training_cost
 from tools.benchmark import gpu, runner
 from tools.benchmark.cases import Case, all_cases, smoke_cases
 from tools.benchmark.packs import SMOKE, fullest, make_packs, photographs

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megavlm.config.pipeline import parse_layout, write_layout
+from megavlm.config.layout_text import parse_layout, write_layout
 
 
 @pytest.mark.parametrize(

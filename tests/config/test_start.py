@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from megavlm.config.checks.rules import problems
 from megavlm.config.cli import from_yaml, parse, to_yaml
 from megavlm.config.models import MODELS, architecture
-from megavlm.config.rules import problems
 from megavlm.config.schema import Architecture, Checkpoint, Init, Vision
 
 FOUND = Architecture(pixel_shuffle=7)

@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import InternVLConfig, InternVLForConditionalGeneration
 
 from megavlm.config.schema import Architecture, Language, Vision
-from megavlm.convert import native_config
-from megavlm.convert.processor import TOKENIZER_FILES
+from megavlm.convert.hf import native_config
+from megavlm.convert.hf.processor import TOKENIZER_FILES
 
 TOKENIZER = Path(__file__).parents[1] / "golden" / "tokenizer"
 

@@ -13,10 +13,10 @@ import pytest
 from megavlm.config.cli import parse
 from megavlm.config.models import MODELS
 from megavlm.config.schema import Architecture, Init
-from megavlm.convert.parts import extend_tokenizer
-from megavlm.data.manifest import read_manifest
-from megavlm.data.tokenizer import fingerprint, load_tokenizer
-from megavlm.folders import image_model, read_model
+from megavlm.convert.hf.from_parts import extend_tokenizer
+from megavlm.data.store.manifest import read_manifest
+from megavlm.data.text.tokenizer import fingerprint, load_tokenizer
+from megavlm.model_source import image_model, read_model
 from tests.convert.models import KINDS, SMALL, TOKENIZER, make_hf
 from tests.convert.part_folders import WORDS, make_parts, make_tokenizer, make_vision
 

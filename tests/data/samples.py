@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image as Picture
 
-from megavlm.data import store
-from megavlm.data.manifest import Level, Manifest, Source
 from megavlm.data.sample import Image, Sample
+from megavlm.data.store import pack_format
+from megavlm.data.store.manifest import Level, Manifest, Source
 
 GRIDS = ((1, 1), (2, 1), (1, 2), (3, 1))
 
@@ -69,7 +69,7 @@ def make_dataset(
     capacity: int = 256,
     alignment: int = 1,
     text_tokens: tuple[int, int] = (8, 40),
-    shard_bytes: int = store.SHARD_BYTES,
+    shard_bytes: int = format.SHARD_BYTES,
     seed: int = 0,
     grids: tuple[tuple[int, int], ...] = GRIDS,
     levels: tuple[int, ...] = (),
@@ -90,10 +90,10 @@ def make_dataset(
             line += 1
             images = int(rng.random() < image_share)
             words = int(rng.integers(*text_tokens))
-            used = sum(store.round_up(sample.length, alignment) for sample in pack)
+            used = sum(format.round_up(sample.length, alignment) for sample in pack)
             for count in range(images, -1, -1):
                 sample = make_sample(rng, images=count, text_tokens=words, line=line, grids=grids, source=line % len(sources), **facts)
-                if used + store.round_up(sample.length, alignment) <= capacity:
+                if used + format.round_up(sample.length, alignment) <= capacity:
                     pack.append(sample)
                     break
         chosen.append(pack)
@@ -112,14 +112,14 @@ def write_packs(
     features_per_tile: int,
     capacity: int,
     alignment: int = 1,
-    shard_bytes: int = store.SHARD_BYTES,
+    shard_bytes: int = format.SHARD_BYTES,
     seed: int = 0,
     levels: tuple[int, ...] = (),
     sources: tuple[str, ...] = ("random",),
 ) -> Manifest:
     """Write the given samples as the packs of a dataset."""
     lines = max(sample.line for pack in packs for sample in pack)
-    with store.Writer(folder, capacity, shard_bytes, alignment=alignment) as writer:
+    with pack_format.Writer(folder, capacity, shard_bytes, alignment=alignment) as writer:
         for pack in packs:
             writer.write(pack)
         return writer.close(

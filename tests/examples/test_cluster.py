@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from torch.distributed.run import get_args_parser
 
+from megavlm.config.checks.rules import ConfigError, check
 from megavlm.config.cli import parse
-from megavlm.config.rules import ConfigError, check
 from megavlm.config.schema import Config, Init
 from tools import pack_dataset
 

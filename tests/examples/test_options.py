@@ -12,8 +12,8 @@ from torch.distributed.run import get_args_parser
 
 from megavlm.config.cli import parse
 from megavlm.config.options import options
-from megavlm.data import pack_command
-from megavlm.parallel.estimate import Hardware
+from megavlm.data.packing import command_line
+from megavlm.planner.estimate import Hardware
 
 ROOT = Path(__file__).parents[2]
 TEXTS = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), ROOT / "Dockerfile", *sorted(ROOT.glob("examples/**/*.sh"))]
@@ -31,9 +31,9 @@ def known() -> set[str]:
     """Options of the trainer, of torchrun, and of the scripts in tools and examples."""
     found = {flag for option in options().values() for flag in option.flags} | {"--config", "--print_config", "--help"}
     found |= {flag for action in get_args_parser()._actions for flag in action.option_strings}
-    found |= {f"--{name}" for name, _, _ in pack_command.OPTIONS}
+    found |= {f"--{name}" for name, _, _ in command_line.OPTIONS}
     found |= {f"--{field.name}" for field in dataclasses.fields(Hardware)}
-    for path in [*ROOT.glob("tools/**/*.py"), *ROOT.glob("examples/**/*.py"), Path(pack_command.__file__)]:
+    for path in [*ROOT.glob("tools/**/*.py"), *ROOT.glob("examples/**/*.py"), Path(command_line.__file__)]:
         texts = (node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant))
         found |= {text for text in texts if isinstance(text, str) and re.fullmatch(r"--[a-z_]+", text)}
     return found

@@ -48,7 +48,7 @@ def test_answers_are_what_the_board_shows(boards, shape: tuple[int, int]) -> Non
 
 
 def test_each_cell_becomes_a_tile(boards) -> None:
-    from megavlm.data.tiling import choose_grid
+    from megavlm.data.images.tiling import choose_grid
 
     for rows, columns in boards.SHAPES:
         assert choose_grid(columns * boards.CELL, rows * boards.CELL, 1, 6, 16) == (columns, rows)

@@ -56,7 +56,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def job() -> Callable[[Config], AbstractContextManager[Job]]:
     """``with job(config) as built``: a whole job, whose process groups end with the block."""
-    from megavlm.parallel import groups
+    from megavlm.parallel import process_groups
     from tests.ranks.runs import build
 
     @contextmanager
@@ -64,7 +64,7 @@ def job() -> Callable[[Config], AbstractContextManager[Job]]:
         try:
             yield build(config)
         finally:
-            groups.destroy()
+            process_groups.destroy()
             torch.cuda.empty_cache()
 
     return built
@@ -73,14 +73,14 @@ def job() -> Callable[[Config], AbstractContextManager[Job]]:
 @pytest.fixture
 def curve() -> Callable[..., list[float]]:
     """``curve(config)``: the losses of a run's steps."""
-    from megavlm.parallel import groups
+    from megavlm.parallel import process_groups
     from tests.ranks.runs import train_curve
 
     def losses(config: Config) -> list[float]:
         try:
             return train_curve(config).losses
         finally:
-            groups.destroy()
+            process_groups.destroy()
             torch.cuda.empty_cache()
 
     return losses

@@ -55,12 +55,12 @@ def test_packed_attention_sees_one_sample_at_a_time() -> None:
     from megavlm.model.attention import PackedCausalAttention
     from megavlm.model.specs import transformer_engine_kernels
     from megavlm.model.transformer import language_config
-    from megavlm.parallel import groups
-    from megavlm.parallel.layout import make_layout
+    from megavlm.parallel import process_groups
+    from megavlm.planner.layout import make_layout
 
     config = small(Path("unused"), kernels="transformer_engine")
     machine, chosen = backend.start(5), transformer_engine_kernels()
-    place = groups.create(config.parallel, 0)
+    place = process_groups.create(config.parallel, 0)
     try:
         from megatron.core.transformer.enums import AttnMaskType
 
@@ -83,7 +83,7 @@ def test_packed_attention_sees_one_sample_at_a_time() -> None:
         for tensor, exact in zip((query, key, value), inputs, strict=True):
             assert distance(tensor.grad.float(), exact.grad) < 0.03
     finally:
-        groups.destroy()
+        process_groups.destroy()
 
 
 @pytest.mark.parametrize("trainable", [("projector",), ("vision", "projector"), ("language",), EVERYTHING, ("vision.encoder.layers.2",)])

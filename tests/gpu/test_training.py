@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megavlm.config.machine import machine_problems
+from megavlm.config.checks.device import machine_problems
 from megavlm.config.schema import Checkpoint, Config, Logging
 from tests.convert.models import TOKENIZER, load_all, make_hf
 from tests.gpu.models import SMALL, small
@@ -93,7 +93,7 @@ def test_a_deterministic_run_gives_the_same_bits_twice(curve, dataset: Path) -> 
 @pytest.mark.parametrize("recompute", ["none", "selective"])
 @pytest.mark.parametrize("recipe", ["none", "tensorwise"])
 def test_the_host_waits_for_nothing_in_a_step(job, dataset: Path, recipe: str, recompute: str) -> None:
-    from megavlm.data.loader import batches
+    from megavlm.data.loading.loader import batches
     from megavlm.model.precision import tile_multiple
     from megavlm.train.optimizer import set_rates
     from megavlm.train.step import train_step
@@ -118,14 +118,14 @@ def test_the_host_waits_for_nothing_in_a_step(job, dataset: Path, recipe: str, r
 
 def run(config: Config) -> None:
     """A whole job, as ``pretrain_vlm.py`` runs it."""
-    from megavlm.parallel import backend, groups
+    from megavlm.parallel import backend, process_groups
     from megavlm.train import launch
 
     source = launch.inspect(config, 1)
     try:
         launch.train(config, backend.start(5, deterministic=config.training.deterministic), source)
     finally:
-        groups.destroy()
+        process_groups.destroy()
 
 
 def saving(config: Config, save: Path, load: Path | str = "", **checkpoint) -> Config:
@@ -162,12 +162,12 @@ def test_a_checkpoint_of_one_kind_of_layers_goes_on_with_the_other(dataset: Path
 
 
 def test_frozen_weights_come_back_from_hugging_face_and_return_bit_identical(dataset: Path, tmp_path: Path) -> None:
-    from megavlm.convert import hf
+    from megavlm.convert.hf import convert
 
     config = engine(dataset, steps=3, trainable=("projector",))
     source = make_hf(tmp_path / "hf", SMALL)
     run(saving(config, tmp_path / "run", load=source))
-    hf.export(tmp_path / "run", tmp_path / "out", tokenizer=TOKENIZER)
+    convert.export(tmp_path / "run", tmp_path / "out", tokenizer=TOKENIZER)
     before, after = load_all(source), load_all(tmp_path / "out")
     assert before.keys() == after.keys()
     changed = {name for name in before if not torch.equal(before[name], after[name])}

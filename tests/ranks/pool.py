@@ -91,7 +91,7 @@ def _serve(connection: Connection) -> None:
     import torch
     import torch.distributed as dist
 
-    from megavlm.parallel import groups
+    from megavlm.parallel import process_groups
 
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
@@ -108,6 +108,6 @@ def _serve(connection: Connection) -> None:
         except BaseException:
             answer = True, traceback.format_exc()
         connection.send(answer)
-        groups.destroy()  # a function that failed may have left its groups
+        process_groups.destroy()  # a function that failed may have left its groups
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -76,19 +76,19 @@ def config_for(dataset: Path, **settings: Any) -> Config:
 
 def build(config: Config):
     """A job from fresh weights."""
-    from megavlm.data.dataset import PackedDataset
-    from megavlm.data.plan import Plan
+    from megavlm.data.loading.dataset import PackedDataset
+    from megavlm.data.loading.order import Plan
     from megavlm.model import weights
-    from megavlm.parallel import backend, groups
-    from megavlm.parallel.layout import make_layout
-    from megavlm.parallel.split import PackSize
+    from megavlm.parallel import backend, process_groups
+    from megavlm.planner.layout import make_layout
+    from megavlm.planner.partition import PackSize
     from megavlm.train.build import build as build_model
     from megavlm.train.job import Job
 
     machine = backend.start(config.parallel.timeout_minutes, deterministic=config.training.deterministic)
     packs = PackedDataset(config.data.train)
     layout = make_layout(config, PackSize.mean(packs.some_records()))
-    place = groups.create(config.parallel, config.training.seed, layout.embedding_chunk)
+    place = process_groups.create(config.parallel, config.training.seed, layout.embedding_chunk)
     built = build_model(config, layout, place, machine, lambda chunks: weights.fill(chunks, weights.fresh_tensor(config)))
     return Job(
         config=config,

@@ -47,7 +47,7 @@ def random_model(architecture: Architecture, context_token_id: int, folder: Path
     """Write a random ``InternVLForConditionalGeneration`` whose every weight differs from its fresh value."""
     from transformers import InternVLConfig, InternVLForConditionalGeneration
 
-    from megavlm.convert import native_config
+    from megavlm.convert.hf import native_config
 
     settings = native_config.write(architecture, dtype=torch.float32, image_token_id=context_token_id, eos_token_id=1, pad_token_id=0)
     torch.manual_seed(5)
@@ -63,20 +63,20 @@ def answers_of_pack(config: Config, folder: Path) -> tuple[np.ndarray, np.ndarra
 
     None but from the last chunk.
     """
-    from megavlm.convert import hf
-    from megavlm.data.dataset import PackedDataset
+    from megavlm.convert.hf import convert
+    from megavlm.data.loading.dataset import PackedDataset
     from megavlm.model import weights
     from megavlm.model.vlm import VisionLanguageModel
-    from megavlm.parallel import backend, groups
-    from megavlm.parallel.layout import make_layout
+    from megavlm.parallel import backend, process_groups
+    from megavlm.planner.layout import make_layout
 
     backend.start(5)
-    place = groups.create(config.parallel, 0, make_layout(config).embedding_chunk)
+    place = process_groups.create(config.parallel, 0, make_layout(config).embedding_chunk)
     model = VisionLanguageModel(config, make_layout(config), place).eval()
-    weights.fill([model], hf.full_tensors(folder, config.architecture))
+    weights.fill([model], convert.full_tensors(folder, config.architecture))
     batch = PackedDataset(config.data.train).batch(0, 0, vision_layers=config.architecture.vision.num_layers)
     answers = [_through_the_pipeline(model, batch, place, with_loss=with_loss) for with_loss in (False, True)]
-    groups.destroy()
+    process_groups.destroy()
     return None if answers[0] is None else (answers[0].numpy(), answers[1].numpy())
 
 
@@ -99,8 +99,8 @@ def _through_the_pipeline(model, batch, place, *, with_loss: bool) -> torch.Tens
 
 def answers_of_transformers(folder: Path, packs: Path, architecture: Architecture) -> list[tuple[slice, torch.Tensor, torch.Tensor]]:
     """Of each sample, run by itself: its place in the pack, its logits, and the losses of all its tokens but the last."""
-    from megavlm.convert.reference import load_reference
-    from megavlm.data.dataset import PackedDataset
+    from megavlm.convert.hf.reference import load_reference
+    from megavlm.data.loading.dataset import PackedDataset
 
     batch, reference = PackedDataset(packs).batch(0, 0), load_reference(folder)
     mean, std = (torch.tensor(x)[:, None, None] for x in (architecture.vision.pixel_mean, architecture.vision.pixel_std))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megavlm.config.rules import ConfigError
+from megavlm.config.checks.rules import ConfigError
 from megavlm.config.schema import Config
 from tests.data.samples import make_dataset
 from tests.ranks.pool import Pool

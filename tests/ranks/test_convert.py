@@ -22,16 +22,16 @@ def load_then_save(folder: Path, imported: Path, config: Config) -> list[str]:
     from megatron.core import dist_checkpointing
 
     from megavlm.config.cli import to_yaml
-    from megavlm.convert import hf
+    from megavlm.convert.hf import convert
     from megavlm.model import weights
     from megavlm.model.vlm import VisionLanguageModel
-    from megavlm.parallel import backend, groups
-    from megavlm.parallel.layout import make_layout
+    from megavlm.parallel import backend, process_groups
+    from megavlm.planner.layout import make_layout
 
     backend.start(config.parallel.timeout_minutes)
-    place = groups.create(config.parallel, config.training.seed, make_layout(config).embedding_chunk)
+    place = process_groups.create(config.parallel, config.training.seed, make_layout(config).embedding_chunk)
     models = [VisionLanguageModel(config, make_layout(config), place) for _ in range(2)]
-    keys = weights.fill(models[:1], hf.full_tensors(folder, config.architecture))
+    keys = weights.fill(models[:1], convert.full_tensors(folder, config.architecture))
     loaded = dist_checkpointing.load({"model": models[1].sharded_state_dict(prefix="model.")}, str(imported / "shards"))
     models[1].load_state_dict({key.removeprefix("model."): value for key, value in loaded["model"].items()})
     for one, other in zip(*(weights.named_weights(model).items() for model in models), strict=True):
@@ -46,18 +46,18 @@ def load_then_save(folder: Path, imported: Path, config: Config) -> list[str]:
     if place.rank == 0:
         (saved / "state.json").write_text((imported / "state.json").read_text())
         (saved / "config.yaml").write_text(to_yaml(config))
-        hf.export(saved, imported.parent / "out", tokenizer=imported / "tokenizer")
-    groups.destroy()
+        convert.export(saved, imported.parent / "out", tokenizer=imported / "tokenizer")
+    process_groups.destroy()
     return keys
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_import_and_export_through_ranks(ranks: Pool, tmp_path: Path, layout: str) -> None:
-    from megavlm.convert import hf
-    from megavlm.convert.tables import megatron_shapes
+    from megavlm.convert.hf import convert
+    from megavlm.convert.weights.tables import megatron_shapes
 
     source = make_hf(tmp_path / "hf", EVEN)
-    imported = hf.import_(source, tmp_path / "imported")
+    imported = convert.import_(source, tmp_path / "imported")
     config = Config(
         stage="2", model="custom", architecture=EVEN, parallel=Parallel(**LAYOUTS[layout]), training=Training(precision="bfloat16")
     )

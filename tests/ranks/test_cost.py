@@ -10,9 +10,9 @@ import pytest
 
 from megavlm.config.schema import Architecture, Checkpoint, Logging
 from megavlm.config.stages import STAGES
-from megavlm.data.dataset import PackedDataset
-from megavlm.data.plan import Plan
-from megavlm.parallel.cost import pieces, training_cost
+from megavlm.data.loading.dataset import PackedDataset
+from megavlm.data.loading.order import Plan
+from megavlm.planner.flops import pieces, training_cost
 from tests.data.samples import make_dataset
 from tests.ranks.pool import Pool
 from tests.ranks.runs import TINY, build, config_for

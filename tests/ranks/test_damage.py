@@ -154,19 +154,19 @@ def test_a_full_disk_costs_the_checkpoint_that_was_being_written_and_no_other(
 
 def with_slow_disk(config: Config) -> tuple[str, str]:
     """Run a job in which rank 1 takes a second to write, so that training is steps ahead by then."""
-    from megavlm.train import writing
+    from megavlm.checkpoint import async_writer
 
-    write = writing._write
+    write = async_writer._write
 
-    def slowly(*arguments) -> writing.Outcome:
+    def slowly(*arguments) -> async_writer.Outcome:
         time.sleep(dist.get_rank())
         return write(*arguments)
 
-    vars(writing)["_write"] = slowly
+    vars(async_writer)["_write"] = slowly
     try:
         return told(config)
     finally:
-        vars(writing)["_write"] = write
+        vars(async_writer)["_write"] = write
 
 
 @pytest.mark.parametrize("layout", [dict(), dict(pipeline_model_parallel_size=2, layout="v*2|v,t*3")])

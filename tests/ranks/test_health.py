@@ -18,7 +18,8 @@ import torch.distributed as dist
 
 from megavlm.config.cli import to_yaml
 from megavlm.config.schema import Health, Logging, Parallel
-from megavlm.parallel import backend, groups, speed
+from megavlm.health import speed_check
+from megavlm.parallel import backend, process_groups
 from tests.data.samples import make_dataset
 from tests.ranks.pool import Pool
 from tests.ranks.runs import TINY, config_for
@@ -78,10 +79,10 @@ def speeds_with_a_slow_rank(slow: int) -> tuple[list[str], str]:
         return wrapped
 
     machine = backend.start(5)
-    place = groups.create(Parallel(tensor_model_parallel_size=2), seed=1)
+    place = process_groups.create(Parallel(tensor_model_parallel_size=2), seed=1)
     with patch.object(dist, "batch_isend_irecv", late(exchange)), patch.object(torch, "mm", late(multiply)):
-        speeds = speed.measure(place, machine)
-    return speed.findings(speeds, Health(slow_factor=5.0), on_gpu=False), speed.summary(speeds)
+        speeds = speed_check.measure(place, machine)
+    return speed_check.findings(speeds, Health(slow_factor=5.0), on_gpu=False), speed_check.summary(speeds)
 
 
 def test_a_rank_that_is_slow_with_all_its_partners_is_named(ranks: Pool) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from megavlm.config.schema import Config
-from megavlm.data.dataset import PackedDataset
+from megavlm.data.loading.dataset import PackedDataset
 from tests.data.samples import make_sample, write_packs
 from tests.ranks import layouts
 from tests.ranks.layouts import LAYOUTS, LIMIT, MASKS, Layout, Row

@@ -9,9 +9,9 @@ import pytest
 
 from megavlm.config.schema import Architecture, Config
 from megavlm.config.stages import STAGES
-from megavlm.parallel.layout import make_layout
-from megavlm.parallel.memory import Memory, memory_by_rank
-from megavlm.parallel.split import PackSize
+from megavlm.planner.layout import make_layout
+from megavlm.planner.memory import Memory, memory_by_rank
+from megavlm.planner.partition import PackSize
 from tests.data.samples import make_dataset
 from tests.ranks.pool import Pool
 from tests.ranks.runs import TINY, build, config_for

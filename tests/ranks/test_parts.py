@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from megavlm.config.schema import Architecture, Checkpoint, Config, Init, Logging
-from megavlm.data.meta import read_sources
-from megavlm.data.packer import Job, pack_dataset
-from megavlm.data.tiling import Tiling
-from megavlm.data.tokenizer import SPECIAL_TOKENS
+from megavlm.data.images.tiling import Tiling
+from megavlm.data.packing.job import Job, pack_dataset
+from megavlm.data.records.meta_file import read_sources
+from megavlm.data.text.tokenizer import SPECIAL_TOKENS
 from tests.convert.models import SMALL, load_all
 from tests.convert.part_folders import WORDS, make_language, make_parts, make_tokenizer, make_vision
 from tests.data.samples import make_dataset
@@ -34,20 +34,20 @@ def _config(architecture: Architecture, init: Init, dataset: Path, **settings) -
 
 def features(config: Config, tiles: Tensor) -> tuple[Tensor, Tensor]:
     """What the vision encoder of a model that starts from parts makes of tiles [I, 3, S, S]: [I, N, D]; and the normalised pixels."""
-    from megavlm.convert import parts
+    from megavlm.convert.hf import from_parts
     from megavlm.model import weights
     from megavlm.model.vlm import VisionLanguageModel
-    from megavlm.parallel import backend, groups
-    from megavlm.parallel.layout import make_layout
+    from megavlm.parallel import backend, process_groups
+    from megavlm.planner.layout import make_layout
 
     backend.start(5)
     layout = make_layout(config)
-    place = groups.create(config.parallel, 0, layout.embedding_chunk)
+    place = process_groups.create(config.parallel, 0, layout.embedding_chunk)
     model = VisionLanguageModel(config, layout, place).eval()
-    weights.fill([model], parts.full_tensors(config, weights.fresh_tensor(config)))
+    weights.fill([model], from_parts.full_tensors(config, weights.fresh_tensor(config)))
     with torch.no_grad():
         found = model.vision(None, tiles, None).transpose(0, 1), model.vision.normalise(tiles)
-    groups.destroy()
+    process_groups.destroy()
     return found
 
 
@@ -63,11 +63,11 @@ def seen_by_transformers(folder: Path, pixels: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("kind", ["clip", "siglip", "clip with text"])
 def test_clip_and_siglip_see_what_they_see_in_transformers(ranks: Pool, tmp_path: Path, kind: str) -> None:
-    from megavlm.convert import parts
+    from megavlm.convert.hf import from_parts
 
     vision, words = make_vision(tmp_path / "vision", kind), make_language(tmp_path / "language")
     init = Init(vision=str(vision), language=str(words))
-    architecture = parts.read_model("", init)
+    architecture = from_parts.read_model("", init)
     size = architecture.vision.image_size
     tiles = torch.randint(0, 256, (3, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     for tensor_size in (1, 2):
@@ -79,22 +79,22 @@ def test_clip_and_siglip_see_what_they_see_in_transformers(ranks: Pool, tmp_path
 
 def logits_of_parts(config: Config) -> np.ndarray:
     """Logits of the first pack [T, V of this rank's share] of a model that starts from parts."""
-    from megavlm.convert import parts
-    from megavlm.data.dataset import PackedDataset
+    from megavlm.convert.hf import from_parts
+    from megavlm.data.loading.dataset import PackedDataset
     from megavlm.model import weights
     from megavlm.model.vlm import VisionLanguageModel
-    from megavlm.parallel import backend, groups
-    from megavlm.parallel.layout import make_layout
+    from megavlm.parallel import backend, process_groups
+    from megavlm.planner.layout import make_layout
 
     backend.start(5)
     layout = make_layout(config)
-    place = groups.create(config.parallel, 0, layout.embedding_chunk)
+    place = process_groups.create(config.parallel, 0, layout.embedding_chunk)
     model = VisionLanguageModel(config, layout, place).eval()
-    weights.fill([model], parts.full_tensors(config, weights.fresh_tensor(config)))
+    weights.fill([model], from_parts.full_tensors(config, weights.fresh_tensor(config)))
     batch = PackedDataset(config.data.train).batch(0, 0, vision_layers=config.architecture.vision.num_layers)
     with torch.no_grad():
         logits = model(batch, with_loss=False)
-    groups.destroy()
+    process_groups.destroy()
     return logits.numpy()
 
 
@@ -120,14 +120,14 @@ def llava(vision: Path, words: Path, config: Config) -> torch.nn.Module:
 
 
 def test_a_model_of_llavas_shape_equals_llava_of_transformers(ranks: Pool, tmp_path: Path) -> None:
-    from megavlm.convert import parts
-    from megavlm.data.dataset import PackedDataset
+    from megavlm.convert.hf import from_parts
+    from megavlm.data.loading.dataset import PackedDataset
 
     vision = make_vision(tmp_path / "vision", "clip")
     words = make_language(tmp_path / "language", rows=WORDS + len(SPECIAL_TOKENS), spread=0.1)
     make_tokenizer(words, SPECIAL_TOKENS)
     init = Init(vision=str(vision), language=str(words))
-    architecture = parts.read_model("", init)
+    architecture = from_parts.read_model("", init)
     sizes = dict(vocab_size=architecture.language.vocab_size, tile_size=architecture.vision.image_size)
     make_dataset(tmp_path / "packs", packs=1, context_token_id=CONTEXT, features_per_tile=architecture.features_per_tile, **sizes)
     config = _config(architecture, init, tmp_path / "packs")
@@ -162,11 +162,11 @@ def parts_and_packs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Init, Pat
 def test_stage_1_starts_from_parts_goes_on_by_itself_and_ends_in_hugging_face(
     ranks: Pool, parts_and_packs: tuple[Init, Path], tmp_path: Path
 ) -> None:
-    from megavlm.convert import parts
-    from megavlm.convert.reference import load_reference
+    from megavlm.convert.hf import from_parts
+    from megavlm.convert.hf.reference import load_reference
 
     init, packs = parts_and_packs
-    architecture = parts.read_model("", init)
+    architecture = from_parts.read_model("", init)
     losses = {}
     for size, heads in ((1, 3), (2, 3)):
         config = _config(architecture, init, packs, global_batch_size=2, tensor_model_parallel_size=size, trainable=("projector",))
@@ -182,18 +182,18 @@ def test_stage_1_starts_from_parts_goes_on_by_itself_and_ends_in_hugging_face(
 
 
 def test_packs_of_another_tokenizer_are_refused(parts_and_packs: tuple[Init, Path], tmp_path: Path) -> None:
-    from megavlm.convert import parts
+    from megavlm.convert.hf import from_parts
     from megavlm.train import launch
 
     init, packs = parts_and_packs
-    architecture = parts.read_model("", init)
+    architecture = from_parts.read_model("", init)
     other = make_language(tmp_path / "other")
     make_tokenizer(other, ("more",))
     config = _config(architecture, replace(init, language=str(other)), packs)
     config = replace(
         config,
         checkpoint=Checkpoint(save_interval=0),
-        architecture=replace(architecture, language=parts.language_from_hf(Init(language=str(other)))),
+        architecture=replace(architecture, language=from_parts.language_from_hf(Init(language=str(other)))),
     )
     with pytest.raises(ValueError, match=r"--data.train .*packs: packed with another tokenizer than that of --init.language .*other"):
         launch.inspect(config, 1)

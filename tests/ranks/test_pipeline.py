@@ -27,7 +27,7 @@ def messages(config: Config) -> tuple[list[tuple[int, ...]], list[tuple[int, ...
     """Shapes that this rank sends and gets along the pipeline, the tiles of its packs, and how often a pack goes to the device."""
     import torch.distributed as dist
 
-    from megavlm.data.batch import Batch
+    from megavlm.data.loading.batch import Batch
     from megavlm.train.step import run_packs
 
     job = build(config)

@@ -37,7 +37,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 def run_steps(config) -> tuple[dict, dict, list[float]]:
     """Two steps of a job on this rank, without updates: the report of each source, and the losses."""
-    from megavlm.data.blend import open_blend
+    from megavlm.data.loading.blend import open_blend
     from megavlm.train.source_losses import SourceLosses
     from megavlm.train.step import run_packs
 

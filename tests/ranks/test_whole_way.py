@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 
 from megavlm.config.schema import Checkpoint, Config, Logging
-from megavlm.data.meta import read_sources
-from megavlm.data.packer import Job, pack_dataset
-from megavlm.data.tiling import Tiling
+from megavlm.data.images.tiling import Tiling
+from megavlm.data.packing.job import Job, pack_dataset
+from megavlm.data.records.meta_file import read_sources
 from tests.ranks.pool import Pool
 from tests.ranks.runs import TINY, config_for
 from tests.ranks.test_resume import run_job

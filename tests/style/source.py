@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +16,7 @@ class Source:
     """A Python file.
 
     Args:
-        path: from the project's folder, such as ``megavlm/data/store.py``.
+        path: from the project's folder, such as ``megavlm/data/store/format.py``.
         text: what is in it.
     """
 
@@ -30,14 +30,14 @@ class Source:
 
     @property
     def module(self) -> str:
-        """Dotted name, such as ``megavlm.data.store``."""
+        """Dotted name, such as ``megavlm.data.store.pack_format``."""
         return self.path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
 
     @property
     def folder(self) -> str:
-        """Folder inside the package, such as ``data``; empty for the package's own files."""
+        """Folder inside the package, such as ``data/store``; empty for the package's own files."""
         parts = self.path.split("/")
-        return parts[1] if parts[0] == "megavlm" and len(parts) > 2 else ""
+        return "/".join(parts[1:-1]) if parts[0] == "megavlm" else ""
 
     def imports(self) -> list[tuple[int, str]]:
         """Line and dotted name of every import, those inside functions included; ``from a import b`` counts as ``a.b``."""
@@ -80,3 +80,16 @@ def sources(*folders: str) -> list[Source]:
 def reaches(name: str, dependency: str) -> bool:
     """Whether the dotted ``name`` is ``dependency`` or something in it."""
     return name == dependency or name.startswith(dependency + ".")
+
+
+def folder_of(name: str, modules: Iterable[str]) -> str | None:
+    """Return the package's folder that the dotted ``name``, a module or something in one, lies in."""
+    parts = name.split(".")
+    if parts[0] != "megavlm":
+        return None
+    known = set(modules)
+    folders = {"/".join(module.split(".")[1:end]) for module in known for end in range(1, module.count(".") + 1)}
+    for end in range(len(parts), 0, -1):
+        if (path := "/".join(parts[1:end])) in folders:
+            return path
+    return ""

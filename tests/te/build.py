@@ -21,9 +21,9 @@ def pretend_hopper() -> None:
     import torch
     import transformer_engine.pytorch  # noqa: F401  its import looks at the real device
 
-    from megavlm.parallel import cpu
+    from megavlm.parallel import cpu_backend
 
-    cpu.install()
+    cpu_backend.install()
     properties = types.SimpleNamespace(major=9, minor=0, multi_processor_count=132, name="Hopper", total_memory=141 * 2**30)
     torch.cuda.is_available = lambda: True
     torch.cuda.get_device_capability = lambda *args: (9, 0)
@@ -34,7 +34,7 @@ def build(config: Any, layout_groups: Any) -> Any:
     """The one chunk of a model, filled with fresh weights."""
     from megavlm.model import weights
     from megavlm.model.vlm import VisionLanguageModel
-    from megavlm.parallel.layout import make_layout
+    from megavlm.planner.layout import make_layout
 
     model = VisionLanguageModel(config, make_layout(config), layout_groups)
     weights.fill([model], weights.fresh_tensor(config))
@@ -79,8 +79,8 @@ def moved(config: Any, local: Any, groups: Any) -> dict[str, Any]:
     """Sums of the weights that local layers take from a checkpoint of Transformer Engine's, and the other way."""
     from megatron.core import dist_checkpointing
 
+    from megavlm.checkpoint.train_state import State
     from megavlm.train.checkpoint import Checkpoint, load_weights, sharded_weights
-    from megavlm.train.state import State
 
     found = {}
     for name, source, target in (("to local", config, local), ("to engine", local, config)):
@@ -100,7 +100,7 @@ def main() -> None:
     import torch.distributed as dist
 
     from megavlm.model import precision
-    from megavlm.parallel import groups
+    from megavlm.parallel import process_groups as groups
     from tests.ranks.runs import config_for
 
     store = Path(tempfile.mkdtemp()) / "store"

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from megavlm.config.checks.rules import ConfigError
 from megavlm.config.cli import to_yaml
-from megavlm.config.rules import ConfigError
 from megavlm.config.schema import Checkpoint, Config, Logging
 from megavlm.train.launch import inspect
 from tests.data.samples import make_dataset

@@ -12,9 +12,9 @@ from fnmatch import fnmatchcase
 from megavlm.config.models import architecture
 from megavlm.config.schema import Architecture, Checkpoint, Config, Data, Fp8, Parallel
 from megavlm.config.stages import STAGES
-from megavlm.parallel.cost import training_cost
-from megavlm.parallel.layout import make_layout
-from megavlm.parallel.memory import memory
+from megavlm.planner.flops import training_cost
+from megavlm.planner.layout import make_layout
+from megavlm.planner.memory import memory
 
 OURS = "megavlm"
 PRECISIONS = {"bf16": "bfloat16", "fp32": "float32"}

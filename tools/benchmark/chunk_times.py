@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from megavlm.parallel.layout import Layout, from_counts, make_layout
-from megavlm.parallel.split import PackSize, layer_costs
+from megavlm.planner.layout import Layout, from_counts, make_layout
+from megavlm.planner.partition import PackSize, layer_costs
 from tools.benchmark.scaled import STAGE_NAMES, Scale, config
 
 RANKS = 1
@@ -24,12 +24,12 @@ def measure(scale: Scale, packs: Path) -> list[dict]:
     """
     import torch
 
-    from megavlm.data.dataset import PackedDataset
-    from megavlm.parallel import backend, groups
+    from megavlm.data.loading.dataset import PackedDataset
+    from megavlm.parallel import backend, process_groups
     from tools.benchmark.packs import fullest
 
     alone = config(scale, STAGE_NAMES[0], packs)
-    machine, place = backend.start(alone.parallel.timeout_minutes), groups.create(alone.parallel, 0)
+    machine, place = backend.start(alone.parallel.timeout_minutes), process_groups.create(alone.parallel, 0)
     dataset = PackedDataset(packs)
     [pack_id] = fullest(dataset, 1)
     size, batch = PackSize.mean(dataset.index[np.array([pack_id])]), dataset.batch(pack_id, 0)
@@ -72,7 +72,7 @@ class _Alone:
     def __init__(self, settings, layout: Layout, place, machine, number: int, batch):
         import torch
 
-        from megavlm.config.mask import matches, trains
+        from megavlm.config.freeze_mask import matches, trains
         from megavlm.model.vlm import VisionLanguageModel
         from megavlm.model.weights import fill, named_weights
         from tools.benchmark.trainer import random_weights
@@ -105,7 +105,7 @@ class _Alone:
 
 
 def _trains(settings, layout: Layout, number: int) -> bool:
-    from megavlm.parallel.held import held_by
+    from megavlm.planner.parameters import held_by
 
     return held_by(settings, layout.chunks[number]).trained > 0
 

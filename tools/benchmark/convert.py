@@ -23,12 +23,12 @@ from torch import Tensor
 
 from megavlm.config.models import architecture
 from megavlm.config.schema import Architecture
-from megavlm.convert import hf, native_config
-from megavlm.convert.files import SafetensorsFolder, write_safetensors
-from megavlm.convert.settings import FILE_NAME, write_json
-from megavlm.convert.tables import rows
-from megavlm.convert.views import Header
-from megavlm.data.tokenizer import SPECIAL_TOKENS
+from megavlm.convert.hf import convert, native_config
+from megavlm.convert.hf.json_files import FILE_NAME, write_json
+from megavlm.convert.hf.safetensors_files import SafetensorsFolder, write_safetensors
+from megavlm.convert.weights.tables import rows
+from megavlm.convert.weights.views import Header
+from megavlm.data.text.tokenizer import SPECIAL_TOKENS
 
 GIB = 1 << 30
 
@@ -94,7 +94,11 @@ def _measure(work: Callable[[Path, Path], object], source: Path, target: Path) -
 def run(folder: Path, model: str, layers: int, repeat: int) -> dict[str, float | int | str]:
     """Make the model, and measure."""
     total = make_model(folder / "hf", model, layers)
-    jobs = {"copy": (copy, "hf", "copied"), "import": (hf.import_, "hf", "imported"), "export": (hf.export, "imported", "exported")}
+    jobs = {
+        "copy": (copy, "hf", "copied"),
+        "import": (convert.import_, "hf", "imported"),
+        "export": (convert.export, "imported", "exported"),
+    }
     seconds: dict[str, list[float]] = {name: [] for name in jobs}
     peak = 0
     for _ in range(repeat):

@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 
-from megavlm.data.batch import Batch
-from megavlm.data.dataset import PackedDataset
-from megavlm.data.loader import batches
-from megavlm.data.plan import Plan
+from megavlm.data.loading.batch import Batch
+from megavlm.data.loading.dataset import PackedDataset
+from megavlm.data.loading.loader import batches
+from megavlm.data.loading.order import Plan
 
 MOST_STEPS = 1000
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import statistics
 from pathlib import Path
 
-from megavlm.parallel.layout import make_layout
-from megavlm.parallel.split import PackSize, layer_costs
+from megavlm.planner.layout import make_layout
+from megavlm.planner.partition import PackSize, layer_costs
 from tools.benchmark.cases import ALL
 from tools.benchmark.scaled import STAGE_NAMES, Scale, config
 
@@ -19,15 +19,15 @@ def measure(scale: Scale, packs: Path) -> dict[str, dict[str, object]]:
     Returns:
         By stage: FLOPs of a pack, and by round the seconds of a whole step, and of forward and backward pass alone.
     """
-    from megavlm.data.dataset import PackedDataset
-    from megavlm.parallel import backend, groups
+    from megavlm.data.loading.dataset import PackedDataset
+    from megavlm.parallel import backend, process_groups
     from tools.benchmark.packs import fullest
     from tools.benchmark.ranks import Run
 
     dataset = PackedDataset(packs)
     size = PackSize.mean(dataset.index[fullest(dataset, scale.packs_per_step)])
     plain = config(scale, STAGE_NAMES[0], packs)
-    machine, place = backend.start(plain.parallel.timeout_minutes), groups.create(plain.parallel, 0)
+    machine, place = backend.start(plain.parallel.timeout_minutes), process_groups.create(plain.parallel, 0)
     settings = {stage: config(scale, stage, packs) for stage in STAGE_NAMES}
     runs = {stage: Run(one, make_layout(one), place, machine, packs) for stage, one in settings.items()}
     steps: dict[str, list[float]] = {stage: [] for stage in STAGE_NAMES}

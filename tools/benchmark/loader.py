@@ -39,16 +39,16 @@ import torch
 from photographs import write_jpegs, write_records
 from PIL import Image
 
-from megavlm.data import media
-from megavlm.data.dataset import PackedDataset
-from megavlm.data.jpeg import decode_jpeg
-from megavlm.data.loader import batches
-from megavlm.data.manifest import read_manifest
-from megavlm.data.meta import single_source
-from megavlm.data.packer import Job, pack_dataset
-from megavlm.data.plan import Plan
-from megavlm.data.store import HEADER_BYTES, INDEX_NAME, RECORD, pack_header
-from megavlm.data.tiling import Tiling
+from megavlm.data.images import decode
+from megavlm.data.images.jpeg import decode_jpeg
+from megavlm.data.images.tiling import Tiling
+from megavlm.data.loading.dataset import PackedDataset
+from megavlm.data.loading.loader import batches
+from megavlm.data.loading.order import Plan
+from megavlm.data.packing.job import Job, pack_dataset
+from megavlm.data.records.meta_file import single_source
+from megavlm.data.store.manifest import read_manifest
+from megavlm.data.store.pack_format import HEADER_BYTES, INDEX_NAME, RECORD, pack_header
 
 ROOT = Path(__file__).parents[2]
 SIZE = 448
@@ -98,8 +98,8 @@ def _transform(tile: Image.Image) -> torch.Tensor:
 def bare_decode(encoded: list[bytes]) -> None:
     """JPEG decoding alone."""
     for data in encoded:
-        if decode_jpeg(data, media.MAX_PIXELS) is None:
-            media._decode(data)
+        if decode_jpeg(data, decode.MAX_PIXELS) is None:
+            decode._decode(data)
 
 
 def fastest(work: Callable[[], object], repeats: int) -> float:
@@ -130,7 +130,7 @@ def speed(work: Path, images: int, repeats: int) -> dict[str, float]:
         )
     )
     dataset = PackedDataset(work / "packs")
-    media.load_decoders()
+    decode.load_decoders()
     tiles = ours(dataset)  # also reads all files once, so that every way finds them in the page cache
     assert tiles == internvl_way(dataset, work / "jpegs"), "both ways see the same tiles"
     encoded = [(work / "jpegs" / f"{number}.jpg").read_bytes() for number in range(images)]

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megavlm.data.dataset import PackedDataset
-from megavlm.parallel.cost import training_cost
+from megavlm.data.loading.dataset import PackedDataset
+from megavlm.planner.flops import training_cost
 from tools.benchmark import kernel_times
 from tools.benchmark.cases import Case
 from tools.benchmark.feed import Feed

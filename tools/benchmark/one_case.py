@@ -23,7 +23,7 @@ def main(name: str, folder: str, out: str, settings: str) -> None:
         from tools.benchmark.trainer import Trainer as Session
     else:
         from tools.benchmark.peer import Peer as Session
-    from megavlm.data.dataset import PackedDataset
+    from megavlm.data.loading.dataset import PackedDataset
     from tools.benchmark.measure import measure
     from tools.benchmark.packs import fullest
 

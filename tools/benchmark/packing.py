@@ -22,13 +22,13 @@ from pathlib import Path
 
 import numpy as np
 
-from megavlm.data.packing import automatic_tile_cap, pack
-from megavlm.data.packing_compared import Strategy, compare
-from megavlm.data.packing_order import places_by_cost
-from megavlm.data.packing_plan import Samples, plan_packs
-from megavlm.data.plan import Plan
-from megavlm.data.report import make_report
-from megavlm.data.report_picture import draw_report
+from megavlm.data.loading.order import Plan
+from megavlm.data.packing.baselines import Strategy, compare
+from megavlm.data.packing.best_fit import automatic_tile_cap, pack
+from megavlm.data.packing.cost_order import places_by_cost
+from megavlm.data.packing.plan import Samples, plan_packs
+from megavlm.data.packing.report import make_report
+from megavlm.data.packing.report_plot import draw_report
 
 CAPACITY = 16384
 FEATURES_PER_TILE = 256

@@ -11,11 +11,11 @@ import numpy as np
 from PIL import Image
 
 from megavlm.config.schema import Architecture
-from megavlm.data.chat_formats import chat_format
-from megavlm.data.dataset import PackedDataset
-from megavlm.data.meta import read_sources
-from megavlm.data.packer import Job, pack_dataset
-from megavlm.data.tiling import Tiling
+from megavlm.data.images.tiling import Tiling
+from megavlm.data.loading.dataset import PackedDataset
+from megavlm.data.packing.job import Job, pack_dataset
+from megavlm.data.records.meta_file import read_sources
+from megavlm.data.text.templates import chat_format
 
 WORDS = [
     "a",

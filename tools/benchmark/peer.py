@@ -21,10 +21,10 @@ from torch import Tensor
 from transformers import InternVLConfig, InternVLForConditionalGeneration
 
 from megavlm.config.schema import Vision
-from megavlm.convert import native_config
-from megavlm.data.batch import Batch
-from megavlm.data.dataset import PackedDataset
-from megavlm.data.plan import Plan
+from megavlm.convert.hf import native_config
+from megavlm.data.loading.batch import Batch
+from megavlm.data.loading.dataset import PackedDataset
+from megavlm.data.loading.order import Plan
 from tools.benchmark.cases import Case
 from tools.benchmark.feed import Feed
 

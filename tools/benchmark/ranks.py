@@ -66,7 +66,7 @@ class Run:
     """
 
     def __init__(self, config, layout, place, machine, packs: Path):
-        from megavlm.data.dataset import PackedDataset
+        from megavlm.data.loading.dataset import PackedDataset
         from megavlm.model.weights import fill
         from megavlm.train.build import build
         from tools.benchmark.packs import fullest

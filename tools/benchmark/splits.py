@@ -5,8 +5,8 @@ from __future__ import annotations
 import statistics
 from pathlib import Path
 
-from megavlm.parallel.layout import make_layout
-from megavlm.parallel.split import PackSize
+from megavlm.planner.layout import make_layout
+from megavlm.planner.partition import PackSize
 from tools.benchmark.scaled import STAGE_NAMES, Scale, config
 
 RANKS = 2
@@ -19,15 +19,15 @@ def measure(scale: Scale, packs: Path) -> dict[str, dict[str, object]]:
     Returns:
         By stage: the layouts, their seconds by round, and what the cost model says that they cost, slowest chunk by slowest chunk.
     """
-    from megavlm.data.dataset import PackedDataset
-    from megavlm.parallel import backend, groups
+    from megavlm.data.loading.dataset import PackedDataset
+    from megavlm.parallel import backend, process_groups
     from tools.benchmark.packs import fullest
     from tools.benchmark.ranks import Run
 
     dataset = PackedDataset(packs)
     size = PackSize.mean(dataset.index[fullest(dataset, scale.packs_per_step)])
     plain = config(scale, STAGE_NAMES[0], packs, chunks=RANKS)
-    machine, place = backend.start(plain.parallel.timeout_minutes), groups.create(plain.parallel, 0)
+    machine, place = backend.start(plain.parallel.timeout_minutes), process_groups.create(plain.parallel, 0)
     found = {}
     for stage in STAGE_NAMES:
         settings = {name: config(scale, stage, packs, chunks=RANKS, layout=name) for name in LAYOUTS}

@@ -7,12 +7,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from megavlm.config.rules import check
-from megavlm.data.dataset import PackedDataset
-from megavlm.data.plan import Plan
+from megavlm.config.checks.rules import check
+from megavlm.data.loading.dataset import PackedDataset
+from megavlm.data.loading.order import Plan
 from megavlm.model import precision, weights
-from megavlm.parallel import backend, groups
-from megavlm.parallel.layout import make_layout
+from megavlm.parallel import backend, process_groups
+from megavlm.planner.layout import make_layout
 from megavlm.train import optimizer
 from megavlm.train.build import build
 from megavlm.train.step import train_step
@@ -49,7 +49,7 @@ class Trainer:
         check(config, world_size=1, machine=precision.machine())
         self._machine = machine = backend.start(config.parallel.timeout_minutes)
         self.device, self._packs = machine.device, packs
-        place = groups.create(config.parallel, config.training.seed)
+        place = process_groups.create(config.parallel, config.training.seed)
         drawn = random_weights(machine.device)
         self._built = build(config, make_layout(config), place, machine, lambda chunks: weights.fill(chunks, drawn))
         self._steps = 0
@@ -76,5 +76,5 @@ class Trainer:
     def close(self) -> None:
         """End the loader's processes."""
         self.feed.close()
-        groups.destroy()
+        process_groups.destroy()
         backend.stop()

@@ -1,0 +1,1 @@
+"""The checkpoint format on disk, without a model: one reader and one writer."""

@@ -1,0 +1,115 @@
+"""Whether the files of a checkpoint are those that were written.
+
+``checksums.json`` holds the size and the CRC-32 of every other file. It is written last, so that it speaks of the files as they are to be.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megavlm.checkpoint.metadata import read_description
+
+FILE_NAME = "checksums.json"
+SMALL_FILES = ("state.json", "config.yaml")
+_METADATA = "shards/.metadata"
+_CHUNK_BYTES = 1 << 24
+
+Sum = tuple[int, int]
+"""Bytes and CRC-32 of a file."""
+
+
+def measure(path: Path) -> Sum:
+    """Size and checksum of a file, which is read in pieces."""
+    size = checksum = 0
+    with path.open("rb") as file:
+        while piece := file.read(_CHUNK_BYTES):
+            size, checksum = size + len(piece), zlib.crc32(piece, checksum)
+    return size, checksum
+
+
+def write(folder: Path, known: dict[str, Sum]) -> None:
+    """Write the checksums of everything in ``folder``; files that are not in ``known``, by path from the folder, are read for it."""
+    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    sums = {name: known.get(name) or measure(folder / name) for name in names}
+    (folder / FILE_NAME).write_text(json.dumps({name: list(found) for name, found in sums.items()}, indent=1) + "\n")
+
+
+def read(folder: Path) -> dict[str, Sum] | None:
+    """The checksums of a checkpoint; none in one made by conversion.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    path = folder / FILE_NAME
+    try:
+        return {name: (int(size), int(checksum)) for name, (size, checksum) in json.loads(path.read_text()).items()}
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: damaged, it does not hold checksums ({error})") from error
+
+
+def differences(folder: Path, sums: dict[str, Sum], names: Iterable[str], *, by_size_only: bool = False) -> list[str]:
+    """What is wrong with the files ``names`` of a checkpoint, a line each."""
+    found = []
+    for name in names:
+        path, (size, checksum) = folder / name, sums[name]
+        try:
+            there = path.stat().st_size
+            if there != size:
+                found.append(f"{path}: {there:,} bytes, {size:,} were written")
+            elif not by_size_only and measure(path) != (size, checksum):
+                found.append(f"{path}: its bytes are not those that were written (the checksum differs)")
+        except FileNotFoundError:
+            found.append(f"{path}: missing")
+        except OSError as error:
+            found.append(f"{path}: cannot be read ({error.strerror})")
+    return found
+
+
+def check_small_files(folder: Path) -> None:
+    """Compare the files that are read before anything is built.
+
+    Raises:
+        ValueError: one is damaged.
+    """
+    sums = read(folder) or {}
+    if wrong := differences(folder, sums, [name for name in SMALL_FILES if name in sums]):
+        raise ValueError("\n  ".join(wrong))
+
+
+def damage(folder: Path, *, by_size_only: bool) -> list[str]:
+    """What is wrong with a checkpoint. Collective: each rank reads its share of the files, and every rank gets the whole answer.
+
+    Args:
+        folder: of the step.
+        by_size_only: compare sizes instead of contents.
+    """
+    rank, world = dist.get_rank(), dist.get_world_size()
+    try:
+        sums = read(folder) or {}
+        # Neighbours go to different ranks: the large files are neighbours.
+        found = differences(folder, sums, sorted(sums)[rank::world], by_size_only=by_size_only)
+    except ValueError as error:
+        found = [str(error)]
+    if rank == 0 and not found:
+        found = strangers(folder / _METADATA)
+    everywhere: list = [None] * world
+    dist.all_gather_object(everywhere, found)
+    return list(dict.fromkeys(line for lines in everywhere for line in lines))
+
+
+def strangers(path: Path) -> list[str]:
+    """Why the description of the shards should not be loaded: torch unpickles it, and unpickling runs what a file names."""
+    try:
+        read_description(path)
+    except FileNotFoundError:
+        return [f"{path}: missing"]
+    except ValueError as error:
+        return [str(error)]
+    return []

@@ -1,0 +1,130 @@
+"""A run's save folder: which checkpoints are in it, how one gets in, and which ones leave.
+
+A checkpoint grows under a name of its own, which no other attempt uses: writers that outlive a killed run write where nobody looks.
+Only a complete one is renamed to ``step_00000100``, and only then ``latest`` moves.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from pathlib import Path
+
+from megavlm.checkpoint import train_state as run_state
+
+LATEST = "latest"
+_STEP, _GROWING, _LEAVING = "step_", ".growing_", ".leaving_"
+_OWN = {LATEST, "metrics.jsonl", "tensorboard", "wandb"}
+
+
+def step_name(step: int) -> str:
+    """Name of a checkpoint's folder."""
+    return f"{_STEP}{step:08d}"
+
+
+def step_of(folder: Path) -> int | None:
+    """The step in a folder's name; none where there is none."""
+    digits = folder.name.removeprefix(_STEP)
+    return int(digits) if folder.name.startswith(_STEP) and digits.isdigit() else None
+
+
+def growing_name(step: int) -> str:
+    """A name for a checkpoint that is being written, another one each time."""
+    return f"{_GROWING}{step_name(step)}_{uuid.uuid4().hex[:8]}"
+
+
+def candidates(root: Path) -> list[Path]:
+    """Checkpoints to go on from, the best choice first: the one that ``latest`` names, whether or not it is there, then those before it.
+
+    Where ``latest`` is missing or names nothing that a checkpoint could be called, all of them, newest first.
+    """
+    there = {step: folder for folder in root.glob(f"{_STEP}*") if (step := step_of(folder)) is not None}
+    try:
+        named = root / (root / LATEST).read_text().strip()
+    except (OSError, UnicodeDecodeError):
+        named = root
+    newest = step_of(named)
+    if newest is None:
+        return [there[step] for step in sorted(there, reverse=True)]
+    return [named, *(there[step] for step in sorted(there, reverse=True) if step < newest)]
+
+
+def is_own(entry: Path) -> bool:
+    """Whether a file or folder in a save folder is one that a run writes there."""
+    return entry.name in _OWN or entry.name.startswith((_STEP, _GROWING, _LEAVING, f".{LATEST}"))
+
+
+def clean(root: Path) -> list[str]:
+    """Remove what a run that was killed left behind, and return the names."""
+    left = [entry for entry in sorted(root.iterdir()) if entry.name.startswith((_GROWING, _LEAVING, f".{LATEST}"))]
+    for entry in left:
+        _remove(entry)
+    return [entry.name for entry in left]
+
+
+def _remove(entry: Path) -> None:
+    if entry.is_dir():
+        shutil.rmtree(entry, ignore_errors=True)
+    else:
+        entry.unlink(missing_ok=True)
+
+
+def publish(growing: Path, target: Path) -> None:
+    """Give a complete checkpoint its name, then move ``latest``, so that a power cut at any moment leaves a whole one named."""
+    for folder, _, files in os.walk(growing):
+        for name in files:
+            _sync(Path(folder) / name)
+        _sync(Path(folder))
+    if target.exists():
+        _drop(target)
+    os.replace(growing, target)
+    _sync(target.parent)
+    pointer = target.parent / f".{LATEST}"
+    pointer.write_text(target.name + "\n")
+    _sync(pointer)
+    os.replace(pointer, target.parent / LATEST)
+    _sync(target.parent)
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+def drop_old(root: Path, published: Path, keep: int, keep_best: int) -> None:
+    """Remove checkpoints, but for the newest and the best ones. What is newer than ``published`` is of another course of the run and stays.
+
+    Args:
+        root: the save folder.
+        published: the newest checkpoint of this run.
+        keep: newest ones to keep; 0: all.
+        keep_best: ones with the lowest held-out loss to keep beside them.
+    """
+    steps = {folder: step_of(folder) for folder in root.glob(f"{_STEP}*")}
+    mine = sorted((folder for folder, step in steps.items() if step is not None and step <= step_of(published)), key=steps.get)
+    if not keep:
+        return
+    by_loss = sorted((loss, folder) for folder in mine if (loss := _held_out_loss(folder)) is not None)
+    spared = {*mine[-keep:], published, *(folder for _, folder in by_loss[:keep_best])}
+    for folder in mine:
+        if folder not in spared:
+            _drop(folder)
+
+
+def _held_out_loss(folder: Path) -> float | None:
+    try:
+        return run_state.read(folder).valid_loss
+    except (ValueError, OSError):
+        return None
+
+
+def _drop(folder: Path) -> None:
+    """Rename, then remove: half a checkpoint never has a checkpoint's name."""
+    leaving = folder.with_name(f"{_LEAVING}{folder.name}_{uuid.uuid4().hex[:8]}")
+    os.replace(folder, leaving)
+    shutil.rmtree(leaving, ignore_errors=True)

@@ -1,0 +1,1 @@
+"""Checks that span several settings; each problem names the flag to change."""

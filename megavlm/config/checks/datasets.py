@@ -1,0 +1,139 @@
+"""Cross checks of a configuration with the manifests of the packed datasets that it names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from megavlm.config.checks.rank_slices import rows_of_a_rank, sharing_problems
+from megavlm.config.freeze_mask import parts_named
+from megavlm.config.schema import Config
+
+# Matrices come in multiples of so many rows and columns (Transformer Engine 2.11).
+FP8_ROWS = {"delayed": 16, "tensorwise": 16, "blockwise": 16, "mxfp8": 32}
+
+
+def fp8_multiple(recipe: str, is_gathered: bool) -> int:
+    """What rows and columns of a recipe's matrices must be a multiple of; 1 without a recipe.
+
+    Args:
+        recipe: one of ``Fp8``'s.
+        is_gathered: whether ranks gather them in 8 bits (sequence parallelism): blocks of 128 may then not be cut short.
+    """
+    return 128 if recipe == "blockwise" and is_gathered else FP8_ROWS.get(recipe, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetFacts:
+    """What the manifest of a packed dataset says that must fit the model.
+
+    Args:
+        flag: option that names the dataset, such as ``--data.train``.
+        folder: where it is.
+        image_size: side of a tile in pixels.
+        features_per_tile: context tokens of a tile.
+        vocab_size: ids of the tokenizer that made the tokens.
+        capacity: tokens of a pack.
+        alignment: each sample starts at a multiple of this many tokens in its pack.
+        num_packs: packs in the dataset.
+        has_images: whether any pack has an image.
+        fingerprint: hash of the tokenizer.
+        pixel_mean, pixel_std: how the pixels are to be normalised.
+        may_augment: whether a source was packed with data_augment.
+        has_levels: whether it was packed by levels of difficulty.
+    """
+
+    flag: str
+    folder: str
+    image_size: int
+    features_per_tile: int
+    vocab_size: int
+    capacity: int
+    alignment: int
+    num_packs: int
+    has_images: bool
+    fingerprint: str
+    pixel_mean: tuple[float, float, float]
+    pixel_std: tuple[float, float, float]
+    may_augment: bool = False
+    has_levels: bool = False
+
+
+def facts_problems(config: Config, facts: Sequence[DatasetFacts]) -> list[str]:
+    """Everything in which packed datasets do not fit the model or each other."""
+    return (
+        [problem for dataset in facts for problem in _dataset(config, dataset)]
+        + list(_same_tokenizer(facts))
+        + list(_together(config, facts))
+    )
+
+
+def _dataset(config: Config, facts: DatasetFacts) -> Iterator[str]:
+    arch, where = config.architecture, f"{facts.flag} {facts.folder}"
+    if facts.num_packs < 1:
+        yield f"{where}: has no packs"
+    if facts.has_images and facts.image_size != arch.vision.image_size:
+        yield f"{where}: tiles of {facts.image_size} pixels, but --architecture.vision.image_size is {arch.vision.image_size}"
+    wanted = arch.vision.image_size // max(arch.vision.patch_size, 1) // max(arch.pixel_shuffle, 1)
+    if facts.has_images and facts.features_per_tile != wanted**2:
+        yield f"{where}: packed for {facts.features_per_tile} features a tile, but the model makes {wanted**2}; pack it with --model"
+    for name, packed, trained in (
+        ("pixel_mean", facts.pixel_mean, arch.vision.pixel_mean),
+        ("pixel_std", facts.pixel_std, arch.vision.pixel_std),
+    ):
+        if facts.has_images and packed != trained:
+            yield f"{where}: packed for a {name} of {packed}, but --architecture.vision.{name} is {trained}"
+    if facts.vocab_size > arch.language.vocab_size:
+        yield f"{where}: its tokenizer has {facts.vocab_size} tokens, but --architecture.language.vocab_size is {arch.language.vocab_size}"
+    yield from sharing_problems(config.parallel, where, facts.capacity, facts.alignment)
+    rows = rows_of_a_rank(config.parallel, facts.capacity)
+    recipe = config.fp8.language
+    if rows % (multiple := fp8_multiple(recipe, config.parallel.sequence_parallel)):
+        yield (
+            f"{where}: packs of {facts.capacity} tokens give a rank {rows} rows, and --fp8.language {recipe} needs a multiple of "
+            f"{multiple}; pack with such a --capacity"
+        )
+    parts = {part for pattern in config.training.trainable for part in parts_named(pattern)}
+    if parts and "language" not in parts and not facts.has_images:
+        yield f"{where}: has no images, and --training.trainable {','.join(config.training.trainable)} learns from images only"
+
+
+def _together(config: Config, facts: Sequence[DatasetFacts]) -> Iterator[str]:
+    """What the training sets must have together."""
+    train = [dataset for dataset in facts if dataset.flag == "--data.train"]
+    for other in train[1:]:
+        if other.capacity != train[0].capacity:
+            yield (
+                f"--data.train {other.folder}: packs of {other.capacity} tokens, but those of {train[0].folder} have {train[0].capacity}; "
+                "pack them with the same --capacity"
+            )
+    if train and config.data.augment and not any(dataset.may_augment for dataset in train):
+        yield (
+            f"--data.augment {','.join(config.data.augment)} has no effect: no source of --data.train was packed with data_augment; "
+            "pack with --data_augment or with data_augment in the meta file, or leave --data.augment out"
+        )
+    if train and config.data.curriculum and not any(dataset.has_levels for dataset in train):
+        yield (
+            f"--data.curriculum true: {config.data.train} has no levels of difficulty; pack with --difficulty or with difficulty in the "
+            "meta file, or leave --data.curriculum out"
+        )
+    if config.data.batch_shares and len(train) == len(config.data.train_folders):
+        yield from _batch_shares(config, train)
+
+
+def _batch_shares(config: Config, train: Sequence[DatasetFacts]) -> Iterator[str]:
+    """Training sets whose share of a global batch is less than a pack."""
+    weights, batch = config.data.weights or [dataset.num_packs for dataset in train], config.training.global_batch_size
+    for dataset, weight in zip(train, weights, strict=False):
+        share = weight / max(sum(weights), 1e-300) * batch
+        if share < 1:
+            yield (
+                f"--data.batch_shares true: {dataset.folder} has a share of {share:.2g} packs of --training.global_batch_size {batch}, and "
+                "must have 1; raise its share of --data.weights or the batch, or leave --data.batch_shares out"
+            )
+
+
+def _same_tokenizer(facts: Sequence[DatasetFacts]) -> Iterator[str]:
+    for other in facts[1:]:
+        if other.fingerprint != facts[0].fingerprint:
+            yield f"{other.flag} {other.folder}: packed with another tokenizer than {facts[0].flag} {facts[0].folder}"

@@ -1,0 +1,325 @@
+"""Cross checks of a configuration, before anything is built. All problems are reported together; nothing is corrected."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from megavlm.config.checks import start
+from megavlm.config.checks.datasets import DatasetFacts, facts_problems, fp8_multiple
+from megavlm.config.checks.device import Machine, machine_problems
+from megavlm.config.checks.saving import checkpoint_problems
+from megavlm.config.freeze_mask import PARTS, parts_named, trains
+from megavlm.config.layout_text import parse_layout
+from megavlm.config.schema import (
+    AUGMENTATIONS,
+    LAYER_PARTS,
+    Architecture,
+    Checkpoint,
+    Config,
+    Data,
+    Fp8,
+    Health,
+    Logging,
+    Optimizer,
+    Parallel,
+    Training,
+)
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot run; the message names every flag to change."""
+
+
+def check(config: Config, world_size: int, facts: Sequence[DatasetFacts] = (), machine: Machine | None = None) -> None:
+    """Refuse a configuration that cannot run.
+
+    Args:
+        config: the run.
+        world_size: ranks it is started on.
+        facts: of the datasets that could be opened.
+        machine: where it is started; none: on a CPU.
+
+    Raises:
+        ConfigError: with everything that is wrong.
+    """
+    found = problems(config, world_size) + facts_problems(config, facts) + machine_problems(config, machine or Machine())
+    if found:
+        listed = "\n  ".join(found)
+        raise ConfigError(f"{len(found)} problem{'s' * (len(found) > 1)} with the configuration:\n  {listed}")
+
+
+def problems(config: Config, world_size: int) -> list[str]:
+    """Everything in a configuration that cannot run on ``world_size`` ranks, each naming the flag to change."""
+    return [
+        *_architecture(config.architecture),
+        *layout_problems(config, world_size),
+        *_data(config.data),
+        *_training(config.training, config.data),
+        *_optimizer(config.optimizer, config.training),
+        *_kernels(config.training),
+        *_fp8(config.fp8, config),
+        *_at_least(0, "checkpoint", config.checkpoint, "save_interval", "keep", "keep_best"),
+        *checkpoint_problems(config.checkpoint, config.training.eval_interval),
+        *start.problems(config),
+        *_logging(config.logging, config.checkpoint),
+        *_health(config.health),
+    ]
+
+
+def layout_problems(config: Config, world_size: int) -> list[str]:
+    """Everything that keeps the model from being laid out over ``world_size`` ranks."""
+    return [
+        *_tensor_parallel(config.parallel, config.architecture),
+        *_pipeline(config.parallel, config.architecture),
+        *_world(config, world_size),
+    ]
+
+
+def _at_least(least: int, section: str, values: object, *names: str) -> Iterator[str]:
+    """The fields ``names`` that are below ``least``."""
+    for name in names:
+        value = vars(values)[name]
+        if value < least:
+            yield f"--{section}.{name} {value}: must be {least} or more"
+
+
+def _divisors(*numbers: int) -> str:
+    """Common divisors in words: ``1, 2 or 7``."""
+    *others, last = [str(size) for size in range(1, min(numbers) + 1) if all(number % size == 0 for number in numbers)]
+    return f"{', '.join(others)} or {last}" if others else last
+
+
+def _architecture(arch: Architecture) -> list[str]:
+    vision, language, sizes = arch.vision, arch.language, ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
+    found = [
+        *_at_least(1, "architecture", arch, "pixel_shuffle"),
+        *_at_least(1, "architecture.vision", vision, "image_size", "patch_size", *sizes),
+        *_at_least(1, "architecture.language", language, *sizes, "num_query_groups", "vocab_size", "max_position_embeddings"),
+        *_at_least(0, "architecture.language", language, "kv_channels"),
+        *_at_least(1, "architecture.language", language, "rotary_dynamic_factor"),
+    ]
+    return found or [*_vision(arch), *_language(arch)]
+
+
+def _vision(arch: Architecture) -> Iterator[str]:
+    vision, flag = arch.vision, "--architecture.vision"
+    if vision.image_size % vision.patch_size and vision.family != "siglip":  # whose largest models leave some pixels out
+        yield f"{flag}.patch_size {vision.patch_size} does not divide {flag}.image_size {vision.image_size}"
+    elif vision.grid % arch.pixel_shuffle:
+        yield f"--architecture.pixel_shuffle {arch.pixel_shuffle} does not divide the {vision.grid} patches along a tile's side"
+    if vision.hidden_size % vision.num_attention_heads:
+        yield f"{flag}.num_attention_heads {vision.num_attention_heads} does not divide {flag}.hidden_size {vision.hidden_size}"
+    if min(vision.pixel_std) <= 0:
+        yield f"{flag}.pixel_std {','.join(map(str, vision.pixel_std))}: must be above 0"
+
+
+def _language(arch: Architecture) -> Iterator[str]:
+    language, flag = arch.language, "--architecture.language"
+    heads, groups = language.num_attention_heads, language.num_query_groups
+    if not language.kv_channels and language.hidden_size % heads:
+        yield f"{flag}.num_attention_heads {heads} does not divide {flag}.hidden_size {language.hidden_size}; or give {flag}.kv_channels"
+    elif language.head_size % 2:
+        name = "kv_channels" if language.kv_channels else "hidden_size"
+        yield f"{flag}.{name} {vars(language)[name]}: {language.head_size} a head, and rotary positions need an even number"
+    if heads % groups:
+        yield f"{flag}.num_query_groups {groups} does not divide {flag}.num_attention_heads {heads}"
+
+
+def _tensor_parallel(parallel: Parallel, arch: Architecture) -> Iterator[str]:
+    size, flag = parallel.tensor_model_parallel_size, "--parallel.tensor_model_parallel_size"
+    if size < 1:
+        yield f"{flag} {size}: must be 1 or more"
+        return
+    vision, language = arch.vision, arch.language
+    in_vision = {"vision.ffn_hidden_size": vision.ffn_hidden_size} if parallel.vision == "tensor" else {}
+    shared = in_vision | {
+        "language.num_attention_heads": language.num_attention_heads,
+        "language.hidden_size": language.hidden_size,
+        "language.ffn_hidden_size": language.ffn_hidden_size,
+    }
+    if min(shared.values()) < 1 or language.num_query_groups < 1:
+        return
+    for name, number in shared.items():
+        if number % size:
+            yield f"{flag} {size} does not divide --architecture.{name} {number}; use {_divisors(*shared.values())}"
+    groups = language.num_query_groups
+    if groups % size and size % groups:  # where there are fewer groups than ranks, several ranks share one
+        yield f"{flag} {size} is neither a divisor nor a multiple of --architecture.language.num_query_groups {groups}"
+    elif not language.num_attention_heads % size and 2 * groups * language.head_size % size:
+        yield f"{flag} {size} does not divide the rows of queries, keys and values; use a divisor of {2 * groups * language.head_size}"
+    recomputed = ",".join(parallel.recompute_parts)
+    if not parallel.recompute_parts or not set(parallel.recompute_parts) <= set(LAYER_PARTS):
+        yield f"--parallel.recompute_parts {recomputed}: name one or both of {', '.join(LAYER_PARTS)}"
+    elif parallel.recompute == "none" and set(parallel.recompute_parts) != set(LAYER_PARTS):
+        yield f"--parallel.recompute_parts {recomputed} has no effect with --parallel.recompute none; use selective or full"
+    if parallel.sequence_parallel and size == 1:
+        yield f"--parallel.sequence_parallel true needs {flag} 2 or more; it is 1"
+
+
+def _pipeline(parallel: Parallel, arch: Architecture) -> Iterator[str]:
+    size, layout = parallel.pipeline_model_parallel_size, parallel.layout
+    vision, language = arch.vision.num_layers, arch.language.num_layers
+    flag, given = "--parallel.pipeline_model_parallel_size", f"--parallel.layout {layout}"
+    virtual, chunks = parallel.virtual_pipeline_model_parallel_size, parallel.chunks
+    sizes = f"{flag} {size}" + f" x --parallel.virtual_pipeline_model_parallel_size {virtual}" * (virtual != 1)
+    yield from _at_least(1, "parallel", parallel, "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size")
+    if min(size, virtual) > 0 and chunks > vision + language:
+        layers = f"{vision + language} layers ({vision} of the vision encoder, {language} of the language model)"
+        yield f"{sizes}: more chunks than the model's {layers}"
+    if virtual > 1 and size == 1:
+        yield f"{sizes}: chunks take turns over the ranks of a pipeline, and one rank is none; use 1 chunk, or 2 ranks or more"
+    if layout in ("auto", "even"):
+        return
+    try:
+        counts = parse_layout(layout, vision, language)
+    except ValueError as error:
+        yield f"{given}: {error}; or use auto or even"
+        return
+    if len(counts) != chunks:
+        wanted = f"{sizes} is {chunks}" if virtual != 1 else f"{flag} is {size}"
+        yield f"{given}: {len(counts)} chunk{'s' * (len(counts) > 1)}, but {wanted}"
+
+
+def _world(config: Config, world_size: int) -> Iterator[str]:
+    model, batch = config.parallel.model_parallel_size, config.training.global_batch_size
+    sizes = {name: vars(config.parallel)[f"{name}_parallel_size"] for name in ("tensor_model", "pipeline_model", "context")}
+    if batch < 1:
+        yield f"--training.global_batch_size {batch}: must be 1 or more"
+    yield from _at_least(1, "parallel", config.parallel, "timeout_minutes", "context_parallel_size")
+    if min(sizes.values()) < 1:
+        return
+    if world_size % model:
+        product = " x ".join(f"--parallel.{name}_parallel_size {size}" for name, size in sizes.items() if size > 1 or name != "context")
+        yield f"{product} = {model} does not divide the number of ranks that torchrun started, {world_size}"
+        return
+    copies, pipeline, virtual = world_size // model, sizes["pipeline_model"], config.parallel.virtual_pipeline_model_parallel_size
+    if batch % copies:
+        yield (
+            f"--training.global_batch_size {batch} is not a multiple of the {copies} data-parallel ranks "
+            f"({world_size} ranks / {model} for each copy of the model); use {_nearest_multiples(batch, copies)}"
+        )
+    elif virtual > 1 and batch // copies % pipeline:
+        yield (
+            f"--training.global_batch_size {batch} gives each of the {copies} data-parallel ranks {batch // copies} packs a step, which "
+            f"--parallel.virtual_pipeline_model_parallel_size {virtual} asks to be a multiple of "
+            f"--parallel.pipeline_model_parallel_size {pipeline}; use {_nearest_multiples(batch, copies * pipeline)}"
+        )
+
+
+def _nearest_multiples(number: int, of: int) -> str:
+    """The multiples below and above, in words."""
+    below = number // of * of
+    return f"{below} or {below + of}" if below > 0 else f"{below + of}"
+
+
+def _data(data: Data) -> Iterator[str]:
+    if not data.train:
+        yield "--data.train: name the folder of a packed dataset; tools/pack_dataset.py makes one"
+    for name, folder in [("train", folder) for folder in data.train_folders] + [("valid", data.valid)] * bool(data.valid):
+        if "://" not in folder and not Path(folder).is_dir():
+            yield f"--data.{name} {folder}: no such folder; tools/pack_dataset.py --out {folder} makes one"
+    if data.weights and len(data.weights) != len(data.train_folders):
+        yield f"--data.weights: {len(data.weights)} weights for {len(data.train_folders)} folders of --data.train"
+    if any(not 0 < weight < float("inf") for weight in data.weights):
+        yield f"--data.weights {','.join(map(str, data.weights))}: each must be above 0"
+    if data.batch_shares and len(data.train_folders) < 2:
+        yield "--data.batch_shares true has no effect: --data.train names one folder; give several, with commas, or leave it out"
+    for name in data.augment:
+        if name not in AUGMENTATIONS:
+            yield f"--data.augment {name}: no such change; known are {', '.join(AUGMENTATIONS)}"
+    yield from _at_least(0, "data", data, "workers", "group", "timeout")
+    yield from _at_least(1, "data", data, "prefetch")
+
+
+def _training(training: Training, data: Data) -> Iterator[str]:
+    yield from _at_least(1, "training", training, "steps")
+    yield from _at_least(0, "training", training, "seed", "eval_interval", "eval_packs")
+    if not training.trainable:
+        yield f"--training.trainable: empty, so nothing would be trained; name some of {', '.join(PARTS)}"
+    for pattern in training.trainable:
+        if not parts_named(pattern):
+            yield f"--training.trainable {pattern}: nothing is called so; parts are {', '.join(PARTS)}"
+    if not 0 <= training.drop_path < 1:
+        yield f"--training.drop_path {training.drop_path}: must be 0 or more, and less than 1"
+    elif training.drop_path and training.trainable and not trains("vision", training.trainable):
+        yield (
+            f"--training.drop_path {training.drop_path} has no effect: --training.trainable {','.join(training.trainable)} "
+            "leaves the vision encoder frozen; use 0"
+        )
+    if training.eval_interval > 0 and not data.valid:
+        yield f"--training.eval_interval {training.eval_interval} needs --data.valid, the held-out packs"
+
+
+def _optimizer(optimizer: Optimizer, training: Training) -> Iterator[str]:
+    if not optimizer.lr > 0:
+        yield f"--optimizer.lr {optimizer.lr}: must be above 0"
+    elif optimizer.min_lr > optimizer.lr:
+        yield f"--optimizer.min_lr {optimizer.min_lr} is above --optimizer.lr {optimizer.lr}"
+    yield from _at_least(0, "optimizer", optimizer, "min_lr", "warmup_steps", "weight_decay", "clip_grad")
+    if optimizer.warmup_steps > training.steps:
+        yield f"--optimizer.warmup_steps {optimizer.warmup_steps} is more than --training.steps {training.steps}: lr would never be reached"
+    if optimizer.moments == "bfloat16" and training.precision == "float32":
+        yield "--optimizer.moments bfloat16 needs --training.precision bfloat16"
+    if not 0 <= optimizer.warmup_ratio <= 1:
+        yield f"--optimizer.warmup_ratio {optimizer.warmup_ratio}: must be from 0 to 1"
+    for name in ("adam_beta1", "adam_beta2"):
+        if not 0 <= vars(optimizer)[name] < 1:
+            yield f"--optimizer.{name} {vars(optimizer)[name]}: must be 0 or more, and less than 1"
+    if not optimizer.adam_eps > 0:
+        yield f"--optimizer.adam_eps {optimizer.adam_eps}: must be above 0"
+
+
+def _kernels(training: Training) -> Iterator[str]:
+    if training.kernels == "transformer_engine" and training.precision == "float32":
+        yield "--training.kernels transformer_engine: its attention has no fused kernel for --training.precision float32; use local or auto"
+
+
+def _fp8(fp8: Fp8, config: Config) -> Iterator[str]:
+    first, last, arch = fp8.first_bf16_layers, fp8.last_bf16_layers, config.architecture
+    spared = f"--fp8.first_bf16_layers {first} and --fp8.last_bf16_layers {last}"
+    yield from _at_least(0, "fp8", fp8, "first_bf16_layers", "last_bf16_layers")
+    if not fp8.recipes and first + last > 0:
+        yield f"{spared}: have no effect without --fp8.vision or --fp8.language"
+    if fp8.recipes and config.training.kernels == "local":
+        yield "--training.kernels local: FP8 needs Transformer Engine's layers; use auto, or no recipe for --fp8.vision and --fp8.language"
+    if fp8.vision == "delayed" and not trains("vision", config.training.trainable):
+        yield (
+            f"--fp8.vision delayed: --training.trainable {','.join(config.training.trainable)} leaves the vision encoder frozen, "
+            "and without a backward pass its scales are never set; use tensorwise"
+        )
+    for part, recipe in fp8.recipes.items():
+        if config.training.precision == "float32":
+            yield f"--fp8.{part} {recipe} needs --training.precision bfloat16"
+        if recipe == "delayed" and first + last > 0:
+            yield f"--fp8.{part} delayed: {spared} do not go with it; use another recipe, or 0"
+        sizes = vars(arch)[part]
+        share = sizes.num_layers // max(config.parallel.pipeline_model_parallel_size, 1)
+        if max(first, last) > share:
+            yield f"{spared}: at most {share}, the {part} layers of one of the pipeline's ranks"
+        parallel = config.parallel
+        tensor = max(parallel.vision_tensor_size if part == "vision" else parallel.tensor_model_parallel_size, 1)
+        multiple = fp8_multiple(recipe, config.parallel.sequence_parallel and part == "language")
+        widths = {"hidden_size": sizes.hidden_size, "ffn_hidden_size": sizes.ffn_hidden_size // tensor}
+        if part == "language":
+            widths["num_attention_heads"] = arch.language.num_attention_heads * arch.language.head_size // tensor
+        for name, width in widths.items():
+            if width % multiple:
+                yield f"--fp8.{part} {recipe}: --architecture.{part}.{name} makes matrices {width} wide, not a multiple of {multiple}"
+
+
+def _logging(logging: Logging, checkpoint: Checkpoint) -> Iterator[str]:
+    yield from _at_least(1, "logging", logging, "interval")
+    if logging.tensorboard and not checkpoint.save:
+        yield "--logging.tensorboard true needs --checkpoint.save, where its files go"
+    if logging.wandb_project and logging.wandb_mode == "offline" and not checkpoint.save:
+        yield "--logging.wandb_mode offline needs --checkpoint.save, where its files go"
+
+
+def _health(health: Health) -> Iterator[str]:
+    yield from _at_least(0, "health", health, "least_gb_per_s")
+    yield from _at_least(1, "health", health, "hang_seconds")
+    if not health.slow_factor > 1:
+        yield f"--health.slow_factor {health.slow_factor}: must be above 1"
+    if health.hang_factor and health.hang_factor < 1:
+        yield f"--health.hang_factor {health.hang_factor}: must be 1 or more, or 0 to report nothing"

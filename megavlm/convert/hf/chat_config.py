@@ -1,0 +1,175 @@
+"""config.json of ``InternVLChatModel``, the chat dialect: the format in which OpenGVLab publishes InternVL 2.0 to 3.5.
+
+The model's own Python files are part of OpenGVLab's repositories. They are never read here, nor written: ``auto_map`` of a folder that is
+written names the repository that holds those of its language model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megavlm.config.schema import Architecture, Vision
+from megavlm.convert.hf import json_files as shared
+from megavlm.convert.hf.json_files import NORMS
+from megavlm.convert.weights.families import config as language_config
+from megavlm.convert.weights.families import written_as
+
+MODEL_TYPE = "internvl_chat"
+# Repositories of OpenGVLab whose Python files know a family; the first one for every family that is not named.
+_CODE = {"": "OpenGVLab/InternVL2_5-1B", "qwen3": "OpenGVLab/InternVL3_5-1B", "internlm3": "OpenGVLab/InternVL3-9B"}
+
+# What our model computes, and what a config.json must therefore say where OpenGVLab's code knows alternatives.
+_FIXED: dict[str, dict[str, Any]] = {
+    "": {"select_layer": -1, "ps_version": "v2", "use_backbone_lora": 0, "use_llm_lora": 0},
+    "vision_config": {"hidden_act": "gelu", "num_channels": 3},
+}
+_NEEDED_OF_VISION = (
+    "image_size",
+    "patch_size",
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "norm_type",
+    "layer_norm_eps",
+    "qkv_bias",
+    "qk_normalization",
+)
+
+
+def read(raw: dict[str, Any], folder: Path, *, has_head: bool | None) -> Architecture:
+    """What a model is made of; arguments and errors as in the native dialect."""
+    path = folder / shared.FILE_NAME
+    shared.refuse(path, list(_problems(raw)))
+    vision, language = raw["vision_config"], raw["llm_config"]
+    says_tied = bool(raw.get("tie_word_embeddings", language.get("tie_word_embeddings", False)))
+    mean, std = shared.normalisation(folder)
+    return Architecture(
+        vision=read_vision(vision, mean, std),
+        language=language_config.read(language, tied_head=says_tied and not has_head),
+        pixel_shuffle=shared.pixel_shuffle(raw["downsample_ratio"]),
+    )
+
+
+def _problems(raw: dict[str, Any]) -> Iterator[str]:
+    """What our model does not do, and what the file lacks."""
+    yield from shared.contradictions("", raw, _FIXED[""])
+    if "ps_version" not in raw:
+        yield "ps_version is missing, which means 'v1'; must be 'v2'"
+    ratio = raw.get("downsample_ratio")
+    if not isinstance(ratio, int | float) or not 0 < ratio <= 1 or not shared.pixel_shuffle(ratio):
+        yield f"downsample_ratio is {ratio!r}, must be 1 / a whole number"
+    vision, language = raw.get("vision_config"), raw.get("llm_config")
+    if isinstance(vision, dict):
+        yield from vision_problems(vision, "vision_config")
+    else:
+        yield "vision_config is missing"
+    if isinstance(language, dict):
+        yield from language_config.problems(language, "llm_config")
+    else:
+        yield "llm_config is missing"
+
+
+def vision_problems(vision: dict[str, Any], section: str) -> Iterator[str]:
+    """Why a vision encoder is none that can be trained here; ``section`` is the name of its settings in the file."""
+    yield from shared.missing(section, vision, *_NEEDED_OF_VISION)
+    yield from shared.contradictions(section, vision, _FIXED["vision_config"])
+    if vision.get("norm_type") not in (None, *NORMS):
+        yield f"{section}.norm_type is {vision['norm_type']!r}, must be one of {', '.join(NORMS)}".lstrip(".")
+
+
+def read_vision(settings: dict[str, Any], mean: tuple[float, ...], std: tuple[float, ...]) -> Vision:
+    """The vision encoder."""
+    return Vision(
+        image_size=settings["image_size"],
+        patch_size=settings["patch_size"],
+        num_layers=settings["num_hidden_layers"],
+        hidden_size=settings["hidden_size"],
+        ffn_hidden_size=settings["intermediate_size"],
+        num_attention_heads=settings["num_attention_heads"],
+        normalization=NORMS[settings["norm_type"]],
+        layernorm_epsilon=settings["layer_norm_eps"],
+        qkv_bias=settings["qkv_bias"],
+        qk_norm=settings["qk_normalization"],
+        layer_scale=settings.get("initializer_factor", 0.1),
+        pixel_mean=mean,
+        pixel_std=std,
+    )
+
+
+def write(
+    architecture: Architecture,
+    *,
+    dtype: torch.dtype,
+    eos_token_id: int,
+    pad_token_id: int,
+    template: str,
+    min_tiles: int,
+    max_tiles: int,
+    thumbnail: bool,
+) -> dict[str, Any]:
+    """The content of config.json.
+
+    Args:
+        architecture: the model.
+        dtype: number format of the weights.
+        eos_token_id: token that ends an answer.
+        pad_token_id: token that fills up texts of a batch.
+        template: name of the conversation template.
+        min_tiles, max_tiles: tiles of an image, thumbnail not counted.
+        thumbnail: whether an image of several tiles gets its thumbnail as one more tile.
+    """
+    vision, language = architecture.vision, architecture.language
+    family = written_as(language, "chat")
+    code, number = _CODE.get(family.name, _CODE[""]), str(dtype).removeprefix("torch.")
+    auto = {
+        "AutoConfig": f"{code}--configuration_internvl_chat.InternVLChatConfig",
+        "AutoModel": f"{code}--modeling_internvl_chat.InternVLChatModel",
+        "AutoModelForCausalLM": f"{code}--modeling_internvl_chat.InternVLChatModel",
+    }
+    return {
+        "architectures": ["InternVLChatModel"],
+        "auto_map": auto,
+        "model_type": MODEL_TYPE,
+        "torch_dtype": number,
+        "downsample_ratio": 1 / architecture.pixel_shuffle,
+        "dynamic_image_size": max_tiles > 1,
+        "force_image_size": vision.image_size,
+        "min_dynamic_patch": min_tiles,
+        "max_dynamic_patch": max_tiles,
+        "use_thumbnail": thumbnail,
+        "pad2square": False,
+        **_FIXED[""],
+        "template": template,
+        "tie_word_embeddings": language.tied_head,
+        "vision_config": _vision_config(vision) | {"torch_dtype": number},
+        "llm_config": language_config.write(language, family, eos_token_id=eos_token_id, pad_token_id=pad_token_id)
+        | {"attn_implementation": "flash_attention_2", "use_cache": True, "torch_dtype": number},
+    }
+
+
+def _vision_config(vision: Vision) -> dict[str, Any]:
+    return {
+        "architectures": ["InternVisionModel"],
+        "model_type": "intern_vit_6b",
+        **_FIXED["vision_config"],
+        "attention_dropout": 0.0,
+        "dropout": 0.0,
+        "drop_path_rate": 0.0,
+        "image_size": vision.image_size,
+        "patch_size": vision.patch_size,
+        "num_hidden_layers": vision.num_layers,
+        "hidden_size": vision.hidden_size,
+        "intermediate_size": vision.ffn_hidden_size,
+        "num_attention_heads": vision.num_attention_heads,
+        "norm_type": next(name for name, ours in NORMS.items() if ours == vision.normalization),
+        "layer_norm_eps": vision.layernorm_epsilon,
+        "qkv_bias": vision.qkv_bias,
+        "qk_normalization": vision.qk_norm,
+        "initializer_factor": vision.layer_scale,
+        "use_flash_attn": True,
+    }

@@ -1,0 +1,239 @@
+"""Whole models between checkpoints and Hugging Face folders, in the native dialect (``InternVLForConditionalGeneration``) or the chat
+dialect (``InternVLChatModel``)."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megavlm.config.cli import from_yaml, to_yaml
+from megavlm.config.models import MODELS
+from megavlm.config.schema import Architecture, Config
+from megavlm.convert.dist_checkpoint import ShardsFolder, write_shards
+from megavlm.convert.hf import preprocessing
+from megavlm.convert.hf.json_files import read_json
+from megavlm.convert.hf.lazy_tensors import FullTensor, head_source, vision_tensor
+from megavlm.convert.hf.model_config import architecture_from_hf, dialect_of, differences
+from megavlm.convert.hf.processor import TOKENIZER_FILES, write_folder
+from megavlm.convert.hf.safetensors_files import SafetensorsFolder, new_folder, write_safetensors
+from megavlm.convert.weights.tables import Dialect, name_on_disk
+from megavlm.convert.weights.views import HuggingFaceView, MegatronView
+from megavlm.data.text.tokenizer import fingerprint, load_tokenizer
+from megavlm.io.progress import Progress
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def hf_tensors_as_megatron(folder: str | Path, architecture: Architecture) -> MegatronView:
+    """The weights of a Hugging Face folder under our checkpoint keys, each read when it is asked for.
+
+    Raises:
+        FileNotFoundError: files are missing.
+        ValueError: the weights are not those of ``architecture``; every tensor at fault is named.
+    """
+    return MegatronView(_open(Path(folder)), architecture, dialect_of(folder))
+
+
+def full_tensors(folder: str | Path, architecture: Architecture) -> FullTensor:
+    """What fills a model from a Hugging Face folder: takes a checkpoint key (and a shape, which may have padding), gives the whole tensor,
+    of which a rank reads its share.
+
+    A head that is tied in the folder and not in the model starts as a copy of the token embedding; positions are resized to the model's
+    tiles.
+
+    Raises:
+        FileNotFoundError: files are missing.
+        ValueError: the model in the folder is another one than ``architecture``; every difference is named.
+    """
+    found = refuse_other(folder, architecture)
+    view = hf_tensors_as_megatron(folder, found)
+    return lambda key, shape: vision_tensor(view, found, architecture, head_source(key, found, architecture))
+
+
+def refuse_other(folder: str | Path, architecture: Architecture) -> Architecture:
+    """What the model in a Hugging Face folder is made of; no weights are read.
+
+    Raises:
+        FileNotFoundError: files are missing.
+        ValueError: it is another model than ``architecture``; every difference is named.
+    """
+    found = architecture_from_hf(folder)
+    different = differences(found, architecture)
+    if different:
+        listed = "\n  ".join(different)
+        raise ValueError(f"{folder}: the model there is of another architecture than --model:\n  {listed}")
+    return found
+
+
+def _open(folder: Path) -> SafetensorsFolder:
+    """The weights of a Hugging Face folder."""
+    return SafetensorsFolder(folder, rename=name_on_disk if dialect_of(folder) == "native" else str)
+
+
+def step_folder(path: str | Path) -> Path:
+    """The folder of one step at ``path``: that folder itself, or a run's save folder (then its newest).
+
+    Raises:
+        FileNotFoundError: no complete checkpoint is there.
+    """
+    folder = Path(path)
+    if (folder / "latest").is_file():
+        folder = folder / (folder / "latest").read_text(encoding="utf-8").strip()
+    for name in ("state.json", "config.yaml"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder}: no complete checkpoint is there ({name} is missing)")
+    return folder
+
+
+def export(
+    checkpoint: str | Path,
+    out: str | Path,
+    *,
+    dialect: Dialect = "native",
+    dtype: torch.dtype | None = None,
+    tokenizer: str | Path = "",
+    flag: str = "--out",
+) -> Path:
+    """Write a checkpoint as a Hugging Face folder. It needs neither a process group nor the memory for a whole model.
+
+    Args:
+        checkpoint: folder of a step, or a run's save folder.
+        out: folder to make; missing or empty.
+        dialect: to write it in.
+        dtype: number format of the weights; none: as they are.
+        tokenizer: folder of the tokenizer, where the checkpoint has none.
+        flag: names ``out`` in errors.
+
+    Returns:
+        The folder.
+
+    Raises:
+        FileNotFoundError: the checkpoint, or its tokenizer, is missing.
+        ValueError: the checkpoint is damaged or of another model than it says, or ``out`` is taken.
+    """
+    folder, out = step_folder(checkpoint), Path(out)
+    architecture = from_yaml(folder / "config.yaml").architecture
+    source = ShardsFolder(folder / "shards")
+    view = HuggingFaceView(source, architecture, dtype, dialect=dialect)
+    words = Path(tokenizer) if tokenizer else folder / "tokenizer"
+    if not words.is_dir():
+        raise FileNotFoundError(f"{words}: the checkpoint has no tokenizer; name the folder of one with --tokenizer")
+    with new_folder(out, flag) as growing, Progress("export", "B", _bytes(view)) as progress:
+        number = next(iter(view.headers.values())).dtype
+        write_folder(growing, dialect, words, architecture, preprocessing.of_checkpoint(folder), number)
+        write_safetensors(view, growing, done=progress.add)
+    return out
+
+
+def import_(folder: str | Path, out: str | Path, *, tokenizer: str | Path = "", flag: str = "--out") -> Path:
+    """Write a Hugging Face folder as a checkpoint that any layout can load; its weights can be started from, no run be gone on with.
+
+    Args:
+        folder: the Hugging Face folder.
+        out: folder of the checkpoint to make; missing or empty.
+        tokenizer: folder of the tokenizer; empty: that of the model.
+        flag: names ``out`` in errors.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        FileNotFoundError: files are missing.
+        ValueError: the model cannot be trained here, its weights are not those that its settings say, or ``out`` is taken.
+    """
+    folder, out = Path(folder), Path(out)
+    architecture = architecture_from_hf(folder)
+    view = hf_tensors_as_megatron(folder, architecture)
+    name = next((name for name, known in MODELS.items() if known == architecture), "custom")
+    with new_folder(out, flag) as growing, Progress("import", "B", _bytes(view)) as progress:
+        write_shards(view, growing / "shards", done=progress.add)
+        words = _copy_tokenizer(Path(tokenizer) if tokenizer else folder, growing / "tokenizer")
+        (growing / "config.yaml").write_text(to_yaml(Config(stage="2", model=name, architecture=architecture)), encoding="utf-8")
+        preprocessing.write(preprocessing.of_folder(folder, dialect_of(folder)), growing)
+        state = {"step": 0, "consumed": 0, "stage": None, "tokenizer": words, "format": 1}
+        (growing / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+    return out
+
+
+def _copy_tokenizer(folder: Path, target: Path) -> str | None:
+    """Copy the tokenizer, where there is one, and return its fingerprint.
+
+    Raises:
+        ValueError: it needs Python code of its own.
+    """
+    present = [name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    if "tokenizer_config.json" not in present:
+        return None
+    if "auto_map" in read_json(folder / "tokenizer_config.json") and "tokenizer.json" not in present:
+        raise ValueError(
+            f"{folder}: the tokenizer is Python code of the model's own (auto_map in tokenizer_config.json), which is never run; "
+            "name a folder with the same tokenizer as tokenizer.json with --tokenizer"
+        )
+    target.mkdir()
+    for name in present:
+        shutil.copyfile(folder / name, target / name)
+    return fingerprint(load_tokenizer(target))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartCheck:
+    """What became of one part's tensors on the way there and back.
+
+    Args:
+        part: first word of its names, such as ``vision_tower`` or ``mlp1``.
+        tensors: in the part.
+        nbytes: of them.
+        changed: names of those that came back different.
+    """
+
+    part: str
+    tensors: int
+    nbytes: int
+    changed: tuple[str, ...]
+
+
+def check(folder: str | Path) -> list[PartCheck]:
+    """Convert a Hugging Face folder to our layout and back, tensor by tensor, in memory, and compare bit for bit.
+
+    Raises:
+        FileNotFoundError: files are missing.
+        ValueError: the model cannot be trained here, or its weights are not those that its settings say.
+    """
+    folder = Path(folder)
+    architecture, source, dialect = architecture_from_hf(folder), _open(folder), dialect_of(folder)
+    back = HuggingFaceView(MegatronView(source, architecture, dialect), architecture, dialect=dialect)
+    names: dict[str, list[str]] = {}
+    changed: dict[str, list[str]] = {}
+    with Progress("check", "B", _bytes(back)) as progress:
+        for name, header in back.headers.items():
+            part = name.split(".")[0]
+            names.setdefault(part, []).append(name)
+            if not _same_bits(source[name], back[name]):
+                changed.setdefault(part, []).append(name)
+            progress.add(header.nbytes)
+    return [
+        PartCheck(
+            part=part,
+            tensors=len(found),
+            nbytes=sum(back.headers[name].nbytes for name in found),
+            changed=tuple(changed.get(part, ())),
+        )
+        for part, found in names.items()
+    ]
+
+
+def _bytes(view: MegatronView | HuggingFaceView) -> int:
+    """Bytes of all tensors."""
+    return sum(header.nbytes for header in view.headers.values())
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors have the same type, shape and bits; NaN is equal to itself here."""
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))

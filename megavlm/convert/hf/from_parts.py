@@ -1,0 +1,251 @@
+"""Models that start from parts: a folder of a vision encoder and a folder of a language model, each a Hugging Face model of its own."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from transformers import CLIPVisionConfig, PreTrainedTokenizerBase, SiglipVisionConfig
+
+from megavlm.config.schema import Architecture, Config, Init, Language, Vision
+from megavlm.convert.hf import chat_config, json_files
+from megavlm.convert.hf.lazy_tensors import ExtendedVocabulary, FullTensor, LazyTensor, Served, head_source, vision_tensor
+from megavlm.convert.hf.model_config import architecture_from_hf, differences
+from megavlm.convert.hf.safetensors_files import SafetensorsFolder, tensor_names
+from megavlm.convert.weights.families import FAMILIES, clip, family_of, internvit
+from megavlm.convert.weights.families import config as language_config
+from megavlm.convert.weights.mapping import within
+from megavlm.convert.weights.tables import EMBEDDING_KEY, HEAD_KEY
+from megavlm.convert.weights.transforms import Shape
+from megavlm.convert.weights.views import MegatronView
+from megavlm.data.text.tokenizer import extend, load_tokenizer
+
+_INTERNVIT = "intern_vit_6b"  # what OpenGVLab calls every InternViT
+_CLIP_KINDS: dict[str, tuple[str, type]] = {
+    "clip": ("clip", CLIPVisionConfig),
+    "clip_vision_model": ("clip", CLIPVisionConfig),
+    "siglip": ("siglip", SiglipVisionConfig),
+    "siglip_vision_model": ("siglip", SiglipVisionConfig),
+}
+_ACTIVATIONS = {"gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_pytorch_tanh": "gelu_tanh"}
+# Features come from before the last layer, as in LLaVA; it, what follows it, and the half that reads text are left out.
+_LEFT_OUT = re.compile(
+    r"(text_model|text_projection|visual_projection|logit_scale|logit_bias|post_layernorm|head)\b|embeddings\.position_ids$"
+)
+_LAYER = re.compile(r"encoder\.layers\.(\d+)\.")
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_BUFFER = re.compile(r"\.rotary_emb\.inv_freq$")
+_INITIALIZER_RANGE = 0.02
+
+
+def read_model(folder: str, init: Init) -> Architecture:
+    """What the model in a Hugging Face folder is made of or, where no folder is named, the model that two parts give.
+
+    Raises:
+        FileNotFoundError: files are missing.
+        ValueError: a model that ours is not; every difference is named.
+    """
+    if folder:
+        return architecture_from_hf(folder)
+    return _compose(vision_from_hf(init.vision), language_from_hf(init))
+
+
+def image_model(folder: str, init: Init) -> Architecture:
+    """What packs must know of a model: that in a Hugging Face folder of a whole model, or one with the vision encoder in a folder.
+
+    Raises:
+        FileNotFoundError: files are missing.
+        ValueError: a model that ours is not; every difference is named.
+    """
+    kind = json_files.read_json(Path(folder) / json_files.FILE_NAME).get("model_type")
+    if kind == _INTERNVIT or kind in _CLIP_KINDS:
+        return _compose(vision_from_hf(folder), Language())
+    return read_model(folder, init)
+
+
+def _compose(vision: Vision, language: Language) -> Architecture:
+    """A model of two parts: with InternVL's projector behind its vision encoder, with LLaVA's behind others."""
+    is_internvit = vision.family == "internvit"
+    return Architecture(vision=vision, language=language, pixel_shuffle=2 if is_internvit else 1, projector_norm=is_internvit)
+
+
+def vision_from_hf(folder: str | Path) -> Vision:
+    """What the vision encoder in a folder is made of: an InternViT as OpenGVLab publishes it, or a CLIP or SigLIP.
+
+    Raises:
+        FileNotFoundError: the folder has no config.json.
+        ValueError: it is none of them, or none that can be trained here.
+    """
+    path = Path(folder) / json_files.FILE_NAME
+    raw = json_files.read_json(path)
+    kind, (mean, std) = raw.get("model_type"), json_files.normalisation(Path(folder))
+    if kind == _INTERNVIT:
+        json_files.refuse(path, list(chat_config.vision_problems(raw, "")))
+        return chat_config.read_vision(raw, mean, std)
+    if kind not in _CLIP_KINDS:
+        raise ValueError(f"--init.vision {path}: model_type is {kind!r}, must be one of {', '.join((_INTERNVIT, *_CLIP_KINDS))}")
+    family, form = _CLIP_KINDS[kind]
+    found = form.from_dict(raw.get("vision_config", raw)).to_dict()  # fills in what the file leaves out
+    json_files.refuse(path, list(_clip_problems(found)))
+    return Vision(
+        family=family,
+        image_size=found["image_size"],
+        patch_size=found["patch_size"],
+        num_layers=found["num_hidden_layers"] - 1,
+        hidden_size=found["hidden_size"],
+        ffn_hidden_size=found["intermediate_size"],
+        num_attention_heads=found["num_attention_heads"],
+        layernorm_epsilon=found["layer_norm_eps"],
+        activation=_ACTIVATIONS[found["hidden_act"]],
+        pixel_mean=mean,
+        pixel_std=std,
+    )
+
+
+def _clip_problems(found: dict[str, Any]) -> Iterator[str]:
+    """What our model does not do."""
+    if found["hidden_act"] not in _ACTIVATIONS:
+        yield f"hidden_act is {found['hidden_act']!r}, must be one of {', '.join(_ACTIVATIONS)}"
+    if found["num_hidden_layers"] < 2:
+        yield f"num_hidden_layers is {found['num_hidden_layers']}, must be 2 or more: features are taken before the last layer"
+    yield from json_files.contradictions("", found, {"num_channels": 3})
+
+
+def language_from_hf(init: Init) -> Language:
+    """What a language model is made of, with the vocabulary that its tokenizer and InternVL's special tokens need.
+
+    Raises:
+        FileNotFoundError: the folder has no config.json or no tokenizer.
+        ValueError: it is of no known family, or its tokenizer cannot be read.
+    """
+    found = _language(Path(init.language))
+    tokenizer, _ = extend_tokenizer(init)
+    return replace(found, vocab_size=max(tokenizer.get_vocab().values()) + 1)
+
+
+def _language(folder: Path) -> Language:
+    """The language model as it is."""
+    path = folder / json_files.FILE_NAME
+    raw = json_files.read_json(path)
+    if raw.get("model_type") not in FAMILIES:
+        raise ValueError(f"--init.language {path}: model_type is {raw.get('model_type')!r}, must be one of {', '.join(FAMILIES)}")
+    json_files.refuse(path, list(language_config.problems(raw, "")))
+    found = language_config.read(raw, tied_head=False)
+    head = {name for row in family_of(found).rows(found) if row.key == "output_layer.weight" for name in row.names}
+    return replace(found, tied_head=head.isdisjoint(tensor_names(folder) or head))
+
+
+def words_of(init: Init) -> tuple[str, str]:
+    """The option that names the tokenizer's folder, and the folder."""
+    return ("--init.tokenizer", init.tokenizer) if init.tokenizer else ("--init.language", init.language)
+
+
+def extend_tokenizer(init: Init) -> tuple[PreTrainedTokenizerBase, tuple[int, ...]]:
+    """The tokenizer of a language model with InternVL's special tokens, and the ids of those that it lacked.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: it holds no tokenizer that can be read.
+    """
+    flag, folder = words_of(init)
+    if Path(folder).is_dir() and not any((Path(folder) / name).is_file() for name in _VOCABULARIES):
+        # transformers would make an empty tokenizer of what config.json says.
+        raise ValueError(f"{flag} {folder}: holds no tokenizer ({', '.join(_VOCABULARIES)}); name the folder of one with --init.tokenizer")
+    tokenizer = load_tokenizer(folder, flag)
+    return tokenizer, extend(tokenizer)
+
+
+def refuse_other(init: Init, architecture: Architecture) -> None:
+    """Raise ValueError where parts are not those of ``architecture``; every difference is named, and no weights are read."""
+    for part, folder in init.parts.items():
+        different = differences(_found(init, part, architecture), architecture)
+        if different:
+            listed = "\n  ".join(different)
+            raise ValueError(f"--init.{part} {folder}: the part there is another one than --model's:\n  {listed}")
+    if init.language:
+        least = language_from_hf(init).vocab_size
+        if architecture.language.vocab_size < least:
+            raise ValueError(
+                f"--architecture.language.vocab_size {architecture.language.vocab_size}: the tokenizer of {' '.join(words_of(init))} "
+                f"has ids up to {least - 1}, InternVL's special tokens counted; use {least}"
+            )
+
+
+def _found(init: Init, part: str, wanted: Architecture) -> Architecture:
+    """The wanted model with a part as a folder has it, but for what may differ: the vocabulary, and layers that a CLIP has more."""
+    if part == "language":
+        return replace(wanted, language=replace(_language(Path(init.language)), vocab_size=wanted.language.vocab_size))
+    vision = vision_from_hf(init.vision)
+    if vision.family == wanted.vision.family != "internvit":
+        vision = replace(vision, num_layers=min(vision.num_layers + 1, wanted.vision.num_layers))
+    return replace(wanted, vision=vision)
+
+
+def full_tensors(config: Config, fresh: FullTensor) -> FullTensor:
+    """What fills a model from ``config.init``: takes a checkpoint key (and a shape, which may have padding), gives the whole tensor.
+
+    Args:
+        config: the run.
+        fresh: fills what no part does.
+
+    Raises:
+        FileNotFoundError: files are missing.
+        ValueError: parts are not those of the model, or damaged; every difference is named.
+    """
+    refuse_other(config.init, config.architecture)
+    parts: dict[str, Callable[[str], Served]] = {}
+    if config.init.vision:
+        parts["vision"] = _serve_vision(config)
+    if config.init.language:
+        parts["language"] = _serve_language(config)
+
+    def tensor(key: str, shape: Shape) -> Served:
+        part = key.split(".")[0]
+        return parts[part](key) if part in parts else fresh(key, shape)
+
+    return tensor
+
+
+def _serve_vision(config: Config) -> Callable[[str], Served]:
+    wanted, folder = config.architecture, Path(config.init.vision)
+    found = _found(config.init, "vision", wanted)
+    if found.vision.family == "internvit":
+        source, table = SafetensorsFolder(folder), internvit.rows(found.vision, internvit.CHAT)
+    else:
+        source, table = SafetensorsFolder(folder, rename=_used_by(found.vision)), clip.rows(found.vision)
+    view = MegatronView(source, tuple(within(table, "vision.", "")))
+    return lambda key: vision_tensor(view, found, wanted, key)
+
+
+def _used_by(vision: Vision) -> Callable[[str], str | None]:
+    """Renames the tensors of a CLIP or SigLIP, with or without the half that reads text, and leaves out what features do not need."""
+
+    def name_in_table(name: str) -> str | None:
+        name = name.removeprefix("vision_model.")
+        layer = _LAYER.match(name)
+        return None if _LEFT_OUT.match(name) or (layer and int(layer[1]) >= vision.num_layers) else name
+
+    return name_in_table
+
+
+def _serve_language(config: Config) -> Callable[[str], Served]:
+    wanted, folder = config.architecture, Path(config.init.language)
+    language = _language(folder)
+    found = replace(wanted, language=language)
+    source = SafetensorsFolder(folder, rename=lambda name: None if _BUFFER.search(name) else name)
+    view = MegatronView(source, tuple(within(family_of(language).rows(language), "language.", "")))
+    _, new = extend_tokenizer(config.init)
+    std = float(json_files.read_json(folder / json_files.FILE_NAME).get("initializer_range", _INITIALIZER_RANGE))
+
+    def tensor(key: str) -> Served:
+        whole = LazyTensor(view, head_source(key, found, wanted))
+        if key not in (EMBEDDING_KEY, HEAD_KEY):
+            return whole
+        averaged = key == HEAD_KEY or wanted.language.tied_head
+        rows, seed = wanted.language.vocab_size, config.training.seed
+        return ExtendedVocabulary(tensor=whole, rows=rows, new=new, std=std, seed=seed, averaged=averaged)
+
+    return tensor

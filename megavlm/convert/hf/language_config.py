@@ -1,0 +1,121 @@
+"""A language model's settings, from and to its part of config.json."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from megavlm.config.schema import Language
+from megavlm.convert.hf.json_files import contradictions, missing
+from megavlm.convert.weights.families import FAMILIES
+from megavlm.convert.weights.families.family import Family
+
+_NEEDED = (
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "vocab_size",
+    "rms_norm_eps",
+    "max_position_embeddings",
+)
+
+
+def problems(settings: Mapping[str, Any], section: str) -> Iterator[str]:
+    """Why a language model is none of those that can be trained here.
+
+    Args:
+        settings: the model's part of config.json.
+        section: name of that part.
+    """
+    kind = settings.get("model_type")
+    if kind not in FAMILIES:
+        yield f"{section}.model_type is {kind!r}, must be one of {', '.join(FAMILIES)}"
+        return
+    yield from missing(section, settings, *_NEEDED)
+    yield from contradictions(section, settings, {"hidden_act": "silu", **FAMILIES[kind].settings})
+    rotary = _rotary(settings)
+    if rotary["rope_type"] not in ("default", "dynamic"):
+        yield f"{section}: rotary positions are of type {rotary['rope_type']!r}, must be 'default' or 'dynamic'"
+    heads, width = settings.get("num_attention_heads") or 1, settings.get("hidden_size") or 0
+    if not FAMILIES[kind].has_head_dim and settings.get("head_dim") not in (None, width / heads):
+        yield f"{section}.head_dim is {settings['head_dim']}, must be hidden_size / num_attention_heads = {width / heads:g}"
+
+
+def read(settings: Mapping[str, Any], *, tied_head: bool) -> Language:
+    """A language model.
+
+    Args:
+        settings: the model's part of config.json, without problems.
+        tied_head: whether the head is the token embedding.
+    """
+    width, heads = settings["hidden_size"], settings["num_attention_heads"]
+    rotary = _rotary(settings)
+    head_size = settings.get("head_dim") or width // heads
+    return Language(
+        family=settings["model_type"],
+        num_layers=settings["num_hidden_layers"],
+        hidden_size=width,
+        ffn_hidden_size=settings["intermediate_size"],
+        num_attention_heads=heads,
+        num_query_groups=settings.get("num_key_value_heads") or heads,
+        kv_channels=0 if head_size * heads == width else head_size,
+        vocab_size=settings["vocab_size"],
+        rotary_base=float(rotary["rope_theta"]),
+        rotary_dynamic_factor=float(rotary.get("factor", 1.0)),
+        layernorm_epsilon=settings["rms_norm_eps"],
+        max_position_embeddings=settings["max_position_embeddings"],
+        tied_head=tied_head,
+        **FAMILIES[settings["model_type"]].facts,
+    )
+
+
+def _rotary(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of the rotary positions; transformers 4 keeps the base and the rest apart, 5 together."""
+    scaling = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    base = scaling.get("rope_theta", settings.get("rope_theta") or 1e4)
+    return {"rope_type": kind, "rope_theta": base} | ({"factor": scaling["factor"]} if "factor" in scaling else {})
+
+
+def write(language: Language, family: Family, *, eos_token_id: int, pad_token_id: int) -> dict[str, Any]:
+    """A language model's part of config.json.
+
+    Args:
+        language: the model.
+        family: in whose format it is written.
+        eos_token_id: token that ends an answer.
+        pad_token_id: token that fills up texts of a batch.
+    """
+    return {
+        "architectures": [family.class_name],
+        "model_type": family.name,
+        "hidden_act": "silu",
+        **family.settings,
+        "num_hidden_layers": language.num_layers,
+        "hidden_size": language.hidden_size,
+        "intermediate_size": language.ffn_hidden_size,
+        "num_attention_heads": language.num_attention_heads,
+        "num_key_value_heads": language.num_query_groups,
+        **({"head_dim": language.head_size} if family.has_head_dim else {}),
+        "vocab_size": language.vocab_size,
+        "rms_norm_eps": language.layernorm_epsilon,
+        "max_position_embeddings": language.max_position_embeddings,
+        **_write_rotary(language),
+        "tie_word_embeddings": language.tied_head,
+        "bos_token_id": None,
+        "eos_token_id": eos_token_id,
+        "pad_token_id": pad_token_id,
+    }
+
+
+def _write_rotary(language: Language) -> dict[str, Any]:
+    """The rotary positions, for transformers 4 (and remote code, which wants no third entry in ``rope_scaling``), then for 5."""
+    factor, base = language.rotary_dynamic_factor, language.rotary_base
+    if factor == 1:
+        return {"rope_theta": base, "rope_parameters": {"rope_type": "default", "rope_theta": base}}
+    return {
+        "rope_theta": base,
+        "rope_scaling": {"type": "dynamic", "factor": factor},
+        "rope_parameters": {"rope_type": "dynamic", "rope_theta": base, "factor": factor},
+    }

@@ -1,0 +1,83 @@
+"""How a model is to be used, which its weights do not tell: conversation template and tile limits.
+
+A trained model's is that of the packs it was trained on. A model that was only imported keeps what its folder said.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megavlm.convert.hf.json_files import FILE_NAME, IMAGE_PROCESSOR_NAME, read_json, write_json
+from megavlm.convert.weights.tables import Dialect
+from megavlm.data.store.manifest import FILE_NAME as MANIFEST_NAME
+from megavlm.data.store.manifest import read_manifest
+from megavlm.data.text.chat_tokens import DEFAULT
+from megavlm.data.text.templates import chat_format
+
+_FILE_NAME = "usage.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Usage:
+    """How a model is to be used.
+
+    Args:
+        template: name of the conversation template.
+        system_message: what it says before a conversation.
+        min_tiles: fewest tiles of an image, thumbnail not counted.
+        max_tiles: most tiles of an image, thumbnail not counted.
+        thumbnail: whether an image of several tiles gets its thumbnail as one more tile.
+        is_trained: whether the model was trained here; otherwise a chat template that comes with the tokenizer is kept.
+    """
+
+    template: str = DEFAULT
+    system_message: str = chat_format(DEFAULT).system_message
+    min_tiles: int = 1
+    max_tiles: int = 12
+    thumbnail: bool = True
+    is_trained: bool = False
+
+
+def of_folder(folder: Path, dialect: Dialect) -> Usage:
+    """What a Hugging Face folder says."""
+    if dialect == "chat":
+        settings = read_json(folder / FILE_NAME)
+        usage = _tiles(settings, "min_dynamic_patch", "max_dynamic_patch")
+        return dataclasses.replace(usage, template=settings.get("template") or usage.template)
+    if (folder / IMAGE_PROCESSOR_NAME).is_file():
+        return _tiles(read_json(folder / IMAGE_PROCESSOR_NAME), "min_patches", "max_patches")
+    if (folder / "processor_config.json").is_file():  # transformers 5 keeps the image processor in it
+        return _tiles(read_json(folder / "processor_config.json").get("image_processor", {}), "min_patches", "max_patches")
+    return Usage()
+
+
+def _tiles(found: dict[str, Any], least: str, most: str) -> Usage:
+    usual = Usage()
+    return Usage(
+        min_tiles=found.get(least, usual.min_tiles),
+        max_tiles=found.get(most, usual.max_tiles),
+        thumbnail=found.get("use_thumbnail", usual.thumbnail),
+    )
+
+
+def of_checkpoint(folder: Path) -> Usage:
+    """What a checkpoint knows: from the packs it was trained on, else from the folder that it was imported from."""
+    if (folder / MANIFEST_NAME).is_file():
+        packs = read_manifest(folder)
+        return Usage(
+            template=packs.template,
+            system_message=packs.system_message,
+            min_tiles=packs.min_tiles,
+            max_tiles=packs.max_tiles,
+            thumbnail=packs.thumbnail,
+            is_trained=True,
+        )
+    return Usage(**read_json(folder / _FILE_NAME)) if (folder / _FILE_NAME).is_file() else Usage()
+
+
+def write(usage: Usage, folder: Path) -> None:
+    """Keep it in a checkpoint."""
+    write_json(folder / _FILE_NAME, dataclasses.asdict(usage))

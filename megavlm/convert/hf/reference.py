@@ -1,0 +1,25 @@
+"""The same model as ``transformers`` computes it, to compare with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from megavlm.convert.hf.model_config import dialect_of
+
+
+def load_reference(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """``InternVLForConditionalGeneration`` with the weights of a Hugging Face folder, ready to be called, on the CPU.
+
+    Raises:
+        ValueError: there is no such model, or it is in the chat dialect, which transformers does not read by itself.
+    """
+    from transformers import InternVLForConditionalGeneration
+
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder}: no Hugging Face model is there (config.json is missing)")
+    if dialect_of(folder) != "native":
+        raise ValueError(f"{folder}: in OpenGVLab's format, which transformers does not read by itself; export it with --dialect native")
+    return InternVLForConditionalGeneration.from_pretrained(folder, dtype=dtype, local_files_only=True).eval()

@@ -1,0 +1,1 @@
+"""Tables that map weight names and shapes both ways."""

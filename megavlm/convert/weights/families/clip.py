@@ -1,0 +1,40 @@
+"""CLIP (Radford et al., arXiv 2103.00020) and SigLIP (Zhai et al., arXiv 2303.15343), as ``transformers`` names what sees images in them.
+
+Shape letters: D hidden size, M hidden size of the MLP, p pixels along a patch, N tokens of a tile.
+"""
+
+from __future__ import annotations
+
+from megavlm.config.schema import Vision
+from megavlm.convert.weights.mapping import Row, layers, linear, norm
+from megavlm.convert.weights.transforms import GroupedQKV, Padded, Reshaped
+
+
+def rows(vision: Vision) -> list[Row]:
+    """The table of the layers that are built, with keys and names as in a folder that holds the vision encoder alone."""
+    width, side, tokens = vision.hidden_size, vision.patch_size, vision.tokens
+    positions = Reshaped((tokens, width), (1, tokens, width))
+    token = [Row("class_token", ("embeddings.class_embedding",), (1, 1, width), Reshaped((width,), (1, 1, width)))]
+    return [
+        *linear("patch_embedding", ("embeddings.patch_embedding",), (width, 3, side, side), bias=vision.has_patch_bias),
+        *(token if vision.has_class_token else []),
+        Row("position_embedding", ("embeddings.position_embedding.weight",), (1, tokens, width), positions),
+        *(norm("embedding_norm.", "pre_layrnorm", width, "LayerNorm") if vision.has_embedding_norm else []),
+        *layers(_layer(vision), "encoder.layers.{}.", "encoder.layers.{}.", vision.num_layers),
+    ]
+
+
+def _layer(vision: Vision) -> list[Row]:
+    width, inner, heads = vision.hidden_size, vision.ffn_hidden_size, vision.num_attention_heads
+    projections = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    # Heads may be padded so that they divide over ranks.
+    qkv = Padded(3 * width, inner=GroupedQKV(heads, heads, width // heads))
+    return [
+        *norm("self_attention.linear_qkv.layer_norm_", "layer_norm1", width, "LayerNorm"),
+        *linear("self_attention.linear_qkv", projections, (3 * width, width), qkv),
+        Row("self_attention.linear_proj.weight", ("self_attn.out_proj.weight",), (width, width), Padded(width, axis=1)),
+        Row("self_attention.linear_proj.bias", ("self_attn.out_proj.bias",), (width,)),
+        *norm("mlp.linear_fc1.layer_norm_", "layer_norm2", width, "LayerNorm"),
+        *linear("mlp.linear_fc1", ("mlp.fc1",), (inner, width)),
+        *linear("mlp.linear_fc2", ("mlp.fc2",), (width, inner)),
+    ]

@@ -1,0 +1,35 @@
+"""What a family of language models is: a table of weights, and the facts that its config.json states."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from megavlm.config.schema import Language
+from megavlm.convert.weights.mapping import Row
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """A family of language models.
+
+    Args:
+        name: value of ``--architecture.language.family``, and ``model_type`` in config.json.
+        class_name: of the causal language model, ``architectures`` in config.json.
+        rows: table of a model, with keys and names as in a folder that holds the language model alone.
+        facts: fields of ``Language`` that have one value in all models of the family.
+        settings: what config.json says accordingly; where it says something else, our model would compute something else.
+        has_head_dim: whether config.json states the width of a head; otherwise it is hidden_size / num_attention_heads.
+        native: family whose names and settings are used inside ``InternVLForConditionalGeneration``; empty: this one.
+        chat: the same for ``InternVLChatModel``.
+    """
+
+    name: str
+    class_name: str
+    rows: Callable[[Language], list[Row]]
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    has_head_dim: bool = True
+    native: str = ""
+    chat: str = ""

@@ -1,0 +1,52 @@
+"""Llama (Touvron et al., arXiv 2302.13971), Vicuna and whatever else is written in its format.
+
+Shape letters: D hidden size, H query heads, G query groups, d width of a head, M hidden size of the MLP, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from megavlm.config.schema import Language
+from megavlm.convert.weights.families.family import Family
+from megavlm.convert.weights.mapping import Row, layers, linear, norm
+from megavlm.convert.weights.transforms import GroupedQKV, Padded, Stacked
+
+
+def rows(language: Language) -> list[Row]:
+    """The table of Llama, with the bias and the norms of queries and keys that its relatives add."""
+    width, tokens = language.hidden_size, language.vocab_size
+    head = [Row("output_layer.weight", ("lm_head.weight",), (tokens, width), Padded(tokens))]
+    return [
+        Row("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), (tokens, width), Padded(tokens)),
+        *layers(_layer(language), "decoder.layers.{}.", "model.layers.{}.", language.num_layers),
+        *norm("decoder.final_layernorm.", "model.norm", width),
+        *([] if language.tied_head else head),
+    ]
+
+
+def _layer(language: Language) -> list[Row]:
+    width, inner, size = language.hidden_size, language.ffn_hidden_size, language.head_size
+    heads, groups = language.num_attention_heads, language.num_query_groups
+    projections = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    qkv = ((heads + 2 * groups) * size, width)
+    norms = [
+        *norm("self_attention.q_layernorm.", "self_attn.q_norm", size),
+        *norm("self_attention.k_layernorm.", "self_attn.k_norm", size),
+    ]
+    return [
+        *norm("self_attention.linear_qkv.layer_norm_", "input_layernorm", width),
+        *linear("self_attention.linear_qkv", projections, qkv, GroupedQKV(heads, groups, size), bias=language.qkv_bias),
+        *(norms if language.qk_norm else []),
+        *linear("self_attention.linear_proj", ("self_attn.o_proj",), (width, heads * size), bias=False),
+        *norm("mlp.linear_fc1.layer_norm_", "post_attention_layernorm", width),
+        *linear("mlp.linear_fc1", ("mlp.gate_proj", "mlp.up_proj"), (2 * inner, width), Stacked(2), bias=False),
+        *linear("mlp.linear_fc2", ("mlp.down_proj",), (width, inner), bias=False),
+    ]
+
+
+FAMILY = Family(
+    name="llama",
+    class_name="LlamaForCausalLM",
+    rows=rows,
+    facts={"qkv_bias": False, "qk_norm": False},
+    settings={"attention_bias": False, "mlp_bias": False},
+)

@@ -1,0 +1,96 @@
+"""The table of weights: which tensor of megatron-core is which of Hugging Face's. It is read in both directions.
+
+Two dialects are known: ``native``, the names of ``InternVLForConditionalGeneration`` of transformers, and ``chat``, those of
+``InternVLChatModel``, in which OpenGVLab publishes its models.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from megavlm.config.schema import Architecture, Language
+from megavlm.convert.weights.families import FAMILIES, internvit, written_as
+from megavlm.convert.weights.mapping import Row, linear, norm, within
+from megavlm.convert.weights.transforms import Shape
+
+Dialect = Literal["native", "chat"]
+DIALECTS: tuple[Dialect, ...] = get_args(Dialect)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Names:
+    """What a dialect calls the parts of the model, and the layers of the projector."""
+
+    vision: str
+    vision_names: internvit.Names
+    projector: str
+    projector_layers: tuple[str, str, str]
+
+
+_NAMES: dict[Dialect, _Names] = {
+    "native": _Names(
+        vision="vision_tower.",
+        vision_names=internvit.NATIVE,
+        projector="multi_modal_projector.",
+        projector_layers=("layer_norm", "linear_1", "linear_2"),
+    ),
+    "chat": _Names(vision="vision_model.", vision_names=internvit.CHAT, projector="mlp1.", projector_layers=("0", "1", "3")),
+}
+_LANGUAGE = "language_model."
+EMBEDDING_KEY, HEAD_KEY = "language.embedding.word_embeddings.weight", "language.output_layer.weight"
+# In memory transformers names weights so; files carry the names on the right, but some programs write the others.
+_IN_MEMORY = (
+    (re.compile(r"^lm_head\."), "language_model.lm_head."),
+    (re.compile(r"^model\.language_model\."), "language_model.model."),
+    (re.compile(r"^model\.(vision_tower|multi_modal_projector)\."), r"\1."),
+)
+
+
+def name_on_disk(name: str) -> str:
+    """The name that files give to a weight, also where this is the one that transformers uses in memory."""
+    for pattern, replacement in _IN_MEMORY:
+        if pattern.match(name):
+            return pattern.sub(replacement, name)
+    return name
+
+
+def rows(architecture: Architecture, dialect: Dialect = "native") -> tuple[Row, ...]:
+    """Every weight of the model.
+
+    Raises:
+        ValueError: the language model is of no known family, or contradicts its family, or the dialect has no place for the vision encoder.
+    """
+    if architecture.vision.family != "internvit" or not architecture.projector_norm:
+        raise ValueError(
+            f"--architecture.vision.family {architecture.vision.family}, --architecture.projector_norm "
+            f"{str(architecture.projector_norm).lower()}: Hugging Face's InternVL has an internvit and a norm before the projector; "
+            "this model stays in checkpoints"
+        )
+    names, language = _NAMES[dialect], architecture.language
+    return (
+        *within(internvit.rows(architecture.vision, names.vision_names), "vision.", names.vision),
+        *within(_projector(architecture, names.projector_layers), "projector.", names.projector),
+        *within(written_as(language, dialect).rows(language), "language.", _LANGUAGE),
+    )
+
+
+def head_names() -> set[str]:
+    """What files of the two dialects call a head, whatever the family."""
+    language = (row for family in FAMILIES.values() for row in within(family.rows(Language(num_layers=1)), "language.", _LANGUAGE))
+    return {name for row in language if row.key == HEAD_KEY for name in row.names}
+
+
+def megatron_shapes(architecture: Architecture) -> dict[str, Shape]:
+    """Shape of every whole tensor by megatron-core's key, without padding."""
+    return {row.key: row.shape for row in rows(architecture)}
+
+
+def _projector(architecture: Architecture, names: tuple[str, str, str]) -> list[Row]:
+    features, width = architecture.projector_input_size, architecture.language.hidden_size
+    return [
+        *norm("norm.", names[0], features, "LayerNorm"),
+        *linear("mlp.linear_fc1", (names[1],), (width, features)),
+        *linear("mlp.linear_fc2", (names[2],), (width, width)),
+    ]

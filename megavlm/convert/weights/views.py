@@ -1,0 +1,199 @@
+"""All tensors of one side seen as those of the other: nothing is read before it is asked for, then one tensor at a time.
+
+That both sides match, name by name and shape by shape, is checked when a view is made, from the headers of the files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from megavlm.config.schema import Architecture
+from megavlm.convert.weights import byte_ranges
+from megavlm.convert.weights.byte_ranges import Range, Run
+from megavlm.convert.weights.mapping import Row
+from megavlm.convert.weights.tables import Dialect, rows
+from megavlm.convert.weights.transforms import Shape
+
+_LISTED = 8
+
+
+@dataclass(frozen=True)
+class Header:
+    """What is known of a tensor before it is read."""
+
+    shape: Shape
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+class Tensors(Protocol):
+    """Named tensors that are read one at a time."""
+
+    @property
+    def headers(self) -> Mapping[str, Header]:
+        """Shape and type of every tensor, in the order in which they are best read."""
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Read a tensor."""
+
+    def ranges(self, name: str, rows: range) -> list[Range] | None:
+        """Bytes of files that hold some rows of a tensor; none where they must be read and put together."""
+
+    def __str__(self) -> str:
+        """Where they come from."""
+
+
+def whole_ranges(tensors: Tensors, name: str) -> list[Range] | None:
+    """Bytes of files that hold a tensor; none where it must be read and put together."""
+    shape = tensors.headers[name].shape
+    return tensors.ranges(name, range(shape[0])) if shape else None
+
+
+class MegatronView(Mapping[str, Tensor]):
+    """Tensors of Hugging Face's format as megatron-core's.
+
+    Args:
+        source: Hugging Face's tensors.
+        model: what they must be: a whole model, or the rows of one of its parts.
+        dialect: that names those of a whole model.
+
+    Raises:
+        ValueError: a tensor is missing, left over or of another shape; each is named.
+    """
+
+    def __init__(self, source: Tensors, model: Architecture | Sequence[Row], dialect: Dialect = "native"):
+        table = rows(model, dialect) if isinstance(model, Architecture) else model
+        wrong = _compare({name for row in table for name in row.names}, source.headers)
+        for name, shape in ((name, shape) for row in table for name, shape in zip(row.names, row.part_shapes, strict=True)):
+            if name in source.headers and source.headers[name].shape != shape:
+                wrong.append(f"{name}: has shape {list(source.headers[name].shape)}, must be {list(shape)}")
+        _refuse(source, wrong)
+        self._source, self._rows = source, {row.key: row for row in table}
+        self.headers = {row.key: Header(row.shape, source.headers[row.names[0]].dtype) for row in table}
+
+    def __getitem__(self, key: str) -> Tensor:
+        row = self._rows[key]
+        return row.join([self._source[name] for name in row.names])
+
+    def ranges(self, key: str, rows: range) -> list[Range] | None:
+        """See ``Tensors``."""
+        row = self._rows[key]
+        return _ranges(self._source, row.names, self._runs(key), rows)
+
+    def part(self, key: str, place: tuple[slice, ...]) -> Tensor:
+        """Read what stands at ``place`` of a tensor; of tensors whose rows only move, nothing else is read."""
+        row, runs = self._rows[key], self._runs(key)
+        if runs is None:
+            return self[key][place]
+        begin, end, _ = place[0].indices(row.shape[0])
+        sources = {number: self._source[row.names[number]] for number in {run.tensor for run in runs}}
+        found = [
+            sources[run.tensor][(slice(run.first, run.first + run.count), *place[1:])]
+            for run in byte_ranges.within(runs, begin, end - begin)
+        ]
+        empty = next(iter(sources.values()))[(slice(0, 0), *place[1:])]
+        return torch.cat(found) if found else empty
+
+    def _runs(self, key: str) -> list[Run] | None:
+        return byte_ranges.joined_runs(self._rows[key].operation, self._rows[key].part_shapes)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.headers)
+
+    def __len__(self) -> int:
+        return len(self.headers)
+
+    def __str__(self) -> str:
+        return str(self._source)
+
+
+class HuggingFaceView(Mapping[str, Tensor]):
+    """Tensors of megatron-core as Hugging Face's.
+
+    Args:
+        source: megatron-core's whole tensors.
+        architecture: the model that they must be.
+        dtype: number format to turn them into; none: as they are.
+        dialect: to name them in.
+
+    Raises:
+        ValueError: a tensor is missing, left over or of another shape; each is named.
+    """
+
+    def __init__(self, source: Tensors, architecture: Architecture, dtype: torch.dtype | None = None, *, dialect: Dialect = "native"):
+        table = rows(architecture, dialect)
+        wrong = _compare({row.key for row in table}, source.headers)
+        for row in table:
+            if row.key in source.headers and not row.operation.takes(source.headers[row.key].shape, row.shape):
+                wrong.append(f"{row.key}: has shape {list(source.headers[row.key].shape)}, must be {list(row.shape)}")
+        _refuse(source, wrong)
+        self._source, self._dtype = source, dtype
+        self._rows = {name: row for row in table for name in row.names}
+        self.headers = {
+            name: Header(shape, dtype or source.headers[row.key].dtype)
+            for row in table
+            for name, shape in zip(row.names, row.part_shapes, strict=True)
+        }
+        # Names that come out of one tensor are asked for one after the other.
+        self._parts = lru_cache(maxsize=1)(self._split)
+
+    def _split(self, row: Row) -> dict[str, Tensor]:
+        return row.split(self._source[row.key])
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor = self._parts(self._rows[name])[name]
+        return tensor if self._dtype is None else tensor.to(self._dtype)
+
+    def ranges(self, name: str, rows: range) -> list[Range] | None:
+        """See ``Tensors``."""
+        row = self._rows[name]
+        found = self._source.headers[row.key]
+        if self._dtype not in (None, found.dtype):
+            return None
+        runs = byte_ranges.split_runs(row.operation, found.shape)
+        return _ranges(self._source, (row.key,), runs and runs[row.names.index(name)], rows)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.headers)
+
+    def __len__(self) -> int:
+        return len(self.headers)
+
+    def __str__(self) -> str:
+        return str(self._source)
+
+
+def _ranges(source: Tensors, names: Sequence[str], runs: list[Run] | None, rows: range) -> list[Range] | None:
+    """Bytes of files that hold the rows ``rows`` of what ``runs`` of tensors make up."""
+    found = []
+    for run in byte_ranges.within(runs or [], rows.start, len(rows)):
+        piece = source.ranges(names[run.tensor], range(run.first, run.first + run.count))
+        if piece is None:
+            return None
+        found += piece
+    return None if runs is None else found
+
+
+def _compare(expected: set[str], found: Collection[str]) -> list[str]:
+    """Names that are missing and names that nothing takes."""
+    present = set(found)
+    missing = [f"{name}: missing" for name in sorted(expected - present)]
+    return missing + [f"{name}: not a weight of this model" for name in sorted(present - expected)]
+
+
+def _refuse(source: Tensors, wrong: list[str]) -> None:
+    """Raise one error with everything that is wrong."""
+    if wrong:
+        more = [f"and {len(wrong) - _LISTED} more"] if len(wrong) > _LISTED else []
+        listed = "\n  ".join(wrong[:_LISTED] + more)
+        raise ValueError(f"{source}: {len(wrong)} tensors do not fit the model:\n  {listed}")

@@ -1,0 +1,101 @@
+"""Which frames of a video are shown, and how they stand in the text.
+
+A choice is made when the data are packed, since it fixes the tokens; it depends on the packer's seed and the record alone.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from megavlm.data.records.record import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Turn
+from megavlm.data.records.reject import RejectError
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrameChoice:
+    """How frames are chosen.
+
+    Args:
+        min_frames: fewest frames of a video that has as many.
+        max_frames: most frames.
+        sampling: ``rand``: one from each of equal parts of the video, at random; ``middle``: the one in the middle of each part; ``fps0.5``
+            and the like: one every two seconds. Of rand and middle, the number of parts is drawn between the two bounds, as in InternVL.
+    """
+
+    min_frames: int = 8
+    max_frames: int = 32
+    sampling: str = "rand"
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.min_frames <= self.max_frames:
+            raise ValueError(f"--min_frames {self.min_frames} and --max_frames {self.max_frames}: must be 1 <= min <= max")
+        if self.sampling not in ("rand", "middle") and not self.frames_per_second > 0:
+            raise ValueError(f"--frame_sampling {self.sampling}: must be rand, middle, or fps and a number above 0, such as fps0.5")
+
+    @property
+    def frames_per_second(self) -> float:
+        """The rate that ``sampling`` asks for; 0: none."""
+        found = re.fullmatch(r"fps(\d+(?:\.\d+)?)", self.sampling)
+        return float(found[1]) if found else 0.0
+
+    def choose(self, times: Sequence[float], clip: tuple[float, float] | None, rng: np.random.Generator) -> list[int]:
+        """Numbers of the chosen frames, ascending. A video of fewer frames than wanted gives all of them, each once.
+
+        Args:
+            times: of the frames, in seconds from the first, ascending.
+            clip: start and end in seconds; None: all of it.
+            rng: draws.
+
+        Raises:
+            RejectError: there is no frame, or none in the clip.
+        """
+        stamps = np.asarray(times, np.float64)
+        if not len(stamps):
+            raise RejectError("unreadable_video", "it has no frames")
+        start, end = clip or (0.0, float(stamps[-1]))
+        first, behind = (int(place) for place in np.searchsorted(stamps, [start, end + 1e-6]))
+        if first >= behind:
+            raise RejectError("unreadable_video", f"no frame between {start:g} and {end:g} s; the last is at {stamps[-1]:g} s")
+        if self.frames_per_second:
+            return self._at_rate(stamps, first, behind)
+        wanted = min(int(rng.integers(self.min_frames, self.max_frames + 1)), behind - first)
+        borders = np.linspace(first, behind, wanted + 1).astype(int)
+        if self.sampling == "middle":
+            return ((borders[:-1] + borders[1:] - 1) // 2).tolist()
+        return rng.integers(borders[:-1], borders[1:]).tolist()
+
+    def _at_rate(self, stamps: np.ndarray, first: int, behind: int) -> list[int]:
+        """The frames that are on the screen in the middles of equal spans of time; of more than the most, evenly spread ones."""
+        span, shown = 1 / self.frames_per_second, stamps[first:behind]
+        # The last frame lasts as long as the ones before it do on average.
+        duration = (shown[-1] - shown[0]) * (len(shown) / max(len(shown) - 1, 1))
+        middles = shown[0] + np.arange(span / 2, max(duration, span / 2 + 1e-9), span)
+        places = np.unique(first + np.searchsorted(shown, middles + 1e-6, side="right") - 1)
+        if len(places) > self.max_frames:
+            places = places[np.linspace(0, len(places) - 1, self.max_frames).round().astype(int)]
+        return places.tolist()
+
+
+def show_frames(turns: Sequence[Turn], frames: int) -> tuple[Turn, ...]:
+    """The turns with ``Frame-1: <image>`` and so on, a line each, in the place of the video.
+
+    Raises:
+        RejectError: the texts do not hold the video's place once, or they hold places of images.
+    """
+    texts = [turn.text for turn in turns if turn.role in ("human", "pretrain")]
+    places, images = (sum(text.count(placeholder) for text in texts) for placeholder in (VIDEO_PLACEHOLDER, IMAGE_PLACEHOLDER))
+    if places != 1 or images:
+        raise RejectError(
+            "placeholder_count", f"{places} {VIDEO_PLACEHOLDER} and {images} {IMAGE_PLACEHOLDER} placeholders, but one video and no image"
+        )
+    lines = "".join(f"Frame-{number}: {IMAGE_PLACEHOLDER}\n" for number in range(1, frames + 1))
+    return tuple(
+        Turn(role=turn.role, text=re.sub(f"{VIDEO_PLACEHOLDER}\n?", lambda _: lines, turn.text))
+        if turn.role in ("human", "pretrain")
+        else turn
+        for turn in turns
+    )

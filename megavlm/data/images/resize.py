@@ -1,0 +1,106 @@
+"""Bicubic resizing as Pillow does it, to the last bit, several times as fast, and straight into tiles. For where numba is installed.
+
+Pillow resizes 8-bit images in two passes, along rows and then along columns, with weights of 22 fractional bits, and rounds to 8 bits
+after each (its ``Resample.c``). Here both passes run over whole rows of one channel, which the processor handles many pixels at a time, and
+the second writes where the model wants the pixels, so that nothing is cut and turned afterwards.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+
+from megavlm.io.compile import compiled
+
+WEIGHT_BITS = 22
+
+
+def resize_to_tiles(pixels: np.ndarray, columns: int, rows: int, tile_size: int, tiles: np.ndarray) -> None:
+    """Resize an image to a grid of tiles, row by row.
+
+    Args:
+        pixels: uint8 [height, width, 3].
+        columns: tiles beside each other.
+        rows: tiles above each other.
+        tile_size: side S of a tile in pixels.
+        tiles: uint8 [rows * columns, 3, S, S], to be filled.
+    """
+    height, width = pixels.shape[:2]
+    along = _weights(width, columns * tile_size)
+    down = _weights(height, rows * tile_size)
+    compiled(_resize)(np.ascontiguousarray(pixels), *along, *down, columns, tile_size, tiles)
+
+
+@lru_cache(maxsize=512)
+def _weights(size: int, wanted: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """For each pixel of a row of ``wanted``: the first pixel of ``size`` that it is made of, their number, and their weights (int32)."""
+    scale = size / wanted
+    stretch = max(scale, 1.0)
+    support = 2.0 * stretch
+    first, count = np.zeros(wanted, np.int32), np.zeros(wanted, np.int32)
+    weights = np.zeros((wanted, int(np.ceil(support)) * 2 + 1), np.int32)
+    for place in range(wanted):
+        centre = (place + 0.5) * scale
+        low = max(int(centre - support + 0.5), 0)
+        high = min(int(centre + support + 0.5), size)
+        found = [_cubic((pixel + low - centre + 0.5) * (1.0 / stretch)) for pixel in range(high - low)]
+        total = 0.0
+        for weight in found:
+            total += weight
+        first[place], count[place] = low, high - low
+        for number, weight in enumerate(found):
+            share = weight / total * (1 << WEIGHT_BITS)
+            weights[place, number] = int(share - 0.5) if share < 0 else int(share + 0.5)
+    return first, count, weights
+
+
+def _cubic(x: float) -> float:
+    """The cubic kernel with a = -1/2 (R. Keys, "Cubic Convolution Interpolation for Digital Image Processing", 1981)."""
+    x = abs(x)
+    if x < 1.0:
+        return (1.5 * x - 2.5) * x * x + 1.0
+    return (((x - 5.0) * x + 8.0) * x - 4.0) * -0.5 if x < 2.0 else 0.0
+
+
+def _resize(pixels, first_x, count_x, weights_x, first_y, count_y, weights_y, columns, size, tiles):
+    """Both passes, one channel after the other; machine code."""
+    height, width = pixels.shape[0], pixels.shape[1]
+    wide, high = len(first_x), len(first_y)
+    turned = np.empty((width, height), np.uint8)
+    narrow = np.empty((wide, height), np.uint8)
+    flat = np.empty((height, wide), np.uint8)
+    sums = np.empty(max(wide, height), np.int32)
+    half = np.int32(1 << 21)
+    for channel in range(3):
+        for top in range(0, height, 32):
+            for left in range(0, width, 32):
+                for y in range(top, min(top + 32, height)):
+                    for x in range(left, min(left + 32, width)):
+                        turned[x, y] = pixels[y, x, channel]
+        for x in range(wide):
+            for y in range(height):
+                sums[y] = half
+            for tap in range(count_x[x]):
+                weight, source = weights_x[x, tap], turned[first_x[x] + tap]
+                for y in range(height):
+                    sums[y] += weight * np.int32(source[y])
+            for y in range(height):
+                narrow[x, y] = min(max(sums[y] >> 22, 0), 255)
+        for top in range(0, wide, 32):
+            for left in range(0, height, 32):
+                for y in range(left, min(left + 32, height)):
+                    for x in range(top, min(top + 32, wide)):
+                        flat[y, x] = narrow[x, y]
+        for y in range(high):
+            for x in range(wide):
+                sums[x] = half
+            for tap in range(count_y[y]):
+                weight, source = weights_y[y, tap], flat[first_y[y] + tap]
+                for x in range(wide):
+                    sums[x] += weight * np.int32(source[x])
+            for column in range(columns):
+                row = tiles[y // size * columns + column, channel, y % size]
+                part = sums[column * size : (column + 1) * size]
+                for x in range(size):
+                    row[x] = min(max(part[x] >> 22, 0), 255)

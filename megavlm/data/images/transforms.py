@@ -1,0 +1,71 @@
+"""Tiles of images that are changed on the way: filled up to a square, or augmented."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+from PIL import Image as PillowImage
+from PIL import ImageEnhance
+
+from megavlm.data.images.augment import Change
+from megavlm.data.images.decode import cut_tiles, decode_pixels
+
+
+def decode_changed(
+    encoded: bytes,
+    columns: int,
+    rows: int,
+    tile_size: int,
+    thumbnail: bool,
+    *,
+    pad_colour: tuple[int, int, int] | None = None,
+    change: Change | None = None,
+    out: np.ndarray | None = None,
+) -> np.ndarray:
+    """The tiles of an image, as ``media.decode_tiles``, uint8 [I, 3, S, S].
+
+    Args:
+        encoded, columns, rows, tile_size, thumbnail: as for ``media.decode_tiles``.
+        pad_colour: what the image is filled up with to a square; None: it is not.
+        change: what else happens to it.
+        out: as for ``media.decode_tiles``.
+
+    Raises:
+        ValueError: the image cannot be decoded, with the reason.
+    """
+    change, image = change or Change(), PillowImage.fromarray(decode_pixels(encoded))
+    if change.box:
+        left, top, right, bottom = change.box
+        # At least a pixel is left of an image of one.
+        sides = (int(left * image.width), int(top * image.height), max(1, round(right * image.width)), max(1, round(bottom * image.height)))
+        image = image.crop((min(sides[0], sides[2] - 1), min(sides[1], sides[3] - 1), sides[2], sides[3]))
+    if change.is_flipped:
+        image = image.transpose(PillowImage.Transpose.FLIP_LEFT_RIGHT)
+    if change.colours:
+        for kind, factor in zip((ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color), change.colours, strict=True):
+            image = kind(image).enhance(factor)
+    if pad_colour is not None:
+        image = to_square(image, pad_colour)
+    tiles = cut_tiles(np.asarray(image), columns, rows, tile_size, thumbnail, out)
+    if change.qualities:
+        for tile, quality in zip(tiles, change.qualities, strict=True):
+            tile[:] = _compress(tile, quality)
+    return tiles
+
+
+def to_square(image: PillowImage.Image, colour: tuple[int, int, int]) -> PillowImage.Image:
+    """An image in the middle of a square of one colour."""
+    side = max(image.size)
+    if image.width == image.height:
+        return image
+    square = PillowImage.new("RGB", (side, side), colour)
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square
+
+
+def _compress(tile: np.ndarray, quality: int) -> np.ndarray:
+    """A tile after compression as JPEG, uint8 [3, S, S]."""
+    file = io.BytesIO()
+    PillowImage.fromarray(np.ascontiguousarray(tile.transpose(1, 2, 0))).save(file, "JPEG", quality=quality)
+    return np.asarray(PillowImage.open(file)).transpose(2, 0, 1)

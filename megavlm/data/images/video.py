@@ -1,0 +1,236 @@
+"""Video files, animated GIFs and folders of frames: when their frames are, and some of them as images. Videos need PyAV.
+
+A frame becomes one tile. A frame of a folder keeps its file's bytes. Frames that have to be decoded are stored as tiles, as JPEG of
+quality 95 without loss of colour resolution: a tenth of what their pixels would take, and finer than the video, which is compressed
+already; the resizing to a tile is InternVL's, and comes before it.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import stat
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image as PillowImage
+
+from megavlm.data.images.decode import MAX_PIXELS, cut_tiles, describe, open_image
+from megavlm.data.images.transforms import to_square
+from megavlm.data.records.record import MediaFile
+
+JPEG_QUALITY = 95
+FRAME_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+# One stamp of a frame is 8 bytes; a film of a day at 60 frames a second has fewer.
+MAX_FRAMES = 2**23
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Frame:
+    """A frame as stored: an encoded image, and its size before it was encoded, in pixels."""
+
+    encoded: bytes
+    width: int
+    height: int
+
+
+def frame_times(file: MediaFile) -> list[float]:
+    """When the frames of a video are, in seconds from the first, ascending; those of a folder are a second apart.
+
+    Raises:
+        OSError: there is no such file.
+        ValueError: not a video that can be read, or PyAV is missing.
+    """
+    if _is_folder(file):
+        return [float(place) for place in range(len(_frame_files(file)))]
+    if _is_gif(file):
+        return _gif_times(file)
+    with _Container(file) as container:
+        return container.times()
+
+
+def read_frames(file: MediaFile, places: Sequence[int], tile_size: int, pad_colour: tuple[int, int, int] | None) -> list[Frame]:
+    """Some frames of a video.
+
+    Args:
+        file: the video.
+        places: numbers of the frames, ascending.
+        tile_size: side of a tile in pixels.
+        pad_colour: as for ``media_changed.decode_changed``.
+
+    Raises:
+        OSError: there is no such file.
+        ValueError: not a video that can be read, or one of these frames cannot be decoded.
+    """
+    if _is_folder(file):
+        files = [_frame_files(file)[place] for place in places]
+        return [_stored(path.read_bytes(), path.name) for path in files]
+    decoded = _gif_frames(file, places) if _is_gif(file) else _video_frames(file, places)
+    return [_encode(image, tile_size, pad_colour) for image in decoded]
+
+
+def _stored(encoded: bytes, name: str) -> Frame:
+    """A frame that is an image file."""
+    try:
+        width, height = open_image(io.BytesIO(encoded)).size
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    return Frame(encoded=encoded, width=width, height=height)
+
+
+def _encode(image: PillowImage.Image, tile_size: int, pad_colour: tuple[int, int, int] | None) -> Frame:
+    """A decoded frame as a tile."""
+    square = image if pad_colour is None else to_square(image, pad_colour)
+    (tile,) = cut_tiles(np.asarray(square), 1, 1, tile_size, False)
+    file = io.BytesIO()
+    PillowImage.fromarray(np.ascontiguousarray(tile.transpose(1, 2, 0))).save(file, "JPEG", quality=JPEG_QUALITY, subsampling=0)
+    return Frame(encoded=file.getvalue(), width=image.width, height=image.height)
+
+
+def _is_folder(file: MediaFile) -> bool:
+    return file.content is None and os.path.isdir(file.path)
+
+
+def _is_gif(file: MediaFile) -> bool:
+    with open_media(file) as opened:
+        return opened.read(4) == b"GIF8"
+
+
+def open_media(file: MediaFile) -> Any:
+    """A file of a record, opened for reading.
+
+    Raises:
+        OSError: there is none, or it is no regular file; a pipe or a device would be read for ever.
+    """
+    if file.content is not None:
+        return io.BytesIO(file.content)
+    mode = os.stat(file.path).st_mode
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(None, "a directory, not a file")
+    if not stat.S_ISREG(mode):
+        raise OSError(None, "a pipe or a device, not a file")
+    return open(file.path, "rb")
+
+
+def _frame_files(file: MediaFile) -> list[Path]:
+    """The images of a folder, in the order of the last number in their names."""
+    paths = [path for path in Path(file.path).iterdir() if path.suffix.lower() in FRAME_ENDINGS]
+    return sorted(paths, key=lambda path: (int((re.findall(r"\d+", path.stem) or ["0"])[-1]), path.name))
+
+
+def _gif_times(file: MediaFile) -> list[float]:
+    """When the frames of an animated image are."""
+    with open_media(file) as opened:
+        image, times, now = open_image(opened), [], 0.0
+        try:
+            for place in range(MAX_FRAMES):
+                image.seek(place)
+                times.append(now)
+                # Browsers show frames without a duration for a tenth of a second.
+                now += (image.info.get("duration") or 100) / 1000
+        except EOFError:
+            return times
+        except Exception as error:
+            raise ValueError(f"a GIF that cannot be read: {describe(error)}") from None
+    raise ValueError(f"a GIF of more than {MAX_FRAMES} frames")
+
+
+def _gif_frames(file: MediaFile, places: Sequence[int]) -> list[PillowImage.Image]:
+    """Some frames of an animated image."""
+    with open_media(file) as opened:
+        image, frames = open_image(opened), []
+        try:
+            for place in places:
+                image.seek(place)
+                frames.append(image.convert("RGB"))
+        except Exception as error:
+            raise ValueError(f"frame {places[len(frames)]} cannot be decoded: {describe(error)}") from None
+    return frames
+
+
+def _video_frames(file: MediaFile, places: Sequence[int]) -> list[PillowImage.Image]:
+    """Some frames of a video file."""
+    with _Container(file) as container:
+        return [PillowImage.fromarray(pixels) for pixels in container.frames(places)]
+
+
+class _Container:
+    """A video file, opened by PyAV, which gives errors of many kinds; all become ValueError."""
+
+    def __init__(self, file: MediaFile) -> None:
+        try:
+            import av
+        except ModuleNotFoundError:
+            raise ValueError("videos are decoded by PyAV, which is not installed: pip install 'megavlm[video]'") from None
+        self._opened = open_media(file)
+        try:
+            # The file's content must not make it open others.
+            self._container = av.open(self._opened, options={"protocol_whitelist": ""})
+            if not self._container.streams.video:
+                raise ValueError("it has no video stream")
+            self._stream = self._container.streams.video[0]
+            self._stream.thread_count = 1  # many workers already fill the cores
+            self._stamps, self._keys = self._read_stamps()
+        except Exception as error:
+            self._opened.close()
+            raise ValueError(f"not a video that can be read: {describe(error)}") from None
+
+    def __enter__(self) -> _Container:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._container.close()
+        self._opened.close()
+
+    def times(self) -> list[float]:
+        """See ``frame_times``."""
+        first = self._stamps[0] if self._stamps else 0
+        return [float((stamp - first) * self._stream.time_base) for stamp in self._stamps]
+
+    def frames(self, places: Sequence[int]) -> list[np.ndarray]:
+        """The frames with these numbers, uint8 [height, width, 3]. Only what follows the key frame before each is decoded."""
+        wanted = [self._stamps[place] for place in places]
+        found: dict[int, np.ndarray] = {}
+        try:
+            while len(found) < len(wanted):
+                start = wanted[len(found)]
+                self._container.seek(max((key for key in self._keys if key <= start), default=start), stream=self._stream)
+                ends = [key for key in self._keys if key > start]
+                group = [stamp for stamp in wanted[len(found) :] if not ends or stamp < ends[0]]
+                before = len(found)
+                for frame in self._container.decode(self._stream):
+                    stamp = frame.dts if frame.pts is None else frame.pts
+                    if stamp in group and stamp not in found:
+                        found[stamp] = _pixels(frame)
+                    if stamp is not None and stamp >= group[-1]:
+                        break
+                if len(found) < before + len(group):
+                    raise ValueError(f"{before + len(group) - len(found)} of the {len(wanted)} chosen frames are missing in the stream")
+        except Exception as error:
+            raise ValueError(f"its frames cannot be decoded: {describe(error)}") from None
+        return [found[stamp] for stamp in wanted]
+
+    def _read_stamps(self) -> tuple[list[int], list[int]]:
+        """The time stamps of all frames and of key frames, ascending, without decoding any."""
+        stamps, keys = [], []
+        for packet in self._container.demux(self._stream):
+            stamp = packet.dts if packet.pts is None else packet.pts
+            if stamp is None or not packet.size:
+                continue
+            stamps.append(stamp)
+            if packet.is_keyframe:
+                keys.append(stamp)
+            if len(stamps) > MAX_FRAMES:
+                raise ValueError(f"more than {MAX_FRAMES} frames")
+        return sorted(set(stamps)), sorted(keys)
+
+
+def _pixels(frame: Any) -> np.ndarray:
+    """The pixels of a frame as RGB."""
+    if frame.width * frame.height > MAX_PIXELS:
+        raise ValueError(f"frames of {frame.width} x {frame.height} pixels; at most {MAX_PIXELS} pixels are decoded")
+    return frame.to_ndarray(format="rgb24")

@@ -1,0 +1,1 @@
+"""What packs hold, as figures and images."""

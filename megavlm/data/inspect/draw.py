@@ -1,0 +1,136 @@
+"""A picture of packs: their tiles, their text with the supervised part marked, and the supervised mask as a bar."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from megavlm.data.loading.dataset import PackedDataset
+from megavlm.data.store.reader import Pack
+from megavlm.data.text.tokenizer import load_tokenizer
+
+WIDTH_INCHES = 14.0
+TILES_SHOWN = 10
+LINES_SHOWN = 24
+LINE_CHARACTERS = 140
+# Width of a character of a monospaced font, in units of its size.
+CHARACTER_WIDTH = 0.602
+LINE_HEIGHT_INCHES = 0.17
+SUPERVISED_COLOUR, OTHER_COLOUR, SAMPLE_COLOUR = "#0a7d33", "#777777", "#b03060"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Run:
+    """Characters of one line that share a colour: where they start, what they say."""
+
+    line: int
+    column: int
+    text: str
+    colour: str
+
+
+def draw(dataset: PackedDataset, pack_ids: Sequence[int], path: Path) -> None:
+    """Draw packs into an image file.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed; says how to install it.
+        FileNotFoundError: the dataset has no tokenizer to read its tokens with.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("--picture draws with matplotlib, which is not installed: pip install 'megavlm[quickstart]'") from error
+    folder = dataset.folder / "tokenizer"
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: missing; without the dataset's tokenizer its tokens cannot be shown as text")
+    tokenizer = load_tokenizer(folder)
+    packs = [dataset.reader.read(pack_id) for pack_id in pack_ids]
+    pages = [list(lay_out(spans(dataset, pack, tokenizer.decode))) for pack in packs]
+    text_heights = [LINE_HEIGHT_INCHES * (page[-1].line + 2) for page in pages]
+    heights = [height for text in text_heights for height in (1.45, 0.45, text)]
+    figure = Figure(figsize=(WIDTH_INCHES, sum(heights) + 0.4 * len(packs)), layout="constrained")
+    grid = figure.add_gridspec(len(heights), 1, height_ratios=heights)
+    for place, (pack, page) in enumerate(zip(packs, pages, strict=True)):
+        _draw_tiles(figure.add_subplot(grid[3 * place]), dataset, pack)
+        _draw_mask(figure.add_subplot(grid[3 * place + 1]), dataset, pack)
+        _draw_text(figure.add_subplot(grid[3 * place + 2]), page)
+    with warnings.catch_warnings():
+        # Letters that the font lacks are drawn as boxes; that needs no line on the console for each.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        figure.savefig(path, dpi=110)
+
+
+def spans(dataset: PackedDataset, pack: Pack, decode: Callable[[list[int]], str]) -> Iterator[tuple[str, str]]:
+    """The pack's text in pieces, each with its colour; a run of context tokens is shown as its number."""
+    context = dataset.manifest.context_token_id
+    start = 0
+    for sample, length in enumerate(pack.lengths):
+        yield f"\n[sample {sample}: {dataset.reader.origin(pack, sample)}, {length} tokens]\n", SAMPLE_COLOUR
+        tokens, supervised = pack.tokens[start : start + length], pack.supervised[start : start + length]
+        kinds = supervised + 2 * (tokens == context)
+        edges = [0, *(np.flatnonzero(np.diff(kinds)) + 1), int(length)]
+        for low, high in itertools.pairwise(edges):
+            text = f"<IMG_CONTEXT> x {high - low}" if kinds[low] >= 2 else decode(tokens[low:high].tolist())
+            yield text, SUPERVISED_COLOUR if supervised[low] else OTHER_COLOUR
+        start += int(length)
+
+
+def lay_out(pieces: Iterator[tuple[str, str]]) -> Iterator[Run]:
+    """Text in lines of a fixed number of characters; what does not fit the picture is left out."""
+    line, column = 0, 0
+    for text, colour in pieces:
+        for number, paragraph in enumerate(text.split("\n")):
+            # A paragraph's end ends the line, unless nothing stands on it yet.
+            if number and column:
+                line, column = line + 1, 0
+            while paragraph:
+                if line >= LINES_SHOWN:
+                    yield Run(line=line, column=0, text="...", colour=OTHER_COLOUR)
+                    return
+                part, paragraph = paragraph[: LINE_CHARACTERS - column], paragraph[LINE_CHARACTERS - column :]
+                yield Run(line=line, column=column, text=part, colour=colour)
+                column += len(part)
+                if column >= LINE_CHARACTERS:
+                    line, column = line + 1, 0
+
+
+def _draw_tiles(axes, dataset: PackedDataset, pack: Pack) -> None:
+    """The first tiles, side by side."""
+    tiles = dataset.batch(pack.pack_id, 0, with_tiles=True).tiles.numpy()[: min(TILES_SHOWN, pack.tiles)]
+    rest = pack.tiles - len(tiles)
+    axes.set_title(
+        f"pack {pack.pack_id}: {len(pack.images)} images, {pack.tiles} tiles" + (f" ({rest} not shown)" if rest else ""), loc="left"
+    )
+    axes.axis("off")
+    for place, tile in enumerate(tiles):
+        axes.imshow(tile.transpose(1, 2, 0), extent=(place * 1.05, place * 1.05 + 1, 0, 1), interpolation="nearest")
+    axes.set(xlim=(0, TILES_SHOWN * 1.05), ylim=(0, 1), aspect="equal", anchor="W")
+
+
+def _draw_mask(axes, dataset: PackedDataset, pack: Pack) -> None:
+    """The pack from its first to its last token: context tokens, supervised tokens and the starts of samples."""
+    capacity = dataset.manifest.capacity
+    bar = np.ones((1, capacity, 3))
+    for chosen, colour in ((slice(None), 0x77), (pack.tokens == dataset.manifest.context_token_id, 0xCC)):
+        bar[0, : len(pack.tokens)][chosen] = colour / 255
+    bar[0, : len(pack.tokens)][pack.supervised] = [int(SUPERVISED_COLOUR[place : place + 2], 16) / 255 for place in (1, 3, 5)]
+    axes.imshow(bar, aspect="auto", extent=(0, capacity, 0, 1), interpolation="nearest")
+    for end in np.cumsum(pack.lengths):
+        axes.axvline(end, color=SAMPLE_COLOUR, linewidth=1)
+    axes.set(yticks=[], xlabel="tokens: dark grey text, light grey image, green supervised, red line a sample's end, white free")
+
+
+def _draw_text(axes, page: Sequence[Run]) -> None:
+    """The pack's text; green is supervised."""
+    size = WIDTH_INCHES * 0.95 * 72 / LINE_CHARACTERS / CHARACTER_WIDTH
+    axes.axis("off")
+    axes.set(xlim=(0, LINE_CHARACTERS), ylim=(page[-1].line + 1.5, -0.5))
+    for run in page:
+        # A dollar sign would start a formula, and control characters have no shape.
+        text = "".join(letter if letter.isprintable() else "·" for letter in run.text).replace("$", r"\$")
+        axes.text(run.column, run.line, text, color=run.colour, family="monospace", fontsize=size, va="center", clip_on=True)

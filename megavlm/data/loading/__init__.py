@@ -1,0 +1,1 @@
+"""From packs to batches: what training reads."""

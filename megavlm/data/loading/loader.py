@@ -1,0 +1,197 @@
+"""Batches ahead of time: worker processes read and decode the packs that the training process will ask for next."""
+
+from __future__ import annotations
+
+import multiprocessing.sharedctypes
+import os
+import time
+from collections.abc import Callable, Generator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+
+from megavlm.data.images.decode import load_decoders
+from megavlm.data.loading.batch import Batch
+from megavlm.data.loading.dataset import PackedDataset
+from megavlm.data.loading.order import Plan
+from megavlm.data.loading.worker_processes import Deaths, heed_parent_alone, starting_workers
+
+# How the words for a worker that is gone begin, PyTorch's and ours.
+DIED, STUCK = "DataLoader worker", "DataLoader timed out"
+
+
+def batches(
+    dataset: PackedDataset,
+    plan: Plan,
+    positions: Sequence[int],
+    *,
+    workers: int = 0,
+    prefetch: int = 2,
+    timeout: float = 0,
+    start_method: str | None = None,
+    **options: Any,
+) -> Generator[Batch, None, None]:
+    """The batches at ``positions`` of the plan, in their order. Workers never change what a batch holds. ``close()`` ends the workers.
+
+    Args:
+        dataset: the packs.
+        plan: their order.
+        positions: places in the endless sequence of epochs. Rank r of n data ranks that goes on after ``consumed`` packs gives
+            ``range(consumed + r, end, n)``, which takes no memory however long the run is.
+        workers: processes that decode; 0: this one.
+        prefetch: packs that each worker keeps ready.
+        timeout: seconds after which a worker is given up; 0: never.
+        start_method: how workers start (fork, spawn, forkserver); None: as the platform does.
+        options: keyword arguments of ``PackedDataset.batch``, which makes every batch.
+
+    Raises:
+        ValueError: a pack that cannot be read or decoded; names the pack and the sample's file and line.
+        RuntimeError: a worker died, or is stuck; names the pack that it was at and where its samples come from.
+    """
+    make = partial(dataset.batch, **options)
+    has_pixels = dataset.has_images and options.get("with_tiles", True)
+    desks = Desks(workers)
+    loader = DataLoader(
+        Positions(make, plan, positions, desks, has_pixels),
+        batch_size=None,
+        # Otherwise the DataLoader draws from the global generator, and the training process would be changed by being fed.
+        generator=torch.Generator(),
+        collate_fn=_unchanged,
+        num_workers=workers,
+        prefetch_factor=prefetch if workers else None,
+        pin_memory=torch.cuda.is_available(),
+        timeout=timeout if workers else 0,
+        worker_init_fn=_start_worker if workers else None,
+        multiprocessing_context=start_method if workers else None,
+    )
+    with starting_workers(start_method) as processes:
+        arriving = iter(loader)
+    try:
+        for position in positions:
+            try:
+                with Deaths(processes):
+                    batch = next(arriving)
+            except Exception as error:
+                if not workers:
+                    raise
+                raise _explain(error, dataset, plan, position, desks) from None
+            yield batch
+    finally:
+        # Nothing else holds DataLoader's iterator: letting go of it ends the workers.
+        del arriving
+
+
+class Desks:
+    """What each worker is at, in memory that it shares with the process that waits for it.
+
+    Args:
+        workers: number of them.
+    """
+
+    def __init__(self, workers: int) -> None:
+        self._slots = multiprocessing.sharedctypes.RawArray("q", 3 * workers)  # process, position, since when (ms) of each
+
+    def start(self, worker: int, position: int) -> None:
+        """A worker starts to make the batch at a position."""
+        self._slots[3 * worker : 3 * worker + 3] = [os.getpid(), position, time.monotonic_ns() // 10**6]
+
+    def end(self, worker: int) -> None:
+        """A worker has made its batch."""
+        self._slots[3 * worker + 1] = -1
+
+    def at_work(self) -> list[tuple[int, int, float]]:
+        """Process, position and seconds so far of each worker that is making a batch."""
+        now = time.monotonic_ns() // 10**6
+        slots = [self._slots[place : place + 3] for place in range(0, len(self._slots), 3)]
+        return [(process, position, (now - since) / 1000) for process, position, since in slots if process and position >= 0]
+
+
+class Positions(Dataset):
+    """The batches of a plan's positions, as a map-style dataset of PyTorch.
+
+    In every process the fast decoders are loaded behind its first batch, which would otherwise have to wait for them.
+    """
+
+    def __init__(self, make: Callable[[int, int], Batch], plan: Plan, positions: Sequence[int], desks: Desks, has_pixels: bool) -> None:
+        self.make, self.plan, self.positions, self.desks = make, plan, positions, desks
+        self._has_pixels, self._has_made_one = has_pixels, False
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def __getitem__(self, place: int) -> Batch:
+        position = int(self.positions[place])
+        worker = get_worker_info()
+        if worker is None:
+            return self._make(position)
+        self.desks.start(worker.id, position)
+        try:
+            return self._make(position)
+        finally:
+            self.desks.end(worker.id)
+
+    def _make(self, position: int) -> Batch:
+        if self._has_made_one and self._has_pixels:
+            load_decoders()
+        self._has_made_one = True
+        return self.make(int(self.plan.at(position)), position)
+
+
+def _explain(error: Exception, dataset: PackedDataset, plan: Plan, position: int, desks: Desks) -> Exception:
+    """The error to raise where workers gave none of what was waited for: their own, or one that says which of them is gone."""
+    # Without DataLoader's own frames, which keep the workers running as long as the error lives; its text has the worker's.
+    error.with_traceback(None)
+    error.__cause__ = error.__context__ = None
+    # A worker that dies while it hands a batch over leaves half of one behind.
+    if str(error).startswith((DIED, STUCK)) or isinstance(error, EOFError | ConnectionError):
+        return _worker_is_gone(dataset, plan, position, desks, error)
+    return error
+
+
+def _without_process(at_work: list[tuple[int, int, float]]) -> list[tuple[int, int, float]]:
+    """Those of the workers that are dead; what they leave behind may arrive a moment before they are gone."""
+    for _ in range(40):
+        alive = {process.pid for process in multiprocessing.active_children()}
+        gone = [each for each in at_work if each[0] not in alive]
+        if gone:
+            return gone
+        time.sleep(0.05)
+    return []
+
+
+def _worker_is_gone(dataset: PackedDataset, plan: Plan, position: int, desks: Desks, error: Exception) -> RuntimeError:
+    """What is known about a worker that died or is stuck: which pack it was at, and whose samples these are."""
+    text = f"{type(error).__name__} {error}"
+    at_work = desks.at_work()
+    if STUCK not in text:
+        gone = _without_process(at_work)
+        advice = (
+            "Out of memory (see the kernel log), a full /dev/shm, or a file that crashes the image decoder are common causes; "
+            "--data.workers 0 shows which"
+        )
+    else:
+        gone = [each for each in at_work if each[1] == position] or at_work
+        advice = "a disk that does not answer, or an image that takes very long; --data.timeout sets how long is waited"
+    at = [
+        (int(plan.at(place)), f"process {process} was at pack {int(plan.at(place))} (position {place}) for {seconds:.1f} s")
+        for process, place, seconds in gone
+    ]
+    pack_ids = [pack_id for pack_id, _ in at] or [int(plan.at(position))]
+    origins = [origin for pack_id in pack_ids for origin in dataset.origins(pack_id)]
+    return RuntimeError(
+        f"{dataset.folder}: no batch for pack {int(plan.at(position))} (position {position}): {text.rstrip('. ')}. "
+        f"{'; '.join(words for _, words in at) or 'no process was at a pack'}. {advice}. The samples: {', '.join(origins)}"
+    )
+
+
+def _unchanged(batch: Batch) -> Batch:
+    """What a pack becomes on its way out of the DataLoader."""
+    return batch
+
+
+def _start_worker(worker: int) -> None:
+    """One thread for each worker: many workers already fill the cores. None ends before the training process says so."""
+    torch.set_num_threads(1)
+    heed_parent_alone()

@@ -1,0 +1,1 @@
+"""The offline job that writes packs. Nothing else in the package imports it."""

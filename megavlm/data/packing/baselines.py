@@ -1,0 +1,164 @@
+"""Other rules of packing, to compare ours with: what a data set would come to if it were packed as elsewhere.
+
+The rules are plain loops; where numba is installed they run as machine code, with the same result.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from megavlm.data.packing.best_fit import Packing, automatic_tile_cap, pack
+
+INTERNVL_BUFFERS = 20
+INTERNVL_TILES = 48
+COMPARED_SAMPLES = 200_000
+STRAGGLE_RANKS = 512
+STRAGGLE_DRAWS = 200
+
+
+@dataclass(frozen=True, kw_only=True)
+class Strategy:
+    """What one rule of packing comes to.
+
+    Args:
+        name: of the rule.
+        packs: number of packs.
+        fill: share of the packs' capacity that holds tokens.
+        straggle_512: share by which the most tiles among 512 random packs are above the mean: how long 512 data ranks wait for the
+            vision encoder of the slowest.
+        tile_cap: most tiles of a pack; None: any number.
+        samples_per_s: samples packed a second of one processor; choosing the cap is counted.
+    """
+
+    name: str
+    packs: int
+    fill: float
+    straggle_512: float
+    tile_cap: int | None
+    samples_per_s: float
+
+
+def compare(tokens: np.ndarray, tiles: np.ndarray, capacity: int, *, tile_cap: int | None = None, seed: int = 0) -> tuple[Strategy, ...]:
+    """Pack the samples by every rule.
+
+    ``next_fit`` closes a pack as soon as a sample does not fit, as ms-swift's sequential packing does. ``internvl_buffers`` keeps
+    InternVL's 20 open packs of at most 48 tiles; a sample of more tiles, which InternVL drops, gets a pack of its own. ``best_fit`` is best
+    fit decreasing over the tokens alone. ``global_best_fit`` is ours.
+
+    Args:
+        tokens: int [samples], aligned.
+        tiles: int [samples].
+        capacity: most tokens of a pack.
+        tile_cap: most tiles of our packs; None: chosen from the data.
+        seed: of the choice of the cap.
+    """
+    tokens, tiles = np.asarray(tokens, np.int32), np.asarray(tiles, np.int32)
+    loops = _loops()
+
+    def ours() -> tuple[Packing, int]:
+        cap = automatic_tile_cap(tokens, tiles, capacity, seed=seed) if tile_cap is None else tile_cap
+        return pack(tokens, tiles, capacity=capacity, tile_cap=cap), cap
+
+    def buffered() -> tuple[Packing, int]:
+        return _packing(loops["buffered"](tokens, tiles, capacity, INTERNVL_TILES, INTERNVL_BUFFERS)), INTERNVL_TILES
+
+    rules: dict[str, Callable[[], tuple[Packing, int | None]]] = {
+        "next_fit": lambda: (_packing(loops["next_fit"](tokens, capacity)), None),
+        "internvl_buffers": buffered,
+        "best_fit": lambda: (pack(tokens, np.zeros_like(tiles), capacity=capacity, tile_cap=0), None),
+        "global_best_fit": ours,
+    }
+    return tuple(_measure(name, rule, tokens, tiles, capacity) for name, rule in rules.items())
+
+
+def straggle(work: np.ndarray, *, ranks: int = STRAGGLE_RANKS) -> float:
+    """Share by which the most work among ``ranks`` random packs is above the mean, averaged over draws; 0 where there is no work."""
+    if not work.any():
+        return 0.0
+    draws = np.random.default_rng(0).choice(work, (STRAGGLE_DRAWS, ranks))
+    return float(draws.max(axis=1).mean() / work.mean(dtype=np.float64)) - 1.0
+
+
+def next_fit(tokens: np.ndarray, capacity: int) -> tuple[np.ndarray, int]:
+    """The bin of each sample in the order given, and the number of bins; only the last bin is open."""
+    bin_of = np.empty(len(tokens), np.int32)
+    bins, left = 0, 0
+    for sample in range(len(tokens)):
+        if tokens[sample] > left:
+            bins, left = bins + 1, capacity
+        left -= tokens[sample]
+        bin_of[sample] = bins - 1
+    return bin_of, bins
+
+
+def buffered(tokens: np.ndarray, tiles: np.ndarray, capacity: int, most_tiles: int, buffers: int) -> tuple[np.ndarray, int]:
+    """First fit over a few open bins, those with most tiles first, as in InternVL's ``PackedDataset``.
+
+    A bin is closed when its tokens or its tiles are all used, or when there are more than ``buffers`` of them: then the one with most
+    tiles.
+    """
+    bin_of = np.empty(len(tokens), np.int32)
+    held = np.zeros((buffers + 1, 3), np.int64)  # bin, tokens, tiles of each open bin; most tiles first
+    count, bins = 0, 0
+    for sample in range(len(tokens)):
+        place = 0
+        while place < count and (held[place, 1] + tokens[sample] > capacity or held[place, 2] + tiles[sample] > most_tiles):
+            place += 1
+        if place < count:
+            chosen, used, used_tiles = held[place, 0], held[place, 1] + tokens[sample], held[place, 2] + tiles[sample]
+            for later in range(place, count - 1):
+                held[later] = held[later + 1]
+            count -= 1
+        else:
+            chosen, used, used_tiles = bins, np.int64(tokens[sample]), np.int64(tiles[sample])
+            bins += 1
+        bin_of[sample] = chosen
+        if used == capacity or used_tiles >= most_tiles:
+            continue
+        place = count
+        while place > 0 and held[place - 1, 2] < used_tiles:
+            held[place] = held[place - 1]
+            place -= 1
+        held[place, 0], held[place, 1], held[place, 2] = chosen, used, used_tiles
+        count += 1
+        if count > buffers:
+            count -= 1
+            for later in range(count):
+                held[later] = held[later + 1]
+    return bin_of, bins
+
+
+def _loops() -> dict[str, Callable[..., tuple[np.ndarray, int]]]:
+    """The loops of this module, compiled where numba is installed."""
+    try:
+        from megavlm.io.compile import compiled
+    except ModuleNotFoundError as error:
+        if error.name != "numba":
+            raise
+        return {"next_fit": next_fit, "buffered": buffered}
+    return {"next_fit": compiled(next_fit), "buffered": compiled(buffered)}
+
+
+def _packing(found: tuple[np.ndarray, int]) -> Packing:
+    """A rule's answer as a packing."""
+    return Packing(bin_of=found[0], bins=int(found[1]))
+
+
+def _measure(name: str, rule: Callable[[], tuple[Packing, int | None]], tokens: np.ndarray, tiles: np.ndarray, capacity: int) -> Strategy:
+    """Run a rule and weigh its packs."""
+    start = time.process_time()
+    packing, cap = rule()
+    seconds = time.process_time() - start
+    work = np.bincount(packing.bin_of, weights=tiles, minlength=packing.bins)
+    return Strategy(
+        name=name,
+        packs=packing.bins,
+        fill=int(tokens.sum(dtype=np.int64)) / (packing.bins * capacity),
+        straggle_512=straggle(work),
+        tile_cap=cap,
+        samples_per_s=len(tokens) / seconds,
+    )

@@ -1,0 +1,90 @@
+"""The inner loop of ``packing`` as machine code. Imported only where numba is installed."""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+
+# Multiplying a power of two by this number brings a different run of six bits to its top for each (a de Bruijn sequence).
+DE_BRUIJN = np.uint64(0x03F79D71B4CB0A89)
+PLACE_OF_RUN = np.zeros(64, np.int64)
+PLACE_OF_RUN[[(1 << place) * int(DE_BRUIJN) % 2**64 >> 58 for place in range(64)]] = np.arange(64)
+
+
+@numba.njit(cache=True)
+def _lowest_bit(word):
+    """The place of the lowest bit that is set, of a word with one at least."""
+    return PLACE_OF_RUN[((word & (~word + np.uint64(1))) * DE_BRUIJN) >> np.uint64(58)]
+
+
+@numba.njit(cache=True)
+def _first_from(bits, summary, need):
+    """The lowest bit that is set in ``bits`` at ``need`` or above, or -1. A bit of ``summary`` says which words of ``bits`` have any."""
+    everything = ~np.uint64(0)
+    word = need >> 6
+    found = bits[word] & (everything << np.uint64(need & 63))
+    if found == 0:
+        group = (word + 1) >> 6
+        words = summary[group] & (everything << np.uint64((word + 1) & 63))
+        while words == 0:
+            group += 1
+            if group == len(summary):
+                return -1
+            words = summary[group]
+        word = (group << 6) + _lowest_bit(words)
+        found = bits[word]
+    return (word << 6) + _lowest_bit(found)
+
+
+@numba.njit(cache=True)
+def best_fit(tokens, tiles, order, capacity, tile_cap):
+    """Best fit in the given order: int32 bin of each sample, and the number of bins.
+
+    Scores are whole numbers, so that every machine finds the same bins: free tokens x tile cap + free tiles x capacity. Among bins that
+    leave the same room, the one that got there last is taken.
+    """
+    words = (capacity >> 6) + 1
+    bits = np.zeros((tile_cap + 1, words), np.uint64)
+    # One word more than needed: the search may look one place past the last word.
+    summary = np.zeros((tile_cap + 1, (words >> 6) + 1), np.uint64)
+    newest = np.full((tile_cap + 1, capacity + 1), -1, np.int32)
+    # Not below the most free tokens of a row's bins: most rows hold nothing large enough, and are passed over by one comparison.
+    most_left = np.full(tile_cap + 1, -1, np.int64)
+    before = np.empty(len(tokens), np.int32)
+    bin_of = np.empty(len(tokens), np.int32)
+    bins = 0
+    one = np.uint64(1)
+    tile_scale = max(tile_cap, 1)
+    for sample in order:
+        need, need_tiles = np.int64(tokens[sample]), np.int64(tiles[sample])
+        best_row, best_left, best_score = -1, 0, 2**62
+        for row in range(need_tiles, tile_cap + 1):
+            spare = (row - need_tiles) * capacity
+            if spare >= best_score:
+                break
+            if most_left[row] < need:
+                continue
+            left = _first_from(bits[row], summary[row], need)
+            if left < 0:
+                most_left[row] = need - 1
+            elif (left - need) * tile_scale + spare < best_score:
+                best_row, best_left, best_score = row, left, (left - need) * tile_scale + spare
+        if best_row < 0:
+            chosen, row, left = bins, tile_cap, capacity
+            bins += 1
+        else:
+            chosen, row, left = newest[best_row, best_left], best_row, best_left
+            newest[row, left] = before[chosen]
+            if before[chosen] < 0:
+                bits[row, left >> 6] &= ~(one << np.uint64(left & 63))
+                if bits[row, left >> 6] == 0:
+                    summary[row, left >> 12] &= ~(one << np.uint64((left >> 6) & 63))
+        row -= need_tiles
+        left -= need
+        most_left[row] = max(most_left[row], left)
+        before[chosen] = newest[row, left]
+        newest[row, left] = chosen
+        bits[row, left >> 6] |= one << np.uint64(left & 63)
+        summary[row, left >> 12] |= one << np.uint64((left >> 6) & 63)
+        bin_of[sample] = chosen
+    return bin_of, bins

@@ -1,0 +1,38 @@
+"""How often each sample of a mixture of sources is taken."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from megavlm.data.records.meta_file import Annotations
+
+
+def take(row_sources: np.ndarray, sources: Sequence[Annotations], seed: int) -> np.ndarray:
+    """Rows of the survey, each as often as its sample is taken, in the order of the rows; int32.
+
+    Without weights a sample is taken ``repeat_time`` times. With weights, as many samples are taken in all as ``repeat_time`` alone would
+    take, and each source's share of them is its weight's. What is left after whole times goes to a draw of the source's samples.
+
+    Args:
+        row_sources: the source of each row.
+        sources: all sources.
+        seed: fixes the draws.
+    """
+    names = [source.name for source in sources]
+    first = np.array([names.index(name) for name in names])  # files of one source are one group
+    group_of_row = first[row_sources]
+    found = np.bincount(group_of_row, minlength=len(sources)).astype(np.float64)
+    # Of a share below 1, the survey has read no more than that share.
+    wanted = found * np.maximum([source.repeat_time for source in sources], 1.0)
+    weights = np.array([source.weight or 0.0 for source in sources]) * (found > 0)
+    if weights.any():
+        wanted = wanted.sum() * weights / weights.sum()
+    times = np.zeros(len(row_sources), np.int32)
+    for group, (count, total) in enumerate(zip(found.astype(int).tolist(), np.rint(wanted).astype(int).tolist(), strict=True)):
+        if count:
+            own = np.flatnonzero(group_of_row == group)
+            times[own] = total // count
+            times[np.random.default_rng((seed, 1, group)).choice(own, total % count, replace=False)] += 1
+    return np.repeat(np.arange(len(row_sources), dtype=np.int32), times)

@@ -1,0 +1,209 @@
+"""What a packing came to, for people and for programs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+
+import numpy as np
+
+from megavlm.data.packing.baselines import COMPARED_SAMPLES, Strategy, compare, straggle
+from megavlm.data.packing.best_fit import CapTrial, cap_curve
+from megavlm.data.packing.plan import PackPlan, Samples
+from megavlm.data.records.reject import REASONS
+from megavlm.data.store.manifest import Level, Totals
+
+BARS = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Histogram:
+    """How a whole number is spread over the samples: ``counts[k]`` of them lie in ``[edges[k], edges[k + 1])``."""
+
+    edges: tuple[int, ...]
+    counts: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """The figures of a packing.
+
+    Args:
+        out: folder of the dataset.
+        written: whether the packs were written; a dry run only plans them.
+        records: records read.
+        packed_records: of them, those that are in packs.
+        rejected: records left out.
+        rejects: number of rejected records for each reason.
+        samples: samples packed; a record that is taken k times is k samples.
+        packs: packs written, or planned.
+        capacity: tokens of a pack.
+        tokens: tokens of all samples.
+        supervised: tokens with a loss; None in a dry run.
+        fill: share of the packs' capacity that holds tokens.
+        images: images of all samples; None in a dry run.
+        tiles: tiles of all images, thumbnails counted.
+        tiles_per_pack_mean: mean over the planned packs.
+        tiles_per_pack_max: largest over the planned packs.
+        tile_cap: most tiles that a pack was allowed.
+        levels: levels of difficulty, the easiest first.
+        straggle_512: share by which the most tiles among 512 random packs are above the mean.
+        bytes: size of the packs; None in a dry run.
+        seconds: time that it took, since it was started last.
+        lengths: tokens of the samples, aligned.
+        tile_counts: tiles of the samples.
+        caps: what other tile caps would come to.
+        strategies: what other rules of packing would come to, on a random part of the samples where there are many.
+    """
+
+    out: str
+    written: bool
+    records: int
+    packed_records: int
+    rejected: int
+    rejects: dict[str, int]
+    samples: int
+    packs: int
+    capacity: int
+    tokens: int
+    supervised: int | None
+    fill: float
+    images: int | None
+    tiles: int
+    tiles_per_pack_mean: float
+    tiles_per_pack_max: int
+    tile_cap: int
+    levels: tuple[Level, ...]
+    straggle_512: float
+    bytes: int | None
+    seconds: float
+    lengths: Histogram
+    tile_counts: Histogram
+    caps: tuple[CapTrial, ...]
+    strategies: tuple[Strategy, ...]
+
+    @property
+    def samples_per_second(self) -> float:
+        """Samples packed a second, all passes counted."""
+        return self.samples / max(self.seconds, 1e-9)
+
+    def to_json(self) -> str:
+        """The figures as JSON."""
+        return json.dumps({**dataclasses.asdict(self), "samples_per_second": self.samples_per_second}, indent=2, ensure_ascii=False) + "\n"
+
+    def text(self) -> str:
+        """The figures as lines of text."""
+        supervised = "" if self.supervised is None else f", {self.supervised:,} of them supervised"
+        size = "" if self.bytes is None else f", {self.bytes / 1e6:,.1f} MB"
+        images = f"{self.tiles:,} tiles" if self.images is None else f"{self.images:,} of {self.tiles:,} tiles"
+        lines = [
+            f"packed    {self.out}" if self.written else f"dry run   {self.out} is not written",
+            f"records   {self.records:,} read, {self.rejected:,} rejected",
+            *(f"            {count:,} {reason}: {REASONS[reason]}" for reason, count in self.rejects.items()),
+            f"samples   {self.samples:,} of {self.tokens:,} tokens{supervised}",
+            f"packs     {self.packs:,} of {self.capacity:,} tokens, {self.fill:.2%} filled{size}",
+            *(f"level     {level.packs:,} packs of difficulty {level.easiest:g} to {level.hardest:g}" for level in self.levels),
+            f"images    {images}",
+            f"tiles     {self.tiles_per_pack_mean:.2f} a pack on average, {self.tiles_per_pack_max} at most (cap {self.tile_cap}); "
+            f"the most among 512 packs are {self.straggle_512:.1%} above the mean",
+            *(f"cap {trial.tile_cap:>5} {trial.fill:.3%} filled" + self._mark(trial) for trial in self.caps),
+            *(f"{rule.name:<18}{rule.fill:8.3%} filled, tiles {rule.straggle_512:.1%} above the mean" for rule in self.strategies),
+            f"time      {self.seconds:.1f} s, {self.samples_per_second:,.0f} samples/s",
+        ]
+        return "\n".join(lines)
+
+    def _mark(self, trial: CapTrial) -> str:
+        return "  <- taken" if trial.tile_cap == self.tile_cap else ""
+
+
+def make_report(
+    samples: Samples,
+    plan: PackPlan,
+    *,
+    out: str,
+    records: int,
+    packed_records: int,
+    rejects: dict[str, int],
+    capacity: int,
+    seed: int,
+    totals: Totals | None,
+    seconds: float,
+    tile_multiple: int = 1,
+) -> Report:
+    """The figures of a packing.
+
+    Args:
+        samples: all that were to be packed.
+        plan: their packs.
+        out: folder of the dataset.
+        records: records read.
+        packed_records: of them, those that are in packs.
+        rejects: number of the others for each reason.
+        capacity: tokens of a pack.
+        seed: of the packer.
+        totals: of what was written; None: a dry run.
+        seconds: time that it took.
+        tile_multiple: what a chosen tile cap is a multiple of.
+    """
+    rejected = sum(rejects.values())
+    assert records == packed_records + rejected, (records, packed_records, rejected)
+    known = _planned(samples, plan) if totals is None else totals
+    per_pack = _tiles_of_packs(samples, plan)
+    return Report(
+        out=out,
+        written=totals is not None,
+        records=records,
+        packed_records=packed_records,
+        rejected=rejected,
+        rejects=rejects,
+        samples=known.samples,
+        packs=known.packs,
+        capacity=capacity,
+        tokens=known.tokens,
+        supervised=totals.supervised if totals else None,
+        fill=known.tokens / (known.packs * capacity),
+        images=totals.images if totals else None,
+        tiles=known.tiles,
+        tiles_per_pack_mean=float(per_pack.mean(dtype=np.float64)),
+        tiles_per_pack_max=int(per_pack.max()),
+        tile_cap=plan.tile_cap,
+        levels=plan.levels,
+        straggle_512=straggle(per_pack),
+        bytes=totals.bytes if totals else None,
+        seconds=seconds,
+        lengths=_histogram(samples.tokens),
+        tile_counts=_histogram(samples.tiles),
+        caps=cap_curve(samples.tokens, samples.tiles, capacity, seed=seed, also=plan.tile_cap, multiple=tile_multiple),
+        strategies=_compare(samples, capacity, plan.tile_cap, seed),
+    )
+
+
+def _planned(samples: Samples, plan: PackPlan) -> Totals:
+    """What would be written."""
+    tokens, tiles = (int(values.sum(dtype=np.int64)) for values in (samples.tokens, samples.tiles))
+    return Totals(packs=plan.packs, samples=len(plan.order), tokens=tokens, tiles=tiles)
+
+
+def _tiles_of_packs(samples: Samples, plan: PackPlan) -> np.ndarray:
+    """Tiles of each planned pack."""
+    by_row = np.zeros(int(samples.rows.max(initial=0)) + 1, samples.tiles.dtype)
+    by_row[samples.rows] = samples.tiles
+    return np.add.reduceat(by_row[plan.order], plan.starts[:-1])
+
+
+def _compare(samples: Samples, capacity: int, tile_cap: int, seed: int) -> tuple[Strategy, ...]:
+    """All rules of packing, on a random part of the samples where there are many."""
+    chosen = slice(None)
+    if len(samples.tokens) > COMPARED_SAMPLES:
+        chosen = np.random.default_rng(seed).choice(len(samples.tokens), COMPARED_SAMPLES, replace=False)
+    return compare(samples.tokens[chosen], samples.tiles[chosen], capacity, tile_cap=tile_cap)
+
+
+def _histogram(values: np.ndarray) -> Histogram:
+    """Bars of equal, whole width."""
+    low, high = int(values.min()), int(values.max())
+    width = max(1, -(-(high - low + 1) // BARS))
+    edges = np.arange(low, high + width + 1, width)
+    counts, _ = np.histogram(values, edges)
+    return Histogram(edges=tuple(edges.tolist()), counts=tuple(counts.tolist()))

@@ -1,0 +1,1 @@
+"""What one record of an annotation file says, in each file format."""

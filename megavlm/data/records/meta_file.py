@@ -1,0 +1,237 @@
+"""The meta file, which lists the sources of a dataset: where they are, how often they are taken, and what is left out of them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from megavlm.data.records.open_files import find_files
+from megavlm.data.records.reject import RejectError
+
+META_KEYS = ("root", "annotation", "data_augment", "repeat_time", "weight", "length", "max_dynamic_patch", "prompt", "difficulty", "filter")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Filter:
+    """What records must be like; a bound that is None holds for all.
+
+    Args:
+        min_tokens, max_tokens: of the sample.
+        min_side: fewest pixels of each image's shorter side.
+        max_side: most pixels of each image's longer side.
+        max_aspect: largest ratio of an image's longer to its shorter side.
+        score: name of a field that holds a number, such as the similarity of image and caption.
+        min_score, max_score: bounds of that number.
+    """
+
+    min_tokens: float | None = None
+    max_tokens: float | None = None
+    min_side: float | None = None
+    max_side: float | None = None
+    max_aspect: float | None = None
+    score: str | None = None
+    min_score: float | None = None
+    max_score: float | None = None
+
+    def check_fields(self, record: Mapping[str, Any]) -> None:
+        """Refuse a record by its score; raises RejectError."""
+        if self.score is None:
+            return
+        value = record.get(self.score)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value):
+            raise RejectError("filtered_score", f"{self.score} is {value!r:.100}, not a number")
+        _check("filtered_score", self.score, value, self.min_score, self.max_score)
+
+    def check_image(self, width: int, height: int) -> None:
+        """Refuse a record by the size of an image; raises RejectError."""
+        _check("filtered_size", "pixels of an image's shorter side", min(width, height), self.min_side, None)
+        _check("filtered_size", "pixels of an image's longer side", max(width, height), None, self.max_side)
+        _check("filtered_aspect", "an image's aspect", max(width, height) / min(width, height), None, self.max_aspect)
+
+    def check_length(self, tokens: int) -> None:
+        """Refuse a record by its length; raises RejectError."""
+        _check("filtered_length", "tokens", tokens, self.min_tokens, self.max_tokens)
+
+
+def _check(reason: str, what: str, value: float, least: float | None, most: float | None) -> None:
+    """Raise RejectError for a value out of bounds."""
+    if (least is not None and value < least) or (most is not None and value > most):
+        bounds = " and ".join(f"{word} {bound:g}" for word, bound in (("at least", least), ("at most", most)) if bound is not None)
+        raise RejectError(reason, f"{what}: {value:g}, wanted is {bounds}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Annotations:
+    """One annotation file and how to take it. The files of one entry of a meta file share its name, and all but the path.
+
+    Args:
+        name: of the source, for reports.
+        path: the file.
+        root: folder that image paths are relative to, and must stay inside; empty: paths are taken as they are.
+        repeat_time: how often each record is taken. Below 1, the first share of the records, rounded down, as in InternVL; of 2.5, each
+            record twice, and a half of them, drawn by the seed, once more.
+        weight: share of the samples in the dataset that have this name, compared with others'; None: what ``repeat_time`` makes.
+        max_tiles: most tiles of an image of this source; None: the packer's setting.
+        augment: whether images may be changed at random while training.
+        prompt: what the human turn of a caption says behind the image.
+        difficulty: name of the records' field that holds it as a number, or the difficulty of all of them; None: there is none.
+        keep: what records must be like.
+    """
+
+    name: str
+    path: str
+    root: str = ""
+    repeat_time: float = 1.0
+    weight: float | None = None
+    max_tiles: int | None = None
+    augment: bool = False
+    prompt: str = ""
+    difficulty: str | float | None = None
+    keep: Filter = field(default_factory=Filter)
+
+    def difficulty_of(self, record: Mapping[str, Any]) -> float:
+        """How difficult a record is; raises RejectError where its field does not say."""
+        if not isinstance(self.difficulty, str):
+            return self.difficulty or 0.0
+        value = record.get(self.difficulty)
+        if not _is_number(value):
+            raise RejectError("difficulty", f"{self.difficulty} is {value!r:.100}, not a number")
+        return float(value)
+
+
+def read_meta(path: str | Path) -> tuple[Annotations, ...]:
+    """The sources that a meta file lists.
+
+    A meta file is JSON: ``{name: {"root": folder, "annotation": files, "repeat_time": 1, "max_dynamic_patch": 12, ...}}``.
+    ``annotation`` is a file, a pattern, an Energon dataset's folder, or a list of those; ``length`` is read by nobody.
+
+    Raises:
+        FileNotFoundError: there is no such meta file, or no annotation file that it names.
+        ValueError: not such JSON, an unknown key or a value that is not supported; says which entry.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"--meta {path}: there is no such file")
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_unique)
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"--meta {path}: not JSON with unique names ({error})") from None
+    if not isinstance(meta, dict) or not meta:
+        raise ValueError(f"--meta {path}: must be a JSON object {{name: {{root, annotation, ...}}}} with at least one entry")
+    sources = tuple(source for name, entry in meta.items() for source in _entry(name, entry, f"--meta {path}: {name!r}"))
+    unweighted = [source.name for source in sources if source.weight is None]
+    easy = [source.name for source in sources if source.difficulty is None]
+    for key, lacking in (("weight", unweighted), ("difficulty", easy)):
+        if lacking and len(lacking) < len(sources):
+            raise ValueError(f"--meta {path}: {lacking[0]!r} has no {key}, and others have; give all of them one, or none")
+    return sources
+
+
+def read_sources(
+    meta: str | None, annotation: str | None, root: str = "", *, augment: bool = False, difficulty: str | None = None
+) -> tuple[Annotations, ...]:
+    """The sources of ``meta``, or the one ``annotation`` with the folder of its images; errors as in ``read_meta``."""
+    if meta is None:
+        return single_source(annotation or "", root, augment=augment, difficulty=difficulty)
+    for key, value, flag in (("root", root, f" {root}"), ("data_augment", augment, ""), ("difficulty", difficulty, f" {difficulty}")):
+        if value:
+            raise ValueError(f"--{key}{flag}: goes with --jsonl; each entry of --meta has its own {key}")
+    return read_meta(meta)
+
+
+def single_source(
+    annotation: str | Path, root: str | Path = "", *, augment: bool = False, difficulty: str | None = None
+) -> tuple[Annotations, ...]:
+    """The files of one source without a meta file; raises FileNotFoundError where there is none."""
+    try:
+        files = find_files(str(annotation))
+    except (FileNotFoundError, ValueError) as error:
+        raise type(error)(f"--jsonl {annotation}: {error}") from None
+    settings = {"root": str(root), "augment": augment, "difficulty": difficulty}
+    return tuple(Annotations(name=Path(annotation).stem, path=path, **settings) for path in files)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose names must differ: of two entries of one name, JSON readers drop the first in silence."""
+    names = [name for name, _ in pairs]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise KeyError(f"given twice: {', '.join(twice)}")
+    return dict(pairs)
+
+
+def _entry(name: str, entry: Any, where: str) -> list[Annotations]:
+    """One entry of a meta file; ``where`` names it in errors."""
+    if not isinstance(entry, dict):
+        raise ValueError(f"{where}: must be an object, not {entry!r:.200}")
+    _refuse_unknown(entry, META_KEYS, where)
+    root, prompt, augment = entry.get("root", ""), entry.get("prompt", ""), entry.get("data_augment", False)
+    if not isinstance(root, str) or not isinstance(prompt, str):
+        raise ValueError(f"{where}: root and prompt must be texts, not {root!r} and {prompt!r}")
+    if not isinstance(augment, bool):
+        raise ValueError(f"{where}: data_augment {augment!r} must be true or false")
+    repeat, weight = entry.get("repeat_time", 1), entry.get("weight")
+    for key, value in (("repeat_time", repeat), ("weight", 1 if weight is None else weight)):
+        if not _is_number(value) or not value > 0:
+            raise ValueError(f"{where}: {key} {value!r} must be a number above 0")
+    difficulty = entry.get("difficulty")
+    if not (difficulty is None or _is_number(difficulty) or (isinstance(difficulty, str) and difficulty)):
+        raise ValueError(f"{where}: difficulty {difficulty!r} must be the name of a field, or a number for all records")
+    most = entry.get("max_dynamic_patch")
+    if most is not None and (type(most) is not int or most < 1):
+        raise ValueError(f"{where}: max_dynamic_patch {most!r} must be a whole number of at least 1")
+    settings = {
+        "root": root,
+        "repeat_time": float(repeat),
+        "weight": None if weight is None else float(weight),
+        "max_tiles": most,
+        "augment": augment,
+        "prompt": prompt,
+        "difficulty": difficulty,
+        "keep": _filter(entry.get("filter", {}), f"{where}: filter"),
+    }
+    return [Annotations(name=name, path=path, **settings) for path in _files(entry.get("annotation"), root, where)]
+
+
+def _files(given: Any, root: str, where: str) -> tuple[str, ...]:
+    """The annotation files that an entry names."""
+    names = [given] if isinstance(given, str) else given
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) and name for name in names):
+        raise ValueError(f"{where}: annotation must be a path, a pattern or a list of them, not {given!r:.200}")
+    for name in (*names, root):
+        if "://" in name:
+            raise ValueError(f"{where}: {name}: object storage is not supported; mount it, or copy the files")
+    try:
+        return tuple(path for name in names for path in find_files(name))
+    except (FileNotFoundError, ValueError) as error:
+        raise type(error)(f"{where}: {error}") from None
+
+
+def _filter(given: Any, where: str) -> Filter:
+    """The filter of an entry."""
+    if not isinstance(given, dict):
+        raise ValueError(f"{where}: must be an object, not {given!r:.200}")
+    _refuse_unknown(given, [entry.name for entry in fields(Filter)], where)
+    for key, value in given.items():
+        if key == "score":
+            if not isinstance(value, str) or not value:
+                raise ValueError(f"{where}: score {value!r} must be the name of a field")
+        elif not _is_number(value):
+            raise ValueError(f"{where}: {key} {value!r} must be a number")
+    if ("score" in given) != bool({"min_score", "max_score"} & set(given)):
+        raise ValueError(f"{where}: score goes with min_score or max_score")
+    return Filter(**given)
+
+
+def _refuse_unknown(given: Mapping[str, Any], known: Sequence[str], where: str) -> None:
+    unknown = sorted(set(given) - set(known))
+    if unknown:
+        raise ValueError(f"{where}: unknown key {', '.join(map(repr, unknown))}; known: {', '.join(known)}")
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)

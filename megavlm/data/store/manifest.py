@@ -1,0 +1,217 @@
+"""The manifest of a packed dataset: what is in the folder, for which tokenizer and which tiles it was made.
+
+It is written last, in one step, so its presence means that the folder is complete.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from megavlm.io.storage import LocalFiles, open_folder
+
+FILE_NAME = "manifest.json"
+FORMAT_NAME = "megavlm-packs"
+FORMAT_VERSION = 3
+# Version 2 had no levels.
+READ_VERSIONS = (2, FORMAT_VERSION)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """One annotation file that samples come from.
+
+    Args:
+        name: name of the source in the meta file, or the annotation file's name.
+        annotations: path of the JSONL file; with a sample's line number it says where the sample comes from.
+        root: folder that image paths are relative to.
+        records: records read.
+        samples: samples packed (repeats counted, rejected records not).
+        repeat_time: how often the source was asked to be taken; below 1: a share of it.
+        augment: whether its images may be changed at random while training.
+    """
+
+    name: str
+    annotations: str
+    root: str = ""
+    records: int = 0
+    samples: int = 0
+    repeat_time: float = 1.0
+    augment: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Level:
+    """Packs whose samples are alike in difficulty.
+
+    Args:
+        packs: packs of it; they follow those of the level before.
+        easiest, hardest: lowest and highest difficulty of its samples.
+    """
+
+    packs: int
+    easiest: float
+    hardest: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """One file ``NAME.bin``.
+
+    Args:
+        name: file name without its ending.
+        packs: packs in it.
+        bin_bytes: size of the file.
+    """
+
+    name: str
+    packs: int
+    bin_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Totals:
+    """Sums over all packs; ``supervised`` counts tokens with a loss, ``bytes`` the packs' blocks."""
+
+    packs: int = 0
+    samples: int = 0
+    tokens: int = 0
+    supervised: int = 0
+    images: int = 0
+    tiles: int = 0
+    bytes: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """The facts of a packed dataset.
+
+    Args:
+        tokenizer_fingerprint: hash of the tokenizer that made the tokens.
+        vocab_size: ids that the tokenizer knows, special tokens included.
+        context_token_id: id of ``<IMG_CONTEXT>``, the place of one image feature.
+        pad_token_id: id that fills a pack up to its capacity.
+        template: name of the conversation template.
+        system_message: what the template says before the conversation.
+        image_size: side of a tile in pixels.
+        features_per_tile: context tokens of one tile.
+        min_tiles: fewest tiles of an image, thumbnail not counted.
+        max_tiles: most tiles of an image, thumbnail not counted.
+        thumbnail: whether an image of several tiles gets its thumbnail as one more tile.
+        tiling: how images become tiles, dynamic or pad; frames of videos are one tile either way.
+        pixel_mean: mean that the model subtracts from each channel, of values in [0, 1].
+        pixel_std: value that the model divides each channel by.
+        capacity: tokens of a pack.
+        tile_cap: most tiles of a pack.
+        alignment: each sample starts at a multiple of this many tokens in its pack.
+        seed: seed of the packer.
+        sources: annotation files; a sample names its source by its place here.
+        levels: the packs' levels of difficulty, the easiest first; none where the records' difficulty is not known.
+        rejects: number of rejected records for each reason.
+        shards: the files; filled by ``store.complete``.
+        idx_crc32: checksum of the whole index; filled by ``store.complete``.
+        totals: sums over all packs; filled by ``store.complete``.
+    """
+
+    tokenizer_fingerprint: str
+    vocab_size: int
+    context_token_id: int
+    pad_token_id: int = 0
+    template: str
+    system_message: str = ""
+    image_size: int
+    features_per_tile: int
+    min_tiles: int = 1
+    max_tiles: int = 12
+    thumbnail: bool = True
+    tiling: str = "dynamic"
+    pixel_mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    pixel_std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    capacity: int
+    tile_cap: int
+    alignment: int = 1
+    seed: int = 0
+    sources: tuple[Source, ...] = ()
+    levels: tuple[Level, ...] = ()
+    rejects: dict[str, int] = field(default_factory=dict)
+    shards: tuple[Shard, ...] = ()
+    idx_crc32: int = 0
+    totals: Totals = field(default_factory=Totals)
+
+    def to_json(self) -> str:
+        """The manifest as the text of ``manifest.json``."""
+        return (
+            json.dumps({"format": FORMAT_NAME, "version": FORMAT_VERSION, **dataclasses.asdict(self)}, indent=2, ensure_ascii=False) + "\n"
+        )
+
+    def write(self, folder: Path) -> None:
+        """Write ``manifest.json`` into ``folder`` in one step: a reader sees all of it or nothing."""
+        temporary = folder / (FILE_NAME + ".partial")
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(self.to_json())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, folder / FILE_NAME)
+
+
+def read_manifest(folder: Path | str) -> Manifest:
+    """The manifest of a packed dataset.
+
+    Raises:
+        FileNotFoundError: there is no folder, or no manifest in it.
+        ValueError: not a manifest, one of a newer format version, or one that lacks a fact.
+    """
+    files = open_folder(folder)
+    path = f"{files.folder}/{FILE_NAME}"
+    if isinstance(files, LocalFiles) and not files.folder.is_dir():
+        raise FileNotFoundError(f"{folder}: there is no such folder of packs; make one with tools/pack_dataset.py --out {folder}")
+    if not files.exists(FILE_NAME):
+        raise FileNotFoundError(
+            f"{path}: missing. It is written last, so {folder} is no packed dataset or its packing did not end; run tools/pack_dataset.py"
+        )
+    return parse_manifest(files.read(FILE_NAME, 0, files.size(FILE_NAME)).decode(), path)
+
+
+def parse_manifest(text: str, path: Path | str) -> Manifest:
+    """The manifest in ``text``; ``path`` is named in errors."""
+    try:
+        facts = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not JSON ({error}); pack the dataset again") from None
+    if not isinstance(facts, dict) or facts.pop("format", None) != FORMAT_NAME:
+        raise ValueError(f"{path}: not the manifest of a packed dataset (no format {FORMAT_NAME!r})")
+    version = facts.pop("version", None)
+    if version not in READ_VERSIONS:
+        raise ValueError(
+            f"{path}: format version {version}, but this megavlm reads {' and '.join(map(str, READ_VERSIONS))}; "
+            "update megavlm, or pack the dataset again"
+        )
+    for name, kind in (("sources", Source), ("levels", Level), ("shards", Shard)):
+        facts[name] = tuple(_build(kind, entry, f"{path}: {name}[{place}]") for place, entry in enumerate(facts.get(name, ())))
+    facts["totals"] = _build(Totals, facts.get("totals", {}), f"{path}: totals")
+    for name in ("pixel_mean", "pixel_std"):
+        if name in facts:
+            facts[name] = tuple(facts[name])
+    return _build(Manifest, facts, str(path))
+
+
+def _build(kind: type, facts: dict[str, Any], where: str) -> Any:
+    """A ``kind`` from its facts, strict on both sides."""
+    known, required = _names(kind)
+    if not required <= facts.keys() <= known:
+        unknown, missing = sorted(facts.keys() - known), sorted(required - facts.keys())
+        raise ValueError(f"{where}: facts missing: {missing or 'none'}; facts unknown: {unknown or 'none'}; pack the dataset again")
+    return kind(**facts)
+
+
+@cache
+def _names(kind: type) -> tuple[frozenset[str], frozenset[str]]:
+    """The fields of a ``kind``, and those without a default."""
+    fields = dataclasses.fields(kind)
+    required = [entry.name for entry in fields if entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING]
+    return frozenset(entry.name for entry in fields), frozenset(required)

@@ -1,0 +1,323 @@
+"""Packs on disk: ``packs-00000.bin``, ... hold the bytes, ``packs.idx`` one record of fixed size a pack, of all packs in their order.
+
+A pack is one block of a ``.bin`` file, which starts at a multiple of 64 bytes; its sections start at multiples of 8 bytes:
+
+    tokens int32 [T] | supervised uint8 [T] | sample lengths int32 [N] | provenance [N] | image table [images] | encoded images
+
+All numbers are little-endian. The index is a header (magic, format version, sizes, and the record's fields as JSON) and then the records,
+so that any record is read without the others. Shapes: T tokens of the pack, N samples.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import struct
+import zlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, Self
+
+import numpy as np
+
+from megavlm.data.sample import Sample
+from megavlm.data.store.manifest import FILE_NAME, Manifest, Shard, Totals
+
+MAGIC = b"MVLMPACK"
+VERSION = 2
+INDEX_NAME = "packs.idx"
+BLOCK_ALIGNMENT_BYTES = 64
+SECTION_ALIGNMENT_BYTES = 8
+SHARD_BYTES = 2**30
+REDUCTIONS = ("token", "sample", "square")
+
+RECORD = np.dtype(
+    [
+        ("offset", "<i8"),  # of the block in the .bin file
+        ("bytes", "<i8"),  # of the block
+        ("tokens", "<i4"),
+        ("samples", "<i4"),
+        ("images", "<i4"),
+        ("tiles", "<i4"),
+        ("supervised", "<i4"),  # tokens with a loss
+        ("longest", "<i4"),  # tokens of the longest sample
+        ("weight_token", "<f8"),  # sums of loss weights
+        ("weight_sample", "<f8"),
+        ("weight_square", "<f8"),
+        ("squared_lengths", "<f8"),  # sum of the samples' squared lengths: what attention costs
+        ("crc_tokens", "<u4"),  # of all that lies before the encoded images
+        ("crc_images", "<u4"),  # of the encoded images
+    ]
+)
+PROVENANCE = np.dtype([("line", "<i8"), ("source", "<i4"), ("reserved", "<i4")])
+IMAGE = np.dtype(
+    [
+        ("offset", "<i8"),  # in the section of encoded images
+        ("bytes", "<i8"),
+        ("width", "<i4"),
+        ("height", "<i4"),
+        ("columns", "<i4"),
+        ("rows", "<i4"),
+        ("tiles", "<i4"),
+        ("sample", "<i4"),  # place of its sample in the pack
+    ]
+)
+# magic, version, header bytes, record bytes, description bytes, packs
+HEADER = struct.Struct("<8sIIIIq")
+DESCRIPTION = json.dumps(RECORD.descr).encode()
+
+
+def round_up(value: int, multiple: int) -> int:
+    """The smallest multiple of ``multiple`` that is not below ``value``."""
+    return -(-value // multiple) * multiple
+
+
+HEADER_BYTES = round_up(HEADER.size + len(DESCRIPTION), BLOCK_ALIGNMENT_BYTES)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sections:
+    """Where the sections of a block start, in bytes from the block's start; ``encoded`` is also the size of all before the images."""
+
+    supervised: int
+    lengths: int
+    provenance: int
+    images: int
+    encoded: int
+
+
+def sections(tokens: int, samples: int, images: int) -> Sections:
+    """The layout of a block; it follows from the pack's counts alone."""
+    supervised = round_up(4 * tokens, SECTION_ALIGNMENT_BYTES)
+    lengths = supervised + round_up(tokens, SECTION_ALIGNMENT_BYTES)
+    provenance = lengths + round_up(4 * samples, SECTION_ALIGNMENT_BYTES)
+    table = provenance + PROVENANCE.itemsize * samples
+    return Sections(supervised=supervised, lengths=lengths, provenance=provenance, images=table, encoded=table + IMAGE.itemsize * images)
+
+
+def pack_header(packs: int) -> bytes:
+    """The header of the index."""
+    header = HEADER.pack(MAGIC, VERSION, HEADER_BYTES, RECORD.itemsize, len(DESCRIPTION), packs)
+    return (header + DESCRIPTION).ljust(HEADER_BYTES, b"\0")
+
+
+def sample_weights(supervised: np.ndarray) -> tuple[float, float, float]:
+    """Sums of the loss weights of samples with ``supervised`` tokens each, for the reductions token, sample and square.
+
+    A supervised token of a sample with n of them weighs 1 (token), 1/n (sample) or 1/sqrt(n) (square), so a sample weighs n, 1 or sqrt(n).
+    """
+    counts = supervised[supervised > 0].astype(np.float64)
+    return float(counts.sum()), float(len(counts)), float(np.sqrt(counts).sum())
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PackRules:
+    """What a pack may hold.
+
+    Args:
+        capacity: tokens of a pack, each sample's length rounded up to ``alignment``.
+        tile_cap: most tiles of a pack; None: any number.
+        alignment: each sample will start at a multiple of this many tokens.
+
+    Raises:
+        ValueError: the capacity is not a multiple of the alignment.
+    """
+
+    capacity: int
+    tile_cap: int | None = None
+    alignment: int = 1
+
+    def __post_init__(self) -> None:
+        if self.capacity < 1 or self.alignment < 1 or self.capacity % self.alignment:
+            raise ValueError(f"--capacity {self.capacity} is not a multiple of --alignment {self.alignment}")
+
+    def check(self, samples: Sequence[Sample]) -> None:
+        """Raise ValueError where samples cannot make a pack."""
+        used = sum(round_up(len(sample.tokens), self.alignment) for sample in samples)
+        tiles = sum(sample.tiles for sample in samples)
+        if not samples or used > self.capacity or any(len(sample.tokens) == 0 for sample in samples):
+            raise ValueError(
+                f"a pack of {len(samples)} samples takes {used} tokens (aligned to {self.alignment}); "
+                f"it must hold samples that are not empty and at most --capacity {self.capacity} tokens"
+            )
+        if self.tile_cap is not None and tiles > self.tile_cap:
+            raise ValueError(f"a pack of {len(samples)} samples has {tiles} tiles, above --tile_cap {self.tile_cap}")
+
+
+class ShardWriter:
+    """Writes the packs of one shard: ``NAME.bin``, and their records as ``NAME.records`` until ``complete`` joins those of all shards.
+
+    Args:
+        folder: where the files go.
+        number: of the shard.
+        rules: what a pack may hold.
+    """
+
+    def __init__(self, folder: Path, number: int, rules: PackRules) -> None:
+        self.folder, self.name, self.rules = Path(folder), f"packs-{number:05d}", rules
+        # Both files stay open from pack to pack: close() and __exit__ close them.
+        self._bin = open(self.folder / f"{self.name}.bin", "wb")  # noqa: SIM115
+        self._records = open(self.folder / f"{self.name}.records", "wb")  # noqa: SIM115
+        self._sums = dict.fromkeys((entry.name for entry in dataclasses.fields(Totals)), 0)
+
+    @property
+    def bytes(self) -> int:
+        """Size of the shard so far."""
+        return self._bin.tell()
+
+    @property
+    def packs(self) -> int:
+        """Packs written so far."""
+        return self._sums["packs"]
+
+    def write(self, samples: Sequence[Sample]) -> None:
+        """Append one pack; raises ValueError where the samples cannot make one."""
+        self.rules.check(samples)
+        self._bin.write(bytes(-self._bin.tell() % BLOCK_ALIGNMENT_BYTES))
+        parts, record = pack_block(samples)
+        record["offset"] = self._bin.tell()
+        self._bin.writelines(parts)
+        self._records.write(record.tobytes())
+        for name in self._sums:
+            self._sums[name] += 1 if name == "packs" else int(record[name])
+
+    def close(self) -> tuple[Shard, Totals]:
+        """Put the files on the disk, and say what is in them."""
+        size = self._bin.tell()
+        for file in (self._bin, self._records):
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
+        return Shard(name=self.name, packs=self.packs, bin_bytes=size), Totals(**self._sums)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Let go of the files; a shard that was not closed stays incomplete."""
+        self._bin.close()
+        self._records.close()
+
+
+def complete(folder: Path, manifest: Manifest, shards: Sequence[tuple[Shard, Totals]]) -> Manifest:
+    """Make a dataset of its shards: join their records to the index, then write the manifest, and return it with shards and totals."""
+    packs = sum(shard.packs for shard, _ in shards)
+    with open(folder / INDEX_NAME, "wb") as index:
+        crc = _append(index, pack_header(packs), 0)
+        for shard, _ in shards:
+            with open(folder / f"{shard.name}.records", "rb") as records:
+                while piece := records.read(2**24):
+                    crc = _append(index, piece, crc)
+        index.flush()
+        os.fsync(index.fileno())
+    sums = Counter()
+    for _, totals in shards:
+        sums.update(dataclasses.asdict(totals))
+    manifest = dataclasses.replace(manifest, shards=tuple(shard for shard, _ in shards), idx_crc32=crc, totals=Totals(**sums))
+    manifest.write(folder)
+    for shard, _ in shards:
+        (folder / f"{shard.name}.records").unlink()
+    return manifest
+
+
+def _append(file: BinaryIO, data: bytes, crc: int) -> int:
+    """Write, and go on with a checksum."""
+    file.write(data)
+    return zlib.crc32(data, crc)
+
+
+class Writer:
+    """Writes packs one after the other, starts a new shard at ``shard_bytes``, and the manifest at the end.
+
+    Args:
+        folder: made if missing. Packs that an unfinished run left there are removed; a complete dataset is an error.
+        capacity, tile_cap, alignment: as for ``PackRules``.
+        shard_bytes: a ``.bin`` file that has reached this size is followed by the next one.
+
+    Raises:
+        FileExistsError: the folder holds a complete dataset.
+    """
+
+    def __init__(
+        self, folder: Path, capacity: int, shard_bytes: int = SHARD_BYTES, *, tile_cap: int | None = None, alignment: int = 1
+    ) -> None:
+        self.folder, self.shard_bytes = Path(folder), shard_bytes
+        self.rules = PackRules(capacity=capacity, tile_cap=tile_cap, alignment=alignment)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if (self.folder / FILE_NAME).exists():
+            raise FileExistsError(f"{self.folder}: holds a complete packed dataset; give another --out or remove it")
+        for path in self.folder.iterdir():
+            if re.fullmatch(r"packs-\d{5,}\.(bin|records)", path.name):
+                path.unlink()
+        self._shards: list[tuple[Shard, Totals]] = []
+        self._shard = ShardWriter(self.folder, 0, self.rules)
+
+    def write(self, samples: Sequence[Sample]) -> int:
+        """Append one pack and return its id; raises ValueError where the samples cannot make one."""
+        if self._shard.packs and self._shard.bytes >= self.shard_bytes:
+            self._shards.append(self._shard.close())
+            self._shard = ShardWriter(self.folder, len(self._shards), self.rules)
+        self._shard.write(samples)
+        return sum(shard.packs for shard, _ in self._shards) + self._shard.packs - 1
+
+    def close(self, manifest: Manifest) -> Manifest:
+        """Complete the dataset: write ``manifest`` with the shards and totals of what was written, and return it.
+
+        Raises:
+            ValueError: the manifest's capacity, alignment or tile cap is not the one that the packs were written with.
+        """
+        facts, rules = dataclasses.asdict(manifest), dataclasses.asdict(self.rules)
+        for name in ("capacity", "alignment", "tile_cap"):
+            if rules[name] not in (None, facts[name]):
+                raise ValueError(f"manifest: {name} {facts[name]}, but the packs were written with {rules[name]}")
+        self._shards.append(self._shard.close())
+        return complete(self.folder, manifest, self._shards)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Let go of the files; a folder that was not closed stays incomplete."""
+        self._shard.__exit__(kind, error, trace)
+
+
+def pack_block(samples: Sequence[Sample]) -> tuple[list[bytes], np.ndarray]:
+    """The block of a pack in pieces, so that images are not copied to join them, and its record in the index without the offset."""
+    lengths = np.array([len(sample.tokens) for sample in samples], np.int32)
+    images = [(place, image) for place, sample in enumerate(samples) for image in sample.images]
+    layout = sections(int(lengths.sum()), len(samples), len(images))
+    head = np.zeros(layout.encoded, np.uint8)
+    count = int(lengths.sum())
+    head[: 4 * count].view("<i4")[:] = np.concatenate([sample.tokens for sample in samples])
+    head[layout.supervised : layout.supervised + count] = np.concatenate([sample.supervised for sample in samples])
+    head[layout.lengths : layout.lengths + 4 * len(samples)].view("<i4")[:] = lengths
+    provenance = head[layout.provenance : layout.images].view(PROVENANCE)
+    provenance["source"] = [sample.source for sample in samples]
+    provenance["line"] = [sample.line for sample in samples]
+    table = head[layout.images :].view(IMAGE)
+    parts, offset, crc = [], 0, 0
+    for row, (place, image) in zip(table, images, strict=True):
+        size = len(image.encoded)
+        row["offset"], row["bytes"], row["sample"] = offset, size, place
+        row["width"], row["height"], row["columns"], row["rows"] = image.width, image.height, image.columns, image.rows
+        row["tiles"] = image.tiles
+        for part in (image.encoded, bytes(-size % SECTION_ALIGNMENT_BYTES)):
+            parts.append(part)
+            crc = zlib.crc32(part, crc)
+        offset += round_up(size, SECTION_ALIGNMENT_BYTES)
+    # The first token of a sample follows nothing inside it, so it is never a label and never counts.
+    supervised = np.array([np.count_nonzero(sample.supervised[1:]) for sample in samples])
+    record = np.zeros((), RECORD)
+    record["bytes"] = len(head) + offset
+    record["tokens"], record["samples"], record["images"] = count, len(samples), len(images)
+    record["tiles"] = int(table["tiles"].sum())
+    record["supervised"], record["longest"] = supervised.sum(), lengths.max()
+    record["weight_token"], record["weight_sample"], record["weight_square"] = sample_weights(supervised)
+    record["squared_lengths"] = np.square(lengths.astype(np.float64)).sum()
+    record["crc_tokens"], record["crc_images"] = zlib.crc32(head), crc
+    return [head.tobytes(), *parts], record

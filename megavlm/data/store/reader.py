@@ -1,0 +1,225 @@
+"""Reading packs: the records that are asked for, one read a pack, a checksum on what is read.
+
+Shapes: T tokens of the pack, N samples.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from megavlm.data.store.manifest import Manifest, read_manifest
+from megavlm.data.store.pack_format import (
+    DESCRIPTION,
+    HEADER,
+    HEADER_BYTES,
+    IMAGE,
+    INDEX_NAME,
+    MAGIC,
+    PROVENANCE,
+    RECORD,
+    VERSION,
+    pack_header,
+    sections,
+)
+from megavlm.io.record_file import CHUNK_BYTES, Rows
+from megavlm.io.storage import Files, LocalFiles, is_remote, open_folder
+
+CHECKED_SHARDS = 1024
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pack:
+    """One pack as stored. The arrays are read-only views of the file.
+
+    Args:
+        pack_id: its place in the dataset.
+        tokens: int32 [T].
+        supervised: bool [T].
+        lengths: int32 [N], tokens of each sample.
+        provenance: [N] with fields ``source`` and ``line``.
+        images: table of images, with the fields of ``store.IMAGE``.
+        encoded: encoded bytes of all images; empty if they were not asked for.
+    """
+
+    pack_id: int
+    tokens: np.ndarray
+    supervised: np.ndarray
+    lengths: np.ndarray
+    provenance: np.ndarray
+    images: np.ndarray
+    encoded: np.ndarray
+
+    @property
+    def tiles(self) -> int:
+        """Tiles of all images."""
+        return int(self.images["tiles"].sum())
+
+    def image(self, place: int) -> bytes:
+        """The encoded bytes of an image."""
+        row = self.images[place]
+        return self.encoded[int(row["offset"]) : int(row["offset"] + row["bytes"])].tobytes()
+
+
+class Index:
+    """The records of all packs; nothing is read until it is asked for.
+
+    ``index[pack_ids]`` is a structured array with the fields of ``store.RECORD``, in the order of the ids; ``index["tiles"]`` is a
+    whole column (8 bytes a pack at most: meant for statistics).
+
+    Args:
+        rows: the records.
+        packs: number of packs of each shard.
+    """
+
+    def __init__(self, rows: Rows, packs: Sequence[int]) -> None:
+        self._rows = rows
+        self.starts = np.concatenate([[0], np.cumsum(packs, dtype=np.int64)])
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, key: str | int | np.ndarray | list[int]) -> np.ndarray:
+        return self._rows[key]
+
+    def shard_of(self, ids: np.ndarray | int) -> np.ndarray:
+        """The number of the shard that holds each pack."""
+        return np.searchsorted(self.starts, ids, side="right") - 1
+
+
+class Reader:
+    """A packed dataset. It can be pickled: the copy opens the files again.
+
+    Args:
+        folder: folder with ``manifest.json``, or the URL of one in object storage.
+
+    Raises:
+        FileNotFoundError: no manifest, or a file that it names is missing.
+        ValueError: another format, a file cut off, or an index of another build.
+    """
+
+    def __init__(self, folder: Path | str) -> None:
+        self.folder: Path | str = str(folder) if is_remote(folder) else Path(folder)
+        self.files = open_folder(folder)
+        self.manifest: Manifest = read_manifest(self.folder)
+        shards = self.manifest.shards
+        _check_files(self.files, self.manifest)
+        self.index = Index(
+            Rows(self.files, INDEX_NAME, RECORD, sum(shard.packs for shard in shards), HEADER_BYTES), [shard.packs for shard in shards]
+        )
+        if len(self.index) == 0:
+            raise ValueError(f"{self.folder}: the dataset has no packs")
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self.folder,)
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def bin_path(self, pack_id: int) -> str:
+        """The file that holds the pack."""
+        return f"{self.folder}/{self.manifest.shards[int(self.index.shard_of(pack_id))].name}.bin"
+
+    def read(self, pack_id: int, *, with_images: bool = True) -> Pack:
+        """The pack, its checksums verified; without ``with_images`` the encoded images are neither read nor checked.
+
+        Raises:
+            ValueError: the bytes on the disk are not those that were written; names the pack and the file.
+        """
+        record = self.index[pack_id]
+        shard = self.manifest.shards[int(self.index.shard_of(pack_id))]
+        count, samples = int(record["tokens"]), int(record["samples"])
+        layout = sections(count, samples, int(record["images"]))
+        start, end = int(record["offset"]), int(record["offset"] + record["bytes"])
+        middle = start + layout.encoded
+        if not 0 <= start <= middle <= end <= shard.bin_bytes:
+            raise ValueError(f"pack {pack_id}: its record places it outside {self.bin_path(pack_id)}; {INDEX_NAME} is damaged, pack again")
+        end = end if with_images else middle
+        data = self.files.read(f"{shard.name}.bin", start, end)
+        if len(data) != end - start:
+            raise ValueError(f"{self.bin_path(pack_id)}: ends inside pack {pack_id}; the file is cut off, copy or pack the dataset again")
+        block = np.frombuffer(data, np.uint8)
+        head, encoded = block[: layout.encoded], block[layout.encoded :]
+        self._check(pack_id, "tokens", head, int(record["crc_tokens"]))
+        if with_images:
+            self._check(pack_id, "images", encoded, int(record["crc_images"]))
+        return Pack(
+            pack_id=int(pack_id),
+            tokens=head[: 4 * count].view("<i4"),
+            supervised=head[layout.supervised : layout.supervised + count].view(bool),
+            lengths=head[layout.lengths : layout.lengths + 4 * samples].view("<i4"),
+            provenance=head[layout.provenance : layout.images].view(PROVENANCE),
+            images=head[layout.images :].view(IMAGE),
+            encoded=encoded,
+        )
+
+    def origin(self, pack: Pack, sample: int) -> str:
+        """Where a sample of the pack comes from: ``annotations.jsonl:line``."""
+        source, line = int(pack.provenance[sample]["source"]), int(pack.provenance[sample]["line"])
+        sources = self.manifest.sources
+        return f"{sources[source].annotations if source < len(sources) else f'source {source}'}:{line}"
+
+    def check(self) -> int:
+        """Read everything and verify all checksums; returns the number of packs.
+
+        Raises:
+            ValueError: at the first that is wrong.
+        """
+        size, crc = HEADER_BYTES + RECORD.itemsize * len(self), 0
+        for start in range(0, size, CHUNK_BYTES):
+            crc = zlib.crc32(self.files.read(INDEX_NAME, start, min(start + CHUNK_BYTES, size)), crc)
+        if crc != self.manifest.idx_crc32:
+            raise ValueError(
+                f"{self.folder}/{INDEX_NAME}: checksum is not the one in the manifest; the file is damaged, copy or pack the dataset again"
+            )
+        for pack_id in range(len(self)):
+            self.read(pack_id)
+        return len(self)
+
+    def _check(self, pack_id: int, what: str, data: np.ndarray, expected: int) -> None:
+        found = zlib.crc32(data)
+        if found != expected:
+            raise ValueError(
+                f"{self.bin_path(pack_id)}: pack {pack_id}: CRC32 of its {what} is {found:08x}, written was {expected:08x}; "
+                "the file is damaged, copy or pack the dataset again"
+            )
+
+
+def _check_files(files: Files, manifest: Manifest) -> None:
+    """Look at the index's header, and at the sizes of the files."""
+    packs = sum(shard.packs for shard in manifest.shards)
+    sizes = {INDEX_NAME: HEADER_BYTES + RECORD.itemsize * packs}
+    # Of very many files the sizes are looked at when one is read, so that a run starts at once.
+    if len(manifest.shards) <= CHECKED_SHARDS and isinstance(files, LocalFiles):
+        sizes |= {f"{shard.name}.bin": shard.bin_bytes for shard in manifest.shards}
+    for name in sizes:
+        if not files.exists(name):
+            raise FileNotFoundError(f"{files.folder}/{name}: missing, but the manifest names it; copy or pack the dataset again")
+    _check_header(f"{files.folder}/{INDEX_NAME}", files.read(INDEX_NAME, 0, HEADER_BYTES), packs)
+    for name, expected in sizes.items():
+        if (found := files.size(name)) != expected:
+            raise ValueError(
+                f"{files.folder}/{name}: {found} bytes, written were {expected}; "
+                "the file is cut off or changed, copy or pack the dataset again"
+            )
+
+
+def _check_header(path: str, start: bytes, packs: int) -> None:
+    """Refuse an index that this program cannot read, or of another dataset."""
+    if len(start) < HEADER.size or not start.startswith(MAGIC):
+        raise ValueError(f"{path}: not an index of packs (it does not start with {MAGIC.decode()})")
+    _, version, header_bytes, record_bytes, _, found = HEADER.unpack_from(start)
+    if version != VERSION:
+        raise ValueError(f"{path}: format version {version}, but this megavlm reads {VERSION}; update megavlm, or pack the dataset again")
+    description = start[HEADER.size : HEADER.size + len(DESCRIPTION)]
+    if record_bytes != RECORD.itemsize or header_bytes != HEADER_BYTES or description != DESCRIPTION:
+        raise ValueError(
+            f"{path}: records of {record_bytes} bytes with other fields than those of {RECORD.itemsize} bytes that this megavlm reads; "
+            "pack the dataset again"
+        )
+    if start != pack_header(packs):
+        raise ValueError(f"{path}: header says {found} packs, the manifest says {packs}; the files do not belong together")

@@ -1,0 +1,183 @@
+"""From conversations to tokens: a template of ``chat_formats`` with a tokenizer.
+
+An image is ``<img>``, one ``<IMG_CONTEXT>`` a feature, ``</img>``. Answers with their end are supervised; of a ``pretrain`` text
+everything but images is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from megavlm.data.records.record import IMAGE_PLACEHOLDER, Turn
+from megavlm.data.records.reject import RejectError
+from megavlm.data.text.templates import chat_format
+from megavlm.data.text.tokenizer import IMAGE_CONTEXT, IMAGE_END, IMAGE_START, IMAGE_TOKENS, SPECIAL_TOKENS, first_tokens
+
+DEFAULT = "internvl2_5"
+SHOWING_ROLES = ("human", "pretrain")  # whose texts hold images
+
+
+class ChatTemplate:
+    """A row of the table of templates with a tokenizer.
+
+    Args:
+        tokenizer: has the special tokens of ``add_special_tokens``; in front of a text it adds nothing, or its ``bos_token``.
+        features_per_tile: ``<IMG_CONTEXT>`` tokens of one tile.
+        name: of the row.
+        system_message: what a conversation without a system turn begins with; None: the row's.
+
+    Raises:
+        ValueError: the tokenizer lacks a token, adds other ones of its own, or cannot say where its tokens stand in a text.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, features_per_tile: int, *, name: str = DEFAULT, system_message: str | None = None
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.features_per_tile = features_per_tile
+        self.format = chat_format(name)
+        self.system_message = self.format.system_message if system_message is None else system_message
+        if not tokenizer.is_fast:
+            raise ValueError(
+                f"the tokenizer {type(tokenizer).__name__} does not tell where its tokens stand; one with a tokenizer.json does"
+            )
+        # The folder of a tokenizer may ask for either; a record is never cut, and never filled up.
+        tokenizer.backend_tokenizer.no_truncation()
+        tokenizer.backend_tokenizer.no_padding()
+        self.first_tokens = first_tokens(tokenizer)
+        for token in (*self.format.markers, *SPECIAL_TOKENS):
+            self._token_id(token)
+        self.context_token_id = self._token_id(IMAGE_CONTEXT)
+        self.end_token_id = self._tokens([self.format.end])[0][-1]
+        self._image_token_ids = [self._token_id(token) for token in IMAGE_TOKENS]
+        self._first_tokens = np.array(self.first_tokens, np.int32)
+        self._opening_tokens = self._tokens([self.format.opening])[0]
+        end, whole = self._tokens([self.format.end, self.format.end + self.format.closing])
+        self._first = self.format.end, end  # what a conversation began with last, and its tokens
+        self._closing_length = len(whole) - len(end)  # alone, a text may begin with a token for a space
+
+    def encode(self, turns: Sequence[Turn], tiles: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens, int32 [T], and the supervised mask, bool [T], of a conversation or of a text.
+
+        Args:
+            turns: system (optional), human, gpt, human, gpt, ...; or one ``pretrain`` turn.
+            tiles: tiles of each image, thumbnail counted, in the order of the placeholders.
+
+        Raises:
+            RejectError: not as many placeholders as images, or an image's token in a text.
+        """
+        return self._encode(turns, tiles, "")
+
+    def prompt(self, question: str | Sequence[Turn], tiles: Sequence[int] = ()) -> np.ndarray:
+        """Tokens, int32 [T], up to where the answer begins: the start of what ``encode`` makes of the same conversation.
+
+        Args:
+            question: the human's text, or the turns up to a human one. One image without a placeholder goes first, on its own line.
+            tiles: tiles of each image, thumbnail counted, in the order of the placeholders.
+
+        Raises:
+            RejectError: not as many placeholders as images, or an image's token in a text.
+        """
+        if isinstance(question, str):
+            alone = len(tiles) == 1 and IMAGE_PLACEHOLDER not in question
+            question = [Turn(role="human", text=f"{IMAGE_PLACEHOLDER}\n{question}" if alone else question)]
+        return self._encode(question, tiles, self.format.opening)[0]
+
+    def text(self, tokens: Sequence[int] | np.ndarray) -> str:
+        """The text of an answer's tokens, without special tokens."""
+        return self.tokenizer.decode([int(token) for token in tokens], skip_special_tokens=True)
+
+    def _encode(self, turns: Sequence[Turn], tiles: Sequence[int], opening: str) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and mask of turns, followed by the ``opening`` of an answer."""
+        if turns[0].role == "system" or turns[0].role == "pretrain":
+            turns = list(turns)
+        else:
+            turns = [Turn(role="system", text=self.system_message), *turns]
+        _check_placeholders(turns, len(tiles))
+        pieces = [self._render(turn) for turn in turns]
+        is_joint = self.format.joint or turns[0].role == "pretrain"
+        tokens, supervised = (self._encode_joint if is_joint else self._encode_apart)(turns, pieces, opening)
+        if self.first_tokens:
+            tokens = np.concatenate([self._first_tokens, tokens])
+            supervised = np.concatenate([np.zeros(len(self.first_tokens), bool), supervised])
+        if not len(tiles):
+            return tokens, supervised
+        for token_id in self._image_token_ids:
+            supervised[tokens == token_id] = False
+        # Each placeholder became one context token, and no text holds another.
+        repeats = np.ones(len(tokens), np.int64)
+        repeats[tokens == self.context_token_id] = np.asarray(tiles, np.int64) * self.features_per_tile
+        return np.repeat(tokens, repeats), np.repeat(supervised, repeats)
+
+    def _render(self, turn: Turn) -> tuple[str, str, str]:
+        """What stands before the learned part of a turn, that part, and what stands behind it."""
+        text = turn.text.strip() if self.format.strip else turn.text
+        if turn.role in SHOWING_ROLES:
+            if turn.role == "human" and not self.format.questions:
+                text = IMAGE_PLACEHOLDER * text.count(IMAGE_PLACEHOLDER)
+            text = text.replace(IMAGE_PLACEHOLDER, IMAGE_START + IMAGE_CONTEXT + IMAGE_END)
+        if turn.role == "pretrain":
+            return "", text, ""
+        if turn.role == "gpt":
+            return self.format.opening, self.format.answer.replace("{}", text, 1), self.format.closing
+        row = self.format.system if turn.role == "system" else self.format.human
+        return row.replace("{}", text, 1), "", ""
+
+    def _encode_apart(self, turns: Sequence[Turn], pieces: list[tuple[str, str, str]], opening: str) -> tuple[np.ndarray, np.ndarray]:
+        """Each turn as a text of its own, as InternVL 2.5 does: a merge over their border would make other tokens."""
+        first, *others = ["".join(piece) for piece in pieces]
+        if first != self._first[0]:  # one system message begins most conversations
+            self._first = first, self._tokens([first])[0]
+        tokens, learned = [], []
+        for turn, found in zip(turns, [self._first[1], *self._tokens(others)], strict=True):
+            if turn.role == "gpt":
+                learned.append((len(tokens) + len(self._opening_tokens), len(tokens) + len(found) - self._closing_length))
+            tokens += found
+        if opening:
+            tokens += self._opening_tokens
+        mask = np.zeros(len(tokens), bool)
+        for start, end in learned:
+            mask[start:end] = True
+        return np.array(tokens, np.int32), mask
+
+    def _encode_joint(self, turns: Sequence[Turn], pieces: list[tuple[str, str, str]], opening: str) -> tuple[np.ndarray, np.ndarray]:
+        """All turns as one text; a token is learned that reaches into a learned part of it."""
+        text, learned = "", []
+        for before, body, after in pieces:
+            text += before
+            if body:
+                learned.append((len(text), len(text) + len(body)))
+            text += body + after
+        found = self.tokenizer(text + opening, add_special_tokens=False, return_offsets_mapping=True)
+        places = np.array(found["offset_mapping"], np.int64).reshape(-1, 2)
+        mask = np.zeros(len(places), bool)
+        for start, end in learned:
+            mask |= (places[:, 1] > start) & (places[:, 0] < end)
+        return np.array(found["input_ids"], np.int32), mask
+
+    def _tokens(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of each text; what the tokenizer's own call gives, without the half of its time that is not for these."""
+        return [found.ids for found in self.tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def _token_id(self, token: str) -> int:
+        """The id of a special token."""
+        ids = self._tokens([token])[0]
+        if len(ids) != 1:
+            raise ValueError(f"the tokenizer has no token {token}, which --template {self.format.name} needs")
+        return ids[0]
+
+
+def _check_placeholders(turns: Sequence[Turn], images: int) -> None:
+    """Refuse texts that hold an image's tokens, and more or fewer placeholders than images."""
+    for turn in turns:
+        for token in IMAGE_TOKENS:
+            if token in turn.text:
+                raise RejectError("image_token_in_text", f"a {turn.role} turn holds {token} {turn.text.count(token)} times")
+    placeholders = sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in turns if turn.role in SHOWING_ROLES)
+    if placeholders != images:
+        raise RejectError(
+            "placeholder_count", f"{placeholders} {IMAGE_PLACEHOLDER} placeholders in the texts that show images, but {images} images"
+        )

@@ -1,0 +1,1 @@
+"""Checks before and beside a run: preflight, speed, hangs."""

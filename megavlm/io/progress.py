@@ -1,0 +1,70 @@
+"""How far a long job is: a bar on a terminal, a line now and then in a log."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self
+
+from tqdm import tqdm
+
+LOG_INTERVAL_SECONDS = 30.0
+
+Done = Callable[[int], None]
+"""Told how many more bytes are done."""
+
+
+def ignore(amount: int) -> None:
+    """Take no notice of progress."""
+
+
+class Progress:
+    """A context that shows progress on stderr.
+
+    Args:
+        what: is going on.
+        unit: of the numbers.
+        total: to be done.
+        done: of it before.
+    """
+
+    def __init__(self, what: str, unit: str, total: int, done: int = 0) -> None:
+        self._what, self._unit, self._total = what, unit, total
+        self._done, self._before, self._note = done, done, ""
+        self._start = self._said = time.monotonic()
+        self._bar = None
+        if sys.stderr.isatty():
+            self._bar = tqdm(total=total, initial=done, desc=what, unit=unit, unit_scale=True, dynamic_ncols=True)
+
+    def add(self, amount: int, note: str = "") -> None:
+        """So much more is done; ``note`` says more about it."""
+        self._done += amount
+        self._note = note
+        if self._bar is not None:
+            self._bar.set_postfix_str(note, refresh=False)
+            self._bar.update(amount)
+        elif time.monotonic() - self._said > LOG_INTERVAL_SECONDS:
+            self._said = time.monotonic()
+            self._say()
+
+    def _say(self) -> None:
+        """Write one line."""
+        share = self._done / self._total if self._total else 1.0
+        seconds = time.monotonic() - self._start
+        rate = (self._done - self._before) / max(seconds, 1e-9)
+        left = f", {(self._total - self._done) / rate:.0f} s left" if rate else ""
+        note = f", {self._note}" if self._note else ""
+        print(
+            f"{self._what}: {share:.1%} of {self._total} {self._unit} in {seconds:.0f} s ({rate:,.1f} {self._unit}/s{left}){note}",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._bar is not None:
+            self._bar.close()

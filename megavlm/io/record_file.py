@@ -1,0 +1,66 @@
+"""Rows of one size in a file, read as they are asked for; however many there are, none are held in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from megavlm.io.storage import Files
+
+# Rows that lie closer together than this are read at once.
+GAP_BYTES = 1 << 14
+CHUNK_BYTES = 1 << 24
+
+
+class Rows:
+    """The rows of a file.
+
+    ``rows[places]`` is an array of the rows' type, in the order of the places; ``rows[name]`` is a whole column.
+
+    Args:
+        files: folder of the file.
+        name: of the file.
+        dtype: of a row.
+        count: number of rows.
+        start: bytes in front of the first row.
+    """
+
+    def __init__(self, files: Files, name: str, dtype: np.dtype, count: int, start: int = 0) -> None:
+        self.files, self.name, self.dtype, self.count, self.start = files, name, dtype, count, start
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, key: str | int | np.ndarray | list[int]) -> np.ndarray:
+        """Rows or a column; raises IndexError for places outside, ValueError where the file ends too early."""
+        if isinstance(key, str):
+            column, filled = np.empty(self.count, self.dtype[key]), 0
+            for chunk in self.chunks():
+                column[filled : filled + len(chunk)] = chunk[key]
+                filled += len(chunk)
+            return column
+        places = np.asarray(key, np.int64)
+        if places.size and (places.min() < 0 or places.max() >= self.count):
+            raise IndexError(f"rows run from 0 to {self.count - 1}, not {places.min()} to {places.max()}")
+        wanted, back = np.unique(places, return_inverse=True)
+        found = np.empty(len(wanted), self.dtype)
+        breaks = np.flatnonzero(np.diff(wanted) * self.dtype.itemsize > GAP_BYTES) + 1
+        for first, last in zip([0, *breaks.tolist()], [*breaks.tolist(), len(wanted)], strict=True):
+            if first < last:
+                run = self._read(int(wanted[first]), int(wanted[last - 1]) + 1)
+                found[first:last] = run[wanted[first:last] - wanted[first]]
+        return found[back].reshape(places.shape)
+
+    def chunks(self) -> Iterator[np.ndarray]:
+        """All rows, a part at a time."""
+        step = max(1, CHUNK_BYTES // self.dtype.itemsize)
+        for first in range(0, self.count, step):
+            yield self._read(first, min(first + step, self.count))
+
+    def _read(self, first: int, end: int) -> np.ndarray:
+        size = self.dtype.itemsize
+        data = self.files.read(self.name, self.start + first * size, self.start + end * size)
+        if len(data) != (end - first) * size:
+            raise ValueError(f"{self.files.folder}/{self.name}: ends before row {end}; the file is cut off or changed")
+        return np.frombuffer(data, self.dtype)

@@ -1,0 +1,127 @@
+"""Stand-ins that let megatron-core run on a CPU over gloo.
+
+megatron-core asks ``torch.cuda`` for the current device, for streams and for random states wherever it runs. On a machine without a
+CUDA device ``install`` answers those questions for the CPU. Nothing of megatron-core is replaced but its optimizer class (see
+``parallel/adam``) and two functions that read CUDA's random state; all of its parallelism runs as it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import logging
+from collections.abc import Callable
+from types import ModuleType
+
+import torch
+
+from megavlm.parallel.cpu_adam import Adam
+
+_CPU = torch.device("cpu")
+# Modules of megatron-core that make tensors with device="cuda", and the functions of torch that they make them with.
+_MODULES = (
+    "distributed.param_and_grad_buffer",
+    "optimizer.clip_grads",
+    "optimizer.distrib_optimizer",
+    "optimizer.grad_scaler",
+    "optimizer.optimizer",
+    "pipeline_parallel.schedules",
+    "transformer.utils",
+    "utils",
+)
+_FACTORIES = ("tensor", "zeros", "ones", "empty")
+
+
+class _NoStream:
+    """Takes the place of CUDA streams and events, of which a CPU has none: every method does nothing."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def __getattr__(self, name: str) -> Callable:
+        return lambda *args, **kwargs: None
+
+    def __enter__(self) -> _NoStream:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        pass
+
+
+def _on_cpu(factory: Callable) -> Callable:
+    """``factory``, which answers with a tensor on the CPU when ``device="cuda"`` is asked for."""
+
+    @functools.wraps(factory)
+    def wrapped(*args, **kwargs):
+        if str(kwargs.get("device", "")).startswith("cuda"):
+            kwargs["device"] = _CPU
+        return factory(*args, **kwargs)
+
+    return wrapped
+
+
+class _TorchOnCpu(ModuleType):
+    """What the modules above see as ``torch``; for everybody else it stays as it is, transformers' tricks with devices included."""
+
+    def __init__(self):
+        super().__init__("torch")
+        self.__dict__.update({name: _on_cpu(vars(torch)[name]) for name in _FACTORIES})
+
+    def __getattr__(self, name: str) -> object:
+        return vars(torch)[name]
+
+
+def _replace_factories() -> None:
+    on_cpu = _TorchOnCpu()
+    for name in _MODULES:
+        vars(importlib.import_module(f"megatron.core.{name}"))["torch"] = on_cpu
+
+
+def _replace_cuda_questions() -> None:
+    cuda = torch.cuda
+    cuda.current_device = lambda: _CPU
+    cuda.synchronize = lambda *args, **kwargs: None
+    cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    cuda.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    cuda.manual_seed = torch.manual_seed
+    cuda.current_stream = cuda.default_stream = lambda *args, **kwargs: _NoStream()
+    cuda.Stream = cuda.Event = _NoStream
+    cuda.stream = lambda stream: contextlib.nullcontext()
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self
+    tensor_type = torch.Tensor.type
+
+    def type_with_cuda_name(self, *args, **kwargs):
+        """DistributedOptimizer knows its fp32 parameters by the name ``torch.cuda.FloatTensor``."""
+        answer = tensor_type(self, *args, **kwargs)
+        return answer.replace("torch.", "torch.cuda.") if isinstance(answer, str) else answer
+
+    torch.Tensor.type = type_with_cuda_name
+
+
+def _replace_random_states(random: ModuleType) -> None:
+    # Here the CPU's random state is the device's, so it does change where megatron-core warns that it should not.
+    logging.getLogger(random.__name__).setLevel(logging.ERROR)
+    random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
+
+
+def _replace_optimizer(optimizer: ModuleType, distributed: ModuleType) -> None:
+    optimizer.Adam, optimizer.USING_PYTORCH_OPTIMIZER = Adam, False
+    distributed.Adam = Adam
+    distributed.HAVE_APEX_OR_TE = distributed.USING_APEX_OPTIMIZER = True
+    distributed.USING_TE_OPTIMIZER = False
+
+
+@functools.cache
+def install() -> None:
+    """Put the stand-ins in place, once in a process, before megatron-core builds anything."""
+    _replace_cuda_questions()
+
+    import megatron.core.optimizer as optimizer
+    import megatron.core.optimizer.distrib_optimizer as distributed
+    import megatron.core.tensor_parallel.random as random
+
+    _replace_factories()
+    _replace_random_states(random)
+    _replace_optimizer(optimizer, distributed)

@@ -1,0 +1,131 @@
+"""Process groups of a run, and this rank's place in them: the only module that talks to megatron-core's ``parallel_state``."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+from megavlm.config.schema import Parallel
+from megavlm.data.loading.rank_slice import Share
+
+
+@dataclass(frozen=True, kw_only=True)
+class Groups:
+    """The process groups, sizes and this rank's place.
+
+    Args:
+        collection: megatron-core's groups, handed to the modules that take them.
+        vision: the same for the vision encoder and the projector; where these stand whole on every rank, each is its own tensor-parallel
+            group.
+        share: which tiles and tokens of a pack are this rank's.
+        rank, size: place in the world.
+        tensor_rank, tensor_size: place among the ranks that share each layer.
+        context_rank, context_size: place among the ranks that share each pack.
+        pipeline_rank, pipeline_size: place among the ranks that share out the layers.
+        data_rank, data_size: place among the copies of the model.
+    """
+
+    collection: ProcessGroupCollection
+    vision: ProcessGroupCollection
+    share: Share
+    rank: int
+    size: int
+    tensor_rank: int
+    tensor_size: int
+    context_rank: int
+    context_size: int
+    pipeline_rank: int
+    pipeline_size: int
+    data_rank: int
+    data_size: int
+
+    @property
+    def has_last_chunk(self) -> bool:
+        """Whether this rank computes the loss."""
+        return self.pipeline_rank == self.pipeline_size - 1
+
+    @property
+    def is_writer(self) -> bool:
+        """Whether this rank writes to the console and to files; it has the last chunk, where the loss is known."""
+        return self.has_last_chunk and self.tensor_rank == 0 and self.context_rank == 0 and self.data_rank == 0
+
+    def by_kind(self) -> dict[str, dist.ProcessGroup]:
+        """This rank's group of each kind; ``data`` sums gradients, over the ranks that share packs too."""
+        of = self.collection
+        return {"tensor": of.tp, "context": of.cp, "pipeline": of.pp, "data": of.dp_cp}
+
+    def sum_over_data(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum ``values`` in place over the copies of the model, and over the ranks that share their packs."""
+        dist.all_reduce(values, group=self.collection.dp_cp)
+        return values
+
+    def from_writer(self, value: float, device: torch.device) -> float:
+        """The ``value`` of the rank that writes, on every rank of the world; a collective call that waits for the answer."""
+        answer = torch.tensor([value if self.is_writer else 0.0], device=device)
+        dist.all_reduce(answer)
+        return float(answer.item())
+
+    def any_rank(self, flag: bool, device: torch.device) -> bool:
+        """Whether ``flag`` is set on any rank of the world; a collective call that waits for the answer."""
+        answer = torch.tensor([float(flag)], device=device)
+        dist.all_reduce(answer, op=dist.ReduceOp.MAX)
+        return bool(answer.item())
+
+
+def create(parallel: Parallel, seed: int, embedding_chunk: int = 0) -> Groups:
+    """Create the process groups. Collective: every rank of the world calls it.
+
+    Args:
+        parallel: sizes of the layout.
+        seed: of the random states that megatron-core keeps; nothing in training draws from them.
+        embedding_chunk: number of the chunk with the token embedding, whose gradient is summed with that of a tied head in the last one.
+    """
+
+    virtual = parallel.virtual_pipeline_model_parallel_size
+
+    def embedding_ranks(pipeline: list[int], split: int | None = None) -> list[int]:
+        return sorted({pipeline[embedding_chunk % len(pipeline)], pipeline[-1]})
+
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
+        context_parallel_size=parallel.context_parallel_size,
+        distributed_timeout_minutes=parallel.timeout_minutes,
+        get_embedding_ranks=embedding_ranks,
+    )
+    model_parallel_cuda_manual_seed(seed)
+    collection = ProcessGroupCollection.use_mpu_process_groups()
+    tensor_rank, tensor_size = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
+    context_rank, context_size = parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_world_size()
+    vision, tile_rank, tile_ranks = collection, context_rank, context_size
+    if parallel.vision == "data":
+        vision = copy.copy(collection)
+        vision.tp = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+        tile_rank, tile_ranks = context_rank * tensor_size + tensor_rank, context_size * tensor_size
+    return Groups(
+        collection=collection,
+        vision=vision,
+        share=Share(tile_rank=tile_rank, tile_ranks=tile_ranks, context_rank=context_rank, context_ranks=context_size),
+        rank=dist.get_rank(),
+        size=dist.get_world_size(),
+        tensor_rank=tensor_rank,
+        tensor_size=tensor_size,
+        context_rank=context_rank,
+        context_size=context_size,
+        pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pipeline_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        data_rank=parallel_state.get_data_parallel_rank(),
+        data_size=parallel_state.get_data_parallel_world_size(),
+    )
+
+
+def destroy() -> None:
+    """Forget the groups, so that others can be created in the same process (the tests do)."""
+    parallel_state.destroy_model_parallel()

@@ -1,0 +1,1 @@
+"""FLOPs, memory, communication and layouts, without torch; it imports config alone."""

@@ -1,0 +1,203 @@
+"""How fast a layout would be on given GPUs: an estimate for choosing between layouts, not a promise.
+
+A step takes as long as the pipeline needs for its packs: their number, and the bubble, times the slowest chunk (Narayanan et al., arXiv
+2104.04473, section 2.2); and what communication is not hidden. Collectives inside the layers and what travels between chunks count in full.
+Of the sums of gradients and the collection of weights counts what is longer than the computation beside it, the last backward and the first
+forward pass.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from functools import lru_cache
+
+from megavlm.config.schema import Architecture, Config, Parallel
+from megavlm.planner.activations import RankShare
+from megavlm.planner.communication import Traffic, of_pack, of_step
+from megavlm.planner.flops import pieces
+from megavlm.planner.layout import Layout, make_layout
+from megavlm.planner.memory import Memory, memory
+from megavlm.planner.padding import padded_heads
+from megavlm.planner.partition import PackSize, layer_costs
+from megavlm.planner.schedule import bubble
+
+_GIB = 2**30
+# The rest is for CUDA, NCCL, and what the allocator cannot use.
+USABLE = 0.9
+# Packs are alike, not equal: the fullest holds this many times the mean of tiles.
+_MOST_TILES = 1.04
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hardware:
+    """GPUs and what connects them; rates are those of the vendors' data sheets.
+
+    Args:
+        tflops: dense bfloat16, in 10^12 operations a second.
+        memory_gib: of a GPU.
+        node_gb_per_s: between GPUs of a node, each way, in 10^9 bytes a second.
+        network_gb_per_s: between nodes, each way, for each GPU.
+        gpus_per_node: GPUs of a node.
+        efficiency: share of ``tflops`` that whole training steps reach.
+    """
+
+    tflops: float = 989.0
+    memory_gib: float = 80.0
+    node_gb_per_s: float = 450.0
+    network_gb_per_s: float = 50.0
+    gpus_per_node: int = 8
+    efficiency: float = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """A layout and what is expected of it.
+
+    Args:
+        parallel: sizes of the layout, with the layers of each chunk as text.
+        data_ranks: copies of the model.
+        packs: of a step, on each of them.
+        memory: of the rank that needs most.
+        chunk_ms: time of each chunk for one pack, in the order of the pipeline: chunk c stands on rank c % ranks.
+        bubble: time in which a rank of the pipeline waits for others, as a share of the time in which it works.
+        traffic: bytes that a GPU sends in a step; of each kind, of the GPU that sends most.
+        exposed_ms: of a step, in which gradients and weights travel and nothing is computed.
+        step_ms: time of a step.
+        tokens_per_s: of one GPU.
+    """
+
+    parallel: Parallel
+    data_ranks: int
+    packs: int
+    memory: Memory
+    chunk_ms: tuple[float, ...]
+    bubble: float
+    traffic: Traffic
+    exposed_ms: float
+    step_ms: float
+    tokens_per_s: float
+
+    @property
+    def memory_gib(self) -> float:
+        """Of the rank that needs most."""
+        return self.memory.total / _GIB
+
+    def fits(self, hardware: Hardware) -> bool:
+        """Whether it needs nine tenths of the memory at most."""
+        return self.memory_gib <= USABLE * hardware.memory_gib
+
+
+def estimate(config: Config, gpus: int, size: PackSize, capacity: int, hardware: Hardware) -> Estimate:
+    """What is expected of one layout.
+
+    Args:
+        config: the run, with its layout.
+        gpus: ranks.
+        size: of a pack, on average.
+        capacity: tokens of a pack, with padding.
+        hardware: the GPUs.
+    """
+    parallel = config.parallel
+    ranks, virtual = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size
+    data_ranks = gpus // parallel.model_parallel_size
+    packs = config.training.global_batch_size // data_ranks
+    layout = make_layout(config, size)
+    each_pack = [of_pack(config, layout, number, capacity, size.tiles) for number in range(len(layout.chunks))]
+    rates = _rates(parallel, gpus, hardware)
+    sending = [_seconds(one, rates) for one in each_pack]
+    forward, whole = (_compute_seconds(config, layout, size, costs, hardware) for costs in _layer_costs(config, size))
+    times = [compute + sent for compute, sent in zip(whole, sending, strict=True)]
+    # With several chunks on a rank the packs go round: each round goes at the pace of its slowest chunk.
+    rounds = range(0, len(times), ranks)
+    pace = sum(max(times[start : start + ranks]) for start in rounds)
+    inside = packs * pace * (1 + bubble(ranks, virtual, packs))
+    each_step = [of_step(config, layout, rank, data_ranks) for rank in range(ranks)]
+    beside = [(sum(forward[rank::ranks]), sum(whole[rank::ranks]) - sum(forward[rank::ranks])) for rank in range(ranks)]
+    exposed = max(_exposed(parallel, step, rates, *times) for step, times in zip(each_step, beside, strict=True))
+    seconds = inside + exposed
+    return Estimate(
+        parallel=dataclasses.replace(parallel, layout=str(layout)),
+        data_ranks=data_ranks,
+        packs=packs,
+        memory=memory(config, layout, data_ranks, capacity=capacity, tiles=_MOST_TILES * size.tiles),
+        chunk_ms=tuple(time * 1e3 for time in times),
+        bubble=bubble(ranks, virtual, packs),
+        traffic=_busiest([sum(each_pack[rank::ranks], Traffic()) * packs + each_step[rank] for rank in range(ranks)]),
+        exposed_ms=exposed * 1e3,
+        step_ms=seconds * 1e3,
+        tokens_per_s=config.training.global_batch_size * size.tokens / seconds / gpus,
+    )
+
+
+def _rates(parallel: Parallel, gpus: int, hardware: Hardware) -> Traffic:
+    """Bytes a second, by kind: ranks that share layers stand next to each other, then those that share packs, then copies, then chunks."""
+    tensor = parallel.tensor_model_parallel_size
+    model = tensor * parallel.context_parallel_size
+    reach = {"tensor": tensor, "context": model, "data": gpus // parallel.pipeline_model_parallel_size, "pipeline": gpus}
+
+    def rate(gpus: int) -> float:
+        return 1e9 * (hardware.node_gb_per_s if gpus <= hardware.gpus_per_node else hardware.network_gb_per_s)
+
+    return Traffic(**{kind: rate(size) for kind, size in reach.items()})
+
+
+def _seconds(sent: Traffic, rates: Traffic) -> float:
+    return sent.tensor / rates.tensor + sent.context / rates.context + sent.pipeline / rates.pipeline
+
+
+def _exposed(parallel: Parallel, step: Traffic, rates: Traffic, forward: float, backward: float) -> float:
+    """Seconds of a step in which a rank does nothing but exchange gradients and weights.
+
+    Args:
+        parallel: the layout.
+        step: what it sends.
+        rates: bytes a second.
+        forward, backward: seconds that it computes on a pack, beside which data may travel.
+    """
+    # Two thirds are gradients in 32 bits, a third are weights in 16.
+    gradients, weights = step.data / rates.data * 2 / 3, step.data / rates.data / 3
+    if parallel.overlap_grad_reduce:
+        gradients = max(0.0, gradients - backward)
+    if parallel.overlap_param_gather:
+        weights = max(0.0, weights - forward)
+    return gradients + weights + _seconds(step, rates)
+
+
+def _layer_costs(config: Config, size: PackSize) -> tuple[list[float], list[float]]:
+    """FLOPs of each layer for a pack: forward, and in all."""
+    arch, parallel = config.architecture, config.parallel
+    return layer_costs(arch, (), size), layer_costs(arch, config.training.trainable, size, parallel.recompute, parallel.recompute_parts)
+
+
+def _compute_seconds(config: Config, layout: Layout, size: PackSize, costs: list[float], hardware: Hardware) -> list[float]:
+    """Of each chunk for one pack."""
+    parallel, vision = config.parallel, config.architecture.vision.num_layers
+    ranks = parallel.tensor_model_parallel_size * parallel.context_parallel_size
+    rate = hardware.tflops * hardware.efficiency * 1e12 * ranks
+    padding = _vision_padding(config, size)
+    spread = [cost * padding if place < vision else cost for place, cost in enumerate(costs)]
+    return [sum(spread[place] for place in chunk.places(vision)) / rate for chunk in layout.chunks]
+
+
+def _vision_padding(config: Config, size: PackSize) -> float:
+    """How many times the work of the vision encoder is done that is asked for: blank tiles, and heads that only fill up."""
+    if not size.tiles:
+        return 1.0
+    parallel, vision = config.parallel, config.architecture.vision
+    tiles = RankShare.mean(parallel, 1, size.tiles).tiles * parallel.tile_ranks / size.tiles
+    heads = padded_heads(vision.num_attention_heads, parallel.vision_tensor_size) / vision.num_attention_heads
+    return tiles * (1 + _attention_share(config.architecture) * (heads - 1))
+
+
+@lru_cache(maxsize=8)
+def _attention_share(arch: Architecture) -> float:
+    """Share of a vision layer's FLOPs that grows with its heads."""
+    of_layer = [piece for piece in pieces(arch) if piece.part == "vision" and piece.layer == 0]
+    attention = sum(piece.forward for piece in of_layer if not piece.key or ".self_attention." in piece.key)
+    return attention / sum(piece.forward for piece in of_layer)
+
+
+def _busiest(ranks: list[Traffic]) -> Traffic:
+    kinds = [field.name for field in dataclasses.fields(Traffic)]
+    return Traffic(**{kind: max(vars(rank)[kind] for rank in ranks) for kind in kinds})

@@ -1,0 +1,115 @@
+"""One pipeline over all layers: which layers stand in which chunk.
+
+The layers of the vision encoder and of the language model are counted through, vision first. Patch and class embedding go with the
+first layer of the vision encoder, projector and token embedding with the first layer of the language model, final norm and head with the
+last. Borders may lie anywhere, inside the vision encoder too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megavlm.config.layout_text import parse_layout, write_layout
+from megavlm.config.schema import Config
+from megavlm.planner.partition import PackSize, balance, layer_costs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chunk:
+    """Neighbouring layers, of which a pipeline rank holds one such piece or several.
+
+    Args:
+        vision_layers: numbers of its vision layers, from 0.
+        language_layers: numbers of its language layers, from 0.
+        has_patch_embedding: whether it turns pixels into patches.
+        has_projector: whether it projects features, embeds tokens and puts both together.
+        has_head: whether it ends in logits and loss.
+    """
+
+    vision_layers: range
+    language_layers: range
+    has_patch_embedding: bool
+    has_projector: bool
+    has_head: bool
+
+    @property
+    def has_language(self) -> bool:
+        """Whether any part of the language model stands here."""
+        return len(self.language_layers) > 0 or self.has_head
+
+    def places(self, vision_layers: int) -> range:
+        """Its layers, counted through.
+
+        Args:
+            vision_layers: of the whole model.
+        """
+        first = self.vision_layers.start if self.vision_layers else vision_layers + self.language_layers.start
+        return range(first, first + len(self.vision_layers) + len(self.language_layers))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """All chunks, in the order of the pipeline."""
+
+    chunks: tuple[Chunk, ...]
+
+    def __str__(self) -> str:
+        """The layout as ``parallel.layout`` takes it."""
+        counts = [len(chunk.vision_layers) + len(chunk.language_layers) for chunk in self.chunks]
+        return write_layout(counts, sum(self.vision_counts()))
+
+    @property
+    def embedding_chunk(self) -> int:
+        """Number of the chunk that embeds tokens."""
+        return next(number for number, chunk in enumerate(self.chunks) if chunk.has_projector)
+
+    def vision_counts(self) -> tuple[int, ...]:
+        """Vision layers of each chunk."""
+        return tuple(len(chunk.vision_layers) for chunk in self.chunks)
+
+    def language_counts(self) -> tuple[int, ...]:
+        """Language layers of each chunk."""
+        return tuple(len(chunk.language_layers) for chunk in self.chunks)
+
+
+def split_evenly(layers: int, chunks: int) -> tuple[int, ...]:
+    """Layers of each chunk, as equal as can be; the later chunks get what is left over, since the first also embeds."""
+    least, more = divmod(layers, chunks)
+    return tuple(least + (chunk >= chunks - more) for chunk in range(chunks))
+
+
+def make_layout(config: Config, size: PackSize | None = None) -> Layout:
+    """Cut the layers as ``parallel.layout`` says.
+
+    Args:
+        config: the run.
+        size: what a pack holds, for the layout auto; none: as much text as vision.
+    """
+    arch, parallel = config.architecture, config.parallel
+    vision, language, chunks = arch.vision.num_layers, arch.language.num_layers, parallel.chunks
+    if parallel.layout == "even":
+        return from_counts(split_evenly(vision + language, chunks), vision)
+    if parallel.layout == "auto":
+        typical = PackSize(tokens=2.0 * arch.features_per_tile, squared_lengths=0.0, tiles=1.0)
+        costs = layer_costs(arch, config.training.trainable, size or typical, parallel.recompute, parallel.recompute_parts)
+        return from_counts(balance(costs, chunks), vision)
+    return from_counts(parse_layout(parallel.layout, vision, language), vision)
+
+
+def from_counts(counts: Sequence[int], vision_layers: int) -> Layout:
+    """The layout whose chunks have these numbers of layers, vision encoder and language model counted through."""
+    chunks, start = [], 0
+    for count in counts:
+        end = start + count
+        chunks.append(
+            Chunk(
+                vision_layers=range(min(start, vision_layers), min(end, vision_layers)),
+                language_layers=range(max(start - vision_layers, 0), max(end - vision_layers, 0)),
+                has_patch_embedding=start == 0,
+                has_projector=start <= vision_layers < end,
+                has_head=end == sum(counts),
+            )
+        )
+        start = end
+    return Layout(chunks=tuple(chunks))

@@ -1,0 +1,96 @@
+"""How much memory a rank needs, reckoned from the configuration.
+
+Weights take two bytes a number in bfloat16; a trained one has a gradient of four, and its main weight and moments, which the ranks share
+out that sum its gradient. Activations are kept for every pack under way. Not counted: CUDA's own, NCCL's buffers, and what the allocator
+cannot use; leave a tenth of the device for them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from megavlm.config.schema import Config
+from megavlm.planner.activations import NUMBER_BYTES, RankShare, kept_by
+from megavlm.planner.layout import Layout
+from megavlm.planner.parameters import Held, held_by
+from megavlm.planner.schedule import under_way
+
+_GRADIENT = 4
+# With moments in 16 bits, of a main weight only what the model's own weight lacks is kept; 32-bit weights are their own main weights.
+_MAIN = {"float32": 4, "bfloat16": 2}
+_MOMENTS = {"float32": 8, "bfloat16": 4}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes of one rank.
+
+    Args:
+        weights: of the model.
+        gradients: of what is trained.
+        optimizer: main weights and moments, this rank's share.
+        activations: kept for the backward pass, of all packs that are under way, and the logits.
+    """
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+
+def memory(config: Config, layout: Layout, data_ranks: int, *, capacity: int, tiles: float) -> Memory:
+    """What the rank with the most needs; arguments as for ``memory_by_rank``."""
+    return max(memory_by_rank(config, layout, data_ranks, capacity=capacity, tiles=tiles), key=lambda one: one.total)
+
+
+def memory_by_rank(config: Config, layout: Layout, data_ranks: int, *, capacity: int, tiles: float) -> list[Memory]:
+    """What each rank of a pipeline needs.
+
+    Args:
+        config: the run.
+        layout: layers of every chunk.
+        data_ranks: copies of the model.
+        capacity: tokens of a pack.
+        tiles: tiles of a pack, at most.
+    """
+    parallel = config.parallel
+    pipeline, virtual = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size
+    packs = config.training.global_batch_size // data_ranks
+    share = RankShare.most(parallel, capacity, tiles)
+    kept = [kept_by(config, chunk, share) for chunk in layout.chunks]
+    needed = []
+    for rank in range(pipeline):
+        held = sum((held_by(config, chunk) for chunk in layout.chunks[rank::pipeline]), Held())
+        own = kept[rank::pipeline]
+        most = (under_way(pipeline, rank, virtual, packs) @ np.array([one.each_pack for one in own])).max()
+        needed.append(
+            Memory(
+                **weight_bytes(config, held, data_ranks * parallel.context_parallel_size),
+                activations=float(most) + max(one.once for one in own),
+            )
+        )
+    return needed
+
+
+def weight_bytes(config: Config, held: Held, sharing_ranks: int) -> dict[str, float]:
+    """Bytes of weights, of gradients and of the optimizer.
+
+    Args:
+        config: the run.
+        held: numbers on the rank.
+        sharing_ranks: ranks that sum gradients, and share the optimizer's state out: data-parallel times context-parallel ones.
+    """
+    moments = config.optimizer.moments
+    main = _MAIN[moments] if config.training.precision == "bfloat16" else 0
+    return {
+        "weights": float(NUMBER_BYTES[config.training.precision] * held.weights),
+        "gradients": float(_GRADIENT * held.trained),
+        "optimizer": (main + _MOMENTS[moments]) * held.trained / sharing_ranks,
+    }

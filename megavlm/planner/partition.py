@@ -1,0 +1,133 @@
+"""Where to cut the pipeline: the borders that make its slowest chunk as fast as can be.
+
+A pipeline goes at the pace of its slowest chunk. How long a layer takes depends on the freeze mask: a frozen layer has no weight gradient,
+and one with nothing trained before it no backward pass at all; on the data, since vision layers grow with the tiles and language layers
+with the tokens; on what is computed again; and not least on what goes with it, the head above all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from itertools import accumulate
+
+import numpy as np
+
+from megavlm.config.schema import LAYER_PARTS, Architecture
+from megavlm.planner.flops import Piece, pieces, with_gradients
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackSize:
+    """What a pack holds, on average.
+
+    Args:
+        tokens: of all samples.
+        squared_lengths: sum over the samples of the square of their tokens.
+        tiles: real tiles.
+    """
+
+    tokens: float
+    squared_lengths: float
+    tiles: float
+
+    def __str__(self) -> str:
+        """As people read it: the mean length is that of the sample that a token is in."""
+        return f"{self.tokens:,.0f} tokens (in samples of {self.squared_lengths / max(self.tokens, 1):,.0f}) and {self.tiles:,.1f} tiles"
+
+    @classmethod
+    def mean(cls, records: np.ndarray) -> PackSize:
+        """Mean of packs, from their records in the index."""
+        return cls(**{field.name: float(records[field.name].mean()) for field in fields(cls)})
+
+    def units(self) -> dict[str, float]:
+        """Counts by the units of ``cost.Piece``."""
+        return {"token": self.tokens, "squared_length": self.squared_lengths, "tile": self.tiles}
+
+
+def layer_costs(
+    architecture: Architecture,
+    trainable: Sequence[str],
+    size: PackSize,
+    recompute: str = "none",
+    recompute_parts: tuple[str, ...] = LAYER_PARTS,
+) -> list[float]:
+    """FLOPs of forward and backward pass of each layer, vision encoder and language model counted through.
+
+    What stands before a layer of its part (patch embedding, projector and token embedding) counts with the part's first, the head with the
+    last.
+
+    Args:
+        architecture: the model.
+        trainable: freeze mask, as in ``training.trainable``; empty: the forward pass alone.
+        size: of a pack.
+        recompute, recompute_parts: what the backward pass computes again, as in ``parallel``.
+    """
+    return list(_layer_costs(architecture, tuple(trainable), size, recompute, recompute_parts))
+
+
+@lru_cache(maxsize=64)
+def _layer_costs(
+    architecture: Architecture, trainable: tuple[str, ...], size: PackSize, recompute: str, recompute_parts: tuple[str, ...]
+) -> tuple[float, ...]:
+    vision, units = architecture.vision.num_layers, size.units()
+    costs = [0.0] * (vision + architecture.language.num_layers)
+    again = [0.0] * len(costs)
+    has_backward = [False] * len(costs)
+    for piece, passes in with_gradients(pieces(architecture), trainable):
+        place, forward = layer_of(piece, vision, len(costs)), piece.forward * units[piece.unit]
+        costs[place] += forward * passes
+        if piece.layer is not None:
+            has_backward[place] |= passes > 1
+            is_again = recompute == "full" or (recompute == "selective" and ".mlp." in piece.key)
+            again[place] += forward * (is_again and piece.part in recompute_parts)
+    return tuple(cost + extra * backward for cost, extra, backward in zip(costs, again, has_backward, strict=True))
+
+
+def layer_of(piece: Piece, vision_layers: int, layers: int) -> int:
+    """The layer, counted through, that a piece goes with."""
+    if piece.layer is not None:
+        return piece.layer + (vision_layers if piece.part == "language" else 0)
+    return {"vision": 0, "projector": vision_layers, "language": vision_layers, "head": layers - 1}[piece.part]
+
+
+def balance(costs: Sequence[float], chunks: int) -> tuple[int, ...]:
+    """Layers of each chunk, such that the costliest chunk costs least, and among those the squares of all sum up to least.
+
+    Args:
+        costs: of each layer.
+        chunks: how many; at most as many as layers.
+
+    Raises:
+        ValueError: there are more chunks than layers.
+    """
+    found = _best_by_end(tuple(costs), chunks)[-1]
+    if found is None:
+        raise ValueError(f"{chunks} chunks for {len(costs)} layers")
+    borders = (0, *found[2])
+    return tuple(end - start for start, end in zip(borders, borders[1:], strict=False))
+
+
+_Best = tuple[float, float, tuple[int, ...]]
+
+
+@lru_cache(maxsize=1024)
+def _best_by_end(costs: tuple[float, ...], chunks: int) -> list[_Best | None]:
+    """For every end the best way to cut the layers before it: costliest chunk, sum of squares, borders."""
+    if chunks == 0:
+        return [(0.0, 0.0, ())] + [None] * len(costs)
+    before, sums = _best_by_end(costs, chunks - 1), [0.0, *accumulate(costs)]
+    return [_best_ending_at(end, before, sums) for end in range(len(costs) + 1)]
+
+
+def _best_ending_at(end: int, before: Sequence[_Best | None], sums: Sequence[float]) -> _Best | None:
+    found = None
+    for start in range(end - 1, -1, -1):
+        cost = sums[end] - sums[start]
+        if found is not None and cost > found[0]:
+            break  # and it grows
+        if (earlier := before[start]) is not None:
+            candidate = max(earlier[0], cost), earlier[1] + cost * cost, (*earlier[2], end)
+            found = candidate if found is None else min(found, candidate)
+    return found

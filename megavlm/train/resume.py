@@ -1,0 +1,172 @@
+"""What a run starts from: its own newest checkpoint that is whole, or one that it is given.
+
+A run that finds its own newest checkpoint damaged says so and goes on from the one before. One that the user names is taken or refused.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megavlm.checkpoint import checksums
+from megavlm.checkpoint import directory as folder
+from megavlm.checkpoint.train_state import History
+from megavlm.config.checks.rules import ConfigError
+from megavlm.config.schema import Config
+from megavlm.data.store.manifest import read_manifest
+from megavlm.parallel import backend
+from megavlm.train import checkpoint
+from megavlm.train.checkpoint import Checkpoint
+
+
+class DamagedError(ValueError):
+    """A checkpoint that is not what was written, and nothing to take its place."""
+
+
+def own(config: Config) -> Checkpoint | None:
+    """The newest checkpoint of this very run, to go on from; its shards are not looked at.
+
+    Raises:
+        DamagedError: no checkpoint of the run can be read.
+        ValueError: the save folder holds something else.
+    """
+    save = Path(config.checkpoint.save)
+    if not config.checkpoint.save or not save.exists():
+        return None
+    found = folder.candidates(save)
+    if found:
+        return _first_whole(config, found, [])
+    strangers = sorted(entry.name for entry in save.iterdir() if not folder.is_own(entry))
+    if strangers:
+        listed = ", ".join(strangers[:3])
+        raise ValueError(f"--checkpoint.save {save}: the folder holds something else already ({listed}); name another one")
+    return None
+
+
+def _first_whole(config: Config, candidates: Sequence[Path], problems: list[str]) -> Checkpoint:
+    """The first checkpoint that can be read and is of this model; what is wrong with those before it is said and added to ``problems``."""
+    for candidate in candidates:
+        try:
+            found = checkpoint.read(candidate)
+            if differences := checkpoint.architecture_differences(found.config.architecture, config.architecture):
+                raise ValueError(f"{candidate / checkpoint.CONFIG_NAME}: of another model\n  " + "\n  ".join(differences))
+        except (ValueError, OSError) as error:
+            problems.append(str(error))
+            continue
+        if problems:
+            _warn(
+                f"--checkpoint.save {candidate.parent}: the newest checkpoint cannot be used; the run goes on from {candidate.name}",
+                problems,
+            )
+        return _of_this_stage(config, found)
+    save, listed = config.checkpoint.save, "\n  ".join(problems)
+    raise DamagedError(
+        f"--checkpoint.save {save}: no checkpoint of this run can be used, and starting anew would overwrite them:\n  {listed}\n"
+        "  mend the files, or name another folder"
+    )
+
+
+def _warn(text: str, problems: Sequence[str]) -> None:
+    if backend.rank() == 0:
+        print("\n  ".join([f"WARNING: {text}", *problems]), file=sys.stderr, flush=True)
+
+
+def _of_this_stage(config: Config, found: Checkpoint) -> Checkpoint:
+    if found.state.stage != config.stage:
+        save = config.checkpoint.save
+        raise ValueError(
+            f"--checkpoint.save {save}: it holds checkpoints of stage {found.state.stage}, and this is stage {config.stage}; "
+            "name another folder, and give this one to --checkpoint.load to start from its weights"
+        )
+    return fit(config, found)
+
+
+def fit(config: Config, source: Checkpoint) -> Checkpoint:
+    """Refuse a checkpoint that this job cannot start from."""
+    problems = checkpoint.architecture_differences(source.config.architecture, config.architecture)
+    tokenizer = read_manifest(config.data.train_folders[0]).tokenizer_fingerprint
+    if source.state.tokenizer not in (None, tokenizer):
+        words = source.folder / checkpoint.TOKENIZER
+        problems.append(f"--data.train {config.data.train}: packed with another tokenizer than the checkpoint's, {words}")
+    if resumes(config, source):
+        problems += checkpoint.describe_differences(source.config.training.trainable, config.training.trainable, "training.trainable")
+        problems += checkpoint.describe_differences(source.config.training.seed, config.training.seed, "training.seed")
+        problems += _order_differences(source.config, config)
+        counts = pack_counts(config)
+        if source.state.packs not in ((), counts):
+            before, now = (" + ".join(f"{count:,}" for count in packs) for packs in (source.state.packs, counts))
+            problems.append(
+                f"--data.train {config.data.train}: has {now} packs, and the run began with {before}: its order would be another. To train "
+                "on other data, export the model (tools/convert_checkpoint.py export), and give it to --checkpoint.load of a new run"
+            )
+    elif config.checkpoint.moments == "keep" and source.state.stage is None:
+        problems.append(f"--checkpoint.moments keep: {source.folder} was made by conversion and has no moments; use fresh")
+    if problems:
+        listed = "\n  ".join(problems)
+        raise ConfigError(f"the checkpoint {source.folder} does not fit this run:\n  {listed}")
+    return source
+
+
+def _order_differences(old: Config, new: Config) -> list[str]:
+    """Options that would put the packs into another order, in which some would be seen twice or never in this epoch."""
+    problems = checkpoint.describe_differences(old.group, new.group, "data.group")
+    for name in ("shuffle", "weights", "batch_shares", "curriculum"):
+        problems += checkpoint.describe_differences(vars(old.data)[name], vars(new.data)[name], f"data.{name}")
+    if old.data.batch_shares and new.data.batch_shares:
+        sizes = [config.training.global_batch_size for config in (old, new)]
+        problems += checkpoint.describe_differences(*sizes, "training.global_batch_size")
+    return problems
+
+
+def pack_counts(config: Config) -> tuple[int, ...]:
+    """Packs of each folder of training packs."""
+    return tuple(read_manifest(folder).totals.packs for folder in config.data.train_folders)
+
+
+def resumes(config: Config, source: Checkpoint) -> bool:
+    """Whether a checkpoint is gone on from, rather than only its weights taken: it is of the same stage."""
+    return source.state.stage == config.stage
+
+
+def history(config: Config, source: Checkpoint | Path | None) -> History:
+    """Earlier stages whose moments the run goes on with."""
+    if not isinstance(source, Checkpoint):
+        return ()
+    if resumes(config, source):
+        return source.state.history
+    before = (source.state.step, source.config.training.trainable)
+    return (*source.state.history, before) if config.checkpoint.moments == "keep" else ()
+
+
+def whole(config: Config, source: Checkpoint) -> Checkpoint:
+    """The checkpoint to load, once all of its files are found to be those that were written. Collective.
+
+    Args:
+        config: the run.
+        source: the first choice.
+
+    Returns:
+        That one, or, where it is the run's own and damaged, the newest one before it that is whole.
+
+    Raises:
+        DamagedError: it is damaged and not the run's own, or all of the run's own are; every rank raises it.
+    """
+    problems: list[str] = []
+    while True:
+        choice = [source]
+        dist.broadcast_object_list(choice)  # what rank 0 sees in the folder counts
+        source = choice[0]
+        found = checksums.damage(source.folder, by_size_only=config.checkpoint.verify == "size")
+        if not found:
+            if checksums.read(source.folder) is None:
+                _warn(f"{source.folder}: loaded unchecked, it has no {checksums.FILE_NAME}", [])
+            return source
+        problems += found
+        if not config.checkpoint.save or source.folder.parent != Path(config.checkpoint.save):
+            listed = "\n  ".join(problems)
+            raise DamagedError(f"--checkpoint.load {source.folder}: the checkpoint is damaged; name another one:\n  {listed}")
+        before = folder.candidates(source.folder.parent)
+        source = _first_whole(config, before[before.index(source.folder) + 1 :], problems)

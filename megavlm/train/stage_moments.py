@@ -1,0 +1,74 @@
+"""AdamW's moments across a change of stage: those of weights that both stages train may be kept, all others start fresh.
+
+A fresh moment is an average over few gradients, and AdamW corrects for that by the number of its updates. megatron-core counts updates once
+for all weights, so weights whose moments are younger than the oldest stand in a parameter group of their own, whose rates
+(``train/optimizer.set_rates``) make up for the difference, exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.optimizer import MegatronOptimizer
+
+from megavlm.checkpoint.train_state import History
+from megavlm.config.schema import Fp8
+from megavlm.model.freeze import matches
+from megavlm.model.vlm import VisionLanguageModel
+from megavlm.model.weights import named_weights
+from megavlm.train import checkpoint
+from megavlm.train.checkpoint import Checkpoint
+
+
+def age(key: str, history: History) -> int:
+    """Updates that the moments of the weight ``key`` have seen in earlier stages, without a stage between that did not train it."""
+    updates = 0
+    for steps, trainable in reversed(history):
+        if not _is_trained(key, trainable):
+            break
+        updates += steps
+    return updates
+
+
+def ages(chunks: Sequence[VisionLanguageModel], history: History) -> dict[int, int]:
+    """Age of every weight of this rank, by ``id`` of the parameter; nothing where no stage came before."""
+    named = [named for chunk in chunks for named in named_weights(chunk).items()] if history else []
+    return {id(parameter): age(key, history) for key, parameter in named}
+
+
+def _is_trained(key: str, trainable: Sequence[str]) -> bool:
+    return any(matches(key, pattern) for pattern in trainable)
+
+
+@torch.no_grad()
+def keep(source: Checkpoint, chunks: Sequence[VisionLanguageModel], optimizer: MegatronOptimizer, oldest: int) -> None:
+    """Fill main weights and moments of what the checkpoint's stage trained too. Collective.
+
+    Args:
+        source: last checkpoint of the stage before.
+        chunks: this rank's, with the checkpoint's weights.
+        optimizer: their optimizer, just built.
+        oldest: updates that the oldest moments have seen.
+    """
+    asked = checkpoint.sharded(chunks, optimizer, Fp8(), is_loading=True)["optimizer"]
+    weights: dict[str, Any] = {}
+    fresh: dict[Any, dict[str, Any]] = {}
+    for chunk in chunks:
+        weights |= named_weights(chunk)
+    for index, tensors in asked["param_state"].items():
+        for name in list(tensors):
+            key = tensors[name].key.split(".model.", 1)[1]
+            if not _is_trained(key, source.config.training.trainable):
+                entry: Any = tensors.pop(name)
+                values = weights[key].detach().float() if "param" in name else torch.zeros_like(entry.data)
+                fresh.setdefault(index, {})[name] = values.reshape(entry.data.shape)
+    wanted = {index: tensors for index, tensors in asked["param_state"].items() if tensors}
+    loaded = dist_checkpointing.load({"optimizer": {"param_state": wanted}}, str(source.folder / checkpoint.SHARDS))["optimizer"]
+    # Parameter groups are those of this run; the checkpoint's are divided otherwise.
+    for group in asked["optimizer"]["param_groups"]:
+        group["step"] = oldest
+    moments = {index: loaded.get("param_state", {}).get(index, {}) | fresh.get(index, {}) for index in asked["param_state"]}
+    optimizer.load_state_dict(asked | {"param_state": moments})

@@ -1,0 +1,177 @@
+"""Models that start from a vision folder and a language folder."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megavlm.config.schema import Architecture, Config, Init, Training
+from megavlm.convert.hf import convert, from_parts
+from megavlm.convert.hf.lazy_tensors import FullTensor
+from megavlm.convert.weights.tables import EMBEDDING_KEY, HEAD_KEY, rows
+from megavlm.data.text.chat_tokens import ChatTemplate
+from megavlm.data.text.tokenizer import SPECIAL_TOKENS
+from tests.convert.models import KINDS, SMALL, language, load_all
+from tests.convert.part_folders import WORDS, make_language, make_parts, make_tokenizer, make_vision
+
+WHOLE = (slice(None),)
+NINE = len(SPECIAL_TOKENS)
+
+
+def drawn(key: str, shape: tuple[int, ...]) -> torch.Tensor:
+    return torch.full(shape, 7.0)
+
+
+def served(init: Init, architecture: Architecture) -> FullTensor:
+    config = Config(stage="1", model="parts", architecture=architecture, init=init, training=Training(seed=4))
+    return from_parts.full_tensors(config, drawn)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_parts_of_a_model_are_that_model(tmp_path: Path, kind: str) -> None:
+    architecture = KINDS[kind]
+    whole, vision, words = make_parts(tmp_path, architecture)
+    expected, found = convert.full_tensors(whole, architecture), served(Init(vision=str(vision), language=str(words)), architecture)
+    for row in rows(architecture):
+        if row.key in (EMBEDDING_KEY, HEAD_KEY):
+            kept = slice(0, WORDS)
+            assert torch.equal(found(row.key, row.shape)[(kept,)], expected(row.key, row.shape)[(kept,)])
+        elif row.key.startswith("projector."):
+            assert torch.equal(found(row.key, row.shape), drawn(row.key, row.shape))
+        else:
+            assert torch.equal(found(row.key, row.shape)[WHOLE], expected(row.key, row.shape)[WHOLE]), row.key
+
+
+def test_two_folders_make_a_model_without_a_name(tmp_path: Path) -> None:
+    _, vision, words = make_parts(tmp_path, SMALL)
+    found = from_parts.read_model("", Init(vision=str(vision), language=str(words)))
+    assert found == replace(SMALL, language=replace(SMALL.language, vocab_size=WORDS + NINE))
+    clip = make_vision(tmp_path / "clip", "clip")
+    found = from_parts.read_model("", Init(vision=str(clip), language=str(words)))
+    assert (found.pixel_shuffle, found.projector_norm, found.features_per_tile, found.vision.num_layers) == (1, False, 16, 2)
+    assert found.vision.pixel_mean == (0.48, 0.46, 0.41) and found.vision.activation == "quick_gelu"
+
+
+@pytest.mark.parametrize("table", [300, 261], ids=["a table that is cut", "a table that grows"])
+def test_rows_of_new_tokens_start_as_in_internvl(tmp_path: Path, table: int) -> None:
+    folder = make_language(tmp_path / "llm", rows=table)
+    wanted = replace(SMALL, language=from_parts.language_from_hf(Init(language=str(folder))))
+    assert wanted.language.vocab_size == WORDS + NINE
+    tensor, weights = served(Init(language=str(folder)), wanted), load_file(folder / "model.safetensors")
+    head, before = tensor(HEAD_KEY, (384, 48))[WHOLE], weights["lm_head.weight"]
+    assert torch.equal(head[:WORDS], before[:WORDS])
+    torch.testing.assert_close(head[WORDS:], before[:WORDS].mean(0).expand(NINE, -1))
+    embedding, before = tensor(EMBEDDING_KEY, (384, 48))[WHOLE], weights["model.embed_tokens.weight"]
+    kept = min(table, WORDS + NINE)
+    assert embedding.shape == head.shape == (WORDS + NINE, 48) and torch.equal(embedding[:kept], before[:kept])
+    fresh = embedding[kept:]
+    assert not len(fresh) or 0.35 < fresh.std() < 0.65  # initializer_range of the folder is 0.5
+
+
+def test_shares_of_a_vocabulary_are_shares_of_the_whole(tmp_path: Path) -> None:
+    folder = make_language(tmp_path / "llm", rows=261)
+    tensor = served(Init(language=str(folder)), replace(SMALL, language=from_parts.language_from_hf(Init(language=str(folder)))))
+    for key in (EMBEDDING_KEY, HEAD_KEY):
+        whole = tensor(key, (384, 48))[WHOLE]
+        shares = [tensor(key, (384, 48))[(slice(start, start + 96), slice(None))] for start in range(0, 384, 96)]
+        assert torch.equal(torch.cat(shares), whole) and [len(share) for share in shares] == [96, 96, WORDS + NINE - 192, 0]
+        assert torch.equal(tensor(key, (384, 48))[(slice(250, 266), slice(5, 20))], whole[250:266, 5:20])
+
+
+def test_a_tied_head_takes_the_mean_for_both_and_gives_an_untied_model_its_copy(tmp_path: Path) -> None:
+    folder = make_language(tmp_path / "llm", tied=True)
+    tied = replace(SMALL, language=from_parts.language_from_hf(Init(language=str(folder))))
+    assert tied.language.tied_head and "lm_head.weight" not in load_all(folder)
+    words = load_all(folder)["model.embed_tokens.weight"]
+    mean = words[:WORDS].mean(0).expand(NINE, -1)
+    torch.testing.assert_close(served(Init(language=str(folder)), tied)(EMBEDDING_KEY, (384, 48))[WHOLE][WORDS:], mean)
+    untied = served(Init(language=str(folder)), replace(tied, language=replace(tied.language, tied_head=False)))
+    assert torch.equal(untied(EMBEDDING_KEY, (384, 48))[WHOLE], words[: WORDS + NINE])
+    assert torch.equal(untied(HEAD_KEY, (384, 48))[WHOLE][:WORDS], words[:WORDS])
+
+
+def test_a_tokenizer_that_has_the_tokens_changes_no_row(tmp_path: Path) -> None:
+    folder = make_language(tmp_path / "llm", rows=WORDS + NINE)
+    make_tokenizer(folder, SPECIAL_TOKENS)
+    tensor = served(Init(language=str(folder)), replace(SMALL, language=from_parts.language_from_hf(Init(language=str(folder)))))
+    assert torch.equal(tensor(HEAD_KEY, (384, 48))[WHOLE], load_all(folder)["lm_head.weight"])
+
+
+@pytest.mark.parametrize("part", [False, True], ids=["a whole model", "a part"])
+def test_positions_are_resized_to_other_tiles_as_in_internvl(tmp_path: Path, part: bool) -> None:
+    whole, vision, _ = make_parts(tmp_path, SMALL)
+    larger = replace(SMALL, vision=replace(SMALL.vision, image_size=56))
+    tensor = served(Init(vision=str(vision)), larger) if part else convert.full_tensors(whole, larger)
+    found = tensor("vision.position_embedding", (1, 65, 24))[WHOLE]
+    before = load_all(whole)["vision_model.embeddings.position_embedding"]
+    expected = torch.nn.functional.interpolate(
+        before[:, 1:].float().reshape(1, 4, 4, -1).permute(0, 3, 1, 2), size=8, mode="bicubic", align_corners=False
+    )
+    assert torch.equal(found[:, :1], before[:, :1])
+    assert torch.equal(found[:, 1:], expected.reshape(1, 24, 64).transpose(1, 2).to(before.dtype))
+
+
+def test_the_tokenizer_of_a_part_can_be_packed_with(tmp_path: Path) -> None:
+    make_tokenizer(tmp_path)
+    tokenizer, new = from_parts.extend_tokenizer(Init(language=str(tmp_path)))
+    assert new == tuple(range(WORDS, WORDS + NINE)) and tokenizer.convert_ids_to_tokens(list(new)) == list(SPECIAL_TOKENS)
+    assert ChatTemplate(tokenizer, 4).context_token_id == WORDS + 2
+
+
+def test_a_tokenizer_that_is_python_code_is_named_elsewhere(tmp_path: Path) -> None:
+    folder = make_language(tmp_path / "llm")
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(ValueError, match=r"--init.language .*llm: holds no tokenizer .*; name the folder of one with --init.tokenizer"):
+        from_parts.language_from_hf(Init(language=str(folder)))
+    make_tokenizer(tmp_path / "words")
+    init = Init(language=str(folder), tokenizer=str(tmp_path / "words"))
+    assert from_parts.language_from_hf(init).vocab_size == WORDS + NINE
+
+
+def test_what_does_not_fit_is_refused_with_its_flag(tmp_path: Path) -> None:
+    _, vision, words = make_parts(tmp_path, SMALL)
+    init = Init(vision=str(vision), language=str(words))
+    with pytest.raises(ValueError, match=r"--init.vision .*vision: .*\n  --architecture.vision.num_layers: 2 there, 5 asked for"):
+        from_parts.refuse_other(init, replace(SMALL, vision=replace(SMALL.vision, num_layers=5)))
+    with pytest.raises(ValueError, match=r"--init.language .*language: .*\n  --architecture.language.rotary_base: 12345.0 there"):
+        from_parts.refuse_other(init, language(rotary_base=1e6))
+    with pytest.raises(ValueError, match=r"--architecture.language.vocab_size 262: .* has ids up to 267, .*; use 268"):
+        from_parts.refuse_other(init, language(vocab_size=262))
+    with pytest.raises(ValueError, match=r"--init.language .*vision/config.json: model_type is 'intern_vit_6b', must be one of qwen2"):
+        from_parts.language_from_hf(Init(language=str(make_tokenized(vision))))
+    with pytest.raises(
+        ValueError, match=r"--init.vision .*language/config.json: model_type is 'qwen2', must be one of intern_vit_6b, clip"
+    ):
+        from_parts.vision_from_hf(words)
+    weights = load_all(vision)
+    del weights["encoder.layers.1.attn.proj.bias"]
+    save_file(weights, vision / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"vision: 1 tensors do not fit the model:\n  encoder.layers.1.attn.proj.bias: missing"):
+        served(init, SMALL)
+
+
+def make_tokenized(folder: Path) -> Path:
+    """The folder, with a tokenizer."""
+    make_tokenizer(folder)
+    return folder
+
+
+@pytest.mark.parametrize("wrong", [{"hidden_act": "relu"}, {"num_hidden_layers": 1}, {"num_channels": 1}])
+def test_other_clips_are_refused(tmp_path: Path, wrong: dict) -> None:
+    folder = make_vision(tmp_path / "clip", "clip")
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | wrong))
+    with pytest.raises(ValueError, match=f"config.json: .*\n  {next(iter(wrong))} is "):
+        from_parts.vision_from_hf(folder)
+
+
+def test_a_model_that_hugging_face_has_no_place_for_is_not_exported(tmp_path: Path) -> None:
+    clip = from_parts.vision_from_hf(make_vision(tmp_path / "clip", "clip"))
+    with pytest.raises(ValueError, match=r"--architecture.vision.family clip"):
+        rows(replace(SMALL, vision=clip))

@@ -1,0 +1,94 @@
+"""The figures of a dataset, as text, as JSON and as a picture."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image as Picture
+
+from megavlm.data.inspect.statistics import survey, to_text
+from megavlm.data.store.reader import Reader
+from tests.data.samples import make_dataset
+
+TOOL = Path(__file__).parents[3] / "tools" / "inspect_dataset.py"
+TOKENIZER = Path(__file__).parents[2] / "golden" / "tokenizer"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("packs")
+    make_dataset(folder, packs=40, samples_per_pack=4, shard_bytes=20000)
+    return folder
+
+
+def test_figures(folder):
+    reader = Reader(folder)
+    overview = survey(reader, check=True)
+    packs = [reader.read(pack_id) for pack_id in range(40)]
+    tiles = np.array([pack.tiles for pack in packs])
+    assert overview.checked_packs == 40
+    assert overview.fill == pytest.approx(np.mean([len(pack.tokens) for pack in packs]) / 256)
+    assert overview.packs_without_tiles == np.count_nonzero(tiles == 0)
+    spread = overview.spreads["tiles"]
+    assert (spread.mean, spread.min, spread.max) == (tiles.mean(), tiles.min(), tiles.max())
+    assert spread.percentiles[50] == np.median(tiles)
+    assert sum(spread.bars) == 40 and len(spread.bar_edges) == len(spread.bars) + 1
+    # Drawing 512 of 40 packs all but surely finds the largest.
+    assert overview.straggle == pytest.approx(tiles.max() / tiles.mean(), rel=1e-3)
+
+
+def test_wide_figures_have_few_bars(folder):
+    for spread in survey(Reader(folder)).spreads.values():
+        assert sum(spread.bars) == 40 and len(spread.bars) <= 12
+
+
+def test_text(folder):
+    text = to_text(survey(Reader(folder)))
+    assert "packs 40 of 256 tokens" in text
+    assert "random.jsonl" in text and "rejected records: none" in text and "context_token_id" in text
+    assert "checksums" not in text
+
+
+def run(*arguments: str | Path) -> subprocess.CompletedProcess:
+    environment = {"PYTHONPATH": str(TOOL.parents[1]), "PATH": "/usr/bin:/bin"}
+    return subprocess.run([sys.executable, TOOL, *arguments], capture_output=True, text=True, env=environment, check=False)
+
+
+def test_tool(folder, tmp_path):
+    done = run(folder, "--json", tmp_path / "overview.json", "--check")
+    assert done.returncode == 0, done.stderr
+    assert "checksums of all 40 packs are right" in done.stdout
+    figures = json.loads((tmp_path / "overview.json").read_text())
+    assert figures["manifest"]["totals"]["packs"] == 40 and figures["spreads"]["tiles"]["percentiles"]["50"] >= 0
+    wrong = run(tmp_path)
+    assert wrong.returncode == 1 and wrong.stderr.startswith("error: ") and "manifest.json" in wrong.stderr
+
+
+def test_picture(tmp_path):
+    pytest.importorskip("matplotlib")
+    from megavlm.data.inspect.draw import draw, lay_out, spans
+    from megavlm.data.loading.dataset import PackedDataset
+    from megavlm.data.text.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(TOKENIZER)
+    context = tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")
+    make_dataset(tmp_path, packs=3, image_share=0.9, vocab_size=len(tokenizer), context_token_id=context)
+    dataset = PackedDataset(tmp_path)
+    with pytest.raises(FileNotFoundError, match="tokenizer: missing"):
+        draw(dataset, [0], tmp_path / "packs.png")
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    draw(dataset, [0, 2], tmp_path / "packs.png")
+    with Picture.open(tmp_path / "packs.png") as picture:
+        assert picture.width == 1540 and len(picture.convert("RGB").getcolors(10**6)) > 20
+    pack = dataset.reader.read(0)
+    pieces = list(spans(dataset, pack, tokenizer.decode))
+    supervised = tokenizer.decode(pack.tokens[: pack.lengths[0]][pack.supervised[: pack.lengths[0]]].tolist())
+    assert pieces[0][0] == f"\n[sample 0: random.jsonl:1, {pack.lengths[0]} tokens]\n"
+    assert supervised in [text for text, colour in pieces if colour == "#0a7d33"]
+    runs = list(lay_out(iter([("ab\ncd", "red"), ("x" * 300, "blue")])))
+    assert [(run.line, run.column, len(run.text)) for run in runs] == [(0, 0, 2), (1, 0, 2), (1, 2, 138), (2, 0, 140), (3, 0, 22)]

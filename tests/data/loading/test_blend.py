@@ -1,0 +1,96 @@
+"""A blend of datasets is a pure function of seed and position, keeps its shares in every batch, and each dataset's own order."""
+
+from __future__ import annotations
+
+import pickle
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+
+from megavlm.data.loading.blend import BLOCK, BlendedDataset, BlendPlan, open_blend
+from megavlm.data.loading.dataset import PackedDataset
+from megavlm.data.loading.loader import batches
+from megavlm.data.loading.order import Plan
+from tests.data.samples import make_dataset
+
+PLANS = (Plan(num_packs=10, seed=1), Plan(num_packs=1000, seed=1), Plan(num_packs=7, seed=1))
+BLEND = BlendPlan(plans=PLANS, weights=(0.6, 0.3, 0.1), seed=1)
+
+
+def test_every_dataset_comes_in_its_own_order():
+    ids = BLEND.pack_ids(0, 3000)
+    first = 0
+    for plan in PLANS:
+        own = ids[(ids >= first) & (ids < first + plan.num_packs)] - first
+        assert own.tolist() == plan.pack_ids(0, len(own)).tolist() and len(own) > 250
+        first += plan.num_packs
+
+
+def test_shares_are_kept_in_every_batch_and_over_blocks():
+    for start in (0, 640, BLOCK - 64, 5 * BLOCK + 128):
+        datasets, _ = BLEND.split(np.arange(start, start + 640))
+        shares = np.bincount(datasets, minlength=3) / 640
+        assert np.abs(shares - [0.6, 0.3, 0.1]).max() < 0.01
+    datasets, _ = BLEND.split(np.arange(BLOCK))
+    assert np.abs(np.bincount(datasets) - np.array([0.6, 0.3, 0.1]) * BLOCK).max() < 1
+
+
+def test_a_rank_s_share_has_all_datasets():
+    for ranks in (2, 8, 64):
+        for rank in (0, ranks - 1):
+            datasets, _ = BLEND.split(np.arange(rank, 64 * 300, ranks))
+            assert np.abs(np.bincount(datasets, minlength=3) / len(datasets) - [0.6, 0.3, 0.1]).max() < 0.1
+
+
+def test_any_part_is_a_part_of_the_whole():
+    whole = BLEND.pack_ids(BLOCK - 500, 1000)
+    for start, count in ((0, 1), (63, 2), (499, 3), (500, 200), (999, 1)):
+        assert BLEND.pack_ids(BLOCK - 500 + start, count).tolist() == whole[start : start + count].tolist()
+    assert [int(BLEND.at(position)) for position in range(BLOCK - 500, BLOCK - 490)] == whole[:10].tolist()
+    assert BLEND.at(np.array([10**15])).shape == (1,)
+    assert not np.array_equal(BlendPlan(plans=PLANS, weights=(6, 3, 1), seed=2).pack_ids(0, 200), BLEND.pack_ids(0, 200))
+
+
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (1.0, 0.0, 1.0), (1.0, -1.0, 1.0), (1.0, 1e-9, 1.0), (1.0, float("nan"), 1.0)])
+def test_bad_weights(weights):
+    with pytest.raises(ValueError, match="--data.weights"):
+        BlendPlan(plans=PLANS, weights=weights)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> list[str]:
+    names = []
+    for seed, packs in ((0, 5), (1, 9)):
+        folder = tmp_path_factory.mktemp("packs")
+        make_dataset(folder, packs=packs, seed=seed)
+        names.append(str(folder))
+    return names
+
+
+def test_a_blend_answers_as_its_datasets_do(folders):
+    first, second = map(PackedDataset, folders)
+    blend = BlendedDataset([first, second])
+    assert len(blend) == 14 and blend.has_images and blend.manifest == first.manifest
+    ids = np.array([13, 0, 4, 5])
+    expected = [second.index[8], first.index[0], first.index[4], second.index[0]]
+    assert blend.index[ids]["tokens"].tolist() == [int(record["tokens"]) for record in expected]
+    assert blend.weight_sum(ids, "square") == pytest.approx(sum(float(record["weight_square"]) for record in expected), rel=1e-12)
+    batch = pickle.loads(pickle.dumps(blend)).batch(13, 77, vision_layers=1, seed=3)
+    other = second.batch(8, 77, vision_layers=1, seed=3)
+    assert batch.pack_id == 13 and torch.equal(batch.tokens, other.tokens) and torch.equal(batch.drop_path_draws, other.drop_path_draws)
+    assert blend.origins(13) == second.origins(8)
+    assert len(blend.some_records()) == 14
+
+
+def test_a_blend_is_loaded_and_gone_on_with(folders):
+    dataset, plan = open_blend(folders, (3.0, 1.0), seed=5, shuffle=True, group=1)
+    whole = [batch.pack_id for batch in batches(dataset, plan, range(40), reduction="token")]
+    later = [batch.pack_id for batch in islice(batches(dataset, plan, range(23, 10**9, 1), reduction="token", workers=1), 17)]
+    assert whole == plan.pack_ids(0, 40).tolist() and later == whole[23:]
+    assert sum(pack_id < 5 for pack_id in whole) in range(27, 34)
+    even, order = open_blend(folders, (), seed=5, shuffle=True, group=1)
+    assert order.weights == (5.0, 9.0) and len(even) == 14
+    alone, plan = open_blend(folders[:1], (), seed=5, shuffle=True, group=1)
+    assert isinstance(alone, PackedDataset) and isinstance(plan, Plan)

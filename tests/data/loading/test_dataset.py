@@ -1,0 +1,187 @@
+"""A batch holds what its samples say, computed here token by token."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+from megavlm.data.images.decode import decode_tiles
+from megavlm.data.loading.dataset import PackedDataset, drop_path_draws
+from megavlm.data.sample import Image, Sample
+from megavlm.data.store import pack_format
+from megavlm.data.store.manifest import Manifest, Source
+from megavlm.data.store.reader import Reader
+from tests.data.samples import make_dataset
+
+CAPACITY = 256
+
+
+@pytest.fixture(scope="module", params=[1, 16], ids=["close", "aligned"])
+def dataset(request, tmp_path_factory) -> PackedDataset:
+    folder = tmp_path_factory.mktemp("packs")
+    make_dataset(folder, packs=10, capacity=CAPACITY, alignment=request.param, shard_bytes=5000)
+    return PackedDataset(folder)
+
+
+def by_hand(dataset: PackedDataset, pack_id: int, reduction: str) -> dict[str, np.ndarray]:
+    """Tokens, labels, weights and sample ends, one token after the other."""
+    pack, alignment = dataset.reader.read(pack_id), dataset.manifest.alignment
+    tokens, labels, weights = np.zeros(CAPACITY, np.int64), np.zeros(CAPACITY, np.int64), np.zeros(CAPACITY)
+    ends, stored, place = [0], 0, 0
+    for length in pack.lengths.tolist():
+        count = sum(bool(pack.supervised[stored + step]) for step in range(1, length))
+        for step in range(length):
+            tokens[place + step] = pack.tokens[stored + step]
+            if step + 1 < length:
+                labels[place + step] = pack.tokens[stored + step + 1]
+                if pack.supervised[stored + step + 1]:
+                    weights[place + step] = {"token": 1, "sample": 1 / count, "square": count**-0.5}[reduction]
+        stored += length
+        place += length
+        while place % alignment:
+            place += 1
+        ends.append(place)
+    return {"tokens": tokens, "labels": labels, "loss_weights": weights, "sample_ends": np.array(ends + [CAPACITY] * (place < CAPACITY))}
+
+
+@pytest.mark.parametrize("reduction", ["token", "sample", "square"])
+def test_tokens_labels_and_weights(dataset, reduction):
+    for pack_id in range(len(dataset)):
+        batch = dataset.batch(pack_id, 0, reduction=reduction)
+        expected = by_hand(dataset, pack_id, reduction)
+        assert np.array_equal(batch.tokens, expected["tokens"])
+        assert np.array_equal(batch.labels, expected["labels"])
+        assert np.allclose(batch.loss_weights, expected["loss_weights"], rtol=1e-6, atol=0)
+        assert np.array_equal(batch.sample_ends, expected["sample_ends"])
+        assert batch.longest_sample == np.diff(expected["sample_ends"]).max()
+        assert batch.weight_sum == pytest.approx(expected["loss_weights"].sum(), rel=1e-12)
+        assert batch.weight_sum == dataset.weight_sum(np.array([pack_id]), reduction)
+        assert np.all(batch.sample_ends.numpy()[:-1] % dataset.manifest.alignment == 0)
+
+
+def test_tiles_and_feature_positions(dataset):
+    kinds = set()
+    for pack_id in range(len(dataset)):
+        batch, pack = dataset.batch(pack_id, 0, vision_layers=3), dataset.reader.read(pack_id)
+        assert np.array_equal(batch.feature_positions, np.flatnonzero(batch.tokens == 500))
+        assert len(batch.feature_positions) == pack.tiles * 16
+        expected = [
+            tile
+            for place, row in enumerate(pack.images)
+            for tile in decode_tiles(pack.image(place), int(row["columns"]), int(row["rows"]), 32, True)
+        ]
+        kinds.add(len(expected) > 0)
+        expected = np.stack(expected) if expected else np.zeros((1, 3, 32, 32))
+        assert batch.tiles.dtype == torch.uint8 and np.array_equal(batch.tiles, expected)
+        assert batch.drop_path_draws.shape == (6, len(expected))
+    assert kinds == {False, True}
+
+
+def test_tiles_are_filled_up_with_blank_ones(dataset):
+    for pack_id in range(len(dataset)):
+        plain = dataset.batch(pack_id, 3, vision_layers=2)
+        filled = dataset.batch(pack_id, 3, vision_layers=2, tile_multiple=16)
+        real = len(plain.tiles)
+        assert len(filled.tiles) % 16 == 0 and real <= len(filled.tiles) < real + 16
+        assert torch.equal(filled.tiles[:real], plain.tiles) and not filled.tiles[real:].any()
+        assert torch.equal(filled.drop_path_draws[:, :real], plain.drop_path_draws)
+        assert filled.drop_path_draws.shape == (4, len(filled.tiles))
+        assert torch.equal(filled.feature_positions, plain.feature_positions)
+
+
+def test_without_tiles_all_else_is_equal(dataset):
+    for pack_id in range(len(dataset)):
+        with_tiles, without = (dataset.batch(pack_id, 5, vision_layers=2, seed=1, with_tiles=wanted) for wanted in (True, False))
+        assert without.tiles.shape == (0, 3, 32, 32)
+        for entry in dataclasses.fields(with_tiles):
+            if entry.name != "tiles":
+                left, right = getattr(with_tiles, entry.name), getattr(without, entry.name)
+                assert torch.equal(left, right) if isinstance(left, torch.Tensor) else left == right
+
+
+def test_weight_sum_does_not_depend_on_order(dataset):
+    ids = np.tile(np.arange(len(dataset)), 50)
+    sums = {dataset.weight_sum(np.random.default_rng(seed).permutation(ids), "square") for seed in range(10)}
+    assert len(sums) == 1
+    with pytest.raises(ValueError, match="--data.loss_reduction mean: must be one of token, sample, square"):
+        dataset.weight_sum(ids, "mean")
+    with pytest.raises(ValueError, match="--data.loss_reduction mean"):
+        dataset.batch(0, 0, reduction="mean")
+
+
+def test_draws_depend_on_seed_and_position_alone():
+    draws = drop_path_draws(3, 17, 48, 13)
+    assert draws.shape == (48, 13) and draws.dtype == np.float32
+    assert draws.min() >= 0 and draws.max() < 1 and abs(draws.mean() - 0.5) < 0.05
+    assert np.array_equal(draws, drop_path_draws(3, 17, 48, 13))
+    others = [drop_path_draws(3, 18, 48, 13), drop_path_draws(4, 17, 48, 13), drop_path_draws(-1, 17, 48, 13)]
+    assert all(not np.intersect1d(draws[:4], other).size > 2 for other in others)
+    assert drop_path_draws(3, 10**15, 0, 4).shape == (0, 4)
+
+
+def test_pickle(dataset):
+    copy = pickle.loads(pickle.dumps(dataset))
+    assert torch.equal(copy.batch(3, 0).tokens, dataset.batch(3, 0).tokens)
+    assert copy.has_images and copy.folder == dataset.folder
+
+
+def test_context_tokens_that_do_not_match(tmp_path):
+    make_dataset(tmp_path, packs=3, image_share=1.0)
+    path = tmp_path / "manifest.json"
+    facts = json.loads(path.read_text())
+    path.write_text(json.dumps(facts | {"features_per_tile": 9}))
+    dataset = PackedDataset(tmp_path)
+    tiles = int(dataset.index[1]["tiles"])
+    with pytest.raises(
+        ValueError, match=rf"pack 1 has {tiles * 16} context tokens .* {tiles} tiles of 9 features need {tiles * 9}"
+    ) as caught:
+        dataset.batch(1, 0)
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_an_image_that_cannot_be_decoded_is_named(tmp_path):
+    write_broken_image(tmp_path)
+    with pytest.raises(ValueError, match=r"pack 0: image 0 of the pack, from the sample at captions.jsonl:41, cannot be decoded") as caught:
+        PackedDataset(tmp_path).batch(0, 0)
+    assert str(tmp_path) in str(caught.value)
+    assert PackedDataset(tmp_path).origins(0) == ["captions.jsonl:40", "captions.jsonl:41"]
+    assert PackedDataset(tmp_path).batch(0, 0, with_tiles=False).tiles.shape[0] == 0
+
+
+def write_broken_image(folder) -> None:
+    """One pack of a text sample (line 40) and a sample whose image is no image (line 41)."""
+    text = Sample(tokens=np.arange(5, dtype=np.int32), supervised=np.ones(5, bool), images=(), source=0, line=40)
+    image = Image(encoded=b"not an image", width=32, height=32, columns=1, rows=1, tiles=1)
+    tokens = np.array([1, 500, 500, 500, 500, 2], np.int32)
+    broken = Sample(tokens=tokens, supervised=np.ones(6, bool), images=(image,), source=0, line=41)
+    manifest = Manifest(
+        tokenizer_fingerprint="x",
+        vocab_size=512,
+        context_token_id=500,
+        template="t",
+        image_size=32,
+        features_per_tile=4,
+        capacity=64,
+        tile_cap=9,
+        sources=(Source(name="captions", annotations="captions.jsonl"),),
+    )
+    with pack_format.Writer(folder, 64) as writer:
+        writer.write([text, broken])
+        writer.close(manifest)
+
+
+def test_a_full_pack_has_no_padding_sample(tmp_path):
+    sample = Sample(tokens=np.arange(64, dtype=np.int32), supervised=np.ones(64, bool), images=(), source=0, line=1)
+    write_broken_image(tmp_path / "facts")
+    manifest = Reader(tmp_path / "facts").manifest
+    with pack_format.Writer(tmp_path / "full", 64) as writer:
+        writer.write([sample])
+        writer.close(manifest)
+    batch = PackedDataset(tmp_path / "full").batch(0, 0, reduction="token")
+    assert batch.sample_ends.tolist() == [0, 64] and batch.weight_sum == 63 and batch.tiles.shape == (1, 3, 32, 32)
+    assert not PackedDataset(tmp_path / "full").has_images and not batch.tiles.any()

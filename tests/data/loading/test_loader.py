@@ -1,0 +1,194 @@
+"""Workers never change a batch, what goes wrong in one is named, and none is left behind."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from megavlm.data.loading.batch import Batch
+from megavlm.data.loading.dataset import PackedDataset
+from megavlm.data.loading.loader import batches
+from megavlm.data.loading.order import Plan
+from tests.data.loading.test_dataset import write_broken_image
+from tests.data.samples import make_dataset
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory) -> PackedDataset:
+    folder = tmp_path_factory.mktemp("packs")
+    make_dataset(folder, packs=7, shard_bytes=5000)
+    return PackedDataset(folder)
+
+
+@pytest.fixture(autouse=True)
+def no_worker_is_left_behind():
+    # Without the garbage collector, so that it is not left to chance when they end.
+    gc.disable()
+    yield
+    gc.enable()
+    assert not multiprocessing.active_children()
+
+
+def equal(left: Batch, right: Batch) -> bool:
+    pairs = [(getattr(left, entry.name), getattr(right, entry.name)) for entry in dataclasses.fields(left)]
+    return all(torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other for one, other in pairs)
+
+
+def load(dataset: PackedDataset, positions: range, **options) -> list[Batch]:
+    plan = Plan(num_packs=len(dataset), seed=4)
+    return list(batches(dataset, plan, positions, reduction="sample", vision_layers=2, seed=9, **options))
+
+
+def test_order_and_content(dataset):
+    plan = Plan(num_packs=7, seed=4)
+    found = load(dataset, range(3, 20))
+    assert [batch.pack_id for batch in found] == plan.pack_ids(3, 17).tolist()
+    expected = dataset.batch(found[5].pack_id, 8, reduction="sample", vision_layers=2, seed=9)
+    assert equal(found[5], expected)
+
+
+@pytest.mark.parametrize(
+    "options", [{"workers": 1}, {"workers": 2, "prefetch": 1}, {"workers": 1, "start_method": "spawn"}], ids=["one", "two", "spawn"]
+)
+def test_workers_do_not_change_batches(dataset, options):
+    expected, found = load(dataset, range(10)), load(dataset, range(10), **options)
+    assert len(found) == 10 and all(map(equal, expected, found))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_global_generator_is_left_alone(dataset, workers):
+    before = torch.get_rng_state()
+    load(dataset, range(3), workers=workers)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_ranks_share_out_the_sequence(dataset):
+    whole, shares = load(dataset, range(2, 14)), [load(dataset, range(2 + rank, 14, 3)) for rank in range(3)]
+    assert all(equal(batch, shares[place % 3][place // 3]) for place, batch in enumerate(whole))
+
+
+def test_positions_take_no_memory(dataset):
+    stream = batches(dataset, Plan(num_packs=7), range(10**12 + 1, 10**15, 4), reduction="token")
+    assert next(stream).pack_id == Plan(num_packs=7).at(10**12 + 1)
+    stream.close()
+
+
+def test_close_ends_the_workers(dataset):
+    stream = batches(dataset, Plan(num_packs=7), range(10**9), reduction="token", workers=2)
+    next(stream)
+    assert len(multiprocessing.active_children()) == 2
+    stream.close()
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_unreadable_image_is_named(tmp_path, workers):
+    write_broken_image(tmp_path)
+    with pytest.raises(ValueError, match=r"pack 0: image 0 of the pack, from the sample at captions.jsonl:41"):
+        next(batches(PackedDataset(tmp_path), Plan(num_packs=1), range(5), reduction="token", workers=workers))
+
+
+def test_a_worker_that_dies_is_named(dataset):
+    stream = batches(dataset, Plan(num_packs=7, shuffle=False), range(10**6), reduction="token", workers=1, prefetch=1)
+    next(stream)
+    (worker,) = multiprocessing.active_children()
+    os.kill(worker.pid, signal.SIGKILL)
+    with pytest.raises(RuntimeError, match=r"no batch for pack (1|2) .*--data.workers 0.* random.jsonl:\d+"):
+        for _ in range(3):
+            next(stream)
+
+
+def test_a_worker_that_dies_is_told_of_only_where_a_batch_is_waited_for(dataset):
+    stream = batches(dataset, Plan(num_packs=7, shuffle=False), range(10**6), reduction="token", workers=2, prefetch=1)
+    next(stream)
+    for worker in multiprocessing.active_children():
+        os.kill(worker.pid, signal.SIGKILL)
+    time.sleep(0.3)  # the training process is at something else when the news arrives
+    with pytest.raises(RuntimeError, match=r"no batch for pack [123] .*(Connection\w+Error|killed by signal 9 \(SIGKILL\))"):
+        for _ in range(3):
+            next(stream)
+
+
+TRAINER = """
+import multiprocessing, os, signal, sys, time
+from megavlm.data.dataset import PackedDataset
+from megavlm.data.loader import batches
+from megavlm.data.plan import Plan
+
+asked = []
+signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
+signal.signal(signal.SIGINT, lambda *_: asked.append(1))
+stream = batches(PackedDataset(sys.argv[1]), Plan(num_packs=7), range(10**6), reduction="token", workers=2, start_method=sys.argv[2])
+next(stream)
+print("ready", flush=True)
+while len(asked) < 2:
+    time.sleep(0.02)
+for _ in range(20):
+    next(stream)
+print(len(asked), *(worker.pid for worker in multiprocessing.active_children()), flush=True)
+if sys.argv[3] == "crash":
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize(("start_method", "end"), [("fork", "crash"), ("fork", "leave"), ("forkserver", "leave")])
+def test_workers_outlive_signals_to_the_process_group_and_not_the_training_process(dataset, start_method, end):
+    command = [sys.executable, "-c", TRAINER, str(dataset.folder), start_method, end]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with subprocess.Popen(command, start_new_session=True, **pipes) as trainer:
+        assert trainer.stdout.readline() == "ready\n"
+        for number in (signal.SIGTERM, signal.SIGINT):
+            os.killpg(trainer.pid, number)
+            time.sleep(0.2)
+        output, errors = trainer.communicate(timeout=120)
+    assert trainer.returncode == (-signal.SIGKILL if end == "crash" else 0), errors
+    asked, *workers = map(int, output.split())
+    assert asked == 2 and len(workers) == 2
+    deadline = time.monotonic() + 30
+    while any(map(is_running, workers)):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def is_running(process: int) -> bool:
+    try:
+        return "State:\tZ" not in Path(f"/proc/{process}/status").read_text()
+    except FileNotFoundError:
+        return False
+
+
+class Trouble(PackedDataset):
+    """Packs of which one, number 5, is never made."""
+
+    def batch(self, pack_id, position, **options):
+        if pack_id == 5:
+            if options.pop("die"):
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(600)
+        options.pop("die")
+        return super().batch(pack_id, position, **options)
+
+
+@pytest.mark.parametrize(
+    ("die", "words"), [(True, r"(killed by signal 9|exited unexpectedly|Connection\w+Error|EOFError)"), (False, "timed out after 5")]
+)
+def test_the_pack_that_a_worker_is_lost_at_is_named(dataset, die, words):
+    stream = batches(Trouble(dataset.folder), Plan(num_packs=7, shuffle=False), range(100), workers=2, timeout=5, die=die)
+    start = time.monotonic()
+    with pytest.raises(RuntimeError, match=rf"{words}.* was at pack 5 \(position 5\) for \d+\.\d s.* random.jsonl:\d+") as caught:
+        for _ in range(7):
+            next(stream)
+    assert ", ".join(dataset.origins(5)) in str(caught.value)
+    while multiprocessing.active_children():  # one that is stuck is ended after a few seconds
+        assert time.monotonic() - start < 60
+        time.sleep(0.05)

@@ -1,0 +1,97 @@
+"""The order of packs is a permutation in each epoch, and a pure function of the position."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+
+from megavlm.data.loading.order import Plan
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 7, 8, 31, 63, 64, 65, 97, 1000, 1024, 1025, 7919, 65537, 10**6])
+def test_every_epoch_is_a_permutation(size):
+    plan = Plan(num_packs=size, seed=5)
+    for epoch in range(2 if size > 10000 else 5):
+        assert np.array_equal(np.sort(plan.pack_ids(epoch * size, size)), np.arange(size))
+
+
+def test_epochs_and_seeds_differ():
+    orders = {tuple(Plan(num_packs=100, seed=seed).pack_ids(epoch * 100, 100)) for seed in (-1, 0, 1, 2**40) for epoch in range(10)}
+    assert len(orders) == 40
+
+
+def test_all_orders_of_few_packs_appear():
+    plan = Plan(num_packs=4, seed=0)
+    orders, counts = np.unique(plan.pack_ids(0, 4 * 2400).reshape(-1, 4), axis=0, return_counts=True)
+    assert len(orders) == 24
+    assert counts.min() > 60  # 100 expected of each
+
+
+def test_neighbours_are_scattered():
+    ids = Plan(num_packs=100_000, seed=1).pack_ids(0, 100_000).astype(np.float64)
+    assert abs(np.corrcoef(ids[:-1], ids[1:])[0, 1]) < 0.02
+    assert abs(np.corrcoef(np.arange(len(ids)), ids)[0, 1]) < 0.02
+
+
+def test_splits_do_not_change_the_order():
+    plan = Plan(num_packs=37, seed=3)
+    whole = plan.pack_ids(11, 200)
+    parts = [plan.pack_ids(11 + start, count) for start, count in ((0, 1), (1, 99), (100, 0), (100, 100))]
+    assert np.array_equal(np.concatenate(parts), whole)
+    assert [int(plan.at(11 + place)) for place in range(200)] == whole.tolist()
+    for ranks in (2, 8):
+        shares = [plan.at(np.arange(11 + rank, 211, ranks)) for rank in range(ranks)]
+        assert np.array_equal(np.stack(shares, axis=1).ravel(), whole)
+
+
+def test_stored_order():
+    assert Plan(num_packs=3, shuffle=False).pack_ids(2, 5).tolist() == [2, 0, 1, 2, 0]
+
+
+def test_the_order_is_fixed_for_all_time():
+    """A checkpoint stores positions, so this order must never change."""
+    assert Plan(num_packs=10, seed=42).pack_ids(0, 20).tolist() == [7, 9, 5, 2, 4, 3, 1, 8, 0, 6, 2, 5, 6, 8, 9, 7, 3, 0, 4, 1]
+
+
+def test_a_billion_packs():
+    start = time.perf_counter()
+    ids = Plan(num_packs=10**9, seed=1).pack_ids(10**12 + 7, 4096)
+    assert time.perf_counter() - start < 1
+    assert len(np.unique(ids)) == 4096
+    assert 0 <= ids.min() < ids.max() < 10**9
+
+
+def test_no_packs():
+    with pytest.raises(ValueError, match="0 packs"):
+        Plan(num_packs=0)
+
+
+@pytest.mark.parametrize("size", [1, 5, 63, 64, 100, 1000, 4097])
+@pytest.mark.parametrize("group", [2, 3, 16, 64, 5000])
+def test_every_epoch_is_a_permutation_in_groups_too(size, group):
+    plan = Plan(num_packs=size, seed=5, group=group)
+    for epoch in range(3):
+        assert np.array_equal(np.sort(plan.pack_ids(epoch * size, size)), np.arange(size))
+
+
+def test_a_group_comes_from_one_neighbourhood():
+    plan = Plan(num_packs=10_001, seed=3, group=16)
+    far = 0
+    for step in range(2000):  # more than three epochs
+        ids = plan.pack_ids(step * 16, 16)
+        spread = np.sort((ids - ids[0] + 5000) % 10_001)
+        far += spread[-1] - spread[0] >= 8 * 16
+    assert far <= 4  # where an epoch ends
+
+
+def test_groups_are_others_in_every_epoch():
+    plan = Plan(num_packs=4096, seed=3, group=16)
+    first, second = ({frozenset(ids) for ids in plan.pack_ids(epoch * 4096, 4096).reshape(-1, 16).tolist()} for epoch in (0, 1))
+    assert len(first) == 256 and not first & second
+
+
+def test_no_group():
+    with pytest.raises(ValueError, match="--data.group 0"):
+        Plan(num_packs=5, group=0)

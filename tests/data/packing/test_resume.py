@@ -1,0 +1,152 @@
+"""A packing that is stopped anywhere goes on from what is on the disk, and comes to the same bytes as one that was not."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from megavlm.data.packing import job, scan
+from megavlm.data.packing.job import pack_dataset, plan_dataset
+from tests.data.packing.test_job import _job, data  # noqa: F401  (a fixture)
+
+ROOT = Path(__file__).parents[3]
+SLOW_PACKING = """
+import sys, time
+from pathlib import Path
+from megavlm.data import packing_plan, packer, shards
+from tests.data.test_packer import _job
+packing_plan.LEAST_PACKS_PER_SHARD = 1
+def slowly(task):
+    time.sleep(0.2)
+    return shards.write_shard(task)
+packer.write_shard = slowly
+packer.pack_dataset(_job(Path(sys.argv[1]), Path(sys.argv[2])))
+"""
+
+
+class Stop(BaseException):
+    """What ends a run in the middle."""
+
+
+@pytest.fixture
+def small_shards(monkeypatch):
+    monkeypatch.setattr("megavlm.data.packing.plan.LEAST_PACKS_PER_SHARD", 2)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and not path.name.startswith("report")}
+
+
+@pytest.mark.usefixtures("small_shards")
+@pytest.mark.parametrize("seed", range(4))
+def test_stopped_anywhere(data, tmp_path, monkeypatch, seed):  # noqa: F811
+    """Each run ends after a few results of the workers, of either pass, until one gets through."""
+    settings = {"name": "bad" if seed == 0 else "good", "max_rejects": 0.6, "capacity": 1024}
+    pack_dataset(_job(data, tmp_path / "whole", **settings))
+    rng, runs, written = random.Random(seed), 0, 0
+    monkeypatch.setattr(scan, "SAVE_INTERVAL_SECONDS", 0.0)
+    monkeypatch.setattr(scan, "LINES_PER_TASK", 3)
+    ordered_map = job.ordered_map
+
+    def stopping(function, tasks, workers, executor="processes"):
+        nonlocal written
+        left = rng.randint(1, 1 if seed == 0 else 6)
+        for result in ordered_map(function, tasks, workers, executor):
+            if not left:
+                raise Stop
+            left -= 1
+            written += function is job.write_shard
+            yield result
+
+    monkeypatch.setattr(job, "ordered_map", stopping)
+    monkeypatch.setattr(scan, "ordered_map", stopping)
+    while not (tmp_path / "out").exists():
+        runs += 1
+        assert runs < 60
+        try:
+            report = pack_dataset(_job(data, tmp_path / "out", **settings))
+        except Stop:
+            assert not (tmp_path / "out").exists()
+    assert runs > 1
+    assert report.records == report.packed_records + report.rejected == (10 if seed == 0 else 90)
+    expected, found = files(tmp_path / "whole"), files(tmp_path / "out")
+    assert expected.keys() == found.keys() and all(expected[name] == found[name] for name in expected)
+    assert written <= len([name for name in found if name.endswith(".bin")]) + runs  # none twice, but one that a stop may have caught
+
+
+def test_killed(data, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setattr("megavlm.data.packing.plan.LEAST_PACKS_PER_SHARD", 1)
+    pack_dataset(_job(data, tmp_path / "whole"))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([sys.executable, "-c", SLOW_PACKING, data, tmp_path / "out"], env=environment)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "out.partial" / "packs-00002.json").exists():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.02)
+    with pytest.raises(FileExistsError, match="another packing is running"):
+        pack_dataset(_job(data, tmp_path / "out"))
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    kept = (tmp_path / "out.partial" / "packs-00001.bin").stat().st_ino
+    pack_dataset(_job(data, tmp_path / "out"))
+    assert (tmp_path / "out" / "packs-00001.bin").stat().st_ino == kept
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
+def test_workers_end_with_a_packing_that_is_killed():
+    code = "import time; from megavlm.data.packing.executors import ordered_map; list(ordered_map(time.sleep, [60] * 8, 2))"
+    process = psutil.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)})
+    deadline, started = time.monotonic() + 60, []
+    while len(started) < 4:  # two workers, the process that forks them, and the one that cleans up after all
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.1)
+        started = process.children(recursive=True)
+    process.kill()
+    process.wait()
+    _, alive = psutil.wait_procs(started, timeout=20)
+    assert not alive
+
+
+def test_another_job_does_not_go_on(data, tmp_path, monkeypatch):  # noqa: F811
+    def stopped(*arguments, **settings):
+        raise Stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(job, "plan_packs", stopped)
+        with pytest.raises(Stop):
+            pack_dataset(_job(data, tmp_path / "out"))
+    with pytest.raises(FileExistsError, match=r"left by a packing of another job \(capacity: 1024 there, 2048 asked for\)"):
+        pack_dataset(_job(data, tmp_path / "out", capacity=2048))
+    (tmp_path / "copy.jsonl").write_bytes((data / "good.jsonl").read_bytes())
+    assert pack_dataset(_job(data, tmp_path / "out", max_rejects=0.5)).packed_records == 90
+
+
+def test_a_dry_run_writes_nothing(data, tmp_path):  # noqa: F811
+    planned = plan_dataset(_job(data, tmp_path / "out"))
+    assert list(tmp_path.iterdir()) == []
+    packed = pack_dataset(_job(data, tmp_path / "out"))
+    for name in ("records", "packed_records", "rejects", "samples", "packs", "tokens", "tiles", "fill", "tile_cap", "lengths", "caps"):
+        assert getattr(planned, name) == getattr(packed, name)
+    assert "dry run" in planned.text() and packed.to_json() == (tmp_path / "out" / "report.json").read_text()
+
+
+def test_ray_packs_the_same(data, tmp_path, monkeypatch):  # noqa: F811
+    ray = pytest.importorskip("ray")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setattr("megavlm.data.packing.plan.LEAST_PACKS_PER_SHARD", 2)
+    ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+    try:
+        report = pack_dataset(_job(data, tmp_path / "ray", executor="ray"))
+    finally:
+        ray.shutdown()
+    pack_dataset(_job(data, tmp_path / "here"))
+    assert report.packed_records == 90
+    assert files(tmp_path / "ray") == files(tmp_path / "here")

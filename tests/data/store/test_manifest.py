@@ -1,0 +1,62 @@
+"""The manifest goes through JSON unchanged, and what is wrong with one is said."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from megavlm.data.store.manifest import FORMAT_VERSION, Level, Manifest, Source, read_manifest
+
+MANIFEST = Manifest(
+    tokenizer_fingerprint="0123",
+    vocab_size=512,
+    context_token_id=500,
+    template="internvl2_5",
+    system_message="Sei höflich.\n",
+    image_size=448,
+    features_per_tile=256,
+    capacity=4096,
+    tile_cap=13,
+    sources=(Source(name="a", annotations="a.jsonl", records=3, samples=2, repeat_time=0.5),),
+    levels=(Level(packs=2, easiest=-0.5, hardest=3.0),),
+    rejects={"image missing": 1},
+)
+
+
+def test_round_trip(tmp_path):
+    MANIFEST.write(tmp_path)
+    assert read_manifest(tmp_path) == MANIFEST
+    assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
+
+
+def test_missing(tmp_path):
+    with pytest.raises(FileNotFoundError, match="manifest.json: missing.*packing did not end"):
+        read_manifest(tmp_path)
+    with pytest.raises(FileNotFoundError, match="there is no such folder"):
+        read_manifest(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"version": FORMAT_VERSION + 1}, f"format version {FORMAT_VERSION + 1}, but this megavlm reads 2 and {FORMAT_VERSION}"),
+        ({"format": "other"}, "not the manifest of a packed dataset"),
+        ({"capacity": None}, r"facts missing: \['capacity'\]"),
+        ({"colour": 1}, r"facts unknown: \['colour'\]"),
+        ({"sources": [{"name": "a"}]}, r"sources\[0\]: facts missing: \['annotations'\]"),
+    ],
+)
+def test_wrong_facts(tmp_path, change, message):
+    facts = json.loads(MANIFEST.to_json()) | change
+    facts = {name: value for name, value in facts.items() if value is not None}
+    (tmp_path / "manifest.json").write_text(json.dumps(facts))
+    with pytest.raises(ValueError, match=message) as caught:
+        read_manifest(tmp_path)
+    assert str(tmp_path / "manifest.json") in str(caught.value)
+
+
+def test_not_json(tmp_path):
+    (tmp_path / "manifest.json").write_text(MANIFEST.to_json()[:100])
+    with pytest.raises(ValueError, match="manifest.json: not JSON"):
+        read_manifest(tmp_path)

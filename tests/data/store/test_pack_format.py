@@ -1,0 +1,241 @@
+"""What is written is what is read, and what was damaged in between is named."""
+
+from __future__ import annotations
+
+import dataclasses
+import pickle
+import shutil
+
+import numpy as np
+import pytest
+
+from megavlm.data.sample import Sample
+from megavlm.data.store import pack_format
+from megavlm.data.store.manifest import Manifest, read_manifest
+from megavlm.data.store.reader import Reader
+from tests.data.samples import make_dataset, make_sample
+
+FACTS = {"vocab_size": 512, "context_token_id": 500, "tile_size": 32, "features_per_tile": 4}
+MANIFEST = Manifest(
+    tokenizer_fingerprint="x",
+    vocab_size=512,
+    context_token_id=500,
+    template="t",
+    image_size=32,
+    features_per_tile=4,
+    capacity=300,
+    tile_cap=9,
+)
+
+
+def random_packs(count: int) -> list[list[Sample]]:
+    rng = np.random.default_rng(7)
+    sizes = rng.integers(1, 5, count)
+    return [
+        [
+            make_sample(rng, images=int(rng.integers(3)), text_tokens=int(rng.integers(1, 30)), line=line, **FACTS)
+            for line in range(1, size + 1)
+        ]
+        for size in sizes
+    ]
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    return make_stored(tmp_path_factory.mktemp("packs"))
+
+
+def make_stored(folder):
+    packs = random_packs(12)
+    with pack_format.Writer(folder, 300, shard_bytes=4000) as writer:
+        assert [writer.write(samples) for samples in packs] == list(range(12))
+        manifest = writer.close(MANIFEST)
+    return folder, packs, manifest
+
+
+@pytest.fixture
+def damaged(stored, tmp_path):
+    """A copy that a test may damage."""
+    return shutil.copytree(stored[0], tmp_path / "packs")
+
+
+def flip(path, place: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+
+
+def test_round_trip(stored):
+    folder, packs, manifest = stored
+    reader = Reader(folder)
+    assert reader.manifest == manifest == read_manifest(folder)
+    assert len(manifest.shards) > 2
+    for pack_id, samples in enumerate(packs):
+        pack = reader.read(pack_id)
+        assert np.array_equal(pack.tokens, np.concatenate([sample.tokens for sample in samples]))
+        assert np.array_equal(pack.supervised, np.concatenate([sample.supervised for sample in samples]))
+        assert pack.tokens.dtype == np.int32 and pack.supervised.dtype == bool
+        assert pack.lengths.tolist() == [sample.length for sample in samples]
+        assert pack.provenance["line"].tolist() == [sample.line for sample in samples]
+        images = [(place, image) for place, sample in enumerate(samples) for image in sample.images]
+        assert pack.images["sample"].tolist() == [place for place, _ in images]
+        for number, (_, image) in enumerate(images):
+            assert pack.image(number) == image.encoded
+            row = pack.images[number]
+            assert all(row[name] == getattr(image, name) for name in ("width", "height", "columns", "rows", "tiles"))
+    assert reader.check() == 12
+
+
+def test_index(stored):
+    folder, packs, manifest = stored
+    index = Reader(folder).index
+    ids = np.array([11, 0, 5, 5])
+    rows = index[ids]
+    assert rows.dtype == format.RECORD
+    for row, pack_id in zip(rows, ids, strict=True):
+        samples = packs[pack_id]
+        # The first token of a sample is no label, so it does not count.
+        counts = [int(sample.supervised[1:].sum()) for sample in samples]
+        lengths = [sample.length for sample in samples]
+        assert row["samples"] == len(samples) and row["tokens"] == sum(lengths) and row["longest"] == max(lengths)
+        assert row["images"] == sum(len(sample.images) for sample in samples) and row["tiles"] == sum(sample.tiles for sample in samples)
+        assert row["supervised"] == row["weight_token"] == sum(counts)
+        assert row["weight_sample"] == sum(count > 0 for count in counts)
+        assert row["weight_square"] == pytest.approx(sum(count**0.5 for count in counts), rel=1e-15)
+        assert row["squared_lengths"] == sum(length**2 for length in lengths)
+        assert row["offset"] % 64 == 0
+    for name in ("tokens", "samples", "images", "tiles", "supervised", "bytes"):
+        assert getattr(manifest.totals, name) == index[name].sum()
+    assert index[3] == index[[3]][0]
+    with pytest.raises(IndexError, match="0 to 11, not 12"):
+        index[12]
+
+
+def test_one_supervised_first_token_counts_nothing():
+    sample = Sample(tokens=np.array([5, 6], np.int32), supervised=np.array([True, False]), images=(), source=0, line=1)
+    _, record = format.pack_block([sample])
+    assert record["supervised"] == record["weight_sample"] == record["weight_square"] == 0
+
+
+def test_same_samples_same_bytes(stored, tmp_path):
+    make_stored(tmp_path)
+    for path in stored[0].iterdir():
+        assert path.read_bytes() == (tmp_path / path.name).read_bytes()
+
+
+def test_pickle(stored):
+    copy = pickle.loads(pickle.dumps(Reader(stored[0])))
+    assert len(pickle.dumps(copy)) < 1000
+    assert np.array_equal(copy.read(4).tokens, Reader(stored[0]).read(4).tokens)
+
+
+def test_more_shards_than_may_stay_open(tmp_path, monkeypatch):
+    make_dataset(tmp_path, packs=6, shard_bytes=1)
+    monkeypatch.setattr("megavlm.io.storage.OPEN_FILES", 2)
+    reader = Reader(tmp_path)
+    assert len(reader.manifest.shards) == 6
+    first = reader.read(0)
+    tokens = first.tokens.copy()
+    assert reader.check() == 6
+    assert np.array_equal(first.tokens, tokens)
+
+
+def test_unfinished_folder(tmp_path):
+    with pack_format.Writer(tmp_path, 300) as writer:
+        writer.write(random_packs(1)[0])
+    with pytest.raises(FileNotFoundError, match="packing did not end"):
+        Reader(tmp_path)
+    (tmp_path / "packs-00007.bin").write_bytes(b"left by a run before")
+    with pack_format.Writer(tmp_path, 300) as writer:
+        writer.write(random_packs(1)[0])
+        writer.close(MANIFEST)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["manifest.json", "packs-00000.bin", "packs.idx"]
+    with pytest.raises(FileExistsError, match="complete packed dataset"):
+        pack_format.Writer(tmp_path, 300)
+
+
+def test_writer_refuses(tmp_path):
+    long = Sample(tokens=np.zeros(301, np.int32), supervised=np.zeros(301, bool), images=(), source=0, line=1)
+    with pack_format.Writer(tmp_path, 300, alignment=4, tile_cap=2) as writer:
+        for samples in ([], [long], [long_part(long, 297), long_part(long, 1)]):
+            with pytest.raises(ValueError, match="aligned to 4.*--capacity 300"):
+                writer.write(samples)
+        tiles = make_sample(np.random.default_rng(0), images=3, text_tokens=3, line=1, **FACTS)
+        with pytest.raises(ValueError, match="above --tile_cap 2"):
+            writer.write([tiles])
+        with pytest.raises(ValueError, match="manifest: alignment 1, but the packs were written with 4"):
+            writer.close(MANIFEST)
+    with pytest.raises(ValueError, match="--capacity 10 is not a multiple of --alignment 4"):
+        pack_format.Writer(tmp_path, 10, alignment=4)
+
+
+def long_part(sample: Sample, length: int) -> Sample:
+    return dataclasses.replace(sample, tokens=sample.tokens[:length], supervised=sample.supervised[:length])
+
+
+def test_damaged_bytes(stored, damaged):
+    record = Reader(stored[0]).index[0]
+    layout = format.sections(int(record["tokens"]), int(record["samples"]), int(record["images"]))
+    path = damaged / "packs-00000.bin"
+    flip(path, 8)
+    with pytest.raises(ValueError, match=r"packs-00000.bin: pack 0: CRC32 of its tokens is [0-9a-f]{8}, written was"):
+        Reader(damaged).read(0)
+    flip(path, 8)
+    if record["images"] == 0:
+        pytest.fail("the first pack needs an image for this test")
+    flip(path, layout.encoded + 5)
+    Reader(damaged).read(0, with_images=False)
+    with pytest.raises(ValueError, match="pack 0: CRC32 of its images"):
+        Reader(damaged).read(0)
+    with pytest.raises(ValueError, match="pack 0: CRC32 of its images"):
+        Reader(damaged).check()
+
+
+def test_damaged_index(damaged):
+    path = damaged / "packs.idx"
+    flip(path, format.HEADER_BYTES + 16)
+    with pytest.raises(ValueError, match="packs.idx: checksum"):
+        Reader(damaged).check()
+    flip(path, format.HEADER_BYTES + 16)
+    second = int(Reader(damaged).index.starts[1])
+    flip(path, format.HEADER_BYTES + second * format.RECORD.itemsize + 5)  # the offset, by a lot
+    with pytest.raises(ValueError, match="outside .*packs-00001.bin; packs.idx is damaged"):
+        Reader(damaged).read(second)
+
+
+@pytest.mark.parametrize("name", ["packs-00001.bin", "packs.idx"])
+def test_cut_off(damaged, name):
+    path = damaged / name
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=rf"{name}: \d+ bytes, written were \d+"):
+        Reader(damaged)
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=f"{name}: missing"):
+        Reader(damaged)
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        (0, b"?", "not an index of packs"),
+        (8, bytes([format.VERSION + 1]), "format version 3, but this megavlm reads 2"),
+        (16, bytes([72]), "records of 72 bytes"),
+        (format.HEADER.size + 4, b"?", "with other fields"),
+        (24, bytes([99]), "header says 99 packs"),
+    ],
+)
+def test_wrong_header(damaged, place, value, message):
+    path = damaged / "packs.idx"
+    data = bytearray(path.read_bytes())
+    data[place : place + len(value)] = value
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=message) as caught:
+        Reader(damaged)
+    assert str(path) in str(caught.value)
+
+
+def test_no_packs(tmp_path):
+    with pack_format.Writer(tmp_path, 300) as writer:
+        writer.close(MANIFEST)
+    with pytest.raises(ValueError, match="the dataset has no packs"):
+        Reader(tmp_path)

@@ -1,0 +1,70 @@
+"""Packs are read from object storage as from a disk."""
+
+from __future__ import annotations
+
+import fsspec
+import numpy as np
+import pytest
+
+from megavlm.data.loading.dataset import PackedDataset
+from megavlm.data.loading.loader import batches
+from megavlm.data.loading.order import Plan
+from megavlm.io.storage import LocalFiles, open_folder
+from tests.data.loading.test_loader import equal
+from tests.data.samples import make_dataset
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("packs")
+    make_dataset(folder, packs=7, shard_bytes=5000)
+    (folder / "tokenizer").mkdir()
+    (folder / "tokenizer" / "words.txt").write_text("a b")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bucket(folder):
+    """The dataset in a storage that is no disk."""
+    fsspec.filesystem("memory").put(str(folder) + "/", "/bucket/packs/", recursive=True)
+    return "memory://bucket/packs"
+
+
+def test_packs_in_object_storage(folder, bucket):
+    local, remote = PackedDataset(folder), PackedDataset(bucket)
+    assert remote.manifest == local.manifest and remote.reader.check() == 7
+    assert np.array_equal(remote.index[[5, 0]], local.index[[5, 0]])
+    for pack_id in range(7):
+        assert equal(remote.batch(pack_id, 3), local.batch(pack_id, 3))
+
+
+def test_workers_read_object_storage(folder):
+    plan = Plan(num_packs=7, seed=1)
+    expected, found = (list(batches(PackedDataset(place), plan, range(6), workers=1)) for place in (folder, f"file://{folder}"))
+    assert all(map(equal, expected, found))
+
+
+def test_copies(folder, bucket, tmp_path):
+    for number, place in enumerate((folder, bucket)):
+        target = tmp_path / str(number)
+        target.mkdir()
+        for name in ("tokenizer", "manifest.json", "nowhere"):
+            open_folder(place).copy(name, target / name)
+        assert (target / "tokenizer" / "words.txt").read_text() == "a b"
+        assert (target / "manifest.json").read_bytes() == (folder / "manifest.json").read_bytes()
+        assert not (target / "nowhere").exists()
+
+
+def test_what_is_not_there():
+    with pytest.raises(FileNotFoundError, match="memory://bucket/nothing/manifest.json: missing"):
+        PackedDataset("memory://bucket/nothing")
+    with pytest.raises(ValueError, match="nonsense://x: cannot be read: Protocol not known"):
+        PackedDataset("nonsense://x")
+
+
+def test_files_stay_open_up_to_a_number(folder, monkeypatch):
+    monkeypatch.setattr("megavlm.io.storage.OPEN_FILES", 2)
+    files = LocalFiles(folder)
+    names = sorted(path.name for path in folder.iterdir() if path.is_file())
+    for name in names * 2:
+        assert files.read(name, 0, 10**9) == (folder / name).read_bytes()

@@ -1,0 +1,43 @@
+"""Our AdamW for the CPU against torch's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megavlm.parallel.cpu_adam import Adam
+
+
+def test_it_steps_like_torchs_adamw() -> None:
+    generator = torch.Generator().manual_seed(0)
+    start = [torch.randn(3, 4, generator=generator), torch.randn(5, generator=generator)]
+    ours, theirs = ([torch.nn.Parameter(p.clone()) for p in start] for _ in range(2))
+    settings = dict(lr=1e-2, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1)
+    optimizers = Adam(ours, **settings), torch.optim.AdamW(theirs, **settings)
+    for _ in range(20):
+        for mine, other in zip(ours, theirs, strict=True):
+            mine.grad = torch.randn(mine.shape, generator=generator)
+            other.grad = mine.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-6, atol=1e-7)
+
+
+def test_a_parameter_without_a_gradient_stays_and_steps_are_counted_in_the_group() -> None:
+    idle, busy = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+    optimizer = Adam([idle, busy], lr=0.1)
+    busy.grad = torch.ones(2)
+    optimizer.step()
+    assert torch.equal(idle, torch.ones(2)) and not torch.equal(busy, torch.ones(2))
+    assert optimizer.param_groups[0]["step"] == 1 and idle not in optimizer.state
+
+
+def test_coupled_weight_decay_is_refused() -> None:
+    with pytest.raises(ValueError, match="decoupled"):
+        Adam([torch.nn.Parameter(torch.ones(1))], adam_w_mode=False)
+
+
+def test_a_cuda_graph_is_refused() -> None:
+    with pytest.raises(ValueError, match="CUDA graphs"):
+        Adam([torch.nn.Parameter(torch.ones(1))], capturable=True)

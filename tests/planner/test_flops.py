@@ -1,0 +1,64 @@
+"""What a step costs, by pencil and paper."""
+
+from __future__ import annotations
+
+import pytest
+
+from megavlm.config.models import architecture
+from megavlm.config.schema import Architecture, Language, Vision
+from megavlm.planner.flops import pieces, training_cost
+
+SMALL = Architecture(
+    vision=Vision(image_size=8, patch_size=2, num_layers=2, hidden_size=6, ffn_hidden_size=10, num_attention_heads=2),
+    language=Language(num_layers=3, hidden_size=8, ffn_hidden_size=12, num_attention_heads=4, num_query_groups=2, vocab_size=30),
+)
+DATA = dict(tokens=100.0, squared_lengths=4000.0, tiles=5.0)
+
+# A tile has 17 tokens and 4 features of 24; queries, keys and values of a token of the language model have 8 + 2 * 4 numbers.
+PATCHES = 5 * 16 * 2 * (3 * 2 * 2) * 6
+VISION_LAYERS = 2 * 5 * (17 * 2 * (6 * 18 + 6 * 6 + 2 * 6 * 10) + 4 * 17 * 17 * 6)
+PROJECTOR = 5 * 4 * 2 * (24 * 8 + 8 * 8)
+LANGUAGE_LINEAR = 3 * 100 * 2 * (8 * 16 + 8 * 8 + 3 * 8 * 12)
+LANGUAGE_ATTENTION = 3 * 4000 * 2 * 8
+HEAD = 100 * 2 * 8 * 30
+FORWARD = {"vision": PATCHES + VISION_LAYERS, "projector": PROJECTOR, "language": LANGUAGE_LINEAR + LANGUAGE_ATTENTION, "head": HEAD}
+
+
+def test_the_forward_pass_is_what_pencil_and_paper_give():
+    assert training_cost(SMALL, ()).by_part(**DATA) == FORWARD
+
+
+def test_everything_trained_costs_three_forward_passes_but_for_the_gradient_of_the_pixels():
+    cost = training_cost(SMALL, ("vision", "projector", "language"))
+    assert cost.total(**DATA) == 3 * sum(FORWARD.values()) - PATCHES
+
+
+def test_with_the_projector_alone_vision_has_no_backward_pass_and_the_language_model_no_gradients_of_weights():
+    by_part = training_cost(SMALL, ("projector",)).by_part(**DATA)
+    assert by_part["vision"] == FORWARD["vision"]
+    assert by_part["projector"] == 3 * FORWARD["projector"], (
+        "its norm is trained too, so the gradient of the first linear's input is needed"
+    )
+    assert by_part["language"] == 2 * LANGUAGE_LINEAR + 3 * LANGUAGE_ATTENTION
+    assert by_part["head"] == 2 * HEAD
+
+
+def test_nothing_before_the_lowest_trained_weight_has_a_backward_pass():
+    by_part = training_cost(SMALL, ("language.decoder.layers.2.mlp.*",)).by_part(**DATA)
+    assert (by_part["vision"], by_part["projector"]) == (FORWARD["vision"], FORWARD["projector"])
+    mlp = 100 * 2 * 3 * 8 * 12
+    assert by_part["language"] == LANGUAGE_LINEAR + LANGUAGE_ATTENTION + 2 * mlp
+    assert by_part["head"] == 2 * HEAD
+
+
+def test_a_trained_bias_asks_for_the_gradients_of_all_that_comes_after_it():
+    by_part = training_cost(SMALL, ("vision.encoder.layers.1.mlp.linear_fc2.bias",)).by_part(**DATA)
+    assert by_part["vision"] == FORWARD["vision"]
+    assert by_part["projector"] == 2 * FORWARD["projector"]
+
+
+def test_a_large_model_costs_about_six_flops_a_weight_and_token():
+    big = architecture("internvl2_5-8b")
+    weights = sum(piece.numbers for piece in pieces(big) if piece.key.startswith("language.") and piece.forward)
+    cost = training_cost(big, ("language",)).by_part(tokens=1.0, squared_lengths=0.0, tiles=0.0)
+    assert cost["language"] + cost["head"] == pytest.approx(6 * weights, rel=0.01)
