@@ -80,7 +80,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     parser.add_argument("models", nargs="+", metavar="STAGE=DIR", help="exported models by the stage that they come from")
     options = parser.parse_args()
-    manifest, exam = read_manifest(options.packs), [json.loads(line) for line in options.exam.read_text().splitlines()]
+    manifest = read_manifest(options.packs)
+    exam = [json.loads(line) for line in options.exam.read_text().splitlines()]
     results = {}
     for stage, folder in (entry.split("=", 1) for entry in options.models):
         template = ChatTemplate(load_tokenizer(folder), manifest.features_per_tile, name=manifest.template)

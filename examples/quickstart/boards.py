@@ -72,7 +72,8 @@ def make_board(rng: np.random.Generator, scans: Scans, shape: tuple[int, int] | 
     marked = int(rng.integers(count))
     filled[marked] = True
     chosen = rng.integers(len(scans), size=count)
-    paper, ink = rng.uniform(215, 255, 3), rng.uniform(0, 90, 3)
+    paper = rng.uniform(215, 255, 3)
+    ink = rng.uniform(0, 90, 3)
     pixels = np.broadcast_to(paper, (rows * CELL, columns * CELL, 3)).copy()
     for place in range(count):
         top, left = (CELL * n for n in divmod(place, columns))

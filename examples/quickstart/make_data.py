@@ -18,7 +18,8 @@ from transformers import PreTrainedTokenizerFast
 
 SYSTEM = "You read boards of digits."
 HELD_OUT_SCANS = 360
-SEVERAL_SHARE, TEXT_SHARE = 0.12, 0.06
+SEVERAL_SHARE = 0.12
+TEXT_SHARE = 0.06
 VOCABULARY = 500
 BLANK = "_"  # an empty cell, in words
 CONTROL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -66,11 +67,16 @@ class Maker:
     """
 
     def __init__(self, scans: Scans, seed: int, folder: Path, prefix: str):
-        self.rng, self.scans, self.folder, self.prefix, self.count = np.random.default_rng(seed), scans, folder, prefix, 0
+        self.rng = np.random.default_rng(seed)
+        self.scans = scans
+        self.folder = folder
+        self.prefix = prefix
+        self.count = 0
 
     def board(self, shape: tuple[int, int] | None = None) -> tuple[Board, str]:
         """A board and the name of its picture, which is saved."""
-        board, name = make_board(self.rng, self.scans, shape), f"{self.prefix}{self.count:05d}.png"
+        board = make_board(self.rng, self.scans, shape)
+        name = f"{self.prefix}{self.count:05d}.png"
         board.picture.save(self.folder / name)
         self.count += 1
         return board, name
@@ -109,11 +115,13 @@ class Maker:
         for number in range(count):
             if number % 8 == 7:
                 boards, names = zip(*(self.board((1, 1)) for _ in range(2)), strict=True)
-                record, kind = about_several(list(boards), list(names)), "image"
+                record = about_several(list(boards), list(names))
+                kind = "image"
             else:
                 board, name = self.board()
                 [question, *_] = self.shuffled(questions(board))
-                record, kind = about_board(board, [question], name), question.kind
+                record = about_board(board, [question], name)
+                kind = question.kind
             system, human, answer = (turn["value"] for turn in record["conversations"])
             yield {"kind": kind, "image": record["image"], "system": system, "question": human, "answer": answer}
 

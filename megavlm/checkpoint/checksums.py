@@ -28,7 +28,8 @@ def measure(path: Path) -> Sum:
     size = checksum = 0
     with path.open("rb") as file:
         while piece := file.read(_CHUNK_BYTES):
-            size, checksum = size + len(piece), zlib.crc32(piece, checksum)
+            size = size + len(piece)
+            checksum = zlib.crc32(piece, checksum)
     return size, checksum
 
 
@@ -58,7 +59,8 @@ def differences(folder: Path, sums: dict[str, Sum], names: Iterable[str], *, by_
     """What is wrong with the files ``names`` of a checkpoint, a line each."""
     found = []
     for name in names:
-        path, (size, checksum) = folder / name, sums[name]
+        path = folder / name
+        (size, checksum) = sums[name]
         try:
             there = path.stat().st_size
             if there != size:
@@ -90,7 +92,8 @@ def damage(folder: Path, *, by_size_only: bool) -> list[str]:
         folder: of the step.
         by_size_only: compare sizes instead of contents.
     """
-    rank, world = dist.get_rank(), dist.get_world_size()
+    rank = dist.get_rank()
+    world = dist.get_world_size()
     try:
         sums = read(folder) or {}
         # Neighbours go to different ranks: the large files are neighbours.

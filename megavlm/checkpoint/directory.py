@@ -14,7 +14,9 @@ from pathlib import Path
 from megavlm.checkpoint import train_state as run_state
 
 LATEST = "latest"
-_STEP, _GROWING, _LEAVING = "step_", ".growing_", ".leaving_"
+_STEP = "step_"
+_GROWING = ".growing_"
+_LEAVING = ".leaving_"
 _OWN = {LATEST, "metrics.jsonl", "tensorboard", "wandb"}
 
 

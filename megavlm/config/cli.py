@@ -113,7 +113,8 @@ def _from_tables(*, stage: str | None, model: str | None, init: Init, read_model
     missing = [f"--{name} (one of {', '.join(table)})" for name, given, table in wanted if not given]
     if missing:
         raise ValueError(f"missing {' and '.join(missing)}")
-    row, built = stages.stage(stage), architecture(model or "", init, read_model)
+    row = stages.stage(stage)
+    built = architecture(model or "", init, read_model)
     name = model or "+".join(Path(folder).resolve().name for folder in init.parts.values())
     return Config(stage=stage, model=name, architecture=built, data=row.data, optimizer=row.optimizer, training=row.training)
 
@@ -226,7 +227,8 @@ models:
 
 
 def _size(row: Architecture) -> str:
-    vision, language = row.vision, row.language
+    vision = row.vision
+    language = row.language
     return (
         f"vision {vision.num_layers} layers of {vision.hidden_size}, {vision.image_size} pixels; "
         f"language {language.num_layers} layers of {language.hidden_size}, {language.vocab_size} words"

@@ -42,7 +42,8 @@ def parse_layout(text: str, vision_layers: int, language_layers: int) -> tuple[i
 
 def write_layout(counts: Sequence[int], vision_layers: int) -> str:
     """The text of a layout, with ``p`` and ``h``, from the layers of each chunk."""
-    chunks, start = [], 0
+    chunks = []
+    start = 0
     for count in counts:
         layers = "".join("v" if layer < vision_layers else "pt" if layer == vision_layers else "t" for layer in range(start, start + count))
         chunks.append(layers)

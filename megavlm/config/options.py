@@ -96,7 +96,8 @@ class Option:
 
 def sections(kind: type = Config, path: str = "") -> Iterator[tuple[str, str, list[Option]]]:
     """The sections of the configuration: path, what its docstring says, and its own fields; a section comes before those inside it."""
-    hints, documented = get_type_hints(kind), docstring_parser.parse(inspect.getdoc(kind) or "")
+    hints = get_type_hints(kind)
+    documented = docstring_parser.parse(inspect.getdoc(kind) or "")
     texts = {parameter.arg_name: " ".join((parameter.description or "").split()) for parameter in documented.params}
     own = [name for name in hints if not dataclasses.is_dataclass(hints[name])]
     yield path, documented.short_description or "", [Option(key=f"{path}{name}", kind=hints[name], help=texts[name]) for name in own]
@@ -143,7 +144,8 @@ def make_parser(defaults: Config, prog: str, description: str = "") -> Parser:
 
 def to_config(namespace: Any, kind: type = Config) -> Any:
     """The dataclass ``kind`` from what a parser read."""
-    hints, values = get_type_hints(kind), vars(namespace)
+    hints = get_type_hints(kind)
+    values = vars(namespace)
     return kind(**{name: to_config(values[name], hints[name]) if dataclasses.is_dataclass(hints[name]) else values[name] for name in hints})
 
 

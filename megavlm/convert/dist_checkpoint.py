@@ -35,7 +35,8 @@ from megavlm.io.progress import Done, ignore
 _PREFIX = "model."
 _FILE_NAME = "__0_0.distcp"
 # What megatron-core looks for beside the tensors: the format, and an (empty) file of everything that is no tensor.
-_METADATA_NAME, _COMMON_NAME = "metadata.json", "common.pt"
+_METADATA_NAME = "metadata.json"
+_COMMON_NAME = "common.pt"
 # Under this name a module finds what FP8 keeps beside its weights; megatron-core asks for it without FP8 too, where it is none.
 _EXTRA_STATE = "._extra_state/shard_0_1"
 _FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1}
@@ -89,13 +90,15 @@ class ShardsFolder:
 
     def ranges(self, key: str, rows: range) -> list[Range] | None:
         """See ``Tensors``; none where a tensor was split along another axis than its first when it was written."""
-        shape, found = self.headers[key].shape, []
+        shape = self.headers[key].shape
+        found = []
         row_bytes = self.headers[key].nbytes // max(shape[0], 1)
         row = rows.start
         for chunk in sorted(self._entries[key].chunks, key=lambda chunk: chunk.offsets):
             if tuple(chunk.sizes[1:]) != shape[1:]:
                 return None
-            first, last = chunk.offsets[0], chunk.offsets[0] + chunk.sizes[0]
+            first = chunk.offsets[0]
+            last = chunk.offsets[0] + chunk.sizes[0]
             if not first <= row < min(last, rows.stop):
                 continue
             numbers = self._numbers(key, chunk.offsets)
@@ -143,7 +146,8 @@ class _Frame(io.RawIOBase):
     """
 
     def __init__(self, file: BinaryIO, fill: Callable[[BinaryIO], None]):
-        self._file, self._fill = file, fill
+        self._file = file
+        self._fill = fill
 
     def writable(self) -> bool:
         return True
@@ -176,7 +180,8 @@ class _Writer(FileSystemWriter):
 
     def __init__(self, folder: Path, tensors: Tensors, done: Done):
         super().__init__(folder)
-        self._tensors, self._done = tensors, done
+        self._tensors = tensors
+        self._done = done
 
     def write_data(self, plan: SavePlan, planner: DefaultSavePlanner) -> Future[list[WriteResult]]:
         """Called by torch."""
@@ -197,7 +202,8 @@ class _Writer(FileSystemWriter):
 
     def _write_tensor(self, item: WriteItem, file: BinaryIO) -> None:
         key = item.index.fqn.removeprefix(_PREFIX)
-        header, found = self._tensors.headers[key], whole_ranges(self._tensors, key)
+        header = self._tensors.headers[key]
+        found = whole_ranges(self._tensors, key)
 
         def fill(target: BinaryIO) -> None:
             if found is None:

@@ -58,7 +58,8 @@ def _collective(entry: dict) -> Collective:
 
 def stacks() -> str:
     """The innermost calls of the main thread, and of the threads of autograd, which run the backward pass on a GPU."""
-    frames, main = sys._current_frames(), threading.main_thread().ident
+    frames = sys._current_frames()
+    main = threading.main_thread().ident
     named = {thread.ident for thread in threading.enumerate()}
     found = [("main thread", frames[main])] + [("backward pass", frame) for ident, frame in frames.items() if ident not in named]
     return "\n".join(f"{name}:\n{_calls(frame)}" for name, frame in found)

@@ -76,7 +76,8 @@ class Speeds:
 
 def measure(groups: Groups, backend: Backend) -> Speeds:
     """Measure. Collective: every rank of the world calls it, and gets everybody's figures."""
-    start, sizes = time.perf_counter(), _GPU if backend.asynchronous else _CPU
+    start = time.perf_counter()
+    sizes = _GPU if backend.asynchronous else _CPU
     hosts: list[str] = [""] * groups.size
     dist.all_gather_object(hosts, socket.gethostname())
     here = hosts.count(hosts[0])
@@ -180,7 +181,8 @@ def findings(speeds: Speeds, health: Health, *, on_gpu: bool) -> list[str]:
         health: what counts as slow.
         on_gpu: whether ``least_gb_per_s`` counts.
     """
-    lines, factor = [], health.slow_factor
+    lines = []
+    factor = health.slow_factor
     usual = statistics.median(speeds.compute)
     for rank, value in enumerate(speeds.compute):
         if value * factor < usual:
@@ -209,7 +211,8 @@ def _slow_groups(speeds: Speeds, kind: str, health: Health, on_gpu: bool) -> lis
     for rank, first in enumerate(speeds.members[kind]):
         ranks.setdefault(first, []).append(rank)
     moved = {first: statistics.median(speeds.groups[kind][rank] for rank in members) for first, members in ranks.items()}
-    usual, lines = statistics.median(moved.values()), []
+    usual = statistics.median(moved.values())
+    lines = []
     for first, value in moved.items():
         if value * health.slow_factor < usual:
             lines.append(f"the {kind} group of ranks {spans(ranks[first])} moves {value:.3g} GB/s, {usual:.3g} are usual here")

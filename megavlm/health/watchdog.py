@@ -87,7 +87,11 @@ class Watchdog:
     def __init__(
         self, store: dist.Store, rank: int, size: int, health: Health, timeout_minutes: int, tell: Callable[[str], None] | None = None
     ):
-        self._store, self._rank, self._size, self._health, self._tell = store, rank, size, health, tell or _print
+        self._store = store
+        self._rank = rank
+        self._size = size
+        self._health = health
+        self._tell = tell or _print
         self._longest_limit = timeout_minutes * 60 / 2
         self._interval = min(health.hang_seconds / 4, _LONGEST_INTERVAL)
         self._mark = Mark(what="start", step=0)
@@ -116,7 +120,8 @@ class Watchdog:
 
     def count(self, packs: Iterable[_Item]) -> Iterator[_Item]:
         """Pass ``packs`` on, and note when each was asked for and when it came."""
-        packs, end = iter(packs), object()
+        packs = iter(packs)
+        end = object()
         while True:
             before = self._mark
             self._note(Mark(what=before.what, step=before.step, packs=before.packs, is_loading=True))
@@ -132,7 +137,8 @@ class Watchdog:
         return min(max(self._health.hang_seconds, self._health.hang_factor * usual), self._longest_limit)
 
     def _note(self, mark: Mark) -> None:
-        before, self._mark = self._mark, mark
+        before = self._mark
+        self._mark = mark
         self._waits.setdefault(before.what, deque(maxlen=_REMEMBERED)).append(mark.time - before.time)
 
     def _watch(self) -> None:
@@ -162,7 +168,8 @@ class Watchdog:
             number = self._store.add("alarm", 0)
         if number <= self._answered:
             return
-        self._alarmed, self._answered = mark, number
+        self._alarmed = mark
+        self._answered = number
         self._store.set(f"answer/{number}/{self._rank}", json.dumps(asdict(self._answer(mark))))
         if self._store.add(f"teller/{number}", 1) == 1:
             self._tell(report(self._collect(number), self._size, time.monotonic() - mark.time))

@@ -31,8 +31,12 @@ class Progress:
     """
 
     def __init__(self, what: str, unit: str, total: int, done: int = 0) -> None:
-        self._what, self._unit, self._total = what, unit, total
-        self._done, self._before, self._note = done, done, ""
+        self._what = what
+        self._unit = unit
+        self._total = total
+        self._done = done
+        self._before = done
+        self._note = ""
         self._start = self._said = time.monotonic()
         self._bar = None
         if sys.stderr.isatty():

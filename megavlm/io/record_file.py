@@ -27,7 +27,11 @@ class Rows:
     """
 
     def __init__(self, files: Files, name: str, dtype: np.dtype, count: int, start: int = 0) -> None:
-        self.files, self.name, self.dtype, self.count, self.start = files, name, dtype, count, start
+        self.files = files
+        self.name = name
+        self.dtype = dtype
+        self.count = count
+        self.start = start
 
     def __len__(self) -> int:
         return self.count
@@ -35,7 +39,8 @@ class Rows:
     def __getitem__(self, key: str | int | np.ndarray | list[int]) -> np.ndarray:
         """Rows or a column; raises IndexError for places outside, ValueError where the file ends too early."""
         if isinstance(key, str):
-            column, filled = np.empty(self.count, self.dtype[key]), 0
+            column = np.empty(self.count, self.dtype[key])
+            filled = 0
             for chunk in self.chunks():
                 column[filled : filled + len(chunk)] = chunk[key]
                 filled += len(chunk)

@@ -49,7 +49,8 @@ class PackedCausalAttention(nn.Module):
     ) -> Tensor:
         """Attend sample by sample."""
         ends = packed_seq_params.cu_seqlens_q
-        grouped, lengths = query.shape[1] != key.shape[1], ends.diff().tolist()
+        grouped = query.shape[1] != key.shape[1]
+        lengths = ends.diff().tolist()
         if self.group is not None:
             return self._attend_to_all(query, key, value, ends, grouped)
         samples = zip(*(x.transpose(0, 1).split(lengths, dim=1) for x in (query, key, value)), strict=True)
@@ -60,7 +61,8 @@ class PackedCausalAttention(nn.Module):
         ends, lengths = ends.numpy(), ends.diff()
         places = own_places(ends, self.group)
         key, value = gather_tokens(torch.cat([key, value], dim=-1), ends, self.group).split((key.shape[-1], value.shape[-1]), dim=-1)
-        own, whole = (lengths // self.group.size()).tolist(), lengths.tolist()
+        own = (lengths // self.group.size()).tolist()
+        whole = lengths.tolist()
         parts = (*(x.transpose(0, 1).split(sizes, dim=1) for x, sizes in ((query, own), (key, whole), (value, whole))), places.split(own))
         attended = []
         for q, k, v, place, start in zip(*parts, ends[:-1], strict=True):

@@ -39,7 +39,8 @@ def apply(chunks: Sequence[VisionLanguageModel], trainable: Sequence[str]) -> Tr
     used: set[str] = set()
     found: dict[int, dict[str, tuple[int, bool]]] = {}
     for chunk in chunks:
-        whole, sizes = weight_sizes(chunk), found.setdefault(chunk.number, {})
+        whole = weight_sizes(chunk)
+        sizes = found.setdefault(chunk.number, {})
         for key, parameter in named_weights(chunk).items():
             patterns = {pattern for pattern in trainable if matches(key, pattern)}
             parameter.requires_grad_(bool(patterns))
@@ -56,7 +57,8 @@ def apply(chunks: Sequence[VisionLanguageModel], trainable: Sequence[str]) -> Tr
     trains_vision = any(trained for key, (_, trained) in merged.items() if key.startswith("vision."))
     first_trained = min(number for number, sizes in numbered if any(trained for _, trained in sizes.values()))
     for chunk in chunks:
-        chunk.trains_vision, chunk.first_trained = trains_vision, first_trained
+        chunk.trains_vision = trains_vision
+        chunk.first_trained = first_trained
     return Trained(weights=_by_part(merged, trained_only=True), total=_by_part(merged, trained_only=False))
 
 

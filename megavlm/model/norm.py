@@ -50,7 +50,9 @@ class QueryKeyNorm(MegatronModule):
 
     def __init__(self, config: TransformerConfig, width: int, local_width: int, group: ProcessGroup):
         super().__init__(config)
-        self.width, self.eps, self.group = width, config.layernorm_epsilon, group
+        self.width = width
+        self.eps = config.layernorm_epsilon
+        self.group = group
         self.query = nn.Parameter(torch.ones(local_width, dtype=config.params_dtype))
         self.key = nn.Parameter(torch.ones(local_width, dtype=config.params_dtype))
         for parameter in self.parameters():
@@ -68,7 +70,8 @@ class QueryKeyNorm(MegatronModule):
         self, prefix: str = "", sharded_offsets: tuple[tuple[int, int, int], ...] = (), metadata: dict | None = None
     ) -> dict[str, Any]:
         """Called by megatron-core; both weights are split over the ranks as the heads are."""
-        weights, copies = self.state_dict(prefix="", keep_vars=True), ensure_metadata_has_dp_cp_group(metadata)["dp_cp_group"]
+        weights = self.state_dict(prefix="", keep_vars=True)
+        copies = ensure_metadata_has_dp_cp_group(metadata)["dp_cp_group"]
         axes = {"query": 0, "key": 0}
         return make_sharded_tensors_for_checkpoint(weights, prefix, axes, sharded_offsets, tp_group=self.group, dp_cp_group=copies)
 

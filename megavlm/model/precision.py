@@ -76,7 +76,8 @@ def fp8_settings(config: Config, part: str) -> dict[str, Any]:
     recipe = config.fp8.recipes.get(part)
     if recipe is None:
         return {}
-    first, last = config.fp8.first_bf16_layers, config.fp8.last_bf16_layers
+    first = config.fp8.first_bf16_layers
+    last = config.fp8.last_bf16_layers
     # With the history that Transformer Engine itself takes, one large value does not fade after a single step.
     history = {"fp8_amax_history_len": 1024, "fp8_amax_compute_algo": "max"} if recipe == "delayed" else {}
     return dict(

@@ -39,8 +39,10 @@ class Projector(MegatronModule):
 
     def __init__(self, config: TransformerConfig, architecture: Architecture, chosen: Kernels, groups: ProcessGroupCollection):
         super().__init__(config)
-        self.factor, self.class_tokens = architecture.pixel_shuffle, int(architecture.vision.has_class_token)
-        input_size, self.norm = architecture.projector_input_size, None
+        self.factor = architecture.pixel_shuffle
+        self.class_tokens = int(architecture.vision.has_class_token)
+        input_size = architecture.projector_input_size
+        self.norm = None
         if architecture.projector_norm:
             self.norm = chosen.norm(config=config, hidden_size=input_size, eps=config.layernorm_epsilon)
         self.mlp = MLP(

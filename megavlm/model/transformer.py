@@ -77,7 +77,8 @@ def _common(config: Config, counts: tuple[int, ...], chosen: Kernels, tensor_siz
 
 def vision_config(config: Config, layout: Layout, chosen: Kernels) -> TransformerConfig:
     """The vision encoder's; its tiles are too short to be split for sequence parallelism."""
-    vision, parallel = config.architecture.vision, config.parallel
+    vision = config.architecture.vision
+    parallel = config.parallel
     # Of a frozen vision encoder nothing is kept, and nothing would be computed again.
     recompute = parallel.recompute_of("vision") if trains("vision", config.training.trainable) else "none"
     return TransformerConfig(
@@ -115,7 +116,8 @@ def projector_config(config: Config, chosen: Kernels) -> TransformerConfig:
 
 def language_config(config: Config, layout: Layout, chosen: Kernels) -> TransformerConfig:
     """The language model's: RMSNorm, rotary positions, grouped-query attention, SwiGLU."""
-    language, parallel = config.architecture.language, config.parallel
+    language = config.architecture.language
+    parallel = config.parallel
     return TransformerConfig(
         num_layers=language.num_layers,
         hidden_size=language.hidden_size,

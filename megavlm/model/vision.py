@@ -48,9 +48,11 @@ class VisionEncoder(MegatronModule):
         turn: int | None,
     ):
         super().__init__(config)
-        self.vision, self.has_patch_embedding = vision, chunk.has_patch_embedding
+        self.vision = vision
+        self.has_patch_embedding = chunk.has_patch_embedding
         if self.has_patch_embedding:
-            width, dtype = vision.hidden_size, config.params_dtype
+            width = vision.hidden_size
+            dtype = config.params_dtype
             size = vision.patch_size
             self.patch_embedding = nn.Conv2d(3, width, size, size, bias=vision.has_patch_bias, dtype=dtype)
             self.class_token = nn.Parameter(torch.zeros(1, 1, width, dtype=dtype)) if vision.has_class_token else None

@@ -52,7 +52,8 @@ class VisionLayer(TransformerLayer):
             self.attention_scale = nn.Parameter(torch.ones(config.hidden_size, dtype=config.params_dtype))
             self.mlp_scale = nn.Parameter(torch.ones(config.hidden_size, dtype=config.params_dtype))
         self.checkpoint = checkpoint
-        self.add_branch, self.add_kept_branch = pointwise(add_branch), pointwise(add_kept_branch)
+        self.add_branch = pointwise(add_branch)
+        self.add_kept_branch = pointwise(add_kept_branch)
 
     def forward(self, hidden_states: Tensor, context: Tensor | None = None, **kwargs) -> tuple[Tensor, Tensor | None]:
         """One layer.

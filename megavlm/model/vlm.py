@@ -41,21 +41,30 @@ class VisionLanguageModel(MegatronModule):
 
     def __init__(self, config: Config, layout: Layout, groups: Groups, number: int | None = None):
         number = groups.pipeline_rank if number is None else number
-        chunk, chosen, arch = layout.chunks[number], kernels(config), config.architecture
+        chunk = layout.chunks[number]
+        chosen = kernels(config)
+        arch = config.architecture
         super().__init__(language_config(config, layout, chosen))
         # The pipeline schedules of megatron-core ask a chunk for these.
         turn = number // groups.pipeline_size if config.parallel.virtual_pipeline_model_parallel_size > 1 else None
-        self.model_type, self.vp_stage, self.input_tensor = ModelType.encoder_or_decoder, turn, None
-        self.pre_process, self.post_process = chunk.has_patch_embedding, chunk.has_head
+        self.model_type = ModelType.encoder_or_decoder
+        self.vp_stage = turn
+        self.input_tensor = None
+        self.pre_process = chunk.has_patch_embedding
+        self.post_process = chunk.has_head
         self.share_embeddings_and_output_weights = False  # megatron-core would sum gradients of tied weights at the pipeline's ends only
-        self.number, self.architecture, self.groups = number, arch, groups
+        self.number = number
+        self.architecture = arch
+        self.groups = groups
 
         self.vision = self.projector = self.language = None
         # Set by the freeze mask: whether anything in the vision encoder is trained, and the first chunk that trains anything.
-        self.trains_vision, self.first_trained = True, 0
+        self.trains_vision = True
+        self.first_trained = 0
         collection = groups.collection
         if chunk.has_patch_embedding or chunk.vision_layers:
-            drop_path, encoder = config.training.drop_path, vision_config(config, layout, chosen)
+            drop_path = config.training.drop_path
+            encoder = vision_config(config, layout, chosen)
             self.vision = VisionEncoder(encoder, arch.vision, chunk, drop_path, chosen, groups.vision, turn)
         if chunk.has_projector:
             self.projector = Projector(projector_config(config, chosen), arch, chosen, groups.vision)
@@ -146,7 +155,8 @@ class VisionLanguageModel(MegatronModule):
     def _read(self, hidden: Tensor, batch: Batch, with_loss: bool) -> Tensor:
         hidden = ask_for_gradient(hidden, self.config)
         self.language.set_input_tensor(hidden)
-        ends, longest = batch.sample_ends, batch.longest_sample
+        ends = batch.sample_ends
+        longest = batch.longest_sample
         packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=ends, cu_seqlens_kv=ends, max_seqlen_q=longest, max_seqlen_kv=longest)
         if self.groups.context_size > 1:
             # Transformer Engine cuts samples at the ends with padding. There is none between ours: what aligns a sample is part of it.

@@ -80,7 +80,8 @@ def fresh_tensor(config: Config) -> FullTensor:
     Matrices are normal with standard deviation sqrt(2 / (5 D)) (Nguyen and Salazar, arXiv 1910.05895), those that end a residual branch
     divided by the root of twice the layers (Radford et al., GPT-2); norms start at one, biases at zero, layer scale as configured.
     """
-    arch, seed = config.architecture, config.training.seed
+    arch = config.architecture
+    seed = config.training.seed
     parts = {
         "vision": (arch.vision.hidden_size, arch.vision.num_layers),
         "projector": (arch.projector_input_size, 1),

@@ -40,7 +40,9 @@ class Adam(torch.optim.Optimizer):
                 self._update(params, group)
 
     def _update(self, params: list[torch.Tensor], group: dict) -> None:
-        (beta1, beta2), step, lr = group["betas"], group["step"], group["lr"]
+        (beta1, beta2) = group["betas"]
+        step = group["step"]
+        lr = group["lr"]
         for p in params:
             if not self.state[p]:
                 self.state[p].update(exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))

@@ -107,7 +107,8 @@ def _replace_random_states(random: ModuleType) -> None:
 
 
 def _replace_optimizer(optimizer: ModuleType, distributed: ModuleType) -> None:
-    optimizer.Adam, optimizer.USING_PYTORCH_OPTIMIZER = Adam, False
+    optimizer.Adam = Adam
+    optimizer.USING_PYTORCH_OPTIMIZER = False
     distributed.Adam = Adam
     distributed.HAVE_APEX_OR_TE = distributed.USING_APEX_OPTIMIZER = True
     distributed.USING_TE_OPTIMIZER = False

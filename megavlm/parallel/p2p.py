@@ -29,7 +29,9 @@ class Turns(Generic[Item]):
     """
 
     def __init__(self, items: Iterator[Item], readers: int = 1):
-        self._items, self._kept, self._made = items, dict[int, Item](), 0
+        self._items = items
+        self._kept = dict[int, Item]()
+        self._made = 0
         self._had = [0] * readers
 
     def look(self, number: int) -> Item:
@@ -61,7 +63,8 @@ class Borders(P2PCommunicator):
     def __init__(self, group: dist.ProcessGroup, config: ModelParallelConfig, arriving: Iterator[Shape], first_trained: int):
         super().__init__(group, config)
         self._arriving = arriving
-        self._gradient_leaves, self._gradient_arrives = first_trained < group.rank(), first_trained <= group.rank()
+        self._gradient_leaves = first_trained < group.rank()
+        self._gradient_arrives = first_trained <= group.rank()
         self._sent = deque[Shape]()  # of activations whose gradients have not arrived yet, which have the same shapes
 
     def recv_forward(self, tensor_shapes: object, is_first_stage: bool) -> list[Tensor | None]:

@@ -53,7 +53,8 @@ class Messages:
         """Wait until all are sent and received."""
         for request in self._under_way:
             request.wait()
-        self._under_way, self._tensors = [], []
+        self._under_way = []
+        self._tensors = []
 
 
 class Rings(P2PCommunicator):
@@ -71,7 +72,9 @@ class Rings(P2PCommunicator):
         self, group: dist.ProcessGroup, config: ModelParallelConfig, packs: int, shape: Callable[[int, int], Shape], first_trained: int
     ):
         super().__init__(group, config)
-        chunks, is_first, is_last = config.virtual_pipeline_model_parallel_size, group.rank() == 0, group.rank() == group.size() - 1
+        chunks = config.virtual_pipeline_model_parallel_size
+        is_first = group.rank() == 0
+        is_last = group.rank() == group.size() - 1
         passes = get_schedule_table(packs, chunks, config.microbatch_group_size_per_vp_stage)
         self._arriving = (shape(pack, chunk) for pack, chunk in sources(passes, chunks, wraps=is_first))
         self._leaving: Iterator[int] = (chunk for _, chunk in passes if not (is_last and chunk == chunks - 1))

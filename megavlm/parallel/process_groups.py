@@ -102,13 +102,18 @@ def create(parallel: Parallel, seed: int, embedding_chunk: int = 0) -> Groups:
     )
     model_parallel_cuda_manual_seed(seed)
     collection = ProcessGroupCollection.use_mpu_process_groups()
-    tensor_rank, tensor_size = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
-    context_rank, context_size = parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_world_size()
-    vision, tile_rank, tile_ranks = collection, context_rank, context_size
+    tensor_rank = parallel_state.get_tensor_model_parallel_rank()
+    tensor_size = parallel_state.get_tensor_model_parallel_world_size()
+    context_rank = parallel_state.get_context_parallel_rank()
+    context_size = parallel_state.get_context_parallel_world_size()
+    vision = collection
+    tile_rank = context_rank
+    tile_ranks = context_size
     if parallel.vision == "data":
         vision = copy.copy(collection)
         vision.tp = dist.new_group([dist.get_rank()], use_local_synchronization=True)
-        tile_rank, tile_ranks = context_rank * tensor_size + tensor_rank, context_size * tensor_size
+        tile_rank = context_rank * tensor_size + tensor_rank
+        tile_ranks = context_size * tensor_size
     return Groups(
         collection=collection,
         vision=vision,

@@ -81,14 +81,17 @@ def has_backward(config: Config) -> tuple[bool, ...]:
 
 @lru_cache(maxsize=64)
 def _has_backward(arch: Architecture, trainable: tuple[str, ...]) -> tuple[bool, ...]:
-    forward, whole = layer_costs(arch, (), _ANY_PACK), layer_costs(arch, trainable, _ANY_PACK)
+    forward = layer_costs(arch, (), _ANY_PACK)
+    whole = layer_costs(arch, trainable, _ANY_PACK)
     return tuple(cost > once for cost, once in zip(whole, forward, strict=True))
 
 
 def kept_by(config: Config, chunk: Chunk, share: RankShare) -> Kept:
     """What a rank keeps in a chunk."""
-    arch, parallel = config.architecture, config.parallel
-    size, backward = NUMBER_BYTES[config.training.precision], has_backward(config)
+    arch = config.architecture
+    parallel = config.parallel
+    size = NUMBER_BYTES[config.training.precision]
+    backward = has_backward(config)
     rows = {"vision": share.tiles * arch.vision.tokens, "language": share.tokens}
     is_trained = held_by(config, chunk).trained > 0
     layers = {
@@ -96,7 +99,8 @@ def kept_by(config: Config, chunk: Chunk, share: RankShare) -> Kept:
         "language": language_layer(arch, parallel.tensor_model_parallel_size, parallel.sequence_parallel, is_trained),
     }
     width = {"vision": arch.vision.hidden_size, "language": arch.language.hidden_size}
-    each_pack, once = 0.0, 0.0
+    each_pack = 0.0
+    once = 0.0
     for place in chunk.places(arch.vision.num_layers):
         part = "vision" if place < arch.vision.num_layers else "language"
         kept, transient = _kept(layers[part], width[part], parallel.recompute_of(part) if backward[place] else "nothing")
@@ -110,7 +114,9 @@ def kept_by(config: Config, chunk: Chunk, share: RankShare) -> Kept:
 
 def _around_layers(config: Config, chunk: Chunk, share: RankShare) -> float:
     """Numbers kept for a pack outside the layers: by the projector and the final norm, and what is sent on."""
-    arch, parallel, found = config.architecture, config.parallel, 0.0
+    arch = config.architecture
+    parallel = config.parallel
+    found = 0.0
     tokens = share.tokens / (parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1)
     if chunk.has_projector and any(part in ("vision", "projector") for part in config.training.trainable):
         features = share.tiles * arch.features_per_tile
@@ -138,7 +144,8 @@ def vision_layer(arch: Architecture, tensor: int, is_trained: bool = True) -> tu
     what attention gives (4 D), the MLP's inside before and after GELU (2 M). Of these a frozen layer needs the inputs of the norms, what
     attention reads and gives, and what goes into GELU.
     """
-    width, inner = arch.vision.hidden_size, arch.vision.ffn_hidden_size / tensor
+    width = arch.vision.hidden_size
+    inner = arch.vision.ffn_hidden_size / tensor
     inner *= 2 if is_trained else 1
     return (6 if is_trained else 2) * width + 4 * width / tensor + inner, inner
 

@@ -61,7 +61,8 @@ def of_pack(config: Config, layout: Layout, number: int, capacity: int, tiles: f
         capacity: tokens of a pack, with padding.
         tiles: tiles of a pack, on average.
     """
-    chunk, share = layout.chunks[number], RankShare.mean(config.parallel, capacity, tiles)
+    chunk = layout.chunks[number]
+    share = RankShare.mean(config.parallel, capacity, tiles)
     size = NUMBER_BYTES[config.training.precision]
     return Traffic(
         tensor=size * _tensor(config, chunk, share),
@@ -74,7 +75,8 @@ def of_step(config: Config, layout: Layout, rank: int, data_ranks: int) -> Traff
     """What a pipeline rank sends once a step: gradients, and the weights that it has updated."""
     parallel = config.parallel
     held = sum((held_by(config, chunk) for chunk in layout.chunks[rank :: parallel.pipeline_model_parallel_size]), Held())
-    sharing, tensor = data_ranks * parallel.context_parallel_size, parallel.tensor_model_parallel_size
+    sharing = data_ranks * parallel.context_parallel_size
+    tensor = parallel.tensor_model_parallel_size
     number = (_GRADIENT + NUMBER_BYTES[config.training.precision]) * (sharing - 1) / sharing
     with_copies = {chunk % parallel.pipeline_model_parallel_size for chunk in (layout.embedding_chunk, len(layout.chunks) - 1)}
     sums_copies = len(with_copies) > 1 and rank in with_copies
@@ -87,8 +89,12 @@ def of_step(config: Config, layout: Layout, rank: int, data_ranks: int) -> Traff
 
 def _tensor(config: Config, chunk: Chunk, share: RankShare) -> float:
     """Numbers."""
-    arch, parallel, tensor = config.architecture, config.parallel, config.parallel.tensor_model_parallel_size
-    ring, backward, is_trained = 2 * (tensor - 1) / tensor, has_backward(config), held_by(config, chunk).trained > 0
+    arch = config.architecture
+    parallel = config.parallel
+    tensor = config.parallel.tensor_model_parallel_size
+    ring = 2 * (tensor - 1) / tensor
+    backward = has_backward(config)
+    is_trained = held_by(config, chunk).trained > 0
     again = {part: {"none": 0, "selective": 1, "full": 2}[parallel.recompute_of(part)] for part in LAYER_PARTS}
     found = 0.0
     for place in chunk.places(arch.vision.num_layers):
@@ -109,11 +115,15 @@ def _tensor(config: Config, chunk: Chunk, share: RankShare) -> float:
 
 def _context(config: Config, chunk: Chunk, capacity: int, share: RankShare) -> float:
     """Numbers."""
-    arch, parallel, ranks = config.architecture, config.parallel, config.parallel.context_parallel_size
-    language, others = arch.language, (config.parallel.context_parallel_size - 1) / config.parallel.context_parallel_size
+    arch = config.architecture
+    parallel = config.parallel
+    ranks = config.parallel.context_parallel_size
+    language = arch.language
+    others = (config.parallel.context_parallel_size - 1) / config.parallel.context_parallel_size
     heads = max(language.num_query_groups // parallel.tensor_model_parallel_size, 1)
     gathered = 2 * heads * language.head_size * capacity
-    backward, found = has_backward(config), 0.0
+    backward = has_backward(config)
+    found = 0.0
     for layer in chunk.language_layers:
         found += gathered * (1 + (1 + (parallel.recompute_of("language") == "full")) * backward[arch.vision.num_layers + layer])
     if chunk.has_projector:
@@ -132,7 +142,8 @@ def _pipeline(config: Config, layout: Layout, number: int, share: RankShare) -> 
 
 def _border(config: Config, before: Chunk, share: RankShare) -> float:
     """Numbers that a rank sends to the chunk behind ``before``."""
-    arch, parallel = config.architecture, config.parallel
+    arch = config.architecture
+    parallel = config.parallel
     if not before.language_layers:
         return share.tiles * arch.vision.tokens * arch.vision.hidden_size
     return share.tokens / (parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1) * arch.language.hidden_size

@@ -99,7 +99,8 @@ def estimate(config: Config, gpus: int, size: PackSize, capacity: int, hardware:
         hardware: the GPUs.
     """
     parallel = config.parallel
-    ranks, virtual = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size
+    ranks = parallel.pipeline_model_parallel_size
+    virtual = parallel.virtual_pipeline_model_parallel_size
     data_ranks = gpus // parallel.model_parallel_size
     packs = config.training.global_batch_size // data_ranks
     layout = make_layout(config, size)
@@ -156,7 +157,8 @@ def _exposed(parallel: Parallel, step: Traffic, rates: Traffic, forward: float, 
         forward, backward: seconds that it computes on a pack, beside which data may travel.
     """
     # Two thirds are gradients in 32 bits, a third are weights in 16.
-    gradients, weights = step.data / rates.data * 2 / 3, step.data / rates.data / 3
+    gradients = step.data / rates.data * 2 / 3
+    weights = step.data / rates.data / 3
     if parallel.overlap_grad_reduce:
         gradients = max(0.0, gradients - backward)
     if parallel.overlap_param_gather:
@@ -166,13 +168,15 @@ def _exposed(parallel: Parallel, step: Traffic, rates: Traffic, forward: float, 
 
 def _layer_costs(config: Config, size: PackSize) -> tuple[list[float], list[float]]:
     """FLOPs of each layer for a pack: forward, and in all."""
-    arch, parallel = config.architecture, config.parallel
+    arch = config.architecture
+    parallel = config.parallel
     return layer_costs(arch, (), size), layer_costs(arch, config.training.trainable, size, parallel.recompute, parallel.recompute_parts)
 
 
 def _compute_seconds(config: Config, layout: Layout, size: PackSize, costs: list[float], hardware: Hardware) -> list[float]:
     """Of each chunk for one pack."""
-    parallel, vision = config.parallel, config.architecture.vision.num_layers
+    parallel = config.parallel
+    vision = config.architecture.vision.num_layers
     ranks = parallel.tensor_model_parallel_size * parallel.context_parallel_size
     rate = hardware.tflops * hardware.efficiency * 1e12 * ranks
     padding = _vision_padding(config, size)
@@ -184,7 +188,8 @@ def _vision_padding(config: Config, size: PackSize) -> float:
     """How many times the work of the vision encoder is done that is asked for: blank tiles, and heads that only fill up."""
     if not size.tiles:
         return 1.0
-    parallel, vision = config.parallel, config.architecture.vision
+    parallel = config.parallel
+    vision = config.architecture.vision
     tiles = RankShare.mean(parallel, 1, size.tiles).tiles * parallel.tile_ranks / size.tiles
     heads = padded_heads(vision.num_attention_heads, parallel.vision_tensor_size) / vision.num_attention_heads
     return tiles * (1 + _attention_share(config.architecture) * (heads - 1))

@@ -123,7 +123,9 @@ def _norm(key: str, part: str, size: int, *, has_bias: bool, joint: str = ".") -
 
 
 def _vision(architecture: Architecture) -> Iterator[Piece]:
-    vision, part, width = architecture.vision, "vision", architecture.vision.hidden_size
+    vision = architecture.vision
+    part = "vision"
+    width = architecture.vision.hidden_size
     patch = 3 * vision.patch_size**2
     yield from _linear("vision.patch_embedding", part, patch, width, rows=vision.grid**2, unit="tile", has_bias=vision.has_patch_bias)
     if vision.has_class_token:
@@ -136,8 +138,13 @@ def _vision(architecture: Architecture) -> Iterator[Piece]:
 
 
 def _vision_layer(architecture: Architecture, number: int) -> Iterator[Piece]:
-    vision, part, has_bias = architecture.vision, "vision", architecture.vision.normalization == "LayerNorm"
-    width, inner, rows, layer = vision.hidden_size, vision.ffn_hidden_size, vision.tokens, f"vision.encoder.layers.{number}"
+    vision = architecture.vision
+    part = "vision"
+    has_bias = architecture.vision.normalization == "LayerNorm"
+    width = vision.hidden_size
+    inner = vision.ffn_hidden_size
+    rows = vision.tokens
+    layer = f"vision.encoder.layers.{number}"
     qkv, proj, fc1, fc2 = (f"{layer}.{name}" for name in _LINEARS)
     yield from _norm(qkv, part, width, has_bias=has_bias, joint=".layer_norm_")
     yield from _linear(qkv, part, width, 3 * width, rows=rows, unit="tile", has_bias=vision.qkv_bias)
@@ -155,7 +162,9 @@ def _vision_layer(architecture: Architecture, number: int) -> Iterator[Piece]:
 
 
 def _projector(architecture: Architecture) -> Iterator[Piece]:
-    part, inputs, width = "projector", architecture.projector_input_size, architecture.language.hidden_size
+    part = "projector"
+    inputs = architecture.projector_input_size
+    width = architecture.language.hidden_size
     rows = architecture.features_per_tile
     if architecture.projector_norm:
         yield from _norm("projector.norm", part, inputs, has_bias=True)
@@ -165,7 +174,8 @@ def _projector(architecture: Architecture) -> Iterator[Piece]:
 
 def _language(architecture: Architecture) -> Iterator[Piece]:
     language = architecture.language
-    width, words = language.hidden_size, language.vocab_size
+    width = language.hidden_size
+    words = language.vocab_size
     yield _vector(_EMBEDDING, "language", words * width)  # looked up, not multiplied
     for number in range(language.num_layers):
         yield from (replace(piece, layer=number) for piece in _language_layer(architecture, number))
@@ -177,8 +187,10 @@ def _language(architecture: Architecture) -> Iterator[Piece]:
 
 
 def _language_layer(architecture: Architecture, number: int) -> Iterator[Piece]:
-    language, part = architecture.language, "language"
-    width, inner = language.hidden_size, language.ffn_hidden_size
+    language = architecture.language
+    part = "language"
+    width = language.hidden_size
+    inner = language.ffn_hidden_size
     queries, keys = (count * language.head_size for count in (language.num_attention_heads, language.num_query_groups))
     qkv, proj, fc1, fc2 = (f"language.decoder.layers.{number}.{name}" for name in _LINEARS)
     yield from _norm(qkv, part, width, has_bias=False, joint=".layer_norm_")

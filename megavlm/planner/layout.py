@@ -86,8 +86,11 @@ def make_layout(config: Config, size: PackSize | None = None) -> Layout:
         config: the run.
         size: what a pack holds, for the layout auto; none: as much text as vision.
     """
-    arch, parallel = config.architecture, config.parallel
-    vision, language, chunks = arch.vision.num_layers, arch.language.num_layers, parallel.chunks
+    arch = config.architecture
+    parallel = config.parallel
+    vision = arch.vision.num_layers
+    language = arch.language.num_layers
+    chunks = parallel.chunks
     if parallel.layout == "even":
         return from_counts(split_evenly(vision + language, chunks), vision)
     if parallel.layout == "auto":
@@ -99,7 +102,8 @@ def make_layout(config: Config, size: PackSize | None = None) -> Layout:
 
 def from_counts(counts: Sequence[int], vision_layers: int) -> Layout:
     """The layout whose chunks have these numbers of layers, vision encoder and language model counted through."""
-    chunks, start = [], 0
+    chunks = []
+    start = 0
     for count in counts:
         end = start + count
         chunks.append(

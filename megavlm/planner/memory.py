@@ -61,7 +61,8 @@ def memory_by_rank(config: Config, layout: Layout, data_ranks: int, *, capacity:
         tiles: tiles of a pack, at most.
     """
     parallel = config.parallel
-    pipeline, virtual = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size
+    pipeline = parallel.pipeline_model_parallel_size
+    virtual = parallel.virtual_pipeline_model_parallel_size
     packs = config.training.global_batch_size // data_ranks
     share = RankShare.most(parallel, capacity, tiles)
     kept = [kept_by(config, chunk, share) for chunk in layout.chunks]

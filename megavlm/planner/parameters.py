@@ -100,7 +100,8 @@ def _places(cut: _Cut, places: range) -> Held:
 @lru_cache(maxsize=64)
 def _by_layer(cut: _Cut) -> tuple[Held, ...]:
     """Of each layer, with what goes with it."""
-    vision, layers = cut.arch.vision.num_layers, cut.arch.vision.num_layers + cut.arch.language.num_layers
+    vision = cut.arch.vision.num_layers
+    layers = cut.arch.vision.num_layers + cut.arch.language.num_layers
     table = [Held()] * layers
     for piece in pieces(cut.arch):
         if piece.numbers:
@@ -110,7 +111,8 @@ def _by_layer(cut: _Cut) -> tuple[Held, ...]:
 
 def _held(piece: Piece, cut: _Cut) -> Held:
     before_language = piece.part in ("vision", "projector")
-    ranks, numbers = cut.vision if before_language else cut.language, piece.numbers
+    ranks = cut.vision if before_language else cut.language
+    numbers = piece.numbers
     if piece.key.endswith(("word_embeddings.weight", "output_layer.weight")):
         numbers = cut.arch.language.hidden_size * padded_vocabulary(cut.arch.language.vocab_size)
     elif piece.part == "vision" and piece.key.endswith(_BY_HEADS):

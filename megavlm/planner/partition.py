@@ -71,12 +71,14 @@ def layer_costs(
 def _layer_costs(
     architecture: Architecture, trainable: tuple[str, ...], size: PackSize, recompute: str, recompute_parts: tuple[str, ...]
 ) -> tuple[float, ...]:
-    vision, units = architecture.vision.num_layers, size.units()
+    vision = architecture.vision.num_layers
+    units = size.units()
     costs = [0.0] * (vision + architecture.language.num_layers)
     again = [0.0] * len(costs)
     has_backward = [False] * len(costs)
     for piece, passes in with_gradients(pieces(architecture), trainable):
-        place, forward = layer_of(piece, vision, len(costs)), piece.forward * units[piece.unit]
+        place = layer_of(piece, vision, len(costs))
+        forward = piece.forward * units[piece.unit]
         costs[place] += forward * passes
         if piece.layer is not None:
             has_backward[place] |= passes > 1
@@ -117,7 +119,8 @@ def _best_by_end(costs: tuple[float, ...], chunks: int) -> list[_Best | None]:
     """For every end the best way to cut the layers before it: costliest chunk, sum of squares, borders."""
     if chunks == 0:
         return [(0.0, 0.0, ())] + [None] * len(costs)
-    before, sums = _best_by_end(costs, chunks - 1), [0.0, *accumulate(costs)]
+    before = _best_by_end(costs, chunks - 1)
+    sums = [0.0, *accumulate(costs)]
     return [_best_ending_at(end, before, sums) for end in range(len(costs) + 1)]
 
 

@@ -34,7 +34,8 @@ def to_text(estimates: Sequence[Estimate]) -> str:
 
 
 def _row(one: Estimate) -> tuple[str, ...]:
-    parallel, traffic = one.parallel, one.traffic
+    parallel = one.parallel
+    traffic = one.traffic
     return (
         str(parallel.tensor_model_parallel_size),
         str(parallel.pipeline_model_parallel_size),
@@ -87,7 +88,8 @@ def draw(estimates: Sequence[Estimate], path: Path) -> None:
 
     figure, axes = pyplot.subplots(figsize=(14, 1.2 + 0.6 * len(estimates)), layout="constrained")
     for row, one in enumerate(estimates):
-        start, whole = 0.0, sum(one.chunk_ms)
+        start = 0.0
+        whole = sum(one.chunk_ms)
         for number, time in enumerate(one.chunk_ms):
             rank = number % one.parallel.pipeline_model_parallel_size
             # As shares: packs take a pipeline with many ranks for each copy of the model less time, and its chunks would not be seen.

@@ -11,7 +11,9 @@ from megavlm.config.schema import LAYER_PARTS, Config, Optimizer, Parallel
 from megavlm.planner.estimate import USABLE, Estimate, Hardware, estimate
 from megavlm.planner.partition import PackSize
 
-_MOST_TENSOR, _MOST_CONTEXT, _VIRTUAL = 8, 8, (1, 2, 3, 4, 6, 8)
+_MOST_TENSOR = 8
+_MOST_CONTEXT = 8
+_VIRTUAL = (1, 2, 3, 4, 6, 8)
 RECOMPUTE = ("none", "selective", "full")
 
 
@@ -88,7 +90,8 @@ def options(config: Config, chosen: Estimate, gpus: int, size: PackSize, capacit
 
 def flags(chosen: Estimate) -> str:
     """The options that ask for a layout, on the command line."""
-    plain, asked = Parallel(), vars(chosen.parallel)
+    plain = Parallel()
+    asked = vars(chosen.parallel)
     changed = {name: value for name, value in asked.items() if value != vars(plain)[name] and name != "layout"}
     if chosen.parallel.pipeline_model_parallel_size > 1:
         changed["layout"] = f"'{chosen.parallel.layout}'"

@@ -24,7 +24,9 @@ def held_out_loss(job: Job) -> tuple[float, dict[str, float]]:
     Returns:
         The loss, and the mean loss of each source's supervised tokens, on ranks of the last chunk; 0 and nothing on others.
     """
-    data, groups, wanted = job.config.data, job.groups, job.config.training.eval_packs
+    data = job.config.data
+    groups = job.groups
+    wanted = job.config.training.eval_packs
     # Stored by cost, the first packs would not stand for all.
     plan = Plan(num_packs=len(job.valid), seed=0)
     count = min(wanted, len(job.valid)) if wanted else len(job.valid)
@@ -45,7 +47,8 @@ def held_out_loss(job: Job) -> tuple[float, dict[str, float]]:
         share=groups.share,
         tile_multiple=tile_multiple(job.config),
     )
-    loss, by_source = torch.zeros((), device=job.backend.device), SourceLosses(job.valid.source_names, job.backend.device)
+    loss = torch.zeros((), device=job.backend.device)
+    by_source = SourceLosses(job.valid.source_names, job.backend.device)
     for chunk in job.wrapped:
         chunk.eval()
     with contextlib.closing(packs):

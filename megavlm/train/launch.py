@@ -163,7 +163,8 @@ def train(config: Config, machine: backend.Backend, start: Start) -> State:
             _clean(Path(config.checkpoint.save), place, metrics)
         history = source.history(config, start)
         built = build(config, layout, place, machine, partial(_fill, config, start), history)
-        tokenizer, counts = packs.manifest.tokenizer_fingerprint, source.pack_counts(config)
+        tokenizer = packs.manifest.tokenizer_fingerprint
+        counts = source.pack_counts(config)
         state = State(stage=config.stage, tokenizer=tokenizer, packs=counts, history=history)
         if isinstance(start, Checkpoint) and source.resumes(config, start):
             checkpoint.load_optimizer(start, built.chunks, built.optimizer, config.fp8)

@@ -34,11 +34,16 @@ def run(job: Job, state: State, metrics: Metrics) -> State:
         FloatingPointError: a gradient was not finite; the last checkpoint is from before it.
         SaveError: the last checkpoint could not be saved.
     """
-    config, groups, packs = job.config, job.groups, job.config.training.global_batch_size
-    last, interval = config.training.steps, config.logging.interval
+    config = job.config
+    groups = job.groups
+    packs = job.config.training.global_batch_size
+    last = config.training.steps
+    interval = config.logging.interval
     positions = range(state.consumed + groups.data_rank, state.consumed + (last - state.step) * packs, groups.data_size)
-    saver, unseen = Saver(job, metrics, state.step), {}
-    by_source, reported = SourceLosses(job.train.source_names, job.backend.device), state.step
+    saver = Saver(job, metrics, state.step)
+    unseen = {}
+    by_source = SourceLosses(job.train.source_names, job.backend.device)
+    reported = state.step
     pace = Pace(training_cost(config.architecture, config.training.trainable), groups.size)
     with StopRequest() as stop, _watchdog(job) as watchdog, contextlib.closing(_loader(job, positions)) as loaded:
         arriving = watchdog.count(loaded)
@@ -53,7 +58,8 @@ def run(job: Job, state: State, metrics: Metrics) -> State:
             if not weight:
                 raise ValueError(f"--data.train {config.data.train}: no token of packs {ids.tolist()} is supervised, so there is no loss")
             rate = set_rates(job.optimizer, config, state.step)
-            micro_steps, clip = packs // groups.data_size, config.optimizer.clip_grad
+            micro_steps = packs // groups.data_size
+            clip = config.optimizer.clip_grad
             result = train_step(job.wrapped, job.optimizer, arriving, micro_steps, weight, clip, job.backend, by_source)
             unseen[state.step] = result.grad_norm
             state = dataclasses.replace(state, step=state.step + 1, consumed=state.consumed + packs, valid_loss=None)

@@ -78,7 +78,8 @@ def build(config: Config, wrapped: Sequence[DistributedDataParallel], ages: Mapp
         wrapped: this rank's chunks.
         ages: updates that the moments of each weight have seen before this run, by ``id`` of the parameter; none: all are fresh.
     """
-    optimizer, number = config.optimizer, precision(config)
+    optimizer = config.optimizer
+    number = precision(config)
     settings = OptimizerConfig(
         optimizer="adam",
         lr=optimizer.lr,
@@ -154,7 +155,9 @@ def set_rates(optimizer: MegatronOptimizer, config: Config, step: int) -> float:
     All groups count updates as the oldest does, and AdamW divides both moments by one minus their decay to that power. Rates of a younger
     group undo that and put its own number of updates in place.
     """
-    settings, rate, most = config.optimizer, learning_rate(step, config.optimizer, config.training.steps), oldest(optimizer)
+    settings = config.optimizer
+    rate = learning_rate(step, config.optimizer, config.training.steps)
+    most = oldest(optimizer)
     for group in optimizer.param_groups:
         first = _correction(settings.adam_beta1, most + step + 1) / _correction(settings.adam_beta1, _age(group) + step + 1)
         second = math.sqrt(_correction(settings.adam_beta2, _age(group) + step + 1) / _correction(settings.adam_beta2, most + step + 1))

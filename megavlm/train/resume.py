@@ -62,7 +62,8 @@ def _first_whole(config: Config, candidates: Sequence[Path], problems: list[str]
                 problems,
             )
         return _of_this_stage(config, found)
-    save, listed = config.checkpoint.save, "\n  ".join(problems)
+    save = config.checkpoint.save
+    listed = "\n  ".join(problems)
     raise DamagedError(
         f"--checkpoint.save {save}: no checkpoint of this run can be used, and starting anew would overwrite them:\n  {listed}\n"
         "  mend the files, or name another folder"

@@ -51,16 +51,22 @@ class Saver:
 
     def __init__(self, job: Job, metrics: Metrics, step: int):
         self.step = step
-        self._job, self._metrics, self._root = job, metrics, Path(job.config.checkpoint.save)
+        self._job = job
+        self._metrics = metrics
+        self._root = Path(job.config.checkpoint.save)
         self._beside = job.config.checkpoint.asynchronous
         self._writing: Writing | None = None
-        self._state, self._growing, self._start = State(), Path(), 0.0
+        self._state = State()
+        self._growing = Path()
+        self._start = 0.0
         self._problem = ""
 
     def save(self, state: State) -> None:
         """Save the run as it is; if writing goes on beside training, the weights may change when this returns."""
         self.wait()
-        self._state, self._start, self._problem = state, time.perf_counter(), ""
+        self._state = state
+        self._start = time.perf_counter()
+        self._problem = ""
         name: list = [directory.growing_name(state.step)]
         dist.broadcast_object_list(name)  # rank 0's
         self._growing = self._root / name[0]
@@ -85,7 +91,8 @@ class Saver:
         """Wait for the checkpoint that is being written, if any, and publish it."""
         if self._writing is None:
             return
-        writing, self._writing = self._writing, None
+        writing = self._writing
+        self._writing = None
         outcome = writing.wait()
         known: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(known, outcome.sums or {})
@@ -97,7 +104,8 @@ class Saver:
         if self._agree(self._on_first(lambda: self._publish(sums))):
             return
         self.step = self._state.step
-        target, seconds = self._root / directory.step_name(self.step), time.perf_counter() - self._start
+        target = self._root / directory.step_name(self.step)
+        seconds = time.perf_counter() - self._start
         self._metrics.say(f"saved {target} in {seconds:.1f} s" + " beside training" * self._beside)
 
     def finish(self) -> None:
@@ -146,7 +154,9 @@ class Saver:
 
     def _publish(self, sums: dict[str, checksums.Sum]) -> None:
         """Add the small files to the shards, then give the checkpoint its name."""
-        config, growing, dataset = self._job.config, self._growing, self._job.train.folder
+        config = self._job.config
+        growing = self._growing
+        dataset = self._job.train.folder
         (growing / checkpoint.CONFIG_NAME).write_text(to_yaml(config))
         for name in (MANIFEST_NAME, checkpoint.TOKENIZER):
             open_folder(dataset).copy(name, growing / name)

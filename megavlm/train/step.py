@@ -46,7 +46,8 @@ def _finalize(model: list[DistributedDataParallel], num_tokens: Tensor | None = 
 
 def prepare(model: Sequence[DistributedDataParallel]) -> None:
     """Tell megatron-core's schedules, which ask a rank's first chunk, how gradients are finished, and when not to sum them yet."""
-    config, overlaps = model[0].config, model[0].ddp_config.overlap_grad_reduce
+    config = model[0].config
+    overlaps = model[0].ddp_config.overlap_grad_reduce
     config.finalize_model_grads_func = _finalize
     no_syncs = [chunk.no_sync for chunk in model] if overlaps else [None]
     config.no_sync_func = no_syncs if len(no_syncs) > 1 else no_syncs[0]
@@ -92,7 +93,8 @@ def run_packs(
     for module in (module for chunk in model for module in chunk.modules()):
         if "is_first_microbatch" in vars(module):  # megatron-core does so only where the language model has a recipe for FP8
             module.is_first_microbatch = True
-    chunks, groups = [chunk.module for chunk in model], model[0].module.groups
+    chunks = [chunk.module for chunk in model]
+    groups = model[0].module.groups
     packs = Turns((batch.to(backend.device, non_blocking=backend.asynchronous) for batch in batches), len(chunks))
     borders = _borders(chunks, packs, count) if groups.pipeline_size > 1 else None
     losses = get_forward_backward_func()(
@@ -116,7 +118,8 @@ def _borders(chunks: Sequence[VisionLanguageModel], packs: Turns[Batch], count: 
     def shape(pack: int, chunk: int) -> Shape:
         return chunks[chunk].received_shape(packs.look(pack))
 
-    first, group = chunks[0], chunks[0].groups.collection.pp
+    first = chunks[0]
+    group = chunks[0].groups.collection.pp
     if len(chunks) > 1:
         return Rings(group, first.config, count, shape, first.first_trained)
     return Borders(group, first.config, (shape(pack, 0) for pack in range(count)), first.first_trained)

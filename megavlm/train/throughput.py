@@ -22,7 +22,8 @@ class Pace:
     """
 
     def __init__(self, cost: Cost, ranks: int):
-        self._cost, self._ranks = cost, ranks
+        self._cost = cost
+        self._ranks = ranks
         self._restart()
 
     def add(self, packs: np.ndarray) -> None:
@@ -49,4 +50,5 @@ class Pace:
         return found
 
     def _restart(self) -> None:
-        self._start, self._counts = time.perf_counter(), dict.fromkeys(_COUNTS, 0.0)
+        self._start = time.perf_counter()
+        self._counts = dict.fromkeys(_COUNTS, 0.0)

@@ -50,7 +50,8 @@ def compare(checkpoint_path: str, hf_folder: Path, dataset_folder: Path, packs: 
         ValueError: there is no checkpoint, or it does not fit.
     """
     machine = backend.start(timeout_minutes=30)
-    model, dataset = _load(checkpoint_path, machine), PackedDataset(dataset_folder)
+    model = _load(checkpoint_path, machine)
+    dataset = PackedDataset(dataset_folder)
     other = load_reference(hf_folder).to(machine.device)
     samples = tokens = equal = 0
     largest = 0.0
@@ -64,7 +65,8 @@ def compare(checkpoint_path: str, hf_folder: Path, dataset_folder: Path, packs: 
             mine = ours[start:end]
             largest = max(largest, float((mine - theirs).abs().max()))
             equal += int((mine.argmax(-1) == theirs.argmax(-1)).sum())
-            samples, tokens = samples + 1, tokens + end - start
+            samples = samples + 1
+            tokens = tokens + end - start
     process_groups.destroy()
     return Agreement(samples=samples, tokens=tokens, max_abs_difference=largest, equal_choices=equal)
 
@@ -82,7 +84,9 @@ def _load(path: str, machine: backend.Backend) -> VisionLanguageModel:
 
 def _samples(batch: Batch, features_per_tile: int) -> list[tuple[int, int, int, int]]:
     """Tokens and tiles of each sample: first and last token, first and last tile; without the padding at the end."""
-    ends, tiles, found = batch.sample_ends.tolist(), 0, []
+    ends = batch.sample_ends.tolist()
+    tiles = 0
+    found = []
     positions: Tensor = batch.feature_positions
     for start, end in zip(ends, ends[1:], strict=False):
         own = int(((positions >= start) & (positions < end)).sum()) // features_per_tile

@@ -11,13 +11,18 @@ from megavlm.config.stages import STAGES, stage
 
 def weights(arch: Architecture) -> tuple[int, int]:
     """Weights of the vision encoder and of the language model (its two tables of words not shared), from first principles."""
-    vision, language = arch.vision, arch.language
-    wide, inner = vision.hidden_size, vision.ffn_hidden_size
-    norms, qkv_bias = 2 * wide * (vision.normalization == "LayerNorm") + 2 * wide, 3 * wide * vision.qkv_bias
+    vision = arch.vision
+    language = arch.language
+    wide = vision.hidden_size
+    inner = vision.ffn_hidden_size
+    norms = 2 * wide * (vision.normalization == "LayerNorm") + 2 * wide
+    qkv_bias = 3 * wide * vision.qkv_bias
     layer = 4 * wide**2 + qkv_bias + wide + 2 * wide * inner + inner + wide + norms + 2 * wide * vision.qk_norm + 2 * wide
     encoder = vision.num_layers * layer + 3 * vision.patch_size**2 * wide + wide + (1 + vision.tokens) * wide
-    wide, size = language.hidden_size, language.head_size
-    queries, keys = size * language.num_attention_heads, size * language.num_query_groups
+    wide = language.hidden_size
+    size = language.head_size
+    queries = size * language.num_attention_heads
+    keys = size * language.num_query_groups
     layer = 2 * wide * queries + 2 * wide * keys + language.qkv_bias * (queries + 2 * keys) + 2 * size * language.qk_norm
     layer += 3 * wide * language.ffn_hidden_size + 2 * wide
     return encoder, language.num_layers * layer + wide + 2 * language.vocab_size * wide

@@ -65,7 +65,8 @@ def _vision_tensor(inner: str, tensor: Tensor, native: dict[str, Tensor]) -> dic
         return {}
     if projection:
         thirds = [native[f"vision_tower.{projection[1]}.{which}_proj.{projection[3]}"] for which in "qkv"]
-        tensor, inner = torch.cat(thirds), f"{projection[1].replace('attention', 'attn')}.qkv.{projection[3]}"
+        tensor = torch.cat(thirds)
+        inner = f"{projection[1].replace('attention', 'attn')}.qkv.{projection[3]}"
     for old, new in _VISION:
         inner = inner.replace(old, new)
     return {f"vision_model.{inner}": tensor}
@@ -76,7 +77,8 @@ def _internlm2_tensor(inner: str, tensor: Tensor, native: dict[str, Tensor], arc
     if layer and layer[2] != "q":
         return {}
     if layer:
-        size, groups = architecture.language.head_size, architecture.language.num_query_groups
+        size = architecture.language.head_size
+        groups = architecture.language.num_query_groups
         per_group = architecture.language.num_attention_heads // groups
         query, key, value = (native[f"language_model.{layer[1]}.self_attn.{which}_proj.weight"] for which in "qkv")
         rows = []
@@ -124,7 +126,8 @@ def _language_settings(architecture: Architecture) -> dict:
 
 def chat_settings(architecture: Architecture) -> dict:
     """config.json as OpenGVLab writes it, with some of the entries that mean nothing here."""
-    vision, language = architecture.vision, architecture.language
+    vision = architecture.vision
+    language = architecture.language
     return {
         "_commit_hash": None,
         "architectures": ["InternVLChatModel"],
@@ -176,7 +179,8 @@ def make_chat(native: Path, folder: Path, architecture: Architecture) -> Path:
 
 def same_tensors(one: Path, other: Path) -> bool:
     """Whether two folders hold the same names with the same bits."""
-    first, second = load_all(one), load_all(other)
+    first = load_all(one)
+    second = load_all(other)
     return first.keys() == second.keys() and all(
         tensor.dtype == second[name].dtype and torch.equal(tensor, second[name]) for name, tensor in first.items()
     )

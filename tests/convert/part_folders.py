@@ -59,7 +59,8 @@ def make_tokenizer(folder: Path, extra: tuple[str, ...] = ()) -> None:
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *extra]
     names = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *special]
     words = Tokenizer(models.BPE({name: number for number, name in enumerate(names)}, []))
-    words.pre_tokenizer, words.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words.decoder = decoders.ByteLevel()
     PreTrainedTokenizerFast(tokenizer_object=words, additional_special_tokens=special).save_pretrained(folder)
 
 
@@ -76,7 +77,8 @@ def make_language(folder: Path, *, rows: int = 300, tied: bool = False, spread: 
 def make_parts(folder: Path, architecture: Architecture) -> tuple[Path, Path, Path]:
     """A model in the chat dialect, its InternViT alone, and its language model alone: three folders."""
     whole = make_chat(make_hf(folder / "native", architecture), folder / "chat", architecture)
-    settings, weights = json.loads((whole / "config.json").read_text()), load_all(whole)
+    settings = json.loads((whole / "config.json").read_text())
+    weights = load_all(whole)
     for part, prefix, section in (("vision", "vision_model.", "vision_config"), ("language", "language_model.", "llm_config")):
         (folder / part).mkdir()
         inside = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}

@@ -83,7 +83,8 @@ def make_dataset(
     """
     rng = np.random.default_rng(seed)
     facts = {"vocab_size": vocab_size, "context_token_id": context_token_id, "tile_size": tile_size, "features_per_tile": features_per_tile}
-    line, chosen = 0, []
+    line = 0
+    chosen = []
     for _ in range(packs):
         pack: list[Sample] = []
         for _ in range(samples_per_pack):

@@ -91,7 +91,8 @@ def test_every_token_of_every_sample_is_in_one_pack(sizes, seed):
         for first, end in zip(plan.starts[:-1], plan.starts[1:], strict=True):
             writer.write([samples[place] for place in plan.order[first:end]])
         writer.close(Manifest(**facts, capacity=capacity, tile_cap=cap, alignment=alignment))
-        reader, found = Reader(folder), Counter()
+        reader = Reader(folder)
+        found = Counter()
         for stored in map(reader.read, range(len(reader))):
             ends = np.cumsum(stored.lengths)
             for (line, source, _), end, length in zip(stored.provenance.tolist(), ends, stored.lengths, strict=True):

@@ -47,7 +47,8 @@ def own_state() -> Iterator[None]:
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Packs of random samples, one of them without an image."""
     folder = tmp_path_factory.mktemp("packs") / "train"
-    features, vocabulary = SMALL.features_per_tile, SMALL.language.vocab_size
+    features = SMALL.features_per_tile
+    vocabulary = SMALL.language.vocab_size
     sizes = dict(tile_size=SMALL.vision.image_size, features_per_tile=features, vocab_size=vocabulary, context_token_id=7)
     make_dataset(folder, packs=12, samples_per_pack=6, image_share=0.6, capacity=CAPACITY, text_tokens=(30, 120), **sizes)
     return folder

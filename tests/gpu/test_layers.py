@@ -18,7 +18,8 @@ def gradients(built) -> tuple[float, dict[str, torch.Tensor]]:
     from megavlm.model.weights import named_weights
     from megavlm.train.step import run_packs
 
-    layers, multiple = SMALL.vision.num_layers, tile_multiple(built.config)
+    layers = SMALL.vision.num_layers
+    multiple = tile_multiple(built.config)
     packs = [built.train.batch(pack, pack, vision_layers=layers, tile_multiple=multiple) for pack in range(2)]
     built.wrapped[0].zero_grad_buffer()
     loss = run_packs(built.wrapped, iter(packs), 2, sum(pack.weight_sum for pack in packs), built.backend)
@@ -42,7 +43,9 @@ def test_loss_and_gradients_are_as_near_to_float32_as_those_of_local_layers(job,
     }.items():
         with job(small(dataset, drop_path=0.2, **settings)) as built:
             answers[name] = gradients(built)
-    (exact_loss, exact), (local_loss, local), (engine_loss, engine) = answers["exact"], answers["local"], answers["engine"]
+    (exact_loss, exact) = answers["exact"]
+    (local_loss, local) = answers["local"]
+    (engine_loss, engine) = answers["engine"]
     assert local_loss == pytest.approx(exact_loss, rel=5e-3) and engine_loss == pytest.approx(exact_loss, rel=5e-3)
     assert engine.keys() == exact.keys()
     for key in exact:
@@ -59,7 +62,8 @@ def test_packed_attention_sees_one_sample_at_a_time() -> None:
     from megavlm.planner.layout import make_layout
 
     config = small(Path("unused"), kernels="transformer_engine")
-    machine, chosen = backend.start(5), transformer_engine_kernels()
+    machine = backend.start(5)
+    chosen = transformer_engine_kernels()
     place = process_groups.create(config.parallel, 0)
     try:
         from megatron.core.transformer.enums import AttnMaskType

@@ -100,7 +100,8 @@ def test_the_host_waits_for_nothing_in_a_step(job, dataset: Path, recipe: str, r
 
     config = engine(dataset, vision=recipe, language=recipe, drop_path=0.2, recompute=recompute)
     with job(config) as built:
-        size, clip = config.training.global_batch_size, config.optimizer.clip_grad
+        size = config.training.global_batch_size
+        clip = config.optimizer.clip_grad
         options = dict(reduction="square", vision_layers=SMALL.vision.num_layers, tile_multiple=tile_multiple(config))
         # The same packs again and again: the first steps compile kernels and plan attention, which may wait.
         steps = [list(batches(built.train, built.plan, range(size), **options)) for _ in range(4)]
@@ -147,7 +148,8 @@ def test_going_on_from_a_checkpoint_is_as_if_never_stopped(dataset: Path, tmp_pa
     config = engine(dataset, steps=6, vision=recipe, language=recipe, deterministic=True)
     run(saving(config, tmp_path / "whole"))
     run(saving(config, tmp_path / "rest", load=tmp_path / "whole" / "step_00000003"))
-    whole, rest = losses(tmp_path / "whole"), losses(tmp_path / "rest")
+    whole = losses(tmp_path / "whole")
+    rest = losses(tmp_path / "rest")
     assert list(rest) == [4, 5, 6] and rest == {step: whole[step] for step in rest}
 
 
@@ -156,7 +158,8 @@ def test_a_checkpoint_of_one_kind_of_layers_goes_on_with_the_other(dataset: Path
     engine(dataset)
     run(saving(small(dataset, steps=6, kernels=first), tmp_path / "whole"))
     run(saving(small(dataset, steps=6, kernels=second), tmp_path / "rest", load=tmp_path / "whole" / "step_00000003"))
-    whole, rest = losses(tmp_path / "whole"), losses(tmp_path / "rest")
+    whole = losses(tmp_path / "whole")
+    rest = losses(tmp_path / "rest")
     assert list(rest) == [4, 5, 6]
     assert all(rest[step] == pytest.approx(whole[step], rel=1e-2) for step in rest)
 
@@ -168,7 +171,8 @@ def test_frozen_weights_come_back_from_hugging_face_and_return_bit_identical(dat
     source = make_hf(tmp_path / "hf", SMALL)
     run(saving(config, tmp_path / "run", load=source))
     convert.export(tmp_path / "run", tmp_path / "out", tokenizer=TOKENIZER)
-    before, after = load_all(source), load_all(tmp_path / "out")
+    before = load_all(source)
+    after = load_all(tmp_path / "out")
     assert before.keys() == after.keys()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed and all("projector" in name for name in changed)

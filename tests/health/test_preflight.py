@@ -18,7 +18,8 @@ from tests.ranks.runs import config_for
 
 def _verdicts(views: list[View], size: int | None = None, timeout: float = 20) -> list[str]:
     """What each rank is told; empty where it may start. Ranks from ``len(views)`` on do not come."""
-    store, said = dist.HashStore(), []
+    store = dist.HashStore()
+    said = []
 
     def rank(number: int) -> str:
         try:
@@ -59,7 +60,8 @@ def test_a_rank_that_does_not_come_is_named() -> None:
 
 
 def test_a_fact_that_a_rank_lacks_is_a_difference() -> None:
-    has, lacks = View(facts={"code of a.py": "1"}, host="a"), View(facts={}, host="b")
+    has = View(facts={"code of a.py": "1"}, host="a")
+    lacks = View(facts={}, host="b")
     [line] = differences([has, lacks, has])
     assert line == "rank 1 (b): code of a.py is missing (ranks 0, 2: 1)"
 

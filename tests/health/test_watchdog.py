@@ -25,7 +25,8 @@ def _wait_for(condition: Callable[[], object]) -> None:
 
 
 def test_one_rank_tells_what_all_do_when_one_of_them_is_late() -> None:
-    told, store = [], dist.HashStore()
+    told = []
+    store = dist.HashStore()
     with ExitStack() as running:
         dogs = [running.enter_context(Watchdog(store, rank, 3, QUICK, 30, told.append)) for rank in range(3)]
         for dog in dogs:
@@ -46,7 +47,8 @@ def test_a_run_that_goes_on_and_ends_at_once_says_so() -> None:
 
 
 def test_a_rank_that_does_not_answer_is_named() -> None:
-    told, store = [], dist.HashStore()
+    told = []
+    store = dist.HashStore()
     with Watchdog(store, 0, 3, QUICK, 30, told.append) as first, Watchdog(store, 2, 3, QUICK, 30, told.append) as last:
         first.enter("step", 1), last.enter("step", 1)
         _wait_for(lambda: told)

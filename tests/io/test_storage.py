@@ -31,7 +31,8 @@ def bucket(folder):
 
 
 def test_packs_in_object_storage(folder, bucket):
-    local, remote = PackedDataset(folder), PackedDataset(bucket)
+    local = PackedDataset(folder)
+    remote = PackedDataset(bucket)
     assert remote.manifest == local.manifest and remote.reader.check() == 7
     assert np.array_equal(remote.index[[5, 0]], local.index[[5, 0]])
     for pack_id in range(7):

@@ -48,7 +48,8 @@ def _batch(positions: list[int], numbers: list[int], num_features: int) -> Batch
 
 
 def test_features_replace_placeholders_in_order() -> None:
-    embeddings, features = torch.zeros(6, 1, 2), torch.arange(1.0, 4.0)[:, None, None].expand(3, 1, 2)
+    embeddings = torch.zeros(6, 1, 2)
+    features = torch.arange(1.0, 4.0)[:, None, None].expand(3, 1, 2)
     placed = place_features(embeddings, features, _batch([1, 2, 5], [0, 1, 2], 3))
     assert placed[:, 0, 0].tolist() == [0, 1, 2, 0, 0, 3]
     of_another_rank = place_features(embeddings, features, _batch([3, 4], [0, 2], 3))
@@ -84,7 +85,9 @@ def test_small_shares_of_the_tiles_need_little_filling(layout: dict, recipe: str
 def test_attention_of_a_pack_is_that_of_its_samples_with_grouped_queries() -> None:
     from megatron.core.packed_seq_params import PackedSeqParams
 
-    query, key, value = torch.randn(9, 4, 8), torch.randn(9, 2, 8), torch.randn(9, 2, 8)
+    query = torch.randn(9, 4, 8)
+    key = torch.randn(9, 2, 8)
+    value = torch.randn(9, 2, 8)
     ends = torch.tensor([0, 4, 5, 9], dtype=torch.int32)
     packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=ends, cu_seqlens_kv=ends, max_seqlen_q=4, max_seqlen_kv=4)
     answer = PackedCausalAttention()(query, key, value, None, packed_seq_params=packed)

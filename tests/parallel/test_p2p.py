@@ -22,7 +22,8 @@ def test_readers_get_the_same_items_which_are_made_once_and_not_before_they_are_
             yield made[-1]
 
     items = Turns(make(), 2)
-    first, second = items.reader(0), items.reader(1)
+    first = items.reader(0)
+    second = items.reader(1)
     assert list(islice(first, 2)) == made and len(made) == 2
     assert list(islice(second, 3)) == made and len(made) == 3
     assert next(first) is made[2]
@@ -30,7 +31,8 @@ def test_readers_get_the_same_items_which_are_made_once_and_not_before_they_are_
 
 def test_an_item_is_forgotten_after_the_last_reader_has_had_it() -> None:
     items = Turns(iter("abcd"), 2)
-    first, second = items.reader(0), items.reader(1)
+    first = items.reader(0)
+    second = items.reader(1)
     list(islice(first, 3))
     assert sorted(items._kept.values()) == ["a", "b", "c"]
     list(islice(second, 2))

@@ -23,7 +23,8 @@ from megavlm.planner.report import to_text
 from megavlm.planner.search import best_of_each, flags, layouts, options
 from tools.plan_parallel import main
 
-SIZE, CAPACITY = PackSize(tokens=16384, squared_lengths=3e7, tiles=50), 16384
+SIZE = PackSize(tokens=16384, squared_lengths=3e7, tiles=50)
+CAPACITY = 16384
 
 
 def run(stage: str = "2", **parallel) -> Config:
@@ -36,21 +37,24 @@ def needed(config: Config, data_ranks: int = 8) -> Memory:
 
 
 def test_weights_and_their_optimizer_take_what_the_numbers_say() -> None:
-    found, numbers = needed(run()), 2.205e9
+    found = needed(run())
+    numbers = 2.205e9
     assert found.weights == pytest.approx(2 * numbers, rel=0.01)
     assert found.gradients == pytest.approx(4 * numbers, rel=0.01)
     assert found.optimizer == pytest.approx(12 * numbers / 8, rel=0.01)
 
 
 def test_frozen_parts_need_weights_only() -> None:
-    projector, everything = needed(run(stage="1")), needed(run(stage="2"))
+    projector = needed(run(stage="1"))
+    everything = needed(run(stage="2"))
     assert projector.weights == everything.weights
     assert projector.gradients < 0.01 * everything.gradients
     assert projector.activations < 0.6 * everything.activations, "the vision encoder keeps nothing"
 
 
 def test_frozen_layers_keep_less_and_those_before_all_that_is_trained_nothing() -> None:
-    arch, share = run().architecture, RankShare(tokens=1000.0, tiles=0.0)
+    arch = run().architecture
+    share = RankShare(tokens=1000.0, tiles=0.0)
     behind = make_layout(run(pipeline_model_parallel_size=4), SIZE).chunks[-1]
     frozen, trained = (kept_by(run(stage=stage), behind, share).each_pack for stage in ("1", "2"))
     assert 0.3 * trained < frozen < 0.8 * trained
@@ -68,7 +72,8 @@ def test_recomputation_saves_activations() -> None:
 
 
 def test_ranks_that_share_a_layer_share_its_memory() -> None:
-    alone, two = needed(run()), needed(run(tensor_model_parallel_size=2, sequence_parallel=True))
+    alone = needed(run())
+    two = needed(run(tensor_model_parallel_size=2, sequence_parallel=True))
     assert two.weights == pytest.approx(alone.weights / 2, rel=0.01), "norms are whole on every rank"
     assert alone.activations / 2 < two.activations < 0.8 * alone.activations, "norms of the vision encoder are whole on every rank"
 
@@ -132,7 +137,8 @@ def test_the_flags_of_a_layout_ask_for_it(found: list[Estimate]) -> None:
 def test_options_are_told_by_what_they_change() -> None:
     chosen = estimate(run(tensor_model_parallel_size=2, sequence_parallel=True), 64, SIZE, CAPACITY, Hardware())
     found = options(run(), chosen, 64, SIZE, CAPACITY, Hardware())
-    none, full = found["--parallel.recompute none"], found["--parallel.recompute full"]
+    none = found["--parallel.recompute none"]
+    full = found["--parallel.recompute full"]
     assert (none.memory, none.step_ms) == (chosen.memory, chosen.step_ms)
     assert full.memory.activations < none.memory.activations and full.step_ms > none.step_ms
     halves = [found[f"--parallel.recompute full --parallel.recompute_parts {part}"] for part in ("vision", "language")]
@@ -145,7 +151,8 @@ def test_options_are_told_by_what_they_change() -> None:
 
 
 def test_ranks_that_share_packs_share_activations_and_the_optimizer() -> None:
-    alone, two = needed(run(), data_ranks=8), needed(run(context_parallel_size=2), data_ranks=8)
+    alone = needed(run(), data_ranks=8)
+    two = needed(run(context_parallel_size=2), data_ranks=8)
     assert (two.weights, two.gradients) == (alone.weights, alone.gradients)
     assert two.optimizer == alone.optimizer / 2
     assert two.activations == pytest.approx(alone.activations / 2, rel=0.03), "an odd number of tiles leaves blank ones"
@@ -172,7 +179,8 @@ def test_chunks_that_take_turns_shorten_the_bubble_and_lengthen_the_traffic() ->
 
 def test_context_parallelism_sends_keys_and_values() -> None:
     alone, two = (estimate(run(context_parallel_size=size), 64, SIZE, CAPACITY, Hardware()) for size in (1, 2))
-    language, packs = run().architecture.language, 512 // 32
+    language = run().architecture.language
+    packs = 512 // 32
     of_layers = 2 * 2 * language.num_query_groups * language.head_size * CAPACITY / 2 * language.num_layers
     features = 2 * (SIZE.tiles + 1.5) * run().architecture.features_per_tile * language.hidden_size / 2
     assert alone.traffic.context == 0

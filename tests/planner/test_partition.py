@@ -38,7 +38,8 @@ def test_among_equals_the_load_is_spread() -> None:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_layers_cost_what_the_model_costs(stage: str) -> None:
-    arch, trainable = architecture("internvl2_5-2b"), STAGES[stage].training.trainable
+    arch = architecture("internvl2_5-2b")
+    trainable = STAGES[stage].training.trainable
     costs = layer_costs(arch, trainable, SIZE)
     whole = training_cost(arch, trainable).total(tokens=SIZE.tokens, squared_lengths=SIZE.squared_lengths, tiles=SIZE.tiles)
     assert len(costs) == arch.vision.num_layers + arch.language.num_layers
@@ -50,7 +51,8 @@ def test_frozen_vision_moves_the_borders() -> None:
     arch = architecture("internvl2_5-2b")
     layers = {}
     for stage in ("1", "2"):
-        parallel, training = Parallel(pipeline_model_parallel_size=4), Training(trainable=STAGES[stage].training.trainable)
+        parallel = Parallel(pipeline_model_parallel_size=4)
+        training = Training(trainable=STAGES[stage].training.trainable)
         layout = make_layout(Config(stage=stage, model="", architecture=arch, parallel=parallel, training=training), SIZE)
         layers[stage] = layout.chunks[0].vision_layers.stop
     assert layers["1"] > layers["2"]

@@ -13,7 +13,9 @@ def by_hand(pipeline: int, rank: int, virtual: int, packs: int) -> np.ndarray:
     from megatron.core.pipeline_parallel.schedules import get_schedule_table
 
     chunks = [chunk for _, chunk in get_schedule_table(packs, virtual, pipeline)] if virtual > 1 else [0] * packs
-    first, now, seen = warm_up(pipeline, rank, virtual, packs), np.zeros(virtual, int), []
+    first = warm_up(pipeline, rank, virtual, packs)
+    now = np.zeros(virtual, int)
+    seen = []
     for done, chunk in enumerate(chunks):
         if done > first:
             now[virtual - 1 - chunks[done - first - 1]] -= 1

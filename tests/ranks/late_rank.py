@@ -27,7 +27,8 @@ def _freeze(seconds: float) -> None:
 
 def main(how: str, seconds: float, config: str) -> None:
     """Train as ``pretrain_vlm.py`` does, with a step that begins late on one rank."""
-    train_step, steps = loop.train_step, []
+    train_step = loop.train_step
+    steps = []
 
     def late(*arguments):
         steps.append(1)

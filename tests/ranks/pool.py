@@ -61,7 +61,8 @@ class Pool:
         try:
             failed, answer = connection.recv()
         except EOFError:
-            failed, answer = True, "the process died"
+            failed = True
+            answer = "the process died"
         if failed:
             self.close()
             raise AssertionError(f"rank {rank}: {answer}")

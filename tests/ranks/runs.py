@@ -110,10 +110,14 @@ def train_curve(config: Config, pack_ids: tuple[int, ...] = ()) -> Curve:
     from megavlm.train.step import train_step
 
     job = build(config)
-    size, rank, world = config.training.global_batch_size, job.groups.data_rank, job.groups.data_size
-    layers, steps = config.architecture.vision.num_layers, config.training.steps
+    size = config.training.global_batch_size
+    rank = job.groups.data_rank
+    world = job.groups.data_size
+    layers = config.architecture.vision.num_layers
+    steps = config.training.steps
     order = np.resize(pack_ids, size * steps) if pack_ids else job.plan.pack_ids(0, size * steps)
-    losses, norms = [], []
+    losses = []
+    norms = []
     for step in range(steps):
         ids = order[step * size : (step + 1) * size]
         positions = range(step * size + rank, (step + 1) * size, world)

@@ -102,10 +102,13 @@ def answers_of_transformers(folder: Path, packs: Path, architecture: Architectur
     from megavlm.convert.hf.reference import load_reference
     from megavlm.data.loading.dataset import PackedDataset
 
-    batch, reference = PackedDataset(packs).batch(0, 0), load_reference(folder)
+    batch = PackedDataset(packs).batch(0, 0)
+    reference = load_reference(folder)
     mean, std = (torch.tensor(x)[:, None, None] for x in (architecture.vision.pixel_mean, architecture.vision.pixel_std))
-    pixels, ends = (batch.tiles / 255 - mean) / std, batch.sample_ends.tolist()
-    found, tile = [], 0
+    pixels = (batch.tiles / 255 - mean) / std
+    ends = batch.sample_ends.tolist()
+    found = []
+    tile = 0
     for start, end in zip(ends[:-2], ends[1:-1], strict=True):
         tokens = batch.tokens[start:end]
         count = int((tokens == 7).sum()) // architecture.features_per_tile
@@ -121,7 +124,8 @@ def answers_of_transformers(folder: Path, packs: Path, architecture: Architectur
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_and_losses_equal_those_of_transformers(ranks: Pool, tmp_path: Path, name: str) -> None:
     architecture = MODELS[name]
-    vocabulary, features = architecture.language.vocab_size, architecture.features_per_tile
+    vocabulary = architecture.language.vocab_size
+    features = architecture.features_per_tile
     make_dataset(tmp_path / "packs", packs=1, vocab_size=vocabulary, context_token_id=7, tile_size=16, features_per_tile=features)
     random_model(architecture, 7, tmp_path / "hf")
     folder = make_chat(tmp_path / "hf", tmp_path / "chat", architecture) if name in CHAT else tmp_path / "hf"

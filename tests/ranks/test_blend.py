@@ -46,7 +46,8 @@ def test_a_run_that_would_take_other_packs_does_not_go_on(ranks: Pool, folders: 
 
     config = _job(folders, tmp_path / "run", "shares of batches, curriculum")
     ranks.run(run_job, 1, dataclasses.replace(config, training=dataclasses.replace(config.training, steps=1)))
-    data, training = config.data, config.training
+    data = config.data
+    training = config.training
     others = {
         "--data.weights: .*1.0, 3.0.* in the checkpoint": dict(data=dataclasses.replace(data, weights=(1.0, 2.0))),
         "--data.curriculum: True in the checkpoint, False asked for": dict(data=dataclasses.replace(data, curriculum=False)),

@@ -63,5 +63,6 @@ def test_import_and_export_through_ranks(ranks: Pool, tmp_path: Path, layout: st
     )
     filled = ranks.run(load_then_save, 2, source, imported, config)
     assert set().union(*filled) == set(megatron_shapes(EVEN))
-    before, after = load_all(source), load_all(tmp_path / "out")
+    before = load_all(source)
+    after = load_all(tmp_path / "out")
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)

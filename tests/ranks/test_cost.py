@@ -93,7 +93,8 @@ def test_a_run_tells_its_flops_for_each_rank(ranks: Pool, dataset: Path, tmp_pat
     ranks.run(run_job, 2, config)
     told = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     told = [record for record in told if "loss" in record]
-    packs, cost = PackedDataset(dataset), training_cost(TINY, ("projector",))
+    packs = PackedDataset(dataset)
+    cost = training_cost(TINY, ("projector",))
     plan = Plan(num_packs=len(packs), seed=config.training.seed, group=config.group)
     for step, record in enumerate(told):
         size = {name: float(packs.index[plan.pack_ids(2 * step, 2)][name].sum()) for name in ("tokens", "squared_lengths", "tiles")}

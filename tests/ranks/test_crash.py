@@ -29,7 +29,8 @@ from tests.ranks.test_resume import run_job
 
 ROOT = Path(__file__).parents[2]
 CRASHES = int(os.environ.get("MEGAVLM_CRASHES", "2"))
-STEPS, INTERVAL = 20 + 12 * CRASHES, 3
+STEPS = 20 + 12 * CRASHES
+INTERVAL = 3
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", str(CRASHES)]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 _PATIENCE_SECONDS = 120
@@ -71,7 +72,9 @@ class _Killer:
     """
 
     def __init__(self, run: subprocess.Popen, save: Path, seed: int):
-        self._run, self._save, self._random = psutil.Process(run.pid), save, random.Random(seed)
+        self._run = psutil.Process(run.pid)
+        self._save = save
+        self._random = random.Random(seed)
         self._dead: set[int] = set()
         self.inside_saves = 0
 

@@ -123,7 +123,8 @@ def with_small_files(config: Config, spare_bytes: int, rank: int) -> tuple[str, 
     """Run a job in which one rank can write no file above 300 kB, as if its disk were full."""
     from megavlm.train import saver
 
-    before, spare = resource.getrlimit(resource.RLIMIT_FSIZE), saver._SPARE_BYTES
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    spare = saver._SPARE_BYTES
     vars(saver)["_SPARE_BYTES"] = spare_bytes
     if dist.get_rank() == rank:
         resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, before[1]))

@@ -82,7 +82,8 @@ def padding_after_steps(config: Config) -> dict[str, torch.Tensor]:
     from megavlm.train.optimizer import set_rates, whole_weights
     from megavlm.train.step import train_step
 
-    job, found = build(config), {}
+    job = build(config)
+    found = {}
     for step in range(3):
         batches = iter([job.train.batch(pack, 0, vision_layers=3) for pack in range(4)])
         set_rates(job.optimizer, config, step + 1)

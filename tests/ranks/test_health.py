@@ -68,7 +68,8 @@ def test_a_rank_that_is_late_is_named_with_what_the_others_wait_in(late_runs: di
 
 def speeds_with_a_slow_rank(slow: int) -> tuple[list[str], str]:
     """What is found when one rank hesitates before each exchange and product, and the line with the figures."""
-    exchange, multiply = dist.batch_isend_irecv, torch.mm
+    exchange = dist.batch_isend_irecv
+    multiply = torch.mm
 
     def late(function: Callable) -> Callable:
         def wrapped(*arguments):

@@ -30,7 +30,8 @@ CASES = [(layout, mask) for layout in LAYOUTS for mask in MASKS if mask in layou
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder, rng = tmp_path_factory.mktemp("packs") / "train", np.random.default_rng(0)
+    folder = tmp_path_factory.mktemp("packs") / "train"
+    rng = np.random.default_rng(0)
     sizes = dict(vocab_size=TINY.language.vocab_size, context_token_id=7, tile_size=16, features_per_tile=TINY.features_per_tile)
     samples = [
         [make_sample(rng, images=count, text_tokens=int(rng.integers(8, 28)), line=line + 1, **sizes) for line, count in enumerate(images)]
@@ -69,7 +70,8 @@ def _apart(values: list[float], expected: list[float]) -> float:
 
 def compare(curves: list[Curve], expected: Curve) -> dict[str, float]:
     """The largest relative differences of the curves of all ranks from that of one process, by what differs."""
-    weights, wanted = whole_weights(curves), whole_weights([expected])
+    weights = whole_weights(curves)
+    wanted = whole_weights([expected])
     assert weights.keys() == wanted.keys()
     apart = {key: np.abs(weight - wanted[key]).max() / max(np.abs(wanted[key]).max(), 1e-9) for key, weight in weights.items()}
     return dict(

@@ -76,7 +76,8 @@ CASES = [(name, WIDE) for name in LAYOUTS] + [(name, TINY) for name in ("tensor"
 @pytest.mark.parametrize(("name", "architecture"), CASES)
 def test_memory_is_what_a_model_that_is_built_takes(ranks: Pool, dataset: Path, name: str, architecture: Architecture):
     for stage in ("1", "2") if name in ("alone", "whole vision layers") else ("2",):
-        world, trainable = WORLDS.get(name, 2), STAGES[stage].training.trainable
+        world = WORLDS.get(name, 2)
+        trainable = STAGES[stage].training.trainable
         settings = dict(trainable=trainable, precision="bfloat16", global_batch_size=2, **LAYOUTS[name])
         config = dataclasses.replace(config_for(dataset, **settings), architecture=architecture)
         copies = world // config.parallel.model_parallel_size

@@ -65,7 +65,8 @@ def seen_by_transformers(folder: Path, pixels: Tensor) -> Tensor:
 def test_clip_and_siglip_see_what_they_see_in_transformers(ranks: Pool, tmp_path: Path, kind: str) -> None:
     from megavlm.convert.hf import from_parts
 
-    vision, words = make_vision(tmp_path / "vision", kind), make_language(tmp_path / "language")
+    vision = make_vision(tmp_path / "vision", kind)
+    words = make_language(tmp_path / "language")
     init = Init(vision=str(vision), language=str(words))
     architecture = from_parts.read_model("", init)
     size = architecture.vision.image_size
@@ -104,14 +105,17 @@ def llava(vision: Path, words: Path, config: Config) -> torch.nn.Module:
 
     from megavlm.model import weights
 
-    eyes, language = CLIPVisionModel.from_pretrained(vision), AutoModelForCausalLM.from_pretrained(words)
+    eyes = CLIPVisionModel.from_pretrained(vision)
+    language = AutoModelForCausalLM.from_pretrained(words)
     settings = dict(vision_feature_layer=-2, vision_feature_select_strategy="default", image_token_id=CONTEXT, projector_hidden_act="gelu")
     model = LlavaForConditionalGeneration(LlavaConfig(vision_config=eyes.config, text_config=language.config, **settings)).eval()
     model.model.vision_tower.load_state_dict(eyes.state_dict())
     model.model.language_model.load_state_dict(language.model.state_dict())
     model.lm_head.load_state_dict(language.lm_head.state_dict())
-    drawn, arch = weights.fresh_tensor(config), config.architecture
-    width, inside = arch.language.hidden_size, arch.vision.hidden_size
+    drawn = weights.fresh_tensor(config)
+    arch = config.architecture
+    width = arch.language.hidden_size
+    inside = arch.vision.hidden_size
     for number, shape in ((1, (width, inside)), (2, (width, width))):
         layer = model.get_submodule(f"model.multi_modal_projector.linear_{number}")
         layer.weight.data.copy_(drawn(f"projector.mlp.linear_fc{number}.weight", shape))
@@ -131,13 +135,16 @@ def test_a_model_of_llavas_shape_equals_llava_of_transformers(ranks: Pool, tmp_p
     sizes = dict(vocab_size=architecture.language.vocab_size, tile_size=architecture.vision.image_size)
     make_dataset(tmp_path / "packs", packs=1, context_token_id=CONTEXT, features_per_tile=architecture.features_per_tile, **sizes)
     config = _config(architecture, init, tmp_path / "packs")
-    batch, other = PackedDataset(tmp_path / "packs").batch(0, 0), llava(vision, words, config)
+    batch = PackedDataset(tmp_path / "packs").batch(0, 0)
+    other = llava(vision, words, config)
     mean, std = (torch.tensor(x)[:, None, None] for x in (architecture.vision.pixel_mean, architecture.vision.pixel_std))
-    pixels, ends = (batch.tiles / 255 - mean) / std, batch.sample_ends.tolist()
+    pixels = (batch.tiles / 255 - mean) / std
+    ends = batch.sample_ends.tolist()
     for tensor_size in (1, 2):
         parallel = config_for(tmp_path, tensor_model_parallel_size=tensor_size).parallel
         shares = ranks.run(logits_of_parts, tensor_size, dataclasses.replace(config, parallel=parallel))
-        ours, tile = torch.from_numpy(np.concatenate(shares, axis=-1))[:, : architecture.language.vocab_size], 0
+        ours = torch.from_numpy(np.concatenate(shares, axis=-1))[:, : architecture.language.vocab_size]
+        tile = 0
         for start, end in zip(ends[:-2], ends[1:-1], strict=True):
             count = int((batch.tokens[start:end] == CONTEXT).sum()) // architecture.features_per_tile
             inputs = {"pixel_values": pixels[tile : tile + count]} if count else {}
@@ -175,7 +182,8 @@ def test_stage_1_starts_from_parts_goes_on_by_itself_and_ends_in_hugging_face(
         assert ranks.run(run_job, size, config) == [2] * size and heads % size == size - 1
         losses[size] = read_losses(tmp_path / f"run{size}")
     assert losses[2] == pytest.approx(losses[1], rel=1e-5)
-    trained, before = load_reference(tmp_path / "hf1").state_dict(), load_all(Path(init.vision))
+    trained = load_reference(tmp_path / "hf1").state_dict()
+    before = load_all(Path(init.vision))
     assert torch.equal(trained["model.vision_tower.embeddings.cls_token"], before["embeddings.class_embedding"].float())
     longer = dataclasses.replace(config, training=replace(config.training, steps=3), checkpoint=replace(files, export_hf=""))
     assert ranks.run(run_job, 2, longer) == [3] * 2 and len(read_losses(tmp_path / "run2")) == 3

@@ -32,7 +32,9 @@ def messages(config: Config) -> tuple[list[tuple[int, ...]], list[tuple[int, ...
 
     job = build(config)
     packs = [job.train.batch(pack, pack, vision_layers=3, share=job.groups.share) for pack in range(PACKS)]
-    original, sent, got = dist.batch_isend_irecv, [], []
+    original = dist.batch_isend_irecv
+    sent = []
+    got = []
 
     def spy(operations: list):
         for operation in operations:
@@ -56,7 +58,8 @@ def test_only_what_is_needed_travels_between_chunks(
 ) -> None:
     layout = dict(pipeline_model_parallel_size=2, layout="v*2|v,p,t*3,h", context_parallel_size=context)
     answers = ranks.run(messages, 2 * context, config_for(dataset, trainable=trainable, **layout))
-    tokens, width = TINY.vision.tokens, TINY.vision.hidden_size
+    tokens = TINY.vision.tokens
+    width = TINY.vision.hidden_size
     for first, last in zip(answers[:context], answers[context:], strict=True):
         shapes = [(tokens, tiles, width) for tiles in first[2]]
         assert first[0] == last[1] == shapes and len(set(shapes)) > 1

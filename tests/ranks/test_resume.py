@@ -15,7 +15,8 @@ from tests.data.samples import make_dataset
 from tests.ranks.pool import Pool
 from tests.ranks.runs import EVERYTHING, TINY, config_for
 
-STEPS, PACKS_A_STEP = 6, 2
+STEPS = 6
+PACKS_A_STEP = 2
 INTERLEAVED = dict(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2, layout="v*2|v|t*2|t")
 
 
@@ -74,7 +75,8 @@ def forget_the_end(save: Path, target: Path) -> None:
 
 
 PARTLY = ("projector", "vision.encoder.layers.1.*", "language.decoder.layers.[02].*")
-TENSOR, PIPELINE = dict(tensor_model_parallel_size=2), dict(pipeline_model_parallel_size=2, layout="v*2|v,t*3")
+TENSOR = dict(tensor_model_parallel_size=2)
+PIPELINE = dict(pipeline_model_parallel_size=2, layout="v*2|v,t*3")
 
 
 @pytest.mark.parametrize(

@@ -41,13 +41,13 @@ def run_steps(config) -> tuple[dict, dict, list[float]]:
     from megavlm.train.source_losses import SourceLosses
     from megavlm.train.step import run_packs
 
-    job, data, size = (
-        build(dataclasses.replace(config, data=dataclasses.replace(config.data, train=config.data.train_folders[0]))),
-        config.data,
-        6,
-    )
+    job = build(dataclasses.replace(config, data=dataclasses.replace(config.data, train=config.data.train_folders[0])))
+    data = config.data
+    size = 6
     packs, order = open_blend(data.train_folders, (2.0, 1.0), seed=1, shuffle=True, group=1)
-    by_source, losses, world = SourceLosses(packs.source_names, job.backend.device), [], job.groups.data_size
+    by_source = SourceLosses(packs.source_names, job.backend.device)
+    losses = []
+    world = job.groups.data_size
     for step in range(2):
         positions = range(step * size + job.groups.data_rank, (step + 1) * size, world)
         options = dict(reduction=data.loss_reduction, vision_layers=3, share=job.groups.share)
@@ -83,7 +83,8 @@ def losses_by_hand(config) -> dict[str, float]:
     sums: dict[str, list[float]] = {}
     for pack in range(len(job.train)):
         batch = job.train.batch(pack, pack, reduction="square", vision_layers=3)
-        stored, ends = job.train.reader.read(pack), batch.sample_ends.tolist()
+        stored = job.train.reader.read(pack)
+        ends = batch.sample_ends.tolist()
         losses = job.chunks[0](batch).tolist()
         for sample, source in enumerate(stored.provenance["source"].tolist()):
             name = job.train.manifest.sources[source].name

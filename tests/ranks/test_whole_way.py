@@ -24,14 +24,16 @@ COLOURS = {"red": (250, 20, 20), "blue": (20, 20, 250), "table": (90, 60, 30)}
 
 def write_records(folder: Path) -> Path:
     """Plain images of several shapes and questions about their colour, with text-only and two-image records between them."""
-    rng, lines = np.random.default_rng(0), []
+    rng = np.random.default_rng(0)
+    lines = []
     for number in range(36):
         name = list(COLOURS)[number % 3]
         width, height = rng.choice([16, 32, 48], 2)
         Image.new("RGB", (int(width), int(height)), COLOURS[name]).save(folder / f"{number}.png")
         question, images = ("<image>\nWhat is it?", [f"{number}.png"]) if number % 4 else ("Say it.", [])
         if number % 6 == 5:
-            question, images = "<image>\n<image>\nWhat is the first?", [f"{number}.png", f"{number - 1}.png"]
+            question = "<image>\n<image>\nWhat is the first?"
+            images = [f"{number}.png", f"{number - 1}.png"]
         record = {"conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": f"It is {name}."}]}
         lines.append(json.dumps(record | ({"image": images if len(images) > 1 else images[0]} if images else {})))
     (folder / "records.jsonl").write_text("\n".join(lines) + "\n")

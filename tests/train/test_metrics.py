@@ -28,7 +28,8 @@ def test_records_go_to_the_console_and_to_a_file_that_a_restart_continues(tmp_pa
 
 
 def test_figures_of_sources_go_to_the_file_and_of_few_sources_to_the_console(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    few, many = {"chats": 1.25, "web": float("nan")}, {f"source-{place}": 1.0 for place in range(7)}
+    few = {"chats": 1.25, "web": float("nan")}
+    many = {f"source-{place}": 1.0 for place in range(7)}
     with Metrics(_config(tmp_path), is_writer=True) as metrics:
         metrics.record(1, {"loss": 2.5}, {"loss": few, "loss_part": {"chats": 0.5}})
         metrics.record(2, {"loss": 2.5}, {"loss": many})

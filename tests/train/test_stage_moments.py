@@ -27,7 +27,9 @@ def test_a_stage_that_does_not_train_a_weight_ends_the_memory_of_it(key: str, up
 def test_young_and_old_moments_in_one_optimizer_move_weights_as_in_two(tmp_path: Path) -> None:
     config = config_for(tmp_path, steps=40, lr=0.01, warmup_ratio=0.2)
     config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, weight_decay=0.1, adam_eps=1e-3))
-    settings, earlier, generator = config.optimizer, 25, torch.Generator().manual_seed(0)
+    settings = config.optimizer
+    earlier = 25
+    generator = torch.Generator().manual_seed(0)
     start = {name: torch.randn(5, generator=generator) for name in ("old", "young")}
     options = dict(lr=settings.lr, betas=(settings.adam_beta1, settings.adam_beta2), eps=settings.adam_eps, weight_decay=0.1)
 

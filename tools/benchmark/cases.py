@@ -67,7 +67,8 @@ class Case:
         Args:
             train: folder of the packs.
         """
-        row, recipe = STAGES[self.stage], self.precision.removeprefix("fp8_")
+        row = STAGES[self.stage]
+        recipe = self.precision.removeprefix("fp8_")
         is_fp8 = recipe != self.precision
         number = "bfloat16" if is_fp8 else PRECISIONS[self.precision]
         return Config(
@@ -93,7 +94,9 @@ def stage_of(*trainable: str) -> str:
     return next(name for name, stage in STAGES.items() if stage.training.trainable == trainable)
 
 
-PROJECTOR, VISION, ALL = stage_of("projector"), stage_of("vision", "projector"), stage_of("vision", "projector", "language")
+PROJECTOR = stage_of("projector")
+VISION = stage_of("vision", "projector")
+ALL = stage_of("vision", "projector", "language")
 
 
 def _case(size: str, stage: str, precision: str = "bf16", implementation: str = OURS, **settings) -> Case:
@@ -158,7 +161,8 @@ def chosen(cases: list[Case], patterns: str) -> list[Case]:
     Raises:
         ValueError: there are none.
     """
-    wanted, names = [pattern.strip() for pattern in patterns.split(",") if pattern.strip()], {case.name for case in cases}
+    wanted = [pattern.strip() for pattern in patterns.split(",") if pattern.strip()]
+    names = {case.name for case in cases}
 
     def fits(name: str, pattern: str) -> bool:
         return name == pattern if pattern in names else pattern in name or fnmatchcase(name, pattern)

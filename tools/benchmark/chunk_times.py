@@ -29,11 +29,14 @@ def measure(scale: Scale, packs: Path) -> list[dict]:
     from tools.benchmark.packs import fullest
 
     alone = config(scale, STAGE_NAMES[0], packs)
-    machine, place = backend.start(alone.parallel.timeout_minutes), process_groups.create(alone.parallel, 0)
+    machine = backend.start(alone.parallel.timeout_minutes)
+    place = process_groups.create(alone.parallel, 0)
     dataset = PackedDataset(packs)
     [pack_id] = fullest(dataset, 1)
-    size, batch = PackSize.mean(dataset.index[np.array([pack_id])]), dataset.batch(pack_id, 0)
-    rows, chunks = [], []
+    size = PackSize.mean(dataset.index[np.array([pack_id])])
+    batch = dataset.batch(pack_id, 0)
+    rows = []
+    chunks = []
     for stage in STAGE_NAMES:
         for layout in layouts(scale, stage, packs, size):
             torch.manual_seed(0)
@@ -85,7 +88,8 @@ class _Alone:
         self._model.trains_vision = trains("vision", trainable)
         trained = [_trains(settings, layout, chunk) for chunk in range(len(layout.chunks))]
         self._model.first_trained = trained.index(True)
-        self._batch, self._has_backward = batch, number >= self._model.first_trained
+        self._batch = batch
+        self._has_backward = number >= self._model.first_trained
         self._received = torch.randn(self._model.received_shape(batch)) if number else None
 
     def run(self) -> tuple[float, float]:

@@ -108,7 +108,8 @@ def run(folder: Path, model: str, layers: int, repeat: int) -> dict[str, float |
             peak = max(peak, used if name != "copy" else 0)
             print(f"{name}: {total / 1e9 / took:.2f} GB/s, {used / GIB:.2f} GiB", file=sys.stderr)
     speeds = {f"{name}_gb_per_s": total / 1e9 / statistics.median(found) for name, found in seconds.items()}
-    before, after = SafetensorsFolder(folder / "hf"), SafetensorsFolder(folder / "exported")
+    before = SafetensorsFolder(folder / "hf")
+    after = SafetensorsFolder(folder / "exported")
     if before.headers != after.headers or not all(_equal(before[name], after[name]) for name in before.headers):
         raise ValueError("what was exported is not what was imported")
     every = {f"{name}_seconds": found for name, found in seconds.items()}

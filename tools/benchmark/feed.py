@@ -24,7 +24,8 @@ class Feed:
     """
 
     def __init__(self, packs: PackedDataset, plan: Plan, pack_ids: list[int], **options):
-        self.waited_s, self.taken = 0.0, 0
+        self.waited_s = 0.0
+        self.taken = 0
         self._ids = pack_ids
         self._arriving = batches(packs, plan, [pack_ids[step % len(pack_ids)] for step in range(MOST_STEPS)], **options)
 

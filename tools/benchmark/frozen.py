@@ -27,7 +27,8 @@ def measure(scale: Scale, packs: Path) -> dict[str, dict[str, object]]:
     dataset = PackedDataset(packs)
     size = PackSize.mean(dataset.index[fullest(dataset, scale.packs_per_step)])
     plain = config(scale, STAGE_NAMES[0], packs)
-    machine, place = backend.start(plain.parallel.timeout_minutes), process_groups.create(plain.parallel, 0)
+    machine = backend.start(plain.parallel.timeout_minutes)
+    place = process_groups.create(plain.parallel, 0)
     settings = {stage: config(scale, stage, packs) for stage in STAGE_NAMES}
     runs = {stage: Run(one, make_layout(one), place, machine, packs) for stage, one in settings.items()}
     steps: dict[str, list[float]] = {stage: [] for stage in STAGE_NAMES}
@@ -51,7 +52,8 @@ def summary(found: dict[str, dict]) -> dict[str, dict[str, float]]:
 
     The share is told for forward and backward pass, which the FLOPs are of, and for whole steps, with the optimizer's own work.
     """
-    told, whole = {}, found[ALL]
+    told = {}
+    whole = found[ALL]
     for stage, one in found.items():
         if stage == ALL:
             continue

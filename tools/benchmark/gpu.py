@@ -50,7 +50,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the tool; 0 where a case was measured, 1 where none was, 2 for a command line that asks for nothing."""
-    args, began = parse(arguments), time.monotonic()
+    args = parse(arguments)
+    began = time.monotonic()
     try:
         cases = chosen(smoke_cases() if args.smoke else all_cases(), args.cases)
     except ValueError as error:
@@ -61,7 +62,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     from tools.benchmark.packs import REAL, SMOKE, make_packs  # only now: --dry_run needs no tokenizer and no torch
 
-    sizes, rows = SMOKE if args.smoke else REAL, []
+    sizes = SMOKE if args.smoke else REAL
+    rows = []
     with tempfile.TemporaryDirectory(prefix="megavlm-benchmark-") as folder:
         packs = make_packs(Path(folder) / "data", cases[0].architecture, sizes)
         settings = runner.Settings(packs=sizes.packs, workers=args.workers, steps_s=args.steps_s, peak_tflops=args.peak_tflops)

@@ -68,7 +68,8 @@ def group_of(name: str) -> str:
 
 def busy_us(kernels: list[Kernel]) -> float:
     """Microseconds in which at least one kernel ran."""
-    total, reached = 0.0, float("-inf")
+    total = 0.0
+    reached = float("-inf")
     for kernel in sorted(kernels, key=lambda kernel: kernel.start):
         total += max(kernel.end - max(kernel.start, reached), 0.0)
         reached = max(reached, kernel.end)

@@ -59,7 +59,8 @@ LOOKED_UP_STEPS = 1000
 
 def ours(dataset: PackedDataset) -> int:
     """All packs as normalised tensors; returns the number of tiles."""
-    tiles, room = 0, torch.empty(dataset.manifest.tile_cap + 1, 3, SIZE, SIZE)  # memory that is used again, as on a GPU
+    tiles = 0
+    room = torch.empty(dataset.manifest.tile_cap + 1, 3, SIZE, SIZE)  # memory that is used again, as on a GPU
     for pack_id in range(len(dataset)):
         batch = dataset.batch(pack_id, pack_id)
         normalised = room[: len(batch.tiles)]
@@ -77,7 +78,8 @@ def internvl_way(dataset: PackedDataset, folder: Path) -> int:
         for row, origin in zip(pack.images, pack.provenance["line"], strict=True):
             with Image.open(folder / f"{origin - 1}.jpg") as file:
                 image = file.convert("RGB")
-            columns, rows = int(row["columns"]), int(row["rows"])
+            columns = int(row["columns"])
+            rows = int(row["rows"])
             grid = image.resize((columns * SIZE, rows * SIZE), Image.Resampling.BICUBIC)
             corners = [(place % columns * SIZE, place // columns * SIZE) for place in range(columns * rows)]
             pieces = [grid.crop((left, top, left + SIZE, top + SIZE)) for left, top in corners]
@@ -148,7 +150,8 @@ def make_large(small: Path, large: Path, packs: int) -> None:
     manifest = read_manifest(small)
     first = manifest.shards[0]
     real = np.fromfile(small / INDEX_NAME, RECORD, first.packs, offset=HEADER_BYTES)
-    shards, each = 16384, -(-packs // 16384)
+    shards = 16384
+    each = -(-packs // 16384)
     large.mkdir()
     sizes = [min(each, packs - number * each) for number in range(shards) if packs > number * each]
     with open(large / INDEX_NAME, "wb") as index:
@@ -163,8 +166,10 @@ def make_large(small: Path, large: Path, packs: int) -> None:
 
 def start_in(folder: Path, step: int, workers: int) -> None:
     """Start at a step of a large dataset in this process, and print how long it takes and what it costs, as JSON."""
-    process, position = psutil.Process(), step * GLOBAL_BATCH
-    before, start = process.memory_info().rss, time.perf_counter()
+    process = psutil.Process()
+    position = step * GLOBAL_BATCH
+    before = process.memory_info().rss
+    start = time.perf_counter()
     dataset = PackedDataset(folder)
     plan = Plan(num_packs=len(dataset), seed=1, group=GLOBAL_BATCH)
     stream = batches(dataset, plan, range(position, 10**15, GLOBAL_BATCH), workers=workers)

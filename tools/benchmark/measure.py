@@ -73,16 +73,21 @@ def measure(session: Session, case: Case, packs: PackedDataset, pack_ids: list[i
     """
     waiting = Clock(session.device)
     # Every pack once: kernels are built, and memory is set apart, for each number of tiles.
-    start, first, one_s = time.perf_counter(), None, 0.0
+    start = time.perf_counter()
+    first = None
+    one_s = 0.0
     for number in range(len(pack_ids)):
         began = time.perf_counter()
         loss = session.step()
         waiting.wait()
-        one_s, first = time.perf_counter() - began, loss if first is None else first
+        one_s = time.perf_counter() - began
+        first = loss if first is None else first
         if number + 1 >= LEAST_STEPS and time.perf_counter() - start > steps_s:
             break
     steps = max(LEAST_STEPS, min(2 * len(pack_ids), int(steps_s / one_s)))
-    waited, taken, clock = session.feed.waited_s, session.feed.taken, Clock(session.device)
+    waited = session.feed.waited_s
+    taken = session.feed.taken
+    clock = Clock(session.device)
     clock.mark()
     for _ in range(steps):
         loss = session.step()
@@ -103,7 +108,8 @@ def measure(session: Session, case: Case, packs: PackedDataset, pack_ids: list[i
 
 
 def _figures(case: Case, packs: PackedDataset, stepped: np.ndarray, each_ms: list[float], peak_tflops: float) -> dict:
-    rows, seconds = packs.index[stepped], sum(each_ms) / 1e3
+    rows = packs.index[stepped]
+    seconds = sum(each_ms) / 1e3
     size = {name: float(rows[name].sum()) for name in ("tokens", "squared_lengths", "tiles")}
     flops = training_cost(case.architecture, case.trainable).by_part(**size)
     tflops = sum(flops.values()) / seconds / 1e12

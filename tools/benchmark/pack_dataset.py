@@ -40,7 +40,8 @@ def run(arguments: list[str]) -> dict[str, float]:
             for each in (process, *process.children(recursive=True)):
                 resident.append(each.memory_info().rss)
                 processor[each.pid] = each.cpu_times().user + each.cpu_times().system
-            alone, together = max(alone, resident[0]), max(together, sum(resident))
+            alone = max(alone, resident[0])
+            together = max(together, sum(resident))
         except psutil.NoSuchProcess:
             pass
         time.sleep(SAMPLE_SECONDS)

@@ -71,11 +71,14 @@ SMOKE = PackSizes(capacity=512, packs=2, max_tiles=3, tile_cap=None, least_side=
 
 def make_packs(folder: Path, architecture: Architecture, sizes: PackSizes, seed: int = 0) -> PackedDataset:
     """Photographs, questions, a tokenizer, and packs of them in ``folder / "packs"``, for every model with the same tiles."""
-    rng, images = np.random.default_rng(seed), folder / "images"
+    rng = np.random.default_rng(seed)
+    images = folder / "images"
     images.mkdir(parents=True)
     # More than is needed, since only the fullest packs are taken.
-    features, wanted = architecture.features_per_tile, int(1.25 * (sizes.packs + 1) * sizes.capacity)
-    records, tokens = [], 0
+    features = architecture.features_per_tile
+    wanted = int(1.25 * (sizes.packs + 1) * sizes.capacity)
+    records = []
+    tokens = 0
     for number, picture in enumerate(photographs(rng, sizes)):
         tiling = Tiling(tile_size=architecture.vision.image_size, max_tiles=sizes.max_tiles)
         seen = tiling.count(*tiling.grid(*picture.size)) * features
@@ -120,7 +123,8 @@ def photographs(rng: np.random.Generator, sizes: PackSizes) -> Iterator[Image.Im
         shape = 2 ** rng.uniform(-1, 1)
         width = min(source.width, int(source.height * shape)) * rng.uniform(0.5, 1)
         height = width / shape
-        left, top = rng.uniform(0, source.width - width), rng.uniform(0, max(source.height - height, 0))
+        left = rng.uniform(0, source.width - width)
+        top = rng.uniform(0, max(source.height - height, 0))
         piece = source.crop((int(left), int(top), int(left + width), int(top + height)))
         side = 2 ** rng.uniform(np.log2(sizes.least_side), np.log2(sizes.most_side))
         target = max(int(side * min(1, shape)), sizes.least_side // 2), max(int(side * min(1, 1 / shape)), sizes.least_side // 2)

@@ -28,7 +28,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--parts", default=",".join(PARTS), help="what to measure, with commas between (default: %(default)s)")
     parser.add_argument("--smoke", action="store_true", help="a model of a few weights and two rounds, to try the benchmark itself")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures as JSON")
-    args, began = parser.parse_args(arguments), time.monotonic()
+    args = parser.parse_args(arguments)
+    began = time.monotonic()
     parts = args.parts.split(",")
     if unknown := set(parts) - set(PARTS):
         print(f"error: --parts {','.join(sorted(unknown))}: known are {', '.join(PARTS)}", file=sys.stderr)
@@ -37,7 +38,8 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ["OMP_NUM_THREADS"] = "1"
     from tools.benchmark.packs import make_packs
 
-    scale, results = SMOKE if args.smoke else FULL, {"facts": runner.facts()}
+    scale = SMOKE if args.smoke else FULL
+    results = {"facts": runner.facts()}
     with tempfile.TemporaryDirectory(prefix="megavlm-benchmark-") as folder:
         packs = make_packs(Path(folder) / "data", scale.architecture, scale.packs).folder
         for part in (part for part in PARTS if part in parts):

@@ -40,7 +40,9 @@ class Peer:
         if case.precision not in DTYPES:
             raise ValueError(f"{case.precision}: transformers trains in {' or '.join(DTYPES)}")
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._vision, self._dtype, self._mode = case.architecture.vision, DTYPES[case.precision], case.implementation
+        self._vision = case.architecture.vision
+        self._dtype = DTYPES[case.precision]
+        self._mode = case.implementation
         self._manifest = packs.manifest
         attention = self._attention()
         model = build(case, self._dtype, self.device, attention, packs.manifest.context_token_id)
@@ -120,7 +122,9 @@ def labels_of(batch: Batch) -> Tensor:
 
 def samples(batch: Batch, pixels: Tensor, features_per_tile: int) -> Iterator[dict[str, Tensor]]:
     """Each sample of the pack alone, without the padding at the end, with its tiles."""
-    labels, ends, seen = labels_of(batch), batch.sample_ends.tolist(), 0
+    labels = labels_of(batch)
+    ends = batch.sample_ends.tolist()
+    seen = 0
     places = batch.feature_positions.tolist()
     for start, end in zip(ends, ends[1:]):
         count = sum(start <= place < end for place in places) // features_per_tile

@@ -14,7 +14,8 @@ from PIL import Image
 # Sizes as in web data: most images between half a megapixel and one, some screens and some thumbnails.
 LONG_SIDES = (320, 480, 640, 800, 1024, 1280, 1600)
 SIDE_SHARES = (0.06, 0.12, 0.24, 0.22, 0.22, 0.10, 0.04)
-WIDEST, ASPECT = 2460, 1.5  # of the photographs: high enough for images as high as the longest side
+WIDEST = 2460
+ASPECT = 1.5  # of the photographs: high enough for images as high as the longest side
 ASPECTS = (0.5, 0.66, 0.75, 1.0, 1.0, 1.33, 1.5, 1.78, 2.2)
 WORDS = [
     "what",
@@ -56,7 +57,8 @@ def photographs() -> list[Image.Image]:
 def draw_sizes(count: int, seed: int) -> Iterator[tuple[int, int, int]]:
     """Width, height and JPEG quality of ``count`` images."""
     rng = np.random.default_rng(seed)
-    sides, aspects = rng.choice(LONG_SIDES, count, p=SIDE_SHARES), rng.choice(ASPECTS, count)
+    sides = rng.choice(LONG_SIDES, count, p=SIDE_SHARES)
+    aspects = rng.choice(ASPECTS, count)
     for side, aspect, quality in zip(sides.tolist(), aspects.tolist(), rng.integers(75, 96, count).tolist(), strict=True):
         width, height = (side, round(side / aspect)) if aspect >= 1 else (round(side * aspect), side)
         yield width, height, quality
@@ -72,14 +74,16 @@ def write_jpegs(folder: Path, count: int, *, seed: int = 0, processes: int = 2) 
 
 def _write_part(part: tuple[Path, int, int, int, int]) -> int:
     folder, count, seed, first, step = part
-    sources, size = photographs(), 0
+    sources = photographs()
+    size = 0
     for number, (width, height, quality) in enumerate(draw_sizes(count, seed)):
         if number % step != first:
             continue
         rng = random.Random(number)
         # A part of a photograph: of a large one a small part, of a small one up to all of it.
         source = rng.choice([source for source in sources if source.width >= width and source.height >= height])
-        left, top = rng.randint(0, source.width - width), rng.randint(0, source.height - height)
+        left = rng.randint(0, source.width - width)
+        top = rng.randint(0, source.height - height)
         picture = source.crop((left, top, left + width, top + height))
         path = folder / f"{number}.jpg"
         picture.save(path, quality=quality)

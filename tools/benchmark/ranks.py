@@ -72,7 +72,9 @@ class Run:
         from tools.benchmark.packs import fullest
         from tools.benchmark.trainer import random_weights
 
-        self._config, self._machine, dataset = config, machine, PackedDataset(packs)
+        self._config = config
+        self._machine = machine
+        dataset = PackedDataset(packs)
         draw = random_weights(machine.device)
         self._built = build(config, layout, place, machine, lambda chunks: fill(chunks, draw))
         ids = fullest(dataset, config.training.global_batch_size)
@@ -86,8 +88,11 @@ class Run:
         from megavlm.train.step import train_step
 
         dist.barrier()
-        start, built, clip = time.perf_counter(), self._built, self._config.optimizer.clip_grad
-        packs, count = iter(self._batches), len(self._batches)
+        start = time.perf_counter()
+        built = self._built
+        clip = self._config.optimizer.clip_grad
+        packs = iter(self._batches)
+        count = len(self._batches)
         train_step(built.wrapped, built.optimizer, packs, count, self._weight, clip, self._machine)
         dist.barrier()
         return time.perf_counter() - start

@@ -59,7 +59,9 @@ class CaseProcess:
     """
 
     def __init__(self, case: Case, packs: Path, logs: Path, settings: Settings):
-        self.case, self._out, self._log = case, logs / f"{case.name}.json", logs / f"{case.name}.log"
+        self.case = case
+        self._out = logs / f"{case.name}.json"
+        self._log = logs / f"{case.name}.log"
         self._out.unlink(missing_ok=True)
         with self._log.open("w") as log:
             self._process = subprocess.Popen(
@@ -130,11 +132,13 @@ def run_all(cases: list[Case], packs: Path, logs: Path, settings: Settings, dead
     waiting: CaseProcess | None = None
     try:
         for number, case in enumerate(cases):
-            left, began = deadline - time.monotonic(), time.monotonic()
+            left = deadline - time.monotonic()
+            began = time.monotonic()
             if left < 10:
                 yield _row(case, {"error": "not run: the time limit of the whole benchmark was reached"}, 0.0)
                 continue
-            process, waiting = waiting or CaseProcess(case, packs, logs, settings), None
+            process = waiting or CaseProcess(case, packs, logs, settings)
+            waiting = None
             try:
                 if preload and number + 1 < len(cases):
                     waiting = CaseProcess(cases[number + 1], packs, logs, settings)

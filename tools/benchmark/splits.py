@@ -27,7 +27,8 @@ def measure(scale: Scale, packs: Path) -> dict[str, dict[str, object]]:
     dataset = PackedDataset(packs)
     size = PackSize.mean(dataset.index[fullest(dataset, scale.packs_per_step)])
     plain = config(scale, STAGE_NAMES[0], packs, chunks=RANKS)
-    machine, place = backend.start(plain.parallel.timeout_minutes), process_groups.create(plain.parallel, 0)
+    machine = backend.start(plain.parallel.timeout_minutes)
+    place = process_groups.create(plain.parallel, 0)
     found = {}
     for stage in STAGE_NAMES:
         settings = {name: config(scale, stage, packs, chunks=RANKS, layout=name) for name in LAYOUTS}

@@ -48,7 +48,8 @@ class Trainer:
         self._config = config = case.config(str(packs.folder))
         check(config, world_size=1, machine=precision.machine())
         self._machine = machine = backend.start(config.parallel.timeout_minutes)
-        self.device, self._packs = machine.device, packs
+        self.device = machine.device
+        self._packs = packs
         place = process_groups.create(config.parallel, config.training.seed)
         drawn = random_weights(machine.device)
         self._built = build(config, make_layout(config), place, machine, lambda chunks: weights.fill(chunks, drawn))

@@ -69,7 +69,8 @@ def facts_problems(config: Config, facts: Sequence[DatasetFacts]) -> list[str]:
 
 
 def _dataset(config: Config, facts: DatasetFacts) -> Iterator[str]:
-    arch, where = config.architecture, f"{facts.flag} {facts.folder}"
+    arch = config.architecture
+    where = f"{facts.flag} {facts.folder}"
     if facts.num_packs < 1:
         yield f"{where}: has no packs"
     if facts.has_images and facts.image_size != arch.vision.image_size:
@@ -123,7 +124,8 @@ def _together(config: Config, facts: Sequence[DatasetFacts]) -> Iterator[str]:
 
 def _batch_shares(config: Config, train: Sequence[DatasetFacts]) -> Iterator[str]:
     """Training sets whose share of a global batch is less than a pack."""
-    weights, batch = config.data.weights or [dataset.num_packs for dataset in train], config.training.global_batch_size
+    weights = config.data.weights or [dataset.num_packs for dataset in train]
+    batch = config.training.global_batch_size
     for dataset, weight in zip(train, weights, strict=False):
         share = weight / max(sum(weights), 1e-300) * batch
         if share < 1:

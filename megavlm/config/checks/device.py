@@ -37,7 +37,8 @@ class Machine:
 
 def machine_problems(config: Config, machine: Machine) -> list[str]:
     """Everything that the machine lacks."""
-    found, lack = [], machine.lack
+    found = []
+    lack = machine.lack
     if config.training.kernels == "transformer_engine" and lack:
         found.append(f"--training.kernels transformer_engine: this machine has {lack}; use local or auto")
     if config.optimizer.moments == "bfloat16" and lack:

@@ -22,7 +22,8 @@ def sharing_problems(parallel: Parallel, where: str, capacity: int, alignment: i
         capacity: tokens of a pack.
         alignment: each sample starts at a multiple of this many tokens.
     """
-    tensor, context = max(parallel.tensor_model_parallel_size, 1), max(parallel.context_parallel_size, 1)
+    tensor = max(parallel.tensor_model_parallel_size, 1)
+    context = max(parallel.context_parallel_size, 1)
     pieces = 2 * context
     if context > 1 and alignment % pieces:
         yield (

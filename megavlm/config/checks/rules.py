@@ -91,7 +91,9 @@ def _divisors(*numbers: int) -> str:
 
 
 def _architecture(arch: Architecture) -> list[str]:
-    vision, language, sizes = arch.vision, arch.language, ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
+    vision = arch.vision
+    language = arch.language
+    sizes = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
     found = [
         *_at_least(1, "architecture", arch, "pixel_shuffle"),
         *_at_least(1, "architecture.vision", vision, "image_size", "patch_size", *sizes),
@@ -103,7 +105,8 @@ def _architecture(arch: Architecture) -> list[str]:
 
 
 def _vision(arch: Architecture) -> Iterator[str]:
-    vision, flag = arch.vision, "--architecture.vision"
+    vision = arch.vision
+    flag = "--architecture.vision"
     if vision.image_size % vision.patch_size and vision.family != "siglip":  # whose largest models leave some pixels out
         yield f"{flag}.patch_size {vision.patch_size} does not divide {flag}.image_size {vision.image_size}"
     elif vision.grid % arch.pixel_shuffle:
@@ -115,8 +118,10 @@ def _vision(arch: Architecture) -> Iterator[str]:
 
 
 def _language(arch: Architecture) -> Iterator[str]:
-    language, flag = arch.language, "--architecture.language"
-    heads, groups = language.num_attention_heads, language.num_query_groups
+    language = arch.language
+    flag = "--architecture.language"
+    heads = language.num_attention_heads
+    groups = language.num_query_groups
     if not language.kv_channels and language.hidden_size % heads:
         yield f"{flag}.num_attention_heads {heads} does not divide {flag}.hidden_size {language.hidden_size}; or give {flag}.kv_channels"
     elif language.head_size % 2:
@@ -127,11 +132,13 @@ def _language(arch: Architecture) -> Iterator[str]:
 
 
 def _tensor_parallel(parallel: Parallel, arch: Architecture) -> Iterator[str]:
-    size, flag = parallel.tensor_model_parallel_size, "--parallel.tensor_model_parallel_size"
+    size = parallel.tensor_model_parallel_size
+    flag = "--parallel.tensor_model_parallel_size"
     if size < 1:
         yield f"{flag} {size}: must be 1 or more"
         return
-    vision, language = arch.vision, arch.language
+    vision = arch.vision
+    language = arch.language
     in_vision = {"vision.ffn_hidden_size": vision.ffn_hidden_size} if parallel.vision == "tensor" else {}
     shared = in_vision | {
         "language.num_attention_heads": language.num_attention_heads,
@@ -158,10 +165,14 @@ def _tensor_parallel(parallel: Parallel, arch: Architecture) -> Iterator[str]:
 
 
 def _pipeline(parallel: Parallel, arch: Architecture) -> Iterator[str]:
-    size, layout = parallel.pipeline_model_parallel_size, parallel.layout
-    vision, language = arch.vision.num_layers, arch.language.num_layers
-    flag, given = "--parallel.pipeline_model_parallel_size", f"--parallel.layout {layout}"
-    virtual, chunks = parallel.virtual_pipeline_model_parallel_size, parallel.chunks
+    size = parallel.pipeline_model_parallel_size
+    layout = parallel.layout
+    vision = arch.vision.num_layers
+    language = arch.language.num_layers
+    flag = "--parallel.pipeline_model_parallel_size"
+    given = f"--parallel.layout {layout}"
+    virtual = parallel.virtual_pipeline_model_parallel_size
+    chunks = parallel.chunks
     sizes = f"{flag} {size}" + f" x --parallel.virtual_pipeline_model_parallel_size {virtual}" * (virtual != 1)
     yield from _at_least(1, "parallel", parallel, "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size")
     if min(size, virtual) > 0 and chunks > vision + language:
@@ -182,7 +193,8 @@ def _pipeline(parallel: Parallel, arch: Architecture) -> Iterator[str]:
 
 
 def _world(config: Config, world_size: int) -> Iterator[str]:
-    model, batch = config.parallel.model_parallel_size, config.training.global_batch_size
+    model = config.parallel.model_parallel_size
+    batch = config.training.global_batch_size
     sizes = {name: vars(config.parallel)[f"{name}_parallel_size"] for name in ("tensor_model", "pipeline_model", "context")}
     if batch < 1:
         yield f"--training.global_batch_size {batch}: must be 1 or more"
@@ -193,7 +205,9 @@ def _world(config: Config, world_size: int) -> Iterator[str]:
         product = " x ".join(f"--parallel.{name}_parallel_size {size}" for name, size in sizes.items() if size > 1 or name != "context")
         yield f"{product} = {model} does not divide the number of ranks that torchrun started, {world_size}"
         return
-    copies, pipeline, virtual = world_size // model, sizes["pipeline_model"], config.parallel.virtual_pipeline_model_parallel_size
+    copies = world_size // model
+    pipeline = sizes["pipeline_model"]
+    virtual = config.parallel.virtual_pipeline_model_parallel_size
     if batch % copies:
         yield (
             f"--training.global_batch_size {batch} is not a multiple of the {copies} data-parallel ranks "
@@ -276,7 +290,9 @@ def _kernels(training: Training) -> Iterator[str]:
 
 
 def _fp8(fp8: Fp8, config: Config) -> Iterator[str]:
-    first, last, arch = fp8.first_bf16_layers, fp8.last_bf16_layers, config.architecture
+    first = fp8.first_bf16_layers
+    last = fp8.last_bf16_layers
+    arch = config.architecture
     spared = f"--fp8.first_bf16_layers {first} and --fp8.last_bf16_layers {last}"
     yield from _at_least(0, "fp8", fp8, "first_bf16_layers", "last_bf16_layers")
     if not fp8.recipes and first + last > 0:

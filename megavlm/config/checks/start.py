@@ -10,7 +10,10 @@ from megavlm.config.schema import Config
 
 def problems(config: Config) -> Iterator[str]:
     """Everything about parts that cannot be, and exports that InternVL's formats cannot hold; each names the flag to change."""
-    init, load, export, arch = config.init, config.checkpoint.load, config.checkpoint.export_hf, config.architecture
+    init = config.init
+    load = config.checkpoint.load
+    export = config.checkpoint.export_hf
+    arch = config.architecture
     for name, folder in vars(init).items():
         if folder and not Path(folder).is_dir():
             yield f"--init.{name} {folder}: no such folder"

@@ -45,7 +45,8 @@ def read(raw: dict[str, Any], folder: Path, *, has_head: bool | None) -> Archite
     """What a model is made of; arguments and errors as in the native dialect."""
     path = folder / shared.FILE_NAME
     shared.refuse(path, list(_problems(raw)))
-    vision, language = raw["vision_config"], raw["llm_config"]
+    vision = raw["vision_config"]
+    language = raw["llm_config"]
     says_tied = bool(raw.get("tie_word_embeddings", language.get("tie_word_embeddings", False)))
     mean, std = shared.normalisation(folder)
     return Architecture(
@@ -63,7 +64,8 @@ def _problems(raw: dict[str, Any]) -> Iterator[str]:
     ratio = raw.get("downsample_ratio")
     if not isinstance(ratio, int | float) or not 0 < ratio <= 1 or not shared.pixel_shuffle(ratio):
         yield f"downsample_ratio is {ratio!r}, must be 1 / a whole number"
-    vision, language = raw.get("vision_config"), raw.get("llm_config")
+    vision = raw.get("vision_config")
+    language = raw.get("llm_config")
     if isinstance(vision, dict):
         yield from vision_problems(vision, "vision_config")
     else:
@@ -123,9 +125,11 @@ def write(
         min_tiles, max_tiles: tiles of an image, thumbnail not counted.
         thumbnail: whether an image of several tiles gets its thumbnail as one more tile.
     """
-    vision, language = architecture.vision, architecture.language
+    vision = architecture.vision
+    language = architecture.language
     family = written_as(language, "chat")
-    code, number = _CODE.get(family.name, _CODE[""]), str(dtype).removeprefix("torch.")
+    code = _CODE.get(family.name, _CODE[""])
+    number = str(dtype).removeprefix("torch.")
     auto = {
         "AutoConfig": f"{code}--configuration_internvl_chat.InternVLChatConfig",
         "AutoModel": f"{code}--modeling_internvl_chat.InternVLChatModel",

@@ -116,7 +116,8 @@ def export(
         FileNotFoundError: the checkpoint, or its tokenizer, is missing.
         ValueError: the checkpoint is damaged or of another model than it says, or ``out`` is taken.
     """
-    folder, out = step_folder(checkpoint), Path(out)
+    folder = step_folder(checkpoint)
+    out = Path(out)
     architecture = from_yaml(folder / "config.yaml").architecture
     source = ShardsFolder(folder / "shards")
     view = HuggingFaceView(source, architecture, dtype, dialect=dialect)
@@ -146,7 +147,8 @@ def import_(folder: str | Path, out: str | Path, *, tokenizer: str | Path = "", 
         FileNotFoundError: files are missing.
         ValueError: the model cannot be trained here, its weights are not those that its settings say, or ``out`` is taken.
     """
-    folder, out = Path(folder), Path(out)
+    folder = Path(folder)
+    out = Path(out)
     architecture = architecture_from_hf(folder)
     view = hf_tensors_as_megatron(folder, architecture)
     name = next((name for name, known in MODELS.items() if known == architecture), "custom")
@@ -205,7 +207,9 @@ def check(folder: str | Path) -> list[PartCheck]:
         ValueError: the model cannot be trained here, or its weights are not those that its settings say.
     """
     folder = Path(folder)
-    architecture, source, dialect = architecture_from_hf(folder), _open(folder), dialect_of(folder)
+    architecture = architecture_from_hf(folder)
+    source = _open(folder)
+    dialect = dialect_of(folder)
     back = HuggingFaceView(MegatronView(source, architecture, dialect), architecture, dialect=dialect)
     names: dict[str, list[str]] = {}
     changed: dict[str, list[str]] = {}

@@ -81,7 +81,8 @@ def vision_from_hf(folder: str | Path) -> Vision:
     """
     path = Path(folder) / json_files.FILE_NAME
     raw = json_files.read_json(path)
-    kind, (mean, std) = raw.get("model_type"), json_files.normalisation(Path(folder))
+    kind = raw.get("model_type")
+    (mean, std) = json_files.normalisation(Path(folder))
     if kind == _INTERNVIT:
         json_files.refuse(path, list(chat_config.vision_problems(raw, "")))
         return chat_config.read_vision(raw, mean, std)
@@ -210,12 +211,15 @@ def full_tensors(config: Config, fresh: FullTensor) -> FullTensor:
 
 
 def _serve_vision(config: Config) -> Callable[[str], Served]:
-    wanted, folder = config.architecture, Path(config.init.vision)
+    wanted = config.architecture
+    folder = Path(config.init.vision)
     found = _found(config.init, "vision", wanted)
     if found.vision.family == "internvit":
-        source, table = SafetensorsFolder(folder), internvit.rows(found.vision, internvit.CHAT)
+        source = SafetensorsFolder(folder)
+        table = internvit.rows(found.vision, internvit.CHAT)
     else:
-        source, table = SafetensorsFolder(folder, rename=_used_by(found.vision)), clip.rows(found.vision)
+        source = SafetensorsFolder(folder, rename=_used_by(found.vision))
+        table = clip.rows(found.vision)
     view = MegatronView(source, tuple(within(table, "vision.", "")))
     return lambda key: vision_tensor(view, found, wanted, key)
 
@@ -232,7 +236,8 @@ def _used_by(vision: Vision) -> Callable[[str], str | None]:
 
 
 def _serve_language(config: Config) -> Callable[[str], Served]:
-    wanted, folder = config.architecture, Path(config.init.language)
+    wanted = config.architecture
+    folder = Path(config.init.language)
     language = _language(folder)
     found = replace(wanted, language=language)
     source = SafetensorsFolder(folder, rename=lambda name: None if _BUFFER.search(name) else name)
@@ -245,7 +250,8 @@ def _serve_language(config: Config) -> Callable[[str], Served]:
         if key not in (EMBEDDING_KEY, HEAD_KEY):
             return whole
         averaged = key == HEAD_KEY or wanted.language.tied_head
-        rows, seed = wanted.language.vocab_size, config.training.seed
+        rows = wanted.language.vocab_size
+        seed = config.training.seed
         return ExtendedVocabulary(tensor=whole, rows=rows, new=new, std=std, seed=seed, averaged=averaged)
 
     return tensor

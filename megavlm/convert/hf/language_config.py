@@ -37,7 +37,8 @@ def problems(settings: Mapping[str, Any], section: str) -> Iterator[str]:
     rotary = _rotary(settings)
     if rotary["rope_type"] not in ("default", "dynamic"):
         yield f"{section}: rotary positions are of type {rotary['rope_type']!r}, must be 'default' or 'dynamic'"
-    heads, width = settings.get("num_attention_heads") or 1, settings.get("hidden_size") or 0
+    heads = settings.get("num_attention_heads") or 1
+    width = settings.get("hidden_size") or 0
     if not FAMILIES[kind].has_head_dim and settings.get("head_dim") not in (None, width / heads):
         yield f"{section}.head_dim is {settings['head_dim']}, must be hidden_size / num_attention_heads = {width / heads:g}"
 
@@ -49,7 +50,8 @@ def read(settings: Mapping[str, Any], *, tied_head: bool) -> Language:
         settings: the model's part of config.json, without problems.
         tied_head: whether the head is the token embedding.
     """
-    width, heads = settings["hidden_size"], settings["num_attention_heads"]
+    width = settings["hidden_size"]
+    heads = settings["num_attention_heads"]
     rotary = _rotary(settings)
     head_size = settings.get("head_dim") or width // heads
     return Language(
@@ -111,7 +113,8 @@ def write(language: Language, family: Family, *, eos_token_id: int, pad_token_id
 
 def _write_rotary(language: Language) -> dict[str, Any]:
     """The rotary positions, for transformers 4 (and remote code, which wants no third entry in ``rope_scaling``), then for 5."""
-    factor, base = language.rotary_dynamic_factor, language.rotary_base
+    factor = language.rotary_dynamic_factor
+    base = language.rotary_base
     if factor == 1:
         return {"rope_theta": base, "rope_parameters": {"rope_type": "default", "rope_theta": base}}
     return {

@@ -75,7 +75,8 @@ def differences(found: Architecture, wanted: Architecture) -> list[str]:
             facts |= {f"{section}.{name}": value for name, value in dataclasses.asdict(architecture)[section].items()}
         return facts | {"language.kv_channels": architecture.language.head_size}
 
-    ours, theirs = flat(wanted), flat(found)
+    ours = flat(wanted)
+    theirs = flat(found)
     return [
         f"--architecture.{name}: {theirs[name]} there, {ours[name]} asked for"
         for name in ours

@@ -60,7 +60,8 @@ def read(raw: dict[str, Any], folder: Path, *, has_head: bool | None) -> Archite
 
 def _problems(settings: dict[str, Any]) -> Iterator[str]:
     """What our model does not do."""
-    vision, text = settings["vision_config"], settings["text_config"]
+    vision = settings["vision_config"]
+    text = settings["text_config"]
     for section, fixed in _FIXED.items():
         yield from shared.contradictions(section, settings[section] if section else settings, fixed)
     if vision["norm_type"] not in NORMS:
@@ -107,7 +108,8 @@ def write(architecture: Architecture, *, dtype: torch.dtype, image_token_id: int
     Raises:
         ValueError: transformers has no such model.
     """
-    vision, language = architecture.vision, architecture.language
+    vision = architecture.vision
+    language = architecture.language
     if vision.qk_norm and vision.layernorm_epsilon != _QK_NORM_EPSILON:
         raise ValueError(
             f"--architecture.vision.layernorm_epsilon {vision.layernorm_epsilon}: transformers normalises InternViT's queries and keys "

@@ -32,7 +32,8 @@ TOKENIZER_FILES = (
 )
 # The processor wants a token for videos that texts do not hold. Qwen2.5's tokenizers have one. Elsewhere it is one of InternVL's that
 # nothing uses, since a new token would make another tokenizer than the one that the model was trained with.
-_VIDEO, _UNUSED = "<|video_pad|>", "<quad>"
+_VIDEO = "<|video_pad|>"
+_UNUSED = "<quad>"
 _PROCESSOR = "InternVLProcessor"
 
 
@@ -52,12 +53,14 @@ def token_ids(folder: Path, architecture: Architecture, template: str) -> TokenI
         ValueError: the tokenizer lacks one, or knows more tokens than the model.
     """
     tokenizer = load_tokenizer(folder)
-    known, row = tokenizer.get_vocab(), _format(template)
+    known = tokenizer.get_vocab()
+    row = _format(template)
     missing = [token for token in (*SPECIAL_TOKENS, *row.markers) if token not in known]
     if missing:
         raise ValueError(f"--tokenizer {folder}: lacks {', '.join(missing)}; take the folder tokenizer/ of the packed dataset")
     if max(known.values()) >= architecture.language.vocab_size:
-        highest, rows = max(known.values()), architecture.language.vocab_size
+        highest = max(known.values())
+        rows = architecture.language.vocab_size
         raise ValueError(f"--tokenizer {folder}: has ids up to {highest}, and the model's vocabulary has {rows} rows")
     end = tokenizer(row.end, add_special_tokens=False)["input_ids"][-1]
     return TokenIds(image=known[IMAGE_CONTEXT], end=end, pad=end if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
@@ -113,7 +116,8 @@ def _write_chat(folder: Path, tokenizer: Path, architecture: Architecture, usage
     words.pop("processor_class", None)
     # The transformers of that time reads the template from here.
     write_json(folder / "tokenizer_config.json", words | {"chat_template": _template(tokenizer, usage, with_images=False)})
-    side, vision = architecture.vision.image_size, architecture.vision
+    side = architecture.vision.image_size
+    vision = architecture.vision
     image_processor = {
         "feature_extractor_type": "CLIPFeatureExtractor",
         "image_processor_type": "CLIPImageProcessor",

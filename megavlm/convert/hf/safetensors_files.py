@@ -95,7 +95,8 @@ class SafetensorsFolder:
 
     def ranges(self, name: str, rows: range) -> list[Range]:
         """See ``Tensors``."""
-        place, header = self._places[name], self.headers[name]
+        place = self._places[name]
+        header = self.headers[name]
         row_bytes = header.nbytes // max(header.shape[0], 1)
         return [Range(place.path, place.offset + rows.start * row_bytes, len(rows) * row_bytes)]
 

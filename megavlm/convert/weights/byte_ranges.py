@@ -51,7 +51,9 @@ def joined_runs(operation: Operation, part_shapes: Sequence[Shape]) -> list[Run]
     """
     if not operation.moves_rows:
         return None
-    numbers, starts, start = [], [], 0
+    numbers = []
+    starts = []
+    start = 0
     for shape in part_shapes:
         numbers.append(torch.arange(start, start + shape[0]))
         starts.append(start)
@@ -79,7 +81,8 @@ def within(runs: Iterable[Run], first: int, count: int) -> Iterator[Run]:
     """What ``count`` rows from row ``first`` on of the tensor that ``runs`` make up are made of."""
     position = 0
     for run in runs:
-        begin, end = max(first - position, 0), min(first + count - position, run.count)
+        begin = max(first - position, 0)
+        end = min(first + count - position, run.count)
         if begin < end:
             yield replace(run, first=run.first + begin, count=end - begin)
         position += run.count
@@ -99,7 +102,8 @@ def copy(ranges: Iterable[Range], target: BinaryIO) -> None:
 
 def _copy(source: BinaryIO, piece: Range, target: BinaryIO) -> None:
     """Append one range, inside the kernel where the system can."""
-    offset, end = piece.offset, piece.offset + piece.nbytes
+    offset = piece.offset
+    end = piece.offset + piece.nbytes
     in_kernel = True
     while offset < end:
         wanted = min(end - offset, _CHUNK_BYTES)

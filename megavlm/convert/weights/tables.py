@@ -39,7 +39,8 @@ _NAMES: dict[Dialect, _Names] = {
     "chat": _Names(vision="vision_model.", vision_names=internvit.CHAT, projector="mlp1.", projector_layers=("0", "1", "3")),
 }
 _LANGUAGE = "language_model."
-EMBEDDING_KEY, HEAD_KEY = "language.embedding.word_embeddings.weight", "language.output_layer.weight"
+EMBEDDING_KEY = "language.embedding.word_embeddings.weight"
+HEAD_KEY = "language.output_layer.weight"
 # In memory transformers names weights so; files carry the names on the right, but some programs write the others.
 _IN_MEMORY = (
     (re.compile(r"^lm_head\."), "language_model.lm_head."),
@@ -68,7 +69,8 @@ def rows(architecture: Architecture, dialect: Dialect = "native") -> tuple[Row, 
             f"{str(architecture.projector_norm).lower()}: Hugging Face's InternVL has an internvit and a norm before the projector; "
             "this model stays in checkpoints"
         )
-    names, language = _NAMES[dialect], architecture.language
+    names = _NAMES[dialect]
+    language = architecture.language
     return (
         *within(internvit.rows(architecture.vision, names.vision_names), "vision.", names.vision),
         *within(_projector(architecture, names.projector_layers), "projector.", names.projector),
@@ -88,7 +90,8 @@ def megatron_shapes(architecture: Architecture) -> dict[str, Shape]:
 
 
 def _projector(architecture: Architecture, names: tuple[str, str, str]) -> list[Row]:
-    features, width = architecture.projector_input_size, architecture.language.hidden_size
+    features = architecture.projector_input_size
+    width = architecture.language.hidden_size
     return [
         *norm("norm.", names[0], features, "LayerNorm"),
         *linear("mlp.linear_fc1", (names[1],), (width, features)),

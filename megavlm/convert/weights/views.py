@@ -78,7 +78,8 @@ class MegatronView(Mapping[str, Tensor]):
             if name in source.headers and source.headers[name].shape != shape:
                 wrong.append(f"{name}: has shape {list(source.headers[name].shape)}, must be {list(shape)}")
         _refuse(source, wrong)
-        self._source, self._rows = source, {row.key: row for row in table}
+        self._source = source
+        self._rows = {row.key: row for row in table}
         self.headers = {row.key: Header(row.shape, source.headers[row.names[0]].dtype) for row in table}
 
     def __getitem__(self, key: str) -> Tensor:
@@ -92,7 +93,8 @@ class MegatronView(Mapping[str, Tensor]):
 
     def part(self, key: str, place: tuple[slice, ...]) -> Tensor:
         """Read what stands at ``place`` of a tensor; of tensors whose rows only move, nothing else is read."""
-        row, runs = self._rows[key], self._runs(key)
+        row = self._rows[key]
+        runs = self._runs(key)
         if runs is None:
             return self[key][place]
         begin, end, _ = place[0].indices(row.shape[0])
@@ -137,7 +139,8 @@ class HuggingFaceView(Mapping[str, Tensor]):
             if row.key in source.headers and not row.operation.takes(source.headers[row.key].shape, row.shape):
                 wrong.append(f"{row.key}: has shape {list(source.headers[row.key].shape)}, must be {list(row.shape)}")
         _refuse(source, wrong)
-        self._source, self._dtype = source, dtype
+        self._source = source
+        self._dtype = dtype
         self._rows = {name: row for row in table for name in row.names}
         self.headers = {
             name: Header(shape, dtype or source.headers[row.key].dtype)

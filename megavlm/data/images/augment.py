@@ -12,8 +12,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-LEAST_QUALITY, MOST_QUALITY = 75, 100
-LEAST_AREA, MOST_STRETCH = 0.8, 1.1
+LEAST_QUALITY = 75
+MOST_QUALITY = 100
+LEAST_AREA = 0.8
+MOST_STRETCH = 1.1
 MOST_COLOUR_CHANGE = 0.2
 
 
@@ -46,10 +48,14 @@ def draw(operations: Sequence[str], tiles: int, *, seed: int, position: int, pla
     """
     # The draws of drop path take the counters with a second word of 0.
     rng = np.random.Generator(np.random.Philox(key=seed % 2**64, counter=[0, 1 + place, 0, position]))
-    area, stretch = rng.uniform(LEAST_AREA, 1.0), MOST_STRETCH ** rng.uniform(-1.0, 1.0)
-    across, down = rng.random(), rng.random()
-    width, height = min(1.0, (area * stretch) ** 0.5), min(1.0, (area / stretch) ** 0.5)
-    left, top = across * (1.0 - width), down * (1.0 - height)
+    area = rng.uniform(LEAST_AREA, 1.0)
+    stretch = MOST_STRETCH ** rng.uniform(-1.0, 1.0)
+    across = rng.random()
+    down = rng.random()
+    width = min(1.0, (area * stretch) ** 0.5)
+    height = min(1.0, (area / stretch) ** 0.5)
+    left = across * (1.0 - width)
+    top = down * (1.0 - height)
     flip = rng.random() < 0.5
     colours = tuple(rng.uniform(1.0 - MOST_COLOUR_CHANGE, 1.0 + MOST_COLOUR_CHANGE, 3).tolist())
     qualities = tuple(rng.integers(LEAST_QUALITY, MOST_QUALITY + 1, tiles).tolist())

@@ -70,7 +70,8 @@ class FrameChoice:
 
     def _at_rate(self, stamps: np.ndarray, first: int, behind: int) -> list[int]:
         """The frames that are on the screen in the middles of equal spans of time; of more than the most, evenly spread ones."""
-        span, shown = 1 / self.frames_per_second, stamps[first:behind]
+        span = 1 / self.frames_per_second
+        shown = stamps[first:behind]
         # The last frame lasts as long as the ones before it do on average.
         duration = (shown[-1] - shown[0]) * (len(shown) / max(len(shown) - 1, 1))
         middles = shown[0] + np.arange(span / 2, max(duration, span / 2 + 1e-9), span)

@@ -13,7 +13,9 @@ import numpy as np
 MAGIC = b"\xff\xd8\xff"
 # Colour spaces of which RGB is made here as in Pillow; others, such as CMYK, are left to it.
 COLOURS = ("YCbCr", "Gray")
-SEQUENTIAL_FRAMES, START_OF_SCAN, END_OF_IMAGE = (0xC0, 0xC1), 0xDA, b"\xff\xd9"
+SEQUENTIAL_FRAMES = (0xC0, 0xC1)
+START_OF_SCAN = 0xDA
+END_OF_IMAGE = b"\xff\xd9"
 OTHER_FRAMES = frozenset(range(0xC2, 0xD0)) - {0xC4, 0xC8, 0xCC}
 # Bytes of the pixels' bits that ``is_whole`` has decoded.
 TRIED_BYTES = 256
@@ -61,7 +63,8 @@ def is_whole(encoded: bytes, max_pixels: int) -> bool:
         encoded: content of the file.
         max_pixels: a larger image is not looked at.
     """
-    simplejpeg, start = load_jpeg_decoder(), _scan_start(encoded)
+    simplejpeg = load_jpeg_decoder()
+    start = _scan_start(encoded)
     if simplejpeg is None or start is None or not _ends(encoded, start):
         return False
     try:
@@ -78,9 +81,11 @@ def is_whole(encoded: bytes, max_pixels: int) -> bool:
 
 def _scan_start(encoded: bytes) -> int | None:
     """Where the bits of the only scan begin; None where the file has another frame than a sequential one, or its scan lacks a colour."""
-    place, colours = len(MAGIC) - 1, 0
+    place = len(MAGIC) - 1
+    colours = 0
     while encoded[place : place + 1] == b"\xff" and place + 10 <= len(encoded):
-        marker, size = encoded[place + 1], int.from_bytes(encoded[place + 2 : place + 4])
+        marker = encoded[place + 1]
+        size = int.from_bytes(encoded[place + 2 : place + 4])
         if marker == START_OF_SCAN:
             return place + 2 + size if 0 < colours == encoded[place + 4] else None
         if marker in SEQUENTIAL_FRAMES and not colours:

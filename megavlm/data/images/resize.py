@@ -38,7 +38,8 @@ def _weights(size: int, wanted: int) -> tuple[np.ndarray, np.ndarray, np.ndarray
     scale = size / wanted
     stretch = max(scale, 1.0)
     support = 2.0 * stretch
-    first, count = np.zeros(wanted, np.int32), np.zeros(wanted, np.int32)
+    first = np.zeros(wanted, np.int32)
+    count = np.zeros(wanted, np.int32)
     weights = np.zeros((wanted, int(np.ceil(support)) * 2 + 1), np.int32)
     for place in range(wanted):
         centre = (place + 0.5) * scale
@@ -48,7 +49,8 @@ def _weights(size: int, wanted: int) -> tuple[np.ndarray, np.ndarray, np.ndarray
         total = 0.0
         for weight in found:
             total += weight
-        first[place], count[place] = low, high - low
+        first[place] = low
+        count[place] = high - low
         for number, weight in enumerate(found):
             share = weight / total * (1 << WEIGHT_BITS)
             weights[place, number] = int(share - 0.5) if share < 0 else int(share + 0.5)
@@ -65,8 +67,10 @@ def _cubic(x: float) -> float:
 
 def _resize(pixels, first_x, count_x, weights_x, first_y, count_y, weights_y, columns, size, tiles):
     """Both passes, one channel after the other; machine code."""
-    height, width = pixels.shape[0], pixels.shape[1]
-    wide, high = len(first_x), len(first_y)
+    height = pixels.shape[0]
+    width = pixels.shape[1]
+    wide = len(first_x)
+    high = len(first_y)
     turned = np.empty((width, height), np.uint8)
     narrow = np.empty((wide, height), np.uint8)
     flat = np.empty((height, wide), np.uint8)
@@ -82,7 +86,8 @@ def _resize(pixels, first_x, count_x, weights_x, first_y, count_y, weights_y, co
             for y in range(height):
                 sums[y] = half
             for tap in range(count_x[x]):
-                weight, source = weights_x[x, tap], turned[first_x[x] + tap]
+                weight = weights_x[x, tap]
+                source = turned[first_x[x] + tap]
                 for y in range(height):
                     sums[y] += weight * np.int32(source[y])
             for y in range(height):
@@ -96,7 +101,8 @@ def _resize(pixels, first_x, count_x, weights_x, first_y, count_y, weights_y, co
             for x in range(wide):
                 sums[x] = half
             for tap in range(count_y[y]):
-                weight, source = weights_y[y, tap], flat[first_y[y] + tap]
+                weight = weights_y[y, tap]
+                source = flat[first_y[y] + tap]
                 for x in range(wide):
                     sums[x] += weight * np.int32(source[x])
             for column in range(columns):

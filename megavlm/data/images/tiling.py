@@ -90,11 +90,13 @@ def choose_grid(width: int, height: int, min_tiles: int, max_tiles: int, tile_si
     if width < 1 or height < 1:
         raise ValueError(f"an image of {width} x {height} pixels cannot be tiled")
     shape = width / height
-    best, best_difference = (1, 1), float("inf")
+    best = (1, 1)
+    best_difference = float("inf")
     for columns, rows, grid_shape in candidate_grids(min_tiles, max_tiles):
         difference = abs(shape - grid_shape)
         if difference < best_difference:
-            best, best_difference = (columns, rows), difference
+            best = (columns, rows)
+            best_difference = difference
         elif difference == best_difference and 2 * width * height > tile_size**2 * columns * rows:
             best = (columns, rows)
     return best

@@ -34,7 +34,8 @@ def decode_changed(
     Raises:
         ValueError: the image cannot be decoded, with the reason.
     """
-    change, image = change or Change(), PillowImage.fromarray(decode_pixels(encoded))
+    change = change or Change()
+    image = PillowImage.fromarray(decode_pixels(encoded))
     if change.box:
         left, top, right, bottom = change.box
         # At least a pixel is left of an image of one.

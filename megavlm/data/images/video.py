@@ -125,7 +125,9 @@ def _frame_files(file: MediaFile) -> list[Path]:
 def _gif_times(file: MediaFile) -> list[float]:
     """When the frames of an animated image are."""
     with open_media(file) as opened:
-        image, times, now = open_image(opened), [], 0.0
+        image = open_image(opened)
+        times = []
+        now = 0.0
         try:
             for place in range(MAX_FRAMES):
                 image.seek(place)
@@ -142,7 +144,8 @@ def _gif_times(file: MediaFile) -> list[float]:
 def _gif_frames(file: MediaFile, places: Sequence[int]) -> list[PillowImage.Image]:
     """Some frames of an animated image."""
     with open_media(file) as opened:
-        image, frames = open_image(opened), []
+        image = open_image(opened)
+        frames = []
         try:
             for place in places:
                 image.seek(place)
@@ -216,7 +219,8 @@ class _Container:
 
     def _read_stamps(self) -> tuple[list[int], list[int]]:
         """The time stamps of all frames and of key frames, ascending, without decoding any."""
-        stamps, keys = [], []
+        stamps = []
+        keys = []
         for packet in self._container.demux(self._stream):
             stamp = packet.dts if packet.pts is None else packet.pts
             if stamp is None or not packet.size:

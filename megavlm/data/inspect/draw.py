@@ -21,7 +21,9 @@ LINE_CHARACTERS = 140
 # Width of a character of a monospaced font, in units of its size.
 CHARACTER_WIDTH = 0.602
 LINE_HEIGHT_INCHES = 0.17
-SUPERVISED_COLOUR, OTHER_COLOUR, SAMPLE_COLOUR = "#0a7d33", "#777777", "#b03060"
+SUPERVISED_COLOUR = "#0a7d33"
+OTHER_COLOUR = "#777777"
+SAMPLE_COLOUR = "#b03060"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,7 +73,8 @@ def spans(dataset: PackedDataset, pack: Pack, decode: Callable[[list[int]], str]
     start = 0
     for sample, length in enumerate(pack.lengths):
         yield f"\n[sample {sample}: {dataset.reader.origin(pack, sample)}, {length} tokens]\n", SAMPLE_COLOUR
-        tokens, supervised = pack.tokens[start : start + length], pack.supervised[start : start + length]
+        tokens = pack.tokens[start : start + length]
+        supervised = pack.supervised[start : start + length]
         kinds = supervised + 2 * (tokens == context)
         edges = [0, *(np.flatnonzero(np.diff(kinds)) + 1), int(length)]
         for low, high in itertools.pairwise(edges):
@@ -82,21 +85,25 @@ def spans(dataset: PackedDataset, pack: Pack, decode: Callable[[list[int]], str]
 
 def lay_out(pieces: Iterator[tuple[str, str]]) -> Iterator[Run]:
     """Text in lines of a fixed number of characters; what does not fit the picture is left out."""
-    line, column = 0, 0
+    line = 0
+    column = 0
     for text, colour in pieces:
         for number, paragraph in enumerate(text.split("\n")):
             # A paragraph's end ends the line, unless nothing stands on it yet.
             if number and column:
-                line, column = line + 1, 0
+                line = line + 1
+                column = 0
             while paragraph:
                 if line >= LINES_SHOWN:
                     yield Run(line=line, column=0, text="...", colour=OTHER_COLOUR)
                     return
-                part, paragraph = paragraph[: LINE_CHARACTERS - column], paragraph[LINE_CHARACTERS - column :]
+                part = paragraph[: LINE_CHARACTERS - column]
+                paragraph = paragraph[LINE_CHARACTERS - column :]
                 yield Run(line=line, column=column, text=part, colour=colour)
                 column += len(part)
                 if column >= LINE_CHARACTERS:
-                    line, column = line + 1, 0
+                    line = line + 1
+                    column = 0
 
 
 def _draw_tiles(axes, dataset: PackedDataset, pack: Pack) -> None:

@@ -91,7 +91,8 @@ def survey(reader: Reader, *, check: bool = False) -> Overview:
 
 def to_text(overview: Overview) -> str:
     """The figures as a page of text."""
-    manifest, totals = overview.manifest, overview.manifest.totals
+    manifest = overview.manifest
+    totals = overview.manifest.totals
     mean_tiles = overview.spreads["tiles"].mean
     lines = [
         overview.folder,
@@ -129,7 +130,8 @@ def to_text(overview: Overview) -> str:
 
 def _spread(values: np.ndarray) -> Spread:
     """The spread of one column; whole numbers get bars of whole width."""
-    low, high = float(values.min()), float(values.max())
+    low = float(values.min())
+    high = float(values.max())
     width = max(1.0, np.ceil((high - low + 1) / HISTOGRAM_ROWS))
     edges = low + width * np.arange(max(1, int(np.ceil((high - low + 1) / width))) + 1)
     bars, _ = np.histogram(values, edges)

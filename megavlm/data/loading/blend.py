@@ -89,7 +89,8 @@ class BlendPlan:
         k / w and (k + 1) / w; giving each position to the dataset whose turn ends soonest keeps all of them (S. Baruah et al.,
         "Proportionate Progress", Algorithmica 15, 1996).
         """
-        pattern, waiting = np.empty(self.block, np.int64), []
+        pattern = np.empty(self.block, np.int64)
+        waiting = []
         opening = [(0, owner, 0) for owner in range(len(self.counts))]  # from which position, dataset, how often it came before
         for position in range(self.block):
             while opening and opening[0][0] <= position:
@@ -115,7 +116,8 @@ class BlendPlan:
         """The pack at each position of the endless sequence; int64, shaped like ``positions``."""
         flat = np.ravel(positions).astype(np.int64)
         datasets, places = self.split(flat)
-        ids, first = np.empty_like(flat), 0
+        ids = np.empty_like(flat)
+        first = 0
         for number, plan in enumerate(self.plans):
             chosen = datasets == number
             ids[chosen] = plan.at(places[chosen]) + first
@@ -185,7 +187,8 @@ class BlendedDataset:
     def __getitem__(self, pack_ids: np.ndarray | list[int]) -> np.ndarray:
         """The index's records of packs."""
         ids = np.asarray(pack_ids, np.int64)
-        found, owners = np.empty(ids.shape, RECORD), self._owner(ids)
+        found = np.empty(ids.shape, RECORD)
+        owners = self._owner(ids)
         for number in np.unique(owners).tolist():
             chosen = owners == number
             found[chosen] = self.datasets[number].index[ids[chosen] - self.starts[number]]

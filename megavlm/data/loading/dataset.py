@@ -121,7 +121,8 @@ class PackedDataset:
         tokens[places] = pack.tokens
         # Drawn for the real tiles of the whole pack: neither what they are filled up to nor who has them must change what is dropped.
         draws = drop_path_draws(seed, position, 2 * vision_layers, max(1, pack.tiles))
-        own, chosen = share.tokens(ends), share.tiles(pack.tiles, tile_multiple)
+        own = share.tokens(ends)
+        chosen = share.tiles(pack.tiles, tile_multiple)
         positions, numbers = _shared_positions(self._feature_positions(pack, places), own, manifest.capacity)
         return Batch.of(
             tokens=tokens[own],
@@ -148,7 +149,8 @@ class PackedDataset:
 
     def _source_numbers(self, pack: Pack) -> np.ndarray:
         """The place in ``source_names`` of each sample's source; int32 [N]."""
-        numbers, named = self._number_of_file, pack.provenance["source"]
+        numbers = self._number_of_file
+        named = pack.provenance["source"]
         if named.min() < 0 or named.max() >= len(numbers):
             raise ValueError(
                 f"{self.folder}: pack {pack.pack_id} has samples of source {named.max()}, but manifest.json lists {len(numbers)} sources; "
@@ -173,9 +175,13 @@ class PackedDataset:
         tiles = np.zeros((len(chosen), 3, size, size), np.uint8)
         end = 0
         for place, row in enumerate(pack.images):
-            columns, rows, count = int(row["columns"]), int(row["rows"]), int(row["tiles"])
-            start, end = end, end + count
-            first, last = max(start, chosen.start), min(end, chosen.stop)
+            columns = int(row["columns"])
+            rows = int(row["rows"])
+            count = int(row["tiles"])
+            start = end
+            end = end + count
+            first = max(start, chosen.start)
+            last = min(end, chosen.stop)
             if first >= last:
                 continue
             try:
@@ -264,8 +270,10 @@ def label(tokens: np.ndarray, supervised: np.ndarray, lengths: np.ndarray, reduc
     _weight_field(reduction)
     power = {"token": 0.0, "sample": -1.0, "square": -0.5}[reduction]
     weight_of_token = np.repeat((counts**power).astype(np.float32), lengths) * counted
-    labels, weights = np.zeros_like(tokens), np.zeros(len(tokens), np.float32)
-    labels[:-1], weights[:-1] = tokens[1:], weight_of_token[1:]
+    labels = np.zeros_like(tokens)
+    weights = np.zeros(len(tokens), np.float32)
+    labels[:-1] = tokens[1:]
+    weights[:-1] = weight_of_token[1:]
     labels[starts + lengths - 1] = 0
     return labels, weights
 

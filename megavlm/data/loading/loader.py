@@ -19,7 +19,8 @@ from megavlm.data.loading.order import Plan
 from megavlm.data.loading.worker_processes import Deaths, heed_parent_alone, starting_workers
 
 # How the words for a worker that is gone begin, PyTorch's and ours.
-DIED, STUCK = "DataLoader worker", "DataLoader timed out"
+DIED = "DataLoader worker"
+STUCK = "DataLoader timed out"
 
 
 def batches(
@@ -115,8 +116,12 @@ class Positions(Dataset):
     """
 
     def __init__(self, make: Callable[[int, int], Batch], plan: Plan, positions: Sequence[int], desks: Desks, has_pixels: bool) -> None:
-        self.make, self.plan, self.positions, self.desks = make, plan, positions, desks
-        self._has_pixels, self._has_made_one = has_pixels, False
+        self.make = make
+        self.plan = plan
+        self.positions = positions
+        self.desks = desks
+        self._has_pixels = has_pixels
+        self._has_made_one = False
 
     def __len__(self) -> int:
         return len(self.positions)

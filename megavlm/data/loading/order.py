@@ -119,8 +119,10 @@ def permute(places: np.ndarray, size: int, seed: int, epochs: np.ndarray) -> np.
 def _feistel(values: np.ndarray, key: np.ndarray, bits: int) -> np.ndarray:
     """One pass of the network, a permutation of ``range(2**bits)`` for each key: the two halves change in turn, each by the other."""
     low_bits = bits // 2
-    low_mask, high_mask = np.uint64((1 << low_bits) - 1), np.uint64((1 << (bits - low_bits)) - 1)
-    low, high = values & low_mask, values >> np.uint64(low_bits)
+    low_mask = np.uint64((1 << low_bits) - 1)
+    high_mask = np.uint64((1 << (bits - low_bits)) - 1)
+    low = values & low_mask
+    high = values >> np.uint64(low_bits)
     for turn in range(ROUNDS):
         turn_key = key + np.uint64(turn * 0x9E3779B97F4A7C15 % 2**64)
         if turn % 2:

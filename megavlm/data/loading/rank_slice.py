@@ -49,7 +49,9 @@ class Share:
         """
         if self.context_ranks == 1:
             return np.arange(int(ends[-1]))
-        count, starts, lengths = 2 * self.context_ranks, ends[:-1].astype(np.int64), np.diff(ends).astype(np.int64)
+        count = 2 * self.context_ranks
+        starts = ends[:-1].astype(np.int64)
+        lengths = np.diff(ends).astype(np.int64)
         if np.any(lengths % count):
             raise ValueError(
                 f"samples of {lengths[lengths % count > 0][:3].tolist()} tokens cannot be cut into {count} equal pieces, as "

@@ -30,8 +30,10 @@ def starting_workers(start_method: str | None = None) -> Iterator[list[BaseProce
     """
     if (start_method or multiprocessing.get_start_method()) != "fork":
         resource_tracker.ensure_running()  # started inside, it would unblock the signals
-    before, started = multiprocessing.active_children(), []
-    mask, handler = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING), signal.getsignal(signal.SIGCHLD)
+    before = multiprocessing.active_children()
+    started = []
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+    handler = signal.getsignal(signal.SIGCHLD)
     try:
         yield started
     finally:

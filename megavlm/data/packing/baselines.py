@@ -56,7 +56,8 @@ def compare(tokens: np.ndarray, tiles: np.ndarray, capacity: int, *, tile_cap: i
         tile_cap: most tiles of our packs; None: chosen from the data.
         seed: of the choice of the cap.
     """
-    tokens, tiles = np.asarray(tokens, np.int32), np.asarray(tiles, np.int32)
+    tokens = np.asarray(tokens, np.int32)
+    tiles = np.asarray(tiles, np.int32)
     loops = _loops()
 
     def ours() -> tuple[Packing, int]:
@@ -86,10 +87,12 @@ def straggle(work: np.ndarray, *, ranks: int = STRAGGLE_RANKS) -> float:
 def next_fit(tokens: np.ndarray, capacity: int) -> tuple[np.ndarray, int]:
     """The bin of each sample in the order given, and the number of bins; only the last bin is open."""
     bin_of = np.empty(len(tokens), np.int32)
-    bins, left = 0, 0
+    bins = 0
+    left = 0
     for sample in range(len(tokens)):
         if tokens[sample] > left:
-            bins, left = bins + 1, capacity
+            bins = bins + 1
+            left = capacity
         left -= tokens[sample]
         bin_of[sample] = bins - 1
     return bin_of, bins
@@ -103,18 +106,23 @@ def buffered(tokens: np.ndarray, tiles: np.ndarray, capacity: int, most_tiles: i
     """
     bin_of = np.empty(len(tokens), np.int32)
     held = np.zeros((buffers + 1, 3), np.int64)  # bin, tokens, tiles of each open bin; most tiles first
-    count, bins = 0, 0
+    count = 0
+    bins = 0
     for sample in range(len(tokens)):
         place = 0
         while place < count and (held[place, 1] + tokens[sample] > capacity or held[place, 2] + tiles[sample] > most_tiles):
             place += 1
         if place < count:
-            chosen, used, used_tiles = held[place, 0], held[place, 1] + tokens[sample], held[place, 2] + tiles[sample]
+            chosen = held[place, 0]
+            used = held[place, 1] + tokens[sample]
+            used_tiles = held[place, 2] + tiles[sample]
             for later in range(place, count - 1):
                 held[later] = held[later + 1]
             count -= 1
         else:
-            chosen, used, used_tiles = bins, np.int64(tokens[sample]), np.int64(tiles[sample])
+            chosen = bins
+            used = np.int64(tokens[sample])
+            used_tiles = np.int64(tiles[sample])
             bins += 1
         bin_of[sample] = chosen
         if used == capacity or used_tiles >= most_tiles:
@@ -123,7 +131,9 @@ def buffered(tokens: np.ndarray, tiles: np.ndarray, capacity: int, most_tiles: i
         while place > 0 and held[place - 1, 2] < used_tiles:
             held[place] = held[place - 1]
             place -= 1
-        held[place, 0], held[place, 1], held[place, 2] = chosen, used, used_tiles
+        held[place, 0] = chosen
+        held[place, 1] = used
+        held[place, 2] = used_tiles
         count += 1
         if count > buffers:
             count -= 1

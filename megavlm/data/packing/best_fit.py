@@ -64,7 +64,8 @@ def pack(tokens: np.ndarray, tiles: np.ndarray, *, capacity: int, tile_cap: int)
     Raises:
         ValueError: a sample that is empty, longer than the capacity, or of more tiles than the cap.
     """
-    tokens, tiles = np.asarray(tokens, np.int32), np.asarray(tiles, np.int32)
+    tokens = np.asarray(tokens, np.int32)
+    tiles = np.asarray(tiles, np.int32)
     _check(tokens, tiles, capacity, tile_cap)
     if len(tokens) == 0:
         return Packing(bin_of=np.zeros(0, np.int32), bins=0)
@@ -128,14 +129,16 @@ def _try_caps(
     multiple: int = 1,
 ) -> Iterator[CapTrial]:
     """The caps to try, lowest first; none where there are no tiles."""
-    tokens, tiles = np.asarray(tokens, np.int32), np.asarray(tiles, np.int32)
+    tokens = np.asarray(tokens, np.int32)
+    tiles = np.asarray(tiles, np.int32)
     most = int(tiles.max(initial=0))
     _check(tokens, tiles, capacity, most)
     if most == 0:
         return
     if len(tokens) > TRIAL_SAMPLES:
         chosen = np.random.default_rng(seed).choice(len(tokens), TRIAL_SAMPLES, replace=False)
-        tokens, tiles = tokens[chosen], tiles[chosen]
+        tokens = tokens[chosen]
+        tiles = tiles[chosen]
     total = int(tokens.sum(dtype=np.int64))
     mean = int(tiles.sum(dtype=np.int64)) * capacity / total
     # No pack can hold more: its tokens times the densest sample's tiles a token.
@@ -173,8 +176,11 @@ def best_fit_python(tokens: np.ndarray, tiles: np.ndarray, order: np.ndarray, ca
     bins = 0
     tile_scale = max(tile_cap, 1)
     for sample in order.tolist():
-        need, need_tiles = int(tokens[sample]), int(tiles[sample])
-        best_row, best_left, best_score = -1, 0, 2**62
+        need = int(tokens[sample])
+        need_tiles = int(tiles[sample])
+        best_row = -1
+        best_left = 0
+        best_score = 2**62
         for row in range(need_tiles, tile_cap + 1):
             spare = (row - need_tiles) * capacity
             if spare >= best_score:
@@ -183,17 +189,23 @@ def best_fit_python(tokens: np.ndarray, tiles: np.ndarray, order: np.ndarray, ca
             if fitting:
                 unused = (fitting & -fitting).bit_length() - 1
                 if unused * tile_scale + spare < best_score:
-                    best_row, best_left, best_score = row, need + unused, unused * tile_scale + spare
+                    best_row = row
+                    best_left = need + unused
+                    best_score = unused * tile_scale + spare
         if best_row < 0:
-            chosen, row, left = bins, tile_cap, capacity
+            chosen = bins
+            row = tile_cap
+            left = capacity
             bins += 1
         else:
-            row, left = best_row, best_left
+            row = best_row
+            left = best_left
             stack = open_bins[row, left]
             chosen = stack.pop()
             if not stack:
                 free[row] ^= 1 << left
-        row, left = row - need_tiles, left - need
+        row = row - need_tiles
+        left = left - need
         open_bins.setdefault((row, left), []).append(chosen)
         free[row] |= 1 << left
         bin_of[sample] = chosen

@@ -56,8 +56,11 @@ def best_fit(tokens, tiles, order, capacity, tile_cap):
     one = np.uint64(1)
     tile_scale = max(tile_cap, 1)
     for sample in order:
-        need, need_tiles = np.int64(tokens[sample]), np.int64(tiles[sample])
-        best_row, best_left, best_score = -1, 0, 2**62
+        need = np.int64(tokens[sample])
+        need_tiles = np.int64(tiles[sample])
+        best_row = -1
+        best_left = 0
+        best_score = 2**62
         for row in range(need_tiles, tile_cap + 1):
             spare = (row - need_tiles) * capacity
             if spare >= best_score:
@@ -68,12 +71,18 @@ def best_fit(tokens, tiles, order, capacity, tile_cap):
             if left < 0:
                 most_left[row] = need - 1
             elif (left - need) * tile_scale + spare < best_score:
-                best_row, best_left, best_score = row, left, (left - need) * tile_scale + spare
+                best_row = row
+                best_left = left
+                best_score = (left - need) * tile_scale + spare
         if best_row < 0:
-            chosen, row, left = bins, tile_cap, capacity
+            chosen = bins
+            row = tile_cap
+            left = capacity
             bins += 1
         else:
-            chosen, row, left = newest[best_row, best_left], best_row, best_left
+            chosen = newest[best_row, best_left]
+            row = best_row
+            left = best_left
             newest[row, left] = before[chosen]
             if before[chosen] < 0:
                 bits[row, left >> 6] &= ~(one << np.uint64(left & 63))

@@ -55,7 +55,8 @@ PASSED_ON = (
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=DESCRIPTION, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter)
-    data, add = parser.add_mutually_exclusive_group(required=True), parser.add_argument
+    data = parser.add_mutually_exclusive_group(required=True)
+    add = parser.add_argument
     data.add_argument("--meta", metavar="FILE", help="JSON list of annotation files: {name: {root, annotation, repeat_time, ...}}")
     data.add_argument("--jsonl", metavar="FILE", help="annotations: .jsonl, .json, .parquet, .tar, a pattern, or an Energon dataset")
     add("--root", metavar="DIR", default="", help="folder that image paths in --jsonl are relative to")

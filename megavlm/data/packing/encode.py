@@ -104,7 +104,8 @@ class Encoder:
         Raises:
             RejectError: the record cannot become a sample, with the reason.
         """
-        keep, turns = keep or Filter(), record.conversations
+        keep = keep or Filter()
+        turns = record.conversations
         if record.video:
             rng = np.random.default_rng((self.seed, source, line))
             pictures = self._frames(record.video, images, rng)

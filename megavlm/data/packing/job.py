@@ -38,7 +38,8 @@ from megavlm.data.text.templates import chat_format
 from megavlm.data.text.tokenizer import IMAGE_CONTEXT, add_special_tokens, fingerprint, first_tokens, load_tokenizer
 from megavlm.io.progress import Progress
 
-TOKENIZER_NAME, SURVEY_NAME = "tokenizer", "survey"
+TOKENIZER_NAME = "tokenizer"
+SURVEY_NAME = "survey"
 # What may be other when a stopped job goes on: it changes no byte of the result.
 FREE_SETTINGS = ("out", "workers", "executor", "max_rejects")
 
@@ -310,7 +311,8 @@ def _left_out(shards: list[WrittenShard]) -> dict[tuple[int, int], LateReject]:
 
 def _check_left_out(job: Job, found: Survey, shards: list[WrittenShard]) -> None:
     """Raise ValueError where both passes together rejected too many records."""
-    left_out, records = _left_out(shards), sum(found.records)
+    left_out = _left_out(shards)
+    records = sum(found.records)
     rejected = count_unwanted(found.rejects) + len(left_out)
     if rejected > job.max_rejects * records or len(left_out) == len(found.rows):
         kept = Path(job.out).with_name(Path(job.out).name + ".rejects.jsonl")

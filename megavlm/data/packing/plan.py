@@ -116,7 +116,8 @@ def plan_packs(samples: Samples, *, capacity: int, tile_cap: int | None, seed: i
     """
     if samples.levels is None:
         return _plan_level(samples, capacity, tile_cap, seed, tile_multiple)
-    plans, levels = [], []
+    plans = []
+    levels = []
     for number, (easiest, hardest) in enumerate(samples.levels.bounds):
         own = samples.levels.of_sample == number
         level = Samples(rows=samples.rows[own], tokens=samples.tokens[own], tiles=samples.tiles[own])
@@ -133,7 +134,8 @@ def plan_packs(samples: Samples, *, capacity: int, tile_cap: int | None, seed: i
 
 def _plan_level(samples: Samples, capacity: int, tile_cap: int | None, seed: int, tile_multiple: int) -> PackPlan:
     """``plan_packs`` for samples that may share packs."""
-    tokens, tiles = samples.tokens, samples.tiles
+    tokens = samples.tokens
+    tiles = samples.tiles
     cap = automatic_tile_cap(tokens, tiles, capacity, seed=seed, multiple=tile_multiple) if tile_cap is None else tile_cap
     packing = pack(tokens, tiles, capacity=capacity, tile_cap=cap)
     squares = np.bincount(packing.bin_of, weights=np.square(tokens, dtype=np.float64), minlength=packing.bins)

@@ -202,7 +202,8 @@ def _compare(samples: Samples, capacity: int, tile_cap: int, seed: int) -> tuple
 
 def _histogram(values: np.ndarray) -> Histogram:
     """Bars of equal, whole width."""
-    low, high = int(values.min()), int(values.max())
+    low = int(values.min())
+    high = int(values.max())
     width = max(1, -(-(high - low + 1) // BARS))
     edges = np.arange(low, high + width + 1, width)
     counts, _ = np.histogram(values, edges)

@@ -6,7 +6,9 @@ from pathlib import Path
 
 from megavlm.data.packing.report import Histogram, Report
 
-COLOUR, OTHER_COLOUR, TAKEN_COLOUR = "#4878a8", "#c0c8d0", "#b03060"
+COLOUR = "#4878a8"
+OTHER_COLOUR = "#c0c8d0"
+TAKEN_COLOUR = "#b03060"
 
 
 def draw_report(report: Report, path: Path | str) -> None:

@@ -33,7 +33,9 @@ LINES_PER_TASK = 32
 # So many records without one that can be used mean a wrong folder or format, which is better told now than after hours.
 HOPELESS_RECORDS = 2000
 SHOWN_REJECTS = 5
-ROWS_NAME, REJECTS_NAME, STATE_NAME = "rows.bin", "rejects.jsonl", "survey.json"
+ROWS_NAME = "rows.bin"
+REJECTS_NAME = "rejects.jsonl"
+STATE_NAME = "survey.json"
 SAVE_INTERVAL_SECONDS = 10.0
 
 
@@ -203,7 +205,9 @@ def _save_state(folder: Path, state: State, *files: BinaryIO) -> None:
 def measure(span: Span) -> Measured:
     """Encode the records of a span, in a worker, and keep their sizes."""
     encoder = build_encoder(span.settings)
-    rows, rejects, block = [], [], span.block
+    rows = []
+    rejects = []
+    block = span.block
     for entry in open_entries(span.annotations.path).read(block.offset, block.number, block.entries):
         sample = encoder.encode_entry(entry, span.annotations, source=span.source, images=span.images)
         if isinstance(sample, Reject):

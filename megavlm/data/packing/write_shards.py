@@ -79,7 +79,8 @@ def write_shard(task: ShardTask) -> WrittenShard:
     Raises:
         OSError: the disk is full, or cannot be written to.
     """
-    rejects, lost_packs = [], []
+    rejects = []
+    lost_packs = []
     with ShardWriter(task.folder, task.number, task.rules) as writer:
         for pack, (first, end) in enumerate(pairwise(task.starts.tolist())):
             samples = []
@@ -134,7 +135,8 @@ def encode_rows(task: ShardTask, rows: np.ndarray) -> Iterator[Sample | LateReje
 
 def _encode_row(task: ShardTask, row: np.ndarray, source: int) -> Sample | LateReject:
     """The sample of one row."""
-    annotations, line = task.sources[source], int(row["line"])
+    annotations = task.sources[source]
+    line = int(row["line"])
     entry = next(open_entries(annotations.path).read(int(row["offset"]), line, 1), None)
     sample = entry and build_encoder(task.settings).encode_entry(entry, annotations, source=source, images=Images.LOAD)
     if not isinstance(sample, Sample) or (sample.length, sample.tiles) != (row["tokens"], row["tiles"]):

@@ -25,7 +25,10 @@ class JsonLines:
 
     def blocks(self, length: int) -> Iterator[Block]:
         """See ``EntryFile``; an entry is a line that is not blank."""
-        first, number, entries, place = (0, 1), 0, 0, 0
+        first = (0, 1)
+        number = 0
+        entries = 0
+        place = 0
         with open(self.path, "rb") as file:
             while line := _read_line(file):
                 number += 1
@@ -44,7 +47,8 @@ class JsonLines:
         with open(self.path, "rb") as file:
             file.seek(offset)
             while count:
-                start, line = file.tell(), _read_line(file)
+                start = file.tell()
+                line = _read_line(file)
                 if not line:
                     return
                 if not line.isspace():
@@ -81,7 +85,8 @@ class JsonList:
                         f"{self.path}: not a JSON list (it does not begin with a bracket); files of one object a line end in .jsonl"
                     )
                 start = beginning.end()
-            depth, opened = 0, start
+            depth = 0
+            opened = start
             for token in _TOKEN.finditer(data, start):
                 kind = data[token.start()]
                 if kind in b"{[":

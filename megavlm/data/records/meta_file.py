@@ -169,12 +169,15 @@ def _entry(name: str, entry: Any, where: str) -> list[Annotations]:
     if not isinstance(entry, dict):
         raise ValueError(f"{where}: must be an object, not {entry!r:.200}")
     _refuse_unknown(entry, META_KEYS, where)
-    root, prompt, augment = entry.get("root", ""), entry.get("prompt", ""), entry.get("data_augment", False)
+    root = entry.get("root", "")
+    prompt = entry.get("prompt", "")
+    augment = entry.get("data_augment", False)
     if not isinstance(root, str) or not isinstance(prompt, str):
         raise ValueError(f"{where}: root and prompt must be texts, not {root!r} and {prompt!r}")
     if not isinstance(augment, bool):
         raise ValueError(f"{where}: data_augment {augment!r} must be true or false")
-    repeat, weight = entry.get("repeat_time", 1), entry.get("weight")
+    repeat = entry.get("repeat_time", 1)
+    weight = entry.get("weight")
     for key, value in (("repeat_time", repeat), ("weight", 1 if weight is None else weight)):
         if not _is_number(value) or not value > 0:
             raise ValueError(f"{where}: {key} {value!r} must be a number above 0")

@@ -44,7 +44,8 @@ class ParquetFile:
                 f"{path}: a row group of {largest} bytes; the packs take rows from everywhere, and each would read so much. "
                 "Write it with smaller ones: pyarrow.parquet.write_table(table, path, row_group_size=200)"
             )
-        self._rows, self._bytes = [group.num_rows for group in groups], [group.total_byte_size for group in groups]
+        self._rows = [group.num_rows for group in groups]
+        self._bytes = [group.total_byte_size for group in groups]
 
     def blocks(self, length: int) -> Iterator[Block]:
         """See ``EntryFile``; offsets are rows, from 0."""
@@ -57,7 +58,8 @@ class ParquetFile:
 
     def read(self, offset: int, number: int, count: int) -> Iterator[Entry]:
         """See ``EntryFile``."""
-        group, start = 0, 0
+        group = 0
+        start = 0
         while group < len(self._rows) and start + self._rows[group] <= offset:
             start += self._rows[group]
             group += 1

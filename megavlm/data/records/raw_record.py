@@ -52,13 +52,17 @@ class Block:
 
 def in_blocks(places: Iterable[tuple[int, int]], length: int) -> Iterator[Block]:
     """Blocks of at most ``length`` entries, which begin and end at ``places`` in the file and are numbered through from 1."""
-    start, number, entries, end = 0, 1, 0, 0
+    start = 0
+    number = 1
+    entries = 0
+    end = 0
     for place, end in places:
         start = start if entries else place
         entries += 1
         if entries == length:
             yield Block(offset=start, number=number, entries=entries, size=end - start)
-            number, entries = number + entries, 0
+            number = number + entries
+            entries = 0
     if entries:
         yield Block(offset=start, number=number, entries=entries, size=end - start)
 

@@ -48,7 +48,8 @@ class ArchiveFile:
     """
 
     def __init__(self, path: str, field_map: FieldMap | None = None) -> None:
-        self.path, self.field_map = path, field_map
+        self.path = path
+        self.field_map = field_map
 
     def blocks(self, length: int) -> Iterator[Block]:
         """See ``EntryFile``; only the archive's headers are read."""
@@ -84,14 +85,16 @@ class ArchiveFile:
 
     def _entry(self, file: Any, members: list[tarfile.TarInfo], number: int) -> Entry:
         """The record of some files."""
-        files, content = {}, None
+        files = {}
+        content = None
         try:
             for member in members:
                 files[os.path.basename(member.name)] = _content(file, member)
             by_ending = {name.partition(".")[2].lower(): data for name, data in files.items()}
             content = map_fields(self.field_map, by_ending) if self.field_map else usual_fields(files)
         except RejectError as error:
-            content, files = error, {}
+            content = error
+            files = {}
         return Entry(offset=members[0].offset, number=number, content=content, files=files)
 
 
@@ -126,7 +129,8 @@ def map_fields(field_map: FieldMap, by_ending: Mapping[str, bytes]) -> dict[str,
         RejectError: a file that the map names is not there or cannot be read.
     """
     values = {name: _mapped(path, by_ending) for name, path in field_map.fields.items()}
-    image, text = values.get("image"), {name: value for name, value in values.items() if name != "image"}
+    image = values.get("image")
+    text = {name: value for name, value in values.items() if name != "image"}
     if field_map.kind == "VQASample":
         answers = values.get("answers")
         answer = answers[0] if isinstance(answers, list) and answers else answers
@@ -199,7 +203,8 @@ def energon_files(folder: Path) -> tuple[list[str], FieldMap | None]:
     try:
         split = yaml.safe_load((meta / "split.yaml").read_text(encoding="utf-8"))
         kind = yaml.safe_load((meta / "dataset.yaml").read_text(encoding="utf-8"))
-        names, excluded = list(split["split_parts"]["train"]), set(split.get("exclude") or ())
+        names = list(split["split_parts"]["train"])
+        excluded = set(split.get("exclude") or ())
         name = str((kind.get("sample_type") or kind)["__class__"])
         fields = {key: str(value) for key, value in (kind.get("field_map") or {}).items() if not key.startswith("__")}
     except (OSError, yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
@@ -222,7 +227,8 @@ def expand(pattern: str) -> list[str]:
     found = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
     if not found:
         return [pattern]
-    first, last = found[1], found[2]
+    first = found[1]
+    last = found[2]
     width = len(first) if first.startswith("0") else 0
     numbers = range(int(first), int(last) + 1)
     return [name for number in numbers for name in expand(pattern[: found.start()] + f"{number:0{width}d}" + pattern[found.end() :])]

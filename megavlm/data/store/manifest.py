@@ -204,7 +204,8 @@ def _build(kind: type, facts: dict[str, Any], where: str) -> Any:
     """A ``kind`` from its facts, strict on both sides."""
     known, required = _names(kind)
     if not required <= facts.keys() <= known:
-        unknown, missing = sorted(facts.keys() - known), sorted(required - facts.keys())
+        unknown = sorted(facts.keys() - known)
+        missing = sorted(required - facts.keys())
         raise ValueError(f"{where}: facts missing: {missing or 'none'}; facts unknown: {unknown or 'none'}; pack the dataset again")
     return kind(**facts)
 

@@ -159,7 +159,9 @@ class ShardWriter:
     """
 
     def __init__(self, folder: Path, number: int, rules: PackRules) -> None:
-        self.folder, self.name, self.rules = Path(folder), f"packs-{number:05d}", rules
+        self.folder = Path(folder)
+        self.name = f"packs-{number:05d}"
+        self.rules = rules
         # Both files stay open from pack to pack: close() and __exit__ close them.
         self._bin = open(self.folder / f"{self.name}.bin", "wb")  # noqa: SIM115
         self._records = open(self.folder / f"{self.name}.records", "wb")  # noqa: SIM115
@@ -246,7 +248,8 @@ class Writer:
     def __init__(
         self, folder: Path, capacity: int, shard_bytes: int = SHARD_BYTES, *, tile_cap: int | None = None, alignment: int = 1
     ) -> None:
-        self.folder, self.shard_bytes = Path(folder), shard_bytes
+        self.folder = Path(folder)
+        self.shard_bytes = shard_bytes
         self.rules = PackRules(capacity=capacity, tile_cap=tile_cap, alignment=alignment)
         self.folder.mkdir(parents=True, exist_ok=True)
         if (self.folder / FILE_NAME).exists():
@@ -271,7 +274,8 @@ class Writer:
         Raises:
             ValueError: the manifest's capacity, alignment or tile cap is not the one that the packs were written with.
         """
-        facts, rules = dataclasses.asdict(manifest), dataclasses.asdict(self.rules)
+        facts = dataclasses.asdict(manifest)
+        rules = dataclasses.asdict(self.rules)
         for name in ("capacity", "alignment", "tile_cap"):
             if rules[name] not in (None, facts[name]):
                 raise ValueError(f"manifest: {name} {facts[name]}, but the packs were written with {rules[name]}")
@@ -300,11 +304,18 @@ def pack_block(samples: Sequence[Sample]) -> tuple[list[bytes], np.ndarray]:
     provenance["source"] = [sample.source for sample in samples]
     provenance["line"] = [sample.line for sample in samples]
     table = head[layout.images :].view(IMAGE)
-    parts, offset, crc = [], 0, 0
+    parts = []
+    offset = 0
+    crc = 0
     for row, (place, image) in zip(table, images, strict=True):
         size = len(image.encoded)
-        row["offset"], row["bytes"], row["sample"] = offset, size, place
-        row["width"], row["height"], row["columns"], row["rows"] = image.width, image.height, image.columns, image.rows
+        row["offset"] = offset
+        row["bytes"] = size
+        row["sample"] = place
+        row["width"] = image.width
+        row["height"] = image.height
+        row["columns"] = image.columns
+        row["rows"] = image.rows
         row["tiles"] = image.tiles
         for part in (image.encoded, bytes(-size % SECTION_ALIGNMENT_BYTES)):
             parts.append(part)
@@ -314,10 +325,14 @@ def pack_block(samples: Sequence[Sample]) -> tuple[list[bytes], np.ndarray]:
     supervised = np.array([np.count_nonzero(sample.supervised[1:]) for sample in samples])
     record = np.zeros((), RECORD)
     record["bytes"] = len(head) + offset
-    record["tokens"], record["samples"], record["images"] = count, len(samples), len(images)
+    record["tokens"] = count
+    record["samples"] = len(samples)
+    record["images"] = len(images)
     record["tiles"] = int(table["tiles"].sum())
-    record["supervised"], record["longest"] = supervised.sum(), lengths.max()
+    record["supervised"] = supervised.sum()
+    record["longest"] = lengths.max()
     record["weight_token"], record["weight_sample"], record["weight_square"] = sample_weights(supervised)
     record["squared_lengths"] = np.square(lengths.astype(np.float64)).sum()
-    record["crc_tokens"], record["crc_images"] = zlib.crc32(head), crc
+    record["crc_tokens"] = zlib.crc32(head)
+    record["crc_images"] = crc
     return [head.tobytes(), *parts], record

@@ -132,9 +132,11 @@ class Reader:
         """
         record = self.index[pack_id]
         shard = self.manifest.shards[int(self.index.shard_of(pack_id))]
-        count, samples = int(record["tokens"]), int(record["samples"])
+        count = int(record["tokens"])
+        samples = int(record["samples"])
         layout = sections(count, samples, int(record["images"]))
-        start, end = int(record["offset"]), int(record["offset"] + record["bytes"])
+        start = int(record["offset"])
+        end = int(record["offset"] + record["bytes"])
         middle = start + layout.encoded
         if not 0 <= start <= middle <= end <= shard.bin_bytes:
             raise ValueError(f"pack {pack_id}: its record places it outside {self.bin_path(pack_id)}; {INDEX_NAME} is damaged, pack again")
@@ -143,7 +145,8 @@ class Reader:
         if len(data) != end - start:
             raise ValueError(f"{self.bin_path(pack_id)}: ends inside pack {pack_id}; the file is cut off, copy or pack the dataset again")
         block = np.frombuffer(data, np.uint8)
-        head, encoded = block[: layout.encoded], block[layout.encoded :]
+        head = block[: layout.encoded]
+        encoded = block[layout.encoded :]
         self._check(pack_id, "tokens", head, int(record["crc_tokens"]))
         if with_images:
             self._check(pack_id, "images", encoded, int(record["crc_images"]))
@@ -159,7 +162,8 @@ class Reader:
 
     def origin(self, pack: Pack, sample: int) -> str:
         """Where a sample of the pack comes from: ``annotations.jsonl:line``."""
-        source, line = int(pack.provenance[sample]["source"]), int(pack.provenance[sample]["line"])
+        source = int(pack.provenance[sample]["source"])
+        line = int(pack.provenance[sample]["line"])
         sources = self.manifest.sources
         return f"{sources[source].annotations if source < len(sources) else f'source {source}'}:{line}"
 
@@ -169,7 +173,8 @@ class Reader:
         Raises:
             ValueError: at the first that is wrong.
         """
-        size, crc = HEADER_BYTES + RECORD.itemsize * len(self), 0
+        size = HEADER_BYTES + RECORD.itemsize * len(self)
+        crc = 0
         for start in range(0, size, CHUNK_BYTES):
             crc = zlib.crc32(self.files.read(INDEX_NAME, start, min(start + CHUNK_BYTES, size)), crc)
         if crc != self.manifest.idx_crc32:

@@ -131,7 +131,8 @@ class ChatTemplate:
         first, *others = ["".join(piece) for piece in pieces]
         if first != self._first[0]:  # one system message begins most conversations
             self._first = first, self._tokens([first])[0]
-        tokens, learned = [], []
+        tokens = []
+        learned = []
         for turn, found in zip(turns, [self._first[1], *self._tokens(others)], strict=True):
             if turn.role == "gpt":
                 learned.append((len(tokens) + len(self._opening_tokens), len(tokens) + len(found) - self._closing_length))
@@ -145,7 +146,8 @@ class ChatTemplate:
 
     def _encode_joint(self, turns: Sequence[Turn], pieces: list[tuple[str, str, str]], opening: str) -> tuple[np.ndarray, np.ndarray]:
         """All turns as one text; a token is learned that reaches into a learned part of it."""
-        text, learned = "", []
+        text = ""
+        learned = []
         for before, body, after in pieces:
             text += before
             if body:

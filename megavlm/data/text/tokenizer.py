@@ -9,7 +9,9 @@ from typing import Any
 
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerBase
 
-IMAGE_START, IMAGE_END, IMAGE_CONTEXT = "<img>", "</img>", "<IMG_CONTEXT>"
+IMAGE_START = "<img>"
+IMAGE_END = "</img>"
+IMAGE_CONTEXT = "<IMG_CONTEXT>"
 IMAGE_TOKENS = (IMAGE_START, IMAGE_END, IMAGE_CONTEXT)
 SPECIAL_TOKENS = (*IMAGE_TOKENS, "<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>")
 # Tokenizer classes that come as Python files beside the model, and read a sentencepiece model as LlamaTokenizer does.
@@ -71,7 +73,8 @@ def first_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     Raises:
         ValueError: it puts something else there.
     """
-    bare, whole = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("a")["input_ids"]
     place = next((start for start in range(len(whole)) if whole[start : start + len(bare)] == bare), None)
     if place is None or whole[:place] not in ([], [tokenizer.bos_token_id]):
         raise ValueError(f"the tokenizer turns 'a' into {whole}; in front of a text, it may add its bos_token and nothing else")

@@ -57,7 +57,8 @@ def test_native_to_chat_to_native_is_bit_identical(tmp_path: Path) -> None:
 def test_a_written_folder_is_complete(tmp_path: Path) -> None:
     out = convert.export(convert.import_(chat_folder(tmp_path), tmp_path / "checkpoint"), tmp_path / "out", dialect="chat")
     settings = json.loads((out / "config.json").read_text())
-    ours, theirs = settings, chat_settings(SMALL)
+    ours = settings
+    theirs = chat_settings(SMALL)
     assert theirs.keys() - ours.keys() == {"_commit_hash"}
     for section in ("vision_config", "llm_config"):
         assert theirs[section].keys() - ours[section].keys() <= {"rope_scaling"}
@@ -118,7 +119,8 @@ def test_a_check_goes_by_parts(tmp_path: Path) -> None:
 def test_every_tensor_that_does_not_fit_is_named_and_nothing_is_written(tmp_path: Path) -> None:
     chat = chat_folder(tmp_path, "InternViT-6B")
     weights = load_all(chat)
-    lost, odd = "vision_model.encoder.layers.1.attn.k_norm.weight", "vision_model.encoder.layers.0.attn.qkv.weight"
+    lost = "vision_model.encoder.layers.1.attn.k_norm.weight"
+    odd = "vision_model.encoder.layers.0.attn.qkv.weight"
     save_file({name: tensor for name, tensor in weights.items() if name != lost} | {odd: torch.ones(3, 24)}, chat / "model.safetensors")
     with pytest.raises(ValueError, match=r"2 tensors do not fit(.|\n)*") as error:
         convert.import_(chat, tmp_path / "out")

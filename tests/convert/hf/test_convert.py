@@ -44,7 +44,8 @@ def test_import_then_export_is_bit_identical(tmp_path: Path, kind: str) -> None:
     assert len(list(source.glob("*.safetensors"))) > 1
     checkpoint = convert.import_(source, tmp_path / "checkpoint")
     out = convert.export(checkpoint, tmp_path / "out")
-    before, after = load_all(source), load_all(out)
+    before = load_all(source)
+    after = load_all(out)
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) and before[name].dtype == after[name].dtype for name in before)
     assert architecture_from_hf(out) == as_native(KINDS[kind]) == from_yaml(checkpoint / "config.yaml").architecture
@@ -89,7 +90,8 @@ def test_a_system_message_of_ones_own_survives_the_template(tmp_path: Path) -> N
 
 def test_weights_are_served_to_the_trainer(tmp_path: Path) -> None:
     source = make_hf(tmp_path / "hf")
-    served, weights = convert.full_tensors(source, SMALL), load_all(source)
+    served = convert.full_tensors(source, SMALL)
+    weights = load_all(source)
     padded = served("language.output_layer.weight", (512, 48))[:, :]
     assert torch.equal(padded, weights["language_model.lm_head.weight"])
     layer = "language_model.model.layers.2.mlp."
@@ -166,7 +168,8 @@ def test_a_tokenizer_with_more_tokens_than_rows_is_refused(tmp_path: Path) -> No
 
 
 def test_the_tool_goes_there_and_back(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    source, run = make_hf(tmp_path / "hf"), tmp_path / "run"
+    source = make_hf(tmp_path / "hf")
+    run = tmp_path / "run"
     assert run_tool("import", "--hf", str(source), "--out", str(run / "step_00000000")) == 0
     (run / "latest").write_text("step_00000000\n")
     assert run_tool("export", "--load", str(run), "--out", str(tmp_path / "out"), "--dtype", "float32") == 0

@@ -36,7 +36,8 @@ def served(init: Init, architecture: Architecture) -> FullTensor:
 def test_parts_of_a_model_are_that_model(tmp_path: Path, kind: str) -> None:
     architecture = KINDS[kind]
     whole, vision, words = make_parts(tmp_path, architecture)
-    expected, found = convert.full_tensors(whole, architecture), served(Init(vision=str(vision), language=str(words)), architecture)
+    expected = convert.full_tensors(whole, architecture)
+    found = served(Init(vision=str(vision), language=str(words)), architecture)
     for row in rows(architecture):
         if row.key in (EMBEDDING_KEY, HEAD_KEY):
             kept = slice(0, WORDS)
@@ -62,11 +63,14 @@ def test_rows_of_new_tokens_start_as_in_internvl(tmp_path: Path, table: int) -> 
     folder = make_language(tmp_path / "llm", rows=table)
     wanted = replace(SMALL, language=from_parts.language_from_hf(Init(language=str(folder))))
     assert wanted.language.vocab_size == WORDS + NINE
-    tensor, weights = served(Init(language=str(folder)), wanted), load_file(folder / "model.safetensors")
-    head, before = tensor(HEAD_KEY, (384, 48))[WHOLE], weights["lm_head.weight"]
+    tensor = served(Init(language=str(folder)), wanted)
+    weights = load_file(folder / "model.safetensors")
+    head = tensor(HEAD_KEY, (384, 48))[WHOLE]
+    before = weights["lm_head.weight"]
     assert torch.equal(head[:WORDS], before[:WORDS])
     torch.testing.assert_close(head[WORDS:], before[:WORDS].mean(0).expand(NINE, -1))
-    embedding, before = tensor(EMBEDDING_KEY, (384, 48))[WHOLE], weights["model.embed_tokens.weight"]
+    embedding = tensor(EMBEDDING_KEY, (384, 48))[WHOLE]
+    before = weights["model.embed_tokens.weight"]
     kept = min(table, WORDS + NINE)
     assert embedding.shape == head.shape == (WORDS + NINE, 48) and torch.equal(embedding[:kept], before[:kept])
     fresh = embedding[kept:]

@@ -112,7 +112,9 @@ def test_a_truncated_shard_leaves_nothing_behind(tmp_path: Path) -> None:
 
 
 def test_a_share_is_read_without_the_rest(tmp_path: Path) -> None:
-    rows, width, last = 1 << 19, 8192, torch.arange(4.0)
+    rows = 1 << 19
+    width = 8192
+    last = torch.arange(4.0)
     header = {"big": {"dtype": "F32", "shape": [rows, width], "data_offsets": [0, rows * width * 4]}}
     text = json.dumps(header).encode()
     with open(tmp_path / "model.safetensors", "wb") as file:

@@ -30,7 +30,8 @@ def _by_hand(encoded: bytes, columns: int, rows: int, size: int, thumbnail: bool
     resized = image.resize((size * columns, size * rows))
     tiles = []
     for place in range(columns * rows):
-        left, top = place % columns * size, place // columns * size
+        left = place % columns * size
+        top = place // columns * size
         tiles.append(resized.crop((left, top, left + size, top + size)))
     if thumbnail and len(tiles) != 1:
         tiles.append(image.resize((size, size)))
@@ -54,7 +55,8 @@ def test_tiles_are_those_of_cropping_by_hand(mode, kind, thumbnail):
 def test_rotation_in_exif_is_not_applied():
     exif = Image.Exif()
     exif[0x0112] = 6
-    plain, rotated = _encoded(_picture(61, 45), "JPEG"), _encoded(_picture(61, 45), "JPEG", exif=exif)
+    plain = _encoded(_picture(61, 45), "JPEG")
+    rotated = _encoded(_picture(61, 45), "JPEG", exif=exif)
     assert read_size(rotated) == (61, 45)
     assert np.array_equal(decode_tiles(plain, 2, 1, 16, True), decode_tiles(rotated, 2, 1, 16, True))
 

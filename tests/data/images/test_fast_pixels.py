@@ -24,7 +24,9 @@ def picture(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
 def test_resizing(seed):
     resize_to_tiles = pytest.importorskip("megavlm.data.images.resize", exc_type=ImportError).resize_to_tiles
     rng = np.random.default_rng(seed)
-    (width, height), (columns, rows), size = rng.integers(1, 500, 2), rng.integers(1, 5, 2), int(rng.choice([14, 48, 448]))
+    (width, height) = rng.integers(1, 500, 2)
+    (columns, rows) = rng.integers(1, 5, 2)
+    size = int(rng.choice([14, 48, 448]))
     pixels = picture(rng, int(width), int(height))
     found, expected = (np.empty((columns * rows, 3, size, size), np.uint8) for _ in range(2))
     resize_to_tiles(pixels, int(columns), int(rows), size, found)
@@ -54,7 +56,8 @@ def test_jpeg(options, mode):
 
 def test_what_pillow_has_to_look_at():
     pytest.importorskip("simplejpeg")
-    image, file = Image.fromarray(picture(np.random.default_rng(2), 90, 70)), io.BytesIO()
+    image = Image.fromarray(picture(np.random.default_rng(2), 90, 70))
+    file = io.BytesIO()
     image.save(file, "JPEG")
     assert jpeg.decode_jpeg(file.getvalue(), 90 * 70) is not None
     assert jpeg.decode_jpeg(file.getvalue(), 90 * 70 - 1) is None
@@ -92,7 +95,9 @@ def damaged(encoded: bytes, rng: random.Random) -> bytes:
 
 def test_no_jpeg_is_called_whole_that_pillow_refuses():
     pytest.importorskip("simplejpeg")
-    rng, files, verdicts = random.Random(5), [], []
+    rng = random.Random(5)
+    files = []
+    verdicts = []
     for seed, options in enumerate(({}, {"subsampling": 0}, {"optimize": True}, {"restart_marker_blocks": 3}, {"exif": bytes(50)})):
         for mode in ("RGB", "L"):
             Image.fromarray(picture(np.random.default_rng(seed), 31 + 9 * seed, 40)).convert(mode).save(

@@ -41,7 +41,8 @@ def test_order_of_equally_large_grids_is_of_no_consequence():
         for low, high in pairwise(shapes):
             between = (low + high) / 2
             for scale in (1, 7, 40, 300, 2000):
-                width, height = between.numerator * scale, between.denominator * scale
+                width = between.numerator * scale
+                height = between.denominator * scale
                 assert choose_grid(width, height, 1, most, 448) == _first_principles(width, height, backwards)
 
 

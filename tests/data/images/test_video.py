@@ -35,7 +35,10 @@ def write_video(path: Path, frames: int, codec: str = "mpeg4") -> Path:
     """A video of grey frames, each brighter than the one before, with a key frame every 6."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=RATE)
-        stream.width, stream.height, stream.pix_fmt, stream.gop_size = 64, 48, "yuv420p", 6
+        stream.width = 64
+        stream.height = 48
+        stream.pix_fmt = "yuv420p"
+        stream.gop_size = 6
         for place in range(frames):
             pixels = np.full((48, 64, 3), level(place), np.uint8)
             container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))

@@ -30,9 +30,14 @@ def dataset(request, tmp_path_factory) -> PackedDataset:
 
 def by_hand(dataset: PackedDataset, pack_id: int, reduction: str) -> dict[str, np.ndarray]:
     """Tokens, labels, weights and sample ends, one token after the other."""
-    pack, alignment = dataset.reader.read(pack_id), dataset.manifest.alignment
-    tokens, labels, weights = np.zeros(CAPACITY, np.int64), np.zeros(CAPACITY, np.int64), np.zeros(CAPACITY)
-    ends, stored, place = [0], 0, 0
+    pack = dataset.reader.read(pack_id)
+    alignment = dataset.manifest.alignment
+    tokens = np.zeros(CAPACITY, np.int64)
+    labels = np.zeros(CAPACITY, np.int64)
+    weights = np.zeros(CAPACITY)
+    ends = [0]
+    stored = 0
+    place = 0
     for length in pack.lengths.tolist():
         count = sum(bool(pack.supervised[stored + step]) for step in range(1, length))
         for step in range(length):
@@ -67,7 +72,8 @@ def test_tokens_labels_and_weights(dataset, reduction):
 def test_tiles_and_feature_positions(dataset):
     kinds = set()
     for pack_id in range(len(dataset)):
-        batch, pack = dataset.batch(pack_id, 0, vision_layers=3), dataset.reader.read(pack_id)
+        batch = dataset.batch(pack_id, 0, vision_layers=3)
+        pack = dataset.reader.read(pack_id)
         assert np.array_equal(batch.feature_positions, np.flatnonzero(batch.tokens == 500))
         assert len(batch.feature_positions) == pack.tiles * 16
         expected = [
@@ -100,7 +106,8 @@ def test_without_tiles_all_else_is_equal(dataset):
         assert without.tiles.shape == (0, 3, 32, 32)
         for entry in dataclasses.fields(with_tiles):
             if entry.name != "tiles":
-                left, right = getattr(with_tiles, entry.name), getattr(without, entry.name)
+                left = getattr(with_tiles, entry.name)
+                right = getattr(without, entry.name)
                 assert torch.equal(left, right) if isinstance(left, torch.Tensor) else left == right
 
 

@@ -61,7 +61,8 @@ def test_order_and_content(dataset):
     "options", [{"workers": 1}, {"workers": 2, "prefetch": 1}, {"workers": 1, "start_method": "spawn"}], ids=["one", "two", "spawn"]
 )
 def test_workers_do_not_change_batches(dataset, options):
-    expected, found = load(dataset, range(10)), load(dataset, range(10), **options)
+    expected = load(dataset, range(10))
+    found = load(dataset, range(10), **options)
     assert len(found) == 10 and all(map(equal, expected, found))
 
 
@@ -73,7 +74,8 @@ def test_the_global_generator_is_left_alone(dataset, workers):
 
 
 def test_ranks_share_out_the_sequence(dataset):
-    whole, shares = load(dataset, range(2, 14)), [load(dataset, range(2 + rank, 14, 3)) for rank in range(3)]
+    whole = load(dataset, range(2, 14))
+    shares = [load(dataset, range(2 + rank, 14, 3)) for rank in range(3)]
     assert all(equal(batch, shares[place % 3][place // 3]) for place, batch in enumerate(whole))
 
 

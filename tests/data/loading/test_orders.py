@@ -71,7 +71,8 @@ def test_every_epoch_has_every_pack_once(order, epoch):
 @CASES
 @given(levels=st.lists(st.integers(1, 90), min_size=1, max_size=5), seed=st.integers(-2, 2), group=st.integers(1, 40))
 def test_in_the_first_epoch_levels_come_one_after_the_other_and_later_all_are_mixed(levels, seed, group):
-    curriculum, packs = Curriculum(levels=tuple(levels), seed=seed, group=group), sum(levels)
+    curriculum = Curriculum(levels=tuple(levels), seed=seed, group=group)
+    packs = sum(levels)
     level_of_pack = np.repeat(np.arange(len(levels)), levels)
     assert level_of_pack[curriculum.pack_ids(0, packs)].tolist() == level_of_pack.tolist()
     later = Plan(num_packs=packs, seed=seed, group=group).pack_ids(packs, 2 * packs)
@@ -174,7 +175,8 @@ def test_workers_and_ranks_give_the_same_order(folders, kind, workers):
     wanted = folders if "weights" in ORDERS[kind] else folders[1:]
     options = dict(weights=(), seed=2, shuffle=True, group=4) | ORDERS[kind]
     dataset, order = open_blend(wanted, options.pop("weights"), **options)
-    seen, start = [], 0
+    seen = []
+    start = 0
     for ranks in (1, 2, 3, 8) if workers < 2 else ((1, 2), (3,), (8,))[workers - 2]:
         end = start + 24
         shares = [

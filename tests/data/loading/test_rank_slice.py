@@ -78,7 +78,8 @@ def test_only_images_of_the_share_are_decoded(dataset: PackedDataset, monkeypatc
     from megavlm.data.loading import dataset as module
 
     pack_id = int(np.argmax(dataset.index["tiles"]))
-    pack, decoded = dataset.reader.read(pack_id), []
+    pack = dataset.reader.read(pack_id)
+    decoded = []
     decode = module.decode_tiles
     monkeypatch.setattr(module, "decode_tiles", lambda *args, **named: decoded.append(1) or decode(*args, **named))
     dataset.batch(pack_id, 0, share=Share(tile_rank=0, tile_ranks=pack.tiles))

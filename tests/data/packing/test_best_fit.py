@@ -60,7 +60,10 @@ def test_numba_and_python_agree(case):
 def test_python_matches_a_scan_of_all_bins():
     """The score, written down plainly: the bin with the least free tokens x cap + free tiles x capacity after the sample."""
     rng = np.random.default_rng(3)
-    tokens, tiles, capacity, cap = rng.integers(1, 60, 400), rng.integers(0, 9, 400), 100, 12
+    tokens = rng.integers(1, 60, 400)
+    tiles = rng.integers(0, 9, 400)
+    capacity = 100
+    cap = 12
     order = np.argsort(-tokens, kind="stable")
     bins: list[list[int]] = []
     for sample in order:
@@ -102,7 +105,8 @@ def test_impossible_samples(tokens, tiles, message):
 
 def test_the_automatic_cap_is_the_multiple_above():
     rng = np.random.default_rng(0)
-    tokens, tiles = rng.integers(50, 400, 4000), rng.integers(0, 9, 4000)
+    tokens = rng.integers(50, 400, 4000)
+    tiles = rng.integers(0, 9, 4000)
     plain = automatic_tile_cap(tokens, tiles, CAPACITY)
     assert plain % 16
     assert [automatic_tile_cap(tokens, tiles, CAPACITY, multiple=multiple) for multiple in (4, 16)] == [-(-plain // m) * m for m in (4, 16)]
@@ -114,7 +118,8 @@ def test_automatic_cap_of_other_data():
     assert automatic_tile_cap(np.array([], int), np.array([], int), 10) == 0
     # One sample far above the mean sets the cap.
     tokens, tiles = mixture(2000)
-    tokens[0], tiles[0] = CAPACITY, 64
+    tokens[0] = CAPACITY
+    tiles[0] = 64
     assert automatic_tile_cap(tokens, tiles, CAPACITY) == 64
     # A cap below the mean tiles of a full pack would need more packs than the tokens do.
     tokens, tiles = mixture(500, seed=1)
@@ -136,7 +141,8 @@ def test_members():
 
 def test_places_by_cost_make_neighbours_alike():
     rng = np.random.default_rng(0)
-    squared, tiles = rng.lognormal(17, 1, 6400), rng.integers(30, 57, 6400)
+    squared = rng.lognormal(17, 1, 6400)
+    tiles = rng.integers(30, 57, 6400)
     places = places_by_cost(squared, tiles)
     assert np.array_equal(np.sort(places), np.arange(6400))
     stored = np.argsort(places).reshape(-1, 64)

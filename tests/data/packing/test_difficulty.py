@@ -87,7 +87,8 @@ def test_a_packed_dataset_has_its_levels_in_order(tmp_path):
     manifest = read_manifest(tmp_path / "packs")
     assert [(level.easiest, level.hardest) for level in manifest.levels] == [(0.5, 3.0), (7.0, 8.0)]
     assert sum(level.packs for level in manifest.levels) == manifest.totals.packs == report.packs and report.levels == manifest.levels
-    reader, seen = Reader(tmp_path / "packs"), Counter()
+    reader = Reader(tmp_path / "packs")
+    seen = Counter()
     for pack in map(reader.read, range(len(reader))):
         level = int(pack.pack_id >= manifest.levels[0].packs)
         found = {scores[line - 1] for line in pack.provenance["line"].tolist()}

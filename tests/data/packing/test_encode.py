@@ -68,7 +68,8 @@ def test_several_images_share_the_tiles(root):
 
 @pytest.mark.parametrize("images", [Images.HEADER, Images.DECODE])
 def test_a_sample_is_as_long_without_its_bytes(root, images):
-    loaded, measured = _encode(root, image="tall.png"), _encode(root, image="tall.png", images=images)
+    loaded = _encode(root, image="tall.png")
+    measured = _encode(root, image="tall.png", images=images)
     assert np.array_equal(loaded.tokens, measured.tokens)
     assert (measured.tiles, measured.images[0].encoded) == (loaded.tiles, b"")
 

@@ -37,7 +37,8 @@ def _chat(rng: random.Random, images: int) -> list[dict[str, str]]:
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     """A folder with 12 images, ``good.jsonl`` of 90 records and ``bad.jsonl`` of 10, six of which cannot be used."""
-    folder, rng = tmp_path_factory.mktemp("data"), random.Random(0)
+    folder = tmp_path_factory.mktemp("data")
+    rng = random.Random(0)
     for place in range(12):
         pixels = np.random.default_rng(place).integers(0, 256, (rng.randint(10, 90), rng.randint(10, 90), 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{place}.{('png', 'jpg')[place % 2]}")
@@ -63,7 +64,8 @@ def _job(data: Path, out: Path, name: str = "good", **settings) -> Job:
 
 def _stored(folder: Path) -> list[tuple]:
     """(source, line, tokens, mask, images) of all samples of a dataset, in the order of the packs."""
-    reader, samples = Reader(folder), []
+    reader = Reader(folder)
+    samples = []
     for pack in map(reader.read, range(len(reader))):
         ends = np.cumsum(pack.lengths)
         for place, (line, source, _) in enumerate(pack.provenance.tolist()):
@@ -213,7 +215,8 @@ def _run_tool(data: Path, *arguments: str) -> subprocess.CompletedProcess:
 
 
 def test_the_tool_packs(data, tmp_path):
-    out, figures = tmp_path / "out", tmp_path / "report.json"
+    out = tmp_path / "out"
+    figures = tmp_path / "report.json"
     done = _run_tool(data, "--model", "tiny", "--out", str(out), "--capacity", "1500", "--json", str(figures))
     assert (done.returncode, done.stderr) == (0, "")
     assert "records   90 read, 0 rejected" in done.stdout and json.loads(figures.read_text())["samples"] == 90

@@ -51,7 +51,9 @@ def test_stopped_anywhere(data, tmp_path, monkeypatch, seed):  # noqa: F811
     """Each run ends after a few results of the workers, of either pass, until one gets through."""
     settings = {"name": "bad" if seed == 0 else "good", "max_rejects": 0.6, "capacity": 1024}
     pack_dataset(_job(data, tmp_path / "whole", **settings))
-    rng, runs, written = random.Random(seed), 0, 0
+    rng = random.Random(seed)
+    runs = 0
+    written = 0
     monkeypatch.setattr(scan, "SAVE_INTERVAL_SECONDS", 0.0)
     monkeypatch.setattr(scan, "LINES_PER_TASK", 3)
     ordered_map = job.ordered_map
@@ -77,7 +79,8 @@ def test_stopped_anywhere(data, tmp_path, monkeypatch, seed):  # noqa: F811
             assert not (tmp_path / "out").exists()
     assert runs > 1
     assert report.records == report.packed_records + report.rejected == (10 if seed == 0 else 90)
-    expected, found = files(tmp_path / "whole"), files(tmp_path / "out")
+    expected = files(tmp_path / "whole")
+    found = files(tmp_path / "out")
     assert expected.keys() == found.keys() and all(expected[name] == found[name] for name in expected)
     assert written <= len([name for name in found if name.endswith(".bin")]) + runs  # none twice, but one that a stop may have caught
 
@@ -104,7 +107,8 @@ def test_killed(data, tmp_path, monkeypatch):  # noqa: F811
 def test_workers_end_with_a_packing_that_is_killed():
     code = "import time; from megavlm.data.packing.executors import ordered_map; list(ordered_map(time.sleep, [60] * 8, 2))"
     process = psutil.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)})
-    deadline, started = time.monotonic() + 60, []
+    deadline = time.monotonic() + 60
+    started = []
     while len(started) < 4:  # two workers, the process that forks them, and the one that cleans up after all
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.1)

@@ -32,7 +32,8 @@ def chat(question: str = "<image>\nwhat", answer: str = "this") -> list[dict[str
 
 
 def picture(seed: int, kind: str) -> bytes:
-    file, pixels = io.BytesIO(), np.random.default_rng(seed).integers(0, 256, (40 + seed, 50, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    pixels = np.random.default_rng(seed).integers(0, 256, (40 + seed, 50, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(file, kind)
     return file.getvalue()
 
@@ -49,7 +50,9 @@ def bomb(width: int, height: int) -> bytes:
 def film(path: Path) -> bytes:
     with av.open(str(path), "w") as container:
         stream = container.add_stream("mpeg4", rate=10)
-        stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p"
+        stream.width = 32
+        stream.height = 32
+        stream.pix_fmt = "yuv420p"
         for place in range(12):
             container.mux(stream.encode(av.VideoFrame.from_ndarray(np.full((32, 32, 3), 9 * place, np.uint8), format="rgb24")))
         container.mux(stream.encode())

@@ -91,9 +91,11 @@ def pack(meta: Path, out: Path, **settings) -> PackedDataset:
 
 def test_all_kinds_from_all_formats(meta, tmp_path):
     dataset = pack(meta, tmp_path / "out")
-    tokenizer, seen = load_tokenizer(tmp_path / "out" / "tokenizer"), {}
+    tokenizer = load_tokenizer(tmp_path / "out" / "tokenizer")
+    seen = {}
     for pack_id in range(len(dataset)):
-        batch, stored = dataset.batch(pack_id, 0), dataset.reader.read(pack_id)
+        batch = dataset.batch(pack_id, 0)
+        stored = dataset.reader.read(pack_id)
         first_tile = np.concatenate([[0], np.cumsum(stored.images["tiles"])])
         start = 0
         for sample, length in enumerate(stored.lengths.tolist()):

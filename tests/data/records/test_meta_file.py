@@ -84,7 +84,8 @@ def test_sources_are_one_file_or_a_meta_file(tmp_path):
 
 
 def test_all_sources_have_weights_or_none_has(tmp_path):
-    first, path = json.loads(_meta(tmp_path, weight=2).read_text()), tmp_path / "meta.json"
+    first = json.loads(_meta(tmp_path, weight=2).read_text())
+    path = tmp_path / "meta.json"
     path.write_text(json.dumps(first | {"second": {"annotation": str(tmp_path / "a.jsonl")}}))
     with pytest.raises(ValueError, match="'second' has no weight, and others have"):
         read_meta(path)

@@ -152,7 +152,8 @@ def _without_special_tokens(folder: Path):
 
 
 def test_fingerprints_tell_tokenizers_apart(tmp_path):
-    golden, bare = load_tokenizer(GOLDEN / "tokenizer"), _without_special_tokens(tmp_path)
+    golden = load_tokenizer(GOLDEN / "tokenizer")
+    bare = _without_special_tokens(tmp_path)
     assert fingerprint(golden) == fingerprint(load_tokenizer(GOLDEN / "tokenizer")) == "48aa8c8346565566bd4039f583f23dbd"
     assert fingerprint(bare) != fingerprint(golden)
 

@@ -77,7 +77,8 @@ def sentences(folder: Path, class_name: str, *, starts_with_space: bool):
 
 @pytest.fixture(scope="module")
 def tokenizers(tmp_path_factory):
-    llama, internlm = tmp_path_factory.mktemp("llama"), tmp_path_factory.mktemp("internlm")
+    llama = tmp_path_factory.mktemp("llama")
+    internlm = tmp_path_factory.mktemp("internlm")
     return {
         "bytes": bytes_without_bos(),
         "bytes with a beginning": bytes_with_bos(),
@@ -103,10 +104,12 @@ def show(text: str, tiles: list[int]) -> str:
 
 def by_hand(name: str, system: str | None, rounds: list[tuple[str, str]], tiles: list[int]) -> list[tuple[str, str]]:
     """The whole text of a conversation in pairs: what is not learned, then what is."""
-    pairs, tiles = [], list(tiles)
+    pairs = []
+    tiles = list(tiles)
     for place, (question, answer) in enumerate(rounds):
         if name == "internlm2-chat":
-            question, answer = question.strip(), answer.strip()
+            question = question.strip()
+            answer = answer.strip()
         shown = show(question, tiles)
         del tiles[: question.count("<image>")]
         if name in ("Hermes-2", "internlm2-chat"):
@@ -132,7 +135,8 @@ def test_joint_templates_are_the_tokens_of_the_whole_text(tokenizers, name, whic
         tokens, supervised = template.encode(turns_of(system, rounds), tiles)
         assert tokens.tolist() == tokenizer("".join(map("".join, pairs)))["input_ids"]
         # As InternVL finds its masks: the number of tokens up to an answer's begin, and up to its end.
-        expected, text = np.zeros(len(tokens), bool), ""
+        expected = np.zeros(len(tokens), bool)
+        text = ""
         for before, answer in pairs:
             # Alone, the space in front of vicuna's answers is a token; with the answer it is a part of the first one.
             begin = len(tokenizer(text + before + " ")["input_ids"]) - 1 if name == "vicuna" else len(tokenizer(text + before)["input_ids"])
@@ -153,7 +157,8 @@ def test_internvl2_5_joins_turns_that_were_tokenised_apart(tokenizers, which):
         texts.append(f"<|im_start|>user\n{show(question, tiles)}<|im_end|>\n")
         tiles = tiles[question.count("<image>") :]
         texts.append(f"<|im_start|>assistant\n{answer}<|im_end|>\n")
-    expected, mask = list(start), [False] * len(start)
+    expected = list(start)
+    mask = [False] * len(start)
     skipped = len(tokenizer("<|im_start|>assistant\n")["input_ids"]) - len(start)
     for place, text in enumerate(texts):
         tokens = tokenizer(text)["input_ids"][len(start) :]

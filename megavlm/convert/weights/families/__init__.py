@@ -18,7 +18,8 @@ def family_of(language: Language) -> Family:
     flag = "--architecture.language"
     if language.family not in FAMILIES:
         raise ValueError(f"{flag}.family {language.family}: no such family; known are {', '.join(FAMILIES)}")
-    family, fields = FAMILIES[language.family], vars(language)
+    family = FAMILIES[language.family]
+    fields = vars(language)
     wrong = [(name, fields[name], value) for name, value in family.facts.items() if fields[name] != value]
     if not family.has_head_dim and language.head_size * language.num_attention_heads != language.hidden_size:
         wrong.append(("kv_channels", language.kv_channels, 0))

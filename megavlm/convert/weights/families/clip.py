@@ -12,7 +12,9 @@ from megavlm.convert.weights.transforms import GroupedQKV, Padded, Reshaped
 
 def rows(vision: Vision) -> list[Row]:
     """The table of the layers that are built, with keys and names as in a folder that holds the vision encoder alone."""
-    width, side, tokens = vision.hidden_size, vision.patch_size, vision.tokens
+    width = vision.hidden_size
+    side = vision.patch_size
+    tokens = vision.tokens
     positions = Reshaped((tokens, width), (1, tokens, width))
     token = [Row("class_token", ("embeddings.class_embedding",), (1, 1, width), Reshaped((width,), (1, 1, width)))]
     return [
@@ -25,7 +27,9 @@ def rows(vision: Vision) -> list[Row]:
 
 
 def _layer(vision: Vision) -> list[Row]:
-    width, inner, heads = vision.hidden_size, vision.ffn_hidden_size, vision.num_attention_heads
+    width = vision.hidden_size
+    inner = vision.ffn_hidden_size
+    heads = vision.num_attention_heads
     projections = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
     # Heads may be padded so that they divide over ranks.
     qkv = Padded(3 * width, inner=GroupedQKV(heads, heads, width // heads))

@@ -14,7 +14,8 @@ from megavlm.convert.weights.transforms import Padded, Stacked
 
 def rows(language: Language) -> list[Row]:
     """The table of InternLM2."""
-    width, tokens = language.hidden_size, language.vocab_size
+    width = language.hidden_size
+    tokens = language.vocab_size
     head = [Row("output_layer.weight", ("output.weight",), (tokens, width), Padded(tokens))]
     return [
         Row("embedding.word_embeddings.weight", ("model.tok_embeddings.weight",), (tokens, width), Padded(tokens)),
@@ -25,8 +26,11 @@ def rows(language: Language) -> list[Row]:
 
 
 def _layer(language: Language) -> list[Row]:
-    width, inner, size = language.hidden_size, language.ffn_hidden_size, language.head_size
-    heads, groups = language.num_attention_heads, language.num_query_groups
+    width = language.hidden_size
+    inner = language.ffn_hidden_size
+    size = language.head_size
+    heads = language.num_attention_heads
+    groups = language.num_query_groups
     return [
         *norm("self_attention.linear_qkv.layer_norm_", "attention_norm", width),
         *linear("self_attention.linear_qkv", ("attention.wqkv",), ((heads + 2 * groups) * size, width), bias=False),

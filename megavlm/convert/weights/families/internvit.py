@@ -62,7 +62,8 @@ CHAT = Names(
 
 def rows(vision: Vision, names: Names) -> list[Row]:
     """The table of InternViT, with keys and names as in a folder that holds it alone."""
-    width, side = vision.hidden_size, vision.patch_size
+    width = vision.hidden_size
+    side = vision.patch_size
     return [
         *linear("patch_embedding", (names.patch_embedding,), (width, 3, side, side)),
         Row("class_token", (names.class_token,), (1, 1, width)),
@@ -72,7 +73,10 @@ def rows(vision: Vision, names: Names) -> list[Row]:
 
 
 def _layer(vision: Vision, names: Names) -> list[Row]:
-    width, inner, heads, kind = vision.hidden_size, vision.ffn_hidden_size, vision.num_attention_heads, vision.normalization
+    width = vision.hidden_size
+    inner = vision.ffn_hidden_size
+    heads = vision.num_attention_heads
+    kind = vision.normalization
     qkv: Operation = GroupedQKV(heads, heads, width // heads)
     if len(names.qkv) == 1:
         qkv = Fused(qkv, (width, width, width))

@@ -13,7 +13,8 @@ from megavlm.convert.weights.transforms import GroupedQKV, Padded, Stacked
 
 def rows(language: Language) -> list[Row]:
     """The table of Llama, with the bias and the norms of queries and keys that its relatives add."""
-    width, tokens = language.hidden_size, language.vocab_size
+    width = language.hidden_size
+    tokens = language.vocab_size
     head = [Row("output_layer.weight", ("lm_head.weight",), (tokens, width), Padded(tokens))]
     return [
         Row("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), (tokens, width), Padded(tokens)),
@@ -24,8 +25,11 @@ def rows(language: Language) -> list[Row]:
 
 
 def _layer(language: Language) -> list[Row]:
-    width, inner, size = language.hidden_size, language.ffn_hidden_size, language.head_size
-    heads, groups = language.num_attention_heads, language.num_query_groups
+    width = language.hidden_size
+    inner = language.ffn_hidden_size
+    size = language.head_size
+    heads = language.num_attention_heads
+    groups = language.num_query_groups
     projections = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
     qkv = ((heads + 2 * groups) * size, width)
     norms = [
