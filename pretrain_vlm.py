@@ -1,11 +1,14 @@
-"""Trains a vision-language model; start it with torchrun. `python pretrain_vlm.py --help` tells how."""
+"""Trains a vision-language model; start it with torchrun. `python pretrain_vlm.py --help` tells
+how.
+"""
 
 from megavlm.config.cli import parse
 from megavlm.model_source import read_model
 
 if __name__ == "__main__":
     config = parse(read_model=read_model)
-    # Only now, since it takes seconds: help and mistakes on the command line should not wait for torch and megatron-core.
+    # Only now, since it takes seconds: help and mistakes on the command line should not wait for
+    # torch and megatron-core.
     from megavlm.train.launch import launch
 
     launch(config)

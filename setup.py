@@ -10,7 +10,9 @@ README = ROOT / "README.md"
 
 setup(
     name="megavlm",
-    version=re.search(r'__version__ = "(.+)"', (ROOT / "megavlm" / "__init__.py").read_text()).group(1),
+    version=re.search(
+        r'__version__ = "(.+)"', (ROOT / "megavlm" / "__init__.py").read_text()
+    ).group(1),
     description="Trains vision-language models, at scale, on megatron-core",
     long_description=README.read_text(encoding="utf-8") if README.exists() else "",
     long_description_content_type="text/markdown",
@@ -35,10 +37,12 @@ setup(
         "transformers>=5.0",
     ],
     extras_require={
-        # A CUDA toolkit must be there to build it; without it training runs on a CPU. megatron-core also uses Apex where it is installed
-        # (from source, https://github.com/NVIDIA/apex); nothing here needs it.
+        # A CUDA toolkit must be there to build it; without it training runs on a CPU. megatron-core
+        # also uses Apex where it is installed (from source, https://github.com/NVIDIA/apex);
+        # nothing here needs it.
         "gpu": ["transformer-engine[pytorch]>=2.4"],
-        # Packs millions of samples a second instead of tens of thousands, and makes tiles several times as fast; the results are the same.
+        # Packs millions of samples a second instead of tens of thousands, and makes tiles several
+        # times as fast; the results are the same.
         "fast": ["numba>=0.61", "simplejpeg>=1.8"],
         # Packing over several machines.
         "ray": ["ray>=2.40"],

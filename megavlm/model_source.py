@@ -1,4 +1,6 @@
-"""Models that command lines name: rows of the table, and Hugging Face folders, for which torch is imported late, since it takes seconds."""
+"""Models that command lines name: rows of the table, and Hugging Face folders, for which torch is
+imported late, since it takes seconds.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,8 @@ from megavlm.config.schema import Architecture, Init
 
 
 def read_model(folder: str, init: Init) -> Architecture:
-    """What a Hugging Face folder says that a model is made of or, where none is named, the model that two parts give.
+    """What a Hugging Face folder says that a model is made of or, where none is named, the model
+    that two parts give.
 
     Raises:
         FileNotFoundError: files are missing.
@@ -19,11 +22,13 @@ def read_model(folder: str, init: Init) -> Architecture:
 
 
 def image_model(name: str | None) -> Architecture:
-    """What packs must know of a model: a row of the table, the folder of a whole model, or of a vision encoder; InternVL 2.5's if unnamed.
+    """What packs must know of a model: a row of the table, the folder of a whole model, or of a
+    vision encoder; InternVL 2.5's if unnamed.
 
     Raises:
         FileNotFoundError: files are missing.
-        ValueError: there is no such model, or it is one that ours is not; every difference is named.
+        ValueError: there is no such model, or it is one that ours is not; every difference is
+            named.
     """
 
     def read(folder: str, init: Init) -> Architecture:

@@ -1,9 +1,11 @@
 #!/usr/bin/env python3
-"""Write the tokenizer of a language model with InternVL's nine special tokens, as a run with --init.language uses it.
+"""Write the tokenizer of a language model with InternVL's nine special tokens, as a run with
+--init.language uses it.
 
 python tools/extend_tokenizer.py --hf Qwen2.5-0.5B-Instruct --out tokenizer
 
-tools/pack_dataset.py adds the tokens by itself too; a folder made here and the language model's own give the same packs.
+tools/pack_dataset.py adds the tokens by itself too; a folder made here and the language model's own
+give the same packs.
 """
 
 from __future__ import annotations
@@ -19,22 +21,44 @@ from megavlm.data.text.tokenizer import extend, fingerprint, first_tokens, load_
 
 def main() -> int:
     """Run the tool; 2 with a message where the input is at fault."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hf", required=True, metavar="DIR", help="folder of the language model, or of its tokenizer")
-    parser.add_argument("--out", required=True, metavar="DIR", type=Path, help="folder to make; must be missing or empty")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--hf",
+        required=True,
+        metavar="DIR",
+        help="folder of the language model, or of its tokenizer",
+    )
+    parser.add_argument(
+        "--out",
+        required=True,
+        metavar="DIR",
+        type=Path,
+        help="folder to make; must be missing or empty",
+    )
     options = parser.parse_args()
     try:
         if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
-            raise ValueError(f"--out {options.out}: exists and is not an empty folder; name another one")
+            raise ValueError(
+                f"--out {options.out}: exists and is not an empty folder; name another one"
+            )
         tokenizer = load_tokenizer(options.hf, "--hf")
         new = extend(tokenizer)
-        tokenizer.chat_template = chat_format(DEFAULT).hf_template(bos=bool(first_tokens(tokenizer)))
+        tokenizer.chat_template = chat_format(DEFAULT).hf_template(
+            bos=bool(first_tokens(tokenizer))
+        )
         tokenizer.save_pretrained(options.out)
     except (ValueError, OSError) as error:
         print(f"extend_tokenizer: error: {error}", file=sys.stderr)
         return 2
-    added = f"{len(new)} tokens added, {new[0]} to {new[-1]}" if new else "it has all tokens already"
-    print(f"{options.out}: {added}; ids up to {max(tokenizer.get_vocab().values())}, fingerprint {fingerprint(tokenizer)}")
+    added = (
+        f"{len(new)} tokens added, {new[0]} to {new[-1]}" if new else "it has all tokens already"
+    )
+    print(
+        f"{options.out}: {added}; ids up to {max(tokenizer.get_vocab().values())}, fingerprint"
+        f" {fingerprint(tokenizer)}"
+    )
     return 0
 
 

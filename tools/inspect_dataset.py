@@ -1,4 +1,5 @@
-"""Show what is in a packed dataset: counts, fill, spreads, sources, rejects, and packs as a picture.
+"""Show what is in a packed dataset: counts, fill, spreads, sources, rejects, and packs as a
+picture.
 
 python tools/inspect_dataset.py packs/train
 python tools/inspect_dataset.py packs/train --check --json overview.json --picture packs.png
@@ -16,12 +17,27 @@ from megavlm.data.store.reader import Reader
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path, help="folder of a packed dataset")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the same figures as JSON")
-    parser.add_argument("--check", action="store_true", help="read every byte and verify all checksums")
-    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw packs: tiles, text with the supervised part marked, mask")
-    parser.add_argument("--packs", type=int, nargs="+", metavar="ID", help="packs to draw (default: three, spread over the dataset)")
+    parser.add_argument(
+        "--check", action="store_true", help="read every byte and verify all checksums"
+    )
+    parser.add_argument(
+        "--picture",
+        type=Path,
+        metavar="FILE",
+        help="draw packs: tiles, text with the supervised part marked, mask",
+    )
+    parser.add_argument(
+        "--packs",
+        type=int,
+        nargs="+",
+        metavar="ID",
+        help="packs to draw (default: three, spread over the dataset)",
+    )
     options = parser.parse_args(arguments)
     try:
         reader = Reader(options.folder)

@@ -13,7 +13,9 @@ from megavlm.model_source import image_model
 if __name__ == "__main__":
     options = parse()
     try:
-        report = (plan_dataset if options.dry_run else pack_dataset)(make_job(options, image_model(options.model)))
+        report = (plan_dataset if options.dry_run else pack_dataset)(
+            make_job(options, image_model(options.model))
+        )
     except (ValueError, OSError, RuntimeError) as error:
         print(f"pack_dataset: error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -1,4 +1,6 @@
-"""Boards of handwritten digits: pictures of one to six cells with scans from scikit-learn's digits, and questions about them."""
+"""Boards of handwritten digits: pictures of one to six cells with scans from scikit-learn's digits,
+and questions about them.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,9 @@ import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
 
-CELL = 20  # pixels; a board's cells become tiles of 16 x 16, one each, since tiling takes the grid of the board's own shape
+# pixels; a board's cells become tiles of 16 x 16, one each, since tiling takes the grid of the
+# board's own shape
+CELL = 20
 FRAME = 2  # pixels; around the board, so that a cell shows at which of its edges it stands
 SHAPES = ((1, 1), (1, 2), (2, 1), (1, 3), (3, 1), (2, 2), (2, 3), (3, 2))  # rows, columns
 EMPTY_SHARE = 0.25
@@ -60,12 +64,20 @@ def split_scans(held_out: int, seed: int) -> tuple[Scans, Scans]:
 
 def draw_scan(rng: np.random.Generator, scan: np.ndarray, size: int) -> np.ndarray:
     """A scan, slightly turned, enlarged to ``size`` pixels: share of ink, [size, size]."""
-    picture = Image.fromarray(np.uint8(np.clip(scan * 255 / 16, 0, 255))).resize((size, size), Image.Resampling.BICUBIC)
-    return np.asarray(picture.rotate(rng.uniform(-8, 8), Image.Resampling.BICUBIC), np.float32) / 255
+    picture = Image.fromarray(np.uint8(np.clip(scan * 255 / 16, 0, 255))).resize(
+        (size, size), Image.Resampling.BICUBIC
+    )
+    return (
+        np.asarray(picture.rotate(rng.uniform(-8, 8), Image.Resampling.BICUBIC), np.float32) / 255
+    )
 
 
-def make_board(rng: np.random.Generator, scans: Scans, shape: tuple[int, int] | None = None) -> Board:
-    """A board of random shape and contents, framed, in random colours of ink and paper; the marked cell has another paper."""
+def make_board(
+    rng: np.random.Generator, scans: Scans, shape: tuple[int, int] | None = None
+) -> Board:
+    """A board of random shape and contents, framed, in random colours of ink and paper; the marked
+    cell has another paper.
+    """
     rows, columns = shape or SHAPES[rng.integers(len(SHAPES))]
     count = rows * columns
     filled = rng.random(count) >= EMPTY_SHARE
@@ -81,15 +93,27 @@ def make_board(rng: np.random.Generator, scans: Scans, shape: tuple[int, int] | 
             pixels[top : top + CELL, left : left + CELL] = MARK + rng.uniform(-15, 15, 3)
         if filled[place]:
             size = int(rng.integers(CELL - 2 * FRAME - 2, CELL - 2 * FRAME + 1))
-            top, left = (start + FRAME + int(rng.integers(CELL - 2 * FRAME - size + 1)) for start in (top, left))
+            top, left = (
+                start + FRAME + int(rng.integers(CELL - 2 * FRAME - size + 1))
+                for start in (top, left)
+            )
             share = draw_scan(rng, scans.images[chosen[place]], size)[..., None]
             region = pixels[top : top + size, left : left + size]
             region[:] = region * (1 - share) + ink * share
     for edge in (pixels[:FRAME], pixels[-FRAME:], pixels[:, :FRAME], pixels[:, -FRAME:]):
         edge[:] = ink
-    digits = tuple(int(scans.labels[scan]) if there else None for scan, there in zip(chosen, filled, strict=True))
+    digits = tuple(
+        int(scans.labels[scan]) if there else None
+        for scan, there in zip(chosen, filled, strict=True)
+    )
     picture = Image.fromarray(np.uint8(pixels.clip(0, 255)))
-    return Board(rows=rows, columns=columns, digits=digits, marked=marked if count > 1 else None, picture=picture)
+    return Board(
+        rows=rows,
+        columns=columns,
+        digits=digits,
+        marked=marked if count > 1 else None,
+        picture=picture,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +143,9 @@ def questions(board: Board) -> list[Question]:
     row, column = divmod(board.marked, board.columns)
     there = sum(digit is not None for digit in board.digits)
     return [
-        Question(kind="marked", text="Which digit is marked?", answer=str(board.digits[board.marked])),
+        Question(
+            kind="marked", text="Which digit is marked?", answer=str(board.digits[board.marked])
+        ),
         Question(kind="row", text="In which row is the mark?", answer=str(row + 1)),
         Question(kind="column", text="In which column is the mark?", answer=str(column + 1)),
         Question(kind="count", text="How many digits are there?", answer=str(there)),

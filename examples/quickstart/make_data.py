@@ -1,4 +1,5 @@
-"""Make the quickstart's data: boards and conversations about them, text for the language part, held-out questions, and a tokenizer.
+"""Make the quickstart's data: boards and conversations about them, text for the language part,
+held-out questions, and a tokenizer.
 
 python examples/quickstart/make_data.py OUT
 """
@@ -52,7 +53,9 @@ def about_text(board: Board, asked: list[Question]) -> dict[str, Any]:
 
 def about_several(boards: list[Board], images: list[str]) -> dict[str, Any]:
     """A record about several pictures of one digit."""
-    question = Question(kind="image", text="Which digit is in the last image?", answer=str(boards[-1].digits[0]))
+    question = Question(
+        kind="image", text="Which digit is in the last image?", answer=str(boards[-1].digits[0])
+    )
     return conversation([question], "<image>\n" * len(boards), images)
 
 
@@ -90,7 +93,9 @@ class Maker:
         for _ in range(count):
             kind = self.rng.random()
             if kind < SEVERAL_SHARE:
-                boards, names = zip(*(self.board((1, 1)) for _ in range(int(self.rng.integers(2, 4)))), strict=True)
+                boards, names = zip(
+                    *(self.board((1, 1)) for _ in range(int(self.rng.integers(2, 4)))), strict=True
+                )
                 yield about_several(list(boards), list(names))
             elif kind < SEVERAL_SHARE + TEXT_SHARE:
                 yield self.text()
@@ -100,9 +105,13 @@ class Maker:
                 yield about_board(board, asked, name)
 
     def text(self) -> dict[str, Any]:
-        """A record without pictures. Where the mark is, is not asked: in words nothing but its place tells."""
+        """A record without pictures. Where the mark is, is not asked: in words nothing but its
+        place tells.
+        """
         board = make_board(self.rng, self.scans)
-        asked = [question for question in questions(board) if question.kind not in ("row", "column")]
+        asked = [
+            question for question in questions(board) if question.kind not in ("row", "column")
+        ]
         return about_text(board, self.shuffled(asked))
 
     def lone(self) -> dict[str, Any]:
@@ -123,7 +132,13 @@ class Maker:
                 record = about_board(board, [question], name)
                 kind = question.kind
             system, human, answer = (turn["value"] for turn in record["conversations"])
-            yield {"kind": kind, "image": record["image"], "system": system, "question": human, "answer": answer}
+            yield {
+                "kind": kind,
+                "image": record["image"],
+                "system": system,
+                "question": human,
+                "answer": answer,
+            }
 
 
 def write_lines(path: Path, records: list[dict[str, Any]]) -> None:
@@ -132,27 +147,57 @@ def write_lines(path: Path, records: list[dict[str, Any]]) -> None:
 
 
 def train_tokenizer(texts: list[str], folder: Path) -> None:
-    """A byte-level BPE of the texts and of the chat's roles, with its control tokens; every digit, blank and bracket is a token."""
+    """A byte-level BPE of the texts and of the chat's roles, with its control tokens; every digit,
+    blank and bracket is a token.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(f"[0-9{BLANK}\\[\\]]"), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            pre_tokenizers.Split(Regex(f"[0-9{BLANK}\\[\\]]"), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    settings = dict(vocab_size=VOCABULARY, special_tokens=CONTROL_TOKENS, initial_alphabet=alphabet, show_progress=False)
+    settings = dict(
+        vocab_size=VOCABULARY,
+        special_tokens=CONTROL_TOKENS,
+        initial_alphabet=alphabet,
+        show_progress=False,
+    )
     roles = ["system", "user", "assistant"] * len(texts)
     tokenizer.train_from_iterator([*texts, *roles], trainers.BpeTrainer(**settings))
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>").save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>"
+    ).save_pretrained(folder)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to make")
-    parser.add_argument("--records", type=int, default=24000, help="training records (default: %(default)s)")
-    parser.add_argument("--texts", type=int, default=6000, help="records without pictures for the language part (default: %(default)s)")
-    parser.add_argument("--lone", type=int, default=16000, help="records about a single digit (default: %(default)s)")
-    parser.add_argument("--exam", type=int, default=400, help="held-out questions (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="fixes everything (default: %(default)s)")
+    parser.add_argument(
+        "--records", type=int, default=24000, help="training records (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--texts",
+        type=int,
+        default=6000,
+        help="records without pictures for the language part (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--lone",
+        type=int,
+        default=16000,
+        help="records about a single digit (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--exam", type=int, default=400, help="held-out questions (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="fixes everything (default: %(default)s)"
+    )
     options = parser.parse_args()
     pictures = options.out / "images"
     pictures.mkdir(parents=True)
@@ -171,10 +216,16 @@ def main() -> None:
         write_lines(options.out / name, content)
     write_lines(options.out / "exam.jsonl", list(examiner.exam(options.exam)))
     texts = [
-        turn["value"] for name in ("mixed_train.jsonl", "text_train.jsonl") for record in records[name] for turn in record["conversations"]
+        turn["value"]
+        for name in ("mixed_train.jsonl", "text_train.jsonl")
+        for record in records[name]
+        for turn in record["conversations"]
     ]
     train_tokenizer(texts, options.out / "tokenizer")
-    print(f"{learner.count} pictures of {len(train)} scans to learn from, {examiner.count} of {len(held_out)} other scans")
+    print(
+        f"{learner.count} pictures of {len(train)} scans to learn from, {examiner.count} of"
+        f" {len(held_out)} other scans"
+    )
 
 
 if __name__ == "__main__":

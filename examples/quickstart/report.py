@@ -44,7 +44,9 @@ def shares(exam: list[dict[str, Any]], answers: list[str]) -> dict[str, float]:
 def summarise(out: Path, seconds: int) -> dict[str, Any]:
     """What OUT/summary.json holds."""
     answered = json.loads((out / "answers.json").read_text())
-    accuracy = {stage: shares(answered["exam"], given) for stage, given in answered["answers"].items()}
+    accuracy = {
+        stage: shares(answered["exam"], given) for stage, given in answered["answers"].items()
+    }
     runs = {stage: read_metrics(out / "runs" / name) for stage, name in STAGES.items()}
     final = dict(accuracy["2"])
     return {
@@ -52,8 +54,13 @@ def summarise(out: Path, seconds: int) -> dict[str, Any]:
         "accuracy_by_question": final,
         "accuracy_by_stage": {stage: found["all"] for stage, found in accuracy.items()},
         "questions": len(answered["exam"]),
-        "loss_by_stage": {stage: {"before": run["valid_loss"][0][1], "after": run["valid_loss"][-1][1]} for stage, run in runs.items()},
-        "trained_parameters_by_stage": {stage: int(run["trained_weights"][0][1]) for stage, run in runs.items()},
+        "loss_by_stage": {
+            stage: {"before": run["valid_loss"][0][1], "after": run["valid_loss"][-1][1]}
+            for stage, run in runs.items()
+        },
+        "trained_parameters_by_stage": {
+            stage: int(run["trained_weights"][0][1]) for stage, run in runs.items()
+        },
         "hf_max_abs_diff": json.loads((out / "verify.json").read_text())["max_abs_difference"],
         "seconds": seconds,
     }
@@ -61,14 +68,28 @@ def summarise(out: Path, seconds: int) -> dict[str, Any]:
 
 def print_table(summary: dict[str, Any]) -> None:
     """One line a stage."""
-    print(f"{'stage':>5} {'trained parameters':>19} {'held-out loss before':>21} {'after':>7} {'accuracy':>9}")
+    print(
+        f"{'stage':>5} {'trained parameters':>19} {'held-out loss before':>21} {'after':>7}"
+        f" {'accuracy':>9}"
+    )
     for stage, loss in summary["loss_by_stage"].items():
         share = summary["accuracy_by_stage"].get(stage)
         shown = f"{share:9.1%}" if share is not None else f"{'':>9}"
-        print(f"{stage:>5} {summary['trained_parameters_by_stage'][stage]:>19,} {loss['before']:>21.4f} {loss['after']:>7.4f} {shown}")
-    kinds = ", ".join(f"{kind} {share:.1%}" for kind, share in summary["accuracy_by_question"].items())
-    print(f"after stage 2, {summary['accuracy']:.1%} of {summary['questions']} held-out questions are answered right: {kinds}")
-    print(f"largest difference between megavlm's logits and those of transformers: {summary['hf_max_abs_diff']:.1e}")
+        print(
+            f"{stage:>5} {summary['trained_parameters_by_stage'][stage]:>19,}"
+            f" {loss['before']:>21.4f} {loss['after']:>7.4f} {shown}"
+        )
+    kinds = ", ".join(
+        f"{kind} {share:.1%}" for kind, share in summary["accuracy_by_question"].items()
+    )
+    print(
+        f"after stage 2, {summary['accuracy']:.1%} of {summary['questions']} held-out questions are"
+        f" answered right: {kinds}"
+    )
+    print(
+        "largest difference between megavlm's logits and those of transformers:"
+        f" {summary['hf_max_abs_diff']:.1e}"
+    )
 
 
 def draw_curves(axes: list[plt.Axes], out: Path) -> None:
@@ -85,14 +106,23 @@ def draw_curves(axes: list[plt.Axes], out: Path) -> None:
             axis.plot(start + steps, values, color=f"C{number}", **style)
         end = start + run["loss"][-1][0]
         axes[0].axvspan(start, end, color=f"C{number}", alpha=0.08)
-        axes[0].text((start + end) / 2, 0.96, f"stage {stage}", transform=axes[0].get_xaxis_transform(), ha="center", va="top")
+        axes[0].text(
+            (start + end) / 2,
+            0.96,
+            f"stage {stage}",
+            transform=axes[0].get_xaxis_transform(),
+            ha="center",
+            va="top",
+        )
         start = end
     axes[0].set(ylabel="loss (dots: held out)", yscale="log")
     axes[1].set(ylabel="learning rate", xlabel="step")
 
 
 def draw_answers(figure: plt.Figure, grid: Any, out: Path) -> None:
-    """A sheet of held-out pictures with question, answer and truth; wrong answers, if there are any, first."""
+    """A sheet of held-out pictures with question, answer and truth; wrong answers, if there are
+    any, first.
+    """
     answered = json.loads((out / "answers.json").read_text())
     rows = list(zip(answered["exam"], answered["answers"]["2"], strict=True))
     rows.sort(key=lambda row: row[0]["answer"] == row[1])
@@ -112,7 +142,9 @@ def draw_answers(figure: plt.Figure, grid: Any, out: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("out", type=Path, metavar="OUT", help="folder of the quickstart")
     parser.add_argument("--seconds", type=int, required=True, help="how long everything took")
     options = parser.parse_args()
@@ -122,7 +154,10 @@ def main() -> None:
     curves, sheet = figure.subfigures(2, 1, height_ratios=[1, 1.6])
     draw_curves(list(curves.subplots(2, 1, sharex=True, height_ratios=[2.2, 1])), options.out)
     draw_answers(sheet, sheet.add_gridspec(4, SHOWN // 4), options.out)
-    figure.suptitle(f"megavlm quickstart: {summary['accuracy']:.1%} of {summary['questions']} held-out questions right")
+    figure.suptitle(
+        f"megavlm quickstart: {summary['accuracy']:.1%} of {summary['questions']} held-out"
+        " questions right"
+    )
     figure.savefig(options.out / "report.png", dpi=110)
     print_table(summary)
 

@@ -1,7 +1,9 @@
-"""Writes this rank's shards of a checkpoint, here or in a process of its own while training goes on.
+"""Writes this rank's shards of a checkpoint, here or in a process of its own while training goes
+on.
 
-This takes the place of megatron-core's own queue of asynchronous calls. That one starts a server process in every rank (torch imported once
-more), loses it when torchrun passes SIGTERM on to the whole process group, and does not tell what went wrong on which rank.
+This takes the place of megatron-core's own queue of asynchronous calls. That one starts a server
+process in every rank (torch imported once more), loses it when torchrun passes SIGTERM on to the
+whole process group, and does not tell what went wrong on which rank.
 """
 
 from __future__ import annotations
@@ -26,8 +28,13 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megavlm.checkpoint import checksums
 from megavlm.checkpoint.checksums import Sum
 
-# From 0.19 on megatron-core has two ways to write beside training; the other one is a package of its own.
-_STRATEGY = {"async_strategy": "mcore"} if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters else {}
+# From 0.19 on megatron-core has two ways to write beside training; the other one is a package of
+# its own.
+_STRATEGY = (
+    {"async_strategy": "mcore"}
+    if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters
+    else {}
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +42,8 @@ class Outcome:
     """How writing ended on this rank.
 
     Args:
-        results: what megatron-core wants to know to describe the checkpoint; none where this rank had nothing to write.
+        results: what megatron-core wants to know to describe the checkpoint; none where this rank
+            had nothing to write.
         sums: size and checksum of each file, by name.
         error: why it failed; empty if it did not.
     """
@@ -46,7 +54,8 @@ class Outcome:
 
 
 class Writing:
-    """Shards of this rank on their way to the disk; when the constructor returns, the weights may change. Collective.
+    """Shards of this rank on their way to the disk; when the constructor returns, the weights may
+    change. Collective.
 
     Args:
         tensors: what to save, as megatron-core describes it.
@@ -55,15 +64,22 @@ class Writing:
     """
 
     def __init__(self, tensors: ShardedStateDict, shards: Path, *, beside: bool):
-        # megatron-core passes results through this queue; one inside the process does, since nothing else writes to it here.
+        # megatron-core passes results through this queue; one inside the process does, since
+        # nothing else writes to it here.
         self._queue: queue.Queue = queue.Queue()
         vars(filesystem_async)["_results_queue"] = self._queue
-        request = dist_checkpointing.save(tensors, str(shards), async_sharded_save=True, **_STRATEGY)
+        request = dist_checkpointing.save(
+            tensors, str(shards), async_sharded_save=True, **_STRATEGY
+        )
         self._finish = request.finalize_fns
         arguments = list(request.async_fn_args)
         if request.preload_fn is not None:
-            arguments[1] = request.preload_fn()  # copies from the device to the host, and waits for them
-        write = request.async_fn and partial(request.async_fn, *arguments, **request.async_fn_kwargs)
+            arguments[1] = (
+                request.preload_fn()
+            )  # copies from the device to the host, and waits for them
+        write = request.async_fn and partial(
+            request.async_fn, *arguments, **request.async_fn_kwargs
+        )
         work = partial(_write, write, self._queue, shards, dist.get_rank())
         self._outcome: Outcome | None = None
         if beside:
@@ -72,7 +88,8 @@ class Writing:
             self._outcome = work()
 
     def _start(self, work: Callable[[], Outcome]) -> None:
-        # A forked process has the memory as it is now; pages that training changes are copied for it.
+        # A forked process has the memory as it is now; pages that training changes are copied for
+        # it.
         context = multiprocessing.get_context("fork")
         self._pipe, theirs = context.Pipe(duplex=False)
         self._process = context.Process(target=_serve, args=(work, theirs), name="checkpoint")
@@ -92,7 +109,9 @@ class Writing:
             except EOFError:
                 self._outcome = None
             self._process.join()
-            self._outcome = self._outcome or Outcome(error=f"the writing process ended with status {self._process.exitcode}")
+            self._outcome = self._outcome or Outcome(
+                error=f"the writing process ended with status {self._process.exitcode}"
+            )
         return self._outcome
 
     def describe(self) -> None:
@@ -103,7 +122,9 @@ class Writing:
             finish()
 
 
-def _write(write: Callable[[], None] | None, results: queue.Queue, shards: Path, rank: int) -> Outcome:
+def _write(
+    write: Callable[[], None] | None, results: queue.Queue, shards: Path, rank: int
+) -> Outcome:
     if write is None:
         return Outcome(sums={})
     try:
@@ -112,13 +133,18 @@ def _write(write: Callable[[], None] | None, results: queue.Queue, shards: Path,
         if isinstance(found, Exception):
             raise found
         files = sorted(shards.glob(f"__{rank}_*"))
-        return Outcome(results=found, sums={f"{shards.name}/{file.name}": checksums.measure(file) for file in files})
+        return Outcome(
+            results=found,
+            sums={f"{shards.name}/{file.name}": checksums.measure(file) for file in files},
+        )
     except Exception as error:  # whatever it is, other ranks wait for an answer
         return Outcome(error=f"{type(error).__name__}: {error}")
 
 
 def _serve(work: Callable[[], Outcome], pipe: Connection) -> None:
-    """The writing process. Signals are for the rank, which waits for this process before it ends; collecting garbage would touch CUDA."""
+    """The writing process. Signals are for the rank, which waits for this process before it ends;
+    collecting garbage would touch CUDA.
+    """
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     gc.disable()

@@ -1,6 +1,7 @@
 """Whether the files of a checkpoint are those that were written.
 
-``checksums.json`` holds the size and the CRC-32 of every other file. It is written last, so that it speaks of the files as they are to be.
+``checksums.json`` holds the size and the CRC-32 of every other file. It is written last, so that it
+speaks of the files as they are to be.
 """
 
 from __future__ import annotations
@@ -34,10 +35,14 @@ def measure(path: Path) -> Sum:
 
 
 def write(folder: Path, known: dict[str, Sum]) -> None:
-    """Write the checksums of everything in ``folder``; files that are not in ``known``, by path from the folder, are read for it."""
+    """Write the checksums of everything in ``folder``; files that are not in ``known``, by path
+    from the folder, are read for it.
+    """
     names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     sums = {name: known.get(name) or measure(folder / name) for name in names}
-    (folder / FILE_NAME).write_text(json.dumps({name: list(found) for name, found in sums.items()}, indent=1) + "\n")
+    (folder / FILE_NAME).write_text(
+        json.dumps({name: list(found) for name, found in sums.items()}, indent=1) + "\n"
+    )
 
 
 def read(folder: Path) -> dict[str, Sum] | None:
@@ -48,14 +53,19 @@ def read(folder: Path) -> dict[str, Sum] | None:
     """
     path = folder / FILE_NAME
     try:
-        return {name: (int(size), int(checksum)) for name, (size, checksum) in json.loads(path.read_text()).items()}
+        return {
+            name: (int(size), int(checksum))
+            for name, (size, checksum) in json.loads(path.read_text()).items()
+        }
     except FileNotFoundError:
         return None
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: damaged, it does not hold checksums ({error})") from error
 
 
-def differences(folder: Path, sums: dict[str, Sum], names: Iterable[str], *, by_size_only: bool = False) -> list[str]:
+def differences(
+    folder: Path, sums: dict[str, Sum], names: Iterable[str], *, by_size_only: bool = False
+) -> list[str]:
     """What is wrong with the files ``names`` of a checkpoint, a line each."""
     found = []
     for name in names:
@@ -66,7 +76,9 @@ def differences(folder: Path, sums: dict[str, Sum], names: Iterable[str], *, by_
             if there != size:
                 found.append(f"{path}: {there:,} bytes, {size:,} were written")
             elif not by_size_only and measure(path) != (size, checksum):
-                found.append(f"{path}: its bytes are not those that were written (the checksum differs)")
+                found.append(
+                    f"{path}: its bytes are not those that were written (the checksum differs)"
+                )
         except FileNotFoundError:
             found.append(f"{path}: missing")
         except OSError as error:
@@ -86,7 +98,8 @@ def check_small_files(folder: Path) -> None:
 
 
 def damage(folder: Path, *, by_size_only: bool) -> list[str]:
-    """What is wrong with a checkpoint. Collective: each rank reads its share of the files, and every rank gets the whole answer.
+    """What is wrong with a checkpoint. Collective: each rank reads its share of the files, and
+    every rank gets the whole answer.
 
     Args:
         folder: of the step.
@@ -108,7 +121,9 @@ def damage(folder: Path, *, by_size_only: bool) -> list[str]:
 
 
 def strangers(path: Path) -> list[str]:
-    """Why the description of the shards should not be loaded: torch unpickles it, and unpickling runs what a file names."""
+    """Why the description of the shards should not be loaded: torch unpickles it, and unpickling
+    runs what a file names.
+    """
     try:
         read_description(path)
     except FileNotFoundError:

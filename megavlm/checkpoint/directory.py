@@ -1,7 +1,8 @@
 """A run's save folder: which checkpoints are in it, how one gets in, and which ones leave.
 
-A checkpoint grows under a name of its own, which no other attempt uses: writers that outlive a killed run write where nobody looks.
-Only a complete one is renamed to ``step_00000100``, and only then ``latest`` moves.
+A checkpoint grows under a name of its own, which no other attempt uses: writers that outlive a
+killed run write where nobody looks. Only a complete one is renamed to ``step_00000100``, and only
+then ``latest`` moves.
 """
 
 from __future__ import annotations
@@ -37,11 +38,15 @@ def growing_name(step: int) -> str:
 
 
 def candidates(root: Path) -> list[Path]:
-    """Checkpoints to go on from, the best choice first: the one that ``latest`` names, whether or not it is there, then those before it.
+    """Checkpoints to go on from, the best choice first: the one that ``latest`` names, whether or
+    not it is there, then those before it.
 
-    Where ``latest`` is missing or names nothing that a checkpoint could be called, all of them, newest first.
+    Where ``latest`` is missing or names nothing that a checkpoint could be called, all of them,
+    newest first.
     """
-    there = {step: folder for folder in root.glob(f"{_STEP}*") if (step := step_of(folder)) is not None}
+    there = {
+        step: folder for folder in root.glob(f"{_STEP}*") if (step := step_of(folder)) is not None
+    }
     try:
         named = root / (root / LATEST).read_text().strip()
     except (OSError, UnicodeDecodeError):
@@ -59,7 +64,11 @@ def is_own(entry: Path) -> bool:
 
 def clean(root: Path) -> list[str]:
     """Remove what a run that was killed left behind, and return the names."""
-    left = [entry for entry in sorted(root.iterdir()) if entry.name.startswith((_GROWING, _LEAVING, f".{LATEST}"))]
+    left = [
+        entry
+        for entry in sorted(root.iterdir())
+        if entry.name.startswith((_GROWING, _LEAVING, f".{LATEST}"))
+    ]
     for entry in left:
         _remove(entry)
     return [entry.name for entry in left]
@@ -73,7 +82,9 @@ def _remove(entry: Path) -> None:
 
 
 def publish(growing: Path, target: Path) -> None:
-    """Give a complete checkpoint its name, then move ``latest``, so that a power cut at any moment leaves a whole one named."""
+    """Give a complete checkpoint its name, then move ``latest``, so that a power cut at any moment
+    leaves a whole one named.
+    """
     for folder, _, files in os.walk(growing):
         for name in files:
             _sync(Path(folder) / name)
@@ -99,7 +110,8 @@ def _sync(path: Path) -> None:
 
 
 def drop_old(root: Path, published: Path, keep: int, keep_best: int) -> None:
-    """Remove checkpoints, but for the newest and the best ones. What is newer than ``published`` is of another course of the run and stays.
+    """Remove checkpoints, but for the newest and the best ones. What is newer than ``published`` is
+    of another course of the run and stays.
 
     Args:
         root: the save folder.
@@ -108,10 +120,19 @@ def drop_old(root: Path, published: Path, keep: int, keep_best: int) -> None:
         keep_best: ones with the lowest held-out loss to keep beside them.
     """
     steps = {folder: step_of(folder) for folder in root.glob(f"{_STEP}*")}
-    mine = sorted((folder for folder, step in steps.items() if step is not None and step <= step_of(published)), key=steps.get)
+    mine = sorted(
+        (
+            folder
+            for folder, step in steps.items()
+            if step is not None and step <= step_of(published)
+        ),
+        key=steps.get,
+    )
     if not keep:
         return
-    by_loss = sorted((loss, folder) for folder in mine if (loss := _held_out_loss(folder)) is not None)
+    by_loss = sorted(
+        (loss, folder) for folder in mine if (loss := _held_out_loss(folder)) is not None
+    )
     spared = {*mine[-keep:], published, *(folder for _, folder in by_loss[:keep_best])}
     for folder in mine:
         if folder not in spared:

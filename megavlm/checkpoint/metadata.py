@@ -1,4 +1,6 @@
-"""The description of a distributed checkpoint (``.metadata``), a pickle, read without running anything that it names."""
+"""The description of a distributed checkpoint (``.metadata``), a pickle, read without running
+anything that it names.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,8 @@ from pathlib import Path
 import torch
 from torch.distributed.checkpoint.metadata import Metadata
 
-# What torch's description of a distributed checkpoint is made of, beside number formats; nothing else is unpickled.
+# What torch's description of a distributed checkpoint is made of, beside number formats; nothing
+# else is unpickled.
 _KNOWN = {
     "collections": {"OrderedDict"},
     "megatron.core.dist_checkpointing.strategies.torch": {"MCoreMetadata", "MCoreSavePlan"},
@@ -26,7 +29,13 @@ _KNOWN = {
         "TensorStorageMetadata",
         "_MEM_FORMAT_ENCODING",
     },
-    "torch.distributed.checkpoint.planner": {"BytesIOWriteData", "SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"},
+    "torch.distributed.checkpoint.planner": {
+        "BytesIOWriteData",
+        "SavePlan",
+        "TensorWriteData",
+        "WriteItem",
+        "WriteItemType",
+    },
     "torch.serialization": {"_get_layout"},
 }
 
@@ -52,7 +61,9 @@ def read_description(path: Path) -> Metadata:
         try:
             found = _Guarded(file).load()
         except Exception as error:  # a damaged pickle can raise anything
-            raise ValueError(f"{path}: not a description of tensors, or damaged ({error})") from error
+            raise ValueError(
+                f"{path}: not a description of tensors, or damaged ({error})"
+            ) from error
     if not isinstance(found, Metadata):
         raise ValueError(f"{path}: not a description of tensors but {type(found).__name__}")
     return found

@@ -18,7 +18,8 @@ History = tuple[tuple[int, tuple[str, ...]], ...]
 class State:
     """The position of a run.
 
-    The order of the packs is a pure function of the seed and a position, and nothing in training draws from a random state, so this is all.
+    The order of the packs is a pure function of the seed and a position, and nothing in training
+    draws from a random state, so this is all.
 
     Args:
         step: updates that are done.
@@ -57,10 +58,15 @@ def read(folder: Path) -> State:
         raise ValueError(f"{path}: missing, so {folder} is not a complete checkpoint")
     try:
         values = json.loads(path.read_text())
-        history = tuple((int(steps), tuple(trainable)) for steps, trainable in values.pop("history", []))
+        history = tuple(
+            (int(steps), tuple(trainable)) for steps, trainable in values.pop("history", [])
+        )
         state = State(**values | {"packs": tuple(values.get("packs", ()))}, history=history)
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: not the state of a checkpoint ({error})") from error
     if state.format != FORMAT_VERSION:
-        raise ValueError(f"{path}: written in format {state.format}; this version of megavlm reads {FORMAT_VERSION}")
+        raise ValueError(
+            f"{path}: written in format {state.format}; this version of megavlm reads"
+            f" {FORMAT_VERSION}"
+        )
     return state

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-# Mean and standard deviation of red, green and blue, by what the vision encoder was pretrained with.
+# Mean and standard deviation of red, green and blue, by what the vision encoder was pretrained
+# with.
 PIXELS: dict[str, tuple[tuple[float, float, float], tuple[float, float, float]]] = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "clip": ((0.4814546, 0.4578275, 0.40821073), (0.2686295, 0.2613025, 0.2757711)),
@@ -15,10 +16,12 @@ PIXELS: dict[str, tuple[tuple[float, float, float], tuple[float, float, float]]]
 
 @dataclass(frozen=True, kw_only=True)
 class Vision:
-    """The vision encoder: an InternViT, or the part of a CLIP (arXiv 2103.00020) or SigLIP (arXiv 2303.15343) that sees images.
+    """The vision encoder: an InternViT, or the part of a CLIP (arXiv 2103.00020) or SigLIP (arXiv
+    2303.15343) that sees images.
 
     Args:
-        family: what files call the weights, and what stands around the layers: see the properties below.
+        family: what files call the weights, and what stands around the layers: see the properties
+            below.
         image_size: side of a tile in pixels.
         patch_size: side of a patch in pixels.
         num_layers: transformer layers.
@@ -28,10 +31,13 @@ class Vision:
         normalization: kind of norm before attention and before the MLP.
         layernorm_epsilon: added to the variance inside the norms.
         qkv_bias: whether the query, key and value projections have a bias.
-        qk_norm: whether queries and keys are normalised, each over all heads at once (InternViT-6B).
+        qk_norm: whether queries and keys are normalised, each over all heads at once
+            (InternViT-6B).
         activation: of the MLP: GELU, its approximation with tanh, or x * sigmoid(1.702 x).
-        layer_scale: starting value of the learned factors on both residual branches; only InternViT has them.
-        pixel_mean: mean of red, green and blue (of pixels from 0 to 1) that is subtracted: three numbers, or imagenet, clip or siglip.
+        layer_scale: starting value of the learned factors on both residual branches; only InternViT
+            has them.
+        pixel_mean: mean of red, green and blue (of pixels from 0 to 1) that is subtracted: three
+            numbers, or imagenet, clip or siglip.
         pixel_std: standard deviation of red, green and blue that is divided by; likewise.
     """
 
@@ -78,7 +84,9 @@ class Vision:
 
     @property
     def tokens(self) -> int:
-        """Tokens of a tile inside the encoder: its patches and, where there is one, the class token."""
+        """Tokens of a tile inside the encoder: its patches and, where there is one, the class
+        token.
+        """
         return self.grid**2 + self.has_class_token
 
 
@@ -87,19 +95,23 @@ class Language:
     """The language model: RMSNorm, rotary positions, grouped-query attention, gated MLP.
 
     Args:
-        family: name of the family, such as qwen2, qwen3, internlm2, internlm3, llama or mistral: how Hugging Face's files name its weights.
+        family: name of the family, such as qwen2, qwen3, internlm2, internlm3, llama or mistral:
+            how Hugging Face's files name its weights.
         num_layers: transformer layers.
         hidden_size: width of the model.
         ffn_hidden_size: width inside the gated MLP of a layer.
         num_attention_heads: query heads.
         num_query_groups: key and value heads (grouped-query attention).
         kv_channels: width of a head; 0: hidden_size / num_attention_heads.
-        vocab_size: rows of the embedding, special tokens of the vision-language model included, padding for tensor parallelism not.
+        vocab_size: rows of the embedding, special tokens of the vision-language model included,
+            padding for tensor parallelism not.
         rotary_base: base period of the rotary position embedding.
-        rotary_dynamic_factor: how much the base is stretched for samples beyond max_position_embeddings (dynamic NTK; 1: never). It changes
-            nothing for shorter samples, and is written to exported checkpoints.
+        rotary_dynamic_factor: how much the base is stretched for samples beyond
+            max_position_embeddings (dynamic NTK; 1: never). It changes nothing for shorter samples,
+            and is written to exported checkpoints.
         layernorm_epsilon: added to the mean square inside the norms.
-        max_position_embeddings: longest sample that the positions are made for; written to exported checkpoints.
+        max_position_embeddings: longest sample that the positions are made for; written to exported
+            checkpoints.
         qkv_bias: whether the query, key and value projections have a bias.
         qk_norm: whether the queries and keys of each head are normalised (Qwen3).
         tied_head: whether the head is the token embedding's own tensor.
@@ -134,8 +146,10 @@ class Architecture:
     Args:
         vision: the vision encoder.
         language: the language model.
-        pixel_shuffle: patches along a side that become one feature (2: four patches, a quarter of the tokens).
-        projector_norm: whether a LayerNorm stands before the projector's MLP, as in InternVL; LLaVA has none.
+        pixel_shuffle: patches along a side that become one feature (2: four patches, a quarter of
+            the tokens).
+        projector_norm: whether a LayerNorm stands before the projector's MLP, as in InternVL; LLaVA
+            has none.
     """
 
     vision: Vision = field(default_factory=Vision)

@@ -1,6 +1,7 @@
 """The command line of a training run, and a configuration as YAML.
 
-Values come from, the later winning: the schema's defaults, the rows of the tables of models and stages, YAML files, the command line.
+Values come from, the later winning: the schema's defaults, the rows of the tables of models and
+stages, YAML files, the command line.
 """
 
 from __future__ import annotations
@@ -30,14 +31,19 @@ _NO_NAMES = Config(stage="", model="")
 
 
 def parse(arguments: Sequence[str] | None = None, read_model: ReadModel | None = None) -> Config:
-    """The configuration that a command line asks for; wrong input ends the process with status 2 and a short message.
+    """The configuration that a command line asks for; wrong input ends the process with status 2
+    and a short message.
 
     Args:
-        arguments: the command line without the program's name; this process's own where there is none.
-        read_model: reads a ``--model`` that is a folder, and the model that two parts give; none: only the table of models is known.
+        arguments: the command line without the program's name; this process's own where there is
+            none.
+        read_model: reads a ``--model`` that is a folder, and the model that two parts give; none:
+            only the table of models is known.
     """
     try:
-        config, is_shown = _parse(sys.argv[1:] if arguments is None else list(arguments), read_model)
+        config, is_shown = _parse(
+            sys.argv[1:] if arguments is None else list(arguments), read_model
+        )
     except (argparse.ArgumentError, ValueError, OSError) as error:
         _tell(error)
         raise SystemExit(2) from None
@@ -50,11 +56,14 @@ def parse(arguments: Sequence[str] | None = None, read_model: ReadModel | None =
 
 def to_yaml(config: Config) -> str:
     """The whole configuration as YAML; ``from_yaml`` gives exactly ``config`` back."""
-    return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False, allow_unicode=True, width=140)
+    return yaml.safe_dump(
+        _plain(dataclasses.asdict(config)), sort_keys=False, allow_unicode=True, width=140
+    )
 
 
 def from_yaml(source: str | Path) -> Config:
-    """The configuration that ``to_yaml`` wrote; fields that are missing get the schema's defaults, not the tables'.
+    """The configuration that ``to_yaml`` wrote; fields that are missing get the schema's defaults,
+    not the tables'.
 
     Args:
         source: the text, or the path of a file with it.
@@ -73,20 +82,38 @@ def _parse(arguments: list[str], read_model: ReadModel | None) -> tuple[Config, 
     chosen, others = _first_pass().parse_known_args(arguments)
     files = {f"--config {path}": _read(Path(path), f"--config {path}") for path in chosen.config}
     names = {name: vars(chosen)[name] or _last_named(files, name) for name in ("stage", "model")}
-    init = Init(**{name: vars(chosen)[f"init.{name}"] or _last_named(files, "init", name) or "" for name in vars(_NO_NAMES.init)})
-    others += [word for name, folder in vars(init).items() if folder for word in (f"--init.{name}", folder)]
+    init = Init(
+        **{
+            name: vars(chosen)[f"init.{name}"] or _last_named(files, "init", name) or ""
+            for name in vars(_NO_NAMES.init)
+        }
+    )
+    others += [
+        word for name, folder in vars(init).items() if folder for word in (f"--init.{name}", folder)
+    ]
     wants_help = any(word in others for word in ("-h", "--help"))
-    defaults = _NO_NAMES if wants_help and not all(names.values()) else _from_tables(**names, init=init, read_model=read_model)
+    defaults = (
+        _NO_NAMES
+        if wants_help and not all(names.values())
+        else _from_tables(**names, init=init, read_model=read_model)
+    )
     parser = make_parser(defaults, PROGRAM, _description())
     values = parser.get_defaults()
     for where, content in files.items():
-        values = _apply(parser, {key: value for key, value in content.items() if key not in names}, where, values)
+        values = _apply(
+            parser,
+            {key: value for key, value in content.items() if key not in names},
+            where,
+            values,
+        )
     return to_config(parser.parse_args(_normal(others), namespace=values)), chosen.print_config
 
 
 def _first_pass() -> argparse.ArgumentParser:
     """Finds what is no value of the configuration, and the names that every default depends on."""
-    parser = argparse.ArgumentParser(prog=PROGRAM, add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM, add_help=False, allow_abbrev=False, exit_on_error=False
+    )
     parser.add_argument("--stage")
     parser.add_argument("--model")
     for name in vars(_NO_NAMES.init):
@@ -97,7 +124,9 @@ def _first_pass() -> argparse.ArgumentParser:
 
 
 def _last_named(files: dict[str, dict[str, Any]], *path: str) -> str | None:
-    """The value, at a path such as ``init``, ``vision``, of the last file that has one; YAML reads a stage of 1 as a number."""
+    """The value, at a path such as ``init``, ``vision``, of the last file that has one; YAML reads
+    a stage of 1 as a number.
+    """
     found = None
     for content in files.values():
         value: Any = content
@@ -107,16 +136,27 @@ def _last_named(files: dict[str, dict[str, Any]], *path: str) -> str | None:
     return found
 
 
-def _from_tables(*, stage: str | None, model: str | None, init: Init, read_model: ReadModel | None) -> Config:
+def _from_tables(
+    *, stage: str | None, model: str | None, init: Init, read_model: ReadModel | None
+) -> Config:
     """The schema's defaults under the rows of both tables."""
     wanted = ("stage", stage, STAGES), ("model", model or init.is_whole, MODELS)
-    missing = [f"--{name} (one of {', '.join(table)})" for name, given, table in wanted if not given]
+    missing = [
+        f"--{name} (one of {', '.join(table)})" for name, given, table in wanted if not given
+    ]
     if missing:
         raise ValueError(f"missing {' and '.join(missing)}")
     row = stages.stage(stage)
     built = architecture(model or "", init, read_model)
     name = model or "+".join(Path(folder).resolve().name for folder in init.parts.values())
-    return Config(stage=stage, model=name, architecture=built, data=row.data, optimizer=row.optimizer, training=row.training)
+    return Config(
+        stage=stage,
+        model=name,
+        architecture=built,
+        data=row.data,
+        optimizer=row.optimizer,
+        training=row.training,
+    )
 
 
 def _read(source: str | Path, where: str) -> dict[str, Any]:
@@ -127,7 +167,9 @@ def _read(source: str | Path, where: str) -> dict[str, Any]:
         ValueError: not YAML, no mapping, or unknown keys.
     """
     try:
-        content = yaml.safe_load(source.read_text(encoding="utf-8") if isinstance(source, Path) else source)
+        content = yaml.safe_load(
+            source.read_text(encoding="utf-8") if isinstance(source, Path) else source
+        )
     except FileNotFoundError:
         raise FileNotFoundError(f"{where}: no such file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -138,7 +180,11 @@ def _read(source: str | Path, where: str) -> dict[str, Any]:
     known = options()
     headings = {key.rpartition(".")[0] for key in known} - {""}
     unknown = [
-        f"{key} (a section: its options go below it)" if key in headings else f"{key}{nearest(key, [*headings, *known])}"
+        (
+            f"{key} (a section: its options go below it)"
+            if key in headings
+            else f"{key}{nearest(key, [*headings, *known])}"
+        )
         for key in _keys(content)
         if key not in known
     ]
@@ -192,16 +238,22 @@ def _plain(value: Any) -> Any:
 
 
 def _tell(error: Exception) -> None:
-    """Say what is wrong, once: another rank than the first speaks only where the first, and torchrun with it, has not ended the job."""
+    """Say what is wrong, once: another rank than the first speaks only where the first, and
+    torchrun with it, has not ended the job.
+    """
     where = ""
     if not _is_first_rank():
         time.sleep(_PATIENCE_SECONDS)
         where = f" on rank {os.environ['RANK']} ({socket.gethostname()})"
-    print(f"{PROGRAM}: error{where}: {error}\n--help lists every option", file=sys.stderr, flush=True)
+    print(
+        f"{PROGRAM}: error{where}: {error}\n--help lists every option", file=sys.stderr, flush=True
+    )
 
 
 def _is_first_rank() -> bool:
-    """Whether this process is the first of its job, by torchrun's environment; one without it is alone."""
+    """Whether this process is the first of its job, by torchrun's environment; one without it is
+    alone.
+    """
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -215,9 +267,10 @@ example, on a machine with 8 GPUs:
   torchrun --nproc_per_node 8 {PROGRAM} --stage 1 --model internvl2_5-1b --load InternVL2_5-1B/ \\
       --data.train packs/captions --save runs/stage1 --tensor-model-parallel-size 2
 
-Every option is also a key of the YAML files that --config FILE names; it may be given several times, later files win, and the command
-line wins over all. --print_config prints the whole configuration as YAML instead of training. The defaults below are those of the stage
-and the model, if both are given.
+Every option is also a key of the YAML files that --config FILE names; it may be given several
+times, later files win, and the command line wins over all. --print_config prints the whole
+configuration as YAML instead of training. The defaults below are those of the stage and the model,
+if both are given.
 
 stages:
 {stage_lines}
@@ -230,6 +283,7 @@ def _size(row: Architecture) -> str:
     vision = row.vision
     language = row.language
     return (
-        f"vision {vision.num_layers} layers of {vision.hidden_size}, {vision.image_size} pixels; "
-        f"language {language.num_layers} layers of {language.hidden_size}, {language.vocab_size} words"
+        f"vision {vision.num_layers} layers of {vision.hidden_size}, {vision.image_size} pixels;"
+        f" language {language.num_layers} layers of {language.hidden_size}, {language.vocab_size}"
+        " words"
     )

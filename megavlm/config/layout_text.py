@@ -1,7 +1,9 @@
-"""A pipeline's layout as text, such as ``v*24,p,t*4|t*9|t*9|t*6,h``: chunks with ``|`` between them, and what stands in each, in order.
+"""A pipeline's layout as text, such as ``v*24,p,t*4|t*9|t*9|t*6,h``: chunks with ``|`` between
+them, and what stands in each, in order.
 
-``v`` is a layer of the vision encoder, ``t`` one of the language model, ``p`` the projector with the token embedding, ``h`` final norm and
-head; ``v*24`` is ``v`` 24 times. ``p`` goes with the first ``t``, ``h`` with the last; both may be left out of the text.
+``v`` is a layer of the vision encoder, ``t`` one of the language model, ``p`` the projector with
+the token embedding, ``h`` final norm and head; ``v*24`` is ``v`` 24 times. ``p`` goes with the
+first ``t``, ``h`` with the last; both may be left out of the text.
 """
 
 from __future__ import annotations
@@ -29,7 +31,9 @@ def parse_layout(text: str, vision_layers: int, language_layers: int) -> tuple[i
     wanted = {"v": vision_layers, "t": language_layers}
     for letter, name in (("v", "vision encoder"), ("t", "language model")):
         if order.count(letter) != wanted[letter]:
-            raise ValueError(f"has {order.count(letter)} x {letter}, but the {name} has {wanted[letter]} layers")
+            raise ValueError(
+                f"has {order.count(letter)} x {letter}, but the {name} has {wanted[letter]} layers"
+            )
     if not re.fullmatch("v*p?t*h?", order):
         raise ValueError("must name layers in the order v, p, t, h")
     counts = tuple(sum(letter in "vt" for letter in chunk) for chunk in chunks)
@@ -45,18 +49,27 @@ def write_layout(counts: Sequence[int], vision_layers: int) -> str:
     chunks = []
     start = 0
     for count in counts:
-        layers = "".join("v" if layer < vision_layers else "pt" if layer == vision_layers else "t" for layer in range(start, start + count))
+        layers = "".join(
+            "v" if layer < vision_layers else "pt" if layer == vision_layers else "t"
+            for layer in range(start, start + count)
+        )
         chunks.append(layers)
         start += count
     chunks[-1] += "h"
-    return "|".join(",".join(_short(letter, len(list(same))) for letter, same in groupby(chunk)) for chunk in chunks)
+    return "|".join(
+        ",".join(_short(letter, len(list(same))) for letter, same in groupby(chunk))
+        for chunk in chunks
+    )
 
 
 def _letters(chunk: str) -> str:
     found = [(piece, _PIECE.fullmatch(piece.strip())) for piece in chunk.split(",")]
     for piece, match in found:
         if match is None:
-            raise ValueError(f"{piece.strip() or 'nothing'!r} is none of v, p, t, h, nor one of them with a number, such as t*4")
+            raise ValueError(
+                f"{piece.strip() or 'nothing'!r} is none of v, p, t, h, nor one of them with a"
+                " number, such as t*4"
+            )
     return "".join(match[1] * int(match[2] or 1) for _, match in found if match)
 
 

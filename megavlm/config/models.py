@@ -1,6 +1,7 @@
 """The table of models, which ``--model`` picks from.
 
-They are InternVL 2.5 (arXiv 2412.05271), 3 (arXiv 2504.10479) and 3.5 (arXiv 2508.18265), but for those with experts.
+They are InternVL 2.5 (arXiv 2412.05271), 3 (arXiv 2504.10479) and 3.5 (arXiv 2508.18265), but for
+those with experts.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from typing import Any
 from megavlm.config.schema import Architecture, Init, Language, Vision
 
 ReadModel = Callable[[str, Init], Architecture]
-"""Reads what the model in a Hugging Face folder is made of or, where no folder is named, the model that two parts give."""
+"""Reads what the model in a Hugging Face folder is made of or, where no folder is named, the model
+that two parts give.
+"""
 
 _NO_PARTS = Init()
 # InternViT-300M-448px-V2_5: the schema's defaults are its sizes.
@@ -29,29 +32,61 @@ _INTERNVIT_6B = Vision(
 )
 
 
-def _language(layers: int, width: int, inner: int, heads: int, groups: int, **facts: Any) -> Language:
-    """A language model by its sizes: layers, hidden size, hidden size of the MLP, query heads, query groups."""
-    sizes = dict(num_layers=layers, hidden_size=width, ffn_hidden_size=inner, num_attention_heads=heads, num_query_groups=groups)
+def _language(
+    layers: int, width: int, inner: int, heads: int, groups: int, **facts: Any
+) -> Language:
+    """A language model by its sizes: layers, hidden size, hidden size of the MLP, query heads,
+    query groups.
+    """
+    sizes = dict(
+        num_layers=layers,
+        hidden_size=width,
+        ffn_hidden_size=inner,
+        num_attention_heads=heads,
+        num_query_groups=groups,
+    )
     return Language(**sizes, **facts)
 
 
 def _qwen2_5(*sizes: int, epsilon: float = 1e-6) -> Language:
-    # Nine special tokens are added to each tokenizer; InternVL cuts the unused rows of Qwen2.5's table off.
+    # Nine special tokens are added to each tokenizer; InternVL cuts the unused rows of Qwen2.5's
+    # table off.
     return _language(*sizes, vocab_size=151674, layernorm_epsilon=epsilon)
 
 
 def _internlm2_5(*sizes: int) -> Language:
-    return _language(*sizes, family="internlm2", vocab_size=92553, qkv_bias=False, layernorm_epsilon=1e-5, rotary_dynamic_factor=2.0)
+    return _language(
+        *sizes,
+        family="internlm2",
+        vocab_size=92553,
+        qkv_bias=False,
+        layernorm_epsilon=1e-5,
+        rotary_dynamic_factor=2.0,
+    )
 
 
 def _qwen3(*sizes: int, kv_channels: int = 0, tied_head: bool = False) -> Language:
-    facts = dict(family="qwen3", vocab_size=151936, max_position_embeddings=40960, qkv_bias=False, qk_norm=True)
+    facts = dict(
+        family="qwen3",
+        vocab_size=151936,
+        max_position_embeddings=40960,
+        qkv_bias=False,
+        qk_norm=True,
+    )
     return _language(*sizes, kv_channels=kv_channels, tied_head=tied_head, **facts)
 
 
-# Learns to read a few shapes and colours within minutes on a laptop; for trying things out and for tests.
+# Learns to read a few shapes and colours within minutes on a laptop; for trying things out and for
+# tests.
 _TINY = Architecture(
-    vision=Vision(image_size=32, patch_size=4, num_layers=4, hidden_size=64, ffn_hidden_size=256, num_attention_heads=4),
+    vision=Vision(
+        image_size=32,
+        patch_size=4,
+        num_layers=4,
+        hidden_size=64,
+        ffn_hidden_size=256,
+        num_attention_heads=4,
+    ),
     language=Language(
         num_layers=4,
         hidden_size=128,
@@ -64,7 +99,8 @@ _TINY = Architecture(
     ),
 )
 
-# What examples/quickstart trains from scratch in minutes: tiles of four patches, each tile one feature.
+# What examples/quickstart trains from scratch in minutes: tiles of four patches, each tile one
+# feature.
 _DIGITS = Architecture(
     vision=Vision(
         image_size=16,
@@ -90,30 +126,63 @@ _DIGITS = Architecture(
 MODELS: dict[str, Architecture] = {
     "tiny": _TINY,
     "internvl2_5-1b": Architecture(vision=_INTERNVIT_300M, language=_qwen2_5(24, 896, 4864, 14, 2)),
-    "internvl2_5-2b": Architecture(vision=_INTERNVIT_300M, language=_internlm2_5(24, 2048, 8192, 16, 8)),
-    "internvl2_5-4b": Architecture(vision=_INTERNVIT_300M, language=_qwen2_5(36, 2048, 11008, 16, 2)),
-    "internvl2_5-8b": Architecture(vision=_INTERNVIT_300M, language=_internlm2_5(32, 4096, 14336, 32, 8)),
-    "internvl2_5-26b": Architecture(vision=_INTERNVIT_6B, language=_internlm2_5(48, 6144, 16384, 48, 8)),
-    "internvl2_5-38b": Architecture(vision=_INTERNVIT_6B, language=_qwen2_5(64, 5120, 27648, 40, 8)),
-    "internvl2_5-78b": Architecture(vision=_INTERNVIT_6B, language=_qwen2_5(80, 8192, 29568, 64, 8)),
+    "internvl2_5-2b": Architecture(
+        vision=_INTERNVIT_300M, language=_internlm2_5(24, 2048, 8192, 16, 8)
+    ),
+    "internvl2_5-4b": Architecture(
+        vision=_INTERNVIT_300M, language=_qwen2_5(36, 2048, 11008, 16, 2)
+    ),
+    "internvl2_5-8b": Architecture(
+        vision=_INTERNVIT_300M, language=_internlm2_5(32, 4096, 14336, 32, 8)
+    ),
+    "internvl2_5-26b": Architecture(
+        vision=_INTERNVIT_6B, language=_internlm2_5(48, 6144, 16384, 48, 8)
+    ),
+    "internvl2_5-38b": Architecture(
+        vision=_INTERNVIT_6B, language=_qwen2_5(64, 5120, 27648, 40, 8)
+    ),
+    "internvl2_5-78b": Architecture(
+        vision=_INTERNVIT_6B, language=_qwen2_5(80, 8192, 29568, 64, 8)
+    ),
     "internvl3-1b": Architecture(vision=_INTERNVIT_300M, language=_qwen2_5(24, 896, 4864, 14, 2)),
     "internvl3-2b": Architecture(vision=_INTERNVIT_300M, language=_qwen2_5(28, 1536, 8960, 12, 2)),
     "internvl3-8b": Architecture(vision=_INTERNVIT_300M, language=_qwen2_5(28, 3584, 18944, 28, 4)),
-    "internvl3-14b": Architecture(vision=_INTERNVIT_300M, language=_qwen2_5(48, 5120, 13824, 40, 8, epsilon=1e-5)),
-    "internvl3-38b": Architecture(vision=_INTERNVIT_6B, language=_qwen2_5(64, 5120, 27648, 40, 8, epsilon=1e-5)),
-    "internvl3-78b": Architecture(vision=_INTERNVIT_6B, language=_qwen2_5(80, 8192, 29568, 64, 8, epsilon=1e-5)),
-    "internvl3_5-1b": Architecture(vision=_INTERNVIT_300M, language=_qwen3(28, 1024, 3072, 16, 8, kv_channels=128, tied_head=True)),
-    "internvl3_5-2b": Architecture(vision=_INTERNVIT_300M, language=_qwen3(28, 2048, 6144, 16, 8, tied_head=True)),
-    "internvl3_5-4b": Architecture(vision=_INTERNVIT_300M, language=_qwen3(36, 2560, 9728, 32, 8, kv_channels=128, tied_head=True)),
+    "internvl3-14b": Architecture(
+        vision=_INTERNVIT_300M, language=_qwen2_5(48, 5120, 13824, 40, 8, epsilon=1e-5)
+    ),
+    "internvl3-38b": Architecture(
+        vision=_INTERNVIT_6B, language=_qwen2_5(64, 5120, 27648, 40, 8, epsilon=1e-5)
+    ),
+    "internvl3-78b": Architecture(
+        vision=_INTERNVIT_6B, language=_qwen2_5(80, 8192, 29568, 64, 8, epsilon=1e-5)
+    ),
+    "internvl3_5-1b": Architecture(
+        vision=_INTERNVIT_300M,
+        language=_qwen3(28, 1024, 3072, 16, 8, kv_channels=128, tied_head=True),
+    ),
+    "internvl3_5-2b": Architecture(
+        vision=_INTERNVIT_300M, language=_qwen3(28, 2048, 6144, 16, 8, tied_head=True)
+    ),
+    "internvl3_5-4b": Architecture(
+        vision=_INTERNVIT_300M,
+        language=_qwen3(36, 2560, 9728, 32, 8, kv_channels=128, tied_head=True),
+    ),
     "internvl3_5-8b": Architecture(vision=_INTERNVIT_300M, language=_qwen3(36, 4096, 12288, 32, 8)),
-    "internvl3_5-14b": Architecture(vision=_INTERNVIT_300M, language=_qwen3(40, 5120, 17408, 40, 8)),
-    "internvl3_5-38b": Architecture(vision=_INTERNVIT_6B, language=_qwen3(64, 5120, 25600, 64, 8, kv_channels=128)),
+    "internvl3_5-14b": Architecture(
+        vision=_INTERNVIT_300M, language=_qwen3(40, 5120, 17408, 40, 8)
+    ),
+    "internvl3_5-38b": Architecture(
+        vision=_INTERNVIT_6B, language=_qwen3(64, 5120, 25600, 64, 8, kv_channels=128)
+    ),
     "digits": _DIGITS,
 }
 
 
-def architecture(name: str, init: Init = _NO_PARTS, read_model: ReadModel | None = None) -> Architecture:
-    """The row ``name`` of the table, the model in the Hugging Face folder ``name``, or what is made of the parts to start from.
+def architecture(
+    name: str, init: Init = _NO_PARTS, read_model: ReadModel | None = None
+) -> Architecture:
+    """The row ``name`` of the table, the model in the Hugging Face folder ``name``, or what is made
+    of the parts to start from.
 
     Args:
         name: of the row, or the folder; may be empty where both parts are named.
@@ -121,11 +190,14 @@ def architecture(name: str, init: Init = _NO_PARTS, read_model: ReadModel | None
         read_model: reads what is not in the table; none: only the table is known.
 
     Raises:
-        ValueError: there is no such row and no such folder, which the message tells, or the folder is of a model that ours is not.
+        ValueError: there is no such row and no such folder, which the message tells, or the folder
+            is of a model that ours is not.
         FileNotFoundError: the folder holds no model.
     """
     if name in MODELS:
         return MODELS[name]
     if read_model is not None and (Path(name).is_dir() if name else init.is_whole):
         return read_model(name, init)
-    raise ValueError(f"--model {name}: no such model and no such folder; known models are {', '.join(MODELS)}")
+    raise ValueError(
+        f"--model {name}: no such model and no such folder; known models are {', '.join(MODELS)}"
+    )

@@ -1,4 +1,6 @@
-"""Command line options made from the dataclasses of the schema: one option, and one YAML key, for each field."""
+"""Command line options made from the dataclasses of the schema: one option, and one YAML key, for
+each field.
+"""
 
 from __future__ import annotations
 
@@ -90,17 +92,29 @@ class Option:
         if get_origin(self.kind) is tuple:
             item, *more = get_args(self.kind)
             count = "" if more == [...] else f"{len(more) + 1} "
-            return f"{count}{ {int: 'integers', float: 'numbers', str: 'names'}[item] } with commas between them"
+            return (
+                f"{count}{ {int: 'integers', float: 'numbers', str: 'names'}[item] } with commas"
+                " between them"
+            )
         return {int: "an integer", float: "a number", bool: "true or false", str: "text"}[self.kind]
 
 
 def sections(kind: type = Config, path: str = "") -> Iterator[tuple[str, str, list[Option]]]:
-    """The sections of the configuration: path, what its docstring says, and its own fields; a section comes before those inside it."""
+    """The sections of the configuration: path, what its docstring says, and its own fields; a
+    section comes before those inside it.
+    """
     hints = get_type_hints(kind)
     documented = docstring_parser.parse(inspect.getdoc(kind) or "")
-    texts = {parameter.arg_name: " ".join((parameter.description or "").split()) for parameter in documented.params}
+    texts = {
+        parameter.arg_name: " ".join((parameter.description or "").split())
+        for parameter in documented.params
+    }
     own = [name for name in hints if not dataclasses.is_dataclass(hints[name])]
-    yield path, documented.short_description or "", [Option(key=f"{path}{name}", kind=hints[name], help=texts[name]) for name in own]
+    yield (
+        path,
+        documented.short_description or "",
+        [Option(key=f"{path}{name}", kind=hints[name], help=texts[name]) for name in own],
+    )
     for name in hints:
         if name not in own:
             yield from sections(hints[name], f"{path}{name}.")
@@ -112,7 +126,9 @@ def options() -> dict[str, Option]:
 
 
 class Parser(jsonargparse.ArgumentParser):
-    """Raises ``ArgumentError`` with a short message, where its base prints the usage and ends the process."""
+    """Raises ``ArgumentError`` with a short message, where its base prints the usage and ends the
+    process.
+    """
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Called by the base class."""
@@ -129,7 +145,10 @@ def make_parser(defaults: Config, prog: str, description: str = "") -> Parser:
     """
     parser = Parser(
         prog=prog,
-        usage="torchrun [torchrun options] %(prog)s --stage NAME --model NAME [--config FILE] [--section.field VALUE] ...",
+        usage=(
+            "torchrun [torchrun options] %(prog)s --stage NAME --model NAME [--config FILE]"
+            " [--section.field VALUE] ..."
+        ),
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -137,8 +156,16 @@ def make_parser(defaults: Config, prog: str, description: str = "") -> Parser:
         group = parser.add_argument_group(path.removesuffix(".") or "run", text.replace("``", ""))
         for option in listed:
             value = _value(defaults, option.key)
-            shown = option.help.replace("%", "%%").replace("``", "").removesuffix(".") + f" (default: {shown_value(value)})" * (value != "")
-            group.add_argument(*option.flags, type=_reader(option), default=value, help=shown, metavar=_metavar(option))
+            shown = option.help.replace("%", "%%").replace("``", "").removesuffix(
+                "."
+            ) + f" (default: {shown_value(value)})" * (value != "")
+            group.add_argument(
+                *option.flags,
+                type=_reader(option),
+                default=value,
+                help=shown,
+                metavar=_metavar(option),
+            )
     return parser
 
 
@@ -146,7 +173,16 @@ def to_config(namespace: Any, kind: type = Config) -> Any:
     """The dataclass ``kind`` from what a parser read."""
     hints = get_type_hints(kind)
     values = vars(namespace)
-    return kind(**{name: to_config(values[name], hints[name]) if dataclasses.is_dataclass(hints[name]) else values[name] for name in hints})
+    return kind(
+        **{
+            name: (
+                to_config(values[name], hints[name])
+                if dataclasses.is_dataclass(hints[name])
+                else values[name]
+            )
+            for name in hints
+        }
+    )
 
 
 def shown_value(value: Any) -> str:
@@ -159,14 +195,24 @@ def shown_value(value: Any) -> str:
 def nearest(name: str, known: Iterable[str]) -> str:
     """``; did you mean ...?`` where a known name is near, else nothing."""
     known = list(known)
-    by_ending = [entry for entry in known if entry.rsplit(".")[-1].lstrip("-") == name.rsplit(".")[-1].lstrip("-")]
+    by_ending = [
+        entry
+        for entry in known
+        if entry.rsplit(".")[-1].lstrip("-") == name.rsplit(".")[-1].lstrip("-")
+    ]
     near = by_ending[:3] or difflib.get_close_matches(name, known, n=2, cutoff=0.7)
     return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
 def explain(message: str) -> str:
-    """The parser's message about a value of the wrong kind, in the words of the command line; any other as it is."""
-    found = re.search(r"(?:Parser key \"|argument --)([\w.]+)\"?:.*(?:Got value|got|value): (.*)", message, re.DOTALL)
+    """The parser's message about a value of the wrong kind, in the words of the command line; any
+    other as it is.
+    """
+    found = re.search(
+        r"(?:Parser key \"|argument --)([\w.]+)\"?:.*(?:Got value|got|value): (.*)",
+        message,
+        re.DOTALL,
+    )
     if not found or found[1] not in options():
         return message
     return f"--{found[1]}: expected {options()[found[1]].expects}; got {found[2]}"
@@ -184,7 +230,11 @@ def _reader(option: Option) -> Any:
         if isinstance(value, str) and value.strip() in names:
             return names[value.strip()]
         try:
-            values = [part.strip() for part in value.strip("[]() ").split(",") if part.strip()] if isinstance(value, str) else list(value)
+            values = (
+                [part.strip() for part in value.strip("[]() ").split(",") if part.strip()]
+                if isinstance(value, str)
+                else list(value)
+            )
             if more != [...] and len(values) != len(more) + 1:
                 raise ValueError("another number of values")
             return tuple(item(entry) for entry in values)

@@ -7,12 +7,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Init:
-    """Start from parts that were trained apart: the projector is fresh, and so is a part that is not named.
+    """Start from parts that were trained apart: the projector is fresh, and so is a part that is
+    not named.
 
     Args:
         vision: Hugging Face folder of a vision encoder: InternViT, CLIP or SigLIP.
-        language: Hugging Face folder of a language model with its tokenizer; InternVL's special tokens are added.
-        tokenizer: folder of the language model's tokenizer, where its own cannot be read (because it is Python code, as InternLM2's).
+        language: Hugging Face folder of a language model with its tokenizer; InternVL's special
+            tokens are added.
+        tokenizer: folder of the language model's tokenizer, where its own cannot be read (because
+            it is Python code, as InternLM2's).
     """
 
     vision: str = ""
@@ -22,7 +25,11 @@ class Init:
     @property
     def parts(self) -> dict[str, str]:
         """Folders of the parts that are named."""
-        return {part: folder for part, folder in (("vision", self.vision), ("language", self.language)) if folder}
+        return {
+            part: folder
+            for part, folder in (("vision", self.vision), ("language", self.language))
+            if folder
+        }
 
     @property
     def is_whole(self) -> bool:

@@ -1,7 +1,8 @@
 """The configuration of a training run, as a tree of frozen dataclasses.
 
-It is built once, by ``config/cli``, from the tables (``config/models``, ``config/stages``), YAML files and the command line, and is
-saved as one resolved YAML beside every checkpoint. A fact is stated once; what follows from it is a property.
+It is built once, by ``config/cli``, from the tables (``config/models``, ``config/stages``), YAML
+files and the command line, and is saved as one resolved YAML beside every checkpoint. A fact is
+stated once; what follows from it is a property.
 """
 
 from __future__ import annotations
@@ -23,22 +24,30 @@ class Data:
     """Packed datasets, made by ``tools/pack_dataset.py``.
 
     Args:
-        train: folder of the packed training set, or its URL in object storage, such as ``s3://bucket/packs``; or several with commas
-            between them.
-        weights: shares of the packs that are taken from each folder of ``train``; empty: each as often as it has packs.
-        batch_shares: every global batch has the same number of packs from each folder of ``train``, its share rounded to whole packs;
-            otherwise any 64 packs in a row have their shares, to within one or two.
-        curriculum: in the first epoch, take packs by their level of difficulty, the easiest first, shuffled inside a level; later epochs
-            mix all levels. The packs must have been made with ``tools/pack_dataset.py --difficulty``.
+        train: folder of the packed training set, or its URL in object storage, such as
+            ``s3://bucket/packs``; or several with commas between them.
+        weights: shares of the packs that are taken from each folder of ``train``; empty: each as
+            often as it has packs.
+        batch_shares: every global batch has the same number of packs from each folder of ``train``,
+            its share rounded to whole packs; otherwise any 64 packs in a row have their shares, to
+            within one or two.
+        curriculum: in the first epoch, take packs by their level of difficulty, the easiest first,
+            shuffled inside a level; later epochs mix all levels. The packs must have been made with
+            ``tools/pack_dataset.py --difficulty``.
         valid: folder of the packed held-out set; empty: no evaluation.
-        shuffle: visit the packs in an order drawn from the seed, a new one each epoch; otherwise as stored.
-        group: packs of like cost that are taken together, so that no rank of a step waits long; 0: the global batch size. 1: any packs.
-        loss_reduction: weight of a supervised token: 1 (token), 1/n (sample) or 1/sqrt(n) (square), n the sample's supervised tokens.
-        augment: random changes of images of sources that were packed with data_augment: jpeg (quality 75 to 100, InternVL's), crop, flip,
-            colour. Crop and flip move what boxes and words such as "left" are about.
+        shuffle: visit the packs in an order drawn from the seed, a new one each epoch; otherwise as
+            stored.
+        group: packs of like cost that are taken together, so that no rank of a step waits long; 0:
+            the global batch size. 1: any packs.
+        loss_reduction: weight of a supervised token: 1 (token), 1/n (sample) or 1/sqrt(n) (square),
+            n the sample's supervised tokens.
+        augment: random changes of images of sources that were packed with data_augment: jpeg
+            (quality 75 to 100, InternVL's), crop, flip, colour. Crop and flip move what boxes and
+            words such as "left" are about.
         workers: loader processes of each rank; 0 decodes in the training process.
         prefetch: packs that each loader process keeps ready.
-        timeout: seconds after which a loader process that gives no pack ends the run; 0: it is waited for.
+        timeout: seconds after which a loader process that gives no pack ends the run; 0: it is
+            waited for.
     """
 
     train: str = ""
@@ -70,23 +79,34 @@ class Parallel:
 
     Args:
         tensor_model_parallel_size: ranks that share each layer.
-        pipeline_model_parallel_size: ranks that share out the layers, each a chunk of neighbouring ones, or several.
-        virtual_pipeline_model_parallel_size: chunks on each rank of the pipeline. The ranks take their turns again and again along the
-            layers, so that each waits a shorter time at the start and at the end of a step, and activations travel more often. Every
-            data-parallel rank must have a multiple of ``pipeline_model_parallel_size`` packs in a step.
-        context_parallel_size: ranks that share each pack's tokens, sample by sample, and its tiles. The packs' samples must be aligned to
-            twice as many tokens (``tools/pack_dataset.py --alignment``).
-        sequence_parallel: share the language model's activations between its layers over the tensor-parallel ranks too.
-        layout: layers of each chunk of the pipeline. auto: the borders that make the slowest chunk fastest, for this model, freeze mask and
-            data; even: equal numbers of layers; or a text such as ``v*24,p,t*4|t*9|t*9|t*6,h``: v is a layer of the vision encoder, t of
-            the language model, p the projector and token embedding (with the first t), h the head (with the last t).
-        vision: how the tensor-parallel ranks share the vision encoder and the projector: a part of each layer on every rank (tensor), or
-            whole layers on every rank and a share of the tiles (data), which spares two sums over the ranks in every layer.
-        recompute: what the backward pass computes again instead of keeping it: nothing (none), the MLP of each layer (selective; more than
-            half of the memory for a fifth of the time), or whole layers (full).
-        recompute_parts: whose layers that is done to: of the vision encoder (vision), of the language model (language), or of both.
-        overlap_grad_reduce: sum gradients over the copies of the model while the backward pass goes on, instead of after it.
-        overlap_param_gather: collect updated weights from the copies of the model while the forward pass goes on, instead of before it.
+        pipeline_model_parallel_size: ranks that share out the layers, each a chunk of neighbouring
+            ones, or several.
+        virtual_pipeline_model_parallel_size: chunks on each rank of the pipeline. The ranks take
+            their turns again and again along the layers, so that each waits a shorter time at the
+            start and at the end of a step, and activations travel more often. Every data-parallel
+            rank must have a multiple of ``pipeline_model_parallel_size`` packs in a step.
+        context_parallel_size: ranks that share each pack's tokens, sample by sample, and its tiles.
+            The packs' samples must be aligned to twice as many tokens (``tools/pack_dataset.py
+            --alignment``).
+        sequence_parallel: share the language model's activations between its layers over the
+            tensor-parallel ranks too.
+        layout: layers of each chunk of the pipeline. auto: the borders that make the slowest chunk
+            fastest, for this model, freeze mask and data; even: equal numbers of layers; or a text
+            such as ``v*24,p,t*4|t*9|t*9|t*6,h``: v is a layer of the vision encoder, t of the
+            language model, p the projector and token embedding (with the first t), h the head (with
+            the last t).
+        vision: how the tensor-parallel ranks share the vision encoder and the projector: a part of
+            each layer on every rank (tensor), or whole layers on every rank and a share of the
+            tiles (data), which spares two sums over the ranks in every layer.
+        recompute: what the backward pass computes again instead of keeping it: nothing (none), the
+            MLP of each layer (selective; more than half of the memory for a fifth of the time), or
+            whole layers (full).
+        recompute_parts: whose layers that is done to: of the vision encoder (vision), of the
+            language model (language), or of both.
+        overlap_grad_reduce: sum gradients over the copies of the model while the backward pass goes
+            on, instead of after it.
+        overlap_param_gather: collect updated weights from the copies of the model while the forward
+            pass goes on, instead of before it.
         timeout_minutes: how long a collective may wait before the run is ended.
     """
 
@@ -106,11 +126,17 @@ class Parallel:
     @property
     def model_parallel_size(self) -> int:
         """Ranks that hold one copy of the model."""
-        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
+        return (
+            self.tensor_model_parallel_size
+            * self.pipeline_model_parallel_size
+            * self.context_parallel_size
+        )
 
     @property
     def chunks(self) -> int:
-        """Pieces that the layers are cut into. Chunk ``c`` stands on rank ``c % pipeline_model_parallel_size`` of the pipeline."""
+        """Pieces that the layers are cut into. Chunk ``c`` stands on rank ``c %
+        pipeline_model_parallel_size`` of the pipeline.
+        """
         return self.pipeline_model_parallel_size * self.virtual_pipeline_model_parallel_size
 
     def recompute_of(self, part: str) -> str:
@@ -125,7 +151,9 @@ class Parallel:
     @property
     def tile_ranks(self) -> int:
         """Ranks that share each pack's tiles."""
-        return self.context_parallel_size * self.tensor_model_parallel_size // self.vision_tensor_size
+        return (
+            self.context_parallel_size * self.tensor_model_parallel_size // self.vision_tensor_size
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,12 +167,14 @@ class Optimizer:
         warmup_ratio: warm-up as a share of the training steps.
         schedule: course of the learning rate after warm-up.
         weight_decay: decoupled weight decay.
-        decay: which trained parameters decay: all, as InternVL's recipe does, or matrices only (neither norms, biases nor layer scales).
+        decay: which trained parameters decay: all, as InternVL's recipe does, or matrices only
+            (neither norms, biases nor layer scales).
         adam_beta1: decay of the first moment.
         adam_beta2: decay of the second moment.
         adam_eps: added to the root of the second moment.
         clip_grad: largest norm of the whole gradient; 0: no clipping.
-        moments: number format of both moments; bfloat16 saves six bytes a trained weight and needs Transformer Engine.
+        moments: number format of both moments; bfloat16 saves six bytes a trained weight and needs
+            Transformer Engine.
     """
 
     lr: float = 2e-4
@@ -169,13 +199,19 @@ class Training:
         steps: optimizer updates.
         global_batch_size: packs of one update, over all ranks and micro-steps.
         seed: fixes fresh weights, the order of the packs and drop path.
-        precision: number format of weights and activations; float32 master weights and gradients are kept either way.
-        trainable: what is trained: vision, projector, language, or patterns of parameter names such as ``vision.encoder.layers.2*``.
-        drop_path: highest rate of drop path in the vision encoder, growing linearly over its depth; off where vision is frozen.
-        eval_interval: steps between evaluations on ``data.valid``; 0: only at the start and at the end.
+        precision: number format of weights and activations; float32 master weights and gradients
+            are kept either way.
+        trainable: what is trained: vision, projector, language, or patterns of parameter names such
+            as ``vision.encoder.layers.2*``.
+        drop_path: highest rate of drop path in the vision encoder, growing linearly over its depth;
+            off where vision is frozen.
+        eval_interval: steps between evaluations on ``data.valid``; 0: only at the start and at the
+            end.
         eval_packs: packs of one evaluation; 0: all.
-        kernels: layers of Transformer Engine, megatron-core's own (local), or the former wherever they run and numbers have 16 bits (auto).
-        deterministic: use only kernels that give the same bits each time; slower on a GPU, and how a CPU always computes.
+        kernels: layers of Transformer Engine, megatron-core's own (local), or the former wherever
+            they run and numbers have 16 bits (auto).
+        deterministic: use only kernels that give the same bits each time; slower on a GPU, and how
+            a CPU always computes.
     """
 
     steps: int = 1000
@@ -192,14 +228,17 @@ class Training:
 
 @dataclass(frozen=True, kw_only=True)
 class Fp8:
-    """Matrix products in 8 bits, by Transformer Engine; weights, gradients and everything else keep the formats they have without.
+    """Matrix products in 8 bits, by Transformer Engine; weights, gradients and everything else keep
+    the formats they have without.
 
-    A recipe says how numbers are scaled into 8 bits: by the largest value of earlier steps (delayed), of the tensor itself (tensorwise),
-    of blocks of 128 x 128 weights and 1 x 128 activations (blockwise), or of 32 numbers in hardware (mxfp8, from Blackwell on).
+    A recipe says how numbers are scaled into 8 bits: by the largest value of earlier steps
+    (delayed), of the tensor itself (tensorwise), of blocks of 128 x 128 weights and 1 x 128
+    activations (blockwise), or of 32 numbers in hardware (mxfp8, from Blackwell on).
 
     Args:
         vision: recipe of the vision encoder's layers.
-        language: recipe of the language model's layers; embedding and head stay in 16 bits, as does the projector.
+        language: recipe of the language model's layers; embedding and head stay in 16 bits, as does
+            the projector.
         format: e4m3 everywhere, or e5m2 for gradients (hybrid).
         first_bf16_layers: layers at the start of each part that stay in 16 bits.
         last_bf16_layers: layers at the end of each part that stay in 16 bits.
@@ -214,7 +253,11 @@ class Fp8:
     @property
     def recipes(self) -> dict[str, str]:
         """The recipe of each part that has one."""
-        return {part: recipe for part, recipe in (("vision", self.vision), ("language", self.language)) if recipe != "none"}
+        return {
+            part: recipe
+            for part, recipe in (("vision", self.vision), ("language", self.language))
+            if recipe != "none"
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,17 +265,22 @@ class Checkpoint:
     """Where checkpoints go and come from.
 
     Args:
-        save: folder that gets a sub-folder for each checkpoint; a run that finds its own checkpoints there goes on from the newest.
-        load: checkpoint folder (one step, or a run's ``save`` folder) or Hugging Face folder to start from. The same stage resumes exactly;
-            another stage takes the weights only.
-        save_interval: steps between checkpoints; 0: only at the end and when the run is asked to stop.
-        asynchronous: write checkpoints beside training; only the copy from the device to the host holds it up.
+        save: folder that gets a sub-folder for each checkpoint; a run that finds its own
+            checkpoints there goes on from the newest.
+        load: checkpoint folder (one step, or a run's ``save`` folder) or Hugging Face folder to
+            start from. The same stage resumes exactly; another stage takes the weights only.
+        save_interval: steps between checkpoints; 0: only at the end and when the run is asked to
+            stop.
+        asynchronous: write checkpoints beside training; only the copy from the device to the host
+            holds it up.
         keep: newest checkpoints to keep; 0: all.
         keep_best: checkpoints with the lowest held-out loss to keep beside the newest.
-        moments: AdamW's moments when a stage starts from the checkpoint of another: all fresh, or kept for weights that both stages train.
-        verify: what is compared with the checksums before a checkpoint is loaded: every byte (content), or, where reading them takes too
-            long, only the sizes of the files.
-        export_hf: folder to write the trained model to, in Hugging Face format, at the end of the run.
+        moments: AdamW's moments when a stage starts from the checkpoint of another: all fresh, or
+            kept for weights that both stages train.
+        verify: what is compared with the checksums before a checkpoint is loaded: every byte
+            (content), or, where reading them takes too long, only the sizes of the files.
+        export_hf: folder to write the trained model to, in Hugging Face format, at the end of the
+            run.
     """
 
     save: str = ""
@@ -267,15 +315,20 @@ class Logging:
 
 @dataclass(frozen=True, kw_only=True)
 class Health:
-    """How a run finds out that one of its machines is ill. It says so on the console; only a lost rank ends it.
+    """How a run finds out that one of its machines is ill. It says so on the console; only a lost
+    rank ends it.
 
     Args:
-        speed_check: measure, for a few seconds at the start, how fast every rank computes and how fast every group of ranks exchanges data.
-        slow_factor: name a rank or a group that is this many times slower than is usual among its like.
-        least_gb_per_s: name a group of GPUs that moves less than this many GB (1e9 bytes) a second, even if all are alike: it talks
-            through the wrong network card; 0: none is too slow.
-        hang_factor: report what every rank does when one has made no progress for this many times the longest of its last waits; 0: never.
-        hang_seconds: shortest time without progress that is reported; the very first step may take ``hang_factor`` times as long.
+        speed_check: measure, for a few seconds at the start, how fast every rank computes and how
+            fast every group of ranks exchanges data.
+        slow_factor: name a rank or a group that is this many times slower than is usual among its
+            like.
+        least_gb_per_s: name a group of GPUs that moves less than this many GB (1e9 bytes) a second,
+            even if all are alike: it talks through the wrong network card; 0: none is too slow.
+        hang_factor: report what every rank does when one has made no progress for this many times
+            the longest of its last waits; 0: never.
+        hang_seconds: shortest time without progress that is reported; the very first step may take
+            ``hang_factor`` times as long.
     """
 
     speed_check: bool = True
@@ -291,8 +344,8 @@ class Config:
 
     Args:
         stage: name of a row of the table of stages, which fills the recipe's settings.
-        model: name of a row of the table of models, or a Hugging Face folder, whose config.json then fills ``architecture``; not needed
-            where ``init`` names both parts.
+        model: name of a row of the table of models, or a Hugging Face folder, whose config.json
+            then fills ``architecture``; not needed where ``init`` names both parts.
         architecture: what the model is made of.
         init: parts to start from.
         data: the packed datasets.

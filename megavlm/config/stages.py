@@ -1,8 +1,10 @@
-"""The table of training stages, which ``--stage`` picks from: what each one trains, and with which settings.
+"""The table of training stages, which ``--stage`` picks from: what each one trains, and with which
+settings.
 
-Stages 1, 1.5 and 2 are those of InternVL 2.5 (arXiv 2412.05271), with the values that its 8B model was trained with; the 1B, 2B and 4B
-models differ in a weight decay of 0.01 and in more steps of stage 2. In all three every trained weight decays, norms and biases included,
-and a sample of n supervised tokens weighs the square root of n. Batch sizes count packs of 16384 tokens.
+Stages 1, 1.5 and 2 are those of InternVL 2.5 (arXiv 2412.05271), with the values that its 8B model
+was trained with; the 1B, 2B and 4B models differ in a weight decay of 0.01 and in more steps of
+stage 2. In all three every trained weight decays, norms and biases included, and a sample of n
+supervised tokens weighs the square root of n. Batch sizes count packs of 16384 tokens.
 """
 
 from __future__ import annotations
@@ -33,13 +35,22 @@ _INTERNVL = Data(loss_reduction="square")
 _EVERYTHING = ("vision", "projector", "language")
 
 STAGES: dict[str, Stage] = {
-    # Not a stage of InternVL, which starts from finished language models: what is usual for pre-training one (Llama 2, arXiv 2307.09288).
-    # Text has no answers of unlike length to balance, so each token weighs the same; a second moment with a shorter memory and a longer
-    # warm-up keep training from scratch stable; norms and biases do not decay.
+    # Not a stage of InternVL, which starts from finished language models: what is usual for
+    # pre-training one (Llama 2, arXiv 2307.09288). Text has no answers of unlike length to balance,
+    # so each token weighs the same; a second moment with a shorter memory and a longer warm-up keep
+    # training from scratch stable; norms and biases do not decay.
     "0": Stage(
         description="language model alone, on packs without images",
         data=Data(loss_reduction="token"),
-        optimizer=Optimizer(lr=3e-4, min_lr=3e-5, warmup_steps=2000, warmup_ratio=0.0, weight_decay=0.1, decay="matrices", adam_beta2=0.95),
+        optimizer=Optimizer(
+            lr=3e-4,
+            min_lr=3e-5,
+            warmup_steps=2000,
+            warmup_ratio=0.0,
+            weight_decay=0.1,
+            decay="matrices",
+            adam_beta2=0.95,
+        ),
         training=Training(trainable=("language",), steps=100_000, global_batch_size=256),
     ),
     "1": Stage(
@@ -52,7 +63,9 @@ STAGES: dict[str, Stage] = {
         description="vision encoder and projector: what the encoder has not seen yet",
         data=_INTERNVL,
         optimizer=Optimizer(lr=1e-5, warmup_steps=100, warmup_ratio=0.0, weight_decay=0.05),
-        training=Training(trainable=("vision", "projector"), steps=100_000, global_batch_size=1024, drop_path=0.1),
+        training=Training(
+            trainable=("vision", "projector"), steps=100_000, global_batch_size=1024, drop_path=0.1
+        ),
     ),
     "2": Stage(
         description="everything, on instructions",

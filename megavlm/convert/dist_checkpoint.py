@@ -1,7 +1,9 @@
-"""Distributed checkpoints of megatron-core, whole tensors at a time or as ranges of files. Neither a process group nor a model is needed.
+"""Distributed checkpoints of megatron-core, whole tensors at a time or as ranges of files. Neither
+a process group nor a model is needed.
 
-Such a checkpoint is one of torch's: files of records, each a tensor (or a part of one) as ``torch.save`` writes it, and ``.metadata``,
-which says where each part stands. ``torch.save`` makes the frame of a record here, and leaves out the numbers, which are copied into it.
+Such a checkpoint is one of torch's: files of records, each a tensor (or a part of one) as
+``torch.save`` writes it, and ``.metadata``, which says where each part stands. ``torch.save`` makes
+the frame of a record here, and leaves out the numbers, which are copied into it.
 """
 
 from __future__ import annotations
@@ -18,7 +20,13 @@ from typing import Any, BinaryIO
 import torch
 import torch.distributed.checkpoint as torch_checkpoint
 from torch import Tensor
-from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner, FileSystemReader, FileSystemWriter, SavePlan
+from torch.distributed.checkpoint import (
+    DefaultLoadPlanner,
+    DefaultSavePlanner,
+    FileSystemReader,
+    FileSystemWriter,
+    SavePlan,
+)
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
@@ -34,12 +42,19 @@ from megavlm.io.progress import Done, ignore
 
 _PREFIX = "model."
 _FILE_NAME = "__0_0.distcp"
-# What megatron-core looks for beside the tensors: the format, and an (empty) file of everything that is no tensor.
+# What megatron-core looks for beside the tensors: the format, and an (empty) file of everything
+# that is no tensor.
 _METADATA_NAME = "metadata.json"
 _COMMON_NAME = "common.pt"
-# Under this name a module finds what FP8 keeps beside its weights; megatron-core asks for it without FP8 too, where it is none.
+# Under this name a module finds what FP8 keeps beside its weights; megatron-core asks for it
+# without FP8 too, where it is none.
 _EXTRA_STATE = "._extra_state/shard_0_1"
-_FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1}
+_FORMAT = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
 
 
 class _Reader(FileSystemReader):
@@ -54,7 +69,8 @@ class _Reader(FileSystemReader):
 
 
 class ShardsFolder:
-    """The weights, whole, of a distributed checkpoint of megatron-core, however it was sharded when it was written.
+    """The weights, whole, of a distributed checkpoint of megatron-core, however it was sharded when
+    it was written.
 
     Args:
         folder: ``shards/`` of a step's folder.
@@ -76,7 +92,10 @@ class ShardsFolder:
             for key, entry in entries
             if key.startswith(_PREFIX) and isinstance(entry, TensorStorageMetadata)
         }
-        self.headers = {key: Header(tuple(entry.size), entry.properties.dtype) for key, entry in self._entries.items()}
+        self.headers = {
+            key: Header(tuple(entry.size), entry.properties.dtype)
+            for key, entry in self._entries.items()
+        }
         # Rows are asked for run by run, and many runs are of one part.
         self._numbers = lru_cache(maxsize=64)(self._find_numbers)
 
@@ -85,11 +104,15 @@ class ShardsFolder:
         target = {_PREFIX + key: torch.empty(header.shape, dtype=header.dtype)}
         planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
         with _alone():
-            torch_checkpoint.load(target, storage_reader=self._reader, planner=planner, no_dist=True)
+            torch_checkpoint.load(
+                target, storage_reader=self._reader, planner=planner, no_dist=True
+            )
         return target[_PREFIX + key]
 
     def ranges(self, key: str, rows: range) -> list[Range] | None:
-        """See ``Tensors``; none where a tensor was split along another axis than its first when it was written."""
+        """See ``Tensors``; none where a tensor was split along another axis than its first when it
+        was written.
+        """
         shape = self.headers[key].shape
         found = []
         row_bytes = self.headers[key].nbytes // max(shape[0], 1)
@@ -105,12 +128,16 @@ class ShardsFolder:
             if numbers is None:
                 return None
             count = min(last, rows.stop) - row
-            found.append(Range(numbers.path, numbers.offset + (row - first) * row_bytes, count * row_bytes))
+            found.append(
+                Range(numbers.path, numbers.offset + (row - first) * row_bytes, count * row_bytes)
+            )
             row += count
         return found if row == rows.stop else None
 
     def _find_numbers(self, key: str, offsets: torch.Size) -> Range | None:
-        """The numbers of a part of a tensor in the file; none where they are not stored plainly, row by row."""
+        """The numbers of a part of a tensor in the file; none where they are not stored plainly,
+        row by row.
+        """
         info = self._reader.read_metadata().storage_data[MetadataIndex(_PREFIX + key, offsets)]
         path = self._folder / info.relative_path
         chunk = next(chunk for chunk in self._entries[key].chunks if chunk.offsets == offsets)
@@ -118,7 +145,11 @@ class ShardsFolder:
             record = _create_file_view(file, info.offset, info.length)
             with skip_data():
                 frame = torch.load(record, map_location="cpu", weights_only=True)
-            is_plain = frame.is_contiguous() and not frame.storage_offset() and frame.dtype == self.headers[key].dtype
+            is_plain = (
+                frame.is_contiguous()
+                and not frame.storage_offset()
+                and frame.dtype == self.headers[key].dtype
+            )
             if info.transform_descriptors or not is_plain or frame.shape != chunk.sizes:
                 return None
             record.seek(0)
@@ -138,7 +169,8 @@ def _alone() -> Iterator[None]:
 
 
 class _Frame(io.RawIOBase):
-    """Where ``torch.save`` writes a tensor without its numbers: it steps over their place, and they are written then.
+    """Where ``torch.save`` writes a tensor without its numbers: it steps over their place, and they
+    are written then.
 
     Args:
         file: unbuffered.
@@ -165,7 +197,9 @@ class _Frame(io.RawIOBase):
         if whence == io.SEEK_CUR and offset:
             self._fill(self._file)
             if self._file.tell() != before + offset:
-                raise ValueError(f"{self._file.tell() - before} bytes were written where a tensor has {offset}")
+                raise ValueError(
+                    f"{self._file.tell() - before} bytes were written where a tensor has {offset}"
+                )
         return self._file.tell()
 
 
@@ -194,7 +228,9 @@ class _Writer(FileSystemWriter):
                 else:
                     self._write_tensor(item, file)
                 length = file.tell() - start
-                results.append(WriteResult(item.index, length, _StorageInfo(_FILE_NAME, start, length)))
+                results.append(
+                    WriteResult(item.index, length, _StorageInfo(_FILE_NAME, start, length))
+                )
             sync(file)
         answer: Future[list[WriteResult]] = Future()
         answer.set_result(results)
@@ -217,22 +253,33 @@ class _Writer(FileSystemWriter):
 
 
 def write_shards(tensors: Tensors, folder: Path, done: Done = ignore) -> None:
-    """Write a distributed checkpoint that ``megatron.core.dist_checkpointing.load`` reads at any layout.
+    """Write a distributed checkpoint that ``megatron.core.dist_checkpointing.load`` reads at any
+    layout.
 
     At most one tensor is in memory.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    planned: dict[str, Any] = {f"{_PREFIX}{module}{_EXTRA_STATE}": [None] for module in _stateful_modules(tensors.headers)}
+    planned: dict[str, Any] = {
+        f"{_PREFIX}{module}{_EXTRA_STATE}": [None] for module in _stateful_modules(tensors.headers)
+    }
     for key, header in tensors.headers.items():
         planned[_PREFIX + key] = torch.empty(header.shape, dtype=header.dtype, device="meta")
     planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     with _alone():
-        torch_checkpoint.save(planned, storage_writer=_Writer(folder, tensors, done), planner=planner, no_dist=True)
+        torch_checkpoint.save(
+            planned, storage_writer=_Writer(folder, tensors, done), planner=planner, no_dist=True
+        )
     torch.save({}, folder / _COMMON_NAME)
     (folder / _METADATA_NAME).write_text(json.dumps(_FORMAT), encoding="utf-8")
 
 
 def _stateful_modules(keys: Iterable[str]) -> set[str]:
-    """Modules that may want more than tensors back: linear layers and, with Transformer Engine, attention."""
+    """Modules that may want more than tensors back: linear layers and, with Transformer Engine,
+    attention.
+    """
     linear = {key.rpartition(".")[0] for key in keys if ".linear_" in key}
-    return linear | {name.replace(".linear_qkv", ".core_attention") for name in linear if name.endswith(".linear_qkv")}
+    return linear | {
+        name.replace(".linear_qkv", ".core_attention")
+        for name in linear
+        if name.endswith(".linear_qkv")
+    }

@@ -37,12 +37,20 @@ class Collective:
 
 
 def pending() -> list[Collective]:
-    """The collectives that this rank waits in, the oldest first, as torch's flight recorder has them; empty where torch has none."""
+    """The collectives that this rank waits in, the oldest first, as torch's flight recorder has
+    them; empty where torch has none.
+    """
     on_gpu = dist.is_initialized() and dist.get_backend() == "nccl"
-    recorder = vars(torch._C._distributed_c10d).get("_dump_nccl_trace_json" if on_gpu else "_dump_fr_trace_json")
+    recorder = vars(torch._C._distributed_c10d).get(
+        "_dump_nccl_trace_json" if on_gpu else "_dump_fr_trace_json"
+    )
     if recorder is None:
         return []
-    entries = [entry for entry in json.loads(recorder()).get("entries", []) if not entry["retired"] and entry["state"] != "completed"]
+    entries = [
+        entry
+        for entry in json.loads(recorder()).get("entries", [])
+        if not entry["retired"] and entry["state"] != "completed"
+    ]
     return [_collective(entry) for entry in sorted(entries, key=lambda entry: entry["record_id"])]
 
 
@@ -57,15 +65,26 @@ def _collective(entry: dict) -> Collective:
 
 
 def stacks() -> str:
-    """The innermost calls of the main thread, and of the threads of autograd, which run the backward pass on a GPU."""
+    """The innermost calls of the main thread, and of the threads of autograd, which run the
+    backward pass on a GPU.
+    """
     frames = sys._current_frames()
     main = threading.main_thread().ident
     named = {thread.ident for thread in threading.enumerate()}
-    found = [("main thread", frames[main])] + [("backward pass", frame) for ident, frame in frames.items() if ident not in named]
+    found = [("main thread", frames[main])] + [
+        ("backward pass", frame) for ident, frame in frames.items() if ident not in named
+    ]
     return "\n".join(f"{name}:\n{_calls(frame)}" for name, frame in found)
 
 
 def _calls(frame: FrameType) -> str:
     """The innermost calls, without those of torch by which one module calls another."""
-    calls = [call for call in traceback.extract_stack(frame) if not call.filename.endswith("torch/nn/modules/module.py")]
-    return "\n".join(f"  {call.filename}:{call.lineno} {call.name}: {call.line}" for call in calls[-_MOST_FRAMES:])
+    calls = [
+        call
+        for call in traceback.extract_stack(frame)
+        if not call.filename.endswith("torch/nn/modules/module.py")
+    ]
+    return "\n".join(
+        f"  {call.filename}:{call.lineno} {call.name}: {call.line}"
+        for call in calls[-_MOST_FRAMES:]
+    )

@@ -1,7 +1,9 @@
-"""Whether all ranks are about to run the same: they meet in a key-value store, before any process group exists.
+"""Whether all ranks are about to run the same: they meet in a key-value store, before any process
+group exists.
 
-A rank that reads another configuration, another version of the code or a stale folder makes a run hang, or worse, train on. Every rank
-posts what it sees, the first one compares, and all get its verdict.
+A rank that reads another configuration, another version of the code or a stale folder makes a run
+hang, or worse, train on. Every rank posts what it sees, the first one compares, and all get its
+verdict.
 """
 
 from __future__ import annotations
@@ -31,7 +33,15 @@ from megavlm.data.store.manifest import read_manifest
 from megavlm.io.storage import open_folder
 
 # What computes; a difference in any of these can change results or the order of collectives.
-_PACKAGES = ("torch", "megatron-core", "transformer-engine", "apex", "numpy", "transformers", "safetensors")
+_PACKAGES = (
+    "torch",
+    "megatron-core",
+    "transformer-engine",
+    "apex",
+    "numpy",
+    "transformers",
+    "safetensors",
+)
 _MOST_LINES = 20
 _FAREWELL_SECONDS = 5.0
 
@@ -60,24 +70,44 @@ def look(config: Config, start: object) -> dict[str, str]:
 
     Args:
         config: the run.
-        start: what it would start from, a folder or parts; none for fresh weights. Only its text is looked at.
+        start: what it would start from, a folder or parts; none for fresh weights. Only its text is
+            looked at.
     """
     facts = {f"--{key}": value for key, value in _flat(yaml.safe_load(to_yaml(config)))}
-    facts |= {"it starts from": str(start), "python": platform.python_version(), "CUDA": str(torch.cuda.is_available()).lower()}
+    facts |= {
+        "it starts from": str(start),
+        "python": platform.python_version(),
+        "CUDA": str(torch.cuda.is_available()).lower(),
+    }
     if torch.cuda.is_available():
         facts["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
     facts |= {package: _version(package) for package in _PACKAGES}
-    for flag, folder in (*(("--data.train", folder) for folder in config.data.train_folders), ("--data.valid", config.data.valid)):
+    for flag, folder in (
+        *(("--data.train", folder) for folder in config.data.train_folders),
+        ("--data.valid", config.data.valid),
+    ):
         if folder:
             facts[f"packs in {flag} {folder}"] = str(read_manifest(folder).totals.packs)
             files = open_folder(folder)
-            facts[f"{MANIFEST_NAME} of {flag} {folder}"] = _digest(files.read(MANIFEST_NAME, 0, files.size(MANIFEST_NAME)))
+            facts[f"{MANIFEST_NAME} of {flag} {folder}"] = _digest(
+                files.read(MANIFEST_NAME, 0, files.size(MANIFEST_NAME))
+            )
     package = Path(megavlm.__file__).parent
-    facts |= {f"code of {path.relative_to(package.parent)}": _digest(path.read_bytes()) for path in sorted(package.rglob("*.py"))}
+    facts |= {
+        f"code of {path.relative_to(package.parent)}": _digest(path.read_bytes())
+        for path in sorted(package.rglob("*.py"))
+    }
     return facts
 
 
-def agree(store: dist.Store, rank: int, size: int, view: View, timeout: timedelta, tell: Callable[[str], None]) -> None:
+def agree(
+    store: dist.Store,
+    rank: int,
+    size: int,
+    view: View,
+    timeout: timedelta,
+    tell: Callable[[str], None],
+) -> None:
     """Compare the views of all ranks. Collective: every rank calls it.
 
     Args:
@@ -85,7 +115,8 @@ def agree(store: dist.Store, rank: int, size: int, view: View, timeout: timedelt
         rank, size: place in the world.
         view: what this rank sees.
         timeout: how long to wait for the others.
-        tell: called on the first rank with what is wrong, before any rank ends, since the end of one is the end of all.
+        tell: called on the first rank with what is wrong, before any rank ends, since the end of
+            one is the end of all.
 
     Raises:
         DisagreementError: on every rank, with the same message.
@@ -125,7 +156,9 @@ def _verdict(store: dist.Store, size: int, timeout: timedelta) -> str:
 
 
 def problems(views: Sequence[View]) -> str:
-    """Why the run cannot start; said once where all ranks say the same, else with the ranks that say it. Empty if it can."""
+    """Why the run cannot start; said once where all ranks say the same, else with the ranks that
+    say it. Empty if it can.
+    """
     by_text = _ranks_by([view.problem for view in views])
     texts = [text for text in by_text if text]
     if len(by_text) == 1:
@@ -134,13 +167,21 @@ def problems(views: Sequence[View]) -> str:
 
 
 def differences(views: Sequence[View]) -> list[str]:
-    """In what the ranks differ, a line each; what most of them see, or the first of them if there is no most, counts as right."""
+    """In what the ranks differ, a line each; what most of them see, or the first of them if there
+    is no most, counts as right.
+    """
     lines = []
     for name in dict.fromkeys(itertools.chain.from_iterable(view.facts for view in views)):
         by_value = _ranks_by([view.facts.get(name, "missing") for view in views])
-        usual = max(by_value, key=lambda value: len(by_value[value]))  # the first of equals, which the lowest rank has
+        usual = max(
+            by_value, key=lambda value: len(by_value[value])
+        )  # the first of equals, which the lowest rank has
         others = f"{_named(by_value[usual])}: {usual or 'empty'}"
-        lines += [f"{_where(ranks, views)}: {name} is {value or 'empty'} ({others})" for value, ranks in by_value.items() if value != usual]
+        lines += [
+            f"{_where(ranks, views)}: {name} is {value or 'empty'} ({others})"
+            for value, ranks in by_value.items()
+            if value != usual
+        ]
     return lines
 
 
@@ -171,7 +212,10 @@ def _named(ranks: Sequence[int]) -> str:
 
 def spans(ranks: Sequence[int]) -> str:
     """Sorted numbers in few words: ``0-3, 7, 9-10``."""
-    runs = [[number for _, number in run] for _, run in itertools.groupby(enumerate(ranks), lambda pair: pair[1] - pair[0])]
+    runs = [
+        [number for _, number in run]
+        for _, run in itertools.groupby(enumerate(ranks), lambda pair: pair[1] - pair[0])
+    ]
     return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 

@@ -1,8 +1,10 @@
-"""How fast every rank computes and every group of ranks exchanges data, measured in seconds at the start of a run, and who is slow.
+"""How fast every rank computes and every group of ranks exchanges data, measured in seconds at the
+start of a run, and who is slow.
 
-One slow rank slows all, and shows nowhere: a throttled GPU, a bad cable, a network card that NCCL did not pick. Two measures find it. All
-groups of a kind sum a tensor at the same time, as in training: a slow group stands out among its like. Then ranks exchange data in pairs,
-each with two partners in turn: a rank that is slow with both is the cause.
+One slow rank slows all, and shows nowhere: a throttled GPU, a bad cable, a network card that NCCL
+did not pick. Two measures find it. All groups of a kind sum a tensor at the same time, as in
+training: a slow group stands out among its like. Then ranks exchange data in pairs, each with two
+partners in turn: a rank that is slow with both is the cause.
 """
 
 from __future__ import annotations
@@ -59,7 +61,8 @@ class Speeds:
         hosts: its machine.
         compute: TFLOP/s of a matrix product.
         clock: its wall clock, in seconds, at the same moment as the others'.
-        pairs: by distance between the partners, GB/s (1e9 bytes, each way) with the faster of its partners; 0 without a partner.
+        pairs: by distance between the partners, GB/s (1e9 bytes, each way) with the faster of its
+            partners; 0 without a partner.
         groups: by kind of group, GB/s of a sum in its group, as each rank's network carries it.
         members: by kind of group, the group's first rank.
         seconds: how long measuring took.
@@ -129,10 +132,16 @@ def _compute(sizes: _Sizes, backend: Backend) -> float:
     return 2 * sizes.width**3 * sizes.products / _timed(multiply, backend) / 1e12
 
 
-def _moved(send: Callable[[Tensor], None], takes_part: bool, sizes: _Sizes, backend: Backend) -> float:
-    """GB/s of ``send``. Collective over the world, of which those who do not take part only wait."""
+def _moved(
+    send: Callable[[Tensor], None], takes_part: bool, sizes: _Sizes, backend: Backend
+) -> float:
+    """GB/s of ``send``. Collective over the world, of which those who do not take part only
+    wait.
+    """
     first = torch.zeros(sizes.first_bytes, dtype=torch.uint8, device=backend.device)
-    slowest = torch.tensor([_timed(lambda: send(first), backend) if takes_part else 0.0], device=backend.device)
+    slowest = torch.tensor(
+        [_timed(lambda: send(first), backend) if takes_part else 0.0], device=backend.device
+    )
     dist.all_reduce(slowest, op=dist.ReduceOp.MAX)  # everybody must send as much as everybody else
     fitting = int(sizes.first_bytes * _BUDGET_SECONDS / max(slowest.item(), 1e-9))
     size = max(sizes.first_bytes, min(sizes.most_bytes, fitting))
@@ -143,13 +152,16 @@ def _moved(send: Callable[[Tensor], None], takes_part: bool, sizes: _Sizes, back
 
 
 def _sum(group: dist.ProcessGroup, sizes: _Sizes, backend: Backend) -> float:
-    """GB/s that a rank's network carries in a sum over its group: of n bytes it sends and receives 2 (k - 1) / k n, with k ranks."""
+    """GB/s that a rank's network carries in a sum over its group: of n bytes it sends and receives
+    2 (k - 1) / k n, with k ranks.
+    """
     share = 2 * (group.size() - 1) / group.size()
     return share * _moved(lambda tensor: dist.all_reduce(tensor, group=group), True, sizes, backend)
 
 
 def partner(rank: int, size: int, distance: int, turn: int) -> int | None:
-    """With whom a rank exchanges data: a neighbour at ``distance``, the one above in one turn, the one below in the other; none at an end.
+    """With whom a rank exchanges data: a neighbour at ``distance``, the one above in one turn, the
+    one below in the other; none at an end.
 
     Where their number allows it the ranks stand in a ring, which has no ends.
     """
@@ -170,7 +182,10 @@ def _exchange(distance: int, sizes: _Sizes, groups: Groups, backend: Backend) ->
             work.wait()
 
     others = [partner(groups.rank, groups.size, distance, turn) for turn in range(2)]
-    return max(_moved(lambda tensor, other=other: swap(tensor, other), other is not None, sizes, backend) for other in others)
+    return max(
+        _moved(lambda tensor, other=other: swap(tensor, other), other is not None, sizes, backend)
+        for other in others
+    )
 
 
 def findings(speeds: Speeds, health: Health, *, on_gpu: bool) -> list[str]:
@@ -186,14 +201,17 @@ def findings(speeds: Speeds, health: Health, *, on_gpu: bool) -> list[str]:
     usual = statistics.median(speeds.compute)
     for rank, value in enumerate(speeds.compute):
         if value * factor < usual:
-            lines.append(f"{_on(speeds, rank)} computes {value:.3g} TFLOP/s, {usual:.3g} are usual here: is it throttled, or shared?")
+            lines.append(
+                f"{_on(speeds, rank)} computes {value:.3g} TFLOP/s, {usual:.3g} are usual here: is"
+                " it throttled, or shared?"
+            )
     for distance, values in speeds.pairs.items():
         usual = statistics.median(value for value in values if value)
         for rank, value in enumerate(values):
             if value and value * factor < usual:
                 lines.append(
-                    f"{_on(speeds, rank)} exchanges {value:.3g} GB/s with ranks {distance} away, {usual:.3g} are usual here: "
-                    "look at its network card, cable and topology"
+                    f"{_on(speeds, rank)} exchanges {value:.3g} GB/s with ranks {distance} away,"
+                    f" {usual:.3g} are usual here: look at its network card, cable and topology"
                 )
     for kind in speeds.groups:
         lines += _slow_groups(speeds, kind, health, on_gpu)
@@ -201,7 +219,8 @@ def findings(speeds: Speeds, health: Health, *, on_gpu: bool) -> list[str]:
     for rank, value in enumerate(speeds.clock):
         if abs(value - usual) > _MOST_CLOCK_SECONDS:
             lines.append(
-                f"{_on(speeds, rank)}: its clock is {abs(value - usual):.1f} s {'ahead' if value > usual else 'behind'}: is it set?"
+                f"{_on(speeds, rank)}: its clock is {abs(value - usual):.1f} s"
+                f" {'ahead' if value > usual else 'behind'}: is it set?"
             )
     return lines
 
@@ -210,18 +229,25 @@ def _slow_groups(speeds: Speeds, kind: str, health: Health, on_gpu: bool) -> lis
     ranks: dict[int, list[int]] = {}
     for rank, first in enumerate(speeds.members[kind]):
         ranks.setdefault(first, []).append(rank)
-    moved = {first: statistics.median(speeds.groups[kind][rank] for rank in members) for first, members in ranks.items()}
+    moved = {
+        first: statistics.median(speeds.groups[kind][rank] for rank in members)
+        for first, members in ranks.items()
+    }
     usual = statistics.median(moved.values())
     lines = []
     for first, value in moved.items():
         if value * health.slow_factor < usual:
-            lines.append(f"the {kind} group of ranks {spans(ranks[first])} moves {value:.3g} GB/s, {usual:.3g} are usual here")
+            lines.append(
+                f"the {kind} group of ranks {spans(ranks[first])} moves {value:.3g} GB/s,"
+                f" {usual:.3g} are usual here"
+            )
     slow = [first for first, value in moved.items() if value < health.least_gb_per_s]
     if on_gpu and slow:
         lines.append(
-            f"{len(slow)} of {len(moved)} {kind} groups move less than --health.least_gb_per_s {health.least_gb_per_s:g}, the first "
-            f"of them, of ranks {spans(ranks[slow[0]])}, {moved[slow[0]]:.3g} GB/s: NCCL may have picked a wrong network card "
-            "(NCCL_DEBUG=INFO tells which; NCCL_SOCKET_IFNAME and NCCL_IB_HCA choose)"
+            f"{len(slow)} of {len(moved)} {kind} groups move less than --health.least_gb_per_s"
+            f" {health.least_gb_per_s:g}, the first of them, of ranks {spans(ranks[slow[0]])},"
+            f" {moved[slow[0]]:.3g} GB/s: NCCL may have picked a wrong network card"
+            " (NCCL_DEBUG=INFO tells which; NCCL_SOCKET_IFNAME and NCCL_IB_HCA choose)"
         )
     return lines
 
@@ -229,7 +255,10 @@ def _slow_groups(speeds: Speeds, kind: str, health: Health, on_gpu: bool) -> lis
 def summary(speeds: Speeds) -> str:
     """The slowest and the fastest of each figure, in a line."""
     shown = [f"{min(speeds.compute):.3g} to {max(speeds.compute):.3g} TFLOP/s a rank"]
-    shown += [f"{kind} groups {min(values):.3g} to {max(values):.3g} GB/s" for kind, values in speeds.groups.items()]
+    shown += [
+        f"{kind} groups {min(values):.3g} to {max(values):.3g} GB/s"
+        for kind, values in speeds.groups.items()
+    ]
     return f"speed check, {speeds.seconds:.1f} s: " + ", ".join(shown)
 
 

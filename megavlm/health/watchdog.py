@@ -1,10 +1,11 @@
 """Notices that a run hangs, and says which rank keeps the others waiting, and where.
 
-In a run that hangs nearly every rank waits in a collective for one that does not come, until the collective times out half an hour later
-with a message of whoever waited first. So every rank has a thread that looks how long ago its training thread last made progress. When
-that is far longer than usual it raises an alarm in the ranks' key-value store; all ranks answer with what they are doing, which
-collectives they wait in, and their Python stacks; and one of them prints it, sorted. A rank that does not answer is frozen or gone.
-Nothing is ended: that is left to the collectives' timeout.
+In a run that hangs nearly every rank waits in a collective for one that does not come, until the
+collective times out half an hour later with a message of whoever waited first. So every rank has a
+thread that looks how long ago its training thread last made progress. When that is far longer than
+usual it raises an alarm in the ranks' key-value store; all ranks answer with what they are doing,
+which collectives they wait in, and their Python stacks; and one of them prints it, sorted. A rank
+that does not answer is frozen or gone. Nothing is ended: that is left to the collectives' timeout.
 """
 
 from __future__ import annotations
@@ -50,7 +51,11 @@ class Mark:
     time: float = field(default_factory=time.monotonic)
 
     def __str__(self) -> str:
-        done = f", waits for pack {self.packs + 1}" if self.is_loading else f", pack {self.packs} came last" * (self.packs > 0)
+        done = (
+            f", waits for pack {self.packs + 1}"
+            if self.is_loading
+            else f", pack {self.packs} came last" * (self.packs > 0)
+        )
         return f"{self.what} {self.step}{done}"
 
 
@@ -80,12 +85,19 @@ class Watchdog:
         store: shared by all ranks of the run.
         rank, size: place in the world.
         health: when to raise an alarm.
-        timeout_minutes: of collectives; half of it is the longest that is ever waited before an alarm.
+        timeout_minutes: of collectives; half of it is the longest that is ever waited before an
+            alarm.
         tell: what prints a report.
     """
 
     def __init__(
-        self, store: dist.Store, rank: int, size: int, health: Health, timeout_minutes: int, tell: Callable[[str], None] | None = None
+        self,
+        store: dist.Store,
+        rank: int,
+        size: int,
+        health: Health,
+        timeout_minutes: int,
+        tell: Callable[[str], None] | None = None,
     ):
         self._store = store
         self._rank = rank
@@ -124,7 +136,9 @@ class Watchdog:
         end = object()
         while True:
             before = self._mark
-            self._note(Mark(what=before.what, step=before.step, packs=before.packs, is_loading=True))
+            self._note(
+                Mark(what=before.what, step=before.step, packs=before.packs, is_loading=True)
+            )
             pack = next(packs, end)
             if pack is end:
                 return
@@ -134,12 +148,16 @@ class Watchdog:
     def limit(self, what: str) -> float:
         """Seconds without progress after which there is an alarm, from the longest waits so far."""
         usual = max(self._waits.get(what, ()), default=self._health.hang_seconds)
-        return min(max(self._health.hang_seconds, self._health.hang_factor * usual), self._longest_limit)
+        return min(
+            max(self._health.hang_seconds, self._health.hang_factor * usual), self._longest_limit
+        )
 
     def _note(self, mark: Mark) -> None:
         before = self._mark
         self._mark = mark
-        self._waits.setdefault(before.what, deque(maxlen=_REMEMBERED)).append(mark.time - before.time)
+        self._waits.setdefault(before.what, deque(maxlen=_REMEMBERED)).append(
+            mark.time - before.time
+        )
 
     def _watch(self) -> None:
         while not self._ended.wait(self._interval):
@@ -149,13 +167,18 @@ class Watchdog:
             except RuntimeError as error:  # the store is gone, with the machine that served it
                 if self._is_late():
                     self._alarmed = self._mark
-                    self._tell(f"rank {self._rank} makes no progress and cannot ask the others ({error}); {self._mark}\n{stacks()}")
+                    self._tell(
+                        f"rank {self._rank} makes no progress and cannot ask the others ({error});"
+                        f" {self._mark}\n{stacks()}"
+                    )
         self._see_progress()
 
     def _see_progress(self) -> None:
         """Say so if a run that hung goes on."""
         if self._told is not None and self._mark is not self._told:
-            self._tell(f"the run went on, {self._mark.time - self._told.time:.0f} s after {self._told}")
+            self._tell(
+                f"the run went on, {self._mark.time - self._told.time:.0f} s after {self._told}"
+            )
             self._told = None
 
     def _see_alarm(self) -> None:
@@ -163,7 +186,9 @@ class Watchdog:
         mark = self._mark
         if self._is_late():
             # Ranks that raise an alarm at the same time raise the same one.
-            number = int(self._store.compare_set("alarm", str(self._answered), str(self._answered + 1)))
+            number = int(
+                self._store.compare_set("alarm", str(self._answered), str(self._answered + 1))
+            )
         else:
             number = self._store.add("alarm", 0)
         if number <= self._answered:
@@ -176,8 +201,12 @@ class Watchdog:
             self._told = mark
 
     def _is_late(self) -> bool:
-        """Whether there is an alarm to raise; one is enough for each sign of progress that is missed."""
-        return self._mark is not self._alarmed and time.monotonic() - self._mark.time > self.limit(self._mark.what)
+        """Whether there is an alarm to raise; one is enough for each sign of progress that is
+        missed.
+        """
+        return self._mark is not self._alarmed and time.monotonic() - self._mark.time > self.limit(
+            self._mark.what
+        )
 
     def _answer(self, mark: Mark) -> Answer:
         return Answer(
@@ -194,7 +223,11 @@ class Watchdog:
         patience = time.monotonic() + 3 * self._interval + 1
         while not self._store.check(list(keys.values())) and time.monotonic() < patience:
             time.sleep(self._interval / 4)
-        return {rank: Answer(**json.loads(self._store.get(key))) for rank, key in keys.items() if self._store.check([key])}
+        return {
+            rank: Answer(**json.loads(self._store.get(key)))
+            for rank, key in keys.items()
+            if self._store.check([key])
+        }
 
 
 def report(answers: dict[int, Answer], size: int, idle: float) -> str:
@@ -208,14 +241,24 @@ def report(answers: dict[int, Answer], size: int, idle: float) -> str:
     silent = [rank for rank in range(size) if rank not in answers]
     groups: dict[tuple, list[int]] = {}
     for rank, answer in answers.items():
-        # Lines of a stack differ between ranks that wait for the same; where they wait and after which pack does not.
-        groups.setdefault((bool(answer.waits_in), tuple(answer.place), answer.doing, tuple(answer.waits_in[:1])), []).append(rank)
+        # Lines of a stack differ between ranks that wait for the same; where they wait and after
+        # which pack does not.
+        groups.setdefault(
+            (bool(answer.waits_in), tuple(answer.place), answer.doing, tuple(answer.waits_in[:1])),
+            [],
+        ).append(rank)
     lines = [f"the run has made no progress for {idle:.0f} s; {_suspects(answers, silent)}"]
     if silent:
-        lines.append(f"{_named(silent)}: no answer; the process is frozen or gone, or its machine cannot be reached")
+        lines.append(
+            f"{_named(silent)}: no answer; the process is frozen or gone, or its machine cannot be"
+            " reached"
+        )
     for (_, _, doing, waits_in), ranks in sorted(groups.items())[:_MOST_GROUPS]:
         first = answers[ranks[0]]
-        lines.append(f"{_named(ranks)} (on {first.host}): {doing}; {f'in {waits_in[0]}' if waits_in else 'in no collective'}")
+        lines.append(
+            f"{_named(ranks)} (on {first.host}): {doing};"
+            f" {f'in {waits_in[0]}' if waits_in else 'in no collective'}"
+        )
         lines += [f"    {line}" for line in first.stacks.splitlines()]
     if len(groups) > _MOST_GROUPS:
         lines.append(f"and {len(groups) - _MOST_GROUPS} more places, further on")
@@ -227,7 +270,11 @@ def _suspects(answers: dict[int, Answer], silent: list[int]) -> str:
     idle = [rank for rank, answer in answers.items() if not answer.waits_in]
     least = min((tuple(answer.place) for answer in answers.values()), default=(0, 0))
     behind = [rank for rank, answer in answers.items() if tuple(answer.place) == least]
-    for ranks, why in ((silent, "not answering"), (idle, "in no collective"), (behind, "behind the others")):
+    for ranks, why in (
+        (silent, "not answering"),
+        (idle, "in no collective"),
+        (behind, "behind the others"),
+    ):
         if 0 < len(ranks) < len(answers) + len(silent):
             return f"it waits for {_named(ranks)}, {why}"
     return "all ranks are at the same place"

@@ -10,5 +10,7 @@ import numba
 
 @lru_cache
 def compiled(loop: Callable) -> Callable:
-    """Return a plain loop over arrays as machine code, compiled at its first call and cached on disk."""
+    """Return a plain loop over arrays as machine code, compiled at its first call and cached on
+    disk.
+    """
     return numba.njit(loop, cache=True)

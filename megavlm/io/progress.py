@@ -40,7 +40,9 @@ class Progress:
         self._start = self._said = time.monotonic()
         self._bar = None
         if sys.stderr.isatty():
-            self._bar = tqdm(total=total, initial=done, desc=what, unit=unit, unit_scale=True, dynamic_ncols=True)
+            self._bar = tqdm(
+                total=total, initial=done, desc=what, unit=unit, unit_scale=True, dynamic_ncols=True
+            )
 
     def add(self, amount: int, note: str = "") -> None:
         """So much more is done; ``note`` says more about it."""
@@ -61,7 +63,8 @@ class Progress:
         left = f", {(self._total - self._done) / rate:.0f} s left" if rate else ""
         note = f", {self._note}" if self._note else ""
         print(
-            f"{self._what}: {share:.1%} of {self._total} {self._unit} in {seconds:.0f} s ({rate:,.1f} {self._unit}/s{left}){note}",
+            f"{self._what}: {share:.1%} of {self._total} {self._unit} in {seconds:.0f} s"
+            f" ({rate:,.1f} {self._unit}/s{left}){note}",
             file=sys.stderr,
             flush=True,
         )
@@ -69,6 +72,11 @@ class Progress:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         if self._bar is not None:
             self._bar.close()

@@ -1,4 +1,6 @@
-"""Rows of one size in a file, read as they are asked for; however many there are, none are held in memory."""
+"""Rows of one size in a file, read as they are asked for; however many there are, none are held in
+memory.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ CHUNK_BYTES = 1 << 24
 class Rows:
     """The rows of a file.
 
-    ``rows[places]`` is an array of the rows' type, in the order of the places; ``rows[name]`` is a whole column.
+    ``rows[places]`` is an array of the rows' type, in the order of the places; ``rows[name]`` is a
+    whole column.
 
     Args:
         files: folder of the file.
@@ -26,7 +29,9 @@ class Rows:
         start: bytes in front of the first row.
     """
 
-    def __init__(self, files: Files, name: str, dtype: np.dtype, count: int, start: int = 0) -> None:
+    def __init__(
+        self, files: Files, name: str, dtype: np.dtype, count: int, start: int = 0
+    ) -> None:
         self.files = files
         self.name = name
         self.dtype = dtype
@@ -37,7 +42,9 @@ class Rows:
         return self.count
 
     def __getitem__(self, key: str | int | np.ndarray | list[int]) -> np.ndarray:
-        """Rows or a column; raises IndexError for places outside, ValueError where the file ends too early."""
+        """Rows or a column; raises IndexError for places outside, ValueError where the file ends
+        too early.
+        """
         if isinstance(key, str):
             column = np.empty(self.count, self.dtype[key])
             filled = 0
@@ -47,7 +54,9 @@ class Rows:
             return column
         places = np.asarray(key, np.int64)
         if places.size and (places.min() < 0 or places.max() >= self.count):
-            raise IndexError(f"rows run from 0 to {self.count - 1}, not {places.min()} to {places.max()}")
+            raise IndexError(
+                f"rows run from 0 to {self.count - 1}, not {places.min()} to {places.max()}"
+            )
         wanted, back = np.unique(places, return_inverse=True)
         found = np.empty(len(wanted), self.dtype)
         breaks = np.flatnonzero(np.diff(wanted) * self.dtype.itemsize > GAP_BYTES) + 1
@@ -67,5 +76,8 @@ class Rows:
         size = self.dtype.itemsize
         data = self.files.read(self.name, self.start + first * size, self.start + end * size)
         if len(data) != (end - first) * size:
-            raise ValueError(f"{self.files.folder}/{self.name}: ends before row {end}; the file is cut off or changed")
+            raise ValueError(
+                f"{self.files.folder}/{self.name}: ends before row {end}; the file is cut off or"
+                " changed"
+            )
         return np.frombuffer(data, self.dtype)

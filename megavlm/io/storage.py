@@ -13,7 +13,8 @@ OPEN_FILES = 64
 
 
 class LocalFiles:
-    """The files of a local folder. Reads name their place, so that processes and threads may share open files.
+    """The files of a local folder. Reads name their place, so that processes and threads may share
+    open files.
 
     Args:
         folder: that holds the files.
@@ -101,7 +102,11 @@ class RemoteFiles:
 
     def read(self, name: str, start: int, end: int) -> bytes:
         """Bytes ``[start, end)`` of a file; fewer where it ends before."""
-        return self._system.cat_file(f"{self._root}/{name}", start=start, end=end) if end > start else b""
+        return (
+            self._system.cat_file(f"{self._root}/{name}", start=start, end=end)
+            if end > start
+            else b""
+        )
 
     def copy(self, name: str, to: Path) -> None:
         """Copy a file, or a folder with all that is in it; nothing where there is none."""

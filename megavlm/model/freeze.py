@@ -27,7 +27,8 @@ class Trained:
 
 
 def apply(chunks: Sequence[VisionLanguageModel], trainable: Sequence[str]) -> Trained:
-    """Freeze every weight that no pattern of ``trainable`` means. Collective; call it before DDP and the optimizer are built.
+    """Freeze every weight that no pattern of ``trainable`` means. Collective; call it before DDP
+    and the optimizer are built.
 
     Args:
         chunks: this rank's.
@@ -51,17 +52,30 @@ def apply(chunks: Sequence[VisionLanguageModel], trainable: Sequence[str]) -> Tr
     unused = set(trainable) - set().union(*(seen for seen, _ in everywhere))
     if unused:
         listed = ", ".join(sorted(unused))
-        raise ValueError(f"--training.trainable: nothing in the model is called {listed}; parts are {', '.join(PARTS)}")
+        raise ValueError(
+            f"--training.trainable: nothing in the model is called {listed}; parts are"
+            f" {', '.join(PARTS)}"
+        )
     numbered = [(number, sizes) for _, found in everywhere for number, sizes in found.items()]
     merged = {key: size for _, sizes in numbered for key, size in sizes.items()}
-    trains_vision = any(trained for key, (_, trained) in merged.items() if key.startswith("vision."))
-    first_trained = min(number for number, sizes in numbered if any(trained for _, trained in sizes.values()))
+    trains_vision = any(
+        trained for key, (_, trained) in merged.items() if key.startswith("vision.")
+    )
+    first_trained = min(
+        number for number, sizes in numbered if any(trained for _, trained in sizes.values())
+    )
     for chunk in chunks:
         chunk.trains_vision = trains_vision
         chunk.first_trained = first_trained
-    return Trained(weights=_by_part(merged, trained_only=True), total=_by_part(merged, trained_only=False))
+    return Trained(
+        weights=_by_part(merged, trained_only=True), total=_by_part(merged, trained_only=False)
+    )
 
 
 def _by_part(sizes: dict[str, tuple[int, bool]], *, trained_only: bool) -> dict[str, int]:
-    chosen = [(key.split(".")[0], size) for key, (size, trained) in sizes.items() if trained or not trained_only]
+    chosen = [
+        (key.split(".")[0], size)
+        for key, (size, trained) in sizes.items()
+        if trained or not trained_only
+    ]
     return {part: sum(size for owner, size in chosen if owner == part) for part in PARTS}

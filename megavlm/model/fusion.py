@@ -10,9 +10,10 @@ from megavlm.data.loading.batch import Batch
 def place_features(embeddings: Tensor, features: Tensor, batch: Batch) -> Tensor:
     """Replace the embeddings of the placeholder tokens by features.
 
-    Blank tiles at the end, which fill a batch up to a number of tiles that suits the kernels, have no position; nor has the one tile of a
-    pack without images. The result depends on the features all the same, so that every trained parameter gets a gradient (of zero) and no
-    collective waits for one.
+    Blank tiles at the end, which fill a batch up to a number of tiles that suits the kernels, have
+    no position; nor has the one tile of a pack without images. The result depends on the features
+    all the same, so that every trained parameter gets a gradient (of zero) and no collective waits
+    for one.
 
     Args:
         embeddings: of this rank's tokens [T, 1, D].
@@ -26,5 +27,10 @@ def place_features(embeddings: Tensor, features: Tensor, batch: Batch) -> Tensor
         ValueError: there are more placeholders than features.
     """
     if batch.num_features > len(features):
-        raise ValueError(f"the pack has {batch.num_features} image placeholder tokens, but its tiles give {len(features)} features")
-    return embeddings.index_copy(0, batch.feature_positions, features.index_select(0, batch.feature_numbers))
+        raise ValueError(
+            f"the pack has {batch.num_features} image placeholder tokens, but its tiles give"
+            f" {len(features)} features"
+        )
+    return embeddings.index_copy(
+        0, batch.feature_positions, features.index_select(0, batch.feature_numbers)
+    )

@@ -1,4 +1,6 @@
-"""The language model: megatron-core's GPTModel, with a vocabulary padded so that it divides over ranks."""
+"""The language model: megatron-core's GPTModel, with a vocabulary padded so that it divides over
+ranks.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,8 @@ from megavlm.planner.padding import padded_vocabulary
 
 
 class LanguageModel(GPTModel):
-    """The layers of the language model that stand in one chunk, with token embedding and head where the chunk has them.
+    """The layers of the language model that stand in one chunk, with token embedding and head where
+    the chunk has them.
 
     Args:
         config: megatron-core's configuration of the whole language model.
@@ -27,7 +30,13 @@ class LanguageModel(GPTModel):
     """
 
     def __init__(
-        self, config: TransformerConfig, language: Language, chunk: Chunk, chosen: Kernels, groups: ProcessGroupCollection, turn: int | None
+        self,
+        config: TransformerConfig,
+        language: Language,
+        chunk: Chunk,
+        chosen: Kernels,
+        groups: ProcessGroupCollection,
+        turn: int | None,
     ):
         super().__init__(
             config=config,
@@ -50,9 +59,10 @@ class LanguageModel(GPTModel):
     def setup_embeddings_and_output_layer(self) -> None:
         """Mark embedding and head as megatron-core looks for them; called by GPTModel.
 
-        Its own version takes the token embedding to stand in the first chunk of the pipeline. Here it stands behind the vision encoder.
-        Where a tied head stands in another chunk, both are copies, whose gradients ``model/tied`` sums; one of them counts in the norm of
-        the gradient. They start equal because both are filled from one tensor.
+        Its own version takes the token embedding to stand in the first chunk of the pipeline. Here
+        it stands behind the vision encoder. Where a tied head stands in another chunk, both are
+        copies, whose gradients ``model/tied`` sums; one of them counts in the norm of the gradient.
+        They start equal because both are filled from one tensor.
         """
         tied = self.share_embeddings_and_output_weights
         if self.pre_process:
@@ -66,7 +76,9 @@ class LanguageModel(GPTModel):
             weight.zero_out_wgrad = True
             return
         if dist.get_rank() not in dist.get_process_group_ranks(self.embd_group):
-            raise ValueError("token embedding and tied head must stand on ranks of the embedding group")
+            raise ValueError(
+                "token embedding and tied head must stand on ranks of the embedding group"
+            )
         weight.shared_embedding = True
         if self.post_process:
             weight.shared = True
@@ -82,7 +94,9 @@ class LanguageModel(GPTModel):
             [1, T]
         """
         if self.real_rows < logits.shape[-1]:
-            # Detached: the gradient of the padding is zero as it is, and autograd would copy all logits to write that down.
+            # Detached: the gradient of the padding is zero as it is, and autograd would copy all
+            # logits to write that down.
             logits.detach()[..., self.real_rows :] = float("-inf")
-        # Not a transpose: its stride of T in a dimension of one is what Transformer Engine's kernel would step by.
+        # Not a transpose: its stride of T in a dimension of one is what Transformer Engine's kernel
+        # would step by.
         return self.cross_entropy(logits, labels.reshape(-1, 1), self.pg_collection.tp).T

@@ -5,10 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, reduce_from_tensor_model_parallel_region
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer import MegatronModule, TransformerConfig
-from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
+from megatron.core.transformer.utils import (
+    ensure_metadata_has_dp_cp_group,
+    make_sharded_tensors_for_checkpoint,
+)
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn.functional import layer_norm, rms_norm
@@ -17,15 +23,19 @@ from torch.nn.functional import layer_norm, rms_norm
 class Norm(nn.Module):
     """The norm that ``config.normalization`` names.
 
-    megatron-core's wrapper of torch's norms refuses sequence parallelism. Here the parameters carry the mark by which megatron-core sums
-    their gradients over the ranks that share the sequence.
+    megatron-core's wrapper of torch's norms refuses sequence parallelism. Here the parameters carry
+    the mark by which megatron-core sums their gradients over the ranks that share the sequence.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float):
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
-        self.bias = nn.Parameter(torch.zeros(hidden_size, dtype=config.params_dtype)) if config.normalization == "LayerNorm" else None
+        self.bias = (
+            nn.Parameter(torch.zeros(hidden_size, dtype=config.params_dtype))
+            if config.normalization == "LayerNorm"
+            else None
+        )
         for parameter in self.parameters():
             parameter.sequence_parallel = config.sequence_parallel
 
@@ -37,7 +47,8 @@ class Norm(nn.Module):
 
 
 class QueryKeyNorm(MegatronModule):
-    """RMSNorm of queries and of keys over all heads at once, which tensor-parallel ranks share; InternViT-6B has it.
+    """RMSNorm of queries and of keys over all heads at once, which tensor-parallel ranks share;
+    InternViT-6B has it.
 
     Heads that only pad are zero, and so add nothing to the mean square.
 
@@ -48,7 +59,9 @@ class QueryKeyNorm(MegatronModule):
         group: ranks that share the heads.
     """
 
-    def __init__(self, config: TransformerConfig, width: int, local_width: int, group: ProcessGroup):
+    def __init__(
+        self, config: TransformerConfig, width: int, local_width: int, group: ProcessGroup
+    ):
         super().__init__(config)
         self.width = width
         self.eps = config.layernorm_epsilon
@@ -62,18 +75,28 @@ class QueryKeyNorm(MegatronModule):
         """Both [tokens of a tile, I, heads of this rank, head size]."""
         squares = torch.stack([states.float().square().sum((-2, -1)) for states in (query, key)])
         # Every rank's share of the loss depends on the sums: their gradients are summed too.
-        means = copy_to_tensor_model_parallel_region(reduce_from_tensor_model_parallel_region(squares, self.group), self.group) / self.width
+        means = (
+            copy_to_tensor_model_parallel_region(
+                reduce_from_tensor_model_parallel_region(squares, self.group), self.group
+            )
+            / self.width
+        )
         factors = torch.rsqrt(means + self.eps)[..., None, None]
         return _scaled(query, factors[0], self.query), _scaled(key, factors[1], self.key)
 
     def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: tuple[tuple[int, int, int], ...] = (), metadata: dict | None = None
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
+        metadata: dict | None = None,
     ) -> dict[str, Any]:
         """Called by megatron-core; both weights are split over the ranks as the heads are."""
         weights = self.state_dict(prefix="", keep_vars=True)
         copies = ensure_metadata_has_dp_cp_group(metadata)["dp_cp_group"]
         axes = {"query": 0, "key": 0}
-        return make_sharded_tensors_for_checkpoint(weights, prefix, axes, sharded_offsets, tp_group=self.group, dp_cp_group=copies)
+        return make_sharded_tensors_for_checkpoint(
+            weights, prefix, axes, sharded_offsets, tp_group=self.group, dp_cp_group=copies
+        )
 
 
 def _scaled(states: Tensor, factors: Tensor, weight: Tensor) -> Tensor:

@@ -8,7 +8,8 @@ from torch.nn.functional import interpolate
 
 
 def resize_positions(positions: Tensor, grid: int, class_tokens: int = 1) -> Tensor:
-    """Interpolate learned positions to another number of patches, as InternViT does (bicubic, in float32).
+    """Interpolate learned positions to another number of patches, as InternViT does (bicubic, in
+    float32).
 
     Args:
         positions: [1, class tokens + patches, D], those of the class tokens first.
@@ -23,4 +24,6 @@ def resize_positions(positions: Tensor, grid: int, class_tokens: int = 1) -> Ten
         return positions
     patches = positions[:, class_tokens:].float().unflatten(1, (native, native)).permute(0, 3, 1, 2)
     resized = interpolate(patches, size=(grid, grid), mode="bicubic", align_corners=False)
-    return torch.cat([positions[:, :class_tokens], resized.flatten(2).transpose(1, 2).to(positions.dtype)], dim=1)
+    return torch.cat(
+        [positions[:, :class_tokens], resized.flatten(2).transpose(1, 2).to(positions.dtype)], dim=1
+    )

@@ -1,4 +1,6 @@
-"""Number formats of weights, activations, matrix products and of what travels between pipeline chunks."""
+"""Number formats of weights, activations, matrix products and of what travels between pipeline
+chunks.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,8 @@ from megavlm.config.checks.device import Machine
 from megavlm.config.schema import Config
 
 _FORMATS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-# Transformer Engine's attention plans its kernels anew for every number of tiles: fewer numbers, fewer plans. More would waste more.
+# Transformer Engine's attention plans its kernels anew for every number of tiles: fewer numbers,
+# fewer plans. More would waste more.
 _TILES = 4
 
 
@@ -45,24 +48,32 @@ def machine() -> Machine:
     """What this machine can run."""
     has_cuda = torch.cuda.is_available()
     return Machine(
-        capability=torch.cuda.get_device_capability(int(os.environ.get("LOCAL_RANK", 0))) if has_cuda else None,
+        capability=torch.cuda.get_device_capability(int(os.environ.get("LOCAL_RANK", 0)))
+        if has_cuda
+        else None,
         has_transformer_engine=importlib.util.find_spec("transformer_engine") is not None,
     )
 
 
 def uses_transformer_engine(config: Config) -> bool:
-    """Whether the layers are Transformer Engine's: asked for, or possible in 16 bits where nothing is asked for.
+    """Whether the layers are Transformer Engine's: asked for, or possible in 16 bits where nothing
+    is asked for.
 
-    In 32 bits its attention has no fused kernel, and makes a matrix of all pairs of a pack's tokens.
+    In 32 bits its attention has no fused kernel, and makes a matrix of all pairs of a pack's
+    tokens.
     """
     asked = config.training.kernels
-    return asked == "transformer_engine" or (asked == "auto" and precision(config).is_half and machine().runs_transformer_engine)
+    return asked == "transformer_engine" or (
+        asked == "auto" and precision(config).is_half and machine().runs_transformer_engine
+    )
 
 
 def tile_multiple(config: Config) -> int:
-    """Number that the tiles of a batch, a rank's share of a pack, are padded to a multiple of, with blank ones.
+    """Number that the tiles of a batch, a rank's share of a pack, are padded to a multiple of, with
+    blank ones.
 
-    A tile has an odd number of tokens, so that matrices have rows in the multiple that FP8 asks for only if the tiles come in it.
+    A tile has an odd number of tokens, so that matrices have rows in the multiple that FP8 asks for
+    only if the tiles come in it.
     """
     recipe = config.fp8.vision
     if recipe != "none":
@@ -72,14 +83,21 @@ def tile_multiple(config: Config) -> int:
 
 
 def fp8_settings(config: Config, part: str) -> dict[str, Any]:
-    """What megatron-core's configuration of a part says about FP8; nothing where the part has no recipe."""
+    """What megatron-core's configuration of a part says about FP8; nothing where the part has no
+    recipe.
+    """
     recipe = config.fp8.recipes.get(part)
     if recipe is None:
         return {}
     first = config.fp8.first_bf16_layers
     last = config.fp8.last_bf16_layers
-    # With the history that Transformer Engine itself takes, one large value does not fade after a single step.
-    history = {"fp8_amax_history_len": 1024, "fp8_amax_compute_algo": "max"} if recipe == "delayed" else {}
+    # With the history that Transformer Engine itself takes, one large value does not fade after a
+    # single step.
+    history = (
+        {"fp8_amax_history_len": 1024, "fp8_amax_compute_algo": "max"}
+        if recipe == "delayed"
+        else {}
+    )
     return dict(
         fp8=config.fp8.format,
         fp8_recipe=recipe,

@@ -12,14 +12,16 @@ from megavlm.model.specs import Kernels, mlp_submodules
 
 
 def pixel_shuffle(patches: Tensor, factor: int) -> Tensor:
-    """Join squares of neighbouring patches, channel after channel (pixel shuffle v2 of InternVL; Shi et al., arXiv 1609.05158).
+    """Join squares of neighbouring patches, channel after channel (pixel shuffle v2 of InternVL;
+    Shi et al., arXiv 1609.05158).
 
     Args:
         patches: [I, P, D], row by row.
         factor: patches along a side that become one.
 
     Returns:
-        [I, P / factor^2, D * factor^2], row by row; inside a feature the patches of the square follow row by row.
+        [I, P / factor^2, D * factor^2], row by row; inside a feature the patches of the square
+            follow row by row.
     """
     tiles, count, width = patches.shape
     side = int(count**0.5) // factor
@@ -28,7 +30,8 @@ def pixel_shuffle(patches: Tensor, factor: int) -> Tensor:
 
 
 class Projector(MegatronModule):
-    """LayerNorm, linear, GELU, linear, after pixel shuffle: the ``mlp1`` of InternVL. Without norm and shuffle it is LLaVA's projector.
+    """LayerNorm, linear, GELU, linear, after pixel shuffle: the ``mlp1`` of InternVL. Without norm
+    and shuffle it is LLaVA's projector.
 
     Args:
         config: megatron-core's configuration of the projector.
@@ -37,14 +40,22 @@ class Projector(MegatronModule):
         groups: process groups.
     """
 
-    def __init__(self, config: TransformerConfig, architecture: Architecture, chosen: Kernels, groups: ProcessGroupCollection):
+    def __init__(
+        self,
+        config: TransformerConfig,
+        architecture: Architecture,
+        chosen: Kernels,
+        groups: ProcessGroupCollection,
+    ):
         super().__init__(config)
         self.factor = architecture.pixel_shuffle
         self.class_tokens = int(architecture.vision.has_class_token)
         input_size = architecture.projector_input_size
         self.norm = None
         if architecture.projector_norm:
-            self.norm = chosen.norm(config=config, hidden_size=input_size, eps=config.layernorm_epsilon)
+            self.norm = chosen.norm(
+                config=config, hidden_size=input_size, eps=config.layernorm_epsilon
+            )
         self.mlp = MLP(
             config=config,
             submodules=mlp_submodules(chosen.column_linear, chosen),
@@ -54,7 +65,11 @@ class Projector(MegatronModule):
         )
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """[tokens of a tile, I, D of vision], a class token first -> [I * F, 1, D of language], tile by tile."""
-        features = pixel_shuffle(hidden[self.class_tokens :].transpose(0, 1), self.factor).flatten(0, 1)[:, None]
+        """[tokens of a tile, I, D of vision], a class token first -> [I * F, 1, D of language],
+        tile by tile.
+        """
+        features = pixel_shuffle(hidden[self.class_tokens :].transpose(0, 1), self.factor).flatten(
+            0, 1
+        )[:, None]
         projected, bias = self.mlp(features if self.norm is None else self.norm(features))
         return projected + bias

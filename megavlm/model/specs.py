@@ -1,7 +1,8 @@
-"""Which modules the transformer layers are made of: Transformer Engine's where CUDA and the package are there, else megatron-core's own.
+"""Which modules the transformer layers are made of: Transformer Engine's where CUDA and the package
+are there, else megatron-core's own.
 
-Both give a checkpoint the same keys: Transformer Engine folds a norm into the linear layer after it, and the key maps below let the
-separate norms be saved under the same names.
+Both give a checkpoint the same keys: Transformer Engine folds a norm into the linear layer after
+it, and the key maps below let the separate norms be saved under the same names.
 
 Shape letters: T tokens of the pack, V vocabulary.
 """
@@ -42,18 +43,20 @@ class Kernels:
 
     Args:
         norm: norm that stands alone (before the projector, after the last layer).
-        layer_norm: norm in front of attention and MLP; nothing where the linear layer after it normalises.
+        layer_norm: norm in front of attention and MLP; nothing where the linear layer after it
+            normalises.
         norm_linear: linear layer after that norm, its output split over the tensor-parallel ranks.
         column_linear: the same linear layer without a norm.
         row_linear: linear layer with its input split, its output summed.
         tile_attention: attention inside the tiles.
         packed_attention: causal attention inside the samples of a pack.
-        is_fused: whether megatron-core's fused kernels turn queries and keys, gate the MLP and add residuals.
+        is_fused: whether megatron-core's fused kernels turn queries and keys, gate the MLP and add
+            residuals.
         pointwise: makes one kernel of a function that works element by element.
-        checkpoint: calls a function on tensors, of which it keeps the inputs only, and calls it again in the backward pass; a group of
-            tensor-parallel ranks stands between the two.
-        cross_entropy: losses of the tokens [T, 1] from a rank's share of the logits [T, 1, V / tensor-parallel ranks], which it may
-            overwrite, and the labels [T, 1].
+        checkpoint: calls a function on tensors, of which it keeps the inputs only, and calls it
+            again in the backward pass; a group of tensor-parallel ranks stands between the two.
+        cross_entropy: losses of the tokens [T, 1] from a rank's share of the logits [T, 1, V /
+            tensor-parallel ranks], which it may overwrite, and the labels [T, 1].
     """
 
     norm: type
@@ -81,8 +84,12 @@ def local_kernels() -> Kernels:
         packed_attention=PackedCausalAttention,
         is_fused=False,
         pointwise=lambda function: function,
-        checkpoint=lambda function, group, *tensors: tensor_parallel.checkpoint(function, False, *tensors),
-        cross_entropy=lambda logits, labels, group: tensor_parallel.vocab_parallel_cross_entropy(logits, labels),
+        checkpoint=lambda function, group, *tensors: tensor_parallel.checkpoint(
+            function, False, *tensors
+        ),
+        cross_entropy=lambda logits, labels, group: tensor_parallel.vocab_parallel_cross_entropy(
+            logits, labels
+        ),
     )
 
 
@@ -91,11 +98,13 @@ def transformer_engine_kernels() -> Kernels:
     from megatron.core.extensions import transformer_engine as engine
 
     def cross_entropy(logits: Tensor, labels: Tensor, group: ProcessGroup) -> Tensor:
-        # What must be fit for CUDA graphs does not look at the gradient's value, which would make the host wait for the device.
+        # What must be fit for CUDA graphs does not look at the gradient's value, which would make
+        # the host wait for the device.
         return engine.te_parallel_cross_entropy(logits, labels, group, True)
 
     def checkpoint(function: Callable, group: ProcessGroup, *tensors: Tensor):
-        # Transformer Engine's own also keeps the scales of FP8 from changing when the function is called again.
+        # Transformer Engine's own also keeps the scales of FP8 from changing when the function is
+        # called again.
         return engine.te_checkpoint(function, False, get_cuda_rng_tracker, group, *tensors)
 
     return Kernels(
@@ -125,9 +134,11 @@ def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def _accumulating(linear: type) -> type:
-    """``linear`` of Transformer Engine, whose weight gradient is added to the float32 sum inside the matrix product.
+    """``linear`` of Transformer Engine, whose weight gradient is added to the float32 sum inside
+    the matrix product.
 
-    megatron-core's own layers (embedding, head) can do so with Apex only, so the switch is set for each layer, not for the whole model.
+    megatron-core's own layers (embedding, head) can do so with Apex only, so the switch is set for
+    each layer, not for the whole model.
     """
 
     class Accumulating(linear):
@@ -140,7 +151,9 @@ def _accumulating(linear: type) -> type:
 
 
 def _without_bias(linear: type) -> type:
-    """``linear`` that has no bias, whatever it is asked for: megatron-core gives one to queries, keys and values when other layers have."""
+    """``linear`` that has no bias, whatever it is asked for: megatron-core gives one to queries,
+    keys and values when other layers have.
+    """
 
     class WithoutBias(linear):
         def __init__(self, *args, bias: bool, **kwargs):
@@ -150,7 +163,9 @@ def _without_bias(linear: type) -> type:
 
 
 def _adding_bias(linear: type) -> type:
-    """``linear`` that adds its bias itself, in the matrix product where it can, instead of leaving it to the MLP around it."""
+    """``linear`` that adds its bias itself, in the matrix product where it can, instead of leaving
+    it to the MLP around it.
+    """
 
     class AddingBias(linear):
         def __init__(self, *args, skip_bias_add: bool, **kwargs):
@@ -159,10 +174,16 @@ def _adding_bias(linear: type) -> type:
     return AddingBias
 
 
-def _attention(core: type, qkv_bias: bool, chosen: Kernels, head_norm: type | None = None) -> SelfAttentionSubmodules:
+def _attention(
+    core: type, qkv_bias: bool, chosen: Kernels, head_norm: type | None = None
+) -> SelfAttentionSubmodules:
     linear = chosen.norm_linear if qkv_bias else _without_bias(chosen.norm_linear)
     return SelfAttentionSubmodules(
-        linear_qkv=linear, core_attention=core, linear_proj=chosen.row_linear, q_layernorm=head_norm, k_layernorm=head_norm
+        linear_qkv=linear,
+        core_attention=core,
+        linear_proj=chosen.row_linear,
+        q_layernorm=head_norm,
+        k_layernorm=head_norm,
     )
 
 
@@ -171,7 +192,9 @@ def mlp_submodules(first: type, chosen: Kernels) -> MLPSubmodules:
     return MLPSubmodules(linear_fc1=_adding_bias(first), linear_fc2=chosen.row_linear)
 
 
-def _layers(module: type, attention: ModuleSpec, count: int, chosen: Kernels, **params: Callable | bool) -> list[ModuleSpec]:
+def _layers(
+    module: type, attention: ModuleSpec, count: int, chosen: Kernels, **params: Callable | bool
+) -> list[ModuleSpec]:
     submodules = TransformerLayerSubmodules(
         input_layernorm=chosen.layer_norm,
         self_attention=attention,
@@ -192,13 +215,26 @@ def vision_spec(count: int, vision: Vision, chosen: Kernels) -> TransformerBlock
     params = {"attn_mask_type": AttnMaskType.no_mask, "qk_norm": vision.qk_norm}
     inside = _attention(chosen.tile_attention, vision.qkv_bias, chosen)
     attention = ModuleSpec(module=VisionAttention, params=params, submodules=inside)
-    settings = dict(layer_scale=vision.has_layer_scale, pointwise=chosen.pointwise, checkpoint=chosen.checkpoint)
+    settings = dict(
+        layer_scale=vision.has_layer_scale, pointwise=chosen.pointwise, checkpoint=chosen.checkpoint
+    )
     layers = _layers(VisionLayer, attention, count, chosen, **settings)
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=None)
 
 
 def language_spec(count: int, language: Language, chosen: Kernels) -> TransformerBlockSubmodules:
-    """A run of ``count`` layers of the language model, with a norm after the last one of the model."""
-    inside = _attention(chosen.packed_attention, language.qkv_bias, chosen, chosen.norm if language.qk_norm else None)
-    attention = ModuleSpec(module=SelfAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=inside)
-    return TransformerBlockSubmodules(layer_specs=_layers(TransformerLayer, attention, count, chosen), layer_norm=chosen.norm)
+    """A run of ``count`` layers of the language model, with a norm after the last one of the
+    model.
+    """
+    inside = _attention(
+        chosen.packed_attention,
+        language.qkv_bias,
+        chosen,
+        chosen.norm if language.qk_norm else None,
+    )
+    attention = ModuleSpec(
+        module=SelfAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=inside
+    )
+    return TransformerBlockSubmodules(
+        layer_specs=_layers(TransformerLayer, attention, count, chosen), layer_norm=chosen.norm
+    )

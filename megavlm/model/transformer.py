@@ -32,11 +32,21 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 _RECOMPUTE: dict[str, dict[str, Any]] = {
     "none": {},
     "selective": {"recompute_granularity": "selective", "recompute_modules": ["mlp"]},
-    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+    "full": {
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": 1,
+    },
 }
 
 
-def _common(config: Config, counts: tuple[int, ...], chosen: Kernels, tensor_size: int, recompute: str = "none") -> dict[str, Any]:
+def _common(
+    config: Config,
+    counts: tuple[int, ...],
+    chosen: Kernels,
+    tensor_size: int,
+    recompute: str = "none",
+) -> dict[str, Any]:
     """Settings that the parts share.
 
     Args:
@@ -48,7 +58,11 @@ def _common(config: Config, counts: tuple[int, ...], chosen: Kernels, tensor_siz
     """
     number = precision(config)
     stages = [["decoder"] * count for count in counts]
-    layout = [["embedding", *stages[0]], *stages[1:-1], [*stages[-1], "loss"]] if len(stages) > 1 else None
+    layout = (
+        [["embedding", *stages[0]], *stages[1:-1], [*stages[-1], "loss"]]
+        if len(stages) > 1
+        else None
+    )
     is_interleaved = config.parallel.virtual_pipeline_model_parallel_size > 1
     return dict(
         tensor_model_parallel_size=tensor_size,
@@ -66,9 +80,12 @@ def _common(config: Config, counts: tuple[int, ...], chosen: Kernels, tensor_siz
         apply_rope_fusion=chosen.is_fused,
         persist_layer_norm=False,
         deterministic_mode=config.training.deterministic,
-        calculate_per_token_loss=True,  # gradients are summed: the loss is divided by the whole step's weight before backward
-        hetereogenous_dist_checkpoint=True,  # a key for each layer, so that some layers of a stack may be frozen
-        batch_p2p_sync=False,  # a wait for the device at every border, against a fault of PyTorch's of long ago
+        # gradients are summed: the loss is divided by the whole step's weight before backward
+        calculate_per_token_loss=True,
+        # a key for each layer, so that some layers of a stack may be frozen
+        hetereogenous_dist_checkpoint=True,
+        # a wait for the device at every border, against a fault of PyTorch's of long ago
+        batch_p2p_sync=False,
         overlap_p2p_comm=is_interleaved,
         batch_p2p_comm=not is_interleaved,
         **_RECOMPUTE[recompute],
@@ -80,7 +97,9 @@ def vision_config(config: Config, layout: Layout, chosen: Kernels) -> Transforme
     vision = config.architecture.vision
     parallel = config.parallel
     # Of a frozen vision encoder nothing is kept, and nothing would be computed again.
-    recompute = parallel.recompute_of("vision") if trains("vision", config.training.trainable) else "none"
+    recompute = (
+        parallel.recompute_of("vision") if trains("vision", config.training.trainable) else "none"
+    )
     return TransformerConfig(
         num_layers=vision.num_layers,
         hidden_size=vision.hidden_size,
@@ -100,12 +119,15 @@ def vision_config(config: Config, layout: Layout, chosen: Kernels) -> Transforme
 def projector_config(config: Config, chosen: Kernels) -> TransformerConfig:
     """The projector's: LayerNorm, linear, GELU, linear, without a pipeline of its own."""
     language = config.architecture.language
-    common = _common(config, (1,), chosen, config.parallel.vision_tensor_size) | {"pipeline_model_parallel_size": 1}
+    common = _common(config, (1,), chosen, config.parallel.vision_tensor_size) | {
+        "pipeline_model_parallel_size": 1
+    }
     return TransformerConfig(
         num_layers=1,
         hidden_size=language.hidden_size,
         ffn_hidden_size=language.hidden_size,
-        num_attention_heads=config.parallel.vision_tensor_size,  # it has none, but the number must divide over ranks
+        # it has none, but the number must divide over ranks
+        num_attention_heads=config.parallel.vision_tensor_size,
         normalization="LayerNorm",
         layernorm_epsilon=1e-5,
         add_bias_linear=True,
@@ -135,6 +157,12 @@ def language_config(config: Config, layout: Layout, chosen: Kernels) -> Transfor
         sequence_parallel=parallel.sequence_parallel,
         context_parallel_size=parallel.context_parallel_size,
         **fp8_settings(config, "language"),
-        **_common(config, layout.language_counts(), chosen, parallel.tensor_model_parallel_size, parallel.recompute_of("language"))
+        **_common(
+            config,
+            layout.language_counts(),
+            chosen,
+            parallel.tensor_model_parallel_size,
+            parallel.recompute_of("language"),
+        )
         | {"bias_activation_fusion": chosen.is_fused},
     )

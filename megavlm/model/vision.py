@@ -1,7 +1,7 @@
 """The vision encoder: tiles to features, one piece of it for each pipeline chunk.
 
-Shape letters: I tiles, S pixels along a tile, N tokens of a tile (its patches and, where there is one, the class token), D hidden size,
-L layers.
+Shape letters: I tiles, S pixels along a tile, N tokens of a tile (its patches and, where there is
+one, the class token), D hidden size, L layers.
 """
 
 from __future__ import annotations
@@ -54,14 +54,28 @@ class VisionEncoder(MegatronModule):
             width = vision.hidden_size
             dtype = config.params_dtype
             size = vision.patch_size
-            self.patch_embedding = nn.Conv2d(3, width, size, size, bias=vision.has_patch_bias, dtype=dtype)
-            self.class_token = nn.Parameter(torch.zeros(1, 1, width, dtype=dtype)) if vision.has_class_token else None
-            self.position_embedding = nn.Parameter(torch.zeros(1, vision.tokens, width, dtype=dtype))
-            self.register_buffer("mean", torch.tensor(vision.pixel_mean)[:, None, None], persistent=False)
-            self.register_buffer("std", torch.tensor(vision.pixel_std)[:, None, None], persistent=False)
+            self.patch_embedding = nn.Conv2d(
+                3, width, size, size, bias=vision.has_patch_bias, dtype=dtype
+            )
+            self.class_token = (
+                nn.Parameter(torch.zeros(1, 1, width, dtype=dtype))
+                if vision.has_class_token
+                else None
+            )
+            self.position_embedding = nn.Parameter(
+                torch.zeros(1, vision.tokens, width, dtype=dtype)
+            )
+            self.register_buffer(
+                "mean", torch.tensor(vision.pixel_mean)[:, None, None], persistent=False
+            )
+            self.register_buffer(
+                "std", torch.tensor(vision.pixel_std)[:, None, None], persistent=False
+            )
             self.embedding_norm = None
             if vision.has_embedding_norm:
-                self.embedding_norm = chosen.norm(config=config, hidden_size=width, eps=vision.layernorm_epsilon)
+                self.embedding_norm = chosen.norm(
+                    config=config, hidden_size=width, eps=vision.layernorm_epsilon
+                )
             self.standardise = chosen.pointwise(_standardise)
         self.encoder = TransformerBlock(
             config=config,
@@ -72,12 +86,17 @@ class VisionEncoder(MegatronModule):
             pg_collection=groups,
             vp_stage=turn,
         )
-        rates = [drop_path_rate(drop_path, layer, vision.num_layers) for layer in range(vision.num_layers)]
+        rates = [
+            drop_path_rate(drop_path, layer, vision.num_layers)
+            for layer in range(vision.num_layers)
+        ]
         rates = torch.tensor(rates).repeat_interleave(2)[:, None] if drop_path else None
         self.register_buffer("drop_path_rates", rates, persistent=False)
 
     def normalise(self, tiles: Tensor) -> Tensor:
-        """uint8 [I, 3, S, S] -> [I, 3, S, S] in the model's number format, as the encoder was pretrained with."""
+        """uint8 [I, 3, S, S] -> [I, 3, S, S] in the model's number format, as the encoder was
+        pretrained with.
+        """
         return self.standardise(tiles, self.mean, self.std, self.position_embedding.dtype)
 
     def embed(self, tiles: Tensor) -> Tensor:
@@ -93,15 +112,19 @@ class VisionEncoder(MegatronModule):
         tokens = self.patch_embedding(self.normalise(tiles)).flatten(2).transpose(1, 2)
         if self.class_token is not None:
             tokens = torch.cat([self.class_token.expand(len(tiles), -1, -1), tokens], dim=1)
-        positions = resize_positions(self.position_embedding, tiles.shape[-1] // size, int(self.vision.has_class_token))
+        positions = resize_positions(
+            self.position_embedding, tiles.shape[-1] // size, int(self.vision.has_class_token)
+        )
         embedded = (tokens + positions).transpose(0, 1).contiguous()
         return embedded if self.embedding_norm is None else self.embedding_norm(embedded)
 
     def kept_paths(self, draws: Tensor) -> Tensor | None:
-        """Factors of the residual branches: 0 where drop path drops one, else the inverse of the share that is kept.
+        """Factors of the residual branches: 0 where drop path drops one, else the inverse of the
+        share that is kept.
 
         Args:
-            draws: uniform numbers in [0, 1), [2L, I], drawn for the pack, so that they depend on no rank.
+            draws: uniform numbers in [0, 1), [2L, I], drawn for the pack, so that they depend on no
+                rank.
 
         Returns:
             [2L, I], or none when nothing is dropped.

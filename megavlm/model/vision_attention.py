@@ -1,4 +1,6 @@
-"""Attention inside the tiles of InternViT, with heads that divide over any number of ranks, and the norm of InternViT-6B."""
+"""Attention inside the tiles of InternViT, with heads that divide over any number of ranks, and the
+norm of InternViT-6B.
+"""
 
 from __future__ import annotations
 
@@ -25,21 +27,36 @@ def unpadded_shape(vision: Vision, key: str, shape: tuple[int, ...]) -> tuple[in
 class VisionAttention(SelfAttention):
     """megatron-core's attention, with a norm over all queries and all keys where the model has one.
 
-    Heads that only pad are zero, and stay so: with a zero head all its gradients are zero, in the projection behind it too. How many there
-    are depends on the layout, so checkpoints take tensors of other lengths here.
+    Heads that only pad are zero, and stay so: with a zero head all its gradients are zero, in the
+    projection behind it too. How many there are depends on the layout, so checkpoints take tensors
+    of other lengths here.
 
     Args:
         qk_norm: whether there is the norm.
         config, submodules, kwargs: as megatron-core gives them.
     """
 
-    def __init__(self, config: TransformerConfig, submodules: SelfAttentionSubmodules, qk_norm: bool, **kwargs):
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: SelfAttentionSubmodules,
+        qk_norm: bool,
+        **kwargs,
+    ):
         super().__init__(config=config, submodules=submodules, **kwargs)
         local_width = self.num_attention_heads_per_partition * self.hidden_size_per_attention_head
-        self.qk_norm = QueryKeyNorm(config, config.hidden_size, local_width, self.pg_collection.tp) if qk_norm else None
+        self.qk_norm = (
+            QueryKeyNorm(config, config.hidden_size, local_width, self.pg_collection.tp)
+            if qk_norm
+            else None
+        )
 
-    def get_query_key_value_tensors(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """Called by megatron-core; all three are [tokens of a tile, I, heads of this rank, head size]."""
+    def get_query_key_value_tensors(
+        self, hidden_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Called by megatron-core; all three are [tokens of a tile, I, heads of this rank, head
+        size].
+        """
         query, key, value = super().get_query_key_value_tensors(hidden_states, *args, **kwargs)
         if self.qk_norm is not None:
             query, key = self.qk_norm(query, key)

@@ -1,4 +1,6 @@
-"""A layer of the vision encoder: a transformer layer with layer scale (InternViT's) and drop path on both residual branches."""
+"""A layer of the vision encoder: a transformer layer with layer scale (InternViT's) and drop path
+on both residual branches.
+"""
 
 from __future__ import annotations
 
@@ -11,22 +13,31 @@ from torch import Tensor, nn
 
 
 def drop_path_rate(highest: float, layer: int, layers: int) -> float:
-    """Rate of layer ``layer`` (from 0): 0 for the first, ``highest`` for the last, linear between (Huang et al., arXiv 1603.09382)."""
+    """Rate of layer ``layer`` (from 0): 0 for the first, ``highest`` for the last, linear between
+    (Huang et al., arXiv 1603.09382).
+    """
     return highest * layer / max(layers - 1, 1)
 
 
 def add_branch(hidden: Tensor, branch: Tensor, bias: Tensor, scale: Tensor | float) -> Tensor:
-    """A residual branch that is kept: ``hidden + (branch + bias) * scale``, [tokens of a tile, I, D]."""
+    """A residual branch that is kept: ``hidden + (branch + bias) * scale``, [tokens of a tile, I,
+    D].
+    """
     return hidden + (branch + bias) * scale
 
 
-def add_kept_branch(hidden: Tensor, branch: Tensor, bias: Tensor, scale: Tensor | float, keep: Tensor) -> Tensor:
-    """The same where drop path decides: ``keep`` [I] is 0 where a tile's branch is dropped, else the inverse of the share that is kept."""
+def add_kept_branch(
+    hidden: Tensor, branch: Tensor, bias: Tensor, scale: Tensor | float, keep: Tensor
+) -> Tensor:
+    """The same where drop path decides: ``keep`` [I] is 0 where a tile's branch is dropped, else
+    the inverse of the share that is kept.
+    """
     return hidden + (branch + bias) * scale * keep[:, None].to(branch.dtype)
 
 
 class VisionLayer(TransformerLayer):
-    """``x + path(scale * attention(norm(x)))``, then the same with the MLP (Touvron et al., arXiv 2103.17239, for the layer scale).
+    """``x + path(scale * attention(norm(x)))``, then the same with the MLP (Touvron et al., arXiv
+    2103.17239, for the layer scale).
 
     Args:
         config: megatron-core's configuration of the encoder.
@@ -49,34 +60,59 @@ class VisionLayer(TransformerLayer):
         super().__init__(config=config, submodules=submodules, **kwargs)
         self.attention_scale = self.mlp_scale = None
         if layer_scale:
-            self.attention_scale = nn.Parameter(torch.ones(config.hidden_size, dtype=config.params_dtype))
+            self.attention_scale = nn.Parameter(
+                torch.ones(config.hidden_size, dtype=config.params_dtype)
+            )
             self.mlp_scale = nn.Parameter(torch.ones(config.hidden_size, dtype=config.params_dtype))
         self.checkpoint = checkpoint
         self.add_branch = pointwise(add_branch)
         self.add_kept_branch = pointwise(add_kept_branch)
 
-    def forward(self, hidden_states: Tensor, context: Tensor | None = None, **kwargs) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, hidden_states: Tensor, context: Tensor | None = None, **kwargs
+    ) -> tuple[Tensor, Tensor | None]:
         """One layer.
 
         Args:
             hidden_states: [tokens of a tile, I, D].
-            context: whether each tile keeps each branch, divided by the share that does [2 * layers, I]; none: all are kept. It takes
-                the place of cross-attention's context, the one tensor that megatron-core's block hands to every layer, recomputed or not.
+            context: whether each tile keeps each branch, divided by the share that does [2 *
+                layers, I]; none: all are kept. It takes the place of cross-attention's context, the
+                one tensor that megatron-core's block hands to every layer, recomputed or not.
         """
-        attended, bias = self.self_attention(self.input_layernorm(hidden_states), attention_mask=None)
+        attended, bias = self.self_attention(
+            self.input_layernorm(hidden_states), attention_mask=None
+        )
         hidden_states = self._add(hidden_states, attended, bias, self.attention_scale, context, 0)
         normed = self.pre_mlp_layernorm(hidden_states)
-        # Without a backward pass Transformer Engine would wait for ever for the second call, and keep what it needs for it.
+        # Without a backward pass Transformer Engine would wait for ever for the second call, and
+        # keep what it needs for it.
         recompute = self.recompute_mlp and torch.is_grad_enabled()
-        transformed = self.checkpoint(self._transform, self.tp_group, normed) if recompute else self._transform(normed)
-        return self._add(hidden_states, transformed, self.mlp.linear_fc2.bias, self.mlp_scale, context, 1), context
+        transformed = (
+            self.checkpoint(self._transform, self.tp_group, normed)
+            if recompute
+            else self._transform(normed)
+        )
+        return self._add(
+            hidden_states, transformed, self.mlp.linear_fc2.bias, self.mlp_scale, context, 1
+        ), context
 
     def _transform(self, hidden: Tensor) -> Tensor:
-        # Without its bias: a parameter that a recomputed function returns is cut off from the parameters that are trained.
+        # Without its bias: a parameter that a recomputed function returns is cut off from the
+        # parameters that are trained.
         return self.mlp(hidden)[0]
 
-    def _add(self, hidden: Tensor, branch: Tensor, bias: Tensor, scale: Tensor | None, keep: Tensor | None, number: int) -> Tensor:
+    def _add(
+        self,
+        hidden: Tensor,
+        branch: Tensor,
+        bias: Tensor,
+        scale: Tensor | None,
+        keep: Tensor | None,
+        number: int,
+    ) -> Tensor:
         scale = 1.0 if scale is None else scale
         if keep is None:
             return self.add_branch(hidden, branch, bias, scale)
-        return self.add_kept_branch(hidden, branch, bias, scale, keep[2 * (self.layer_number - 1) + number])
+        return self.add_kept_branch(
+            hidden, branch, bias, scale, keep[2 * (self.layer_number - 1) + number]
+        )

@@ -1,7 +1,8 @@
-"""The vision-language model: one pipeline over all its layers, of which each rank holds a chunk or several.
+"""The vision-language model: one pipeline over all its layers, of which each rank holds a chunk or
+several.
 
-Shape letters: T tokens of the pack, I tiles, S pixels along a tile, N tokens of a tile in the vision encoder, F features of a tile,
-D hidden size.
+Shape letters: T tokens of the pack, I tiles, S pixels along a tile, N tokens of a tile in the
+vision encoder, F features of a tile, D hidden size.
 """
 
 from __future__ import annotations
@@ -25,7 +26,13 @@ from megavlm.model.specs import kernels
 from megavlm.model.transformer import language_config, projector_config, vision_config
 from megavlm.model.vision import VisionEncoder
 from megavlm.parallel.process_groups import Groups
-from megavlm.parallel.vision_parallel import gather_features, holds_whole_layers, mark_copies, save_once, sum_gradients
+from megavlm.parallel.vision_parallel import (
+    gather_features,
+    holds_whole_layers,
+    mark_copies,
+    save_once,
+    sum_gradients,
+)
 from megavlm.planner.layout import Layout
 
 
@@ -46,34 +53,51 @@ class VisionLanguageModel(MegatronModule):
         arch = config.architecture
         super().__init__(language_config(config, layout, chosen))
         # The pipeline schedules of megatron-core ask a chunk for these.
-        turn = number // groups.pipeline_size if config.parallel.virtual_pipeline_model_parallel_size > 1 else None
+        turn = (
+            number // groups.pipeline_size
+            if config.parallel.virtual_pipeline_model_parallel_size > 1
+            else None
+        )
         self.model_type = ModelType.encoder_or_decoder
         self.vp_stage = turn
         self.input_tensor = None
         self.pre_process = chunk.has_patch_embedding
         self.post_process = chunk.has_head
-        self.share_embeddings_and_output_weights = False  # megatron-core would sum gradients of tied weights at the pipeline's ends only
+        self.share_embeddings_and_output_weights = (
+            False  # megatron-core would sum gradients of tied weights at the pipeline's ends only
+        )
         self.number = number
         self.architecture = arch
         self.groups = groups
 
         self.vision = self.projector = self.language = None
-        # Set by the freeze mask: whether anything in the vision encoder is trained, and the first chunk that trains anything.
+        # Set by the freeze mask: whether anything in the vision encoder is trained, and the first
+        # chunk that trains anything.
         self.trains_vision = True
         self.first_trained = 0
         collection = groups.collection
         if chunk.has_patch_embedding or chunk.vision_layers:
             drop_path = config.training.drop_path
             encoder = vision_config(config, layout, chosen)
-            self.vision = VisionEncoder(encoder, arch.vision, chunk, drop_path, chosen, groups.vision, turn)
+            self.vision = VisionEncoder(
+                encoder, arch.vision, chunk, drop_path, chosen, groups.vision, turn
+            )
         if chunk.has_projector:
-            self.projector = Projector(projector_config(config, chosen), arch, chosen, groups.vision)
+            self.projector = Projector(
+                projector_config(config, chosen), arch, chosen, groups.vision
+            )
         # Parts of which every tensor-parallel rank has a copy, for tiles of its own.
-        self.copies = [part for part in (self.vision, self.projector) if part is not None] if holds_whole_layers(groups) else []
+        self.copies = (
+            [part for part in (self.vision, self.projector) if part is not None]
+            if holds_whole_layers(groups)
+            else []
+        )
         for part in self.copies:
             mark_copies(part)
         if chunk.has_projector or chunk.has_language:
-            self.language = LanguageModel(self.config, arch.language, chunk, chosen, collection, turn)
+            self.language = LanguageModel(
+                self.config, arch.language, chunk, chosen, collection, turn
+            )
 
     def set_input_tensor(self, received: Tensor | list[Tensor]) -> None:
         """Take what the chunk before sent; called by the schedule."""
@@ -85,13 +109,19 @@ class VisionLanguageModel(MegatronModule):
     def received_shape(self, batch: Batch) -> tuple[int, int, int]:
         """Shape of what the chunk before sends for a pack."""
         if self.vision is not None or self.projector is not None:
-            return self.architecture.vision.tokens, batch.num_tiles, self.architecture.vision.hidden_size
+            return (
+                self.architecture.vision.tokens,
+                batch.num_tiles,
+                self.architecture.vision.hidden_size,
+            )
         ranks = self.groups.tensor_size if self.config.sequence_parallel else 1
         return len(batch.tokens) // ranks, 1, self.config.hidden_size
 
     @property
     def tied_weight(self) -> Tensor | None:
-        """This chunk's copy of the token embedding that is also the head; none where they are not one, or not here."""
+        """This chunk's copy of the token embedding that is also the head; none where they are not
+        one, or not here.
+        """
         is_tied = self.architecture.language.tied_head and self.language is not None
         return self.language.shared_embedding_or_output_weight() if is_tied else None
 
@@ -100,19 +130,30 @@ class VisionLanguageModel(MegatronModule):
         entries = super().sharded_state_dict(prefix, *args, **kwargs)
         if not self.copies:
             return entries
-        of_copies = {key: entry for key, entry in entries.items() if key.startswith((f"{prefix}vision.", f"{prefix}projector."))}
+        of_copies = {
+            key: entry
+            for key, entry in entries.items()
+            if key.startswith((f"{prefix}vision.", f"{prefix}projector."))
+        }
         return entries | save_once(of_copies, self.groups.tensor_rank)
 
     def sum_gradients(self) -> None:
-        """Finish the gradients of weights of which each tensor-parallel rank has a copy. Collective."""
+        """Finish the gradients of weights of which each tensor-parallel rank has a copy.
+        Collective.
+        """
         for part in self.copies:
             sum_gradients(part.parameters(), self.groups)
 
     def train(self, mode: bool = True) -> VisionLanguageModel:
-        """Switch between training and evaluation, in which nothing is recomputed: megatron-core would do so for MLPs without looking."""
+        """Switch between training and evaluation, in which nothing is recomputed: megatron-core
+        would do so for MLPs without looking.
+        """
         super().train(mode)
         for layer in self.modules():
-            if isinstance(layer, TransformerLayer) and layer.config.recompute_granularity == "selective":
+            if (
+                isinstance(layer, TransformerLayer)
+                and layer.config.recompute_granularity == "selective"
+            ):
                 layer.recompute_mlp = mode
         return self
 
@@ -124,10 +165,12 @@ class VisionLanguageModel(MegatronModule):
             with_loss: end in losses, otherwise in logits.
 
         Returns:
-            The loss of every token [T], or logits [T, padded V / tensor-parallel ranks], from the last chunk; from others what the next
+            The loss of every token [T], or logits [T, padded V / tensor-parallel ranks], from the
+                last chunk; from others what the next
             chunk takes: [N, I, D] inside the vision encoder, [T, 1, D] inside the language model.
         """
-        # Before the first chunk that trains anything there is no backward pass, and nothing is kept for one.
+        # Before the first chunk that trains anything there is no backward pass, and nothing is kept
+        # for one.
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.number >= self.first_trained):
             return self._run(batch, with_loss)
 
@@ -149,17 +192,28 @@ class VisionLanguageModel(MegatronModule):
 
     def _fuse(self, hidden: Tensor, batch: Batch) -> Tensor:
         embeddings = self.language.embedding(input_ids=batch.tokens[None], position_ids=None)
-        fused = place_features(embeddings, gather_features(self.projector(hidden), self.groups), batch)
-        return scatter_to_sequence_parallel_region(fused) if self.config.sequence_parallel else fused
+        fused = place_features(
+            embeddings, gather_features(self.projector(hidden), self.groups), batch
+        )
+        return (
+            scatter_to_sequence_parallel_region(fused) if self.config.sequence_parallel else fused
+        )
 
     def _read(self, hidden: Tensor, batch: Batch, with_loss: bool) -> Tensor:
         hidden = ask_for_gradient(hidden, self.config)
         self.language.set_input_tensor(hidden)
         ends = batch.sample_ends
         longest = batch.longest_sample
-        packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=ends, cu_seqlens_kv=ends, max_seqlen_q=longest, max_seqlen_kv=longest)
+        packed = PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=ends,
+            cu_seqlens_kv=ends,
+            max_seqlen_q=longest,
+            max_seqlen_kv=longest,
+        )
         if self.groups.context_size > 1:
-            # Transformer Engine cuts samples at the ends with padding. There is none between ours: what aligns a sample is part of it.
+            # Transformer Engine cuts samples at the ends with padding. There is none between ours:
+            # what aligns a sample is part of it.
             packed.cu_seqlens_q_padded = packed.cu_seqlens_kv_padded = ends
         output = self.language(
             input_ids=None,

@@ -1,4 +1,6 @@
-"""The weights of a chunk under the names that checkpoints use, whatever the layout and the kernels of the layers."""
+"""The weights of a chunk under the names that checkpoints use, whatever the layout and the kernels
+of the layers.
+"""
 
 from __future__ import annotations
 
@@ -28,9 +30,15 @@ FullTensor = Callable[[str, tuple[int, ...]], Sliceable]
 
 
 def named_weights(model: VisionLanguageModel) -> dict[str, nn.Parameter]:
-    """Parameters of this chunk by checkpoint key, such as ``vision.encoder.layers.3.mlp.linear_fc1.weight``."""
+    """Parameters of this chunk by checkpoint key, such as
+    ``vision.encoder.layers.3.mlp.linear_fc1.weight``.
+    """
     sharded = model.sharded_state_dict().values()
-    return {entry.key: entry.data for entry in sharded if isinstance(entry, (ShardedTensor, ShardedTensorFactory))}
+    return {
+        entry.key: entry.data
+        for entry in sharded
+        if isinstance(entry, (ShardedTensor, ShardedTensorFactory))
+    }
 
 
 def _shards(model: VisionLanguageModel) -> Iterator[ShardedTensor]:
@@ -58,8 +66,9 @@ def fill(chunks: Sequence[VisionLanguageModel], full_tensor: FullTensor) -> list
 
     Args:
         chunks: this rank's.
-        full_tensor: takes a checkpoint key and the shape of the whole tensor, and answers with that tensor. It may be shorter (a
-            vocabulary or heads without padding); what is missing becomes zero. Only these chunks' parts are taken of it.
+        full_tensor: takes a checkpoint key and the shape of the whole tensor, and answers with that
+            tensor. It may be shorter (a vocabulary or heads without padding); what is missing
+            becomes zero. Only these chunks' parts are taken of it.
 
     Returns:
         The keys that were filled.
@@ -75,10 +84,12 @@ def fill(chunks: Sequence[VisionLanguageModel], full_tensor: FullTensor) -> list
 
 
 def fresh_tensor(config: Config) -> FullTensor:
-    """Fresh weights, drawn from the seed and the weight's name, so that they are the same at every layout.
+    """Fresh weights, drawn from the seed and the weight's name, so that they are the same at every
+    layout.
 
-    Matrices are normal with standard deviation sqrt(2 / (5 D)) (Nguyen and Salazar, arXiv 1910.05895), those that end a residual branch
-    divided by the root of twice the layers (Radford et al., GPT-2); norms start at one, biases at zero, layer scale as configured.
+    Matrices are normal with standard deviation sqrt(2 / (5 D)) (Nguyen and Salazar, arXiv
+    1910.05895), those that end a residual branch divided by the root of twice the layers (Radford
+    et al., GPT-2); norms start at one, biases at zero, layer scale as configured.
     """
     arch = config.architecture
     seed = config.training.seed

@@ -41,14 +41,20 @@ def set_environment(deterministic: bool) -> None:
     Args:
         deterministic: use only kernels that give the same bits each time.
     """
-    # megatron-core relies on it to start a collective before the matrix product that is to hide it, up to Hopper.
+    # megatron-core relies on it to start a collective before the matrix product that is to hide it,
+    # up to Hopper.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if deterministic:
-        os.environ.update(CUBLAS_WORKSPACE_CONFIG=":4096:8", NCCL_ALGO="Ring", NVTE_ALLOW_NONDETERMINISTIC_ALGO="0")
+        os.environ.update(
+            CUBLAS_WORKSPACE_CONFIG=":4096:8",
+            NCCL_ALGO="Ring",
+            NVTE_ALLOW_NONDETERMINISTIC_ALGO="0",
+        )
 
 
 def meet(timeout_minutes: int) -> dist.Store:
-    """The key-value store that torchrun's ranks share; nothing else is started, no device is touched.
+    """The key-value store that torchrun's ranks share; nothing else is started, no device is
+    touched.
 
     Args:
         timeout_minutes: how long to wait for the others.
@@ -56,11 +62,14 @@ def meet(timeout_minutes: int) -> dist.Store:
     if "MASTER_ADDR" not in os.environ:
         return dist.HashStore()
     store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(minutes=timeout_minutes)))
-    # torchrun keeps its store when it starts the ranks again: what they wrote in their last life must not be read in this one.
+    # torchrun keeps its store when it starts the ranks again: what they wrote in their last life
+    # must not be read in this one.
     return dist.PrefixStore(f"megavlm/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
-def start(timeout_minutes: int, *, deterministic: bool = False, store: dist.Store | None = None) -> Backend:
+def start(
+    timeout_minutes: int, *, deterministic: bool = False, store: dist.Store | None = None
+) -> Backend:
     """Pick the backend and join the world.
 
     Args:

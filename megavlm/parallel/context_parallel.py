@@ -1,4 +1,5 @@
-"""Context parallelism for layers that see all tokens of a sample: bringing them together from the ranks that share a pack.
+"""Context parallelism for layers that see all tokens of a sample: bringing them together from the
+ranks that share a pack.
 
 Shapes: t tokens of a rank, T tokens of the pack.
 """
@@ -15,8 +16,12 @@ from megavlm.data.loading.rank_slice import Share
 
 
 def own_places(ends: np.ndarray, group: ProcessGroup) -> Tensor:
-    """Places in the pack of this rank's tokens, in the order in which it has them; int64 [t], ``ends`` as for ``Share.tokens``."""
-    return torch.from_numpy(Share(context_rank=group.rank(), context_ranks=group.size()).tokens(ends))
+    """Places in the pack of this rank's tokens, in the order in which it has them; int64 [t],
+    ``ends`` as for ``Share.tokens``.
+    """
+    return torch.from_numpy(
+        Share(context_rank=group.rank(), context_ranks=group.size()).tokens(ends)
+    )
 
 
 def gather_tokens(own: Tensor, ends: np.ndarray, group: ProcessGroup) -> Tensor:
@@ -28,8 +33,14 @@ def gather_tokens(own: Tensor, ends: np.ndarray, group: ProcessGroup) -> Tensor:
         group: ranks that share the pack.
 
     Returns:
-        [T, ...], in the order of the pack. In the backward pass the gradients of all ranks are summed.
+        [T, ...], in the order of the pack. In the backward pass the gradients of all ranks are
+            summed.
     """
-    shares = [Share(context_rank=rank, context_ranks=group.size()).tokens(ends) for rank in range(group.size())]
+    shares = [
+        Share(context_rank=rank, context_ranks=group.size()).tokens(ends)
+        for rank in range(group.size())
+    ]
     order = torch.from_numpy(np.argsort(np.concatenate(shares)))
-    return gather_from_sequence_parallel_region(own, tensor_parallel_output_grad=True, group=group)[order]
+    return gather_from_sequence_parallel_region(own, tensor_parallel_output_grad=True, group=group)[
+        order
+    ]

@@ -8,10 +8,12 @@ import torch
 
 
 class Adam(torch.optim.Optimizer):
-    """AdamW (Loshchilov and Hutter, arXiv 1711.05101) whose step count lives in the parameter group.
+    """AdamW (Loshchilov and Hutter, arXiv 1711.05101) whose step count lives in the parameter
+    group.
 
-    The fused optimizers of Apex and Transformer Engine keep it there, and megatron-core relies on it to save a rank that has nothing to
-    train and to load state saved at another layout; torch's own AdamW counts in every parameter's state and fails at both.
+    The fused optimizers of Apex and Transformer Engine keep it there, and megatron-core relies on
+    it to save a rank that has nothing to train and to load state saved at another layout; torch's
+    own AdamW counts in every parameter's state and fails at both.
     """
 
     def __init__(

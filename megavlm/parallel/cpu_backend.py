@@ -1,8 +1,9 @@
 """Stand-ins that let megatron-core run on a CPU over gloo.
 
-megatron-core asks ``torch.cuda`` for the current device, for streams and for random states wherever it runs. On a machine without a
-CUDA device ``install`` answers those questions for the CPU. Nothing of megatron-core is replaced but its optimizer class (see
-``parallel/adam``) and two functions that read CUDA's random state; all of its parallelism runs as it is.
+megatron-core asks ``torch.cuda`` for the current device, for streams and for random states wherever
+it runs. On a machine without a CUDA device ``install`` answers those questions for the CPU. Nothing
+of megatron-core is replaced but its optimizer class (see ``parallel/adam``) and two functions that
+read CUDA's random state; all of its parallelism runs as it is.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ import torch
 from megavlm.parallel.cpu_adam import Adam
 
 _CPU = torch.device("cpu")
-# Modules of megatron-core that make tensors with device="cuda", and the functions of torch that they make them with.
+# Modules of megatron-core that make tensors with device="cuda", and the functions of torch that
+# they make them with.
 _MODULES = (
     "distributed.param_and_grad_buffer",
     "optimizer.clip_grads",
@@ -34,7 +36,9 @@ _FACTORIES = ("tensor", "zeros", "ones", "empty")
 
 
 class _NoStream:
-    """Takes the place of CUDA streams and events, of which a CPU has none: every method does nothing."""
+    """Takes the place of CUDA streams and events, of which a CPU has none: every method does
+    nothing.
+    """
 
     def __init__(self, *args, **kwargs):
         pass
@@ -62,7 +66,9 @@ def _on_cpu(factory: Callable) -> Callable:
 
 
 class _TorchOnCpu(ModuleType):
-    """What the modules above see as ``torch``; for everybody else it stays as it is, transformers' tricks with devices included."""
+    """What the modules above see as ``torch``; for everybody else it stays as it is, transformers'
+    tricks with devices included.
+    """
 
     def __init__(self):
         super().__init__("torch")
@@ -100,10 +106,15 @@ def _replace_cuda_questions() -> None:
 
 
 def _replace_random_states(random: ModuleType) -> None:
-    # Here the CPU's random state is the device's, so it does change where megatron-core warns that it should not.
+    # Here the CPU's random state is the device's, so it does change where megatron-core warns that
+    # it should not.
     logging.getLogger(random.__name__).setLevel(logging.ERROR)
-    random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
-    random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
+    random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: (
+        torch.get_rng_state()
+    )
+    random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(
+        state
+    )
 
 
 def _replace_optimizer(optimizer: ModuleType, distributed: ModuleType) -> None:

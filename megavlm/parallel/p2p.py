@@ -1,8 +1,9 @@
 """What travels between the chunks of the pipeline, and what does not.
 
-megatron-core either takes all shapes to be the same, or exchanges the shape of every tensor before the tensor itself and waits for the
-device in between. Here tiles travel and then tokens, and packs differ in their tiles; but the ranks of a pipeline read the same packs, so
-that the receiver knows every shape beforehand. And a gradient that trains nothing upstream does not travel at all.
+megatron-core either takes all shapes to be the same, or exchanges the shape of every tensor before
+the tensor itself and waits for the device in between. Here tiles travel and then tokens, and packs
+differ in their tiles; but the ranks of a pipeline read the same packs, so that the receiver knows
+every shape beforehand. And a gradient that trains nothing upstream does not travel at all.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ Shape = tuple[int, ...]
 
 
 class Turns(Generic[Item]):
-    """Hands the same items to several readers, in order; each is made once, and forgotten when every reader has had it.
+    """Hands the same items to several readers, in order; each is made once, and forgotten when
+    every reader has had it.
 
     Args:
         items: what is read.
@@ -51,7 +53,8 @@ class Turns(Generic[Item]):
 
 
 class Borders(P2PCommunicator):
-    """The two borders of a chunk, for megatron-core's schedule of chunks that are not interleaved. It is made anew for every step.
+    """The two borders of a chunk, for megatron-core's schedule of chunks that are not interleaved.
+    It is made anew for every step.
 
     Args:
         group: the chunks of one pipeline.
@@ -60,16 +63,30 @@ class Borders(P2PCommunicator):
         first_trained: number of the first chunk that has anything to train.
     """
 
-    def __init__(self, group: dist.ProcessGroup, config: ModelParallelConfig, arriving: Iterator[Shape], first_trained: int):
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        config: ModelParallelConfig,
+        arriving: Iterator[Shape],
+        first_trained: int,
+    ):
         super().__init__(group, config)
         self._arriving = arriving
         self._gradient_leaves = first_trained < group.rank()
         self._gradient_arrives = first_trained <= group.rank()
-        self._sent = deque[Shape]()  # of activations whose gradients have not arrived yet, which have the same shapes
+        self._sent = deque[
+            Shape
+        ]()  # of activations whose gradients have not arrived yet, which have the same shapes
 
     def recv_forward(self, tensor_shapes: object, is_first_stage: bool) -> list[Tensor | None]:
-        """Called by the schedule, which knows no shapes; nor do the methods below look at those that it gives."""
-        return [None] if is_first_stage else super().recv_forward([next(self._arriving)], is_first_stage)
+        """Called by the schedule, which knows no shapes; nor do the methods below look at those
+        that it gives.
+        """
+        return (
+            [None]
+            if is_first_stage
+            else super().recv_forward([next(self._arriving)], is_first_stage)
+        )
 
     def send_forward(self, output_tensors: list[Tensor], is_last_stage: bool) -> None:
         """Called by the schedule."""
@@ -87,13 +104,17 @@ class Borders(P2PCommunicator):
         if self._gradient_leaves:
             super().send_backward(input_tensor_grads, is_first_stage)
 
-    def send_forward_recv_backward(self, output_tensors: list[Tensor], tensor_shapes: object, is_last_stage: bool) -> list[Tensor | None]:
+    def send_forward_recv_backward(
+        self, output_tensors: list[Tensor], tensor_shapes: object, is_last_stage: bool
+    ) -> list[Tensor | None]:
         """Called by the schedule."""
         if is_last_stage or not self._gradient_arrives:
             super().send_forward(output_tensors, is_last_stage)
             return [None]
         self._sent.append(tuple(output_tensors[0].shape))
-        return super().send_forward_recv_backward(output_tensors, [self._sent.popleft()], is_last_stage)
+        return super().send_forward_recv_backward(
+            output_tensors, [self._sent.popleft()], is_last_stage
+        )
 
     def send_backward_recv_forward(
         self, input_tensor_grads: list[Tensor | None], tensor_shapes: object, is_first_stage: bool
@@ -101,4 +122,6 @@ class Borders(P2PCommunicator):
         """Called by the schedule."""
         if is_first_stage or not self._gradient_leaves:
             return self.recv_forward(tensor_shapes, is_first_stage)
-        return super().send_backward_recv_forward(input_tensor_grads, [next(self._arriving)], is_first_stage)
+        return super().send_backward_recv_forward(
+            input_tensor_grads, [next(self._arriving)], is_first_stage
+        )

@@ -1,4 +1,6 @@
-"""Process groups of a run, and this rank's place in them: the only module that talks to megatron-core's ``parallel_state``."""
+"""Process groups of a run, and this rank's place in them: the only module that talks to
+megatron-core's ``parallel_state``.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +23,8 @@ class Groups:
 
     Args:
         collection: megatron-core's groups, handed to the modules that take them.
-        vision: the same for the vision encoder and the projector; where these stand whole on every rank, each is its own tensor-parallel
-            group.
+        vision: the same for the vision encoder and the projector; where these stand whole on every
+            rank, each is its own tensor-parallel group.
         share: which tiles and tokens of a pack are this rank's.
         rank, size: place in the world.
         tensor_rank, tensor_size: place among the ranks that share each layer.
@@ -52,27 +54,42 @@ class Groups:
 
     @property
     def is_writer(self) -> bool:
-        """Whether this rank writes to the console and to files; it has the last chunk, where the loss is known."""
-        return self.has_last_chunk and self.tensor_rank == 0 and self.context_rank == 0 and self.data_rank == 0
+        """Whether this rank writes to the console and to files; it has the last chunk, where the
+        loss is known.
+        """
+        return (
+            self.has_last_chunk
+            and self.tensor_rank == 0
+            and self.context_rank == 0
+            and self.data_rank == 0
+        )
 
     def by_kind(self) -> dict[str, dist.ProcessGroup]:
-        """This rank's group of each kind; ``data`` sums gradients, over the ranks that share packs too."""
+        """This rank's group of each kind; ``data`` sums gradients, over the ranks that share packs
+        too.
+        """
         of = self.collection
         return {"tensor": of.tp, "context": of.cp, "pipeline": of.pp, "data": of.dp_cp}
 
     def sum_over_data(self, values: torch.Tensor) -> torch.Tensor:
-        """Sum ``values`` in place over the copies of the model, and over the ranks that share their packs."""
+        """Sum ``values`` in place over the copies of the model, and over the ranks that share their
+        packs.
+        """
         dist.all_reduce(values, group=self.collection.dp_cp)
         return values
 
     def from_writer(self, value: float, device: torch.device) -> float:
-        """The ``value`` of the rank that writes, on every rank of the world; a collective call that waits for the answer."""
+        """The ``value`` of the rank that writes, on every rank of the world; a collective call that
+        waits for the answer.
+        """
         answer = torch.tensor([value if self.is_writer else 0.0], device=device)
         dist.all_reduce(answer)
         return float(answer.item())
 
     def any_rank(self, flag: bool, device: torch.device) -> bool:
-        """Whether ``flag`` is set on any rank of the world; a collective call that waits for the answer."""
+        """Whether ``flag`` is set on any rank of the world; a collective call that waits for the
+        answer.
+        """
         answer = torch.tensor([float(flag)], device=device)
         dist.all_reduce(answer, op=dist.ReduceOp.MAX)
         return bool(answer.item())
@@ -84,7 +101,8 @@ def create(parallel: Parallel, seed: int, embedding_chunk: int = 0) -> Groups:
     Args:
         parallel: sizes of the layout.
         seed: of the random states that megatron-core keeps; nothing in training draws from them.
-        embedding_chunk: number of the chunk with the token embedding, whose gradient is summed with that of a tied head in the last one.
+        embedding_chunk: number of the chunk with the token embedding, whose gradient is summed with
+            that of a tied head in the last one.
     """
 
     virtual = parallel.virtual_pipeline_model_parallel_size
@@ -117,7 +135,12 @@ def create(parallel: Parallel, seed: int, embedding_chunk: int = 0) -> Groups:
     return Groups(
         collection=collection,
         vision=vision,
-        share=Share(tile_rank=tile_rank, tile_ranks=tile_ranks, context_rank=context_rank, context_ranks=context_size),
+        share=Share(
+            tile_rank=tile_rank,
+            tile_ranks=tile_ranks,
+            context_rank=context_rank,
+            context_ranks=context_size,
+        ),
         rank=dist.get_rank(),
         size=dist.get_world_size(),
         tensor_rank=tensor_rank,

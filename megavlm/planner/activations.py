@@ -1,8 +1,9 @@
 """What the forward pass keeps for the backward pass, in numbers for each token.
 
-Counted tensor by tensor as Korthikanti et al. do (arXiv 2205.05198, section 4), for attention that keeps no probabilities and without
-dropout. A frozen layer behind a trained one keeps less: what only the gradients of weights would read is not kept. A layer with nothing
-trained before it keeps nothing.
+Counted tensor by tensor as Korthikanti et al. do (arXiv 2205.05198, section 4), for attention that
+keeps no probabilities and without dropout. A frozen layer behind a trained one keeps less: what
+only the gradients of weights would read is not kept. A layer with nothing trained before it keeps
+nothing.
 
 Shape letters: D hidden size, M hidden size of the MLP.
 """
@@ -31,7 +32,8 @@ class Kept:
 
     Args:
         each_pack: kept for every pack that is under way.
-        once: needed while a pack is worked on: a layer that is computed again, or keeps nothing; logits.
+        once: needed while a pack is worked on: a layer that is computed again, or keeps nothing;
+            logits.
     """
 
     each_pack: float
@@ -60,17 +62,25 @@ class RankShare:
             tiles: real tiles of a pack, on average. Those of each pack are filled up to a multiple.
         """
         filled = tiles + (_multiple(parallel) - 1) / 2 if tiles else tiles
-        return cls(tokens=capacity / parallel.context_parallel_size, tiles=filled / parallel.tile_ranks)
+        return cls(
+            tokens=capacity / parallel.context_parallel_size, tiles=filled / parallel.tile_ranks
+        )
 
     @classmethod
     def most(cls, parallel: Parallel, capacity: int, tiles: float) -> RankShare:
-        """Each rank's share of a pack with this many real tiles; other arguments as for ``mean``."""
+        """Each rank's share of a pack with this many real tiles; other arguments as for
+        ``mean``.
+        """
         filled = math.ceil(tiles / _multiple(parallel)) * _multiple(parallel)
-        return cls(tokens=capacity / parallel.context_parallel_size, tiles=filled / parallel.tile_ranks)
+        return cls(
+            tokens=capacity / parallel.context_parallel_size, tiles=filled / parallel.tile_ranks
+        )
 
 
 def _multiple(parallel: Parallel) -> int:
-    """What the tiles of a pack are a multiple of, over all ranks, with Transformer Engine's layers."""
+    """What the tiles of a pack are a multiple of, over all ranks, with Transformer Engine's
+    layers.
+    """
     return parallel.tile_ranks * max(1, _TILES // parallel.tile_ranks)
 
 
@@ -96,31 +106,50 @@ def kept_by(config: Config, chunk: Chunk, share: RankShare) -> Kept:
     is_trained = held_by(config, chunk).trained > 0
     layers = {
         "vision": vision_layer(arch, parallel.vision_tensor_size, is_trained),
-        "language": language_layer(arch, parallel.tensor_model_parallel_size, parallel.sequence_parallel, is_trained),
+        "language": language_layer(
+            arch, parallel.tensor_model_parallel_size, parallel.sequence_parallel, is_trained
+        ),
     }
     width = {"vision": arch.vision.hidden_size, "language": arch.language.hidden_size}
     each_pack = 0.0
     once = 0.0
     for place in chunk.places(arch.vision.num_layers):
         part = "vision" if place < arch.vision.num_layers else "language"
-        kept, transient = _kept(layers[part], width[part], parallel.recompute_of(part) if backward[place] else "nothing")
+        kept, transient = _kept(
+            layers[part], width[part], parallel.recompute_of(part) if backward[place] else "nothing"
+        )
         each_pack += kept * rows[part] * size
         once = max(once, transient * rows[part] * size)
     each_pack += size * _around_layers(config, chunk, share)
     if chunk.has_head:
-        once += share.tokens * arch.language.vocab_size / parallel.tensor_model_parallel_size * _LOGIT_BYTES
+        once += (
+            share.tokens
+            * arch.language.vocab_size
+            / parallel.tensor_model_parallel_size
+            * _LOGIT_BYTES
+        )
     return Kept(each_pack=each_pack, once=once)
 
 
 def _around_layers(config: Config, chunk: Chunk, share: RankShare) -> float:
-    """Numbers kept for a pack outside the layers: by the projector and the final norm, and what is sent on."""
+    """Numbers kept for a pack outside the layers: by the projector and the final norm, and what is
+    sent on.
+    """
     arch = config.architecture
     parallel = config.parallel
     found = 0.0
-    tokens = share.tokens / (parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1)
-    if chunk.has_projector and any(part in ("vision", "projector") for part in config.training.trainable):
+    tokens = share.tokens / (
+        parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
+    )
+    if chunk.has_projector and any(
+        part in ("vision", "projector") for part in config.training.trainable
+    ):
         features = share.tiles * arch.features_per_tile
-        found += features * 2 * (arch.projector_input_size + arch.language.hidden_size / parallel.vision_tensor_size)
+        found += (
+            features
+            * 2
+            * (arch.projector_input_size + arch.language.hidden_size / parallel.vision_tensor_size)
+        )
     if chunk.has_head:
         return found + 2 * tokens * arch.language.hidden_size
     if chunk.language_layers:
@@ -131,18 +160,25 @@ def _around_layers(config: Config, chunk: Chunk, share: RankShare) -> float:
 def _kept(layer: tuple[float, float], width: int, recompute: str) -> tuple[float, float]:
     """Numbers that a layer keeps for each token of a pack, and those that it needs for a while.
 
-    A recomputed layer keeps its input, and one of them at a time is there whole, as is one that keeps nothing.
+    A recomputed layer keeps its input, and one of them at a time is there whole, as is one that
+    keeps nothing.
     """
     whole, inside = layer
-    return {"nothing": (0.0, whole), "full": (width, whole), "selective": (whole - inside, inside), "none": (whole, 0.0)}[recompute]
+    return {
+        "nothing": (0.0, whole),
+        "full": (width, whole),
+        "selective": (whole - inside, inside),
+        "none": (whole, 0.0),
+    }[recompute]
 
 
 def vision_layer(arch: Architecture, tensor: int, is_trained: bool = True) -> tuple[float, float]:
     """Numbers that a layer of the vision encoder keeps for each token, and those inside its MLP.
 
-    Whole on every rank: inputs and results of both norms, and both branches before their scale (6 D). Shared: queries, keys, values and
-    what attention gives (4 D), the MLP's inside before and after GELU (2 M). Of these a frozen layer needs the inputs of the norms, what
-    attention reads and gives, and what goes into GELU.
+    Whole on every rank: inputs and results of both norms, and both branches before their scale (6
+    D). Shared: queries, keys, values and what attention gives (4 D), the MLP's inside before and
+    after GELU (2 M). Of these a frozen layer needs the inputs of the norms, what attention reads
+    and gives, and what goes into GELU.
     """
     width = arch.vision.hidden_size
     inner = arch.vision.ffn_hidden_size / tensor
@@ -150,16 +186,28 @@ def vision_layer(arch: Architecture, tensor: int, is_trained: bool = True) -> tu
     return (6 if is_trained else 2) * width + 4 * width / tensor + inner, inner
 
 
-def language_layer(arch: Architecture, tensor: int, sequence_parallel: bool, is_trained: bool = True) -> tuple[float, float]:
+def language_layer(
+    arch: Architecture, tensor: int, sequence_parallel: bool, is_trained: bool = True
+) -> tuple[float, float]:
     """Numbers that a layer of the language model keeps for each token, and those inside its MLP.
 
-    Inputs and results of both norms (4 D) are whole on every rank, or shared with sequence parallelism. Shared: queries, keys, values, what
-    attention gives, and the MLP's gate, its other half and their product (3 M). Queries and keys that are normalised are there twice. A
-    frozen layer needs neither the results of the norms nor that product.
+    Inputs and results of both norms (4 D) are whole on every rank, or shared with sequence
+    parallelism. Shared: queries, keys, values, what attention gives, and the MLP's gate, its other
+    half and their product (3 M). Queries and keys that are normalised are there twice. A frozen
+    layer needs neither the results of the norms nor that product.
     """
     language = arch.language
     width = language.hidden_size
-    queries, keys = (count * language.head_size for count in (language.num_attention_heads, language.num_query_groups))
-    attention = 2 * queries + 2 * max(keys, tensor * language.head_size) + (queries + keys) * language.qk_norm
+    queries, keys = (
+        count * language.head_size
+        for count in (language.num_attention_heads, language.num_query_groups)
+    )
+    attention = (
+        2 * queries
+        + 2 * max(keys, tensor * language.head_size)
+        + (queries + keys) * language.qk_norm
+    )
     inner = (3 if is_trained else 2) * language.ffn_hidden_size / tensor
-    return (4 if is_trained else 2) * width / (tensor if sequence_parallel else 1) + attention / tensor + inner, inner
+    return (4 if is_trained else 2) * width / (
+        tensor if sequence_parallel else 1
+    ) + attention / tensor + inner, inner

@@ -1,9 +1,10 @@
 """What a rank sends: bytes, by the kind of parallelism that asks for it.
 
-Tensor parallelism sums activations twice in each layer forward, twice backward (Shoeybi et al., arXiv 1909.08053); a sum over a ring of k
-ranks sends every number 2 (k - 1) / k times, and so do the gathering and scattering that take its place with sequence parallelism
-(arXiv 2205.05198). There a trained layer also gathers its inputs anew in the backward pass. Context parallelism gathers keys and values in
-every layer, and scatters their gradients.
+Tensor parallelism sums activations twice in each layer forward, twice backward (Shoeybi et al.,
+arXiv 1909.08053); a sum over a ring of k ranks sends every number 2 (k - 1) / k times, and so do
+the gathering and scattering that take its place with sequence parallelism (arXiv 2205.05198). There
+a trained layer also gathers its inputs anew in the backward pass. Context parallelism gathers keys
+and values in every layer, and scatters their gradients.
 """
 
 from __future__ import annotations
@@ -43,7 +44,12 @@ class Traffic:
         )
 
     def __mul__(self, times: float) -> Traffic:
-        return Traffic(tensor=self.tensor * times, context=self.context * times, pipeline=self.pipeline * times, data=self.data * times)
+        return Traffic(
+            tensor=self.tensor * times,
+            context=self.context * times,
+            pipeline=self.pipeline * times,
+            data=self.data * times,
+        )
 
     @property
     def total(self) -> float:
@@ -74,11 +80,20 @@ def of_pack(config: Config, layout: Layout, number: int, capacity: int, tiles: f
 def of_step(config: Config, layout: Layout, rank: int, data_ranks: int) -> Traffic:
     """What a pipeline rank sends once a step: gradients, and the weights that it has updated."""
     parallel = config.parallel
-    held = sum((held_by(config, chunk) for chunk in layout.chunks[rank :: parallel.pipeline_model_parallel_size]), Held())
+    held = sum(
+        (
+            held_by(config, chunk)
+            for chunk in layout.chunks[rank :: parallel.pipeline_model_parallel_size]
+        ),
+        Held(),
+    )
     sharing = data_ranks * parallel.context_parallel_size
     tensor = parallel.tensor_model_parallel_size
     number = (_GRADIENT + NUMBER_BYTES[config.training.precision]) * (sharing - 1) / sharing
-    with_copies = {chunk % parallel.pipeline_model_parallel_size for chunk in (layout.embedding_chunk, len(layout.chunks) - 1)}
+    with_copies = {
+        chunk % parallel.pipeline_model_parallel_size
+        for chunk in (layout.embedding_chunk, len(layout.chunks) - 1)
+    }
     sums_copies = len(with_copies) > 1 and rank in with_copies
     return Traffic(
         tensor=2 * (tensor - 1) / tensor * _GRADIENT * held.trained_copies,
@@ -95,19 +110,30 @@ def _tensor(config: Config, chunk: Chunk, share: RankShare) -> float:
     ring = 2 * (tensor - 1) / tensor
     backward = has_backward(config)
     is_trained = held_by(config, chunk).trained > 0
-    again = {part: {"none": 0, "selective": 1, "full": 2}[parallel.recompute_of(part)] for part in LAYER_PARTS}
+    again = {
+        part: {"none": 0, "selective": 1, "full": 2}[parallel.recompute_of(part)]
+        for part in LAYER_PARTS
+    }
     found = 0.0
     for place in chunk.places(arch.vision.num_layers):
         in_vision = place < arch.vision.num_layers
         computed_again = again["vision" if in_vision else "language"]
-        sums = 2 + (2 + computed_again + (parallel.sequence_parallel and is_trained and not in_vision)) * backward[place]
+        sums = (
+            2
+            + (2 + computed_again + (parallel.sequence_parallel and is_trained and not in_vision))
+            * backward[place]
+        )
         if not in_vision:
             found += sums * share.tokens * arch.language.hidden_size
         elif parallel.vision == "tensor":
             found += sums * share.tiles * arch.vision.tokens * arch.vision.hidden_size
     features = share.tiles * arch.features_per_tile * arch.language.hidden_size
-    if chunk.has_projector:  # the embedding's sum; the projector's, or the gathering of all ranks' features
-        found += share.tokens * arch.language.hidden_size + (2 * features if parallel.vision == "tensor" else features * tensor / 2)
+    if (
+        chunk.has_projector
+    ):  # the embedding's sum; the projector's, or the gathering of all ranks' features
+        found += share.tokens * arch.language.hidden_size + (
+            2 * features if parallel.vision == "tensor" else features * tensor / 2
+        )
     if chunk.has_head:
         found += share.tokens * arch.language.hidden_size
     return ring * found
@@ -125,7 +151,11 @@ def _context(config: Config, chunk: Chunk, capacity: int, share: RankShare) -> f
     backward = has_backward(config)
     found = 0.0
     for layer in chunk.language_layers:
-        found += gathered * (1 + (1 + (parallel.recompute_of("language") == "full")) * backward[arch.vision.num_layers + layer])
+        found += gathered * (
+            1
+            + (1 + (parallel.recompute_of("language") == "full"))
+            * backward[arch.vision.num_layers + layer]
+        )
     if chunk.has_projector:
         of_all = share.tiles * parallel.tile_ranks * arch.features_per_tile * language.hidden_size
         found += 2 * of_all
@@ -134,7 +164,9 @@ def _context(config: Config, chunk: Chunk, capacity: int, share: RankShare) -> f
 
 def _pipeline(config: Config, layout: Layout, number: int, share: RankShare) -> float:
     """Numbers: what goes on, and the gradient of what came, where anything before asks for one."""
-    first_trained = next(n for n, chunk in enumerate(layout.chunks) if held_by(config, chunk).trained)
+    first_trained = next(
+        n for n, chunk in enumerate(layout.chunks) if held_by(config, chunk).trained
+    )
     sent = _border(config, layout.chunks[number], share) if number + 1 < len(layout.chunks) else 0.0
     returned = _border(config, layout.chunks[number - 1], share) if first_trained < number else 0.0
     return sent + returned
@@ -146,4 +178,8 @@ def _border(config: Config, before: Chunk, share: RankShare) -> float:
     parallel = config.parallel
     if not before.language_layers:
         return share.tiles * arch.vision.tokens * arch.vision.hidden_size
-    return share.tokens / (parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1) * arch.language.hidden_size
+    return (
+        share.tokens
+        / (parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1)
+        * arch.language.hidden_size
+    )

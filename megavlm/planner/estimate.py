@@ -1,9 +1,11 @@
-"""How fast a layout would be on given GPUs: an estimate for choosing between layouts, not a promise.
+"""How fast a layout would be on given GPUs: an estimate for choosing between layouts, not a
+promise.
 
-A step takes as long as the pipeline needs for its packs: their number, and the bubble, times the slowest chunk (Narayanan et al., arXiv
-2104.04473, section 2.2); and what communication is not hidden. Collectives inside the layers and what travels between chunks count in full.
-Of the sums of gradients and the collection of weights counts what is longer than the computation beside it, the last backward and the first
-forward pass.
+A step takes as long as the pipeline needs for its packs: their number, and the bubble, times the
+slowest chunk (Narayanan et al., arXiv 2104.04473, section 2.2); and what communication is not
+hidden. Collectives inside the layers and what travels between chunks count in full. Of the sums of
+gradients and the collection of weights counts what is longer than the computation beside it, the
+last backward and the first forward pass.
 """
 
 from __future__ import annotations
@@ -59,8 +61,10 @@ class Estimate:
         data_ranks: copies of the model.
         packs: of a step, on each of them.
         memory: of the rank that needs most.
-        chunk_ms: time of each chunk for one pack, in the order of the pipeline: chunk c stands on rank c % ranks.
-        bubble: time in which a rank of the pipeline waits for others, as a share of the time in which it works.
+        chunk_ms: time of each chunk for one pack, in the order of the pipeline: chunk c stands on
+            rank c % ranks.
+        bubble: time in which a rank of the pipeline waits for others, as a share of the time in
+            which it works.
         traffic: bytes that a GPU sends in a step; of each kind, of the GPU that sends most.
         exposed_ms: of a step, in which gradients and weights travel and nothing is computed.
         step_ms: time of a step.
@@ -88,7 +92,9 @@ class Estimate:
         return self.memory_gib <= USABLE * hardware.memory_gib
 
 
-def estimate(config: Config, gpus: int, size: PackSize, capacity: int, hardware: Hardware) -> Estimate:
+def estimate(
+    config: Config, gpus: int, size: PackSize, capacity: int, hardware: Hardware
+) -> Estimate:
     """What is expected of one layout.
 
     Args:
@@ -104,27 +110,47 @@ def estimate(config: Config, gpus: int, size: PackSize, capacity: int, hardware:
     data_ranks = gpus // parallel.model_parallel_size
     packs = config.training.global_batch_size // data_ranks
     layout = make_layout(config, size)
-    each_pack = [of_pack(config, layout, number, capacity, size.tiles) for number in range(len(layout.chunks))]
+    each_pack = [
+        of_pack(config, layout, number, capacity, size.tiles)
+        for number in range(len(layout.chunks))
+    ]
     rates = _rates(parallel, gpus, hardware)
     sending = [_seconds(one, rates) for one in each_pack]
-    forward, whole = (_compute_seconds(config, layout, size, costs, hardware) for costs in _layer_costs(config, size))
+    forward, whole = (
+        _compute_seconds(config, layout, size, costs, hardware)
+        for costs in _layer_costs(config, size)
+    )
     times = [compute + sent for compute, sent in zip(whole, sending, strict=True)]
-    # With several chunks on a rank the packs go round: each round goes at the pace of its slowest chunk.
+    # With several chunks on a rank the packs go round: each round goes at the pace of its slowest
+    # chunk.
     rounds = range(0, len(times), ranks)
     pace = sum(max(times[start : start + ranks]) for start in rounds)
     inside = packs * pace * (1 + bubble(ranks, virtual, packs))
     each_step = [of_step(config, layout, rank, data_ranks) for rank in range(ranks)]
-    beside = [(sum(forward[rank::ranks]), sum(whole[rank::ranks]) - sum(forward[rank::ranks])) for rank in range(ranks)]
-    exposed = max(_exposed(parallel, step, rates, *times) for step, times in zip(each_step, beside, strict=True))
+    beside = [
+        (sum(forward[rank::ranks]), sum(whole[rank::ranks]) - sum(forward[rank::ranks]))
+        for rank in range(ranks)
+    ]
+    exposed = max(
+        _exposed(parallel, step, rates, *times)
+        for step, times in zip(each_step, beside, strict=True)
+    )
     seconds = inside + exposed
     return Estimate(
         parallel=dataclasses.replace(parallel, layout=str(layout)),
         data_ranks=data_ranks,
         packs=packs,
-        memory=memory(config, layout, data_ranks, capacity=capacity, tiles=_MOST_TILES * size.tiles),
+        memory=memory(
+            config, layout, data_ranks, capacity=capacity, tiles=_MOST_TILES * size.tiles
+        ),
         chunk_ms=tuple(time * 1e3 for time in times),
         bubble=bubble(ranks, virtual, packs),
-        traffic=_busiest([sum(each_pack[rank::ranks], Traffic()) * packs + each_step[rank] for rank in range(ranks)]),
+        traffic=_busiest(
+            [
+                sum(each_pack[rank::ranks], Traffic()) * packs + each_step[rank]
+                for rank in range(ranks)
+            ]
+        ),
         exposed_ms=exposed * 1e3,
         step_ms=seconds * 1e3,
         tokens_per_s=config.training.global_batch_size * size.tokens / seconds / gpus,
@@ -132,22 +158,35 @@ def estimate(config: Config, gpus: int, size: PackSize, capacity: int, hardware:
 
 
 def _rates(parallel: Parallel, gpus: int, hardware: Hardware) -> Traffic:
-    """Bytes a second, by kind: ranks that share layers stand next to each other, then those that share packs, then copies, then chunks."""
+    """Bytes a second, by kind: ranks that share layers stand next to each other, then those that
+    share packs, then copies, then chunks.
+    """
     tensor = parallel.tensor_model_parallel_size
     model = tensor * parallel.context_parallel_size
-    reach = {"tensor": tensor, "context": model, "data": gpus // parallel.pipeline_model_parallel_size, "pipeline": gpus}
+    reach = {
+        "tensor": tensor,
+        "context": model,
+        "data": gpus // parallel.pipeline_model_parallel_size,
+        "pipeline": gpus,
+    }
 
     def rate(gpus: int) -> float:
-        return 1e9 * (hardware.node_gb_per_s if gpus <= hardware.gpus_per_node else hardware.network_gb_per_s)
+        return 1e9 * (
+            hardware.node_gb_per_s if gpus <= hardware.gpus_per_node else hardware.network_gb_per_s
+        )
 
     return Traffic(**{kind: rate(size) for kind, size in reach.items()})
 
 
 def _seconds(sent: Traffic, rates: Traffic) -> float:
-    return sent.tensor / rates.tensor + sent.context / rates.context + sent.pipeline / rates.pipeline
+    return (
+        sent.tensor / rates.tensor + sent.context / rates.context + sent.pipeline / rates.pipeline
+    )
 
 
-def _exposed(parallel: Parallel, step: Traffic, rates: Traffic, forward: float, backward: float) -> float:
+def _exposed(
+    parallel: Parallel, step: Traffic, rates: Traffic, forward: float, backward: float
+) -> float:
     """Seconds of a step in which a rank does nothing but exchange gradients and weights.
 
     Args:
@@ -170,10 +209,14 @@ def _layer_costs(config: Config, size: PackSize) -> tuple[list[float], list[floa
     """FLOPs of each layer for a pack: forward, and in all."""
     arch = config.architecture
     parallel = config.parallel
-    return layer_costs(arch, (), size), layer_costs(arch, config.training.trainable, size, parallel.recompute, parallel.recompute_parts)
+    return layer_costs(arch, (), size), layer_costs(
+        arch, config.training.trainable, size, parallel.recompute, parallel.recompute_parts
+    )
 
 
-def _compute_seconds(config: Config, layout: Layout, size: PackSize, costs: list[float], hardware: Hardware) -> list[float]:
+def _compute_seconds(
+    config: Config, layout: Layout, size: PackSize, costs: list[float], hardware: Hardware
+) -> list[float]:
     """Of each chunk for one pack."""
     parallel = config.parallel
     vision = config.architecture.vision.num_layers
@@ -185,13 +228,18 @@ def _compute_seconds(config: Config, layout: Layout, size: PackSize, costs: list
 
 
 def _vision_padding(config: Config, size: PackSize) -> float:
-    """How many times the work of the vision encoder is done that is asked for: blank tiles, and heads that only fill up."""
+    """How many times the work of the vision encoder is done that is asked for: blank tiles, and
+    heads that only fill up.
+    """
     if not size.tiles:
         return 1.0
     parallel = config.parallel
     vision = config.architecture.vision
     tiles = RankShare.mean(parallel, 1, size.tiles).tiles * parallel.tile_ranks / size.tiles
-    heads = padded_heads(vision.num_attention_heads, parallel.vision_tensor_size) / vision.num_attention_heads
+    heads = (
+        padded_heads(vision.num_attention_heads, parallel.vision_tensor_size)
+        / vision.num_attention_heads
+    )
     return tiles * (1 + _attention_share(config.architecture) * (heads - 1))
 
 
@@ -199,7 +247,9 @@ def _vision_padding(config: Config, size: PackSize) -> float:
 def _attention_share(arch: Architecture) -> float:
     """Share of a vision layer's FLOPs that grows with its heads."""
     of_layer = [piece for piece in pieces(arch) if piece.part == "vision" and piece.layer == 0]
-    attention = sum(piece.forward for piece in of_layer if not piece.key or ".self_attention." in piece.key)
+    attention = sum(
+        piece.forward for piece in of_layer if not piece.key or ".self_attention." in piece.key
+    )
     return attention / sum(piece.forward for piece in of_layer)
 
 

@@ -1,19 +1,24 @@
 """What a step costs: the floating point operations that the model itself asks for, by part.
 
-**What is counted.** The multiplications and additions of all matrix products, two for each pair of numbers: a linear layer from m to n
-costs 2mn a token, attention 4nnD for n tokens that see each other over D (heads times head size). These are model FLOPs (Chowdhery et al.,
-"PaLM", arXiv 2204.02311, appendix B; Korthikanti et al., arXiv 2205.05198, section 6.3, which also tells them from hardware FLOPs): what is
-computed again to save memory, and padding (of packs, tiles and vocabulary), take time but do not count. Norms, activations, softmax and the
-optimizer are left out, as in both papers. Causal attention is counted by half, since only half of the pairs see each other; both
-papers count all of them.
+**What is counted.** The multiplications and additions of all matrix products, two for each pair of
+numbers: a linear layer from m to n costs 2mn a token, attention 4nnD for n tokens that see each
+other over D (heads times head size). These are model FLOPs (Chowdhery et al., "PaLM", arXiv
+2204.02311, appendix B; Korthikanti et al., arXiv 2205.05198, section 6.3, which also tells them
+from hardware FLOPs): what is computed again to save memory, and padding (of packs, tiles and
+vocabulary), take time but do not count. Norms, activations, softmax and the optimizer are left out,
+as in both papers. Causal attention is counted by half, since only half of the pairs see each other;
+both papers count all of them.
 
-**The backward pass** of a product with a weight has two products, each as large as the forward one: the gradient of its input and that of
-its weight. A frozen weight has no gradient, and the gradient of an input is needed only if something that is trained comes before it. So
-with everything trained a step costs three forward passes; in the first stage, which trains the projector alone, the vision encoder costs
-one forward pass, and the language model a forward pass and the gradients of its activations.
+**The backward pass** of a product with a weight has two products, each as large as the forward one:
+the gradient of its input and that of its weight. A frozen weight has no gradient, and the gradient
+of an input is needed only if something that is trained comes before it. So with everything trained
+a step costs three forward passes; in the first stage, which trains the projector alone, the vision
+encoder costs one forward pass, and the language model a forward pass and the gradients of its
+activations.
 
-Everything grows in proportion to three counts of the data, which the packs' index holds: tiles, tokens, and the sum of the samples' squared
-lengths. Shape letters as in ``model/``: P patches of a tile, F features of a tile, D hidden size, V vocabulary.
+Everything grows in proportion to three counts of the data, which the packs' index holds: tiles,
+tokens, and the sum of the samples' squared lengths. Shape letters as in ``model/``: P patches of a
+tile, F features of a tile, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -52,7 +57,9 @@ class Piece:
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """FLOPs of training on a tile, on a token, and for each pair of tokens of a sample: by part and unit."""
+    """FLOPs of training on a tile, on a token, and for each pair of tokens of a sample: by part and
+    unit.
+    """
 
     by_unit: dict[str, dict[Unit, int]]
 
@@ -65,11 +72,16 @@ class Cost:
             tiles: real tiles.
         """
         counts = {"tile": tiles, "token": tokens, "squared_length": squared_lengths}
-        return {part: sum(flops * counts[unit] for unit, flops in units.items()) for part, units in self.by_unit.items()}
+        return {
+            part: sum(flops * counts[unit] for unit, flops in units.items())
+            for part, units in self.by_unit.items()
+        }
 
     def total(self, *, tokens: float, squared_lengths: float, tiles: float) -> float:
         """FLOPs of the whole model; arguments as for ``by_part``."""
-        return sum(self.by_part(tokens=tokens, squared_lengths=squared_lengths, tiles=tiles).values())
+        return sum(
+            self.by_part(tokens=tokens, squared_lengths=squared_lengths, tiles=tiles).values()
+        )
 
 
 def training_cost(architecture: Architecture, trainable: Sequence[str]) -> Cost:
@@ -77,7 +89,8 @@ def training_cost(architecture: Architecture, trainable: Sequence[str]) -> Cost:
 
     Args:
         architecture: the model.
-        trainable: parts, or patterns of checkpoint keys, as in ``training.trainable``; empty: the forward pass alone.
+        trainable: parts, or patterns of checkpoint keys, as in ``training.trainable``; empty: the
+            forward pass alone.
     """
     by_unit: dict[str, dict[Unit, int]] = {part: {} for part in PARTS}
     for piece, passes in with_gradients(pieces(architecture), trainable):
@@ -86,12 +99,17 @@ def training_cost(architecture: Architecture, trainable: Sequence[str]) -> Cost:
     return Cost(by_unit=by_unit)
 
 
-def with_gradients(pieces: Iterable[Piece], trainable: Sequence[str]) -> Iterator[tuple[Piece, int]]:
-    """Each piece with how many times its forward pass it costs in all under a freeze mask: 1, 2 or 3."""
+def with_gradients(
+    pieces: Iterable[Piece], trainable: Sequence[str]
+) -> Iterator[tuple[Piece, int]]:
+    """Each piece with how many times its forward pass it costs in all under a freeze mask: 1, 2 or
+    3.
+    """
     trained_before = False
     for piece in pieces:
         is_trained = any(matches(piece.key, pattern) for pattern in trainable)
-        # Both factors of attention's products are activations, so each product has two gradients or none.
+        # Both factors of attention's products are activations, so each product has two gradients or
+        # none.
         gradients = is_trained + trained_before if piece.key else 2 * trained_before
         yield piece, 1 + gradients
         trained_before |= is_trained
@@ -109,9 +127,17 @@ def _vector(key: str, part: str, size: int) -> Piece:
     return Piece(key=key, part=part, numbers=size, forward=0, unit="token")
 
 
-def _linear(key: str, part: str, inputs: int, outputs: int, *, rows: int, unit: Unit, has_bias: bool) -> Iterator[Piece]:
+def _linear(
+    key: str, part: str, inputs: int, outputs: int, *, rows: int, unit: Unit, has_bias: bool
+) -> Iterator[Piece]:
     """A linear layer that is applied to ``rows`` rows for each unit."""
-    yield Piece(key=f"{key}.weight", part=part, numbers=inputs * outputs, forward=2 * inputs * outputs * rows, unit=unit)
+    yield Piece(
+        key=f"{key}.weight",
+        part=part,
+        numbers=inputs * outputs,
+        forward=2 * inputs * outputs * rows,
+        unit=unit,
+    )
     if has_bias:
         yield _vector(f"{key}.bias", part, outputs)
 
@@ -127,7 +153,15 @@ def _vision(architecture: Architecture) -> Iterator[Piece]:
     part = "vision"
     width = architecture.vision.hidden_size
     patch = 3 * vision.patch_size**2
-    yield from _linear("vision.patch_embedding", part, patch, width, rows=vision.grid**2, unit="tile", has_bias=vision.has_patch_bias)
+    yield from _linear(
+        "vision.patch_embedding",
+        part,
+        patch,
+        width,
+        rows=vision.grid**2,
+        unit="tile",
+        has_bias=vision.has_patch_bias,
+    )
     if vision.has_class_token:
         yield _vector("vision.class_token", part, width)
     yield _vector("vision.position_embedding", part, vision.tokens * width)
@@ -147,7 +181,9 @@ def _vision_layer(architecture: Architecture, number: int) -> Iterator[Piece]:
     layer = f"vision.encoder.layers.{number}"
     qkv, proj, fc1, fc2 = (f"{layer}.{name}" for name in _LINEARS)
     yield from _norm(qkv, part, width, has_bias=has_bias, joint=".layer_norm_")
-    yield from _linear(qkv, part, width, 3 * width, rows=rows, unit="tile", has_bias=vision.qkv_bias)
+    yield from _linear(
+        qkv, part, width, 3 * width, rows=rows, unit="tile", has_bias=vision.qkv_bias
+    )
     for name in ("query", "key") if vision.qk_norm else ():
         yield _vector(f"{layer}.self_attention.qk_norm.{name}", part, width)
     yield Piece(key="", part=part, numbers=0, forward=4 * rows**2 * width, unit="tile")
@@ -168,8 +204,12 @@ def _projector(architecture: Architecture) -> Iterator[Piece]:
     rows = architecture.features_per_tile
     if architecture.projector_norm:
         yield from _norm("projector.norm", part, inputs, has_bias=True)
-    yield from _linear("projector.mlp.linear_fc1", part, inputs, width, rows=rows, unit="tile", has_bias=True)
-    yield from _linear("projector.mlp.linear_fc2", part, width, width, rows=rows, unit="tile", has_bias=True)
+    yield from _linear(
+        "projector.mlp.linear_fc1", part, inputs, width, rows=rows, unit="tile", has_bias=True
+    )
+    yield from _linear(
+        "projector.mlp.linear_fc2", part, width, width, rows=rows, unit="tile", has_bias=True
+    )
 
 
 def _language(architecture: Architecture) -> Iterator[Piece]:
@@ -183,7 +223,9 @@ def _language(architecture: Architecture) -> Iterator[Piece]:
     if language.tied_head:
         yield Piece(key=_EMBEDDING, part="head", numbers=0, forward=2 * width * words, unit="token")
     else:
-        yield from _linear("language.output_layer", "head", width, words, rows=1, unit="token", has_bias=False)
+        yield from _linear(
+            "language.output_layer", "head", width, words, rows=1, unit="token", has_bias=False
+        )
 
 
 def _language_layer(architecture: Architecture, number: int) -> Iterator[Piece]:
@@ -191,13 +233,24 @@ def _language_layer(architecture: Architecture, number: int) -> Iterator[Piece]:
     part = "language"
     width = language.hidden_size
     inner = language.ffn_hidden_size
-    queries, keys = (count * language.head_size for count in (language.num_attention_heads, language.num_query_groups))
+    queries, keys = (
+        count * language.head_size
+        for count in (language.num_attention_heads, language.num_query_groups)
+    )
     qkv, proj, fc1, fc2 = (f"language.decoder.layers.{number}.{name}" for name in _LINEARS)
     yield from _norm(qkv, part, width, has_bias=False, joint=".layer_norm_")
-    yield from _linear(qkv, part, width, queries + 2 * keys, rows=1, unit="token", has_bias=language.qkv_bias)
+    yield from _linear(
+        qkv, part, width, queries + 2 * keys, rows=1, unit="token", has_bias=language.qkv_bias
+    )
     for name in ("q_layernorm", "k_layernorm") if language.qk_norm else ():
-        yield _vector(f"language.decoder.layers.{number}.self_attention.{name}.weight", part, language.head_size)
-    yield Piece(key="", part=part, numbers=0, forward=2 * queries, unit="squared_length")  # half of 4: causal
+        yield _vector(
+            f"language.decoder.layers.{number}.self_attention.{name}.weight",
+            part,
+            language.head_size,
+        )
+    yield Piece(
+        key="", part=part, numbers=0, forward=2 * queries, unit="squared_length"
+    )  # half of 4: causal
     yield from _linear(proj, part, queries, width, rows=1, unit="token", has_bias=False)
     yield from _norm(fc1, part, width, has_bias=False, joint=".layer_norm_")
     yield from _linear(fc1, part, width, 2 * inner, rows=1, unit="token", has_bias=False)
@@ -205,4 +258,9 @@ def _language_layer(architecture: Architecture, number: int) -> Iterator[Piece]:
 
 
 _EMBEDDING = "language.embedding.word_embeddings.weight"
-_LINEARS = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
+_LINEARS = (
+    "self_attention.linear_qkv",
+    "self_attention.linear_proj",
+    "mlp.linear_fc1",
+    "mlp.linear_fc2",
+)

@@ -1,8 +1,9 @@
 """One pipeline over all layers: which layers stand in which chunk.
 
-The layers of the vision encoder and of the language model are counted through, vision first. Patch and class embedding go with the
-first layer of the vision encoder, projector and token embedding with the first layer of the language model, final norm and head with the
-last. Borders may lie anywhere, inside the vision encoder too.
+The layers of the vision encoder and of the language model are counted through, vision first. Patch
+and class embedding go with the first layer of the vision encoder, projector and token embedding
+with the first layer of the language model, final norm and head with the last. Borders may lie
+anywhere, inside the vision encoder too.
 """
 
 from __future__ import annotations
@@ -44,7 +45,11 @@ class Chunk:
         Args:
             vision_layers: of the whole model.
         """
-        first = self.vision_layers.start if self.vision_layers else vision_layers + self.language_layers.start
+        first = (
+            self.vision_layers.start
+            if self.vision_layers
+            else vision_layers + self.language_layers.start
+        )
         return range(first, first + len(self.vision_layers) + len(self.language_layers))
 
 
@@ -74,7 +79,9 @@ class Layout:
 
 
 def split_evenly(layers: int, chunks: int) -> tuple[int, ...]:
-    """Layers of each chunk, as equal as can be; the later chunks get what is left over, since the first also embeds."""
+    """Layers of each chunk, as equal as can be; the later chunks get what is left over, since the
+    first also embeds.
+    """
     least, more = divmod(layers, chunks)
     return tuple(least + (chunk >= chunks - more) for chunk in range(chunks))
 
@@ -95,13 +102,21 @@ def make_layout(config: Config, size: PackSize | None = None) -> Layout:
         return from_counts(split_evenly(vision + language, chunks), vision)
     if parallel.layout == "auto":
         typical = PackSize(tokens=2.0 * arch.features_per_tile, squared_lengths=0.0, tiles=1.0)
-        costs = layer_costs(arch, config.training.trainable, size or typical, parallel.recompute, parallel.recompute_parts)
+        costs = layer_costs(
+            arch,
+            config.training.trainable,
+            size or typical,
+            parallel.recompute,
+            parallel.recompute_parts,
+        )
         return from_counts(balance(costs, chunks), vision)
     return from_counts(parse_layout(parallel.layout, vision, language), vision)
 
 
 def from_counts(counts: Sequence[int], vision_layers: int) -> Layout:
-    """The layout whose chunks have these numbers of layers, vision encoder and language model counted through."""
+    """The layout whose chunks have these numbers of layers, vision encoder and language model
+    counted through.
+    """
     chunks = []
     start = 0
     for count in counts:

@@ -1,8 +1,9 @@
 """How much memory a rank needs, reckoned from the configuration.
 
-Weights take two bytes a number in bfloat16; a trained one has a gradient of four, and its main weight and moments, which the ranks share
-out that sum its gradient. Activations are kept for every pack under way. Not counted: CUDA's own, NCCL's buffers, and what the allocator
-cannot use; leave a tenth of the device for them.
+Weights take two bytes a number in bfloat16; a trained one has a gradient of four, and its main
+weight and moments, which the ranks share out that sum its gradient. Activations are kept for every
+pack under way. Not counted: CUDA's own, NCCL's buffers, and what the allocator cannot use; leave a
+tenth of the device for them.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from megavlm.planner.parameters import Held, held_by
 from megavlm.planner.schedule import under_way
 
 _GRADIENT = 4
-# With moments in 16 bits, of a main weight only what the model's own weight lacks is kept; 32-bit weights are their own main weights.
+# With moments in 16 bits, of a main weight only what the model's own weight lacks is kept; 32-bit
+# weights are their own main weights.
 _MAIN = {"float32": 4, "bfloat16": 2}
 _MOMENTS = {"float32": 8, "bfloat16": 4}
 
@@ -45,12 +47,19 @@ class Memory:
         return self.weights + self.gradients + self.optimizer + self.activations
 
 
-def memory(config: Config, layout: Layout, data_ranks: int, *, capacity: int, tiles: float) -> Memory:
+def memory(
+    config: Config, layout: Layout, data_ranks: int, *, capacity: int, tiles: float
+) -> Memory:
     """What the rank with the most needs; arguments as for ``memory_by_rank``."""
-    return max(memory_by_rank(config, layout, data_ranks, capacity=capacity, tiles=tiles), key=lambda one: one.total)
+    return max(
+        memory_by_rank(config, layout, data_ranks, capacity=capacity, tiles=tiles),
+        key=lambda one: one.total,
+    )
 
 
-def memory_by_rank(config: Config, layout: Layout, data_ranks: int, *, capacity: int, tiles: float) -> list[Memory]:
+def memory_by_rank(
+    config: Config, layout: Layout, data_ranks: int, *, capacity: int, tiles: float
+) -> list[Memory]:
     """What each rank of a pipeline needs.
 
     Args:
@@ -70,7 +79,9 @@ def memory_by_rank(config: Config, layout: Layout, data_ranks: int, *, capacity:
     for rank in range(pipeline):
         held = sum((held_by(config, chunk) for chunk in layout.chunks[rank::pipeline]), Held())
         own = kept[rank::pipeline]
-        most = (under_way(pipeline, rank, virtual, packs) @ np.array([one.each_pack for one in own])).max()
+        most = (
+            under_way(pipeline, rank, virtual, packs) @ np.array([one.each_pack for one in own])
+        ).max()
         needed.append(
             Memory(
                 **weight_bytes(config, held, data_ranks * parallel.context_parallel_size),
@@ -86,7 +97,8 @@ def weight_bytes(config: Config, held: Held, sharing_ranks: int) -> dict[str, fl
     Args:
         config: the run.
         held: numbers on the rank.
-        sharing_ranks: ranks that sum gradients, and share the optimizer's state out: data-parallel times context-parallel ones.
+        sharing_ranks: ranks that sum gradients, and share the optimizer's state out: data-parallel
+            times context-parallel ones.
     """
     moments = config.optimizer.moments
     main = _MAIN[moments] if config.training.precision == "bfloat16" else 0

@@ -1,7 +1,8 @@
 """Which weights a rank holds: numbers of each layer, as tensor parallelism cuts them.
 
-Vectors that no rank can cut (norms, scales, biases that are added after a sum over the ranks) and the patch embedding are whole on every
-rank; matrices, and biases before such a sum, are cut. Vocabulary and heads are padded so that they divide.
+Vectors that no rank can cut (norms, scales, biases that are added after a sum over the ranks) and
+the patch embedding are whole on every rank; matrices, and biases before such a sum, are cut.
+Vocabulary and heads are padded so that they divide.
 """
 
 from __future__ import annotations
@@ -16,9 +17,22 @@ from megavlm.planner.layout import Chunk
 from megavlm.planner.padding import padded_heads, padded_vocabulary
 from megavlm.planner.partition import layer_of
 
-_CUT = ("linear_qkv.weight", "linear_qkv.bias", "linear_fc1.weight", "linear_fc1.bias", "linear_proj.weight", "linear_fc2.weight")
+_CUT = (
+    "linear_qkv.weight",
+    "linear_qkv.bias",
+    "linear_fc1.weight",
+    "linear_fc1.bias",
+    "linear_proj.weight",
+    "linear_fc2.weight",
+)
 _CUT += ("qk_norm.query", "qk_norm.key", "word_embeddings.weight", "output_layer.weight")
-_BY_HEADS = ("linear_qkv.weight", "linear_qkv.bias", "linear_proj.weight", "qk_norm.query", "qk_norm.key")
+_BY_HEADS = (
+    "linear_qkv.weight",
+    "linear_qkv.bias",
+    "linear_proj.weight",
+    "qk_norm.query",
+    "qk_norm.key",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +42,8 @@ class Held:
     Args:
         weights: in all tensors.
         trained: in those that are trained.
-        trained_copies: of these, in tensors that each tensor-parallel rank has whole, for tiles of its own.
+        trained_copies: of these, in tensors that each tensor-parallel rank has whole, for tiles of
+            its own.
     """
 
     weights: int = 0
@@ -47,13 +62,23 @@ def held_by(config: Config, chunk: Chunk) -> Held:
     """What a rank holds of a chunk."""
     found = _places(_cut_by(config), chunk.places(config.architecture.vision.num_layers))
     # A tied head that stands without the token embedding has a copy of it.
-    return found + _embedding(config) if chunk.has_head and not chunk.has_projector and config.architecture.language.tied_head else found
+    return (
+        found + _embedding(config)
+        if chunk.has_head and not chunk.has_projector and config.architecture.language.tied_head
+        else found
+    )
 
 
 def copied_head(config: Config, chunks: tuple[Chunk, ...]) -> int:
-    """Numbers of a tied head on a rank, where it is a copy whose gradient is summed with that of the token embedding; else 0."""
+    """Numbers of a tied head on a rank, where it is a copy whose gradient is summed with that of
+    the token embedding; else 0.
+    """
     last = chunks[-1]
-    return _embedding(config).trained if config.architecture.language.tied_head and not last.has_projector else 0
+    return (
+        _embedding(config).trained
+        if config.architecture.language.tied_head and not last.has_projector
+        else 0
+    )
 
 
 def is_trained(piece: Piece, trainable: tuple[str, ...]) -> bool:
@@ -88,7 +113,11 @@ def _cut_by(config: Config) -> _Cut:
 
 
 def _embedding(config: Config) -> Held:
-    piece = next(piece for piece in pieces(config.architecture) if piece.key.endswith("word_embeddings.weight"))
+    piece = next(
+        piece
+        for piece in pieces(config.architecture)
+        if piece.key.endswith("word_embeddings.weight")
+    )
     return _held(piece, _cut_by(config))
 
 
@@ -120,4 +149,8 @@ def _held(piece: Piece, cut: _Cut) -> Held:
         numbers = numbers // heads * padded_heads(heads, ranks)
     numbers = numbers // ranks if piece.key.endswith(_CUT) else numbers
     trained = numbers * is_trained(piece, cut.trainable)
-    return Held(weights=numbers, trained=trained, trained_copies=trained * (before_language and cut.vision < cut.language))
+    return Held(
+        weights=numbers,
+        trained=trained,
+        trained_copies=trained * (before_language and cut.vision < cut.language),
+    )

@@ -1,8 +1,9 @@
 """Where to cut the pipeline: the borders that make its slowest chunk as fast as can be.
 
-A pipeline goes at the pace of its slowest chunk. How long a layer takes depends on the freeze mask: a frozen layer has no weight gradient,
-and one with nothing trained before it no backward pass at all; on the data, since vision layers grow with the tiles and language layers
-with the tokens; on what is computed again; and not least on what goes with it, the head above all.
+A pipeline goes at the pace of its slowest chunk. How long a layer takes depends on the freeze mask:
+a frozen layer has no weight gradient, and one with nothing trained before it no backward pass at
+all; on the data, since vision layers grow with the tiles and language layers with the tokens; on
+what is computed again; and not least on what goes with it, the head above all.
 """
 
 from __future__ import annotations
@@ -34,7 +35,10 @@ class PackSize:
 
     def __str__(self) -> str:
         """As people read it: the mean length is that of the sample that a token is in."""
-        return f"{self.tokens:,.0f} tokens (in samples of {self.squared_lengths / max(self.tokens, 1):,.0f}) and {self.tiles:,.1f} tiles"
+        return (
+            f"{self.tokens:,.0f} tokens (in samples of"
+            f" {self.squared_lengths / max(self.tokens, 1):,.0f}) and {self.tiles:,.1f} tiles"
+        )
 
     @classmethod
     def mean(cls, records: np.ndarray) -> PackSize:
@@ -53,10 +57,11 @@ def layer_costs(
     recompute: str = "none",
     recompute_parts: tuple[str, ...] = LAYER_PARTS,
 ) -> list[float]:
-    """FLOPs of forward and backward pass of each layer, vision encoder and language model counted through.
+    """FLOPs of forward and backward pass of each layer, vision encoder and language model counted
+    through.
 
-    What stands before a layer of its part (patch embedding, projector and token embedding) counts with the part's first, the head with the
-    last.
+    What stands before a layer of its part (patch embedding, projector and token embedding) counts
+    with the part's first, the head with the last.
 
     Args:
         architecture: the model.
@@ -69,7 +74,11 @@ def layer_costs(
 
 @lru_cache(maxsize=64)
 def _layer_costs(
-    architecture: Architecture, trainable: tuple[str, ...], size: PackSize, recompute: str, recompute_parts: tuple[str, ...]
+    architecture: Architecture,
+    trainable: tuple[str, ...],
+    size: PackSize,
+    recompute: str,
+    recompute_parts: tuple[str, ...],
 ) -> tuple[float, ...]:
     vision = architecture.vision.num_layers
     units = size.units()
@@ -84,18 +93,24 @@ def _layer_costs(
             has_backward[place] |= passes > 1
             is_again = recompute == "full" or (recompute == "selective" and ".mlp." in piece.key)
             again[place] += forward * (is_again and piece.part in recompute_parts)
-    return tuple(cost + extra * backward for cost, extra, backward in zip(costs, again, has_backward, strict=True))
+    return tuple(
+        cost + extra * backward
+        for cost, extra, backward in zip(costs, again, has_backward, strict=True)
+    )
 
 
 def layer_of(piece: Piece, vision_layers: int, layers: int) -> int:
     """The layer, counted through, that a piece goes with."""
     if piece.layer is not None:
         return piece.layer + (vision_layers if piece.part == "language" else 0)
-    return {"vision": 0, "projector": vision_layers, "language": vision_layers, "head": layers - 1}[piece.part]
+    return {"vision": 0, "projector": vision_layers, "language": vision_layers, "head": layers - 1}[
+        piece.part
+    ]
 
 
 def balance(costs: Sequence[float], chunks: int) -> tuple[int, ...]:
-    """Layers of each chunk, such that the costliest chunk costs least, and among those the squares of all sum up to least.
+    """Layers of each chunk, such that the costliest chunk costs least, and among those the squares
+    of all sum up to least.
 
     Args:
         costs: of each layer.
@@ -116,7 +131,9 @@ _Best = tuple[float, float, tuple[int, ...]]
 
 @lru_cache(maxsize=1024)
 def _best_by_end(costs: tuple[float, ...], chunks: int) -> list[_Best | None]:
-    """For every end the best way to cut the layers before it: costliest chunk, sum of squares, borders."""
+    """For every end the best way to cut the layers before it: costliest chunk, sum of squares,
+    borders.
+    """
     if chunks == 0:
         return [(0.0, 0.0, ())] + [None] * len(costs)
     before = _best_by_end(costs, chunks - 1)
@@ -124,7 +141,9 @@ def _best_by_end(costs: tuple[float, ...], chunks: int) -> list[_Best | None]:
     return [_best_ending_at(end, before, sums) for end in range(len(costs) + 1)]
 
 
-def _best_ending_at(end: int, before: Sequence[_Best | None], sums: Sequence[float]) -> _Best | None:
+def _best_ending_at(
+    end: int, before: Sequence[_Best | None], sums: Sequence[float]
+) -> _Best | None:
     found = None
     for start in range(end - 1, -1, -1):
         cost = sums[end] - sums[start]

@@ -29,7 +29,9 @@ _OPTIONS = ("option", "GiB", "activations GiB", "step s", "fits")
 
 
 def to_text(estimates: Sequence[Estimate]) -> str:
-    """A line for each layout. V: chunks of each rank of the pipeline; GB: what a GPU sends in a step, by kind of parallelism."""
+    """A line for each layout. V: chunks of each rank of the pipeline; GB: what a GPU sends in a
+    step, by kind of parallelism.
+    """
     return _table([_COLUMNS, *map(_row, estimates)])
 
 
@@ -46,7 +48,10 @@ def _row(one: Estimate) -> tuple[str, ...]:
         parallel.recompute,
         f"{one.memory_gib:.1f}",
         f"{one.bubble:.1%}",
-        *(f"{sent / 1e9:.1f}" for sent in (traffic.tensor, traffic.context, traffic.pipeline, traffic.data)),
+        *(
+            f"{sent / 1e9:.1f}"
+            for sent in (traffic.tensor, traffic.context, traffic.pipeline, traffic.data)
+        ),
         f"{one.step_ms / 1e3:.2f}",
         f"{one.tokens_per_s:,.0f}",
     )
@@ -71,12 +76,19 @@ def _table(rows: Iterable[tuple[str, ...]], left: int = 0) -> str:
     """Columns as wide as they need to be; the first ``left`` stand to the left."""
     rows = list(rows)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    aligned = [[f"{cell:{'<' if at < left else '>'}{width}}" for at, (cell, width) in enumerate(zip(row, widths))] for row in rows]
+    aligned = [
+        [
+            f"{cell:{'<' if at < left else '>'}{width}}"
+            for at, (cell, width) in enumerate(zip(row, widths))
+        ]
+        for row in rows
+    ]
     return "\n".join("  ".join(row).rstrip() for row in aligned)
 
 
 def draw(estimates: Sequence[Estimate], path: Path) -> None:
-    """Draw a bar for each layout: its chunks, as long as their share of a pack's time, in the colour of the pipeline rank that holds them.
+    """Draw a bar for each layout: its chunks, as long as their share of a pack's time, in the
+    colour of the pipeline rank that holds them.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
@@ -92,15 +104,44 @@ def draw(estimates: Sequence[Estimate], path: Path) -> None:
         whole = sum(one.chunk_ms)
         for number, time in enumerate(one.chunk_ms):
             rank = number % one.parallel.pipeline_model_parallel_size
-            # As shares: packs take a pipeline with many ranks for each copy of the model less time, and its chunks would not be seen.
-            axes.barh(row, time / whole, left=start, color=f"C{rank % 10}", edgecolor="white", linewidth=0.7)
-            label = f"rank {rank}\n{time:.0f}" if time / whole > 0.055 else f"{rank}\n{time:.0f}" if time / whole > 0.018 else f"{rank}"
-            axes.text(start + time / whole / 2, row, label, ha="center", va="center", color="white", fontsize=6)
+            # As shares: packs take a pipeline with many ranks for each copy of the model less time,
+            # and its chunks would not be seen.
+            axes.barh(
+                row,
+                time / whole,
+                left=start,
+                color=f"C{rank % 10}",
+                edgecolor="white",
+                linewidth=0.7,
+            )
+            label = (
+                f"rank {rank}\n{time:.0f}"
+                if time / whole > 0.055
+                else f"{rank}\n{time:.0f}"
+                if time / whole > 0.018
+                else f"{rank}"
+            )
+            axes.text(
+                start + time / whole / 2,
+                row,
+                label,
+                ha="center",
+                va="center",
+                color="white",
+                fontsize=6,
+            )
             start += time / whole
-    axes.set_yticks(range(len(estimates)), [f"{describe(one)}: {one.step_ms / 1e3:.2f} s" for one in estimates], fontsize=8)
+    axes.set_yticks(
+        range(len(estimates)),
+        [f"{describe(one)}: {one.step_ms / 1e3:.2f} s" for one in estimates],
+        fontsize=8,
+    )
     axes.invert_yaxis()
     axes.set_xlim(0, 1)
     axes.xaxis.set_major_formatter("{x:.0%}")
-    axes.set_xlabel("chunks in the order of the pipeline, with the pipeline rank that holds each, and milliseconds for one pack")
+    axes.set_xlabel(
+        "chunks in the order of the pipeline, with the pipeline rank that holds each, and"
+        " milliseconds for one pack"
+    )
     figure.savefig(path, dpi=120)
     pyplot.close(figure)

@@ -1,4 +1,6 @@
-"""Choosing a layout: every one that can run, what it is expected to need and take, and what each option changes."""
+"""Choosing a layout: every one that can run, what it is expected to need and take, and what each
+option changes.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ _VIRTUAL = (1, 2, 3, 4, 6, 8)
 RECOMPUTE = ("none", "selective", "full")
 
 
-def layouts(config: Config, gpus: int, size: PackSize, capacity: int, hardware: Hardware) -> list[Estimate]:
+def layouts(
+    config: Config, gpus: int, size: PackSize, capacity: int, hardware: Hardware
+) -> list[Estimate]:
     """Every layout that can run and fits into the memory, the fastest first.
 
     Args:
@@ -28,12 +32,19 @@ def layouts(config: Config, gpus: int, size: PackSize, capacity: int, hardware: 
         hardware: the GPUs.
 
     Raises:
-        ValueError: none can run, or none fits; says which flags to change, and how little memory would be enough.
+        ValueError: none can run, or none fits; says which flags to change, and how little memory
+            would be enough.
     """
-    found = [estimate(candidate, gpus, size, capacity, hardware) for candidate in _candidates(config, gpus)]
+    found = [
+        estimate(candidate, gpus, size, capacity, hardware)
+        for candidate in _candidates(config, gpus)
+    ]
     if not found:
         plain = layout_problems(dataclasses.replace(config, parallel=Parallel()), gpus)
-        raise ValueError(f"no layout can run on --gpus {gpus}: " + "; ".join(plain or ["none of the sizes divides them"]))
+        raise ValueError(
+            f"no layout can run on --gpus {gpus}: "
+            + "; ".join(plain or ["none of the sizes divides them"])
+        )
     fitting = [one for one in found if one.fits(hardware)]
     if not fitting:
         raise ValueError(_nothing_fits(found, hardware))
@@ -53,57 +64,95 @@ def _nothing_fits(found: Sequence[Estimate], hardware: Hardware) -> str:
     least = min(found, key=lambda one: one.memory.total)
     enough = math.ceil(least.memory_gib / USABLE)
     return (
-        f"no layout fits into nine tenths of --memory_gib {hardware.memory_gib:g}: the least, {describe(least)}, needs "
-        f"{least.memory_gib:.1f} GiB, for which --memory_gib {enough} would do; else try more --gpus, packs of a smaller --capacity, "
-        "or --moments bfloat16"
+        f"no layout fits into nine tenths of --memory_gib {hardware.memory_gib:g}: the least,"
+        f" {describe(least)}, needs {least.memory_gib:.1f} GiB, for which --memory_gib {enough}"
+        " would do; else try more --gpus, packs of a smaller --capacity, or --moments bfloat16"
     )
 
 
 def describe(one: Estimate) -> str:
     """A layout in a few words."""
     parallel = one.parallel
-    words = [f"TP {parallel.tensor_model_parallel_size}", f"PP {parallel.pipeline_model_parallel_size}"]
-    words += [f"x {parallel.virtual_pipeline_model_parallel_size}"] * (parallel.virtual_pipeline_model_parallel_size > 1)
+    words = [
+        f"TP {parallel.tensor_model_parallel_size}",
+        f"PP {parallel.pipeline_model_parallel_size}",
+    ]
+    words += [f"x {parallel.virtual_pipeline_model_parallel_size}"] * (
+        parallel.virtual_pipeline_model_parallel_size > 1
+    )
     words += [f"CP {parallel.context_parallel_size}"] * (parallel.context_parallel_size > 1)
     words += [f"DP {one.data_ranks}"] + ["vision data"] * (parallel.vision == "data")
     return f"{' '.join(words)}, recompute {parallel.recompute}"
 
 
-def options(config: Config, chosen: Estimate, gpus: int, size: PackSize, capacity: int, hardware: Hardware) -> dict[str, Estimate]:
-    """The chosen layout with one option changed at a time, by what was changed; arguments as for ``layouts``."""
+def options(
+    config: Config, chosen: Estimate, gpus: int, size: PackSize, capacity: int, hardware: Hardware
+) -> dict[str, Estimate]:
+    """The chosen layout with one option changed at a time, by what was changed; arguments as for
+    ``layouts``.
+    """
     as_chosen = dataclasses.replace(chosen.parallel, layout="auto")
-    changes: dict[str, dict] = {f"--parallel.recompute {name}": {"recompute": name} for name in RECOMPUTE}
+    changes: dict[str, dict] = {
+        f"--parallel.recompute {name}": {"recompute": name} for name in RECOMPUTE
+    }
     for part in LAYER_PARTS:
-        changes[f"--parallel.recompute full --parallel.recompute_parts {part}"] = {"recompute": "full", "recompute_parts": (part,)}
+        changes[f"--parallel.recompute full --parallel.recompute_parts {part}"] = {
+            "recompute": "full",
+            "recompute_parts": (part,),
+        }
     changes["--parallel.overlap_grad_reduce false"] = {"overlap_grad_reduce": False}
     changes["--parallel.overlap_param_gather false"] = {"overlap_param_gather": False}
     if as_chosen.tensor_model_parallel_size > 1:
         other = "tensor" if as_chosen.vision == "data" else "data"
         changes[f"--parallel.vision {other}"] = {"vision": other}
         changes["--parallel.sequence_parallel false"] = {"sequence_parallel": False}
-    runs = {name: dataclasses.replace(config, parallel=dataclasses.replace(as_chosen, **change)) for name, change in changes.items()}
+    runs = {
+        name: dataclasses.replace(config, parallel=dataclasses.replace(as_chosen, **change))
+        for name, change in changes.items()
+    }
     if config.optimizer.moments == "float32" and config.training.precision == "bfloat16":
         smaller: Optimizer = dataclasses.replace(config.optimizer, moments="bfloat16")
-        runs["--optimizer.moments bfloat16"] = dataclasses.replace(config, parallel=as_chosen, optimizer=smaller)
-    return {name: estimate(run, gpus, size, capacity, hardware) for name, run in runs.items() if not layout_problems(run, gpus)}
+        runs["--optimizer.moments bfloat16"] = dataclasses.replace(
+            config, parallel=as_chosen, optimizer=smaller
+        )
+    return {
+        name: estimate(run, gpus, size, capacity, hardware)
+        for name, run in runs.items()
+        if not layout_problems(run, gpus)
+    }
 
 
 def flags(chosen: Estimate) -> str:
     """The options that ask for a layout, on the command line."""
     plain = Parallel()
     asked = vars(chosen.parallel)
-    changed = {name: value for name, value in asked.items() if value != vars(plain)[name] and name != "layout"}
+    changed = {
+        name: value
+        for name, value in asked.items()
+        if value != vars(plain)[name] and name != "layout"
+    }
     if chosen.parallel.pipeline_model_parallel_size > 1:
         changed["layout"] = f"'{chosen.parallel.layout}'"
-    changed = {name: ",".join(value) if isinstance(value, tuple) else value for name, value in changed.items()}
-    return " ".join(f"--parallel.{name} {str(value).lower() if value is True else value}" for name, value in changed.items())
+    changed = {
+        name: ",".join(value) if isinstance(value, tuple) else value
+        for name, value in changed.items()
+    }
+    return " ".join(
+        f"--parallel.{name} {str(value).lower() if value is True else value}"
+        for name, value in changed.items()
+    )
 
 
 def _candidates(config: Config, gpus: int) -> Iterator[Config]:
     for parallel in _sizes(config, gpus):
         candidate = dataclasses.replace(config, parallel=parallel)
         if not layout_problems(candidate, gpus):
-            yield from (dataclasses.replace(candidate, parallel=dataclasses.replace(parallel, recompute=name)) for name in RECOMPUTE)
+            yield from (
+                dataclasses.replace(
+                    candidate, parallel=dataclasses.replace(parallel, recompute=name)
+                )
+                for name in RECOMPUTE
+            )
 
 
 def _sizes(config: Config, gpus: int) -> Iterator[Parallel]:
@@ -111,7 +160,9 @@ def _sizes(config: Config, gpus: int) -> Iterator[Parallel]:
     powers = [2**power for power in range(11)]
     for tensor in [size for size in powers if size <= min(gpus, _MOST_TENSOR)]:
         for context in [size for size in powers if size <= _MOST_CONTEXT and tensor * size <= gpus]:
-            for pipeline in [size for size in powers if tensor * context * size <= gpus and size <= layers]:
+            for pipeline in [
+                size for size in powers if tensor * context * size <= gpus and size <= layers
+            ]:
                 for virtual in _VIRTUAL if pipeline > 1 else (1,):
                     for vision in ("tensor", "data") if tensor > 1 else ("tensor",):
                         yield Parallel(

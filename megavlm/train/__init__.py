@@ -3,9 +3,10 @@
 import logging
 import warnings
 
-# megatron-core warns of packages that it could use and of its own deprecated names, torch of names that megatron-core uses, megatron-core's
-# check of what ranks save in common of a rank that has nothing to train, and its newer line of ways to call it that its older one
-# does not have: nothing that a user could act on.
+# megatron-core warns of packages that it could use and of its own deprecated names, torch of names
+# that megatron-core uses, megatron-core's check of what ranks save in common of a rank that has
+# nothing to train, and its newer line of ways to call it that its older one does not have: nothing
+# that a user could act on.
 warnings.filterwarnings("ignore", module=r"megatron\.|torch\.(distributed|jit)\.")
 for _name in (
     "dist_checkpointing.strategies.torch",

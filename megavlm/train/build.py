@@ -56,7 +56,9 @@ def build(
         history: earlier stages whose moments are gone on with.
     """
     numbers = range(place.pipeline_rank, config.parallel.chunks, place.pipeline_size)
-    chunks = [VisionLanguageModel(config, layout, place, number).to(machine.device) for number in numbers]
+    chunks = [
+        VisionLanguageModel(config, layout, place, number).to(machine.device) for number in numbers
+    ]
     fill(chunks)
     trained = freeze.apply(chunks, config.training.trainable)
     wrapped = optimizer.wrap(config, chunks)

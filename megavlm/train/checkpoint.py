@@ -1,8 +1,9 @@
 """What is in a checkpoint, and how a model and its optimizer are filled from one, at any layout.
 
-A run's save folder (``train/folder``) holds ``step_00000100/`` and so on, and ``latest``, the name of the newest. A step's folder holds
-``shards/`` (megatron-core's distributed checkpoint), ``config.yaml``, ``manifest.json`` and ``tokenizer/`` of the training set,
-``state.json``, and ``checksums.json`` of all the others (``train/integrity``). ``train/saver`` writes them.
+A run's save folder (``train/folder``) holds ``step_00000100/`` and so on, and ``latest``, the name
+of the newest. A step's folder holds ``shards/`` (megatron-core's distributed checkpoint),
+``config.yaml``, ``manifest.json`` and ``tokenizer/`` of the training set, ``state.json``, and
+``checksums.json`` of all the others (``train/integrity``). ``train/saver`` writes them.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ class Checkpoint:
 
 
 def find(path: str) -> Checkpoint | None:
-    """The checkpoint at ``path``, the folder of a step or a save folder (then the newest); none where a save folder holds none yet.
+    """The checkpoint at ``path``, the folder of a step or a save folder (then the newest); none
+    where a save folder holds none yet.
 
     Raises:
         ValueError: the folder is incomplete, damaged, or of another format.
@@ -62,7 +64,8 @@ def find(path: str) -> Checkpoint | None:
 
 
 def read(folder: Path) -> Checkpoint:
-    """The checkpoint of one step; its small files are compared with their checksums, its shards are not touched.
+    """The checkpoint of one step; its small files are compared with their checksums, its shards are
+    not touched.
 
     Raises:
         ValueError: the folder is incomplete, damaged, or of another format.
@@ -77,32 +80,59 @@ def read(folder: Path) -> Checkpoint:
 
 
 def _entries(chunks: Sequence[VisionLanguageModel]) -> ShardedStateDict:
-    """All that megatron-core saves and loads of this rank's chunks, under names that begin with the number of the chunk.
+    """All that megatron-core saves and loads of this rank's chunks, under names that begin with the
+    number of the chunk.
 
-    These names are for this process only: what stands in a file is known by the entry's own key, which is the same at every layout.
+    These names are for this process only: what stands in a file is known by the entry's own key,
+    which is the same at every layout.
     """
-    return {f"{chunk.number} {key}": entry for chunk in chunks for key, entry in chunk.sharded_state_dict(prefix=_PREFIX).items()}
+    return {
+        f"{chunk.number} {key}": entry
+        for chunk in chunks
+        for key, entry in chunk.sharded_state_dict(prefix=_PREFIX).items()
+    }
 
 
 def sharded_weights(chunks: Sequence[VisionLanguageModel]) -> ShardedStateDict:
-    """The weights of this rank, as megatron-core saves and loads them; the same for every kind of layers."""
-    return {name: entry for name, entry in _entries(chunks).items() if not isinstance(entry, ShardedObject)}
+    """The weights of this rank, as megatron-core saves and loads them; the same for every kind of
+    layers.
+    """
+    return {
+        name: entry
+        for name, entry in _entries(chunks).items()
+        if not isinstance(entry, ShardedObject)
+    }
 
 
-def sharded(chunks: Sequence[VisionLanguageModel], optimizer: MegatronOptimizer, fp8: Fp8, *, is_loading: bool) -> dict[str, Any]:
-    """Weights, main weights, moments, and the scales of FP8, of this rank, as megatron-core saves and loads them. Collective."""
+def sharded(
+    chunks: Sequence[VisionLanguageModel],
+    optimizer: MegatronOptimizer,
+    fp8: Fp8,
+    *,
+    is_loading: bool,
+) -> dict[str, Any]:
+    """Weights, main weights, moments, and the scales of FP8, of this rank, as megatron-core saves
+    and loads them. Collective.
+    """
     weights = sharded_weights(chunks)
-    moments = optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=_OPTIMIZER_FORMAT)
-    return {"model": weights, "optimizer": moments} | ({"scales": _scales(chunks)} if "delayed" in fp8.recipes.values() else {})
+    moments = optimizer.sharded_state_dict(
+        weights, is_loading=is_loading, metadata=_OPTIMIZER_FORMAT
+    )
+    return {"model": weights, "optimizer": moments} | (
+        {"scales": _scales(chunks)} if "delayed" in fp8.recipes.values() else {}
+    )
 
 
 def _scales(chunks: Sequence[VisionLanguageModel]) -> ShardedStateDict:
     """What delayed scaling to FP8 remembers of earlier steps."""
-    return {name: entry for name, entry in _entries(chunks).items() if isinstance(entry, ShardedObject)}
+    return {
+        name: entry for name, entry in _entries(chunks).items() if isinstance(entry, ShardedObject)
+    }
 
 
 def load_weights(checkpoint: Checkpoint, chunks: Sequence[VisionLanguageModel]) -> None:
-    """Fill this rank's chunks. Collective; call it before the optimizer is built, which copies the weights.
+    """Fill this rank's chunks. Collective; call it before the optimizer is built, which copies the
+    weights.
 
     Raises:
         ValueError: the checkpoint is of another architecture; every difference is named.
@@ -110,16 +140,30 @@ def load_weights(checkpoint: Checkpoint, chunks: Sequence[VisionLanguageModel]) 
     differences = architecture_differences(checkpoint.config.architecture, chunks[0].architecture)
     if differences:
         listed = "\n  ".join(differences)
-        raise ValueError(f"--checkpoint.load {checkpoint.folder}: the checkpoint is of another architecture than --model:\n  {listed}")
-    loaded = dist_checkpointing.load({"model": sharded_weights(chunks)}, str(checkpoint.folder / SHARDS))
+        raise ValueError(
+            f"--checkpoint.load {checkpoint.folder}: the checkpoint is of another architecture than"
+            f" --model:\n  {listed}"
+        )
+    loaded = dist_checkpointing.load(
+        {"model": sharded_weights(chunks)}, str(checkpoint.folder / SHARDS)
+    )
     _take(chunks, loaded["model"])
 
 
 @torch.no_grad()
-def load_optimizer(checkpoint: Checkpoint, chunks: Sequence[VisionLanguageModel], optimizer: MegatronOptimizer, fp8: Fp8) -> None:
-    """Fill moments, main weights and step count, and the scales of FP8 where ``fp8`` is as it was. Collective."""
+def load_optimizer(
+    checkpoint: Checkpoint,
+    chunks: Sequence[VisionLanguageModel],
+    optimizer: MegatronOptimizer,
+    fp8: Fp8,
+) -> None:
+    """Fill moments, main weights and step count, and the scales of FP8 where ``fp8`` is as it was.
+    Collective.
+    """
     kept = fp8 if fp8 == checkpoint.config.fp8 else Fp8()
-    loaded = dist_checkpointing.load(sharded(chunks, optimizer, kept, is_loading=True), str(checkpoint.folder / SHARDS))
+    loaded = dist_checkpointing.load(
+        sharded(chunks, optimizer, kept, is_loading=True), str(checkpoint.folder / SHARDS)
+    )
     optimizer.load_state_dict(loaded["optimizer"])
     _take(chunks, loaded["model"] | loaded.get("scales", {}))
 
@@ -129,21 +173,37 @@ def _take(chunks: Sequence[VisionLanguageModel], loaded: dict[str, Any]) -> None
     wrong: list[str] = []
     for chunk in chunks:
         start = f"{chunk.number} {_PREFIX}"
-        values = {name.removeprefix(start): value for name, value in loaded.items() if name.startswith(start)}
+        values = {
+            name.removeprefix(start): value
+            for name, value in loaded.items()
+            if name.startswith(start)
+        }
         result = chunk.load_state_dict(values, strict=False)
-        wrong += [*result.unexpected_keys, *(key for key in result.missing_keys if not key.endswith("_extra_state"))]
+        wrong += [
+            *result.unexpected_keys,
+            *(key for key in result.missing_keys if not key.endswith("_extra_state")),
+        ]
     if wrong:
         raise ValueError(f"the checkpoint's weights are not those of the model: {', '.join(wrong)}")
 
 
 def architecture_differences(old: Architecture, new: Architecture) -> list[str]:
-    """``describe_differences`` of two models; the family only says how Hugging Face's files name the same weights."""
-    return describe_differences(replace(old, language=replace(old.language, family=new.language.family)), new)
+    """``describe_differences`` of two models; the family only says how Hugging Face's files name
+    the same weights.
+    """
+    return describe_differences(
+        replace(old, language=replace(old.language, family=new.language.family)), new
+    )
 
 
 def describe_differences(old: Any, new: Any, path: str = "architecture") -> list[str]:
-    """Fields in which two configurations differ, such as ``architecture.vision.num_layers: 24 in the checkpoint, 45 asked for``."""
+    """Fields in which two configurations differ, such as ``architecture.vision.num_layers: 24 in
+    the checkpoint, 45 asked for``.
+    """
     if is_dataclass(old):
-        inside = [describe_differences(getattr(old, f.name), getattr(new, f.name), f"{path}.{f.name}") for f in fields(old)]
+        inside = [
+            describe_differences(getattr(old, f.name), getattr(new, f.name), f"{path}.{f.name}")
+            for f in fields(old)
+        ]
         return [line for lines in inside for line in lines]
     return [] if old == new else [f"--{path}: {old} in the checkpoint, {new} asked for"]

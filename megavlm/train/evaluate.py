@@ -19,10 +19,12 @@ from megavlm.train.step import run_packs
 
 @torch.no_grad()
 def held_out_loss(job: Job) -> tuple[float, dict[str, float]]:
-    """Loss over the first ``eval_packs`` held-out packs (all for 0), weighed like the training loss. Collective.
+    """Loss over the first ``eval_packs`` held-out packs (all for 0), weighed like the training
+    loss. Collective.
 
     Returns:
-        The loss, and the mean loss of each source's supervised tokens, on ranks of the last chunk; 0 and nothing on others.
+        The loss, and the mean loss of each source's supervised tokens, on ranks of the last chunk;
+            0 and nothing on others.
     """
     data = job.config.data
     groups = job.groups
@@ -33,7 +35,10 @@ def held_out_loss(job: Job) -> tuple[float, dict[str, float]]:
     positions = range(groups.data_rank, count, groups.data_size)
     weight = job.valid.weight_sum(plan.pack_ids(0, count), data.loss_reduction)
     if not weight:
-        raise ValueError(f"--data.valid {data.valid}: no token of its first {count} packs is supervised, so there is no loss")
+        raise ValueError(
+            f"--data.valid {data.valid}: no token of its first {count} packs is supervised, so"
+            " there is no loss"
+        )
     packs = batches(
         job.valid,
         plan,
@@ -55,7 +60,15 @@ def held_out_loss(job: Job) -> tuple[float, dict[str, float]]:
         if len(positions):
             blank = -len(positions) % groups.pipeline_size if len(job.wrapped) > 1 else 0
             filled = _followed_by_blank(packs, blank)
-            loss = run_packs(job.wrapped, filled, len(positions) + blank, weight, job.backend, forward_only=True, by_source=by_source)
+            loss = run_packs(
+                job.wrapped,
+                filled,
+                len(positions) + blank,
+                weight,
+                job.backend,
+                forward_only=True,
+                by_source=by_source,
+            )
     for chunk in job.wrapped:
         chunk.train()
     means, _ = by_source.report(groups)
@@ -63,7 +76,9 @@ def held_out_loss(job: Job) -> tuple[float, dict[str, float]]:
 
 
 def _followed_by_blank(packs: Iterator[Batch], count: int) -> Iterator[Batch]:
-    """The packs, then the last one again ``count`` times, without a loss: interleaved chunks take packs in multiples of their ranks."""
+    """The packs, then the last one again ``count`` times, without a loss: interleaved chunks take
+    packs in multiples of their ranks.
+    """
     for pack in packs:
         yield pack
     for _ in range(count):

@@ -44,20 +44,33 @@ Start = Checkpoint | Path | Init | None
 
 
 def launch(config: Config) -> None:
-    """Run a training job; what is wrong with it, on any rank, ends every process with status 2 before any process group exists."""
+    """Run a training job; what is wrong with it, on any rank, ends every process with status 2
+    before any process group exists.
+    """
     backend.set_environment(config.training.deterministic)
     store = backend.meet(config.parallel.timeout_minutes)
     start = None
     try:
         start = inspect(config, backend.world_size())
-        view = View(facts=look(config, start=start.folder if isinstance(start, Checkpoint) else start))
+        view = View(
+            facts=look(config, start=start.folder if isinstance(start, Checkpoint) else start)
+        )
     except (ValueError, FileNotFoundError) as error:
         view = View(problem=str(error))
     try:
-        agree(store, backend.rank(), backend.world_size(), view, timedelta(minutes=config.parallel.timeout_minutes), _tell)
+        agree(
+            store,
+            backend.rank(),
+            backend.world_size(),
+            view,
+            timedelta(minutes=config.parallel.timeout_minutes),
+            _tell,
+        )
     except DisagreementError:
         raise SystemExit(2) from None
-    machine = backend.start(config.parallel.timeout_minutes, deterministic=config.training.deterministic, store=store)
+    machine = backend.start(
+        config.parallel.timeout_minutes, deterministic=config.training.deterministic, store=store
+    )
     try:
         train(config, machine, start)
     except (source.DamagedError, SaveError) as error:
@@ -83,7 +96,12 @@ def inspect(config: Config, world_size: int) -> Start:
         ConfigError: everything that is wrong with the configuration, in one message.
         ValueError: a dataset or checkpoint that cannot be used.
     """
-    check(config, world_size, facts=[_facts(flag, folder) for flag, folder in _datasets(config)], machine=precision.machine())
+    check(
+        config,
+        world_size,
+        facts=[_facts(flag, folder) for flag, folder in _datasets(config)],
+        machine=precision.machine(),
+    )
     family_of(config.architecture.language)  # else the trained model could not be exported
     own = source.own(config)
     if own is not None:
@@ -96,11 +114,17 @@ def inspect(config: Config, world_size: int) -> Start:
     if (Path(config.checkpoint.load) / "config.json").is_file():
         convert.refuse_other(config.checkpoint.load, config.architecture)
         if config.checkpoint.moments == "keep":
-            raise ValueError(f"--checkpoint.moments keep: {config.checkpoint.load} is of Hugging Face and has none; use fresh")
+            raise ValueError(
+                f"--checkpoint.moments keep: {config.checkpoint.load} is of Hugging Face and has"
+                " none; use fresh"
+            )
         return Path(config.checkpoint.load)
     loaded = checkpoint.find(config.checkpoint.load)
     if loaded is None:
-        raise ValueError(f"--checkpoint.load {config.checkpoint.load}: no checkpoint and no Hugging Face model is there")
+        raise ValueError(
+            f"--checkpoint.load {config.checkpoint.load}: no checkpoint and no Hugging Face model"
+            " is there"
+        )
     return source.fit(config, loaded)
 
 
@@ -109,14 +133,27 @@ def _check_parts(config: Config) -> None:
     from_parts.refuse_other(config.init, config.architecture)
     if config.init.language:
         tokenizer, _ = from_parts.extend_tokenizer(config.init)
-        if fingerprint(tokenizer) != read_manifest(config.data.train_folders[0]).tokenizer_fingerprint:
+        if (
+            fingerprint(tokenizer)
+            != read_manifest(config.data.train_folders[0]).tokenizer_fingerprint
+        ):
             words = " ".join(from_parts.words_of(config.init))
-            raise ConfigError(f"--data.train {config.data.train}: packed with another tokenizer than that of {words}")
+            raise ConfigError(
+                f"--data.train {config.data.train}: packed with another tokenizer than that of"
+                f" {words}"
+            )
 
 
 def _datasets(config: Config) -> Sequence[tuple[str, str]]:
-    named = [*(("--data.train", folder) for folder in config.data.train_folders), ("--data.valid", config.data.valid)]
-    return [(flag, folder) for flag, folder in named if folder and (is_remote(folder) or Path(folder).exists())]
+    named = [
+        *(("--data.train", folder) for folder in config.data.train_folders),
+        ("--data.valid", config.data.valid),
+    ]
+    return [
+        (flag, folder)
+        for flag, folder in named
+        if folder and (is_remote(folder) or Path(folder).exists())
+    ]
 
 
 def _facts(flag: str, folder: str) -> DatasetFacts:
@@ -170,7 +207,9 @@ def train(config: Config, machine: backend.Backend, start: Start) -> State:
             checkpoint.load_optimizer(start, built.chunks, built.optimizer, config.fp8)
             state = start.state
         elif history:
-            stage_moments.keep(start, built.chunks, built.optimizer, optimizer.oldest(built.optimizer))
+            stage_moments.keep(
+                start, built.chunks, built.optimizer, optimizer.oldest(built.optimizer)
+            )
         _introduce(config, place, built.trained, start, state, metrics)
         if place.pipeline_size > 1:
             metrics.say(f"pipeline: {layout}")
@@ -189,7 +228,9 @@ def train(config: Config, machine: backend.Backend, start: Start) -> State:
         )
         state = run(job, state, metrics)
         if config.checkpoint.export_hf and state.step == config.training.steps and place.rank == 0:
-            convert.export(config.checkpoint.save, config.checkpoint.export_hf, flag="--checkpoint.export_hf")
+            convert.export(
+                config.checkpoint.save, config.checkpoint.export_hf, flag="--checkpoint.export_hf"
+            )
     process_groups.destroy()
     return state
 
@@ -217,7 +258,9 @@ def _clean(save: Path, place: process_groups.Groups, metrics: Metrics) -> None:
         metrics.say(f"removed from {save} what a killed run left: {', '.join(left[0])}")
 
 
-def _check_speed(config: Config, place: process_groups.Groups, machine: backend.Backend, metrics: Metrics) -> None:
+def _check_speed(
+    config: Config, place: process_groups.Groups, machine: backend.Backend, metrics: Metrics
+) -> None:
     """Say how fast ranks and groups are, and who is slow. Collective."""
     speeds = speed_check.measure(place, machine)
     metrics.say(speed_check.summary(speeds))
@@ -236,26 +279,46 @@ def _fill(config: Config, start: Start, chunks: Sequence[VisionLanguageModel]) -
         weights.fill(chunks, fresh if start is None else from_parts.full_tensors(config, fresh))
 
 
-def _introduce(config: Config, place: process_groups.Groups, trained: Trained, start: Start, state: State, metrics: Metrics) -> None:
+def _introduce(
+    config: Config,
+    place: process_groups.Groups,
+    trained: Trained,
+    start: Start,
+    state: State,
+    metrics: Metrics,
+) -> None:
     """Say what is about to run."""
     origin = "fresh weights"
     if isinstance(start, Checkpoint):
-        goes_on = f"going on after step {state.step}" if source.resumes(config, start) else "its weights"
+        goes_on = (
+            f"going on after step {state.step}" if source.resumes(config, start) else "its weights"
+        )
         origin = f"{start.folder} (stage {start.state.stage}, step {start.state.step}): {goes_on}"
     elif isinstance(start, Path):
         origin = f"{start} (Hugging Face): its weights"
     elif start is not None:
-        origin = ", ".join(f"{part} from {folder}" for part, folder in start.parts.items()) + ", the rest fresh"
-    shares = ", ".join(f"{part} {trained.weights[part]:,} of {trained.total[part]:,}" for part in PARTS)
+        origin = (
+            ", ".join(f"{part} from {folder}" for part, folder in start.parts.items())
+            + ", the rest fresh"
+        )
+    shares = ", ".join(
+        f"{part} {trained.weights[part]:,} of {trained.total[part]:,}" for part in PARTS
+    )
     context = f" x context {place.context_size}" if place.context_size > 1 else ""
     virtual = config.parallel.virtual_pipeline_model_parallel_size
     pipeline = f"pipeline {place.pipeline_size}" + f" ({virtual} chunks each)" * (virtual > 1)
     sizes = f"tensor {place.tensor_size}{context} x {pipeline} x data {place.data_size}"
-    metrics.say(f"stage {config.stage}, model {config.model}, {place.size} ranks: {sizes}, {config.training.precision}")
+    metrics.say(
+        f"stage {config.stage}, model {config.model}, {place.size} ranks: {sizes},"
+        f" {config.training.precision}"
+    )
     metrics.say(f"start: {origin}")
     if state.history:
         *_, (steps, trainable) = state.history
-        metrics.say(f"moments: those after {steps} steps of {', '.join(trainable)} for what this stage trains too, fresh for the rest")
+        metrics.say(
+            f"moments: those after {steps} steps of {', '.join(trainable)} for what this stage"
+            " trains too, fresh for the rest"
+        )
     elif state.step == 0:
         metrics.say("moments: fresh")
     metrics.say(f"trained weights: {shares}")

@@ -39,13 +39,21 @@ def run(job: Job, state: State, metrics: Metrics) -> State:
     packs = job.config.training.global_batch_size
     last = config.training.steps
     interval = config.logging.interval
-    positions = range(state.consumed + groups.data_rank, state.consumed + (last - state.step) * packs, groups.data_size)
+    positions = range(
+        state.consumed + groups.data_rank,
+        state.consumed + (last - state.step) * packs,
+        groups.data_size,
+    )
     saver = Saver(job, metrics, state.step)
     unseen = {}
     by_source = SourceLosses(job.train.source_names, job.backend.device)
     reported = state.step
     pace = Pace(training_cost(config.architecture, config.training.trainable), groups.size)
-    with StopRequest() as stop, _watchdog(job) as watchdog, contextlib.closing(_loader(job, positions)) as loaded:
+    with (
+        StopRequest() as stop,
+        _watchdog(job) as watchdog,
+        contextlib.closing(_loader(job, positions)) as loaded,
+    ):
         arriving = watchdog.count(loaded)
         if state.step == 0:
             with pace.paused():
@@ -56,17 +64,34 @@ def run(job: Job, state: State, metrics: Metrics) -> State:
             ids = job.plan.pack_ids(state.consumed, packs)
             weight = job.train.weight_sum(ids, config.data.loss_reduction)
             if not weight:
-                raise ValueError(f"--data.train {config.data.train}: no token of packs {ids.tolist()} is supervised, so there is no loss")
+                raise ValueError(
+                    f"--data.train {config.data.train}: no token of packs {ids.tolist()} is"
+                    " supervised, so there is no loss"
+                )
             rate = set_rates(job.optimizer, config, state.step)
             micro_steps = packs // groups.data_size
             clip = config.optimizer.clip_grad
-            result = train_step(job.wrapped, job.optimizer, arriving, micro_steps, weight, clip, job.backend, by_source)
+            result = train_step(
+                job.wrapped,
+                job.optimizer,
+                arriving,
+                micro_steps,
+                weight,
+                clip,
+                job.backend,
+                by_source,
+            )
             unseen[state.step] = result.grad_norm
-            state = dataclasses.replace(state, step=state.step + 1, consumed=state.consumed + packs, valid_loss=None)
+            state = dataclasses.replace(
+                state, step=state.step + 1, consumed=state.consumed + packs, valid_loss=None
+            )
             pace.add(job.train.index[ids])
 
             asked_to_stop = False
-            interval_is_over = config.checkpoint.save_interval and state.step % config.checkpoint.save_interval == 0
+            interval_is_over = (
+                config.checkpoint.save_interval
+                and state.step % config.checkpoint.save_interval == 0
+            )
             if state.step % interval == 0 or state.step == last or interval_is_over:
                 try:
                     grad_norm = _look(unseen, job)
@@ -83,7 +108,9 @@ def run(job: Job, state: State, metrics: Metrics) -> State:
                 asked_to_stop = groups.any_rank(stop.asked, job.backend.device)
                 with pace.paused():
                     saver.poll()
-            if state.step == last or (config.training.eval_interval and state.step % config.training.eval_interval == 0):
+            if state.step == last or (
+                config.training.eval_interval and state.step % config.training.eval_interval == 0
+            ):
                 with pace.paused():
                     watchdog.enter("evaluation", state.step)
                     state = _evaluate(job, state, metrics)
@@ -95,7 +122,11 @@ def run(job: Job, state: State, metrics: Metrics) -> State:
                 saver.wait()  # while a signal does not end the run at once
             if asked_to_stop:
                 newest = f"the last checkpoint is of step {saver.step}"
-                kept = newest if config.checkpoint.save else "nothing is kept without --checkpoint.save"
+                kept = (
+                    newest
+                    if config.checkpoint.save
+                    else "nothing is kept without --checkpoint.save"
+                )
                 metrics.say(f"stopped by a signal after step {state.step}; {kept}")
                 break
     saver.finish()
@@ -103,19 +134,32 @@ def run(job: Job, state: State, metrics: Metrics) -> State:
 
 
 def _look(grad_norms: dict[int, Tensor], job: Job) -> float:
-    """Wait for the norms of the last steps' gradients, by step, and refuse one that is not finite; the newest is returned."""
+    """Wait for the norms of the last steps' gradients, by step, and refuse one that is not finite;
+    the newest is returned.
+    """
     values = torch.stack(list(grad_norms.values())).tolist()
     for step, norm in zip(grad_norms, values, strict=True):
         if not math.isfinite(norm):
             packs = job.config.training.global_batch_size
             ids = job.plan.pack_ids(step * packs, packs).tolist()
-            raise FloatingPointError(f"step {step}: the gradient's norm is {norm} on packs {ids}; the weights are lost since then")
+            raise FloatingPointError(
+                f"step {step}: the gradient's norm is {norm} on packs {ids}; the weights are lost"
+                " since then"
+            )
     return values[-1]
 
 
 def _watchdog(job: Job) -> Watchdog:
-    store = dist.PrefixStore("watchdog", dist.group.WORLD.get_group_store().clone())  # a connection of its own: the other may be waiting
-    return Watchdog(store, job.groups.rank, job.groups.size, job.config.health, job.config.parallel.timeout_minutes)
+    store = dist.PrefixStore(
+        "watchdog", dist.group.WORLD.get_group_store().clone()
+    )  # a connection of its own: the other may be waiting
+    return Watchdog(
+        store,
+        job.groups.rank,
+        job.groups.size,
+        job.config.health,
+        job.config.parallel.timeout_minutes,
+    )
 
 
 def _loader(job: Job, positions: range):

@@ -53,26 +53,42 @@ class Metrics:
         if self._writes:
             print(text, flush=True)
 
-    def record(self, step: int, values: dict[str, float | str], by_source: dict[str, dict[str, float]] | None = None) -> None:
+    def record(
+        self,
+        step: int,
+        values: dict[str, float | str],
+        by_source: dict[str, dict[str, float]] | None = None,
+    ) -> None:
         """Write one record everywhere.
 
         Args:
             step: updates that are done.
             values: figures by name; texts go to the console and to the file only.
-            by_source: figures of each source of the data, by name, such as ``{"loss": {"chats": 1.2}}``. In the file and in trackers they
-                are called ``loss/chats``; the console shows the first ones, if the sources are few.
+            by_source: figures of each source of the data, by name, such as ``{"loss": {"chats":
+                1.2}}``. In the file and in trackers they are called ``loss/chats``; the console
+                shows the first ones, if the sources are few.
         """
         if not self._writes:
             return
         words = [f"step {step}"] + [f"{name} {_short(value)}" for name, value in values.items()]
         for name, figures in list((by_source or {}).items())[:1]:
             if 1 < len(figures) <= SHOWN_SOURCES:
-                words.append(f"{name} of " + ", ".join(f"{source} {figure:.4g}" for source, figure in figures.items()))
+                words.append(
+                    f"{name} of "
+                    + ", ".join(f"{source} {figure:.4g}" for source, figure in figures.items())
+                )
         print("  ".join(words), flush=True)
-        values = values | {f"{name}/{source}": figure for name, figures in (by_source or {}).items() for source, figure in figures.items()}
+        values = values | {
+            f"{name}/{source}": figure
+            for name, figures in (by_source or {}).items()
+            for source, figure in figures.items()
+        }
         numbers = {name: value for name, value in values.items() if not isinstance(value, str)}
         if self._file is not None:
-            finite = {name: value if isinstance(value, str) or math.isfinite(value) else None for name, value in values.items()}
+            finite = {
+                name: value if isinstance(value, str) or math.isfinite(value) else None
+                for name, value in values.items()
+            }
             self._append(json.dumps({"step": step, "time": round(time.time(), 3)} | finite) + "\n")
         if self._board is not None:
             for name, value in numbers.items():
@@ -93,7 +109,9 @@ class Metrics:
     def __enter__(self) -> Metrics:
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._file is not None:
             self._file.close()
         if self._board is not None:
@@ -110,7 +128,9 @@ def _start_wandb(config: Config) -> Any:
     try:
         import wandb
     except ImportError as error:
-        raise ValueError("--logging.wandb_project needs Weights & Biases: pip install wandb") from error
+        raise ValueError(
+            "--logging.wandb_project needs Weights & Biases: pip install wandb"
+        ) from error
     import yaml
 
     return wandb.init(

@@ -1,4 +1,6 @@
-"""Gradient reduction and AdamW, both of megatron-core, with the optimizer's state shared out over the data-parallel ranks."""
+"""Gradient reduction and AdamW, both of megatron-core, with the optimizer's state shared out over
+the data-parallel ranks.
+"""
 
 from __future__ import annotations
 
@@ -25,14 +27,19 @@ from megavlm.train.schedule import learning_rate
 
 _MOMENTS: dict[str, dict[str, Any]] = {
     "float32": {},
-    "bfloat16": {"use_precision_aware_optimizer": True, "exp_avg_dtype": torch.bfloat16, "exp_avg_sq_dtype": torch.bfloat16},
+    "bfloat16": {
+        "use_precision_aware_optimizer": True,
+        "exp_avg_dtype": torch.bfloat16,
+        "exp_avg_sq_dtype": torch.bfloat16,
+    },
 }
 
 
 def wrap(config: Config, chunks: Sequence[VisionLanguageModel]) -> list[DistributedDataParallel]:
     """Sum gradients over the copies of the model, in float32. The freeze mask must be set before.
 
-    The gradients of all but a rank's first chunk are summed in one go: its other chunks compute meanwhile.
+    The gradients of all but a rank's first chunk are summed in one go: its other chunks compute
+    meanwhile.
     """
     return [
         DistributedDataParallel(
@@ -54,7 +61,8 @@ def wrap(config: Config, chunks: Sequence[VisionLanguageModel]) -> list[Distribu
 def whole_weights(wrapped: Sequence[DistributedDataParallel]) -> Iterator[None]:
     """A time in which every rank holds all updated weights: for reading or saving them. Collective.
 
-    Between the optimizer's update and the next forward pass a rank has its own share of them only, where collecting overlaps.
+    Between the optimizer's update and the next forward pass a rank has its own share of them only,
+    where collecting overlaps.
     """
     overlapping = [chunk for chunk in wrapped if chunk.ddp_config.overlap_param_gather]
     for chunk in overlapping:
@@ -70,13 +78,19 @@ def _is_vector(parameter: Tensor) -> bool:
     return parameter.squeeze().ndim < 2
 
 
-def build(config: Config, wrapped: Sequence[DistributedDataParallel], ages: Mapping[int, int] = MappingProxyType({})) -> MegatronOptimizer:
-    """Create AdamW over what is trained. Collective: every rank calls it, with nothing to train too.
+def build(
+    config: Config,
+    wrapped: Sequence[DistributedDataParallel],
+    ages: Mapping[int, int] = MappingProxyType({}),
+) -> MegatronOptimizer:
+    """Create AdamW over what is trained. Collective: every rank calls it, with nothing to train
+    too.
 
     Args:
         config: the run.
         wrapped: this rank's chunks.
-        ages: updates that the moments of each weight have seen before this run, by ``id`` of the parameter; none: all are fresh.
+        ages: updates that the moments of each weight have seen before this run, by ``id`` of the
+            parameter; none: all are fresh.
     """
     optimizer = config.optimizer
     number = precision(config)
@@ -94,18 +108,25 @@ def build(config: Config, wrapped: Sequence[DistributedDataParallel], ages: Mapp
         overlap_param_gather=config.parallel.overlap_param_gather,
         **_MOMENTS[optimizer.moments],
     )
-    spared = {ParamKey(predicate=ParamPredicate(name="vector", fn=_is_vector)): ParamGroupOverride(wd_mult=0.0)}
+    spared = {
+        ParamKey(predicate=ParamPredicate(name="vector", fn=_is_vector)): ParamGroupOverride(
+            wd_mult=0.0
+        )
+    }
     overrides = spared if optimizer.decay == "matrices" else {}
     for age in set(ages.values()):
         # megatron-core tells groups apart by lr_mult, among others, and does nothing else with it.
-        chosen = ParamPredicate(name=f"age {age}", fn=lambda parameter, age=age: ages[id(parameter)] == age)
+        chosen = ParamPredicate(
+            name=f"age {age}", fn=lambda parameter, age=age: ages[id(parameter)] == age
+        )
         overrides[ParamKey(predicate=chosen)] = ParamGroupOverride(lr_mult=1.0 + age)
     return get_megatron_optimizer(settings, list(wrapped), config_overrides=overrides)
 
 
 @torch.no_grad()
 def step(optimizer: MegatronOptimizer, clip_grad: float, device: torch.device) -> Tensor:
-    """Clip the gradient and update the weights. megatron-core's own ``step`` does the same, but waits for the norm on the host.
+    """Clip the gradient and update the weights. megatron-core's own ``step`` does the same, but
+    waits for the norm on the host.
 
     Args:
         optimizer: of megatron-core.
@@ -117,7 +138,11 @@ def step(optimizer: MegatronOptimizer, clip_grad: float, device: torch.device) -
     """
     optimizer.prepare_grads()
     found = [pair for part in optimizer.chained_optimizers for pair in _gradients(part)]
-    counted = [grad for parameter, grad in found if _counts_here(parameter, optimizer.chained_optimizers[0].tp_group)]
+    counted = [
+        grad
+        for parameter, grad in found
+        if _counts_here(parameter, optimizer.chained_optimizers[0].tp_group)
+    ]
     norms = torch._foreach_norm(counted) if counted else [torch.zeros((), device=device)]
     square = torch.stack(norms).square().sum()
     dist.all_reduce(square, group=optimizer.get_grad_stats_parallel_group())
@@ -129,15 +154,23 @@ def step(optimizer: MegatronOptimizer, clip_grad: float, device: torch.device) -
 
 
 def _gradients(optimizer: MegatronOptimizer) -> list[tuple[Tensor, Tensor]]:
-    """This rank's share of the weights with its gradients; with moments in 16 bits they stand beside weights of another format."""
+    """This rank's share of the weights with its gradients; with moments in 16 bits they stand
+    beside weights of another format.
+    """
     name = "decoupled_grad" if optimizer.config.use_precision_aware_optimizer else "grad"
-    found = [(parameter, getattr(parameter, name, None)) for parameter in optimizer.get_parameters()]
+    found = [
+        (parameter, getattr(parameter, name, None)) for parameter in optimizer.get_parameters()
+    ]
     return [(parameter, grad) for parameter, grad in found if grad is not None]
 
 
 def _counts_here(parameter: Tensor, tensor_ranks: dist.ProcessGroup) -> bool:
-    """Whether a gradient is counted on this rank: what several tensor-parallel ranks hold, or several layers share, counts once."""
-    return param_is_not_shared(parameter) and param_is_not_tensor_parallel_duplicate(parameter, tensor_ranks)
+    """Whether a gradient is counted on this rank: what several tensor-parallel ranks hold, or
+    several layers share, counts once.
+    """
+    return param_is_not_shared(parameter) and param_is_not_tensor_parallel_duplicate(
+        parameter, tensor_ranks
+    )
 
 
 def oldest(optimizer: MegatronOptimizer) -> int:
@@ -150,17 +183,24 @@ def _age(group: dict[str, Any]) -> int:
 
 
 def set_rates(optimizer: MegatronOptimizer, config: Config, step: int) -> float:
-    """Set learning rate, weight decay and epsilon of every parameter group for update ``step``; the learning rate is returned.
+    """Set learning rate, weight decay and epsilon of every parameter group for update ``step``; the
+    learning rate is returned.
 
-    All groups count updates as the oldest does, and AdamW divides both moments by one minus their decay to that power. Rates of a younger
-    group undo that and put its own number of updates in place.
+    All groups count updates as the oldest does, and AdamW divides both moments by one minus their
+    decay to that power. Rates of a younger group undo that and put its own number of updates in
+    place.
     """
     settings = config.optimizer
     rate = learning_rate(step, config.optimizer, config.training.steps)
     most = oldest(optimizer)
     for group in optimizer.param_groups:
-        first = _correction(settings.adam_beta1, most + step + 1) / _correction(settings.adam_beta1, _age(group) + step + 1)
-        second = math.sqrt(_correction(settings.adam_beta2, _age(group) + step + 1) / _correction(settings.adam_beta2, most + step + 1))
+        first = _correction(settings.adam_beta1, most + step + 1) / _correction(
+            settings.adam_beta1, _age(group) + step + 1
+        )
+        second = math.sqrt(
+            _correction(settings.adam_beta2, _age(group) + step + 1)
+            / _correction(settings.adam_beta2, most + step + 1)
+        )
         group["lr"] = rate * first * second
         group["weight_decay"] = settings.weight_decay * group["wd_mult"] / (first * second)
         group["eps"] = settings.adam_eps * second

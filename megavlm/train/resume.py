@@ -1,6 +1,7 @@
 """What a run starts from: its own newest checkpoint that is whole, or one that it is given.
 
-A run that finds its own newest checkpoint damaged says so and goes on from the one before. One that the user names is taken or refused.
+A run that finds its own newest checkpoint damaged says so and goes on from the one before. One that
+the user names is taken or refused.
 """
 
 from __future__ import annotations
@@ -42,31 +43,42 @@ def own(config: Config) -> Checkpoint | None:
     strangers = sorted(entry.name for entry in save.iterdir() if not folder.is_own(entry))
     if strangers:
         listed = ", ".join(strangers[:3])
-        raise ValueError(f"--checkpoint.save {save}: the folder holds something else already ({listed}); name another one")
+        raise ValueError(
+            f"--checkpoint.save {save}: the folder holds something else already ({listed}); name"
+            " another one"
+        )
     return None
 
 
 def _first_whole(config: Config, candidates: Sequence[Path], problems: list[str]) -> Checkpoint:
-    """The first checkpoint that can be read and is of this model; what is wrong with those before it is said and added to ``problems``."""
+    """The first checkpoint that can be read and is of this model; what is wrong with those before
+    it is said and added to ``problems``.
+    """
     for candidate in candidates:
         try:
             found = checkpoint.read(candidate)
-            if differences := checkpoint.architecture_differences(found.config.architecture, config.architecture):
-                raise ValueError(f"{candidate / checkpoint.CONFIG_NAME}: of another model\n  " + "\n  ".join(differences))
+            if differences := checkpoint.architecture_differences(
+                found.config.architecture, config.architecture
+            ):
+                raise ValueError(
+                    f"{candidate / checkpoint.CONFIG_NAME}: of another model\n  "
+                    + "\n  ".join(differences)
+                )
         except (ValueError, OSError) as error:
             problems.append(str(error))
             continue
         if problems:
             _warn(
-                f"--checkpoint.save {candidate.parent}: the newest checkpoint cannot be used; the run goes on from {candidate.name}",
+                f"--checkpoint.save {candidate.parent}: the newest checkpoint cannot be used; the"
+                f" run goes on from {candidate.name}",
                 problems,
             )
         return _of_this_stage(config, found)
     save = config.checkpoint.save
     listed = "\n  ".join(problems)
     raise DamagedError(
-        f"--checkpoint.save {save}: no checkpoint of this run can be used, and starting anew would overwrite them:\n  {listed}\n"
-        "  mend the files, or name another folder"
+        f"--checkpoint.save {save}: no checkpoint of this run can be used, and starting anew would"
+        f" overwrite them:\n  {listed}\n  mend the files, or name another folder"
     )
 
 
@@ -79,8 +91,9 @@ def _of_this_stage(config: Config, found: Checkpoint) -> Checkpoint:
     if found.state.stage != config.stage:
         save = config.checkpoint.save
         raise ValueError(
-            f"--checkpoint.save {save}: it holds checkpoints of stage {found.state.stage}, and this is stage {config.stage}; "
-            "name another folder, and give this one to --checkpoint.load to start from its weights"
+            f"--checkpoint.save {save}: it holds checkpoints of stage {found.state.stage}, and this"
+            f" is stage {config.stage}; name another folder, and give this one to --checkpoint.load"
+            " to start from its weights"
         )
     return fit(config, found)
 
@@ -91,20 +104,35 @@ def fit(config: Config, source: Checkpoint) -> Checkpoint:
     tokenizer = read_manifest(config.data.train_folders[0]).tokenizer_fingerprint
     if source.state.tokenizer not in (None, tokenizer):
         words = source.folder / checkpoint.TOKENIZER
-        problems.append(f"--data.train {config.data.train}: packed with another tokenizer than the checkpoint's, {words}")
+        problems.append(
+            f"--data.train {config.data.train}: packed with another tokenizer than the"
+            f" checkpoint's, {words}"
+        )
     if resumes(config, source):
-        problems += checkpoint.describe_differences(source.config.training.trainable, config.training.trainable, "training.trainable")
-        problems += checkpoint.describe_differences(source.config.training.seed, config.training.seed, "training.seed")
+        problems += checkpoint.describe_differences(
+            source.config.training.trainable, config.training.trainable, "training.trainable"
+        )
+        problems += checkpoint.describe_differences(
+            source.config.training.seed, config.training.seed, "training.seed"
+        )
         problems += _order_differences(source.config, config)
         counts = pack_counts(config)
         if source.state.packs not in ((), counts):
-            before, now = (" + ".join(f"{count:,}" for count in packs) for packs in (source.state.packs, counts))
+            before, now = (
+                " + ".join(f"{count:,}" for count in packs)
+                for packs in (source.state.packs, counts)
+            )
             problems.append(
-                f"--data.train {config.data.train}: has {now} packs, and the run began with {before}: its order would be another. To train "
-                "on other data, export the model (tools/convert_checkpoint.py export), and give it to --checkpoint.load of a new run"
+                f"--data.train {config.data.train}: has {now} packs, and the run began with"
+                f" {before}: its order would be another. To train on other data, export the model"
+                " (tools/convert_checkpoint.py export), and give it to --checkpoint.load of a"
+                " new run"
             )
     elif config.checkpoint.moments == "keep" and source.state.stage is None:
-        problems.append(f"--checkpoint.moments keep: {source.folder} was made by conversion and has no moments; use fresh")
+        problems.append(
+            f"--checkpoint.moments keep: {source.folder} was made by conversion and has no moments;"
+            " use fresh"
+        )
     if problems:
         listed = "\n  ".join(problems)
         raise ConfigError(f"the checkpoint {source.folder} does not fit this run:\n  {listed}")
@@ -112,10 +140,14 @@ def fit(config: Config, source: Checkpoint) -> Checkpoint:
 
 
 def _order_differences(old: Config, new: Config) -> list[str]:
-    """Options that would put the packs into another order, in which some would be seen twice or never in this epoch."""
+    """Options that would put the packs into another order, in which some would be seen twice or
+    never in this epoch.
+    """
     problems = checkpoint.describe_differences(old.group, new.group, "data.group")
     for name in ("shuffle", "weights", "batch_shares", "curriculum"):
-        problems += checkpoint.describe_differences(vars(old.data)[name], vars(new.data)[name], f"data.{name}")
+        problems += checkpoint.describe_differences(
+            vars(old.data)[name], vars(new.data)[name], f"data.{name}"
+        )
     if old.data.batch_shares and new.data.batch_shares:
         sizes = [config.training.global_batch_size for config in (old, new)]
         problems += checkpoint.describe_differences(*sizes, "training.global_batch_size")
@@ -128,7 +160,9 @@ def pack_counts(config: Config) -> tuple[int, ...]:
 
 
 def resumes(config: Config, source: Checkpoint) -> bool:
-    """Whether a checkpoint is gone on from, rather than only its weights taken: it is of the same stage."""
+    """Whether a checkpoint is gone on from, rather than only its weights taken: it is of the same
+    stage.
+    """
     return source.state.stage == config.stage
 
 
@@ -143,7 +177,8 @@ def history(config: Config, source: Checkpoint | Path | None) -> History:
 
 
 def whole(config: Config, source: Checkpoint) -> Checkpoint:
-    """The checkpoint to load, once all of its files are found to be those that were written. Collective.
+    """The checkpoint to load, once all of its files are found to be those that were written.
+    Collective.
 
     Args:
         config: the run.
@@ -153,7 +188,8 @@ def whole(config: Config, source: Checkpoint) -> Checkpoint:
         That one, or, where it is the run's own and damaged, the newest one before it that is whole.
 
     Raises:
-        DamagedError: it is damaged and not the run's own, or all of the run's own are; every rank raises it.
+        DamagedError: it is damaged and not the run's own, or all of the run's own are; every rank
+            raises it.
     """
     problems: list[str] = []
     while True:
@@ -168,6 +204,9 @@ def whole(config: Config, source: Checkpoint) -> Checkpoint:
         problems += found
         if not config.checkpoint.save or source.folder.parent != Path(config.checkpoint.save):
             listed = "\n  ".join(problems)
-            raise DamagedError(f"--checkpoint.load {source.folder}: the checkpoint is damaged; name another one:\n  {listed}")
+            raise DamagedError(
+                f"--checkpoint.load {source.folder}: the checkpoint is damaged; name another one:\n"
+                f"  {listed}"
+            )
         before = folder.candidates(source.folder.parent)
         source = _first_whole(config, before[before.index(source.folder) + 1 :], problems)

@@ -1,7 +1,8 @@
 """Saves a run's checkpoints, and tells when one could not be saved.
 
-A failed save costs the checkpoint that was being written and nothing else: the ones before it stay, what was written of it is removed, and
-training goes on to the next one. Only when the last save of a run fails does the run end with an error.
+A failed save costs the checkpoint that was being written and nothing else: the ones before it stay,
+what was written of it is removed, and training goes on to the next one. Only when the last save of
+a run fails does the run end with an error.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ from megavlm.train.job import Job
 from megavlm.train.metrics import Metrics
 from megavlm.train.optimizer import whole_weights
 
-# Kept free while the shards are written, for the small files that come after them: a disk that is full by then would leave one rank with an
-# error and the others waiting for it.
+# Kept free while the shards are written, for the small files that come after them: a disk that is
+# full by then would leave one rank with an error and the others waiting for it.
 _SPARE_BYTES = 64 << 20
 _SPARE = ".spare"
 # Free beside it when writing begins, for the small file that comes before the shards.
@@ -62,7 +63,9 @@ class Saver:
         self._problem = ""
 
     def save(self, state: State) -> None:
-        """Save the run as it is; if writing goes on beside training, the weights may change when this returns."""
+        """Save the run as it is; if writing goes on beside training, the weights may change when
+        this returns.
+        """
         self.wait()
         self._state = state
         self._start = time.perf_counter()
@@ -74,13 +77,17 @@ class Saver:
             return
         job = self._job
         with whole_weights(job.wrapped):
-            tensors = checkpoint.sharded(job.chunks, job.optimizer, job.config.fp8, is_loading=False)
+            tensors = checkpoint.sharded(
+                job.chunks, job.optimizer, job.config.fp8, is_loading=False
+            )
             self._writing = Writing(tensors, self._growing / checkpoint.SHARDS, beside=self._beside)
         if not self._beside:
             self.wait()
 
     def poll(self) -> None:
-        """Publish the checkpoint that is being written beside training, if all ranks are done with it."""
+        """Publish the checkpoint that is being written beside training, if all ranks are done with
+        it.
+        """
         if self._writing is not None:
             done = torch.tensor([float(self._writing.is_done)], device=self._job.backend.device)
             dist.all_reduce(done, op=dist.ReduceOp.MIN)
@@ -138,8 +145,9 @@ class Saver:
         free = shutil.disk_usage(self._root if self._root.exists() else "/").free
         listed = "; ".join(f"rank {rank}: {text}" for text, rank in told.items())
         self._problem = (
-            f"--checkpoint.save {self._root}: the checkpoint of step {self._state.step} could not be saved ({listed}); "
-            f"{free / 2**20:,.0f} MiB are free there, the last checkpoint is of step {self.step}"
+            f"--checkpoint.save {self._root}: the checkpoint of step {self._state.step} could not"
+            f" be saved ({listed}); {free / 2**20:,.0f} MiB are free there, the last checkpoint is"
+            f" of step {self.step}"
         )
         if self._job.groups.rank == 0:
             shutil.rmtree(self._growing, ignore_errors=True)

@@ -1,4 +1,5 @@
-"""The loss of each source of the data: summed on the device step by step, looked at when it is reported.
+"""The loss of each source of the data: summed on the device step by step, looked at when it is
+reported.
 
 Shapes: S sources, T tokens of the pack on this rank.
 """
@@ -13,7 +14,8 @@ from torch import Tensor
 from megavlm.data.loading.batch import Batch
 from megavlm.parallel.process_groups import Groups
 
-# Sums are whole numbers of these fractions. Adding whole numbers gives the same in any order, and GPUs add in any order.
+# Sums are whole numbers of these fractions. Adding whole numbers gives the same in any order, and
+# GPUs add in any order.
 LOSS_UNIT = 2.0**-20
 PART_UNIT = 2.0**-40
 
@@ -35,22 +37,36 @@ class SourceLosses:
         """Count a pack: ``losses``, float [T], are those of its tokens on this rank."""
         is_supervised = batch.loss_weights > 0
         losses = torch.where(is_supervised, losses.detach().float(), 0.0)
-        rows = torch.stack([losses / LOSS_UNIT, is_supervised.float(), losses * batch.loss_weights / weight_of_step / PART_UNIT])
+        rows = torch.stack(
+            [
+                losses / LOSS_UNIT,
+                is_supervised.float(),
+                losses * batch.loss_weights / weight_of_step / PART_UNIT,
+            ]
+        )
         self._sums.index_add_(1, batch.sources, rows.round().to(torch.int64))
 
     def report(self, groups: Groups, steps: int = 1) -> tuple[dict[str, float], dict[str, float]]:
-        """What was counted since the last report, of sources that had supervised tokens; empty but in the last chunk. Collective.
+        """What was counted since the last report, of sources that had supervised tokens; empty but
+        in the last chunk. Collective.
 
         Args:
-            groups: whose data-parallel and context-parallel ranks counted other tokens. All of them wait for the device.
+            groups: whose data-parallel and context-parallel ranks counted other tokens. All of them
+                wait for the device.
             steps: that were counted.
 
         Returns:
-            Mean loss of each source's supervised tokens, every one counted alike, whatever ``--data.loss_reduction`` is; and each source's
-            part of the loss that was trained on. These parts add up to the mean of the steps' losses.
+            Mean loss of each source's supervised tokens, every one counted alike, whatever
+                ``--data.loss_reduction`` is; and each source's
+            part of the loss that was trained on. These parts add up to the mean of the steps'
+                losses.
         """
         sums = groups.sum_over_data(self._sums.clone()).cpu()
         self._sums.zero_()
-        found = [(name, *column) for name, column in zip(self.names, sums.T.tolist(), strict=True) if column[1]]
+        found = [
+            (name, *column)
+            for name, column in zip(self.names, sums.T.tolist(), strict=True)
+            if column[1]
+        ]
         means = {name: losses * LOSS_UNIT / tokens for name, losses, tokens, _ in found}
         return means, {name: part * PART_UNIT / steps for name, _, _, part in found}

@@ -1,8 +1,10 @@
-"""AdamW's moments across a change of stage: those of weights that both stages train may be kept, all others start fresh.
+"""AdamW's moments across a change of stage: those of weights that both stages train may be kept,
+all others start fresh.
 
-A fresh moment is an average over few gradients, and AdamW corrects for that by the number of its updates. megatron-core counts updates once
-for all weights, so weights whose moments are younger than the oldest stand in a parameter group of their own, whose rates
-(``train/optimizer.set_rates``) make up for the difference, exactly.
+A fresh moment is an average over few gradients, and AdamW corrects for that by the number of its
+updates. megatron-core counts updates once for all weights, so weights whose moments are younger
+than the oldest stand in a parameter group of their own, whose rates (``train/optimizer.set_rates``)
+make up for the difference, exactly.
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ from megavlm.train.checkpoint import Checkpoint
 
 
 def age(key: str, history: History) -> int:
-    """Updates that the moments of the weight ``key`` have seen in earlier stages, without a stage between that did not train it."""
+    """Updates that the moments of the weight ``key`` have seen in earlier stages, without a stage
+    between that did not train it.
+    """
     updates = 0
     for steps, trainable in reversed(history):
         if not _is_trained(key, trainable):
@@ -34,7 +38,9 @@ def age(key: str, history: History) -> int:
 
 
 def ages(chunks: Sequence[VisionLanguageModel], history: History) -> dict[int, int]:
-    """Age of every weight of this rank, by ``id`` of the parameter; nothing where no stage came before."""
+    """Age of every weight of this rank, by ``id`` of the parameter; nothing where no stage came
+    before.
+    """
     named = [named for chunk in chunks for named in named_weights(chunk).items()] if history else []
     return {id(parameter): age(key, history) for key, parameter in named}
 
@@ -44,7 +50,12 @@ def _is_trained(key: str, trainable: Sequence[str]) -> bool:
 
 
 @torch.no_grad()
-def keep(source: Checkpoint, chunks: Sequence[VisionLanguageModel], optimizer: MegatronOptimizer, oldest: int) -> None:
+def keep(
+    source: Checkpoint,
+    chunks: Sequence[VisionLanguageModel],
+    optimizer: MegatronOptimizer,
+    oldest: int,
+) -> None:
     """Fill main weights and moments of what the checkpoint's stage trained too. Collective.
 
     Args:
@@ -63,12 +74,21 @@ def keep(source: Checkpoint, chunks: Sequence[VisionLanguageModel], optimizer: M
             key = tensors[name].key.split(".model.", 1)[1]
             if not _is_trained(key, source.config.training.trainable):
                 entry: Any = tensors.pop(name)
-                values = weights[key].detach().float() if "param" in name else torch.zeros_like(entry.data)
+                values = (
+                    weights[key].detach().float()
+                    if "param" in name
+                    else torch.zeros_like(entry.data)
+                )
                 fresh.setdefault(index, {})[name] = values.reshape(entry.data.shape)
     wanted = {index: tensors for index, tensors in asked["param_state"].items() if tensors}
-    loaded = dist_checkpointing.load({"optimizer": {"param_state": wanted}}, str(source.folder / checkpoint.SHARDS))["optimizer"]
+    loaded = dist_checkpointing.load(
+        {"optimizer": {"param_state": wanted}}, str(source.folder / checkpoint.SHARDS)
+    )["optimizer"]
     # Parameter groups are those of this run; the checkpoint's are divided otherwise.
     for group in asked["optimizer"]["param_groups"]:
         group["step"] = oldest
-    moments = {index: loaded.get("param_state", {}).get(index, {}) | fresh.get(index, {}) for index in asked["param_state"]}
+    moments = {
+        index: loaded.get("param_state", {}).get(index, {}) | fresh.get(index, {})
+        for index in asked["param_state"]
+    }
     optimizer.load_state_dict(asked | {"param_state": moments})

@@ -28,16 +28,22 @@ class StepResult:
     """What an update tells.
 
     Args:
-        loss: this rank's part of the loss (0 but in the last chunk); the sum over data-parallel ranks is the loss of the step.
-        grad_norm: norm of the whole gradient before clipping. Both are scalars on the device, for which nobody has waited yet.
+        loss: this rank's part of the loss (0 but in the last chunk); the sum over data-parallel
+            ranks is the loss of the step.
+        grad_norm: norm of the whole gradient before clipping. Both are scalars on the device, for
+            which nobody has waited yet.
     """
 
     loss: Tensor
     grad_norm: Tensor
 
 
-def _finalize(model: list[DistributedDataParallel], num_tokens: Tensor | None = None, **kwargs) -> None:
-    """Finish the gradients without dividing them: the loss is already divided by the weight of the step."""
+def _finalize(
+    model: list[DistributedDataParallel], num_tokens: Tensor | None = None, **kwargs
+) -> None:
+    """Finish the gradients without dividing them: the loss is already divided by the weight of the
+    step.
+    """
     finalize_model_grads(model, None, **kwargs)
     for chunk in model:
         chunk.module.sum_gradients()
@@ -45,7 +51,9 @@ def _finalize(model: list[DistributedDataParallel], num_tokens: Tensor | None = 
 
 
 def prepare(model: Sequence[DistributedDataParallel]) -> None:
-    """Tell megatron-core's schedules, which ask a rank's first chunk, how gradients are finished, and when not to sum them yet."""
+    """Tell megatron-core's schedules, which ask a rank's first chunk, how gradients are finished,
+    and when not to sum them yet.
+    """
     config = model[0].config
     overlaps = model[0].ddp_config.overlap_grad_reduce
     config.finalize_model_grads_func = _finalize
@@ -53,8 +61,12 @@ def prepare(model: Sequence[DistributedDataParallel]) -> None:
     config.no_sync_func = no_syncs if len(no_syncs) > 1 else no_syncs[0]
 
 
-def _loss(batch: Batch, weight_of_step: float, by_source: SourceLosses | None, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss of a pack, megatron-core's count of tokens (an integer, which could not carry our weights, and so is not used), and a copy."""
+def _loss(
+    batch: Batch, weight_of_step: float, by_source: SourceLosses | None, losses: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss of a pack, megatron-core's count of tokens (an integer, which could not carry our
+    weights, and so is not used), and a copy.
+    """
     if by_source is not None:
         by_source.add(losses, batch, weight_of_step)
     loss = weighted_sum(losses, batch.loss_weights) / weight_of_step
@@ -91,11 +103,16 @@ def run_packs(
         return chunk(batch), partial(_loss, batch, weight_of_step, by_source)
 
     for module in (module for chunk in model for module in chunk.modules()):
-        if "is_first_microbatch" in vars(module):  # megatron-core does so only where the language model has a recipe for FP8
+        if "is_first_microbatch" in vars(
+            module
+        ):  # megatron-core does so only where the language model has a recipe for FP8
             module.is_first_microbatch = True
     chunks = [chunk.module for chunk in model]
     groups = model[0].module.groups
-    packs = Turns((batch.to(backend.device, non_blocking=backend.asynchronous) for batch in batches), len(chunks))
+    packs = Turns(
+        (batch.to(backend.device, non_blocking=backend.asynchronous) for batch in batches),
+        len(chunks),
+    )
     borders = _borders(chunks, packs, count) if groups.pipeline_size > 1 else None
     losses = get_forward_backward_func()(
         forward_step_func=forward_step,
@@ -105,15 +122,23 @@ def run_packs(
         seq_length=1,  # not used: the borders know the shapes
         micro_batch_size=1,
         forward_only=forward_only,
-        **({"p2p_communicator": borders, "pg_collection": groups.collection} if borders is not None else {}),
+        **(
+            {"p2p_communicator": borders, "pg_collection": groups.collection}
+            if borders is not None
+            else {}
+        ),
     )
     if isinstance(borders, Rings):
         borders.finish()
     return torch.stack(losses).sum() if losses else torch.zeros((), device=backend.device)
 
 
-def _borders(chunks: Sequence[VisionLanguageModel], packs: Turns[Batch], count: int) -> Borders | Rings:
-    """What sends and receives at the borders of this rank's chunks, for a step of ``count`` packs."""
+def _borders(
+    chunks: Sequence[VisionLanguageModel], packs: Turns[Batch], count: int
+) -> Borders | Rings:
+    """What sends and receives at the borders of this rank's chunks, for a step of ``count``
+    packs.
+    """
 
     def shape(pack: int, chunk: int) -> Shape:
         return chunks[chunk].received_shape(packs.look(pack))
@@ -122,7 +147,9 @@ def _borders(chunks: Sequence[VisionLanguageModel], packs: Turns[Batch], count: 
     group = chunks[0].groups.collection.pp
     if len(chunks) > 1:
         return Rings(group, first.config, count, shape, first.first_trained)
-    return Borders(group, first.config, (shape(pack, 0) for pack in range(count)), first.first_trained)
+    return Borders(
+        group, first.config, (shape(pack, 0) for pack in range(count)), first.first_trained
+    )
 
 
 def train_step(

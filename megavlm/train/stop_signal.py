@@ -9,9 +9,11 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopRequest:
-    """Remembers that SIGTERM or SIGINT (Ctrl-C) came, so that the run can end after a checkpoint instead of at once.
+    """Remembers that SIGTERM or SIGINT (Ctrl-C) came, so that the run can end after a checkpoint
+    instead of at once.
 
-    A second signal ends the run at once. As a context manager it restores the handlers that were there.
+    A second signal ends the run at once. As a context manager it restores the handlers that were
+    there.
     """
 
     def __init__(self):

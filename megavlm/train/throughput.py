@@ -39,7 +39,9 @@ class Pace:
         self._start += time.perf_counter() - start
 
     def report(self) -> dict[str, float]:
-        """Tokens and tiles a second over all ranks, and model TFLOP/s of one (see ``parallel/cost``), since the last report."""
+        """Tokens and tiles a second over all ranks, and model TFLOP/s of one (see
+        ``parallel/cost``), since the last report.
+        """
         seconds = time.perf_counter() - self._start
         found = {
             "tokens_per_s": self._counts["tokens"] / seconds,

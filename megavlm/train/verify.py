@@ -38,7 +38,8 @@ class Agreement:
 
 @torch.no_grad()
 def compare(checkpoint_path: str, hf_folder: Path, dataset_folder: Path, packs: int) -> Agreement:
-    """Compare the checkpoint, which reads whole packs, with ``transformers``, which reads their samples one by one.
+    """Compare the checkpoint, which reads whole packs, with ``transformers``, which reads their
+    samples one by one.
 
     Args:
         checkpoint_path: folder of a step, or of a run.
@@ -56,7 +57,9 @@ def compare(checkpoint_path: str, hf_folder: Path, dataset_folder: Path, packs: 
     samples = tokens = equal = 0
     largest = 0.0
     for pack_id in range(min(packs, len(dataset))):
-        batch = dataset.batch(pack_id, pack_id, vision_layers=model.architecture.vision.num_layers).to(machine.device)
+        batch = dataset.batch(
+            pack_id, pack_id, vision_layers=model.architecture.vision.num_layers
+        ).to(machine.device)
         ours = model(batch, with_loss=False)[:, : model.architecture.language.vocab_size].float()
         pixels = model.vision.normalise(batch.tiles)
         for start, end, first, last in _samples(batch, model.architecture.features_per_tile):
@@ -68,7 +71,9 @@ def compare(checkpoint_path: str, hf_folder: Path, dataset_folder: Path, packs: 
             samples = samples + 1
             tokens = tokens + end - start
     process_groups.destroy()
-    return Agreement(samples=samples, tokens=tokens, max_abs_difference=largest, equal_choices=equal)
+    return Agreement(
+        samples=samples, tokens=tokens, max_abs_difference=largest, equal_choices=equal
+    )
 
 
 def _load(path: str, machine: backend.Backend) -> VisionLanguageModel:
@@ -83,7 +88,9 @@ def _load(path: str, machine: backend.Backend) -> VisionLanguageModel:
 
 
 def _samples(batch: Batch, features_per_tile: int) -> list[tuple[int, int, int, int]]:
-    """Tokens and tiles of each sample: first and last token, first and last tile; without the padding at the end."""
+    """Tokens and tiles of each sample: first and last token, first and last tile; without the
+    padding at the end.
+    """
     ends = batch.sample_ends.tolist()
     tiles = 0
     found = []

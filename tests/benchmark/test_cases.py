@@ -17,35 +17,62 @@ def test_every_case_has_a_name_of_its_own(cases: list):
 
 def test_the_case_that_matters_most_is_measured_first():
     first = all_cases()[0]
-    assert (first.name, first.trainable) == ("2b-stage2-bf16-megavlm", STAGES["2"].training.trainable)
+    assert (first.name, first.trainable) == (
+        "2b-stage2-bf16-megavlm",
+        STAGES["2"].training.trainable,
+    )
 
 
 def test_the_table_covers_what_is_to_be_compared():
     cases = all_cases()
     ours = [case for case in cases if case.implementation == "megavlm"]
     assert {case.model.rpartition("-")[2] for case in ours} == {"1b", "2b", "4b", "8b"}
-    assert {case.precision for case in ours} == {"bf16", "fp8_tensorwise", "fp8_blockwise", "fp8_delayed"}
+    assert {case.precision for case in ours} == {
+        "bf16",
+        "fp8_tensorwise",
+        "fp8_blockwise",
+        "fp8_delayed",
+    }
     assert {case.recompute for case in ours} == {"none", "selective", "full"}
     assert {case.stage for case in ours} == set(STAGES) - {"0"}
     peers = {case.implementation for case in cases} - {"megavlm"}
-    assert peers >= {"transformers", "transformers_padded", "transformers_packed", "transformers_compiled", "transformers_packed_compiled"}
+    assert peers >= {
+        "transformers",
+        "transformers_padded",
+        "transformers_packed",
+        "transformers_compiled",
+        "transformers_packed_compiled",
+    }
 
 
-@pytest.mark.parametrize("case", [case for case in all_cases() if case.implementation == "megavlm"], ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case",
+    [case for case in all_cases() if case.implementation == "megavlm"],
+    ids=lambda case: case.name,
+)
 def test_what_is_asked_of_the_trainer_should_fit_into_the_memory_of_an_h200(case):
     assert predicted_gib(case) < 130
 
 
 def test_frozen_parts_are_expected_to_cost_less():
     by_name = {case.name: case for case in all_cases()}
-    assert predicted_tflop(by_name["2b-stage1-bf16-megavlm"]) < 0.6 * predicted_tflop(by_name["2b-stage2-bf16-megavlm"])
-    assert predicted_gib(by_name["2b-stage1-bf16-megavlm"]) < 0.6 * predicted_gib(by_name["2b-stage2-bf16-megavlm"])
+    assert predicted_tflop(by_name["2b-stage1-bf16-megavlm"]) < 0.6 * predicted_tflop(
+        by_name["2b-stage2-bf16-megavlm"]
+    )
+    assert predicted_gib(by_name["2b-stage1-bf16-megavlm"]) < 0.6 * predicted_gib(
+        by_name["2b-stage2-bf16-megavlm"]
+    )
 
 
 def test_patterns_choose_cases():
     cases = all_cases()
-    assert [case.name for case in chosen(cases, "2b-stage2-bf16-megavlm")] == ["2b-stage2-bf16-megavlm"], "a whole name is that case alone"
-    assert {case.model for case in chosen(cases, "4b-, 8b-")} == {"internvl2_5-4b", "internvl2_5-8b"}
+    assert [case.name for case in chosen(cases, "2b-stage2-bf16-megavlm")] == [
+        "2b-stage2-bf16-megavlm"
+    ], "a whole name is that case alone"
+    assert {case.model for case in chosen(cases, "4b-, 8b-")} == {
+        "internvl2_5-4b",
+        "internvl2_5-8b",
+    }
     assert {case.precision for case in chosen(cases, "2b-*fp8_delayed*")} == {"fp8_delayed"}
     assert chosen(cases, "") == cases
     with pytest.raises(ValueError, match="--cases 70b"):
@@ -62,17 +89,56 @@ def test_a_dry_run_lists_every_case_and_runs_none(capsys: pytest.CaptureFixture[
 @pytest.mark.parametrize(
     ("name", "group"),
     [
-        ("ncclDevKernel_ReduceScatter_Sum_f32_RING_LL(ncclDevKernelArgsStorage<4096ul>)", "communication"),
-        ("cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16_knob_3_64x64x128_4x1x1_kernel0_0", "attention"),
-        ("void pytorch_flash::flash_fwd_kernel<pytorch_flash::Flash_fwd_kernel_traits<128, 128, 64, 4>>", "attention"),
+        (
+            "ncclDevKernel_ReduceScatter_Sum_f32_RING_LL(ncclDevKernelArgsStorage<4096ul>)",
+            "communication",
+        ),
+        (
+            "cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16_knob_3_64x64x128_4x1x1_kernel0_0",
+            "attention",
+        ),
+        (
+            (
+                "void pytorch_flash::flash_fwd_kernel<pytorch_flash::Flash_fwd_kernel_traits<128,"
+                " 128, 64, 4>>"
+            ),
+            "attention",
+        ),
         ("nvjet_tst_192x192_64x3_2x1_v_bz_coopB_TNN", "matrix products"),
-        ("sm90_xmma_gemm_e4m3bf16_e4m3f32_f32_tn_n_tilesize128x128x128_warpgroupsize1x1x1", "matrix products"),
-        ("void transformer_engine::normalization::ln_bwd_tuned_kernel<transformer_engine::normalization::Kernel_traits>", "norm"),
-        ("void transformer_engine::detail::cast_transpose_general_kernel<8ul, 8ul, float, __nv_bfloat16>", "8-bit conversion"),
-        ("void multi_tensor_apply_kernel<TensorListMetadata<4>, AdamFunctorMaster<__nv_bfloat16>>", "optimizer"),
+        (
+            "sm90_xmma_gemm_e4m3bf16_e4m3f32_f32_tn_n_tilesize128x128x128_warpgroupsize1x1x1",
+            "matrix products",
+        ),
+        (
+            (
+                "void transformer_engine::normalization::ln_bwd_tuned_kernel<"
+                "transformer_engine::normalization::Kernel_traits>"
+            ),
+            "norm",
+        ),
+        (
+            (
+                "void transformer_engine::detail::cast_transpose_general_kernel<8ul, 8ul, float,"
+                " __nv_bfloat16>"
+            ),
+            "8-bit conversion",
+        ),
+        (
+            (
+                "void multi_tensor_apply_kernel<TensorListMetadata<4>,"
+                " AdamFunctorMaster<__nv_bfloat16>>"
+            ),
+            "optimizer",
+        ),
         ("triton_red_fused__log_softmax_0", "loss"),
         ("Memcpy HtoD (Pinned -> Device)", "copies"),
-        ("void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<c10::BFloat16>>", "elementwise"),
+        (
+            (
+                "void at::native::vectorized_elementwise_kernel<4,"
+                " at::native::CUDAFunctor_add<c10::BFloat16>>"
+            ),
+            "elementwise",
+        ),
         ("aten::addmm", "matrix products"),
         ("something_else", "other"),
     ],
@@ -82,12 +148,22 @@ def test_kernels_are_grouped_by_their_names(name: str, group: str):
 
 
 def test_idle_time_is_when_no_kernel_runs():
-    kernels = [_kernel("gemm", 0, 10), _kernel("nccl", 5, 20), _kernel("gemm", 30, 40), _kernel("gemm", 32, 34)]
+    kernels = [
+        _kernel("gemm", 0, 10),
+        _kernel("nccl", 5, 20),
+        _kernel("gemm", 30, 40),
+        _kernel("gemm", 32, 34),
+    ]
     assert busy_us(kernels) == 30
     found = table(kernels)
     assert found["span_ms"] == 0.04
     assert found["groups_ms"] == {"matrix products": 0.022, "communication": 0.015, "idle": 0.01}
-    assert found["longest"][0] == {"name": "gemm", "group": "matrix products", "ms": 0.022, "calls": 3}
+    assert found["longest"][0] == {
+        "name": "gemm",
+        "group": "matrix products",
+        "ms": 0.022,
+        "calls": 3,
+    }
 
 
 def test_nothing_profiled_gives_an_empty_table():

@@ -30,19 +30,36 @@ def packs(tmp_path_factory: pytest.TempPathFactory) -> PackedDataset:
     return make_packs(tmp_path_factory.mktemp("benchmark"), architecture("tiny"), SMOKE)
 
 
-def test_a_case_runs_through_the_trainer_and_its_figures_fit_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_case_runs_through_the_trainer_and_its_figures_fit_together(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     out = tmp_path / "deep" / "rows.json"
     names = "tiny-stage2-bf16-megavlm,tiny-stage1-bf16-transformers"
-    assert gpu.main(["--smoke", "--cases", names, "--json", str(out), "--steps_s", "1", "--workers", "1"]) == 0
+    assert (
+        gpu.main(
+            ["--smoke", "--cases", names, "--json", str(out), "--steps_s", "1", "--workers", "1"]
+        )
+        == 0
+    )
     ours, theirs = json.loads(out.read_text())
     assert (ours["implementation"], theirs["implementation"]) == ("megavlm", "transformers")
     for row in (ours, theirs):
-        assert row["error"] == "" and row["peak_memory_gib"] > 0 and row["steps"] >= 3 and row["versions"]["torch"] and row["date"]
+        assert (
+            row["error"] == ""
+            and row["peak_memory_gib"] > 0
+            and row["steps"] >= 3
+            and row["versions"]["torch"]
+            and row["date"]
+        )
         assert row["step_ms_least"] <= row["step_ms"] <= row["step_ms_most"]
         assert row["mfu"] == pytest.approx(row["tflops"] / 989, abs=1e-4)
-        assert row["loss_first"] == pytest.approx(np.log(512), rel=0.25), "random weights know nothing of 512 words"
+        assert row["loss_first"] == pytest.approx(np.log(512), rel=0.25), (
+            "random weights know nothing of 512 words"
+        )
     seconds = ours["tokens_per_step"] * ours["steps"] / ours["tokens_per_s"]
-    assert ours["tflops"] == pytest.approx(sum(ours["tflop_per_step"].values()) * ours["steps"] / seconds, rel=0.2), "both are rounded"
+    assert ours["tflops"] == pytest.approx(
+        sum(ours["tflop_per_step"].values()) * ours["steps"] / seconds, rel=0.2
+    ), "both are rounded"
     assert ours["tflop_per_step"]["vision"] > theirs["tflop_per_step"]["vision"], "frozen there"
     assert set(ours["kernels"]["groups_ms"]) >= {"matrix products", "attention", "idle"}
     printed = capsys.readouterr().out
@@ -50,9 +67,13 @@ def test_a_case_runs_through_the_trainer_and_its_figures_fit_together(tmp_path: 
 
 
 def test_a_case_that_fails_is_a_row_with_its_error(packs: PackedDataset, tmp_path: Path):
-    eight_bits = next(case for case in smoke_cases() if case.name == "tiny-stage2-fp8_tensorwise-megavlm")
+    eight_bits = next(
+        case for case in smoke_cases() if case.name == "tiny-stage2-fp8_tensorwise-megavlm"
+    )
     cases = [dataclasses.replace(TINY, limit_s=1), eight_bits]
-    [late, refused] = runner.run_all(cases, packs.folder, tmp_path, SETTINGS, time.monotonic() + 300)
+    [late, refused] = runner.run_all(
+        cases, packs.folder, tmp_path, SETTINGS, time.monotonic() + 300
+    )
     assert late["error"].startswith("not done after 1 s") and late["tokens_per_s"] is None
     if not torch.cuda.is_available():
         assert "ConfigError" in refused["error"] and "--fp8.vision tensorwise" in refused["error"]
@@ -65,16 +86,32 @@ def test_a_process_without_its_packs_tells_what_is_missing(tmp_path: Path):
 
 
 def test_cases_that_are_not_reached_say_so(packs: PackedDataset, tmp_path: Path):
-    rows = list(runner.run_all(smoke_cases()[:3], packs.folder, tmp_path, SETTINGS, time.monotonic()))
-    assert [row["error"][:7] for row in rows] == ["not run"] * 3
-    assert {"name", "model", "stage", "precision", "implementation", "tokens_per_s", "step_ms", "tflops", "mfu", "peak_memory_gib"} <= set(
-        rows[0]
+    rows = list(
+        runner.run_all(smoke_cases()[:3], packs.folder, tmp_path, SETTINGS, time.monotonic())
     )
+    assert [row["error"][:7] for row in rows] == ["not run"] * 3
+    assert {
+        "name",
+        "model",
+        "stage",
+        "precision",
+        "implementation",
+        "tokens_per_s",
+        "step_ms",
+        "tflops",
+        "mfu",
+        "peak_memory_gib",
+    } <= set(rows[0])
 
 
 def test_the_packs_are_full_and_hold_images(packs: PackedDataset):
     rows = packs.index[fullest(packs, SMOKE.packs)]
-    assert len(rows) == 2 and (rows["tokens"] > 0.85 * SMOKE.capacity).all() and (rows["tiles"] > 3).all() and (rows["samples"] > 1).all()
+    assert (
+        len(rows) == 2
+        and (rows["tokens"] > 0.85 * SMOKE.capacity).all()
+        and (rows["tiles"] > 3).all()
+        and (rows["samples"] > 1).all()
+    )
 
 
 def test_without_scikit_learn_pictures_are_drawn(monkeypatch: pytest.MonkeyPatch):
@@ -83,7 +120,9 @@ def test_without_scikit_learn_pictures_are_drawn(monkeypatch: pytest.MonkeyPatch
     assert np.asarray(first).std() > 10 and first.size != second.size
 
 
-def test_transformers_computes_the_same_loss_for_samples_alone_padded_and_packed(packs: PackedDataset):
+def test_transformers_computes_the_same_loss_for_samples_alone_padded_and_packed(
+    packs: PackedDataset,
+):
     case = Case(model="tiny", stage="2", precision="fp32", implementation="transformers")
     model = build(case, torch.float32, torch.device("cpu"), "sdpa", packs.manifest.context_token_id)
     batch = packs.batch(fullest(packs, 1)[0], 0)
@@ -93,7 +132,9 @@ def test_transformers_computes_the_same_loss_for_samples_alone_padded_and_packed
 
     def total(inputs: dict[str, torch.Tensor]) -> float:
         with torch.no_grad():
-            return float(model(**inputs, use_cache=False).loss) * int((inputs["labels"][:, 1:] != IGNORED).sum())
+            return float(model(**inputs, use_cache=False).loss) * int(
+                (inputs["labels"][:, 1:] != IGNORED).sum()
+            )
 
     expected = sum(total(sample) for sample in alone)
     assert total(padded(alone, packs.manifest.pad_token_id)) == pytest.approx(expected, rel=1e-5)
@@ -105,7 +146,13 @@ def test_the_peer_trains_what_the_stage_trains(packs: PackedDataset):
     model = build(case, torch.float32, torch.device("cpu"), "sdpa", packs.manifest.context_token_id)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trained and all("multi_modal_projector" in name for name in trained)
-    everything = build(dataclasses.replace(case, stage="2"), torch.float32, torch.device("cpu"), "sdpa", packs.manifest.context_token_id)
+    everything = build(
+        dataclasses.replace(case, stage="2"),
+        torch.float32,
+        torch.device("cpu"),
+        "sdpa",
+        packs.manifest.context_token_id,
+    )
     assert all(parameter.requires_grad for parameter in everything.parameters())
 
 
@@ -113,7 +160,9 @@ def test_the_peer_trains_what_the_stage_trains(packs: PackedDataset):
 def test_the_peer_has_as_many_weights_as_the_trainer(model: str):
     case = Case(model=model, stage="2", implementation="transformers")
     peer = build(case, torch.bfloat16, torch.device("meta"), "sdpa", 5)
-    assert sum(parameter.numel() for parameter in peer.parameters()) == sum(piece.numbers for piece in pieces(case.architecture))
+    assert sum(parameter.numel() for parameter in peer.parameters()) == sum(
+        piece.numbers for piece in pieces(case.architecture)
+    )
 
 
 def test_the_peer_is_the_model_whose_flops_are_counted(packs: PackedDataset):
@@ -129,5 +178,11 @@ def test_the_peer_is_the_model_whose_flops_are_counted(packs: PackedDataset):
             model(**sample, use_cache=False).loss.backward()
     row = packs.index[batch.pack_id]
     # torch counts all pairs of tokens, the cost half of them.
-    size = {"tokens": float(row["tokens"]), "squared_lengths": 2 * float(row["squared_lengths"]), "tiles": float(row["tiles"])}
-    assert counter.get_total_flops() == pytest.approx(training_cost(case.architecture, case.trainable).total(**size), rel=1e-6)
+    size = {
+        "tokens": float(row["tokens"]),
+        "squared_lengths": 2 * float(row["squared_lengths"]),
+        "tiles": float(row["tiles"]),
+    }
+    assert counter.get_total_flops() == pytest.approx(
+        training_cost(case.architecture, case.trainable).total(**size), rel=1e-6
+    )

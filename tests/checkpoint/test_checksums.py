@@ -1,4 +1,6 @@
-"""Checksums of a checkpoint's files, and what is said of a description that may not be unpickled."""
+"""Checksums of a checkpoint's files, and what is said of a description that may not be
+unpickled.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +57,10 @@ def test_files_that_are_cut_short_or_gone_are_named(folder: Path, by_size_only: 
     os.truncate(folder / "shards" / "__0_0.distcp", 100)
     (folder / "state.json").unlink()
     cut, gone = _wrong(folder, by_size_only=by_size_only)
-    assert "__0_0.distcp: 100 bytes, 2,304 were written" in cut and gone == f"{folder / 'state.json'}: missing"
+    assert (
+        "__0_0.distcp: 100 bytes, 2,304 were written" in cut
+        and gone == f"{folder / 'state.json'}: missing"
+    )
 
 
 @pytest.mark.parametrize("content", ["{", "[1]", '{"a": 3}', '{"a": [1, "x"]}'])

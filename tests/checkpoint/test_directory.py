@@ -26,17 +26,28 @@ def test_latest_is_tried_first_and_then_what_is_older(tmp_path: Path) -> None:
     for step in (100, 200, 300, 400):
         _checkpoint(tmp_path, step)
     (tmp_path / "latest").write_text("step_00000300\n")
-    assert [entry.name for entry in directory.candidates(tmp_path)] == ["step_00000300", "step_00000200", "step_00000100"]
+    assert [entry.name for entry in directory.candidates(tmp_path)] == [
+        "step_00000300",
+        "step_00000200",
+        "step_00000100",
+    ]
 
 
-def test_latest_is_tried_first_when_its_folder_is_gone_so_that_somebody_is_told(tmp_path: Path) -> None:
+def test_latest_is_tried_first_when_its_folder_is_gone_so_that_somebody_is_told(
+    tmp_path: Path,
+) -> None:
     _checkpoint(tmp_path, 100)
     (tmp_path / "latest").write_text("step_00000300\n")
-    assert [entry.name for entry in directory.candidates(tmp_path)] == ["step_00000300", "step_00000100"]
+    assert [entry.name for entry in directory.candidates(tmp_path)] == [
+        "step_00000300",
+        "step_00000100",
+    ]
 
 
 @pytest.mark.parametrize("content", [None, b"", b"\x00\xff\xfe", b"step_xyz", b"../../etc"])
-def test_without_a_readable_latest_the_newest_comes_first(tmp_path: Path, content: bytes | None) -> None:
+def test_without_a_readable_latest_the_newest_comes_first(
+    tmp_path: Path, content: bytes | None
+) -> None:
     for step in (9, 10, 100):
         _checkpoint(tmp_path, step)
     (tmp_path / ".growing_step_00000200_ab").mkdir()
@@ -89,5 +100,9 @@ def test_what_a_killed_run_left_is_removed_and_nothing_else(tmp_path: Path) -> N
     (tmp_path / ".latest").write_text("step_0000")
     for name in (".growing_step_00000200_ab", ".leaving_step_00000050_cd"):
         (tmp_path / name / "shards").mkdir(parents=True)
-    assert directory.clean(tmp_path) == [".growing_step_00000200_ab", ".latest", ".leaving_step_00000050_cd"]
+    assert directory.clean(tmp_path) == [
+        ".growing_step_00000200_ab",
+        ".latest",
+        ".leaving_step_00000050_cd",
+    ]
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["latest", kept.name]

@@ -1,4 +1,6 @@
-"""What a checkpoint's description may hold, and that nothing which it names is run, in training and in conversion alike."""
+"""What a checkpoint's description may hold, and that nothing which it names is run, in training and
+in conversion alike.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ class _Attack:
         return os.mkdir, (str(self.path),)
 
 
-@pytest.mark.parametrize("read", [lambda folder: read_description(folder / ".metadata"), ShardsFolder])
+@pytest.mark.parametrize(
+    "read", [lambda folder: read_description(folder / ".metadata"), ShardsFolder]
+)
 def test_a_description_that_would_run_a_program_is_refused_unrun(tmp_path: Path, read) -> None:
     (tmp_path / ".metadata").write_bytes(pickle.dumps(_Attack(tmp_path / "broken-in")))
     with pytest.raises(ValueError, match=r"\.metadata: .*mkdir"):
@@ -33,7 +37,10 @@ def test_a_description_that_would_run_a_program_is_refused_unrun(tmp_path: Path,
 def test_a_real_description_is_read_and_half_of_one_is_refused(tmp_path: Path) -> None:
     tensors = {"model.a": torch.zeros(3, 5), "model.b": torch.ones(2, dtype=torch.bfloat16)}
     save(tensors, storage_writer=FileSystemWriter(tmp_path), no_dist=True)
-    assert read_description(tmp_path / ".metadata").state_dict_metadata["model.b"].properties.dtype == torch.bfloat16
+    assert (
+        read_description(tmp_path / ".metadata").state_dict_metadata["model.b"].properties.dtype
+        == torch.bfloat16
+    )
     assert torch.equal(ShardsFolder(tmp_path)["b"], tensors["model.b"])
     content = (tmp_path / ".metadata").read_bytes()
     (tmp_path / ".metadata").write_bytes(content[: len(content) // 2])

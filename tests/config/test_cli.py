@@ -31,21 +31,34 @@ def test_names_pick_rows_of_the_tables(stage: str, model: str):
     config = parse(["--stage", stage, "--model", model])
     row = STAGES[stage]
     assert config == Config(
-        stage=stage, model=model, architecture=MODELS[model], data=row.data, optimizer=row.optimizer, training=row.training
+        stage=stage,
+        model=model,
+        architecture=MODELS[model],
+        data=row.data,
+        optimizer=row.optimizer,
+        training=row.training,
     )
 
 
 def test_later_sources_win(tmp_path: Path):
-    (tmp_path / "a.yaml").write_text("training: {steps: 7, seed: 8}\noptimizer: {lr: 1e-3}\narchitecture: {language: {num_layers: 6}}\n")
+    (tmp_path / "a.yaml").write_text(
+        "training: {steps: 7, seed: 8}\noptimizer: {lr: 1e-3}\narchitecture: {language:"
+        " {num_layers: 6}}\n"
+    )
     (tmp_path / "b.yaml").write_text("training:\n  seed: 9\n")
     files = ["--config", str(tmp_path / "a.yaml"), "--config", str(tmp_path / "b.yaml")]
     config = parse([*NAMES, "--optimizer.lr", "5e-3", *files])
-    assert config.architecture.vision == MODELS["tiny"].vision and config.architecture.language.num_layers == 6
+    assert (
+        config.architecture.vision == MODELS["tiny"].vision
+        and config.architecture.language.num_layers == 6
+    )
     assert config.training == Training(steps=7, seed=9, global_batch_size=512)
     assert config.optimizer == dataclasses.replace(STAGES["1"].optimizer, lr=5e-3)
 
 
-@pytest.mark.parametrize(("written", "stage"), [("1.5", "1.5"), ("1", "1"), ('"1.5"', "1.5"), ("'2'", "2"), ("0", "0")])
+@pytest.mark.parametrize(
+    ("written", "stage"), [("1.5", "1.5"), ("1", "1"), ('"1.5"', "1.5"), ("'2'", "2"), ("0", "0")]
+)
 def test_a_stage_in_a_file_may_be_a_number_or_a_text(written: str, stage: str, tmp_path: Path):
     path = tmp_path / "run.yaml"
     path.write_text(f"stage: {written}\nmodel: tiny\n")
@@ -55,17 +68,44 @@ def test_a_stage_in_a_file_may_be_a_number_or_a_text(written: str, stage: str, t
 
 
 def test_lists_have_commas_on_the_command_line_and_are_lists_in_files(tmp_path: Path):
-    (tmp_path / "run.yaml").write_text("parallel: {layout: 'v*4,t|t*3'}\ntraining:\n  trainable: [projector, 'vision.*']\n")
+    (tmp_path / "run.yaml").write_text(
+        "parallel: {layout: 'v*4,t|t*3'}\ntraining:\n  trainable: [projector, 'vision.*']\n"
+    )
     config = parse([*NAMES, "--config", str(tmp_path / "run.yaml")])
-    assert config.parallel.layout == "v*4,t|t*3" and config.training.trainable == ("projector", "vision.*")
-    config = parse([*NAMES, "--architecture.vision.pixel_mean", "0.5,0.4,0.3", "--training.trainable", "vision,projector"])
-    assert config.architecture.vision.pixel_mean == (0.5, 0.4, 0.3) and config.training.trainable == ("vision", "projector")
-    assert parse([*NAMES, "--architecture.vision.pixel_mean=0.5,0.5,0.5"]).architecture.vision.pixel_mean == (0.5, 0.5, 0.5)
+    assert config.parallel.layout == "v*4,t|t*3" and config.training.trainable == (
+        "projector",
+        "vision.*",
+    )
+    config = parse(
+        [
+            *NAMES,
+            "--architecture.vision.pixel_mean",
+            "0.5,0.4,0.3",
+            "--training.trainable",
+            "vision,projector",
+        ]
+    )
+    assert config.architecture.vision.pixel_mean == (
+        0.5,
+        0.4,
+        0.3,
+    ) and config.training.trainable == ("vision", "projector")
+    assert parse(
+        [*NAMES, "--architecture.vision.pixel_mean=0.5,0.5,0.5"]
+    ).architecture.vision.pixel_mean == (0.5, 0.5, 0.5)
 
 
 def test_normalisations_have_names(tmp_path: Path):
     (tmp_path / "run.yaml").write_text("architecture: {vision: {pixel_std: clip}}\n")
-    config = parse([*NAMES, "--config", str(tmp_path / "run.yaml"), "--architecture.vision.pixel_mean", "siglip"])
+    config = parse(
+        [
+            *NAMES,
+            "--config",
+            str(tmp_path / "run.yaml"),
+            "--architecture.vision.pixel_mean",
+            "siglip",
+        ]
+    )
     assert config.architecture.vision.pixel_mean == (0.5, 0.5, 0.5)
     assert config.architecture.vision.pixel_std == (0.2686295, 0.2613025, 0.2757711)
     assert from_yaml(to_yaml(config)) == config
@@ -105,7 +145,10 @@ def test_a_switch_needs_no_value():
         ([*NAMES, "--training.step", "3"], ["unknown option --training.step;"]),
         ([*NAMES, "--training.steps", "3.5"], ["--training.steps: expected an integer; got 3.5"]),
         ([*NAMES, "--lr", "fast"], ["--optimizer.lr: expected a number; got fast"]),
-        ([*NAMES, "--training.precision", "float16"], ["expected one of bfloat16, float32; got float16"]),
+        (
+            [*NAMES, "--training.precision", "float16"],
+            ["expected one of bfloat16, float32; got float16"],
+        ),
         ([*NAMES, "--architecture.vision.pixel_mean", "1,a,2"], ["expected 3 numbers with commas"]),
         ([*NAMES, "--architecture.vision.pixel_std", "1,1"], ["expected 3 numbers"]),
         ([*NAMES, "--parallel.sequence_parallel", "3"], ["expected true or false; got 3"]),
@@ -113,7 +156,9 @@ def test_a_switch_needs_no_value():
         ([*NAMES, "stray"], ["stray"]),
     ],
 )
-def test_wrong_command_lines_get_a_short_message(arguments: list[str], words: list[str], capsys: pytest.CaptureFixture):
+def test_wrong_command_lines_get_a_short_message(
+    arguments: list[str], words: list[str], capsys: pytest.CaptureFixture
+):
     message = refused(arguments, capsys)
     assert all(word in message for word in words), message
     assert message.count("\n") <= 2 and "usage" not in message and "class" not in message
@@ -126,19 +171,26 @@ def test_wrong_command_lines_get_a_short_message(arguments: list[str], words: li
         ("steps: 3", ["unknown key steps; did you mean training.steps"]),
         ("training: 3", ["training (a section"]),
         ("training: {steps: many}", ["--training.steps: expected an integer; got many"]),
-        ("architecture: {vision: {pixel_mean: 3}}", ["--architecture.vision.pixel_mean: expected 3 numbers"]),
+        (
+            "architecture: {vision: {pixel_mean: 3}}",
+            ["--architecture.vision.pixel_mean: expected 3 numbers"],
+        ),
         ("- 1", ["expected keys and values"]),
         ("a: [", ["not YAML"]),
     ],
 )
-def test_wrong_files_get_a_message_with_their_name(text: str, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture):
+def test_wrong_files_get_a_message_with_their_name(
+    text: str, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
+):
     path = tmp_path / "run.yaml"
     path.write_text(text)
     message = refused([*NAMES, "--config", str(path)], capsys)
     assert all(word in message for word in [str(path), *words]), message
 
 
-def test_another_rank_gives_the_first_time_to_end_the_job_before_it_speaks(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
+def test_another_rank_gives_the_first_time_to_end_the_job_before_it_speaks(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
     waits = []
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setattr(time, "sleep", waits.append)
@@ -151,12 +203,19 @@ def test_help_names_every_option_and_shows_the_defaults_of_the_stage(capsys: pyt
         parse(["--help", "--stage", "2", "--model", "tiny"])
     shown = " ".join(capsys.readouterr().out.split())
     assert stopped.value.code == 0
-    assert all(f"--{key}" in shown for key in options()) and all(alias in shown for alias in ALIASES)
-    assert "highest learning rate (default: 4e-05)" in shown and "(default: vision,projector,language)" in shown
+    assert all(f"--{key}" in shown for key in options()) and all(
+        alias in shown for alias in ALIASES
+    )
+    assert (
+        "highest learning rate (default: 4e-05)" in shown
+        and "(default: vision,projector,language)" in shown
+    )
     assert "``" not in shown
 
 
-def test_print_config_prints_what_would_run(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
+def test_print_config_prints_what_would_run(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
     arguments = [*NAMES, "--lr", "0.125"]
     with pytest.raises(SystemExit) as stopped:
         parse([*arguments, "--print_config"])
@@ -171,8 +230,12 @@ def test_print_config_prints_what_would_run(capsys: pytest.CaptureFixture, monke
 def test_yaml_gives_exactly_the_configuration_back(tmp_path: Path):
     odd = Optimizer(lr=0.1 + 0.2, adam_eps=1e-12, min_lr=1 / 3)
     training = Training(trainable=("vision.encoder.layers.[01].*", "1.5"), seed=2**40)
-    config = dataclasses.replace(parse(["--stage", "1.5", "--model", "tiny"]), optimizer=odd, training=training)
-    config = dataclasses.replace(config, model="/models/größe: 7", data=dataclasses.replace(config.data, train="1e3"))
+    config = dataclasses.replace(
+        parse(["--stage", "1.5", "--model", "tiny"]), optimizer=odd, training=training
+    )
+    config = dataclasses.replace(
+        config, model="/models/größe: 7", data=dataclasses.replace(config.data, train="1e3")
+    )
     path = tmp_path / "config.yaml"
     path.write_text(to_yaml(config), encoding="utf-8")
     assert from_yaml(path) == config == from_yaml(to_yaml(config))

@@ -38,7 +38,9 @@ def test_a_text_that_is_no_layout_is_refused(text: str, message: str) -> None:
         parse_layout(text, 24, 28)
 
 
-@pytest.mark.parametrize("counts", [(52,), (28, 24), (23, 29), (24, 28), (1, 50, 1), (8, 8, 8, 8, 8, 12)])
+@pytest.mark.parametrize(
+    "counts", [(52,), (28, 24), (23, 29), (24, 28), (1, 50, 1), (8, 8, 8, 8, 8, 12)]
+)
 def test_a_layout_that_is_written_is_read_back(counts: tuple[int, ...]) -> None:
     assert parse_layout(write_layout(counts, 24), 24, 28) == counts
 

@@ -22,7 +22,9 @@ def read(folder: str, init: Init) -> Architecture:
 
 
 def test_a_folder_fills_the_architecture_and_options_still_win(tmp_path: Path) -> None:
-    config = parse(["--stage", "1", "--model", str(tmp_path), "--architecture.vision.hidden_size", "33"], read)
+    config = parse(
+        ["--stage", "1", "--model", str(tmp_path), "--architecture.vision.hidden_size", "33"], read
+    )
     assert config.model == str(tmp_path) and config.architecture.pixel_shuffle == 7
     assert config.architecture.vision == Vision(num_layers=len(str(tmp_path)), hidden_size=33)
     assert from_yaml(to_yaml(config)) == config
@@ -30,7 +32,9 @@ def test_a_folder_fills_the_architecture_and_options_still_win(tmp_path: Path) -
 
 def test_two_parts_need_no_model(tmp_path: Path) -> None:
     (tmp_path / "eyes").mkdir()
-    (tmp_path / "run.yaml").write_text(f"stage: 1\ninit: {{vision: {tmp_path}/eyes, language: nowhere}}\n")
+    (tmp_path / "run.yaml").write_text(
+        f"stage: 1\ninit: {{vision: {tmp_path}/eyes, language: nowhere}}\n"
+    )
     config = parse(["--config", str(tmp_path / "run.yaml"), "--init.language", str(tmp_path)], read)
     assert config.init == Init(vision=f"{tmp_path}/eyes", language=str(tmp_path))
     assert config.model == f"eyes+{tmp_path.name}" and config.architecture.vision.num_layers == 99
@@ -44,7 +48,9 @@ def test_one_part_needs_a_model(capsys: pytest.CaptureFixture, tmp_path: Path) -
     assert config.architecture == MODELS["tiny"] and config.init == Init(vision=str(tmp_path))
 
 
-def test_names_of_the_table_win_over_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_of_the_table_win_over_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     Path("tiny").mkdir()
     assert architecture("tiny", read_model=read) == MODELS["tiny"]
@@ -54,7 +60,16 @@ def test_names_of_the_table_win_over_folders(tmp_path: Path, monkeypatch: pytest
 
 
 def test_where_weights_come_from_is_said_once(tmp_path: Path) -> None:
-    parts = ["--init.vision", str(tmp_path), "--load", str(tmp_path), "--init.language", "no", "--init.tokenizer", "none"]
+    parts = [
+        "--init.vision",
+        str(tmp_path),
+        "--load",
+        str(tmp_path),
+        "--init.language",
+        "no",
+        "--init.tokenizer",
+        "none",
+    ]
     config = parse(["--stage", "1", "--model", "tiny", *parts], read)
     said = f"and --checkpoint.load {tmp_path} both say where weights come from; give one of them"
     assert [line for line in problems(config, 1) if "--init" in line] == [
@@ -64,10 +79,17 @@ def test_where_weights_come_from_is_said_once(tmp_path: Path) -> None:
         f"--init.language no {said}",
     ]
     alone = dataclasses.replace(config, init=Init(tokenizer=str(tmp_path)))
-    assert f"--init.tokenizer {tmp_path} needs --init.language, whose tokenizer it is" in problems(alone, 1)
+    assert f"--init.tokenizer {tmp_path} needs --init.language, whose tokenizer it is" in problems(
+        alone, 1
+    )
 
 
 def test_what_internvls_formats_cannot_hold_is_not_exported(tmp_path: Path) -> None:
     config = parse(["--stage", "1", "--model", "tiny", "--architecture.vision.family", "siglip"])
-    config = dataclasses.replace(config, checkpoint=Checkpoint(save=str(tmp_path / "run"), export_hf=str(tmp_path / "out")))
-    assert any(line.startswith(f"--checkpoint.export_hf {tmp_path}/out: ") and "siglip" in line for line in problems(config, 1))
+    config = dataclasses.replace(
+        config, checkpoint=Checkpoint(save=str(tmp_path / "run"), export_hf=str(tmp_path / "out"))
+    )
+    assert any(
+        line.startswith(f"--checkpoint.export_hf {tmp_path}/out: ") and "siglip" in line
+        for line in problems(config, 1)
+    )

@@ -10,27 +10,50 @@ from megavlm.config.stages import STAGES, stage
 
 
 def weights(arch: Architecture) -> tuple[int, int]:
-    """Weights of the vision encoder and of the language model (its two tables of words not shared), from first principles."""
+    """Weights of the vision encoder and of the language model (its two tables of words not shared),
+    from first principles.
+    """
     vision = arch.vision
     language = arch.language
     wide = vision.hidden_size
     inner = vision.ffn_hidden_size
     norms = 2 * wide * (vision.normalization == "LayerNorm") + 2 * wide
     qkv_bias = 3 * wide * vision.qkv_bias
-    layer = 4 * wide**2 + qkv_bias + wide + 2 * wide * inner + inner + wide + norms + 2 * wide * vision.qk_norm + 2 * wide
-    encoder = vision.num_layers * layer + 3 * vision.patch_size**2 * wide + wide + (1 + vision.tokens) * wide
+    layer = (
+        4 * wide**2
+        + qkv_bias
+        + wide
+        + 2 * wide * inner
+        + inner
+        + wide
+        + norms
+        + 2 * wide * vision.qk_norm
+        + 2 * wide
+    )
+    encoder = (
+        vision.num_layers * layer
+        + 3 * vision.patch_size**2 * wide
+        + wide
+        + (1 + vision.tokens) * wide
+    )
     wide = language.hidden_size
     size = language.head_size
     queries = size * language.num_attention_heads
     keys = size * language.num_query_groups
-    layer = 2 * wide * queries + 2 * wide * keys + language.qkv_bias * (queries + 2 * keys) + 2 * size * language.qk_norm
+    layer = (
+        2 * wide * queries
+        + 2 * wide * keys
+        + language.qkv_bias * (queries + 2 * keys)
+        + 2 * size * language.qk_norm
+    )
     layer += 3 * wide * language.ffn_hidden_size + 2 * wide
     return encoder, language.num_layers * layer + wide + 2 * language.vocab_size * wide
 
 
 @pytest.mark.parametrize(
     ("name", "vision_millions", "language_millions"),
-    # Published: InternViT-300M has 304 M weights; Qwen2.5 0.36 B and 2.77 B without its tables; InternLM2.5 1.89 B and 7.74 B with them.
+    # Published: InternViT-300M has 304 M weights; Qwen2.5 0.36 B and 2.77 B without its tables;
+    # InternLM2.5 1.89 B and 7.74 B with them.
     [
         ("internvl2_5-1b", 304, 358 + 2 * 151674 * 896 // 10**6),
         ("internvl2_5-2b", 304, 1889),
@@ -38,7 +61,9 @@ def weights(arch: Architecture) -> tuple[int, int]:
         ("internvl2_5-8b", 304, 7738),
     ],
 )
-def test_models_have_as_many_weights_as_published(name: str, vision_millions: int, language_millions: int):
+def test_models_have_as_many_weights_as_published(
+    name: str, vision_millions: int, language_millions: int
+):
     vision, language = weights(architecture(name))
     assert vision / 1e6 == pytest.approx(vision_millions, abs=1.0)
     assert language / 1e6 == pytest.approx(language_millions, abs=2.0)
@@ -46,7 +71,8 @@ def test_models_have_as_many_weights_as_published(name: str, vision_millions: in
 
 @pytest.mark.parametrize(
     ("name", "billions"),
-    # Published, without the tables of words: Qwen2.5 (arXiv 2412.15115) and Qwen3 (their model cards).
+    # Published, without the tables of words: Qwen2.5 (arXiv 2412.15115) and Qwen3 (their model
+    # cards).
     [
         ("internvl3-2b", 1.31),
         ("internvl3-8b", 6.53),
@@ -68,7 +94,13 @@ def test_larger_language_models_have_as_many_weights_as_published(name: str, bil
 
 
 def test_internvit_6b_has_5540_million_weights():
-    for name in ("internvl2_5-26b", "internvl2_5-38b", "internvl2_5-78b", "internvl3-38b", "internvl3_5-38b"):
+    for name in (
+        "internvl2_5-26b",
+        "internvl2_5-38b",
+        "internvl2_5-78b",
+        "internvl3-38b",
+        "internvl3_5-38b",
+    ):
         assert weights(architecture(name))[0] / 1e6 == pytest.approx(5540, abs=5)
 
 
@@ -87,12 +119,28 @@ def test_a_tile_of_448_pixels_gives_256_features():
     ],
 )
 def test_stages_are_those_of_internvl(
-    name: str, trainable: tuple[str, ...], lr: float, warmup: tuple[int, float], batch: int, drop_path: float
+    name: str,
+    trainable: tuple[str, ...],
+    lr: float,
+    warmup: tuple[int, float],
+    batch: int,
+    drop_path: float,
 ):
     row = stage(name)
-    assert row.training.trainable == trainable and row.training.global_batch_size == batch and row.training.drop_path == drop_path
-    assert (row.optimizer.lr, row.optimizer.warmup_steps, row.optimizer.warmup_ratio) == (lr, *warmup)
-    assert row.data.loss_reduction == "square" and row.optimizer.decay == "all" and row.optimizer.weight_decay == 0.05
+    assert (
+        row.training.trainable == trainable
+        and row.training.global_batch_size == batch
+        and row.training.drop_path == drop_path
+    )
+    assert (row.optimizer.lr, row.optimizer.warmup_steps, row.optimizer.warmup_ratio) == (
+        lr,
+        *warmup,
+    )
+    assert (
+        row.data.loss_reduction == "square"
+        and row.optimizer.decay == "all"
+        and row.optimizer.weight_decay == 0.05
+    )
 
 
 def test_stage_0_trains_the_language_model_alone():
@@ -101,7 +149,12 @@ def test_stage_0_trains_the_language_model_alone():
 
 
 def test_unknown_names_are_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match=r"--model nano: no such model and no such folder; known models are tiny, internvl2_5-1b"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            r"--model nano: no such model and no such folder; known models are tiny, internvl2_5-1b"
+        ),
+    ):
         architecture("nano")
     with pytest.raises(ValueError, match=r"--stage 7: no such stage; known are 0, 1, 1\.5, 2"):
         stage("7")

@@ -1,6 +1,7 @@
 """Folders as OpenGVLab publishes them, made from native ones.
 
-Names, layouts and settings are written down here once more, from the original code's point of view, so that a mistake in the tables shows.
+Names, layouts and settings are written down here once more, from the original code's point of view,
+so that a mistake in the tables shows.
 """
 
 from __future__ import annotations
@@ -64,7 +65,9 @@ def _vision_tensor(inner: str, tensor: Tensor, native: dict[str, Tensor]) -> dic
     if projection and projection[2] != "q":
         return {}
     if projection:
-        thirds = [native[f"vision_tower.{projection[1]}.{which}_proj.{projection[3]}"] for which in "qkv"]
+        thirds = [
+            native[f"vision_tower.{projection[1]}.{which}_proj.{projection[3]}"] for which in "qkv"
+        ]
         tensor = torch.cat(thirds)
         inner = f"{projection[1].replace('attention', 'attn')}.qkv.{projection[3]}"
     for old, new in _VISION:
@@ -72,7 +75,9 @@ def _vision_tensor(inner: str, tensor: Tensor, native: dict[str, Tensor]) -> dic
     return {f"vision_model.{inner}": tensor}
 
 
-def _internlm2_tensor(inner: str, tensor: Tensor, native: dict[str, Tensor], architecture: Architecture) -> dict[str, Tensor]:
+def _internlm2_tensor(
+    inner: str, tensor: Tensor, native: dict[str, Tensor], architecture: Architecture
+) -> dict[str, Tensor]:
     layer = re.fullmatch(r"(model\.layers\.\d+)\.self_attn\.([qkv])_proj\.weight", inner)
     if layer and layer[2] != "q":
         return {}
@@ -80,13 +85,18 @@ def _internlm2_tensor(inner: str, tensor: Tensor, native: dict[str, Tensor], arc
         size = architecture.language.head_size
         groups = architecture.language.num_query_groups
         per_group = architecture.language.num_attention_heads // groups
-        query, key, value = (native[f"language_model.{layer[1]}.self_attn.{which}_proj.weight"] for which in "qkv")
+        query, key, value = (
+            native[f"language_model.{layer[1]}.self_attn.{which}_proj.weight"] for which in "qkv"
+        )
         rows = []
         for group in range(groups):
             for head in range(per_group):
                 start = (group * per_group + head) * size
                 rows.append(query[start : start + size])
-            rows += [key[group * size : (group + 1) * size], value[group * size : (group + 1) * size]]
+            rows += [
+                key[group * size : (group + 1) * size],
+                value[group * size : (group + 1) * size],
+            ]
         return {f"language_model.{layer[1]}.attention.wqkv.weight": torch.cat(rows)}
     for old, new in _INTERNLM2:
         inner = re.sub(rf"\b{re.escape(old)}\b", new, inner)
@@ -103,7 +113,11 @@ def _language_settings(architecture: Architecture) -> dict:
         "internlm3": "InternLM3",
         "mistral": "Mistral",
     }
-    scaling = {"type": "dynamic", "factor": language.rotary_dynamic_factor} if language.rotary_dynamic_factor > 1 else None
+    scaling = (
+        {"type": "dynamic", "factor": language.rotary_dynamic_factor}
+        if language.rotary_dynamic_factor > 1
+        else None
+    )
     return {
         "architectures": [f"{classes[language.family]}ForCausalLM"],
         "hidden_act": "silu",
@@ -170,7 +184,11 @@ def chat_settings(architecture: Architecture) -> dict:
 def make_chat(native: Path, folder: Path, architecture: Architecture) -> Path:
     """Write the model of a native folder as OpenGVLab would, with the tokenizer that is there."""
     folder.mkdir()
-    save_file(chat_tensors(load_all(native), architecture), folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        chat_tensors(load_all(native), architecture),
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     (folder / "config.json").write_text(json.dumps(chat_settings(architecture)))
     for path in native.glob("token*"):
         (folder / path.name).write_bytes(path.read_bytes())
@@ -182,5 +200,6 @@ def same_tensors(one: Path, other: Path) -> bool:
     first = load_all(one)
     second = load_all(other)
     return first.keys() == second.keys() and all(
-        tensor.dtype == second[name].dtype and torch.equal(tensor, second[name]) for name, tensor in first.items()
+        tensor.dtype == second[name].dtype and torch.equal(tensor, second[name])
+        for name, tensor in first.items()
     )

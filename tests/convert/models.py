@@ -1,4 +1,6 @@
-"""Small random models in Hugging Face's format, with shapes unlike each other, so that a mix-up shows."""
+"""Small random models in Hugging Face's format, with shapes unlike each other, so that a mix-up
+shows.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,14 @@ from megavlm.convert.hf.processor import TOKENIZER_FILES
 TOKENIZER = Path(__file__).parents[1] / "golden" / "tokenizer"
 
 SMALL = Architecture(
-    vision=Vision(image_size=28, patch_size=7, num_layers=2, hidden_size=24, ffn_hidden_size=40, num_attention_heads=3),
+    vision=Vision(
+        image_size=28,
+        patch_size=7,
+        num_layers=2,
+        hidden_size=24,
+        ffn_hidden_size=40,
+        num_attention_heads=3,
+    ),
     language=Language(
         num_layers=3,
         hidden_size=48,
@@ -42,10 +51,19 @@ KINDS = {
     "qwen2": SMALL,
     "qwen2 tied": language(tied_head=True),
     "InternViT-6B": replace(
-        SMALL, vision=replace(SMALL.vision, normalization="RMSNorm", qkv_bias=False, qk_norm=True, num_attention_heads=2)
+        SMALL,
+        vision=replace(
+            SMALL.vision,
+            normalization="RMSNorm",
+            qkv_bias=False,
+            qk_norm=True,
+            num_attention_heads=2,
+        ),
     ),
     "qwen3": language(family="qwen3", qkv_bias=False, qk_norm=True, kv_channels=10),
-    "qwen3 tied": language(family="qwen3", qkv_bias=False, qk_norm=True, tied_head=True, num_query_groups=3),
+    "qwen3 tied": language(
+        family="qwen3", qkv_bias=False, qk_norm=True, tied_head=True, num_query_groups=3
+    ),
     "llama": language(family="llama", qkv_bias=False, rotary_dynamic_factor=2.0),
     "mistral": language(family="mistral", qkv_bias=False, kv_channels=6),
     "internlm2": language(family="internlm2", qkv_bias=False, rotary_dynamic_factor=3.0),
@@ -55,13 +73,22 @@ KINDS = {
 
 def as_native(architecture: Architecture) -> Architecture:
     """The same model as the native dialect tells it: it knows neither InternLM2 nor InternLM3."""
-    family = {"internlm2": "llama", "internlm3": "llama"}.get(architecture.language.family, architecture.language.family)
+    family = {"internlm2": "llama", "internlm3": "llama"}.get(
+        architecture.language.family, architecture.language.family
+    )
     return replace(architecture, language=replace(architecture.language, family=family))
 
 
-def make_hf(folder: Path, architecture: Architecture = SMALL, dtype: torch.dtype = torch.bfloat16, shard_size: str = "5GB") -> Path:
+def make_hf(
+    folder: Path,
+    architecture: Architecture = SMALL,
+    dtype: torch.dtype = torch.bfloat16,
+    shard_size: str = "5GB",
+) -> Path:
     """Write a random model, as transformers saves it, with the golden tokenizer."""
-    settings = native_config.write(architecture, dtype=dtype, image_token_id=90, eos_token_id=1, pad_token_id=2)
+    settings = native_config.write(
+        architecture, dtype=dtype, image_token_id=90, eos_token_id=1, pad_token_id=2
+    )
     torch.manual_seed(0)
     model = InternVLForConditionalGeneration(InternVLConfig.from_dict(settings)).to(dtype)
     with torch.no_grad():
@@ -76,4 +103,8 @@ def make_hf(folder: Path, architecture: Architecture = SMALL, dtype: torch.dtype
 
 def load_all(folder: Path) -> dict[str, Tensor]:
     """Every tensor of a folder, under the name in its file."""
-    return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
+    return {
+        name: tensor
+        for path in sorted(folder.glob("*.safetensors"))
+        for name, tensor in load_file(path).items()
+    }

@@ -1,4 +1,6 @@
-"""Folders of parts, as their makers publish them: vision encoders and language models, small and random."""
+"""Folders of parts, as their makers publish them: vision encoders and language models, small and
+random.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,9 @@ def _shake(model: nn.Module) -> nn.Module:
 
 
 def make_vision(folder: Path, kind: str, image_size: int = 21) -> Path:
-    """A ``clip``, ``siglip`` or whole ``clip`` with a text half, of three layers; patches of 5 pixels, so that SigLIP leaves one out."""
+    """A ``clip``, ``siglip`` or whole ``clip`` with a text half, of three layers; patches of 5
+    pixels, so that SigLIP leaves one out.
+    """
     torch.manual_seed(11)
     size = image_size - 1 if kind != "siglip" else image_size
     if kind == "clip":
@@ -46,8 +50,20 @@ def make_vision(folder: Path, kind: str, image_size: int = 21) -> Path:
     elif kind == "siglip":
         model = SiglipVisionModel(SiglipVisionConfig(**_SIZES, image_size=size, patch_size=5))
     else:
-        text = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=4, num_attention_heads=2, vocab_size=30)
-        model = CLIPModel(CLIPConfig(vision_config=_SIZES | dict(image_size=size, patch_size=5), text_config=text, projection_dim=8))
+        text = dict(
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=4,
+            num_attention_heads=2,
+            vocab_size=30,
+        )
+        model = CLIPModel(
+            CLIPConfig(
+                vision_config=_SIZES | dict(image_size=size, patch_size=5),
+                text_config=text,
+                projection_dim=8,
+            )
+        )
     _shake(model).save_pretrained(folder)
     mean_and_std = {"image_mean": [0.48, 0.46, 0.41], "image_std": [0.27, 0.26, 0.28]}
     (folder / "preprocessor_config.json").write_text(json.dumps(mean_and_std))
@@ -55,33 +71,63 @@ def make_vision(folder: Path, kind: str, image_size: int = 21) -> Path:
 
 
 def make_tokenizer(folder: Path, extra: tuple[str, ...] = ()) -> None:
-    """A tokenizer of single bytes, chat tokens and ``extra`` ones; InternVL's special tokens it has not."""
+    """A tokenizer of single bytes, chat tokens and ``extra`` ones; InternVL's special tokens it has
+    not.
+    """
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *extra]
     names = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *special]
     words = Tokenizer(models.BPE({name: number for number, name in enumerate(names)}, []))
     words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     words.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=words, additional_special_tokens=special).save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=words, additional_special_tokens=special
+    ).save_pretrained(folder)
 
 
-def make_language(folder: Path, *, rows: int = 300, tied: bool = False, spread: float = 0.5) -> Path:
-    """A language model whose tokenizer has ``WORDS`` tokens, and a table of ``rows`` rows; fresh weights spread so much."""
+def make_language(
+    folder: Path, *, rows: int = 300, tied: bool = False, spread: float = 0.5
+) -> Path:
+    """A language model whose tokenizer has ``WORDS`` tokens, and a table of ``rows`` rows; fresh
+    weights spread so much.
+    """
     torch.manual_seed(12)
-    sizes = dict(hidden_size=48, intermediate_size=56, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2, vocab_size=rows)
-    config = AutoConfig.for_model("qwen2", **sizes, tie_word_embeddings=tied, max_position_embeddings=256, initializer_range=spread)
+    sizes = dict(
+        hidden_size=48,
+        intermediate_size=56,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        vocab_size=rows,
+    )
+    config = AutoConfig.for_model(
+        "qwen2",
+        **sizes,
+        tie_word_embeddings=tied,
+        max_position_embeddings=256,
+        initializer_range=spread,
+    )
     _shake(AutoModelForCausalLM.from_config(config)).save_pretrained(folder)
     make_tokenizer(folder)
     return folder
 
 
 def make_parts(folder: Path, architecture: Architecture) -> tuple[Path, Path, Path]:
-    """A model in the chat dialect, its InternViT alone, and its language model alone: three folders."""
+    """A model in the chat dialect, its InternViT alone, and its language model alone: three
+    folders.
+    """
     whole = make_chat(make_hf(folder / "native", architecture), folder / "chat", architecture)
     settings = json.loads((whole / "config.json").read_text())
     weights = load_all(whole)
-    for part, prefix, section in (("vision", "vision_model.", "vision_config"), ("language", "language_model.", "llm_config")):
+    for part, prefix, section in (
+        ("vision", "vision_model.", "vision_config"),
+        ("language", "language_model.", "llm_config"),
+    ):
         (folder / part).mkdir()
-        inside = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
+        inside = {
+            name.removeprefix(prefix): tensor
+            for name, tensor in weights.items()
+            if name.startswith(prefix)
+        }
         save_file(inside, folder / part / "model.safetensors", metadata={"format": "pt"})
         (folder / part / "config.json").write_text(json.dumps(settings[section]))
     make_tokenizer(folder / "language")

@@ -25,13 +25,17 @@ ROOT = Path(__file__).parents[2]
 
 def run(tool: str, *arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, str(ROOT / "tools" / f"{tool}.py"), *arguments]
-    return subprocess.run(command, cwd=ROOT, env={"PYTHONPATH": str(ROOT), "PATH": ""}, capture_output=True, text=True)
+    return subprocess.run(
+        command, cwd=ROOT, env={"PYTHONPATH": str(ROOT), "PATH": ""}, capture_output=True, text=True
+    )
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3 tied", "InternViT-6B"])
 def test_a_run_takes_its_architecture_from_a_folder(tmp_path: Path, kind: str) -> None:
     folder = make_hf(tmp_path / "hf", KINDS[kind])
-    (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}))
+    (folder / "preprocessor_config.json").write_text(
+        json.dumps({"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]})
+    )
     config = parse(["--stage", "2", "--model", str(folder)], read_model)
     vision = replace(KINDS[kind].vision, pixel_mean=(0.1, 0.2, 0.3), pixel_std=(0.4, 0.5, 0.6))
     assert config.architecture == replace(KINDS[kind], vision=vision) == image_model(str(folder))
@@ -39,15 +43,26 @@ def test_a_run_takes_its_architecture_from_a_folder(tmp_path: Path, kind: str) -
 
 def test_a_run_takes_its_architecture_from_parts(tmp_path: Path) -> None:
     _, vision, words = make_parts(tmp_path, SMALL)
-    config = parse(["--stage", "1", "--init.vision", str(vision), "--init.language", str(words)], read_model)
-    assert config.architecture == replace(SMALL, language=replace(SMALL.language, vocab_size=WORDS + 9))
+    config = parse(
+        ["--stage", "1", "--init.vision", str(vision), "--init.language", str(words)], read_model
+    )
+    assert config.architecture == replace(
+        SMALL, language=replace(SMALL.language, vocab_size=WORDS + 9)
+    )
     assert config.model == "vision+language"
 
 
 def test_packs_need_only_the_vision_encoder(tmp_path: Path) -> None:
     clip = image_model(str(make_vision(tmp_path / "clip", "clip")))
-    assert (clip.vision.family, clip.features_per_tile, clip.vision.pixel_std) == ("clip", 16, (0.27, 0.26, 0.28))
-    assert image_model("internvl2_5-1b") == MODELS["internvl2_5-1b"] and image_model(None) == Architecture()
+    assert (clip.vision.family, clip.features_per_tile, clip.vision.pixel_std) == (
+        "clip",
+        16,
+        (0.27, 0.26, 0.28),
+    )
+    assert (
+        image_model("internvl2_5-1b") == MODELS["internvl2_5-1b"]
+        and image_model(None) == Architecture()
+    )
     with pytest.raises(ValueError, match="--model nano"):
         image_model("nano")
 
@@ -56,7 +71,16 @@ def test_packs_for_a_folder_have_its_sizes_and_pixels(tmp_path: Path) -> None:
     vision = make_vision(tmp_path / "siglip", "siglip")
     turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "That."}]
     (tmp_path / "chats.jsonl").write_text(json.dumps({"conversations": turns}) + "\n")
-    arguments = ["--model", str(vision), "--tokenizer", str(TOKENIZER), "--jsonl", str(tmp_path / "chats.jsonl"), "--workers", "0"]
+    arguments = [
+        "--model",
+        str(vision),
+        "--tokenizer",
+        str(TOKENIZER),
+        "--jsonl",
+        str(tmp_path / "chats.jsonl"),
+        "--workers",
+        "0",
+    ]
     done = run("pack_dataset", *arguments, "--out", str(tmp_path / "packs"), "--capacity", "256")
     assert done.returncode == 0, done.stderr
     manifest = read_manifest(tmp_path / "packs")
@@ -67,10 +91,16 @@ def test_packs_for_a_folder_have_its_sizes_and_pixels(tmp_path: Path) -> None:
 def test_the_tool_writes_the_tokenizer_that_a_run_from_parts_has(tmp_path: Path) -> None:
     make_tokenizer(tmp_path / "llm")
     done = run("extend_tokenizer", "--hf", str(tmp_path / "llm"), "--out", str(tmp_path / "out"))
-    assert done.returncode == 0 and f"9 tokens added, {WORDS} to {WORDS + 8}" in done.stdout, done.stderr
+    assert done.returncode == 0 and f"9 tokens added, {WORDS} to {WORDS + 8}" in done.stdout, (
+        done.stderr
+    )
     expected, _ = extend_tokenizer(Init(language=str(tmp_path / "llm")))
     assert fingerprint(load_tokenizer(tmp_path / "out")) == fingerprint(expected)
     again = run("extend_tokenizer", "--hf", str(tmp_path / "out"), "--out", str(tmp_path / "out"))
     assert again.returncode == 2 and f"--out {tmp_path}/out: exists" in again.stderr
-    missing = run("extend_tokenizer", "--hf", str(tmp_path / "none"), "--out", str(tmp_path / "other"))
-    assert missing.returncode == 2 and "--hf" in missing.stderr and not (tmp_path / "other").exists()
+    missing = run(
+        "extend_tokenizer", "--hf", str(tmp_path / "none"), "--out", str(tmp_path / "other")
+    )
+    assert (
+        missing.returncode == 2 and "--hf" in missing.stderr and not (tmp_path / "other").exists()
+    )

@@ -1,4 +1,6 @@
-"""Small packed datasets of random samples, written straight through ``store.Writer``: no tokenizer is needed."""
+"""Small packed datasets of random samples, written straight through ``store.Writer``: no tokenizer
+is needed.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ GRIDS = ((1, 1), (2, 1), (1, 2), (3, 1))
 def make_image(rng: np.random.Generator, tile_size: int, columns: int, rows: int) -> Image:
     """A PNG of random coloured blocks that fills its tiles; several tiles come with a thumbnail."""
     blocks = rng.integers(0, 256, (4 * rows, 4 * columns, 3), dtype=np.uint8)
-    picture = Picture.fromarray(blocks).resize((columns * tile_size, rows * tile_size), Picture.Resampling.NEAREST)
+    picture = Picture.fromarray(blocks).resize(
+        (columns * tile_size, rows * tile_size), Picture.Resampling.NEAREST
+    )
     file = io.BytesIO()
     picture.save(file, "PNG")
     count = columns * rows
@@ -45,11 +49,17 @@ def make_sample(
     grids: tuple[tuple[int, int], ...] = GRIDS,
     source: int = 0,
 ) -> Sample:
-    """Random text whose second half is supervised, after the context tokens of some images. Ids 0 and 1 are left for padding and such."""
-    pictures = tuple(make_image(rng, tile_size, *grids[rng.integers(len(grids))]) for _ in range(images))
+    """Random text whose second half is supervised, after the context tokens of some images. Ids 0
+    and 1 are left for padding and such.
+    """
+    pictures = tuple(
+        make_image(rng, tile_size, *grids[rng.integers(len(grids))]) for _ in range(images)
+    )
     words = rng.integers(2, vocab_size, text_tokens)
     words[words == context_token_id] = 2 if context_token_id != 2 else 3
-    context = np.full(sum(picture.tiles for picture in pictures) * features_per_tile, context_token_id)
+    context = np.full(
+        sum(picture.tiles for picture in pictures) * features_per_tile, context_token_id
+    )
     tokens = np.concatenate([words[:1], context, words[1:]]).astype(np.int32)
     supervised = np.zeros(len(tokens), bool)
     supervised[len(context) + text_tokens // 2 :] = True
@@ -69,7 +79,7 @@ def make_dataset(
     capacity: int = 256,
     alignment: int = 1,
     text_tokens: tuple[int, int] = (8, 40),
-    shard_bytes: int = format.SHARD_BYTES,
+    shard_bytes: int = pack_format.SHARD_BYTES,
     seed: int = 0,
     grids: tuple[tuple[int, int], ...] = GRIDS,
     levels: tuple[int, ...] = (),
@@ -77,12 +87,18 @@ def make_dataset(
 ) -> Manifest:
     """Write a packed dataset of random samples; the same arguments give the same bytes.
 
-    A sample has an image with the chance ``image_share`` (0: text only). Samples that do not fit into what is left of a pack lose their
-    image, or are dropped, so a pack has 1 to ``samples_per_pack`` of them. They are of the ``sources`` in turn; ``levels`` says how many
+    A sample has an image with the chance ``image_share`` (0: text only). Samples that do not fit
+    into what is left of a pack lose their image, or are dropped, so a pack has 1 to
+    ``samples_per_pack`` of them. They are of the ``sources`` in turn; ``levels`` says how many
     packs are of each level of difficulty.
     """
     rng = np.random.default_rng(seed)
-    facts = {"vocab_size": vocab_size, "context_token_id": context_token_id, "tile_size": tile_size, "features_per_tile": features_per_tile}
+    facts = {
+        "vocab_size": vocab_size,
+        "context_token_id": context_token_id,
+        "tile_size": tile_size,
+        "features_per_tile": features_per_tile,
+    }
     line = 0
     chosen = []
     for _ in range(packs):
@@ -91,15 +107,31 @@ def make_dataset(
             line += 1
             images = int(rng.random() < image_share)
             words = int(rng.integers(*text_tokens))
-            used = sum(format.round_up(sample.length, alignment) for sample in pack)
+            used = sum(pack_format.round_up(sample.length, alignment) for sample in pack)
             for count in range(images, -1, -1):
-                sample = make_sample(rng, images=count, text_tokens=words, line=line, grids=grids, source=line % len(sources), **facts)
-                if used + format.round_up(sample.length, alignment) <= capacity:
+                sample = make_sample(
+                    rng,
+                    images=count,
+                    text_tokens=words,
+                    line=line,
+                    grids=grids,
+                    source=line % len(sources),
+                    **facts,
+                )
+                if used + pack_format.round_up(sample.length, alignment) <= capacity:
                     pack.append(sample)
                     break
         chosen.append(pack)
     return write_packs(
-        folder, chosen, capacity=capacity, alignment=alignment, shard_bytes=shard_bytes, seed=seed, levels=levels, sources=sources, **facts
+        folder,
+        chosen,
+        capacity=capacity,
+        alignment=alignment,
+        shard_bytes=shard_bytes,
+        seed=seed,
+        levels=levels,
+        sources=sources,
+        **facts,
     )
 
 
@@ -113,7 +145,7 @@ def write_packs(
     features_per_tile: int,
     capacity: int,
     alignment: int = 1,
-    shard_bytes: int = format.SHARD_BYTES,
+    shard_bytes: int = pack_format.SHARD_BYTES,
     seed: int = 0,
     levels: tuple[int, ...] = (),
     sources: tuple[str, ...] = ("random",),
@@ -136,7 +168,13 @@ def write_packs(
                 tile_cap=max(sum(sample.tiles for sample in pack) for pack in packs),
                 alignment=alignment,
                 seed=seed,
-                sources=tuple(Source(name=name, annotations=f"{name}.jsonl", records=lines, samples=lines) for name in sources),
-                levels=tuple(Level(packs=count, easiest=place, hardest=place) for place, count in enumerate(levels)),
+                sources=tuple(
+                    Source(name=name, annotations=f"{name}.jsonl", records=lines, samples=lines)
+                    for name in sources
+                ),
+                levels=tuple(
+                    Level(packs=count, easiest=place, hardest=place)
+                    for place, count in enumerate(levels)
+                ),
             )
         )

@@ -23,17 +23,23 @@ from megavlm.data.store.pack_format import Writer
 from megavlm.data.store.reader import Reader
 from tests.data.samples import make_dataset
 
-CASES = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+CASES = settings(
+    max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+)
 CAPACITIES = st.sampled_from([1, 5, 64, 130, 4100])
 
 
 @st.composite
 def sample_sizes(draw) -> tuple[int, int, int, np.ndarray, np.ndarray]:
-    """A capacity, a tile cap, an alignment, and the lengths and tiles of samples that a pack can hold."""
+    """A capacity, a tile cap, an alignment, and the lengths and tiles of samples that a pack can
+    hold.
+    """
     alignment = draw(st.sampled_from([1, 2, 8]))
     capacity = draw(CAPACITIES) * alignment
     cap = draw(st.integers(0, 12))
-    sizes = draw(st.lists(st.tuples(st.integers(1, capacity), st.integers(0, cap)), min_size=1, max_size=60))
+    sizes = draw(
+        st.lists(st.tuples(st.integers(1, capacity), st.integers(0, cap)), min_size=1, max_size=60)
+    )
     lengths, tiles = np.array(sizes, np.int32).T
     return capacity, cap, alignment, lengths, tiles
 
@@ -50,7 +56,8 @@ def test_every_sample_is_in_one_pack_and_none_is_over_capacity(sizes, seed):
         assert np.add.reduceat(aligned[plan.order], plan.starts[:-1]).max() <= capacity
         assert np.add.reduceat(tiles[plan.order], plan.starts[:-1]).max() <= plan.tile_cap
         assert [len(plan.shard(number)) - 1 for number in range(plan.shards)] == [
-            min(plan.packs_per_shard, plan.packs - number * plan.packs_per_shard) for number in range(plan.shards)
+            min(plan.packs_per_shard, plan.packs - number * plan.packs_per_shard)
+            for number in range(plan.shards)
         ]
 
 
@@ -79,15 +86,31 @@ def test_every_token_of_every_sample_is_in_one_pack(sizes, seed):
     rng = np.random.default_rng(seed)
     samples = [
         Sample(
-            tokens=rng.integers(0, 9, length, dtype=np.int32), supervised=rng.random(length) < 0.5, images=(), source=line % 3, line=line
+            tokens=rng.integers(0, 9, length, dtype=np.int32),
+            supervised=rng.random(length) < 0.5,
+            images=(),
+            source=line % 3,
+            line=line,
         )
         for line, length in enumerate(lengths.tolist(), start=1)
     ]
     aligned = -(-lengths // alignment) * alignment
-    sizes = Samples(rows=np.arange(len(samples), dtype=np.int32), tokens=aligned, tiles=np.zeros_like(lengths))
+    sizes = Samples(
+        rows=np.arange(len(samples), dtype=np.int32), tokens=aligned, tiles=np.zeros_like(lengths)
+    )
     plan = plan_packs(sizes, capacity=capacity, tile_cap=cap, seed=seed)
-    facts = {"tokenizer_fingerprint": "x", "vocab_size": 9, "context_token_id": 8, "template": "t", "image_size": 2, "features_per_tile": 1}
-    with tempfile.TemporaryDirectory() as folder, Writer(Path(folder), capacity, 500, alignment=alignment, tile_cap=cap) as writer:
+    facts = {
+        "tokenizer_fingerprint": "x",
+        "vocab_size": 9,
+        "context_token_id": 8,
+        "template": "t",
+        "image_size": 2,
+        "features_per_tile": 1,
+    }
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Writer(Path(folder), capacity, 500, alignment=alignment, tile_cap=cap) as writer,
+    ):
         for first, end in zip(plan.starts[:-1], plan.starts[1:], strict=True):
             writer.write([samples[place] for place in plan.order[first:end]])
         writer.close(Manifest(**facts, capacity=capacity, tile_cap=cap, alignment=alignment))
@@ -95,10 +118,17 @@ def test_every_token_of_every_sample_is_in_one_pack(sizes, seed):
         found = Counter()
         for stored in map(reader.read, range(len(reader))):
             ends = np.cumsum(stored.lengths)
-            for (line, source, _), end, length in zip(stored.provenance.tolist(), ends, stored.lengths, strict=True):
+            for (line, source, _), end, length in zip(
+                stored.provenance.tolist(), ends, stored.lengths, strict=True
+            ):
                 part = slice(end - length, end)
-                found[source, line, stored.tokens[part].tobytes(), stored.supervised[part].tobytes()] += 1
-    assert found == Counter((each.source, each.line, each.tokens.tobytes(), each.supervised.tobytes()) for each in samples)
+                found[
+                    source, line, stored.tokens[part].tobytes(), stored.supervised[part].tobytes()
+                ] += 1
+    assert found == Counter(
+        (each.source, each.line, each.tokens.tobytes(), each.supervised.tobytes())
+        for each in samples
+    )
 
 
 @CASES
@@ -111,14 +141,23 @@ def test_every_token_of_every_sample_is_in_one_pack(sizes, seed):
     more_ranks=st.sampled_from([1, 2, 3, 8]),
     stop=st.integers(0, 10),
 )
-def test_the_order_depends_on_seed_and_position_alone(packs, seed, group, consumed, ranks, more_ranks, stop):
-    """Stopped after any number of steps, and gone on with by any other number of ranks, the packs and their order are the same."""
+def test_the_order_depends_on_seed_and_position_alone(
+    packs, seed, group, consumed, ranks, more_ranks, stop
+):
+    """Stopped after any number of steps, and gone on with by any other number of ranks, the packs
+    and their order are the same.
+    """
     plan = Plan(num_packs=packs, seed=seed, group=group)
     step = 24  # packs of a step; a multiple of every number of ranks
     whole = plan.pack_ids(consumed, 10 * step)
     seen = []
-    for start, steps, size in ((consumed, stop, ranks), (consumed + stop * step, 10 - stop, more_ranks)):
-        shares = [plan.at(np.arange(start + rank, start + steps * step, size)) for rank in range(size)]
+    for start, steps, size in (
+        (consumed, stop, ranks),
+        (consumed + stop * step, 10 - stop, more_ranks),
+    ):
+        shares = [
+            plan.at(np.arange(start + rank, start + steps * step, size)) for rank in range(size)
+        ]
         seen += np.stack(shares, axis=1).ravel().tolist()
     assert seen == whole.tolist()
     epoch = consumed // packs
@@ -139,5 +178,11 @@ def test_workers_and_ranks_give_the_same_order(dataset, ranks):
     for workers in range(5):
         if ranks > 2 and workers > 1:
             continue
-        shares = [[batch.pack_id for batch in batches(dataset, plan, range(5 + rank, 29, ranks), workers=workers)] for rank in range(ranks)]
+        shares = [
+            [
+                batch.pack_id
+                for batch in batches(dataset, plan, range(5 + rank, 29, ranks), workers=workers)
+            ]
+            for rank in range(ranks)
+        ]
         assert [shares[place % ranks][place // ranks] for place in range(24)] == whole

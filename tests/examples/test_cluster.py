@@ -40,8 +40,15 @@ esac
 
 @pytest.fixture
 def shell(tmp_path: Path) -> dict[str, str]:
-    """An environment in which torchrun, python and Slurm's commands are stand-ins; ``LOG`` names the file with the arguments."""
-    for name, text in {"torchrun": RECORDER, "python": RECORDER, "srun": SRUN, "scontrol": SCONTROL}.items():
+    """An environment in which torchrun, python and Slurm's commands are stand-ins; ``LOG`` names
+    the file with the arguments.
+    """
+    for name, text in {
+        "torchrun": RECORDER,
+        "python": RECORDER,
+        "srun": SRUN,
+        "scontrol": SCONTROL,
+    }.items():
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
     folders = {"LOG": str(tmp_path / "log"), "RUNS": "runs", "PACKS": "packs"}
@@ -59,12 +66,20 @@ def test_every_script_is_valid_bash(script: Path):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize(("stage", "load"), [("1", "weights"), ("1.5", "runs/stage1"), ("2", "runs/stage1_5")])
+@pytest.mark.parametrize(
+    ("stage", "load"), [("1", "weights"), ("1.5", "runs/stage1"), ("2", "runs/stage1_5")]
+)
 def test_torchrun_and_the_trainer_know_every_option(shell: dict[str, str], stage: str, load: str):
     cluster = {"NNODES": "4", "MASTER_ADDR": "node0", "JOB_ID": "7", "INIT": "weights"}
     subprocess.run(["bash", str(FOLDER / "run.sh"), stage], env=shell | cluster, check=True)
     run = get_args_parser().parse_args(asked(shell))
-    assert (run.nnodes, run.nproc_per_node, run.rdzv_endpoint, run.rdzv_id, run.max_restarts) == ("4", "8", "node0:29500", "7", 0)
+    assert (run.nnodes, run.nproc_per_node, run.rdzv_endpoint, run.rdzv_id, run.max_restarts) == (
+        "4",
+        "8",
+        "node0:29500",
+        "7",
+        0,
+    )
     assert Path(run.training_script).resolve() == ROOT / "pretrain_vlm.py"
     config = parse(run.training_script_args)
     assert (config.stage, config.checkpoint.load) == (stage, load)
@@ -75,7 +90,10 @@ def test_stage_1_starts_from_parts(shell: dict[str, str]):
     folders = {"VISION": "InternViT", "LANGUAGE": "InternLM", "TOKENIZER": "words"}
     subprocess.run(["bash", str(FOLDER / "run.sh"), "1"], env=shell | folders, check=True)
     config = parse(get_args_parser().parse_args(asked(shell)).training_script_args)
-    assert config.init == Init(vision="InternViT", language="InternLM", tokenizer="words") and not config.checkpoint.load
+    assert (
+        config.init == Init(vision="InternViT", language="InternLM", tokenizer="words")
+        and not config.checkpoint.load
+    )
 
 
 def fits(config: Config, ranks: int) -> bool:
@@ -88,7 +106,11 @@ def fits(config: Config, ranks: int) -> bool:
 
 
 def test_the_packer_knows_every_option(shell: dict[str, str]):
-    subprocess.run(["bash", str(FOLDER / "run.sh"), "pack"], env=shell | {"DATA": "data", "TOKENIZER": "tokenizer"}, check=True)
+    subprocess.run(
+        ["bash", str(FOLDER / "run.sh"), "pack"],
+        env=shell | {"DATA": "data", "TOKENIZER": "tokenizer"},
+        check=True,
+    )
     script, *arguments = asked(shell)
     assert Path(script).resolve() == ROOT / "tools" / "pack_dataset.py"
     args = pack_dataset.parse(arguments)
@@ -109,13 +131,26 @@ def test_a_stop_reaches_torchrun_once(shell: dict[str, str], tmp_path: Path, how
     assert parse(get_args_parser().parse_args(asked(shell)).training_script_args).stage == "1"
 
 
-def test_slurm_starts_a_stage_on_every_node_and_requeues_a_job_that_was_asked_to_end(shell: dict[str, str], tmp_path: Path):
-    job = {"SLURM_JOB_ID": "123", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_GPUS_ON_NODE": "4"}
+def test_slurm_starts_a_stage_on_every_node_and_requeues_a_job_that_was_asked_to_end(
+    shell: dict[str, str], tmp_path: Path
+):
+    job = {
+        "SLURM_JOB_ID": "123",
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_JOB_NODELIST": "node[7-8]",
+        "SLURM_GPUS_ON_NODE": "4",
+    }
     (tmp_path / "examples").symlink_to(ROOT / "examples")
-    with subprocess.Popen(["bash", str(FOLDER / "slurm.sh"), "2"], env=shell | job | {"LINGERS": "yes"}, cwd=tmp_path) as run:
+    with subprocess.Popen(
+        ["bash", str(FOLDER / "slurm.sh"), "2"], env=shell | job | {"LINGERS": "yes"}, cwd=tmp_path
+    ) as run:
         wait_for(Path(shell["LOG"]))
         options = get_args_parser().parse_args(asked(shell))
-        assert (options.nnodes, options.nproc_per_node, options.rdzv_endpoint) == ("2", "4", "node7:20123")
+        assert (options.nnodes, options.nproc_per_node, options.rdzv_endpoint) == (
+            "2",
+            "4",
+            "node7:20123",
+        )
         run.send_signal(signal.SIGTERM)
         run.wait(timeout=30)
     assert Path(shell["LOG"] + ".signals").read_text() == "TERM\n"

@@ -16,12 +16,19 @@ from megavlm.data.packing import command_line
 from megavlm.planner.estimate import Hardware
 
 ROOT = Path(__file__).parents[2]
-TEXTS = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), ROOT / "Dockerfile", *sorted(ROOT.glob("examples/**/*.sh"))]
+TEXTS = [
+    ROOT / "README.md",
+    *sorted(ROOT.glob("docs/*.md")),
+    ROOT / "Dockerfile",
+    *sorted(ROOT.glob("examples/**/*.sh")),
+]
 YAMLS = sorted(ROOT.glob("examples/**/*.yaml"))
 # Options of programs that are not ours: docker, pip, useradd; sbatch, srun, scancel and pyxis.
 _OTHERS = """
-    --all --gpus --ipc --ulimit --network --device --cap-add --build-arg --format --quiet --disable-pip-version-check --uid --create-home
-    --shell --nodes --job-name --ntasks-per-node --gpus-per-node --cpus-per-task --exclusive --time --signal --requeue --open-mode --output
+    --all --gpus --ipc --ulimit --network --device --cap-add --build-arg --format --quiet
+    --disable-pip-version-check --uid --create-home
+    --shell --nodes --job-name --ntasks-per-node --gpus-per-node --cpus-per-task --exclusive
+    --time --signal --requeue --open-mode --output
     --kill-on-bad-exit --container-image --container-mounts --container-workdir
 """
 OTHERS = set(_OTHERS.split())
@@ -29,13 +36,27 @@ OTHERS = set(_OTHERS.split())
 
 def known() -> set[str]:
     """Options of the trainer, of torchrun, and of the scripts in tools and examples."""
-    found = {flag for option in options().values() for flag in option.flags} | {"--config", "--print_config", "--help"}
+    found = {flag for option in options().values() for flag in option.flags} | {
+        "--config",
+        "--print_config",
+        "--help",
+    }
     found |= {flag for action in get_args_parser()._actions for flag in action.option_strings}
     found |= {f"--{name}" for name, _, _ in command_line.OPTIONS}
     found |= {f"--{field.name}" for field in dataclasses.fields(Hardware)}
-    for path in [*ROOT.glob("tools/**/*.py"), *ROOT.glob("examples/**/*.py"), Path(command_line.__file__)]:
-        texts = (node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant))
-        found |= {text for text in texts if isinstance(text, str) and re.fullmatch(r"--[a-z_]+", text)}
+    for path in [
+        *ROOT.glob("tools/**/*.py"),
+        *ROOT.glob("examples/**/*.py"),
+        Path(command_line.__file__),
+    ]:
+        texts = (
+            node.value
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.Constant)
+        )
+        found |= {
+            text for text in texts if isinstance(text, str) and re.fullmatch(r"--[a-z_]+", text)
+        }
     return found
 
 
@@ -46,7 +67,9 @@ def test_every_option_that_a_text_names_exists(path: Path):
 
 
 def test_an_option_that_does_not_exist_is_seen():
-    assert "--parallel.recompute" in known() and "--parallel.recompute_layers" not in known() | OTHERS
+    assert (
+        "--parallel.recompute" in known() and "--parallel.recompute_layers" not in known() | OTHERS
+    )
 
 
 @pytest.mark.parametrize("path", YAMLS, ids=lambda path: str(path.relative_to(ROOT)))
@@ -55,12 +78,18 @@ def test_every_example_is_a_configuration(path: Path):
 
 
 def test_what_the_image_copies_is_there():
-    copied = [line.split()[1:-1] for line in (ROOT / "Dockerfile").read_text().splitlines() if line.startswith("COPY ")]
+    copied = [
+        line.split()[1:-1]
+        for line in (ROOT / "Dockerfile").read_text().splitlines()
+        if line.startswith("COPY ")
+    ]
     assert copied and all((ROOT / name).exists() for names in copied for name in names)
 
 
 def test_the_programs_inside_the_dockerfile_are_python():
-    programs = re.findall(r"<<'PYTHON'.*?\n(.*?)\nPYTHON\n", (ROOT / "Dockerfile").read_text(), re.DOTALL)
+    programs = re.findall(
+        r"<<'PYTHON'.*?\n(.*?)\nPYTHON\n", (ROOT / "Dockerfile").read_text(), re.DOTALL
+    )
     assert len(programs) == 2
     for program in programs:
         compile(program, "Dockerfile", "exec")

@@ -1,4 +1,6 @@
-"""The quickstart's data: what is asked is what is shown, and nothing held out is seen in training."""
+"""The quickstart's data: what is asked is what is shown, and nothing held out is seen in
+training.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ FOLDER = Path(__file__).parents[2] / "examples" / "quickstart"
 
 @pytest.fixture(scope="module")
 def boards():
-    pytest.importorskip("sklearn", reason="the quickstart extra is not installed: pip install megavlm[quickstart]")
+    pytest.importorskip(
+        "sklearn", reason="the quickstart extra is not installed: pip install megavlm[quickstart]"
+    )
     sys.path.insert(0, str(FOLDER))
     try:
         import boards as module
@@ -57,8 +61,15 @@ def test_each_cell_becomes_a_tile(boards) -> None:
 def test_the_same_seed_makes_the_same_data(boards, tmp_path: Path) -> None:
     sizes = ["--records", "20", "--texts", "20", "--lone", "5", "--exam", "16"]
     for name in ("one", "two"):
-        subprocess.run([sys.executable, str(FOLDER / "make_data.py"), str(tmp_path / name), *sizes], check=True, capture_output=True)
+        subprocess.run(
+            [sys.executable, str(FOLDER / "make_data.py"), str(tmp_path / name), *sizes],
+            check=True,
+            capture_output=True,
+        )
     for path in sorted((tmp_path / "one").rglob("*.*")):
-        assert path.read_bytes() == (tmp_path / "two" / path.relative_to(tmp_path / "one")).read_bytes(), path
+        assert (
+            path.read_bytes()
+            == (tmp_path / "two" / path.relative_to(tmp_path / "one")).read_bytes()
+        ), path
     exam = [json.loads(line) for line in (tmp_path / "one" / "exam.jsonl").read_text().splitlines()]
     assert len(exam) == 16 and {item["kind"] for item in exam} >= {"image", "count"}

@@ -1,4 +1,6 @@
-"""Tests of the path that only a GPU runs: Transformer Engine's layers, FP8, what waits for what. One GPU, one process."""
+"""Tests of the path that only a GPU runs: Transformer Engine's layers, FP8, what waits for what.
+One GPU, one process.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def own_state() -> Iterator[None]:
-    """What a run sets for its whole process, taken back: variables that libraries read, and the scales of FP8."""
+    """What a run sets for its whole process, taken back: variables that libraries read, and the
+    scales of FP8.
+    """
     before = dict(os.environ)
     yield
     os.environ.clear()
@@ -49,8 +53,21 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("packs") / "train"
     features = SMALL.features_per_tile
     vocabulary = SMALL.language.vocab_size
-    sizes = dict(tile_size=SMALL.vision.image_size, features_per_tile=features, vocab_size=vocabulary, context_token_id=7)
-    make_dataset(folder, packs=12, samples_per_pack=6, image_share=0.6, capacity=CAPACITY, text_tokens=(30, 120), **sizes)
+    sizes = dict(
+        tile_size=SMALL.vision.image_size,
+        features_per_tile=features,
+        vocab_size=vocabulary,
+        context_token_id=7,
+    )
+    make_dataset(
+        folder,
+        packs=12,
+        samples_per_pack=6,
+        image_share=0.6,
+        capacity=CAPACITY,
+        text_tokens=(30, 120),
+        **sizes,
+    )
     return folder
 
 

@@ -11,9 +11,17 @@ from tests.ranks.runs import config_for
 
 CAPACITY = 1024
 
-# Heads of 64, as in every InternVL; widths that FP8 allows in blocks of 128; an odd number of tokens a tile.
+# Heads of 64, as in every InternVL; widths that FP8 allows in blocks of 128; an odd number of
+# tokens a tile.
 SMALL = Architecture(
-    vision=Vision(image_size=64, patch_size=8, num_layers=3, hidden_size=256, ffn_hidden_size=512, num_attention_heads=4),
+    vision=Vision(
+        image_size=64,
+        patch_size=8,
+        num_layers=3,
+        hidden_size=256,
+        ffn_hidden_size=512,
+        num_attention_heads=4,
+    ),
     language=Language(
         num_layers=3,
         hidden_size=256,

@@ -20,11 +20,18 @@ def gradients(built) -> tuple[float, dict[str, torch.Tensor]]:
 
     layers = SMALL.vision.num_layers
     multiple = tile_multiple(built.config)
-    packs = [built.train.batch(pack, pack, vision_layers=layers, tile_multiple=multiple) for pack in range(2)]
+    packs = [
+        built.train.batch(pack, pack, vision_layers=layers, tile_multiple=multiple)
+        for pack in range(2)
+    ]
     built.wrapped[0].zero_grad_buffer()
-    loss = run_packs(built.wrapped, iter(packs), 2, sum(pack.weight_sum for pack in packs), built.backend)
+    loss = run_packs(
+        built.wrapped, iter(packs), 2, sum(pack.weight_sum for pack in packs), built.backend
+    )
     return float(loss), {
-        key: weight.main_grad.float().cpu() for key, weight in named_weights(built.chunks[0]).items() if weight.requires_grad
+        key: weight.main_grad.float().cpu()
+        for key, weight in named_weights(built.chunks[0]).items()
+        if weight.requires_grad
     }
 
 
@@ -34,7 +41,9 @@ def distance(gradient: torch.Tensor, exact: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
-def test_loss_and_gradients_are_as_near_to_float32_as_those_of_local_layers(job, dataset: Path, recompute: str) -> None:
+def test_loss_and_gradients_are_as_near_to_float32_as_those_of_local_layers(
+    job, dataset: Path, recompute: str
+) -> None:
     answers = {}
     for name, settings in {
         "exact": dict(kernels="local", precision="float32"),
@@ -46,7 +55,9 @@ def test_loss_and_gradients_are_as_near_to_float32_as_those_of_local_layers(job,
     (exact_loss, exact) = answers["exact"]
     (local_loss, local) = answers["local"]
     (engine_loss, engine) = answers["engine"]
-    assert local_loss == pytest.approx(exact_loss, rel=5e-3) and engine_loss == pytest.approx(exact_loss, rel=5e-3)
+    assert local_loss == pytest.approx(exact_loss, rel=5e-3) and engine_loss == pytest.approx(
+        exact_loss, rel=5e-3
+    )
     assert engine.keys() == exact.keys()
     for key in exact:
         assert distance(engine[key], exact[key]) < 2 * distance(local[key], exact[key]) + 0.02, key
@@ -70,15 +81,29 @@ def test_packed_attention_sees_one_sample_at_a_time() -> None:
 
         settings = language_config(config, make_layout(config), chosen)
         attention = chosen.packed_attention(
-            config=settings, layer_number=1, attn_mask_type=AttnMaskType.causal, attention_type="self", pg_collection=place.collection
+            config=settings,
+            layer_number=1,
+            attn_mask_type=AttnMaskType.causal,
+            attention_type="self",
+            pg_collection=place.collection,
         )
         torch.manual_seed(0)
-        ends = torch.tensor([0, 7, 300, 301, 640, CAPACITY], dtype=torch.int32, device=machine.device)
-        packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=ends, cu_seqlens_kv=ends, max_seqlen_q=384, max_seqlen_kv=384)
+        ends = torch.tensor(
+            [0, 7, 300, 301, 640, CAPACITY], dtype=torch.int32, device=machine.device
+        )
+        packed = PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=ends,
+            cu_seqlens_kv=ends,
+            max_seqlen_q=384,
+            max_seqlen_kv=384,
+        )
         draw = dict(device=machine.device, dtype=torch.bfloat16, requires_grad=True)
         query = torch.randn(CAPACITY, 4, 64, **draw)
         key, value = (torch.randn(CAPACITY, 2, 64, **draw) for _ in range(2))
-        found = attention(query, key, value, None, attn_mask_type=AttnMaskType.causal, packed_seq_params=packed)
+        found = attention(
+            query, key, value, None, attn_mask_type=AttnMaskType.causal, packed_seq_params=packed
+        )
         inputs = [tensor.detach().float().requires_grad_() for tensor in (query, key, value)]
         expected = PackedCausalAttention()(*inputs, packed_seq_params=packed)
         torch.testing.assert_close(found.float().view_as(expected), expected, atol=2e-2, rtol=2e-2)
@@ -90,14 +115,27 @@ def test_packed_attention_sees_one_sample_at_a_time() -> None:
         process_groups.destroy()
 
 
-@pytest.mark.parametrize("trainable", [("projector",), ("vision", "projector"), ("language",), EVERYTHING, ("vision.encoder.layers.2",)])
-def test_a_freeze_mask_trains_what_it_says_and_nothing_else(job, dataset: Path, trainable: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    "trainable",
+    [
+        ("projector",),
+        ("vision", "projector"),
+        ("language",),
+        EVERYTHING,
+        ("vision.encoder.layers.2",),
+    ],
+)
+def test_a_freeze_mask_trains_what_it_says_and_nothing_else(
+    job, dataset: Path, trainable: tuple[str, ...]
+) -> None:
     from megavlm.model.freeze import matches
     from megavlm.model.weights import named_weights
     from megavlm.train.optimizer import set_rates, step, whole_weights
 
     with job(small(dataset, kernels="transformer_engine", trainable=trainable)) as built:
-        before = {key: weight.detach().clone() for key, weight in named_weights(built.chunks[0]).items()}
+        before = {
+            key: weight.detach().clone() for key, weight in named_weights(built.chunks[0]).items()
+        }
         _, found = gradients(built)
         set_rates(built.optimizer, built.config, 5)
         step(built.optimizer, 1.0, built.backend.device)

@@ -1,4 +1,6 @@
-"""Training on a GPU: FP8, moments in 16 bits, the same bits twice, nothing that the host waits for, checkpoints."""
+"""Training on a GPU: FP8, moments in 16 bits, the same bits twice, nothing that the host waits for,
+checkpoints.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8")
 
 
 def engine(dataset: Path, **settings) -> Config:
-    """A run on Transformer Engine's layers; the test is skipped where the GPU cannot do what it asks."""
+    """A run on Transformer Engine's layers; the test is skipped where the GPU cannot do what it
+    asks.
+    """
     from megavlm.model.precision import machine
 
     config = small(dataset, kernels="transformer_engine", **settings)
@@ -33,40 +37,74 @@ def test_fp8_trains_like_bfloat16(curve, dataset: Path, recipe: str) -> None:
     exact = curve(engine(dataset, **settings))
     eight = curve(engine(dataset, vision=recipe, language=recipe, **settings))
     assert eight != exact, "the recipe had no effect"
-    # Three steps a pack: an average over the last epochs, in which no pack weighs more than another.
+    # Three steps a pack: an average over the last epochs, in which no pack weighs more than
+    # another.
     assert sum(eight[-30:]) == pytest.approx(sum(exact[-30:]), rel=5e-3)
 
 
 @pytest.mark.parametrize("part", ["vision", "language"])
 def test_8_bit_weights_follow_the_weights(job, dataset: Path, part: str) -> None:
-    """Transformer Engine keeps the 8-bit copy of a weight over the packs of a step; the next step needs another."""
+    """Transformer Engine keeps the 8-bit copy of a weight over the packs of a step; the next step
+    needs another.
+    """
     from megavlm.train.optimizer import set_rates
     from megavlm.train.step import train_step
 
     config = engine(dataset, lr=0.1, **{part: "tensorwise"})
     with job(config) as built:
-        layer = {"vision": built.chunks[0].vision.encoder, "language": built.chunks[0].language.decoder}[part].layers[0].mlp.linear_fc2
+        layer = (
+            {
+                "vision": built.chunks[0].vision.encoder,
+                "language": built.chunks[0].language.decoder,
+            }[part]
+            .layers[0]
+            .mlp.linear_fc2
+        )
         copies = []
         for number in range(3):
-            packs = [built.train.batch(pack, pack, vision_layers=3, tile_multiple=16) for pack in range(2)]
+            packs = [
+                built.train.batch(pack, pack, vision_layers=3, tile_multiple=16)
+                for pack in range(2)
+            ]
             set_rates(built.optimizer, config, number)
-            train_step(built.wrapped, built.optimizer, iter(packs), 2, sum(pack.weight_sum for pack in packs), 1.0, built.backend)
+            train_step(
+                built.wrapped,
+                built.optimizer,
+                iter(packs),
+                2,
+                sum(pack.weight_sum for pack in packs),
+                1.0,
+                built.backend,
+            )
             copies.append(layer._fp8_workspaces["weight"].dequantize().clone())
-        assert not torch.equal(copies[1], copies[2]), "the first update has a rate of 0, the second changes the weights"
+        assert not torch.equal(copies[1], copies[2]), (
+            "the first update has a rate of 0, the second changes the weights"
+        )
 
 
 @pytest.mark.parametrize("recompute", ["selective", "full"])
 @pytest.mark.parametrize("recipe", ["delayed", "tensorwise"])
-def test_recomputed_layers_train_the_same_in_8_bits(curve, dataset: Path, recipe: str, recompute: str) -> None:
+def test_recomputed_layers_train_the_same_in_8_bits(
+    curve, dataset: Path, recipe: str, recompute: str
+) -> None:
     kept = curve(engine(dataset, steps=6, vision=recipe, language=recipe))
     again = curve(engine(dataset, steps=6, vision=recipe, language=recipe, recompute=recompute))
     assert again == pytest.approx(kept, rel=5e-3)
 
 
-def test_nothing_waits_for_a_backward_pass_that_does_not_come(dataset: Path, tmp_path: Path) -> None:
+def test_nothing_waits_for_a_backward_pass_that_does_not_come(
+    dataset: Path, tmp_path: Path
+) -> None:
     from transformer_engine.pytorch.distributed import activation_recompute_forward
 
-    config = engine(dataset, steps=3, vision="tensorwise", language="delayed", recompute="selective", trainable=("projector", "language"))
+    config = engine(
+        dataset,
+        steps=3,
+        vision="tensorwise",
+        language="delayed",
+        recompute="selective",
+        trainable=("projector", "language"),
+    )
     data = dataclasses.replace(config.data, valid=str(dataset))
     training = dataclasses.replace(config.training, eval_interval=1)
     run(saving(dataclasses.replace(config, data=data, training=training), tmp_path / "run"))
@@ -75,7 +113,9 @@ def test_nothing_waits_for_a_backward_pass_that_does_not_come(dataset: Path, tmp
 
 def test_layers_that_stay_in_16_bits_change_the_result(curve, dataset: Path) -> None:
     all_eight = curve(engine(dataset, language="tensorwise", steps=3))
-    some = curve(engine(dataset, language="tensorwise", steps=3, first_bf16_layers=1, last_bf16_layers=1))
+    some = curve(
+        engine(dataset, language="tensorwise", steps=3, first_bf16_layers=1, last_bf16_layers=1)
+    )
     assert all_eight != some
 
 
@@ -92,7 +132,9 @@ def test_a_deterministic_run_gives_the_same_bits_twice(curve, dataset: Path) -> 
 
 @pytest.mark.parametrize("recompute", ["none", "selective"])
 @pytest.mark.parametrize("recipe", ["none", "tensorwise"])
-def test_the_host_waits_for_nothing_in_a_step(job, dataset: Path, recipe: str, recompute: str) -> None:
+def test_the_host_waits_for_nothing_in_a_step(
+    job, dataset: Path, recipe: str, recompute: str
+) -> None:
     from megavlm.data.loading.loader import batches
     from megavlm.model.precision import tile_multiple
     from megavlm.train.optimizer import set_rates
@@ -102,8 +144,13 @@ def test_the_host_waits_for_nothing_in_a_step(job, dataset: Path, recipe: str, r
     with job(config) as built:
         size = config.training.global_batch_size
         clip = config.optimizer.clip_grad
-        options = dict(reduction="square", vision_layers=SMALL.vision.num_layers, tile_multiple=tile_multiple(config))
-        # The same packs again and again: the first steps compile kernels and plan attention, which may wait.
+        options = dict(
+            reduction="square",
+            vision_layers=SMALL.vision.num_layers,
+            tile_multiple=tile_multiple(config),
+        )
+        # The same packs again and again: the first steps compile kernels and plan attention, which
+        # may wait.
         steps = [list(batches(built.train, built.plan, range(size), **options)) for _ in range(4)]
         for number, packs in enumerate(steps):
             weight = sum(pack.weight_sum for pack in packs)
@@ -111,7 +158,9 @@ def test_the_host_waits_for_nothing_in_a_step(job, dataset: Path, recipe: str, r
             torch.cuda.synchronize()
             torch.cuda.set_sync_debug_mode("error" if number == len(steps) - 1 else "default")
             try:
-                result = train_step(built.wrapped, built.optimizer, iter(packs), size, weight, clip, built.backend)
+                result = train_step(
+                    built.wrapped, built.optimizer, iter(packs), size, weight, clip, built.backend
+                )
             finally:
                 torch.cuda.set_sync_debug_mode("default")
         assert torch.isfinite(result.loss) and torch.isfinite(result.grad_norm)
@@ -144,7 +193,9 @@ def losses(save: Path) -> dict[int, float]:
 
 
 @pytest.mark.parametrize("recipe", ["none", "delayed", "tensorwise"])
-def test_going_on_from_a_checkpoint_is_as_if_never_stopped(dataset: Path, tmp_path: Path, recipe: str) -> None:
+def test_going_on_from_a_checkpoint_is_as_if_never_stopped(
+    dataset: Path, tmp_path: Path, recipe: str
+) -> None:
     config = engine(dataset, steps=6, vision=recipe, language=recipe, deterministic=True)
     run(saving(config, tmp_path / "whole"))
     run(saving(config, tmp_path / "rest", load=tmp_path / "whole" / "step_00000003"))
@@ -153,18 +204,30 @@ def test_going_on_from_a_checkpoint_is_as_if_never_stopped(dataset: Path, tmp_pa
     assert list(rest) == [4, 5, 6] and rest == {step: whole[step] for step in rest}
 
 
-@pytest.mark.parametrize(("first", "second"), [("transformer_engine", "local"), ("local", "transformer_engine")])
-def test_a_checkpoint_of_one_kind_of_layers_goes_on_with_the_other(dataset: Path, tmp_path: Path, first: str, second: str) -> None:
+@pytest.mark.parametrize(
+    ("first", "second"), [("transformer_engine", "local"), ("local", "transformer_engine")]
+)
+def test_a_checkpoint_of_one_kind_of_layers_goes_on_with_the_other(
+    dataset: Path, tmp_path: Path, first: str, second: str
+) -> None:
     engine(dataset)
     run(saving(small(dataset, steps=6, kernels=first), tmp_path / "whole"))
-    run(saving(small(dataset, steps=6, kernels=second), tmp_path / "rest", load=tmp_path / "whole" / "step_00000003"))
+    run(
+        saving(
+            small(dataset, steps=6, kernels=second),
+            tmp_path / "rest",
+            load=tmp_path / "whole" / "step_00000003",
+        )
+    )
     whole = losses(tmp_path / "whole")
     rest = losses(tmp_path / "rest")
     assert list(rest) == [4, 5, 6]
     assert all(rest[step] == pytest.approx(whole[step], rel=1e-2) for step in rest)
 
 
-def test_frozen_weights_come_back_from_hugging_face_and_return_bit_identical(dataset: Path, tmp_path: Path) -> None:
+def test_frozen_weights_come_back_from_hugging_face_and_return_bit_identical(
+    dataset: Path, tmp_path: Path
+) -> None:
     from megavlm.convert.hf import convert
 
     config = engine(dataset, steps=3, trainable=("projector",))

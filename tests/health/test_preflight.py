@@ -11,19 +11,36 @@ import pytest
 import torch.distributed as dist
 
 from megavlm.config.schema import Optimizer
-from megavlm.health.preflight import DisagreementError, View, agree, differences, look, problems, spans
+from megavlm.health.preflight import (
+    DisagreementError,
+    View,
+    agree,
+    differences,
+    look,
+    problems,
+    spans,
+)
 from tests.data.samples import make_dataset
 from tests.ranks.runs import config_for
 
 
 def _verdicts(views: list[View], size: int | None = None, timeout: float = 20) -> list[str]:
-    """What each rank is told; empty where it may start. Ranks from ``len(views)`` on do not come."""
+    """What each rank is told; empty where it may start. Ranks from ``len(views)`` on do not
+    come.
+    """
     store = dist.HashStore()
     said = []
 
     def rank(number: int) -> str:
         try:
-            agree(store, number, size or len(views), views[number], timedelta(seconds=timeout), said.append)
+            agree(
+                store,
+                number,
+                size or len(views),
+                views[number],
+                timedelta(seconds=timeout),
+                said.append,
+            )
         except DisagreementError as error:
             assert said == [str(error)], "the first rank speaks before any ends"
             return str(error)
@@ -34,18 +51,26 @@ def _verdicts(views: list[View], size: int | None = None, timeout: float = 20) -
 
 
 def test_ranks_that_see_the_same_start() -> None:
-    assert _verdicts([View(facts={"seed": "1"}, host=f"node{rank}") for rank in range(4)]) == [""] * 4
+    assert (
+        _verdicts([View(facts={"seed": "1"}, host=f"node{rank}") for rank in range(4)]) == [""] * 4
+    )
 
 
 def test_every_rank_is_told_who_differs_and_in_what() -> None:
-    views = [View(facts={"seed": "1", "torch": "2.13"}, host=f"node{rank // 2}") for rank in range(6)]
+    views = [
+        View(facts={"seed": "1", "torch": "2.13"}, host=f"node{rank // 2}") for rank in range(6)
+    ]
     views[4] = dataclasses.replace(views[4], facts={"seed": "7", "torch": "2.13"})
     [told] = set(_verdicts(views))
     assert "rank 4 (node2): seed is 7 (ranks 0-3, 5: 1)" in told and "torch" not in told
 
 
 def test_a_rank_that_cannot_start_is_named() -> None:
-    views = [View(host="a"), View(host="b", problem="--data.train packs: no such folder"), View(host="c")]
+    views = [
+        View(host="a"),
+        View(host="b", problem="--data.train packs: no such folder"),
+        View(host="c"),
+    ]
     [told] = set(_verdicts(views))
     assert told == "rank 1 (b): --data.train packs: no such folder"
 
@@ -67,12 +92,16 @@ def test_a_fact_that_a_rank_lacks_is_a_difference() -> None:
 
 
 def test_many_differences_are_cut_short() -> None:
-    [told] = set(_verdicts([View(facts={}), View(facts={f"fact {number}": "x" for number in range(50)})]))
+    [told] = set(
+        _verdicts([View(facts={}), View(facts={f"fact {number}": "x" for number in range(50)})])
+    )
     assert "and 30 differences more" in told and told.count("\n") == 21
 
 
 def test_configuration_data_code_and_start_are_looked_at(tmp_path: Path) -> None:
-    sizes = dict(vocab_size=199, context_token_id=7, tile_size=16, features_per_tile=4, capacity=128)
+    sizes = dict(
+        vocab_size=199, context_token_id=7, tile_size=16, features_per_tile=4, capacity=128
+    )
     make_dataset(tmp_path / "one", packs=4, **sizes)
     make_dataset(tmp_path / "two", packs=5, **sizes)
     config = config_for(tmp_path / "one")
@@ -83,18 +112,26 @@ def test_configuration_data_code_and_start_are_looked_at(tmp_path: Path) -> None
     def changed(other: dict[str, str]) -> set[str]:
         return {name for name in here if other.get(name) != here[name]}
 
-    assert changed(look(dataclasses.replace(config, optimizer=Optimizer(lr=0.5)), None)) >= {"--optimizer.lr"}
+    assert changed(look(dataclasses.replace(config, optimizer=Optimizer(lr=0.5)), None)) >= {
+        "--optimizer.lr"
+    }
     assert changed(look(config, tmp_path / "step_00000003")) == {"it starts from"}
     (tmp_path / "one").rename(tmp_path / "old")
     (tmp_path / "two").rename(tmp_path / "one")
-    assert changed(look(config, None)) == {f"packs in --data.train {tmp_path / 'one'}", f"manifest.json of --data.train {tmp_path / 'one'}"}
+    assert changed(look(config, None)) == {
+        f"packs in --data.train {tmp_path / 'one'}",
+        f"manifest.json of --data.train {tmp_path / 'one'}",
+    }
 
 
 def test_every_folder_of_a_blend_is_looked_at(tmp_path: Path) -> None:
     for place, name in enumerate(("one", "two")):
         make_dataset(tmp_path / name, packs=3 + place, image_share=0)
     found = look(config_for(f"{tmp_path / 'one'},{tmp_path / 'two'}"), None)
-    assert [found[f"packs in --data.train {tmp_path / name}"] for name in ("one", "two")] == ["3", "4"]
+    assert [found[f"packs in --data.train {tmp_path / name}"] for name in ("one", "two")] == [
+        "3",
+        "4",
+    ]
 
 
 @pytest.mark.parametrize(("ranks", "words"), [([3], "3"), ([0, 1, 2, 5, 7, 8], "0-2, 5, 7-8")])

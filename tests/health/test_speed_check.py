@@ -30,16 +30,26 @@ def _with(values: tuple[float, ...], **changes: float) -> tuple[float, ...]:
 
 def test_nobody_is_named_where_all_are_alike() -> None:
     assert findings(GOOD, Health(), on_gpu=True) == []
-    assert summary(GOOD).endswith("580 to 610 TFLOP/s a rank, tensor groups 200 to 200 GB/s, data groups 45 to 45 GB/s")
+    assert summary(GOOD).endswith(
+        "580 to 610 TFLOP/s a rank, tensor groups 200 to 200 GB/s, data groups 45 to 45 GB/s"
+    )
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        (dict(compute=_with(GOOD.compute, rank5=80.0)), ["rank 5 (on b) computes 80 TFLOP/s, 600 are usual"]),
-        (dict(pairs=GOOD.pairs | {4: _with(GOOD.pairs[4], rank6=2.0)}), ["rank 6 (on b) exchanges 2 GB/s with ranks 4 away, 40 are usual"]),
         (
-            dict(groups=GOOD.groups | {"tensor": _with(GOOD.groups["tensor"], rank2=9.0, rank3=9.0)}),
+            dict(compute=_with(GOOD.compute, rank5=80.0)),
+            ["rank 5 (on b) computes 80 TFLOP/s, 600 are usual"],
+        ),
+        (
+            dict(pairs=GOOD.pairs | {4: _with(GOOD.pairs[4], rank6=2.0)}),
+            ["rank 6 (on b) exchanges 2 GB/s with ranks 4 away, 40 are usual"],
+        ),
+        (
+            dict(
+                groups=GOOD.groups | {"tensor": _with(GOOD.groups["tensor"], rank2=9.0, rank3=9.0)}
+            ),
             ["the tensor group of ranks 2-3 moves 9 GB/s, 200 are usual"],
         ),
         (dict(clock=_with(GOOD.clock, rank7=1040.0)), ["rank 7 (on b): its clock is 39.9 s ahead"]),
@@ -53,7 +63,11 @@ def test_who_is_slow_is_named(changes: dict, words: list[str]) -> None:
 def test_a_wrong_network_card_everywhere_is_seen_on_gpus() -> None:
     slow = dataclasses.replace(GOOD, groups=GOOD.groups | {"data": (0.4,) * 8})
     [found] = findings(slow, Health(), on_gpu=True)
-    assert "2 of 2 data groups" in found and "of ranks 0, 2, 4, 6, 0.4 GB/s" in found and "NCCL_SOCKET_IFNAME" in found
+    assert (
+        "2 of 2 data groups" in found
+        and "of ranks 0, 2, 4, 6, 0.4 GB/s" in found
+        and "NCCL_SOCKET_IFNAME" in found
+    )
     assert findings(slow, Health(), on_gpu=False) == []
     assert findings(slow, Health(least_gb_per_s=0.0), on_gpu=True) == []
 
@@ -67,8 +81,17 @@ def test_a_rank_without_partner_at_a_distance_is_not_slow() -> None:
 def test_partners_agree_and_nearly_everybody_has_two(size: int, distance: int) -> None:
     for turn in range(2):
         others = [partner(rank, size, distance, turn) for rank in range(size)]
-        assert all(other is None or (others[other] == rank and other != rank) for rank, other in enumerate(others))
-    has_one = [any(partner(rank, size, distance, turn) is not None for turn in range(2)) for rank in range(size)]
+        assert all(
+            other is None or (others[other] == rank and other != rank)
+            for rank, other in enumerate(others)
+        )
+    has_one = [
+        any(partner(rank, size, distance, turn) is not None for turn in range(2))
+        for rank in range(size)
+    ]
     assert all(has_one)
     if size % (2 * distance) == 0 and size > 2 * distance:
-        assert all(partner(rank, size, distance, 0) != partner(rank, size, distance, 1) for rank in range(size))
+        assert all(
+            partner(rank, size, distance, 0) != partner(rank, size, distance, 1)
+            for rank in range(size)
+        )

@@ -28,7 +28,10 @@ def test_one_rank_tells_what_all_do_when_one_of_them_is_late() -> None:
     told = []
     store = dist.HashStore()
     with ExitStack() as running:
-        dogs = [running.enter_context(Watchdog(store, rank, 3, QUICK, 30, told.append)) for rank in range(3)]
+        dogs = [
+            running.enter_context(Watchdog(store, rank, 3, QUICK, 30, told.append))
+            for rank in range(3)
+        ]
         for dog in dogs:
             dog.enter("step", 7)
         _wait_for(lambda: told)
@@ -49,7 +52,10 @@ def test_a_run_that_goes_on_and_ends_at_once_says_so() -> None:
 def test_a_rank_that_does_not_answer_is_named() -> None:
     told = []
     store = dist.HashStore()
-    with Watchdog(store, 0, 3, QUICK, 30, told.append) as first, Watchdog(store, 2, 3, QUICK, 30, told.append) as last:
+    with (
+        Watchdog(store, 0, 3, QUICK, 30, told.append) as first,
+        Watchdog(store, 2, 3, QUICK, 30, told.append) as last,
+    ):
         first.enter("step", 1), last.enter("step", 1)
         _wait_for(lambda: told)
     [text] = told
@@ -87,7 +93,10 @@ def test_a_store_that_is_gone_makes_each_rank_speak_for_itself() -> None:
     with Watchdog(Gone(), 5, 8, QUICK, 30, told.append):
         _wait_for(lambda: told)
     assert (
-        told[0].startswith("rank 5 makes no progress and cannot ask the others (connection reset); start 0\n") and "main thread:" in told[0]
+        told[0].startswith(
+            "rank 5 makes no progress and cannot ask the others (connection reset); start 0\n"
+        )
+        and "main thread:" in told[0]
     )
 
 
@@ -115,20 +124,42 @@ def test_packs_are_passed_on_and_counted() -> None:
 
 def _answer(place: tuple[int, int], *waits_in: str) -> Answer:
     return Answer(
-        host="node", doing=f"step {place[0]}, pack {place[1]}", place=place, waits_in=waits_in, stacks="main thread:\n  a.py:1 f: x"
+        host="node",
+        doing=f"step {place[0]}, pack {place[1]}",
+        place=place,
+        waits_in=waits_in,
+        stacks="main thread:\n  a.py:1 f: x",
     )
 
 
 @pytest.mark.parametrize(
     ("answers", "size", "words"),
     [
-        ({0: _answer((3, 1), "all_reduce"), 1: _answer((3, 1), "all_reduce"), 2: _answer((3, 1))}, 3, "rank 2, in no collective"),
-        ({0: _answer((3, 1), "all_reduce"), 1: _answer((2, 8), "send")}, 2, "rank 1, behind the others"),
+        (
+            {
+                0: _answer((3, 1), "all_reduce"),
+                1: _answer((3, 1), "all_reduce"),
+                2: _answer((3, 1)),
+            },
+            3,
+            "rank 2, in no collective",
+        ),
+        (
+            {0: _answer((3, 1), "all_reduce"), 1: _answer((2, 8), "send")},
+            2,
+            "rank 1, behind the others",
+        ),
         ({0: _answer((3, 1), "all_reduce")}, 4, "ranks 1-3, not answering"),
-        ({0: _answer((3, 1), "all_reduce"), 1: _answer((3, 1), "all_gather")}, 2, "all ranks are at the same place"),
+        (
+            {0: _answer((3, 1), "all_reduce"), 1: _answer((3, 1), "all_gather")},
+            2,
+            "all ranks are at the same place",
+        ),
     ],
 )
-def test_the_one_that_is_waited_for_is_named_first(answers: dict[int, Answer], size: int, words: str) -> None:
+def test_the_one_that_is_waited_for_is_named_first(
+    answers: dict[int, Answer], size: int, words: str
+) -> None:
     assert words in report(answers, size, 75.0).splitlines()[0]
 
 
@@ -142,9 +173,13 @@ def test_ranks_at_the_same_place_share_a_paragraph() -> None:
 
 
 def test_a_stack_names_file_line_and_function() -> None:
-    assert "test_watchdog.py" in stacks() and "test_a_stack_names_file_line_and_function" in stacks()
+    assert (
+        "test_watchdog.py" in stacks() and "test_a_stack_names_file_line_and_function" in stacks()
+    )
 
 
 def test_a_collective_in_words() -> None:
-    found = Collective(name="nccl:all_reduce", group="DATA_PARALLEL_GROUP", number=12, shapes=((4, 2), ()))
+    found = Collective(
+        name="nccl:all_reduce", group="DATA_PARALLEL_GROUP", number=12, shapes=((4, 2), ())
+    )
     assert str(found) == "nccl:all_reduce number 12 of group DATA_PARALLEL_GROUP, on 4x2, scalar"

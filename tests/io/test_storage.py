@@ -41,7 +41,10 @@ def test_packs_in_object_storage(folder, bucket):
 
 def test_workers_read_object_storage(folder):
     plan = Plan(num_packs=7, seed=1)
-    expected, found = (list(batches(PackedDataset(place), plan, range(6), workers=1)) for place in (folder, f"file://{folder}"))
+    expected, found = (
+        list(batches(PackedDataset(place), plan, range(6), workers=1))
+        for place in (folder, f"file://{folder}")
+    )
     assert all(map(equal, expected, found))
 
 

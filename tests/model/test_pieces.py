@@ -43,7 +43,10 @@ def test_positions_are_resized_as_transformers_does() -> None:
 
 
 def _batch(positions: list[int], numbers: list[int], num_features: int) -> Batch:
-    places = dict(feature_positions=torch.tensor(positions, dtype=torch.long), feature_numbers=torch.tensor(numbers, dtype=torch.long))
+    places = dict(
+        feature_positions=torch.tensor(positions, dtype=torch.long),
+        feature_numbers=torch.tensor(numbers, dtype=torch.long),
+    )
     return dataclasses.replace(make_batch(), **places, num_features=num_features)
 
 
@@ -59,7 +62,9 @@ def test_features_replace_placeholders_in_order() -> None:
 
 
 @pytest.mark.parametrize("positions", [[], [0, 4]])
-def test_features_of_blank_tiles_go_nowhere_and_get_a_gradient_of_zero(positions: list[int]) -> None:
+def test_features_of_blank_tiles_go_nowhere_and_get_a_gradient_of_zero(
+    positions: list[int],
+) -> None:
     features = torch.ones(4, 1, 2, requires_grad=True)
     batch = _batch(positions, list(range(len(positions))), len(positions))
     place_features(torch.ones(6, 1, 2), features, batch).sum().backward()
@@ -77,7 +82,9 @@ def test_features_of_blank_tiles_go_nowhere_and_get_a_gradient_of_zero(positions
         (dict(tensor_model_parallel_size=4, vision="data"), "tensorwise", 16),
     ],
 )
-def test_small_shares_of_the_tiles_need_little_filling(layout: dict, recipe: str, multiple: int) -> None:
+def test_small_shares_of_the_tiles_need_little_filling(
+    layout: dict, recipe: str, multiple: int
+) -> None:
     config = config_for(Path("packs"), kernels="transformer_engine", **layout)
     assert tile_multiple(dataclasses.replace(config, fp8=Fp8(vision=recipe))) == multiple
 
@@ -89,13 +96,17 @@ def test_attention_of_a_pack_is_that_of_its_samples_with_grouped_queries() -> No
     key = torch.randn(9, 2, 8)
     value = torch.randn(9, 2, 8)
     ends = torch.tensor([0, 4, 5, 9], dtype=torch.int32)
-    packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=ends, cu_seqlens_kv=ends, max_seqlen_q=4, max_seqlen_kv=4)
+    packed = PackedSeqParams(
+        qkv_format="thd", cu_seqlens_q=ends, cu_seqlens_kv=ends, max_seqlen_q=4, max_seqlen_kv=4
+    )
     answer = PackedCausalAttention()(query, key, value, None, packed_seq_params=packed)
     scores = torch.einsum("qhd,khd->hqk", query, key.repeat_interleave(2, 1)) / 8**0.5
     sample = torch.tensor([0, 0, 0, 0, 1, 2, 2, 2, 2])
     seen = (sample[:, None] == sample[None]) & (torch.arange(9)[:, None] >= torch.arange(9)[None])
     weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
-    torch.testing.assert_close(answer, torch.einsum("hqk,khd->qhd", weights, value.repeat_interleave(2, 1)).flatten(1))
+    torch.testing.assert_close(
+        answer, torch.einsum("hqk,khd->qhd", weights, value.repeat_interleave(2, 1)).flatten(1)
+    )
 
 
 def test_attention_of_tiles_keeps_to_the_tile() -> None:
@@ -106,7 +117,9 @@ def test_attention_of_tiles_keeps_to_the_tile() -> None:
 
 
 def test_drop_path_grows_linearly_over_the_depth() -> None:
-    assert [drop_path_rate(0.4, layer, 5) for layer in range(5)] == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4])
+    assert [drop_path_rate(0.4, layer, 5) for layer in range(5)] == pytest.approx(
+        [0.0, 0.1, 0.2, 0.3, 0.4]
+    )
     assert drop_path_rate(0.4, 0, 1) == 0.0
 
 
@@ -116,7 +129,13 @@ def test_the_padded_vocabulary_does_not_depend_on_the_layout() -> None:
 
 def test_a_freeze_pattern_means_a_part_a_module_or_a_name() -> None:
     key = "vision.encoder.layers.12.mlp.linear_fc1.weight"
-    for pattern in ("vision", "vision.encoder", "vision.encoder.layers.1?", "*.mlp.*", "vision.encoder.layers.12.mlp.linear_fc1.weight"):
+    for pattern in (
+        "vision",
+        "vision.encoder",
+        "vision.encoder.layers.1?",
+        "*.mlp.*",
+        "vision.encoder.layers.12.mlp.linear_fc1.weight",
+    ):
         assert matches(key, pattern), pattern
     for pattern in ("visio", "language", "vision.encoder.layers.1", "mlp"):
         assert not matches(key, pattern), pattern

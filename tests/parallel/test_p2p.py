@@ -10,7 +10,13 @@ from megavlm.parallel.p2p import Turns
 def test_an_item_that_was_looked_at_still_comes() -> None:
     items = Turns(iter("abc"))
     reader = items.reader(0)
-    assert (items.look(0), next(reader), next(reader), items.look(2), next(reader)) == ("a", "a", "b", "c", "c")
+    assert (items.look(0), next(reader), next(reader), items.look(2), next(reader)) == (
+        "a",
+        "a",
+        "b",
+        "c",
+        "c",
+    )
 
 
 def test_readers_get_the_same_items_which_are_made_once_and_not_before_they_are_asked_for() -> None:

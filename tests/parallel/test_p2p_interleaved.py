@@ -5,7 +5,9 @@ from __future__ import annotations
 from megavlm.parallel.p2p_interleaved import sources
 
 # Two ranks with three chunks each, four packs.
-PASSES = [(pack, chunk) for group in (range(2), range(2, 4)) for chunk in range(3) for pack in group]
+PASSES = [
+    (pack, chunk) for group in (range(2), range(2, 4)) for chunk in range(3) for pack in group
+]
 
 
 def test_a_rank_behind_another_gets_what_that_makes_for_the_same_chunk() -> None:

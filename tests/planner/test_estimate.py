@@ -33,7 +33,9 @@ def run(stage: str = "2", **parallel) -> Config:
 
 
 def needed(config: Config, data_ranks: int = 8) -> Memory:
-    return memory(config, make_layout(config, SIZE), data_ranks, capacity=CAPACITY, tiles=SIZE.tiles)
+    return memory(
+        config, make_layout(config, SIZE), data_ranks, capacity=CAPACITY, tiles=SIZE.tiles
+    )
 
 
 def test_weights_and_their_optimizer_take_what_the_numbers_say() -> None:
@@ -61,27 +63,42 @@ def test_frozen_layers_keep_less_and_those_before_all_that_is_trained_nothing() 
     first = make_layout(run(stage="1", pipeline_model_parallel_size=4), SIZE).chunks[0]
     assert not first.language_layers
     sent = 2 * 7 * arch.vision.tokens * arch.vision.hidden_size
-    assert kept_by(run(stage="1"), first, RankShare(tokens=1000.0, tiles=7.0)).each_pack == sent, "only what it sends on"
+    assert kept_by(run(stage="1"), first, RankShare(tokens=1000.0, tiles=7.0)).each_pack == sent, (
+        "only what it sends on"
+    )
 
 
 def test_recomputation_saves_activations() -> None:
-    none, selective, full = (needed(run(recompute=name)).activations for name in ("none", "selective", "full"))
+    none, selective, full = (
+        needed(run(recompute=name)).activations for name in ("none", "selective", "full")
+    )
     assert full < selective < none and selective < 0.6 * none
-    of_vision, of_language = (needed(run(recompute="full", recompute_parts=(part,))).activations for part in ("vision", "language"))
+    of_vision, of_language = (
+        needed(run(recompute="full", recompute_parts=(part,))).activations
+        for part in ("vision", "language")
+    )
     assert full < of_language < none and full < of_vision < none
 
 
 def test_ranks_that_share_a_layer_share_its_memory() -> None:
     alone = needed(run())
     two = needed(run(tensor_model_parallel_size=2, sequence_parallel=True))
-    assert two.weights == pytest.approx(alone.weights / 2, rel=0.01), "norms are whole on every rank"
-    assert alone.activations / 2 < two.activations < 0.8 * alone.activations, "norms of the vision encoder are whole on every rank"
+    assert two.weights == pytest.approx(alone.weights / 2, rel=0.01), (
+        "norms are whole on every rank"
+    )
+    assert alone.activations / 2 < two.activations < 0.8 * alone.activations, (
+        "norms of the vision encoder are whole on every rank"
+    )
 
 
 def test_early_chunks_keep_more_packs_under_way() -> None:
     config = run(pipeline_model_parallel_size=4)
     deep = needed(config)
-    shallow = needed(dataclasses.replace(config, training=dataclasses.replace(config.training, global_batch_size=8)))
+    shallow = needed(
+        dataclasses.replace(
+            config, training=dataclasses.replace(config.training, global_batch_size=8)
+        )
+    )
     assert deep.activations > shallow.activations
 
 
@@ -91,7 +108,9 @@ def found() -> list[Estimate]:
 
 
 def test_every_layout_can_run_and_fits(found: list[Estimate]) -> None:
-    assert len(found) > 10 and [one.step_ms for one in found] == sorted(one.step_ms for one in found)
+    assert len(found) > 10 and [one.step_ms for one in found] == sorted(
+        one.step_ms for one in found
+    )
     config = run()
     for one in found:
         assert one.memory_gib <= 72
@@ -99,7 +118,9 @@ def test_every_layout_can_run_and_fits(found: list[Estimate]) -> None:
 
 
 def test_where_nothing_fits_the_least_memory_that_would_is_told() -> None:
-    with pytest.raises(ValueError, match=r"--memory_gib 1: .* would do; else try more --gpus") as told:
+    with pytest.raises(
+        ValueError, match=r"--memory_gib 1: .* would do; else try more --gpus"
+    ) as told:
         layouts(run(), 8, SIZE, CAPACITY, Hardware(memory_gib=1))
     enough = int(re.search(r"--memory_gib (\d+) would do", str(told.value))[1])
     assert layouts(run(), 8, SIZE, CAPACITY, Hardware(memory_gib=enough))
@@ -108,19 +129,31 @@ def test_where_nothing_fits_the_least_memory_that_would_is_told() -> None:
 
 
 def test_where_nothing_can_run_the_flag_is_named() -> None:
-    with pytest.raises(ValueError, match=r"--gpus 97: --training.global_batch_size 512 is not a multiple"):
+    with pytest.raises(
+        ValueError, match=r"--gpus 97: --training.global_batch_size 512 is not a multiple"
+    ):
         layouts(run(), 97, SIZE, CAPACITY, Hardware())
 
 
 def test_layouts_of_every_kind_are_looked_at(found: list[Estimate]) -> None:
     seen = {field: {vars(one.parallel)[field] for one in found} for field in vars(Parallel())}
-    for field in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"):
+    for field in (
+        "tensor_model_parallel_size",
+        "pipeline_model_parallel_size",
+        "context_parallel_size",
+    ):
         assert {1, 2, 4, 8} <= seen[field], field
     assert {1, 2, 4} <= seen["virtual_pipeline_model_parallel_size"]
-    assert seen["vision"] == {"tensor", "data"} and seen["recompute"] == {"none", "selective", "full"}
+    assert seen["vision"] == {"tensor", "data"} and seen["recompute"] == {
+        "none",
+        "selective",
+        "full",
+    }
 
 
-def test_of_layouts_that_differ_in_recomputation_the_fastest_is_shown(found: list[Estimate]) -> None:
+def test_of_layouts_that_differ_in_recomputation_the_fastest_is_shown(
+    found: list[Estimate],
+) -> None:
     shown = best_of_each(found)
     assert shown[0] is found[0] and len(shown) < len(found)
     kept = {dataclasses.replace(one.parallel, recompute="none", layout="") for one in found}
@@ -129,19 +162,26 @@ def test_of_layouts_that_differ_in_recomputation_the_fastest_is_shown(found: lis
 
 def test_the_flags_of_a_layout_ask_for_it(found: list[Estimate]) -> None:
     for one in found[:: len(found) // 5]:
-        asked = parse(["--stage", "2", "--model", "internvl2_5-2b", *shlex.split(flags(one))]).parallel
+        asked = parse(
+            ["--stage", "2", "--model", "internvl2_5-2b", *shlex.split(flags(one))]
+        ).parallel
         assert asked == dataclasses.replace(one.parallel, layout=asked.layout)
         assert asked.layout in ("auto", one.parallel.layout)
 
 
 def test_options_are_told_by_what_they_change() -> None:
-    chosen = estimate(run(tensor_model_parallel_size=2, sequence_parallel=True), 64, SIZE, CAPACITY, Hardware())
+    chosen = estimate(
+        run(tensor_model_parallel_size=2, sequence_parallel=True), 64, SIZE, CAPACITY, Hardware()
+    )
     found = options(run(), chosen, 64, SIZE, CAPACITY, Hardware())
     none = found["--parallel.recompute none"]
     full = found["--parallel.recompute full"]
     assert (none.memory, none.step_ms) == (chosen.memory, chosen.step_ms)
     assert full.memory.activations < none.memory.activations and full.step_ms > none.step_ms
-    halves = [found[f"--parallel.recompute full --parallel.recompute_parts {part}"] for part in ("vision", "language")]
+    halves = [
+        found[f"--parallel.recompute full --parallel.recompute_parts {part}"]
+        for part in ("vision", "language")
+    ]
     assert all(none.step_ms < half.step_ms < full.step_ms for half in halves)
     assert found["--parallel.overlap_grad_reduce false"].step_ms > none.step_ms
     assert found["--parallel.overlap_param_gather false"].step_ms > none.step_ms
@@ -155,21 +195,40 @@ def test_ranks_that_share_packs_share_activations_and_the_optimizer() -> None:
     two = needed(run(context_parallel_size=2), data_ranks=8)
     assert (two.weights, two.gradients) == (alone.weights, alone.gradients)
     assert two.optimizer == alone.optimizer / 2
-    assert two.activations == pytest.approx(alone.activations / 2, rel=0.03), "an odd number of tiles leaves blank ones"
+    assert two.activations == pytest.approx(alone.activations / 2, rel=0.03), (
+        "an odd number of tiles leaves blank ones"
+    )
 
 
 def test_whole_vision_layers_cost_memory_and_spare_sums() -> None:
     both = dict(tensor_model_parallel_size=4, sequence_parallel=True)
-    shared, whole = (estimate(run(**both, vision=vision), 64, SIZE, CAPACITY, Hardware()) for vision in ("tensor", "data"))
-    vision = sum(piece.numbers for piece in pieces(run().architecture) if piece.part in ("vision", "projector"))
-    assert whole.memory.weights - shared.memory.weights == pytest.approx(2 * vision * 3 / 4, rel=0.01)
-    assert whole.memory.gradients - shared.memory.gradients == pytest.approx(4 * vision * 3 / 4, rel=0.01)
+    shared, whole = (
+        estimate(run(**both, vision=vision), 64, SIZE, CAPACITY, Hardware())
+        for vision in ("tensor", "data")
+    )
+    vision = sum(
+        piece.numbers
+        for piece in pieces(run().architecture)
+        if piece.part in ("vision", "projector")
+    )
+    assert whole.memory.weights - shared.memory.weights == pytest.approx(
+        2 * vision * 3 / 4, rel=0.01
+    )
+    assert whole.memory.gradients - shared.memory.gradients == pytest.approx(
+        4 * vision * 3 / 4, rel=0.01
+    )
     assert whole.traffic.tensor < shared.traffic.tensor and whole.step_ms < shared.step_ms
 
 
 def test_chunks_that_take_turns_shorten_the_bubble_and_lengthen_the_traffic() -> None:
     plain, turns = (
-        estimate(run(pipeline_model_parallel_size=4, virtual_pipeline_model_parallel_size=v), 32, SIZE, CAPACITY, Hardware())
+        estimate(
+            run(pipeline_model_parallel_size=4, virtual_pipeline_model_parallel_size=v),
+            32,
+            SIZE,
+            CAPACITY,
+            Hardware(),
+        )
         for v in (1, 2)
     )
     assert turns.bubble == plain.bubble / 2 and len(turns.chunk_ms) == 8
@@ -178,11 +237,17 @@ def test_chunks_that_take_turns_shorten_the_bubble_and_lengthen_the_traffic() ->
 
 
 def test_context_parallelism_sends_keys_and_values() -> None:
-    alone, two = (estimate(run(context_parallel_size=size), 64, SIZE, CAPACITY, Hardware()) for size in (1, 2))
+    alone, two = (
+        estimate(run(context_parallel_size=size), 64, SIZE, CAPACITY, Hardware()) for size in (1, 2)
+    )
     language = run().architecture.language
     packs = 512 // 32
-    of_layers = 2 * 2 * language.num_query_groups * language.head_size * CAPACITY / 2 * language.num_layers
-    features = 2 * (SIZE.tiles + 1.5) * run().architecture.features_per_tile * language.hidden_size / 2
+    of_layers = (
+        2 * 2 * language.num_query_groups * language.head_size * CAPACITY / 2 * language.num_layers
+    )
+    features = (
+        2 * (SIZE.tiles + 1.5) * run().architecture.features_per_tile * language.hidden_size / 2
+    )
     assert alone.traffic.context == 0
     assert two.traffic.context == pytest.approx(2 * packs * (of_layers + features))
 
@@ -190,7 +255,9 @@ def test_context_parallelism_sends_keys_and_values() -> None:
 def test_a_pipeline_waits_and_tensor_parallelism_talks() -> None:
     hardware = Hardware()
     pipeline = estimate(run(pipeline_model_parallel_size=4), 32, SIZE, CAPACITY, hardware)
-    tensor = estimate(run(tensor_model_parallel_size=4, sequence_parallel=True), 32, SIZE, CAPACITY, hardware)
+    tensor = estimate(
+        run(tensor_model_parallel_size=4, sequence_parallel=True), 32, SIZE, CAPACITY, hardware
+    )
     assert pipeline.bubble == 3 / (512 // 8) and pipeline.traffic.tensor == 0
     assert tensor.bubble == 0 and tensor.traffic.tensor > 0
     assert pipeline.parallel.layout.count("|") == 3
@@ -199,7 +266,13 @@ def test_a_pipeline_waits_and_tensor_parallelism_talks() -> None:
 def test_an_automatic_split_is_no_slower_than_an_even_one() -> None:
     for stage in ("1", "2"):
         automatic, even = (
-            estimate(run(stage=stage, pipeline_model_parallel_size=4, layout=layout), 32, SIZE, CAPACITY, Hardware())
+            estimate(
+                run(stage=stage, pipeline_model_parallel_size=4, layout=layout),
+                32,
+                SIZE,
+                CAPACITY,
+                Hardware(),
+            )
             for layout in ("auto", "even")
         )
         assert automatic.step_ms < even.step_ms
@@ -211,17 +284,30 @@ def test_a_table_has_a_line_for_each_layout(found: list[Estimate]) -> None:
     assert f"{found[0].memory_gib:.1f}" in lines[1]
 
 
-def test_the_tool_writes_json_and_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("matplotlib", reason="the quickstart extra is not installed: pip install megavlm[quickstart]")
+def test_the_tool_writes_json_and_a_picture(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip(
+        "matplotlib",
+        reason="the quickstart extra is not installed: pip install megavlm[quickstart]",
+    )
     files = ["--json", str(tmp_path / "plan.json"), "--picture", str(tmp_path / "plan.png")]
-    assert main(["--model", "internvl2_5-1b", "--stage", "1", "--gpus", "16", "--top", "2", *files]) == 0
+    assert (
+        main(["--model", "internvl2_5-1b", "--stage", "1", "--gpus", "16", "--top", "2", *files])
+        == 0
+    )
     printed = capsys.readouterr().out
-    assert "layouts fit into nine tenths of 80 GiB" in printed and "--parallel.recompute full" in printed
+    assert (
+        "layouts fit into nine tenths of 80 GiB" in printed
+        and "--parallel.recompute full" in printed
+    )
     rows = json.loads((tmp_path / "plan.json").read_text())
     assert rows[0]["step_ms"] <= rows[1]["step_ms"] and rows[0]["parallel"]["layout"]
     assert (tmp_path / "plan.png").stat().st_size > 1000
 
 
 def test_the_tool_names_what_it_does_not_know(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--model", "internvl2_5-1b", "--stage", "1", "--gpus", "8", "--data", "nowhere"]) == 1
+    assert (
+        main(["--model", "internvl2_5-1b", "--stage", "1", "--gpus", "8", "--data", "nowhere"]) == 1
+    )
     assert "nowhere" in capsys.readouterr().err

@@ -13,7 +13,11 @@ from tests.ranks.runs import TINY
 def _layout(*split: int, chunks: int | None = None, virtual: int = 1):
     layout = write_layout(split, TINY.vision.num_layers) if split else "even"
     size = (chunks or len(split)) // virtual
-    parallel = Parallel(pipeline_model_parallel_size=size, virtual_pipeline_model_parallel_size=virtual, layout=layout)
+    parallel = Parallel(
+        pipeline_model_parallel_size=size,
+        virtual_pipeline_model_parallel_size=virtual,
+        layout=layout,
+    )
     return make_layout(Config(stage="2", model="tiny", architecture=TINY, parallel=parallel))
 
 
@@ -25,7 +29,9 @@ def test_every_layer_stands_in_one_chunk(split: tuple[int, ...]) -> None:
     for what in ("has_patch_embedding", "has_projector", "has_head"):
         assert sum(getattr(chunk, what) for chunk in layout.chunks) == 1, what
     assert layout.chunks[0].has_patch_embedding and layout.chunks[-1].has_head
-    assert tuple(map(sum, zip(layout.vision_counts(), layout.language_counts(), strict=True))) == split
+    assert (
+        tuple(map(sum, zip(layout.vision_counts(), layout.language_counts(), strict=True))) == split
+    )
 
 
 def test_a_layout_is_told_as_it_is_given() -> None:
@@ -44,10 +50,19 @@ def test_layers_are_split_evenly_where_nothing_else_is_asked() -> None:
 
 
 @pytest.mark.parametrize("split", [(), (1, 2, 1, 2)])
-def test_what_stands_in_a_chunk_does_not_depend_on_how_many_ranks_share_out_the_chunks(split: tuple[int, ...]) -> None:
+def test_what_stands_in_a_chunk_does_not_depend_on_how_many_ranks_share_out_the_chunks(
+    split: tuple[int, ...],
+) -> None:
     assert _layout(*split, chunks=4, virtual=2) == _layout(*split, chunks=4)
 
 
 def test_the_layout_that_balances_cuts_as_many_chunks_as_all_ranks_hold() -> None:
     parallel = Parallel(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=3)
-    assert len(make_layout(Config(stage="2", model="tiny", architecture=TINY, parallel=parallel)).chunks) == 6
+    assert (
+        len(
+            make_layout(
+                Config(stage="2", model="tiny", architecture=TINY, parallel=parallel)
+            ).chunks
+        )
+        == 6
+    )

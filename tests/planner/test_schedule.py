@@ -12,7 +12,11 @@ def by_hand(pipeline: int, rank: int, virtual: int, packs: int) -> np.ndarray:
     """The same by going through megatron-core's table one pass after the other."""
     from megatron.core.pipeline_parallel.schedules import get_schedule_table
 
-    chunks = [chunk for _, chunk in get_schedule_table(packs, virtual, pipeline)] if virtual > 1 else [0] * packs
+    chunks = (
+        [chunk for _, chunk in get_schedule_table(packs, virtual, pipeline)]
+        if virtual > 1
+        else [0] * packs
+    )
     first = warm_up(pipeline, rank, virtual, packs)
     now = np.zeros(virtual, int)
     seen = []
@@ -26,13 +30,19 @@ def by_hand(pipeline: int, rank: int, virtual: int, packs: int) -> np.ndarray:
 
 @pytest.mark.parametrize("virtual", [1, 2, 3])
 @pytest.mark.parametrize(("pipeline", "packs"), [(2, 2), (2, 8), (4, 4), (4, 16), (3, 12)])
-def test_packs_under_way_are_those_of_megatron_core(pipeline: int, virtual: int, packs: int) -> None:
+def test_packs_under_way_are_those_of_megatron_core(
+    pipeline: int, virtual: int, packs: int
+) -> None:
     for rank in range(pipeline):
         expected = by_hand(pipeline, rank, virtual, packs)
         found = under_way(pipeline, rank, virtual, packs)
-        assert (found == expected[: len(found)]).all() and len(found) == virtual * min(packs, 3 * pipeline)
+        assert (found == expected[: len(found)]).all() and len(found) == virtual * min(
+            packs, 3 * pipeline
+        )
         assert found.sum(axis=1).max() == expected.sum(axis=1).max()
-        assert (found @ np.arange(1, virtual + 1)).max() == (expected @ np.arange(1, virtual + 1)).max(), "later ones repeat"
+        assert (found @ np.arange(1, virtual + 1)).max() == (
+            expected @ np.arange(1, virtual + 1)
+        ).max(), "later ones repeat"
 
 
 def test_without_turns_the_first_rank_keeps_as_many_packs_as_there_are_ranks() -> None:

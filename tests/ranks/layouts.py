@@ -16,8 +16,15 @@ DOCS = Path(__file__).parents[2] / "docs"
 # By the stage that has it.
 MASKS = {"0": ("language",), "1": ("projector",), "1.5": ("vision", "projector"), "2": EVERYTHING}
 LIMIT = 1e-5
-# The text of the layout for each number of chunks; borders lie inside the vision encoder wherever there are two or more of its layers.
-_CUTS = {1: "auto", 2: "v*2|v,p,t*3,h", 4: "v|v*2|p,t|t*2,h", 6: "v|v|v|p,t|t|t,h", 8: "v|v|v|v|p,t|t|t|t,h"}
+# The text of the layout for each number of chunks; borders lie inside the vision encoder wherever
+# there are two or more of its layers.
+_CUTS = {
+    1: "auto",
+    2: "v*2|v,p,t*3,h",
+    4: "v|v*2|p,t|t*2,h",
+    6: "v|v|v|p,t|t|t,h",
+    8: "v|v|v|v|p,t|t|t|t,h",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +68,9 @@ class Layout:
 
     @property
     def layers(self) -> int:
-        """Layers that each part of the model has: as many as the tiny model, or more where there are more chunks than these."""
+        """Layers that each part of the model has: as many as the tiny model, or more where there
+        are more chunks than these.
+        """
         return max(TINY.vision.num_layers, self.pipeline * self.virtual // 2)
 
     def __str__(self) -> str:
@@ -145,15 +154,26 @@ def asks_for_all() -> bool:
 
 
 def keep(found: Row) -> None:
-    """Take a row into ``docs/benchmarks/layouts.json`` in the place of an older one, and write ``docs/layouts.md`` from it."""
+    """Take a row into ``docs/benchmarks/layouts.json`` in the place of an older one, and write
+    ``docs/layouts.md`` from it.
+    """
     path = DOCS / "benchmarks" / "layouts.json"
     rows = {}
     if path.is_file():
-        rows = {(row["layout"], row["mask"]): Row(**row) for row in json.loads(path.read_text())["rows"]}
+        rows = {
+            (row["layout"], row["mask"]): Row(**row) for row in json.loads(path.read_text())["rows"]
+        }
     rows[found.layout, found.mask] = found
-    ordered = [rows[key] for layout in LAYOUTS for mask in MASKS if (key := (str(layout), mask)) in rows]
-    packages = {name: version(name) for name in ("torch", "megatron-core")} | {"python": platform.python_version()}
-    path.write_text(json.dumps({"versions": packages, "rows": [asdict(row) for row in ordered]}, indent=1) + "\n")
+    ordered = [
+        rows[key] for layout in LAYOUTS for mask in MASKS if (key := (str(layout), mask)) in rows
+    ]
+    packages = {name: version(name) for name in ("torch", "megatron-core")} | {
+        "python": platform.python_version()
+    }
+    path.write_text(
+        json.dumps({"versions": packages, "rows": [asdict(row) for row in ordered]}, indent=1)
+        + "\n"
+    )
     (DOCS / "layouts.md").write_text(_page(ordered, packages))
 
 
@@ -161,12 +181,27 @@ def _page(rows: list[Row], packages: dict[str, str]) -> str:
     lines = [
         "# Every layout trains like one process",
         "",
-        f"{len({row.layout for row in rows})} layouts with freeze masks of the stages, {len(rows)} pairs of both.",
-        "The figures are the largest relative differences from one process over 10 steps of 4 packs, some without images, in float32:",
-        "of the loss, of the norm of the gradient, and of every weight after the last step (relative to the largest of its tensor).",
-        f"A test fails above {LIMIT:.0e}. On a CPU over gloo, with {', '.join(f'{name} {number}' for name, number in packages.items())}.",
+        (
+            f"{len({row.layout for row in rows})} layouts with freeze masks of the stages,"
+            f" {len(rows)} pairs of both."
+        ),
+        (
+            "The figures are the largest relative differences from one process over 10 steps of 4"
+            " packs, some without images, in float32:"
+        ),
+        (
+            "of the loss, of the norm of the gradient, and of every weight after the last step"
+            " (relative to the largest of its tensor)."
+        ),
+        (
+            f"A test fails above {LIMIT:.0e}. On a CPU over gloo, with"
+            f" {', '.join(f'{name} {number}' for name, number in packages.items())}."
+        ),
         "",
-        "`MEGAVLM_MATRIX=all bash tests/run.sh tests/ranks/test_layouts.py` runs all and writes this page; without it, a part is run.",
+        (
+            "`MEGAVLM_MATRIX=all bash tests/run.sh tests/ranks/test_layouts.py` runs all and writes"
+            " this page; without it, a part is run."
+        ),
         "",
         "| layout | ranks | stage | loss | gradient norm | weights |",
         "|---|--:|---|--:|--:|--:|",
@@ -176,4 +211,7 @@ def _page(rows: list[Row], packages: dict[str, str]) -> str:
 
 def line(row: Row) -> str:
     """A row as the table shows it."""
-    return f"| {row.layout} | {row.ranks} | {row.mask} | {row.loss:.1e} | {row.grad_norm:.1e} | {row.weights:.1e} |"
+    return (
+        f"| {row.layout} | {row.ranks} | {row.mask} | {row.loss:.1e} | {row.grad_norm:.1e} |"
+        f" {row.weights:.1e} |"
+    )

@@ -1,4 +1,6 @@
-"""Worker processes that stand for ranks. They are copies of one process that has imported megatron-core, which takes seconds."""
+"""Worker processes that stand for ranks. They are copies of one process that has imported
+megatron-core, which takes seconds.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 _TIMEOUT_SECONDS = 240
-# A job that trains leaves the threads of its process groups behind, 50 and more, which torch does not end.
+# A job that trains leaves the threads of its process groups behind, 50 and more, which torch does
+# not end.
 _JOBS_OF_A_WORKER = 15
 _IMPORTED_ONCE = ["torch.distributed.checkpoint", "megavlm.train.launch", "tests.ranks.runs"]
 
@@ -51,7 +54,10 @@ class Pool:
             ready = wait(list(waiting), timeout=_TIMEOUT_SECONDS)
             if not ready:
                 self.close()
-                raise AssertionError(f"ranks {sorted(waiting.values())} of {world_size} did not finish in {_TIMEOUT_SECONDS} s")
+                raise AssertionError(
+                    f"ranks {sorted(waiting.values())} of {world_size} did not finish in"
+                    f" {_TIMEOUT_SECONDS} s"
+                )
             for connection in ready:
                 rank = waiting.pop(connection)
                 answers[rank] = self._answer(connection, rank)
@@ -78,7 +84,8 @@ class Pool:
     def close(self) -> None:
         """End all workers."""
         for process, connection in self._workers:
-            connection.close()  # a worker that waits for work ends by itself, and ends the processes that it started
+            # a worker that waits for work ends by itself, and ends the processes that it started
+            connection.close()
             process.join(timeout=5)
             process.kill()
             process.join()
@@ -104,7 +111,13 @@ def _serve(connection: Connection) -> None:
             return
         try:
             timeout = timedelta(seconds=_TIMEOUT_SECONDS)
-            dist.init_process_group("gloo", store=dist.FileStore(store, world_size), rank=rank, world_size=world_size, timeout=timeout)
+            dist.init_process_group(
+                "gloo",
+                store=dist.FileStore(store, world_size),
+                rank=rank,
+                world_size=world_size,
+                timeout=timeout,
+            )
             answer = False, function(*args)
         except BaseException:
             answer = True, traceback.format_exc()

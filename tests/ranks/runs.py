@@ -9,11 +9,29 @@ from typing import Any
 
 import numpy as np
 
-from megavlm.config.schema import Architecture, Config, Data, Fp8, Language, Optimizer, Parallel, Training, Vision
+from megavlm.config.schema import (
+    Architecture,
+    Config,
+    Data,
+    Fp8,
+    Language,
+    Optimizer,
+    Parallel,
+    Training,
+    Vision,
+)
 
-# Shapes unlike each other, so that a mix-up shows: grouped queries, a prime vocabulary that is padded, several layers of each kind.
+# Shapes unlike each other, so that a mix-up shows: grouped queries, a prime vocabulary that is
+# padded, several layers of each kind.
 TINY = Architecture(
-    vision=Vision(image_size=16, patch_size=4, num_layers=3, hidden_size=32, ffn_hidden_size=48, num_attention_heads=4),
+    vision=Vision(
+        image_size=16,
+        patch_size=4,
+        num_layers=3,
+        hidden_size=32,
+        ffn_hidden_size=48,
+        num_attention_heads=4,
+    ),
     language=Language(
         num_layers=3,
         hidden_size=48,
@@ -34,7 +52,8 @@ class Curve:
 
     Args:
         losses, grad_norms: of each step.
-        shards: what this rank holds of each weight: checkpoint key, shape of the whole weight, where in it the shard is, and its values.
+        shards: what this rank holds of each weight: checkpoint key, shape of the whole weight,
+            where in it the shard is, and its values.
     """
 
     losses: list[float]
@@ -43,7 +62,9 @@ class Curve:
 
 
 def whole_weights(curves: list[Curve]) -> dict[str, np.ndarray]:
-    """The weights after the last step, put together from all ranks, which must agree where several hold the same."""
+    """The weights after the last step, put together from all ranks, which must agree where several
+    hold the same.
+    """
     weights: dict[str, np.ndarray] = {}
     for key, shape, place, values in (shard for curve in curves for shard in curve.shards):
         held = weights.setdefault(key, np.full(shape, np.nan, np.float32))[place]
@@ -54,11 +75,15 @@ def whole_weights(curves: list[Curve]) -> dict[str, np.ndarray]:
 
 
 def config_for(dataset: Path, **settings: Any) -> Config:
-    """A run of the tiny model; ``settings`` are fields of ``Parallel``, ``Training``, ``Optimizer`` and ``Fp8``."""
+    """A run of the tiny model; ``settings`` are fields of ``Parallel``, ``Training``, ``Optimizer``
+    and ``Fp8``.
+    """
 
     def take(kind: type, **defaults: Any) -> Any:
         names = {field.name for field in dataclasses.fields(kind)}
-        return kind(**defaults | {name: settings.pop(name) for name in list(settings) if name in names})
+        return kind(
+            **defaults | {name: settings.pop(name) for name in list(settings) if name in names}
+        )
 
     config = Config(
         stage="2",
@@ -66,7 +91,14 @@ def config_for(dataset: Path, **settings: Any) -> Config:
         architecture=TINY,
         data=Data(train=str(dataset), workers=0),
         parallel=take(Parallel),
-        training=take(Training, precision="float32", global_batch_size=4, steps=10, trainable=EVERYTHING, seed=3),
+        training=take(
+            Training,
+            precision="float32",
+            global_batch_size=4,
+            steps=10,
+            trainable=EVERYTHING,
+            seed=3,
+        ),
         optimizer=take(Optimizer, lr=3e-3, warmup_ratio=0.1, clip_grad=0.5),
         fp8=take(Fp8),
     )
@@ -85,11 +117,19 @@ def build(config: Config):
     from megavlm.train.build import build as build_model
     from megavlm.train.job import Job
 
-    machine = backend.start(config.parallel.timeout_minutes, deterministic=config.training.deterministic)
+    machine = backend.start(
+        config.parallel.timeout_minutes, deterministic=config.training.deterministic
+    )
     packs = PackedDataset(config.data.train)
     layout = make_layout(config, PackSize.mean(packs.some_records()))
     place = process_groups.create(config.parallel, config.training.seed, layout.embedding_chunk)
-    built = build_model(config, layout, place, machine, lambda chunks: weights.fill(chunks, weights.fresh_tensor(config)))
+    built = build_model(
+        config,
+        layout,
+        place,
+        machine,
+        lambda chunks: weights.fill(chunks, weights.fresh_tensor(config)),
+    )
     return Job(
         config=config,
         backend=machine,
@@ -104,7 +144,9 @@ def build(config: Config):
 
 
 def train_curve(config: Config, pack_ids: tuple[int, ...] = ()) -> Curve:
-    """Loss and gradient norm of every step, on every rank; ``pack_ids`` replaces the order of the packs by this one, again and again."""
+    """Loss and gradient norm of every step, on every rank; ``pack_ids`` replaces the order of the
+    packs by this one, again and again.
+    """
     from megavlm.model.precision import tile_multiple
     from megavlm.train.optimizer import set_rates
     from megavlm.train.step import train_step
@@ -131,7 +173,15 @@ def train_curve(config: Config, pack_ids: tuple[int, ...] = ()) -> Curve:
         arriving = iter([job.train.batch(int(order[p]), p, **options) for p in positions])
         set_rates(job.optimizer, config, step)
         weight = job.train.weight_sum(ids, config.data.loss_reduction)
-        result = train_step(job.wrapped, job.optimizer, arriving, size // world, weight, config.optimizer.clip_grad, job.backend)
+        result = train_step(
+            job.wrapped,
+            job.optimizer,
+            arriving,
+            size // world,
+            weight,
+            config.optimizer.clip_grad,
+            job.backend,
+        )
         losses.append(_from_last_chunk(float(job.groups.sum_over_data(result.loss)), job))
         norms.append(float(result.grad_norm))
     return Curve(losses=losses, grad_norms=norms, shards=_shards(job))
@@ -143,13 +193,23 @@ def _shards(job) -> list[tuple[str, tuple[int, ...], tuple[slice, ...], np.ndarr
 
     with collected(job.wrapped):
         shards = [shard for chunk in job.chunks for shard in weights._shards(chunk)]
-        return [(shard.key, tuple(shard.global_shape), shard.global_slice(), shard.data.detach().cpu().float().numpy()) for shard in shards]
+        return [
+            (
+                shard.key,
+                tuple(shard.global_shape),
+                shard.global_slice(),
+                shard.data.detach().cpu().float().numpy(),
+            )
+            for shard in shards
+        ]
 
 
 def _from_last_chunk(value: float, job) -> float:
     import torch
     import torch.distributed as dist
 
-    answer = torch.tensor([value if job.groups.is_writer else 0.0], dtype=torch.float64, device=job.backend.device)
+    answer = torch.tensor(
+        [value if job.groups.is_writer else 0.0], dtype=torch.float64, device=job.backend.device
+    )
     dist.all_reduce(answer)
     return float(answer)

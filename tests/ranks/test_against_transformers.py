@@ -1,4 +1,6 @@
-"""The model against ``transformers``: the same logits from the same weights, in float32, at several layouts."""
+"""The model against ``transformers``: the same logits from the same weights, in float32, at several
+layouts.
+"""
 
 from __future__ import annotations
 
@@ -23,12 +25,31 @@ def _model(vision: dict | None = None, **language) -> Architecture:
 
 
 # InternViT-6B's kind: an odd number of heads, and a norm over all of them.
-SIX_B = dict(normalization="RMSNorm", qkv_bias=False, qk_norm=True, num_attention_heads=3, hidden_size=30, num_layers=2)
+SIX_B = dict(
+    normalization="RMSNorm",
+    qkv_bias=False,
+    qk_norm=True,
+    num_attention_heads=3,
+    hidden_size=30,
+    num_layers=2,
+)
 MODELS = {
     "qwen2": _model(),
-    "qwen2 tied, three vision heads": _model(dict(num_attention_heads=3, hidden_size=36), tied_head=True, vocab_size=211),
-    "qwen3, InternViT-6B": _model(SIX_B, family="qwen3", qkv_bias=False, qk_norm=True, kv_channels=10, num_query_groups=1, vocab_size=256),
-    "qwen3 tied": _model(family="qwen3", qkv_bias=False, qk_norm=True, num_query_groups=4, tied_head=True),
+    "qwen2 tied, three vision heads": _model(
+        dict(num_attention_heads=3, hidden_size=36), tied_head=True, vocab_size=211
+    ),
+    "qwen3, InternViT-6B": _model(
+        SIX_B,
+        family="qwen3",
+        qkv_bias=False,
+        qk_norm=True,
+        kv_channels=10,
+        num_query_groups=1,
+        vocab_size=256,
+    ),
+    "qwen3 tied": _model(
+        family="qwen3", qkv_bias=False, qk_norm=True, num_query_groups=4, tied_head=True
+    ),
     "llama": _model(family="llama", qkv_bias=False, num_query_groups=4, rotary_dynamic_factor=2.0),
     "mistral, InternViT-6B": _model(SIX_B, family="mistral", qkv_bias=False, kv_channels=6),
     "internlm2": _model(family="internlm2", qkv_bias=False, num_attention_heads=6, vocab_size=193),
@@ -44,14 +65,24 @@ LAYOUTS = {
 
 
 def random_model(architecture: Architecture, context_token_id: int, folder: Path) -> None:
-    """Write a random ``InternVLForConditionalGeneration`` whose every weight differs from its fresh value."""
+    """Write a random ``InternVLForConditionalGeneration`` whose every weight differs from its fresh
+    value.
+    """
     from transformers import InternVLConfig, InternVLForConditionalGeneration
 
     from megavlm.convert.hf import native_config
 
-    settings = native_config.write(architecture, dtype=torch.float32, image_token_id=context_token_id, eos_token_id=1, pad_token_id=0)
+    settings = native_config.write(
+        architecture,
+        dtype=torch.float32,
+        image_token_id=context_token_id,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
     torch.manual_seed(5)
-    model = InternVLForConditionalGeneration(InternVLConfig.from_dict(json.loads(json.dumps(settings))))
+    model = InternVLForConditionalGeneration(
+        InternVLConfig.from_dict(json.loads(json.dumps(settings)))
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
@@ -59,7 +90,8 @@ def random_model(architecture: Architecture, context_token_id: int, folder: Path
 
 
 def answers_of_pack(config: Config, folder: Path) -> tuple[np.ndarray, np.ndarray] | None:
-    """From the weights of a Hugging Face folder: logits of the first pack [T, V of this rank's share], and the losses of its tokens [T].
+    """From the weights of a Hugging Face folder: logits of the first pack [T, V of this rank's
+    share], and the losses of its tokens [T].
 
     None but from the last chunk.
     """
@@ -74,15 +106,22 @@ def answers_of_pack(config: Config, folder: Path) -> tuple[np.ndarray, np.ndarra
     place = process_groups.create(config.parallel, 0, make_layout(config).embedding_chunk)
     model = VisionLanguageModel(config, make_layout(config), place).eval()
     weights.fill([model], convert.full_tensors(folder, config.architecture))
-    batch = PackedDataset(config.data.train).batch(0, 0, vision_layers=config.architecture.vision.num_layers)
-    answers = [_through_the_pipeline(model, batch, place, with_loss=with_loss) for with_loss in (False, True)]
+    batch = PackedDataset(config.data.train).batch(
+        0, 0, vision_layers=config.architecture.vision.num_layers
+    )
+    answers = [
+        _through_the_pipeline(model, batch, place, with_loss=with_loss)
+        for with_loss in (False, True)
+    ]
     process_groups.destroy()
     return None if answers[0] is None else (answers[0].numpy(), answers[1].numpy())
 
 
 @torch.no_grad()
 def _through_the_pipeline(model, batch, place, *, with_loss: bool) -> torch.Tensor | None:
-    """Pass hidden states from chunk to chunk by hand: the schedules return the sum of the losses only."""
+    """Pass hidden states from chunk to chunk by hand: the schedules return the sum of the losses
+    only.
+    """
     import torch.distributed as dist
 
     group = dist.get_process_group_ranks(place.collection.pp)
@@ -97,14 +136,21 @@ def _through_the_pipeline(model, batch, place, *, with_loss: bool) -> torch.Tens
     return output.clone()
 
 
-def answers_of_transformers(folder: Path, packs: Path, architecture: Architecture) -> list[tuple[slice, torch.Tensor, torch.Tensor]]:
-    """Of each sample, run by itself: its place in the pack, its logits, and the losses of all its tokens but the last."""
+def answers_of_transformers(
+    folder: Path, packs: Path, architecture: Architecture
+) -> list[tuple[slice, torch.Tensor, torch.Tensor]]:
+    """Of each sample, run by itself: its place in the pack, its logits, and the losses of all its
+    tokens but the last.
+    """
     from megavlm.convert.hf.reference import load_reference
     from megavlm.data.loading.dataset import PackedDataset
 
     batch = PackedDataset(packs).batch(0, 0)
     reference = load_reference(folder)
-    mean, std = (torch.tensor(x)[:, None, None] for x in (architecture.vision.pixel_mean, architecture.vision.pixel_std))
+    mean, std = (
+        torch.tensor(x)[:, None, None]
+        for x in (architecture.vision.pixel_mean, architecture.vision.pixel_std)
+    )
     pixels = (batch.tiles / 255 - mean) / std
     ends = batch.sample_ends.tolist()
     found = []
@@ -115,27 +161,56 @@ def answers_of_transformers(folder: Path, packs: Path, architecture: Architectur
         inputs = {"pixel_values": pixels[tile : tile + count]} if count else {}
         with torch.no_grad():
             logits = reference(input_ids=tokens[None], **inputs).logits[0]
-        found.append((slice(start, end), logits, torch.nn.functional.cross_entropy(logits[:-1], tokens[1:], reduction="none")))
+        found.append(
+            (
+                slice(start, end),
+                logits,
+                torch.nn.functional.cross_entropy(logits[:-1], tokens[1:], reduction="none"),
+            )
+        )
         tile += count
     assert tile == len(batch.tiles)
     return found
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_logits_and_losses_equal_those_of_transformers(ranks: Pool, tmp_path: Path, name: str) -> None:
+def test_logits_and_losses_equal_those_of_transformers(
+    ranks: Pool, tmp_path: Path, name: str
+) -> None:
     architecture = MODELS[name]
     vocabulary = architecture.language.vocab_size
     features = architecture.features_per_tile
-    make_dataset(tmp_path / "packs", packs=1, vocab_size=vocabulary, context_token_id=7, tile_size=16, features_per_tile=features)
+    make_dataset(
+        tmp_path / "packs",
+        packs=1,
+        vocab_size=vocabulary,
+        context_token_id=7,
+        tile_size=16,
+        features_per_tile=features,
+    )
     random_model(architecture, 7, tmp_path / "hf")
-    folder = make_chat(tmp_path / "hf", tmp_path / "chat", architecture) if name in CHAT else tmp_path / "hf"
+    folder = (
+        make_chat(tmp_path / "hf", tmp_path / "chat", architecture)
+        if name in CHAT
+        else tmp_path / "hf"
+    )
     expected = answers_of_transformers(tmp_path / "hf", tmp_path / "packs", architecture)
     for layout, (world, settings) in LAYOUTS.items():
-        config = dataclasses.replace(config_for(tmp_path / "packs", **settings), architecture=architecture)
-        answers = [answer for answer in ranks.run(answers_of_pack, world, config, folder) if answer is not None]
-        logits = torch.from_numpy(np.concatenate([share for share, _ in answers], axis=-1))[:, :vocabulary]
+        config = dataclasses.replace(
+            config_for(tmp_path / "packs", **settings), architecture=architecture
+        )
+        answers = [
+            answer
+            for answer in ranks.run(answers_of_pack, world, config, folder)
+            if answer is not None
+        ]
+        logits = torch.from_numpy(np.concatenate([share for share, _ in answers], axis=-1))[
+            :, :vocabulary
+        ]
         for sample, their_logits, their_losses in expected:
             assert (logits[sample] - their_logits).abs().max() <= 1e-4, layout
             assert torch.equal(logits[sample].argmax(-1), their_logits.argmax(-1)), layout
             for _, losses in answers:
-                assert losses[sample][:-1].sum() == pytest.approx(float(their_losses.sum()), rel=1e-5), layout
+                assert losses[sample][:-1].sum() == pytest.approx(
+                    float(their_losses.sum()), rel=1e-5
+                ), layout

@@ -1,4 +1,6 @@
-"""A run over a blend of two packed datasets with sources of their own: stopped and gone on with it is the run that was not stopped."""
+"""A run over a blend of two packed datasets with sources of their own: stopped and gone on with it
+is the run that was not stopped.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +18,24 @@ from tests.ranks.pool import Pool
 from tests.ranks.test_resume import STEPS, forget_the_end, make_job, run_job, saved_tensors
 from tests.ranks.test_sources import SIZES
 
-KINDS = {"blend": dict(workers=1), "shares of batches, curriculum": dict(batch_shares=True, curriculum=True)}
+KINDS = {
+    "blend": dict(workers=1),
+    "shares of batches, curriculum": dict(batch_shares=True, curriculum=True),
+}
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     parent = tmp_path_factory.mktemp("packs")
-    make_dataset(parent / "chats", packs=7, samples_per_pack=4, image_share=0, seed=1, sources=("chats",), **SIZES)
+    make_dataset(
+        parent / "chats",
+        packs=7,
+        samples_per_pack=4,
+        image_share=0,
+        seed=1,
+        sources=("chats",),
+        **SIZES,
+    )
     images = dict(image_share=0.7, seed=2, sources=("scans", "charts"), levels=(4, 5))
     make_dataset(parent / "images", packs=9, samples_per_pack=3, **images, **SIZES)
     return [parent / "chats", parent / "images"]
@@ -30,34 +43,60 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 def _job(folders: list[Path], save: Path, kind: str) -> Config:
     config = make_job(folders[0], save)
-    data = dataclasses.replace(config.data, train=",".join(map(str, folders)), weights=(1.0, 3.0), **KINDS[kind])
-    return dataclasses.replace(config, data=data, training=dataclasses.replace(config.training, global_batch_size=4))
+    data = dataclasses.replace(
+        config.data, train=",".join(map(str, folders)), weights=(1.0, 3.0), **KINDS[kind]
+    )
+    return dataclasses.replace(
+        config, data=data, training=dataclasses.replace(config.training, global_batch_size=4)
+    )
 
 
 def _told(save: Path) -> list[dict[str, float]]:
     """What the steps told that follows from the data alone."""
     records = [json.loads(line) for line in (save / "metrics.jsonl").read_text().splitlines()]
     kept = [record for record in records if "loss" in record]
-    return [{name: value for name, value in record.items() if name in ("step", "lr", "grad_norm") or "loss" in name} for record in kept]
+    return [
+        {
+            name: value
+            for name, value in record.items()
+            if name in ("step", "lr", "grad_norm") or "loss" in name
+        }
+        for record in kept
+    ]
 
 
-def test_a_run_that_would_take_other_packs_does_not_go_on(ranks: Pool, folders: list[Path], tmp_path: Path) -> None:
+def test_a_run_that_would_take_other_packs_does_not_go_on(
+    ranks: Pool, folders: list[Path], tmp_path: Path
+) -> None:
     from megavlm.train import launch
 
     config = _job(folders, tmp_path / "run", "shares of batches, curriculum")
-    ranks.run(run_job, 1, dataclasses.replace(config, training=dataclasses.replace(config.training, steps=1)))
+    ranks.run(
+        run_job,
+        1,
+        dataclasses.replace(config, training=dataclasses.replace(config.training, steps=1)),
+    )
     data = config.data
     training = config.training
     others = {
-        "--data.weights: .*1.0, 3.0.* in the checkpoint": dict(data=dataclasses.replace(data, weights=(1.0, 2.0))),
-        "--data.curriculum: True in the checkpoint, False asked for": dict(data=dataclasses.replace(data, curriculum=False)),
-        "--data.batch_shares: True in the checkpoint": dict(data=dataclasses.replace(data, batch_shares=False)),
+        "--data.weights: .*1.0, 3.0.* in the checkpoint": dict(
+            data=dataclasses.replace(data, weights=(1.0, 2.0))
+        ),
+        "--data.curriculum: True in the checkpoint, False asked for": dict(
+            data=dataclasses.replace(data, curriculum=False)
+        ),
+        "--data.batch_shares: True in the checkpoint": dict(
+            data=dataclasses.replace(data, batch_shares=False)
+        ),
         "--training.global_batch_size: 4 in the checkpoint, 8 asked for": dict(
-            training=dataclasses.replace(training, global_batch_size=8), data=dataclasses.replace(data, group=4)
+            training=dataclasses.replace(training, global_batch_size=8),
+            data=dataclasses.replace(data, group=4),
         ),
     }
     swapped = ",".join(map(str, reversed(folders)))
-    others["--data.train .*: has 9 . 7 packs, and the run began with 7 . 9"] = dict(data=dataclasses.replace(data, train=swapped))
+    others["--data.train .*: has 9 . 7 packs, and the run began with 7 . 9"] = dict(
+        data=dataclasses.replace(data, train=swapped)
+    )
     for words, changes in others.items():
         with pytest.raises(ConfigError, match=words):
             launch.inspect(dataclasses.replace(config, **changes), 1)
@@ -75,7 +114,8 @@ def test_a_blend_goes_on_bit_for_bit_and_in_the_same_order_at_other_numbers_of_r
         "loss/images/scans",
         "loss/images/charts",
     }
-    # Each step has one pack of the chats, of which all losses are known by its source, wherever every batch has its share.
+    # Each step has one pack of the chats, of which all losses are known by its source, wherever
+    # every batch has its share.
     assert kind == "blend" or all("loss/chats/chats" in record for record in told)
     last = f"step_{STEPS:08d}"
     for world in (2, other):
@@ -85,7 +125,14 @@ def test_a_blend_goes_on_bit_for_bit_and_in_the_same_order_at_other_numbers_of_r
         found = _told(killed)
         if world == 2:
             assert found == told[3:]
-            [expected], [mine] = (ranks.run(saved_tensors, 1, save / last) for save in (whole, killed))
-            assert mine.keys() == expected.keys() and all(torch.equal(mine[key], expected[key]) for key in expected)
+            [expected], [mine] = (
+                ranks.run(saved_tensors, 1, save / last) for save in (whole, killed)
+            )
+            assert mine.keys() == expected.keys() and all(
+                torch.equal(mine[key], expected[key]) for key in expected
+            )
         assert len(found) == STEPS - 3
-        assert all(mine == pytest.approx(expected, rel=1e-4, abs=1e-9) for mine, expected in zip(found, told[3:], strict=True))
+        assert all(
+            mine == pytest.approx(expected, rel=1e-4, abs=1e-9)
+            for mine, expected in zip(found, told[3:], strict=True)
+        )

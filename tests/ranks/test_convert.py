@@ -1,4 +1,6 @@
-"""A model that came from Hugging Face is the same on every rank of a real layout, and goes back bit-identical from there."""
+"""A model that came from Hugging Face is the same on every rank of a real layout, and goes back
+bit-identical from there.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ EVEN = replace(SMALL, vision=replace(SMALL.vision, num_attention_heads=4))
 
 
 def load_then_save(folder: Path, imported: Path, config: Config) -> list[str]:
-    """Load the checkpoint that conversion wrote, compare it with what the trainer takes from the folder itself, save it, and export it."""
+    """Load the checkpoint that conversion wrote, compare it with what the trainer takes from the
+    folder itself, save it, and export it.
+    """
     from megatron.core import dist_checkpointing
 
     from megavlm.config.cli import to_yaml
@@ -29,11 +33,17 @@ def load_then_save(folder: Path, imported: Path, config: Config) -> list[str]:
     from megavlm.planner.layout import make_layout
 
     backend.start(config.parallel.timeout_minutes)
-    place = process_groups.create(config.parallel, config.training.seed, make_layout(config).embedding_chunk)
+    place = process_groups.create(
+        config.parallel, config.training.seed, make_layout(config).embedding_chunk
+    )
     models = [VisionLanguageModel(config, make_layout(config), place) for _ in range(2)]
     keys = weights.fill(models[:1], convert.full_tensors(folder, config.architecture))
-    loaded = dist_checkpointing.load({"model": models[1].sharded_state_dict(prefix="model.")}, str(imported / "shards"))
-    models[1].load_state_dict({key.removeprefix("model."): value for key, value in loaded["model"].items()})
+    loaded = dist_checkpointing.load(
+        {"model": models[1].sharded_state_dict(prefix="model.")}, str(imported / "shards")
+    )
+    models[1].load_state_dict(
+        {key.removeprefix("model."): value for key, value in loaded["model"].items()}
+    )
     for one, other in zip(*(weights.named_weights(model).items() for model in models), strict=True):
         assert one[0] == other[0] and torch.equal(one[1].data, other[1].data), one[0]
 
@@ -41,7 +51,9 @@ def load_then_save(folder: Path, imported: Path, config: Config) -> list[str]:
     if place.rank == 0:
         (saved / "shards").mkdir(parents=True)
     torch.distributed.barrier()
-    dist_checkpointing.save({"model": models[1].sharded_state_dict(prefix="model.")}, str(saved / "shards"))
+    dist_checkpointing.save(
+        {"model": models[1].sharded_state_dict(prefix="model.")}, str(saved / "shards")
+    )
     torch.distributed.barrier()
     if place.rank == 0:
         (saved / "state.json").write_text((imported / "state.json").read_text())
@@ -59,10 +71,16 @@ def test_import_and_export_through_ranks(ranks: Pool, tmp_path: Path, layout: st
     source = make_hf(tmp_path / "hf", EVEN)
     imported = convert.import_(source, tmp_path / "imported")
     config = Config(
-        stage="2", model="custom", architecture=EVEN, parallel=Parallel(**LAYOUTS[layout]), training=Training(precision="bfloat16")
+        stage="2",
+        model="custom",
+        architecture=EVEN,
+        parallel=Parallel(**LAYOUTS[layout]),
+        training=Training(precision="bfloat16"),
     )
     filled = ranks.run(load_then_save, 2, source, imported, config)
     assert set().union(*filled) == set(megatron_shapes(EVEN))
     before = load_all(source)
     after = load_all(tmp_path / "out")
-    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert before.keys() == after.keys() and all(
+        torch.equal(before[name], after[name]) for name in before
+    )

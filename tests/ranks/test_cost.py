@@ -19,11 +19,14 @@ from tests.ranks.runs import TINY, build, config_for
 from tests.ranks.test_resume import run_job
 
 # As many words as rows of the padded vocabulary, since padding is computed but does not count.
-ARCHITECTURE = dataclasses.replace(TINY, language=dataclasses.replace(TINY.language, vocab_size=256))
+ARCHITECTURE = dataclasses.replace(
+    TINY, language=dataclasses.replace(TINY.language, vocab_size=256)
+)
 MASKS = {
     **{f"stage {name}": stage.training.trainable for name, stage in STAGES.items()},
     "late layers": ("vision.encoder.layers.2*", "language.decoder.layers.1.mlp*"),
-    # With its norm: megatron-core's linear layer makes the gradient of its input, needed or not, as soon as its weight is trained.
+    # With its norm: megatron-core's linear layer makes the gradient of its input, needed or not, as
+    # soon as its weight is trained.
     "head": ("language.decoder.final_layernorm", "language.output_layer"),
 }
 
@@ -32,14 +35,23 @@ MASKS = {
 OTHER = dataclasses.replace(
     ARCHITECTURE,
     vision=dataclasses.replace(TINY.vision, normalization="RMSNorm", qkv_bias=False, qk_norm=True),
-    language=dataclasses.replace(ARCHITECTURE.language, family="qwen3", qkv_bias=False, qk_norm=True, kv_channels=14, tied_head=True),
+    language=dataclasses.replace(
+        ARCHITECTURE.language,
+        family="qwen3",
+        qkv_bias=False,
+        qk_norm=True,
+        kv_channels=14,
+        tied_head=True,
+    ),
 )
 
 
 def counted_by_torch(
     dataset: Path, trainable: tuple[str, ...], architecture: Architecture = ARCHITECTURE
 ) -> tuple[int, dict[str, int], set[str]]:
-    """FLOPs of forward and backward pass of one pack, the pack's size, and the keys of the weights."""
+    """FLOPs of forward and backward pass of one pack, the pack's size, and the keys of the
+    weights.
+    """
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
@@ -47,20 +59,33 @@ def counted_by_torch(
     from megavlm.model.weights import named_weights
     from megavlm.train.step import run_packs
 
-    job = build(dataclasses.replace(config_for(dataset, trainable=trainable), architecture=architecture))
+    job = build(
+        dataclasses.replace(config_for(dataset, trainable=trainable), architecture=architecture)
+    )
     batch = job.train.batch(0, 0, vision_layers=architecture.vision.num_layers)
-    # The plain kernel keeps the probabilities; fused ones compute them again in the backward pass, which torch counts, unlike us.
+    # The plain kernel keeps the probabilities; fused ones compute them again in the backward pass,
+    # which torch counts, unlike us.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         run_packs(job.wrapped, iter([batch]), 1, batch.weight_sum, job.backend)
     lengths = batch.sample_ends.diff().to(torch.float64)
-    size = {"tokens": len(batch.tokens), "squared_lengths": int((lengths**2).sum()), "tiles": len(batch.tiles)}
+    size = {
+        "tokens": len(batch.tokens),
+        "squared_lengths": int((lengths**2).sum()),
+        "tiles": len(batch.tiles),
+    }
     return counter.get_total_flops(), size, set(named_weights(job.chunks[0]))
 
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("packs") / "train"
-    sizes = dict(vocab_size=199, context_token_id=7, tile_size=16, features_per_tile=TINY.features_per_tile, capacity=128)
+    sizes = dict(
+        vocab_size=199,
+        context_token_id=7,
+        tile_size=16,
+        features_per_tile=TINY.features_per_tile,
+        capacity=128,
+    )
     make_dataset(folder, packs=3, samples_per_pack=4, image_share=1.0, **sizes)
     return folder
 
@@ -69,13 +94,16 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_cost_is_what_torch_counts(ranks: Pool, dataset: Path, mask: str):
     [(counted, size, _)] = ranks.run(counted_by_torch, 1, dataset, MASKS[mask])
     cost = training_cost(ARCHITECTURE, MASKS[mask])
-    # torch counts all pairs of tokens, the cost only those that a causal mask lets see each other: half.
+    # torch counts all pairs of tokens, the cost only those that a causal mask lets see each other:
+    # half.
     size["squared_lengths"] *= 2
     assert cost.total(**size) == counted
 
 
 @pytest.mark.parametrize("mask", ["stage 2", "late layers"])
-def test_the_cost_of_what_only_some_models_have_is_what_torch_counts(ranks: Pool, dataset: Path, mask: str):
+def test_the_cost_of_what_only_some_models_have_is_what_torch_counts(
+    ranks: Pool, dataset: Path, mask: str
+):
     [(counted, size, keys)] = ranks.run(counted_by_torch, 1, dataset, MASKS[mask], OTHER)
     size["squared_lengths"] *= 2
     assert training_cost(OTHER, MASKS[mask]).total(**size) == counted
@@ -89,7 +117,9 @@ def test_every_weight_of_the_model_is_listed(ranks: Pool, dataset: Path):
 
 def test_a_run_tells_its_flops_for_each_rank(ranks: Pool, dataset: Path, tmp_path: Path):
     config = config_for(dataset, steps=3, global_batch_size=2, trainable=("projector",))
-    config = dataclasses.replace(config, checkpoint=Checkpoint(save=str(tmp_path)), logging=Logging(interval=1))
+    config = dataclasses.replace(
+        config, checkpoint=Checkpoint(save=str(tmp_path)), logging=Logging(interval=1)
+    )
     ranks.run(run_job, 2, config)
     told = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     told = [record for record in told if "loss" in record]
@@ -97,7 +127,12 @@ def test_a_run_tells_its_flops_for_each_rank(ranks: Pool, dataset: Path, tmp_pat
     cost = training_cost(TINY, ("projector",))
     plan = Plan(num_packs=len(packs), seed=config.training.seed, group=config.group)
     for step, record in enumerate(told):
-        size = {name: float(packs.index[plan.pack_ids(2 * step, 2)][name].sum()) for name in ("tokens", "squared_lengths", "tiles")}
+        size = {
+            name: float(packs.index[plan.pack_ids(2 * step, 2)][name].sum())
+            for name in ("tokens", "squared_lengths", "tiles")
+        }
         seconds = size["tokens"] / record["tokens_per_s"]
-        assert 2 * record["tflops"] * 1e12 * seconds == pytest.approx(cost.total(**size)), "two ranks"
+        assert 2 * record["tflops"] * 1e12 * seconds == pytest.approx(cost.total(**size)), (
+            "two ranks"
+        )
     assert len(told) == 3

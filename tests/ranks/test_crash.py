@@ -1,7 +1,8 @@
-"""``kill -9`` at random moments, also inside a save, of one rank or of all: torchrun starts them again, and the end is the same.
+"""``kill -9`` at random moments, also inside a save, of one rank or of all: torchrun starts them
+again, and the end is the same.
 
-``MEGAVLM_CRASHES=20`` kills each run twenty times, also one that saves beside training; the few kills that are the default fit into
-everyday testing.
+``MEGAVLM_CRASHES=20`` kills each run twenty times, also one that saves beside training; the few
+kills that are the default fit into everyday testing.
 """
 
 from __future__ import annotations
@@ -31,7 +32,16 @@ ROOT = Path(__file__).parents[2]
 CRASHES = int(os.environ.get("MEGAVLM_CRASHES", "2"))
 STEPS = 20 + 12 * CRASHES
 INTERVAL = 3
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", str(CRASHES)]
+TORCHRUN = [
+    sys.executable,
+    "-m",
+    "torch.distributed.run",
+    "--standalone",
+    "--nproc-per-node",
+    "2",
+    "--max-restarts",
+    str(CRASHES),
+]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 _PATIENCE_SECONDS = 120
 
@@ -39,7 +49,15 @@ _PATIENCE_SECONDS = 120
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("crash") / "train"
-    make_dataset(folder, packs=8, vocab_size=199, context_token_id=7, tile_size=16, features_per_tile=4, capacity=128)
+    make_dataset(
+        folder,
+        packs=8,
+        vocab_size=199,
+        context_token_id=7,
+        tile_size=16,
+        features_per_tile=4,
+        capacity=128,
+    )
     return folder
 
 
@@ -98,7 +116,11 @@ class _Killer:
         found: list[psutil.Process] = []
 
         def are_there() -> bool:
-            found[:] = [child for child in self._run.children() if child.pid not in self._dead and _is_rank(child)]
+            found[:] = [
+                child
+                for child in self._run.children()
+                if child.pid not in self._dead and _is_rank(child)
+            ]
             return len(found) == 2
 
         self._wait(are_there)
@@ -111,7 +133,9 @@ class _Killer:
     def _wait(self, happened) -> None:
         deadline = time.monotonic() + _PATIENCE_SECONDS
         while not happened():
-            assert self._run.is_running() and self._run.status() != psutil.STATUS_ZOMBIE, "the run ended before all kills"
+            assert self._run.is_running() and self._run.status() != psutil.STATUS_ZOMBIE, (
+                "the run ended before all kills"
+            )
             assert time.monotonic() < deadline, f"nothing happened for {_PATIENCE_SECONDS} s"
             time.sleep(0.005)
 
@@ -131,9 +155,13 @@ def test_a_run_that_is_killed_again_and_again_ends_bit_for_bit_as_if_it_had_not_
     (tmp_path / "run.yaml").write_text(to_yaml(_config(dataset, save, beside=beside)))
     command = [*TORCHRUN, str(ROOT / "pretrain_vlm.py"), "--config", str(tmp_path / "run.yaml")]
     log = tmp_path / "log"
-    # The ranks give way to this process, or on few cores they would be done before it sees what they do.
+    # The ranks give way to this process, or on few cores they would be done before it sees what
+    # they do.
     command = ["nice", "-n", "10", *command]
-    with log.open("w") as output, subprocess.Popen(command, env=ENVIRONMENT, stdout=output, stderr=subprocess.STDOUT) as run:
+    with (
+        log.open("w") as output,
+        subprocess.Popen(command, env=ENVIRONMENT, stdout=output, stderr=subprocess.STDOUT) as run,
+    ):
         try:
             killer = _Killer(run, save, seed=CRASHES + beside)
             for _ in range(CRASHES):
@@ -146,7 +174,9 @@ def test_a_run_that_is_killed_again_and_again_ends_bit_for_bit_as_if_it_had_not_
     assert len(starts) == CRASHES + 1, words
     # Nothing but whole checkpoints was seen, and nothing is left of the others.
     assert "cannot be used" not in words and "damaged" not in words, words
-    assert all(int(step) % INTERVAL == 0 for step in re.findall(r"going on after step (\d+)", words))
+    assert all(
+        int(step) % INTERVAL == 0 for step in re.findall(r"going on after step (\d+)", words)
+    )
     assert not list(save.glob(".*"))
     assert _weights_and_moments(save) == _weights_and_moments(undisturbed)
     print(f"{CRASHES} kills, {killer.inside_saves} of them inside a save; starts: {starts}")

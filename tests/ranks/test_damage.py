@@ -29,7 +29,13 @@ NEWEST = f"step_{STEPS:08d}"
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("packs") / "train"
-    sizes = dict(vocab_size=199, context_token_id=7, tile_size=16, features_per_tile=TINY.features_per_tile, capacity=128)
+    sizes = dict(
+        vocab_size=199,
+        context_token_id=7,
+        tile_size=16,
+        features_per_tile=TINY.features_per_tile,
+        capacity=128,
+    )
     make_dataset(folder, packs=10, samples_per_pack=4, image_share=0.6, **sizes)
     return folder
 
@@ -63,7 +69,13 @@ def _flip(path: Path) -> None:
 def _other_model(path: Path) -> None:
     config = from_yaml(path)
     language = dataclasses.replace(config.architecture.language, num_layers=9)
-    path.write_text(to_yaml(dataclasses.replace(config, architecture=dataclasses.replace(config.architecture, language=language))))
+    path.write_text(
+        to_yaml(
+            dataclasses.replace(
+                config, architecture=dataclasses.replace(config.architecture, language=language)
+            )
+        )
+    )
     (path.parent / "checksums.json").unlink()
 
 
@@ -84,20 +96,35 @@ DAMAGES: list[tuple[str, Callable[[Path], None], str]] = [
 
 @pytest.mark.parametrize(("name", "damage", "reason"), DAMAGES)
 def test_a_run_names_the_damage_and_goes_on_from_the_checkpoint_before(
-    ranks: Pool, dataset: Path, whole: Path, tmp_path: Path, name: str, damage: Callable[[Path], None], reason: str
+    ranks: Pool,
+    dataset: Path,
+    whole: Path,
+    tmp_path: Path,
+    name: str,
+    damage: Callable[[Path], None],
+    reason: str,
 ) -> None:
     shutil.copytree(whole, tmp_path / "run")
     (tmp_path / "run" / "metrics.jsonl").unlink()
     damage(tmp_path / "run" / NEWEST / name)
     [(words, error)] = ranks.run(told, 1, make_job(dataset, tmp_path / "run"))
-    assert not error and "WARNING" in words and str(tmp_path / "run" / NEWEST / name) in words and reason in words
+    assert (
+        not error
+        and "WARNING" in words
+        and str(tmp_path / "run" / NEWEST / name) in words
+        and reason in words
+    )
     assert "going on after step 3" in words
     assert losses(tmp_path / "run") == losses(whole)[3:]
     shards = "shards/__0_0.distcp"
-    assert (tmp_path / "run" / NEWEST / shards).read_bytes() == (whole / NEWEST / shards).read_bytes()
+    assert (tmp_path / "run" / NEWEST / shards).read_bytes() == (
+        whole / NEWEST / shards
+    ).read_bytes()
 
 
-def test_with_no_whole_checkpoint_left_nothing_is_overwritten(ranks: Pool, dataset: Path, whole: Path, tmp_path: Path) -> None:
+def test_with_no_whole_checkpoint_left_nothing_is_overwritten(
+    ranks: Pool, dataset: Path, whole: Path, tmp_path: Path
+) -> None:
     shutil.copytree(whole, tmp_path / "run")
     for step in ("step_00000003", NEWEST):
         _flip(tmp_path / "run" / step / "shards" / "__0_0.distcp")
@@ -113,8 +140,13 @@ def test_a_damaged_checkpoint_that_the_user_names_is_an_error_on_every_rank(
     _flip(tmp_path / "old" / NEWEST / "manifest.json")
     config = make_job(dataset, tmp_path / "new", load=tmp_path / "old")
     for _, error in ranks.run(told, 2, config):
-        assert f"--checkpoint.load {tmp_path / 'old' / NEWEST}" in error and "manifest.json: its bytes are not those" in error
-    by_size = dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, verify="size"))
+        assert (
+            f"--checkpoint.load {tmp_path / 'old' / NEWEST}" in error
+            and "manifest.json: its bytes are not those" in error
+        )
+    by_size = dataclasses.replace(
+        config, checkpoint=dataclasses.replace(config.checkpoint, verify="size")
+    )
     [(words, error)] = ranks.run(told, 1, by_size)
     assert not error and "going on after step 6" in words
 
@@ -135,26 +167,44 @@ def with_small_files(config: Config, spare_bytes: int, rank: int) -> tuple[str, 
         vars(saver)["_SPARE_BYTES"] = spare
 
 
-@pytest.mark.parametrize(("beside", "spare_bytes", "rank"), [(False, 64 << 20, 0), (False, 1000, 1), (True, 1000, 1), (True, 1000, 0)])
+@pytest.mark.parametrize(
+    ("beside", "spare_bytes", "rank"),
+    [(False, 64 << 20, 0), (False, 1000, 1), (True, 1000, 1), (True, 1000, 0)],
+)
 def test_a_full_disk_costs_the_checkpoint_that_was_being_written_and_no_other(
     ranks: Pool, dataset: Path, tmp_path: Path, beside: bool, spare_bytes: int, rank: int
 ) -> None:
     config = make_job(dataset, tmp_path / "run", tensor_model_parallel_size=2)
-    ranks.run(run_job, 2, dataclasses.replace(config, training=dataclasses.replace(config.training, steps=3)))
+    ranks.run(
+        run_job,
+        2,
+        dataclasses.replace(config, training=dataclasses.replace(config.training, steps=3)),
+    )
     often = dataclasses.replace(config.checkpoint, save_interval=1, asynchronous=beside)
-    answers = ranks.run(with_small_files, 2, dataclasses.replace(config, checkpoint=often), spare_bytes, rank)
+    answers = ranks.run(
+        with_small_files, 2, dataclasses.replace(config, checkpoint=often), spare_bytes, rank
+    )
     for _, error in answers:
-        assert f"--checkpoint.save {tmp_path / 'run'}: the checkpoint of step 6 could not be saved (rank {rank}: " in error
+        assert (
+            f"--checkpoint.save {tmp_path / 'run'}: the checkpoint of step 6 could not be saved"
+            f" (rank {rank}: " in error
+        )
         assert "MiB are free there, the last checkpoint is of step 3" in error
     assert answers[0][0].count("could not be saved") == 3
     assert len(losses(tmp_path / "run")) == STEPS
-    assert sorted(entry.name for entry in (tmp_path / "run").iterdir()) == ["latest", "metrics.jsonl", "step_00000003"]
+    assert sorted(entry.name for entry in (tmp_path / "run").iterdir()) == [
+        "latest",
+        "metrics.jsonl",
+        "step_00000003",
+    ]
     words, error = ranks.run(told, 2, config)[0]
     assert not error and "going on after step 3" in words
 
 
 def with_slow_disk(config: Config) -> tuple[str, str]:
-    """Run a job in which rank 1 takes a second to write, so that training is steps ahead by then."""
+    """Run a job in which rank 1 takes a second to write, so that training is steps ahead by
+    then.
+    """
     from megavlm.checkpoint import async_writer
 
     write = async_writer._write
@@ -170,8 +220,12 @@ def with_slow_disk(config: Config) -> tuple[str, str]:
         vars(async_writer)["_write"] = write
 
 
-@pytest.mark.parametrize("layout", [dict(), dict(pipeline_model_parallel_size=2, layout="v*2|v,t*3")])
-def test_checkpoints_written_beside_training_have_the_same_bytes(ranks: Pool, dataset: Path, tmp_path: Path, layout: dict) -> None:
+@pytest.mark.parametrize(
+    "layout", [dict(), dict(pipeline_model_parallel_size=2, layout="v*2|v,t*3")]
+)
+def test_checkpoints_written_beside_training_have_the_same_bytes(
+    ranks: Pool, dataset: Path, tmp_path: Path, layout: dict
+) -> None:
     config = make_job(dataset, tmp_path / "waiting", **layout)
     ranks.run(run_job, 2, config)
     files = dataclasses.replace(config.checkpoint, save=str(tmp_path / "beside"), asynchronous=True)
@@ -180,6 +234,9 @@ def test_checkpoints_written_beside_training_have_the_same_bytes(ranks: Pool, da
     # The checkpoint of step 3 came into being while training went on.
     assert words.index("step 4 ") < words.index("step_00000003 in")
     for step in ("step_00000003", NEWEST):
-        sums = [json.loads((tmp_path / run / step / "checksums.json").read_text()) for run in ("waiting", "beside")]
+        sums = [
+            json.loads((tmp_path / run / step / "checksums.json").read_text())
+            for run in ("waiting", "beside")
+        ]
         shards = [name for name in sums[0] if name.endswith(".distcp")]
         assert shards and all(sums[0][name] == sums[1][name] for name in shards)

@@ -1,4 +1,6 @@
-"""What only some models have trains the same at every layout: tied heads, heads that do not divide, fewer key-value heads than ranks."""
+"""What only some models have trains the same at every layout: tied heads, heads that do not divide,
+fewer key-value heads than ranks.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +19,25 @@ from tests.ranks.runs import EVERYTHING, TINY, build, config_for, train_curve
 from tests.ranks.test_resume import run_job, saved_tensors
 
 TIED = replace(TINY, language=replace(TINY.language, tied_head=True))
-# Three vision heads and a norm over all of them, as InternViT-6B; Qwen3's norms, one key-value head, heads wider than hidden size / heads.
+# Three vision heads and a norm over all of them, as InternViT-6B; Qwen3's norms, one key-value
+# head, heads wider than hidden size / heads.
 ODD = Architecture(
-    vision=replace(TINY.vision, normalization="RMSNorm", qkv_bias=False, qk_norm=True, num_attention_heads=3, hidden_size=30),
-    language=replace(TINY.language, family="qwen3", qkv_bias=False, qk_norm=True, num_query_groups=1, kv_channels=14),
+    vision=replace(
+        TINY.vision,
+        normalization="RMSNorm",
+        qkv_bias=False,
+        qk_norm=True,
+        num_attention_heads=3,
+        hidden_size=30,
+    ),
+    language=replace(
+        TINY.language,
+        family="qwen3",
+        qkv_bias=False,
+        qk_norm=True,
+        num_query_groups=1,
+        kv_channels=14,
+    ),
 )
 FROZEN_TABLE = ("vision", "projector", "language.decoder")
 INTERLEAVED = dict(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2)
@@ -30,8 +47,14 @@ TIED_LAYOUTS = {
     "pp2, with the head": (2, dict(pipeline_model_parallel_size=2, layout="v*3|t*3")),
     "pp3, in the middle": (3, dict(pipeline_model_parallel_size=3, layout="v*2|v,t|t*2")),
     "pp2 dp2": (4, dict(pipeline_model_parallel_size=2, layout="v*3,t|t*2")),
-    "pp2 cp2": (4, dict(pipeline_model_parallel_size=2, layout="v*3,t|t*2", context_parallel_size=2)),
-    "tp2 pp2": (4, dict(tensor_model_parallel_size=2, pipeline_model_parallel_size=2, layout="v*3,t*2|t")),
+    "pp2 cp2": (
+        4,
+        dict(pipeline_model_parallel_size=2, layout="v*3,t|t*2", context_parallel_size=2),
+    ),
+    "tp2 pp2": (
+        4,
+        dict(tensor_model_parallel_size=2, pipeline_model_parallel_size=2, layout="v*3,t*2|t"),
+    ),
     "pp2 vp2, on the head's rank": (2, INTERLEAVED | dict(layout="v*2|v,t|t|t")),
     "pp2 vp2 dp2, on the head's rank": (4, INTERLEAVED | dict(layout="v*2|v,t|t|t")),
     "pp2 vp2, on another rank": (2, INTERLEAVED | dict(layout="v*2|v|t*2|t")),
@@ -40,16 +63,34 @@ WITH_FROZEN_TABLE = ("pp2", "pp3, in the middle", "tp2 pp2", "pp2 vp2 dp2, on th
 ODD_LAYOUTS = {
     "tp2": (2, dict(tensor_model_parallel_size=2)),
     "tp4 sp": (4, dict(tensor_model_parallel_size=4, sequence_parallel=True)),
-    "tp2 cp2, whole vision layers": (4, dict(tensor_model_parallel_size=2, context_parallel_size=2, vision="data")),
-    "tp2 pp2": (4, dict(tensor_model_parallel_size=2, pipeline_model_parallel_size=2, layout="v*2|v,t*3", recompute="full")),
+    "tp2 cp2, whole vision layers": (
+        4,
+        dict(tensor_model_parallel_size=2, context_parallel_size=2, vision="data"),
+    ),
+    "tp2 pp2": (
+        4,
+        dict(
+            tensor_model_parallel_size=2,
+            pipeline_model_parallel_size=2,
+            layout="v*2|v,t*3",
+            recompute="full",
+        ),
+    ),
 }
 
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("packs") / "train"
-    sizes = dict(vocab_size=TINY.language.vocab_size, context_token_id=7, tile_size=16, features_per_tile=TINY.features_per_tile)
-    make_dataset(folder, packs=8, samples_per_pack=4, image_share=0.6, capacity=128, alignment=4, **sizes)
+    sizes = dict(
+        vocab_size=TINY.language.vocab_size,
+        context_token_id=7,
+        tile_size=16,
+        features_per_tile=TINY.features_per_tile,
+    )
+    make_dataset(
+        folder, packs=8, samples_per_pack=4, image_share=0.6, capacity=128, alignment=4, **sizes
+    )
     return folder
 
 
@@ -57,8 +98,14 @@ def _config(dataset: Path, architecture: Architecture, **settings) -> Config:
     return dataclasses.replace(config_for(dataset, steps=5, **settings), architecture=architecture)
 
 
-@pytest.mark.parametrize(("mask", "names"), [(EVERYTHING, TIED_LAYOUTS), (FROZEN_TABLE, WITH_FROZEN_TABLE)], ids=["trained", "frozen"])
-def test_a_tied_head_trains_like_in_one_process(ranks: Pool, dataset: Path, mask: tuple[str, ...], names: Iterable[str]) -> None:
+@pytest.mark.parametrize(
+    ("mask", "names"),
+    [(EVERYTHING, TIED_LAYOUTS), (FROZEN_TABLE, WITH_FROZEN_TABLE)],
+    ids=["trained", "frozen"],
+)
+def test_a_tied_head_trains_like_in_one_process(
+    ranks: Pool, dataset: Path, mask: tuple[str, ...], names: Iterable[str]
+) -> None:
     [alone] = ranks.run(train_curve, 1, _config(dataset, TIED, trainable=mask))
     for name in names:
         world, layout = TIED_LAYOUTS[name]
@@ -76,7 +123,9 @@ def test_odd_heads_and_shared_keys_train_like_in_one_process(ranks: Pool, datase
 
 
 def padding_after_steps(config: Config) -> dict[str, torch.Tensor]:
-    """What stands in the rows and columns of heads that only pad after some steps of training, on the rank that has them."""
+    """What stands in the rows and columns of heads that only pad after some steps of training, on
+    the rank that has them.
+    """
     from megavlm.model.vision_attention import unpadded_shape
     from megavlm.model.weights import named_weights
     from megavlm.train.optimizer import set_rates, whole_weights
@@ -90,29 +139,45 @@ def padding_after_steps(config: Config) -> dict[str, torch.Tensor]:
         train_step(job.wrapped, job.optimizer, batches, 4, 100.0, 1.0, job.backend)
     ranks = config.parallel.tensor_model_parallel_size
     with whole_weights(job.wrapped):
-        weights = {key: weight.detach().clone() for key, weight in named_weights(job.chunks[0]).items()}
+        weights = {
+            key: weight.detach().clone() for key, weight in named_weights(job.chunks[0]).items()
+        }
     for key, weight in weights.items():
         if key.startswith("vision.") and "layer_norm" not in key:
             axis = weight.ndim - 1 if "linear_proj.weight" in key else 0
             whole = (*weight.shape[:axis], weight.shape[axis] * ranks, *weight.shape[axis + 1 :])
             real = unpadded_shape(config.architecture.vision, key, whole)[axis]
             if real < whole[axis]:
-                found[key] = weight.narrow(axis, real - (ranks - 1) * weight.shape[axis], whole[axis] - real)
+                found[key] = weight.narrow(
+                    axis, real - (ranks - 1) * weight.shape[axis], whole[axis] - real
+                )
     return found if job.groups.tensor_rank == ranks - 1 else {}
 
 
 def test_heads_that_only_pad_stay_zero(ranks: Pool, dataset: Path) -> None:
-    *_, padding = ranks.run(padding_after_steps, 2, _config(dataset, ODD, tensor_model_parallel_size=2))
-    assert len(padding) == ODD.vision.num_layers * 4, "fused projection, its successor, and both norms"
-    assert {key: float(tensor.abs().max()) for key, tensor in padding.items() if tensor.any() or not tensor.numel()} == {}
+    *_, padding = ranks.run(
+        padding_after_steps, 2, _config(dataset, ODD, tensor_model_parallel_size=2)
+    )
+    assert len(padding) == ODD.vision.num_layers * 4, (
+        "fused projection, its successor, and both norms"
+    )
+    assert {
+        key: float(tensor.abs().max())
+        for key, tensor in padding.items()
+        if tensor.any() or not tensor.numel()
+    } == {}
 
 
 def _job(dataset: Path, save: Path, load: Path | str = "", **settings) -> Config:
     files = Checkpoint(save=str(save), load=str(load), save_interval=4, keep=0)
-    return dataclasses.replace(_config(dataset, ODD, **settings), checkpoint=files, logging=Logging(interval=1))
+    return dataclasses.replace(
+        _config(dataset, ODD, **settings), checkpoint=files, logging=Logging(interval=1)
+    )
 
 
-def test_a_checkpoint_with_padded_heads_goes_on_at_other_layouts(ranks: Pool, dataset: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_with_padded_heads_goes_on_at_other_layouts(
+    ranks: Pool, dataset: Path, tmp_path: Path
+) -> None:
     """With tensors of all three lengths: 3 heads in one process, 4 on two or four ranks."""
     ranks.run(run_job, 2, _job(dataset, tmp_path / "two", tensor_model_parallel_size=2))
     [expected] = ranks.run(saved_tensors, 1, tmp_path / "two" / "step_00000005")
@@ -120,10 +185,17 @@ def test_a_checkpoint_with_padded_heads_goes_on_at_other_layouts(ranks: Pool, da
         save = tmp_path / str(world)
         ranks.run(run_job, world, _one_step(dataset, tmp_path / "two", save, world))
         [found] = ranks.run(saved_tensors, 1, save / "step_00000005")
-        assert found.keys() == expected.keys() and any("exp_avg" in key and "qk_norm" in key for key in found)
+        assert found.keys() == expected.keys() and any(
+            "exp_avg" in key and "qk_norm" in key for key in found
+        )
         for key, tensor in found.items():
-            shared = tuple(slice(0, min(sizes)) for sizes in zip(tensor.shape, expected[key].shape, strict=True))
-            torch.testing.assert_close(tensor[shared], expected[key][shared], rtol=1e-4, atol=1e-6, msg=key)
+            shared = tuple(
+                slice(0, min(sizes))
+                for sizes in zip(tensor.shape, expected[key].shape, strict=True)
+            )
+            torch.testing.assert_close(
+                tensor[shared], expected[key][shared], rtol=1e-4, atol=1e-6, msg=key
+            )
 
 
 def _one_step(dataset: Path, source: Path, save: Path, world: int) -> Config:

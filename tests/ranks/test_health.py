@@ -25,14 +25,34 @@ from tests.ranks.pool import Pool
 from tests.ranks.runs import TINY, config_for
 
 HERE = Path(__file__).parent
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(HERE / "late_rank.py")]
+TORCHRUN = [
+    sys.executable,
+    "-m",
+    "torch.distributed.run",
+    "--standalone",
+    "--nproc-per-node",
+    "2",
+    str(HERE / "late_rank.py"),
+]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parents[1])}
 
 
 # How rank 1 is late, at which tensor-parallel size, and what the report says.
 LATE = {
-    "sleeps": (2, [r"it waits for rank 1, in no collective", r"rank 1 \(on .*\): step 4; in no collective\n.*late_rank.py:\d+ _sleep"]),
-    "freezes": (1, [r"it waits for rank 1, not answering", r"rank 0 \(on .*\): step 4, .*; in gloo:\w+ number \d+ of group DATA_"]),
+    "sleeps": (
+        2,
+        [
+            r"it waits for rank 1, in no collective",
+            r"rank 1 \(on .*\): step 4; in no collective\n.*late_rank.py:\d+ _sleep",
+        ],
+    ),
+    "freezes": (
+        1,
+        [
+            r"it waits for rank 1, not answering",
+            r"rank 0 \(on .*\): step 4, .*; in gloo:\w+ number \d+ of group DATA_",
+        ],
+    ),
 }
 
 
@@ -40,17 +60,27 @@ LATE = {
 def late_runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, subprocess.Popen]]:
     """Runs with a late rank, side by side, since most of their time is waiting."""
     folder = tmp_path_factory.mktemp("late")
-    sizes = dict(vocab_size=199, context_token_id=7, tile_size=16, features_per_tile=TINY.features_per_tile, capacity=128)
+    sizes = dict(
+        vocab_size=199,
+        context_token_id=7,
+        tile_size=16,
+        features_per_tile=TINY.features_per_tile,
+        capacity=128,
+    )
     make_dataset(folder / "train", packs=8, **sizes)
     runs = {}
     for how, (tensor, _) in LATE.items():
         config = config_for(folder / "train", steps=6, tensor_model_parallel_size=tensor)
         quick = Health(hang_factor=1, hang_seconds=3, speed_check=False)
         checkpoint = dataclasses.replace(config.checkpoint, save_interval=0)
-        config = dataclasses.replace(config, health=quick, logging=Logging(interval=1), checkpoint=checkpoint)
+        config = dataclasses.replace(
+            config, health=quick, logging=Logging(interval=1), checkpoint=checkpoint
+        )
         (folder / f"{how}.yaml").write_text(to_yaml(config))
         command = [*TORCHRUN, how, "10", str(folder / f"{how}.yaml")]
-        runs[how] = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        runs[how] = subprocess.Popen(
+            command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
     yield runs
     for run in runs.values():
         run.terminate()
@@ -58,7 +88,9 @@ def late_runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, su
 
 
 @pytest.mark.parametrize("how", LATE)
-def test_a_rank_that_is_late_is_named_with_what_the_others_wait_in(late_runs: dict[str, subprocess.Popen], how: str) -> None:
+def test_a_rank_that_is_late_is_named_with_what_the_others_wait_in(
+    late_runs: dict[str, subprocess.Popen], how: str
+) -> None:
     words, errors = late_runs[how].communicate(timeout=240)
     assert late_runs[how].returncode == 0 and "step 6 " in words, errors
     report = errors[errors.index("made no progress") :]
@@ -67,7 +99,9 @@ def test_a_rank_that_is_late_is_named_with_what_the_others_wait_in(late_runs: di
 
 
 def speeds_with_a_slow_rank(slow: int) -> tuple[list[str], str]:
-    """What is found when one rank hesitates before each exchange and product, and the line with the figures."""
+    """What is found when one rank hesitates before each exchange and product, and the line with the
+    figures.
+    """
     exchange = dist.batch_isend_irecv
     multiply = torch.mm
 
@@ -81,15 +115,22 @@ def speeds_with_a_slow_rank(slow: int) -> tuple[list[str], str]:
 
     machine = backend.start(5)
     place = process_groups.create(Parallel(tensor_model_parallel_size=2), seed=1)
-    with patch.object(dist, "batch_isend_irecv", late(exchange)), patch.object(torch, "mm", late(multiply)):
+    with (
+        patch.object(dist, "batch_isend_irecv", late(exchange)),
+        patch.object(torch, "mm", late(multiply)),
+    ):
         speeds = speed_check.measure(place, machine)
-    return speed_check.findings(speeds, Health(slow_factor=5.0), on_gpu=False), speed_check.summary(speeds)
+    return speed_check.findings(speeds, Health(slow_factor=5.0), on_gpu=False), speed_check.summary(
+        speeds
+    )
 
 
 def test_a_rank_that_is_slow_with_all_its_partners_is_named(ranks: Pool) -> None:
     answers = ranks.run(speeds_with_a_slow_rank, 4, 2)
     found, summary = answers[0]
     assert all(answer == answers[0] for answer in answers[1:])
-    assert [line for line in found if "exchanges" in line and line.startswith("rank 2 ")] and "tensor groups" in summary, found
+    assert [
+        line for line in found if "exchanges" in line and line.startswith("rank 2 ")
+    ] and "tensor groups" in summary, found
     assert [line for line in found if "computes" in line and line.startswith("rank 2 ")], found
     assert all(line.startswith("rank 2 ") for line in found if "exchanges" in line), found

@@ -1,7 +1,9 @@
-"""Whatever the layout and the freeze mask, training is the same as in one process: losses, gradient norms, and the weights in the end.
+"""Whatever the layout and the freeze mask, training is the same as in one process: losses, gradient
+norms, and the weights in the end.
 
-``MEGAVLM_MATRIX=all`` runs every layout of the table with every mask and keeps what it finds in ``docs/layouts.md``; the part that is the
-default has every axis, every pair of axes, and every mask, and fits into everyday testing.
+``MEGAVLM_MATRIX=all`` runs every layout of the table with every mask and keeps what it finds in
+``docs/layouts.md``; the part that is the default has every axis, every pair of axes, and every
+mask, and fits into everyday testing.
 """
 
 from __future__ import annotations
@@ -25,16 +27,31 @@ from tests.ranks.runs import TINY, Curve, config_for, train_curve, whole_weights
 
 # Images of each sample; each third pack has none.
 PACKS = [(1, 0, 2), (0, 2, 1), (0, 0, 0), (2, 0, 0)] * 3
-CASES = [(layout, mask) for layout in LAYOUTS for mask in MASKS if mask in layout.everyday or (layouts.asks_for_all() and mask != "0")]
+CASES = [
+    (layout, mask)
+    for layout in LAYOUTS
+    for mask in MASKS
+    if mask in layout.everyday or (layouts.asks_for_all() and mask != "0")
+]
 
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("packs") / "train"
     rng = np.random.default_rng(0)
-    sizes = dict(vocab_size=TINY.language.vocab_size, context_token_id=7, tile_size=16, features_per_tile=TINY.features_per_tile)
+    sizes = dict(
+        vocab_size=TINY.language.vocab_size,
+        context_token_id=7,
+        tile_size=16,
+        features_per_tile=TINY.features_per_tile,
+    )
     samples = [
-        [make_sample(rng, images=count, text_tokens=int(rng.integers(8, 28)), line=line + 1, **sizes) for line, count in enumerate(images)]
+        [
+            make_sample(
+                rng, images=count, text_tokens=int(rng.integers(8, 28)), line=line + 1, **sizes
+            )
+            for line, count in enumerate(images)
+        ]
         for images in PACKS
     ]
     write_packs(folder, samples, capacity=128, alignment=4, **sizes)
@@ -43,8 +60,15 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _config(dataset: Path, mask: str, layers: int, **settings: Any) -> Config:
-    # Adam hides a wrong factor in the gradients, and makes much of the rounding in a gradient of zero: a large epsilon cures both.
-    config = config_for(dataset, trainable=MASKS[mask], drop_path=0.2 if "vision" in MASKS[mask] else 0.0, adam_eps=1e-3, **settings)
+    # Adam hides a wrong factor in the gradients, and makes much of the rounding in a gradient of
+    # zero: a large epsilon cures both.
+    config = config_for(
+        dataset,
+        trainable=MASKS[mask],
+        drop_path=0.2 if "vision" in MASKS[mask] else 0.0,
+        adam_eps=1e-3,
+        **settings,
+    )
     vision, language = (replace(part, num_layers=layers) for part in (TINY.vision, TINY.language))
     return replace(config, architecture=replace(TINY, vision=vision, language=language))
 
@@ -65,15 +89,22 @@ def table() -> Iterator[list[Row]]:
 
 
 def _apart(values: list[float], expected: list[float]) -> float:
-    return max(abs(value - wanted) / abs(wanted) for value, wanted in zip(values, expected, strict=True))
+    return max(
+        abs(value - wanted) / abs(wanted) for value, wanted in zip(values, expected, strict=True)
+    )
 
 
 def compare(curves: list[Curve], expected: Curve) -> dict[str, float]:
-    """The largest relative differences of the curves of all ranks from that of one process, by what differs."""
+    """The largest relative differences of the curves of all ranks from that of one process, by what
+    differs.
+    """
     weights = whole_weights(curves)
     wanted = whole_weights([expected])
     assert weights.keys() == wanted.keys()
-    apart = {key: np.abs(weight - wanted[key]).max() / max(np.abs(wanted[key]).max(), 1e-9) for key, weight in weights.items()}
+    apart = {
+        key: np.abs(weight - wanted[key]).max() / max(np.abs(wanted[key]).max(), 1e-9)
+        for key, weight in weights.items()
+    }
     return dict(
         loss=_apart(curves[0].losses, expected.losses),
         grad_norm=_apart(curves[0].grad_norms, expected.grad_norms),
@@ -83,10 +114,22 @@ def compare(curves: list[Curve], expected: Curve) -> dict[str, float]:
 
 @pytest.mark.parametrize(("layout", "mask"), CASES, ids=lambda value: str(value))
 def test_a_layout_trains_like_one_process(
-    ranks: Pool, dataset: Path, alone: Callable[[str, int], Curve], table: list[Row], layout: Layout, mask: str
+    ranks: Pool,
+    dataset: Path,
+    alone: Callable[[str, int], Curve],
+    table: list[Row],
+    layout: Layout,
+    mask: str,
 ) -> None:
-    curves = ranks.run(train_curve, layout.ranks, _config(dataset, mask, layout.layers, **layout.settings))
-    row = Row(layout=str(layout), ranks=layout.ranks, mask=mask, **compare(curves, alone(mask, layout.layers)))
+    curves = ranks.run(
+        train_curve, layout.ranks, _config(dataset, mask, layout.layers, **layout.settings)
+    )
+    row = Row(
+        layout=str(layout),
+        ranks=layout.ranks,
+        mask=mask,
+        **compare(curves, alone(mask, layout.layers)),
+    )
     table.append(row)
     if layouts.asks_for_all():
         layouts.keep(row)

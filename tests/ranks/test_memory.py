@@ -16,47 +16,88 @@ from tests.data.samples import make_dataset
 from tests.ranks.pool import Pool
 from tests.ranks.runs import TINY, build, config_for
 
-# As InternViT-6B: an odd number of heads, a norm over all of them. As Qwen3: heads of another width, normalised, and a tied head.
+# As InternViT-6B: an odd number of heads, a norm over all of them. As Qwen3: heads of another
+# width, normalised, and a tied head.
 WIDE = Architecture(
-    vision=dataclasses.replace(TINY.vision, hidden_size=36, num_attention_heads=3, normalization="RMSNorm", qkv_bias=False, qk_norm=True),
-    language=dataclasses.replace(TINY.language, family="qwen3", qkv_bias=False, qk_norm=True, kv_channels=14, tied_head=True),
+    vision=dataclasses.replace(
+        TINY.vision,
+        hidden_size=36,
+        num_attention_heads=3,
+        normalization="RMSNorm",
+        qkv_bias=False,
+        qk_norm=True,
+    ),
+    language=dataclasses.replace(
+        TINY.language, family="qwen3", qkv_bias=False, qk_norm=True, kv_channels=14, tied_head=True
+    ),
 )
 LAYOUTS = {
     "alone": {},
     "tensor": dict(tensor_model_parallel_size=2, sequence_parallel=True),
-    "whole vision layers": dict(tensor_model_parallel_size=2, sequence_parallel=True, vision="data"),
+    "whole vision layers": dict(
+        tensor_model_parallel_size=2, sequence_parallel=True, vision="data"
+    ),
     "context": dict(context_parallel_size=2),
-    "context and tensor": dict(context_parallel_size=2, tensor_model_parallel_size=2, vision="data"),
+    "context and tensor": dict(
+        context_parallel_size=2, tensor_model_parallel_size=2, vision="data"
+    ),
     "pipeline": dict(pipeline_model_parallel_size=2, layout="v*2|v,t*3"),
-    "pipeline of tensor-parallel ranks": dict(pipeline_model_parallel_size=2, tensor_model_parallel_size=2, layout="v*3,t|t*2"),
-    "chunks that take turns": dict(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2, layout="v*2|v,t|t|t"),
+    "pipeline of tensor-parallel ranks": dict(
+        pipeline_model_parallel_size=2, tensor_model_parallel_size=2, layout="v*3,t|t*2"
+    ),
+    "chunks that take turns": dict(
+        pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2, layout="v*2|v,t|t|t"
+    ),
     "data": dict(),
 }
-WORLDS = {"alone": 1, "tensor": 2, "whole vision layers": 2, "context and tensor": 4, "pipeline of tensor-parallel ranks": 4}
+WORLDS = {
+    "alone": 1,
+    "tensor": 2,
+    "whole vision layers": 2,
+    "context and tensor": 4,
+    "pipeline of tensor-parallel ranks": 4,
+}
 
 
 def held(config: Config) -> tuple[int, Memory]:
-    """Pipeline rank, and bytes of weights, gradients and optimizer on this rank, after a step, for which moments are made."""
+    """Pipeline rank, and bytes of weights, gradients and optimizer on this rank, after a step, for
+    which moments are made.
+    """
     import torch
 
     from megavlm.train.step import train_step
 
     job = build(config)
     packs = config.training.global_batch_size // job.groups.data_size
-    batch = job.train.batch(0, 0, vision_layers=config.architecture.vision.num_layers, share=job.groups.share)
-    train_step(job.wrapped, job.optimizer, iter([batch] * packs), packs, batch.weight_sum, 1.0, job.backend)
+    batch = job.train.batch(
+        0, 0, vision_layers=config.architecture.vision.num_layers, share=job.groups.share
+    )
+    train_step(
+        job.wrapped, job.optimizer, iter([batch] * packs), packs, batch.weight_sum, 1.0, job.backend
+    )
     parameters = [parameter for chunk in job.chunks for parameter in chunk.parameters()]
-    states = [state for optimizer in job.optimizer.chained_optimizers for state in optimizer.optimizer.state.items()]
+    states = [
+        state
+        for optimizer in job.optimizer.chained_optimizers
+        for state in optimizer.optimizer.state.items()
+    ]
     own = {parameter.data_ptr() for parameter in parameters}
     of_optimizer = 0
     for main, moments in states:
-        tensors = [value for value in moments.values() if isinstance(value, torch.Tensor) and value.ndim]
+        tensors = [
+            value for value in moments.values() if isinstance(value, torch.Tensor) and value.ndim
+        ]
         is_copy = main.dtype == torch.float32 and config.training.precision == "bfloat16"
-        of_optimizer += sum(tensor.numel() * tensor.element_size() for tensor in tensors) + 4 * main.numel() * is_copy
+        of_optimizer += (
+            sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+            + 4 * main.numel() * is_copy
+        )
     assert len(own) == len(parameters), "no tensor is counted twice"
     return job.groups.pipeline_rank, Memory(
         weights=sum(parameter.numel() * parameter.element_size() for parameter in parameters),
-        gradients=sum(4 * parameter.main_grad.numel() for parameter in parameters if parameter.requires_grad),
+        gradients=sum(
+            4 * parameter.main_grad.numel() for parameter in parameters if parameter.requires_grad
+        ),
         optimizer=of_optimizer,
         activations=0,
     )
@@ -65,7 +106,13 @@ def held(config: Config) -> tuple[int, Memory]:
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("packs") / "train"
-    sizes = dict(vocab_size=199, context_token_id=7, tile_size=16, features_per_tile=TINY.features_per_tile, capacity=128)
+    sizes = dict(
+        vocab_size=199,
+        context_token_id=7,
+        tile_size=16,
+        features_per_tile=TINY.features_per_tile,
+        capacity=128,
+    )
     make_dataset(folder, packs=3, samples_per_pack=4, image_share=1.0, alignment=4, **sizes)
     return folder
 
@@ -74,18 +121,27 @@ CASES = [(name, WIDE) for name in LAYOUTS] + [(name, TINY) for name in ("tensor"
 
 
 @pytest.mark.parametrize(("name", "architecture"), CASES)
-def test_memory_is_what_a_model_that_is_built_takes(ranks: Pool, dataset: Path, name: str, architecture: Architecture):
+def test_memory_is_what_a_model_that_is_built_takes(
+    ranks: Pool, dataset: Path, name: str, architecture: Architecture
+):
     for stage in ("1", "2") if name in ("alone", "whole vision layers") else ("2",):
         world = WORLDS.get(name, 2)
         trainable = STAGES[stage].training.trainable
-        settings = dict(trainable=trainable, precision="bfloat16", global_batch_size=2, **LAYOUTS[name])
+        settings = dict(
+            trainable=trainable, precision="bfloat16", global_batch_size=2, **LAYOUTS[name]
+        )
         config = dataclasses.replace(config_for(dataset, **settings), architecture=architecture)
         copies = world // config.parallel.model_parallel_size
         layout = make_layout(config, PackSize(tokens=128.0, squared_lengths=4000.0, tiles=4.0))
         expected = memory_by_rank(config, layout, copies, capacity=128, tiles=4)
         found = ranks.run(held, world, config)
         for pipeline_rank, of_rank in found:
-            assert (of_rank.weights, of_rank.gradients) == (expected[pipeline_rank].weights, expected[pipeline_rank].gradients)
+            assert (of_rank.weights, of_rank.gradients) == (
+                expected[pipeline_rank].weights,
+                expected[pipeline_rank].gradients,
+            )
         for pipeline_rank, of_rank in enumerate(expected):
             shares = [one.optimizer for rank, one in found if rank == pipeline_rank]
-            assert sum(shares) / len(shares) == pytest.approx(of_rank.optimizer), "shares are not equal, but are all there"
+            assert sum(shares) / len(shares) == pytest.approx(of_rank.optimizer), (
+                "shares are not equal, but are all there"
+            )

@@ -17,41 +17,63 @@ from tests.ranks.runs import EVERYTHING, TINY, Curve, build, config_for, train_c
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("packs") / "train"
-    sizes = dict(vocab_size=199, context_token_id=7, tile_size=16, features_per_tile=TINY.features_per_tile, capacity=128)
+    sizes = dict(
+        vocab_size=199,
+        context_token_id=7,
+        tile_size=16,
+        features_per_tile=TINY.features_per_tile,
+        capacity=128,
+    )
     make_dataset(folder, packs=4, samples_per_pack=4, image_share=1.0, **sizes)
     return folder
 
 
 def decay_factors(config: Config) -> dict[str, float]:
-    """By how much one update with a gradient of zero scales each trained weight that starts at a known value."""
+    """By how much one update with a gradient of zero scales each trained weight that starts at a
+    known value.
+    """
     import torch
 
     from megavlm.model.weights import named_weights
     from megavlm.train.optimizer import set_rates, step
 
     job = build(config)
-    weights = {key: weight for key, weight in named_weights(job.chunks[0]).items() if weight.requires_grad}
+    weights = {
+        key: weight for key, weight in named_weights(job.chunks[0]).items() if weight.requires_grad
+    }
     before = {key: weight.detach().clone() for key, weight in weights.items()}
     job.wrapped[0].zero_grad_buffer()
     job.optimizer.zero_grad()
     set_rates(job.optimizer, config, 1)
     step(job.optimizer, config.optimizer.clip_grad, job.backend.device)
-    kept = {key: float(weight.norm() / before[key].norm()) for key, weight in weights.items() if before[key].any()}
+    kept = {
+        key: float(weight.norm() / before[key].norm())
+        for key, weight in weights.items()
+        if before[key].any()
+    }
     assert torch.isfinite(torch.tensor(list(kept.values()))).all()
     return kept
 
 
 @pytest.mark.parametrize("decay", ["all", "matrices"])
 def test_weight_decay_reaches_what_it_is_asked_to(ranks: Pool, dataset: Path, decay: str) -> None:
-    settings = dict(lr=0.1, weight_decay=0.5, warmup_steps=1, warmup_ratio=0.0, decay=decay, schedule="constant")
+    settings = dict(
+        lr=0.1, weight_decay=0.5, warmup_steps=1, warmup_ratio=0.0, decay=decay, schedule="constant"
+    )
     [factors] = ranks.run(decay_factors, 1, config_for(dataset, **settings))
     assert len(factors) > 40
     for key, factor in factors.items():
-        is_vector = key.endswith(("norm.weight", "norm_weight", "layernorm.weight", "scale", "class_token"))
-        assert factor == pytest.approx(1.0 if decay == "matrices" and is_vector else 0.95, rel=1e-5), key
+        is_vector = key.endswith(
+            ("norm.weight", "norm_weight", "layernorm.weight", "scale", "class_token")
+        )
+        assert factor == pytest.approx(
+            1.0 if decay == "matrices" and is_vector else 0.95, rel=1e-5
+        ), key
 
 
-def weights_after_a_step(config: Config, *, by_megatron_core: bool) -> tuple[dict[str, np.ndarray], float]:
+def weights_after_a_step(
+    config: Config, *, by_megatron_core: bool
+) -> tuple[dict[str, np.ndarray], float]:
     """This rank's weights after an update that clips, and the norm before clipping."""
     from megavlm.model.weights import named_weights
     from megavlm.train.optimizer import set_rates, step, whole_weights
@@ -61,16 +83,29 @@ def weights_after_a_step(config: Config, *, by_megatron_core: bool) -> tuple[dic
     job.wrapped[0].zero_grad_buffer()
     set_rates(job.optimizer, config, 1)
     pack = job.groups.data_rank
-    run_packs(job.wrapped, iter([job.train.batch(pack, pack, vision_layers=3)]), 1, 1.0, job.backend)
+    run_packs(
+        job.wrapped, iter([job.train.batch(pack, pack, vision_layers=3)]), 1, 1.0, job.backend
+    )
     clip = config.optimizer.clip_grad
-    norm = job.optimizer.step()[1] if by_megatron_core else step(job.optimizer, clip, job.backend.device)
+    norm = (
+        job.optimizer.step()[1]
+        if by_megatron_core
+        else step(job.optimizer, clip, job.backend.device)
+    )
     with whole_weights(job.wrapped):
-        return {key: weight.detach().numpy().copy() for key, weight in named_weights(job.chunks[0]).items()}, float(norm)
+        return {
+            key: weight.detach().numpy().copy()
+            for key, weight in named_weights(job.chunks[0]).items()
+        }, float(norm)
 
 
-@pytest.mark.parametrize("layout", [dict(), dict(tensor_model_parallel_size=2), dict(pipeline_model_parallel_size=2)])
+@pytest.mark.parametrize(
+    "layout", [dict(), dict(tensor_model_parallel_size=2), dict(pipeline_model_parallel_size=2)]
+)
 @pytest.mark.parametrize("trainable", [EVERYTHING, ("projector",)])
-def test_an_update_is_that_of_megatron_core(ranks: Pool, dataset: Path, layout: dict[str, int], trainable: tuple[str, ...]) -> None:
+def test_an_update_is_that_of_megatron_core(
+    ranks: Pool, dataset: Path, layout: dict[str, int], trainable: tuple[str, ...]
+) -> None:
     config = config_for(dataset, clip_grad=0.01, trainable=trainable, **layout)
     ours = ranks.run(partial(weights_after_a_step, by_megatron_core=False), 2, config)
     theirs = ranks.run(partial(weights_after_a_step, by_megatron_core=True), 2, config)
@@ -81,7 +116,9 @@ def test_an_update_is_that_of_megatron_core(ranks: Pool, dataset: Path, layout: 
 
 
 def curve_with_small_buckets(config: Config) -> Curve:
-    """A curve whose gradients are summed, and weights collected, in many pieces, as those of a large model are."""
+    """A curve whose gradients are summed, and weights collected, in many pieces, as those of a
+    large model are.
+    """
     from unittest import mock
 
     from megavlm.train import optimizer
@@ -97,9 +134,15 @@ def alone(ranks: Pool, dataset: Path) -> Curve:
     return ranks.run(train_curve, 1, config_for(dataset, drop_path=0.2))[0]
 
 
-@pytest.mark.parametrize("overlap", [dict(), dict(overlap_grad_reduce=False), dict(overlap_param_gather=False)])
-def test_communication_beside_computation_changes_nothing(ranks: Pool, dataset: Path, alone: Curve, overlap: dict[str, bool]) -> None:
-    shared = ranks.run(curve_with_small_buckets, 2, config_for(dataset, drop_path=0.2, **overlap))[0]
+@pytest.mark.parametrize(
+    "overlap", [dict(), dict(overlap_grad_reduce=False), dict(overlap_param_gather=False)]
+)
+def test_communication_beside_computation_changes_nothing(
+    ranks: Pool, dataset: Path, alone: Curve, overlap: dict[str, bool]
+) -> None:
+    shared = ranks.run(curve_with_small_buckets, 2, config_for(dataset, drop_path=0.2, **overlap))[
+        0
+    ]
     assert shared.losses == pytest.approx(alone.losses, rel=1e-5)
     assert shared.grad_norms == pytest.approx(alone.grad_norms, rel=1e-5)
 
@@ -107,4 +150,7 @@ def test_communication_beside_computation_changes_nothing(ranks: Pool, dataset: 
 def test_the_norm_is_told_as_it_was_before_clipping(ranks: Pool, dataset: Path) -> None:
     [clipped] = ranks.run(train_curve, 1, config_for(dataset, clip_grad=0.01, steps=2))
     [free] = ranks.run(train_curve, 1, config_for(dataset, clip_grad=0.0, steps=2))
-    assert clipped.grad_norms[0] == pytest.approx(free.grad_norms[0], rel=1e-5) and free.grad_norms[0] > 0.01
+    assert (
+        clipped.grad_norms[0] == pytest.approx(free.grad_norms[0], rel=1e-5)
+        and free.grad_norms[0] > 0.01
+    )

@@ -1,4 +1,6 @@
-"""Samples of a pack do not see each other, and packs without images train beside packs with images."""
+"""Samples of a pack do not see each other, and packs without images train beside packs with
+images.
+"""
 
 from __future__ import annotations
 
@@ -14,27 +16,42 @@ from tests.ranks.pool import Pool
 from tests.ranks.runs import EVERYTHING, TINY, build, config_for, train_curve
 
 CAPACITY = 160
-SIZES = dict(vocab_size=TINY.language.vocab_size, context_token_id=7, tile_size=16, features_per_tile=TINY.features_per_tile)
+SIZES = dict(
+    vocab_size=TINY.language.vocab_size,
+    context_token_id=7,
+    tile_size=16,
+    features_per_tile=TINY.features_per_tile,
+)
 
 
 def _samples(images: tuple[int, ...], seed: int) -> list:
     rng = np.random.default_rng(seed)
-    return [make_sample(rng, images=count, text_tokens=12 + 5 * n, line=n + 1, **SIZES) for n, count in enumerate(images)]
+    return [
+        make_sample(rng, images=count, text_tokens=12 + 5 * n, line=n + 1, **SIZES)
+        for n, count in enumerate(images)
+    ]
 
 
 def losses_and_gradients(config: Config) -> tuple[list[np.ndarray], dict[str, np.ndarray]]:
-    """The losses of the supervised tokens of every pack, and the gradient of the sum of all packs' losses."""
+    """The losses of the supervised tokens of every pack, and the gradient of the sum of all packs'
+    losses.
+    """
     from megavlm.model.weights import named_weights
     from megavlm.train.step import run_packs
 
     job = build(config)
-    packs = [job.train.batch(pack, pack, reduction="token", vision_layers=3) for pack in range(len(job.train))]
+    packs = [
+        job.train.batch(pack, pack, reduction="token", vision_layers=3)
+        for pack in range(len(job.train))
+    ]
     job.chunks[0].eval()
     with torch.no_grad():
         losses = [job.chunks[0](batch)[batch.loss_weights > 0].numpy() for batch in packs]
     job.wrapped[0].zero_grad_buffer()
     run_packs(job.wrapped, iter(packs), len(packs), 1.0, job.backend)
-    gradients = {key: weight.main_grad.numpy().copy() for key, weight in named_weights(job.chunks[0]).items()}
+    gradients = {
+        key: weight.main_grad.numpy().copy() for key, weight in named_weights(job.chunks[0]).items()
+    }
     return losses, gradients
 
 
@@ -43,36 +60,67 @@ def test_a_pack_equals_its_samples_alone(ranks: Pool, tmp_path: Path, recompute:
     samples = _samples((1, 0, 2, 1), seed=1)
     write_packs(tmp_path / "together", [samples], capacity=CAPACITY, **SIZES)
     write_packs(tmp_path / "alone", [[sample] for sample in samples], capacity=CAPACITY, **SIZES)
-    [(together, gradients)] = ranks.run(losses_and_gradients, 1, config_for(tmp_path / "together", recompute=recompute))
-    [(alone, expected)] = ranks.run(losses_and_gradients, 1, config_for(tmp_path / "alone", recompute=recompute))
+    [(together, gradients)] = ranks.run(
+        losses_and_gradients, 1, config_for(tmp_path / "together", recompute=recompute)
+    )
+    [(alone, expected)] = ranks.run(
+        losses_and_gradients, 1, config_for(tmp_path / "alone", recompute=recompute)
+    )
     np.testing.assert_allclose(together[0], np.concatenate(alone), rtol=1e-5)
     assert gradients.keys() == expected.keys()
     for key, gradient in gradients.items():
-        np.testing.assert_allclose(gradient, expected[key], atol=1e-5 * np.abs(expected[key]).max() + 1e-7, err_msg=key)
+        np.testing.assert_allclose(
+            gradient, expected[key], atol=1e-5 * np.abs(expected[key]).max() + 1e-7, err_msg=key
+        )
 
 
 @pytest.mark.parametrize("mask", [("projector",), ("vision", "projector"), EVERYTHING])
-def test_a_pack_without_images_trains_beside_one_with_images(ranks: Pool, tmp_path: Path, mask: tuple[str, ...]) -> None:
-    packs = [_samples((1, 2), seed=2), _samples((0, 0, 0), seed=3), _samples((2, 0), seed=4), _samples((0,), seed=5)]
+def test_a_pack_without_images_trains_beside_one_with_images(
+    ranks: Pool, tmp_path: Path, mask: tuple[str, ...]
+) -> None:
+    packs = [
+        _samples((1, 2), seed=2),
+        _samples((0, 0, 0), seed=3),
+        _samples((2, 0), seed=4),
+        _samples((0,), seed=5),
+    ]
     write_packs(tmp_path / "packs", packs, capacity=CAPACITY, alignment=4, **SIZES)
     # Rank 0 always has images and rank 1 never has, then neither has.
     order = (0, 1, 2, 3, 1, 3)
     settings = dict(trainable=mask, global_batch_size=2, steps=6)
     [alone] = ranks.run(train_curve, 1, config_for(tmp_path / "packs", **settings), order)
     pipeline = dict(pipeline_model_parallel_size=2, layout="v*2|v,t*3")
-    for layout in (dict(), pipeline, dict(tensor_model_parallel_size=2, vision="data"), dict(context_parallel_size=2)):
-        curve = ranks.run(train_curve, 2, config_for(tmp_path / "packs", **settings, **layout), order)[0]
+    for layout in (
+        dict(),
+        pipeline,
+        dict(tensor_model_parallel_size=2, vision="data"),
+        dict(context_parallel_size=2),
+    ):
+        curve = ranks.run(
+            train_curve, 2, config_for(tmp_path / "packs", **settings, **layout), order
+        )[0]
         assert curve.losses == pytest.approx(alone.losses, rel=1e-5)
         assert curve.grad_norms == pytest.approx(alone.grad_norms, rel=1e-5, abs=1e-12)
 
 
 @pytest.mark.parametrize("recompute", ["selective", "full"])
 def test_recomputed_layers_train_the_same(ranks: Pool, tmp_path: Path, recompute: str) -> None:
-    write_packs(tmp_path / "packs", [_samples((1, 0, 1), seed=s) for s in range(4)], capacity=CAPACITY, **SIZES)
+    write_packs(
+        tmp_path / "packs",
+        [_samples((1, 0, 1), seed=s) for s in range(4)],
+        capacity=CAPACITY,
+        **SIZES,
+    )
     # Only late layers are trained, so that the input of the recomputed layers is frozen.
     mask = ("vision.encoder.layers.2", "projector")
-    [kept] = ranks.run(train_curve, 1, config_for(tmp_path / "packs", trainable=mask, drop_path=0.3))
-    [recomputed] = ranks.run(train_curve, 1, config_for(tmp_path / "packs", trainable=mask, drop_path=0.3, recompute=recompute))
+    [kept] = ranks.run(
+        train_curve, 1, config_for(tmp_path / "packs", trainable=mask, drop_path=0.3)
+    )
+    [recomputed] = ranks.run(
+        train_curve,
+        1,
+        config_for(tmp_path / "packs", trainable=mask, drop_path=0.3, recompute=recompute),
+    )
     assert recomputed.losses == pytest.approx(kept.losses, rel=1e-6)
     assert recomputed.grad_norms == pytest.approx(kept.grad_norms, rel=1e-6)
 
@@ -80,11 +128,19 @@ def test_recomputed_layers_train_the_same(ranks: Pool, tmp_path: Path, recompute
 def recomputed_layers(config: Config) -> dict[str, str | None]:
     """What the layers of each part are told to compute again."""
     [chunk] = build(config).chunks
-    return {"vision": chunk.vision.config.recompute_granularity, "language": chunk.language.config.recompute_granularity}
+    return {
+        "vision": chunk.vision.config.recompute_granularity,
+        "language": chunk.language.config.recompute_granularity,
+    }
 
 
 def test_the_layers_of_one_part_can_be_recomputed_alone(ranks: Pool, tmp_path: Path) -> None:
-    write_packs(tmp_path / "packs", [_samples((1, 0, 1), seed=s) for s in range(4)], capacity=CAPACITY, **SIZES)
+    write_packs(
+        tmp_path / "packs",
+        [_samples((1, 0, 1), seed=s) for s in range(4)],
+        capacity=CAPACITY,
+        **SIZES,
+    )
     whole = dict(vision=None, language=None)
     for part in whole:
         config = config_for(tmp_path / "packs", recompute="full", recompute_parts=(part,))
@@ -92,9 +148,18 @@ def test_the_layers_of_one_part_can_be_recomputed_alone(ranks: Pool, tmp_path: P
 
 
 def test_bfloat16_trains_like_float32(ranks: Pool, tmp_path: Path) -> None:
-    write_packs(tmp_path / "packs", [_samples((1, 0, 1), seed=s) for s in range(4)], capacity=CAPACITY, **SIZES)
+    write_packs(
+        tmp_path / "packs",
+        [_samples((1, 0, 1), seed=s) for s in range(4)],
+        capacity=CAPACITY,
+        **SIZES,
+    )
     [exact] = ranks.run(train_curve, 1, config_for(tmp_path / "packs"))
-    half = ranks.run(train_curve, 2, config_for(tmp_path / "packs", precision="bfloat16", tensor_model_parallel_size=2))[0]
+    half = ranks.run(
+        train_curve,
+        2,
+        config_for(tmp_path / "packs", precision="bfloat16", tensor_model_parallel_size=2),
+    )[0]
     assert half.losses == pytest.approx(exact.losses, rel=2e-2)
 
 
@@ -104,7 +169,9 @@ def count_mismatch(config: Config) -> str:
 
     job = build(config)
     batch = job.train.batch(0, 0, vision_layers=3)
-    broken = dataclasses.replace(batch, tiles=batch.tiles[:-1], drop_path_draws=batch.drop_path_draws[:, :-1])
+    broken = dataclasses.replace(
+        batch, tiles=batch.tiles[:-1], drop_path_draws=batch.drop_path_draws[:, :-1]
+    )
     try:
         job.chunks[0](broken)
     except ValueError as error:
@@ -117,7 +184,10 @@ def test_features_and_placeholders_must_be_equal_in_number(ranks: Pool, tmp_path
     tiles = int(sum(image.tiles for sample in _samples((2, 1), seed=1) for image in sample.images))
     [message] = ranks.run(count_mismatch, 1, config_for(tmp_path / "packs"))
     features = TINY.features_per_tile
-    assert f"{tiles * features} image placeholder tokens" in message and f"{(tiles - 1) * features} features" in message
+    assert (
+        f"{tiles * features} image placeholder tokens" in message
+        and f"{(tiles - 1) * features} features" in message
+    )
 
 
 def strides_of_labels(config: Config) -> tuple[int, ...]:

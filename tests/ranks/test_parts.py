@@ -1,4 +1,6 @@
-"""Runs that start from parts: what CLIP and SigLIP see, a model of LLaVA's shape, and a job from two folders."""
+"""Runs that start from parts: what CLIP and SigLIP see, a model of LLaVA's shape, and a job from
+two folders.
+"""
 
 from __future__ import annotations
 
@@ -29,11 +31,15 @@ CONTEXT = WORDS + 2
 
 
 def _config(architecture: Architecture, init: Init, dataset: Path, **settings) -> Config:
-    return dataclasses.replace(config_for(dataset, steps=2, **settings), architecture=architecture, init=init)
+    return dataclasses.replace(
+        config_for(dataset, steps=2, **settings), architecture=architecture, init=init
+    )
 
 
 def features(config: Config, tiles: Tensor) -> tuple[Tensor, Tensor]:
-    """What the vision encoder of a model that starts from parts makes of tiles [I, 3, S, S]: [I, N, D]; and the normalised pixels."""
+    """What the vision encoder of a model that starts from parts makes of tiles [I, 3, S, S]: [I, N,
+    D]; and the normalised pixels.
+    """
     from megavlm.convert.hf import from_parts
     from megavlm.model import weights
     from megavlm.model.vlm import VisionLanguageModel
@@ -55,14 +61,20 @@ def seen_by_transformers(folder: Path, pixels: Tensor) -> Tensor:
     """The input of the last layer, as LLaVA takes it."""
     from transformers import AutoConfig, CLIPVisionModel, SiglipVisionModel
 
-    kind = SiglipVisionModel if "siglip" in AutoConfig.from_pretrained(folder).model_type else CLIPVisionModel
+    kind = (
+        SiglipVisionModel
+        if "siglip" in AutoConfig.from_pretrained(folder).model_type
+        else CLIPVisionModel
+    )
     model = kind.from_pretrained(folder).eval()
     with torch.no_grad():
         return model(pixels, output_hidden_states=True).hidden_states[-2]
 
 
 @pytest.mark.parametrize("kind", ["clip", "siglip", "clip with text"])
-def test_clip_and_siglip_see_what_they_see_in_transformers(ranks: Pool, tmp_path: Path, kind: str) -> None:
+def test_clip_and_siglip_see_what_they_see_in_transformers(
+    ranks: Pool, tmp_path: Path, kind: str
+) -> None:
     from megavlm.convert.hf import from_parts
 
     vision = make_vision(tmp_path / "vision", kind)
@@ -70,7 +82,9 @@ def test_clip_and_siglip_see_what_they_see_in_transformers(ranks: Pool, tmp_path
     init = Init(vision=str(vision), language=str(words))
     architecture = from_parts.read_model("", init)
     size = architecture.vision.image_size
-    tiles = torch.randint(0, 256, (3, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    tiles = torch.randint(
+        0, 256, (3, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
     for tensor_size in (1, 2):
         config = _config(architecture, init, tmp_path, tensor_model_parallel_size=tensor_size)
         ours, pixels = ranks.run(features, tensor_size, config, tiles)[0]
@@ -92,7 +106,9 @@ def logits_of_parts(config: Config) -> np.ndarray:
     place = process_groups.create(config.parallel, 0, layout.embedding_chunk)
     model = VisionLanguageModel(config, layout, place).eval()
     weights.fill([model], from_parts.full_tensors(config, weights.fresh_tensor(config)))
-    batch = PackedDataset(config.data.train).batch(0, 0, vision_layers=config.architecture.vision.num_layers)
+    batch = PackedDataset(config.data.train).batch(
+        0, 0, vision_layers=config.architecture.vision.num_layers
+    )
     with torch.no_grad():
         logits = model(batch, with_loss=False)
     process_groups.destroy()
@@ -101,14 +117,26 @@ def logits_of_parts(config: Config) -> np.ndarray:
 
 def llava(vision: Path, words: Path, config: Config) -> torch.nn.Module:
     """The same model in transformers, with the projector that the trainer draws."""
-    from transformers import AutoModelForCausalLM, CLIPVisionModel, LlavaConfig, LlavaForConditionalGeneration
+    from transformers import (
+        AutoModelForCausalLM,
+        CLIPVisionModel,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+    )
 
     from megavlm.model import weights
 
     eyes = CLIPVisionModel.from_pretrained(vision)
     language = AutoModelForCausalLM.from_pretrained(words)
-    settings = dict(vision_feature_layer=-2, vision_feature_select_strategy="default", image_token_id=CONTEXT, projector_hidden_act="gelu")
-    model = LlavaForConditionalGeneration(LlavaConfig(vision_config=eyes.config, text_config=language.config, **settings)).eval()
+    settings = dict(
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+        image_token_id=CONTEXT,
+        projector_hidden_act="gelu",
+    )
+    model = LlavaForConditionalGeneration(
+        LlavaConfig(vision_config=eyes.config, text_config=language.config, **settings)
+    ).eval()
     model.model.vision_tower.load_state_dict(eyes.state_dict())
     model.model.language_model.load_state_dict(language.model.state_dict())
     model.lm_head.load_state_dict(language.lm_head.state_dict())
@@ -132,26 +160,45 @@ def test_a_model_of_llavas_shape_equals_llava_of_transformers(ranks: Pool, tmp_p
     make_tokenizer(words, SPECIAL_TOKENS)
     init = Init(vision=str(vision), language=str(words))
     architecture = from_parts.read_model("", init)
-    sizes = dict(vocab_size=architecture.language.vocab_size, tile_size=architecture.vision.image_size)
-    make_dataset(tmp_path / "packs", packs=1, context_token_id=CONTEXT, features_per_tile=architecture.features_per_tile, **sizes)
+    sizes = dict(
+        vocab_size=architecture.language.vocab_size, tile_size=architecture.vision.image_size
+    )
+    make_dataset(
+        tmp_path / "packs",
+        packs=1,
+        context_token_id=CONTEXT,
+        features_per_tile=architecture.features_per_tile,
+        **sizes,
+    )
     config = _config(architecture, init, tmp_path / "packs")
     batch = PackedDataset(tmp_path / "packs").batch(0, 0)
     other = llava(vision, words, config)
-    mean, std = (torch.tensor(x)[:, None, None] for x in (architecture.vision.pixel_mean, architecture.vision.pixel_std))
+    mean, std = (
+        torch.tensor(x)[:, None, None]
+        for x in (architecture.vision.pixel_mean, architecture.vision.pixel_std)
+    )
     pixels = (batch.tiles / 255 - mean) / std
     ends = batch.sample_ends.tolist()
     for tensor_size in (1, 2):
         parallel = config_for(tmp_path, tensor_model_parallel_size=tensor_size).parallel
-        shares = ranks.run(logits_of_parts, tensor_size, dataclasses.replace(config, parallel=parallel))
-        ours = torch.from_numpy(np.concatenate(shares, axis=-1))[:, : architecture.language.vocab_size]
+        shares = ranks.run(
+            logits_of_parts, tensor_size, dataclasses.replace(config, parallel=parallel)
+        )
+        ours = torch.from_numpy(np.concatenate(shares, axis=-1))[
+            :, : architecture.language.vocab_size
+        ]
         tile = 0
         for start, end in zip(ends[:-2], ends[1:-1], strict=True):
-            count = int((batch.tokens[start:end] == CONTEXT).sum()) // architecture.features_per_tile
+            count = (
+                int((batch.tokens[start:end] == CONTEXT).sum()) // architecture.features_per_tile
+            )
             inputs = {"pixel_values": pixels[tile : tile + count]} if count else {}
             with torch.no_grad():
                 theirs = other(input_ids=batch.tokens[None, start:end], **inputs).logits[0]
             tile += count
-            assert (ours[start:end] - theirs).abs().max() <= 1e-4 and torch.equal(ours[start:end].argmax(-1), theirs.argmax(-1))
+            assert (ours[start:end] - theirs).abs().max() <= 1e-4 and torch.equal(
+                ours[start:end].argmax(-1), theirs.argmax(-1)
+            )
         assert tile == len(batch.tiles) > 0
 
 
@@ -162,7 +209,16 @@ def parts_and_packs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Init, Pat
     _, vision, words = make_parts(folder, SMALL)
     sources = read_sources(None, str(write_records(folder)), str(folder))
     tiling = Tiling(tile_size=28, min_tiles=1, max_tiles=4, thumbnail=True)
-    pack_dataset(Job(sources=sources, tokenizer=str(words), out=str(folder / "packs"), capacity=512, features_per_tile=4, tiling=tiling))
+    pack_dataset(
+        Job(
+            sources=sources,
+            tokenizer=str(words),
+            out=str(folder / "packs"),
+            capacity=512,
+            features_per_tile=4,
+            tiling=tiling,
+        )
+    )
     return Init(vision=str(vision), language=str(words)), folder / "packs"
 
 
@@ -176,20 +232,40 @@ def test_stage_1_starts_from_parts_goes_on_by_itself_and_ends_in_hugging_face(
     architecture = from_parts.read_model("", init)
     losses = {}
     for size, heads in ((1, 3), (2, 3)):
-        config = _config(architecture, init, packs, global_batch_size=2, tensor_model_parallel_size=size, trainable=("projector",))
-        files = Checkpoint(save=str(tmp_path / f"run{size}"), save_interval=1, export_hf=str(tmp_path / f"hf{size}"))
-        config = dataclasses.replace(config, stage="1", checkpoint=files, logging=Logging(interval=1))
+        config = _config(
+            architecture,
+            init,
+            packs,
+            global_batch_size=2,
+            tensor_model_parallel_size=size,
+            trainable=("projector",),
+        )
+        files = Checkpoint(
+            save=str(tmp_path / f"run{size}"),
+            save_interval=1,
+            export_hf=str(tmp_path / f"hf{size}"),
+        )
+        config = dataclasses.replace(
+            config, stage="1", checkpoint=files, logging=Logging(interval=1)
+        )
         assert ranks.run(run_job, size, config) == [2] * size and heads % size == size - 1
         losses[size] = read_losses(tmp_path / f"run{size}")
     assert losses[2] == pytest.approx(losses[1], rel=1e-5)
     trained = load_reference(tmp_path / "hf1").state_dict()
     before = load_all(Path(init.vision))
-    assert torch.equal(trained["model.vision_tower.embeddings.cls_token"], before["embeddings.class_embedding"].float())
-    longer = dataclasses.replace(config, training=replace(config.training, steps=3), checkpoint=replace(files, export_hf=""))
+    assert torch.equal(
+        trained["model.vision_tower.embeddings.cls_token"],
+        before["embeddings.class_embedding"].float(),
+    )
+    longer = dataclasses.replace(
+        config, training=replace(config.training, steps=3), checkpoint=replace(files, export_hf="")
+    )
     assert ranks.run(run_job, 2, longer) == [3] * 2 and len(read_losses(tmp_path / "run2")) == 3
 
 
-def test_packs_of_another_tokenizer_are_refused(parts_and_packs: tuple[Init, Path], tmp_path: Path) -> None:
+def test_packs_of_another_tokenizer_are_refused(
+    parts_and_packs: tuple[Init, Path], tmp_path: Path
+) -> None:
     from megavlm.convert.hf import from_parts
     from megavlm.train import launch
 
@@ -201,9 +277,17 @@ def test_packs_of_another_tokenizer_are_refused(parts_and_packs: tuple[Init, Pat
     config = replace(
         config,
         checkpoint=Checkpoint(save_interval=0),
-        architecture=replace(architecture, language=from_parts.language_from_hf(Init(language=str(other)))),
+        architecture=replace(
+            architecture, language=from_parts.language_from_hf(Init(language=str(other)))
+        ),
     )
-    with pytest.raises(ValueError, match=r"--data.train .*packs: packed with another tokenizer than that of --init.language .*other"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            r"--data.train .*packs: packed with another tokenizer than that of --init.language"
+            r" .*other"
+        ),
+    ):
         launch.inspect(config, 1)
 
 

@@ -1,4 +1,6 @@
-"""What travels along the pipeline: activations in shapes that nobody tells, and gradients only where something upstream is trained."""
+"""What travels along the pipeline: activations in shapes that nobody tells, and gradients only
+where something upstream is trained.
+"""
 
 from __future__ import annotations
 
@@ -18,20 +20,32 @@ PACKS = 4
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("packs") / "train"
-    sizes = dict(vocab_size=199, context_token_id=7, tile_size=16, features_per_tile=TINY.features_per_tile, capacity=128, alignment=4)
+    sizes = dict(
+        vocab_size=199,
+        context_token_id=7,
+        tile_size=16,
+        features_per_tile=TINY.features_per_tile,
+        capacity=128,
+        alignment=4,
+    )
     make_dataset(folder, packs=PACKS, samples_per_pack=4, image_share=0.6, **sizes)
     return folder
 
 
 def messages(config: Config) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]], list[int], int]:
-    """Shapes that this rank sends and gets along the pipeline, the tiles of its packs, and how often a pack goes to the device."""
+    """Shapes that this rank sends and gets along the pipeline, the tiles of its packs, and how
+    often a pack goes to the device.
+    """
     import torch.distributed as dist
 
     from megavlm.data.loading.batch import Batch
     from megavlm.train.step import run_packs
 
     job = build(config)
-    packs = [job.train.batch(pack, pack, vision_layers=3, share=job.groups.share) for pack in range(PACKS)]
+    packs = [
+        job.train.batch(pack, pack, vision_layers=3, share=job.groups.share)
+        for pack in range(PACKS)
+    ]
     original = dist.batch_isend_irecv
     sent = []
     got = []
@@ -43,20 +57,30 @@ def messages(config: Config) -> tuple[list[tuple[int, ...]], list[tuple[int, ...
 
     for chunk in job.wrapped:
         chunk.zero_grad_buffer()
-    with mock.patch.object(dist, "batch_isend_irecv", spy), mock.patch.object(Batch, "to", autospec=True, side_effect=Batch.to) as moved:
+    with (
+        mock.patch.object(dist, "batch_isend_irecv", spy),
+        mock.patch.object(Batch, "to", autospec=True, side_effect=Batch.to) as moved,
+    ):
         run_packs(job.wrapped, iter(packs), PACKS, 1.0, job.backend)
     return sent, got, [pack.num_tiles for pack in packs], moved.call_count
 
 
 @pytest.mark.parametrize(
     ("trainable", "travels_back"),
-    [(EVERYTHING, True), (("vision.encoder.layers.1",), True), (("projector",), False), (("language.output_layer",), False)],
+    [
+        (EVERYTHING, True),
+        (("vision.encoder.layers.1",), True),
+        (("projector",), False),
+        (("language.output_layer",), False),
+    ],
 )
 @pytest.mark.parametrize("context", [1, 2])
 def test_only_what_is_needed_travels_between_chunks(
     ranks: Pool, dataset: Path, trainable: tuple[str, ...], travels_back: bool, context: int
 ) -> None:
-    layout = dict(pipeline_model_parallel_size=2, layout="v*2|v,p,t*3,h", context_parallel_size=context)
+    layout = dict(
+        pipeline_model_parallel_size=2, layout="v*2|v,p,t*3,h", context_parallel_size=context
+    )
     answers = ranks.run(messages, 2 * context, config_for(dataset, trainable=trainable, **layout))
     tokens = TINY.vision.tokens
     width = TINY.vision.hidden_size
@@ -67,6 +91,11 @@ def test_only_what_is_needed_travels_between_chunks(
 
 
 def test_tokens_travel_in_shares(ranks: Pool, dataset: Path) -> None:
-    layout = dict(pipeline_model_parallel_size=2, layout="v*3,p,t|t*2,h", tensor_model_parallel_size=2, sequence_parallel=True)
+    layout = dict(
+        pipeline_model_parallel_size=2,
+        layout="v*3,p,t|t*2,h",
+        tensor_model_parallel_size=2,
+        sequence_parallel=True,
+    )
     answers = ranks.run(messages, 4, config_for(dataset, **layout))
     assert answers[0][0] == answers[0][1] == [(128 // 2, 1, TINY.language.hidden_size)] * PACKS

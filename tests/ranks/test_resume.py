@@ -17,14 +17,20 @@ from tests.ranks.runs import EVERYTHING, TINY, config_for
 
 STEPS = 6
 PACKS_A_STEP = 2
-INTERLEAVED = dict(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2, layout="v*2|v|t*2|t")
+INTERLEAVED = dict(
+    pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2, layout="v*2|v|t*2|t"
+)
 
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("packs") / "train"
-    sizes = dict(vocab_size=199, context_token_id=7, tile_size=16, features_per_tile=TINY.features_per_tile)
-    make_dataset(folder, packs=10, samples_per_pack=4, image_share=0.6, capacity=128, alignment=4, **sizes)
+    sizes = dict(
+        vocab_size=199, context_token_id=7, tile_size=16, features_per_tile=TINY.features_per_tile
+    )
+    make_dataset(
+        folder, packs=10, samples_per_pack=4, image_share=0.6, capacity=128, alignment=4, **sizes
+    )
     return folder
 
 
@@ -49,9 +55,15 @@ def saved_tensors(folder: Path) -> dict[str, torch.Tensor]:
     return {key: value for key, value in loaded.items() if isinstance(value, torch.Tensor)}
 
 
-def make_job(dataset: Path, save: Path, load: Path | str = "", stage: str = "2", **settings) -> Config:
-    """A job of a few steps with a checkpoint in the middle and one at the end; ``settings`` as in ``config_for``, and of ``Checkpoint``."""
-    settings = dict(drop_path=0.2 if "vision" in settings.get("trainable", EVERYTHING) else 0.0) | settings
+def make_job(
+    dataset: Path, save: Path, load: Path | str = "", stage: str = "2", **settings
+) -> Config:
+    """A job of a few steps with a checkpoint in the middle and one at the end; ``settings`` as in
+    ``config_for``, and of ``Checkpoint``.
+    """
+    settings = (
+        dict(drop_path=0.2 if "vision" in settings.get("trainable", EVERYTHING) else 0.0) | settings
+    )
     names = {field.name for field in dataclasses.fields(Checkpoint)}
     chosen = {name: settings.pop(name) for name in list(settings) if name in names}
     files = Checkpoint(**dict(save=str(save), load=str(load), save_interval=3, keep=0) | chosen)
@@ -120,7 +132,9 @@ OTHER_LAYOUTS = [
 
 
 @pytest.mark.parametrize("mask", [EVERYTHING, PARTLY])
-def test_a_checkpoint_goes_on_at_other_layouts(ranks: Pool, dataset: Path, tmp_path: Path, mask: tuple[str, ...]) -> None:
+def test_a_checkpoint_goes_on_at_other_layouts(
+    ranks: Pool, dataset: Path, tmp_path: Path, mask: tuple[str, ...]
+) -> None:
     saved = dict(tensor_model_parallel_size=2, pipeline_model_parallel_size=2, vision="data")
     ranks.run(run_job, 4, make_job(dataset, tmp_path / "whole", trainable=mask, **saved))
     expected = losses(tmp_path / "whole")[3:]
@@ -131,14 +145,17 @@ def test_a_checkpoint_goes_on_at_other_layouts(ranks: Pool, dataset: Path, tmp_p
         assert losses(save) == pytest.approx(expected, rel=1e-5)
 
 
-def test_the_next_stage_takes_the_weights_and_starts_anew(ranks: Pool, dataset: Path, tmp_path: Path) -> None:
+def test_the_next_stage_takes_the_weights_and_starts_anew(
+    ranks: Pool, dataset: Path, tmp_path: Path
+) -> None:
     ranks.run(run_job, 1, make_job(dataset, tmp_path / "one", stage="1", trainable=("projector",)))
     ranks.run(run_job, 1, make_job(dataset, tmp_path / "two", load=tmp_path / "one"))
     [one] = ranks.run(saved_tensors, 1, tmp_path / "one" / f"step_{STEPS:08d}")
     [two] = ranks.run(saved_tensors, 1, tmp_path / "two" / "step_00000003")
     assert not any("vision" in key for key in one if key.startswith("optimizer"))
     assert any("vision" in key for key in two if key.startswith("optimizer"))
-    # The first update has a learning rate of 0, so the first loss of stage 2 is that of the weights of stage 1.
+    # The first update has a learning rate of 0, so the first loss of stage 2 is that of the weights
+    # of stage 1.
     assert losses(tmp_path / "two")[0] < losses(tmp_path / "one")[0]
     state = json.loads((tmp_path / "two" / f"step_{STEPS:08d}" / "state.json").read_text())
     assert (state["step"], state["consumed"], state["stage"]) == (STEPS, PACKS_A_STEP * STEPS, "2")
@@ -159,28 +176,61 @@ def first_moments(save: Path, step: int) -> dict[str, torch.Tensor]:
 def test_moments_of_what_both_stages_train_are_kept_when_asked(
     ranks: Pool, dataset: Path, tmp_path: Path, world: int, layout: dict
 ) -> None:
-    second = dict(load=tmp_path / "one", trainable=MORE, drop_path=0.0, lr=1e-3, warmup_ratio=0.0, clip_grad=0.0, save_interval=1)
-    ranks.run(run_job, 2, make_job(dataset, tmp_path / "one", stage="1", trainable=SOME, tensor_model_parallel_size=2))
+    second = dict(
+        load=tmp_path / "one",
+        trainable=MORE,
+        drop_path=0.0,
+        lr=1e-3,
+        warmup_ratio=0.0,
+        clip_grad=0.0,
+        save_interval=1,
+    )
+    ranks.run(
+        run_job,
+        2,
+        make_job(
+            dataset, tmp_path / "one", stage="1", trainable=SOME, tensor_model_parallel_size=2
+        ),
+    )
     ranks.run(run_job, 1, make_job(dataset, tmp_path / "fresh", **second))
-    ranks.run(run_job, world, make_job(dataset, tmp_path / "kept", moments="keep", **second, **layout))
+    ranks.run(
+        run_job, world, make_job(dataset, tmp_path / "kept", moments="keep", **second, **layout)
+    )
     runs = (("one", STEPS), ("fresh", 1), ("kept", 1))
-    [before], [fresh], [kept] = (ranks.run(first_moments, 1, tmp_path / run, step) for run, step in runs)
-    # After the first update: (1 - beta) gradient where fresh, and beta times what was there in addition where kept.
-    assert fresh.keys() == kept.keys() and before.keys() - kept.keys() and kept.keys() - before.keys() and before.keys() & kept.keys()
+    [before], [fresh], [kept] = (
+        ranks.run(first_moments, 1, tmp_path / run, step) for run, step in runs
+    )
+    # After the first update: (1 - beta) gradient where fresh, and beta times what was there in
+    # addition where kept.
+    assert (
+        fresh.keys() == kept.keys()
+        and before.keys() - kept.keys()
+        and kept.keys() - before.keys()
+        and before.keys() & kept.keys()
+    )
     for key in kept:
         wanted = fresh[key] + (0.9 * before[key] if key in before else 0.0)
         assert torch.allclose(kept[key], wanted, rtol=1e-4, atol=1e-7), key
     # Going on inside the stage needs no checkpoint of the stage before, and is exact.
     forget_the_end(tmp_path / "kept", tmp_path / "killed")
-    ranks.run(run_job, world, make_job(dataset, tmp_path / "killed", moments="keep", **second, **layout))
+    ranks.run(
+        run_job, world, make_job(dataset, tmp_path / "killed", moments="keep", **second, **layout)
+    )
     assert losses(tmp_path / "killed") == losses(tmp_path / "kept")[3:]
-    [whole], [killed] = (ranks.run(saved_tensors, 1, tmp_path / run / f"step_{STEPS:08d}") for run in ("kept", "killed"))
-    assert whole.keys() == killed.keys() and all(torch.equal(whole[key], killed[key]) for key in whole)
+    [whole], [killed] = (
+        ranks.run(saved_tensors, 1, tmp_path / run / f"step_{STEPS:08d}")
+        for run in ("kept", "killed")
+    )
+    assert whole.keys() == killed.keys() and all(
+        torch.equal(whole[key], killed[key]) for key in whole
+    )
 
 
 def test_old_checkpoints_go(ranks: Pool, dataset: Path, tmp_path: Path) -> None:
     config = make_job(dataset, tmp_path / "run")
-    config = dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, save_interval=1, keep=2))
+    config = dataclasses.replace(
+        config, checkpoint=dataclasses.replace(config.checkpoint, save_interval=1, keep=2)
+    )
     ranks.run(run_job, 1, dataclasses.replace(config, parallel=Parallel()))
     kept = sorted(entry.name for entry in (tmp_path / "run").glob("step_*"))
     assert kept == ["step_00000005", "step_00000006"]
@@ -188,15 +238,25 @@ def test_old_checkpoints_go(ranks: Pool, dataset: Path, tmp_path: Path) -> None:
     assert not list((tmp_path / "run").glob(".growing*"))
 
 
-def test_the_checkpoint_with_the_lowest_held_out_loss_stays(ranks: Pool, dataset: Path, tmp_path: Path) -> None:
+def test_the_checkpoint_with_the_lowest_held_out_loss_stays(
+    ranks: Pool, dataset: Path, tmp_path: Path
+) -> None:
     config = make_job(dataset, tmp_path / "run", lr=0.05, save_interval=1, keep=1, keep_best=1)
     training = dataclasses.replace(config.training, eval_interval=1, eval_packs=2)
-    config = dataclasses.replace(config, training=training, data=dataclasses.replace(config.data, valid=str(dataset)))
+    config = dataclasses.replace(
+        config, training=training, data=dataclasses.replace(config.data, valid=str(dataset))
+    )
     ranks.run(run_job, 1, config)
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    found = {line["step"]: line["valid_loss"] for line in lines if "valid_loss" in line and line["step"]}
+    lines = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
+    found = {
+        line["step"]: line["valid_loss"] for line in lines if "valid_loss" in line and line["step"]
+    }
     best = min(found, key=found.get)
-    kept = sorted(int(entry.name.removeprefix("step_")) for entry in (tmp_path / "run").glob("step_*"))
+    kept = sorted(
+        int(entry.name.removeprefix("step_")) for entry in (tmp_path / "run").glob("step_*")
+    )
     assert len(found) == STEPS and kept == sorted({best, STEPS})
     state = json.loads((tmp_path / "run" / f"step_{best:08d}" / "state.json").read_text())
     assert state["valid_loss"] == pytest.approx(found[best])

@@ -15,12 +15,26 @@ from tests.ranks.pool import Pool
 from tests.ranks.runs import TINY, build, config_for
 from tests.ranks.test_resume import run_job
 
-SIZES = dict(vocab_size=199, context_token_id=7, tile_size=16, features_per_tile=TINY.features_per_tile, capacity=128, alignment=4)
+SIZES = dict(
+    vocab_size=199,
+    context_token_id=7,
+    tile_size=16,
+    features_per_tile=TINY.features_per_tile,
+    capacity=128,
+    alignment=4,
+)
 LAYOUTS = {
     "one": (1, {}),
     "tp2 sp": (2, dict(tensor_model_parallel_size=2, sequence_parallel=True)),
     "pp2": (2, dict(pipeline_model_parallel_size=2, layout="v*2|v,p,t*3,h")),
-    "pp2 vp2": (2, dict(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2, layout="v*2|v|p,t*2|t,h")),
+    "pp2 vp2": (
+        2,
+        dict(
+            pipeline_model_parallel_size=2,
+            virtual_pipeline_model_parallel_size=2,
+            layout="v*2|v|p,t*2|t,h",
+        ),
+    ),
     "dp2": (2, {}),
     "cp2 dp2": (4, dict(context_parallel_size=2)),
 }
@@ -31,17 +45,31 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Two packed datasets, of two and of three sources; the same name is in both."""
     parent = tmp_path_factory.mktemp("packs")
     for place, sources in enumerate((("chats", "scans"), ("scans", "web", "web"))):
-        make_dataset(parent / "ab"[place], packs=9, samples_per_pack=4, image_share=0.5, seed=place, sources=sources, **SIZES)
+        make_dataset(
+            parent / "ab"[place],
+            packs=9,
+            samples_per_pack=4,
+            image_share=0.5,
+            seed=place,
+            sources=sources,
+            **SIZES,
+        )
     return [parent / "a", parent / "b"]
 
 
 def run_steps(config) -> tuple[dict, dict, list[float]]:
-    """Two steps of a job on this rank, without updates: the report of each source, and the losses."""
+    """Two steps of a job on this rank, without updates: the report of each source, and the
+    losses.
+    """
     from megavlm.data.loading.blend import open_blend
     from megavlm.train.source_losses import SourceLosses
     from megavlm.train.step import run_packs
 
-    job = build(dataclasses.replace(config, data=dataclasses.replace(config.data, train=config.data.train_folders[0])))
+    job = build(
+        dataclasses.replace(
+            config, data=dataclasses.replace(config.data, train=config.data.train_folders[0])
+        )
+    )
     data = config.data
     size = 6
     packs, order = open_blend(data.train_folders, (2.0, 1.0), seed=1, shuffle=True, group=1)
@@ -51,9 +79,19 @@ def run_steps(config) -> tuple[dict, dict, list[float]]:
     for step in range(2):
         positions = range(step * size + job.groups.data_rank, (step + 1) * size, world)
         options = dict(reduction=data.loss_reduction, vision_layers=3, share=job.groups.share)
-        arriving = iter([packs.batch(int(order.at(position)), position, **options) for position in positions])
+        arriving = iter(
+            [packs.batch(int(order.at(position)), position, **options) for position in positions]
+        )
         weight = packs.weight_sum(order.pack_ids(step * size, size), data.loss_reduction)
-        loss = run_packs(job.wrapped, arriving, size // world, weight, job.backend, forward_only=True, by_source=by_source)
+        loss = run_packs(
+            job.wrapped,
+            arriving,
+            size // world,
+            weight,
+            job.backend,
+            forward_only=True,
+            by_source=by_source,
+        )
         losses.append(float(job.groups.sum_over_data(loss)))
     means, parts = by_source.report(job.groups, 2)
     assert by_source.report(job.groups) == ({}, {})
@@ -61,20 +99,28 @@ def run_steps(config) -> tuple[dict, dict, list[float]]:
 
 
 @pytest.mark.parametrize("reduction", ["token", "square"])
-def test_losses_of_sources_add_up_to_the_loss_and_are_the_same_at_every_layout(ranks: Pool, folders: list[Path], reduction: str) -> None:
+def test_losses_of_sources_add_up_to_the_loss_and_are_the_same_at_every_layout(
+    ranks: Pool, folders: list[Path], reduction: str
+) -> None:
     whole = None
     for name, (world, layout) in LAYOUTS.items():
         config = config_for(folders[0], **layout)
-        data = dataclasses.replace(config.data, train=",".join(map(str, folders)), loss_reduction=reduction)
+        data = dataclasses.replace(
+            config.data, train=",".join(map(str, folders)), loss_reduction=reduction
+        )
         answers = ranks.run(run_steps, world, dataclasses.replace(config, data=data))
         [(means, parts, losses)] = [answer for answer in answers if answer[2]]
         assert list(means) == list(parts) == ["a/chats", "a/scans", "b/scans", "b/web"], name
         assert sum(parts.values()) == pytest.approx(np.mean(losses), rel=1e-6), name
         whole = whole or (means, parts)
         for mine, expected in zip((means, parts), whole, strict=True):
-            assert mine == (expected if name in ("pp2", "pp2 vp2", "dp2") else pytest.approx(expected, rel=1e-5)), name
+            assert mine == (
+                expected if name in ("pp2", "pp2 vp2", "dp2") else pytest.approx(expected, rel=1e-5)
+            ), name
         if world == 2 and "pipeline_model_parallel_size" in layout:
-            assert sum(bool(answer[0]) for answer in answers) == 1  # the chunk that knows no loss reports none
+            assert (
+                sum(bool(answer[0]) for answer in answers) == 1
+            )  # the chunk that knows no loss reports none
 
 
 def losses_by_hand(config) -> dict[str, float]:
@@ -88,20 +134,38 @@ def losses_by_hand(config) -> dict[str, float]:
         losses = job.chunks[0](batch).tolist()
         for sample, source in enumerate(stored.provenance["source"].tolist()):
             name = job.train.manifest.sources[source].name
-            places = [place for place in range(ends[sample], ends[sample + 1]) if batch.loss_weights[place] > 0]
+            places = [
+                place
+                for place in range(ends[sample], ends[sample + 1])
+                if batch.loss_weights[place] > 0
+            ]
             sums.setdefault(name, []).extend(losses[place] for place in places)
     return {name: float(np.mean(values)) for name, values in sums.items()}
 
 
-def test_a_run_reports_the_losses_that_a_sum_by_hand_gives(ranks: Pool, folders: list[Path], tmp_path: Path) -> None:
+def test_a_run_reports_the_losses_that_a_sum_by_hand_gives(
+    ranks: Pool, folders: list[Path], tmp_path: Path
+) -> None:
     config = config_for(folders[1], lr=1e-3, steps=3, global_batch_size=9, trainable=("language",))
     save = Checkpoint(save=str(tmp_path / "run"), save_interval=0)
     data = dataclasses.replace(config.data, valid=str(folders[0]))
     job = dataclasses.replace(config, data=data, checkpoint=save, logging=Logging(interval=1))
     ranks.run(run_job, 1, job)
-    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    [first, *_], [valid, *_] = ([record for record in records if key in record] for key in ("loss", "valid_loss"))
+    records = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
+    [first, *_], [valid, *_] = (
+        [record for record in records if key in record] for key in ("loss", "valid_loss")
+    )
     for record, key, folder in ((first, "loss", folders[1]), (valid, "valid_loss", folders[0])):
-        [expected] = ranks.run(losses_by_hand, 1, dataclasses.replace(config, data=dataclasses.replace(data, train=str(folder))))
-        assert {name: record[f"{key}/{name}"] for name in expected} == pytest.approx(expected, rel=1e-5)
-    assert sum(value for name, value in first.items() if name.startswith("loss_part/")) == pytest.approx(first["loss"], rel=1e-5)
+        [expected] = ranks.run(
+            losses_by_hand,
+            1,
+            dataclasses.replace(config, data=dataclasses.replace(data, train=str(folder))),
+        )
+        assert {name: record[f"{key}/{name}"] for name in expected} == pytest.approx(
+            expected, rel=1e-5
+        )
+    assert sum(
+        value for name, value in first.items() if name.startswith("loss_part/")
+    ) == pytest.approx(first["loss"], rel=1e-5)

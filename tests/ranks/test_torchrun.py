@@ -17,34 +17,61 @@ from tests.data.samples import make_dataset
 from tests.ranks.runs import config_for
 
 ROOT = Path(__file__).parents[2]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(ROOT / "pretrain_vlm.py")]
+TORCHRUN = [
+    sys.executable,
+    "-m",
+    "torch.distributed.run",
+    "--standalone",
+    "--nproc-per-node",
+    "2",
+    str(ROOT / "pretrain_vlm.py"),
+]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
 @pytest.fixture(scope="module")
 def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("torchrun")
-    make_dataset(folder / "train", packs=8, vocab_size=199, context_token_id=7, tile_size=16, features_per_tile=4, capacity=128)
+    make_dataset(
+        folder / "train",
+        packs=8,
+        vocab_size=199,
+        context_token_id=7,
+        tile_size=16,
+        features_per_tile=4,
+        capacity=128,
+    )
     (folder / "run.yaml").write_text(to_yaml(config_for(folder / "train")))
     return folder / "run.yaml"
 
 
 def _torchrun(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run([*TORCHRUN, *arguments], env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
+    return subprocess.run(
+        [*TORCHRUN, *arguments], env=ENVIRONMENT, capture_output=True, text=True, timeout=240
+    )
 
 
 def test_the_resolved_configuration_is_printed_once() -> None:
     done = _torchrun("--print_config", "--stage", "1.5", "--model", "tiny")
     assert done.returncode == 0, done.stderr
     config = from_yaml(done.stdout)
-    assert config.stage == "1.5" and config.training.trainable == ("vision", "projector") and config.optimizer.lr == 1e-5
+    assert (
+        config.stage == "1.5"
+        and config.training.trainable == ("vision", "projector")
+        and config.optimizer.lr == 1e-5
+    )
 
 
 def test_a_wrong_world_size_is_told_once_and_before_anything_starts(config_file: Path) -> None:
     done = _torchrun("--config", str(config_file), "--parallel.pipeline_model_parallel_size", "4")
     assert done.returncode != 0
     assert done.stderr.count("--parallel.pipeline_model_parallel_size") == 1
-    assert "Traceback" not in done.stderr.split("error:")[1].split("ChildFailedError")[0].split("torch/distributed")[0]
+    assert (
+        "Traceback"
+        not in done.stderr.split("error:")[1]
+        .split("ChildFailedError")[0]
+        .split("torch/distributed")[0]
+    )
 
 
 @pytest.mark.parametrize(
@@ -55,23 +82,48 @@ def test_a_wrong_world_size_is_told_once_and_before_anything_starts(config_file:
         ("--config missing.yaml", ["error on rank 1 (", "missing.yaml: no such file"]),
     ],
 )
-def test_a_rank_that_was_started_otherwise_is_named(config_file: Path, of_rank_1: str, told: list[str]) -> None:
+def test_a_rank_that_was_started_otherwise_is_named(
+    config_file: Path, of_rank_1: str, told: list[str]
+) -> None:
     start = f"{sys.executable} {TORCHRUN[-1]} --config {config_file} --checkpoint.save_interval 0"
     command = f"exec {start} $([ $RANK = 1 ] && echo {of_rank_1})"
     done = subprocess.run(
-        [*TORCHRUN[:-1], "--no-python", "bash", "-c", command], env=ENVIRONMENT, capture_output=True, text=True, timeout=120
+        [*TORCHRUN[:-1], "--no-python", "bash", "-c", command],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode != 0
     assert all(words in done.stderr for words in told), done.stderr
-    assert done.stderr.count("error:") + done.stderr.count("error on") == 1 and "step 1 " not in done.stdout
+    assert (
+        done.stderr.count("error:") + done.stderr.count("error on") == 1
+        and "step 1 " not in done.stdout
+    )
 
 
-def test_sigterm_ends_a_run_after_a_checkpoint_and_the_same_command_goes_on(config_file: Path, tmp_path: Path) -> None:
-    arguments = ["--config", str(config_file), "--checkpoint.save", str(tmp_path / "run"), "--training.steps", "100000"]
+def test_sigterm_ends_a_run_after_a_checkpoint_and_the_same_command_goes_on(
+    config_file: Path, tmp_path: Path
+) -> None:
+    arguments = [
+        "--config",
+        str(config_file),
+        "--checkpoint.save",
+        str(tmp_path / "run"),
+        "--training.steps",
+        "100000",
+    ]
     arguments += ["--checkpoint.save_interval", "0", "--optimizer.schedule", "constant"]
-    # Torchrun signals the loader workers too, and the steps up to the next logged one still need their batches.
+    # Torchrun signals the loader workers too, and the steps up to the next logged one still need
+    # their batches.
     arguments += ["--logging.interval", "3", "--data.workers", "1", "--data.prefetch", "1"]
-    with subprocess.Popen([*TORCHRUN, *arguments], env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as run:
+    with subprocess.Popen(
+        [*TORCHRUN, *arguments],
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as run:
         _wait_for_step(tmp_path / "run" / "metrics.jsonl", 3)
         run.send_signal(signal.SIGTERM)
         output, _ = run.communicate(timeout=120)
@@ -81,7 +133,10 @@ def test_sigterm_ends_a_run_after_a_checkpoint_and_the_same_command_goes_on(conf
     done = _torchrun(*arguments, "--training.steps", str(stopped + 2))
     assert done.returncode == 0, done.stderr
     assert f"going on after step {stopped}" in done.stdout
-    assert _trained_steps(tmp_path / "run" / "metrics.jsonl") == [*range(3, stopped + 1, 3), stopped + 2]
+    assert _trained_steps(tmp_path / "run" / "metrics.jsonl") == [
+        *range(3, stopped + 1, 3),
+        stopped + 2,
+    ]
 
 
 def _trained_steps(path: Path) -> list[int]:

@@ -1,4 +1,6 @@
-"""From image files and JSONL through packs and training to a model that ``transformers`` loads, and back."""
+"""From image files and JSONL through packs and training to a model that ``transformers`` loads, and
+back.
+"""
 
 from __future__ import annotations
 
@@ -23,19 +25,32 @@ COLOURS = {"red": (250, 20, 20), "blue": (20, 20, 250), "table": (90, 60, 30)}
 
 
 def write_records(folder: Path) -> Path:
-    """Plain images of several shapes and questions about their colour, with text-only and two-image records between them."""
+    """Plain images of several shapes and questions about their colour, with text-only and two-image
+    records between them.
+    """
     rng = np.random.default_rng(0)
     lines = []
     for number in range(36):
         name = list(COLOURS)[number % 3]
         width, height = rng.choice([16, 32, 48], 2)
         Image.new("RGB", (int(width), int(height)), COLOURS[name]).save(folder / f"{number}.png")
-        question, images = ("<image>\nWhat is it?", [f"{number}.png"]) if number % 4 else ("Say it.", [])
+        question, images = (
+            ("<image>\nWhat is it?", [f"{number}.png"]) if number % 4 else ("Say it.", [])
+        )
         if number % 6 == 5:
             question = "<image>\n<image>\nWhat is the first?"
             images = [f"{number}.png", f"{number - 1}.png"]
-        record = {"conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": f"It is {name}."}]}
-        lines.append(json.dumps(record | ({"image": images if len(images) > 1 else images[0]} if images else {})))
+        record = {
+            "conversations": [
+                {"from": "human", "value": question},
+                {"from": "gpt", "value": f"It is {name}."},
+            ]
+        }
+        lines.append(
+            json.dumps(
+                record | ({"image": images if len(images) > 1 else images[0]} if images else {})
+            )
+        )
     (folder / "records.jsonl").write_text("\n".join(lines) + "\n")
     return folder / "records.jsonl"
 
@@ -46,15 +61,33 @@ def packs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sources = read_sources(None, str(write_records(folder)), str(folder))
     tiling = Tiling(tile_size=16, min_tiles=1, max_tiles=4, thumbnail=True)
     out = folder / "packs"
-    pack_dataset(Job(sources=sources, tokenizer=str(TOKENIZER), out=str(out), capacity=512, features_per_tile=4, tiling=tiling))
+    pack_dataset(
+        Job(
+            sources=sources,
+            tokenizer=str(TOKENIZER),
+            out=str(out),
+            capacity=512,
+            features_per_tile=4,
+            tiling=tiling,
+        )
+    )
     return out
 
 
 def _config(packs: Path, save: Path, **checkpoint) -> Config:
-    architecture = dataclasses.replace(TINY, language=dataclasses.replace(TINY.language, vocab_size=457 + 4, max_position_embeddings=1024))
+    architecture = dataclasses.replace(
+        TINY,
+        language=dataclasses.replace(
+            TINY.language, vocab_size=457 + 4, max_position_embeddings=1024
+        ),
+    )
     config = config_for(packs, steps=3, global_batch_size=2)
-    config = dataclasses.replace(config, architecture=architecture, data=dataclasses.replace(config.data, valid=str(packs)))
-    return dataclasses.replace(config, checkpoint=Checkpoint(save=str(save), **checkpoint), logging=Logging(interval=1))
+    config = dataclasses.replace(
+        config, architecture=architecture, data=dataclasses.replace(config.data, valid=str(packs))
+    )
+    return dataclasses.replace(
+        config, checkpoint=Checkpoint(save=str(save), **checkpoint), logging=Logging(interval=1)
+    )
 
 
 def agreement(load: Path, hf: Path, packs: Path):
@@ -69,14 +102,18 @@ def _valid_losses(save: Path) -> list[float]:
     return [line["valid_loss"] for line in lines if "valid_loss" in line]
 
 
-def test_the_exported_model_is_the_trained_one_and_can_be_trained_on(ranks: Pool, packs: Path, tmp_path: Path) -> None:
+def test_the_exported_model_is_the_trained_one_and_can_be_trained_on(
+    ranks: Pool, packs: Path, tmp_path: Path
+) -> None:
     ranks.run(run_job, 2, _config(packs, tmp_path / "run", export_hf=str(tmp_path / "hf")))
     [found] = ranks.run(agreement, 1, tmp_path / "run", tmp_path / "hf", packs)
     assert found.samples >= 4 and found.max_abs_difference <= 1e-4
     assert found.equal_choices == found.tokens
     # A run that starts from the exported folder begins where the first one ended.
     ranks.run(run_job, 1, _config(packs, tmp_path / "again", load=str(tmp_path / "hf")))
-    assert _valid_losses(tmp_path / "again")[0] == pytest.approx(_valid_losses(tmp_path / "run")[-1], rel=1e-5)
+    assert _valid_losses(tmp_path / "again")[0] == pytest.approx(
+        _valid_losses(tmp_path / "run")[-1], rel=1e-5
+    )
     assert _valid_losses(tmp_path / "again")[1] < _valid_losses(tmp_path / "again")[0]
 
 
@@ -85,7 +122,15 @@ def test_an_export_that_differs_is_noticed(ranks: Pool, packs: Path, tmp_path: P
 
     ranks.run(run_job, 1, _config(packs, tmp_path / "run", export_hf=str(tmp_path / "hf")))
     weights = load_file(tmp_path / "hf" / "model.safetensors")
-    name = next(name for name in weights if name.startswith("language_model.") and name.endswith("norm.weight"))
-    save_file(weights | {name: weights[name] * 2}, tmp_path / "hf" / "model.safetensors", metadata={"format": "pt"})
+    name = next(
+        name
+        for name in weights
+        if name.startswith("language_model.") and name.endswith("norm.weight")
+    )
+    save_file(
+        weights | {name: weights[name] * 2},
+        tmp_path / "hf" / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     [found] = ranks.run(agreement, 1, tmp_path / "run", tmp_path / "hf", packs)
     assert found.max_abs_difference > 1e-4

@@ -40,7 +40,9 @@ class Source:
         return "/".join(parts[1:-1]) if parts[0] == "megavlm" else ""
 
     def imports(self) -> list[tuple[int, str]]:
-        """Line and dotted name of every import, those inside functions included; ``from a import b`` counts as ``a.b``."""
+        """Line and dotted name of every import, those inside functions included; ``from a import
+        b`` counts as ``a.b``.
+        """
         found = []
         for node in ast.walk(self.tree):
             if isinstance(node, ast.Import):
@@ -55,7 +57,11 @@ class Source:
         """Line and value of every text in the code, docstrings and comments not."""
         said = {id(node.value) for node in ast.walk(self.tree) if isinstance(node, ast.Expr)}
         for node in ast.walk(self.tree):
-            if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in said:
+            if (
+                isinstance(node, ast.Constant)
+                and isinstance(node.value, str)
+                and id(node) not in said
+            ):
                 yield node.lineno, node.value
 
     def functions(self) -> Iterator[tuple[str, int]]:
@@ -65,10 +71,15 @@ class Source:
                 yield node.name, node.end_lineno - node.lineno + 1
 
     def calls(self) -> Iterator[tuple[int, str]]:
-        """Line and last name of every call: ``item`` for ``loss.item()``, ``getattr`` for ``getattr(a, "b")``."""
+        """Line and last name of every call: ``item`` for ``loss.item()``, ``getattr`` for
+        ``getattr(a, "b")``.
+        """
         for node in ast.walk(self.tree):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name | ast.Attribute):
-                yield node.lineno, node.func.id if isinstance(node.func, ast.Name) else node.func.attr
+                yield (
+                    node.lineno,
+                    node.func.id if isinstance(node.func, ast.Name) else node.func.attr,
+                )
 
 
 def sources(*folders: str) -> list[Source]:
@@ -83,12 +94,18 @@ def reaches(name: str, dependency: str) -> bool:
 
 
 def folder_of(name: str, modules: Iterable[str]) -> str | None:
-    """Return the package's folder that the dotted ``name``, a module or something in one, lies in."""
+    """Return the package's folder that the dotted ``name``, a module or something in one,
+    lies in.
+    """
     parts = name.split(".")
     if parts[0] != "megavlm":
         return None
     known = set(modules)
-    folders = {"/".join(module.split(".")[1:end]) for module in known for end in range(1, module.count(".") + 1)}
+    folders = {
+        "/".join(module.split(".")[1:end])
+        for module in known
+        for end in range(1, module.count(".") + 1)
+    }
     for end in range(len(parts), 0, -1):
         if (path := "/".join(parts[1:end])) in folders:
             return path

@@ -1,7 +1,9 @@
-"""Builds models of Transformer Engine's layers on a machine without a GPU, and prints what they are made of, as JSON.
+"""Builds models of Transformer Engine's layers on a machine without a GPU, and prints what they are
+made of, as JSON.
 
-Building asks the device a few questions and computes nothing, so that answers for a Hopper GPU are enough; running needs a real one. The
-answers change torch for the whole process: ``test_build`` starts one of its own.
+Building asks the device a few questions and computes nothing, so that answers for a Hopper GPU are
+enough; running needs a real one. The answers change torch for the whole process: ``test_build``
+starts one of its own.
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ def pretend_hopper() -> None:
     from megavlm.parallel import cpu_backend
 
     cpu_backend.install()
-    properties = types.SimpleNamespace(major=9, minor=0, multi_processor_count=132, name="Hopper", total_memory=141 * 2**30)
+    properties = types.SimpleNamespace(
+        major=9, minor=0, multi_processor_count=132, name="Hopper", total_memory=141 * 2**30
+    )
     torch.cuda.is_available = lambda: True
     torch.cuda.get_device_capability = lambda *args: (9, 0)
     torch.cuda.get_device_properties = lambda *args: properties
@@ -46,37 +50,68 @@ def facts(model: Any) -> dict[str, Any]:
     from megavlm.model.weights import named_weights, weight_sizes
 
     weights = named_weights(model)
-    linear = {name: module for name, module in model.named_modules() if hasattr(module, "fuse_wgrad_accumulation")}
+    linear = {
+        name: module
+        for name, module in model.named_modules()
+        if hasattr(module, "fuse_wgrad_accumulation")
+    }
     return {
         "sizes": weight_sizes(model),
         "shapes": {key: list(weight.shape) for key, weight in weights.items()},
         "dtypes": sorted({str(weight.dtype) for weight in weights.values()}),
         "sums": {key: float(weight.double().sum()) for key, weight in weights.items()},
-        "modules": sorted({type(module).__mro__[1].__name__ for module in model.modules()} | {type(m).__name__ for m in model.modules()}),
-        "sums_in_product": {name: bool(module.fuse_wgrad_accumulation) for name, module in linear.items()},
+        "modules": sorted(
+            {type(module).__mro__[1].__name__ for module in model.modules()}
+            | {type(m).__name__ for m in model.modules()}
+        ),
+        "sums_in_product": {
+            name: bool(module.fuse_wgrad_accumulation) for name, module in linear.items()
+        },
     }
 
 
 def recipes(config: Any, groups: Any) -> dict[str, Any]:
-    """What each FP8 recipe makes of the two parts, and of the layers that are to stay in 16 bits."""
+    """What each FP8 recipe makes of the two parts, and of the layers that are to stay in 16
+    bits.
+    """
     from megatron.core.fp8_utils import get_fp8_context, get_fp8_recipe
 
     found = {}
     for recipe in ("delayed", "tensorwise", "blockwise", "mxfp8"):
         first = 0 if recipe == "delayed" else 1
-        fp8 = dataclasses.replace(config.fp8, vision=recipe, language=recipe, first_bf16_layers=first)
+        fp8 = dataclasses.replace(
+            config.fp8, vision=recipe, language=recipe, first_bf16_layers=first
+        )
         model = build(dataclasses.replace(config, fp8=fp8), groups)
-        parts = {"vision": model.vision.config, "language": model.language.config, "projector": model.projector.config}
+        parts = {
+            "vision": model.vision.config,
+            "language": model.language.config,
+            "projector": model.projector.config,
+        }
         found[recipe] = {
-            "classes": {part: type(get_fp8_recipe(settings)).__name__ for part, settings in parts.items() if settings.fp8},
-            "spared": [] if first == 0 else [n for n in range(3) if type(get_fp8_context(parts["language"], n)).__name__ == "nullcontext"],
+            "classes": {
+                part: type(get_fp8_recipe(settings)).__name__
+                for part, settings in parts.items()
+                if settings.fp8
+            },
+            "spared": (
+                []
+                if first == 0
+                else [
+                    n
+                    for n in range(3)
+                    if type(get_fp8_context(parts["language"], n)).__name__ == "nullcontext"
+                ]
+            ),
             "sizes": facts(model)["sizes"],
         }
     return found
 
 
 def moved(config: Any, local: Any, groups: Any) -> dict[str, Any]:
-    """Sums of the weights that local layers take from a checkpoint of Transformer Engine's, and the other way."""
+    """Sums of the weights that local layers take from a checkpoint of Transformer Engine's, and the
+    other way.
+    """
     from megatron.core import dist_checkpointing
 
     from megavlm.checkpoint.train_state import State
@@ -86,8 +121,13 @@ def moved(config: Any, local: Any, groups: Any) -> dict[str, Any]:
     for name, source, target in (("to local", config, local), ("to engine", local, config)):
         folder = Path(tempfile.mkdtemp())
         (folder / "shards").mkdir()
-        dist_checkpointing.save({"model": sharded_weights([build(source, groups)])}, str(folder / "shards"))
-        other = build(dataclasses.replace(target, training=dataclasses.replace(target.training, seed=99)), groups)
+        dist_checkpointing.save(
+            {"model": sharded_weights([build(source, groups)])}, str(folder / "shards")
+        )
+        other = build(
+            dataclasses.replace(target, training=dataclasses.replace(target.training, seed=99)),
+            groups,
+        )
         before = facts(other)["sums"]
         load_weights(Checkpoint(folder=folder, config=source, state=State()), [other])
         found[name] = {"before": before, "after": facts(other)["sums"]}
@@ -108,17 +148,26 @@ def main() -> None:
     config = config_for(Path("unused"), precision="bfloat16")
     config = dataclasses.replace(config, architecture=wide(config.architecture))
     place = groups.create(config.parallel, 0)
-    local = dataclasses.replace(config, training=dataclasses.replace(config.training, kernels="local"))
+    local = dataclasses.replace(
+        config, training=dataclasses.replace(config.training, kernels="local")
+    )
     answer = {
         "local": facts(build(local, place)),
         "engine": facts(build(config, place)),
-        "normed": [facts(build(dataclasses.replace(one, architecture=normed(one.architecture)), place)) for one in (local, config)],
+        "normed": [
+            facts(build(dataclasses.replace(one, architecture=normed(one.architecture)), place))
+            for one in (local, config)
+        ],
         "moved": moved(config, local, place),
         "recipes": recipes(config, place),
         "tile_multiple": {
             "local": precision.tile_multiple(local),
             "engine": precision.tile_multiple(config),
-            "fp8": precision.tile_multiple(dataclasses.replace(config, fp8=dataclasses.replace(config.fp8, vision="tensorwise"))),
+            "fp8": precision.tile_multiple(
+                dataclasses.replace(
+                    config, fp8=dataclasses.replace(config.fp8, vision="tensorwise")
+                )
+            ),
         },
     }
     groups.destroy()
@@ -134,9 +183,20 @@ def wide(architecture: Any) -> Any:
 
 
 def normed(architecture: Any) -> Any:
-    """The same with the norms of InternViT-6B and Qwen3, heads of a width of their own, and a tied head."""
-    vision = dataclasses.replace(architecture.vision, normalization="RMSNorm", qkv_bias=False, qk_norm=True)
-    language = dataclasses.replace(architecture.language, family="qwen3", qkv_bias=False, qk_norm=True, kv_channels=32, tied_head=True)
+    """The same with the norms of InternViT-6B and Qwen3, heads of a width of their own, and a tied
+    head.
+    """
+    vision = dataclasses.replace(
+        architecture.vision, normalization="RMSNorm", qkv_bias=False, qk_norm=True
+    )
+    language = dataclasses.replace(
+        architecture.language,
+        family="qwen3",
+        qkv_bias=False,
+        qk_norm=True,
+        kv_channels=32,
+        tied_head=True,
+    )
     return dataclasses.replace(architecture, vision=vision, language=language)
 
 

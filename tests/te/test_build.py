@@ -1,4 +1,6 @@
-"""Models of Transformer Engine's layers are built, on a machine without a GPU too, and hold what models of local layers hold."""
+"""Models of Transformer Engine's layers are built, on a machine without a GPU too, and hold what
+models of local layers hold.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,10 @@ from typing import Any
 import pytest
 import torch
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("transformer_engine") is None, reason="Transformer Engine is not installed")
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("transformer_engine") is None,
+    reason="Transformer Engine is not installed",
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -22,11 +27,19 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def built() -> dict[str, Any]:
     """What ``build.py`` prints, from a process of its own."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    }
     with tempfile.TemporaryFile() as answer:
         number = answer.fileno()
         process = subprocess.run(
-            [sys.executable, "-W", "ignore", str(Path(__file__).with_name("build.py")), str(number)],
+            [
+                sys.executable,
+                "-W",
+                "ignore",
+                str(Path(__file__).with_name("build.py")),
+                str(number),
+            ],
             env=environment | {"CUDA_VISIBLE_DEVICES": ""},
             pass_fds=[number],
             capture_output=True,
@@ -53,19 +66,27 @@ def test_models_with_other_norms_and_a_tied_head_hold_the_same_too(built: dict[s
     local, engine = built["normed"]
     for what in ("sizes", "shapes", "sums", "dtypes"):
         assert engine[what] == local[what], what
-    assert any("q_layernorm" in key for key in engine["sizes"]) and any("qk_norm" in key for key in engine["sizes"])
+    assert any("q_layernorm" in key for key in engine["sizes"]) and any(
+        "qk_norm" in key for key in engine["sizes"]
+    )
     assert not any("output_layer" in key for key in engine["sizes"])
 
 
 @pytest.mark.parametrize("way", ["to local", "to engine"])
-def test_a_checkpoint_of_one_kind_of_layers_loads_into_the_other(built: dict[str, Any], way: str) -> None:
+def test_a_checkpoint_of_one_kind_of_layers_loads_into_the_other(
+    built: dict[str, Any], way: str
+) -> None:
     assert built["moved"][way]["before"] != built["local"]["sums"]
     assert built["moved"][way]["after"] == built["local"]["sums"]
 
 
 def test_layers_are_transformer_engines(built: dict[str, Any]) -> None:
     names = set(built["engine"]["modules"])
-    assert {"TELayerNormColumnParallelLinear", "TERowParallelLinear", "TEDotProductAttention"} <= names
+    assert {
+        "TELayerNormColumnParallelLinear",
+        "TERowParallelLinear",
+        "TEDotProductAttention",
+    } <= names
     assert not {"Norm", "TileAttention", "PackedCausalAttention", "RowParallelLinear"} & names
 
 
@@ -87,7 +108,9 @@ def test_tiles_come_in_sixteens_where_fp8_asks_for_it(built: dict[str, Any]) -> 
         ("mxfp8", "MXFP8BlockScaling"),
     ],
 )
-def test_each_recipe_reaches_both_parts_and_no_checkpoint(built: dict[str, Any], recipe: str, kind: str) -> None:
+def test_each_recipe_reaches_both_parts_and_no_checkpoint(
+    built: dict[str, Any], recipe: str, kind: str
+) -> None:
     found = built["recipes"][recipe]
     assert found["classes"] == {"vision": kind, "language": kind}, "the projector stays in 16 bits"
     assert found["spared"] == ([] if recipe == "delayed" else [0])

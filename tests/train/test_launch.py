@@ -19,13 +19,23 @@ from tests.ranks.runs import TINY, config_for
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("packs") / "train"
-    make_dataset(folder, packs=4, vocab_size=199, context_token_id=7, tile_size=16, features_per_tile=4, capacity=128)
+    make_dataset(
+        folder,
+        packs=4,
+        vocab_size=199,
+        context_token_id=7,
+        tile_size=16,
+        features_per_tile=4,
+        capacity=128,
+    )
     return folder
 
 
 def _config(dataset: Path, **checkpoint) -> Config:
     checkpoint = {"save_interval": 0} | checkpoint
-    return dataclasses.replace(config_for(dataset), checkpoint=Checkpoint(**checkpoint), logging=Logging(interval=1))
+    return dataclasses.replace(
+        config_for(dataset), checkpoint=Checkpoint(**checkpoint), logging=Logging(interval=1)
+    )
 
 
 def _fake_checkpoint(folder: Path, config: Config, **state) -> Path:
@@ -33,7 +43,9 @@ def _fake_checkpoint(folder: Path, config: Config, **state) -> Path:
     step = folder / "step_00000001"
     step.mkdir(parents=True)
     (step / "config.yaml").write_text(to_yaml(config))
-    (step / "state.json").write_text(json.dumps({"step": 1, "consumed": 4, "stage": "2", "tokenizer": None, "format": 1} | state))
+    (step / "state.json").write_text(
+        json.dumps({"step": 1, "consumed": 4, "stage": "2", "tokenizer": None, "format": 1} | state)
+    )
     (folder / "latest").write_text("step_00000001\n")
     return folder
 
@@ -54,30 +66,59 @@ def test_all_problems_are_told_at_once(dataset: Path) -> None:
 def test_a_model_that_contradicts_its_family_is_refused_before_it_is_trained(dataset: Path) -> None:
     config = _config(dataset)
     language = dataclasses.replace(config.architecture.language, family="llama")
-    config = dataclasses.replace(config, architecture=dataclasses.replace(config.architecture, language=language))
-    with pytest.raises(ValueError, match="family llama: --architecture.language.qkv_bias is true, must be false"):
+    config = dataclasses.replace(
+        config, architecture=dataclasses.replace(config.architecture, language=language)
+    )
+    with pytest.raises(
+        ValueError, match="family llama: --architecture.language.qkv_bias is true, must be false"
+    ):
         inspect(config, 1)
 
 
-def test_the_same_weights_under_another_familys_names_are_no_difference(dataset: Path, tmp_path: Path) -> None:
+def test_the_same_weights_under_another_familys_names_are_no_difference(
+    dataset: Path, tmp_path: Path
+) -> None:
     config = _config(dataset)
     llama, internlm = (
-        dataclasses.replace(config.architecture, language=dataclasses.replace(TINY.language, family=name, qkv_bias=False))
+        dataclasses.replace(
+            config.architecture,
+            language=dataclasses.replace(TINY.language, family=name, qkv_bias=False),
+        )
         for name in ("llama", "internlm2")
     )
-    source = _fake_checkpoint(tmp_path / "run", dataclasses.replace(config, architecture=llama), stage=None)
-    config = dataclasses.replace(config, architecture=internlm, checkpoint=dataclasses.replace(config.checkpoint, load=str(source)))
+    source = _fake_checkpoint(
+        tmp_path / "run", dataclasses.replace(config, architecture=llama), stage=None
+    )
+    config = dataclasses.replace(
+        config,
+        architecture=internlm,
+        checkpoint=dataclasses.replace(config.checkpoint, load=str(source)),
+    )
     assert inspect(config, 1).folder == source / "step_00000001"
 
 
 def test_packs_of_another_tile_size_are_refused(tmp_path: Path) -> None:
-    make_dataset(tmp_path / "other", packs=2, vocab_size=199, context_token_id=7, tile_size=32, features_per_tile=16)
+    make_dataset(
+        tmp_path / "other",
+        packs=2,
+        vocab_size=199,
+        context_token_id=7,
+        tile_size=32,
+        features_per_tile=16,
+    )
     with pytest.raises(ConfigError, match=r"--data.train.*(?s:.*)32.*16"):
         inspect(_config(tmp_path / "other"), 1)
 
 
 def test_packs_of_a_larger_vocabulary_are_refused(tmp_path: Path) -> None:
-    make_dataset(tmp_path / "other", packs=2, vocab_size=900, context_token_id=7, tile_size=16, features_per_tile=4)
+    make_dataset(
+        tmp_path / "other",
+        packs=2,
+        vocab_size=900,
+        context_token_id=7,
+        tile_size=16,
+        features_per_tile=4,
+    )
     with pytest.raises(ConfigError, match="900.*199|199.*900"):
         inspect(_config(tmp_path / "other"), 1)
 
@@ -99,28 +140,44 @@ def test_a_save_folder_of_another_stage_is_refused(dataset: Path, tmp_path: Path
         inspect(_config(dataset, save=str(save)), 1)
 
 
-def test_a_checkpoint_of_another_architecture_is_refused_with_every_difference(dataset: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_architecture_is_refused_with_every_difference(
+    dataset: Path, tmp_path: Path
+) -> None:
     language = dataclasses.replace(TINY.language, num_layers=5, hidden_size=96)
-    other = dataclasses.replace(_config(dataset), architecture=dataclasses.replace(TINY, language=language))
+    other = dataclasses.replace(
+        _config(dataset), architecture=dataclasses.replace(TINY, language=language)
+    )
     load = _fake_checkpoint(tmp_path / "run", other)
     with pytest.raises(ConfigError) as error:
         inspect(_config(dataset, load=str(load)), 1)
-    assert "--architecture.language.num_layers: 5 in the checkpoint, 3 asked for" in str(error.value)
-    assert "--architecture.language.hidden_size: 96 in the checkpoint, 48 asked for" in str(error.value)
+    assert "--architecture.language.num_layers: 5 in the checkpoint, 3 asked for" in str(
+        error.value
+    )
+    assert "--architecture.language.hidden_size: 96 in the checkpoint, 48 asked for" in str(
+        error.value
+    )
 
 
 def test_a_checkpoint_of_another_tokenizer_is_refused(dataset: Path, tmp_path: Path) -> None:
-    load = _fake_checkpoint(tmp_path / "run", _config(dataset), stage="1", tokenizer="somebody else's")
+    load = _fake_checkpoint(
+        tmp_path / "run", _config(dataset), stage="1", tokenizer="somebody else's"
+    )
     with pytest.raises(ConfigError, match=r"--data.train.*another tokenizer"):
         inspect(_config(dataset, load=str(load)), 1)
 
 
-def test_going_on_with_another_freeze_mask_or_seed_is_refused(dataset: Path, tmp_path: Path) -> None:
+def test_going_on_with_another_freeze_mask_or_seed_is_refused(
+    dataset: Path, tmp_path: Path
+) -> None:
     training = dataclasses.replace(_config(dataset).training, trainable=("projector",), seed=9)
-    load = _fake_checkpoint(tmp_path / "run", dataclasses.replace(_config(dataset), training=training))
+    load = _fake_checkpoint(
+        tmp_path / "run", dataclasses.replace(_config(dataset), training=training)
+    )
     with pytest.raises(ConfigError) as error:
         inspect(_config(dataset, load=str(load)), 1)
-    assert "--training.trainable" in str(error.value) and "--training.seed: 9 in the checkpoint, 3 asked for" in str(error.value)
+    assert "--training.trainable" in str(
+        error.value
+    ) and "--training.seed: 9 in the checkpoint, 3 asked for" in str(error.value)
 
 
 def test_an_incomplete_checkpoint_is_refused(dataset: Path, tmp_path: Path) -> None:

@@ -15,32 +15,56 @@ from tests.ranks.runs import config_for
 
 
 def _config(tmp_path: Path, **logging):
-    return dataclasses.replace(config_for(tmp_path), checkpoint=Checkpoint(save=str(tmp_path / "run")), logging=Logging(**logging))
+    return dataclasses.replace(
+        config_for(tmp_path),
+        checkpoint=Checkpoint(save=str(tmp_path / "run")),
+        logging=Logging(**logging),
+    )
 
 
-def test_records_go_to_the_console_and_to_a_file_that_a_restart_continues(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_records_go_to_the_console_and_to_a_file_that_a_restart_continues(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     for step in (1, 2):
         with Metrics(_config(tmp_path), is_writer=True) as metrics:
             metrics.record(step, {"loss": 2.5 / step, "grad_norm": float("inf")})
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [(line["step"], line["loss"], line["grad_norm"]) for line in lines] == [(1, 2.5, None), (2, 1.25, None)]
+    lines = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert [(line["step"], line["loss"], line["grad_norm"]) for line in lines] == [
+        (1, 2.5, None),
+        (2, 1.25, None),
+    ]
     assert "step 2  loss 1.25" in capsys.readouterr().out
 
 
-def test_figures_of_sources_go_to_the_file_and_of_few_sources_to_the_console(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_figures_of_sources_go_to_the_file_and_of_few_sources_to_the_console(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     few = {"chats": 1.25, "web": float("nan")}
     many = {f"source-{place}": 1.0 for place in range(7)}
     with Metrics(_config(tmp_path), is_writer=True) as metrics:
         metrics.record(1, {"loss": 2.5}, {"loss": few, "loss_part": {"chats": 0.5}})
         metrics.record(2, {"loss": 2.5}, {"loss": many})
         metrics.record(3, {"loss": 2.5}, {"loss": {"chats": 1.25}})
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert lines[0].items() >= {"loss": 2.5, "loss/chats": 1.25, "loss/web": None, "loss_part/chats": 0.5}.items()
+    lines = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert (
+        lines[0].items()
+        >= {"loss": 2.5, "loss/chats": 1.25, "loss/web": None, "loss_part/chats": 0.5}.items()
+    )
     assert lines[1]["loss/source-6"] == 1.0 and lines[2]["loss/chats"] == 1.25
-    assert capsys.readouterr().out.splitlines() == ["step 1  loss 2.5  loss of chats 1.25, web nan", "step 2  loss 2.5", "step 3  loss 2.5"]
+    assert capsys.readouterr().out.splitlines() == [
+        "step 1  loss 2.5  loss of chats 1.25, web nan",
+        "step 2  loss 2.5",
+        "step 3  loss 2.5",
+    ]
 
 
-def test_a_full_disk_costs_records_but_no_run_and_leaves_whole_lines(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_full_disk_costs_records_but_no_run_and_leaves_whole_lines(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     with Metrics(_config(tmp_path), is_writer=True) as metrics:
         metrics.record(1, {"loss": 2.5})
@@ -51,13 +75,18 @@ def test_a_full_disk_costs_records_but_no_run_and_leaves_whole_lines(tmp_path: P
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
         metrics.record(3, {"loss": 0.5})
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert [line["step"] for line in lines] == [1, 3]
     assert "metrics.jsonl: the record above is on the console only" in capsys.readouterr().out
 
 
 def test_other_ranks_write_nothing(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    with Metrics(_config(tmp_path, tensorboard=True, wandb_project="p", wandb_mode="offline"), is_writer=False) as metrics:
+    with Metrics(
+        _config(tmp_path, tensorboard=True, wandb_project="p", wandb_mode="offline"),
+        is_writer=False,
+    ) as metrics:
         metrics.record(1, {"loss": 1.0})
         metrics.say("hello")
     assert not (tmp_path / "run").exists() and capsys.readouterr().out == ""
@@ -70,12 +99,18 @@ def test_tensorboard_gets_every_figure(tmp_path: Path) -> None:
         for step in (1, 2, 3):
             metrics.record(step, {"loss": 1.0 / step, "lr": 0.5})
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
-    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 1.0), (2, 0.5), (3, pytest.approx(1 / 3))]
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [
+        (1, 1.0),
+        (2, 0.5),
+        (3, pytest.approx(1 / 3)),
+    ]
     assert len(events.Scalars("lr")) == 3
 
 
 def test_weights_and_biases_works_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("wandb", reason="Weights & Biases is an optional extra: pip install megavlm[wandb]")
+    pytest.importorskip(
+        "wandb", reason="Weights & Biases is an optional extra: pip install megavlm[wandb]"
+    )
     monkeypatch.setenv("WANDB_SILENT", "true")
     config = _config(tmp_path, wandb_project="megavlm-tests", wandb_mode="offline", run_name="here")
     with Metrics(config, is_writer=True) as metrics:

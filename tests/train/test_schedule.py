@@ -19,7 +19,9 @@ def test_it_follows_hugging_faces_cosine_with_warmup() -> None:
     sgd = torch.optim.SGD([parameter], lr=optimizer.lr)
     reference = get_cosine_schedule_with_warmup(sgd, 7, 50)
     for step in range(50):
-        assert learning_rate(step, optimizer, 50) == pytest.approx(sgd.param_groups[0]["lr"], rel=1e-12, abs=1e-20)
+        assert learning_rate(step, optimizer, 50) == pytest.approx(
+            sgd.param_groups[0]["lr"], rel=1e-12, abs=1e-20
+        )
         sgd.step()
         reference.step()
 

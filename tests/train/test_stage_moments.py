@@ -13,12 +13,20 @@ from megavlm.train.optimizer import oldest, set_rates
 from megavlm.train.stage_moments import age
 from tests.ranks.runs import config_for
 
-HISTORY = ((100, ("projector", "vision")), (30, ("vision.encoder.layers.2.*",)), (7, ("projector", "vision")))
+HISTORY = (
+    (100, ("projector", "vision")),
+    (30, ("vision.encoder.layers.2.*",)),
+    (7, ("projector", "vision")),
+)
 
 
 @pytest.mark.parametrize(
     ("key", "updates"),
-    [("projector.mlp.linear_fc1.weight", 7), ("vision.encoder.layers.2.mlp.linear_fc1.weight", 137), ("language.output_layer.weight", 0)],
+    [
+        ("projector.mlp.linear_fc1.weight", 7),
+        ("vision.encoder.layers.2.mlp.linear_fc1.weight", 137),
+        ("language.output_layer.weight", 0),
+    ],
 )
 def test_a_stage_that_does_not_train_a_weight_ends_the_memory_of_it(key: str, updates: int) -> None:
     assert age(key, HISTORY) == updates
@@ -26,12 +34,19 @@ def test_a_stage_that_does_not_train_a_weight_ends_the_memory_of_it(key: str, up
 
 def test_young_and_old_moments_in_one_optimizer_move_weights_as_in_two(tmp_path: Path) -> None:
     config = config_for(tmp_path, steps=40, lr=0.01, warmup_ratio=0.2)
-    config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, weight_decay=0.1, adam_eps=1e-3))
+    config = dataclasses.replace(
+        config, optimizer=dataclasses.replace(config.optimizer, weight_decay=0.1, adam_eps=1e-3)
+    )
     settings = config.optimizer
     earlier = 25
     generator = torch.Generator().manual_seed(0)
     start = {name: torch.randn(5, generator=generator) for name in ("old", "young")}
-    options = dict(lr=settings.lr, betas=(settings.adam_beta1, settings.adam_beta2), eps=settings.adam_eps, weight_decay=0.1)
+    options = dict(
+        lr=settings.lr,
+        betas=(settings.adam_beta1, settings.adam_beta2),
+        eps=settings.adam_eps,
+        weight_decay=0.1,
+    )
 
     ours = {name: torch.nn.Parameter(value.clone()) for name, value in start.items()}
     theirs = {name: torch.nn.Parameter(value.clone()) for name, value in start.items()}
@@ -54,4 +69,6 @@ def test_young_and_old_moments_in_one_optimizer_move_weights_as_in_two(tmp_path:
             two[name].step()
         one.step()
     for name in start:
-        assert torch.allclose(ours[name], theirs[name], rtol=1e-5, atol=1e-6) and not torch.equal(ours[name], start[name])
+        assert torch.allclose(ours[name], theirs[name], rtol=1e-5, atol=1e-6) and not torch.equal(
+            ours[name], start[name]
+        )

@@ -1,7 +1,8 @@
-"""What is measured, and in which order: the rows that answer most come first, so that a run that is cut short is of use.
+"""What is measured, and in which order: the rows that answer most come first, so that a run that is
+cut short is of use.
 
-A case is one model, stage, number format and implementation. `megavlm` is this project; what `transformers` and its variants are, says
-`peer.py`.
+A case is one model, stage, number format and implementation. `megavlm` is this project; what
+`transformers` and its variants are, says `peer.py`.
 """
 
 from __future__ import annotations
@@ -53,8 +54,18 @@ class Case:
     def name(self) -> str:
         """Unlike every other case's, such as ``2b-stage2-bf16-megavlm-recompute_full``."""
         extras = [f"recompute_{self.recompute}"] * (self.recompute != "none")
-        extras += ["bf16_moments"] * (self.moments == "bfloat16") + ["local"] * (self.kernels == "local")
-        return "-".join([self.model.rpartition("-")[2], f"stage{self.stage}", self.precision, self.implementation, *extras])
+        extras += ["bf16_moments"] * (self.moments == "bfloat16") + ["local"] * (
+            self.kernels == "local"
+        )
+        return "-".join(
+            [
+                self.model.rpartition("-")[2],
+                f"stage{self.stage}",
+                self.precision,
+                self.implementation,
+                *extras,
+            ]
+        )
 
     @property
     def architecture(self) -> Architecture:
@@ -78,7 +89,9 @@ class Case:
             data=Data(train=train, loss_reduction=row.data.loss_reduction),
             parallel=Parallel(recompute=self.recompute),
             optimizer=replace(row.optimizer, moments=self.moments),
-            training=replace(row.training, precision=number, kernels=self.kernels, global_batch_size=1),
+            training=replace(
+                row.training, precision=number, kernels=self.kernels, global_batch_size=1
+            ),
             fp8=Fp8(vision=recipe, language=recipe) if is_fp8 else Fp8(),
             checkpoint=Checkpoint(save_interval=0),
         )
@@ -99,8 +112,16 @@ VISION = stage_of("vision", "projector")
 ALL = stage_of("vision", "projector", "language")
 
 
-def _case(size: str, stage: str, precision: str = "bf16", implementation: str = OURS, **settings) -> Case:
-    return Case(model=f"internvl2_5-{size}", stage=stage, precision=precision, implementation=implementation, **settings)
+def _case(
+    size: str, stage: str, precision: str = "bf16", implementation: str = OURS, **settings
+) -> Case:
+    return Case(
+        model=f"internvl2_5-{size}",
+        stage=stage,
+        precision=precision,
+        implementation=implementation,
+        **settings,
+    )
 
 
 def all_cases() -> list[Case]:
@@ -130,7 +151,9 @@ def all_cases() -> list[Case]:
         _case("2b", ALL, implementation="transformers_compiled", limit_s=110),
         # The rest of the grid.
         _case("2b", ALL, implementation="transformers_padded"),
-        _case("2b", ALL, implementation="transformers_packed_compiled", recompute="full", limit_s=110),
+        _case(
+            "2b", ALL, implementation="transformers_packed_compiled", recompute="full", limit_s=110
+        ),
         _case("2b", PROJECTOR, "fp8_tensorwise"),
         _case("2b", VISION, "fp8_tensorwise"),
         _case("2b", PROJECTOR, implementation="transformers"),
@@ -146,17 +169,23 @@ def all_cases() -> list[Case]:
 
 
 def smoke_cases() -> list[Case]:
-    """The same kinds of cases with a model of a few weights, for trying the benchmark itself on any machine."""
+    """The same kinds of cases with a model of a few weights, for trying the benchmark itself on any
+    machine.
+    """
     kinds: dict[tuple[str, ...], Case] = {}
     for case in all_cases():
         if case.moments == "float32":
             alike = replace(case, model="tiny", limit_s=2 * case.limit_s)
-            kinds.setdefault((case.stage, case.precision, case.implementation, case.recompute, case.kernels), alike)
+            kinds.setdefault(
+                (case.stage, case.precision, case.implementation, case.recompute, case.kernels),
+                alike,
+            )
     return list(kinds.values())
 
 
 def chosen(cases: list[Case], patterns: str) -> list[Case]:
-    """The cases whose name is, holds or matches one of the patterns, which commas separate; all for none.
+    """The cases whose name is, holds or matches one of the patterns, which commas separate; all for
+    none.
 
     Raises:
         ValueError: there are none.
@@ -165,9 +194,13 @@ def chosen(cases: list[Case], patterns: str) -> list[Case]:
     names = {case.name for case in cases}
 
     def fits(name: str, pattern: str) -> bool:
-        return name == pattern if pattern in names else pattern in name or fnmatchcase(name, pattern)
+        return (
+            name == pattern if pattern in names else pattern in name or fnmatchcase(name, pattern)
+        )
 
-    found = [case for case in cases if not wanted or any(fits(case.name, pattern) for pattern in wanted)]
+    found = [
+        case for case in cases if not wanted or any(fits(case.name, pattern) for pattern in wanted)
+    ]
     if not found:
         raise ValueError(f"--cases {patterns}: no case is called so; --dry_run lists them")
     return found
@@ -181,4 +214,7 @@ def predicted_tflop(case: Case) -> float:
 def predicted_gib(case: Case) -> float:
     """Memory of a step of megavlm on a typical pack, reckoned, not measured."""
     config = case.config("")
-    return memory(config, make_layout(config), 1, capacity=CAPACITY, tiles=TYPICAL_PACK["tiles"]).total / 2**30
+    return (
+        memory(config, make_layout(config), 1, capacity=CAPACITY, tiles=TYPICAL_PACK["tiles"]).total
+        / 2**30
+    )

@@ -1,4 +1,6 @@
-"""How long each chunk of a pipeline takes on its own, forward and backward, against what the cost model says."""
+"""How long each chunk of a pipeline takes on its own, forward and backward, against what the cost
+model says.
+"""
 
 from __future__ import annotations
 
@@ -41,21 +43,36 @@ def measure(scale: Scale, packs: Path) -> list[dict]:
         for layout in layouts(scale, stage, packs, size):
             torch.manual_seed(0)
             for number in range(len(layout.chunks)):
-                settings = config(scale, stage, packs, chunks=len(layout.chunks), layout=str(layout))
+                settings = config(
+                    scale, stage, packs, chunks=len(layout.chunks), layout=str(layout)
+                )
                 chunks.append(_Alone(settings, layout, place, machine, number, batch))
-                rows.append({"stage": stage, "layout": str(layout), "chunk": number, **flops(settings, layout, number, size)})
+                rows.append(
+                    {
+                        "stage": stage,
+                        "layout": str(layout),
+                        "chunk": number,
+                        **flops(settings, layout, number, size),
+                    }
+                )
     seconds = [[chunk.run() for chunk in chunks] for _ in range(scale.rounds + 1)][1:]
     for row, taken in zip(rows, zip(*seconds, strict=True), strict=True):
-        row["forward_s"], row["backward_s"] = (statistics.median(times) for times in zip(*taken, strict=True))
+        row["forward_s"], row["backward_s"] = (
+            statistics.median(times) for times in zip(*taken, strict=True)
+        )
     return rows
 
 
 def layouts(scale: Scale, stage: str, packs: Path, size: PackSize) -> list[Layout]:
-    """Layouts to measure: equal numbers of layers, the automatic ones, and one with a long and a short end."""
+    """Layouts to measure: equal numbers of layers, the automatic ones, and one with a long and a
+    short end.
+    """
     vision = scale.architecture.vision.num_layers
     layers = vision + scale.architecture.language.num_layers
     made = [
-        make_layout(config(scale, stage, packs, chunks=chunks, layout=layout), size) for chunks in (2, 4) for layout in ("auto", "even")
+        make_layout(config(scale, stage, packs, chunks=chunks, layout=layout), size)
+        for chunks in (2, 4)
+        for layout in ("auto", "even")
     ]
     made.append(from_counts((1, layers - 2, 1), vision))
     return list({str(layout): layout for layout in made}.values())
@@ -65,7 +82,10 @@ def flops(settings, layout: Layout, number: int, size: PackSize) -> dict[str, fl
     """What the cost model says of a chunk, for one pack."""
     arch = settings.architecture
     places = layout.chunks[number].places(arch.vision.num_layers)
-    forward, whole = (sum(layer_costs(arch, mask, size)[at] for at in places) for mask in ((), settings.training.trainable))
+    forward, whole = (
+        sum(layer_costs(arch, mask, size)[at] for at in places)
+        for mask in ((), settings.training.trainable)
+    )
     return {"forward_flops": forward, "backward_flops": whole - forward}
 
 
@@ -115,10 +135,12 @@ def _trains(settings, layout: Layout, number: int) -> bool:
 
 
 def summary(rows: Sequence[dict]) -> dict[str, dict[str, float]]:
-    """How well the cost model foretells the times of each stage: one rate, FLOPs a second, for all of them.
+    """How well the cost model foretells the times of each stage: one rate, FLOPs a second, for all
+    of them.
 
     Returns:
-        By stage: chunks, Spearman's rank correlation of FLOPs and times, and the median and the largest relative error of a chunk's time.
+        By stage: chunks, Spearman's rank correlation of FLOPs and times, and the median and the
+            largest relative error of a chunk's time.
     """
     taken = np.array([row["forward_s"] + row["backward_s"] for row in rows])
     asked = np.array([row["forward_flops"] + row["backward_flops"] for row in rows])
@@ -139,5 +161,8 @@ def summary(rows: Sequence[dict]) -> dict[str, dict[str, float]]:
 
 def spearman(left: np.ndarray, right: np.ndarray) -> float:
     """Spearman's rank correlation; equal values share their mean rank."""
-    ranks = [((values[:, None] > values).sum(1) + (values[:, None] >= values).sum(1)) / 2 for values in (left, right)]
+    ranks = [
+        ((values[:, None] > values).sum(1) + (values[:, None] >= values).sum(1)) / 2
+        for values in (left, right)
+    ]
     return float(np.corrcoef(*ranks)[0, 1])

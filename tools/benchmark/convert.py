@@ -1,6 +1,8 @@
-"""How fast weights are converted, and in how much memory: import and export of a random model, beside a plain copy of its files.
+"""How fast weights are converted, and in how much memory: import and export of a random model,
+beside a plain copy of its files.
 
-Each is done several times, in turn and in a process of its own, and ends when the bytes are on the disk. The median counts.
+Each is done several times, in turn and in a process of its own, and ends when the bytes are on the
+disk. The median counts.
 """
 
 from __future__ import annotations
@@ -37,11 +39,15 @@ class RandomTensors:
     """Random BF16 tensors of every name that a model has, made when they are asked for."""
 
     def __init__(self, model: Architecture):
-        named = [pair for row in rows(model) for pair in zip(row.names, row.part_shapes, strict=True)]
+        named = [
+            pair for row in rows(model) for pair in zip(row.names, row.part_shapes, strict=True)
+        ]
         self.headers = {name: Header(shape, torch.bfloat16) for name, shape in named}
 
     def __getitem__(self, name: str) -> Tensor:
-        return torch.randint(-30000, 30000, self.headers[name].shape, dtype=torch.int16).view(torch.bfloat16)
+        return torch.randint(-30000, 30000, self.headers[name].shape, dtype=torch.int16).view(
+            torch.bfloat16
+        )
 
     def ranges(self, name: str, rows: range) -> None:
         return None
@@ -51,19 +57,33 @@ class RandomTensors:
 
 
 def make_model(folder: Path, name: str, layers: int) -> int:
-    """Write a random Hugging Face folder with a small tokenizer, and return the bytes of its weights."""
+    """Write a random Hugging Face folder with a small tokenizer, and return the bytes of its
+    weights.
+    """
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
     model = architecture(name)
-    model = dataclasses.replace(model, language=dataclasses.replace(model.language, num_layers=layers or model.language.num_layers))
+    model = dataclasses.replace(
+        model,
+        language=dataclasses.replace(
+            model.language, num_layers=layers or model.language.num_layers
+        ),
+    )
     folder.mkdir(parents=True)
     known = [*SPECIAL_TOKENS, "<|im_start|>", "<|im_end|>", "?"]
-    words = Tokenizer(models.WordLevel({word: number for number, word in enumerate(known)}, unk_token="?"))
+    words = Tokenizer(
+        models.WordLevel({word: number for number, word in enumerate(known)}, unk_token="?")
+    )
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?").save_pretrained(folder)
     tensors = RandomTensors(model)
     write_safetensors(tensors, folder)
-    write_json(folder / FILE_NAME, native_config.write(model, dtype=torch.bfloat16, image_token_id=2, eos_token_id=9, pad_token_id=9))
+    write_json(
+        folder / FILE_NAME,
+        native_config.write(
+            model, dtype=torch.bfloat16, image_token_id=2, eos_token_id=9, pad_token_id=9
+        ),
+    )
     return sum(header.nbytes for header in tensors.headers.values())
 
 
@@ -77,7 +97,9 @@ def copy(source: Path, target: Path) -> None:
 
 
 def measure(work: Callable[[Path, Path], object], source: Path, target: Path) -> tuple[float, int]:
-    """Seconds, and the most memory that the process had, its program included, in bytes; the target is removed before."""
+    """Seconds, and the most memory that the process had, its program included, in bytes; the target
+    is removed before.
+    """
     shutil.rmtree(target, ignore_errors=True)
     with multiprocessing.get_context("spawn").Pool(1) as alone:
         return alone.apply(_measure, (work, source, target))
@@ -107,10 +129,15 @@ def run(folder: Path, model: str, layers: int, repeat: int) -> dict[str, float |
             seconds[name].append(took)
             peak = max(peak, used if name != "copy" else 0)
             print(f"{name}: {total / 1e9 / took:.2f} GB/s, {used / GIB:.2f} GiB", file=sys.stderr)
-    speeds = {f"{name}_gb_per_s": total / 1e9 / statistics.median(found) for name, found in seconds.items()}
+    speeds = {
+        f"{name}_gb_per_s": total / 1e9 / statistics.median(found)
+        for name, found in seconds.items()
+    }
     before = SafetensorsFolder(folder / "hf")
     after = SafetensorsFolder(folder / "exported")
-    if before.headers != after.headers or not all(_equal(before[name], after[name]) for name in before.headers):
+    if before.headers != after.headers or not all(
+        _equal(before[name], after[name]) for name in before.headers
+    ):
         raise ValueError("what was exported is not what was imported")
     every = {f"{name}_seconds": found for name, found in seconds.items()}
     return {"model": model, "bytes": total, **speeds, "peak_memory_gib": peak / GIB, **every}
@@ -123,11 +150,28 @@ def _equal(one: Tensor, other: Tensor) -> bool:
 
 def main() -> int:
     """Run the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="internvl2_5-4b", help="row of the table of models (default: %(default)s)")
-    parser.add_argument("--layers", type=int, default=14, help="layers of its language model; 0: all (default: %(default)s: about 4 GB)")
-    parser.add_argument("--repeat", type=int, default=3, help="times that each is done (default: %(default)s)")
-    parser.add_argument("--folder", type=Path, help="where to write, four times the model's bytes (default: a temporary folder)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--model",
+        default="internvl2_5-4b",
+        help="row of the table of models (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--layers",
+        type=int,
+        default=14,
+        help="layers of its language model; 0: all (default: %(default)s: about 4 GB)",
+    )
+    parser.add_argument(
+        "--repeat", type=int, default=3, help="times that each is done (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        help="where to write, four times the model's bytes (default: a temporary folder)",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="convert-", dir=options.folder) as folder:

@@ -1,4 +1,6 @@
-"""The packs that are measured on, again and again, through the project's loader; it tells how long was waited for them."""
+"""The packs that are measured on, again and again, through the project's loader; it tells how long
+was waited for them.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ class Feed:
         self.waited_s = 0.0
         self.taken = 0
         self._ids = pack_ids
-        self._arriving = batches(packs, plan, [pack_ids[step % len(pack_ids)] for step in range(MOST_STEPS)], **options)
+        self._arriving = batches(
+            packs, plan, [pack_ids[step % len(pack_ids)] for step in range(MOST_STEPS)], **options
+        )
 
     @property
     def next_id(self) -> int:

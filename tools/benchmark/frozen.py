@@ -1,4 +1,6 @@
-"""What frozen parts save: a step of every stage in one process, against what the cost model promises."""
+"""What frozen parts save: a step of every stage in one process, against what the cost model
+promises.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ def measure(scale: Scale, packs: Path) -> dict[str, dict[str, object]]:
     """Steps of all stages in turn; runs on one rank.
 
     Returns:
-        By stage: FLOPs of a pack, and by round the seconds of a whole step, and of forward and backward pass alone.
+        By stage: FLOPs of a pack, and by round the seconds of a whole step, and of forward and
+            backward pass alone.
     """
     from megavlm.data.loading.dataset import PackedDataset
     from megavlm.parallel import backend, process_groups
@@ -30,7 +33,9 @@ def measure(scale: Scale, packs: Path) -> dict[str, dict[str, object]]:
     machine = backend.start(plain.parallel.timeout_minutes)
     place = process_groups.create(plain.parallel, 0)
     settings = {stage: config(scale, stage, packs) for stage in STAGE_NAMES}
-    runs = {stage: Run(one, make_layout(one), place, machine, packs) for stage, one in settings.items()}
+    runs = {
+        stage: Run(one, make_layout(one), place, machine, packs) for stage, one in settings.items()
+    }
     steps: dict[str, list[float]] = {stage: [] for stage in STAGE_NAMES}
     passes: dict[str, list[float]] = {stage: [] for stage in STAGE_NAMES}
     for _ in range(scale.rounds + 1):
@@ -48,9 +53,11 @@ def measure(scale: Scale, packs: Path) -> dict[str, dict[str, object]]:
 
 
 def summary(found: dict[str, dict]) -> dict[str, dict[str, float]]:
-    """By stage: what it saves of the time of the stage that trains everything, what its FLOPs promise, and the share of that promise.
+    """By stage: what it saves of the time of the stage that trains everything, what its FLOPs
+    promise, and the share of that promise.
 
-    The share is told for forward and backward pass, which the FLOPs are of, and for whole steps, with the optimizer's own work.
+    The share is told for forward and backward pass, which the FLOPs are of, and for whole steps,
+    with the optimizer's own work.
     """
     told = {}
     whole = found[ALL]
@@ -59,7 +66,9 @@ def summary(found: dict[str, dict]) -> dict[str, dict[str, float]]:
             continue
         promised = 1 - one["flops"] / whole["flops"]
         saved = {
-            name: statistics.median(1 - few / all_ for few, all_ in zip(one[name], whole[name], strict=True))
+            name: statistics.median(
+                1 - few / all_ for few, all_ in zip(one[name], whole[name], strict=True)
+            )
             for name in ("passes_s", "step_s")
         }
         told[stage] = {

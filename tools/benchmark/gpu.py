@@ -1,9 +1,11 @@
-"""Measure training on this machine's GPU, and the same in transformers beside it. No network is needed; eight minutes are enough.
+"""Measure training on this machine's GPU, and the same in transformers beside it. No network is
+needed; eight minutes are enough.
 
-  python tools/benchmark/gpu.py --json docs/benchmarks/h200.json      everything, the most telling cases first
-  python tools/benchmark/gpu.py --dry_run                             the cases, with the FLOPs and memory that are expected
-  python tools/benchmark/gpu.py --cases 2b-stage2-bf16,4b             some of them
-  python tools/benchmark/gpu.py --smoke                               the same code with a model of a few weights, on a CPU too
+  python tools/benchmark/gpu.py --json docs/benchmarks/h200.json      everything, the most telling
+  cases first python tools/benchmark/gpu.py --dry_run                             the cases, with
+  the FLOPs and memory that are expected python tools/benchmark/gpu.py --cases 2b-stage2-bf16,4b
+  some of them python tools/benchmark/gpu.py --smoke                               the same code
+  with a model of a few weights, on a CPU too
 
 docs/performance.md says how figures are counted.
 """
@@ -27,14 +29,23 @@ from tools.benchmark.cases import all_cases, chosen, smoke_cases
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("--json", type=Path, metavar="FILE", help="write the rows there too, after each case")
     add(
-        "--cases", default="", metavar="PATTERNS", help="only cases whose name holds one of these, commas between them; * and ? may be used"
+        "--cases",
+        default="",
+        metavar="PATTERNS",
+        help="only cases whose name holds one of these, commas between them; * and ? may be used",
     )
     add("--dry_run", action="store_true", help="list the cases instead of running them")
-    add("--smoke", action="store_true", help="a tiny model and small packs: tries the benchmark, measures nothing of use")
+    add(
+        "--smoke",
+        action="store_true",
+        help="a tiny model and small packs: tries the benchmark, measures nothing of use",
+    )
     add(
         "--time_limit_s",
         type=float,
@@ -42,14 +53,34 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         metavar="N",
         help="for everything; cases that are not reached say so (default: %(default)s)",
     )
-    add("--steps_s", type=float, default=9, metavar="N", help="for the warm-up and for the timed steps of a case (default: %(default)s)")
-    add("--workers", type=int, default=min(8, (os.cpu_count() or 2) // 2), metavar="N", help="loader processes (default: %(default)s)")
-    add("--peak_tflops", type=float, default=989, metavar="X", help="of the device: dense bfloat16 (default: %(default)s, H100 and H200)")
+    add(
+        "--steps_s",
+        type=float,
+        default=9,
+        metavar="N",
+        help="for the warm-up and for the timed steps of a case (default: %(default)s)",
+    )
+    add(
+        "--workers",
+        type=int,
+        default=min(8, (os.cpu_count() or 2) // 2),
+        metavar="N",
+        help="loader processes (default: %(default)s)",
+    )
+    add(
+        "--peak_tflops",
+        type=float,
+        default=989,
+        metavar="X",
+        help="of the device: dense bfloat16 (default: %(default)s, H100 and H200)",
+    )
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the tool; 0 where a case was measured, 1 where none was, 2 for a command line that asks for nothing."""
+    """Run the tool; 0 where a case was measured, 1 where none was, 2 for a command line that asks
+    for nothing.
+    """
     args = parse(arguments)
     began = time.monotonic()
     try:
@@ -60,25 +91,46 @@ def main(arguments: list[str] | None = None) -> int:
     if args.dry_run:
         print(report.plan(cases))
         return 0
-    from tools.benchmark.packs import REAL, SMOKE, make_packs  # only now: --dry_run needs no tokenizer and no torch
+    from tools.benchmark.packs import (
+        REAL,
+        SMOKE,
+        make_packs,
+    )  # only now: --dry_run needs no tokenizer and no torch
 
     sizes = SMOKE if args.smoke else REAL
     rows = []
     with tempfile.TemporaryDirectory(prefix="megavlm-benchmark-") as folder:
         packs = make_packs(Path(folder) / "data", cases[0].architecture, sizes)
-        settings = runner.Settings(packs=sizes.packs, workers=args.workers, steps_s=args.steps_s, peak_tflops=args.peak_tflops)
+        settings = runner.Settings(
+            packs=sizes.packs,
+            workers=args.workers,
+            steps_s=args.steps_s,
+            peak_tflops=args.peak_tflops,
+        )
         where = runner.facts()
-        print(f"{json.dumps(where)}\n{packs.manifest.totals}; {time.monotonic() - began:.1f} s to make\n{report.header()}", flush=True)
-        for row in runner.run_all(cases, packs.folder, Path(folder), settings, began + args.time_limit_s):
+        print(
+            f"{json.dumps(where)}\n{packs.manifest.totals}; {time.monotonic() - began:.1f} s to"
+            f" make\n{report.header()}",
+            flush=True,
+        )
+        for row in runner.run_all(
+            cases, packs.folder, Path(folder), settings, began + args.time_limit_s
+        ):
             rows.append(row | where)
             print("\n".join(filter(None, (report.line(row), report.kernels(row)))), flush=True)
             if args.json:
                 args.json.parent.mkdir(parents=True, exist_ok=True)
                 args.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    print(f"\n{report.header()}\n" + "\n".join(map(report.line, rows)) + f"\n\n{report.comparisons(rows)}")
+    print(
+        f"\n{report.header()}\n"
+        + "\n".join(map(report.line, rows))
+        + f"\n\n{report.comparisons(rows)}"
+    )
     return 0 if any(not row["error"] for row in rows) else 1
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the case that runs is ended too
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(143)
+    )  # so that the case that runs is ended too
     sys.exit(main())

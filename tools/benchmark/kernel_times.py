@@ -10,17 +10,27 @@ from dataclasses import dataclass
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-# The first group that a kernel's name fits. Names are those of CUDA kernels, and of torch's operators on a CPU.
+# The first group that a kernel's name fits. Names are those of CUDA kernels, and of torch's
+# operators on a CPU.
 GROUPS = (
     ("communication", r"nccl|all_reduce|all_gather|reduce_scatter|gloo|c10d"),
     ("attention", r"fmha|flash|attention|sdpa|_mha_|flex"),
-    ("8-bit conversion", r"cast_transpose|quantize|fp8|amax|transpose_dbias|rowwise.*scal|scaling_factor"),
-    ("matrix products", r"gemm|cutlass|cublas|nvjet|wgmma|xmma|matmul|conv|::(mm|addmm|bmm|baddbmm)\b"),
+    (
+        "8-bit conversion",
+        r"cast_transpose|quantize|fp8|amax|transpose_dbias|rowwise.*scal|scaling_factor",
+    ),
+    (
+        "matrix products",
+        r"gemm|cutlass|cublas|nvjet|wgmma|xmma|matmul|conv|::(mm|addmm|bmm|baddbmm)\b",
+    ),
     ("norm", r"norm|ln_(fwd|bwd)"),
     ("loss", r"cross_entropy|softmax|nll|loss"),
     ("optimizer", r"adam|multi_tensor|foreach|l2norm"),
     ("copies", r"memcpy|memset|copy|catarray|::(cat|fill_|zero_|clone)\b|scatter|gather|index"),
-    ("elementwise", r"elementwise|triton|gelu|silu|swiglu|rope|rotary|reduce|::(add|mul|sub|div|where|sum)"),
+    (
+        "elementwise",
+        r"elementwise|triton|gelu|silu|swiglu|rope|rotary|reduce|::(add|mul|sub|div|where|sum)",
+    ),
 )
 LISTED = 15
 
@@ -63,7 +73,9 @@ def record(step: Callable[[], object], device: torch.device) -> list[Kernel]:
 
 def group_of(name: str) -> str:
     """The group of a kernel."""
-    return next((group for group, pattern in GROUPS if re.search(pattern, name, re.IGNORECASE)), "other")
+    return next(
+        (group for group, pattern in GROUPS if re.search(pattern, name, re.IGNORECASE)), "other"
+    )
 
 
 def busy_us(kernels: list[Kernel]) -> float:
@@ -93,6 +105,16 @@ def table(kernels: list[Kernel]) -> dict[str, object]:
     longest = sorted(names.items(), key=lambda entry: -sum(entry[1]))[:LISTED]
     return {
         "span_ms": round(span / 1e3, 3),
-        "groups_ms": {name: round(ms, 3) for name, ms in sorted(groups.items(), key=lambda entry: -entry[1])},
-        "longest": [{"name": name[:120], "group": group_of(name), "ms": round(sum(each), 3), "calls": len(each)} for name, each in longest],
+        "groups_ms": {
+            name: round(ms, 3) for name, ms in sorted(groups.items(), key=lambda entry: -entry[1])
+        },
+        "longest": [
+            {
+                "name": name[:120],
+                "group": group_of(name),
+                "ms": round(sum(each), 3),
+                "calls": len(each),
+            }
+            for name, each in longest
+        ],
     }

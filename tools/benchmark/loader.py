@@ -1,18 +1,24 @@
 """The loader's speed on one core, and how soon it starts in a very large dataset.
 
-Three ways from a JPEG file to normalised float tensors of tiles, over the same images, one after the other on one core:
+Three ways from a JPEG file to normalised float tensors of tiles, over the same images, one after
+the other on one core:
 
-- ours: a pack is read and checked, its images become uint8 tiles, which are normalised as the model does;
-- InternVL's: Pillow opens and converts, resizes to the grid, crops each tile, and each tile goes through a transform of its own as in
+- ours: a pack is read and checked, its images become uint8 tiles, which are normalised as the model
+  does;
+- InternVL's: Pillow opens and converts, resizes to the grid, crops each tile, and each tile goes
+  through a transform of its own as in
   torchvision (resize, to float, normalise), to be stacked;
 - the limit: JPEG decoding alone, by the fastest decoder that is installed.
 
-Tiles a second are of processor time. Then a dataset of 100 million packs (an index of 8 GB; the packs themselves are links to a few real
-ones) is used as a training run does, with worker processes, each time by a fresh process that has imported megavlm.data and nothing more:
+Tiles a second are of processor time. Then a dataset of 100 million packs (an index of 8 GB; the
+packs themselves are links to a few real ones) is used as a training run does, with worker
+processes, each time by a fresh process that has imported megavlm.data and nothing more:
 
-- ``first_batch_s``: seconds by the clock from before the dataset is opened and its workers are started, until the first batch is in hand;
+- ``first_batch_s``: seconds by the clock from before the dataset is opened and its workers are
+  started, until the first batch is in hand;
 - ``seek_s``: the same for a run that goes on at step one million;
-- ``index_memory_mib``: what the memory of the process that trains grows by meanwhile, and while a thousand steps look up their packs.
+- ``index_memory_mib``: what the memory of the process that trains grows by meanwhile, and while a
+  thousand steps look up their packs.
 
 The fastest of some runs counts.
 
@@ -52,7 +58,9 @@ from megavlm.data.store.pack_format import HEADER_BYTES, INDEX_NAME, RECORD, pac
 
 ROOT = Path(__file__).parents[2]
 SIZE = 448
-MEAN, STD = (torch.tensor(values)[:, None, None] for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+MEAN, STD = (
+    torch.tensor(values)[:, None, None] for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+)
 GLOBAL_BATCH = 512
 LOOKED_UP_STEPS = 1000
 
@@ -60,7 +68,9 @@ LOOKED_UP_STEPS = 1000
 def ours(dataset: PackedDataset) -> int:
     """All packs as normalised tensors; returns the number of tiles."""
     tiles = 0
-    room = torch.empty(dataset.manifest.tile_cap + 1, 3, SIZE, SIZE)  # memory that is used again, as on a GPU
+    room = torch.empty(
+        dataset.manifest.tile_cap + 1, 3, SIZE, SIZE
+    )  # memory that is used again, as on a GPU
     for pack_id in range(len(dataset)):
         batch = dataset.batch(pack_id, pack_id)
         normalised = room[: len(batch.tiles)]
@@ -81,7 +91,9 @@ def internvl_way(dataset: PackedDataset, folder: Path) -> int:
             columns = int(row["columns"])
             rows = int(row["rows"])
             grid = image.resize((columns * SIZE, rows * SIZE), Image.Resampling.BICUBIC)
-            corners = [(place % columns * SIZE, place // columns * SIZE) for place in range(columns * rows)]
+            corners = [
+                (place % columns * SIZE, place // columns * SIZE) for place in range(columns * rows)
+            ]
             pieces = [grid.crop((left, top, left + SIZE, top + SIZE)) for left, top in corners]
             if len(pieces) > 1:
                 pieces.append(image.resize((SIZE, SIZE), Image.Resampling.BICUBIC))
@@ -105,7 +117,9 @@ def bare_decode(encoded: list[bytes]) -> None:
 
 
 def fastest(work: Callable[[], object], repeats: int) -> float:
-    """Processor seconds of the fastest run; unlike the clock's, they do not count other programs."""
+    """Processor seconds of the fastest run; unlike the clock's, they do not count other
+    programs.
+    """
     seconds = []
     for _ in range(repeats):
         start = time.process_time()
@@ -133,16 +147,29 @@ def speed(work: Path, images: int, repeats: int) -> dict[str, float]:
     )
     dataset = PackedDataset(work / "packs")
     decode.load_decoders()
-    tiles = ours(dataset)  # also reads all files once, so that every way finds them in the page cache
+    tiles = ours(
+        dataset
+    )  # also reads all files once, so that every way finds them in the page cache
     assert tiles == internvl_way(dataset, work / "jpegs"), "both ways see the same tiles"
     encoded = [(work / "jpegs" / f"{number}.jpg").read_bytes() for number in range(images)]
     best = {"tiles_per_s": 0.0, "internvl_way_tiles_per_s": 0.0, "decode_limit_tiles_per_s": 0.0}
     for _ in range(repeats):  # by turns, so that what else the machine does hits all alike
         for name, way in zip(
-            best, (lambda: ours(dataset), lambda: internvl_way(dataset, work / "jpegs"), lambda: bare_decode(encoded)), strict=True
+            best,
+            (
+                lambda: ours(dataset),
+                lambda: internvl_way(dataset, work / "jpegs"),
+                lambda: bare_decode(encoded),
+            ),
+            strict=True,
         ):
             best[name] = max(best[name], tiles / fastest(way, 1))
-    return {**best, "over_internvl_way": best["tiles_per_s"] / best["internvl_way_tiles_per_s"], "tiles": tiles, "images": images}
+    return {
+        **best,
+        "over_internvl_way": best["tiles_per_s"] / best["internvl_way_tiles_per_s"],
+        "tiles": tiles,
+        "images": images,
+    }
 
 
 def make_large(small: Path, large: Path, packs: int) -> None:
@@ -160,12 +187,17 @@ def make_large(small: Path, large: Path, packs: int) -> None:
             index.write(np.resize(real, size).tobytes())
     for number in range(len(sizes)):
         (large / f"packs-{number:05d}.bin").symlink_to(small.absolute() / f"{first.name}.bin")
-    names = [dataclasses.replace(first, name=f"packs-{number:05d}", packs=size) for number, size in enumerate(sizes)]
+    names = [
+        dataclasses.replace(first, name=f"packs-{number:05d}", packs=size)
+        for number, size in enumerate(sizes)
+    ]
     dataclasses.replace(manifest, shards=tuple(names)).write(large)
 
 
 def start_in(folder: Path, step: int, workers: int) -> None:
-    """Start at a step of a large dataset in this process, and print how long it takes and what it costs, as JSON."""
+    """Start at a step of a large dataset in this process, and print how long it takes and what it
+    costs, as JSON.
+    """
     process = psutil.Process()
     position = step * GLOBAL_BATCH
     before = process.memory_info().rss
@@ -183,26 +215,69 @@ def start_in(folder: Path, step: int, workers: int) -> None:
 
 
 def starts(folder: Path, repeats: int, workers: int) -> dict[str, float]:
-    """The fastest starts in a large dataset, at its beginning and far into it; each by a process of its own."""
+    """The fastest starts in a large dataset, at its beginning and far into it; each by a process of
+    its own.
+    """
     found = {}
     for name, step in (("first_batch_s", 0), ("seek_s", 10**6)):
-        command = [sys.executable, __file__, "--start_in", str(folder), "--step", str(step), "--workers", str(workers)]
-        runs = [json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout) for _ in range(repeats)]
+        command = [
+            sys.executable,
+            __file__,
+            "--start_in",
+            str(folder),
+            "--step",
+            str(step),
+            "--workers",
+            str(workers),
+        ]
+        runs = [
+            json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
+            for _ in range(repeats)
+        ]
         found[name] = min(run["seconds"] for run in runs)
-        found["index_memory_mib"] = max(found.get("index_memory_mib", 0.0), *(run["memory_mib"] for run in runs))
+        found["index_memory_mib"] = max(
+            found.get("index_memory_mib", 0.0), *(run["memory_mib"] for run in runs)
+        )
     return found
 
 
 def main() -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=300, metavar="N", help="JPEG files (default: %(default)s)")
-    parser.add_argument("--packs", type=int, default=100_000_000, metavar="N", help="packs of the large dataset (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="runs, of which the fastest counts (default: %(default)s)")
-    parser.add_argument("--work", type=Path, metavar="DIR", help="where files may lie meanwhile (default: the system's temporary folder)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--images", type=int, default=300, metavar="N", help="JPEG files (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--packs",
+        type=int,
+        default=100_000_000,
+        metavar="N",
+        help="packs of the large dataset (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--repeats",
+        type=int,
+        default=5,
+        metavar="N",
+        help="runs, of which the fastest counts (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--work",
+        type=Path,
+        metavar="DIR",
+        help="where files may lie meanwhile (default: the system's temporary folder)",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     cores = min(4, os.cpu_count() or 1)
-    parser.add_argument("--workers", type=int, default=cores, metavar="N", help="loader processes at the start (default: %(default)s)")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=cores,
+        metavar="N",
+        help="loader processes at the start (default: %(default)s)",
+    )
     parser.add_argument("--start_in", type=Path, metavar="DIR", help=argparse.SUPPRESS)
     parser.add_argument("--step", type=int, default=0, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -214,12 +289,26 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.work) as temporary:
         work = Path(temporary)
         figures = speed(work, options.images, options.repeats)
-        print(f"ours {figures['tiles_per_s']:,.0f} tiles/s, InternVL's way {figures['internvl_way_tiles_per_s']:,.0f}, ", end="")
-        print(f"JPEG decoding alone {figures['decode_limit_tiles_per_s']:,.0f}; {figures['over_internvl_way']:.2f} x InternVL's way")
+        print(
+            f"ours {figures['tiles_per_s']:,.0f} tiles/s, InternVL's way"
+            f" {figures['internvl_way_tiles_per_s']:,.0f}, ",
+            end="",
+        )
+        print(
+            f"JPEG decoding alone {figures['decode_limit_tiles_per_s']:,.0f};"
+            f" {figures['over_internvl_way']:.2f} x InternVL's way"
+        )
         make_large(work / "packs", work / "large", options.packs)
-        figures |= {"packs": options.packs, "workers": options.workers, **starts(work / "large", options.repeats, options.workers)}
+        figures |= {
+            "packs": options.packs,
+            "workers": options.workers,
+            **starts(work / "large", options.repeats, options.workers),
+        }
     print(f"{options.packs:,} packs: first batch after {figures['first_batch_s']:.2f} s, ", end="")
-    print(f"that of step 1,000,000 after {figures['seek_s']:.2f} s, {figures['index_memory_mib']:.0f} MiB more memory")
+    print(
+        f"that of step 1,000,000 after {figures['seek_s']:.2f} s, {figures['index_memory_mib']:.0f}"
+        " MiB more memory"
+    )
     if options.json:
         facts = {
             "load_average": os.getloadavg()[0],

@@ -1,4 +1,6 @@
-"""Timing whole steps: warm-up on every pack first, then events around each step, without waiting for the device in between."""
+"""Timing whole steps: warm-up on every pack first, then events around each step, without waiting
+for the device in between.
+"""
 
 from __future__ import annotations
 
@@ -57,10 +59,20 @@ class Clock:
         """Milliseconds between neighbouring marks."""
         self.wait()
         pairs = zip(self._marks, self._marks[1:])
-        return [start.elapsed_time(end) if self._on_gpu else (end - start) * 1e3 for start, end in pairs]
+        return [
+            start.elapsed_time(end) if self._on_gpu else (end - start) * 1e3 for start, end in pairs
+        ]
 
 
-def measure(session: Session, case: Case, packs: PackedDataset, pack_ids: list[int], *, steps_s: float, peak_tflops: float) -> dict:
+def measure(
+    session: Session,
+    case: Case,
+    packs: PackedDataset,
+    pack_ids: list[int],
+    *,
+    steps_s: float,
+    peak_tflops: float,
+) -> dict:
     """The figures of a case.
 
     Args:
@@ -68,7 +80,8 @@ def measure(session: Session, case: Case, packs: PackedDataset, pack_ids: list[i
         case: its name and shapes.
         packs: the dataset.
         pack_ids: the packs that are stepped on, in turn.
-        steps_s: seconds that warm-up, and then the timed steps, may take each; fewer steps are made where one takes long.
+        steps_s: seconds that warm-up, and then the timed steps, may take each; fewer steps are made
+            where one takes long.
         peak_tflops: what the utilisation is a share of.
     """
     waiting = Clock(session.device)
@@ -107,7 +120,9 @@ def measure(session: Session, case: Case, packs: PackedDataset, pack_ids: list[i
     return figures
 
 
-def _figures(case: Case, packs: PackedDataset, stepped: np.ndarray, each_ms: list[float], peak_tflops: float) -> dict:
+def _figures(
+    case: Case, packs: PackedDataset, stepped: np.ndarray, each_ms: list[float], peak_tflops: float
+) -> dict:
     rows = packs.index[stepped]
     seconds = sum(each_ms) / 1e3
     size = {name: float(rows[name].sum()) for name in ("tokens", "squared_lengths", "tiles")}
@@ -125,7 +140,9 @@ def _figures(case: Case, packs: PackedDataset, stepped: np.ndarray, each_ms: lis
         "packs_per_step": 1,
         "tokens_per_step": size["tokens"] / len(each_ms),
         "tiles_per_step": size["tiles"] / len(each_ms),
-        "tflop_per_step": {part: round(count / len(each_ms) / 1e12, 4) for part, count in flops.items()},
+        "tflop_per_step": {
+            part: round(count / len(each_ms) / 1e12, 4) for part, count in flops.items()
+        },
     }
 
 

@@ -16,7 +16,9 @@ from tools.benchmark.cases import OURS, all_cases, smoke_cases
 
 
 def main(name: str, folder: str, out: str, settings: str) -> None:
-    """Measure the case ``name`` on the packs in ``folder``; ``settings`` are those of ``runner.Settings`` as JSON."""
+    """Measure the case ``name`` on the packs in ``folder``; ``settings`` are those of
+    ``runner.Settings`` as JSON.
+    """
     case = next(case for case in [*all_cases(), *smoke_cases()] if case.name == name)
     chosen = json.loads(settings)
     if case.implementation == OURS:
@@ -36,8 +38,13 @@ def main(name: str, folder: str, out: str, settings: str) -> None:
     ids = fullest(packs, chosen["packs"])
     session = Session(case, packs, ids, chosen["workers"])
     built = time.perf_counter()
-    figures = measure(session, case, packs, ids, steps_s=chosen["steps_s"], peak_tflops=chosen["peak_tflops"])
-    figures |= {"build_s": round(built - began, 2), "measure_s": round(time.perf_counter() - built, 2)}
+    figures = measure(
+        session, case, packs, ids, steps_s=chosen["steps_s"], peak_tflops=chosen["peak_tflops"]
+    )
+    figures |= {
+        "build_s": round(built - began, 2),
+        "measure_s": round(time.perf_counter() - built, 2),
+    }
     Path(out).write_text(json.dumps(figures))
     session.close()
 

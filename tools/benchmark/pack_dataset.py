@@ -1,9 +1,11 @@
-"""Speed and memory of the whole packer: records and megabytes a second on real-size JPEG files, and peak memory on a long annotation file.
+"""Speed and memory of the whole packer: records and megabytes a second on real-size JPEG files, and
+peak memory on a long annotation file.
 
     python tools/benchmark/pack_dataset.py --work /tmp/pack_benchmark --json pack_dataset.json
 
-The packer runs as users run it, as a command; times include its start. Memory is that of the command and its workers together (resident,
-the libraries that they share counted once for each), and of the command alone.
+The packer runs as users run it, as a command; times include its start. Memory is that of the
+command and its workers together (resident, the libraries that they share counted once for each),
+and of the command alone.
 """
 
 from __future__ import annotations
@@ -28,12 +30,24 @@ SAMPLE_SECONDS = 0.2
 
 
 def run(arguments: list[str]) -> dict[str, float]:
-    """Run the packer, and measure seconds by the clock and of processors (its workers' too), and peak memory in MiB."""
-    command = [sys.executable, str(ROOT / "tools" / "pack_dataset.py"), "--tokenizer", str(TOKENIZER), *arguments]
+    """Run the packer, and measure seconds by the clock and of processors (its workers' too), and
+    peak memory in MiB.
+    """
+    command = [
+        sys.executable,
+        str(ROOT / "tools" / "pack_dataset.py"),
+        "--tokenizer",
+        str(TOKENIZER),
+        *arguments,
+    ]
     start = time.perf_counter()
     process = psutil.Popen(command, stdout=subprocess.DEVNULL)
     alone = together = 0
-    processor: dict[int, float] = {}  # by process, when last seen: workers are not children of who would be told of their time
+    processor: dict[
+        int,
+        float,
+        # by process, when last seen: workers are not children of who would be told of their time
+    ] = {}
     while process.poll() is None:
         try:
             resident = []
@@ -66,7 +80,14 @@ def speed(work: Path, images: int, repeats: int) -> dict[str, dict[str, float]]:
         runs = []
         for _ in range(repeats):
             shutil.rmtree(work / "packs", ignore_errors=True)
-            arguments = ["--jsonl", str(work / "images.jsonl"), "--root", str(folder), "--out", str(work / "packs")]
+            arguments = [
+                "--jsonl",
+                str(work / "images.jsonl"),
+                "--root",
+                str(folder),
+                "--out",
+                str(work / "packs"),
+            ]
             runs.append(run([*arguments, "--workers", str(processes)]))
         best = min(runs, key=lambda each: each["seconds"])
         found[f"processes_{processes}"] = {
@@ -76,7 +97,10 @@ def speed(work: Path, images: int, repeats: int) -> dict[str, dict[str, float]]:
             "records_per_processor_s": images / best["processor_seconds"],
             "mb_per_s": size / best["seconds"] / 1e6,
         }
-        print(f"{processes} processes: {images / best['seconds']:,.0f} records/s, {size / best['seconds'] / 1e6:,.1f} MB/s")
+        print(
+            f"{processes} processes: {images / best['seconds']:,.0f} records/s,"
+            f" {size / best['seconds'] / 1e6:,.1f} MB/s"
+        )
     shutil.rmtree(folder)
     return found
 
@@ -88,25 +112,53 @@ def memory(work: Path, lines: int) -> dict[str, float]:
         for number in range(lines):
             text = "why " * (number % 13)
             file.write(
-                f'{{"conversations": [{{"from": "system", "value": "."}}, {{"from": "human", "value": "{text}{number % 97}?"}}, '
-                f'{{"from": "gpt", "value": "as {number % 89} is {text}"}}]}}\n'
+                '{"conversations": [{"from": "system", "value": "."}, {"from": "human",'
+                f' "value": "{text}{number % 97}?"}}, {{"from": "gpt", "value": "as {number % 89}'
+                f' is {text}"}}]}}\n'
             )
     shutil.rmtree(work / "packs", ignore_errors=True)
     found = run(["--jsonl", str(path), "--out", str(work / "packs"), "--workers", "2"])
     alone = f"{found['peak_alone_mib']:,.0f} without workers"
-    print(f"{lines:,} lines: {found['seconds']:.0f} s, peak memory {found['peak_mib']:,.0f} MiB, {alone}")
-    return {**found, "lines": lines, "annotation_mb": path.stat().st_size / 1e6, "records_per_s": lines / found["seconds"]}
+    print(
+        f"{lines:,} lines: {found['seconds']:.0f} s, peak memory {found['peak_mib']:,.0f} MiB,"
+        f" {alone}"
+    )
+    return {
+        **found,
+        "lines": lines,
+        "annotation_mb": path.stat().st_size / 1e6,
+        "records_per_s": lines / found["seconds"],
+    }
 
 
 def main() -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=20_000, metavar="N", help="JPEG files (default: %(default)s)")
-    parser.add_argument(
-        "--lines", type=int, default=5_000_000, metavar="N", help="lines for memory; 0: not measured (default: %(default)s)"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--repeats", type=int, default=2, metavar="N", help="runs, of which the fastest counts (default: %(default)s)")
-    parser.add_argument("--work", type=Path, metavar="DIR", help="folder for files, removed at the end (default: a temporary one)")
+    parser.add_argument(
+        "--images", type=int, default=20_000, metavar="N", help="JPEG files (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--lines",
+        type=int,
+        default=5_000_000,
+        metavar="N",
+        help="lines for memory; 0: not measured (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--repeats",
+        type=int,
+        default=2,
+        metavar="N",
+        help="runs, of which the fastest counts (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--work",
+        type=Path,
+        metavar="DIR",
+        help="folder for files, removed at the end (default: a temporary one)",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     options = parser.parse_args()
     if options.work:

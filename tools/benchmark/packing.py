@@ -1,8 +1,10 @@
-"""Packs a million samples of an InternVL-like mix by several rules, on one core: fill, waiting for the vision encoder, speed.
+"""Packs a million samples of an InternVL-like mix by several rules, on one core: fill, waiting for
+the vision encoder, speed.
 
-The mix: 62% records of one image (1 to 13 tiles), 13% of several images, 20% text alone, 5% video (8 to 32 frames of one tile); 256 tokens
-a tile, text log-normal around 180 tokens. Speeds are of processor time, the best of ``--repeats`` runs. Ten million samples are then packed
-by our rule in a process of its own, whose peak memory is taken.
+The mix: 62% records of one image (1 to 13 tiles), 13% of several images, 20% text alone, 5% video
+(8 to 32 frames of one tile); 256 tokens a tile, text log-normal around 180 tokens. Speeds are of
+processor time, the best of ``--repeats`` runs. Ten million samples are then packed by our rule in a
+process of its own, whose peak memory is taken.
 
     python tools/benchmark/packing.py --json packing.json
 """
@@ -51,22 +53,32 @@ def mix(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 
 
 def balance(tokens: np.ndarray, tiles: np.ndarray, tile_cap: int) -> dict[str, float]:
-    """How far the dearest pack of a step of 512 is above the step's mean, in the order that training takes, and in a full shuffle."""
+    """How far the dearest pack of a step of 512 is above the step's mean, in the order that
+    training takes, and in a full shuffle.
+    """
     packing = pack(tokens, tiles, capacity=CAPACITY, tile_cap=tile_cap)
     per_pack = np.bincount(packing.bin_of, weights=tiles)
     squared = np.bincount(packing.bin_of, weights=tokens.astype(np.float64) ** 2)
     stored = np.argsort(places_by_cost(squared, per_pack))
     found = {}
     for name, group in (("ordered", BATCH), ("shuffled", 1)):
-        steps = Plan(num_packs=packing.bins, seed=1, group=group).pack_ids(0, packing.bins // BATCH * BATCH).reshape(-1, BATCH)
+        steps = (
+            Plan(num_packs=packing.bins, seed=1, group=group)
+            .pack_ids(0, packing.bins // BATCH * BATCH)
+            .reshape(-1, BATCH)
+        )
         for what, cost in (("tiles", per_pack), ("attention", squared)):
             of_step = cost[stored][steps]
-            found[f"{what}_{name}"] = float(of_step.max(axis=1).sum() / of_step.mean(axis=1).sum()) - 1.0
+            found[f"{what}_{name}"] = (
+                float(of_step.max(axis=1).sum() / of_step.mean(axis=1).sum()) - 1.0
+            )
     return found
 
 
 def peak(count: int) -> None:
-    """Pack ``count`` samples by our rule in this process, and print seconds and peak memory as JSON."""
+    """Pack ``count`` samples by our rule in this process, and print seconds and peak memory as
+    JSON.
+    """
     tokens, tiles = mix(count)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     pack(tokens[:100], tiles[:100], capacity=CAPACITY, tile_cap=64)
@@ -76,8 +88,16 @@ def peak(count: int) -> None:
     seconds = time.process_time() - start
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     fill = int(tokens.sum(dtype=np.int64)) / (packing.bins * CAPACITY)
-    figures = {"samples": count, "seconds": seconds, "samples_per_s": count / seconds, "fill": fill, "tile_cap": cap}
-    print(json.dumps({**figures, "before_packing_mib": before / 1024, "peak_memory_mib": most / 1024}))
+    figures = {
+        "samples": count,
+        "seconds": seconds,
+        "samples_per_s": count / seconds,
+        "fill": fill,
+        "tile_cap": cap,
+    }
+    print(
+        json.dumps({**figures, "before_packing_mib": before / 1024, "peak_memory_mib": most / 1024})
+    )
 
 
 def draw(tokens: np.ndarray, tiles: np.ndarray, path: Path) -> None:
@@ -102,19 +122,43 @@ def draw(tokens: np.ndarray, tiles: np.ndarray, path: Path) -> None:
 
 def best(runs: list[tuple[Strategy, ...]]) -> list[Strategy]:
     """The fastest run of each rule."""
-    return [max(rule, key=lambda strategy: strategy.samples_per_s) for rule in zip(*runs, strict=True)]
+    return [
+        max(rule, key=lambda strategy: strategy.samples_per_s) for rule in zip(*runs, strict=True)
+    ]
 
 
 def main() -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", type=int, default=1_000_000, metavar="N", help="samples to pack (default: %(default)s)")
-    parser.add_argument(
-        "--many", type=int, default=10_000_000, metavar="N", help="samples of the run for memory; 0: none (default: %(default)s)"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="runs, of which the fastest counts (default: %(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, an object for each rule")
-    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the packer's report on these samples")
+    parser.add_argument(
+        "--samples",
+        type=int,
+        default=1_000_000,
+        metavar="N",
+        help="samples to pack (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--many",
+        type=int,
+        default=10_000_000,
+        metavar="N",
+        help="samples of the run for memory; 0: none (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--repeats",
+        type=int,
+        default=3,
+        metavar="N",
+        help="runs, of which the fastest counts (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write the figures there, an object for each rule"
+    )
+    parser.add_argument(
+        "--picture", type=Path, metavar="FILE", help="draw the packer's report on these samples"
+    )
     parser.add_argument("--peak", type=int, metavar="N", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.peak:
@@ -123,23 +167,40 @@ def main() -> None:
     tokens, tiles = mix(options.samples)
     compare(tokens[:1000], tiles[:1000], CAPACITY)  # compiles
     found = best([compare(tokens, tiles, CAPACITY) for _ in range(options.repeats)])
-    print(f"{len(tokens):,} samples of {tokens.mean():.0f} tokens and {tiles.mean():.2f} tiles on average, capacity {CAPACITY:,}")
+    print(
+        f"{len(tokens):,} samples of {tokens.mean():.0f} tokens and {tiles.mean():.2f} tiles on"
+        f" average, capacity {CAPACITY:,}"
+    )
     print(f"{'':18}{'fill':>9}{'straggle of 512':>18}{'tile cap':>10}{'M samples/s':>13}")
     for rule in found:
-        print(f"{rule.name:18}{rule.fill:9.3%}{rule.straggle_512:18.2%}{rule.tile_cap or '-':>10}{rule.samples_per_s / 1e6:13.2f}")
+        print(
+            f"{rule.name:18}{rule.fill:9.3%}{rule.straggle_512:18.2%}"
+            f"{rule.tile_cap or '-':>10}{rule.samples_per_s / 1e6:13.2f}"
+        )
     figures = {rule.name: dataclasses.asdict(rule) for rule in found}
     figures["balance_512"] = balance(tokens, tiles, found[-1].tile_cap)
     for what in ("tiles", "attention"):
-        ordered, shuffled = (figures["balance_512"][f"{what}_{name}"] for name in ("ordered", "shuffled"))
-        print(f"dearest pack of a step of {BATCH} over the step's mean, {what}: {ordered:.2%} in the plan's order, {shuffled:.2%} shuffled")
+        ordered, shuffled = (
+            figures["balance_512"][f"{what}_{name}"] for name in ("ordered", "shuffled")
+        )
+        print(
+            f"dearest pack of a step of {BATCH} over the step's mean, {what}: {ordered:.2%} in the"
+            f" plan's order, {shuffled:.2%} shuffled"
+        )
     if options.picture:
         draw(tokens, tiles, options.picture)
     if options.many:
-        done = subprocess.run([sys.executable, __file__, "--peak", str(options.many)], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, __file__, "--peak", str(options.many)],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
         figures["many"] = json.loads(done.stdout)
         print(
-            f"{options.many:,} samples: {figures['many']['seconds']:.1f} s, peak memory {figures['many']['peak_memory_mib']:,.0f} MiB, "
-            f"{figures['many']['before_packing_mib']:,.0f} MiB of them before packing"
+            f"{options.many:,} samples: {figures['many']['seconds']:.1f} s, peak memory"
+            f" {figures['many']['peak_memory_mib']:,.0f} MiB,"
+            f" {figures['many']['before_packing_mib']:,.0f} MiB of them before packing"
         )
     if options.json:
         facts = {

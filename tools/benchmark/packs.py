@@ -1,4 +1,6 @@
-"""Packs of JPEG photographs and text, made on the spot by the project's own packer: nothing is downloaded."""
+"""Packs of JPEG photographs and text, made on the spot by the project's own packer: nothing is
+downloaded.
+"""
 
 from __future__ import annotations
 
@@ -69,8 +71,12 @@ REAL = PackSizes(capacity=16384, packs=8, max_tiles=12, tile_cap=48, least_side=
 SMOKE = PackSizes(capacity=512, packs=2, max_tiles=3, tile_cap=None, least_side=32, most_side=96)
 
 
-def make_packs(folder: Path, architecture: Architecture, sizes: PackSizes, seed: int = 0) -> PackedDataset:
-    """Photographs, questions, a tokenizer, and packs of them in ``folder / "packs"``, for every model with the same tiles."""
+def make_packs(
+    folder: Path, architecture: Architecture, sizes: PackSizes, seed: int = 0
+) -> PackedDataset:
+    """Photographs, questions, a tokenizer, and packs of them in ``folder / "packs"``, for every
+    model with the same tiles.
+    """
     rng = np.random.default_rng(seed)
     images = folder / "images"
     images.mkdir(parents=True)
@@ -86,7 +92,10 @@ def make_packs(folder: Path, architecture: Architecture, sizes: PackSizes, seed:
         picture.save(images / name, quality=QUALITY)
         # In mixtures for instruction tuning some three quarters of the tokens are images'.
         answer = " ".join(rng.choice(WORDS, int(seen * rng.uniform(0.18, 0.5)) + 8))
-        turns = [{"from": "human", "value": "<image>\nWhat is there?"}, {"from": "gpt", "value": answer}]
+        turns = [
+            {"from": "human", "value": "<image>\nWhat is there?"},
+            {"from": "gpt", "value": answer},
+        ]
         records.append(json.dumps({"image": name, "conversations": turns}))
         tokens += seen + len(answer.split())
         if tokens > wanted:
@@ -127,12 +136,17 @@ def photographs(rng: np.random.Generator, sizes: PackSizes) -> Iterator[Image.Im
         top = rng.uniform(0, max(source.height - height, 0))
         piece = source.crop((int(left), int(top), int(left + width), int(top + height)))
         side = 2 ** rng.uniform(np.log2(sizes.least_side), np.log2(sizes.most_side))
-        target = max(int(side * min(1, shape)), sizes.least_side // 2), max(int(side * min(1, 1 / shape)), sizes.least_side // 2)
+        target = (
+            max(int(side * min(1, shape)), sizes.least_side // 2),
+            max(int(side * min(1, 1 / shape)), sizes.least_side // 2),
+        )
         yield piece.resize(target, Image.Resampling.BICUBIC)
 
 
 def _sources(rng: np.random.Generator) -> list[Image.Image]:
-    """scikit-learn's two photographs; without it, soft blots with grain, which cost a decoder about as much."""
+    """scikit-learn's two photographs; without it, soft blots with grain, which cost a decoder about
+    as much.
+    """
     try:
         from sklearn.datasets import load_sample_images
 
@@ -142,7 +156,9 @@ def _sources(rng: np.random.Generator) -> list[Image.Image]:
 
 
 def _blots(rng: np.random.Generator) -> Image.Image:
-    coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize((640, 427), Image.Resampling.BICUBIC)
+    coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize(
+        (640, 427), Image.Resampling.BICUBIC
+    )
     grain = rng.normal(0, 8, (427, 640, 3))
     return Image.fromarray(np.clip(np.asarray(coarse) + grain, 0, 255).astype(np.uint8))
 
@@ -162,6 +178,12 @@ def make_tokenizer(folder: Path) -> None:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    texts = [" ".join(WORDS), "system user assistant What is there?", chat_format("internvl2_5").system_message]
+    texts = [
+        " ".join(WORDS),
+        "system user assistant What is there?",
+        chat_format("internvl2_5").system_message,
+    ]
     tokenizer.train_from_iterator(texts * 10, trainer)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>").save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>"
+    ).save_pretrained(folder)

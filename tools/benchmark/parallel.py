@@ -1,6 +1,8 @@
-"""Does the cost model tell the truth? Times of chunks, of pipelines with automatic and even borders, and of stages with frozen parts.
+"""Does the cost model tell the truth? Times of chunks, of pipelines with automatic and even
+borders, and of stages with frozen parts.
 
-python tools/benchmark/parallel.py --json docs/benchmarks/parallel.json   # two cores, no GPU, about three minutes
+python tools/benchmark/parallel.py --json docs/benchmarks/parallel.json   # two cores, no GPU, about
+three minutes
 """
 
 from __future__ import annotations
@@ -24,15 +26,28 @@ PARTS = {"chunks": chunk_times, "splits": splits, "frozen": frozen}
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the tool; 0 where all was measured."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", default=",".join(PARTS), help="what to measure, with commas between (default: %(default)s)")
-    parser.add_argument("--smoke", action="store_true", help="a model of a few weights and two rounds, to try the benchmark itself")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--parts",
+        default=",".join(PARTS),
+        help="what to measure, with commas between (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--smoke",
+        action="store_true",
+        help="a model of a few weights and two rounds, to try the benchmark itself",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures as JSON")
     args = parser.parse_args(arguments)
     began = time.monotonic()
     parts = args.parts.split(",")
     if unknown := set(parts) - set(PARTS):
-        print(f"error: --parts {','.join(sorted(unknown))}: known are {', '.join(PARTS)}", file=sys.stderr)
+        print(
+            f"error: --parts {','.join(sorted(unknown))}: known are {', '.join(PARTS)}",
+            file=sys.stderr,
+        )
         return 2
     # Each rank gets a core; more threads would only take turns.
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -57,24 +72,43 @@ def to_text(results: dict) -> str:
     """The figures as tables in Markdown."""
     lines = []
     if "chunks" in results:
-        lines += ["Chunks alone, time against FLOPs at one rate:\n", "| stage | chunks | Spearman | median error | worst error |"]
+        lines += [
+            "Chunks alone, time against FLOPs at one rate:\n",
+            "| stage | chunks | Spearman | median error | worst error |",
+        ]
         lines += ["|---|---|---|---|---|"]
         for stage, one in results["chunks"]["summary"].items():
-            cells = f"{one['chunks']} | {one['spearman']:.3f} | {one['median_error']:.1%} | {one['worst_error']:.1%}"
+            cells = (
+                f"{one['chunks']} | {one['spearman']:.3f} | {one['median_error']:.1%} |"
+                f" {one['worst_error']:.1%}"
+            )
             lines.append(f"| {stage} | {cells} |")
     if "splits" in results:
         lines += ["\nTwo ranks, automatic against even borders:\n"]
-        lines += ["| stage | automatic | even | automatic s | even s | times faster | FLOPs promise |", "|---|---|---|---|---|---|---|"]
+        lines += [
+            "| stage | automatic | even | automatic s | even s | times faster | FLOPs promise |",
+            "|---|---|---|---|---|---|---|",
+        ]
         for stage, one in results["splits"]["summary"].items():
-            auto, even = (f"`{results['splits']['rows'][stage]['layouts'][name]}`".replace("|", "\\|") for name in splits.LAYOUTS)
-            cells = f"{one['auto_s']:.3f} | {one['even_s']:.3f} | {one['times_faster']:.2f} | {one['promised']:.2f}"
+            auto, even = (
+                f"`{results['splits']['rows'][stage]['layouts'][name]}`".replace("|", "\\|")
+                for name in splits.LAYOUTS
+            )
+            cells = (
+                f"{one['auto_s']:.3f} | {one['even_s']:.3f} | {one['times_faster']:.2f} |"
+                f" {one['promised']:.2f}"
+            )
             lines.append(f"| {stage} | {auto} | {even} | {cells} |")
     if "frozen" in results:
         lines += ["\nSaved of the time of a step that trains everything:\n"]
-        lines += ["| stage | FLOPs promise | forward and backward | share | whole step | share |", "|---|---|---|---|---|---|"]
+        lines += [
+            "| stage | FLOPs promise | forward and backward | share | whole step | share |",
+            "|---|---|---|---|---|---|",
+        ]
         for stage, one in results["frozen"]["summary"].items():
             cells = (
-                f"{one['promised']:.1%} | {one['saved']:.1%} | {one['share']:.0%} | {one['saved_of_step']:.1%} | {one['share_of_step']:.0%}"
+                f"{one['promised']:.1%} | {one['saved']:.1%} | {one['share']:.0%} |"
+                f" {one['saved_of_step']:.1%} | {one['share_of_step']:.0%}"
             )
             lines.append(f"| {stage} | {cells} |")
     return "\n".join([*lines, f"\n{results['seconds']} s"])

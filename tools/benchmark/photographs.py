@@ -1,4 +1,6 @@
-"""Real-size JPEG files for benchmarks, made from the two photographs that come with scikit-learn by crops, sizes and qualities."""
+"""Real-size JPEG files for benchmarks, made from the two photographs that come with scikit-learn by
+crops, sizes and qualities.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-# Sizes as in web data: most images between half a megapixel and one, some screens and some thumbnails.
+# Sizes as in web data: most images between half a megapixel and one, some screens and some
+# thumbnails.
 LONG_SIDES = (320, 480, 640, 800, 1024, 1280, 1600)
 SIDE_SHARES = (0.06, 0.12, 0.24, 0.22, 0.22, 0.10, 0.04)
 WIDEST = 2460
@@ -46,12 +49,18 @@ WORDS = [
 
 
 def photographs() -> list[Image.Image]:
-    """The photographs in several sizes, the largest so large that images of any size can be cut from them."""
+    """The photographs in several sizes, the largest so large that images of any size can be cut
+    from them.
+    """
     from sklearn.datasets import load_sample_images
 
     originals = [Image.fromarray(pixels) for pixels in load_sample_images().images]
     widths = [round(WIDEST / 1.25**step) for step in range(7)]
-    return [photo.resize((width, round(width / ASPECT)), Image.Resampling.LANCZOS) for photo in originals for width in widths]
+    return [
+        photo.resize((width, round(width / ASPECT)), Image.Resampling.LANCZOS)
+        for photo in originals
+        for width in widths
+    ]
 
 
 def draw_sizes(count: int, seed: int) -> Iterator[tuple[int, int, int]]:
@@ -59,8 +68,12 @@ def draw_sizes(count: int, seed: int) -> Iterator[tuple[int, int, int]]:
     rng = np.random.default_rng(seed)
     sides = rng.choice(LONG_SIDES, count, p=SIDE_SHARES)
     aspects = rng.choice(ASPECTS, count)
-    for side, aspect, quality in zip(sides.tolist(), aspects.tolist(), rng.integers(75, 96, count).tolist(), strict=True):
-        width, height = (side, round(side / aspect)) if aspect >= 1 else (round(side * aspect), side)
+    for side, aspect, quality in zip(
+        sides.tolist(), aspects.tolist(), rng.integers(75, 96, count).tolist(), strict=True
+    ):
+        width, height = (
+            (side, round(side / aspect)) if aspect >= 1 else (round(side * aspect), side)
+        )
         yield width, height, quality
 
 
@@ -81,7 +94,9 @@ def _write_part(part: tuple[Path, int, int, int, int]) -> int:
             continue
         rng = random.Random(number)
         # A part of a photograph: of a large one a small part, of a small one up to all of it.
-        source = rng.choice([source for source in sources if source.width >= width and source.height >= height])
+        source = rng.choice(
+            [source for source in sources if source.width >= width and source.height >= height]
+        )
         left = rng.randint(0, source.width - width)
         top = rng.randint(0, source.height - height)
         picture = source.crop((left, top, left + width, top + height))
@@ -96,6 +111,14 @@ def write_records(path: Path, images: int, *, seed: int = 0) -> None:
     rng = random.Random(seed)
     with open(path, "w", encoding="utf-8") as file:
         for number in range(images):
-            question, answer = (" ".join(rng.choices(WORDS, k=rng.randint(low, high))) for low, high in ((5, 30), (5, 120)))
-            turns = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
-            file.write(json.dumps({"id": number, "image": f"{number}.jpg", "conversations": turns}) + "\n")
+            question, answer = (
+                " ".join(rng.choices(WORDS, k=rng.randint(low, high)))
+                for low, high in ((5, 30), (5, 120))
+            )
+            turns = [
+                {"from": "human", "value": f"<image>\n{question}"},
+                {"from": "gpt", "value": answer},
+            ]
+            file.write(
+                json.dumps({"id": number, "image": f"{number}.jpg", "conversations": turns}) + "\n"
+            )

@@ -24,7 +24,9 @@ def on_ranks(function: Callable, size: int, *args: Any) -> list[Any]:
     with tempfile.TemporaryDirectory(prefix="megavlm-ranks-") as folder:
         pipes = [context.Pipe(duplex=False) for _ in range(size)]
         ranks = [
-            context.Process(target=_serve, args=(sender, f"{folder}/store", rank, size, function, args))
+            context.Process(
+                target=_serve, args=(sender, f"{folder}/store", rank, size, function, args)
+            )
             for rank, (_, sender) in enumerate(pipes)
         ]
         for process in ranks:
@@ -41,7 +43,9 @@ def on_ranks(function: Callable, size: int, *args: Any) -> list[Any]:
                 process.join()
 
 
-def _serve(answer: Connection, store: str, rank: int, size: int, function: Callable, args: tuple) -> None:
+def _serve(
+    answer: Connection, store: str, rank: int, size: int, function: Callable, args: tuple
+) -> None:
     import warnings
 
     import torch
@@ -104,5 +108,11 @@ class Run:
         for chunk in self._built.wrapped:
             chunk.zero_grad_buffer()
         start = time.perf_counter()
-        run_packs(self._built.wrapped, iter(self._batches), len(self._batches), self._weight, self._machine)
+        run_packs(
+            self._built.wrapped,
+            iter(self._batches),
+            len(self._batches),
+            self._weight,
+            self._machine,
+        )
         return time.perf_counter() - start

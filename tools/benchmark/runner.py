@@ -1,7 +1,8 @@
-"""Runs the cases one after the other, each in a process of its own with a limit of its own; whatever happens to one is a row.
+"""Runs the cases one after the other, each in a process of its own with a limit of its own;
+whatever happens to one is a row.
 
-While a case runs, the process of the next one already imports what it needs, where the machine has cores to spare; it touches the device
-only when it is told to.
+While a case runs, the process of the next one already imports what it needs, where the machine has
+cores to spare; it touches the device only when it is told to.
 """
 
 from __future__ import annotations
@@ -27,8 +28,23 @@ from tools.benchmark.cases import Case
 ONE_CASE = Path(__file__).with_name("one_case.py")
 # Importing beside a case that is measured needs cores that nobody misses.
 CORES_TO_PRELOAD = 8
-PACKAGES = ("torch", "megatron-core", "transformer-engine", "transformer-engine-torch", "flash-attn", "transformers")
-EMPTY = ("tokens_per_s", "tiles_per_s", "step_ms", "tflops", "mfu", "peak_memory_gib", "data_wait_ms")
+PACKAGES = (
+    "torch",
+    "megatron-core",
+    "transformer-engine",
+    "transformer-engine-torch",
+    "flash-attn",
+    "transformers",
+)
+EMPTY = (
+    "tokens_per_s",
+    "tiles_per_s",
+    "step_ms",
+    "tflops",
+    "mfu",
+    "peak_memory_gib",
+    "data_wait_ms",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +81,14 @@ class CaseProcess:
         self._out.unlink(missing_ok=True)
         with self._log.open("w") as log:
             self._process = subprocess.Popen(
-                [sys.executable, str(ONE_CASE), case.name, str(packs), str(self._out), json.dumps(dataclasses.asdict(settings))],
+                [
+                    sys.executable,
+                    str(ONE_CASE),
+                    case.name,
+                    str(packs),
+                    str(self._out),
+                    json.dumps(dataclasses.asdict(settings)),
+                ],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -74,7 +97,9 @@ class CaseProcess:
             )
 
     def run(self, limit_s: float) -> dict:
-        """Let it begin, and return its figures, or an error where there are none after ``limit_s``."""
+        """Let it begin, and return its figures, or an error where there are none after
+        ``limit_s``.
+        """
         with contextlib.suppress(BrokenPipeError, OSError):
             self._process.stdin.write("go\n")
             self._process.stdin.close()
@@ -86,7 +111,11 @@ class CaseProcess:
         self.end()
         if self._out.is_file():  # measured, even if the end went wrong
             return json.loads(self._out.read_text()) | {"error": ""}
-        lines = [line for line in self._log.read_text(errors="replace").splitlines() if line.strip() and line != "ready"]
+        lines = [
+            line
+            for line in self._log.read_text(errors="replace").splitlines()
+            if line.strip() and line != "ready"
+        ]
         return {"error": f"{why}: {_reason(lines)}", "log": lines[-30:]}
 
     def end(self) -> None:
@@ -102,15 +131,25 @@ def _reason(lines: list[str]) -> str:
     raised = [number for number, kind in enumerate(kinds) if "Error" in kind or "Exception" in kind]
     if not raised:
         return (lines or ["no output"])[-1].strip()[:400]
-    message = lines[raised[-1] : raised[-1] + 1] + list(takewhile(lambda line: line.startswith("  "), lines[raised[-1] + 1 :]))
+    message = lines[raised[-1] : raised[-1] + 1] + list(
+        takewhile(lambda line: line.startswith("  "), lines[raised[-1] + 1 :])
+    )
     return " ".join(line.strip() for line in message)[:400]
 
 
 def device_name() -> str:
-    """Name, driver and memory of the first GPU, as the driver tells it; the processor where there is none. No device is touched."""
-    question = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
+    """Name, driver and memory of the first GPU, as the driver tells it; the processor where there
+    is none. No device is touched.
+    """
+    question = [
+        "nvidia-smi",
+        "--query-gpu=name,driver_version,memory.total",
+        "--format=csv,noheader",
+    ]
     try:
-        answer = subprocess.run(question, capture_output=True, text=True, timeout=30, check=True).stdout
+        answer = subprocess.run(
+            question, capture_output=True, text=True, timeout=30, check=True
+        ).stdout
         return answer.strip().splitlines()[0]
     except (OSError, subprocess.SubprocessError, IndexError):
         return f"no GPU; {platform.machine()} processor"
@@ -123,11 +162,20 @@ def facts() -> dict[str, object]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
     now = datetime.datetime.now(datetime.UTC)
-    return {"date": now.isoformat(timespec="seconds"), "device": device_name(), "cores": os.cpu_count(), "versions": versions}
+    return {
+        "date": now.isoformat(timespec="seconds"),
+        "device": device_name(),
+        "cores": os.cpu_count(),
+        "versions": versions,
+    }
 
 
-def run_all(cases: list[Case], packs: Path, logs: Path, settings: Settings, deadline: float) -> Iterator[dict]:
-    """Measure each case, in order, until ``deadline`` (of ``time.monotonic``); a row for each, as soon as it is there."""
+def run_all(
+    cases: list[Case], packs: Path, logs: Path, settings: Settings, deadline: float
+) -> Iterator[dict]:
+    """Measure each case, in order, until ``deadline`` (of ``time.monotonic``); a row for each, as
+    soon as it is there.
+    """
     preload = (os.cpu_count() or 1) >= CORES_TO_PRELOAD
     waiting: CaseProcess | None = None
     try:
@@ -135,7 +183,11 @@ def run_all(cases: list[Case], packs: Path, logs: Path, settings: Settings, dead
             left = deadline - time.monotonic()
             began = time.monotonic()
             if left < 10:
-                yield _row(case, {"error": "not run: the time limit of the whole benchmark was reached"}, 0.0)
+                yield _row(
+                    case,
+                    {"error": "not run: the time limit of the whole benchmark was reached"},
+                    0.0,
+                )
                 continue
             process = waiting or CaseProcess(case, packs, logs, settings)
             waiting = None

@@ -1,8 +1,9 @@
-"""A model with the proportions of InternVL2.5-78B, small enough for a CPU, and packs with the proportions of its data.
+"""A model with the proportions of InternVL2.5-78B, small enough for a CPU, and packs with the
+proportions of its data.
 
-InternViT-6B (45 layers, 3,200 wide) stands before 80 layers of 8,192. Depths are divided by 9, widths by 25, and the vocabulary is such
-that the head has the same share of a step; images are three quarters of a pack. A test holds the shares of all parts against the large
-model's.
+InternViT-6B (45 layers, 3,200 wide) stands before 80 layers of 8,192. Depths are divided by 9,
+widths by 25, and the vocabulary is such that the head has the same share of a step; images are
+three quarters of a pack. A test holds the shares of all parts against the large model's.
 """
 
 from __future__ import annotations
@@ -66,7 +67,9 @@ SMOKE = Scale(
     architecture=replace(
         _MODEL,
         vision=replace(_MODEL.vision, num_layers=2, hidden_size=32, ffn_hidden_size=64),
-        language=replace(_MODEL.language, num_layers=3, hidden_size=40, ffn_hidden_size=64, vocab_size=512),
+        language=replace(
+            _MODEL.language, num_layers=3, hidden_size=40, ffn_hidden_size=64, vocab_size=512
+        ),
     ),
     packs=replace(_PACKS, capacity=256, packs=2, tile_cap=None),
     packs_per_step=2,
@@ -74,8 +77,11 @@ SMOKE = Scale(
 )
 
 
-def config(scale: Scale, stage: str, train: Path, *, chunks: int = 1, layout: str = "auto") -> Config:
-    """The run of a stage: float32, without drop path, so that the stages differ in what they train alone.
+def config(
+    scale: Scale, stage: str, train: Path, *, chunks: int = 1, layout: str = "auto"
+) -> Config:
+    """The run of a stage: float32, without drop path, so that the stages differ in what they train
+    alone.
 
     Args:
         scale: sizes.
@@ -92,5 +98,9 @@ def config(scale: Scale, stage: str, train: Path, *, chunks: int = 1, layout: st
         data=Data(train=str(train), loss_reduction=row.data.loss_reduction, workers=0),
         parallel=Parallel(pipeline_model_parallel_size=chunks, layout=layout),
         optimizer=row.optimizer,
-        training=Training(precision="float32", trainable=row.training.trainable, global_batch_size=scale.packs_per_step),
+        training=Training(
+            precision="float32",
+            trainable=row.training.trainable,
+            global_batch_size=scale.packs_per_step,
+        ),
     )

@@ -1,4 +1,6 @@
-"""Step time with the automatic borders of the pipeline against those of equal numbers of layers: two real ranks, every stage."""
+"""Step time with the automatic borders of the pipeline against those of equal numbers of layers:
+two real ranks, every stage.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +16,12 @@ LAYOUTS = ("auto", "even")
 
 
 def measure(scale: Scale, packs: Path) -> dict[str, dict[str, object]]:
-    """Steps of both layouts in turn, a pair a round, so that whatever else the machine does meets both; runs on every rank.
+    """Steps of both layouts in turn, a pair a round, so that whatever else the machine does meets
+    both; runs on every rank.
 
     Returns:
-        By stage: the layouts, their seconds by round, and what the cost model says that they cost, slowest chunk by slowest chunk.
+        By stage: the layouts, their seconds by round, and what the cost model says that they cost,
+            slowest chunk by slowest chunk.
     """
     from megavlm.data.loading.dataset import PackedDataset
     from megavlm.parallel import backend, process_groups
@@ -31,7 +35,9 @@ def measure(scale: Scale, packs: Path) -> dict[str, dict[str, object]]:
     place = process_groups.create(plain.parallel, 0)
     found = {}
     for stage in STAGE_NAMES:
-        settings = {name: config(scale, stage, packs, chunks=RANKS, layout=name) for name in LAYOUTS}
+        settings = {
+            name: config(scale, stage, packs, chunks=RANKS, layout=name) for name in LAYOUTS
+        }
         made = {name: make_layout(settings[name], size) for name in LAYOUTS}
         runs = {name: Run(settings[name], made[name], place, machine, packs) for name in LAYOUTS}
         seconds: dict[str, list[float]] = {name: [] for name in LAYOUTS}
@@ -41,7 +47,8 @@ def measure(scale: Scale, packs: Path) -> dict[str, dict[str, object]]:
         found[stage] = {
             "layouts": {name: str(layout) for name, layout in made.items()},
             "seconds": {name: times[1:] for name, times in seconds.items()},
-            "promised": _slowest(settings["even"], made["even"], size) / _slowest(settings["auto"], made["auto"], size),
+            "promised": _slowest(settings["even"], made["even"], size)
+            / _slowest(settings["auto"], made["auto"], size),
         }
     return found
 
@@ -49,11 +56,15 @@ def measure(scale: Scale, packs: Path) -> dict[str, dict[str, object]]:
 def _slowest(settings, layout, size: PackSize) -> float:
     from tools.benchmark.chunk_times import flops
 
-    return max(sum(flops(settings, layout, number, size).values()) for number in range(len(layout.chunks)))
+    return max(
+        sum(flops(settings, layout, number, size).values()) for number in range(len(layout.chunks))
+    )
 
 
 def summary(found: dict[str, dict]) -> dict[str, dict[str, float]]:
-    """By stage: median seconds of a step with each layout, and how many times faster the automatic one is, by the median of the pairs."""
+    """By stage: median seconds of a step with each layout, and how many times faster the automatic
+    one is, by the median of the pairs.
+    """
     told = {}
     for stage, one in found.items():
         seconds = one["seconds"]

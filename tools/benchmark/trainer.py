@@ -1,4 +1,6 @@
-"""megavlm as a run would build it: configuration, model, gradient buffers, optimizer, loader, training step."""
+"""megavlm as a run would build it: configuration, model, gradient buffers, optimizer, loader,
+training step.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,9 @@ class Trainer:
         self._packs = packs
         place = process_groups.create(config.parallel, config.training.seed)
         drawn = random_weights(machine.device)
-        self._built = build(config, make_layout(config), place, machine, lambda chunks: weights.fill(chunks, drawn))
+        self._built = build(
+            config, make_layout(config), place, machine, lambda chunks: weights.fill(chunks, drawn)
+        )
         self._steps = 0
         self.feed = Feed(
             packs,
@@ -64,7 +68,11 @@ class Trainer:
             workers=workers,
         )
         layers = "transformer_engine" if precision.uses_transformer_engine(config) else "local"
-        self.notes = {"layers": layers, "moments": case.moments, "drop_path": config.training.drop_path}
+        self.notes = {
+            "layers": layers,
+            "moments": case.moments,
+            "drop_path": config.training.drop_path,
+        }
 
     def step(self) -> Tensor:
         """One update; the loss, on the device."""
@@ -72,7 +80,9 @@ class Trainer:
         optimizer.set_rates(self._built.optimizer, self._config, self._steps)
         self._steps += 1
         clip = self._config.optimizer.clip_grad
-        return train_step(self._built.wrapped, self._built.optimizer, self.feed, 1, weight, clip, self._machine).loss
+        return train_step(
+            self._built.wrapped, self._built.optimizer, self.feed, 1, weight, clip, self._machine
+        ).loss
 
     def close(self) -> None:
         """End the loader's processes."""

@@ -18,7 +18,8 @@ def fp8_multiple(recipe: str, is_gathered: bool) -> int:
 
     Args:
         recipe: one of ``Fp8``'s.
-        is_gathered: whether ranks gather them in 8 bits (sequence parallelism): blocks of 128 may then not be cut short.
+        is_gathered: whether ranks gather them in 8 bits (sequence parallelism): blocks of 128 may
+            then not be cut short.
     """
     return 128 if recipe == "blockwise" and is_gathered else FP8_ROWS.get(recipe, 1)
 
@@ -74,29 +75,44 @@ def _dataset(config: Config, facts: DatasetFacts) -> Iterator[str]:
     if facts.num_packs < 1:
         yield f"{where}: has no packs"
     if facts.has_images and facts.image_size != arch.vision.image_size:
-        yield f"{where}: tiles of {facts.image_size} pixels, but --architecture.vision.image_size is {arch.vision.image_size}"
+        yield (
+            f"{where}: tiles of {facts.image_size} pixels, but --architecture.vision.image_size is"
+            f" {arch.vision.image_size}"
+        )
     wanted = arch.vision.image_size // max(arch.vision.patch_size, 1) // max(arch.pixel_shuffle, 1)
     if facts.has_images and facts.features_per_tile != wanted**2:
-        yield f"{where}: packed for {facts.features_per_tile} features a tile, but the model makes {wanted**2}; pack it with --model"
+        yield (
+            f"{where}: packed for {facts.features_per_tile} features a tile, but the model makes"
+            f" {wanted**2}; pack it with --model"
+        )
     for name, packed, trained in (
         ("pixel_mean", facts.pixel_mean, arch.vision.pixel_mean),
         ("pixel_std", facts.pixel_std, arch.vision.pixel_std),
     ):
         if facts.has_images and packed != trained:
-            yield f"{where}: packed for a {name} of {packed}, but --architecture.vision.{name} is {trained}"
+            yield (
+                f"{where}: packed for a {name} of {packed}, but --architecture.vision.{name} is"
+                f" {trained}"
+            )
     if facts.vocab_size > arch.language.vocab_size:
-        yield f"{where}: its tokenizer has {facts.vocab_size} tokens, but --architecture.language.vocab_size is {arch.language.vocab_size}"
+        yield (
+            f"{where}: its tokenizer has {facts.vocab_size} tokens, but"
+            f" --architecture.language.vocab_size is {arch.language.vocab_size}"
+        )
     yield from sharing_problems(config.parallel, where, facts.capacity, facts.alignment)
     rows = rows_of_a_rank(config.parallel, facts.capacity)
     recipe = config.fp8.language
     if rows % (multiple := fp8_multiple(recipe, config.parallel.sequence_parallel)):
         yield (
-            f"{where}: packs of {facts.capacity} tokens give a rank {rows} rows, and --fp8.language {recipe} needs a multiple of "
-            f"{multiple}; pack with such a --capacity"
+            f"{where}: packs of {facts.capacity} tokens give a rank {rows} rows, and --fp8.language"
+            f" {recipe} needs a multiple of {multiple}; pack with such a --capacity"
         )
     parts = {part for pattern in config.training.trainable for part in parts_named(pattern)}
     if parts and "language" not in parts and not facts.has_images:
-        yield f"{where}: has no images, and --training.trainable {','.join(config.training.trainable)} learns from images only"
+        yield (
+            f"{where}: has no images, and --training.trainable"
+            f" {','.join(config.training.trainable)} learns from images only"
+        )
 
 
 def _together(config: Config, facts: Sequence[DatasetFacts]) -> Iterator[str]:
@@ -105,18 +121,19 @@ def _together(config: Config, facts: Sequence[DatasetFacts]) -> Iterator[str]:
     for other in train[1:]:
         if other.capacity != train[0].capacity:
             yield (
-                f"--data.train {other.folder}: packs of {other.capacity} tokens, but those of {train[0].folder} have {train[0].capacity}; "
-                "pack them with the same --capacity"
+                f"--data.train {other.folder}: packs of {other.capacity} tokens, but those of"
+                f" {train[0].folder} have {train[0].capacity}; pack them with the same --capacity"
             )
     if train and config.data.augment and not any(dataset.may_augment for dataset in train):
         yield (
-            f"--data.augment {','.join(config.data.augment)} has no effect: no source of --data.train was packed with data_augment; "
-            "pack with --data_augment or with data_augment in the meta file, or leave --data.augment out"
+            f"--data.augment {','.join(config.data.augment)} has no effect: no source of"
+            " --data.train was packed with data_augment; pack with --data_augment or with"
+            " data_augment in the meta file, or leave --data.augment out"
         )
     if train and config.data.curriculum and not any(dataset.has_levels for dataset in train):
         yield (
-            f"--data.curriculum true: {config.data.train} has no levels of difficulty; pack with --difficulty or with difficulty in the "
-            "meta file, or leave --data.curriculum out"
+            f"--data.curriculum true: {config.data.train} has no levels of difficulty; pack with"
+            " --difficulty or with difficulty in the meta file, or leave --data.curriculum out"
         )
     if config.data.batch_shares and len(train) == len(config.data.train_folders):
         yield from _batch_shares(config, train)
@@ -130,12 +147,16 @@ def _batch_shares(config: Config, train: Sequence[DatasetFacts]) -> Iterator[str
         share = weight / max(sum(weights), 1e-300) * batch
         if share < 1:
             yield (
-                f"--data.batch_shares true: {dataset.folder} has a share of {share:.2g} packs of --training.global_batch_size {batch}, and "
-                "must have 1; raise its share of --data.weights or the batch, or leave --data.batch_shares out"
+                f"--data.batch_shares true: {dataset.folder} has a share of {share:.2g} packs of"
+                f" --training.global_batch_size {batch}, and must have 1; raise its share of"
+                " --data.weights or the batch, or leave --data.batch_shares out"
             )
 
 
 def _same_tokenizer(facts: Sequence[DatasetFacts]) -> Iterator[str]:
     for other in facts[1:]:
         if other.fingerprint != facts[0].fingerprint:
-            yield f"{other.flag} {other.folder}: packed with another tokenizer than {facts[0].flag} {facts[0].folder}"
+            yield (
+                f"{other.flag} {other.folder}: packed with another tokenizer than {facts[0].flag}"
+                f" {facts[0].folder}"
+            )

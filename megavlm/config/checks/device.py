@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from megavlm.config.schema import Config
 
-# First compute capability with the instructions that a recipe needs, and the first for which Transformer Engine 2.11 refuses it.
+# First compute capability with the instructions that a recipe needs, and the first for which
+# Transformer Engine 2.11 refuses it.
 _FP8_CAPABILITY = {"delayed": (8, 9), "tensorwise": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
 _FP8_TOO_NEW = {"mxfp8": (12, 0)}
 
@@ -31,7 +32,9 @@ class Machine:
     @property
     def lack(self) -> str:
         """What keeps Transformer Engine's layers from being used; empty if nothing does."""
-        lacks = ["no CUDA device"] * (self.capability is None) + ["no Transformer Engine"] * (not self.has_transformer_engine)
+        lacks = ["no CUDA device"] * (self.capability is None) + ["no Transformer Engine"] * (
+            not self.has_transformer_engine
+        )
         return " and ".join(lacks)
 
 
@@ -40,18 +43,34 @@ def machine_problems(config: Config, machine: Machine) -> list[str]:
     found = []
     lack = machine.lack
     if config.training.kernels == "transformer_engine" and lack:
-        found.append(f"--training.kernels transformer_engine: this machine has {lack}; use local or auto")
+        found.append(
+            f"--training.kernels transformer_engine: this machine has {lack}; use local or auto"
+        )
     if config.optimizer.moments == "bfloat16" and lack:
-        found.append(f"--optimizer.moments bfloat16 needs Transformer Engine's AdamW, and this machine has {lack}; use float32")
+        found.append(
+            "--optimizer.moments bfloat16 needs Transformer Engine's AdamW, and this machine has"
+            f" {lack}; use float32"
+        )
     for part, recipe in config.fp8.recipes.items():
         if lack:
-            found.append(f"--fp8.{part} {recipe} needs Transformer Engine's layers, and this machine has {lack}; use none")
+            found.append(
+                f"--fp8.{part} {recipe} needs Transformer Engine's layers, and this machine has"
+                f" {lack}; use none"
+            )
         elif not _runs(recipe, machine.capability):
-            needed, there = (".".join(map(str, numbers)) for numbers in (_FP8_CAPABILITY[recipe], machine.capability))
-            below = f", and less than {'.'.join(map(str, _FP8_TOO_NEW[recipe]))}" if recipe in _FP8_TOO_NEW else ""
+            needed, there = (
+                ".".join(map(str, numbers))
+                for numbers in (_FP8_CAPABILITY[recipe], machine.capability)
+            )
+            below = (
+                f", and less than {'.'.join(map(str, _FP8_TOO_NEW[recipe]))}"
+                if recipe in _FP8_TOO_NEW
+                else ""
+            )
             runs = [name for name in _FP8_CAPABILITY if _runs(name, machine.capability)]
             found.append(
-                f"--fp8.{part} {recipe} needs compute capability {needed}{below}, this GPU has {there}; use {', '.join([*runs, 'none'])}"
+                f"--fp8.{part} {recipe} needs compute capability {needed}{below}, this GPU has"
+                f" {there}; use {', '.join([*runs, 'none'])}"
             )
     return found
 

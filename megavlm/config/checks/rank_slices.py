@@ -8,12 +8,16 @@ from megavlm.config.schema import Parallel
 
 
 def rows_of_a_rank(parallel: Parallel, capacity: int) -> int:
-    """Tokens of a pack of ``capacity`` tokens that a rank has between the layers of the language model."""
+    """Tokens of a pack of ``capacity`` tokens that a rank has between the layers of the language
+    model.
+    """
     tensor = max(parallel.tensor_model_parallel_size, 1) if parallel.sequence_parallel else 1
     return capacity // max(parallel.context_parallel_size, 1) // tensor
 
 
-def sharing_problems(parallel: Parallel, where: str, capacity: int, alignment: int) -> Iterator[str]:
+def sharing_problems(
+    parallel: Parallel, where: str, capacity: int, alignment: int
+) -> Iterator[str]:
     """What keeps the ranks from sharing packs.
 
     Args:
@@ -27,11 +31,13 @@ def sharing_problems(parallel: Parallel, where: str, capacity: int, alignment: i
     pieces = 2 * context
     if context > 1 and alignment % pieces:
         yield (
-            f"{where}: its samples start at multiples of {alignment}, and --parallel.context_parallel_size {context} cuts each into "
-            f"{pieces} equal pieces; pack with --alignment {pieces}"
+            f"{where}: its samples start at multiples of {alignment}, and"
+            f" --parallel.context_parallel_size {context} cuts each into {pieces} equal pieces;"
+            f" pack with --alignment {pieces}"
         )
     if parallel.sequence_parallel and capacity // context % tensor:
         yield (
-            f"{where}: packs of {capacity} tokens cannot be shared by --parallel.tensor_model_parallel_size {tensor}, as "
-            f"--parallel.sequence_parallel true asks; pack with a --capacity that is a multiple of {tensor * context}"
+            f"{where}: packs of {capacity} tokens cannot be shared by"
+            f" --parallel.tensor_model_parallel_size {tensor}, as --parallel.sequence_parallel true"
+            f" asks; pack with a --capacity that is a multiple of {tensor * context}"
         )

@@ -1,4 +1,6 @@
-"""Cross checks of a configuration, before anything is built. All problems are reported together; nothing is corrected."""
+"""Cross checks of a configuration, before anything is built. All problems are reported together;
+nothing is corrected.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,12 @@ class ConfigError(ValueError):
     """A configuration that cannot run; the message names every flag to change."""
 
 
-def check(config: Config, world_size: int, facts: Sequence[DatasetFacts] = (), machine: Machine | None = None) -> None:
+def check(
+    config: Config,
+    world_size: int,
+    facts: Sequence[DatasetFacts] = (),
+    machine: Machine | None = None,
+) -> None:
     """Refuse a configuration that cannot run.
 
     Args:
@@ -43,14 +50,22 @@ def check(config: Config, world_size: int, facts: Sequence[DatasetFacts] = (), m
     Raises:
         ConfigError: with everything that is wrong.
     """
-    found = problems(config, world_size) + facts_problems(config, facts) + machine_problems(config, machine or Machine())
+    found = (
+        problems(config, world_size)
+        + facts_problems(config, facts)
+        + machine_problems(config, machine or Machine())
+    )
     if found:
         listed = "\n  ".join(found)
-        raise ConfigError(f"{len(found)} problem{'s' * (len(found) > 1)} with the configuration:\n  {listed}")
+        raise ConfigError(
+            f"{len(found)} problem{'s' * (len(found) > 1)} with the configuration:\n  {listed}"
+        )
 
 
 def problems(config: Config, world_size: int) -> list[str]:
-    """Everything in a configuration that cannot run on ``world_size`` ranks, each naming the flag to change."""
+    """Everything in a configuration that cannot run on ``world_size`` ranks, each naming the flag
+    to change.
+    """
     return [
         *_architecture(config.architecture),
         *layout_problems(config, world_size),
@@ -86,7 +101,11 @@ def _at_least(least: int, section: str, values: object, *names: str) -> Iterator
 
 def _divisors(*numbers: int) -> str:
     """Common divisors in words: ``1, 2 or 7``."""
-    *others, last = [str(size) for size in range(1, min(numbers) + 1) if all(number % size == 0 for number in numbers)]
+    *others, last = [
+        str(size)
+        for size in range(1, min(numbers) + 1)
+        if all(number % size == 0 for number in numbers)
+    ]
     return f"{', '.join(others)} or {last}" if others else last
 
 
@@ -97,7 +116,15 @@ def _architecture(arch: Architecture) -> list[str]:
     found = [
         *_at_least(1, "architecture", arch, "pixel_shuffle"),
         *_at_least(1, "architecture.vision", vision, "image_size", "patch_size", *sizes),
-        *_at_least(1, "architecture.language", language, *sizes, "num_query_groups", "vocab_size", "max_position_embeddings"),
+        *_at_least(
+            1,
+            "architecture.language",
+            language,
+            *sizes,
+            "num_query_groups",
+            "vocab_size",
+            "max_position_embeddings",
+        ),
         *_at_least(0, "architecture.language", language, "kv_channels"),
         *_at_least(1, "architecture.language", language, "rotary_dynamic_factor"),
     ]
@@ -107,12 +134,23 @@ def _architecture(arch: Architecture) -> list[str]:
 def _vision(arch: Architecture) -> Iterator[str]:
     vision = arch.vision
     flag = "--architecture.vision"
-    if vision.image_size % vision.patch_size and vision.family != "siglip":  # whose largest models leave some pixels out
-        yield f"{flag}.patch_size {vision.patch_size} does not divide {flag}.image_size {vision.image_size}"
+    if (
+        vision.image_size % vision.patch_size and vision.family != "siglip"
+    ):  # whose largest models leave some pixels out
+        yield (
+            f"{flag}.patch_size {vision.patch_size} does not divide {flag}.image_size"
+            f" {vision.image_size}"
+        )
     elif vision.grid % arch.pixel_shuffle:
-        yield f"--architecture.pixel_shuffle {arch.pixel_shuffle} does not divide the {vision.grid} patches along a tile's side"
+        yield (
+            f"--architecture.pixel_shuffle {arch.pixel_shuffle} does not divide the {vision.grid}"
+            " patches along a tile's side"
+        )
     if vision.hidden_size % vision.num_attention_heads:
-        yield f"{flag}.num_attention_heads {vision.num_attention_heads} does not divide {flag}.hidden_size {vision.hidden_size}"
+        yield (
+            f"{flag}.num_attention_heads {vision.num_attention_heads} does not divide"
+            f" {flag}.hidden_size {vision.hidden_size}"
+        )
     if min(vision.pixel_std) <= 0:
         yield f"{flag}.pixel_std {','.join(map(str, vision.pixel_std))}: must be above 0"
 
@@ -123,10 +161,16 @@ def _language(arch: Architecture) -> Iterator[str]:
     heads = language.num_attention_heads
     groups = language.num_query_groups
     if not language.kv_channels and language.hidden_size % heads:
-        yield f"{flag}.num_attention_heads {heads} does not divide {flag}.hidden_size {language.hidden_size}; or give {flag}.kv_channels"
+        yield (
+            f"{flag}.num_attention_heads {heads} does not divide {flag}.hidden_size"
+            f" {language.hidden_size}; or give {flag}.kv_channels"
+        )
     elif language.head_size % 2:
         name = "kv_channels" if language.kv_channels else "hidden_size"
-        yield f"{flag}.{name} {vars(language)[name]}: {language.head_size} a head, and rotary positions need an even number"
+        yield (
+            f"{flag}.{name} {vars(language)[name]}: {language.head_size} a head, and rotary"
+            " positions need an even number"
+        )
     if heads % groups:
         yield f"{flag}.num_query_groups {groups} does not divide {flag}.num_attention_heads {heads}"
 
@@ -139,7 +183,9 @@ def _tensor_parallel(parallel: Parallel, arch: Architecture) -> Iterator[str]:
         return
     vision = arch.vision
     language = arch.language
-    in_vision = {"vision.ffn_hidden_size": vision.ffn_hidden_size} if parallel.vision == "tensor" else {}
+    in_vision = (
+        {"vision.ffn_hidden_size": vision.ffn_hidden_size} if parallel.vision == "tensor" else {}
+    )
     shared = in_vision | {
         "language.num_attention_heads": language.num_attention_heads,
         "language.hidden_size": language.hidden_size,
@@ -149,17 +195,33 @@ def _tensor_parallel(parallel: Parallel, arch: Architecture) -> Iterator[str]:
         return
     for name, number in shared.items():
         if number % size:
-            yield f"{flag} {size} does not divide --architecture.{name} {number}; use {_divisors(*shared.values())}"
+            yield (
+                f"{flag} {size} does not divide --architecture.{name} {number}; use"
+                f" {_divisors(*shared.values())}"
+            )
     groups = language.num_query_groups
-    if groups % size and size % groups:  # where there are fewer groups than ranks, several ranks share one
-        yield f"{flag} {size} is neither a divisor nor a multiple of --architecture.language.num_query_groups {groups}"
+    if (
+        groups % size and size % groups
+    ):  # where there are fewer groups than ranks, several ranks share one
+        yield (
+            f"{flag} {size} is neither a divisor nor a multiple of"
+            f" --architecture.language.num_query_groups {groups}"
+        )
     elif not language.num_attention_heads % size and 2 * groups * language.head_size % size:
-        yield f"{flag} {size} does not divide the rows of queries, keys and values; use a divisor of {2 * groups * language.head_size}"
+        yield (
+            f"{flag} {size} does not divide the rows of queries, keys and values; use a divisor of"
+            f" {2 * groups * language.head_size}"
+        )
     recomputed = ",".join(parallel.recompute_parts)
     if not parallel.recompute_parts or not set(parallel.recompute_parts) <= set(LAYER_PARTS):
-        yield f"--parallel.recompute_parts {recomputed}: name one or both of {', '.join(LAYER_PARTS)}"
+        yield (
+            f"--parallel.recompute_parts {recomputed}: name one or both of {', '.join(LAYER_PARTS)}"
+        )
     elif parallel.recompute == "none" and set(parallel.recompute_parts) != set(LAYER_PARTS):
-        yield f"--parallel.recompute_parts {recomputed} has no effect with --parallel.recompute none; use selective or full"
+        yield (
+            f"--parallel.recompute_parts {recomputed} has no effect with --parallel.recompute none;"
+            " use selective or full"
+        )
     if parallel.sequence_parallel and size == 1:
         yield f"--parallel.sequence_parallel true needs {flag} 2 or more; it is 1"
 
@@ -173,13 +235,27 @@ def _pipeline(parallel: Parallel, arch: Architecture) -> Iterator[str]:
     given = f"--parallel.layout {layout}"
     virtual = parallel.virtual_pipeline_model_parallel_size
     chunks = parallel.chunks
-    sizes = f"{flag} {size}" + f" x --parallel.virtual_pipeline_model_parallel_size {virtual}" * (virtual != 1)
-    yield from _at_least(1, "parallel", parallel, "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size")
+    sizes = f"{flag} {size}" + f" x --parallel.virtual_pipeline_model_parallel_size {virtual}" * (
+        virtual != 1
+    )
+    yield from _at_least(
+        1,
+        "parallel",
+        parallel,
+        "pipeline_model_parallel_size",
+        "virtual_pipeline_model_parallel_size",
+    )
     if min(size, virtual) > 0 and chunks > vision + language:
-        layers = f"{vision + language} layers ({vision} of the vision encoder, {language} of the language model)"
+        layers = (
+            f"{vision + language} layers ({vision} of the vision encoder, {language} of the"
+            " language model)"
+        )
         yield f"{sizes}: more chunks than the model's {layers}"
     if virtual > 1 and size == 1:
-        yield f"{sizes}: chunks take turns over the ranks of a pipeline, and one rank is none; use 1 chunk, or 2 ranks or more"
+        yield (
+            f"{sizes}: chunks take turns over the ranks of a pipeline, and one rank is none; use 1"
+            " chunk, or 2 ranks or more"
+        )
     if layout in ("auto", "even"):
         return
     try:
@@ -195,29 +271,42 @@ def _pipeline(parallel: Parallel, arch: Architecture) -> Iterator[str]:
 def _world(config: Config, world_size: int) -> Iterator[str]:
     model = config.parallel.model_parallel_size
     batch = config.training.global_batch_size
-    sizes = {name: vars(config.parallel)[f"{name}_parallel_size"] for name in ("tensor_model", "pipeline_model", "context")}
+    sizes = {
+        name: vars(config.parallel)[f"{name}_parallel_size"]
+        for name in ("tensor_model", "pipeline_model", "context")
+    }
     if batch < 1:
         yield f"--training.global_batch_size {batch}: must be 1 or more"
     yield from _at_least(1, "parallel", config.parallel, "timeout_minutes", "context_parallel_size")
     if min(sizes.values()) < 1:
         return
     if world_size % model:
-        product = " x ".join(f"--parallel.{name}_parallel_size {size}" for name, size in sizes.items() if size > 1 or name != "context")
-        yield f"{product} = {model} does not divide the number of ranks that torchrun started, {world_size}"
+        product = " x ".join(
+            f"--parallel.{name}_parallel_size {size}"
+            for name, size in sizes.items()
+            if size > 1 or name != "context"
+        )
+        yield (
+            f"{product} = {model} does not divide the number of ranks that torchrun started,"
+            f" {world_size}"
+        )
         return
     copies = world_size // model
     pipeline = sizes["pipeline_model"]
     virtual = config.parallel.virtual_pipeline_model_parallel_size
     if batch % copies:
         yield (
-            f"--training.global_batch_size {batch} is not a multiple of the {copies} data-parallel ranks "
-            f"({world_size} ranks / {model} for each copy of the model); use {_nearest_multiples(batch, copies)}"
+            f"--training.global_batch_size {batch} is not a multiple of the {copies} data-parallel"
+            f" ranks ({world_size} ranks / {model} for each copy of the model); use"
+            f" {_nearest_multiples(batch, copies)}"
         )
     elif virtual > 1 and batch // copies % pipeline:
         yield (
-            f"--training.global_batch_size {batch} gives each of the {copies} data-parallel ranks {batch // copies} packs a step, which "
-            f"--parallel.virtual_pipeline_model_parallel_size {virtual} asks to be a multiple of "
-            f"--parallel.pipeline_model_parallel_size {pipeline}; use {_nearest_multiples(batch, copies * pipeline)}"
+            f"--training.global_batch_size {batch} gives each of the {copies} data-parallel ranks"
+            f" {batch // copies} packs a step, which"
+            f" --parallel.virtual_pipeline_model_parallel_size {virtual} asks to be a multiple of"
+            f" --parallel.pipeline_model_parallel_size {pipeline}; use"
+            f" {_nearest_multiples(batch, copies * pipeline)}"
         )
 
 
@@ -230,15 +319,26 @@ def _nearest_multiples(number: int, of: int) -> str:
 def _data(data: Data) -> Iterator[str]:
     if not data.train:
         yield "--data.train: name the folder of a packed dataset; tools/pack_dataset.py makes one"
-    for name, folder in [("train", folder) for folder in data.train_folders] + [("valid", data.valid)] * bool(data.valid):
+    for name, folder in [("train", folder) for folder in data.train_folders] + [
+        ("valid", data.valid)
+    ] * bool(data.valid):
         if "://" not in folder and not Path(folder).is_dir():
-            yield f"--data.{name} {folder}: no such folder; tools/pack_dataset.py --out {folder} makes one"
+            yield (
+                f"--data.{name} {folder}: no such folder; tools/pack_dataset.py --out {folder}"
+                " makes one"
+            )
     if data.weights and len(data.weights) != len(data.train_folders):
-        yield f"--data.weights: {len(data.weights)} weights for {len(data.train_folders)} folders of --data.train"
+        yield (
+            f"--data.weights: {len(data.weights)} weights for {len(data.train_folders)} folders of"
+            " --data.train"
+        )
     if any(not 0 < weight < float("inf") for weight in data.weights):
         yield f"--data.weights {','.join(map(str, data.weights))}: each must be above 0"
     if data.batch_shares and len(data.train_folders) < 2:
-        yield "--data.batch_shares true has no effect: --data.train names one folder; give several, with commas, or leave it out"
+        yield (
+            "--data.batch_shares true has no effect: --data.train names one folder; give several,"
+            " with commas, or leave it out"
+        )
     for name in data.augment:
         if name not in AUGMENTATIONS:
             yield f"--data.augment {name}: no such change; known are {', '.join(AUGMENTATIONS)}"
@@ -250,19 +350,28 @@ def _training(training: Training, data: Data) -> Iterator[str]:
     yield from _at_least(1, "training", training, "steps")
     yield from _at_least(0, "training", training, "seed", "eval_interval", "eval_packs")
     if not training.trainable:
-        yield f"--training.trainable: empty, so nothing would be trained; name some of {', '.join(PARTS)}"
+        yield (
+            "--training.trainable: empty, so nothing would be trained; name some of"
+            f" {', '.join(PARTS)}"
+        )
     for pattern in training.trainable:
         if not parts_named(pattern):
-            yield f"--training.trainable {pattern}: nothing is called so; parts are {', '.join(PARTS)}"
+            yield (
+                f"--training.trainable {pattern}: nothing is called so; parts are"
+                f" {', '.join(PARTS)}"
+            )
     if not 0 <= training.drop_path < 1:
         yield f"--training.drop_path {training.drop_path}: must be 0 or more, and less than 1"
     elif training.drop_path and training.trainable and not trains("vision", training.trainable):
         yield (
-            f"--training.drop_path {training.drop_path} has no effect: --training.trainable {','.join(training.trainable)} "
-            "leaves the vision encoder frozen; use 0"
+            f"--training.drop_path {training.drop_path} has no effect: --training.trainable"
+            f" {','.join(training.trainable)} leaves the vision encoder frozen; use 0"
         )
     if training.eval_interval > 0 and not data.valid:
-        yield f"--training.eval_interval {training.eval_interval} needs --data.valid, the held-out packs"
+        yield (
+            f"--training.eval_interval {training.eval_interval} needs --data.valid, the held-out"
+            " packs"
+        )
 
 
 def _optimizer(optimizer: Optimizer, training: Training) -> Iterator[str]:
@@ -270,9 +379,14 @@ def _optimizer(optimizer: Optimizer, training: Training) -> Iterator[str]:
         yield f"--optimizer.lr {optimizer.lr}: must be above 0"
     elif optimizer.min_lr > optimizer.lr:
         yield f"--optimizer.min_lr {optimizer.min_lr} is above --optimizer.lr {optimizer.lr}"
-    yield from _at_least(0, "optimizer", optimizer, "min_lr", "warmup_steps", "weight_decay", "clip_grad")
+    yield from _at_least(
+        0, "optimizer", optimizer, "min_lr", "warmup_steps", "weight_decay", "clip_grad"
+    )
     if optimizer.warmup_steps > training.steps:
-        yield f"--optimizer.warmup_steps {optimizer.warmup_steps} is more than --training.steps {training.steps}: lr would never be reached"
+        yield (
+            f"--optimizer.warmup_steps {optimizer.warmup_steps} is more than --training.steps"
+            f" {training.steps}: lr would never be reached"
+        )
     if optimizer.moments == "bfloat16" and training.precision == "float32":
         yield "--optimizer.moments bfloat16 needs --training.precision bfloat16"
     if not 0 <= optimizer.warmup_ratio <= 1:
@@ -286,7 +400,10 @@ def _optimizer(optimizer: Optimizer, training: Training) -> Iterator[str]:
 
 def _kernels(training: Training) -> Iterator[str]:
     if training.kernels == "transformer_engine" and training.precision == "float32":
-        yield "--training.kernels transformer_engine: its attention has no fused kernel for --training.precision float32; use local or auto"
+        yield (
+            "--training.kernels transformer_engine: its attention has no fused kernel for"
+            " --training.precision float32; use local or auto"
+        )
 
 
 def _fp8(fp8: Fp8, config: Config) -> Iterator[str]:
@@ -298,11 +415,15 @@ def _fp8(fp8: Fp8, config: Config) -> Iterator[str]:
     if not fp8.recipes and first + last > 0:
         yield f"{spared}: have no effect without --fp8.vision or --fp8.language"
     if fp8.recipes and config.training.kernels == "local":
-        yield "--training.kernels local: FP8 needs Transformer Engine's layers; use auto, or no recipe for --fp8.vision and --fp8.language"
+        yield (
+            "--training.kernels local: FP8 needs Transformer Engine's layers; use auto, or no"
+            " recipe for --fp8.vision and --fp8.language"
+        )
     if fp8.vision == "delayed" and not trains("vision", config.training.trainable):
         yield (
-            f"--fp8.vision delayed: --training.trainable {','.join(config.training.trainable)} leaves the vision encoder frozen, "
-            "and without a backward pass its scales are never set; use tensorwise"
+            f"--fp8.vision delayed: --training.trainable {','.join(config.training.trainable)}"
+            " leaves the vision encoder frozen, and without a backward pass its scales are never"
+            " set; use tensorwise"
         )
     for part, recipe in fp8.recipes.items():
         if config.training.precision == "float32":
@@ -314,14 +435,29 @@ def _fp8(fp8: Fp8, config: Config) -> Iterator[str]:
         if max(first, last) > share:
             yield f"{spared}: at most {share}, the {part} layers of one of the pipeline's ranks"
         parallel = config.parallel
-        tensor = max(parallel.vision_tensor_size if part == "vision" else parallel.tensor_model_parallel_size, 1)
+        tensor = max(
+            (
+                parallel.vision_tensor_size
+                if part == "vision"
+                else parallel.tensor_model_parallel_size
+            ),
+            1,
+        )
         multiple = fp8_multiple(recipe, config.parallel.sequence_parallel and part == "language")
-        widths = {"hidden_size": sizes.hidden_size, "ffn_hidden_size": sizes.ffn_hidden_size // tensor}
+        widths = {
+            "hidden_size": sizes.hidden_size,
+            "ffn_hidden_size": sizes.ffn_hidden_size // tensor,
+        }
         if part == "language":
-            widths["num_attention_heads"] = arch.language.num_attention_heads * arch.language.head_size // tensor
+            widths["num_attention_heads"] = (
+                arch.language.num_attention_heads * arch.language.head_size // tensor
+            )
         for name, width in widths.items():
             if width % multiple:
-                yield f"--fp8.{part} {recipe}: --architecture.{part}.{name} makes matrices {width} wide, not a multiple of {multiple}"
+                yield (
+                    f"--fp8.{part} {recipe}: --architecture.{part}.{name} makes matrices {width}"
+                    f" wide, not a multiple of {multiple}"
+                )
 
 
 def _logging(logging: Logging, checkpoint: Checkpoint) -> Iterator[str]:
@@ -338,4 +474,6 @@ def _health(health: Health) -> Iterator[str]:
     if not health.slow_factor > 1:
         yield f"--health.slow_factor {health.slow_factor}: must be above 1"
     if health.hang_factor and health.hang_factor < 1:
-        yield f"--health.hang_factor {health.hang_factor}: must be 1 or more, or 0 to report nothing"
+        yield (
+            f"--health.hang_factor {health.hang_factor}: must be 1 or more, or 0 to report nothing"
+        )

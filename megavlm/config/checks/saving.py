@@ -9,32 +9,52 @@ from megavlm.config.schema import Checkpoint
 
 
 def checkpoint_problems(checkpoint: Checkpoint, eval_interval: int) -> Iterator[str]:
-    """Everything about checkpoints that cannot be, or would have no effect, each naming the flag to change.
+    """Everything about checkpoints that cannot be, or would have no effect, each naming the flag to
+    change.
 
     Args:
         checkpoint: where checkpoints go and come from.
         eval_interval: steps between measurements of the held-out loss.
     """
     if checkpoint.keep_best > 0 and checkpoint.keep == 0:
-        yield f"--checkpoint.keep_best {checkpoint.keep_best} has no effect with --checkpoint.keep 0, which keeps all"
-    elif checkpoint.keep_best > 0 and (eval_interval < 1 or checkpoint.save_interval % eval_interval):
         yield (
-            f"--checkpoint.keep_best {checkpoint.keep_best} needs a held-out loss of each checkpoint: a --training.eval_interval that "
-            f"divides --checkpoint.save_interval {checkpoint.save_interval}; it is {eval_interval}"
+            f"--checkpoint.keep_best {checkpoint.keep_best} has no effect with --checkpoint.keep 0,"
+            " which keeps all"
+        )
+    elif checkpoint.keep_best > 0 and (
+        eval_interval < 1 or checkpoint.save_interval % eval_interval
+    ):
+        yield (
+            f"--checkpoint.keep_best {checkpoint.keep_best} needs a held-out loss of each"
+            " checkpoint: a --training.eval_interval that divides --checkpoint.save_interval"
+            f" {checkpoint.save_interval}; it is {eval_interval}"
         )
     if checkpoint.save_interval > 0 and not checkpoint.save:
         yield (
-            f"--checkpoint.save_interval {checkpoint.save_interval} needs --checkpoint.save, the folder for checkpoints; "
-            "use --checkpoint.save_interval 0 for a run that keeps nothing"
+            f"--checkpoint.save_interval {checkpoint.save_interval} needs --checkpoint.save, the"
+            " folder for checkpoints; use --checkpoint.save_interval 0 for a run that keeps"
+            " nothing"
         )
     if checkpoint.save and Path(checkpoint.save).exists() and not Path(checkpoint.save).is_dir():
         yield f"--checkpoint.save {checkpoint.save}: is a file; name a folder"
     if checkpoint.load and not Path(checkpoint.load).is_dir():
         yield f"--checkpoint.load {checkpoint.load}: no such folder"
     if checkpoint.moments == "keep" and not checkpoint.load:
-        yield "--checkpoint.moments keep needs --checkpoint.load, the checkpoint that they come from"
+        yield (
+            "--checkpoint.moments keep needs --checkpoint.load, the checkpoint that they come from"
+        )
     if checkpoint.export_hf and not checkpoint.save:
-        yield f"--checkpoint.export_hf {checkpoint.export_hf} needs --checkpoint.save: the model is exported from the last checkpoint"
+        yield (
+            f"--checkpoint.export_hf {checkpoint.export_hf} needs --checkpoint.save: the model is"
+            " exported from the last checkpoint"
+        )
     target = Path(checkpoint.export_hf)
-    if checkpoint.export_hf and target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        yield f"--checkpoint.export_hf {checkpoint.export_hf}: exists already and is not an empty folder; name another"
+    if (
+        checkpoint.export_hf
+        and target.exists()
+        and not (target.is_dir() and not any(target.iterdir()))
+    ):
+        yield (
+            f"--checkpoint.export_hf {checkpoint.export_hf}: exists already and is not an empty"
+            " folder; name another"
+        )

@@ -9,7 +9,9 @@ from megavlm.config.schema import Config
 
 
 def problems(config: Config) -> Iterator[str]:
-    """Everything about parts that cannot be, and exports that InternVL's formats cannot hold; each names the flag to change."""
+    """Everything about parts that cannot be, and exports that InternVL's formats cannot hold; each
+    names the flag to change.
+    """
     init = config.init
     load = config.checkpoint.load
     export = config.checkpoint.export_hf
@@ -21,9 +23,13 @@ def problems(config: Config) -> Iterator[str]:
         yield f"--init.tokenizer {init.tokenizer} needs --init.language, whose tokenizer it is"
     for part, folder in init.parts.items():
         if load:
-            yield f"--init.{part} {folder} and --checkpoint.load {load} both say where weights come from; give one of them"
+            yield (
+                f"--init.{part} {folder} and --checkpoint.load {load} both say where weights come"
+                " from; give one of them"
+            )
     if export and (arch.vision.family != "internvit" or not arch.projector_norm):
         yield (
-            f"--checkpoint.export_hf {export}: InternVL's formats hold --architecture.vision.family internvit with "
-            f"--architecture.projector_norm true; this model is {arch.vision.family} with {str(arch.projector_norm).lower()}"
+            f"--checkpoint.export_hf {export}: InternVL's formats hold --architecture.vision.family"
+            " internvit with --architecture.projector_norm true; this model is"
+            f" {arch.vision.family} with {str(arch.projector_norm).lower()}"
         )

@@ -1,7 +1,9 @@
-"""config.json of ``InternVLChatModel``, the chat dialect: the format in which OpenGVLab publishes InternVL 2.0 to 3.5.
+"""config.json of ``InternVLChatModel``, the chat dialect: the format in which OpenGVLab publishes
+InternVL 2.0 to 3.5.
 
-The model's own Python files are part of OpenGVLab's repositories. They are never read here, nor written: ``auto_map`` of a folder that is
-written names the repository that holds those of its language model.
+The model's own Python files are part of OpenGVLab's repositories. They are never read here, nor
+written: ``auto_map`` of a folder that is written names the repository that holds those of its
+language model.
 """
 
 from __future__ import annotations
@@ -14,15 +16,21 @@ import torch
 
 from megavlm.config.schema import Architecture, Vision
 from megavlm.convert.hf import json_files as shared
+from megavlm.convert.hf import language_config
 from megavlm.convert.hf.json_files import NORMS
-from megavlm.convert.weights.families import config as language_config
 from megavlm.convert.weights.families import written_as
 
 MODEL_TYPE = "internvl_chat"
-# Repositories of OpenGVLab whose Python files know a family; the first one for every family that is not named.
-_CODE = {"": "OpenGVLab/InternVL2_5-1B", "qwen3": "OpenGVLab/InternVL3_5-1B", "internlm3": "OpenGVLab/InternVL3-9B"}
+# Repositories of OpenGVLab whose Python files know a family; the first one for every family that is
+# not named.
+_CODE = {
+    "": "OpenGVLab/InternVL2_5-1B",
+    "qwen3": "OpenGVLab/InternVL3_5-1B",
+    "internlm3": "OpenGVLab/InternVL3-9B",
+}
 
-# What our model computes, and what a config.json must therefore say where OpenGVLab's code knows alternatives.
+# What our model computes, and what a config.json must therefore say where OpenGVLab's code knows
+# alternatives.
 _FIXED: dict[str, dict[str, Any]] = {
     "": {"select_layer": -1, "ps_version": "v2", "use_backbone_lora": 0, "use_llm_lora": 0},
     "vision_config": {"hidden_act": "gelu", "num_channels": 3},
@@ -77,14 +85,19 @@ def _problems(raw: dict[str, Any]) -> Iterator[str]:
 
 
 def vision_problems(vision: dict[str, Any], section: str) -> Iterator[str]:
-    """Why a vision encoder is none that can be trained here; ``section`` is the name of its settings in the file."""
+    """Why a vision encoder is none that can be trained here; ``section`` is the name of its
+    settings in the file.
+    """
     yield from shared.missing(section, vision, *_NEEDED_OF_VISION)
     yield from shared.contradictions(section, vision, _FIXED["vision_config"])
     if vision.get("norm_type") not in (None, *NORMS):
-        yield f"{section}.norm_type is {vision['norm_type']!r}, must be one of {', '.join(NORMS)}".lstrip(".")
+        name = f"{section}.norm_type".lstrip(".")
+        yield f"{name} is {vision['norm_type']!r}, must be one of {', '.join(NORMS)}"
 
 
-def read_vision(settings: dict[str, Any], mean: tuple[float, ...], std: tuple[float, ...]) -> Vision:
+def read_vision(
+    settings: dict[str, Any], mean: tuple[float, ...], std: tuple[float, ...]
+) -> Vision:
     """The vision encoder."""
     return Vision(
         image_size=settings["image_size"],
@@ -151,8 +164,12 @@ def write(
         "template": template,
         "tie_word_embeddings": language.tied_head,
         "vision_config": _vision_config(vision) | {"torch_dtype": number},
-        "llm_config": language_config.write(language, family, eos_token_id=eos_token_id, pad_token_id=pad_token_id)
-        | {"attn_implementation": "flash_attention_2", "use_cache": True, "torch_dtype": number},
+        "llm_config": (
+            language_config.write(
+                language, family, eos_token_id=eos_token_id, pad_token_id=pad_token_id
+            )
+            | {"attn_implementation": "flash_attention_2", "use_cache": True, "torch_dtype": number}
+        ),
     }
 
 

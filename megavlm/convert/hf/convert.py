@@ -1,5 +1,6 @@
-"""Whole models between checkpoints and Hugging Face folders, in the native dialect (``InternVLForConditionalGeneration``) or the chat
-dialect (``InternVLChatModel``)."""
+"""Whole models between checkpoints and Hugging Face folders, in the native dialect
+(``InternVLForConditionalGeneration``) or the chat dialect (``InternVLChatModel``).
+"""
 
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 
 def hf_tensors_as_megatron(folder: str | Path, architecture: Architecture) -> MegatronView:
-    """The weights of a Hugging Face folder under our checkpoint keys, each read when it is asked for.
+    """The weights of a Hugging Face folder under our checkpoint keys, each read when it is asked
+    for.
 
     Raises:
         FileNotFoundError: files are missing.
@@ -40,19 +42,22 @@ def hf_tensors_as_megatron(folder: str | Path, architecture: Architecture) -> Me
 
 
 def full_tensors(folder: str | Path, architecture: Architecture) -> FullTensor:
-    """What fills a model from a Hugging Face folder: takes a checkpoint key (and a shape, which may have padding), gives the whole tensor,
-    of which a rank reads its share.
+    """What fills a model from a Hugging Face folder: takes a checkpoint key (and a shape, which may
+    have padding), gives the whole tensor, of which a rank reads its share.
 
-    A head that is tied in the folder and not in the model starts as a copy of the token embedding; positions are resized to the model's
-    tiles.
+    A head that is tied in the folder and not in the model starts as a copy of the token embedding;
+    positions are resized to the model's tiles.
 
     Raises:
         FileNotFoundError: files are missing.
-        ValueError: the model in the folder is another one than ``architecture``; every difference is named.
+        ValueError: the model in the folder is another one than ``architecture``; every difference
+            is named.
     """
     found = refuse_other(folder, architecture)
     view = hf_tensors_as_megatron(folder, found)
-    return lambda key, shape: vision_tensor(view, found, architecture, head_source(key, found, architecture))
+    return lambda key, shape: vision_tensor(
+        view, found, architecture, head_source(key, found, architecture)
+    )
 
 
 def refuse_other(folder: str | Path, architecture: Architecture) -> Architecture:
@@ -66,7 +71,9 @@ def refuse_other(folder: str | Path, architecture: Architecture) -> Architecture
     different = differences(found, architecture)
     if different:
         listed = "\n  ".join(different)
-        raise ValueError(f"{folder}: the model there is of another architecture than --model:\n  {listed}")
+        raise ValueError(
+            f"{folder}: the model there is of another architecture than --model:\n  {listed}"
+        )
     return found
 
 
@@ -76,7 +83,8 @@ def _open(folder: Path) -> SafetensorsFolder:
 
 
 def step_folder(path: str | Path) -> Path:
-    """The folder of one step at ``path``: that folder itself, or a run's save folder (then its newest).
+    """The folder of one step at ``path``: that folder itself, or a run's save folder (then its
+    newest).
 
     Raises:
         FileNotFoundError: no complete checkpoint is there.
@@ -86,7 +94,9 @@ def step_folder(path: str | Path) -> Path:
         folder = folder / (folder / "latest").read_text(encoding="utf-8").strip()
     for name in ("state.json", "config.yaml"):
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder}: no complete checkpoint is there ({name} is missing)")
+            raise FileNotFoundError(
+                f"{folder}: no complete checkpoint is there ({name} is missing)"
+            )
     return folder
 
 
@@ -99,7 +109,8 @@ def export(
     tokenizer: str | Path = "",
     flag: str = "--out",
 ) -> Path:
-    """Write a checkpoint as a Hugging Face folder. It needs neither a process group nor the memory for a whole model.
+    """Write a checkpoint as a Hugging Face folder. It needs neither a process group nor the memory
+    for a whole model.
 
     Args:
         checkpoint: folder of a step, or a run's save folder.
@@ -123,16 +134,23 @@ def export(
     view = HuggingFaceView(source, architecture, dtype, dialect=dialect)
     words = Path(tokenizer) if tokenizer else folder / "tokenizer"
     if not words.is_dir():
-        raise FileNotFoundError(f"{words}: the checkpoint has no tokenizer; name the folder of one with --tokenizer")
+        raise FileNotFoundError(
+            f"{words}: the checkpoint has no tokenizer; name the folder of one with --tokenizer"
+        )
     with new_folder(out, flag) as growing, Progress("export", "B", _bytes(view)) as progress:
         number = next(iter(view.headers.values())).dtype
-        write_folder(growing, dialect, words, architecture, preprocessing.of_checkpoint(folder), number)
+        write_folder(
+            growing, dialect, words, architecture, preprocessing.of_checkpoint(folder), number
+        )
         write_safetensors(view, growing, done=progress.add)
     return out
 
 
-def import_(folder: str | Path, out: str | Path, *, tokenizer: str | Path = "", flag: str = "--out") -> Path:
-    """Write a Hugging Face folder as a checkpoint that any layout can load; its weights can be started from, no run be gone on with.
+def import_(
+    folder: str | Path, out: str | Path, *, tokenizer: str | Path = "", flag: str = "--out"
+) -> Path:
+    """Write a Hugging Face folder as a checkpoint that any layout can load; its weights can be
+    started from, no run be gone on with.
 
     Args:
         folder: the Hugging Face folder.
@@ -145,7 +163,8 @@ def import_(folder: str | Path, out: str | Path, *, tokenizer: str | Path = "", 
 
     Raises:
         FileNotFoundError: files are missing.
-        ValueError: the model cannot be trained here, its weights are not those that its settings say, or ``out`` is taken.
+        ValueError: the model cannot be trained here, its weights are not those that its settings
+            say, or ``out`` is taken.
     """
     folder = Path(folder)
     out = Path(out)
@@ -155,7 +174,9 @@ def import_(folder: str | Path, out: str | Path, *, tokenizer: str | Path = "", 
     with new_folder(out, flag) as growing, Progress("import", "B", _bytes(view)) as progress:
         write_shards(view, growing / "shards", done=progress.add)
         words = _copy_tokenizer(Path(tokenizer) if tokenizer else folder, growing / "tokenizer")
-        (growing / "config.yaml").write_text(to_yaml(Config(stage="2", model=name, architecture=architecture)), encoding="utf-8")
+        (growing / "config.yaml").write_text(
+            to_yaml(Config(stage="2", model=name, architecture=architecture)), encoding="utf-8"
+        )
         preprocessing.write(preprocessing.of_folder(folder, dialect_of(folder)), growing)
         state = {"step": 0, "consumed": 0, "stage": None, "tokenizer": words, "format": 1}
         (growing / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
@@ -171,10 +192,14 @@ def _copy_tokenizer(folder: Path, target: Path) -> str | None:
     present = [name for name in TOKENIZER_FILES if (folder / name).is_file()]
     if "tokenizer_config.json" not in present:
         return None
-    if "auto_map" in read_json(folder / "tokenizer_config.json") and "tokenizer.json" not in present:
+    if (
+        "auto_map" in read_json(folder / "tokenizer_config.json")
+        and "tokenizer.json" not in present
+    ):
         raise ValueError(
-            f"{folder}: the tokenizer is Python code of the model's own (auto_map in tokenizer_config.json), which is never run; "
-            "name a folder with the same tokenizer as tokenizer.json with --tokenizer"
+            f"{folder}: the tokenizer is Python code of the model's own (auto_map in"
+            " tokenizer_config.json), which is never run; name a folder with the same tokenizer as"
+            " tokenizer.json with --tokenizer"
         )
     target.mkdir()
     for name in present:
@@ -200,17 +225,21 @@ class PartCheck:
 
 
 def check(folder: str | Path) -> list[PartCheck]:
-    """Convert a Hugging Face folder to our layout and back, tensor by tensor, in memory, and compare bit for bit.
+    """Convert a Hugging Face folder to our layout and back, tensor by tensor, in memory, and
+    compare bit for bit.
 
     Raises:
         FileNotFoundError: files are missing.
-        ValueError: the model cannot be trained here, or its weights are not those that its settings say.
+        ValueError: the model cannot be trained here, or its weights are not those that its settings
+            say.
     """
     folder = Path(folder)
     architecture = architecture_from_hf(folder)
     source = _open(folder)
     dialect = dialect_of(folder)
-    back = HuggingFaceView(MegatronView(source, architecture, dialect), architecture, dialect=dialect)
+    back = HuggingFaceView(
+        MegatronView(source, architecture, dialect), architecture, dialect=dialect
+    )
     names: dict[str, list[str]] = {}
     changed: dict[str, list[str]] = {}
     with Progress("check", "B", _bytes(back)) as progress:

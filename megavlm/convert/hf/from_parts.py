@@ -1,4 +1,6 @@
-"""Models that start from parts: a folder of a vision encoder and a folder of a language model, each a Hugging Face model of its own."""
+"""Models that start from parts: a folder of a vision encoder and a folder of a language model, each
+a Hugging Face model of its own.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +13,18 @@ from typing import Any
 from transformers import CLIPVisionConfig, PreTrainedTokenizerBase, SiglipVisionConfig
 
 from megavlm.config.schema import Architecture, Config, Init, Language, Vision
-from megavlm.convert.hf import chat_config, json_files
-from megavlm.convert.hf.lazy_tensors import ExtendedVocabulary, FullTensor, LazyTensor, Served, head_source, vision_tensor
+from megavlm.convert.hf import chat_config, json_files, language_config
+from megavlm.convert.hf.lazy_tensors import (
+    ExtendedVocabulary,
+    FullTensor,
+    LazyTensor,
+    Served,
+    head_source,
+    vision_tensor,
+)
 from megavlm.convert.hf.model_config import architecture_from_hf, differences
 from megavlm.convert.hf.safetensors_files import SafetensorsFolder, tensor_names
 from megavlm.convert.weights.families import FAMILIES, clip, family_of, internvit
-from megavlm.convert.weights.families import config as language_config
 from megavlm.convert.weights.mapping import within
 from megavlm.convert.weights.tables import EMBEDDING_KEY, HEAD_KEY
 from megavlm.convert.weights.transforms import Shape
@@ -31,7 +39,8 @@ _CLIP_KINDS: dict[str, tuple[str, type]] = {
     "siglip_vision_model": ("siglip", SiglipVisionConfig),
 }
 _ACTIVATIONS = {"gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_pytorch_tanh": "gelu_tanh"}
-# Features come from before the last layer, as in LLaVA; it, what follows it, and the half that reads text are left out.
+# Features come from before the last layer, as in LLaVA; it, what follows it, and the half that
+# reads text are left out.
 _LEFT_OUT = re.compile(
     r"(text_model|text_projection|visual_projection|logit_scale|logit_bias|post_layernorm|head)\b|embeddings\.position_ids$"
 )
@@ -42,7 +51,8 @@ _INITIALIZER_RANGE = 0.02
 
 
 def read_model(folder: str, init: Init) -> Architecture:
-    """What the model in a Hugging Face folder is made of or, where no folder is named, the model that two parts give.
+    """What the model in a Hugging Face folder is made of or, where no folder is named, the model
+    that two parts give.
 
     Raises:
         FileNotFoundError: files are missing.
@@ -54,7 +64,8 @@ def read_model(folder: str, init: Init) -> Architecture:
 
 
 def image_model(folder: str, init: Init) -> Architecture:
-    """What packs must know of a model: that in a Hugging Face folder of a whole model, or one with the vision encoder in a folder.
+    """What packs must know of a model: that in a Hugging Face folder of a whole model, or one with
+    the vision encoder in a folder.
 
     Raises:
         FileNotFoundError: files are missing.
@@ -67,13 +78,21 @@ def image_model(folder: str, init: Init) -> Architecture:
 
 
 def _compose(vision: Vision, language: Language) -> Architecture:
-    """A model of two parts: with InternVL's projector behind its vision encoder, with LLaVA's behind others."""
+    """A model of two parts: with InternVL's projector behind its vision encoder, with LLaVA's
+    behind others.
+    """
     is_internvit = vision.family == "internvit"
-    return Architecture(vision=vision, language=language, pixel_shuffle=2 if is_internvit else 1, projector_norm=is_internvit)
+    return Architecture(
+        vision=vision,
+        language=language,
+        pixel_shuffle=2 if is_internvit else 1,
+        projector_norm=is_internvit,
+    )
 
 
 def vision_from_hf(folder: str | Path) -> Vision:
-    """What the vision encoder in a folder is made of: an InternViT as OpenGVLab publishes it, or a CLIP or SigLIP.
+    """What the vision encoder in a folder is made of: an InternViT as OpenGVLab publishes it, or a
+    CLIP or SigLIP.
 
     Raises:
         FileNotFoundError: the folder has no config.json.
@@ -82,14 +101,19 @@ def vision_from_hf(folder: str | Path) -> Vision:
     path = Path(folder) / json_files.FILE_NAME
     raw = json_files.read_json(path)
     kind = raw.get("model_type")
-    (mean, std) = json_files.normalisation(Path(folder))
+    mean, std = json_files.normalisation(Path(folder))
     if kind == _INTERNVIT:
         json_files.refuse(path, list(chat_config.vision_problems(raw, "")))
         return chat_config.read_vision(raw, mean, std)
     if kind not in _CLIP_KINDS:
-        raise ValueError(f"--init.vision {path}: model_type is {kind!r}, must be one of {', '.join((_INTERNVIT, *_CLIP_KINDS))}")
+        raise ValueError(
+            f"--init.vision {path}: model_type is {kind!r}, must be one of"
+            f" {', '.join((_INTERNVIT, *_CLIP_KINDS))}"
+        )
     family, form = _CLIP_KINDS[kind]
-    found = form.from_dict(raw.get("vision_config", raw)).to_dict()  # fills in what the file leaves out
+    found = form.from_dict(
+        raw.get("vision_config", raw)
+    ).to_dict()  # fills in what the file leaves out
     json_files.refuse(path, list(_clip_problems(found)))
     return Vision(
         family=family,
@@ -111,12 +135,16 @@ def _clip_problems(found: dict[str, Any]) -> Iterator[str]:
     if found["hidden_act"] not in _ACTIVATIONS:
         yield f"hidden_act is {found['hidden_act']!r}, must be one of {', '.join(_ACTIVATIONS)}"
     if found["num_hidden_layers"] < 2:
-        yield f"num_hidden_layers is {found['num_hidden_layers']}, must be 2 or more: features are taken before the last layer"
+        yield (
+            f"num_hidden_layers is {found['num_hidden_layers']}, must be 2 or more: features are"
+            " taken before the last layer"
+        )
     yield from json_files.contradictions("", found, {"num_channels": 3})
 
 
 def language_from_hf(init: Init) -> Language:
-    """What a language model is made of, with the vocabulary that its tokenizer and InternVL's special tokens need.
+    """What a language model is made of, with the vocabulary that its tokenizer and InternVL's
+    special tokens need.
 
     Raises:
         FileNotFoundError: the folder has no config.json or no tokenizer.
@@ -132,20 +160,33 @@ def _language(folder: Path) -> Language:
     path = folder / json_files.FILE_NAME
     raw = json_files.read_json(path)
     if raw.get("model_type") not in FAMILIES:
-        raise ValueError(f"--init.language {path}: model_type is {raw.get('model_type')!r}, must be one of {', '.join(FAMILIES)}")
+        raise ValueError(
+            f"--init.language {path}: model_type is {raw.get('model_type')!r}, must be one of"
+            f" {', '.join(FAMILIES)}"
+        )
     json_files.refuse(path, list(language_config.problems(raw, "")))
     found = language_config.read(raw, tied_head=False)
-    head = {name for row in family_of(found).rows(found) if row.key == "output_layer.weight" for name in row.names}
+    head = {
+        name
+        for row in family_of(found).rows(found)
+        if row.key == "output_layer.weight"
+        for name in row.names
+    }
     return replace(found, tied_head=head.isdisjoint(tensor_names(folder) or head))
 
 
 def words_of(init: Init) -> tuple[str, str]:
     """The option that names the tokenizer's folder, and the folder."""
-    return ("--init.tokenizer", init.tokenizer) if init.tokenizer else ("--init.language", init.language)
+    return (
+        ("--init.tokenizer", init.tokenizer)
+        if init.tokenizer
+        else ("--init.language", init.language)
+    )
 
 
 def extend_tokenizer(init: Init) -> tuple[PreTrainedTokenizerBase, tuple[int, ...]]:
-    """The tokenizer of a language model with InternVL's special tokens, and the ids of those that it lacked.
+    """The tokenizer of a language model with InternVL's special tokens, and the ids of those that
+    it lacked.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -154,31 +195,44 @@ def extend_tokenizer(init: Init) -> tuple[PreTrainedTokenizerBase, tuple[int, ..
     flag, folder = words_of(init)
     if Path(folder).is_dir() and not any((Path(folder) / name).is_file() for name in _VOCABULARIES):
         # transformers would make an empty tokenizer of what config.json says.
-        raise ValueError(f"{flag} {folder}: holds no tokenizer ({', '.join(_VOCABULARIES)}); name the folder of one with --init.tokenizer")
+        raise ValueError(
+            f"{flag} {folder}: holds no tokenizer ({', '.join(_VOCABULARIES)}); name the folder of"
+            " one with --init.tokenizer"
+        )
     tokenizer = load_tokenizer(folder, flag)
     return tokenizer, extend(tokenizer)
 
 
 def refuse_other(init: Init, architecture: Architecture) -> None:
-    """Raise ValueError where parts are not those of ``architecture``; every difference is named, and no weights are read."""
+    """Raise ValueError where parts are not those of ``architecture``; every difference is named,
+    and no weights are read.
+    """
     for part, folder in init.parts.items():
         different = differences(_found(init, part, architecture), architecture)
         if different:
             listed = "\n  ".join(different)
-            raise ValueError(f"--init.{part} {folder}: the part there is another one than --model's:\n  {listed}")
+            raise ValueError(
+                f"--init.{part} {folder}: the part there is another one than --model's:\n  {listed}"
+            )
     if init.language:
         least = language_from_hf(init).vocab_size
         if architecture.language.vocab_size < least:
             raise ValueError(
-                f"--architecture.language.vocab_size {architecture.language.vocab_size}: the tokenizer of {' '.join(words_of(init))} "
-                f"has ids up to {least - 1}, InternVL's special tokens counted; use {least}"
+                f"--architecture.language.vocab_size {architecture.language.vocab_size}: the"
+                f" tokenizer of {' '.join(words_of(init))} has ids up to {least - 1}, InternVL's"
+                f" special tokens counted; use {least}"
             )
 
 
 def _found(init: Init, part: str, wanted: Architecture) -> Architecture:
-    """The wanted model with a part as a folder has it, but for what may differ: the vocabulary, and layers that a CLIP has more."""
+    """The wanted model with a part as a folder has it, but for what may differ: the vocabulary, and
+    layers that a CLIP has more.
+    """
     if part == "language":
-        return replace(wanted, language=replace(_language(Path(init.language)), vocab_size=wanted.language.vocab_size))
+        return replace(
+            wanted,
+            language=replace(_language(Path(init.language)), vocab_size=wanted.language.vocab_size),
+        )
     vision = vision_from_hf(init.vision)
     if vision.family == wanted.vision.family != "internvit":
         vision = replace(vision, num_layers=min(vision.num_layers + 1, wanted.vision.num_layers))
@@ -186,7 +240,8 @@ def _found(init: Init, part: str, wanted: Architecture) -> Architecture:
 
 
 def full_tensors(config: Config, fresh: FullTensor) -> FullTensor:
-    """What fills a model from ``config.init``: takes a checkpoint key (and a shape, which may have padding), gives the whole tensor.
+    """What fills a model from ``config.init``: takes a checkpoint key (and a shape, which may have
+    padding), gives the whole tensor.
 
     Args:
         config: the run.
@@ -225,12 +280,18 @@ def _serve_vision(config: Config) -> Callable[[str], Served]:
 
 
 def _used_by(vision: Vision) -> Callable[[str], str | None]:
-    """Renames the tensors of a CLIP or SigLIP, with or without the half that reads text, and leaves out what features do not need."""
+    """Renames the tensors of a CLIP or SigLIP, with or without the half that reads text, and leaves
+    out what features do not need.
+    """
 
     def name_in_table(name: str) -> str | None:
         name = name.removeprefix("vision_model.")
         layer = _LAYER.match(name)
-        return None if _LEFT_OUT.match(name) or (layer and int(layer[1]) >= vision.num_layers) else name
+        return (
+            None
+            if _LEFT_OUT.match(name) or (layer and int(layer[1]) >= vision.num_layers)
+            else name
+        )
 
     return name_in_table
 
@@ -243,7 +304,11 @@ def _serve_language(config: Config) -> Callable[[str], Served]:
     source = SafetensorsFolder(folder, rename=lambda name: None if _BUFFER.search(name) else name)
     view = MegatronView(source, tuple(within(family_of(language).rows(language), "language.", "")))
     _, new = extend_tokenizer(config.init)
-    std = float(json_files.read_json(folder / json_files.FILE_NAME).get("initializer_range", _INITIALIZER_RANGE))
+    std = float(
+        json_files.read_json(folder / json_files.FILE_NAME).get(
+            "initializer_range", _INITIALIZER_RANGE
+        )
+    )
 
     def tensor(key: str) -> Served:
         whole = LazyTensor(view, head_source(key, found, wanted))
@@ -252,6 +317,8 @@ def _serve_language(config: Config) -> Callable[[str], Served]:
         averaged = key == HEAD_KEY or wanted.language.tied_head
         rows = wanted.language.vocab_size
         seed = config.training.seed
-        return ExtendedVocabulary(tensor=whole, rows=rows, new=new, std=std, seed=seed, averaged=averaged)
+        return ExtendedVocabulary(
+            tensor=whole, rows=rows, new=new, std=std, seed=seed, averaged=averaged
+        )
 
     return tensor

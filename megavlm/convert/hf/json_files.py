@@ -38,7 +38,9 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def contradictions(section: str, found: Mapping[str, Any], fixed: Mapping[str, Any]) -> Iterator[str]:
+def contradictions(
+    section: str, found: Mapping[str, Any], fixed: Mapping[str, Any]
+) -> Iterator[str]:
     """Settings that have another value than the one with which our model computes the same."""
     for name, value in fixed.items():
         if name in found and found[name] != value:
@@ -54,7 +56,9 @@ def refuse(path: Path, wrong: list[str]) -> None:
     """Raise ValueError where anything is wrong with a model's settings."""
     if wrong:
         listed = "\n  ".join(wrong)
-        raise ValueError(f"{path}: a model of another kind than those that can be trained here:\n  {listed}")
+        raise ValueError(
+            f"{path}: a model of another kind than those that can be trained here:\n  {listed}"
+        )
 
 
 def normalisation(folder: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -62,9 +66,13 @@ def normalisation(folder: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
     settings: dict[str, Any] = {}
     if (folder / IMAGE_PROCESSOR_NAME).is_file():
         settings = read_json(folder / IMAGE_PROCESSOR_NAME)
-    elif (folder / "processor_config.json").is_file():  # transformers 5 keeps the image processor in it
+    elif (
+        folder / "processor_config.json"
+    ).is_file():  # transformers 5 keeps the image processor in it
         settings = read_json(folder / "processor_config.json").get("image_processor", {})
-    return tuple(settings.get("image_mean", _USUAL.pixel_mean)), tuple(settings.get("image_std", _USUAL.pixel_std))
+    return tuple(settings.get("image_mean", _USUAL.pixel_mean)), tuple(
+        settings.get("image_std", _USUAL.pixel_std)
+    )
 
 
 def pixel_shuffle(ratio: float) -> int:

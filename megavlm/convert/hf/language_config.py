@@ -36,11 +36,17 @@ def problems(settings: Mapping[str, Any], section: str) -> Iterator[str]:
     yield from contradictions(section, settings, {"hidden_act": "silu", **FAMILIES[kind].settings})
     rotary = _rotary(settings)
     if rotary["rope_type"] not in ("default", "dynamic"):
-        yield f"{section}: rotary positions are of type {rotary['rope_type']!r}, must be 'default' or 'dynamic'"
+        yield (
+            f"{section}: rotary positions are of type {rotary['rope_type']!r}, must be 'default' or"
+            " 'dynamic'"
+        )
     heads = settings.get("num_attention_heads") or 1
     width = settings.get("hidden_size") or 0
     if not FAMILIES[kind].has_head_dim and settings.get("head_dim") not in (None, width / heads):
-        yield f"{section}.head_dim is {settings['head_dim']}, must be hidden_size / num_attention_heads = {width / heads:g}"
+        yield (
+            f"{section}.head_dim is {settings['head_dim']}, must be hidden_size /"
+            f" num_attention_heads = {width / heads:g}"
+        )
 
 
 def read(settings: Mapping[str, Any], *, tied_head: bool) -> Language:
@@ -73,14 +79,20 @@ def read(settings: Mapping[str, Any], *, tied_head: bool) -> Language:
 
 
 def _rotary(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of the rotary positions; transformers 4 keeps the base and the rest apart, 5 together."""
+    """Settings of the rotary positions; transformers 4 keeps the base and the rest apart, 5
+    together.
+    """
     scaling = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     base = scaling.get("rope_theta", settings.get("rope_theta") or 1e4)
-    return {"rope_type": kind, "rope_theta": base} | ({"factor": scaling["factor"]} if "factor" in scaling else {})
+    return {"rope_type": kind, "rope_theta": base} | (
+        {"factor": scaling["factor"]} if "factor" in scaling else {}
+    )
 
 
-def write(language: Language, family: Family, *, eos_token_id: int, pad_token_id: int) -> dict[str, Any]:
+def write(
+    language: Language, family: Family, *, eos_token_id: int, pad_token_id: int
+) -> dict[str, Any]:
     """A language model's part of config.json.
 
     Args:
@@ -112,7 +124,9 @@ def write(language: Language, family: Family, *, eos_token_id: int, pad_token_id
 
 
 def _write_rotary(language: Language) -> dict[str, Any]:
-    """The rotary positions, for transformers 4 (and remote code, which wants no third entry in ``rope_scaling``), then for 5."""
+    """The rotary positions, for transformers 4 (and remote code, which wants no third entry in
+    ``rope_scaling``), then for 5.
+    """
     factor = language.rotary_dynamic_factor
     base = language.rotary_base
     if factor == 1:

@@ -1,4 +1,6 @@
-"""Whole tensors that fill a model: those of Hugging Face folders, of which each rank reads its share only."""
+"""Whole tensors that fill a model: those of Hugging Face folders, of which each rank reads its
+share only.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ Place = tuple[slice, ...]
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor of a Hugging Face folder under our key: what is taken of it is read, and nothing else.
+    """A tensor of a Hugging Face folder under our key: what is taken of it is read, and nothing
+    else.
 
     Args:
         view: of the folder.
@@ -36,24 +39,35 @@ class LazyTensor:
         return self.view.part(self.key, place)
 
 
-def vision_tensor(view: MegatronView, found: Architecture, wanted: Architecture, key: str) -> LazyTensor | Tensor:
-    """A tensor of a vision encoder; its positions are resized where tiles are of another size than it was trained with."""
+def vision_tensor(
+    view: MegatronView, found: Architecture, wanted: Architecture, key: str
+) -> LazyTensor | Tensor:
+    """A tensor of a vision encoder; its positions are resized where tiles are of another size than
+    it was trained with.
+    """
     if key == POSITIONS_KEY and found.vision.grid != wanted.vision.grid:
         return resize_positions(view[key], wanted.vision.grid, int(wanted.vision.has_class_token))
     return LazyTensor(view, key)
 
 
 def head_source(key: str, found: Architecture, wanted: Architecture) -> str:
-    """The key of a folder's tensor that fills ``key``: a head that is tied there and not here starts as a copy of the token embedding."""
-    return EMBEDDING_KEY if key == HEAD_KEY and found.language.tied_head and not wanted.language.tied_head else key
+    """The key of a folder's tensor that fills ``key``: a head that is tied there and not here
+    starts as a copy of the token embedding.
+    """
+    return (
+        EMBEDDING_KEY
+        if key == HEAD_KEY and found.language.tied_head and not wanted.language.tied_head
+        else key
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExtendedVocabulary:
-    """Token embedding or head of a language model whose tokenizer got new tokens, as InternVL starts them.
+    """Token embedding or head of a language model whose tokenizer got new tokens, as InternVL
+    starts them.
 
-    Rows are kept as far as the table goes (those of Qwen2.5 goes beyond its tokenizer's ids), rows beyond it are drawn, and rows of new
-    tokens in a head are the mean of the rows before them.
+    Rows are kept as far as the table goes (those of Qwen2.5 goes beyond its tokenizer's ids), rows
+    beyond it are drawn, and rows of new tokens in a head are the mean of the rows before them.
 
     Args:
         tensor: the table as it is.
@@ -61,7 +75,8 @@ class ExtendedVocabulary:
         new: ids of the new tokens.
         std: standard deviation of rows that are drawn.
         seed: they are drawn from.
-        averaged: whether rows of new tokens become the mean: in a head, and in an embedding that is the head too.
+        averaged: whether rows of new tokens become the mean: in a head, and in an embedding that is
+            the head too.
     """
 
     tensor: LazyTensor
@@ -77,10 +92,18 @@ class ExtendedVocabulary:
         middle = min(max(begin, known), end)
         drawn = torch.empty(0)
         if middle < end:
-            generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed} new rows of {self.tensor.key}".encode()))
-            drawn = torch.normal(0.0, self.std, (self.rows - known, width), generator=generator)[middle - known : end - known]
+            generator = torch.Generator().manual_seed(
+                zlib.crc32(f"{self.seed} new rows of {self.tensor.key}".encode())
+            )
+            drawn = torch.normal(0.0, self.std, (self.rows - known, width), generator=generator)[
+                middle - known : end - known
+            ]
         kept = self.tensor[(slice(begin, middle), *place[1:])]
-        found = torch.cat([kept, drawn[(slice(None), *place[1:])].to(kept.dtype)]) if len(drawn) else kept.clone()
+        found = (
+            torch.cat([kept, drawn[(slice(None), *place[1:])].to(kept.dtype)])
+            if len(drawn)
+            else kept.clone()
+        )
         inside = [token - begin for token in self.new if begin <= token < end]
         if self.averaged and inside:
             found[inside] = self._mean(min(self.new[0], known))[place[1:]].to(found.dtype)
@@ -88,7 +111,10 @@ class ExtendedVocabulary:
 
     def _mean(self, rows: int) -> Tensor:
         """Mean of the first rows."""
-        blocks = [self.tensor[(slice(start, min(start + _BLOCK_ROWS, rows)),)] for start in range(0, rows, _BLOCK_ROWS)]
+        blocks = [
+            self.tensor[(slice(start, min(start + _BLOCK_ROWS, rows)),)]
+            for start in range(0, rows, _BLOCK_ROWS)
+        ]
         return torch.stack([block.float().sum(0) for block in blocks]).sum(0) / rows
 
 

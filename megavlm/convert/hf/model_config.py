@@ -34,12 +34,15 @@ def dialect_of(folder: str | Path) -> Dialect:
 def _reader(path: Path, raw: dict[str, Any]) -> tuple[Dialect, _Reader]:
     kind = raw.get("model_type")
     if kind not in _READERS:
-        raise ValueError(f"{path}: model_type is {kind!r}, must be {' or '.join(map(repr, _READERS))}")
+        raise ValueError(
+            f"{path}: model_type is {kind!r}, must be {' or '.join(map(repr, _READERS))}"
+        )
     return _READERS[kind]
 
 
 def architecture_from_hf(folder: str | Path) -> Architecture:
-    """What the model in a Hugging Face folder is made of. Only config.json and the names of the weights are read.
+    """What the model in a Hugging Face folder is made of. Only config.json and the names of the
+    weights are read.
 
     Raises:
         FileNotFoundError: the folder has no config.json.
@@ -50,13 +53,15 @@ def architecture_from_hf(folder: str | Path) -> Architecture:
     raw = read_json(path)
     _, read = _reader(path, raw)
     names = tensor_names(folder)
-    # What the weights say about the head is more reliable than config.json, where transformers ties by default.
+    # What the weights say about the head is more reliable than config.json, where transformers ties
+    # by default.
     has_head = None if names is None else not head_names().isdisjoint(map(name_on_disk, names))
     return read(raw, folder, has_head=has_head)
 
 
-# Facts that weights of one model may be used with differently: positions are resized to the tile, the factor is only where training starts,
-# a family is how files name weights, and rotary positions are stretched for longer samples only. A tied head may be untied, too.
+# Facts that weights of one model may be used with differently: positions are resized to the tile,
+# the factor is only where training starts, a family is how files name weights, and rotary positions
+# are stretched for longer samples only. A tied head may be untied, too.
 _FREE = {
     "vision.image_size",
     "vision.layer_scale",
@@ -67,12 +72,19 @@ _FREE = {
 
 
 def differences(found: Architecture, wanted: Architecture) -> list[str]:
-    """Facts in which ``found`` contradicts ``wanted``, such as ``--architecture.pixel_shuffle: 2 there, 4 asked for``."""
+    """Facts in which ``found`` contradicts ``wanted``, such as ``--architecture.pixel_shuffle: 2
+    there, 4 asked for``.
+    """
 
     def flat(architecture: Architecture) -> dict[str, Any]:
-        facts: dict[str, Any] = {name: vars(architecture)[name] for name in ("pixel_shuffle", "projector_norm")}
+        facts: dict[str, Any] = {
+            name: vars(architecture)[name] for name in ("pixel_shuffle", "projector_norm")
+        }
         for section in ("vision", "language"):
-            facts |= {f"{section}.{name}": value for name, value in dataclasses.asdict(architecture)[section].items()}
+            facts |= {
+                f"{section}.{name}": value
+                for name, value in dataclasses.asdict(architecture)[section].items()
+            }
         return facts | {"language.kv_channels": architecture.language.head_size}
 
     ours = flat(wanted)
@@ -80,5 +92,7 @@ def differences(found: Architecture, wanted: Architecture) -> list[str]:
     return [
         f"--architecture.{name}: {theirs[name]} there, {ours[name]} asked for"
         for name in ours
-        if name not in _FREE and ours[name] != theirs[name] and not (name == "language.tied_head" and theirs[name])
+        if name not in _FREE
+        and ours[name] != theirs[name]
+        and not (name == "language.tied_head" and theirs[name])
     ]

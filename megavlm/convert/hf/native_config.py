@@ -11,17 +11,22 @@ from transformers import InternVLConfig
 
 from megavlm.config.schema import Architecture, Vision
 from megavlm.convert.hf import json_files as shared
+from megavlm.convert.hf import language_config
 from megavlm.convert.hf.json_files import NORMS
-from megavlm.convert.weights.families import config as language_config
 from megavlm.convert.weights.families import written_as
 
 MODEL_TYPE = "internvl"
 # transformers normalises InternViT-6B's queries and keys with this, whatever config.json says.
 _QK_NORM_EPSILON = 1e-6
 
-# What our model computes, and what a config.json must therefore say where Hugging Face knows alternatives.
+# What our model computes, and what a config.json must therefore say where Hugging Face knows
+# alternatives.
 _FIXED: dict[str, dict[str, Any]] = {
-    "": {"vision_feature_layer": -1, "vision_feature_select_strategy": "default", "projector_hidden_act": "gelu"},
+    "": {
+        "vision_feature_layer": -1,
+        "vision_feature_select_strategy": "default",
+        "projector_hidden_act": "gelu",
+    },
     "vision_config": {
         "hidden_act": "gelu",
         "num_channels": 3,
@@ -38,7 +43,8 @@ def read(raw: dict[str, Any], folder: Path, *, has_head: bool | None) -> Archite
     Args:
         raw: content of its config.json.
         folder: where it is.
-        has_head: whether the weights have a head of their own; none: there are no weights to look at.
+        has_head: whether the weights have a head of their own; none: there are no weights to look
+            at.
 
     Raises:
         ValueError: it is of a model that ours is not; every difference is named.
@@ -48,12 +54,16 @@ def read(raw: dict[str, Any], folder: Path, *, has_head: bool | None) -> Archite
         # Fills in what the file leaves out.
         settings = InternVLConfig.from_dict(raw).to_dict()
     except Exception as error:  # transformers' checks raise errors of many kinds
-        raise ValueError(f"{path}: transformers cannot read it: {' '.join(str(error).split()):.300}") from None
+        raise ValueError(
+            f"{path}: transformers cannot read it: {' '.join(str(error).split()):.300}"
+        ) from None
     shared.refuse(path, list(_problems(settings)))
     mean, std = shared.normalisation(folder)
     return Architecture(
         vision=_vision(settings["vision_config"], mean, std),
-        language=language_config.read(settings["text_config"], tied_head=settings["tie_word_embeddings"] and not has_head),
+        language=language_config.read(
+            settings["text_config"], tied_head=settings["tie_word_embeddings"] and not has_head
+        ),
         pixel_shuffle=shared.pixel_shuffle(settings["downsample_ratio"]),
     )
 
@@ -65,12 +75,17 @@ def _problems(settings: dict[str, Any]) -> Iterator[str]:
     for section, fixed in _FIXED.items():
         yield from shared.contradictions(section, settings[section] if section else settings, fixed)
     if vision["norm_type"] not in NORMS:
-        yield f"vision_config.norm_type is {vision['norm_type']!r}, must be one of {', '.join(NORMS)}"
+        yield (
+            f"vision_config.norm_type is {vision['norm_type']!r}, must be one of {', '.join(NORMS)}"
+        )
     for name in ("image_size", "patch_size"):
         if vision[name][0] != vision[name][1]:
             yield f"vision_config.{name} is {list(vision[name])}, must be square"
     if vision["use_qk_norm"] and vision["layer_norm_eps"] != _QK_NORM_EPSILON:
-        yield f"vision_config.layer_norm_eps is {vision['layer_norm_eps']}, must be {_QK_NORM_EPSILON} beside use_qk_norm"
+        yield (
+            f"vision_config.layer_norm_eps is {vision['layer_norm_eps']}, must be"
+            f" {_QK_NORM_EPSILON} beside use_qk_norm"
+        )
     yield from language_config.problems(text, "text_config")
     if not shared.pixel_shuffle(settings["downsample_ratio"]):
         yield f"downsample_ratio is {settings['downsample_ratio']}, must be 1 / a whole number"
@@ -95,7 +110,14 @@ def _vision(settings: dict[str, Any], mean: tuple[float, ...], std: tuple[float,
     )
 
 
-def write(architecture: Architecture, *, dtype: torch.dtype, image_token_id: int, eos_token_id: int, pad_token_id: int) -> dict[str, Any]:
+def write(
+    architecture: Architecture,
+    *,
+    dtype: torch.dtype,
+    image_token_id: int,
+    eos_token_id: int,
+    pad_token_id: int,
+) -> dict[str, Any]:
     """The content of config.json.
 
     Args:
@@ -112,8 +134,9 @@ def write(architecture: Architecture, *, dtype: torch.dtype, image_token_id: int
     language = architecture.language
     if vision.qk_norm and vision.layernorm_epsilon != _QK_NORM_EPSILON:
         raise ValueError(
-            f"--architecture.vision.layernorm_epsilon {vision.layernorm_epsilon}: transformers normalises InternViT's queries and keys "
-            f"with {_QK_NORM_EPSILON} only; use the chat dialect"
+            f"--architecture.vision.layernorm_epsilon {vision.layernorm_epsilon}: transformers"
+            f" normalises InternViT's queries and keys with {_QK_NORM_EPSILON} only; use the chat"
+            " dialect"
         )
     return {
         "architectures": ["InternVLForConditionalGeneration"],
@@ -126,7 +149,10 @@ def write(architecture: Architecture, *, dtype: torch.dtype, image_token_id: int
         **_FIXED[""],
         "vision_config": _vision_config(vision),
         "text_config": language_config.write(
-            language, written_as(language, "native"), eos_token_id=eos_token_id, pad_token_id=pad_token_id
+            language,
+            written_as(language, "native"),
+            eos_token_id=eos_token_id,
+            pad_token_id=pad_token_id,
         ),
     }
 

@@ -1,6 +1,7 @@
 """How a model is to be used, which its weights do not tell: conversation template and tile limits.
 
-A trained model's is that of the packs it was trained on. A model that was only imported keeps what its folder said.
+A trained model's is that of the packs it was trained on. A model that was only imported keeps what
+its folder said.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ class Usage:
         min_tiles: fewest tiles of an image, thumbnail not counted.
         max_tiles: most tiles of an image, thumbnail not counted.
         thumbnail: whether an image of several tiles gets its thumbnail as one more tile.
-        is_trained: whether the model was trained here; otherwise a chat template that comes with the tokenizer is kept.
+        is_trained: whether the model was trained here; otherwise a chat template that comes with
+            the tokenizer is kept.
     """
 
     template: str = DEFAULT
@@ -49,8 +51,14 @@ def of_folder(folder: Path, dialect: Dialect) -> Usage:
         return dataclasses.replace(usage, template=settings.get("template") or usage.template)
     if (folder / IMAGE_PROCESSOR_NAME).is_file():
         return _tiles(read_json(folder / IMAGE_PROCESSOR_NAME), "min_patches", "max_patches")
-    if (folder / "processor_config.json").is_file():  # transformers 5 keeps the image processor in it
-        return _tiles(read_json(folder / "processor_config.json").get("image_processor", {}), "min_patches", "max_patches")
+    if (
+        folder / "processor_config.json"
+    ).is_file():  # transformers 5 keeps the image processor in it
+        return _tiles(
+            read_json(folder / "processor_config.json").get("image_processor", {}),
+            "min_patches",
+            "max_patches",
+        )
     return Usage()
 
 
@@ -64,7 +72,9 @@ def _tiles(found: dict[str, Any], least: str, most: str) -> Usage:
 
 
 def of_checkpoint(folder: Path) -> Usage:
-    """What a checkpoint knows: from the packs it was trained on, else from the folder that it was imported from."""
+    """What a checkpoint knows: from the packs it was trained on, else from the folder that it was
+    imported from.
+    """
     if (folder / MANIFEST_NAME).is_file():
         packs = read_manifest(folder)
         return Usage(

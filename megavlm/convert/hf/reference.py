@@ -11,15 +11,22 @@ from megavlm.convert.hf.model_config import dialect_of
 
 
 def load_reference(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """``InternVLForConditionalGeneration`` with the weights of a Hugging Face folder, ready to be called, on the CPU.
+    """``InternVLForConditionalGeneration`` with the weights of a Hugging Face folder, ready to be
+    called, on the CPU.
 
     Raises:
-        ValueError: there is no such model, or it is in the chat dialect, which transformers does not read by itself.
+        ValueError: there is no such model, or it is in the chat dialect, which transformers does
+            not read by itself.
     """
     from transformers import InternVLForConditionalGeneration
 
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder}: no Hugging Face model is there (config.json is missing)")
     if dialect_of(folder) != "native":
-        raise ValueError(f"{folder}: in OpenGVLab's format, which transformers does not read by itself; export it with --dialect native")
-    return InternVLForConditionalGeneration.from_pretrained(folder, dtype=dtype, local_files_only=True).eval()
+        raise ValueError(
+            f"{folder}: in OpenGVLab's format, which transformers does not read by itself; export"
+            " it with --dialect native"
+        )
+    return InternVLForConditionalGeneration.from_pretrained(
+        folder, dtype=dtype, local_files_only=True
+    ).eval()

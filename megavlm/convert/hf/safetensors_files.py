@@ -1,4 +1,5 @@
-"""Folders of Hugging Face: tensors in safetensors files, read and written one at a time or as ranges of files.
+"""Folders of Hugging Face: tensors in safetensors files, read and written one at a time or as
+ranges of files.
 
 A folder is written under another name and renamed when it is complete.
 """
@@ -35,7 +36,9 @@ _DTYPES = {
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _LENGTH_BYTES = 8
-"""A safetensors file starts with the length of its header, little-endian; the header is JSON, the numbers follow it."""
+"""A safetensors file starts with the length of its header, little-endian; the header is JSON, the
+numbers follow it.
+"""
 
 
 @dataclass(frozen=True)
@@ -78,10 +81,18 @@ class SafetensorsFolder:
                 if name is None:
                     continue
                 if name in self._places:
-                    raise ValueError(f"{folder / file_name}: {inner} and {self._places[name].inner} are the same weight")
+                    raise ValueError(
+                        f"{folder / file_name}: {inner} and {self._places[name].inner} are the same"
+                        " weight"
+                    )
                 if facts["dtype"] not in _DTYPES:
-                    raise ValueError(f"{folder / file_name}: {inner} has number format {facts['dtype']}, which is not supported")
-                self._places[name] = _Place(folder / file_name, inner, start + facts["data_offsets"][0])
+                    raise ValueError(
+                        f"{folder / file_name}: {inner} has number format {facts['dtype']}, which"
+                        " is not supported"
+                    )
+                self._places[name] = _Place(
+                    folder / file_name, inner, start + facts["data_offsets"][0]
+                )
                 self.headers[name] = Header(tuple(facts["shape"]), _DTYPES[facts["dtype"]])
         lost = sorted(set(listed or {}) - seen)
         if lost:
@@ -89,7 +100,8 @@ class SafetensorsFolder:
 
     def __getitem__(self, name: str) -> Tensor:
         place = self._places[name]
-        # Opened anew, so that what has been read does not stay in memory: the map is of the whole file, and goes with its tensors.
+        # Opened anew, so that what has been read does not stay in memory: the map is of the whole
+        # file, and goes with its tensors.
         with _open(place.path) as file:
             return file.get_tensor(place.inner)
 
@@ -105,7 +117,8 @@ class SafetensorsFolder:
 
 
 def tensor_names(folder: Path) -> set[str] | None:
-    """Names of the tensors in a Hugging Face folder, from index or header; none where it holds no weights.
+    """Names of the tensors in a Hugging Face folder, from index or header; none where it holds no
+    weights.
 
     Raises:
         ValueError: index or file are damaged.
@@ -116,7 +129,9 @@ def tensor_names(folder: Path) -> set[str] | None:
 
 
 def _read_header(path: Path) -> tuple[int, dict[str, Any]]:
-    """First byte behind the header of a safetensors file, and what the header says of each tensor."""
+    """First byte behind the header of a safetensors file, and what the header says of each
+    tensor.
+    """
     with _open(path):  # whether all is there, and fits together
         pass
     with open(path, "rb") as file:
@@ -137,26 +152,39 @@ def _read_index(path: Path) -> dict[str, str]:
 def _open(path: Path) -> safe_open:
     """A safetensors file, of which only the header is read."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; a folder with weights in safetensors files is needed")
+        raise FileNotFoundError(
+            f"{path}: no such file; a folder with weights in safetensors files is needed"
+        )
     try:
         return safe_open(path, framework="pt")
     except SafetensorError as error:
         raise ValueError(f"{path}: damaged, or not a safetensors file ({error})") from error
 
 
-def write_safetensors(tensors: Tensors, folder: Path, shard_bytes: int = SHARD_BYTES, done: Done = ignore) -> None:
-    """Write ``model.safetensors``, or several files and their index where they would be larger than ``shard_bytes``.
+def write_safetensors(
+    tensors: Tensors, folder: Path, shard_bytes: int = SHARD_BYTES, done: Done = ignore
+) -> None:
+    """Write ``model.safetensors``, or several files and their index where they would be larger than
+    ``shard_bytes``.
 
     At most one tensor is in memory.
     """
     shards = _plan_shards(tensors.headers, shard_bytes)
     total = len(shards)
-    names = [SINGLE_NAME] if total == 1 else [f"model-{number:05d}-of-{total:05d}.safetensors" for number in range(1, total + 1)]
+    names = (
+        [SINGLE_NAME]
+        if total == 1
+        else [f"model-{number:05d}-of-{total:05d}.safetensors" for number in range(1, total + 1)]
+    )
     for file_name, shard in zip(names, shards, strict=True):
         _write_file(tensors, shard, folder / file_name, done)
     if total > 1:
         size = sum(header.nbytes for header in tensors.headers.values())
-        places = {name: file_name for file_name, shard in zip(names, shards, strict=True) for name in shard}
+        places = {
+            name: file_name
+            for file_name, shard in zip(names, shards, strict=True)
+            for name in shard
+        }
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
         (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
@@ -169,7 +197,11 @@ def _write_file(tensors: Tensors, names: Sequence[str], path: Path, done: Done) 
     end = 0
     for name in names:
         facts = tensors.headers[name]
-        header[name] = {"dtype": _NAMES[facts.dtype], "shape": facts.shape, "data_offsets": [end, end + facts.nbytes]}
+        header[name] = {
+            "dtype": _NAMES[facts.dtype],
+            "shape": facts.shape,
+            "data_offsets": [end, end + facts.nbytes],
+        }
         end += facts.nbytes
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % _LENGTH_BYTES)
@@ -200,7 +232,8 @@ def _plan_shards(headers: Mapping[str, Header], shard_bytes: int) -> list[list[s
 
 @contextmanager
 def new_folder(target: Path, flag: str) -> Iterator[Path]:
-    """A folder to fill, which takes the name ``target`` when the block ends well and is removed otherwise.
+    """A folder to fill, which takes the name ``target`` when the block ends well and is removed
+    otherwise.
 
     Raises:
         ValueError: the target exists and is not an empty folder.

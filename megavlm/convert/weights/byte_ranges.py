@@ -1,5 +1,5 @@
-"""Which bytes of which files a converted tensor is made of. Most operations move whole rows, so converting is copying ranges of files:
-nothing is read into memory, whatever the size of a tensor.
+"""Which bytes of which files a converted tensor is made of. Most operations move whole rows, so
+converting is copying ranges of files: nothing is read into memory, whatever the size of a tensor.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ class Run:
 
 
 def joined_runs(operation: Operation, part_shapes: Sequence[Shape]) -> list[Run] | None:
-    """Where the rows of ``operation.join(parts)`` stand in the parts; none where the operation does more than move rows.
+    """Where the rows of ``operation.join(parts)`` stand in the parts; none where the operation does
+    more than move rows.
 
     An operation that moves rows does the same with their numbers.
     """
@@ -62,7 +63,9 @@ def joined_runs(operation: Operation, part_shapes: Sequence[Shape]) -> list[Run]
 
 
 def split_runs(operation: Operation, whole: Shape) -> list[list[Run]] | None:
-    """Where the rows of each tensor of ``operation.split`` stand in a whole one; none where the operation does more than move rows."""
+    """Where the rows of each tensor of ``operation.split`` stand in a whole one; none where the
+    operation does more than move rows.
+    """
     if not operation.moves_rows:
         return None
     return [list(_runs(part, [0])) for part in operation.split(torch.arange(whole[0]))]
@@ -111,14 +114,17 @@ def _copy(source: BinaryIO, piece: Range, target: BinaryIO) -> None:
         if in_kernel:
             try:
                 copied = os.sendfile(target.fileno(), source.fileno(), offset, wanted)
-            except OSError:  # not between these two files, or not on this system; what is really wrong shows below
+            # not between these two files, or not on this system; what is really wrong shows below
+            except OSError:
                 in_kernel = False
         if not in_kernel:
             block = os.pread(source.fileno(), wanted, offset)
             write(memoryview(block), target)
             copied = len(block)
         if not copied:
-            raise OSError(f"{piece.path}: ends at byte {offset}, before a tensor that goes on to {end}")
+            raise OSError(
+                f"{piece.path}: ends at byte {offset}, before a tensor that goes on to {end}"
+            )
         offset += copied
 
 

@@ -1,4 +1,6 @@
-"""A row of the tables of weights: one tensor of megatron-core, and what it is in Hugging Face's files."""
+"""A row of the tables of weights: one tensor of megatron-core, and what it is in Hugging Face's
+files.
+"""
 
 from __future__ import annotations
 
@@ -57,11 +59,20 @@ def within(rows: Sequence[Row], key: str, name: str) -> Iterator[Row]:
     return (row.within(key, name) for row in rows)
 
 
-def linear(key: str, names: tuple[str, ...], shape: Shape, operation: Operation = SAME, *, bias: bool = True) -> list[Row]:
+def linear(
+    key: str,
+    names: tuple[str, ...],
+    shape: Shape,
+    operation: Operation = SAME,
+    *,
+    bias: bool = True,
+) -> list[Row]:
     """Weight and, where there is one, bias of a linear layer."""
     found = [Row(f"{key}.weight", tuple(f"{name}.weight" for name in names), shape, operation)]
     if bias:
-        found.append(Row(f"{key}.bias", tuple(f"{name}.bias" for name in names), shape[:1], operation))
+        found.append(
+            Row(f"{key}.bias", tuple(f"{name}.bias" for name in names), shape[:1], operation)
+        )
     return found
 
 

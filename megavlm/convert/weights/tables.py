@@ -1,7 +1,8 @@
-"""The table of weights: which tensor of megatron-core is which of Hugging Face's. It is read in both directions.
+"""The table of weights: which tensor of megatron-core is which of Hugging Face's. It is read in
+both directions.
 
-Two dialects are known: ``native``, the names of ``InternVLForConditionalGeneration`` of transformers, and ``chat``, those of
-``InternVLChatModel``, in which OpenGVLab publishes its models.
+Two dialects are known: ``native``, the names of ``InternVLForConditionalGeneration`` of
+transformers, and ``chat``, those of ``InternVLChatModel``, in which OpenGVLab publishes its models.
 """
 
 from __future__ import annotations
@@ -36,12 +37,18 @@ _NAMES: dict[Dialect, _Names] = {
         projector="multi_modal_projector.",
         projector_layers=("layer_norm", "linear_1", "linear_2"),
     ),
-    "chat": _Names(vision="vision_model.", vision_names=internvit.CHAT, projector="mlp1.", projector_layers=("0", "1", "3")),
+    "chat": _Names(
+        vision="vision_model.",
+        vision_names=internvit.CHAT,
+        projector="mlp1.",
+        projector_layers=("0", "1", "3"),
+    ),
 }
 _LANGUAGE = "language_model."
 EMBEDDING_KEY = "language.embedding.word_embeddings.weight"
 HEAD_KEY = "language.output_layer.weight"
-# In memory transformers names weights so; files carry the names on the right, but some programs write the others.
+# In memory transformers names weights so; files carry the names on the right, but some programs
+# write the others.
 _IN_MEMORY = (
     (re.compile(r"^lm_head\."), "language_model.lm_head."),
     (re.compile(r"^model\.language_model\."), "language_model.model."),
@@ -50,7 +57,9 @@ _IN_MEMORY = (
 
 
 def name_on_disk(name: str) -> str:
-    """The name that files give to a weight, also where this is the one that transformers uses in memory."""
+    """The name that files give to a weight, also where this is the one that transformers uses in
+    memory.
+    """
     for pattern, replacement in _IN_MEMORY:
         if pattern.match(name):
             return pattern.sub(replacement, name)
@@ -61,13 +70,15 @@ def rows(architecture: Architecture, dialect: Dialect = "native") -> tuple[Row, 
     """Every weight of the model.
 
     Raises:
-        ValueError: the language model is of no known family, or contradicts its family, or the dialect has no place for the vision encoder.
+        ValueError: the language model is of no known family, or contradicts its family, or the
+            dialect has no place for the vision encoder.
     """
     if architecture.vision.family != "internvit" or not architecture.projector_norm:
         raise ValueError(
-            f"--architecture.vision.family {architecture.vision.family}, --architecture.projector_norm "
-            f"{str(architecture.projector_norm).lower()}: Hugging Face's InternVL has an internvit and a norm before the projector; "
-            "this model stays in checkpoints"
+            f"--architecture.vision.family {architecture.vision.family},"
+            f" --architecture.projector_norm {str(architecture.projector_norm).lower()}: Hugging"
+            " Face's InternVL has an internvit and a norm before the projector; this model stays"
+            " in checkpoints"
         )
     names = _NAMES[dialect]
     language = architecture.language
@@ -80,7 +91,11 @@ def rows(architecture: Architecture, dialect: Dialect = "native") -> tuple[Row, 
 
 def head_names() -> set[str]:
     """What files of the two dialects call a head, whatever the family."""
-    language = (row for family in FAMILIES.values() for row in within(family.rows(Language(num_layers=1)), "language.", _LANGUAGE))
+    language = (
+        row
+        for family in FAMILIES.values()
+        for row in within(family.rows(Language(num_layers=1)), "language.", _LANGUAGE)
+    )
     return {name for row in language if row.key == HEAD_KEY for name in row.names}
 
 

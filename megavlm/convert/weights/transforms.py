@@ -1,7 +1,8 @@
-"""What becomes of one tensor of megatron-core in Hugging Face's format, and back: invertible operations on whole tensors.
+"""What becomes of one tensor of megatron-core in Hugging Face's format, and back: invertible
+operations on whole tensors.
 
-Each operation takes a tensor of megatron-core apart (``split``) and puts it together again (``join``), bit for bit.
-Shape letters: H query heads, G query groups, d numbers of a head.
+Each operation takes a tensor of megatron-core apart (``split``) and puts it together again
+(``join``), bit for bit. Shape letters: H query heads, G query groups, d numbers of a head.
 """
 
 from __future__ import annotations
@@ -17,11 +18,15 @@ Shape = tuple[int, ...]
 
 
 class Operation(ABC):
-    """An invertible operation between one tensor of megatron-core and one or more of Hugging Face's."""
+    """An invertible operation between one tensor of megatron-core and one or more of Hugging
+    Face's.
+    """
 
     @property
     def moves_rows(self) -> bool:
-        """Whether it does nothing but move whole rows (along the first axis), so that it can be done on files."""
+        """Whether it does nothing but move whole rows (along the first axis), so that it can be
+        done on files.
+        """
         return False
 
     @abstractmethod
@@ -37,7 +42,9 @@ class Operation(ABC):
         """Shapes of Hugging Face's tensors where megatron-core's has shape ``whole``."""
 
     def takes(self, found: Shape, expected: Shape) -> bool:
-        """Whether a tensor of megatron-core of shape ``found`` can stand for one of shape ``expected``."""
+        """Whether a tensor of megatron-core of shape ``found`` can stand for one of shape
+        ``expected``.
+        """
         return found == expected
 
 
@@ -65,8 +72,8 @@ class Same(Operation):
 
 @dataclass(frozen=True)
 class Padded(Operation):
-    """Another operation on a tensor of megatron-core that may be longer than what it holds, so that it divides over ranks: rows for tokens
-    that do not exist, or for heads. The end is cut off.
+    """Another operation on a tensor of megatron-core that may be longer than what it holds, so that
+    it divides over ranks: rows for tokens that do not exist, or for heads. The end is cut off.
 
     Args:
         size: length without padding.
@@ -98,7 +105,11 @@ class Padded(Operation):
     def takes(self, found: Shape, expected: Shape) -> bool:
         """The padded axis may be longer, not shorter."""
         others = [number for number in range(len(expected)) if number != self.axis]
-        return len(found) == len(expected) and found[self.axis] >= self.size and all(found[n] == expected[n] for n in others)
+        return (
+            len(found) == len(expected)
+            and found[self.axis] >= self.size
+            and all(found[n] == expected[n] for n in others)
+        )
 
 
 @dataclass(frozen=True)
@@ -161,12 +172,13 @@ class Stacked(Operation):
 
 @dataclass(frozen=True)
 class GroupedQKV(Operation):
-    """Query, key and value projections, weights or biases, that megatron-core keeps in one tensor: for each query group the rows of its
-    query heads, then of its key head, then of its value head.
+    """Query, key and value projections, weights or biases, that megatron-core keeps in one tensor:
+    for each query group the rows of its query heads, then of its key head, then of its value head.
 
     Args:
         heads: query heads H.
-        groups: query groups G; key and value have a head for each. G = H is plain multi-head attention.
+        groups: query groups G; key and value have a head for each. G = H is plain multi-head
+            attention.
         head_size: rows of a head d.
     """
 
@@ -182,7 +194,9 @@ class GroupedQKV(Operation):
     def split(self, whole: Tensor) -> tuple[Tensor, ...]:
         """[(H + 2G) d, ...] -> query [H d, ...], key [G d, ...], value [G d, ...]."""
         heads = whole.unflatten(0, (self.groups, self._heads_of_group, self.head_size))
-        return tuple(part.flatten(0, 2) for part in heads.split([self.heads // self.groups, 1, 1], dim=1))
+        return tuple(
+            part.flatten(0, 2) for part in heads.split([self.heads // self.groups, 1, 1], dim=1)
+        )
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
         """The inverse of ``split``."""
@@ -191,7 +205,9 @@ class GroupedQKV(Operation):
 
     def part_shapes(self, whole: Shape) -> tuple[Shape, ...]:
         """Rows of query, key and value."""
-        return tuple((heads * self.head_size, *whole[1:]) for heads in (self.heads, self.groups, self.groups))
+        return tuple(
+            (heads * self.head_size, *whole[1:]) for heads in (self.heads, self.groups, self.groups)
+        )
 
     @property
     def _heads_of_group(self) -> int:

@@ -1,6 +1,8 @@
-"""All tensors of one side seen as those of the other: nothing is read before it is asked for, then one tensor at a time.
+"""All tensors of one side seen as those of the other: nothing is read before it is asked for, then
+one tensor at a time.
 
-That both sides match, name by name and shape by shape, is checked when a view is made, from the headers of the files.
+That both sides match, name by name and shape by shape, is checked when a view is made, from the
+headers of the files.
 """
 
 from __future__ import annotations
@@ -47,7 +49,9 @@ class Tensors(Protocol):
         """Read a tensor."""
 
     def ranges(self, name: str, rows: range) -> list[Range] | None:
-        """Bytes of files that hold some rows of a tensor; none where they must be read and put together."""
+        """Bytes of files that hold some rows of a tensor; none where they must be read and put
+        together.
+        """
 
     def __str__(self) -> str:
         """Where they come from."""
@@ -71,16 +75,26 @@ class MegatronView(Mapping[str, Tensor]):
         ValueError: a tensor is missing, left over or of another shape; each is named.
     """
 
-    def __init__(self, source: Tensors, model: Architecture | Sequence[Row], dialect: Dialect = "native"):
+    def __init__(
+        self, source: Tensors, model: Architecture | Sequence[Row], dialect: Dialect = "native"
+    ):
         table = rows(model, dialect) if isinstance(model, Architecture) else model
         wrong = _compare({name for row in table for name in row.names}, source.headers)
-        for name, shape in ((name, shape) for row in table for name, shape in zip(row.names, row.part_shapes, strict=True)):
+        for name, shape in (
+            (name, shape)
+            for row in table
+            for name, shape in zip(row.names, row.part_shapes, strict=True)
+        ):
             if name in source.headers and source.headers[name].shape != shape:
-                wrong.append(f"{name}: has shape {list(source.headers[name].shape)}, must be {list(shape)}")
+                wrong.append(
+                    f"{name}: has shape {list(source.headers[name].shape)}, must be {list(shape)}"
+                )
         _refuse(source, wrong)
         self._source = source
         self._rows = {row.key: row for row in table}
-        self.headers = {row.key: Header(row.shape, source.headers[row.names[0]].dtype) for row in table}
+        self.headers = {
+            row.key: Header(row.shape, source.headers[row.names[0]].dtype) for row in table
+        }
 
     def __getitem__(self, key: str) -> Tensor:
         row = self._rows[key]
@@ -92,13 +106,17 @@ class MegatronView(Mapping[str, Tensor]):
         return _ranges(self._source, row.names, self._runs(key), rows)
 
     def part(self, key: str, place: tuple[slice, ...]) -> Tensor:
-        """Read what stands at ``place`` of a tensor; of tensors whose rows only move, nothing else is read."""
+        """Read what stands at ``place`` of a tensor; of tensors whose rows only move, nothing else
+        is read.
+        """
         row = self._rows[key]
         runs = self._runs(key)
         if runs is None:
             return self[key][place]
         begin, end, _ = place[0].indices(row.shape[0])
-        sources = {number: self._source[row.names[number]] for number in {run.tensor for run in runs}}
+        sources = {
+            number: self._source[row.names[number]] for number in {run.tensor for run in runs}
+        }
         found = [
             sources[run.tensor][(slice(run.first, run.first + run.count), *place[1:])]
             for run in byte_ranges.within(runs, begin, end - begin)
@@ -132,12 +150,24 @@ class HuggingFaceView(Mapping[str, Tensor]):
         ValueError: a tensor is missing, left over or of another shape; each is named.
     """
 
-    def __init__(self, source: Tensors, architecture: Architecture, dtype: torch.dtype | None = None, *, dialect: Dialect = "native"):
+    def __init__(
+        self,
+        source: Tensors,
+        architecture: Architecture,
+        dtype: torch.dtype | None = None,
+        *,
+        dialect: Dialect = "native",
+    ):
         table = rows(architecture, dialect)
         wrong = _compare({row.key for row in table}, source.headers)
         for row in table:
-            if row.key in source.headers and not row.operation.takes(source.headers[row.key].shape, row.shape):
-                wrong.append(f"{row.key}: has shape {list(source.headers[row.key].shape)}, must be {list(row.shape)}")
+            if row.key in source.headers and not row.operation.takes(
+                source.headers[row.key].shape, row.shape
+            ):
+                wrong.append(
+                    f"{row.key}: has shape {list(source.headers[row.key].shape)}, must be"
+                    f" {list(row.shape)}"
+                )
         _refuse(source, wrong)
         self._source = source
         self._dtype = dtype
@@ -176,7 +206,9 @@ class HuggingFaceView(Mapping[str, Tensor]):
         return str(self._source)
 
 
-def _ranges(source: Tensors, names: Sequence[str], runs: list[Run] | None, rows: range) -> list[Range] | None:
+def _ranges(
+    source: Tensors, names: Sequence[str], runs: list[Run] | None, rows: range
+) -> list[Range] | None:
     """Bytes of files that hold the rows ``rows`` of what ``runs`` of tensors make up."""
     found = []
     for run in byte_ranges.within(runs or [], rows.start, len(rows)):

@@ -1,8 +1,11 @@
-"""Light changes to images while training, drawn for each image from the seed, the epoch and the sample.
+"""Light changes to images while training, drawn for each image from the seed, the epoch and the
+sample.
 
-``jpeg`` is InternVL's ``data_augment``: each tile is compressed with a quality of 75 to 100. ``crop`` cuts a part of 80 to 100% of the
-image's area, of nearly its shape; ``flip`` mirrors every second image; ``colour`` changes brightness, contrast and saturation by up to a
-fifth. Cropping and mirroring move what boxes and words such as "left" are about: they are not for sources with grounding or text in images.
+``jpeg`` is InternVL's ``data_augment``: each tile is compressed with a quality of 75 to 100.
+``crop`` cuts a part of 80 to 100% of the image's area, of nearly its shape; ``flip`` mirrors every
+second image; ``colour`` changes brightness, contrast and saturation by up to a fifth. Cropping and
+mirroring move what boxes and words such as "left" are about: they are not for sources with
+grounding or text in images.
 """
 
 from __future__ import annotations
@@ -40,14 +43,18 @@ def draw(operations: Sequence[str], tiles: int, *, seed: int, position: int, pla
     """The change of an image.
 
     Args:
-        operations: those that are switched on; the others draw their numbers too, so that switching one leaves the rest as they are.
+        operations: those that are switched on; the others draw their numbers too, so that switching
+            one leaves the rest as they are.
         tiles: of the image.
         seed: of the run.
-        position: the pack's place in the endless sequence of epochs, which the epoch and the pack determine.
+        position: the pack's place in the endless sequence of epochs, which the epoch and the pack
+            determine.
         place: of the image in its pack.
     """
     # The draws of drop path take the counters with a second word of 0.
-    rng = np.random.Generator(np.random.Philox(key=seed % 2**64, counter=[0, 1 + place, 0, position]))
+    rng = np.random.Generator(
+        np.random.Philox(key=seed % 2**64, counter=[0, 1 + place, 0, position])
+    )
     area = rng.uniform(LEAST_AREA, 1.0)
     stretch = MOST_STRETCH ** rng.uniform(-1.0, 1.0)
     across = rng.random()

@@ -1,9 +1,10 @@
 """Image files: their size, and their pixels as tiles. The only module that imports PIL.
 
-Pixels are those of InternVL: converted to RGB, resized to the grid with bicubic interpolation (the shape is not kept), cut row by row, the
-thumbnail last; a rotation noted in EXIF is not applied. Resizing is along rows first, then along columns, as in all Pillow up to version
-12; later ones choose the order for each image, which changes a few pixels by a few levels. Unlike there, a truncated file is an error, not
-a picture that ends in grey.
+Pixels are those of InternVL: converted to RGB, resized to the grid with bicubic interpolation (the
+shape is not kept), cut row by row, the thumbnail last; a rotation noted in EXIF is not applied.
+Resizing is along rows first, then along columns, as in all Pillow up to version 12; later ones
+choose the order for each image, which changes a few pixels by a few levels. Unlike there, a
+truncated file is an error, not a picture that ends in grey.
 """
 
 from __future__ import annotations
@@ -20,11 +21,13 @@ from PIL import PngImagePlugin, UnidentifiedImageError
 
 from megavlm.data.images.jpeg import decode_jpeg, is_whole, load_jpeg_decoder
 
-# Pillow warns above 89 million pixels and refuses twice that, but scans and maps of honest data are larger. This bound costs at most 1.6 GB
-# while an image is decoded; it takes the place of Pillow's own, which is one setting for the whole process.
+# Pillow warns above 89 million pixels and refuses twice that, but scans and maps of honest data are
+# larger. This bound costs at most 1.6 GB while an image is decoded; it takes the place of Pillow's
+# own, which is one setting for the whole process.
 MAX_PIXELS = 2**29
 PillowImage.MAX_IMAGE_PIXELS = None
-# Colour profiles and texts of real PNG files exceed Pillow's limit of 1 MB, which makes them "decompressed data too large".
+# Colour profiles and texts of real PNG files exceed Pillow's limit of 1 MB, which makes them
+# "decompressed data too large".
 MAX_TEXT_BYTES = 2**26
 PngImagePlugin.MAX_TEXT_CHUNK = MAX_TEXT_BYTES
 
@@ -33,10 +36,12 @@ def read_size(source: bytes | Path | BinaryIO) -> tuple[int, int]:
     """Width and height in pixels, from the header of an image file.
 
     Args:
-        source: content of the file, or its path, or the file opened; of the latter two only the header is read.
+        source: content of the file, or its path, or the file opened; of the latter two only the
+            header is read.
 
     Raises:
-        FileNotFoundError: there is no such file (other OSErrors likewise where a path may not be read).
+        FileNotFoundError: there is no such file (other OSErrors likewise where a path may not be
+            read).
         ValueError: not an image, or one of more than ``MAX_PIXELS`` pixels.
     """
     if isinstance(source, Path):
@@ -45,8 +50,16 @@ def read_size(source: bytes | Path | BinaryIO) -> tuple[int, int]:
     return open_image(io.BytesIO(source) if isinstance(source, bytes) else source).size
 
 
-def decode_tiles(encoded: bytes, columns: int, rows: int, tile_size: int, thumbnail: bool, out: np.ndarray | None = None) -> np.ndarray:
-    """The tiles of an image, uint8 [I, 3, S, S]: row by row, then the thumbnail where the grid has more than one tile.
+def decode_tiles(
+    encoded: bytes,
+    columns: int,
+    rows: int,
+    tile_size: int,
+    thumbnail: bool,
+    out: np.ndarray | None = None,
+) -> np.ndarray:
+    """The tiles of an image, uint8 [I, 3, S, S]: row by row, then the thumbnail where the grid has
+    more than one tile.
 
     Args:
         encoded: content of the image file.
@@ -63,12 +76,21 @@ def decode_tiles(encoded: bytes, columns: int, rows: int, tile_size: int, thumbn
 
 
 def decode_pixels(encoded: bytes) -> np.ndarray:
-    """The pixels of an image as RGB, uint8 [height, width, 3]; raises ValueError where they cannot be decoded."""
+    """The pixels of an image as RGB, uint8 [height, width, 3]; raises ValueError where they cannot
+    be decoded.
+    """
     pixels = decode_jpeg(encoded, MAX_PIXELS)
     return np.asarray(_decode(encoded)) if pixels is None else pixels
 
 
-def cut_tiles(pixels: np.ndarray, columns: int, rows: int, tile_size: int, thumbnail: bool, out: np.ndarray | None = None) -> np.ndarray:
+def cut_tiles(
+    pixels: np.ndarray,
+    columns: int,
+    rows: int,
+    tile_size: int,
+    thumbnail: bool,
+    out: np.ndarray | None = None,
+) -> np.ndarray:
     """``decode_tiles`` of pixels, uint8 [height, width, 3]."""
     whole = columns * rows
     shape = (whole + (thumbnail and whole > 1), 3, tile_size, tile_size)
@@ -85,9 +107,11 @@ def cut_tiles(pixels: np.ndarray, columns: int, rows: int, tile_size: int, thumb
 
 @cache
 def load_decoders() -> Callable[[np.ndarray, int, int, int, np.ndarray], None]:
-    """Load the libraries and the machine code that are fastest at many images, and return what resizes.
+    """Load the libraries and the machine code that are fastest at many images, and return what
+    resizes.
 
-    It takes half a second, mostly numba's. Until then Pillow resizes, to the same pixels; without numba it always does.
+    It takes half a second, mostly numba's. Until then Pillow resizes, to the same pixels; without
+    numba it always does.
     """
     load_jpeg_decoder()
     try:
@@ -101,7 +125,9 @@ def load_decoders() -> Callable[[np.ndarray, int, int, int, np.ndarray], None]:
 
 
 def check_pixels(encoded: bytes) -> None:
-    """See that an image can be decoded, by decoding it where there is no faster way; raises ValueError with the reason where not."""
+    """See that an image can be decoded, by decoding it where there is no faster way; raises
+    ValueError with the reason where not.
+    """
     if is_whole(encoded, MAX_PIXELS):
         return
     image = open_image(io.BytesIO(encoded))
@@ -113,10 +139,15 @@ def check_pixels(encoded: bytes) -> None:
         raise ValueError(f"an image that cannot be decoded: {describe(error)}") from None
 
 
-def _resize_with_pillow(pixels: np.ndarray, columns: int, rows: int, tile_size: int, tiles: np.ndarray) -> None:
+def _resize_with_pillow(
+    pixels: np.ndarray, columns: int, rows: int, tile_size: int, tiles: np.ndarray
+) -> None:
     """``resize_numba.resize_to_tiles``."""
     image = PillowImage.fromarray(pixels)
-    for width, height in ((columns * tile_size, image.height), (columns * tile_size, rows * tile_size)):
+    for width, height in (
+        (columns * tile_size, image.height),
+        (columns * tile_size, rows * tile_size),
+    ):
         image = image.resize((width, height), PillowImage.Resampling.BICUBIC)
     grid = np.asarray(image).reshape(rows, tile_size, columns, tile_size, 3)
     tiles[:] = grid.transpose(0, 2, 4, 1, 3).reshape(-1, 3, tile_size, tile_size)
@@ -129,7 +160,10 @@ def open_image(file: BinaryIO) -> PillowImage.Image:
     except Exception as error:
         raise ValueError(f"not a readable image: {describe(error)}") from None
     if image.width * image.height > MAX_PIXELS:
-        raise ValueError(f"an image of {image.width} x {image.height} pixels; at most {MAX_PIXELS} pixels are decoded")
+        raise ValueError(
+            f"an image of {image.width} x {image.height} pixels; at most {MAX_PIXELS} pixels are"
+            " decoded"
+        )
     return image
 
 

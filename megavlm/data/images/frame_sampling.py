@@ -1,6 +1,7 @@
 """Which frames of a video are shown, and how they stand in the text.
 
-A choice is made when the data are packed, since it fixes the tokens; it depends on the packer's seed and the record alone.
+A choice is made when the data are packed, since it fixes the tokens; it depends on the packer's
+seed and the record alone.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ class FrameChoice:
     Args:
         min_frames: fewest frames of a video that has as many.
         max_frames: most frames.
-        sampling: ``rand``: one from each of equal parts of the video, at random; ``middle``: the one in the middle of each part; ``fps0.5``
-            and the like: one every two seconds. Of rand and middle, the number of parts is drawn between the two bounds, as in InternVL.
+        sampling: ``rand``: one from each of equal parts of the video, at random; ``middle``: the
+            one in the middle of each part; ``fps0.5`` and the like: one every two seconds. Of rand
+            and middle, the number of parts is drawn between the two bounds, as in InternVL.
     """
 
     min_frames: int = 8
@@ -32,9 +34,15 @@ class FrameChoice:
 
     def __post_init__(self) -> None:
         if not 1 <= self.min_frames <= self.max_frames:
-            raise ValueError(f"--min_frames {self.min_frames} and --max_frames {self.max_frames}: must be 1 <= min <= max")
+            raise ValueError(
+                f"--min_frames {self.min_frames} and --max_frames {self.max_frames}: must be 1 <="
+                " min <= max"
+            )
         if self.sampling not in ("rand", "middle") and not self.frames_per_second > 0:
-            raise ValueError(f"--frame_sampling {self.sampling}: must be rand, middle, or fps and a number above 0, such as fps0.5")
+            raise ValueError(
+                f"--frame_sampling {self.sampling}: must be rand, middle, or fps and a number above"
+                " 0, such as fps0.5"
+            )
 
     @property
     def frames_per_second(self) -> float:
@@ -42,8 +50,11 @@ class FrameChoice:
         found = re.fullmatch(r"fps(\d+(?:\.\d+)?)", self.sampling)
         return float(found[1]) if found else 0.0
 
-    def choose(self, times: Sequence[float], clip: tuple[float, float] | None, rng: np.random.Generator) -> list[int]:
-        """Numbers of the chosen frames, ascending. A video of fewer frames than wanted gives all of them, each once.
+    def choose(
+        self, times: Sequence[float], clip: tuple[float, float] | None, rng: np.random.Generator
+    ) -> list[int]:
+        """Numbers of the chosen frames, ascending. A video of fewer frames than wanted gives all of
+        them, each once.
 
         Args:
             times: of the frames, in seconds from the first, ascending.
@@ -59,7 +70,10 @@ class FrameChoice:
         start, end = clip or (0.0, float(stamps[-1]))
         first, behind = (int(place) for place in np.searchsorted(stamps, [start, end + 1e-6]))
         if first >= behind:
-            raise RejectError("unreadable_video", f"no frame between {start:g} and {end:g} s; the last is at {stamps[-1]:g} s")
+            raise RejectError(
+                "unreadable_video",
+                f"no frame between {start:g} and {end:g} s; the last is at {stamps[-1]:g} s",
+            )
         if self.frames_per_second:
             return self._at_rate(stamps, first, behind)
         wanted = min(int(rng.integers(self.min_frames, self.max_frames + 1)), behind - first)
@@ -69,7 +83,9 @@ class FrameChoice:
         return rng.integers(borders[:-1], borders[1:]).tolist()
 
     def _at_rate(self, stamps: np.ndarray, first: int, behind: int) -> list[int]:
-        """The frames that are on the screen in the middles of equal spans of time; of more than the most, evenly spread ones."""
+        """The frames that are on the screen in the middles of equal spans of time; of more than the
+        most, evenly spread ones.
+        """
         span = 1 / self.frames_per_second
         shown = stamps[first:behind]
         # The last frame lasts as long as the ones before it do on average.
@@ -88,15 +104,22 @@ def show_frames(turns: Sequence[Turn], frames: int) -> tuple[Turn, ...]:
         RejectError: the texts do not hold the video's place once, or they hold places of images.
     """
     texts = [turn.text for turn in turns if turn.role in ("human", "pretrain")]
-    places, images = (sum(text.count(placeholder) for text in texts) for placeholder in (VIDEO_PLACEHOLDER, IMAGE_PLACEHOLDER))
+    places, images = (
+        sum(text.count(placeholder) for text in texts)
+        for placeholder in (VIDEO_PLACEHOLDER, IMAGE_PLACEHOLDER)
+    )
     if places != 1 or images:
         raise RejectError(
-            "placeholder_count", f"{places} {VIDEO_PLACEHOLDER} and {images} {IMAGE_PLACEHOLDER} placeholders, but one video and no image"
+            "placeholder_count",
+            f"{places} {VIDEO_PLACEHOLDER} and {images} {IMAGE_PLACEHOLDER} placeholders, but one"
+            " video and no image",
         )
     lines = "".join(f"Frame-{number}: {IMAGE_PLACEHOLDER}\n" for number in range(1, frames + 1))
     return tuple(
-        Turn(role=turn.role, text=re.sub(f"{VIDEO_PLACEHOLDER}\n?", lambda _: lines, turn.text))
-        if turn.role in ("human", "pretrain")
-        else turn
+        (
+            Turn(role=turn.role, text=re.sub(f"{VIDEO_PLACEHOLDER}\n?", lambda _: lines, turn.text))
+            if turn.role in ("human", "pretrain")
+            else turn
+        )
         for turn in turns
     )

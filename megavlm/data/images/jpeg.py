@@ -1,6 +1,8 @@
-"""JPEG files decoded by libjpeg-turbo through simplejpeg where it is installed: Pillow's pixels, in less time.
+"""JPEG files decoded by libjpeg-turbo through simplejpeg where it is installed: Pillow's pixels, in
+less time.
 
-A file is bytes FF D8, segments (FF, a marker, two bytes of length, content), the pixels' bits from the marker SOS on, and the marker EOI.
+A file is bytes FF D8, segments (FF, a marker, two bytes of length, content), the pixels' bits from
+the marker SOS on, and the marker EOI.
 """
 
 from __future__ import annotations
@@ -53,11 +55,13 @@ def decode_jpeg(encoded: bytes, max_pixels: int) -> np.ndarray | None:
 
 
 def is_whole(encoded: bytes, max_pixels: int) -> bool:
-    """Whether a JPEG file is certain to be decoded, found in a tenth of the time that decoding takes; False: it has to be tried.
+    """Whether a JPEG file is certain to be decoded, found in a tenth of the time that decoding
+    takes; False: it has to be tried.
 
-    Of files with one sequential scan, as cameras and most of the web make them, libjpeg refuses what has bad headers or tables, and what
-    ends too early. Headers, tables and the scan's beginning are decoded here, and the end is looked for. Between them libjpeg takes any
-    bits, wrong ones too, so decoding them would find nothing.
+    Of files with one sequential scan, as cameras and most of the web make them, libjpeg refuses
+    what has bad headers or tables, and what ends too early. Headers, tables and the scan's
+    beginning are decoded here, and the end is looked for. Between them libjpeg takes any bits,
+    wrong ones too, so decoding them would find nothing.
 
     Args:
         encoded: content of the file.
@@ -73,14 +77,18 @@ def is_whole(encoded: bytes, max_pixels: int) -> bool:
             return False
         # An eighth of each side, which is worked out quickly.
         beginning = encoded[: start + TRIED_BYTES] + END_OF_IMAGE
-        simplejpeg.decode_jpeg(beginning, colorspace="GRAY", min_height=1, min_width=1, min_factor=8)
+        simplejpeg.decode_jpeg(
+            beginning, colorspace="GRAY", min_height=1, min_width=1, min_factor=8
+        )
     except ValueError as error:
         return CUT_OFF in str(error)
     return True
 
 
 def _scan_start(encoded: bytes) -> int | None:
-    """Where the bits of the only scan begin; None where the file has another frame than a sequential one, or its scan lacks a colour."""
+    """Where the bits of the only scan begin; None where the file has another frame than a
+    sequential one, or its scan lacks a colour.
+    """
     place = len(MAGIC) - 1
     colours = 0
     while encoded[place : place + 1] == b"\xff" and place + 10 <= len(encoded):
@@ -90,14 +98,21 @@ def _scan_start(encoded: bytes) -> int | None:
             return place + 2 + size if 0 < colours == encoded[place + 4] else None
         if marker in SEQUENTIAL_FRAMES and not colours:
             colours = encoded[place + 9]
-        elif marker < 0xC0 or marker in OTHER_FRAMES or marker in SEQUENTIAL_FRAMES or 0xD0 <= marker <= 0xD9:
+        elif (
+            marker < 0xC0
+            or marker in OTHER_FRAMES
+            or marker in SEQUENTIAL_FRAMES
+            or 0xD0 <= marker <= 0xD9
+        ):
             return None
         place += 2 + size
     return None
 
 
 def _ends(encoded: bytes, start: int) -> bool:
-    """Whether the first marker among a scan's bits is that of the image's end; markers that restart the decoder are part of the bits."""
+    """Whether the first marker among a scan's bits is that of the image's end; markers that restart
+    the decoder are part of the bits.
+    """
     bits = np.frombuffer(encoded, np.uint8, offset=min(start, len(encoded)))
     markers = bits[1:][bits[:-1] == 0xFF]
     others = markers[(markers != 0) & (markers != 0xFF) & (markers >> 3 != 0xD0 >> 3)]

@@ -1,8 +1,10 @@
-"""Bicubic resizing as Pillow does it, to the last bit, several times as fast, and straight into tiles. For where numba is installed.
+"""Bicubic resizing as Pillow does it, to the last bit, several times as fast, and straight into
+tiles. For where numba is installed.
 
-Pillow resizes 8-bit images in two passes, along rows and then along columns, with weights of 22 fractional bits, and rounds to 8 bits
-after each (its ``Resample.c``). Here both passes run over whole rows of one channel, which the processor handles many pixels at a time, and
-the second writes where the model wants the pixels, so that nothing is cut and turned afterwards.
+Pillow resizes 8-bit images in two passes, along rows and then along columns, with weights of 22
+fractional bits, and rounds to 8 bits after each (its ``Resample.c``). Here both passes run over
+whole rows of one channel, which the processor handles many pixels at a time, and the second writes
+where the model wants the pixels, so that nothing is cut and turned afterwards.
 """
 
 from __future__ import annotations
@@ -16,7 +18,9 @@ from megavlm.io.compile import compiled
 WEIGHT_BITS = 22
 
 
-def resize_to_tiles(pixels: np.ndarray, columns: int, rows: int, tile_size: int, tiles: np.ndarray) -> None:
+def resize_to_tiles(
+    pixels: np.ndarray, columns: int, rows: int, tile_size: int, tiles: np.ndarray
+) -> None:
     """Resize an image to a grid of tiles, row by row.
 
     Args:
@@ -34,7 +38,9 @@ def resize_to_tiles(pixels: np.ndarray, columns: int, rows: int, tile_size: int,
 
 @lru_cache(maxsize=512)
 def _weights(size: int, wanted: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """For each pixel of a row of ``wanted``: the first pixel of ``size`` that it is made of, their number, and their weights (int32)."""
+    """For each pixel of a row of ``wanted``: the first pixel of ``size`` that it is made of, their
+    number, and their weights (int32).
+    """
     scale = size / wanted
     stretch = max(scale, 1.0)
     support = 2.0 * stretch
@@ -45,7 +51,9 @@ def _weights(size: int, wanted: int) -> tuple[np.ndarray, np.ndarray, np.ndarray
         centre = (place + 0.5) * scale
         low = max(int(centre - support + 0.5), 0)
         high = min(int(centre + support + 0.5), size)
-        found = [_cubic((pixel + low - centre + 0.5) * (1.0 / stretch)) for pixel in range(high - low)]
+        found = [
+            _cubic((pixel + low - centre + 0.5) * (1.0 / stretch)) for pixel in range(high - low)
+        ]
         total = 0.0
         for weight in found:
             total += weight
@@ -58,7 +66,9 @@ def _weights(size: int, wanted: int) -> tuple[np.ndarray, np.ndarray, np.ndarray
 
 
 def _cubic(x: float) -> float:
-    """The cubic kernel with a = -1/2 (R. Keys, "Cubic Convolution Interpolation for Digital Image Processing", 1981)."""
+    """The cubic kernel with a = -1/2 (R. Keys, "Cubic Convolution Interpolation for Digital Image
+    Processing", 1981).
+    """
     x = abs(x)
     if x < 1.0:
         return (1.5 * x - 2.5) * x * x + 1.0

@@ -1,7 +1,8 @@
 """Dynamic tiling: which grid of square tiles an image is resized to.
 
-The grid whose shape is nearest to the image's is taken, among all grids of an allowed number of tiles; of grids of one shape, the larger
-one is taken if the image has more than half as many pixels as the grid. The rule is InternVL 1.5's (Chen et al., 2024, arXiv:2404.16821).
+The grid whose shape is nearest to the image's is taken, among all grids of an allowed number of
+tiles; of grids of one shape, the larger one is taken if the image has more than half as many pixels
+as the grid. The rule is InternVL 1.5's (Chen et al., 2024, arXiv:2404.16821).
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ class Tiling:
         tile_size: side of a tile in pixels.
         min_tiles: fewest tiles of an image, thumbnail not counted.
         max_tiles: most tiles of an image, thumbnail not counted; the images of one record share it.
-        thumbnail: whether an image of several tiles gets a thumbnail, the whole image as one more tile.
-        mode: ``dynamic``, or ``pad``: each image is one tile, filled up to a square, as LLaVA has it.
+        thumbnail: whether an image of several tiles gets a thumbnail, the whole image as one more
+            tile.
+        mode: ``dynamic``, or ``pad``: each image is one tile, filled up to a square, as LLaVA has
+            it.
         pixel_mean: mean of red, green and blue, from 0 to 1: what ``pad`` fills with.
     """
 
@@ -35,7 +38,10 @@ class Tiling:
         if self.tile_size < 1:
             raise ValueError(f"--image_size {self.tile_size}: must be at least 1 pixel")
         if not 1 <= self.min_tiles <= self.max_tiles:
-            raise ValueError(f"--min_tiles {self.min_tiles} and --max_tiles {self.max_tiles}: must be 1 <= min <= max")
+            raise ValueError(
+                f"--min_tiles {self.min_tiles} and --max_tiles {self.max_tiles}: must be 1 <= min"
+                " <= max"
+            )
         if self.mode not in ("dynamic", "pad"):
             raise ValueError(f"--tiling {self.mode}: must be dynamic or pad")
 
@@ -44,8 +50,11 @@ class Tiling:
         """What images are filled up with to squares; None: they are not."""
         return pad_colour(self.mode, self.pixel_mean)
 
-    def grid(self, width: int, height: int, images: int = 1, max_tiles: int | None = None) -> tuple[int, int]:
-        """Columns and rows for an image of ``width`` x ``height`` pixels, one of ``images`` in its record.
+    def grid(
+        self, width: int, height: int, images: int = 1, max_tiles: int | None = None
+    ) -> tuple[int, int]:
+        """Columns and rows for an image of ``width`` x ``height`` pixels, one of ``images`` in its
+        record.
 
         ``max_tiles`` stands in for the setting of the same name, for a source that has its own.
         """
@@ -61,20 +70,30 @@ class Tiling:
 
 @lru_cache(maxsize=256)
 def candidate_grids(min_tiles: int, max_tiles: int) -> tuple[tuple[int, int, float], ...]:
-    """(columns, rows, columns / rows) of the grids of ``min_tiles`` to ``max_tiles`` tiles, by tiles, then by columns.
+    """(columns, rows, columns / rows) of the grids of ``min_tiles`` to ``max_tiles`` tiles, by
+    tiles, then by columns.
 
-    InternVL sorts a Python set by tiles alone, so the order of grids with equally many tiles is left to the interpreter. It is of no
-    consequence with ``min_tiles`` 1 (a test shows it). Above 1, where few numbers of tiles are allowed, an image exactly between two grids
-    of equally many tiles may get the other one than in InternVL.
+    InternVL sorts a Python set by tiles alone, so the order of grids with equally many tiles is
+    left to the interpreter. It is of no consequence with ``min_tiles`` 1 (a test shows it). Above
+    1, where few numbers of tiles are allowed, an image exactly between two grids of equally many
+    tiles may get the other one than in InternVL.
     """
     grids = {
-        (columns, tiles // columns) for tiles in range(min_tiles, max_tiles + 1) for columns in range(1, tiles + 1) if tiles % columns == 0
+        (columns, tiles // columns)
+        for tiles in range(min_tiles, max_tiles + 1)
+        for columns in range(1, tiles + 1)
+        if tiles % columns == 0
     }
-    return tuple((columns, rows, columns / rows) for columns, rows in sorted(grids, key=lambda grid: (grid[0] * grid[1], grid[0])))
+    return tuple(
+        (columns, rows, columns / rows)
+        for columns, rows in sorted(grids, key=lambda grid: (grid[0] * grid[1], grid[0]))
+    )
 
 
 @lru_cache(maxsize=65536)
-def choose_grid(width: int, height: int, min_tiles: int, max_tiles: int, tile_size: int) -> tuple[int, int]:
+def choose_grid(
+    width: int, height: int, min_tiles: int, max_tiles: int, tile_size: int
+) -> tuple[int, int]:
     """The grid for an image, as (columns, rows); (1, 1) where ``min_tiles`` is above ``max_tiles``.
 
     Args:
@@ -103,7 +122,9 @@ def choose_grid(width: int, height: int, min_tiles: int, max_tiles: int, tile_si
 
 
 def pad_colour(mode: str, pixel_mean: tuple[float, float, float]) -> tuple[int, int, int] | None:
-    """The mean colour, from 0 to 255, where images are filled up to squares; None where they are not."""
+    """The mean colour, from 0 to 255, where images are filled up to squares; None where they are
+    not.
+    """
     return tuple(int(255 * value) for value in pixel_mean) if mode == "pad" else None
 
 
@@ -113,15 +134,23 @@ def tile_count(columns: int, rows: int, thumbnail: bool) -> int:
 
 
 def image_max_tiles(max_tiles: int, images: int) -> int:
-    """Most tiles of each of the ``images`` of one record, which share ``max_tiles``; at least one each."""
+    """Most tiles of each of the ``images`` of one record, which share ``max_tiles``; at least one
+    each.
+    """
     return max(1, max_tiles // max(1, images))
 
 
 def features_per_tile(tile_size: int, patch_size: int, pixel_shuffle: int) -> int:
     """Features of one tile, and so its tokens; raises ValueError where the sizes do not divide.
 
-    Without pixel shuffle pixels may be left over, as in the largest SigLIPs: 384 pixels make 27 patches of 14.
+    Without pixel shuffle pixels may be left over, as in the largest SigLIPs: 384 pixels make 27
+    patches of 14.
     """
-    if min(tile_size, patch_size, pixel_shuffle) < 1 or (pixel_shuffle > 1 and tile_size % (patch_size * pixel_shuffle)):
-        raise ValueError(f"--image_size {tile_size}: must be a multiple of --patch_size {patch_size} x --pixel_shuffle {pixel_shuffle}")
+    if min(tile_size, patch_size, pixel_shuffle) < 1 or (
+        pixel_shuffle > 1 and tile_size % (patch_size * pixel_shuffle)
+    ):
+        raise ValueError(
+            f"--image_size {tile_size}: must be a multiple of --patch_size {patch_size} x"
+            f" --pixel_shuffle {pixel_shuffle}"
+        )
     return (tile_size // patch_size // pixel_shuffle) ** 2

@@ -39,12 +39,23 @@ def decode_changed(
     if change.box:
         left, top, right, bottom = change.box
         # At least a pixel is left of an image of one.
-        sides = (int(left * image.width), int(top * image.height), max(1, round(right * image.width)), max(1, round(bottom * image.height)))
-        image = image.crop((min(sides[0], sides[2] - 1), min(sides[1], sides[3] - 1), sides[2], sides[3]))
+        sides = (
+            int(left * image.width),
+            int(top * image.height),
+            max(1, round(right * image.width)),
+            max(1, round(bottom * image.height)),
+        )
+        image = image.crop(
+            (min(sides[0], sides[2] - 1), min(sides[1], sides[3] - 1), sides[2], sides[3])
+        )
     if change.is_flipped:
         image = image.transpose(PillowImage.Transpose.FLIP_LEFT_RIGHT)
     if change.colours:
-        for kind, factor in zip((ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color), change.colours, strict=True):
+        for kind, factor in zip(
+            (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color),
+            change.colours,
+            strict=True,
+        ):
             image = kind(image).enhance(factor)
     if pad_colour is not None:
         image = to_square(image, pad_colour)
@@ -68,5 +79,7 @@ def to_square(image: PillowImage.Image, colour: tuple[int, int, int]) -> PillowI
 def _compress(tile: np.ndarray, quality: int) -> np.ndarray:
     """A tile after compression as JPEG, uint8 [3, S, S]."""
     file = io.BytesIO()
-    PillowImage.fromarray(np.ascontiguousarray(tile.transpose(1, 2, 0))).save(file, "JPEG", quality=quality)
+    PillowImage.fromarray(np.ascontiguousarray(tile.transpose(1, 2, 0))).save(
+        file, "JPEG", quality=quality
+    )
     return np.asarray(PillowImage.open(file)).transpose(2, 0, 1)

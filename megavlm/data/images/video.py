@@ -1,8 +1,10 @@
-"""Video files, animated GIFs and folders of frames: when their frames are, and some of them as images. Videos need PyAV.
+"""Video files, animated GIFs and folders of frames: when their frames are, and some of them as
+images. Videos need PyAV.
 
-A frame becomes one tile. A frame of a folder keeps its file's bytes. Frames that have to be decoded are stored as tiles, as JPEG of
-quality 95 without loss of colour resolution: a tenth of what their pixels would take, and finer than the video, which is compressed
-already; the resizing to a tile is InternVL's, and comes before it.
+A frame becomes one tile. A frame of a folder keeps its file's bytes. Frames that have to be decoded
+are stored as tiles, as JPEG of quality 95 without loss of colour resolution: a tenth of what their
+pixels would take, and finer than the video, which is compressed already; the resizing to a tile is
+InternVL's, and comes before it.
 """
 
 from __future__ import annotations
@@ -39,7 +41,8 @@ class Frame:
 
 
 def frame_times(file: MediaFile) -> list[float]:
-    """When the frames of a video are, in seconds from the first, ascending; those of a folder are a second apart.
+    """When the frames of a video are, in seconds from the first, ascending; those of a folder are a
+    second apart.
 
     Raises:
         OSError: there is no such file.
@@ -53,7 +56,9 @@ def frame_times(file: MediaFile) -> list[float]:
         return container.times()
 
 
-def read_frames(file: MediaFile, places: Sequence[int], tile_size: int, pad_colour: tuple[int, int, int] | None) -> list[Frame]:
+def read_frames(
+    file: MediaFile, places: Sequence[int], tile_size: int, pad_colour: tuple[int, int, int] | None
+) -> list[Frame]:
     """Some frames of a video.
 
     Args:
@@ -82,12 +87,16 @@ def _stored(encoded: bytes, name: str) -> Frame:
     return Frame(encoded=encoded, width=width, height=height)
 
 
-def _encode(image: PillowImage.Image, tile_size: int, pad_colour: tuple[int, int, int] | None) -> Frame:
+def _encode(
+    image: PillowImage.Image, tile_size: int, pad_colour: tuple[int, int, int] | None
+) -> Frame:
     """A decoded frame as a tile."""
     square = image if pad_colour is None else to_square(image, pad_colour)
     (tile,) = cut_tiles(np.asarray(square), 1, 1, tile_size, False)
     file = io.BytesIO()
-    PillowImage.fromarray(np.ascontiguousarray(tile.transpose(1, 2, 0))).save(file, "JPEG", quality=JPEG_QUALITY, subsampling=0)
+    PillowImage.fromarray(np.ascontiguousarray(tile.transpose(1, 2, 0))).save(
+        file, "JPEG", quality=JPEG_QUALITY, subsampling=0
+    )
     return Frame(encoded=file.getvalue(), width=image.width, height=image.height)
 
 
@@ -119,7 +128,9 @@ def open_media(file: MediaFile) -> Any:
 def _frame_files(file: MediaFile) -> list[Path]:
     """The images of a folder, in the order of the last number in their names."""
     paths = [path for path in Path(file.path).iterdir() if path.suffix.lower() in FRAME_ENDINGS]
-    return sorted(paths, key=lambda path: (int((re.findall(r"\d+", path.stem) or ["0"])[-1]), path.name))
+    return sorted(
+        paths, key=lambda path: (int((re.findall(r"\d+", path.stem) or ["0"])[-1]), path.name)
+    )
 
 
 def _gif_times(file: MediaFile) -> list[float]:
@@ -151,7 +162,9 @@ def _gif_frames(file: MediaFile, places: Sequence[int]) -> list[PillowImage.Imag
                 image.seek(place)
                 frames.append(image.convert("RGB"))
         except Exception as error:
-            raise ValueError(f"frame {places[len(frames)]} cannot be decoded: {describe(error)}") from None
+            raise ValueError(
+                f"frame {places[len(frames)]} cannot be decoded: {describe(error)}"
+            ) from None
     return frames
 
 
@@ -168,7 +181,9 @@ class _Container:
         try:
             import av
         except ModuleNotFoundError:
-            raise ValueError("videos are decoded by PyAV, which is not installed: pip install 'megavlm[video]'") from None
+            raise ValueError(
+                "videos are decoded by PyAV, which is not installed: pip install 'megavlm[video]'"
+            ) from None
         self._opened = open_media(file)
         try:
             # The file's content must not make it open others.
@@ -195,13 +210,18 @@ class _Container:
         return [float((stamp - first) * self._stream.time_base) for stamp in self._stamps]
 
     def frames(self, places: Sequence[int]) -> list[np.ndarray]:
-        """The frames with these numbers, uint8 [height, width, 3]. Only what follows the key frame before each is decoded."""
+        """The frames with these numbers, uint8 [height, width, 3]. Only what follows the key frame
+        before each is decoded.
+        """
         wanted = [self._stamps[place] for place in places]
         found: dict[int, np.ndarray] = {}
         try:
             while len(found) < len(wanted):
                 start = wanted[len(found)]
-                self._container.seek(max((key for key in self._keys if key <= start), default=start), stream=self._stream)
+                self._container.seek(
+                    max((key for key in self._keys if key <= start), default=start),
+                    stream=self._stream,
+                )
                 ends = [key for key in self._keys if key > start]
                 group = [stamp for stamp in wanted[len(found) :] if not ends or stamp < ends[0]]
                 before = len(found)
@@ -212,7 +232,10 @@ class _Container:
                     if stamp is not None and stamp >= group[-1]:
                         break
                 if len(found) < before + len(group):
-                    raise ValueError(f"{before + len(group) - len(found)} of the {len(wanted)} chosen frames are missing in the stream")
+                    raise ValueError(
+                        f"{before + len(group) - len(found)} of the {len(wanted)} chosen frames are"
+                        " missing in the stream"
+                    )
         except Exception as error:
             raise ValueError(f"its frames cannot be decoded: {describe(error)}") from None
         return [found[stamp] for stamp in wanted]
@@ -236,5 +259,8 @@ class _Container:
 def _pixels(frame: Any) -> np.ndarray:
     """The pixels of a frame as RGB."""
     if frame.width * frame.height > MAX_PIXELS:
-        raise ValueError(f"frames of {frame.width} x {frame.height} pixels; at most {MAX_PIXELS} pixels are decoded")
+        raise ValueError(
+            f"frames of {frame.width} x {frame.height} pixels; at most {MAX_PIXELS} pixels are"
+            " decoded"
+        )
     return frame.to_ndarray(format="rgb24")

@@ -1,4 +1,6 @@
-"""A picture of packs: their tiles, their text with the supervised part marked, and the supervised mask as a bar."""
+"""A picture of packs: their tiles, their text with the supervised part marked, and the supervised
+mask as a bar.
+"""
 
 from __future__ import annotations
 
@@ -46,10 +48,15 @@ def draw(dataset: PackedDataset, pack_ids: Sequence[int], path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("--picture draws with matplotlib, which is not installed: pip install 'megavlm[quickstart]'") from error
+        raise ModuleNotFoundError(
+            "--picture draws with matplotlib, which is not installed: pip install"
+            " 'megavlm[quickstart]'"
+        ) from error
     folder = dataset.folder / "tokenizer"
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: missing; without the dataset's tokenizer its tokens cannot be shown as text")
+        raise FileNotFoundError(
+            f"{folder}: missing; without the dataset's tokenizer its tokens cannot be shown as text"
+        )
     tokenizer = load_tokenizer(folder)
     packs = [dataset.reader.read(pack_id) for pack_id in pack_ids]
     pages = [list(lay_out(spans(dataset, pack, tokenizer.decode))) for pack in packs]
@@ -62,23 +69,35 @@ def draw(dataset: PackedDataset, pack_ids: Sequence[int], path: Path) -> None:
         _draw_mask(figure.add_subplot(grid[3 * place + 1]), dataset, pack)
         _draw_text(figure.add_subplot(grid[3 * place + 2]), page)
     with warnings.catch_warnings():
-        # Letters that the font lacks are drawn as boxes; that needs no line on the console for each.
+        # Letters that the font lacks are drawn as boxes; that needs no line on the console for
+        # each.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure.savefig(path, dpi=110)
 
 
-def spans(dataset: PackedDataset, pack: Pack, decode: Callable[[list[int]], str]) -> Iterator[tuple[str, str]]:
-    """The pack's text in pieces, each with its colour; a run of context tokens is shown as its number."""
+def spans(
+    dataset: PackedDataset, pack: Pack, decode: Callable[[list[int]], str]
+) -> Iterator[tuple[str, str]]:
+    """The pack's text in pieces, each with its colour; a run of context tokens is shown as its
+    number.
+    """
     context = dataset.manifest.context_token_id
     start = 0
     for sample, length in enumerate(pack.lengths):
-        yield f"\n[sample {sample}: {dataset.reader.origin(pack, sample)}, {length} tokens]\n", SAMPLE_COLOUR
+        yield (
+            f"\n[sample {sample}: {dataset.reader.origin(pack, sample)}, {length} tokens]\n",
+            SAMPLE_COLOUR,
+        )
         tokens = pack.tokens[start : start + length]
         supervised = pack.supervised[start : start + length]
         kinds = supervised + 2 * (tokens == context)
         edges = [0, *(np.flatnonzero(np.diff(kinds)) + 1), int(length)]
         for low, high in itertools.pairwise(edges):
-            text = f"<IMG_CONTEXT> x {high - low}" if kinds[low] >= 2 else decode(tokens[low:high].tolist())
+            text = (
+                f"<IMG_CONTEXT> x {high - low}"
+                if kinds[low] >= 2
+                else decode(tokens[low:high].tolist())
+            )
             yield text, SUPERVISED_COLOUR if supervised[low] else OTHER_COLOUR
         start += int(length)
 
@@ -108,28 +127,49 @@ def lay_out(pieces: Iterator[tuple[str, str]]) -> Iterator[Run]:
 
 def _draw_tiles(axes, dataset: PackedDataset, pack: Pack) -> None:
     """The first tiles, side by side."""
-    tiles = dataset.batch(pack.pack_id, 0, with_tiles=True).tiles.numpy()[: min(TILES_SHOWN, pack.tiles)]
+    tiles = dataset.batch(pack.pack_id, 0, with_tiles=True).tiles.numpy()[
+        : min(TILES_SHOWN, pack.tiles)
+    ]
     rest = pack.tiles - len(tiles)
     axes.set_title(
-        f"pack {pack.pack_id}: {len(pack.images)} images, {pack.tiles} tiles" + (f" ({rest} not shown)" if rest else ""), loc="left"
+        f"pack {pack.pack_id}: {len(pack.images)} images, {pack.tiles} tiles"
+        + (f" ({rest} not shown)" if rest else ""),
+        loc="left",
     )
     axes.axis("off")
     for place, tile in enumerate(tiles):
-        axes.imshow(tile.transpose(1, 2, 0), extent=(place * 1.05, place * 1.05 + 1, 0, 1), interpolation="nearest")
+        axes.imshow(
+            tile.transpose(1, 2, 0),
+            extent=(place * 1.05, place * 1.05 + 1, 0, 1),
+            interpolation="nearest",
+        )
     axes.set(xlim=(0, TILES_SHOWN * 1.05), ylim=(0, 1), aspect="equal", anchor="W")
 
 
 def _draw_mask(axes, dataset: PackedDataset, pack: Pack) -> None:
-    """The pack from its first to its last token: context tokens, supervised tokens and the starts of samples."""
+    """The pack from its first to its last token: context tokens, supervised tokens and the starts
+    of samples.
+    """
     capacity = dataset.manifest.capacity
     bar = np.ones((1, capacity, 3))
-    for chosen, colour in ((slice(None), 0x77), (pack.tokens == dataset.manifest.context_token_id, 0xCC)):
+    for chosen, colour in (
+        (slice(None), 0x77),
+        (pack.tokens == dataset.manifest.context_token_id, 0xCC),
+    ):
         bar[0, : len(pack.tokens)][chosen] = colour / 255
-    bar[0, : len(pack.tokens)][pack.supervised] = [int(SUPERVISED_COLOUR[place : place + 2], 16) / 255 for place in (1, 3, 5)]
+    bar[0, : len(pack.tokens)][pack.supervised] = [
+        int(SUPERVISED_COLOUR[place : place + 2], 16) / 255 for place in (1, 3, 5)
+    ]
     axes.imshow(bar, aspect="auto", extent=(0, capacity, 0, 1), interpolation="nearest")
     for end in np.cumsum(pack.lengths):
         axes.axvline(end, color=SAMPLE_COLOUR, linewidth=1)
-    axes.set(yticks=[], xlabel="tokens: dark grey text, light grey image, green supervised, red line a sample's end, white free")
+    axes.set(
+        yticks=[],
+        xlabel=(
+            "tokens: dark grey text, light grey image, green supervised, red line a sample's end,"
+            " white free"
+        ),
+    )
 
 
 def _draw_text(axes, page: Sequence[Run]) -> None:
@@ -139,5 +179,16 @@ def _draw_text(axes, page: Sequence[Run]) -> None:
     axes.set(xlim=(0, LINE_CHARACTERS), ylim=(page[-1].line + 1.5, -0.5))
     for run in page:
         # A dollar sign would start a formula, and control characters have no shape.
-        text = "".join(letter if letter.isprintable() else "·" for letter in run.text).replace("$", r"\$")
-        axes.text(run.column, run.line, text, color=run.colour, family="monospace", fontsize=size, va="center", clip_on=True)
+        text = "".join(letter if letter.isprintable() else "·" for letter in run.text).replace(
+            "$", r"\$"
+        )
+        axes.text(
+            run.column,
+            run.line,
+            text,
+            color=run.colour,
+            family="monospace",
+            fontsize=size,
+            va="center",
+            clip_on=True,
+        )

@@ -1,4 +1,6 @@
-"""What is in a packed dataset, as figures for people and for programs. Everything comes from the manifest and the index."""
+"""What is in a packed dataset, as figures for people and for programs. Everything comes from the
+manifest and the index.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,16 @@ import numpy as np
 from megavlm.data.store.manifest import Manifest
 from megavlm.data.store.reader import Reader
 
-COLUMNS = ("tokens", "tiles", "samples", "images", "supervised", "longest", "squared_lengths", "bytes")
+COLUMNS = (
+    "tokens",
+    "tiles",
+    "samples",
+    "images",
+    "supervised",
+    "longest",
+    "squared_lengths",
+    "bytes",
+)
 PERCENTILES = (1, 10, 50, 90, 99)
 HISTOGRAM_ROWS = 12
 HISTOGRAM_WIDTH = 50
@@ -48,8 +59,9 @@ class Overview:
         fill: share of the packs' capacity that holds tokens of samples.
         supervised_share: share of these tokens that have a loss.
         packs_without_tiles: packs of text alone.
-        straggle: mean, over random draws, of the most tiles among 512 packs, divided by the mean tiles; what the slowest of
-            512 data ranks has to do in the vision encoder, compared with the mean. 0 where there are no tiles.
+        straggle: mean, over random draws, of the most tiles among 512 packs, divided by the mean
+            tiles; what the slowest of 512 data ranks has to do in the vision encoder, compared with
+            the mean. 0 where there are no tiles.
         spreads: spread of each figure over the packs.
         checked_packs: packs whose checksums were verified; 0: not asked for.
     """
@@ -97,29 +109,54 @@ def to_text(overview: Overview) -> str:
     lines = [
         overview.folder,
         (
-            f"  packs {totals.packs:,} of {manifest.capacity:,} tokens and up to {manifest.tile_cap} tiles, "
-            f"in {len(manifest.shards)} shards, {totals.bytes / 1e9:.3f} GB"
+            f"  packs {totals.packs:,} of {manifest.capacity:,} tokens and up to"
+            f" {manifest.tile_cap} tiles, in {len(manifest.shards)} shards,"
+            f" {totals.bytes / 1e9:.3f} GB"
         ),
-        f"  samples {totals.samples:,}, images {totals.images:,}, tiles {totals.tiles:,}, tokens {totals.tokens:,}",
+        (
+            f"  samples {totals.samples:,}, images {totals.images:,}, tiles {totals.tiles:,},"
+            f" tokens {totals.tokens:,}"
+        ),
         f"  fill {overview.fill:.3%}, supervised {overview.supervised_share:.1%} of the tokens",
         (
-            f"  packs without images {overview.packs_without_tiles:,}; mean tiles {mean_tiles:.2f}, "
-            f"most tiles among {STRAGGLE_RANKS} packs {overview.straggle:.3f} x the mean"
+            f"  packs without images {overview.packs_without_tiles:,}; mean tiles {mean_tiles:.2f},"
+            f" most tiles among {STRAGGLE_RANKS} packs {overview.straggle:.3f} x the mean"
         ),
     ]
-    lines += [f"  {level.packs:,} packs of difficulty {level.easiest:g} to {level.hardest:g}" for level in manifest.levels]
+    lines += [
+        f"  {level.packs:,} packs of difficulty {level.easiest:g} to {level.hardest:g}"
+        for level in manifest.levels
+    ]
     if overview.checked_packs:
         lines.append(f"  checksums of all {overview.checked_packs:,} packs are right")
-    lines += ["", f"  {'of a pack':<16}" + "".join(f"{title:>12}" for title in ("mean", "min", *(f"{p}%" for p in PERCENTILES), "max"))]
+    lines += [
+        "",
+        f"  {'of a pack':<16}"
+        + "".join(
+            f"{title:>12}" for title in ("mean", "min", *(f"{p}%" for p in PERCENTILES), "max")
+        ),
+    ]
     for name, spread in overview.spreads.items():
         values = (spread.mean, spread.min, *spread.percentiles.values(), spread.max)
-        lines.append(f"  {name:<16}" + "".join(f"{value:>12,.{2 if value < 1000 and value % 1 else 0}f}" for value in values))
+        lines.append(
+            f"  {name:<16}"
+            + "".join(f"{value:>12,.{2 if value < 1000 and value % 1 else 0}f}" for value in values)
+        )
     for name in ("tiles", "samples"):
         lines += ["", f"  {name} of a pack", *_histogram(overview.spreads[name])]
     lines += ["", f"  {'source':<32}{'records':>12}{'samples':>12}{'repeat':>8}  annotations"]
     for source in manifest.sources:
-        lines.append(f"  {source.name:<32}{source.records:>12,}{source.samples:>12,}{source.repeat_time:>8g}  {source.annotations}")
-    lines += ["", "  rejected records: " + (", ".join(f"{reason} {count:,}" for reason, count in manifest.rejects.items()) or "none")]
+        lines.append(
+            f"  {source.name:<32}{source.records:>12,}{source.samples:>12,}{source.repeat_time:>8g}"
+            f"  {source.annotations}"
+        )
+    lines += [
+        "",
+        "  rejected records: "
+        + (
+            ", ".join(f"{reason} {count:,}" for reason, count in manifest.rejects.items()) or "none"
+        ),
+    ]
     lines += ["", "  manifest"]
     shown_above = {"sources", "levels", "shards", "totals", "rejects"}
     for field in dataclasses.fields(manifest):
@@ -140,7 +177,9 @@ def _spread(values: np.ndarray) -> Spread:
         mean=float(values.mean(dtype=np.float64)),
         min=low,
         max=high,
-        percentiles={percent: float(level) for percent, level in zip(PERCENTILES, levels, strict=True)},
+        percentiles={
+            percent: float(level) for percent, level in zip(PERCENTILES, levels, strict=True)
+        },
         bar_edges=tuple(float(edge) for edge in edges),
         bars=tuple(int(count) for count in bars),
     )
@@ -151,7 +190,9 @@ def _histogram(spread: Spread) -> list[str]:
     lines = []
     for low, high, count in zip(spread.bar_edges, spread.bar_edges[1:], spread.bars, strict=False):
         label = f"{low:,.0f}" if high - low == 1 else f"{low:,.0f}-{high - 1:,.0f}"
-        lines.append(f"  {label:>15} {count:>12,} {'#' * round(HISTOGRAM_WIDTH * count / max(spread.bars))}")
+        lines.append(
+            f"  {label:>15} {count:>12,} {'#' * round(HISTOGRAM_WIDTH * count / max(spread.bars))}"
+        )
     return lines
 
 

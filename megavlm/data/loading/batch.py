@@ -1,7 +1,8 @@
 """The tensors of one pack on one rank.
 
-Shapes: T tokens of the pack (its capacity) on this rank, N samples, I tiles on this rank, F features a tile, S side of a tile in pixels.
-A rank has all tokens and all tiles of a pack, or its share of them (see ``data/share``).
+Shapes: T tokens of the pack (its capacity) on this rank, N samples, I tiles on this rank, F
+features a tile, S side of a tile in pixels. A rank has all tokens and all tiles of a pack, or its
+share of them (see ``data/share``).
 """
 
 from __future__ import annotations
@@ -22,16 +23,20 @@ class Batch:
         tokens: int64 [T].
         labels: int64 [T], the next token inside the sample; 0 where there is none.
         loss_weights: float32 [T], weight of the label at this position; 0 where it has no loss.
-        sources: int32 [T], number of the source that the token's sample is from, among ``source_names`` of the dataset.
-        sample_ends: int32 [N + 1], from 0 to the capacity: where samples start and end in the whole pack. The padding at the end is one
-            more sample.
+        sources: int32 [T], number of the source that the token's sample is from, among
+            ``source_names`` of the dataset.
+        sample_ends: int32 [N + 1], from 0 to the capacity: where samples start and end in the whole
+            pack. The padding at the end is one more sample.
         longest_sample: tokens of the longest sample, the padding counted as one.
-        tiles: uint8 [I, 3, S, S], those of the pack's images first. Black ones, which no feature is taken from, follow where a multiple
-            is asked for; each rank has at least one, so that every rank runs the same. [0, 3, S, S] where the pixels were not asked for.
+        tiles: uint8 [I, 3, S, S], those of the pack's images first. Black ones, which no feature is
+            taken from, follow where a multiple is asked for; each rank has at least one, so that
+            every rank runs the same. [0, 3, S, S] where the pixels were not asked for.
         feature_positions: int64 [placeholders], where in ``tokens`` image features go, ascending.
-        feature_numbers: int64 [placeholders], which of the features of the whole pack (those of all its tiles, in their order) goes there.
+        feature_numbers: int64 [placeholders], which of the features of the whole pack (those of all
+            its tiles, in their order) goes there.
         num_features: features of the whole pack, those of blank tiles not counted.
-        drop_path_draws: float32 [2 * vision layers, I], uniform in [0, 1), drawn from (seed, position) alone.
+        drop_path_draws: float32 [2 * vision layers, I], uniform in [0, 1), drawn from (seed,
+            position) alone.
         weight_sum: sum of the loss weights of the whole pack, in float64 from the index.
         pack_id: the pack.
     """
@@ -52,8 +57,15 @@ class Batch:
 
     @classmethod
     def of(cls, **values: np.ndarray | float) -> Batch:
-        """A batch whose tensors share memory with the given arrays, of the types and shapes above."""
-        return cls(**{name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value for name, value in values.items()})
+        """A batch whose tensors share memory with the given arrays, of the types and shapes
+        above.
+        """
+        return cls(
+            **{
+                name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+                for name, value in values.items()
+            }
+        )
 
     @property
     def num_tiles(self) -> int:
@@ -70,4 +82,9 @@ class Batch:
 
     def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
         values = {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(self)}
-        return Batch(**{name: change(value) if isinstance(value, torch.Tensor) else value for name, value in values.items()})
+        return Batch(
+            **{
+                name: change(value) if isinstance(value, torch.Tensor) else value
+                for name, value in values.items()
+            }
+        )

@@ -1,10 +1,11 @@
 """Several packed datasets as one, mixed by weight while training.
 
-Which dataset a position takes from, and which of its packs, is a pure function of the seed and the position, as with one dataset:
-nothing is stored, and going on anywhere costs the same. Up to the end of any window of 64 positions each dataset has its share to within a
-pack, so batches are mixed alike; inside a window the order is shuffled, so that no data-parallel rank is always given the same dataset.
-Or the window is a global batch, and each has the same number of packs of each dataset. Each dataset's own packs come in the order that its
-own plan has.
+Which dataset a position takes from, and which of its packs, is a pure function of the seed and the
+position, as with one dataset: nothing is stored, and going on anywhere costs the same. Up to the
+end of any window of 64 positions each dataset has its share to within a pack, so batches are mixed
+alike; inside a window the order is shuffled, so that no data-parallel rank is always given the same
+dataset. Or the window is a global batch, and each has the same number of packs of each dataset.
+Each dataset's own packs come in the order that its own plan has.
 """
 
 from __future__ import annotations
@@ -35,18 +36,21 @@ WINDOW = 64
 
 @dataclass(frozen=True, kw_only=True)
 class BlendPlan:
-    """The order of the packs of several datasets; the packs of the second are numbered on from those of the first.
+    """The order of the packs of several datasets; the packs of the second are numbered on from
+    those of the first.
 
     Args:
         plans: the order of each.
         weights: share of the packs that are taken from each, compared with the others.
         seed: fixes the order inside windows.
         shuffle: whether that is shuffled.
-        block: positions that hold whole numbers of packs of each dataset, as close to the weights as such numbers can be.
+        block: positions that hold whole numbers of packs of each dataset, as close to the weights
+            as such numbers can be.
         window: positions that are shuffled together; divides the block.
 
     Raises:
-        ValueError: not as many weights as plans, or a weight that is not above 0 or too small beside the others.
+        ValueError: not as many weights as plans, or a weight that is not above 0 or too small
+            beside the others.
     """
 
     plans: tuple[Order, ...]
@@ -58,10 +62,17 @@ class BlendPlan:
 
     def __post_init__(self) -> None:
         if len(self.weights) != len(self.plans):
-            raise ValueError(f"--data.weights: {len(self.weights)} weights for {len(self.plans)} datasets of --data.train")
-        if not all(weight > 0 and math.isfinite(weight) for weight in self.weights) or not self.counts.all():
             raise ValueError(
-                f"--data.weights {','.join(map(str, self.weights))}: each must be above 0, and at least 1/{self.block} of the sum"
+                f"--data.weights: {len(self.weights)} weights for {len(self.plans)} datasets of"
+                " --data.train"
+            )
+        if (
+            not all(weight > 0 and math.isfinite(weight) for weight in self.weights)
+            or not self.counts.all()
+        ):
+            raise ValueError(
+                f"--data.weights {','.join(map(str, self.weights))}: each must be above 0, and at"
+                f" least 1/{self.block} of the sum"
             )
 
     @property
@@ -71,7 +82,9 @@ class BlendPlan:
 
     @cached_property
     def counts(self) -> np.ndarray:
-        """Positions of a block that each dataset has: its share, rounded by the largest remainders; int64, their sum is ``block``."""
+        """Positions of a block that each dataset has: its share, rounded by the largest remainders;
+        int64, their sum is ``block``.
+        """
         exact = np.array(self.weights) / sum(self.weights) * self.block
         counts = np.floor(exact).astype(np.int64)
         counts[np.argsort(counts - exact, kind="stable")[: self.block - counts.sum()]] += 1
@@ -79,33 +92,47 @@ class BlendPlan:
 
     def describe(self, names: Sequence[str]) -> str:
         """The shares in words, of datasets with these ``names``."""
-        return ", ".join(f"{count:,} from {name}" for count, name in zip(self.counts.tolist(), names, strict=True))
+        return ", ".join(
+            f"{count:,} from {name}"
+            for count, name in zip(self.counts.tolist(), names, strict=True)
+        )
 
     @cached_property
     def pattern(self) -> np.ndarray:
         """The dataset at each position of a block, each evenly spread over it; int64 [block].
 
-        Up to any position each dataset has its share of turns, rounded up or down. The k-th turn of a dataset with share w lies between
-        k / w and (k + 1) / w; giving each position to the dataset whose turn ends soonest keeps all of them (S. Baruah et al.,
-        "Proportionate Progress", Algorithmica 15, 1996).
+        Up to any position each dataset has its share of turns, rounded up or down. The k-th turn of
+        a dataset with share w lies between k / w and (k + 1) / w; giving each position to the
+        dataset whose turn ends soonest keeps all of them (S. Baruah et al., "Proportionate
+        Progress", Algorithmica 15, 1996).
         """
         pattern = np.empty(self.block, np.int64)
         waiting = []
-        opening = [(0, owner, 0) for owner in range(len(self.counts))]  # from which position, dataset, how often it came before
+        opening = [
+            (0, owner, 0) for owner in range(len(self.counts))
+        ]  # from which position, dataset, how often it came before
         for position in range(self.block):
             while opening and opening[0][0] <= position:
                 _, owner, turn = heapq.heappop(opening)
-                heapq.heappush(waiting, (-(-(turn + 1) * self.block // int(self.counts[owner])), owner, turn))
+                heapq.heappush(
+                    waiting, (-(-(turn + 1) * self.block // int(self.counts[owner])), owner, turn)
+                )
             _, owner, turn = heapq.heappop(waiting)
             pattern[position] = owner
             if turn + 1 < self.counts[owner]:
-                heapq.heappush(opening, ((turn + 1) * self.block // int(self.counts[owner]), owner, turn + 1))
+                heapq.heappush(
+                    opening, ((turn + 1) * self.block // int(self.counts[owner]), owner, turn + 1)
+                )
         return pattern
 
     @cached_property
     def before(self) -> np.ndarray:
-        """How often each dataset comes in a block before each window; int64 [block / window, datasets]."""
-        in_window = (self.pattern.reshape(-1, self.window, 1) == np.arange(len(self.counts))).sum(axis=1)
+        """How often each dataset comes in a block before each window; int64 [block / window,
+        datasets].
+        """
+        in_window = (self.pattern.reshape(-1, self.window, 1) == np.arange(len(self.counts))).sum(
+            axis=1
+        )
         return np.cumsum(in_window, axis=0) - in_window
 
     def pack_ids(self, consumed: int, count: int) -> np.ndarray:
@@ -125,7 +152,9 @@ class BlendPlan:
         return ids.reshape(np.shape(positions))
 
     def split(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The dataset of each position, and the position in that dataset's own sequence; all are int64 [n]."""
+        """The dataset of each position, and the position in that dataset's own sequence; all are
+        int64 [n].
+        """
         windows, row = np.unique(positions // self.window, return_inverse=True)
         slots = np.tile(np.arange(self.window, dtype=np.int64), len(windows))
         if self.shuffle:
@@ -133,14 +162,19 @@ class BlendPlan:
         blocks, in_block = np.divmod(windows, self.block // self.window)
         datasets = self.pattern[in_block[:, None] * self.window + slots.reshape(-1, self.window)]
         is_of = datasets[:, :, None] == np.arange(len(self.plans))
-        earlier = np.cumsum(is_of, axis=1) - is_of + (blocks[:, None] * self.counts + self.before[in_block])[:, None]
+        earlier = (
+            np.cumsum(is_of, axis=1)
+            - is_of
+            + (blocks[:, None] * self.counts + self.before[in_block])[:, None]
+        )
         column = positions % self.window
         chosen = datasets[row, column]
         return chosen, earlier[row, column, chosen]
 
 
 class BlendedDataset:
-    """Several packed datasets behind one numbering of their packs; it answers what ``PackedDataset`` answers.
+    """Several packed datasets behind one numbering of their packs; it answers what
+    ``PackedDataset`` answers.
 
     Args:
         datasets: of one tokenizer and one capacity.
@@ -149,7 +183,10 @@ class BlendedDataset:
     def __init__(self, datasets: Sequence[PackedDataset]) -> None:
         self.datasets = tuple(datasets)
         self.starts = np.cumsum([0] + [len(dataset) for dataset in self.datasets], dtype=np.int64)
-        self._first_sources = [0, *accumulate(len(dataset.source_names) for dataset in self.datasets)]
+        self._first_sources = [
+            0,
+            *accumulate(len(dataset.source_names) for dataset in self.datasets),
+        ]
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -161,18 +198,26 @@ class BlendedDataset:
 
     @property
     def manifest(self) -> Manifest:
-        """The facts of the first dataset; the tokenizer, the template and the capacity are those of all."""
+        """The facts of the first dataset; the tokenizer, the template and the capacity are those of
+        all.
+        """
         return self.datasets[0].manifest
 
     @cached_property
     def source_names(self) -> tuple[str, ...]:
-        """The sources of all datasets, one dataset after the other, as ``FOLDER/SOURCE``: a source may be in several."""
+        """The sources of all datasets, one dataset after the other, as ``FOLDER/SOURCE``: a source
+        may be in several.
+        """
         names = [Path(dataset.folder).name for dataset in self.datasets]
         if len(set(names)) < len(names):
             names = [str(dataset.folder) for dataset in self.datasets]
         if len(set(names)) < len(names):
             names = [f"{name}:{place}" for place, name in enumerate(names)]
-        return tuple(f"{name}/{source}" for name, dataset in zip(names, self.datasets, strict=True) for source in dataset.source_names)
+        return tuple(
+            f"{name}/{source}"
+            for name, dataset in zip(names, self.datasets, strict=True)
+            for source in dataset.source_names
+        )
 
     @property
     def has_images(self) -> bool:
@@ -199,7 +244,9 @@ class BlendedDataset:
         return np.concatenate([dataset.some_records() for dataset in self.datasets])
 
     def weight_sum(self, pack_ids: np.ndarray, reduction: str) -> float:
-        """Sum of the loss weights of packs, from the index. The order of the ids does not change the result's last bit."""
+        """Sum of the loss weights of packs, from the index. The order of the ids does not change
+        the result's last bit.
+        """
         owners = self._owner(np.asarray(pack_ids))
         parts = [
             dataset.index[pack_ids[owners == number] - self.starts[number]][f"weight_{reduction}"]
@@ -211,7 +258,9 @@ class BlendedDataset:
         """The tensors of a pack; arguments and errors as for ``PackedDataset.batch``."""
         number = int(self._owner(np.asarray(pack_id)))
         batch = self.datasets[number].batch(int(pack_id - self.starts[number]), position, **options)
-        return dataclasses.replace(batch, pack_id=int(pack_id), sources=batch.sources + self._first_sources[number])
+        return dataclasses.replace(
+            batch, pack_id=int(pack_id), sources=batch.sources + self._first_sources[number]
+        )
 
     def origins(self, pack_id: int) -> list[str]:
         """Where the samples of a pack come from: ``annotations.jsonl:line`` of each."""
@@ -240,20 +289,26 @@ def open_blend(
         folders: of the datasets.
         weights: share of the packs that are taken from each; empty: each as often as it has packs.
         seed, shuffle, group: of the order, as for ``Plan``.
-        curriculum: whether each dataset's levels of difficulty come one after the other; one without levels is of one level.
-        shared_batch: packs of a batch, every one of which has the same number of packs of each dataset; 0: batches may differ.
+        curriculum: whether each dataset's levels of difficulty come one after the other; one
+            without levels is of one level.
+        shared_batch: packs of a batch, every one of which has the same number of packs of each
+            dataset; 0: batches may differ.
         augment: as for ``PackedDataset``.
     """
     datasets = [PackedDataset(folder, augment=augment) for folder in folders]
     order = {"seed": seed, "shuffle": shuffle, "group": group}
     plans = tuple(
-        Curriculum(levels=tuple(level.packs for level in dataset.manifest.levels), **order)
-        if curriculum and dataset.manifest.levels
-        else Plan(num_packs=len(dataset), **order)
+        (
+            Curriculum(levels=tuple(level.packs for level in dataset.manifest.levels), **order)
+            if curriculum and dataset.manifest.levels
+            else Plan(num_packs=len(dataset), **order)
+        )
         for dataset in datasets
     )
     if len(datasets) == 1:
         return datasets[0], plans[0]
     shares = tuple(weights) or tuple(float(len(dataset)) for dataset in datasets)
     windows = {"block": shared_batch, "window": shared_batch} if shared_batch else {}
-    return BlendedDataset(datasets), BlendPlan(plans=plans, weights=shares, seed=seed, shuffle=shuffle, **windows)
+    return BlendedDataset(datasets), BlendPlan(
+        plans=plans, weights=shares, seed=seed, shuffle=shuffle, **windows
+    )

@@ -13,14 +13,16 @@ from megavlm.data.loading.order import Plan
 
 @dataclass(frozen=True, kw_only=True)
 class Curriculum:
-    """The order of the packs of one dataset: in the first epoch level after level, later all of them in one shuffle.
+    """The order of the packs of one dataset: in the first epoch level after level, later all of
+    them in one shuffle.
 
-    A pure function of seed and position, as ``Plan`` is; it takes memory for the levels, and none for the packs.
+    A pure function of seed and position, as ``Plan`` is; it takes memory for the levels, and none
+    for the packs.
 
     Args:
         levels: packs of each level, in the order in which they are stored.
-        seed, shuffle, group: as for ``Plan``, of the packs of a level. A step in which one level ends and the next begins has packs of
-            both.
+        seed, shuffle, group: as for ``Plan``, of the packs of a level. A step in which one level
+            ends and the next begins has packs of both.
     """
 
     levels: tuple[int, ...]
@@ -51,7 +53,12 @@ class Curriculum:
             chosen = (flat >= start) & (flat < end)
             if chosen.any():
                 # Seeds of a run and of its levels are far apart.
-                plan = Plan(num_packs=end - start, seed=self.seed + (level + 1) * 2**32, start=start, **order)
+                plan = Plan(
+                    num_packs=end - start,
+                    seed=self.seed + (level + 1) * 2**32,
+                    start=start,
+                    **order,
+                )
                 ids[chosen] = start + plan.at(flat[chosen])
         later = flat >= self.num_packs
         ids[later] = Plan(num_packs=self.num_packs, seed=self.seed, **order).at(flat[later])

@@ -1,6 +1,7 @@
 """A packed dataset as the trainer sees it: from a pack id to the tensors of its batch.
 
-Shapes: T tokens of the pack (its capacity), t tokens stored, N samples, I tiles, F features a tile, S side of a tile in pixels.
+Shapes: T tokens of the pack (its capacity), t tokens stored, N samples, I tiles, F features a tile,
+S side of a tile in pixels.
 """
 
 from __future__ import annotations
@@ -27,8 +28,10 @@ class PackedDataset:
     """A folder of packs, memory-mapped; it can be pickled, as worker processes need.
 
     Args:
-        folder: folder that ``tools/pack_dataset.py`` wrote, or the URL of a copy of it in object storage.
-        augment: changes that images of sources with ``data_augment`` go through: jpeg, crop, flip, colour.
+        folder: folder that ``tools/pack_dataset.py`` wrote, or the URL of a copy of it in object
+            storage.
+        augment: changes that images of sources with ``data_augment`` go through: jpeg, crop, flip,
+            colour.
 
     Raises:
         FileNotFoundError: no complete dataset there.
@@ -63,7 +66,9 @@ class PackedDataset:
 
     @cached_property
     def source_names(self) -> tuple[str, ...]:
-        """The sources of the samples; the annotation files of one entry of a meta file are one source."""
+        """The sources of the samples; the annotation files of one entry of a meta file are one
+        source.
+        """
         return tuple(dict.fromkeys(source.name for source in self.manifest.sources))
 
     @cached_property
@@ -73,7 +78,9 @@ class PackedDataset:
         return np.array([numbers[source.name] for source in self.manifest.sources], np.int32)
 
     def some_records(self, limit: int = 4096) -> np.ndarray:
-        """The index's records of packs spread evenly over the dataset: all of them, or ``limit`` of a large one."""
+        """The index's records of packs spread evenly over the dataset: all of them, or ``limit`` of
+        a large one.
+        """
         return self.index[np.linspace(0, len(self) - 1, min(limit, len(self)), dtype=np.int64)]
 
     @property
@@ -82,7 +89,9 @@ class PackedDataset:
         return self.manifest.totals.tiles > 0
 
     def weight_sum(self, pack_ids: np.ndarray, reduction: str) -> float:
-        """Sum of the loss weights of packs, from the index. The order of the ids does not change the result's last bit."""
+        """Sum of the loss weights of packs, from the index. The order of the ids does not change
+        the result's last bit.
+        """
         return math.fsum(self.index[pack_ids][_weight_field(reduction)])
 
     def batch(
@@ -101,17 +110,20 @@ class PackedDataset:
 
         Args:
             pack_id: the pack.
-            position: its place in the endless sequence of epochs (see ``plan``); with ``seed`` it fixes the draws of drop path.
+            position: its place in the endless sequence of epochs (see ``plan``); with ``seed`` it
+                fixes the draws of drop path.
             reduction: how a sample's supervised tokens are weighed: token, sample or square.
             vision_layers: layers of the vision encoder that need draws.
             seed: the run's seed; with the position it also fixes the random changes of images.
             with_tiles: whether to decode the images.
-            tile_multiple: number that a rank's tiles are filled up to a multiple of, with black ones.
+            tile_multiple: number that a rank's tiles are filled up to a multiple of, with black
+                ones.
             share: which tiles and tokens are this rank's.
 
         Raises:
-            ValueError: bytes damaged on the disk, an image that cannot be decoded, context tokens that do not match the tiles, or samples
-                that cannot be cut for the ranks that share them.
+            ValueError: bytes damaged on the disk, an image that cannot be decoded, context tokens
+                that do not match the tiles, or samples that cannot be cut for the ranks that share
+                them.
         """
         manifest = self.manifest
         pack = self.reader.read(pack_id, with_images=with_tiles)
@@ -119,25 +131,34 @@ class PackedDataset:
         labels, weights = label(pack.tokens, pack.supervised, pack.lengths, reduction)
         tokens = np.full(manifest.capacity, manifest.pad_token_id, np.int64)
         tokens[places] = pack.tokens
-        # Drawn for the real tiles of the whole pack: neither what they are filled up to nor who has them must change what is dropped.
+        # Drawn for the real tiles of the whole pack: neither what they are filled up to nor who has
+        # them must change what is dropped.
         draws = drop_path_draws(seed, position, 2 * vision_layers, max(1, pack.tiles))
         own = share.tokens(ends)
         chosen = share.tiles(pack.tiles, tile_multiple)
-        positions, numbers = _shared_positions(self._feature_positions(pack, places), own, manifest.capacity)
+        positions, numbers = _shared_positions(
+            self._feature_positions(pack, places), own, manifest.capacity
+        )
         return Batch.of(
             tokens=tokens[own],
             labels=_spread(labels.astype(np.int64), places, manifest.capacity)[own],
             loss_weights=_spread(weights, places, manifest.capacity)[own],
-            sources=_spread(np.repeat(self._source_numbers(pack), pack.lengths), places, manifest.capacity)[own],
+            sources=_spread(
+                np.repeat(self._source_numbers(pack), pack.lengths), places, manifest.capacity
+            )[own],
             sample_ends=ends,
             longest_sample=int(np.diff(ends).max()),
-            tiles=self._tiles(pack, chosen, seed, position)
-            if with_tiles
-            else np.empty((0, 3, manifest.image_size, manifest.image_size), np.uint8),
+            tiles=(
+                self._tiles(pack, chosen, seed, position)
+                if with_tiles
+                else np.empty((0, 3, manifest.image_size, manifest.image_size), np.uint8)
+            ),
             feature_positions=positions,
             feature_numbers=numbers,
             num_features=pack.tiles * manifest.features_per_tile,
-            drop_path_draws=np.pad(draws, ((0, 0), (0, max(0, chosen.stop - draws.shape[1]))))[:, chosen.start : chosen.stop],
+            drop_path_draws=np.pad(draws, ((0, 0), (0, max(0, chosen.stop - draws.shape[1]))))[
+                :, chosen.start : chosen.stop
+            ],
             weight_sum=float(self.index[pack_id][_weight_field(reduction)]),
             pack_id=int(pack_id),
         )
@@ -153,8 +174,8 @@ class PackedDataset:
         named = pack.provenance["source"]
         if named.min() < 0 or named.max() >= len(numbers):
             raise ValueError(
-                f"{self.folder}: pack {pack.pack_id} has samples of source {named.max()}, but manifest.json lists {len(numbers)} sources; "
-                "pack the dataset again"
+                f"{self.folder}: pack {pack.pack_id} has samples of source {named.max()}, but"
+                f" manifest.json lists {len(numbers)} sources; pack the dataset again"
             )
         return numbers[named]
 
@@ -164,13 +185,17 @@ class PackedDataset:
         expected = pack.tiles * self.manifest.features_per_tile
         if len(positions) != expected:
             raise ValueError(
-                f"{self.folder}: pack {pack.pack_id} has {len(positions)} context tokens (id {self.manifest.context_token_id}), "
-                f"but its {pack.tiles} tiles of {self.manifest.features_per_tile} features need {expected}; pack the dataset again"
+                f"{self.folder}: pack {pack.pack_id} has {len(positions)} context tokens (id"
+                f" {self.manifest.context_token_id}), but its {pack.tiles} tiles of"
+                f" {self.manifest.features_per_tile} features need {expected}; pack the dataset"
+                " again"
             )
         return positions
 
     def _tiles(self, pack: Pack, chosen: range, seed: int, position: int) -> np.ndarray:
-        """The pixels of the chosen tiles of the pack, black where it has none; uint8 [I, 3, S, S]. Other images are not decoded."""
+        """The pixels of the chosen tiles of the pack, black where it has none; uint8 [I, 3, S, S].
+        Other images are not decoded.
+        """
         size = self.manifest.image_size
         tiles = np.zeros((len(chosen), 3, size, size), np.uint8)
         end = 0
@@ -186,20 +211,28 @@ class PackedDataset:
                 continue
             try:
                 is_whole = last - first == count
-                room = tiles[first - chosen.start : last - chosen.start] if is_whole else np.empty((count, 3, size, size), np.uint8)
+                room = (
+                    tiles[first - chosen.start : last - chosen.start]
+                    if is_whole
+                    else np.empty((count, 3, size, size), np.uint8)
+                )
                 if self.pad_colour is None and not self._is_augmented(pack, place):
-                    decode_tiles(pack.image(place), columns, rows, size, count > columns * rows, out=room)
+                    decode_tiles(
+                        pack.image(place), columns, rows, size, count > columns * rows, out=room
+                    )
                 else:
                     self._decode_changed(pack, place, seed, position, room)
             # Whatever the decoder raises, the user has to learn which image it was.
             except Exception as error:
                 origin = self.reader.origin(pack, int(row["sample"]))
                 raise ValueError(
-                    f"{self.folder}: pack {pack.pack_id}: image {place} of the pack, from the sample at {origin}, cannot be decoded: "
-                    f"{type(error).__name__}: {error}"
+                    f"{self.folder}: pack {pack.pack_id}: image {place} of the pack, from the"
+                    f" sample at {origin}, cannot be decoded: {type(error).__name__}: {error}"
                 ) from error
             if not is_whole:  # only part of the image is chosen
-                tiles[first - chosen.start : last - chosen.start] = room[first - start : last - start]
+                tiles[first - chosen.start : last - chosen.start] = room[
+                    first - start : last - start
+                ]
         return tiles
 
     def _is_augmented(self, pack: Pack, place: int) -> bool:
@@ -207,9 +240,13 @@ class PackedDataset:
         source = int(pack.provenance["source"][pack.images["sample"][place]])
         return bool(self.augment) and self.manifest.sources[source].augment
 
-    def _decode_changed(self, pack: Pack, place: int, seed: int, position: int, room: np.ndarray) -> None:
+    def _decode_changed(
+        self, pack: Pack, place: int, seed: int, position: int, room: np.ndarray
+    ) -> None:
         """The tiles of an image that is filled up to a square, or changed at random."""
-        columns, rows, count = (int(pack.images[name][place]) for name in ("columns", "rows", "tiles"))
+        columns, rows, count = (
+            int(pack.images[name][place]) for name in ("columns", "rows", "tiles")
+        )
         operations = self.augment if self._is_augmented(pack, place) else ()
         decode_changed(
             pack.image(place),
@@ -223,12 +260,16 @@ class PackedDataset:
         )
 
 
-def place_samples(lengths: np.ndarray, alignment: int, capacity: int) -> tuple[np.ndarray, np.ndarray]:
-    """Where stored tokens stand in a pack whose samples start at multiples of ``alignment``, and where samples end.
+def place_samples(
+    lengths: np.ndarray, alignment: int, capacity: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Where stored tokens stand in a pack whose samples start at multiples of ``alignment``, and
+    where samples end.
 
     Returns:
         places: int64 [t], the position of each stored token.
-        ends: int32 [N + 1], or [N + 2] with the padding at the end as one more sample; from 0 to ``capacity``.
+        ends: int32 [N + 1], or [N + 2] with the padding at the end as one more sample; from 0 to
+            ``capacity``.
     """
     lengths = lengths.astype(np.int64)
     ends = np.concatenate([[0], np.cumsum(-(-lengths // alignment) * alignment)])
@@ -239,8 +280,11 @@ def place_samples(lengths: np.ndarray, alignment: int, capacity: int) -> tuple[n
     return places, ends.astype(np.int32)
 
 
-def _shared_positions(positions: np.ndarray, own: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
-    """Positions among a rank's own tokens of those placeholders that it has, and their numbers among all of the pack; both int64.
+def _shared_positions(
+    positions: np.ndarray, own: np.ndarray, capacity: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Positions among a rank's own tokens of those placeholders that it has, and their numbers
+    among all of the pack; both int64.
 
     Args:
         positions: of all placeholders in the pack, ascending.
@@ -253,11 +297,14 @@ def _shared_positions(positions: np.ndarray, own: np.ndarray, capacity: int) -> 
     return found[found >= 0], np.flatnonzero(found >= 0)
 
 
-def label(tokens: np.ndarray, supervised: np.ndarray, lengths: np.ndarray, reduction: str) -> tuple[np.ndarray, np.ndarray]:
+def label(
+    tokens: np.ndarray, supervised: np.ndarray, lengths: np.ndarray, reduction: str
+) -> tuple[np.ndarray, np.ndarray]:
     """The next token of each stored token inside its sample, and the weight of its loss.
 
-    A supervised token of a sample with n of them weighs 1 (token), 1/n (sample) or 1/sqrt(n) (square; InternVL 2.5, arXiv:2412.05271,
-    section 3.3). The first token of a sample is no label and does not count in n.
+    A supervised token of a sample with n of them weighs 1 (token), 1/n (sample) or 1/sqrt(n)
+    (square; InternVL 2.5, arXiv:2412.05271, section 3.3). The first token of a sample is no label
+    and does not count in n.
 
     Returns:
         labels: int32 [t], 0 at a sample's end.
@@ -279,9 +326,11 @@ def label(tokens: np.ndarray, supervised: np.ndarray, lengths: np.ndarray, reduc
 
 
 def drop_path_draws(seed: int, position: int, rows: int, columns: int) -> np.ndarray:
-    """Uniform numbers in [0, 1) that depend on the seed and the pack's position alone; float32 [rows, columns].
+    """Uniform numbers in [0, 1) that depend on the seed and the pack's position alone; float32
+    [rows, columns].
 
-    Philox (J. Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011) is keyed by the seed and counts from the position.
+    Philox (J. Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011) is keyed by
+    the seed and counts from the position.
     """
     generator = np.random.Generator(np.random.Philox(key=seed % 2**64, counter=[0, 0, 0, position]))
     return generator.random((rows, columns), dtype=np.float32)
@@ -297,5 +346,7 @@ def _spread(values: np.ndarray, places: np.ndarray, capacity: int) -> np.ndarray
 def _weight_field(reduction: str) -> str:
     """The index's field with the sum of loss weights."""
     if reduction not in REDUCTIONS:
-        raise ValueError(f"--data.loss_reduction {reduction}: must be one of {', '.join(REDUCTIONS)}")
+        raise ValueError(
+            f"--data.loss_reduction {reduction}: must be one of {', '.join(REDUCTIONS)}"
+        )
     return f"weight_{reduction}"

@@ -1,4 +1,6 @@
-"""Batches ahead of time: worker processes read and decode the packs that the training process will ask for next."""
+"""Batches ahead of time: worker processes read and decode the packs that the training process will
+ask for next.
+"""
 
 from __future__ import annotations
 
@@ -34,13 +36,15 @@ def batches(
     start_method: str | None = None,
     **options: Any,
 ) -> Generator[Batch, None, None]:
-    """The batches at ``positions`` of the plan, in their order. Workers never change what a batch holds. ``close()`` ends the workers.
+    """The batches at ``positions`` of the plan, in their order. Workers never change what a batch
+    holds. ``close()`` ends the workers.
 
     Args:
         dataset: the packs.
         plan: their order.
-        positions: places in the endless sequence of epochs. Rank r of n data ranks that goes on after ``consumed`` packs gives
-            ``range(consumed + r, end, n)``, which takes no memory however long the run is.
+        positions: places in the endless sequence of epochs. Rank r of n data ranks that goes on
+            after ``consumed`` packs gives ``range(consumed + r, end, n)``, which takes no memory
+            however long the run is.
         workers: processes that decode; 0: this one.
         prefetch: packs that each worker keeps ready.
         timeout: seconds after which a worker is given up; 0: never.
@@ -48,8 +52,10 @@ def batches(
         options: keyword arguments of ``PackedDataset.batch``, which makes every batch.
 
     Raises:
-        ValueError: a pack that cannot be read or decoded; names the pack and the sample's file and line.
-        RuntimeError: a worker died, or is stuck; names the pack that it was at and where its samples come from.
+        ValueError: a pack that cannot be read or decoded; names the pack and the sample's file and
+            line.
+        RuntimeError: a worker died, or is stuck; names the pack that it was at and where its
+            samples come from.
     """
     make = partial(dataset.batch, **options)
     has_pixels = dataset.has_images and options.get("with_tiles", True)
@@ -57,7 +63,8 @@ def batches(
     loader = DataLoader(
         Positions(make, plan, positions, desks, has_pixels),
         batch_size=None,
-        # Otherwise the DataLoader draws from the global generator, and the training process would be changed by being fed.
+        # Otherwise the DataLoader draws from the global generator, and the training process would
+        # be changed by being fed.
         generator=torch.Generator(),
         collate_fn=_unchanged,
         num_workers=workers,
@@ -92,11 +99,17 @@ class Desks:
     """
 
     def __init__(self, workers: int) -> None:
-        self._slots = multiprocessing.sharedctypes.RawArray("q", 3 * workers)  # process, position, since when (ms) of each
+        self._slots = multiprocessing.sharedctypes.RawArray(
+            "q", 3 * workers
+        )  # process, position, since when (ms) of each
 
     def start(self, worker: int, position: int) -> None:
         """A worker starts to make the batch at a position."""
-        self._slots[3 * worker : 3 * worker + 3] = [os.getpid(), position, time.monotonic_ns() // 10**6]
+        self._slots[3 * worker : 3 * worker + 3] = [
+            os.getpid(),
+            position,
+            time.monotonic_ns() // 10**6,
+        ]
 
     def end(self, worker: int) -> None:
         """A worker has made its batch."""
@@ -106,16 +119,28 @@ class Desks:
         """Process, position and seconds so far of each worker that is making a batch."""
         now = time.monotonic_ns() // 10**6
         slots = [self._slots[place : place + 3] for place in range(0, len(self._slots), 3)]
-        return [(process, position, (now - since) / 1000) for process, position, since in slots if process and position >= 0]
+        return [
+            (process, position, (now - since) / 1000)
+            for process, position, since in slots
+            if process and position >= 0
+        ]
 
 
 class Positions(Dataset):
     """The batches of a plan's positions, as a map-style dataset of PyTorch.
 
-    In every process the fast decoders are loaded behind its first batch, which would otherwise have to wait for them.
+    In every process the fast decoders are loaded behind its first batch, which would otherwise have
+    to wait for them.
     """
 
-    def __init__(self, make: Callable[[int, int], Batch], plan: Plan, positions: Sequence[int], desks: Desks, has_pixels: bool) -> None:
+    def __init__(
+        self,
+        make: Callable[[int, int], Batch],
+        plan: Plan,
+        positions: Sequence[int],
+        desks: Desks,
+        has_pixels: bool,
+    ) -> None:
         self.make = make
         self.plan = plan
         self.positions = positions
@@ -144,9 +169,14 @@ class Positions(Dataset):
         return self.make(int(self.plan.at(position)), position)
 
 
-def _explain(error: Exception, dataset: PackedDataset, plan: Plan, position: int, desks: Desks) -> Exception:
-    """The error to raise where workers gave none of what was waited for: their own, or one that says which of them is gone."""
-    # Without DataLoader's own frames, which keep the workers running as long as the error lives; its text has the worker's.
+def _explain(
+    error: Exception, dataset: PackedDataset, plan: Plan, position: int, desks: Desks
+) -> Exception:
+    """The error to raise where workers gave none of what was waited for: their own, or one that
+    says which of them is gone.
+    """
+    # Without DataLoader's own frames, which keep the workers running as long as the error lives;
+    # its text has the worker's.
     error.with_traceback(None)
     error.__cause__ = error.__context__ = None
     # A worker that dies while it hands a batch over leaves half of one behind.
@@ -156,7 +186,9 @@ def _explain(error: Exception, dataset: PackedDataset, plan: Plan, position: int
 
 
 def _without_process(at_work: list[tuple[int, int, float]]) -> list[tuple[int, int, float]]:
-    """Those of the workers that are dead; what they leave behind may arrive a moment before they are gone."""
+    """Those of the workers that are dead; what they leave behind may arrive a moment before they
+    are gone.
+    """
     for _ in range(40):
         alive = {process.pid for process in multiprocessing.active_children()}
         gone = [each for each in at_work if each[0] not in alive]
@@ -166,28 +198,43 @@ def _without_process(at_work: list[tuple[int, int, float]]) -> list[tuple[int, i
     return []
 
 
-def _worker_is_gone(dataset: PackedDataset, plan: Plan, position: int, desks: Desks, error: Exception) -> RuntimeError:
-    """What is known about a worker that died or is stuck: which pack it was at, and whose samples these are."""
+def _worker_is_gone(
+    dataset: PackedDataset, plan: Plan, position: int, desks: Desks, error: Exception
+) -> RuntimeError:
+    """What is known about a worker that died or is stuck: which pack it was at, and whose samples
+    these are.
+    """
     text = f"{type(error).__name__} {error}"
     at_work = desks.at_work()
     if STUCK not in text:
         gone = _without_process(at_work)
         advice = (
-            "Out of memory (see the kernel log), a full /dev/shm, or a file that crashes the image decoder are common causes; "
-            "--data.workers 0 shows which"
+            "Out of memory (see the kernel log), a full /dev/shm, or a file that crashes the image"
+            " decoder are common causes; --data.workers 0 shows which"
         )
     else:
         gone = [each for each in at_work if each[1] == position] or at_work
-        advice = "a disk that does not answer, or an image that takes very long; --data.timeout sets how long is waited"
+        advice = (
+            "a disk that does not answer, or an image that takes very long; --data.timeout sets how"
+            " long is waited"
+        )
     at = [
-        (int(plan.at(place)), f"process {process} was at pack {int(plan.at(place))} (position {place}) for {seconds:.1f} s")
+        (
+            int(plan.at(place)),
+            (
+                f"process {process} was at pack {int(plan.at(place))} (position {place}) for"
+                f" {seconds:.1f} s"
+            ),
+        )
         for process, place, seconds in gone
     ]
     pack_ids = [pack_id for pack_id, _ in at] or [int(plan.at(position))]
     origins = [origin for pack_id in pack_ids for origin in dataset.origins(pack_id)]
     return RuntimeError(
-        f"{dataset.folder}: no batch for pack {int(plan.at(position))} (position {position}): {text.rstrip('. ')}. "
-        f"{'; '.join(words for _, words in at) or 'no process was at a pack'}. {advice}. The samples: {', '.join(origins)}"
+        f"{dataset.folder}: no batch for pack {int(plan.at(position))} (position {position}):"
+        f" {text.rstrip('. ')}."
+        f" {'; '.join(words for _, words in at) or 'no process was at a pack'}. {advice}. The"
+        f" samples: {', '.join(origins)}"
     )
 
 
@@ -197,6 +244,8 @@ def _unchanged(batch: Batch) -> Batch:
 
 
 def _start_worker(worker: int) -> None:
-    """One thread for each worker: many workers already fill the cores. None ends before the training process says so."""
+    """One thread for each worker: many workers already fill the cores. None ends before the
+    training process says so.
+    """
     torch.set_num_threads(1)
     heed_parent_alone()

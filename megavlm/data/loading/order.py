@@ -1,12 +1,16 @@
-"""The order of the packs, as a pure function: which pack stands at a position of the endless sequence of epochs.
+"""The order of the packs, as a pure function: which pack stands at a position of the endless
+sequence of epochs.
 
-Nothing is stored and nothing is shuffled in memory, so resuming at any position, with any number of ranks, costs the same.
+Nothing is stored and nothing is shuffled in memory, so resuming at any position, with any number of
+ranks, costs the same.
 
-An epoch's order is a permutation of ``range(num_packs)`` made by a Feistel network over the next power of two, walking along its cycles
-until a number falls inside the range (J. Black and P. Rogaway, "Ciphers with Arbitrary Finite Domains", CT-RSA 2002).
+An epoch's order is a permutation of ``range(num_packs)`` made by a Feistel network over the next
+power of two, walking along its cycles until a number falls inside the range (J. Black and P.
+Rogaway, "Ciphers with Arbitrary Finite Domains", CT-RSA 2002).
 
-Packs are stored so that neighbours cost alike (see ``packing_order``). With a ``group`` of several packs, each run of so many positions is
-taken from one neighbourhood, a window of a few groups; groups come in a random order, and windows start elsewhere in every epoch.
+Packs are stored so that neighbours cost alike (see ``packing_order``). With a ``group`` of several
+packs, each run of so many positions is taken from one neighbourhood, a window of a few groups;
+groups come in a random order, and windows start elsewhere in every epoch.
 """
 
 from __future__ import annotations
@@ -17,21 +21,27 @@ from typing import Protocol
 import numpy as np
 
 ROUNDS = 8
-# Below this many bits a Feistel network can make few different permutations; small datasets walk a little more instead.
+# Below this many bits a Feistel network can make few different permutations; small datasets walk a
+# little more instead.
 SMALLEST_DOMAIN_BITS = 6
-# A group's packs are drawn from a window of so many groups: enough that every epoch puts other packs together.
+# A group's packs are drawn from a window of so many groups: enough that every epoch puts other
+# packs together.
 WINDOW_GROUPS = 8
 
 
 class Order(Protocol):
-    """An endless order of packs: of one dataset or of several, with a curriculum or without. A pure function of the position."""
+    """An endless order of packs: of one dataset or of several, with a curriculum or without. A pure
+    function of the position.
+    """
 
     @property
     def num_packs(self) -> int:
         """Packs that it orders."""
 
     def pack_ids(self, consumed: int, count: int) -> np.ndarray:
-        """Ids of the ``count`` packs that follow the first ``consumed`` ones; int64 [count]. Rank r of n data ranks takes ``[r::n]``."""
+        """Ids of the ``count`` packs that follow the first ``consumed`` ones; int64 [count].
+        Rank r of n data ranks takes ``[r::n]``.
+        """
 
     def at(self, positions: np.ndarray) -> np.ndarray:
         """The pack at each position; int64, shaped like ``positions``."""
@@ -45,8 +55,9 @@ class Plan:
         num_packs: packs in the dataset.
         seed: fixes the order of every epoch.
         shuffle: whether epochs are permuted; otherwise packs come as stored.
-        group: positions ``[k * group, (k + 1) * group)`` hold packs of like cost; a step's packs are one or several groups. 1: any packs.
-            A part of a group where an epoch ends and the next begins is exempt.
+        group: positions ``[k * group, (k + 1) * group)`` hold packs of like cost; a step's packs
+            are one or several groups. 1: any packs. A part of a group where an epoch ends and the
+            next begins is exempt.
         start: position at which the first epoch begins.
     """
 
@@ -68,7 +79,9 @@ class Plan:
 
     def at(self, positions: np.ndarray) -> np.ndarray:
         """The pack at each position of the endless sequence; int64, shaped like ``positions``."""
-        epochs, places = np.divmod(np.ravel(positions).astype(np.int64) - self.start, self.num_packs)
+        epochs, places = np.divmod(
+            np.ravel(positions).astype(np.int64) - self.start, self.num_packs
+        )
         if not self.shuffle:
             ids = places
         elif self.group == 1:
@@ -79,7 +92,9 @@ class Plan:
 
     def _grouped(self, places: np.ndarray, epochs: np.ndarray) -> np.ndarray:
         """The pack at each place of its epoch, with groups kept together."""
-        lead = -(self.start + epochs * self.num_packs) % self.group  # an epoch begins in the middle of a group
+        lead = (
+            -(self.start + epochs * self.num_packs) % self.group
+        )  # an epoch begins in the middle of a group
         groups = (self.num_packs - lead) // self.group
         within = places - lead
         # What lies outside whole groups comes last in the order that is cut into groups.
@@ -87,7 +102,9 @@ class Plan:
         for count in np.unique(groups[(within >= 0) & (within < groups * self.group)]).tolist():
             chosen = (groups == count) & (within >= 0) & (within < count * self.group)
             sorted_places[chosen] = self._place_groups(within[chosen], count, epochs[chosen])
-        shift = _mix(np.uint64(self.seed % 2**64) + _mix(epochs.astype(np.uint64))) % np.uint64(self.num_packs)
+        shift = _mix(np.uint64(self.seed % 2**64) + _mix(epochs.astype(np.uint64))) % np.uint64(
+            self.num_packs
+        )
         return (sorted_places + shift.astype(np.int64)) % self.num_packs
 
     def _place_groups(self, within: np.ndarray, count: int, epochs: np.ndarray) -> np.ndarray:
@@ -104,7 +121,9 @@ class Plan:
 
 
 def permute(places: np.ndarray, size: int, seed: int, epochs: np.ndarray) -> np.ndarray:
-    """Where each place of ``range(size)`` goes in the permutation of (seed, its epoch); all of them are int64 [n]."""
+    """Where each place of ``range(size)`` goes in the permutation of (seed, its epoch); all of them
+    are int64 [n].
+    """
     bits = max(SMALLEST_DOMAIN_BITS, (size - 1).bit_length())
     # A modulo rather than a cast, so that a negative seed is a seed too.
     key = _mix(np.uint64(seed % 2**64) ^ _mix(epochs.astype(np.uint64)))
@@ -117,7 +136,9 @@ def permute(places: np.ndarray, size: int, seed: int, epochs: np.ndarray) -> np.
 
 
 def _feistel(values: np.ndarray, key: np.ndarray, bits: int) -> np.ndarray:
-    """One pass of the network, a permutation of ``range(2**bits)`` for each key: the two halves change in turn, each by the other."""
+    """One pass of the network, a permutation of ``range(2**bits)`` for each key: the two halves
+    change in turn, each by the other.
+    """
     low_bits = bits // 2
     low_mask = np.uint64((1 << low_bits) - 1)
     high_mask = np.uint64((1 << (bits - low_bits)) - 1)
@@ -133,7 +154,9 @@ def _feistel(values: np.ndarray, key: np.ndarray, bits: int) -> np.ndarray:
 
 
 def _mix(values: np.ndarray) -> np.ndarray:
-    """The finalizer of SplitMix64 (G. Steele et al., "Fast Splittable Pseudorandom Number Generators", OOPSLA 2014); wraps at 64 bits."""
+    """The finalizer of SplitMix64 (G. Steele et al., "Fast Splittable Pseudorandom Number
+    Generators", OOPSLA 2014); wraps at 64 bits.
+    """
     values = values + np.uint64(0x9E3779B97F4A7C15)
     values = (values ^ values >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ values >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)

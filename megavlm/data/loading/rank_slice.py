@@ -1,4 +1,6 @@
-"""What one rank takes of a pack that several ranks work on together: some of its tiles, and some of its tokens."""
+"""What one rank takes of a pack that several ranks work on together: some of its tiles, and some of
+its tokens.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ class Share:
     context_ranks: int = 1
 
     def tiles(self, tiles: int, multiple: int = 1) -> range:
-        """Numbers of this rank's tiles. Every rank has as many, one at least; those from ``tiles`` on are blank.
+        """Numbers of this rank's tiles. Every rank has as many, one at least; those from ``tiles``
+        on are blank.
 
         Args:
             tiles: real tiles of the pack.
@@ -34,9 +37,10 @@ class Share:
     def tokens(self, ends: np.ndarray) -> np.ndarray:
         """Places in the pack of this rank's tokens, in the order in which the rank has them.
 
-        A sample is cut into twice as many pieces as there are ranks, and rank r takes piece r from the front and piece r from the back.
-        So under a causal mask, where late tokens see more than early ones, the ranks have the same work. Transformer Engine cuts in the
-        same way (its ``thd_get_partitioned_indices``).
+        A sample is cut into twice as many pieces as there are ranks, and rank r takes piece r from
+        the front and piece r from the back. So under a causal mask, where late tokens see more than
+        early ones, the ranks have the same work. Transformer Engine cuts in the same way (its
+        ``thd_get_partitioned_indices``).
 
         Args:
             ends: int [N + 1], from 0 to T: where samples start and end.
@@ -54,11 +58,15 @@ class Share:
         lengths = np.diff(ends).astype(np.int64)
         if np.any(lengths % count):
             raise ValueError(
-                f"samples of {lengths[lengths % count > 0][:3].tolist()} tokens cannot be cut into {count} equal pieces, as "
-                f"--parallel.context_parallel_size {self.context_ranks} asks; pack with a multiple of --alignment {count}"
+                f"samples of {lengths[lengths % count > 0][:3].tolist()} tokens cannot be cut into"
+                f" {count} equal pieces, as --parallel.context_parallel_size {self.context_ranks}"
+                f" asks; pack with a multiple of --alignment {count}"
             )
         size = lengths // count
-        firsts = np.stack([starts + self.context_rank * size, starts + (count - 1 - self.context_rank) * size], axis=1).ravel()
+        firsts = np.stack(
+            [starts + self.context_rank * size, starts + (count - 1 - self.context_rank) * size],
+            axis=1,
+        ).ravel()
         sizes = np.repeat(size, 2)
         return np.arange(sizes.sum()) + np.repeat(firsts - (np.cumsum(sizes) - sizes), sizes)
 

@@ -1,8 +1,9 @@
 """Signals between the training process and its loader workers.
 
-A batch scheduler, torchrun and Ctrl-C signal the whole process group. The training process then saves a checkpoint, for which it needs the
-batches that its workers still have to make. So workers heed SIGTERM and SIGINT from their parent alone; one whose parent is gone ends
-by itself, since PyTorch's workers look after their parent every few seconds.
+A batch scheduler, torchrun and Ctrl-C signal the whole process group. The training process then
+saves a checkpoint, for which it needs the batches that its workers still have to make. So workers
+heed SIGTERM and SIGINT from their parent alone; one whose parent is gone ends by itself, since
+PyTorch's workers look after their parent every few seconds.
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ ENDING = (signal.SIGTERM, signal.SIGINT)
 
 @contextlib.contextmanager
 def starting_workers(start_method: str | None = None) -> Iterator[list[BaseProcess]]:
-    """Processes that are started inside are deaf to ``ENDING`` from their first moment; the list that it gives holds them afterwards.
+    """Processes that are started inside are deaf to ``ENDING`` from their first moment; the list
+    that it gives holds them afterwards.
 
-    What handles SIGCHLD stays as it was: PyTorch's handler would raise wherever the training process happens to be when a worker dies;
-    ``Deaths`` raises where a batch is waited for.
+    What handles SIGCHLD stays as it was: PyTorch's handler would raise wherever the training
+    process happens to be when a worker dies; ``Deaths`` raises where a batch is waited for.
     """
     if (start_method or multiprocessing.get_start_method()) != "fork":
         resource_tracker.ensure_running()  # started inside, it would unblock the signals
@@ -40,17 +42,23 @@ def starting_workers(start_method: str | None = None) -> Iterator[list[BaseProce
         if _in_main_thread():
             signal.signal(signal.SIGCHLD, handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        started += [process for process in multiprocessing.active_children() if process not in before]
+        started += [
+            process for process in multiprocessing.active_children() if process not in before
+        ]
 
 
 def heed_parent_alone() -> None:
-    """In a worker: ignore ``ENDING``, unless it is the parent that sends it, as it does to a worker that is stuck."""
+    """In a worker: ignore ``ENDING``, unless it is the parent that sends it, as it does to a worker
+    that is stuck.
+    """
     signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
     threading.Thread(target=_end_at_the_parent_s_wish, daemon=True).start()
 
 
 def _end_at_the_parent_s_wish() -> None:
-    parent = multiprocessing.parent_process().pid  # not that of the server that forks, where there is one
+    parent = (
+        multiprocessing.parent_process().pid
+    )  # not that of the server that forks, where there is one
     while signal.sigwaitinfo(ENDING).si_pid != parent:
         pass
     os._exit(0)
@@ -63,7 +71,8 @@ class Deaths:
         processes: those that should live.
 
     Raises:
-        RuntimeError: one is dead; says which, and how it ended. Outside the main thread nothing is noticed.
+        RuntimeError: one is dead; says which, and how it ended. Outside the main thread nothing is
+            noticed.
     """
 
     def __init__(self, processes: Sequence[BaseProcess]) -> None:
@@ -86,8 +95,15 @@ class Deaths:
     def _look(self, number: int = 0, frame: FrameType | None = None) -> None:
         for process in self.processes:
             if (code := process.exitcode) is not None:
-                killed = f"was killed by signal {-code} ({signal.Signals(-code).name})" if code < 0 else ""
-                raise RuntimeError(f"DataLoader worker (pid {process.pid}) {killed or f'exited unexpectedly with status {code}'}")
+                killed = (
+                    f"was killed by signal {-code} ({signal.Signals(-code).name})"
+                    if code < 0
+                    else ""
+                )
+                raise RuntimeError(
+                    f"DataLoader worker (pid {process.pid})"
+                    f" {killed or f'exited unexpectedly with status {code}'}"
+                )
 
 
 def _in_main_thread() -> bool:

@@ -1,4 +1,5 @@
-"""Other rules of packing, to compare ours with: what a data set would come to if it were packed as elsewhere.
+"""Other rules of packing, to compare ours with: what a data set would come to if it were packed as
+elsewhere.
 
 The rules are plain loops; where numba is installed they run as machine code, with the same result.
 """
@@ -28,8 +29,8 @@ class Strategy:
         name: of the rule.
         packs: number of packs.
         fill: share of the packs' capacity that holds tokens.
-        straggle_512: share by which the most tiles among 512 random packs are above the mean: how long 512 data ranks wait for the
-            vision encoder of the slowest.
+        straggle_512: share by which the most tiles among 512 random packs are above the mean: how
+            long 512 data ranks wait for the vision encoder of the slowest.
         tile_cap: most tiles of a pack; None: any number.
         samples_per_s: samples packed a second of one processor; choosing the cap is counted.
     """
@@ -42,12 +43,20 @@ class Strategy:
     samples_per_s: float
 
 
-def compare(tokens: np.ndarray, tiles: np.ndarray, capacity: int, *, tile_cap: int | None = None, seed: int = 0) -> tuple[Strategy, ...]:
+def compare(
+    tokens: np.ndarray,
+    tiles: np.ndarray,
+    capacity: int,
+    *,
+    tile_cap: int | None = None,
+    seed: int = 0,
+) -> tuple[Strategy, ...]:
     """Pack the samples by every rule.
 
-    ``next_fit`` closes a pack as soon as a sample does not fit, as ms-swift's sequential packing does. ``internvl_buffers`` keeps
-    InternVL's 20 open packs of at most 48 tiles; a sample of more tiles, which InternVL drops, gets a pack of its own. ``best_fit`` is best
-    fit decreasing over the tokens alone. ``global_best_fit`` is ours.
+    ``next_fit`` closes a pack as soon as a sample does not fit, as ms-swift's sequential packing
+    does. ``internvl_buffers`` keeps InternVL's 20 open packs of at most 48 tiles; a sample of more
+    tiles, which InternVL drops, gets a pack of its own. ``best_fit`` is best fit decreasing over
+    the tokens alone. ``global_best_fit`` is ours.
 
     Args:
         tokens: int [samples], aligned.
@@ -61,23 +70,33 @@ def compare(tokens: np.ndarray, tiles: np.ndarray, capacity: int, *, tile_cap: i
     loops = _loops()
 
     def ours() -> tuple[Packing, int]:
-        cap = automatic_tile_cap(tokens, tiles, capacity, seed=seed) if tile_cap is None else tile_cap
+        cap = (
+            automatic_tile_cap(tokens, tiles, capacity, seed=seed) if tile_cap is None else tile_cap
+        )
         return pack(tokens, tiles, capacity=capacity, tile_cap=cap), cap
 
     def buffered() -> tuple[Packing, int]:
-        return _packing(loops["buffered"](tokens, tiles, capacity, INTERNVL_TILES, INTERNVL_BUFFERS)), INTERNVL_TILES
+        return (
+            _packing(loops["buffered"](tokens, tiles, capacity, INTERNVL_TILES, INTERNVL_BUFFERS)),
+            INTERNVL_TILES,
+        )
 
     rules: dict[str, Callable[[], tuple[Packing, int | None]]] = {
         "next_fit": lambda: (_packing(loops["next_fit"](tokens, capacity)), None),
         "internvl_buffers": buffered,
-        "best_fit": lambda: (pack(tokens, np.zeros_like(tiles), capacity=capacity, tile_cap=0), None),
+        "best_fit": lambda: (
+            pack(tokens, np.zeros_like(tiles), capacity=capacity, tile_cap=0),
+            None,
+        ),
         "global_best_fit": ours,
     }
     return tuple(_measure(name, rule, tokens, tiles, capacity) for name, rule in rules.items())
 
 
 def straggle(work: np.ndarray, *, ranks: int = STRAGGLE_RANKS) -> float:
-    """Share by which the most work among ``ranks`` random packs is above the mean, averaged over draws; 0 where there is no work."""
+    """Share by which the most work among ``ranks`` random packs is above the mean, averaged over
+    draws; 0 where there is no work.
+    """
     if not work.any():
         return 0.0
     draws = np.random.default_rng(0).choice(work, (STRAGGLE_DRAWS, ranks))
@@ -85,7 +104,9 @@ def straggle(work: np.ndarray, *, ranks: int = STRAGGLE_RANKS) -> float:
 
 
 def next_fit(tokens: np.ndarray, capacity: int) -> tuple[np.ndarray, int]:
-    """The bin of each sample in the order given, and the number of bins; only the last bin is open."""
+    """The bin of each sample in the order given, and the number of bins; only the last bin
+    is open.
+    """
     bin_of = np.empty(len(tokens), np.int32)
     bins = 0
     left = 0
@@ -98,19 +119,27 @@ def next_fit(tokens: np.ndarray, capacity: int) -> tuple[np.ndarray, int]:
     return bin_of, bins
 
 
-def buffered(tokens: np.ndarray, tiles: np.ndarray, capacity: int, most_tiles: int, buffers: int) -> tuple[np.ndarray, int]:
-    """First fit over a few open bins, those with most tiles first, as in InternVL's ``PackedDataset``.
+def buffered(
+    tokens: np.ndarray, tiles: np.ndarray, capacity: int, most_tiles: int, buffers: int
+) -> tuple[np.ndarray, int]:
+    """First fit over a few open bins, those with most tiles first, as in InternVL's
+    ``PackedDataset``.
 
-    A bin is closed when its tokens or its tiles are all used, or when there are more than ``buffers`` of them: then the one with most
-    tiles.
+    A bin is closed when its tokens or its tiles are all used, or when there are more than
+    ``buffers`` of them: then the one with most tiles.
     """
     bin_of = np.empty(len(tokens), np.int32)
-    held = np.zeros((buffers + 1, 3), np.int64)  # bin, tokens, tiles of each open bin; most tiles first
+    held = np.zeros(
+        (buffers + 1, 3), np.int64
+    )  # bin, tokens, tiles of each open bin; most tiles first
     count = 0
     bins = 0
     for sample in range(len(tokens)):
         place = 0
-        while place < count and (held[place, 1] + tokens[sample] > capacity or held[place, 2] + tiles[sample] > most_tiles):
+        while place < count and (
+            held[place, 1] + tokens[sample] > capacity
+            or held[place, 2] + tiles[sample] > most_tiles
+        ):
             place += 1
         if place < count:
             chosen = held[place, 0]
@@ -158,7 +187,13 @@ def _packing(found: tuple[np.ndarray, int]) -> Packing:
     return Packing(bin_of=found[0], bins=int(found[1]))
 
 
-def _measure(name: str, rule: Callable[[], tuple[Packing, int | None]], tokens: np.ndarray, tiles: np.ndarray, capacity: int) -> Strategy:
+def _measure(
+    name: str,
+    rule: Callable[[], tuple[Packing, int | None]],
+    tokens: np.ndarray,
+    tiles: np.ndarray,
+    capacity: int,
+) -> Strategy:
     """Run a rule and weigh its packs."""
     start = time.process_time()
     packing, cap = rule()

@@ -1,11 +1,13 @@
 """Which samples share a pack: best fit over all samples, in two dimensions (tokens and tiles).
 
-Samples are placed longest first (best fit decreasing), each into the open pack that it leaves least room in: the sum of the shares of
-tokens and of tiles that stay free. Open packs are kept by their free tiles and free tokens, one set of bits over the free tokens for each
-number of free tiles, so the best one is found without looking at the packs one by one.
+Samples are placed longest first (best fit decreasing), each into the open pack that it leaves least
+room in: the sum of the shares of tokens and of tiles that stay free. Open packs are kept by their
+free tiles and free tokens, one set of bits over the free tokens for each number of free tiles, so
+the best one is found without looking at the packs one by one.
 
-The tile cap is what makes the second dimension worth it: a pack with the mean number of tiles is a full share of the vision encoder's
-work, so a cap just above the mean keeps all ranks busy alike, and with best fit it hardly costs tokens.
+The tile cap is what makes the second dimension worth it: a pack with the mean number of tiles is a
+full share of the vision encoder's work, so a cap just above the mean keeps all ranks busy alike,
+and with best fit it hardly costs tokens.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ CAP_FACTORS = (1.01, 1.02, 1.03, 1.04, 1.06, 1.08, 1.1, 1.15, 1.2, 1.3, 1.5, 2.0
 # Caps below the mean cannot fill the packs; the curve shows what they would cost.
 LOW_CAP_FACTORS = (0.8, 0.85, 0.9, 0.95, 1.0)
 GOOD_FILL = 0.999
-# Caps are tried on this many samples; more do not change which cap is found, only how long it takes.
+# Caps are tried on this many samples; more do not change which cap is found, only how long it
+# takes.
 TRIAL_SAMPLES = 100_000
 
 
@@ -38,10 +41,12 @@ class Packing:
     bins: int
 
     def members(self, seed: int, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The samples of all packs, pack after pack, and where each pack starts: pack b holds ``order[starts[b]:starts[b + 1]]``.
+        """The samples of all packs, pack after pack, and where each pack starts: pack b holds
+        ``order[starts[b]:starts[b + 1]]``.
 
         Args:
-            seed: samples inside a pack come in a random order that it fixes; otherwise the longest would always be first.
+            seed: samples inside a pack come in a random order that it fixes; otherwise the longest
+                would always be first.
             places: int [bins], which pack each bin becomes.
         """
         bin_of = places.astype(np.int32)[self.bin_of]
@@ -53,10 +58,12 @@ class Packing:
 
 
 def pack(tokens: np.ndarray, tiles: np.ndarray, *, capacity: int, tile_cap: int) -> Packing:
-    """Put samples into as few packs as best fit finds. Runs as machine code where numba is installed; the result is the same without.
+    """Put samples into as few packs as best fit finds. Runs as machine code where numba is
+    installed; the result is the same without.
 
     Args:
-        tokens: int [samples], tokens of each sample, rounded up to the alignment of samples in a pack.
+        tokens: int [samples], tokens of each sample, rounded up to the alignment of samples in a
+            pack.
         tiles: int [samples], tiles of each sample.
         capacity: most tokens of a pack.
         tile_cap: most tiles of a pack.
@@ -84,22 +91,32 @@ def pack(tokens: np.ndarray, tiles: np.ndarray, *, capacity: int, tile_cap: int)
 
 @dataclass(frozen=True, kw_only=True)
 class CapTrial:
-    """What a tile cap comes to: the fill of packs of a random part of the samples, against the fewest packs that could hold their
-    tokens."""
+    """What a tile cap comes to: the fill of packs of a random part of the samples, against the
+    fewest packs that could hold their tokens.
+    """
 
     tile_cap: int
     fill: float
 
 
 def automatic_tile_cap(
-    tokens: np.ndarray, tiles: np.ndarray, capacity: int, *, good_fill: float = GOOD_FILL, seed: int = 0, multiple: int = 1
+    tokens: np.ndarray,
+    tiles: np.ndarray,
+    capacity: int,
+    *,
+    good_fill: float = GOOD_FILL,
+    seed: int = 0,
+    multiple: int = 1,
 ) -> int:
-    """The lowest tile cap that costs hardly any tokens, found by packing a random part of the samples with several caps.
+    """The lowest tile cap that costs hardly any tokens, found by packing a random part of the
+    samples with several caps.
 
-    Tried are 1.01, 1.02, 1.03, ... times the mean tiles of a full pack, never below the tiles of the largest sample, and at last a
-    cap that cannot bind. Taken is the lowest whose fill is ``good_fill`` or more, measured against the fewest packs that could hold
-    the tokens, so that a small set is not blamed for its last pack. Where none is, it is the lowest of those with the best fill. All are
-    rounded up to a ``multiple``, where a pack's tiles will be filled up to it anyway.
+    Tried are 1.01, 1.02, 1.03, ... times the mean tiles of a full pack, never below the tiles of
+    the largest sample, and at last a cap that cannot bind. Taken is the lowest whose fill is
+    ``good_fill`` or more, measured against the fewest packs that could hold the tokens, so that a
+    small set is not blamed for its last pack. Where none is, it is the lowest of those with the
+    best fill. All are rounded up to a ``multiple``, where a pack's tiles will be filled up to it
+    anyway.
 
     Raises:
         ValueError: a sample that is empty or longer than the capacity.
@@ -113,10 +130,20 @@ def automatic_tile_cap(
 
 
 def cap_curve(
-    tokens: np.ndarray, tiles: np.ndarray, capacity: int, *, seed: int = 0, also: int = 0, multiple: int = 1
+    tokens: np.ndarray,
+    tiles: np.ndarray,
+    capacity: int,
+    *,
+    seed: int = 0,
+    also: int = 0,
+    multiple: int = 1,
 ) -> tuple[CapTrial, ...]:
-    """The fill with each of the caps that ``automatic_tile_cap`` may take, with some lower ones, and with the cap ``also``."""
-    return tuple(_try_caps(tokens, tiles, capacity, seed, (*LOW_CAP_FACTORS, *CAP_FACTORS), also, multiple))
+    """The fill with each of the caps that ``automatic_tile_cap`` may take, with some lower ones,
+    and with the cap ``also``.
+    """
+    return tuple(
+        _try_caps(tokens, tiles, capacity, seed, (*LOW_CAP_FACTORS, *CAP_FACTORS), also, multiple)
+    )
 
 
 def _try_caps(
@@ -142,19 +169,24 @@ def _try_caps(
     total = int(tokens.sum(dtype=np.int64))
     mean = int(tiles.sum(dtype=np.int64)) * capacity / total
     # No pack can hold more: its tokens times the densest sample's tiles a token.
-    unbound = max(most, min(int(capacity * float((tiles / tokens).max())), int(tiles.sum(dtype=np.int64))))
+    unbound = max(
+        most, min(int(capacity * float((tiles / tokens).max())), int(tiles.sum(dtype=np.int64)))
+    )
     wanted = {min(max(math.ceil(factor * mean), most), unbound) for factor in factors} | {unbound}
     caps = {-(-cap // multiple) * multiple for cap in wanted}
     fewest = math.ceil(total / capacity)
     for cap in sorted(caps | ({also} if also >= most else set())):
-        yield CapTrial(tile_cap=cap, fill=fewest / pack(tokens, tiles, capacity=capacity, tile_cap=cap).bins)
+        yield CapTrial(
+            tile_cap=cap, fill=fewest / pack(tokens, tiles, capacity=capacity, tile_cap=cap).bins
+        )
 
 
 def _check(tokens: np.ndarray, tiles: np.ndarray, capacity: int, tile_cap: int) -> None:
     """Raise ValueError for a sample that no pack can hold."""
     if tokens.shape != tiles.shape or tokens.ndim != 1:
         raise ValueError(
-            f"token counts of shape {tokens.shape} and tile counts of shape {tiles.shape} must be one list of the same samples"
+            f"token counts of shape {tokens.shape} and tile counts of shape {tiles.shape} must be"
+            " one list of the same samples"
         )
     rules = (
         (tokens < 1, "has no tokens", tokens),
@@ -165,12 +197,21 @@ def _check(tokens: np.ndarray, tiles: np.ndarray, capacity: int, tile_cap: int) 
     for wrong, what, values in rules:
         if wrong.any():
             first = int(np.argmax(wrong))
-            raise ValueError(f"sample {first} {what}: {values[first]}; {np.count_nonzero(wrong)} of {len(tokens)} samples do")
+            raise ValueError(
+                f"sample {first} {what}: {values[first]}; {np.count_nonzero(wrong)} of"
+                f" {len(tokens)} samples do"
+            )
 
 
-def best_fit_python(tokens: np.ndarray, tiles: np.ndarray, order: np.ndarray, capacity: int, tile_cap: int) -> tuple[np.ndarray, int]:
-    """``packing_numba.best_fit`` in plain Python, with whole numbers of any size as sets of bits. The result is the same, bin for bin."""
-    free = [0] * (tile_cap + 1)  # for each number of free tiles: bit t is set where a bin with t free tokens is open
+def best_fit_python(
+    tokens: np.ndarray, tiles: np.ndarray, order: np.ndarray, capacity: int, tile_cap: int
+) -> tuple[np.ndarray, int]:
+    """``packing_numba.best_fit`` in plain Python, with whole numbers of any size as sets of bits.
+    The result is the same, bin for bin.
+    """
+    free = [0] * (
+        tile_cap + 1
+    )  # for each number of free tiles: bit t is set where a bin with t free tokens is open
     open_bins: dict[tuple[int, int], list[int]] = {}
     bin_of = np.empty(len(tokens), np.int32)
     bins = 0

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-# Multiplying a power of two by this number brings a different run of six bits to its top for each (a de Bruijn sequence).
+# Multiplying a power of two by this number brings a different run of six bits to its top for each
+# (a de Bruijn sequence).
 DE_BRUIJN = np.uint64(0x03F79D71B4CB0A89)
 PLACE_OF_RUN = np.zeros(64, np.int64)
 PLACE_OF_RUN[[(1 << place) * int(DE_BRUIJN) % 2**64 >> 58 for place in range(64)]] = np.arange(64)
@@ -19,7 +20,9 @@ def _lowest_bit(word):
 
 @numba.njit(cache=True)
 def _first_from(bits, summary, need):
-    """The lowest bit that is set in ``bits`` at ``need`` or above, or -1. A bit of ``summary`` says which words of ``bits`` have any."""
+    """The lowest bit that is set in ``bits`` at ``need`` or above, or -1. A bit of ``summary`` says
+    which words of ``bits`` have any.
+    """
     everything = ~np.uint64(0)
     word = need >> 6
     found = bits[word] & (everything << np.uint64(need & 63))
@@ -40,15 +43,17 @@ def _first_from(bits, summary, need):
 def best_fit(tokens, tiles, order, capacity, tile_cap):
     """Best fit in the given order: int32 bin of each sample, and the number of bins.
 
-    Scores are whole numbers, so that every machine finds the same bins: free tokens x tile cap + free tiles x capacity. Among bins that
-    leave the same room, the one that got there last is taken.
+    Scores are whole numbers, so that every machine finds the same bins: free tokens x tile cap +
+    free tiles x capacity. Among bins that leave the same room, the one that got there last is
+    taken.
     """
     words = (capacity >> 6) + 1
     bits = np.zeros((tile_cap + 1, words), np.uint64)
     # One word more than needed: the search may look one place past the last word.
     summary = np.zeros((tile_cap + 1, (words >> 6) + 1), np.uint64)
     newest = np.full((tile_cap + 1, capacity + 1), -1, np.int32)
-    # Not below the most free tokens of a row's bins: most rows hold nothing large enough, and are passed over by one comparison.
+    # Not below the most free tokens of a row's bins: most rows hold nothing large enough, and are
+    # passed over by one comparison.
     most_left = np.full(tile_cap + 1, -1, np.int64)
     before = np.empty(len(tokens), np.int32)
     bin_of = np.empty(len(tokens), np.int32)

@@ -27,8 +27,9 @@ def find_levels(difficulty: np.ndarray, wanted: int) -> Levels:
 
     Args:
         difficulty: float [samples].
-        wanted: levels of as many samples each as can be, since samples of one difficulty are of one level; where a few difficulties are
-            common there are fewer levels. 0: a level for each difficulty.
+        wanted: levels of as many samples each as can be, since samples of one difficulty are of one
+            level; where a few difficulties are common there are fewer levels. 0: a level for each
+            difficulty.
 
     Raises:
         ValueError: more difficulties than there may be levels.
@@ -36,12 +37,20 @@ def find_levels(difficulty: np.ndarray, wanted: int) -> Levels:
     values, counts = np.unique(difficulty, return_counts=True)
     if wanted == 0 and len(values) > MOST_LEVELS:
         raise ValueError(
-            f"--levels 0: records have {len(values)} different difficulties, and there are {MOST_LEVELS} levels at most; use 3, say"
+            f"--levels 0: records have {len(values)} different difficulties, and there are"
+            f" {MOST_LEVELS} levels at most; use 3, say"
         )
     # The level of a difficulty is that of its middle sample.
     middle = np.cumsum(counts) - counts / 2
-    level = np.arange(len(values)) if wanted == 0 else (middle * wanted / max(1, counts.sum())).astype(np.int64)
+    level = (
+        np.arange(len(values))
+        if wanted == 0
+        else (middle * wanted / max(1, counts.sum())).astype(np.int64)
+    )
     starts = np.flatnonzero(np.diff(level, prepend=-1))
     ends = np.append(starts[1:], len(values)) - 1
     of_sample = np.searchsorted(values[starts[1:]], difficulty, side="right").astype(np.int8)
-    return Levels(of_sample=of_sample, bounds=tuple(zip(values[starts].tolist(), values[ends].tolist(), strict=True)))
+    return Levels(
+        of_sample=of_sample,
+        bounds=tuple(zip(values[starts].tolist(), values[ends].tolist(), strict=True)),
+    )

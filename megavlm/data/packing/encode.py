@@ -1,4 +1,6 @@
-"""From a record to a sample: images are looked at, frames chosen, tiles counted, the conversation becomes tokens."""
+"""From a record to a sample: images are looked at, frames chosen, tiles counted, the conversation
+becomes tokens.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +23,9 @@ from megavlm.data.text.chat_tokens import ChatTemplate
 class Images(Enum):
     """How far images and videos are read.
 
-    HEADER: their sizes and frame times only; a file whose end is missing passes. Samples then hold no bytes.
-    DECODE: the pixels too, to see that they can be; samples hold no bytes.
-    LOAD: the bytes are kept in the sample; images are not decoded, frames of videos have to be.
+    HEADER: their sizes and frame times only; a file whose end is missing passes. Samples then hold
+    no bytes. DECODE: the pixels too, to see that they can be; samples hold no bytes. LOAD: the
+    bytes are kept in the sample; images are not decoded, frames of videos have to be.
     """
 
     HEADER = "header"
@@ -60,7 +62,9 @@ class Encoder:
         self.frames = frames or FrameChoice()
         self.seed = seed
 
-    def encode_entry(self, entry: Entry, annotations: Annotations, *, source: int, images: Images) -> Sample | Reject:
+    def encode_entry(
+        self, entry: Entry, annotations: Annotations, *, source: int, images: Images
+    ) -> Sample | Reject:
         """The sample of one entry of an annotation file, or why there is none.
 
         Args:
@@ -73,11 +77,22 @@ class Encoder:
             fields = entry.fields()
             annotations.keep.check_fields(fields)
             difficulty = annotations.difficulty_of(fields)
-            record = parse_record(fields, root=annotations.root, files=entry.files, prompt=annotations.prompt)
+            record = parse_record(
+                fields, root=annotations.root, files=entry.files, prompt=annotations.prompt
+            )
             limits = {"max_tiles": annotations.max_tiles, "keep": annotations.keep}
-            return self.encode(record, source=source, line=entry.number, images=images, difficulty=difficulty, **limits)
+            return self.encode(
+                record,
+                source=source,
+                line=entry.number,
+                images=images,
+                difficulty=difficulty,
+                **limits,
+            )
         except RejectError as error:
-            return Reject(file=annotations.path, line=entry.number, reason=error.reason, detail=error.detail)
+            return Reject(
+                file=annotations.path, line=entry.number, reason=error.reason, detail=error.detail
+            )
 
     def encode(
         self,
@@ -111,7 +126,10 @@ class Encoder:
             pictures = self._frames(record.video, images, rng)
             turns = show_frames(turns, len(pictures))
         else:
-            pictures = tuple(self._image(file, len(record.images), max_tiles, images, keep) for file in record.images)
+            pictures = tuple(
+                self._image(file, len(record.images), max_tiles, images, keep)
+                for file in record.images
+            )
         tiles = [picture.tiles for picture in pictures]
         if self.tile_cap is not None and sum(tiles) > self.tile_cap:
             raise RejectError(
@@ -123,13 +141,23 @@ class Encoder:
         if len(tokens) > self.capacity:
             raise RejectError(
                 "too_long",
-                f"{len(tokens)} tokens, {sum(tiles) * self.template.features_per_tile} of them for {sum(tiles)} tiles, "
-                f"but a pack holds {self.capacity}: raise --capacity or lower {'--max_frames' if record.video else '--max_tiles'}",
+                f"{len(tokens)} tokens, {sum(tiles) * self.template.features_per_tile} of them for"
+                f" {sum(tiles)} tiles, but a pack holds {self.capacity}: raise --capacity or lower"
+                f" {'--max_frames' if record.video else '--max_tiles'}",
             )
         keep.check_length(len(tokens))
-        return Sample(tokens=tokens, supervised=supervised, images=pictures, source=source, line=line, difficulty=difficulty)
+        return Sample(
+            tokens=tokens,
+            supervised=supervised,
+            images=pictures,
+            source=source,
+            line=line,
+            difficulty=difficulty,
+        )
 
-    def _image(self, file: MediaFile, images: int, max_tiles: int | None, how: Images, keep: Filter) -> Image:
+    def _image(
+        self, file: MediaFile, images: int, max_tiles: int | None, how: Images, keep: Filter
+    ) -> Image:
         """One of a record's ``images`` images."""
         try:
             with open_media(file) as opened:
@@ -157,18 +185,30 @@ class Encoder:
         try:
             places = self.frames.choose(frame_times(video.file), video.clip, rng)
             if how is Images.HEADER:
-                return tuple(Image(encoded=b"", width=0, height=0, columns=1, rows=1, tiles=1) for _ in places)
+                return tuple(
+                    Image(encoded=b"", width=0, height=0, columns=1, rows=1, tiles=1)
+                    for _ in places
+                )
             load_decoders()
             frames = read_frames(video.file, places, self.tiling.tile_size, self.tiling.pad_colour)
             for frame in frames if how is Images.DECODE else ():
                 check_pixels(frame.encoded)
         except OSError as error:
-            raise RejectError("missing_video", f"{video.file.path}: {error.strerror or error}") from None
+            raise RejectError(
+                "missing_video", f"{video.file.path}: {error.strerror or error}"
+            ) from None
         except RejectError as error:
             raise RejectError(error.reason, f"{video.file.path}: {error.detail}") from None
         except ValueError as error:
             raise RejectError("unreadable_video", f"{video.file.path}: {error}") from None
         return tuple(
-            Image(encoded=frame.encoded if how is Images.LOAD else b"", width=frame.width, height=frame.height, columns=1, rows=1, tiles=1)
+            Image(
+                encoded=frame.encoded if how is Images.LOAD else b"",
+                width=frame.width,
+                height=frame.height,
+                columns=1,
+                rows=1,
+                tiles=1,
+            )
             for frame in frames
         )

@@ -1,4 +1,6 @@
-"""Processes that encode records: each builds its encoder once, and results come back in the order of the tasks."""
+"""Processes that encode records: each builds its encoder once, and results come back in the order
+of the tasks.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,8 @@ Task = TypeVar("Task")
 Result = TypeVar("Result")
 Executor = Literal["processes", "ray"]
 
-# Enough that no worker waits for the reader, and few enough that results do not pile up in memory when the writer is slower.
+# Enough that no worker waits for the reader, and few enough that results do not pile up in memory
+# when the writer is slower.
 TASKS_PER_WORKER = 4
 
 
@@ -33,9 +36,11 @@ class EncoderSettings:
 
     Args:
         tokenizer: folder of the tokenizer, special tokens included.
-        fingerprint: of that tokenizer; tells apart two that lie in the same folder one after the other.
+        fingerprint: of that tokenizer; tells apart two that lie in the same folder one after the
+            other.
         template: name of the conversation template.
-        system_message: what a conversation without a system turn begins with; None: the template's own.
+        system_message: what a conversation without a system turn begins with; None: the template's
+            own.
         features_per_tile: ``<IMG_CONTEXT>`` tokens of one tile.
         tiling: how images become tiles.
         frames: how frames of videos are chosen.
@@ -62,20 +67,35 @@ def build_encoder(settings: EncoderSettings) -> Encoder:
     # The processes are the parallelism; threads of the tokenizer on top would only fight for cores.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     template = ChatTemplate(
-        load_tokenizer(settings.tokenizer), settings.features_per_tile, name=settings.template, system_message=settings.system_message
+        load_tokenizer(settings.tokenizer),
+        settings.features_per_tile,
+        name=settings.template,
+        system_message=settings.system_message,
     )
-    return Encoder(template, settings.tiling, settings.capacity, settings.tile_cap, frames=settings.frames, seed=settings.seed)
+    return Encoder(
+        template,
+        settings.tiling,
+        settings.capacity,
+        settings.tile_cap,
+        frames=settings.frames,
+        seed=settings.seed,
+    )
 
 
 def ordered_map(
-    function: Callable[[Task], Result], tasks: Iterable[Task], workers: int, executor: Executor = "processes"
+    function: Callable[[Task], Result],
+    tasks: Iterable[Task],
+    workers: int,
+    executor: Executor = "processes",
 ) -> Iterator[Result]:
-    """``function`` of each task, in order, computed by other processes, a bounded number of tasks ahead.
+    """``function`` of each task, in order, computed by other processes, a bounded number of tasks
+    ahead.
 
     Args:
         function: of a module that the processes can import.
         tasks: read as results are taken.
-        workers: processes on this machine (0: this one); with Ray, tasks at a time (0: as many as the cluster has cores).
+        workers: processes on this machine (0: this one); with Ray, tasks at a time (0: as many as
+            the cluster has cores).
         executor: where the processes run.
 
     Raises:
@@ -89,9 +109,12 @@ def ordered_map(
         yield from _process_map(function, tasks, workers)
 
 
-def _process_map(function: Callable[[Task], Result], tasks: Iterable[Task], workers: int) -> Iterator[Result]:
+def _process_map(
+    function: Callable[[Task], Result], tasks: Iterable[Task], workers: int
+) -> Iterator[Result]:
     """``ordered_map`` over processes of this machine."""
-    # Forked, so that all share what they import, but from a process without threads: the tokenizer's do not survive a fork.
+    # Forked, so that all share what they import, but from a process without threads: the
+    # tokenizer's do not survive a fork.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([function.__module__])
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_follow_parent) as pool:
@@ -105,14 +128,17 @@ def _process_map(function: Callable[[Task], Result], tasks: Iterable[Task], work
                 yield waiting.popleft().result()
         except BrokenProcessPool:
             raise RuntimeError(
-                f"one of {workers} worker processes ended on its own, for lack of memory maybe; the same command goes on"
+                f"one of {workers} worker processes ended on its own, for lack of memory maybe; the"
+                " same command goes on"
             ) from None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _follow_parent() -> None:
-    """In a worker: end when the process that has started it ends, killed ones too. The pool's own workers would wait for tasks for ever."""
+    """In a worker: end when the process that has started it ends, killed ones too. The pool's own
+    workers would wait for tasks for ever.
+    """
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
@@ -121,8 +147,12 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _ray_map(function: Callable[[Task], Result], tasks: Iterable[Task], workers: int) -> Iterator[Result]:
-    """``ordered_map`` over a Ray cluster: the one that RAY_ADDRESS names, one that runs on this machine, or a new one of this machine."""
+def _ray_map(
+    function: Callable[[Task], Result], tasks: Iterable[Task], workers: int
+) -> Iterator[Result]:
+    """``ordered_map`` over a Ray cluster: the one that RAY_ADDRESS names, one that runs on this
+    machine, or a new one of this machine.
+    """
     try:
         import ray
     except ModuleNotFoundError as error:
@@ -138,8 +168,14 @@ def _ray_map(function: Callable[[Task], Result], tasks: Iterable[Task], workers:
                 yield ray.get(waiting.popleft())
         while waiting:
             yield ray.get(waiting.popleft())
-    except (ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError, ray.exceptions.OutOfMemoryError) as error:
-        raise RuntimeError(f"a process of the Ray cluster ended on its own; the same command goes on: {error}") from None
+    except (
+        ray.exceptions.WorkerCrashedError,
+        ray.exceptions.NodeDiedError,
+        ray.exceptions.OutOfMemoryError,
+    ) as error:
+        raise RuntimeError(
+            f"a process of the Ray cluster ended on its own; the same command goes on: {error}"
+        ) from None
     finally:
         for unfinished in waiting:
             ray.cancel(unfinished)

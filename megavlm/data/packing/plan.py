@@ -15,7 +15,8 @@ from megavlm.data.records.meta_file import Annotations
 from megavlm.data.store.manifest import Level
 from megavlm.io.record_file import Rows
 
-# A shard is large enough to be read at speed, and small enough that little is lost when a packing is stopped; there are never very many.
+# A shard is large enough to be read at speed, and small enough that little is lost when a packing
+# is stopped; there are never very many.
 LEAST_PACKS_PER_SHARD = 64
 MOST_SHARDS = 16384
 
@@ -25,7 +26,8 @@ class PackPlan:
     """Which samples go into which pack, and which packs into which shard.
 
     Args:
-        order: int32, rows of the survey, pack after pack; a record that is taken k times is there k times.
+        order: int32, rows of the survey, pack after pack; a record that is taken k times is there k
+            times.
         starts: int64 [packs + 1]; pack b holds ``order[starts[b]:starts[b + 1]]``.
         tile_cap: most tiles of a pack.
         levels: of difficulty, one after the other; none where it is not known.
@@ -59,8 +61,15 @@ class PackPlan:
     def levels_without(self, lost_packs: Sequence[int]) -> tuple[Level, ...]:
         """The levels of difficulty when some packs are not written after all."""
         ends = np.cumsum([level.packs for level in self.levels])
-        lost = np.bincount(np.searchsorted(ends, lost_packs, side="right"), minlength=len(ends)) if self.levels else ()
-        left = (replace(level, packs=level.packs - int(count)) for level, count in zip(self.levels, lost, strict=True))
+        lost = (
+            np.bincount(np.searchsorted(ends, lost_packs, side="right"), minlength=len(ends))
+            if self.levels
+            else ()
+        )
+        left = (
+            replace(level, packs=level.packs - int(count))
+            for level, count in zip(self.levels, lost, strict=True)
+        )
         return tuple(level for level in left if level.packs)
 
 
@@ -81,7 +90,9 @@ class Samples:
     levels: Levels | None = None
 
 
-def gather_samples(rows: Rows, sources: Sequence[Annotations], alignment: int, seed: int, levels: int = 0) -> Samples:
+def gather_samples(
+    rows: Rows, sources: Sequence[Annotations], alignment: int, seed: int, levels: int = 0
+) -> Samples:
     """The sizes of the samples that the rows of a survey stand for.
 
     Args:
@@ -94,7 +105,8 @@ def gather_samples(rows: Rows, sources: Sequence[Annotations], alignment: int, s
     chosen = np.arange(len(rows), dtype=np.int32)
     if any(source.weight is not None or source.repeat_time > 1 for source in sources):
         chosen = take(rows["source"], sources, seed)
-    # Best fit takes equally long samples as they come: shuffled, so that neighbours in a file do not share a pack.
+    # Best fit takes equally long samples as they come: shuffled, so that neighbours in a file do
+    # not share a pack.
     np.random.default_rng((seed, 0)).shuffle(chosen)
     tokens = rows["tokens"][chosen]
     if alignment > 1:
@@ -104,8 +116,11 @@ def gather_samples(rows: Rows, sources: Sequence[Annotations], alignment: int, s
     return Samples(rows=chosen, tokens=tokens, tiles=rows["tiles"][chosen], levels=found)
 
 
-def plan_packs(samples: Samples, *, capacity: int, tile_cap: int | None, seed: int, tile_multiple: int = 1) -> PackPlan:
-    """Plan the packs over all samples, those of like cost beside each other. A pack has samples of one level of difficulty.
+def plan_packs(
+    samples: Samples, *, capacity: int, tile_cap: int | None, seed: int, tile_multiple: int = 1
+) -> PackPlan:
+    """Plan the packs over all samples, those of like cost beside each other. A pack has samples of
+    one level of difficulty.
 
     Args:
         samples: their sizes.
@@ -120,25 +135,42 @@ def plan_packs(samples: Samples, *, capacity: int, tile_cap: int | None, seed: i
     levels = []
     for number, (easiest, hardest) in enumerate(samples.levels.bounds):
         own = samples.levels.of_sample == number
-        level = Samples(rows=samples.rows[own], tokens=samples.tokens[own], tiles=samples.tiles[own])
+        level = Samples(
+            rows=samples.rows[own], tokens=samples.tokens[own], tiles=samples.tiles[own]
+        )
         plans.append(_plan_level(level, capacity, tile_cap, seed, tile_multiple))
         levels.append(Level(packs=plans[-1].packs, easiest=easiest, hardest=hardest))
     before = np.cumsum([0] + [len(plan.order) for plan in plans])
     return PackPlan(
         order=np.concatenate([plan.order for plan in plans]),
-        starts=np.concatenate([[0], *(plan.starts[1:] + start for plan, start in zip(plans, before[:-1], strict=True))]),
+        starts=np.concatenate(
+            [
+                [0],
+                *(plan.starts[1:] + start for plan, start in zip(plans, before[:-1], strict=True)),
+            ]
+        ),
         tile_cap=max(plan.tile_cap for plan in plans),
         levels=tuple(levels),
     )
 
 
-def _plan_level(samples: Samples, capacity: int, tile_cap: int | None, seed: int, tile_multiple: int) -> PackPlan:
+def _plan_level(
+    samples: Samples, capacity: int, tile_cap: int | None, seed: int, tile_multiple: int
+) -> PackPlan:
     """``plan_packs`` for samples that may share packs."""
     tokens = samples.tokens
     tiles = samples.tiles
-    cap = automatic_tile_cap(tokens, tiles, capacity, seed=seed, multiple=tile_multiple) if tile_cap is None else tile_cap
+    cap = (
+        automatic_tile_cap(tokens, tiles, capacity, seed=seed, multiple=tile_multiple)
+        if tile_cap is None
+        else tile_cap
+    )
     packing = pack(tokens, tiles, capacity=capacity, tile_cap=cap)
-    squares = np.bincount(packing.bin_of, weights=np.square(tokens, dtype=np.float64), minlength=packing.bins)
-    places = places_by_cost(squares, np.bincount(packing.bin_of, weights=tiles, minlength=packing.bins))
+    squares = np.bincount(
+        packing.bin_of, weights=np.square(tokens, dtype=np.float64), minlength=packing.bins
+    )
+    places = places_by_cost(
+        squares, np.bincount(packing.bin_of, weights=tiles, minlength=packing.bins)
+    )
     order, starts = packing.members(seed, places)
     return PackPlan(order=samples.rows[order], starts=starts, tile_cap=cap)

@@ -12,8 +12,9 @@ from megavlm.data.records.meta_file import Annotations
 def take(row_sources: np.ndarray, sources: Sequence[Annotations], seed: int) -> np.ndarray:
     """Rows of the survey, each as often as its sample is taken, in the order of the rows; int32.
 
-    Without weights a sample is taken ``repeat_time`` times. With weights, as many samples are taken in all as ``repeat_time`` alone would
-    take, and each source's share of them is its weight's. What is left after whole times goes to a draw of the source's samples.
+    Without weights a sample is taken ``repeat_time`` times. With weights, as many samples are taken
+    in all as ``repeat_time`` alone would take, and each source's share of them is its weight's.
+    What is left after whole times goes to a draw of the source's samples.
 
     Args:
         row_sources: the source of each row.
@@ -30,9 +31,13 @@ def take(row_sources: np.ndarray, sources: Sequence[Annotations], seed: int) -> 
     if weights.any():
         wanted = wanted.sum() * weights / weights.sum()
     times = np.zeros(len(row_sources), np.int32)
-    for group, (count, total) in enumerate(zip(found.astype(int).tolist(), np.rint(wanted).astype(int).tolist(), strict=True)):
+    for group, (count, total) in enumerate(
+        zip(found.astype(int).tolist(), np.rint(wanted).astype(int).tolist(), strict=True)
+    ):
         if count:
             own = np.flatnonzero(group_of_row == group)
             times[own] = total // count
-            times[np.random.default_rng((seed, 1, group)).choice(own, total % count, replace=False)] += 1
+            times[
+                np.random.default_rng((seed, 1, group)).choice(own, total % count, replace=False)
+            ] += 1
     return np.repeat(np.arange(len(row_sources), dtype=np.int32), times)

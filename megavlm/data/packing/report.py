@@ -19,7 +19,9 @@ BARS = 32
 
 @dataclass(frozen=True, kw_only=True)
 class Histogram:
-    """How a whole number is spread over the samples: ``counts[k]`` of them lie in ``[edges[k], edges[k + 1])``."""
+    """How a whole number is spread over the samples: ``counts[k]`` of them lie in ``[edges[k],
+    edges[k + 1])``.
+    """
 
     edges: tuple[int, ...]
     counts: tuple[int, ...]
@@ -54,7 +56,8 @@ class Report:
         lengths: tokens of the samples, aligned.
         tile_counts: tiles of the samples.
         caps: what other tile caps would come to.
-        strategies: what other rules of packing would come to, on a random part of the samples where there are many.
+        strategies: what other rules of packing would come to, on a random part of the samples where
+            there are many.
     """
 
     out: str
@@ -90,25 +93,53 @@ class Report:
 
     def to_json(self) -> str:
         """The figures as JSON."""
-        return json.dumps({**dataclasses.asdict(self), "samples_per_second": self.samples_per_second}, indent=2, ensure_ascii=False) + "\n"
+        return (
+            json.dumps(
+                {**dataclasses.asdict(self), "samples_per_second": self.samples_per_second},
+                indent=2,
+                ensure_ascii=False,
+            )
+            + "\n"
+        )
 
     def text(self) -> str:
         """The figures as lines of text."""
         supervised = "" if self.supervised is None else f", {self.supervised:,} of them supervised"
         size = "" if self.bytes is None else f", {self.bytes / 1e6:,.1f} MB"
-        images = f"{self.tiles:,} tiles" if self.images is None else f"{self.images:,} of {self.tiles:,} tiles"
+        images = (
+            f"{self.tiles:,} tiles"
+            if self.images is None
+            else f"{self.images:,} of {self.tiles:,} tiles"
+        )
         lines = [
             f"packed    {self.out}" if self.written else f"dry run   {self.out} is not written",
             f"records   {self.records:,} read, {self.rejected:,} rejected",
-            *(f"            {count:,} {reason}: {REASONS[reason]}" for reason, count in self.rejects.items()),
+            *(
+                f"            {count:,} {reason}: {REASONS[reason]}"
+                for reason, count in self.rejects.items()
+            ),
             f"samples   {self.samples:,} of {self.tokens:,} tokens{supervised}",
             f"packs     {self.packs:,} of {self.capacity:,} tokens, {self.fill:.2%} filled{size}",
-            *(f"level     {level.packs:,} packs of difficulty {level.easiest:g} to {level.hardest:g}" for level in self.levels),
+            *(
+                f"level     {level.packs:,} packs of difficulty {level.easiest:g} to"
+                f" {level.hardest:g}"
+                for level in self.levels
+            ),
             f"images    {images}",
-            f"tiles     {self.tiles_per_pack_mean:.2f} a pack on average, {self.tiles_per_pack_max} at most (cap {self.tile_cap}); "
-            f"the most among 512 packs are {self.straggle_512:.1%} above the mean",
-            *(f"cap {trial.tile_cap:>5} {trial.fill:.3%} filled" + self._mark(trial) for trial in self.caps),
-            *(f"{rule.name:<18}{rule.fill:8.3%} filled, tiles {rule.straggle_512:.1%} above the mean" for rule in self.strategies),
+            (
+                f"tiles     {self.tiles_per_pack_mean:.2f} a pack on average,"
+                f" {self.tiles_per_pack_max} at most (cap {self.tile_cap}); the most among 512"
+                f" packs are {self.straggle_512:.1%} above the mean"
+            ),
+            *(
+                f"cap {trial.tile_cap:>5} {trial.fill:.3%} filled" + self._mark(trial)
+                for trial in self.caps
+            ),
+            *(
+                f"{rule.name:<18}{rule.fill:8.3%} filled, tiles {rule.straggle_512:.1%} above the"
+                " mean"
+                for rule in self.strategies
+            ),
             f"time      {self.seconds:.1f} s, {self.samples_per_second:,.0f} samples/s",
         ]
         return "\n".join(lines)
@@ -174,7 +205,14 @@ def make_report(
         seconds=seconds,
         lengths=_histogram(samples.tokens),
         tile_counts=_histogram(samples.tiles),
-        caps=cap_curve(samples.tokens, samples.tiles, capacity, seed=seed, also=plan.tile_cap, multiple=tile_multiple),
+        caps=cap_curve(
+            samples.tokens,
+            samples.tiles,
+            capacity,
+            seed=seed,
+            also=plan.tile_cap,
+            multiple=tile_multiple,
+        ),
         strategies=_compare(samples, capacity, plan.tile_cap, seed),
     )
 
@@ -196,7 +234,9 @@ def _compare(samples: Samples, capacity: int, tile_cap: int, seed: int) -> tuple
     """All rules of packing, on a random part of the samples where there are many."""
     chosen = slice(None)
     if len(samples.tokens) > COMPARED_SAMPLES:
-        chosen = np.random.default_rng(seed).choice(len(samples.tokens), COMPARED_SAMPLES, replace=False)
+        chosen = np.random.default_rng(seed).choice(
+            len(samples.tokens), COMPARED_SAMPLES, replace=False
+        )
     return compare(samples.tokens[chosen], samples.tiles[chosen], capacity, tile_cap=tile_cap)
 
 

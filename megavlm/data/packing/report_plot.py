@@ -20,34 +20,62 @@ def draw_report(report: Report, path: Path | str) -> None:
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("--picture draws with matplotlib, which is not installed: pip install 'megavlm[quickstart]'") from error
+        raise ModuleNotFoundError(
+            "--picture draws with matplotlib, which is not installed: pip install"
+            " 'megavlm[quickstart]'"
+        ) from error
     figure = Figure(figsize=(14, 8), layout="constrained")
     figure.suptitle(
-        f"{report.out}: {report.records:,} records, {report.packs:,} packs of {report.capacity:,} tokens, {report.fill:.3%} filled, "
-        f"{report.rejected:,} rejected"
+        f"{report.out}: {report.records:,} records, {report.packs:,} packs of {report.capacity:,}"
+        f" tokens, {report.fill:.3%} filled, {report.rejected:,} rejected"
     )
     axes = figure.subplots(2, 3)
     _draw_histogram(axes[0, 0], report.lengths, "tokens of a sample")
     _draw_histogram(axes[0, 1], report.tile_counts, "tiles of a sample")
     _draw_caps(axes[0, 2], report)
     names = [rule.name.replace("_", " ") for rule in report.strategies]
-    _draw_bars(axes[1, 0], names, [100 * (1 - rule.fill) for rule in report.strategies], "empty, % of the packs' tokens")
-    _draw_bars(axes[1, 1], names, [100 * rule.straggle_512 for rule in report.strategies], "most tiles of 512 packs, % above the mean")
+    _draw_bars(
+        axes[1, 0],
+        names,
+        [100 * (1 - rule.fill) for rule in report.strategies],
+        "empty, % of the packs' tokens",
+    )
+    _draw_bars(
+        axes[1, 1],
+        names,
+        [100 * rule.straggle_512 for rule in report.strategies],
+        "most tiles of 512 packs, % above the mean",
+    )
     _draw_rejects(axes[1, 2], report)
     figure.savefig(path, dpi=100)
 
 
 def _draw_histogram(axes, histogram: Histogram, label: str) -> None:
     """One figure of the samples; the counts differ by powers of ten."""
-    axes.bar(histogram.edges[:-1], histogram.counts, width=histogram.edges[1] - histogram.edges[0], align="edge", color=COLOUR)
+    axes.bar(
+        histogram.edges[:-1],
+        histogram.counts,
+        width=histogram.edges[1] - histogram.edges[0],
+        align="edge",
+        color=COLOUR,
+    )
     axes.set(xlabel=label, ylabel="samples", yscale="log")
 
 
 def _draw_caps(axes, report: Report) -> None:
     """The fill with other tile caps."""
-    axes.plot([trial.tile_cap for trial in report.caps], [100 * trial.fill for trial in report.caps], marker="o", color=COLOUR)
+    axes.plot(
+        [trial.tile_cap for trial in report.caps],
+        [100 * trial.fill for trial in report.caps],
+        marker="o",
+        color=COLOUR,
+    )
     axes.axvline(report.tile_cap, color=TAKEN_COLOUR, label=f"taken: {report.tile_cap}")
-    axes.axvline(report.tiles_per_pack_mean, color=OTHER_COLOUR, label=f"mean of a pack: {report.tiles_per_pack_mean:.1f}")
+    axes.axvline(
+        report.tiles_per_pack_mean,
+        color=OTHER_COLOUR,
+        label=f"mean of a pack: {report.tiles_per_pack_mean:.1f}",
+    )
     axes.set(xlabel="tile cap", ylabel="fill, % of the best possible")
     axes.legend()
 

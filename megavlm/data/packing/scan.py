@@ -1,7 +1,8 @@
-"""First pass over the annotation files: the tokens and tiles of each record, and the records to leave out.
+"""First pass over the annotation files: the tokens and tiles of each record, and the records to
+leave out.
 
-Of a record only a row of 28 bytes is kept, in a file. What is done is written down now and then, and a survey that was stopped goes on
-there.
+Of a record only a row of 28 bytes is kept, in a file. What is done is written down now and then,
+and a survey that was stopped goes on there.
 """
 
 from __future__ import annotations
@@ -28,9 +29,19 @@ from megavlm.io.progress import Progress
 from megavlm.io.record_file import Rows
 from megavlm.io.storage import LocalFiles
 
-ROW = np.dtype([("offset", "<i8"), ("line", "<i4"), ("tokens", "<i4"), ("tiles", "<i4"), ("source", "<i4"), ("difficulty", "<f4")])
+ROW = np.dtype(
+    [
+        ("offset", "<i8"),
+        ("line", "<i4"),
+        ("tokens", "<i4"),
+        ("tiles", "<i4"),
+        ("source", "<i4"),
+        ("difficulty", "<f4"),
+    ]
+)
 LINES_PER_TASK = 32
-# So many records without one that can be used mean a wrong folder or format, which is better told now than after hours.
+# So many records without one that can be used mean a wrong folder or format, which is better told
+# now than after hours.
 HOPELESS_RECORDS = 2000
 SHOWN_REJECTS = 5
 ROWS_NAME = "rows.bin"
@@ -60,7 +71,9 @@ class Span:
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """What came of a span: the number of its records, a row (of type ``ROW``) for each sample, and the rejected records."""
+    """What came of a span: the number of its records, a row (of type ``ROW``) for each sample, and
+    the rejected records.
+    """
 
     span: Span
     records: int
@@ -129,7 +142,8 @@ def survey(
     Args:
         sources: annotation files.
         settings: of the encoder.
-        folder: where rows and rejected records (``rejects.jsonl``, one JSON object a line, in the order of the files) are written.
+        folder: where rows and rejected records (``rejects.jsonl``, one JSON object a line, in the
+            order of the files) are written.
         images: how far images are read.
         workers, executor: as for ``ordered_map``.
 
@@ -151,7 +165,10 @@ def survey(
             for measured in ordered_map(measure, spans, workers, executor):
                 rows.write(measured.rows.tobytes())
                 rejects.write(_note(state, measured))
-                progress.add(measured.span.block.size, f"{sum(state.records)} records, {sum(state.rejects.values())} rejected")
+                progress.add(
+                    measured.span.block.size,
+                    f"{sum(state.records)} records, {sum(state.rejects.values())} rejected",
+                )
                 if not state.rows and sum(state.records) >= HOPELESS_RECORDS:
                     break
                 if time.monotonic() - saved > SAVE_INTERVAL_SECONDS:
@@ -170,7 +187,10 @@ def survey(
 
 def _note(state: State, measured: Measured) -> bytes:
     """Count what came of a span, and return the lines of its rejected records."""
-    lines = "".join(json.dumps(dataclasses.asdict(reject), ensure_ascii=False) + "\n" for reject in measured.rejects).encode()
+    lines = "".join(
+        json.dumps(dataclasses.asdict(reject), ensure_ascii=False) + "\n"
+        for reject in measured.rejects
+    ).encode()
     state.tasks += 1
     state.bytes += measured.span.block.size
     state.rows += len(measured.rows)
@@ -198,7 +218,9 @@ def _save_state(folder: Path, state: State, *files: BinaryIO) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary = folder / (STATE_NAME + ".partial")
-    temporary.write_text(json.dumps(dataclasses.asdict(state), ensure_ascii=False), encoding="utf-8")
+    temporary.write_text(
+        json.dumps(dataclasses.asdict(state), ensure_ascii=False), encoding="utf-8"
+    )
     os.replace(temporary, folder / STATE_NAME)
 
 
@@ -208,24 +230,45 @@ def measure(span: Span) -> Measured:
     rows = []
     rejects = []
     block = span.block
-    for entry in open_entries(span.annotations.path).read(block.offset, block.number, block.entries):
-        sample = encoder.encode_entry(entry, span.annotations, source=span.source, images=span.images)
+    for entry in open_entries(span.annotations.path).read(
+        block.offset, block.number, block.entries
+    ):
+        sample = encoder.encode_entry(
+            entry, span.annotations, source=span.source, images=span.images
+        )
         if isinstance(sample, Reject):
             rejects.append(sample)
         else:
-            rows.append((entry.offset, entry.number, sample.length, sample.tiles, span.source, sample.difficulty))
-    return Measured(span=span, records=len(rows) + len(rejects), rows=np.array(rows, ROW), rejects=rejects)
+            rows.append(
+                (
+                    entry.offset,
+                    entry.number,
+                    sample.length,
+                    sample.tiles,
+                    span.source,
+                    sample.difficulty,
+                )
+            )
+    return Measured(
+        span=span, records=len(rows) + len(rejects), rows=np.array(rows, ROW), rejects=rejects
+    )
 
 
-def _spans(sources: Sequence[Annotations], settings: EncoderSettings, images: Images) -> Iterator[Span]:
+def _spans(
+    sources: Sequence[Annotations], settings: EncoderSettings, images: Images
+) -> Iterator[Span]:
     """The annotation files cut into tasks."""
     for source, file in enumerate(sources):
         for block in _wanted(file):
-            yield Span(settings=settings, annotations=file, source=source, block=block, images=images)
+            yield Span(
+                settings=settings, annotations=file, source=source, block=block, images=images
+            )
 
 
 def _wanted(file: Annotations) -> Iterator[Block]:
-    """The blocks of a file; of one that is taken less than once, those with the first share of its entries."""
+    """The blocks of a file; of one that is taken less than once, those with the first share of its
+    entries.
+    """
     entries = open_entries(file.path)
     if file.repeat_time >= 1:
         yield from entries.blocks(LINES_PER_TASK)

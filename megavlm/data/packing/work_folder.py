@@ -1,4 +1,6 @@
-"""The folder of a packing that is under way: one packing at a time works in it, and only one of the same job goes on in it."""
+"""The folder of a packing that is under way: one packing at a time works in it, and only one of the
+same job goes on in it.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ LOCK_NAME = "lock"
 
 @contextmanager
 def partial_folder(folder: Path, identity: dict[str, Any], *, flag: str) -> Iterator[Path]:
-    """Make a folder for a job, or enter the one that the same job left; it stays when the job ends with an error.
+    """Make a folder for a job, or enter the one that the same job left; it stays when the job ends
+    with an error.
 
     Args:
         folder: of the work.
@@ -32,7 +35,10 @@ def partial_folder(folder: Path, identity: dict[str, Any], *, flag: str) -> Iter
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise FileExistsError(f"{flag}: another packing is running in {folder}; wait for it, or give another folder") from None
+            raise FileExistsError(
+                f"{flag}: another packing is running in {folder}; wait for it, or give another"
+                " folder"
+            ) from None
         _same_job(folder, identity, flag)
         yield folder
 
@@ -43,7 +49,10 @@ def _same_job(folder: Path, identity: dict[str, Any], flag: str) -> None:
     if not path.exists():
         strangers = sorted(entry.name for entry in folder.iterdir() if entry.name != LOCK_NAME)
         if strangers:
-            raise FileExistsError(f"{flag}: {folder} holds something else ({', '.join(strangers[:3])}); remove it first")
+            raise FileExistsError(
+                f"{flag}: {folder} holds something else ({', '.join(strangers[:3])}); remove it"
+                " first"
+            )
         temporary = folder / (JOB_NAME + ".partial")
         temporary.write_text(json.dumps(identity, indent=2, ensure_ascii=False), encoding="utf-8")
         os.replace(temporary, path)

@@ -1,6 +1,8 @@
-"""Second pass of the packer: a worker encodes the samples of a shard's packs again, with their images' bytes, and writes the shard.
+"""Second pass of the packer: a worker encodes the samples of a shard's packs again, with their
+images' bytes, and writes the shard.
 
-A shard that is on the disk has a marker beside it, written last: a packing that goes on after it was stopped keeps such shards.
+A shard that is on the disk has a marker beside it, written last: a packing that goes on after it
+was stopped keeps such shards.
 """
 
 from __future__ import annotations
@@ -53,7 +55,9 @@ class ShardTask:
 
 @dataclass(frozen=True, kw_only=True)
 class LateReject:
-    """A sample that the survey let through and that could not be packed: the number of its source, and why."""
+    """A sample that the survey let through and that could not be packed: the number of its source,
+    and why.
+    """
 
     source: int
     reject: Reject
@@ -61,7 +65,9 @@ class LateReject:
 
 @dataclass(frozen=True, kw_only=True)
 class WrittenShard:
-    """A shard that is on the disk, what is in it, the samples that were left out of it, and planned packs that lost all of theirs."""
+    """A shard that is on the disk, what is in it, the samples that were left out of it, and planned
+    packs that lost all of theirs.
+    """
 
     shard: Shard
     totals: Totals
@@ -74,7 +80,8 @@ class WrittenShard:
 
 
 def write_shard(task: ShardTask) -> WrittenShard:
-    """Write a shard and its marker, in a worker. Samples that cannot be packed are left out, and so is a pack that loses all of its.
+    """Write a shard and its marker, in a worker. Samples that cannot be packed are left out, and so
+    is a pack that loses all of its.
 
     Raises:
         OSError: the disk is full, or cannot be written to.
@@ -94,7 +101,9 @@ def write_shard(task: ShardTask) -> WrittenShard:
             else:
                 lost_packs.append(pack)
         shard, totals = writer.close()
-    written = WrittenShard(shard=shard, totals=totals, rejects=tuple(rejects), lost_packs=tuple(lost_packs))
+    written = WrittenShard(
+        shard=shard, totals=totals, rejects=tuple(rejects), lost_packs=tuple(lost_packs)
+    )
     marker = _marker(task.folder, task.number)
     temporary = marker.with_name(marker.name + ".partial")
     temporary.write_text(written.to_json(), encoding="utf-8")
@@ -109,11 +118,25 @@ def find_written(folder: Path, number: int) -> WrittenShard | None:
     except FileNotFoundError:
         return None
     shard = Shard(**facts["shard"])
-    sizes = {f"{shard.name}.bin": shard.bin_bytes, f"{shard.name}.records": shard.packs * RECORD.itemsize}
-    if any(not (folder / name).is_file() or (folder / name).stat().st_size != size for name, size in sizes.items()):
+    sizes = {
+        f"{shard.name}.bin": shard.bin_bytes,
+        f"{shard.name}.records": shard.packs * RECORD.itemsize,
+    }
+    if any(
+        not (folder / name).is_file() or (folder / name).stat().st_size != size
+        for name, size in sizes.items()
+    ):
         return None
-    rejects = tuple(LateReject(source=entry["source"], reject=Reject(**entry["reject"])) for entry in facts["rejects"])
-    return WrittenShard(shard=shard, totals=Totals(**facts["totals"]), rejects=rejects, lost_packs=tuple(facts["lost_packs"]))
+    rejects = tuple(
+        LateReject(source=entry["source"], reject=Reject(**entry["reject"]))
+        for entry in facts["rejects"]
+    )
+    return WrittenShard(
+        shard=shard,
+        totals=Totals(**facts["totals"]),
+        rejects=rejects,
+        lost_packs=tuple(facts["lost_packs"]),
+    )
 
 
 def remove_markers(folder: Path, shards: int) -> None:
@@ -126,7 +149,9 @@ def encode_rows(task: ShardTask, rows: np.ndarray) -> Iterator[Sample | LateReje
     """The samples of the rows of one pack, in their order, with the bytes of their images."""
     found: list[Sample | LateReject | None] = [None] * len(rows)
     # In the order of the files, so that disks read forwards.
-    places = sorted(range(len(rows)), key=lambda place: (rows["source"][place], rows["offset"][place]))
+    places = sorted(
+        range(len(rows)), key=lambda place: (rows["source"][place], rows["offset"][place])
+    )
     for source, group in groupby(places, key=lambda place: int(rows["source"][place])):
         for place in group:
             found[place] = _encode_row(task, rows[place], source)
@@ -138,20 +163,37 @@ def _encode_row(task: ShardTask, row: np.ndarray, source: int) -> Sample | LateR
     annotations = task.sources[source]
     line = int(row["line"])
     entry = next(open_entries(annotations.path).read(int(row["offset"]), line, 1), None)
-    sample = entry and build_encoder(task.settings).encode_entry(entry, annotations, source=source, images=Images.LOAD)
-    if not isinstance(sample, Sample) or (sample.length, sample.tiles) != (row["tokens"], row["tiles"]):
+    sample = entry and build_encoder(task.settings).encode_entry(
+        entry, annotations, source=source, images=Images.LOAD
+    )
+    if not isinstance(sample, Sample) or (sample.length, sample.tiles) != (
+        row["tokens"],
+        row["tiles"],
+    ):
         if isinstance(sample, Reject) and sample.reason.startswith("unreadable"):
             return LateReject(source=source, reject=sample)  # a video is looked into only now
-        now = f"{sample.length} tokens, {sample.tiles} tiles" if isinstance(sample, Sample) else f"{sample or 'gone'}"
+        now = (
+            f"{sample.length} tokens, {sample.tiles} tiles"
+            if isinstance(sample, Sample)
+            else f"{sample or 'gone'}"
+        )
         detail = f"before: {row['tokens']} tokens, {row['tiles']} tiles; now: {now}"
-        return LateReject(source=source, reject=Reject(file=annotations.path, line=line, reason="changed", detail=detail))
+        return LateReject(
+            source=source,
+            reject=Reject(file=annotations.path, line=line, reason="changed", detail=detail),
+        )
     if task.decode_images:
         for number, image in enumerate(sample.images):
             try:
                 check_pixels(image.encoded)
             except ValueError as error:
                 detail = f"image {number} of the record: {error}"
-                return LateReject(source=source, reject=Reject(file=annotations.path, line=line, reason="unreadable_image", detail=detail))
+                return LateReject(
+                    source=source,
+                    reject=Reject(
+                        file=annotations.path, line=line, reason="unreadable_image", detail=detail
+                    ),
+                )
     return sample
 
 

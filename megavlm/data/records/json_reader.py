@@ -11,7 +11,8 @@ from typing import BinaryIO
 from megavlm.data.records.raw_record import Block, Entry, in_blocks
 from megavlm.data.records.reject import RejectError
 
-# A record is some kilobytes. What is longer than this is no line of an annotation file, and would fill the memory of every worker.
+# A record is some kilobytes. What is longer than this is no line of an annotation file, and would
+# fill the memory of every worker.
 MAX_ENTRY_BYTES = 2**26
 _TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+"|[\[\]{}]', re.DOTALL)
 _BEGINNING = re.compile(rb"(?:\xef\xbb\xbf)?\s*\[")
@@ -37,10 +38,14 @@ class JsonLines:
                     first = (place, number) if entries == 1 else first
                 place = file.tell()
                 if entries == length:
-                    yield Block(offset=first[0], number=first[1], entries=entries, size=place - first[0])
+                    yield Block(
+                        offset=first[0], number=first[1], entries=entries, size=place - first[0]
+                    )
                     entries = 0
             if entries:
-                yield Block(offset=first[0], number=first[1], entries=entries, size=place - first[0])
+                yield Block(
+                    offset=first[0], number=first[1], entries=entries, size=place - first[0]
+                )
 
     def read(self, offset: int, number: int, count: int) -> Iterator[Entry]:
         """See ``EntryFile``."""
@@ -52,13 +57,19 @@ class JsonLines:
                 if not line:
                     return
                 if not line.isspace():
-                    yield Entry(offset=start, number=number, content=_too_long() if len(line) > MAX_ENTRY_BYTES else line)
+                    yield Entry(
+                        offset=start,
+                        number=number,
+                        content=_too_long() if len(line) > MAX_ENTRY_BYTES else line,
+                    )
                     count -= 1
                 number += 1
 
 
 class JsonList:
-    """One JSON list of objects. The objects are found by their brackets, so that the list is never in memory as a whole."""
+    """One JSON list of objects. The objects are found by their brackets, so that the list is never
+    in memory as a whole.
+    """
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -76,13 +87,19 @@ class JsonList:
                 yield Entry(offset=start, number=number + step, content=content)
 
     def _places(self, start: int | None) -> Iterator[tuple[int, int]]:
-        """Where the elements from ``start`` (None: the first) begin and end. All behind a bracket that is never closed is one element."""
-        with open(self.path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        """Where the elements from ``start`` (None: the first) begin and end. All behind a bracket
+        that is never closed is one element.
+        """
+        with (
+            open(self.path, "rb") as file,
+            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
+        ):
             if start is None:
                 beginning = _BEGINNING.match(data)
                 if beginning is None:
                     raise ValueError(
-                        f"{self.path}: not a JSON list (it does not begin with a bracket); files of one object a line end in .jsonl"
+                        f"{self.path}: not a JSON list (it does not begin with a bracket); files of"
+                        " one object a line end in .jsonl"
                     )
                 start = beginning.end()
             depth = 0
@@ -105,7 +122,9 @@ class JsonList:
 
 
 def _read_line(file: BinaryIO) -> bytes:
-    """The next line; one that is too long is passed over in pieces, and cut off at one byte more than the limit."""
+    """The next line; one that is too long is passed over in pieces, and cut off at one byte more
+    than the limit.
+    """
     line = file.readline(MAX_ENTRY_BYTES + 1)
     if len(line) > MAX_ENTRY_BYTES and not line.endswith(b"\n"):
         while (rest := file.readline(MAX_ENTRY_BYTES)) and not rest.endswith(b"\n"):

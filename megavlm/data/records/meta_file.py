@@ -1,4 +1,6 @@
-"""The meta file, which lists the sources of a dataset: where they are, how often they are taken, and what is left out of them."""
+"""The meta file, which lists the sources of a dataset: where they are, how often they are taken,
+and what is left out of them.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,18 @@ from typing import Any
 from megavlm.data.records.open_files import find_files
 from megavlm.data.records.reject import RejectError
 
-META_KEYS = ("root", "annotation", "data_augment", "repeat_time", "weight", "length", "max_dynamic_patch", "prompt", "difficulty", "filter")
+META_KEYS = (
+    "root",
+    "annotation",
+    "data_augment",
+    "repeat_time",
+    "weight",
+    "length",
+    "max_dynamic_patch",
+    "prompt",
+    "difficulty",
+    "filter",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,9 +61,27 @@ class Filter:
 
     def check_image(self, width: int, height: int) -> None:
         """Refuse a record by the size of an image; raises RejectError."""
-        _check("filtered_size", "pixels of an image's shorter side", min(width, height), self.min_side, None)
-        _check("filtered_size", "pixels of an image's longer side", max(width, height), None, self.max_side)
-        _check("filtered_aspect", "an image's aspect", max(width, height) / min(width, height), None, self.max_aspect)
+        _check(
+            "filtered_size",
+            "pixels of an image's shorter side",
+            min(width, height),
+            self.min_side,
+            None,
+        )
+        _check(
+            "filtered_size",
+            "pixels of an image's longer side",
+            max(width, height),
+            None,
+            self.max_side,
+        )
+        _check(
+            "filtered_aspect",
+            "an image's aspect",
+            max(width, height) / min(width, height),
+            None,
+            self.max_aspect,
+        )
 
     def check_length(self, tokens: int) -> None:
         """Refuse a record by its length; raises RejectError."""
@@ -60,25 +91,34 @@ class Filter:
 def _check(reason: str, what: str, value: float, least: float | None, most: float | None) -> None:
     """Raise RejectError for a value out of bounds."""
     if (least is not None and value < least) or (most is not None and value > most):
-        bounds = " and ".join(f"{word} {bound:g}" for word, bound in (("at least", least), ("at most", most)) if bound is not None)
+        bounds = " and ".join(
+            f"{word} {bound:g}"
+            for word, bound in (("at least", least), ("at most", most))
+            if bound is not None
+        )
         raise RejectError(reason, f"{what}: {value:g}, wanted is {bounds}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Annotations:
-    """One annotation file and how to take it. The files of one entry of a meta file share its name, and all but the path.
+    """One annotation file and how to take it. The files of one entry of a meta file share its name,
+    and all but the path.
 
     Args:
         name: of the source, for reports.
         path: the file.
-        root: folder that image paths are relative to, and must stay inside; empty: paths are taken as they are.
-        repeat_time: how often each record is taken. Below 1, the first share of the records, rounded down, as in InternVL; of 2.5, each
-            record twice, and a half of them, drawn by the seed, once more.
-        weight: share of the samples in the dataset that have this name, compared with others'; None: what ``repeat_time`` makes.
+        root: folder that image paths are relative to, and must stay inside; empty: paths are taken
+            as they are.
+        repeat_time: how often each record is taken. Below 1, the first share of the records,
+            rounded down, as in InternVL; of 2.5, each record twice, and a half of them, drawn by
+            the seed, once more.
+        weight: share of the samples in the dataset that have this name, compared with others';
+            None: what ``repeat_time`` makes.
         max_tiles: most tiles of an image of this source; None: the packer's setting.
         augment: whether images may be changed at random while training.
         prompt: what the human turn of a caption says behind the image.
-        difficulty: name of the records' field that holds it as a number, or the difficulty of all of them; None: there is none.
+        difficulty: name of the records' field that holds it as a number, or the difficulty of all
+            of them; None: there is none.
         keep: what records must be like.
     """
 
@@ -106,12 +146,14 @@ class Annotations:
 def read_meta(path: str | Path) -> tuple[Annotations, ...]:
     """The sources that a meta file lists.
 
-    A meta file is JSON: ``{name: {"root": folder, "annotation": files, "repeat_time": 1, "max_dynamic_patch": 12, ...}}``.
-    ``annotation`` is a file, a pattern, an Energon dataset's folder, or a list of those; ``length`` is read by nobody.
+    A meta file is JSON: ``{name: {"root": folder, "annotation": files, "repeat_time": 1,
+    "max_dynamic_patch": 12, ...}}``. ``annotation`` is a file, a pattern, an Energon dataset's
+    folder, or a list of those; ``length`` is read by nobody.
 
     Raises:
         FileNotFoundError: there is no such meta file, or no annotation file that it names.
-        ValueError: not such JSON, an unknown key or a value that is not supported; says which entry.
+        ValueError: not such JSON, an unknown key or a value that is not supported; says which
+            entry.
     """
     path = Path(path)
     if not path.is_file():
@@ -121,30 +163,57 @@ def read_meta(path: str | Path) -> tuple[Annotations, ...]:
     except (ValueError, KeyError) as error:
         raise ValueError(f"--meta {path}: not JSON with unique names ({error})") from None
     if not isinstance(meta, dict) or not meta:
-        raise ValueError(f"--meta {path}: must be a JSON object {{name: {{root, annotation, ...}}}} with at least one entry")
-    sources = tuple(source for name, entry in meta.items() for source in _entry(name, entry, f"--meta {path}: {name!r}"))
+        raise ValueError(
+            f"--meta {path}: must be a JSON object {{name: {{root, annotation, ...}}}} with at"
+            " least one entry"
+        )
+    sources = tuple(
+        source
+        for name, entry in meta.items()
+        for source in _entry(name, entry, f"--meta {path}: {name!r}")
+    )
     unweighted = [source.name for source in sources if source.weight is None]
     easy = [source.name for source in sources if source.difficulty is None]
     for key, lacking in (("weight", unweighted), ("difficulty", easy)):
         if lacking and len(lacking) < len(sources):
-            raise ValueError(f"--meta {path}: {lacking[0]!r} has no {key}, and others have; give all of them one, or none")
+            raise ValueError(
+                f"--meta {path}: {lacking[0]!r} has no {key}, and others have; give all of them"
+                " one, or none"
+            )
     return sources
 
 
 def read_sources(
-    meta: str | None, annotation: str | None, root: str = "", *, augment: bool = False, difficulty: str | None = None
+    meta: str | None,
+    annotation: str | None,
+    root: str = "",
+    *,
+    augment: bool = False,
+    difficulty: str | None = None,
 ) -> tuple[Annotations, ...]:
-    """The sources of ``meta``, or the one ``annotation`` with the folder of its images; errors as in ``read_meta``."""
+    """The sources of ``meta``, or the one ``annotation`` with the folder of its images; errors as
+    in ``read_meta``.
+    """
     if meta is None:
         return single_source(annotation or "", root, augment=augment, difficulty=difficulty)
-    for key, value, flag in (("root", root, f" {root}"), ("data_augment", augment, ""), ("difficulty", difficulty, f" {difficulty}")):
+    for key, value, flag in (
+        ("root", root, f" {root}"),
+        ("data_augment", augment, ""),
+        ("difficulty", difficulty, f" {difficulty}"),
+    ):
         if value:
-            raise ValueError(f"--{key}{flag}: goes with --jsonl; each entry of --meta has its own {key}")
+            raise ValueError(
+                f"--{key}{flag}: goes with --jsonl; each entry of --meta has its own {key}"
+            )
     return read_meta(meta)
 
 
 def single_source(
-    annotation: str | Path, root: str | Path = "", *, augment: bool = False, difficulty: str | None = None
+    annotation: str | Path,
+    root: str | Path = "",
+    *,
+    augment: bool = False,
+    difficulty: str | None = None,
 ) -> tuple[Annotations, ...]:
     """The files of one source without a meta file; raises FileNotFoundError where there is none."""
     try:
@@ -156,7 +225,9 @@ def single_source(
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object whose names must differ: of two entries of one name, JSON readers drop the first in silence."""
+    """A JSON object whose names must differ: of two entries of one name, JSON readers drop the
+    first in silence.
+    """
     names = [name for name, _ in pairs]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
@@ -182,11 +253,18 @@ def _entry(name: str, entry: Any, where: str) -> list[Annotations]:
         if not _is_number(value) or not value > 0:
             raise ValueError(f"{where}: {key} {value!r} must be a number above 0")
     difficulty = entry.get("difficulty")
-    if not (difficulty is None or _is_number(difficulty) or (isinstance(difficulty, str) and difficulty)):
-        raise ValueError(f"{where}: difficulty {difficulty!r} must be the name of a field, or a number for all records")
+    if not (
+        difficulty is None or _is_number(difficulty) or (isinstance(difficulty, str) and difficulty)
+    ):
+        raise ValueError(
+            f"{where}: difficulty {difficulty!r} must be the name of a field, or a number for all"
+            " records"
+        )
     most = entry.get("max_dynamic_patch")
     if most is not None and (type(most) is not int or most < 1):
-        raise ValueError(f"{where}: max_dynamic_patch {most!r} must be a whole number of at least 1")
+        raise ValueError(
+            f"{where}: max_dynamic_patch {most!r} must be a whole number of at least 1"
+        )
     settings = {
         "root": root,
         "repeat_time": float(repeat),
@@ -197,17 +275,28 @@ def _entry(name: str, entry: Any, where: str) -> list[Annotations]:
         "difficulty": difficulty,
         "keep": _filter(entry.get("filter", {}), f"{where}: filter"),
     }
-    return [Annotations(name=name, path=path, **settings) for path in _files(entry.get("annotation"), root, where)]
+    return [
+        Annotations(name=name, path=path, **settings)
+        for path in _files(entry.get("annotation"), root, where)
+    ]
 
 
 def _files(given: Any, root: str, where: str) -> tuple[str, ...]:
     """The annotation files that an entry names."""
     names = [given] if isinstance(given, str) else given
-    if not isinstance(names, list) or not names or not all(isinstance(name, str) and name for name in names):
-        raise ValueError(f"{where}: annotation must be a path, a pattern or a list of them, not {given!r:.200}")
+    if (
+        not isinstance(names, list)
+        or not names
+        or not all(isinstance(name, str) and name for name in names)
+    ):
+        raise ValueError(
+            f"{where}: annotation must be a path, a pattern or a list of them, not {given!r:.200}"
+        )
     for name in (*names, root):
         if "://" in name:
-            raise ValueError(f"{where}: {name}: object storage is not supported; mount it, or copy the files")
+            raise ValueError(
+                f"{where}: {name}: object storage is not supported; mount it, or copy the files"
+            )
     try:
         return tuple(path for name in names for path in find_files(name))
     except (FileNotFoundError, ValueError) as error:
@@ -233,7 +322,9 @@ def _filter(given: Any, where: str) -> Filter:
 def _refuse_unknown(given: Mapping[str, Any], known: Sequence[str], where: str) -> None:
     unknown = sorted(set(given) - set(known))
     if unknown:
-        raise ValueError(f"{where}: unknown key {', '.join(map(repr, unknown))}; known: {', '.join(known)}")
+        raise ValueError(
+            f"{where}: unknown key {', '.join(map(repr, unknown))}; known: {', '.join(known)}"
+        )
 
 
 def _is_number(value: Any) -> bool:

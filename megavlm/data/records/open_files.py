@@ -16,7 +16,8 @@ COMPRESSED = (".gz", ".tgz", ".bz2", ".xz", ".zst")
 
 
 def find_files(annotation: str) -> list[str]:
-    """The annotation files that a name means: one file, a pattern (``*``, ``?``, ``[0-9]``, ``{000..127}``), or an Energon dataset.
+    """The annotation files that a name means: one file, a pattern (``*``, ``?``, ``[0-9]``,
+    ``{000..127}``), or an Energon dataset.
 
     Raises:
         FileNotFoundError: there is none.
@@ -28,18 +29,32 @@ def find_files(annotation: str) -> list[str]:
         names = [name for pattern in expand(annotation) for name in _matches(pattern)]
     missing = [name for name in names if not Path(name).exists()]
     if missing or not names:
-        raise FileNotFoundError(f"annotation {missing[0] if missing else annotation}: there is no such file")
+        raise FileNotFoundError(
+            f"annotation {missing[0] if missing else annotation}: there is no such file"
+        )
     for name in names:
         if Path(name).is_dir():
-            raise ValueError(f"annotation {name}: a folder without .nv-meta, so no Energon dataset; give a file or a pattern such as *.tar")
+            raise ValueError(
+                f"annotation {name}: a folder without .nv-meta, so no Energon dataset; give a file"
+                " or a pattern such as *.tar"
+            )
         if name.endswith(COMPRESSED):
-            raise ValueError(f"annotation {name}: compressed, so that no record can be read by its place; unpack it first")
+            raise ValueError(
+                f"annotation {name}: compressed, so that no record can be read by its place; unpack"
+                " it first"
+            )
     return names
 
 
 def _matches(pattern: str) -> list[str]:
-    """The files that a pattern matches; a name without magic, or of a file that is there, is itself."""
-    return sorted(glob.glob(pattern)) if glob.has_magic(pattern) and not Path(pattern).exists() else [pattern]
+    """The files that a pattern matches; a name without magic, or of a file that is there, is
+    itself.
+    """
+    return (
+        sorted(glob.glob(pattern))
+        if glob.has_magic(pattern) and not Path(pattern).exists()
+        else [pattern]
+    )
 
 
 @lru_cache(maxsize=OPEN_FILES)
@@ -60,7 +75,10 @@ def open_entries(path: str) -> EntryFile:
 
 def _energon_folder(path: str) -> Path:
     """The nearest folder above an archive that describes it, or the archive's own."""
-    return next((folder for folder in Path(path).parents if (folder / ".nv-meta").is_dir()), Path(path).parent)
+    return next(
+        (folder for folder in Path(path).parents if (folder / ".nv-meta").is_dir()),
+        Path(path).parent,
+    )
 
 
 @lru_cache(maxsize=OPEN_FILES)

@@ -1,7 +1,8 @@
-"""Annotation files that are parquet tables, with the fields of records as columns; images may be bytes. Needs pyarrow.
+"""Annotation files that are parquet tables, with the fields of records as columns; images may be
+bytes. Needs pyarrow.
 
-A row is read with the row group that it is in, so tables of images should have row groups of some hundred rows, as those of Hugging Face's
-datasets do.
+A row is read with the row group that it is in, so tables of images should have row groups of some
+hundred rows, as those of Hugging Face's datasets do.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from megavlm.data.records.raw_record import Block, Entry
 
 # Row groups that a process keeps: a block of rows is in one, mostly.
 ROW_GROUPS_KEPT = 2
-# The packs take rows from everywhere; a table with larger groups than this would be read many times over.
+# The packs take rows from everywhere; a table with larger groups than this would be read many times
+# over.
 MAX_ROW_GROUP_BYTES = 2**30
 
 
@@ -31,18 +33,27 @@ class ParquetFile:
         try:
             import pyarrow.parquet
         except ModuleNotFoundError:
-            raise ValueError(f"{path}: parquet is read by pyarrow, which is not installed: pip install 'megavlm[parquet]'") from None
+            raise ValueError(
+                f"{path}: parquet is read by pyarrow, which is not installed: pip install"
+                " 'megavlm[parquet]'"
+            ) from None
         self.path = path
         try:
             self._file = pyarrow.parquet.ParquetFile(path)
         except (pyarrow.ArrowInvalid, OSError) as error:
-            raise ValueError(f"{path}: not a parquet file that can be read ({' '.join(str(error).split()):.300})") from None
-        groups = [self._file.metadata.row_group(place) for place in range(self._file.metadata.num_row_groups)]
+            raise ValueError(
+                f"{path}: not a parquet file that can be read ({' '.join(str(error).split()):.300})"
+            ) from None
+        groups = [
+            self._file.metadata.row_group(place)
+            for place in range(self._file.metadata.num_row_groups)
+        ]
         largest = max((group.total_byte_size for group in groups), default=0)
         if largest > MAX_ROW_GROUP_BYTES:
             raise ValueError(
-                f"{path}: a row group of {largest} bytes; the packs take rows from everywhere, and each would read so much. "
-                "Write it with smaller ones: pyarrow.parquet.write_table(table, path, row_group_size=200)"
+                f"{path}: a row group of {largest} bytes; the packs take rows from everywhere, and"
+                " each would read so much. Write it with smaller ones:"
+                " pyarrow.parquet.write_table(table, path, row_group_size=200)"
             )
         self._rows = [group.num_rows for group in groups]
         self._bytes = [group.total_byte_size for group in groups]
@@ -53,7 +64,12 @@ class ParquetFile:
         for rows, size in zip(self._rows, self._bytes, strict=True):
             for first in range(0, rows, length):
                 entries = min(length, rows - first)
-                yield Block(offset=start + first, number=start + first + 1, entries=entries, size=size * entries // rows)
+                yield Block(
+                    offset=start + first,
+                    number=start + first + 1,
+                    entries=entries,
+                    size=size * entries // rows,
+                )
             start += rows
 
     def read(self, offset: int, number: int, count: int) -> Iterator[Entry]:

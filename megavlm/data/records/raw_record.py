@@ -51,7 +51,9 @@ class Block:
 
 
 def in_blocks(places: Iterable[tuple[int, int]], length: int) -> Iterator[Block]:
-    """Blocks of at most ``length`` entries, which begin and end at ``places`` in the file and are numbered through from 1."""
+    """Blocks of at most ``length`` entries, which begin and end at ``places`` in the file and are
+    numbered through from 1.
+    """
     start = 0
     number = 1
     entries = 0

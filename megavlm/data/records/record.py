@@ -1,14 +1,18 @@
-"""Records: what one line of an annotation file says, in InternVL's format and in a few that mean the same.
+"""Records: what one line of an annotation file says, in InternVL's format and in a few that mean
+the same.
 
 A record is one of
 
-- ``{"conversations": [{"from": "system" | "human" | "gpt", "value": text}, ...]}``: a conversation, whose answers are learned;
-- ``{"conversations": [{"from": "pretrain", "value": text}]}`` or ``{"text": text}``: a text, all of which is learned;
+- ``{"conversations": [{"from": "system" | "human" | "gpt", "value": text}, ...]}``: a conversation,
+  whose answers are learned;
+- ``{"conversations": [{"from": "pretrain", "value": text}]}`` or ``{"text": text}``: a text, all of
+  which is learned;
 - ``{"caption": text}``: an image and what is to be said about it.
 
-``image`` is a path, a list of paths, or absent, and ``<image>`` in the text of a human or a pretrain turn is an image's place. ``video`` is
-a path, with its place ``<video>`` and, where only a part of it is meant, ``"clip": [start, end]`` in seconds. In parquet files and
-archives the media themselves stand in the place of paths. Other keys (``id``, ``width``, ...) are of no consequence.
+``image`` is a path, a list of paths, or absent, and ``<image>`` in the text of a human or a
+pretrain turn is an image's place. ``video`` is a path, with its place ``<video>`` and, where only a
+part of it is meant, ``"clip": [start, end]`` in seconds. In parquet files and archives the media
+themselves stand in the place of paths. Other keys (``id``, ``width``, ...) are of no consequence.
 """
 
 from __future__ import annotations
@@ -71,7 +75,8 @@ class Record:
     """One record of an annotation file.
 
     Args:
-        conversations: the turns: system (optional), then human and gpt in alternation; or one ``pretrain`` turn.
+        conversations: the turns: system (optional), then human and gpt in alternation; or one
+            ``pretrain`` turn.
         images: the images, in the order of their placeholders.
         video: the video; a record has images or a video.
     """
@@ -82,7 +87,9 @@ class Record:
 
 
 def _no_number(name: str) -> float:
-    """What JSON readers of other languages do with Python's NaN and Infinity: they are no JSON, and no size, score or time."""
+    """What JSON readers of other languages do with Python's NaN and Infinity: they are no JSON, and
+    no size, score or time.
+    """
     raise ValueError(f"{name} is not JSON")
 
 
@@ -96,7 +103,9 @@ def parse_json(text: bytes) -> dict[str, Any]:
         RejectError: it is not a JSON object in UTF-8.
     """
     try:
-        fields = JSON.decode(text.decode("utf-8-sig"))  # editors put a byte order mark in front of a file
+        fields = JSON.decode(
+            text.decode("utf-8-sig")
+        )  # editors put a byte order mark in front of a file
     except (ValueError, RecursionError) as error:
         raise RejectError("malformed_json", f"{error}") from None
     if not isinstance(fields, dict):
@@ -104,22 +113,32 @@ def parse_json(text: bytes) -> dict[str, Any]:
     return fields
 
 
-def parse_record(fields: Mapping[str, Any], *, root: str = "", files: Mapping[str, bytes] | None = None, prompt: str = "") -> Record:
+def parse_record(
+    fields: Mapping[str, Any],
+    *,
+    root: str = "",
+    files: Mapping[str, bytes] | None = None,
+    prompt: str = "",
+) -> Record:
     """The record that some fields make.
 
-    A record with one image and no placeholder gets ``<image>`` and a newline at the start of its first human turn, as in InternVL;
-    one with a video likewise.
+    A record with one image and no placeholder gets ``<image>`` and a newline at the start of its
+    first human turn, as in InternVL; one with a video likewise.
 
     Args:
         fields: of the annotation file.
-        root: folder that paths are relative to, and must stay inside; empty: any path is taken as it is.
+        root: folder that paths are relative to, and must stay inside; empty: any path is taken as
+            it is.
         files: media that lie beside the record, by name.
         prompt: what the human turn of a caption says behind the image.
 
     Raises:
         RejectError: the fields are not a record, with the reason.
     """
-    images = tuple(_media(entry, "image", root, files or {}) for entry in _listed(fields.get("image", fields.get("images")), "image"))
+    images = tuple(
+        _media(entry, "image", root, files or {})
+        for entry in _listed(fields.get("image", fields.get("images")), "image")
+    )
     video = _video(fields, root, files or {})
     if video and images:
         raise RejectError("video", "the record has images and a video; only one kind is supported")
@@ -139,15 +158,21 @@ def _listed(field: Any, name: str) -> list[Any]:
 
 
 def _media(entry: Any, name: str, root: str, files: Mapping[str, bytes]) -> MediaFile:
-    """An image or a video: a path, bytes, or the two in an object as Hugging Face's datasets store them."""
+    """An image or a video: a path, bytes, or the two in an object as Hugging Face's datasets store
+    them.
+    """
     if isinstance(entry, dict) and isinstance(entry.get("bytes"), bytes):
-        return MediaFile(path=str(entry.get("path") or f"the record's {name}"), content=entry["bytes"])
+        return MediaFile(
+            path=str(entry.get("path") or f"the record's {name}"), content=entry["bytes"]
+        )
     if isinstance(entry, dict) and entry.get("bytes") is None:
         entry = entry.get("path")
     if isinstance(entry, bytes):
         return MediaFile(path=f"the record's {name}", content=entry)
     if not isinstance(entry, str) or not entry:
-        raise RejectError(f"{name}_field", f"{name} {entry!r:.200} is not a path or a list of paths")
+        raise RejectError(
+            f"{name}_field", f"{name} {entry!r:.200} is not a path or a list of paths"
+        )
     if entry in files:
         return MediaFile(path=entry, content=files[entry])
     path = os.path.join(root, entry)
@@ -157,7 +182,9 @@ def _media(entry: Any, name: str, root: str, files: Mapping[str, bytes]) -> Medi
 
 
 def _is_inside(path: str, root: str) -> bool:
-    """Whether a path stays in a folder; links are followed by nobody here, whoever made them in the folder may have meant it."""
+    """Whether a path stays in a folder; links are followed by nobody here, whoever made them in the
+    folder may have meant it.
+    """
     if ".." not in path and path.startswith(os.path.join(root, "")):
         return True
     top = os.path.abspath(root)
@@ -173,7 +200,11 @@ def _video(fields: Mapping[str, Any], root: str, files: Mapping[str, bytes]) -> 
         raise RejectError("video", f"the record has {len(entries)} videos; one is supported")
     clip = fields.get("clip")
     if clip is not None:
-        numbers = isinstance(clip, list) and len(clip) == 2 and all(type(end) in (int, float) and math.isfinite(end) for end in clip)
+        numbers = (
+            isinstance(clip, list)
+            and len(clip) == 2
+            and all(type(end) in (int, float) and math.isfinite(end) for end in clip)
+        )
         if not numbers or not 0 <= clip[0] < clip[1]:
             raise RejectError("video", f"clip {clip!r:.200} is not [start, end] in seconds")
         clip = (float(clip[0]), float(clip[1]))
@@ -191,7 +222,10 @@ def _turns(fields: Mapping[str, Any], prompt: str, images: int) -> list[Turn]:
     if kinds[0] == "text":
         return [Turn(role="pretrain", text=text)]
     places = IMAGE_PLACEHOLDER * images
-    return [Turn(role="human", text="\n".join(part for part in (places, prompt) if part)), Turn(role="gpt", text=text)]
+    return [
+        Turn(role="human", text="\n".join(part for part in (places, prompt) if part)),
+        Turn(role="gpt", text=text),
+    ]
 
 
 def _conversation(field: Any) -> list[Turn]:
@@ -200,19 +234,35 @@ def _conversation(field: Any) -> list[Turn]:
         raise RejectError("conversation", f"conversations is {field!r:.200}")
     turns = []
     for place, entry in enumerate(field):
-        if not isinstance(entry, dict) or not isinstance(entry.get("from"), str) or not isinstance(entry.get("value"), str):
-            raise RejectError("conversation", f"conversations[{place}] is {entry!r:.200}, not {{from: text, value: text}}")
+        if (
+            not isinstance(entry, dict)
+            or not isinstance(entry.get("from"), str)
+            or not isinstance(entry.get("value"), str)
+        ):
+            raise RejectError(
+                "conversation",
+                f"conversations[{place}] is {entry!r:.200}, not {{from: text, value: text}}",
+            )
         learned = entry["from"] in ("gpt", "pretrain")
-        text = _text(entry["value"], f"conversations[{place}]") if learned else _unicode(entry["value"], f"conversations[{place}]")
+        text = (
+            _text(entry["value"], f"conversations[{place}]")
+            if learned
+            else _unicode(entry["value"], f"conversations[{place}]")
+        )
         turns.append(Turn(role=entry["from"], text=text))
     roles = [turn.role for turn in turns]
     if roles == ["pretrain"]:
         return turns
     spoken = roles[1:] if roles[0] == "system" else roles
-    if not spoken or len(spoken) % 2 or any(role != ("human", "gpt")[place % 2] for place, role in enumerate(spoken)):
+    if (
+        not spoken
+        or len(spoken) % 2
+        or any(role != ("human", "gpt")[place % 2] for place, role in enumerate(spoken))
+    ):
         raise RejectError(
             "role_order",
-            f"the turns are {', '.join(roles[:20])}; expected an optional system, then human, gpt, human, gpt, ..., or one pretrain",
+            f"the turns are {', '.join(roles[:20])}; expected an optional system, then human, gpt,"
+            " human, gpt, ..., or one pretrain",
         )
     return turns
 
@@ -231,14 +281,22 @@ def _unicode(text: str, name: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise RejectError("conversation", f"{name} holds half of a surrogate pair, which is no text") from None
+        raise RejectError(
+            "conversation", f"{name} holds half of a surrogate pair, which is no text"
+        ) from None
     return text
 
 
 def _show_first(turns: list[Turn], placeholder: str) -> list[Turn]:
-    """The turns, with a placeholder in front of the first that may hold it, where none of them does."""
+    """The turns, with a placeholder in front of the first that may hold it, where none of them
+    does.
+    """
     places = [place for place, turn in enumerate(turns) if turn.role in ("human", "pretrain")]
     if any(placeholder in turns[place].text for place in places):
         return turns
     first = turns[places[0]]
-    return [*turns[: places[0]], Turn(role=first.role, text=f"{placeholder}\n{first.text}"), *turns[places[0] + 1 :]]
+    return [
+        *turns[: places[0]],
+        Turn(role=first.role, text=f"{placeholder}\n{first.text}"),
+        *turns[places[0] + 1 :],
+    ]

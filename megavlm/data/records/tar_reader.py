@@ -1,7 +1,9 @@
-"""Annotation files that are tar archives: WebDataset's shards, and Energon's, which say in ``.nv-meta`` what their files mean.
+"""Annotation files that are tar archives: WebDataset's shards, and Energon's, which say in
+``.nv-meta`` what their files mean.
 
-Consecutive files whose names agree up to the first dot of their last part are one record: ``0001.jpg`` and ``0001.json``. Archives are read
-where they lie, by the place of a record's first file, so they must not be compressed.
+Consecutive files whose names agree up to the first dot of their last part are one record:
+``0001.jpg`` and ``0001.json``. Archives are read where they lie, by the place of a record's first
+file, so they must not be compressed.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ class FieldMap:
 
     Args:
         kind: name of the sample's class in Energon.
-        fields: for each field of the class, the ending of a file, with a path inside it where the file is JSON (``json[text]``).
+        fields: for each field of the class, the ending of a file, with a path inside it where the
+            file is JSON (``json[text]``).
     """
 
     kind: str
@@ -44,7 +47,8 @@ class ArchiveFile:
 
     Args:
         path: of the file.
-        field_map: what its files mean; None: as is usual for WebDataset, by their endings and the fields of their JSON.
+        field_map: what its files mean; None: as is usual for WebDataset, by their endings and the
+            fields of their JSON.
     """
 
     def __init__(self, path: str, field_map: FieldMap | None = None) -> None:
@@ -53,7 +57,13 @@ class ArchiveFile:
 
     def blocks(self, length: int) -> Iterator[Block]:
         """See ``EntryFile``; only the archive's headers are read."""
-        return in_blocks(((members[0].offset, members[-1].offset_data + members[-1].size) for members in self._records(0)), length)
+        return in_blocks(
+            (
+                (members[0].offset, members[-1].offset_data + members[-1].size)
+                for members in self._records(0)
+            ),
+            length,
+        )
 
     def read(self, offset: int, number: int, count: int) -> Iterator[Entry]:
         """See ``EntryFile``."""
@@ -62,13 +72,16 @@ class ArchiveFile:
                 yield self._entry(file, members, number + step)
 
     def _records(self, offset: int) -> Iterator[list[tarfile.TarInfo]]:
-        """The files of each record from ``offset`` on. An archive that is cut off ends with the record before the cut."""
+        """The files of each record from ``offset`` on. An archive that is cut off ends with the
+        record before the cut.
+        """
         with open(self.path, "rb") as file:
             file.seek(offset)
             group: list[tarfile.TarInfo] = []
             try:
                 with tarfile.open(fileobj=file, mode="r:") as archive:
-                    # Members that were read stay listed in the archive; they are dropped, or a large archive would fill the memory.
+                    # Members that were read stay listed in the archive; they are dropped, or a
+                    # large archive would fill the memory.
                     while (member := archive.next()) is not None:
                         archive.members = []
                         if not member.isreg() or os.path.basename(member.name).startswith("."):
@@ -79,7 +92,9 @@ class ArchiveFile:
                         group.append(member)
             except tarfile.ReadError as error:
                 if not group and offset == 0:
-                    raise ValueError(f"{self.path}: not an uncompressed tar archive ({error})") from None
+                    raise ValueError(
+                        f"{self.path}: not an uncompressed tar archive ({error})"
+                    ) from None
             if group:
                 yield group
 
@@ -91,7 +106,9 @@ class ArchiveFile:
             for member in members:
                 files[os.path.basename(member.name)] = _content(file, member)
             by_ending = {name.partition(".")[2].lower(): data for name, data in files.items()}
-            content = map_fields(self.field_map, by_ending) if self.field_map else usual_fields(files)
+            content = (
+                map_fields(self.field_map, by_ending) if self.field_map else usual_fields(files)
+            )
         except RejectError as error:
             content = error
             files = {}
@@ -99,7 +116,8 @@ class ArchiveFile:
 
 
 def usual_fields(files: Mapping[str, bytes]) -> dict[str, Any]:
-    """The fields of a record of WebDataset's kind: those of its JSON file, its text as a caption, and its media where the JSON names none.
+    """The fields of a record of WebDataset's kind: those of its JSON file, its text as a caption,
+    and its media where the JSON names none.
 
     Raises:
         RejectError: the JSON or the text cannot be read.
@@ -110,13 +128,19 @@ def usual_fields(files: Mapping[str, bytes]) -> dict[str, Any]:
         ending = name.rpartition(".")[2].lower()
         if ending == "json":
             fields |= parse_json(data)
-        for kind, endings in (("image", IMAGE_ENDINGS), ("video", VIDEO_ENDINGS), ("text", TEXT_ENDINGS)):
+        for kind, endings in (
+            ("image", IMAGE_ENDINGS),
+            ("video", VIDEO_ENDINGS),
+            ("text", TEXT_ENDINGS),
+        ):
             if ending in endings:
                 by_ending[kind].append(name)
     if not any(fields.get(kind) for kind in ("image", "images", "video")):
         fields["image"] = by_ending["image"]
         fields["video"] = by_ending["video"]
-    if by_ending["text"] and not any(fields.get(kind) for kind in ("conversations", "caption", "text")):
+    if by_ending["text"] and not any(
+        fields.get(kind) for kind in ("conversations", "caption", "text")
+    ):
         text = _decode(files[by_ending["text"][0]])
         fields["caption" if by_ending["image"] or by_ending["video"] else "text"] = text
     return fields
@@ -134,7 +158,10 @@ def map_fields(field_map: FieldMap, by_ending: Mapping[str, bytes]) -> dict[str,
     if field_map.kind == "VQASample":
         answers = values.get("answers")
         answer = answers[0] if isinstance(answers, list) and answers else answers
-        turns = [{"from": "human", "value": _as_text(values.get("context"))}, {"from": "gpt", "value": _as_text(answer)}]
+        turns = [
+            {"from": "human", "value": _as_text(values.get("context"))},
+            {"from": "gpt", "value": _as_text(answer)},
+        ]
         return {"image": image, "conversations": turns}
     if field_map.kind == "CaptioningSample":
         return {"image": image, "caption": _as_text(text.get("caption"))}
@@ -142,7 +169,9 @@ def map_fields(field_map: FieldMap, by_ending: Mapping[str, bytes]) -> dict[str,
 
 
 def _mapped(path: str, by_ending: Mapping[str, bytes]) -> Any:
-    """What stands at a path such as ``json[conversations][0][value]``; ``png;jpg`` is the first of them that is there."""
+    """What stands at a path such as ``json[conversations][0][value]``; ``png;jpg`` is the first of
+    them that is there.
+    """
     for choice in path.split(";"):
         ending, *steps = re.split(r"[\[\]]+", choice.rstrip("]"))
         if ending not in by_ending:
@@ -159,7 +188,9 @@ def _mapped(path: str, by_ending: Mapping[str, bytes]) -> Any:
             except (KeyError, IndexError, ValueError, TypeError):
                 raise RejectError("malformed_json", f"{choice}: there is no {step!r}") from None
         return value
-    raise RejectError("missing_part", f"the record has no file {path}; it has {', '.join(sorted(by_ending))}")
+    raise RejectError(
+        "missing_part", f"the record has no file {path}; it has {', '.join(sorted(by_ending))}"
+    )
 
 
 def _as_text(value: Any) -> Any:
@@ -177,11 +208,17 @@ def _decode(data: bytes) -> str:
 def _content(file: Any, member: tarfile.TarInfo) -> bytes:
     """The content of a file in the archive."""
     if member.size > (MAX_JSON_BYTES if member.name.endswith(".json") else MAX_MEMBER_BYTES):
-        raise RejectError("malformed_json", f"{member.name}: {member.size} bytes are too many for a part of a record")
+        raise RejectError(
+            "malformed_json",
+            f"{member.name}: {member.size} bytes are too many for a part of a record",
+        )
     file.seek(member.offset_data)
     data = file.read(member.size)
     if len(data) != member.size:
-        raise RejectError("missing_part", f"{member.name}: the archive ends after {len(data)} of {member.size} bytes")
+        raise RejectError(
+            "missing_part",
+            f"{member.name}: the archive ends after {len(data)} of {member.size} bytes",
+        )
     return data
 
 
@@ -195,7 +232,8 @@ def energon_files(folder: Path) -> tuple[list[str], FieldMap | None]:
     """The archives of the training split of an Energon dataset, and what their files mean.
 
     Raises:
-        ValueError: its ``.nv-meta`` cannot be read, or describes samples of a kind that is not supported.
+        ValueError: its ``.nv-meta`` cannot be read, or describes samples of a kind that is not
+            supported.
     """
     import yaml
 
@@ -206,18 +244,35 @@ def energon_files(folder: Path) -> tuple[list[str], FieldMap | None]:
         names = list(split["split_parts"]["train"])
         excluded = set(split.get("exclude") or ())
         name = str((kind.get("sample_type") or kind)["__class__"])
-        fields = {key: str(value) for key, value in (kind.get("field_map") or {}).items() if not key.startswith("__")}
-    except (OSError, yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        fields = {
+            key: str(value)
+            for key, value in (kind.get("field_map") or {}).items()
+            if not key.startswith("__")
+        }
+    except (
+        OSError,
+        yaml.YAMLError,
+        UnicodeDecodeError,
+        KeyError,
+        TypeError,
+        AttributeError,
+    ) as error:
         raise ValueError(
-            f"{meta}: needs split.yaml with split_parts and dataset.yaml with sample_type ({type(error).__name__}: {error})"
+            f"{meta}: needs split.yaml with split_parts and dataset.yaml with sample_type"
+            f" ({type(error).__name__}: {error})"
         ) from None
-    shards = sorted(path for shard in names for path in expand(str(folder / shard)) if os.path.relpath(path, folder) not in excluded)
+    shards = sorted(
+        path
+        for shard in names
+        for path in expand(str(folder / shard))
+        if os.path.relpath(path, folder) not in excluded
+    )
     if name == "CrudeWebdataset":
         return shards, None
     if name not in ("CaptioningSample", "VQASample", "TextSample") or not fields:
         raise ValueError(
-            f"{meta}: samples of kind {name} are not supported; those are CaptioningSample, VQASample and TextSample with a field_map, "
-            "and CrudeWebdataset"
+            f"{meta}: samples of kind {name} are not supported; those are CaptioningSample,"
+            " VQASample and TextSample with a field_map, and CrudeWebdataset"
         )
     return shards, FieldMap(kind=name, fields=fields)
 
@@ -231,4 +286,10 @@ def expand(pattern: str) -> list[str]:
     last = found[2]
     width = len(first) if first.startswith("0") else 0
     numbers = range(int(first), int(last) + 1)
-    return [name for number in numbers for name in expand(pattern[: found.start()] + f"{number:0{width}d}" + pattern[found.end() :])]
+    return [
+        name
+        for number in numbers
+        for name in expand(
+            pattern[: found.start()] + f"{number:0{width}d}" + pattern[found.end() :]
+        )
+    ]

@@ -1,4 +1,5 @@
-"""The manifest of a packed dataset: what is in the folder, for which tokenizer and which tiles it was made.
+"""The manifest of a packed dataset: what is in the folder, for which tokenizer and which tiles it
+was made.
 
 It is written last, in one step, so its presence means that the folder is complete.
 """
@@ -28,7 +29,8 @@ class Source:
 
     Args:
         name: name of the source in the meta file, or the annotation file's name.
-        annotations: path of the JSONL file; with a sample's line number it says where the sample comes from.
+        annotations: path of the JSONL file; with a sample's line number it says where the sample
+            comes from.
         root: folder that image paths are relative to.
         records: records read.
         samples: samples packed (repeats counted, rejected records not).
@@ -76,7 +78,9 @@ class Shard:
 
 @dataclass(frozen=True, kw_only=True)
 class Totals:
-    """Sums over all packs; ``supervised`` counts tokens with a loss, ``bytes`` the packs' blocks."""
+    """Sums over all packs; ``supervised`` counts tokens with a loss, ``bytes`` the packs'
+    blocks.
+    """
 
     packs: int = 0
     samples: int = 0
@@ -111,7 +115,8 @@ class Manifest:
         alignment: each sample starts at a multiple of this many tokens in its pack.
         seed: seed of the packer.
         sources: annotation files; a sample names its source by its place here.
-        levels: the packs' levels of difficulty, the easiest first; none where the records' difficulty is not known.
+        levels: the packs' levels of difficulty, the easiest first; none where the records'
+            difficulty is not known.
         rejects: number of rejected records for each reason.
         shards: the files; filled by ``store.complete``.
         idx_crc32: checksum of the whole index; filled by ``store.complete``.
@@ -146,11 +151,18 @@ class Manifest:
     def to_json(self) -> str:
         """The manifest as the text of ``manifest.json``."""
         return (
-            json.dumps({"format": FORMAT_NAME, "version": FORMAT_VERSION, **dataclasses.asdict(self)}, indent=2, ensure_ascii=False) + "\n"
+            json.dumps(
+                {"format": FORMAT_NAME, "version": FORMAT_VERSION, **dataclasses.asdict(self)},
+                indent=2,
+                ensure_ascii=False,
+            )
+            + "\n"
         )
 
     def write(self, folder: Path) -> None:
-        """Write ``manifest.json`` into ``folder`` in one step: a reader sees all of it or nothing."""
+        """Write ``manifest.json`` into ``folder`` in one step: a reader sees all of it or
+        nothing.
+        """
         temporary = folder / (FILE_NAME + ".partial")
         with open(temporary, "w", encoding="utf-8") as file:
             file.write(self.to_json())
@@ -169,10 +181,14 @@ def read_manifest(folder: Path | str) -> Manifest:
     files = open_folder(folder)
     path = f"{files.folder}/{FILE_NAME}"
     if isinstance(files, LocalFiles) and not files.folder.is_dir():
-        raise FileNotFoundError(f"{folder}: there is no such folder of packs; make one with tools/pack_dataset.py --out {folder}")
+        raise FileNotFoundError(
+            f"{folder}: there is no such folder of packs; make one with tools/pack_dataset.py --out"
+            f" {folder}"
+        )
     if not files.exists(FILE_NAME):
         raise FileNotFoundError(
-            f"{path}: missing. It is written last, so {folder} is no packed dataset or its packing did not end; run tools/pack_dataset.py"
+            f"{path}: missing. It is written last, so {folder} is no packed dataset or its packing"
+            " did not end; run tools/pack_dataset.py"
         )
     return parse_manifest(files.read(FILE_NAME, 0, files.size(FILE_NAME)).decode(), path)
 
@@ -184,15 +200,20 @@ def parse_manifest(text: str, path: Path | str) -> Manifest:
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: not JSON ({error}); pack the dataset again") from None
     if not isinstance(facts, dict) or facts.pop("format", None) != FORMAT_NAME:
-        raise ValueError(f"{path}: not the manifest of a packed dataset (no format {FORMAT_NAME!r})")
+        raise ValueError(
+            f"{path}: not the manifest of a packed dataset (no format {FORMAT_NAME!r})"
+        )
     version = facts.pop("version", None)
     if version not in READ_VERSIONS:
         raise ValueError(
-            f"{path}: format version {version}, but this megavlm reads {' and '.join(map(str, READ_VERSIONS))}; "
-            "update megavlm, or pack the dataset again"
+            f"{path}: format version {version}, but this megavlm reads"
+            f" {' and '.join(map(str, READ_VERSIONS))}; update megavlm, or pack the dataset again"
         )
     for name, kind in (("sources", Source), ("levels", Level), ("shards", Shard)):
-        facts[name] = tuple(_build(kind, entry, f"{path}: {name}[{place}]") for place, entry in enumerate(facts.get(name, ())))
+        facts[name] = tuple(
+            _build(kind, entry, f"{path}: {name}[{place}]")
+            for place, entry in enumerate(facts.get(name, ()))
+        )
     facts["totals"] = _build(Totals, facts.get("totals", {}), f"{path}: totals")
     for name in ("pixel_mean", "pixel_std"):
         if name in facts:
@@ -206,7 +227,10 @@ def _build(kind: type, facts: dict[str, Any], where: str) -> Any:
     if not required <= facts.keys() <= known:
         unknown = sorted(facts.keys() - known)
         missing = sorted(required - facts.keys())
-        raise ValueError(f"{where}: facts missing: {missing or 'none'}; facts unknown: {unknown or 'none'}; pack the dataset again")
+        raise ValueError(
+            f"{where}: facts missing: {missing or 'none'}; facts unknown: {unknown or 'none'}; pack"
+            " the dataset again"
+        )
     return kind(**facts)
 
 
@@ -214,5 +238,9 @@ def _build(kind: type, facts: dict[str, Any], where: str) -> Any:
 def _names(kind: type) -> tuple[frozenset[str], frozenset[str]]:
     """The fields of a ``kind``, and those without a default."""
     fields = dataclasses.fields(kind)
-    required = [entry.name for entry in fields if entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING]
+    required = [
+        entry.name
+        for entry in fields
+        if entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING
+    ]
     return frozenset(entry.name for entry in fields), frozenset(required)

@@ -1,11 +1,15 @@
-"""Packs on disk: ``packs-00000.bin``, ... hold the bytes, ``packs.idx`` one record of fixed size a pack, of all packs in their order.
+"""Packs on disk: ``packs-00000.bin``, ... hold the bytes, ``packs.idx`` one record of fixed size a
+pack, of all packs in their order.
 
-A pack is one block of a ``.bin`` file, which starts at a multiple of 64 bytes; its sections start at multiples of 8 bytes:
+A pack is one block of a ``.bin`` file, which starts at a multiple of 64 bytes; its sections start
+at multiples of 8 bytes:
 
-    tokens int32 [T] | supervised uint8 [T] | sample lengths int32 [N] | provenance [N] | image table [images] | encoded images
+    tokens int32 [T] | supervised uint8 [T] | sample lengths int32 [N] | provenance [N] | image
+    table [images] | encoded images
 
-All numbers are little-endian. The index is a header (magic, format version, sizes, and the record's fields as JSON) and then the records,
-so that any record is read without the others. Shapes: T tokens of the pack, N samples.
+All numbers are little-endian. The index is a header (magic, format version, sizes, and the record's
+fields as JSON) and then the records, so that any record is read without the others. Shapes: T
+tokens of the pack, N samples.
 """
 
 from __future__ import annotations
@@ -82,7 +86,9 @@ HEADER_BYTES = round_up(HEADER.size + len(DESCRIPTION), BLOCK_ALIGNMENT_BYTES)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sections:
-    """Where the sections of a block start, in bytes from the block's start; ``encoded`` is also the size of all before the images."""
+    """Where the sections of a block start, in bytes from the block's start; ``encoded`` is also the
+    size of all before the images.
+    """
 
     supervised: int
     lengths: int
@@ -97,7 +103,13 @@ def sections(tokens: int, samples: int, images: int) -> Sections:
     lengths = supervised + round_up(tokens, SECTION_ALIGNMENT_BYTES)
     provenance = lengths + round_up(4 * samples, SECTION_ALIGNMENT_BYTES)
     table = provenance + PROVENANCE.itemsize * samples
-    return Sections(supervised=supervised, lengths=lengths, provenance=provenance, images=table, encoded=table + IMAGE.itemsize * images)
+    return Sections(
+        supervised=supervised,
+        lengths=lengths,
+        provenance=provenance,
+        images=table,
+        encoded=table + IMAGE.itemsize * images,
+    )
 
 
 def pack_header(packs: int) -> bytes:
@@ -107,9 +119,11 @@ def pack_header(packs: int) -> bytes:
 
 
 def sample_weights(supervised: np.ndarray) -> tuple[float, float, float]:
-    """Sums of the loss weights of samples with ``supervised`` tokens each, for the reductions token, sample and square.
+    """Sums of the loss weights of samples with ``supervised`` tokens each, for the reductions
+    token, sample and square.
 
-    A supervised token of a sample with n of them weighs 1 (token), 1/n (sample) or 1/sqrt(n) (square), so a sample weighs n, 1 or sqrt(n).
+    A supervised token of a sample with n of them weighs 1 (token), 1/n (sample) or 1/sqrt(n)
+    (square), so a sample weighs n, 1 or sqrt(n).
     """
     counts = supervised[supervised > 0].astype(np.float64)
     return float(counts.sum()), float(len(counts)), float(np.sqrt(counts).sum())
@@ -134,23 +148,34 @@ class PackRules:
 
     def __post_init__(self) -> None:
         if self.capacity < 1 or self.alignment < 1 or self.capacity % self.alignment:
-            raise ValueError(f"--capacity {self.capacity} is not a multiple of --alignment {self.alignment}")
+            raise ValueError(
+                f"--capacity {self.capacity} is not a multiple of --alignment {self.alignment}"
+            )
 
     def check(self, samples: Sequence[Sample]) -> None:
         """Raise ValueError where samples cannot make a pack."""
         used = sum(round_up(len(sample.tokens), self.alignment) for sample in samples)
         tiles = sum(sample.tiles for sample in samples)
-        if not samples or used > self.capacity or any(len(sample.tokens) == 0 for sample in samples):
+        if (
+            not samples
+            or used > self.capacity
+            or any(len(sample.tokens) == 0 for sample in samples)
+        ):
             raise ValueError(
-                f"a pack of {len(samples)} samples takes {used} tokens (aligned to {self.alignment}); "
-                f"it must hold samples that are not empty and at most --capacity {self.capacity} tokens"
+                f"a pack of {len(samples)} samples takes {used} tokens (aligned to"
+                f" {self.alignment}); it must hold samples that are not empty and at most"
+                f" --capacity {self.capacity} tokens"
             )
         if self.tile_cap is not None and tiles > self.tile_cap:
-            raise ValueError(f"a pack of {len(samples)} samples has {tiles} tiles, above --tile_cap {self.tile_cap}")
+            raise ValueError(
+                f"a pack of {len(samples)} samples has {tiles} tiles, above --tile_cap"
+                f" {self.tile_cap}"
+            )
 
 
 class ShardWriter:
-    """Writes the packs of one shard: ``NAME.bin``, and their records as ``NAME.records`` until ``complete`` joins those of all shards.
+    """Writes the packs of one shard: ``NAME.bin``, and their records as ``NAME.records`` until
+    ``complete`` joins those of all shards.
 
     Args:
         folder: where the files go.
@@ -200,14 +225,21 @@ class ShardWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         """Let go of the files; a shard that was not closed stays incomplete."""
         self._bin.close()
         self._records.close()
 
 
 def complete(folder: Path, manifest: Manifest, shards: Sequence[tuple[Shard, Totals]]) -> Manifest:
-    """Make a dataset of its shards: join their records to the index, then write the manifest, and return it with shards and totals."""
+    """Make a dataset of its shards: join their records to the index, then write the manifest, and
+    return it with shards and totals.
+    """
     packs = sum(shard.packs for shard, _ in shards)
     with open(folder / INDEX_NAME, "wb") as index:
         crc = _append(index, pack_header(packs), 0)
@@ -220,7 +252,9 @@ def complete(folder: Path, manifest: Manifest, shards: Sequence[tuple[Shard, Tot
     sums = Counter()
     for _, totals in shards:
         sums.update(dataclasses.asdict(totals))
-    manifest = dataclasses.replace(manifest, shards=tuple(shard for shard, _ in shards), idx_crc32=crc, totals=Totals(**sums))
+    manifest = dataclasses.replace(
+        manifest, shards=tuple(shard for shard, _ in shards), idx_crc32=crc, totals=Totals(**sums)
+    )
     manifest.write(folder)
     for shard, _ in shards:
         (folder / f"{shard.name}.records").unlink()
@@ -234,10 +268,12 @@ def _append(file: BinaryIO, data: bytes, crc: int) -> int:
 
 
 class Writer:
-    """Writes packs one after the other, starts a new shard at ``shard_bytes``, and the manifest at the end.
+    """Writes packs one after the other, starts a new shard at ``shard_bytes``, and the manifest at
+    the end.
 
     Args:
-        folder: made if missing. Packs that an unfinished run left there are removed; a complete dataset is an error.
+        folder: made if missing. Packs that an unfinished run left there are removed; a complete
+            dataset is an error.
         capacity, tile_cap, alignment: as for ``PackRules``.
         shard_bytes: a ``.bin`` file that has reached this size is followed by the next one.
 
@@ -246,14 +282,22 @@ class Writer:
     """
 
     def __init__(
-        self, folder: Path, capacity: int, shard_bytes: int = SHARD_BYTES, *, tile_cap: int | None = None, alignment: int = 1
+        self,
+        folder: Path,
+        capacity: int,
+        shard_bytes: int = SHARD_BYTES,
+        *,
+        tile_cap: int | None = None,
+        alignment: int = 1,
     ) -> None:
         self.folder = Path(folder)
         self.shard_bytes = shard_bytes
         self.rules = PackRules(capacity=capacity, tile_cap=tile_cap, alignment=alignment)
         self.folder.mkdir(parents=True, exist_ok=True)
         if (self.folder / FILE_NAME).exists():
-            raise FileExistsError(f"{self.folder}: holds a complete packed dataset; give another --out or remove it")
+            raise FileExistsError(
+                f"{self.folder}: holds a complete packed dataset; give another --out or remove it"
+            )
         for path in self.folder.iterdir():
             if re.fullmatch(r"packs-\d{5,}\.(bin|records)", path.name):
                 path.unlink()
@@ -261,7 +305,9 @@ class Writer:
         self._shard = ShardWriter(self.folder, 0, self.rules)
 
     def write(self, samples: Sequence[Sample]) -> int:
-        """Append one pack and return its id; raises ValueError where the samples cannot make one."""
+        """Append one pack and return its id; raises ValueError where the samples cannot make
+        one.
+        """
         if self._shard.packs and self._shard.bytes >= self.shard_bytes:
             self._shards.append(self._shard.close())
             self._shard = ShardWriter(self.folder, len(self._shards), self.rules)
@@ -269,36 +315,49 @@ class Writer:
         return sum(shard.packs for shard, _ in self._shards) + self._shard.packs - 1
 
     def close(self, manifest: Manifest) -> Manifest:
-        """Complete the dataset: write ``manifest`` with the shards and totals of what was written, and return it.
+        """Complete the dataset: write ``manifest`` with the shards and totals of what was written,
+        and return it.
 
         Raises:
-            ValueError: the manifest's capacity, alignment or tile cap is not the one that the packs were written with.
+            ValueError: the manifest's capacity, alignment or tile cap is not the one that the packs
+                were written with.
         """
         facts = dataclasses.asdict(manifest)
         rules = dataclasses.asdict(self.rules)
         for name in ("capacity", "alignment", "tile_cap"):
             if rules[name] not in (None, facts[name]):
-                raise ValueError(f"manifest: {name} {facts[name]}, but the packs were written with {rules[name]}")
+                raise ValueError(
+                    f"manifest: {name} {facts[name]}, but the packs were written with {rules[name]}"
+                )
         self._shards.append(self._shard.close())
         return complete(self.folder, manifest, self._shards)
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         """Let go of the files; a folder that was not closed stays incomplete."""
         self._shard.__exit__(kind, error, trace)
 
 
 def pack_block(samples: Sequence[Sample]) -> tuple[list[bytes], np.ndarray]:
-    """The block of a pack in pieces, so that images are not copied to join them, and its record in the index without the offset."""
+    """The block of a pack in pieces, so that images are not copied to join them, and its record in
+    the index without the offset.
+    """
     lengths = np.array([len(sample.tokens) for sample in samples], np.int32)
     images = [(place, image) for place, sample in enumerate(samples) for image in sample.images]
     layout = sections(int(lengths.sum()), len(samples), len(images))
     head = np.zeros(layout.encoded, np.uint8)
     count = int(lengths.sum())
     head[: 4 * count].view("<i4")[:] = np.concatenate([sample.tokens for sample in samples])
-    head[layout.supervised : layout.supervised + count] = np.concatenate([sample.supervised for sample in samples])
+    head[layout.supervised : layout.supervised + count] = np.concatenate(
+        [sample.supervised for sample in samples]
+    )
     head[layout.lengths : layout.lengths + 4 * len(samples)].view("<i4")[:] = lengths
     provenance = head[layout.provenance : layout.images].view(PROVENANCE)
     provenance["source"] = [sample.source for sample in samples]
@@ -321,7 +380,8 @@ def pack_block(samples: Sequence[Sample]) -> tuple[list[bytes], np.ndarray]:
             parts.append(part)
             crc = zlib.crc32(part, crc)
         offset += round_up(size, SECTION_ALIGNMENT_BYTES)
-    # The first token of a sample follows nothing inside it, so it is never a label and never counts.
+    # The first token of a sample follows nothing inside it, so it is never a label and never
+    # counts.
     supervised = np.array([np.count_nonzero(sample.supervised[1:]) for sample in samples])
     record = np.zeros((), RECORD)
     record["bytes"] = len(head) + offset
@@ -331,7 +391,9 @@ def pack_block(samples: Sequence[Sample]) -> tuple[list[bytes], np.ndarray]:
     record["tiles"] = int(table["tiles"].sum())
     record["supervised"] = supervised.sum()
     record["longest"] = lengths.max()
-    record["weight_token"], record["weight_sample"], record["weight_square"] = sample_weights(supervised)
+    record["weight_token"], record["weight_sample"], record["weight_square"] = sample_weights(
+        supervised
+    )
     record["squared_lengths"] = np.square(lengths.astype(np.float64)).sum()
     record["crc_tokens"] = zlib.crc32(head)
     record["crc_images"] = crc

@@ -68,8 +68,8 @@ class Pack:
 class Index:
     """The records of all packs; nothing is read until it is asked for.
 
-    ``index[pack_ids]`` is a structured array with the fields of ``store.RECORD``, in the order of the ids; ``index["tiles"]`` is a
-    whole column (8 bytes a pack at most: meant for statistics).
+    ``index[pack_ids]`` is a structured array with the fields of ``store.RECORD``, in the order of
+    the ids; ``index["tiles"]`` is a whole column (8 bytes a pack at most: meant for statistics).
 
     Args:
         rows: the records.
@@ -109,7 +109,10 @@ class Reader:
         shards = self.manifest.shards
         _check_files(self.files, self.manifest)
         self.index = Index(
-            Rows(self.files, INDEX_NAME, RECORD, sum(shard.packs for shard in shards), HEADER_BYTES), [shard.packs for shard in shards]
+            Rows(
+                self.files, INDEX_NAME, RECORD, sum(shard.packs for shard in shards), HEADER_BYTES
+            ),
+            [shard.packs for shard in shards],
         )
         if len(self.index) == 0:
             raise ValueError(f"{self.folder}: the dataset has no packs")
@@ -125,10 +128,12 @@ class Reader:
         return f"{self.folder}/{self.manifest.shards[int(self.index.shard_of(pack_id))].name}.bin"
 
     def read(self, pack_id: int, *, with_images: bool = True) -> Pack:
-        """The pack, its checksums verified; without ``with_images`` the encoded images are neither read nor checked.
+        """The pack, its checksums verified; without ``with_images`` the encoded images are neither
+        read nor checked.
 
         Raises:
-            ValueError: the bytes on the disk are not those that were written; names the pack and the file.
+            ValueError: the bytes on the disk are not those that were written; names the pack and
+                the file.
         """
         record = self.index[pack_id]
         shard = self.manifest.shards[int(self.index.shard_of(pack_id))]
@@ -139,11 +144,17 @@ class Reader:
         end = int(record["offset"] + record["bytes"])
         middle = start + layout.encoded
         if not 0 <= start <= middle <= end <= shard.bin_bytes:
-            raise ValueError(f"pack {pack_id}: its record places it outside {self.bin_path(pack_id)}; {INDEX_NAME} is damaged, pack again")
+            raise ValueError(
+                f"pack {pack_id}: its record places it outside {self.bin_path(pack_id)};"
+                f" {INDEX_NAME} is damaged, pack again"
+            )
         end = end if with_images else middle
         data = self.files.read(f"{shard.name}.bin", start, end)
         if len(data) != end - start:
-            raise ValueError(f"{self.bin_path(pack_id)}: ends inside pack {pack_id}; the file is cut off, copy or pack the dataset again")
+            raise ValueError(
+                f"{self.bin_path(pack_id)}: ends inside pack {pack_id}; the file is cut off, copy"
+                " or pack the dataset again"
+            )
         block = np.frombuffer(data, np.uint8)
         head = block[: layout.encoded]
         encoded = block[layout.encoded :]
@@ -165,7 +176,9 @@ class Reader:
         source = int(pack.provenance[sample]["source"])
         line = int(pack.provenance[sample]["line"])
         sources = self.manifest.sources
-        return f"{sources[source].annotations if source < len(sources) else f'source {source}'}:{line}"
+        return (
+            f"{sources[source].annotations if source < len(sources) else f'source {source}'}:{line}"
+        )
 
     def check(self) -> int:
         """Read everything and verify all checksums; returns the number of packs.
@@ -176,10 +189,13 @@ class Reader:
         size = HEADER_BYTES + RECORD.itemsize * len(self)
         crc = 0
         for start in range(0, size, CHUNK_BYTES):
-            crc = zlib.crc32(self.files.read(INDEX_NAME, start, min(start + CHUNK_BYTES, size)), crc)
+            crc = zlib.crc32(
+                self.files.read(INDEX_NAME, start, min(start + CHUNK_BYTES, size)), crc
+            )
         if crc != self.manifest.idx_crc32:
             raise ValueError(
-                f"{self.folder}/{INDEX_NAME}: checksum is not the one in the manifest; the file is damaged, copy or pack the dataset again"
+                f"{self.folder}/{INDEX_NAME}: checksum is not the one in the manifest; the file is"
+                " damaged, copy or pack the dataset again"
             )
         for pack_id in range(len(self)):
             self.read(pack_id)
@@ -189,8 +205,8 @@ class Reader:
         found = zlib.crc32(data)
         if found != expected:
             raise ValueError(
-                f"{self.bin_path(pack_id)}: pack {pack_id}: CRC32 of its {what} is {found:08x}, written was {expected:08x}; "
-                "the file is damaged, copy or pack the dataset again"
+                f"{self.bin_path(pack_id)}: pack {pack_id}: CRC32 of its {what} is {found:08x},"
+                f" written was {expected:08x}; the file is damaged, copy or pack the dataset again"
             )
 
 
@@ -203,7 +219,10 @@ def _check_files(files: Files, manifest: Manifest) -> None:
         sizes |= {f"{shard.name}.bin": shard.bin_bytes for shard in manifest.shards}
     for name in sizes:
         if not files.exists(name):
-            raise FileNotFoundError(f"{files.folder}/{name}: missing, but the manifest names it; copy or pack the dataset again")
+            raise FileNotFoundError(
+                f"{files.folder}/{name}: missing, but the manifest names it; copy or pack the"
+                " dataset again"
+            )
     _check_header(f"{files.folder}/{INDEX_NAME}", files.read(INDEX_NAME, 0, HEADER_BYTES), packs)
     for name, expected in sizes.items():
         if (found := files.size(name)) != expected:
@@ -219,12 +238,22 @@ def _check_header(path: str, start: bytes, packs: int) -> None:
         raise ValueError(f"{path}: not an index of packs (it does not start with {MAGIC.decode()})")
     _, version, header_bytes, record_bytes, _, found = HEADER.unpack_from(start)
     if version != VERSION:
-        raise ValueError(f"{path}: format version {version}, but this megavlm reads {VERSION}; update megavlm, or pack the dataset again")
-    description = start[HEADER.size : HEADER.size + len(DESCRIPTION)]
-    if record_bytes != RECORD.itemsize or header_bytes != HEADER_BYTES or description != DESCRIPTION:
         raise ValueError(
-            f"{path}: records of {record_bytes} bytes with other fields than those of {RECORD.itemsize} bytes that this megavlm reads; "
-            "pack the dataset again"
+            f"{path}: format version {version}, but this megavlm reads {VERSION}; update megavlm,"
+            " or pack the dataset again"
+        )
+    description = start[HEADER.size : HEADER.size + len(DESCRIPTION)]
+    if (
+        record_bytes != RECORD.itemsize
+        or header_bytes != HEADER_BYTES
+        or description != DESCRIPTION
+    ):
+        raise ValueError(
+            f"{path}: records of {record_bytes} bytes with other fields than those of"
+            f" {RECORD.itemsize} bytes that this megavlm reads; pack the dataset again"
         )
     if start != pack_header(packs):
-        raise ValueError(f"{path}: header says {found} packs, the manifest says {packs}; the files do not belong together")
+        raise ValueError(
+            f"{path}: header says {found} packs, the manifest says {packs}; the files do not belong"
+            " together"
+        )

@@ -1,7 +1,7 @@
 """From conversations to tokens: a template of ``chat_formats`` with a tokenizer.
 
-An image is ``<img>``, one ``<IMG_CONTEXT>`` a feature, ``</img>``. Answers with their end are supervised; of a ``pretrain`` text
-everything but images is.
+An image is ``<img>``, one ``<IMG_CONTEXT>`` a feature, ``</img>``. Answers with their end are
+supervised; of a ``pretrain`` text everything but images is.
 """
 
 from __future__ import annotations
@@ -14,7 +14,14 @@ from transformers import PreTrainedTokenizerBase
 from megavlm.data.records.record import IMAGE_PLACEHOLDER, Turn
 from megavlm.data.records.reject import RejectError
 from megavlm.data.text.templates import chat_format
-from megavlm.data.text.tokenizer import IMAGE_CONTEXT, IMAGE_END, IMAGE_START, IMAGE_TOKENS, SPECIAL_TOKENS, first_tokens
+from megavlm.data.text.tokenizer import (
+    IMAGE_CONTEXT,
+    IMAGE_END,
+    IMAGE_START,
+    IMAGE_TOKENS,
+    SPECIAL_TOKENS,
+    first_tokens,
+)
 
 DEFAULT = "internvl2_5"
 SHOWING_ROLES = ("human", "pretrain")  # whose texts hold images
@@ -24,25 +31,35 @@ class ChatTemplate:
     """A row of the table of templates with a tokenizer.
 
     Args:
-        tokenizer: has the special tokens of ``add_special_tokens``; in front of a text it adds nothing, or its ``bos_token``.
+        tokenizer: has the special tokens of ``add_special_tokens``; in front of a text it adds
+            nothing, or its ``bos_token``.
         features_per_tile: ``<IMG_CONTEXT>`` tokens of one tile.
         name: of the row.
         system_message: what a conversation without a system turn begins with; None: the row's.
 
     Raises:
-        ValueError: the tokenizer lacks a token, adds other ones of its own, or cannot say where its tokens stand in a text.
+        ValueError: the tokenizer lacks a token, adds other ones of its own, or cannot say where its
+            tokens stand in a text.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, features_per_tile: int, *, name: str = DEFAULT, system_message: str | None = None
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        features_per_tile: int,
+        *,
+        name: str = DEFAULT,
+        system_message: str | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.features_per_tile = features_per_tile
         self.format = chat_format(name)
-        self.system_message = self.format.system_message if system_message is None else system_message
+        self.system_message = (
+            self.format.system_message if system_message is None else system_message
+        )
         if not tokenizer.is_fast:
             raise ValueError(
-                f"the tokenizer {type(tokenizer).__name__} does not tell where its tokens stand; one with a tokenizer.json does"
+                f"the tokenizer {type(tokenizer).__name__} does not tell where its tokens stand;"
+                " one with a tokenizer.json does"
             )
         # The folder of a tokenizer may ask for either; a record is never cut, and never filled up.
         tokenizer.backend_tokenizer.no_truncation()
@@ -57,7 +74,9 @@ class ChatTemplate:
         self._opening_tokens = self._tokens([self.format.opening])[0]
         end, whole = self._tokens([self.format.end, self.format.end + self.format.closing])
         self._first = self.format.end, end  # what a conversation began with last, and its tokens
-        self._closing_length = len(whole) - len(end)  # alone, a text may begin with a token for a space
+        self._closing_length = len(whole) - len(
+            end
+        )  # alone, a text may begin with a token for a space
 
     def encode(self, turns: Sequence[Turn], tiles: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """Tokens, int32 [T], and the supervised mask, bool [T], of a conversation or of a text.
@@ -72,10 +91,12 @@ class ChatTemplate:
         return self._encode(turns, tiles, "")
 
     def prompt(self, question: str | Sequence[Turn], tiles: Sequence[int] = ()) -> np.ndarray:
-        """Tokens, int32 [T], up to where the answer begins: the start of what ``encode`` makes of the same conversation.
+        """Tokens, int32 [T], up to where the answer begins: the start of what ``encode`` makes of
+        the same conversation.
 
         Args:
-            question: the human's text, or the turns up to a human one. One image without a placeholder goes first, on its own line.
+            question: the human's text, or the turns up to a human one. One image without a
+                placeholder goes first, on its own line.
             tiles: tiles of each image, thumbnail counted, in the order of the placeholders.
 
         Raises:
@@ -83,14 +104,18 @@ class ChatTemplate:
         """
         if isinstance(question, str):
             alone = len(tiles) == 1 and IMAGE_PLACEHOLDER not in question
-            question = [Turn(role="human", text=f"{IMAGE_PLACEHOLDER}\n{question}" if alone else question)]
+            question = [
+                Turn(role="human", text=f"{IMAGE_PLACEHOLDER}\n{question}" if alone else question)
+            ]
         return self._encode(question, tiles, self.format.opening)[0]
 
     def text(self, tokens: Sequence[int] | np.ndarray) -> str:
         """The text of an answer's tokens, without special tokens."""
         return self.tokenizer.decode([int(token) for token in tokens], skip_special_tokens=True)
 
-    def _encode(self, turns: Sequence[Turn], tiles: Sequence[int], opening: str) -> tuple[np.ndarray, np.ndarray]:
+    def _encode(
+        self, turns: Sequence[Turn], tiles: Sequence[int], opening: str
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Tokens and mask of turns, followed by the ``opening`` of an answer."""
         if turns[0].role == "system" or turns[0].role == "pretrain":
             turns = list(turns)
@@ -99,7 +124,9 @@ class ChatTemplate:
         _check_placeholders(turns, len(tiles))
         pieces = [self._render(turn) for turn in turns]
         is_joint = self.format.joint or turns[0].role == "pretrain"
-        tokens, supervised = (self._encode_joint if is_joint else self._encode_apart)(turns, pieces, opening)
+        tokens, supervised = (self._encode_joint if is_joint else self._encode_apart)(
+            turns, pieces, opening
+        )
         if self.first_tokens:
             tokens = np.concatenate([self._first_tokens, tokens])
             supervised = np.concatenate([np.zeros(len(self.first_tokens), bool), supervised])
@@ -109,7 +136,9 @@ class ChatTemplate:
             supervised[tokens == token_id] = False
         # Each placeholder became one context token, and no text holds another.
         repeats = np.ones(len(tokens), np.int64)
-        repeats[tokens == self.context_token_id] = np.asarray(tiles, np.int64) * self.features_per_tile
+        repeats[tokens == self.context_token_id] = (
+            np.asarray(tiles, np.int64) * self.features_per_tile
+        )
         return np.repeat(tokens, repeats), np.repeat(supervised, repeats)
 
     def _render(self, turn: Turn) -> tuple[str, str, str]:
@@ -122,12 +151,20 @@ class ChatTemplate:
         if turn.role == "pretrain":
             return "", text, ""
         if turn.role == "gpt":
-            return self.format.opening, self.format.answer.replace("{}", text, 1), self.format.closing
+            return (
+                self.format.opening,
+                self.format.answer.replace("{}", text, 1),
+                self.format.closing,
+            )
         row = self.format.system if turn.role == "system" else self.format.human
         return row.replace("{}", text, 1), "", ""
 
-    def _encode_apart(self, turns: Sequence[Turn], pieces: list[tuple[str, str, str]], opening: str) -> tuple[np.ndarray, np.ndarray]:
-        """Each turn as a text of its own, as InternVL 2.5 does: a merge over their border would make other tokens."""
+    def _encode_apart(
+        self, turns: Sequence[Turn], pieces: list[tuple[str, str, str]], opening: str
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Each turn as a text of its own, as InternVL 2.5 does: a merge over their border would
+        make other tokens.
+        """
         first, *others = ["".join(piece) for piece in pieces]
         if first != self._first[0]:  # one system message begins most conversations
             self._first = first, self._tokens([first])[0]
@@ -135,7 +172,12 @@ class ChatTemplate:
         learned = []
         for turn, found in zip(turns, [self._first[1], *self._tokens(others)], strict=True):
             if turn.role == "gpt":
-                learned.append((len(tokens) + len(self._opening_tokens), len(tokens) + len(found) - self._closing_length))
+                learned.append(
+                    (
+                        len(tokens) + len(self._opening_tokens),
+                        len(tokens) + len(found) - self._closing_length,
+                    )
+                )
             tokens += found
         if opening:
             tokens += self._opening_tokens
@@ -144,7 +186,9 @@ class ChatTemplate:
             mask[start:end] = True
         return np.array(tokens, np.int32), mask
 
-    def _encode_joint(self, turns: Sequence[Turn], pieces: list[tuple[str, str, str]], opening: str) -> tuple[np.ndarray, np.ndarray]:
+    def _encode_joint(
+        self, turns: Sequence[Turn], pieces: list[tuple[str, str, str]], opening: str
+    ) -> tuple[np.ndarray, np.ndarray]:
         """All turns as one text; a token is learned that reaches into a learned part of it."""
         text = ""
         learned = []
@@ -153,7 +197,9 @@ class ChatTemplate:
             if body:
                 learned.append((len(text), len(text) + len(body)))
             text += body + after
-        found = self.tokenizer(text + opening, add_special_tokens=False, return_offsets_mapping=True)
+        found = self.tokenizer(
+            text + opening, add_special_tokens=False, return_offsets_mapping=True
+        )
         places = np.array(found["offset_mapping"], np.int64).reshape(-1, 2)
         mask = np.zeros(len(places), bool)
         for start, end in learned:
@@ -161,14 +207,23 @@ class ChatTemplate:
         return np.array(found["input_ids"], np.int32), mask
 
     def _tokens(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of each text; what the tokenizer's own call gives, without the half of its time that is not for these."""
-        return [found.ids for found in self.tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        """Token ids of each text; what the tokenizer's own call gives, without the half of its time
+        that is not for these.
+        """
+        return [
+            found.ids
+            for found in self.tokenizer.backend_tokenizer.encode_batch_fast(
+                texts, add_special_tokens=False
+            )
+        ]
 
     def _token_id(self, token: str) -> int:
         """The id of a special token."""
         ids = self._tokens([token])[0]
         if len(ids) != 1:
-            raise ValueError(f"the tokenizer has no token {token}, which --template {self.format.name} needs")
+            raise ValueError(
+                f"the tokenizer has no token {token}, which --template {self.format.name} needs"
+            )
         return ids[0]
 
 
@@ -177,9 +232,16 @@ def _check_placeholders(turns: Sequence[Turn], images: int) -> None:
     for turn in turns:
         for token in IMAGE_TOKENS:
             if token in turn.text:
-                raise RejectError("image_token_in_text", f"a {turn.role} turn holds {token} {turn.text.count(token)} times")
-    placeholders = sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in turns if turn.role in SHOWING_ROLES)
+                raise RejectError(
+                    "image_token_in_text",
+                    f"a {turn.role} turn holds {token} {turn.text.count(token)} times",
+                )
+    placeholders = sum(
+        turn.text.count(IMAGE_PLACEHOLDER) for turn in turns if turn.role in SHOWING_ROLES
+    )
     if placeholders != images:
         raise RejectError(
-            "placeholder_count", f"{placeholders} {IMAGE_PLACEHOLDER} placeholders in the texts that show images, but {images} images"
+            "placeholder_count",
+            f"{placeholders} {IMAGE_PLACEHOLDER} placeholders in the texts that show images, but"
+            f" {images} images",
         )

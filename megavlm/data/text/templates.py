@@ -1,7 +1,8 @@
-"""The table of conversation templates: what stands around the turns of a conversation, and how texts become tokens.
+"""The table of conversation templates: what stands around the turns of a conversation, and how
+texts become tokens.
 
-All but ``plain`` are InternVL's. ``vicuna`` is also LLaVA's (Liu et al., 2023, arXiv:2304.08485), and ``plain`` is what LLaVA
-pretrains its projector with: images and answers, nothing else.
+All but ``plain`` are InternVL's. ``vicuna`` is also LLaVA's (Liu et al., 2023, arXiv:2304.08485),
+and ``plain`` is what LLaVA pretrains its projector with: images and answers, nothing else.
 """
 
 from __future__ import annotations
@@ -22,9 +23,11 @@ class ChatFormat:
         answer: an answer with its end, learned.
         closing: what stands behind an answer, and is not learned.
         markers: special tokens that the tokenizer must have.
-        joint: whether a conversation becomes tokens as one text; otherwise each turn does by itself.
+        joint: whether a conversation becomes tokens as one text; otherwise each turn does by
+            itself.
         strip: whether white space around the turns' texts is taken off.
-        questions: whether the texts of system and human turns are shown; otherwise only their images are.
+        questions: whether the texts of system and human turns are shown; otherwise only their
+            images are.
     """
 
     name: str
@@ -45,28 +48,36 @@ class ChatFormat:
         return self.answer.partition("{}")[2]
 
     def hf_template(self, *, system_message: str | None = None, bos: bool = False) -> str:
-        """The same text for Hugging Face's apply_chat_template; an image becomes one ``<IMG_CONTEXT>``, which the processor expands.
+        """The same text for Hugging Face's apply_chat_template; an image becomes one
+        ``<IMG_CONTEXT>``, which the processor expands.
 
         Args:
             system_message: stands in for the format's own.
             bos: whether a text begins with the tokenizer's ``bos_token``.
         """
         message = self.system_message if system_message is None else system_message
-        rows = {"system": self.system, "user": self.human, "assistant": self.opening + self.answer + self.closing}
-        around = ", ".join(f"'{role}': [{', '.join(map(_quoted, row.partition('{}')[::2]))}]" for role, row in rows.items())
+        rows = {
+            "system": self.system,
+            "user": self.human,
+            "assistant": self.opening + self.answer + self.closing,
+        }
+        around = ", ".join(
+            f"'{role}': [{', '.join(map(_quoted, row.partition('{}')[::2]))}]"
+            for role, row in rows.items()
+        )
         trim = " | trim" if self.strip else ""
         shown = "true" if self.questions else "message['role'] == 'assistant'"
         default = f"{{{{ {_quoted(self.system.replace('{}', message))} }}}}" if self.system else ""
         return (
-            f"{{%- set around = {{{around}}} %}}{'{{ bos_token }}' if bos else ''}"
-            f"{{%- if messages[0]['role'] != 'system' %}}{default}{{% endif %}}"
-            "{%- for message in messages %}{{ around[message['role']][0] }}"
-            f"{{%- if message['content'] is string %}}{{% if {shown} %}}{{{{ message['content']{trim} }}}}{{% endif %}}{{% else %}}"
-            "{%- for part in message['content'] %}"
-            "{%- if part['type'] == 'image' %}{{ '<IMG_CONTEXT>\\n' }}"
-            f"{{% elif part['type'] == 'text' and {shown} %}}{{{{ part['text']{trim} }}}}{{% endif %}}"
-            "{%- endfor %}{% endif %}{{ around[message['role']][1] }}{% endfor %}"
-            f"{{%- if add_generation_prompt %}}{{{{ {_quoted(self.opening)} }}}}{{% endif %}}"
+            f"{{%- set around = {{{around}}} %}}{'{{ bos_token }}' if bos else ''}{{%- if"
+            f" messages[0]['role'] != 'system' %}}{default}{{% endif %}}{{%- for message in"
+            " messages %}{{ around[message['role']][0] }}{%- if message['content'] is string"
+            f" %}}{{% if {shown} %}}{{{{ message['content']{trim} }}}}{{% endif %}}{{% else %}}{{%-"
+            " for part in message['content'] %}{%- if part['type'] == 'image' %}{{"
+            f" '<IMG_CONTEXT>\\n' }}}}{{% elif part['type'] == 'text' and {shown} %}}{{{{"
+            f" part['text']{trim} }}}}{{% endif %}}{{%- endfor %}}{{% endif %}}{{{{"
+            " around[message['role']][1] }}{% endfor %}{%- if add_generation_prompt %}{{"
+            f" {_quoted(self.opening)} }}}}{{% endif %}}"
         )
 
 
@@ -75,8 +86,14 @@ def _quoted(text: str) -> str:
     return "'" + text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n") + "'"
 
 
-_INTERNVL_2 = "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的人工智能助手。"
-_INTERNVL_2_5 = "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
+_INTERNVL_2 = (
+    "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL,"
+    " 是一个有用无害的人工智能助手。"
+)
+_INTERNVL_2_5 = (
+    "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、"
+    "清华大学及多家合作单位联合开发的多模态大语言模型。"
+)
 _VICUNA = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
@@ -133,7 +150,16 @@ FORMATS: dict[str, ChatFormat] = {
             answer=" {}</s>",  # the space is part of the answer's first token
             markers=("</s>",),
         ),
-        ChatFormat(name="plain", system_message="", system="", human="{}", opening="", answer="{}\n", markers=(), questions=False),
+        ChatFormat(
+            name="plain",
+            system_message="",
+            system="",
+            human="{}",
+            opening="",
+            answer="{}\n",
+            markers=(),
+            questions=False,
+        ),
     )
 }
 

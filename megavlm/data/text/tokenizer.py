@@ -1,4 +1,6 @@
-"""The tokenizer of the language model, with InternVL's special tokens. The only module of ``data`` that imports transformers."""
+"""The tokenizer of the language model, with InternVL's special tokens. The only module of ``data``
+that imports transformers.
+"""
 
 from __future__ import annotations
 
@@ -14,19 +16,23 @@ IMAGE_END = "</img>"
 IMAGE_CONTEXT = "<IMG_CONTEXT>"
 IMAGE_TOKENS = (IMAGE_START, IMAGE_END, IMAGE_CONTEXT)
 SPECIAL_TOKENS = (*IMAGE_TOKENS, "<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>")
-# Tokenizer classes that come as Python files beside the model, and read a sentencepiece model as LlamaTokenizer does.
+# Tokenizer classes that come as Python files beside the model, and read a sentencepiece model as
+# LlamaTokenizer does.
 LIKE_LLAMA = ("InternLM2Tokenizer", "InternLM2TokenizerFast", "InternLM3Tokenizer")
 
-# Scripts, digits, white space, code and special tokens: two tokenizers that cut this alike and share a vocabulary are one.
+# Scripts, digits, white space, code and special tokens: two tokenizers that cut this alike and
+# share a vocabulary are one.
 PROBE = (
     "The 3 quick brown foxes didn't jump: 12,345.67 + 89 = ?\n\n\tdef f(x):  return x ** 2\r\n"
     "InternVL 你好，世界 naïve Straße Ελλάδα Привет العربية 한국어 🙂👍🏽 e\u0301 \u00e9 \ufb01 "
-    "<|im_start|> text " + IMAGE_START + IMAGE_CONTEXT + IMAGE_END + "<box>[[12, 34, 560, 780]]</box><|im_end|>\n"
-)  # fmt: skip
+    f"<|im_start|> text {IMAGE_START}{IMAGE_CONTEXT}{IMAGE_END}"
+    "<box>[[12, 34, 560, 780]]</box><|im_end|>\n"
+)
 
 
 def load_tokenizer(folder: str | Path, flag: str = "--tokenizer") -> PreTrainedTokenizerBase:
-    """The tokenizer in a folder, never fetched from elsewhere, and never by running code from it; ``flag`` names the folder in errors.
+    """The tokenizer in a folder, never fetched from elsewhere, and never by running code from it;
+    ``flag`` names the folder in errors.
 
     InternLM's tokenizers bring such code; their ``tokenizer.model`` is read instead.
 
@@ -38,16 +44,23 @@ def load_tokenizer(folder: str | Path, flag: str = "--tokenizer") -> PreTrainedT
     if not folder.is_dir():
         raise FileNotFoundError(f"{flag} {folder}: there is no such folder")
     try:
-        if _settings(folder).get("tokenizer_class") in LIKE_LLAMA and (folder / "tokenizer.model").is_file():
+        if (
+            _settings(folder).get("tokenizer_class") in LIKE_LLAMA
+            and (folder / "tokenizer.model").is_file()
+        ):
             return _load_sentencepiece(folder)
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False
+        )
     except Exception as error:
         text = " ".join(str(error).split())
         raise ValueError(f"{flag} {folder}: holds no readable tokenizer: {text:.300}") from None
 
 
 def add_special_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Add those of InternVL's nine special tokens that are missing, in InternVL's order, and return how many were."""
+    """Add those of InternVL's nine special tokens that are missing, in InternVL's order, and return
+    how many were.
+    """
     return tokenizer.add_tokens(list(SPECIAL_TOKENS), special_tokens=True)
 
 
@@ -61,23 +74,33 @@ def extend(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """A hash of what a tokenizer does: its vocabulary, and its tokens for a text of many kinds.
 
-    It does not depend on how the files are written, so it outlives saving, loading and new versions of transformers.
+    It does not depend on how the files are written, so it outlives saving, loading and new versions
+    of transformers.
     """
-    facts = [sorted(tokenizer.get_vocab().items()), tokenizer(PROBE, add_special_tokens=False)["input_ids"]]
+    facts = [
+        sorted(tokenizer.get_vocab().items()),
+        tokenizer(PROBE, add_special_tokens=False)["input_ids"],
+    ]
     return hashlib.sha256(json.dumps(facts, ensure_ascii=True).encode()).hexdigest()[:32]
 
 
 def first_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What a tokenizer puts in front of a text: nothing (Qwen2.5), or its token of the beginning (Llama, InternLM2.5).
+    """What a tokenizer puts in front of a text: nothing (Qwen2.5), or its token of the beginning
+    (Llama, InternLM2.5).
 
     Raises:
         ValueError: it puts something else there.
     """
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     whole = tokenizer("a")["input_ids"]
-    place = next((start for start in range(len(whole)) if whole[start : start + len(bare)] == bare), None)
+    place = next(
+        (start for start in range(len(whole)) if whole[start : start + len(bare)] == bare), None
+    )
     if place is None or whole[:place] not in ([], [tokenizer.bos_token_id]):
-        raise ValueError(f"the tokenizer turns 'a' into {whole}; in front of a text, it may add its bos_token and nothing else")
+        raise ValueError(
+            f"the tokenizer turns 'a' into {whole}; in front of a text, it may add its bos_token"
+            " and nothing else"
+        )
     return whole[:place]
 
 
@@ -88,7 +111,9 @@ def _settings(folder: Path) -> dict[str, Any]:
 
 
 def _load_sentencepiece(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a sentencepiece model; whether a text starts with a space is written in the model itself."""
+    """The tokenizer of a sentencepiece model; whether a text starts with a space is written in the
+    model itself.
+    """
     from sentencepiece import sentencepiece_model_pb2
 
     model = sentencepiece_model_pb2.ModelProto.FromString((folder / "tokenizer.model").read_bytes())

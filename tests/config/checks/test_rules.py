@@ -49,15 +49,34 @@ def facts(config: Config, **changes: Any) -> DatasetFacts:
     ("model", "layout", "world_size"),
     [
         ("tiny", [], 1),
-        ("tiny", ["--tensor-model-parallel-size", "2", "--sequence-parallel", "--pipeline-model-parallel-size", "4"], 16),
-        ("tiny", ["--pipeline-model-parallel-size", "2", "--parallel.layout", "v*2|v*2,p,t*4,h"], 2),
+        (
+            "tiny",
+            [
+                "--tensor-model-parallel-size",
+                "2",
+                "--sequence-parallel",
+                "--pipeline-model-parallel-size",
+                "4",
+            ],
+            16,
+        ),
+        (
+            "tiny",
+            ["--pipeline-model-parallel-size", "2", "--parallel.layout", "v*2|v*2,p,t*4,h"],
+            2,
+        ),
         ("internvl2_5-8b", ["--tensor-model-parallel-size", "8"], 512),
     ],
 )
-def test_what_is_meant_to_run_has_no_problems(stage: str, model: str, layout: list[str], world_size: int, packs: Path):
+def test_what_is_meant_to_run_has_no_problems(
+    stage: str, model: str, layout: list[str], world_size: int, packs: Path
+):
     config = tiny(packs, *layout, stage=stage, model=model)
     assert problems(config, world_size) == []
-    assert facts_problems(config, [facts(config), facts(config, flag="--data.valid", num_packs=1)]) == []
+    assert (
+        facts_problems(config, [facts(config), facts(config, flag="--data.valid", num_packs=1)])
+        == []
+    )
     check(config, world_size, [facts(config)])
 
 
@@ -69,86 +88,204 @@ WRONG = [
     (
         "--context-parallel-size 2",
         3,
-        ["--parallel.pipeline_model_parallel_size 1 x --parallel.context_parallel_size 2 = 2 does not divide", "started, 3"],
+        [
+            (
+                "--parallel.pipeline_model_parallel_size 1 x --parallel.context_parallel_size 2 = 2"
+                " does not divide"
+            ),
+            "started, 3",
+        ],
     ),
-    ("--sequence-parallel", 1, ["sequence_parallel true needs --parallel.tensor_model_parallel_size 2 or more"]),
-    ("--pipeline-model-parallel-size 9", 9 * 128, ["size 9: more chunks than", "8 layers (4 of the vision encoder, 4 of"]),
+    (
+        "--sequence-parallel",
+        1,
+        ["sequence_parallel true needs --parallel.tensor_model_parallel_size 2 or more"],
+    ),
+    (
+        "--pipeline-model-parallel-size 9",
+        9 * 128,
+        ["size 9: more chunks than", "8 layers (4 of the vision encoder, 4 of"],
+    ),
     (
         "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 5",
         2,
-        ["pipeline_model_parallel_size 2 x --parallel.virtual_pipeline_model_parallel_size 5: more chunks than", "8 layers"],
+        [
+            (
+                "pipeline_model_parallel_size 2 x --parallel.virtual_pipeline_model_parallel_size"
+                " 5: more chunks than"
+            ),
+            "8 layers",
+        ],
     ),
     (
         "--parallel.virtual_pipeline_model_parallel_size 2",
         1,
-        ["--parallel.pipeline_model_parallel_size 1 x --parallel.virtual_pipeline_model_parallel_size 2: chunks take turns"],
+        [
+            "--parallel.pipeline_model_parallel_size 1 x"
+            " --parallel.virtual_pipeline_model_parallel_size 2: chunks take turns"
+        ],
     ),
-    ("--parallel.virtual_pipeline_model_parallel_size 0", 1, ["virtual_pipeline_model_parallel_size 0: must be 1 or more"]),
     (
-        "--pipeline-model-parallel-size 2 --parallel.virtual_pipeline_model_parallel_size 2 --global-batch-size 10",
+        "--parallel.virtual_pipeline_model_parallel_size 0",
+        1,
+        ["virtual_pipeline_model_parallel_size 0: must be 1 or more"],
+    ),
+    (
+        (
+            "--pipeline-model-parallel-size 2 --parallel.virtual_pipeline_model_parallel_size 2"
+            " --global-batch-size 10"
+        ),
         4,
-        ["--training.global_batch_size 10 gives each of the 2 data-parallel ranks 5 packs", "_parallel_size 2; use 8 or 12"],
+        [
+            "--training.global_batch_size 10 gives each of the 2 data-parallel ranks 5 packs",
+            "_parallel_size 2; use 8 or 12",
+        ],
     ),
     (
-        "--pipeline-model-parallel-size 2 --parallel.virtual_pipeline_model_parallel_size 2 --parallel.layout v*2|v*2,t*4",
+        (
+            "--pipeline-model-parallel-size 2 --parallel.virtual_pipeline_model_parallel_size 2"
+            " --parallel.layout v*2|v*2,t*4"
+        ),
         2,
-        ["2 chunks, but --parallel.pipeline_model_parallel_size 2 x --parallel.virtual_pipeline_model_parallel_size 2 is 4"],
+        [
+            "2 chunks, but --parallel.pipeline_model_parallel_size 2 x"
+            " --parallel.virtual_pipeline_model_parallel_size 2 is 4"
+        ],
     ),
-    ("--parallel.layout v*2|v*2,t*4", 1, ["v*2|v*2,t*4: 2 chunks, but --parallel.pipeline_model_parallel_size is 1"]),
-    ("--pipeline-model-parallel-size 2 --parallel.layout evn", 2, ["layout evn: 'evn' is none of v, p, t, h", "or use auto or even"]),
+    (
+        "--parallel.layout v*2|v*2,t*4",
+        1,
+        ["v*2|v*2,t*4: 2 chunks, but --parallel.pipeline_model_parallel_size is 1"],
+    ),
+    (
+        "--pipeline-model-parallel-size 2 --parallel.layout evn",
+        2,
+        ["layout evn: 'evn' is none of v, p, t, h", "or use auto or even"],
+    ),
     (
         "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2",
         6,
         ["2 x --parallel.pipeline", "= 4 does not divide the number of ranks", "6"],
     ),
-    ("--global-batch-size 30", 8, ["global_batch_size 30 is not a multiple of the 8 data-parallel ranks", "use 24 or 32"]),
+    (
+        "--global-batch-size 30",
+        8,
+        ["global_batch_size 30 is not a multiple of the 8 data-parallel ranks", "use 24 or 32"],
+    ),
     ("--global-batch-size 3", 8, ["use 8"]),
     ("--global-batch-size 0", 1, ["global_batch_size 0: must be 1 or more"]),
     ("--parallel.timeout_minutes 0", 1, ["timeout_minutes 0: must be 1 or more"]),
     ("--architecture.vision.num_layers 0", 1, ["vision.num_layers 0: must be 1 or more"]),
-    ("--architecture.vision.patch_size 5", 1, ["patch_size 5 does not divide --architecture.vision.image_size 32"]),
+    (
+        "--architecture.vision.patch_size 5",
+        1,
+        ["patch_size 5 does not divide --architecture.vision.image_size 32"],
+    ),
     ("--architecture.pixel_shuffle 3", 1, ["pixel_shuffle 3 does not divide the 8 patches"]),
-    ("--architecture.vision.num_attention_heads 3", 1, ["num_attention_heads 3 does not divide --architecture.vision.hidden_size 64"]),
+    (
+        "--architecture.vision.num_attention_heads 3",
+        1,
+        ["num_attention_heads 3 does not divide --architecture.vision.hidden_size 64"],
+    ),
     (
         "--parallel.recompute full --parallel.recompute_parts projector",
         1,
         ["projector: name one or both of vision, language"],
     ),
-    ("--parallel.recompute_parts vision", 1, ["recompute_parts vision has no effect with --parallel.recompute none"]),
+    (
+        "--parallel.recompute_parts vision",
+        1,
+        ["recompute_parts vision has no effect with --parallel.recompute none"],
+    ),
     ("--data.weights 1,2", 1, ["--data.weights: 2 weights for 1 folders of --data.train"]),
     ("--data.weights 0", 1, ["--data.weights 0.0: each must be above 0"]),
-    ("--data.batch_shares true", 1, ["--data.batch_shares true has no effect: --data.train names one folder"]),
-    ("--data.augment jpeg,blur", 1, ["--data.augment blur: no such change; known are jpeg, crop, flip, colour"]),
+    (
+        "--data.batch_shares true",
+        1,
+        ["--data.batch_shares true has no effect: --data.train names one folder"],
+    ),
+    (
+        "--data.augment jpeg,blur",
+        1,
+        ["--data.augment blur: no such change; known are jpeg, crop, flip, colour"],
+    ),
     ("--architecture.vision.pixel_std 1,0,1", 1, ["pixel_std 1.0,0.0,1.0: must be above 0"]),
-    ("--architecture.language.hidden_size 130", 1, ["num_attention_heads 4 does not divide --architecture.language.hidden_size 130"]),
-    ("--architecture.language.hidden_size 12", 1, ["hidden_size 12: 3 a head, and rotary positions need an even number"]),
-    ("--architecture.language.kv_channels 33", 1, ["kv_channels 33: 33 a head, and rotary positions need an even number"]),
-    ("--architecture.language.rotary_dynamic_factor 0.5", 1, ["rotary_dynamic_factor 0.5: must be 1 or more"]),
+    (
+        "--architecture.language.hidden_size 130",
+        1,
+        ["num_attention_heads 4 does not divide --architecture.language.hidden_size 130"],
+    ),
+    (
+        "--architecture.language.hidden_size 12",
+        1,
+        ["hidden_size 12: 3 a head, and rotary positions need an even number"],
+    ),
+    (
+        "--architecture.language.kv_channels 33",
+        1,
+        ["kv_channels 33: 33 a head, and rotary positions need an even number"],
+    ),
+    (
+        "--architecture.language.rotary_dynamic_factor 0.5",
+        1,
+        ["rotary_dynamic_factor 0.5: must be 1 or more"],
+    ),
     ("--architecture.language.num_query_groups 3", 1, ["num_query_groups 3 does not divide"]),
     ("--data.train=", 1, ["--data.train: name the folder"]),
-    ("--data.train nowhere", 1, ["--data.train nowhere: no such folder; tools/pack_dataset.py --out nowhere makes one"]),
+    (
+        "--data.train nowhere",
+        1,
+        ["--data.train nowhere: no such folder; tools/pack_dataset.py --out nowhere makes one"],
+    ),
     ("--data.valid nowhere", 1, ["--data.valid nowhere: no such folder"]),
     ("--data.workers -1", 1, ["data.workers -1: must be 0 or more"]),
     ("--data.prefetch 0", 1, ["data.prefetch 0: must be 1 or more"]),
     ("--training.steps 0", 1, ["training.steps 0: must be 1 or more"]),
     ("--training.trainable=", 1, ["--training.trainable: empty"]),
-    ("--training.trainable vision,visoin.encoder", 1, ["--training.trainable visoin.encoder: nothing is called so"]),
+    (
+        "--training.trainable vision,visoin.encoder",
+        1,
+        ["--training.trainable visoin.encoder: nothing is called so"],
+    ),
     ("--training.drop_path 1", 1, ["drop_path 1.0: must be 0 or more, and less than 1"]),
-    ("--training.trainable projector", 1, ["drop_path 0.1 has no effect", "leaves the vision encoder frozen; use 0"]),
+    (
+        "--training.trainable projector",
+        1,
+        ["drop_path 0.1 has no effect", "leaves the vision encoder frozen; use 0"],
+    ),
     ("--eval-interval 10", 1, ["eval_interval 10 needs --data.valid"]),
     ("--lr 0", 1, ["optimizer.lr 0.0: must be above 0"]),
     ("--lr .nan", 1, ["optimizer.lr nan: must be above 0"]),
     ("--lr 1e-5 --min-lr 2e-5", 1, ["min_lr 2e-05 is above --optimizer.lr 1e-05"]),
     ("--weight-decay -1", 1, ["weight_decay -1.0: must be 0 or more"]),
-    ("--train-iters 10 --lr-warmup-iters 11", 1, ["warmup_steps 11 is more than --training.steps 10"]),
+    (
+        "--train-iters 10 --lr-warmup-iters 11",
+        1,
+        ["warmup_steps 11 is more than --training.steps 10"],
+    ),
     ("--lr-warmup-fraction 2", 1, ["warmup_ratio 2.0: must be from 0 to 1"]),
     ("--adam-beta2 1", 1, ["adam_beta2 1.0: must be 0 or more, and less than 1"]),
     ("--adam-eps 0", 1, ["adam_eps 0.0: must be above 0"]),
-    ("--checkpoint.save=", 1, ["save_interval 100 needs --checkpoint.save", "save_interval 0 for a run that keeps nothing"]),
+    (
+        "--checkpoint.save=",
+        1,
+        [
+            "save_interval 100 needs --checkpoint.save",
+            "save_interval 0 for a run that keeps nothing",
+        ],
+    ),
     ("--checkpoint.save FILE", 1, ["is a file"]),
     ("--checkpoint.keep -1", 1, ["checkpoint.keep -1: must be 0 or more"]),
-    ("--checkpoint.keep_best 2", 1, ["keep_best 2 needs a held-out loss of each checkpoint", "save_interval 100; it is 0"]),
-    ("--checkpoint.keep_best 2 --checkpoint.keep 0", 1, ["keep_best 2 has no effect with --checkpoint.keep 0, which keeps all"]),
+    (
+        "--checkpoint.keep_best 2",
+        1,
+        ["keep_best 2 needs a held-out loss of each checkpoint", "save_interval 100; it is 0"],
+    ),
+    (
+        "--checkpoint.keep_best 2 --checkpoint.keep 0",
+        1,
+        ["keep_best 2 has no effect with --checkpoint.keep 0, which keeps all"],
+    ),
     ("--checkpoint.moments keep", 1, ["--checkpoint.moments keep needs --checkpoint.load"]),
     ("--checkpoint.load nowhere", 1, ["--checkpoint.load nowhere: no such folder"]),
     (
@@ -157,40 +294,97 @@ WRONG = [
         ["export_hf no-such-folder/hf needs --checkpoint.save"],
     ),
     ("--checkpoint.export_hf FULL", 1, ["exists already and is not an empty folder"]),
-    ("--optimizer.moments bfloat16 --training.precision float32", 1, ["moments bfloat16 needs --training.precision bfloat16"]),
-    ("--fp8.first_bf16_layers 1", 1, ["first_bf16_layers 1", "have no effect without --fp8.vision or --fp8.language"]),
-    ("--fp8.language tensorwise --fp8.last_bf16_layers -1", 1, ["last_bf16_layers -1: must be 0 or more"]),
-    ("--fp8.vision delayed --fp8.last_bf16_layers 1", 1, ["--fp8.vision delayed", "do not go with it; use another recipe, or 0"]),
-    ("--fp8.vision blockwise --fp8.first_bf16_layers 5", 1, ["first_bf16_layers 5", "at most 4, the vision layers of one"]),
+    (
+        "--optimizer.moments bfloat16 --training.precision float32",
+        1,
+        ["moments bfloat16 needs --training.precision bfloat16"],
+    ),
+    (
+        "--fp8.first_bf16_layers 1",
+        1,
+        ["first_bf16_layers 1", "have no effect without --fp8.vision or --fp8.language"],
+    ),
+    (
+        "--fp8.language tensorwise --fp8.last_bf16_layers -1",
+        1,
+        ["last_bf16_layers -1: must be 0 or more"],
+    ),
+    (
+        "--fp8.vision delayed --fp8.last_bf16_layers 1",
+        1,
+        ["--fp8.vision delayed", "do not go with it; use another recipe, or 0"],
+    ),
+    (
+        "--fp8.vision blockwise --fp8.first_bf16_layers 5",
+        1,
+        ["first_bf16_layers 5", "at most 4, the vision layers of one"],
+    ),
     (
         "--pipeline-model-parallel-size 2 --fp8.language mxfp8 --fp8.last_bf16_layers 3",
         2,
         ["last_bf16_layers 3: at most 2, the language layers of one of the pipeline's ranks"],
     ),
-    ("--fp8.language tensorwise --training.precision float32", 1, ["--fp8.language tensorwise needs --training.precision bfloat16"]),
-    ("--fp8.vision delayed --training.trainable projector --training.drop_path 0", 1, ["--fp8.vision delayed", "frozen", "use tensorwise"]),
-    ("--training.kernels transformer_engine --training.precision float32", 1, ["no fused kernel for --training.precision float32"]),
-    ("--fp8.language tensorwise --training.kernels local", 1, ["--training.kernels local: FP8 needs Transformer Engine's layers"]),
+    (
+        "--fp8.language tensorwise --training.precision float32",
+        1,
+        ["--fp8.language tensorwise needs --training.precision bfloat16"],
+    ),
+    (
+        "--fp8.vision delayed --training.trainable projector --training.drop_path 0",
+        1,
+        ["--fp8.vision delayed", "frozen", "use tensorwise"],
+    ),
+    (
+        "--training.kernels transformer_engine --training.precision float32",
+        1,
+        ["no fused kernel for --training.precision float32"],
+    ),
+    (
+        "--fp8.language tensorwise --training.kernels local",
+        1,
+        ["--training.kernels local: FP8 needs Transformer Engine's layers"],
+    ),
     (
         "--fp8.language mxfp8 --architecture.language.ffn_hidden_size 432",
         1,
-        ["--fp8.language mxfp8: --architecture.language.ffn_hidden_size makes matrices 432 wide, not a multiple of 32"],
+        [
+            "--fp8.language mxfp8: --architecture.language.ffn_hidden_size makes matrices 432 wide,"
+            " not a multiple of 32"
+        ],
     ),
     ("--log-interval 0", 1, ["logging.interval 0: must be 1 or more"]),
-    ("--checkpoint.save= --save-interval 0 --logging.tensorboard", 1, ["tensorboard true needs --checkpoint.save"]),
-    ("--checkpoint.save= --save-interval 0 --wandb-project p --logging.wandb_mode offline", 1, ["wandb_mode offline needs"]),
+    (
+        "--checkpoint.save= --save-interval 0 --logging.tensorboard",
+        1,
+        ["tensorboard true needs --checkpoint.save"],
+    ),
+    (
+        "--checkpoint.save= --save-interval 0 --wandb-project p --logging.wandb_mode offline",
+        1,
+        ["wandb_mode offline needs"],
+    ),
     ("--health.slow_factor 1", 1, ["health.slow_factor 1.0: must be above 1"]),
     ("--health.least_gb_per_s -1", 1, ["health.least_gb_per_s -1.0: must be 0 or more"]),
-    ("--health.hang_factor 0.5", 1, ["health.hang_factor 0.5: must be 1 or more, or 0 to report nothing"]),
+    (
+        "--health.hang_factor 0.5",
+        1,
+        ["health.hang_factor 0.5: must be 1 or more, or 0 to report nothing"],
+    ),
     ("--health.hang_seconds 0", 1, ["health.hang_seconds 0: must be 1 or more"]),
 ]
 
 
-@pytest.mark.parametrize(("options", "world_size", "words"), WRONG, ids=[options for options, _, _ in WRONG])
-def test_each_mistake_gets_one_message(options: str, world_size: int, words: list[str], packs: Path):
+@pytest.mark.parametrize(
+    ("options", "world_size", "words"), WRONG, ids=[options for options, _, _ in WRONG]
+)
+def test_each_mistake_gets_one_message(
+    options: str, world_size: int, words: list[str], packs: Path
+):
     (packs.parent / "full").mkdir()
     (packs.parent / "full" / "file").touch()
-    options = options.replace("FILE", str(packs.parent / "full" / "file")).replace("FULL", str(packs.parent / "full"))
+    options = options.replace("FILE", str(packs.parent / "full" / "file")).replace(
+        "FULL", str(packs.parent / "full")
+    )
     found = problems(tiny(packs, *options.split()), world_size)
     assert len(found) == 1 and found[0].startswith("--"), found
     assert all(word in found[0] for word in words), found
@@ -198,23 +392,38 @@ def test_each_mistake_gets_one_message(options: str, world_size: int, words: lis
 
 HOPPER = Machine(capability=(9, 0), has_transformer_engine=True)
 LACKING = [
-    ("--training.kernels transformer_engine", Machine(), ["this machine has no CUDA device and no Transformer Engine; use local or auto"]),
+    (
+        "--training.kernels transformer_engine",
+        Machine(),
+        ["this machine has no CUDA device and no Transformer Engine; use local or auto"],
+    ),
     (
         "--optimizer.moments bfloat16",
         Machine(capability=(9, 0)),
         ["Transformer Engine's AdamW, and this machine has no Transformer Engine"],
     ),
-    ("--fp8.vision delayed", Machine(has_transformer_engine=True), ["--fp8.vision delayed", "has no CUDA device; use none"]),
+    (
+        "--fp8.vision delayed",
+        Machine(has_transformer_engine=True),
+        ["--fp8.vision delayed", "has no CUDA device; use none"],
+    ),
     (
         "--fp8.language mxfp8",
         HOPPER,
-        ["needs compute capability 10.0, and less than 12.0, this GPU has 9.0; use delayed, tensorwise, blockwise, none"],
+        [
+            "needs compute capability 10.0, and less than 12.0, this GPU has 9.0; use delayed,"
+            " tensorwise, blockwise, none"
+        ],
     ),
 ]
 
 
-@pytest.mark.parametrize(("options", "machine", "words"), LACKING, ids=[options for options, _, _ in LACKING])
-def test_what_the_machine_lacks_is_named_with_the_flag(options: str, machine: Machine, words: list[str], packs: Path):
+@pytest.mark.parametrize(
+    ("options", "machine", "words"), LACKING, ids=[options for options, _, _ in LACKING]
+)
+def test_what_the_machine_lacks_is_named_with_the_flag(
+    options: str, machine: Machine, words: list[str], packs: Path
+):
     config = tiny(packs, *options.split())
     assert not problems(config, 1)
     found = machine_problems(config, machine)
@@ -224,7 +433,10 @@ def test_what_the_machine_lacks_is_named_with_the_flag(options: str, machine: Ma
 
 
 def test_a_hopper_gpu_runs_what_it_can(packs: Path):
-    options = "--fp8.vision blockwise --fp8.language delayed --optimizer.moments bfloat16 --training.kernels transformer_engine"
+    options = (
+        "--fp8.vision blockwise --fp8.language delayed --optimizer.moments bfloat16"
+        " --training.kernels transformer_engine"
+    )
     check(tiny(packs, *options.split()), 1, machine=HOPPER)
 
 
@@ -249,17 +461,25 @@ def test_heads_of_the_vision_encoder_are_padded_and_query_groups_shared(packs: P
         "--architecture.language.num_query_groups",
     ]
     assert (
-        problems(tiny(packs, *options, "1"), 4) == problems(tiny(packs, *options, "2"), 4) == problems(tiny(packs, *options, "4"), 4) == []
+        problems(tiny(packs, *options, "1"), 4)
+        == problems(tiny(packs, *options, "2"), 4)
+        == problems(tiny(packs, *options, "4"), 4)
+        == []
     )
 
 
 def test_whole_vision_layers_need_not_divide(packs: Path):
-    found = problems(tiny(packs, "--tensor-model-parallel-size", "3", "--parallel.vision", "data"), 3 * 512)
+    found = problems(
+        tiny(packs, "--tensor-model-parallel-size", "3", "--parallel.vision", "data"), 3 * 512
+    )
     assert found and not [problem for problem in found if "--architecture.vision" in problem]
 
 
 def test_sizes_of_nothing_are_reported_and_divide_nothing(packs: Path):
-    options = [f"--architecture.{name} 0" for name in ("vision.patch_size", "pixel_shuffle", "language.num_attention_heads")]
+    options = [
+        f"--architecture.{name} 0"
+        for name in ("vision.patch_size", "pixel_shuffle", "language.num_attention_heads")
+    ]
     config = tiny(packs, *" ".join(options).split())
     assert len(problems(config, 1)) == 3
     facts_problems(config, [facts(tiny(packs))])
@@ -270,20 +490,42 @@ def test_sizes_of_nothing_are_reported_and_divide_nothing(packs: Path):
     [
         ({"num_packs": 0}, "", ["--data.train packs: has no packs"]),
         ({"image_size": 448}, "", ["tiles of 448 pixels", "image_size is 32"]),
-        ({"features_per_tile": 256}, "", ["packed for 256 features a tile, but the model makes 16"]),
+        (
+            {"features_per_tile": 256},
+            "",
+            ["packed for 256 features a tile, but the model makes 16"],
+        ),
         ({"vocab_size": 600}, "", ["has 600 tokens", "vocab_size is 512"]),
-        ({"capacity": 1023}, "--tensor-model-parallel-size 2 --sequence-parallel", ["packs of 1023 tokens", "parallel_size 2"]),
-        ({"alignment": 6}, "--context-parallel-size 2", ["multiples of 6", "context_parallel_size 2", "with --alignment 4"]),
-        ({"capacity": 1000}, "--fp8.language tensorwise", ["packs of 1000 tokens give a rank 1000 rows", "a multiple of 16; pack with"]),
+        (
+            {"capacity": 1023},
+            "--tensor-model-parallel-size 2 --sequence-parallel",
+            ["packs of 1023 tokens", "parallel_size 2"],
+        ),
+        (
+            {"alignment": 6},
+            "--context-parallel-size 2",
+            ["multiples of 6", "context_parallel_size 2", "with --alignment 4"],
+        ),
+        (
+            {"capacity": 1000},
+            "--fp8.language tensorwise",
+            ["packs of 1000 tokens give a rank 1000 rows", "a multiple of 16; pack with"],
+        ),
         (
             {"capacity": 1072},
             "--fp8.language mxfp8 --tensor-model-parallel-size 2 --sequence-parallel",
             ["give a rank 536 rows", "a multiple of 32"],
         ),
-        ({"has_images": False}, "--training.trainable vision,projector", ["has no images", "learns from images only"]),
+        (
+            {"has_images": False},
+            "--training.trainable vision,projector",
+            ["has no images", "learns from images only"],
+        ),
     ],
 )
-def test_packs_that_do_not_fit_the_model_are_refused(changes: dict[str, Any], options: str, words: list[str], packs: Path):
+def test_packs_that_do_not_fit_the_model_are_refused(
+    changes: dict[str, Any], options: str, words: list[str], packs: Path
+):
     config = tiny(packs, *options.split())
     found = facts_problems(config, [facts(config, **changes)])
     assert len(found) == 1 and all(word in found[0] for word in words), found
@@ -291,13 +533,23 @@ def test_packs_that_do_not_fit_the_model_are_refused(changes: dict[str, Any], op
 
 def test_packs_without_images_need_not_fit_the_vision_encoder(packs: Path):
     config = tiny(packs, stage="0")
-    assert facts_problems(config, [facts(config, has_images=False, image_size=448, features_per_tile=256)]) == []
+    assert (
+        facts_problems(
+            config, [facts(config, has_images=False, image_size=448, features_per_tile=256)]
+        )
+        == []
+    )
 
 
 def test_packs_for_another_normalisation_are_refused(packs: Path):
     config = tiny(packs)
     [problem] = facts_problems(config, [facts(config, pixel_mean=(0.5, 0.5, 0.5))])
-    assert "--data.train" in problem and "pixel_mean" in problem and "0.5" in problem and "0.485" in problem
+    assert (
+        "--data.train" in problem
+        and "pixel_mean" in problem
+        and "0.5" in problem
+        and "0.485" in problem
+    )
 
 
 def test_training_and_held_out_packs_share_a_tokenizer(packs: Path):
@@ -314,7 +566,12 @@ def test_all_problems_come_in_one_message(packs: Path):
         check(config, 2, [facts(config, num_packs=0)])
     lines = str(refused.value).splitlines()
     assert lines[0] == "4 problems with the configuration:" and len(lines) == 5
-    assert [line.split()[0] for line in lines[1:]] == ["--training.global_batch_size", "--training.steps", "--optimizer.lr", "--data.train"]
+    assert [line.split()[0] for line in lines[1:]] == [
+        "--training.global_batch_size",
+        "--training.steps",
+        "--optimizer.lr",
+        "--data.train",
+    ]
 
 
 def test_augmentation_that_would_change_nothing_is_told(packs: Path):
@@ -326,18 +583,34 @@ def test_augmentation_that_would_change_nothing_is_told(packs: Path):
 
 def test_a_curriculum_needs_levels(packs: Path):
     config = tiny(packs, "--data.curriculum", "true")
-    [problem] = facts_problems(config, [facts(config), facts(config, flag="--data.valid", has_levels=True)])
+    [problem] = facts_problems(
+        config, [facts(config), facts(config, flag="--data.valid", has_levels=True)]
+    )
     assert problem.startswith("--data.curriculum true: ") and "--difficulty" in problem
     assert not facts_problems(config, [facts(config, has_levels=True)])
 
 
-@pytest.mark.parametrize(("options", "wrong"), [("", "a has a share of 0.8"), ("--data.weights 1,19", None), ("--data.weights 1,30", "a ")])
+@pytest.mark.parametrize(
+    ("options", "wrong"),
+    [("", "a has a share of 0.8"), ("--data.weights 1,19", None), ("--data.weights 1,30", "a ")],
+)
 def test_shares_of_a_batch_are_a_pack_at_least(packs: Path, options: str, wrong: str | None):
-    folders = ["--data.train", f"{packs},{packs}", "--data.batch_shares", "true", "--training.global_batch_size", "20"]
+    folders = [
+        "--data.train",
+        f"{packs},{packs}",
+        "--data.batch_shares",
+        "true",
+        "--training.global_batch_size",
+        "20",
+    ]
     config = tiny(packs, *folders, *options.split())
-    problems = facts_problems(config, [facts(config, folder="a", num_packs=4), facts(config, folder="b", num_packs=96)])
+    problems = facts_problems(
+        config, [facts(config, folder="a", num_packs=4), facts(config, folder="b", num_packs=96)]
+    )
     assert len(problems) == (wrong is not None)
-    assert wrong is None or (wrong in problems[0] and "--training.global_batch_size 20" in problems[0])
+    assert wrong is None or (
+        wrong in problems[0] and "--training.global_batch_size 20" in problems[0]
+    )
 
 
 def test_blended_packs_have_one_capacity(packs: Path):

@@ -40,7 +40,9 @@ def test_import_then_export_is_bit_identical_in_both_dialects(tmp_path: Path, ki
     assert same_tensors(native, tmp_path / "native")
     assert architecture_from_hf(native) == as_native(KINDS[kind])
     if kind == "mistral":  # OpenGVLab's code knows it as a Llama
-        assert architecture_from_hf(again) == replace(KINDS[kind], language=replace(KINDS[kind].language, family="llama"))
+        assert architecture_from_hf(again) == replace(
+            KINDS[kind], language=replace(KINDS[kind].language, family="llama")
+        )
     else:
         assert architecture_from_hf(again) == KINDS[kind]
     assert same_tensors(again, chat)
@@ -49,28 +51,45 @@ def test_import_then_export_is_bit_identical_in_both_dialects(tmp_path: Path, ki
 def test_native_to_chat_to_native_is_bit_identical(tmp_path: Path) -> None:
     for kind in ("InternViT-6B", "qwen3 tied"):
         native = make_hf(tmp_path / kind, KINDS[kind])
-        chat = convert.export(convert.import_(native, tmp_path / f"1 {kind}"), tmp_path / f"2 {kind}", dialect="chat")
+        chat = convert.export(
+            convert.import_(native, tmp_path / f"1 {kind}"), tmp_path / f"2 {kind}", dialect="chat"
+        )
         back = convert.export(convert.import_(chat, tmp_path / f"3 {kind}"), tmp_path / f"4 {kind}")
         assert same_tensors(back, native) and architecture_from_hf(back) == KINDS[kind]
 
 
 def test_a_written_folder_is_complete(tmp_path: Path) -> None:
-    out = convert.export(convert.import_(chat_folder(tmp_path), tmp_path / "checkpoint"), tmp_path / "out", dialect="chat")
+    out = convert.export(
+        convert.import_(chat_folder(tmp_path), tmp_path / "checkpoint"),
+        tmp_path / "out",
+        dialect="chat",
+    )
     settings = json.loads((out / "config.json").read_text())
     ours = settings
     theirs = chat_settings(SMALL)
     assert theirs.keys() - ours.keys() == {"_commit_hash"}
     for section in ("vision_config", "llm_config"):
         assert theirs[section].keys() - ours[section].keys() <= {"rope_scaling"}
-    assert (settings["template"], settings["max_dynamic_patch"], settings["force_image_size"]) == ("internvl2_5", 12, 28)
-    assert settings["auto_map"]["AutoModel"] == "OpenGVLab/InternVL2_5-1B--modeling_internvl_chat.InternVLChatModel"
+    assert (settings["template"], settings["max_dynamic_patch"], settings["force_image_size"]) == (
+        "internvl2_5",
+        12,
+        28,
+    )
+    assert (
+        settings["auto_map"]["AutoModel"]
+        == "OpenGVLab/InternVL2_5-1B--modeling_internvl_chat.InternVLChatModel"
+    )
     tokenizer = AutoTokenizer.from_pretrained(out)
     assert fingerprint(tokenizer) == fingerprint(load_tokenizer(TOKENIZER))
     assert "<|im_start|>user\nHow many?<|im_end|>" in tokenizer.apply_chat_template(
         [{"role": "user", "content": "How many?"}], tokenize=False
     )
     generation = json.loads((out / "generation_config.json").read_text())
-    assert generation["eos_token_id"] == tokenizer.convert_tokens_to_ids("<|im_end|>") == settings["llm_config"]["eos_token_id"]
+    assert (
+        generation["eos_token_id"]
+        == tokenizer.convert_tokens_to_ids("<|im_end|>")
+        == settings["llm_config"]["eos_token_id"]
+    )
     processor = json.loads((out / "preprocessor_config.json").read_text())
     assert processor["image_mean"] == [0.485, 0.456, 0.406] and processor["crop_size"] == 28
     assert not list(out.glob("*.py"))
@@ -78,14 +97,24 @@ def test_a_written_folder_is_complete(tmp_path: Path) -> None:
 
 def test_what_a_folder_says_about_its_use_outlives_an_import(tmp_path: Path) -> None:
     chat = chat_folder(tmp_path)
-    said = {"template": "Hermes-2", "min_dynamic_patch": 2, "max_dynamic_patch": 6, "use_thumbnail": False}
+    said = {
+        "template": "Hermes-2",
+        "min_dynamic_patch": 2,
+        "max_dynamic_patch": 6,
+        "use_thumbnail": False,
+    }
     (chat / "config.json").write_text(json.dumps(chat_settings(SMALL) | said))
-    words = json.loads((chat / "tokenizer_config.json").read_text()) | {"chat_template": "{{ messages[0]['content'] }}"}
+    words = json.loads((chat / "tokenizer_config.json").read_text()) | {
+        "chat_template": "{{ messages[0]['content'] }}"
+    }
     (chat / "tokenizer_config.json").write_text(json.dumps(words))
     checkpoint = convert.import_(chat, tmp_path / "checkpoint")
     out = convert.export(checkpoint, tmp_path / "out", dialect="chat")
     assert json.loads((out / "config.json").read_text()).items() >= said.items()
-    assert json.loads((out / "tokenizer_config.json").read_text())["chat_template"] == "{{ messages[0]['content'] }}"
+    assert (
+        json.loads((out / "tokenizer_config.json").read_text())["chat_template"]
+        == "{{ messages[0]['content'] }}"
+    )
     # transformers' processor must find a place for images in the template.
     native = convert.export(checkpoint, tmp_path / "again")
     assert "<IMG_CONTEXT>" in (native / "chat_template.jinja").read_text()
@@ -99,9 +128,17 @@ def test_python_code_of_a_folder_is_never_run(tmp_path: Path) -> None:
         (chat / f"{name}.py").write_text("raise SystemExit('run')\n")
     (chat / "tokenizer.json").rename(tmp_path / "tokenizer.json")
     settings = json.loads((chat / "tokenizer_config.json").read_text())
-    code = {"auto_map": {"AutoTokenizer": ["tokenization_internlm2.InternLM2Tokenizer", None]}, "tokenizer_class": "InternLM2Tokenizer"}
+    code = {
+        "auto_map": {"AutoTokenizer": ["tokenization_internlm2.InternLM2Tokenizer", None]},
+        "tokenizer_class": "InternLM2Tokenizer",
+    }
     (chat / "tokenizer_config.json").write_text(json.dumps(settings | code))
-    with pytest.raises(ValueError, match=r"never run; name a folder with the same tokenizer as tokenizer.json with --tokenizer"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            r"never run; name a folder with the same tokenizer as tokenizer.json with --tokenizer"
+        ),
+    ):
         convert.import_(chat, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match="no readable tokenizer"):
@@ -121,11 +158,20 @@ def test_every_tensor_that_does_not_fit_is_named_and_nothing_is_written(tmp_path
     weights = load_all(chat)
     lost = "vision_model.encoder.layers.1.attn.k_norm.weight"
     odd = "vision_model.encoder.layers.0.attn.qkv.weight"
-    save_file({name: tensor for name, tensor in weights.items() if name != lost} | {odd: torch.ones(3, 24)}, chat / "model.safetensors")
+    save_file(
+        {name: tensor for name, tensor in weights.items() if name != lost}
+        | {odd: torch.ones(3, 24)},
+        chat / "model.safetensors",
+    )
     with pytest.raises(ValueError, match=r"2 tensors do not fit(.|\n)*") as error:
         convert.import_(chat, tmp_path / "out")
-    assert f"{lost}: missing" in str(error.value) and f"{odd}: has shape [3, 24], must be [72, 24]" in str(error.value)
-    save_file(weights | {"vision_model.encoder.layers.0.attn.extra": torch.ones(1)}, chat / "model.safetensors")
+    assert f"{lost}: missing" in str(
+        error.value
+    ) and f"{odd}: has shape [3, 24], must be [72, 24]" in str(error.value)
+    save_file(
+        weights | {"vision_model.encoder.layers.0.attn.extra": torch.ones(1)},
+        chat / "model.safetensors",
+    )
     with pytest.raises(ValueError, match=r"attn.extra: not a weight of this model"):
         convert.import_(chat, tmp_path / "out")
     (chat / "model.safetensors").write_bytes((chat / "model.safetensors").read_bytes()[:-50])
@@ -146,12 +192,18 @@ def test_transformers_is_not_asked_to_run_it(tmp_path: Path) -> None:
         ({"select_layer": -4}, "select_layer is -4, must be -1"),
         ({"use_llm_lora": 16}, "use_llm_lora is 16, must be 0"),
         ({"downsample_ratio": 0.3}, "downsample_ratio is 0.3"),
-        ({"llm_config": {"model_type": "phi3"}}, "llm_config.model_type is 'phi3', must be one of qwen2"),
+        (
+            {"llm_config": {"model_type": "phi3"}},
+            "llm_config.model_type is 'phi3', must be one of qwen2",
+        ),
         (
             {"llm_config": {"model_type": "internlm2", "bias": True}},
             r"llm_config.num_hidden_layers is missing(.|\n)*llm_config.bias is True",
         ),
-        ({"vision_config": {"norm_type": "batch_norm"}}, r"vision_config.image_size is missing(.|\n)*norm_type is 'batch_norm'"),
+        (
+            {"vision_config": {"norm_type": "batch_norm"}},
+            r"vision_config.image_size is missing(.|\n)*norm_type is 'batch_norm'",
+        ),
     ],
 )
 def test_models_of_other_kinds_are_refused(tmp_path: Path, changes: dict, message: str) -> None:

@@ -47,20 +47,37 @@ def test_import_then_export_is_bit_identical(tmp_path: Path, kind: str) -> None:
     before = load_all(source)
     after = load_all(out)
     assert before.keys() == after.keys()
-    assert all(torch.equal(before[name], after[name]) and before[name].dtype == after[name].dtype for name in before)
-    assert architecture_from_hf(out) == as_native(KINDS[kind]) == from_yaml(checkpoint / "config.yaml").architecture
+    assert all(
+        torch.equal(before[name], after[name]) and before[name].dtype == after[name].dtype
+        for name in before
+    )
+    assert (
+        architecture_from_hf(out)
+        == as_native(KINDS[kind])
+        == from_yaml(checkpoint / "config.yaml").architecture
+    )
 
 
 def test_transformers_loads_an_export_without_a_name_lost(tmp_path: Path) -> None:
     source = make_hf(tmp_path / "hf")
-    out = convert.export(convert.import_(source, tmp_path / "checkpoint"), tmp_path / "out", dtype=torch.float32)
-    model, info = InternVLForConditionalGeneration.from_pretrained(out, output_loading_info=True, dtype="auto")
+    out = convert.export(
+        convert.import_(source, tmp_path / "checkpoint"), tmp_path / "out", dtype=torch.float32
+    )
+    model, info = InternVLForConditionalGeneration.from_pretrained(
+        out, output_loading_info=True, dtype="auto"
+    )
     assert not any(info.values()) and model.dtype == torch.float32
-    expected = InternVLForConditionalGeneration.from_pretrained(source, dtype=torch.float32).state_dict()
+    expected = InternVLForConditionalGeneration.from_pretrained(
+        source, dtype=torch.float32
+    ).state_dict()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
     assert model.config.image_seq_length == SMALL.features_per_tile
     tokenizer = AutoTokenizer.from_pretrained(out)
-    assert model.config.image_token_id == tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>") == tokenizer.context_image_token_id
+    assert (
+        model.config.image_token_id
+        == tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")
+        == tokenizer.context_image_token_id
+    )
     assert model.generation_config.eos_token_id == tokenizer.convert_tokens_to_ids("<|im_end|>")
 
 
@@ -70,12 +87,22 @@ def test_the_tokenizer_stays_the_same_and_renders_the_template(tmp_path: Path) -
     again = convert.import_(out, tmp_path / "again")
     expected = fingerprint(load_tokenizer(TOKENIZER))
     state = {"step": 0, "consumed": 0, "stage": None, "tokenizer": expected, "format": 1}
-    assert json.loads((checkpoint / "state.json").read_text()) == json.loads((again / "state.json").read_text()) == state
+    assert (
+        json.loads((checkpoint / "state.json").read_text())
+        == json.loads((again / "state.json").read_text())
+        == state
+    )
     tokenizer = AutoTokenizer.from_pretrained(out)
     assert fingerprint(tokenizer) == expected
-    assert (tokenizer.start_image_token, tokenizer.end_image_token, tokenizer.context_image_token) == ("<img>", "</img>", "<IMG_CONTEXT>")
+    assert (
+        tokenizer.start_image_token,
+        tokenizer.end_image_token,
+        tokenizer.context_image_token,
+    ) == ("<img>", "</img>", "<IMG_CONTEXT>")
     chat = [{"role": "user", "content": "How many?"}, {"role": "assistant", "content": "Three."}]
-    ours, _ = ChatTemplate(load_tokenizer(TOKENIZER), 4).encode([Turn(role="human", text="How many?"), Turn(role="gpt", text="Three.")], [])
+    ours, _ = ChatTemplate(load_tokenizer(TOKENIZER), 4).encode(
+        [Turn(role="human", text="How many?"), Turn(role="gpt", text="Three.")], []
+    )
     assert tokenizer.apply_chat_template(chat, return_dict=False) == ours.tolist()
 
 
@@ -83,7 +110,9 @@ def test_a_system_message_of_ones_own_survives_the_template(tmp_path: Path) -> N
     message = "It's \\ here:\n{{ nothing }}"
     tokenizer = load_tokenizer(TOKENIZER)
     text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "?"}], chat_template=chat_format("internvl2_5").hf_template(system_message=message), tokenize=False
+        [{"role": "user", "content": "?"}],
+        chat_template=chat_format("internvl2_5").hf_template(system_message=message),
+        tokenize=False,
     )
     assert text == f"<|im_start|>system\n{message}<|im_end|>\n<|im_start|>user\n?<|im_end|>\n"
 
@@ -96,20 +125,46 @@ def test_weights_are_served_to_the_trainer(tmp_path: Path) -> None:
     assert torch.equal(padded, weights["language_model.lm_head.weight"])
     layer = "language_model.model.layers.2.mlp."
     gate_up = torch.cat([weights[f"{layer}gate_proj.weight"], weights[f"{layer}up_proj.weight"]])
-    assert torch.equal(served("language.decoder.layers.2.mlp.linear_fc1.weight", (112, 48))[:, :], gate_up)
+    assert torch.equal(
+        served("language.decoder.layers.2.mlp.linear_fc1.weight", (112, 48))[:, :], gate_up
+    )
 
 
-@pytest.mark.parametrize("place", [(slice(0, 16), slice(None)), (slice(13, 61),), (slice(None), slice(5, 30)), (slice(0, 0), slice(None))])
-def test_a_share_of_a_tensor_is_that_share_of_the_whole(tmp_path: Path, place: tuple[slice, ...]) -> None:
+@pytest.mark.parametrize(
+    "place",
+    [
+        (slice(0, 16), slice(None)),
+        (slice(13, 61),),
+        (slice(None), slice(5, 30)),
+        (slice(0, 0), slice(None)),
+    ],
+)
+def test_a_share_of_a_tensor_is_that_share_of_the_whole(
+    tmp_path: Path, place: tuple[slice, ...]
+) -> None:
     view = convert.hf_tensors_as_megatron(make_hf(tmp_path / "hf"), SMALL)
-    for key in ("language.decoder.layers.1.self_attention.linear_qkv.weight", "language.decoder.layers.0.mlp.linear_fc1.weight"):
+    for key in (
+        "language.decoder.layers.1.self_attention.linear_qkv.weight",
+        "language.decoder.layers.0.mlp.linear_fc1.weight",
+    ):
         assert torch.equal(view.part(key, place), view[key][place])
 
 
-@pytest.mark.parametrize("other", [replace(SMALL, language=replace(SMALL.language, num_query_groups=3)), replace(SMALL, pixel_shuffle=1)])
+@pytest.mark.parametrize(
+    "other",
+    [
+        replace(SMALL, language=replace(SMALL.language, num_query_groups=3)),
+        replace(SMALL, pixel_shuffle=1),
+    ],
+)
 def test_another_model_than_asked_for_is_refused(tmp_path: Path, other: Architecture) -> None:
     source = make_hf(tmp_path / "hf")
-    with pytest.raises(ValueError, match=r"of another architecture than --model:\n  --architecture\.\S+: 2 there, \d asked for"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            r"of another architecture than --model:\n  --architecture\.\S+: 2 there, \d asked for"
+        ),
+    ):
         convert.full_tensors(source, other)
 
 
@@ -117,10 +172,18 @@ def test_names_that_transformers_uses_in_memory_are_read(tmp_path: Path) -> None
     source = make_hf(tmp_path / "hf")
     model = InternVLForConditionalGeneration.from_pretrained(source)
     before = load_all(source)
-    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, source / "model.safetensors", {"format": "pt"})
+    save_file(
+        {name: tensor.contiguous() for name, tensor in model.state_dict().items()},
+        source / "model.safetensors",
+        {"format": "pt"},
+    )
     assert load_file(source / "model.safetensors").keys().isdisjoint(before)
-    after = load_all(convert.export(convert.import_(source, tmp_path / "checkpoint"), tmp_path / "out"))
-    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    after = load_all(
+        convert.export(convert.import_(source, tmp_path / "checkpoint"), tmp_path / "out")
+    )
+    assert before.keys() == after.keys() and all(
+        torch.equal(before[name], after[name]) for name in before
+    )
 
 
 def test_a_head_of_its_own_must_be_there(tmp_path: Path) -> None:
@@ -130,7 +193,8 @@ def test_a_head_of_its_own_must_be_there(tmp_path: Path) -> None:
     save_file(weights, source / "model.safetensors")
     with pytest.raises(ValueError, match=r"language_model.lm_head.weight: missing"):
         convert.check(source)
-    # Many files say that the head is tied, since transformers thinks so where nothing is said, and hold one all the same.
+    # Many files say that the head is tied, since transformers thinks so where nothing is said, and
+    # hold one all the same.
     settings = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(settings | {"tie_word_embeddings": True}))
     assert architecture_from_hf(source).language.tied_head
@@ -142,7 +206,10 @@ def test_a_tied_head_may_start_a_model_with_two(tmp_path: Path) -> None:
     source = make_hf(tmp_path / "hf", KINDS["qwen2 tied"])
     assert "language_model.lm_head.weight" not in load_all(source)
     tensor = convert.full_tensors(source, SMALL)
-    head, embedding = (tensor(f"language.{key}.weight", (461, 48))[:, :] for key in ("output_layer", "embedding.word_embeddings"))
+    head, embedding = (
+        tensor(f"language.{key}.weight", (461, 48))[:, :]
+        for key in ("output_layer", "embedding.word_embeddings")
+    )
     assert torch.equal(head, embedding)
     with pytest.raises(ValueError, match="tied_head: False there, True asked for"):
         convert.full_tensors(make_hf(tmp_path / "untied"), language(tied_head=True))
@@ -162,7 +229,9 @@ def test_a_checkpoint_without_tokenizer_asks_for_one(tmp_path: Path) -> None:
 def test_a_tokenizer_with_more_tokens_than_rows_is_refused(tmp_path: Path) -> None:
     few = replace(SMALL, language=replace(SMALL.language, vocab_size=450))
     checkpoint = convert.import_(make_hf(tmp_path / "hf", few), tmp_path / "checkpoint")
-    with pytest.raises(ValueError, match="has ids up to 456, and the model's vocabulary has 450 rows"):
+    with pytest.raises(
+        ValueError, match="has ids up to 456, and the model's vocabulary has 450 rows"
+    ):
         convert.export(checkpoint, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -172,15 +241,25 @@ def test_the_tool_goes_there_and_back(tmp_path: Path, capsys: pytest.CaptureFixt
     run = tmp_path / "run"
     assert run_tool("import", "--hf", str(source), "--out", str(run / "step_00000000")) == 0
     (run / "latest").write_text("step_00000000\n")
-    assert run_tool("export", "--load", str(run), "--out", str(tmp_path / "out"), "--dtype", "float32") == 0
+    assert (
+        run_tool("export", "--load", str(run), "--out", str(tmp_path / "out"), "--dtype", "float32")
+        == 0
+    )
     assert {tensor.dtype for tensor in load_all(tmp_path / "out").values()} == {torch.float32}
     assert run_tool("check", "--hf", str(source)) == 0
     lines = capsys.readouterr().out.splitlines()[-4:]
-    assert [line.split()[0] for line in lines] == ["part", "vision_tower", "multi_modal_projector", "language_model"]
+    assert [line.split()[0] for line in lines] == [
+        "part",
+        "vision_tower",
+        "multi_modal_projector",
+        "language_model",
+    ]
     assert all(line.endswith("yes") for line in lines[1:])
 
 
-def test_the_tool_says_what_is_wrong_and_exits_with_2(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_the_tool_says_what_is_wrong_and_exits_with_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     source = make_hf(tmp_path / "hf")
     assert run_tool("import", "--hf", str(source), "--out", str(tmp_path)) == 2
     assert f"--out {tmp_path}: exists" in capsys.readouterr().err

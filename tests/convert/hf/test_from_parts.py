@@ -28,7 +28,9 @@ def drawn(key: str, shape: tuple[int, ...]) -> torch.Tensor:
 
 
 def served(init: Init, architecture: Architecture) -> FullTensor:
-    config = Config(stage="1", model="parts", architecture=architecture, init=init, training=Training(seed=4))
+    config = Config(
+        stage="1", model="parts", architecture=architecture, init=init, training=Training(seed=4)
+    )
     return from_parts.full_tensors(config, drawn)
 
 
@@ -41,11 +43,15 @@ def test_parts_of_a_model_are_that_model(tmp_path: Path, kind: str) -> None:
     for row in rows(architecture):
         if row.key in (EMBEDDING_KEY, HEAD_KEY):
             kept = slice(0, WORDS)
-            assert torch.equal(found(row.key, row.shape)[(kept,)], expected(row.key, row.shape)[(kept,)])
+            assert torch.equal(
+                found(row.key, row.shape)[(kept,)], expected(row.key, row.shape)[(kept,)]
+            )
         elif row.key.startswith("projector."):
             assert torch.equal(found(row.key, row.shape), drawn(row.key, row.shape))
         else:
-            assert torch.equal(found(row.key, row.shape)[WHOLE], expected(row.key, row.shape)[WHOLE]), row.key
+            assert torch.equal(
+                found(row.key, row.shape)[WHOLE], expected(row.key, row.shape)[WHOLE]
+            ), row.key
 
 
 def test_two_folders_make_a_model_without_a_name(tmp_path: Path) -> None:
@@ -54,7 +60,12 @@ def test_two_folders_make_a_model_without_a_name(tmp_path: Path) -> None:
     assert found == replace(SMALL, language=replace(SMALL.language, vocab_size=WORDS + NINE))
     clip = make_vision(tmp_path / "clip", "clip")
     found = from_parts.read_model("", Init(vision=str(clip), language=str(words)))
-    assert (found.pixel_shuffle, found.projector_norm, found.features_per_tile, found.vision.num_layers) == (1, False, 16, 2)
+    assert (
+        found.pixel_shuffle,
+        found.projector_norm,
+        found.features_per_tile,
+        found.vision.num_layers,
+    ) == (1, False, 16, 2)
     assert found.vision.pixel_mean == (0.48, 0.46, 0.41) and found.vision.activation == "quick_gelu"
 
 
@@ -72,29 +83,50 @@ def test_rows_of_new_tokens_start_as_in_internvl(tmp_path: Path, table: int) -> 
     embedding = tensor(EMBEDDING_KEY, (384, 48))[WHOLE]
     before = weights["model.embed_tokens.weight"]
     kept = min(table, WORDS + NINE)
-    assert embedding.shape == head.shape == (WORDS + NINE, 48) and torch.equal(embedding[:kept], before[:kept])
+    assert embedding.shape == head.shape == (WORDS + NINE, 48) and torch.equal(
+        embedding[:kept], before[:kept]
+    )
     fresh = embedding[kept:]
     assert not len(fresh) or 0.35 < fresh.std() < 0.65  # initializer_range of the folder is 0.5
 
 
 def test_shares_of_a_vocabulary_are_shares_of_the_whole(tmp_path: Path) -> None:
     folder = make_language(tmp_path / "llm", rows=261)
-    tensor = served(Init(language=str(folder)), replace(SMALL, language=from_parts.language_from_hf(Init(language=str(folder)))))
+    tensor = served(
+        Init(language=str(folder)),
+        replace(SMALL, language=from_parts.language_from_hf(Init(language=str(folder)))),
+    )
     for key in (EMBEDDING_KEY, HEAD_KEY):
         whole = tensor(key, (384, 48))[WHOLE]
-        shares = [tensor(key, (384, 48))[(slice(start, start + 96), slice(None))] for start in range(0, 384, 96)]
-        assert torch.equal(torch.cat(shares), whole) and [len(share) for share in shares] == [96, 96, WORDS + NINE - 192, 0]
-        assert torch.equal(tensor(key, (384, 48))[(slice(250, 266), slice(5, 20))], whole[250:266, 5:20])
+        shares = [
+            tensor(key, (384, 48))[(slice(start, start + 96), slice(None))]
+            for start in range(0, 384, 96)
+        ]
+        assert torch.equal(torch.cat(shares), whole) and [len(share) for share in shares] == [
+            96,
+            96,
+            WORDS + NINE - 192,
+            0,
+        ]
+        assert torch.equal(
+            tensor(key, (384, 48))[(slice(250, 266), slice(5, 20))], whole[250:266, 5:20]
+        )
 
 
-def test_a_tied_head_takes_the_mean_for_both_and_gives_an_untied_model_its_copy(tmp_path: Path) -> None:
+def test_a_tied_head_takes_the_mean_for_both_and_gives_an_untied_model_its_copy(
+    tmp_path: Path,
+) -> None:
     folder = make_language(tmp_path / "llm", tied=True)
     tied = replace(SMALL, language=from_parts.language_from_hf(Init(language=str(folder))))
     assert tied.language.tied_head and "lm_head.weight" not in load_all(folder)
     words = load_all(folder)["model.embed_tokens.weight"]
     mean = words[:WORDS].mean(0).expand(NINE, -1)
-    torch.testing.assert_close(served(Init(language=str(folder)), tied)(EMBEDDING_KEY, (384, 48))[WHOLE][WORDS:], mean)
-    untied = served(Init(language=str(folder)), replace(tied, language=replace(tied.language, tied_head=False)))
+    torch.testing.assert_close(
+        served(Init(language=str(folder)), tied)(EMBEDDING_KEY, (384, 48))[WHOLE][WORDS:], mean
+    )
+    untied = served(
+        Init(language=str(folder)), replace(tied, language=replace(tied.language, tied_head=False))
+    )
     assert torch.equal(untied(EMBEDDING_KEY, (384, 48))[WHOLE], words[: WORDS + NINE])
     assert torch.equal(untied(HEAD_KEY, (384, 48))[WHOLE][:WORDS], words[:WORDS])
 
@@ -102,7 +134,10 @@ def test_a_tied_head_takes_the_mean_for_both_and_gives_an_untied_model_its_copy(
 def test_a_tokenizer_that_has_the_tokens_changes_no_row(tmp_path: Path) -> None:
     folder = make_language(tmp_path / "llm", rows=WORDS + NINE)
     make_tokenizer(folder, SPECIAL_TOKENS)
-    tensor = served(Init(language=str(folder)), replace(SMALL, language=from_parts.language_from_hf(Init(language=str(folder)))))
+    tensor = served(
+        Init(language=str(folder)),
+        replace(SMALL, language=from_parts.language_from_hf(Init(language=str(folder)))),
+    )
     assert torch.equal(tensor(HEAD_KEY, (384, 48))[WHOLE], load_all(folder)["lm_head.weight"])
 
 
@@ -110,11 +145,16 @@ def test_a_tokenizer_that_has_the_tokens_changes_no_row(tmp_path: Path) -> None:
 def test_positions_are_resized_to_other_tiles_as_in_internvl(tmp_path: Path, part: bool) -> None:
     whole, vision, _ = make_parts(tmp_path, SMALL)
     larger = replace(SMALL, vision=replace(SMALL.vision, image_size=56))
-    tensor = served(Init(vision=str(vision)), larger) if part else convert.full_tensors(whole, larger)
+    tensor = (
+        served(Init(vision=str(vision)), larger) if part else convert.full_tensors(whole, larger)
+    )
     found = tensor("vision.position_embedding", (1, 65, 24))[WHOLE]
     before = load_all(whole)["vision_model.embeddings.position_embedding"]
     expected = torch.nn.functional.interpolate(
-        before[:, 1:].float().reshape(1, 4, 4, -1).permute(0, 3, 1, 2), size=8, mode="bicubic", align_corners=False
+        before[:, 1:].float().reshape(1, 4, 4, -1).permute(0, 3, 1, 2),
+        size=8,
+        mode="bicubic",
+        align_corners=False,
     )
     assert torch.equal(found[:, :1], before[:, :1])
     assert torch.equal(found[:, 1:], expected.reshape(1, 24, 64).transpose(1, 2).to(before.dtype))
@@ -123,7 +163,9 @@ def test_positions_are_resized_to_other_tiles_as_in_internvl(tmp_path: Path, par
 def test_the_tokenizer_of_a_part_can_be_packed_with(tmp_path: Path) -> None:
     make_tokenizer(tmp_path)
     tokenizer, new = from_parts.extend_tokenizer(Init(language=str(tmp_path)))
-    assert new == tuple(range(WORDS, WORDS + NINE)) and tokenizer.convert_ids_to_tokens(list(new)) == list(SPECIAL_TOKENS)
+    assert new == tuple(range(WORDS, WORDS + NINE)) and tokenizer.convert_ids_to_tokens(
+        list(new)
+    ) == list(SPECIAL_TOKENS)
     assert ChatTemplate(tokenizer, 4).context_token_id == WORDS + 2
 
 
@@ -131,7 +173,13 @@ def test_a_tokenizer_that_is_python_code_is_named_elsewhere(tmp_path: Path) -> N
     folder = make_language(tmp_path / "llm")
     for path in folder.glob("tokenizer*"):
         path.unlink()
-    with pytest.raises(ValueError, match=r"--init.language .*llm: holds no tokenizer .*; name the folder of one with --init.tokenizer"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            r"--init.language .*llm: holds no tokenizer .*; name the folder of one with"
+            r" --init.tokenizer"
+        ),
+    ):
         from_parts.language_from_hf(Init(language=str(folder)))
     make_tokenizer(tmp_path / "words")
     init = Init(language=str(folder), tokenizer=str(tmp_path / "words"))
@@ -141,22 +189,50 @@ def test_a_tokenizer_that_is_python_code_is_named_elsewhere(tmp_path: Path) -> N
 def test_what_does_not_fit_is_refused_with_its_flag(tmp_path: Path) -> None:
     _, vision, words = make_parts(tmp_path, SMALL)
     init = Init(vision=str(vision), language=str(words))
-    with pytest.raises(ValueError, match=r"--init.vision .*vision: .*\n  --architecture.vision.num_layers: 2 there, 5 asked for"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            r"--init.vision .*vision: .*\n  --architecture.vision.num_layers: 2 there, 5 asked for"
+        ),
+    ):
         from_parts.refuse_other(init, replace(SMALL, vision=replace(SMALL.vision, num_layers=5)))
-    with pytest.raises(ValueError, match=r"--init.language .*language: .*\n  --architecture.language.rotary_base: 12345.0 there"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            r"--init.language .*language: .*\n  --architecture.language.rotary_base: 12345.0 there"
+        ),
+    ):
         from_parts.refuse_other(init, language(rotary_base=1e6))
-    with pytest.raises(ValueError, match=r"--architecture.language.vocab_size 262: .* has ids up to 267, .*; use 268"):
+    with pytest.raises(
+        ValueError,
+        match=r"--architecture.language.vocab_size 262: .* has ids up to 267, .*; use 268",
+    ):
         from_parts.refuse_other(init, language(vocab_size=262))
-    with pytest.raises(ValueError, match=r"--init.language .*vision/config.json: model_type is 'intern_vit_6b', must be one of qwen2"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            r"--init.language .*vision/config.json: model_type is 'intern_vit_6b', must be one of"
+            r" qwen2"
+        ),
+    ):
         from_parts.language_from_hf(Init(language=str(make_tokenized(vision))))
     with pytest.raises(
-        ValueError, match=r"--init.vision .*language/config.json: model_type is 'qwen2', must be one of intern_vit_6b, clip"
+        ValueError,
+        match=(
+            r"--init.vision .*language/config.json: model_type is 'qwen2', must be one of"
+            r" intern_vit_6b, clip"
+        ),
     ):
         from_parts.vision_from_hf(words)
     weights = load_all(vision)
     del weights["encoder.layers.1.attn.proj.bias"]
     save_file(weights, vision / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"vision: 1 tensors do not fit the model:\n  encoder.layers.1.attn.proj.bias: missing"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            r"vision: 1 tensors do not fit the model:\n  encoder.layers.1.attn.proj.bias: missing"
+        ),
+    ):
         served(init, SMALL)
 
 
@@ -166,7 +242,9 @@ def make_tokenized(folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("wrong", [{"hidden_act": "relu"}, {"num_hidden_layers": 1}, {"num_channels": 1}])
+@pytest.mark.parametrize(
+    "wrong", [{"hidden_act": "relu"}, {"num_hidden_layers": 1}, {"num_channels": 1}]
+)
 def test_other_clips_are_refused(tmp_path: Path, wrong: dict) -> None:
     folder = make_vision(tmp_path / "clip", "clip")
     path = folder / "config.json"

@@ -19,26 +19,44 @@ from tests.convert.models import KINDS, SMALL, as_native, language
 
 
 def settings_of(architecture: Architecture) -> dict:
-    return native_config.write(architecture, dtype=torch.bfloat16, image_token_id=90, eos_token_id=1, pad_token_id=2)
+    return native_config.write(
+        architecture, dtype=torch.bfloat16, image_token_id=90, eos_token_id=1, pad_token_id=2
+    )
 
 
 @pytest.mark.parametrize("architecture", [*KINDS.values(), *MODELS.values()], ids=[*KINDS, *MODELS])
 def test_there_and_back(tmp_path: Path, architecture: Architecture) -> None:
     write_json(tmp_path / "config.json", settings_of(architecture))
-    assert architecture_from_hf(tmp_path) == as_native(architecture) and dialect_of(tmp_path) == "native"
+    assert (
+        architecture_from_hf(tmp_path) == as_native(architecture)
+        and dialect_of(tmp_path) == "native"
+    )
     # As transformers itself writes it.
     InternVLConfig.from_dict(settings_of(architecture)).save_pretrained(tmp_path)
     assert architecture_from_hf(tmp_path) == as_native(architecture)
 
 
 def test_what_the_shape_of_weights_does_not_tell_is_kept(tmp_path: Path) -> None:
-    shuffled = replace(SMALL, pixel_shuffle=4, vision=replace(SMALL.vision, layer_scale=0.5, layernorm_epsilon=1e-3))
+    shuffled = replace(
+        SMALL,
+        pixel_shuffle=4,
+        vision=replace(SMALL.vision, layer_scale=0.5, layernorm_epsilon=1e-3),
+    )
     write_json(tmp_path / "config.json", settings_of(shuffled))
-    write_json(tmp_path / "preprocessor_config.json", {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]})
-    expected = replace(shuffled, vision=replace(shuffled.vision, pixel_mean=(0.1, 0.2, 0.3), pixel_std=(0.4, 0.5, 0.6)))
+    write_json(
+        tmp_path / "preprocessor_config.json",
+        {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]},
+    )
+    expected = replace(
+        shuffled,
+        vision=replace(shuffled.vision, pixel_mean=(0.1, 0.2, 0.3), pixel_std=(0.4, 0.5, 0.6)),
+    )
     assert architecture_from_hf(tmp_path) == expected
     (tmp_path / "preprocessor_config.json").unlink()
-    write_json(tmp_path / "processor_config.json", {"image_processor": {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}})
+    write_json(
+        tmp_path / "processor_config.json",
+        {"image_processor": {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}},
+    )
     assert architecture_from_hf(tmp_path) == expected
 
 
@@ -51,8 +69,14 @@ def test_the_rotary_base_of_older_files_is_read(tmp_path: Path) -> None:
 
 def test_models_of_other_kinds_are_refused_with_all_reasons(tmp_path: Path) -> None:
     settings = settings_of(SMALL)
-    settings["vision_config"] |= {"use_qk_norm": True, "layer_norm_eps": 1e-5, "image_size": [28, 56]}
-    settings["text_config"] |= {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}
+    settings["vision_config"] |= {
+        "use_qk_norm": True,
+        "layer_norm_eps": 1e-5,
+        "image_size": [28, 56],
+    }
+    settings["text_config"] |= {
+        "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
+    }
     settings["vision_feature_layer"] = -2
     write_json(tmp_path / "config.json", settings)
     with pytest.raises(ValueError, match=r"config.json") as error:
@@ -70,7 +94,10 @@ def test_other_language_models_are_refused(tmp_path: Path) -> None:
     settings = settings_of(SMALL)
     settings["text_config"]["model_type"] = "gemma2"
     write_json(tmp_path / "config.json", settings)
-    with pytest.raises(ValueError, match=r"text_config.model_type is 'gemma2', must be one of qwen2, qwen3, .*mistral"):
+    with pytest.raises(
+        ValueError,
+        match=r"text_config.model_type is 'gemma2', must be one of qwen2, qwen3, .*mistral",
+    ):
         architecture_from_hf(tmp_path)
 
 
@@ -81,7 +108,10 @@ def test_other_language_models_are_refused(tmp_path: Path) -> None:
         ("[]", "not a JSON object"),
         ('{"model_type": "internvl_chat"}', r"ps_version is missing(.|\n)*llm_config is missing"),
         ('{"model_type": "qwen2"}', "must be 'internvl' or 'internvl_chat'"),
-        (json.dumps({"model_type": "internvl", "vision_config": {"hidden_size": "wide"}}), "transformers cannot read it"),
+        (
+            json.dumps({"model_type": "internvl", "vision_config": {"hidden_size": "wide"}}),
+            "transformers cannot read it",
+        ),
     ],
 )
 def test_files_without_sense_are_named(tmp_path: Path, content: str, message: str) -> None:
@@ -97,17 +127,32 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 
 def test_differences_name_flags_with_both_values() -> None:
-    other = replace(SMALL, language=replace(SMALL.language, rotary_base=1e6), vision=replace(SMALL.vision, image_size=56))
-    assert differences(SMALL, other) == ["--architecture.language.rotary_base: 12345.0 there, 1000000.0 asked for"]
+    other = replace(
+        SMALL,
+        language=replace(SMALL.language, rotary_base=1e6),
+        vision=replace(SMALL.vision, image_size=56),
+    )
+    assert differences(SMALL, other) == [
+        "--architecture.language.rotary_base: 12345.0 there, 1000000.0 asked for"
+    ]
     assert differences(SMALL, SMALL) == []
 
 
 def test_names_of_weights_and_tied_heads_are_no_difference() -> None:
-    assert differences(language(family="llama", tied_head=True), language(family="internlm2", kv_channels=8)) == []
-    assert differences(SMALL, language(tied_head=True)) == ["--architecture.language.tied_head: False there, True asked for"]
+    assert (
+        differences(
+            language(family="llama", tied_head=True), language(family="internlm2", kv_channels=8)
+        )
+        == []
+    )
+    assert differences(SMALL, language(tied_head=True)) == [
+        "--architecture.language.tied_head: False there, True asked for"
+    ]
 
 
 def test_what_transformers_would_compute_otherwise_is_not_written() -> None:
-    other = replace(KINDS["InternViT-6B"], vision=replace(KINDS["InternViT-6B"].vision, layernorm_epsilon=1e-5))
+    other = replace(
+        KINDS["InternViT-6B"], vision=replace(KINDS["InternViT-6B"].vision, layernorm_epsilon=1e-5)
+    )
     with pytest.raises(ValueError, match="layernorm_epsilon 1e-05.*chat dialect"):
         settings_of(other)

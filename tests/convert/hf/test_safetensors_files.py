@@ -10,14 +10,27 @@ import torch
 from safetensors.torch import save_file
 
 from megavlm.convert.dist_checkpoint import ShardsFolder, write_shards
-from megavlm.convert.hf.safetensors_files import INDEX_NAME, SafetensorsFolder, new_folder, write_safetensors
+from megavlm.convert.hf.safetensors_files import (
+    INDEX_NAME,
+    SafetensorsFolder,
+    new_folder,
+    write_safetensors,
+)
 from tests.convert.models import load_all
 from tests.convert.weights.test_views import InMemory
 
 
 def some_tensors() -> InMemory:
-    sizes = {"a.linear_qkv.weight": (5, 3), "b": (7,), "c.linear_fc1.weight": (2, 3, 4), "d": (1, 1, 6)}
-    return InMemory({name: torch.randn(shape).to(torch.bfloat16) for name, shape in sizes.items()} | {"wide": torch.randn(11)})
+    sizes = {
+        "a.linear_qkv.weight": (5, 3),
+        "b": (7,),
+        "c.linear_fc1.weight": (2, 3, 4),
+        "d": (1, 1, 6),
+    }
+    return InMemory(
+        {name: torch.randn(shape).to(torch.bfloat16) for name, shape in sizes.items()}
+        | {"wide": torch.randn(11)}
+    )
 
 
 @pytest.mark.parametrize(("shard_bytes", "files"), [(10**9, 1), (60, 3), (1, 5)])
@@ -26,17 +39,29 @@ def test_safetensors_come_back(tmp_path: Path, shard_bytes: int, files: int) -> 
     amounts: list[int] = []
     write_safetensors(written, tmp_path, shard_bytes, done=amounts.append)
     read = SafetensorsFolder(tmp_path)
-    assert len(list(tmp_path.glob("*.safetensors"))) == files and (tmp_path / INDEX_NAME).is_file() == (files > 1)
-    assert read.headers.keys() == written.headers.keys() and read.headers == {name: written.headers[name] for name in read.headers}
+    assert len(list(tmp_path.glob("*.safetensors"))) == files and (
+        tmp_path / INDEX_NAME
+    ).is_file() == (files > 1)
+    assert read.headers.keys() == written.headers.keys() and read.headers == {
+        name: written.headers[name] for name in read.headers
+    }
     assert all(torch.equal(read[name], tensor) for name, tensor in written.tensors.items())
-    assert sum(amounts) == sum(header.nbytes for header in written.headers.values()) == 5 * 3 * 2 + 7 * 2 + 24 * 2 + 6 * 2 + 11 * 4
+    assert (
+        sum(amounts)
+        == sum(header.nbytes for header in written.headers.values())
+        == 5 * 3 * 2 + 7 * 2 + 24 * 2 + 6 * 2 + 11 * 4
+    )
 
 
 def test_parts_of_one_tensor_are_written_apart(tmp_path: Path) -> None:
     whole = torch.arange(12.0).view(6, 2)
-    write_safetensors(InMemory({"top": whole[:3], "bottom": whole[3:], "turned": whole.T}), tmp_path)
+    write_safetensors(
+        InMemory({"top": whole[:3], "bottom": whole[3:], "turned": whole.T}), tmp_path
+    )
     read = load_all(tmp_path)
-    assert torch.equal(torch.cat([read["top"], read["bottom"]]), whole) and torch.equal(read["turned"], whole.T)
+    assert torch.equal(torch.cat([read["top"], read["bottom"]]), whole) and torch.equal(
+        read["turned"], whole.T
+    )
 
 
 def test_damaged_folders_are_named(tmp_path: Path) -> None:
@@ -44,15 +69,28 @@ def test_damaged_folders_are_named(tmp_path: Path) -> None:
         SafetensorsFolder(tmp_path)
     write_safetensors(some_tensors(), tmp_path, shard_bytes=1)
     index = json.loads((tmp_path / INDEX_NAME).read_text())
-    (tmp_path / INDEX_NAME).write_text(json.dumps({"weight_map": index["weight_map"] | {"ghost": "model-00001-of-00005.safetensors"}}))
-    with pytest.raises(ValueError, match=r"names ghost, which model-00001-of-00005.safetensors does not hold"):
+    (tmp_path / INDEX_NAME).write_text(
+        json.dumps(
+            {"weight_map": index["weight_map"] | {"ghost": "model-00001-of-00005.safetensors"}}
+        )
+    )
+    with pytest.raises(
+        ValueError, match=r"names ghost, which model-00001-of-00005.safetensors does not hold"
+    ):
         SafetensorsFolder(tmp_path)
     (tmp_path / INDEX_NAME).write_text(
         json.dumps(
-            {"weight_map": {name: file for name, file in index["weight_map"].items() if name != "b"} | {"d": index["weight_map"]["b"]}}
+            {
+                "weight_map": {
+                    name: file for name, file in index["weight_map"].items() if name != "b"
+                }
+                | {"d": index["weight_map"]["b"]}
+            }
         )
     )
-    with pytest.raises(ValueError, match=r"does not name b, which model-00002-of-00005.safetensors holds"):
+    with pytest.raises(
+        ValueError, match=r"does not name b, which model-00002-of-00005.safetensors holds"
+    ):
         SafetensorsFolder(tmp_path)
     (tmp_path / INDEX_NAME).write_text("[]")
     with pytest.raises(ValueError, match="not an index"):
@@ -76,7 +114,9 @@ def test_shards_come_back_one_at_a_time(tmp_path: Path) -> None:
     written = some_tensors()
     amounts: list[int] = []
     write_shards(written, tmp_path / "shards", done=amounts.append)
-    assert written.reads == 5 and sum(amounts) == sum(header.nbytes for header in written.headers.values())
+    assert written.reads == 5 and sum(amounts) == sum(
+        header.nbytes for header in written.headers.values()
+    )
     read = ShardsFolder(tmp_path / "shards")
     assert read.headers == written.headers
     assert all(torch.equal(read[name], tensor) for name, tensor in written.tensors.items())
@@ -100,8 +140,13 @@ def test_a_new_folder_appears_complete_or_not_at_all(tmp_path: Path) -> None:
     with new_folder(target, "--out") as growing:
         (growing / "file").touch()
         assert not target.exists()
-    assert [path.name for path in target.iterdir()] == ["file"] and list(target.parent.iterdir()) == [target]
-    with pytest.raises(ValueError, match=r"--out .*deep/out: exists and is not an empty folder"), new_folder(target, "--out"):
+    assert [path.name for path in target.iterdir()] == ["file"] and list(
+        target.parent.iterdir()
+    ) == [target]
+    with (
+        pytest.raises(ValueError, match=r"--out .*deep/out: exists and is not an empty folder"),
+        new_folder(target, "--out"),
+    ):
         pass
 
 

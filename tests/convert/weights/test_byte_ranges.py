@@ -34,7 +34,9 @@ def follow(runs: list[Run], tensors: list[Tensor]) -> Tensor:
 
 
 def read(found: list[Range], header) -> Tensor:
-    content = b"".join(piece.path.read_bytes()[piece.offset : piece.offset + piece.nbytes] for piece in found)
+    content = b"".join(
+        piece.path.read_bytes()[piece.offset : piece.offset + piece.nbytes] for piece in found
+    )
     return torch.frombuffer(bytearray(content), dtype=header.dtype).view(header.shape)
 
 
@@ -42,7 +44,9 @@ def read(found: list[Range], header) -> Tensor:
 def test_runs_do_what_the_operation_does(operation: Operation, shape: tuple[int, ...]) -> None:
     whole = torch.randn(shape)
     parts = list(operation.split(whole))
-    assert torch.equal(follow(byte_ranges.joined_runs(operation, operation.part_shapes(shape)), parts), whole)
+    assert torch.equal(
+        follow(byte_ranges.joined_runs(operation, operation.part_shapes(shape)), parts), whole
+    )
     for runs, part in zip(byte_ranges.split_runs(operation, shape), parts, strict=True):
         assert torch.equal(follow(runs, [whole]), part)
 
@@ -51,7 +55,10 @@ def test_padding_is_left_out_and_columns_are_no_rows() -> None:
     whole = torch.randn(13, 2)
     [runs] = byte_ranges.split_runs(Padded(11), (13, 2))
     assert torch.equal(follow(runs, [whole]), whole[:11])
-    assert byte_ranges.split_runs(Padded(2, axis=1), (5, 3)) is None and byte_ranges.joined_runs(Padded(2, axis=1), [(5, 2)]) is None
+    assert (
+        byte_ranges.split_runs(Padded(2, axis=1), (5, 3)) is None
+        and byte_ranges.joined_runs(Padded(2, axis=1), [(5, 2)]) is None
+    )
 
 
 def test_runs_are_as_long_as_can_be() -> None:
@@ -62,20 +69,27 @@ def test_runs_are_as_long_as_can_be() -> None:
 def test_a_share_of_the_rows_cuts_runs() -> None:
     runs = [Run(0, 0, 4), Run(1, 2, 3), Run(0, 4, 4)]
     assert list(byte_ranges.within(runs, 3, 5)) == [Run(0, 3, 1), Run(1, 2, 3), Run(0, 4, 1)]
-    assert list(byte_ranges.within(runs, 4, 3)) == [Run(1, 2, 3)] and not list(byte_ranges.within(runs, 4, 0))
+    assert list(byte_ranges.within(runs, 4, 3)) == [Run(1, 2, 3)] and not list(
+        byte_ranges.within(runs, 4, 0)
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_tensor_is_found_in_files_both_ways(tmp_path: Path, kind: str) -> None:
     architecture: Architecture = KINDS[kind]
-    ours = MegatronView(SafetensorsFolder(make_hf(tmp_path / "hf", architecture, shard_size="20KB")), architecture)
+    ours = MegatronView(
+        SafetensorsFolder(make_hf(tmp_path / "hf", architecture, shard_size="20KB")), architecture
+    )
     write_shards(ours, tmp_path / "shards")
     back = HuggingFaceView(ShardsFolder(tmp_path / "shards"), architecture)
     for view in (ours, back):
         for name, header in view.headers.items():
             found = whole_ranges(view, name)
             # Heads of the vision encoder may be padded in the columns of this one.
-            assert (found is None) == (name.startswith("vision") and name.endswith(("linear_proj.weight", "projection_layer.weight"))), name
+            assert (found is None) == (
+                name.startswith("vision")
+                and name.endswith(("linear_proj.weight", "projection_layer.weight"))
+            ), name
             assert found is None or torch.equal(read(found, header), view[name]), name
 
 
@@ -97,10 +111,21 @@ def test_ranges_are_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bloc
     (tmp_path / "one").write_bytes(bytes(range(100)))
     (tmp_path / "two").write_bytes(bytes(range(100, 200)))
     with open(tmp_path / "out", "wb", buffering=0) as target:
-        byte_ranges.copy([Range(tmp_path / "one", 10, 30), Range(tmp_path / "two", 0, 20), Range(tmp_path / "one", 5, 1)], target)
-        with pytest.raises(OSError, match=r"two: ends at byte 100, before a tensor that goes on to 120"):
+        byte_ranges.copy(
+            [
+                Range(tmp_path / "one", 10, 30),
+                Range(tmp_path / "two", 0, 20),
+                Range(tmp_path / "one", 5, 1),
+            ],
+            target,
+        )
+        with pytest.raises(
+            OSError, match=r"two: ends at byte 100, before a tensor that goes on to 120"
+        ):
             byte_ranges.copy([Range(tmp_path / "two", 90, 30)], target)
-    assert (tmp_path / "out").read_bytes() == bytes([*range(10, 40), *range(100, 120), 5, *range(190, 200)])
+    assert (tmp_path / "out").read_bytes() == bytes(
+        [*range(10, 40), *range(100, 120), 5, *range(190, 200)]
+    )
 
 
 def test_a_truncated_shard_leaves_nothing_behind(tmp_path: Path) -> None:
@@ -115,7 +140,9 @@ def test_a_share_is_read_without_the_rest(tmp_path: Path) -> None:
     rows = 1 << 19
     width = 8192
     last = torch.arange(4.0)
-    header = {"big": {"dtype": "F32", "shape": [rows, width], "data_offsets": [0, rows * width * 4]}}
+    header = {
+        "big": {"dtype": "F32", "shape": [rows, width], "data_offsets": [0, rows * width * 4]}
+    }
     text = json.dumps(header).encode()
     with open(tmp_path / "model.safetensors", "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
@@ -133,4 +160,6 @@ def test_files_are_what_the_library_reads(tmp_path: Path) -> None:
     source = SafetensorsFolder(make_hf(tmp_path / "hf"))
     write_safetensors(source, tmp_path)
     again = load_file(tmp_path / "model.safetensors")
-    assert again.keys() == source.headers.keys() and all(torch.equal(source[name], again[name]) for name in again)
+    assert again.keys() == source.headers.keys() and all(
+        torch.equal(source[name], again[name]) for name in again
+    )

@@ -18,12 +18,18 @@ from tests.convert.models import KINDS, language
 
 
 def transformers_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
-    settings = native_config.write(architecture, dtype=torch.bfloat16, image_token_id=90, eos_token_id=1, pad_token_id=2)
+    settings = native_config.write(
+        architecture, dtype=torch.bfloat16, image_token_id=90, eos_token_id=1, pad_token_id=2
+    )
     with torch.device("meta"):
         model = InternVLForConditionalGeneration(InternVLConfig.from_dict(settings))
-    shapes = {name_on_disk(name): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    shapes = {
+        name_on_disk(name): tuple(tensor.shape) for name, tensor in model.state_dict().items()
+    }
     if architecture.language.tied_head:
-        del shapes["language_model.lm_head.weight"]  # the embedding once more, which files do not repeat
+        del shapes[
+            "language_model.lm_head.weight"
+        ]  # the embedding once more, which files do not repeat
     return shapes
 
 
@@ -46,15 +52,30 @@ def test_the_dialects_have_the_same_tensors_of_megatron(kind: str) -> None:
 
 
 def test_a_model_that_contradicts_its_family_is_refused_with_every_flag() -> None:
-    with pytest.raises(ValueError, match=r"--architecture.language.family bert: no such family; known are qwen2, .*mistral"):
+    with pytest.raises(
+        ValueError,
+        match=r"--architecture.language.family bert: no such family; known are qwen2, .*mistral",
+    ):
         family_of(language(family="bert").language)
     with pytest.raises(
-        ValueError, match="family qwen2: .*qkv_bias is false, must be true; .*qk_norm is true, must be false; .*kv_channels"
+        ValueError,
+        match=(
+            "family qwen2: .*qkv_bias is false, must be true; .*qk_norm is true, must be false;"
+            " .*kv_channels"
+        ),
     ):
         family_of(language(qkv_bias=False, qk_norm=True, kv_channels=10).language)
     assert {family_of(KINDS[kind].language).name for kind in KINDS} == set(FAMILIES)
 
 
 def test_operations_and_tables_need_neither_megatron_nor_transformers() -> None:
-    code = "import sys, megavlm.convert.weights.transforms, megavlm.convert.weights.tables; print([m for m in ('megatron', 'transformers') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    code = (
+        "import sys, megavlm.convert.weights.transforms, megavlm.convert.weights.tables; print([m"
+        " for m in ('megatron', 'transformers') if m in sys.modules])"
+    )
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        == "[]"
+    )

@@ -11,7 +11,10 @@ OPERATIONS = {
     "same": (Same(), (5, 7)),
     "padded": (Padded(11), (11, 3)),
     "padded columns": (Padded(7, axis=1), (5, 7)),
-    "padded heads in one tensor": (Padded(18, inner=Fused(GroupedQKV(3, 3, 2), (6, 6, 6))), (18, 5)),
+    "padded heads in one tensor": (
+        Padded(18, inner=Fused(GroupedQKV(3, 3, 2), (6, 6, 6))),
+        (18, 5),
+    ),
     "stacked": (Stacked(2), (6, 5)),
     "grouped": (GroupedQKV(6, 2, 4), (40, 3)),
     "grouped bias": (GroupedQKV(6, 2, 4), (40,)),
@@ -35,16 +38,22 @@ def test_join_undoes_split_and_split_undoes_join(name: str) -> None:
 def test_no_number_is_lost_or_doubled(name: str) -> None:
     operation, shape = OPERATIONS[name]
     numbers = torch.arange(torch.Size(shape).numel()).view(shape)
-    assert torch.equal(torch.cat([part.flatten() for part in operation.split(numbers)]).sort().values, numbers.flatten())
+    assert torch.equal(
+        torch.cat([part.flatten() for part in operation.split(numbers)]).sort().values,
+        numbers.flatten(),
+    )
 
 
 @pytest.mark.parametrize(("heads", "groups", "size"), [(6, 2, 4), (4, 4, 2), (5, 1, 3)])
-def test_grouped_rows_are_queries_then_key_then_value_of_each_group(heads: int, groups: int, size: int) -> None:
+def test_grouped_rows_are_queries_then_key_then_value_of_each_group(
+    heads: int, groups: int, size: int
+) -> None:
     width = 7
     query, key, value = (torch.randn(count * size, width) for count in (heads, groups, groups))
     fused = GroupedQKV(heads, groups, size).join([query, key, value])
     hidden = torch.randn(width)
-    # What an attention layer of megatron-core reads from the product: groups, and in each its query heads, a key and a value.
+    # What an attention layer of megatron-core reads from the product: groups, and in each its query
+    # heads, a key and a value.
     product = (fused @ hidden).view(groups, heads // groups + 2, size)
     queries, keys, values = ((weight @ hidden).view(-1, size) for weight in (query, key, value))
     for head in range(heads):
@@ -70,4 +79,6 @@ def test_fused_thirds_become_groups_of_query_key_and_value() -> None:
     grouped = operation.join([torch.cat([query, key, value])])
     for head in range(3):
         rows = slice(2 * head, 2 * head + 2)
-        assert torch.equal(grouped[6 * head : 6 * head + 6], torch.cat([query[rows], key[rows], value[rows]]))
+        assert torch.equal(
+            grouped[6 * head : 6 * head + 6], torch.cat([query[rows], key[rows], value[rows]])
+        )

@@ -27,7 +27,9 @@ class InMemory:
 
     @property
     def headers(self) -> dict[str, Header]:
-        return {name: Header(tuple(tensor.shape), tensor.dtype) for name, tensor in self.tensors.items()}
+        return {
+            name: Header(tuple(tensor.shape), tensor.dtype) for name, tensor in self.tensors.items()
+        }
 
     def __getitem__(self, name: str) -> Tensor:
         self.reads += 1
@@ -42,7 +44,11 @@ class InMemory:
 
 def random_hf(architecture: Architecture) -> InMemory:
     return InMemory(
-        {name: torch.randn(shape) for row in rows(architecture) for name, shape in zip(row.names, row.part_shapes, strict=True)}
+        {
+            name: torch.randn(shape)
+            for row in rows(architecture)
+            for name, shape in zip(row.names, row.part_shapes, strict=True)
+        }
     )
 
 
@@ -66,7 +72,11 @@ def test_nothing_is_read_before_it_is_asked_for_and_then_once() -> None:
 
 def test_type_can_be_changed() -> None:
     back = HuggingFaceView(MegatronView(random_hf(SMALL), SMALL), SMALL, torch.bfloat16)
-    assert {header.dtype for header in back.headers.values()} == {torch.bfloat16} == {back[name].dtype for name in back}
+    assert (
+        {header.dtype for header in back.headers.values()}
+        == {torch.bfloat16}
+        == {back[name].dtype for name in back}
+    )
 
 
 def test_every_tensor_of_hugging_face_that_does_not_fit_is_named() -> None:
@@ -78,7 +88,9 @@ def test_every_tensor_of_hugging_face_that_does_not_fit_is_named() -> None:
         MegatronView(source, SMALL)
     text = str(error.value)
     assert "vision_tower.embeddings.cls_token: missing" in text
-    assert "vision_tower.encoder.layer.0.attention.q_norm.weight: not a weight of this model" in text
+    assert (
+        "vision_tower.encoder.layer.0.attention.q_norm.weight: not a weight of this model" in text
+    )
     assert f"{NORM}: has shape [47], must be [48]" in text
 
 
@@ -98,7 +110,10 @@ def test_rows_that_pad_the_vocabulary_are_dropped() -> None:
     source = random_hf(SMALL)
     ours = InMemory(dict(MegatronView(source, SMALL)))
     ours.tensors[HEAD] = torch.cat([ours.tensors[HEAD], torch.zeros(51, 48)])
-    assert torch.equal(HuggingFaceView(ours, SMALL)["language_model.lm_head.weight"], source.tensors["language_model.lm_head.weight"])
+    assert torch.equal(
+        HuggingFaceView(ours, SMALL)["language_model.lm_head.weight"],
+        source.tensors["language_model.lm_head.weight"],
+    )
 
 
 def test_a_long_list_is_cut() -> None:

@@ -1,4 +1,6 @@
-"""Random changes of images do what they say, are fixed by seed, epoch and sample, and off unless asked for; and filling up to squares."""
+"""Random changes of images do what they say, are fixed by seed, epoch and sample, and off unless
+asked for; and filling up to squares.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,9 @@ def test_a_crop_is_a_part(encoded):
     assert np.array_equal(changed(encoded, box=(0.25, 0.1, 1.0, 0.9))[:3], expected)
     tiny = io.BytesIO()
     Image.new("RGB", (1, 1)).save(tiny, "PNG")
-    assert decode_changed(tiny.getvalue(), 1, 1, 16, True, change=Change(box=(0.1, 0.1, 0.9, 0.9))).shape == (1, 3, 16, 16)
+    assert decode_changed(
+        tiny.getvalue(), 1, 1, 16, True, change=Change(box=(0.1, 0.1, 0.9, 0.9))
+    ).shape == (1, 3, 16, 16)
 
 
 def test_colours_are_scaled(encoded):
@@ -58,7 +62,10 @@ def test_colours_are_scaled(encoded):
 
 
 def test_jpeg_loses_little_and_each_tile_by_itself(encoded):
-    fine, coarse = (np.abs(changed(encoded, qualities=(quality,) * 4) - changed(encoded)).mean() for quality in (100, 75))
+    fine, coarse = (
+        np.abs(changed(encoded, qualities=(quality,) * 4) - changed(encoded)).mean()
+        for quality in (100, 75)
+    )
     assert 0 < fine < coarse < 40
     mixed = changed(encoded, qualities=(75, 100, 100, 100))
     assert np.array_equal(mixed[0], changed(encoded, qualities=(75,) * 4)[0])
@@ -86,7 +93,12 @@ def test_a_draw_depends_on_seed_epoch_and_sample_alone():
         draw(ALL, 3, seed=1, position=5, place=3),
     ]
     assert all(other.box != first.box for other in others)
-    for operation, field in (("crop", "box"), ("colour", "colours"), ("jpeg", "qualities"), ("flip", "is_flipped")):
+    for operation, field in (
+        ("crop", "box"),
+        ("colour", "colours"),
+        ("jpeg", "qualities"),
+        ("flip", "is_flipped"),
+    ):
         alone = draw((operation,), 3, seed=1, position=5, place=2)
         assert alone == Change(**{field: getattr(first, field)})
 
@@ -94,24 +106,41 @@ def test_a_draw_depends_on_seed_epoch_and_sample_alone():
 def test_images_of_marked_sources_are_changed_while_training(tmp_path):
     make_dataset(tmp_path, packs=3, image_share=1.0)
     plain = PackedDataset(tmp_path, augment=ALL).batch(0, 0).tiles
-    assert np.array_equal(plain, PackedDataset(tmp_path).batch(0, 0).tiles)  # the source is not marked
+    assert np.array_equal(
+        plain, PackedDataset(tmp_path).batch(0, 0).tiles
+    )  # the source is not marked
     facts = json.loads((tmp_path / "manifest.json").read_text())
     facts["sources"][0]["augment"] = True
     (tmp_path / "manifest.json").write_text(json.dumps(facts))
     dataset = PackedDataset(tmp_path, augment=ALL)
-    tiles = [dataset.batch(0, position, seed=seed).tiles for position, seed in ((0, 0), (0, 0), (3, 0), (0, 1))]
-    assert np.array_equal(tiles[0], tiles[1]) and np.array_equal(tiles[0], pickle.loads(pickle.dumps(dataset)).batch(0, 0).tiles)
-    assert not np.array_equal(tiles[0], plain) and not np.array_equal(tiles[0], tiles[2]) and not np.array_equal(tiles[0], tiles[3])
+    tiles = [
+        dataset.batch(0, position, seed=seed).tiles
+        for position, seed in ((0, 0), (0, 0), (3, 0), (0, 1))
+    ]
+    assert np.array_equal(tiles[0], tiles[1]) and np.array_equal(
+        tiles[0], pickle.loads(pickle.dumps(dataset)).batch(0, 0).tiles
+    )
+    assert (
+        not np.array_equal(tiles[0], plain)
+        and not np.array_equal(tiles[0], tiles[2])
+        and not np.array_equal(tiles[0], tiles[3])
+    )
     assert np.array_equal(PackedDataset(tmp_path).batch(0, 0).tiles, plain)  # nothing is asked for
 
 
 def test_padding_fills_up_to_a_square(encoded, tmp_path):
     tiling = Tiling(tile_size=16, mode="pad", pixel_mean=(0.5, 0.25, 0.125))
-    assert (tiling.grid(80, 30, 1, 12), tiling.count(1, 1), tiling.pad_colour) == ((1, 1), 1, (127, 63, 31))
+    assert (tiling.grid(80, 30, 1, 12), tiling.count(1, 1), tiling.pad_colour) == (
+        (1, 1),
+        1,
+        (127, 63, 31),
+    )
     (tile,) = decode_changed(encoded, 1, 1, 80, True, pad_colour=tiling.pad_colour)
     image = np.asarray(Image.open(io.BytesIO(encoded)).convert("RGB")).transpose(2, 0, 1)
     assert np.array_equal(tile[:, 25:55], image)
-    assert (tile[:, :25] == np.array([127, 63, 31])[:, None, None]).all() and (tile[:, 55:] == tile[:, :1, :1]).all()
+    assert (tile[:, :25] == np.array([127, 63, 31])[:, None, None]).all() and (
+        tile[:, 55:] == tile[:, :1, :1]
+    ).all()
     make_dataset(tmp_path, packs=2, image_share=1.0, grids=((2, 1),))
     facts = json.loads((tmp_path / "manifest.json").read_text())
     (tmp_path / "manifest.json").write_text(json.dumps(facts | {"tiling": "pad"}))

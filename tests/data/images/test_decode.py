@@ -25,7 +25,9 @@ def _encoded(image: Image.Image, kind: str, **options) -> bytes:
 
 
 def _by_hand(encoded: bytes, columns: int, rows: int, size: int, thumbnail: bool) -> np.ndarray:
-    """InternVL's steps: resize, crop one tile after the other, row by row, and the whole image last."""
+    """InternVL's steps: resize, crop one tile after the other, row by row, and the whole image
+    last.
+    """
     image = Image.open(io.BytesIO(encoded)).convert("RGB")
     resized = image.resize((size * columns, size * rows))
     tiles = []
@@ -38,7 +40,16 @@ def _by_hand(encoded: bytes, columns: int, rows: int, size: int, thumbnail: bool
     return np.stack([np.asarray(tile).transpose(2, 0, 1) for tile in tiles])
 
 
-FILES = [("RGB", "JPEG"), ("RGB", "PNG"), ("L", "JPEG"), ("CMYK", "JPEG"), ("P", "PNG"), ("RGBA", "PNG"), ("RGB", "WEBP"), ("P", "GIF")]
+FILES = [
+    ("RGB", "JPEG"),
+    ("RGB", "PNG"),
+    ("L", "JPEG"),
+    ("CMYK", "JPEG"),
+    ("P", "PNG"),
+    ("RGBA", "PNG"),
+    ("RGB", "WEBP"),
+    ("P", "GIF"),
+]
 
 
 @pytest.mark.parametrize(("mode", "kind"), FILES)
@@ -58,7 +69,9 @@ def test_rotation_in_exif_is_not_applied():
     plain = _encoded(_picture(61, 45), "JPEG")
     rotated = _encoded(_picture(61, 45), "JPEG", exif=exif)
     assert read_size(rotated) == (61, 45)
-    assert np.array_equal(decode_tiles(plain, 2, 1, 16, True), decode_tiles(rotated, 2, 1, 16, True))
+    assert np.array_equal(
+        decode_tiles(plain, 2, 1, 16, True), decode_tiles(rotated, 2, 1, 16, True)
+    )
 
 
 def test_size_comes_from_the_header(tmp_path):
@@ -79,7 +92,9 @@ def test_a_truncated_image_is_an_error(kind):
             decode_tiles(broken, 1, 1, 16, True)
 
 
-@pytest.mark.parametrize("encoded", [b"", b"no image", b"\x89PNG\r\n\x1a\n\0\0\0\x0dIHDR", b"GIF89a"])
+@pytest.mark.parametrize(
+    "encoded", [b"", b"no image", b"\x89PNG\r\n\x1a\n\0\0\0\x0dIHDR", b"GIF89a"]
+)
 def test_what_is_no_image_is_an_error(encoded):
     with pytest.raises(ValueError, match="not a readable image: .+") as caught:
         read_size(encoded)
@@ -90,7 +105,10 @@ def _png_header(width: int, height: int) -> bytes:
     """The beginning of a PNG file that claims to be so large."""
     head = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     data = b"IDAT" + zlib.compress(b"")
-    chunks = (struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) for chunk in (head, data))
+    chunks = (
+        struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+        for chunk in (head, data)
+    )
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 

@@ -14,15 +14,21 @@ from megavlm.data.images import decode, jpeg
 
 
 def picture(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
-    """Soft colours with hard edges and some noise, so that overshoots are cut off at black and white."""
+    """Soft colours with hard edges and some noise, so that overshoots are cut off at black and
+    white.
+    """
     coarse = rng.integers(0, 256, (height // 9 + 2, width // 9 + 2, 3), dtype=np.uint8)
-    smooth = np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BILINEAR)).astype(np.int64)
+    smooth = np.asarray(
+        Image.fromarray(coarse).resize((width, height), Image.Resampling.BILINEAR)
+    ).astype(np.int64)
     return np.clip(smooth * 2 - 128 + rng.integers(-9, 10, smooth.shape), 0, 255).astype(np.uint8)
 
 
 @pytest.mark.parametrize("seed", range(12))
 def test_resizing(seed):
-    resize_to_tiles = pytest.importorskip("megavlm.data.images.resize", exc_type=ImportError).resize_to_tiles
+    resize_to_tiles = pytest.importorskip(
+        "megavlm.data.images.resize", exc_type=ImportError
+    ).resize_to_tiles
     rng = np.random.default_rng(seed)
     (width, height) = rng.integers(1, 500, 2)
     (columns, rows) = rng.integers(1, 5, 2)
@@ -43,12 +49,23 @@ def test_enlarging_is_one_call_of_pillow():
     assert np.array_equal(found[4].transpose(1, 2, 0), whole[32:, 32:64])
 
 
-@pytest.mark.parametrize("options", [{}, {"quality": 30}, {"subsampling": 0}, {"progressive": True}, {"quality": 95, "optimize": True}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"quality": 30},
+        {"subsampling": 0},
+        {"progressive": True},
+        {"quality": 95, "optimize": True},
+    ],
+)
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 def test_jpeg(options, mode):
     pytest.importorskip("simplejpeg")
     file = io.BytesIO()
-    Image.fromarray(picture(np.random.default_rng(1), 203, 117)).convert(mode).save(file, "JPEG", **options)
+    Image.fromarray(picture(np.random.default_rng(1), 203, 117)).convert(mode).save(
+        file, "JPEG", **options
+    )
     found = jpeg.decode_jpeg(file.getvalue(), 10**6)
     expected = np.asarray(Image.open(file).convert("RGB"))
     assert np.abs(found.astype(int) - expected).max() <= 1
@@ -72,7 +89,9 @@ MARKERS = (0, 0xC0, 0xC2, 0xC4, 0xC8, 0xD0, 0xD3, 0xD9, 0xDA, 0xDB, 0xDC, 0xDD, 
 
 
 def damaged(encoded: bytes, rng: random.Random) -> bytes:
-    """A file with some bytes changed, taken out or put in, in its headers as often as in its pixels' bits."""
+    """A file with some bytes changed, taken out or put in, in its headers as often as in its
+    pixels' bits.
+    """
     data = bytearray(encoded)
     for _ in range(rng.choice([1, 1, 2, 5])):
         end = len(data) if rng.random() < 0.5 else data.find(b"\xff\xda") + 16
@@ -84,7 +103,27 @@ def damaged(encoded: bytes, rng: random.Random) -> bytes:
             del data[place : rng.choice([place + rng.randrange(1, 40), len(data)])]
         elif kind == 2:
             data[place : place + 2] = bytes(
-                [0xFF, rng.choice([0, 0xC0, 0xC2, 0xC4, 0xC8, 0xD0, 0xD3, 0xD9, 0xDA, 0xDB, 0xDC, 0xDD, 0xE1, 0xFE])]
+                [
+                    0xFF,
+                    rng.choice(
+                        [
+                            0,
+                            0xC0,
+                            0xC2,
+                            0xC4,
+                            0xC8,
+                            0xD0,
+                            0xD3,
+                            0xD9,
+                            0xDA,
+                            0xDB,
+                            0xDC,
+                            0xDD,
+                            0xE1,
+                            0xFE,
+                        ]
+                    ),
+                ]
             )
         elif kind == 3:
             data[place:place] = rng.randbytes(rng.randrange(1, 30))
@@ -98,11 +137,19 @@ def test_no_jpeg_is_called_whole_that_pillow_refuses():
     rng = random.Random(5)
     files = []
     verdicts = []
-    for seed, options in enumerate(({}, {"subsampling": 0}, {"optimize": True}, {"restart_marker_blocks": 3}, {"exif": bytes(50)})):
+    for seed, options in enumerate(
+        (
+            {},
+            {"subsampling": 0},
+            {"optimize": True},
+            {"restart_marker_blocks": 3},
+            {"exif": bytes(50)},
+        )
+    ):
         for mode in ("RGB", "L"):
-            Image.fromarray(picture(np.random.default_rng(seed), 31 + 9 * seed, 40)).convert(mode).save(
-                file := io.BytesIO(), "JPEG", **options
-            )
+            Image.fromarray(picture(np.random.default_rng(seed), 31 + 9 * seed, 40)).convert(
+                mode
+            ).save(file := io.BytesIO(), "JPEG", **options)
             files.append(file.getvalue())
             assert jpeg.is_whole(files[-1], 10**6)
     for _ in range(4000):
@@ -118,7 +165,9 @@ def test_no_jpeg_is_called_whole_that_pillow_refuses():
 @pytest.mark.parametrize("options", [{"progressive": True}, {"mode": "CMYK"}])
 def test_what_is_decoded_to_know_whether_it_can_be(options):
     pytest.importorskip("simplejpeg")
-    image = Image.fromarray(picture(np.random.default_rng(2), 90, 70)).convert(options.pop("mode", "RGB"))
+    image = Image.fromarray(picture(np.random.default_rng(2), 90, 70)).convert(
+        options.pop("mode", "RGB")
+    )
     image.save(file := io.BytesIO(), "JPEG", **options)
     assert not jpeg.is_whole(file.getvalue(), 10**6)
     decode.check_pixels(file.getvalue())

@@ -10,7 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from megavlm.data.images.tiling import Tiling, candidate_grids, choose_grid, features_per_tile, image_max_tiles, tile_count
+from megavlm.data.images.tiling import (
+    Tiling,
+    candidate_grids,
+    choose_grid,
+    features_per_tile,
+    image_max_tiles,
+    tile_count,
+)
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 
@@ -29,11 +36,17 @@ def _choose(row: dict[str, int]) -> tuple[int, int]:
 
 @pytest.mark.parametrize(("most", "grids"), [(1, 1), (2, 3), (4, 8), (6, 14), (12, 35), (24, 84)])
 def test_number_of_candidates(most, grids):
-    assert len(candidate_grids(1, most)) == len({grid[:2] for grid in candidate_grids(1, most)}) == grids
+    assert (
+        len(candidate_grids(1, most))
+        == len({grid[:2] for grid in candidate_grids(1, most)})
+        == grids
+    )
 
 
 def test_order_of_equally_large_grids_is_of_no_consequence():
-    """InternVL leaves that order to the interpreter; with min_tiles 1 no image may depend on it, however exact the tie."""
+    """InternVL leaves that order to the interpreter; with min_tiles 1 no image may depend on it,
+    however exact the tie.
+    """
     for most in range(1, 41):
         grids = [grid[:2] for grid in candidate_grids(1, most)]
         backwards = sorted(grids, key=lambda grid: (grid[0] * grid[1], -grid[0]))
@@ -43,14 +56,20 @@ def test_order_of_equally_large_grids_is_of_no_consequence():
             for scale in (1, 7, 40, 300, 2000):
                 width = between.numerator * scale
                 height = between.denominator * scale
-                assert choose_grid(width, height, 1, most, 448) == _first_principles(width, height, backwards)
+                assert choose_grid(width, height, 1, most, 448) == _first_principles(
+                    width, height, backwards
+                )
 
 
 def _first_principles(width: int, height: int, grids: list[tuple[int, int]]) -> tuple[int, int]:
-    """The rule with nothing cached: nearest shape; of equally near ones the last whose grid is less than twice as large as the image."""
+    """The rule with nothing cached: nearest shape; of equally near ones the last whose grid is less
+    than twice as large as the image.
+    """
     nearest = min(abs(width / height - columns / rows) for columns, rows in grids)
     near = [grid for grid in grids if abs(width / height - grid[0] / grid[1]) == nearest]
-    large_enough = [grid for grid in near[1:] if width * height > 0.5 * 448 * 448 * grid[0] * grid[1]]
+    large_enough = [
+        grid for grid in near[1:] if width * height > 0.5 * 448 * 448 * grid[0] * grid[1]
+    ]
     return large_enough[-1] if large_enough else near[0]
 
 
@@ -81,7 +100,9 @@ def test_images_of_one_record_share_the_tiles():
     assert tiling.count(4, 2) == 9
 
 
-@pytest.mark.parametrize("bad", [{"min_tiles": 0}, {"min_tiles": 5, "max_tiles": 4}, {"tile_size": 0}])
+@pytest.mark.parametrize(
+    "bad", [{"min_tiles": 0}, {"min_tiles": 5, "max_tiles": 4}, {"tile_size": 0}]
+)
 def test_settings_that_cannot_be(bad):
     with pytest.raises(ValueError, match="--"):
         Tiling(**{"tile_size": 448, **bad})

@@ -1,4 +1,6 @@
-"""Frames of videos, GIFs and folders: which are chosen, how they stand in the text, and that they are the right pictures."""
+"""Frames of videos, GIFs and folders: which are chosen, how they stand in the text, and that they
+are the right pictures.
+"""
 
 from __future__ import annotations
 
@@ -79,11 +81,17 @@ def shown(encoded: bytes) -> float:
 def test_frames_are_the_ones_that_were_asked_for(videos, kind):
     file = MediaFile(path=str(videos[kind]))
     times = frame_times(file)
-    assert times == pytest.approx([place * (1.0 if kind == "folder" else 0.1) for place in range(40)], abs=1e-3)
+    assert times == pytest.approx(
+        [place * (1.0 if kind == "folder" else 0.1) for place in range(40)], abs=1e-3
+    )
     places = [0, 5, 6, 7, 20, 33, 39]
     frames = read_frames(file, places, 16, None)
-    assert [shown(frame.encoded) for frame in frames] == pytest.approx([level(place) for place in places], abs=3)
-    assert {(frame.width, frame.height) for frame in frames} == {(64, 48) if kind.startswith("m") else (40, 30)}
+    assert [shown(frame.encoded) for frame in frames] == pytest.approx(
+        [level(place) for place in places], abs=3
+    )
+    assert {(frame.width, frame.height) for frame in frames} == {
+        (64, 48) if kind.startswith("m") else (40, 30)
+    }
     sizes = {Image.open(io.BytesIO(frame.encoded)).size for frame in frames}
     assert sizes == {(40, 30) if kind == "folder" else (16, 16)}
     if kind != "folder":
@@ -94,19 +102,31 @@ def test_frames_are_the_ones_that_were_asked_for(videos, kind):
 def test_one_frame_of_each_equal_part():
     times = [place / 10 for place in range(100)]
     for seed in range(20):
-        chosen = FrameChoice(min_frames=8, max_frames=12).choose(times, None, np.random.default_rng(seed))
+        chosen = FrameChoice(min_frames=8, max_frames=12).choose(
+            times, None, np.random.default_rng(seed)
+        )
         borders = np.linspace(0, 100, len(chosen) + 1).astype(int)
         assert 8 <= len(chosen) <= 12
-        assert all(low <= place < high for low, place, high in zip(borders, chosen, borders[1:], strict=False))
-    middle = FrameChoice(min_frames=4, max_frames=4, sampling="middle").choose(times, None, np.random.default_rng(0))
+        assert all(
+            low <= place < high
+            for low, place, high in zip(borders, chosen, borders[1:], strict=False)
+        )
+    middle = FrameChoice(min_frames=4, max_frames=4, sampling="middle").choose(
+        times, None, np.random.default_rng(0)
+    )
     assert middle == [12, 37, 62, 87]
-    counts = {len(FrameChoice(sampling="middle").choose(times, None, np.random.default_rng(seed))) for seed in range(200)}
+    counts = {
+        len(FrameChoice(sampling="middle").choose(times, None, np.random.default_rng(seed)))
+        for seed in range(200)
+    }
     assert counts == set(range(8, 33))
 
 
 def test_a_clip_bounds_the_frames():
     times = [place / 10 for place in range(100)]
-    chosen = FrameChoice(min_frames=5, max_frames=5).choose(times, (2.0, 3.0), np.random.default_rng(0))
+    chosen = FrameChoice(min_frames=5, max_frames=5).choose(
+        times, (2.0, 3.0), np.random.default_rng(0)
+    )
     assert len(chosen) == 5 and all(20 <= place <= 30 for place in chosen)
     with pytest.raises(RejectError, match=r"no frame between 20 and 30 s; the last is at 9.9 s"):
         FrameChoice().choose(times, (20.0, 30.0), np.random.default_rng(0))
@@ -123,14 +143,36 @@ def test_a_short_video_gives_all_its_frames_once():
 
 def test_frames_at_a_rate():
     times = [place / 10 for place in range(100)]
-    assert FrameChoice(sampling="fps1").choose(times, None, np.random.default_rng(0)) == [5, 15, 25, 35, 45, 55, 65, 75, 85, 95]
-    assert FrameChoice(sampling="fps0.5").choose(times, (0.0, 4.0), np.random.default_rng(0)) == [10, 30]
-    chosen = FrameChoice(sampling="fps10", max_frames=10).choose(times, None, np.random.default_rng(0))
+    assert FrameChoice(sampling="fps1").choose(times, None, np.random.default_rng(0)) == [
+        5,
+        15,
+        25,
+        35,
+        45,
+        55,
+        65,
+        75,
+        85,
+        95,
+    ]
+    assert FrameChoice(sampling="fps0.5").choose(times, (0.0, 4.0), np.random.default_rng(0)) == [
+        10,
+        30,
+    ]
+    chosen = FrameChoice(sampling="fps10", max_frames=10).choose(
+        times, None, np.random.default_rng(0)
+    )
     assert len(chosen) == 10 and chosen[0] == 0 and chosen[-1] == 99
 
 
-@pytest.mark.parametrize(("settings", "words"), [({"sampling": "fps"}, "fps: must be rand"), ({"sampling": "fps0"}, "fps0: must be"),
-                                                 ({"min_frames": 9, "max_frames": 8}, "--min_frames 9 and --max_frames 8")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"sampling": "fps"}, "fps: must be rand"),
+        ({"sampling": "fps0"}, "fps0: must be"),
+        ({"min_frames": 9, "max_frames": 8}, "--min_frames 9 and --max_frames 8"),
+    ],
+)
 def test_bad_choices(settings, words):
     with pytest.raises(ValueError, match=words):
         FrameChoice(**settings)
@@ -138,19 +180,37 @@ def test_bad_choices(settings, words):
 
 def test_frames_stand_in_lines():
     turns = [Turn(role="human", text="<video>\nwhat"), Turn(role="gpt", text="a <video>")]
-    assert [turn.text for turn in show_frames(turns, 2)] == ["Frame-1: <image>\nFrame-2: <image>\nwhat", "a <video>"]
-    assert show_frames([Turn(role="pretrain", text="a <video> b")], 1)[0].text == "a Frame-1: <image>\n b"
+    assert [turn.text for turn in show_frames(turns, 2)] == [
+        "Frame-1: <image>\nFrame-2: <image>\nwhat",
+        "a <video>",
+    ]
+    assert (
+        show_frames([Turn(role="pretrain", text="a <video> b")], 1)[0].text
+        == "a Frame-1: <image>\n b"
+    )
     for text in ("<video><video>", "a", "<video> <image>"):
         with pytest.raises(RejectError, match="placeholders, but one video and no image"):
             show_frames([Turn(role="human", text=text)], 2)
 
 
-def encode(path: Path, *, images=Images.LOAD, seed: int = 0, capacity: int = 4000, tile_cap: int | None = None, **fields):
+def encode(
+    path: Path,
+    *,
+    images=Images.LOAD,
+    seed: int = 0,
+    capacity: int = 4000,
+    tile_cap: int | None = None,
+    **fields,
+):
     template = ChatTemplate(load_tokenizer(GOLDEN / "tokenizer"), features_per_tile=4)
-    encoder = Encoder(template, Tiling(tile_size=16), capacity, tile_cap, frames=FrameChoice(), seed=seed)
+    encoder = Encoder(
+        template, Tiling(tile_size=16), capacity, tile_cap, frames=FrameChoice(), seed=seed
+    )
     chat = [{"from": "human", "value": "<video>\nwhat"}, {"from": "gpt", "value": "a film"}]
     entry = Entry(offset=0, number=4, content={"video": str(path), "conversations": chat, **fields})
-    return encoder.encode_entry(entry, Annotations(name="a", path="a.jsonl"), source=1, images=images)
+    return encoder.encode_entry(
+        entry, Annotations(name="a", path="a.jsonl"), source=1, images=images
+    )
 
 
 @pytest.mark.parametrize("kind", ["mp4", "gif", "folder"])
@@ -172,7 +232,9 @@ def test_a_sample_with_a_video(videos, kind):
 def test_videos_that_cannot_be_samples(videos, tmp_path):
     (tmp_path / "text.mp4").write_text("no video " * 100)
     (tmp_path / "cut.mp4").write_bytes(videos["mp4"].read_bytes()[:600])
-    (tmp_path / "playlist.mp4").write_text(f"#EXTM3U\n#EXT-X-TARGETDURATION:4\n#EXTINF:4,\n{videos['mp4']}\n#EXT-X-ENDLIST\n")
+    (tmp_path / "playlist.mp4").write_text(
+        f"#EXTM3U\n#EXT-X-TARGETDURATION:4\n#EXTINF:4,\n{videos['mp4']}\n#EXT-X-ENDLIST\n"
+    )
     (tmp_path / "empty").mkdir()
     cases = [
         ("text.mp4", {}, "unreadable_video", "not a video that can be read"),
@@ -186,7 +248,9 @@ def test_videos_that_cannot_be_samples(videos, tmp_path):
     ]
     for name, fields, reason, words in cases:
         outcome = encode(tmp_path / name, **fields)
-        assert isinstance(outcome, Reject) and outcome.reason == reason and words in outcome.detail, (name, outcome)
+        assert (
+            isinstance(outcome, Reject) and outcome.reason == reason and words in outcome.detail
+        ), (name, outcome)
 
 
 def test_a_video_that_is_damaged_inside_is_refused(videos, tmp_path):
@@ -195,7 +259,9 @@ def test_a_video_that_is_damaged_inside_is_refused(videos, tmp_path):
     path = tmp_path / "damaged.mkv"
     path.write_bytes(data)
     outcome = encode(path)
-    assert (isinstance(outcome, Reject) and outcome.reason == "unreadable_video") or len(outcome.images) <= 32
+    assert (isinstance(outcome, Reject) and outcome.reason == "unreadable_video") or len(
+        outcome.images
+    ) <= 32
 
 
 def test_without_pyav_videos_are_refused_and_gifs_are_not(videos, monkeypatch):

@@ -50,13 +50,21 @@ def test_wide_figures_have_few_bars(folder):
 def test_text(folder):
     text = to_text(survey(Reader(folder)))
     assert "packs 40 of 256 tokens" in text
-    assert "random.jsonl" in text and "rejected records: none" in text and "context_token_id" in text
+    assert (
+        "random.jsonl" in text and "rejected records: none" in text and "context_token_id" in text
+    )
     assert "checksums" not in text
 
 
 def run(*arguments: str | Path) -> subprocess.CompletedProcess:
     environment = {"PYTHONPATH": str(TOOL.parents[1]), "PATH": "/usr/bin:/bin"}
-    return subprocess.run([sys.executable, TOOL, *arguments], capture_output=True, text=True, env=environment, check=False)
+    return subprocess.run(
+        [sys.executable, TOOL, *arguments],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
 
 
 def test_tool(folder, tmp_path):
@@ -64,9 +72,16 @@ def test_tool(folder, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "checksums of all 40 packs are right" in done.stdout
     figures = json.loads((tmp_path / "overview.json").read_text())
-    assert figures["manifest"]["totals"]["packs"] == 40 and figures["spreads"]["tiles"]["percentiles"]["50"] >= 0
+    assert (
+        figures["manifest"]["totals"]["packs"] == 40
+        and figures["spreads"]["tiles"]["percentiles"]["50"] >= 0
+    )
     wrong = run(tmp_path)
-    assert wrong.returncode == 1 and wrong.stderr.startswith("error: ") and "manifest.json" in wrong.stderr
+    assert (
+        wrong.returncode == 1
+        and wrong.stderr.startswith("error: ")
+        and "manifest.json" in wrong.stderr
+    )
 
 
 def test_picture(tmp_path):
@@ -77,7 +92,9 @@ def test_picture(tmp_path):
 
     tokenizer = load_tokenizer(TOKENIZER)
     context = tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")
-    make_dataset(tmp_path, packs=3, image_share=0.9, vocab_size=len(tokenizer), context_token_id=context)
+    make_dataset(
+        tmp_path, packs=3, image_share=0.9, vocab_size=len(tokenizer), context_token_id=context
+    )
     dataset = PackedDataset(tmp_path)
     with pytest.raises(FileNotFoundError, match="tokenizer: missing"):
         draw(dataset, [0], tmp_path / "packs.png")
@@ -87,8 +104,16 @@ def test_picture(tmp_path):
         assert picture.width == 1540 and len(picture.convert("RGB").getcolors(10**6)) > 20
     pack = dataset.reader.read(0)
     pieces = list(spans(dataset, pack, tokenizer.decode))
-    supervised = tokenizer.decode(pack.tokens[: pack.lengths[0]][pack.supervised[: pack.lengths[0]]].tolist())
+    supervised = tokenizer.decode(
+        pack.tokens[: pack.lengths[0]][pack.supervised[: pack.lengths[0]]].tolist()
+    )
     assert pieces[0][0] == f"\n[sample 0: random.jsonl:1, {pack.lengths[0]} tokens]\n"
     assert supervised in [text for text, colour in pieces if colour == "#0a7d33"]
     runs = list(lay_out(iter([("ab\ncd", "red"), ("x" * 300, "blue")])))
-    assert [(run.line, run.column, len(run.text)) for run in runs] == [(0, 0, 2), (1, 0, 2), (1, 2, 138), (2, 0, 140), (3, 0, 22)]
+    assert [(run.line, run.column, len(run.text)) for run in runs] == [
+        (0, 0, 2),
+        (1, 0, 2),
+        (1, 2, 138),
+        (2, 0, 140),
+        (3, 0, 22),
+    ]

@@ -35,7 +35,9 @@ def test_of_shares_memory_and_keeps_types():
     tokens[0] = 9
     assert batch.tokens[0] == 9
     kinds = {entry.name: getattr(batch, entry.name) for entry in dataclasses.fields(batch)}
-    assert {name: value.dtype for name, value in kinds.items() if isinstance(value, torch.Tensor)} == {
+    assert {
+        name: value.dtype for name, value in kinds.items() if isinstance(value, torch.Tensor)
+    } == {
         "tokens": torch.int64,
         "labels": torch.int64,
         "loss_weights": torch.float32,

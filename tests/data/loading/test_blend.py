@@ -1,4 +1,6 @@
-"""A blend of datasets is a pure function of seed and position, keeps its shares in every batch, and each dataset's own order."""
+"""A blend of datasets is a pure function of seed and position, keeps its shares in every batch, and
+each dataset's own order.
+"""
 
 from __future__ import annotations
 
@@ -41,19 +43,32 @@ def test_a_rank_s_share_has_all_datasets():
     for ranks in (2, 8, 64):
         for rank in (0, ranks - 1):
             datasets, _ = BLEND.split(np.arange(rank, 64 * 300, ranks))
-            assert np.abs(np.bincount(datasets, minlength=3) / len(datasets) - [0.6, 0.3, 0.1]).max() < 0.1
+            assert (
+                np.abs(np.bincount(datasets, minlength=3) / len(datasets) - [0.6, 0.3, 0.1]).max()
+                < 0.1
+            )
 
 
 def test_any_part_is_a_part_of_the_whole():
     whole = BLEND.pack_ids(BLOCK - 500, 1000)
     for start, count in ((0, 1), (63, 2), (499, 3), (500, 200), (999, 1)):
-        assert BLEND.pack_ids(BLOCK - 500 + start, count).tolist() == whole[start : start + count].tolist()
-    assert [int(BLEND.at(position)) for position in range(BLOCK - 500, BLOCK - 490)] == whole[:10].tolist()
+        assert (
+            BLEND.pack_ids(BLOCK - 500 + start, count).tolist()
+            == whole[start : start + count].tolist()
+        )
+    assert [int(BLEND.at(position)) for position in range(BLOCK - 500, BLOCK - 490)] == whole[
+        :10
+    ].tolist()
     assert BLEND.at(np.array([10**15])).shape == (1,)
-    assert not np.array_equal(BlendPlan(plans=PLANS, weights=(6, 3, 1), seed=2).pack_ids(0, 200), BLEND.pack_ids(0, 200))
+    assert not np.array_equal(
+        BlendPlan(plans=PLANS, weights=(6, 3, 1), seed=2).pack_ids(0, 200), BLEND.pack_ids(0, 200)
+    )
 
 
-@pytest.mark.parametrize("weights", [(1.0, 1.0), (1.0, 0.0, 1.0), (1.0, -1.0, 1.0), (1.0, 1e-9, 1.0), (1.0, float("nan"), 1.0)])
+@pytest.mark.parametrize(
+    "weights",
+    [(1.0, 1.0), (1.0, 0.0, 1.0), (1.0, -1.0, 1.0), (1.0, 1e-9, 1.0), (1.0, float("nan"), 1.0)],
+)
 def test_bad_weights(weights):
     with pytest.raises(ValueError, match="--data.weights"):
         BlendPlan(plans=PLANS, weights=weights)
@@ -76,10 +91,16 @@ def test_a_blend_answers_as_its_datasets_do(folders):
     ids = np.array([13, 0, 4, 5])
     expected = [second.index[8], first.index[0], first.index[4], second.index[0]]
     assert blend.index[ids]["tokens"].tolist() == [int(record["tokens"]) for record in expected]
-    assert blend.weight_sum(ids, "square") == pytest.approx(sum(float(record["weight_square"]) for record in expected), rel=1e-12)
+    assert blend.weight_sum(ids, "square") == pytest.approx(
+        sum(float(record["weight_square"]) for record in expected), rel=1e-12
+    )
     batch = pickle.loads(pickle.dumps(blend)).batch(13, 77, vision_layers=1, seed=3)
     other = second.batch(8, 77, vision_layers=1, seed=3)
-    assert batch.pack_id == 13 and torch.equal(batch.tokens, other.tokens) and torch.equal(batch.drop_path_draws, other.drop_path_draws)
+    assert (
+        batch.pack_id == 13
+        and torch.equal(batch.tokens, other.tokens)
+        and torch.equal(batch.drop_path_draws, other.drop_path_draws)
+    )
     assert blend.origins(13) == second.origins(8)
     assert len(blend.some_records()) == 14
 
@@ -87,7 +108,12 @@ def test_a_blend_answers_as_its_datasets_do(folders):
 def test_a_blend_is_loaded_and_gone_on_with(folders):
     dataset, plan = open_blend(folders, (3.0, 1.0), seed=5, shuffle=True, group=1)
     whole = [batch.pack_id for batch in batches(dataset, plan, range(40), reduction="token")]
-    later = [batch.pack_id for batch in islice(batches(dataset, plan, range(23, 10**9, 1), reduction="token", workers=1), 17)]
+    later = [
+        batch.pack_id
+        for batch in islice(
+            batches(dataset, plan, range(23, 10**9, 1), reduction="token", workers=1), 17
+        )
+    ]
     assert whole == plan.pack_ids(0, 40).tolist() and later == whole[23:]
     assert sum(pack_id < 5 for pack_id in whole) in range(27, 34)
     even, order = open_blend(folders, (), seed=5, shuffle=True, group=1)

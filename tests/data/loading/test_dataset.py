@@ -45,13 +45,22 @@ def by_hand(dataset: PackedDataset, pack_id: int, reduction: str) -> dict[str, n
             if step + 1 < length:
                 labels[place + step] = pack.tokens[stored + step + 1]
                 if pack.supervised[stored + step + 1]:
-                    weights[place + step] = {"token": 1, "sample": 1 / count, "square": count**-0.5}[reduction]
+                    weights[place + step] = {
+                        "token": 1,
+                        "sample": 1 / count,
+                        "square": count**-0.5,
+                    }[reduction]
         stored += length
         place += length
         while place % alignment:
             place += 1
         ends.append(place)
-    return {"tokens": tokens, "labels": labels, "loss_weights": weights, "sample_ends": np.array(ends + [CAPACITY] * (place < CAPACITY))}
+    return {
+        "tokens": tokens,
+        "labels": labels,
+        "loss_weights": weights,
+        "sample_ends": np.array(ends + [CAPACITY] * (place < CAPACITY)),
+    }
 
 
 @pytest.mark.parametrize("reduction", ["token", "sample", "square"])
@@ -79,7 +88,9 @@ def test_tiles_and_feature_positions(dataset):
         expected = [
             tile
             for place, row in enumerate(pack.images)
-            for tile in decode_tiles(pack.image(place), int(row["columns"]), int(row["rows"]), 32, True)
+            for tile in decode_tiles(
+                pack.image(place), int(row["columns"]), int(row["rows"]), 32, True
+            )
         ]
         kinds.add(len(expected) > 0)
         expected = np.stack(expected) if expected else np.zeros((1, 3, 32, 32))
@@ -102,7 +113,10 @@ def test_tiles_are_filled_up_with_blank_ones(dataset):
 
 def test_without_tiles_all_else_is_equal(dataset):
     for pack_id in range(len(dataset)):
-        with_tiles, without = (dataset.batch(pack_id, 5, vision_layers=2, seed=1, with_tiles=wanted) for wanted in (True, False))
+        with_tiles, without = (
+            dataset.batch(pack_id, 5, vision_layers=2, seed=1, with_tiles=wanted)
+            for wanted in (True, False)
+        )
         assert without.tiles.shape == (0, 3, 32, 32)
         for entry in dataclasses.fields(with_tiles):
             if entry.name != "tiles":
@@ -113,9 +127,14 @@ def test_without_tiles_all_else_is_equal(dataset):
 
 def test_weight_sum_does_not_depend_on_order(dataset):
     ids = np.tile(np.arange(len(dataset)), 50)
-    sums = {dataset.weight_sum(np.random.default_rng(seed).permutation(ids), "square") for seed in range(10)}
+    sums = {
+        dataset.weight_sum(np.random.default_rng(seed).permutation(ids), "square")
+        for seed in range(10)
+    }
     assert len(sums) == 1
-    with pytest.raises(ValueError, match="--data.loss_reduction mean: must be one of token, sample, square"):
+    with pytest.raises(
+        ValueError, match="--data.loss_reduction mean: must be one of token, sample, square"
+    ):
         dataset.weight_sum(ids, "mean")
     with pytest.raises(ValueError, match="--data.loss_reduction mean"):
         dataset.batch(0, 0, reduction="mean")
@@ -126,7 +145,11 @@ def test_draws_depend_on_seed_and_position_alone():
     assert draws.shape == (48, 13) and draws.dtype == np.float32
     assert draws.min() >= 0 and draws.max() < 1 and abs(draws.mean() - 0.5) < 0.05
     assert np.array_equal(draws, drop_path_draws(3, 17, 48, 13))
-    others = [drop_path_draws(3, 18, 48, 13), drop_path_draws(4, 17, 48, 13), drop_path_draws(-1, 17, 48, 13)]
+    others = [
+        drop_path_draws(3, 18, 48, 13),
+        drop_path_draws(4, 17, 48, 13),
+        drop_path_draws(-1, 17, 48, 13),
+    ]
     assert all(not np.intersect1d(draws[:4], other).size > 2 for other in others)
     assert drop_path_draws(3, 10**15, 0, 4).shape == (0, 4)
 
@@ -145,7 +168,11 @@ def test_context_tokens_that_do_not_match(tmp_path):
     dataset = PackedDataset(tmp_path)
     tiles = int(dataset.index[1]["tiles"])
     with pytest.raises(
-        ValueError, match=rf"pack 1 has {tiles * 16} context tokens .* {tiles} tiles of 9 features need {tiles * 9}"
+        ValueError,
+        match=(
+            rf"pack 1 has {tiles * 16} context tokens .* {tiles} tiles of 9 features need"
+            rf" {tiles * 9}"
+        ),
     ) as caught:
         dataset.batch(1, 0)
     assert str(tmp_path) in str(caught.value)
@@ -153,7 +180,12 @@ def test_context_tokens_that_do_not_match(tmp_path):
 
 def test_an_image_that_cannot_be_decoded_is_named(tmp_path):
     write_broken_image(tmp_path)
-    with pytest.raises(ValueError, match=r"pack 0: image 0 of the pack, from the sample at captions.jsonl:41, cannot be decoded") as caught:
+    with pytest.raises(
+        ValueError,
+        match=(
+            r"pack 0: image 0 of the pack, from the sample at captions.jsonl:41, cannot be decoded"
+        ),
+    ) as caught:
         PackedDataset(tmp_path).batch(0, 0)
     assert str(tmp_path) in str(caught.value)
     assert PackedDataset(tmp_path).origins(0) == ["captions.jsonl:40", "captions.jsonl:41"]
@@ -162,7 +194,13 @@ def test_an_image_that_cannot_be_decoded_is_named(tmp_path):
 
 def write_broken_image(folder) -> None:
     """One pack of a text sample (line 40) and a sample whose image is no image (line 41)."""
-    text = Sample(tokens=np.arange(5, dtype=np.int32), supervised=np.ones(5, bool), images=(), source=0, line=40)
+    text = Sample(
+        tokens=np.arange(5, dtype=np.int32),
+        supervised=np.ones(5, bool),
+        images=(),
+        source=0,
+        line=40,
+    )
     image = Image(encoded=b"not an image", width=32, height=32, columns=1, rows=1, tiles=1)
     tokens = np.array([1, 500, 500, 500, 500, 2], np.int32)
     broken = Sample(tokens=tokens, supervised=np.ones(6, bool), images=(image,), source=0, line=41)
@@ -183,12 +221,22 @@ def write_broken_image(folder) -> None:
 
 
 def test_a_full_pack_has_no_padding_sample(tmp_path):
-    sample = Sample(tokens=np.arange(64, dtype=np.int32), supervised=np.ones(64, bool), images=(), source=0, line=1)
+    sample = Sample(
+        tokens=np.arange(64, dtype=np.int32),
+        supervised=np.ones(64, bool),
+        images=(),
+        source=0,
+        line=1,
+    )
     write_broken_image(tmp_path / "facts")
     manifest = Reader(tmp_path / "facts").manifest
     with pack_format.Writer(tmp_path / "full", 64) as writer:
         writer.write([sample])
         writer.close(manifest)
     batch = PackedDataset(tmp_path / "full").batch(0, 0, reduction="token")
-    assert batch.sample_ends.tolist() == [0, 64] and batch.weight_sum == 63 and batch.tiles.shape == (1, 3, 32, 32)
+    assert (
+        batch.sample_ends.tolist() == [0, 64]
+        and batch.weight_sum == 63
+        and batch.tiles.shape == (1, 3, 32, 32)
+    )
     assert not PackedDataset(tmp_path / "full").has_images and not batch.tiles.any()

@@ -40,13 +40,21 @@ def no_worker_is_left_behind():
 
 
 def equal(left: Batch, right: Batch) -> bool:
-    pairs = [(getattr(left, entry.name), getattr(right, entry.name)) for entry in dataclasses.fields(left)]
-    return all(torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other for one, other in pairs)
+    pairs = [
+        (getattr(left, entry.name), getattr(right, entry.name))
+        for entry in dataclasses.fields(left)
+    ]
+    return all(
+        torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+        for one, other in pairs
+    )
 
 
 def load(dataset: PackedDataset, positions: range, **options) -> list[Batch]:
     plan = Plan(num_packs=len(dataset), seed=4)
-    return list(batches(dataset, plan, positions, reduction="sample", vision_layers=2, seed=9, **options))
+    return list(
+        batches(dataset, plan, positions, reduction="sample", vision_layers=2, seed=9, **options)
+    )
 
 
 def test_order_and_content(dataset):
@@ -58,7 +66,9 @@ def test_order_and_content(dataset):
 
 
 @pytest.mark.parametrize(
-    "options", [{"workers": 1}, {"workers": 2, "prefetch": 1}, {"workers": 1, "start_method": "spawn"}], ids=["one", "two", "spawn"]
+    "options",
+    [{"workers": 1}, {"workers": 2, "prefetch": 1}, {"workers": 1, "start_method": "spawn"}],
+    ids=["one", "two", "spawn"],
 )
 def test_workers_do_not_change_batches(dataset, options):
     expected = load(dataset, range(10))
@@ -96,41 +106,73 @@ def test_close_ends_the_workers(dataset):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_unreadable_image_is_named(tmp_path, workers):
     write_broken_image(tmp_path)
-    with pytest.raises(ValueError, match=r"pack 0: image 0 of the pack, from the sample at captions.jsonl:41"):
-        next(batches(PackedDataset(tmp_path), Plan(num_packs=1), range(5), reduction="token", workers=workers))
+    with pytest.raises(
+        ValueError, match=r"pack 0: image 0 of the pack, from the sample at captions.jsonl:41"
+    ):
+        next(
+            batches(
+                PackedDataset(tmp_path),
+                Plan(num_packs=1),
+                range(5),
+                reduction="token",
+                workers=workers,
+            )
+        )
 
 
 def test_a_worker_that_dies_is_named(dataset):
-    stream = batches(dataset, Plan(num_packs=7, shuffle=False), range(10**6), reduction="token", workers=1, prefetch=1)
+    stream = batches(
+        dataset,
+        Plan(num_packs=7, shuffle=False),
+        range(10**6),
+        reduction="token",
+        workers=1,
+        prefetch=1,
+    )
     next(stream)
     (worker,) = multiprocessing.active_children()
     os.kill(worker.pid, signal.SIGKILL)
-    with pytest.raises(RuntimeError, match=r"no batch for pack (1|2) .*--data.workers 0.* random.jsonl:\d+"):
+    with pytest.raises(
+        RuntimeError, match=r"no batch for pack (1|2) .*--data.workers 0.* random.jsonl:\d+"
+    ):
         for _ in range(3):
             next(stream)
 
 
 def test_a_worker_that_dies_is_told_of_only_where_a_batch_is_waited_for(dataset):
-    stream = batches(dataset, Plan(num_packs=7, shuffle=False), range(10**6), reduction="token", workers=2, prefetch=1)
+    stream = batches(
+        dataset,
+        Plan(num_packs=7, shuffle=False),
+        range(10**6),
+        reduction="token",
+        workers=2,
+        prefetch=1,
+    )
     next(stream)
     for worker in multiprocessing.active_children():
         os.kill(worker.pid, signal.SIGKILL)
     time.sleep(0.3)  # the training process is at something else when the news arrives
-    with pytest.raises(RuntimeError, match=r"no batch for pack [123] .*(Connection\w+Error|killed by signal 9 \(SIGKILL\))"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"no batch for pack [123] .*(Connection\w+Error|killed by signal 9 \(SIGKILL\))",
+    ):
         for _ in range(3):
             next(stream)
 
 
 TRAINER = """
 import multiprocessing, os, signal, sys, time
-from megavlm.data.dataset import PackedDataset
-from megavlm.data.loader import batches
-from megavlm.data.plan import Plan
+from megavlm.data.loading.dataset import PackedDataset
+from megavlm.data.loading.loader import batches
+from megavlm.data.loading.order import Plan
 
 asked = []
 signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
 signal.signal(signal.SIGINT, lambda *_: asked.append(1))
-stream = batches(PackedDataset(sys.argv[1]), Plan(num_packs=7), range(10**6), reduction="token", workers=2, start_method=sys.argv[2])
+stream = batches(
+    PackedDataset(sys.argv[1]), Plan(num_packs=7), range(10**6),
+    reduction="token", workers=2, start_method=sys.argv[2],
+)
 next(stream)
 print("ready", flush=True)
 while len(asked) < 2:
@@ -143,8 +185,12 @@ if sys.argv[3] == "crash":
 """
 
 
-@pytest.mark.parametrize(("start_method", "end"), [("fork", "crash"), ("fork", "leave"), ("forkserver", "leave")])
-def test_workers_outlive_signals_to_the_process_group_and_not_the_training_process(dataset, start_method, end):
+@pytest.mark.parametrize(
+    ("start_method", "end"), [("fork", "crash"), ("fork", "leave"), ("forkserver", "leave")]
+)
+def test_workers_outlive_signals_to_the_process_group_and_not_the_training_process(
+    dataset, start_method, end
+):
     command = [sys.executable, "-c", TRAINER, str(dataset.folder), start_method, end]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     with subprocess.Popen(command, start_new_session=True, **pipes) as trainer:
@@ -182,12 +228,26 @@ class Trouble(PackedDataset):
 
 
 @pytest.mark.parametrize(
-    ("die", "words"), [(True, r"(killed by signal 9|exited unexpectedly|Connection\w+Error|EOFError)"), (False, "timed out after 5")]
+    ("die", "words"),
+    [
+        (True, r"(killed by signal 9|exited unexpectedly|Connection\w+Error|EOFError)"),
+        (False, "timed out after 5"),
+    ],
 )
 def test_the_pack_that_a_worker_is_lost_at_is_named(dataset, die, words):
-    stream = batches(Trouble(dataset.folder), Plan(num_packs=7, shuffle=False), range(100), workers=2, timeout=5, die=die)
+    stream = batches(
+        Trouble(dataset.folder),
+        Plan(num_packs=7, shuffle=False),
+        range(100),
+        workers=2,
+        timeout=5,
+        die=die,
+    )
     start = time.monotonic()
-    with pytest.raises(RuntimeError, match=rf"{words}.* was at pack 5 \(position 5\) for \d+\.\d s.* random.jsonl:\d+") as caught:
+    with pytest.raises(
+        RuntimeError,
+        match=rf"{words}.* was at pack 5 \(position 5\) for \d+\.\d s.* random.jsonl:\d+",
+    ) as caught:
         for _ in range(7):
             next(stream)
     assert ", ".join(dataset.origins(5)) in str(caught.value)

@@ -10,7 +10,9 @@ import pytest
 from megavlm.data.loading.order import Plan
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 7, 8, 31, 63, 64, 65, 97, 1000, 1024, 1025, 7919, 65537, 10**6])
+@pytest.mark.parametrize(
+    "size", [1, 2, 3, 4, 5, 7, 8, 31, 63, 64, 65, 97, 1000, 1024, 1025, 7919, 65537, 10**6]
+)
 def test_every_epoch_is_a_permutation(size):
     plan = Plan(num_packs=size, seed=5)
     for epoch in range(2 if size > 10000 else 5):
@@ -18,13 +20,19 @@ def test_every_epoch_is_a_permutation(size):
 
 
 def test_epochs_and_seeds_differ():
-    orders = {tuple(Plan(num_packs=100, seed=seed).pack_ids(epoch * 100, 100)) for seed in (-1, 0, 1, 2**40) for epoch in range(10)}
+    orders = {
+        tuple(Plan(num_packs=100, seed=seed).pack_ids(epoch * 100, 100))
+        for seed in (-1, 0, 1, 2**40)
+        for epoch in range(10)
+    }
     assert len(orders) == 40
 
 
 def test_all_orders_of_few_packs_appear():
     plan = Plan(num_packs=4, seed=0)
-    orders, counts = np.unique(plan.pack_ids(0, 4 * 2400).reshape(-1, 4), axis=0, return_counts=True)
+    orders, counts = np.unique(
+        plan.pack_ids(0, 4 * 2400).reshape(-1, 4), axis=0, return_counts=True
+    )
     assert len(orders) == 24
     assert counts.min() > 60  # 100 expected of each
 
@@ -38,7 +46,9 @@ def test_neighbours_are_scattered():
 def test_splits_do_not_change_the_order():
     plan = Plan(num_packs=37, seed=3)
     whole = plan.pack_ids(11, 200)
-    parts = [plan.pack_ids(11 + start, count) for start, count in ((0, 1), (1, 99), (100, 0), (100, 100))]
+    parts = [
+        plan.pack_ids(11 + start, count) for start, count in ((0, 1), (1, 99), (100, 0), (100, 100))
+    ]
     assert np.array_equal(np.concatenate(parts), whole)
     assert [int(plan.at(11 + place)) for place in range(200)] == whole.tolist()
     for ranks in (2, 8):
@@ -52,7 +62,28 @@ def test_stored_order():
 
 def test_the_order_is_fixed_for_all_time():
     """A checkpoint stores positions, so this order must never change."""
-    assert Plan(num_packs=10, seed=42).pack_ids(0, 20).tolist() == [7, 9, 5, 2, 4, 3, 1, 8, 0, 6, 2, 5, 6, 8, 9, 7, 3, 0, 4, 1]
+    assert Plan(num_packs=10, seed=42).pack_ids(0, 20).tolist() == [
+        7,
+        9,
+        5,
+        2,
+        4,
+        3,
+        1,
+        8,
+        0,
+        6,
+        2,
+        5,
+        6,
+        8,
+        9,
+        7,
+        3,
+        0,
+        4,
+        1,
+    ]
 
 
 def test_a_billion_packs():
@@ -88,7 +119,10 @@ def test_a_group_comes_from_one_neighbourhood():
 
 def test_groups_are_others_in_every_epoch():
     plan = Plan(num_packs=4096, seed=3, group=16)
-    first, second = ({frozenset(ids) for ids in plan.pack_ids(epoch * 4096, 4096).reshape(-1, 16).tolist()} for epoch in (0, 1))
+    first, second = (
+        {frozenset(ids) for ids in plan.pack_ids(epoch * 4096, 4096).reshape(-1, 16).tolist()}
+        for epoch in (0, 1)
+    )
     assert len(first) == 256 and not first & second
 
 

@@ -1,4 +1,6 @@
-"""The shares of a pack that ranks take: every tile and every token once, and the draws and positions that go with them."""
+"""The shares of a pack that ranks take: every tile and every token once, and the draws and
+positions that go with them.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,14 @@ FEATURES = 4
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> PackedDataset:
     folder = tmp_path_factory.mktemp("packs") / "train"
-    sizes = dict(vocab_size=199, context_token_id=7, tile_size=16, features_per_tile=FEATURES, capacity=144, alignment=12)
+    sizes = dict(
+        vocab_size=199,
+        context_token_id=7,
+        tile_size=16,
+        features_per_tile=FEATURES,
+        capacity=144,
+        alignment=12,
+    )
     make_dataset(folder, packs=8, samples_per_pack=4, image_share=0.6, **sizes)
     return PackedDataset(folder)
 
@@ -24,7 +33,9 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> PackedDataset:
 @pytest.mark.parametrize("tiles", [0, 1, 5, 8, 13])
 @pytest.mark.parametrize(("ranks", "multiple"), [(1, 1), (2, 1), (4, 1), (3, 2), (2, 16)])
 def test_tiles_are_shared_out_in_equal_numbers(tiles: int, ranks: int, multiple: int) -> None:
-    shares = [Share(tile_rank=rank, tile_ranks=ranks).tiles(tiles, multiple) for rank in range(ranks)]
+    shares = [
+        Share(tile_rank=rank, tile_ranks=ranks).tiles(tiles, multiple) for rank in range(ranks)
+    ]
     assert [number for share in shares for number in share] == list(range(ranks * len(shares[0])))
     assert len(shares[0]) % multiple == 0 and max(1, tiles) <= ranks * len(shares[0])
     assert len(shares[0]) - multiple < max(1, tiles) / ranks
@@ -36,19 +47,27 @@ def test_every_token_belongs_to_one_rank_and_early_and_late_ones_to_each(ranks: 
     shares = [Share(context_rank=rank, context_ranks=ranks).tokens(ends) for rank in range(ranks)]
     assert np.array_equal(np.sort(np.concatenate(shares)), np.arange(72))
     # What a token sees, itself included, summed: the work of a rank.
-    work = [sum(place - ends[np.searchsorted(ends, place, side="right") - 1] + 1 for place in share) for share in shares]
+    work = [
+        sum(place - ends[np.searchsorted(ends, place, side="right") - 1] + 1 for place in share)
+        for share in shares
+    ]
     assert len(set(work)) == 1
 
 
 def test_tokens_are_cut_as_transformer_engine_cuts_them() -> None:
     # The example of its documentation: two samples of 8 and 4 tokens over two ranks.
     ends = np.array([0, 8, 12], np.int32)
-    first, second = (Share(context_rank=rank, context_ranks=2).tokens(ends).tolist() for rank in range(2))
+    first, second = (
+        Share(context_rank=rank, context_ranks=2).tokens(ends).tolist() for rank in range(2)
+    )
     assert first == [0, 1, 6, 7, 8, 11] and second == [2, 3, 4, 5, 9, 10]
 
 
 def test_samples_that_cannot_be_cut_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"samples of \[6\] tokens .* --parallel.context_parallel_size 2 .* --alignment 4"):
+    with pytest.raises(
+        ValueError,
+        match=r"samples of \[6\] tokens .* --parallel.context_parallel_size 2 .* --alignment 4",
+    ):
         Share(context_rank=0, context_ranks=2).tokens(np.array([0, 8, 14]))
 
 
@@ -56,15 +75,30 @@ def test_samples_that_cannot_be_cut_are_refused() -> None:
 def test_shares_together_are_the_whole_batch(dataset: PackedDataset, pack_id: int) -> None:
     options = dict(reduction="square", vision_layers=2, seed=5)
     whole = dataset.batch(pack_id, 11, **options)
-    places = [Share(context_rank=rank, context_ranks=3).tokens(whole.sample_ends.numpy()) for rank in range(3)]
+    places = [
+        Share(context_rank=rank, context_ranks=3).tokens(whole.sample_ends.numpy())
+        for rank in range(3)
+    ]
     shares = [
-        dataset.batch(pack_id, 11, **options, share=Share(tile_rank=r, tile_ranks=3, context_rank=r, context_ranks=3)) for r in range(3)
+        dataset.batch(
+            pack_id,
+            11,
+            **options,
+            share=Share(tile_rank=r, tile_ranks=3, context_rank=r, context_ranks=3),
+        )
+        for r in range(3)
     ]
     for share, own in zip(shares, places, strict=True):
         for name in ("tokens", "labels", "loss_weights"):
             assert torch.equal(getattr(share, name), getattr(whole, name)[own])
-        assert torch.equal(share.sample_ends, whole.sample_ends) and share.longest_sample == whole.longest_sample
-        assert torch.equal(torch.from_numpy(own)[share.feature_positions], whole.feature_positions[share.feature_numbers])
+        assert (
+            torch.equal(share.sample_ends, whole.sample_ends)
+            and share.longest_sample == whole.longest_sample
+        )
+        assert torch.equal(
+            torch.from_numpy(own)[share.feature_positions],
+            whole.feature_positions[share.feature_numbers],
+        )
         assert share.num_features == whole.num_features == len(whole.feature_positions)
     numbers = torch.cat([share.feature_numbers for share in shares])
     assert torch.equal(numbers.sort().values, torch.arange(whole.num_features))
@@ -74,13 +108,17 @@ def test_shares_together_are_the_whole_batch(dataset: PackedDataset, pack_id: in
         assert torch.equal(together.narrow(dim, 0, max(1, real)), getattr(whole, name))
 
 
-def test_only_images_of_the_share_are_decoded(dataset: PackedDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_images_of_the_share_are_decoded(
+    dataset: PackedDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from megavlm.data.loading import dataset as module
 
     pack_id = int(np.argmax(dataset.index["tiles"]))
     pack = dataset.reader.read(pack_id)
     decoded = []
     decode = module.decode_tiles
-    monkeypatch.setattr(module, "decode_tiles", lambda *args, **named: decoded.append(1) or decode(*args, **named))
+    monkeypatch.setattr(
+        module, "decode_tiles", lambda *args, **named: decoded.append(1) or decode(*args, **named)
+    )
     dataset.batch(pack_id, 0, share=Share(tile_rank=0, tile_ranks=pack.tiles))
     assert len(decoded) == 1 < len(pack.images)

@@ -8,18 +8,28 @@ import sys
 import numpy as np
 import pytest
 
-from megavlm.data.packing.best_fit import Packing, automatic_tile_cap, best_fit_python, cap_curve, pack
+from megavlm.data.packing.best_fit import (
+    Packing,
+    automatic_tile_cap,
+    best_fit_python,
+    cap_curve,
+    pack,
+)
 from megavlm.data.packing.cost_order import places_by_cost
 
 CAPACITY = 16384
 
 
 def mixture(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and tiles of images of 1 to 13 tiles, several images, videos and text; 256 tokens a tile."""
+    """Tokens and tiles of images of 1 to 13 tiles, several images, videos and text; 256 tokens a
+    tile.
+    """
     rng = np.random.default_rng(seed)
     kind = rng.choice(4, count, p=[0.62, 0.13, 0.20, 0.05])
     tiles = np.select(
-        [kind == 0, kind == 1, kind == 3], [rng.integers(1, 14, count), rng.integers(2, 21, count), rng.integers(8, 33, count)], 0
+        [kind == 0, kind == 1, kind == 3],
+        [rng.integers(1, 14, count), rng.integers(2, 21, count), rng.integers(8, 33, count)],
+        0,
     )
     text = np.clip(rng.lognormal(5.2, 1.0, count), 16, 8000).astype(np.int64)
     return np.minimum(tiles * 256 + text, CAPACITY), tiles
@@ -43,7 +53,9 @@ def test_limits_and_fill():
 
 @pytest.mark.parametrize("case", range(12))
 def test_numba_and_python_agree(case):
-    best_fit = pytest.importorskip("megavlm.data.packing.best_fit_numba", exc_type=ImportError).best_fit
+    best_fit = pytest.importorskip(
+        "megavlm.data.packing.best_fit_numba", exc_type=ImportError
+    ).best_fit
     rng = np.random.default_rng(case)
     capacity = int(rng.choice([7, 63, 64, 65, 128, 4095, 4096, 4097, CAPACITY]))
     cap = int(rng.integers(0, 20))
@@ -58,7 +70,9 @@ def test_numba_and_python_agree(case):
 
 
 def test_python_matches_a_scan_of_all_bins():
-    """The score, written down plainly: the bin with the least free tokens x cap + free tiles x capacity after the sample."""
+    """The score, written down plainly: the bin with the least free tokens x cap + free tiles x
+    capacity after the sample.
+    """
     rng = np.random.default_rng(3)
     tokens = rng.integers(1, 60, 400)
     tiles = rng.integers(0, 9, 400)
@@ -71,14 +85,25 @@ def test_python_matches_a_scan_of_all_bins():
         if not fitting:
             bins.append([capacity, cap])
             fitting = [bins[-1]]
-        best = min(fitting, key=lambda each: (each[0] - tokens[sample]) * cap + (each[1] - tiles[sample]) * capacity)
+        best = min(
+            fitting,
+            key=lambda each: (
+                (each[0] - tokens[sample]) * cap + (each[1] - tiles[sample]) * capacity
+            ),
+        )
         best[0] -= tokens[sample]
         best[1] -= tiles[sample]
     found, count = best_fit_python(tokens, tiles, order, capacity, cap)
-    left = np.stack([capacity - np.bincount(found, weights=tokens), cap - np.bincount(found, weights=tiles)], axis=1)
-    # Among bins that leave equal room any may be taken, so what is compared is the room, not the numbers of the bins.
+    left = np.stack(
+        [capacity - np.bincount(found, weights=tokens), cap - np.bincount(found, weights=tiles)],
+        axis=1,
+    )
+    # Among bins that leave equal room any may be taken, so what is compared is the room, not the
+    # numbers of the bins.
     assert count == len(bins)
-    assert sorted(map(tuple, left.astype(int).tolist())) == sorted((int(free), int(free_tiles)) for free, free_tiles in bins)
+    assert sorted(map(tuple, left.astype(int).tolist())) == sorted(
+        (int(free), int(free_tiles)) for free, free_tiles in bins
+    )
 
 
 def test_small_sets():
@@ -109,8 +134,12 @@ def test_the_automatic_cap_is_the_multiple_above():
     tiles = rng.integers(0, 9, 4000)
     plain = automatic_tile_cap(tokens, tiles, CAPACITY)
     assert plain % 16
-    assert [automatic_tile_cap(tokens, tiles, CAPACITY, multiple=multiple) for multiple in (4, 16)] == [-(-plain // m) * m for m in (4, 16)]
-    assert all(trial.tile_cap % 16 == 0 for trial in cap_curve(tokens, tiles, CAPACITY, multiple=16))
+    assert [
+        automatic_tile_cap(tokens, tiles, CAPACITY, multiple=multiple) for multiple in (4, 16)
+    ] == [-(-plain // m) * m for m in (4, 16)]
+    assert all(
+        trial.tile_cap % 16 == 0 for trial in cap_curve(tokens, tiles, CAPACITY, multiple=16)
+    )
 
 
 def test_automatic_cap_of_other_data():
@@ -124,7 +153,10 @@ def test_automatic_cap_of_other_data():
     # A cap below the mean tiles of a full pack would need more packs than the tokens do.
     tokens, tiles = mixture(500, seed=1)
     cap = automatic_tile_cap(tokens, tiles, CAPACITY)
-    assert pack(tokens, tiles, capacity=CAPACITY, tile_cap=cap).bins <= math.ceil(tokens.sum() / CAPACITY) + 1
+    assert (
+        pack(tokens, tiles, capacity=CAPACITY, tile_cap=cap).bins
+        <= math.ceil(tokens.sum() / CAPACITY) + 1
+    )
 
 
 def test_members():
@@ -135,7 +167,9 @@ def test_members():
         order, starts = packing.members(seed, places)
         assert np.array_equal(np.sort(order), np.arange(500))
         for group, place in enumerate(np.argsort(places)):
-            assert set(order[starts[group] : starts[group + 1]]) == set(np.flatnonzero(packing.bin_of == place))
+            assert set(order[starts[group] : starts[group + 1]]) == set(
+                np.flatnonzero(packing.bin_of == place)
+            )
     assert not np.array_equal(packing.members(0, places)[0], packing.members(1, places)[0])
 
 

@@ -1,4 +1,6 @@
-"""Levels of difficulty: every sample is in one, packs do not mix them, and the dataset says where each begins."""
+"""Levels of difficulty: every sample is in one, packs do not mix them, and the dataset says where
+each begins.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ def test_a_level_holds_what_lies_between_its_bounds_and_none_is_empty(values, wa
     for number, (easiest, hardest) in enumerate(levels.bounds):
         own = difficulty[levels.of_sample == number]
         assert (own.min(), own.max()) == (easiest, hardest)
-        assert np.array_equal((difficulty >= easiest) & (difficulty <= hardest), levels.of_sample == number)
+        assert np.array_equal(
+            (difficulty >= easiest) & (difficulty <= hardest), levels.of_sample == number
+        )
     assert list(levels.bounds) == sorted(levels.bounds) and levels.of_sample.min() >= 0
     if wanted == 0:
         assert [easiest for easiest, _ in levels.bounds] == sorted(set(values))
@@ -46,47 +50,85 @@ def test_levels_are_of_one_size_where_difficulties_differ():
 
 
 def test_levels_lose_the_packs_that_are_not_written():
-    levels = tuple(Level(packs=packs, easiest=place, hardest=place) for place, packs in enumerate((3, 1, 2)))
+    levels = tuple(
+        Level(packs=packs, easiest=place, hardest=place) for place, packs in enumerate((3, 1, 2))
+    )
     plan = PackPlan(order=np.arange(6), starts=np.arange(7), tile_cap=1, levels=levels)
     assert [level.packs for level in plan.levels_without([])] == [3, 1, 2]
-    assert [(level.packs, level.easiest) for level in plan.levels_without([0, 2, 3, 5])] == [(1, 0), (1, 2)]
+    assert [(level.packs, level.easiest) for level in plan.levels_without([0, 2, 3, 5])] == [
+        (1, 0),
+        (1, 2),
+    ]
 
 
 @settings(deadline=None, derandomize=True, max_examples=30)
-@given(st.lists(st.tuples(st.integers(1, 20), st.integers(0, 5), st.integers(0, 3)), min_size=1, max_size=60), st.integers(0, 3))
+@given(
+    st.lists(
+        st.tuples(st.integers(1, 20), st.integers(0, 5), st.integers(0, 3)), min_size=1, max_size=60
+    ),
+    st.integers(0, 3),
+)
 def test_no_pack_mixes_levels(sizes, seed):
     tokens, tiles, difficulty = np.array(sizes, np.int32).T
-    samples = Samples(rows=np.arange(len(tokens), dtype=np.int32), tokens=tokens, tiles=tiles, levels=find_levels(difficulty, 0))
+    samples = Samples(
+        rows=np.arange(len(tokens), dtype=np.int32),
+        tokens=tokens,
+        tiles=tiles,
+        levels=find_levels(difficulty, 0),
+    )
     plan = plan_packs(samples, capacity=24, tile_cap=None, seed=seed)
-    assert np.array_equal(np.sort(plan.order), np.arange(len(tokens))) and plan.starts[-1] == len(tokens)
+    assert np.array_equal(np.sort(plan.order), np.arange(len(tokens))) and plan.starts[-1] == len(
+        tokens
+    )
     assert np.add.reduceat(tokens[plan.order], plan.starts[:-1]).max() <= 24
     assert np.add.reduceat(tiles[plan.order], plan.starts[:-1]).max() <= plan.tile_cap
-    per_pack = [set(difficulty[plan.order[first:end]].tolist()) for first, end in zip(plan.starts, plan.starts[1:], strict=False)]
+    per_pack = [
+        set(difficulty[plan.order[first:end]].tolist())
+        for first, end in zip(plan.starts, plan.starts[1:], strict=False)
+    ]
     assert all(len(found) == 1 for found in per_pack)
-    assert [level for (level,) in per_pack] == [level.easiest for level in plan.levels for _ in range(level.packs)]
+    assert [level for (level,) in per_pack] == [
+        level.easiest for level in plan.levels for _ in range(level.packs)
+    ]
 
 
 def _job(folder: Path, sources, **settings) -> Job:
     tiling = Tiling(tile_size=16, max_tiles=4)
     return Job(
-        sources=sources, out=str(folder), tokenizer=str(GOLDEN / "tokenizer"), capacity=256, features_per_tile=4, tiling=tiling, **settings
+        sources=sources,
+        out=str(folder),
+        tokenizer=str(GOLDEN / "tokenizer"),
+        capacity=256,
+        features_per_tile=4,
+        tiling=tiling,
+        **settings,
     )
 
 
 def _record(**fields) -> str:
-    talk = [{"from": "human", "value": "what number reads the sign"}, {"from": "gpt", "value": "the answer is five " * 4}]
+    talk = [
+        {"from": "human", "value": "what number reads the sign"},
+        {"from": "gpt", "value": "the answer is five " * 4},
+    ]
     return json.dumps({"conversations": talk, **fields}) + "\n"
 
 
 def test_a_packed_dataset_has_its_levels_in_order(tmp_path):
     scores = np.random.default_rng(1).permutation(np.repeat([0.5, 3.0, 7.0, 8.0], 30)).tolist()
-    lines = [_record(hard=score) for score in scores] + [_record(), _record(hard="very"), _record(hard=True)]
+    lines = [_record(hard=score) for score in scores] + [
+        _record(),
+        _record(hard="very"),
+        _record(hard=True),
+    ]
     (tmp_path / "a.jsonl").write_text("".join(lines))
     sources = single_source(tmp_path / "a.jsonl", difficulty="hard")
     report = pack_dataset(_job(tmp_path / "packs", sources, levels=2, max_rejects=0.1))
     manifest = read_manifest(tmp_path / "packs")
     assert [(level.easiest, level.hardest) for level in manifest.levels] == [(0.5, 3.0), (7.0, 8.0)]
-    assert sum(level.packs for level in manifest.levels) == manifest.totals.packs == report.packs and report.levels == manifest.levels
+    assert (
+        sum(level.packs for level in manifest.levels) == manifest.totals.packs == report.packs
+        and report.levels == manifest.levels
+    )
     reader = Reader(tmp_path / "packs")
     seen = Counter()
     for pack in map(reader.read, range(len(reader))):
@@ -96,26 +138,39 @@ def test_a_packed_dataset_has_its_levels_in_order(tmp_path):
         seen.update(pack.provenance["line"].tolist())
     assert seen == Counter(range(1, 121))
     assert manifest.rejects == {"difficulty": 3} and "of difficulty 7 to 8" in report.text()
-    rejects = [json.loads(line) for line in (tmp_path / "packs" / "rejects.jsonl").read_text().splitlines()]
-    assert [reject["line"] for reject in rejects] == [121, 122, 123] and "hard is 'very', not a number" in rejects[1]["detail"]
+    rejects = [
+        json.loads(line) for line in (tmp_path / "packs" / "rejects.jsonl").read_text().splitlines()
+    ]
+    assert [reject["line"] for reject in rejects] == [
+        121,
+        122,
+        123,
+    ] and "hard is 'very', not a number" in rejects[1]["detail"]
 
 
 def test_a_difficulty_may_be_a_whole_source_s(tmp_path):
     for name in "ab":
         (tmp_path / f"{name}.jsonl").write_text(_record(hard=1) * 30)
-    entries = {name: {"annotation": str(tmp_path / f"{name}.jsonl"), "difficulty": value} for name, value in (("a", 2), ("b", "hard"))}
+    entries = {
+        name: {"annotation": str(tmp_path / f"{name}.jsonl"), "difficulty": value}
+        for name, value in (("a", 2), ("b", "hard"))
+    }
     meta = tmp_path / "meta.json"
     meta.write_text(json.dumps(entries))
     pack_dataset(_job(tmp_path / "packs", read_meta(meta)))
     manifest = read_manifest(tmp_path / "packs")
     assert [(level.easiest, level.hardest) for level in manifest.levels] == [(1, 1), (2, 2)]
-    assert Reader(tmp_path / "packs").read(0).provenance["source"].tolist()[0] == 1  # b, the easier one, comes first
+    assert (
+        Reader(tmp_path / "packs").read(0).provenance["source"].tolist()[0] == 1
+    )  # b, the easier one, comes first
     del entries["a"]["difficulty"]
     meta.write_text(json.dumps(entries))
     with pytest.raises(ValueError, match="'a' has no difficulty, and others have"):
         read_meta(meta)
     meta.write_text(json.dumps({"a": entries["a"] | {"difficulty": True}}))
-    with pytest.raises(ValueError, match="difficulty True must be the name of a field, or a number"):
+    with pytest.raises(
+        ValueError, match="difficulty True must be the name of a field, or a number"
+    ):
         read_meta(meta)
     job = _job(tmp_path / "other", single_source(tmp_path / "a.jsonl"), levels=3)
     with pytest.raises(ValueError, match="--levels 3: no source has a difficulty"):

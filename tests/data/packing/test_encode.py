@@ -33,13 +33,20 @@ def root(tmp_path_factory):
     return folder
 
 
-def _encode(root, *, images=Images.LOAD, capacity=1000, tile_cap=None, max_tiles=None, **fields) -> Sample | Reject:
+def _encode(
+    root, *, images=Images.LOAD, capacity=1000, tile_cap=None, max_tiles=None, **fields
+) -> Sample | Reject:
     template = ChatTemplate(load_tokenizer(GOLDEN / "tokenizer"), features_per_tile=4)
     encoder = Encoder(template, Tiling(tile_size=16, max_tiles=6), capacity, tile_cap)
-    chat = [{"from": "human", "value": fields.pop("question", "what")}, {"from": "gpt", "value": "the answer"}]
+    chat = [
+        {"from": "human", "value": fields.pop("question", "what")},
+        {"from": "gpt", "value": "the answer"},
+    ]
     text = json.dumps({"conversations": chat, **fields}).encode()
     annotations = Annotations(name="a", path="a.jsonl", root=str(root), max_tiles=max_tiles)
-    return encoder.encode_entry(Entry(offset=0, number=9, content=text), annotations, source=2, images=images)
+    return encoder.encode_entry(
+        Entry(offset=0, number=9, content=text), annotations, source=2, images=images
+    )
 
 
 def test_a_sample_with_an_image(root):
@@ -60,7 +67,9 @@ def test_text_only(root):
 
 def test_several_images_share_the_tiles(root):
     alone = _encode(root, image="tall.png")
-    shared = _encode(root, image=["tall.png", "square.png", "tall.png"], question="<image><image><image>")
+    shared = _encode(
+        root, image=["tall.png", "square.png", "tall.png"], question="<image><image><image>"
+    )
     assert [image.tiles for image in alone.images] == [6]
     assert [image.tiles for image in shared.images] == [3, 1, 3]
     assert [image.tiles for image in _encode(root, image="tall.png", max_tiles=1).images] == [1]
@@ -80,12 +89,24 @@ BAD = [
     ({"image": "."}, "missing_image", ["directory"]),
     ({"image": "text.png"}, "unreadable_image", ["text.png", "no known image format"]),
     ({"image": "a\0b.png"}, "unreadable_image", ["null byte"]),
-    ({"image": ["wide.png", "square.png"], "question": "<image> a"}, "placeholder_count", ["1 <image>", "2 images"]),
+    (
+        {"image": ["wide.png", "square.png"], "question": "<image> a"},
+        "placeholder_count",
+        ["1 <image>", "2 images"],
+    ),
     ({"question": "<image> a"}, "placeholder_count", ["1 <image>", "0 images"]),
     ({"question": "a <IMG_CONTEXT>"}, "image_token_in_text", ["<IMG_CONTEXT> 1 times"]),
     ({"question": "what " * 2000}, "too_long", ["but a pack holds 1000", "0 tiles"]),
-    ({"image": "tall.png", "capacity": 150}, "too_long", ["24 of them for 6 tiles", "but a pack holds 150: raise --capacity"]),
-    ({"image": "tall.png", "tile_cap": 5}, "too_many_tiles", ["6 tiles of 1 images, but a pack holds 5"]),
+    (
+        {"image": "tall.png", "capacity": 150},
+        "too_long",
+        ["24 of them for 6 tiles", "but a pack holds 150: raise --capacity"],
+    ),
+    (
+        {"image": "tall.png", "tile_cap": 5},
+        "too_many_tiles",
+        ["6 tiles of 1 images, but a pack holds 5"],
+    ),
 ]
 
 

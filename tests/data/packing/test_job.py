@@ -1,4 +1,6 @@
-"""The whole offline job on generated images: what is packed is what the records say, and bad input is told."""
+"""The whole offline job on generated images: what is packed is what the records say, and bad input
+is told.
+"""
 
 from __future__ import annotations
 
@@ -31,47 +33,87 @@ TILING = Tiling(tile_size=16, max_tiles=4)
 
 def _chat(rng: random.Random, images: int) -> list[dict[str, str]]:
     question = "<image>\n" * images + "what number reads the sign " * rng.randint(1, 9)
-    return [{"from": "human", "value": question}, {"from": "gpt", "value": "the answer is five " * rng.randint(1, 20)}]
+    return [
+        {"from": "human", "value": question},
+        {"from": "gpt", "value": "the answer is five " * rng.randint(1, 20)},
+    ]
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """A folder with 12 images, ``good.jsonl`` of 90 records and ``bad.jsonl`` of 10, six of which cannot be used."""
+    """A folder with 12 images, ``good.jsonl`` of 90 records and ``bad.jsonl`` of 10, six of which
+    cannot be used.
+    """
     folder = tmp_path_factory.mktemp("data")
     rng = random.Random(0)
     for place in range(12):
-        pixels = np.random.default_rng(place).integers(0, 256, (rng.randint(10, 90), rng.randint(10, 90), 3), dtype=np.uint8)
+        pixels = np.random.default_rng(place).integers(
+            0, 256, (rng.randint(10, 90), rng.randint(10, 90), 3), dtype=np.uint8
+        )
         Image.fromarray(pixels).save(folder / f"{place}.{('png', 'jpg')[place % 2]}")
     (folder / "cut.png").write_bytes((folder / "0.png").read_bytes()[:-500])
     names = sorted(path.name for path in folder.iterdir() if path.stem.isdigit())
     lines = []
     for place in range(90):
         images = (0, 1, 2)[place % 3]
-        lines.append(json.dumps({"id": place, "image": rng.sample(names, images), "conversations": _chat(rng, images)}))
-    (folder / "good.jsonl").write_text("\n".join(lines[:40]) + "\n\n" + "\n".join(lines[40:]) + "\n")
+        lines.append(
+            json.dumps(
+                {
+                    "id": place,
+                    "image": rng.sample(names, images),
+                    "conversations": _chat(rng, images),
+                }
+            )
+        )
+    (folder / "good.jsonl").write_text(
+        "\n".join(lines[:40]) + "\n\n" + "\n".join(lines[40:]) + "\n"
+    )
     bad = ['{"conversations": [', json.dumps({"conversations": []})]
-    bad += [json.dumps({"image": image, "conversations": _chat(rng, 1)}) for image in ("nowhere.png", "cut.png", names[:2])]
-    bad.append(json.dumps({"conversations": [{"from": "human", "value": "what " * 3000}, {"from": "gpt", "value": "a"}]}))
+    bad += [
+        json.dumps({"image": image, "conversations": _chat(rng, 1)})
+        for image in ("nowhere.png", "cut.png", names[:2])
+    ]
+    bad.append(
+        json.dumps(
+            {
+                "conversations": [
+                    {"from": "human", "value": "what " * 3000},
+                    {"from": "gpt", "value": "a"},
+                ]
+            }
+        )
+    )
     (folder / "bad.jsonl").write_text("\n".join(bad + lines[:4]))
     return folder
 
 
 def _job(data: Path, out: Path, name: str = "good", **settings) -> Job:
-    defaults = {"tokenizer": str(GOLDEN / "tokenizer"), "capacity": 1024, "features_per_tile": 4, "tiling": TILING}
+    defaults = {
+        "tokenizer": str(GOLDEN / "tokenizer"),
+        "capacity": 1024,
+        "features_per_tile": 4,
+        "tiling": TILING,
+    }
     sources = single_source(data / f"{name}.jsonl", data)
     return Job(**{"sources": sources, "out": str(out), **defaults, **settings})
 
 
 def _stored(folder: Path) -> list[tuple]:
-    """(source, line, tokens, mask, images) of all samples of a dataset, in the order of the packs."""
+    """(source, line, tokens, mask, images) of all samples of a dataset, in the order of the
+    packs.
+    """
     reader = Reader(folder)
     samples = []
     for pack in map(reader.read, range(len(reader))):
         ends = np.cumsum(pack.lengths)
         for place, (line, source, _) in enumerate(pack.provenance.tolist()):
             part = slice(ends[place] - pack.lengths[place], ends[place])
-            images = tuple(pack.image(number) for number in np.flatnonzero(pack.images["sample"] == place))
-            samples.append((source, line, pack.tokens[part].tobytes(), pack.supervised[part].tobytes(), images))
+            images = tuple(
+                pack.image(number) for number in np.flatnonzero(pack.images["sample"] == place)
+            )
+            samples.append(
+                (source, line, pack.tokens[part].tobytes(), pack.supervised[part].tobytes(), images)
+            )
     return samples
 
 
@@ -83,33 +125,68 @@ def test_packs_hold_every_record(data, tmp_path):
     for entry in open_entries(source.path).read(0, 1, 1000):
         sample = encoder.encode_entry(entry, source, source=0, images=Images.LOAD)
         images = tuple(image.encoded for image in sample.images)
-        wanted.append((0, entry.number, sample.tokens.tobytes(), sample.supervised.tobytes(), images))
+        wanted.append(
+            (0, entry.number, sample.tokens.tobytes(), sample.supervised.tobytes(), images)
+        )
     assert sorted(_stored(tmp_path / "out")) == sorted(wanted)
     assert (report.records, report.samples, report.rejected, report.images) == (90, 90, 0, 90)
     assert report.fill > 0.8 and report.tiles_per_pack_max <= report.tile_cap
     assert report.tokens == sum(len(sample[2]) // 4 for sample in wanted)
-    assert json.loads(report.to_json())["packs"] == report.packs and f"{report.packs:,} of 1,024 tokens" in report.text()
+    assert (
+        json.loads(report.to_json())["packs"] == report.packs
+        and f"{report.packs:,} of 1,024 tokens" in report.text()
+    )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
 
 def test_the_manifest_says_what_was_done(data, tmp_path):
-    pack_dataset(_job(data, tmp_path / "out", "bad", max_rejects=0.7, alignment=8, tile_cap=20, seed=5))
+    pack_dataset(
+        _job(data, tmp_path / "out", "bad", max_rejects=0.7, alignment=8, tile_cap=20, seed=5)
+    )
     manifest = Reader(tmp_path / "out").manifest
     tokenizer = load_tokenizer(tmp_path / "out" / "tokenizer")
-    assert manifest.tokenizer_fingerprint == fingerprint(tokenizer) == fingerprint(load_tokenizer(GOLDEN / "tokenizer"))
-    assert (manifest.vocab_size, manifest.context_token_id, manifest.template) == (457, 5, "internvl2_5")
-    assert (manifest.capacity, manifest.alignment, manifest.tile_cap, manifest.seed) == (1024, 8, 20, 5)
-    assert (manifest.image_size, manifest.features_per_tile, manifest.max_tiles, manifest.thumbnail) == (16, 4, 4, True)
+    assert (
+        manifest.tokenizer_fingerprint
+        == fingerprint(tokenizer)
+        == fingerprint(load_tokenizer(GOLDEN / "tokenizer"))
+    )
+    assert (manifest.vocab_size, manifest.context_token_id, manifest.template) == (
+        457,
+        5,
+        "internvl2_5",
+    )
+    assert (manifest.capacity, manifest.alignment, manifest.tile_cap, manifest.seed) == (
+        1024,
+        8,
+        20,
+        5,
+    )
+    assert (
+        manifest.image_size,
+        manifest.features_per_tile,
+        manifest.max_tiles,
+        manifest.thumbnail,
+    ) == (16, 4, 4, True)
     (source,) = manifest.sources
     assert (source.annotations, source.records, source.samples) == (str(data / "bad.jsonl"), 10, 4)
     assert manifest.rejects == dict.fromkeys(
-        ["conversation", "malformed_json", "missing_image", "placeholder_count", "too_long", "unreadable_image"], 1
+        [
+            "conversation",
+            "malformed_json",
+            "missing_image",
+            "placeholder_count",
+            "too_long",
+            "unreadable_image",
+        ],
+        1,
     )
 
 
 def test_rejects_are_listed_with_file_and_line(data, tmp_path):
     pack_dataset(_job(data, tmp_path / "out", "bad", max_rejects=0.6))
-    rejects = [json.loads(line) for line in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
+    rejects = [
+        json.loads(line) for line in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()
+    ]
     assert [(reject["line"], reject["reason"]) for reject in rejects] == [
         (1, "malformed_json"),
         (2, "conversation"),
@@ -119,7 +196,9 @@ def test_rejects_are_listed_with_file_and_line(data, tmp_path):
         (4, "unreadable_image"),  # seen when it is packed
     ]
     assert all(reject["file"] == str(data / "bad.jsonl") and reject["detail"] for reject in rejects)
-    headers = pack_dataset(_job(data, tmp_path / "headers", "bad", max_rejects=0.6, decode_images=False))
+    headers = pack_dataset(
+        _job(data, tmp_path / "headers", "bad", max_rejects=0.6, decode_images=False)
+    )
     assert "unreadable_image" not in headers.rejects
 
 
@@ -127,7 +206,9 @@ def test_too_many_rejects_stop_the_job(data, tmp_path):
     with pytest.raises(ValueError, match="5 of 10 records") as caught:
         pack_dataset(_job(data, tmp_path / "out", "bad"))
     assert f"{data / 'bad.jsonl'}:1: malformed_json: " in str(caught.value)
-    assert "--max_rejects allows 1.00%" in str(caught.value) and str(tmp_path / "out.rejects.jsonl") in str(caught.value)
+    assert "--max_rejects allows 1.00%" in str(caught.value) and str(
+        tmp_path / "out.rejects.jsonl"
+    ) in str(caught.value)
     assert len((tmp_path / "out.rejects.jsonl").read_text().splitlines()) == 5
     with pytest.raises(ValueError, match="6 of 10 records"):
         pack_dataset(_job(data, tmp_path / "out", "bad", max_rejects=0.5))
@@ -147,8 +228,14 @@ def test_the_result_depends_on_the_seed_alone(data, tmp_path):
 
 
 def test_repeats_and_shares(data, tmp_path):
-    good, bad = (Annotations(name=name, path=str(data / f"{name}.jsonl"), root=str(data)) for name in ("good", "bad"))
-    sources = (dataclasses.replace(good, repeat_time=0.5), dataclasses.replace(bad, repeat_time=3.0, max_tiles=1))
+    good, bad = (
+        Annotations(name=name, path=str(data / f"{name}.jsonl"), root=str(data))
+        for name in ("good", "bad")
+    )
+    sources = (
+        dataclasses.replace(good, repeat_time=0.5),
+        dataclasses.replace(bad, repeat_time=3.0, max_tiles=1),
+    )
     report = pack_dataset(_job(data, tmp_path / "out", sources=sources, max_rejects=0.2))
     assert (report.records, report.rejected, report.samples) == (45 + 10, 6, 45 + 3 * 4)
     counts = Counter(sample[:2] for sample in _stored(tmp_path / "out"))
@@ -170,7 +257,9 @@ def test_a_record_that_changes_meanwhile_is_left_out(data, tmp_path, monkeypatch
         return plan_packs(*arguments, **settings)
 
     monkeypatch.setattr("megavlm.data.packing.job.plan_packs", change)
-    report = pack_dataset(_job(data, tmp_path / "out", sources=single_source(copy, data), max_rejects=0.02))
+    report = pack_dataset(
+        _job(data, tmp_path / "out", sources=single_source(copy, data), max_rejects=0.02)
+    )
     assert (report.records, report.packed_records, report.rejects) == (90, 89, {"changed": 1})
     reject = json.loads((tmp_path / "out" / "rejects.jsonl").read_text())
     assert (reject["file"], reject["line"]) == (str(copy), 91) and "before: " in reject["detail"]
@@ -181,7 +270,10 @@ def test_a_record_that_changes_meanwhile_is_left_out(data, tmp_path, monkeypatch
     ("settings", "words"),
     [
         ({"capacity": 0}, "--capacity 0"),
-        ({"capacity": 1000, "alignment": 16}, "--capacity 1000: must be a multiple of --alignment 16"),
+        (
+            {"capacity": 1000, "alignment": 16},
+            "--capacity 1000: must be a multiple of --alignment 16",
+        ),
         ({"max_rejects": 2.0}, "--max_rejects 2.0"),
         ({"workers": -1}, "--workers -1"),
         ({"tile_cap": -1}, "--tile_cap -1"),
@@ -209,22 +301,52 @@ TOOL = Path(__file__).parents[3] / "tools" / "pack_dataset.py"
 
 
 def _run_tool(data: Path, *arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, TOOL, "--jsonl", data / "good.jsonl", "--root", data, "--tokenizer", GOLDEN / "tokenizer", "--workers", "0"]
+    command = [
+        sys.executable,
+        TOOL,
+        "--jsonl",
+        data / "good.jsonl",
+        "--root",
+        data,
+        "--tokenizer",
+        GOLDEN / "tokenizer",
+        "--workers",
+        "0",
+    ]
     environment = {**os.environ, "PYTHONPATH": str(TOOL.parents[1])}
-    return subprocess.run([*map(str, command), *arguments], env=environment, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [*map(str, command), *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
 def test_the_tool_packs(data, tmp_path):
     out = tmp_path / "out"
     figures = tmp_path / "report.json"
-    done = _run_tool(data, "--model", "tiny", "--out", str(out), "--capacity", "1500", "--json", str(figures))
+    done = _run_tool(
+        data, "--model", "tiny", "--out", str(out), "--capacity", "1500", "--json", str(figures)
+    )
     assert (done.returncode, done.stderr) == (0, "")
-    assert "records   90 read, 0 rejected" in done.stdout and json.loads(figures.read_text())["samples"] == 90
+    assert (
+        "records   90 read, 0 rejected" in done.stdout
+        and json.loads(figures.read_text())["samples"] == 90
+    )
     manifest = Reader(out).manifest
-    assert (manifest.image_size, manifest.features_per_tile, manifest.max_tiles, manifest.capacity) == (32, 16, 12, 1500)
+    assert (
+        manifest.image_size,
+        manifest.features_per_tile,
+        manifest.max_tiles,
+        manifest.capacity,
+    ) == (32, 16, 12, 1500)
 
 
 def test_the_tool_tells_what_is_wrong_in_one_line(data, tmp_path):
     done = _run_tool(data, "--model", "tiny", "--out", str(data))
     assert done.returncode == 2
-    assert done.stderr.startswith(f"pack_dataset: error: --out {data}: already holds") and done.stderr.count("\n") == 1
+    assert (
+        done.stderr.startswith(f"pack_dataset: error: --out {data}: already holds")
+        and done.stderr.count("\n") == 1
+    )

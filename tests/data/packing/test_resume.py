@@ -1,4 +1,6 @@
-"""A packing that is stopped anywhere goes on from what is on the disk, and comes to the same bytes as one that was not."""
+"""A packing that is stopped anywhere goes on from what is on the disk, and comes to the same bytes
+as one that was not.
+"""
 
 from __future__ import annotations
 
@@ -21,14 +23,14 @@ ROOT = Path(__file__).parents[3]
 SLOW_PACKING = """
 import sys, time
 from pathlib import Path
-from megavlm.data import packing_plan, packer, shards
-from tests.data.test_packer import _job
-packing_plan.LEAST_PACKS_PER_SHARD = 1
+from megavlm.data.packing import job, plan, write_shards
+from tests.data.packing.test_job import _job
+plan.LEAST_PACKS_PER_SHARD = 1
 def slowly(task):
     time.sleep(0.2)
-    return shards.write_shard(task)
-packer.write_shard = slowly
-packer.pack_dataset(_job(Path(sys.argv[1]), Path(sys.argv[2])))
+    return write_shards.write_shard(task)
+job.write_shard = slowly
+job.pack_dataset(_job(Path(sys.argv[1]), Path(sys.argv[2])))
 """
 
 
@@ -42,7 +44,11 @@ def small_shards(monkeypatch):
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and not path.name.startswith("report")}
+    return {
+        path.name: path.read_bytes()
+        for path in folder.iterdir()
+        if path.is_file() and not path.name.startswith("report")
+    }
 
 
 @pytest.mark.usefixtures("small_shards")
@@ -81,15 +87,21 @@ def test_stopped_anywhere(data, tmp_path, monkeypatch, seed):  # noqa: F811
     assert report.records == report.packed_records + report.rejected == (10 if seed == 0 else 90)
     expected = files(tmp_path / "whole")
     found = files(tmp_path / "out")
-    assert expected.keys() == found.keys() and all(expected[name] == found[name] for name in expected)
-    assert written <= len([name for name in found if name.endswith(".bin")]) + runs  # none twice, but one that a stop may have caught
+    assert expected.keys() == found.keys() and all(
+        expected[name] == found[name] for name in expected
+    )
+    assert (
+        written <= len([name for name in found if name.endswith(".bin")]) + runs
+    )  # none twice, but one that a stop may have caught
 
 
 def test_killed(data, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setattr("megavlm.data.packing.plan.LEAST_PACKS_PER_SHARD", 1)
     pack_dataset(_job(data, tmp_path / "whole"))
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen([sys.executable, "-c", SLOW_PACKING, data, tmp_path / "out"], env=environment)
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW_PACKING, data, tmp_path / "out"], env=environment
+    )
     deadline = time.monotonic() + 60
     while not (tmp_path / "out.partial" / "packs-00002.json").exists():
         assert time.monotonic() < deadline and process.poll() is None
@@ -105,11 +117,18 @@ def test_killed(data, tmp_path, monkeypatch):  # noqa: F811
 
 
 def test_workers_end_with_a_packing_that_is_killed():
-    code = "import time; from megavlm.data.packing.executors import ordered_map; list(ordered_map(time.sleep, [60] * 8, 2))"
-    process = psutil.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)})
+    code = (
+        "import time; from megavlm.data.packing.executors import ordered_map;"
+        " list(ordered_map(time.sleep, [60] * 8, 2))"
+    )
+    process = psutil.Popen(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
     deadline = time.monotonic() + 60
     started = []
-    while len(started) < 4:  # two workers, the process that forks them, and the one that cleans up after all
+    while (
+        len(started) < 4
+    ):  # two workers, the process that forks them, and the one that cleans up after all
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.1)
         started = process.children(recursive=True)
@@ -127,7 +146,10 @@ def test_another_job_does_not_go_on(data, tmp_path, monkeypatch):  # noqa: F811
         patch.setattr(job, "plan_packs", stopped)
         with pytest.raises(Stop):
             pack_dataset(_job(data, tmp_path / "out"))
-    with pytest.raises(FileExistsError, match=r"left by a packing of another job \(capacity: 1024 there, 2048 asked for\)"):
+    with pytest.raises(
+        FileExistsError,
+        match=r"left by a packing of another job \(capacity: 1024 there, 2048 asked for\)",
+    ):
         pack_dataset(_job(data, tmp_path / "out", capacity=2048))
     (tmp_path / "copy.jsonl").write_bytes((data / "good.jsonl").read_bytes())
     assert pack_dataset(_job(data, tmp_path / "out", max_rejects=0.5)).packed_records == 90
@@ -137,9 +159,24 @@ def test_a_dry_run_writes_nothing(data, tmp_path):  # noqa: F811
     planned = plan_dataset(_job(data, tmp_path / "out"))
     assert list(tmp_path.iterdir()) == []
     packed = pack_dataset(_job(data, tmp_path / "out"))
-    for name in ("records", "packed_records", "rejects", "samples", "packs", "tokens", "tiles", "fill", "tile_cap", "lengths", "caps"):
+    for name in (
+        "records",
+        "packed_records",
+        "rejects",
+        "samples",
+        "packs",
+        "tokens",
+        "tiles",
+        "fill",
+        "tile_cap",
+        "lengths",
+        "caps",
+    ):
         assert getattr(planned, name) == getattr(packed, name)
-    assert "dry run" in planned.text() and packed.to_json() == (tmp_path / "out" / "report.json").read_text()
+    assert (
+        "dry run" in planned.text()
+        and packed.to_json() == (tmp_path / "out" / "report.json").read_text()
+    )
 
 
 def test_ray_packs_the_same(data, tmp_path, monkeypatch):  # noqa: F811

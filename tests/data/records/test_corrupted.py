@@ -1,4 +1,6 @@
-"""Three hundred inputs that are broken in many ways: each is left out with a reason, none ends the packing, and none reaches a pack."""
+"""Three hundred inputs that are broken in many ways: each is left out with a reason, none ends the
+packing, and none reaches a pack.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,8 @@ def bomb(width: int, height: int) -> bytes:
     """A PNG that claims to be so large."""
     head = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     chunks = (
-        struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) for chunk in (head, b"IDAT" + zlib.compress(b""))
+        struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+        for chunk in (head, b"IDAT" + zlib.compress(b""))
     )
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
@@ -54,7 +57,13 @@ def film(path: Path) -> bytes:
         stream.height = 32
         stream.pix_fmt = "yuv420p"
         for place in range(12):
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.full((32, 32, 3), 9 * place, np.uint8), format="rgb24")))
+            container.mux(
+                stream.encode(
+                    av.VideoFrame.from_ndarray(
+                        np.full((32, 32, 3), 9 * place, np.uint8), format="rgb24"
+                    )
+                )
+            )
         container.mux(stream.encode())
     return path.read_bytes()
 
@@ -71,7 +80,16 @@ def broken_images(folder: Path) -> Iterator[dict]:
     rng = random.Random(0)
     for place in range(40):
         files[f"noise-{place}.jpg"] = rng.randbytes(rng.choice([0, 1, 2, 10, 1000, 20000]))
-    for place, head in enumerate((b"\xff\xd8\xff\xe0", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"RIFF\x10\0\0\0WEBPVP8 ", b"BM", b"II*\0")):
+    for place, head in enumerate(
+        (
+            b"\xff\xd8\xff\xe0",
+            b"\x89PNG\r\n\x1a\n",
+            b"GIF89a",
+            b"RIFF\x10\0\0\0WEBPVP8 ",
+            b"BM",
+            b"II*\0",
+        )
+    ):
         files[f"head-{place}.jpg"] = head + rng.randbytes(200)
     for name, data in files.items():
         (folder / name).write_bytes(data)
@@ -83,7 +101,14 @@ def broken_images(folder: Path) -> Iterator[dict]:
 
 def broken_paths() -> Iterator[dict]:
     """Records whose paths lead out of the root, or are none."""
-    for path in ("../outside.jpg", "a/../../outside.jpg", "/etc/passwd", "/dev/zero", "./../outside.jpg", "folder/../../outside.jpg"):
+    for path in (
+        "../outside.jpg",
+        "a/../../outside.jpg",
+        "/etc/passwd",
+        "/dev/zero",
+        "./../outside.jpg",
+        "folder/../../outside.jpg",
+    ):
         yield {"image": path, "conversations": chat()}
         yield {"image": ["good.jpg", path], "conversations": chat("<image><image>")}
         yield {"video": path, "conversations": chat("<video>\nwhat")}
@@ -107,7 +132,12 @@ def broken_videos(folder: Path) -> Iterator[dict]:
         + bytes(8)
     )
     files = {f"cut-{place}.mp4": whole[: len(whole) * place // 10] for place in range(9)}
-    files |= {"empty.mp4": b"", "text.mp4": b"no video", "head.gif": b"GIF89a", "zeros.mp4": bytes(5000)}
+    files |= {
+        "empty.mp4": b"",
+        "text.mp4": b"no video",
+        "head.gif": b"GIF89a",
+        "zeros.mp4": bytes(5000),
+    }
     for name, data in files.items():
         (folder / name).write_bytes(data)
     (folder / "no frames").mkdir()
@@ -115,7 +145,17 @@ def broken_videos(folder: Path) -> Iterator[dict]:
     (folder / "bad frames" / "1.jpg").write_bytes(b"no image")
     for name in (*files, "sound.wav", "no frames", "bad frames", "nowhere.mp4", "pipe"):
         yield {"video": name, "conversations": chat("<video>\nwhat")}
-    for clip in ([5, 9], [3, 1], [0], "0-1", [-1, 2], [None, 1], [1, 1], {"start": 0}, [True, False]):
+    for clip in (
+        [5, 9],
+        [3, 1],
+        [0],
+        "0-1",
+        [-1, 2],
+        [None, 1],
+        [1, 1],
+        {"start": 0},
+        [True, False],
+    ):
         yield {"video": "good.mp4", "clip": clip, "conversations": chat("<video>\nwhat")}
     for text in ("<video><video>", "<video> and <image>", "<image>"):
         yield {"video": "good.mp4", "conversations": chat(text)}
@@ -136,8 +176,28 @@ def broken_texts() -> Iterator[dict]:
         yield {"conversations": chat("what", f"this {token}")}
         yield {"text": f"a {token} b"}
     human, gpt = chat("a", "b")
-    turns = ([gpt, human], [human], [gpt], [human, human], [human, gpt, human], [], {}, "text", 5, None, [None], [[]], ["a", "b"])
-    odd = ({"from": "user", "value": "a"}, {"from": "human"}, {"value": "a"}, {"from": 3, "value": "a"}, {"from": "human", "value": 3})
+    turns = (
+        [gpt, human],
+        [human],
+        [gpt],
+        [human, human],
+        [human, gpt, human],
+        [],
+        {},
+        "text",
+        5,
+        None,
+        [None],
+        [[]],
+        ["a", "b"],
+    )
+    odd = (
+        {"from": "user", "value": "a"},
+        {"from": "human"},
+        {"value": "a"},
+        {"from": 3, "value": "a"},
+        {"from": "human", "value": 3},
+    )
     for value in (
         *turns,
         *([entry, gpt] for entry in odd),
@@ -148,7 +208,9 @@ def broken_texts() -> Iterator[dict]:
     for value in (5, [], {}, True, ["a"]):
         yield {"image": "good.jpg", "caption": value}
         yield {"text": value}
-    yield {"conversations": [{"from": "pretrain", "value": "a"}, {"from": "pretrain", "value": "b"}]}
+    yield {
+        "conversations": [{"from": "pretrain", "value": "a"}, {"from": "pretrain", "value": "b"}]
+    }
     yield {"conversations": chat("what " * 3000)}
     yield {"conversations": chat("what", "\ud800")}
     yield {}
@@ -158,8 +220,27 @@ def broken_lines() -> Iterator[bytes]:
     """Lines that are no records at all."""
     good = json.dumps({"conversations": chat("what")}).encode()
     yield from (good[:cut] for cut in range(1, len(good), 2))
-    yield from (b"\xff\xfe", good.replace(b"what", b"wh\xe4t"), good.replace(b"what", b"\xf0\x28\x8c\x28"), b"\0" * 50, b"\xed\xa0\x80")
-    yield from (b"null", b"true", b"5", b'"text"', b"[]", b"[1, 2]", b"NaN", b"{]", b"{'a': 1}", good + good, good + b",", b"<xml/>")
+    yield from (
+        b"\xff\xfe",
+        good.replace(b"what", b"wh\xe4t"),
+        good.replace(b"what", b"\xf0\x28\x8c\x28"),
+        b"\0" * 50,
+        b"\xed\xa0\x80",
+    )
+    yield from (
+        b"null",
+        b"true",
+        b"5",
+        b'"text"',
+        b"[]",
+        b"[1, 2]",
+        b"NaN",
+        b"{]",
+        b"{'a': 1}",
+        good + good,
+        good + b",",
+        b"<xml/>",
+    )
     for number in (b"NaN", b"Infinity", b"-Infinity", b"1" * 5000):
         yield good[:-1] + b', "width": ' + number + b"}"
     yield b"[" * 100_000
@@ -179,9 +260,18 @@ def packed(tmp_path_factory) -> tuple[Path, list[bytes]]:
     records = [*broken_images(root), *broken_paths(), *broken_videos(root), *broken_texts()]
     bad = [json.dumps(record).encode() for record in records] + list(broken_lines())
     random.Random(0).shuffle(bad)
-    good = [json.dumps({"image": "good.jpg", "conversations": chat("<image>\ngood", f"answer {place}")}).encode() for place in range(GOOD)]
+    good = [
+        json.dumps(
+            {"image": "good.jpg", "conversations": chat("<image>\ngood", f"answer {place}")}
+        ).encode()
+        for place in range(GOOD)
+    ]
     step = len(bad) // GOOD
-    lines = [line for place in range(GOOD) for line in (good[place], *bad[place * step : (place + 1) * step])] + bad[GOOD * step :]
+    lines = [
+        line
+        for place in range(GOOD)
+        for line in (good[place], *bad[place * step : (place + 1) * step])
+    ] + bad[GOOD * step :]
     (folder / "a.jsonl").write_bytes(b"\n".join(lines) + b"\n")
     job = Job(
         sources=single_source(folder / "a.jsonl", root),
@@ -199,10 +289,15 @@ def packed(tmp_path_factory) -> tuple[Path, list[bytes]]:
 
 def test_all_broken_records_are_listed_and_no_other(packed):
     folder, lines = packed
-    rejects = [json.loads(line) for line in (folder / "out" / "rejects.jsonl").read_text(encoding="utf-8").splitlines()]
+    rejects = [
+        json.loads(line)
+        for line in (folder / "out" / "rejects.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     found = [reject["line"] for reject in rejects]
     assert len(found) >= 300 and len(set(found)) == len(found)
-    wanted = [number for number, line in enumerate(lines, start=1) if b'"value": "answer ' not in line]
+    wanted = [
+        number for number, line in enumerate(lines, start=1) if b'"value": "answer ' not in line
+    ]
     assert sorted(found) == wanted
     assert all(reject["detail"] and reject["reason"] in REASONS for reject in rejects)
     assert all(len(reject["detail"]) < 12_000 for reject in rejects)
@@ -213,13 +308,19 @@ def test_only_good_records_reach_the_packs(packed):
     reader = Reader(folder / "out")
     packs = [reader.read(pack_id) for pack_id in range(reader.check())]
     stored = sorted(int(line) for pack in packs for line in pack.provenance["line"])
-    assert stored == [number for number, line in enumerate(lines, start=1) if b'"value": "answer ' in line] and len(stored) == GOOD
+    assert (
+        stored
+        == [number for number, line in enumerate(lines, start=1) if b'"value": "answer ' in line]
+        and len(stored) == GOOD
+    )
 
 
 def test_every_kind_of_damage_has_its_reason(packed):
     folder, _ = packed
     reasons = set(Reader(folder / "out").manifest.rejects)
     assert reasons >= {
-        "malformed_json", "conversation", "role_order", "empty_answer", "image_field", "video_field", "video", "outside_root",
-        "placeholder_count", "image_token_in_text", "missing_image", "unreadable_image", "missing_video", "unreadable_video", "too_long",
+        "malformed_json", "conversation", "role_order", "empty_answer", "image_field",
+        "video_field", "video", "outside_root",
+        "placeholder_count", "image_token_in_text", "missing_image", "unreadable_image",
+        "missing_video", "unreadable_video", "too_long",
     }  # fmt: skip

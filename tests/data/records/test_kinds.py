@@ -1,4 +1,6 @@
-"""All kinds of samples, from all kinds of files, through the packer and back: what a batch decodes is what the files show."""
+"""All kinds of samples, from all kinds of files, through the packer and back: what a batch decodes
+is what the files show.
+"""
 
 from __future__ import annotations
 
@@ -41,8 +43,8 @@ def write_sources(folder: Path) -> Path:
     write_gif(folder / "a.gif", 30)
     write_folder(folder / "frames", 30)
     chat = [{"from": "human", "value": "<image> and <image>"}, {"from": "gpt", "value": "two"}]
-    films = [{"video": name, "conversations": [{"from": "human", "value": "what"}, {"from": "gpt", "value": "a film"}]} for name in
-             ("a.mp4", "a.gif", "frames")]  # fmt: skip
+    ask = [{"from": "human", "value": "what"}, {"from": "gpt", "value": "a film"}]
+    films = [{"video": name, "conversations": ask} for name in ("a.mp4", "a.gif", "frames")]
     lines = [
         {"image": ["1.png", "2.png"], "conversations": chat},
         {"text": "see <image> and read", "image": "3.png"},
@@ -51,15 +53,27 @@ def write_sources(folder: Path) -> Path:
     ]
     (folder / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
     (folder / "llava.json").write_text(
-        json.dumps([{"image": f"{place}.png", "caption": f"number {place}", "clip": place / 10} for place in range(4)])
+        json.dumps(
+            [
+                {"image": f"{place}.png", "caption": f"number {place}", "clip": place / 10}
+                for place in range(4)
+            ]
+        )
     )
     tar(folder / "w-0.tar", {"a.png": picture(70), "a.txt": b"seventy"})
-    tar(folder / "w-1.tar", {"b.png": picture(80), "b.json": json.dumps({"caption": "eighty"}).encode()})
-    rows = [{"image": {"bytes": picture(value), "path": None}, "caption": str(value)} for value in (90, 100, 110)]
+    tar(
+        folder / "w-1.tar",
+        {"b.png": picture(80), "b.json": json.dumps({"caption": "eighty"}).encode()},
+    )
+    rows = [
+        {"image": {"bytes": picture(value), "path": None}, "caption": str(value)}
+        for value in (90, 100, 110)
+    ]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "a.parquet")
     meta = {
         "lines": {"root": str(folder), "annotation": str(folder / "a.jsonl")},
-        "list": {"root": str(folder), "annotation": str(folder / "llava.json"), "prompt": "Name it.", "filter": SCORE},
+        "list": {"root": str(folder), "annotation": str(folder / "llava.json"),
+                 "prompt": "Name it.", "filter": SCORE},
         "archives": {"annotation": str(folder / "w-{0..1}.tar"), "data_augment": True},
         "table": {"annotation": str(folder / "a.parquet"), "repeat_time": 2},
     }  # fmt: skip
@@ -100,9 +114,13 @@ def test_all_kinds_from_all_formats(meta, tmp_path):
         start = 0
         for sample, length in enumerate(stored.lengths.tolist()):
             own = np.flatnonzero(stored.images["sample"] == sample)
-            tiles = [batch.tiles[first_tile[image] : first_tile[image + 1]].float().mean().item() for image in own]
+            tiles = [
+                batch.tiles[first_tile[image] : first_tile[image + 1]].float().mean().item()
+                for image in own
+            ]
             learned = tokenizer.decode(
-                stored.tokens[start : start + length][stored.supervised[start : start + length]], skip_special_tokens=True
+                stored.tokens[start : start + length][stored.supervised[start : start + length]],
+                skip_special_tokens=True,
             )
             seen.setdefault(learned, []).append(tiles)
             start += length
@@ -114,11 +132,24 @@ def test_all_kinds_from_all_formats(meta, tmp_path):
     assert len(films) == 3 and brightness.pop("a film")
     for film in films:
         assert 4 <= len(film) <= 8 and film == sorted(film)
-        middles = [level(int(place)) for place in (np.arange(len(film)) + 0.5) * 30 / len(film) - 0.5]
+        middles = [
+            level(int(place)) for place in (np.arange(len(film)) + 0.5) * 30 / len(film) - 0.5
+        ]
         assert film == pytest.approx(middles, abs=8)
-    assert brightness == {"number 2": [100], "number 3": [150], "seventy": [70], "eighty": [80], "90": [90], "100": [100], "110": [110]}
+    assert brightness == {
+        "number 2": [100],
+        "number 3": [150],
+        "seventy": [70],
+        "eighty": [80],
+        "90": [90],
+        "100": [100],
+        "110": [110],
+    }
     assert all(len(seen[name]) == 2 for name in ("90", "100", "110"))
-    names = [(source.name, source.records, source.samples, source.augment) for source in dataset.manifest.sources]
+    names = [
+        (source.name, source.records, source.samples, source.augment)
+        for source in dataset.manifest.sources
+    ]
     assert names == [
         ("lines", 6, 6, False),
         ("list", 4, 2, False),
@@ -140,5 +171,7 @@ def test_other_templates_are_packed(meta, tmp_path, template):
     tokenizer = tmp_path / "tokenizer"
     load_tokenizer(GOLDEN / "tokenizer").save_pretrained(tokenizer)
     dataset = pack(meta, tmp_path / "out", template=template)
-    assert dataset.manifest.template == template and ("书生" in dataset.manifest.system_message) == (template == "Hermes-2")
+    assert dataset.manifest.template == template and (
+        "书生" in dataset.manifest.system_message
+    ) == (template == "Hermes-2")
     assert load_tokenizer(tmp_path / "out" / "tokenizer").chat_template

@@ -8,14 +8,24 @@ import numpy as np
 import pytest
 
 from megavlm.data.packing.repeats import take
-from megavlm.data.records.meta_file import Annotations, Filter, read_meta, read_sources, single_source
+from megavlm.data.records.meta_file import (
+    Annotations,
+    Filter,
+    read_meta,
+    read_sources,
+    single_source,
+)
 from megavlm.data.records.reject import RejectError
 
 
 def _meta(tmp_path, **entry):
     (tmp_path / "a.jsonl").touch()
     path = tmp_path / "meta.json"
-    path.write_text(json.dumps({"first": {"root": "pictures", "annotation": str(tmp_path / "a.jsonl"), **entry}}))
+    path.write_text(
+        json.dumps(
+            {"first": {"root": "pictures", "annotation": str(tmp_path / "a.jsonl"), **entry}}
+        )
+    )
     return path
 
 
@@ -23,7 +33,11 @@ def test_meta(tmp_path):
     path = _meta(tmp_path, data_augment=False, repeat_time=3, length=100, max_dynamic_patch=6)
     (source,) = read_meta(path)
     assert not source.augment and source.keep == Filter()
-    assert (source.name, source.root, source.path) == ("first", "pictures", str(tmp_path / "a.jsonl"))
+    assert (source.name, source.root, source.path) == (
+        "first",
+        "pictures",
+        str(tmp_path / "a.jsonl"),
+    )
     assert (source.repeat_time, source.max_tiles, source.weight) == (3, 6, None)
     (source,) = read_meta(_meta(tmp_path, repeat_time=0.25))
     assert (source.repeat_time, source.max_tiles) == (0.25, None)
@@ -76,7 +90,9 @@ def test_files_that_are_not_there(tmp_path):
 def test_sources_are_one_file_or_a_meta_file(tmp_path):
     path = _meta(tmp_path)
     assert read_sources(str(path), None) == read_meta(path)
-    assert read_sources(None, str(tmp_path / "a.jsonl"), "here") == single_source(tmp_path / "a.jsonl", "here")
+    assert read_sources(None, str(tmp_path / "a.jsonl"), "here") == single_source(
+        tmp_path / "a.jsonl", "here"
+    )
     with pytest.raises(ValueError, match="--root here: goes with --jsonl"):
         read_sources(str(path), None, "here")
     with pytest.raises(ValueError, match="--data_augment: goes with --jsonl"):
@@ -94,9 +110,19 @@ def test_all_sources_have_weights_or_none_has(tmp_path):
 def test_an_entry_may_name_many_files(tmp_path):
     for name in ("b-00.jsonl", "b-01.jsonl", "b-02.jsonl"):
         (tmp_path / name).touch()
-    found = read_meta(_meta(tmp_path, annotation=[str(tmp_path / "b-{00..01}.jsonl"), str(tmp_path / "b-*2.jsonl")], data_augment=True))
-    assert [source.path for source in found] == [str(tmp_path / f"b-0{place}.jsonl") for place in range(3)]
-    assert {source.name for source in found} == {"first"} and all(source.augment for source in found)
+    found = read_meta(
+        _meta(
+            tmp_path,
+            annotation=[str(tmp_path / "b-{00..01}.jsonl"), str(tmp_path / "b-*2.jsonl")],
+            data_augment=True,
+        )
+    )
+    assert [source.path for source in found] == [
+        str(tmp_path / f"b-0{place}.jsonl") for place in range(3)
+    ]
+    assert {source.name for source in found} == {"first"} and all(
+        source.augment for source in found
+    )
     with pytest.raises(FileNotFoundError, match="b-03.jsonl: there is no such file"):
         read_meta(_meta(tmp_path, annotation=str(tmp_path / "b-{02..04}.jsonl")))
     with pytest.raises(FileNotFoundError, match=r"c-\*.jsonl: there is no such file"):
@@ -109,9 +135,14 @@ def _source(name: str, **settings) -> Annotations:
 
 def test_repeats_may_be_fractions():
     rows = np.array([0] * 10 + [1] * 4)
-    counts = np.bincount(take(rows, [_source("a", repeat_time=2.5), _source("b")], seed=3), minlength=14)
+    counts = np.bincount(
+        take(rows, [_source("a", repeat_time=2.5), _source("b")], seed=3), minlength=14
+    )
     assert sorted(counts[:10]) == [2] * 5 + [3] * 5 and set(counts[10:]) == {1}
-    assert (np.bincount(take(rows, [_source("a", repeat_time=2.5), _source("b")], seed=4), minlength=14) != counts).any()
+    assert (
+        np.bincount(take(rows, [_source("a", repeat_time=2.5), _source("b")], seed=4), minlength=14)
+        != counts
+    ).any()
 
 
 def test_weights_are_shares_of_the_samples():
@@ -123,18 +154,36 @@ def test_weights_are_shares_of_the_samples():
 
 
 def test_filters():
-    keep = Filter(min_tokens=5, max_tokens=9, min_side=10, max_side=100, max_aspect=2, score="clip", min_score=0.3)
+    keep = Filter(
+        min_tokens=5,
+        max_tokens=9,
+        min_side=10,
+        max_side=100,
+        max_aspect=2,
+        score="clip",
+        min_score=0.3,
+    )
     keep.check_fields({"clip": 0.3})
     keep.check_image(50, 100)
     keep.check_length(9)
     bad = [
-        (keep.check_fields, ({"clip": 0.29},), "filtered_score", "clip: 0.29, wanted is at least 0.3"),
+        (
+            keep.check_fields,
+            ({"clip": 0.29},),
+            "filtered_score",
+            "clip: 0.29, wanted is at least 0.3",
+        ),
         (keep.check_fields, ({},), "filtered_score", "clip is None, not a number"),
         (keep.check_fields, ({"clip": float("nan")},), "filtered_score", "clip is nan"),
         (keep.check_image, (9, 12), "filtered_size", "shorter side: 9"),
         (keep.check_image, (90, 120), "filtered_size", "longer side: 120"),
         (keep.check_image, (90, 30), "filtered_aspect", "aspect: 3"),
-        (keep.check_length, (4,), "filtered_length", "tokens: 4, wanted is at least 5 and at most 9"),
+        (
+            keep.check_length,
+            (4,),
+            "filtered_length",
+            "tokens: 4, wanted is at least 5 and at most 9",
+        ),
         (keep.check_length, (10,), "filtered_length", "tokens: 10"),
     ]
     for check, arguments, reason, words in bad:

@@ -1,4 +1,6 @@
-"""Annotation files of all formats: every record is found, in blocks of any length and by its place, and what is damaged is told."""
+"""Annotation files of all formats: every record is found, in blocks of any length and by its place,
+and what is damaged is told.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,10 @@ from megavlm.data.records.record import parse_record
 from megavlm.data.records.reject import RejectError
 from megavlm.data.records.tar_reader import FieldMap, expand, map_fields
 
-CHAT = [{"from": "human", "value": 'what is } in ]" <image>'}, {"from": "gpt", "value": 'this \\ "[{" 你好'}]
+CHAT = [
+    {"from": "human", "value": 'what is } in ]" <image>'},
+    {"from": "gpt", "value": 'this \\ "[{" 你好'},
+]
 RECORDS = [{"id": place, "conversations": CHAT, "image": f"{place}.jpg"} for place in range(7)]
 
 
@@ -36,21 +41,37 @@ def write(folder: Path, kind: str) -> Path:
     """RECORDS in a file of some kind."""
     path = folder / f"a.{kind}"
     if kind == "jsonl":
-        path.write_text("\ufeff" + "\n\n".join(json.dumps(record, ensure_ascii=False) for record in RECORDS), encoding="utf-8")
+        path.write_text(
+            "\ufeff" + "\n\n".join(json.dumps(record, ensure_ascii=False) for record in RECORDS),
+            encoding="utf-8",
+        )
     elif kind == "json":
         path.write_text(json.dumps(RECORDS, indent=1, ensure_ascii=False), encoding="utf-8")
     elif kind == "parquet":
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(RECORDS), path, row_group_size=3)
     else:
-        tar(path, {f"x/{place:03d}.{end}": data for place, record in enumerate(RECORDS) for end, data in
-                   (("jpg", b"pixels %d" % place), ("json", json.dumps({"conversations": CHAT, "id": place}).encode()))})  # fmt: skip
+        tar(
+            path,
+            {
+                f"x/{place:03d}.{end}": data
+                for place, record in enumerate(RECORDS)
+                for end, data in (
+                    ("jpg", b"pixels %d" % place),
+                    ("json", json.dumps({"conversations": CHAT, "id": place}).encode()),
+                )
+            },
+        )
     return path
 
 
 def all_entries(entries: EntryFile, length: int):
     blocks = list(entries.blocks(length))
     assert all(0 < block.entries <= length for block in blocks)
-    return [entry for block in blocks for entry in entries.read(block.offset, block.number, block.entries)]
+    return [
+        entry
+        for block in blocks
+        for entry in entries.read(block.offset, block.number, block.entries)
+    ]
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "json", "parquet", "tar"])
@@ -60,7 +81,9 @@ def test_every_record_is_found(tmp_path, kind, length):
     found = all_entries(entries, length)
     assert [entry.fields()["id"] for entry in found] == list(range(7))
     assert all(entry.fields()["conversations"] == CHAT for entry in found)
-    assert [entry.number for entry in found] == ([1, 3, 5, 7, 9, 11, 13] if kind == "jsonl" else list(range(1, 8)))
+    assert [entry.number for entry in found] == (
+        [1, 3, 5, 7, 9, 11, 13] if kind == "jsonl" else list(range(1, 8))
+    )
     for entry in reversed(found):
         (again,) = entries.read(entry.offset, entry.number, 1)
         assert again == entry
@@ -74,14 +97,29 @@ def test_a_record_of_an_archive_has_its_files(tmp_path):
 
 
 def test_archives_without_json(tmp_path):
-    path = tar(tmp_path / "a.tar", {"1.png": b"p", "1.txt": b" a fox\n", "2.txt": b"text", "3.mp4": b"v", "3.json": b'{"caption": "film"}'})
+    path = tar(
+        tmp_path / "a.tar",
+        {
+            "1.png": b"p",
+            "1.txt": b" a fox\n",
+            "2.txt": b"text",
+            "3.mp4": b"v",
+            "3.json": b'{"caption": "film"}',
+        },
+    )
     fox, text, film = all_entries(open_entries(str(path)), 2)
     assert (fox.fields()["caption"], text.fields()["text"]) == ("a fox", "text")
     assert parse_record(film.fields(), files=film.files).video.file.content == b"v"
 
 
 def test_damage_in_an_archive_is_one_record_s(tmp_path):
-    files = {"1.txt": b"one", "2.json": b"{", "3.txt": b"\xff", "4.jpg": b"x" * 2000, "4.txt": b"four"}
+    files = {
+        "1.txt": b"one",
+        "2.json": b"{",
+        "3.txt": b"\xff",
+        "4.jpg": b"x" * 2000,
+        "4.txt": b"four",
+    }
     path = tar(tmp_path / "a.tar", files)
     whole = path.read_bytes()
     _, second, third, _ = all_entries(open_entries(str(path)), 9)
@@ -122,7 +160,10 @@ def test_a_huge_record_is_not_read(tmp_path, kind, monkeypatch):
 
 
 def test_parquet_holds_images_and_conversations_as_text(tmp_path):
-    rows = [{"conversations": json.dumps(CHAT), "image": {"bytes": b"1", "path": "x.jpg"}}, {"conversations": "{", "image": None}]
+    rows = [
+        {"conversations": json.dumps(CHAT), "image": {"bytes": b"1", "path": "x.jpg"}},
+        {"conversations": "{", "image": None},
+    ]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
     good, bad = all_entries(open_entries(str(tmp_path / "a.parquet")), 9)
     assert parse_record(good.fields()).images[0].content == b"1"
@@ -133,21 +174,28 @@ def test_parquet_holds_images_and_conversations_as_text(tmp_path):
         open_entries(str(tmp_path / "no.parquet"))
 
 
-def energon(folder: Path, kind: str, field_map: dict[str, str] | None, files: dict[str, bytes]) -> Path:
+def energon(
+    folder: Path, kind: str, field_map: dict[str, str] | None, files: dict[str, bytes]
+) -> Path:
     (folder / ".nv-meta").mkdir(parents=True)
     tar(folder / "shard_0.tar", files)
     tar(folder / "shard_1.tar", files)
     split = {"split_parts": {"train": ["shard_{0..0}.tar"], "val": ["shard_1.tar"]}, "exclude": []}
     (folder / ".nv-meta" / "split.yaml").write_text(yaml.safe_dump(split))
-    sample = {"sample_type": {"__module__": "megatron.energon", "__class__": kind}, "field_map": field_map}
+    sample = {
+        "sample_type": {"__module__": "megatron.energon", "__class__": kind},
+        "field_map": field_map,
+    }
     (folder / ".nv-meta" / "dataset.yaml").write_text(yaml.safe_dump(sample))
     return folder
 
 
 QUESTION = b'{"q": "what", "a": ["fox"]}'
 ENERGON = [
-    ("CaptioningSample", {"image": "jpg;png", "caption": "txt"}, {"1.png": b"p", "1.txt": b"a fox"}, "a fox"),
-    ("VQASample", {"image": "jpg", "context": "json[q]", "answers": "json[a][0]"}, {"1.jpg": b"p", "1.json": QUESTION}, "fox"),
+    ("CaptioningSample", {"image": "jpg;png", "caption": "txt"}, 
+     {"1.png": b"p", "1.txt": b"a fox"}, "a fox"),
+    ("VQASample", {"image": "jpg", "context": "json[q]", "answers": "json[a][0]"}, 
+     {"1.jpg": b"p", "1.json": QUESTION}, "fox"),
     ("TextSample", {"text": "json[0][value]"}, {"1.json": b'[{"value": "a fox"}]'}, "a fox"),
     ("CrudeWebdataset", None, {"1.jpg": b"p", "1.txt": b"a fox"}, "a fox"),
 ]  # fmt: skip
@@ -165,7 +213,10 @@ def test_energon_datasets_are_read_without_energon(tmp_path, kind, field_map, fi
 
 def test_energon_records_that_lack_a_file_and_other_kinds(tmp_path):
     with pytest.raises(RejectError, match=r"no file jpg; it has txt"):
-        map_fields(FieldMap(kind="CaptioningSample", fields={"image": "jpg", "caption": "txt"}), {"txt": b"a"})
+        map_fields(
+            FieldMap(kind="CaptioningSample", fields={"image": "jpg", "caption": "txt"}),
+            {"txt": b"a"},
+        )
     with pytest.raises(RejectError, match=r"json\[a\]: there is no 'a'"):
         map_fields(FieldMap(kind="TextSample", fields={"text": "json[a]"}), {"json": b"{}"})
     folder = energon(tmp_path / "data", "MultiMixQASample", {"x": "y"}, {"1.txt": b"a"})
@@ -174,7 +225,9 @@ def test_energon_records_that_lack_a_file_and_other_kinds(tmp_path):
 
 
 def test_names_of_files(tmp_path):
-    assert expand("a-{8..10}-{0..1}.tar") == [f"a-{place}-{part}.tar" for place in (8, 9, 10) for part in (0, 1)]
+    assert expand("a-{8..10}-{0..1}.tar") == [
+        f"a-{place}-{part}.tar" for place in (8, 9, 10) for part in (0, 1)
+    ]
     assert expand("a-{008..010}.tar") == ["a-008.tar", "a-009.tar", "a-010.tar"]
     (tmp_path / "a.tar.gz").touch()
     with pytest.raises(ValueError, match=r"compressed, so that no record can be read by its place"):

@@ -14,7 +14,9 @@ CHAT = [{"from": "human", "value": "what"}, {"from": "gpt", "value": "this"}]
 
 
 def _parse(**fields):
-    return parse_record(parse_json(json.dumps({"conversations": CHAT, **fields}).encode()), root="pictures")
+    return parse_record(
+        parse_json(json.dumps({"conversations": CHAT, **fields}).encode()), root="pictures"
+    )
 
 
 def _paths(**fields):
@@ -33,13 +35,25 @@ def test_one_image_is_shown_first_where_the_text_does_not_say():
     assert record.images == (MediaFile(path="pictures/a/b.jpg"),)
     assert record.conversations[0].text == "<image>\nwhat"
     system = [{"from": "system", "value": "be brief"}, *CHAT]
-    assert [turn.text for turn in _parse(image=["b.jpg"], conversations=system).conversations] == ["be brief", "<image>\nwhat", "this"]
+    assert [turn.text for turn in _parse(image=["b.jpg"], conversations=system).conversations] == [
+        "be brief",
+        "<image>\nwhat",
+        "this",
+    ]
 
 
 def test_placeholders_that_are_there_stay():
     later = [*CHAT, {"from": "human", "value": "and <image>"}, {"from": "gpt", "value": "that"}]
-    assert [turn.text for turn in _parse(image="b.jpg", conversations=later).conversations] == ["what", "this", "and <image>", "that"]
-    assert _paths(image=["b.jpg", os.path.abspath("pictures/c.jpg")]) == ["pictures/b.jpg", os.path.abspath("pictures/c.jpg")]
+    assert [turn.text for turn in _parse(image="b.jpg", conversations=later).conversations] == [
+        "what",
+        "this",
+        "and <image>",
+        "that",
+    ]
+    assert _paths(image=["b.jpg", os.path.abspath("pictures/c.jpg")]) == [
+        "pictures/b.jpg",
+        os.path.abspath("pictures/c.jpg"),
+    ]
     assert _parse(image=["b.jpg", "c.jpg"]).conversations[0].text == "what"
 
 
@@ -52,7 +66,11 @@ BAD_LINES = [
     ({"conversations": []}, "conversation", r"\[\]"),
     ({"conversations": "hello"}, "conversation", "hello"),
     ({"conversations": [HUMAN, {"from": "gpt"}]}, "conversation", r"conversations\[1\]"),
-    ({"conversations": [HUMAN, {"from": "gpt", "value": 3}]}, "conversation", r"conversations\[1\]"),
+    (
+        {"conversations": [HUMAN, {"from": "gpt", "value": 3}]},
+        "conversation",
+        r"conversations\[1\]",
+    ),
     ({"conversations": [HUMAN, {"from": "gpt", "value": "\ud800"}]}, "conversation", "surrogate"),
     ({"conversations": [GPT, HUMAN]}, "role_order", "gpt, human"),
     ({"conversations": [HUMAN]}, "role_order", "the turns are human"),
@@ -69,12 +87,20 @@ BAD_LINES = [
     (b'{"conversations": [], "width": NaN}', "malformed_json", "NaN is not JSON"),
     (b'{"id": ' + b"1" * 5000 + b"}", "malformed_json", "integer string"),
     (b"[" * 100_000, "malformed_json", "recursion|Recursion"),
-    ({"conversations": [HUMAN, {"from": "gpt", "value": " \n"}]}, "empty_answer", r"conversations\[1\]"),
+    (
+        {"conversations": [HUMAN, {"from": "gpt", "value": " \n"}]},
+        "empty_answer",
+        r"conversations\[1\]",
+    ),
     ({"caption": ""}, "empty_answer", "caption"),
     ({"caption": 5}, "conversation", "caption is 5"),
     ({"text": "  "}, "empty_answer", "text"),
     ({"conversations": [{"from": "pretrain", "value": "a"}, GPT]}, "role_order", "pretrain"),
-    ({"conversations": CHAT, "image": "../a.jpg"}, "outside_root", "leads out of the root pictures"),
+    (
+        {"conversations": CHAT, "image": "../a.jpg"},
+        "outside_root",
+        "leads out of the root pictures",
+    ),
     ({"conversations": CHAT, "image": "/etc/passwd"}, "outside_root", "/etc/passwd"),
     ({"conversations": CHAT, "video": "a/../../b.mp4"}, "outside_root", "b.mp4"),
 ]
@@ -91,17 +117,28 @@ def test_bad_lines(line, reason, words):
 
 def test_a_caption_is_an_image_and_an_answer():
     record = parse_record({"image": "a.jpg", "caption": "a fox"}, prompt="Describe it.")
-    assert record.conversations == (Turn(role="human", text="<image>\nDescribe it."), Turn(role="gpt", text="a fox"))
-    assert parse_record({"image": ["a.jpg", "b.jpg"], "caption": "two"}).conversations[0].text == "<image><image>"
+    assert record.conversations == (
+        Turn(role="human", text="<image>\nDescribe it."),
+        Turn(role="gpt", text="a fox"),
+    )
+    assert (
+        parse_record({"image": ["a.jpg", "b.jpg"], "caption": "two"}).conversations[0].text
+        == "<image><image>"
+    )
 
 
 def test_a_text_is_learned_and_may_show_images():
     turns = parse_record({"text": "hello"}).conversations
-    assert turns == parse_record({"conversations": [{"from": "pretrain", "value": "hello"}]}).conversations
+    assert (
+        turns
+        == parse_record({"conversations": [{"from": "pretrain", "value": "hello"}]}).conversations
+    )
     assert turns == (Turn(role="pretrain", text="hello"),)
     record = parse_record({"text": "see <image> and <image>", "image": ["a.jpg", "b.jpg"]})
     assert record.conversations[0].text == "see <image> and <image>" and len(record.images) == 2
-    assert parse_record({"text": "a fox", "image": "a.jpg"}).conversations[0].text == "<image>\na fox"
+    assert (
+        parse_record({"text": "a fox", "image": "a.jpg"}).conversations[0].text == "<image>\na fox"
+    )
 
 
 def test_a_video_and_its_clip():
@@ -112,11 +149,22 @@ def test_a_video_and_its_clip():
 
 def test_media_may_be_in_the_record():
     expected = (MediaFile(path="x.jpg", content=b"1"),)
-    assert parse_record({"image": {"bytes": b"1", "path": "x.jpg"}, "caption": "a"}).images == expected
-    assert parse_record({"image": "x.jpg", "caption": "a"}, files={"x.jpg": b"1"}, root="pictures").images == expected
+    assert (
+        parse_record({"image": {"bytes": b"1", "path": "x.jpg"}, "caption": "a"}).images == expected
+    )
+    assert (
+        parse_record(
+            {"image": "x.jpg", "caption": "a"}, files={"x.jpg": b"1"}, root="pictures"
+        ).images
+        == expected
+    )
     assert parse_record({"image": [b"1", b"2"], "caption": "a"}).images[1].content == b"2"
-    assert parse_record({"images": [{"bytes": None, "path": "y.jpg"}], "caption": "a"}).images == (MediaFile(path="y.jpg"),)
+    assert parse_record({"images": [{"bytes": None, "path": "y.jpg"}], "caption": "a"}).images == (
+        MediaFile(path="y.jpg"),
+    )
 
 
 def test_without_a_root_paths_are_taken_as_they_are():
-    assert parse_record({"image": "../a.jpg", "caption": "a"}).images == (MediaFile(path="../a.jpg"),)
+    assert parse_record({"image": "../a.jpg", "caption": "a"}).images == (
+        MediaFile(path="../a.jpg"),
+    )

@@ -40,7 +40,10 @@ def test_missing(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": FORMAT_VERSION + 1}, f"format version {FORMAT_VERSION + 1}, but this megavlm reads 2 and {FORMAT_VERSION}"),
+        (
+            {"version": FORMAT_VERSION + 1},
+            f"format version {FORMAT_VERSION + 1}, but this megavlm reads 2 and {FORMAT_VERSION}",
+        ),
         ({"format": "other"}, "not the manifest of a packed dataset"),
         ({"capacity": None}, r"facts missing: \['capacity'\]"),
         ({"colour": 1}, r"facts unknown: \['colour'\]"),

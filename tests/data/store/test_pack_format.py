@@ -33,7 +33,13 @@ def random_packs(count: int) -> list[list[Sample]]:
     sizes = rng.integers(1, 5, count)
     return [
         [
-            make_sample(rng, images=int(rng.integers(3)), text_tokens=int(rng.integers(1, 30)), line=line, **FACTS)
+            make_sample(
+                rng,
+                images=int(rng.integers(3)),
+                text_tokens=int(rng.integers(1, 30)),
+                line=line,
+                **FACTS,
+            )
             for line in range(1, size + 1)
         ]
         for size in sizes
@@ -73,7 +79,9 @@ def test_round_trip(stored):
     for pack_id, samples in enumerate(packs):
         pack = reader.read(pack_id)
         assert np.array_equal(pack.tokens, np.concatenate([sample.tokens for sample in samples]))
-        assert np.array_equal(pack.supervised, np.concatenate([sample.supervised for sample in samples]))
+        assert np.array_equal(
+            pack.supervised, np.concatenate([sample.supervised for sample in samples])
+        )
         assert pack.tokens.dtype == np.int32 and pack.supervised.dtype == bool
         assert pack.lengths.tolist() == [sample.length for sample in samples]
         assert pack.provenance["line"].tolist() == [sample.line for sample in samples]
@@ -82,7 +90,10 @@ def test_round_trip(stored):
         for number, (_, image) in enumerate(images):
             assert pack.image(number) == image.encoded
             row = pack.images[number]
-            assert all(row[name] == getattr(image, name) for name in ("width", "height", "columns", "rows", "tiles"))
+            assert all(
+                row[name] == getattr(image, name)
+                for name in ("width", "height", "columns", "rows", "tiles")
+            )
     assert reader.check() == 12
 
 
@@ -91,14 +102,20 @@ def test_index(stored):
     index = Reader(folder).index
     ids = np.array([11, 0, 5, 5])
     rows = index[ids]
-    assert rows.dtype == format.RECORD
+    assert rows.dtype == pack_format.RECORD
     for row, pack_id in zip(rows, ids, strict=True):
         samples = packs[pack_id]
         # The first token of a sample is no label, so it does not count.
         counts = [int(sample.supervised[1:].sum()) for sample in samples]
         lengths = [sample.length for sample in samples]
-        assert row["samples"] == len(samples) and row["tokens"] == sum(lengths) and row["longest"] == max(lengths)
-        assert row["images"] == sum(len(sample.images) for sample in samples) and row["tiles"] == sum(sample.tiles for sample in samples)
+        assert (
+            row["samples"] == len(samples)
+            and row["tokens"] == sum(lengths)
+            and row["longest"] == max(lengths)
+        )
+        assert row["images"] == sum(len(sample.images) for sample in samples) and row[
+            "tiles"
+        ] == sum(sample.tiles for sample in samples)
         assert row["supervised"] == row["weight_token"] == sum(counts)
         assert row["weight_sample"] == sum(count > 0 for count in counts)
         assert row["weight_square"] == pytest.approx(sum(count**0.5 for count in counts), rel=1e-15)
@@ -112,8 +129,14 @@ def test_index(stored):
 
 
 def test_one_supervised_first_token_counts_nothing():
-    sample = Sample(tokens=np.array([5, 6], np.int32), supervised=np.array([True, False]), images=(), source=0, line=1)
-    _, record = format.pack_block([sample])
+    sample = Sample(
+        tokens=np.array([5, 6], np.int32),
+        supervised=np.array([True, False]),
+        images=(),
+        source=0,
+        line=1,
+    )
+    _, record = pack_format.pack_block([sample])
     assert record["supervised"] == record["weight_sample"] == record["weight_square"] == 0
 
 
@@ -149,13 +172,19 @@ def test_unfinished_folder(tmp_path):
     with pack_format.Writer(tmp_path, 300) as writer:
         writer.write(random_packs(1)[0])
         writer.close(MANIFEST)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["manifest.json", "packs-00000.bin", "packs.idx"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "manifest.json",
+        "packs-00000.bin",
+        "packs.idx",
+    ]
     with pytest.raises(FileExistsError, match="complete packed dataset"):
         pack_format.Writer(tmp_path, 300)
 
 
 def test_writer_refuses(tmp_path):
-    long = Sample(tokens=np.zeros(301, np.int32), supervised=np.zeros(301, bool), images=(), source=0, line=1)
+    long = Sample(
+        tokens=np.zeros(301, np.int32), supervised=np.zeros(301, bool), images=(), source=0, line=1
+    )
     with pack_format.Writer(tmp_path, 300, alignment=4, tile_cap=2) as writer:
         for samples in ([], [long], [long_part(long, 297), long_part(long, 1)]):
             with pytest.raises(ValueError, match="aligned to 4.*--capacity 300"):
@@ -163,22 +192,31 @@ def test_writer_refuses(tmp_path):
         tiles = make_sample(np.random.default_rng(0), images=3, text_tokens=3, line=1, **FACTS)
         with pytest.raises(ValueError, match="above --tile_cap 2"):
             writer.write([tiles])
-        with pytest.raises(ValueError, match="manifest: alignment 1, but the packs were written with 4"):
+        with pytest.raises(
+            ValueError, match="manifest: alignment 1, but the packs were written with 4"
+        ):
             writer.close(MANIFEST)
     with pytest.raises(ValueError, match="--capacity 10 is not a multiple of --alignment 4"):
         pack_format.Writer(tmp_path, 10, alignment=4)
 
 
 def long_part(sample: Sample, length: int) -> Sample:
-    return dataclasses.replace(sample, tokens=sample.tokens[:length], supervised=sample.supervised[:length])
+    return dataclasses.replace(
+        sample, tokens=sample.tokens[:length], supervised=sample.supervised[:length]
+    )
 
 
 def test_damaged_bytes(stored, damaged):
     record = Reader(stored[0]).index[0]
-    layout = format.sections(int(record["tokens"]), int(record["samples"]), int(record["images"]))
+    layout = pack_format.sections(
+        int(record["tokens"]), int(record["samples"]), int(record["images"])
+    )
     path = damaged / "packs-00000.bin"
     flip(path, 8)
-    with pytest.raises(ValueError, match=r"packs-00000.bin: pack 0: CRC32 of its tokens is [0-9a-f]{8}, written was"):
+    with pytest.raises(
+        ValueError,
+        match=r"packs-00000.bin: pack 0: CRC32 of its tokens is [0-9a-f]{8}, written was",
+    ):
         Reader(damaged).read(0)
     flip(path, 8)
     if record["images"] == 0:
@@ -193,12 +231,12 @@ def test_damaged_bytes(stored, damaged):
 
 def test_damaged_index(damaged):
     path = damaged / "packs.idx"
-    flip(path, format.HEADER_BYTES + 16)
+    flip(path, pack_format.HEADER_BYTES + 16)
     with pytest.raises(ValueError, match="packs.idx: checksum"):
         Reader(damaged).check()
-    flip(path, format.HEADER_BYTES + 16)
+    flip(path, pack_format.HEADER_BYTES + 16)
     second = int(Reader(damaged).index.starts[1])
-    flip(path, format.HEADER_BYTES + second * format.RECORD.itemsize + 5)  # the offset, by a lot
+    flip(path, pack_format.HEADER_BYTES + second * pack_format.RECORD.itemsize + 5)
     with pytest.raises(ValueError, match="outside .*packs-00001.bin; packs.idx is damaged"):
         Reader(damaged).read(second)
 
@@ -218,9 +256,9 @@ def test_cut_off(damaged, name):
     ("place", "value", "message"),
     [
         (0, b"?", "not an index of packs"),
-        (8, bytes([format.VERSION + 1]), "format version 3, but this megavlm reads 2"),
+        (8, bytes([pack_format.VERSION + 1]), "format version 3, but this megavlm reads 2"),
         (16, bytes([72]), "records of 72 bytes"),
-        (format.HEADER.size + 4, b"?", "with other fields"),
+        (pack_format.HEADER.size + 4, b"?", "with other fields"),
         (24, bytes([99]), "header says 99 packs"),
     ],
 )

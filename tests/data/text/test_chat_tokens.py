@@ -14,7 +14,12 @@ from megavlm.data.records.record import Turn
 from megavlm.data.records.reject import RejectError
 from megavlm.data.text.chat_tokens import ChatTemplate
 from megavlm.data.text.templates import chat_format
-from megavlm.data.text.tokenizer import SPECIAL_TOKENS, add_special_tokens, fingerprint, load_tokenizer
+from megavlm.data.text.tokenizer import (
+    SPECIAL_TOKENS,
+    add_special_tokens,
+    fingerprint,
+    load_tokenizer,
+)
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 HF_CHAT_TEMPLATE = chat_format("internvl2_5").hf_template()
@@ -47,7 +52,11 @@ def test_every_golden_conversation(conversations, template):
 
 def test_conversations_before_it_change_no_conversation(conversations, template):
     """The tokens of the last system message are kept."""
-    own = [conversation for conversation in conversations if conversation["conversations"][0]["from"] == "system"]
+    own = [
+        conversation
+        for conversation in conversations
+        if conversation["conversations"][0]["from"] == "system"
+    ]
     assert len({conversation["conversations"][0]["value"] for conversation in own}) > 1
     for conversation in (*own, *conversations[:20], *own[::-1]):
         fresh = ChatTemplate(template.tokenizer, features_per_tile=4)
@@ -62,13 +71,15 @@ def test_a_prompt_is_what_the_sample_begins_with(conversations, template):
         shown = sum(turn.text.count("<image>") for turn in turns[:-1])
         prompt = template.prompt(turns[:-1], conversation["tiles_per_image"][:shown])
         assert conversation["input_ids"][: len(prompt)] == prompt.tolist()
-        assert sum(conversation["supervised"][: len(prompt)]) == sum(conversation["supervised"]) - template_answer(
-            conversation, len(prompt)
-        )
+        assert sum(conversation["supervised"][: len(prompt)]) == sum(
+            conversation["supervised"]
+        ) - template_answer(conversation, len(prompt))
 
 
 def template_answer(conversation: dict, start: int) -> int:
-    """Supervised tokens of the last answer: all tokens from ``start`` on but the newline at the end."""
+    """Supervised tokens of the last answer: all tokens from ``start`` on but the newline at the
+    end.
+    """
     return len(conversation["input_ids"]) - start - 1
 
 
@@ -76,37 +87,59 @@ def test_a_question_shows_one_image_first(template):
     with_placeholder = template.prompt("<image>\nwhat number", [2])
     assert template.prompt("what number", [2]).tolist() == with_placeholder.tolist()
     assert np.count_nonzero(with_placeholder == template.context_token_id) == 8
-    assert template.prompt("what number").tolist() == template.prompt([Turn(role="human", text="what number")]).tolist()
+    assert (
+        template.prompt("what number").tolist()
+        == template.prompt([Turn(role="human", text="what number")]).tolist()
+    )
 
 
 def test_an_answer_reads_back(template):
-    tokens, supervised = template.encode([Turn(role="human", text="a"), Turn(role="gpt", text="the answer is 你好")], [])
+    tokens, supervised = template.encode(
+        [Turn(role="human", text="a"), Turn(role="gpt", text="the answer is 你好")], []
+    )
     assert tokens[supervised][-1] == template.end_token_id
     assert template.text(tokens[supervised]) == "the answer is 你好"
 
 
 def test_hugging_face_template_renders_the_same_tokens(conversations, template):
     for conversation in conversations:
-        messages = [{"role": ROLES[turn.role], "content": turn.text} for turn in _turns(conversation)]
+        messages = [
+            {"role": ROLES[turn.role], "content": turn.text} for turn in _turns(conversation)
+        ]
         for message in messages:
             if message["role"] == "user":
-                message["content"] = message["content"].replace("<image>", "<img><IMG_CONTEXT></img>")
-        text = template.tokenizer.apply_chat_template(messages, chat_template=HF_CHAT_TEMPLATE, tokenize=False)
+                message["content"] = message["content"].replace(
+                    "<image>", "<img><IMG_CONTEXT></img>"
+                )
+        text = template.tokenizer.apply_chat_template(
+            messages, chat_template=HF_CHAT_TEMPLATE, tokenize=False
+        )
         pieces = text.split("<IMG_CONTEXT>")
-        for tiles, place in zip(conversation["tiles_per_image"], range(1, len(pieces)), strict=True):
+        for tiles, place in zip(
+            conversation["tiles_per_image"], range(1, len(pieces)), strict=True
+        ):
             pieces[place] = "<IMG_CONTEXT>" * (4 * tiles) + pieces[place]
         assert template.tokenizer("".join(pieces))["input_ids"] == conversation["input_ids"]
 
 
 def test_hugging_face_template_places_images_and_opens_the_answer(template):
-    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what number"}]}]
-    text = template.tokenizer.apply_chat_template(messages, chat_template=HF_CHAT_TEMPLATE, tokenize=False, add_generation_prompt=True)
+    messages = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what number"}]}
+    ]
+    text = template.tokenizer.apply_chat_template(
+        messages, chat_template=HF_CHAT_TEMPLATE, tokenize=False, add_generation_prompt=True
+    )
     expanded = text.replace("<IMG_CONTEXT>", "<img>" + "<IMG_CONTEXT>" * 4 + "</img>")
     assert template.tokenizer(expanded)["input_ids"] == template.prompt("what number", [1]).tolist()
 
 
 @pytest.mark.parametrize(
-    ("text", "tiles", "counts"), [("<image> <image> a", [1], "2 .* 1 images"), ("a", [1], "0 .* 1 images"), ("<image>", [], "1 .* 0")]
+    ("text", "tiles", "counts"),
+    [
+        ("<image> <image> a", [1], "2 .* 1 images"),
+        ("a", [1], "0 .* 1 images"),
+        ("<image>", [], "1 .* 0"),
+    ],
 )
 def test_placeholders_and_images_must_agree(template, text, tiles, counts):
     with pytest.raises(RejectError, match=counts) as caught:
@@ -115,7 +148,9 @@ def test_placeholders_and_images_must_agree(template, text, tiles, counts):
 
 
 def test_a_placeholder_in_an_answer_is_text(template):
-    tokens, _ = template.encode([Turn(role="human", text="a"), Turn(role="gpt", text="write <image>")], [])
+    tokens, _ = template.encode(
+        [Turn(role="human", text="a"), Turn(role="gpt", text="write <image>")], []
+    )
     assert template.context_token_id not in tokens
     assert template.text(tokens).count("<image>") == 1
 
@@ -123,7 +158,10 @@ def test_a_placeholder_in_an_answer_is_text(template):
 @pytest.mark.parametrize("token", ["<img>", "</img>", "<IMG_CONTEXT>"])
 @pytest.mark.parametrize("role", ["system", "human", "gpt"])
 def test_tokens_of_images_in_a_text_are_refused(template, token, role):
-    turns = [Turn(role=name, text="a" + (token if name == role else "")) for name in ("system", "human", "gpt")]
+    turns = [
+        Turn(role=name, text="a" + (token if name == role else ""))
+        for name in ("system", "human", "gpt")
+    ]
     with pytest.raises(RejectError, match=token) as caught:
         template.encode(turns, [])
     assert caught.value.reason == "image_token_in_text"
@@ -143,18 +181,27 @@ def _without_special_tokens(folder: Path):
     """The golden tokenizer, bare of InternVL's tokens."""
     facts = json.loads((GOLDEN / "tokenizer" / "tokenizer.json").read_text(encoding="utf-8"))
     names = {"<|endoftext|>": 0, "<|im_start|>": 1, "<|im_end|>": 2}
-    kept = sorted((token for token in facts["model"]["vocab"] if token not in SPECIAL_TOKENS), key=facts["model"]["vocab"].get)
+    kept = sorted(
+        (token for token in facts["model"]["vocab"] if token not in SPECIAL_TOKENS),
+        key=facts["model"]["vocab"].get,
+    )
     facts["model"]["vocab"] = {token: place for place, token in enumerate(kept)}
     facts["added_tokens"] = [token for token in facts["added_tokens"] if token["content"] in names]
     (folder / "tokenizer.json").write_text(json.dumps(facts), encoding="utf-8")
-    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "TokenizersBackend"}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "TokenizersBackend"})
+    )
     return load_tokenizer(folder)
 
 
 def test_fingerprints_tell_tokenizers_apart(tmp_path):
     golden = load_tokenizer(GOLDEN / "tokenizer")
     bare = _without_special_tokens(tmp_path)
-    assert fingerprint(golden) == fingerprint(load_tokenizer(GOLDEN / "tokenizer")) == "48aa8c8346565566bd4039f583f23dbd"
+    assert (
+        fingerprint(golden)
+        == fingerprint(load_tokenizer(GOLDEN / "tokenizer"))
+        == "48aa8c8346565566bd4039f583f23dbd"
+    )
     assert fingerprint(bare) != fingerprint(golden)
 
 
@@ -162,8 +209,12 @@ def test_an_unfit_tokenizer_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="no token <img>"):
         ChatTemplate(_without_special_tokens(tmp_path), 4)
     starts = load_tokenizer(GOLDEN / "tokenizer")
-    starts.backend_tokenizer.post_processor = TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
-    with pytest.raises(ValueError, match=r"turns 'a' into \[0, \d+\]; in front of a text, it may add its bos_token"):
+    starts.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
+    )
+    with pytest.raises(
+        ValueError, match=r"turns 'a' into \[0, \d+\]; in front of a text, it may add its bos_token"
+    ):
         ChatTemplate(starts, 4)
 
 

@@ -1,4 +1,6 @@
-"""Every template against texts and masks written down here by hand, for tokenizers with and without a token of the beginning."""
+"""Every template against texts and masks written down here by hand, for tokenizers with and without
+a token of the beginning.
+"""
 
 from __future__ import annotations
 
@@ -18,23 +20,45 @@ from megavlm.data.text.templates import FORMATS, chat_format
 from megavlm.data.text.tokenizer import add_special_tokens, load_tokenizer
 
 GOLDEN = Path(__file__).parents[2] / "golden"
-WORDS = "the quick brown fox jumps over a lazy dog what is in picture answer yes no red blue hello world USER ASSISTANT :"
-MARKERS = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "</s>", "<|im_start|>", "<|im_end|>")
-OLD_SYSTEM = "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的人工智能助手。"
+WORDS = (
+    "the quick brown fox jumps over a lazy dog what is in picture answer yes no red blue hello"
+    " world USER ASSISTANT :"
+)
+MARKERS = (
+    "<|system|>",
+    "<|user|>",
+    "<|assistant|>",
+    "<|end|>",
+    "</s>",
+    "<|im_start|>",
+    "<|im_end|>",
+)
+OLD_SYSTEM = (
+    "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL,"
+    " 是一个有用无害的人工智能助手。"
+)
 VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
 CHATS = [
     (None, [("what is in the picture", "a red fox")]),
-    (None, [("<image>\nwhat is in the picture", "a lazy dog"), ("and <image>?", "你好 <ref>the fox</ref><box>[[1, 2, 3, 4]]</box>\n")]),
+    (
+        None,
+        [
+            ("<image>\nwhat is in the picture", "a lazy dog"),
+            ("and <image>?", "你好 <ref>the fox</ref><box>[[1, 2, 3, 4]]</box>\n"),
+        ],
+    ),
     ("be brief", [("<image> hello", " the world "), ("no\n", "yes"), ("a", "b")]),
 ]
 
 
 def bytes_without_bos():
     tokenizer = load_tokenizer(GOLDEN / "tokenizer")
-    tokenizer.add_tokens([token for token in MARKERS if token not in tokenizer.get_vocab()], special_tokens=True)
+    tokenizer.add_tokens(
+        [token for token in MARKERS if token not in tokenizer.get_vocab()], special_tokens=True
+    )
     return tokenizer
 
 
@@ -44,12 +68,16 @@ def bytes_with_bos():
     tokenizer.add_tokens(["<s>"], special_tokens=True)
     tokenizer.bos_token = "<s>"
     pieces = [("<s>", tokenizer.convert_tokens_to_ids("<s>"))]
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=pieces)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=pieces
+    )
     return tokenizer
 
 
 def sentences(folder: Path, class_name: str, *, starts_with_space: bool):
-    """A sentencepiece tokenizer; ``class_name`` LlamaTokenizer, or InternLM's, which comes with code that is not run."""
+    """A sentencepiece tokenizer; ``class_name`` LlamaTokenizer, or InternLM's, which comes with
+    code that is not run.
+    """
     rng = random.Random(0)
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter([" ".join(rng.choices(WORDS.split(), k=8)) for _ in range(300)]),
@@ -63,14 +91,23 @@ def sentences(folder: Path, class_name: str, *, starts_with_space: bool):
         hard_vocab_limit=False,
         minloglevel=2,
     )
-    settings = {"tokenizer_class": class_name, "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    settings = {
+        "tokenizer_class": class_name,
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+    }
     if class_name == "LlamaTokenizer":
         settings["add_bos_token"] = True
     else:
-        settings["auto_map"] = {"AutoTokenizer": ["tokenization_internlm2.InternLM2Tokenizer", None]}
+        settings["auto_map"] = {
+            "AutoTokenizer": ["tokenization_internlm2.InternLM2Tokenizer", None]
+        }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     tokenizer = load_tokenizer(folder)
-    tokenizer.add_tokens([token for token in MARKERS if token not in tokenizer.get_vocab()], special_tokens=True)
+    tokenizer.add_tokens(
+        [token for token in MARKERS if token not in tokenizer.get_vocab()], special_tokens=True
+    )
     add_special_tokens(tokenizer)
     return tokenizer
 
@@ -92,7 +129,11 @@ NAMES = ["bytes", "bytes with a beginning", "llama", "internlm"]
 
 def turns_of(system: str | None, rounds: list[tuple[str, str]]) -> list[Turn]:
     start = [Turn(role="system", text=system)] if system else []
-    return start + [Turn(role=role, text=text) for pair in rounds for role, text in zip(("human", "gpt"), pair, strict=True)]
+    return start + [
+        Turn(role=role, text=text)
+        for pair in rounds
+        for role, text in zip(("human", "gpt"), pair, strict=True)
+    ]
 
 
 def show(text: str, tiles: list[int]) -> str:
@@ -102,7 +143,9 @@ def show(text: str, tiles: list[int]) -> str:
     return text
 
 
-def by_hand(name: str, system: str | None, rounds: list[tuple[str, str]], tiles: list[int]) -> list[tuple[str, str]]:
+def by_hand(
+    name: str, system: str | None, rounds: list[tuple[str, str]], tiles: list[int]
+) -> list[tuple[str, str]]:
     """The whole text of a conversation in pairs: what is not learned, then what is."""
     pairs = []
     tiles = list(tiles)
@@ -114,7 +157,12 @@ def by_hand(name: str, system: str | None, rounds: list[tuple[str, str]], tiles:
         del tiles[: question.count("<image>")]
         if name in ("Hermes-2", "internlm2-chat"):
             start = f"<|im_start|>system\n{system or OLD_SYSTEM}<|im_end|>" if place == 0 else ""
-            pairs.append((f"{start}<|im_start|>user\n{shown}<|im_end|><|im_start|>assistant\n", f"{answer}<|im_end|>"))
+            pairs.append(
+                (
+                    f"{start}<|im_start|>user\n{shown}<|im_end|><|im_start|>assistant\n",
+                    f"{answer}<|im_end|>",
+                )
+            )
         elif name == "phi3-chat":
             start = f"<|system|>\n{system or OLD_SYSTEM}<|end|>" if place == 0 else ""
             pairs.append((f"{start}<|user|>\n{shown}<|end|><|assistant|>\n", f"{answer}<|end|>"))
@@ -134,12 +182,18 @@ def test_joint_templates_are_the_tokens_of_the_whole_text(tokenizers, name, whic
         pairs = by_hand(name, system, rounds, tiles)
         tokens, supervised = template.encode(turns_of(system, rounds), tiles)
         assert tokens.tolist() == tokenizer("".join(map("".join, pairs)))["input_ids"]
-        # As InternVL finds its masks: the number of tokens up to an answer's begin, and up to its end.
+        # As InternVL finds its masks: the number of tokens up to an answer's begin, and up to its
+        # end.
         expected = np.zeros(len(tokens), bool)
         text = ""
         for before, answer in pairs:
-            # Alone, the space in front of vicuna's answers is a token; with the answer it is a part of the first one.
-            begin = len(tokenizer(text + before + " ")["input_ids"]) - 1 if name == "vicuna" else len(tokenizer(text + before)["input_ids"])
+            # Alone, the space in front of vicuna's answers is a token; with the answer it is a part
+            # of the first one.
+            begin = (
+                len(tokenizer(text + before + " ")["input_ids"]) - 1
+                if name == "vicuna"
+                else len(tokenizer(text + before)["input_ids"])
+            )
             text += before + answer
             expected[begin : len(tokenizer(text)["input_ids"])] = True
         assert supervised.tolist() == expected.tolist()
@@ -172,10 +226,17 @@ def test_internvl2_5_joins_turns_that_were_tokenised_apart(tokenizers, which):
 @pytest.mark.parametrize("which", NAMES)
 def test_plain_is_images_and_answers(tokenizers, which):
     tokenizer = tokenizers[which]
-    tokens, supervised = ChatTemplate(tokenizer, 2, name="plain").encode(turns_of(None, [("<image>\nwhat is it", "a red fox")]), [2])
-    assert tokens.tolist() == tokenizer("<img>" + "<IMG_CONTEXT>" * 4 + "</img>a red fox\n")["input_ids"]
+    tokens, supervised = ChatTemplate(tokenizer, 2, name="plain").encode(
+        turns_of(None, [("<image>\nwhat is it", "a red fox")]), [2]
+    )
     assert (
-        supervised.tolist() == [False] * len(tokenizer("<img>" + "<IMG_CONTEXT>" * 4 + "</img>")["input_ids"]) + [True] * supervised.sum()
+        tokens.tolist()
+        == tokenizer("<img>" + "<IMG_CONTEXT>" * 4 + "</img>a red fox\n")["input_ids"]
+    )
+    assert (
+        supervised.tolist()
+        == [False] * len(tokenizer("<img>" + "<IMG_CONTEXT>" * 4 + "</img>")["input_ids"])
+        + [True] * supervised.sum()
     )
 
 
@@ -184,8 +245,12 @@ def test_plain_is_images_and_answers(tokenizers, which):
 def test_a_pretrain_text_is_learned_but_for_its_images(tokenizers, name, which):
     tokenizer = tokenizers[which]
     template = ChatTemplate(tokenizer, 2, name=name)
-    tokens, supervised = template.encode([Turn(role="pretrain", text="<image>the fox <image> jumps")], [1, 2])
-    text = "<img><IMG_CONTEXT><IMG_CONTEXT></img>the fox <img>" + "<IMG_CONTEXT>" * 4 + "</img> jumps"
+    tokens, supervised = template.encode(
+        [Turn(role="pretrain", text="<image>the fox <image> jumps")], [1, 2]
+    )
+    text = (
+        "<img><IMG_CONTEXT><IMG_CONTEXT></img>the fox <img>" + "<IMG_CONTEXT>" * 4 + "</img> jumps"
+    )
     assert tokens.tolist() == tokenizer(text)["input_ids"]
     image_tokens = tokenizer.convert_tokens_to_ids(["<img>", "</img>", "<IMG_CONTEXT>"])
     start = 0 if which == "bytes" else 1
@@ -203,7 +268,9 @@ def test_a_prompt_is_where_the_answer_begins(tokenizers, name, which):
     prompt = template.prompt(turns[:-1], [1])
     assert tokens[: len(prompt)].tolist() == prompt.tolist()
     last = np.flatnonzero(supervised)[-1]
-    assert (supervised[len(prompt) : last + 1].all() and not supervised[len(prompt) - 1]) or name == "plain"
+    assert (
+        supervised[len(prompt) : last + 1].all() and not supervised[len(prompt) - 1]
+    ) or name == "plain"
     assert tokens[last] == template.end_token_id
 
 
@@ -218,13 +285,24 @@ def test_hugging_face_renders_the_same_tokens(tokenizers, name, which):
         messages = [
             {
                 "role": roles[turn.role],
-                "content": turn.text.replace("<image>", "<img><IMG_CONTEXT></img>") if turn.role == "human" else turn.text,
+                "content": (
+                    turn.text.replace("<image>", "<img><IMG_CONTEXT></img>")
+                    if turn.role == "human"
+                    else turn.text
+                ),
             }
             for turn in turns
         ]
         shown = sum(question.count("<image>") for question, _ in rounds)
-        text = tokenizer.apply_chat_template(messages, chat_template=chat_format(name).hf_template(bos=which != "bytes"), tokenize=False)
-        assert tokenizer(text, add_special_tokens=False)["input_ids"] == template.encode(turns, [1] * shown)[0].tolist()
+        text = tokenizer.apply_chat_template(
+            messages,
+            chat_template=chat_format(name).hf_template(bos=which != "bytes"),
+            tokenize=False,
+        )
+        assert (
+            tokenizer(text, add_special_tokens=False)["input_ids"]
+            == template.encode(turns, [1] * shown)[0].tolist()
+        )
 
 
 def test_a_sentencepiece_model_is_read_without_its_code(tokenizers, tmp_path):
@@ -235,11 +313,18 @@ def test_a_sentencepiece_model_is_read_without_its_code(tokenizers, tmp_path):
     tokenizer.save_pretrained(tmp_path / "saved")
     again = load_tokenizer(tmp_path / "saved")
     assert "auto_map" not in (tmp_path / "saved" / "tokenizer_config.json").read_text()
-    assert again("  <img>the fox</img> a")["input_ids"] == tokenizer("  <img>the fox</img> a")["input_ids"]
+    assert (
+        again("  <img>the fox</img> a")["input_ids"]
+        == tokenizer("  <img>the fox</img> a")["input_ids"]
+    )
 
 
 def test_unknown_templates_and_missing_markers_are_told(tokenizers):
-    with pytest.raises(ValueError, match="--template chatml: no such template; known are internvl2_5, Hermes-2"):
+    with pytest.raises(
+        ValueError, match="--template chatml: no such template; known are internvl2_5, Hermes-2"
+    ):
         chat_format("chatml")
-    with pytest.raises(ValueError, match=r"no token <\|system\|>, which --template phi3-chat needs"):
+    with pytest.raises(
+        ValueError, match=r"no token <\|system\|>, which --template phi3-chat needs"
+    ):
         ChatTemplate(load_tokenizer(GOLDEN / "tokenizer"), 2, name="phi3-chat")

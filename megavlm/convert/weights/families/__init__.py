@@ -1,4 +1,6 @@
-"""The families of language models, a module for each. A new one is a new module and its name in the list below."""
+"""The families of language models, a module for each. A new one is a new module and its name in the
+list below.
+"""
 
 from __future__ import annotations
 
@@ -6,25 +8,39 @@ from megavlm.config.schema import Language
 from megavlm.convert.weights.families import internlm2, internlm3, llama, mistral, qwen2, qwen3
 from megavlm.convert.weights.families.family import Family
 
-FAMILIES: dict[str, Family] = {module.FAMILY.name: module.FAMILY for module in (qwen2, qwen3, internlm2, internlm3, llama, mistral)}
+FAMILIES: dict[str, Family] = {
+    module.FAMILY.name: module.FAMILY
+    for module in (qwen2, qwen3, internlm2, internlm3, llama, mistral)
+}
 
 
 def family_of(language: Language) -> Family:
     """The family that a language model says it is of.
 
     Raises:
-        ValueError: there is no such family, or the model contradicts what all models of the family share; every flag is named.
+        ValueError: there is no such family, or the model contradicts what all models of the family
+            share; every flag is named.
     """
     flag = "--architecture.language"
     if language.family not in FAMILIES:
-        raise ValueError(f"{flag}.family {language.family}: no such family; known are {', '.join(FAMILIES)}")
+        raise ValueError(
+            f"{flag}.family {language.family}: no such family; known are {', '.join(FAMILIES)}"
+        )
     family = FAMILIES[language.family]
     fields = vars(language)
-    wrong = [(name, fields[name], value) for name, value in family.facts.items() if fields[name] != value]
-    if not family.has_head_dim and language.head_size * language.num_attention_heads != language.hidden_size:
+    wrong = [
+        (name, fields[name], value) for name, value in family.facts.items() if fields[name] != value
+    ]
+    if (
+        not family.has_head_dim
+        and language.head_size * language.num_attention_heads != language.hidden_size
+    ):
         wrong.append(("kv_channels", language.kv_channels, 0))
     if wrong:
-        listed = "; ".join(f"{flag}.{name} is {str(found).lower()}, must be {str(value).lower()}" for name, found, value in wrong)
+        listed = "; ".join(
+            f"{flag}.{name} is {str(found).lower()}, must be {str(value).lower()}"
+            for name, found, value in wrong
+        )
         raise ValueError(f"{flag}.family {language.family}: {listed}")
     return family
 

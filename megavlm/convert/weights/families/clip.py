@@ -1,4 +1,5 @@
-"""CLIP (Radford et al., arXiv 2103.00020) and SigLIP (Zhai et al., arXiv 2303.15343), as ``transformers`` names what sees images in them.
+"""CLIP (Radford et al., arXiv 2103.00020) and SigLIP (Zhai et al., arXiv 2303.15343), as
+``transformers`` names what sees images in them.
 
 Shape letters: D hidden size, M hidden size of the MLP, p pixels along a patch, N tokens of a tile.
 """
@@ -11,17 +12,40 @@ from megavlm.convert.weights.transforms import GroupedQKV, Padded, Reshaped
 
 
 def rows(vision: Vision) -> list[Row]:
-    """The table of the layers that are built, with keys and names as in a folder that holds the vision encoder alone."""
+    """The table of the layers that are built, with keys and names as in a folder that holds the
+    vision encoder alone.
+    """
     width = vision.hidden_size
     side = vision.patch_size
     tokens = vision.tokens
     positions = Reshaped((tokens, width), (1, tokens, width))
-    token = [Row("class_token", ("embeddings.class_embedding",), (1, 1, width), Reshaped((width,), (1, 1, width)))]
+    token = [
+        Row(
+            "class_token",
+            ("embeddings.class_embedding",),
+            (1, 1, width),
+            Reshaped((width,), (1, 1, width)),
+        )
+    ]
     return [
-        *linear("patch_embedding", ("embeddings.patch_embedding",), (width, 3, side, side), bias=vision.has_patch_bias),
+        *linear(
+            "patch_embedding",
+            ("embeddings.patch_embedding",),
+            (width, 3, side, side),
+            bias=vision.has_patch_bias,
+        ),
         *(token if vision.has_class_token else []),
-        Row("position_embedding", ("embeddings.position_embedding.weight",), (1, tokens, width), positions),
-        *(norm("embedding_norm.", "pre_layrnorm", width, "LayerNorm") if vision.has_embedding_norm else []),
+        Row(
+            "position_embedding",
+            ("embeddings.position_embedding.weight",),
+            (1, tokens, width),
+            positions,
+        ),
+        *(
+            norm("embedding_norm.", "pre_layrnorm", width, "LayerNorm")
+            if vision.has_embedding_norm
+            else []
+        ),
         *layers(_layer(vision), "encoder.layers.{}.", "encoder.layers.{}.", vision.num_layers),
     ]
 
@@ -36,7 +60,12 @@ def _layer(vision: Vision) -> list[Row]:
     return [
         *norm("self_attention.linear_qkv.layer_norm_", "layer_norm1", width, "LayerNorm"),
         *linear("self_attention.linear_qkv", projections, (3 * width, width), qkv),
-        Row("self_attention.linear_proj.weight", ("self_attn.out_proj.weight",), (width, width), Padded(width, axis=1)),
+        Row(
+            "self_attention.linear_proj.weight",
+            ("self_attn.out_proj.weight",),
+            (width, width),
+            Padded(width, axis=1),
+        ),
         Row("self_attention.linear_proj.bias", ("self_attn.out_proj.bias",), (width,)),
         *norm("mlp.linear_fc1.layer_norm_", "layer_norm2", width, "LayerNorm"),
         *linear("mlp.linear_fc1", ("mlp.fc1",), (inner, width)),

@@ -1,4 +1,6 @@
-"""What a family of language models is: a table of weights, and the facts that its config.json states."""
+"""What a family of language models is: a table of weights, and the facts that its config.json
+states.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +19,15 @@ class Family:
     Args:
         name: value of ``--architecture.language.family``, and ``model_type`` in config.json.
         class_name: of the causal language model, ``architectures`` in config.json.
-        rows: table of a model, with keys and names as in a folder that holds the language model alone.
+        rows: table of a model, with keys and names as in a folder that holds the language model
+            alone.
         facts: fields of ``Language`` that have one value in all models of the family.
-        settings: what config.json says accordingly; where it says something else, our model would compute something else.
-        has_head_dim: whether config.json states the width of a head; otherwise it is hidden_size / num_attention_heads.
-        native: family whose names and settings are used inside ``InternVLForConditionalGeneration``; empty: this one.
+        settings: what config.json says accordingly; where it says something else, our model would
+            compute something else.
+        has_head_dim: whether config.json states the width of a head; otherwise it is hidden_size /
+            num_attention_heads.
+        native: family whose names and settings are used inside
+            ``InternVLForConditionalGeneration``; empty: this one.
         chat: the same for ``InternVLChatModel``.
     """
 

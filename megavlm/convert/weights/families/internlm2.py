@@ -1,7 +1,9 @@
-"""InternLM2 and InternLM2.5 (Cai et al., arXiv 2403.17297): Llama with fused queries, keys and values, and names of its own.
+"""InternLM2 and InternLM2.5 (Cai et al., arXiv 2403.17297): Llama with fused queries, keys and
+values, and names of its own.
 
-``wqkv`` holds, for each key-value head, its query heads, the key and the value: the order in which megatron-core keeps them too.
-``transformers`` has no such class, and takes the same model as a Llama.
+``wqkv`` holds, for each key-value head, its query heads, the key and the value: the order in which
+megatron-core keeps them too. ``transformers`` has no such class, and takes the same model as a
+Llama.
 """
 
 from __future__ import annotations
@@ -18,7 +20,12 @@ def rows(language: Language) -> list[Row]:
     tokens = language.vocab_size
     head = [Row("output_layer.weight", ("output.weight",), (tokens, width), Padded(tokens))]
     return [
-        Row("embedding.word_embeddings.weight", ("model.tok_embeddings.weight",), (tokens, width), Padded(tokens)),
+        Row(
+            "embedding.word_embeddings.weight",
+            ("model.tok_embeddings.weight",),
+            (tokens, width),
+            Padded(tokens),
+        ),
         *layers(_layer(language), "decoder.layers.{}.", "model.layers.{}.", language.num_layers),
         *norm("decoder.final_layernorm.", "model.norm", width),
         *([] if language.tied_head else head),
@@ -33,10 +40,21 @@ def _layer(language: Language) -> list[Row]:
     groups = language.num_query_groups
     return [
         *norm("self_attention.linear_qkv.layer_norm_", "attention_norm", width),
-        *linear("self_attention.linear_qkv", ("attention.wqkv",), ((heads + 2 * groups) * size, width), bias=False),
+        *linear(
+            "self_attention.linear_qkv",
+            ("attention.wqkv",),
+            ((heads + 2 * groups) * size, width),
+            bias=False,
+        ),
         *linear("self_attention.linear_proj", ("attention.wo",), (width, heads * size), bias=False),
         *norm("mlp.linear_fc1.layer_norm_", "ffn_norm", width),
-        *linear("mlp.linear_fc1", ("feed_forward.w1", "feed_forward.w3"), (2 * inner, width), Stacked(2), bias=False),
+        *linear(
+            "mlp.linear_fc1",
+            ("feed_forward.w1", "feed_forward.w3"),
+            (2 * inner, width),
+            Stacked(2),
+            bias=False,
+        ),
         *linear("mlp.linear_fc2", ("feed_forward.w2",), (width, inner), bias=False),
     ]
 

@@ -1,4 +1,5 @@
-"""InternViT (Chen et al., arXiv 2312.14238), of 300M and of 6B, as ``transformers`` and as OpenGVLab name its weights.
+"""InternViT (Chen et al., arXiv 2312.14238), of 300M and of 6B, as ``transformers`` and as
+OpenGVLab name its weights.
 
 Shape letters: D hidden size, H heads, M hidden size of the MLP, p pixels along a patch.
 """
@@ -88,9 +89,20 @@ def _layer(vision: Vision, names: Names) -> list[Row]:
     ]
     return [
         *norm("self_attention.linear_qkv.layer_norm_", names.norm_attention, width, kind),
-        *linear("self_attention.linear_qkv", names.qkv, (3 * width, width), Padded(3 * width, inner=qkv), bias=vision.qkv_bias),
+        *linear(
+            "self_attention.linear_qkv",
+            names.qkv,
+            (3 * width, width),
+            Padded(3 * width, inner=qkv),
+            bias=vision.qkv_bias,
+        ),
         *(norms if vision.qk_norm else []),
-        Row("self_attention.linear_proj.weight", (f"{names.projection}.weight",), (width, width), Padded(width, axis=1)),
+        Row(
+            "self_attention.linear_proj.weight",
+            (f"{names.projection}.weight",),
+            (width, width),
+            Padded(width, axis=1),
+        ),
         Row("self_attention.linear_proj.bias", (f"{names.projection}.bias",), (width,)),
         Row("attention_scale", (names.scale_attention,), (width,)),
         *norm("mlp.linear_fc1.layer_norm_", names.norm_mlp, width, kind),

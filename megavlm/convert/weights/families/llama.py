@@ -1,6 +1,7 @@
 """Llama (Touvron et al., arXiv 2302.13971), Vicuna and whatever else is written in its format.
 
-Shape letters: D hidden size, H query heads, G query groups, d width of a head, M hidden size of the MLP, V vocabulary.
+Shape letters: D hidden size, H query heads, G query groups, d width of a head, M hidden size of the
+MLP, V vocabulary.
 """
 
 from __future__ import annotations
@@ -12,12 +13,19 @@ from megavlm.convert.weights.transforms import GroupedQKV, Padded, Stacked
 
 
 def rows(language: Language) -> list[Row]:
-    """The table of Llama, with the bias and the norms of queries and keys that its relatives add."""
+    """The table of Llama, with the bias and the norms of queries and keys that its relatives
+    add.
+    """
     width = language.hidden_size
     tokens = language.vocab_size
     head = [Row("output_layer.weight", ("lm_head.weight",), (tokens, width), Padded(tokens))]
     return [
-        Row("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), (tokens, width), Padded(tokens)),
+        Row(
+            "embedding.word_embeddings.weight",
+            ("model.embed_tokens.weight",),
+            (tokens, width),
+            Padded(tokens),
+        ),
         *layers(_layer(language), "decoder.layers.{}.", "model.layers.{}.", language.num_layers),
         *norm("decoder.final_layernorm.", "model.norm", width),
         *([] if language.tied_head else head),
@@ -38,11 +46,25 @@ def _layer(language: Language) -> list[Row]:
     ]
     return [
         *norm("self_attention.linear_qkv.layer_norm_", "input_layernorm", width),
-        *linear("self_attention.linear_qkv", projections, qkv, GroupedQKV(heads, groups, size), bias=language.qkv_bias),
+        *linear(
+            "self_attention.linear_qkv",
+            projections,
+            qkv,
+            GroupedQKV(heads, groups, size),
+            bias=language.qkv_bias,
+        ),
         *(norms if language.qk_norm else []),
-        *linear("self_attention.linear_proj", ("self_attn.o_proj",), (width, heads * size), bias=False),
+        *linear(
+            "self_attention.linear_proj", ("self_attn.o_proj",), (width, heads * size), bias=False
+        ),
         *norm("mlp.linear_fc1.layer_norm_", "post_attention_layernorm", width),
-        *linear("mlp.linear_fc1", ("mlp.gate_proj", "mlp.up_proj"), (2 * inner, width), Stacked(2), bias=False),
+        *linear(
+            "mlp.linear_fc1",
+            ("mlp.gate_proj", "mlp.up_proj"),
+            (2 * inner, width),
+            Stacked(2),
+            bias=False,
+        ),
         *linear("mlp.linear_fc2", ("mlp.down_proj",), (width, inner), bias=False),
     ]
 
