@@ -7,8 +7,11 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from megavlm.config.freeze_mask import current_name
+
 FILE_NAME = "state.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READABLE_VERSIONS = (1, 2)  # version 1 called the connector projector
 
 History = tuple[tuple[int, tuple[str, ...]], ...]
 """Stages whose moments were kept, oldest first: steps of each, and what it trained."""
@@ -43,8 +46,9 @@ class State:
 
 
 def write(state: State, folder: Path) -> None:
-    """Write ``state.json``."""
-    (folder / FILE_NAME).write_text(json.dumps(dataclasses.asdict(state), indent=2) + "\n")
+    """Write ``state.json``, in the newest format."""
+    values = dataclasses.asdict(dataclasses.replace(state, format=FORMAT_VERSION))
+    (folder / FILE_NAME).write_text(json.dumps(values, indent=2) + "\n")
 
 
 def read(folder: Path) -> State:
@@ -59,14 +63,15 @@ def read(folder: Path) -> State:
     try:
         values = json.loads(path.read_text())
         history = tuple(
-            (int(steps), tuple(trainable)) for steps, trainable in values.pop("history", [])
+            (int(steps), tuple(map(current_name, trainable)))
+            for steps, trainable in values.pop("history", [])
         )
         state = State(**values | {"packs": tuple(values.get("packs", ()))}, history=history)
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: not the state of a checkpoint ({error})") from error
-    if state.format != FORMAT_VERSION:
+    if state.format not in READABLE_VERSIONS:
         raise ValueError(
             f"{path}: written in format {state.format}; this version of megavlm reads"
-            f" {FORMAT_VERSION}"
+            f" {' and '.join(map(str, READABLE_VERSIONS))}"
         )
     return state

@@ -148,7 +148,7 @@ class Architecture:
         language: the language model.
         pixel_shuffle: patches along a side that become one feature (2: four patches, a quarter of
             the tokens).
-        projector_norm: whether a LayerNorm stands before the projector's MLP, as in InternVL; LLaVA
+        projector_norm: whether a LayerNorm stands before the connector's MLP, as in InternVL; LLaVA
             has none.
     """
 
@@ -164,5 +164,5 @@ class Architecture:
 
     @property
     def projector_input_size(self) -> int:
-        """Width of a feature before the projector."""
+        """Width of a feature before the connector."""
         return self.vision.hidden_size * self.pixel_shuffle**2

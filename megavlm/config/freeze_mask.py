@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
-PARTS = ("vision", "projector", "language")
+PARTS = ("vision", "connector", "language")
+_FORMER_NAMES = {"projector": "connector"}
+
+
+def current_name(pattern: str) -> str:
+    """Return a pattern with the name that its part has today; older versions said ``projector``."""
+    part, dot, rest = pattern.partition(".")
+    return f"{_FORMER_NAMES.get(part, part)}{dot}{rest}"
 
 
 def matches(key: str, pattern: str) -> bool:

@@ -1,9 +1,10 @@
-"""A pipeline's layout as text, such as ``v*24,p,t*4|t*9|t*9|t*6,h``: chunks with ``|`` between
+"""A pipeline's layout as text, such as ``v*24,c,t*4|t*9|t*9|t*6,h``: chunks with ``|`` between
 them, and what stands in each, in order.
 
-``v`` is a layer of the vision encoder, ``t`` one of the language model, ``p`` the projector with
-the token embedding, ``h`` final norm and head; ``v*24`` is ``v`` 24 times. ``p`` goes with the
-first ``t``, ``h`` with the last; both may be left out of the text.
+``v`` is a layer of the vision encoder, ``t`` one of the language model, ``c`` the connector with
+the token embedding, ``h`` final norm and head; ``v*24`` is ``v`` 24 times. ``c`` goes with the
+first ``t``, ``h`` with the last; both may be left out of the text. ``p`` (projector), the letter of
+older versions, is read as ``c``.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import re
 from collections.abc import Sequence
 from itertools import groupby
 
-_PIECE = re.compile(r"([vpth])(?:\*([0-9]+))?")
+_PIECE = re.compile(r"([vcpth])(?:\*([0-9]+))?")
 
 
 def parse_layout(text: str, vision_layers: int, language_layers: int) -> tuple[int, ...]:
@@ -34,23 +35,23 @@ def parse_layout(text: str, vision_layers: int, language_layers: int) -> tuple[i
             raise ValueError(
                 f"has {order.count(letter)} x {letter}, but the {name} has {wanted[letter]} layers"
             )
-    if not re.fullmatch("v*p?t*h?", order):
-        raise ValueError("must name layers in the order v, p, t, h")
+    if not re.fullmatch("v*c?t*h?", order):
+        raise ValueError("must name layers in the order v, c, t, h")
     counts = tuple(sum(letter in "vt" for letter in chunk) for chunk in chunks)
     if 0 in counts:
         raise ValueError("each chunk must have a layer")
-    if "p" in order and not any("pt" in chunk for chunk in chunks):
-        raise ValueError("p must stand in one chunk with the first t")
+    if "c" in order and not any("ct" in chunk for chunk in chunks):
+        raise ValueError("c must stand in one chunk with the first t")
     return counts
 
 
 def write_layout(counts: Sequence[int], vision_layers: int) -> str:
-    """The text of a layout, with ``p`` and ``h``, from the layers of each chunk."""
+    """The text of a layout, with ``c`` and ``h``, from the layers of each chunk."""
     chunks = []
     start = 0
     for count in counts:
         layers = "".join(
-            "v" if layer < vision_layers else "pt" if layer == vision_layers else "t"
+            "v" if layer < vision_layers else "ct" if layer == vision_layers else "t"
             for layer in range(start, start + count)
         )
         chunks.append(layers)
@@ -67,10 +68,11 @@ def _letters(chunk: str) -> str:
     for piece, match in found:
         if match is None:
             raise ValueError(
-                f"{piece.strip() or 'nothing'!r} is none of v, p, t, h, nor one of them with a"
+                f"{piece.strip() or 'nothing'!r} is none of v, c, t, h, nor one of them with a"
                 " number, such as t*4"
             )
-    return "".join(match[1] * int(match[2] or 1) for _, match in found if match)
+    letters = "".join(match[1] * int(match[2] or 1) for _, match in found if match)
+    return letters.replace("p", "c")
 
 
 def _short(letter: str, count: int) -> str:

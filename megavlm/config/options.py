@@ -17,6 +17,7 @@ import docstring_parser
 import jsonargparse
 
 from megavlm.config.architecture import PIXELS
+from megavlm.config.freeze_mask import current_name
 from megavlm.config.schema import Config
 
 # Names that Megatron-LM's users know, for fields that mean the same.
@@ -63,6 +64,10 @@ NAMED = {
     "architecture.vision.pixel_mean": {name: mean for name, (mean, _) in PIXELS.items()},
     "architecture.vision.pixel_std": {name: std for name, (_, std) in PIXELS.items()},
 }
+
+
+# What reads an item of a list, if not the type of the items.
+READ_ITEM = {"training.trainable": lambda value: current_name(str(value))}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,6 +230,7 @@ def _reader(option: Option) -> Any:
     item, *more = get_args(option.kind)
 
     names = NAMED.get(option.key, {})
+    read_item = READ_ITEM.get(option.key, item)
 
     def read(value: Any) -> tuple:
         if isinstance(value, str) and value.strip() in names:
@@ -237,7 +243,7 @@ def _reader(option: Option) -> Any:
             )
             if more != [...] and len(values) != len(more) + 1:
                 raise ValueError("another number of values")
-            return tuple(item(entry) for entry in values)
+            return tuple(read_item(entry) for entry in values)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{error}; got: {value}") from None
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Init:
-    """Start from parts that were trained apart: the projector is fresh, and so is a part that is
+    """Start from parts that were trained apart: the connector is fresh, and so is a part that is
     not named.
 
     Args:

@@ -92,10 +92,10 @@ class Parallel:
             tensor-parallel ranks too.
         layout: layers of each chunk of the pipeline. auto: the borders that make the slowest chunk
             fastest, for this model, freeze mask and data; even: equal numbers of layers; or a text
-            such as ``v*24,p,t*4|t*9|t*9|t*6,h``: v is a layer of the vision encoder, t of the
-            language model, p the projector and token embedding (with the first t), h the head (with
+            such as ``v*24,c,t*4|t*9|t*9|t*6,h``: v is a layer of the vision encoder, t of the
+            language model, c the connector and token embedding (with the first t), h the head (with
             the last t).
-        vision: how the tensor-parallel ranks share the vision encoder and the projector: a part of
+        vision: how the tensor-parallel ranks share the vision encoder and the connector: a part of
             each layer on every rank (tensor), or whole layers on every rank and a share of the
             tiles (data), which spares two sums over the ranks in every layer.
         recompute: what the backward pass computes again instead of keeping it: nothing (none), the
@@ -145,7 +145,7 @@ class Parallel:
 
     @property
     def vision_tensor_size(self) -> int:
-        """Ranks that share each layer of the vision encoder and of the projector."""
+        """Ranks that share each layer of the vision encoder and of the connector."""
         return 1 if self.vision == "data" else self.tensor_model_parallel_size
 
     @property
@@ -201,7 +201,7 @@ class Training:
         seed: fixes fresh weights, the order of the packs and drop path.
         precision: number format of weights and activations; float32 master weights and gradients
             are kept either way.
-        trainable: what is trained: vision, projector, language, or patterns of parameter names such
+        trainable: what is trained: vision, connector, language, or patterns of parameter names such
             as ``vision.encoder.layers.2*``.
         drop_path: highest rate of drop path in the vision encoder, growing linearly over its depth;
             off where vision is frozen.
@@ -218,7 +218,7 @@ class Training:
     global_batch_size: int = 512
     seed: int = 42
     precision: Literal["bfloat16", "float32"] = "bfloat16"
-    trainable: tuple[str, ...] = ("projector",)
+    trainable: tuple[str, ...] = ("connector",)
     drop_path: float = 0.0
     eval_interval: int = 0
     eval_packs: int = 0
@@ -238,7 +238,7 @@ class Fp8:
     Args:
         vision: recipe of the vision encoder's layers.
         language: recipe of the language model's layers; embedding and head stay in 16 bits, as does
-            the projector.
+            the connector.
         format: e4m3 everywhere, or e5m2 for gradients (hybrid).
         first_bf16_layers: layers at the start of each part that stay in 16 bits.
         last_bf16_layers: layers at the end of each part that stay in 16 bits.

@@ -32,7 +32,7 @@ class Stage:
 
 
 _INTERNVL = Data(loss_reduction="square")
-_EVERYTHING = ("vision", "projector", "language")
+_EVERYTHING = ("vision", "connector", "language")
 
 STAGES: dict[str, Stage] = {
     # Not a stage of InternVL, which starts from finished language models: what is usual for
@@ -54,17 +54,17 @@ STAGES: dict[str, Stage] = {
         training=Training(trainable=("language",), steps=100_000, global_batch_size=256),
     ),
     "1": Stage(
-        description="projector alone: teaches it to speak to the language model",
+        description="connector alone: teaches it to speak to the language model",
         data=_INTERNVL,
         optimizer=Optimizer(lr=2e-4, warmup_steps=100, warmup_ratio=0.0, weight_decay=0.05),
-        training=Training(trainable=("projector",), steps=100_000, global_batch_size=512),
+        training=Training(trainable=("connector",), steps=100_000, global_batch_size=512),
     ),
     "1.5": Stage(
-        description="vision encoder and projector: what the encoder has not seen yet",
+        description="vision encoder and connector: what the encoder has not seen yet",
         data=_INTERNVL,
         optimizer=Optimizer(lr=1e-5, warmup_steps=100, warmup_ratio=0.0, weight_decay=0.05),
         training=Training(
-            trainable=("vision", "projector"), steps=100_000, global_batch_size=1024, drop_path=0.1
+            trainable=("vision", "connector"), steps=100_000, global_batch_size=1024, drop_path=0.1
         ),
     ),
     "2": Stage(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -68,6 +69,11 @@ class _Reader(FileSystemReader):
         return self._metadata
 
 
+def _current_key(stored: str) -> str:
+    """Return the checkpoint key of a tensor; format 1 said ``projector`` for the connector."""
+    return re.sub(r"^projector\.", "connector.", stored.removeprefix(_PREFIX))
+
+
 class ShardsFolder:
     """The weights, whole, of a distributed checkpoint of megatron-core, however it was sharded when
     it was written.
@@ -87,11 +93,13 @@ class ShardsFolder:
         self._folder = folder
         entries = self._reader.read_metadata().state_dict_metadata.items()
         # Beside weights there are the optimizer's tensors, and what FP8 keeps, which is no tensor.
-        self._entries = {
-            key.removeprefix(_PREFIX): entry
+        self._stored_keys = {
+            _current_key(key): key
             for key, entry in entries
             if key.startswith(_PREFIX) and isinstance(entry, TensorStorageMetadata)
         }
+        stored = self._reader.read_metadata().state_dict_metadata
+        self._entries = {key: stored[name] for key, name in self._stored_keys.items()}
         self.headers = {
             key: Header(tuple(entry.size), entry.properties.dtype)
             for key, entry in self._entries.items()
@@ -101,13 +109,14 @@ class ShardsFolder:
 
     def __getitem__(self, key: str) -> Tensor:
         header = self.headers[key]
-        target = {_PREFIX + key: torch.empty(header.shape, dtype=header.dtype)}
+        name = self._stored_keys[key]
+        target = {name: torch.empty(header.shape, dtype=header.dtype)}
         planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
         with _alone():
             torch_checkpoint.load(
                 target, storage_reader=self._reader, planner=planner, no_dist=True
             )
-        return target[_PREFIX + key]
+        return target[name]
 
     def ranges(self, key: str, rows: range) -> list[Range] | None:
         """See ``Tensors``; none where a tensor was split along another axis than its first when it
@@ -138,7 +147,8 @@ class ShardsFolder:
         """The numbers of a part of a tensor in the file; none where they are not stored plainly,
         row by row.
         """
-        info = self._reader.read_metadata().storage_data[MetadataIndex(_PREFIX + key, offsets)]
+        index = MetadataIndex(self._stored_keys[key], offsets)
+        info = self._reader.read_metadata().storage_data[index]
         path = self._folder / info.relative_path
         chunk = next(chunk for chunk in self._entries[key].chunks if chunk.offsets == offsets)
         with open(path, "rb") as file:

@@ -43,7 +43,7 @@ class LanguageModel(GPTModel):
             transformer_layer_spec=language_spec(len(chunk.language_layers), language, chosen),
             vocab_size=padded_vocabulary(language.vocab_size),
             max_sequence_length=language.max_position_embeddings,
-            pre_process=chunk.has_projector,
+            pre_process=chunk.has_connector,
             post_process=chunk.has_head,
             share_embeddings_and_output_weights=language.tied_head,
             position_embedding_type="rope",

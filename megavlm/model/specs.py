@@ -42,7 +42,7 @@ class Kernels:
     """The classes that fill the slots of a layer, and the functions between them.
 
     Args:
-        norm: norm that stands alone (before the projector, after the last layer).
+        norm: norm that stands alone (before the connector, after the last layer).
         layer_norm: norm in front of attention and MLP; nothing where the linear layer after it
             normalises.
         norm_linear: linear layer after that norm, its output split over the tensor-parallel ranks.

@@ -116,8 +116,8 @@ def vision_config(config: Config, layout: Layout, chosen: Kernels) -> Transforme
     )
 
 
-def projector_config(config: Config, chosen: Kernels) -> TransformerConfig:
-    """The projector's: LayerNorm, linear, GELU, linear, without a pipeline of its own."""
+def connector_config(config: Config, chosen: Kernels) -> TransformerConfig:
+    """The connector's: LayerNorm, linear, GELU, linear, without a pipeline of its own."""
     language = config.architecture.language
     common = _common(config, (1,), chosen, config.parallel.vision_tensor_size) | {
         "pipeline_model_parallel_size": 1

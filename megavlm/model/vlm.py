@@ -18,12 +18,12 @@ from torch import Tensor
 
 from megavlm.config.schema import Config
 from megavlm.data.loading.batch import Batch
+from megavlm.model.connector import Connector
 from megavlm.model.fusion import place_features
 from megavlm.model.language import LanguageModel
-from megavlm.model.projector import Projector
 from megavlm.model.recompute import ask_for_gradient
 from megavlm.model.specs import kernels
-from megavlm.model.transformer import language_config, projector_config, vision_config
+from megavlm.model.transformer import connector_config, language_config, vision_config
 from megavlm.model.vision import VisionEncoder
 from megavlm.parallel.process_groups import Groups
 from megavlm.parallel.vision_parallel import (
@@ -70,7 +70,7 @@ class VisionLanguageModel(MegatronModule):
         self.architecture = arch
         self.groups = groups
 
-        self.vision = self.projector = self.language = None
+        self.vision = self.connector = self.language = None
         # Set by the freeze mask: whether anything in the vision encoder is trained, and the first
         # chunk that trains anything.
         self.trains_vision = True
@@ -82,19 +82,19 @@ class VisionLanguageModel(MegatronModule):
             self.vision = VisionEncoder(
                 encoder, arch.vision, chunk, drop_path, chosen, groups.vision, turn
             )
-        if chunk.has_projector:
-            self.projector = Projector(
-                projector_config(config, chosen), arch, chosen, groups.vision
+        if chunk.has_connector:
+            self.connector = Connector(
+                connector_config(config, chosen), arch, chosen, groups.vision
             )
         # Parts of which every tensor-parallel rank has a copy, for tiles of its own.
         self.copies = (
-            [part for part in (self.vision, self.projector) if part is not None]
+            [part for part in (self.vision, self.connector) if part is not None]
             if holds_whole_layers(groups)
             else []
         )
         for part in self.copies:
             mark_copies(part)
-        if chunk.has_projector or chunk.has_language:
+        if chunk.has_connector or chunk.has_language:
             self.language = LanguageModel(
                 self.config, arch.language, chunk, chosen, collection, turn
             )
@@ -108,7 +108,7 @@ class VisionLanguageModel(MegatronModule):
 
     def received_shape(self, batch: Batch) -> tuple[int, int, int]:
         """Shape of what the chunk before sends for a pack."""
-        if self.vision is not None or self.projector is not None:
+        if self.vision is not None or self.connector is not None:
             return (
                 self.architecture.vision.tokens,
                 batch.num_tiles,
@@ -133,7 +133,7 @@ class VisionLanguageModel(MegatronModule):
         of_copies = {
             key: entry
             for key, entry in entries.items()
-            if key.startswith((f"{prefix}vision.", f"{prefix}projector."))
+            if key.startswith((f"{prefix}vision.", f"{prefix}connector."))
         }
         return entries | save_once(of_copies, self.groups.tensor_rank)
 
@@ -178,7 +178,7 @@ class VisionLanguageModel(MegatronModule):
         hidden = self.input_tensor
         if self.vision is not None:
             hidden = self._encode(hidden, batch)
-        if self.projector is not None:
+        if self.connector is not None:
             hidden = self._fuse(hidden, batch)
         if self.language is not None:
             hidden = self._read(hidden, batch, with_loss)
@@ -193,7 +193,7 @@ class VisionLanguageModel(MegatronModule):
     def _fuse(self, hidden: Tensor, batch: Batch) -> Tensor:
         embeddings = self.language.embedding(input_ids=batch.tokens[None], position_ids=None)
         fused = place_features(
-            embeddings, gather_features(self.projector(hidden), self.groups), batch
+            embeddings, gather_features(self.connector(hidden), self.groups), batch
         )
         return (
             scatter_to_sequence_parallel_region(fused) if self.config.sequence_parallel else fused

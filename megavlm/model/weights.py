@@ -95,7 +95,7 @@ def fresh_tensor(config: Config) -> FullTensor:
     seed = config.training.seed
     parts = {
         "vision": (arch.vision.hidden_size, arch.vision.num_layers),
-        "projector": (arch.projector_input_size, 1),
+        "connector": (arch.projector_input_size, 1),
         "language": (arch.language.hidden_size, arch.language.num_layers),
     }
 
@@ -112,7 +112,9 @@ def fresh_tensor(config: Config) -> FullTensor:
         std = (2 / (5 * width)) ** 0.5
         if key.endswith(("linear_proj.weight", "linear_fc2.weight")) and layers > 1:
             std /= (2 * layers) ** 0.5
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {key}".encode()))
+        # The connector keeps the name that it was drawn by first, so that a seed keeps its meaning.
+        drawn_as = key.replace("connector.", "projector.", 1) if key.startswith("conn") else key
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {drawn_as}".encode()))
         if key.endswith(("word_embeddings.weight", "output_layer.weight")):
             shape = (arch.language.vocab_size, *shape[1:])
         return torch.normal(0.0, std, shape, generator=generator)

@@ -23,7 +23,7 @@ class Groups:
 
     Args:
         collection: megatron-core's groups, handed to the modules that take them.
-        vision: the same for the vision encoder and the projector; where these stand whole on every
+        vision: the same for the vision encoder and the connector; where these stand whole on every
             rank, each is its own tensor-parallel group.
         share: which tiles and tokens of a pack are this rank's.
         rank, size: place in the world.

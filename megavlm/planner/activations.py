@@ -132,7 +132,7 @@ def kept_by(config: Config, chunk: Chunk, share: RankShare) -> Kept:
 
 
 def _around_layers(config: Config, chunk: Chunk, share: RankShare) -> float:
-    """Numbers kept for a pack outside the layers: by the projector and the final norm, and what is
+    """Numbers kept for a pack outside the layers: by the connector and the final norm, and what is
     sent on.
     """
     arch = config.architecture
@@ -141,8 +141,8 @@ def _around_layers(config: Config, chunk: Chunk, share: RankShare) -> float:
     tokens = share.tokens / (
         parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
     )
-    if chunk.has_projector and any(
-        part in ("vision", "projector") for part in config.training.trainable
+    if chunk.has_connector and any(
+        part in ("vision", "connector") for part in config.training.trainable
     ):
         features = share.tiles * arch.features_per_tile
         found += (

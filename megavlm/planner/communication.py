@@ -129,8 +129,8 @@ def _tensor(config: Config, chunk: Chunk, share: RankShare) -> float:
             found += sums * share.tiles * arch.vision.tokens * arch.vision.hidden_size
     features = share.tiles * arch.features_per_tile * arch.language.hidden_size
     if (
-        chunk.has_projector
-    ):  # the embedding's sum; the projector's, or the gathering of all ranks' features
+        chunk.has_connector
+    ):  # the embedding's sum; the connector's, or the gathering of all ranks' features
         found += share.tokens * arch.language.hidden_size + (
             2 * features if parallel.vision == "tensor" else features * tensor / 2
         )
@@ -156,7 +156,7 @@ def _context(config: Config, chunk: Chunk, capacity: int, share: RankShare) -> f
             + (1 + (parallel.recompute_of("language") == "full"))
             * backward[arch.vision.num_layers + layer]
         )
-    if chunk.has_projector:
+    if chunk.has_connector:
         of_all = share.tiles * parallel.tile_ranks * arch.features_per_tile * language.hidden_size
         found += 2 * of_all
     return others * found if ranks > 1 else 0.0

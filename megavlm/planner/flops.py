@@ -12,7 +12,7 @@ both papers count all of them.
 **The backward pass** of a product with a weight has two products, each as large as the forward one:
 the gradient of its input and that of its weight. A frozen weight has no gradient, and the gradient
 of an input is needed only if something that is trained comes before it. So with everything trained
-a step costs three forward passes; in the first stage, which trains the projector alone, the vision
+a step costs three forward passes; in the first stage, which trains the connector alone, the vision
 encoder costs one forward pass, and the language model a forward pass and the gradients of its
 activations.
 
@@ -31,7 +31,7 @@ from megavlm.config.freeze_mask import matches
 from megavlm.config.schema import Architecture
 
 Unit = Literal["tile", "token", "squared_length"]
-PARTS = ("vision", "projector", "language", "head")
+PARTS = ("vision", "connector", "language", "head")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ class Piece:
 
     Args:
         key: checkpoint key of the weight; empty for attention.
-        part: vision, projector, language or head.
+        part: vision, connector, language or head.
         numbers: numbers in the weight.
         forward: FLOPs of the forward pass, for each unit.
         unit: count of the data that the cost is in proportion to.
@@ -118,7 +118,7 @@ def with_gradients(
 def pieces(architecture: Architecture) -> Iterator[Piece]:
     """Every weight of the model, and its attention, in the order of the forward pass."""
     yield from _vision(architecture)
-    yield from _projector(architecture)
+    yield from _connector(architecture)
     yield from _language(architecture)
 
 
@@ -197,18 +197,18 @@ def _vision_layer(architecture: Architecture, number: int) -> Iterator[Piece]:
         yield _vector(f"{layer}.mlp_scale", part, width)
 
 
-def _projector(architecture: Architecture) -> Iterator[Piece]:
-    part = "projector"
+def _connector(architecture: Architecture) -> Iterator[Piece]:
+    part = "connector"
     inputs = architecture.projector_input_size
     width = architecture.language.hidden_size
     rows = architecture.features_per_tile
     if architecture.projector_norm:
-        yield from _norm("projector.norm", part, inputs, has_bias=True)
+        yield from _norm("connector.norm", part, inputs, has_bias=True)
     yield from _linear(
-        "projector.mlp.linear_fc1", part, inputs, width, rows=rows, unit="tile", has_bias=True
+        "connector.mlp.linear_fc1", part, inputs, width, rows=rows, unit="tile", has_bias=True
     )
     yield from _linear(
-        "projector.mlp.linear_fc2", part, width, width, rows=rows, unit="tile", has_bias=True
+        "connector.mlp.linear_fc2", part, width, width, rows=rows, unit="tile", has_bias=True
     )
 
 

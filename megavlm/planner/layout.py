@@ -1,7 +1,7 @@
 """One pipeline over all layers: which layers stand in which chunk.
 
 The layers of the vision encoder and of the language model are counted through, vision first. Patch
-and class embedding go with the first layer of the vision encoder, projector and token embedding
+and class embedding go with the first layer of the vision encoder, connector and token embedding
 with the first layer of the language model, final norm and head with the last. Borders may lie
 anywhere, inside the vision encoder too.
 """
@@ -24,14 +24,14 @@ class Chunk:
         vision_layers: numbers of its vision layers, from 0.
         language_layers: numbers of its language layers, from 0.
         has_patch_embedding: whether it turns pixels into patches.
-        has_projector: whether it projects features, embeds tokens and puts both together.
+        has_connector: whether it projects features, embeds tokens and puts both together.
         has_head: whether it ends in logits and loss.
     """
 
     vision_layers: range
     language_layers: range
     has_patch_embedding: bool
-    has_projector: bool
+    has_connector: bool
     has_head: bool
 
     @property
@@ -67,7 +67,7 @@ class Layout:
     @property
     def embedding_chunk(self) -> int:
         """Number of the chunk that embeds tokens."""
-        return next(number for number, chunk in enumerate(self.chunks) if chunk.has_projector)
+        return next(number for number, chunk in enumerate(self.chunks) if chunk.has_connector)
 
     def vision_counts(self) -> tuple[int, ...]:
         """Vision layers of each chunk."""
@@ -126,7 +126,7 @@ def from_counts(counts: Sequence[int], vision_layers: int) -> Layout:
                 vision_layers=range(min(start, vision_layers), min(end, vision_layers)),
                 language_layers=range(max(start - vision_layers, 0), max(end - vision_layers, 0)),
                 has_patch_embedding=start == 0,
-                has_projector=start <= vision_layers < end,
+                has_connector=start <= vision_layers < end,
                 has_head=end == sum(counts),
             )
         )

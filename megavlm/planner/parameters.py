@@ -64,7 +64,7 @@ def held_by(config: Config, chunk: Chunk) -> Held:
     # A tied head that stands without the token embedding has a copy of it.
     return (
         found + _embedding(config)
-        if chunk.has_head and not chunk.has_projector and config.architecture.language.tied_head
+        if chunk.has_head and not chunk.has_connector and config.architecture.language.tied_head
         else found
     )
 
@@ -76,7 +76,7 @@ def copied_head(config: Config, chunks: tuple[Chunk, ...]) -> int:
     last = chunks[-1]
     return (
         _embedding(config).trained
-        if config.architecture.language.tied_head and not last.has_projector
+        if config.architecture.language.tied_head and not last.has_connector
         else 0
     )
 
@@ -139,7 +139,7 @@ def _by_layer(cut: _Cut) -> tuple[Held, ...]:
 
 
 def _held(piece: Piece, cut: _Cut) -> Held:
-    before_language = piece.part in ("vision", "projector")
+    before_language = piece.part in ("vision", "connector")
     ranks = cut.vision if before_language else cut.language
     numbers = piece.numbers
     if piece.key.endswith(("word_embeddings.weight", "output_layer.weight")):

@@ -60,7 +60,7 @@ def layer_costs(
     """FLOPs of forward and backward pass of each layer, vision encoder and language model counted
     through.
 
-    What stands before a layer of its part (patch embedding, projector and token embedding) counts
+    What stands before a layer of its part (patch embedding, connector and token embedding) counts
     with the part's first, the head with the last.
 
     Args:
@@ -103,7 +103,7 @@ def layer_of(piece: Piece, vision_layers: int, layers: int) -> int:
     """The layer, counted through, that a piece goes with."""
     if piece.layer is not None:
         return piece.layer + (vision_layers if piece.part == "language" else 0)
-    return {"vision": 0, "projector": vision_layers, "language": vision_layers, "head": layers - 1}[
+    return {"vision": 0, "connector": vision_layers, "language": vision_layers, "head": layers - 1}[
         piece.part
     ]
 

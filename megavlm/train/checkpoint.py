@@ -15,7 +15,12 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedStateDict
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
+from megatron.core.dist_checkpointing.mapping import (
+    ShardedBase,
+    ShardedObject,
+    ShardedStateDict,
+)
 from megatron.core.optimizer import MegatronOptimizer
 
 from megavlm.checkpoint import checksums
@@ -130,6 +135,24 @@ def _scales(chunks: Sequence[VisionLanguageModel]) -> ShardedStateDict:
     }
 
 
+def load_shards(checkpoint: Checkpoint, wanted: dict[str, Any]) -> dict[str, Any]:
+    """Read tensors of a checkpoint. Collective.
+
+    Args:
+        checkpoint: where they are; in format 1 keys say ``projector`` for the connector.
+        wanted: the tensors, as ``sharded`` names them; their keys may be changed.
+    """
+    if checkpoint.state.format == 1:
+        dict_list_map_inplace(_name_as_in_format_1, wanted)
+    return dist_checkpointing.load(wanted, str(checkpoint.folder / SHARDS))
+
+
+def _name_as_in_format_1(entry: Any) -> Any:
+    if isinstance(entry, ShardedBase):
+        entry.key = entry.key.replace(f"{_PREFIX}connector.", f"{_PREFIX}projector.")
+    return entry
+
+
 def load_weights(checkpoint: Checkpoint, chunks: Sequence[VisionLanguageModel]) -> None:
     """Fill this rank's chunks. Collective; call it before the optimizer is built, which copies the
     weights.
@@ -144,9 +167,7 @@ def load_weights(checkpoint: Checkpoint, chunks: Sequence[VisionLanguageModel]) 
             f"--checkpoint.load {checkpoint.folder}: the checkpoint is of another architecture than"
             f" --model:\n  {listed}"
         )
-    loaded = dist_checkpointing.load(
-        {"model": sharded_weights(chunks)}, str(checkpoint.folder / SHARDS)
-    )
+    loaded = load_shards(checkpoint, {"model": sharded_weights(chunks)})
     _take(chunks, loaded["model"])
 
 
@@ -161,9 +182,7 @@ def load_optimizer(
     Collective.
     """
     kept = fp8 if fp8 == checkpoint.config.fp8 else Fp8()
-    loaded = dist_checkpointing.load(
-        sharded(chunks, optimizer, kept, is_loading=True), str(checkpoint.folder / SHARDS)
-    )
+    loaded = load_shards(checkpoint, sharded(chunks, optimizer, kept, is_loading=True))
     optimizer.load_state_dict(loaded["optimizer"])
     _take(chunks, loaded["model"] | loaded.get("scales", {}))
 

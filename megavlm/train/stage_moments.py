@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing
 from megatron.core.optimizer import MegatronOptimizer
 
 from megavlm.checkpoint.train_state import History
@@ -81,9 +80,7 @@ def keep(
                 )
                 fresh.setdefault(index, {})[name] = values.reshape(entry.data.shape)
     wanted = {index: tensors for index, tensors in asked["param_state"].items() if tensors}
-    loaded = dist_checkpointing.load(
-        {"optimizer": {"param_state": wanted}}, str(source.folder / checkpoint.SHARDS)
-    )["optimizer"]
+    loaded = checkpoint.load_shards(source, {"optimizer": {"param_state": wanted}})["optimizer"]
     # Parameter groups are those of this run; the checkpoint's are divided otherwise.
     for group in asked["optimizer"]["param_groups"]:
         group["step"] = oldest

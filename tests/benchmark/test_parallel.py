@@ -101,12 +101,12 @@ def test_a_saving_is_a_share_of_what_was_promised():
 
 
 def test_the_scaled_model_has_the_proportions_of_the_large_one():
-    """Vision, projector, language model and head have the same shares of a step, within a few
+    """Vision, connector, language model and head have the same shares of a step, within a few
     hundredths.
     """
     large = architecture("internvl2_5-78b")
     packs = FULL.packs
-    trained = ("vision", "projector", "language")
+    trained = ("vision", "connector", "language")
     there = training_cost(large, trained).by_part(
         tokens=16384.0, squared_lengths=16384 * 2000.0, tiles=50.0
     )

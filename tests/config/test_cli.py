@@ -69,11 +69,11 @@ def test_a_stage_in_a_file_may_be_a_number_or_a_text(written: str, stage: str, t
 
 def test_lists_have_commas_on_the_command_line_and_are_lists_in_files(tmp_path: Path):
     (tmp_path / "run.yaml").write_text(
-        "parallel: {layout: 'v*4,t|t*3'}\ntraining:\n  trainable: [projector, 'vision.*']\n"
+        "parallel: {layout: 'v*4,t|t*3'}\ntraining:\n  trainable: [connector, 'vision.*']\n"
     )
     config = parse([*NAMES, "--config", str(tmp_path / "run.yaml")])
     assert config.parallel.layout == "v*4,t|t*3" and config.training.trainable == (
-        "projector",
+        "connector",
         "vision.*",
     )
     config = parse(
@@ -82,14 +82,14 @@ def test_lists_have_commas_on_the_command_line_and_are_lists_in_files(tmp_path: 
             "--architecture.vision.pixel_mean",
             "0.5,0.4,0.3",
             "--training.trainable",
-            "vision,projector",
+            "vision,connector",
         ]
     )
     assert config.architecture.vision.pixel_mean == (
         0.5,
         0.4,
         0.3,
-    ) and config.training.trainable == ("vision", "projector")
+    ) and config.training.trainable == ("vision", "connector")
     assert parse(
         [*NAMES, "--architecture.vision.pixel_mean=0.5,0.5,0.5"]
     ).architecture.vision.pixel_mean == (0.5, 0.5, 0.5)
@@ -208,7 +208,7 @@ def test_help_names_every_option_and_shows_the_defaults_of_the_stage(capsys: pyt
     )
     assert (
         "highest learning rate (default: 4e-05)" in shown
-        and "(default: vision,projector,language)" in shown
+        and "(default: vision,connector,language)" in shown
     )
     assert "``" not in shown
 

@@ -113,9 +113,9 @@ def test_a_tile_of_448_pixels_gives_256_features():
 @pytest.mark.parametrize(
     ("name", "trainable", "lr", "warmup", "batch", "drop_path"),
     [
-        ("1", ("projector",), 2e-4, (100, 0.0), 512, 0.0),
-        ("1.5", ("vision", "projector"), 1e-5, (100, 0.0), 1024, 0.1),
-        ("2", ("vision", "projector", "language"), 4e-5, (0, 0.03), 512, 0.1),
+        ("1", ("connector",), 2e-4, (100, 0.0), 512, 0.0),
+        ("1.5", ("vision", "connector"), 1e-5, (100, 0.0), 1024, 0.1),
+        ("2", ("vision", "connector", "language"), 4e-5, (0, 0.03), 512, 0.1),
     ],
 )
 def test_stages_are_those_of_internvl(

@@ -30,7 +30,7 @@ _VISION = (
     ("lambda_1", "ls1"),
     ("lambda_2", "ls2"),
 )
-_PROJECTOR = {"layer_norm": "0", "linear_1": "1", "linear_2": "3"}
+_CONNECTOR = {"layer_norm": "0", "linear_1": "1", "linear_2": "3"}
 _INTERNLM2 = (
     ("model.embed_tokens", "model.tok_embeddings"),
     ("self_attn.o_proj", "attention.wo"),
@@ -52,7 +52,7 @@ def chat_tensors(native: dict[str, Tensor], architecture: Architecture) -> dict[
             found |= _vision_tensor(inner, tensor, native)
         elif part == "multi_modal_projector":
             layer, _, kind = inner.partition(".")
-            found[f"mlp1.{_PROJECTOR[layer]}.{kind}"] = tensor
+            found[f"mlp1.{_CONNECTOR[layer]}.{kind}"] = tensor
         elif architecture.language.family == "internlm2":
             found |= _internlm2_tensor(inner, tensor, native, architecture)
         else:

@@ -118,8 +118,8 @@ def test_packed_attention_sees_one_sample_at_a_time() -> None:
 @pytest.mark.parametrize(
     "trainable",
     [
-        ("projector",),
-        ("vision", "projector"),
+        ("connector",),
+        ("vision", "connector"),
         ("language",),
         EVERYTHING,
         ("vision.encoder.layers.2",),

@@ -103,7 +103,7 @@ def test_nothing_waits_for_a_backward_pass_that_does_not_come(
         vision="tensorwise",
         language="delayed",
         recompute="selective",
-        trainable=("projector", "language"),
+        trainable=("connector", "language"),
     )
     data = dataclasses.replace(config.data, valid=str(dataset))
     training = dataclasses.replace(config.training, eval_interval=1)
@@ -230,7 +230,7 @@ def test_frozen_weights_come_back_from_hugging_face_and_return_bit_identical(
 ) -> None:
     from megavlm.convert.hf import convert
 
-    config = engine(dataset, steps=3, trainable=("projector",))
+    config = engine(dataset, steps=3, trainable=("connector",))
     source = make_hf(tmp_path / "hf", SMALL)
     run(saving(config, tmp_path / "run", load=source))
     convert.export(tmp_path / "run", tmp_path / "out", tokenizer=TOKENIZER)
@@ -238,4 +238,4 @@ def test_frozen_weights_come_back_from_hugging_face_and_return_bit_identical(
     after = load_all(tmp_path / "out")
     assert before.keys() == after.keys()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert changed and all("projector" in name for name in changed)
+    assert changed and all("connector" in name for name in changed)

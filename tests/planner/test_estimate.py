@@ -47,11 +47,11 @@ def test_weights_and_their_optimizer_take_what_the_numbers_say() -> None:
 
 
 def test_frozen_parts_need_weights_only() -> None:
-    projector = needed(run(stage="1"))
+    connector = needed(run(stage="1"))
     everything = needed(run(stage="2"))
-    assert projector.weights == everything.weights
-    assert projector.gradients < 0.01 * everything.gradients
-    assert projector.activations < 0.6 * everything.activations, "the vision encoder keeps nothing"
+    assert connector.weights == everything.weights
+    assert connector.gradients < 0.01 * everything.gradients
+    assert connector.activations < 0.6 * everything.activations, "the vision encoder keeps nothing"
 
 
 def test_frozen_layers_keep_less_and_those_before_all_that_is_trained_nothing() -> None:
@@ -209,7 +209,7 @@ def test_whole_vision_layers_cost_memory_and_spare_sums() -> None:
     vision = sum(
         piece.numbers
         for piece in pieces(run().architecture)
-        if piece.part in ("vision", "projector")
+        if piece.part in ("vision", "connector")
     )
     assert whole.memory.weights - shared.memory.weights == pytest.approx(
         2 * vision * 3 / 4, rel=0.01

@@ -32,13 +32,13 @@ DATA = dict(tokens=100.0, squared_lengths=4000.0, tiles=5.0)
 # model have 8 + 2 * 4 numbers.
 PATCHES = 5 * 16 * 2 * (3 * 2 * 2) * 6
 VISION_LAYERS = 2 * 5 * (17 * 2 * (6 * 18 + 6 * 6 + 2 * 6 * 10) + 4 * 17 * 17 * 6)
-PROJECTOR = 5 * 4 * 2 * (24 * 8 + 8 * 8)
+CONNECTOR = 5 * 4 * 2 * (24 * 8 + 8 * 8)
 LANGUAGE_LINEAR = 3 * 100 * 2 * (8 * 16 + 8 * 8 + 3 * 8 * 12)
 LANGUAGE_ATTENTION = 3 * 4000 * 2 * 8
 HEAD = 100 * 2 * 8 * 30
 FORWARD = {
     "vision": PATCHES + VISION_LAYERS,
-    "projector": PROJECTOR,
+    "connector": CONNECTOR,
     "language": LANGUAGE_LINEAR + LANGUAGE_ATTENTION,
     "head": HEAD,
 }
@@ -49,14 +49,14 @@ def test_the_forward_pass_is_what_pencil_and_paper_give():
 
 
 def test_everything_trained_costs_three_forward_passes_but_for_the_gradient_of_the_pixels():
-    cost = training_cost(SMALL, ("vision", "projector", "language"))
+    cost = training_cost(SMALL, ("vision", "connector", "language"))
     assert cost.total(**DATA) == 3 * sum(FORWARD.values()) - PATCHES
 
 
-def test_with_the_projector_alone_the_other_parts_have_no_gradients_of_weights():
-    by_part = training_cost(SMALL, ("projector",)).by_part(**DATA)
+def test_with_the_connector_alone_the_other_parts_have_no_gradients_of_weights():
+    by_part = training_cost(SMALL, ("connector",)).by_part(**DATA)
     assert by_part["vision"] == FORWARD["vision"]
-    assert by_part["projector"] == 3 * FORWARD["projector"], (
+    assert by_part["connector"] == 3 * FORWARD["connector"], (
         "its norm is trained too, so the gradient of the first linear's input is needed"
     )
     assert by_part["language"] == 2 * LANGUAGE_LINEAR + 3 * LANGUAGE_ATTENTION
@@ -65,7 +65,7 @@ def test_with_the_projector_alone_the_other_parts_have_no_gradients_of_weights()
 
 def test_nothing_before_the_lowest_trained_weight_has_a_backward_pass():
     by_part = training_cost(SMALL, ("language.decoder.layers.2.mlp.*",)).by_part(**DATA)
-    assert (by_part["vision"], by_part["projector"]) == (FORWARD["vision"], FORWARD["projector"])
+    assert (by_part["vision"], by_part["connector"]) == (FORWARD["vision"], FORWARD["connector"])
     mlp = 100 * 2 * 3 * 8 * 12
     assert by_part["language"] == LANGUAGE_LINEAR + LANGUAGE_ATTENTION + 2 * mlp
     assert by_part["head"] == 2 * HEAD
@@ -74,7 +74,7 @@ def test_nothing_before_the_lowest_trained_weight_has_a_backward_pass():
 def test_a_trained_bias_asks_for_the_gradients_of_all_that_comes_after_it():
     by_part = training_cost(SMALL, ("vision.encoder.layers.1.mlp.linear_fc2.bias",)).by_part(**DATA)
     assert by_part["vision"] == FORWARD["vision"]
-    assert by_part["projector"] == 2 * FORWARD["projector"]
+    assert by_part["connector"] == 2 * FORWARD["connector"]
 
 
 def test_a_large_model_costs_about_six_flops_a_weight_and_token():

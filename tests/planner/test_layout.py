@@ -26,7 +26,7 @@ def test_every_layer_stands_in_one_chunk(split: tuple[int, ...]) -> None:
     layout = _layout(*split)
     assert [layer for chunk in layout.chunks for layer in chunk.vision_layers] == [0, 1, 2]
     assert [layer for chunk in layout.chunks for layer in chunk.language_layers] == [0, 1, 2]
-    for what in ("has_patch_embedding", "has_projector", "has_head"):
+    for what in ("has_patch_embedding", "has_connector", "has_head"):
         assert sum(getattr(chunk, what) for chunk in layout.chunks) == 1, what
     assert layout.chunks[0].has_patch_embedding and layout.chunks[-1].has_head
     assert (
@@ -35,13 +35,13 @@ def test_every_layer_stands_in_one_chunk(split: tuple[int, ...]) -> None:
 
 
 def test_a_layout_is_told_as_it_is_given() -> None:
-    assert str(_layout(2, 4)) == "v*2|v,p,t*3,h" and str(_layout(6)) == "v*3,p,t*3,h"
+    assert str(_layout(2, 4)) == "v*2|v,c,t*3,h" and str(_layout(6)) == "v*3,c,t*3,h"
 
 
-def test_the_projector_goes_with_the_first_language_layer() -> None:
-    assert [chunk.has_projector for chunk in _layout(3, 3).chunks] == [False, True]
-    assert [chunk.has_projector for chunk in _layout(2, 4).chunks] == [False, True]
-    assert [chunk.has_projector for chunk in _layout(4, 2).chunks] == [True, False]
+def test_the_connector_goes_with_the_first_language_layer() -> None:
+    assert [chunk.has_connector for chunk in _layout(3, 3).chunks] == [False, True]
+    assert [chunk.has_connector for chunk in _layout(2, 4).chunks] == [False, True]
+    assert [chunk.has_connector for chunk in _layout(4, 2).chunks] == [True, False]
 
 
 def test_layers_are_split_evenly_where_nothing_else_is_asked() -> None:

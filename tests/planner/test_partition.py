@@ -54,7 +54,7 @@ def test_layers_cost_what_the_model_costs(stage: str) -> None:
 
 
 def test_frozen_vision_moves_the_borders() -> None:
-    """Stage 1 trains the projector alone: the vision encoder costs a third of what it costs in
+    """Stage 1 trains the connector alone: the vision encoder costs a third of what it costs in
     stage 2, so a chunk holds more of it.
     """
     arch = architecture("internvl2_5-2b")

@@ -14,16 +14,16 @@ from tests.ranks.runs import EVERYTHING, TINY
 
 DOCS = Path(__file__).parents[2] / "docs"
 # By the stage that has it.
-MASKS = {"0": ("language",), "1": ("projector",), "1.5": ("vision", "projector"), "2": EVERYTHING}
+MASKS = {"0": ("language",), "1": ("connector",), "1.5": ("vision", "connector"), "2": EVERYTHING}
 LIMIT = 1e-5
 # The text of the layout for each number of chunks; borders lie inside the vision encoder wherever
 # there are two or more of its layers.
 _CUTS = {
     1: "auto",
-    2: "v*2|v,p,t*3,h",
-    4: "v|v*2|p,t|t*2,h",
-    6: "v|v|v|p,t|t|t,h",
-    8: "v|v|v|v|p,t|t|t|t,h",
+    2: "v*2|v,c,t*3,h",
+    4: "v|v*2|c,t|t*2,h",
+    6: "v|v|v|c,t|t|t,h",
+    8: "v|v|v|v|c,t|t|t|t,h",
 }
 
 

@@ -43,7 +43,7 @@ TINY = Architecture(
         max_position_embeddings=256,
     ),
 )
-EVERYTHING = ("vision", "projector", "language")
+EVERYTHING = ("vision", "connector", "language")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -111,12 +111,12 @@ def test_the_cost_of_what_only_some_models_have_is_what_torch_counts(
 
 
 def test_every_weight_of_the_model_is_listed(ranks: Pool, dataset: Path):
-    [(_, _, keys)] = ranks.run(counted_by_torch, 1, dataset, ("projector",))
+    [(_, _, keys)] = ranks.run(counted_by_torch, 1, dataset, ("connector",))
     assert {piece.key for piece in pieces(ARCHITECTURE)} - {""} == keys
 
 
 def test_a_run_tells_its_flops_for_each_rank(ranks: Pool, dataset: Path, tmp_path: Path):
-    config = config_for(dataset, steps=3, global_batch_size=2, trainable=("projector",))
+    config = config_for(dataset, steps=3, global_batch_size=2, trainable=("connector",))
     config = dataclasses.replace(
         config, checkpoint=Checkpoint(save=str(tmp_path)), logging=Logging(interval=1)
     )
@@ -124,7 +124,7 @@ def test_a_run_tells_its_flops_for_each_rank(ranks: Pool, dataset: Path, tmp_pat
     told = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     told = [record for record in told if "loss" in record]
     packs = PackedDataset(dataset)
-    cost = training_cost(TINY, ("projector",))
+    cost = training_cost(TINY, ("connector",))
     plan = Plan(num_packs=len(packs), seed=config.training.seed, group=config.group)
     for step, record in enumerate(told):
         size = {

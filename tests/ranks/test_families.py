@@ -39,7 +39,7 @@ ODD = Architecture(
         kv_channels=14,
     ),
 )
-FROZEN_TABLE = ("vision", "projector", "language.decoder")
+FROZEN_TABLE = ("vision", "connector", "language.decoder")
 INTERLEAVED = dict(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2)
 # Pipelines whose token embedding stands in the first chunk, in one in the middle, or with the head.
 TIED_LAYOUTS = {

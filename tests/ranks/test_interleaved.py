@@ -18,7 +18,7 @@ from tests.ranks.test_pipeline import PACKS, messages
 from tests.ranks.test_resume import forget_the_end, losses, make_job, run_job
 
 INTERLEAVED = dict(
-    pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2, layout="v*2|v|p,t*2|t,h"
+    pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2, layout="v*2|v|c,t*2|t,h"
 )
 DEEP = dataclasses.replace(
     TINY,
@@ -44,7 +44,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         (EVERYTHING, 0),
         (("vision.encoder.layers.2",), 1),
-        (("projector",), 2),
+        (("connector",), 2),
         (("language.output_layer",), 3),
     ],
 )
@@ -63,7 +63,7 @@ def test_only_what_is_needed_travels_between_chunks(
 
 
 def test_a_pack_goes_to_the_device_once(ranks: Pool, dataset: Path) -> None:
-    answers = ranks.run(messages, 2, config_for(dataset, trainable=("projector",), **INTERLEAVED))
+    answers = ranks.run(messages, 2, config_for(dataset, trainable=("connector",), **INTERLEAVED))
     assert [moved for *_, moved in answers] == [PACKS, PACKS]
 
 
@@ -91,7 +91,7 @@ def test_eight_chunks_on_four_ranks_train_like_one_process(ranks: Pool, dataset:
     layout = dict(
         pipeline_model_parallel_size=4,
         virtual_pipeline_model_parallel_size=2,
-        layout="v|v|v|v|v,p,t|t|t|t,h",
+        layout="v|v|v|v|v,c,t|t|t|t,h",
     )
     alone, split = (
         ranks.run(

@@ -102,7 +102,7 @@ def weights_after_a_step(
 @pytest.mark.parametrize(
     "layout", [dict(), dict(tensor_model_parallel_size=2), dict(pipeline_model_parallel_size=2)]
 )
-@pytest.mark.parametrize("trainable", [EVERYTHING, ("projector",)])
+@pytest.mark.parametrize("trainable", [EVERYTHING, ("connector",)])
 def test_an_update_is_that_of_megatron_core(
     ranks: Pool, dataset: Path, layout: dict[str, int], trainable: tuple[str, ...]
 ) -> None:

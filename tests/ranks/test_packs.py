@@ -74,7 +74,7 @@ def test_a_pack_equals_its_samples_alone(ranks: Pool, tmp_path: Path, recompute:
         )
 
 
-@pytest.mark.parametrize("mask", [("projector",), ("vision", "projector"), EVERYTHING])
+@pytest.mark.parametrize("mask", [("connector",), ("vision", "connector"), EVERYTHING])
 def test_a_pack_without_images_trains_beside_one_with_images(
     ranks: Pool, tmp_path: Path, mask: tuple[str, ...]
 ) -> None:
@@ -112,7 +112,7 @@ def test_recomputed_layers_train_the_same(ranks: Pool, tmp_path: Path, recompute
         **SIZES,
     )
     # Only late layers are trained, so that the input of the recomputed layers is frozen.
-    mask = ("vision.encoder.layers.2", "projector")
+    mask = ("vision.encoder.layers.2", "connector")
     [kept] = ranks.run(
         train_curve, 1, config_for(tmp_path / "packs", trainable=mask, drop_path=0.3)
     )

@@ -116,7 +116,7 @@ def logits_of_parts(config: Config) -> np.ndarray:
 
 
 def llava(vision: Path, words: Path, config: Config) -> torch.nn.Module:
-    """The same model in transformers, with the projector that the trainer draws."""
+    """The same model in transformers, with the connector that the trainer draws."""
     from transformers import (
         AutoModelForCausalLM,
         CLIPVisionModel,
@@ -146,7 +146,7 @@ def llava(vision: Path, words: Path, config: Config) -> torch.nn.Module:
     inside = arch.vision.hidden_size
     for number, shape in ((1, (width, inside)), (2, (width, width))):
         layer = model.get_submodule(f"model.multi_modal_projector.linear_{number}")
-        layer.weight.data.copy_(drawn(f"projector.mlp.linear_fc{number}.weight", shape))
+        layer.weight.data.copy_(drawn(f"connector.mlp.linear_fc{number}.weight", shape))
         layer.bias.data.zero_()
     return model
 
@@ -238,7 +238,7 @@ def test_stage_1_starts_from_parts_goes_on_by_itself_and_ends_in_hugging_face(
             packs,
             global_batch_size=2,
             tensor_model_parallel_size=size,
-            trainable=("projector",),
+            trainable=("connector",),
         )
         files = Checkpoint(
             save=str(tmp_path / f"run{size}"),

@@ -70,7 +70,7 @@ def messages(config: Config) -> tuple[list[tuple[int, ...]], list[tuple[int, ...
     [
         (EVERYTHING, True),
         (("vision.encoder.layers.1",), True),
-        (("projector",), False),
+        (("connector",), False),
         (("language.output_layer",), False),
     ],
 )
@@ -79,7 +79,7 @@ def test_only_what_is_needed_travels_between_chunks(
     ranks: Pool, dataset: Path, trainable: tuple[str, ...], travels_back: bool, context: int
 ) -> None:
     layout = dict(
-        pipeline_model_parallel_size=2, layout="v*2|v,p,t*3,h", context_parallel_size=context
+        pipeline_model_parallel_size=2, layout="v*2|v,c,t*3,h", context_parallel_size=context
     )
     answers = ranks.run(messages, 2 * context, config_for(dataset, trainable=trainable, **layout))
     tokens = TINY.vision.tokens
@@ -93,7 +93,7 @@ def test_only_what_is_needed_travels_between_chunks(
 def test_tokens_travel_in_shares(ranks: Pool, dataset: Path) -> None:
     layout = dict(
         pipeline_model_parallel_size=2,
-        layout="v*3,p,t|t*2,h",
+        layout="v*3,c,t|t*2,h",
         tensor_model_parallel_size=2,
         sequence_parallel=True,
     )

@@ -86,7 +86,7 @@ def forget_the_end(save: Path, target: Path) -> None:
     (target / ".growing_step_00000006_0a1b2c3d").mkdir()
 
 
-PARTLY = ("projector", "vision.encoder.layers.1.*", "language.decoder.layers.[02].*")
+PARTLY = ("connector", "vision.encoder.layers.1.*", "language.decoder.layers.[02].*")
 TENSOR = dict(tensor_model_parallel_size=2)
 PIPELINE = dict(pipeline_model_parallel_size=2, layout="v*2|v,t*3")
 
@@ -97,10 +97,10 @@ PIPELINE = dict(pipeline_model_parallel_size=2, layout="v*2|v,t*3")
         (dict(), EVERYTHING),
         (TENSOR, EVERYTHING),
         (TENSOR | dict(vision="data"), PARTLY),
-        (PIPELINE, ("projector",)),
+        (PIPELINE, ("connector",)),
         (PIPELINE, PARTLY),
         (dict(context_parallel_size=2), PARTLY),
-        (INTERLEAVED, ("projector",)),
+        (INTERLEAVED, ("connector",)),
         (INTERLEAVED, PARTLY),
     ],
 )
@@ -148,7 +148,7 @@ def test_a_checkpoint_goes_on_at_other_layouts(
 def test_the_next_stage_takes_the_weights_and_starts_anew(
     ranks: Pool, dataset: Path, tmp_path: Path
 ) -> None:
-    ranks.run(run_job, 1, make_job(dataset, tmp_path / "one", stage="1", trainable=("projector",)))
+    ranks.run(run_job, 1, make_job(dataset, tmp_path / "one", stage="1", trainable=("connector",)))
     ranks.run(run_job, 1, make_job(dataset, tmp_path / "two", load=tmp_path / "one"))
     [one] = ranks.run(saved_tensors, 1, tmp_path / "one" / f"step_{STEPS:08d}")
     [two] = ranks.run(saved_tensors, 1, tmp_path / "two" / "step_00000003")
@@ -161,8 +161,8 @@ def test_the_next_stage_takes_the_weights_and_starts_anew(
     assert (state["step"], state["consumed"], state["stage"]) == (STEPS, PACKS_A_STEP * STEPS, "2")
 
 
-SOME = ("projector", "language.decoder.layers.[02].*")
-MORE = ("vision.encoder.layers.*", "projector", "language.decoder.layers.0.*")
+SOME = ("connector", "language.decoder.layers.[02].*")
+MORE = ("vision.encoder.layers.*", "connector", "language.decoder.layers.0.*")
 
 
 def first_moments(save: Path, step: int) -> dict[str, torch.Tensor]:

@@ -57,7 +57,7 @@ def test_every_shard_is_saved_by_one_rank(ranks: Pool, dataset: Path) -> None:
     parts = Counter(key for key, _ in saved)
     assert (
         parts["vision.encoder.layers.0.mlp.linear_fc1.weight"]
-        == parts["projector.mlp.linear_fc1.weight"]
+        == parts["connector.mlp.linear_fc1.weight"]
         == 1
     )
     assert parts["language.decoder.layers.0.mlp.linear_fc2.weight"] == 2

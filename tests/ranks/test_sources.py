@@ -26,13 +26,13 @@ SIZES = dict(
 LAYOUTS = {
     "one": (1, {}),
     "tp2 sp": (2, dict(tensor_model_parallel_size=2, sequence_parallel=True)),
-    "pp2": (2, dict(pipeline_model_parallel_size=2, layout="v*2|v,p,t*3,h")),
+    "pp2": (2, dict(pipeline_model_parallel_size=2, layout="v*2|v,c,t*3,h")),
     "pp2 vp2": (
         2,
         dict(
             pipeline_model_parallel_size=2,
             virtual_pipeline_model_parallel_size=2,
-            layout="v*2|v|p,t*2|t,h",
+            layout="v*2|v|c,t*2|t,h",
         ),
     ),
     "dp2": (2, {}),

@@ -57,7 +57,7 @@ def test_the_resolved_configuration_is_printed_once() -> None:
     config = from_yaml(done.stdout)
     assert (
         config.stage == "1.5"
-        and config.training.trainable == ("vision", "projector")
+        and config.training.trainable == ("vision", "connector")
         and config.optimizer.lr == 1e-5
     )
 

@@ -86,7 +86,7 @@ def recipes(config: Any, groups: Any) -> dict[str, Any]:
         parts = {
             "vision": model.vision.config,
             "language": model.language.config,
-            "projector": model.projector.config,
+            "connector": model.connector.config,
         }
         found[recipe] = {
             "classes": {

@@ -112,7 +112,7 @@ def test_each_recipe_reaches_both_parts_and_no_checkpoint(
     built: dict[str, Any], recipe: str, kind: str
 ) -> None:
     found = built["recipes"][recipe]
-    assert found["classes"] == {"vision": kind, "language": kind}, "the projector stays in 16 bits"
+    assert found["classes"] == {"vision": kind, "language": kind}, "the connector stays in 16 bits"
     assert found["spared"] == ([] if recipe == "delayed" else [0])
     assert found["sizes"] == built["local"]["sizes"]
 

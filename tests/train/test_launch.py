@@ -169,7 +169,7 @@ def test_a_checkpoint_of_another_tokenizer_is_refused(dataset: Path, tmp_path: P
 def test_going_on_with_another_freeze_mask_or_seed_is_refused(
     dataset: Path, tmp_path: Path
 ) -> None:
-    training = dataclasses.replace(_config(dataset).training, trainable=("projector",), seed=9)
+    training = dataclasses.replace(_config(dataset).training, trainable=("connector",), seed=9)
     load = _fake_checkpoint(
         tmp_path / "run", dataclasses.replace(_config(dataset), training=training)
     )

@@ -14,16 +14,16 @@ from megavlm.train.stage_moments import age
 from tests.ranks.runs import config_for
 
 HISTORY = (
-    (100, ("projector", "vision")),
+    (100, ("connector", "vision")),
     (30, ("vision.encoder.layers.2.*",)),
-    (7, ("projector", "vision")),
+    (7, ("connector", "vision")),
 )
 
 
 @pytest.mark.parametrize(
     ("key", "updates"),
     [
-        ("projector.mlp.linear_fc1.weight", 7),
+        ("connector.mlp.linear_fc1.weight", 7),
         ("vision.encoder.layers.2.mlp.linear_fc1.weight", 137),
         ("language.output_layer.weight", 0),
     ],

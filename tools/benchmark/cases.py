@@ -107,9 +107,9 @@ def stage_of(*trainable: str) -> str:
     return next(name for name, stage in STAGES.items() if stage.training.trainable == trainable)
 
 
-PROJECTOR = stage_of("projector")
-VISION = stage_of("vision", "projector")
-ALL = stage_of("vision", "projector", "language")
+CONNECTOR = stage_of("connector")
+VISION = stage_of("vision", "connector")
+ALL = stage_of("vision", "connector", "language")
 
 
 def _case(
@@ -134,7 +134,7 @@ def all_cases() -> list[Case]:
         _case("2b", ALL, recompute="selective"),
         _case("2b", ALL, implementation="transformers", is_profiled=True),
         _case("4b", ALL, recompute="selective", is_profiled=True),
-        _case("2b", PROJECTOR, is_profiled=True),
+        _case("2b", CONNECTOR, is_profiled=True),
         _case("2b", ALL, "fp8_blockwise", is_profiled=True),
         _case("2b", ALL, "fp8_delayed"),
         _case("2b", VISION),
@@ -146,7 +146,7 @@ def all_cases() -> list[Case]:
         _case("2b", ALL, recompute="selective", kernels="local", is_profiled=True),
         _case("1b", ALL),
         _case("2b", ALL, implementation="transformers_packed", recompute="full"),
-        _case("8b", PROJECTOR, recompute="full"),
+        _case("8b", CONNECTOR, recompute="full"),
         _case("8b", ALL, recompute="full", moments="bfloat16"),
         _case("2b", ALL, implementation="transformers_compiled", limit_s=110),
         # The rest of the grid.
@@ -154,15 +154,15 @@ def all_cases() -> list[Case]:
         _case(
             "2b", ALL, implementation="transformers_packed_compiled", recompute="full", limit_s=110
         ),
-        _case("2b", PROJECTOR, "fp8_tensorwise"),
+        _case("2b", CONNECTOR, "fp8_tensorwise"),
         _case("2b", VISION, "fp8_tensorwise"),
-        _case("2b", PROJECTOR, implementation="transformers"),
+        _case("2b", CONNECTOR, implementation="transformers"),
         _case("1b", ALL, "fp8_tensorwise"),
         _case("1b", ALL, implementation="transformers"),
         _case("4b", ALL, "fp8_blockwise", recompute="selective"),
         _case("4b", ALL, implementation="transformers", recompute="full"),
         _case("8b", VISION, recompute="full"),
-        _case("8b", PROJECTOR, "fp8_tensorwise", recompute="full"),
+        _case("8b", CONNECTOR, "fp8_tensorwise", recompute="full"),
         _case("2b", ALL, "fp8_tensorwise", recompute="full"),
         _case("2b", ALL, implementation="transformers_packed_flex", recompute="full", limit_s=110),
     ]

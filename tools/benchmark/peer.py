@@ -36,7 +36,7 @@ from tools.benchmark.feed import Feed
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 MODULES = {
     "vision": ("vision_tower",),
-    "projector": ("multi_modal_projector",),
+    "connector": ("multi_modal_projector",),
     "language": ("language_model", "lm_head"),
 }
 IGNORED = -100

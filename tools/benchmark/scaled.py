@@ -13,10 +13,10 @@ from pathlib import Path
 
 from megavlm.config.schema import Architecture, Config, Data, Language, Parallel, Training, Vision
 from megavlm.config.stages import STAGES
-from tools.benchmark.cases import ALL, PROJECTOR, VISION
+from tools.benchmark.cases import ALL, CONNECTOR, VISION
 from tools.benchmark.packs import PackSizes
 
-STAGE_NAMES = (PROJECTOR, VISION, ALL)
+STAGE_NAMES = (CONNECTOR, VISION, ALL)
 
 
 @dataclass(frozen=True, kw_only=True)

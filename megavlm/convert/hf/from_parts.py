@@ -78,7 +78,7 @@ def image_model(folder: str, init: Init) -> Architecture:
 
 
 def _compose(vision: Vision, language: Language) -> Architecture:
-    """A model of two parts: with InternVL's projector behind its vision encoder, with LLaVA's
+    """A model of two parts: with InternVL's connector behind its vision encoder, with LLaVA's
     behind others.
     """
     is_internvit = vision.family == "internvit"

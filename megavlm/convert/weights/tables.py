@@ -22,26 +22,26 @@ DIALECTS: tuple[Dialect, ...] = get_args(Dialect)
 
 @dataclass(frozen=True, kw_only=True)
 class _Names:
-    """What a dialect calls the parts of the model, and the layers of the projector."""
+    """What a dialect calls the parts of the model, and the layers of the connector."""
 
     vision: str
     vision_names: internvit.Names
-    projector: str
-    projector_layers: tuple[str, str, str]
+    connector: str
+    connector_layers: tuple[str, str, str]
 
 
 _NAMES: dict[Dialect, _Names] = {
     "native": _Names(
         vision="vision_tower.",
         vision_names=internvit.NATIVE,
-        projector="multi_modal_projector.",
-        projector_layers=("layer_norm", "linear_1", "linear_2"),
+        connector="multi_modal_projector.",
+        connector_layers=("layer_norm", "linear_1", "linear_2"),
     ),
     "chat": _Names(
         vision="vision_model.",
         vision_names=internvit.CHAT,
-        projector="mlp1.",
-        projector_layers=("0", "1", "3"),
+        connector="mlp1.",
+        connector_layers=("0", "1", "3"),
     ),
 }
 _LANGUAGE = "language_model."
@@ -77,14 +77,14 @@ def rows(architecture: Architecture, dialect: Dialect = "native") -> tuple[Row, 
         raise ValueError(
             f"--architecture.vision.family {architecture.vision.family},"
             f" --architecture.projector_norm {str(architecture.projector_norm).lower()}: Hugging"
-            " Face's InternVL has an internvit and a norm before the projector; this model stays"
+            " Face's InternVL has an internvit and a norm before the connector; this model stays"
             " in checkpoints"
         )
     names = _NAMES[dialect]
     language = architecture.language
     return (
         *within(internvit.rows(architecture.vision, names.vision_names), "vision.", names.vision),
-        *within(_projector(architecture, names.projector_layers), "projector.", names.projector),
+        *within(_connector(architecture, names.connector_layers), "connector.", names.connector),
         *within(written_as(language, dialect).rows(language), "language.", _LANGUAGE),
     )
 
@@ -104,7 +104,7 @@ def megatron_shapes(architecture: Architecture) -> dict[str, Shape]:
     return {row.key: row.shape for row in rows(architecture)}
 
 
-def _projector(architecture: Architecture, names: tuple[str, str, str]) -> list[Row]:
+def _connector(architecture: Architecture, names: tuple[str, str, str]) -> list[Row]:
     features = architecture.projector_input_size
     width = architecture.language.hidden_size
     return [

@@ -2,7 +2,7 @@
 texts become tokens.
 
 All but ``plain`` are InternVL's. ``vicuna`` is also LLaVA's (Liu et al., 2023, arXiv:2304.08485),
-and ``plain`` is what LLaVA pretrains its projector with: images and answers, nothing else.
+and ``plain`` is what LLaVA pretrains its connector with: images and answers, nothing else.
 """
 
 from __future__ import annotations

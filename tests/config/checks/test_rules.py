@@ -62,7 +62,7 @@ def facts(config: Config, **changes: Any) -> DatasetFacts:
         ),
         (
             "tiny",
-            ["--pipeline-model-parallel-size", "2", "--parallel.layout", "v*2|v*2,p,t*4,h"],
+            ["--pipeline-model-parallel-size", "2", "--parallel.layout", "v*2|v*2,c,t*4,h"],
             2,
         ),
         ("internvl2_5-8b", ["--tensor-model-parallel-size", "8"], 512),
@@ -160,7 +160,7 @@ WRONG = [
     (
         "--pipeline-model-parallel-size 2 --parallel.layout evn",
         2,
-        ["layout evn: 'evn' is none of v, p, t, h", "or use auto or even"],
+        ["layout evn: 'evn' is none of v, c, t, h", "or use auto or even"],
     ),
     (
         "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2",
@@ -188,9 +188,9 @@ WRONG = [
         ["num_attention_heads 3 does not divide --architecture.vision.hidden_size 64"],
     ),
     (
-        "--parallel.recompute full --parallel.recompute_parts projector",
+        "--parallel.recompute full --parallel.recompute_parts connector",
         1,
-        ["projector: name one or both of vision, language"],
+        ["connector: name one or both of vision, language"],
     ),
     (
         "--parallel.recompute_parts vision",
@@ -249,7 +249,7 @@ WRONG = [
     ),
     ("--training.drop_path 1", 1, ["drop_path 1.0: must be 0 or more, and less than 1"]),
     (
-        "--training.trainable projector",
+        "--training.trainable connector",
         1,
         ["drop_path 0.1 has no effect", "leaves the vision encoder frozen; use 0"],
     ),
@@ -330,7 +330,7 @@ WRONG = [
         ["--fp8.language tensorwise needs --training.precision bfloat16"],
     ),
     (
-        "--fp8.vision delayed --training.trainable projector --training.drop_path 0",
+        "--fp8.vision delayed --training.trainable connector --training.drop_path 0",
         1,
         ["--fp8.vision delayed", "frozen", "use tensorwise"],
     ),
@@ -518,7 +518,7 @@ def test_sizes_of_nothing_are_reported_and_divide_nothing(packs: Path):
         ),
         (
             {"has_images": False},
-            "--training.trainable vision,projector",
+            "--training.trainable vision,connector",
             ["has no images", "learns from images only"],
         ),
     ],

@@ -46,7 +46,7 @@ def test_parts_of_a_model_are_that_model(tmp_path: Path, kind: str) -> None:
             assert torch.equal(
                 found(row.key, row.shape)[(kept,)], expected(row.key, row.shape)[(kept,)]
             )
-        elif row.key.startswith("projector."):
+        elif row.key.startswith("connector."):
             assert torch.equal(found(row.key, row.shape), drawn(row.key, row.shape))
         else:
             assert torch.equal(

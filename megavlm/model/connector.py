@@ -29,12 +29,12 @@ def pixel_shuffle(patches: Tensor, factor: int) -> Tensor:
     return squares.reshape(tiles, side * side, factor * factor * width)
 
 
-class Projector(MegatronModule):
+class Connector(MegatronModule):
     """LayerNorm, linear, GELU, linear, after pixel shuffle: the ``mlp1`` of InternVL. Without norm
-    and shuffle it is LLaVA's projector.
+    and shuffle it is LLaVA's connector.
 
     Args:
-        config: megatron-core's configuration of the projector.
+        config: megatron-core's configuration of the connector.
         architecture: of the whole model.
         chosen: kernels of the layers.
         groups: process groups.
