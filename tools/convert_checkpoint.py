@@ -89,6 +89,8 @@ def report(parts: list[convert.PartCheck]) -> int:
         )
         for name in part.changed:
             print(f"    changed: {name}")
+        for name in part.widened:
+            print(f"    same values in a wider dtype: {name}")
     return int(any(part.changed for part in parts))
 
 

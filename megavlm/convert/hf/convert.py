@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -138,10 +139,8 @@ def export(
             f"{words}: the checkpoint has no tokenizer; name the folder of one with --tokenizer"
         )
     with new_folder(out, flag) as growing, Progress("export", "B", _bytes(view)) as progress:
-        number = next(iter(view.headers.values())).dtype
-        write_folder(
-            growing, dialect, words, architecture, preprocessing.of_checkpoint(folder), number
-        )
+        usage = preprocessing.of_checkpoint(folder)
+        write_folder(growing, dialect, words, architecture, usage, _main_dtype(view))
         write_safetensors(view, growing, done=progress.add)
     return out
 
@@ -216,17 +215,20 @@ class PartCheck:
         tensors: in the part.
         nbytes: of them.
         changed: names of those that came back different.
+        widened: names of those that came back with the same values in a wider dtype, since the
+            tensor that they are part of has several dtypes in the folder.
     """
 
     part: str
     tensors: int
     nbytes: int
     changed: tuple[str, ...]
+    widened: tuple[str, ...]
 
 
 def check(folder: str | Path) -> list[PartCheck]:
     """Convert a Hugging Face folder to our layout and back, tensor by tensor, in memory, and
-    compare bit for bit.
+    compare bit for bit; a tensor that came back in a wider dtype, after rounding to its own.
 
     Raises:
         FileNotFoundError: files are missing.
@@ -237,16 +239,18 @@ def check(folder: str | Path) -> list[PartCheck]:
     architecture = architecture_from_hf(folder)
     source = _open(folder)
     dialect = dialect_of(folder)
-    back = HuggingFaceView(
-        MegatronView(source, architecture, dialect), architecture, dialect=dialect
-    )
+    view = MegatronView(source, architecture, dialect)
+    back = HuggingFaceView(view, architecture, dialect=dialect)
+    widened = view.widened
     names: dict[str, list[str]] = {}
     changed: dict[str, list[str]] = {}
     with Progress("check", "B", _bytes(back)) as progress:
         for name, header in back.headers.items():
             part = name.split(".")[0]
             names.setdefault(part, []).append(name)
-            if not _same_bits(source[name], back[name]):
+            original = source[name]
+            returned = back[name].to(original.dtype) if name in widened else back[name]
+            if not _same_bits(original, returned):
                 changed.setdefault(part, []).append(name)
             progress.add(header.nbytes)
     return [
@@ -255,9 +259,18 @@ def check(folder: str | Path) -> list[PartCheck]:
             tensors=len(found),
             nbytes=sum(back.headers[name].nbytes for name in found),
             changed=tuple(changed.get(part, ())),
+            widened=tuple(name for name in found if name in widened),
         )
         for part, found in names.items()
     ]
+
+
+def _main_dtype(view: HuggingFaceView) -> torch.dtype:
+    """Return the dtype that most elements have; config.json names one for the whole model."""
+    elements: Counter[torch.dtype] = Counter()
+    for header in view.headers.values():
+        elements[header.dtype] += header.nbytes // header.dtype.itemsize
+    return elements.most_common(1)[0][0]
 
 
 def _bytes(view: MegatronView | HuggingFaceView) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, reduce
 from typing import Protocol
 
 import torch
@@ -64,7 +64,10 @@ def whole_ranges(tensors: Tensors, name: str) -> list[Range] | None:
 
 
 class MegatronView(Mapping[str, Tensor]):
-    """Tensors of Hugging Face's format as megatron-core's.
+    """See tensors of Hugging Face's format as megatron-core's.
+
+    The parts of one tensor may have several dtypes. It then has the narrowest dtype that holds all
+    of them exactly (float32 for bfloat16 beside float16), and no part loses a bit.
 
     Args:
         source: Hugging Face's tensors.
@@ -72,7 +75,8 @@ class MegatronView(Mapping[str, Tensor]):
         dialect: that names those of a whole model.
 
     Raises:
-        ValueError: a tensor is missing, left over or of another shape; each is named.
+        ValueError: a tensor is missing, left over, of another shape, or not of floating-point
+            numbers; each is named.
     """
 
     def __init__(
@@ -89,20 +93,39 @@ class MegatronView(Mapping[str, Tensor]):
                 wrong.append(
                     f"{name}: has shape {list(source.headers[name].shape)}, must be {list(shape)}"
                 )
+            elif name in source.headers and not source.headers[name].dtype.is_floating_point:
+                wrong.append(
+                    f"{name}: has dtype {_dtype_name(source.headers[name].dtype)}; quantised"
+                    " weights cannot be trained, name a folder with floating-point ones"
+                )
         _refuse(source, wrong)
         self._source = source
         self._rows = {row.key: row for row in table}
-        self.headers = {
-            row.key: Header(row.shape, source.headers[row.names[0]].dtype) for row in table
-        }
+        self.headers = {row.key: Header(row.shape, _joint_dtype(source, row)) for row in table}
 
     def __getitem__(self, key: str) -> Tensor:
         row = self._rows[key]
-        return row.join([self._source[name] for name in row.names])
+        return row.join([self._read(key, name) for name in row.names])
+
+    def _read(self, key: str, name: str) -> Tensor:
+        """Return a part of the tensor ``key``, in that tensor's dtype."""
+        return self._source[name].to(self.headers[key].dtype)
+
+    @property
+    def widened(self) -> set[str]:
+        """Names of Hugging Face's tensors whose dtype is narrower than the joined tensor's."""
+        return {
+            name
+            for key, row in self._rows.items()
+            for name in row.names
+            if self._source.headers[name].dtype != self.headers[key].dtype
+        }
 
     def ranges(self, key: str, rows: range) -> list[Range] | None:
         """See ``Tensors``."""
         row = self._rows[key]
+        if any(self._source.headers[name].dtype != self.headers[key].dtype for name in row.names):
+            return None
         return _ranges(self._source, row.names, self._runs(key), rows)
 
     def part(self, key: str, place: tuple[slice, ...]) -> Tensor:
@@ -122,7 +145,8 @@ class MegatronView(Mapping[str, Tensor]):
             for run in byte_ranges.within(runs, begin, end - begin)
         ]
         empty = next(iter(sources.values()))[(slice(0, 0), *place[1:])]
-        return torch.cat(found) if found else empty
+        dtype = self.headers[key].dtype
+        return torch.cat([piece.to(dtype) for piece in found or [empty]])
 
     def _runs(self, key: str) -> list[Run] | None:
         return byte_ranges.joined_runs(self._rows[key].operation, self._rows[key].part_shapes)
@@ -204,6 +228,16 @@ class HuggingFaceView(Mapping[str, Tensor]):
 
     def __str__(self) -> str:
         return str(self._source)
+
+
+def _joint_dtype(source: Tensors, row: Row) -> torch.dtype:
+    """Return the narrowest dtype that holds every part of a row exactly."""
+    return reduce(torch.promote_types, [source.headers[name].dtype for name in row.names])
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    """Return the name of a dtype as files write it, such as ``bfloat16``."""
+    return str(dtype).removeprefix("torch.")
 
 
 def _ranges(

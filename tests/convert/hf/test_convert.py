@@ -58,6 +58,33 @@ def test_import_then_export_is_bit_identical(tmp_path: Path, kind: str) -> None:
     )
 
 
+def test_parts_of_several_dtypes_survive_an_import(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    source = make_hf(tmp_path / "hf")
+    weights = load_all(source)
+    half = [name for name in weights if "v_proj.weight" in name or "up_proj" in name]
+    assert len(half) == 3 + 3 + 2
+    weights |= {name: torch.full(weights[name].shape, 0.29).half() for name in half}
+    wide = "language_model.model.layers.1.self_attn.q_proj.weight"
+    weights[wide] = weights[wide].float() + 1e-4
+    save_file(weights, source / "model.safetensors", {"format": "pt"})
+    exported = convert.export(convert.import_(source, tmp_path / "start"), tmp_path / "out")
+    after = load_all(exported)
+    assert after.keys() == weights.keys()
+    assert all(torch.equal(after[name].double(), weights[name].double()) for name in weights)
+    # The dtype in config.json is that of most weights, not that of a tensor that is stored first.
+    assert json.loads((exported / "config.json").read_text())["dtype"] == "bfloat16"
+    capsys.readouterr()
+    assert run_tool("check", "--hf", str(source)) == 0
+    told = capsys.readouterr().out
+    assert f"same values in a wider dtype: {half[0]}" in told and "changed" not in told
+    served = convert.full_tensors(source, SMALL)(
+        "language.decoder.layers.1.mlp.linear_fc1.weight", (112, 48)
+    )
+    assert torch.equal(served[60:100, :], torch.full((40, 48), 0.29).half().float())
+
+
 def test_transformers_loads_an_export_without_a_name_lost(tmp_path: Path) -> None:
     source = make_hf(tmp_path / "hf")
     out = convert.export(

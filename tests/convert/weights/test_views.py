@@ -79,6 +79,31 @@ def test_type_can_be_changed() -> None:
     )
 
 
+@pytest.mark.parametrize("place", [(slice(0, 112),), (slice(50, 70), slice(3, 9))])
+@pytest.mark.parametrize("other", [torch.float16, torch.float32])
+def test_parts_of_several_dtypes_keep_their_values(other: torch.dtype, place: tuple) -> None:
+    source = random_hf(SMALL)
+    gate = "language_model.model.layers.0.mlp.gate_proj.weight"
+    up = "language_model.model.layers.0.mlp.up_proj.weight"
+    source.tensors[gate] = source.tensors[gate].bfloat16()
+    source.tensors[up] = torch.full((56, 48), 0.29).to(other)
+    ours = MegatronView(source, SMALL)
+    key = "language.decoder.layers.0.mlp.linear_fc1.weight"
+    assert ours.headers[key].dtype == ours[key].dtype == torch.float32
+    whole = torch.cat([source.tensors[gate].float(), source.tensors[up].float()])
+    assert torch.equal(ours[key], whole)
+    assert torch.equal(ours.part(key, place), whole[place])
+    assert ours.ranges(key, range(112)) is None
+    assert ours.widened == ({gate, up} if other == torch.float16 else {gate})
+
+
+def test_quantised_tensors_are_refused_by_name() -> None:
+    source = random_hf(SMALL)
+    source.tensors[NORM] = torch.ones(48, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=f"{NORM}: has dtype uint8; quantised"):
+        MegatronView(source, SMALL)
+
+
 def test_every_tensor_of_hugging_face_that_does_not_fit_is_named() -> None:
     source = random_hf(SMALL)
     del source.tensors["vision_tower.embeddings.cls_token"]
