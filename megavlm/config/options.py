@@ -161,9 +161,9 @@ def make_parser(defaults: Config, prog: str, description: str = "") -> Parser:
         group = parser.add_argument_group(path.removesuffix(".") or "run", text.replace("``", ""))
         for option in listed:
             value = _value(defaults, option.key)
-            shown = option.help.replace("%", "%%").replace("``", "").removesuffix(
-                "."
-            ) + f" (default: {shown_value(value)})" * (value != "")
+            shown = option.help.replace("%", "%%").replace("``", "").removesuffix(".")
+            if value != "":
+                shown += f" (default: {shown_value(value)})"
             group.add_argument(
                 *option.flags,
                 type=_reader(option),

@@ -186,9 +186,12 @@ def differences(views: Sequence[View]) -> list[str]:
 
 
 def _headed(lines: list[str]) -> list[str]:
-    more = len(lines) - _MOST_LINES
-    head = ["the ranks would not run the same; make these equal:"] * bool(lines)
-    return head + lines[:_MOST_LINES] + [f"and {more} differences more"] * (more > 0)
+    if not lines:
+        return []
+    shown = ["the ranks would not run the same; make these equal:", *lines[:_MOST_LINES]]
+    if len(lines) > _MOST_LINES:
+        shown.append(f"and {len(lines) - _MOST_LINES} differences more")
+    return shown
 
 
 def _ranks_by(values: Sequence[str]) -> dict[str, list[int]]:
@@ -202,12 +205,12 @@ def _ranks_by(values: Sequence[str]) -> dict[str, list[int]]:
 def _where(ranks: Sequence[int], views: Sequence[View]) -> str:
     """The ranks, and their machines: ``ranks 8-15 (node1)``."""
     hosts = list(dict.fromkeys(views[rank].host for rank in ranks))
-    more = f" and {len(hosts) - 3} others" * (len(hosts) > 3)
+    more = f" and {len(hosts) - 3} others" if len(hosts) > 3 else ""
     return f"{_named(ranks)} ({', '.join(hosts[:3])}{more})"
 
 
 def _named(ranks: Sequence[int]) -> str:
-    return f"rank{'s' * (len(ranks) > 1)} {spans(ranks)}"
+    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {spans(ranks)}"
 
 
 def spans(ranks: Sequence[int]) -> str:

@@ -51,12 +51,11 @@ class Mark:
     time: float = field(default_factory=time.monotonic)
 
     def __str__(self) -> str:
-        done = (
-            f", waits for pack {self.packs + 1}"
-            if self.is_loading
-            else f", pack {self.packs} came last" * (self.packs > 0)
-        )
-        return f"{self.what} {self.step}{done}"
+        if self.is_loading:
+            return f"{self.what} {self.step}, waits for pack {self.packs + 1}"
+        if self.packs:
+            return f"{self.what} {self.step}, pack {self.packs} came last"
+        return f"{self.what} {self.step}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -281,7 +280,7 @@ def _suspects(answers: dict[int, Answer], silent: list[int]) -> str:
 
 
 def _named(ranks: list[int]) -> str:
-    return f"rank{'s' * (len(ranks) > 1)} {spans(ranks)}"
+    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {spans(ranks)}"
 
 
 def _print(text: str) -> None:

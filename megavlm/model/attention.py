@@ -81,7 +81,8 @@ class PackedCausalAttention(nn.Module):
     def _attend_to_all(
         self, query: Tensor, key: Tensor, value: Tensor, ends: Tensor, grouped: bool
     ) -> Tensor:
-        ends, lengths = ends.numpy(), ends.diff()
+        lengths = ends.diff()
+        ends = ends.numpy()
         places = own_places(ends, self.group)
         key, value = gather_tokens(torch.cat([key, value], dim=-1), ends, self.group).split(
             (key.shape[-1], value.shape[-1]), dim=-1

@@ -148,9 +148,6 @@ def _held(piece: Piece, cut: _Cut) -> Held:
         heads = cut.arch.vision.num_attention_heads
         numbers = numbers // heads * padded_heads(heads, ranks)
     numbers = numbers // ranks if piece.key.endswith(_CUT) else numbers
-    trained = numbers * is_trained(piece, cut.trainable)
-    return Held(
-        weights=numbers,
-        trained=trained,
-        trained_copies=trained * (before_language and cut.vision < cut.language),
-    )
+    trained = numbers if is_trained(piece, cut.trainable) else 0
+    is_replicated = before_language and cut.vision < cut.language
+    return Held(weights=numbers, trained=trained, trained_copies=trained if is_replicated else 0)

@@ -92,9 +92,10 @@ def _layer_costs(
         if piece.layer is not None:
             has_backward[place] |= passes > 1
             is_again = recompute == "full" or (recompute == "selective" and ".mlp." in piece.key)
-            again[place] += forward * (is_again and piece.part in recompute_parts)
+            if is_again and piece.part in recompute_parts:
+                again[place] += forward
     return tuple(
-        cost + extra * backward
+        cost + extra if backward else cost
         for cost, extra, backward in zip(costs, again, has_backward, strict=True)
     )
 

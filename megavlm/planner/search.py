@@ -77,11 +77,13 @@ def describe(one: Estimate) -> str:
         f"TP {parallel.tensor_model_parallel_size}",
         f"PP {parallel.pipeline_model_parallel_size}",
     ]
-    words += [f"x {parallel.virtual_pipeline_model_parallel_size}"] * (
-        parallel.virtual_pipeline_model_parallel_size > 1
-    )
-    words += [f"CP {parallel.context_parallel_size}"] * (parallel.context_parallel_size > 1)
-    words += [f"DP {one.data_ranks}"] + ["vision data"] * (parallel.vision == "data")
+    if parallel.virtual_pipeline_model_parallel_size > 1:
+        words.append(f"x {parallel.virtual_pipeline_model_parallel_size}")
+    if parallel.context_parallel_size > 1:
+        words.append(f"CP {parallel.context_parallel_size}")
+    words.append(f"DP {one.data_ranks}")
+    if parallel.vision == "data":
+        words.append("vision data")
     return f"{' '.join(words)}, recompute {parallel.recompute}"
 
 

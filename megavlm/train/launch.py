@@ -306,7 +306,9 @@ def _introduce(
     )
     context = f" x context {place.context_size}" if place.context_size > 1 else ""
     virtual = config.parallel.virtual_pipeline_model_parallel_size
-    pipeline = f"pipeline {place.pipeline_size}" + f" ({virtual} chunks each)" * (virtual > 1)
+    pipeline = f"pipeline {place.pipeline_size}"
+    if virtual > 1:
+        pipeline += f" ({virtual} chunks each)"
     sizes = f"tensor {place.tensor_size}{context} x {pipeline} x data {place.data_size}"
     metrics.say(
         f"stage {config.stage}, model {config.model}, {place.size} ranks: {sizes},"

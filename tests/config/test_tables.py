@@ -17,7 +17,8 @@ def weights(arch: Architecture) -> tuple[int, int]:
     language = arch.language
     wide = vision.hidden_size
     inner = vision.ffn_hidden_size
-    norms = 2 * wide * (vision.normalization == "LayerNorm") + 2 * wide
+    norm_biases = 2 * wide if vision.normalization == "LayerNorm" else 0
+    norms = norm_biases + 2 * wide
     qkv_bias = 3 * wide * vision.qkv_bias
     layer = (
         4 * wide**2

@@ -76,8 +76,13 @@ class Layout:
     def __str__(self) -> str:
         sizes = {"TP": self.tensor, "PP": self.pipeline, "CP": self.context, "DP": self.data}
         words = [f"{name}{size}" for name, size in sizes.items() if size > 1]
-        words += ["SP"] * self.sequence + [f"virtual {self.virtual}"] * (self.virtual > 1)
-        return " ".join(words + ["whole vision layers"] * (self.vision == "data"))
+        if self.sequence:
+            words.append("SP")
+        if self.virtual > 1:
+            words.append(f"virtual {self.virtual}")
+        if self.vision == "data":
+            words.append("whole vision layers")
+        return " ".join(words)
 
 
 LAYOUTS = (

@@ -53,10 +53,13 @@ class Case:
     @property
     def name(self) -> str:
         """Unlike every other case's, such as ``2b-stage2-bf16-megavlm-recompute_full``."""
-        extras = [f"recompute_{self.recompute}"] * (self.recompute != "none")
-        extras += ["bf16_moments"] * (self.moments == "bfloat16") + ["local"] * (
-            self.kernels == "local"
-        )
+        extras = []
+        if self.recompute != "none":
+            extras.append(f"recompute_{self.recompute}")
+        if self.moments == "bfloat16":
+            extras.append("bf16_moments")
+        if self.kernels == "local":
+            extras.append("local")
         return "-".join(
             [
                 self.model.rpartition("-")[2],

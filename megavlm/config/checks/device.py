@@ -32,9 +32,11 @@ class Machine:
     @property
     def lack(self) -> str:
         """What keeps Transformer Engine's layers from being used; empty if nothing does."""
-        lacks = ["no CUDA device"] * (self.capability is None) + ["no Transformer Engine"] * (
-            not self.has_transformer_engine
-        )
+        lacks = []
+        if self.capability is None:
+            lacks.append("no CUDA device")
+        if not self.has_transformer_engine:
+            lacks.append("no Transformer Engine")
         return " and ".join(lacks)
 
 

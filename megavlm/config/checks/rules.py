@@ -57,9 +57,8 @@ def check(
     )
     if found:
         listed = "\n  ".join(found)
-        raise ConfigError(
-            f"{len(found)} problem{'s' * (len(found) > 1)} with the configuration:\n  {listed}"
-        )
+        noun = "problem" if len(found) == 1 else "problems"
+        raise ConfigError(f"{len(found)} {noun} with the configuration:\n  {listed}")
 
 
 def problems(config: Config, world_size: int) -> list[str]:
@@ -235,9 +234,9 @@ def _pipeline(parallel: Parallel, arch: Architecture) -> Iterator[str]:
     given = f"--parallel.layout {layout}"
     virtual = parallel.virtual_pipeline_model_parallel_size
     chunks = parallel.chunks
-    sizes = f"{flag} {size}" + f" x --parallel.virtual_pipeline_model_parallel_size {virtual}" * (
-        virtual != 1
-    )
+    sizes = f"{flag} {size}"
+    if virtual != 1:
+        sizes += f" x --parallel.virtual_pipeline_model_parallel_size {virtual}"
     yield from _at_least(
         1,
         "parallel",
@@ -265,7 +264,8 @@ def _pipeline(parallel: Parallel, arch: Architecture) -> Iterator[str]:
         return
     if len(counts) != chunks:
         wanted = f"{sizes} is {chunks}" if virtual != 1 else f"{flag} is {size}"
-        yield f"{given}: {len(counts)} chunk{'s' * (len(counts) > 1)}, but {wanted}"
+        noun = "chunk" if len(counts) == 1 else "chunks"
+        yield f"{given}: {len(counts)} {noun}, but {wanted}"
 
 
 def _world(config: Config, world_size: int) -> Iterator[str]:
@@ -319,9 +319,10 @@ def _nearest_multiples(number: int, of: int) -> str:
 def _data(data: Data) -> Iterator[str]:
     if not data.train:
         yield "--data.train: name the folder of a packed dataset; tools/pack_dataset.py makes one"
-    for name, folder in [("train", folder) for folder in data.train_folders] + [
-        ("valid", data.valid)
-    ] * bool(data.valid):
+    folders = [("train", folder) for folder in data.train_folders]
+    if data.valid:
+        folders.append(("valid", data.valid))
+    for name, folder in folders:
         if "://" not in folder and not Path(folder).is_dir():
             yield (
                 f"--data.{name} {folder}: no such folder; tools/pack_dataset.py --out {folder}"

@@ -27,7 +27,7 @@ def take(row_sources: np.ndarray, sources: Sequence[Annotations], seed: int) -> 
     found = np.bincount(group_of_row, minlength=len(sources)).astype(np.float64)
     # Of a share below 1, the survey has read no more than that share.
     wanted = found * np.maximum([source.repeat_time for source in sources], 1.0)
-    weights = np.array([source.weight or 0.0 for source in sources]) * (found > 0)
+    weights = np.where(found > 0, [source.weight or 0.0 for source in sources], 0.0)
     if weights.any():
         wanted = wanted.sum() * weights / weights.sum()
     times = np.zeros(len(row_sources), np.int32)

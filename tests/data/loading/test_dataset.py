@@ -55,11 +55,13 @@ def by_hand(dataset: PackedDataset, pack_id: int, reduction: str) -> dict[str, n
         while place % alignment:
             place += 1
         ends.append(place)
+    if place < CAPACITY:
+        ends.append(CAPACITY)
     return {
         "tokens": tokens,
         "labels": labels,
         "loss_weights": weights,
-        "sample_ends": np.array(ends + [CAPACITY] * (place < CAPACITY)),
+        "sample_ends": np.array(ends),
     }
 
 
