@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 """Compare an exported model with the checkpoint that it came from: logits of both on the same
-packed samples.
+packed samples. Prints PASS or FAIL; the exit status is 0, 1 if they differ, 2 if the inputs cannot
+be compared.
 
 python tools/verify_export.py --load runs/stage2 --hf exported --data packs/valid --packs 4
 """
@@ -13,44 +14,59 @@ import json
 import sys
 from pathlib import Path
 
-from megavlm.train.verify import compare
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from tools.verification.logits import DTYPES, LIMITS, Agreement, compare
 
 
-def main() -> int:
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--load", required=True, metavar="DIR", help="checkpoint: the folder of a step, or of a run"
-    )
-    parser.add_argument(
-        "--hf", required=True, metavar="DIR", type=Path, help="the exported Hugging Face folder"
-    )
-    parser.add_argument(
-        "--data", required=True, metavar="DIR", type=Path, help="packed dataset to compare on"
-    )
+    load = "checkpoint: the folder of a step, or of a run"
+    parser.add_argument("--load", required=True, metavar="DIR", help=load)
+    hf = "the exported Hugging Face folder, in the native dialect"
+    parser.add_argument("--hf", required=True, metavar="DIR", type=Path, help=hf)
+    data = "packed dataset of the same tokenizer and tiles"
+    parser.add_argument("--data", required=True, metavar="DIR", type=Path, help=data)
     parser.add_argument("--packs", default=4, type=int, help="packs to compare (default: 4)")
-    parser.add_argument(
-        "--limit",
-        default=1e-4,
-        type=float,
-        help="largest difference between two logits that is well (default: 1e-4)",
-    )
+    dtype = "both models compute in (default: float32)"
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help=dtype)
+    shares = ", ".join(f"{share:g} in {name}" for name, share in LIMITS.items())
+    limit = f"largest accepted difference of two logits (default, of the largest logit: {shares})"
+    parser.add_argument("--limit", type=float, help=limit)
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the figures to a file too")
-    options = parser.parse_args()
-    try:
-        found = compare(options.load, options.hf, options.data, options.packs)
-    except (ValueError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return parser.parse_args(arguments)
+
+
+def report(found: Agreement, limit: float | None) -> int:
+    """Print the figures and the verdict; return the exit status."""
     print(
-        f"{found.samples} samples, {found.tokens} tokens: largest difference of logits"
-        f" {found.max_abs_difference:.2e}"
+        f"{found.samples} samples, {found.tokens} tokens, computed in {found.dtype}: largest"
+        f" difference of logits {found.max_abs_difference:.2e}"
     )
     print(f"the same token ranks first at {found.equal_choices} of {found.tokens} positions")
+    failures = found.failures(limit)
+    for failure in failures:
+        print(f"FAIL: {failure}")
+    if not failures:
+        print("PASS: the exported model computes what the checkpoint does")
+    return int(bool(failures))
+
+
+def main() -> int:
+    """Run the tool."""
+    options = parse()
+    try:
+        found = compare(options.load, options.hf, options.data, options.packs, options.dtype)
+    except (ValueError, OSError) as error:
+        print(f"verify_export: error: {error}", file=sys.stderr)
+        return 2
     if options.json:
-        options.json.write_text(json.dumps(dataclasses.asdict(found), indent=2) + "\n")
-    return 0 if found.max_abs_difference <= options.limit else 1
+        content = dataclasses.asdict(found) | {"failures": found.failures(options.limit)}
+        options.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return report(found, options.limit)
 
 
 if __name__ == "__main__":

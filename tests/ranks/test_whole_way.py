@@ -16,6 +16,7 @@ from megavlm.config.schema import Checkpoint, Config, Logging
 from megavlm.data.images.tiling import Tiling
 from megavlm.data.packing.job import Job, pack_dataset
 from megavlm.data.records.meta_file import read_sources
+from megavlm.data.text.tokenizer import load_tokenizer
 from tests.ranks.pool import Pool
 from tests.ranks.runs import TINY, config_for
 from tests.ranks.test_resume import run_job
@@ -90,11 +91,11 @@ def _config(packs: Path, save: Path, **checkpoint) -> Config:
     )
 
 
-def agreement(load: Path, hf: Path, packs: Path):
-    """How near the trained and the exported model are."""
-    from megavlm.train.verify import compare
+def agreement(load: Path, hf: Path, packs: Path, dtype: str = "float32"):
+    """Return how near the trained and the exported model are."""
+    from tools.verification.logits import compare
 
-    return compare(str(load), hf, packs, 2)
+    return compare(str(load), hf, packs, 2, dtype)
 
 
 def _valid_losses(save: Path) -> list[float]:
@@ -108,7 +109,9 @@ def test_the_exported_model_is_the_trained_one_and_can_be_trained_on(
     ranks.run(run_job, 2, _config(packs, tmp_path / "run", export_hf=str(tmp_path / "hf")))
     [found] = ranks.run(agreement, 1, tmp_path / "run", tmp_path / "hf", packs)
     assert found.samples >= 4 and found.max_abs_difference <= 1e-4
-    assert found.equal_choices == found.tokens
+    assert found.equal_choices == found.tokens and not found.failures()
+    [rounded] = ranks.run(agreement, 1, tmp_path / "run", tmp_path / "hf", packs, "bfloat16")
+    assert rounded.max_abs_difference > 0 and not rounded.failures()
     # A run that starts from the exported folder begins where the first one ended.
     ranks.run(run_job, 1, _config(packs, tmp_path / "again", load=str(tmp_path / "hf")))
     assert _valid_losses(tmp_path / "again")[0] == pytest.approx(
@@ -121,16 +124,29 @@ def test_an_export_that_differs_is_noticed(ranks: Pool, packs: Path, tmp_path: P
     from safetensors.torch import load_file, save_file
 
     ranks.run(run_job, 1, _config(packs, tmp_path / "run", export_hf=str(tmp_path / "hf")))
-    weights = load_file(tmp_path / "hf" / "model.safetensors")
+    file = tmp_path / "hf" / "model.safetensors"
+    weights = load_file(file)
     name = next(
         name
         for name in weights
         if name.startswith("language_model.") and name.endswith("norm.weight")
     )
-    save_file(
-        weights | {name: weights[name] * 2},
-        tmp_path / "hf" / "model.safetensors",
-        metadata={"format": "pt"},
-    )
-    [found] = ranks.run(agreement, 1, tmp_path / "run", tmp_path / "hf", packs)
-    assert found.max_abs_difference > 1e-4
+
+    def compared(changes: dict):
+        save_file(weights | changes, file, metadata={"format": "pt"})
+        return ranks.run(agreement, 1, tmp_path / "run", tmp_path / "hf", packs)[0]
+
+    found = compared({name: weights[name] * 2})
+    assert found.max_abs_difference > 1e-4 and "logits differ" in found.failures()[0]
+    found = compared({name: weights[name] * float("nan")})
+    assert found.not_finite == found.tokens > 0
+    assert "NaN or infinite" in found.failures()[0]
+    # An export in another dtype is compared after the checkpoint's weights are rounded to it.
+    found = compared({key: tensor.bfloat16() for key, tensor in weights.items()})
+    assert not found.failures()
+
+    tokenizer = load_tokenizer(tmp_path / "hf")
+    tokenizer.add_tokens(["another"])
+    tokenizer.save_pretrained(tmp_path / "hf")
+    with pytest.raises(AssertionError, match="--data: packs of another tokenizer"):
+        compared({})

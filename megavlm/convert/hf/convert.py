@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections import Counter
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megavlm.checkpoint import train_state
 from megavlm.config.cli import from_yaml, to_yaml
 from megavlm.config.models import MODELS
 from megavlm.config.schema import Architecture, Config
@@ -177,8 +177,7 @@ def import_(
             to_yaml(Config(stage="2", model=name, architecture=architecture)), encoding="utf-8"
         )
         preprocessing.write(preprocessing.of_folder(folder, dialect_of(folder)), growing)
-        state = {"step": 0, "consumed": 0, "stage": None, "tokenizer": words, "format": 1}
-        (growing / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+        train_state.write(train_state.State(tokenizer=words), growing)
     return out
 
 

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, InternVLForConditionalGeneration
 
+from megavlm.checkpoint import train_state
 from megavlm.config.cli import from_yaml
 from megavlm.config.schema import Architecture
 from megavlm.convert.hf import convert
@@ -113,11 +114,10 @@ def test_the_tokenizer_stays_the_same_and_renders_the_template(tmp_path: Path) -
     out = convert.export(checkpoint, tmp_path / "out")
     again = convert.import_(out, tmp_path / "again")
     expected = fingerprint(load_tokenizer(TOKENIZER))
-    state = {"step": 0, "consumed": 0, "stage": None, "tokenizer": expected, "format": 1}
     assert (
-        json.loads((checkpoint / "state.json").read_text())
-        == json.loads((again / "state.json").read_text())
-        == state
+        train_state.read(checkpoint)
+        == train_state.read(again)
+        == train_state.State(tokenizer=expected)
     )
     tokenizer = AutoTokenizer.from_pretrained(out)
     assert fingerprint(tokenizer) == expected

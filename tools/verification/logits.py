@@ -1,0 +1,231 @@
+"""Compare the logits of an exported model with those of the checkpoint that it came from.
+
+The checkpoint's model reads whole packs; ``transformers`` reads their samples one by one. Both
+compute in the same dtype, and the checkpoint's weights are first rounded to the dtype of the
+exported ones, so that only the order of the sums may differ.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from megavlm.config.schema import Architecture, Fp8, Parallel
+from megavlm.convert.hf import convert
+from megavlm.convert.hf.reference import load_reference
+from megavlm.convert.hf.safetensors_files import SafetensorsFolder
+from megavlm.data.loading.batch import Batch
+from megavlm.data.loading.dataset import PackedDataset
+from megavlm.data.store.manifest import Manifest
+from megavlm.data.text.tokenizer import fingerprint, load_tokenizer
+from megavlm.model.vlm import VisionLanguageModel
+from megavlm.parallel import backend, process_groups
+from megavlm.planner.layout import make_layout
+from megavlm.train import checkpoint
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# Largest difference of two logits that is accepted, as a share of the largest logit (at least 1).
+LIMITS = {"float32": 1e-4, "bfloat16": 5e-2}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Agreement:
+    """How near two models are.
+
+    Args:
+        samples: samples compared.
+        tokens: positions compared.
+        max_abs_difference: largest difference between two finite logits.
+        largest_logit: largest absolute value of a finite logit of the checkpoint.
+        equal_choices: positions at which both rank the same token first.
+        not_finite: positions at which a logit of either model is NaN or infinite.
+        dtype: both models computed in.
+    """
+
+    samples: int
+    tokens: int
+    max_abs_difference: float
+    largest_logit: float
+    equal_choices: int
+    not_finite: int
+    dtype: str
+
+    def failures(self, limit: float | None = None) -> list[str]:
+        """Return what is wrong, one sentence each; an empty list: the models are the same.
+
+        Args:
+            limit: largest accepted difference of two logits; None: that of ``LIMITS``.
+        """
+        if limit is None:
+            limit = LIMITS[self.dtype] * max(1.0, self.largest_logit)
+        if self.tokens == 0:
+            return ["no position was compared"]
+        wrong = []
+        if self.not_finite:
+            wrong.append(
+                f"{self.not_finite} of {self.tokens} positions have NaN or infinite logits"
+            )
+        if not self.max_abs_difference <= limit:
+            wrong.append(f"logits differ by up to {self.max_abs_difference:.2e}, limit {limit:.2e}")
+        return wrong
+
+
+class _Tally:
+    """Sums over the positions compared so far."""
+
+    def __init__(self) -> None:
+        self.samples = 0
+        self.tokens = 0
+        self.largest = 0.0
+        self.largest_logit = 0.0
+        self.equal = 0
+        self.not_finite = 0
+
+    def add(self, ours: Tensor, theirs: Tensor) -> None:
+        """Count one sample; ``ours`` and ``theirs`` are its logits, [tokens, vocabulary]."""
+        finite = ours.isfinite().all(-1) & theirs.isfinite().all(-1)
+        self.samples += 1
+        self.tokens += len(ours)
+        self.not_finite += int((~finite).sum())
+        ours = ours[finite]
+        theirs = theirs[finite]
+        if not len(ours):
+            return
+        self.largest = max(self.largest, float((ours - theirs).abs().max()))
+        self.largest_logit = max(self.largest_logit, float(ours.abs().max()))
+        self.equal += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
+
+
+@torch.no_grad()
+def compare(
+    checkpoint_path: str,
+    hf_folder: Path,
+    dataset_folder: Path,
+    packs: int,
+    dtype: str = "float32",
+) -> Agreement:
+    """Compare the checkpoint with ``transformers``.
+
+    Args:
+        checkpoint_path: folder of a step, or of a run.
+        hf_folder: the exported model.
+        dataset_folder: packs to compare on.
+        packs: how many of them, from the first; at least 1.
+        dtype: both models compute in, a key of ``DTYPES``.
+
+    Raises:
+        FileNotFoundError: a folder is missing.
+        ValueError: there is no checkpoint, or checkpoint, model and packs do not belong together.
+    """
+    if packs < 1:
+        raise ValueError(f"--packs {packs}: must be at least 1")
+    found = checkpoint.find(checkpoint_path)
+    if found is None:
+        raise ValueError(f"--load {checkpoint_path}: no checkpoint is there")
+    dataset = PackedDataset(dataset_folder)
+    _refuse_others(found, hf_folder, dataset.manifest)
+    device = backend.start(timeout_minutes=30).device
+    try:
+        theirs = load_reference(hf_folder, DTYPES[dtype]).to(device)
+        ours = _load(found, hf_folder, dtype, device)
+        tally = _Tally()
+        for pack_id in range(min(packs, len(dataset))):
+            _compare_pack(dataset, pack_id, ours, theirs, tally)
+    finally:
+        process_groups.destroy()
+    return Agreement(
+        samples=tally.samples,
+        tokens=tally.tokens,
+        max_abs_difference=tally.largest,
+        largest_logit=tally.largest_logit,
+        equal_choices=tally.equal,
+        not_finite=tally.not_finite,
+        dtype=dtype,
+    )
+
+
+def _compare_pack(
+    dataset: PackedDataset,
+    pack_id: int,
+    ours: VisionLanguageModel,
+    theirs: nn.Module,
+    tally: _Tally,
+) -> None:
+    """Add the samples of one pack to ``tally``."""
+    architecture = ours.architecture
+    batch = dataset.batch(pack_id, pack_id, vision_layers=architecture.vision.num_layers)
+    batch = batch.to(next(theirs.parameters()).device)
+    whole = ours(batch, with_loss=False)[:, : architecture.language.vocab_size].float()
+    pixels = ours.vision.normalise(batch.tiles)
+    for start, end, first, last in _samples(batch, architecture.features_per_tile):
+        inputs = {"pixel_values": pixels[first:last]} if last > first else {}
+        answer = theirs(input_ids=batch.tokens[None, start:end], **inputs).logits[0].float()
+        tally.add(whole[start:end], answer)
+
+
+def _refuse_others(found: checkpoint.Checkpoint, hf_folder: Path, packs: Manifest) -> None:
+    """Raise ValueError if checkpoint, exported model and packs do not belong together."""
+    architecture = found.config.architecture
+    convert.refuse_other(hf_folder, architecture)
+    exported = fingerprint(load_tokenizer(hf_folder, "--hf"))
+    if packs.tokenizer_fingerprint != exported:
+        raise ValueError(
+            f"--data: packs of another tokenizer ({packs.tokenizer_fingerprint}) than that of --hf"
+            f" {hf_folder} ({exported}); name packs that the model was trained on"
+        )
+    if found.state.tokenizer not in (None, exported):
+        raise ValueError(
+            f"--hf {hf_folder}: has another tokenizer ({exported}) than the checkpoint"
+            f" ({found.state.tokenizer})"
+        )
+    if packs.totals.tiles:
+        _refuse_tiles(architecture, packs)
+
+
+def _refuse_tiles(architecture: Architecture, packs: Manifest) -> None:
+    """Raise ValueError if the packs' tiles are not those of the model."""
+    for name, packed, needed in (
+        ("pixels a side", packs.image_size, architecture.vision.image_size),
+        ("image tokens", packs.features_per_tile, architecture.features_per_tile),
+    ):
+        if packed != needed:
+            raise ValueError(
+                f"--data: has tiles of {packed} {name}, and the model's have {needed}; name packs"
+                " that the model was trained on"
+            )
+
+
+def _load(
+    found: checkpoint.Checkpoint, hf_folder: Path, dtype: str, device: torch.device
+) -> VisionLanguageModel:
+    """Return the checkpoint's model, its weights rounded to the dtype of the exported ones."""
+    training = dataclasses.replace(found.config.training, precision=dtype)
+    alone = dataclasses.replace(found.config, parallel=Parallel(), fp8=Fp8(), training=training)
+    groups = process_groups.create(alone.parallel, seed=0)
+    model = VisionLanguageModel(alone, make_layout(alone), groups).to(device)
+    checkpoint.load_weights(found, [model])
+    exported = {header.dtype for header in SafetensorsFolder(hf_folder).headers.values()}
+    if len(exported) == 1:
+        for parameter in model.parameters():
+            parameter.copy_(parameter.to(*exported))
+    return model.eval()
+
+
+def _samples(batch: Batch, features_per_tile: int) -> list[tuple[int, int, int, int]]:
+    """Return first and last token, first and last tile of each sample, without the padding at the
+    end.
+    """
+    ends = batch.sample_ends.tolist()
+    tiles = 0
+    found = []
+    positions: Tensor = batch.feature_positions
+    for start, end in zip(ends, ends[1:], strict=False):
+        own = int(((positions >= start) & (positions < end)).sum()) // features_per_tile
+        if bool(batch.loss_weights[start:end].any()) or own:
+            found.append((start, end, tiles, tiles + own))
+        tiles += own
+    return found
