@@ -173,7 +173,7 @@ class Optimizer:
         adam_beta2: decay of the second moment.
         adam_eps: added to the root of the second moment.
         clip_grad: largest norm of the whole gradient; 0: no clipping.
-        moments: number format of both moments; bfloat16 saves six bytes a trained weight and needs
+        moments: dtype of both moments; bfloat16 saves four bytes a trainable parameter and needs
             Transformer Engine.
     """
 

@@ -6,6 +6,8 @@ its place in the layer specs.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -13,6 +15,18 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from megavlm.parallel.context_parallel import gather_tokens, own_places
+
+
+@dataclass
+class PackedSamples(PackedSeqParams):
+    """Where samples end in a pack, for attention and rotary embedding.
+
+    Args:
+        pad_between_seqs: whether padding stands between samples. Transformer Engine compares both
+            kinds of ends on the device and waits for the answer, unless it is told.
+    """
+
+    pad_between_seqs: bool = False
 
 
 class TileAttention(nn.Module):

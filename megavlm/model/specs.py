@@ -114,7 +114,7 @@ def transformer_engine_kernels() -> Kernels:
         column_linear=_accumulating(engine.TEColumnParallelLinear),
         row_linear=_accumulating(engine.TERowParallelLinear),
         tile_attention=engine.TEDotProductAttention,
-        packed_attention=engine.TEDotProductAttention,
+        packed_attention=_told_of_padding(engine.TEDotProductAttention),
         is_fused=True,
         pointwise=_compiled,
         checkpoint=checkpoint,
@@ -148,6 +148,21 @@ def _accumulating(linear: type) -> type:
             super().__init__(*args, config=config, **kwargs)
 
     return Accumulating
+
+
+def _told_of_padding(attention: type) -> type:
+    """Tell ``attention`` of Transformer Engine whether padding stands between samples.
+
+    megatron-core's ``TEDotProductAttention.forward`` hands the named fields of the packed samples
+    on; 0.16.1 does not name this one.
+    """
+
+    class ToldOfPadding(attention):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.kept_packed_seq_params.add("pad_between_seqs")
+
+    return ToldOfPadding
 
 
 def _without_bias(linear: type) -> type:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.enums import ModelType
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 from megatron.core.transformer import MegatronModule
 from megatron.core.transformer.transformer_layer import TransformerLayer
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from megavlm.config.schema import Config
 from megavlm.data.loading.batch import Batch
+from megavlm.model.attention import PackedSamples
 from megavlm.model.connector import Connector
 from megavlm.model.fusion import place_features
 from megavlm.model.language import LanguageModel
@@ -204,7 +204,7 @@ class VisionLanguageModel(MegatronModule):
         self.language.set_input_tensor(hidden)
         ends = batch.sample_ends
         longest = batch.longest_sample
-        packed = PackedSeqParams(
+        packed = PackedSamples(
             qkv_format="thd",
             cu_seqlens_q=ends,
             cu_seqlens_kv=ends,

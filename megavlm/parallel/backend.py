@@ -9,7 +9,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from megavlm.parallel import cpu_backend
+from megavlm.parallel import adamw, cpu_backend
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +84,7 @@ def start(
     if on_gpu:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
+        adamw.install_if_none_is_fused()
     else:
         cpu_backend.install()
         device = torch.device("cpu")

@@ -2,7 +2,7 @@
 
 megatron-core asks ``torch.cuda`` for the current device, for streams and for random states wherever
 it runs. On a machine without a CUDA device ``install`` answers those questions for the CPU. Nothing
-of megatron-core is replaced but its optimizer class (see ``parallel/adam``) and two functions that
+of megatron-core is replaced but its optimizer class (see ``parallel/adamw``) and two functions that
 read CUDA's random state; all of its parallelism runs as it is.
 """
 
@@ -17,7 +17,7 @@ from types import ModuleType
 
 import torch
 
-from megavlm.parallel.cpu_adam import Adam
+from megavlm.parallel import adamw
 
 _CPU = torch.device("cpu")
 # Modules of megatron-core that make tensors with device="cuda", and the functions of torch that
@@ -117,23 +117,13 @@ def _replace_random_states(random: ModuleType) -> None:
     )
 
 
-def _replace_optimizer(optimizer: ModuleType, distributed: ModuleType) -> None:
-    optimizer.Adam = Adam
-    optimizer.USING_PYTORCH_OPTIMIZER = False
-    distributed.Adam = Adam
-    distributed.HAVE_APEX_OR_TE = distributed.USING_APEX_OPTIMIZER = True
-    distributed.USING_TE_OPTIMIZER = False
-
-
 @functools.cache
 def install() -> None:
     """Put the stand-ins in place, once in a process, before megatron-core builds anything."""
     _replace_cuda_questions()
 
-    import megatron.core.optimizer as optimizer
-    import megatron.core.optimizer.distrib_optimizer as distributed
     import megatron.core.tensor_parallel.random as random
 
     _replace_factories()
     _replace_random_states(random)
-    _replace_optimizer(optimizer, distributed)
+    adamw.install()

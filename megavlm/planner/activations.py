@@ -19,10 +19,11 @@ from megavlm.planner.layout import Chunk
 from megavlm.planner.parameters import held_by
 from megavlm.planner.partition import PackSize, layer_costs
 
-# Of a logit: in 16 bits, its gradient, and the exponentials in 32 bits while the loss is computed.
-_LOGIT_BYTES = 8
 _TILES = 4
 NUMBER_BYTES = {"bfloat16": 2, "float32": 4}
+# Exponentials of a logit in 32 bits, and what is rounded to the dtype again, without Transformer
+# Engine.
+_EXPONENTIAL_BYTES = 4
 _ANY_PACK = PackSize(tokens=1.0, squared_lengths=1.0, tiles=1.0)
 
 
@@ -126,9 +127,20 @@ def kept_by(config: Config, chunk: Chunk, share: RankShare) -> Kept:
             share.tokens
             * arch.language.vocab_size
             / parallel.tensor_model_parallel_size
-            * _LOGIT_BYTES
+            * _logit_bytes(config)
         )
     return Kept(each_pack=each_pack, once=once)
+
+
+def _logit_bytes(config: Config) -> int:
+    """Count the bytes of a logit while the loss is computed.
+
+    Transformer Engine's loss writes the gradient over the logits. megatron-core's own keeps
+    the logits, their gradient, and the exponentials.
+    """
+    size = NUMBER_BYTES[config.training.precision]
+    is_local = config.training.kernels == "local" or config.training.precision == "float32"
+    return 2 * size + _EXPONENTIAL_BYTES if is_local else size
 
 
 def _around_layers(config: Config, chunk: Chunk, share: RankShare) -> float:

@@ -1,8 +1,9 @@
 """How much memory a rank needs, reckoned from the configuration.
 
-Weights take two bytes a number in bfloat16; a trained one has a gradient of four, and its main
+Weights take two bytes an element in bfloat16; a trainable one has a gradient of four, and its main
 weight and moments, which the ranks share out that sum its gradient. Activations are kept for every
-pack under way. Not counted: CUDA's own, NCCL's buffers, and what the allocator cannot use; leave a
+pack under way; they are gone when the optimizer updates, which may need copies of its own. Not
+counted: CUDA's own, NCCL's buffers, and what the allocator cannot use; leave a
 tenth of the device for them.
 """
 
@@ -19,10 +20,15 @@ from megavlm.planner.parameters import Held, held_by
 from megavlm.planner.schedule import under_way
 
 _GRADIENT = 4
-# With moments in 16 bits, of a main weight only what the model's own weight lacks is kept; 32-bit
-# weights are their own main weights.
-_MAIN = {"float32": 4, "bfloat16": 2}
+# Main weights are float32 beside bfloat16 weights; float32 weights are their own main weights.
+_MAIN = 4
 _MOMENTS = {"float32": 8, "bfloat16": 4}
+# An FP8 copy of a weight and that copy's transpose, which Hopper's matrix products read.
+_FP8_COPIES = 2
+# Elements that one slice of an update with bfloat16 moments has (see ``train/sliced_update``), and
+# bytes of the float32 copies of both moments of each.
+UPDATE_SLICE = 2**29
+_MOMENT_COPIES = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,17 +40,20 @@ class Memory:
         gradients: of what is trained.
         optimizer: main weights and moments, this rank's share.
         activations: kept for the backward pass, of all packs that are under way, and the logits.
+        update: copies that the optimizer makes inside its step, when activations are gone.
     """
 
     weights: float
     gradients: float
     optimizer: float
     activations: float
+    update: float = 0.0
 
     @property
     def total(self) -> float:
-        """All of it."""
-        return self.weights + self.gradients + self.optimizer + self.activations
+        """Return the most that is there at one time."""
+        passing = max(self.activations, self.update)
+        return self.weights + self.gradients + self.optimizer + passing
 
 
 def memory(
@@ -92,7 +101,7 @@ def memory_by_rank(
 
 
 def weight_bytes(config: Config, held: Held, sharing_ranks: int) -> dict[str, float]:
-    """Bytes of weights, of gradients and of the optimizer.
+    """Count the bytes of weights, of gradients, of the optimizer and of its update.
 
     Args:
         config: the run.
@@ -101,9 +110,13 @@ def weight_bytes(config: Config, held: Held, sharing_ranks: int) -> dict[str, fl
             times context-parallel ones.
     """
     moments = config.optimizer.moments
-    main = _MAIN[moments] if config.training.precision == "bfloat16" else 0
+    main = _MAIN if config.training.precision == "bfloat16" else 0
+    weights = NUMBER_BYTES[config.training.precision] * held.weights + _FP8_COPIES * held.in_fp8
+    updated = held.trained / sharing_ranks
+    copied = min(updated, UPDATE_SLICE) if moments == "bfloat16" else 0.0
     return {
-        "weights": float(NUMBER_BYTES[config.training.precision] * held.weights),
+        "weights": float(weights),
         "gradients": float(_GRADIENT * held.trained),
-        "optimizer": (main + _MOMENTS[moments]) * held.trained / sharing_ranks,
+        "optimizer": (main + _MOMENTS[moments]) * updated,
+        "update": _MOMENT_COPIES * copied,
     }

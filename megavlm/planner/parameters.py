@@ -44,17 +44,20 @@ class Held:
         trained: in those that are trained.
         trained_copies: of these, in tensors that each tensor-parallel rank has whole, for tiles of
             its own.
+        in_fp8: elements of weights that have FP8 copies.
     """
 
     weights: int = 0
     trained: int = 0
     trained_copies: int = 0
+    in_fp8: int = 0
 
     def __add__(self, other: Held) -> Held:
         return Held(
             weights=self.weights + other.weights,
             trained=self.trained + other.trained,
             trained_copies=self.trained_copies + other.trained_copies,
+            in_fp8=self.in_fp8 + other.in_fp8,
         )
 
 
@@ -94,12 +97,14 @@ class _Cut:
         arch: the model.
         trainable: freeze mask.
         vision, language: ranks that share the layers of each part.
+        fp8: parts whose layers have an FP8 recipe.
     """
 
     arch: Architecture
     trainable: tuple[str, ...]
     vision: int
     language: int
+    fp8: tuple[str, ...] = ()
 
 
 def _cut_by(config: Config) -> _Cut:
@@ -109,6 +114,7 @@ def _cut_by(config: Config) -> _Cut:
         trainable=config.training.trainable,
         vision=parallel.vision_tensor_size,
         language=parallel.tensor_model_parallel_size,
+        fp8=tuple(config.fp8.recipes),
     )
 
 
@@ -150,4 +156,10 @@ def _held(piece: Piece, cut: _Cut) -> Held:
     numbers = numbers // ranks if piece.key.endswith(_CUT) else numbers
     trained = numbers if is_trained(piece, cut.trainable) else 0
     is_replicated = before_language and cut.vision < cut.language
-    return Held(weights=numbers, trained=trained, trained_copies=trained if is_replicated else 0)
+    is_product = piece.layer is not None and piece.forward > 0
+    return Held(
+        weights=numbers,
+        trained=trained,
+        trained_copies=trained if is_replicated else 0,
+        in_fp8=numbers if is_product and piece.part in cut.fp8 else 0,
+    )

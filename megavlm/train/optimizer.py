@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -24,6 +25,7 @@ from megavlm.config.schema import Config
 from megavlm.model.precision import precision
 from megavlm.model.vlm import VisionLanguageModel
 from megavlm.train.schedule import learning_rate
+from megavlm.train.sliced_update import step_in_slices
 
 _MOMENTS: dict[str, dict[str, Any]] = {
     "float32": {},
@@ -31,6 +33,9 @@ _MOMENTS: dict[str, dict[str, Any]] = {
         "use_precision_aware_optimizer": True,
         "exp_avg_dtype": torch.bfloat16,
         "exp_avg_sq_dtype": torch.bfloat16,
+        # megatron-core saves int16 remainders of main weights as float32, and nothing can load
+        # that: this optimizer asserts int16, one with float32 moments takes them for weights.
+        "store_param_remainders": False,
     },
 }
 
@@ -120,7 +125,13 @@ def build(
             name=f"age {age}", fn=lambda parameter, age=age: ages[id(parameter)] == age
         )
         overrides[ParamKey(predicate=chosen)] = ParamGroupOverride(lr_mult=1.0 + age)
-    return get_megatron_optimizer(settings, list(wrapped), config_overrides=overrides)
+    built = get_megatron_optimizer(settings, list(wrapped), config_overrides=overrides)
+    if optimizer.moments == "bfloat16":
+        for part in built.chained_optimizers:
+            if not part.is_stub_optimizer:
+                # Called by megatron-core's ``step_with_ready_grads``.
+                part.optimizer.step = partial(step_in_slices, part.optimizer)
+    return built
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megavlm.config.checks.device import machine_problems
-from megavlm.config.schema import Checkpoint, Config, Logging
+from megavlm.config.schema import Checkpoint, Config, Fp8, Logging
 from tests.convert.models import TOKENIZER, load_all, make_hf
 from tests.gpu.models import SMALL, small
 
@@ -35,7 +35,7 @@ def engine(dataset: Path, **settings) -> Config:
 def test_fp8_trains_like_bfloat16(curve, dataset: Path, recipe: str) -> None:
     settings = dict(steps=200, lr=5e-4)
     exact = curve(engine(dataset, **settings))
-    eight = curve(engine(dataset, vision=recipe, language=recipe, **settings))
+    eight = curve(engine(dataset, fp8=Fp8(vision=recipe, language=recipe), **settings))
     assert eight != exact, "the recipe had no effect"
     # Three steps a pack: an average over the last epochs, in which no pack weighs more than
     # another.
@@ -50,7 +50,7 @@ def test_8_bit_weights_follow_the_weights(job, dataset: Path, part: str) -> None
     from megavlm.train.optimizer import set_rates
     from megavlm.train.step import train_step
 
-    config = engine(dataset, lr=0.1, **{part: "tensorwise"})
+    config = engine(dataset, lr=0.1, fp8=Fp8(**{part: "tensorwise"}))
     with job(config) as built:
         layer = (
             {
@@ -87,8 +87,10 @@ def test_8_bit_weights_follow_the_weights(job, dataset: Path, part: str) -> None
 def test_recomputed_layers_train_the_same_in_8_bits(
     curve, dataset: Path, recipe: str, recompute: str
 ) -> None:
-    kept = curve(engine(dataset, steps=6, vision=recipe, language=recipe))
-    again = curve(engine(dataset, steps=6, vision=recipe, language=recipe, recompute=recompute))
+    kept = curve(engine(dataset, steps=6, fp8=Fp8(vision=recipe, language=recipe)))
+    again = curve(
+        engine(dataset, steps=6, fp8=Fp8(vision=recipe, language=recipe), recompute=recompute)
+    )
     assert again == pytest.approx(kept, rel=5e-3)
 
 
@@ -100,8 +102,7 @@ def test_nothing_waits_for_a_backward_pass_that_does_not_come(
     config = engine(
         dataset,
         steps=3,
-        vision="tensorwise",
-        language="delayed",
+        fp8=Fp8(vision="tensorwise", language="delayed"),
         recompute="selective",
         trainable=("connector", "language"),
     )
@@ -112,9 +113,13 @@ def test_nothing_waits_for_a_backward_pass_that_does_not_come(
 
 
 def test_layers_that_stay_in_16_bits_change_the_result(curve, dataset: Path) -> None:
-    all_eight = curve(engine(dataset, language="tensorwise", steps=3))
+    all_eight = curve(engine(dataset, fp8=Fp8(language="tensorwise"), steps=3))
     some = curve(
-        engine(dataset, language="tensorwise", steps=3, first_bf16_layers=1, last_bf16_layers=1)
+        engine(
+            dataset,
+            fp8=Fp8(language="tensorwise", first_bf16_layers=1, last_bf16_layers=1),
+            steps=3,
+        )
     )
     assert all_eight != some
 
@@ -140,7 +145,9 @@ def test_the_host_waits_for_nothing_in_a_step(
     from megavlm.train.optimizer import set_rates
     from megavlm.train.step import train_step
 
-    config = engine(dataset, vision=recipe, language=recipe, drop_path=0.2, recompute=recompute)
+    config = engine(
+        dataset, fp8=Fp8(vision=recipe, language=recipe), drop_path=0.2, recompute=recompute
+    )
     with job(config) as built:
         size = config.training.global_batch_size
         clip = config.optimizer.clip_grad
@@ -192,11 +199,15 @@ def losses(save: Path) -> dict[int, float]:
     return {line["step"]: line["loss"] for line in lines if "loss" in line}
 
 
-@pytest.mark.parametrize("recipe", ["none", "delayed", "tensorwise"])
-def test_going_on_from_a_checkpoint_is_as_if_never_stopped(
-    dataset: Path, tmp_path: Path, recipe: str
+@pytest.mark.parametrize(
+    ("recipe", "moments"),
+    [("none", "float32"), ("none", "bfloat16"), ("delayed", "float32"), ("tensorwise", "float32")],
+)
+def test_resuming_from_a_checkpoint_is_as_if_never_stopped(
+    dataset: Path, tmp_path: Path, recipe: str, moments: str
 ) -> None:
-    config = engine(dataset, steps=6, vision=recipe, language=recipe, deterministic=True)
+    fp8 = Fp8(vision=recipe, language=recipe)
+    config = engine(dataset, steps=6, fp8=fp8, moments=moments, deterministic=True)
     run(saving(config, tmp_path / "whole"))
     run(saving(config, tmp_path / "rest", load=tmp_path / "whole" / "step_00000003"))
     whole = losses(tmp_path / "whole")

@@ -12,7 +12,7 @@ import pytest
 
 from megavlm.config.checks.rules import layout_problems
 from megavlm.config.cli import parse
-from megavlm.config.schema import Config, Parallel
+from megavlm.config.schema import Config, Fp8, Parallel
 from megavlm.planner.activations import RankShare, kept_by
 from megavlm.planner.estimate import Estimate, Hardware, estimate
 from megavlm.planner.flops import pieces
@@ -187,7 +187,7 @@ def test_options_are_told_by_what_they_change() -> None:
     assert found["--parallel.overlap_param_gather false"].step_ms > none.step_ms
     assert found["--parallel.sequence_parallel false"].memory.activations > none.memory.activations
     assert found["--parallel.vision data"].memory.weights > none.memory.weights
-    assert found["--optimizer.moments bfloat16"].memory.optimizer == none.memory.optimizer / 2
+    assert found["--optimizer.moments bfloat16"].memory.optimizer == none.memory.optimizer * 8 / 12
 
 
 def test_ranks_that_share_packs_share_activations_and_the_optimizer() -> None:
@@ -311,3 +311,36 @@ def test_the_tool_names_what_it_does_not_know(capsys: pytest.CaptureFixture[str]
         main(["--model", "internvl2_5-1b", "--stage", "1", "--gpus", "8", "--data", "nowhere"]) == 1
     )
     assert "nowhere" in capsys.readouterr().err
+
+
+def test_logits_take_two_bytes_if_the_loss_is_computed_in_place() -> None:
+    config = run()
+    last = make_layout(config, SIZE).chunks[-1]
+    share = RankShare(tokens=1000.0, tiles=0.0)
+    local = dataclasses.replace(
+        config, training=dataclasses.replace(config.training, kernels="local")
+    )
+    logits = 1000 * config.architecture.language.vocab_size
+    saved = kept_by(local, last, share).once - kept_by(config, last, share).once
+    assert saved == 6 * logits
+
+
+def test_short_moments_need_copies_inside_the_update() -> None:
+    config = run()
+    short = dataclasses.replace(
+        config, optimizer=dataclasses.replace(config.optimizer, moments="bfloat16")
+    )
+    assert needed(config).update == 0
+    assert needed(short).update == pytest.approx(8 * 2.205e9 / 8, rel=0.01)
+    alone = needed(short, data_ranks=1)
+    assert alone.update == 8 * 2**29, "of one slice"
+    assert alone.total == alone.weights + alone.gradients + alone.optimizer + alone.activations, (
+        "activations are gone by then, and were more"
+    )
+
+
+def test_fp8_copies_of_weights_count() -> None:
+    config = run()
+    fp8 = dataclasses.replace(config, fp8=Fp8(vision="tensorwise", language="tensorwise"))
+    added = needed(fp8).weights - needed(config).weights
+    assert 0.8 * 2 * 1.9e9 < added < 2 * 2.205e9, "of the layers, neither embedding nor head"

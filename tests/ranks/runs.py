@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 
@@ -74,16 +73,25 @@ def whole_weights(curves: list[Curve]) -> dict[str, np.ndarray]:
     return weights
 
 
-def config_for(dataset: Path, **settings: Any) -> Config:
-    """A run of the tiny model; ``settings`` are fields of ``Parallel``, ``Training``, ``Optimizer``
-    and ``Fp8``.
+def config_for(dataset: Path, *, fp8: Fp8 | None = None, **settings: Any) -> Config:
+    """Return a run of the tiny model.
+
+    Args:
+        dataset: folder of the packs.
+        fp8: recipes, in an argument of their own because ``Parallel`` also has a field ``vision``.
+        settings: fields of ``Parallel``, ``Training`` and ``Optimizer``.
+
+    Raises:
+        ValueError: a setting has a value that its field does not take.
     """
 
     def take(kind: type, **defaults: Any) -> Any:
-        names = {field.name for field in dataclasses.fields(kind)}
-        return kind(
-            **defaults | {name: settings.pop(name) for name in list(settings) if name in names}
-        )
+        hints = get_type_hints(kind)
+        values = {name: settings.pop(name) for name in list(settings) if name in hints}
+        for name, value in values.items():
+            if get_origin(hints[name]) is Literal and value not in get_args(hints[name]):
+                raise ValueError(f"{kind.__name__}.{name}: {value!r} is none of {hints[name]}")
+        return kind(**defaults | values)
 
     config = Config(
         stage="2",
@@ -100,7 +108,7 @@ def config_for(dataset: Path, **settings: Any) -> Config:
             seed=3,
         ),
         optimizer=take(Optimizer, lr=3e-3, warmup_ratio=0.1, clip_grad=0.5),
-        fp8=take(Fp8),
+        fp8=fp8 or Fp8(),
     )
     assert not settings, f"unknown settings {settings}"
     return config

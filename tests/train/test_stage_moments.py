@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megavlm.parallel.cpu_adam import Adam
+from megavlm.parallel.adamw import Adam
 from megavlm.train.optimizer import oldest, set_rates
 from megavlm.train.stage_moments import age
 from tests.ranks.runs import config_for

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
-from megavlm.parallel.cpu_adam import Adam
+from megavlm.parallel.adamw import Adam
 
 
 def test_it_steps_like_torchs_adamw() -> None:
@@ -39,5 +42,30 @@ def test_coupled_weight_decay_is_refused() -> None:
 
 
 def test_a_cuda_graph_is_refused() -> None:
-    with pytest.raises(ValueError, match="CUDA graphs"):
+    with pytest.raises(ValueError, match="CUDA graph"):
         Adam([torch.nn.Parameter(torch.ones(1))], capturable=True)
+
+
+ON_A_GPU_WITHOUT_FUSED_OPTIMIZERS = """
+import sys
+sys.modules["transformer_engine"] = sys.modules["apex"] = None
+import torch
+torch.cuda.is_available = lambda: True
+torch.cuda.set_device = lambda device: None
+torch.distributed.init_process_group = lambda *args, **kwargs: None
+from megavlm.parallel import adamw, backend
+assert backend.start(1).device.type == "cuda"
+import megatron.core.optimizer as optimizer
+from megatron.core.optimizer import distrib_optimizer
+assert optimizer.Adam is adamw.Adam and not optimizer.USING_PYTORCH_OPTIMIZER
+assert distrib_optimizer.HAVE_APEX_OR_TE and distrib_optimizer.Adam is adamw.Adam
+"""
+
+
+def test_a_gpu_without_fused_optimizers_gets_it_too() -> None:
+    """torch's AdamW counts updates per parameter: megatron-core can then neither save a chunk with
+    nothing to train nor load a reshardable state.
+    """
+    subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", ON_A_GPU_WITHOUT_FUSED_OPTIMIZERS], check=True
+    )

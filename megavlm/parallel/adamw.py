@@ -1,10 +1,14 @@
-"""AdamW for the CPU, in the shape that megatron-core's distributed optimizer expects."""
+"""AdamW of torch operations, in the shape that megatron-core's distributed optimizer expects.
+
+It serves CPUs, and GPUs on which neither Transformer Engine nor Apex is installed.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
 import torch
+from torch import Tensor
 
 
 class Adam(torch.optim.Optimizer):
@@ -29,7 +33,7 @@ class Adam(torch.optim.Optimizer):
         if not adam_w_mode:
             raise ValueError("only decoupled weight decay (AdamW) is implemented")
         if capturable:
-            raise ValueError("a CPU has no CUDA graphs to be captured in")
+            raise ValueError("this optimizer cannot be captured in a CUDA graph")
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
 
     @torch.no_grad()
@@ -41,7 +45,7 @@ class Adam(torch.optim.Optimizer):
             if params:
                 self._update(params, group)
 
-    def _update(self, params: list[torch.Tensor], group: dict) -> None:
+    def _update(self, params: list[Tensor], group: dict) -> None:
         (beta1, beta2) = group["betas"]
         step = group["step"]
         lr = group["lr"]
@@ -59,3 +63,28 @@ class Adam(torch.optim.Optimizer):
         torch._foreach_sqrt_(denominators)
         torch._foreach_add_(denominators, group["eps"])
         torch._foreach_addcdiv_(params, averages, denominators, -lr / (1 - beta1**step))
+
+
+def install() -> None:
+    """Give megatron-core this optimizer instead of torch's own AdamW.
+
+    ``get_megatron_optimizer`` reads these names when it builds an optimizer; the distributed
+    optimizer reads them when it saves and loads its state.
+    """
+    import megatron.core.optimizer as optimizer
+    import megatron.core.optimizer.distrib_optimizer as distributed
+
+    optimizer.Adam = Adam
+    optimizer.USING_PYTORCH_OPTIMIZER = False
+    distributed.Adam = Adam
+    distributed.HAVE_APEX_OR_TE = True
+    distributed.USING_APEX_OPTIMIZER = True
+    distributed.USING_TE_OPTIMIZER = False
+
+
+def install_if_none_is_fused() -> None:
+    """Install this optimizer if megatron-core found neither Transformer Engine's nor Apex's."""
+    import megatron.core.optimizer as optimizer
+
+    if optimizer.USING_PYTORCH_OPTIMIZER:
+        install()
