@@ -1,3 +1,3 @@
 """megavlm trains vision-language models, at scale, on megatron-core."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -30,6 +30,7 @@ ALIASES = {
     "--recompute-granularity": "parallel.recompute",
     "--overlap-grad-reduce": "parallel.overlap_grad_reduce",
     "--overlap-param-gather": "parallel.overlap_param_gather",
+    "--ddp-bucket-size": "parallel.bucket_size",
     "--distributed-timeout-minutes": "parallel.timeout_minutes",
     "--lr": "optimizer.lr",
     "--min-lr": "optimizer.min_lr",

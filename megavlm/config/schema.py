@@ -107,6 +107,8 @@ class Parallel:
             on, instead of after it.
         overlap_param_gather: collect updated weights from the copies of the model while the forward
             pass goes on, instead of before it.
+        bucket_size: numbers of gradients that are summed in one go; 0: megatron-core's choice, 40
+            million or, if that is more, a million for each data-parallel rank.
         timeout_minutes: how long a collective may wait before the run is ended.
     """
 
@@ -121,6 +123,7 @@ class Parallel:
     recompute_parts: tuple[str, ...] = LAYER_PARTS
     overlap_grad_reduce: bool = True
     overlap_param_gather: bool = True
+    bucket_size: int = 0
     timeout_minutes: int = 30
 
     @property
@@ -275,6 +278,9 @@ class Checkpoint:
             holds it up.
         keep: newest checkpoints to keep; 0: all.
         keep_best: checkpoints with the lowest held-out loss to keep beside the newest.
+        weights_only: take only the weights of the checkpoint in ``load``, also if it is of the same
+            stage: steps, data and moments start anew. A run that finds checkpoints of its own in
+            ``save`` resumes from them all the same.
         moments: AdamW's moments when a stage starts from the checkpoint of another: all fresh, or
             kept for weights that both stages train.
         verify: what is compared with the checksums before a checkpoint is loaded: every byte
@@ -289,6 +295,7 @@ class Checkpoint:
     asynchronous: bool = False
     keep: int = 3
     keep_best: int = 0
+    weights_only: bool = False
     moments: Literal["fresh", "keep"] = "fresh"
     verify: Literal["content", "size"] = "content"
     export_hf: str = ""

@@ -8,7 +8,7 @@ of the newest. A step's folder holds ``shards/`` (megatron-core's distributed ch
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,14 +22,19 @@ from megatron.core.dist_checkpointing.mapping import (
     ShardedStateDict,
 )
 from megatron.core.optimizer import MegatronOptimizer
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megavlm.checkpoint import checksums
 from megavlm.checkpoint import train_state as run_state
 from megavlm.checkpoint.directory import LATEST
+from megavlm.checkpoint.metadata import read_description
 from megavlm.checkpoint.train_state import State
 from megavlm.config.cli import from_yaml
 from megavlm.config.schema import Architecture, Config, Fp8
+from megavlm.model.precision import precision
 from megavlm.model.vlm import VisionLanguageModel
+from megavlm.train import master_weights
+from megavlm.train.master_weights import Master, MismatchError
 
 CONFIG_NAME = "config.yaml"
 SHARDS = "shards"
@@ -116,16 +121,22 @@ def sharded(
     *,
     is_loading: bool,
 ) -> dict[str, Any]:
-    """Weights, main weights, moments, and the scales of FP8, of this rank, as megatron-core saves
-    and loads them. Collective.
+    """Return weights, master weights, moments, and the scales of FP8, of this rank, as
+    megatron-core saves and loads them. Collective.
+
+    Raises:
+        MismatchError: what would be saved is wrong: its master weights are not the weights.
     """
     weights = sharded_weights(chunks)
-    moments = optimizer.sharded_state_dict(
-        weights, is_loading=is_loading, metadata=_OPTIMIZER_FORMAT
-    )
-    return {"model": weights, "optimizer": moments} | (
-        {"scales": _scales(chunks)} if "delayed" in fp8.recipes.values() else {}
-    )
+    with master_weights.library_warnings() as warnings:
+        state = optimizer.sharded_state_dict(
+            weights, is_loading=is_loading, metadata=_OPTIMIZER_FORMAT
+        )
+    found = [] if is_loading else master_weights.masters(weights, state, optimizer)
+    wrong = master_weights.differences(found, state, lambda key: None)
+    master_weights.refuse(wrong, warnings)
+    scales = {"scales": _scales(chunks)} if "delayed" in fp8.recipes.values() else {}
+    return {"model": weights, "optimizer": state} | scales
 
 
 def _scales(chunks: Sequence[VisionLanguageModel]) -> ShardedStateDict:
@@ -178,13 +189,53 @@ def load_optimizer(
     optimizer: MegatronOptimizer,
     fp8: Fp8,
 ) -> None:
-    """Fill moments, main weights and step count, and the scales of FP8 where ``fp8`` is as it was.
+    """Fill moments, master weights and step count, and the scales of FP8 if ``fp8`` is as it was.
     Collective.
+
+    Raises:
+        MismatchError: the checkpoint's master weights are not its weights.
     """
     kept = fp8 if fp8 == checkpoint.config.fp8 else Fp8()
-    loaded = load_shards(checkpoint, sharded(chunks, optimizer, kept, is_loading=True))
-    optimizer.load_state_dict(loaded["optimizer"])
+    asked = sharded(chunks, optimizer, kept, is_loading=True)
+    found = master_weights.masters(asked["model"], asked["optimizer"], optimizer)
+    loaded = load_shards(checkpoint, asked)
     _take(chunks, loaded["model"] | loaded.get("scales", {}))
+    refuse_mismatch(checkpoint, found, loaded["optimizer"])
+    # In float32 the master weights are the weights, and the checkpoint's weights may have 16 bits:
+    # the master weights come last.
+    optimizer.load_state_dict(loaded["optimizer"])
+
+
+def refuse_mismatch(
+    checkpoint: Checkpoint, found: Sequence[Master], loaded: Mapping[Any, Any]
+) -> None:
+    """Compare master weights that were read with the chunks' weights, which are the checkpoint's.
+    Collective.
+
+    Args:
+        checkpoint: the one that they were read from.
+        found: the parameters that have master weights.
+        loaded: the optimizer's state as it was read.
+
+    Raises:
+        MismatchError: they differ on some rank; the message tells how to start from the weights.
+    """
+    described = read_description(checkpoint.folder / SHARDS / ".metadata").state_dict_metadata
+    usual = precision(checkpoint.config).dtype
+
+    def written(key: str) -> torch.dtype:
+        entry = described.get(key)
+        return entry.properties.dtype if isinstance(entry, TensorStorageMetadata) else usual
+
+    try:
+        master_weights.refuse(master_weights.differences(found, loaded, written))
+    except MismatchError as error:
+        raise MismatchError(
+            f"the checkpoint {checkpoint.folder}: {error}. megavlm before 0.2 wrote such"
+            " checkpoints if there were several gradient buckets: the moments are wrong too, the"
+            " weights are right. To start from these with fresh moments: --checkpoint.load"
+            f" {checkpoint.folder} --checkpoint.weights_only true, and a new --checkpoint.save"
+        ) from None
 
 
 def _take(chunks: Sequence[VisionLanguageModel], loaded: dict[str, Any]) -> None:

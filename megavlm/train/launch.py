@@ -36,6 +36,7 @@ from megavlm.train.build import build
 from megavlm.train.checkpoint import Checkpoint
 from megavlm.train.job import Job
 from megavlm.train.loop import run
+from megavlm.train.master_weights import MismatchError
 from megavlm.train.metrics import Metrics
 from megavlm.train.saver import SaveError
 
@@ -73,7 +74,7 @@ def launch(config: Config) -> None:
     )
     try:
         train(config, machine, start)
-    except (source.DamagedError, SaveError) as error:
+    except (source.DamagedError, MismatchError, SaveError) as error:
         # Every rank knows of it, so none waits for another.
         if backend.rank() == 0:
             print(f"error: {error}", file=sys.stderr)

@@ -46,7 +46,7 @@ def wrap(config: Config, chunks: Sequence[VisionLanguageModel]) -> list[Distribu
     The gradients of all but a rank's first chunk are summed in one go: its other chunks compute
     meanwhile.
     """
-    return [
+    wrapped = [
         DistributedDataParallel(
             chunk.config,
             DistributedDataParallelConfig(
@@ -54,12 +54,30 @@ def wrap(config: Config, chunks: Sequence[VisionLanguageModel]) -> list[Distribu
                 grad_reduce_in_fp32=True,
                 overlap_grad_reduce=config.parallel.overlap_grad_reduce,
                 overlap_param_gather=config.parallel.overlap_param_gather,
+                bucket_size=config.parallel.bucket_size or None,
             ),
             chunk,
             disable_bucketing=turn > 0,
         )
         for turn, chunk in enumerate(chunks)
     ]
+    count_padding(wrapped)
+    return wrapped
+
+
+def count_padding(wrapped: Sequence[DistributedDataParallel]) -> None:
+    """Make the padding of each gradient bucket count as part of it.
+
+    ``DistributedOptimizer.sharded_param_state_fully_reshardable`` joins the buckets without their
+    padding, and then cuts the parameters out at offsets that include it, which is wrong behind the
+    first bucket that has padding. If the padding counts, it is joined too, and the offsets are
+    right. megatron-core reads these two numbers for nothing else.
+    """
+    for chunk in wrapped:
+        for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers):
+            for bucket in buffer.buckets:
+                bucket.numel_unpadded = bucket.grad_data.numel()
+            buffer.numel_unpadded = buffer.numel
 
 
 @contextlib.contextmanager

@@ -160,10 +160,16 @@ def pack_counts(config: Config) -> tuple[int, ...]:
 
 
 def resumes(config: Config, source: Checkpoint) -> bool:
-    """Whether a checkpoint is gone on from, rather than only its weights taken: it is of the same
-    stage.
+    """Tell whether a checkpoint is resumed, rather than only its weights taken: the run's own
+    always, another one of the same stage unless its weights are all that is asked for.
     """
-    return source.state.stage == config.stage
+    takes_weights = config.checkpoint.weights_only and not is_own(config, source)
+    return source.state.stage == config.stage and not takes_weights
+
+
+def is_own(config: Config, source: Checkpoint) -> bool:
+    """Tell whether a checkpoint is in the run's save folder."""
+    return bool(config.checkpoint.save) and source.folder.parent == Path(config.checkpoint.save)
 
 
 def history(config: Config, source: Checkpoint | Path | None) -> History:
@@ -202,7 +208,7 @@ def whole(config: Config, source: Checkpoint) -> Checkpoint:
                 _warn(f"{source.folder}: loaded unchecked, it has no {checksums.FILE_NAME}", [])
             return source
         problems += found
-        if not config.checkpoint.save or source.folder.parent != Path(config.checkpoint.save):
+        if not is_own(config, source):
             listed = "\n  ".join(problems)
             raise DamagedError(
                 f"--checkpoint.load {source.folder}: the checkpoint is damaged; name another one:\n"

@@ -26,6 +26,7 @@ from megavlm.data.store.manifest import FILE_NAME as MANIFEST_NAME
 from megavlm.io.storage import open_folder
 from megavlm.train import checkpoint
 from megavlm.train.job import Job
+from megavlm.train.master_weights import MismatchError
 from megavlm.train.metrics import Metrics
 from megavlm.train.optimizer import whole_weights
 
@@ -77,9 +78,13 @@ class Saver:
             return
         job = self._job
         with whole_weights(job.wrapped):
-            tensors = checkpoint.sharded(
-                job.chunks, job.optimizer, job.config.fp8, is_loading=False
-            )
+            try:
+                tensors = checkpoint.sharded(
+                    job.chunks, job.optimizer, job.config.fp8, is_loading=False
+                )
+            except MismatchError as error:  # on every rank
+                self._give_up(str(error))
+                return
             self._writing = Writing(tensors, self._growing / checkpoint.SHARDS, beside=self._beside)
         if not self._beside:
             self.wait()
@@ -144,15 +149,18 @@ class Saver:
             return False
         free = shutil.disk_usage(self._root if self._root.exists() else "/").free
         listed = "; ".join(f"rank {rank}: {text}" for text, rank in told.items())
+        self._give_up(f"{listed}; {free / 2**20:,.0f} MiB are free there")
+        return True
+
+    def _give_up(self, error: str) -> None:
+        """Tell that the checkpoint could not be saved, and clear it away."""
         self._problem = (
             f"--checkpoint.save {self._root}: the checkpoint of step {self._state.step} could not"
-            f" be saved ({listed}); {free / 2**20:,.0f} MiB are free there, the last checkpoint is"
-            f" of step {self.step}"
+            f" be saved ({error}); the last checkpoint is of step {self.step}"
         )
         if self._job.groups.rank == 0:
             shutil.rmtree(self._growing, ignore_errors=True)
         self._metrics.say(f"ERROR: {self._problem}")
-        return True
 
     def _prepare(self) -> None:
         (self._growing / checkpoint.SHARDS).mkdir(parents=True)

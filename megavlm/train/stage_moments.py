@@ -20,7 +20,7 @@ from megavlm.config.schema import Fp8
 from megavlm.model.freeze import matches
 from megavlm.model.vlm import VisionLanguageModel
 from megavlm.model.weights import named_weights
-from megavlm.train import checkpoint
+from megavlm.train import checkpoint, master_weights
 from megavlm.train.checkpoint import Checkpoint
 
 
@@ -63,7 +63,8 @@ def keep(
         optimizer: their optimizer, just built.
         oldest: updates that the oldest moments have seen.
     """
-    asked = checkpoint.sharded(chunks, optimizer, Fp8(), is_loading=True)["optimizer"]
+    everything = checkpoint.sharded(chunks, optimizer, Fp8(), is_loading=True)
+    asked = everything["optimizer"]
     weights: dict[str, Any] = {}
     fresh: dict[Any, dict[str, Any]] = {}
     for chunk in chunks:
@@ -80,7 +81,9 @@ def keep(
                 )
                 fresh.setdefault(index, {})[name] = values.reshape(entry.data.shape)
     wanted = {index: tensors for index, tensors in asked["param_state"].items() if tensors}
+    found = master_weights.masters(everything["model"], asked, optimizer)
     loaded = checkpoint.load_shards(source, {"optimizer": {"param_state": wanted}})["optimizer"]
+    checkpoint.refuse_mismatch(source, found, loaded)
     # Parameter groups are those of this run; the checkpoint's are divided otherwise.
     for group in asked["optimizer"]["param_groups"]:
         group["step"] = oldest

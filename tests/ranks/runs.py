@@ -42,6 +42,8 @@ TINY = Architecture(
         max_position_embeddings=256,
     ),
 )
+# Several gradient buckets even in a tiny model, as large models have them.
+SMALL_BUCKET = 5000
 EVERYTHING = ("vision", "connector", "language")
 
 
@@ -93,12 +95,14 @@ def config_for(dataset: Path, *, fp8: Fp8 | None = None, **settings: Any) -> Con
                 raise ValueError(f"{kind.__name__}.{name}: {value!r} is none of {hints[name]}")
         return kind(**defaults | values)
 
+    # Without overlap all gradients are summed in one go.
+    bucket_size = SMALL_BUCKET if settings.get("overlap_grad_reduce", True) else 0
     config = Config(
         stage="2",
         model="tiny",
         architecture=TINY,
         data=Data(train=str(dataset), workers=0),
-        parallel=take(Parallel),
+        parallel=take(Parallel, bucket_size=bucket_size),
         training=take(
             Training,
             precision="float32",

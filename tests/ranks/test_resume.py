@@ -61,13 +61,12 @@ def make_job(
     """A job of a few steps with a checkpoint in the middle and one at the end; ``settings`` as in
     ``config_for``, and of ``Checkpoint``.
     """
-    settings = (
-        dict(drop_path=0.2 if "vision" in settings.get("trainable", EVERYTHING) else 0.0) | settings
-    )
+    drop_path = 0.2 if "vision" in settings.get("trainable", EVERYTHING) else 0.0
+    settings = dict(drop_path=drop_path, global_batch_size=PACKS_A_STEP) | settings
     names = {field.name for field in dataclasses.fields(Checkpoint)}
     chosen = {name: settings.pop(name) for name in list(settings) if name in names}
     files = Checkpoint(**dict(save=str(save), load=str(load), save_interval=3, keep=0) | chosen)
-    config = config_for(dataset, steps=STEPS, global_batch_size=PACKS_A_STEP, **settings)
+    config = config_for(dataset, steps=STEPS, **settings)
     return dataclasses.replace(config, stage=stage, checkpoint=files, logging=Logging(interval=1))
 
 

@@ -1,6 +1,4 @@
-"""Cross checks of a configuration, before anything is built. All problems are reported together;
-nothing is corrected.
-"""
+"""Check a configuration before anything is built; report all problems together, correct none."""
 
 from __future__ import annotations
 
@@ -8,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megavlm.config.checks import start
+from megavlm.config.checks.buckets import bucket_problems
 from megavlm.config.checks.datasets import DatasetFacts, facts_problems, fp8_multiple
 from megavlm.config.checks.device import Machine, machine_problems
 from megavlm.config.checks.saving import checkpoint_problems
@@ -74,6 +73,7 @@ def problems(config: Config, world_size: int) -> list[str]:
         *_kernels(config.training),
         *_fp8(config.fp8, config),
         *_at_least(0, "checkpoint", config.checkpoint, "save_interval", "keep", "keep_best"),
+        *bucket_problems(config.parallel),
         *checkpoint_problems(config.checkpoint, config.training.eval_interval),
         *start.problems(config),
         *_logging(config.logging, config.checkpoint),

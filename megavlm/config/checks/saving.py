@@ -43,6 +43,15 @@ def checkpoint_problems(checkpoint: Checkpoint, eval_interval: int) -> Iterator[
         yield (
             "--checkpoint.moments keep needs --checkpoint.load, the checkpoint that they come from"
         )
+    if checkpoint.weights_only and not checkpoint.load:
+        yield (
+            "--checkpoint.weights_only needs --checkpoint.load, the checkpoint that they come from"
+        )
+    elif checkpoint.weights_only and checkpoint.moments == "keep":
+        yield (
+            "--checkpoint.weights_only and --checkpoint.moments keep exclude each other: moments"
+            " are left out, or kept"
+        )
     if checkpoint.export_hf and not checkpoint.save:
         yield (
             f"--checkpoint.export_hf {checkpoint.export_hf} needs --checkpoint.save: the model is"

@@ -1,0 +1,286 @@
+"""Master weights and moments in checkpoints with several gradient buckets, and planted faults."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from megavlm.config.schema import Config
+from tests.data.samples import make_dataset
+from tests.ranks.pool import Pool
+from tests.ranks.runs import TINY
+from tests.ranks.test_resume import STEPS, forget_the_end, losses, make_job, run_job, saved_tensors
+
+# Odd multiples of 64, so that buckets end at no multiple of 128.
+WIDE = dataclasses.replace(
+    TINY,
+    vision=dataclasses.replace(
+        TINY.vision, hidden_size=64, ffn_hidden_size=192, num_attention_heads=2
+    ),
+    language=dataclasses.replace(
+        TINY.language,
+        hidden_size=192,
+        ffn_hidden_size=320,
+        num_attention_heads=6,
+        num_query_groups=2,
+        kv_channels=32,
+    ),
+)
+_PARAM = "optimizer.state.param."
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("packs") / "train"
+    sizes = dict(
+        vocab_size=199, context_token_id=7, tile_size=16, features_per_tile=TINY.features_per_tile
+    )
+    make_dataset(
+        folder, packs=12, samples_per_pack=4, image_share=0.6, capacity=128, alignment=4, **sizes
+    )
+    return folder
+
+
+def wide_job(dataset: Path, save: Path, load: Path | str = "", **settings: Any) -> Config:
+    """Six packs a step, so that 1, 2, 3 and 6 data-parallel ranks share them."""
+    config = make_job(dataset, save, load, **dict(global_batch_size=6) | settings)
+    return dataclasses.replace(config, architecture=WIDE)
+
+
+def different(tensors: dict[str, torch.Tensor]) -> list[str]:
+    """The weights of a checkpoint that its master weights, rounded, are not."""
+    pairs = {
+        key.removeprefix(_PARAM): value for key, value in tensors.items() if key.startswith(_PARAM)
+    }
+    assert pairs
+    return [
+        key
+        for key, value in pairs.items()
+        if not torch.equal(value.to(tensors[key].dtype), tensors[key])
+    ]
+
+
+SIX_RANKS = {
+    "DP6": dict(),
+    "TP2 DP3": dict(tensor_model_parallel_size=2, vision="data"),
+    "PP2 DP3": dict(pipeline_model_parallel_size=2, layout="v*2|v,t*3"),
+    "virtual 3, connector": dict(
+        pipeline_model_parallel_size=2,
+        virtual_pipeline_model_parallel_size=3,
+        layout="v|v|v|t|t|t",
+        trainable=("connector",),
+    ),
+}
+CASES = [
+    (6, settings, precision)
+    for settings in SIX_RANKS.values()
+    for precision in ("float32", "bfloat16")
+]
+CASES += [(world, dict(), precision) for world in (1, 3) for precision in ("float32", "bfloat16")]
+EVERYDAY = [
+    (6, SIX_RANKS["TP2 DP3"], "float32"),
+    (6, SIX_RANKS["PP2 DP3"], "bfloat16"),
+    (3, dict(), "bfloat16"),
+]
+
+
+@pytest.mark.parametrize(
+    ("world", "settings", "precision"),
+    CASES if os.environ.get("MEGAVLM_MATRIX") == "all" else EVERYDAY,
+)
+def test_a_run_with_several_buckets_resumes_bit_for_bit(
+    ranks: Pool, dataset: Path, tmp_path: Path, world: int, settings: dict[str, Any], precision: str
+) -> None:
+    settings = settings | dict(precision=precision)
+    ranks.run(run_job, world, wide_job(dataset, tmp_path / "whole", **settings))
+    forget_the_end(tmp_path / "whole", tmp_path / "killed")
+    ranks.run(run_job, world, wide_job(dataset, tmp_path / "killed", **settings))
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")[3:]
+    [whole] = ranks.run(saved_tensors, 1, tmp_path / "whole" / f"step_{STEPS:08d}")
+    [killed] = ranks.run(saved_tensors, 1, tmp_path / "killed" / f"step_{STEPS:08d}")
+    assert different(whole) == []
+    assert whole.keys() == killed.keys() and all(
+        torch.equal(whole[key], killed[key]) for key in whole
+    )
+
+
+def test_a_checkpoint_of_three_data_parallel_ranks_goes_on_at_other_layouts(
+    ranks: Pool, dataset: Path, tmp_path: Path
+) -> None:
+    ranks.run(run_job, 3, wide_job(dataset, tmp_path / "whole"))
+    for number, (world, settings) in enumerate(
+        [(1, dict()), (6, SIX_RANKS["TP2 DP3"]), (2, dict(context_parallel_size=2))]
+    ):
+        save = tmp_path / f"other-{number}"
+        forget_the_end(tmp_path / "whole", save)
+        ranks.run(run_job, world, wide_job(dataset, save, **settings))
+        assert losses(save) == pytest.approx(losses(tmp_path / "whole")[3:], rel=1e-5)
+
+
+def _error_of(config: Config) -> str:
+    """What a job ends with."""
+    from megavlm.train.master_weights import MismatchError
+    from megavlm.train.saver import SaveError
+
+    try:
+        run_job(config)
+    except (MismatchError, SaveError) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def run_uncorrected(config: Config, *, checked: bool) -> str:
+    """A job with megatron-core's fault as it is, which compares nothing if not ``checked``."""
+    from contextlib import ExitStack
+
+    from megavlm.train import master_weights, optimizer
+
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(optimizer, "count_padding"))
+        if not checked:
+            stack.enter_context(mock.patch.object(master_weights, "refuse"))
+        return _error_of(config)
+
+
+def run_with_one_value_changed(config: Config) -> str:
+    """A job in which one master weight changes after it was compared, on its way to the file."""
+    from megavlm.train import checkpoint
+
+    sharded = checkpoint.sharded
+
+    def changed(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        tensors = sharded(*args, **kwargs)
+        for entries in tensors["optimizer"]["param_state"].values():
+            if entries["param"].key.endswith("connector.mlp.linear_fc1.bias"):
+                entries["param"].data.view(-1)[-1] += 1.0
+        return tensors
+
+    with mock.patch.object(checkpoint, "sharded", changed):
+        return _error_of(config)
+
+
+TENSOR = dict(tensor_model_parallel_size=2)
+
+
+@pytest.mark.parametrize(("world", "settings"), [(1, dict(precision="bfloat16")), (2, TENSOR)])
+def test_shifted_master_weights_are_refused_when_they_are_saved(
+    ranks: Pool, dataset: Path, tmp_path: Path, world: int, settings: dict[str, Any]
+) -> None:
+    save = tmp_path / "run"
+    answers = ranks.run(_uncorrected_and_checked, world, wide_job(dataset, save, **settings))
+    for text in answers:
+        assert text.startswith("SaveError") and f"of step {STEPS} could not be saved" in text
+        assert (
+            "tensors, rounded, are not the weights: " in text
+            and "the last checkpoint is of step 0" in text
+        )
+    assert not list(save.glob("*step_*"))
+
+
+def _uncorrected_and_checked(config: Config) -> str:
+    return run_uncorrected(config, checked=True)
+
+
+def _uncorrected_and_unchecked(config: Config) -> str:
+    return run_uncorrected(config, checked=False)
+
+
+@pytest.mark.parametrize(
+    ("fault", "precision"),
+    [(_uncorrected_and_unchecked, "bfloat16"), (run_with_one_value_changed, "float32")],
+)
+def test_shifted_master_weights_are_refused_when_they_are_loaded(
+    ranks: Pool, dataset: Path, tmp_path: Path, fault: Any, precision: str
+) -> None:
+    settings = dict(precision=precision, save_interval=STEPS)
+    old = tmp_path / "old"
+    assert ranks.run(fault, 2, wide_job(dataset, old, **settings)) == ["", ""]
+    [tensors] = ranks.run(saved_tensors, 1, old / f"step_{STEPS:08d}")
+    assert (
+        different(tensors) == ["model.connector.mlp.linear_fc1.bias"]
+        or fault is _uncorrected_and_unchecked
+    )
+    assert different(tensors)
+    for world, layout in [(2, TENSOR), (3, dict())]:
+        answers = ranks.run(
+            _error_of, world, wide_job(dataset, tmp_path / "new", old, **settings | layout)
+        )
+        for text in answers:
+            assert (
+                text.startswith("MismatchError")
+                and f"{len(different(tensors))} tensors, rounded, are not the weights" in text
+            )
+            assert (
+                f"--checkpoint.load {old}/step_{STEPS:08d} --checkpoint.weights_only true" in text
+            )
+    fresh = wide_job(dataset, tmp_path / "fresh", old, weights_only=True, **settings)
+    assert ranks.run(_error_of, 2, fresh) == ["", ""]
+    assert losses(tmp_path / "fresh")[0] < losses(old)[0]
+    # Its own checkpoint is resumed, with its moments.
+    assert ranks.run(_error_of, 2, fresh) == ["", ""]
+
+
+def master_weights_after_loading(config: Config, folder: Path) -> dict[str, torch.Tensor]:
+    """What a run that resumes from ``folder`` would save again, by key."""
+    from megavlm.train import checkpoint
+    from tests.ranks.runs import build
+
+    job = build(config)
+    found = checkpoint.read(folder)
+    checkpoint.load_weights(found, job.chunks)
+    checkpoint.load_optimizer(found, job.chunks, job.optimizer, config.fp8)
+    tensors = checkpoint.sharded(job.chunks, job.optimizer, config.fp8, is_loading=False)[
+        "optimizer"
+    ]
+    return {
+        entries["param"].key: entries["param"].data for entries in tensors["param_state"].values()
+    }
+
+
+def test_precision_may_change_and_master_weights_stay(
+    ranks: Pool, dataset: Path, tmp_path: Path
+) -> None:
+    for written, resumed in (("bfloat16", "float32"), ("float32", "bfloat16")):
+        ranks.run(
+            run_job, 1, make_job(dataset, tmp_path / written, precision=written, save_interval=0)
+        )
+        folder = tmp_path / written / f"step_{STEPS:08d}"
+        [tensors] = ranks.run(saved_tensors, 1, folder)
+        [kept] = ranks.run(
+            master_weights_after_loading,
+            1,
+            make_job(dataset, tmp_path / "x", precision=resumed),
+            folder,
+        )
+        assert kept and all(
+            torch.equal(value, tensors[key]) for key, value in kept.items() if key in tensors
+        )
+
+
+def test_the_library_s_warning_is_an_error(ranks: Pool) -> None:
+    assert ranks.run(_warn_on_one_rank, 2) == [True, True]
+
+
+def _warn_on_one_rank() -> bool:
+    import logging
+
+    import torch.distributed as dist
+
+    from megavlm.train import master_weights
+
+    with master_weights.library_warnings() as warnings:
+        if dist.get_rank():
+            logging.getLogger("megatron.core.optimizer.distrib_optimizer").warning(
+                "'x' param range exceeds unpadded buffer by 3 elements."
+            )
+    try:
+        master_weights.refuse({}, warnings)
+    except master_weights.MismatchError as error:
+        return "exceeds unpadded buffer by 3 elements" in str(error)
+    return False
