@@ -9,49 +9,80 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
-import socket
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from megavlm.config import stages
+from megavlm.config import stages, torchrun, yaml_file
 from megavlm.config.models import MODELS, ReadModel, architecture
 from megavlm.config.options import Parser, make_parser, nearest, options, to_config
 from megavlm.config.schema import Architecture, Config, Init
 from megavlm.config.stages import STAGES
+from megavlm.config.yaml_file import Settings
+
+FindProblems = Callable[[Config, int], Sequence[str]]
+"""Finds what keeps a configuration from running on a number of ranks."""
 
 PROGRAM = "pretrain_vlm.py"
 _PATIENCE_SECONDS = 3.0
 _NO_NAMES = Config(stage="", model="")
 
 
-def parse(arguments: Sequence[str] | None = None, read_model: ReadModel | None = None) -> Config:
-    """The configuration that a command line asks for; wrong input ends the process with status 2
-    and a short message.
+def parse(
+    arguments: Sequence[str] | None = None,
+    read_model: ReadModel | None = None,
+    find_problems: FindProblems | None = None,
+) -> Config:
+    """Return the configuration that a command line asks for; wrong input ends the process with
+    status 2 and a short message.
 
     Args:
-        arguments: the command line without the program's name; this process's own where there is
-            none.
+        arguments: the command line without the program's name; none: this process's own.
         read_model: reads a ``--model`` that is a folder, and the model that two parts give; none:
             only the table of models is known.
+        find_problems: checks the configuration, for ``--check`` and ``--print_config`` too; none:
+            it is not checked.
     """
     try:
-        config, is_shown = _parse(
-            sys.argv[1:] if arguments is None else list(arguments), read_model
-        )
+        if wrong := torchrun.problems():
+            raise ValueError("\n  ".join(wrong))
+        config, asked = _parse(sys.argv[1:] if arguments is None else list(arguments), read_model)
+        ranks = asked.check or torchrun.world_size()
+        found = list(find_problems(config, ranks)) if find_problems else []
     except (argparse.ArgumentError, ValueError, OSError) as error:
-        _tell(error)
+        _tell(str(error))
         raise SystemExit(2) from None
-    if is_shown:
+    if asked.print_config:
+        _show(config, found)
+        raise SystemExit(0)
+    if found:
+        listed = "\n  ".join(found)
+        _tell(f"{_counted(found)} with the configuration:\n  {listed}")
+        raise SystemExit(2)
+    if asked.check is not None:
         if _is_first_rank():
-            print(to_yaml(config), end="")
+            counted = "1 rank" if ranks == 1 else f"{ranks} ranks"
+            print(f"nothing is wrong with the configuration for {counted}")
         raise SystemExit(0)
     return config
+
+
+def _counted(found: Sequence[str]) -> str:
+    return f"{len(found)} problem" if len(found) == 1 else f"{len(found)} problems"
+
+
+def _show(config: Config, found: Sequence[str]) -> None:
+    """Print a configuration, and beside it, on the error output, why it would be refused."""
+    if _is_first_rank():
+        print(to_yaml(config), end="", flush=True)
+        if found:
+            note = f"{PROGRAM}: as it stands the run would be refused, for {_counted(found)}:"
+            print("\n  ".join([note, *found]), file=sys.stderr, flush=True)
 
 
 def to_yaml(config: Config) -> str:
@@ -74,23 +105,26 @@ def from_yaml(source: str | Path) -> Config:
     """
     where = str(source) if isinstance(source, Path) else "configuration"
     parser = make_parser(_NO_NAMES, PROGRAM)
-    return to_config(_apply(parser, _read(source, where), where, parser.get_defaults()))
+    settings = yaml_file.read(source, where)
+    return to_config(_apply(parser, settings, parser.get_defaults()))
 
 
-def _parse(arguments: list[str], read_model: ReadModel | None) -> tuple[Config, bool]:
-    """The configuration, and whether to print it instead of running it."""
+def _parse(arguments: list[str], read_model: ReadModel | None) -> tuple[Config, argparse.Namespace]:
+    """Return the configuration, and what is asked for beside it."""
     chosen, others = _first_pass().parse_known_args(arguments)
-    files = {f"--config {path}": _read(Path(path), f"--config {path}") for path in chosen.config}
+    if chosen.check is not None and chosen.check < 0:
+        raise ValueError(f"--check {chosen.check}: must be the number of ranks")
+    files = [yaml_file.read(Path(path), f"--config {path}") for path in chosen.config]
     names = {name: vars(chosen)[name] or _last_named(files, name) for name in ("stage", "model")}
+    given = {name: vars(chosen)[f"init.{name}"] for name in vars(_NO_NAMES.init)}
     init = Init(
         **{
-            name: vars(chosen)[f"init.{name}"] or _last_named(files, "init", name) or ""
-            for name in vars(_NO_NAMES.init)
+            name: (_last_named(files, "init", name) or "") if folder is None else folder
+            for name, folder in given.items()
         }
     )
-    others += [
-        word for name, folder in vars(init).items() if folder for word in (f"--init.{name}", folder)
-    ]
+    for name, folder in given.items():
+        others += [] if folder is None else [f"--init.{name}", folder]
     wants_help = any(word in others for word in ("-h", "--help"))
     defaults = (
         _NO_NAMES
@@ -99,18 +133,16 @@ def _parse(arguments: list[str], read_model: ReadModel | None) -> tuple[Config, 
     )
     parser = make_parser(defaults, PROGRAM, _description())
     values = parser.get_defaults()
-    for where, content in files.items():
-        values = _apply(
-            parser,
-            {key: value for key, value in content.items() if key not in names},
-            where,
-            values,
-        )
-    return to_config(parser.parse_args(_normal(others), namespace=values)), chosen.print_config
+    for settings in files:
+        content = {key: value for key, value in settings.content.items() if key not in names}
+        values = _apply(parser, dataclasses.replace(settings, content=content), values)
+    return to_config(parser.parse_args(_normal(others), namespace=values)), chosen
 
 
 def _first_pass() -> argparse.ArgumentParser:
-    """Finds what is no value of the configuration, and the names that every default depends on."""
+    """Make a parser of what is no value of the configuration, and of the names that every default
+    depends on.
+    """
     parser = argparse.ArgumentParser(
         prog=PROGRAM, add_help=False, allow_abbrev=False, exit_on_error=False
     )
@@ -120,16 +152,17 @@ def _first_pass() -> argparse.ArgumentParser:
         parser.add_argument(f"--init.{name}")
     parser.add_argument("--config", action="append", default=[])
     parser.add_argument("--print_config", action="store_true")
+    parser.add_argument("--check", nargs="?", type=int, const=0)
     return parser
 
 
-def _last_named(files: dict[str, dict[str, Any]], *path: str) -> str | None:
-    """The value, at a path such as ``init``, ``vision``, of the last file that has one; YAML reads
-    a stage of 1 as a number.
+def _last_named(files: Sequence[Settings], *path: str) -> str | None:
+    """Return the value, at a path such as ``init``, ``vision``, of the last file that has one; YAML
+    reads a stage of 1 as a number.
     """
     found = None
-    for content in files.values():
-        value: Any = content
+    for settings in files:
+        value: Any = settings.content
         for name in path:
             value = value.get(name) if isinstance(value, dict) else None
         found = found if value is None else str(value)
@@ -159,55 +192,12 @@ def _from_tables(
     )
 
 
-def _read(source: str | Path, where: str) -> dict[str, Any]:
-    """The mapping in a YAML text or file; all its keys are known.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: not YAML, no mapping, or unknown keys.
-    """
+def _apply(parser: Parser, settings: Settings, values: Any) -> Any:
+    """Return what a parser makes of a file, over the values so far."""
     try:
-        content = yaml.safe_load(
-            source.read_text(encoding="utf-8") if isinstance(source, Path) else source
-        )
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{where}: no such file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{where}: not YAML: {error}") from None
-    content = {} if content is None else content
-    if not isinstance(content, dict):
-        raise ValueError(f"{where}: expected keys and values, such as 'stage: 1', got {content!r}")
-    known = options()
-    headings = {key.rpartition(".")[0] for key in known} - {""}
-    unknown = [
-        (
-            f"{key} (a section: its options go below it)"
-            if key in headings
-            else f"{key}{nearest(key, [*headings, *known])}"
-        )
-        for key in _keys(content)
-        if key not in known
-    ]
-    if unknown:
-        raise ValueError(f"{where}: unknown key " + ", ".join(unknown))
-    return content
-
-
-def _keys(content: dict[str, Any], path: str = "") -> Iterator[str]:
-    """Dotted paths of the values in nested mappings."""
-    for key, value in content.items():
-        if isinstance(value, dict):
-            yield from _keys(value, f"{path}{key}.")
-        else:
-            yield f"{path}{key}"
-
-
-def _apply(parser: Parser, content: dict[str, Any], where: str, values: Any) -> Any:
-    """What a parser makes of a mapping, over the values so far."""
-    try:
-        return parser.parse_object(content, namespace=values)
+        return parser.parse_object(dict(settings.content), namespace=values)
     except argparse.ArgumentError as error:
-        raise ValueError(f"{where}: {error}") from None
+        raise ValueError(f"{settings.place(str(error))}: {error}") from None
 
 
 def _normal(arguments: list[str]) -> list[str]:
@@ -217,7 +207,7 @@ def _normal(arguments: list[str]) -> list[str]:
         ValueError: unknown options.
     """
     by_flag = {flag: option for option in options().values() for flag in option.flags}
-    known = {*by_flag, "--help", "--config", "--print_config"}
+    known = {*by_flag, "--help", "--config", "--print_config", "--check"}
     given = [argument.split("=")[0] for argument in arguments if argument.startswith("--")]
     unknown = [f"{flag}{nearest(flag, known)}" for flag in given if flag not in known]
     if unknown:
@@ -237,23 +227,19 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _tell(error: Exception) -> None:
-    """Say what is wrong, once: another rank than the first speaks only where the first, and
-    torchrun with it, has not ended the job.
+def _tell(error: str) -> None:
+    """Say what is wrong, once: another rank than the first speaks only if the first, and torchrun
+    with it, has not ended the job.
     """
     where = ""
     if not _is_first_rank():
         time.sleep(_PATIENCE_SECONDS)
-        where = f" on rank {os.environ['RANK']} ({socket.gethostname()})"
-    print(
-        f"{PROGRAM}: error{where}: {error}\n--help lists every option", file=sys.stderr, flush=True
-    )
+        where = f" on {torchrun.name_of_rank()}"
+    torchrun.refuse(f"{PROGRAM}: error{where}: {error}\n--help lists every option")
 
 
 def _is_first_rank() -> bool:
-    """Whether this process is the first of its job, by torchrun's environment; one without it is
-    alone.
-    """
+    """Return whether this process is the first of its job; one without torchrun is alone."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -269,8 +255,9 @@ example, on a machine with 8 GPUs:
 
 Every option is also a key of the YAML files that --config FILE names; it may be given several
 times, later files win, and the command line wins over all. --print_config prints the whole
-configuration as YAML instead of training. The defaults below are those of the stage and the model,
-if both are given.
+configuration as YAML instead of training. --check RANKS tells what is wrong with it for that many
+ranks (without a number: for as many as torchrun starts) and ends, with status 2 if anything is. The
+defaults below are those of the stage and the model, if both are given.
 
 stages:
 {stage_lines}

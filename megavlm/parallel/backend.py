@@ -9,6 +9,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from megavlm.config import torchrun
 from megavlm.parallel import adamw, cpu_backend
 
 
@@ -23,16 +24,6 @@ class Backend:
 
     device: torch.device
     asynchronous: bool
-
-
-def world_size() -> int:
-    """Ranks that torchrun started; 1 without torchrun."""
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
-def rank() -> int:
-    """Number of this rank, before and after the process group exists."""
-    return int(os.environ.get("RANK", 0))
 
 
 def set_environment(deterministic: bool) -> None:
@@ -93,8 +84,8 @@ def start(
             "nccl" if on_gpu else "gloo",
             timeout=timedelta(minutes=timeout_minutes),
             store=dist.PrefixStore("world", store or meet(timeout_minutes)),
-            rank=rank(),
-            world_size=world_size(),
+            rank=torchrun.rank(),
+            world_size=torchrun.world_size(),
         )
     return Backend(device=device, asynchronous=on_gpu)
 

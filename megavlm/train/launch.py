@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from datetime import timedelta
 from functools import partial
@@ -10,9 +9,11 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from megavlm import job_checks
 from megavlm.checkpoint import directory as folder
 from megavlm.checkpoint.train_state import State
-from megavlm.config.checks.rules import PARTS, ConfigError, DatasetFacts, check
+from megavlm.config import torchrun
+from megavlm.config.checks.rules import PARTS, ConfigError, check
 from megavlm.config.schema import Config, Init
 from megavlm.convert.hf import convert, from_parts
 from megavlm.convert.weights.families import family_of
@@ -23,7 +24,6 @@ from megavlm.data.store.manifest import read_manifest
 from megavlm.data.text.tokenizer import fingerprint
 from megavlm.health import speed_check
 from megavlm.health.preflight import DisagreementError, View, agree, look
-from megavlm.io.storage import is_remote
 from megavlm.model import precision, weights
 from megavlm.model.freeze import Trained
 from megavlm.model.vlm import VisionLanguageModel
@@ -52,7 +52,7 @@ def launch(config: Config) -> None:
     store = backend.meet(config.parallel.timeout_minutes)
     start = None
     try:
-        start = inspect(config, backend.world_size())
+        start = inspect(config, torchrun.world_size())
         view = View(
             facts=look(config, start=start.folder if isinstance(start, Checkpoint) else start)
         )
@@ -61,13 +61,14 @@ def launch(config: Config) -> None:
     try:
         agree(
             store,
-            backend.rank(),
-            backend.world_size(),
+            torchrun.rank(),
+            torchrun.world_size(),
             view,
             timedelta(minutes=config.parallel.timeout_minutes),
             _tell,
         )
-    except DisagreementError:
+    except DisagreementError as error:
+        torchrun.refuse(f"error: {error}", is_told=False)  # rank 0 has told it
         raise SystemExit(2) from None
     machine = backend.start(
         config.parallel.timeout_minutes, deterministic=config.training.deterministic, store=store
@@ -76,15 +77,14 @@ def launch(config: Config) -> None:
         train(config, machine, start)
     except (source.DamagedError, MismatchError, SaveError) as error:
         # Every rank knows of it, so none waits for another.
-        if backend.rank() == 0:
-            print(f"error: {error}", file=sys.stderr)
+        torchrun.refuse(f"error: {error}", is_told=torchrun.rank() == 0)
         raise SystemExit(2) from None
     finally:
         backend.stop()
 
 
 def _tell(wrong: str) -> None:
-    print(f"error: {wrong}", file=sys.stderr, flush=True)
+    torchrun.refuse(f"error: {wrong}")
 
 
 def inspect(config: Config, world_size: int) -> Start:
@@ -100,7 +100,7 @@ def inspect(config: Config, world_size: int) -> Start:
     check(
         config,
         world_size,
-        facts=[_facts(flag, folder) for flag, folder in _datasets(config)],
+        facts=job_checks.dataset_facts(config),
         machine=precision.machine(),
     )
     family_of(config.architecture.language)  # else the trained model could not be exported
@@ -143,38 +143,6 @@ def _check_parts(config: Config) -> None:
                 f"--data.train {config.data.train}: packed with another tokenizer than that of"
                 f" {words}"
             )
-
-
-def _datasets(config: Config) -> Sequence[tuple[str, str]]:
-    named = [
-        *(("--data.train", folder) for folder in config.data.train_folders),
-        ("--data.valid", config.data.valid),
-    ]
-    return [
-        (flag, folder)
-        for flag, folder in named
-        if folder and (is_remote(folder) or Path(folder).exists())
-    ]
-
-
-def _facts(flag: str, folder: str) -> DatasetFacts:
-    manifest = read_manifest(folder)
-    return DatasetFacts(
-        flag=flag,
-        folder=folder,
-        image_size=manifest.image_size,
-        features_per_tile=manifest.features_per_tile,
-        vocab_size=manifest.vocab_size,
-        capacity=manifest.capacity,
-        alignment=manifest.alignment,
-        num_packs=manifest.totals.packs,
-        has_images=manifest.totals.tiles > 0,
-        fingerprint=manifest.tokenizer_fingerprint,
-        pixel_mean=manifest.pixel_mean,
-        pixel_std=manifest.pixel_std,
-        may_augment=any(source.augment for source in manifest.sources),
-        has_levels=bool(manifest.levels),
-    )
 
 
 def train(config: Config, machine: backend.Backend, start: Start) -> State:

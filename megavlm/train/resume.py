@@ -15,10 +15,10 @@ import torch.distributed as dist
 from megavlm.checkpoint import checksums
 from megavlm.checkpoint import directory as folder
 from megavlm.checkpoint.train_state import History
+from megavlm.config import torchrun
 from megavlm.config.checks.rules import ConfigError
 from megavlm.config.schema import Config
 from megavlm.data.store.manifest import read_manifest
-from megavlm.parallel import backend
 from megavlm.train import checkpoint
 from megavlm.train.checkpoint import Checkpoint
 
@@ -83,7 +83,7 @@ def _first_whole(config: Config, candidates: Sequence[Path], problems: list[str]
 
 
 def _warn(text: str, problems: Sequence[str]) -> None:
-    if backend.rank() == 0:
+    if torchrun.rank() == 0:
         print("\n  ".join([f"WARNING: {text}", *problems]), file=sys.stderr, flush=True)
 
 

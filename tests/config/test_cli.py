@@ -192,6 +192,8 @@ def test_another_rank_gives_the_first_time_to_end_the_job_before_it_speaks(
     capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
     waits = []
+    for name, value in dict(WORLD_SIZE="4", MASTER_ADDR="here", MASTER_PORT="1").items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setattr(time, "sleep", waits.append)
     assert "error on rank 3 (" in refused(["--stage", "3", "--model", "tiny"], capsys)
@@ -221,10 +223,32 @@ def test_print_config_prints_what_would_run(
         parse([*arguments, "--print_config"])
     assert stopped.value.code == 0
     assert from_yaml(capsys.readouterr().out) == parse(arguments)
-    monkeypatch.setenv("RANK", "1")
+    for name, value in dict(RANK="1", WORLD_SIZE="2", MASTER_ADDR="a", MASTER_PORT="1").items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(SystemExit):
         parse([*arguments, "--print_config"])
     assert capsys.readouterr().out == ""
+
+
+def test_check_ends_with_a_verdict(capsys: pytest.CaptureFixture):
+    asked = []
+
+    def find_problems(config: Config, ranks: int) -> list[str]:
+        asked.append(ranks)
+        return ["--lr: too high"] if config.optimizer.lr > 1 else []
+
+    for arguments, status, ranks, told in (
+        (["--check"], 0, 1, "nothing is wrong with the configuration for 1 rank\n"),
+        (["--check", "8"], 0, 8, "nothing is wrong with the configuration for 8 ranks\n"),
+        (["--check", "8", "--lr", "2"], 2, 8, "1 problem with the configuration:\n  --lr: too"),
+        (["--lr", "2"], 2, 1, "1 problem with the configuration:\n  --lr: too high"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            parse([*NAMES, *arguments], find_problems=find_problems)
+        shown = capsys.readouterr()
+        assert (stopped.value.code, asked[-1]) == (status, ranks)
+        assert told in (shown.err if status else shown.out)
+    assert "--check -3: must be" in refused([*NAMES, "--check", "-3"], capsys)
 
 
 def test_yaml_gives_exactly_the_configuration_back(tmp_path: Path):

@@ -9,6 +9,8 @@ from megavlm.config.checks import start
 from megavlm.config.checks.buckets import bucket_problems
 from megavlm.config.checks.datasets import DatasetFacts, facts_problems, fp8_multiple
 from megavlm.config.checks.device import Machine, machine_problems
+from megavlm.config.checks.numbers import number_problems
+from megavlm.config.checks.observers import observer_problems
 from megavlm.config.checks.saving import checkpoint_problems
 from megavlm.config.freeze_mask import PARTS, parts_named, trains
 from megavlm.config.layout_text import parse_layout
@@ -16,12 +18,10 @@ from megavlm.config.schema import (
     AUGMENTATIONS,
     LAYER_PARTS,
     Architecture,
-    Checkpoint,
     Config,
     Data,
     Fp8,
     Health,
-    Logging,
     Optimizer,
     Parallel,
     Training,
@@ -65,6 +65,7 @@ def problems(config: Config, world_size: int) -> list[str]:
     to change.
     """
     return [
+        *number_problems(config),
         *_architecture(config.architecture),
         *layout_problems(config, world_size),
         *_data(config.data),
@@ -76,7 +77,8 @@ def problems(config: Config, world_size: int) -> list[str]:
         *bucket_problems(config.parallel),
         *checkpoint_problems(config.checkpoint, config.training.eval_interval),
         *start.problems(config),
-        *_logging(config.logging, config.checkpoint),
+        *_at_least(1, "logging", config.logging, "interval"),
+        *observer_problems(config.logging, config.checkpoint),
         *_health(config.health),
     ]
 
@@ -94,7 +96,7 @@ def _at_least(least: int, section: str, values: object, *names: str) -> Iterator
     """The fields ``names`` that are below ``least``."""
     for name in names:
         value = vars(values)[name]
-        if value < least:
+        if not value >= least:  # a NaN is not either
             yield f"--{section}.{name} {value}: must be {least} or more"
 
 
@@ -459,14 +461,6 @@ def _fp8(fp8: Fp8, config: Config) -> Iterator[str]:
                     f"--fp8.{part} {recipe}: --architecture.{part}.{name} makes matrices {width}"
                     f" wide, not a multiple of {multiple}"
                 )
-
-
-def _logging(logging: Logging, checkpoint: Checkpoint) -> Iterator[str]:
-    yield from _at_least(1, "logging", logging, "interval")
-    if logging.tensorboard and not checkpoint.save:
-        yield "--logging.tensorboard true needs --checkpoint.save, where its files go"
-    if logging.wandb_project and logging.wandb_mode == "offline" and not checkpoint.save:
-        yield "--logging.wandb_mode offline needs --checkpoint.save, where its files go"
 
 
 def _health(health: Health) -> Iterator[str]:

@@ -1,0 +1,68 @@
+"""What torchrun tells each process that it starts, and what it is told by one that ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import time
+
+_OF_A_JOB = ("RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+def world_size() -> int:
+    """Return the number of ranks that torchrun started; 1 without torchrun."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def rank() -> int:
+    """Return the number of this rank, before and after the process group exists."""
+    return int(os.environ.get("RANK", 0))
+
+
+def problems() -> list[str]:
+    """Name what is wrong with the variables of the environment that torchrun sets."""
+    found = []
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
+        given = os.environ.get(name, "0")
+        if not given.isdecimal():
+            found.append(f"{name}={given} in the environment: not a number of ranks; unset it")
+    size = os.environ.get("WORLD_SIZE", "1")
+    missing = [name for name in _OF_A_JOB if name not in os.environ]
+    if not found and int(size) > 1 and missing:
+        found.append(
+            f"WORLD_SIZE={size} in the environment, but not {', '.join(missing)}, which torchrun"
+            " sets too: start the run with torchrun, or unset WORLD_SIZE for one rank"
+        )
+    if not found and int(size) <= int(os.environ.get("RANK", 0)):
+        found.append(
+            f"RANK={os.environ.get('RANK', 0)} in the environment, but WORLD_SIZE is {size}: start"
+            " the run with torchrun, or unset both for one rank"
+        )
+    return found
+
+
+def name_of_rank() -> str:
+    """Return this rank and its machine, such as ``rank 3 (node1)``."""
+    return f"rank {os.environ.get('RANK', 0)} ({socket.gethostname()})"
+
+
+def refuse(text: str, *, is_told: bool = True) -> None:
+    """Say why the run ends, and leave it where torchrun finds it, which repeats it last, below its
+    own traceback.
+
+    Args:
+        text: the reason, in words.
+        is_told: print it; false on ranks for which another one does.
+    """
+    if is_told:
+        print(text, file=sys.stderr, flush=True)
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        more = {"py_callstack": text, "timestamp": str(int(time.time()))}
+        try:
+            with open(path, "w", encoding="utf-8") as file:
+                json.dump({"message": {"message": text, "extraInfo": more}}, file)
+        except OSError:
+            return  # it is printed, and torchrun repeats nothing

@@ -1,0 +1,67 @@
+"""Checks of a job that need no model, and so no torch: they take a moment, and run first."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megavlm.config.checks import rules
+from megavlm.config.checks.datasets import DatasetFacts, facts_problems
+from megavlm.config.schema import Config
+from megavlm.data.store.manifest import read_manifest
+from megavlm.io.storage import is_remote
+
+
+def problems(config: Config, world_size: int) -> list[str]:
+    """Return everything in a configuration, and in the packed datasets that it names, that cannot
+    run on ``world_size`` ranks; each problem names the flag to change.
+    """
+    found = rules.problems(config, world_size)
+    facts = []
+    for flag, folder in _datasets(config):
+        try:
+            facts.append(_facts(flag, folder))
+        except (ValueError, OSError) as error:
+            found.append(f"{flag} {folder}: {error}")
+    return found + facts_problems(config, facts)
+
+
+def dataset_facts(config: Config) -> list[DatasetFacts]:
+    """Return what the manifests of the datasets say.
+
+    Raises:
+        ValueError: a dataset that cannot be used.
+    """
+    return [_facts(flag, folder) for flag, folder in _datasets(config)]
+
+
+def _datasets(config: Config) -> list[tuple[str, str]]:
+    """Return the flag and the folder of each dataset that is there."""
+    named = [
+        *(("--data.train", folder) for folder in config.data.train_folders),
+        ("--data.valid", config.data.valid),
+    ]
+    return [
+        (flag, folder)
+        for flag, folder in named
+        if folder and (is_remote(folder) or Path(folder).is_dir())
+    ]
+
+
+def _facts(flag: str, folder: str) -> DatasetFacts:
+    manifest = read_manifest(folder)
+    return DatasetFacts(
+        flag=flag,
+        folder=folder,
+        image_size=manifest.image_size,
+        features_per_tile=manifest.features_per_tile,
+        vocab_size=manifest.vocab_size,
+        capacity=manifest.capacity,
+        alignment=manifest.alignment,
+        num_packs=manifest.totals.packs,
+        has_images=manifest.totals.tiles > 0,
+        fingerprint=manifest.tokenizer_fingerprint,
+        pixel_mean=manifest.pixel_mean,
+        pixel_std=manifest.pixel_std,
+        may_augment=any(source.augment for source in manifest.sources),
+        has_levels=bool(manifest.levels),
+    )
