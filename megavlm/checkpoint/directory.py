@@ -12,6 +12,7 @@ import shutil
 import uuid
 from pathlib import Path
 
+from megavlm.checkpoint import lock
 from megavlm.checkpoint import train_state as run_state
 
 LATEST = "latest"
@@ -59,7 +60,8 @@ def candidates(root: Path) -> list[Path]:
 
 def is_own(entry: Path) -> bool:
     """Whether a file or folder in a save folder is one that a run writes there."""
-    return entry.name in _OWN or entry.name.startswith((_STEP, _GROWING, _LEAVING, f".{LATEST}"))
+    starts = (_STEP, _GROWING, _LEAVING, f".{LATEST}", lock.FILE_NAME)
+    return entry.name in _OWN or entry.name.startswith(starts)
 
 
 def clean(root: Path) -> list[str]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 
+from megavlm.checkpoint.lock import Lock
 from megavlm.config.schema import Config
 from megavlm.data.loading.blend import BlendedDataset
 from megavlm.data.loading.dataset import PackedDataset
@@ -28,6 +29,7 @@ class Job:
         plan: their order.
         valid: the held-out packs, if any.
         chunks, wrapped, optimizer: as in ``Built``.
+        lock: of the save folder, on the rank that holds it.
     """
 
     config: Config
@@ -39,3 +41,4 @@ class Job:
     chunks: list[VisionLanguageModel]
     wrapped: list[DistributedDataParallel]
     optimizer: MegatronOptimizer
+    lock: Lock | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from datetime import timedelta
 from functools import partial
@@ -11,6 +12,7 @@ import torch.distributed as dist
 
 from megavlm import job_checks
 from megavlm.checkpoint import directory as folder
+from megavlm.checkpoint.lock import Lock, held
 from megavlm.checkpoint.train_state import State
 from megavlm.config import torchrun
 from megavlm.config.checks.rules import PARTS, ConfigError, check
@@ -50,13 +52,46 @@ def launch(config: Config) -> None:
     """
     backend.set_environment(config.training.deterministic)
     store = backend.meet(config.parallel.timeout_minutes)
+    with contextlib.ExitStack() as stack:
+        start, lock = _agree_to_start(config, store, stack)
+        machine = backend.start(
+            config.parallel.timeout_minutes,
+            deterministic=config.training.deterministic,
+            store=store,
+        )
+        try:
+            train(config, machine, start, lock)
+        except (source.DamagedError, MismatchError, SaveError) as error:
+            # Every rank knows of it, so none waits for another.
+            torchrun.refuse(f"error: {error}", is_told=torchrun.rank() == 0)
+            raise SystemExit(2) from None
+        finally:
+            backend.stop()
+
+
+def _agree_to_start(
+    config: Config, store: dist.Store, stack: contextlib.ExitStack
+) -> tuple[Start, Lock | None]:
+    """Find out what to start from, and that all ranks are about to run the same.
+
+    Args:
+        config: the run.
+        store: shared by the ranks.
+        stack: holds the lock of the save folder for as long as it lasts.
+
+    Returns:
+        What to start from, and the lock, which the first rank has.
+    """
     start = None
+    lock = None
     try:
+        if config.checkpoint.save and torchrun.rank() == 0:
+            lock = _lock(Path(config.checkpoint.save), stack)
         start = inspect(config, torchrun.world_size())
         view = View(
             facts=look(config, start=start.folder if isinstance(start, Checkpoint) else start)
         )
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         view = View(problem=str(error))
     try:
         agree(
@@ -70,17 +105,21 @@ def launch(config: Config) -> None:
     except DisagreementError as error:
         torchrun.refuse(f"error: {error}", is_told=False)  # rank 0 has told it
         raise SystemExit(2) from None
-    machine = backend.start(
-        config.parallel.timeout_minutes, deterministic=config.training.deterministic, store=store
-    )
+    return start, lock
+
+
+def _lock(save: Path, stack: contextlib.ExitStack) -> Lock:
+    """Hold the lock of the save folder.
+
+    Raises:
+        ValueError: another run holds it, or nothing can be written there.
+    """
     try:
-        train(config, machine, start)
-    except (source.DamagedError, MismatchError, SaveError) as error:
-        # Every rank knows of it, so none waits for another.
-        torchrun.refuse(f"error: {error}", is_told=torchrun.rank() == 0)
-        raise SystemExit(2) from None
-    finally:
-        backend.stop()
+        return stack.enter_context(held(save))
+    except OSError as error:
+        raise ValueError(
+            f"--checkpoint.save {save}: nothing can be written there ({error})"
+        ) from error
 
 
 def _tell(wrong: str) -> None:
@@ -145,13 +184,16 @@ def _check_parts(config: Config) -> None:
             )
 
 
-def train(config: Config, machine: backend.Backend, start: Start) -> State:
+def train(
+    config: Config, machine: backend.Backend, start: Start, lock: Lock | None = None
+) -> State:
     """Build the model and everything around it, train, and export. Collective.
 
     Args:
         config: the run, checked.
         machine: where tensors live.
         start: what to start from, as ``inspect`` answered.
+        lock: of the save folder, on the rank that holds it.
 
     Raises:
         DamagedError: the checkpoint to start from is damaged, on every rank.
@@ -194,14 +236,19 @@ def train(config: Config, machine: backend.Backend, start: Start) -> State:
             chunks=built.chunks,
             wrapped=built.wrapped,
             optimizer=built.optimizer,
+            lock=lock,
         )
         state = run(job, state, metrics)
-        if config.checkpoint.export_hf and state.step == config.training.steps and place.rank == 0:
-            convert.export(
-                config.checkpoint.save, config.checkpoint.export_hf, flag="--checkpoint.export_hf"
-            )
+        _export(config, state, place)
     process_groups.destroy()
     return state
+
+
+def _export(config: Config, state: State, place: process_groups.Groups) -> None:
+    """Export the model of a run that is done, if it is asked for."""
+    export = config.checkpoint.export_hf
+    if export and state.step == config.training.steps and place.rank == 0:
+        convert.export(config.checkpoint.save, export, flag="--checkpoint.export_hf")
 
 
 def _open_training_set(config: Config) -> tuple[PackedDataset | BlendedDataset, Order]:

@@ -163,6 +163,8 @@ class Saver:
         self._metrics.say(f"ERROR: {self._problem}")
 
     def _prepare(self) -> None:
+        if self._job.lock is not None:
+            self._job.lock.check()
         (self._growing / checkpoint.SHARDS).mkdir(parents=True)
         with (self._growing / _SPARE).open("wb") as file:
             os.posix_fallocate(file.fileno(), 0, _SPARE_BYTES + _FIRST_BYTES)
@@ -170,6 +172,8 @@ class Saver:
 
     def _publish(self, sums: dict[str, checksums.Sum]) -> None:
         """Add the small files to the shards, then give the checkpoint its name."""
+        if self._job.lock is not None:
+            self._job.lock.check()
         config = self._job.config
         growing = self._growing
         dataset = self._job.train.folder

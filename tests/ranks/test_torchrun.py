@@ -139,6 +139,39 @@ def test_sigterm_ends_a_run_after_a_checkpoint_and_the_same_command_goes_on(
     ]
 
 
+def test_a_second_run_in_the_same_folder_is_refused_before_anything_is_deleted(
+    config_file: Path, tmp_path: Path
+) -> None:
+    save = tmp_path / "run"
+    arguments = ["--config", str(config_file), "--checkpoint.save", str(save)]
+    arguments += ["--training.steps", "100000", "--optimizer.schedule", "constant"]
+    arguments += ["--checkpoint.save_interval", "0", "--logging.interval", "1"]
+    alone = [sys.executable, TORCHRUN[-1], *arguments]
+    with subprocess.Popen(
+        alone, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as first:
+        _wait_for_step(save / "metrics.jsonl", 1)
+        (save / ".growing_step_00000001_0a1b2c3d").mkdir()
+        second = _torchrun(*arguments)
+        still_runs = first.poll() is None
+        is_whole = (save / ".growing_step_00000001_0a1b2c3d").exists()
+        first.kill()
+    told = f"--checkpoint.save {save}: another run writes to this folder (process {first.pid} on"
+    assert still_runs and is_whole and second.returncode != 0
+    assert second.stderr.partition("ChildFailedError")[0].count(told) == 1, second.stderr
+    assert "Traceback" not in second.stderr.partition(told)[0]
+    done = subprocess.run(  # the lock of a killed run holds nobody up
+        [*alone, "--training.steps", "2"],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "what a killed run left: .growing_step_00000001_0a1b2c3d" in done.stdout
+    assert not list(save.glob(".lock*"))
+
+
 def _trained_steps(path: Path) -> list[int]:
     """Steps whose loss is on record; a line that is being written does not count yet."""
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []

@@ -1,0 +1,301 @@
+"""The lock of a save folder: one run at a time, and a lock that dies with its holder.
+
+The lock is a file that says who holds it. A holder that was killed cannot remove it, so whoever
+finds one asks whether the holder lives. On the same machine (same boot, same process namespace)
+the process number and its start time answer at once. Anywhere else, as on a shared file system,
+the holder's sign of life answers: it touches the file every few seconds, and a file that has not
+been touched for longer than ``_DEAD_SECONDS`` is taken over. Ages are differences of times that
+the file system gave, so clocks of machines need not agree.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+FILE_NAME = ".lock"
+_BEAT_SECONDS = 10.0
+_DEAD_SECONDS = 90.0
+
+
+class LockedError(ValueError):
+    """A save folder that another run writes to."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Holder:
+    """Who holds a lock.
+
+    Args:
+        token: of this lock alone.
+        host: name of the machine.
+        boot: identifies the machine's boot; empty if it has none.
+        namespace: identifies what process numbers are relative to; empty if unknown.
+        pid: number of the process.
+        started: start of the process, in the kernel's ticks since boot.
+        since: when the lock was taken, in words.
+    """
+
+    token: str
+    host: str
+    boot: str
+    namespace: str
+    pid: int
+    started: str
+    since: str
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host}, since {self.since}"
+
+
+class Lock:
+    """A lock that this process holds, until it is released."""
+
+    def __init__(self, path: Path, holder: Holder, beat_seconds: float):
+        self._path = path
+        self._holder = holder
+        self._beat_seconds = beat_seconds
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="save folder lock", daemon=True)
+        self._thread.start()
+
+    def check(self) -> None:
+        """Make sure that the lock is still this run's.
+
+        Raises:
+            OSError: another run has taken it over, since this one stood still for too long.
+        """
+        found = _read(self._path)
+        if found is None or found.token != self._holder.token:
+            taker = f"now held by {found}" if found else "gone"
+            raise OSError(f"{self._path}: the lock of this run is {taker}; it no longer saves here")
+
+    def release(self) -> None:
+        """Give the lock up."""
+        self._ended.set()
+        self._thread.join()
+        found = _read(self._path)
+        if found is not None and found.token == self._holder.token:
+            self._path.unlink(missing_ok=True)
+
+    def _beat(self) -> None:
+        while not self._ended.wait(self._beat_seconds):
+            found = _read(self._path)
+            if found is not None and found.token == self._holder.token:
+                with contextlib.suppress(OSError):  # a full or slow disk; the next beat counts
+                    os.utime(self._path)
+
+
+@contextlib.contextmanager
+def held(
+    folder: Path,
+    *,
+    flag: str = "--checkpoint.save",
+    beat_seconds: float = _BEAT_SECONDS,
+    dead_seconds: float = _DEAD_SECONDS,
+    tell: Callable[[str], None] | None = None,
+) -> Iterator[Lock]:
+    """Hold the lock of a folder, which is made if it is missing.
+
+    Args:
+        folder: the save folder.
+        flag: names it in messages.
+        beat_seconds: time between two signs of life.
+        dead_seconds: without one for so long, a holder that cannot be looked up counts as dead.
+        tell: told before waiting for a sign of life; none: it is printed.
+
+    Raises:
+        LockedError: another run holds it.
+        OSError: nothing can be written to the folder.
+    """
+    made = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / FILE_NAME
+    holder = _this_process()
+    while not _create(path, holder):
+        found = _read(path)
+        if found is None:
+            time.sleep(0.05)  # it is being written or was just released
+            if _read(path) is None and _age(path) > dead_seconds:
+                path.unlink(missing_ok=True)  # never written to the end
+            continue
+        _wait_for_its_death(path, found, flag, beat_seconds, dead_seconds, tell or _print)
+        if _take_over(path, found, holder):
+            break
+    lock = Lock(path, holder, beat_seconds)
+    try:
+        yield lock
+    finally:
+        lock.release()
+        if made:
+            with contextlib.suppress(OSError):  # something was saved there
+                folder.rmdir()
+
+
+def _this_process() -> Holder:
+    return Holder(
+        token=uuid.uuid4().hex,
+        host=socket.gethostname(),
+        boot=_boot(),
+        namespace=_namespace(),
+        pid=os.getpid(),
+        started=_started(os.getpid()) or "",
+        since=time.strftime("%Y-%m-%d %H:%M:%S %Z"),
+    )
+
+
+def _boot() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+
+
+def _namespace() -> str:
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
+
+
+def _started(pid: int) -> str | None:
+    """Return when a process started; none if there is none, or only what its parent has not yet
+    taken note of.
+    """
+    try:
+        # The name in brackets may hold anything, so count from behind it: state, then 18 more.
+        state, *more = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (OSError, ValueError):
+        return None
+    return None if state in "ZX" else more[18]
+
+
+def _is_here(holder: Holder) -> bool:
+    """Return whether the holder's process number means something to this process."""
+    return bool(holder.boot and holder.namespace) and (
+        (holder.boot, holder.namespace) == (_boot(), _namespace())
+    )
+
+
+def _create(path: Path, holder: Holder) -> bool:
+    """Write the lock if there is none, whole or not at all: another name is linked to a file that
+    is complete.
+    """
+    own = _write_own(path, holder)
+    try:
+        os.link(own, path)
+    except FileExistsError:
+        return False
+    except OSError:  # a file system without links
+        return _create_in_place(path, holder)
+    finally:
+        own.unlink(missing_ok=True)
+    return True
+
+
+def _create_in_place(path: Path, holder: Holder) -> bool:
+    try:
+        with path.open("x") as file:
+            file.write(json.dumps(asdict(holder)))
+    except FileExistsError:
+        return False
+    return True
+
+
+def _write_own(path: Path, holder: Holder) -> Path:
+    own = path.with_name(f"{FILE_NAME}_{holder.token}")
+    own.write_text(json.dumps(asdict(holder)))
+    return own
+
+
+def _read(path: Path) -> Holder | None:
+    """Return who holds a lock; none if nobody does, or if it is being written."""
+    try:
+        return Holder(**json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _age(path: Path) -> float:
+    """Return seconds since the last sign of life, by the clock of the file system: a new file is
+    compared with.
+    """
+    probe = path.with_name(f"{FILE_NAME}_{uuid.uuid4().hex}")
+    probe.touch()
+    now = probe.stat().st_mtime
+    probe.unlink(missing_ok=True)
+    try:
+        return now - path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
+
+
+def _wait_for_its_death(
+    path: Path,
+    found: Holder,
+    flag: str,
+    beat_seconds: float,
+    dead_seconds: float,
+    tell: Callable[[str], None],
+) -> None:
+    """Return once the holder is known to be dead, or has given the lock up.
+
+    Raises:
+        LockedError: the holder lives.
+    """
+    refusal = (
+        f"{flag} {path.parent}: another run writes to this folder ({found}); end it, or name"
+        " another folder"
+    )
+    if _is_here(found):
+        if _started(found.pid) == found.started:
+            raise LockedError(refusal)
+        return
+    first = _age(path)
+    if first > dead_seconds:
+        return
+    tell(
+        f"{flag} {path.parent}: locked by {found}, {first:.0f} s after its last sign of life;"
+        f" waiting up to {dead_seconds - first:.0f} s for another one"
+    )
+    before = path.stat().st_mtime_ns if path.exists() else 0
+    while path.exists() and _age(path) <= dead_seconds:
+        time.sleep(beat_seconds / 4)
+        if path.exists() and path.stat().st_mtime_ns != before:
+            raise LockedError(refusal)
+
+
+def _take_over(path: Path, dead: Holder, holder: Holder) -> bool:
+    """Put this run's lock in place of a dead one's; false if another run was faster.
+
+    The claim, whose name holds the dead one's token, can be made once only.
+    """
+    claim = path.with_name(f"{FILE_NAME}_claim_{dead.token}")
+    try:
+        claim.touch(exist_ok=False)
+    except FileExistsError:
+        if _age(claim) > _DEAD_SECONDS:
+            claim.unlink(missing_ok=True)  # whoever made it was killed
+        time.sleep(0.05)
+        return False
+    try:
+        found = _read(path)
+        if found is None or found.token != dead.token:
+            return False
+        os.replace(_write_own(path, holder), path)
+        return True
+    finally:
+        claim.unlink(missing_ok=True)
+
+
+def _print(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

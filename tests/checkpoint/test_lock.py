@@ -1,0 +1,198 @@
+"""The lock of a save folder, against real processes: living, killed, frozen and of elsewhere."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import pytest
+
+from megavlm.checkpoint import lock
+from megavlm.checkpoint.directory import is_own
+from megavlm.checkpoint.lock import FILE_NAME, LockedError, held
+
+FORK = multiprocessing.get_context("fork")
+QUICK = dict(beat_seconds=0.1, dead_seconds=1.0)
+
+
+def _hold(folder: Path, pipe: Connection) -> None:
+    with held(folder, **QUICK):
+        pipe.send("held")
+        pipe.recv()
+
+
+@pytest.fixture
+def other(tmp_path: Path) -> Iterator[multiprocessing.Process]:
+    """A process that holds the lock of ``run``."""
+    ours, theirs = FORK.Pipe()
+    process = FORK.Process(target=_hold, args=(tmp_path / "run", theirs))
+    process.start()
+    assert ours.recv() == "held"
+    yield process
+    process.kill()
+    process.join()
+
+
+def from_elsewhere(path: Path) -> None:
+    """Make a lock look as if another machine had taken it."""
+    found = json.loads(path.read_text())
+    time_before = path.stat().st_mtime_ns
+    path.write_text(json.dumps(found | {"boot": "another", "host": "node7"}))
+    os.utime(path, ns=(time_before, time_before))
+
+
+def test_a_folder_is_locked_while_its_holder_lives(
+    tmp_path: Path, other: multiprocessing.Process
+) -> None:
+    with (
+        pytest.raises(
+            LockedError, match=rf"another run writes to this folder \(process {other.pid}"
+        ),
+        held(tmp_path / "run"),
+    ):
+        pass
+    assert (tmp_path / "run" / FILE_NAME).exists()
+
+
+def test_a_killed_holder_is_known_at_once(tmp_path: Path, other: multiprocessing.Process) -> None:
+    other.kill()
+    other.join()
+    start = time.monotonic()
+    with held(tmp_path / "run") as found:
+        found.check()
+        assert time.monotonic() - start < 5
+
+
+def test_a_killed_holder_that_nobody_has_waited_for_is_dead(
+    tmp_path: Path, other: multiprocessing.Process
+) -> None:
+    os.kill(other.pid, signal.SIGKILL)
+    while Path(f"/proc/{other.pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+        time.sleep(0.01)
+    with held(tmp_path / "run"):
+        pass
+
+
+def test_another_process_with_the_holders_number_is_not_the_holder(tmp_path: Path) -> None:
+    with held(tmp_path / "run"):
+        path = tmp_path / "run" / FILE_NAME
+        found = json.loads(path.read_text())
+        assert found["pid"] == os.getpid() and found["started"].isdigit()
+    path.parent.mkdir()
+    path.write_text(json.dumps(found | {"started": "1"}))
+    with held(tmp_path / "run"):
+        pass
+
+
+def test_a_holder_elsewhere_that_gives_signs_of_life_keeps_the_lock(
+    tmp_path: Path, other: multiprocessing.Process
+) -> None:
+    from_elsewhere(tmp_path / "run" / FILE_NAME)
+    told: list[str] = []
+    with (
+        pytest.raises(LockedError, match="on node7"),
+        held(tmp_path / "run", tell=told.append, **QUICK),
+    ):
+        pass
+    assert len(told) == 1 and "locked by process" in told[0] and "waiting up to" in told[0]
+
+
+def test_a_holder_elsewhere_without_signs_of_life_is_waited_for_and_then_dead(
+    tmp_path: Path, other: multiprocessing.Process
+) -> None:
+    other.kill()
+    other.join()
+    path = tmp_path / "run" / FILE_NAME
+    from_elsewhere(path)
+    os.utime(path)
+    start = time.monotonic()
+    with held(tmp_path / "run", tell=lambda text: None, **QUICK) as found:
+        assert 0.5 < time.monotonic() - start < 10
+        found.check()
+
+
+def test_a_frozen_holder_that_was_taken_over_does_not_save_any_more(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with held(folder, beat_seconds=1000) as frozen:
+        from_elsewhere(folder / FILE_NAME)
+        os.utime(folder / FILE_NAME, (1, 1))
+        with held(folder) as taker:
+            taker.check()
+            with pytest.raises(OSError, match="the lock of this run is now held by process"):
+                frozen.check()
+            frozen._beat_seconds = 0.0
+        with pytest.raises(OSError, match="is gone"):
+            frozen.check()
+
+
+def test_one_of_many_takes_a_dead_lock_over(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with held(folder, beat_seconds=1000):
+        path = folder / FILE_NAME
+        from_elsewhere(path)
+        os.utime(path, (1, 1))
+        dead = path.read_text()
+    for _ in range(5):
+        folder.mkdir(exist_ok=True)
+        path.write_text(dead)
+        os.utime(path, (1, 1))
+        most = _holders_at_once(folder, threads=8)
+        assert most and max(most) == 1
+
+
+def _holders_at_once(folder: Path, threads: int) -> list[int]:
+    """Let threads ask for a lock at the same time; how many had it whenever one got it."""
+    inside: list[int] = []
+    most: list[int] = []
+
+    def take(number: int) -> None:
+        with contextlib.suppress(LockedError), held(folder):
+            inside.append(number)
+            most.append(len(inside))
+            time.sleep(0.05)
+            inside.remove(number)
+
+    started = [threading.Thread(target=take, args=(number,)) for number in range(threads)]
+    for thread in started:
+        thread.start()
+    for thread in started:
+        thread.join()
+    return most
+
+
+def test_nothing_is_left_behind(tmp_path: Path) -> None:
+    with held(tmp_path / "new" / "run"):
+        assert all(is_own(entry) for entry in (tmp_path / "new" / "run").iterdir())
+    assert not (tmp_path / "new" / "run").exists()
+    (tmp_path / "old").mkdir()
+    with held(tmp_path / "old"):
+        pass
+    assert list((tmp_path / "old").iterdir()) == []
+
+
+def test_a_lock_whose_writer_was_killed_is_no_lock_for_ever(tmp_path: Path) -> None:
+    (tmp_path / FILE_NAME).touch()
+    os.utime(tmp_path / FILE_NAME, (1, 1))
+    with held(tmp_path) as found:
+        found.check()
+
+
+def test_without_links_there_is_still_one_holder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*paths) -> None:
+        raise PermissionError("no links here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    holder = lock._this_process()
+    assert lock._create(tmp_path / FILE_NAME, holder)
+    assert not lock._create(tmp_path / FILE_NAME, dataclasses.replace(holder, token="other"))
