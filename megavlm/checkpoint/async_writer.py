@@ -26,7 +26,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 from megavlm.checkpoint import checksums
-from megavlm.checkpoint.checksums import Sum
+from megavlm.io.checksum import Sum
 
 # From 0.19 on megatron-core has two ways to write beside training; the other one is a package of
 # its own.

@@ -7,31 +7,23 @@ speaks of the files as they are to be.
 from __future__ import annotations
 
 import json
-import zlib
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch.distributed as dist
 
 from megavlm.checkpoint.metadata import read_description
+from megavlm.io import checksum
+from megavlm.io.checksum import Sum
 
 FILE_NAME = "checksums.json"
 SMALL_FILES = ("state.json", "config.yaml")
 _METADATA = "shards/.metadata"
-_CHUNK_BYTES = 1 << 24
-
-Sum = tuple[int, int]
-"""Bytes and CRC-32 of a file."""
 
 
 def measure(path: Path) -> Sum:
-    """Size and checksum of a file, which is read in pieces."""
-    size = checksum = 0
-    with path.open("rb") as file:
-        while piece := file.read(_CHUNK_BYTES):
-            size = size + len(piece)
-            checksum = zlib.crc32(piece, checksum)
-    return size, checksum
+    """Return size and checksum of a file, which is read in chunks."""
+    return checksum.measure(checksum.chunks(path))
 
 
 def write(folder: Path, known: dict[str, Sum]) -> None:
@@ -54,8 +46,8 @@ def read(folder: Path) -> dict[str, Sum] | None:
     path = folder / FILE_NAME
     try:
         return {
-            name: (int(size), int(checksum))
-            for name, (size, checksum) in json.loads(path.read_text()).items()
+            name: (int(size), int(crc))
+            for name, (size, crc) in json.loads(path.read_text()).items()
         }
     except FileNotFoundError:
         return None
@@ -70,12 +62,12 @@ def differences(
     found = []
     for name in names:
         path = folder / name
-        (size, checksum) = sums[name]
+        size, crc = sums[name]
         try:
             there = path.stat().st_size
             if there != size:
                 found.append(f"{path}: {there:,} bytes, {size:,} were written")
-            elif not by_size_only and measure(path) != (size, checksum):
+            elif not by_size_only and measure(path) != (size, crc):
                 found.append(
                     f"{path}: its bytes are not those that were written (the checksum differs)"
                 )

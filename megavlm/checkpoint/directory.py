@@ -14,6 +14,7 @@ from pathlib import Path
 
 from megavlm.checkpoint import lock
 from megavlm.checkpoint import train_state as run_state
+from megavlm.io import atomic
 
 LATEST = "latest"
 _STEP = "step_"
@@ -87,28 +88,11 @@ def publish(growing: Path, target: Path) -> None:
     """Give a complete checkpoint its name, then move ``latest``, so that a power cut at any moment
     leaves a whole one named.
     """
-    for folder, _, files in os.walk(growing):
-        for name in files:
-            _sync(Path(folder) / name)
-        _sync(Path(folder))
+    atomic.sync_tree(growing)
     if target.exists():
         _drop(target)
-    os.replace(growing, target)
-    _sync(target.parent)
-    pointer = target.parent / f".{LATEST}"
-    pointer.write_text(target.name + "\n")
-    _sync(pointer)
-    os.replace(pointer, target.parent / LATEST)
-    _sync(target.parent)
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
-    number = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
+    atomic.publish(growing, target)
+    atomic.write_text(target.parent / LATEST, target.name + "\n")
 
 
 def drop_old(root: Path, published: Path, keep: int, keep_best: int) -> None:

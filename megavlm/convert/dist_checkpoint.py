@@ -37,8 +37,9 @@ from torch.futures import Future
 from torch.serialization import skip_data
 
 from megavlm.checkpoint.metadata import read_description
-from megavlm.convert.weights.byte_ranges import Range, copy, sync, write, write_tensor
+from megavlm.convert.weights.byte_ranges import Range, copy, write, write_tensor
 from megavlm.convert.weights.views import Header, Tensors, whole_ranges
+from megavlm.io.atomic import sync_file
 from megavlm.io.progress import Done, ignore
 
 _PREFIX = "model."
@@ -241,7 +242,7 @@ class _Writer(FileSystemWriter):
                 results.append(
                     WriteResult(item.index, length, _StorageInfo(_FILE_NAME, start, length))
                 )
-            sync(file)
+            sync_file(file)
         answer: Future[list[WriteResult]] = Future()
         answer.set_result(results)
         return answer

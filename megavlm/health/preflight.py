@@ -30,6 +30,7 @@ from megavlm.config.cli import to_yaml
 from megavlm.config.schema import Config
 from megavlm.data.store.manifest import FILE_NAME as MANIFEST_NAME
 from megavlm.data.store.manifest import read_manifest
+from megavlm.health.rank_names import named
 from megavlm.io.storage import open_folder
 
 # What computes; a difference in any of these can change results or the order of collectives.
@@ -150,7 +151,7 @@ def _verdict(store: dist.Store, size: int, timeout: timedelta) -> str:
         store.wait(keys, timeout)
     except RuntimeError:
         missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
-        return f"{_named(missing)} of {size} have not come within {_minutes(timeout)}"
+        return f"{named(missing)} of {size} have not come within {_minutes(timeout)}"
     views = [View(**json.loads(store.get(key))) for key in keys]
     return problems(views) or "\n  ".join(_headed(differences(views)))
 
@@ -176,7 +177,7 @@ def differences(views: Sequence[View]) -> list[str]:
         usual = max(
             by_value, key=lambda value: len(by_value[value])
         )  # the first of equals, which the lowest rank has
-        others = f"{_named(by_value[usual])}: {usual or 'empty'}"
+        others = f"{named(by_value[usual])}: {usual or 'empty'}"
         lines += [
             f"{_where(ranks, views)}: {name} is {value or 'empty'} ({others})"
             for value, ranks in by_value.items()
@@ -206,20 +207,7 @@ def _where(ranks: Sequence[int], views: Sequence[View]) -> str:
     """The ranks, and their machines: ``ranks 8-15 (node1)``."""
     hosts = list(dict.fromkeys(views[rank].host for rank in ranks))
     more = f" and {len(hosts) - 3} others" if len(hosts) > 3 else ""
-    return f"{_named(ranks)} ({', '.join(hosts[:3])}{more})"
-
-
-def _named(ranks: Sequence[int]) -> str:
-    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {spans(ranks)}"
-
-
-def spans(ranks: Sequence[int]) -> str:
-    """Sorted numbers in few words: ``0-3, 7, 9-10``."""
-    runs = [
-        [number for _, number in run]
-        for _, run in itertools.groupby(enumerate(ranks), lambda pair: pair[1] - pair[0])
-    ]
-    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+    return f"{named(ranks)} ({', '.join(hosts[:3])}{more})"
 
 
 def _flat(value: Any, path: str = "") -> Iterator[tuple[str, str]]:

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megavlm.config.schema import Health
-from megavlm.health.preflight import spans
+from megavlm.health.rank_names import spans
 from megavlm.parallel.backend import Backend
 from megavlm.parallel.process_groups import Groups
 

@@ -24,7 +24,7 @@ import torch.distributed as dist
 
 from megavlm.config.schema import Health
 from megavlm.health.diagnostics import pending, stacks
-from megavlm.health.preflight import spans
+from megavlm.health.rank_names import named
 
 _REMEMBERED = 200
 _LONGEST_INTERVAL = 5.0
@@ -249,13 +249,13 @@ def report(answers: dict[int, Answer], size: int, idle: float) -> str:
     lines = [f"the run has made no progress for {idle:.0f} s; {_suspects(answers, silent)}"]
     if silent:
         lines.append(
-            f"{_named(silent)}: no answer; the process is frozen or gone, or its machine cannot be"
+            f"{named(silent)}: no answer; the process is frozen or gone, or its machine cannot be"
             " reached"
         )
     for (_, _, doing, waits_in), ranks in sorted(groups.items())[:_MOST_GROUPS]:
         first = answers[ranks[0]]
         lines.append(
-            f"{_named(ranks)} (on {first.host}): {doing};"
+            f"{named(ranks)} (on {first.host}): {doing};"
             f" {f'in {waits_in[0]}' if waits_in else 'in no collective'}"
         )
         lines += [f"    {line}" for line in first.stacks.splitlines()]
@@ -275,12 +275,8 @@ def _suspects(answers: dict[int, Answer], silent: list[int]) -> str:
         (behind, "behind the others"),
     ):
         if 0 < len(ranks) < len(answers) + len(silent):
-            return f"it waits for {_named(ranks)}, {why}"
+            return f"it waits for {named(ranks)}, {why}"
     return "all ranks are at the same place"
-
-
-def _named(ranks: list[int]) -> str:
-    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {spans(ranks)}"
 
 
 def _print(text: str) -> None:

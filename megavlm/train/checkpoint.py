@@ -1,16 +1,11 @@
-"""What is in a checkpoint, and how a model and its optimizer are filled from one, at any layout.
-
-A run's save folder (``train/folder``) holds ``step_00000100/`` and so on, and ``latest``, the name
-of the newest. A step's folder holds ``shards/`` (megatron-core's distributed checkpoint),
-``config.yaml``, ``manifest.json`` and ``tokenizer/`` of the training set, ``state.json``, and
-``checksums.json`` of all the others (``train/integrity``). ``train/saver`` writes them.
+"""What a model and its optimizer save in a checkpoint, and how they are filled from one, at any
+layout. ``checkpoint/step_folder`` reads what is around the tensors, ``train/saver`` writes it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,69 +19,17 @@ from megatron.core.dist_checkpointing.mapping import (
 from megatron.core.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from megavlm.checkpoint import checksums
-from megavlm.checkpoint import train_state as run_state
-from megavlm.checkpoint.directory import LATEST
 from megavlm.checkpoint.metadata import read_description
-from megavlm.checkpoint.train_state import State
-from megavlm.config.cli import from_yaml
-from megavlm.config.schema import Architecture, Config, Fp8
+from megavlm.checkpoint.step_folder import SHARDS, Checkpoint
+from megavlm.config.differences import differing
+from megavlm.config.schema import Architecture, Fp8
 from megavlm.model.precision import precision
 from megavlm.model.vlm import VisionLanguageModel
 from megavlm.train import master_weights
 from megavlm.train.master_weights import Master, MismatchError
 
-CONFIG_NAME = "config.yaml"
-SHARDS = "shards"
-TOKENIZER = "tokenizer"
 _PREFIX = "model."
 _OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Checkpoint:
-    """A complete checkpoint on disk.
-
-    Args:
-        folder: the folder of the step.
-        config: the run that wrote it.
-        state: where that run was.
-    """
-
-    folder: Path
-    config: Config
-    state: State
-
-
-def find(path: str) -> Checkpoint | None:
-    """The checkpoint at ``path``, the folder of a step or a save folder (then the newest); none
-    where a save folder holds none yet.
-
-    Raises:
-        ValueError: the folder is incomplete, damaged, or of another format.
-    """
-    folder = Path(path)
-    if (folder / LATEST).is_file():
-        folder = folder / (folder / LATEST).read_text().strip()
-    elif not (folder / run_state.FILE_NAME).is_file():
-        return None
-    return read(folder)
-
-
-def read(folder: Path) -> Checkpoint:
-    """The checkpoint of one step; its small files are compared with their checksums, its shards are
-    not touched.
-
-    Raises:
-        ValueError: the folder is incomplete, damaged, or of another format.
-    """
-    state = run_state.read(folder)
-    checksums.check_small_files(folder)
-    path = folder / CONFIG_NAME
-    try:
-        return Checkpoint(folder=folder, config=from_yaml(path), state=state)
-    except FileNotFoundError:
-        raise ValueError(f"{path}: missing, so {folder} is not a complete checkpoint") from None
 
 
 def _entries(chunks: Sequence[VisionLanguageModel]) -> ShardedStateDict:
@@ -267,13 +210,10 @@ def architecture_differences(old: Architecture, new: Architecture) -> list[str]:
 
 
 def describe_differences(old: Any, new: Any, path: str = "architecture") -> list[str]:
-    """Fields in which two configurations differ, such as ``architecture.vision.num_layers: 24 in
-    the checkpoint, 45 asked for``.
+    """Describe the fields in which two configurations differ, such as
+    ``--architecture.vision.num_layers: 24 in the checkpoint, 45 asked for``.
     """
-    if is_dataclass(old):
-        inside = [
-            describe_differences(getattr(old, f.name), getattr(new, f.name), f"{path}.{f.name}")
-            for f in fields(old)
-        ]
-        return [line for lines in inside for line in lines]
-    return [] if old == new else [f"--{path}: {old} in the checkpoint, {new} asked for"]
+    return [
+        f"--{name}: {before} in the checkpoint, {now} asked for"
+        for name, before, now in differing(old, new, path)
+    ]

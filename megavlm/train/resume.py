@@ -12,15 +12,15 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megavlm.checkpoint import checksums
+from megavlm.checkpoint import checksums, step_folder
 from megavlm.checkpoint import directory as folder
+from megavlm.checkpoint.step_folder import Checkpoint
 from megavlm.checkpoint.train_state import History
 from megavlm.config import torchrun
 from megavlm.config.checks.rules import ConfigError
 from megavlm.config.schema import Config
 from megavlm.data.store.manifest import read_manifest
 from megavlm.train import checkpoint
-from megavlm.train.checkpoint import Checkpoint
 
 
 class DamagedError(ValueError):
@@ -56,12 +56,12 @@ def _first_whole(config: Config, candidates: Sequence[Path], problems: list[str]
     """
     for candidate in candidates:
         try:
-            found = checkpoint.read(candidate)
+            found = step_folder.read(candidate)
             if differences := checkpoint.architecture_differences(
                 found.config.architecture, config.architecture
             ):
                 raise ValueError(
-                    f"{candidate / checkpoint.CONFIG_NAME}: of another model\n  "
+                    f"{candidate / step_folder.CONFIG_NAME}: of another model\n  "
                     + "\n  ".join(differences)
                 )
         except (ValueError, OSError) as error:
@@ -103,7 +103,7 @@ def fit(config: Config, source: Checkpoint) -> Checkpoint:
     problems = checkpoint.architecture_differences(source.config.architecture, config.architecture)
     tokenizer = read_manifest(config.data.train_folders[0]).tokenizer_fingerprint
     if source.state.tokenizer not in (None, tokenizer):
-        words = source.folder / checkpoint.TOKENIZER
+        words = source.folder / step_folder.TOKENIZER
         problems.append(
             f"--data.train {config.data.train}: packed with another tokenizer than the"
             f" checkpoint's, {words}"

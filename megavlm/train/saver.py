@@ -20,6 +20,7 @@ import torch.distributed as dist
 from megavlm.checkpoint import checksums, directory
 from megavlm.checkpoint import train_state as run_state
 from megavlm.checkpoint.async_writer import Writing
+from megavlm.checkpoint.step_folder import CONFIG_NAME, SHARDS, TOKENIZER
 from megavlm.checkpoint.train_state import State
 from megavlm.config.cli import to_yaml
 from megavlm.data.store.manifest import FILE_NAME as MANIFEST_NAME
@@ -85,7 +86,7 @@ class Saver:
             except MismatchError as error:  # on every rank
                 self._give_up(str(error))
                 return
-            self._writing = Writing(tensors, self._growing / checkpoint.SHARDS, beside=self._beside)
+            self._writing = Writing(tensors, self._growing / SHARDS, beside=self._beside)
         if not self._beside:
             self.wait()
 
@@ -165,7 +166,7 @@ class Saver:
     def _prepare(self) -> None:
         if self._job.lock is not None:
             self._job.lock.check()
-        (self._growing / checkpoint.SHARDS).mkdir(parents=True)
+        (self._growing / SHARDS).mkdir(parents=True)
         with (self._growing / _SPARE).open("wb") as file:
             os.posix_fallocate(file.fileno(), 0, _SPARE_BYTES + _FIRST_BYTES)
             file.truncate(_SPARE_BYTES)
@@ -177,8 +178,8 @@ class Saver:
         config = self._job.config
         growing = self._growing
         dataset = self._job.train.folder
-        (growing / checkpoint.CONFIG_NAME).write_text(to_yaml(config))
-        for name in (MANIFEST_NAME, checkpoint.TOKENIZER):
+        (growing / CONFIG_NAME).write_text(to_yaml(config))
+        for name in (MANIFEST_NAME, TOKENIZER):
             open_folder(dataset).copy(name, growing / name)
         run_state.write(self._state, growing)
         checksums.write(growing, sums)

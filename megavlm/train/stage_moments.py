@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from megatron.core.optimizer import MegatronOptimizer
 
+from megavlm.checkpoint.step_folder import Checkpoint
 from megavlm.checkpoint.train_state import History
 from megavlm.config.schema import Fp8
 from megavlm.model.freeze import matches
 from megavlm.model.vlm import VisionLanguageModel
 from megavlm.model.weights import named_weights
 from megavlm.train import checkpoint, master_weights
-from megavlm.train.checkpoint import Checkpoint
 
 
 def age(key: str, history: History) -> int:

@@ -18,8 +18,8 @@ from megavlm.health.preflight import (
     differences,
     look,
     problems,
-    spans,
 )
+from megavlm.health.rank_names import spans
 from tests.data.samples import make_dataset
 from tests.ranks.runs import config_for
 

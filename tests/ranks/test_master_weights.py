@@ -11,6 +11,7 @@ from unittest import mock
 import pytest
 import torch
 
+from megavlm.checkpoint import step_folder
 from megavlm.config.schema import Config
 from tests.data.samples import make_dataset
 from tests.ranks.pool import Pool
@@ -232,7 +233,7 @@ def master_weights_after_loading(config: Config, folder: Path) -> dict[str, torc
     from tests.ranks.runs import build
 
     job = build(config)
-    found = checkpoint.read(folder)
+    found = step_folder.read(folder)
     checkpoint.load_weights(found, job.chunks)
     checkpoint.load_optimizer(found, job.chunks, job.optimizer, config.fp8)
     tensors = checkpoint.sharded(job.chunks, job.optimizer, config.fp8, is_loading=False)[

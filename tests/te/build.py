@@ -114,8 +114,9 @@ def moved(config: Any, local: Any, groups: Any) -> dict[str, Any]:
     """
     from megatron.core import dist_checkpointing
 
+    from megavlm.checkpoint.step_folder import Checkpoint
     from megavlm.checkpoint.train_state import State
-    from megavlm.train.checkpoint import Checkpoint, load_weights, sharded_weights
+    from megavlm.train.checkpoint import load_weights, sharded_weights
 
     found = {}
     for name, source, target in (("to local", config, local), ("to engine", local, config)):

@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from megavlm.checkpoint import step_folder
+from megavlm.checkpoint.step_folder import Checkpoint
 from megavlm.config.schema import Architecture, Fp8, Parallel
 from megavlm.convert.hf import convert
 from megavlm.convert.hf.reference import load_reference
@@ -123,7 +125,7 @@ def compare(
     """
     if packs < 1:
         raise ValueError(f"--packs {packs}: must be at least 1")
-    found = checkpoint.find(checkpoint_path)
+    found = step_folder.find(checkpoint_path)
     if found is None:
         raise ValueError(f"--load {checkpoint_path}: no checkpoint is there")
     dataset = PackedDataset(dataset_folder)
@@ -167,7 +169,7 @@ def _compare_pack(
         tally.add(whole[start:end], answer)
 
 
-def _refuse_others(found: checkpoint.Checkpoint, hf_folder: Path, packs: Manifest) -> None:
+def _refuse_others(found: Checkpoint, hf_folder: Path, packs: Manifest) -> None:
     """Raise ValueError if checkpoint, exported model and packs do not belong together."""
     architecture = found.config.architecture
     convert.refuse_other(hf_folder, architecture)
@@ -200,7 +202,7 @@ def _refuse_tiles(architecture: Architecture, packs: Manifest) -> None:
 
 
 def _load(
-    found: checkpoint.Checkpoint, hf_folder: Path, dtype: str, device: torch.device
+    found: Checkpoint, hf_folder: Path, dtype: str, device: torch.device
 ) -> VisionLanguageModel:
     """Return the checkpoint's model, its weights rounded to the dtype of the exported ones."""
     training = dataclasses.replace(found.config.training, precision=dtype)

@@ -12,8 +12,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megavlm.checkpoint import train_state
-from megavlm.config.cli import from_yaml, to_yaml
+from megavlm.checkpoint import step_folder, train_state
+from megavlm.checkpoint.step_folder import CONFIG_NAME, SHARDS, TOKENIZER, Checkpoint
+from megavlm.checkpoint.train_state import State
+from megavlm.config.cli import to_yaml
 from megavlm.config.models import MODELS
 from megavlm.config.schema import Architecture, Config
 from megavlm.convert.dist_checkpoint import ShardsFolder, write_shards
@@ -22,10 +24,11 @@ from megavlm.convert.hf.json_files import read_json
 from megavlm.convert.hf.lazy_tensors import FullTensor, head_source, vision_tensor
 from megavlm.convert.hf.model_config import architecture_from_hf, dialect_of, differences
 from megavlm.convert.hf.processor import TOKENIZER_FILES, write_folder
-from megavlm.convert.hf.safetensors_files import SafetensorsFolder, new_folder, write_safetensors
+from megavlm.convert.hf.safetensors_files import SafetensorsFolder, write_safetensors
 from megavlm.convert.weights.tables import Dialect, name_on_disk
 from megavlm.convert.weights.views import HuggingFaceView, MegatronView
 from megavlm.data.text.tokenizer import fingerprint, load_tokenizer
+from megavlm.io.atomic import new_folder
 from megavlm.io.progress import Progress
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -83,22 +86,19 @@ def _open(folder: Path) -> SafetensorsFolder:
     return SafetensorsFolder(folder, rename=name_on_disk if dialect_of(folder) == "native" else str)
 
 
-def step_folder(path: str | Path) -> Path:
-    """The folder of one step at ``path``: that folder itself, or a run's save folder (then its
-    newest).
+def _read_checkpoint(path: str | Path) -> Checkpoint:
+    """Read the checkpoint of a step, or the newest of a run's save folder.
 
     Raises:
-        FileNotFoundError: no complete checkpoint is there.
+        FileNotFoundError: no checkpoint is there.
+        ValueError: it is incomplete or damaged.
     """
-    folder = Path(path)
-    if (folder / "latest").is_file():
-        folder = folder / (folder / "latest").read_text(encoding="utf-8").strip()
-    for name in ("state.json", "config.yaml"):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(
-                f"{folder}: no complete checkpoint is there ({name} is missing)"
-            )
-    return folder
+    found = step_folder.find(path)
+    if found is None:
+        raise FileNotFoundError(
+            f"{path}: no checkpoint is there; name the folder of a step or of a run"
+        )
+    return found
 
 
 def export(
@@ -128,12 +128,13 @@ def export(
         FileNotFoundError: the checkpoint, or its tokenizer, is missing.
         ValueError: the checkpoint is damaged or of another model than it says, or ``out`` is taken.
     """
-    folder = step_folder(checkpoint)
+    found = _read_checkpoint(checkpoint)
+    folder = found.folder
     out = Path(out)
-    architecture = from_yaml(folder / "config.yaml").architecture
-    source = ShardsFolder(folder / "shards")
+    architecture = found.config.architecture
+    source = ShardsFolder(folder / SHARDS)
     view = HuggingFaceView(source, architecture, dtype, dialect=dialect)
-    words = Path(tokenizer) if tokenizer else folder / "tokenizer"
+    words = Path(tokenizer) if tokenizer else folder / TOKENIZER
     if not words.is_dir():
         raise FileNotFoundError(
             f"{words}: the checkpoint has no tokenizer; name the folder of one with --tokenizer"
@@ -171,13 +172,13 @@ def import_(
     view = hf_tensors_as_megatron(folder, architecture)
     name = next((name for name, known in MODELS.items() if known == architecture), "custom")
     with new_folder(out, flag) as growing, Progress("import", "B", _bytes(view)) as progress:
-        write_shards(view, growing / "shards", done=progress.add)
-        words = _copy_tokenizer(Path(tokenizer) if tokenizer else folder, growing / "tokenizer")
-        (growing / "config.yaml").write_text(
+        write_shards(view, growing / SHARDS, done=progress.add)
+        words = _copy_tokenizer(Path(tokenizer) if tokenizer else folder, growing / TOKENIZER)
+        (growing / CONFIG_NAME).write_text(
             to_yaml(Config(stage="2", model=name, architecture=architecture)), encoding="utf-8"
         )
         preprocessing.write(preprocessing.of_folder(folder, dialect_of(folder)), growing)
-        train_state.write(train_state.State(tokenizer=words), growing)
+        train_state.write(State(tokenizer=words), growing)
     return out
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from megavlm.config.differences import differing
 from megavlm.config.schema import Architecture
 from megavlm.convert.hf import chat_config, native_config
 from megavlm.convert.hf.json_files import FILE_NAME, read_json
@@ -63,36 +64,41 @@ def architecture_from_hf(folder: str | Path) -> Architecture:
 # the factor is only where training starts, a family is how files name weights, and rotary positions
 # are stretched for longer samples only. A tied head may be untied, too.
 _FREE = {
-    "vision.image_size",
-    "vision.layer_scale",
-    "language.max_position_embeddings",
-    "language.family",
-    "language.rotary_dynamic_factor",
+    "architecture.vision.image_size",
+    "architecture.vision.layer_scale",
+    "architecture.language.max_position_embeddings",
+    "architecture.language.family",
+    "architecture.language.rotary_dynamic_factor",
 }
+_LISTED = {"architecture.language.family", "architecture.language.tied_head"}
 
 
 def differences(found: Architecture, wanted: Architecture) -> list[str]:
-    """Facts in which ``found`` contradicts ``wanted``, such as ``--architecture.pixel_shuffle: 2
-    there, 4 asked for``.
+    """Describe the facts in which ``found`` contradicts ``wanted``, such as
+    ``--architecture.vision.num_layers: 24 there, 45 asked for``.
+
+    If there are any, the family and the tied head are listed too where they differ: who copies the
+    list to the command line gets the model of the folder, not one of its shape that trains an
+    untied head.
     """
-
-    def flat(architecture: Architecture) -> dict[str, Any]:
-        facts: dict[str, Any] = {
-            name: vars(architecture)[name] for name in ("pixel_shuffle", "projector_norm")
-        }
-        for section in ("vision", "language"):
-            facts |= {
-                f"{section}.{name}": value
-                for name, value in dataclasses.asdict(architecture)[section].items()
-            }
-        return facts | {"language.kv_channels": architecture.language.head_size}
-
-    ours = flat(wanted)
-    theirs = flat(found)
+    all_facts = list(differing(_explicit(found), _explicit(wanted), "architecture"))
+    if all(_may_differ(name, old) for name, old, _ in all_facts):
+        return []
     return [
-        f"--architecture.{name}: {theirs[name]} there, {ours[name]} asked for"
-        for name in ours
-        if name not in _FREE
-        and ours[name] != theirs[name]
-        and not (name == "language.tied_head" and theirs[name])
+        f"--{name}: {old} there, {new} asked for"
+        for name, old, new in all_facts
+        if name in _LISTED or not _may_differ(name, old)
     ]
+
+
+def _explicit(architecture: Architecture) -> Architecture:
+    """Return an architecture that names the width of its heads."""
+    language = architecture.language
+    return dataclasses.replace(
+        architecture, language=dataclasses.replace(language, kv_channels=language.head_size)
+    )
+
+
+def _may_differ(name: str, value: Any) -> bool:
+    """Return whether a model may start from weights for which a fact has another value."""
+    return name in _FREE or (name == "architecture.language.tied_head" and value)

@@ -1,15 +1,11 @@
 """Folders of Hugging Face: tensors in safetensors files, read and written one at a time or as
 ranges of files.
-
-A folder is written under another name and renamed when it is complete.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +14,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megavlm.convert.weights.byte_ranges import Range, copy, sync, write, write_tensor
+from megavlm.convert.weights.byte_ranges import Range, copy, write, write_tensor
 from megavlm.convert.weights.views import Header, Tensors, whole_ranges
+from megavlm.io.atomic import sync_file
 from megavlm.io.progress import Done, ignore
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -214,7 +211,7 @@ def _write_file(tensors: Tensors, names: Sequence[str], path: Path, done: Done) 
             else:
                 copy(found, file)
             done(tensors.headers[name].nbytes)
-        sync(file)
+        sync_file(file)
 
 
 def _plan_shards(headers: Mapping[str, Header], shard_bytes: int) -> list[list[str]]:
@@ -228,26 +225,3 @@ def _plan_shards(headers: Mapping[str, Header], shard_bytes: int) -> list[list[s
         shards[-1].append(name)
         filled += header.nbytes
     return shards
-
-
-@contextmanager
-def new_folder(target: Path, flag: str) -> Iterator[Path]:
-    """A folder to fill, which takes the name ``target`` when the block ends well and is removed
-    otherwise.
-
-    Raises:
-        ValueError: the target exists and is not an empty folder.
-    """
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"{flag} {target}: exists and is not an empty folder; name another one")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    growing = target.with_name(f".growing_{target.name}")
-    shutil.rmtree(growing, ignore_errors=True)
-    growing.mkdir()
-    try:
-        yield growing
-        if target.exists():
-            target.rmdir()
-        growing.rename(target)
-    finally:
-        shutil.rmtree(growing, ignore_errors=True)

@@ -137,9 +137,3 @@ def write(content: memoryview, target: BinaryIO) -> None:
     """Append bytes to an unbuffered file, which may take them in several pieces."""
     while content:
         content = content[target.write(content) :]
-
-
-def sync(target: BinaryIO) -> None:
-    """Wait until a file is on the disk."""
-    target.flush()
-    os.fsync(target.fileno())

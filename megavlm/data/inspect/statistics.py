@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megavlm.data.load_imbalance import RANKS, expected_peak
 from megavlm.data.store.manifest import Manifest
 from megavlm.data.store.reader import Reader
 
@@ -26,8 +27,6 @@ COLUMNS = (
 PERCENTILES = (1, 10, 50, 90, 99)
 HISTOGRAM_ROWS = 12
 HISTOGRAM_WIDTH = 50
-STRAGGLE_RANKS = 512
-STRAGGLE_DRAWS = 200
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +94,7 @@ def survey(reader: Reader, *, check: bool = False) -> Overview:
         fill=totals.tokens / (len(reader) * reader.manifest.capacity),
         supervised_share=totals.supervised / totals.tokens,
         packs_without_tiles=int(np.count_nonzero(tiles == 0)),
-        straggle=_straggle(tiles),
+        straggle=expected_peak(tiles),
         spreads={name: _spread(reader.index[name]) for name in COLUMNS},
         checked_packs=checked_packs,
     )
@@ -120,7 +119,7 @@ def to_text(overview: Overview) -> str:
         f"  fill {overview.fill:.3%}, supervised {overview.supervised_share:.1%} of the tokens",
         (
             f"  packs without images {overview.packs_without_tiles:,}; mean tiles {mean_tiles:.2f},"
-            f" most tiles among {STRAGGLE_RANKS} packs {overview.straggle:.3f} x the mean"
+            f" most tiles among {RANKS} packs {overview.straggle:.3f} x the mean"
         ),
     ]
     lines += [
@@ -194,11 +193,3 @@ def _histogram(spread: Spread) -> list[str]:
             f"  {label:>15} {count:>12,} {'#' * round(HISTOGRAM_WIDTH * count / max(spread.bars))}"
         )
     return lines
-
-
-def _straggle(tiles: np.ndarray) -> float:
-    """Expected most tiles among the packs of 512 ranks, over the mean."""
-    if not tiles.any():
-        return 0.0
-    draws = np.random.default_rng(0).choice(tiles, (STRAGGLE_DRAWS, STRAGGLE_RANKS))
-    return float(draws.max(axis=1).mean() / tiles.mean(dtype=np.float64))

@@ -12,13 +12,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megavlm.data.load_imbalance import RANKS, expected_peak
 from megavlm.data.packing.best_fit import Packing, automatic_tile_cap, pack
 
 INTERNVL_BUFFERS = 20
 INTERNVL_TILES = 48
 COMPARED_SAMPLES = 200_000
-STRAGGLE_RANKS = 512
-STRAGGLE_DRAWS = 200
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,14 +92,11 @@ def compare(
     return tuple(_measure(name, rule, tokens, tiles, capacity) for name, rule in rules.items())
 
 
-def straggle(work: np.ndarray, *, ranks: int = STRAGGLE_RANKS) -> float:
+def straggle(work: np.ndarray, *, ranks: int = RANKS) -> float:
     """Share by which the most work among ``ranks`` random packs is above the mean, averaged over
     draws; 0 where there is no work.
     """
-    if not work.any():
-        return 0.0
-    draws = np.random.default_rng(0).choice(work, (STRAGGLE_DRAWS, ranks))
-    return float(draws.max(axis=1).mean() / work.mean(dtype=np.float64)) - 1.0
+    return expected_peak(work, ranks=ranks) - 1.0
 
 
 def next_fit(tokens: np.ndarray, capacity: int) -> tuple[np.ndarray, int]:

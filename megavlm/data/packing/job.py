@@ -51,6 +51,7 @@ from megavlm.data.text.tokenizer import (
     first_tokens,
     load_tokenizer,
 )
+from megavlm.io import atomic
 from megavlm.io.progress import Progress
 
 TOKENIZER_NAME = "tokenizer"
@@ -226,7 +227,7 @@ def pack_dataset(job: Job) -> Report:
             seconds=time.monotonic() - start,
         )
         _tidy(folder, plan.shards, left_out, report)
-        folder.rename(job.out)
+        atomic.publish(folder, Path(job.out))
     return report
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +24,7 @@ from megavlm.data.records.meta_file import Annotations
 from megavlm.data.records.open_files import open_entries
 from megavlm.data.records.raw_record import Block
 from megavlm.data.records.reject import Reject
+from megavlm.io import atomic
 from megavlm.io.progress import Progress
 from megavlm.io.record_file import Rows
 from megavlm.io.storage import LocalFiles
@@ -203,10 +203,9 @@ def _note(state: State, measured: Measured) -> bytes:
 
 
 def _read_state(folder: Path, sources: int) -> State:
-    """How far the survey in a folder is."""
-    try:
-        facts = json.loads((folder / STATE_NAME).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    """Read how far the survey in a folder is; it starts again if its state is absent or cut."""
+    facts = atomic.read_json(folder / STATE_NAME)
+    if facts is None:
         return State(records=[0] * sources)
     facts["first_rejects"] = [Reject(**entry) for entry in facts["first_rejects"]]
     return State(**facts)
@@ -215,13 +214,10 @@ def _read_state(folder: Path, sources: int) -> State:
 def _save_state(folder: Path, state: State, *files: BinaryIO) -> None:
     """Put the files on the disk, and then the state that says how much of them is good."""
     for file in files:
-        file.flush()
-        os.fsync(file.fileno())
-    temporary = folder / (STATE_NAME + ".partial")
-    temporary.write_text(
-        json.dumps(dataclasses.asdict(state), ensure_ascii=False), encoding="utf-8"
+        atomic.sync_file(file)
+    atomic.write_text(
+        folder / STATE_NAME, json.dumps(dataclasses.asdict(state), ensure_ascii=False)
     )
-    os.replace(temporary, folder / STATE_NAME)
 
 
 def measure(span: Span) -> Measured:

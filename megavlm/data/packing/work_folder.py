@@ -6,11 +6,13 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from megavlm.io import atomic
 
 JOB_NAME = "job.json"
 LOCK_NAME = "lock"
@@ -44,20 +46,28 @@ def partial_folder(folder: Path, identity: dict[str, Any], *, flag: str) -> Iter
 
 
 def _same_job(folder: Path, identity: dict[str, Any], flag: str) -> None:
-    """Write down which job works in a folder, or see that it is this one."""
+    """Write down which job works in a folder, or see that it is this one.
+
+    Raises:
+        FileExistsError: the folder holds something else, or another job's work.
+    """
     path = folder / JOB_NAME
-    if not path.exists():
-        strangers = sorted(entry.name for entry in folder.iterdir() if entry.name != LOCK_NAME)
+    before = atomic.read_json(path)
+    if before is None:
+        if path.exists():  # a power cut left it empty: nothing says which job's files these are
+            _clear(folder)
+        strangers = sorted(
+            entry.name
+            for entry in folder.iterdir()
+            if entry.name != LOCK_NAME and not atomic.is_partial(entry)
+        )
         if strangers:
             raise FileExistsError(
                 f"{flag}: {folder} holds something else ({', '.join(strangers[:3])}); remove it"
                 " first"
             )
-        temporary = folder / (JOB_NAME + ".partial")
-        temporary.write_text(json.dumps(identity, indent=2, ensure_ascii=False), encoding="utf-8")
-        os.replace(temporary, path)
+        atomic.write_text(path, json.dumps(identity, indent=2, ensure_ascii=False))
         return
-    before = json.loads(path.read_text(encoding="utf-8"))
     differences = [
         f"{name}: {before.get(name)!r:.200} there, {identity.get(name)!r:.200} asked for"
         for name in sorted(before.keys() | identity.keys())
@@ -68,3 +78,13 @@ def _same_job(folder: Path, identity: dict[str, Any], flag: str) -> None:
             f"{flag}: {folder} was left by a packing of another job ({'; '.join(differences)}); "
             "give the same settings to go on with it, or remove it"
         )
+
+
+def _clear(folder: Path) -> None:
+    """Remove everything but the lock, which this process holds."""
+    for entry in folder.iterdir():
+        if entry.is_dir():
+            shutil.rmtree(entry)
+        elif entry.name not in (LOCK_NAME, JOB_NAME):
+            entry.unlink()
+    (folder / JOB_NAME).unlink()  # last, so that an interrupted removal is taken up again

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby, pairwise
@@ -26,6 +25,7 @@ from megavlm.data.records.reject import Reject
 from megavlm.data.sample import Sample
 from megavlm.data.store.manifest import Shard, Totals
 from megavlm.data.store.pack_format import RECORD, PackRules, ShardWriter
+from megavlm.io import atomic
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,18 +104,14 @@ def write_shard(task: ShardTask) -> WrittenShard:
     written = WrittenShard(
         shard=shard, totals=totals, rejects=tuple(rejects), lost_packs=tuple(lost_packs)
     )
-    marker = _marker(task.folder, task.number)
-    temporary = marker.with_name(marker.name + ".partial")
-    temporary.write_text(written.to_json(), encoding="utf-8")
-    os.replace(temporary, marker)
+    atomic.write_text(_marker(task.folder, task.number), written.to_json())
     return written
 
 
 def find_written(folder: Path, number: int) -> WrittenShard | None:
-    """A shard that a packing which was stopped left complete, if it did."""
-    try:
-        facts = json.loads(_marker(folder, number).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    """Return a shard that a stopped packing left complete; None if its marker is absent or cut."""
+    facts = atomic.read_json(_marker(folder, number))
+    if facts is None:
         return None
     shard = Shard(**facts["shard"])
     sizes = {

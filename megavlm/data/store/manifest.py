@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from megavlm.io import atomic
 from megavlm.io.storage import LocalFiles, open_folder
 
 FILE_NAME = "manifest.json"
@@ -163,12 +163,7 @@ class Manifest:
         """Write ``manifest.json`` into ``folder`` in one step: a reader sees all of it or
         nothing.
         """
-        temporary = folder / (FILE_NAME + ".partial")
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(self.to_json())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, folder / FILE_NAME)
+        atomic.write_text(folder / FILE_NAME, self.to_json())
 
 
 def read_manifest(folder: Path | str) -> Manifest:
@@ -185,7 +180,8 @@ def read_manifest(folder: Path | str) -> Manifest:
             f"{folder}: there is no such folder of packs; make one with tools/pack_dataset.py --out"
             f" {folder}"
         )
-    if not files.exists(FILE_NAME):
+    # A file system that lost its power may leave the name without the bytes.
+    if not files.exists(FILE_NAME) or not files.size(FILE_NAME):
         raise FileNotFoundError(
             f"{path}: missing. It is written last, so {folder} is no packed dataset or its packing"
             " did not end; run tools/pack_dataset.py"

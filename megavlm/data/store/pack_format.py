@@ -16,13 +16,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import re
 import struct
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Self
@@ -31,6 +31,8 @@ import numpy as np
 
 from megavlm.data.sample import Sample
 from megavlm.data.store.manifest import FILE_NAME, Manifest, Shard, Totals
+from megavlm.io import atomic
+from megavlm.io.checksum import chunks, measure
 
 MAGIC = b"MVLMPACK"
 VERSION = 2
@@ -217,8 +219,7 @@ class ShardWriter:
         """Put the files on the disk, and say what is in them."""
         size = self._bin.tell()
         for file in (self._bin, self._records):
-            file.flush()
-            os.fsync(file.fileno())
+            atomic.sync_file(file)
             file.close()
         return Shard(name=self.name, packs=self.packs, bin_bytes=size), Totals(**self._sums)
 
@@ -242,13 +243,8 @@ def complete(folder: Path, manifest: Manifest, shards: Sequence[tuple[Shard, Tot
     """
     packs = sum(shard.packs for shard, _ in shards)
     with open(folder / INDEX_NAME, "wb") as index:
-        crc = _append(index, pack_header(packs), 0)
-        for shard, _ in shards:
-            with open(folder / f"{shard.name}.records", "rb") as records:
-                while piece := records.read(2**24):
-                    crc = _append(index, piece, crc)
-        index.flush()
-        os.fsync(index.fileno())
+        _, crc = measure(_index_chunks(folder, packs, [shard for shard, _ in shards], index))
+        atomic.sync_file(index)
     sums = Counter()
     for _, totals in shards:
         sums.update(dataclasses.asdict(totals))
@@ -261,10 +257,14 @@ def complete(folder: Path, manifest: Manifest, shards: Sequence[tuple[Shard, Tot
     return manifest
 
 
-def _append(file: BinaryIO, data: bytes, crc: int) -> int:
-    """Write, and go on with a checksum."""
-    file.write(data)
-    return zlib.crc32(data, crc)
+def _index_chunks(
+    folder: Path, packs: int, shards: Sequence[Shard], index: BinaryIO
+) -> Iterator[bytes]:
+    """Write the header and the records of all shards to the index, and yield what was written."""
+    records = (chunks(folder / f"{shard.name}.records") for shard in shards)
+    for chunk in chain([pack_header(packs)], *records):
+        index.write(chunk)
+        yield chunk
 
 
 class Writer:

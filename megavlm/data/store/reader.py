@@ -26,6 +26,7 @@ from megavlm.data.store.pack_format import (
     pack_header,
     sections,
 )
+from megavlm.io.checksum import measure
 from megavlm.io.record_file import CHUNK_BYTES, Rows
 from megavlm.io.storage import Files, LocalFiles, is_remote, open_folder
 
@@ -187,11 +188,10 @@ class Reader:
             ValueError: at the first that is wrong.
         """
         size = HEADER_BYTES + RECORD.itemsize * len(self)
-        crc = 0
-        for start in range(0, size, CHUNK_BYTES):
-            crc = zlib.crc32(
-                self.files.read(INDEX_NAME, start, min(start + CHUNK_BYTES, size)), crc
-            )
+        _, crc = measure(
+            self.files.read(INDEX_NAME, start, min(start + CHUNK_BYTES, size))
+            for start in range(0, size, CHUNK_BYTES)
+        )
         if crc != self.manifest.idx_crc32:
             raise ValueError(
                 f"{self.folder}/{INDEX_NAME}: checksum is not the one in the manifest; the file is"

@@ -150,6 +150,21 @@ def test_names_of_weights_and_tied_heads_are_no_difference() -> None:
     ]
 
 
+def test_with_other_differences_family_and_tied_head_are_listed_too() -> None:
+    found = language(family="llama", tied_head=True, rotary_base=5e5)
+    assert differences(found, SMALL) == [
+        "--architecture.language.family: llama there, qwen2 asked for",
+        "--architecture.language.rotary_base: 500000.0 there, 12345.0 asked for",
+        "--architecture.language.tied_head: True there, False asked for",
+    ]
+
+
+def test_epsilons_are_compared_as_float32() -> None:
+    as_float32 = language(layernorm_epsilon=9.999999747378752e-06)
+    assert differences(as_float32, language(layernorm_epsilon=1e-5)) == []
+    assert differences(as_float32, language(layernorm_epsilon=1.0001e-5)) != []
+
+
 def test_what_transformers_would_compute_otherwise_is_not_written() -> None:
     other = replace(
         KINDS["InternViT-6B"], vision=replace(KINDS["InternViT-6B"].vision, layernorm_epsilon=1e-5)

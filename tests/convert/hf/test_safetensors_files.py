@@ -13,7 +13,6 @@ from megavlm.convert.dist_checkpoint import ShardsFolder, write_shards
 from megavlm.convert.hf.safetensors_files import (
     INDEX_NAME,
     SafetensorsFolder,
-    new_folder,
     write_safetensors,
 )
 from tests.convert.models import load_all
@@ -129,29 +128,3 @@ def test_damaged_shards_are_named(tmp_path: Path) -> None:
     (tmp_path / ".metadata").write_bytes(b"not a pickle")
     with pytest.raises(ValueError, match="damaged"):
         ShardsFolder(tmp_path)
-
-
-def test_a_new_folder_appears_complete_or_not_at_all(tmp_path: Path) -> None:
-    target = tmp_path / "deep" / "out"
-    with pytest.raises(RuntimeError), new_folder(target, "--out") as growing:
-        (growing / "half").touch()
-        raise RuntimeError
-    assert list(tmp_path.rglob("*")) == [tmp_path / "deep"]
-    with new_folder(target, "--out") as growing:
-        (growing / "file").touch()
-        assert not target.exists()
-    assert [path.name for path in target.iterdir()] == ["file"] and list(
-        target.parent.iterdir()
-    ) == [target]
-    with (
-        pytest.raises(ValueError, match=r"--out .*deep/out: exists and is not an empty folder"),
-        new_folder(target, "--out"),
-    ):
-        pass
-
-
-def test_an_empty_folder_may_be_filled(tmp_path: Path) -> None:
-    with new_folder(tmp_path / "out", "--out") as growing:
-        (tmp_path / "out").mkdir()
-        (growing / "file").touch()
-    assert (tmp_path / "out" / "file").is_file()

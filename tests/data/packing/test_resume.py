@@ -116,6 +116,30 @@ def test_killed(data, tmp_path, monkeypatch):  # noqa: F811
     assert files(tmp_path / "out") == files(tmp_path / "whole")
 
 
+@pytest.mark.usefixtures("small_shards")
+@pytest.mark.parametrize("content", [b"", b'{"half'])
+@pytest.mark.parametrize("cut", ["survey/survey.json", "packs-00000.json", "job.json"])
+def test_a_state_file_that_a_power_cut_emptied_is_as_good_as_absent(
+    data,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+    cut,
+    content,
+):
+    def stopped(*arguments, **settings):
+        raise Stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(job, "complete", stopped)
+        with pytest.raises(Stop):
+            pack_dataset(_job(data, tmp_path / "out"))
+    assert (tmp_path / "out.partial" / cut).stat().st_size > len(content)
+    (tmp_path / "out.partial" / cut).write_bytes(content)
+    pack_dataset(_job(data, tmp_path / "out"))
+    pack_dataset(_job(data, tmp_path / "whole"))
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
 def test_workers_end_with_a_packing_that_is_killed():
     code = (
         "import time; from megavlm.data.packing.executors import ordered_map;"

@@ -1,0 +1,38 @@
+"""In what two configurations differ."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+
+def differing(old: Any, new: Any, path: str) -> Iterator[tuple[str, Any, Any]]:
+    """Yield dotted path, old value and new value of every field in which two configurations differ.
+
+    Numbers are compared as float32: a file written by a program that keeps them so has
+    9.999999747378752e-06 for 1e-5.
+    """
+    if is_dataclass(old) and type(old) is type(new):
+        for field in fields(old):
+            yield from differing(
+                getattr(old, field.name), getattr(new, field.name), f"{path}.{field.name}"
+            )
+    elif not _is_same(old, new):
+        yield path, old, new
+
+
+def _is_same(old: Any, new: Any) -> bool:
+    """Compare two values; of two numbers what float32 keeps counts."""
+    if isinstance(old, float) and isinstance(new, float):
+        return _as_float32(old) == _as_float32(new)
+    return bool(old == new)
+
+
+def _as_float32(value: float) -> bytes:
+    """Return the bits of a number in float32; of one that does not fit those in float64."""
+    try:
+        return struct.pack("<f", value)
+    except OverflowError:
+        return struct.pack("<d", value)

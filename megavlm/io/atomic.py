@@ -1,0 +1,116 @@
+"""Files and folders that appear whole or not at all, even if the power fails.
+
+Each is written under a temporary name, flushed to the disk, and renamed; then the folder that holds
+the name is flushed. Without the first flush a file system may store the rename before the bytes,
+and after a power cut an empty file stands under the final name. ``read_json`` therefore treats an
+empty or cut file as an absent one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+_PARTIAL = ".partial"
+_GROWING = ".growing_"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file in one step, in UTF-8; a reader sees the old file or all of the new one."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file in one step; a reader sees the old file or all of the new one.
+
+    Raises:
+        OSError: the disk is full, or cannot be written to.
+    """
+    temporary = path.with_name(f".{path.name}{_PARTIAL}")
+    with open(temporary, "wb") as file:
+        file.write(content)
+        sync_file(file)
+    os.replace(temporary, path)
+    _sync(path.parent)
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """Read the JSON object of a state file; None if the file is absent, empty or cut off."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):  # not JSON, or not UTF-8
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def is_partial(path: Path) -> bool:
+    """Return whether a file is one that ``write_bytes`` did not finish."""
+    return path.name.startswith(".") and path.name.endswith(_PARTIAL)
+
+
+def sync_file(file: IO) -> None:
+    """Wait until the bytes of an open file are on the disk."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def publish(growing: Path, target: Path) -> None:
+    """Flush a complete folder with all that is in it, and give it its name.
+
+    Args:
+        growing: folder under a temporary name, beside ``target``.
+        target: the name; missing, or an empty folder.
+
+    Raises:
+        OSError: the disk is full, or ``target`` holds something.
+    """
+    sync_tree(growing)
+    os.replace(growing, target)
+    _sync(target.parent)
+
+
+def sync_tree(root: Path) -> None:
+    """Wait until a folder and all that is in it are on the disk."""
+    for folder, _, names in os.walk(root):
+        for name in names:
+            _sync(Path(folder) / name)
+        _sync(Path(folder))
+
+
+@contextmanager
+def new_folder(target: Path, flag: str) -> Iterator[Path]:
+    """Yield a folder to fill, which takes the name ``target`` when the block ends well and is
+    removed otherwise.
+
+    Args:
+        target: the folder to make; missing or empty.
+        flag: names ``target`` in errors.
+
+    Raises:
+        ValueError: the target exists and is not an empty folder.
+    """
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"{flag} {target}: exists and is not an empty folder; name another one")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    growing = target.with_name(f"{_GROWING}{target.name}")
+    shutil.rmtree(growing, ignore_errors=True)
+    growing.mkdir()
+    try:
+        yield growing
+        publish(growing, target)
+    finally:
+        shutil.rmtree(growing, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,30 @@
+"""In what two configurations differ."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from megavlm.config.differences import differing
+from megavlm.config.models import MODELS
+
+MODEL = MODELS["tiny"]
+
+
+def test_every_field_that_differs_is_named_with_both_values() -> None:
+    other = replace(
+        MODEL,
+        vision=replace(MODEL.vision, num_layers=9),
+        language=replace(MODEL.language, rotary_base=1e5),
+    )
+    assert list(differing(MODEL, other, "architecture")) == [
+        ("architecture.vision.num_layers", 4, 9),
+        ("architecture.language.rotary_base", 1e4, 1e5),
+    ]
+    assert list(differing(MODEL, MODEL, "architecture")) == []
+
+
+def test_numbers_are_compared_as_float32() -> None:
+    assert list(differing(1e-5, 9.999999747378752e-06, "eps")) == []
+    assert list(differing(1e-5, 1.000001e-5, "eps")) == [("eps", 1e-5, 1.000001e-5)]
+    assert list(differing(1e300, 2e300, "large")) == [("large", 1e300, 2e300)]
+    assert list(differing(True, False, "switch")) == [("switch", True, False)]
