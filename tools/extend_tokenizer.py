@@ -2,7 +2,7 @@
 """Write the tokenizer of a language model with InternVL's nine special tokens, as a run with
 --init.language uses it.
 
-python tools/extend_tokenizer.py --hf Qwen2.5-0.5B-Instruct --out tokenizer
+python tools/extend_tokenizer.py --init.language Qwen2.5-0.5B-Instruct --out tokenizer
 
 tools/pack_dataset.py adds the tokens by itself too; a folder made here and the language model's own
 give the same packs.
@@ -25,7 +25,9 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
+        "--init.language",
         "--hf",
+        dest="language",
         required=True,
         metavar="DIR",
         help="folder of the language model, or of its tokenizer",
@@ -43,7 +45,7 @@ def main() -> int:
             raise ValueError(
                 f"--out {options.out}: exists and is not an empty folder; name another one"
             )
-        tokenizer = load_tokenizer(options.hf, "--hf")
+        tokenizer = load_tokenizer(options.language, "--init.language")
         new = extend(tokenizer)
         tokenizer.chat_template = chat_format(DEFAULT).hf_template(
             bos=bool(first_tokens(tokenizer))

@@ -8,6 +8,7 @@ python tools/inspect_dataset.py packs/train --check --json overview.json --pictu
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -52,6 +53,9 @@ def main(arguments: list[str] | None = None) -> int:
             ids = options.packs or sorted({0, len(reader) // 2, len(reader) - 1})
             draw(PackedDataset(options.folder), ids, options.picture)
             print(f"\n  drew packs {', '.join(map(str, ids))} to {options.picture}")
+        sys.stdout.flush()
+    except BrokenPipeError:  # who reads the output, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (OSError, ValueError, IndexError, ModuleNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

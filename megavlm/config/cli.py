@@ -43,7 +43,7 @@ def parse(
 
     Args:
         arguments: the command line without the program's name; none: this process's own.
-        read_model: reads a ``--model`` that is a folder, and the model that two parts give; none:
+        read_model: reads a ``--model`` that is a folder, and the model that parts give; none:
             only the table of models is known.
         find_problems: checks the configuration, for ``--check`` and ``--print_config`` too; none:
             it is not checked.
@@ -129,7 +129,9 @@ def _parse(arguments: list[str], read_model: ReadModel | None) -> tuple[Config, 
     defaults = (
         _NO_NAMES
         if wants_help and not all(names.values())
-        else _from_tables(**names, init=init, read_model=read_model)
+        else _from_tables(
+            **names, init=init, read_model=read_model, sets_vision=_sets_vision(others, files)
+        )
     )
     parser = make_parser(defaults, PROGRAM, _description())
     values = parser.get_defaults()
@@ -169,16 +171,39 @@ def _last_named(files: Sequence[Settings], *path: str) -> str | None:
     return found
 
 
+def _sets_vision(arguments: list[str], files: Sequence[Settings]) -> bool:
+    """Return whether a command line says what the vision encoder is, option by option."""
+    prefix = "architecture.vision."
+    return any(word.startswith(f"--{prefix}") for word in arguments) or any(
+        path.startswith(prefix) for settings in files for path in settings.lines
+    )
+
+
 def _from_tables(
-    *, stage: str | None, model: str | None, init: Init, read_model: ReadModel | None
+    *,
+    stage: str | None,
+    model: str | None,
+    init: Init,
+    read_model: ReadModel | None,
+    sets_vision: bool,
 ) -> Config:
-    """The schema's defaults under the rows of both tables."""
-    wanted = ("stage", stage, STAGES), ("model", model or init.is_whole, MODELS)
+    """Return the schema's defaults under the rows of both tables.
+
+    A language model to start from says what the language part is; the vision part is then that of a
+    folder, or what ``--architecture.vision`` says.
+    """
+    has_model = model or init.is_whole or (init.language and sets_vision)
+    wanted = ("stage", stage, STAGES), ("model", has_model, MODELS)
     missing = [
         f"--{name} (one of {', '.join(table)})" for name, given, table in wanted if not given
     ]
     if missing:
-        raise ValueError(f"missing {' and '.join(missing)}")
+        instead = (
+            "; or name the vision encoder, with --init.vision or --architecture.vision options"
+            if init.language and not has_model
+            else ""
+        )
+        raise ValueError(f"missing {' and '.join(missing)}{instead}")
     row = stages.stage(stage)
     built = architecture(model or "", init, read_model)
     name = model or "+".join(Path(folder).resolve().name for folder in init.parts.values())

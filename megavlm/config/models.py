@@ -185,7 +185,7 @@ def architecture(
     of the parts to start from.
 
     Args:
-        name: of the row, or the folder; may be empty where both parts are named.
+        name: of the row, or the folder; may be empty if ``init`` names a language model.
         init: the parts to start from.
         read_model: reads what is not in the table; none: only the table is known.
 
@@ -196,7 +196,7 @@ def architecture(
     """
     if name in MODELS:
         return MODELS[name]
-    if read_model is not None and (Path(name).is_dir() if name else init.is_whole):
+    if read_model is not None and (Path(name).is_dir() if name else init.language):
         return read_model(name, init)
     raise ValueError(
         f"--model {name}: no such model and no such folder; known models are {', '.join(MODELS)}"

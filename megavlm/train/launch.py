@@ -12,7 +12,9 @@ import torch.distributed as dist
 
 from megavlm import job_checks
 from megavlm.checkpoint import directory as folder
+from megavlm.checkpoint import step_folder
 from megavlm.checkpoint.lock import Lock, held
+from megavlm.checkpoint.step_folder import Checkpoint
 from megavlm.checkpoint.train_state import State
 from megavlm.config import torchrun
 from megavlm.config.checks.rules import PARTS, ConfigError, check
@@ -35,7 +37,6 @@ from megavlm.planner.partition import PackSize
 from megavlm.train import checkpoint, optimizer, stage_moments
 from megavlm.train import resume as source
 from megavlm.train.build import build
-from megavlm.train.checkpoint import Checkpoint
 from megavlm.train.job import Job
 from megavlm.train.loop import run
 from megavlm.train.master_weights import MismatchError
@@ -159,7 +160,7 @@ def inspect(config: Config, world_size: int) -> Start:
                 " none; use fresh"
             )
         return Path(config.checkpoint.load)
-    loaded = checkpoint.find(config.checkpoint.load)
+    loaded = step_folder.find(config.checkpoint.load)
     if loaded is None:
         raise ValueError(
             f"--checkpoint.load {config.checkpoint.load}: no checkpoint and no Hugging Face model"
@@ -331,6 +332,9 @@ def _introduce(
         f" {config.training.precision}"
     )
     metrics.say(f"start: {origin}")
+    if isinstance(start, Init):
+        for note in from_parts.notes(start, config.architecture):
+            metrics.say(f"note: {note}")
     if state.history:
         *_, (steps, trainable) = state.history
         metrics.say(

@@ -17,7 +17,7 @@ FOUND = Architecture(pixel_shuffle=7)
 
 def read(folder: str, init: Init) -> Architecture:
     """Tells what it was asked for."""
-    assert bool(folder) != init.is_whole
+    assert bool(folder) or init.language
     return dataclasses.replace(FOUND, vision=Vision(num_layers=len(folder) or 99))
 
 
@@ -46,6 +46,23 @@ def test_one_part_needs_a_model(capsys: pytest.CaptureFixture, tmp_path: Path) -
     assert "missing --model" in capsys.readouterr().err
     config = parse(["--stage", "1", "--init.vision", str(tmp_path), "--model", "tiny"], read)
     assert config.architecture == MODELS["tiny"] and config.init == Init(vision=str(tmp_path))
+
+
+def test_a_language_model_goes_with_options_for_the_vision_encoder(
+    capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    arguments = ["--stage", "1", "--init.language", str(tmp_path)]
+    with pytest.raises(SystemExit):
+        parse(arguments, read)
+    assert "--init.vision or --architecture.vision options" in capsys.readouterr().err
+    config = parse([*arguments, "--architecture.vision.hidden_size", "33"], read)
+    assert config.architecture.vision == Vision(num_layers=99, hidden_size=33)
+    assert config.architecture.pixel_shuffle == 7 and config.model == tmp_path.name
+    (tmp_path / "run.yaml").write_text("architecture: {vision: {hidden_size: 33}}\n")
+    assert parse([*arguments, "--config", str(tmp_path / "run.yaml")], read) == config
+    folder = tmp_path / "eyes"
+    folder.mkdir()
+    assert parse([*arguments, "--model", str(folder)], read).architecture.pixel_shuffle == 7
 
 
 def test_names_of_the_table_win_over_folders(

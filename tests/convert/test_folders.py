@@ -90,7 +90,9 @@ def test_packs_for_a_folder_have_its_sizes_and_pixels(tmp_path: Path) -> None:
 
 def test_the_tool_writes_the_tokenizer_that_a_run_from_parts_has(tmp_path: Path) -> None:
     make_tokenizer(tmp_path / "llm")
-    done = run("extend_tokenizer", "--hf", str(tmp_path / "llm"), "--out", str(tmp_path / "out"))
+    done = run(
+        "extend_tokenizer", "--init.language", str(tmp_path / "llm"), "--out", str(tmp_path / "out")
+    )
     assert done.returncode == 0 and f"9 tokens added, {WORDS} to {WORDS + 8}" in done.stdout, (
         done.stderr
     )
@@ -102,5 +104,7 @@ def test_the_tool_writes_the_tokenizer_that_a_run_from_parts_has(tmp_path: Path)
         "extend_tokenizer", "--hf", str(tmp_path / "none"), "--out", str(tmp_path / "other")
     )
     assert (
-        missing.returncode == 2 and "--hf" in missing.stderr and not (tmp_path / "other").exists()
+        missing.returncode == 2
+        and "--init.language" in missing.stderr
+        and not (tmp_path / "other").exists()
     )

@@ -51,16 +51,22 @@ _INITIALIZER_RANGE = 0.02
 
 
 def read_model(folder: str, init: Init) -> Architecture:
-    """What the model in a Hugging Face folder is made of or, where no folder is named, the model
-    that two parts give.
+    """Read what a model is made of.
+
+    Args:
+        folder: a Hugging Face folder of a whole model, or of a vision encoder if a language model
+            is named; may be empty.
+        init: the parts; without a vision encoder, it is InternViT-300M, or as
+            ``--architecture.vision`` changes it.
 
     Raises:
         FileNotFoundError: files are missing.
         ValueError: a model that ours is not; every difference is named.
     """
-    if folder:
+    if folder and not (init.language and _is_vision_encoder(folder)):
         return architecture_from_hf(folder)
-    return _compose(vision_from_hf(init.vision), language_from_hf(init))
+    vision = folder or init.vision
+    return _compose(vision_from_hf(vision) if vision else Vision(), language_from_hf(init))
 
 
 def image_model(folder: str, init: Init) -> Architecture:
@@ -71,10 +77,15 @@ def image_model(folder: str, init: Init) -> Architecture:
         FileNotFoundError: files are missing.
         ValueError: a model that ours is not; every difference is named.
     """
-    kind = json_files.read_json(Path(folder) / json_files.FILE_NAME).get("model_type")
-    if kind == _INTERNVIT or kind in _CLIP_KINDS:
+    if _is_vision_encoder(folder):
         return _compose(vision_from_hf(folder), Language())
     return read_model(folder, init)
+
+
+def _is_vision_encoder(folder: str) -> bool:
+    """Return whether a folder holds a vision encoder alone; raises as ``read_json``."""
+    kind = json_files.read_json(Path(folder) / json_files.FILE_NAME).get("model_type")
+    return kind == _INTERNVIT or kind in _CLIP_KINDS
 
 
 def _compose(vision: Vision, language: Language) -> Architecture:
@@ -173,6 +184,18 @@ def _language(folder: Path) -> Language:
         for name in row.names
     }
     return replace(found, tied_head=head.isdisjoint(tensor_names(folder) or head))
+
+
+def notes(init: Init, architecture: Architecture) -> list[str]:
+    """Return what a model makes of its parts that they are not by themselves, a sentence each."""
+    if not init.language or architecture.language.tied_head:
+        return []
+    if not _language(Path(init.language)).tied_head:
+        return []
+    return [
+        f"the head of --init.language {init.language} is its token embedding; here it is a tensor"
+        " of its own, which starts as a copy (--architecture.language.tied_head true keeps it tied)"
+    ]
 
 
 def words_of(init: Init) -> tuple[str, str]:

@@ -131,6 +131,26 @@ def test_a_tied_head_takes_the_mean_for_both_and_gives_an_untied_model_its_copy(
     assert torch.equal(untied(HEAD_KEY, (384, 48))[WHOLE][:WORDS], words[:WORDS])
 
 
+def test_an_untied_head_of_a_tied_language_model_is_told(tmp_path: Path) -> None:
+    init = Init(language=str(make_language(tmp_path / "llm", tied=True)))
+    tied = replace(SMALL, language=from_parts.language_from_hf(init))
+    untied = replace(tied, language=replace(tied.language, tied_head=False))
+    assert from_parts.notes(init, tied) == []
+    [note] = from_parts.notes(init, untied)
+    assert "--architecture.language.tied_head true keeps it tied" in note
+    plain = Init(language=str(make_language(tmp_path / "plain")))
+    assert from_parts.notes(plain, untied) == from_parts.notes(Init(), untied) == []
+
+
+def test_a_language_model_alone_says_what_the_language_part_is(tmp_path: Path) -> None:
+    _, vision, words = make_parts(tmp_path, SMALL)
+    init = Init(language=str(words))
+    language = from_parts.language_from_hf(init)
+    assert from_parts.read_model("", init) == Architecture(language=language)
+    both = from_parts.read_model("", replace(init, vision=str(vision)))
+    assert from_parts.read_model(str(vision), init) == both
+
+
 def test_a_tokenizer_that_has_the_tokens_changes_no_row(tmp_path: Path) -> None:
     folder = make_language(tmp_path / "llm", rows=WORDS + NINE)
     make_tokenizer(folder, SPECIAL_TOKENS)

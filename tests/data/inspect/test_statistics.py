@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -54,6 +55,23 @@ def test_text(folder):
         "random.jsonl" in text and "rejected records: none" in text and "context_token_id" in text
     )
     assert "checksums" not in text
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_stops_early_is_no_error(folder, unbuffered):
+    """As with ``| head -1``; the pipe breaks at a print, or at the last flush."""
+    environment = {
+        "PYTHONPATH": str(TOOL.parents[1]),
+        "PATH": "/usr/bin:/bin",
+        "PYTHONUNBUFFERED": unbuffered,
+    }
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, TOOL, folder], stdout=writing, stderr=subprocess.PIPE, env=environment
+    )
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 def run(*arguments: str | Path) -> subprocess.CompletedProcess:
