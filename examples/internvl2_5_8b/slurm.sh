@@ -11,7 +11,6 @@
 #SBATCH --nodes=8
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
-#SBATCH --cpus-per-task=96
 #SBATCH --exclusive
 #SBATCH --time=24:00:00
 #SBATCH --signal=B:TERM@900
@@ -19,7 +18,7 @@
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
 set -euo pipefail
-stage="${1:?name a stage: 1, 1.5, 2 or all}"
+: "${1:?name a stage: 1, 1.5, 2 or all; options for the trainer may follow}"
 
 export NNODES="$SLURM_JOB_NUM_NODES" GPUS_PER_NODE="${SLURM_GPUS_ON_NODE:-8}" JOB_ID="$SLURM_JOB_ID"
 read -r MASTER_ADDR < <(scontrol show hostnames "$SLURM_JOB_NODELIST") # the first of them
@@ -47,7 +46,9 @@ STOP_FILE="$PWD/.stop-$SLURM_JOB_ID"
 export STOP_FILE
 rm -f "$STOP_FILE"
 trap 'touch "$STOP_FILE"' TERM
-srun --kill-on-bad-exit=0 --cpus-per-task "${SLURM_CPUS_PER_TASK:-1}" "${container[@]}" bash examples/internvl2_5_8b/run.sh "$stage" &
+# The job has its nodes for itself (--exclusive), so the step takes all CPUs of a node, however many there are.
+cpus="${SLURM_CPUS_PER_TASK:-${SLURM_CPUS_ON_NODE:-1}}"
+srun --kill-on-bad-exit=0 --cpus-per-task "$cpus" "${container[@]}" bash examples/internvl2_5_8b/run.sh "$@" &
 step=$! status=0
 wait "$step" || status=$?
 if [[ -e "$STOP_FILE" ]]; then

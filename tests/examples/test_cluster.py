@@ -86,6 +86,24 @@ def test_torchrun_and_the_trainer_know_every_option(shell: dict[str, str], stage
     assert fits(config, ranks=32) and not fits(config, ranks=30)
 
 
+def test_steps_and_options_reach_the_trainer(shell: dict[str, str]):
+    command = ["bash", str(FOLDER / "run.sh"), "2", "--lr", "1e-6", "--training.seed", "9"]
+    subprocess.run(command, env=shell | {"STEPS": "7"}, check=True)
+    config = parse(get_args_parser().parse_args(asked(shell)).training_script_args)
+    assert (config.training.steps, config.training.seed, config.optimizer.lr) == (7, 9, 1e-6)
+    subprocess.run(command, env=shell, check=True)
+    config = parse(get_args_parser().parse_args(asked(shell)).training_script_args)
+    assert config.training.steps == 5500
+
+
+def test_all_stages_ask_how_many_steps_they_take(shell: dict[str, str]):
+    done = subprocess.run(
+        ["bash", str(FOLDER / "run.sh"), "all"], env=shell, capture_output=True, text=True
+    )
+    assert done.returncode != 0 and "STEPS: how many steps" in done.stderr
+    assert not Path(shell["LOG"]).exists()
+
+
 def test_stage_1_starts_from_parts(shell: dict[str, str]):
     folders = {"VISION": "InternViT", "LANGUAGE": "InternLM", "TOKENIZER": "words"}
     subprocess.run(["bash", str(FOLDER / "run.sh"), "1"], env=shell | folders, check=True)
@@ -107,19 +125,20 @@ def fits(config: Config, ranks: int) -> bool:
 
 def test_the_packer_knows_every_option(shell: dict[str, str]):
     subprocess.run(
-        ["bash", str(FOLDER / "run.sh"), "pack"],
+        ["bash", str(FOLDER / "run.sh"), "pack", "--workers", "3"],
         env=shell | {"DATA": "data", "TOKENIZER": "tokenizer"},
         check=True,
     )
     script, *arguments = asked(shell)
     assert Path(script).resolve() == ROOT / "tools" / "pack_dataset.py"
     args = pack_dataset.parse(arguments)
-    assert (args.model, args.capacity, args.out) == ("internvl2_5-8b", 16384, "packs/stage2")
+    assert (args.model, args.capacity, args.workers) == ("internvl2_5-8b", 16384, 3)
+    assert args.out == "packs/stage2"
 
 
 @pytest.mark.parametrize("how", ["signal", "file"])
 def test_a_stop_reaches_torchrun_once(shell: dict[str, str], tmp_path: Path, how: str):
-    environment = shell | {"LINGERS": "yes", "STOP_FILE": str(tmp_path / "stop")}
+    environment = shell | {"STEPS": "5", "LINGERS": "yes", "STOP_FILE": str(tmp_path / "stop")}
     with subprocess.Popen(["bash", str(FOLDER / "run.sh"), "all"], env=environment) as run:
         wait_for(Path(shell["LOG"]))
         if how == "signal":
@@ -142,7 +161,9 @@ def test_slurm_starts_a_stage_on_every_node_and_requeues_a_job_that_was_asked_to
     }
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     with subprocess.Popen(
-        ["bash", str(FOLDER / "slurm.sh"), "2"], env=shell | job | {"LINGERS": "yes"}, cwd=tmp_path
+        ["bash", str(FOLDER / "slurm.sh"), "2", "--training.seed", "9"],
+        env=shell | job | {"LINGERS": "yes"},
+        cwd=tmp_path,
     ) as run:
         wait_for(Path(shell["LOG"]))
         options = get_args_parser().parse_args(asked(shell))
@@ -151,6 +172,7 @@ def test_slurm_starts_a_stage_on_every_node_and_requeues_a_job_that_was_asked_to
             "4",
             "node7:20123",
         )
+        assert parse(options.training_script_args).training.seed == 9
         run.send_signal(signal.SIGTERM)
         run.wait(timeout=30)
     assert Path(shell["LOG"] + ".signals").read_text() == "TERM\n"
