@@ -189,7 +189,7 @@ def test_a_full_disk_costs_the_checkpoint_that_was_being_written_and_no_other(
             f"--checkpoint.save {tmp_path / 'run'}: the checkpoint of step 6 could not be saved"
             f" (rank {rank}: " in error
         )
-        assert "MiB are free there, the last checkpoint is of step 3" in error
+        assert "MiB are free there); the last checkpoint is of step 3" in error
     assert answers[0][0].count("could not be saved") == 3
     assert len(losses(tmp_path / "run")) == STEPS
     assert sorted(entry.name for entry in (tmp_path / "run").iterdir()) == [
