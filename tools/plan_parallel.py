@@ -21,6 +21,13 @@ from megavlm.planner.estimate import Hardware
 from megavlm.planner.partition import PackSize
 from megavlm.planner.report import draw, options_to_text, to_text
 
+PACKS = {
+    "capacity": (16384, "tokens of a pack"),
+    "tiles": (50.0, "tiles of a pack, on average"),
+    "supervised": (4096.0, "tokens of a pack that have a loss, on average"),
+    "sample_tokens": (2000.0, "tokens of a sample, on average"),
+}
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
@@ -34,29 +41,17 @@ def main(arguments: list[str] | None = None) -> int:
         "--global_batch_size", type=int, help="packs of a step (default: the stage's)"
     )
     parser.add_argument(
-        "--moments",
-        choices=["float32", "bfloat16"],
-        default="float32",
-        help="of Adam (default: %(default)s)",
+        "--moments", choices=["float32", "bfloat16"], default="float32", help="of Adam"
     )
     parser.add_argument(
         "--data",
         type=Path,
         metavar="DIR",
-        help="packed dataset that tells how large packs are; instead of the next three",
+        help=f"packed dataset that tells how large packs are; instead of --{', --'.join(PACKS)}",
     )
-    parser.add_argument(
-        "--capacity", type=int, default=16384, help="tokens of a pack (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--tiles", type=float, default=50, help="tiles of a pack, on average (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--sample_tokens",
-        type=float,
-        default=2000,
-        help="tokens of a sample, on average (default: %(default)s)",
-    )
+    for name, (default, what) in PACKS.items():
+        text = f"{what} (default: {default:g})"
+        parser.add_argument(f"--{name}", type=type(default), default=default, help=text)
     for field in dataclasses.fields(Hardware):
         parser.add_argument(
             f"--{field.name}",
@@ -131,7 +126,12 @@ def packs(options: argparse.Namespace) -> tuple[PackSize, int]:
     if not options.data:
         mean = options.capacity * options.sample_tokens
         return (
-            PackSize(tokens=options.capacity, squared_lengths=mean, tiles=options.tiles),
+            PackSize(
+                tokens=options.capacity,
+                squared_lengths=mean,
+                tiles=options.tiles,
+                supervised=min(options.supervised, options.capacity),
+            ),
             options.capacity,
         )
     reader = Reader(options.data)

@@ -213,6 +213,8 @@ class Training:
         eval_packs: packs of one evaluation; 0: all.
         kernels: layers of Transformer Engine, megatron-core's own (local), or the former wherever
             they run and numbers have 16 bits (auto).
+        head_tokens: tokens that the head and the loss are computed of: those with a loss weight, or
+            all, which gives the same loss in more time and memory.
         deterministic: use only kernels that give the same bits each time; slower on a GPU, and how
             a CPU always computes.
     """
@@ -226,6 +228,7 @@ class Training:
     eval_interval: int = 0
     eval_packs: int = 0
     kernels: Literal["auto", "local", "transformer_engine"] = "auto"
+    head_tokens: Literal["supervised", "all"] = "supervised"
     deterministic: bool = False
 
 

@@ -7,8 +7,10 @@ from __future__ import annotations
 import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
+from torch.nn import Module
 
 from megavlm.config.schema import Language
 from megavlm.model.specs import Kernels, language_spec
@@ -27,6 +29,10 @@ class LanguageModel(GPTModel):
         chosen: kernels of the layers.
         groups: process groups.
         turn: which of its rank's chunks it is, where a rank has several.
+
+    Attributes:
+        loss_positions: int64 [P], ascending: where head and loss are computed in the next forward
+            pass; none: everywhere.
     """
 
     def __init__(
@@ -53,6 +59,9 @@ class LanguageModel(GPTModel):
             vp_stage=turn,
         )
         self.cross_entropy = chosen.cross_entropy
+        self.loss_positions: Tensor | None = None
+        if self.post_process:
+            self._gather_before_head(groups)
         rows = self.vocab_size // groups.tp.size()
         self.real_rows = min(max(language.vocab_size - rows * groups.tp.rank(), 0), rows)
 
@@ -83,15 +92,47 @@ class LanguageModel(GPTModel):
         if self.post_process:
             weight.shared = True
 
+    def _gather_before_head(self, groups: ProcessGroupCollection) -> None:
+        """Let a hook bring together the tokens of all tensor-parallel ranks and choose among them.
+
+        The head would gather them itself under sequence parallelism, and then multiply all.
+        """
+        self.scattered_over = groups.tp if self.output_layer.sequence_parallel else None
+        if self.scattered_over is not None:
+            self.output_layer.sequence_parallel = False
+            # The backward pass of the gathering sums the gradients of the hidden states.
+            self.output_layer.disable_grad_reduce = True
+        self.output_layer.register_forward_pre_hook(self._choose)
+
+    def _choose(self, head: Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+        """Choose the hidden states that have a loss; called by torch before the head's forward.
+
+        Args:
+            head: the output layer.
+            inputs: hidden states [T or T / tensor-parallel ranks, 1, D].
+
+        Returns:
+            hidden states [P or T, 1, D]
+        """
+        (hidden,) = inputs
+        if self.scattered_over is not None:
+            hidden = gather_from_sequence_parallel_region(
+                hidden, tensor_parallel_output_grad=True, group=self.scattered_over
+            )
+        chosen = self.loss_positions
+        return (hidden if chosen is None else hidden.index_select(0, chosen),)
+
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
-        """Cross-entropy over the vocabulary without its padding.
+        """Compute the cross-entropy over the vocabulary without its padding.
+
+        Called by GPTModel.
 
         Args:
             labels: [1, T]
-            logits: this rank's share [T, 1, padded V / tensor-parallel ranks]
+            logits: this rank's share [P or T, 1, padded V / tensor-parallel ranks]
 
         Returns:
-            [1, T]
+            [1, T], 0 where no loss is computed
         """
         if self.real_rows < logits.shape[-1]:
             # Detached: the gradient of the padding is zero as it is, and autograd would copy all
@@ -99,4 +140,9 @@ class LanguageModel(GPTModel):
             logits.detach()[..., self.real_rows :] = float("-inf")
         # Not a transpose: its stride of T in a dimension of one is what Transformer Engine's kernel
         # would step by.
-        return self.cross_entropy(logits, labels.reshape(-1, 1), self.pg_collection.tp).T
+        chosen = self.loss_positions
+        wanted = labels.reshape(-1, 1) if chosen is None else labels[0, chosen, None]
+        losses = self.cross_entropy(logits, wanted, self.pg_collection.tp).T
+        if chosen is None:
+            return losses
+        return losses.new_zeros(labels.shape).index_copy(1, chosen, losses)

@@ -68,6 +68,7 @@ class VisionLanguageModel(MegatronModule):
         )
         self.number = number
         self.architecture = arch
+        self.chooses_loss_positions = config.training.head_tokens == "supervised"
         self.groups = groups
 
         self.vision = self.connector = self.language = None
@@ -215,6 +216,8 @@ class VisionLanguageModel(MegatronModule):
             # Transformer Engine cuts samples at the ends with padding. There is none between ours:
             # what aligns a sample is part of it.
             packed.cu_seqlens_q_padded = packed.cu_seqlens_kv_padded = ends
+        chooses = with_loss and self.chooses_loss_positions
+        self.language.loss_positions = batch.loss_positions if chooses else None
         output = self.language(
             input_ids=None,
             position_ids=None,

@@ -21,6 +21,8 @@ from megavlm.planner.partition import PackSize, layer_costs
 
 _TILES = 4
 NUMBER_BYTES = {"bfloat16": 2, "float32": 4}
+_TILES = 4
+NUMBER_BYTES = {"bfloat16": 2, "float32": 4}
 # Exponentials of a logit in 32 bits, and what is rounded to the dtype again, without Transformer
 # Engine.
 _EXPONENTIAL_BYTES = 4
@@ -48,33 +50,49 @@ class RankShare:
     Args:
         tokens: places of the language model.
         tiles: blank ones included.
+        supervised: tokens that the head runs on; none: all.
     """
 
     tokens: float
     tiles: float
+    supervised: float | None = None
+
+    @property
+    def head_tokens(self) -> float:
+        """Tokens that the head runs on."""
+        return self.tokens if self.supervised is None else min(self.supervised, self.tokens)
 
     @classmethod
-    def mean(cls, parallel: Parallel, capacity: int, tiles: float) -> RankShare:
+    def mean(
+        cls, parallel: Parallel, capacity: int, tiles: float, supervised: float | None = None
+    ) -> RankShare:
         """Each rank's share of a pack on average.
 
         Args:
             parallel: the layout.
             capacity: tokens of the pack, with padding.
             tiles: real tiles of a pack, on average. Those of each pack are filled up to a multiple.
+            supervised: tokens of a pack that the head runs on; none: all.
         """
         filled = tiles + (_multiple(parallel) - 1) / 2 if tiles else tiles
         return cls(
-            tokens=capacity / parallel.context_parallel_size, tiles=filled / parallel.tile_ranks
+            tokens=capacity / parallel.context_parallel_size,
+            tiles=filled / parallel.tile_ranks,
+            supervised=None if supervised is None else supervised / parallel.context_parallel_size,
         )
 
     @classmethod
-    def most(cls, parallel: Parallel, capacity: int, tiles: float) -> RankShare:
+    def most(
+        cls, parallel: Parallel, capacity: int, tiles: float, supervised: float | None = None
+    ) -> RankShare:
         """Each rank's share of a pack with this many real tiles; other arguments as for
         ``mean``.
         """
         filled = math.ceil(tiles / _multiple(parallel)) * _multiple(parallel)
         return cls(
-            tokens=capacity / parallel.context_parallel_size, tiles=filled / parallel.tile_ranks
+            tokens=capacity / parallel.context_parallel_size,
+            tiles=filled / parallel.tile_ranks,
+            supervised=None if supervised is None else supervised / parallel.context_parallel_size,
         )
 
 
@@ -124,7 +142,7 @@ def kept_by(config: Config, chunk: Chunk, share: RankShare) -> Kept:
     each_pack += size * _around_layers(config, chunk, share)
     if chunk.has_head:
         once += (
-            share.tokens
+            share.head_tokens
             * arch.language.vocab_size
             / parallel.tensor_model_parallel_size
             * _logit_bytes(config)
@@ -135,12 +153,12 @@ def kept_by(config: Config, chunk: Chunk, share: RankShare) -> Kept:
 def _logit_bytes(config: Config) -> int:
     """Count the bytes of a logit while the loss is computed.
 
-    Transformer Engine's loss writes the gradient over the logits. megatron-core's own keeps
-    the logits, their gradient, and the exponentials.
+    Both losses write over what they get: Transformer Engine's the logits, megatron-core's own
+    their copy in 32 bits.
     """
-    size = NUMBER_BYTES[config.training.precision]
-    is_local = config.training.kernels == "local" or config.training.precision == "float32"
-    return 2 * size + _EXPONENTIAL_BYTES if is_local else size
+    if config.training.precision == "float32":
+        return 4
+    return 6 if config.training.kernels == "local" else 2
 
 
 def _around_layers(config: Config, chunk: Chunk, share: RankShare) -> float:
@@ -163,7 +181,8 @@ def _around_layers(config: Config, chunk: Chunk, share: RankShare) -> float:
             * (arch.projector_input_size + arch.language.hidden_size / parallel.vision_tensor_size)
         )
     if chunk.has_head:
-        return found + 2 * tokens * arch.language.hidden_size
+        # Inputs of the final norm and of the head, which are whole on every tensor-parallel rank.
+        return found + (tokens + share.head_tokens) * arch.language.hidden_size
     if chunk.language_layers:
         return found + tokens * arch.language.hidden_size
     return found + share.tiles * arch.vision.tokens * arch.vision.hidden_size

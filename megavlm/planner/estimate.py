@@ -29,6 +29,8 @@ _GIB = 2**30
 USABLE = 0.9
 # Packs are alike, not equal: the fullest holds this many times the mean of tiles.
 _MOST_TILES = 1.04
+# Nothing evens out supervised tokens: this many times the mean of them.
+_MOST_SUPERVISED = 1.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,9 +142,7 @@ def estimate(
         parallel=dataclasses.replace(parallel, layout=str(layout)),
         data_ranks=data_ranks,
         packs=packs,
-        memory=memory(
-            config, layout, data_ranks, capacity=capacity, tiles=_MOST_TILES * size.tiles
-        ),
+        memory=memory(config, layout, data_ranks, capacity=capacity, **_fullest(size)),
         chunk_ms=tuple(time * 1e3 for time in times),
         bubble=bubble(ranks, virtual, packs),
         traffic=_busiest(
@@ -155,6 +155,12 @@ def estimate(
         step_ms=seconds * 1e3,
         tokens_per_s=config.training.global_batch_size * size.tokens / seconds / gpus,
     )
+
+
+def _fullest(size: PackSize) -> dict[str, float | None]:
+    """Expect this of the pack that needs most memory."""
+    supervised = None if size.supervised is None else _MOST_SUPERVISED * size.supervised
+    return {"tiles": _MOST_TILES * size.tiles, "supervised": supervised}
 
 
 def _rates(parallel: Parallel, gpus: int, hardware: Hardware) -> Traffic:
@@ -209,6 +215,7 @@ def _layer_costs(config: Config, size: PackSize) -> tuple[list[float], list[floa
     """FLOPs of each layer for a pack: forward, and in all."""
     arch = config.architecture
     parallel = config.parallel
+    size = size.seen_by_head(config.training.head_tokens)
     return layer_costs(arch, (), size), layer_costs(
         arch, config.training.trainable, size, parallel.recompute, parallel.recompute_parts
     )

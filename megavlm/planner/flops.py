@@ -16,9 +16,12 @@ a step costs three forward passes; in the first stage, which trains the connecto
 encoder costs one forward pass, and the language model a forward pass and the gradients of its
 activations.
 
-Everything grows in proportion to three counts of the data, which the packs' index holds: tiles,
-tokens, and the sum of the samples' squared lengths. Shape letters as in ``model/``: P patches of a
-tile, F features of a tile, D hidden size, V vocabulary.
+The head is counted for the tokens that have a loss: no other logit is asked for, whether or not an
+implementation computes it.
+
+Everything grows in proportion to four counts of the data, which the packs' index holds: tiles,
+tokens, supervised tokens, and the sum of the samples' squared lengths. Shape letters as in
+``model/``: P patches of a tile, F features of a tile, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ from typing import Literal
 from megavlm.config.freeze_mask import matches
 from megavlm.config.schema import Architecture
 
-Unit = Literal["tile", "token", "squared_length"]
+Unit = Literal["tile", "token", "supervised", "squared_length"]
 PARTS = ("vision", "connector", "language", "head")
 
 
@@ -63,25 +66,36 @@ class Cost:
 
     by_unit: dict[str, dict[Unit, int]]
 
-    def by_part(self, *, tokens: float, squared_lengths: float, tiles: float) -> dict[str, float]:
-        """FLOPs of each part for data of this size.
+    def by_part(
+        self,
+        *,
+        tokens: float,
+        squared_lengths: float,
+        tiles: float,
+        supervised: float | None = None,
+    ) -> dict[str, float]:
+        """Count the FLOPs of each part for data of this size.
 
         Args:
             tokens: of all samples, context tokens of images included, padding not.
             squared_lengths: sum over the samples of the square of their tokens.
             tiles: real tiles.
+            supervised: tokens that have a loss; none: all.
         """
-        counts = {"tile": tiles, "token": tokens, "squared_length": squared_lengths}
+        counts = {
+            "tile": tiles,
+            "token": tokens,
+            "supervised": tokens if supervised is None else supervised,
+            "squared_length": squared_lengths,
+        }
         return {
             part: sum(flops * counts[unit] for unit, flops in units.items())
             for part, units in self.by_unit.items()
         }
 
-    def total(self, *, tokens: float, squared_lengths: float, tiles: float) -> float:
-        """FLOPs of the whole model; arguments as for ``by_part``."""
-        return sum(
-            self.by_part(tokens=tokens, squared_lengths=squared_lengths, tiles=tiles).values()
-        )
+    def total(self, **size: float | None) -> float:
+        """Count the FLOPs of the whole model; arguments as for ``by_part``."""
+        return sum(self.by_part(**size).values())
 
 
 def training_cost(architecture: Architecture, trainable: Sequence[str]) -> Cost:
@@ -221,10 +235,12 @@ def _language(architecture: Architecture) -> Iterator[Piece]:
         yield from (replace(piece, layer=number) for piece in _language_layer(architecture, number))
     yield from _norm("language.decoder.final_layernorm", "head", width, has_bias=False)
     if language.tied_head:
-        yield Piece(key=_EMBEDDING, part="head", numbers=0, forward=2 * width * words, unit="token")
+        yield Piece(
+            key=_EMBEDDING, part="head", numbers=0, forward=2 * width * words, unit="supervised"
+        )
     else:
         yield from _linear(
-            "language.output_layer", "head", width, words, rows=1, unit="token", has_bias=False
+            "language.output_layer", "head", width, words, rows=1, unit="supervised", has_bias=False
         )
 
 

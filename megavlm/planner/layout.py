@@ -105,7 +105,7 @@ def make_layout(config: Config, size: PackSize | None = None) -> Layout:
         costs = layer_costs(
             arch,
             config.training.trainable,
-            size or typical,
+            (size or typical).seen_by_head(config.training.head_tokens),
             parallel.recompute,
             parallel.recompute_parts,
         )

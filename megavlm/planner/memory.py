@@ -57,17 +57,31 @@ class Memory:
 
 
 def memory(
-    config: Config, layout: Layout, data_ranks: int, *, capacity: int, tiles: float
+    config: Config,
+    layout: Layout,
+    data_ranks: int,
+    *,
+    capacity: int,
+    tiles: float,
+    supervised: float | None = None,
 ) -> Memory:
     """What the rank with the most needs; arguments as for ``memory_by_rank``."""
     return max(
-        memory_by_rank(config, layout, data_ranks, capacity=capacity, tiles=tiles),
+        memory_by_rank(
+            config, layout, data_ranks, capacity=capacity, tiles=tiles, supervised=supervised
+        ),
         key=lambda one: one.total,
     )
 
 
 def memory_by_rank(
-    config: Config, layout: Layout, data_ranks: int, *, capacity: int, tiles: float
+    config: Config,
+    layout: Layout,
+    data_ranks: int,
+    *,
+    capacity: int,
+    tiles: float,
+    supervised: float | None = None,
 ) -> list[Memory]:
     """What each rank of a pipeline needs.
 
@@ -77,12 +91,14 @@ def memory_by_rank(
         data_ranks: copies of the model.
         capacity: tokens of a pack.
         tiles: tiles of a pack, at most.
+        supervised: tokens of a pack that have a loss, at most; none: all.
     """
     parallel = config.parallel
     pipeline = parallel.pipeline_model_parallel_size
     virtual = parallel.virtual_pipeline_model_parallel_size
     packs = config.training.global_batch_size // data_ranks
-    share = RankShare.most(parallel, capacity, tiles)
+    seen = supervised if config.training.head_tokens == "supervised" else None
+    share = RankShare.most(parallel, capacity, tiles, seen)
     kept = [kept_by(config, chunk, share) for chunk in layout.chunks]
     needed = []
     for rank in range(pipeline):

@@ -9,7 +9,7 @@ what is computed again; and not least on what goes with it, the head above all.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from itertools import accumulate
 
@@ -27,11 +27,13 @@ class PackSize:
         tokens: of all samples.
         squared_lengths: sum over the samples of the square of their tokens.
         tiles: real tiles.
+        supervised: tokens that have a loss; none: all.
     """
 
     tokens: float
     squared_lengths: float
     tiles: float
+    supervised: float | None = None
 
     def __str__(self) -> str:
         """As people read it: the mean length is that of the sample that a token is in."""
@@ -45,9 +47,18 @@ class PackSize:
         """Mean of packs, from their records in the index."""
         return cls(**{field.name: float(records[field.name].mean()) for field in fields(cls)})
 
+    def seen_by_head(self, head_tokens: str) -> PackSize:
+        """Count as supervised what the head runs on, as ``training.head_tokens`` says."""
+        return self if head_tokens == "supervised" else replace(self, supervised=None)
+
     def units(self) -> dict[str, float]:
-        """Counts by the units of ``cost.Piece``."""
-        return {"token": self.tokens, "squared_length": self.squared_lengths, "tile": self.tiles}
+        """Count by the units of ``flops.Piece``."""
+        return {
+            "token": self.tokens,
+            "supervised": self.tokens if self.supervised is None else self.supervised,
+            "squared_length": self.squared_lengths,
+            "tile": self.tiles,
+        }
 
 
 def layer_costs(

@@ -10,7 +10,7 @@ import numpy as np
 
 from megavlm.planner.flops import Cost
 
-_COUNTS = ("tokens", "squared_lengths", "tiles")
+_COUNTS = ("tokens", "squared_lengths", "tiles", "supervised")
 
 
 class Pace:

@@ -322,7 +322,7 @@ def test_logits_take_two_bytes_if_the_loss_is_computed_in_place() -> None:
     )
     logits = 1000 * config.architecture.language.vocab_size
     saved = kept_by(local, last, share).once - kept_by(config, last, share).once
-    assert saved == 6 * logits
+    assert saved == 4 * logits
 
 
 def test_short_moments_need_copies_inside_the_update() -> None:
@@ -344,3 +344,20 @@ def test_fp8_copies_of_weights_count() -> None:
     fp8 = dataclasses.replace(config, fp8=Fp8(vision="tensorwise", language="tensorwise"))
     added = needed(fp8).weights - needed(config).weights
     assert 0.8 * 2 * 1.9e9 < added < 2 * 2.205e9, "of the layers, neither embedding nor head"
+
+
+def test_supervised_tokens_alone_have_logits_and_pass_the_head() -> None:
+    size = dataclasses.replace(SIZE, supervised=4096.0)
+    config = run()
+    plain = dataclasses.replace(
+        config, training=dataclasses.replace(config.training, head_tokens="all")
+    )
+    hardware = Hardware()
+    few, all_tokens = (estimate(one, 8, size, CAPACITY, hardware) for one in (config, plain))
+    rows = 16384 - 1.5 * 4096
+    arch = config.architecture.language
+    saved = rows * 2 * (arch.vocab_size + arch.hidden_size)
+    assert all_tokens.memory.activations - few.memory.activations == pytest.approx(saved)
+    head = 6 * arch.vocab_size * arch.hidden_size * (16384 - 4096)
+    done = hardware.tflops * hardware.efficiency * 1e12
+    assert all_tokens.chunk_ms[0] - few.chunk_ms[0] == pytest.approx(head / done * 1e3, rel=1e-6)

@@ -86,3 +86,11 @@ def test_a_large_model_costs_about_six_flops_a_weight_and_token():
     )
     cost = training_cost(big, ("language",)).by_part(tokens=1.0, squared_lengths=0.0, tiles=0.0)
     assert cost["language"] + cost["head"] == pytest.approx(6 * weights, rel=0.01)
+
+
+def test_the_head_is_counted_for_the_tokens_that_have_a_loss():
+    cost = training_cost(SMALL, ("vision", "connector", "language"))
+    quarter = cost.by_part(**DATA, supervised=25.0)
+    assert quarter["head"] == 3 * HEAD / 4
+    assert cost.by_part(**DATA)["head"] == 3 * HEAD
+    assert all(quarter[part] == cost.by_part(**DATA)[part] for part in FORWARD if part != "head")

@@ -21,7 +21,12 @@ OURS = "megavlm"
 PRECISIONS = {"bf16": "bfloat16", "fp32": "float32"}
 CAPACITY = 16384
 # What a pack of real data holds on average; the packs that are made are alike.
-TYPICAL_PACK = {"tokens": 16200.0, "squared_lengths": 16200.0 * 3000, "tiles": 47.0}
+TYPICAL_PACK = {
+    "tokens": 16200.0,
+    "squared_lengths": 16200.0 * 3000,
+    "tiles": 47.0,
+    "supervised": 4050.0,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,6 +223,13 @@ def predicted_gib(case: Case) -> float:
     """Memory of a step of megavlm on a typical pack, reckoned, not measured."""
     config = case.config("")
     return (
-        memory(config, make_layout(config), 1, capacity=CAPACITY, tiles=TYPICAL_PACK["tiles"]).total
+        memory(
+            config,
+            make_layout(config),
+            1,
+            capacity=CAPACITY,
+            tiles=TYPICAL_PACK["tiles"],
+            supervised=TYPICAL_PACK["supervised"],
+        ).total
         / 2**30
     )

@@ -21,6 +21,7 @@ from tools.benchmark.feed import Feed
 
 H200_BF16_TFLOPS = 989.0
 LEAST_STEPS = 3
+COUNTS = ("tokens", "squared_lengths", "tiles", "supervised")
 
 
 class Session(Protocol):
@@ -125,7 +126,7 @@ def _figures(
 ) -> dict:
     rows = packs.index[stepped]
     seconds = sum(each_ms) / 1e3
-    size = {name: float(rows[name].sum()) for name in ("tokens", "squared_lengths", "tiles")}
+    size = {name: float(rows[name].sum()) for name in COUNTS}
     flops = training_cost(case.architecture, case.trainable).by_part(**size)
     tflops = sum(flops.values()) / seconds / 1e12
     return {

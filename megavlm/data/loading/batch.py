@@ -1,8 +1,8 @@
 """The tensors of one pack on one rank.
 
-Shapes: T tokens of the pack (its capacity) on this rank, N samples, I tiles on this rank, F
-features a tile, S side of a tile in pixels. A rank has all tokens and all tiles of a pack, or its
-share of them (see ``data/share``).
+Shapes: T tokens of the pack (its capacity) on this rank, P positions with a loss, N samples,
+I tiles on this rank, F features a tile, S side of a tile in pixels. A rank has all tokens and all
+tiles of a pack, or its share of them (see ``data/loading/rank_slice``).
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ class Batch:
         tokens: int64 [T].
         labels: int64 [T], the next token inside the sample; 0 where there is none.
         loss_weights: float32 [T], weight of the label at this position; 0 where it has no loss.
+        loss_positions: int64 [P], ascending, where in ``tokens`` the loss is computed: every
+            position with a loss weight, and others that fill their number up to a multiple. P is
+            known without asking the device.
         sources: int32 [T], number of the source that the token's sample is from, among
             ``source_names`` of the dataset.
         sample_ends: int32 [N + 1], from 0 to the capacity: where samples start and end in the whole
@@ -44,6 +47,7 @@ class Batch:
     tokens: torch.Tensor
     labels: torch.Tensor
     loss_weights: torch.Tensor
+    loss_positions: torch.Tensor
     sources: torch.Tensor
     sample_ends: torch.Tensor
     longest_sample: int

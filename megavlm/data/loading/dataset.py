@@ -23,6 +23,8 @@ from megavlm.data.store.manifest import Manifest
 from megavlm.data.store.pack_format import REDUCTIONS
 from megavlm.data.store.reader import Index, Pack, Reader
 
+_LOSS_MULTIPLE = 128
+
 
 class PackedDataset:
     """A folder of packs, memory-mapped; it can be pickled, as worker processes need.
@@ -116,14 +118,12 @@ class PackedDataset:
             vision_layers: layers of the vision encoder that need draws.
             seed: the run's seed; with the position it also fixes the random changes of images.
             with_tiles: whether to decode the images.
-            tile_multiple: number that a rank's tiles are filled up to a multiple of, with black
-                ones.
+            tile_multiple: of the number of a rank's tiles, filled up with black ones.
             share: which tiles and tokens are this rank's.
 
         Raises:
             ValueError: bytes damaged on the disk, an image that cannot be decoded, context tokens
-                that do not match the tiles, or samples that cannot be cut for the ranks that share
-                them.
+                that do not match the tiles, or samples that cannot be cut for the ranks.
         """
         manifest = self.manifest
         pack = self.reader.read(pack_id, with_images=with_tiles)
@@ -135,6 +135,7 @@ class PackedDataset:
         # them must change what is dropped.
         draws = drop_path_draws(seed, position, 2 * vision_layers, max(1, pack.tiles))
         own = share.tokens(ends)
+        weights = _spread(weights, places, manifest.capacity)[own]
         chosen = share.tiles(pack.tiles, tile_multiple)
         positions, numbers = _shared_positions(
             self._feature_positions(pack, places), own, manifest.capacity
@@ -142,7 +143,8 @@ class PackedDataset:
         return Batch.of(
             tokens=tokens[own],
             labels=_spread(labels.astype(np.int64), places, manifest.capacity)[own],
-            loss_weights=_spread(weights, places, manifest.capacity)[own],
+            loss_weights=weights,
+            loss_positions=loss_positions(weights),
             sources=_spread(
                 np.repeat(self._source_numbers(pack), pack.lengths), places, manifest.capacity
             )[own],
@@ -350,3 +352,25 @@ def _weight_field(reduction: str) -> str:
             f"--data.loss_reduction {reduction}: must be one of {', '.join(REDUCTIONS)}"
         )
     return f"weight_{reduction}"
+
+
+def loss_positions(loss_weights: np.ndarray) -> np.ndarray:
+    """Choose the positions whose loss is computed.
+
+    Their number is filled up with positions without a loss weight, to a multiple that suits matrix
+    products and keeps the number of shapes small; there is always one, since a rank may have no
+    supervised token and must still run what the others run.
+
+    Args:
+        loss_weights: float [T], 0 where there is no loss.
+
+    Returns:
+        int64 [P], ascending, each position once
+    """
+    tokens = len(loss_weights)
+    multiple = min(_LOSS_MULTIPLE, max(1, tokens // 16))
+    has_loss = loss_weights > 0
+    wanted = max(1, int(has_loss.sum()))
+    count = min(tokens, -(-wanted // multiple) * multiple)
+    filler = np.flatnonzero(~has_loss)[: count - int(has_loss.sum())]
+    return np.sort(np.concatenate([np.flatnonzero(has_loss), filler])).astype(np.int64)
