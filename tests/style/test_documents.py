@@ -1,0 +1,64 @@
+"""The documentation's links lead somewhere, and the files that it names exist."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.style.source import ROOT
+
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+# Files that users have and we do not, and a library's.
+FOREIGN = ("megatron/core/",)
+
+
+def anchors(text: str) -> set[str]:
+    """Return the anchors of the headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def wrong_links(path: Path, text: str) -> Iterator[str]:
+    """Report relative links to files or headings that do not exist."""
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if "://" not in target:
+            name, _, anchor = target.partition("#")
+            there = (path.parent / name) if name else path
+            if not there.exists():
+                yield f"{path.name}: links to {target}, which does not exist"
+            elif anchor and anchor not in anchors(there.read_text(encoding="utf-8")):
+                yield f"{path.name}: links to {target}, which has no such heading"
+
+
+def wrong_paths(path: Path, text: str) -> Iterator[str]:
+    """Report Python files and folders of the project that are named and do not exist."""
+    files = re.findall(r"(?<![\w./-])((?:[a-z_0-9]+/)+[a-z_0-9]+\.py)\b", text)
+    folders = re.findall(r"`((?:megavlm|tests|tools)/(?:[a-z_0-9]+/?)*)`", text)
+    for name in [*files, *folders]:
+        if not name.startswith(FOREIGN) and not (ROOT / name).exists():
+            yield f"{path.name}: names {name}, which does not exist"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[a](docs/nothing.md)",
+        "[a](README.md#nothing)",
+        "see `megavlm/nothing.py`",
+        "see `data/store/reader.py`",
+        "in `megavlm/nothing/`",
+    ],
+)
+def test_a_bad_document_is_reported(text: str):
+    path = ROOT / "README.md"
+    assert [*wrong_links(path, text), *wrong_paths(path, text)]
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_links_and_paths_exist(path: Path):
+    text = path.read_text(encoding="utf-8")
+    complaints = [*wrong_links(path, text), *wrong_paths(path, text)]
+    assert not complaints, "\n".join(complaints)
