@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -82,10 +82,16 @@ class Source:
                 )
 
 
-def sources(*folders: str) -> list[Source]:
+@lru_cache(maxsize=None)
+def _read(path: Path) -> Source:
+    """Read a file once for all rules, which share its syntax tree."""
+    return Source(str(path.relative_to(ROOT)), path.read_text(encoding="utf-8"))
+
+
+def sources(*folders: str) -> tuple[Source, ...]:
     """Every Python file in ``folders`` of the project."""
     paths = sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
-    return [Source(str(path.relative_to(ROOT)), path.read_text(encoding="utf-8")) for path in paths]
+    return tuple(map(_read, paths))
 
 
 def reaches(name: str, dependency: str) -> bool:

@@ -36,7 +36,7 @@ def wrong_links(path: Path, text: str) -> Iterator[str]:
 def wrong_paths(path: Path, text: str) -> Iterator[str]:
     """Report Python files and folders of the project that are named and do not exist."""
     files = re.findall(r"(?<![\w./-])((?:[a-z_0-9]+/)+[a-z_0-9]+\.py)\b", text)
-    folders = re.findall(r"`((?:megavlm|tests|tools)/(?:[a-z_0-9]+/?)*)`", text)
+    folders = re.findall(r"`((?:megavlm|tests|tools)/[a-z_0-9/]*)`", text)
     for name in [*files, *folders]:
         if not name.startswith(FOREIGN) and not (ROOT / name).exists():
             yield f"{path.name}: names {name}, which does not exist"
