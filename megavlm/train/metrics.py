@@ -16,6 +16,7 @@ from typing import Any
 
 from megavlm.config.cli import to_yaml
 from megavlm.config.schema import Config
+from megavlm.train.throughput import STEP_SECONDS
 
 FILE_NAME = "metrics.jsonl"
 # Sources whose figures fit into a line on the console.
@@ -32,6 +33,7 @@ class Metrics:
 
     def __init__(self, config: Config, is_writer: bool):
         self._writes = is_writer
+        self._steps = config.training.steps
         self._file: FileIO | None = None
         self._board: Any = None
         self._wandb: Any = None
@@ -70,7 +72,11 @@ class Metrics:
         """
         if not self._writes:
             return
-        words = [f"step {step}"] + [f"{name} {_short(value)}" for name, value in values.items()]
+        words = [f"step {step} of {self._steps}"]
+        words += [f"{name} {_short(value)}" for name, value in values.items()]
+        seconds = values.get(STEP_SECONDS)
+        if isinstance(seconds, float) and step < self._steps:
+            words.append(f"left {_duration(seconds * (self._steps - step))}")
         for name, figures in list((by_source or {}).items())[:1]:
             if 1 < len(figures) <= SHOWN_SOURCES:
                 words.append(
@@ -118,6 +124,19 @@ class Metrics:
             self._board.close()
         if self._wandb is not None:
             self._wandb.finish(exit_code=1 if kind else 0)
+
+
+def _duration(seconds: float) -> str:
+    """Write a time in its two largest units, such as ``2 d 3 h``."""
+    minutes = round(seconds / 60)
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    if minutes < 60:
+        return f"{minutes} min"
+    hours = minutes // 60
+    if hours < 24:
+        return f"{hours} h {minutes % 60} min"
+    return f"{hours // 24} d {hours % 24} h"
 
 
 def _short(value: float | str) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 
 from megavlm.planner.flops import Cost
 
+STEP_SECONDS = "seconds_per_step"
 _COUNTS = ("tokens", "squared_lengths", "tiles", "supervised")
 
 
@@ -27,7 +28,8 @@ class Pace:
         self._restart()
 
     def add(self, packs: np.ndarray) -> None:
-        """Count the packs of a step: their records in the index."""
+        """Count a step with its packs: their records in the index."""
+        self._steps += 1
         for name in _COUNTS:
             self._counts[name] += float(packs[name].sum())
 
@@ -39,11 +41,12 @@ class Pace:
         self._start += time.perf_counter() - start
 
     def report(self) -> dict[str, float]:
-        """Tokens and tiles a second over all ranks, and model TFLOP/s of one (see
-        ``parallel/cost``), since the last report.
+        """Return seconds a step, tokens and tiles a second over all ranks, and model TFLOP/s of
+        one (see ``planner/flops``), since the last report.
         """
         seconds = time.perf_counter() - self._start
         found = {
+            STEP_SECONDS: seconds / max(self._steps, 1),
             "tokens_per_s": self._counts["tokens"] / seconds,
             "tiles_per_s": self._counts["tiles"] / seconds,
             "tflops": self._cost.total(**self._counts) / seconds / self._ranks / 1e12,
@@ -53,4 +56,5 @@ class Pace:
 
     def _restart(self) -> None:
         self._start = time.perf_counter()
+        self._steps = 0
         self._counts = dict.fromkeys(_COUNTS, 0.0)

@@ -21,7 +21,9 @@ from megavlm.planner.memory import Memory, memory
 from megavlm.planner.partition import PackSize
 from megavlm.planner.report import to_text
 from megavlm.planner.search import best_of_each, flags, layouts, options
+from tests.convert.models import make_hf
 from tools.plan_parallel import main
+from tools.planning.layouts import alignment_note
 
 SIZE = PackSize(tokens=16384, squared_lengths=3e7, tiles=50)
 CAPACITY = 16384
@@ -304,6 +306,39 @@ def test_the_tool_writes_json_and_a_picture(
     rows = json.loads((tmp_path / "plan.json").read_text())
     assert rows[0]["step_ms"] <= rows[1]["step_ms"] and rows[0]["parallel"]["layout"]
     assert (tmp_path / "plan.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("size", "aligned", "message"),
+    [(1, None, ""), (2, None, "--alignment 4"), (2, 8, ""), (4, 4, "have 4: pack them again")],
+)
+def test_the_tool_says_how_packs_are_aligned_for_context_parallelism(
+    size: int, aligned: int | None, message: str
+) -> None:
+    note = alignment_note(run(context_parallel_size=size).parallel, aligned)
+    assert (message in note) if message else not note
+
+
+def test_the_tool_judges_a_layout_of_ones_own(capsys: pytest.CaptureFixture[str]) -> None:
+    plan = ["--model", "internvl2_5-1b", "--stage", "2", "--gpus", "8", "--layout"]
+    assert main([*plan, "--parallel.context_parallel_size 2 --parallel.recompute full"]) == 0
+    printed = capsys.readouterr().out
+    assert "the layout fits into nine tenths of 80 GiB" in printed
+    table = printed.split("\n\n")[1].splitlines()
+    assert len(table) == 2 and table[1].split()[:6] == ["1", "1", "1", "2", "4", "full"]
+    assert "tools/pack_dataset.py --alignment 4" in printed
+    assert main([*plan, "--parallel.tensor_model_parallel_size 3"]) == 1
+    assert "--parallel.tensor_model_parallel_size 3" in capsys.readouterr().err
+    assert main([*plan[:4], "--gpus", "8", "--memory_gib", "3", "--layout", ""]) == 0
+    assert "does NOT fit" in capsys.readouterr().out
+
+
+def test_the_tool_takes_the_folder_of_a_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make_hf(tmp_path / "model")
+    assert main(["--model", str(folder), "--stage", "2", "--gpus", "2", "--top", "1"]) == 0
+    assert str(folder) in capsys.readouterr().out
 
 
 def test_the_tool_names_what_it_does_not_know(capsys: pytest.CaptureFixture[str]) -> None:

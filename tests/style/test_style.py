@@ -84,7 +84,6 @@ LONG_FILES = {
     "megavlm/config/checks/rules.py": 480,
     "megavlm/data/packing/job.py": 482,
     "tests/config/checks/test_rules.py": 620,
-    "tools/plan_parallel.py": 142,
 }
 
 

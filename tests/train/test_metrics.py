@@ -7,10 +7,14 @@ import json
 import resource
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from megavlm.config.models import MODELS
 from megavlm.config.schema import Checkpoint, Logging
+from megavlm.planner.flops import training_cost
 from megavlm.train.metrics import Metrics
+from megavlm.train.throughput import STEP_SECONDS, Pace
 from tests.ranks.runs import config_for
 
 
@@ -35,7 +39,7 @@ def test_records_go_to_the_console_and_to_a_file_that_a_restart_continues(
         (1, 2.5, None),
         (2, 1.25, None),
     ]
-    assert "step 2  loss 1.25" in capsys.readouterr().out
+    assert "step 2 of 10  loss 1.25" in capsys.readouterr().out
 
 
 def test_figures_of_sources_go_to_the_file_and_of_few_sources_to_the_console(
@@ -56,9 +60,9 @@ def test_figures_of_sources_go_to_the_file_and_of_few_sources_to_the_console(
     )
     assert lines[1]["loss/source-6"] == 1.0 and lines[2]["loss/chats"] == 1.25
     assert capsys.readouterr().out.splitlines() == [
-        "step 1  loss 2.5  loss of chats 1.25, web nan",
-        "step 2  loss 2.5",
-        "step 3  loss 2.5",
+        "step 1 of 10  loss 2.5  loss of chats 1.25, web nan",
+        "step 2 of 10  loss 2.5",
+        "step 3 of 10  loss 2.5",
     ]
 
 
@@ -117,3 +121,31 @@ def test_weights_and_biases_works_offline(tmp_path: Path, monkeypatch: pytest.Mo
         metrics.record(1, {"loss": 1.0})
     [record] = (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")
     assert record.stat().st_size > 0
+
+
+@pytest.mark.parametrize(
+    ("seconds", "left"),
+    [(0.5, "4 s"), (30.0, "4 min"), (1000.0, "2 h 13 min"), (20000.0, "1 d 20 h")],
+)
+def test_the_console_says_how_long_the_rest_takes(
+    tmp_path: Path, capsys: pytest.CaptureFixture, seconds: float, left: str
+) -> None:
+    with Metrics(_config(tmp_path), is_writer=True) as metrics:
+        metrics.record(2, {STEP_SECONDS: seconds})
+        metrics.record(10, {STEP_SECONDS: seconds})
+    first, last = capsys.readouterr().out.splitlines()
+    assert first == f"step 2 of 10  {STEP_SECONDS} {seconds:g}  left {left}"
+    assert last == f"step 10 of 10  {STEP_SECONDS} {seconds:g}"
+
+
+def test_seconds_a_step_do_not_count_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter([0.0, 10.0, 13.0, 23.0, 23.0])  # start, pause, its end, report, restart
+    monkeypatch.setattr("megavlm.train.throughput.time.perf_counter", lambda: next(now))
+    pace = Pace(training_cost(MODELS["tiny"], ("connector",)), 1)
+    names = ("tokens", "squared_lengths", "tiles", "supervised")
+    packs = np.zeros(2, [(name, "f8") for name in names])
+    pace.add(packs)
+    pace.add(packs)
+    with pace.paused():
+        pass
+    assert pace.report()[STEP_SECONDS] == 10.0

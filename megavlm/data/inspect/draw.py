@@ -5,6 +5,7 @@ mask as a bar.
 from __future__ import annotations
 
 import itertools
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,20 @@ LINE_CHARACTERS = 140
 # Width of a character of a monospaced font, in units of its size.
 CHARACTER_WIDTH = 0.602
 LINE_HEIGHT_INCHES = 0.17
+CHINESE_FONTS = (
+    "Noto Sans Mono CJK SC",
+    "Noto Sans CJK SC",
+    "Noto Sans CJK JP",
+    "Source Han Sans SC",
+    "WenQuanYi Micro Hei Mono",
+    "WenQuanYi Zen Hei Mono",
+    "WenQuanYi Zen Hei",
+    "Droid Sans Fallback",
+    "SimHei",
+    "Microsoft YaHei",
+    "PingFang SC",
+    "Arial Unicode MS",
+)
 SUPERVISED_COLOUR = "#0a7d33"
 OTHER_COLOUR = "#777777"
 SAMPLE_COLOUR = "#b03060"
@@ -68,11 +83,20 @@ def draw(dataset: PackedDataset, pack_ids: Sequence[int], path: Path) -> None:
         _draw_tiles(figure.add_subplot(grid[3 * place]), dataset, pack)
         _draw_mask(figure.add_subplot(grid[3 * place + 1]), dataset, pack)
         _draw_text(figure.add_subplot(grid[3 * place + 2]), page)
-    with warnings.catch_warnings():
-        # Letters that the font lacks are drawn as boxes; that needs no line on the console for
-        # each.
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
         figure.savefig(path, dpi=110)
+    # matplotlib tells of each letter that no font has, and draws a box for it; one line will do.
+    boxes = [one for one in told if "missing from" in str(one.message)]
+    for one in told:
+        if one not in boxes:
+            warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
+    if boxes:
+        print(
+            f"note: {path} shows a box for {len(boxes)} letters that no installed font has; install"
+            f" one such as {CHINESE_FONTS[1]} (package fonts-noto-cjk) for Chinese text",
+            file=sys.stderr,
+        )
 
 
 def spans(
@@ -172,11 +196,22 @@ def _draw_mask(axes, dataset: PackedDataset, pack: Pack) -> None:
     )
 
 
+def _chinese_fonts() -> list[str]:
+    """Return the installed fonts that have Chinese letters, the best choice first: matplotlib takes
+    a letter from the first font of a list that has it.
+    """
+    from matplotlib import font_manager
+
+    installed = set(font_manager.get_font_names())
+    return [name for name in CHINESE_FONTS if name in installed]
+
+
 def _draw_text(axes, page: Sequence[Run]) -> None:
     """The pack's text; green is supervised."""
     size = WIDTH_INCHES * 0.95 * 72 / LINE_CHARACTERS / CHARACTER_WIDTH
     axes.axis("off")
     axes.set(xlim=(0, LINE_CHARACTERS), ylim=(page[-1].line + 1.5, -0.5))
+    families = ["monospace", *_chinese_fonts()]
     for run in page:
         # A dollar sign would start a formula, and control characters have no shape.
         text = "".join(letter if letter.isprintable() else "·" for letter in run.text).replace(
@@ -187,7 +222,7 @@ def _draw_text(axes, page: Sequence[Run]) -> None:
             run.line,
             text,
             color=run.colour,
-            family="monospace",
+            family=families,
             fontsize=size,
             va="center",
             clip_on=True,

@@ -135,3 +135,19 @@ def test_picture(tmp_path):
         (2, 0, 140),
         (3, 0, 22),
     ]
+
+
+def test_letters_that_no_font_has_are_told_in_one_line(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("matplotlib")
+    from megavlm.data.inspect import draw as drawing
+    from megavlm.data.loading.dataset import PackedDataset
+    from megavlm.data.text.tokenizer import load_tokenizer
+
+    monkeypatch.setattr(drawing, "CHINESE_FONTS", ("no such font", "Noto Sans CJK SC"))
+    monkeypatch.setattr(drawing, "_chinese_fonts", list)
+    monkeypatch.setattr(drawing, "spans", lambda *_: iter([("一二", "red")]))
+    make_dataset(tmp_path, packs=1)
+    load_tokenizer(TOKENIZER).save_pretrained(tmp_path / "tokenizer")
+    drawing.draw(PackedDataset(tmp_path), [0], tmp_path / "packs.png")
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and "2 letters that no installed font has" in told

@@ -1,0 +1,119 @@
+"""Read the command line of ``tools/plan_parallel.py``."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import shlex
+from pathlib import Path
+
+from megavlm.config.cli import parse
+from megavlm.config.schema import Config
+from megavlm.data.store.reader import Reader
+from megavlm.model_source import read_model
+from megavlm.planner.estimate import Hardware
+from megavlm.planner.partition import PackSize
+
+_SIZES = {
+    "capacity": (16384, "tokens of a pack"),
+    "tiles": (50.0, "tiles of a pack, on average"),
+    "supervised": (4096.0, "tokens of a pack that have a loss, on average"),
+    "sample_tokens": (2000.0, "tokens of a sample, on average"),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Packs:
+    """What the packs of a plan hold.
+
+    Args:
+        size: of a pack, on average.
+        capacity: tokens of a pack, with padding.
+        alignment: each sample starts at a multiple of this many tokens; None: the packs are not
+            made yet.
+    """
+
+    size: PackSize
+    capacity: int
+    alignment: int | None
+
+
+def make_parser(description: str) -> argparse.ArgumentParser:
+    """Make the parser; its defaults are InternVL's."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    shown = "(default: %(default)s)"
+    model = "row of the table of models, or a Hugging Face folder"
+    parser.add_argument("--model", required=True, help=model)
+    parser.add_argument("--stage", required=True, help="row of the table of stages")
+    parser.add_argument("--gpus", type=int, required=True, help="how many there are")
+    batch = "packs of a step (default: the stage's)"
+    parser.add_argument("--global_batch_size", type=int, help=batch)
+    moments = ["float32", "bfloat16"]
+    parser.add_argument(
+        "--moments", choices=moments, default=moments[0], help=f"dtype of Adam's moments {shown}"
+    )
+    layout = "judge one layout instead of searching: its --parallel options, in quotes"
+    parser.add_argument("--layout", metavar="OPTIONS", help=layout)
+    _add_packs(parser, shown)
+    for field in dataclasses.fields(Hardware):
+        parser.add_argument(
+            f"--{field.name}",
+            type=type(field.default),
+            default=field.default,
+            help=f"of the GPUs {shown}",
+        )
+    parser.add_argument("--top", type=int, default=12, help=f"layouts to show {shown}")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all layouts as JSON")
+    parser.add_argument(
+        "--picture", type=Path, metavar="FILE", help="draw the chunks of the layouts that are shown"
+    )
+    return parser
+
+
+def _add_packs(parser: argparse.ArgumentParser, shown: str) -> None:
+    """Add what tells how large packs are."""
+    data = f"packed dataset that tells how large packs are; instead of --{', --'.join(_SIZES)}"
+    parser.add_argument("--data", type=Path, metavar="DIR", help=data)
+    for name, (default, what) in _SIZES.items():
+        parser.add_argument(
+            f"--{name}", type=type(default), default=default, help=f"{what} {shown}"
+        )
+
+
+def read_config(options: argparse.Namespace) -> Config:
+    """Return the run that is planned, with the layout of ``--layout`` if there is one."""
+    batch = options.global_batch_size
+    return parse(
+        [
+            *("--stage", options.stage, "--model", options.model),
+            *("--optimizer.moments", options.moments),
+            *(("--training.global_batch_size", str(batch)) if batch else ()),
+            *shlex.split(options.layout or ""),
+        ],
+        read_model,
+    )
+
+
+def read_packs(options: argparse.Namespace) -> Packs:
+    """Return what a pack holds on average; raises as ``Reader`` if ``--data`` is no dataset."""
+    if not options.data:
+        squared = options.capacity * options.sample_tokens
+        size = PackSize(
+            tokens=options.capacity,
+            squared_lengths=squared,
+            tiles=options.tiles,
+            supervised=min(options.supervised, options.capacity),
+        )
+        return Packs(size=size, capacity=options.capacity, alignment=None)
+    reader = Reader(options.data)
+    size = PackSize.mean(reader.index[range(min(len(reader), 4096))])
+    manifest = reader.manifest
+    return Packs(size=size, capacity=manifest.capacity, alignment=manifest.alignment)
+
+
+def read_hardware(options: argparse.Namespace) -> Hardware:
+    """Return the GPUs."""
+    names = [field.name for field in dataclasses.fields(Hardware)]
+    return Hardware(**{name: vars(options)[name] for name in names})
