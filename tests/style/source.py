@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cache, cached_property
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -82,7 +82,7 @@ class Source:
                 )
 
 
-@lru_cache(maxsize=None)
+@cache
 def _read(path: Path) -> Source:
     """Read a file once for all rules, which share its syntax tree."""
     return Source(str(path.relative_to(ROOT)), path.read_text(encoding="utf-8"))
