@@ -55,7 +55,7 @@ WHOLE_VOCABULARY = dataclasses.replace(
 )
 CUT_VOCABULARY = dataclasses.replace(
     WHOLE_VOCABULARY,
-    language=dataclasses.replace(WHOLE_VOCABULARY.language, vocab_size=18944),
+    language=dataclasses.replace(WHOLE_VOCABULARY.language, vocab_size=2048),
 )
 
 
@@ -113,8 +113,10 @@ def datasets(tmp_path_factory: pytest.TempPathFactory) -> dict[Architecture, Pat
             context_token_id=7,
             tile_size=arch.vision.image_size,
             features_per_tile=arch.features_per_tile,
-            capacity=128,
+            capacity=48,
             alignment=4,
+            samples_per_pack=2,
+            text_tokens=(8, 24),
         )
         found[arch] = folder
     return found
