@@ -31,6 +31,7 @@ setup(
         "psutil>=5.9",  # megatron-core's distributed checkpoints import it without asking for it
         "pyyaml>=6.0",
         "safetensors>=0.5",
+        "protobuf>=4.25",  # sentencepiece's description of a model
         "sentencepiece>=0.2",  # tokenizers that come as tokenizer.model
         "tokenizers>=0.21",
         "tqdm>=4.66",

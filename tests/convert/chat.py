@@ -195,6 +195,13 @@ def make_chat(native: Path, folder: Path, architecture: Architecture) -> Path:
     return folder
 
 
+def with_head(folder: Path) -> dict[str, Tensor]:
+    """Return the weights of a folder with a tied head as the tensor that an export adds."""
+    found = load_all(folder)
+    embedding = "language_model.model.embed_tokens.weight"
+    return {"language_model.lm_head.weight": found[embedding]} | found
+
+
 def same_tensors(one: Path, other: Path) -> bool:
     """Whether two folders hold the same names with the same bits."""
     first = load_all(one)

@@ -13,8 +13,7 @@ from torch import Tensor
 from transformers import InternVLConfig, InternVLForConditionalGeneration
 
 from megavlm.config.schema import Architecture, Language, Vision
-from megavlm.convert.hf import native_config
-from megavlm.convert.hf.processor import TOKENIZER_FILES
+from megavlm.convert.hf import native_config, tokenizer_files
 
 TOKENIZER = Path(__file__).parents[1] / "golden" / "tokenizer"
 
@@ -87,7 +86,7 @@ def make_hf(
 ) -> Path:
     """Write a random model, as transformers saves it, with the golden tokenizer."""
     settings = native_config.write(
-        architecture, dtype=dtype, image_token_id=90, eos_token_id=1, pad_token_id=2
+        architecture, dtype=dtype, image_token_id=90, bos_token_id=0, eos_token_id=1, pad_token_id=2
     )
     torch.manual_seed(0)
     model = InternVLForConditionalGeneration(InternVLConfig.from_dict(settings)).to(dtype)
@@ -95,7 +94,7 @@ def make_hf(
         for parameter in model.parameters():
             parameter.normal_()
     model.save_pretrained(folder, max_shard_size=shard_size)
-    for name in TOKENIZER_FILES:
+    for name in tokenizer_files.FILES:
         if (TOKENIZER / name).is_file():
             (folder / name).write_bytes((TOKENIZER / name).read_bytes())
     return folder

@@ -76,6 +76,7 @@ def random_model(architecture: Architecture, context_token_id: int, folder: Path
         architecture,
         dtype=torch.float32,
         image_token_id=context_token_id,
+        bos_token_id=0,
         eos_token_id=1,
         pad_token_id=0,
     )

@@ -75,13 +75,20 @@ def make_model(folder: Path, name: str, layers: int) -> int:
     words = Tokenizer(
         models.WordLevel({word: number for number, word in enumerate(known)}, unk_token="?")
     )
-    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?").save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=words, unk_token="?", additional_special_tokens=list(SPECIAL_TOKENS)
+    ).save_pretrained(folder)
     tensors = RandomTensors(model)
     write_safetensors(tensors, folder)
     write_json(
         folder / FILE_NAME,
         native_config.write(
-            model, dtype=torch.bfloat16, image_token_id=2, eos_token_id=9, pad_token_id=9
+            model,
+            dtype=torch.bfloat16,
+            image_token_id=2,
+            bos_token_id=0,
+            eos_token_id=9,
+            pad_token_id=9,
         ),
     )
     return sum(header.nbytes for header in tensors.headers.values())

@@ -126,6 +126,7 @@ def build(
         case.architecture,
         dtype=dtype,
         image_token_id=image_token_id,
+        bos_token_id=0,
         eos_token_id=2,
         pad_token_id=0,
     )

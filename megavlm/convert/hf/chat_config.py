@@ -18,7 +18,9 @@ from megavlm.config.schema import Architecture, Vision
 from megavlm.convert.hf import json_files as shared
 from megavlm.convert.hf import language_config
 from megavlm.convert.hf.json_files import NORMS
+from megavlm.convert.hf.preprocessing import Usage
 from megavlm.convert.weights.families import written_as
+from megavlm.data.text.templates import FORMATS
 
 MODEL_TYPE = "internvl_chat"
 # Repositories of OpenGVLab whose Python files know a family; the first one for every family that is
@@ -35,6 +37,8 @@ _FIXED: dict[str, dict[str, Any]] = {
     "": {"select_layer": -1, "ps_version": "v2", "use_backbone_lora": 0, "use_llm_lora": 0},
     "vision_config": {"hidden_act": "gelu", "num_channels": 3},
 }
+# Conversation templates that OpenGVLab's classes know.
+_TEMPLATES = ("internvl2_5", "Hermes-2", "internlm2-chat", "phi3-chat")
 _NEEDED_OF_VISION = (
     "image_size",
     "patch_size",
@@ -76,6 +80,12 @@ def _problems(raw: dict[str, Any]) -> Iterator[str]:
     language = raw.get("llm_config")
     if isinstance(vision, dict):
         yield from vision_problems(vision, "vision_config")
+        side = vision.get("image_size")
+        if raw.get("force_image_size") not in (None, side):
+            yield (
+                f"force_image_size is {raw['force_image_size']}, and vision_config.image_size is"
+                f" {side}; resize the position embeddings and set both to one value"
+            )
     else:
         yield "vision_config is missing"
     if isinstance(language, dict):
@@ -120,56 +130,68 @@ def write(
     architecture: Architecture,
     *,
     dtype: torch.dtype,
-    eos_token_id: int,
-    pad_token_id: int,
-    template: str,
-    min_tiles: int,
-    max_tiles: int,
-    thumbnail: bool,
+    tokens: dict[str, int],
+    usage: Usage,
 ) -> dict[str, Any]:
-    """The content of config.json.
+    """Return the content of config.json.
+
+    A tied head is written as a tensor of its own: the class of InternVL 2 and 3 unties every model.
 
     Args:
         architecture: the model.
-        dtype: number format of the weights.
-        eos_token_id: token that ends an answer.
-        pad_token_id: token that fills up texts of a batch.
-        template: name of the conversation template.
-        min_tiles, max_tiles: tiles of an image, thumbnail not counted.
-        thumbnail: whether an image of several tiles gets its thumbnail as one more tile.
+        dtype: of the weights.
+        tokens: ``bos_token_id``, ``eos_token_id`` and ``pad_token_id``.
+        usage: its template and tile limits. The class of InternVL 3.5 takes the template's own
+            system message, whatever this says.
+
+    Raises:
+        ValueError: the class does not know the template.
     """
+    _refuse_template(usage.template)
     vision = architecture.vision
     language = architecture.language
     family = written_as(language, "chat")
-    code = _CODE.get(family.name, _CODE[""])
     number = str(dtype).removeprefix("torch.")
-    auto = {
-        "AutoConfig": f"{code}--configuration_internvl_chat.InternVLChatConfig",
-        "AutoModel": f"{code}--modeling_internvl_chat.InternVLChatModel",
-        "AutoModelForCausalLM": f"{code}--modeling_internvl_chat.InternVLChatModel",
-    }
     return {
         "architectures": ["InternVLChatModel"],
-        "auto_map": auto,
+        "auto_map": _auto_map(family.name),
         "model_type": MODEL_TYPE,
         "torch_dtype": number,
         "downsample_ratio": 1 / architecture.pixel_shuffle,
-        "dynamic_image_size": max_tiles > 1,
+        "dynamic_image_size": usage.max_tiles > 1,
         "force_image_size": vision.image_size,
-        "min_dynamic_patch": min_tiles,
-        "max_dynamic_patch": max_tiles,
-        "use_thumbnail": thumbnail,
+        "min_dynamic_patch": usage.min_tiles,
+        "max_dynamic_patch": usage.max_tiles,
+        "use_thumbnail": usage.thumbnail,
         "pad2square": False,
         **_FIXED[""],
-        "template": template,
-        "tie_word_embeddings": language.tied_head,
+        "template": usage.template,
+        "system_message": usage.system_message,
+        "tie_word_embeddings": False,
         "vision_config": _vision_config(vision) | {"torch_dtype": number},
-        "llm_config": (
-            language_config.write(
-                language, family, eos_token_id=eos_token_id, pad_token_id=pad_token_id
-            )
-            | {"attn_implementation": "flash_attention_2", "use_cache": True, "torch_dtype": number}
-        ),
+        "llm_config": language_config.write(language, family, **tokens)
+        # No attn_implementation: the class chooses FlashAttention itself if it is installed, and
+        # transformers refuses a model that names it where it is not.
+        | {"tie_word_embeddings": False, "use_cache": True, "torch_dtype": number},
+    }
+
+
+def _refuse_template(template: str) -> None:
+    """Raise ValueError for one of our templates that the class does not know."""
+    if template in FORMATS and template not in _TEMPLATES:
+        raise ValueError(
+            f"--dialect chat: InternVLChatModel has no template {template!r}, only"
+            f" {', '.join(_TEMPLATES)}; use --dialect native"
+        )
+
+
+def _auto_map(family: str) -> dict[str, str]:
+    """Return the entry that says which repository holds the class's Python files."""
+    code = _CODE.get(family, _CODE[""])
+    return {
+        "AutoConfig": f"{code}--configuration_internvl_chat.InternVLChatConfig",
+        "AutoModel": f"{code}--modeling_internvl_chat.InternVLChatModel",
+        "AutoModelForCausalLM": f"{code}--modeling_internvl_chat.InternVLChatModel",
     }
 
 

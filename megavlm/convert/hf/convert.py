@@ -19,15 +19,15 @@ from megavlm.config.cli import to_yaml
 from megavlm.config.models import MODELS
 from megavlm.config.schema import Architecture, Config
 from megavlm.convert.dist_checkpoint import ShardsFolder, write_shards
-from megavlm.convert.hf import preprocessing
+from megavlm.convert.hf import preprocessing, tokenizer_files
 from megavlm.convert.hf.json_files import read_json
 from megavlm.convert.hf.lazy_tensors import FullTensor, head_source, vision_tensor
 from megavlm.convert.hf.model_config import architecture_from_hf, dialect_of, differences
-from megavlm.convert.hf.processor import TOKENIZER_FILES, write_folder
+from megavlm.convert.hf.processor import write_folder
 from megavlm.convert.hf.safetensors_files import SafetensorsFolder, write_safetensors
 from megavlm.convert.weights.tables import Dialect, name_on_disk
 from megavlm.convert.weights.views import HuggingFaceView, MegatronView
-from megavlm.data.text.tokenizer import fingerprint, load_tokenizer
+from megavlm.data.text.tokenizer import LIKE_LLAMA, fingerprint, load_tokenizer
 from megavlm.io.atomic import new_folder
 from megavlm.io.progress import Progress
 
@@ -188,13 +188,13 @@ def _copy_tokenizer(folder: Path, target: Path) -> str | None:
     Raises:
         ValueError: it needs Python code of its own.
     """
-    present = [name for name in TOKENIZER_FILES if (folder / name).is_file()]
-    if "tokenizer_config.json" not in present:
+    present = [name for name in tokenizer_files.FILES if (folder / name).is_file()]
+    if tokenizer_files.SETTINGS_NAME not in present:
         return None
-    if (
-        "auto_map" in read_json(folder / "tokenizer_config.json")
-        and "tokenizer.json" not in present
-    ):
+    settings = read_json(folder / tokenizer_files.SETTINGS_NAME)
+    if "auto_map" in settings and "tokenizer.json" not in present:
+        if settings.get("tokenizer_class") in LIKE_LLAMA and "tokenizer.model" in present:
+            return _read_without_code(folder, target)
         raise ValueError(
             f"{folder}: the tokenizer is Python code of the model's own (auto_map in"
             " tokenizer_config.json), which is never run; name a folder with the same tokenizer as"
@@ -204,6 +204,18 @@ def _copy_tokenizer(folder: Path, target: Path) -> str | None:
     for name in present:
         shutil.copyfile(folder / name, target / name)
     return fingerprint(load_tokenizer(target))
+
+
+def _read_without_code(folder: Path, target: Path) -> str:
+    """Write the tokenizer of an InternLM, whose sentencepiece model is read without the code beside
+    it, as ``tokenizer.json``, and return its fingerprint.
+    """
+    tokenizer = load_tokenizer(folder)
+    tokenizer.save_pretrained(target)
+    written = fingerprint(load_tokenizer(target))
+    if written != fingerprint(tokenizer):
+        raise ValueError(f"{folder}: its tokenizer is another one once it is saved")
+    return written
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,6 +258,8 @@ def check(folder: str | Path) -> list[PartCheck]:
     changed: dict[str, list[str]] = {}
     with Progress("check", "B", _bytes(back)) as progress:
         for name, header in back.headers.items():
+            if name not in source.headers:  # the copy of a tied head
+                continue
             part = name.split(".")[0]
             names.setdefault(part, []).append(name)
             original = source[name]

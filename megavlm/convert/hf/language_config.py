@@ -91,13 +91,14 @@ def _rotary(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write(
-    language: Language, family: Family, *, eos_token_id: int, pad_token_id: int
+    language: Language, family: Family, *, bos_token_id: int, eos_token_id: int, pad_token_id: int
 ) -> dict[str, Any]:
-    """A language model's part of config.json.
+    """Return a language model's part of config.json.
 
     Args:
         language: the model.
         family: in whose format it is written.
+        bos_token_id: token that begins a text.
         eos_token_id: token that ends an answer.
         pad_token_id: token that fills up texts of a batch.
     """
@@ -117,7 +118,7 @@ def write(
         "max_position_embeddings": language.max_position_embeddings,
         **_write_rotary(language),
         "tie_word_embeddings": language.tied_head,
-        "bos_token_id": None,
+        "bos_token_id": bos_token_id,
         "eos_token_id": eos_token_id,
         "pad_token_id": pad_token_id,
     }

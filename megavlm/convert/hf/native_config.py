@@ -115,6 +115,7 @@ def write(
     *,
     dtype: torch.dtype,
     image_token_id: int,
+    bos_token_id: int,
     eos_token_id: int,
     pad_token_id: int,
 ) -> dict[str, Any]:
@@ -124,6 +125,7 @@ def write(
         architecture: the model.
         dtype: number format of the weights.
         image_token_id: token that stands for an image feature.
+        bos_token_id: token that begins a text.
         eos_token_id: token that ends an answer.
         pad_token_id: token that fills up texts of a batch.
 
@@ -151,6 +153,7 @@ def write(
         "text_config": language_config.write(
             language,
             written_as(language, "native"),
+            bos_token_id=bos_token_id,
             eos_token_id=eos_token_id,
             pad_token_id=pad_token_id,
         ),

@@ -16,7 +16,7 @@ from megavlm.convert.weights.tables import Dialect
 from megavlm.data.store.manifest import FILE_NAME as MANIFEST_NAME
 from megavlm.data.store.manifest import read_manifest
 from megavlm.data.text.chat_tokens import DEFAULT
-from megavlm.data.text.templates import chat_format
+from megavlm.data.text.templates import FORMATS, chat_format
 
 _FILE_NAME = "usage.json"
 
@@ -48,7 +48,10 @@ def of_folder(folder: Path, dialect: Dialect) -> Usage:
     if dialect == "chat":
         settings = read_json(folder / FILE_NAME)
         usage = _tiles(settings, "min_dynamic_patch", "max_dynamic_patch")
-        return dataclasses.replace(usage, template=settings.get("template") or usage.template)
+        template = settings.get("template") or usage.template
+        own = FORMATS[template].system_message if template in FORMATS else ""
+        message = settings.get("system_message", own)
+        return dataclasses.replace(usage, template=template, system_message=message)
     if (folder / IMAGE_PROCESSOR_NAME).is_file():
         return _tiles(read_json(folder / IMAGE_PROCESSOR_NAME), "min_patches", "max_patches")
     if (

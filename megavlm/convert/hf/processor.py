@@ -4,7 +4,6 @@ processor, generation settings.
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,11 @@ from typing import Any
 import torch
 
 from megavlm.config.schema import Architecture
-from megavlm.convert.hf import chat_config, native_config
+from megavlm.convert.hf import chat_config, native_config, tokenizer_files
 from megavlm.convert.hf.json_files import FILE_NAME, IMAGE_PROCESSOR_NAME, read_json, write_json
 from megavlm.convert.hf.preprocessing import Usage
 from megavlm.convert.weights.tables import Dialect
-from megavlm.data.text.chat_tokens import DEFAULT
-from megavlm.data.text.templates import FORMATS, ChatFormat, chat_format
+from megavlm.data.text.templates import FORMATS
 from megavlm.data.text.tokenizer import (
     IMAGE_CONTEXT,
     IMAGE_END,
@@ -27,18 +25,7 @@ from megavlm.data.text.tokenizer import (
     load_tokenizer,
 )
 
-_TEMPLATE_NAME = "chat_template.jinja"
 _BICUBIC = 3
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    _TEMPLATE_NAME,
-)
 # The processor wants a token for videos that texts do not hold. Qwen2.5's tokenizers have one.
 # Elsewhere it is one of InternVL's that nothing uses, since a new token would make another
 # tokenizer than the one that the model was trained with.
@@ -49,11 +36,26 @@ _PROCESSOR = "InternVLProcessor"
 
 @dataclass(frozen=True, kw_only=True)
 class TokenIds:
-    """Tokens that a model's settings name."""
+    """Ids of the tokens that a model's settings name.
+
+    Args:
+        image: stands for an image feature.
+        begin: the tokenizer's beginning of a text, or the padding token if it has none. Never
+            null: ``generate`` of transformers 4.37 stops at a null before it looks at the
+            embeddings that InternVLChatModel gives it.
+        end: ends an answer.
+        pad: fills up the texts of a batch.
+    """
 
     image: int
+    begin: int
     end: int
     pad: int
+
+    @property
+    def text(self) -> dict[str, int]:
+        """The tokens of the language model, by their names in config.json."""
+        return {"bos_token_id": self.begin, "eos_token_id": self.end, "pad_token_id": self.pad}
 
 
 def token_ids(folder: Path, architecture: Architecture, template: str) -> TokenIds:
@@ -64,8 +66,9 @@ def token_ids(folder: Path, architecture: Architecture, template: str) -> TokenI
     """
     tokenizer = load_tokenizer(folder)
     known = tokenizer.get_vocab()
-    row = _format(template)
-    missing = [token for token in (*SPECIAL_TOKENS, *row.markers) if token not in known]
+    row = FORMATS.get(template)
+    markers = row.markers if row else ()
+    missing = [token for token in (*SPECIAL_TOKENS, *markers) if token not in known]
     if missing:
         raise ValueError(
             f"--tokenizer {folder}: lacks {', '.join(missing)}; take the folder tokenizer/ of the"
@@ -78,12 +81,15 @@ def token_ids(folder: Path, architecture: Architecture, template: str) -> TokenI
             f"--tokenizer {folder}: has ids up to {highest}, and the model's vocabulary has {rows}"
             " rows"
         )
-    end = tokenizer(row.end, add_special_tokens=False)["input_ids"][-1]
-    return TokenIds(
-        image=known[IMAGE_CONTEXT],
-        end=end,
-        pad=end if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
-    )
+    if row:
+        end = tokenizer(row.end, add_special_tokens=False)["input_ids"][-1]
+    elif tokenizer.eos_token_id is not None:
+        end = tokenizer.eos_token_id
+    else:
+        raise ValueError(f"--tokenizer {folder}: has no eos_token, which ends an answer")
+    pad = end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    begin = pad if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    return TokenIds(image=known[IMAGE_CONTEXT], begin=begin, end=end, pad=pad)
 
 
 def write_folder(
@@ -108,12 +114,7 @@ def write_folder(
         ValueError: tokenizer and model do not fit, or the dialect has no such model.
     """
     ids = token_ids(tokenizer, architecture, usage.template)
-    for name in TOKENIZER_FILES:
-        if (tokenizer / name).is_file() and name != _TEMPLATE_NAME:
-            shutil.copyfile(tokenizer / name, folder / name)
-    write_json(
-        folder / "generation_config.json", {"eos_token_id": ids.end, "pad_token_id": ids.pad}
-    )
+    write_json(folder / "generation_config.json", ids.text)
     (_write_native if dialect == "native" else _write_chat)(
         folder, tokenizer, architecture, usage, dtype, ids
     )
@@ -128,12 +129,16 @@ def _write_native(
     ids: TokenIds,
 ) -> None:
     """What ``AutoProcessor`` and ``InternVLForConditionalGeneration`` read."""
-    tokens = dict(image_token_id=ids.image, eos_token_id=ids.end, pad_token_id=ids.pad)
-    write_json(folder / FILE_NAME, native_config.write(architecture, dtype=dtype, **tokens))
-    write_json(folder / "tokenizer_config.json", _tokenizer_config(tokenizer))
-    (folder / _TEMPLATE_NAME).write_text(
-        _template(tokenizer, usage, with_images=True), encoding="utf-8"
-    )
+    template = _template(tokenizer, usage, with_images=True)
+    if template is None:
+        raise ValueError(
+            f"--dialect native: the model's template {usage.template!r} is not one of"
+            f" {', '.join(FORMATS)}, and its tokenizer has no chat template with images; use chat"
+        )
+    settings = native_config.write(architecture, dtype=dtype, image_token_id=ids.image, **ids.text)
+    write_json(folder / FILE_NAME, settings)
+    tokenizer_files.write(tokenizer, folder, _processor_tokens(tokenizer))
+    (folder / tokenizer_files.TEMPLATE_NAME).write_text(template, encoding="utf-8")
     write_json(folder / IMAGE_PROCESSOR_NAME, _image_processor(architecture, usage))
     write_json(folder / "video_preprocessor_config.json", _video_processor(architecture))
     write_json(
@@ -154,21 +159,13 @@ def _write_chat(
     settings = chat_config.write(
         architecture,
         dtype=dtype,
-        eos_token_id=ids.end,
-        pad_token_id=ids.pad,
-        template=usage.template,
-        min_tiles=usage.min_tiles,
-        max_tiles=usage.max_tiles,
-        thumbnail=usage.thumbnail,
+        tokens=ids.text,
+        usage=usage,
     )
     write_json(folder / FILE_NAME, settings)
-    words = _tokenizer_settings(tokenizer)
-    words.pop("processor_class", None)
-    # The transformers of that time reads the template from here.
-    write_json(
-        folder / "tokenizer_config.json",
-        words | {"chat_template": _template(tokenizer, usage, with_images=False)},
-    )
+    # transformers before 4.43 reads the template from tokenizer_config.json alone.
+    template = _template(tokenizer, usage, with_images=False)
+    tokenizer_files.write(tokenizer, folder, {"chat_template": template} if template else {})
     side = architecture.vision.image_size
     vision = architecture.vision
     image_processor = {
@@ -186,11 +183,11 @@ def _write_chat(
     write_json(folder / IMAGE_PROCESSOR_NAME, image_processor)
 
 
-def _template(tokenizer: Path, usage: Usage, *, with_images: bool) -> str:
-    """The chat template: InternVL's, unless the model was not trained here and its tokenizer has
-    one (that knows images, if it must).
+def _template(tokenizer: Path, usage: Usage, *, with_images: bool) -> str | None:
+    """Return the chat template: that of the packs' conversation template, unless the model was not
+    trained here and its tokenizer has one (that knows images, if it must); None if neither exists.
     """
-    own = tokenizer / _TEMPLATE_NAME
+    own = tokenizer / tokenizer_files.TEMPLATE_NAME
     found = (
         own.read_text(encoding="utf-8")
         if own.is_file()
@@ -203,41 +200,32 @@ def _template(tokenizer: Path, usage: Usage, *, with_images: bool) -> str:
     )
     if keeps:
         return found
-    return _format(usage.template).hf_template(
+    if usage.template not in FORMATS:
+        return None
+    return FORMATS[usage.template].hf_template(
         system_message=usage.system_message, bos=bool(first_tokens(load_tokenizer(tokenizer)))
     )
 
 
-def _format(template: str) -> ChatFormat:
-    """The row of a template; of one that is not in the table, as folders of other models may name,
-    InternVL 2.5's.
-    """
-    return chat_format(template if template in FORMATS else DEFAULT)
-
-
 def _tokenizer_settings(tokenizer: Path) -> dict[str, Any]:
-    path = tokenizer / "tokenizer_config.json"
+    """Return what ``tokenizer_config.json`` says."""
+    path = tokenizer / tokenizer_files.SETTINGS_NAME
     return read_json(path) if path.is_file() else {}
 
 
-def _tokenizer_config(tokenizer: Path) -> dict[str, Any]:
-    """``tokenizer_config.json`` with the names under which the processor looks for its tokens."""
-    settings = _tokenizer_settings(tokenizer)
-    settings.pop("chat_template", None)
-    extra = settings.pop("extra_special_tokens", None) or []
-    named = dict(extra) if isinstance(extra, dict) else {}
-    listed = settings.pop("additional_special_tokens", None) or ([] if named else extra)
+def _processor_tokens(tokenizer: Path) -> dict[str, Any]:
+    """Return the entries of ``tokenizer_config.json`` that name the processor and its tokens."""
+    video = _VIDEO if _VIDEO in load_tokenizer(tokenizer).get_vocab() else _UNUSED
+    extra = _tokenizer_settings(tokenizer).get("extra_special_tokens")
     names = {
         "start_image_token": IMAGE_START,
         "end_image_token": IMAGE_END,
         "context_image_token": IMAGE_CONTEXT,
     }
-    video = _VIDEO if _VIDEO in load_tokenizer(tokenizer).get_vocab() else _UNUSED
-    # transformers 4 and 5 both read names from the one entry, and plain special tokens from the
-    # other.
-    return settings | {
-        "additional_special_tokens": listed,
-        "extra_special_tokens": {"video_token": video} | named | names,
+    return {
+        "extra_special_tokens": {"video_token": video}
+        | (extra if isinstance(extra, dict) else {})
+        | names,
         "processor_class": _PROCESSOR,
     }
 

@@ -8,7 +8,7 @@ transformers, and ``chat``, those of ``InternVLChatModel``, in which OpenGVLab p
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from megavlm.config.schema import Architecture, Language
@@ -87,6 +87,20 @@ def rows(architecture: Architecture, dialect: Dialect = "native") -> tuple[Row, 
         *within(_connector(architecture, names.connector_layers), "connector.", names.connector),
         *within(written_as(language, dialect).rows(language), "language.", _LANGUAGE),
     )
+
+
+def copied_head(architecture: Architecture, dialect: Dialect) -> tuple[Row, ...]:
+    """Return the row that writes a tied head as a tensor of its own, if the dialect needs it.
+
+    ``InternVLChatModel`` of InternVL 2 and 3 unties every model, so a head that is not in the files
+    would be random.
+    """
+    if dialect != "chat" or not architecture.language.tied_head:
+        return ()
+    untied = replace(architecture, language=replace(architecture.language, tied_head=False))
+    head = next(row for row in rows(untied, dialect) if row.key == HEAD_KEY)
+    embedding = next(row for row in rows(untied, dialect) if row.key == EMBEDDING_KEY)
+    return (replace(embedding, names=head.names),)
 
 
 def head_names() -> set[str]:

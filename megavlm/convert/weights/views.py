@@ -19,7 +19,7 @@ from megavlm.config.schema import Architecture
 from megavlm.convert.weights import byte_ranges
 from megavlm.convert.weights.byte_ranges import Range, Run
 from megavlm.convert.weights.mapping import Row
-from megavlm.convert.weights.tables import Dialect, rows
+from megavlm.convert.weights.tables import Dialect, copied_head, rows
 from megavlm.convert.weights.transforms import Shape
 
 _LISTED = 8
@@ -182,7 +182,7 @@ class HuggingFaceView(Mapping[str, Tensor]):
         *,
         dialect: Dialect = "native",
     ):
-        table = rows(architecture, dialect)
+        table = (*rows(architecture, dialect), *copied_head(architecture, dialect))
         wrong = _compare({row.key for row in table}, source.headers)
         for row in table:
             if row.key in source.headers and not row.operation.takes(

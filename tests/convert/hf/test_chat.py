@@ -16,8 +16,9 @@ from megavlm.convert.hf import convert
 from megavlm.convert.hf.model_config import architecture_from_hf, dialect_of
 from megavlm.convert.hf.reference import load_reference
 from megavlm.data.text.tokenizer import fingerprint, load_tokenizer
-from tests.convert.chat import chat_settings, make_chat, same_tensors
+from tests.convert.chat import chat_settings, make_chat, same_tensors, with_head
 from tests.convert.models import KINDS, SMALL, TOKENIZER, as_native, load_all, make_hf
+from tests.convert.tokenizer_kinds import published_internlm2
 
 
 def chat_folder(folder: Path, kind: str = "qwen2") -> Path:
@@ -39,17 +40,21 @@ def test_import_then_export_is_bit_identical_in_both_dialects(tmp_path: Path, ki
     native = convert.export(checkpoint, tmp_path / "out", dialect="native")
     assert same_tensors(native, tmp_path / "native")
     assert architecture_from_hf(native) == as_native(KINDS[kind])
-    if kind == "mistral":  # OpenGVLab's code knows it as a Llama
-        assert architecture_from_hf(again) == replace(
-            KINDS[kind], language=replace(KINDS[kind].language, family="llama")
-        )
+    # OpenGVLab's code knows Mistral as a Llama, and unties every head.
+    family = {"mistral": "llama"}.get(kind, KINDS[kind].language.family)
+    language = replace(KINDS[kind].language, family=family, tied_head=False)
+    assert architecture_from_hf(again) == replace(KINDS[kind], language=language)
+    if KINDS[kind].language.tied_head:
+        before = with_head(chat)
+        after = load_all(again)
+        assert after.keys() == before.keys()
+        assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
     else:
-        assert architecture_from_hf(again) == KINDS[kind]
-    assert same_tensors(again, chat)
+        assert same_tensors(again, chat)
 
 
 def test_native_to_chat_to_native_is_bit_identical(tmp_path: Path) -> None:
-    for kind in ("InternViT-6B", "qwen3 tied"):
+    for kind in ("InternViT-6B", "qwen3"):
         native = make_hf(tmp_path / kind, KINDS[kind])
         chat = convert.export(
             convert.import_(native, tmp_path / f"1 {kind}"), tmp_path / f"2 {kind}", dialect="chat"
@@ -99,6 +104,7 @@ def test_what_a_folder_says_about_its_use_outlives_an_import(tmp_path: Path) -> 
     chat = chat_folder(tmp_path)
     said = {
         "template": "Hermes-2",
+        "system_message": "You describe images.",
         "min_dynamic_patch": 2,
         "max_dynamic_patch": 6,
         "use_thumbnail": False,
@@ -118,6 +124,7 @@ def test_what_a_folder_says_about_its_use_outlives_an_import(tmp_path: Path) -> 
     # transformers' processor must find a place for images in the template.
     native = convert.export(checkpoint, tmp_path / "again")
     assert "<IMG_CONTEXT>" in (native / "chat_template.jinja").read_text()
+    assert "You describe images." in (native / "chat_template.jinja").read_text()
     processor = json.loads((native / "preprocessor_config.json").read_text())
     assert (processor["min_patches"], processor["max_patches"]) == (2, 6)
 
@@ -144,6 +151,63 @@ def test_python_code_of_a_folder_is_never_run(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no readable tokenizer"):
         load_tokenizer(chat)
     assert convert.import_(chat, tmp_path / "out", tokenizer=TOKENIZER).is_dir()
+
+
+def test_a_folder_of_internlm2_is_imported_as_published(tmp_path: Path) -> None:
+    chat = chat_folder(tmp_path, "internlm2")
+    (chat / "tokenizer.json").unlink()
+    published = published_internlm2(chat)
+    checkpoint = convert.import_(chat, tmp_path / "start")
+    assert fingerprint(load_tokenizer(checkpoint / "tokenizer")) == fingerprint(published)
+    out = convert.export(checkpoint, tmp_path / "out", dialect="chat")
+    assert same_tensors(out, chat) and (out / "tokenizer.model").is_file()
+    text = "<|im_start|>user\nthe  fox<|im_end|>"
+    assert load_tokenizer(out)(text)["input_ids"] == published(text)["input_ids"]
+
+
+def test_a_written_config_is_one_that_the_class_loads(tmp_path: Path) -> None:
+    out = convert.export(
+        convert.import_(chat_folder(tmp_path, "qwen2 tied"), tmp_path / "start"),
+        tmp_path / "out",
+        dialect="chat",
+    )
+    settings = json.loads((out / "config.json").read_text())
+    language = settings["llm_config"]
+    assert isinstance(language["bos_token_id"], int)  # generate of transformers 4.37 needs one
+    assert "attn_implementation" not in language  # else flash-attn must be installed
+    # The class unties every model, so a tied head is written twice.
+    assert not settings["tie_word_embeddings"] and not language["tie_word_embeddings"]
+    weights = load_all(out)
+    assert torch.equal(
+        weights["language_model.lm_head.weight"],
+        weights["language_model.model.embed_tokens.weight"],
+    )
+
+
+@pytest.mark.parametrize("template", ["vicuna", "plain"])
+def test_templates_that_the_class_does_not_know_are_refused(tmp_path: Path, template: str) -> None:
+    checkpoint = convert.import_(chat_folder(tmp_path), tmp_path / "start")
+    usage = json.loads((checkpoint / "usage.json").read_text()) | {"template": template}
+    (checkpoint / "usage.json").write_text(json.dumps(usage))
+    words = load_tokenizer(checkpoint / "tokenizer")
+    words.add_tokens(["</s>"], special_tokens=True)
+    words.save_pretrained(checkpoint / "tokenizer")
+    with pytest.raises(ValueError, match=f"no template '{template}', only internvl2_5, Hermes-2"):
+        convert.export(checkpoint, tmp_path / "out", dialect="chat")
+    assert not (tmp_path / "out").exists()
+    assert convert.export(checkpoint, tmp_path / "exported").is_dir()
+
+
+def test_a_template_of_another_model_passes_through_and_is_not_replaced(tmp_path: Path) -> None:
+    chat = chat_folder(tmp_path)
+    settings = chat_settings(SMALL) | {"template": "internvl_zh"}
+    (chat / "config.json").write_text(json.dumps(settings))
+    checkpoint = convert.import_(chat, tmp_path / "start")
+    out = convert.export(checkpoint, tmp_path / "out", dialect="chat")
+    assert json.loads((out / "config.json").read_text())["template"] == "internvl_zh"
+    assert "chat_template" not in json.loads((out / "tokenizer_config.json").read_text())
+    with pytest.raises(ValueError, match="template 'internvl_zh' is not one of"):
+        convert.export(checkpoint, tmp_path / "exported")
 
 
 def test_a_check_goes_by_parts(tmp_path: Path) -> None:
@@ -192,6 +256,10 @@ def test_transformers_is_not_asked_to_run_it(tmp_path: Path) -> None:
         ({"select_layer": -4}, "select_layer is -4, must be -1"),
         ({"use_llm_lora": 16}, "use_llm_lora is 16, must be 0"),
         ({"downsample_ratio": 0.3}, "downsample_ratio is 0.3"),
+        (
+            {"force_image_size": 56},
+            "force_image_size is 56, and vision_config.image_size is 28; resize",
+        ),
         (
             {"llm_config": {"model_type": "phi3"}},
             "llm_config.model_type is 'phi3', must be one of qwen2",

@@ -20,7 +20,12 @@ from tests.convert.models import KINDS, SMALL, as_native, language
 
 def settings_of(architecture: Architecture) -> dict:
     return native_config.write(
-        architecture, dtype=torch.bfloat16, image_token_id=90, eos_token_id=1, pad_token_id=2
+        architecture,
+        dtype=torch.bfloat16,
+        image_token_id=90,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
     )
 
 

@@ -19,7 +19,12 @@ from tests.convert.models import KINDS, language
 
 def transformers_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
     settings = native_config.write(
-        architecture, dtype=torch.bfloat16, image_token_id=90, eos_token_id=1, pad_token_id=2
+        architecture,
+        dtype=torch.bfloat16,
+        image_token_id=90,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
     )
     with torch.device("meta"):
         model = InternVLForConditionalGeneration(InternVLConfig.from_dict(settings))

@@ -1,0 +1,75 @@
+"""Load exported folders with the transformers that is on the path, and print what was read as JSON.
+
+Run as a process of its own by ``test_loaders.py``, with an old transformers in front of the path.
+Nothing of megavlm is imported. Input on stdin: ``{"folders": {name: path}, "texts": [...],
+"tokens": [...]}``.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
+
+
+def tokenizer_of(folder, texts, use_fast):
+    """Return the class and the ids of the texts, or the error."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=use_fast)
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}"}
+    chat = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
+    ids = [tokenizer(text)["input_ids"] for text in texts]
+    inputs = sorted(tokenizer(texts[0]))
+    return {"class": type(tokenizer).__name__, "ids": ids, "chat": chat, "inputs": inputs}
+
+
+def language_of(folder, tokens):
+    """Return logits of the language part, built from llm_config as InternVLChatModel does it, or
+    the error; None if this transformers has no such class.
+    """
+    settings = json.loads((Path(folder) / "config.json").read_text())["llm_config"]
+    name = settings["architectures"][0]
+    if not hasattr(transformers, name):
+        return None
+    model_class = getattr(transformers, name)
+    config = model_class.config_class(**settings)
+    config.tie_word_embeddings = False  # as the class of InternVL 2 and 3 does
+    model = model_class(config).float().eval()
+    prefix = "language_model."
+    weights = {
+        key.removeprefix(prefix): tensor.float()
+        for path in Path(folder).glob("*.safetensors")
+        for key, tensor in load_file(path).items()
+        if key.startswith(prefix)
+    }
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        return {"error": str(error)}
+    with torch.no_grad():
+        logits = model(torch.tensor([tokens])).logits[0]
+        embedded = model.get_input_embeddings()(torch.tensor([tokens]))
+        options = {"max_new_tokens": 2, "do_sample": False, "use_cache": False}
+        model.generate(inputs_embeds=embedded, **options)
+    return {"values": logits.tolist()}
+
+
+def main():
+    """Read what to load, and print what was read."""
+    job = json.load(sys.stdin)
+    found = {}
+    for name, folder in job["folders"].items():
+        found[name] = {
+            "fast": tokenizer_of(folder, job["texts"], True),
+            "slow": tokenizer_of(folder, job["texts"], False),
+            "logits": language_of(folder, job["tokens"]),
+        }
+    print(json.dumps({"version": transformers.__version__, "folders": found}))
+
+
+if __name__ == "__main__":
+    main()
