@@ -52,6 +52,11 @@ def architecture_from_hf(folder: str | Path) -> Architecture:
     folder = Path(folder)
     path = folder / FILE_NAME
     raw = read_json(path)
+    if raw.get("quantization_config"):
+        raise ValueError(
+            f"{path}: has a quantization_config; quantised weights cannot be trained, name the"
+            " folder of the original model"
+        )
     _, read = _reader(path, raw)
     names = tensor_names(folder)
     # What the weights say about the head is more reliable than config.json, where transformers ties

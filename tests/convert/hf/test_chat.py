@@ -253,6 +253,7 @@ def test_transformers_is_not_asked_to_run_it(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"ps_version": "v1"}, "ps_version is 'v1', must be 'v2'"),
+        ({"quantization_config": {"bits": 4}}, "quantised weights cannot be trained"),
         ({"select_layer": -4}, "select_layer is -4, must be -1"),
         ({"use_llm_lora": 16}, "use_llm_lora is 16, must be 0"),
         ({"downsample_ratio": 0.3}, "downsample_ratio is 0.3"),
