@@ -18,6 +18,8 @@ class Image:
         columns: tiles beside each other in the grid.
         rows: tiles above each other in the grid.
         tiles: tiles that the vision encoder sees; counts the thumbnail.
+        name: of the file, for messages; not stored.
+        deep: whether the file has more than 8 bits a channel; not stored.
     """
 
     encoded: bytes
@@ -26,6 +28,8 @@ class Image:
     columns: int
     rows: int
     tiles: int
+    name: str = ""
+    deep: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,6 +43,8 @@ class Sample:
         source: number of the source in the manifest's list of sources, from 0.
         line: line in the source's annotation file, from 1.
         difficulty: for a curriculum; what is packed does not depend on it, only where.
+        unread: keys of the record that were not read; not stored.
+        window: index of the part of a document that is cut, from 0; not stored.
     """
 
     tokens: np.ndarray
@@ -47,6 +53,8 @@ class Sample:
     source: int
     line: int
     difficulty: float = 0.0
+    unread: tuple[str, ...] = ()
+    window: int = 0
 
     @property
     def length(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections.abc import Callable
 from types import TracebackType
@@ -21,7 +22,8 @@ def ignore(amount: int) -> None:
 
 
 class Progress:
-    """A context that shows progress on stderr.
+    """A context that shows progress on stderr. In a log it writes a line every 30 seconds, even if
+    nothing is done meanwhile.
 
     Args:
         what: is going on.
@@ -37,7 +39,8 @@ class Progress:
         self._done = done
         self._before = done
         self._note = ""
-        self._start = self._said = time.monotonic()
+        self._start = time.monotonic()
+        self._ended = threading.Event()
         self._bar = None
         if sys.stderr.isatty():
             self._bar = tqdm(
@@ -51,11 +54,13 @@ class Progress:
         if self._bar is not None:
             self._bar.set_postfix_str(note, refresh=False)
             self._bar.update(amount)
-        elif time.monotonic() - self._said > LOG_INTERVAL_SECONDS:
-            self._said = time.monotonic()
-            self._say()
 
-    def _say(self) -> None:
+    def _log_until_end(self) -> None:
+        """Write a line now and then, in a thread of its own."""
+        while not self._ended.wait(LOG_INTERVAL_SECONDS):
+            self._log()
+
+    def _log(self) -> None:
         """Write one line."""
         share = self._done / self._total if self._total else 1.0
         seconds = time.monotonic() - self._start
@@ -70,6 +75,8 @@ class Progress:
         )
 
     def __enter__(self) -> Self:
+        if self._bar is None:
+            threading.Thread(target=self._log_until_end, daemon=True).start()
         return self
 
     def __exit__(
@@ -78,5 +85,6 @@ class Progress:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._ended.set()
         if self._bar is not None:
             self._bar.close()

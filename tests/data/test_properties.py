@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from megavlm.data.loading.dataset import PackedDataset
 from megavlm.data.loading.loader import batches
 from megavlm.data.loading.order import Plan
-from megavlm.data.packing.baselines import buffered, next_fit
 from megavlm.data.packing.best_fit import best_fit_python, pack
 from megavlm.data.packing.plan import Samples, plan_packs
 from megavlm.data.sample import Sample
@@ -22,6 +21,7 @@ from megavlm.data.store.manifest import Manifest
 from megavlm.data.store.pack_format import Writer
 from megavlm.data.store.reader import Reader
 from tests.data.samples import make_dataset
+from tools.benchmark.packing_baselines import buffered, next_fit
 
 CASES = settings(
     max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)

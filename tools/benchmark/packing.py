@@ -23,13 +23,13 @@ import time
 from pathlib import Path
 
 import numpy as np
+from packing_baselines import Strategy, compare
 
 from megavlm.data.loading.order import Plan
-from megavlm.data.packing.baselines import Strategy, compare
 from megavlm.data.packing.best_fit import automatic_tile_cap, pack
 from megavlm.data.packing.cost_order import places_by_cost
 from megavlm.data.packing.plan import Samples, plan_packs
-from megavlm.data.packing.report import make_report
+from megavlm.data.packing.report import PackingFacts, make_report
 from megavlm.data.packing.report_plot import draw_report
 
 CAPACITY = 16384
@@ -105,19 +105,16 @@ def draw(tokens: np.ndarray, tiles: np.ndarray, path: Path) -> None:
     samples = Samples(rows=np.arange(len(tokens), dtype=np.int32), tokens=tokens, tiles=tiles)
     start = time.perf_counter()
     plan = plan_packs(samples, capacity=CAPACITY, tile_cap=None, seed=0)
-    report = make_report(
-        samples,
-        plan,
+    facts = PackingFacts(
         out="the mix of tools/benchmark/packing.py",
         records=len(tokens),
         packed_records=len(tokens),
         rejects={},
         capacity=CAPACITY,
         seed=0,
-        totals=None,
         seconds=time.perf_counter() - start,
     )
-    draw_report(report, path)
+    draw_report(make_report(samples, plan, facts), path)
 
 
 def best(runs: list[tuple[Strategy, ...]]) -> list[Strategy]:
@@ -171,10 +168,10 @@ def main() -> None:
         f"{len(tokens):,} samples of {tokens.mean():.0f} tokens and {tiles.mean():.2f} tiles on"
         f" average, capacity {CAPACITY:,}"
     )
-    print(f"{'':18}{'fill':>9}{'straggle of 512':>18}{'tile cap':>10}{'M samples/s':>13}")
+    print(f"{'':18}{'fill':>9}{'imbalance of 512':>18}{'tile cap':>10}{'M samples/s':>13}")
     for rule in found:
         print(
-            f"{rule.name:18}{rule.fill:9.3%}{rule.straggle_512:18.2%}"
+            f"{rule.name:18}{rule.fill:9.3%}{rule.imbalance_512:18.2%}"
             f"{rule.tile_cap or '-':>10}{rule.samples_per_s / 1e6:13.2f}"
         )
     figures = {rule.name: dataclasses.asdict(rule) for rule in found}

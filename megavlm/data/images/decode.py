@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import BinaryIO
@@ -32,22 +33,75 @@ MAX_TEXT_BYTES = 2**26
 PngImagePlugin.MAX_TEXT_CHUNK = MAX_TEXT_BYTES
 
 
-def read_size(source: bytes | Path | BinaryIO) -> tuple[int, int]:
-    """Width and height in pixels, from the header of an image file.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Header:
+    """What the header of an image file says.
 
     Args:
-        source: content of the file, or its path, or the file opened; of the latter two only the
-            header is read.
+        width: in pixels.
+        height: in pixels.
+        deep: whether Pillow opens it with more than 8 bits a channel (grey of 16 or 32 bits, or
+            float), which a conversion to RGB clips to 0 ... 255.
+    """
+
+    width: int
+    height: int
+    deep: bool
+
+
+def read_header(source: bytes | Path | BinaryIO) -> Header:
+    """Read the header of an image file.
+
+    Args:
+        source: content of the file, its path, or the opened file.
 
     Raises:
-        FileNotFoundError: there is no such file (other OSErrors likewise where a path may not be
-            read).
+        FileNotFoundError: there is no such file (another OSError if the path may not be read).
         ValueError: not an image, or one of more than ``MAX_PIXELS`` pixels.
     """
     if isinstance(source, Path):
         with open(source, "rb") as file:
-            return open_image(file).size
-    return open_image(io.BytesIO(source) if isinstance(source, bytes) else source).size
+            return read_header(file)
+    image = open_image(io.BytesIO(source) if isinstance(source, bytes) else source)
+    return Header(width=image.width, height=image.height, deep=image.mode[0] in "IF")
+
+
+def read_size(source: bytes | Path | BinaryIO) -> tuple[int, int]:
+    """Return width and height in pixels from the header of an image file; arguments and errors as
+    in ``read_header``.
+    """
+    header = read_header(source)
+    return header.width, header.height
+
+
+def scale_deep(encoded: bytes) -> bytes:
+    """Return an image of more than 8 bits a channel as a grey PNG of 8 bits.
+
+    Sixteen bits are divided by 257. Of 32 bits and floats, the image's least value becomes 0 and
+    its largest 255; floats inside 0 ... 1 are multiplied by 255.
+
+    Raises:
+        ValueError: the image cannot be decoded, or holds values that are not finite.
+    """
+    image = open_image(io.BytesIO(encoded))
+    try:
+        values = np.asarray(image).astype(np.float64)
+    except Exception as error:
+        raise ValueError(f"an image that cannot be decoded: {describe(error)}") from None
+    if not np.isfinite(values).all():
+        raise ValueError("an image with values that are not finite cannot be scaled")
+    low = float(values.min())
+    high = float(values.max())
+    if image.mode.startswith("I;16") or (image.mode == "I" and low >= 0 and high < 2**16):
+        low = 0.0
+        high = 65535.0
+    elif image.mode == "F" and low >= 0 and high <= 1:
+        low = 0.0
+        high = 1.0
+    scaled = (values - low) * (255 / max(high - low, 1e-9))
+    file = io.BytesIO()
+    PillowImage.fromarray(np.rint(scaled).astype(np.uint8)).save(file, "PNG")
+    return file.getvalue()
 
 
 def decode_tiles(

@@ -8,11 +8,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from megavlm.data.records.record import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Turn
+from megavlm.data.records.record import (
+    IMAGE_PLACEHOLDER,
+    SHOWING_ROLES,
+    VIDEO_PLACEHOLDER,
+    Turn,
+)
 from megavlm.data.records.reject import RejectError
 
 
@@ -97,29 +102,28 @@ class FrameChoice:
         return places.tolist()
 
 
-def show_frames(turns: Sequence[Turn], frames: int) -> tuple[Turn, ...]:
-    """The turns with ``Frame-1: <image>`` and so on, a line each, in the place of the video.
+def show_frames(turns: Sequence[Turn], frames: Sequence[int]) -> tuple[Turn, ...]:
+    """Return the turns with ``Frame-1: <image>`` and so on, a line each, in the place of each
+    video; ``frames`` says how many it has.
 
     Raises:
-        RejectError: the texts do not hold the video's place once, or they hold places of images.
+        RejectError: the texts do not hold as many videos.
     """
-    texts = [turn.text for turn in turns if turn.role in ("human", "pretrain")]
-    places, images = (
-        sum(text.count(placeholder) for text in texts)
-        for placeholder in (VIDEO_PLACEHOLDER, IMAGE_PLACEHOLDER)
-    )
-    if places != 1 or images:
+    counts = iter(frames)
+
+    def lines(_: re.Match[str]) -> str:
+        count = next(counts, 0)
+        return "".join(f"Frame-{number}: {IMAGE_PLACEHOLDER}\n" for number in range(1, count + 1))
+
+    videos = sum(turn.text.count(VIDEO_PLACEHOLDER) for turn in turns if turn.role in SHOWING_ROLES)
+    if videos != len(frames):
         raise RejectError(
             "placeholder_count",
-            f"{places} {VIDEO_PLACEHOLDER} and {images} {IMAGE_PLACEHOLDER} placeholders, but one"
-            " video and no image",
+            f"{videos} {VIDEO_PLACEHOLDER} placeholders, but {len(frames)} videos",
         )
-    lines = "".join(f"Frame-{number}: {IMAGE_PLACEHOLDER}\n" for number in range(1, frames + 1))
     return tuple(
-        (
-            Turn(role=turn.role, text=re.sub(f"{VIDEO_PLACEHOLDER}\n?", lambda _: lines, turn.text))
-            if turn.role in ("human", "pretrain")
-            else turn
-        )
+        replace(turn, text=re.sub(f"{VIDEO_PLACEHOLDER}\n?", lines, turn.text))
+        if turn.role in SHOWING_ROLES
+        else turn
         for turn in turns
     )

@@ -4,92 +4,171 @@ from __future__ import annotations
 
 import argparse
 import os
+from dataclasses import dataclass
 
 from megavlm.config.architecture import PIXELS, Architecture
 from megavlm.data.images.frame_sampling import FrameChoice
 from megavlm.data.images.tiling import Tiling, features_per_tile
-from megavlm.data.packing.job import Job
+from megavlm.data.packing.settings import Job
+from megavlm.data.packing.windows import Windows
 from megavlm.data.records.meta_file import read_sources
+from megavlm.data.text.templates import FORMATS
 
 DESCRIPTION = "Turn images, videos and texts into a packed dataset for training."
 EXAMPLE = """example:
   python tools/pack_dataset.py --model internvl2_5-1b --tokenizer Qwen2.5-0.5B-Instruct/ \\
       --jsonl chats.jsonl --root images/ --capacity 16384 --out packs/chats
 The folder --out appears when it is complete; its rejects.jsonl lists the records that cannot be
-used.
+used. docs/formats.md says which records are read, docs/data.md how to choose the settings.
 """
-OPTIONS = (
-    ("image_size", None, "side of a tile in pixels (default: the model's, or 448)"),
-    ("patch_size", None, "side of a patch in pixels (default: the model's, or 14)"),
-    (
-        "pixel_shuffle",
-        None,
-        "patches along a side that become one feature (default: the model's, or 2)",
+
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """An option with a value.
+
+    Args:
+        name: without ``--``.
+        default: sets its type too; None: a whole number without a default.
+        metavar: what the help calls the value.
+        text: of the help.
+        choices: the values that are allowed; None: all of the type.
+    """
+
+    name: str
+    default: str | int | float | None = None
+    metavar: str = "N"
+    text: str
+    choices: tuple[str, ...] | None = None
+
+
+SIZES = (
+    Option(name="image_size", text="side of a tile in pixels (default: the model's, or 448)"),
+    Option(name="patch_size", text="side of a patch in pixels (default: the model's, or 14)"),
+    Option(
+        name="pixel_shuffle",
+        text="patches along a side that become one image token (default: the model's, or 2)",
     ),
-    ("template", "internvl2_5", "conversation template (default: %(default)s)"),
-    ("capacity", 16384, "tokens of a pack (default: %(default)s)"),
-    ("min_tiles", 1, "fewest tiles of an image, thumbnail not counted (default: %(default)s)"),
-    (
-        "max_tiles",
-        12,
-        "most tiles of a record's images, thumbnails not counted (default: %(default)s)",
+)
+IMAGES = (
+    Option(
+        name="min_tiles",
+        default=1,
+        text="fewest tiles of an image, thumbnail not counted (default: %(default)s)",
     ),
-    (
-        "tiling",
-        "dynamic",
-        "dynamic, or pad: each image one tile, filled up to a square (default: %(default)s)",
+    Option(
+        name="max_tiles",
+        default=12,
+        text="most tiles of a record's images, thumbnails not counted (default: %(default)s)",
     ),
-    ("min_frames", 8, "fewest frames of a video that has as many (default: %(default)s)"),
-    ("max_frames", 32, "most frames of a video, a tile each (default: %(default)s)"),
-    (
-        "frame_sampling",
-        "rand",
-        "rand, middle, or frames a second such as fps0.5 (default: %(default)s)",
+    Option(
+        name="tiling",
+        default="dynamic",
+        metavar="MODE",
+        text="dynamic, or pad: each image is one tile, padded to a square (default: %(default)s)",
     ),
-    (
-        "tile_cap",
-        "auto",
-        "most tiles of a pack; auto (default): just above the mean, so that packs cost alike",
+    Option(
+        name="min_frames",
+        default=8,
+        text="fewest frames of a video that has as many (default: %(default)s)",
     ),
-    (
-        "tile_multiple",
-        1,
-        (
-            "what an auto --tile_cap is a multiple of: what training fills tiles up to, 4 or 16"
+    Option(
+        name="max_frames",
+        default=32,
+        text="most frames of a video, a tile each (default: %(default)s)",
+    ),
+    Option(
+        name="frame_sampling",
+        default="rand",
+        metavar="MODE",
+        text="rand, middle, or frames per second such as fps0.5 (default: %(default)s)",
+    ),
+    Option(
+        name="deep_images",
+        default="clip",
+        choices=("clip", "scale", "reject"),
+        text=(
+            "images of 16 or 32 bits a channel: clip values to 0-255 as InternVL does, scale them"
+            " to 8 bits, or reject the record (default: %(default)s)"
+        ),
+    ),
+)
+TEXTS = (
+    Option(
+        name="template",
+        default="internvl2_5",
+        metavar="NAME",
+        text=f"conversation template: {', '.join(FORMATS)} (default: %(default)s)",
+    ),
+    Option(
+        name="window_tokens",
+        default=0,
+        text=(
+            "cut documents (records that are one text) into windows of at most N tokens; 0: do not"
+            " cut (default: %(default)s)"
+        ),
+    ),
+    Option(
+        name="window_images",
+        default=0,
+        text="and of at most N images; 0: any number (default: %(default)s)",
+    ),
+)
+PACKS = (
+    Option(name="capacity", default=16384, text="tokens of a pack (default: %(default)s)"),
+    Option(
+        name="tile_cap",
+        default="auto",
+        metavar="N|auto",
+        text="most tiles of a pack; auto (default): just above the mean, which balances ranks",
+    ),
+    Option(
+        name="tile_multiple",
+        default=1,
+        text=(
+            "round an auto --tile_cap up to a multiple of this; training pads tiles to multiples of"
+            " 4 or 16 (default: %(default)s)"
+        ),
+    ),
+    Option(
+        name="alignment",
+        default=1,
+        text=(
+            "start samples at multiples of this in a pack; 2 x CP for context parallelism"
             " (default: %(default)s)"
         ),
     ),
-    (
-        "alignment",
-        1,
-        (
-            "samples start at multiples of so many tokens in a pack, 2 x CP for context parallelism"
-            " (default: %(default)s)"
-        ),
-    ),
-    (
-        "levels",
-        0,
-        (
-            "levels of difficulty for a curriculum, of as many samples each; 0: one for each"
+    Option(
+        name="levels",
+        default=0,
+        text=(
+            "cut the records into this many levels of difficulty for a curriculum; 0: one for each"
             " difficulty (default: %(default)s)"
         ),
     ),
-    ("seed", 0, "fixes the order of the packs (default: %(default)s)"),
-    (
-        "workers",
-        os.cpu_count() or 1,
-        "processes; 0: this one only (default: all cores, %(default)s)",
+    Option(name="seed", default=0, text="seed of the order of the packs (default: %(default)s)"),
+)
+JOB = (
+    Option(
+        name="workers",
+        default=os.cpu_count() or 1,
+        text="processes; 0: this one only (default: all cores, %(default)s)",
     ),
-    (
-        "max_rejects",
-        0.01,
-        "largest share of the records that may be unusable (default: %(default)s)",
+    Option(
+        name="max_rejects",
+        default=0.01,
+        metavar="SHARE",
+        text="largest share of the records that may be rejected (default: %(default)s)",
+    ),
+    Option(
+        name="executor",
+        default="processes",
+        choices=("processes", "ray"),
+        text="where workers run (default: %(default)s)",
     ),
 )
 PASSED_ON = (
     "tokenizer",
-    "out",
     "template",
     "capacity",
     "tile_multiple",
@@ -99,18 +178,42 @@ PASSED_ON = (
     "workers",
     "max_rejects",
     "executor",
+    "deep_images",
 )
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=DESCRIPTION,
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    _add_files(parser)
+    _add_options(parser, "model", SIZES)
+    _add_model_options(parser)
+    _add_options(parser, "images and videos", IMAGES)
+    _add_options(parser, "texts", TEXTS)
+    parser.add_argument(
+        "--system",
+        metavar="TEXT|none",
+        help=(
+            "system message of conversations that have none (default: the template's); none: begin"
+            " with the user's turn"
+        ),
+    )
+    _add_options(parser, "packs", PACKS)
+    _add_options(parser, "job", JOB)
+    _add_switches(parser)
+    options = parser.parse_args(arguments)
+    if options.out is None and not options.dry_run:
+        parser.error("--out is required, except with --dry_run")
+    return options
+
+
+def _add_files(parser: argparse.ArgumentParser) -> None:
+    """Add the options that name files."""
     data = parser.add_mutually_exclusive_group(required=True)
-    add = parser.add_argument
     data.add_argument(
         "--meta",
         metavar="FILE",
@@ -119,8 +222,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     data.add_argument(
         "--jsonl",
         metavar="FILE",
-        help="annotations: .jsonl, .json, .parquet, .tar, a pattern, or an Energon dataset",
+        help="annotations: .jsonl, .json, .parquet, .tar, a pattern, an Energon or imagefolder",
     )
+    add = parser.add_argument
     add(
         "--root",
         metavar="DIR",
@@ -130,35 +234,52 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add(
         "--tokenizer", metavar="DIR", required=True, help="folder of the language model's tokenizer"
     )
-    add("--out", metavar="DIR", required=True, help="folder to make; must be missing or empty")
-    add(
+    add("--out", metavar="DIR", help="folder to make; must be missing or empty")
+    add("--picture", metavar="FILE", help="plot the report, with matplotlib")
+    add("--json", metavar="FILE", help="also write the report's figures there")
+
+
+def _add_options(parser: argparse.ArgumentParser, title: str, options: tuple[Option, ...]) -> None:
+    """Add options with values, as a group of the help."""
+    group = parser.add_argument_group(title)
+    for option in options:
+        group.add_argument(
+            f"--{option.name}",
+            type=int if option.default is None else type(option.default),
+            default=option.default,
+            metavar=None if option.choices else option.metavar,
+            choices=option.choices,
+            help=option.text,
+        )
+
+
+def _add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that describe the model."""
+    parser.add_argument(
         "--model",
         metavar="NAME",
         help=(
-            "model, or Hugging Face folder, that the packs are for: gives the next three sizes, and"
-            " the pixels"
+            "model, or Hugging Face folder, that the packs are for: sets --image_size,"
+            " --patch_size, --pixel_shuffle and --pixels"
         ),
     )
-    for name, default, text in OPTIONS:
-        add(
-            f"--{name}",
-            type=int if default is None else type(default),
-            default=default,
-            metavar="N",
-            help=text,
-        )
-    add(
+    parser.add_argument(
         "--pixels",
         choices=sorted(PIXELS),
         help=(
-            "mean and deviation that the model takes off its pixels (default: the model's, or"
-            " imagenet)"
+            "mean and standard deviation that the model normalises pixels with (default: the"
+            " model's, or imagenet)"
         ),
     )
+
+
+def _add_switches(parser: argparse.ArgumentParser) -> None:
+    """Add the options without values, and those of records."""
+    add = parser.add_argument
     add(
         "--data_augment",
         action="store_true",
-        help="let images of --jsonl be changed at random while training (see --data.augment there)",
+        help="allow images of --jsonl to be augmented in training (see --data.augment there)",
     )
     add(
         "--difficulty",
@@ -174,23 +295,21 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add(
         "--headers_only",
         action="store_true",
-        help="trust images whose header can be read, instead of seeing that each can be decoded",
-    )
-    add(
-        "--executor",
-        choices=("processes", "ray"),
-        default="processes",
-        help="where workers run (default: %(default)s)",
+        help="trust images whose header can be read, instead of checking that each can be decoded",
     )
     add("--dry_run", action="store_true", help="plan and report, without writing packs")
-    add("--picture", metavar="FILE", help="draw the report, with matplotlib")
-    add("--json", metavar="FILE", help="also write the report's figures there")
-    return parser.parse_args(arguments)
+    add(
+        "--scan_pixels",
+        action="store_true",
+        help="decode each image in the first pass too, so that --dry_run finds damaged ones",
+    )
 
 
 def make_job(args: argparse.Namespace, model: Architecture) -> Job:
-    """What the command line asks for, for a ``model``; raises ValueError or FileNotFoundError,
-    naming the flag, where it cannot be.
+    """Return the job that a command line asks for.
+
+    Raises:
+        ValueError, FileNotFoundError: it cannot be done; names the flag.
     """
     sizes = {
         "image_size": model.vision.image_size,
@@ -212,6 +331,7 @@ def make_job(args: argparse.Namespace, model: Architecture) -> Job:
         sources=read_sources(
             args.meta, args.jsonl, args.root, augment=args.data_augment, difficulty=args.difficulty
         ),
+        out=args.out or "",
         features_per_tile=features_per_tile(size, patch, shuffle),
         tiling=Tiling(
             tile_size=size,
@@ -225,7 +345,10 @@ def make_job(args: argparse.Namespace, model: Architecture) -> Job:
         frames=FrameChoice(
             min_frames=args.min_frames, max_frames=args.max_frames, sampling=args.frame_sampling
         ),
+        windows=Windows(tokens=args.window_tokens, images=args.window_images),
+        system_message="" if args.system == "none" else args.system,
         tile_cap=None if args.tile_cap == "auto" else int(args.tile_cap),
         decode_images=not args.headers_only,
+        scan_pixels=args.scan_pixels,
         **{name: given[name] for name in PASSED_ON},
     )

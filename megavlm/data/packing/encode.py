@@ -4,20 +4,35 @@ becomes tokens.
 
 from __future__ import annotations
 
+import dataclasses
+import re
+from collections.abc import Iterator
 from enum import Enum
+from typing import Literal
 
 import numpy as np
 
-from megavlm.data.images.decode import check_pixels, load_decoders, read_size
+from megavlm.data.images.decode import check_pixels, load_decoders, read_header, scale_deep
 from megavlm.data.images.frame_sampling import FrameChoice, show_frames
 from megavlm.data.images.tiling import Tiling
 from megavlm.data.images.video import frame_times, open_media, read_frames
+from megavlm.data.packing.windows import Windows, cut_document
 from megavlm.data.records.meta_file import Annotations, Filter
-from megavlm.data.records.raw_record import Entry
-from megavlm.data.records.record import MediaFile, Record, Video, parse_record
-from megavlm.data.records.reject import Reject, RejectError
+from megavlm.data.records.parse import parse_record
+from megavlm.data.records.raw_record import RawRecord
+from megavlm.data.records.record import (
+    IMAGE_PLACEHOLDER,
+    SHOWING_ROLES,
+    VIDEO_PLACEHOLDER,
+    MediaFile,
+    Record,
+    Video,
+)
+from megavlm.data.records.reject import Reject, RejectError, printable
 from megavlm.data.sample import Image, Sample
 from megavlm.data.text.chat_tokens import ChatTemplate
+
+DeepImages = Literal["clip", "scale", "reject"]
 
 
 class Images(Enum):
@@ -42,6 +57,8 @@ class Encoder:
         capacity: most tokens of a sample.
         tile_cap: most tiles of a sample; None: any number.
         frames: how frames of videos are chosen.
+        deep_images: what becomes of images of more than 8 bits a channel.
+        windows: how long documents are cut.
         seed: fixes the frames that are chosen at random.
     """
 
@@ -53,6 +70,8 @@ class Encoder:
         tile_cap: int | None = None,
         *,
         frames: FrameChoice | None = None,
+        deep_images: DeepImages = "clip",
+        windows: Windows | None = None,
         seed: int = 0,
     ) -> None:
         self.template = template
@@ -60,39 +79,40 @@ class Encoder:
         self.capacity = capacity
         self.tile_cap = tile_cap
         self.frames = frames or FrameChoice()
+        self.deep_images = deep_images
+        self.windows = windows or Windows()
         self.seed = seed
 
-    def encode_entry(
-        self, entry: Entry, annotations: Annotations, *, source: int, images: Images
-    ) -> Sample | Reject:
-        """The sample of one entry of an annotation file, or why there is none.
+    def encode_raw(
+        self, raw: RawRecord, annotations: Annotations, *, source: int, images: Images
+    ) -> tuple[Sample, ...] | Reject:
+        """Return the samples of one record of an annotation file (one, but for documents that are
+        cut), or why there is none.
 
         Args:
-            entry: the record as it stands in the file.
+            raw: the record as it is stored in the file.
             annotations: the file that it is from.
-            source: number of the file.
+            source: index of the file.
             images: how far images are read.
         """
         try:
-            fields = entry.fields()
+            fields = raw.fields()
             annotations.keep.check_fields(fields)
             difficulty = annotations.difficulty_of(fields)
             record = parse_record(
-                fields, root=annotations.root, files=entry.files, prompt=annotations.prompt
+                fields, root=annotations.root, files=raw.files, prompt=annotations.prompt
             )
-            limits = {"max_tiles": annotations.max_tiles, "keep": annotations.keep}
             return self.encode(
                 record,
                 source=source,
-                line=entry.number,
+                line=raw.number,
                 images=images,
                 difficulty=difficulty,
-                **limits,
+                max_tiles=annotations.max_tiles,
+                keep=annotations.keep,
             )
         except RejectError as error:
-            return Reject(
-                file=annotations.path, line=entry.number, reason=error.reason, detail=error.detail
-            )
+            return reject(raw, annotations, source, error)
 
     def encode(
         self,
@@ -104,15 +124,16 @@ class Encoder:
         max_tiles: int | None = None,
         keep: Filter | None = None,
         difficulty: float = 0.0,
-    ) -> Sample:
-        """The sample of a record. Nothing is cut off: what is too long is refused.
+    ) -> tuple[Sample, ...]:
+        """Return the samples of a record: one, or the windows of a document. Nothing is cut off:
+        what is too long is refused.
 
         Args:
-            record: conversations, images and video.
-            source: number of the annotation file.
+            record: conversations, images and videos.
+            source: index of the annotation file.
             line: number of the record in it, from 1.
             images: how far images are read.
-            max_tiles: stands in for the tiling's, for a source that has its own.
+            max_tiles: replaces the tiling's, for a source that has its own.
             keep: what the record must be like.
             difficulty: of the record.
 
@@ -121,76 +142,117 @@ class Encoder:
         """
         keep = keep or Filter()
         turns = record.conversations
-        if record.video:
+        stills = [
+            self._image(file, len(record.images), max_tiles, images, keep) for file in record.images
+        ]
+        if record.videos:
             rng = np.random.default_rng((self.seed, source, line))
-            pictures = self._frames(record.video, images, rng)
-            turns = show_frames(turns, len(pictures))
+            clips = [self._frames(video, images, rng) for video in record.videos]
+            pictures = _in_text_order(record, stills, clips)
+            turns = show_frames(turns, [len(clip) for clip in clips])
         else:
-            pictures = tuple(
-                self._image(file, len(record.images), max_tiles, images, keep)
-                for file in record.images
-            )
-        tiles = [picture.tiles for picture in pictures]
-        if self.tile_cap is not None and sum(tiles) > self.tile_cap:
-            raise RejectError(
-                "too_many_tiles",
-                f"{sum(tiles)} tiles of {len(tiles)} images, but a pack holds {self.tile_cap}: "
-                f"lower {'--max_frames' if record.video else '--max_tiles'} or raise --tile_cap",
-            )
-        tokens, supervised = self.template.encode(turns, tiles)
-        if len(tokens) > self.capacity:
-            raise RejectError(
-                "too_long",
-                f"{len(tokens)} tokens, {sum(tiles) * self.template.features_per_tile} of them for"
-                f" {sum(tiles)} tiles, but a pack holds {self.capacity}: raise --capacity or lower"
-                f" {'--max_frames' if record.video else '--max_tiles'}",
-            )
-        keep.check_length(len(tokens))
-        return Sample(
+            pictures = tuple(stills)
+        tokens, supervised = self.template.encode(turns, [picture.tiles for picture in pictures])
+        whole = Sample(
             tokens=tokens,
             supervised=supervised,
             images=pictures,
             source=source,
             line=line,
             difficulty=difficulty,
+            unread=record.unread,
         )
+        if self.windows.cut and turns[0].role == "pretrain":
+            samples = tuple(self._cut(whole))
+        else:
+            samples = (whole,)
+        for sample in samples:
+            self._check_size(sample, "--max_frames" if record.videos else "--max_tiles")
+            keep.check_length(sample.length)
+        return samples
+
+    def _check_size(self, sample: Sample, flag: str) -> None:
+        """Refuse a sample that no pack can hold; ``flag`` makes its images smaller."""
+        tiles = sample.tiles
+        if self.tile_cap is not None and tiles > self.tile_cap:
+            raise RejectError(
+                "too_many_tiles",
+                f"{tiles} tiles of {len(sample.images)} images, but a pack holds {self.tile_cap}: "
+                f"lower {flag} or raise --tile_cap",
+            )
+        if sample.length > self.capacity:
+            raise RejectError(
+                "too_long",
+                f"{sample.length} tokens, {tiles * self.template.features_per_tile} of them for"
+                f" {tiles} tiles, but a pack holds {self.capacity}: raise --capacity or lower"
+                f" {flag}",
+            )
+
+    def _cut(self, whole: Sample) -> Iterator[Sample]:
+        """Yield the windows of a document, without those that have nothing to learn."""
+        first = len(self.template.first_tokens)
+        tokens = whole.tokens[first:]
+        supervised = whole.supervised[first:]
+        starts, ends = self.template.image_extents(tokens)
+        number = 0
+        for start, end, image, last in cut_document(tokens, starts, ends, self.windows):
+            if not supervised[start + 1 : end].any():
+                continue
+            yield dataclasses.replace(
+                whole,
+                tokens=np.concatenate([whole.tokens[:first], tokens[start:end]]),
+                supervised=np.concatenate([whole.supervised[:first], supervised[start:end]]),
+                images=whole.images[image:last],
+                window=number,
+            )
+            number += 1
+        if not number:
+            raise RejectError("empty_answer", "no window of the document has a text to be learned")
 
     def _image(
         self, file: MediaFile, images: int, max_tiles: int | None, how: Images, keep: Filter
     ) -> Image:
-        """One of a record's ``images`` images."""
+        """Read one of a record's ``images`` images."""
         try:
             with open_media(file) as opened:
                 encoded = b"" if how is Images.HEADER else opened.read()
-                width, height = read_size(opened if how is Images.HEADER else encoded)
+                header = read_header(opened if how is Images.HEADER else encoded)
+            if header.deep and self.deep_images == "reject":
+                raise RejectError(
+                    "deep_image", f"{file.path}: more than 8 bits a channel (--deep_images)"
+                )
             if how is Images.DECODE:
                 check_pixels(encoded)
-            columns, rows = self.tiling.grid(width, height, images, max_tiles)
+            if header.deep and self.deep_images == "scale" and encoded:
+                encoded = scale_deep(encoded)
+            columns, rows = self.tiling.grid(header.width, header.height, images, max_tiles)
+        except RejectError:
+            raise
         except OSError as error:
             raise RejectError("missing_image", f"{file.path}: {error.strerror or error}") from None
         except ValueError as error:
             raise RejectError("unreadable_image", f"{file.path}: {error}") from None
-        keep.check_image(width, height)
+        keep.check_image(header.width, header.height)
         return Image(
             encoded=encoded if how is Images.LOAD else b"",
-            width=width,
-            height=height,
+            width=header.width,
+            height=header.height,
             columns=columns,
             rows=rows,
             tiles=self.tiling.count(columns, rows),
+            name=file.path,
+            deep=header.deep,
         )
 
     def _frames(self, video: Video, how: Images, rng: np.random.Generator) -> tuple[Image, ...]:
-        """The chosen frames of a video, a tile each."""
+        """Return the chosen frames of a video, a tile each."""
         try:
-            places = self.frames.choose(frame_times(video.file), video.clip, rng)
+            chosen = self.frames.choose(frame_times(video.file), video.clip, rng)
             if how is Images.HEADER:
-                return tuple(
-                    Image(encoded=b"", width=0, height=0, columns=1, rows=1, tiles=1)
-                    for _ in places
-                )
+                blank = Image(encoded=b"", width=0, height=0, columns=1, rows=1, tiles=1)
+                return tuple(blank for _ in chosen)
             load_decoders()
-            frames = read_frames(video.file, places, self.tiling.tile_size, self.tiling.pad_colour)
+            frames = read_frames(video.file, chosen, self.tiling.tile_size, self.tiling.pad_colour)
             for frame in frames if how is Images.DECODE else ():
                 check_pixels(frame.encoded)
         except OSError as error:
@@ -201,14 +263,48 @@ class Encoder:
             raise RejectError(error.reason, f"{video.file.path}: {error.detail}") from None
         except ValueError as error:
             raise RejectError("unreadable_video", f"{video.file.path}: {error}") from None
+        blank = Image(
+            encoded=b"", width=0, height=0, columns=1, rows=1, tiles=1, name=video.file.path
+        )
         return tuple(
-            Image(
+            dataclasses.replace(
+                blank,
                 encoded=frame.encoded if how is Images.LOAD else b"",
                 width=frame.width,
                 height=frame.height,
-                columns=1,
-                rows=1,
-                tiles=1,
             )
             for frame in frames
         )
+
+
+def reject(raw: RawRecord, annotations: Annotations, source: int, error: RejectError) -> Reject:
+    """Return the record of an error, with everything that finds the record again."""
+    return Reject(
+        file=printable(annotations.path, 4096),
+        line=raw.number,
+        place=raw.where(),
+        source=source,
+        offset=raw.offset,
+        bytes=raw.size,
+        reason=error.reason,
+        detail=error.detail,
+    )
+
+
+def _in_text_order(
+    record: Record, stills: list[Image], clips: list[tuple[Image, ...]]
+) -> tuple[Image, ...]:
+    """Return images and frames in the order of their placeholders. If the texts hold more or fewer
+    images, the template refuses them.
+    """
+    left_stills = iter(stills)
+    left_clips = iter(clips)
+    pictures: list[Image] = []
+    for turn in record.conversations:
+        if turn.role in SHOWING_ROLES:
+            for sign in re.findall(f"{IMAGE_PLACEHOLDER}|{VIDEO_PLACEHOLDER}", turn.text):
+                if sign == VIDEO_PLACEHOLDER:
+                    pictures += next(left_clips, ())
+                elif (still := next(left_stills, None)) is not None:
+                    pictures.append(still)
+    return (*pictures, *left_stills)

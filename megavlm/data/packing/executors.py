@@ -11,13 +11,14 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Literal, TypeVar
 
 from megavlm.data.images.frame_sampling import FrameChoice
 from megavlm.data.images.tiling import Tiling
-from megavlm.data.packing.encode import Encoder
+from megavlm.data.packing.encode import DeepImages, Encoder
+from megavlm.data.packing.windows import Windows
 from megavlm.data.text.chat_tokens import ChatTemplate
 from megavlm.data.text.tokenizer import load_tokenizer
 
@@ -47,6 +48,8 @@ class EncoderSettings:
         seed: fixes the frames that are chosen at random.
         capacity: most tokens of a sample.
         tile_cap: most tiles of a sample; None: any number.
+        deep_images: what becomes of images of more than 8 bits a channel.
+        windows: how long documents are cut.
     """
 
     tokenizer: str
@@ -59,11 +62,13 @@ class EncoderSettings:
     seed: int
     capacity: int
     tile_cap: int | None
+    deep_images: DeepImages = "clip"
+    windows: Windows = field(default_factory=Windows)
 
 
 @lru_cache(maxsize=1)
 def build_encoder(settings: EncoderSettings) -> Encoder:
-    """The encoder of this process."""
+    """Return the encoder of this process."""
     # The processes are the parallelism; threads of the tokenizer on top would only fight for cores.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     template = ChatTemplate(
@@ -78,6 +83,8 @@ def build_encoder(settings: EncoderSettings) -> Encoder:
         settings.capacity,
         settings.tile_cap,
         frames=settings.frames,
+        deep_images=settings.deep_images,
+        windows=settings.windows,
         seed=settings.seed,
     )
 
@@ -88,8 +95,8 @@ def ordered_map(
     workers: int,
     executor: Executor = "processes",
 ) -> Iterator[Result]:
-    """``function`` of each task, in order, computed by other processes, a bounded number of tasks
-    ahead.
+    """Yield ``function`` of each task, in order, computed by other processes, a bounded number of
+    tasks ahead.
 
     Args:
         function: of a module that the processes can import.
@@ -112,7 +119,7 @@ def ordered_map(
 def _process_map(
     function: Callable[[Task], Result], tasks: Iterable[Task], workers: int
 ) -> Iterator[Result]:
-    """``ordered_map`` over processes of this machine."""
+    """Run ``ordered_map`` over processes of this machine."""
     # Forked, so that all share what they import, but from a process without threads: the
     # tokenizer's do not survive a fork.
     context = multiprocessing.get_context("forkserver")
@@ -128,16 +135,16 @@ def _process_map(
                 yield waiting.popleft().result()
         except BrokenProcessPool:
             raise RuntimeError(
-                f"one of {workers} worker processes ended on its own, for lack of memory maybe; the"
-                " same command goes on"
+                f"one of {workers} worker processes ended on its own, maybe for lack of memory; the"
+                " same command resumes"
             ) from None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _follow_parent() -> None:
-    """In a worker: end when the process that has started it ends, killed ones too. The pool's own
-    workers would wait for tasks for ever.
+    """End this worker when the process that has started it ends, even if it was killed. The pool's
+    own workers would wait for tasks forever.
     """
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
@@ -150,7 +157,7 @@ def _end_with_parent() -> None:
 def _ray_map(
     function: Callable[[Task], Result], tasks: Iterable[Task], workers: int
 ) -> Iterator[Result]:
-    """``ordered_map`` over a Ray cluster: the one that RAY_ADDRESS names, one that runs on this
+    """Run ``ordered_map`` over a Ray cluster: the one that RAY_ADDRESS names, one that runs on this
     machine, or a new one of this machine.
     """
     try:
@@ -174,7 +181,7 @@ def _ray_map(
         ray.exceptions.OutOfMemoryError,
     ) as error:
         raise RuntimeError(
-            f"a process of the Ray cluster ended on its own; the same command goes on: {error}"
+            f"a process of the Ray cluster ended on its own; the same command resumes: {error}"
         ) from None
     finally:
         for unfinished in waiting:

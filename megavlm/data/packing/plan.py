@@ -26,7 +26,7 @@ class PackPlan:
     """Which samples go into which pack, and which packs into which shard.
 
     Args:
-        order: int32, rows of the survey, pack after pack; a record that is taken k times is there k
+        order: int32, rows of the scan, pack after pack; a record that is taken k times is there k
             times.
         starts: int64 [packs + 1]; pack b holds ``order[starts[b]:starts[b + 1]]``.
         tile_cap: most tiles of a pack.
@@ -78,7 +78,7 @@ class Samples:
     """The sizes of all samples, repeats counted.
 
     Args:
-        rows: int32 [samples], the row of the survey that each is, in an order that the seed fixes.
+        rows: int32 [samples], the row of the scan that each is, in an order that the seed fixes.
         tokens: int32 [samples], rounded up to the alignment.
         tiles: int32 [samples].
         levels: of difficulty, where it is known.
@@ -93,10 +93,10 @@ class Samples:
 def gather_samples(
     rows: Rows, sources: Sequence[Annotations], alignment: int, seed: int, levels: int = 0
 ) -> Samples:
-    """The sizes of the samples that the rows of a survey stand for.
+    """The sizes of the samples that the rows of a scan mean.
 
     Args:
-        rows: of the survey.
+        rows: of the scan.
         sources: of the records, and how often they are taken.
         alignment: of samples in a pack.
         seed: fixes which of equal samples share a pack, and which are drawn once more.

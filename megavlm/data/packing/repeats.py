@@ -10,7 +10,7 @@ from megavlm.data.records.meta_file import Annotations
 
 
 def take(row_sources: np.ndarray, sources: Sequence[Annotations], seed: int) -> np.ndarray:
-    """Rows of the survey, each as often as its sample is taken, in the order of the rows; int32.
+    """Return the rows of the scan, each as often as its sample is taken, in their order; int32.
 
     Without weights a sample is taken ``repeat_time`` times. With weights, as many samples are taken
     in all as ``repeat_time`` alone would take, and each source's share of them is its weight's.
@@ -25,7 +25,7 @@ def take(row_sources: np.ndarray, sources: Sequence[Annotations], seed: int) -> 
     first = np.array([names.index(name) for name in names])  # files of one source are one group
     group_of_row = first[row_sources]
     found = np.bincount(group_of_row, minlength=len(sources)).astype(np.float64)
-    # Of a share below 1, the survey has read no more than that share.
+    # Of a share below 1, the scan has read no more than that share.
     wanted = found * np.maximum([source.repeat_time for source in sources], 1.0)
     weights = np.where(found > 0, [source.weight or 0.0 for source in sources], 0.0)
     if weights.any():

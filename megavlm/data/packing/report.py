@@ -1,4 +1,4 @@
-"""What a packing came to, for people and for programs."""
+"""The figures of a packing, for people and for programs."""
 
 from __future__ import annotations
 
@@ -8,19 +8,21 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megavlm.data.packing.baselines import COMPARED_SAMPLES, Strategy, compare, straggle
 from megavlm.data.packing.best_fit import CapTrial, cap_curve
 from megavlm.data.packing.plan import PackPlan, Samples
+from megavlm.data.packing.source_report import SourceReport
 from megavlm.data.records.reject import REASONS
 from megavlm.data.store.manifest import Level, Totals
 
 BARS = 32
+IMBALANCE_RANKS = 512
+IMBALANCE_DRAWS = 200
 
 
 @dataclass(frozen=True, kw_only=True)
 class Histogram:
-    """How a whole number is spread over the samples: ``counts[k]`` of them lie in ``[edges[k],
-    edges[k + 1])``.
+    """The distribution of a whole number over the samples: ``counts[k]`` of them lie in
+    ``[edges[k], edges[k + 1])``.
     """
 
     edges: tuple[int, ...]
@@ -50,14 +52,14 @@ class Report:
         tiles_per_pack_max: largest over the planned packs.
         tile_cap: most tiles that a pack was allowed.
         levels: levels of difficulty, the easiest first.
-        straggle_512: share by which the most tiles among 512 random packs are above the mean.
+        imbalance_512: load imbalance in tiles of 512 data-parallel ranks with random packs (max /
+            mean - 1).
         bytes: size of the packs; None in a dry run.
         seconds: time that it took, since it was started last.
+        sources: figures of each source.
         lengths: tokens of the samples, aligned.
         tile_counts: tiles of the samples.
         caps: what other tile caps would come to.
-        strategies: what other rules of packing would come to, on a random part of the samples where
-            there are many.
     """
 
     out: str
@@ -78,21 +80,21 @@ class Report:
     tiles_per_pack_max: int
     tile_cap: int
     levels: tuple[Level, ...]
-    straggle_512: float
+    imbalance_512: float
     bytes: int | None
     seconds: float
     lengths: Histogram
     tile_counts: Histogram
     caps: tuple[CapTrial, ...]
-    strategies: tuple[Strategy, ...]
+    sources: tuple[SourceReport, ...] = ()
 
     @property
     def samples_per_second(self) -> float:
-        """Samples packed a second, all passes counted."""
+        """Return the samples packed a second, all passes counted."""
         return self.samples / max(self.seconds, 1e-9)
 
     def to_json(self) -> str:
-        """The figures as JSON."""
+        """Return the figures as JSON."""
         return (
             json.dumps(
                 {**dataclasses.asdict(self), "samples_per_second": self.samples_per_second},
@@ -103,7 +105,7 @@ class Report:
         )
 
     def text(self) -> str:
-        """The figures as lines of text."""
+        """Return the figures as lines of text."""
         supervised = "" if self.supervised is None else f", {self.supervised:,} of them supervised"
         size = "" if self.bytes is None else f", {self.bytes / 1e6:,.1f} MB"
         images = (
@@ -112,12 +114,13 @@ class Report:
             else f"{self.images:,} of {self.tiles:,} tiles"
         )
         lines = [
-            f"packed    {self.out}" if self.written else f"dry run   {self.out} is not written",
+            f"packed    {self.out}" if self.written else "dry run   nothing is written",
             f"records   {self.records:,} read, {self.rejected:,} rejected",
             *(
                 f"            {count:,} {reason}: {REASONS[reason]}"
                 for reason, count in self.rejects.items()
             ),
+            *(line for source in self.sources for line in source.lines()),
             f"samples   {self.samples:,} of {self.tokens:,} tokens{supervised}",
             f"packs     {self.packs:,} of {self.capacity:,} tokens, {self.fill:.2%} filled{size}",
             *(
@@ -128,17 +131,12 @@ class Report:
             f"images    {images}",
             (
                 f"tiles     {self.tiles_per_pack_mean:.2f} a pack on average,"
-                f" {self.tiles_per_pack_max} at most (cap {self.tile_cap}); the most among 512"
-                f" packs are {self.straggle_512:.1%} above the mean"
+                f" {self.tiles_per_pack_max} at most (cap {self.tile_cap}); load imbalance of 512"
+                f" ranks {self.imbalance_512:.1%}"
             ),
             *(
                 f"cap {trial.tile_cap:>5} {trial.fill:.3%} filled" + self._mark(trial)
                 for trial in self.caps
-            ),
-            *(
-                f"{rule.name:<18}{rule.fill:8.3%} filled, tiles {rule.straggle_512:.1%} above the"
-                " mean"
-                for rule in self.strategies
             ),
             f"time      {self.seconds:.1f} s, {self.samples_per_second:,.0f} samples/s",
         ]
@@ -148,100 +146,109 @@ class Report:
         return "  <- taken" if trial.tile_cap == self.tile_cap else ""
 
 
-def make_report(
-    samples: Samples,
-    plan: PackPlan,
-    *,
-    out: str,
-    records: int,
-    packed_records: int,
-    rejects: dict[str, int],
-    capacity: int,
-    seed: int,
-    totals: Totals | None,
-    seconds: float,
-    tile_multiple: int = 1,
-) -> Report:
-    """The figures of a packing.
+@dataclass(frozen=True, kw_only=True)
+class PackingFacts:
+    """What a report says besides the sizes of the samples and their packs.
 
     Args:
-        samples: all that were to be packed.
-        plan: their packs.
         out: folder of the dataset.
         records: records read.
         packed_records: of them, those that are in packs.
         rejects: number of the others for each reason.
+        sources: figures of each source.
         capacity: tokens of a pack.
         seed: of the packer.
+        tile_multiple: what a chosen tile cap is a multiple of.
         totals: of what was written; None: a dry run.
         seconds: time that it took.
-        tile_multiple: what a chosen tile cap is a multiple of.
     """
-    rejected = sum(rejects.values())
-    assert records == packed_records + rejected, (records, packed_records, rejected)
+
+    out: str
+    records: int
+    packed_records: int
+    rejects: dict[str, int]
+    sources: tuple[SourceReport, ...] = ()
+    capacity: int
+    seed: int
+    tile_multiple: int = 1
+    totals: Totals | None = None
+    seconds: float
+
+
+def make_report(samples: Samples, plan: PackPlan, facts: PackingFacts) -> Report:
+    """Return the figures of a packing.
+
+    Args:
+        samples: all that were to be packed.
+        plan: their packs.
+        facts: everything else.
+    """
+    rejected = sum(facts.rejects.values())
+    assert facts.records == facts.packed_records + rejected, facts
+    totals = facts.totals
     known = _planned(samples, plan) if totals is None else totals
     per_pack = _tiles_of_packs(samples, plan)
     return Report(
-        out=out,
+        out=facts.out,
         written=totals is not None,
-        records=records,
-        packed_records=packed_records,
+        records=facts.records,
+        packed_records=facts.packed_records,
         rejected=rejected,
-        rejects=rejects,
+        rejects=facts.rejects,
         samples=known.samples,
         packs=known.packs,
-        capacity=capacity,
+        capacity=facts.capacity,
         tokens=known.tokens,
         supervised=totals.supervised if totals else None,
-        fill=known.tokens / (known.packs * capacity),
+        fill=known.tokens / (known.packs * facts.capacity),
         images=totals.images if totals else None,
         tiles=known.tiles,
         tiles_per_pack_mean=float(per_pack.mean(dtype=np.float64)),
         tiles_per_pack_max=int(per_pack.max()),
         tile_cap=plan.tile_cap,
         levels=plan.levels,
-        straggle_512=straggle(per_pack),
+        imbalance_512=load_imbalance(per_pack),
         bytes=totals.bytes if totals else None,
-        seconds=seconds,
+        seconds=facts.seconds,
         lengths=_histogram(samples.tokens),
         tile_counts=_histogram(samples.tiles),
         caps=cap_curve(
             samples.tokens,
             samples.tiles,
-            capacity,
-            seed=seed,
+            facts.capacity,
+            seed=facts.seed,
             also=plan.tile_cap,
-            multiple=tile_multiple,
+            multiple=facts.tile_multiple,
         ),
-        strategies=_compare(samples, capacity, plan.tile_cap, seed),
+        sources=facts.sources,
     )
 
 
+def load_imbalance(work: np.ndarray, *, ranks: int = IMBALANCE_RANKS) -> float:
+    """Return max / mean - 1 of the work of ``ranks`` random packs, averaged over draws; 0 if there
+    is no work.
+    """
+    if not work.any():
+        return 0.0
+    draws = np.random.default_rng(0).choice(work, (IMBALANCE_DRAWS, ranks))
+    return float(draws.max(axis=1).mean() / work.mean(dtype=np.float64)) - 1.0
+
+
 def _planned(samples: Samples, plan: PackPlan) -> Totals:
-    """What would be written."""
+    """Return what would be written."""
     tokens, tiles = (int(values.sum(dtype=np.int64)) for values in (samples.tokens, samples.tiles))
     return Totals(packs=plan.packs, samples=len(plan.order), tokens=tokens, tiles=tiles)
 
 
 def _tiles_of_packs(samples: Samples, plan: PackPlan) -> np.ndarray:
-    """Tiles of each planned pack."""
+    """Return the tiles of each planned pack."""
     by_row = np.zeros(int(samples.rows.max(initial=0)) + 1, samples.tiles.dtype)
     by_row[samples.rows] = samples.tiles
     return np.add.reduceat(by_row[plan.order], plan.starts[:-1])
 
 
-def _compare(samples: Samples, capacity: int, tile_cap: int, seed: int) -> tuple[Strategy, ...]:
-    """All rules of packing, on a random part of the samples where there are many."""
-    chosen = slice(None)
-    if len(samples.tokens) > COMPARED_SAMPLES:
-        chosen = np.random.default_rng(seed).choice(
-            len(samples.tokens), COMPARED_SAMPLES, replace=False
-        )
-    return compare(samples.tokens[chosen], samples.tiles[chosen], capacity, tile_cap=tile_cap)
-
-
 def _histogram(values: np.ndarray) -> Histogram:
-    """Bars of equal, whole width."""
+    """Count values in bars of equal, whole width."""
     low = int(values.min())
     high = int(values.max())
     width = max(1, -(-(high - low + 1) // BARS))

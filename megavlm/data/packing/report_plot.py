@@ -1,4 +1,4 @@
-"""The report of a packing as a picture."""
+"""The report of a packing as a plot."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from megavlm.data.packing.report import Histogram, Report
 COLOUR = "#4878a8"
 OTHER_COLOUR = "#c0c8d0"
 TAKEN_COLOUR = "#b03060"
+SHOWN_SOURCES = 16
 
 
 def draw_report(report: Report, path: Path | str) -> None:
@@ -33,25 +34,16 @@ def draw_report(report: Report, path: Path | str) -> None:
     _draw_histogram(axes[0, 0], report.lengths, "tokens of a sample")
     _draw_histogram(axes[0, 1], report.tile_counts, "tiles of a sample")
     _draw_caps(axes[0, 2], report)
-    names = [rule.name.replace("_", " ") for rule in report.strategies]
-    _draw_bars(
-        axes[1, 0],
-        names,
-        [100 * (1 - rule.fill) for rule in report.strategies],
-        "empty, % of the packs' tokens",
-    )
-    _draw_bars(
-        axes[1, 1],
-        names,
-        [100 * rule.straggle_512 for rule in report.strategies],
-        "most tiles of 512 packs, % above the mean",
-    )
+    sources = report.sources[:SHOWN_SOURCES]
+    names = [source.name for source in sources]
+    _draw_bars(axes[1, 0], names, [100 * source.share for source in sources], "% of all tokens")
+    _draw_bars(axes[1, 1], names, [source.samples for source in sources], "samples")
     _draw_rejects(axes[1, 2], report)
     figure.savefig(path, dpi=100)
 
 
 def _draw_histogram(axes, histogram: Histogram, label: str) -> None:
-    """One figure of the samples; the counts differ by powers of ten."""
+    """Draw a histogram of the samples; the counts differ by powers of ten."""
     axes.bar(
         histogram.edges[:-1],
         histogram.counts,
@@ -63,7 +55,7 @@ def _draw_histogram(axes, histogram: Histogram, label: str) -> None:
 
 
 def _draw_caps(axes, report: Report) -> None:
-    """The fill with other tile caps."""
+    """Draw the fill with other tile caps."""
     axes.plot(
         [trial.tile_cap for trial in report.caps],
         [100 * trial.fill for trial in report.caps],
@@ -81,16 +73,16 @@ def _draw_caps(axes, report: Report) -> None:
 
 
 def _draw_bars(axes, names: list[str], values: list[float], label: str) -> None:
-    """A figure of each rule of packing, ours marked."""
-    bars = axes.barh(names, values, color=[OTHER_COLOUR] * (len(names) - 1) + [TAKEN_COLOUR])
-    axes.bar_label(bars, fmt="%.2f", padding=3)
+    """Draw a bar for each source."""
+    bars = axes.barh(names, values, color=COLOUR)
+    axes.bar_label(bars, fmt="{:,.6g}", padding=3)
     axes.invert_yaxis()
     axes.margins(x=0.25)
     axes.set_xlabel(label)
 
 
 def _draw_rejects(axes, report: Report) -> None:
-    """Records left out, by reason."""
+    """Draw the records that were left out, by reason."""
     if not report.rejects:
         axes.axis("off")
         axes.text(0.5, 0.5, "no record was rejected", ha="center", va="center")

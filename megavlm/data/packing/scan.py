@@ -1,134 +1,123 @@
-"""First pass over the annotation files: the tokens and tiles of each record, and the records to
+"""First pass over the annotation files: the tokens and tiles of each sample, and the records to
 leave out.
 
-Of a record only a row of 28 bytes is kept, in a file. What is done is written down now and then,
-and a survey that was stopped goes on there.
+A sample is a row of 32 bytes in a file. Progress is saved now and then, and a scan that was stopped
+resumes there. Records that were rejected because a media file was missing or damaged are read again
+when it resumes.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
 from megavlm.data.packing.encode import Images
 from megavlm.data.packing.executors import EncoderSettings, Executor, build_encoder, ordered_map
+from megavlm.data.packing.scan_state import (
+    ROW,
+    ScanState,
+    SourceCounts,
+    count_measured,
+    read_state,
+    reject_lines,
+    save_state,
+)
 from megavlm.data.records.meta_file import Annotations
-from megavlm.data.records.open_files import open_entries
-from megavlm.data.records.raw_record import Block
+from megavlm.data.records.raw_record import OffsetRange
+from megavlm.data.records.readers import open_reader
 from megavlm.data.records.reject import Reject
-from megavlm.io import atomic
 from megavlm.io.progress import Progress
 from megavlm.io.record_file import Rows
 from megavlm.io.storage import LocalFiles
 
-ROW = np.dtype(
-    [
-        ("offset", "<i8"),
-        ("line", "<i4"),
-        ("tokens", "<i4"),
-        ("tiles", "<i4"),
-        ("source", "<i4"),
-        ("difficulty", "<f4"),
-    ]
-)
-LINES_PER_TASK = 32
-# So many records without one that can be used mean a wrong folder or format, which is better told
-# now than after hours.
+RECORDS_PER_TASK = 32
+# So many records without one that can be used mean a wrong folder or format, and the job ends now
+# instead of after hours.
 HOPELESS_RECORDS = 2000
-SHOWN_REJECTS = 5
-ROWS_NAME = "rows.bin"
-REJECTS_NAME = "rejects.jsonl"
-STATE_NAME = "survey.json"
 SAVE_INTERVAL_SECONDS = 10.0
+# More names of unread keys than this are records' data, not keys.
+MOST_UNREAD_KEYS = 200
 
 
 @dataclass(frozen=True, kw_only=True)
-class Span:
-    """Entries of one annotation file, as one task.
+class ScanTask:
+    """Records of one annotation file, as one task.
 
     Args:
         settings: of the encoder.
         annotations: the file.
-        source: its number.
-        block: the entries.
+        source: its index.
+        records: where they are.
         images: how far images are read.
     """
 
     settings: EncoderSettings
     annotations: Annotations
     source: int
-    block: Block
+    records: OffsetRange
     images: Images
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """What came of a span: the number of its records, a row (of type ``ROW``) for each sample, and
-    the rejected records.
+    """The result of a task.
+
+    Args:
+        task: its task.
+        rows: of type ``ROW``, one for each sample.
+        counts: of the records.
+        rejects: the rejected records.
     """
 
-    span: Span
-    records: int
+    task: ScanTask
     rows: np.ndarray
+    counts: SourceCounts
     rejects: list[Reject]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Survey:
+class Scan:
     """All records, measured.
 
     Args:
-        rows: of type ``ROW``, one for each record that can be packed.
-        records: number of records of each source.
-        rejects: number of rejected records for each reason.
-        first_rejects: the first few of them.
+        rows: of type ``ROW``, one for each sample that can be packed.
+        sources: counts of each source.
+        first_rejects: the first few rejected records.
+        rejects_path: the list of all of them, one JSON object a line.
     """
 
     rows: Rows
-    records: tuple[int, ...]
-    rejects: dict[str, int] = field(default_factory=dict)
-    first_rejects: tuple[Reject, ...] = ()
+    sources: tuple[SourceCounts, ...]
+    first_rejects: tuple[Reject, ...]
+    rejects_path: Path
 
     @property
-    def rejected(self) -> int:
-        """Number of rejected records."""
-        return sum(self.rejects.values())
+    def records(self) -> int:
+        """Return the number of records that were read."""
+        return sum(source.records for source in self.sources)
+
+    @property
+    def rejects(self) -> dict[str, int]:
+        """Return the number of rejected records for each reason."""
+        total: Counter[str] = Counter()
+        for source in self.sources:
+            total.update(source.rejects)
+        return dict(sorted(total.items()))
+
+    @property
+    def packable(self) -> int:
+        """Return the number of records that can be packed."""
+        return self.records - sum(self.rejects.values())
 
 
-@dataclass(kw_only=True)
-class State:
-    """How far a survey is; all that it needs to go on.
-
-    Args:
-        tasks: spans that are done.
-        bytes: of the annotation files that are done.
-        rows: written to ``ROWS_NAME``.
-        rejects_bytes: written to ``REJECTS_NAME``.
-        records: read of each source.
-        rejects: rejected records for each reason.
-        first_rejects: the first few of them.
-        complete: whether all is done.
-    """
-
-    records: list[int]
-    tasks: int = 0
-    bytes: int = 0
-    rows: int = 0
-    rejects_bytes: int = 0
-    rejects: dict[str, int] = field(default_factory=dict)
-    first_rejects: list[Reject] = field(default_factory=list)
-    complete: bool = False
-
-
-def survey(
+def scan_records(
     sources: Sequence[Annotations],
     settings: EncoderSettings,
     folder: Path,
@@ -136,8 +125,8 @@ def survey(
     images: Images = Images.HEADER,
     workers: int,
     executor: Executor = "processes",
-) -> Survey:
-    """Measure all records of ``sources``, or go on with it.
+) -> Scan:
+    """Measure all records of ``sources``, or resume.
 
     Args:
         sources: annotation files.
@@ -148,129 +137,145 @@ def survey(
         workers, executor: as for ``ordered_map``.
 
     Returns:
-        All records; where none of the first ``HOPELESS_RECORDS`` can be used, only those.
+        All records; if none of the first ``HOPELESS_RECORDS`` can be used, only those.
+
+    Raises:
+        ValueError: a source has other records than its ``length`` says, or a file is damaged so
+            that its records cannot be counted.
     """
-    state = _read_state(folder, len(sources))
+    state = read_state(folder, len(sources))
     if not state.complete:
-        total_bytes = sum(Path(source.path).stat().st_size for source in sources)
-        spans = islice(_spans(sources, settings, images), state.tasks, None)
-        with (
-            open(folder / ROWS_NAME, "ab") as rows,
-            open(folder / REJECTS_NAME, "ab") as rejects,
-            Progress("reading", "B", total_bytes, state.bytes) as progress,
-        ):
-            rows.truncate(state.rows * ROW.itemsize)
-            rejects.truncate(state.rejects_bytes)
-            saved = time.monotonic()
-            for measured in ordered_map(measure, spans, workers, executor):
-                rows.write(measured.rows.tobytes())
-                rejects.write(_note(state, measured))
-                progress.add(
-                    measured.span.block.size,
-                    f"{sum(state.records)} records, {sum(state.rejects.values())} rejected",
-                )
-                if not state.rows and sum(state.records) >= HOPELESS_RECORDS:
-                    break
-                if time.monotonic() - saved > SAVE_INTERVAL_SECONDS:
-                    _save_state(folder, state, rows, rejects)
-                    saved = time.monotonic()
-            else:
-                state.complete = True
-                _save_state(folder, state, rows, rejects)
-    return Survey(
-        rows=Rows(LocalFiles(folder), ROWS_NAME, ROW, state.rows),
-        records=tuple(state.records),
-        rejects=dict(sorted(state.rejects.items())),
+        _scan_rest(sources, settings, folder, state, images, workers, executor)
+    if state.complete:
+        _check_lengths(sources, state.sources)
+    return Scan(
+        rows=Rows(LocalFiles(folder), state.rows_name, ROW, state.rows),
+        sources=tuple(state.sources),
         first_rejects=tuple(state.first_rejects),
+        rejects_path=folder / state.rejects_name,
     )
 
 
-def _note(state: State, measured: Measured) -> bytes:
-    """Count what came of a span, and return the lines of its rejected records."""
-    lines = "".join(
-        json.dumps(dataclasses.asdict(reject), ensure_ascii=False) + "\n"
-        for reject in measured.rejects
-    ).encode()
-    state.tasks += 1
-    state.bytes += measured.span.block.size
-    state.rows += len(measured.rows)
-    state.rejects_bytes += len(lines)
-    state.records[measured.span.source] += measured.records
-    for reject in measured.rejects:
-        state.rejects[reject.reason] = state.rejects.get(reject.reason, 0) + 1
-    state.first_rejects += measured.rejects[: SHOWN_REJECTS - len(state.first_rejects)]
-    return lines
+def _scan_rest(
+    sources: Sequence[Annotations],
+    settings: EncoderSettings,
+    folder: Path,
+    state: ScanState,
+    images: Images,
+    workers: int,
+    executor: Executor,
+) -> None:
+    """Measure the records that a state lacks, and bring it up to date."""
+    total_bytes = sum(Path(source.path).stat().st_size for source in sources)
+    tasks = islice(_tasks(sources, settings, images), state.tasks, None)
+    with (
+        open(folder / state.rows_name, "ab") as rows,
+        open(folder / state.rejects_name, "ab") as rejects,
+        Progress("reading", "B", total_bytes, state.bytes) as progress,
+    ):
+        rows.truncate(state.rows * ROW.itemsize)
+        rejects.truncate(state.rejects_bytes)
+        saved = time.monotonic()
+        for measured in ordered_map(measure, tasks, workers, executor):
+            rows.write(measured.rows.tobytes())
+            lines = reject_lines(measured.rejects)
+            rejects.write(lines)
+            state.tasks += 1
+            state.bytes += measured.task.records.size
+            state.rows += len(measured.rows)
+            state.rejects_bytes += len(lines)
+            count_measured(state, measured.task.source, measured.counts, measured.rejects)
+            records = sum(source.records for source in state.sources)
+            progress.add(
+                measured.task.records.size,
+                f"{records} records, {records - state.packable} rejected",
+            )
+            if not state.rows and records >= HOPELESS_RECORDS:
+                return
+            if time.monotonic() - saved > SAVE_INTERVAL_SECONDS:
+                save_state(folder, state, rows, rejects)
+                saved = time.monotonic()
+        state.complete = True
+        save_state(folder, state, rows, rejects)
 
 
-def _read_state(folder: Path, sources: int) -> State:
-    """Read how far the survey in a folder is; it starts again if its state is absent or cut."""
-    facts = atomic.read_json(folder / STATE_NAME)
-    if facts is None:
-        return State(records=[0] * sources)
-    facts["first_rejects"] = [Reject(**entry) for entry in facts["first_rejects"]]
-    return State(**facts)
-
-
-def _save_state(folder: Path, state: State, *files: BinaryIO) -> None:
-    """Put the files on the disk, and then the state that says how much of them is good."""
-    for file in files:
-        atomic.sync_file(file)
-    atomic.write_text(
-        folder / STATE_NAME, json.dumps(dataclasses.asdict(state), ensure_ascii=False)
-    )
-
-
-def measure(span: Span) -> Measured:
-    """Encode the records of a span, in a worker, and keep their sizes."""
-    encoder = build_encoder(span.settings)
+def measure(task: ScanTask) -> Measured:
+    """Encode the records of a task, in a worker, and keep their sizes."""
+    encoder = build_encoder(task.settings)
     rows = []
     rejects = []
-    block = span.block
-    for entry in open_entries(span.annotations.path).read(
-        block.offset, block.number, block.entries
+    counts = SourceCounts()
+    unread: Counter[str] = Counter()
+    extent = task.records
+    for raw in open_reader(task.annotations.path).read(
+        extent.offset, extent.number, extent.records
     ):
-        sample = encoder.encode_entry(
-            entry, span.annotations, source=span.source, images=span.images
-        )
-        if isinstance(sample, Reject):
-            rejects.append(sample)
-        else:
+        counts.records += 1
+        samples = encoder.encode_raw(raw, task.annotations, source=task.source, images=task.images)
+        if isinstance(samples, Reject):
+            rejects.append(samples)
+            continue
+        unread.update(samples[0].unread)
+        for sample in samples:
+            counts.images += len(sample.images)
+            counts.deep_images += sum(image.deep for image in sample.images)
             rows.append(
                 (
-                    entry.offset,
-                    entry.number,
+                    raw.offset,
+                    raw.number,
                     sample.length,
                     sample.tiles,
-                    span.source,
+                    task.source,
                     sample.difficulty,
+                    sample.window,
                 )
             )
-    return Measured(
-        span=span, records=len(rows) + len(rejects), rows=np.array(rows, ROW), rejects=rejects
-    )
+    if counts.records != extent.records:
+        raise ValueError(
+            f"{task.annotations.path}: {counts.records} records from number {extent.number} on, but"
+            f" {extent.records} when it was opened; the file has changed meanwhile"
+        )
+    counts.unread = dict(unread.most_common(MOST_UNREAD_KEYS))
+    counts.rejects = dict(Counter(reject.reason for reject in rejects))
+    return Measured(task=task, rows=np.array(rows, ROW), counts=counts, rejects=rejects)
 
 
-def _spans(
+def _tasks(
     sources: Sequence[Annotations], settings: EncoderSettings, images: Images
-) -> Iterator[Span]:
-    """The annotation files cut into tasks."""
+) -> Iterator[ScanTask]:
+    """Cut the annotation files into tasks."""
     for source, file in enumerate(sources):
-        for block in _wanted(file):
-            yield Span(
-                settings=settings, annotations=file, source=source, block=block, images=images
+        for extent in _taken(file):
+            yield ScanTask(
+                settings=settings, annotations=file, source=source, records=extent, images=images
             )
 
 
-def _wanted(file: Annotations) -> Iterator[Block]:
-    """The blocks of a file; of one that is taken less than once, those with the first share of its
-    entries.
+def _taken(file: Annotations) -> Iterator[OffsetRange]:
+    """Yield the records of a file in ranges; of one that is taken less than once, the first share
+    of them.
     """
-    entries = open_entries(file.path)
+    reader = open_reader(file.path)
     if file.repeat_time >= 1:
-        yield from entries.blocks(LINES_PER_TASK)
+        yield from reader.ranges(RECORDS_PER_TASK)
         return
-    left = int(sum(block.entries for block in entries.blocks(LINES_PER_TASK)) * file.repeat_time)
-    for block in entries.blocks(LINES_PER_TASK):
+    left = int(sum(extent.records for extent in reader.ranges(RECORDS_PER_TASK)) * file.repeat_time)
+    for extent in reader.ranges(RECORDS_PER_TASK):
         if left > 0:
-            yield dataclasses.replace(block, entries=min(block.entries, left))
-        left -= block.entries
+            yield dataclasses.replace(extent, records=min(extent.records, left))
+        left -= extent.records
+
+
+def _check_lengths(sources: Sequence[Annotations], counts: Sequence[SourceCounts]) -> None:
+    """Compare the records of each entry of a meta file with its ``length``."""
+    totals: Counter[str] = Counter()
+    for source, found in zip(sources, counts, strict=True):
+        totals[source.name] += found.records
+    for source in sources:
+        whole = source.length is not None and source.repeat_time >= 1
+        if whole and totals[source.name] != source.length:
+            raise ValueError(
+                f"--meta: {source.name!r} has {totals[source.name]} records, but its length is"
+                f" {source.length}; restore the files, or correct or remove length and repeat the"
+                " command"
+            )

@@ -1,18 +1,16 @@
-"""The folder of a packing that is under way: one packing at a time works in it, and only one of the
-same job goes on in it.
+"""The folder of an unfinished packing: one packing at a time works in it, and only the same job
+resumes in it.
 """
 
 from __future__ import annotations
 
 import fcntl
 import json
-import shutil
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-from megavlm.io import atomic
 
 JOB_NAME = "job.json"
 LOCK_NAME = "lock"
@@ -46,45 +44,57 @@ def partial_folder(folder: Path, identity: dict[str, Any], *, flag: str) -> Iter
 
 
 def _same_job(folder: Path, identity: dict[str, Any], flag: str) -> None:
-    """Write down which job works in a folder, or see that it is this one.
-
-    Raises:
-        FileExistsError: the folder holds something else, or another job's work.
-    """
+    """Write which job works in a folder, or check that it is this one."""
     path = folder / JOB_NAME
-    before = atomic.read_json(path)
-    if before is None:
-        if path.exists():  # a power cut left it empty: nothing says which job's files these are
-            _clear(folder)
-        strangers = sorted(
-            entry.name
-            for entry in folder.iterdir()
-            if entry.name != LOCK_NAME and not atomic.is_partial(entry)
-        )
+    if not path.exists():
+        strangers = sorted(entry.name for entry in folder.iterdir() if entry.name != LOCK_NAME)
         if strangers:
             raise FileExistsError(
                 f"{flag}: {folder} holds something else ({', '.join(strangers[:3])}); remove it"
                 " first"
             )
-        atomic.write_text(path, json.dumps(identity, indent=2, ensure_ascii=False))
+        _write_identity(path, identity)
         return
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:  # a power cut may leave an empty file
+        _write_identity(path, identity)
+        return
+    _refuse_changed_files(folder, before, identity, flag)
     differences = [
-        f"{name}: {before.get(name)!r:.200} there, {identity.get(name)!r:.200} asked for"
+        f"{name}: {before.get(name)!r:.200} there, {identity.get(name)!r:.200} requested"
         for name in sorted(before.keys() | identity.keys())
         if before.get(name) != identity.get(name)
     ]
     if differences:
         raise FileExistsError(
             f"{flag}: {folder} was left by a packing of another job ({'; '.join(differences)}); "
-            "give the same settings to go on with it, or remove it"
+            "give the same settings to resume it, or remove it"
         )
 
 
-def _clear(folder: Path) -> None:
-    """Remove everything but the lock, which this process holds."""
-    for entry in folder.iterdir():
-        if entry.is_dir():
-            shutil.rmtree(entry)
-        elif entry.name not in (LOCK_NAME, JOB_NAME):
-            entry.unlink()
-    (folder / JOB_NAME).unlink()  # last, so that an interrupted removal is taken up again
+def _write_identity(path: Path, identity: dict[str, Any]) -> None:
+    """Write which job works in a folder, and put it on the disk before it counts."""
+    temporary = path.with_name(path.name + ".partial")
+    with open(temporary, "w", encoding="utf-8") as file:
+        json.dump(identity, file, indent=2, ensure_ascii=True)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _refuse_changed_files(
+    folder: Path, before: dict[str, Any], identity: dict[str, Any], flag: str
+) -> None:
+    """Raise FileExistsError if an annotation file is not what it was when the packing began."""
+    known = {
+        source["path"]: (source["bytes"], source["modified"])
+        for source in before.get("sources") or ()
+    }
+    for source in identity.get("sources") or ():
+        state = (source["bytes"], source["modified"])
+        if known.get(source["path"], state) != state:
+            raise FileExistsError(
+                f"{flag}: {source['path']} has changed since this packing began; remove {folder} to"
+                " pack it anew"
+            )

@@ -1,14 +1,14 @@
 """Second pass of the packer: a worker encodes the samples of a shard's packs again, with their
 images' bytes, and writes the shard.
 
-A shard that is on the disk has a marker beside it, written last: a packing that goes on after it
-was stopped keeps such shards.
+A finished shard has a marker beside it, written last: a packing that resumes keeps such shards.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby, pairwise
@@ -17,15 +17,15 @@ from pathlib import Path
 import numpy as np
 
 from megavlm.data.images.decode import check_pixels
-from megavlm.data.packing.encode import Images
+from megavlm.data.packing.encode import Images, reject
 from megavlm.data.packing.executors import EncoderSettings, build_encoder
 from megavlm.data.records.meta_file import Annotations
-from megavlm.data.records.open_files import open_entries
-from megavlm.data.records.reject import Reject
+from megavlm.data.records.raw_record import RawRecord
+from megavlm.data.records.readers import open_reader
+from megavlm.data.records.reject import REPAIRABLE, Reject, RejectError
 from megavlm.data.sample import Sample
 from megavlm.data.store.manifest import Shard, Totals
 from megavlm.data.store.pack_format import RECORD, PackRules, ShardWriter
-from megavlm.io import atomic
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ class ShardTask:
         folder: where the shard goes.
         number: of the shard.
         rules: what a pack may hold.
-        rows: of the survey, for the samples of the shard, pack after pack.
+        rows: of the scan, for the samples of the shard, pack after pack.
         starts: pack b holds ``rows[starts[b]:starts[b + 1]]``.
         decode_images: whether to see that each image can be decoded.
     """
@@ -54,34 +54,29 @@ class ShardTask:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LateReject:
-    """A sample that the survey let through and that could not be packed: the number of its source,
-    and why.
-    """
-
-    source: int
-    reject: Reject
-
-
-@dataclass(frozen=True, kw_only=True)
 class WrittenShard:
-    """A shard that is on the disk, what is in it, the samples that were left out of it, and planned
-    packs that lost all of theirs.
+    """A finished shard.
+
+    Args:
+        shard: its files.
+        totals: what is in it.
+        rejects: samples that the scan let through and that could not be packed.
+        lost_packs: planned packs that lost all of their samples.
     """
 
     shard: Shard
     totals: Totals
-    rejects: tuple[LateReject, ...]
+    rejects: tuple[Reject, ...]
     lost_packs: tuple[int, ...] = ()
 
     def to_json(self) -> str:
-        """The content of the shard's marker."""
+        """Return the content of the shard's marker."""
         return json.dumps(dataclasses.asdict(self), ensure_ascii=False)
 
 
 def write_shard(task: ShardTask) -> WrittenShard:
     """Write a shard and its marker, in a worker. Samples that cannot be packed are left out, and so
-    is a pack that loses all of its.
+    is a pack that loses all of its samples.
 
     Raises:
         OSError: the disk is full, or cannot be written to.
@@ -92,7 +87,7 @@ def write_shard(task: ShardTask) -> WrittenShard:
         for pack, (first, end) in enumerate(pairwise(task.starts.tolist())):
             samples = []
             for sample in encode_rows(task, task.rows[first:end]):
-                if isinstance(sample, LateReject):
+                if isinstance(sample, Reject):
                     rejects.append(sample)
                 else:
                     samples.append(sample)
@@ -104,14 +99,23 @@ def write_shard(task: ShardTask) -> WrittenShard:
     written = WrittenShard(
         shard=shard, totals=totals, rejects=tuple(rejects), lost_packs=tuple(lost_packs)
     )
-    atomic.write_text(_marker(task.folder, task.number), written.to_json())
+    marker = _marker(task.folder, task.number)
+    temporary = marker.with_name(marker.name + ".partial")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(written.to_json())
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, marker)
     return written
 
 
 def find_written(folder: Path, number: int) -> WrittenShard | None:
-    """Return a shard that a stopped packing left complete; None if its marker is absent or cut."""
-    facts = atomic.read_json(_marker(folder, number))
-    if facts is None:
+    """Return a shard that a stopped packing has finished, or None. One that left out records for
+    missing or damaged media is not finished: the files may have been restored.
+    """
+    try:
+        facts = json.loads(_marker(folder, number).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):  # a power cut may leave an empty file
         return None
     shard = Shard(**facts["shard"])
     sizes = {
@@ -123,10 +127,9 @@ def find_written(folder: Path, number: int) -> WrittenShard | None:
         for name, size in sizes.items()
     ):
         return None
-    rejects = tuple(
-        LateReject(source=entry["source"], reject=Reject(**entry["reject"]))
-        for entry in facts["rejects"]
-    )
+    rejects = tuple(Reject(**entry) for entry in facts["rejects"])
+    if any(each.reason in REPAIRABLE for each in rejects):
+        return None
     return WrittenShard(
         shard=shard,
         totals=Totals(**facts["totals"]),
@@ -135,62 +138,61 @@ def find_written(folder: Path, number: int) -> WrittenShard | None:
     )
 
 
-def remove_markers(folder: Path, shards: int) -> None:
-    """Remove what only a packing that goes on needs."""
-    for number in range(shards):
-        _marker(folder, number).unlink()
+def remove_markers(folder: Path) -> None:
+    """Remove the markers of all shards; a packing that resumes then writes them again."""
+    for path in Path(folder).glob("packs-*.json"):
+        path.unlink()
 
 
-def encode_rows(task: ShardTask, rows: np.ndarray) -> Iterator[Sample | LateReject]:
-    """The samples of the rows of one pack, in their order, with the bytes of their images."""
-    found: list[Sample | LateReject | None] = [None] * len(rows)
+def encode_rows(task: ShardTask, rows: np.ndarray) -> Iterator[Sample | Reject]:
+    """Yield the samples of the rows of one pack, in their order, with the bytes of their images."""
+    found: list[Sample | Reject | None] = [None] * len(rows)
     # In the order of the files, so that disks read forwards.
-    places = sorted(
-        range(len(rows)), key=lambda place: (rows["source"][place], rows["offset"][place])
-    )
-    for source, group in groupby(places, key=lambda place: int(rows["source"][place])):
-        for place in group:
-            found[place] = _encode_row(task, rows[place], source)
+    order = np.lexsort((rows["offset"], rows["source"])).tolist()
+    for source, group in groupby(order, key=lambda index: int(rows["source"][index])):
+        for index in group:
+            found[index] = _encode_row(task, rows[index], source)
     yield from found
 
 
-def _encode_row(task: ShardTask, row: np.ndarray, source: int) -> Sample | LateReject:
-    """The sample of one row."""
+def _encode_row(task: ShardTask, row: np.void, source: int) -> Sample | Reject:
+    """Return the sample of one row."""
     annotations = task.sources[source]
     line = int(row["line"])
-    entry = next(open_entries(annotations.path).read(int(row["offset"]), line, 1), None)
-    sample = entry and build_encoder(task.settings).encode_entry(
-        entry, annotations, source=source, images=Images.LOAD
+    offset = int(row["offset"])
+    raw = next(open_reader(annotations.path).read(offset, line, 1), None)
+    if raw is None:
+        raw = RawRecord(offset=offset, number=line, content=b"")
+        return reject(raw, annotations, source, _changed(row, "gone"))
+    samples = build_encoder(task.settings).encode_raw(
+        raw, annotations, source=source, images=Images.LOAD
     )
-    if not isinstance(sample, Sample) or (sample.length, sample.tiles) != (
-        row["tokens"],
-        row["tiles"],
-    ):
-        if isinstance(sample, Reject) and sample.reason.startswith("unreadable"):
-            return LateReject(source=source, reject=sample)  # a video is looked into only now
-        now = (
-            f"{sample.length} tokens, {sample.tiles} tiles"
-            if isinstance(sample, Sample)
-            else f"{sample or 'gone'}"
-        )
-        detail = f"before: {row['tokens']} tokens, {row['tiles']} tiles; now: {now}"
-        return LateReject(
-            source=source,
-            reject=Reject(file=annotations.path, line=line, reason="changed", detail=detail),
-        )
+    if isinstance(samples, Reject):
+        if samples.reason in REPAIRABLE:
+            return samples  # videos are decoded only now, and a file may have gone
+        return reject(raw, annotations, source, _changed(row, str(samples)))
+    window = int(row["window"])
+    sample = next((each for each in samples if each.window == window), None)
+    if sample is None or (sample.length, sample.tiles) != (row["tokens"], row["tiles"]):
+        now = f"{sample.length} tokens, {sample.tiles} tiles" if sample else "gone"
+        return reject(raw, annotations, source, _changed(row, now))
     if task.decode_images:
-        for number, image in enumerate(sample.images):
+        # All windows of a document, so that they are packed or rejected together.
+        images = [image for each in samples for image in each.images]
+        for number, image in enumerate(images):
             try:
                 check_pixels(image.encoded)
             except ValueError as error:
-                detail = f"image {number} of the record: {error}"
-                return LateReject(
-                    source=source,
-                    reject=Reject(
-                        file=annotations.path, line=line, reason="unreadable_image", detail=detail
-                    ),
-                )
+                detail = f"{image.name} (image {number} of the record): {error}"
+                return reject(raw, annotations, source, RejectError("unreadable_image", detail))
     return sample
+
+
+def _changed(row: np.void, now: str) -> RejectError:
+    """Return the reject of a record that is not what the scan measured."""
+    return RejectError(
+        "changed", f"before: {row['tokens']} tokens, {row['tiles']} tiles; now: {now}"
+    )
 
 
 def _marker(folder: Path, number: int) -> Path:

@@ -2,67 +2,151 @@
 
 from __future__ import annotations
 
+import json
 import mmap
 import re
-from collections.abc import Iterator
-from pathlib import Path
-from typing import BinaryIO
+from collections.abc import Iterator, Mapping
+from typing import Any, BinaryIO
 
-from megavlm.data.records.raw_record import Block, Entry, in_blocks
-from megavlm.data.records.reject import RejectError
+from megavlm.data.records.raw_record import OffsetRange, RawRecord, in_ranges
+from megavlm.data.records.record import parse_json
+from megavlm.data.records.reject import RejectError, printable
 
-# A record is some kilobytes. What is longer than this is no line of an annotation file, and would
+# A record has some kilobytes. Longer than this, it is not a line of an annotation file, and would
 # fill the memory of every worker.
-MAX_ENTRY_BYTES = 2**26
+MAX_RECORD_BYTES = 2**26
+HEAD_BYTES = 2**20
 _TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+"|[\[\]{}]', re.DOTALL)
+# What lies between two elements of a list.
+_GAP = re.compile(rb"[,\]]|[^\s,\]]+")
 _BEGINNING = re.compile(rb"(?:\xef\xbb\xbf)?\s*\[")
+_LITERAL = rb"true|false|null|-?(?:Infinity|[0-9.eE+-]+)|NaN"
+_SCALAR = re.compile(_LITERAL)
+# All tokens of a JSON text but strings and brackets.
+_SIGN = re.compile(rb"[\s,:]|" + _LITERAL)
+_CLOSES = {ord("}"): ord("{"), ord("]"): ord("[")}
+MAGIC = {
+    b"\x1f\x8b": ("gzip", "gunzip < {} > plain.jsonl"),
+    b"\x28\xb5\x2f\xfd": ("zstd", "zstd -dc {} > plain.jsonl"),
+    b"BZh": ("bzip2", "bunzip2 < {} > plain.jsonl"),
+    b"\xfd7zXZ": ("xz", "xz -dc {} > plain.jsonl"),
+    b"PK\x03\x04": ("zip", "unzip {}"),
+    b"\xff\xfe": ("UTF-16", "iconv -f UTF-16 -t UTF-8 {} > plain.jsonl"),
+    b"\xfe\xff": ("UTF-16", "iconv -f UTF-16 -t UTF-8 {} > plain.jsonl"),
+}
+
+
+def open_json(path: str) -> JsonLines | JsonList:
+    """Open a file of JSON, by its content: a list, or one object a line.
+
+    Raises:
+        ValueError: the file is something else; says what, and the command that makes lines of it.
+    """
+    with open(path, "rb") as file:
+        head = file.read(HEAD_BYTES)
+    for magic, (kind, command) in MAGIC.items():
+        if head.startswith(magic):
+            raise ValueError(
+                f"{path}: {kind} data; records are read by their offset, which needs plain UTF-8:"
+                f" {command.format(path)}"
+            )
+    if _BEGINNING.match(head):
+        return JsonList(path)
+    _refuse_spread_object(path, head)
+    return JsonLines(path)
+
+
+def _refuse_spread_object(path: str, head: bytes) -> None:
+    """Refuse a file whose first object spans several lines, or holds the list of records."""
+    text = head.decode("utf-8-sig", "replace").lstrip()
+    line = text.partition("\n")[0]
+    try:
+        first = json.loads(line)
+        spread = False
+    except (ValueError, RecursionError):
+        first, end = _first_value(text)
+        spread = end > len(line)
+    records = first.items() if isinstance(first, dict) else ()
+    lists = [key for key, value in records if _is_record_list(value)]
+    if len(lists) == 1:
+        raise ValueError(
+            f"{path}: an object with a list of records under {lists[0]!r}; write the records as"
+            f" lines: jq -c '.{lists[0]}[]' {path} > lines.jsonl"
+        )
+    if spread:
+        raise ValueError(
+            f"{path}: objects that span several lines; write each on one line: jq -c . {path} >"
+            " lines.jsonl"
+        )
+
+
+def _first_value(text: str) -> tuple[dict[str, Any], int]:
+    """Return the object that a text begins with, and its length; ``{}`` and 0 if there is none."""
+    try:
+        value, end = json.JSONDecoder().raw_decode(text)
+    except (ValueError, RecursionError):
+        # The head of the file may have cut the object.
+        wrapped = re.match(r'\{\s*"(\w+)"\s*:\s*\[\s*\{\s*"(\w+)"', text)
+        if wrapped and wrapped[2] not in ("from", "role", "value", "content"):
+            return {wrapped[1]: [{"text": ""}]}, len(text)
+        return {}, 0
+    return (value, end) if isinstance(value, dict) else ({}, 0)
+
+
+def _is_record_list(value: Any) -> bool:
+    """Tell a list of records from a list of turns."""
+    if not isinstance(value, list) or not value or not isinstance(value[0], dict):
+        return False
+    return bool({"conversations", "messages", "image", "images", "text", "caption"} & set(value[0]))
 
 
 class JsonLines:
-    """One JSON object a line; blank lines are no entries, but they count as lines."""
+    """One JSON object a line; blank lines are not records, but count as lines."""
 
     def __init__(self, path: str) -> None:
         self.path = path
 
-    def blocks(self, length: int) -> Iterator[Block]:
-        """See ``EntryFile``; an entry is a line that is not blank."""
-        first = (0, 1)
+    def ranges(self, length: int) -> Iterator[OffsetRange]:
+        """See ``Reader``; a record is a line that is not blank."""
+        start = 0
+        first = 1
         number = 0
-        entries = 0
-        place = 0
-        with open(self.path, "rb") as file:
+        records = 0
+        offset = 0
+        with open(self.path, "rb", buffering=1 << 20) as file:
             while line := _read_line(file):
                 number += 1
                 if not line.isspace():
-                    entries += 1
-                    first = (place, number) if entries == 1 else first
-                place = file.tell()
-                if entries == length:
-                    yield Block(
-                        offset=first[0], number=first[1], entries=entries, size=place - first[0]
+                    if not records:
+                        start = offset
+                        first = number
+                    records += 1
+                # A line that was too long is longer in the file than in memory.
+                offset = offset + len(line) if len(line) <= MAX_RECORD_BYTES else file.tell()
+                if records == length:
+                    yield OffsetRange(
+                        offset=start, number=first, records=records, size=offset - start
                     )
-                    entries = 0
-            if entries:
-                yield Block(
-                    offset=first[0], number=first[1], entries=entries, size=place - first[0]
-                )
+                    records = 0
+            if records:
+                yield OffsetRange(offset=start, number=first, records=records, size=offset - start)
 
-    def read(self, offset: int, number: int, count: int) -> Iterator[Entry]:
-        """See ``EntryFile``."""
+    def read(self, offset: int, number: int, count: int) -> Iterator[RawRecord]:
+        """See ``Reader``."""
         with open(self.path, "rb") as file:
             file.seek(offset)
+            start = offset
             while count:
-                start = file.tell()
                 line = _read_line(file)
                 if not line:
                     return
+                long = len(line) > MAX_RECORD_BYTES
+                end = file.tell() if long else start + len(line)
                 if not line.isspace():
-                    yield Entry(
-                        offset=start,
-                        number=number,
-                        content=_too_long() if len(line) > MAX_ENTRY_BYTES else line,
-                    )
+                    content = _too_long() if long else line
+                    yield RawRecord(offset=start, number=number, content=content, size=end - start)
                     count -= 1
+                start = end
                 number += 1
 
 
@@ -74,21 +158,47 @@ class JsonList:
     def __init__(self, path: str) -> None:
         self.path = path
 
-    def blocks(self, length: int) -> Iterator[Block]:
-        """See ``EntryFile``."""
-        return in_blocks(self._places(None), length)
+    def ranges(self, length: int) -> Iterator[OffsetRange]:
+        """See ``Reader``."""
+        return in_ranges(self._extents(None, 1), length)
 
-    def read(self, offset: int, number: int, count: int) -> Iterator[Entry]:
-        """See ``EntryFile``."""
+    def read(self, offset: int, number: int, count: int) -> Iterator[RawRecord]:
+        """See ``Reader``."""
         with open(self.path, "rb") as file:
-            for step, (start, end) in zip(range(count), self._places(offset), strict=False):
+            for step, (start, end) in zip(
+                range(count), self._extents(offset, number), strict=False
+            ):
                 file.seek(start)
-                content = _too_long() if end - start > MAX_ENTRY_BYTES else file.read(end - start)
-                yield Entry(offset=start, number=number + step, content=content)
+                place = f"record {number + step} at byte {start}"
+                if end - start > MAX_RECORD_BYTES:
+                    content: Mapping[str, Any] | RejectError = _too_long()
+                else:
+                    content = self._parse(file.read(end - start), place)
+                yield RawRecord(
+                    offset=start,
+                    number=number + step,
+                    content=content,
+                    size=end - start,
+                    place=place,
+                )
 
-    def _places(self, start: int | None) -> Iterator[tuple[int, int]]:
-        """Where the elements from ``start`` (None: the first) begin and end. All behind a bracket
-        that is never closed is one element.
+    def _parse(self, data: bytes, place: str) -> Mapping[str, Any] | RejectError:
+        """Parse one element. Raises ValueError if it is damaged in a way that may have hidden the
+        end of the record: an unescaped quote turns text into structure and structure into text.
+        """
+        try:
+            return parse_json(data)
+        except RejectError as error:
+            if not _is_one_record(data):
+                self._fail(f"{place}: {error.detail}")
+            return error
+
+    def _extents(self, start: int | None, number: int) -> Iterator[tuple[int, int]]:
+        """Yield where the elements from ``start`` (None: the first) begin and end.
+
+        Raises:
+            ValueError: the file is not a list of elements with one comma between them and nothing
+                behind it.
         """
         with (
             open(self.path, "rb") as file,
@@ -97,46 +207,125 @@ class JsonList:
             if start is None:
                 beginning = _BEGINNING.match(data)
                 if beginning is None:
-                    raise ValueError(
-                        f"{self.path}: not a JSON list (it does not begin with a bracket); files of"
-                        " one object a line end in .jsonl"
-                    )
+                    self._fail("not a JSON list (it does not begin with a bracket)")
                 start = beginning.end()
-            depth = 0
-            opened = start
-            for token in _TOKEN.finditer(data, start):
-                kind = data[token.start()]
-                if kind in b"{[":
-                    opened = opened if depth else token.start()
-                    depth += 1
-                elif kind in b"}]":
-                    depth -= 1
-                    if depth < 0:
+                before = "["
+            else:
+                before = ","
+            for first, end in _elements(data, start):
+                if first < 0:
+                    before = self._check_gap(data, -first - 1, end, before, number)
+                    if before == "end":
                         return
-                    if depth == 0:
-                        yield opened, token.end()
-                elif depth == 0:
-                    yield token.start(), token.end()
-            if depth:
-                yield opened, len(data)
+                    continue
+                if before not in "[,":
+                    self._fail(f"record {number} at byte {first}: no comma before it")
+                yield first, end
+                before = "value"
+                number += 1
+            self._fail(f"the list is not closed: record {number} has no end, or a ] is missing")
+
+    def _check_gap(self, data: mmap.mmap, at: int, end: int, before: str, number: int) -> str:
+        """Check a comma or the bracket at the end of the list, and return which it was."""
+        sign = data[at : at + 1]
+        if sign == b"," and before == "value":
+            return ","
+        if sign == b"]" and before in ("value", "["):
+            if data[end:].strip():
+                self._fail(f"something follows the end of the list at byte {at}")
+            return "end"
+        self._fail(
+            f"byte {at}, before record {number}: {printable(data[at:end].decode('latin-1'), 40)!r}"
+            " is not expected here"
+        )
+        return ""
+
+    def _fail(self, problem: str) -> None:
+        """Raise ValueError: how many records there are is not known."""
+        raise ValueError(
+            f"{self.path}: {problem}; the records after it cannot be counted, so none are packed:"
+            " repair the file, or write one object a line, where damage is one record's"
+        )
+
+
+def _elements(data: mmap.mmap, start: int) -> Iterator[tuple[int, int]]:
+    """Yield the extents of the elements of a list, and of the signs between them as ``(-1 - begin,
+    end)``. Ends at the end of the data, or when a bracket does not match.
+    """
+    opened: list[int] = []
+    first = start
+    gap = start
+    for token in _TOKEN.finditer(data, start):
+        kind = data[token.start()]
+        if not opened:
+            yield from _signs(data, gap, token.start())
+            gap = token.end()
+            if kind in b"}]":
+                yield -1 - token.start(), token.end()
+            elif kind == ord('"'):
+                yield token.start(), token.end()
+            else:
+                first = token.start()
+                opened.append(kind)
+        elif kind in b"{[":
+            opened.append(kind)
+        elif kind in b"}]":
+            if opened.pop() != _CLOSES[kind]:
+                return
+            if not opened:
+                yield first, token.end()
+                gap = token.end()
+    if not opened:
+        yield from _signs(data, gap, len(data))
+
+
+def _signs(data: mmap.mmap, start: int, end: int) -> Iterator[tuple[int, int]]:
+    """Yield what lies between two bracketed elements: signs, and elements without brackets."""
+    for found in _GAP.finditer(data, start, end):
+        if found[0] in (b",", b"]"):
+            yield -1 - found.start(), found.end()
+        elif _SCALAR.fullmatch(found[0]):
+            yield found.start(), found.end()
+        else:
+            yield -1 - found.start(), found.end()
+
+
+def _is_one_record(data: bytes) -> bool:
+    """Return whether damaged JSON is certainly one record: outside of its strings are only signs
+    of JSON, and no object stands where a key should.
+    """
+    before = b""
+    end = 0
+    opened: list[int] = []
+    for token in [*_TOKEN.finditer(data), None]:
+        gap = data[end : token.start() if token else len(data)]
+        if _SIGN.sub(b"", gap):
+            return False
+        before = gap.strip()[-1:] or before
+        if token is None:
+            return True
+        kind = data[token.start()]
+        if kind in b"{[" and opened and opened[-1] == ord("{") and before != b":":
+            return False
+        if kind in b"{[":
+            opened.append(kind)
+        elif kind in b"}]" and opened:
+            opened.pop()
+        before = data[token.start() : token.start() + 1]
+        end = token.end()
+    return True
 
 
 def _read_line(file: BinaryIO) -> bytes:
-    """The next line; one that is too long is passed over in pieces, and cut off at one byte more
-    than the limit.
+    """Read the next line; one that is too long is passed over in pieces, and cut off at one byte
+    more than the limit.
     """
-    line = file.readline(MAX_ENTRY_BYTES + 1)
-    if len(line) > MAX_ENTRY_BYTES and not line.endswith(b"\n"):
-        while (rest := file.readline(MAX_ENTRY_BYTES)) and not rest.endswith(b"\n"):
+    line = file.readline(MAX_RECORD_BYTES + 1)
+    if len(line) > MAX_RECORD_BYTES and not line.endswith(b"\n"):
+        while (rest := file.readline(MAX_RECORD_BYTES)) and not rest.endswith(b"\n"):
             pass
     return line
 
 
 def _too_long() -> RejectError:
-    return RejectError("malformed_json", f"longer than {MAX_ENTRY_BYTES} bytes, which no record is")
-
-
-def is_list(path: Path) -> bool:
-    """Whether a file is a JSON list, by its first characters."""
-    with open(path, "rb") as file:
-        return _BEGINNING.match(file.read(4096)) is not None
+    return RejectError("malformed_json", f"longer than {MAX_RECORD_BYTES} bytes")

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from megavlm.data.records.open_files import find_files
+from megavlm.data.records.readers import find_files, media_root
 from megavlm.data.records.reject import RejectError
 
 META_KEYS = (
@@ -120,6 +120,7 @@ class Annotations:
         difficulty: name of the records' field that holds it as a number, or the difficulty of all
             of them; None: there is none.
         keep: what records must be like.
+        length: how many records the source's files have together; None: not known.
     """
 
     name: str
@@ -132,6 +133,7 @@ class Annotations:
     prompt: str = ""
     difficulty: str | float | None = None
     keep: Filter = field(default_factory=Filter)
+    length: int | None = None
 
     def difficulty_of(self, record: Mapping[str, Any]) -> float:
         """How difficult a record is; raises RejectError where its field does not say."""
@@ -220,7 +222,8 @@ def single_source(
         files = find_files(str(annotation))
     except (FileNotFoundError, ValueError) as error:
         raise type(error)(f"--jsonl {annotation}: {error}") from None
-    settings = {"root": str(root), "augment": augment, "difficulty": difficulty}
+    root = media_root(str(annotation), str(root))
+    settings = {"root": root, "augment": augment, "difficulty": difficulty}
     return tuple(Annotations(name=Path(annotation).stem, path=path, **settings) for path in files)
 
 
@@ -260,29 +263,32 @@ def _entry(name: str, entry: Any, where: str) -> list[Annotations]:
             f"{where}: difficulty {difficulty!r} must be the name of a field, or a number for all"
             " records"
         )
+    length = entry.get("length")
+    if length is not None and (type(length) is not int or length < 0):
+        raise ValueError(f"{where}: length {length!r} must be a number of records")
     most = entry.get("max_dynamic_patch")
     if most is not None and (type(most) is not int or most < 1):
         raise ValueError(
             f"{where}: max_dynamic_patch {most!r} must be a whole number of at least 1"
         )
     settings = {
-        "root": root,
         "repeat_time": float(repeat),
         "weight": None if weight is None else float(weight),
         "max_tiles": most,
         "augment": augment,
         "prompt": prompt,
         "difficulty": difficulty,
+        "length": length,
         "keep": _filter(entry.get("filter", {}), f"{where}: filter"),
     }
     return [
-        Annotations(name=name, path=path, **settings)
-        for path in _files(entry.get("annotation"), root, where)
+        Annotations(name=name, path=path, root=folder, **settings)
+        for path, folder in _files(entry.get("annotation"), root, where)
     ]
 
 
-def _files(given: Any, root: str, where: str) -> tuple[str, ...]:
-    """The annotation files that an entry names."""
+def _files(given: Any, root: str, where: str) -> tuple[tuple[str, str], ...]:
+    """Return the annotation files that an entry names, each with the root of its paths."""
     names = [given] if isinstance(given, str) else given
     if (
         not isinstance(names, list)
@@ -298,7 +304,7 @@ def _files(given: Any, root: str, where: str) -> tuple[str, ...]:
                 f"{where}: {name}: object storage is not supported; mount it, or copy the files"
             )
     try:
-        return tuple(path for name in names for path in find_files(name))
+        return tuple((path, media_root(name, root)) for name in names for path in find_files(name))
     except (FileNotFoundError, ValueError) as error:
         raise type(error)(f"{where}: {error}") from None
 

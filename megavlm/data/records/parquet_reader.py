@@ -13,9 +13,11 @@ from contextlib import suppress
 from functools import lru_cache
 from typing import Any
 
-from megavlm.data.records.raw_record import Block, Entry
+from megavlm.data.records.forms import LIST_KEYS
+from megavlm.data.records.raw_record import OffsetRange, RawRecord
+from megavlm.data.records.reject import RejectError, printable
 
-# Row groups that a process keeps: a block of rows is in one, mostly.
+# Row groups that a process keeps: a range of rows is in one, mostly.
 ROW_GROUPS_KEPT = 2
 # The packs take rows from everywhere; a table with larger groups than this would be read many times
 # over.
@@ -23,10 +25,13 @@ MAX_ROW_GROUP_BYTES = 2**30
 
 
 class ParquetFile:
-    """A parquet table; raises ValueError where pyarrow is missing or cannot read it.
+    """A parquet table.
 
     Args:
         path: of the file.
+
+    Raises:
+        ValueError: pyarrow is missing or cannot read the file, or two columns have one name.
     """
 
     def __init__(self, path: str) -> None:
@@ -39,15 +44,17 @@ class ParquetFile:
             ) from None
         self.path = path
         try:
-            self._file = pyarrow.parquet.ParquetFile(path)
-        except (pyarrow.ArrowInvalid, OSError) as error:
+            self._file = pyarrow.parquet.ParquetFile(path, page_checksum_verification=True)
+            names = self._file.schema_arrow.names
+        except (pyarrow.ArrowException, OSError) as error:
             raise ValueError(
-                f"{path}: not a parquet file that can be read ({' '.join(str(error).split()):.300})"
+                f"{path}: not a parquet file that can be read ({printable(str(error), 300)})"
             ) from None
-        groups = [
-            self._file.metadata.row_group(place)
-            for place in range(self._file.metadata.num_row_groups)
-        ]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"{path}: two columns are named {twice[0]!r}; rename one of them")
+        metadata = self._file.metadata
+        groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
         largest = max((group.total_byte_size for group in groups), default=0)
         if largest > MAX_ROW_GROUP_BYTES:
             raise ValueError(
@@ -57,23 +64,28 @@ class ParquetFile:
             )
         self._rows = [group.num_rows for group in groups]
         self._bytes = [group.total_byte_size for group in groups]
+        if min(self._rows, default=0) < 0 or sum(self._rows) != metadata.num_rows:
+            raise ValueError(
+                f"{path}: the row groups have {sum(self._rows)} rows, but the file's metadata says"
+                f" {metadata.num_rows}; restore the file"
+            )
 
-    def blocks(self, length: int) -> Iterator[Block]:
-        """See ``EntryFile``; offsets are rows, from 0."""
+    def ranges(self, length: int) -> Iterator[OffsetRange]:
+        """See ``Reader``; offsets are rows, from 0."""
         start = 0
         for rows, size in zip(self._rows, self._bytes, strict=True):
             for first in range(0, rows, length):
-                entries = min(length, rows - first)
-                yield Block(
+                records = min(length, rows - first)
+                yield OffsetRange(
                     offset=start + first,
                     number=start + first + 1,
-                    entries=entries,
-                    size=size * entries // rows,
+                    records=records,
+                    size=size * records // rows,
                 )
             start += rows
 
-    def read(self, offset: int, number: int, count: int) -> Iterator[Entry]:
-        """See ``EntryFile``."""
+    def read(self, offset: int, number: int, count: int) -> Iterator[RawRecord]:
+        """See ``Reader``; raises ValueError if a row group cannot be read or lacks rows."""
         group = 0
         start = 0
         while group < len(self._rows) and start + self._rows[group] <= offset:
@@ -85,24 +97,54 @@ class ParquetFile:
                 group += 1
             if group == len(self._rows):
                 return
-            row = _row_group(self, group).slice(offset + step - start, 1).to_pylist()[0]
-            yield Entry(offset=offset + step, number=number + step, content=_fields(row))
+            yield RawRecord(
+                offset=offset + step,
+                number=number + step,
+                content=_row(_row_group(self, group), offset + step - start),
+                place=f"row {number + step}",
+            )
 
     def table(self, group: int) -> Any:
-        """A row group as a table."""
-        return self._file.read_row_group(group)
+        """Return a row group as a table.
+
+        Raises:
+            ValueError: it cannot be read, or has other rows than the metadata says.
+        """
+        import pyarrow
+
+        try:
+            table = self._file.read_row_group(group)
+            table.validate(full=True)
+        except (pyarrow.ArrowException, OSError, ValueError) as error:
+            raise ValueError(
+                f"{self.path}: row group {group} (rows {sum(self._rows[:group]) + 1} to"
+                f" {sum(self._rows[: group + 1])}) cannot be read: {printable(str(error), 300)};"
+                " restore the file"
+            ) from None
+        if table.num_rows != self._rows[group]:
+            raise ValueError(
+                f"{self.path}: row group {group} has {table.num_rows} rows, but its metadata says"
+                f" {self._rows[group]}; restore the file"
+            )
+        return table
 
 
 @lru_cache(maxsize=ROW_GROUPS_KEPT)
 def _row_group(file: ParquetFile, group: int) -> Any:
-    """A row group of a file, kept for the rows after it."""
+    """Return a row group of a file, kept for the rows after it."""
     return file.table(group)
 
 
-def _fields(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The row's fields; conversations may be JSON in a text."""
+def _row(table: Any, index: int) -> Mapping[str, Any] | RejectError:
+    """Return the fields of a row; lists of turns may be JSON in a text."""
+    try:
+        row = table.slice(index, 1).to_pylist()[0]
+    except (ValueError, OverflowError) as error:  # such as a text that is not UTF-8
+        return RejectError("malformed_json", f"the row cannot be read: {error}")
     fields = {name: value for name, value in row.items() if value is not None}
-    if isinstance(fields.get("conversations"), str):
-        with suppress(ValueError):  # a text is no conversation, which is then said of it
-            fields["conversations"] = json.loads(fields["conversations"])
+    for key in LIST_KEYS:
+        value = fields.get(key)
+        if isinstance(value, str) and value.lstrip()[:1] == "[":
+            with suppress(ValueError):  # the form says what the text is instead
+                fields[key] = json.loads(value)
     return fields

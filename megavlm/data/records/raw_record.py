@@ -1,4 +1,4 @@
-"""What annotation files of every format are made of."""
+"""The nouns of annotation files in any format, and the protocol that reads them."""
 
 from __future__ import annotations
 
@@ -11,69 +11,83 @@ from megavlm.data.records.reject import RejectError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Entry:
-    """One record as it stands in an annotation file.
+class RawRecord:
+    """One record as an annotation file stores it.
 
     Args:
-        offset: where it can be read again: in bytes, or a row, as the format has it.
-        number: line, row or place in the file, from 1.
-        content: the record as JSON, its fields, or why it has none.
-        files: media that lie beside it in an archive, by name.
+        offset: where it can be read again: a byte or a row, depending on the format.
+        number: line, row or number of the record, from 1.
+        content: JSON text, fields, or the reason why it has neither.
+        files: media that are stored beside it in an archive, by name.
+        size: its bytes in the file; 0: not known.
+        place: where it is, in words; empty: ``line NUMBER``.
     """
 
     offset: int
     number: int
     content: bytes | Mapping[str, Any] | RejectError
     files: Mapping[str, bytes] = field(default_factory=dict)
+    size: int = 0
+    place: str = ""
 
     def fields(self) -> Mapping[str, Any]:
-        """The record's fields; raises RejectError where it has none."""
+        """Return the record's fields; raises RejectError if it has none."""
         if isinstance(self.content, RejectError):
             raise self.content
         return parse_json(self.content) if isinstance(self.content, bytes) else self.content
 
+    def where(self) -> str:
+        """Say where the record is, for people who repair the file."""
+        return self.place or f"line {self.number}"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Block:
-    """Consecutive entries of an annotation file.
+class OffsetRange:
+    """Consecutive records of an annotation file.
 
     Args:
         offset: of the first.
         number: of the first.
-        entries: how many.
-        size: bytes of them in the file.
+        records: how many.
+        size: their bytes in the file.
     """
 
     offset: int
     number: int
-    entries: int
+    records: int
     size: int
 
 
-def in_blocks(places: Iterable[tuple[int, int]], length: int) -> Iterator[Block]:
-    """Blocks of at most ``length`` entries, which begin and end at ``places`` in the file and are
-    numbered through from 1.
+def in_ranges(extents: Iterable[tuple[int, int]], length: int) -> Iterator[OffsetRange]:
+    """Group records into ranges of at most ``length``; the records begin and end at ``extents``
+    and are numbered from 1.
     """
     start = 0
     number = 1
-    entries = 0
+    records = 0
     end = 0
-    for place, end in places:
-        start = start if entries else place
-        entries += 1
-        if entries == length:
-            yield Block(offset=start, number=number, entries=entries, size=end - start)
-            number = number + entries
-            entries = 0
-    if entries:
-        yield Block(offset=start, number=number, entries=entries, size=end - start)
+    for offset, end in extents:
+        start = start if records else offset
+        records += 1
+        if records == length:
+            yield OffsetRange(offset=start, number=number, records=records, size=end - start)
+            number = number + records
+            records = 0
+    if records:
+        yield OffsetRange(offset=start, number=number, records=records, size=end - start)
 
 
-class EntryFile(Protocol):
-    """An annotation file, of any format."""
+class Reader(Protocol):
+    """An annotation file of some format; ``readers.FORMATS`` is the table of implementations.
 
-    def blocks(self, length: int) -> Iterator[Block]:
-        """All entries in blocks of at most ``length``; cheap, as nothing is parsed."""
+    No record may be lost in silence. A reader checks what lies between and behind the records and
+    raises ValueError with the file and the place if it cannot tell how many records there are. A
+    damaged record is one record whose ``content`` is a RejectError. A second count of the records,
+    if the format has one, must agree.
+    """
 
-    def read(self, offset: int, number: int, count: int) -> Iterator[Entry]:
-        """The ``count`` entries from ``offset`` on, the first of which is number ``number``."""
+    def ranges(self, length: int) -> Iterator[OffsetRange]:
+        """Yield all records in ranges of at most ``length``. Cheap: no record is parsed."""
+
+    def read(self, offset: int, number: int, count: int) -> Iterator[RawRecord]:
+        """Yield the ``count`` records from ``offset`` on; the first is record ``number``."""

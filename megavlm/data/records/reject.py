@@ -11,45 +11,66 @@ FILTERS = {
         "the meta file's filter: an image with too few or too many pixels along a side"
     ),
     "filtered_aspect": "the meta file's filter: an image that is too long and narrow",
-    "filtered_score": "the meta file's filter: a score that is out of bounds or no number",
+    "filtered_score": "the meta file's filter: a score that is out of bounds or not a number",
 }
+# Repairing or restoring a media file mends these; the record is read again on resume.
+REPAIRABLE = ("missing_image", "unreadable_image", "missing_video", "unreadable_video")
 REASONS = {
-    "malformed_json": "the record is not a JSON object",
-    "missing_part": "a file of the record is not in its archive",
-    "conversation": "`conversations` is missing, empty or not a list of {from, value} with texts",
+    "malformed_json": "the record is not a JSON object, or a key occurs twice in it",
+    "missing_part": "a file of the record is not in its archive, or two have one ending",
+    "conversation": (
+        "the record has no conversation, caption or text, or one that is not a list of turns"
+    ),
     "role_order": (
         "the turns are not: system (optional), then human and gpt in alternation, ending with gpt;"
         " nor one pretrain"
     ),
-    "empty_answer": "an answer, a caption or a text to be learned is empty",
-    "image_field": "`image` is not a path or a list of paths",
-    "video_field": "`video` is not a path",
-    "video": "several videos, images beside a video, or a clip that is no [start, end]",
+    "empty_answer": "an answer, a caption or a text to be learned is empty, or none is learned",
+    "unsupported": "the record has content that is not supported, such as tools or audio",
+    "image_field": "an image is not a path or bytes, or two keys name different images",
+    "video_field": "a video is not a path or bytes, or two keys name different videos",
+    "video": "a clip is not [start, end], or belongs to more than one video",
     "outside_root": "a path leads out of the source's root",
     "placeholder_count": (
         "the texts hold more or fewer <image> or <video> placeholders than the record has images or"
-        " videos"
+        " videos, or hold them in a system turn"
     ),
+    "missing_media": "a caption without an image or a video",
     "image_token_in_text": (
         "a text holds <img>, </img> or <IMG_CONTEXT>, which only the packer may write"
     ),
-    "missing_image": "an image file is not there or may not be read",
+    "missing_image": "an image file does not exist or may not be read",
     "unreadable_image": "an image file cannot be decoded",
-    "missing_video": "a video file is not there or may not be read",
-    "unreadable_video": "a video cannot be decoded, or has no frames where they are wanted",
-    "difficulty": "the field that says how difficult the record is holds no number",
-    "changed": (
-        "the record or its images were others when they were packed than when they were counted"
-    ),
+    "deep_image": "an image has more than 8 bits a channel, and --deep_images reject is set",
+    "missing_video": "a video file does not exist or may not be read",
+    "unreadable_video": "a video cannot be decoded, or has no frames in its clip",
+    "difficulty": "the field with the record's difficulty does not hold a number",
+    "changed": "the record or its images changed between the two passes of the packer",
     "too_long": "the sample has more tokens than a pack",
     "too_many_tiles": "the sample has more tiles than a pack may hold",
     **FILTERS,
 }
+DETAIL_LENGTH = 400
 
 
 def count_unwanted(rejects: Mapping[str, int]) -> int:
-    """Of the numbers of rejected records for each reason, those that no filter asked for."""
+    """Sum the rejects by reason, without those that a filter asked for."""
     return sum(count for reason, count in rejects.items() if reason not in FILTERS)
+
+
+def printable(text: str, length: int = DETAIL_LENGTH) -> str:
+    """Return text that fits on a line of a terminal and can be written as UTF-8.
+
+    Control characters and halves of surrogate pairs are escaped; a long text loses its middle.
+    Every message about a record goes through here, because a record may hold anything.
+    """
+    if len(text) > length:
+        half = length // 2
+        text = f"{text[:half]} [{len(text) - 2 * half} characters] {text[-half:]}"
+    if text.isprintable():
+        return text
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode()
+                   for each in text)  # fmt: skip
 
 
 class RejectError(ValueError):
@@ -62,6 +83,7 @@ class RejectError(ValueError):
 
     def __init__(self, reason: str, detail: str) -> None:
         assert reason in REASONS, reason
+        detail = printable(detail)
         super().__init__(f"{reason}: {detail}")
         self.reason = reason
         self.detail = detail
@@ -73,15 +95,24 @@ class Reject:
 
     Args:
         file: annotation file.
-        line: line in it, from 1.
+        line: line, row or number of the record in it, from 1.
+        place: the same in words: ``line 6``, ``record 6 at byte 1200``.
+        source: index of the file in the job's list of sources.
+        offset: where a reader finds the record again.
+        bytes: size of the record in the file; 0: not known.
         reason: a key of ``REASONS``.
         detail: what is wrong with this record, with numbers.
     """
 
     file: str
     line: int
+    place: str
+    source: int
+    offset: int
+    bytes: int
     reason: str
     detail: str
 
     def __str__(self) -> str:
-        return f"{self.file}:{self.line}: {self.reason}: {self.detail}"
+        where = f":{self.line}" if self.place == f"line {self.line}" else f", {self.place}"
+        return f"{self.file}{where}: {self.reason}: {self.detail}"

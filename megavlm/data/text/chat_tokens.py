@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from megavlm.data.records.record import IMAGE_PLACEHOLDER, Turn
+from megavlm.data.records.record import IMAGE_PLACEHOLDER, SHOWING_ROLES, Turn
 from megavlm.data.records.reject import RejectError
 from megavlm.data.text.templates import chat_format
 from megavlm.data.text.tokenizer import (
@@ -24,7 +24,6 @@ from megavlm.data.text.tokenizer import (
 )
 
 DEFAULT = "internvl2_5"
-SHOWING_ROLES = ("human", "pretrain")  # whose texts hold images
 
 
 class ChatTemplate:
@@ -35,7 +34,8 @@ class ChatTemplate:
             nothing, or its ``bos_token``.
         features_per_tile: ``<IMG_CONTEXT>`` tokens of one tile.
         name: of the row.
-        system_message: what a conversation without a system turn begins with; None: the row's.
+        system_message: what a conversation without a system turn begins with; None: the row's;
+            empty: nothing, not even an empty system turn.
 
     Raises:
         ValueError: the tokenizer lacks a token, adds other ones of its own, or cannot say where its
@@ -109,6 +109,13 @@ class ChatTemplate:
             ]
         return self._encode(question, tiles, self.format.opening)[0]
 
+    def image_extents(self, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return where the images of a sample's tokens begin and end, int64 [images] each, with
+        their ``<img>`` and ``</img>``.
+        """
+        start, end, _ = self._image_token_ids
+        return np.flatnonzero(tokens == start), np.flatnonzero(tokens == end) + 1
+
     def text(self, tokens: Sequence[int] | np.ndarray) -> str:
         """The text of an answer's tokens, without special tokens."""
         return self.tokenizer.decode([int(token) for token in tokens], skip_special_tokens=True)
@@ -117,7 +124,7 @@ class ChatTemplate:
         self, turns: Sequence[Turn], tiles: Sequence[int], opening: str
     ) -> tuple[np.ndarray, np.ndarray]:
         """Tokens and mask of turns, followed by the ``opening`` of an answer."""
-        if turns[0].role == "system" or turns[0].role == "pretrain":
+        if turns[0].role in ("system", "pretrain") or not self.system_message:
             turns = list(turns)
         else:
             turns = [Turn(role="system", text=self.system_message), *turns]
@@ -151,11 +158,10 @@ class ChatTemplate:
         if turn.role == "pretrain":
             return "", text, ""
         if turn.role == "gpt":
-            return (
-                self.format.opening,
-                self.format.answer.replace("{}", text, 1),
-                self.format.closing,
-            )
+            answer = self.format.answer.replace("{}", text, 1)
+            if not turn.learned:
+                return self.format.opening + answer, "", self.format.closing
+            return self.format.opening, answer, self.format.closing
         row = self.format.system if turn.role == "system" else self.format.human
         return row.replace("{}", text, 1), "", ""
 
@@ -171,7 +177,7 @@ class ChatTemplate:
         tokens = []
         learned = []
         for turn, found in zip(turns, [self._first[1], *self._tokens(others)], strict=True):
-            if turn.role == "gpt":
+            if turn.role == "gpt" and turn.learned:
                 learned.append(
                     (
                         len(tokens) + len(self._opening_tokens),

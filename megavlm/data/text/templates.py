@@ -52,7 +52,8 @@ class ChatFormat:
         ``<IMG_CONTEXT>``, which the processor expands.
 
         Args:
-            system_message: stands in for the format's own.
+            system_message: replaces the format's own; empty: a conversation without a system turn
+                begins without one.
             bos: whether a text begins with the tokenizer's ``bos_token``.
         """
         message = self.system_message if system_message is None else system_message
@@ -67,7 +68,9 @@ class ChatFormat:
         )
         trim = " | trim" if self.strip else ""
         shown = "true" if self.questions else "message['role'] == 'assistant'"
-        default = f"{{{{ {_quoted(self.system.replace('{}', message))} }}}}" if self.system else ""
+        default = ""
+        if self.system and message:
+            default = f"{{{{ {_quoted(self.system.replace('{}', message))} }}}}"
         return (
             f"{{%- set around = {{{around}}} %}}{'{{ bos_token }}' if bos else ''}{{%- if"
             f" messages[0]['role'] != 'system' %}}{default}{{% endif %}}{{%- for message in"

@@ -18,7 +18,7 @@ from megavlm.data.images.tiling import Tiling
 from megavlm.data.images.video import frame_times, read_frames
 from megavlm.data.packing.encode import Encoder, Images
 from megavlm.data.records.meta_file import Annotations
-from megavlm.data.records.raw_record import Entry
+from megavlm.data.records.raw_record import RawRecord
 from megavlm.data.records.record import MediaFile, Turn
 from megavlm.data.records.reject import Reject, RejectError
 from megavlm.data.text.chat_tokens import ChatTemplate
@@ -207,10 +207,13 @@ def encode(
         template, Tiling(tile_size=16), capacity, tile_cap, frames=FrameChoice(), seed=seed
     )
     chat = [{"from": "human", "value": "<video>\nwhat"}, {"from": "gpt", "value": "a film"}]
-    entry = Entry(offset=0, number=4, content={"video": str(path), "conversations": chat, **fields})
-    return encoder.encode_entry(
+    entry = RawRecord(
+        offset=0, number=4, content={"video": str(path), "conversations": chat, **fields}
+    )
+    found = encoder.encode_raw(
         entry, Annotations(name="a", path="a.jsonl"), source=1, images=images
     )
+    return found if isinstance(found, Reject) else found[0]
 
 
 @pytest.mark.parametrize("kind", ["mp4", "gif", "folder"])

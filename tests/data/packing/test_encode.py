@@ -12,7 +12,7 @@ from PIL import Image
 from megavlm.data.images.tiling import Tiling
 from megavlm.data.packing.encode import Encoder, Images
 from megavlm.data.records.meta_file import Annotations
-from megavlm.data.records.raw_record import Entry
+from megavlm.data.records.raw_record import RawRecord
 from megavlm.data.records.reject import Reject
 from megavlm.data.sample import Sample
 from megavlm.data.text.chat_tokens import ChatTemplate
@@ -44,9 +44,10 @@ def _encode(
     ]
     text = json.dumps({"conversations": chat, **fields}).encode()
     annotations = Annotations(name="a", path="a.jsonl", root=str(root), max_tiles=max_tiles)
-    return encoder.encode_entry(
-        Entry(offset=0, number=9, content=text), annotations, source=2, images=images
+    found = encoder.encode_raw(
+        RawRecord(offset=0, number=9, content=text), annotations, source=2, images=images
     )
+    return found if isinstance(found, Reject) else found[0]
 
 
 def test_a_sample_with_an_image(root):

@@ -22,7 +22,7 @@ from megavlm.data.packing.encode import Encoder, Images
 from megavlm.data.packing.job import Job, pack_dataset
 from megavlm.data.packing.plan import plan_packs
 from megavlm.data.records.meta_file import Annotations, single_source
-from megavlm.data.records.open_files import open_entries
+from megavlm.data.records.readers import open_reader
 from megavlm.data.store.reader import Reader
 from megavlm.data.text.chat_tokens import ChatTemplate
 from megavlm.data.text.tokenizer import fingerprint, load_tokenizer
@@ -122,8 +122,8 @@ def test_packs_hold_every_record(data, tmp_path):
     encoder = Encoder(ChatTemplate(load_tokenizer(GOLDEN / "tokenizer"), 4), TILING, 1024)
     wanted = []
     (source,) = single_source(data / "good.jsonl", data)
-    for entry in open_entries(source.path).read(0, 1, 1000):
-        sample = encoder.encode_entry(entry, source, source=0, images=Images.LOAD)
+    for entry in open_reader(source.path).read(0, 1, 1000):
+        (sample,) = encoder.encode_raw(entry, source, source=0, images=Images.LOAD)
         images = tuple(image.encoded for image in sample.images)
         wanted.append(
             (0, entry.number, sample.tokens.tobytes(), sample.supervised.tobytes(), images)

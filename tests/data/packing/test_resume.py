@@ -61,7 +61,7 @@ def test_stopped_anywhere(data, tmp_path, monkeypatch, seed):  # noqa: F811
     runs = 0
     written = 0
     monkeypatch.setattr(scan, "SAVE_INTERVAL_SECONDS", 0.0)
-    monkeypatch.setattr(scan, "LINES_PER_TASK", 3)
+    monkeypatch.setattr(scan, "RECORDS_PER_TASK", 3)
     ordered_map = job.ordered_map
 
     def stopping(function, tasks, workers, executor="processes"):
@@ -172,7 +172,7 @@ def test_another_job_does_not_go_on(data, tmp_path, monkeypatch):  # noqa: F811
             pack_dataset(_job(data, tmp_path / "out"))
     with pytest.raises(
         FileExistsError,
-        match=r"left by a packing of another job \(capacity: 1024 there, 2048 asked for\)",
+        match=r"left by a packing of another job \(capacity: 1024 there, 2048 requested\)",
     ):
         pack_dataset(_job(data, tmp_path / "out", capacity=2048))
     (tmp_path / "copy.jsonl").write_bytes((data / "good.jsonl").read_bytes())

@@ -7,7 +7,8 @@ import os
 
 import pytest
 
-from megavlm.data.records.record import MediaFile, Turn, Video, parse_json, parse_record
+from megavlm.data.records.parse import parse_record
+from megavlm.data.records.record import MediaFile, Turn, Video, parse_json
 from megavlm.data.records.reject import REASONS, RejectError
 
 CHAT = [{"from": "human", "value": "what"}, {"from": "gpt", "value": "this"}]
@@ -26,7 +27,7 @@ def _paths(**fields):
 def test_a_record_without_images():
     record = _parse(id=5, width=3)
     assert record.conversations == (Turn(role="human", text="what"), Turn(role="gpt", text="this"))
-    assert (record.images, record.video) == ((), None)
+    assert (record.images, record.videos, record.unread) == ((), (), ("id", "width"))
     assert _parse(image="").images == _parse(image=None).images == _parse(image=[]).images == ()
 
 
@@ -76,11 +77,15 @@ BAD_LINES = [
     ({"conversations": [HUMAN]}, "role_order", "the turns are human"),
     ({"conversations": [SYSTEM]}, "role_order", "system"),
     ({"conversations": [HUMAN, GPT, SYSTEM, HUMAN, GPT]}, "role_order", "system"),
-    ({"conversations": [{"from": "user", "value": "a"}, GPT]}, "role_order", "user"),
+    ({"conversations": [{"from": "tool", "value": "a"}, GPT]}, "role_order", "tool"),
     ({"conversations": CHAT, "image": 5}, "image_field", "5"),
     ({"conversations": CHAT, "image": ["a.jpg", None]}, "image_field", "None"),
-    ({"conversations": CHAT, "video": ["a.mp4", "b.mp4"]}, "video", "2 videos"),
-    ({"conversations": CHAT, "video": "a.mp4", "image": "a.jpg"}, "video", "images and a video"),
+    ({"conversations": CHAT, "video": ["a.mp4", "b.mp4"]}, "placeholder_count", "2 videos"),
+    (
+        {"conversations": CHAT, "video": "a.mp4", "image": "a.jpg"},
+        "placeholder_count",
+        "0 <video> placeholders, but 1",
+    ),
     ({"conversations": CHAT, "video": 5}, "video_field", "5"),
     ({"conversations": CHAT, "video": "a.mp4", "clip": [3, 2]}, "video", r"clip \[3, 2\]"),
     ({"conversations": CHAT, "video": "a.mp4", "clip": ["0", "2"]}, "video", "clip"),
@@ -143,7 +148,7 @@ def test_a_text_is_learned_and_may_show_images():
 
 def test_a_video_and_its_clip():
     record = _parse(video="a.mp4", clip=[1, 2.5])
-    assert record.video == Video(file=MediaFile(path="pictures/a.mp4"), clip=(1.0, 2.5))
+    assert record.videos == (Video(file=MediaFile(path="pictures/a.mp4"), clip=(1.0, 2.5)),)
     assert record.conversations[0].text == "<video>\nwhat"
 
 

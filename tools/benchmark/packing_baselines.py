@@ -1,5 +1,4 @@
-"""Other rules of packing, to compare ours with: what a data set would come to if it were packed as
-elsewhere.
+"""Other rules of packing, to compare ours with: how a dataset would be packed elsewhere.
 
 The rules are plain loops; where numba is installed they run as machine code, with the same result.
 """
@@ -12,12 +11,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megavlm.data.load_imbalance import RANKS, expected_peak
 from megavlm.data.packing.best_fit import Packing, automatic_tile_cap, pack
+from megavlm.data.packing.report import load_imbalance
 
 INTERNVL_BUFFERS = 20
 INTERNVL_TILES = 48
-COMPARED_SAMPLES = 200_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +26,8 @@ class Strategy:
         name: of the rule.
         packs: number of packs.
         fill: share of the packs' capacity that holds tokens.
-        straggle_512: share by which the most tiles among 512 random packs are above the mean: how
-            long 512 data ranks wait for the vision encoder of the slowest.
+        imbalance_512: load imbalance in tiles of 512 random packs: how long 512 data-parallel ranks
+            wait for the vision encoder of the slowest.
         tile_cap: most tiles of a pack; None: any number.
         samples_per_s: samples packed a second of one processor; choosing the cap is counted.
     """
@@ -37,7 +35,7 @@ class Strategy:
     name: str
     packs: int
     fill: float
-    straggle_512: float
+    imbalance_512: float
     tile_cap: int | None
     samples_per_s: float
 
@@ -90,13 +88,6 @@ def compare(
         "global_best_fit": ours,
     }
     return tuple(_measure(name, rule, tokens, tiles, capacity) for name, rule in rules.items())
-
-
-def straggle(work: np.ndarray, *, ranks: int = RANKS) -> float:
-    """Share by which the most work among ``ranks`` random packs is above the mean, averaged over
-    draws; 0 where there is no work.
-    """
-    return expected_peak(work, ranks=ranks) - 1.0
 
 
 def next_fit(tokens: np.ndarray, capacity: int) -> tuple[np.ndarray, int]:
@@ -199,7 +190,7 @@ def _measure(
         name=name,
         packs=packing.bins,
         fill=int(tokens.sum(dtype=np.int64)) / (packing.bins * capacity),
-        straggle_512=straggle(work),
+        imbalance_512=load_imbalance(work),
         tile_cap=cap,
         samples_per_s=len(tokens) / seconds,
     )

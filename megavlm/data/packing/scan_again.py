@@ -1,0 +1,89 @@
+"""Records that a scan rejected for a missing or damaged media file, read again: the file may have
+been restored since.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from megavlm.data.packing.encode import Images
+from megavlm.data.packing.executors import EncoderSettings, Executor, ordered_map
+from megavlm.data.packing.scan import ScanTask, measure
+from megavlm.data.packing.scan_state import (
+    SourceCounts,
+    merge_repaired,
+    read_state,
+    repairable_rejects,
+    save_state,
+)
+from megavlm.data.records.meta_file import Annotations
+from megavlm.data.records.raw_record import OffsetRange
+
+
+def read_rejects_again(
+    sources: Sequence[Annotations],
+    settings: EncoderSettings,
+    folder: Path,
+    *,
+    images: Images,
+    workers: int,
+    executor: Executor,
+    on_change: Callable[[], None],
+) -> int:
+    """Read the repairable rejects of a scan that was stopped, and add those that pass to its rows.
+
+    Args:
+        sources: annotation files.
+        settings: of the encoder.
+        folder: of the scan.
+        images: how far images are read.
+        workers, executor: as for ``ordered_map``.
+        on_change: called before anything is written, if a record passes: what was made of the
+            rows is out of date.
+
+    Returns:
+        The number of records that pass now.
+    """
+    state = read_state(folder, len(sources))
+    rejects = repairable_rejects(folder, state)
+    if not rejects:
+        return 0
+    tasks = [
+        ScanTask(
+            settings=settings,
+            annotations=sources[reject.source],
+            source=reject.source,
+            records=OffsetRange(
+                offset=reject.offset, number=reject.line, records=1, size=reject.bytes
+            ),
+            images=images,
+        )
+        for reject in rejects
+    ]
+    rows = []
+    repaired = set()
+    passed = []
+    for reject, measured in zip(
+        rejects, ordered_map(measure, tasks, workers, executor), strict=True
+    ):
+        if len(measured.rows):
+            rows.append(measured.rows)
+            repaired.add((reject.source, reject.offset))
+            passed.append((reject, measured.counts))
+    if not repaired:
+        return 0
+    on_change()
+    merge_repaired(folder, state, np.concatenate(rows), repaired)
+    for reject, counts in passed:
+        own = state.sources[reject.source]
+        own.add(
+            SourceCounts(images=counts.images, deep_images=counts.deep_images, unread=counts.unread)
+        )
+        own.rejects[reject.reason] -= 1
+        if not own.rejects[reject.reason]:
+            del own.rejects[reject.reason]
+    save_state(folder, state)
+    return len(repaired)

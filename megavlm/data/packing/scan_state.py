@@ -1,0 +1,194 @@
+"""How far a scan is, as files: rows, rejected records, and a state that says how much of the two is
+good. A crash at any moment loses the work since the last save and nothing else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from megavlm.data.records.reject import REPAIRABLE, Reject
+
+ROW = np.dtype(
+    [
+        ("offset", "<i8"),
+        ("line", "<i4"),
+        ("tokens", "<i4"),
+        ("tiles", "<i4"),
+        ("source", "<i4"),
+        ("difficulty", "<f4"),
+        ("window", "<i4"),
+    ]
+)
+SHOWN_REJECTS = 5
+STATE_NAME = "scan.json"
+ROWS_PER_CHUNK = 2**20
+
+
+@dataclass(kw_only=True)
+class SourceCounts:
+    """What was read of one source.
+
+    Args:
+        records: read.
+        images: of the records that can be packed.
+        deep_images: of them, those with more than 8 bits a channel.
+        rejects: rejected records for each reason.
+        unread: how many records have a key that was not read, for each key.
+    """
+
+    records: int = 0
+    images: int = 0
+    deep_images: int = 0
+    rejects: dict[str, int] = field(default_factory=dict)
+    unread: dict[str, int] = field(default_factory=dict)
+
+    def add(self, other: SourceCounts) -> None:
+        """Add other counts of the same source."""
+        self.records += other.records
+        self.images += other.images
+        self.deep_images += other.deep_images
+        for own, more in ((self.rejects, other.rejects), (self.unread, other.unread)):
+            for name, count in more.items():
+                own[name] = own.get(name, 0) + count
+
+
+@dataclass(kw_only=True)
+class ScanState:
+    """How far a scan is, and all that it needs to resume.
+
+    Args:
+        sources: counts of each source.
+        tasks: that are done.
+        bytes: of the annotation files that are done.
+        rows: number of good rows in ``rows_name``.
+        rejects_bytes: number of good bytes in ``rejects_name``.
+        first_rejects: the first few rejected records.
+        complete: whether all is done.
+        generation: how often rejected records were read again with success; names the files.
+    """
+
+    sources: list[SourceCounts]
+    tasks: int = 0
+    bytes: int = 0
+    rows: int = 0
+    rejects_bytes: int = 0
+    first_rejects: list[Reject] = field(default_factory=list)
+    complete: bool = False
+    generation: int = 0
+
+    @property
+    def rows_name(self) -> str:
+        """Return the name of the file of rows."""
+        return f"rows.{self.generation}.bin"
+
+    @property
+    def rejects_name(self) -> str:
+        """Return the name of the list of rejected records."""
+        return f"rejects.{self.generation}.jsonl"
+
+    @property
+    def packable(self) -> int:
+        """Return the number of records that are not rejected."""
+        return sum(source.records - sum(source.rejects.values()) for source in self.sources)
+
+
+def count_measured(
+    state: ScanState, source: int, counts: SourceCounts, rejects: Sequence[Reject]
+) -> None:
+    """Add the counts of a task to a state."""
+    state.sources[source].add(counts)
+    state.first_rejects += rejects[: SHOWN_REJECTS - len(state.first_rejects)]
+
+
+def reject_lines(rejects: Iterable[Reject]) -> bytes:
+    """Return rejected records as lines of JSON."""
+    return "".join(
+        json.dumps(dataclasses.asdict(reject), ensure_ascii=False) + "\n" for reject in rejects
+    ).encode()
+
+
+def read_state(folder: Path, sources: int) -> ScanState:
+    """Read how far the scan in a folder is. A file that a power cut left empty counts as absent."""
+    try:
+        facts = json.loads((folder / STATE_NAME).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return ScanState(sources=[SourceCounts() for _ in range(sources)])
+    facts["first_rejects"] = [Reject(**entry) for entry in facts["first_rejects"]]
+    facts["sources"] = [SourceCounts(**entry) for entry in facts["sources"]]
+    return ScanState(**facts)
+
+
+def save_state(folder: Path, state: ScanState, *files: BinaryIO) -> None:
+    """Put the files on the disk, and then the state that says how much of them is good."""
+    for file in files:
+        file.flush()
+        os.fsync(file.fileno())
+    temporary = folder / (STATE_NAME + ".partial")
+    with open(temporary, "w", encoding="utf-8") as file:
+        json.dump(dataclasses.asdict(state), file, ensure_ascii=False)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, folder / STATE_NAME)
+
+
+def repairable_rejects(folder: Path, state: ScanState) -> list[Reject]:
+    """Read the rejected records that may pass after a media file was restored."""
+    if not any(reason in source.rejects for source in state.sources for reason in REPAIRABLE):
+        return []
+    with open(folder / state.rejects_name, "rb") as file:
+        lines = file.read(state.rejects_bytes).splitlines()
+    rejects = (Reject(**json.loads(line)) for line in lines)
+    return [reject for reject in rejects if reject.reason in REPAIRABLE]
+
+
+def merge_repaired(
+    folder: Path, state: ScanState, rows: np.ndarray, repaired: set[tuple[int, int]]
+) -> None:
+    """Write the next generation of files: with the rows of repaired records in their places, and
+    without their rejects. The state must be saved afterwards.
+
+    Args:
+        folder: of the scan.
+        state: of the scan; its counts are brought up to date by the caller.
+        rows: of type ``ROW``, in the order of the files.
+        repaired: source and offset of the records.
+    """
+    old = folder / state.rows_name
+    with open(folder / state.rejects_name, "rb") as file:
+        lines = file.read(state.rejects_bytes).splitlines()
+    rejects = [Reject(**json.loads(line)) for line in lines]
+    state.generation += 1
+    left = [each for each in rejects if (each.source, each.offset) not in repaired]
+    content = reject_lines(left)
+    (folder / state.rejects_name).write_bytes(content)
+    state.rejects_bytes = len(content)
+    state.first_rejects = left[:SHOWN_REJECTS]
+    with open(old, "rb") as before, open(folder / state.rows_name, "wb") as after:
+        done = 0
+        kept = state.rows
+        while kept:
+            chunk = np.fromfile(before, ROW, min(kept, ROWS_PER_CHUNK))
+            kept -= len(chunk)
+            behind = _position(rows, chunk[-1]) if kept else len(rows)
+            both = np.concatenate([chunk, rows[done:behind]])
+            order = np.lexsort((both["window"], both["offset"], both["source"]))
+            after.write(both[order].tobytes())
+            done = behind
+        after.write(rows[done:].tobytes())
+    state.rows += len(rows)
+
+
+def _position(rows: np.ndarray, last: np.void) -> int:
+    """Return how many of the sorted ``rows`` lie before ``last``."""
+    before = (rows["source"] < last["source"]) | (
+        (rows["source"] == last["source"]) & (rows["offset"] < last["offset"])
+    )
+    return int(np.count_nonzero(before))

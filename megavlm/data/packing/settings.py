@@ -1,0 +1,167 @@
+"""What to pack, and how: the settings of a packing, checked before any data are touched."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megavlm.data.images.frame_sampling import FrameChoice
+from megavlm.data.images.tiling import Tiling
+from megavlm.data.packing.encode import DeepImages
+from megavlm.data.packing.executors import Executor
+from megavlm.data.packing.windows import Windows
+from megavlm.data.records.meta_file import Annotations
+from megavlm.data.store.manifest import FORMAT_VERSION
+from megavlm.data.text.chat_tokens import DEFAULT
+from megavlm.data.text.templates import chat_format
+
+# May differ when a stopped job resumes, because no byte of the result depends on it.
+FREE_SETTINGS = ("out", "workers", "executor", "max_rejects")
+# Changes when the files of a stopped job are not readable any more.
+PACKER_VERSION = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What to pack, and how.
+
+    Args:
+        sources: annotation files.
+        tokenizer: folder of the tokenizer; special tokens that it lacks are added to the copy in
+            the dataset.
+        out: folder of the dataset; missing or empty.
+        capacity: tokens of a pack.
+        features_per_tile: ``<IMG_CONTEXT>`` tokens of one tile.
+        template: name of the conversation template.
+        system_message: what a conversation without a system turn begins with; None: the template's
+            own; empty: nothing.
+        tiling: how images become tiles.
+        pixel_std: what the model divides red, green and blue by; the mean is the tiling's.
+        frames: how frames of videos are chosen.
+        deep_images: what becomes of images of more than 8 bits a channel.
+        windows: how long documents are cut.
+        tile_cap: most tiles of a pack; None: chosen from the data.
+        tile_multiple: what the cap is a multiple of if it is chosen.
+        alignment: each sample's length is rounded up to a multiple of this inside its pack.
+        levels: levels of difficulty that records are cut into; 0: one for each difficulty.
+        seed: fixes which of equal samples share a pack, and the order of packs.
+        workers: processes that encode; 0: this one (with Ray: as many as the cluster has cores).
+        executor: where they run.
+        max_rejects: largest share of the records that may be rejected.
+        decode_images: whether each image is decoded when it is packed, so that none can stop a
+            training run.
+        scan_pixels: whether the first pass decodes each image too, for a dry run.
+    """
+
+    sources: tuple[Annotations, ...]
+    tokenizer: str
+    out: str
+    capacity: int
+    features_per_tile: int
+    tiling: Tiling
+    pixel_std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    frames: FrameChoice = field(default_factory=FrameChoice)
+    deep_images: DeepImages = "clip"
+    windows: Windows = field(default_factory=Windows)
+    template: str = DEFAULT
+    system_message: str | None = None
+    tile_cap: int | None = None
+    tile_multiple: int = 1
+    alignment: int = 1
+    levels: int = 0
+    seed: int = 0
+    workers: int = 0
+    executor: Executor = "processes"
+    max_rejects: float = 0.01
+    decode_images: bool = True
+    scan_pixels: bool = False
+
+    def check(self) -> None:
+        """Raise ValueError or FileExistsError, naming the flag, for settings that cannot work;
+        touches no data.
+        """
+        least = {
+            "capacity": 1,
+            "features_per_tile": 1,
+            "alignment": 1,
+            "tile_multiple": 1,
+            "levels": 0,
+            "workers": 0,
+            "seed": 0,
+        }
+        given = {name: getattr(self, name) for name in least}
+        given |= {"window_tokens": self.windows.tokens, "window_images": self.windows.images}
+        for name, value in given.items():
+            bound = least.get(name, 0)
+            if value < bound:
+                raise ValueError(f"--{name} {value}: must be at least {bound}")
+        chat_format(self.template)
+        if self.capacity % self.alignment:
+            raise ValueError(
+                f"--capacity {self.capacity}: must be a multiple of --alignment {self.alignment}"
+            )
+        if self.windows.tokens > self.capacity:
+            raise ValueError(
+                f"--window_tokens {self.windows.tokens}: must be at most --capacity {self.capacity}"
+            )
+        if self.levels and all(source.difficulty is None for source in self.sources):
+            raise ValueError(
+                f"--levels {self.levels}: no source has a difficulty; give --difficulty, or"
+                " difficulty in each entry of --meta"
+            )
+        self._check_tiles()
+        if not 0 <= self.max_rejects <= 1:
+            raise ValueError(f"--max_rejects {self.max_rejects}: must be a share between 0 and 1")
+        out = Path(self.out)
+        if self.out and out.exists() and not (out.is_dir() and not any(out.iterdir())):
+            raise FileExistsError(
+                f"--out {out}: already holds something; give another folder, or remove it"
+            )
+
+    def _check_tiles(self) -> None:
+        """Raise ValueError for a cap on tiles that cannot work."""
+        if self.tile_cap is not None and self.tile_cap < 0:
+            raise ValueError(f"--tile_cap {self.tile_cap}: must be at least 0, or auto")
+        if self.tile_cap is not None and self.tile_multiple > 1:
+            raise ValueError(
+                f"--tile_multiple {self.tile_multiple}: goes with --tile_cap auto; --tile_cap"
+                f" {self.tile_cap} is taken as it is"
+            )
+
+    @property
+    def partial(self) -> Path:
+        """Return the folder that becomes ``out`` when it is complete."""
+        out = Path(self.out)
+        return out.with_name(out.name + ".partial")
+
+    @property
+    def rejects_path(self) -> Path:
+        """Return where the list of rejected records goes if they are too many."""
+        out = Path(self.out)
+        return out.with_name(out.name + ".rejects.jsonl")
+
+    def identity(self, tokenizer_fingerprint: str) -> dict[str, Any]:
+        """Return what the result depends on, as JSON: settings, the state of the annotation files,
+        the tokenizer and the format.
+        """
+        settings = {
+            name: value
+            for name, value in dataclasses.asdict(self).items()
+            if name not in (*FREE_SETTINGS, "sources", "tokenizer")
+        }
+        sources = []
+        for source in self.sources:
+            found = os.stat(source.path)
+            facts = dataclasses.asdict(source)
+            del facts["length"]  # checked, but of no consequence
+            sources.append({**facts, "bytes": found.st_size, "modified": found.st_mtime_ns})
+        return {
+            **settings,
+            "sources": sources,
+            "tokenizer": tokenizer_fingerprint,
+            "format": FORMAT_VERSION,
+            "packer": PACKER_VERSION,
+        }
