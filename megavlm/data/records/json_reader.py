@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any, BinaryIO
 
+from megavlm.data.records.forms import LIST_KEYS
 from megavlm.data.records.raw_record import OffsetRange, RawRecord, in_ranges
 from megavlm.data.records.record import parse_json
 from megavlm.data.records.reject import RejectError, printable
@@ -87,7 +88,7 @@ def _first_value(text: str) -> tuple[dict[str, Any], int]:
     except (ValueError, RecursionError):
         # The head of the file may have cut the object.
         wrapped = re.match(r'\{\s*"(\w+)"\s*:\s*\[\s*\{\s*"(\w+)"', text)
-        if wrapped and wrapped[2] not in ("from", "role", "value", "content"):
+        if wrapped and len(text) > HEAD_BYTES // 8 and wrapped[1] not in LIST_KEYS:
             return {wrapped[1]: [{"text": ""}]}, len(text)
         return {}, 0
     return (value, end) if isinstance(value, dict) else ({}, 0)

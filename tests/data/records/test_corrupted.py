@@ -157,7 +157,7 @@ def broken_videos(folder: Path) -> Iterator[dict]:
         [True, False],
     ):
         yield {"video": "good.mp4", "clip": clip, "conversations": chat("<video>\nwhat")}
-    for text in ("<video><video>", "<video> and <image>", "<image>"):
+    for text in ("<video><video>", "<video> and <image>", "<image><image>"):
         yield {"video": "good.mp4", "conversations": chat(text)}
     yield {"video": "good.mp4", "image": "good.jpg", "conversations": chat("<image>")}
 
@@ -192,7 +192,7 @@ def broken_texts() -> Iterator[dict]:
         ["a", "b"],
     )
     odd = (
-        {"from": "user", "value": "a"},
+        {"from": "tool", "value": "a"},
         {"from": "human"},
         {"value": "a"},
         {"from": 3, "value": "a"},

@@ -1,0 +1,154 @@
+"""Files that were repaired are read again by the same command, and changed ones are named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from megavlm.data.images.tiling import Tiling
+from megavlm.data.packing.job import Job, pack_dataset, plan_dataset
+from megavlm.data.packing.windows import Windows
+from megavlm.data.records.meta_file import read_meta, single_source
+from megavlm.data.store.reader import Reader
+
+GOLDEN = Path(__file__).parents[2] / "golden"
+
+
+def job(folder: Path, out: str = "out", **settings) -> Job:
+    given = {
+        "sources": single_source(folder / "a.jsonl", folder),
+        "tokenizer": str(GOLDEN / "tokenizer"),
+        "out": str(folder / out) if out else "",
+        "capacity": 512,
+        "features_per_tile": 4,
+        "tiling": Tiling(tile_size=16, max_tiles=1),
+    }
+    return Job(**{**given, **settings})
+
+
+def chat(**fields) -> str:
+    turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+    return json.dumps({"conversations": turns, **fields})
+
+
+def save(path: Path, pixels: np.ndarray | None = None) -> bytes:
+    Image.fromarray(np.zeros((20, 20), np.uint8) if pixels is None else pixels).save(path)
+    return path.read_bytes()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    save(tmp_path / "0.png")
+    save(tmp_path / "3.png")
+    lines = [chat(image=f"{index}.png", id=index) for index in range(4)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    return tmp_path
+
+
+def bytes_of(out: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in out.glob("packs*")}
+
+
+def test_missing_and_damaged_images_are_read_again(folder: Path):
+    with pytest.raises(ValueError, match=r"2 of 4 records .* after missing or damaged media"):
+        pack_dataset(job(folder))
+    whole = save(folder / "1.png")
+    (folder / "2.png").write_bytes(whole[:-30])
+    with pytest.raises(ValueError, match=r"1 of 4 records .*(\n.*)*2.png \(image 0 of the record"):
+        pack_dataset(job(folder))
+    (folder / "2.png").write_bytes(whole)
+    report = pack_dataset(job(folder))
+    assert (report.records, report.packed_records, report.rejected) == (4, 4, 0)
+    assert (folder / "out" / "rejects.jsonl").read_text() == ""
+    pack_dataset(job(folder, "fresh"))
+    assert bytes_of(folder / "out") == bytes_of(folder / "fresh")
+
+
+def test_a_changed_annotation_file_is_named(folder: Path):
+    with pytest.raises(ValueError, match="2 of 4 records"):
+        pack_dataset(job(folder))
+    (folder / "a.jsonl").write_text(chat(image="0.png"))
+    with pytest.raises(FileExistsError) as caught:
+        pack_dataset(job(folder))
+    assert f"{folder / 'a.jsonl'} has changed since" in str(caught.value)
+    assert f"remove {folder / 'out.partial'}" in str(caught.value)
+
+
+def test_the_report_lists_sources_and_keys_that_were_not_read(folder: Path):
+    save(folder / "1.png")
+    save(folder / "2.png")
+    (folder / "b.jsonl").write_text('{"text": "hello", "score": 1}\n{"text": "world"}\n')
+    meta = folder / "meta.json"
+    facts = {
+        "pictures": {"annotation": str(folder / "a.jsonl"), "root": str(folder), "length": 4},
+        "texts": {"annotation": str(folder / "b.jsonl"), "repeat_time": 3},
+    }
+    meta.write_text(json.dumps(facts))
+    report = pack_dataset(job(folder, sources=read_meta(meta)))
+    pictures, texts = report.sources
+    assert (pictures.records, pictures.samples, pictures.images, pictures.unread) == (
+        4,
+        4,
+        4,
+        {"id": 4},
+    )
+    assert (texts.records, texts.samples, texts.text_only, texts.unread) == (2, 6, 6, {"score": 1})
+    assert pictures.tokens + texts.tokens == report.tokens
+    assert pictures.share + texts.share == pytest.approx(1)
+    assert "keys not read: id 4" in report.text()
+    facts["pictures"]["length"] = 5
+    meta.write_text(json.dumps(facts))
+    with pytest.raises(ValueError, match="'pictures' has 4 records, but its length is 5"):
+        pack_dataset(job(folder, "other", sources=read_meta(meta)))
+    del facts["pictures"]["length"]
+    meta.write_text(json.dumps(facts))
+    assert pack_dataset(job(folder, "other", sources=read_meta(meta))).records == 6
+
+
+def test_images_of_more_than_eight_bits(folder: Path, capfd):
+    values = np.arange(400, dtype=np.uint16).reshape(20, 20) * 150
+    save(folder / "0.png", values)
+    (folder / "a.jsonl").write_text(chat(image="0.png"))
+    report = pack_dataset(job(folder))
+    assert report.sources[0].deep_images == 1
+    assert "1 images have more than 8 bits" in capfd.readouterr().err
+    pack_dataset(job(folder, "scaled", deep_images="scale"))
+    (folder / "scaled.png").write_bytes(Reader(folder / "scaled").read(0).image(0))
+    assert np.array_equal(
+        np.asarray(Image.open(folder / "scaled.png")), np.rint(values / 257).astype(np.uint8)
+    )
+    with pytest.raises(ValueError, match="more than 8 bits a channel"):
+        pack_dataset(job(folder, "refused", deep_images="reject", max_rejects=1.0))
+
+
+def test_a_dry_run_can_decode_images(folder: Path):
+    save(folder / "1.png")
+    (folder / "2.png").write_bytes(save(folder / "3.png")[:-30])
+    assert plan_dataset(job(folder, out="")).rejected == 0
+    with pytest.raises(ValueError, match="1 of 4 records"):
+        plan_dataset(job(folder, out="", scan_pixels=True))
+
+
+def test_long_documents_become_windows(folder: Path):
+    (folder / "a.jsonl").write_text(
+        json.dumps(
+            {
+                "texts": ["one two three " * 30, None, "four five " * 20, None, None, "six"],
+                "images": [None, "0.png", None, "3.png", "0.png", None],
+            }
+        )
+    )
+    whole = pack_dataset(job(folder, "whole", capacity=4096))
+    cut = pack_dataset(job(folder, "cut", windows=Windows(tokens=100, images=1)))
+    assert (whole.records, whole.samples, cut.records) == (1, 1, 1)
+    assert cut.samples > 4
+    assert (cut.tokens, cut.images) == (whole.tokens, 3)
+    reader = Reader(folder / "cut")
+    for index in range(len(reader)):
+        pack = reader.read(index)
+        assert pack.lengths.max() <= 100
+        assert np.bincount(pack.images["sample"], minlength=1).max() <= 1

@@ -1,0 +1,263 @@
+"""No record is lost in silence: whatever is done to a file, its readers count what an independent
+count finds, or end with an error that names the file.
+
+``MEGAVLM_DAMAGES`` sets the number of random damages of each run; 2000 for all.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import random
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from megavlm.data.records.meta_file import read_meta
+from megavlm.data.records.parse import parse_record
+from megavlm.data.records.raw_record import RawRecord
+from megavlm.data.records.readers import open_reader
+from megavlm.data.records.reject import RejectError
+from tests.data.records.test_readers import energon, tar
+
+DAMAGES = int(os.environ.get("MEGAVLM_DAMAGES", "120"))
+RECORDS = 40
+
+
+def read_all(path: Path) -> tuple[list[RawRecord], int]:
+    """Read a file as the packer does, and count the records that parse."""
+    reader = open_reader.__wrapped__(str(path))
+    found = []
+    packed = 0
+    for extent in reader.ranges(7):
+        part = list(reader.read(extent.offset, extent.number, extent.records))
+        assert len(part) == extent.records
+        for raw in part:
+            try:
+                parse_record(raw.fields(), files=raw.files)
+            except RejectError:
+                continue
+            packed += 1
+        found += part
+    return found, packed
+
+
+def records(rng: random.Random) -> list[dict]:
+    """Records whose texts hold the signs of JSON."""
+    texts = ["{", "}", "[", "]", ",", ":", '"', "\\", "\n", "word", "12", "null", "ä"]
+    return [
+        {
+            "id": index,
+            "conversations": [
+                {"from": "human", "value": f"q {''.join(rng.choices(texts, k=5))}"},
+                {"from": "gpt", "value": f"a {''.join(rng.choices(texts, k=5))}"},
+            ],
+        }
+        for index in range(RECORDS)
+    ]
+
+
+def write(folder: Path, kind: str, rng: random.Random) -> Path:
+    """Write a whole file of ``RECORDS`` records."""
+    chosen = records(rng)
+    lines = [json.dumps(each, ensure_ascii=rng.random() < 0.5) for each in chosen]
+    path = folder / f"a.{kind}"
+    if kind == "jsonl":
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    elif kind == "json":
+        indent = rng.choice([None, None, 1])
+        rows = rng.random() < 0.5
+        text = "[\n" + ",\n".join(lines) + "\n]\n" if rows else json.dumps(chosen, indent=indent)
+        path.write_text(text, encoding="utf-8")
+    elif kind == "tar":
+        tar(path, {f"{index:04d}.json": line.encode() for index, line in enumerate(lines)})
+    else:
+        rows = [{**each, "id": str(each["id"])} for each in chosen]
+        compression = rng.choice(["snappy", "none", "zstd"])
+        pyarrow.parquet.write_table(
+            pyarrow.Table.from_pylist(rows), path, row_group_size=9, compression=compression
+        )
+    return path
+
+
+def damage(data: bytes, rng: random.Random, kind: str) -> bytes:
+    """Cut, change, drop, double or insert some bytes."""
+    place = rng.randrange(len(data))
+    signs = b'"{}[],:\\ \n0x' if kind.startswith("json") else bytes(range(256))
+    some = bytes(rng.choices(signs, k=rng.choice([1, 1, 1, 2, 30])))
+    length = rng.choice([1, 1, 1, 7, 300])
+    return rng.choice(
+        [
+            lambda: data[:place],
+            lambda: data[:place] + some + data[place + len(some) :],
+            lambda: data[:place] + data[place + length :],
+            lambda: data[:place] + some + data[place:],
+            lambda: data[:place] + data[place : place + length] + data[place:],
+            lambda: data + data[: rng.choice([len(data), place])],
+        ]
+    )()
+
+
+def lines_of(data: bytes) -> int:
+    return sum(bool(line.strip()) for line in data.split(b"\n"))
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "tar", "parquet"])
+def test_damaged_files_lose_no_record_in_silence(tmp_path: Path, kind: str):
+    rng = random.Random(kind)
+    outcomes = {"error": 0, "counted": 0}
+    path = write(tmp_path, kind, rng)
+    for number in range(-(-DAMAGES // 4)):
+        if number % 25 == 0:
+            path = write(tmp_path, kind, rng)
+            whole = path.read_bytes()
+            found, packed = read_all(path)
+            assert len(found) == packed == RECORDS
+        data = damage(whole, rng, kind)
+        path.write_bytes(data)
+        try:
+            found, packed = read_all(path)
+        except ValueError as error:
+            assert str(path) in str(error), error
+            outcomes["error"] += 1
+            continue
+        outcomes["counted"] += 1
+        if kind == "jsonl" and data[:1] == b"{":
+            assert len(found) == lines_of(data), number
+        elif kind.startswith("json"):
+            # Damage may remove whole records, and double them; those that are there have an id.
+            left = data.count(b'"id"')
+            assert left <= len(found) <= max(left, RECORDS), (number, packed)
+        else:
+            assert len(found) == RECORDS, (number, packed)
+        assert packed <= len(found)
+    assert outcomes["counted"] and (outcomes["error"] or kind == "jsonl"), outcomes
+
+
+LISTS = [
+    ('[{"text": "a"}, {"text": "b"}', "list is not closed"),
+    ('[{"text": "a"}, {"text": "b"}]]', "something follows the end of the list at byte 29"),
+    ('[{"text": "a"}]\n[{"text": "b"}]', "something follows the end of the list"),
+    ('[{"text": "a"}} , {"text": "b"}]', "byte 14, before record 2: '}' is not expected"),
+    ('[{"text": "a"} {"text": "b"}]', "record 2 at byte 15: no comma"),
+    ('[{"text": "a"},, {"text": "b"}]', "byte 15, before record 2"),
+    ('[{"text": "a"}, {"text": "b"},]', "before record 3"),
+    ('[{"text": "a"}, {"text": "b"], {"text": "c"}]', "list is not closed: record 2"),
+    ('[{"text": "a"}, {"text": "he said "hi" there"}, {"text": "c"}]', "record 2 at byte 16"),
+    ('[{"text": "a"}, word, {"text": "b"}]', "byte 16, before record 2: 'word'"),
+]
+
+
+@pytest.mark.parametrize(("text", "words"), LISTS)
+def test_a_damaged_list_is_refused_with_byte_and_record(tmp_path: Path, text: str, words: str):
+    path = tmp_path / "a.json"
+    path.write_text(text)
+    with pytest.raises(ValueError) as caught:
+        read_all(path)
+    assert words in str(caught.value) and str(path) in str(caught.value)
+
+
+def parts() -> dict[str, bytes]:
+    return {f"{index}.txt": b"text %d" % index for index in range(4)}
+
+
+def header_behind(data: bytes) -> bytes:
+    return data[:1024] + b"\xff" + data[1025:]
+
+
+ARCHIVES: list[tuple[Callable[[bytes], bytes], str]] = [
+    (lambda data: data[:2048], "the archive has no end"),
+    (lambda data: data[:2060], "the archive has no end"),
+    (lambda data: data[:1600], "cut off or damaged"),
+    (header_behind, "a damaged header at byte 1024, behind 0.txt"),
+    (lambda data: data + data, "behind the end of the archive; archives are joined with tar"),
+]
+
+
+@pytest.mark.parametrize(("change", "words"), ARCHIVES)
+def test_a_damaged_archive_is_refused(tmp_path: Path, change: Callable, words: str):
+    path = tar(tmp_path / "a.tar", parts())
+    path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(ValueError) as caught:
+        read_all(path)
+    assert words in str(caught.value) and str(path) in str(caught.value)
+
+
+def test_files_of_one_name_do_not_replace_each_other(tmp_path: Path):
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w") as archive:
+        for name in ("1.json", "1.json", "2.0.txt", "2.1.txt", "3.JPG", "3.txt"):
+            member = tarfile.TarInfo(name)
+            data = json.dumps({"text": name}).encode()
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+        link = tarfile.TarInfo("4.jpg")
+        link.type = tarfile.LNKTYPE
+        link.linkname = "3.JPG"
+        archive.addfile(link)
+    found, packed = read_all(path)
+    assert (len(found), packed) == (5, 3)
+    with pytest.raises(RejectError, match=r"2.0.txt, 2.1.txt; names agree up to the first dot"):
+        found[2].fields()
+    with pytest.raises(RejectError, match=r"4.jpg is a link"):
+        found[4].fields()
+
+
+def test_a_key_that_is_there_twice_is_refused(tmp_path: Path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a", "text": "b"}\n{"text": "c"}\n')
+    found, packed = read_all(path)
+    assert (len(found), packed) == (2, 1)
+    with pytest.raises(RejectError, match="the key 'text' is there twice"):
+        found[0].fields()
+
+
+def test_energon_counts_and_exclusions(tmp_path: Path):
+    files = {f"{index:04d}.txt": b"text" for index in range(4)}
+    folder = energon(tmp_path / "one", "TextSample", {"text": "md,txt"}, files)
+    (folder / ".nv-meta" / "split.yaml").write_text(
+        "split_parts: {train: ['shard_{0,1}.tar']}\n"
+        "exclude: [shard_1.tar, 'shard_0.tar/000{1..2}']\n"
+    )
+    found, packed = read_all(folder / "shard_0.tar")
+    assert [raw.place for raw in found] == ["record 1, 0000", "record 2, 0003"]
+    assert packed == 2
+    other = energon(tmp_path / "two", "TextSample", {"text": "txt"}, files)
+    (other / ".nv-meta" / ".info.json").write_text('{"shard_counts": {"shard_0.tar": 5}}')
+    with pytest.raises(ValueError, match=r"4 records, but .nv-meta/.info counts 5"):
+        read_all(other / "shard_0.tar")
+
+
+def test_files_that_are_something_else_are_named(tmp_path: Path):
+    cases = [
+        ("a.jsonl", b"\x1f\x8b\x08rest", "gzip data"),
+        ("b.json", b'{"data": [{"text": "a"}]}', "jq -c '.data[]'"),
+        ("c.jsonl", b'{\n "text": "a"\n}\n', "objects that span several lines"),
+        ("d.jsonl", '{"text": "a"}'.encode("utf-16"), "UTF-16"),
+        ("e.csv", b"a,b\n", "no format has this ending; the endings are .jsonl"),
+        ("f.JSONL.GZ", b"\x1f\x8b", "unpack it first: gunzip"),
+    ]
+    for name, data, words in cases:
+        path = tmp_path / name
+        path.write_bytes(data)
+        with pytest.raises(ValueError) as caught:
+            open_reader(str(path))
+        assert words in str(caught.value) and str(path) in str(caught.value)
+    for name in ("A.JSON", "b.JsonL"):
+        (tmp_path / name).write_text('[{"text": "a"}]')
+        assert len(read_all(tmp_path / name)[0]) == 1
+
+
+def test_the_length_of_a_meta_file_is_a_number(tmp_path: Path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
+    meta = tmp_path / "meta.json"
+    meta.write_text(json.dumps({"a": {"annotation": str(tmp_path / "a.jsonl"), "length": 1}}))
+    assert read_meta(meta)[0].length == 1
+    meta.write_text(json.dumps({"a": {"annotation": str(tmp_path / "a.jsonl"), "length": "1"}}))
+    with pytest.raises(ValueError, match="length '1' must be a number of records"):
+        read_meta(meta)
