@@ -42,7 +42,8 @@ def known() -> set[str]:
         "--help",
     }
     found |= {flag for action in get_args_parser()._actions for flag in action.option_strings}
-    found |= {f"--{name}" for name, _, _ in command_line.OPTIONS}
+    parser = command_line.make_parser()
+    found |= {flag for action in parser._actions for flag in action.option_strings}
     found |= {f"--{field.name}" for field in dataclasses.fields(Hardware)}
     for path in [
         *ROOT.glob("tools/**/*.py"),

@@ -184,6 +184,15 @@ PASSED_ON = (
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
+    parser = make_parser()
+    options = parser.parse_args(arguments)
+    if options.out is None and not options.dry_run:
+        parser.error("--out is required, except with --dry_run")
+    return options
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
         description=DESCRIPTION,
         epilog=EXAMPLE,
@@ -205,10 +214,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     _add_options(parser, "packs", PACKS)
     _add_options(parser, "job", JOB)
     _add_switches(parser)
-    options = parser.parse_args(arguments)
-    if options.out is None and not options.dry_run:
-        parser.error("--out is required, except with --dry_run")
-    return options
+    return parser
 
 
 def _add_files(parser: argparse.ArgumentParser) -> None:

@@ -130,9 +130,8 @@ def test_damaged_files_lose_no_record_in_silence(tmp_path: Path, kind: str):
         if kind == "jsonl" and data[:1] == b"{":
             assert len(found) == lines_of(data), number
         elif kind.startswith("json"):
-            # Damage may remove whole records, and double them; those that are there have an id.
-            left = data.count(b'"id"')
-            assert left <= len(found) <= max(left, RECORDS), (number, packed)
+            # Damage may remove whole records, or double them; those that are there have an id.
+            assert len(found) >= min(RECORDS, data.count(b'"id"')), (number, packed)
         else:
             assert len(found) == RECORDS, (number, packed)
         assert packed <= len(found)
