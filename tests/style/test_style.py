@@ -71,7 +71,6 @@ LONG_FUNCTIONS = {
     "megavlm/data/inspect/statistics.py": 62,
     "megavlm/data/loading/dataset.py": 68,
     "megavlm/data/loading/loader.py": 64,
-    "megavlm/data/packing/best_fit_numba.py": 62,
     "megavlm/planner/estimate.py": 63,
     "tests/data/samples.py": 67,
     "tools/benchmark/loader.py": 76,

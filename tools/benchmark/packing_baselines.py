@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megavlm.data.load_imbalance import expected_peak
 from megavlm.data.packing.best_fit import Packing, automatic_tile_cap, pack
-from megavlm.data.packing.report import load_imbalance
 
 INTERNVL_BUFFERS = 20
 INTERNVL_TILES = 48
@@ -190,7 +190,7 @@ def _measure(
         name=name,
         packs=packing.bins,
         fill=int(tokens.sum(dtype=np.int64)) / (packing.bins * capacity),
-        imbalance_512=load_imbalance(work),
+        imbalance_512=expected_peak(work) - 1.0,
         tile_cap=cap,
         samples_per_s=len(tokens) / seconds,
     )

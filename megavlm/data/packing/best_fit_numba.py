@@ -1,4 +1,4 @@
-"""The inner loop of ``packing`` as machine code. Imported only where numba is installed."""
+"""The inner loop of ``best_fit`` as machine code. Imported only if numba is installed."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ PLACE_OF_RUN[[(1 << place) * int(DE_BRUIJN) % 2**64 >> 58 for place in range(64)
 
 @numba.njit(cache=True)
 def _lowest_bit(word):
-    """The place of the lowest bit that is set, of a word with one at least."""
+    """Return the index of the lowest bit that is set in a word that is not zero."""
     return PLACE_OF_RUN[((word & (~word + np.uint64(1))) * DE_BRUIJN) >> np.uint64(58)]
 
 
 @numba.njit(cache=True)
 def _first_from(bits, summary, need):
-    """The lowest bit that is set in ``bits`` at ``need`` or above, or -1. A bit of ``summary`` says
-    which words of ``bits`` have any.
+    """Return the lowest bit that is set in ``bits`` at ``need`` or above, or -1. A bit of
+    ``summary`` says which words of ``bits`` have any.
     """
     everything = ~np.uint64(0)
     word = need >> 6
@@ -40,8 +40,23 @@ def _first_from(bits, summary, need):
 
 
 @numba.njit(cache=True)
+def _set_bit(bits, summary, index):
+    """Set a bit, and that of its word in the summary."""
+    bits[index >> 6] |= np.uint64(1) << np.uint64(index & 63)
+    summary[index >> 12] |= np.uint64(1) << np.uint64((index >> 6) & 63)
+
+
+@numba.njit(cache=True)
+def _clear_bit(bits, summary, index):
+    """Clear a bit, and that of its word in the summary if it was the last of the word."""
+    bits[index >> 6] &= ~(np.uint64(1) << np.uint64(index & 63))
+    if bits[index >> 6] == 0:
+        summary[index >> 12] &= ~(np.uint64(1) << np.uint64((index >> 6) & 63))
+
+
+@numba.njit(cache=True)
 def best_fit(tokens, tiles, order, capacity, tile_cap):
-    """Best fit in the given order: int32 bin of each sample, and the number of bins.
+    """Pack by best fit in the given order: int32 bin of each sample, and the number of bins.
 
     Scores are whole numbers, so that every machine finds the same bins: free tokens x tile cap +
     free tiles x capacity. Among bins that leave the same room, the one that got there last is
@@ -58,7 +73,6 @@ def best_fit(tokens, tiles, order, capacity, tile_cap):
     before = np.empty(len(tokens), np.int32)
     bin_of = np.empty(len(tokens), np.int32)
     bins = 0
-    one = np.uint64(1)
     tile_scale = max(tile_cap, 1)
     for sample in order:
         need = np.int64(tokens[sample])
@@ -90,15 +104,12 @@ def best_fit(tokens, tiles, order, capacity, tile_cap):
             left = best_left
             newest[row, left] = before[chosen]
             if before[chosen] < 0:
-                bits[row, left >> 6] &= ~(one << np.uint64(left & 63))
-                if bits[row, left >> 6] == 0:
-                    summary[row, left >> 12] &= ~(one << np.uint64((left >> 6) & 63))
+                _clear_bit(bits[row], summary[row], left)
         row -= need_tiles
         left -= need
         most_left[row] = max(most_left[row], left)
         before[chosen] = newest[row, left]
         newest[row, left] = chosen
-        bits[row, left >> 6] |= one << np.uint64(left & 63)
-        summary[row, left >> 12] |= one << np.uint64((left >> 6) & 63)
+        _set_bit(bits[row], summary[row], left)
         bin_of[sample] = chosen
     return bin_of, bins

@@ -53,6 +53,7 @@ from megavlm.data.text.tokenizer import (
     first_tokens,
     load_tokenizer,
 )
+from megavlm.io import atomic
 from megavlm.io.progress import Progress
 
 __all__ = ["Job", "pack_dataset", "plan_dataset"]
@@ -97,7 +98,7 @@ def pack_dataset(job: Job) -> Report:
         )
         report = _report(job, scan, _gather(job, scan), plan, late, manifest.totals, start)
         _tidy(folder, scan, late, report)
-        folder.rename(job.out)
+        atomic.publish(folder, Path(job.out))
     return report
 
 

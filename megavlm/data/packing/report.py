@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megavlm.data.load_imbalance import expected_peak
 from megavlm.data.packing.best_fit import CapTrial, cap_curve
 from megavlm.data.packing.plan import PackPlan, Samples
 from megavlm.data.packing.source_report import SourceReport
@@ -15,8 +16,6 @@ from megavlm.data.records.reject import REASONS
 from megavlm.data.store.manifest import Level, Totals
 
 BARS = 32
-IMBALANCE_RANKS = 512
-IMBALANCE_DRAWS = 200
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,7 +206,7 @@ def make_report(samples: Samples, plan: PackPlan, facts: PackingFacts) -> Report
         tiles_per_pack_max=int(per_pack.max()),
         tile_cap=plan.tile_cap,
         levels=plan.levels,
-        imbalance_512=load_imbalance(per_pack),
+        imbalance_512=expected_peak(per_pack) - 1.0,
         bytes=totals.bytes if totals else None,
         seconds=facts.seconds,
         lengths=_histogram(samples.tokens),
@@ -222,16 +221,6 @@ def make_report(samples: Samples, plan: PackPlan, facts: PackingFacts) -> Report
         ),
         sources=facts.sources,
     )
-
-
-def load_imbalance(work: np.ndarray, *, ranks: int = IMBALANCE_RANKS) -> float:
-    """Return max / mean - 1 of the work of ``ranks`` random packs, averaged over draws; 0 if there
-    is no work.
-    """
-    if not work.any():
-        return 0.0
-    draws = np.random.default_rng(0).choice(work, (IMBALANCE_DRAWS, ranks))
-    return float(draws.max(axis=1).mean() / work.mean(dtype=np.float64)) - 1.0
 
 
 def _planned(samples: Samples, plan: PackPlan) -> Totals:

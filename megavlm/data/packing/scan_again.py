@@ -21,6 +21,7 @@ from megavlm.data.packing.scan_state import (
 )
 from megavlm.data.records.meta_file import Annotations
 from megavlm.data.records.raw_record import OffsetRange
+from megavlm.data.records.reject import Reject
 
 
 def read_rejects_again(
@@ -78,12 +79,17 @@ def read_rejects_again(
     on_change()
     merge_repaired(folder, state, np.concatenate(rows), repaired)
     for reject, counts in passed:
-        own = state.sources[reject.source]
-        own.add(
-            SourceCounts(images=counts.images, deep_images=counts.deep_images, unread=counts.unread)
-        )
-        own.rejects[reject.reason] -= 1
-        if not own.rejects[reject.reason]:
-            del own.rejects[reject.reason]
+        _count_passed(state.sources[reject.source], reject, counts)
     save_state(folder, state)
     return len(repaired)
+
+
+def _count_passed(own: SourceCounts, reject: Reject, counts: SourceCounts) -> None:
+    """Turn a rejected record into one that passes, in the counts of its source."""
+    passed = SourceCounts(
+        images=counts.images, deep_images=counts.deep_images, unread=counts.unread
+    )
+    own.add(passed)
+    own.rejects[reject.reason] -= 1
+    if not own.rejects[reject.reason]:
+        del own.rejects[reject.reason]

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import BinaryIO
 import numpy as np
 
 from megavlm.data.records.reject import REPAIRABLE, Reject
+from megavlm.io import atomic
 
 ROW = np.dtype(
     [
@@ -117,9 +117,8 @@ def reject_lines(rejects: Iterable[Reject]) -> bytes:
 
 def read_state(folder: Path, sources: int) -> ScanState:
     """Read how far the scan in a folder is. A file that a power cut left empty counts as absent."""
-    try:
-        facts = json.loads((folder / STATE_NAME).read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+    facts = atomic.read_json(folder / STATE_NAME)
+    if facts is None:
         return ScanState(sources=[SourceCounts() for _ in range(sources)])
     facts["first_rejects"] = [Reject(**entry) for entry in facts["first_rejects"]]
     facts["sources"] = [SourceCounts(**entry) for entry in facts["sources"]]
@@ -129,14 +128,9 @@ def read_state(folder: Path, sources: int) -> ScanState:
 def save_state(folder: Path, state: ScanState, *files: BinaryIO) -> None:
     """Put the files on the disk, and then the state that says how much of them is good."""
     for file in files:
-        file.flush()
-        os.fsync(file.fileno())
-    temporary = folder / (STATE_NAME + ".partial")
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(dataclasses.asdict(state), file, ensure_ascii=False)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, folder / STATE_NAME)
+        atomic.sync_file(file)
+    content = json.dumps(dataclasses.asdict(state), ensure_ascii=False)
+    atomic.write_text(folder / STATE_NAME, content)
 
 
 def repairable_rejects(folder: Path, state: ScanState) -> list[Reject]:
@@ -168,7 +162,7 @@ def merge_repaired(
     state.generation += 1
     left = [each for each in rejects if (each.source, each.offset) not in repaired]
     content = reject_lines(left)
-    (folder / state.rejects_name).write_bytes(content)
+    atomic.write_bytes(folder / state.rejects_name, content)
     state.rejects_bytes = len(content)
     state.first_rejects = left[:SHOWN_REJECTS]
     with open(old, "rb") as before, open(folder / state.rows_name, "wb") as after:
@@ -183,6 +177,7 @@ def merge_repaired(
             after.write(both[order].tobytes())
             done = behind
         after.write(rows[done:].tobytes())
+        atomic.sync_file(after)
     state.rows += len(rows)
 
 

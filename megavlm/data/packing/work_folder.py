@@ -6,11 +6,13 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from megavlm.io import atomic
 
 JOB_NAME = "job.json"
 LOCK_NAME = "lock"
@@ -44,21 +46,27 @@ def partial_folder(folder: Path, identity: dict[str, Any], *, flag: str) -> Iter
 
 
 def _same_job(folder: Path, identity: dict[str, Any], flag: str) -> None:
-    """Write which job works in a folder, or check that it is this one."""
+    """Write which job works in a folder, or check that it is this one.
+
+    Raises:
+        FileExistsError: the folder holds something else, or another job's work.
+    """
     path = folder / JOB_NAME
-    if not path.exists():
-        strangers = sorted(entry.name for entry in folder.iterdir() if entry.name != LOCK_NAME)
+    before = atomic.read_json(path)
+    if before is None:
+        if path.exists():  # a power cut left it empty: nothing says which job's files these are
+            _clear(folder)
+        strangers = sorted(
+            entry.name
+            for entry in folder.iterdir()
+            if entry.name != LOCK_NAME and not atomic.is_partial(entry)
+        )
         if strangers:
             raise FileExistsError(
                 f"{flag}: {folder} holds something else ({', '.join(strangers[:3])}); remove it"
                 " first"
             )
-        _write_identity(path, identity)
-        return
-    try:
-        before = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:  # a power cut may leave an empty file
-        _write_identity(path, identity)
+        atomic.write_text(path, json.dumps(identity, indent=2, ensure_ascii=True))
         return
     _refuse_changed_files(folder, before, identity, flag)
     differences = [
@@ -71,16 +79,6 @@ def _same_job(folder: Path, identity: dict[str, Any], flag: str) -> None:
             f"{flag}: {folder} was left by a packing of another job ({'; '.join(differences)}); "
             "give the same settings to resume it, or remove it"
         )
-
-
-def _write_identity(path: Path, identity: dict[str, Any]) -> None:
-    """Write which job works in a folder, and put it on the disk before it counts."""
-    temporary = path.with_name(path.name + ".partial")
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(identity, file, indent=2, ensure_ascii=True)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def _refuse_changed_files(
@@ -98,3 +96,13 @@ def _refuse_changed_files(
                 f"{flag}: {source['path']} has changed since this packing began; remove {folder} to"
                 " pack it anew"
             )
+
+
+def _clear(folder: Path) -> None:
+    """Remove everything but the lock, which this process holds."""
+    for entry in folder.iterdir():
+        if entry.is_dir():
+            shutil.rmtree(entry)
+        elif entry.name not in (LOCK_NAME, JOB_NAME):
+            entry.unlink()
+    (folder / JOB_NAME).unlink()  # last, so that an interrupted removal is taken up again

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby, pairwise
@@ -26,6 +25,7 @@ from megavlm.data.records.reject import REPAIRABLE, Reject, RejectError
 from megavlm.data.sample import Sample
 from megavlm.data.store.manifest import Shard, Totals
 from megavlm.data.store.pack_format import RECORD, PackRules, ShardWriter
+from megavlm.io import atomic
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,13 +99,7 @@ def write_shard(task: ShardTask) -> WrittenShard:
     written = WrittenShard(
         shard=shard, totals=totals, rejects=tuple(rejects), lost_packs=tuple(lost_packs)
     )
-    marker = _marker(task.folder, task.number)
-    temporary = marker.with_name(marker.name + ".partial")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(written.to_json())
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, marker)
+    atomic.write_text(_marker(task.folder, task.number), written.to_json())
     return written
 
 
@@ -113,9 +107,8 @@ def find_written(folder: Path, number: int) -> WrittenShard | None:
     """Return a shard that a stopped packing has finished, or None. One that left out records for
     missing or damaged media is not finished: the files may have been restored.
     """
-    try:
-        facts = json.loads(_marker(folder, number).read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):  # a power cut may leave an empty file
+    facts = atomic.read_json(_marker(folder, number))
+    if facts is None:
         return None
     shard = Shard(**facts["shard"])
     sizes = {

@@ -118,7 +118,7 @@ def test_killed(data, tmp_path, monkeypatch):  # noqa: F811
 
 @pytest.mark.usefixtures("small_shards")
 @pytest.mark.parametrize("content", [b"", b'{"half'])
-@pytest.mark.parametrize("cut", ["survey/survey.json", "packs-00000.json", "job.json"])
+@pytest.mark.parametrize("cut", ["scan/scan.json", "packs-00000.json", "job.json"])
 def test_a_state_file_that_a_power_cut_emptied_is_as_good_as_absent(
     data,  # noqa: F811
     tmp_path,
