@@ -78,7 +78,10 @@ class ChatFormat:
             f" %}}{{% if {shown} %}}{{{{ message['content']{trim} }}}}{{% endif %}}{{% else %}}{{%-"
             " for part in message['content'] %}{%- if part['type'] == 'image' %}{{"
             f" '<IMG_CONTEXT>\\n' }}}}{{% elif part['type'] == 'text' and {shown} %}}{{{{"
-            f" part['text']{trim} }}}}{{% endif %}}{{%- endfor %}}{{% endif %}}{{{{"
+            f" part['text']{trim} }}}}"
+            "{% elif part['type'] == 'video' %}"
+            "{{ raise_exception('pass the frames of a video as images') }}"
+            f"{{% endif %}}{{%- endfor %}}{{% endif %}}{{{{"
             " around[message['role']][1] }}{% endfor %}{%- if add_generation_prompt %}{{"
             f" {_quoted(self.opening)} }}}}{{% endif %}}"
         )

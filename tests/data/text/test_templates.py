@@ -305,6 +305,16 @@ def test_hugging_face_renders_the_same_tokens(tokenizers, name, which):
         )
 
 
+def test_hugging_face_template_refuses_videos(tokenizers):
+    content = [{"type": "video"}, {"type": "text", "text": "What happens?"}]
+    with pytest.raises(Exception, match="pass the frames of a video as images"):
+        tokenizers["bytes"].apply_chat_template(
+            [{"role": "user", "content": content}],
+            chat_template=chat_format("internvl2_5").hf_template(),
+            tokenize=False,
+        )
+
+
 def test_a_sentencepiece_model_is_read_without_its_code(tokenizers, tmp_path):
     tokenizer = sentences(tmp_path, "InternLM2Tokenizer", starts_with_space=False)
     reference = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
