@@ -17,7 +17,7 @@ from megavlm.checkpoint.lock import Lock, held
 from megavlm.checkpoint.step_folder import Checkpoint
 from megavlm.checkpoint.train_state import State
 from megavlm.config import torchrun
-from megavlm.config.checks.rules import PARTS, ConfigError, check
+from megavlm.config.checks.rules import ConfigError, check
 from megavlm.config.schema import Config, Init
 from megavlm.convert.hf import convert, from_parts
 from megavlm.convert.weights.families import family_of
@@ -29,7 +29,6 @@ from megavlm.data.text.tokenizer import fingerprint
 from megavlm.health import speed_check
 from megavlm.health.preflight import DisagreementError, View, agree, look
 from megavlm.model import precision, weights
-from megavlm.model.freeze import Trained
 from megavlm.model.vlm import VisionLanguageModel
 from megavlm.parallel import backend, process_groups
 from megavlm.planner.layout import make_layout
@@ -42,6 +41,7 @@ from megavlm.train.loop import run
 from megavlm.train.master_weights import MismatchError
 from megavlm.train.metrics import Metrics
 from megavlm.train.saver import SaveError
+from megavlm.train.summary import log_run_summary
 
 Start = Checkpoint | Path | Init | None
 """What a run starts from: a checkpoint, a Hugging Face folder, parts, or nothing."""
@@ -222,7 +222,7 @@ def train(
             stage_moments.keep(
                 start, built.chunks, built.optimizer, optimizer.oldest(built.optimizer)
             )
-        _introduce(config, place, built.trained, start, state, metrics)
+        log_run_summary(config, place, built.trained, start, state, metrics)
         if place.pipeline_size > 1:
             metrics.say(f"pipeline: {layout}")
         if isinstance(plan, BlendPlan):
@@ -294,54 +294,3 @@ def _fill(config: Config, start: Start, chunks: Sequence[VisionLanguageModel]) -
     else:
         fresh = weights.fresh_tensor(config)
         weights.fill(chunks, fresh if start is None else from_parts.full_tensors(config, fresh))
-
-
-def _introduce(
-    config: Config,
-    place: process_groups.Groups,
-    trained: Trained,
-    start: Start,
-    state: State,
-    metrics: Metrics,
-) -> None:
-    """Say what is about to run."""
-    origin = "fresh weights"
-    if isinstance(start, Checkpoint):
-        goes_on = (
-            f"going on after step {state.step}" if source.resumes(config, start) else "its weights"
-        )
-        origin = f"{start.folder} (stage {start.state.stage}, step {start.state.step}): {goes_on}"
-    elif isinstance(start, Path):
-        origin = f"{start} (Hugging Face): its weights"
-    elif start is not None:
-        origin = (
-            ", ".join(f"{part} from {folder}" for part, folder in start.parts.items())
-            + ", the rest fresh"
-        )
-    shares = ", ".join(
-        f"{part} {trained.weights[part]:,} of {trained.total[part]:,}" for part in PARTS
-    )
-    context = f" x context {place.context_size}" if place.context_size > 1 else ""
-    virtual = config.parallel.virtual_pipeline_model_parallel_size
-    pipeline = f"pipeline {place.pipeline_size}"
-    if virtual > 1:
-        pipeline += f" ({virtual} chunks each)"
-    sizes = f"tensor {place.tensor_size}{context} x {pipeline} x data {place.data_size}"
-    metrics.say(
-        f"stage {config.stage}, model {config.model}, {place.size} ranks: {sizes},"
-        f" {config.training.precision}"
-    )
-    metrics.say(f"start: {origin}")
-    if isinstance(start, Init):
-        for note in from_parts.notes(start, config.architecture):
-            metrics.say(f"note: {note}")
-    if state.history:
-        *_, (steps, trainable) = state.history
-        metrics.say(
-            f"moments: those after {steps} steps of {', '.join(trainable)} for what this stage"
-            " trains too, fresh for the rest"
-        )
-    elif state.step == 0:
-        metrics.say("moments: fresh")
-    metrics.say(f"trained weights: {shares}")
-    metrics.record(state.step, {"trained_weights": sum(trained.weights.values())})

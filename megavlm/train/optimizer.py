@@ -212,8 +212,8 @@ def _age(group: dict[str, Any]) -> int:
 
 
 def set_rates(optimizer: MegatronOptimizer, config: Config, step: int) -> float:
-    """Set learning rate, weight decay and epsilon of every parameter group for update ``step``; the
-    learning rate is returned.
+    """Set learning rate, weight decay, betas and epsilon of every parameter group for update
+    ``step``; the learning rate is returned.
 
     All groups count updates as the oldest does, and AdamW divides both moments by one minus their
     decay to that power. Rates of a younger group undo that and put its own number of updates in
@@ -233,6 +233,8 @@ def set_rates(optimizer: MegatronOptimizer, config: Config, step: int) -> float:
         group["lr"] = rate * first * second
         group["weight_decay"] = settings.weight_decay * group["wd_mult"] / (first * second)
         group["eps"] = settings.adam_eps * second
+        # A checkpoint's groups bring the betas of the run that wrote it.
+        group["betas"] = (settings.adam_beta1, settings.adam_beta2)
     return rate
 
 

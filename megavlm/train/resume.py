@@ -17,6 +17,7 @@ from megavlm.checkpoint import directory as folder
 from megavlm.checkpoint.step_folder import Checkpoint
 from megavlm.checkpoint.train_state import History
 from megavlm.config import torchrun
+from megavlm.config.checks.resume import refusals
 from megavlm.config.checks.rules import ConfigError
 from megavlm.config.schema import Config
 from megavlm.data.store.manifest import read_manifest
@@ -109,13 +110,7 @@ def fit(config: Config, source: Checkpoint) -> Checkpoint:
             f" checkpoint's, {words}"
         )
     if resumes(config, source):
-        problems += checkpoint.describe_differences(
-            source.config.training.trainable, config.training.trainable, "training.trainable"
-        )
-        problems += checkpoint.describe_differences(
-            source.config.training.seed, config.training.seed, "training.seed"
-        )
-        problems += _order_differences(source.config, config)
+        problems += refusals(source.config, config, is_own=is_own(config, source))
         counts = pack_counts(config)
         if source.state.packs not in ((), counts):
             before, now = (
@@ -137,21 +132,6 @@ def fit(config: Config, source: Checkpoint) -> Checkpoint:
         listed = "\n  ".join(problems)
         raise ConfigError(f"the checkpoint {source.folder} does not fit this run:\n  {listed}")
     return source
-
-
-def _order_differences(old: Config, new: Config) -> list[str]:
-    """Options that would put the packs into another order, in which some would be seen twice or
-    never in this epoch.
-    """
-    problems = checkpoint.describe_differences(old.group, new.group, "data.group")
-    for name in ("shuffle", "weights", "batch_shares", "curriculum"):
-        problems += checkpoint.describe_differences(
-            vars(old.data)[name], vars(new.data)[name], f"data.{name}"
-        )
-    if old.data.batch_shares and new.data.batch_shares:
-        sizes = [config.training.global_batch_size for config in (old, new)]
-        problems += checkpoint.describe_differences(*sizes, "training.global_batch_size")
-    return problems
 
 
 def pack_counts(config: Config) -> tuple[int, ...]:

@@ -1,0 +1,160 @@
+"""What a run that resumes does with an option whose value is not that of its checkpoint.
+
+Each option of the configuration is taken from now on, or refused, or has nothing to do with
+results. None is accepted and then ignored: the configuration that is saved with the next
+checkpoint is true.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from megavlm.config.options import options, shown_value
+from megavlm.config.schema import Config
+
+Kind = Literal["taken", "refused", "origin", "free"]
+"""taken: the new value counts from the next step; it is printed when the run starts.
+refused: must be as it was.
+origin: says where a run began; a run that resumes its own checkpoint refuses another value.
+free: results do not depend on it, or it is checked elsewhere; a new value counts."""
+
+_BY_SECTION: dict[str, dict[Kind, str]] = {
+    "": {"free": "stage model"},  # another stage is another run; the architecture is compared
+    "init.": {"origin": "vision language tokenizer"},
+    "data.": {
+        "taken": "train valid loss_reduction augment",  # packs and tokenizer are compared
+        "refused": "weights batch_shares curriculum shuffle group",
+        "free": "workers prefetch timeout",
+    },
+    "parallel.": {
+        "taken": "tensor_model_parallel_size pipeline_model_parallel_size"
+        " virtual_pipeline_model_parallel_size context_parallel_size sequence_parallel layout"
+        " vision recompute recompute_parts",
+        "free": "overlap_grad_reduce overlap_param_gather bucket_size timeout_minutes",
+    },
+    "optimizer.": {
+        "taken": "lr min_lr warmup_steps warmup_ratio schedule weight_decay adam_beta1 adam_beta2"
+        " adam_eps clip_grad",
+        "refused": "decay moments",
+    },
+    "training.": {
+        "taken": "steps global_batch_size precision drop_path eval_interval eval_packs kernels"
+        " deterministic",
+        "refused": "seed trainable",
+    },
+    "fp8.": {"taken": "vision language format first_bf16_layers last_bf16_layers"},
+    "checkpoint.": {
+        "origin": "load weights_only moments",
+        "free": "save save_interval asynchronous keep keep_best verify export_hf",
+    },
+    "logging.": {"free": "interval tensorboard wandb_project wandb_mode run_name"},
+    "health.": {"free": "speed_check slow_factor least_gb_per_s hang_factor hang_seconds"},
+}
+KINDS: dict[str, Kind] = {
+    section + name: kind
+    for section, kinds in _BY_SECTION.items()
+    for kind, names in kinds.items()
+    for name in names.split()
+}
+"""What becomes of each option but those of ``architecture``, which are all refused."""
+
+_REASONS = {
+    "data.": "the packs would come in another order, some twice and some never in this epoch",
+    "optimizer.decay": "the moments are stored by groups that decay and groups that do not",
+    "optimizer.moments": "the moments are stored in that dtype",
+    "training.seed": "the order of the packs follows from it",
+    "training.trainable": "there are moments of what was trained, and of nothing else",
+}
+
+
+def kind_of(key: str) -> Kind:
+    """Return what becomes of the option ``key``.
+
+    Raises:
+        KeyError: nobody has decided it.
+    """
+    return "refused" if key.startswith("architecture.") else KINDS[key]
+
+
+def refusals(old: Config, new: Config, *, is_own: bool) -> list[str]:
+    """Name the options, but those of ``architecture``, that must be as they were.
+
+    Args:
+        old: the run that wrote the checkpoint.
+        new: the run that resumes.
+        is_own: whether it resumes a checkpoint of its own save folder.
+    """
+    found = []
+    for key, kind in KINDS.items():
+        before = _value(old, key)
+        now = _value(new, key)
+        if kind == "refused" and before != now:
+            found.append(f"{_difference(key, before, now)}: {_reason(key)}")
+        elif kind == "origin" and is_own and _asks_for_another_start(key, before, now, new):
+            found.append(
+                f"{_difference(key, before, now)}: the run resumes its own checkpoint, and this"
+                " says where it began; leave it out, or name another --checkpoint.save"
+            )
+    if new.data.batch_shares and old.training.global_batch_size != new.training.global_batch_size:
+        sizes = (old.training.global_batch_size, new.training.global_batch_size)
+        key = "training.global_batch_size"
+        found.append(f"{_difference(key, *sizes)}: {_REASONS['data.']}")
+    return found
+
+
+def changes(old: Config, new: Config) -> list[str]:
+    """Return the options that are taken with another value than the checkpoint's, as the lines of a
+    table; none if there are none.
+    """
+    rows = [
+        (f"--{key}", shown_value(_value(old, key)), shown_value(_value(new, key)))
+        for key, kind in KINDS.items()
+        if kind == "taken" and _value(old, key) != _value(new, key)
+    ]
+    if not rows:
+        return []
+    table = [("option", "checkpoint", "now"), *rows]
+    widths = [max(len(row[column]) for row in table) for column in range(2)]
+    return [f"  {name:<{widths[0]}}  {old:<{widths[1]}}  {now}" for name, old, now in table]
+
+
+def _asks_for_another_start(key: str, before: Any, now: Any, new: Config) -> bool:
+    """Return whether an option of another value than before would do something if it were not
+    ignored; its default asks for nothing.
+    """
+    if now == before or now in ("", False, "fresh"):
+        return False
+    save = Path(new.checkpoint.save).resolve()
+    place = Path(str(now)).resolve()
+    is_itself = key == "checkpoint.load" and save in (place, place.parent)
+    is_same = isinstance(before, str) and before != "" and place == Path(before).resolve()
+    return not is_itself and not is_same
+
+
+def _difference(key: str, before: Any, now: Any) -> str:
+    return f"--{key}: {shown_value(before)} in the checkpoint, {shown_value(now)} asked for"
+
+
+def _reason(key: str) -> str:
+    text = _REASONS.get(key) or _REASONS[key.partition(".")[0] + "."]
+    if key == "data.group":
+        text += "; it follows --training.global_batch_size unless it is given"
+    return text
+
+
+def _value(config: Config, key: str) -> Any:
+    if key == "data.group":
+        return config.group
+    value: Any = config
+    for name in key.split("."):
+        value = vars(value)[name]
+    return value
+
+
+def unclassified() -> set[str]:
+    """Return the options of the schema that the table does not hold, and entries of the table that
+    are no options.
+    """
+    known = {key for key in options() if not key.startswith("architecture.")}
+    return known ^ KINDS.keys()

@@ -1,0 +1,70 @@
+"""What a run says about itself before its first step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megavlm.checkpoint.step_folder import Checkpoint
+from megavlm.checkpoint.train_state import State
+from megavlm.config.checks.resume import changes
+from megavlm.config.freeze_mask import PARTS
+from megavlm.config.schema import Config, Init
+from megavlm.convert.hf import from_parts
+from megavlm.model.freeze import Trained
+from megavlm.parallel import process_groups
+from megavlm.train import resume as source
+from megavlm.train.metrics import Metrics
+
+
+def log_run_summary(
+    config: Config,
+    place: process_groups.Groups,
+    trained: Trained,
+    start: Checkpoint | Path | Init | None,
+    state: State,
+    metrics: Metrics,
+) -> None:
+    """Say what is about to run."""
+    origin = "fresh weights"
+    if isinstance(start, Checkpoint):
+        goes_on = (
+            f"going on after step {state.step}" if source.resumes(config, start) else "its weights"
+        )
+        origin = f"{start.folder} (stage {start.state.stage}, step {start.state.step}): {goes_on}"
+    elif isinstance(start, Path):
+        origin = f"{start} (Hugging Face): its weights"
+    elif start is not None:
+        origin = (
+            ", ".join(f"{part} from {folder}" for part, folder in start.parts.items())
+            + ", the rest fresh"
+        )
+    shares = ", ".join(
+        f"{part} {trained.weights[part]:,} of {trained.total[part]:,}" for part in PARTS
+    )
+    context = f" x context {place.context_size}" if place.context_size > 1 else ""
+    virtual = config.parallel.virtual_pipeline_model_parallel_size
+    pipeline = f"pipeline {place.pipeline_size}"
+    if virtual > 1:
+        pipeline += f" ({virtual} chunks each)"
+    sizes = f"tensor {place.tensor_size}{context} x {pipeline} x data {place.data_size}"
+    metrics.say(
+        f"stage {config.stage}, model {config.model}, {place.size} ranks: {sizes},"
+        f" {config.training.precision}"
+    )
+    metrics.say(f"start: {origin}")
+    if isinstance(start, Init):
+        for note in from_parts.notes(start, config.architecture):
+            metrics.say(f"note: {note}")
+    is_resumed = isinstance(start, Checkpoint) and source.resumes(config, start)
+    if is_resumed and (table := changes(start.config, config)):
+        metrics.say("\n".join(["changed since the checkpoint:", *table]))
+    if state.history:
+        *_, (steps, trainable) = state.history
+        metrics.say(
+            f"moments: those after {steps} steps of {', '.join(trainable)} for what this stage"
+            " trains too, fresh for the rest"
+        )
+    elif state.step == 0:
+        metrics.say("moments: fresh")
+    metrics.say(f"trained weights: {shares}")
+    metrics.record(state.step, {"trained_weights": sum(trained.weights.values())})

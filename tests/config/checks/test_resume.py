@@ -1,0 +1,109 @@
+"""Every option is taken, refused, or told to be free, when a run resumes."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from megavlm.config.checks import resume
+from megavlm.config.checks.resume import KINDS, changes, kind_of, refusals, unclassified
+from megavlm.config.cli import parse
+from megavlm.config.options import options
+from megavlm.config.schema import Config
+
+NAMES = ["--stage", "2", "--model", "tiny", "--data.train", "packs", "--save", "runs/a"]
+
+
+def run(*arguments: str) -> Config:
+    return parse([*NAMES, *arguments])
+
+
+def another(key: str) -> str:
+    """A value of the option that is not its default."""
+    option = options()[key]
+    value = resume._value(run(), key)
+    kinds = {int: "123", float: "0.123", bool: "false" if value else "true", str: "another"}
+    others = {
+        "stage": "1",
+        "model": "internvl2_5-1b",
+        "data.weights": "1,2",
+        "training.trainable": "connector",
+        "parallel.recompute_parts": "vision",
+    }
+    if key in others:
+        return others[key]
+    if option.kind in kinds:
+        return kinds[option.kind]
+    chosen = getattr(option.kind, "__args__", ())
+    return next((text for text in chosen if isinstance(text, str) and text != value), "jpeg")
+
+
+def test_no_option_is_forgotten() -> None:
+    assert unclassified() == set()
+    assert {kind_of(key) for key in options()} == {"taken", "refused", "origin", "free"}
+
+
+def test_a_new_option_would_be_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    fewer = {key: kind for key, kind in KINDS.items() if key != "optimizer.lr"}
+    monkeypatch.setattr(resume, "KINDS", fewer)
+    assert unclassified() == {"optimizer.lr"}
+    with pytest.raises(KeyError):
+        kind_of("optimizer.lr")
+
+
+@pytest.mark.parametrize("key", [key for key in KINDS if key not in ("stage", "model")])
+def test_each_option_has_the_effect_that_the_table_says(key: str) -> None:
+    old = run()
+    new = run(f"--{key}", another(key))
+    assert old != new
+    refused = [line for line in refusals(old, new, is_own=True) if line.startswith(f"--{key}:")]
+    shown = [line for line in changes(old, new) if line.split()[0] == f"--{key}"]
+    kind = kind_of(key)
+    assert (len(refused), len(shown)) == {
+        "refused": (1, 0),
+        "origin": (1, 0),
+        "taken": (0, 1),
+        "free": (0, 0),
+    }[kind]
+    assert refusals(new, new, is_own=True) == [] == changes(new, new)
+
+
+def test_a_table_says_what_changed() -> None:
+    old = run("--lr", "1e-3", "--training.steps", "50")
+    new = run("--lr", "2e-3", "--training.steps", "50", "--training.precision", "float32")
+    assert changes(old, new) == [
+        "  option                checkpoint  now",
+        "  --optimizer.lr        0.001       0.002",
+        "  --training.precision  bfloat16    float32",
+    ]
+
+
+def test_the_batch_may_change_if_the_order_of_the_packs_stays() -> None:
+    old = run("--global-batch-size", "8")
+    [refused] = refusals(old, run("--global-batch-size", "16"), is_own=False)
+    assert refused.startswith("--data.group: 8 in the checkpoint, 16 asked for")
+    assert refused.endswith("it follows --training.global_batch_size unless it is given")
+    assert not refusals(old, run("--global-batch-size", "16", "--data.group", "8"), is_own=False)
+    shared = ["--data.group", "8", "--data.batch_shares", "true"]
+    [refused] = refusals(
+        run("--global-batch-size", "8", *shared),
+        run("--global-batch-size", "16", *shared),
+        is_own=False,
+    )
+    assert refused.startswith("--training.global_batch_size: 8 in the checkpoint")
+
+
+def test_where_a_run_began_may_be_left_out_or_said_again(tmp_path: Path) -> None:
+    began = tmp_path / "one"
+    save = tmp_path / "two"
+    old = run("--load", str(began), "--save", str(save))
+    for load in ("", str(began), f"{began}/", str(save), str(save / "step_00000003")):
+        assert not refusals(old, run("--load", load, "--save", str(save)), is_own=True), load
+    other = run("--load", str(tmp_path / "three"), "--save", str(save))
+    [refused] = refusals(old, other, is_own=True)
+    assert "says where it began" in refused
+    assert not refusals(old, other, is_own=False)  # it is what the run loads
+    kept = dataclasses.replace(old.checkpoint, moments="keep")
+    assert refusals(old, dataclasses.replace(old, checkpoint=kept), is_own=True)
