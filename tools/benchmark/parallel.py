@@ -84,9 +84,9 @@ def to_text(results: dict) -> str:
             )
             lines.append(f"| {stage} | {cells} |")
     if "splits" in results:
-        lines += ["\nTwo ranks, automatic against even borders:\n"]
+        lines += ["\nTwo ranks, automatic against even stage boundaries:\n"]
         lines += [
-            "| stage | automatic | even | automatic s | even s | times faster | FLOPs promise |",
+            "| stage | automatic | even | automatic s | even s | times faster | predicted from FLOPs |",
             "|---|---|---|---|---|---|---|",
         ]
         for stage, one in results["splits"]["summary"].items():
@@ -102,7 +102,7 @@ def to_text(results: dict) -> str:
     if "frozen" in results:
         lines += ["\nSaved of the time of a step that trains everything:\n"]
         lines += [
-            "| stage | FLOPs promise | forward and backward | share | whole step | share |",
+            "| stage | predicted from FLOPs | forward and backward | share | whole step | share |",
             "|---|---|---|---|---|---|",
         ]
         for stage, one in results["frozen"]["summary"].items():
