@@ -14,7 +14,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from megavlm.parallel.context_parallel import gather_tokens, own_places
+from megavlm.parallel.context_parallel import gather_tokens, own_positions
 
 
 @dataclass
@@ -97,7 +97,7 @@ class PackedCausalAttention(nn.Module):
     ) -> Tensor:
         lengths = ends.diff()
         ends = ends.numpy()
-        places = own_places(ends, self.group)
+        places = own_positions(ends, self.group)
         key, value = gather_tokens(torch.cat([key, value], dim=-1), ends, self.group).split(
             (key.shape[-1], value.shape[-1]), dim=-1
         )

@@ -1,4 +1,4 @@
-"""The machine below a run: CUDA with NCCL, or a CPU with gloo where no CUDA device is found."""
+"""The backend of a run: CUDA with NCCL, or a CPU with gloo if no CUDA device is found."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megavlm.parallel import adamw, cpu_backend
 
 @dataclass(frozen=True, kw_only=True)
 class Backend:
-    """Where tensors live.
+    """The device of this rank.
 
     Args:
         device: the device of this rank.
@@ -27,7 +27,7 @@ class Backend:
 
 
 def set_environment(deterministic: bool) -> None:
-    """Set what CUDA and its libraries read when they are first used; before that it must be called.
+    """Set the variables that CUDA and its libraries read when they are first used. Call it before.
 
     Args:
         deterministic: use only kernels that give the same bits each time.
@@ -44,8 +44,8 @@ def set_environment(deterministic: bool) -> None:
 
 
 def meet(timeout_minutes: int) -> dist.Store:
-    """The key-value store that torchrun's ranks share; nothing else is started, no device is
-    touched.
+    """Return the key-value store that torchrun's ranks share. Nothing else is started, and no
+    device is touched.
 
     Args:
         timeout_minutes: how long to wait for the others.
@@ -53,20 +53,19 @@ def meet(timeout_minutes: int) -> dist.Store:
     if "MASTER_ADDR" not in os.environ:
         return dist.HashStore()
     store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(minutes=timeout_minutes)))
-    # torchrun keeps its store when it starts the ranks again: what they wrote in their last life
-    # must not be read in this one.
+    # torchrun keeps its store when it restarts the ranks; what they wrote before must not be read.
     return dist.PrefixStore(f"megavlm/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
 def start(
     timeout_minutes: int, *, deterministic: bool = False, store: dist.Store | None = None
 ) -> Backend:
-    """Pick the backend and join the world.
+    """Pick the backend and join the process group of all ranks.
 
     Args:
         timeout_minutes: how long a collective may wait for a rank.
         deterministic: use only kernels that give the same bits each time.
-        store: what ``meet`` gave, if it was called.
+        store: what ``meet`` returned, if it was called.
     """
     set_environment(deterministic)
     torch.use_deterministic_algorithms(deterministic)
@@ -91,6 +90,6 @@ def start(
 
 
 def stop() -> None:
-    """Leave the world."""
+    """Destroy the process group of all ranks."""
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -1,5 +1,5 @@
-"""Context parallelism for layers that see all tokens of a sample: bringing them together from the
-ranks that share a pack.
+"""Context parallelism for layers that need all tokens of a sample: gathering them from the
+context-parallel ranks.
 
 Shapes: t tokens of a rank, T tokens of the pack.
 """
@@ -15,9 +15,9 @@ from torch.distributed import ProcessGroup
 from megavlm.data.loading.rank_slice import Share
 
 
-def own_places(ends: np.ndarray, group: ProcessGroup) -> Tensor:
-    """Places in the pack of this rank's tokens, in the order in which it has them; int64 [t],
-    ``ends`` as for ``Share.tokens``.
+def own_positions(ends: np.ndarray, group: ProcessGroup) -> Tensor:
+    """Return the positions in the pack of this rank's tokens, in this rank's order; int64 [t].
+    ``ends`` is as for ``Share.tokens``.
     """
     return torch.from_numpy(
         Share(context_rank=group.rank(), context_ranks=group.size()).tokens(ends)
@@ -25,12 +25,12 @@ def own_places(ends: np.ndarray, group: ProcessGroup) -> Tensor:
 
 
 def gather_tokens(own: Tensor, ends: np.ndarray, group: ProcessGroup) -> Tensor:
-    """Bring together what all ranks have of a pack.
+    """Gather the values of all tokens of a pack.
 
     Args:
-        own: of this rank's tokens [t, ...].
+        own: values of this rank's tokens [t, ...].
         ends: where samples end, as for ``Share.tokens``.
-        group: ranks that share the pack.
+        group: the context-parallel ranks.
 
     Returns:
         [T, ...], in the order of the pack. In the backward pass the gradients of all ranks are

@@ -36,9 +36,7 @@ _FACTORIES = ("tensor", "zeros", "ones", "empty")
 
 
 class _NoStream:
-    """Takes the place of CUDA streams and events, of which a CPU has none: every method does
-    nothing.
-    """
+    """Stands in for CUDA streams and events; every method does nothing."""
 
     def __init__(self, *args, **kwargs):
         pass
@@ -54,7 +52,7 @@ class _NoStream:
 
 
 def _on_cpu(factory: Callable) -> Callable:
-    """``factory``, which answers with a tensor on the CPU when ``device="cuda"`` is asked for."""
+    """Wrap ``factory`` so that it makes a tensor on the CPU if ``device="cuda"`` is asked for."""
 
     @functools.wraps(factory)
     def wrapped(*args, **kwargs):
@@ -98,7 +96,9 @@ def _replace_cuda_questions() -> None:
     tensor_type = torch.Tensor.type
 
     def type_with_cuda_name(self, *args, **kwargs):
-        """DistributedOptimizer knows its fp32 parameters by the name ``torch.cuda.FloatTensor``."""
+        """Answer as on a GPU: DistributedOptimizer finds its fp32 parameters by the type name
+        ``torch.cuda.FloatTensor``.
+        """
         answer = tensor_type(self, *args, **kwargs)
         return answer.replace("torch.", "torch.cuda.") if isinstance(answer, str) else answer
 

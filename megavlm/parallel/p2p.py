@@ -1,9 +1,9 @@
-"""What travels between the chunks of the pipeline, and what does not.
+"""Point-to-point communication of a pipeline with one model chunk on each rank (1F1B).
 
-megatron-core either takes all shapes to be the same, or exchanges the shape of every tensor before
-the tensor itself and waits for the device in between. Here tiles travel and then tokens, and packs
-differ in their tiles; but the ranks of a pipeline read the same packs, so that the receiver knows
-every shape beforehand. And a gradient that trains nothing upstream does not travel at all.
+megatron-core either assumes that all shapes are equal, or sends the shape of every tensor before
+the tensor itself and waits for the device in between. Here early stages send tiles and later ones
+tokens, and packs differ in their tiles. But all ranks of a pipeline read the same packs, so the
+receiver knows every shape beforehand. A gradient that trains nothing upstream is not sent at all.
 """
 
 from __future__ import annotations
@@ -21,46 +21,49 @@ Item = TypeVar("Item")
 Shape = tuple[int, ...]
 
 
-class Turns(Generic[Item]):
-    """Hands the same items to several readers, in order; each is made once, and forgotten when
-    every reader has had it.
+class SharedBatches(Generic[Item]):
+    """Gives the same batches to several readers, in order. Each is made once, and dropped when
+    every reader has read it.
 
     Args:
-        items: what is read.
-        readers: how many read all of it.
+        items: the batches.
+        readers: number of readers, each of which reads all batches.
     """
 
     def __init__(self, items: Iterator[Item], readers: int = 1):
         self._items = items
         self._kept = dict[int, Item]()
         self._made = 0
-        self._had = [0] * readers
+        self._read = [0] * readers
 
-    def look(self, number: int) -> Item:
-        """Item ``number``, counted from 0, which not every reader has had."""
-        while self._made <= number:
+    def peek(self, index: int) -> Item:
+        """Return the item at ``index``, counted from 0, which not every reader has read yet."""
+        while self._made <= index:
             self._kept[self._made] = next(self._items)
             self._made += 1
-        return self._kept[number]
+        return self._kept[index]
 
-    def reader(self, number: int) -> Iterator[Item]:
-        """The items for reader ``number``; they end when nobody asks for more."""
+    def reader(self, index: int) -> Iterator[Item]:
+        """Yield the items for the reader at ``index``, as long as it asks for more."""
         while True:
-            item = self.look(self._had[number])
-            self._had[number] += 1
-            self._kept.pop(min(self._had) - 1, None)
+            item = self.peek(self._read[index])
+            self._read[index] += 1
+            self._kept.pop(min(self._read) - 1, None)
             yield item
 
 
-class Borders(P2PCommunicator):
-    """The two borders of a chunk, for megatron-core's schedule of chunks that are not interleaved.
-    It is made anew for every step.
+class VariableShapeP2P(P2PCommunicator):
+    """Sends and receives for one model chunk, with shapes that the receiver computes. A new one is
+    made for every step.
+
+    megatron-core's ``forward_backward_pipelining_without_interleaving`` calls every method below.
+    It passes tensor shapes of its own, which are not used.
 
     Args:
-        group: the chunks of one pipeline.
-        config: megatron-core's, of the chunk.
+        group: the ranks of one pipeline.
+        config: megatron-core's configuration of the chunk.
         arriving: shapes of the activations that arrive, in order.
-        first_trained: number of the first chunk that has anything to train.
+        first_trained: index of the first chunk that has anything to train.
     """
 
     def __init__(
@@ -74,40 +77,35 @@ class Borders(P2PCommunicator):
         self._arriving = arriving
         self._gradient_leaves = first_trained < group.rank()
         self._gradient_arrives = first_trained <= group.rank()
-        self._sent = deque[
-            Shape
-        ]()  # of activations whose gradients have not arrived yet, which have the same shapes
+        # Of activations whose gradients have not arrived yet; these have the same shapes.
+        self._sent = deque[Shape]()
 
     def recv_forward(self, tensor_shapes: object, is_first_stage: bool) -> list[Tensor | None]:
-        """Called by the schedule, which knows no shapes; nor do the methods below look at those
-        that it gives.
-        """
-        return (
-            [None]
-            if is_first_stage
-            else super().recv_forward([next(self._arriving)], is_first_stage)
-        )
+        """Receive the activations of the next microbatch."""
+        if is_first_stage:
+            return [None]
+        return super().recv_forward([next(self._arriving)], is_first_stage)
 
     def send_forward(self, output_tensors: list[Tensor], is_last_stage: bool) -> None:
-        """Called by the schedule."""
+        """Send activations, and remember their shape."""
         self._sent.append(tuple(output_tensors[0].shape))
         super().send_forward(output_tensors, is_last_stage)
 
     def recv_backward(self, tensor_shapes: object, is_last_stage: bool) -> list[Tensor | None]:
-        """Called by the schedule."""
+        """Receive a gradient, if the stage after this one computes any."""
         if is_last_stage or not self._gradient_arrives:
             return [None]
         return super().recv_backward([self._sent.popleft()], is_last_stage)
 
     def send_backward(self, input_tensor_grads: list[Tensor | None], is_first_stage: bool) -> None:
-        """Called by the schedule."""
+        """Send a gradient, if anything before this stage is trained."""
         if self._gradient_leaves:
             super().send_backward(input_tensor_grads, is_first_stage)
 
     def send_forward_recv_backward(
         self, output_tensors: list[Tensor], tensor_shapes: object, is_last_stage: bool
     ) -> list[Tensor | None]:
-        """Called by the schedule."""
+        """Send activations, and receive the gradient of earlier ones."""
         if is_last_stage or not self._gradient_arrives:
             super().send_forward(output_tensors, is_last_stage)
             return [None]
@@ -119,7 +117,7 @@ class Borders(P2PCommunicator):
     def send_backward_recv_forward(
         self, input_tensor_grads: list[Tensor | None], tensor_shapes: object, is_first_stage: bool
     ) -> list[Tensor | None]:
-        """Called by the schedule."""
+        """Send a gradient, and receive the next activations."""
         if is_first_stage or not self._gradient_leaves:
             return self.recv_forward(tensor_shapes, is_first_stage)
         return super().send_backward_recv_forward(

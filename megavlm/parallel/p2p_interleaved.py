@@ -1,19 +1,19 @@
-"""What travels along a pipeline whose ranks hold several chunks each: megatron-core's interleaved
-schedule (Narayanan et al., arXiv 2104.04473), with the same two savings as in ``pipeline``.
+"""Point-to-point communication of a pipeline with several model chunks on each rank:
+megatron-core's interleaved 1F1B (Narayanan et al., arXiv 2104.04473), with the same two savings as
+in ``p2p``.
 
-From chunk to chunk activations travel once around the ring of the pipeline's ranks for every chunk
-that a rank holds, and gradients go the other way round. The schedule says when to send and when to
-receive; which pack of which chunk arrives next, and so its shape, follows from its table on both
-sides.
+Activations go around the ring of the pipeline's ranks once for every chunk that a rank holds, and
+gradients go the other way. The schedule says when to send and when to receive. Which pack of which
+chunk arrives next, and so its shape, follows from the schedule's table on both sides.
 
-**Why no rank waits for ever.** What is sent after the forward pass number ``k`` of rank ``r``
+**Why this cannot deadlock.** What is sent after the forward pass number ``k`` of rank ``r``
 belongs to round ``k + r``, on the sender as on the receiver, which makes pass ``k - 1`` or, on the
 first rank, as many passes later as there are ranks in between. In the same way gradients of
 backward pass ``k`` belong to round ``k - r``. A rank makes ``2 (P - r - 1) + (V - 1) P`` forward
 passes more than backward ones before both alternate, so that gradients' round ``s`` comes after
 activations' round ``s + 2 (P - 1) + (V - 1) P`` on every rank alike: all ranks go through the
-rounds of both kinds in one order, and so do the messages between two of them, even where there are
-only two, which are each other's neighbours on both sides. What does not travel is missing at both
+rounds of both kinds in one order, and so do the messages between two of them, even if there are
+only two, which are each other's neighbours on both sides. What is not sent is missing at both
 ends.
 """
 
@@ -35,48 +35,53 @@ Pass = tuple[int, int]
 """A pack and a chunk of this rank, both counted from 0."""
 
 
-def sources(passes: Sequence[Pass], chunks: int, wraps: bool) -> list[Pass]:
-    """For what arrives along the ring, in order: the pass that it is for.
+def receiving_passes(passes: Sequence[Pass], chunks: int, wraps: bool) -> list[Pass]:
+    """Return the pass that each arriving tensor is for, in the order of arrival.
 
     Args:
         passes: of every rank, in order.
-        chunks: on each rank.
-        wraps: whether it comes from the other end of the pipeline, where a chunk's follower is the
-            next one.
+        chunks: model chunks on each rank.
+        wraps: whether tensors come from the other end of the pipeline; they are then for the next
+            chunk.
     """
-    return (
-        [(pack, chunk + 1) for pack, chunk in passes if chunk + 1 < chunks]
-        if wraps
-        else list(passes)
-    )
+    if wraps:
+        return [(pack, chunk + 1) for pack, chunk in passes if chunk + 1 < chunks]
+    return list(passes)
 
 
-class Messages:
-    """Messages under way, which the schedule may wait for several times."""
+class PendingMessages:
+    """Messages in flight. ``forward_backward_pipelining_with_interleaving`` calls ``wait``,
+    perhaps several times.
+    """
 
     def __init__(self, operations: list[dist.P2POp]):
-        self._under_way = dist.batch_isend_irecv(operations) if operations else []
-        self._tensors = [operation.tensor for operation in operations]  # kept until they are there
+        self._pending = dist.batch_isend_irecv(operations) if operations else []
+        self._tensors = [
+            operation.tensor for operation in operations
+        ]  # kept until they have arrived
 
     def wait(self) -> None:
         """Wait until all are sent and received."""
-        for request in self._under_way:
+        for request in self._pending:
             request.wait()
-        self._under_way = []
+        self._pending = []
         self._tensors = []
 
 
-class Rings(P2PCommunicator):
-    """The borders of all chunks of a rank, for megatron-core's interleaved schedule. It is made
-    anew for every step.
+class InterleavedP2P(P2PCommunicator):
+    """Sends and receives for all model chunks of a rank. A new one is made for every step.
+
+    megatron-core's ``forward_backward_pipelining_with_interleaving`` calls every method below but
+    ``finish``. It passes tensor shapes of its own, which are not used.
 
     Args:
         group: the ranks of one pipeline.
-        config: megatron-core's, of the model.
-        packs: of the step.
-        shape: answers with the shape of what arrives at a chunk of this rank for a pack,
-            ``shape(pack, chunk)``.
-        first_trained: number of the first chunk of all that has anything to train.
+        config: megatron-core's configuration of the model.
+        packs: microbatches of the step.
+        shape: ``shape(pack, chunk)`` returns the shape of what arrives for a pack at a chunk of
+            this rank.
+        first_trained: index, among all chunks of the pipeline, of the first that has anything to
+            train.
     """
 
     def __init__(
@@ -93,36 +98,33 @@ class Rings(P2PCommunicator):
         is_last = group.rank() == group.size() - 1
         passes = get_schedule_table(packs, chunks, config.microbatch_group_size_per_vp_stage)
         self._arriving = (
-            shape(pack, chunk) for pack, chunk in sources(passes, chunks, wraps=is_first)
+            shape(pack, chunk) for pack, chunk in receiving_passes(passes, chunks, wraps=is_first)
         )
         self._leaving: Iterator[int] = (
             chunk for _, chunk in passes if not (is_last and chunk == chunks - 1)
         )
-        # The backward pass goes through the chunks from the last to the first, and so are they
-        # counted in its passes.
+        # Backward passes go through the chunks from the last to the first, and count them that way.
         self._returning = (
-            chunks - 1 - chunk for _, chunk in sources(passes, chunks, wraps=is_last)
+            chunks - 1 - chunk for _, chunk in receiving_passes(passes, chunks, wraps=is_last)
         )
-        numbers = range(group.rank(), chunks * group.size(), group.size())
-        self._gradient_arrives = [first_trained <= number for number in numbers]
-        # Of activations whose gradients have not arrived yet, which have the same shapes.
+        indices = range(group.rank(), chunks * group.size(), group.size())
+        self._gradient_arrives = [first_trained <= index for index in indices]
+        # Of activations whose gradients have not arrived yet; these have the same shapes.
         self._sent = [deque[Shape]() for _ in range(chunks)]
-        self._under_way: list[Messages] = []
+        self._pending: list[PendingMessages] = []
 
     def finish(self) -> None:
-        """Wait for what the schedule sent last, and has not waited for."""
-        for messages in self._under_way:
+        """Wait for the last messages, which the schedule does not wait for."""
+        for messages in self._pending:
             messages.wait()
-        self._under_way = []
+        self._pending = []
 
     def recv_forward(self, tensor_shapes: object, is_first_stage: bool) -> Tensor | None:
-        """Called by the schedule, which knows no shapes; nor do the methods below look at those
-        that it gives.
-        """
+        """Receive the first activations."""
         return self.send_forward_recv_forward(None, not is_first_stage, tensor_shapes)
 
     def recv_backward(self, tensor_shapes: object, is_last_stage: bool) -> Tensor | None:
-        """Called by the schedule."""
+        """Receive the first gradient."""
         return self.send_backward_recv_backward(None, not is_last_stage, tensor_shapes)
 
     def send_forward_recv_forward(
@@ -131,8 +133,8 @@ class Rings(P2PCommunicator):
         recv_prev: bool,
         tensor_shape: object,
         overlap_p2p_comm: bool = False,
-    ) -> Tensor | tuple[Tensor | None, dict[str, Messages]] | None:
-        """Called by the schedule."""
+    ) -> Tensor | tuple[Tensor | None, dict[str, PendingMessages]] | None:
+        """Send activations to the next rank and receive those of the next pass."""
         if output_tensor is not None and self._gradient_arrives[chunk := next(self._leaving)]:
             self._sent[chunk].append(tuple(output_tensor.shape))
         arriving = self._empty(next(self._arriving)) if recv_prev else None
@@ -151,9 +153,9 @@ class Rings(P2PCommunicator):
         recv_next: bool,
         tensor_shape: object,
         overlap_p2p_comm: bool = False,
-    ) -> Tensor | tuple[Tensor | None, dict[str, Messages]] | None:
-        """Called by the schedule; there is no gradient to send where nothing upstream is
-        trained.
+    ) -> Tensor | tuple[Tensor | None, dict[str, PendingMessages]] | None:
+        """Send a gradient to the previous rank and receive the next one. ``input_tensor_grad`` is
+        None if nothing upstream is trained.
         """
         arriving = None
         if recv_next and self._gradient_arrives[chunk := next(self._returning)]:
@@ -169,16 +171,16 @@ class Rings(P2PCommunicator):
 
     def _exchange(
         self, leaving: Tensor | None, to: int, arriving: Tensor | None, source: int, *, wait: bool
-    ) -> Messages:
+    ) -> PendingMessages:
         sent = [] if leaving is None else [dist.P2POp(dist.isend, leaving, to, self.pp_group)]
         received = (
             [] if arriving is None else [dist.P2POp(dist.irecv, arriving, source, self.pp_group)]
         )
-        messages = Messages(sent + received)
+        messages = PendingMessages(sent + received)
         if wait:
             messages.wait()
         else:
-            self._under_way.append(messages)
+            self._pending.append(messages)
         return messages
 
     def _empty(self, shape: Shape) -> Tensor:
@@ -190,6 +192,6 @@ class Rings(P2PCommunicator):
         )
 
 
-def _named(messages: Messages, **tensors: Tensor | None) -> dict[str, Messages]:
-    """What the schedule waits for, under its names for sending and receiving."""
+def _named(messages: PendingMessages, **tensors: Tensor | None) -> dict[str, PendingMessages]:
+    """Return the messages under the schedule's names for sending and receiving."""
     return {name: messages for name, tensor in tensors.items() if tensor is not None}

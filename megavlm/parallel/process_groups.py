@@ -1,4 +1,4 @@
-"""Process groups of a run, and this rank's place in them: the only module that talks to
+"""The process groups of a run, and this rank's position in each: the only module that uses
 megatron-core's ``parallel_state``.
 """
 
@@ -19,18 +19,18 @@ from megavlm.data.loading.rank_slice import Share
 
 @dataclass(frozen=True, kw_only=True)
 class Groups:
-    """The process groups, sizes and this rank's place.
+    """The process groups, their sizes, and this rank's position in each.
 
     Args:
-        collection: megatron-core's groups, handed to the modules that take them.
-        vision: the same for the vision encoder and the connector; where these stand whole on every
-            rank, each is its own tensor-parallel group.
-        share: which tiles and tokens of a pack are this rank's.
-        rank, size: place in the world.
-        tensor_rank, tensor_size: place among the ranks that share each layer.
-        context_rank, context_size: place among the ranks that share each pack.
-        pipeline_rank, pipeline_size: place among the ranks that share out the layers.
-        data_rank, data_size: place among the copies of the model.
+        collection: megatron-core's groups, for the modules that take them.
+        vision: the same for the vision encoder and the connector; if these are replicated over the
+            tensor-parallel ranks, the tensor-parallel group in it has this rank alone.
+        share: the tiles and tokens of a pack that this rank gets.
+        rank, size: position among all ranks.
+        tensor_rank, tensor_size: position among the tensor-parallel ranks.
+        context_rank, context_size: position among the context-parallel ranks.
+        pipeline_rank, pipeline_size: position among the pipeline-parallel ranks.
+        data_rank, data_size: position among the data-parallel replicas.
     """
 
     collection: ProcessGroupCollection
@@ -65,38 +65,32 @@ class Groups:
         )
 
     def by_kind(self) -> dict[str, dist.ProcessGroup]:
-        """This rank's group of each kind; ``data`` sums gradients, over the ranks that share packs
-        too.
+        """Return this rank's group of each kind. ``data`` is the group that sums gradients, so it
+        includes the context-parallel ranks.
         """
         of = self.collection
         return {"tensor": of.tp, "context": of.cp, "pipeline": of.pp, "data": of.dp_cp}
 
     def sum_over_data(self, values: torch.Tensor) -> torch.Tensor:
-        """Sum ``values`` in place over the copies of the model, and over the ranks that share their
-        packs.
-        """
+        """Sum ``values`` in place over data-parallel replicas and context-parallel ranks."""
         dist.all_reduce(values, group=self.collection.dp_cp)
         return values
 
     def from_writer(self, value: float, device: torch.device) -> float:
-        """The ``value`` of the rank that writes, on every rank of the world; a collective call that
-        waits for the answer.
-        """
+        """Return the writing rank's ``value`` on every rank. Collective, and synchronises."""
         answer = torch.tensor([value if self.is_writer else 0.0], device=device)
         dist.all_reduce(answer)
         return float(answer.item())
 
     def any_rank(self, flag: bool, device: torch.device) -> bool:
-        """Whether ``flag`` is set on any rank of the world; a collective call that waits for the
-        answer.
-        """
+        """Return whether ``flag`` is set on any rank. Collective, and synchronises."""
         answer = torch.tensor([float(flag)], device=device)
         dist.all_reduce(answer, op=dist.ReduceOp.MAX)
         return bool(answer.item())
 
 
 def create(parallel: Parallel, seed: int, embedding_chunk: int = 0) -> Groups:
-    """Create the process groups. Collective: every rank of the world calls it.
+    """Create the process groups. Collective: every rank calls it.
 
     Args:
         parallel: sizes of the layout.
@@ -107,6 +101,8 @@ def create(parallel: Parallel, seed: int, embedding_chunk: int = 0) -> Groups:
 
     virtual = parallel.virtual_pipeline_model_parallel_size
 
+    # ``parallel_state.initialize_model_parallel`` calls it for each pipeline; its group sums the
+    # gradients of tied heads.
     def embedding_ranks(pipeline: list[int], split: int | None = None) -> list[int]:
         return sorted({pipeline[embedding_chunk % len(pipeline)], pipeline[-1]})
 

@@ -1,10 +1,10 @@
-"""How ranks share the vision encoder: the tiles of a pack over context-parallel ranks, and over
-tensor-parallel ranks either the layers or the tiles too.
+"""Vision parallelism: context-parallel ranks divide the tiles of a pack; tensor-parallel ranks
+divide either the layers of the vision encoder or the tiles too.
 
-Where each tensor-parallel rank holds whole layers (``--parallel.vision data``), it works on tiles
-of its own. Its weights are copies of the other ranks', like those of data-parallel ranks, and their
-gradients are sums over all tiles; but megatron-core takes them for weights that see the same data
-on every tensor-parallel rank. What follows from the difference stands here.
+If each tensor-parallel rank holds whole layers (``--parallel.vision data``), it works on its own
+tiles. Its parameters are replicas, as on data-parallel ranks, and their gradients are sums over all
+tiles. But megatron-core assumes parameters that see the same data on every tensor-parallel rank.
+This module handles the difference.
 
 Shapes: I tiles of a rank, F features a tile, D hidden size.
 """
@@ -24,18 +24,18 @@ from megavlm.parallel.process_groups import Groups
 
 
 def holds_whole_layers(groups: Groups) -> bool:
-    """Whether several tensor-parallel ranks hold the same weights of the vision encoder, each for
-    tiles of its own.
+    """Return whether the vision encoder is replicated over the tensor-parallel ranks, each with its
+    own tiles.
     """
     return groups.vision.tp.size() < groups.tensor_size
 
 
 def gather_features(features: Tensor, groups: Groups) -> Tensor:
-    """Bring the features of all tiles of a pack together.
+    """Gather the features of all tiles of a pack.
 
     Args:
         features: of this rank's tiles [I * F, 1, D].
-        groups: this rank's place.
+        groups: the process groups.
 
     Returns:
         [ranks that share the tiles * I * F, 1, D], in the order of the tiles; the same on all of
@@ -56,16 +56,17 @@ def gather_features(features: Tensor, groups: Groups) -> Tensor:
 
 
 def mark_copies(module: nn.Module) -> None:
-    """Let the gradient's norm count the weights of a module once, not on every tensor-parallel
-    rank.
+    """Mark replicated parameters, so that the gradient norm counts them once and not on every
+    tensor-parallel rank.
     """
+    # Read by megatron-core's ``param_is_not_tensor_parallel_duplicate``.
     for parameter in module.parameters():
         parameter.tensor_model_parallel = False
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter], groups: Groups) -> None:
-    """Sum the gradients of copies of weights over the tensor-parallel ranks, after data-parallel
-    ranks have done so. Collective.
+    """Sum the gradients of replicated parameters over the tensor-parallel ranks, after the sum over
+    data-parallel ranks. Collective.
     """
     gradients = [parameter.main_grad for parameter in parameters if parameter.requires_grad]
     work = [
@@ -77,9 +78,7 @@ def sum_gradients(parameters: Iterable[nn.Parameter], groups: Groups) -> None:
 
 
 def save_once(entries: dict[str, Any], tensor_rank: int) -> dict[str, Any]:
-    """Entries of a checkpoint such that of all tensor-parallel ranks, which hold the same weights,
-    the first one writes them.
-    """
+    """Return checkpoint entries of which only the first tensor-parallel rank writes its replica."""
     return {
         key: dataclasses.replace(
             entry, replica_id=(entry.replica_id[0], tensor_rank, *entry.replica_id[2:])

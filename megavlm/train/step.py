@@ -17,8 +17,8 @@ from megavlm.model.loss import weighted_sum
 from megavlm.model.tied import sum_tied_gradients
 from megavlm.model.vlm import VisionLanguageModel
 from megavlm.parallel.backend import Backend
-from megavlm.parallel.p2p import Borders, Shape, Turns
-from megavlm.parallel.p2p_interleaved import Rings
+from megavlm.parallel.p2p import Shape, SharedBatches, VariableShapeP2P
+from megavlm.parallel.p2p_interleaved import InterleavedP2P
 from megavlm.train.optimizer import step
 from megavlm.train.source_losses import SourceLosses
 
@@ -109,45 +109,43 @@ def run_packs(
             module.is_first_microbatch = True
     chunks = [chunk.module for chunk in model]
     groups = model[0].module.groups
-    packs = Turns(
+    packs = SharedBatches(
         (batch.to(backend.device, non_blocking=backend.asynchronous) for batch in batches),
         len(chunks),
     )
-    borders = _borders(chunks, packs, count) if groups.pipeline_size > 1 else None
+    communicator = _communicator(chunks, packs, count) if groups.pipeline_size > 1 else None
     losses = get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=[packs.reader(number) for number in range(len(chunks))],
         model=list(model),
         num_microbatches=count,
-        seq_length=1,  # not used: the borders know the shapes
+        seq_length=1,  # not used: the communicator computes the shapes
         micro_batch_size=1,
         forward_only=forward_only,
         **(
-            {"p2p_communicator": borders, "pg_collection": groups.collection}
-            if borders is not None
+            {"p2p_communicator": communicator, "pg_collection": groups.collection}
+            if communicator is not None
             else {}
         ),
     )
-    if isinstance(borders, Rings):
-        borders.finish()
+    if isinstance(communicator, InterleavedP2P):
+        communicator.finish()
     return torch.stack(losses).sum() if losses else torch.zeros((), device=backend.device)
 
 
-def _borders(
-    chunks: Sequence[VisionLanguageModel], packs: Turns[Batch], count: int
-) -> Borders | Rings:
-    """What sends and receives at the borders of this rank's chunks, for a step of ``count``
-    packs.
-    """
+def _communicator(
+    chunks: Sequence[VisionLanguageModel], packs: SharedBatches[Batch], count: int
+) -> VariableShapeP2P | InterleavedP2P:
+    """Make what sends and receives for this rank's model chunks, in a step of ``count`` packs."""
 
     def shape(pack: int, chunk: int) -> Shape:
-        return chunks[chunk].received_shape(packs.look(pack))
+        return chunks[chunk].received_shape(packs.peek(pack))
 
     first = chunks[0]
     group = chunks[0].groups.collection.pp
     if len(chunks) > 1:
-        return Rings(group, first.config, count, shape, first.first_trained)
-    return Borders(
+        return InterleavedP2P(group, first.config, count, shape, first.first_trained)
+    return VariableShapeP2P(
         group, first.config, (shape(pack, 0) for pack in range(count)), first.first_trained
     )
 

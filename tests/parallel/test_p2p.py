@@ -1,16 +1,16 @@
-"""Looking ahead changes nothing, and every reader gets every item."""
+"""Peeking changes nothing, and every reader gets every item."""
 
 from __future__ import annotations
 
 from itertools import islice
 
-from megavlm.parallel.p2p import Turns
+from megavlm.parallel.p2p import SharedBatches
 
 
-def test_an_item_that_was_looked_at_still_comes() -> None:
-    items = Turns(iter("abc"))
+def test_an_item_that_was_peeked_at_is_still_read() -> None:
+    items = SharedBatches(iter("abc"))
     reader = items.reader(0)
-    assert (items.look(0), next(reader), next(reader), items.look(2), next(reader)) == (
+    assert (items.peek(0), next(reader), next(reader), items.peek(2), next(reader)) == (
         "a",
         "a",
         "b",
@@ -27,7 +27,7 @@ def test_readers_get_the_same_items_which_are_made_once_and_not_before_they_are_
             made.append(object())
             yield made[-1]
 
-    items = Turns(make(), 2)
+    items = SharedBatches(make(), 2)
     first = items.reader(0)
     second = items.reader(1)
     assert list(islice(first, 2)) == made and len(made) == 2
@@ -35,8 +35,8 @@ def test_readers_get_the_same_items_which_are_made_once_and_not_before_they_are_
     assert next(first) is made[2]
 
 
-def test_an_item_is_forgotten_after_the_last_reader_has_had_it() -> None:
-    items = Turns(iter("abcd"), 2)
+def test_an_item_is_dropped_after_the_last_reader_has_read_it() -> None:
+    items = SharedBatches(iter("abcd"), 2)
     first = items.reader(0)
     second = items.reader(1)
     list(islice(first, 3))

@@ -86,7 +86,8 @@ def to_text(results: dict) -> str:
     if "splits" in results:
         lines += ["\nTwo ranks, automatic against even stage boundaries:\n"]
         lines += [
-            "| stage | automatic | even | automatic s | even s | times faster | predicted from FLOPs |",
+            "| stage | automatic | even | automatic s | even s | times faster"
+            " | predicted from FLOPs |",
             "|---|---|---|---|---|---|---|",
         ]
         for stage, one in results["splits"]["summary"].items():
