@@ -9,8 +9,8 @@ from megavlm.config.schema import Architecture, Init
 
 
 def read_model(folder: str, init: Init) -> Architecture:
-    """What a Hugging Face folder says that a model is made of or, where none is named, the model
-    that two parts give.
+    """Read the architecture of the model in a Hugging Face folder or, if none is named, of the
+    model that two parts give.
 
     Raises:
         FileNotFoundError: files are missing.
@@ -22,8 +22,8 @@ def read_model(folder: str, init: Init) -> Architecture:
 
 
 def image_model(name: str | None) -> Architecture:
-    """What packs must know of a model: a row of the table, the folder of a whole model, or of a
-    vision encoder; InternVL 2.5's if unnamed.
+    """Return what packs must know of a model: a row of the table, the folder of a whole model or of
+    a vision encoder; InternVL 2.5's if unnamed.
 
     Raises:
         FileNotFoundError: files are missing.

@@ -142,8 +142,8 @@ def _write(
 
 
 def _serve(work: Callable[[], Outcome], pipe: Connection) -> None:
-    """The writing process. Signals are for the rank, which waits for this process before it ends;
-    collecting garbage would touch CUDA.
+    """Run in the writing process. Ignore signals, since the rank waits for this process before it
+    ends; collect no garbage, since that would touch CUDA.
     """
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)

@@ -38,7 +38,7 @@ def write(folder: Path, known: dict[str, Sum]) -> None:
 
 
 def read(folder: Path) -> dict[str, Sum] | None:
-    """The checksums of a checkpoint; none in one made by conversion.
+    """Read the checksums of a checkpoint; None for one made by conversion.
 
     Raises:
         ValueError: the file is damaged.
@@ -58,7 +58,7 @@ def read(folder: Path) -> dict[str, Sum] | None:
 def differences(
     folder: Path, sums: dict[str, Sum], names: Iterable[str], *, by_size_only: bool = False
 ) -> list[str]:
-    """What is wrong with the files ``names`` of a checkpoint, a line each."""
+    """Return what is wrong with the files ``names`` of a checkpoint, a line each."""
     found = []
     for name in names:
         path = folder / name
@@ -90,7 +90,7 @@ def check_small_files(folder: Path) -> None:
 
 
 def damage(folder: Path, *, by_size_only: bool) -> list[str]:
-    """What is wrong with a checkpoint. Collective: each rank reads its share of the files, and
+    """Find what is wrong with a checkpoint. Collective: each rank reads a part of the files, and
     every rank gets the whole answer.
 
     Args:

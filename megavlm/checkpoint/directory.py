@@ -29,13 +29,13 @@ def step_name(step: int) -> str:
 
 
 def step_of(folder: Path) -> int | None:
-    """The step in a folder's name; none where there is none."""
+    """Return the step in a folder's name; None if there is none."""
     digits = folder.name.removeprefix(_STEP)
     return int(digits) if folder.name.startswith(_STEP) and digits.isdigit() else None
 
 
 def growing_name(step: int) -> str:
-    """A name for a checkpoint that is being written, another one each time."""
+    """Return a new name for a checkpoint that is being written, another one at each call."""
     return f"{_GROWING}{step_name(step)}_{uuid.uuid4().hex[:8]}"
 
 

@@ -51,7 +51,7 @@ class _Guarded(pickle.Unpickler):
 
 
 def read_description(path: Path) -> Metadata:
-    """What the shards of a checkpoint hold, and where.
+    """Read what the shards of a checkpoint hold, and where.
 
     Raises:
         FileNotFoundError: there is no such file.

@@ -37,8 +37,8 @@ class Collective:
 
 
 def pending() -> list[Collective]:
-    """The collectives that this rank waits in, the oldest first, as torch's flight recorder has
-    them; empty where torch has none.
+    """List the collectives that this rank waits in, the oldest first, from torch's flight recorder;
+    empty if torch has none.
     """
     on_gpu = dist.is_initialized() and dist.get_backend() == "nccl"
     recorder = vars(torch._C._distributed_c10d).get(
@@ -65,7 +65,7 @@ def _collective(entry: dict) -> Collective:
 
 
 def stacks() -> str:
-    """The innermost calls of the main thread, and of the threads of autograd, which run the
+    """Return the innermost calls of the main thread, and of the threads of autograd, which run the
     backward pass on a GPU.
     """
     frames = sys._current_frames()
@@ -78,7 +78,7 @@ def stacks() -> str:
 
 
 def _calls(frame: FrameType) -> str:
-    """The innermost calls, without those of torch by which one module calls another."""
+    """Return the innermost calls, without those by which torch's modules call each other."""
     calls = [
         call
         for call in traceback.extract_stack(frame)

@@ -67,7 +67,7 @@ class View:
 
 
 def look(config: Config, start: object) -> dict[str, str]:
-    """The facts of this rank.
+    """Collect the facts of this rank.
 
     Args:
         config: the run.
@@ -196,7 +196,7 @@ def _headed(lines: list[str]) -> list[str]:
 
 
 def _ranks_by(values: Sequence[str]) -> dict[str, list[int]]:
-    """The ranks that have each value, in the order of the first of them."""
+    """Group the ranks by value, in the order of the first rank of each."""
     found: dict[str, list[int]] = {}
     for rank, value in enumerate(values):
         found.setdefault(value, []).append(rank)
@@ -204,7 +204,7 @@ def _ranks_by(values: Sequence[str]) -> dict[str, list[int]]:
 
 
 def _where(ranks: Sequence[int], views: Sequence[View]) -> str:
-    """The ranks, and their machines: ``ranks 8-15 (node1)``."""
+    """Name the ranks, and their hosts: ``ranks 8-15 (node1)``."""
     hosts = list(dict.fromkeys(views[rank].host for rank in ranks))
     more = f" and {len(hosts) - 3} others" if len(hosts) > 3 else ""
     return f"{named(ranks)} ({', '.join(hosts[:3])}{more})"

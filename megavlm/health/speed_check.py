@@ -253,7 +253,7 @@ def _slow_groups(speeds: Speeds, kind: str, health: Health, on_gpu: bool) -> lis
 
 
 def summary(speeds: Speeds) -> str:
-    """The slowest and the fastest of each figure, in a line."""
+    """Summarise the slowest and the fastest of each figure in a line."""
     shown = [f"{min(speeds.compute):.3g} to {max(speeds.compute):.3g} TFLOP/s a rank"]
     shown += [
         f"{kind} groups {min(values):.3g} to {max(values):.3g} GB/s"

@@ -217,7 +217,7 @@ class Watchdog:
         )
 
     def _collect(self, number: int) -> dict[int, Answer]:
-        """The answers of the ranks that give one in time."""
+        """Collect the answers of the ranks that answer in time."""
         keys = {rank: f"answer/{number}/{rank}" for rank in range(self._size)}
         patience = time.monotonic() + 3 * self._interval + 1
         while not self._store.check(list(keys.values())) and time.monotonic() < patience:
@@ -230,7 +230,8 @@ class Watchdog:
 
 
 def report(answers: dict[int, Answer], size: int, idle: float) -> str:
-    """What is known about a run that hangs: whom it waits for first, then what every rank does.
+    """Describe a run that hangs: the rank that the others wait for first, then what every rank
+    does.
 
     Args:
         answers: of the ranks that answered.

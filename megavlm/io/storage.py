@@ -61,7 +61,7 @@ class LocalFiles:
             shutil.copyfile(source, to)
 
     def _descriptor(self, name: str) -> int:
-        """An open file; those read last stay open."""
+        """Return an open file; those read last stay open."""
         if name not in self._open:
             while len(self._open) >= OPEN_FILES:
                 os.close(self._open.popitem(last=False)[1])
@@ -126,5 +126,5 @@ def is_remote(folder: str | Path) -> bool:
 
 
 def open_folder(folder: str | Path) -> Files:
-    """The files of a folder."""
+    """Open a local or remote folder."""
     return RemoteFiles(str(folder)) if is_remote(folder) else LocalFiles(folder)

@@ -32,7 +32,7 @@ def _hold(folder: Path, pipe: Connection) -> None:
 
 @pytest.fixture
 def other(tmp_path: Path) -> Iterator[multiprocessing.Process]:
-    """A process that holds the lock of ``run``."""
+    """Start a process that holds the lock of ``run``."""
     ours, theirs = FORK.Pipe()
     process = FORK.Process(target=_hold, args=(tmp_path / "run", theirs))
     process.start()

@@ -25,7 +25,7 @@ from tests.ranks.runs import config_for
 
 
 def _verdicts(views: list[View], size: int | None = None, timeout: float = 20) -> list[str]:
-    """What each rank is told; empty where it may start. Ranks from ``len(views)`` on do not
+    """Return what each rank is told; empty if it may start. Ranks from ``len(views)`` on do not
     come.
     """
     store = dist.HashStore()

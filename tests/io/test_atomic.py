@@ -13,7 +13,7 @@ from megavlm.io.atomic import new_folder
 
 @pytest.fixture
 def events(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
-    """What is flushed and renamed, by inode, in order."""
+    """Record what is flushed and renamed, by inode, in order."""
     seen: list[tuple[str, int]] = []
     fsync = os.fsync
     replace = os.replace

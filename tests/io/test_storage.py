@@ -25,7 +25,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def bucket(folder):
-    """The dataset in a storage that is no disk."""
+    """Copy the dataset to a storage that is not a disk."""
     fsspec.filesystem("memory").put(str(folder) + "/", "/bucket/packs/", recursive=True)
     return "memory://bucket/packs"
 

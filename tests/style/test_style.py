@@ -84,7 +84,7 @@ LONG_FILES = {
 
 
 def import_order(files: Iterable[Source]) -> Iterator[str]:
-    """A folder imports itself and folders before it."""
+    """Report imports of folders that come later in the order."""
     files = list(files)
     modules = [file.module for file in files]
     for file in files:
@@ -109,7 +109,7 @@ def import_order(files: Iterable[Source]) -> Iterator[str]:
 
 
 def narrow_imports(files: Iterable[Source]) -> Iterator[str]:
-    """The planner imports config alone; nothing but packing itself imports packing."""
+    """Report imports of the planner beside config, and of packing by anything but itself."""
     for file in files:
         for line, name in file.imports():
             for folder, allowed in IMPORTS_ONLY.items():
@@ -159,7 +159,7 @@ def cycles(files: Iterable[Source]) -> Iterator[str]:
 
 
 def one_door(files: Iterable[Source]) -> Iterator[str]:
-    """A dependency with a door is imported there only."""
+    """Report imports of a dependency anywhere but at its door."""
     for file in files:
         for line, name in file.imports():
             for dependency, doors in DOORS.items():
@@ -173,7 +173,7 @@ def one_door(files: Iterable[Source]) -> Iterator[str]:
 
 
 def no_torch(files: Iterable[Source]) -> Iterator[str]:
-    """Configuration and data know no torch and no megatron-core, but for the tensors of a batch."""
+    """Report torch and megatron-core in configuration and data, but for the tensors of a batch."""
     for file in files:
         if file.path.startswith(WITHOUT_TORCH) and file.path not in TORCH_IN_DATA:
             for line, name in file.imports():
@@ -182,8 +182,8 @@ def no_torch(files: Iterable[Source]) -> Iterator[str]:
 
 
 def offline(files: Iterable[Source]) -> Iterator[str]:
-    """The command line and the packer start where torch is not installed: nothing that they import,
-    however far, imports it.
+    """Report imports of torch that the command line or the packer reaches, however far: both start
+    without torch.
     """
     by_module = {file.module: file for file in files}
     reached = [
@@ -203,7 +203,7 @@ def offline(files: Iterable[Source]) -> Iterator[str]:
 
 
 def no_waiting(files: Iterable[Source]) -> Iterator[str]:
-    """The step never waits for the device."""
+    """Report calls in the step that wait for the device."""
     for file in files:
         in_step = file.path.startswith("megavlm/model/") or file.path == "megavlm/train/step.py"
         if in_step and file.path not in MAY_SYNCHRONISE:
@@ -262,9 +262,7 @@ def no_globals(files: Iterable[Source]) -> Iterator[str]:
 
 
 def stage_names(files: Iterable[Source]) -> Iterator[str]:
-    """The name of a stage stands in the table of stages and nowhere else; the table's readers ask
-    it what a stage does.
-    """
+    """Report names of stages outside their table, whose readers ask it what a stage does."""
     name = "1" + ".5"
     for file in files:
         if file.path != "megavlm/config/stages.py":

@@ -40,7 +40,7 @@ class Change:
 
 
 def draw(operations: Sequence[str], tiles: int, *, seed: int, position: int, place: int) -> Change:
-    """The change of an image.
+    """Draw the change of an image.
 
     Args:
         operations: those that are switched on; the others draw their numbers too, so that switching

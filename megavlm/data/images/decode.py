@@ -112,8 +112,8 @@ def decode_tiles(
     thumbnail: bool,
     out: np.ndarray | None = None,
 ) -> np.ndarray:
-    """The tiles of an image, uint8 [I, 3, S, S]: row by row, then the thumbnail where the grid has
-    more than one tile.
+    """Decode the tiles of an image, uint8 [I, 3, S, S]: row by row, then the thumbnail if the grid
+    has more than one tile.
 
     Args:
         encoded: content of the image file.
@@ -130,8 +130,8 @@ def decode_tiles(
 
 
 def decode_pixels(encoded: bytes) -> np.ndarray:
-    """The pixels of an image as RGB, uint8 [height, width, 3]; raises ValueError where they cannot
-    be decoded.
+    """Decode the pixels of an image as RGB, uint8 [height, width, 3]; raise ValueError if that
+    fails.
     """
     pixels = decode_jpeg(encoded, MAX_PIXELS)
     return np.asarray(_decode(encoded)) if pixels is None else pixels
@@ -208,7 +208,7 @@ def _resize_with_pillow(
 
 
 def open_image(file: BinaryIO) -> PillowImage.Image:
-    """The image in ``file``, of which only the header is read."""
+    """Open the image in ``file``; only its header is read."""
     try:
         image = PillowImage.open(file)
     except Exception as error:
@@ -222,7 +222,7 @@ def open_image(file: BinaryIO) -> PillowImage.Image:
 
 
 def _decode(encoded: bytes) -> PillowImage.Image:
-    """The pixels of an image, as RGB."""
+    """Decode the pixels of an image, as RGB."""
     image = open_image(io.BytesIO(encoded))
     try:
         return image.convert("RGB")
@@ -231,7 +231,7 @@ def _decode(encoded: bytes) -> PillowImage.Image:
 
 
 def describe(error: Exception) -> str:
-    """What a decoder's error says, on one line."""
+    """Return a decoder's error message on one line."""
     if isinstance(error, UnidentifiedImageError):
         return "no known image format"  # its own words hold the address of a buffer
     return " ".join(str(error).split()) or type(error).__name__

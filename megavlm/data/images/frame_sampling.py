@@ -88,8 +88,8 @@ class FrameChoice:
         return rng.integers(borders[:-1], borders[1:]).tolist()
 
     def _at_rate(self, stamps: np.ndarray, first: int, behind: int) -> list[int]:
-        """The frames that are on the screen in the middles of equal spans of time; of more than the
-        most, evenly spread ones.
+        """Return the frames shown in the middles of equal spans of time; evenly spread ones if
+        these are more than the limit.
         """
         span = 1 / self.frames_per_second
         shown = stamps[first:behind]

@@ -35,7 +35,7 @@ def load_jpeg_decoder() -> ModuleType | None:
 
 
 def decode_jpeg(encoded: bytes, max_pixels: int) -> np.ndarray | None:
-    """The pixels of a JPEG file, uint8 [height, width, 3], or None where Pillow has to look at it.
+    """Decode the pixels of a JPEG file, uint8 [height, width, 3]; return None if Pillow has to.
 
     Args:
         encoded: content of the file.

@@ -66,8 +66,8 @@ def _weights(size: int, wanted: int) -> tuple[np.ndarray, np.ndarray, np.ndarray
 
 
 def _cubic(x: float) -> float:
-    """The cubic kernel with a = -1/2 (R. Keys, "Cubic Convolution Interpolation for Digital Image
-    Processing", 1981).
+    """Compute the cubic kernel with a = -1/2 (R. Keys, "Cubic Convolution Interpolation for Digital
+    Image Processing", 1981).
     """
     x = abs(x)
     if x < 1.0:

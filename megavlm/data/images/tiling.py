@@ -94,7 +94,8 @@ def candidate_grids(min_tiles: int, max_tiles: int) -> tuple[tuple[int, int, flo
 def choose_grid(
     width: int, height: int, min_tiles: int, max_tiles: int, tile_size: int
 ) -> tuple[int, int]:
-    """The grid for an image, as (columns, rows); (1, 1) where ``min_tiles`` is above ``max_tiles``.
+    """Choose the grid for an image, as (columns, rows); (1, 1) if ``min_tiles`` is above
+    ``max_tiles``.
 
     Args:
         width: of the image, in pixels.
@@ -122,9 +123,7 @@ def choose_grid(
 
 
 def pad_colour(mode: str, pixel_mean: tuple[float, float, float]) -> tuple[int, int, int] | None:
-    """The mean colour, from 0 to 255, where images are filled up to squares; None where they are
-    not.
-    """
+    """Return the mean colour, from 0 to 255, if images are padded to squares; else None."""
     return tuple(int(255 * value) for value in pixel_mean) if mode == "pad" else None
 
 

@@ -23,7 +23,7 @@ def decode_changed(
     change: Change | None = None,
     out: np.ndarray | None = None,
 ) -> np.ndarray:
-    """The tiles of an image, as ``media.decode_tiles``, uint8 [I, 3, S, S].
+    """Decode the changed tiles of an image, as ``decode.decode_tiles``, uint8 [I, 3, S, S].
 
     Args:
         encoded, columns, rows, tile_size, thumbnail: as for ``media.decode_tiles``.
@@ -67,7 +67,7 @@ def decode_changed(
 
 
 def to_square(image: PillowImage.Image, colour: tuple[int, int, int]) -> PillowImage.Image:
-    """An image in the middle of a square of one colour."""
+    """Put an image into the middle of a square of one colour."""
     side = max(image.size)
     if image.width == image.height:
         return image
@@ -77,7 +77,7 @@ def to_square(image: PillowImage.Image, colour: tuple[int, int, int]) -> PillowI
 
 
 def _compress(tile: np.ndarray, quality: int) -> np.ndarray:
-    """A tile after compression as JPEG, uint8 [3, S, S]."""
+    """Compress a tile as JPEG and decode it again, uint8 [3, S, S]."""
     file = io.BytesIO()
     PillowImage.fromarray(np.ascontiguousarray(tile.transpose(1, 2, 0))).save(
         file, "JPEG", quality=quality

@@ -59,7 +59,7 @@ def frame_times(file: MediaFile) -> list[float]:
 def read_frames(
     file: MediaFile, places: Sequence[int], tile_size: int, pad_colour: tuple[int, int, int] | None
 ) -> list[Frame]:
-    """Some frames of a video.
+    """Read some frames of a video.
 
     Args:
         file: the video.
@@ -79,7 +79,7 @@ def read_frames(
 
 
 def _stored(encoded: bytes, name: str) -> Frame:
-    """A frame that is an image file."""
+    """Return a frame that is an image file."""
     try:
         width, height = open_image(io.BytesIO(encoded)).size
     except ValueError as error:
@@ -90,7 +90,7 @@ def _stored(encoded: bytes, name: str) -> Frame:
 def _encode(
     image: PillowImage.Image, tile_size: int, pad_colour: tuple[int, int, int] | None
 ) -> Frame:
-    """A decoded frame as a tile."""
+    """Encode a decoded frame as a tile."""
     square = image if pad_colour is None else to_square(image, pad_colour)
     (tile,) = cut_tiles(np.asarray(square), 1, 1, tile_size, False)
     file = io.BytesIO()
@@ -110,7 +110,7 @@ def _is_gif(file: MediaFile) -> bool:
 
 
 def open_media(file: MediaFile) -> Any:
-    """A file of a record, opened for reading.
+    """Open a file of a record for reading.
 
     Raises:
         OSError: there is none, or it is no regular file; a pipe or a device would be read for ever.
@@ -126,7 +126,7 @@ def open_media(file: MediaFile) -> Any:
 
 
 def _frame_files(file: MediaFile) -> list[Path]:
-    """The images of a folder, in the order of the last number in their names."""
+    """List the images of a folder, in the order of the last number in their names."""
     paths = [path for path in Path(file.path).iterdir() if path.suffix.lower() in FRAME_ENDINGS]
     return sorted(
         paths, key=lambda path: (int((re.findall(r"\d+", path.stem) or ["0"])[-1]), path.name)
@@ -153,7 +153,7 @@ def _gif_times(file: MediaFile) -> list[float]:
 
 
 def _gif_frames(file: MediaFile, places: Sequence[int]) -> list[PillowImage.Image]:
-    """Some frames of an animated image."""
+    """Read some frames of an animated image."""
     with open_media(file) as opened:
         image = open_image(opened)
         frames = []
@@ -169,7 +169,7 @@ def _gif_frames(file: MediaFile, places: Sequence[int]) -> list[PillowImage.Imag
 
 
 def _video_frames(file: MediaFile, places: Sequence[int]) -> list[PillowImage.Image]:
-    """Some frames of a video file."""
+    """Read some frames of a video file."""
     with _Container(file) as container:
         return [PillowImage.fromarray(pixels) for pixels in container.frames(places)]
 
@@ -210,8 +210,8 @@ class _Container:
         return [float((stamp - first) * self._stream.time_base) for stamp in self._stamps]
 
     def frames(self, places: Sequence[int]) -> list[np.ndarray]:
-        """The frames with these numbers, uint8 [height, width, 3]. Only what follows the key frame
-        before each is decoded.
+        """Decode the frames with these indices, uint8 [height, width, 3]. Only what follows the key
+        frame before each is decoded.
         """
         wanted = [self._stamps[place] for place in places]
         found: dict[int, np.ndarray] = {}
@@ -241,7 +241,7 @@ class _Container:
         return [found[stamp] for stamp in wanted]
 
     def _read_stamps(self) -> tuple[list[int], list[int]]:
-        """The time stamps of all frames and of key frames, ascending, without decoding any."""
+        """Read the time stamps of all frames and of key frames, ascending, without decoding any."""
         stamps = []
         keys = []
         for packet in self._container.demux(self._stream):
@@ -257,7 +257,7 @@ class _Container:
 
 
 def _pixels(frame: Any) -> np.ndarray:
-    """The pixels of a frame as RGB."""
+    """Return the pixels of a frame as RGB."""
     if frame.width * frame.height > MAX_PIXELS:
         raise ValueError(
             f"frames of {frame.width} x {frame.height} pixels; at most {MAX_PIXELS} pixels are"

@@ -102,8 +102,8 @@ def draw(dataset: PackedDataset, pack_ids: Sequence[int], path: Path) -> None:
 def spans(
     dataset: PackedDataset, pack: Pack, decode: Callable[[list[int]], str]
 ) -> Iterator[tuple[str, str]]:
-    """The pack's text in pieces, each with its colour; a run of context tokens is shown as its
-    number.
+    """Yield the pack's text in pieces, each with its colour; a run of placeholder tokens is shown
+    as its length.
     """
     context = dataset.manifest.context_token_id
     start = 0
@@ -150,7 +150,7 @@ def lay_out(pieces: Iterator[tuple[str, str]]) -> Iterator[Run]:
 
 
 def _draw_tiles(axes, dataset: PackedDataset, pack: Pack) -> None:
-    """The first tiles, side by side."""
+    """Draw the first tiles, side by side."""
     tiles = dataset.batch(pack.pack_id, 0, with_tiles=True).tiles.numpy()[
         : min(TILES_SHOWN, pack.tiles)
     ]
@@ -171,8 +171,8 @@ def _draw_tiles(axes, dataset: PackedDataset, pack: Pack) -> None:
 
 
 def _draw_mask(axes, dataset: PackedDataset, pack: Pack) -> None:
-    """The pack from its first to its last token: context tokens, supervised tokens and the starts
-    of samples.
+    """Draw the pack from its first to its last token: placeholder tokens, supervised tokens and the
+    starts of samples.
     """
     capacity = dataset.manifest.capacity
     bar = np.ones((1, capacity, 3))
@@ -207,7 +207,7 @@ def _chinese_fonts() -> list[str]:
 
 
 def _draw_text(axes, page: Sequence[Run]) -> None:
-    """The pack's text; green is supervised."""
+    """Draw the pack's text; green is supervised."""
     size = WIDTH_INCHES * 0.95 * 72 / LINE_CHARACTERS / CHARACTER_WIDTH
     axes.axis("off")
     axes.set(xlim=(0, LINE_CHARACTERS), ylim=(page[-1].line + 1.5, -0.5))

@@ -80,7 +80,7 @@ class Overview:
 
 
 def survey(reader: Reader, *, check: bool = False) -> Overview:
-    """The figures of a dataset; with ``check`` every byte is read and its checksum verified.
+    """Compute the figures of a dataset; with ``check``, read every byte and verify its checksum.
 
     Raises:
         ValueError: a checksum is wrong.
@@ -101,7 +101,7 @@ def survey(reader: Reader, *, check: bool = False) -> Overview:
 
 
 def to_text(overview: Overview) -> str:
-    """The figures as a page of text."""
+    """Return the figures as a page of text."""
     manifest = overview.manifest
     totals = overview.manifest.totals
     mean_tiles = overview.spreads["tiles"].mean
@@ -165,7 +165,7 @@ def to_text(overview: Overview) -> str:
 
 
 def _spread(values: np.ndarray) -> Spread:
-    """The spread of one column; whole numbers get bars of whole width."""
+    """Compute the spread of one column; integers get bars of integer width."""
     low = float(values.min())
     high = float(values.max())
     width = max(1.0, np.ceil((high - low + 1) / HISTOGRAM_ROWS))
@@ -185,7 +185,7 @@ def _spread(values: np.ndarray) -> Spread:
 
 
 def _histogram(spread: Spread) -> list[str]:
-    """A text histogram, a line a bar."""
+    """Return a text histogram, one line for each bar."""
     lines = []
     for low, high, count in zip(spread.bar_edges, spread.bar_edges[1:], spread.bars, strict=False):
         label = f"{low:,.0f}" if high - low == 1 else f"{low:,.0f}-{high - 1:,.0f}"

@@ -61,7 +61,7 @@ class Batch:
 
     @classmethod
     def of(cls, **values: np.ndarray | float) -> Batch:
-        """A batch whose tensors share memory with the given arrays, of the types and shapes
+        """Make a batch whose tensors share memory with the given arrays, of the dtypes and shapes
         above.
         """
         return cls(
@@ -77,11 +77,11 @@ class Batch:
         return self.drop_path_draws.shape[1]
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
-        """The batch with its tensors on a device."""
+        """Copy the tensors of the batch to a device."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Batch:
-        """The batch in page-locked memory, from which copies to a GPU need not wait."""
+        """Copy the batch to page-locked memory, from which copies to a GPU need not wait."""
         return self._map(lambda tensor: tensor.pin_memory())
 
     def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:

@@ -91,7 +91,7 @@ class BlendPlan:
         return counts
 
     def describe(self, names: Sequence[str]) -> str:
-        """The shares in words, of datasets with these ``names``."""
+        """Describe the shares of datasets with these ``names``."""
         return ", ".join(
             f"{count:,} from {name}"
             for count, name in zip(self.counts.tolist(), names, strict=True)
@@ -140,7 +140,9 @@ class BlendPlan:
         return self.at(np.arange(consumed, consumed + count, dtype=np.int64))
 
     def at(self, positions: np.ndarray) -> np.ndarray:
-        """The pack at each position of the endless sequence; int64, shaped like ``positions``."""
+        """Return the pack at each position of the endless sequence; int64, shaped like
+        ``positions``.
+        """
         flat = np.ravel(positions).astype(np.int64)
         datasets, places = self.split(flat)
         ids = np.empty_like(flat)
@@ -152,8 +154,8 @@ class BlendPlan:
         return ids.reshape(np.shape(positions))
 
     def split(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The dataset of each position, and the position in that dataset's own sequence; all are
-        int64 [n].
+        """Return the dataset of each position, and the position in that dataset's own sequence; all
+        are int64 [n].
         """
         windows, row = np.unique(positions // self.window, return_inverse=True)
         slots = np.tile(np.arange(self.window, dtype=np.int64), len(windows))
@@ -230,7 +232,7 @@ class BlendedDataset:
         return self
 
     def __getitem__(self, pack_ids: np.ndarray | list[int]) -> np.ndarray:
-        """The index's records of packs."""
+        """Return the index's records of packs."""
         ids = np.asarray(pack_ids, np.int64)
         found = np.empty(ids.shape, RECORD)
         owners = self._owner(ids)
@@ -240,7 +242,7 @@ class BlendedDataset:
         return found
 
     def some_records(self) -> np.ndarray:
-        """Records of some packs of every dataset, for what is known of all on average."""
+        """Return index records of some packs of every dataset, to estimate means."""
         return np.concatenate([dataset.some_records() for dataset in self.datasets])
 
     def weight_sum(self, pack_ids: np.ndarray, reduction: str) -> float:
@@ -255,7 +257,7 @@ class BlendedDataset:
         return math.fsum(np.concatenate(parts))
 
     def batch(self, pack_id: int, position: int, **options: Any) -> Batch:
-        """The tensors of a pack; arguments and errors as for ``PackedDataset.batch``."""
+        """Make the batch of a pack; arguments and errors as for ``PackedDataset.batch``."""
         number = int(self._owner(np.asarray(pack_id)))
         batch = self.datasets[number].batch(int(pack_id - self.starts[number]), position, **options)
         return dataclasses.replace(
@@ -268,7 +270,7 @@ class BlendedDataset:
         return self.datasets[number].origins(int(pack_id - self.starts[number]))
 
     def _owner(self, pack_ids: np.ndarray) -> np.ndarray:
-        """The dataset of each pack."""
+        """Return the dataset of each pack."""
         return np.searchsorted(self.starts, pack_ids, side="right") - 1
 
 

@@ -45,7 +45,9 @@ class Curriculum:
         return self.at(np.arange(consumed, consumed + count, dtype=np.int64))
 
     def at(self, positions: np.ndarray) -> np.ndarray:
-        """The pack at each position of the endless sequence; int64, shaped like ``positions``."""
+        """Return the pack at each position of the endless sequence; int64, shaped like
+        ``positions``.
+        """
         flat = np.ravel(positions).astype(np.int64)
         ids = np.empty_like(flat)
         order = {"shuffle": self.shuffle, "group": self.group}

@@ -80,8 +80,8 @@ class PackedDataset:
         return np.array([numbers[source.name] for source in self.manifest.sources], np.int32)
 
     def some_records(self, limit: int = 4096) -> np.ndarray:
-        """The index's records of packs spread evenly over the dataset: all of them, or ``limit`` of
-        a large one.
+        """Return index records of packs spread evenly over the dataset: all of them, or ``limit``
+        of a large one.
         """
         return self.index[np.linspace(0, len(self) - 1, min(limit, len(self)), dtype=np.int64)]
 
@@ -108,7 +108,7 @@ class PackedDataset:
         tile_multiple: int = 1,
         share: Share = WHOLE_PACK,
     ) -> Batch:
-        """The tensors of a pack, or a rank's share of them.
+        """Make the batch of a pack, or a rank's slice of it.
 
         Args:
             pack_id: the pack.
@@ -171,7 +171,7 @@ class PackedDataset:
         return [self.reader.origin(pack, sample) for sample in range(len(pack.lengths))]
 
     def _source_numbers(self, pack: Pack) -> np.ndarray:
-        """The place in ``source_names`` of each sample's source; int32 [N]."""
+        """Return the index in ``source_names`` of each sample's source; int32 [N]."""
         numbers = self._number_of_file
         named = pack.provenance["source"]
         if named.min() < 0 or named.max() >= len(numbers):
@@ -195,8 +195,8 @@ class PackedDataset:
         return positions
 
     def _tiles(self, pack: Pack, chosen: range, seed: int, position: int) -> np.ndarray:
-        """The pixels of the chosen tiles of the pack, black where it has none; uint8 [I, 3, S, S].
-        Other images are not decoded.
+        """Decode the chosen tiles of the pack, uint8 [I, 3, S, S], black for indices beyond its
+        own. Other images are not decoded.
         """
         size = self.manifest.image_size
         tiles = np.zeros((len(chosen), 3, size, size), np.uint8)
@@ -245,7 +245,7 @@ class PackedDataset:
     def _decode_changed(
         self, pack: Pack, place: int, seed: int, position: int, room: np.ndarray
     ) -> None:
-        """The tiles of an image that is filled up to a square, or changed at random."""
+        """Decode the tiles of an image that is padded to a square, or changed at random."""
         columns, rows, count = (
             int(pack.images[name][place]) for name in ("columns", "rows", "tiles")
         )
@@ -302,7 +302,7 @@ def _shared_positions(
 def label(
     tokens: np.ndarray, supervised: np.ndarray, lengths: np.ndarray, reduction: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The next token of each stored token inside its sample, and the weight of its loss.
+    """Return the next token of each stored token inside its sample, and the weight of its loss.
 
     A supervised token of a sample with n of them weighs 1 (token), 1/n (sample) or 1/sqrt(n)
     (square; InternVL 2.5, arXiv:2412.05271, section 3.3). The first token of a sample is no label
@@ -339,14 +339,14 @@ def drop_path_draws(seed: int, position: int, rows: int, columns: int) -> np.nda
 
 
 def _spread(values: np.ndarray, places: np.ndarray, capacity: int) -> np.ndarray:
-    """The values at their places in a pack, zero elsewhere."""
+    """Put values at their positions in a pack, zero elsewhere."""
     result = np.zeros(capacity, values.dtype)
     result[places] = values
     return result
 
 
 def _weight_field(reduction: str) -> str:
-    """The index's field with the sum of loss weights."""
+    """Return the index's field with the sum of loss weights."""
     if reduction not in REDUCTIONS:
         raise ValueError(
             f"--data.loss_reduction {reduction}: must be one of {', '.join(REDUCTIONS)}"

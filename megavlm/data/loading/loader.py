@@ -36,8 +36,8 @@ def batches(
     start_method: str | None = None,
     **options: Any,
 ) -> Generator[Batch, None, None]:
-    """The batches at ``positions`` of the plan, in their order. Workers never change what a batch
-    holds. ``close()`` ends the workers.
+    """Yield the batches at ``positions`` of the plan, in order. The number of workers never changes
+    what a batch holds. ``close()`` ends the workers.
 
     Args:
         dataset: the packs.
@@ -104,7 +104,7 @@ class Desks:
         )  # process, position, since when (ms) of each
 
     def start(self, worker: int, position: int) -> None:
-        """A worker starts to make the batch at a position."""
+        """Note that a worker starts to make the batch at a position."""
         self._slots[3 * worker : 3 * worker + 3] = [
             os.getpid(),
             position,
@@ -112,7 +112,7 @@ class Desks:
         ]
 
     def end(self, worker: int) -> None:
-        """A worker has made its batch."""
+        """Note that a worker has made its batch."""
         self._slots[3 * worker + 1] = -1
 
     def at_work(self) -> list[tuple[int, int, float]]:
@@ -172,8 +172,8 @@ class Positions(Dataset):
 def _explain(
     error: Exception, dataset: PackedDataset, plan: Plan, position: int, desks: Desks
 ) -> Exception:
-    """The error to raise where workers gave none of what was waited for: their own, or one that
-    says which of them is gone.
+    """Return the error to raise if workers deliver nothing: their own, or one that says which of
+    them died.
     """
     # Without DataLoader's own frames, which keep the workers running as long as the error lives;
     # its text has the worker's.
@@ -201,9 +201,7 @@ def _without_process(at_work: list[tuple[int, int, float]]) -> list[tuple[int, i
 def _worker_is_gone(
     dataset: PackedDataset, plan: Plan, position: int, desks: Desks, error: Exception
 ) -> RuntimeError:
-    """What is known about a worker that died or is stuck: which pack it was at, and whose samples
-    these are.
-    """
+    """Describe a worker that died or is stuck: the pack it was at, and its samples' origins."""
     text = f"{type(error).__name__} {error}"
     at_work = desks.at_work()
     if STUCK not in text:
@@ -239,7 +237,7 @@ def _worker_is_gone(
 
 
 def _unchanged(batch: Batch) -> Batch:
-    """What a pack becomes on its way out of the DataLoader."""
+    """Return a pack as it is. The DataLoader calls this to collate."""
     return batch
 
 

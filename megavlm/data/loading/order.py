@@ -44,7 +44,7 @@ class Order(Protocol):
         """
 
     def at(self, positions: np.ndarray) -> np.ndarray:
-        """The pack at each position; int64, shaped like ``positions``."""
+        """Return the pack at each position; int64, shaped like ``positions``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +78,9 @@ class Plan:
         return self.at(np.arange(consumed, consumed + count, dtype=np.int64))
 
     def at(self, positions: np.ndarray) -> np.ndarray:
-        """The pack at each position of the endless sequence; int64, shaped like ``positions``."""
+        """Return the pack at each position of the endless sequence; int64, shaped like
+        ``positions``.
+        """
         epochs, places = np.divmod(
             np.ravel(positions).astype(np.int64) - self.start, self.num_packs
         )
@@ -91,7 +93,7 @@ class Plan:
         return ids.reshape(np.shape(positions))
 
     def _grouped(self, places: np.ndarray, epochs: np.ndarray) -> np.ndarray:
-        """The pack at each place of its epoch, with groups kept together."""
+        """Return the pack at each position of its epoch, with cost buckets kept together."""
         lead = (
             -(self.start + epochs * self.num_packs) % self.group
         )  # an epoch begins in the middle of a group
@@ -154,7 +156,7 @@ def _feistel(values: np.ndarray, key: np.ndarray, bits: int) -> np.ndarray:
 
 
 def _mix(values: np.ndarray) -> np.ndarray:
-    """The finalizer of SplitMix64 (G. Steele et al., "Fast Splittable Pseudorandom Number
+    """Apply the finalizer of SplitMix64 (G. Steele et al., "Fast Splittable Pseudorandom Number
     Generators", OOPSLA 2014); wraps at 64 bits.
     """
     values = values + np.uint64(0x9E3779B97F4A7C15)

@@ -24,8 +24,8 @@ ENDING = (signal.SIGTERM, signal.SIGINT)
 
 @contextlib.contextmanager
 def starting_workers(start_method: str | None = None) -> Iterator[list[BaseProcess]]:
-    """Processes that are started inside are deaf to ``ENDING`` from their first moment; the list
-    that it gives holds them afterwards.
+    """Block the signals of ``ENDING`` in processes started inside the context, from their first
+    moment. The yielded list holds the processes afterwards.
 
     What handles SIGCHLD stays as it was: PyTorch's handler would raise wherever the training
     process happens to be when a worker dies; ``Deaths`` raises where a batch is waited for.

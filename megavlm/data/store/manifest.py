@@ -149,7 +149,7 @@ class Manifest:
     totals: Totals = field(default_factory=Totals)
 
     def to_json(self) -> str:
-        """The manifest as the text of ``manifest.json``."""
+        """Return the manifest as the text of ``manifest.json``."""
         return (
             json.dumps(
                 {"format": FORMAT_NAME, "version": FORMAT_VERSION, **dataclasses.asdict(self)},
@@ -167,7 +167,7 @@ class Manifest:
 
 
 def read_manifest(folder: Path | str) -> Manifest:
-    """The manifest of a packed dataset.
+    """Read the manifest of a packed dataset.
 
     Raises:
         FileNotFoundError: there is no folder, or no manifest in it.
@@ -190,7 +190,7 @@ def read_manifest(folder: Path | str) -> Manifest:
 
 
 def parse_manifest(text: str, path: Path | str) -> Manifest:
-    """The manifest in ``text``; ``path`` is named in errors."""
+    """Parse the manifest in ``text``; errors name ``path``."""
     try:
         facts = json.loads(text)
     except json.JSONDecodeError as error:
@@ -218,7 +218,7 @@ def parse_manifest(text: str, path: Path | str) -> Manifest:
 
 
 def _build(kind: type, facts: dict[str, Any], where: str) -> Any:
-    """A ``kind`` from its facts, strict on both sides."""
+    """Build a ``kind`` from its facts, strictly: none missing, none unknown."""
     known, required = _names(kind)
     if not required <= facts.keys() <= known:
         unknown = sorted(facts.keys() - known)
@@ -232,7 +232,7 @@ def _build(kind: type, facts: dict[str, Any], where: str) -> Any:
 
 @cache
 def _names(kind: type) -> tuple[frozenset[str], frozenset[str]]:
-    """The fields of a ``kind``, and those without a default."""
+    """Return the fields of a ``kind``, and those without a default."""
     fields = dataclasses.fields(kind)
     required = [
         entry.name

@@ -79,7 +79,7 @@ DESCRIPTION = json.dumps(RECORD.descr).encode()
 
 
 def round_up(value: int, multiple: int) -> int:
-    """The smallest multiple of ``multiple`` that is not below ``value``."""
+    """Return the smallest multiple of ``multiple`` that is not below ``value``."""
     return -(-value // multiple) * multiple
 
 
@@ -100,7 +100,7 @@ class Sections:
 
 
 def sections(tokens: int, samples: int, images: int) -> Sections:
-    """The layout of a block; it follows from the pack's counts alone."""
+    """Compute the layout of a block; it follows from the pack's counts alone."""
     supervised = round_up(4 * tokens, SECTION_ALIGNMENT_BYTES)
     lengths = supervised + round_up(tokens, SECTION_ALIGNMENT_BYTES)
     provenance = lengths + round_up(4 * samples, SECTION_ALIGNMENT_BYTES)
@@ -115,14 +115,14 @@ def sections(tokens: int, samples: int, images: int) -> Sections:
 
 
 def pack_header(packs: int) -> bytes:
-    """The header of the index."""
+    """Return the header of the index."""
     header = HEADER.pack(MAGIC, VERSION, HEADER_BYTES, RECORD.itemsize, len(DESCRIPTION), packs)
     return (header + DESCRIPTION).ljust(HEADER_BYTES, b"\0")
 
 
 def sample_weights(supervised: np.ndarray) -> tuple[float, float, float]:
-    """Sums of the loss weights of samples with ``supervised`` tokens each, for the reductions
-    token, sample and square.
+    """Sum the loss weights of samples with ``supervised`` tokens each, for the reductions token,
+    sample and square.
 
     A supervised token of a sample with n of them weighs 1 (token), 1/n (sample) or 1/sqrt(n)
     (square), so a sample weighs n, 1 or sqrt(n).
@@ -346,8 +346,8 @@ class Writer:
 
 
 def pack_block(samples: Sequence[Sample]) -> tuple[list[bytes], np.ndarray]:
-    """The block of a pack in pieces, so that images are not copied to join them, and its record in
-    the index without the offset.
+    """Return the block of a pack in pieces, so that images are not copied to join them, and its
+    index record without the offset.
     """
     lengths = np.array([len(sample.tokens) for sample in samples], np.int32)
     images = [(place, image) for place, sample in enumerate(samples) for image in sample.images]

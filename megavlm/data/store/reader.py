@@ -61,7 +61,7 @@ class Pack:
         return int(self.images["tiles"].sum())
 
     def image(self, place: int) -> bytes:
-        """The encoded bytes of an image."""
+        """Return the encoded bytes of an image."""
         row = self.images[place]
         return self.encoded[int(row["offset"]) : int(row["offset"] + row["bytes"])].tobytes()
 
@@ -88,7 +88,7 @@ class Index:
         return self._rows[key]
 
     def shard_of(self, ids: np.ndarray | int) -> np.ndarray:
-        """The number of the shard that holds each pack."""
+        """Return the number of the shard that holds each pack."""
         return np.searchsorted(self.starts, ids, side="right") - 1
 
 
@@ -125,12 +125,12 @@ class Reader:
         return len(self.index)
 
     def bin_path(self, pack_id: int) -> str:
-        """The file that holds the pack."""
+        """Return the file that holds the pack."""
         return f"{self.folder}/{self.manifest.shards[int(self.index.shard_of(pack_id))].name}.bin"
 
     def read(self, pack_id: int, *, with_images: bool = True) -> Pack:
-        """The pack, its checksums verified; without ``with_images`` the encoded images are neither
-        read nor checked.
+        """Read a pack and verify its checksums; without ``with_images`` the encoded images are
+        neither read nor verified.
 
         Raises:
             ValueError: the bytes on the disk are not those that were written; names the pack and

@@ -102,7 +102,7 @@ def test_what_is_no_image_is_an_error(encoded):
 
 
 def _png_header(width: int, height: int) -> bytes:
-    """The beginning of a PNG file that claims to be so large."""
+    """Return the beginning of a PNG file that claims to have these sizes."""
     head = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     data = b"IDAT" + zlib.compress(b"")
     chunks = (

@@ -89,8 +89,8 @@ MARKERS = (0, 0xC0, 0xC2, 0xC4, 0xC8, 0xD0, 0xD3, 0xD9, 0xDA, 0xDB, 0xDC, 0xDD, 
 
 
 def damaged(encoded: bytes, rng: random.Random) -> bytes:
-    """A file with some bytes changed, taken out or put in, in its headers as often as in its
-    pixels' bits.
+    """Change, take out or put in some bytes of a file, in its headers as often as in its compressed
+    pixels.
     """
     data = bytearray(encoded)
     for _ in range(rng.choice([1, 1, 2, 5])):

@@ -62,8 +62,8 @@ def test_order_of_equally_large_grids_is_of_no_consequence():
 
 
 def _first_principles(width: int, height: int, grids: list[tuple[int, int]]) -> tuple[int, int]:
-    """The rule with nothing cached: nearest shape; of equally near ones the last whose grid is less
-    than twice as large as the image.
+    """Apply the rule with nothing cached: nearest shape; of equally near ones the last whose grid
+    is less than twice as large as the image.
     """
     nearest = min(abs(width / height - columns / rows) for columns, rows in grids)
     near = [grid for grid in grids if abs(width / height - grid[0] / grid[1]) == nearest]

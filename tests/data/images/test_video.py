@@ -34,7 +34,7 @@ def level(place: int) -> int:
 
 
 def write_video(path: Path, frames: int, codec: str = "mpeg4") -> Path:
-    """A video of grey frames, each brighter than the one before, with a key frame every 6."""
+    """Write a video of grey frames, each brighter than the one before, with a key frame every 6."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=RATE)
         stream.width = 64

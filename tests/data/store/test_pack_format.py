@@ -61,7 +61,7 @@ def make_stored(folder):
 
 @pytest.fixture
 def damaged(stored, tmp_path):
-    """A copy that a test may damage."""
+    """Copy the dataset, so that a test may damage it."""
     return shutil.copytree(stored[0], tmp_path / "packs")
 
 
