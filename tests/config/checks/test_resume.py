@@ -21,7 +21,7 @@ def run(*arguments: str) -> Config:
 
 
 def another(key: str) -> str:
-    """A value of the option that is not its default."""
+    """Return a value of the option that is not its default."""
     option = options()[key]
     value = resume._value(run(), key)
     kinds = {int: "123", float: "0.123", bool: "false" if value else "true", str: "another"}
