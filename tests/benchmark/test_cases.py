@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import time
+from pathlib import Path
+
+import numpy as np
 import pytest
 
 from megavlm.config.stages import STAGES
-from tools.benchmark import gpu, report
+from tools.benchmark import gpu, report, runner
 from tools.benchmark.cases import all_cases, chosen, predicted_gib, predicted_tflop, smoke_cases
 from tools.benchmark.kernel_times import Kernel, busy_us, group_of, table
+from tools.benchmark.measure import steps_to_warm_up
 
 
 @pytest.mark.parametrize("cases", [all_cases(), smoke_cases()])
@@ -84,6 +89,38 @@ def test_a_dry_run_lists_every_case_and_runs_none(capsys: pytest.CaptureFixture[
     printed = capsys.readouterr().out
     assert all(case.name in printed for case in all_cases())
     assert gpu.main(["--dry_run", "--cases", "70b"]) == 2
+
+
+def test_on_an_h100_only_rows_that_fit_are_run_and_the_others_say_why(
+    capsys: pytest.CaptureFixture[str],
+):
+    assert gpu.main(["--dry_run", "--memory_gib", "78"]) == 0
+    _, *lines = capsys.readouterr().out.splitlines()
+    skipped = {line.split()[0] for line in lines if "not run: needs about" in line}
+    ours = {case.name: case for case in all_cases() if case.implementation == "megavlm"}
+    assert skipped == {name for name, case in ours.items() if predicted_gib(case) > 0.93 * 78}
+    assert "2b-stage2-bf16-megavlm" in skipped
+    first = [line.split()[0] for line in lines][:4]
+    assert first == [
+        "2b-stage2-bf16-megavlm-recompute_selective-bf16_moments",
+        "2b-stage2-bf16-megavlm-recompute_full",
+        "4b-stage2-bf16-megavlm-recompute_full-bf16_moments",
+        "2b-stage2-fp8_tensorwise-megavlm-recompute_full",
+    ]
+    assert any(case.packs_per_step == 4 for name, case in ours.items() if name not in skipped)
+
+
+def test_a_case_that_does_not_fit_is_a_row_that_says_so(tmp_path: Path):
+    settings = runner.Settings(packs=1, workers=0, steps_s=1, peak_tflops=989, memory_gib=78)
+    case = all_cases()[0]
+    [row] = runner.run_all([case], tmp_path, tmp_path, settings, time.monotonic() + 60)
+    assert row["error"].startswith("not run: needs about 10") and row["tokens_per_s"] is None
+
+
+def test_warm_up_sees_every_padded_number_of_tiles():
+    tiles = np.array([48, 47, 45, 46, 48, 47, 46, 42])
+    assert steps_to_warm_up(tiles, 1) == 8, "the 42, padded to 44, comes last"
+    assert steps_to_warm_up(tiles, 4) == 3 and steps_to_warm_up(tiles[:7], 1) == 3
 
 
 @pytest.mark.parametrize(

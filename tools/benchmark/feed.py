@@ -33,10 +33,9 @@ class Feed:
             packs, plan, [pack_ids[step % len(pack_ids)] for step in range(MOST_STEPS)], **options
         )
 
-    @property
-    def next_id(self) -> int:
-        """The pack that comes next."""
-        return self._ids[self.taken % len(self._ids)]
+    def next_ids(self, count: int) -> list[int]:
+        """Return the packs that come next."""
+        return [self._ids[(self.taken + n) % len(self._ids)] for n in range(count)]
 
     def __iter__(self) -> Iterator[Batch]:
         return self

@@ -68,6 +68,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="loader processes (default: %(default)s)",
     )
     add(
+        "--memory_gib",
+        type=float,
+        metavar="X",
+        help="memory of the GPU; cases that need more are not run (default: this machine's)",
+    )
+    add(
         "--peak_tflops",
         type=float,
         default=989,
@@ -89,7 +95,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if args.dry_run:
-        print(report.plan(cases))
+        print(report.plan(cases, args.memory_gib))
         return 0
     from tools.benchmark.packs import (
         REAL,
@@ -106,6 +112,7 @@ def main(arguments: list[str] | None = None) -> int:
             workers=args.workers,
             steps_s=args.steps_s,
             peak_tflops=args.peak_tflops,
+            memory_gib=args.memory_gib or (None if args.smoke else runner.device_memory_gib()),
         )
         where = runner.facts()
         print(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tools.benchmark.cases import Case, predicted_gib, predicted_tflop
+from tools.benchmark.cases import Case, predicted_gib, predicted_tflop, shortage
 
 COLUMNS = (
     ("case", 54),
@@ -81,8 +81,16 @@ def comparisons(rows: list[dict]) -> str:
     return "\n".join(told)
 
 
-def plan(cases: list[Case]) -> str:
-    """The cases with what is expected of them before anything is run."""
+def plan(cases: list[Case], memory_gib: float | None = None) -> str:
+    """List the cases with what is expected of them before anything is run.
+
+    Args:
+        cases: what was chosen.
+        memory_gib: of the device; cases that need more stand at the end, with the reason. None: all
+            are listed alike.
+    """
+    skipped = [(case.name, why) for case in cases if (why := shortage(case, memory_gib))]
+    cases = [case for case in cases if not shortage(case, memory_gib)]
     lines = [
         f"{'case':62} {'TFLOP a step':>13} {'ms at 100% MFU':>15} {'GiB (megavlm)':>14}"
         f" {'limit s':>8}"
@@ -93,6 +101,7 @@ def plan(cases: list[Case]) -> str:
             f"{case.name:62} {work:13.2f} {work / 989 * 1e3:15.2f} {predicted_gib(case):14.1f}"
             f" {case.limit_s:8}"
         )
+    lines += [f"{name:62} {why}" for name, why in skipped]
     return "\n".join(lines)
 
 

@@ -14,6 +14,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import signal
 import subprocess
 import sys
@@ -23,11 +24,19 @@ from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 
-from tools.benchmark.cases import Case
+from tools.benchmark.cases import Case, shortage
 
 ONE_CASE = Path(__file__).with_name("one_case.py")
 # Importing beside a case that is measured needs cores that nobody misses.
 CORES_TO_PRELOAD = 8
+# The first case compiles what later ones find in the caches, and finds CUDA's libraries on a disk.
+FIRST_CASE_LIMIT_S = 180
+# One machine: gloo and NCCL need no network. Segments that grow do not break up into pieces.
+ENVIRONMENT = {
+    "GLOO_SOCKET_IFNAME": "lo",
+    "NCCL_SOCKET_IFNAME": "lo",
+    "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+}
 PACKAGES = (
     "torch",
     "megatron-core",
@@ -56,12 +65,14 @@ class Settings:
         workers: loader processes.
         steps_s: seconds for warm-up, and again for the timed steps.
         peak_tflops: what utilisation is a share of.
+        memory_gib: of the device; cases that need more are not run. None: not known.
     """
 
     packs: int
     workers: int
     steps_s: float
     peak_tflops: float
+    memory_gib: float | None = None
 
 
 class CaseProcess:
@@ -89,6 +100,7 @@ class CaseProcess:
                     str(self._out),
                     json.dumps(dataclasses.asdict(settings)),
                 ],
+                env=ENVIRONMENT | os.environ,
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -155,6 +167,12 @@ def device_name() -> str:
         return f"no GPU; {platform.machine()} processor"
 
 
+def device_memory_gib() -> float | None:
+    """Return the memory of the first GPU, as the driver tells it; none without a GPU."""
+    found = re.search(r"(\d+) MiB", device_name())
+    return int(found.group(1)) / 1024 if found else None
+
+
 def facts() -> dict[str, object]:
     """When and where the results were made."""
     versions = {"python": platform.python_version()}
@@ -177,6 +195,15 @@ def run_all(
     soon as it is there.
     """
     preload = (os.cpu_count() or 1) >= CORES_TO_PRELOAD
+    is_first = True
+    fitting = []
+    for case in cases:
+        lacking = shortage(case, settings.memory_gib)
+        if lacking:
+            yield _row(case, {"error": lacking}, 0.0)
+        else:
+            fitting.append(case)
+    cases = fitting
     waiting: CaseProcess | None = None
     try:
         for number, case in enumerate(cases):
@@ -194,7 +221,9 @@ def run_all(
             try:
                 if preload and number + 1 < len(cases):
                     waiting = CaseProcess(cases[number + 1], packs, logs, settings)
-                figures = process.run(min(case.limit_s, left))
+                limit_s = max(case.limit_s, FIRST_CASE_LIMIT_S) if is_first else case.limit_s
+                is_first = False
+                figures = process.run(min(limit_s, left))
             finally:
                 process.end()
             yield _row(case, figures, time.monotonic() - began)

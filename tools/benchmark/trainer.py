@@ -76,12 +76,19 @@ class Trainer:
 
     def step(self) -> Tensor:
         """One update; the loss, on the device."""
-        weight = self._packs.weight_sum([self.feed.next_id], self._config.data.loss_reduction)
+        count = self._config.training.global_batch_size
+        weight = self._packs.weight_sum(self.feed.next_ids(count), self._config.data.loss_reduction)
         optimizer.set_rates(self._built.optimizer, self._config, self._steps)
         self._steps += 1
         clip = self._config.optimizer.clip_grad
         return train_step(
-            self._built.wrapped, self._built.optimizer, self.feed, 1, weight, clip, self._machine
+            self._built.wrapped,
+            self._built.optimizer,
+            self.feed,
+            count,
+            weight,
+            clip,
+            self._machine,
         ).loss
 
     def close(self) -> None:
