@@ -1,0 +1,124 @@
+"""Trains a small model on Transformer Engine's layers and on local ones, on a CPU, and prints how
+far they are from each other, as JSON. ``test_numbers`` starts it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from tests.te import torch_kernels
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "everything": {},
+    "all tokens in the head": dict(head_tokens="all"),
+    "drop path": dict(drop_path=0.3),
+    "recompute full": dict(recompute="full", drop_path=0.3),
+    "recompute selective": dict(recompute="selective"),
+    "connector": dict(trainable=("connector",)),
+    "a late layer": dict(trainable=("vision.encoder.layers.2",), recompute="full"),
+    "vision": dict(trainable=("vision", "connector"), drop_path=0.3),
+    "query and key norms": dict(qk_norm=True),
+}
+STEPS = 2
+PACKS = 4
+
+
+def make_packs() -> Path:
+    """Write packs of random samples for the small model."""
+    from tests.data.samples import make_dataset
+    from tests.gpu.models import CAPACITY, SMALL
+
+    folder = Path(tempfile.mkdtemp()) / "train"
+    make_dataset(
+        folder,
+        packs=8,
+        samples_per_pack=6,
+        image_share=0.6,
+        capacity=CAPACITY,
+        text_tokens=(30, 120),
+        context_token_id=7,
+        tile_size=SMALL.vision.image_size,
+        features_per_tile=SMALL.features_per_tile,
+        vocab_size=SMALL.language.vocab_size,
+    )
+    return folder
+
+
+def configure(folder: Path, kernels: str, qk_norm: bool = False, **settings: Any) -> Any:
+    """Return a run in float32; Adam's eps is large, so that it does not blow up the last bits."""
+    from tests.gpu.models import small
+
+    config = small(folder, precision="float32", lr=1e-3, adam_eps=1e-3, kernels=kernels, **settings)
+    if not qk_norm:
+        return config
+    language = dataclasses.replace(
+        config.architecture.language, family="qwen3", qk_norm=True, qkv_bias=False, tied_head=True
+    )
+    return dataclasses.replace(
+        config, architecture=dataclasses.replace(config.architecture, language=language)
+    )
+
+
+def train(config: Any) -> tuple[list[tuple[float, float]], dict[str, Any]]:
+    """Return loss and gradient norm of each step, and the weights in the end."""
+    from megavlm.model.precision import tile_multiple
+    from megavlm.model.weights import named_weights
+    from megavlm.parallel import process_groups
+    from megavlm.train.optimizer import set_rates, whole_weights
+    from megavlm.train.step import train_step
+    from tests.ranks.runs import build
+
+    job = build(config)
+    multiple = tile_multiple(config)
+    told = []
+    try:
+        for step in range(STEPS):
+            packs = [
+                job.train.batch(n, n, vision_layers=3, tile_multiple=multiple) for n in range(PACKS)
+            ]
+            set_rates(job.optimizer, config, step + 1)
+            weight = sum(pack.weight_sum for pack in packs)
+            result = train_step(
+                job.wrapped, job.optimizer, iter(packs), PACKS, weight, 1.0, job.backend
+            )
+            told.append((float(result.loss), float(result.grad_norm)))
+        with whole_weights(job.wrapped):
+            weights = named_weights(job.chunks[0])
+            return told, {key: weight.detach().clone() for key, weight in weights.items()}
+    finally:
+        process_groups.destroy()
+
+
+def compare(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """Train with both kinds of layers."""
+    plain = {name: value for name, value in settings.items() if name != "recompute"}
+    (local_told, local) = train(configure(folder, "local", **plain))
+    (told, engine) = train(configure(folder, "transformer_engine", **settings))
+    distances = {
+        key: float((engine[key] - weight).norm() / weight.norm().clamp_min(1e-12))
+        for key, weight in local.items()
+    }
+    return {
+        "same_keys": engine.keys() == local.keys(),
+        "local": local_told,
+        "engine": told,
+        "farthest": max(distances.values()),
+    }
+
+
+def main() -> None:
+    """Compare every setting and print what was found."""
+    torch_kernels.install()
+    folder = make_packs()
+    found = {name: compare(folder, settings) for name, settings in SETTINGS.items()}
+    json.dump(found, os.fdopen(int(sys.argv[1]), "w"))
+
+
+if __name__ == "__main__":
+    main()

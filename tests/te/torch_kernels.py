@@ -1,0 +1,220 @@
+"""Transformer Engine with real numbers on a CPU: torch operations stand in for its compiled
+functions, everything in Python runs as it is.
+
+``install`` changes torch and Transformer Engine for the whole process, so tests run it in a process
+of its own, with ``python -O``: Transformer Engine asserts that tensors are on a GPU. Not covered:
+FP8, Triton kernels, and the kernels themselves.
+
+Shape letters: T tokens, D hidden size, S tokens of a tile, I tiles, H heads.
+"""
+
+from __future__ import annotations
+
+import sys
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+Normed = tuple[Tensor, Tensor | None, Tensor]
+
+
+def gemm(
+    a: Tensor,
+    transpose_a: bool,
+    b: Tensor,
+    transpose_b: bool,
+    out: Tensor | None,
+    *rest: Any,
+    **overlap: Any,
+) -> tuple[Tensor, Tensor | None, None, None]:
+    """Multiply as ``tex.generic_gemm`` does: b @ a, with bias or its gradient."""
+    (_, _, bias, _, _, _, is_gradient, _, _, accumulate, *_) = rest
+    left = b.reshape(-1, b.shape[-1])
+    right = a.reshape(-1, a.shape[-1])
+    made = (left.T if transpose_b else left) @ (right.T if transpose_a else right)
+    if bias is not None and not is_gradient:
+        made = made + bias
+    if not transpose_b:
+        made = made.view(*b.shape[:-1], made.shape[-1])
+    if out is not None:
+        made = out.add_(made) if accumulate else out.copy_(made)
+    bias_gradient = left.sum(0) if is_gradient and bias is not None else None
+    return made, bias_gradient, None, None
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, *rest: Any) -> Normed:
+    """Normalise rows [T, D]; mean and reciprocal deviation are kept."""
+    wide = x.float()
+    mean = wide.mean(-1, keepdim=True)
+    scale = torch.rsqrt(wide.var(-1, keepdim=True, unbiased=False) + eps)
+    made = (wide - mean) * scale * weight + bias
+    return made.to(x.dtype), mean.squeeze(-1), scale.squeeze(-1)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *rest: Any) -> Normed:
+    """Divide rows [T, D] by their root mean square."""
+    scale = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)
+    return (x * scale * weight).to(x.dtype), None, scale.squeeze(-1)
+
+
+def layer_norm_backward(
+    dy: Tensor, x: Tensor, mean: Tensor, scale: Tensor, weight: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of input, weight and bias."""
+    normed = (x - mean[:, None]) * scale[:, None]
+    inner = dy * weight
+    along = normed * (inner * normed).mean(-1, keepdim=True)
+    dx = scale[:, None] * (inner - inner.mean(-1, keepdim=True) - along)
+    return dx.to(x.dtype), (dy * normed).sum(0).to(weight.dtype), dy.sum(0).to(weight.dtype)
+
+
+def rms_norm_backward(
+    dy: Tensor, x: Tensor, scale: Tensor, weight: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of input and weight."""
+    normed = x * scale[:, None]
+    inner = dy * weight
+    dx = scale[:, None] * (inner - normed * (inner * normed).mean(-1, keepdim=True))
+    return dx.to(x.dtype), (dy * normed).sum(0).to(weight.dtype)
+
+
+def attend(ends: Tensor, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Attend inside tiles [S, I, H, head], or causally inside samples [T, H, head]."""
+    if query.dim() == 4:
+        inside = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        return scaled_dot_product_attention(*inside).permute(2, 0, 1, 3)
+    sizes = ends.diff().tolist()
+    samples = zip(*(x.transpose(0, 1).split(sizes, dim=1) for x in (query, key, value)))
+    made = [scaled_dot_product_attention(*one, is_causal=True, enable_gqa=True) for one in samples]
+    return torch.cat(made, 1).transpose(0, 1)
+
+
+def attention(*given: Any, **more: Any) -> list[Tensor]:
+    """Attend forward, as ``tex.fused_attn_fwd``."""
+    (ends, _, query, key, value) = given[11:16]
+    with torch.no_grad():
+        made = attend(ends, query, key, value).contiguous()
+    return [made, torch.zeros(1), torch.zeros(2, dtype=torch.int64)]
+
+
+def attention_backward(*given: Any, **more: Any) -> list[Tensor | None]:
+    """Return the gradients of query, key and value, as ``tex.fused_attn_bwd``."""
+    (ends, _, query, key, value, out, d_out) = given[11:18]
+    with torch.enable_grad():
+        inputs = [x.detach().requires_grad_() for x in (query, key, value)]
+        made = attend(ends, *inputs)
+        return [*torch.autograd.grad(made, inputs, d_out.view_as(out)), None, None]
+
+
+def rotary(sign: int) -> Callable[..., Tensor]:
+    """Turn heads [T, H, head] by angles that restart with each sample."""
+
+    def turn(t: Tensor, freqs: Tensor, *rest: Any) -> Tensor:
+        ends = rest[3]
+        angles = torch.cat([freqs[:size] for size in ends.diff().tolist()]).view(len(t), 1, -1)
+        first, second = t.chunk(2, -1)
+        turned = torch.cat([-second, first], -1)
+        return (t * angles.cos() + sign * turned * angles.sin()).to(t.dtype)
+
+    return turn
+
+
+def entropy_forward(logits: Tensor, target: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    """Return losses, and the gradient written over the logits."""
+    rows = logits.view(-1, logits.shape[-1]).float()
+    wanted = target.reshape(-1, 1)
+    losses = rows.logsumexp(-1) - rows.gather(1, wanted)[:, 0]
+    gradient = rows.softmax(-1)
+    gradient.scatter_add_(1, wanted, torch.full((len(rows), 1), -1.0))
+    with torch.no_grad():
+        logits.copy_(gradient.view_as(logits))
+    return losses.view(logits.shape[:2]), logits
+
+
+def entropy_backward(logits: Tensor, gradient: Tensor, captured: bool) -> Tensor:
+    """Scale the gradient that the forward pass left."""
+    return logits.mul_(gradient.reshape(*logits.shape[:2], 1))
+
+
+def _answer_as_hopper() -> None:
+    """Answer what Transformer Engine and megatron-core ask about the device."""
+    properties = types.SimpleNamespace(
+        major=9, minor=0, multi_processor_count=132, name="Hopper", total_memory=80 * 2**30
+    )
+    cuda = torch.cuda
+    cuda.is_available = lambda: True
+    cuda.get_device_capability = lambda *args: (9, 0)
+    cuda.get_device_properties = lambda *args: properties
+    cuda.is_current_stream_capturing = lambda: False
+    cuda.nvtx.range_push = lambda *args: None
+    cuda.nvtx.range_pop = lambda *args: None
+
+
+def _dummy_gradient(shape: list[int], dtype: torch.dtype, zero: bool = False) -> Tensor:
+    # NaN: nobody may read a gradient that was summed elsewhere.
+    return torch.full(shape, 0.0 if zero else float("nan"), dtype=dtype)
+
+
+def install() -> None:
+    """Put the stand-ins in place, and the device's answers."""
+    # First: megatron-core compiles functions while it is imported.
+    torch.compile = lambda function=None, **settings: function or (lambda inner: inner)
+    import transformer_engine.pytorch  # noqa: F401  its import looks at the real device
+    import transformer_engine.pytorch.attention.dot_product_attention.utils as attention_utils
+    import transformer_engine.pytorch.cpp_extensions.gemm as gemms
+    import transformer_engine.pytorch.distributed as engine
+    import transformer_engine.pytorch.module.layernorm_linear as norm_linear
+    import transformer_engine.pytorch.module.linear as linear
+    import transformer_engine.pytorch.triton.cross_entropy as entropy
+    import transformer_engine_torch as tex
+
+    from megavlm.parallel import backend
+
+    running = backend.start(5)
+    backend.start = lambda *args, **settings: running
+    _answer_as_hopper()
+    norms = {
+        "layernorm_fwd": layer_norm,
+        "rmsnorm_fwd": rms_norm,
+        "layernorm_bwd": layer_norm_backward,
+        "rmsnorm_bwd": rms_norm_backward,
+    }
+    compiled = norms | {
+        "generic_gemm": gemm,
+        "fused_attn_fwd": attention,
+        "fused_attn_bwd": attention_backward,
+        "fused_rope_forward": rotary(1),
+        "fused_rope_backward": rotary(-1),
+        "get_cublasLt_version": lambda: 130100,
+    }
+    for name, function in compiled.items():
+        setattr(tex, name, function)
+    answers = {
+        "get_cudnn_version": lambda *args: (9, 19, 0),
+        "get_device_compute_capability": lambda *args: (9, 0),
+    }
+    for path, module in list(sys.modules.items()):
+        if path.startswith("transformer_engine.pytorch"):
+            for name, function in (norms | answers).items():
+                if name in vars(module):
+                    setattr(module, name, function)
+    linear.get_dummy_wgrad = norm_linear.get_dummy_wgrad = _dummy_gradient
+    gemms.get_cublas_workspace = lambda *args: torch.empty(1)
+    gemms.get_tensor_device = lambda *args: 0
+    engine._get_cuda_rng_state = lambda *args, **settings: torch.get_rng_state()
+    engine._set_cuda_rng_state = lambda *args, **settings: None
+    fused = tex.NVTE_Fused_Attn_Backend.NVTE_F16_arbitrary_seqlen
+    attention_utils.get_attention_backend = lambda params: (
+        False,
+        None,
+        True,
+        fused,
+        False,
+        [False, True, True],
+    )
+    entropy.cross_entropy_forward = entropy_forward
+    entropy.cross_entropy_backward = entropy_backward
