@@ -47,7 +47,11 @@ IMPORTED_BY_TOOLS_ALONE = "megavlm.data.packing"
 # changes one place.
 DOORS = {
     "megatron.core.parallel_state": {"megavlm/parallel/process_groups.py"},
-    "transformer_engine": {"megavlm/model/specs.py", "megavlm/model/precision.py"},
+    "transformer_engine": {
+        "megavlm/model/specs.py",
+        "megavlm/model/precision.py",
+        "megavlm/health/doctor.py",
+    },
     "transformers": {
         "megavlm/data/text/tokenizer.py",
         "megavlm/data/text/chat_tokens.py",
