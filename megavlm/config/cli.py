@@ -86,15 +86,15 @@ def _show(config: Config, found: Sequence[str]) -> None:
 
 
 def to_yaml(config: Config) -> str:
-    """The whole configuration as YAML; ``from_yaml`` gives exactly ``config`` back."""
+    """Write the whole configuration as YAML; ``from_yaml`` gives exactly ``config`` back."""
     return yaml.safe_dump(
         _plain(dataclasses.asdict(config)), sort_keys=False, allow_unicode=True, width=140
     )
 
 
 def from_yaml(source: str | Path) -> Config:
-    """The configuration that ``to_yaml`` wrote; fields that are missing get the schema's defaults,
-    not the tables'.
+    """Read a configuration that ``to_yaml`` wrote; missing fields get the schema's defaults, not
+    those of the tables.
 
     Args:
         source: the text, or the path of a file with it.
@@ -269,7 +269,7 @@ def _is_first_rank() -> bool:
 
 
 def _description() -> str:
-    """What ``--help`` says above the options."""
+    """Return the text that ``--help`` prints above the options."""
     stage_lines = "\n".join(f"  {name:<15} {row.description}" for name, row in STAGES.items())
     model_lines = "\n".join(f"  {name:<15} {_size(row)}" for name, row in MODELS.items())
     return f"""Trains a vision-language model.

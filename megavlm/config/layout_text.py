@@ -46,7 +46,7 @@ def parse_layout(text: str, vision_layers: int, language_layers: int) -> tuple[i
 
 
 def write_layout(counts: Sequence[int], vision_layers: int) -> str:
-    """The text of a layout, with ``c`` and ``h``, from the layers of each chunk."""
+    """Write a layout as text, with ``c`` and ``h``, from the number of layers of each chunk."""
     chunks = []
     start = 0
     for count in counts:

@@ -35,9 +35,8 @@ _INTERNVIT_6B = Vision(
 def _language(
     layers: int, width: int, inner: int, heads: int, groups: int, **facts: Any
 ) -> Language:
-    """A language model by its sizes: layers, hidden size, hidden size of the MLP, query heads,
-    query groups.
-    """
+    """Make a language model from its sizes: layers, hidden size, hidden size of the MLP, query
+    heads, query groups."""
     sizes = dict(
         num_layers=layers,
         hidden_size=width,
@@ -181,8 +180,8 @@ MODELS: dict[str, Architecture] = {
 def architecture(
     name: str, init: Init = _NO_PARTS, read_model: ReadModel | None = None
 ) -> Architecture:
-    """The row ``name`` of the table, the model in the Hugging Face folder ``name``, or what is made
-    of the parts to start from.
+    """Find the architecture for ``--model``: a row of the table, the model in a Hugging Face
+    folder, or, without a name, the model made of the parts in ``init``.
 
     Args:
         name: of the row, or the folder; may be empty if ``init`` names a language model.

@@ -106,9 +106,8 @@ class Option:
 
 
 def sections(kind: type = Config, path: str = "") -> Iterator[tuple[str, str, list[Option]]]:
-    """The sections of the configuration: path, what its docstring says, and its own fields; a
-    section comes before those inside it.
-    """
+    """Yield the sections of the configuration: path, docstring, and own fields; a section comes
+    before those inside it."""
     hints = get_type_hints(kind)
     documented = docstring_parser.parse(inspect.getdoc(kind) or "")
     texts = {
@@ -137,12 +136,13 @@ class Parser(jsonargparse.ArgumentParser):
     """
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Called by the base class."""
+        """Raise the message as an ArgumentError; jsonargparse calls this for every error it
+        finds."""
         raise argparse.ArgumentError(None, explain(message)) from ex
 
 
 def make_parser(defaults: Config, prog: str, description: str = "") -> Parser:
-    """A parser of every option.
+    """Make a parser that knows every option.
 
     Args:
         defaults: values where none are given.
@@ -176,7 +176,7 @@ def make_parser(defaults: Config, prog: str, description: str = "") -> Parser:
 
 
 def to_config(namespace: Any, kind: type = Config) -> Any:
-    """The dataclass ``kind`` from what a parser read."""
+    """Build the dataclass ``kind`` from a parser's namespace."""
     hints = get_type_hints(kind)
     values = vars(namespace)
     return kind(
@@ -192,7 +192,7 @@ def to_config(namespace: Any, kind: type = Config) -> Any:
 
 
 def shown_value(value: Any) -> str:
-    """A value as it is written on the command line."""
+    """Write a value as a user types it on the command line."""
     if isinstance(value, bool):
         return str(value).lower()
     return ",".join(map(str, value)) or "empty" if isinstance(value, tuple) else str(value)
@@ -211,9 +211,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def explain(message: str) -> str:
-    """The parser's message about a value of the wrong kind, in the words of the command line; any
-    other as it is.
-    """
+    """Rewrite the parser's message about a value of the wrong kind in the words of the command
+    line; leave any other message as it is."""
     found = re.search(
         r"(?:Parser key \"|argument --)([\w.]+)\"?:.*(?:Got value|got|value): (.*)",
         message,
@@ -225,7 +224,7 @@ def explain(message: str) -> str:
 
 
 def _reader(option: Option) -> Any:
-    """What turns a text or a YAML value into the field's value."""
+    """Return a function that turns text or a YAML value into the field's value."""
     if get_origin(option.kind) is not tuple:
         return option.kind
     item, *more = get_args(option.kind)

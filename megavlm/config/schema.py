@@ -143,7 +143,7 @@ class Parallel:
         return self.pipeline_model_parallel_size * self.virtual_pipeline_model_parallel_size
 
     def recompute_of(self, part: str) -> str:
-        """What is computed again of the layers of ``vision`` or of ``language``."""
+        """Return the recomputation that the layers of ``part`` (``vision`` or ``language``) use."""
         return self.recompute if part in self.recompute_parts else "none"
 
     @property

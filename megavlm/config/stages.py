@@ -77,7 +77,7 @@ STAGES: dict[str, Stage] = {
 
 
 def stage(name: str) -> Stage:
-    """The row ``name`` of the table.
+    """Return the stage ``name`` from the table.
 
     Raises:
         ValueError: there is no such row; the message lists the names.

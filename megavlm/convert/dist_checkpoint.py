@@ -145,9 +145,8 @@ class ShardsFolder:
         return found if row == rows.stop else None
 
     def _find_numbers(self, key: str, offsets: torch.Size) -> Range | None:
-        """The numbers of a part of a tensor in the file; none where they are not stored plainly,
-        row by row.
-        """
+        """Find the byte range of one shard of a tensor; None if the file does not store it plainly,
+        row by row."""
         index = MetadataIndex(self._stored_keys[key], offsets)
         info = self._reader.read_metadata().storage_data[index]
         path = self._folder / info.relative_path
@@ -229,7 +228,7 @@ class _Writer(FileSystemWriter):
         self._done = done
 
     def write_data(self, plan: SavePlan, planner: DefaultSavePlanner) -> Future[list[WriteResult]]:
-        """Called by torch."""
+        """Write the plan's items; torch.distributed.checkpoint calls this on every rank."""
         results = []
         with open(Path(self.path) / _FILE_NAME, "xb", buffering=0) as file:
             for item in plan.items:

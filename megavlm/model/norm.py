@@ -90,7 +90,8 @@ class QueryKeyNorm(MegatronModule):
         sharded_offsets: tuple[tuple[int, int, int], ...] = (),
         metadata: dict | None = None,
     ) -> dict[str, Any]:
-        """Called by megatron-core; both weights are split over the ranks as the heads are."""
+        """Describe both weights as sharded over the tensor-parallel ranks, as the heads are;
+        megatron-core calls this when it saves or loads a checkpoint."""
         weights = self.state_dict(prefix="", keep_vars=True)
         copies = ensure_metadata_has_dp_cp_group(metadata)["dp_cp_group"]
         axes = {"query": 0, "key": 0}

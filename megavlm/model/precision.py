@@ -39,13 +39,13 @@ class Precision:
 
 
 def precision(config: Config) -> Precision:
-    """Number format that the configuration asks for."""
+    """Return the dtype that the configuration asks for."""
     return Precision(dtype=_FORMATS[config.training.precision])
 
 
 @functools.cache
 def machine() -> Machine:
-    """What this machine can run."""
+    """Find out what this device can run."""
     has_cuda = torch.cuda.is_available()
     return Machine(
         capability=torch.cuda.get_device_capability(int(os.environ.get("LOCAL_RANK", 0)))
@@ -69,8 +69,7 @@ def uses_transformer_engine(config: Config) -> bool:
 
 
 def tile_multiple(config: Config) -> int:
-    """Number that the tiles of a batch, a rank's share of a pack, are padded to a multiple of, with
-    blank ones.
+    """Return the number that the tiles on a rank are padded to a multiple of, with padding tiles.
 
     A tile has an odd number of tokens, so that matrices have rows in the multiple that FP8 asks for
     only if the tiles come in it.
@@ -83,9 +82,7 @@ def tile_multiple(config: Config) -> int:
 
 
 def fp8_settings(config: Config, part: str) -> dict[str, Any]:
-    """What megatron-core's configuration of a part says about FP8; nothing where the part has no
-    recipe.
-    """
+    """Return megatron-core's FP8 settings for a part; empty if the part has no recipe."""
     recipe = config.fp8.recipes.get(part)
     if recipe is None:
         return {}

@@ -94,7 +94,7 @@ def local_kernels() -> Kernels:
 
 
 def transformer_engine_kernels() -> Kernels:
-    """Transformer Engine's layers, which need a CUDA device to run."""
+    """Return Transformer Engine's layers, which need a CUDA device to run."""
     from megatron.core.extensions import transformer_engine as engine
 
     def cross_entropy(logits: Tensor, labels: Tensor, group: ProcessGroup) -> Tensor:
@@ -123,7 +123,7 @@ def transformer_engine_kernels() -> Kernels:
 
 
 def kernels(config: Config) -> Kernels:
-    """The layers that the configuration asks for, or the best that this machine runs."""
+    """Return the layers that the configuration asks for, or the best that this device runs."""
     return transformer_engine_kernels() if uses_transformer_engine(config) else local_kernels()
 
 
@@ -226,7 +226,8 @@ def _layers(
 
 
 def vision_spec(count: int, vision: Vision, chosen: Kernels) -> TransformerBlockSubmodules:
-    """A run of ``count`` layers of the vision encoder, without a norm after the last."""
+    """Describe ``count`` consecutive layers of the vision encoder, without a norm after the
+    last."""
     params = {"attn_mask_type": AttnMaskType.no_mask, "qk_norm": vision.qk_norm}
     inside = _attention(chosen.tile_attention, vision.qkv_bias, chosen)
     attention = ModuleSpec(module=VisionAttention, params=params, submodules=inside)
@@ -238,9 +239,8 @@ def vision_spec(count: int, vision: Vision, chosen: Kernels) -> TransformerBlock
 
 
 def language_spec(count: int, language: Language, chosen: Kernels) -> TransformerBlockSubmodules:
-    """A run of ``count`` layers of the language model, with a norm after the last one of the
-    model.
-    """
+    """Describe ``count`` consecutive layers of the language model, with a norm after the model's
+    last layer."""
     inside = _attention(
         chosen.packed_attention,
         language.qkv_bias,

@@ -20,7 +20,7 @@ from megavlm.planner.padding import padded_heads
 
 
 def _quick_gelu(hidden: Tensor) -> Tensor:
-    """The approximation of GELU that OpenAI trained CLIP with."""
+    """Apply the approximation of GELU that OpenAI trained CLIP with."""
     return hidden * torch.sigmoid(1.702 * hidden)
 
 
@@ -47,7 +47,7 @@ def _common(
     tensor_size: int,
     recompute: str = "none",
 ) -> dict[str, Any]:
-    """Settings that the parts share.
+    """Return the settings that the parts share.
 
     Args:
         config: the run.
@@ -93,7 +93,7 @@ def _common(
 
 
 def vision_config(config: Config, layout: Layout, chosen: Kernels) -> TransformerConfig:
-    """The vision encoder's; its tiles are too short to be split for sequence parallelism."""
+    """Configure the vision encoder; its tiles are too short for sequence parallelism."""
     vision = config.architecture.vision
     parallel = config.parallel
     # Of a frozen vision encoder nothing is kept, and nothing would be computed again.
@@ -117,7 +117,7 @@ def vision_config(config: Config, layout: Layout, chosen: Kernels) -> Transforme
 
 
 def connector_config(config: Config, chosen: Kernels) -> TransformerConfig:
-    """The connector's: LayerNorm, linear, GELU, linear, without a pipeline of its own."""
+    """Configure the connector: LayerNorm, linear, GELU, linear, without a pipeline of its own."""
     language = config.architecture.language
     common = _common(config, (1,), chosen, config.parallel.vision_tensor_size) | {
         "pipeline_model_parallel_size": 1
@@ -137,7 +137,7 @@ def connector_config(config: Config, chosen: Kernels) -> TransformerConfig:
 
 
 def language_config(config: Config, layout: Layout, chosen: Kernels) -> TransformerConfig:
-    """The language model's: RMSNorm, rotary positions, grouped-query attention, SwiGLU."""
+    """Configure the language model: RMSNorm, rotary positions, grouped-query attention, SwiGLU."""
     language = config.architecture.language
     parallel = config.parallel
     return TransformerConfig(

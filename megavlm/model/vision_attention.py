@@ -54,16 +54,16 @@ class VisionAttention(SelfAttention):
     def get_query_key_value_tensors(
         self, hidden_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Called by megatron-core; all three are [tokens of a tile, I, heads of this rank, head
-        size].
-        """
+        """Project to query, key and value, all [tokens of a tile, I, heads of this rank, head
+        size]; ``Attention.forward`` of megatron-core calls this."""
         query, key, value = super().get_query_key_value_tensors(hidden_states, *args, **kwargs)
         if self.qk_norm is not None:
             query, key = self.qk_norm(query, key)
         return query, key, value
 
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Called by megatron-core."""
+        """Describe the weights of this rank; megatron-core calls this when it saves or loads a
+        checkpoint."""
         entries = super().sharded_state_dict(*args, **kwargs)
         for entry in entries.values():
             if isinstance(entry, ShardedTensor):

@@ -20,18 +20,15 @@ def drop_path_rate(highest: float, layer: int, layers: int) -> float:
 
 
 def add_branch(hidden: Tensor, branch: Tensor, bias: Tensor, scale: Tensor | float) -> Tensor:
-    """A residual branch that is kept: ``hidden + (branch + bias) * scale``, [tokens of a tile, I,
-    D].
-    """
+    """Add a residual branch: ``hidden + (branch + bias) * scale``, [tokens of a tile, I, D]."""
     return hidden + (branch + bias) * scale
 
 
 def add_kept_branch(
     hidden: Tensor, branch: Tensor, bias: Tensor, scale: Tensor | float, keep: Tensor
 ) -> Tensor:
-    """The same where drop path decides: ``keep`` [I] is 0 where a tile's branch is dropped, else
-    the inverse of the share that is kept.
-    """
+    """Add a residual branch under drop path: ``keep`` [I] is 0 if a tile's branch is dropped, else
+    the inverse of the probability of keeping it."""
     return hidden + (branch + bias) * scale * keep[:, None].to(branch.dtype)
 
 

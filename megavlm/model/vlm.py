@@ -127,7 +127,8 @@ class VisionLanguageModel(MegatronModule):
         return self.language.shared_embedding_or_output_weight() if is_tied else None
 
     def sharded_state_dict(self, prefix: str = "", *args, **kwargs) -> ShardedStateDict:
-        """Called to name, save and load the weights."""
+        """Describe the weights of this rank by name; ``train/checkpoint`` calls this to save and
+        load them."""
         entries = super().sharded_state_dict(prefix, *args, **kwargs)
         if not self.copies:
             return entries

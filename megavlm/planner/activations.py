@@ -97,9 +97,8 @@ class RankShare:
 
 
 def _multiple(parallel: Parallel) -> int:
-    """What the tiles of a pack are a multiple of, over all ranks, with Transformer Engine's
-    layers.
-    """
+    """Return the number that the tiles of a pack are padded to a multiple of, over all ranks, with
+    Transformer Engine's layers."""
     return parallel.tile_ranks * max(1, _TILES // parallel.tile_ranks)
 
 
@@ -116,7 +115,7 @@ def _has_backward(arch: Architecture, trainable: tuple[str, ...]) -> tuple[bool,
 
 
 def kept_by(config: Config, chunk: Chunk, share: RankShare) -> Kept:
-    """What a rank keeps in a chunk."""
+    """Estimate the activation memory of a chunk on one rank."""
     arch = config.architecture
     parallel = config.parallel
     size = NUMBER_BYTES[config.training.precision]

@@ -58,7 +58,8 @@ class Traffic:
 
 
 def of_pack(config: Config, layout: Layout, number: int, capacity: int, tiles: float) -> Traffic:
-    """What a rank sends for one pack that goes forward and backward through one of its chunks.
+    """Estimate what a rank sends for one microbatch's forward and backward pass through one of its
+    chunks.
 
     Args:
         config: the run.
@@ -78,7 +79,7 @@ def of_pack(config: Config, layout: Layout, number: int, capacity: int, tiles: f
 
 
 def of_step(config: Config, layout: Layout, rank: int, data_ranks: int) -> Traffic:
-    """What a pipeline rank sends once a step: gradients, and the weights that it has updated."""
+    """Estimate what a pipeline rank sends once a step: gradients and updated parameters."""
     parallel = config.parallel
     held = sum(
         (

@@ -97,7 +97,7 @@ class Estimate:
 def estimate(
     config: Config, gpus: int, size: PackSize, capacity: int, hardware: Hardware
 ) -> Estimate:
-    """What is expected of one layout.
+    """Estimate the time, memory and communication of one layout.
 
     Args:
         config: the run, with its layout.

@@ -99,7 +99,7 @@ class Cost:
 
 
 def training_cost(architecture: Architecture, trainable: Sequence[str]) -> Cost:
-    """The cost of forward and backward pass under a freeze mask.
+    """Compute the cost of forward and backward pass under a freeze mask.
 
     Args:
         architecture: the model.
@@ -137,14 +137,14 @@ def pieces(architecture: Architecture) -> Iterator[Piece]:
 
 
 def _vector(key: str, part: str, size: int) -> Piece:
-    """A bias, a norm's weight or the like, which no product reads."""
+    """Describe a bias, a norm's weight or another vector that no matrix product reads."""
     return Piece(key=key, part=part, numbers=size, forward=0, unit="token")
 
 
 def _linear(
     key: str, part: str, inputs: int, outputs: int, *, rows: int, unit: Unit, has_bias: bool
 ) -> Iterator[Piece]:
-    """A linear layer that is applied to ``rows`` rows for each unit."""
+    """Describe a linear layer that is applied to ``rows`` rows for each unit."""
     yield Piece(
         key=f"{key}.weight",
         part=part,

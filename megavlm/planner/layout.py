@@ -60,7 +60,7 @@ class Layout:
     chunks: tuple[Chunk, ...]
 
     def __str__(self) -> str:
-        """The layout as ``parallel.layout`` takes it."""
+        """Write the layout as ``parallel.layout`` takes it."""
         counts = [len(chunk.vision_layers) + len(chunk.language_layers) for chunk in self.chunks]
         return write_layout(counts, sum(self.vision_counts()))
 
@@ -114,9 +114,8 @@ def make_layout(config: Config, size: PackSize | None = None) -> Layout:
 
 
 def from_counts(counts: Sequence[int], vision_layers: int) -> Layout:
-    """The layout whose chunks have these numbers of layers, vision encoder and language model
-    counted through.
-    """
+    """Make the layout whose chunks have these numbers of layers, counted through the vision encoder
+    and the language model."""
     chunks = []
     start = 0
     for count in counts:

@@ -65,7 +65,7 @@ def memory(
     tiles: float,
     supervised: float | None = None,
 ) -> Memory:
-    """What the rank with the most needs; arguments as for ``memory_by_rank``."""
+    """Estimate the memory of the rank that needs the most; arguments as for ``memory_by_rank``."""
     return max(
         memory_by_rank(
             config, layout, data_ranks, capacity=capacity, tiles=tiles, supervised=supervised
@@ -83,7 +83,7 @@ def memory_by_rank(
     tiles: float,
     supervised: float | None = None,
 ) -> list[Memory]:
-    """What each rank of a pipeline needs.
+    """Estimate the memory of each pipeline rank.
 
     Args:
         config: the run.

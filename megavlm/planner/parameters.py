@@ -62,7 +62,7 @@ class Held:
 
 
 def held_by(config: Config, chunk: Chunk) -> Held:
-    """What a rank holds of a chunk."""
+    """Count the parameters of a chunk on one rank."""
     found = _places(_cut_by(config), chunk.places(config.architecture.vision.num_layers))
     # A tied head that stands without the token embedding has a copy of it.
     return (

@@ -112,7 +112,7 @@ def _layer_costs(
 
 
 def layer_of(piece: Piece, vision_layers: int, layers: int) -> int:
-    """The layer, counted through, that a piece goes with."""
+    """Return the layer, counted through both models, that a piece is placed with."""
     if piece.layer is not None:
         return piece.layer + (vision_layers if piece.part == "language" else 0)
     return {"vision": 0, "connector": vision_layers, "language": vision_layers, "head": layers - 1}[

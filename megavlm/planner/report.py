@@ -29,9 +29,8 @@ _OPTIONS = ("option", "GiB", "activations GiB", "step s", "fits")
 
 
 def to_text(estimates: Sequence[Estimate]) -> str:
-    """A line for each layout. V: chunks of each rank of the pipeline; GB: what a GPU sends in a
-    step, by kind of parallelism.
-    """
+    """Write a line for each layout. V: model chunks per pipeline rank; GB: what a GPU sends in a
+    step, by kind of parallelism."""
     return _table([_COLUMNS, *map(_row, estimates)])
 
 
@@ -58,7 +57,7 @@ def _row(one: Estimate) -> tuple[str, ...]:
 
 
 def options_to_text(changed: Mapping[str, Estimate], hardware: Hardware) -> str:
-    """A line for each option."""
+    """Write a line for each option."""
     rows = [
         (
             name,

@@ -71,7 +71,7 @@ def _nothing_fits(found: Sequence[Estimate], hardware: Hardware) -> str:
 
 
 def describe(one: Estimate) -> str:
-    """A layout in a few words."""
+    """Describe a layout in a few words."""
     parallel = one.parallel
     words = [
         f"TP {parallel.tensor_model_parallel_size}",
@@ -90,9 +90,8 @@ def describe(one: Estimate) -> str:
 def options(
     config: Config, chosen: Estimate, gpus: int, size: PackSize, capacity: int, hardware: Hardware
 ) -> dict[str, Estimate]:
-    """The chosen layout with one option changed at a time, by what was changed; arguments as for
-    ``layouts``.
-    """
+    """Estimate the chosen layout with one option changed at a time, keyed by the change; arguments
+    as for ``layouts``."""
     as_chosen = dataclasses.replace(chosen.parallel, layout="auto")
     changes: dict[str, dict] = {
         f"--parallel.recompute {name}": {"recompute": name} for name in RECOMPUTE
@@ -125,7 +124,7 @@ def options(
 
 
 def flags(chosen: Estimate) -> str:
-    """The options that ask for a layout, on the command line."""
+    """Write the command-line options that ask for a layout."""
     plain = Parallel()
     asked = vars(chosen.parallel)
     changed = {

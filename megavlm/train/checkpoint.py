@@ -47,9 +47,8 @@ def _entries(chunks: Sequence[VisionLanguageModel]) -> ShardedStateDict:
 
 
 def sharded_weights(chunks: Sequence[VisionLanguageModel]) -> ShardedStateDict:
-    """The weights of this rank, as megatron-core saves and loads them; the same for every kind of
-    layers.
-    """
+    """Return the weights of this rank as megatron-core saves and loads them; the same for both
+    kinds of layers."""
     return {
         name: entry
         for name, entry in _entries(chunks).items()
@@ -83,7 +82,7 @@ def sharded(
 
 
 def _scales(chunks: Sequence[VisionLanguageModel]) -> ShardedStateDict:
-    """What delayed scaling to FP8 remembers of earlier steps."""
+    """Return the state that delayed FP8 scaling keeps from earlier steps."""
     return {
         name: entry for name, entry in _entries(chunks).items() if isinstance(entry, ShardedObject)
     }

@@ -253,7 +253,7 @@ def _export(config: Config, state: State, place: process_groups.Groups) -> None:
 
 
 def _open_training_set(config: Config) -> tuple[PackedDataset | BlendedDataset, Order]:
-    """The packs of the run, and their order."""
+    """Open the packs of the run, and fix their order."""
     data = config.data
     return open_blend(
         data.train_folders,

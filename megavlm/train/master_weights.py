@@ -142,7 +142,7 @@ class _Listener(logging.Handler):
         self.found: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Called by the logger."""
+        """Keep the library's warning; the logger calls this for every record."""
         if _LIBRARY_WARNING in record.getMessage():
             self.found.append(record.getMessage())
 

@@ -82,7 +82,8 @@ def count_padding(wrapped: Sequence[DistributedDataParallel]) -> None:
 
 @contextlib.contextmanager
 def whole_weights(wrapped: Sequence[DistributedDataParallel]) -> Iterator[None]:
-    """A time in which every rank holds all updated weights: for reading or saving them. Collective.
+    """Wait until every rank holds all updated weights, so that they can be read or saved inside the
+    context. Collective.
 
     Between the optimizer's update and the next forward pass a rank has its own share of them only,
     where collecting overlaps.
@@ -183,9 +184,8 @@ def step(optimizer: MegatronOptimizer, clip_grad: float, device: torch.device) -
 
 
 def _gradients(optimizer: MegatronOptimizer) -> list[tuple[Tensor, Tensor]]:
-    """This rank's share of the weights with its gradients; with moments in 16 bits they stand
-    beside weights of another format.
-    """
+    """Pair this rank's shard of the weights with its gradients; with 16-bit moments these belong to
+    weights of another dtype."""
     name = "decoupled_grad" if optimizer.config.use_precision_aware_optimizer else "grad"
     found = [
         (parameter, getattr(parameter, name, None)) for parameter in optimizer.get_parameters()
@@ -203,7 +203,7 @@ def _counts_here(parameter: Tensor, tensor_ranks: dist.ProcessGroup) -> bool:
 
 
 def oldest(optimizer: MegatronOptimizer) -> int:
-    """Updates that the oldest moments have seen before this run."""
+    """Return the number of updates that the oldest moments had seen before this run."""
     return max((_age(group) for group in optimizer.param_groups), default=0)
 
 

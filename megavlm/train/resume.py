@@ -29,7 +29,7 @@ class DamagedError(ValueError):
 
 
 def own(config: Config) -> Checkpoint | None:
-    """The newest checkpoint of this very run, to go on from; its shards are not looked at.
+    """Find the newest checkpoint of this very run, to resume from, without reading its shards.
 
     Raises:
         DamagedError: no checkpoint of the run can be read.
@@ -52,9 +52,8 @@ def own(config: Config) -> Checkpoint | None:
 
 
 def _first_whole(config: Config, candidates: Sequence[Path], problems: list[str]) -> Checkpoint:
-    """The first checkpoint that can be read and is of this model; what is wrong with those before
-    it is said and added to ``problems``.
-    """
+    """Find the first checkpoint that can be read and is of this model; print what is wrong with
+    those before it and add it to ``problems``."""
     for candidate in candidates:
         try:
             found = step_folder.read(candidate)
@@ -163,7 +162,7 @@ def history(config: Config, source: Checkpoint | Path | None) -> History:
 
 
 def whole(config: Config, source: Checkpoint) -> Checkpoint:
-    """The checkpoint to load, once all of its files are found to be those that were written.
+    """Find the checkpoint to load whose files all have the checksums they were written with.
     Collective.
 
     Args:

@@ -8,9 +8,8 @@ from megavlm.config.schema import Optimizer
 
 
 def warmup_steps(optimizer: Optimizer, steps: int) -> int:
-    """Steps of warm-up: the given number, else the given share of the training steps,
-    rounded up.
-    """
+    """Return the steps of warm-up: the given number, else the given share of the training steps,
+    rounded up."""
     return optimizer.warmup_steps or math.ceil(optimizer.warmup_ratio * steps)
 
 

@@ -47,8 +47,8 @@ class SourceLosses:
         self._sums.index_add_(1, batch.sources, rows.round().to(torch.int64))
 
     def report(self, groups: Groups, steps: int = 1) -> tuple[dict[str, float], dict[str, float]]:
-        """What was counted since the last report, of sources that had supervised tokens; empty but
-        in the last chunk. Collective.
+        """Sum up the losses since the last report, for sources that had supervised tokens; empty on
+        all but the last chunk. Collective.
 
         Args:
             groups: whose data-parallel and context-parallel ranks counted other tokens. All of them

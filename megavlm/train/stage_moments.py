@@ -25,9 +25,8 @@ from megavlm.train import checkpoint, master_weights
 
 
 def age(key: str, history: History) -> int:
-    """Updates that the moments of the weight ``key`` have seen in earlier stages, without a stage
-    between that did not train it.
-    """
+    """Return the number of updates that the moments of ``key`` saw in earlier stages, counted back
+    to the last stage that did not train it."""
     updates = 0
     for steps, trainable in reversed(history):
         if not _is_trained(key, trainable):

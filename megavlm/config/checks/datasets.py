@@ -14,7 +14,8 @@ FP8_ROWS = {"delayed": 16, "tensorwise": 16, "blockwise": 16, "mxfp8": 32}
 
 
 def fp8_multiple(recipe: str, is_gathered: bool) -> int:
-    """What rows and columns of a recipe's matrices must be a multiple of; 1 without a recipe.
+    """Return the number that an FP8 recipe needs the rows and columns of matrices to be a multiple
+    of; 1 without a recipe.
 
     Args:
         recipe: one of ``Fp8``'s.
@@ -116,7 +117,7 @@ def _dataset(config: Config, facts: DatasetFacts) -> Iterator[str]:
 
 
 def _together(config: Config, facts: Sequence[DatasetFacts]) -> Iterator[str]:
-    """What the training sets must have together."""
+    """Yield problems of the training sets as a whole."""
     train = [dataset for dataset in facts if dataset.flag == "--data.train"]
     for other in train[1:]:
         if other.capacity != train[0].capacity:

@@ -18,7 +18,7 @@ def rows_of_a_rank(parallel: Parallel, capacity: int) -> int:
 def sharing_problems(
     parallel: Parallel, where: str, capacity: int, alignment: int
 ) -> Iterator[str]:
-    """What keeps the ranks from sharing packs.
+    """Yield the reasons why the ranks cannot share packs.
 
     Args:
         parallel: the layout.

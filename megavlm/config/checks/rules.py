@@ -93,7 +93,7 @@ def layout_problems(config: Config, world_size: int) -> list[str]:
 
 
 def _at_least(least: int, section: str, values: object, *names: str) -> Iterator[str]:
-    """The fields ``names`` that are below ``least``."""
+    """Yield a problem for each of the fields ``names`` that is below ``least``."""
     for name in names:
         value = vars(values)[name]
         if not value >= least:  # a NaN is not either
@@ -101,7 +101,7 @@ def _at_least(least: int, section: str, values: object, *names: str) -> Iterator
 
 
 def _divisors(*numbers: int) -> str:
-    """Common divisors in words: ``1, 2 or 7``."""
+    """Write the common divisors of some numbers as text: ``1, 2 or 7``."""
     *others, last = [
         str(size)
         for size in range(1, min(numbers) + 1)
@@ -313,7 +313,7 @@ def _world(config: Config, world_size: int) -> Iterator[str]:
 
 
 def _nearest_multiples(number: int, of: int) -> str:
-    """The multiples below and above, in words."""
+    """Write the multiples just below and above a number as text."""
     below = number // of * of
     return f"{below} or {below + of}" if below > 0 else f"{below + of}"
 

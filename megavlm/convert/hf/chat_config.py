@@ -54,7 +54,7 @@ _NEEDED_OF_VISION = (
 
 
 def read(raw: dict[str, Any], folder: Path, *, has_head: bool | None) -> Architecture:
-    """What a model is made of; arguments and errors as in the native dialect."""
+    """Read the architecture; arguments and errors as in the native dialect."""
     path = folder / shared.FILE_NAME
     shared.refuse(path, list(_problems(raw)))
     vision = raw["vision_config"]
@@ -69,7 +69,7 @@ def read(raw: dict[str, Any], folder: Path, *, has_head: bool | None) -> Archite
 
 
 def _problems(raw: dict[str, Any]) -> Iterator[str]:
-    """What our model does not do, and what the file lacks."""
+    """Yield settings that our model does not support, and settings that the file lacks."""
     yield from shared.contradictions("", raw, _FIXED[""])
     if "ps_version" not in raw:
         yield "ps_version is missing, which means 'v1'; must be 'v2'"
@@ -108,7 +108,7 @@ def vision_problems(vision: dict[str, Any], section: str) -> Iterator[str]:
 def read_vision(
     settings: dict[str, Any], mean: tuple[float, ...], std: tuple[float, ...]
 ) -> Vision:
-    """The vision encoder."""
+    """Read the vision encoder."""
     return Vision(
         image_size=settings["image_size"],
         patch_size=settings["patch_size"],

@@ -35,8 +35,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 
 def hf_tensors_as_megatron(folder: str | Path, architecture: Architecture) -> MegatronView:
-    """The weights of a Hugging Face folder under our checkpoint keys, each read when it is asked
-    for.
+    """Show the weights of a Hugging Face folder under our checkpoint keys; each is read on access.
 
     Raises:
         FileNotFoundError: files are missing.
@@ -46,8 +45,8 @@ def hf_tensors_as_megatron(folder: str | Path, architecture: Architecture) -> Me
 
 
 def full_tensors(folder: str | Path, architecture: Architecture) -> FullTensor:
-    """What fills a model from a Hugging Face folder: takes a checkpoint key (and a shape, which may
-    have padding), gives the whole tensor, of which a rank reads its share.
+    """Return a function that fills a model from a Hugging Face folder: it takes a checkpoint key
+    (and a shape, which may be padded) and gives the whole tensor, of which a rank reads its shard.
 
     A head that is tied in the folder and not in the model starts as a copy of the token embedding;
     positions are resized to the model's tiles.
@@ -65,7 +64,7 @@ def full_tensors(folder: str | Path, architecture: Architecture) -> FullTensor:
 
 
 def refuse_other(folder: str | Path, architecture: Architecture) -> Architecture:
-    """What the model in a Hugging Face folder is made of; no weights are read.
+    """Read the architecture of a Hugging Face folder, without its weights.
 
     Raises:
         FileNotFoundError: files are missing.
@@ -82,7 +81,7 @@ def refuse_other(folder: str | Path, architecture: Architecture) -> Architecture
 
 
 def _open(folder: Path) -> SafetensorsFolder:
-    """The weights of a Hugging Face folder."""
+    """Open the weights of a Hugging Face folder."""
     return SafetensorsFolder(folder, rename=name_on_disk if dialect_of(folder) == "native" else str)
 
 

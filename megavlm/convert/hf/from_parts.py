@@ -70,8 +70,8 @@ def read_model(folder: str, init: Init) -> Architecture:
 
 
 def image_model(folder: str, init: Init) -> Architecture:
-    """What packs must know of a model: that in a Hugging Face folder of a whole model, or one with
-    the vision encoder in a folder.
+    """Read what packing must know of a model: from the Hugging Face folder of a whole model, or
+    from the folder of a vision encoder.
 
     Raises:
         FileNotFoundError: files are missing.
@@ -89,9 +89,8 @@ def _is_vision_encoder(folder: str) -> bool:
 
 
 def _compose(vision: Vision, language: Language) -> Architecture:
-    """A model of two parts: with InternVL's connector behind its vision encoder, with LLaVA's
-    behind others.
-    """
+    """Combine two parts into a model: with InternVL's connector after its own vision encoder, with
+    LLaVA's after any other."""
     is_internvit = vision.family == "internvit"
     return Architecture(
         vision=vision,
@@ -102,8 +101,8 @@ def _compose(vision: Vision, language: Language) -> Architecture:
 
 
 def vision_from_hf(folder: str | Path) -> Vision:
-    """What the vision encoder in a folder is made of: an InternViT as OpenGVLab publishes it, or a
-    CLIP or SigLIP.
+    """Read the vision encoder in a folder: an InternViT as OpenGVLab publishes it, a CLIP or a
+    SigLIP.
 
     Raises:
         FileNotFoundError: the folder has no config.json.
@@ -142,7 +141,7 @@ def vision_from_hf(folder: str | Path) -> Vision:
 
 
 def _clip_problems(found: dict[str, Any]) -> Iterator[str]:
-    """What our model does not do."""
+    """Yield settings that our model does not support."""
     if found["hidden_act"] not in _ACTIVATIONS:
         yield f"hidden_act is {found['hidden_act']!r}, must be one of {', '.join(_ACTIVATIONS)}"
     if found["num_hidden_layers"] < 2:
@@ -154,7 +153,7 @@ def _clip_problems(found: dict[str, Any]) -> Iterator[str]:
 
 
 def language_from_hf(init: Init) -> Language:
-    """What a language model is made of, with the vocabulary that its tokenizer and InternVL's
+    """Read the language model to start from, with the vocabulary that its tokenizer and InternVL's
     special tokens need.
 
     Raises:
@@ -167,7 +166,7 @@ def language_from_hf(init: Init) -> Language:
 
 
 def _language(folder: Path) -> Language:
-    """The language model as it is."""
+    """Read the language model exactly as its folder describes it."""
     path = folder / json_files.FILE_NAME
     raw = json_files.read_json(path)
     if raw.get("model_type") not in FAMILIES:
@@ -199,7 +198,7 @@ def notes(init: Init, architecture: Architecture) -> list[str]:
 
 
 def words_of(init: Init) -> tuple[str, str]:
-    """The option that names the tokenizer's folder, and the folder."""
+    """Return the option that names the tokenizer's folder, and the folder."""
     return (
         ("--init.tokenizer", init.tokenizer)
         if init.tokenizer
@@ -208,8 +207,8 @@ def words_of(init: Init) -> tuple[str, str]:
 
 
 def extend_tokenizer(init: Init) -> tuple[PreTrainedTokenizerBase, tuple[int, ...]]:
-    """The tokenizer of a language model with InternVL's special tokens, and the ids of those that
-    it lacked.
+    """Add InternVL's special tokens to the tokenizer of a language model; return it and the ids of
+    the tokens that it lacked.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -248,9 +247,8 @@ def refuse_other(init: Init, architecture: Architecture) -> None:
 
 
 def _found(init: Init, part: str, wanted: Architecture) -> Architecture:
-    """The wanted model with a part as a folder has it, but for what may differ: the vocabulary, and
-    layers that a CLIP has more.
-    """
+    """Replace a part of the wanted model by what its folder holds; the vocabulary and the number of
+    CLIP's layers may differ and are kept."""
     if part == "language":
         return replace(
             wanted,
@@ -263,8 +261,8 @@ def _found(init: Init, part: str, wanted: Architecture) -> Architecture:
 
 
 def full_tensors(config: Config, fresh: FullTensor) -> FullTensor:
-    """What fills a model from ``config.init``: takes a checkpoint key (and a shape, which may have
-    padding), gives the whole tensor.
+    """Return a function that fills a model from ``config.init``: it takes a checkpoint key (and a
+    shape, which may be padded) and gives the whole tensor.
 
     Args:
         config: the run.
@@ -303,9 +301,8 @@ def _serve_vision(config: Config) -> Callable[[str], Served]:
 
 
 def _used_by(vision: Vision) -> Callable[[str], str | None]:
-    """Renames the tensors of a CLIP or SigLIP, with or without the half that reads text, and leaves
-    out what features do not need.
-    """
+    """Rename the tensors of a CLIP or SigLIP, with or without its text half, and leave out those
+    that features do not need."""
 
     def name_in_table(name: str) -> str | None:
         name = name.removeprefix("vision_model.")

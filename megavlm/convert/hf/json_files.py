@@ -16,7 +16,7 @@ _USUAL = Vision()
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object.
+    """Read a JSON object.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -41,14 +41,14 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 def contradictions(
     section: str, found: Mapping[str, Any], fixed: Mapping[str, Any]
 ) -> Iterator[str]:
-    """Settings that have another value than the one with which our model computes the same."""
+    """Yield settings that differ from the one value that our model supports."""
     for name, value in fixed.items():
         if name in found and found[name] != value:
             yield f"{section}.{name}".lstrip(".") + f" is {found[name]!r}, must be {value!r}"
 
 
 def missing(section: str, found: Mapping[str, Any], *names: str) -> Iterator[str]:
-    """Settings that are not there."""
+    """Yield settings that the file lacks."""
     return (f"{section}.{name} is missing".lstrip(".") for name in names if found.get(name) is None)
 
 

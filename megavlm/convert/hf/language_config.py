@@ -50,7 +50,7 @@ def problems(settings: Mapping[str, Any], section: str) -> Iterator[str]:
 
 
 def read(settings: Mapping[str, Any], *, tied_head: bool) -> Language:
-    """A language model.
+    """Read a language model.
 
     Args:
         settings: the model's part of config.json, without problems.
@@ -79,9 +79,8 @@ def read(settings: Mapping[str, Any], *, tied_head: bool) -> Language:
 
 
 def _rotary(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of the rotary positions; transformers 4 keeps the base and the rest apart, 5
-    together.
-    """
+    """Merge the settings of rotary positions into one mapping; transformers 4 keeps the base apart
+    from the rest, transformers 5 does not."""
     scaling = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     base = scaling.get("rope_theta", settings.get("rope_theta") or 1e4)
@@ -125,9 +124,8 @@ def write(
 
 
 def _write_rotary(language: Language) -> dict[str, Any]:
-    """The rotary positions, for transformers 4 (and remote code, which wants no third entry in
-    ``rope_scaling``), then for 5.
-    """
+    """Write the rotary positions for transformers 4 (and remote code, which accepts no third entry
+    in ``rope_scaling``) and for 5."""
     factor = language.rotary_dynamic_factor
     base = language.rotary_base
     if factor == 1:

@@ -22,7 +22,7 @@ _READERS: dict[str, tuple[Dialect, _Reader]] = {
 
 
 def dialect_of(folder: str | Path) -> Dialect:
-    """The dialect in which a Hugging Face folder is written.
+    """Tell which dialect a Hugging Face folder is written in.
 
     Raises:
         FileNotFoundError: the folder has no config.json.
@@ -42,8 +42,8 @@ def _reader(path: Path, raw: dict[str, Any]) -> tuple[Dialect, _Reader]:
 
 
 def architecture_from_hf(folder: str | Path) -> Architecture:
-    """What the model in a Hugging Face folder is made of. Only config.json and the names of the
-    weights are read.
+    """Read the architecture of a Hugging Face folder, from config.json and the names of the weights
+    alone.
 
     Raises:
         FileNotFoundError: the folder has no config.json.

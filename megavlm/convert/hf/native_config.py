@@ -38,7 +38,7 @@ _FIXED: dict[str, dict[str, Any]] = {
 
 
 def read(raw: dict[str, Any], folder: Path, *, has_head: bool | None) -> Architecture:
-    """What a model is made of.
+    """Read the architecture.
 
     Args:
         raw: content of its config.json.
@@ -69,7 +69,7 @@ def read(raw: dict[str, Any], folder: Path, *, has_head: bool | None) -> Archite
 
 
 def _problems(settings: dict[str, Any]) -> Iterator[str]:
-    """What our model does not do."""
+    """Yield settings that our model does not support."""
     vision = settings["vision_config"]
     text = settings["text_config"]
     for section, fixed in _FIXED.items():
@@ -92,7 +92,7 @@ def _problems(settings: dict[str, Any]) -> Iterator[str]:
 
 
 def _vision(settings: dict[str, Any], mean: tuple[float, ...], std: tuple[float, ...]) -> Vision:
-    """The vision encoder."""
+    """Read the vision encoder."""
     return Vision(
         image_size=settings["image_size"][0],
         patch_size=settings["patch_size"][0],
@@ -119,7 +119,7 @@ def write(
     eos_token_id: int,
     pad_token_id: int,
 ) -> dict[str, Any]:
-    """The content of config.json.
+    """Build the content of config.json.
 
     Args:
         architecture: the model.

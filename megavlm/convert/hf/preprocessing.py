@@ -44,7 +44,7 @@ class Usage:
 
 
 def of_folder(folder: Path, dialect: Dialect) -> Usage:
-    """What a Hugging Face folder says."""
+    """Read the settings from a Hugging Face folder."""
     if dialect == "chat":
         settings = read_json(folder / FILE_NAME)
         usage = _tiles(settings, "min_dynamic_patch", "max_dynamic_patch")
@@ -75,9 +75,8 @@ def _tiles(found: dict[str, Any], least: str, most: str) -> Usage:
 
 
 def of_checkpoint(folder: Path) -> Usage:
-    """What a checkpoint knows: from the packs it was trained on, else from the folder that it was
-    imported from.
-    """
+    """Read the settings of a checkpoint: from the packs it was trained on, else from the folder
+    that it was imported from."""
     if (folder / MANIFEST_NAME).is_file():
         packs = read_manifest(folder)
         return Usage(

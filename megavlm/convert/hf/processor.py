@@ -128,7 +128,7 @@ def _write_native(
     dtype: torch.dtype,
     ids: TokenIds,
 ) -> None:
-    """What ``AutoProcessor`` and ``InternVLForConditionalGeneration`` read."""
+    """Write the files that ``AutoProcessor`` and ``InternVLForConditionalGeneration`` read."""
     template = _template(tokenizer, usage, with_images=True)
     if template is None:
         raise ValueError(
@@ -155,7 +155,7 @@ def _write_chat(
     dtype: torch.dtype,
     ids: TokenIds,
 ) -> None:
-    """What OpenGVLab's ``InternVLChatModel`` and the programs that know it read."""
+    """Write the files that OpenGVLab's ``InternVLChatModel`` and the programs that load it read."""
     settings = chat_config.write(
         architecture,
         dtype=dtype,

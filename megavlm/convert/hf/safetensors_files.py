@@ -147,7 +147,7 @@ def _read_index(path: Path) -> dict[str, str]:
 
 
 def _open(path: Path) -> safe_open:
-    """A safetensors file, of which only the header is read."""
+    """Open a safetensors file and read its header only."""
     if not path.is_file():
         raise FileNotFoundError(
             f"{path}: no such file; a folder with weights in safetensors files is needed"

@@ -81,7 +81,8 @@ def _runs(numbers: Tensor, starts: Sequence[int]) -> Iterator[Run]:
 
 
 def within(runs: Iterable[Run], first: int, count: int) -> Iterator[Run]:
-    """What ``count`` rows from row ``first`` on of the tensor that ``runs`` make up are made of."""
+    """Cut from ``runs``, which make up a tensor, the runs of ``count`` rows from row ``first``
+    on."""
     position = 0
     for run in runs:
         begin = max(first - position, 0)

@@ -36,7 +36,8 @@ class Row:
         return self.operation.part_shapes(self.shape)
 
     def within(self, key: str, name: str, layer: int | str = "{}") -> Row:
-        """The row with prefixes in front of key and names, and the layer's number filled in."""
+        """Return the row with prefixes before its key and names, and with the layer's index filled
+        in."""
         names = tuple((name + inner).format(layer) for inner in self.names)
         return replace(self, key=(key + self.key).format(layer), names=names)
 
@@ -50,7 +51,7 @@ class Row:
 
 
 def layers(layer: Sequence[Row], key: str, name: str, count: int) -> Iterator[Row]:
-    """The rows of a layer for each layer."""
+    """Repeat the rows of one layer for every layer."""
     return (row.within(key, name, number) for number in range(count) for row in layer)
 
 
@@ -77,6 +78,6 @@ def linear(
 
 
 def norm(key: str, name: str, size: int, kind: str = "RMSNorm") -> list[Row]:
-    """A norm's weight and, of a LayerNorm, bias."""
+    """Map a norm's weight and, for a LayerNorm, its bias."""
     parts = ("weight", "bias") if kind == "LayerNorm" else ("weight",)
     return [Row(f"{key}{part}", (f"{name}.{part}",), (size,)) for part in parts]

@@ -57,9 +57,8 @@ _IN_MEMORY = (
 
 
 def name_on_disk(name: str) -> str:
-    """The name that files give to a weight, also where this is the one that transformers uses in
-    memory.
-    """
+    """Return the name that files give to a weight, also for a name that transformers uses in
+    memory."""
     for pattern, replacement in _IN_MEMORY:
         if pattern.match(name):
             return pattern.sub(replacement, name)
@@ -104,7 +103,7 @@ def copied_head(architecture: Architecture, dialect: Dialect) -> tuple[Row, ...]
 
 
 def head_names() -> set[str]:
-    """What files of the two dialects call a head, whatever the family."""
+    """Collect the names of a head in files of both dialects and all families."""
     language = (
         row
         for family in FAMILIES.values()

@@ -31,15 +31,16 @@ class Operation(ABC):
 
     @abstractmethod
     def split(self, whole: Tensor) -> tuple[Tensor, ...]:
-        """Hugging Face's tensors from megatron-core's; they may be views of it."""
+        """Split megatron-core's tensor into Hugging Face's; they may be views of it."""
 
     @abstractmethod
     def join(self, parts: Sequence[Tensor]) -> Tensor:
-        """Megatron-core's tensor from Hugging Face's."""
+        """Join Hugging Face's tensors into megatron-core's."""
 
     @abstractmethod
     def part_shapes(self, whole: Shape) -> tuple[Shape, ...]:
-        """Shapes of Hugging Face's tensors where megatron-core's has shape ``whole``."""
+        """Return the shapes of Hugging Face's tensors for a tensor of megatron-core of shape
+        ``whole``."""
 
     def takes(self, found: Shape, expected: Shape) -> bool:
         """Whether a tensor of megatron-core of shape ``found`` can stand for one of shape
@@ -58,15 +59,15 @@ class Same(Operation):
         return True
 
     def split(self, whole: Tensor) -> tuple[Tensor, ...]:
-        """The tensor."""
+        """Return the tensor."""
         return (whole,)
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
-        """The tensor."""
+        """Return the tensor."""
         return parts[0]
 
     def part_shapes(self, whole: Shape) -> tuple[Shape, ...]:
-        """The shape."""
+        """Return the shape."""
         return (whole,)
 
 
@@ -91,19 +92,19 @@ class Padded(Operation):
         return self.axis == 0 and self.inner.moves_rows
 
     def split(self, whole: Tensor) -> tuple[Tensor, ...]:
-        """Hugging Face's tensors, without padding."""
+        """Split the tensor without its padding into Hugging Face's tensors."""
         return self.inner.split(whole.narrow(self.axis, 0, self.size))
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
-        """Megatron-core's tensor, without padding."""
+        """Join Hugging Face's tensors into megatron-core's, without padding."""
         return self.inner.join(parts)
 
     def part_shapes(self, whole: Shape) -> tuple[Shape, ...]:
-        """Shapes of the inner operation."""
+        """Return the shapes that the inner operation gives."""
         return self.inner.part_shapes(whole)
 
     def takes(self, found: Shape, expected: Shape) -> bool:
-        """The padded axis may be longer, not shorter."""
+        """Accept a padded axis that is longer than ``size``, never one that is shorter."""
         others = [number for number in range(len(expected)) if number != self.axis]
         return (
             len(found) == len(expected)
@@ -130,15 +131,15 @@ class Fused(Operation):
         return self.inner.moves_rows
 
     def split(self, whole: Tensor) -> tuple[Tensor, ...]:
-        """The parts in one tensor."""
+        """Stack the inner operation's parts in one tensor."""
         return (torch.cat(self.inner.split(whole)),)
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
-        """The inverse of ``split``."""
+        """Split the stack into its parts and join them with the inner operation."""
         return self.inner.join(parts[0].split(self.rows))
 
     def part_shapes(self, whole: Shape) -> tuple[Shape, ...]:
-        """One shape, with the rows of all parts."""
+        """Return one shape with the rows of all parts."""
         return ((sum(self.rows), *whole[1:]),)
 
 
@@ -158,15 +159,15 @@ class Stacked(Operation):
         return True
 
     def split(self, whole: Tensor) -> tuple[Tensor, ...]:
-        """The tensors."""
+        """Split the stack into ``count`` tensors."""
         return whole.chunk(self.count)
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
-        """The stack."""
+        """Stack the tensors."""
         return torch.cat(list(parts))
 
     def part_shapes(self, whole: Shape) -> tuple[Shape, ...]:
-        """A ``count``-th of the rows each."""
+        """Return ``count`` shapes with a ``count``-th of the rows each."""
         return ((whole[0] // self.count, *whole[1:]),) * self.count
 
 
@@ -192,19 +193,19 @@ class GroupedQKV(Operation):
         return True
 
     def split(self, whole: Tensor) -> tuple[Tensor, ...]:
-        """[(H + 2G) d, ...] -> query [H d, ...], key [G d, ...], value [G d, ...]."""
+        """Split [(H + 2G) d, ...] into query [H d, ...], key [G d, ...] and value [G d, ...]."""
         heads = whole.unflatten(0, (self.groups, self._heads_of_group, self.head_size))
         return tuple(
             part.flatten(0, 2) for part in heads.split([self.heads // self.groups, 1, 1], dim=1)
         )
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
-        """The inverse of ``split``."""
+        """Interleave query, key and value by query group, as ``split`` takes them."""
         grouped = [part.unflatten(0, (self.groups, -1, self.head_size)) for part in parts]
         return torch.cat(grouped, dim=1).flatten(0, 2)
 
     def part_shapes(self, whole: Shape) -> tuple[Shape, ...]:
-        """Rows of query, key and value."""
+        """Return the shapes of query, key and value."""
         return tuple(
             (heads * self.head_size, *whole[1:]) for heads in (self.heads, self.groups, self.groups)
         )
@@ -228,13 +229,13 @@ class Reshaped(Operation):
     whole: Shape
 
     def split(self, whole: Tensor) -> tuple[Tensor, ...]:
-        """In Hugging Face's shape."""
+        """Return the tensor in Hugging Face's shape."""
         return (whole.reshape(self.part),)
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
-        """In megatron-core's shape."""
+        """Return the tensor in megatron-core's shape."""
         return parts[0].reshape(self.whole)
 
     def part_shapes(self, whole: Shape) -> tuple[Shape, ...]:
-        """Hugging Face's shape."""
+        """Return Hugging Face's shape."""
         return (self.part,)

@@ -41,7 +41,7 @@ class Packing:
     bins: int
 
     def members(self, seed: int, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The samples of all packs, pack after pack, and where each pack starts: pack b holds
+        """Order the samples by pack and find where each pack starts: pack b holds
         ``order[starts[b]:starts[b + 1]]``.
 
         Args:
@@ -108,7 +108,7 @@ def automatic_tile_cap(
     seed: int = 0,
     multiple: int = 1,
 ) -> int:
-    """The lowest tile cap that costs hardly any tokens, found by packing a random part of the
+    """Choose the lowest tile cap that wastes hardly any tokens, by packing a random part of the
     samples with several caps.
 
     Tried are 1.01, 1.02, 1.03, ... times the mean tiles of a full pack, never below the tiles of
@@ -138,9 +138,8 @@ def cap_curve(
     also: int = 0,
     multiple: int = 1,
 ) -> tuple[CapTrial, ...]:
-    """The fill with each of the caps that ``automatic_tile_cap`` may take, with some lower ones,
-    and with the cap ``also``.
-    """
+    """Measure the fill with each cap that ``automatic_tile_cap`` may choose, with some lower ones,
+    and with the cap ``also``."""
     return tuple(
         _try_caps(tokens, tiles, capacity, seed, (*LOW_CAP_FACTORS, *CAP_FACTORS), also, multiple)
     )
@@ -155,7 +154,7 @@ def _try_caps(
     also: int = 0,
     multiple: int = 1,
 ) -> Iterator[CapTrial]:
-    """The caps to try, lowest first; none where there are no tiles."""
+    """Pack with each cap to try, lowest first; yield nothing if there are no tiles."""
     tokens = np.asarray(tokens, np.int32)
     tiles = np.asarray(tiles, np.int32)
     most = int(tiles.max(initial=0))

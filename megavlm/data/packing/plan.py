@@ -59,7 +59,7 @@ class PackPlan:
         return self.starts[first : min(first + self.packs_per_shard, self.packs) + 1]
 
     def levels_without(self, lost_packs: Sequence[int]) -> tuple[Level, ...]:
-        """The levels of difficulty when some packs are not written after all."""
+        """Return the levels of difficulty after leaving out packs that could not be written."""
         ends = np.cumsum([level.packs for level in self.levels])
         lost = (
             np.bincount(np.searchsorted(ends, lost_packs, side="right"), minlength=len(ends))
@@ -93,7 +93,7 @@ class Samples:
 def gather_samples(
     rows: Rows, sources: Sequence[Annotations], alignment: int, seed: int, levels: int = 0
 ) -> Samples:
-    """The sizes of the samples that the rows of a scan mean.
+    """Compute the sizes of the samples to pack from the rows of a scan.
 
     Args:
         rows: of the scan.

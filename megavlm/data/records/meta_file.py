@@ -146,7 +146,7 @@ class Annotations:
 
 
 def read_meta(path: str | Path) -> tuple[Annotations, ...]:
-    """The sources that a meta file lists.
+    """Read the sources that a meta file lists.
 
     A meta file is JSON: ``{name: {"root": folder, "annotation": files, "repeat_time": 1,
     "max_dynamic_patch": 12, ...}}``. ``annotation`` is a file, a pattern, an Energon dataset's
@@ -193,9 +193,8 @@ def read_sources(
     augment: bool = False,
     difficulty: str | None = None,
 ) -> tuple[Annotations, ...]:
-    """The sources of ``meta``, or the one ``annotation`` with the folder of its images; errors as
-    in ``read_meta``.
-    """
+    """Read the sources of ``meta``, or make one of ``annotation`` and the folder of its images;
+    errors as in ``read_meta``."""
     if meta is None:
         return single_source(annotation or "", root, augment=augment, difficulty=difficulty)
     for key, value, flag in (
@@ -217,7 +216,8 @@ def single_source(
     augment: bool = False,
     difficulty: str | None = None,
 ) -> tuple[Annotations, ...]:
-    """The files of one source without a meta file; raises FileNotFoundError where there is none."""
+    """List the files of one source without a meta file; raises FileNotFoundError if there are
+    none."""
     try:
         files = find_files(str(annotation))
     except (FileNotFoundError, ValueError) as error:
@@ -228,9 +228,8 @@ def single_source(
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object whose names must differ: of two entries of one name, JSON readers drop the
-    first in silence.
-    """
+    """Make a JSON object, refusing repeated names: JSON readers silently drop all but the last
+    entry of a name."""
     names = [name for name, _ in pairs]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
@@ -310,7 +309,7 @@ def _files(given: Any, root: str, where: str) -> tuple[tuple[str, str], ...]:
 
 
 def _filter(given: Any, where: str) -> Filter:
-    """The filter of an entry."""
+    """Read the filter of an entry."""
     if not isinstance(given, dict):
         raise ValueError(f"{where}: must be an object, not {given!r:.200}")
     _refuse_unknown(given, [entry.name for entry in fields(Filter)], where)

@@ -117,7 +117,7 @@ class ChatTemplate:
         return np.flatnonzero(tokens == start), np.flatnonzero(tokens == end) + 1
 
     def text(self, tokens: Sequence[int] | np.ndarray) -> str:
-        """The text of an answer's tokens, without special tokens."""
+        """Decode an answer's tokens, leaving out special tokens."""
         return self.tokenizer.decode([int(token) for token in tokens], skip_special_tokens=True)
 
     def _encode(
@@ -149,7 +149,8 @@ class ChatTemplate:
         return np.repeat(tokens, repeats), np.repeat(supervised, repeats)
 
     def _render(self, turn: Turn) -> tuple[str, str, str]:
-        """What stands before the learned part of a turn, that part, and what stands behind it."""
+        """Split the text of a turn into what precedes the learned part, that part, and what follows
+        it."""
         text = turn.text.strip() if self.format.strip else turn.text
         if turn.role in SHOWING_ROLES:
             if turn.role == "human" and not self.format.questions:
@@ -224,7 +225,7 @@ class ChatTemplate:
         ]
 
     def _token_id(self, token: str) -> int:
-        """The id of a special token."""
+        """Look up the id of a special token."""
         ids = self._tokens([token])[0]
         if len(ids) != 1:
             raise ValueError(

@@ -48,7 +48,7 @@ class ChatFormat:
         return self.answer.partition("{}")[2]
 
     def hf_template(self, *, system_message: str | None = None, bos: bool = False) -> str:
-        """The same text for Hugging Face's apply_chat_template; an image becomes one
+        """Write the template for Hugging Face's apply_chat_template; an image becomes one
         ``<IMG_CONTEXT>``, which the processor expands.
 
         Args:
@@ -88,7 +88,7 @@ class ChatFormat:
 
 
 def _quoted(text: str) -> str:
-    """A text as Jinja writes it in quotes."""
+    """Quote a text for Jinja."""
     return "'" + text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n") + "'"
 
 
@@ -171,7 +171,7 @@ FORMATS: dict[str, ChatFormat] = {
 
 
 def chat_format(name: str) -> ChatFormat:
-    """The row ``name`` of the table.
+    """Return the row ``name`` of the table.
 
     Raises:
         ValueError: there is no such row; the message lists the names.

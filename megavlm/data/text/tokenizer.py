@@ -31,7 +31,7 @@ PROBE = (
 
 
 def load_tokenizer(folder: str | Path, flag: str = "--tokenizer") -> PreTrainedTokenizerBase:
-    """The tokenizer in a folder, never fetched from elsewhere, and never by running code from it;
+    """Load the tokenizer in a folder, without downloading anything or running code from it;
     ``flag`` names the folder in errors.
 
     InternLM's tokenizers bring such code; their ``tokenizer.model`` is read instead.
@@ -72,7 +72,8 @@ def extend(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A hash of what a tokenizer does: its vocabulary, and its tokens for a text of many kinds.
+    """Hash what a tokenizer does: its vocabulary, and its tokens for a text with many kinds of
+    characters.
 
     It does not depend on how the files are written, so it outlives saving, loading and new versions
     of transformers.
@@ -85,7 +86,7 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def first_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What a tokenizer puts in front of a text: nothing (Qwen2.5), or its token of the beginning
+    """Return the tokens that a tokenizer puts before a text: none (Qwen2.5), or its BOS token
     (Llama, InternLM2.5).
 
     Raises:
@@ -105,15 +106,13 @@ def first_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def _settings(folder: Path) -> dict[str, Any]:
-    """What ``tokenizer_config.json`` says."""
+    """Read ``tokenizer_config.json``; an empty mapping if the folder has none."""
     path = folder / "tokenizer_config.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def _load_sentencepiece(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a sentencepiece model; whether a text starts with a space is written in the
-    model itself.
-    """
+    """Load a sentencepiece model, which itself says whether a text starts with a space."""
     from sentencepiece import sentencepiece_model_pb2
 
     model = sentencepiece_model_pb2.ModelProto.FromString((folder / "tokenizer.model").read_bytes())

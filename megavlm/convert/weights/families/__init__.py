@@ -15,7 +15,7 @@ FAMILIES: dict[str, Family] = {
 
 
 def family_of(language: Language) -> Family:
-    """The family that a language model says it is of.
+    """Return the family that a language model names.
 
     Raises:
         ValueError: there is no such family, or the model contradicts what all models of the family
@@ -46,7 +46,7 @@ def family_of(language: Language) -> Family:
 
 
 def written_as(language: Language, dialect: str) -> Family:
-    """The family whose format a dialect writes a language model in.
+    """Return the family in whose format a dialect writes a language model.
 
     Raises:
         ValueError: see ``family_of``.

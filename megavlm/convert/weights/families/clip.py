@@ -12,9 +12,8 @@ from megavlm.convert.weights.transforms import GroupedQKV, Padded, Reshaped
 
 
 def rows(vision: Vision) -> list[Row]:
-    """The table of the layers that are built, with keys and names as in a folder that holds the
-    vision encoder alone.
-    """
+    """Build the table of the layers that exist, with keys and names as in a folder of the vision
+    encoder alone."""
     width = vision.hidden_size
     side = vision.patch_size
     tokens = vision.tokens

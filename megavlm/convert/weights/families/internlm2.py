@@ -15,7 +15,7 @@ from megavlm.convert.weights.transforms import Padded, Stacked
 
 
 def rows(language: Language) -> list[Row]:
-    """The table of InternLM2."""
+    """Build the table of InternLM2."""
     width = language.hidden_size
     tokens = language.vocab_size
     head = [Row("output_layer.weight", ("output.weight",), (tokens, width), Padded(tokens))]

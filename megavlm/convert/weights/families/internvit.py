@@ -62,7 +62,8 @@ CHAT = Names(
 
 
 def rows(vision: Vision, names: Names) -> list[Row]:
-    """The table of InternViT, with keys and names as in a folder that holds it alone."""
+    """Build the table of InternViT, with keys and names as in a folder of the vision encoder
+    alone."""
     width = vision.hidden_size
     side = vision.patch_size
     return [
