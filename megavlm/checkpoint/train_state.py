@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from megavlm.config.freeze_mask import current_name
+from megavlm.config.former_names import current_name
 
 FILE_NAME = "state.json"
 FORMAT_VERSION = 2

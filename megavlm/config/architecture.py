@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from megavlm.config.connectors import Connector, ConnectorSizes, Ends, connector_sizes
+
 # Mean and standard deviation of red, green and blue, by what the vision encoder was pretrained
 # with.
 PIXELS: dict[str, tuple[tuple[float, float, float], tuple[float, float, float]]] = {
@@ -60,7 +62,14 @@ class Vision:
     @property
     def grid(self) -> int:
         """Patches along one side of a tile."""
-        return self.image_size // self.patch_size
+        return self.image_size // max(self.patch_size, 1)
+
+    @property
+    def fills_tile(self) -> bool:
+        """Whether patches cover a tile. The largest SigLIPs leave some pixels out: 384 pixels make
+        27 patches of 14.
+        """
+        return self.family == "siglip" or not self.image_size % self.patch_size
 
     @property
     def has_class_token(self) -> bool:
@@ -145,24 +154,30 @@ class Architecture:
 
     Args:
         vision: the vision encoder.
+        connector: what turns its features into embeddings of the language model.
         language: the language model.
-        pixel_shuffle: patches along a side that become one feature (2: four patches, a quarter of
-            the tokens).
-        projector_norm: whether a LayerNorm stands before the connector's MLP, as in InternVL; LLaVA
-            has none.
     """
 
     vision: Vision = field(default_factory=Vision)
+    connector: Connector = field(default_factory=Connector)
     language: Language = field(default_factory=Language)
-    pixel_shuffle: int = 2
-    projector_norm: bool = True
+
+    @property
+    def connector_sizes(self) -> ConnectorSizes:
+        """How large the connector is. Raises ValueError if there is no such kind."""
+        ends = Ends(
+            grid=self.vision.grid,
+            input_size=self.vision.hidden_size,
+            output_size=self.language.hidden_size,
+        )
+        return connector_sizes(self.connector, ends)
+
+    @property
+    def placeholders_per_tile(self) -> int:
+        """Placeholder tokens (``<IMG_CONTEXT>``) that one tile has in the text."""
+        return self.connector_sizes.placeholders
 
     @property
     def features_per_tile(self) -> int:
-        """Features, and so ``<IMG_CONTEXT>`` tokens, of one tile."""
-        return (self.vision.grid // self.pixel_shuffle) ** 2
-
-    @property
-    def projector_input_size(self) -> int:
-        """Width of a feature before the connector."""
-        return self.vision.hidden_size * self.pixel_shuffle**2
+        """Features that the connector gives for one tile."""
+        return self.connector_sizes.features

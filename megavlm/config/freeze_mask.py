@@ -6,13 +6,6 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
 PARTS = ("vision", "connector", "language")
-_FORMER_NAMES = {"projector": "connector"}
-
-
-def current_name(pattern: str) -> str:
-    """Return a pattern with the name that its part has today; older versions said ``projector``."""
-    part, dot, rest = pattern.partition(".")
-    return f"{_FORMER_NAMES.get(part, part)}{dot}{rest}"
 
 
 def matches(key: str, pattern: str) -> bool:

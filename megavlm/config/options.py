@@ -16,12 +16,14 @@ from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 import docstring_parser
 import jsonargparse
 
+from megavlm.config import former_names
 from megavlm.config.architecture import PIXELS
-from megavlm.config.freeze_mask import current_name
+from megavlm.config.former_names import current_name
 from megavlm.config.schema import Config
 
-# Names that Megatron-LM's users know, for fields that mean the same.
+# Names that Megatron-LM's users know, for fields that mean the same, and those of older versions.
 ALIASES = {
+    **{f"--{former}": current for former, current in former_names.OPTIONS.items()},
     "--tensor-model-parallel-size": "parallel.tensor_model_parallel_size",
     "--pipeline-model-parallel-size": "parallel.pipeline_model_parallel_size",
     "--num-virtual-stages-per-pipeline-rank": "parallel.virtual_pipeline_model_parallel_size",

@@ -13,6 +13,7 @@ from typing import Literal
 from megavlm.config.architecture import Architecture as Architecture
 from megavlm.config.architecture import Language as Language
 from megavlm.config.architecture import Vision as Vision
+from megavlm.config.connectors import Connector as Connector
 from megavlm.config.parts import Init as Init
 
 # What ``--data.augment`` knows.

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from megavlm.config.former_names import OPTIONS, with_current_keys
 from megavlm.config.options import nearest, options
 
 _NULL = "tag:yaml.org,2002:null"
@@ -70,7 +71,8 @@ def read(source: str | Path, where: str) -> Settings:
         raise ValueError(f"{where}: expected keys and values, such as 'stage: 1', got {content!r}")
     if wrong := [*_unknown(keys), *_given_twice(keys), *_without_value(keys)]:
         raise ValueError(f"{where}: " + "\n  ".join(wrong))
-    return Settings(where=where, content=content, lines={key.path: key.line for key in keys})
+    current = with_current_keys(content)
+    return Settings(where=where, content=current, lines={key.path: key.line for key in keys})
 
 
 def _text(path: Path, where: str) -> str:
@@ -87,11 +89,12 @@ def _text(path: Path, where: str) -> str:
 
 
 def _keys(node: yaml.MappingNode, path: str = "") -> Iterator[_Key]:
-    """Yield every key of nested mappings, a section before what is in it."""
+    """Yield every key of nested mappings by its current name, a section before what is in it."""
     for name, value in node.value:
         if name.tag == _MERGE:
             continue
-        key = _Key(path=f"{path}{name.value}", line=name.start_mark.line + 1, value=value)
+        full = f"{path}{name.value}"
+        key = _Key(path=OPTIONS.get(full, full), line=name.start_mark.line + 1, value=value)
         yield key
         if isinstance(value, yaml.MappingNode):
             yield from _keys(value, f"{key.path}.")
@@ -100,7 +103,8 @@ def _keys(node: yaml.MappingNode, path: str = "") -> Iterator[_Key]:
 def _unknown(keys: list[_Key]) -> Iterator[str]:
     """Name keys that are no option and no section, and sections that have a value."""
     known = options()
-    sections = {key.rpartition(".")[0] for key in known} - {""}
+    parents = {key.rpartition(".")[0] for key in known}
+    sections = (parents | {name.rpartition(".")[0] for name in parents}) - {""}
     for key in keys:
         if key.path in sections and isinstance(key.value, yaml.ScalarNode):
             if key.value.tag != _NULL:

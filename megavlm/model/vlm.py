@@ -18,12 +18,12 @@ from torch import Tensor
 from megavlm.config.schema import Config
 from megavlm.data.loading.batch import Batch
 from megavlm.model.attention import PackedSamples
-from megavlm.model.connector import Connector
+from megavlm.model.connector import build_connector
 from megavlm.model.fusion import place_features
 from megavlm.model.language import LanguageModel
 from megavlm.model.recompute import ask_for_gradient
 from megavlm.model.specs import kernels
-from megavlm.model.transformer import connector_config, language_config, vision_config
+from megavlm.model.transformer import language_config, vision_config
 from megavlm.model.vision import VisionEncoder
 from megavlm.parallel.process_groups import Groups
 from megavlm.parallel.vision_parallel import (
@@ -84,9 +84,7 @@ class VisionLanguageModel(MegatronModule):
                 encoder, arch.vision, chunk, drop_path, chosen, groups.vision, turn
             )
         if chunk.has_connector:
-            self.connector = Connector(
-                connector_config(config, chosen), arch, chosen, groups.vision
-            )
+            self.connector = build_connector(config, chosen, groups.vision)
         # Parts of which every tensor-parallel rank has a copy, for tiles of its own.
         self.copies = (
             [part for part in (self.vision, self.connector) if part is not None]

@@ -95,7 +95,7 @@ def fresh_tensor(config: Config) -> FullTensor:
     seed = config.training.seed
     parts = {
         "vision": (arch.vision.hidden_size, arch.vision.num_layers),
-        "connector": (arch.projector_input_size, 1),
+        "connector": (arch.connector_sizes.feature_size, 1),
         "language": (arch.language.hidden_size, arch.language.num_layers),
     }
 

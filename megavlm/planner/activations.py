@@ -173,12 +173,7 @@ def _around_layers(config: Config, chunk: Chunk, share: RankShare) -> float:
     if chunk.has_connector and any(
         part in ("vision", "connector") for part in config.training.trainable
     ):
-        features = share.tiles * arch.features_per_tile
-        found += (
-            features
-            * 2
-            * (arch.projector_input_size + arch.language.hidden_size / parallel.vision_tensor_size)
-        )
+        found += share.tiles * arch.connector_sizes.kept(parallel.vision_tensor_size)
     if chunk.has_head:
         # Inputs of the final norm and of the head, which are whole on every tensor-parallel rank.
         return found + (tokens + share.head_tokens) * arch.language.hidden_size

@@ -133,7 +133,9 @@ def _tensor(config: Config, chunk: Chunk, share: RankShare) -> float:
         chunk.has_connector
     ):  # the embedding's sum; the connector's, or the gathering of all ranks' features
         found += share.tokens * arch.language.hidden_size + (
-            2 * features if parallel.vision == "tensor" else features * tensor / 2
+            2 * share.tiles * arch.connector_sizes.summed
+            if parallel.vision == "tensor"
+            else features * tensor / 2
         )
     if chunk.has_head:
         found += share.tokens * arch.language.hidden_size

@@ -28,34 +28,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 from megavlm.config.freeze_mask import matches
+from megavlm.config.pieces import Piece, Unit, linear, norm, vector
 from megavlm.config.schema import Architecture
 
-Unit = Literal["tile", "token", "supervised", "squared_length"]
 PARTS = ("vision", "connector", "language", "head")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Piece:
-    """A weight, or the products of attention, which have none.
-
-    Args:
-        key: checkpoint key of the weight; empty for attention.
-        part: vision, connector, language or head.
-        numbers: numbers in the weight.
-        forward: FLOPs of the forward pass, for each unit.
-        unit: count of the data that the cost is in proportion to.
-        layer: number of its layer inside the part; none where it stands before or after the layers.
-    """
-
-    key: str
-    part: str
-    numbers: int
-    forward: int
-    unit: Unit
-    layer: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,34 +110,8 @@ def with_gradients(
 def pieces(architecture: Architecture) -> Iterator[Piece]:
     """Every weight of the model, and its attention, in the order of the forward pass."""
     yield from _vision(architecture)
-    yield from _connector(architecture)
+    yield from architecture.connector_sizes.pieces()
     yield from _language(architecture)
-
-
-def _vector(key: str, part: str, size: int) -> Piece:
-    """Describe a bias, a norm's weight or another vector that no matrix product reads."""
-    return Piece(key=key, part=part, numbers=size, forward=0, unit="token")
-
-
-def _linear(
-    key: str, part: str, inputs: int, outputs: int, *, rows: int, unit: Unit, has_bias: bool
-) -> Iterator[Piece]:
-    """Describe a linear layer that is applied to ``rows`` rows for each unit."""
-    yield Piece(
-        key=f"{key}.weight",
-        part=part,
-        numbers=inputs * outputs,
-        forward=2 * inputs * outputs * rows,
-        unit=unit,
-    )
-    if has_bias:
-        yield _vector(f"{key}.bias", part, outputs)
-
-
-def _norm(key: str, part: str, size: int, *, has_bias: bool, joint: str = ".") -> Iterator[Piece]:
-    yield _vector(f"{key}{joint}weight", part, size)
-    if has_bias:
-        yield _vector(f"{key}{joint}bias", part, size)
 
 
 def _vision(architecture: Architecture) -> Iterator[Piece]:
@@ -167,7 +119,7 @@ def _vision(architecture: Architecture) -> Iterator[Piece]:
     part = "vision"
     width = architecture.vision.hidden_size
     patch = 3 * vision.patch_size**2
-    yield from _linear(
+    yield from linear(
         "vision.patch_embedding",
         part,
         patch,
@@ -177,10 +129,10 @@ def _vision(architecture: Architecture) -> Iterator[Piece]:
         has_bias=vision.has_patch_bias,
     )
     if vision.has_class_token:
-        yield _vector("vision.class_token", part, width)
-    yield _vector("vision.position_embedding", part, vision.tokens * width)
+        yield vector("vision.class_token", part, width)
+    yield vector("vision.position_embedding", part, vision.tokens * width)
     if vision.has_embedding_norm:
-        yield from _norm("vision.embedding_norm", part, width, has_bias=True)
+        yield from norm("vision.embedding_norm", part, width, has_bias=True)
     for number in range(vision.num_layers):
         yield from (replace(piece, layer=number) for piece in _vision_layer(architecture, number))
 
@@ -194,52 +146,35 @@ def _vision_layer(architecture: Architecture, number: int) -> Iterator[Piece]:
     rows = vision.tokens
     layer = f"vision.encoder.layers.{number}"
     qkv, proj, fc1, fc2 = (f"{layer}.{name}" for name in _LINEARS)
-    yield from _norm(qkv, part, width, has_bias=has_bias, joint=".layer_norm_")
-    yield from _linear(
-        qkv, part, width, 3 * width, rows=rows, unit="tile", has_bias=vision.qkv_bias
-    )
+    yield from norm(qkv, part, width, has_bias=has_bias, joint=".layer_norm_")
+    yield from linear(qkv, part, width, 3 * width, rows=rows, unit="tile", has_bias=vision.qkv_bias)
     for name in ("query", "key") if vision.qk_norm else ():
-        yield _vector(f"{layer}.self_attention.qk_norm.{name}", part, width)
+        yield vector(f"{layer}.self_attention.qk_norm.{name}", part, width)
     yield Piece(key="", part=part, numbers=0, forward=4 * rows**2 * width, unit="tile")
-    yield from _linear(proj, part, width, width, rows=rows, unit="tile", has_bias=True)
+    yield from linear(proj, part, width, width, rows=rows, unit="tile", has_bias=True)
     if vision.has_layer_scale:
-        yield _vector(f"{layer}.attention_scale", part, width)
-    yield from _norm(fc1, part, width, has_bias=has_bias, joint=".layer_norm_")
-    yield from _linear(fc1, part, width, inner, rows=rows, unit="tile", has_bias=True)
-    yield from _linear(fc2, part, inner, width, rows=rows, unit="tile", has_bias=True)
+        yield vector(f"{layer}.attention_scale", part, width)
+    yield from norm(fc1, part, width, has_bias=has_bias, joint=".layer_norm_")
+    yield from linear(fc1, part, width, inner, rows=rows, unit="tile", has_bias=True)
+    yield from linear(fc2, part, inner, width, rows=rows, unit="tile", has_bias=True)
     if vision.has_layer_scale:
-        yield _vector(f"{layer}.mlp_scale", part, width)
-
-
-def _connector(architecture: Architecture) -> Iterator[Piece]:
-    part = "connector"
-    inputs = architecture.projector_input_size
-    width = architecture.language.hidden_size
-    rows = architecture.features_per_tile
-    if architecture.projector_norm:
-        yield from _norm("connector.norm", part, inputs, has_bias=True)
-    yield from _linear(
-        "connector.mlp.linear_fc1", part, inputs, width, rows=rows, unit="tile", has_bias=True
-    )
-    yield from _linear(
-        "connector.mlp.linear_fc2", part, width, width, rows=rows, unit="tile", has_bias=True
-    )
+        yield vector(f"{layer}.mlp_scale", part, width)
 
 
 def _language(architecture: Architecture) -> Iterator[Piece]:
     language = architecture.language
     width = language.hidden_size
     words = language.vocab_size
-    yield _vector(_EMBEDDING, "language", words * width)  # looked up, not multiplied
+    yield vector(_EMBEDDING, "language", words * width)  # looked up, not multiplied
     for number in range(language.num_layers):
         yield from (replace(piece, layer=number) for piece in _language_layer(architecture, number))
-    yield from _norm("language.decoder.final_layernorm", "head", width, has_bias=False)
+    yield from norm("language.decoder.final_layernorm", "head", width, has_bias=False)
     if language.tied_head:
         yield Piece(
             key=_EMBEDDING, part="head", numbers=0, forward=2 * width * words, unit="supervised"
         )
     else:
-        yield from _linear(
+        yield from linear(
             "language.output_layer", "head", width, words, rows=1, unit="supervised", has_bias=False
         )
 
@@ -254,12 +189,12 @@ def _language_layer(architecture: Architecture, number: int) -> Iterator[Piece]:
         for count in (language.num_attention_heads, language.num_query_groups)
     )
     qkv, proj, fc1, fc2 = (f"language.decoder.layers.{number}.{name}" for name in _LINEARS)
-    yield from _norm(qkv, part, width, has_bias=False, joint=".layer_norm_")
-    yield from _linear(
+    yield from norm(qkv, part, width, has_bias=False, joint=".layer_norm_")
+    yield from linear(
         qkv, part, width, queries + 2 * keys, rows=1, unit="token", has_bias=language.qkv_bias
     )
     for name in ("q_layernorm", "k_layernorm") if language.qk_norm else ():
-        yield _vector(
+        yield vector(
             f"language.decoder.layers.{number}.self_attention.{name}.weight",
             part,
             language.head_size,
@@ -267,10 +202,10 @@ def _language_layer(architecture: Architecture, number: int) -> Iterator[Piece]:
     yield Piece(
         key="", part=part, numbers=0, forward=2 * queries, unit="squared_length"
     )  # half of 4: causal
-    yield from _linear(proj, part, queries, width, rows=1, unit="token", has_bias=False)
-    yield from _norm(fc1, part, width, has_bias=False, joint=".layer_norm_")
-    yield from _linear(fc1, part, width, 2 * inner, rows=1, unit="token", has_bias=False)
-    yield from _linear(fc2, part, inner, width, rows=1, unit="token", has_bias=False)
+    yield from linear(proj, part, queries, width, rows=1, unit="token", has_bias=False)
+    yield from norm(fc1, part, width, has_bias=False, joint=".layer_norm_")
+    yield from linear(fc1, part, width, 2 * inner, rows=1, unit="token", has_bias=False)
+    yield from linear(fc2, part, inner, width, rows=1, unit="token", has_bias=False)
 
 
 _EMBEDDING = "language.embedding.word_embeddings.weight"

@@ -101,7 +101,7 @@ def make_layout(config: Config, size: PackSize | None = None) -> Layout:
     if parallel.layout == "even":
         return from_counts(split_evenly(vision + language, chunks), vision)
     if parallel.layout == "auto":
-        typical = PackSize(tokens=2.0 * arch.features_per_tile, squared_lengths=0.0, tiles=1.0)
+        typical = PackSize(tokens=2.0 * arch.placeholders_per_tile, squared_lengths=0.0, tiles=1.0)
         costs = layer_costs(
             arch,
             config.training.trainable,

@@ -10,9 +10,9 @@ import pytest
 from megavlm.config.checks.rules import problems
 from megavlm.config.cli import from_yaml, parse, to_yaml
 from megavlm.config.models import MODELS, architecture
-from megavlm.config.schema import Architecture, Checkpoint, Init, Vision
+from megavlm.config.schema import Architecture, Checkpoint, Connector, Init, Vision
 
-FOUND = Architecture(pixel_shuffle=7)
+FOUND = Architecture(connector=Connector(pixel_shuffle=7))
 
 
 def read(folder: str, init: Init) -> Architecture:
@@ -25,7 +25,7 @@ def test_a_folder_fills_the_architecture_and_options_still_win(tmp_path: Path) -
     config = parse(
         ["--stage", "1", "--model", str(tmp_path), "--architecture.vision.hidden_size", "33"], read
     )
-    assert config.model == str(tmp_path) and config.architecture.pixel_shuffle == 7
+    assert config.model == str(tmp_path) and config.architecture.connector.pixel_shuffle == 7
     assert config.architecture.vision == Vision(num_layers=len(str(tmp_path)), hidden_size=33)
     assert from_yaml(to_yaml(config)) == config
 
@@ -57,12 +57,12 @@ def test_a_language_model_goes_with_options_for_the_vision_encoder(
     assert "--init.vision or --architecture.vision options" in capsys.readouterr().err
     config = parse([*arguments, "--architecture.vision.hidden_size", "33"], read)
     assert config.architecture.vision == Vision(num_layers=99, hidden_size=33)
-    assert config.architecture.pixel_shuffle == 7 and config.model == tmp_path.name
+    assert config.architecture.connector.pixel_shuffle == 7 and config.model == tmp_path.name
     (tmp_path / "run.yaml").write_text("architecture: {vision: {hidden_size: 33}}\n")
     assert parse([*arguments, "--config", str(tmp_path / "run.yaml")], read) == config
     folder = tmp_path / "eyes"
     folder.mkdir()
-    assert parse([*arguments, "--model", str(folder)], read).architecture.pixel_shuffle == 7
+    assert parse([*arguments, "--model", str(folder)], read).architecture.connector.pixel_shuffle == 7
 
 
 def test_names_of_the_table_win_over_folders(
@@ -71,7 +71,7 @@ def test_names_of_the_table_win_over_folders(
     monkeypatch.chdir(tmp_path)
     Path("tiny").mkdir()
     assert architecture("tiny", read_model=read) == MODELS["tiny"]
-    assert architecture("./tiny", read_model=read).pixel_shuffle == 7
+    assert architecture("./tiny", read_model=read).connector.pixel_shuffle == 7
     with pytest.raises(ValueError, match=r"--model big: no such model and no such folder"):
         architecture("big", read_model=read)
 

@@ -108,7 +108,7 @@ def test_internvit_6b_has_5540_million_weights():
 def test_a_tile_of_448_pixels_gives_256_features():
     for name, arch in MODELS.items():
         assert arch.features_per_tile == {"tiny": 16, "digits": 1}.get(name, 256)
-        assert arch.projector_input_size == 4 * arch.vision.hidden_size
+        assert arch.connector_sizes.feature_size == 4 * arch.vision.hidden_size
 
 
 @pytest.mark.parametrize(

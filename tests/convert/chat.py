@@ -146,7 +146,7 @@ def chat_settings(architecture: Architecture) -> dict:
         "_commit_hash": None,
         "architectures": ["InternVLChatModel"],
         "auto_map": {"AutoModel": "modeling_internvl_chat.InternVLChatModel"},
-        "downsample_ratio": 1 / architecture.pixel_shuffle,
+        "downsample_ratio": 1 / architecture.connector.pixel_shuffle,
         "dynamic_image_size": True,
         "force_image_size": vision.image_size,
         "llm_config": _language_settings(architecture),

@@ -12,7 +12,7 @@ from megavlm.config.freeze_mask import matches
 from megavlm.config.schema import Fp8
 from megavlm.data.loading.batch import Batch
 from megavlm.model.attention import PackedCausalAttention, TileAttention
-from megavlm.model.connector import pixel_shuffle
+from megavlm.model.connector.mlp import pixel_shuffle
 from megavlm.model.fusion import place_features
 from megavlm.model.positions import resize_positions
 from megavlm.model.precision import tile_multiple

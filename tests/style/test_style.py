@@ -28,6 +28,7 @@ ORDER = (
     "data/inspect",
     "parallel",
     "model",
+    "model/connector",
     "convert/weights",
     "convert/weights/families",
     "convert",
@@ -36,7 +37,10 @@ ORDER = (
     "train",
 )
 # Folders whose modules import each other: a table and the rows that it is made of.
-TOGETHER = {frozenset(("convert/weights", "convert/weights/families"))}
+TOGETHER = {
+    frozenset(("convert/weights", "convert/weights/families")),
+    frozenset(("model", "model/connector")),
+}
 # Stands above the folders of settings alone: `planner` needs no torch, no data and no parallel
 # code.
 IMPORTS_ONLY = {"megavlm/planner/": ("megavlm.planner", "megavlm.config")}

@@ -81,7 +81,7 @@ def make_packs(
     images = folder / "images"
     images.mkdir(parents=True)
     # More than is needed, since only the fullest packs are taken.
-    features = architecture.features_per_tile
+    features = architecture.placeholders_per_tile
     wanted = int(1.25 * (sizes.packs + 1) * sizes.capacity)
     records = []
     tokens = 0

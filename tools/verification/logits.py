@@ -163,7 +163,7 @@ def _compare_pack(
     batch = batch.to(next(theirs.parameters()).device)
     whole = ours(batch, with_loss=False)[:, : architecture.language.vocab_size].float()
     pixels = ours.vision.normalise(batch.tiles)
-    for start, end, first, last in _samples(batch, architecture.features_per_tile):
+    for start, end, first, last in _samples(batch, architecture.placeholders_per_tile):
         inputs = {"pixel_values": pixels[first:last]} if last > first else {}
         answer = theirs(input_ids=batch.tokens[None, start:end], **inputs).logits[0].float()
         tally.add(whole[start:end], answer)
@@ -192,7 +192,7 @@ def _refuse_tiles(architecture: Architecture, packs: Manifest) -> None:
     """Raise ValueError if the packs' tiles are not those of the model."""
     for name, packed, needed in (
         ("pixels a side", packs.image_size, architecture.vision.image_size),
-        ("image tokens", packs.features_per_tile, architecture.features_per_tile),
+        ("image tokens", packs.features_per_tile, architecture.placeholders_per_tile),
     ):
         if packed != needed:
             raise ValueError(

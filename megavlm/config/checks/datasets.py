@@ -6,8 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from megavlm.config.checks.rank_slices import rows_of_a_rank, sharing_problems
+from megavlm.config.connectors import CONNECTORS
 from megavlm.config.freeze_mask import parts_named
-from megavlm.config.schema import Config
+from megavlm.config.schema import Architecture, Config
 
 # Matrices come in multiples of so many rows and columns (Transformer Engine 2.11).
 FP8_ROWS = {"delayed": 16, "tensorwise": 16, "blockwise": 16, "mxfp8": 32}
@@ -80,11 +81,11 @@ def _dataset(config: Config, facts: DatasetFacts) -> Iterator[str]:
             f"{where}: tiles of {facts.image_size} pixels, but --architecture.vision.image_size is"
             f" {arch.vision.image_size}"
         )
-    wanted = arch.vision.image_size // max(arch.vision.patch_size, 1) // max(arch.pixel_shuffle, 1)
-    if facts.has_images and facts.features_per_tile != wanted**2:
+    wanted = _placeholders(arch)
+    if facts.has_images and wanted not in (None, facts.features_per_tile):
         yield (
             f"{where}: packed for {facts.features_per_tile} features a tile, but the model makes"
-            f" {wanted**2}; pack it with --model"
+            f" {wanted}; pack it with --model"
         )
     for name, packed, trained in (
         ("pixel_mean", facts.pixel_mean, arch.vision.pixel_mean),
@@ -114,6 +115,16 @@ def _dataset(config: Config, facts: DatasetFacts) -> Iterator[str]:
             f"{where}: has no images, and --training.trainable"
             f" {','.join(config.training.trainable)} learns from images only"
         )
+
+
+def _placeholders(arch: Architecture) -> int | None:
+    """Return the placeholder tokens of a tile; none if the sizes of the model cannot be, which is
+    reported by itself.
+    """
+    if arch.connector.kind not in CONNECTORS:
+        return None
+    sizes = arch.connector_sizes
+    return None if any(sizes.problems()) else sizes.placeholders
 
 
 def _together(config: Config, facts: Sequence[DatasetFacts]) -> Iterator[str]:

@@ -6,9 +6,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megavlm.config.checks import start
+from megavlm.config.checks.architecture import architecture_problems
 from megavlm.config.checks.buckets import bucket_problems
 from megavlm.config.checks.datasets import DatasetFacts, facts_problems, fp8_multiple
 from megavlm.config.checks.device import Machine, machine_problems
+from megavlm.config.checks.limits import at_least
 from megavlm.config.checks.numbers import number_problems
 from megavlm.config.checks.observers import observer_problems
 from megavlm.config.checks.saving import checkpoint_problems
@@ -66,18 +68,18 @@ def problems(config: Config, world_size: int) -> list[str]:
     """
     return [
         *number_problems(config),
-        *_architecture(config.architecture),
+        *architecture_problems(config.architecture),
         *layout_problems(config, world_size),
         *_data(config.data),
         *_training(config.training, config.data),
         *_optimizer(config.optimizer, config.training),
         *_kernels(config.training),
         *_fp8(config.fp8, config),
-        *_at_least(0, "checkpoint", config.checkpoint, "save_interval", "keep", "keep_best"),
+        *at_least(0, "checkpoint", config.checkpoint, "save_interval", "keep", "keep_best"),
         *bucket_problems(config.parallel),
         *checkpoint_problems(config.checkpoint, config.training.eval_interval),
         *start.problems(config),
-        *_at_least(1, "logging", config.logging, "interval"),
+        *at_least(1, "logging", config.logging, "interval"),
         *observer_problems(config.logging, config.checkpoint),
         *_health(config.health),
     ]
@@ -92,14 +94,6 @@ def layout_problems(config: Config, world_size: int) -> list[str]:
     ]
 
 
-def _at_least(least: int, section: str, values: object, *names: str) -> Iterator[str]:
-    """Yield a problem for each of the fields ``names`` that is below ``least``."""
-    for name in names:
-        value = vars(values)[name]
-        if not value >= least:  # a NaN is not either
-            yield f"--{section}.{name} {value}: must be {least} or more"
-
-
 def _divisors(*numbers: int) -> str:
     """Write the common divisors of some numbers as text: ``1, 2 or 7``."""
     *others, last = [
@@ -108,72 +102,6 @@ def _divisors(*numbers: int) -> str:
         if all(number % size == 0 for number in numbers)
     ]
     return f"{', '.join(others)} or {last}" if others else last
-
-
-def _architecture(arch: Architecture) -> list[str]:
-    vision = arch.vision
-    language = arch.language
-    sizes = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
-    found = [
-        *_at_least(1, "architecture", arch, "pixel_shuffle"),
-        *_at_least(1, "architecture.vision", vision, "image_size", "patch_size", *sizes),
-        *_at_least(
-            1,
-            "architecture.language",
-            language,
-            *sizes,
-            "num_query_groups",
-            "vocab_size",
-            "max_position_embeddings",
-        ),
-        *_at_least(0, "architecture.language", language, "kv_channels"),
-        *_at_least(1, "architecture.language", language, "rotary_dynamic_factor"),
-    ]
-    return found or [*_vision(arch), *_language(arch)]
-
-
-def _vision(arch: Architecture) -> Iterator[str]:
-    vision = arch.vision
-    flag = "--architecture.vision"
-    if (
-        vision.image_size % vision.patch_size and vision.family != "siglip"
-    ):  # whose largest models leave some pixels out
-        yield (
-            f"{flag}.patch_size {vision.patch_size} does not divide {flag}.image_size"
-            f" {vision.image_size}"
-        )
-    elif vision.grid % arch.pixel_shuffle:
-        yield (
-            f"--architecture.pixel_shuffle {arch.pixel_shuffle} does not divide the {vision.grid}"
-            " patches along a tile's side"
-        )
-    if vision.hidden_size % vision.num_attention_heads:
-        yield (
-            f"{flag}.num_attention_heads {vision.num_attention_heads} does not divide"
-            f" {flag}.hidden_size {vision.hidden_size}"
-        )
-    if min(vision.pixel_std) <= 0:
-        yield f"{flag}.pixel_std {','.join(map(str, vision.pixel_std))}: must be above 0"
-
-
-def _language(arch: Architecture) -> Iterator[str]:
-    language = arch.language
-    flag = "--architecture.language"
-    heads = language.num_attention_heads
-    groups = language.num_query_groups
-    if not language.kv_channels and language.hidden_size % heads:
-        yield (
-            f"{flag}.num_attention_heads {heads} does not divide {flag}.hidden_size"
-            f" {language.hidden_size}; or give {flag}.kv_channels"
-        )
-    elif language.head_size % 2:
-        name = "kv_channels" if language.kv_channels else "hidden_size"
-        yield (
-            f"{flag}.{name} {vars(language)[name]}: {language.head_size} a head, and rotary"
-            " positions need an even number"
-        )
-    if heads % groups:
-        yield f"{flag}.num_query_groups {groups} does not divide {flag}.num_attention_heads {heads}"
 
 
 def _tensor_parallel(parallel: Parallel, arch: Architecture) -> Iterator[str]:
@@ -239,7 +167,7 @@ def _pipeline(parallel: Parallel, arch: Architecture) -> Iterator[str]:
     sizes = f"{flag} {size}"
     if virtual != 1:
         sizes += f" x --parallel.virtual_pipeline_model_parallel_size {virtual}"
-    yield from _at_least(
+    yield from at_least(
         1,
         "parallel",
         parallel,
@@ -279,7 +207,7 @@ def _world(config: Config, world_size: int) -> Iterator[str]:
     }
     if batch < 1:
         yield f"--training.global_batch_size {batch}: must be 1 or more"
-    yield from _at_least(1, "parallel", config.parallel, "timeout_minutes", "context_parallel_size")
+    yield from at_least(1, "parallel", config.parallel, "timeout_minutes", "context_parallel_size")
     if min(sizes.values()) < 1:
         return
     if world_size % model:
@@ -345,13 +273,13 @@ def _data(data: Data) -> Iterator[str]:
     for name in data.augment:
         if name not in AUGMENTATIONS:
             yield f"--data.augment {name}: no such change; known are {', '.join(AUGMENTATIONS)}"
-    yield from _at_least(0, "data", data, "workers", "group", "timeout")
-    yield from _at_least(1, "data", data, "prefetch")
+    yield from at_least(0, "data", data, "workers", "group", "timeout")
+    yield from at_least(1, "data", data, "prefetch")
 
 
 def _training(training: Training, data: Data) -> Iterator[str]:
-    yield from _at_least(1, "training", training, "steps")
-    yield from _at_least(0, "training", training, "seed", "eval_interval", "eval_packs")
+    yield from at_least(1, "training", training, "steps")
+    yield from at_least(0, "training", training, "seed", "eval_interval", "eval_packs")
     if not training.trainable:
         yield (
             "--training.trainable: empty, so nothing would be trained; name some of"
@@ -382,7 +310,7 @@ def _optimizer(optimizer: Optimizer, training: Training) -> Iterator[str]:
         yield f"--optimizer.lr {optimizer.lr}: must be above 0"
     elif optimizer.min_lr > optimizer.lr:
         yield f"--optimizer.min_lr {optimizer.min_lr} is above --optimizer.lr {optimizer.lr}"
-    yield from _at_least(
+    yield from at_least(
         0, "optimizer", optimizer, "min_lr", "warmup_steps", "weight_decay", "clip_grad"
     )
     if optimizer.warmup_steps > training.steps:
@@ -414,7 +342,7 @@ def _fp8(fp8: Fp8, config: Config) -> Iterator[str]:
     last = fp8.last_bf16_layers
     arch = config.architecture
     spared = f"--fp8.first_bf16_layers {first} and --fp8.last_bf16_layers {last}"
-    yield from _at_least(0, "fp8", fp8, "first_bf16_layers", "last_bf16_layers")
+    yield from at_least(0, "fp8", fp8, "first_bf16_layers", "last_bf16_layers")
     if not fp8.recipes and first + last > 0:
         yield f"{spared}: have no effect without --fp8.vision or --fp8.language"
     if fp8.recipes and config.training.kernels == "local":
@@ -464,8 +392,8 @@ def _fp8(fp8: Fp8, config: Config) -> Iterator[str]:
 
 
 def _health(health: Health) -> Iterator[str]:
-    yield from _at_least(0, "health", health, "least_gb_per_s")
-    yield from _at_least(1, "health", health, "hang_seconds")
+    yield from at_least(0, "health", health, "least_gb_per_s")
+    yield from at_least(1, "health", health, "hang_seconds")
     if not health.slow_factor > 1:
         yield f"--health.slow_factor {health.slow_factor}: must be above 1"
     if health.hang_factor and health.hang_factor < 1:

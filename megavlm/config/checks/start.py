@@ -27,9 +27,12 @@ def problems(config: Config) -> Iterator[str]:
                 f"--init.{part} {folder} and --checkpoint.load {load} both say where weights come"
                 " from; give one of them"
             )
-    if export and (arch.vision.family != "internvit" or not arch.projector_norm):
+    connector = arch.connector
+    is_internvl = connector.kind == "mlp" and connector.norm
+    if export and (arch.vision.family != "internvit" or not is_internvl):
         yield (
             f"--checkpoint.export_hf {export}: InternVL's formats hold --architecture.vision.family"
-            " internvit with --architecture.projector_norm true; this model is"
-            f" {arch.vision.family} with {str(arch.projector_norm).lower()}"
+            " internvit with --architecture.connector.kind mlp and --architecture.connector.norm"
+            f" true; this model is {arch.vision.family} with {connector.kind} and"
+            f" {str(connector.norm).lower()}"
         )

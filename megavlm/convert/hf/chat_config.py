@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from megavlm.config.schema import Architecture, Vision
+from megavlm.config.schema import Architecture, Connector, Vision
 from megavlm.convert.hf import json_files as shared
 from megavlm.convert.hf import language_config
 from megavlm.convert.hf.json_files import NORMS
@@ -64,7 +64,7 @@ def read(raw: dict[str, Any], folder: Path, *, has_head: bool | None) -> Archite
     return Architecture(
         vision=read_vision(vision, mean, std),
         language=language_config.read(language, tied_head=says_tied and not has_head),
-        pixel_shuffle=shared.pixel_shuffle(raw["downsample_ratio"]),
+        connector=Connector(pixel_shuffle=shared.whole_inverse(raw["downsample_ratio"])),
     )
 
 
@@ -74,7 +74,7 @@ def _problems(raw: dict[str, Any]) -> Iterator[str]:
     if "ps_version" not in raw:
         yield "ps_version is missing, which means 'v1'; must be 'v2'"
     ratio = raw.get("downsample_ratio")
-    if not isinstance(ratio, int | float) or not 0 < ratio <= 1 or not shared.pixel_shuffle(ratio):
+    if not isinstance(ratio, int | float) or not 0 < ratio <= 1 or not shared.whole_inverse(ratio):
         yield f"downsample_ratio is {ratio!r}, must be 1 / a whole number"
     vision = raw.get("vision_config")
     language = raw.get("llm_config")
@@ -157,7 +157,7 @@ def write(
         "auto_map": _auto_map(family.name),
         "model_type": MODEL_TYPE,
         "torch_dtype": number,
-        "downsample_ratio": 1 / architecture.pixel_shuffle,
+        "downsample_ratio": 1 / architecture.connector.pixel_shuffle,
         "dynamic_image_size": usage.max_tiles > 1,
         "force_image_size": vision.image_size,
         "min_dynamic_patch": usage.min_tiles,

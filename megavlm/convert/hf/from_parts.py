@@ -12,6 +12,7 @@ from typing import Any
 
 from transformers import CLIPVisionConfig, PreTrainedTokenizerBase, SiglipVisionConfig
 
+from megavlm.config.connectors import LLAVA, Connector
 from megavlm.config.schema import Architecture, Config, Init, Language, Vision
 from megavlm.convert.hf import chat_config, json_files, language_config
 from megavlm.convert.hf.lazy_tensors import (
@@ -91,12 +92,10 @@ def _is_vision_encoder(folder: str) -> bool:
 def _compose(vision: Vision, language: Language) -> Architecture:
     """Combine two parts into a model: with InternVL's connector after its own vision encoder, with
     LLaVA's after any other."""
-    is_internvit = vision.family == "internvit"
     return Architecture(
         vision=vision,
         language=language,
-        pixel_shuffle=2 if is_internvit else 1,
-        projector_norm=is_internvit,
+        connector=Connector() if vision.family == "internvit" else LLAVA,
     )
 
 

@@ -75,7 +75,7 @@ def normalisation(folder: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
     )
 
 
-def pixel_shuffle(ratio: float) -> int:
+def whole_inverse(ratio: float) -> int:
     """Patches along a side that become one feature; 0 where they are no whole number."""
     factor = 1 / ratio
     return round(factor) if factor == round(factor) else 0

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import InternVLConfig
 
-from megavlm.config.schema import Architecture, Vision
+from megavlm.config.schema import Architecture, Connector, Vision
 from megavlm.convert.hf import json_files as shared
 from megavlm.convert.hf import language_config
 from megavlm.convert.hf.json_files import NORMS
@@ -64,7 +64,7 @@ def read(raw: dict[str, Any], folder: Path, *, has_head: bool | None) -> Archite
         language=language_config.read(
             settings["text_config"], tied_head=settings["tie_word_embeddings"] and not has_head
         ),
-        pixel_shuffle=shared.pixel_shuffle(settings["downsample_ratio"]),
+        connector=Connector(pixel_shuffle=shared.whole_inverse(settings["downsample_ratio"])),
     )
 
 
@@ -87,7 +87,7 @@ def _problems(settings: dict[str, Any]) -> Iterator[str]:
             f" {_QK_NORM_EPSILON} beside use_qk_norm"
         )
     yield from language_config.problems(text, "text_config")
-    if not shared.pixel_shuffle(settings["downsample_ratio"]):
+    if not shared.whole_inverse(settings["downsample_ratio"]):
         yield f"downsample_ratio is {settings['downsample_ratio']}, must be 1 / a whole number"
 
 
@@ -145,8 +145,8 @@ def write(
         "model_type": MODEL_TYPE,
         "dtype": str(dtype).removeprefix("torch."),
         "image_token_id": image_token_id,
-        "image_seq_length": architecture.features_per_tile,
-        "downsample_ratio": 1 / architecture.pixel_shuffle,
+        "image_seq_length": architecture.placeholders_per_tile,
+        "downsample_ratio": 1 / architecture.connector.pixel_shuffle,
         "tie_word_embeddings": language.tied_head,
         **_FIXED[""],
         "vision_config": _vision_config(vision),

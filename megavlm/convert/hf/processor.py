@@ -143,7 +143,7 @@ def _write_native(
     write_json(folder / "video_preprocessor_config.json", _video_processor(architecture))
     write_json(
         folder / "processor_config.json",
-        {"processor_class": _PROCESSOR, "image_seq_length": architecture.features_per_tile},
+        {"processor_class": _PROCESSOR, "image_seq_length": architecture.placeholders_per_tile},
     )
 
 

@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from megavlm.config.schema import Architecture, Language
+from megavlm.convert.weights.connectors import mlp_rows
 from megavlm.convert.weights.families import FAMILIES, internvit, written_as
-from megavlm.convert.weights.mapping import Row, linear, norm, within
+from megavlm.convert.weights.mapping import Row, within
 from megavlm.convert.weights.transforms import Shape
 
 Dialect = Literal["native", "chat"]
@@ -72,18 +73,19 @@ def rows(architecture: Architecture, dialect: Dialect = "native") -> tuple[Row, 
         ValueError: the language model is of no known family, or contradicts its family, or the
             dialect has no place for the vision encoder.
     """
-    if architecture.vision.family != "internvit" or not architecture.projector_norm:
+    connector = architecture.connector
+    if architecture.vision.family != "internvit" or connector.kind != "mlp" or not connector.norm:
         raise ValueError(
             f"--architecture.vision.family {architecture.vision.family},"
-            f" --architecture.projector_norm {str(architecture.projector_norm).lower()}: Hugging"
-            " Face's InternVL has an internvit and a norm before the connector; this model stays"
-            " in checkpoints"
+            f" --architecture.connector.kind {connector.kind}, --architecture.connector.norm"
+            f" {str(connector.norm).lower()}: Hugging Face's InternVL has an internvit and the"
+            " connector mlp with a norm; this model stays in checkpoints"
         )
     names = _NAMES[dialect]
     language = architecture.language
     return (
         *within(internvit.rows(architecture.vision, names.vision_names), "vision.", names.vision),
-        *within(_connector(architecture, names.connector_layers), "connector.", names.connector),
+        *within(mlp_rows(architecture, names.connector_layers), "connector.", names.connector),
         *within(written_as(language, dialect).rows(language), "language.", _LANGUAGE),
     )
 
@@ -115,13 +117,3 @@ def head_names() -> set[str]:
 def megatron_shapes(architecture: Architecture) -> dict[str, Shape]:
     """Shape of every whole tensor by megatron-core's key, without padding."""
     return {row.key: row.shape for row in rows(architecture)}
-
-
-def _connector(architecture: Architecture, names: tuple[str, str, str]) -> list[Row]:
-    features = architecture.projector_input_size
-    width = architecture.language.hidden_size
-    return [
-        *norm("norm.", names[0], features, "LayerNorm"),
-        *linear("mlp.linear_fc1", (names[1],), (width, features)),
-        *linear("mlp.linear_fc2", (names[2],), (width, width)),
-    ]

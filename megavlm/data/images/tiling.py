@@ -137,19 +137,3 @@ def image_max_tiles(max_tiles: int, images: int) -> int:
     each.
     """
     return max(1, max_tiles // max(1, images))
-
-
-def features_per_tile(tile_size: int, patch_size: int, pixel_shuffle: int) -> int:
-    """Features of one tile, and so its tokens; raises ValueError where the sizes do not divide.
-
-    Without pixel shuffle pixels may be left over, as in the largest SigLIPs: 384 pixels make 27
-    patches of 14.
-    """
-    if min(tile_size, patch_size, pixel_shuffle) < 1 or (
-        pixel_shuffle > 1 and tile_size % (patch_size * pixel_shuffle)
-    ):
-        raise ValueError(
-            f"--image_size {tile_size}: must be a multiple of --patch_size {patch_size} x"
-            f" --pixel_shuffle {pixel_shuffle}"
-        )
-    return (tile_size // patch_size // pixel_shuffle) ** 2

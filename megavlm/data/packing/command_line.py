@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 from dataclasses import dataclass
 
 from megavlm.config.architecture import PIXELS, Architecture
+from megavlm.config.former_names import GONE
 from megavlm.data.images.frame_sampling import FrameChoice
-from megavlm.data.images.tiling import Tiling, features_per_tile
+from megavlm.data.images.tiling import Tiling
 from megavlm.data.packing.settings import Job
 from megavlm.data.packing.windows import Windows
 from megavlm.data.records.meta_file import read_sources
@@ -46,8 +48,7 @@ SIZES = (
     Option(name="image_size", text="side of a tile in pixels (default: the model's, or 448)"),
     Option(name="patch_size", text="side of a patch in pixels (default: the model's, or 14)"),
     Option(
-        name="pixel_shuffle",
-        text="patches along a side that become one image token (default: the model's, or 2)",
+        name="tokens_per_tile", text="placeholder tokens of a tile (default: what the model gives)"
     ),
 )
 IMAGES = (
@@ -185,7 +186,10 @@ PASSED_ON = (
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = make_parser()
-    options = parser.parse_args(arguments)
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        reasons = [f"{flag}: {GONE[flag]}" for flag in unknown if flag in GONE]
+        parser.error("; ".join(reasons) or f"unrecognized arguments: {' '.join(unknown)}")
     if options.out is None and not options.dry_run:
         parser.error("--out is required, except with --dry_run")
     return options
@@ -266,7 +270,7 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help=(
             "model, or Hugging Face folder, that the packs are for: sets --image_size,"
-            " --patch_size, --pixel_shuffle and --pixels"
+            " --patch_size, --tokens_per_tile and --pixels"
         ),
     )
     parser.add_argument(
@@ -317,15 +321,8 @@ def make_job(args: argparse.Namespace, model: Architecture) -> Job:
     Raises:
         ValueError, FileNotFoundError: it cannot be done; names the flag.
     """
-    sizes = {
-        "image_size": model.vision.image_size,
-        "patch_size": model.vision.patch_size,
-        "pixel_shuffle": model.pixel_shuffle,
-    }
     given = vars(args)
-    size, patch, shuffle = (
-        known if given[name] is None else given[name] for name, known in sizes.items()
-    )
+    model = _with_sizes(model, args.image_size, args.patch_size)
     mean, std = (
         (model.vision.pixel_mean, model.vision.pixel_std)
         if args.pixels is None
@@ -338,9 +335,9 @@ def make_job(args: argparse.Namespace, model: Architecture) -> Job:
             args.meta, args.jsonl, args.root, augment=args.data_augment, difficulty=args.difficulty
         ),
         out=args.out or "",
-        features_per_tile=features_per_tile(size, patch, shuffle),
+        features_per_tile=_tokens_per_tile(model, args.tokens_per_tile),
         tiling=Tiling(
-            tile_size=size,
+            tile_size=model.vision.image_size,
             min_tiles=args.min_tiles,
             max_tiles=args.max_tiles,
             thumbnail=args.thumbnail,
@@ -358,3 +355,34 @@ def make_job(args: argparse.Namespace, model: Architecture) -> Job:
         scan_pixels=args.scan_pixels,
         **{name: given[name] for name in PASSED_ON},
     )
+
+
+def _with_sizes(
+    model: Architecture, image_size: int | None, patch_size: int | None
+) -> Architecture:
+    """Return the model with tiles and patches of other sizes, if any are given.
+
+    Raises:
+        ValueError: the sizes do not go together.
+    """
+    given = {"image_size": image_size, "patch_size": patch_size}
+    changed = {name: size for name, size in given.items() if size is not None}
+    vision = dataclasses.replace(model.vision, **changed)
+    where = f"--image_size {vision.image_size}, --patch_size {vision.patch_size}"
+    if min(vision.image_size, vision.patch_size) < 1:
+        raise ValueError(f"{where}: must be 1 or more")
+    if not vision.fills_tile:
+        raise ValueError(f"{where}: the first must be a multiple of the second")
+    changed_model = dataclasses.replace(model, vision=vision)
+    problems = list(changed_model.connector_sizes.problems())
+    if problems:
+        raise ValueError(f"{where}: {'; '.join(problems)}")
+    return changed_model
+
+
+def _tokens_per_tile(model: Architecture, given: int | None) -> int:
+    """Return the placeholder tokens of a tile; raises ValueError if there are none."""
+    tokens = model.placeholders_per_tile if given is None else given
+    if tokens < 1:
+        raise ValueError(f"--tokens_per_tile {tokens}: must be 1 or more")
+    return tokens

@@ -478,7 +478,7 @@ def test_whole_vision_layers_need_not_divide(packs: Path):
 def test_sizes_of_nothing_are_reported_and_divide_nothing(packs: Path):
     options = [
         f"--architecture.{name} 0"
-        for name in ("vision.patch_size", "pixel_shuffle", "language.num_attention_heads")
+        for name in ("vision.patch_size", "connector.pixel_shuffle", "language.num_attention_heads")
     ]
     config = tiny(packs, *" ".join(options).split())
     assert len(problems(config, 1)) == 3

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, InternVLForConditionalGeneration
 
 from megavlm.checkpoint import train_state
 from megavlm.config.cli import from_yaml
-from megavlm.config.schema import Architecture
+from megavlm.config.schema import Architecture, Connector
 from megavlm.convert.hf import convert
 from megavlm.convert.hf.model_config import architecture_from_hf
 from megavlm.data.records.record import Turn
@@ -181,7 +181,7 @@ def test_a_share_of_a_tensor_is_that_share_of_the_whole(
     "other",
     [
         replace(SMALL, language=replace(SMALL.language, num_query_groups=3)),
-        replace(SMALL, pixel_shuffle=1),
+        replace(SMALL, connector=Connector(pixel_shuffle=1)),
     ],
 )
 def test_another_model_than_asked_for_is_refused(tmp_path: Path, other: Architecture) -> None:

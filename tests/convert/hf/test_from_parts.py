@@ -61,8 +61,8 @@ def test_two_folders_make_a_model_without_a_name(tmp_path: Path) -> None:
     clip = make_vision(tmp_path / "clip", "clip")
     found = from_parts.read_model("", Init(vision=str(clip), language=str(words)))
     assert (
-        found.pixel_shuffle,
-        found.projector_norm,
+        found.connector.pixel_shuffle,
+        found.connector.norm,
         found.features_per_tile,
         found.vision.num_layers,
     ) == (1, False, 16, 2)

@@ -11,7 +11,7 @@ import torch
 from transformers import InternVLConfig
 
 from megavlm.config.models import MODELS
-from megavlm.config.schema import Architecture
+from megavlm.config.schema import Architecture, Connector
 from megavlm.convert.hf import native_config
 from megavlm.convert.hf.json_files import write_json
 from megavlm.convert.hf.model_config import architecture_from_hf, dialect_of, differences
@@ -44,7 +44,7 @@ def test_there_and_back(tmp_path: Path, architecture: Architecture) -> None:
 def test_what_the_shape_of_weights_does_not_tell_is_kept(tmp_path: Path) -> None:
     shuffled = replace(
         SMALL,
-        pixel_shuffle=4,
+        connector=Connector(pixel_shuffle=4),
         vision=replace(SMALL.vision, layer_scale=0.5, layernorm_epsilon=1e-3),
     )
     write_json(tmp_path / "config.json", settings_of(shuffled))

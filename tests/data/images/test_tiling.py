@@ -14,7 +14,6 @@ from megavlm.data.images.tiling import (
     Tiling,
     candidate_grids,
     choose_grid,
-    features_per_tile,
     image_max_tiles,
     tile_count,
 )
@@ -111,11 +110,3 @@ def test_settings_that_cannot_be(bad):
 def test_an_image_without_pixels_is_an_error():
     with pytest.raises(ValueError, match="0 x 5"):
         choose_grid(0, 5, 1, 12, 448)
-
-
-def test_features_per_tile():
-    assert (features_per_tile(448, 14, 2), features_per_tile(32, 4, 2)) == (256, 16)
-    with pytest.raises(ValueError, match="--image_size 450"):
-        features_per_tile(450, 14, 2)
-    with pytest.raises(ValueError, match="--pixel_shuffle 0"):
-        features_per_tile(448, 14, 0)

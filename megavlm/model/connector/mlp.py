@@ -1,14 +1,15 @@
-"""From features of the vision encoder to tokens of the language model."""
+"""InternVL's connector and LLaVA's: pixel shuffle, norm, two linear layers."""
 
 from __future__ import annotations
 
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer import MegatronModule, TransformerConfig
+from megatron.core.transformer import MegatronModule
 from megatron.core.transformer.mlp import MLP
 from torch import Tensor
 
-from megavlm.config.schema import Architecture
+from megavlm.config.schema import Config
 from megavlm.model.specs import Kernels, mlp_submodules
+from megavlm.model.transformer import connector_config
 
 
 def pixel_shuffle(patches: Tensor, factor: int) -> Tensor:
@@ -29,47 +30,46 @@ def pixel_shuffle(patches: Tensor, factor: int) -> Tensor:
     return squares.reshape(tiles, side * side, factor * factor * width)
 
 
-class Connector(MegatronModule):
+class MlpConnector(MegatronModule):
     """LayerNorm, linear, GELU, linear, after pixel shuffle: the ``mlp1`` of InternVL. Without norm
     and shuffle it is LLaVA's connector.
 
     Args:
-        config: megatron-core's configuration of the connector.
-        architecture: of the whole model.
+        config: the run.
         chosen: kernels of the layers.
-        groups: process groups.
+        groups: process groups of the vision encoder.
     """
 
-    def __init__(
-        self,
-        config: TransformerConfig,
-        architecture: Architecture,
-        chosen: Kernels,
-        groups: ProcessGroupCollection,
-    ):
-        super().__init__(config)
-        self.factor = architecture.pixel_shuffle
+    def __init__(self, config: Config, chosen: Kernels, groups: ProcessGroupCollection):
+        settings = connector_config(config, chosen)
+        super().__init__(settings)
+        architecture = config.architecture
+        self.factor = architecture.connector.pixel_shuffle
         self.class_tokens = int(architecture.vision.has_class_token)
-        input_size = architecture.projector_input_size
+        input_size = architecture.connector_sizes.feature_size
         self.norm = None
-        if architecture.projector_norm:
+        if architecture.connector.norm:
             self.norm = chosen.norm(
-                config=config, hidden_size=input_size, eps=config.layernorm_epsilon
+                config=settings, hidden_size=input_size, eps=settings.layernorm_epsilon
             )
         self.mlp = MLP(
-            config=config,
+            config=settings,
             submodules=mlp_submodules(chosen.column_linear, chosen),
             input_size=input_size,
-            ffn_hidden_size=config.ffn_hidden_size,
+            ffn_hidden_size=settings.ffn_hidden_size,
             tp_group=groups.tp,
         )
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """[tokens of a tile, I, D of vision], a class token first -> [I * F, 1, D of language],
-        tile by tile.
+        """Turn hidden states into features.
+
+        Args:
+            hidden: of the vision encoder [tokens of a tile, I, D of vision], a class token first.
+
+        Returns:
+            [I * F, 1, D of language], tile by tile.
         """
-        features = pixel_shuffle(hidden[self.class_tokens :].transpose(0, 1), self.factor).flatten(
-            0, 1
-        )[:, None]
+        patches = hidden[self.class_tokens :].transpose(0, 1)
+        features = pixel_shuffle(patches, self.factor).flatten(0, 1)[:, None]
         projected, bias = self.mlp(features if self.norm is None else self.norm(features))
         return projected + bias

@@ -1,0 +1,87 @@
+"""Cross checks of what a model is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from megavlm.config.checks.limits import at_least
+from megavlm.config.schema import Architecture
+
+
+def architecture_problems(arch: Architecture) -> list[str]:
+    """List everything in a model that cannot be."""
+    vision = arch.vision
+    language = arch.language
+    sizes = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
+    found = [
+        *at_least(1, "architecture.vision", vision, "image_size", "patch_size", *sizes),
+        *at_least(
+            1,
+            "architecture.language",
+            language,
+            *sizes,
+            "num_query_groups",
+            "vocab_size",
+            "max_position_embeddings",
+        ),
+        *at_least(0, "architecture.language", language, "kv_channels"),
+        *at_least(1, "architecture.language", language, "rotary_dynamic_factor"),
+    ]
+    found += _connector(arch)
+    return found or [*_vision(arch), *_language(arch)]
+
+
+def _vision(arch: Architecture) -> Iterator[str]:
+    vision = arch.vision
+    flag = "--architecture.vision"
+    if not vision.fills_tile:
+        yield (
+            f"{flag}.patch_size {vision.patch_size} does not divide {flag}.image_size"
+            f" {vision.image_size}"
+        )
+    if vision.hidden_size % vision.num_attention_heads:
+        yield (
+            f"{flag}.num_attention_heads {vision.num_attention_heads} does not divide"
+            f" {flag}.hidden_size {vision.hidden_size}"
+        )
+    if min(vision.pixel_std) <= 0:
+        yield f"{flag}.pixel_std {','.join(map(str, vision.pixel_std))}: must be above 0"
+
+
+def _connector(arch: Architecture) -> Iterator[str]:
+    vision = arch.vision
+    if vision.patch_size > 0 and not vision.fills_tile:
+        return  # reported by itself
+    try:
+        sizes = arch.connector_sizes
+    except ValueError as error:
+        yield str(error)
+        return
+    problems = list(sizes.problems())
+    yield from problems
+    if not problems and sizes.placeholders != sizes.features:
+        yield (
+            f"--architecture.connector.kind {arch.connector.kind}: gives {sizes.features} features"
+            f" for the {sizes.placeholders} placeholder tokens of a tile; the language model takes"
+            " one for each, so choose a connector that gives as many"
+        )
+
+
+def _language(arch: Architecture) -> Iterator[str]:
+    language = arch.language
+    flag = "--architecture.language"
+    heads = language.num_attention_heads
+    groups = language.num_query_groups
+    if not language.kv_channels and language.hidden_size % heads:
+        yield (
+            f"{flag}.num_attention_heads {heads} does not divide {flag}.hidden_size"
+            f" {language.hidden_size}; or give {flag}.kv_channels"
+        )
+    elif language.head_size % 2:
+        name = "kv_channels" if language.kv_channels else "hidden_size"
+        yield (
+            f"{flag}.{name} {vars(language)[name]}: {language.head_size} a head, and rotary"
+            " positions need an even number"
+        )
+    if heads % groups:
+        yield f"{flag}.num_query_groups {groups} does not divide {flag}.num_attention_heads {heads}"

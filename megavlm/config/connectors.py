@@ -1,0 +1,155 @@
+"""Connectors: what stands between vision encoder and language model, and how large it is.
+
+A connector is known in three places, by the same name: its sizes here, its module in
+``megavlm/model/connector``, and its weights' names in Hugging Face's files in
+``megavlm/convert/weights/connectors.py``. ``megavlm.model.connector.register`` fills the first two.
+The planner, the checks and the packer read only what stands here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from megavlm.config.pieces import Piece, linear, norm
+
+PART = "connector"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Connector:
+    """The connector, from features of the vision encoder to embeddings of the language model.
+
+    Args:
+        kind: name of a row of the table of connectors; mlp is InternVL's and LLaVA's.
+        pixel_shuffle: of mlp: patches along a side that become one feature (2: four patches, a
+            quarter of the tokens; 1: LLaVA's).
+        norm: of mlp: whether a LayerNorm stands before the linear layers, as in InternVL; LLaVA has
+            none.
+    """
+
+    kind: str = "mlp"
+    pixel_shuffle: int = 2
+    norm: bool = True
+
+
+LLAVA = Connector(pixel_shuffle=1, norm=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ends:
+    """What a connector stands between.
+
+    Args:
+        grid: patches along a side of a tile.
+        input_size: width of the vision encoder.
+        output_size: width of the language model.
+    """
+
+    grid: int
+    input_size: int
+    output_size: int
+
+
+class ConnectorSizes(Protocol):
+    """How large a connector is: a row of ``CONNECTORS`` makes one of its settings and its ends."""
+
+    @property
+    def placeholders(self) -> int:
+        """Placeholder tokens that a tile has in the text."""
+
+    @property
+    def features(self) -> int:
+        """Features that the connector gives for a tile."""
+
+    @property
+    def feature_size(self) -> int:
+        """Width of what its first matrix reads; fresh matrices are drawn for it."""
+
+    def problems(self) -> Iterator[str]:
+        """Yield what is wrong with the settings, each naming the flag to change."""
+
+    def pieces(self) -> Iterator[Piece]:
+        """Yield every weight, in the order of the forward pass. Names that end in ``linear_fc1``
+        or ``linear_fc2`` are sharded over the tensor-parallel ranks.
+        """
+
+    def kept(self, tensor_size: int) -> float:
+        """Return the elements that the forward pass keeps for the backward pass, for each tile.
+
+        Args:
+            tensor_size: ranks that share the connector's matrices.
+        """
+
+    @property
+    def summed(self) -> int:
+        """Elements of a tile that are summed over the tensor-parallel ranks in the forward pass."""
+
+
+@dataclass(frozen=True)
+class Mlp:
+    """Pixel shuffle, LayerNorm, linear, GELU, linear: the ``mlp1`` of InternVL. Without norm and
+    shuffle it is LLaVA's.
+    """
+
+    settings: Connector
+    ends: Ends
+
+    @property
+    def features(self) -> int:
+        """See ``ConnectorSizes``."""
+        return (self.ends.grid // self.settings.pixel_shuffle) ** 2
+
+    placeholders = features
+
+    @property
+    def feature_size(self) -> int:
+        """See ``ConnectorSizes``."""
+        return self.ends.input_size * self.settings.pixel_shuffle**2
+
+    def problems(self) -> Iterator[str]:
+        """See ``ConnectorSizes``."""
+        factor = self.settings.pixel_shuffle
+        flag = f"--architecture.connector.pixel_shuffle {factor}"
+        if factor < 1:
+            yield f"{flag}: must be 1 or more"
+        elif self.ends.grid % factor:
+            yield f"{flag} does not divide the {self.ends.grid} patches along a tile's side"
+
+    def pieces(self) -> Iterator[Piece]:
+        """See ``ConnectorSizes``."""
+        inputs = self.feature_size
+        width = self.ends.output_size
+        rows = self.features
+        if self.settings.norm:
+            yield from norm("connector.norm", PART, inputs, has_bias=True)
+        for name, size in (("linear_fc1", inputs), ("linear_fc2", width)):
+            key = f"connector.mlp.{name}"
+            yield from linear(key, PART, size, width, rows=rows, unit="tile", has_bias=True)
+
+    def kept(self, tensor_size: int) -> float:
+        """Count inputs and results of the norm, and what goes into GELU and comes out of it."""
+        return self.features * 2 * (self.feature_size + self.ends.output_size / tensor_size)
+
+    @property
+    def summed(self) -> int:
+        """See ``ConnectorSizes``."""
+        return self.features * self.ends.output_size
+
+
+CONNECTORS: dict[str, Callable[[Connector, Ends], ConnectorSizes]] = {"mlp": Mlp}
+
+
+def connector_sizes(settings: Connector, ends: Ends) -> ConnectorSizes:
+    """Return the sizes of a connector.
+
+    Raises:
+        ValueError: there is no such kind; the message lists the names.
+    """
+    if settings.kind not in CONNECTORS:
+        raise ValueError(
+            f"--architecture.connector.kind {settings.kind}: no such connector; known are"
+            f" {', '.join(CONNECTORS)}"
+        )
+    return CONNECTORS[settings.kind](settings, ends)

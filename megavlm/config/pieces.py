@@ -1,0 +1,62 @@
+"""What a model's cost is made of: its weights, and the products of attention, which have none.
+
+FLOPs of the forward pass are in proportion to a count of the data: tiles, tokens, supervised
+tokens, or the sum of the samples' squared lengths. ``megavlm/planner`` reckons with pieces;
+connectors (``megavlm/config/connectors.py``) name their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+Unit = Literal["tile", "token", "supervised", "squared_length"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """A weight, or the products of attention, which have none.
+
+    Args:
+        key: checkpoint key of the weight; empty for attention.
+        part: vision, connector, language or head.
+        numbers: numbers in the weight.
+        forward: FLOPs of the forward pass, for each unit.
+        unit: count of the data that the cost is in proportion to.
+        layer: number of its layer inside the part; none where it stands before or after the layers.
+    """
+
+    key: str
+    part: str
+    numbers: int
+    forward: int
+    unit: Unit
+    layer: int | None = None
+
+
+def vector(key: str, part: str, size: int) -> Piece:
+    """Return a bias, a norm's weight or the like, which no product reads."""
+    return Piece(key=key, part=part, numbers=size, forward=0, unit="token")
+
+
+def linear(
+    key: str, part: str, inputs: int, outputs: int, *, rows: int, unit: Unit, has_bias: bool
+) -> Iterator[Piece]:
+    """Yield a linear layer that is applied to ``rows`` rows for each unit."""
+    yield Piece(
+        key=f"{key}.weight",
+        part=part,
+        numbers=inputs * outputs,
+        forward=2 * inputs * outputs * rows,
+        unit=unit,
+    )
+    if has_bias:
+        yield vector(f"{key}.bias", part, outputs)
+
+
+def norm(key: str, part: str, size: int, *, has_bias: bool, joint: str = ".") -> Iterator[Piece]:
+    """Yield the weight of a norm and, if it has one, its bias."""
+    yield vector(f"{key}{joint}weight", part, size)
+    if has_bias:
+        yield vector(f"{key}{joint}bias", part, size)

@@ -1,0 +1,20 @@
+"""The weights of connectors, and what Hugging Face's files call them."""
+
+from __future__ import annotations
+
+from megavlm.config.schema import Architecture
+from megavlm.convert.weights.mapping import Row, linear, norm
+
+
+def mlp_rows(architecture: Architecture, names: tuple[str, str, str]) -> list[Row]:
+    """List the weights of the connector ``mlp``; ``names`` are those of its norm (if it has one)
+    and of its two linear layers.
+    """
+    features = architecture.connector_sizes.feature_size
+    width = architecture.language.hidden_size
+    first = norm("norm.", names[0], features, "LayerNorm") if architecture.connector.norm else []
+    return [
+        *first,
+        *linear("mlp.linear_fc1", (names[1],), (width, features)),
+        *linear("mlp.linear_fc2", (names[2],), (width, width)),
+    ]

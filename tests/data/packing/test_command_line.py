@@ -1,0 +1,56 @@
+"""What the packer's command line makes of sizes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megavlm.config.models import MODELS
+from megavlm.data.packing.command_line import make_job, parse
+
+
+@pytest.fixture
+def arguments(tmp_path: Path) -> list[str]:
+    (tmp_path / "records.jsonl").write_text("{}\n")
+    return ["--jsonl", str(tmp_path / "records.jsonl"), "--tokenizer", "words", "--out", "packs"]
+
+
+@pytest.mark.parametrize(
+    ("given", "tokens"),
+    [
+        ([], 256),
+        (["--image_size", "224"], 64),
+        (["--image_size", "224", "--patch_size", "28"], 16),
+        (["--tokens_per_tile", "32"], 32),
+    ],
+)
+def test_the_model_and_its_sizes_say_how_many_tokens_a_tile_has(
+    arguments: list[str], given: list[str], tokens: int
+) -> None:
+    job = make_job(parse([*arguments, *given]), MODELS["internvl2_5-1b"])
+    assert job.features_per_tile == tokens
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--image_size", "450"], "--image_size 450, --patch_size 14: the first must be"),
+        (["--image_size", "462"], "does not divide the 33 patches"),
+        (["--patch_size", "0"], "must be 1 or more"),
+        (["--tokens_per_tile", "0"], "--tokens_per_tile 0: must be 1 or more"),
+    ],
+)
+def test_sizes_that_do_not_go_together_are_refused(
+    arguments: list[str], given: list[str], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_job(parse([*arguments, *given]), MODELS["internvl2_5-1b"])
+
+
+def test_an_option_that_is_gone_says_what_to_do(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        parse([*arguments, "--pixel_shuffle", "2"])
+    assert "--tokens_per_tile" in capsys.readouterr().err
