@@ -62,7 +62,9 @@ def test_a_language_model_goes_with_options_for_the_vision_encoder(
     assert parse([*arguments, "--config", str(tmp_path / "run.yaml")], read) == config
     folder = tmp_path / "eyes"
     folder.mkdir()
-    assert parse([*arguments, "--model", str(folder)], read).architecture.connector.pixel_shuffle == 7
+    assert (
+        parse([*arguments, "--model", str(folder)], read).architecture.connector.pixel_shuffle == 7
+    )
 
 
 def test_names_of_the_table_win_over_folders(
