@@ -54,7 +54,7 @@ class Board:
 
 
 def split_scans(held_out: int, seed: int) -> tuple[Scans, Scans]:
-    """The 1,797 scans, split into those for training and ``held_out`` others."""
+    """Split the 1,797 scans into those for training and ``held_out`` others."""
     data = load_digits()
     order = np.random.default_rng(seed).permutation(len(data.target))
     parts = order[held_out:], order[:held_out]
@@ -63,7 +63,7 @@ def split_scans(held_out: int, seed: int) -> tuple[Scans, Scans]:
 
 
 def draw_scan(rng: np.random.Generator, scan: np.ndarray, size: int) -> np.ndarray:
-    """A scan, slightly turned, enlarged to ``size`` pixels: share of ink, [size, size]."""
+    """Rotate a scan slightly and enlarge it to ``size`` pixels: share of ink, [size, size]."""
     picture = Image.fromarray(np.uint8(np.clip(scan * 255 / 16, 0, 255))).resize(
         (size, size), Image.Resampling.BICUBIC
     )
@@ -75,8 +75,8 @@ def draw_scan(rng: np.random.Generator, scan: np.ndarray, size: int) -> np.ndarr
 def make_board(
     rng: np.random.Generator, scans: Scans, shape: tuple[int, int] | None = None
 ) -> Board:
-    """A board of random shape and contents, framed, in random colours of ink and paper; the marked
-    cell has another paper.
+    """Make a framed board of random shape, contents and colours; the marked cell has another colour
+    of paper.
     """
     rows, columns = shape or SHAPES[rng.integers(len(SHAPES))]
     count = rows * columns
@@ -132,7 +132,7 @@ class Question:
 
 
 def shape_of(board: Board) -> str:
-    """The board's shape in words."""
+    """Say the board's shape."""
     return f"{board.rows} x {board.columns} board."
 
 

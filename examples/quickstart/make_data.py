@@ -27,7 +27,7 @@ CONTROL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 
 def conversation(asked: list[Question], start: str, images: list[str]) -> dict[str, Any]:
-    """A record in InternVL's format: every question a turn, the first behind ``start``."""
+    """Make a record in InternVL's format: each question is a turn, the first after ``start``."""
     turns = [{"from": "system", "value": SYSTEM}]
     for number, question in enumerate(asked):
         turns.append({"from": "human", "value": (start if number == 0 else "") + question.text})
@@ -39,12 +39,12 @@ def conversation(asked: list[Question], start: str, images: list[str]) -> dict[s
 
 
 def about_board(board: Board, asked: list[Question], image: str) -> dict[str, Any]:
-    """A record of questions about one picture."""
+    """Make a record of questions about one image."""
     return conversation(asked, f"<image>\n{shape_of(board)} ", [image])
 
 
 def about_text(board: Board, asked: list[Question]) -> dict[str, Any]:
-    """A record of questions about a board that is told in words."""
+    """Make a record of questions about a board that is described in text."""
     cells = [BLANK if digit is None else str(digit) for digit in board.digits]
     if board.marked is not None:
         cells[board.marked] = f"[{cells[board.marked]}]"
@@ -52,7 +52,7 @@ def about_text(board: Board, asked: list[Question]) -> dict[str, Any]:
 
 
 def about_several(boards: list[Board], images: list[str]) -> dict[str, Any]:
-    """A record about several pictures of one digit."""
+    """Make a record about several images of one digit."""
     question = Question(
         kind="image", text="Which digit is in the last image?", answer=str(boards[-1].digits[0])
     )
@@ -77,7 +77,7 @@ class Maker:
         self.count = 0
 
     def board(self, shape: tuple[int, int] | None = None) -> tuple[Board, str]:
-        """A board and the name of its picture, which is saved."""
+        """Make a board, save its image, and return both board and image name."""
         board = make_board(self.rng, self.scans, shape)
         name = f"{self.prefix}{self.count:05d}.png"
         board.picture.save(self.folder / name)
@@ -85,11 +85,11 @@ class Maker:
         return board, name
 
     def shuffled(self, asked: list[Question]) -> list[Question]:
-        """The questions in random order."""
+        """Return the questions in random order."""
         return [asked[place] for place in self.rng.permutation(len(asked))]
 
     def records(self, count: int) -> Iterator[dict[str, Any]]:
-        """Records of all three kinds: one picture, several, none."""
+        """Yield records of all three kinds: with one image, several, none."""
         for _ in range(count):
             kind = self.rng.random()
             if kind < SEVERAL_SHARE:
@@ -105,8 +105,8 @@ class Maker:
                 yield about_board(board, asked, name)
 
     def text(self) -> dict[str, Any]:
-        """A record without pictures. Where the mark is, is not asked: in words nothing but its
-        place tells.
+        """Make a record without images. It never asks for the position of the mark, which the text
+        would give away.
         """
         board = make_board(self.rng, self.scans)
         asked = [
@@ -115,7 +115,7 @@ class Maker:
         return about_text(board, self.shuffled(asked))
 
     def lone(self) -> dict[str, Any]:
-        """A record about a single digit."""
+        """Make a record about a single digit."""
         board, name = self.board((1, 1))
         return about_board(board, questions(board), name)
 
@@ -147,8 +147,8 @@ def write_lines(path: Path, records: list[dict[str, Any]]) -> None:
 
 
 def train_tokenizer(texts: list[str], folder: Path) -> None:
-    """A byte-level BPE of the texts and of the chat's roles, with its control tokens; every digit,
-    blank and bracket is a token.
+    """Train a byte-level BPE on the texts and the chat's roles, with its control tokens; every
+    digit, space and bracket is a token.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

@@ -22,7 +22,7 @@ SHOWN = 24
 
 
 def read_metrics(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """The figures of a run by name: (step, value) in order."""
+    """Read the figures of a run by name: (step, value) in order."""
     series: dict[str, list[tuple[int, float]]] = {}
     for line in (folder / "metrics.jsonl").read_text().splitlines():
         record = json.loads(line)
@@ -42,7 +42,7 @@ def shares(exam: list[dict[str, Any]], answers: list[str]) -> dict[str, float]:
 
 
 def summarise(out: Path, seconds: int) -> dict[str, Any]:
-    """What OUT/summary.json holds."""
+    """Collect what OUT/summary.json holds."""
     answered = json.loads((out / "answers.json").read_text())
     accuracy = {
         stage: shares(answered["exam"], given) for stage, given in answered["answers"].items()
@@ -120,9 +120,7 @@ def draw_curves(axes: list[plt.Axes], out: Path) -> None:
 
 
 def draw_answers(figure: plt.Figure, grid: Any, out: Path) -> None:
-    """A sheet of held-out pictures with question, answer and truth; wrong answers, if there are
-    any, first.
-    """
+    """Draw a sheet of held-out images with question, answer and truth, wrong answers first."""
     answered = json.loads((out / "answers.json").read_text())
     rows = list(zip(answered["exam"], answered["answers"]["2"], strict=True))
     rows.sort(key=lambda row: row[0]["answer"] == row[1])

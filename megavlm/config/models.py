@@ -36,7 +36,8 @@ def _language(
     layers: int, width: int, inner: int, heads: int, groups: int, **facts: Any
 ) -> Language:
     """Make a language model from its sizes: layers, hidden size, hidden size of the MLP, query
-    heads, query groups."""
+    heads, query groups.
+    """
     sizes = dict(
         num_layers=layers,
         hidden_size=width,

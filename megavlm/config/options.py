@@ -109,7 +109,8 @@ class Option:
 
 def sections(kind: type = Config, path: str = "") -> Iterator[tuple[str, str, list[Option]]]:
     """Yield the sections of the configuration: path, docstring, and own fields; a section comes
-    before those inside it."""
+    before those inside it.
+    """
     hints = get_type_hints(kind)
     documented = docstring_parser.parse(inspect.getdoc(kind) or "")
     texts = {
@@ -139,7 +140,8 @@ class Parser(jsonargparse.ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise the message as an ArgumentError; jsonargparse calls this for every error it
-        finds."""
+        finds.
+        """
         raise argparse.ArgumentError(None, explain(message)) from ex
 
 
@@ -214,7 +216,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def explain(message: str) -> str:
     """Rewrite the parser's message about a value of the wrong kind in the words of the command
-    line; leave any other message as it is."""
+    line; leave any other message as it is.
+    """
     found = re.search(
         r"(?:Parser key \"|argument --)([\w.]+)\"?:.*(?:Got value|got|value): (.*)",
         message,

@@ -146,7 +146,8 @@ class ShardsFolder:
 
     def _find_numbers(self, key: str, offsets: torch.Size) -> Range | None:
         """Find the byte range of one shard of a tensor; None if the file does not store it plainly,
-        row by row."""
+        row by row.
+        """
         index = MetadataIndex(self._stored_keys[key], offsets)
         info = self._reader.read_metadata().storage_data[index]
         path = self._folder / info.relative_path

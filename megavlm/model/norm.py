@@ -91,7 +91,8 @@ class QueryKeyNorm(MegatronModule):
         metadata: dict | None = None,
     ) -> dict[str, Any]:
         """Describe both weights as sharded over the tensor-parallel ranks, as the heads are;
-        megatron-core calls this when it saves or loads a checkpoint."""
+        megatron-core calls this when it saves or loads a checkpoint.
+        """
         weights = self.state_dict(prefix="", keep_vars=True)
         copies = ensure_metadata_has_dp_cp_group(metadata)["dp_cp_group"]
         axes = {"query": 0, "key": 0}

@@ -227,7 +227,8 @@ def _layers(
 
 def vision_spec(count: int, vision: Vision, chosen: Kernels) -> TransformerBlockSubmodules:
     """Describe ``count`` consecutive layers of the vision encoder, without a norm after the
-    last."""
+    last.
+    """
     params = {"attn_mask_type": AttnMaskType.no_mask, "qk_norm": vision.qk_norm}
     inside = _attention(chosen.tile_attention, vision.qkv_bias, chosen)
     attention = ModuleSpec(module=VisionAttention, params=params, submodules=inside)
@@ -240,7 +241,8 @@ def vision_spec(count: int, vision: Vision, chosen: Kernels) -> TransformerBlock
 
 def language_spec(count: int, language: Language, chosen: Kernels) -> TransformerBlockSubmodules:
     """Describe ``count`` consecutive layers of the language model, with a norm after the model's
-    last layer."""
+    last layer.
+    """
     inside = _attention(
         chosen.packed_attention,
         language.qkv_bias,

@@ -55,7 +55,8 @@ class VisionAttention(SelfAttention):
         self, hidden_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Project to query, key and value, all [tokens of a tile, I, heads of this rank, head
-        size]; ``Attention.forward`` of megatron-core calls this."""
+        size]; ``Attention.forward`` of megatron-core calls this.
+        """
         query, key, value = super().get_query_key_value_tensors(hidden_states, *args, **kwargs)
         if self.qk_norm is not None:
             query, key = self.qk_norm(query, key)
@@ -63,7 +64,8 @@ class VisionAttention(SelfAttention):
 
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Describe the weights of this rank; megatron-core calls this when it saves or loads a
-        checkpoint."""
+        checkpoint.
+        """
         entries = super().sharded_state_dict(*args, **kwargs)
         for entry in entries.values():
             if isinstance(entry, ShardedTensor):

@@ -28,7 +28,8 @@ def add_kept_branch(
     hidden: Tensor, branch: Tensor, bias: Tensor, scale: Tensor | float, keep: Tensor
 ) -> Tensor:
     """Add a residual branch under drop path: ``keep`` [I] is 0 if a tile's branch is dropped, else
-    the inverse of the probability of keeping it."""
+    the inverse of the probability of keeping it.
+    """
     return hidden + (branch + bias) * scale * keep[:, None].to(branch.dtype)
 
 

@@ -126,7 +126,8 @@ class VisionLanguageModel(MegatronModule):
 
     def sharded_state_dict(self, prefix: str = "", *args, **kwargs) -> ShardedStateDict:
         """Describe the weights of this rank by name; ``train/checkpoint`` calls this to save and
-        load them."""
+        load them.
+        """
         entries = super().sharded_state_dict(prefix, *args, **kwargs)
         if not self.copies:
             return entries

@@ -98,7 +98,8 @@ class RankShare:
 
 def _multiple(parallel: Parallel) -> int:
     """Return the number that the tiles of a pack are padded to a multiple of, over all ranks, with
-    Transformer Engine's layers."""
+    Transformer Engine's layers.
+    """
     return parallel.tile_ranks * max(1, _TILES // parallel.tile_ranks)
 
 

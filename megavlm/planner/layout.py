@@ -115,7 +115,8 @@ def make_layout(config: Config, size: PackSize | None = None) -> Layout:
 
 def from_counts(counts: Sequence[int], vision_layers: int) -> Layout:
     """Make the layout whose chunks have these numbers of layers, counted through the vision encoder
-    and the language model."""
+    and the language model.
+    """
     chunks = []
     start = 0
     for count in counts:

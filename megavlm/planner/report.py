@@ -30,7 +30,8 @@ _OPTIONS = ("option", "GiB", "activations GiB", "step s", "fits")
 
 def to_text(estimates: Sequence[Estimate]) -> str:
     """Write a line for each layout. V: model chunks per pipeline rank; GB: what a GPU sends in a
-    step, by kind of parallelism."""
+    step, by kind of parallelism.
+    """
     return _table([_COLUMNS, *map(_row, estimates)])
 
 

@@ -91,7 +91,8 @@ def options(
     config: Config, chosen: Estimate, gpus: int, size: PackSize, capacity: int, hardware: Hardware
 ) -> dict[str, Estimate]:
     """Estimate the chosen layout with one option changed at a time, keyed by the change; arguments
-    as for ``layouts``."""
+    as for ``layouts``.
+    """
     as_chosen = dataclasses.replace(chosen.parallel, layout="auto")
     changes: dict[str, dict] = {
         f"--parallel.recompute {name}": {"recompute": name} for name in RECOMPUTE

@@ -48,7 +48,8 @@ def _entries(chunks: Sequence[VisionLanguageModel]) -> ShardedStateDict:
 
 def sharded_weights(chunks: Sequence[VisionLanguageModel]) -> ShardedStateDict:
     """Return the weights of this rank as megatron-core saves and loads them; the same for both
-    kinds of layers."""
+    kinds of layers.
+    """
     return {
         name: entry
         for name, entry in _entries(chunks).items()

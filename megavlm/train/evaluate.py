@@ -77,7 +77,8 @@ def held_out_loss(job: Job) -> tuple[float, dict[str, float]]:
 
 def _followed_by_blank(packs: Iterator[Batch], count: int) -> Iterator[Batch]:
     """Yield the packs, then the last one again ``count`` times without a loss: interleaved 1F1B
-    needs a multiple of the pipeline's size."""
+    needs a multiple of the pipeline's size.
+    """
     for pack in packs:
         yield pack
     for _ in range(count):

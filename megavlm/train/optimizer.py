@@ -185,7 +185,8 @@ def step(optimizer: MegatronOptimizer, clip_grad: float, device: torch.device) -
 
 def _gradients(optimizer: MegatronOptimizer) -> list[tuple[Tensor, Tensor]]:
     """Pair this rank's shard of the weights with its gradients; with 16-bit moments these belong to
-    weights of another dtype."""
+    weights of another dtype.
+    """
     name = "decoupled_grad" if optimizer.config.use_precision_aware_optimizer else "grad"
     found = [
         (parameter, getattr(parameter, name, None)) for parameter in optimizer.get_parameters()

@@ -53,7 +53,8 @@ def own(config: Config) -> Checkpoint | None:
 
 def _first_whole(config: Config, candidates: Sequence[Path], problems: list[str]) -> Checkpoint:
     """Find the first checkpoint that can be read and is of this model; print what is wrong with
-    those before it and add it to ``problems``."""
+    those before it and add it to ``problems``.
+    """
     for candidate in candidates:
         try:
             found = step_folder.read(candidate)

@@ -9,7 +9,8 @@ from megavlm.config.schema import Optimizer
 
 def warmup_steps(optimizer: Optimizer, steps: int) -> int:
     """Return the steps of warm-up: the given number, else the given share of the training steps,
-    rounded up."""
+    rounded up.
+    """
     return optimizer.warmup_steps or math.ceil(optimizer.warmup_ratio * steps)
 
 

@@ -26,7 +26,8 @@ from megavlm.train import checkpoint, master_weights
 
 def age(key: str, history: History) -> int:
     """Return the number of updates that the moments of ``key`` saw in earlier stages, counted back
-    to the last stage that did not train it."""
+    to the last stage that did not train it.
+    """
     updates = 0
     for steps, trainable in reversed(history):
         if not _is_trained(key, trainable):

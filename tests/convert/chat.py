@@ -44,7 +44,7 @@ _INTERNLM2 = (
 
 
 def chat_tensors(native: dict[str, Tensor], architecture: Architecture) -> dict[str, Tensor]:
-    """The weights of a native folder under the names of ``InternVLChatModel``."""
+    """Rename the weights of a native folder as ``InternVLChatModel`` calls them."""
     found = {}
     for name, tensor in native.items():
         part, _, inner = name.partition(".")

@@ -41,7 +41,7 @@ SMALL = Architecture(
 
 
 def language(**settings) -> Architecture:
-    """The small model with another language model."""
+    """Return the small model with another language model."""
     return replace(SMALL, language=replace(SMALL.language, **settings))
 
 
@@ -71,7 +71,9 @@ KINDS = {
 
 
 def as_native(architecture: Architecture) -> Architecture:
-    """The same model as the native dialect tells it: it knows neither InternLM2 nor InternLM3."""
+    """Return the model as the native dialect describes it, which knows neither InternLM2 nor
+    InternLM3.
+    """
     family = {"internlm2": "llama", "internlm3": "llama"}.get(
         architecture.language.family, architecture.language.family
     )

@@ -40,8 +40,8 @@ def _shake(model: nn.Module) -> nn.Module:
 
 
 def make_vision(folder: Path, kind: str, image_size: int = 21) -> Path:
-    """A ``clip``, ``siglip`` or whole ``clip`` with a text half, of three layers; patches of 5
-    pixels, so that SigLIP leaves one out.
+    """Make a ``siglip``, a ``clip``, or a whole ``clip`` with its text half, of three layers;
+    patches of 5 pixels, so that SigLIP drops a strip of the image.
     """
     torch.manual_seed(11)
     size = image_size - 1 if kind != "siglip" else image_size
@@ -71,8 +71,8 @@ def make_vision(folder: Path, kind: str, image_size: int = 21) -> Path:
 
 
 def make_tokenizer(folder: Path, extra: tuple[str, ...] = ()) -> None:
-    """A tokenizer of single bytes, chat tokens and ``extra`` ones; InternVL's special tokens it has
-    not.
+    """Make a tokenizer of single bytes, chat tokens and ``extra`` ones, without InternVL's special
+    tokens.
     """
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *extra]
     names = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *special]
@@ -87,8 +87,8 @@ def make_tokenizer(folder: Path, extra: tuple[str, ...] = ()) -> None:
 def make_language(
     folder: Path, *, rows: int = 300, tied: bool = False, spread: float = 0.5
 ) -> Path:
-    """A language model whose tokenizer has ``WORDS`` tokens, and a table of ``rows`` rows; fresh
-    weights spread so much.
+    """Make a language model whose tokenizer has ``WORDS`` tokens and whose embedding has ``rows``
+    rows; ``spread`` is the standard deviation of its fresh weights.
     """
     torch.manual_seed(12)
     sizes = dict(
@@ -112,7 +112,7 @@ def make_language(
 
 
 def make_parts(folder: Path, architecture: Architecture) -> tuple[Path, Path, Path]:
-    """A model in the chat dialect, its InternViT alone, and its language model alone: three
+    """Write a model in the chat dialect, its InternViT alone, and its language model alone: three
     folders.
     """
     whole = make_chat(make_hf(folder / "native", architecture), folder / "chat", architecture)

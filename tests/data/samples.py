@@ -18,7 +18,9 @@ GRIDS = ((1, 1), (2, 1), (1, 2), (3, 1))
 
 
 def make_image(rng: np.random.Generator, tile_size: int, columns: int, rows: int) -> Image:
-    """A PNG of random coloured blocks that fills its tiles; several tiles come with a thumbnail."""
+    """Make a PNG of random coloured blocks that fills its tiles; several tiles come with a
+    thumbnail.
+    """
     blocks = rng.integers(0, 256, (4 * rows, 4 * columns, 3), dtype=np.uint8)
     picture = Picture.fromarray(blocks).resize(
         (columns * tile_size, rows * tile_size), Picture.Resampling.NEAREST

@@ -31,8 +31,8 @@ CAPACITIES = st.sampled_from([1, 5, 64, 130, 4100])
 
 @st.composite
 def sample_sizes(draw) -> tuple[int, int, int, np.ndarray, np.ndarray]:
-    """A capacity, a tile cap, an alignment, and the lengths and tiles of samples that a pack can
-    hold.
+    """Draw a capacity, a tile cap, an alignment, and the lengths and tiles of samples that fit in a
+    pack.
     """
     alignment = draw(st.sampled_from([1, 2, 8]))
     capacity = draw(CAPACITIES) * alignment

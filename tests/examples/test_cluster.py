@@ -40,8 +40,8 @@ esac
 
 @pytest.fixture
 def shell(tmp_path: Path) -> dict[str, str]:
-    """An environment in which torchrun, python and Slurm's commands are stand-ins; ``LOG`` names
-    the file with the arguments.
+    """Make an environment with stand-ins for torchrun, python and Slurm's commands; ``LOG`` names
+    the file that records their arguments.
     """
     for name, text in {
         "torchrun": RECORDER,

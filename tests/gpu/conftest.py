@@ -34,8 +34,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def own_state() -> Iterator[None]:
-    """What a run sets for its whole process, taken back: variables that libraries read, and the
-    scales of FP8.
+    """Undo what a run sets for its whole process: variables that libraries read, and the FP8
+    scales.
     """
     before = dict(os.environ)
     yield

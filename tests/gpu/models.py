@@ -36,6 +36,6 @@ SMALL = Architecture(
 
 
 def small(dataset: Path, **settings: Any) -> Config:
-    """A run of the small model in bfloat16; ``settings`` as in ``config_for``."""
+    """Configure a run of the small model in bfloat16; ``settings`` as in ``config_for``."""
     defaults = dict(precision="bfloat16", lr=1e-3, steps=10)
     return dataclasses.replace(config_for(dataset, **defaults | settings), architecture=SMALL)

@@ -13,7 +13,7 @@ from tests.ranks.runs import EVERYTHING
 
 
 def gradients(built) -> tuple[float, dict[str, torch.Tensor]]:
-    """The loss of the first two packs, and its gradient."""
+    """Compute the loss of the first two packs, and its gradient."""
     from megavlm.model.precision import tile_multiple
     from megavlm.model.weights import named_weights
     from megavlm.train.step import run_packs

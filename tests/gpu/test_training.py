@@ -19,9 +19,7 @@ RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8")
 
 
 def engine(dataset: Path, **settings) -> Config:
-    """A run on Transformer Engine's layers; the test is skipped where the GPU cannot do what it
-    asks.
-    """
+    """Configure a run on Transformer Engine's layers; skip the test if the GPU cannot run it."""
     from megavlm.model.precision import machine
 
     config = small(dataset, kernels="transformer_engine", **settings)
@@ -174,7 +172,7 @@ def test_the_host_waits_for_nothing_in_a_step(
 
 
 def run(config: Config) -> None:
-    """A whole job, as ``pretrain_vlm.py`` runs it."""
+    """Run a whole job as ``pretrain_vlm.py`` does."""
     from megavlm.parallel import backend, process_groups
     from megavlm.train import launch
 
@@ -186,13 +184,13 @@ def run(config: Config) -> None:
 
 
 def saving(config: Config, save: Path, load: Path | str = "", **checkpoint) -> Config:
-    """The run with checkpoints."""
+    """Add checkpoints to a run."""
     files = Checkpoint(save=str(save), load=str(load), save_interval=3, keep=0, **checkpoint)
     return dataclasses.replace(config, checkpoint=files, logging=Logging(interval=1))
 
 
 def losses(save: Path) -> dict[int, float]:
-    """The loss of every step, from the run's metrics."""
+    """Read the loss of every step from the run's metrics."""
     import json
 
     lines = [json.loads(line) for line in (save / "metrics.jsonl").read_text().splitlines()]

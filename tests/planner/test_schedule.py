@@ -9,7 +9,7 @@ from megavlm.planner.schedule import bubble, under_way, warm_up
 
 
 def by_hand(pipeline: int, rank: int, virtual: int, packs: int) -> np.ndarray:
-    """The same by going through megatron-core's table one pass after the other."""
+    """Count the same by walking through megatron-core's table, one pass after the other."""
     from megatron.core.pipeline_parallel.schedules import get_schedule_table
 
     chunks = (

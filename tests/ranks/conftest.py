@@ -11,7 +11,7 @@ from tests.ranks.pool import Pool
 
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[Pool]:
-    """Runs functions on gloo ranks: ``ranks.run(function, world_size, *args)``."""
+    """Offer gloo ranks that run functions: ``ranks.run(function, world_size, *args)``."""
     pool = Pool()
     yield pool
     pool.close()

@@ -215,7 +215,7 @@ def _page(rows: list[Row], packages: dict[str, str]) -> str:
 
 
 def line(row: Row) -> str:
-    """A row as the table shows it."""
+    """Write a row as the table shows it."""
     return (
         f"| {row.layout} | {row.ranks} | {row.mask} | {row.loss:.1e} | {row.grad_norm:.1e} |"
         f" {row.weights:.1e} |"

@@ -63,8 +63,8 @@ class Curve:
 
 
 def whole_weights(curves: list[Curve]) -> dict[str, np.ndarray]:
-    """The weights after the last step, put together from all ranks, which must agree where several
-    hold the same.
+    """Merge the weights of all ranks after the last step; ranks that hold the same weights must
+    agree.
     """
     weights: dict[str, np.ndarray] = {}
     for key, shape, place, values in (shard for curve in curves for shard in curve.shards):
@@ -119,7 +119,7 @@ def config_for(dataset: Path, *, fp8: Fp8 | None = None, **settings: Any) -> Con
 
 
 def build(config: Config):
-    """A job from fresh weights."""
+    """Build a job from fresh weights."""
     from megavlm.data.loading.dataset import PackedDataset
     from megavlm.data.loading.order import Plan
     from megavlm.model import weights

@@ -52,7 +52,7 @@ def _job(folders: list[Path], save: Path, kind: str) -> Config:
 
 
 def _told(save: Path) -> list[dict[str, float]]:
-    """What the steps told that follows from the data alone."""
+    """Read the metrics of the steps that follow from the data alone."""
     records = [json.loads(line) for line in (save / "metrics.jsonl").read_text().splitlines()]
     kept = [record for record in records if "loss" in record]
     return [

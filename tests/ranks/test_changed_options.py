@@ -19,7 +19,7 @@ HALF = "step_00000003"
 
 
 def interrupted(ranks: Pool, dataset: Path, tmp_path: Path, **settings) -> Path:
-    """A run that ended after its checkpoint of step 3."""
+    """Run until the checkpoint of step 3, and keep that one alone."""
     save = tmp_path / "begun"
     ranks.run(run_job, 1, make_job(dataset, save, **settings))
     shutil.rmtree(save / "step_00000006")
@@ -83,7 +83,7 @@ def test_what_changed_is_a_table_at_the_start(ranks: Pool, dataset: Path, tmp_pa
 
 
 def output_of_job(config) -> str:
-    """What a whole job prints."""
+    """Run a whole job and return what it prints."""
     import contextlib
     import io
 

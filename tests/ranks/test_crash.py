@@ -225,6 +225,6 @@ def test_a_run_that_is_killed_and_changes_its_layout_ends_as_if_it_had_not(
 
 
 def _losses_by_step(save: Path) -> dict[int, float]:
-    """The last record of each step's loss."""
+    """Read the last record of each step's loss."""
     lines = [json.loads(line) for line in (save / "metrics.jsonl").read_text().splitlines()]
     return {line["step"]: line["loss"] for line in lines if "loss" in line}

@@ -42,7 +42,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(ranks: Pool, dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that ended well, with checkpoints of steps 3 and 6."""
+    """Run to the end, with checkpoints of steps 3 and 6."""
     save = tmp_path_factory.mktemp("whole") / "run"
     ranks.run(run_job, 1, make_job(dataset, save))
     return save

@@ -123,8 +123,8 @@ def test_odd_heads_and_shared_keys_train_like_in_one_process(ranks: Pool, datase
 
 
 def padding_after_steps(config: Config) -> dict[str, torch.Tensor]:
-    """What stands in the rows and columns of heads that only pad after some steps of training, on
-    the rank that has them.
+    """Train some steps and return the rows and columns of padding heads, on the rank that holds
+    them.
     """
     from megavlm.model.vision_attention import unpadded_shape
     from megavlm.model.weights import named_weights
@@ -199,7 +199,9 @@ def test_a_checkpoint_with_padded_heads_goes_on_at_other_layouts(
 
 
 def _one_step(dataset: Path, source: Path, save: Path, world: int) -> Config:
-    """A copy of a run that stopped after step 4, to go on at another layout."""
+    """Configure one more step, at another layout, from a copy of a run that stopped after step
+    4.
+    """
     import shutil
 
     save.mkdir()

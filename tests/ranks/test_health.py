@@ -58,7 +58,7 @@ LATE = {
 
 @pytest.fixture(scope="module")
 def late_runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, subprocess.Popen]]:
-    """Runs with a late rank, side by side, since most of their time is waiting."""
+    """Start runs with a late rank, side by side, since they spend most of their time waiting."""
     folder = tmp_path_factory.mktemp("late")
     sizes = dict(
         vocab_size=199,
@@ -99,8 +99,8 @@ def test_a_rank_that_is_late_is_named_with_what_the_others_wait_in(
 
 
 def speeds_with_a_slow_rank(slow: int) -> tuple[list[str], str]:
-    """What is found when one rank hesitates before each exchange and product, and the line with the
-    figures.
+    """Measure speeds while one rank sleeps before each exchange and product; return the findings
+    and the line with the figures.
     """
     exchange = dist.batch_isend_irecv
     multiply = torch.mm

@@ -75,13 +75,15 @@ def _config(dataset: Path, mask: str, layers: int, **settings: Any) -> Config:
 
 @pytest.fixture(scope="module")
 def alone(ranks: Pool, dataset: Path) -> Callable[[str, int], Curve]:
-    """The curve of one process, for a freeze mask and a number of layers."""
+    """Return a cached function that trains in one process, for a freeze mask and a number of
+    layers.
+    """
     return cache(lambda mask, layers: ranks.run(train_curve, 1, _config(dataset, mask, layers))[0])
 
 
 @pytest.fixture(scope="module")
 def table() -> Iterator[list[Row]]:
-    """The rows that were found, printed in the end."""
+    """Collect the rows that the tests find, and print them at the end."""
     rows: list[Row] = []
     yield rows
     for row in rows:
@@ -95,8 +97,8 @@ def _apart(values: list[float], expected: list[float]) -> float:
 
 
 def compare(curves: list[Curve], expected: Curve) -> dict[str, float]:
-    """The largest relative differences of the curves of all ranks from that of one process, by what
-    differs.
+    """Compute the largest relative difference of all ranks' curves from that of one process, by
+    quantity.
     """
     weights = whole_weights(curves)
     wanted = whole_weights([expected])

@@ -55,7 +55,7 @@ def wide_job(dataset: Path, save: Path, load: Path | str = "", **settings: Any) 
 
 
 def different(tensors: dict[str, torch.Tensor]) -> list[str]:
-    """The weights of a checkpoint that its master weights, rounded, are not."""
+    """List the weights of a checkpoint that differ from their rounded master weights."""
     pairs = {
         key.removeprefix(_PARAM): value for key, value in tensors.items() if key.startswith(_PARAM)
     }
@@ -125,7 +125,7 @@ def test_a_checkpoint_of_three_data_parallel_ranks_goes_on_at_other_layouts(
 
 
 def _error_of(config: Config) -> str:
-    """What a job ends with."""
+    """Run a job and return the message of the error that it ends with."""
     from megavlm.train.master_weights import MismatchError
     from megavlm.train.saver import SaveError
 
@@ -137,7 +137,7 @@ def _error_of(config: Config) -> str:
 
 
 def run_uncorrected(config: Config, *, checked: bool) -> str:
-    """A job with megatron-core's fault as it is, which compares nothing if not ``checked``."""
+    """Run a job with megatron-core's fault left in; compare nothing if not ``checked``."""
     from contextlib import ExitStack
 
     from megavlm.train import master_weights, optimizer
@@ -150,7 +150,7 @@ def run_uncorrected(config: Config, *, checked: bool) -> str:
 
 
 def run_with_one_value_changed(config: Config) -> str:
-    """A job in which one master weight changes after it was compared, on its way to the file."""
+    """Run a job in which one master weight changes between its comparison and the file."""
     from megavlm.train import checkpoint
 
     sharded = checkpoint.sharded
@@ -228,7 +228,7 @@ def test_shifted_master_weights_are_refused_when_they_are_loaded(
 
 
 def master_weights_after_loading(config: Config, folder: Path) -> dict[str, torch.Tensor]:
-    """What a run that resumes from ``folder`` would save again, by key."""
+    """Resume from ``folder`` and return what the run would save again, by key."""
     from megavlm.train import checkpoint
     from tests.ranks.runs import build
 

@@ -74,7 +74,7 @@ def test_weight_decay_reaches_what_it_is_asked_to(ranks: Pool, dataset: Path, de
 def weights_after_a_step(
     config: Config, *, by_megatron_core: bool
 ) -> tuple[dict[str, np.ndarray], float]:
-    """This rank's weights after an update that clips, and the norm before clipping."""
+    """Run an update that clips; return this rank's weights and the norm before clipping."""
     from megavlm.model.weights import named_weights
     from megavlm.train.optimizer import set_rates, step, whole_weights
     from megavlm.train.step import run_packs
@@ -116,8 +116,8 @@ def test_an_update_is_that_of_megatron_core(
 
 
 def curve_with_small_buckets(config: Config) -> Curve:
-    """A curve whose gradients are summed, and weights collected, in many pieces, as those of a
-    large model are.
+    """Train with gradients reduced, and weights gathered, in many buckets, as a large model
+    does.
     """
     from unittest import mock
 
@@ -130,7 +130,7 @@ def curve_with_small_buckets(config: Config) -> Curve:
 
 @pytest.fixture(scope="module")
 def alone(ranks: Pool, dataset: Path) -> Curve:
-    """The curve of one process."""
+    """Train in one process."""
     return ranks.run(train_curve, 1, config_for(dataset, drop_path=0.2))[0]
 
 

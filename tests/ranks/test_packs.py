@@ -33,9 +33,7 @@ def _samples(images: tuple[int, ...], seed: int) -> list:
 
 
 def losses_and_gradients(config: Config) -> tuple[list[np.ndarray], dict[str, np.ndarray]]:
-    """The losses of the supervised tokens of every pack, and the gradient of the sum of all packs'
-    losses.
-    """
+    """Compute the losses of the supervised tokens of every pack, and the gradient of their sum."""
     from megavlm.model.weights import named_weights
     from megavlm.train.step import run_packs
 
@@ -126,7 +124,7 @@ def test_recomputed_layers_train_the_same(ranks: Pool, tmp_path: Path, recompute
 
 
 def recomputed_layers(config: Config) -> dict[str, str | None]:
-    """What the layers of each part are told to compute again."""
+    """Return the recomputation that the layers of each part are configured with."""
     [chunk] = build(config).chunks
     return {
         "vision": chunk.vision.config.recompute_granularity,
@@ -164,7 +162,7 @@ def test_bfloat16_trains_like_float32(ranks: Pool, tmp_path: Path) -> None:
 
 
 def count_mismatch(config: Config) -> str:
-    """The message of the error that a pack with too few tiles raises in the model."""
+    """Return the message of the error that the model raises for a pack with too few tiles."""
     import dataclasses
 
     job = build(config)
@@ -191,7 +189,7 @@ def test_features_and_placeholders_must_be_equal_in_number(ranks: Pool, tmp_path
 
 
 def strides_of_labels(config: Config) -> tuple[int, ...]:
-    """The strides of what a fused cross-entropy is given as labels."""
+    """Return the strides of the labels that a fused cross-entropy receives."""
     seen = []
     job = build(config)
 

@@ -37,8 +37,8 @@ def _config(architecture: Architecture, init: Init, dataset: Path, **settings) -
 
 
 def features(config: Config, tiles: Tensor) -> tuple[Tensor, Tensor]:
-    """What the vision encoder of a model that starts from parts makes of tiles [I, 3, S, S]: [I, N,
-    D]; and the normalised pixels.
+    """Encode tiles [I, 3, S, S] with a model that starts from parts; return features [I, N, D] and
+    the normalised pixels.
     """
     from megavlm.convert.hf import from_parts
     from megavlm.model import weights
@@ -58,7 +58,7 @@ def features(config: Config, tiles: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def seen_by_transformers(folder: Path, pixels: Tensor) -> Tensor:
-    """The input of the last layer, as LLaVA takes it."""
+    """Compute the input of the last layer, as LLaVA takes it."""
     from transformers import AutoConfig, CLIPVisionModel, SiglipVisionModel
 
     kind = (
@@ -116,7 +116,7 @@ def logits_of_parts(config: Config) -> np.ndarray:
 
 
 def llava(vision: Path, words: Path, config: Config) -> torch.nn.Module:
-    """The same model in transformers, with the connector that the trainer draws."""
+    """Build the same model in transformers, with the connector that the trainer initialises."""
     from transformers import (
         AutoModelForCausalLM,
         CLIPVisionModel,
@@ -204,7 +204,7 @@ def test_a_model_of_llavas_shape_equals_llava_of_transformers(ranks: Pool, tmp_p
 
 @pytest.fixture(scope="module")
 def parts_and_packs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Init, Path]:
-    """An InternViT, a language model, and packs made with the language model's own tokenizer."""
+    """Make an InternViT, a language model, and packs with the language model's own tokenizer."""
     folder = tmp_path_factory.mktemp("parts")
     _, vision, words = make_parts(folder, SMALL)
     sources = read_sources(None, str(write_records(folder)), str(folder))

@@ -35,7 +35,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_job(config: Config) -> int:
-    """A whole job, as ``pretrain_vlm.py`` runs it; returns the step that it ended at."""
+    """Run a whole job as ``pretrain_vlm.py`` does; return the step that it ended at."""
     from megavlm.parallel import backend
     from megavlm.train import launch
 
@@ -58,8 +58,8 @@ def saved_tensors(folder: Path) -> dict[str, torch.Tensor]:
 def make_job(
     dataset: Path, save: Path, load: Path | str = "", stage: str = "2", **settings
 ) -> Config:
-    """A job of a few steps with a checkpoint in the middle and one at the end; ``settings`` as in
-    ``config_for``, and of ``Checkpoint``.
+    """Configure a job of a few steps with a checkpoint in the middle and one at the end;
+    ``settings`` as in ``config_for``, and of ``Checkpoint``.
     """
     drop_path = 0.2 if "vision" in settings.get("trainable", EVERYTHING) else 0.0
     settings = dict(drop_path=drop_path, global_batch_size=PACKS_A_STEP) | settings
@@ -71,7 +71,7 @@ def make_job(
 
 
 def losses(save: Path) -> list[float]:
-    """The losses that a run has on record."""
+    """Read the losses that a run has recorded."""
     lines = [json.loads(line) for line in (save / "metrics.jsonl").read_text().splitlines()]
     return [line["loss"] for line in lines if "loss" in line]
 
@@ -165,7 +165,7 @@ MORE = ("vision.encoder.layers.*", "connector", "language.decoder.layers.0.*")
 
 
 def first_moments(save: Path, step: int) -> dict[str, torch.Tensor]:
-    """The first moments in a checkpoint, by name of the weight."""
+    """Read the first moments in a checkpoint, by name of the weight."""
     start = "optimizer.state.exp_avg.model."
     tensors = saved_tensors(save / f"step_{step:08d}").items()
     return {key.removeprefix(start): value for key, value in tensors if key.startswith(start)}

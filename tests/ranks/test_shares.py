@@ -34,7 +34,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def saved_shards(config: Config) -> list[tuple[str, tuple[int, ...]]]:
-    """The shards that this rank would write to a checkpoint."""
+    """List the shards that this rank would write to a checkpoint."""
     from megatron.core.dist_checkpointing.mapping import is_main_replica
 
     from megavlm.model import weights

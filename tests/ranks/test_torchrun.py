@@ -173,7 +173,7 @@ def test_a_second_run_in_the_same_folder_is_refused_before_anything_is_deleted(
 
 
 def _trained_steps(path: Path) -> list[int]:
-    """Steps whose loss is on record; a line that is being written does not count yet."""
+    """List the steps whose loss is recorded, leaving out a line that is still being written."""
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     records = [json.loads(line) for line in lines if line.endswith("\n")]
     return [record["step"] for record in records if "loss" in record]

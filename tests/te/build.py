@@ -35,7 +35,7 @@ def pretend_hopper() -> None:
 
 
 def build(config: Any, layout_groups: Any) -> Any:
-    """The one chunk of a model, filled with fresh weights."""
+    """Build a model of one chunk with fresh weights."""
     from megavlm.model import weights
     from megavlm.model.vlm import VisionLanguageModel
     from megavlm.planner.layout import make_layout
@@ -71,9 +71,7 @@ def facts(model: Any) -> dict[str, Any]:
 
 
 def recipes(config: Any, groups: Any) -> dict[str, Any]:
-    """What each FP8 recipe makes of the two parts, and of the layers that are to stay in 16
-    bits.
-    """
+    """Run the two parts, and the layers that must stay in 16 bits, under each FP8 recipe."""
     from megatron.core.fp8_utils import get_fp8_context, get_fp8_recipe
 
     found = {}
@@ -109,8 +107,8 @@ def recipes(config: Any, groups: Any) -> dict[str, Any]:
 
 
 def moved(config: Any, local: Any, groups: Any) -> dict[str, Any]:
-    """Sums of the weights that local layers take from a checkpoint of Transformer Engine's, and the
-    other way.
+    """Load a checkpoint of Transformer Engine's layers into local layers, and the other way; return
+    sums of the weights.
     """
     from megatron.core import dist_checkpointing
 
@@ -177,16 +175,14 @@ def main() -> None:
 
 
 def wide(architecture: Any) -> Any:
-    """The tests' tiny model, in widths that FP8 allows."""
+    """Widen the tests' tiny model to sizes that FP8 allows."""
     vision = dataclasses.replace(architecture.vision, hidden_size=64, ffn_hidden_size=96)
     language = dataclasses.replace(architecture.language, hidden_size=64, ffn_hidden_size=128)
     return dataclasses.replace(architecture, vision=vision, language=language)
 
 
 def normed(architecture: Any) -> Any:
-    """The same with the norms of InternViT-6B and Qwen3, heads of a width of their own, and a tied
-    head.
-    """
+    """Add the norms of InternViT-6B and Qwen3, another head size, and a tied head."""
     vision = dataclasses.replace(
         architecture.vision, normalization="RMSNorm", qkv_bias=False, qk_norm=True
     )

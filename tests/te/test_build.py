@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def built() -> dict[str, Any]:
-    """What ``build.py`` prints, from a process of its own."""
+    """Run ``build.py`` in a process of its own and return what it prints."""
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     }

@@ -39,7 +39,7 @@ def _config(dataset: Path, **checkpoint) -> Config:
 
 
 def _fake_checkpoint(folder: Path, config: Config, **state) -> Path:
-    """The small files of a checkpoint; nothing here gets as far as its weights."""
+    """Write the small files of a checkpoint; no test here reads its weights."""
     step = folder / "step_00000001"
     step.mkdir(parents=True)
     (step / "config.yaml").write_text(to_yaml(config))

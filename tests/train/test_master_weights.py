@@ -13,17 +13,17 @@ from megavlm.train.master_weights import differences, masters
 
 
 def group(rank: int = 0, size: int = 1) -> Any:
-    """A stand-in for a process group."""
+    """Make a stand-in for a process group."""
     return SimpleNamespace(rank=lambda: rank, size=lambda: size)
 
 
 def shard(key: str, data: torch.Tensor, *, index: int = 0) -> ShardedTensor:
-    """The shard with a number of two that a tensor is cut into."""
+    """Make one of the two shards of a tensor."""
     return ShardedTensor.from_rank_offsets(key, data, (0, index, 2))
 
 
 def factory(key: str, data: torch.Tensor) -> ShardedTensorFactory:
-    """A tensor that is cut up when it is written."""
+    """Make a tensor that is split when it is written."""
     return ShardedTensorFactory(key, data, lambda *_: [], lambda found: found)
 
 

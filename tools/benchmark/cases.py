@@ -189,8 +189,8 @@ def all_cases() -> list[Case]:
 
 
 def smoke_cases() -> list[Case]:
-    """The same kinds of cases with a model of a few weights, for trying the benchmark itself on any
-    machine.
+    """Return cases of the same kinds with a model of a few weights, to try the benchmark itself on
+    any machine.
     """
     kinds: dict[tuple[str, ...], Case] = {}
     for case in all_cases():
@@ -204,8 +204,8 @@ def smoke_cases() -> list[Case]:
 
 
 def chosen(cases: list[Case], patterns: str) -> list[Case]:
-    """The cases whose name is, holds or matches one of the patterns, which commas separate; all for
-    none.
+    """Select the cases whose name equals, contains or matches one of the comma-separated patterns;
+    all cases without a pattern.
 
     Raises:
         ValueError: there are none.

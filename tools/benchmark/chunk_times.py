@@ -79,7 +79,7 @@ def layouts(scale: Scale, stage: str, packs: Path, size: PackSize) -> list[Layou
 
 
 def flops(settings, layout: Layout, number: int, size: PackSize) -> dict[str, float]:
-    """What the cost model says of a chunk, for one pack."""
+    """Predict the FLOPs of a chunk for one pack."""
     arch = settings.architecture
     places = layout.chunks[number].places(arch.vision.num_layers)
     forward, whole = (

@@ -16,7 +16,7 @@ RANKS = 1
 
 
 def measure(scale: Scale, packs: Path) -> dict[str, dict[str, object]]:
-    """Steps of all stages in turn; runs on one rank.
+    """Time steps of all stages in alternation, on one rank.
 
     Returns:
         By stage: FLOPs of a pack, and by round the seconds of a whole step, and of forward and

@@ -52,7 +52,7 @@ class Kernel:
 
 
 def record(step: Callable[[], object], device: torch.device) -> list[Kernel]:
-    """The kernels that a step runs; on a CPU torch's operators."""
+    """Record the kernels that a step runs; on a CPU, torch's operators."""
     on_gpu = device.type == "cuda"
     with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as found:
         step()
@@ -72,7 +72,7 @@ def record(step: Callable[[], object], device: torch.device) -> list[Kernel]:
 
 
 def group_of(name: str) -> str:
-    """The group of a kernel."""
+    """Return the group of a kernel."""
     return next(
         (group for group, pattern in GROUPS if re.search(pattern, name, re.IGNORECASE)), "other"
     )

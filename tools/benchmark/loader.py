@@ -80,7 +80,7 @@ def ours(dataset: PackedDataset) -> int:
 
 
 def internvl_way(dataset: PackedDataset, folder: Path) -> int:
-    """The same images from their files, tile by tile."""
+    """Decode the same images from their files, tile by tile."""
     tiles = 0
     for pack_id in range(len(dataset)):
         pack = dataset.reader.read(pack_id, with_images=False)
@@ -103,7 +103,7 @@ def internvl_way(dataset: PackedDataset, folder: Path) -> int:
 
 
 def _transform(tile: Image.Image) -> torch.Tensor:
-    """What torchvision's Resize, ToTensor and Normalize do to a tile."""
+    """Do what torchvision's Resize, ToTensor and Normalize do to a tile."""
     tile = tile.resize((SIZE, SIZE), Image.Resampling.BICUBIC)
     pixels = torch.from_numpy(np.array(tile, copy=True)).permute(2, 0, 1).contiguous()
     return pixels.to(torch.float32).div(255).sub_(MEAN).div_(STD)
@@ -173,7 +173,9 @@ def speed(work: Path, images: int, repeats: int) -> dict[str, float]:
 
 
 def make_large(small: Path, large: Path, packs: int) -> None:
-    """A dataset of ``packs`` packs, each a link to one of a small dataset's first shard."""
+    """Make a dataset of ``packs`` packs, each a link to one in the first shard of a small
+    dataset.
+    """
     manifest = read_manifest(small)
     first = manifest.shards[0]
     real = np.fromfile(small / INDEX_NAME, RECORD, first.packs, offset=HEADER_BYTES)
@@ -215,8 +217,8 @@ def start_in(folder: Path, step: int, workers: int) -> None:
 
 
 def starts(folder: Path, repeats: int, workers: int) -> dict[str, float]:
-    """The fastest starts in a large dataset, at its beginning and far into it; each by a process of
-    its own.
+    """Measure the fastest starts at the beginning of a large dataset and far into it, each in a new
+    process.
     """
     found = {}
     for name, step in (("first_batch_s", 0), ("seek_s", 10**6)):

@@ -76,7 +76,7 @@ def measure(
     steps_s: float,
     peak_tflops: float,
 ) -> dict:
-    """The figures of a case.
+    """Measure the figures of a case.
 
     Args:
         session: what is measured, built.

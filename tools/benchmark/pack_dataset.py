@@ -70,7 +70,9 @@ def run(arguments: list[str]) -> dict[str, float]:
 
 
 def speed(work: Path, images: int, repeats: int) -> dict[str, dict[str, float]]:
-    """Records and megabytes a second with one and two processes; the best of some runs."""
+    """Measure records and megabytes a second with one and two processes; keep the best of several
+    runs.
+    """
     folder = work / "jpegs"
     size = write_jpegs(folder, images)
     write_records(work / "images.jsonl", images)

@@ -118,7 +118,7 @@ def draw(tokens: np.ndarray, tiles: np.ndarray, path: Path) -> None:
 
 
 def best(runs: list[tuple[Strategy, ...]]) -> list[Strategy]:
-    """The fastest run of each rule."""
+    """Select the fastest run of each rule."""
     return [
         max(rule, key=lambda strategy: strategy.samples_per_s) for rule in zip(*runs, strict=True)
     ]

@@ -91,8 +91,8 @@ def compare(
 
 
 def next_fit(tokens: np.ndarray, capacity: int) -> tuple[np.ndarray, int]:
-    """The bin of each sample in the order given, and the number of bins; only the last bin
-    is open.
+    """Assign samples to bins in the order given, with only the last bin open; return each sample's
+    bin and the number of bins.
     """
     bin_of = np.empty(len(tokens), np.int32)
     bins = 0
@@ -159,7 +159,7 @@ def buffered(
 
 
 def _loops() -> dict[str, Callable[..., tuple[np.ndarray, int]]]:
-    """The loops of this module, compiled where numba is installed."""
+    """Return the loops of this module, compiled if numba is installed."""
     try:
         from megavlm.io.compile import compiled
     except ModuleNotFoundError as error:
@@ -170,7 +170,7 @@ def _loops() -> dict[str, Callable[..., tuple[np.ndarray, int]]]:
 
 
 def _packing(found: tuple[np.ndarray, int]) -> Packing:
-    """A rule's answer as a packing."""
+    """Convert a rule's answer to a packing."""
     return Packing(bin_of=found[0], bins=int(found[1]))
 
 

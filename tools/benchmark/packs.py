@@ -164,7 +164,7 @@ def _blots(rng: np.random.Generator) -> Image.Image:
 
 
 def make_tokenizer(folder: Path) -> None:
-    """A small byte-level BPE, with the control tokens that the chat template needs."""
+    """Train a small byte-level BPE with the control tokens that the chat template needs."""
     # Only here: processes that measure choose packs, and do without these.
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast

@@ -69,7 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def to_text(results: dict) -> str:
-    """The figures as tables in Markdown."""
+    """Write the figures as Markdown tables."""
     lines = []
     if "chunks" in results:
         lines += [

@@ -120,7 +120,7 @@ def build(
     attention: str | dict[str, str],
     image_token_id: int,
 ) -> InternVLForConditionalGeneration:
-    """A model with random weights and the stage's parts frozen."""
+    """Build a model with random weights, with the parts that the stage freezes frozen."""
     torch.manual_seed(0)
     settings = native_config.write(
         case.architecture,
@@ -181,7 +181,7 @@ def samples(batch: Batch, pixels: Tensor, features_per_tile: int) -> Iterator[di
 
 
 def padded(alone: list[dict[str, Tensor]], pad_token_id: int) -> dict[str, Tensor]:
-    """Samples as the rows of one batch."""
+    """Pad samples to the rows of one batch."""
     fill = {"input_ids": pad_token_id, "labels": IGNORED, "attention_mask": 0}
     rows = {
         name: torch.nn.utils.rnn.pad_sequence(
@@ -197,7 +197,7 @@ def padded(alone: list[dict[str, Tensor]], pad_token_id: int) -> dict[str, Tenso
 
 
 def packed(batch: Batch, pixels: Tensor) -> dict[str, Tensor]:
-    """The whole pack as one row."""
+    """Make the whole pack one row."""
     ends = batch.sample_ends.long()
     every = torch.arange(len(batch.tokens), device=ends.device)
     positions = every - ends[torch.searchsorted(ends, every, right=True) - 1]

@@ -49,8 +49,8 @@ WORDS = [
 
 
 def photographs() -> list[Image.Image]:
-    """The photographs in several sizes, the largest so large that images of any size can be cut
-    from them.
+    """Load the photographs in several sizes, the largest big enough to cut images of any size
+    from.
     """
     from sklearn.datasets import load_sample_images
 
@@ -107,7 +107,7 @@ def _write_part(part: tuple[Path, int, int, int, int]) -> int:
 
 
 def write_records(path: Path, images: int, *, seed: int = 0) -> None:
-    """A record of one question and one answer about each image, as JSONL."""
+    """Write a JSONL file with a record of one question and one answer for each image."""
     rng = random.Random(seed)
     with open(path, "w", encoding="utf-8") as file:
         for number in range(images):

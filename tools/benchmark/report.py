@@ -25,7 +25,7 @@ def header() -> str:
 
 
 def line(row: dict) -> str:
-    """A row of the results."""
+    """Write a row of the results."""
     if row["error"]:
         return _line([row["name"]]) + f" {row['error']}"
     return _line(
@@ -82,7 +82,7 @@ def comparisons(rows: list[dict]) -> str:
 
 
 def plan(cases: list[Case], memory_gib: float | None = None) -> str:
-    """List the cases with what is expected of them before anything is run.
+    """List the cases with what is expected of them before anything runs.
 
     Args:
         cases: what was chosen.

@@ -138,7 +138,7 @@ class CaseProcess:
 
 
 def _reason(lines: list[str]) -> str:
-    """What a log says that went wrong: the message of the last exception."""
+    """Find the message of the last exception in a log."""
     kinds = [line.split(":")[0] if line[:1].strip() else "" for line in lines]
     raised = [number for number, kind in enumerate(kinds) if "Error" in kind or "Exception" in kind]
     if not raised:
@@ -233,7 +233,7 @@ def run_all(
 
 
 def _row(case: Case, figures: dict, seconds: float) -> dict:
-    """A row of the results; what was not measured is there, and null."""
+    """Make a row of the results, with null for what was not measured."""
     named = {
         "name": case.name,
         "model": case.model,

@@ -80,8 +80,8 @@ SMOKE = Scale(
 def config(
     scale: Scale, stage: str, train: Path, *, chunks: int = 1, layout: str = "auto"
 ) -> Config:
-    """The run of a stage: float32, without drop path, so that the stages differ in what they train
-    alone.
+    """Configure the run of a stage: float32 and no drop path, so that stages differ only in what
+    they train.
 
     Args:
         scale: sizes.

@@ -16,8 +16,8 @@ LAYOUTS = ("auto", "even")
 
 
 def measure(scale: Scale, packs: Path) -> dict[str, dict[str, object]]:
-    """Steps of both layouts in turn, a pair a round, so that whatever else the machine does meets
-    both; runs on every rank.
+    """Time steps of both layouts in alternating pairs, so that other load on the machine affects
+    both alike; runs on every rank.
 
     Returns:
         By stage: the layouts, their seconds by round, and what the cost model says that they cost,

@@ -91,7 +91,8 @@ def _is_vision_encoder(folder: str) -> bool:
 
 def _compose(vision: Vision, language: Language) -> Architecture:
     """Combine two parts into a model: with InternVL's connector after its own vision encoder, with
-    LLaVA's after any other."""
+    LLaVA's after any other.
+    """
     return Architecture(
         vision=vision,
         language=language,
@@ -247,7 +248,8 @@ def refuse_other(init: Init, architecture: Architecture) -> None:
 
 def _found(init: Init, part: str, wanted: Architecture) -> Architecture:
     """Replace a part of the wanted model by what its folder holds; the vocabulary and the number of
-    CLIP's layers may differ and are kept."""
+    CLIP's layers may differ and are kept.
+    """
     if part == "language":
         return replace(
             wanted,
@@ -301,7 +303,8 @@ def _serve_vision(config: Config) -> Callable[[str], Served]:
 
 def _used_by(vision: Vision) -> Callable[[str], str | None]:
     """Rename the tensors of a CLIP or SigLIP, with or without its text half, and leave out those
-    that features do not need."""
+    that features do not need.
+    """
 
     def name_in_table(name: str) -> str | None:
         name = name.removeprefix("vision_model.")

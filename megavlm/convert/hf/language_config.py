@@ -80,7 +80,8 @@ def read(settings: Mapping[str, Any], *, tied_head: bool) -> Language:
 
 def _rotary(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Merge the settings of rotary positions into one mapping; transformers 4 keeps the base apart
-    from the rest, transformers 5 does not."""
+    from the rest, transformers 5 does not.
+    """
     scaling = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     base = scaling.get("rope_theta", settings.get("rope_theta") or 1e4)
@@ -125,7 +126,8 @@ def write(
 
 def _write_rotary(language: Language) -> dict[str, Any]:
     """Write the rotary positions for transformers 4 (and remote code, which accepts no third entry
-    in ``rope_scaling``) and for 5."""
+    in ``rope_scaling``) and for 5.
+    """
     factor = language.rotary_dynamic_factor
     base = language.rotary_base
     if factor == 1:

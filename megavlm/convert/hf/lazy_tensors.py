@@ -43,7 +43,8 @@ def vision_tensor(
     view: MegatronView, found: Architecture, wanted: Architecture, key: str
 ) -> LazyTensor | Tensor:
     """Return a tensor of a vision encoder; position embeddings are resized if the tile size differs
-    from the one it was trained with."""
+    from the one it was trained with.
+    """
     if key == POSITIONS_KEY and found.vision.grid != wanted.vision.grid:
         return resize_positions(view[key], wanted.vision.grid, int(wanted.vision.has_class_token))
     return LazyTensor(view, key)
@@ -51,7 +52,8 @@ def vision_tensor(
 
 def head_source(key: str, found: Architecture, wanted: Architecture) -> str:
     """Return the key of the folder's tensor that fills ``key``: a head that is tied in the folder
-    but not in the wanted model starts as a copy of the token embedding."""
+    but not in the wanted model starts as a copy of the token embedding.
+    """
     return (
         EMBEDDING_KEY
         if key == HEAD_KEY and found.language.tied_head and not wanted.language.tied_head

@@ -76,7 +76,8 @@ def _tiles(found: dict[str, Any], least: str, most: str) -> Usage:
 
 def of_checkpoint(folder: Path) -> Usage:
     """Read the settings of a checkpoint: from the packs it was trained on, else from the folder
-    that it was imported from."""
+    that it was imported from.
+    """
     if (folder / MANIFEST_NAME).is_file():
         packs = read_manifest(folder)
         return Usage(

@@ -82,7 +82,8 @@ def _runs(numbers: Tensor, starts: Sequence[int]) -> Iterator[Run]:
 
 def within(runs: Iterable[Run], first: int, count: int) -> Iterator[Run]:
     """Cut from ``runs``, which make up a tensor, the runs of ``count`` rows from row ``first``
-    on."""
+    on.
+    """
     position = 0
     for run in runs:
         begin = max(first - position, 0)

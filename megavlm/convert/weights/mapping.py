@@ -37,7 +37,8 @@ class Row:
 
     def within(self, key: str, name: str, layer: int | str = "{}") -> Row:
         """Return the row with prefixes before its key and names, and with the layer's index filled
-        in."""
+        in.
+        """
         names = tuple((name + inner).format(layer) for inner in self.names)
         return replace(self, key=(key + self.key).format(layer), names=names)
 

@@ -59,7 +59,8 @@ _IN_MEMORY = (
 
 def name_on_disk(name: str) -> str:
     """Return the name that files give to a weight, also for a name that transformers uses in
-    memory."""
+    memory.
+    """
     for pattern, replacement in _IN_MEMORY:
         if pattern.match(name):
             return pattern.sub(replacement, name)

@@ -40,7 +40,8 @@ class Operation(ABC):
     @abstractmethod
     def part_shapes(self, whole: Shape) -> tuple[Shape, ...]:
         """Return the shapes of Hugging Face's tensors for a tensor of megatron-core of shape
-        ``whole``."""
+        ``whole``.
+        """
 
     def takes(self, found: Shape, expected: Shape) -> bool:
         """Whether a tensor of megatron-core of shape ``found`` can stand for one of shape

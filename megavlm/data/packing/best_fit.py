@@ -139,7 +139,8 @@ def cap_curve(
     multiple: int = 1,
 ) -> tuple[CapTrial, ...]:
     """Measure the fill with each cap that ``automatic_tile_cap`` may choose, with some lower ones,
-    and with the cap ``also``."""
+    and with the cap ``also``.
+    """
     return tuple(
         _try_caps(tokens, tiles, capacity, seed, (*LOW_CAP_FACTORS, *CAP_FACTORS), also, multiple)
     )

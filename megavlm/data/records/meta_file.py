@@ -194,7 +194,8 @@ def read_sources(
     difficulty: str | None = None,
 ) -> tuple[Annotations, ...]:
     """Read the sources of ``meta``, or make one of ``annotation`` and the folder of its images;
-    errors as in ``read_meta``."""
+    errors as in ``read_meta``.
+    """
     if meta is None:
         return single_source(annotation or "", root, augment=augment, difficulty=difficulty)
     for key, value, flag in (
@@ -217,7 +218,8 @@ def single_source(
     difficulty: str | None = None,
 ) -> tuple[Annotations, ...]:
     """List the files of one source without a meta file; raises FileNotFoundError if there are
-    none."""
+    none.
+    """
     try:
         files = find_files(str(annotation))
     except (FileNotFoundError, ValueError) as error:
@@ -229,7 +231,8 @@ def single_source(
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Make a JSON object, refusing repeated names: JSON readers silently drop all but the last
-    entry of a name."""
+    entry of a name.
+    """
     names = [name for name, _ in pairs]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:

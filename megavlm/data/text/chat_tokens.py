@@ -150,7 +150,8 @@ class ChatTemplate:
 
     def _render(self, turn: Turn) -> tuple[str, str, str]:
         """Split the text of a turn into what precedes the learned part, that part, and what follows
-        it."""
+        it.
+        """
         text = turn.text.strip() if self.format.strip else turn.text
         if turn.role in SHOWING_ROLES:
             if turn.role == "human" and not self.format.questions:

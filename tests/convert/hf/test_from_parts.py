@@ -257,7 +257,7 @@ def test_what_does_not_fit_is_refused_with_its_flag(tmp_path: Path) -> None:
 
 
 def make_tokenized(folder: Path) -> Path:
-    """The folder, with a tokenizer."""
+    """Add a tokenizer to the folder."""
     make_tokenizer(folder)
     return folder
 

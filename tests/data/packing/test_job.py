@@ -41,8 +41,8 @@ def _chat(rng: random.Random, images: int) -> list[dict[str, str]]:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """A folder with 12 images, ``good.jsonl`` of 90 records and ``bad.jsonl`` of 10, six of which
-    cannot be used.
+    """Make a folder with 12 images, ``good.jsonl`` of 90 records and ``bad.jsonl`` of 10, six of
+    which cannot be used.
     """
     folder = tmp_path_factory.mktemp("data")
     rng = random.Random(0)

@@ -41,7 +41,7 @@ def picture(seed: int, kind: str) -> bytes:
 
 
 def bomb(width: int, height: int) -> bytes:
-    """A PNG that claims to be so large."""
+    """Make a small PNG that claims to have this size."""
     head = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     chunks = (
         struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
@@ -69,7 +69,7 @@ def film(path: Path) -> bytes:
 
 
 def broken_images(folder: Path) -> Iterator[dict]:
-    """Records of which an image is broken: cut off, a bomb, something else, or not there."""
+    """Yield records with a broken image: truncated, a bomb, not an image, or missing."""
     files: dict[str, bytes] = {}
     for seed, kind in enumerate(KINDS):
         whole = picture(seed, kind)
@@ -100,7 +100,7 @@ def broken_images(folder: Path) -> Iterator[dict]:
 
 
 def broken_paths() -> Iterator[dict]:
-    """Records whose paths lead out of the root, or are none."""
+    """Yield records whose paths lead out of the root or are not paths."""
     for path in (
         "../outside.jpg",
         "a/../../outside.jpg",
@@ -119,7 +119,7 @@ def broken_paths() -> Iterator[dict]:
 
 
 def broken_videos(folder: Path) -> Iterator[dict]:
-    """Records whose video is cut off, has no frames, or is none."""
+    """Yield records whose video is truncated, has no frames, or is not a video."""
     whole = film(folder / "good.mp4")
     still = folder / "sound.wav"
     still.write_bytes(
@@ -163,7 +163,7 @@ def broken_videos(folder: Path) -> Iterator[dict]:
 
 
 def broken_texts() -> Iterator[dict]:
-    """Records whose texts do not fit their images, are empty, or are of the wrong type."""
+    """Yield records whose texts do not fit their images, are empty, or are of the wrong type."""
     for places, images in ((0, 2), (2, 1), (3, 2), (1, 0), (9, 1), (1, 3)):
         yield {"image": ["good.jpg"] * images, "conversations": chat("<image>" * places + " what")}
     yield {"image": ["good.jpg"] * 2, "text": "<image> a text"}
@@ -250,7 +250,7 @@ def broken_lines() -> Iterator[bytes]:
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory) -> tuple[Path, list[bytes]]:
-    """A dataset packed of good records with broken ones between them, and the broken lines."""
+    """Pack good records with broken ones between them; return the dataset and the broken lines."""
     folder = tmp_path_factory.mktemp("corrupted")
     root = folder / "root"
     (root / "folder").mkdir(parents=True)

@@ -48,7 +48,7 @@ def read_all(path: Path) -> tuple[list[RawRecord], int]:
 
 
 def records(rng: random.Random) -> list[dict]:
-    """Records whose texts hold the signs of JSON."""
+    """Make records whose texts hold JSON's punctuation."""
     texts = ["{", "}", "[", "]", ",", ":", '"', "\\", "\n", "word", "12", "null", "ä"]
     return [
         {

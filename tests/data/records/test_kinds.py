@@ -36,7 +36,7 @@ def picture(brightness: int) -> bytes:
 
 
 def write_sources(folder: Path) -> Path:
-    """A source of each format, and the meta file that lists them."""
+    """Write a source of each format, and the meta file that lists them."""
     for place in range(4):
         (folder / f"{place}.png").write_bytes(picture(50 * place))
     write_video(folder / "a.mp4", 30)

@@ -38,7 +38,7 @@ def tar(path: Path, files: dict[str, bytes]) -> Path:
 
 
 def write(folder: Path, kind: str) -> Path:
-    """RECORDS in a file of some kind."""
+    """Write RECORDS to a file of some kind."""
     path = folder / f"a.{kind}"
     if kind == "jsonl":
         path.write_text(

@@ -178,7 +178,7 @@ def test_special_tokens_are_added_once_and_in_order(tmp_path):
 
 
 def _without_special_tokens(folder: Path):
-    """The golden tokenizer, bare of InternVL's tokens."""
+    """Load the golden tokenizer without InternVL's tokens."""
     facts = json.loads((GOLDEN / "tokenizer" / "tokenizer.json").read_text(encoding="utf-8"))
     names = {"<|endoftext|>": 0, "<|im_start|>": 1, "<|im_end|>": 2}
     kept = sorted(

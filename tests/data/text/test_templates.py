@@ -75,8 +75,8 @@ def bytes_with_bos():
 
 
 def sentences(folder: Path, class_name: str, *, starts_with_space: bool):
-    """A sentencepiece tokenizer; ``class_name`` LlamaTokenizer, or InternLM's, which comes with
-    code that is not run.
+    """Make a sentencepiece tokenizer; ``class_name`` is LlamaTokenizer, or InternLM's, which comes
+    with code that must not run.
     """
     rng = random.Random(0)
     sentencepiece.SentencePieceTrainer.train(
@@ -137,7 +137,7 @@ def turns_of(system: str | None, rounds: list[tuple[str, str]]) -> list[Turn]:
 
 
 def show(text: str, tiles: list[int]) -> str:
-    """The text with two features a tile in place of each image."""
+    """Replace each image in the text by two features a tile."""
     for count in tiles[: text.count("<image>")]:
         text = text.replace("<image>", f"<img>{'<IMG_CONTEXT>' * 2 * count}</img>", 1)
     return text
@@ -146,7 +146,7 @@ def show(text: str, tiles: list[int]) -> str:
 def by_hand(
     name: str, system: str | None, rounds: list[tuple[str, str]], tiles: list[int]
 ) -> list[tuple[str, str]]:
-    """The whole text of a conversation in pairs: what is not learned, then what is."""
+    """Write a whole conversation in pairs: text without loss, then text with loss."""
     pairs = []
     tiles = list(tiles)
     for place, (question, answer) in enumerate(rounds):

@@ -13,7 +13,8 @@ from megavlm.convert.weights.transforms import GroupedQKV, Padded, Reshaped
 
 def rows(vision: Vision) -> list[Row]:
     """Build the table of the layers that exist, with keys and names as in a folder of the vision
-    encoder alone."""
+    encoder alone.
+    """
     width = vision.hidden_size
     side = vision.patch_size
     tokens = vision.tokens

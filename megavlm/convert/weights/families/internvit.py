@@ -63,7 +63,8 @@ CHAT = Names(
 
 def rows(vision: Vision, names: Names) -> list[Row]:
     """Build the table of InternViT, with keys and names as in a folder of the vision encoder
-    alone."""
+    alone.
+    """
     width = vision.hidden_size
     side = vision.patch_size
     return [

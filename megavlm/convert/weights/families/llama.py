@@ -14,7 +14,8 @@ from megavlm.convert.weights.transforms import GroupedQKV, Padded, Stacked
 
 def rows(language: Language) -> list[Row]:
     """Build the table of Llama, with the biases and the query and key norms that its relatives
-    add."""
+    add.
+    """
     width = language.hidden_size
     tokens = language.vocab_size
     head = [Row("output_layer.weight", ("lm_head.weight",), (tokens, width), Padded(tokens))]
