@@ -8,12 +8,12 @@ python tools/inspect_dataset.py packs/train --check --json overview.json --pictu
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
 from megavlm.data.inspect.statistics import survey, to_text
 from megavlm.data.store.reader import Reader
+from megavlm.io.early_end import allow_early_end
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -41,26 +41,31 @@ def main(arguments: list[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     try:
-        reader = Reader(options.folder)
-        overview = survey(reader, check=options.check)
-        print(to_text(overview))
-        if options.json:
-            options.json.write_text(overview.to_json(), encoding="utf-8")
-        if options.picture:
-            from megavlm.data.inspect.draw import draw
-            from megavlm.data.loading.dataset import PackedDataset
-
-            ids = options.packs or sorted({0, len(reader) // 2, len(reader) - 1})
-            draw(PackedDataset(options.folder), ids, options.picture)
-            print(f"\n  drew packs {', '.join(map(str, ids))} to {options.picture}")
-        sys.stdout.flush()
-    except BrokenPipeError:  # who reads the output, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        text = show(options)
     except (OSError, ValueError, IndexError, ModuleNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    print(text)
     return 0
 
 
+def show(options: argparse.Namespace) -> str:
+    """Write and draw what the options ask for, and return the figures as text."""
+    reader = Reader(options.folder)
+    overview = survey(reader, check=options.check)
+    text = to_text(overview)
+    if options.json:
+        options.json.write_text(overview.to_json(), encoding="utf-8")
+    if options.picture:
+        from megavlm.data.inspect.draw import draw
+        from megavlm.data.loading.dataset import PackedDataset
+
+        ids = options.packs or sorted({0, len(reader) // 2, len(reader) - 1})
+        draw(PackedDataset(options.folder), ids, options.picture)
+        text += f"\n\n  drew packs {', '.join(map(str, ids))} to {options.picture}"
+    return text
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    with allow_early_end():
+        sys.exit(main())

@@ -8,9 +8,12 @@ from pathlib import Path
 from megavlm.data.packing.command_line import make_job, parse
 from megavlm.data.packing.job import pack_dataset, plan_dataset
 from megavlm.data.packing.report_plot import draw_report
+from megavlm.io.early_end import allow_early_end
 from megavlm.model_source import image_model
 
-if __name__ == "__main__":
+
+def main() -> int:
+    """Run the command line; returns the exit status."""
     options = parse()
     try:
         report = (plan_dataset if options.dry_run else pack_dataset)(
@@ -18,9 +21,15 @@ if __name__ == "__main__":
         )
     except (ValueError, OSError, RuntimeError) as error:
         print(f"pack_dataset: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    print(report.text())
+        return 2
     if options.json:
         Path(options.json).write_text(report.to_json(), encoding="utf-8")
     if options.picture:
         draw_report(report, options.picture)
+    print(report.text())
+    return 0
+
+
+if __name__ == "__main__":
+    with allow_early_end():
+        sys.exit(main())

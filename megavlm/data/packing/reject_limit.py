@@ -58,15 +58,17 @@ def _too_many(
     late: Iterable[Reject],
 ) -> ValueError:
     """Write the list of rejected records, and return the error for too many of them."""
-    listed = ""
+    # A dry run keeps nothing to resume from.
+    remedy = "Restore missing or damaged media, or give a larger --max_rejects."
     if job.out:
         write_rejects(job.rejects_path, scan, late)
-        listed = f" The list of them: {job.rejects_path}."
+        remedy = (
+            f"The list of them: {job.rejects_path}. With a larger --max_rejects, or after missing"
+            " or damaged media were restored, the same command resumes; after a change to the"
+            f" annotation files, remove {job.partial} first."
+        )
     lines = "".join(f"\n  {reject}" for reject in first)
     return ValueError(
         f"{rejected} of {of} records ({rejected / scan.records:.2%}) were rejected; --max_rejects"
-        f" allows {job.max_rejects:.2%}, and one must be left.{listed} With a larger --max_rejects,"
-        " or after missing or damaged media were restored, the same command resumes; after a change"
-        f" to the annotation files, remove {job.partial if job.out else 'nothing'} first. The"
-        f" first:{lines}"
+        f" allows {job.max_rejects:.2%}, and one must be left. {remedy} The first:{lines}"
     )

@@ -58,8 +58,11 @@ def test_text(folder):
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
-def test_a_reader_that_stops_early_is_no_error(folder, unbuffered):
-    """As with ``| head -1``; the pipe breaks at a print, or at the last flush."""
+@pytest.mark.parametrize(("option", "status"), [("--check", 0), ("--help", 0), ("--json=/", 1)])
+def test_a_reader_that_stops_early_is_no_error(folder, unbuffered, option, status):
+    """As with ``| head -1``; the pipe breaks at a print, or at the last flush. Errors stay
+    errors.
+    """
     environment = {
         "PYTHONPATH": str(TOOL.parents[1]),
         "PATH": "/usr/bin:/bin",
@@ -68,10 +71,14 @@ def test_a_reader_that_stops_early_is_no_error(folder, unbuffered):
     reading, writing = os.pipe()
     os.close(reading)
     done = subprocess.run(
-        [sys.executable, TOOL, folder], stdout=writing, stderr=subprocess.PIPE, env=environment
+        [sys.executable, TOOL, folder, option],
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        env=environment,
+        check=False,
     )
     os.close(writing)
-    assert (done.returncode, done.stderr) == (0, b"")
+    assert (done.returncode, done.stderr.count(b"\n")) == (status, status)
 
 
 def run(*arguments: str | Path) -> subprocess.CompletedProcess:
