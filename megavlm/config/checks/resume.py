@@ -40,7 +40,7 @@ _BY_SECTION: dict[str, dict[Kind, str]] = {
     },
     "training.": {
         "taken": "steps global_batch_size precision drop_path eval_interval eval_packs kernels"
-        " deterministic",
+        " deterministic head_tokens",
         "refused": "seed trainable",
     },
     "fp8.": {"taken": "vision language format first_bf16_layers last_bf16_layers"},
