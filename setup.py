@@ -53,6 +53,9 @@ setup(
         "parquet": ["pyarrow>=17"],
         # Decodes videos; animated GIFs and folders of frames need nothing.
         "video": ["av>=13"],
+        # AutoProcessor of native exports needs it, for videos alone. Each release
+        # fits one release of torch, and pip finds it.
+        "processor": ["torchvision>=0.21"],
         "tensorboard": ["tensorboard>=2.17"],
         "wandb": ["wandb>=0.19"],
         "quickstart": ["matplotlib>=3.9", "scikit-learn>=1.5"],

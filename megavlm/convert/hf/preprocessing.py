@@ -31,6 +31,7 @@ class Usage:
         min_tiles: fewest tiles of an image, thumbnail not counted.
         max_tiles: most tiles of an image, thumbnail not counted.
         thumbnail: whether an image of several tiles gets its thumbnail as one more tile.
+        tiling: ``dynamic``, or ``pad``: each image is one tile, padded to a square.
         is_trained: whether the model was trained here; otherwise a chat template that comes with
             the tokenizer is kept.
     """
@@ -40,7 +41,25 @@ class Usage:
     min_tiles: int = 1
     max_tiles: int = 12
     thumbnail: bool = True
+    tiling: str = "dynamic"
     is_trained: bool = False
+
+    @property
+    def crops(self) -> bool:
+        """Whether an image may become several tiles."""
+        return self.tiling == "dynamic" and self.max_tiles > 1
+
+    @property
+    def lost_in_native(self) -> tuple[str, ...]:
+        """What the image processor of transformers does otherwise, as sentences."""
+        pads = "It stretches images to squares; training padded them (--tiling pad)."
+        adds = "It adds a thumbnail to images of several tiles; training did not."
+        found = []
+        if self.tiling == "pad":
+            found.append(pads)
+        if self.crops and not self.thumbnail:
+            found.append(adds)
+        return tuple(found)
 
 
 def of_folder(folder: Path, dialect: Dialect) -> Usage:
@@ -51,7 +70,12 @@ def of_folder(folder: Path, dialect: Dialect) -> Usage:
         template = settings.get("template") or usage.template
         own = FORMATS[template].system_message if template in FORMATS else ""
         message = settings.get("system_message", own)
-        return dataclasses.replace(usage, template=template, system_message=message)
+        return dataclasses.replace(
+            usage,
+            template=template,
+            system_message=message,
+            tiling="pad" if settings.get("pad2square") else "dynamic",
+        )
     if (folder / IMAGE_PROCESSOR_NAME).is_file():
         return _tiles(read_json(folder / IMAGE_PROCESSOR_NAME), "min_patches", "max_patches")
     if (
@@ -86,6 +110,7 @@ def of_checkpoint(folder: Path) -> Usage:
             min_tiles=packs.min_tiles,
             max_tiles=packs.max_tiles,
             thumbnail=packs.thumbnail,
+            tiling=packs.tiling,
             is_trained=True,
         )
     return Usage(**read_json(folder / _FILE_NAME)) if (folder / _FILE_NAME).is_file() else Usage()

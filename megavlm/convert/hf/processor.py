@@ -235,7 +235,7 @@ def _image_processor(architecture: Architecture, usage: Usage) -> dict[str, Any]
     return {
         "image_processor_type": "GotOcr2ImageProcessorFast",
         "processor_class": _PROCESSOR,
-        "crop_to_patches": True,
+        "crop_to_patches": usage.crops,
         "min_patches": usage.min_tiles,
         "max_patches": usage.max_tiles,
         **_pixels(architecture),

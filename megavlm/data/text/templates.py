@@ -48,8 +48,10 @@ class ChatFormat:
         return self.answer.partition("{}")[2]
 
     def hf_template(self, *, system_message: str | None = None, bos: bool = False) -> str:
-        """Write the template for Hugging Face's apply_chat_template; an image becomes one
-        ``<IMG_CONTEXT>``, which the processor expands.
+        """Return the template with which Hugging Face's apply_chat_template gives the same text.
+
+        An image becomes one ``<IMG_CONTEXT>``, which the processor expands, on a line of its own
+        unless the template shows no questions.
 
         Args:
             system_message: replaces the format's own; empty: a conversation without a system turn
@@ -67,6 +69,8 @@ class ChatFormat:
             for role, row in rows.items()
         )
         trim = " | trim" if self.strip else ""
+        # A template without questions shows images alone, one behind the other.
+        image = "<IMG_CONTEXT>\\n" if self.questions else "<IMG_CONTEXT>"
         shown = "true" if self.questions else "message['role'] == 'assistant'"
         default = ""
         if self.system and message:
@@ -77,7 +81,7 @@ class ChatFormat:
             " messages %}{{ around[message['role']][0] }}{%- if message['content'] is string"
             f" %}}{{% if {shown} %}}{{{{ message['content']{trim} }}}}{{% endif %}}{{% else %}}{{%-"
             " for part in message['content'] %}{%- if part['type'] == 'image' %}{{"
-            f" '<IMG_CONTEXT>\\n' }}}}{{% elif part['type'] == 'text' and {shown} %}}{{{{"
+            f" '{image}' }}}}{{% elif part['type'] == 'text' and {shown} %}}{{{{"
             f" part['text']{trim} }}}}"
             "{% elif part['type'] == 'video' %}"
             "{{ raise_exception('pass the frames of a video as images') }}"
