@@ -10,10 +10,15 @@ import pytest
 from PIL import Image
 
 from megavlm.data.images.tiling import Tiling
+from megavlm.data.packing import scan_state
+from megavlm.data.packing.command_line import make_job, parse
 from megavlm.data.packing.job import Job, pack_dataset, plan_dataset
 from megavlm.data.packing.windows import Windows
 from megavlm.data.records.meta_file import read_meta, single_source
 from megavlm.data.store.reader import Reader
+from megavlm.data.text.templates import chat_format
+from megavlm.data.text.tokenizer import load_tokenizer
+from megavlm.model_source import image_model
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 
@@ -152,3 +157,57 @@ def test_long_documents_become_windows(folder: Path):
         pack = reader.read(index)
         assert pack.lengths.max() <= 100
         assert np.bincount(pack.images["sample"], minlength=1).max() <= 1
+
+
+def test_repaired_records_go_to_their_places_across_chunks(folder: Path, monkeypatch):
+    names = [f"{index}.png" for index in range(23)]
+    damaged = {0, 4, 5, 6, 11, 12, 22}
+    for index, name in enumerate(names):
+        (folder / name).unlink(missing_ok=True)
+        if index not in damaged:
+            save(folder / name)
+    lines = [chat(image=name) for name in names]
+    (folder / "a.jsonl").write_text("\n".join(lines))
+    (folder / "b.jsonl").write_text("\n".join(reversed(lines)))
+    sources = (
+        *single_source(folder / "a.jsonl", folder),
+        *single_source(folder / "b.jsonl", folder),
+    )
+    monkeypatch.setattr(scan_state, "ROWS_PER_CHUNK", 5)
+    with pytest.raises(ValueError, match="14 of 46 records"):
+        pack_dataset(job(folder, sources=sources))
+    for repaired in ({4, 11, 12}, damaged):
+        for index in repaired:
+            save(folder / names[index])
+        if repaired is not damaged:
+            with pytest.raises(ValueError, match="8 of 46 records"):
+                pack_dataset(job(folder, sources=sources))
+    pack_dataset(job(folder, sources=sources))
+    pack_dataset(job(folder, "fresh", sources=sources))
+    assert bytes_of(folder / "out") == bytes_of(folder / "fresh")
+
+
+def test_the_system_message_is_in_packs_manifest_and_template(folder: Path):
+    (folder / "a.jsonl").write_text(chat())
+    tokenizer = load_tokenizer(str(GOLDEN / "tokenizer"))
+    own = "You are 12 {words}'."
+    expected = {
+        None: chat_format("internvl2_5").system_message,
+        own: own,
+        "none": "",
+    }
+    for number, (given, message) in enumerate(expected.items()):
+        out = folder / str(number)
+        flags = [] if given is None else ["--system", given]
+        paths = ["--jsonl", str(folder / "a.jsonl"), "--out", str(out), "--workers", "0"]
+        options = parse([*paths, "--tokenizer", str(GOLDEN / "tokenizer"), *flags])
+        pack_dataset(make_job(options, image_model("tiny")))
+        reader = Reader(out)
+        text = tokenizer.decode(reader.read(0).tokens)
+        begin = f"<|im_start|>system\n{message}<|im_end|>\n" if message else ""
+        assert text == f"{begin}<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\na<|im_end|>\n"
+        assert reader.manifest.system_message == message
+        packed = load_tokenizer(str(out / "tokenizer"))
+        turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+        rendered = packed.apply_chat_template(turns, tokenize=False)
+        assert rendered.rstrip("\n") == text.rstrip("\n")

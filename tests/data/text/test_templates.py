@@ -4,6 +4,7 @@ a token of the beginning.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 from pathlib import Path
@@ -197,6 +198,32 @@ def test_joint_templates_are_the_tokens_of_the_whole_text(tokenizers, name, whic
             text += before + answer
             expected[begin : len(tokenizer(text)["input_ids"])] = True
         assert supervised.tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize(
+    "name", ["internvl2_5", "Hermes-2", "internlm2-chat", "phi3-chat", "vicuna"]
+)
+@pytest.mark.parametrize("which", NAMES)
+def test_an_answer_that_is_not_learned_changes_the_mask_alone(tokenizers, name, which):
+    template = ChatTemplate(tokenizers[which], 2, name=name)
+    for system, rounds in CHATS:
+        tiles = [1, 3][: sum(question.count("<image>") for question, _ in rounds)]
+        turns = turns_of(system, rounds)
+        tokens, supervised = template.encode(turns, tiles)
+        left = supervised.copy()
+        answers = [place for place, turn in enumerate(turns) if turn.role == "gpt"]
+        for answer in answers:
+            alone = [
+                dataclasses.replace(turn, learned=turn.role != "gpt" or place == answer)
+                for place, turn in enumerate(turns)
+            ]
+            same, mask = template.encode(alone, tiles)
+            assert same.tolist() == tokens.tolist()
+            # The masks of the single answers are parts of the whole one, and do not overlap.
+            assert mask.any() and left[mask].all()
+            left &= ~mask
+            assert turns[answer].text.strip()[:3] in tokenizers[which].decode(tokens[mask])
+        assert not left.any()
 
 
 @pytest.mark.parametrize("which", NAMES)
