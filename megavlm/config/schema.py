@@ -354,7 +354,8 @@ class Config:
     """A whole training run.
 
     Args:
-        stage: name of a row of the table of stages, which fills the recipe's settings.
+        stage: name of a row of the table of stages, which fills the recipe's settings; empty only
+            in a checkpoint made by conversion.
         model: name of a row of the table of models, or a Hugging Face folder, whose config.json
             then fills ``architecture``; not needed where ``init`` names both parts.
         architecture: what the model is made of.

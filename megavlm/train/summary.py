@@ -30,7 +30,9 @@ def log_run_summary(
         goes_on = (
             f"going on after step {state.step}" if source.resumes(config, start) else "its weights"
         )
-        origin = f"{start.folder} (stage {start.state.stage}, step {start.state.step}): {goes_on}"
+        stage = start.state.stage
+        made = f"stage {stage}, step {start.state.step}" if stage else "made by conversion"
+        origin = f"{start.folder} ({made}): {goes_on}"
     elif isinstance(start, Path):
         origin = f"{start} (Hugging Face): its weights"
     elif start is not None:

@@ -25,12 +25,14 @@ def load_then_save(folder: Path, imported: Path, config: Config) -> list[str]:
     """
     from megatron.core import dist_checkpointing
 
+    from megavlm.checkpoint import step_folder
     from megavlm.config.cli import to_yaml
     from megavlm.convert.hf import convert
     from megavlm.model import weights
     from megavlm.model.vlm import VisionLanguageModel
     from megavlm.parallel import backend, process_groups
     from megavlm.planner.layout import make_layout
+    from megavlm.train import checkpoint
 
     backend.start(config.parallel.timeout_minutes)
     place = process_groups.create(
@@ -38,12 +40,7 @@ def load_then_save(folder: Path, imported: Path, config: Config) -> list[str]:
     )
     models = [VisionLanguageModel(config, make_layout(config), place) for _ in range(2)]
     keys = weights.fill(models[:1], convert.full_tensors(folder, config.architecture))
-    loaded = dist_checkpointing.load(
-        {"model": models[1].sharded_state_dict(prefix="model.")}, str(imported / "shards")
-    )
-    models[1].load_state_dict(
-        {key.removeprefix("model."): value for key, value in loaded["model"].items()}
-    )
+    checkpoint.load_weights(step_folder.read(imported), models[1:])
     for one, other in zip(*(weights.named_weights(model).items() for model in models), strict=True):
         assert one[0] == other[0] and torch.equal(one[1].data, other[1].data), one[0]
 

@@ -174,7 +174,7 @@ def import_(
         write_shards(view, growing / SHARDS, done=progress.add)
         words = _copy_tokenizer(Path(tokenizer) if tokenizer else folder, growing / TOKENIZER)
         (growing / CONFIG_NAME).write_text(
-            to_yaml(Config(stage="2", model=name, architecture=architecture)), encoding="utf-8"
+            to_yaml(Config(stage="", model=name, architecture=architecture)), encoding="utf-8"
         )
         preprocessing.write(preprocessing.of_folder(folder, dialect_of(folder)), growing)
         train_state.write(State(tokenizer=words), growing)

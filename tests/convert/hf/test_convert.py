@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, InternVLForConditionalGeneration
 
-from megavlm.checkpoint import train_state
+from megavlm.checkpoint import step_folder, train_state
 from megavlm.config.cli import from_yaml
 from megavlm.config.schema import Architecture, Connector
 from megavlm.convert.hf import convert
@@ -240,6 +240,12 @@ def test_a_tied_head_may_start_a_model_with_two(tmp_path: Path) -> None:
     assert torch.equal(head, embedding)
     with pytest.raises(ValueError, match="tied_head: False there, True asked for"):
         convert.full_tensors(make_hf(tmp_path / "untied"), language(tied_head=True))
+
+
+def test_an_imported_checkpoint_has_no_stage_and_the_newest_format(tmp_path: Path) -> None:
+    checkpoint = step_folder.read(convert.import_(make_hf(tmp_path / "hf"), tmp_path / "start"))
+    assert not checkpoint.config.stage and checkpoint.state.stage is None
+    assert checkpoint.state.format == train_state.FORMAT_VERSION
 
 
 def test_a_checkpoint_without_tokenizer_asks_for_one(tmp_path: Path) -> None:
