@@ -18,6 +18,7 @@ from megavlm.checkpoint.step_folder import Checkpoint
 from megavlm.checkpoint.train_state import State
 from megavlm.config import torchrun
 from megavlm.config.checks.rules import ConfigError, check
+from megavlm.config.checks.saving import exported_step, note_export
 from megavlm.config.schema import Config, Init
 from megavlm.convert.hf import convert, from_parts
 from megavlm.convert.weights.families import family_of
@@ -240,16 +241,24 @@ def train(
             lock=lock,
         )
         state = run(job, state, metrics)
-        _export(config, state, place)
+        _export(config, state, start, place)
     process_groups.destroy()
     return state
 
 
-def _export(config: Config, state: State, place: process_groups.Groups) -> None:
-    """Export the model of a run that is done, if it is asked for."""
-    export = config.checkpoint.export_hf
-    if export and state.step == config.training.steps and place.rank == 0:
-        convert.export(config.checkpoint.save, export, flag="--checkpoint.export_hf")
+def _export(config: Config, state: State, start: Start, place: process_groups.Groups) -> None:
+    """Export the model of a run that is done, if it is asked for and not done already."""
+    files = config.checkpoint
+    if not files.export_hf or state.step < config.training.steps or place.rank:
+        return
+    if exported_step(files) == config.training.steps:
+        print(f"{files.export_hf}: holds the model of this run already", flush=True)
+        return
+    # A run with nothing to do has saved nothing.
+    has_saved = not isinstance(start, Checkpoint) or start.state.step < state.step
+    folder = files.save if has_saved else start.folder
+    convert.export(folder, files.export_hf, flag="--checkpoint.export_hf")
+    note_export(files, config.training.steps)
 
 
 def _open_training_set(config: Config) -> tuple[PackedDataset | BlendedDataset, Order]:

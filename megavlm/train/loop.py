@@ -44,6 +44,8 @@ def run(job: Job, state: State, metrics: Metrics) -> State:
         state.consumed + (last - state.step) * packs,
         groups.data_size,
     )
+    if state.step >= last:
+        metrics.say(f"nothing to do: step {state.step} is done, and --training.steps is {last}")
     saver = Saver(job, metrics, state.step)
     unseen = {}
     by_source = SourceLosses(job.train.source_names, job.backend.device)
@@ -65,8 +67,8 @@ def run(job: Job, state: State, metrics: Metrics) -> State:
             weight = job.train.weight_sum(ids, config.data.loss_reduction)
             if not weight:
                 raise ValueError(
-                    f"--data.train {config.data.train}: no token of packs {ids.tolist()} is"
-                    " supervised, so there is no loss"
+                    f"step {state.step + 1}: --data.train {config.data.train}: no token of packs"
+                    f" {ids.tolist()} is supervised, so there is no loss"
                 )
             rate = set_rates(job.optimizer, config, state.step)
             micro_steps = packs // groups.data_size
@@ -81,7 +83,7 @@ def run(job: Job, state: State, metrics: Metrics) -> State:
                 job.backend,
                 by_source,
             )
-            unseen[state.step] = result.grad_norm
+            unseen[state.step + 1] = (ids.tolist(), result.grad_norm)
             state = dataclasses.replace(
                 state, step=state.step + 1, consumed=state.consumed + packs, valid_loss=None
             )
@@ -94,7 +96,7 @@ def run(job: Job, state: State, metrics: Metrics) -> State:
             )
             if state.step % interval == 0 or state.step == last or interval_is_over:
                 try:
-                    grad_norm = _look(unseen, job)
+                    grad_norm = _look(unseen)
                 except FloatingPointError:
                     saver.wait()  # every rank is here, and what is being written is from before it
                     raise
@@ -133,15 +135,16 @@ def run(job: Job, state: State, metrics: Metrics) -> State:
     return state
 
 
-def _look(grad_norms: dict[int, Tensor], job: Job) -> float:
-    """Wait for the norms of the last steps' gradients, by step, and refuse one that is not finite;
-    the newest is returned.
+def _look(unseen: dict[int, tuple[list[int], Tensor]]) -> float:
+    """Wait for the norms of the last steps' gradients, and refuse one that is not finite; the
+    newest is returned.
+
+    Args:
+        unseen: the packs and the norm of each step, by its number on the console.
     """
-    values = torch.stack(list(grad_norms.values())).tolist()
-    for step, norm in zip(grad_norms, values, strict=True):
+    values = torch.stack([norm for _, norm in unseen.values()]).tolist()
+    for (step, (ids, _)), norm in zip(unseen.items(), values, strict=True):
         if not math.isfinite(norm):
-            packs = job.config.training.global_batch_size
-            ids = job.plan.pack_ids(step * packs, packs).tolist()
             raise FloatingPointError(
                 f"step {step}: the gradient's norm is {norm} on packs {ids}; the weights are lost"
                 " since then"

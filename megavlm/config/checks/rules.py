@@ -77,7 +77,9 @@ def problems(config: Config, world_size: int) -> list[str]:
         *_fp8(config.fp8, config),
         *at_least(0, "checkpoint", config.checkpoint, "save_interval", "keep", "keep_best"),
         *bucket_problems(config.parallel),
-        *checkpoint_problems(config.checkpoint, config.training.eval_interval),
+        *checkpoint_problems(
+            config.checkpoint, config.training.eval_interval, config.training.steps
+        ),
         *start.problems(config),
         *at_least(1, "logging", config.logging, "interval"),
         *observer_problems(config.logging, config.checkpoint),

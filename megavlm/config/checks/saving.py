@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
 from megavlm.config.schema import Checkpoint
 
+EXPORTED = "exported.json"
 
-def checkpoint_problems(checkpoint: Checkpoint, eval_interval: int) -> Iterator[str]:
+
+def checkpoint_problems(checkpoint: Checkpoint, eval_interval: int, steps: int) -> Iterator[str]:
     """Everything about checkpoints that cannot be, or would have no effect, each naming the flag to
     change.
 
     Args:
         checkpoint: where checkpoints go and come from.
         eval_interval: steps between measurements of the held-out loss.
+        steps: of the whole run.
     """
     if checkpoint.keep_best > 0 and checkpoint.keep == 0:
         yield (
@@ -60,6 +64,7 @@ def checkpoint_problems(checkpoint: Checkpoint, eval_interval: int) -> Iterator[
     target = Path(checkpoint.export_hf)
     if (
         checkpoint.export_hf
+        and exported_step(checkpoint) != steps
         and target.exists()
         and not (target.is_dir() and not any(target.iterdir()))
     ):
@@ -67,3 +72,24 @@ def checkpoint_problems(checkpoint: Checkpoint, eval_interval: int) -> Iterator[
             f"--checkpoint.export_hf {checkpoint.export_hf}: exists already and is not an empty"
             " folder; name another"
         )
+
+
+def exported_step(checkpoint: Checkpoint) -> int | None:
+    """Return the number of steps of the run whose model is already in ``export_hf``, as the run in
+    the save folder noted it; none if it did not.
+    """
+    try:
+        noted = json.loads((Path(checkpoint.save) / EXPORTED).read_text())
+        is_there = (Path(checkpoint.export_hf) / "config.json").is_file()
+        is_it = noted["folder"] == str(Path(checkpoint.export_hf).resolve())
+        return noted["step"] if is_there and is_it else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def note_export(checkpoint: Checkpoint, step: int) -> None:
+    """Note that the model after ``step`` is in ``export_hf``, so that the same command again is
+    no mistake.
+    """
+    noted = {"folder": str(Path(checkpoint.export_hf).resolve()), "step": step}
+    (Path(checkpoint.save) / EXPORTED).write_text(json.dumps(noted) + "\n")
