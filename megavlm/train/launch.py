@@ -206,7 +206,7 @@ def train(
     place = process_groups.create(config.parallel, config.training.seed, layout.embedding_chunk)
     if isinstance(start, Checkpoint):
         start = source.whole(config, start)
-    with Metrics(config, place.is_writer) as metrics:
+    with Metrics(config, place.is_writer, source.first_step(config, start)) as metrics:
         if config.health.speed_check and place.size > 1:
             _check_speed(config, place, machine, metrics)
         if config.checkpoint.save:

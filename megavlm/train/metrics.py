@@ -5,18 +5,19 @@ Observers only: nothing here changes training.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import time
+from functools import partial
 from io import FileIO
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
-from megavlm.config.cli import to_yaml
 from megavlm.config.schema import Config
 from megavlm.train.throughput import STEP_SECONDS
+from megavlm.train.trackers import TensorBoard, Watched, WeightsAndBiases
 
 FILE_NAME = "metrics.jsonl"
 # Sources whose figures fit into a line on the console.
@@ -29,31 +30,38 @@ class Metrics:
     Args:
         config: the run.
         is_writer: whether this rank writes.
+        step: updates that are done when the run starts.
     """
 
-    def __init__(self, config: Config, is_writer: bool):
+    def __init__(self, config: Config, is_writer: bool, step: int = 0):
         self._writes = is_writer
         self._steps = config.training.steps
         self._file: FileIO | None = None
-        self._board: Any = None
-        self._wandb: Any = None
+        self._is_file_full = False
+        self._trackers: list[Watched] = []
         if not is_writer:
             return
         if config.checkpoint.save:
-            folder = Path(config.checkpoint.save)
+            self._open_file(Path(config.checkpoint.save))
+        if config.logging.tensorboard:
+            board = partial(TensorBoard, config, step)
+            self._trackers.append(Watched(TensorBoard.name, board, self.say))
+        if config.logging.wandb_project:
+            wandb = partial(WeightsAndBiases, config, self.say)
+            self._trackers.append(Watched(WeightsAndBiases.name, wandb, self.say))
+
+    def _open_file(self, folder: Path) -> None:
+        try:
             folder.mkdir(parents=True, exist_ok=True)
             self._file = (folder / FILE_NAME).open("ab", buffering=0)
-        if config.logging.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(str(Path(config.checkpoint.save) / "tensorboard"))
-        if config.logging.wandb_project:
-            self._wandb = _start_wandb(config)
+        except OSError as error:
+            self.say(f"ERROR: {folder / FILE_NAME}: records are on the console only ({error})")
 
     def say(self, text: str) -> None:
         """Print a line on the console."""
         if self._writes:
-            print(text, flush=True)
+            with contextlib.suppress(OSError):  # a full disk below a redirected console
+                print(text, flush=True)
 
     def record(
         self,
@@ -83,7 +91,7 @@ class Metrics:
                     f"{name} of "
                     + ", ".join(f"{source} {figure:.4g}" for source, figure in figures.items())
                 )
-        print("  ".join(words), flush=True)
+        self.say("  ".join(words))
         values = values | {
             f"{name}/{source}": figure
             for name, figures in (by_source or {}).items()
@@ -96,21 +104,26 @@ class Metrics:
                 for name, value in values.items()
             }
             self._append(json.dumps({"step": step, "time": round(time.time(), 3)} | finite) + "\n")
-        if self._board is not None:
-            for name, value in numbers.items():
-                self._board.add_scalar(name, value, step)
-        if self._wandb is not None:
-            self._wandb.log(numbers, step=step)
+        for tracker in self._trackers:
+            tracker.record(step, numbers)
 
     def _append(self, line: str) -> None:
-        """Add a line to the file, whole or not at all. A full disk does not end the run for it."""
+        """Add a line to the file, whole or not at all. A full disk does not end the run for it, and
+        is told once, until there is room again.
+        """
         size = os.fstat(self._file.fileno()).st_size
         try:
             if self._file.write(line.encode()) < len(line.encode()):
                 self._file.truncate(size)
                 raise OSError("no space for a whole line")
+            self._is_file_full = False
         except OSError as error:
-            self.say(f"ERROR: {self._file.name}: the record above is on the console only ({error})")
+            if not self._is_file_full:
+                self.say(
+                    f"ERROR: {self._file.name}: the record above is on the console only, and so are"
+                    f" the next ones until there is room ({error})"
+                )
+            self._is_file_full = True
 
     def __enter__(self) -> Metrics:
         return self
@@ -120,10 +133,8 @@ class Metrics:
     ) -> None:
         if self._file is not None:
             self._file.close()
-        if self._board is not None:
-            self._board.close()
-        if self._wandb is not None:
-            self._wandb.finish(exit_code=1 if kind else 0)
+        for tracker in self._trackers:
+            tracker.close(has_failed=kind is not None)
 
 
 def _duration(seconds: float) -> str:
@@ -141,21 +152,3 @@ def _duration(seconds: float) -> str:
 
 def _short(value: float | str) -> str:
     return value if isinstance(value, str) else f"{value:.6g}"
-
-
-def _start_wandb(config: Config) -> Any:
-    try:
-        import wandb
-    except ImportError as error:
-        raise ValueError(
-            "--logging.wandb_project needs Weights & Biases: pip install wandb"
-        ) from error
-    import yaml
-
-    return wandb.init(
-        project=config.logging.wandb_project,
-        name=config.logging.run_name or None,
-        mode=config.logging.wandb_mode,
-        dir=config.checkpoint.save or None,
-        config=yaml.safe_load(to_yaml(config)),
-    )

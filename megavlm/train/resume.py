@@ -147,6 +147,12 @@ def resumes(config: Config, source: Checkpoint) -> bool:
     return source.state.stage == config.stage and not takes_weights
 
 
+def first_step(config: Config, source: object) -> int:
+    """Return the number of updates that are done when the run starts."""
+    is_resumed = isinstance(source, Checkpoint) and resumes(config, source)
+    return source.state.step if is_resumed else 0
+
+
 def is_own(config: Config, source: Checkpoint) -> bool:
     """Tell whether a checkpoint is in the run's save folder."""
     return bool(config.checkpoint.save) and source.folder.parent == Path(config.checkpoint.save)

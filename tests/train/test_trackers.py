@@ -1,0 +1,167 @@
+"""Trackers observe: they are refused early, never end a run, and continue their records."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+from megavlm.checkpoint.directory import is_own
+from megavlm.config.checks import observers
+from megavlm.config.checks.observers import observer_problems
+from megavlm.config.schema import Checkpoint, Config, Logging
+from megavlm.train.metrics import Metrics
+from megavlm.train.trackers import TensorBoard, Watched
+
+
+def config_for(save: Path | str, **logging) -> Config:
+    config = Config(stage="1", model="tiny", checkpoint=Checkpoint(save=str(save)))
+    return dataclasses.replace(config, logging=Logging(**logging))
+
+
+class Wandb(types.ModuleType):
+    """Stands in for the package: remembers its calls, and may be unreachable or fail later."""
+
+    def __init__(self, *, is_reachable: bool = True, can_log: bool = True):
+        super().__init__("wandb")
+        self.calls: list[dict] = []
+        self.logged: list[dict] = []
+        self._is_reachable = is_reachable
+        self._can_log = can_log
+
+    def Settings(self, **settings) -> dict:
+        return settings
+
+    def init(self, **arguments) -> Wandb:
+        self.calls.append(arguments)
+        if arguments["mode"] == "online" and not self._is_reachable:
+            raise ConnectionError("no route to host")
+        return self
+
+    def define_metric(self, name: str, step_metric: str) -> None:
+        assert step_metric == "step"
+
+    def log(self, figures: dict) -> None:
+        if not self._can_log:
+            raise OSError("no space left on device")
+        self.logged.append(figures)
+
+    def finish(self, exit_code: int) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("logging", "told"),
+    [
+        (Logging(tensorboard=True), "pip install 'megavlm[tensorboard]'"),
+        (Logging(wandb_project="p"), "pip install 'megavlm[wandb]'"),
+    ],
+)
+def test_a_missing_package_is_refused_with_the_extra(
+    logging: Logging, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(observers, "find_spec", lambda name: None)
+    [problem] = observer_problems(logging, Checkpoint(save="run"))
+    assert told in problem and problem.startswith("--logging.")
+    monkeypatch.setattr(observers, "find_spec", importlib.util.find_spec)
+
+
+@pytest.mark.parametrize("place", ["nowhere", "environment", "netrc", "netrc of another host"])
+def test_a_missing_key_is_refused(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(observers, "find_spec", lambda name: object())
+    for name in ("WANDB_API_KEY", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    if place == "environment":
+        monkeypatch.setenv("WANDB_API_KEY", "1234")
+    elif place != "nowhere":
+        host = "api.wandb.ai" if place == "netrc" else "example.com"
+        (tmp_path / "netrc").write_text(f"machine {host} login user password 1234\n")
+        (tmp_path / "netrc").chmod(0o600)
+    found = list(observer_problems(Logging(wandb_project="p"), Checkpoint(save="run")))
+    assert bool(found) == (place in ("nowhere", "netrc of another host"))
+    assert all("there is no key" in problem for problem in found)
+    offline = Logging(wandb_project="p", wandb_mode="offline")
+    assert not list(observer_problems(offline, Checkpoint(save="run")))
+
+
+def test_a_server_that_cannot_be_reached_is_told_and_records_stay_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    fake = Wandb(is_reachable=False)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    with Metrics(config_for(tmp_path / "run", wandb_project="p"), is_writer=True) as metrics:
+        metrics.record(1, {"loss": 2.5})
+    assert [call["mode"] for call in fake.calls] == ["online", "offline"]
+    assert fake.logged == [{"loss": 2.5, "step": 1}]
+    shown = capsys.readouterr().out
+    assert shown.count("WARNING: Weights & Biases cannot be reached (ConnectionError") == 1
+
+
+def test_without_a_folder_too_the_run_goes_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", Wandb(is_reachable=False))
+    with Metrics(config_for("", wandb_project="p"), is_writer=True) as metrics:
+        metrics.record(1, {"loss": 2.5})
+    assert "Weights & Biases gets no more figures (ConnectionError" in capsys.readouterr().out
+
+
+def test_a_tracker_that_fails_says_so_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", Wandb(can_log=False))
+    with Metrics(config_for(tmp_path / "run", wandb_project="p"), is_writer=True) as metrics:
+        for step in (1, 2, 3):
+            metrics.record(step, {"loss": 2.5})
+    shown = capsys.readouterr().out
+    assert shown.count("no space left on device") == 1 and "training goes on" in shown
+    assert "step 3  loss 2.5" in shown
+
+
+def test_a_resumed_run_is_the_same_run_of_weights_and_biases(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = Wandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    for save in ("run", "run", "other"):
+        with Metrics(config_for(tmp_path / save, wandb_project="p"), is_writer=True):
+            pass
+    first, again, other = fake.calls
+    assert first["id"] == again["id"] != other["id"] and again["resume"] == "allow"
+    assert all(is_own(entry) for entry in (tmp_path / "run").iterdir())
+
+
+def test_tensorboard_hides_the_steps_that_are_trained_again(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = config_for(tmp_path / "run", tensorboard=True)
+    for start, value in ((0, 1.0), (3, 2.0)):
+        with Metrics(config, is_writer=True, step=start) as metrics:
+            for step in range(start + 1, 6):
+                metrics.record(step, {"loss": value})
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload().Scalars("loss")
+    assert [(event.step, event.value) for event in events] == [
+        (1, 1.0),
+        (2, 1.0),
+        (3, 1.0),
+        (4, 2.0),
+        (5, 2.0),
+    ]
+
+
+def test_tensorboard_that_cannot_write_ends_no_run(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "tensorboard").touch()  # where its folder should be
+    told: list[str] = []
+    config = config_for(tmp_path / "run", tensorboard=True)
+    board = Watched("TensorBoard", lambda: TensorBoard(config, 0), told.append)
+    board.record(1, {"loss": 1.0})
+    board.close(has_failed=False)
+    assert len(told) == 1 and "TensorBoard gets no more figures" in told[0]
