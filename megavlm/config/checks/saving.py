@@ -61,16 +61,17 @@ def checkpoint_problems(checkpoint: Checkpoint, eval_interval: int, steps: int) 
             f"--checkpoint.export_hf {checkpoint.export_hf} needs --checkpoint.save: the model is"
             " exported from the last checkpoint"
         )
-    target = Path(checkpoint.export_hf)
-    if (
-        checkpoint.export_hf
-        and exported_step(checkpoint) != steps
-        and target.exists()
-        and not (target.is_dir() and not any(target.iterdir()))
-    ):
+    if checkpoint.export_hf and exported_step(checkpoint) != steps:
+        yield from _taken(checkpoint.export_hf)
+
+
+def _taken(export: str) -> Iterator[str]:
+    """Name a folder for the exported model that holds something already."""
+    target = Path(export)
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         yield (
-            f"--checkpoint.export_hf {checkpoint.export_hf}: exists already and is not an empty"
-            " folder; name another"
+            f"--checkpoint.export_hf {export}: exists already and is not an empty folder; name"
+            " another"
         )
 
 
