@@ -132,7 +132,7 @@ class Watched:
         self._name = name
         self._say = say
         self._tracker: Tracker | None = None
-        self._attempt(lambda: setattr(self, "_tracker", make()))
+        self._attempt(lambda: self._start(make))
 
     def record(self, step: int, numbers: Mapping[str, float]) -> None:
         """Take the figures of a step."""
@@ -143,6 +143,9 @@ class Watched:
         """Write what is left."""
         if self._tracker is not None:
             self._attempt(lambda: self._tracker.close(has_failed=has_failed))
+
+    def _start(self, make: Callable[[], Tracker]) -> None:
+        self._tracker = make()
 
     def _attempt(self, action: Callable[[], object]) -> None:
         try:
