@@ -62,7 +62,7 @@ def candidates(root: Path) -> list[Path]:
 def is_own(entry: Path) -> bool:
     """Whether a file or folder in a save folder is one that a run writes there."""
     starts = (_STEP, _GROWING, _LEAVING, f".{LATEST}", lock.FILE_NAME)
-    return entry.name in _OWN or entry.name.startswith(starts)
+    return entry.name in _OWN or entry.name.startswith(starts) or atomic.is_partial(entry)
 
 
 def clean(root: Path) -> list[str]:
@@ -70,7 +70,7 @@ def clean(root: Path) -> list[str]:
     left = [
         entry
         for entry in sorted(root.iterdir())
-        if entry.name.startswith((_GROWING, _LEAVING, f".{LATEST}"))
+        if entry.name.startswith((_GROWING, _LEAVING, f".{LATEST}")) or atomic.is_partial(entry)
     ]
     for entry in left:
         _remove(entry)

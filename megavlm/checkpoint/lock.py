@@ -22,6 +22,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from megavlm.io import atomic
+
 FILE_NAME = ".lock"
 _BEAT_SECONDS = 10.0
 _DEAD_SECONDS = 90.0
@@ -277,24 +279,34 @@ def _wait_for_its_death(
 def _take_over(path: Path, dead: Holder, holder: Holder) -> bool:
     """Put this run's lock in place of a dead one's; false if another run was faster.
 
-    The claim, whose name holds the dead one's token, can be made once only.
+    The claim, whose name holds the dead one's token, is a lock too: one run at a time has it, and
+    the claim of a run that was killed is taken over in the same way.
     """
     claim = path.with_name(f"{FILE_NAME}_claim_{dead.token}")
-    try:
-        claim.touch(exist_ok=False)
-    except FileExistsError:
-        if _age(claim) > _DEAD_SECONDS:
-            claim.unlink(missing_ok=True)  # whoever made it was killed
+    if not _create(claim, holder) and not _take_over_claim(claim, holder):
         time.sleep(0.05)
         return False
     try:
         found = _read(path)
         if found is None or found.token != dead.token:
             return False
-        os.replace(_write_own(path, holder), path)
+        atomic.write_text(path, json.dumps(asdict(holder)))
         return True
     finally:
         claim.unlink(missing_ok=True)
+
+
+def _take_over_claim(claim: Path, holder: Holder) -> bool:
+    """Put this run's claim in place of one whose run was killed; false if that run may live."""
+    found = _read(claim)
+    if found is None:  # it was just given up, or never written to the end
+        if _age(claim) > _DEAD_SECONDS:
+            claim.unlink(missing_ok=True)
+        return False
+    is_dead = (
+        _started(found.pid) != found.started if _is_here(found) else _age(claim) > _DEAD_SECONDS
+    )
+    return is_dead and _take_over(claim, found, holder)
 
 
 def _print(text: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Sequence
 from datetime import timedelta
 from functools import partial
@@ -18,7 +19,7 @@ from megavlm.checkpoint.step_folder import Checkpoint
 from megavlm.checkpoint.train_state import State
 from megavlm.config import torchrun
 from megavlm.config.checks.rules import ConfigError, check
-from megavlm.config.checks.saving import exported_step, note_export
+from megavlm.config.checks.saving import EXPORTED, exported_step
 from megavlm.config.schema import Config, Init
 from megavlm.convert.hf import convert, from_parts
 from megavlm.convert.weights.families import family_of
@@ -29,6 +30,7 @@ from megavlm.data.store.manifest import read_manifest
 from megavlm.data.text.tokenizer import fingerprint
 from megavlm.health import speed_check
 from megavlm.health.preflight import DisagreementError, View, agree, look
+from megavlm.io import atomic
 from megavlm.model import precision, weights
 from megavlm.model.vlm import VisionLanguageModel
 from megavlm.parallel import backend, process_groups
@@ -38,7 +40,7 @@ from megavlm.train import checkpoint, optimizer, stage_moments
 from megavlm.train import resume as source
 from megavlm.train.build import build
 from megavlm.train.job import Job
-from megavlm.train.loop import run
+from megavlm.train.loop import StepError, run
 from megavlm.train.master_weights import MismatchError
 from megavlm.train.metrics import Metrics
 from megavlm.train.saver import SaveError
@@ -63,7 +65,7 @@ def launch(config: Config) -> None:
         )
         try:
             train(config, machine, start, lock)
-        except (source.DamagedError, MismatchError, SaveError) as error:
+        except (source.DamagedError, MismatchError, SaveError, StepError) as error:
             # Every rank knows of it, so none waits for another.
             torchrun.refuse(f"error: {error}", is_told=torchrun.rank() == 0)
             raise SystemExit(2) from None
@@ -200,6 +202,7 @@ def train(
     Raises:
         DamagedError: the checkpoint to start from is damaged, on every rank.
         SaveError: the last checkpoint could not be saved, on every rank.
+        StepError: a step has no loss or no finite gradient, on every rank.
     """
     packs, plan = _open_training_set(config)
     layout = make_layout(config, PackSize.mean(packs.some_records()))
@@ -258,7 +261,9 @@ def _export(config: Config, state: State, start: Start, place: process_groups.Gr
     has_saved = not isinstance(start, Checkpoint) or start.state.step < state.step
     folder = files.save if has_saved else start.folder
     convert.export(folder, files.export_hf, flag="--checkpoint.export_hf")
-    note_export(files, config.training.steps)
+    # So that the same command again is no mistake.
+    noted = {"folder": str(Path(files.export_hf).resolve()), "step": config.training.steps}
+    atomic.write_text(Path(files.save) / EXPORTED, json.dumps(noted) + "\n")
 
 
 def _open_training_set(config: Config) -> tuple[PackedDataset | BlendedDataset, Order]:

@@ -26,12 +26,16 @@ from megavlm.train.stop_signal import StopRequest
 from megavlm.train.throughput import Pace
 
 
+class StepError(RuntimeError):
+    """A step that cannot be trained, or that has destroyed the weights; every rank knows of it."""
+
+
 def run(job: Job, state: State, metrics: Metrics) -> State:
     """Train from ``state`` to the last step, or until asked to stop. Collective.
 
     Raises:
-        ValueError: no token of a step is supervised, so its loss is not defined.
-        FloatingPointError: a gradient was not finite; the last checkpoint is from before it.
+        StepError: no token of a step is supervised, so its loss is not defined; or a gradient was
+            not finite, and the last checkpoint is from before it.
         SaveError: the last checkpoint could not be saved.
     """
     config = job.config
@@ -66,7 +70,7 @@ def run(job: Job, state: State, metrics: Metrics) -> State:
             ids = job.plan.pack_ids(state.consumed, packs)
             weight = job.train.weight_sum(ids, config.data.loss_reduction)
             if not weight:
-                raise ValueError(
+                raise StepError(
                     f"step {state.step + 1}: --data.train {config.data.train}: no token of packs"
                     f" {ids.tolist()} is supervised, so there is no loss"
                 )
@@ -97,7 +101,7 @@ def run(job: Job, state: State, metrics: Metrics) -> State:
             if state.step % interval == 0 or state.step == last or interval_is_over:
                 try:
                     grad_norm = _look(unseen)
-                except FloatingPointError:
+                except StepError:
                     saver.wait()  # every rank is here, and what is being written is from before it
                     raise
                 unseen = {}
@@ -145,9 +149,10 @@ def _look(unseen: dict[int, tuple[list[int], Tensor]]) -> float:
     values = torch.stack([norm for _, norm in unseen.values()]).tolist()
     for (step, (ids, _)), norm in zip(unseen.items(), values, strict=True):
         if not math.isfinite(norm):
-            raise FloatingPointError(
-                f"step {step}: the gradient's norm is {norm} on packs {ids}; the weights are lost"
-                " since then"
+            raise StepError(
+                f"step {step}: the gradient's norm is {norm} on packs {ids}, and the weights are"
+                " lost since then; resume from the last checkpoint, which is from before it, with a"
+                " lower --optimizer.lr or without these packs"
             )
     return values[-1]
 

@@ -98,9 +98,11 @@ def test_what_a_killed_run_left_is_removed_and_nothing_else(tmp_path: Path) -> N
     kept = _checkpoint(tmp_path, 100)
     (tmp_path / "latest").write_text("step_00000100\n")
     (tmp_path / ".latest").write_text("step_0000")
+    (tmp_path / ".exported.json.partial").write_text("{")
     for name in (".growing_step_00000200_ab", ".leaving_step_00000050_cd"):
         (tmp_path / name / "shards").mkdir(parents=True)
     assert directory.clean(tmp_path) == [
+        ".exported.json.partial",
         ".growing_step_00000200_ab",
         ".latest",
         ".leaving_step_00000050_cd",

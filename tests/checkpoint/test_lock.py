@@ -196,3 +196,23 @@ def test_without_links_there_is_still_one_holder(
     holder = lock._this_process()
     assert lock._create(tmp_path / FILE_NAME, holder)
     assert not lock._create(tmp_path / FILE_NAME, dataclasses.replace(holder, token="other"))
+
+
+def test_a_taker_that_was_killed_holds_the_next_one_up_no_longer_than_its_death_is_unknown(
+    tmp_path: Path, other: multiprocessing.Process
+) -> None:
+    path = tmp_path / "run" / FILE_NAME
+    of_the_taker = path.read_text()
+    other.kill()
+    other.join()
+    from_elsewhere(path)
+    os.utime(path, (1, 1))
+    dead = json.loads(path.read_text()) | {"token": "dead"}
+    path.write_text(json.dumps(dead))
+    os.utime(path, (1, 1))
+    path.with_name(f"{FILE_NAME}_claim_dead").write_text(of_the_taker)  # killed while it took over
+    start = time.monotonic()
+    with held(tmp_path / "run") as found:
+        found.check()
+    assert time.monotonic() - start < 10
+    assert list((tmp_path / "run").iterdir()) == []

@@ -10,18 +10,28 @@ import pytest
 import torch
 
 from megavlm.checkpoint.step_folder import find
-from megavlm.train.loop import _look
+from megavlm.train.loop import StepError, _look
 from tests.ranks.pool import Pool
 from tests.ranks.test_changed_options import output_of_job
 from tests.ranks.test_resume import STEPS, make_job
 from tests.ranks.test_resume import dataset as dataset
 
+TOKENIZER = Path(__file__).parents[1] / "golden" / "tokenizer"
+
+
+@pytest.fixture
+def packs(dataset: Path, tmp_path: Path) -> Path:
+    """The packs, with a tokenizer for the export."""
+    folder = Path(shutil.copytree(dataset, tmp_path / "packs"))
+    shutil.copytree(TOKENIZER, folder / "tokenizer")
+    return folder
+
 
 def test_the_command_of_a_finished_run_is_no_failure_and_exports_once(
-    ranks: Pool, dataset: Path, tmp_path: Path
+    ranks: Pool, packs: Path, tmp_path: Path
 ) -> None:
     save = tmp_path / "run"
-    ranks.run(output_of_job, 1, make_job(dataset, save))
+    ranks.run(output_of_job, 1, make_job(packs, save))
     for name in ("latest", "junk", "missing"):  # three ways in which a folder is found
         latest = save / "latest"
         if name == "junk":
@@ -33,7 +43,7 @@ def test_the_command_of_a_finished_run_is_no_failure_and_exports_once(
     (tmp_path / "empty").mkdir()
     assert find(str(tmp_path / "empty")) is None
     export = tmp_path / "exported"
-    wanted = make_job(dataset, save, export_hf=str(export))
+    wanted = make_job(packs, save, export_hf=str(export))
     [shown] = ranks.run(output_of_job, 1, wanted)
     assert f"nothing to do: step {STEPS} is done, and --training.steps is {STEPS}" in shown
     assert (export / "config.json").is_file()
@@ -46,13 +56,13 @@ def test_the_command_of_a_finished_run_is_no_failure_and_exports_once(
     with pytest.raises(AssertionError, match="exists already and is not an empty folder"):
         ranks.run(output_of_job, 1, wanted)
     shutil.rmtree(export)
-    elsewhere = make_job(dataset, tmp_path / "new", load=save, export_hf=str(export))
+    elsewhere = make_job(packs, tmp_path / "new", load=save, export_hf=str(export))
     [shown] = ranks.run(output_of_job, 1, elsewhere)
     assert "nothing to do" in shown and (export / "config.json").is_file()
 
 
 def test_a_step_that_is_not_finite_is_named_as_the_console_does_with_its_packs() -> None:
     unseen = {7: ([3, 1], torch.tensor(1.0)), 8: ([4, 2], torch.tensor(float("nan")))}
-    with pytest.raises(FloatingPointError, match=r"step 8: the gradient's norm is nan.*\[4, 2\]"):
+    with pytest.raises(StepError, match=r"step 8: the gradient's norm is nan.*\[4, 2\]"):
         _look(unseen)
     assert _look({7: ([3, 1], torch.tensor(1.5))}) == 1.5

@@ -172,6 +172,22 @@ def test_a_second_run_in_the_same_folder_is_refused_before_anything_is_deleted(
     assert not list(save.glob(".lock*"))
 
 
+def test_a_step_that_is_not_finite_is_one_sentence(config_file: Path, tmp_path: Path) -> None:
+    arguments = ["--config", str(config_file), "--checkpoint.save", str(tmp_path / "run")]
+    arguments += ["--checkpoint.save_interval", "1", "--logging.interval", "1"]
+    done = _torchrun(*arguments, "--optimizer.lr", "1e30", "--optimizer.schedule", "constant")
+    assert done.returncode != 0
+    mine, _, _ = done.stderr.partition("ChildFailedError")
+    told = re.findall(
+        r"^error: step (\d+): the gradient's norm is (?:nan|inf) on packs", mine, re.M
+    )
+    assert len(told) == 1, done.stderr
+    assert "Traceback" not in mine.partition("error: step")[0]
+    # The checkpoint that is named there is from before the step.
+    latest = (tmp_path / "run" / "latest").read_text().strip()
+    assert latest == f"step_{int(told[0]) - 1:08d}"
+
+
 def _trained_steps(path: Path) -> list[int]:
     """List the steps whose loss is recorded, leaving out a line that is still being written."""
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []

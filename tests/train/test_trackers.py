@@ -122,7 +122,7 @@ def test_a_tracker_that_fails_says_so_once(
             metrics.record(step, {"loss": 2.5})
     shown = capsys.readouterr().out
     assert shown.count("no space left on device") == 1 and "training goes on" in shown
-    assert "step 3  loss 2.5" in shown
+    assert "step 3 of 1000  loss 2.5" in shown
 
 
 def test_a_resumed_run_is_the_same_run_of_weights_and_biases(

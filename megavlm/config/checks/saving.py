@@ -86,11 +86,3 @@ def exported_step(checkpoint: Checkpoint) -> int | None:
         return noted["step"] if is_there and is_it else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
-
-
-def note_export(checkpoint: Checkpoint, step: int) -> None:
-    """Note that the model after ``step`` is in ``export_hf``, so that the same command again is
-    no mistake.
-    """
-    noted = {"folder": str(Path(checkpoint.export_hf).resolve()), "step": step}
-    (Path(checkpoint.save) / EXPORTED).write_text(json.dumps(noted) + "\n")
