@@ -13,25 +13,17 @@ from megavlm.checkpoint.step_folder import find
 from megavlm.train.loop import StepError, _look
 from tests.ranks.pool import Pool
 from tests.ranks.test_changed_options import output_of_job
-from tests.ranks.test_resume import STEPS, make_job
-from tests.ranks.test_resume import dataset as dataset
+from tests.ranks.test_whole_way import packs as packs
+from tests.ranks.test_whole_way import whole_config
 
-TOKENIZER = Path(__file__).parents[1] / "golden" / "tokenizer"
-
-
-@pytest.fixture
-def packs(dataset: Path, tmp_path: Path) -> Path:
-    """The packs, with a tokenizer for the export."""
-    folder = Path(shutil.copytree(dataset, tmp_path / "packs"))
-    shutil.copytree(TOKENIZER, folder / "tokenizer")
-    return folder
+STEPS = 3
 
 
 def test_the_command_of_a_finished_run_is_no_failure_and_exports_once(
     ranks: Pool, packs: Path, tmp_path: Path
 ) -> None:
     save = tmp_path / "run"
-    ranks.run(output_of_job, 1, make_job(packs, save))
+    ranks.run(output_of_job, 1, whole_config(packs, save))
     for name in ("latest", "junk", "missing"):  # three ways in which a folder is found
         latest = save / "latest"
         if name == "junk":
@@ -43,7 +35,7 @@ def test_the_command_of_a_finished_run_is_no_failure_and_exports_once(
     (tmp_path / "empty").mkdir()
     assert find(str(tmp_path / "empty")) is None
     export = tmp_path / "exported"
-    wanted = make_job(packs, save, export_hf=str(export))
+    wanted = whole_config(packs, save, export_hf=str(export))
     [shown] = ranks.run(output_of_job, 1, wanted)
     assert f"nothing to do: step {STEPS} is done, and --training.steps is {STEPS}" in shown
     assert (export / "config.json").is_file()
@@ -56,7 +48,7 @@ def test_the_command_of_a_finished_run_is_no_failure_and_exports_once(
     with pytest.raises(AssertionError, match="exists already and is not an empty folder"):
         ranks.run(output_of_job, 1, wanted)
     shutil.rmtree(export)
-    elsewhere = make_job(packs, tmp_path / "new", load=save, export_hf=str(export))
+    elsewhere = whole_config(packs, tmp_path / "new", load=str(save), export_hf=str(export))
     [shown] = ranks.run(output_of_job, 1, elsewhere)
     assert "nothing to do" in shown and (export / "config.json").is_file()
 

@@ -75,7 +75,7 @@ def packs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def _config(packs: Path, save: Path, **checkpoint) -> Config:
+def whole_config(packs: Path, save: Path, **checkpoint) -> Config:
     architecture = dataclasses.replace(
         TINY,
         language=dataclasses.replace(
@@ -106,14 +106,14 @@ def _valid_losses(save: Path) -> list[float]:
 def test_the_exported_model_is_the_trained_one_and_can_be_trained_on(
     ranks: Pool, packs: Path, tmp_path: Path
 ) -> None:
-    ranks.run(run_job, 2, _config(packs, tmp_path / "run", export_hf=str(tmp_path / "hf")))
+    ranks.run(run_job, 2, whole_config(packs, tmp_path / "run", export_hf=str(tmp_path / "hf")))
     [found] = ranks.run(agreement, 1, tmp_path / "run", tmp_path / "hf", packs)
     assert found.samples >= 4 and found.max_abs_difference <= 1e-4
     assert found.equal_choices == found.tokens and not found.failures()
     [rounded] = ranks.run(agreement, 1, tmp_path / "run", tmp_path / "hf", packs, "bfloat16")
     assert rounded.max_abs_difference > 0 and not rounded.failures()
     # A run that starts from the exported folder begins where the first one ended.
-    ranks.run(run_job, 1, _config(packs, tmp_path / "again", load=str(tmp_path / "hf")))
+    ranks.run(run_job, 1, whole_config(packs, tmp_path / "again", load=str(tmp_path / "hf")))
     assert _valid_losses(tmp_path / "again")[0] == pytest.approx(
         _valid_losses(tmp_path / "run")[-1], rel=1e-5
     )
@@ -123,7 +123,7 @@ def test_the_exported_model_is_the_trained_one_and_can_be_trained_on(
 def test_an_export_that_differs_is_noticed(ranks: Pool, packs: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
-    ranks.run(run_job, 1, _config(packs, tmp_path / "run", export_hf=str(tmp_path / "hf")))
+    ranks.run(run_job, 1, whole_config(packs, tmp_path / "run", export_hf=str(tmp_path / "hf")))
     file = tmp_path / "hf" / "model.safetensors"
     weights = load_file(file)
     name = next(
