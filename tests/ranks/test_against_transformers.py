@@ -198,7 +198,8 @@ def test_logits_and_losses_equal_those_of_transformers(
     expected = answers_of_transformers(tmp_path / "hf", tmp_path / "packs", architecture)
     for layout, (world, settings) in LAYOUTS.items():
         config = dataclasses.replace(
-            config_for(tmp_path / "packs", **settings), architecture=architecture
+            config_for(tmp_path / "packs", head_tokens="all", **settings),
+            architecture=architecture,
         )
         answers = [
             answer
