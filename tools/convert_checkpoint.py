@@ -65,7 +65,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     send.add_argument(
         "--dtype",
         choices=sorted(convert.DTYPES),
-        help="number format of the weights (default: as in the checkpoint)",
+        help="dtype of the weights (default: as in the checkpoint)",
     )
     send.add_argument(
         "--tokenizer",

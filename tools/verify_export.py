@@ -31,7 +31,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     data = "packed dataset of the same tokenizer and tiles"
     parser.add_argument("--data", required=True, metavar="DIR", type=Path, help=data)
     parser.add_argument("--packs", default=4, type=int, help="packs to compare (default: 4)")
-    dtype = "both models compute in (default: float32)"
+    dtype = "dtype of both models (default: float32)"
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help=dtype)
     shares = ", ".join(f"{share:g} in {name}" for name, share in LIMITS.items())
     limit = f"largest accepted difference of two logits (default, of the largest logit: {shares})"

@@ -59,7 +59,7 @@ def summarise(out: Path, seconds: int) -> dict[str, Any]:
             for stage, run in runs.items()
         },
         "trained_parameters_by_stage": {
-            stage: int(run["trained_weights"][0][1]) for stage, run in runs.items()
+            stage: int(run["trainable_parameters"][0][1]) for stage, run in runs.items()
         },
         "hf_max_abs_diff": json.loads((out / "verify.json").read_text())["max_abs_difference"],
         "seconds": seconds,

@@ -18,13 +18,13 @@ PIXELS: dict[str, tuple[tuple[float, float, float], tuple[float, float, float]]]
 
 @dataclass(frozen=True, kw_only=True)
 class Vision:
-    """The vision encoder: an InternViT, or the part of a CLIP (arXiv 2103.00020) or SigLIP (arXiv
-    2303.15343) that sees images.
+    """The vision encoder: an InternViT, or the vision part of a CLIP (arXiv 2103.00020) or SigLIP
+    (arXiv 2303.15343).
 
     Args:
-        family: what files call the weights, and what stands around the layers: see the properties
-            below.
-        image_size: side of a tile in pixels.
+        family: weight naming and architecture variant (class token, patch bias, norm before the
+            first layer, layer scale).
+        image_size: side of a tile (InternVL's 448 x 448 image patch) in pixels.
         patch_size: side of a patch in pixels.
         num_layers: transformer layers.
         hidden_size: width of the encoder.
@@ -36,8 +36,7 @@ class Vision:
         qk_norm: whether queries and keys are normalised, each over all heads at once
             (InternViT-6B).
         activation: of the MLP: GELU, its approximation with tanh, or x * sigmoid(1.702 x).
-        layer_scale: starting value of the learned factors on both residual branches; only InternViT
-            has them.
+        layer_scale: initial value of the layer scales on both residual branches; InternViT only.
         pixel_mean: mean of red, green and blue (of pixels from 0 to 1) that is subtracted: three
             numbers, or imagenet, clip or siglip.
         pixel_std: standard deviation of red, green and blue that is divided by; likewise.
@@ -73,7 +72,7 @@ class Vision:
 
     @property
     def has_class_token(self) -> bool:
-        """Whether a token of no patch stands before the patches."""
+        """Whether a class token comes before the patches."""
         return self.family != "siglip"
 
     @property
@@ -83,19 +82,17 @@ class Vision:
 
     @property
     def has_embedding_norm(self) -> bool:
-        """Whether a norm stands between the embedding and the first layer."""
+        """Whether there is a norm between the embedding and the first layer."""
         return self.family == "clip"
 
     @property
     def has_layer_scale(self) -> bool:
-        """Whether learned factors stand on the residual branches."""
+        """Whether the residual branches have learned factors."""
         return self.family == "internvit"
 
     @property
     def tokens(self) -> int:
-        """Tokens of a tile inside the encoder: its patches and, where there is one, the class
-        token.
-        """
+        """Tokens of a tile inside the encoder: its patches and the class token, if there is one."""
         return self.grid**2 + self.has_class_token
 
 
@@ -104,26 +101,26 @@ class Language:
     """The language model: RMSNorm, rotary positions, grouped-query attention, gated MLP.
 
     Args:
-        family: name of the family, such as qwen2, qwen3, internlm2, internlm3, llama or mistral:
-            how Hugging Face's files name its weights.
+        family: weight naming of Hugging Face's files, such as qwen2, qwen3, internlm2, internlm3,
+            llama or mistral.
         num_layers: transformer layers.
         hidden_size: width of the model.
         ffn_hidden_size: width inside the gated MLP of a layer.
         num_attention_heads: query heads.
         num_query_groups: key and value heads (grouped-query attention).
         kv_channels: width of a head; 0: hidden_size / num_attention_heads.
-        vocab_size: rows of the embedding, special tokens of the vision-language model included,
-            padding for tensor parallelism not.
+        vocab_size: rows of the embedding, including special tokens, excluding tensor-parallel
+            padding.
         rotary_base: base period of the rotary position embedding.
-        rotary_dynamic_factor: how much the base is stretched for samples beyond
-            max_position_embeddings (dynamic NTK; 1: never). It changes nothing for shorter samples,
-            and is written to exported checkpoints.
+        rotary_dynamic_factor: factor of dynamic NTK scaling for samples longer than
+            max_position_embeddings (1: off). It leaves shorter samples unchanged and is written to
+            exported checkpoints.
         layernorm_epsilon: added to the mean square inside the norms.
-        max_position_embeddings: longest sample that the positions are made for; written to exported
-            checkpoints.
+        max_position_embeddings: longest sample that the position embedding supports; written to
+            exported checkpoints.
         qkv_bias: whether the query, key and value projections have a bias.
         qk_norm: whether the queries and keys of each head are normalised (Qwen3).
-        tied_head: whether the head is the token embedding's own tensor.
+        tied_head: whether the head shares the token embedding's tensor.
     """
 
     family: str = "qwen2"
@@ -150,11 +147,11 @@ class Language:
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """What the model is made of; ``--model`` fills it from the table.
+    """Sizes and variants of the model's parts; ``--model`` fills them from its preset.
 
     Args:
         vision: the vision encoder.
-        connector: what turns its features into embeddings of the language model.
+        connector: maps vision features to embeddings of the language model.
         language: the language model.
     """
 

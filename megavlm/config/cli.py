@@ -226,7 +226,7 @@ def _apply(parser: Parser, settings: Settings, values: Any) -> Any:
 
 
 def _normal(arguments: list[str]) -> list[str]:
-    """Arguments with ``true`` after each bare switch.
+    """Insert ``true`` after each bare switch.
 
     Raises:
         ValueError: unknown options.
@@ -246,15 +246,15 @@ def _normal(arguments: list[str]) -> list[str]:
 
 
 def _plain(value: Any) -> Any:
-    """Tuples as lists, at every depth; YAML knows no tuples."""
+    """Turn tuples into lists, at every depth; YAML has no tuples."""
     if isinstance(value, dict):
         return {key: _plain(entry) for key, entry in value.items()}
     return list(value) if isinstance(value, tuple) else value
 
 
 def _tell(error: str) -> None:
-    """Say what is wrong, once: another rank than the first speaks only if the first, and torchrun
-    with it, has not ended the job.
+    """Print the error once: other ranks wait, and print it only if the first rank has not ended
+    the job (torchrun kills all ranks as soon as one exits).
     """
     where = ""
     if not _is_first_rank():
@@ -272,17 +272,17 @@ def _description() -> str:
     """Return the text that ``--help`` prints above the options."""
     stage_lines = "\n".join(f"  {name:<15} {row.description}" for name, row in STAGES.items())
     model_lines = "\n".join(f"  {name:<15} {_size(row)}" for name, row in MODELS.items())
-    return f"""Trains a vision-language model.
+    return f"""Train a vision-language model.
 
 example, on a machine with 8 GPUs:
   torchrun --nproc_per_node 8 {PROGRAM} --stage 1 --model internvl2_5-1b --load InternVL2_5-1B/ \\
       --data.train packs/captions --save runs/stage1 --tensor-model-parallel-size 2
 
-Every option is also a key of the YAML files that --config FILE names; it may be given several
-times, later files win, and the command line wins over all. --print_config prints the whole
-configuration as YAML instead of training. --check RANKS tells what is wrong with it for that many
-ranks (without a number: for as many as torchrun starts) and ends, with status 2 if anything is. The
-defaults below are those of the stage and the model, if both are given.
+Every option is also a key of the YAML files that --config FILE names. --config can be repeated;
+later files override earlier ones, and the command line overrides all files. --print_config prints
+the whole configuration as YAML instead of training. --check RANKS lists its problems for that many
+ranks (without a number: for as many as torchrun starts) and exits, with status 2 if there are any.
+The defaults below are those of the stage and the model, if both are given.
 
 stages:
 {stage_lines}
@@ -296,6 +296,6 @@ def _size(row: Architecture) -> str:
     language = row.language
     return (
         f"vision {vision.num_layers} layers of {vision.hidden_size}, {vision.image_size} pixels;"
-        f" language {language.num_layers} layers of {language.hidden_size}, {language.vocab_size}"
-        " words"
+        f" language {language.num_layers} layers of {language.hidden_size}, vocabulary"
+        f" {language.vocab_size}"
     )

@@ -22,11 +22,10 @@ class Connector:
     """The connector, from features of the vision encoder to embeddings of the language model.
 
     Args:
-        kind: name of a row of the table of connectors; mlp is InternVL's and LLaVA's.
-        pixel_shuffle: of mlp: patches along a side that become one feature (2: four patches, a
-            quarter of the tokens; 1: LLaVA's).
-        norm: of mlp: whether a LayerNorm stands before the linear layers, as in InternVL; LLaVA has
-            none.
+        kind: connector type; mlp is InternVL's and LLaVA's.
+        pixel_shuffle: for mlp: merge squares of this many patches a side into one feature (2: a
+            quarter of the tokens; 1, as in LLaVA: none).
+        norm: for mlp: LayerNorm before the linear layers, as in InternVL; LLaVA has none.
     """
 
     kind: str = "mlp"

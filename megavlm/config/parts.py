@@ -7,15 +7,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Init:
-    """Start from parts that were trained apart: the connector is fresh, and so is a part that is
-    not named.
+    """Start from parts that were trained separately; the connector, and any part that is not named,
+    gets fresh weights.
 
     Args:
         vision: Hugging Face folder of a vision encoder: InternViT, CLIP or SigLIP.
         language: Hugging Face folder of a language model with its tokenizer; InternVL's special
             tokens are added.
-        tokenizer: folder of the language model's tokenizer, where its own cannot be read (because
-            it is Python code, as InternLM2's).
+        tokenizer: folder of the language model's tokenizer, if its own is Python code and cannot be
+            loaded (InternLM2).
     """
 
     vision: str = ""

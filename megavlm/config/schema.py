@@ -26,29 +26,28 @@ class Data:
 
     Args:
         train: folder of the packed training set, or its URL in object storage, such as
-            ``s3://bucket/packs``; or several with commas between them.
-        weights: shares of the packs that are taken from each folder of ``train``; empty: each as
-            often as it has packs.
-        batch_shares: every global batch has the same number of packs from each folder of ``train``,
-            its share rounded to whole packs; otherwise any 64 packs in a row have their shares, to
-            within one or two.
-        curriculum: in the first epoch, take packs by their level of difficulty, the easiest first,
-            shuffled inside a level; later epochs mix all levels. The packs must have been made with
+            ``s3://bucket/packs``; separate several with commas.
+        weights: share of packs to draw from each folder of ``train``; empty: in proportion to the
+            number of packs.
+        batch_shares: give every global batch the same number of packs from each folder of ``train``
+            (its share, rounded to whole packs); otherwise any 64 consecutive packs match the shares
+            to within one or two packs.
+        curriculum: in the first epoch, visit packs by level of difficulty, easiest first, shuffled
+            within a level; later epochs mix all levels. The packs must be made with
             ``tools/pack_dataset.py --difficulty``.
-        valid: folder of the packed held-out set; empty: no evaluation.
-        shuffle: visit the packs in an order drawn from the seed, a new one each epoch; otherwise as
-            stored.
-        group: packs of like cost that are taken together, so that no rank of a step waits long; 0:
-            the global batch size. 1: any packs.
-        loss_reduction: weight of a supervised token: 1 (token), 1/n (sample) or 1/sqrt(n) (square),
-            n the sample's supervised tokens.
-        augment: random changes of images of sources that were packed with data_augment: jpeg
-            (quality 75 to 100, InternVL's), crop, flip, colour. Crop and flip move what boxes and
-            words such as "left" are about.
-        workers: loader processes of each rank; 0 decodes in the training process.
-        prefetch: packs that each loader process keeps ready.
-        timeout: seconds after which a loader process that gives no pack ends the run; 0: it is
-            waited for.
+        valid: folder of the packed validation set; empty: no evaluation.
+        shuffle: visit the packs in a seeded order, a new one each epoch; otherwise as stored.
+        group: size of a bucket of similar-cost packs that are drawn together, to keep ranks
+            balanced; 0: the global batch size; 1: no buckets.
+        loss_reduction: weight of each supervised token in the loss: 1 (token), 1/n (sample) or
+            1/sqrt(n) (square), if its sample has n supervised tokens.
+        augment: random image augmentations, for sources packed with data_augment: jpeg (quality 75
+            to 100, as in InternVL), crop, flip, colour. Crop and flip invalidate boxes and words
+            such as "left".
+        workers: loader processes per rank; 0 decodes in the training process.
+        prefetch: packs that each loader process decodes ahead.
+        timeout: abort the run if a loader process delivers nothing for this many seconds; 0 waits
+            forever.
     """
 
     train: str = ""
@@ -76,41 +75,39 @@ LAYER_PARTS = ("vision", "language")
 
 @dataclass(frozen=True, kw_only=True)
 class Parallel:
-    """How the model is laid out over the ranks; what is left of the world is data parallel.
+    """How the model is split over the ranks; the rest of the world size is data parallelism.
 
     Args:
-        tensor_model_parallel_size: ranks that share each layer.
-        pipeline_model_parallel_size: ranks that share out the layers, each a chunk of neighbouring
-            ones, or several.
-        virtual_pipeline_model_parallel_size: chunks on each rank of the pipeline. The ranks take
-            their turns again and again along the layers, so that each waits a shorter time at the
-            start and at the end of a step, and activations travel more often. Every data-parallel
-            rank must have a multiple of ``pipeline_model_parallel_size`` packs in a step.
-        context_parallel_size: ranks that share each pack's tokens, sample by sample, and its tiles.
-            The packs' samples must be aligned to twice as many tokens (``tools/pack_dataset.py
-            --alignment``).
-        sequence_parallel: share the language model's activations between its layers over the
-            tensor-parallel ranks too.
-        layout: layers of each chunk of the pipeline. auto: the borders that make the slowest chunk
-            fastest, for this model, freeze mask and data; even: equal numbers of layers; or a text
-            such as ``v*24,c,t*4|t*9|t*9|t*6,h``: v is a layer of the vision encoder, t of the
+        tensor_model_parallel_size: tensor-parallel ranks, which split each layer.
+        pipeline_model_parallel_size: pipeline-parallel ranks, each with one or more model chunks
+            (consecutive layers).
+        virtual_pipeline_model_parallel_size: model chunks per pipeline rank (interleaved 1F1B): a
+            smaller bubble for more communication. The microbatches per data-parallel rank must be a
+            multiple of ``pipeline_model_parallel_size``.
+        context_parallel_size: context-parallel ranks, which split the tokens of each sample and the
+            tiles of each pack. Samples must be packed with an alignment of twice this number
+            (``tools/pack_dataset.py --alignment``).
+        sequence_parallel: split the language model's activations between layers over the
+            tensor-parallel ranks (less activation memory).
+        layout: layers of each model chunk. auto: stage boundaries that minimise the cost of the
+            slowest chunk for this model, freeze mask and data; even: equal numbers of layers; or a
+            text such as ``v*24,c,t*4|t*9|t*9|t*6,h``: v is a layer of the vision encoder, t of the
             language model, c the connector and token embedding (with the first t), h the head (with
             the last t).
-        vision: how the tensor-parallel ranks share the vision encoder and the connector: a part of
-            each layer on every rank (tensor), or whole layers on every rank and a share of the
-            tiles (data), which spares two sums over the ranks in every layer.
-        recompute: what the backward pass computes again instead of keeping it: nothing (none), the
-            MLP of each layer (selective; more than half of the memory for a fifth of the time), or
-            whole layers (full).
-        recompute_parts: whose layers that is done to: of the vision encoder (vision), of the
-            language model (language), or of both.
-        overlap_grad_reduce: sum gradients over the copies of the model while the backward pass goes
-            on, instead of after it.
-        overlap_param_gather: collect updated weights from the copies of the model while the forward
-            pass goes on, instead of before it.
-        bucket_size: numbers of gradients that are summed in one go; 0: megatron-core's choice, 40
-            million or, if that is more, a million for each data-parallel rank.
-        timeout_minutes: how long a collective may wait before the run is ended.
+        vision: how tensor-parallel ranks split the vision encoder and the connector: by layer, as
+            the language model (tensor), or by tile, with whole layers on every rank (data), which
+            avoids two all-reduces per layer.
+        recompute: activations to recompute in the backward pass instead of storing them: none, the
+            MLP of each layer (selective; saves more than half of the memory for a fifth more time),
+            or whole layers (full).
+        recompute_parts: parts whose layers are recomputed: vision, language, or both.
+        overlap_grad_reduce: reduce gradients over the data-parallel replicas during the backward
+            pass instead of after it.
+        overlap_param_gather: gather updated parameters from the data-parallel replicas during the
+            forward pass instead of before it.
+        bucket_size: gradient elements per reduction; 0: megatron-core's default, the larger of 40
+            million and one million per data-parallel rank.
+        timeout_minutes: abort the run if a collective takes longer than this.
     """
 
     tensor_model_parallel_size: int = 1
@@ -129,7 +126,7 @@ class Parallel:
 
     @property
     def model_parallel_size(self) -> int:
-        """Ranks that hold one copy of the model."""
+        """Ranks that hold one data-parallel replica of the model."""
         return (
             self.tensor_model_parallel_size
             * self.pipeline_model_parallel_size
@@ -138,8 +135,8 @@ class Parallel:
 
     @property
     def chunks(self) -> int:
-        """Pieces that the layers are cut into. Chunk ``c`` stands on rank ``c %
-        pipeline_model_parallel_size`` of the pipeline.
+        """Model chunks of the whole pipeline. Pipeline rank ``c % pipeline_model_parallel_size``
+        holds chunk ``c``.
         """
         return self.pipeline_model_parallel_size * self.virtual_pipeline_model_parallel_size
 
@@ -149,12 +146,12 @@ class Parallel:
 
     @property
     def vision_tensor_size(self) -> int:
-        """Ranks that share each layer of the vision encoder and of the connector."""
+        """Tensor-parallel ranks that split each layer of the vision encoder and the connector."""
         return 1 if self.vision == "data" else self.tensor_model_parallel_size
 
     @property
     def tile_ranks(self) -> int:
-        """Ranks that share each pack's tiles."""
+        """Ranks that split the tiles of each pack."""
         return (
             self.context_parallel_size * self.tensor_model_parallel_size // self.vision_tensor_size
         )
@@ -162,21 +159,21 @@ class Parallel:
 
 @dataclass(frozen=True, kw_only=True)
 class Optimizer:
-    """AdamW with a learning rate that warms up linearly, then falls on a cosine.
+    """AdamW, with linear warm-up and cosine decay of the learning rate.
 
     Args:
-        lr: highest learning rate.
+        lr: peak learning rate.
         min_lr: learning rate at the last step.
-        warmup_steps: steps of linear warm-up from 0; it wins over ``warmup_ratio`` when above 0.
+        warmup_steps: steps of linear warm-up from 0; if above 0, it overrides ``warmup_ratio``.
         warmup_ratio: warm-up as a share of the training steps.
-        schedule: course of the learning rate after warm-up.
+        schedule: learning rate after warm-up.
         weight_decay: decoupled weight decay.
-        decay: which trained parameters decay: all, as InternVL's recipe does, or matrices only
-            (neither norms, biases nor layer scales).
+        decay: trainable parameters with weight decay: all, as in InternVL's recipe, or matrices
+            only (no norms, biases or layer scales).
         adam_beta1: decay of the first moment.
         adam_beta2: decay of the second moment.
-        adam_eps: added to the root of the second moment.
-        clip_grad: largest norm of the whole gradient; 0: no clipping.
+        adam_eps: added to the square root of the second moment.
+        clip_grad: clip the gradient to this global norm; 0: no clipping.
         moments: dtype of both moments; bfloat16 saves four bytes a trainable parameter and needs
             Transformer Engine.
     """
@@ -197,27 +194,28 @@ class Optimizer:
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """The length and the randomness of the run.
+    """Length, batch size, precision and freeze mask of the run.
 
     Args:
-        steps: optimizer updates.
-        global_batch_size: packs of one update, over all ranks and micro-steps.
-        seed: fixes fresh weights, the order of the packs and drop path.
-        precision: number format of weights and activations; float32 master weights and gradients
-            are kept either way.
-        trainable: what is trained: vision, connector, language, or patterns of parameter names such
-            as ``vision.encoder.layers.2*``.
-        drop_path: highest rate of drop path in the vision encoder, growing linearly over its depth;
-            off where vision is frozen.
-        eval_interval: steps between evaluations on ``data.valid``; 0: only at the start and at the
+        steps: optimizer steps.
+        global_batch_size: packs per optimizer step, over all data-parallel ranks and microbatches
+            (a pack is one microbatch).
+        seed: seed of initial weights, the order of the packs, augmentation and drop path.
+        precision: dtype of weights and activations; master weights and gradients are float32 either
+            way.
+        trainable: parameters to train: vision, connector, language, or patterns of parameter names
+            such as ``vision.encoder.layers.2*``.
+        drop_path: drop path rate of the vision encoder's last layer, growing linearly from 0 over
+            the depth; off if vision is frozen.
+        eval_interval: steps between evaluations on ``data.valid``; 0: only at the start and the
             end.
-        eval_packs: packs of one evaluation; 0: all.
-        kernels: layers of Transformer Engine, megatron-core's own (local), or the former wherever
-            they run and numbers have 16 bits (auto).
-        head_tokens: tokens that the head and the loss are computed of: those with a loss weight, or
-            all, which gives the same loss in more time and memory.
-        deterministic: use only kernels that give the same bits each time; slower on a GPU, and how
-            a CPU always computes.
+        eval_packs: packs per evaluation; 0: all.
+        kernels: layer implementation: Transformer Engine, megatron-core's own (local), or auto:
+            Transformer Engine if it is available and the dtype has 16 bits.
+        head_tokens: tokens to compute output logits and loss for: only supervised ones, or all,
+            which gives the same loss but takes more time and memory.
+        deterministic: use only bitwise reproducible kernels; slower on a GPU, always the case on a
+            CPU.
     """
 
     steps: int = 1000
@@ -235,17 +233,17 @@ class Training:
 
 @dataclass(frozen=True, kw_only=True)
 class Fp8:
-    """Matrix products in 8 bits, by Transformer Engine; weights, gradients and everything else keep
-    the formats they have without.
+    """FP8 matrix products, by Transformer Engine; weights, gradients and everything else keep their
+    dtypes.
 
-    A recipe says how numbers are scaled into 8 bits: by the largest value of earlier steps
-    (delayed), of the tensor itself (tensorwise), of blocks of 128 x 128 weights and 1 x 128
-    activations (blockwise), or of 32 numbers in hardware (mxfp8, from Blackwell on).
+    A recipe sets the scaling: by the largest value of earlier steps (delayed), of the tensor itself
+    (tensorwise), of blocks of 128 x 128 weights and 1 x 128 activations (blockwise), or of 32
+    elements in hardware (mxfp8, from Blackwell on).
 
     Args:
         vision: recipe of the vision encoder's layers.
-        language: recipe of the language model's layers; embedding and head stay in 16 bits, as does
-            the connector.
+        language: recipe of the language model's layers; embedding, head and connector stay in 16
+            bits.
         format: e4m3 everywhere, or e5m2 for gradients (hybrid).
         first_bf16_layers: layers at the start of each part that stay in 16 bits.
         last_bf16_layers: layers at the end of each part that stay in 16 bits.
@@ -272,24 +270,23 @@ class Checkpoint:
     """Where checkpoints go and come from.
 
     Args:
-        save: folder that gets a sub-folder for each checkpoint; a run that finds its own
-            checkpoints there goes on from the newest.
+        save: folder for checkpoints, one sub-folder each; a run that finds its own checkpoints
+            there resumes from the newest.
         load: checkpoint folder (one step, or a run's ``save`` folder) or Hugging Face folder to
             start from. The same stage resumes exactly; another stage takes the weights only.
-        save_interval: steps between checkpoints; 0: only at the end and when the run is asked to
-            stop.
-        asynchronous: write checkpoints beside training; only the copy from the device to the host
-            holds it up.
-        keep: newest checkpoints to keep; 0: all.
-        keep_best: checkpoints with the lowest held-out loss to keep beside the newest.
-        weights_only: take only the weights of the checkpoint in ``load``, also if it is of the same
-            stage: steps, data and moments start anew. A run that finds checkpoints of its own in
-            ``save`` resumes from them all the same.
-        moments: AdamW's moments when a stage starts from the checkpoint of another: all fresh, or
-            kept for weights that both stages train.
-        verify: what is compared with the checksums before a checkpoint is loaded: every byte
-            (content), or, where reading them takes too long, only the sizes of the files.
-        export_hf: folder to write the trained model to, in Hugging Face format, at the end of the
+        save_interval: steps between checkpoints; 0: only at the end and on a stop signal.
+        asynchronous: write checkpoints in the background; training waits only for the copy from
+            device to host.
+        keep: number of newest checkpoints to keep; 0: all.
+        keep_best: number of checkpoints with the lowest validation loss to keep besides the newest.
+        weights_only: take only the weights from ``load``, even if it is of the same stage: steps,
+            data and moments start anew. A run that finds its own checkpoints in ``save`` still
+            resumes from them.
+        moments: AdamW's moments when a stage starts from another's checkpoint: fresh, or kept for
+            parameters that both stages train.
+        verify: what to verify before loading a checkpoint: the checksums of all files (content),
+            or, if reading every byte takes too long, only the sizes of the files (size).
+        export_hf: folder for the trained model in Hugging Face format, written at the end of the
             run.
     """
 
@@ -307,13 +304,14 @@ class Checkpoint:
 
 @dataclass(frozen=True, kw_only=True)
 class Logging:
-    """What a run tells while it trains.
+    """Console, metrics and trackers.
 
     Args:
-        interval: steps between lines on the console, in ``metrics.jsonl`` and in the trackers.
+        interval: steps between records on the console, in ``metrics.jsonl`` and in the trackers.
         tensorboard: also write TensorBoard event files, to ``tensorboard/`` in the save folder.
         wandb_project: Weights & Biases project; empty: off.
-        wandb_mode: whether Weights & Biases sends its records, or keeps them in the save folder.
+        wandb_mode: send records to Weights & Biases (online), or keep them in the save folder
+            (offline).
         run_name: name of the run in the trackers.
     """
 
@@ -326,19 +324,18 @@ class Logging:
 
 @dataclass(frozen=True, kw_only=True)
 class Health:
-    """How a run finds out that one of its machines is ill. It says so on the console; only a lost
-    rank ends it.
+    """Health checks. They only warn; the run ends only if a rank is lost.
 
     Args:
-        speed_check: measure, for a few seconds at the start, how fast every rank computes and how
-            fast every group of ranks exchanges data.
-        slow_factor: name a rank or a group that is this many times slower than is usual among its
-            like.
-        least_gb_per_s: name a group of GPUs that moves less than this many GB (1e9 bytes) a second,
-            even if all are alike: it talks through the wrong network card; 0: none is too slow.
-        hang_factor: report what every rank does when one has made no progress for this many times
-            the longest of its last waits; 0: never.
-        hang_seconds: shortest time without progress that is reported; the very first step may take
+        speed_check: at the start, measure for a few seconds how fast every rank computes and every
+            process group communicates.
+        slow_factor: report a rank or process group that is this many times slower than the median
+            of its kind.
+        least_gb_per_s: report a process group of GPUs that moves less than this many GB (1e9 bytes)
+            a second, even if all are equally slow (usually the wrong network interface); 0: never.
+        hang_factor: report what every rank is doing if one makes no progress for this many times
+            its longest recent wait; 0: never.
+        hang_seconds: shortest time without progress to report; the first step may take
             ``hang_factor`` times as long.
     """
 
@@ -354,20 +351,20 @@ class Config:
     """A whole training run.
 
     Args:
-        stage: name of a row of the table of stages, which fills the recipe's settings; empty only
-            in a checkpoint made by conversion.
-        model: name of a row of the table of models, or a Hugging Face folder, whose config.json
-            then fills ``architecture``; not needed where ``init`` names both parts.
-        architecture: what the model is made of.
+        stage: training stage, a preset of the recipe's settings; empty only in a checkpoint made by
+            conversion.
+        model: model preset, or a Hugging Face folder whose config.json fills ``architecture``; not
+            needed if ``init`` names both parts.
+        architecture: sizes and variants of the model's parts.
         init: parts to start from.
         data: the packed datasets.
-        parallel: the layout over ranks.
+        parallel: split of the model over ranks.
         optimizer: AdamW and its learning rate.
         training: length, batch size, precision and freeze mask.
-        fp8: matrix products in 8 bits.
+        fp8: FP8 matrix products.
         checkpoint: saving and loading.
         logging: console, files and trackers.
-        health: checks of the machines.
+        health: health checks.
     """
 
     stage: str
@@ -385,5 +382,5 @@ class Config:
 
     @property
     def group(self) -> int:
-        """Packs of like cost that are taken together."""
+        """Size of a bucket of similar-cost packs that are drawn together."""
         return self.data.group or self.training.global_batch_size

@@ -16,13 +16,13 @@ from megavlm.config.schema import Data, Optimizer, Training
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """What a stage sets; whatever it leaves alone keeps the schema's value.
+    """Settings of a stage; all others keep the schema's defaults.
 
     Args:
-        description: one line, for people.
-        data: how supervised tokens weigh.
+        description: one line for ``--help``.
+        data: weights of supervised tokens.
         optimizer: learning rate, weight decay and so on.
-        training: trained parts, batch size, steps.
+        training: trainable parts, batch size, steps.
     """
 
     description: str
@@ -40,7 +40,7 @@ STAGES: dict[str, Stage] = {
     # so each token weighs the same; a second moment with a shorter memory and a longer warm-up keep
     # training from scratch stable; norms and biases do not decay.
     "0": Stage(
-        description="language model alone, on packs without images",
+        description="language model only, on packs without images",
         data=Data(loss_reduction="token"),
         optimizer=Optimizer(
             lr=3e-4,
@@ -54,13 +54,13 @@ STAGES: dict[str, Stage] = {
         training=Training(trainable=("language",), steps=100_000, global_batch_size=256),
     ),
     "1": Stage(
-        description="connector alone: teaches it to speak to the language model",
+        description="connector only: align vision features with the language model",
         data=_INTERNVL,
         optimizer=Optimizer(lr=2e-4, warmup_steps=100, warmup_ratio=0.0, weight_decay=0.05),
         training=Training(trainable=("connector",), steps=100_000, global_batch_size=512),
     ),
     "1.5": Stage(
-        description="vision encoder and connector: what the encoder has not seen yet",
+        description="vision encoder and connector: domains that the encoder was not trained on",
         data=_INTERNVL,
         optimizer=Optimizer(lr=1e-5, warmup_steps=100, warmup_ratio=0.0, weight_decay=0.05),
         training=Training(
@@ -68,7 +68,7 @@ STAGES: dict[str, Stage] = {
         ),
     ),
     "2": Stage(
-        description="everything, on instructions",
+        description="all parts: instruction tuning",
         data=_INTERNVL,
         optimizer=Optimizer(lr=4e-5, warmup_ratio=0.03, weight_decay=0.05),
         training=Training(trainable=_EVERYTHING, steps=5500, global_batch_size=512, drop_path=0.1),

@@ -246,8 +246,8 @@ def _slow_groups(speeds: Speeds, kind: str, health: Health, on_gpu: bool) -> lis
         lines.append(
             f"{len(slow)} of {len(moved)} {kind} groups move less than --health.least_gb_per_s"
             f" {health.least_gb_per_s:g}, the first of them, of ranks {spans(ranks[slow[0]])},"
-            f" {moved[slow[0]]:.3g} GB/s: NCCL may have picked a wrong network card"
-            " (NCCL_DEBUG=INFO tells which; NCCL_SOCKET_IFNAME and NCCL_IB_HCA choose)"
+            f" {moved[slow[0]]:.3g} GB/s: NCCL may use the wrong network interface"
+            " (NCCL_DEBUG=INFO prints it; NCCL_SOCKET_IFNAME and NCCL_IB_HCA select it)"
         )
     return lines
 

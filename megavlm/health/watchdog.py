@@ -250,7 +250,7 @@ def report(answers: dict[int, Answer], size: int, idle: float) -> str:
     lines = [f"the run has made no progress for {idle:.0f} s; {_suspects(answers, silent)}"]
     if silent:
         lines.append(
-            f"{named(silent)}: no answer; the process is frozen or gone, or its machine cannot be"
+            f"{named(silent)}: no answer; the process is frozen or dead, or its node cannot be"
             " reached"
         )
     for (_, _, doing, waits_in), ranks in sorted(groups.items())[:_MOST_GROUPS]:
@@ -261,7 +261,7 @@ def report(answers: dict[int, Answer], size: int, idle: float) -> str:
         )
         lines += [f"    {line}" for line in first.stacks.splitlines()]
     if len(groups) > _MOST_GROUPS:
-        lines.append(f"and {len(groups) - _MOST_GROUPS} more places, further on")
+        lines.append(f"and {len(groups) - _MOST_GROUPS} more groups of ranks, further on")
     return "\n".join(lines)
 
 
@@ -277,7 +277,7 @@ def _suspects(answers: dict[int, Answer], silent: list[int]) -> str:
     ):
         if 0 < len(ranks) < len(answers) + len(silent):
             return f"it waits for {named(ranks)}, {why}"
-    return "all ranks are at the same place"
+    return "all ranks wait at the same point"
 
 
 def _print(text: str) -> None:

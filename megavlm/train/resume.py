@@ -71,7 +71,7 @@ def _first_whole(config: Config, candidates: Sequence[Path], problems: list[str]
         if problems:
             _warn(
                 f"--checkpoint.save {candidate.parent}: the newest checkpoint cannot be used; the"
-                f" run goes on from {candidate.name}",
+                f" run resumes from {candidate.name}",
                 problems,
             )
         return _of_this_stage(config, found)

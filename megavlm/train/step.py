@@ -160,7 +160,7 @@ def train_step(
     backend: Backend,
     by_source: SourceLosses | None = None,
 ) -> StepResult:
-    """Update the trained weights once; arguments as in ``run_packs`` and ``optimizer.step``."""
+    """Update the parameters once; arguments as in ``run_packs`` and ``optimizer.step``."""
     for chunk in model:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()

@@ -28,7 +28,7 @@ def log_run_summary(
     origin = "fresh weights"
     if isinstance(start, Checkpoint):
         goes_on = (
-            f"going on after step {state.step}" if source.resumes(config, start) else "its weights"
+            f"resuming after step {state.step}" if source.resumes(config, start) else "its weights"
         )
         stage = start.state.stage
         made = f"stage {stage}, step {start.state.step}" if stage else "made by conversion"
@@ -68,5 +68,5 @@ def log_run_summary(
         )
     elif state.step == 0:
         metrics.say("moments: fresh")
-    metrics.say(f"trained weights: {shares}")
-    metrics.record(state.step, {"trained_weights": sum(trained.weights.values())})
+    metrics.say(f"trainable parameters: {shares}")
+    metrics.record(state.step, {"trainable_parameters": sum(trained.weights.values())})

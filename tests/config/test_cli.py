@@ -210,7 +210,7 @@ def test_help_names_every_option_and_shows_the_defaults_of_the_stage(capsys: pyt
         alias in shown for alias in ALIASES
     )
     assert (
-        "highest learning rate (default: 4e-05)" in shown
+        "peak learning rate (default: 4e-05)" in shown
         and "(default: vision,connector,language)" in shown
     )
     assert "``" not in shown

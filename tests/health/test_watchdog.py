@@ -153,7 +153,7 @@ def _answer(place: tuple[int, int], *waits_in: str) -> Answer:
         (
             {0: _answer((3, 1), "all_reduce"), 1: _answer((3, 1), "all_gather")},
             2,
-            "all ranks are at the same place",
+            "all ranks wait at the same point",
         ),
     ],
 )

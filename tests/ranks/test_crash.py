@@ -176,7 +176,7 @@ def test_a_run_that_is_killed_again_and_again_ends_bit_for_bit_as_if_it_had_not_
     # Nothing but whole checkpoints was seen, and nothing is left of the others.
     assert "cannot be used" not in words and "damaged" not in words, words
     assert all(
-        int(step) % INTERVAL == 0 for step in re.findall(r"going on after step (\d+)", words)
+        int(step) % INTERVAL == 0 for step in re.findall(r"resuming after step (\d+)", words)
     )
     assert not list(save.glob(".*"))
     assert _weights_and_moments(save) == _weights_and_moments(undisturbed)

@@ -114,7 +114,7 @@ def test_a_run_names_the_damage_and_goes_on_from_the_checkpoint_before(
         and str(tmp_path / "run" / NEWEST / name) in words
         and reason in words
     )
-    assert "going on after step 3" in words
+    assert "resuming after step 3" in words
     assert losses(tmp_path / "run") == losses(whole)[3:]
     shards = "shards/__0_0.distcp"
     assert (tmp_path / "run" / NEWEST / shards).read_bytes() == (
@@ -148,7 +148,7 @@ def test_a_damaged_checkpoint_that_the_user_names_is_an_error_on_every_rank(
         config, checkpoint=dataclasses.replace(config.checkpoint, verify="size")
     )
     [(words, error)] = ranks.run(told, 1, by_size)
-    assert not error and "going on after step 6" in words
+    assert not error and "resuming after step 6" in words
 
 
 def with_small_files(config: Config, spare_bytes: int, rank: int) -> tuple[str, str]:
@@ -198,7 +198,7 @@ def test_a_full_disk_costs_the_checkpoint_that_was_being_written_and_no_other(
         "step_00000003",
     ]
     words, error = ranks.run(told, 2, config)[0]
-    assert not error and "going on after step 3" in words
+    assert not error and "resuming after step 3" in words
 
 
 def with_slow_disk(config: Config) -> tuple[str, str]:

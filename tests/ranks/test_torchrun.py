@@ -132,7 +132,7 @@ def test_sigterm_ends_a_run_after_a_checkpoint_and_the_same_command_goes_on(
     assert stopped >= 3 and stopped % 3 == 0
     done = _torchrun(*arguments, "--training.steps", str(stopped + 2))
     assert done.returncode == 0, done.stderr
-    assert f"going on after step {stopped}" in done.stdout
+    assert f"resuming after step {stopped}" in done.stdout
     assert _trained_steps(tmp_path / "run" / "metrics.jsonl") == [
         *range(3, stopped + 1, 3),
         stopped + 2,

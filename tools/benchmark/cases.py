@@ -1,7 +1,7 @@
 """What is measured, and in which order: the rows that answer most come first, so that a run that is
 cut short is of use.
 
-A case is one model, stage, number format and implementation. `megavlm` is this project; what
+A case is one model, stage, dtype and implementation. `megavlm` is this project; what
 `transformers` and its variants are, says `peer.py`.
 """
 
@@ -41,7 +41,7 @@ class Case:
         precision: bf16, fp32, or fp8_ and a recipe.
         implementation: megavlm, or a variant of transformers.
         recompute: what the backward pass computes again: none, selective or full.
-        moments: number format of Adam's moments.
+        moments: dtype of Adam's moments.
         kernels: layers of megavlm: auto (Transformer Engine's, where they run) or local.
         is_profiled: whether one more step is looked into, kernel by kernel.
         packs_per_step: microbatches of a step, which share one update of the optimizer.

@@ -184,8 +184,8 @@ def _pipeline(parallel: Parallel, arch: Architecture) -> Iterator[str]:
         yield f"{sizes}: more chunks than the model's {layers}"
     if virtual > 1 and size == 1:
         yield (
-            f"{sizes}: chunks take turns over the ranks of a pipeline, and one rank is none; use 1"
-            " chunk, or 2 ranks or more"
+            f"{sizes}: interleaved 1F1B needs at least 2 pipeline ranks; use them, or 1 model chunk"
+            " per rank"
         )
     if layout in ("auto", "even"):
         return
@@ -229,7 +229,7 @@ def _world(config: Config, world_size: int) -> Iterator[str]:
     if batch % copies:
         yield (
             f"--training.global_batch_size {batch} is not a multiple of the {copies} data-parallel"
-            f" ranks ({world_size} ranks / {model} for each copy of the model); use"
+            f" ranks ({world_size} ranks / {model} per replica); use"
             f" {_nearest_multiples(batch, copies)}"
         )
     elif virtual > 1 and batch // copies % pipeline:
@@ -302,8 +302,8 @@ def _training(training: Training, data: Data) -> Iterator[str]:
         )
     if training.eval_interval > 0 and not data.valid:
         yield (
-            f"--training.eval_interval {training.eval_interval} needs --data.valid, the held-out"
-            " packs"
+            f"--training.eval_interval {training.eval_interval} needs --data.valid, the"
+            " validation set"
         )
 
 
@@ -362,11 +362,11 @@ def _fp8(fp8: Fp8, config: Config) -> Iterator[str]:
         if config.training.precision == "float32":
             yield f"--fp8.{part} {recipe} needs --training.precision bfloat16"
         if recipe == "delayed" and first + last > 0:
-            yield f"--fp8.{part} delayed: {spared} do not go with it; use another recipe, or 0"
+            yield f"--fp8.{part} delayed does not support {spared}; use another recipe, or 0"
         sizes = vars(arch)[part]
         share = sizes.num_layers // max(config.parallel.pipeline_model_parallel_size, 1)
         if max(first, last) > share:
-            yield f"{spared}: at most {share}, the {part} layers of one of the pipeline's ranks"
+            yield f"{spared}: at most {share}, the {part} layers of one pipeline stage"
         parallel = config.parallel
         tensor = max(
             (

@@ -17,7 +17,7 @@ def checkpoint_problems(checkpoint: Checkpoint, eval_interval: int, steps: int) 
 
     Args:
         checkpoint: where checkpoints go and come from.
-        eval_interval: steps between measurements of the held-out loss.
+        eval_interval: steps between evaluations.
         steps: of the whole run.
     """
     if checkpoint.keep_best > 0 and checkpoint.keep == 0:
@@ -29,8 +29,8 @@ def checkpoint_problems(checkpoint: Checkpoint, eval_interval: int, steps: int) 
         eval_interval < 1 or checkpoint.save_interval % eval_interval
     ):
         yield (
-            f"--checkpoint.keep_best {checkpoint.keep_best} needs a held-out loss of each"
-            " checkpoint: a --training.eval_interval that divides --checkpoint.save_interval"
+            f"--checkpoint.keep_best {checkpoint.keep_best} needs a validation loss for"
+            " each checkpoint: a --training.eval_interval that divides --checkpoint.save_interval"
             f" {checkpoint.save_interval}; it is {eval_interval}"
         )
     if checkpoint.save_interval > 0 and not checkpoint.save:

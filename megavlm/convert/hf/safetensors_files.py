@@ -84,8 +84,8 @@ class SafetensorsFolder:
                     )
                 if facts["dtype"] not in _DTYPES:
                     raise ValueError(
-                        f"{folder / file_name}: {inner} has number format {facts['dtype']}, which"
-                        " is not supported"
+                        f"{folder / file_name}: {inner} has dtype {facts['dtype']}, which is not"
+                        " supported"
                     )
                 self._places[name] = _Place(
                     folder / file_name, inner, start + facts["data_offsets"][0]

@@ -125,7 +125,7 @@ def _copy(source: BinaryIO, piece: Range, target: BinaryIO) -> None:
             copied = len(block)
         if not copied:
             raise OSError(
-                f"{piece.path}: ends at byte {offset}, before a tensor that goes on to {end}"
+                f"{piece.path}: ends at byte {offset}, before the end of a tensor at {end}"
             )
         offset += copied
 

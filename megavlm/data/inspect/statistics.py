@@ -119,7 +119,7 @@ def to_text(overview: Overview) -> str:
         f"  fill {overview.fill:.3%}, supervised {overview.supervised_share:.1%} of the tokens",
         (
             f"  packs without images {overview.packs_without_tiles:,}; mean tiles {mean_tiles:.2f},"
-            f" most tiles among {RANKS} packs {overview.straggle:.3f} x the mean"
+            f" load imbalance of {RANKS} ranks (max / mean): {overview.straggle:.3f}"
         ),
     ]
     lines += [

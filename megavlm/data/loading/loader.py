@@ -213,8 +213,8 @@ def _worker_is_gone(
     else:
         gone = [each for each in at_work if each[1] == position] or at_work
         advice = (
-            "a disk that does not answer, or an image that takes very long; --data.timeout sets how"
-            " long is waited"
+            "a storage that does not answer, or an image that takes very long; --data.timeout sets"
+            " the limit"
         )
     at = [
         (

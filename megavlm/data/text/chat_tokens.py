@@ -58,8 +58,8 @@ class ChatTemplate:
         )
         if not tokenizer.is_fast:
             raise ValueError(
-                f"the tokenizer {type(tokenizer).__name__} does not tell where its tokens stand;"
-                " one with a tokenizer.json does"
+                f"the tokenizer {type(tokenizer).__name__} gives no character offsets of its"
+                " tokens; use one with a tokenizer.json"
             )
         # The folder of a tokenizer may ask for either; a record is never cut, and never filled up.
         tokenizer.backend_tokenizer.no_truncation()

@@ -122,7 +122,7 @@ WRONG = [
         1,
         [
             "--parallel.pipeline_model_parallel_size 1 x"
-            " --parallel.virtual_pipeline_model_parallel_size 2: chunks take turns"
+            " --parallel.virtual_pipeline_model_parallel_size 2: interleaved 1F1B needs at least 2"
         ],
     ),
     (
@@ -279,7 +279,7 @@ WRONG = [
     (
         "--checkpoint.keep_best 2",
         1,
-        ["keep_best 2 needs a held-out loss of each checkpoint", "save_interval 100; it is 0"],
+        ["keep_best 2 needs a validation loss for each checkpoint", "save_interval 100; it is 0"],
     ),
     (
         "--checkpoint.keep_best 2 --checkpoint.keep 0",
@@ -312,7 +312,7 @@ WRONG = [
     (
         "--fp8.vision delayed --fp8.last_bf16_layers 1",
         1,
-        ["--fp8.vision delayed", "do not go with it; use another recipe, or 0"],
+        ["--fp8.vision delayed", "does not support --fp8.first_bf16_layers"],
     ),
     (
         "--fp8.vision blockwise --fp8.first_bf16_layers 5",
@@ -322,7 +322,7 @@ WRONG = [
     (
         "--pipeline-model-parallel-size 2 --fp8.language mxfp8 --fp8.last_bf16_layers 3",
         2,
-        ["last_bf16_layers 3: at most 2, the language layers of one of the pipeline's ranks"],
+        ["last_bf16_layers 3: at most 2, the language layers of one pipeline stage"],
     ),
     (
         "--fp8.language tensorwise --training.precision float32",

@@ -105,7 +105,7 @@ def test_damaged_folders_are_named(tmp_path: Path) -> None:
 
 def test_number_formats_without_use_are_refused(tmp_path: Path) -> None:
     save_file({"flags": torch.ones(3, dtype=torch.bool)}, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match="flags has number format BOOL"):
+    with pytest.raises(ValueError, match="flags has dtype BOOL"):
         SafetensorsFolder(tmp_path)
 
 

@@ -120,7 +120,7 @@ def test_ranges_are_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bloc
             target,
         )
         with pytest.raises(
-            OSError, match=r"two: ends at byte 100, before a tensor that goes on to 120"
+            OSError, match=r"two: ends at byte 100, before the end of a tensor at 120"
         ):
             byte_ranges.copy([Range(tmp_path / "two", 90, 30)], target)
     assert (tmp_path / "out").read_bytes() == bytes(
