@@ -67,11 +67,11 @@ def held_out_loss(job: Job) -> tuple[float, dict[str, float]]:
                 weight,
                 job.backend,
                 forward_only=True,
-                by_source=by_source,
+                meters=(by_source,),
             )
     for chunk in job.wrapped:
         chunk.train()
-    means, _ = by_source.report(groups)
+    means = by_source.report(groups)["loss"]
     return float(groups.sum_over_data(loss)), means
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -15,15 +16,17 @@ from megavlm.data.loading.loader import batches
 from megavlm.health.watchdog import Watchdog
 from megavlm.model.precision import tile_multiple
 from megavlm.planner.flops import training_cost
+from megavlm.train import meters as observers
 from megavlm.train.evaluate import held_out_loss
 from megavlm.train.job import Job
+from megavlm.train.meters import Clock, Meter
 from megavlm.train.metrics import Metrics
 from megavlm.train.optimizer import set_rates, whole_weights
 from megavlm.train.saver import Saver
 from megavlm.train.source_losses import SourceLosses
 from megavlm.train.step import train_step
 from megavlm.train.stop_signal import StopRequest
-from megavlm.train.throughput import Pace
+from megavlm.train.throughput import Throughput
 
 
 class StepError(RuntimeError):
@@ -52,9 +55,9 @@ def run(job: Job, state: State, metrics: Metrics) -> State:
         metrics.say(f"nothing to do: step {state.step} is done, and --training.steps is {last}")
     saver = Saver(job, metrics, state.step)
     unseen = {}
-    by_source = SourceLosses(job.train.source_names, job.backend.device)
     reported = state.step
-    pace = Pace(training_cost(config.architecture, config.training.trainable), groups.size)
+    clock = Clock()
+    meters = _meters(job, clock)
     with (
         StopRequest() as stop,
         _watchdog(job) as watchdog,
@@ -62,7 +65,7 @@ def run(job: Job, state: State, metrics: Metrics) -> State:
     ):
         arriving = watchdog.count(loaded)
         if state.step == 0:
-            with pace.paused():
+            with clock.paused():
                 watchdog.enter("evaluation", state.step)
                 state = _evaluate(job, state, metrics)
         while state.step < last:
@@ -85,13 +88,14 @@ def run(job: Job, state: State, metrics: Metrics) -> State:
                 weight,
                 clip,
                 job.backend,
-                by_source,
+                meters,
             )
             unseen[state.step + 1] = (ids.tolist(), result.grad_norm)
             state = dataclasses.replace(
                 state, step=state.step + 1, consumed=state.consumed + packs, valid_loss=None
             )
-            pace.add(job.train.index[ids])
+            for meter in meters:
+                meter.add_step(job.train.index[ids])
 
             asked_to_stop = False
             interval_is_over = (
@@ -107,21 +111,21 @@ def run(job: Job, state: State, metrics: Metrics) -> State:
                 unseen = {}
             if state.step % interval == 0 or state.step == last:
                 loss = float(groups.sum_over_data(result.loss))
-                means, parts = by_source.report(groups, state.step - reported)
+                figures, by_source = observers.report(meters, groups, state.step - reported)
                 reported = state.step
-                figures = {"loss": loss, "lr": rate, "grad_norm": grad_norm} | pace.report()
-                metrics.record(state.step, figures, {"loss": means, "loss_part": parts})
+                figures = {"loss": loss, "lr": rate, "grad_norm": grad_norm} | figures
+                metrics.record(state.step, figures, by_source)
                 asked_to_stop = groups.any_rank(stop.asked, job.backend.device)
-                with pace.paused():
+                with clock.paused():
                     saver.poll()
             if state.step == last or (
                 config.training.eval_interval and state.step % config.training.eval_interval == 0
             ):
-                with pace.paused():
+                with clock.paused():
                     watchdog.enter("evaluation", state.step)
                     state = _evaluate(job, state, metrics)
             if config.checkpoint.save and (interval_is_over or asked_to_stop or state.step == last):
-                with pace.paused():
+                with clock.paused():
                     watchdog.enter("checkpoint", state.step)
                     saver.save(state)
             if asked_to_stop or state.step == last:
@@ -137,6 +141,15 @@ def run(job: Job, state: State, metrics: Metrics) -> State:
                 break
     saver.finish()
     return state
+
+
+def _meters(job: Job, clock: Clock) -> Sequence[Meter]:
+    """Make the meters of the run; their figures are logged in this order."""
+    cost = training_cost(job.config.architecture, job.config.training.trainable)
+    return (
+        Throughput(cost, clock),
+        SourceLosses(job.train.source_names, job.backend.device),
+    )
 
 
 def _look(unseen: dict[int, tuple[list[int], Tensor]]) -> float:

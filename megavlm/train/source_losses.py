@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megavlm.data.loading.batch import Batch
 from megavlm.parallel.process_groups import Groups
+from megavlm.train.meters import Figures, Meter
 
 # Sums are whole numbers of these fractions. Adding whole numbers gives the same in any order, and
 # GPUs add in any order.
@@ -20,7 +21,7 @@ LOSS_UNIT = 2.0**-20
 PART_UNIT = 2.0**-40
 
 
-class SourceLosses:
+class SourceLosses(Meter):
     """Sums of the losses of each source since the last report, on this rank.
 
     Args:
@@ -46,20 +47,18 @@ class SourceLosses:
         )
         self._sums.index_add_(1, batch.sources, rows.round().to(torch.int64))
 
-    def report(self, groups: Groups, steps: int = 1) -> tuple[dict[str, float], dict[str, float]]:
+    def report(self, groups: Groups, steps: int = 1) -> Figures:
         """Sum up the losses since the last report, for sources that had supervised tokens; empty on
         all but the last chunk. Collective.
 
         Args:
-            groups: whose data-parallel and context-parallel ranks counted other tokens. All of them
-                wait for the device.
+            groups: whose data-parallel and context-parallel ranks counted other tokens.
             steps: that were counted.
 
         Returns:
-            Mean loss of each source's supervised tokens, every one counted alike, whatever
-                ``--data.loss_reduction`` is; and each source's
-            part of the loss that was trained on. These parts add up to the mean of the steps'
-                losses.
+            ``loss``: mean loss of each source's supervised tokens, every one counted alike,
+                whatever ``--data.loss_reduction`` is. ``loss_part``: each source's part of the
+                loss that was trained on; the parts add up to the mean of the steps' losses.
         """
         sums = groups.sum_over_data(self._sums.clone()).cpu()
         self._sums.zero_()
@@ -69,4 +68,5 @@ class SourceLosses:
             if column[1]
         ]
         means = {name: losses * LOSS_UNIT / tokens for name, losses, tokens, _ in found}
-        return means, {name: part * PART_UNIT / steps for name, _, _, part in found}
+        parts = {name: part * PART_UNIT / steps for name, _, _, part in found}
+        return {"loss": means, "loss_part": parts}

@@ -19,8 +19,8 @@ from megavlm.model.vlm import VisionLanguageModel
 from megavlm.parallel.backend import Backend
 from megavlm.parallel.p2p import Shape, SharedBatches, VariableShapeP2P
 from megavlm.parallel.p2p_interleaved import InterleavedP2P
+from megavlm.train.meters import Meter
 from megavlm.train.optimizer import step
-from megavlm.train.source_losses import SourceLosses
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,13 +62,13 @@ def prepare(model: Sequence[DistributedDataParallel]) -> None:
 
 
 def _loss(
-    batch: Batch, weight_of_step: float, by_source: SourceLosses | None, losses: Tensor
+    batch: Batch, weight_of_step: float, meters: Sequence[Meter], losses: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss of a pack, megatron-core's count of tokens (an integer, which could not carry our
     weights, and so is not used), and a copy.
     """
-    if by_source is not None:
-        by_source.add(losses, batch, weight_of_step)
+    for meter in meters:
+        meter.add(losses, batch, weight_of_step)
     loss = weighted_sum(losses, batch.loss_weights) / weight_of_step
     return loss, torch.zeros((), dtype=torch.int, device=loss.device), loss.detach()
 
@@ -81,7 +81,7 @@ def run_packs(
     backend: Backend,
     *,
     forward_only: bool = False,
-    by_source: SourceLosses | None = None,
+    meters: Sequence[Meter] = (),
 ) -> Tensor:
     """Run ``count`` packs through the pipeline, backward too unless ``forward_only``.
 
@@ -92,7 +92,7 @@ def run_packs(
         weight_of_step: sum of the loss weights of all packs of the step, over all ranks.
         backend: where tensors live.
         forward_only: no gradients.
-        by_source: counts the losses too.
+        meters: observe the losses.
 
     Returns:
         This rank's part of the loss; 0 but in the last chunk.
@@ -100,7 +100,7 @@ def run_packs(
 
     def forward_step(iterator: Iterator[Batch], chunk: VisionLanguageModel):
         batch = next(iterator)
-        return chunk(batch), partial(_loss, batch, weight_of_step, by_source)
+        return chunk(batch), partial(_loss, batch, weight_of_step, meters)
 
     for module in (module for chunk in model for module in chunk.modules()):
         if "is_first_microbatch" in vars(
@@ -158,11 +158,11 @@ def train_step(
     weight_of_step: float,
     clip_grad: float,
     backend: Backend,
-    by_source: SourceLosses | None = None,
+    meters: Sequence[Meter] = (),
 ) -> StepResult:
     """Update the parameters once; arguments as in ``run_packs`` and ``optimizer.step``."""
     for chunk in model:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
-    loss = run_packs(model, batches, count, weight_of_step, backend, by_source=by_source)
+    loss = run_packs(model, batches, count, weight_of_step, backend, meters=meters)
     return StepResult(loss=loss, grad_norm=step(optimizer, clip_grad, backend.device))

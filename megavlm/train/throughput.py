@@ -2,59 +2,48 @@
 
 from __future__ import annotations
 
-import contextlib
-import time
-from collections.abc import Iterator
-
 import numpy as np
 
+from megavlm.parallel.process_groups import Groups
 from megavlm.planner.flops import Cost
+from megavlm.train.meters import Clock, Figures, Meter
 
 STEP_SECONDS = "seconds_per_step"
 _COUNTS = ("tokens", "squared_lengths", "tiles", "supervised")
 
 
-class Pace:
+class Throughput(Meter):
     """Counts what is trained on between two reports.
 
     Args:
         cost: FLOPs of training on a tile, a token and so on.
-        ranks: ranks of the run.
+        clock: measures the time of training.
     """
 
-    def __init__(self, cost: Cost, ranks: int):
+    def __init__(self, cost: Cost, clock: Clock):
         self._cost = cost
-        self._ranks = ranks
+        self._clock = clock
         self._restart()
 
-    def add(self, packs: np.ndarray) -> None:
-        """Count a step with its packs: their records in the index."""
-        self._steps += 1
+    def add_step(self, packs: np.ndarray) -> None:
+        """Count what the step's packs hold."""
         for name in _COUNTS:
             self._counts[name] += float(packs[name].sum())
 
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Time that is not training: evaluating, saving."""
-        start = time.perf_counter()
-        yield
-        self._start += time.perf_counter() - start
-
-    def report(self) -> dict[str, float]:
+    def report(self, groups: Groups, steps: int) -> Figures:
         """Return seconds a step, tokens and tiles a second over all ranks, and model TFLOP/s of
-        one (see ``planner/flops``), since the last report.
+        one rank (see ``planner/flops``), since the last report.
         """
-        seconds = time.perf_counter() - self._start
-        found = {
-            STEP_SECONDS: seconds / max(self._steps, 1),
+        seconds = self._clock.seconds() - self._reported
+        found: Figures = {
+            STEP_SECONDS: seconds / max(steps, 1),
             "tokens_per_s": self._counts["tokens"] / seconds,
             "tiles_per_s": self._counts["tiles"] / seconds,
-            "tflops": self._cost.total(**self._counts) / seconds / self._ranks / 1e12,
+            "tflops": self._cost.total(**self._counts) / seconds / groups.size / 1e12,
         }
         self._restart()
         return found
 
     def _restart(self) -> None:
-        self._start = time.perf_counter()
-        self._steps = 0
+        self._reported = self._clock.seconds()
         self._counts = dict.fromkeys(_COUNTS, 0.0)

@@ -90,11 +90,11 @@ def run_steps(config) -> tuple[dict, dict, list[float]]:
             weight,
             job.backend,
             forward_only=True,
-            by_source=by_source,
+            meters=(by_source,),
         )
         losses.append(float(job.groups.sum_over_data(loss)))
-    means, parts = by_source.report(job.groups, 2)
-    assert by_source.report(job.groups) == ({}, {})
+    means, parts = by_source.report(job.groups, 2).values()
+    assert by_source.report(job.groups) == {"loss": {}, "loss_part": {}}
     return means, parts, losses if job.groups.is_writer else []
 
 

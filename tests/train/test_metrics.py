@@ -6,6 +6,7 @@ import dataclasses
 import json
 import resource
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,8 +14,10 @@ import pytest
 from megavlm.config.models import MODELS
 from megavlm.config.schema import Checkpoint, Logging
 from megavlm.planner.flops import training_cost
+from megavlm.train import meters
+from megavlm.train.meters import Clock, Meter
 from megavlm.train.metrics import Metrics
-from megavlm.train.throughput import STEP_SECONDS, Pace
+from megavlm.train.throughput import STEP_SECONDS, Throughput
 from tests.ranks.runs import config_for
 
 
@@ -139,13 +142,39 @@ def test_the_console_says_how_long_the_rest_takes(
 
 
 def test_seconds_a_step_do_not_count_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = iter([0.0, 10.0, 13.0, 23.0, 23.0])  # start, pause, its end, report, restart
-    monkeypatch.setattr("megavlm.train.throughput.time.perf_counter", lambda: next(now))
-    pace = Pace(training_cost(MODELS["tiny"], ("connector",)), 1)
+    # Start of the clock and of the meter, pause, its end, report, restart.
+    now = iter([0.0, 0.0, 10.0, 13.0, 23.0, 23.0])
+    monkeypatch.setattr("megavlm.train.meters.time.perf_counter", lambda: next(now))
+    clock = Clock()
+    throughput = Throughput(training_cost(MODELS["tiny"], ("connector",)), clock)
     names = ("tokens", "squared_lengths", "tiles", "supervised")
     packs = np.zeros(2, [(name, "f8") for name in names])
-    pace.add(packs)
-    pace.add(packs)
-    with pace.paused():
+    throughput.add_step(packs)
+    throughput.add_step(packs)
+    with clock.paused():
         pass
-    assert pace.report()[STEP_SECONDS] == 10.0
+    assert throughput.report(SimpleNamespace(size=1), 2)[STEP_SECONDS] == 10.0
+
+
+class Batches(Meter):
+    """Counts microbatches, and those of each source, in a handful of lines."""
+
+    def __init__(self):
+        self.count = 0
+
+    def add(self, losses, batch, weight_of_step):
+        self.count += 1
+
+    def report(self, groups, steps):
+        return {"batches_per_step": self.count / steps, "batches": {"chats": float(self.count)}}
+
+
+def test_reports_of_meters_are_merged_and_a_meter_overrides_what_it_needs() -> None:
+    meter = Batches()
+    for _ in range(4):
+        meter.add(None, None, 1.0)
+    meter.add_step(np.zeros(2))
+    assert meters.report([meter, meter], SimpleNamespace(size=1), 2) == (
+        {"batches_per_step": 2.0},
+        {"batches": {"chats": 4.0}},
+    )
