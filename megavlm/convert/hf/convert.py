@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,12 +20,16 @@ from megavlm.config.cli import to_yaml
 from megavlm.config.models import MODELS
 from megavlm.config.schema import Architecture, Config
 from megavlm.convert.dist_checkpoint import ShardsFolder, write_shards
-from megavlm.convert.hf import preprocessing, tokenizer_files
+from megavlm.convert.hf import model_card, preprocessing, tokenizer_files
 from megavlm.convert.hf.json_files import read_json
 from megavlm.convert.hf.lazy_tensors import FullTensor, head_source, vision_tensor
 from megavlm.convert.hf.model_config import architecture_from_hf, dialect_of, differences
 from megavlm.convert.hf.processor import write_folder
-from megavlm.convert.hf.safetensors_files import SafetensorsFolder, write_safetensors
+from megavlm.convert.hf.safetensors_files import (
+    SHARD_BYTES,
+    SafetensorsFolder,
+    write_safetensors,
+)
 from megavlm.convert.weights.tables import Dialect, name_on_disk
 from megavlm.convert.weights.views import HuggingFaceView, MegatronView
 from megavlm.data.text.tokenizer import LIKE_LLAMA, fingerprint, load_tokenizer
@@ -107,6 +112,8 @@ def export(
     dialect: Dialect = "native",
     dtype: torch.dtype | None = None,
     tokenizer: str | Path = "",
+    licenses: Mapping[str, str] | None = None,
+    shard_bytes: int = SHARD_BYTES,
     flag: str = "--out",
 ) -> Path:
     """Write a checkpoint as a Hugging Face folder. It needs neither a process group nor the memory
@@ -118,6 +125,8 @@ def export(
         dialect: to write it in.
         dtype: number format of the weights; none: as they are.
         tokenizer: folder of the tokenizer, where the checkpoint has none.
+        licenses: name of the licence of each part, for the model card.
+        shard_bytes: largest size of a file of weights; a larger tensor has a file of its own.
         flag: names ``out`` in errors.
 
     Returns:
@@ -141,7 +150,8 @@ def export(
     with new_folder(out, flag) as growing, Progress("export", "B", _bytes(view)) as progress:
         usage = preprocessing.of_checkpoint(folder)
         write_folder(growing, dialect, words, architecture, usage, _main_dtype(view))
-        write_safetensors(view, growing, done=progress.add)
+        model_card.write(growing, out.name, found, usage, dialect, view.headers, licenses or {})
+        write_safetensors(view, growing, shard_bytes, done=progress.add)
     return out
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import runpy
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,20 +21,7 @@ from megavlm.data.text.chat_tokens import ChatTemplate
 from megavlm.data.text.templates import chat_format
 from megavlm.data.text.tokenizer import fingerprint, load_tokenizer
 from tests.convert.models import KINDS, SMALL, TOKENIZER, as_native, language, load_all, make_hf
-
-TOOL = str(Path(__file__).parents[3] / "tools" / "convert_checkpoint.py")
-
-
-def run_tool(*arguments: str) -> int:
-    before = sys.argv
-    sys.argv = [TOOL, *arguments]
-    try:
-        runpy.run_path(TOOL, run_name="__main__")
-    except SystemExit as ended:
-        return int(ended.code or 0)
-    finally:
-        sys.argv = before
-    raise AssertionError("the tool did not exit")
+from tests.convert.tool import run_tool
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,0 +1,117 @@
+"""The command line of ``tools/convert_checkpoint.py``."""
+
+from __future__ import annotations
+
+import argparse
+import re
+
+from megavlm.convert.hf import convert
+from megavlm.convert.weights.tables import DIALECTS
+
+_EXAMPLE = """examples:
+  python tools/convert_checkpoint.py import --hf InternVL2_5-1B-hf/ --out checkpoints/start
+  python tools/convert_checkpoint.py export --load checkpoints/stage2 --out my-model-hf/ --dtype
+  bfloat16
+  python tools/convert_checkpoint.py export --load checkpoints/stage2 --out my-model/ --dialect chat
+  python tools/convert_checkpoint.py check --hf InternVL2_5-1B-hf/
+
+Training also starts from a Hugging Face folder itself: --checkpoint.load DIR.
+"""
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+def parse(description: str, arguments: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        description=description,
+        epilog=_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_import(commands.add_parser("import", help="make a checkpoint of a Hugging Face folder"))
+    _add_export(commands.add_parser("export", help="make a Hugging Face folder of a checkpoint"))
+    check = commands.add_parser(
+        "check", help="convert a Hugging Face folder there and back, and compare"
+    )
+    check.add_argument("--hf", metavar="DIR", required=True, help="Hugging Face folder")
+    return parser.parse_args(arguments)
+
+
+def _add_import(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``import``."""
+    parser.add_argument(
+        "--hf", metavar="DIR", required=True, help="Hugging Face folder, in either dialect"
+    )
+    parser.add_argument(
+        "--out",
+        metavar="DIR",
+        required=True,
+        help="folder of the checkpoint to make; must be missing or empty",
+    )
+    parser.add_argument(
+        "--tokenizer",
+        metavar="DIR",
+        default="",
+        help="folder of the tokenizer, if the model's own is Python code",
+    )
+
+
+def _add_export(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``export``."""
+    parser.add_argument(
+        "--load",
+        metavar="DIR",
+        required=True,
+        help="folder of one step, or a run's save folder (then its newest)",
+    )
+    parser.add_argument(
+        "--out",
+        metavar="DIR",
+        required=True,
+        help="Hugging Face folder to make; must be missing or empty",
+    )
+    parser.add_argument(
+        "--dialect",
+        choices=DIALECTS,
+        default="native",
+        help="transformers' own format, or OpenGVLab's InternVLChatModel (default: native)",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=sorted(convert.DTYPES),
+        help="dtype of the weights (default: as in the checkpoint)",
+    )
+    parser.add_argument(
+        "--tokenizer",
+        metavar="DIR",
+        default="",
+        help="folder of the tokenizer, if the checkpoint has none",
+    )
+    parser.add_argument(
+        "--license",
+        metavar="[PART=]NAME",
+        action="append",
+        default=[],
+        help="licence for the model card, of the model or of a part: vision, language, data;"
+        " repeatable",
+    )
+    parser.add_argument(
+        "--max_shard_size",
+        metavar="SIZE",
+        default="5GB",
+        help="largest file of weights, such as 500MB; a larger tensor gets a file of its own"
+        " (default: 5GB)",
+    )
+
+
+def read_size(text: str) -> int:
+    """Return the bytes that a size such as ``5GB`` means.
+
+    Raises:
+        ValueError: it is no size.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMG]B)?", text.strip())
+    size = int(float(found[1]) * _UNITS[found[2] or ""]) if found else 0
+    if size < 1:
+        raise ValueError(f"--max_shard_size {text}: must be bytes, or a number with KB, MB or GB")
+    return size

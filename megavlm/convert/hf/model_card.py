@@ -1,0 +1,218 @@
+"""README.md of an exported folder: the model card, as the hub shows it.
+
+It states what the checkpoint knows and what the export was told, and nothing else. Of paths it
+names the last part alone, since a card is read by others.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+
+from megavlm import __version__
+from megavlm.checkpoint.step_folder import Checkpoint
+from megavlm.convert.hf.preprocessing import Usage
+from megavlm.convert.weights.tables import Dialect
+from megavlm.convert.weights.views import Header
+from megavlm.data.store.manifest import FILE_NAME as MANIFEST_NAME
+from megavlm.data.store.manifest import Manifest, read_manifest
+
+FILE_NAME = "README.md"
+PARTS = ("model", "vision", "language", "data")
+_PART_OF = {
+    "vision_tower": "vision",
+    "vision_model": "vision",
+    "multi_modal_projector": "connector",
+    "mlp1": "connector",
+    "language_model": "language",
+}
+_NATIVE = """```python
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+folder = "."  # this folder, or the repository's name
+processor = AutoProcessor.from_pretrained(folder)
+model = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto")
+content = [{"type": "image", "url": "picture.jpg"}, {"type": "text", "text": "What is it?"}]
+inputs = processor.apply_chat_template(
+    [{"role": "user", "content": content}],
+    add_generation_prompt=True,
+    tokenize=True,
+    return_dict=True,
+    return_tensors="pt",
+).to(model.dtype)
+answer = model.generate(**inputs, max_new_tokens=100)[0, inputs["input_ids"].shape[1] :]
+print(processor.decode(answer, skip_special_tokens=True))
+```"""
+_CHAT = """The folder is in the format of OpenGVLab's `InternVLChatModel`. `auto_map` in config.json
+names the repository with its Python files; `transformers` fetches them if it is told to trust
+remote code."""
+
+
+def read_licenses(told: list[str]) -> dict[str, str]:
+    """Read ``--license`` options: ``NAME`` (of the model) or ``PART=NAME``.
+
+    Raises:
+        ValueError: there is no such part, a name is empty, or a part is named twice.
+    """
+    found: dict[str, str] = {}
+    for text in told:
+        part, _, name = text.rpartition("=")
+        part = part or "model"
+        if part not in PARTS or not name.strip():
+            raise ValueError(f"--license {text}: must be NAME or PART=NAME, of {', '.join(PARTS)}")
+        if part in found:
+            raise ValueError(f"--license {text}: {part} has {found[part]} already")
+        found[part] = name.strip()
+    return found
+
+
+def write(
+    folder: Path,
+    name: str,
+    checkpoint: Checkpoint,
+    usage: Usage,
+    dialect: Dialect,
+    headers: Mapping[str, Header],
+    licenses: Mapping[str, str],
+) -> None:
+    """Write the model card.
+
+    Args:
+        folder: of the model.
+        name: its title.
+        checkpoint: that is exported.
+        usage: its template and its tile limits.
+        dialect: of the folder.
+        headers: of the tensors that are written.
+        licenses: name of the licence of each part of ``PARTS`` that was told.
+    """
+    packs = checkpoint.folder / MANIFEST_NAME
+    manifest = read_manifest(checkpoint.folder) if packs.is_file() else None
+    sections = [
+        _front(licenses),
+        f"# {name}\n\nA vision-language model, exported by megavlm {__version__}"
+        f" as `{dialect}`.\n\n{_NATIVE if dialect == 'native' else _CHAT}",
+        "## Parts\n\n" + "\n".join(_parts(checkpoint, headers)),
+        "## Training\n\n" + "\n".join(_training(checkpoint, manifest)),
+    ]
+    if manifest:
+        sections.append("## Data\n\n" + "\n".join(_data(manifest)))
+    sections.append("## Prompt and images\n\n" + "\n".join(_usage(usage, dialect)))
+    sections.append("## Licences\n\n" + "\n".join(_licenses(licenses)))
+    (folder / FILE_NAME).write_text("\n\n".join(sections) + "\n", encoding="utf-8")
+
+
+def _front(licenses: Mapping[str, str]) -> str:
+    """Return the header that the hub reads."""
+    told = [f"license: {json.dumps(licenses['model'])}"] if "model" in licenses else []
+    lines = [*told, "library_name: transformers", "pipeline_tag: image-text-to-text"]
+    return "\n".join(["---", *lines, "tags:", "- megavlm", "---"])
+
+
+def _parts(checkpoint: Checkpoint, headers: Mapping[str, Header]) -> Iterator[str]:
+    """Yield the lines of the table of parts."""
+    architecture = checkpoint.config.architecture
+    vision = architecture.vision
+    language = architecture.language
+    connector = f"{architecture.features_per_tile} features for each tile"
+    told = {
+        "vision": f"`{vision.family}`, {vision.num_layers} layers of width {vision.hidden_size}",
+        "connector": f"`{architecture.connector.kind}`, {connector}",
+        "language": f"`{language.family}`, {language.num_layers} layers of width"
+        f" {language.hidden_size}, {language.vocab_size:,} tokens",
+    }
+    parameters: Counter[str] = Counter()
+    dtypes: dict[str, Counter[torch.dtype]] = {part: Counter() for part in told}
+    for name, header in headers.items():
+        part = _PART_OF[name.partition(".")[0]]
+        elements = header.nbytes // header.dtype.itemsize
+        parameters[part] += elements
+        dtypes[part][header.dtype] += elements
+    yield "| part | architecture | parameters | dtype |"
+    yield "|---|---|---|---|"
+    for part, text in told.items():
+        names = ", ".join(
+            str(kind).removeprefix("torch.") for kind, _ in dtypes[part].most_common()
+        )
+        yield f"| {part} | {text} | {parameters[part]:,} | {names} |"
+
+
+def _training(checkpoint: Checkpoint, manifest: Manifest | None) -> Iterator[str]:
+    """Yield what the last run did."""
+    state = checkpoint.state
+    if state.stage is None:
+        yield "megavlm converted the weights; it did not train them."
+        return
+    config = checkpoint.config
+    optimizer = config.optimizer
+    training = config.training
+    yield f"- stage: `{state.stage}`, model: `{Path(config.model).name}`"
+    parts = {f"init.{part}": path for part, path in config.init.parts.items()}
+    for option, path in (parts | {"checkpoint.load": config.checkpoint.load}).items():
+        if path:
+            yield f"- started from `{Path(path).name}` (`--{option}`)"
+    yield f"- steps: {state.step:,}, of {training.global_batch_size:,} packs"
+    yield f"- packs: {state.consumed:,}"
+    if manifest:
+        yield f"- tokens of a pack: at most {manifest.capacity:,}"
+    yield f"- trainable: {', '.join(f'`{pattern}`' for pattern in training.trainable)}"
+    yield (
+        f"- AdamW: learning rate {optimizer.lr:g} to {optimizer.min_lr:g} ({optimizer.schedule}),"
+        f" weight decay {optimizer.weight_decay:g}, betas {optimizer.adam_beta1:g} and"
+        f" {optimizer.adam_beta2:g}, gradients clipped at {optimizer.clip_grad:g} (0: not clipped)"
+    )
+    yield f"- precision: {training.precision}"
+    for part, recipe in config.fp8.recipes.items():
+        yield f"- FP8 in the {part} layers: {recipe}"
+    if state.valid_loss is not None:
+        yield f"- loss on held-out packs after the last step: {state.valid_loss:.4f}"
+
+
+def _data(manifest: Manifest) -> Iterator[str]:
+    """Yield what the training packs were made of."""
+    totals = manifest.totals
+    yield (
+        f"{totals.samples:,} samples with {totals.tokens:,} tokens ({totals.supervised:,} of them"
+        f" supervised) and {totals.images:,} images in {totals.tiles:,} tiles, in"
+        f" {totals.packs:,} packs."
+    )
+    yield ""
+    yield "| source | records | samples | repeat time |"
+    yield "|---|---|---|---|"
+    for source in manifest.sources:
+        counts = f"{source.records:,} | {source.samples:,} | {source.repeat_time:g}"
+        yield f"| {source.name} | {counts} |"
+    if manifest.rejects:
+        listed = ", ".join(f"{reason} {count:,}" for reason, count in manifest.rejects.items())
+        yield ""
+        yield f"Rejected records: {listed}."
+
+
+def _usage(usage: Usage, dialect: Dialect) -> Iterator[str]:
+    """Yield how prompts and tiles are made."""
+    yield f"- conversation template: `{usage.template}`"
+    if usage.system_message:
+        yield f"- system message: {usage.system_message}"
+    if usage.crops:
+        extra = ", and a thumbnail" if usage.thumbnail else ""
+        yield f"- tiles of an image: {usage.min_tiles} to {usage.max_tiles}{extra}"
+    else:
+        padded = ", padded to a square" if usage.tiling == "pad" else ""
+        yield f"- tiles of an image: 1{padded}"
+    if dialect == "native":
+        yield from (f"- limit of the image processor: {text}" for text in usage.lost_in_native)
+
+
+def _licenses(licenses: Mapping[str, str]) -> Iterator[str]:
+    """Yield the licences that were told."""
+    if not licenses:
+        yield "The export was told no licence. Name those of the parts before you publish it."
+        return
+    yield "| part | licence, as the export was told |"
+    yield "|---|---|"
+    for part in PARTS:
+        yield f"| {part} | {licenses.get(part, 'not told')} |"
