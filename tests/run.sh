@@ -1,11 +1,18 @@
 #!/usr/bin/env bash
-# The test command. From a fresh clone: bash tests/run.sh [arguments of pytest, such as tests/config -k stage]
+# The test command. From a fresh clone: bash tests/run.sh [--quick] [arguments of pytest, such as tests/config -k stage]
+#
+# --quick leaves out the tests marked slow, most of those with ranks among them: minutes, for work in between.
 #
 # It uses the virtual or conda environment that is active; else it makes .venv with python3 (3.11 or newer). PYTHON names another
 # interpreter, and goes before both: PYTHON=python3.12 makes .venv-3.12, and the interpreter of an environment uses that environment. There
 # it installs what is missing, at the versions of constraints.txt: Python 3.11 gets megatron-core 0.16, newer ones 0.19. Then it checks the
 # style and runs the tests. At the end it says what was skipped, and why.
 set -euo pipefail
+quick=()
+if [[ "${1:-}" == --quick ]]; then
+    quick=(-m "not slow")
+    shift
+fi
 [[ "${PYTHON:-}" == */* && "$PYTHON" != /* ]] && PYTHON="$PWD/$PYTHON"
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -50,7 +57,7 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false
 failed=()
 "$python" -m ruff check --quiet --output-format concise . || failed+=("ruff check (see above)")
 "$python" -m ruff format --check --quiet . >/dev/null || failed+=("ruff format (run: $python -m ruff format .)")
-"$python" -m pytest -rs "$@" || failed+=("pytest")
+"$python" -m pytest -rs "${quick[@]}" "$@" || failed+=("pytest")
 if ((${#failed[@]})); then
     printf 'tests/run.sh: failed: %s\n' "${failed[@]}" >&2
     exit 1

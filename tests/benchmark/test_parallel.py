@@ -16,6 +16,7 @@ from tools.benchmark import chunk_times, frozen, parallel, splits
 from tools.benchmark.scaled import FULL, STAGE_NAMES
 
 
+@pytest.mark.slow
 def test_all_parts_run_and_their_figures_fit_together(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ):

@@ -30,6 +30,7 @@ def packs(tmp_path_factory: pytest.TempPathFactory) -> PackedDataset:
     return make_packs(tmp_path_factory.mktemp("benchmark"), architecture("tiny"), SMOKE)
 
 
+@pytest.mark.slow
 def test_a_case_runs_through_the_trainer_and_its_figures_fit_together(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
@@ -66,6 +67,7 @@ def test_a_case_runs_through_the_trainer_and_its_figures_fit_together(
     assert "| tiny-stage2-bf16-megavlm" in printed and "matrix products" in printed
 
 
+@pytest.mark.slow
 def test_a_case_that_fails_is_a_row_with_its_error(packs: PackedDataset, tmp_path: Path):
     eight_bits = next(
         case for case in smoke_cases() if case.name == "tiny-stage2-fp8_tensorwise-megavlm"
@@ -80,6 +82,7 @@ def test_a_case_that_fails_is_a_row_with_its_error(packs: PackedDataset, tmp_pat
         assert any("Traceback" in line for line in refused["log"])
 
 
+@pytest.mark.slow
 def test_a_process_without_its_packs_tells_what_is_missing(tmp_path: Path):
     [row] = runner.run_all([TINY], tmp_path / "nowhere", tmp_path, SETTINGS, time.monotonic() + 300)
     assert "FileNotFoundError" in row["error"] and "nowhere" in row["error"]

@@ -111,6 +111,7 @@ def test_normalisations_have_names(tmp_path: Path):
     assert from_yaml(to_yaml(config)) == config
 
 
+@pytest.mark.slow
 def test_every_alias_sets_the_field_that_it_stands_for():
     kinds = {int: "3", float: "0.25", bool: "true", str: "some"}
     others = {

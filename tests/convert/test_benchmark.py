@@ -8,9 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_the_benchmark_of_conversion_runs_on_a_small_model(tmp_path: Path) -> None:
     command = [
         sys.executable,

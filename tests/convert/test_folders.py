@@ -67,6 +67,7 @@ def test_packs_need_only_the_vision_encoder(tmp_path: Path) -> None:
         image_model("nano")
 
 
+@pytest.mark.slow
 def test_packs_for_a_folder_have_its_sizes_and_pixels(tmp_path: Path) -> None:
     vision = make_vision(tmp_path / "siglip", "siglip")
     turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "That."}]
@@ -88,6 +89,7 @@ def test_packs_for_a_folder_have_its_sizes_and_pixels(tmp_path: Path) -> None:
     assert (manifest.pixel_mean, manifest.pixel_std) == ((0.48, 0.46, 0.41), (0.27, 0.26, 0.28))
 
 
+@pytest.mark.slow
 def test_the_tool_writes_the_tokenizer_that_a_run_from_parts_has(tmp_path: Path) -> None:
     make_tokenizer(tmp_path / "llm")
     done = run(

@@ -58,6 +58,7 @@ def test_each_cell_becomes_a_tile(boards) -> None:
         assert choose_grid(columns * boards.CELL, rows * boards.CELL, 1, 6, 16) == (columns, rows)
 
 
+@pytest.mark.slow
 def test_the_same_seed_makes_the_same_data(boards, tmp_path: Path) -> None:
     sizes = ["--records", "20", "--texts", "20", "--lone", "5", "--exam", "16"]
     for name in ("one", "two"):

@@ -13,6 +13,7 @@ from megavlm.health import doctor
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+@pytest.mark.slow
 def test_a_cpu_is_ready_and_called_a_cpu() -> None:
     command = [sys.executable, "-W", "ignore", "-m", "megavlm.health.doctor"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -39,6 +39,7 @@ def test_packs_in_object_storage(folder, bucket):
         assert equal(remote.batch(pack_id, 3), local.batch(pack_id, 3))
 
 
+@pytest.mark.slow
 def test_workers_read_object_storage(folder):
     plan = Plan(num_packs=7, seed=1)
     expected, found = (

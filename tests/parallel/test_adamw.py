@@ -62,6 +62,7 @@ assert distrib_optimizer.HAVE_APEX_OR_TE and distrib_optimizer.Adam is adamw.Ada
 """
 
 
+@pytest.mark.slow
 def test_a_gpu_without_fused_optimizers_gets_it_too() -> None:
     """torch's AdamW counts updates per parameter: megatron-core can then neither save a chunk with
     nothing to train nor load a reshardable state.

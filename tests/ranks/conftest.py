@@ -8,6 +8,16 @@ import pytest
 
 from tests.ranks.pool import Pool
 
+# What tests/run.sh --quick runs with ranks; the others of this folder are slow.
+QUICK = ("test_packs.py", "test_sources.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests with ranks as slow, but for a few; called by pytest."""
+    for item in items:
+        if item.path.parent.name == "ranks" and item.path.name not in QUICK:
+            item.add_marker(pytest.mark.slow)
+
 
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[Pool]:
