@@ -22,6 +22,7 @@ from megavlm.convert.hf.preprocessing import Usage
 from megavlm.convert.weights.families import written_as
 from megavlm.data.text.templates import FORMATS
 
+CLASS_NAME = "InternVLChatModel"
 MODEL_TYPE = "internvl_chat"
 # Repositories of OpenGVLab whose Python files know a family; the first one for every family that is
 # not named.
@@ -153,7 +154,7 @@ def write(
     family = written_as(language, "chat")
     number = str(dtype).removeprefix("torch.")
     return {
-        "architectures": ["InternVLChatModel"],
+        "architectures": [CLASS_NAME],
         "auto_map": _auto_map(family.name),
         "model_type": MODEL_TYPE,
         "torch_dtype": number,

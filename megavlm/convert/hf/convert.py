@@ -21,16 +21,16 @@ from megavlm.config.models import MODELS
 from megavlm.config.schema import Architecture, Config
 from megavlm.convert.dist_checkpoint import ShardsFolder, write_shards
 from megavlm.convert.hf import model_card, preprocessing, tokenizer_files
+from megavlm.convert.hf.hub_formats import HUB_FORMATS, dialect_of, hub_format_of
 from megavlm.convert.hf.json_files import read_json
 from megavlm.convert.hf.lazy_tensors import FullTensor, head_source, vision_tensor
-from megavlm.convert.hf.model_config import architecture_from_hf, dialect_of, differences
-from megavlm.convert.hf.processor import write_folder
+from megavlm.convert.hf.model_config import architecture_from_hf, differences
 from megavlm.convert.hf.safetensors_files import (
     SHARD_BYTES,
     SafetensorsFolder,
     write_safetensors,
 )
-from megavlm.convert.weights.tables import Dialect, name_on_disk
+from megavlm.convert.weights.tables import Dialect
 from megavlm.convert.weights.views import HuggingFaceView, MegatronView
 from megavlm.data.text.tokenizer import LIKE_LLAMA, fingerprint, load_tokenizer
 from megavlm.io.atomic import new_folder
@@ -87,7 +87,7 @@ def refuse_other(folder: str | Path, architecture: Architecture) -> Architecture
 
 def _open(folder: Path) -> SafetensorsFolder:
     """Open the weights of a Hugging Face folder."""
-    return SafetensorsFolder(folder, rename=name_on_disk if dialect_of(folder) == "native" else str)
+    return SafetensorsFolder(folder, rename=hub_format_of(folder).name_on_disk)
 
 
 def _read_checkpoint(path: str | Path) -> Checkpoint:
@@ -149,7 +149,7 @@ def export(
         )
     with new_folder(out, flag) as growing, Progress("export", "B", _bytes(view)) as progress:
         usage = preprocessing.of_checkpoint(folder)
-        write_folder(growing, dialect, words, architecture, usage, _main_dtype(view))
+        HUB_FORMATS[dialect].write_files(growing, words, architecture, usage, _main_dtype(view))
         model_card.write(growing, out.name, found, usage, dialect, view.headers, licenses or {})
         write_safetensors(view, growing, shard_bytes, done=progress.add)
     return out
@@ -186,7 +186,7 @@ def import_(
         (growing / CONFIG_NAME).write_text(
             to_yaml(Config(stage="", model=name, architecture=architecture)), encoding="utf-8"
         )
-        preprocessing.write(preprocessing.of_folder(folder, dialect_of(folder)), growing)
+        preprocessing.write(hub_format_of(folder).read_usage(folder), growing)
         train_state.write(State(tokenizer=words), growing)
     return out
 

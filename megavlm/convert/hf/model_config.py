@@ -3,42 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from megavlm.config.differences import differing
 from megavlm.config.schema import Architecture
-from megavlm.convert.hf import chat_config, native_config
+from megavlm.convert.hf.hub_formats import hub_format_of
 from megavlm.convert.hf.json_files import FILE_NAME, read_json
 from megavlm.convert.hf.safetensors_files import tensor_names
-from megavlm.convert.weights.tables import Dialect, head_names, name_on_disk
-
-_Reader = Callable[..., Architecture]
-_READERS: dict[str, tuple[Dialect, _Reader]] = {
-    native_config.MODEL_TYPE: ("native", native_config.read),
-    chat_config.MODEL_TYPE: ("chat", chat_config.read),
-}
-
-
-def dialect_of(folder: str | Path) -> Dialect:
-    """Tell which dialect a Hugging Face folder is written in.
-
-    Raises:
-        FileNotFoundError: the folder has no config.json.
-        ValueError: it is of another kind of model.
-    """
-    path = Path(folder) / FILE_NAME
-    return _reader(path, read_json(path))[0]
-
-
-def _reader(path: Path, raw: dict[str, Any]) -> tuple[Dialect, _Reader]:
-    kind = raw.get("model_type")
-    if kind not in _READERS:
-        raise ValueError(
-            f"{path}: model_type is {kind!r}, must be {' or '.join(map(repr, _READERS))}"
-        )
-    return _READERS[kind]
+from megavlm.convert.weights.tables import head_names, name_on_disk
 
 
 def architecture_from_hf(folder: str | Path) -> Architecture:
@@ -57,12 +30,12 @@ def architecture_from_hf(folder: str | Path) -> Architecture:
             f"{path}: has a quantization_config; quantised weights cannot be trained, name the"
             " folder of the original model"
         )
-    _, read = _reader(path, raw)
+    row = hub_format_of(folder)
     names = tensor_names(folder)
     # What the weights say about the head is more reliable than config.json, where transformers ties
     # by default.
     has_head = None if names is None else not head_names().isdisjoint(map(name_on_disk, names))
-    return read(raw, folder, has_head=has_head)
+    return row.read_architecture(raw, folder, has_head=has_head)
 
 
 # Facts that weights of one model may be used with differently: positions are resized to the tile,

@@ -15,6 +15,7 @@ from megavlm.convert.hf import language_config
 from megavlm.convert.hf.json_files import NORMS
 from megavlm.convert.weights.families import written_as
 
+CLASS_NAME = "InternVLForConditionalGeneration"
 MODEL_TYPE = "internvl"
 # transformers normalises InternViT-6B's queries and keys with this, whatever config.json says.
 _QK_NORM_EPSILON = 1e-6
@@ -141,7 +142,7 @@ def write(
             " dialect"
         )
     return {
-        "architectures": ["InternVLForConditionalGeneration"],
+        "architectures": [CLASS_NAME],
         "model_type": MODEL_TYPE,
         "dtype": str(dtype).removeprefix("torch."),
         "image_token_id": image_token_id,

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from megavlm.convert.hf.json_files import FILE_NAME, IMAGE_PROCESSOR_NAME, read_json, write_json
-from megavlm.convert.weights.tables import Dialect
 from megavlm.data.store.manifest import FILE_NAME as MANIFEST_NAME
 from megavlm.data.store.manifest import read_manifest
 from megavlm.data.text.chat_tokens import DEFAULT
@@ -62,30 +61,30 @@ class Usage:
         return tuple(found)
 
 
-def of_folder(folder: Path, dialect: Dialect) -> Usage:
-    """Read the settings from a Hugging Face folder."""
-    if dialect == "chat":
-        settings = read_json(folder / FILE_NAME)
-        usage = _tiles(settings, "min_dynamic_patch", "max_dynamic_patch")
-        template = settings.get("template") or usage.template
-        own = FORMATS[template].system_message if template in FORMATS else ""
-        message = settings.get("system_message", own)
-        return dataclasses.replace(
-            usage,
-            template=template,
-            system_message=message,
-            tiling="pad" if settings.get("pad2square") else "dynamic",
-        )
+def of_chat(folder: Path) -> Usage:
+    """Read the settings from a folder of ``InternVLChatModel``."""
+    settings = read_json(folder / FILE_NAME)
+    usage = _tiles(settings, "min_dynamic_patch", "max_dynamic_patch")
+    template = settings.get("template") or usage.template
+    own = FORMATS[template].system_message if template in FORMATS else ""
+    message = settings.get("system_message", own)
+    return dataclasses.replace(
+        usage,
+        template=template,
+        system_message=message,
+        tiling="pad" if settings.get("pad2square") else "dynamic",
+    )
+
+
+def of_native(folder: Path) -> Usage:
+    """Read the settings from a folder of transformers; transformers 5 keeps the image processor in
+    the settings of the processor.
+    """
     if (folder / IMAGE_PROCESSOR_NAME).is_file():
         return _tiles(read_json(folder / IMAGE_PROCESSOR_NAME), "min_patches", "max_patches")
-    if (
-        folder / "processor_config.json"
-    ).is_file():  # transformers 5 keeps the image processor in it
-        return _tiles(
-            read_json(folder / "processor_config.json").get("image_processor", {}),
-            "min_patches",
-            "max_patches",
-        )
+    if (folder / "processor_config.json").is_file():
+        found = read_json(folder / "processor_config.json").get("image_processor", {})
+        return _tiles(found, "min_patches", "max_patches")
     return Usage()
 
 

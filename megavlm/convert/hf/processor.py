@@ -14,7 +14,6 @@ from megavlm.config.schema import Architecture
 from megavlm.convert.hf import chat_config, native_config, tokenizer_files
 from megavlm.convert.hf.json_files import FILE_NAME, IMAGE_PROCESSOR_NAME, read_json, write_json
 from megavlm.convert.hf.preprocessing import Usage
-from megavlm.convert.weights.tables import Dialect
 from megavlm.data.text.templates import FORMATS
 from megavlm.data.text.tokenizer import (
     IMAGE_CONTEXT,
@@ -92,43 +91,23 @@ def token_ids(folder: Path, architecture: Architecture, template: str) -> TokenI
     return TokenIds(image=known[IMAGE_CONTEXT], begin=begin, end=end, pad=pad)
 
 
-def write_folder(
-    folder: Path,
-    dialect: Dialect,
-    tokenizer: Path,
-    architecture: Architecture,
-    usage: Usage,
-    dtype: torch.dtype,
+def write_native(
+    folder: Path, tokenizer: Path, architecture: Architecture, usage: Usage, dtype: torch.dtype
 ) -> None:
-    """Write everything but weights.
+    """Write everything but weights, as ``AutoProcessor`` and ``InternVLForConditionalGeneration``
+    read it.
 
     Args:
         folder: the folder of the model.
-        dialect: to write it in.
         tokenizer: folder of the tokenizer.
         architecture: the model.
         usage: its template and its tile limits.
-        dtype: number format of the weights.
+        dtype: dtype of the weights.
 
     Raises:
-        ValueError: tokenizer and model do not fit, or the dialect has no such model.
+        ValueError: tokenizer and model do not fit, or the class has no such model.
     """
-    ids = token_ids(tokenizer, architecture, usage.template)
-    write_json(folder / "generation_config.json", ids.text)
-    (_write_native if dialect == "native" else _write_chat)(
-        folder, tokenizer, architecture, usage, dtype, ids
-    )
-
-
-def _write_native(
-    folder: Path,
-    tokenizer: Path,
-    architecture: Architecture,
-    usage: Usage,
-    dtype: torch.dtype,
-    ids: TokenIds,
-) -> None:
-    """Write the files that ``AutoProcessor`` and ``InternVLForConditionalGeneration`` read."""
+    ids = _write_generation(folder, tokenizer, architecture, usage)
     template = _template(tokenizer, usage, with_images=True)
     if template is None:
         raise ValueError(
@@ -147,15 +126,13 @@ def _write_native(
     )
 
 
-def _write_chat(
-    folder: Path,
-    tokenizer: Path,
-    architecture: Architecture,
-    usage: Usage,
-    dtype: torch.dtype,
-    ids: TokenIds,
+def write_chat(
+    folder: Path, tokenizer: Path, architecture: Architecture, usage: Usage, dtype: torch.dtype
 ) -> None:
-    """Write the files that OpenGVLab's ``InternVLChatModel`` and the programs that load it read."""
+    """Write everything but weights, as OpenGVLab's ``InternVLChatModel`` and the programs that load
+    it read it; arguments and errors as of ``write_native``.
+    """
+    ids = _write_generation(folder, tokenizer, architecture, usage)
     settings = chat_config.write(
         architecture,
         dtype=dtype,
@@ -181,6 +158,15 @@ def _write_chat(
         "image_std": list(vision.pixel_std),
     }
     write_json(folder / IMAGE_PROCESSOR_NAME, image_processor)
+
+
+def _write_generation(
+    folder: Path, tokenizer: Path, architecture: Architecture, usage: Usage
+) -> TokenIds:
+    """Write the settings of ``generate``, and return the tokens that they name."""
+    ids = token_ids(tokenizer, architecture, usage.template)
+    write_json(folder / "generation_config.json", ids.text)
+    return ids
 
 
 def _template(tokenizer: Path, usage: Usage, *, with_images: bool) -> str | None:

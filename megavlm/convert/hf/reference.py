@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from megavlm.convert.hf.model_config import dialect_of
+from megavlm.convert.hf.hub_formats import hub_format_of
 
 
 def load_reference(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -22,7 +22,7 @@ def load_reference(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Modul
 
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder}: no Hugging Face model is there (config.json is missing)")
-    if dialect_of(folder) != "native":
+    if not hub_format_of(folder).is_in_transformers:
         raise ValueError(
             f"{folder}: in OpenGVLab's format, which transformers does not read by itself; export"
             " it with --dialect native"

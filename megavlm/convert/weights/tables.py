@@ -23,12 +23,15 @@ DIALECTS: tuple[Dialect, ...] = get_args(Dialect)
 
 @dataclass(frozen=True, kw_only=True)
 class _Names:
-    """What a dialect calls the parts of the model, and the layers of the connector."""
+    """What a dialect calls the parts of the model, and the layers of the connector; and whether
+    files hold a tied head as a tensor of its own.
+    """
 
     vision: str
     vision_names: internvit.Names
     connector: str
     connector_layers: tuple[str, str, str]
+    copies_tied_head: bool
 
 
 _NAMES: dict[Dialect, _Names] = {
@@ -37,12 +40,14 @@ _NAMES: dict[Dialect, _Names] = {
         vision_names=internvit.NATIVE,
         connector="multi_modal_projector.",
         connector_layers=("layer_norm", "linear_1", "linear_2"),
+        copies_tied_head=False,
     ),
     "chat": _Names(
         vision="vision_model.",
         vision_names=internvit.CHAT,
         connector="mlp1.",
         connector_layers=("0", "1", "3"),
+        copies_tied_head=True,
     ),
 }
 _LANGUAGE = "language_model."
@@ -97,7 +102,7 @@ def copied_head(architecture: Architecture, dialect: Dialect) -> tuple[Row, ...]
     ``InternVLChatModel`` of InternVL 2 and 3 unties every model, so a head that is not in the files
     would be random.
     """
-    if dialect != "chat" or not architecture.language.tied_head:
+    if not _NAMES[dialect].copies_tied_head or not architecture.language.tied_head:
         return ()
     untied = replace(architecture, language=replace(architecture.language, tied_head=False))
     head = next(row for row in rows(untied, dialect) if row.key == HEAD_KEY)

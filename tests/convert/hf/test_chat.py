@@ -13,7 +13,8 @@ from transformers import AutoTokenizer
 
 from megavlm.config.cli import from_yaml
 from megavlm.convert.hf import convert
-from megavlm.convert.hf.model_config import architecture_from_hf, dialect_of
+from megavlm.convert.hf.hub_formats import dialect_of
+from megavlm.convert.hf.model_config import architecture_from_hf
 from megavlm.convert.hf.reference import load_reference
 from megavlm.data.text.tokenizer import fingerprint, load_tokenizer
 from tests.convert.chat import chat_settings, make_chat, same_tensors, with_head

@@ -13,8 +13,9 @@ from transformers import InternVLConfig
 from megavlm.config.models import MODELS
 from megavlm.config.schema import Architecture, Connector
 from megavlm.convert.hf import native_config
+from megavlm.convert.hf.hub_formats import dialect_of
 from megavlm.convert.hf.json_files import write_json
-from megavlm.convert.hf.model_config import architecture_from_hf, dialect_of, differences
+from megavlm.convert.hf.model_config import architecture_from_hf, differences
 from tests.convert.models import KINDS, SMALL, as_native, language
 
 

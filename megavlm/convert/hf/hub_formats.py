@@ -1,0 +1,108 @@
+"""The formats of Hugging Face folders, a row for each. What differs between them is reached through
+this table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from megavlm.config.schema import Architecture
+from megavlm.convert.hf import chat_config, native_config, preprocessing, processor
+from megavlm.convert.hf.json_files import FILE_NAME, read_json
+from megavlm.convert.hf.preprocessing import Usage
+from megavlm.convert.weights.tables import Dialect, name_on_disk
+
+
+class ReadArchitecture(Protocol):
+    """Reads the architecture that a config.json states."""
+
+    def __call__(
+        self, raw: dict[str, Any], folder: Path, *, has_head: bool | None
+    ) -> Architecture: ...
+
+
+class WriteFiles(Protocol):
+    """Writes every file of a folder but the weights: config.json, tokenizer, processor."""
+
+    def __call__(
+        self,
+        folder: Path,
+        tokenizer: Path,
+        architecture: Architecture,
+        usage: Usage,
+        dtype: torch.dtype,
+    ) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubFormat:
+    """The format in which a class of models is kept in Hugging Face folders.
+
+    Args:
+        class_name: the class.
+        model_type: what config.json calls it.
+        is_in_transformers: whether transformers has the class; otherwise it is Python code of its
+            own.
+        read_architecture: reads config.json, see ``native_config.read``.
+        read_usage: reads conversation template and tile limits from a folder.
+        write_files: see ``processor.write_native``.
+        name_on_disk: gives the name of a weight in files of the format for a name in the folder.
+    """
+
+    class_name: str
+    model_type: str
+    is_in_transformers: bool
+    read_architecture: ReadArchitecture
+    read_usage: Callable[[Path], Usage]
+    write_files: WriteFiles
+    name_on_disk: Callable[[str], str]
+
+
+# By the dialect that names the weights, see ``convert/weights/tables``.
+HUB_FORMATS: dict[Dialect, HubFormat] = {
+    "native": HubFormat(
+        class_name=native_config.CLASS_NAME,
+        model_type=native_config.MODEL_TYPE,
+        is_in_transformers=True,
+        read_architecture=native_config.read,
+        read_usage=preprocessing.of_native,
+        write_files=processor.write_native,
+        name_on_disk=name_on_disk,
+    ),
+    "chat": HubFormat(
+        class_name=chat_config.CLASS_NAME,
+        model_type=chat_config.MODEL_TYPE,
+        is_in_transformers=False,
+        read_architecture=chat_config.read,
+        read_usage=preprocessing.of_chat,
+        write_files=processor.write_chat,
+        name_on_disk=str,
+    ),
+}
+
+
+def dialect_of(folder: str | Path) -> Dialect:
+    """Tell which dialect a Hugging Face folder is written in.
+
+    Raises:
+        FileNotFoundError: the folder has no config.json.
+        ValueError: it is of another kind of model.
+    """
+    path = Path(folder) / FILE_NAME
+    found = read_json(path).get("model_type")
+    known = {row.model_type: dialect for dialect, row in HUB_FORMATS.items()}
+    if found not in known:
+        raise ValueError(
+            f"{path}: model_type is {found!r}, must be {' or '.join(map(repr, known))}"
+        )
+    return known[found]
+
+
+def hub_format_of(folder: str | Path) -> HubFormat:
+    """Return the format of a Hugging Face folder; errors as in ``dialect_of``."""
+    return HUB_FORMATS[dialect_of(folder)]

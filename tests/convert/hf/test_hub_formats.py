@@ -1,0 +1,47 @@
+"""The table of formats of Hugging Face folders."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import transformers
+
+from megavlm.convert.hf import convert
+from megavlm.convert.hf.hub_formats import HUB_FORMATS, dialect_of
+from megavlm.convert.hf.json_files import read_json, write_json
+from megavlm.convert.hf.model_config import architecture_from_hf
+from megavlm.convert.weights.tables import DIALECTS
+from tests.convert.models import SMALL, make_hf
+
+
+def test_every_dialect_of_the_weights_has_a_row() -> None:
+    assert tuple(HUB_FORMATS) == DIALECTS
+    for row in HUB_FORMATS.values():
+        assert hasattr(transformers, row.class_name) == row.is_in_transformers, row.class_name
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_an_export_names_the_class_of_its_row(tmp_path: Path, dialect: str) -> None:
+    start = convert.import_(make_hf(tmp_path / "hf"), tmp_path / "start")
+    settings = read_json(convert.export(start, tmp_path / "out", dialect=dialect) / "config.json")
+    row = HUB_FORMATS[dialect]
+    assert settings["architectures"] == [row.class_name]
+    assert settings["model_type"] == row.model_type
+    assert dialect_of(tmp_path / "out") == dialect
+
+
+def test_a_new_row_is_found_by_its_model_type(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_json(tmp_path / "config.json", {"model_type": "mine"})
+    with pytest.raises(ValueError, match="model_type is 'mine', must be 'internvl' or"):
+        architecture_from_hf(tmp_path)
+    row = dataclasses.replace(
+        HUB_FORMATS["native"],
+        model_type="mine",
+        read_architecture=lambda raw, folder, *, has_head: SMALL,
+    )
+    monkeypatch.setitem(HUB_FORMATS, "mine", row)
+    assert dialect_of(tmp_path) == "mine" and architecture_from_hf(tmp_path) == SMALL
