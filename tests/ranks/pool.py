@@ -21,9 +21,14 @@ _IMPORTED_ONCE = ["torch.distributed.checkpoint", "megavlm.train.launch", "tests
 
 
 class Pool:
-    """Runs a function on 1 to 8 gloo ranks; workers start when they are first needed."""
+    """Run a function on 1 to 8 gloo ranks; workers start when they are first needed.
 
-    def __init__(self):
+    Args:
+        timeout_seconds: how long a function may take.
+    """
+
+    def __init__(self, timeout_seconds: int = _TIMEOUT_SECONDS):
+        self._timeout = timeout_seconds
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(_IMPORTED_ONCE)
         self._workers: list[tuple[Any, Connection]] = []
@@ -47,16 +52,16 @@ class Pool:
         store = str(Path(self._folder.name) / f"store-{self._jobs}")
         ranks = self._workers[:world_size]
         for rank, (_, connection) in enumerate(ranks):
-            connection.send((function, args, rank, world_size, store))
+            connection.send((function, args, rank, world_size, store, self._timeout))
         answers: dict[int, Any] = {}
         waiting = {connection: rank for rank, (_, connection) in enumerate(ranks)}
         while waiting:
-            ready = wait(list(waiting), timeout=_TIMEOUT_SECONDS)
+            ready = wait(list(waiting), timeout=self._timeout)
             if not ready:
                 self.close()
                 raise AssertionError(
                     f"ranks {sorted(waiting.values())} of {world_size} did not finish in"
-                    f" {_TIMEOUT_SECONDS} s"
+                    f" {self._timeout} s"
                 )
             for connection in ready:
                 rank = waiting.pop(connection)
@@ -106,11 +111,11 @@ def _serve(connection: Connection) -> None:
     gc.freeze()  # what was imported stays, and each save collects garbage
     while True:
         try:
-            function, args, rank, world_size, store = connection.recv()
+            function, args, rank, world_size, store, seconds = connection.recv()
         except EOFError:
             return
         try:
-            timeout = timedelta(seconds=_TIMEOUT_SECONDS)
+            timeout = timedelta(seconds=seconds)
             dist.init_process_group(
                 "gloo",
                 store=dist.FileStore(store, world_size),

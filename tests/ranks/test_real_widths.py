@@ -6,8 +6,10 @@ Heavy, so it runs if ``MEGAVLM_WIDE=1`` asks for it: up to 12 GB of memory and 6
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,15 +49,16 @@ SMALL = dataclasses.replace(
     ),
 )
 _1B = MODELS["internvl2_5-1b"]
-# With two language layers the paddings happen to cancel at TP2; with three they do not.
+# With two language layers the paddings happen to cancel at TP2; with three they do not. The head is
+# tied, or saving takes 16 GB.
 WHOLE_VOCABULARY = dataclasses.replace(
     _1B,
     vision=dataclasses.replace(_1B.vision, num_layers=1, image_size=28),
-    language=dataclasses.replace(_1B.language, num_layers=3),
+    language=dataclasses.replace(_1B.language, num_layers=3, tied_head=True),
 )
 CUT_VOCABULARY = dataclasses.replace(
     WHOLE_VOCABULARY,
-    language=dataclasses.replace(WHOLE_VOCABULARY.language, vocab_size=2048),
+    language=dataclasses.replace(WHOLE_VOCABULARY.language, vocab_size=2048, tied_head=False),
 )
 
 
@@ -102,6 +105,14 @@ CASES = {
 
 
 @pytest.fixture(scope="module")
+def ranks() -> Iterator[Pool]:
+    """Replace the pool of the other tests by one that waits longer."""
+    pool = Pool(timeout_seconds=900)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="module")
 def datasets(tmp_path_factory: pytest.TempPathFactory) -> dict[Architecture, Path]:
     found = {}
     for number, arch in enumerate((SMALL, WHOLE_VOCABULARY, CUT_VOCABULARY)):
@@ -127,6 +138,20 @@ def wide_job(dataset: Path, save: Path, arch: Architecture, **settings: Any) -> 
     return dataclasses.replace(job, architecture=arch)
 
 
+def look_into(folder: Path) -> tuple[list[str], dict[str, str]]:
+    """Return the weights that differ from their master weights, and a digest of every tensor.
+
+    A rank does it, because the tensors of two checkpoints need not fit into memory together.
+    """
+    tensors = saved_tensors(folder)
+    digests = {
+        key: hashlib.sha256(value.contiguous().view(-1).view(torch.uint8).numpy()).hexdigest()
+        for key, value in tensors.items()
+        if value.numel()
+    }
+    return different(tensors), digests
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_it_resumes_exactly(
     ranks: Pool, datasets: dict[Architecture, Path], tmp_path: Path, case: str
@@ -135,15 +160,13 @@ def test_it_resumes_exactly(
     settings = dict(trainable=MASKS[stage], bucket_size=bucket_size, stage=stage)
     whole, same, changed = (tmp_path / name for name in ("whole", "same", "changed"))
     ranks.run(run_job, world, wide_job(datasets[arch], whole, arch, **settings | layout))
-    [tensors] = ranks.run(saved_tensors, 1, whole / f"step_{STEPS:08d}")
-    assert different(tensors) == []
+    [(wrong, digests)] = ranks.run(look_into, 1, whole / f"step_{STEPS:08d}")
+    assert wrong == []
+    assert any("exp_avg_sq" in key for key in digests)
     forget_the_end(whole, same)
     ranks.run(run_job, world, wide_job(datasets[arch], same, arch, **settings | layout))
     assert losses(same) == losses(whole)[3:]
-    [resumed] = ranks.run(saved_tensors, 1, same / f"step_{STEPS:08d}")
-    assert tensors.keys() == resumed.keys()
-    assert all(torch.equal(tensors[key], resumed[key]) for key in tensors)
-    del tensors, resumed
+    assert ranks.run(look_into, 1, same / f"step_{STEPS:08d}") == [([], digests)]
     shutil.rmtree(same)
     forget_the_end(whole, changed)
     ranks.run(run_job, other_world, wide_job(datasets[arch], changed, arch, **settings | other))
