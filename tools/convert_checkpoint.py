@@ -7,11 +7,16 @@ from __future__ import annotations
 import sys
 
 from megavlm.convert.hf import convert, model_card
+from megavlm.convert.hf.check_files import FileCheck, check_files
 from megavlm.convert.hf.command_line import parse, read_size
 
 
-def report(parts: list[convert.PartCheck]) -> int:
-    """Print what the check found; 1 where a tensor changed."""
+def report(files: list[FileCheck], parts: list[convert.PartCheck]) -> int:
+    """Print what the check found, and return 1 if anything changed."""
+    for file in files:
+        print(f"{file.name:24} {file.note or ('changed' if file.changes else 'equal')}")
+        for change in file.changes:
+            print(f"    {change}")
     print(f"{'part':24} {'tensors':>8} {'bytes':>16}  equal")
     for part in parts:
         print(
@@ -21,7 +26,7 @@ def report(parts: list[convert.PartCheck]) -> int:
             print(f"    changed: {name}")
         for name in part.widened:
             print(f"    same values in a wider dtype: {name}")
-    return int(any(part.changed for part in parts))
+    return int(any(part.changed for part in parts) or any(file.changes for file in files))
 
 
 def main() -> int:
@@ -31,7 +36,7 @@ def main() -> int:
     args = parse(__doc__)
     try:
         if args.command == "check":
-            return report(convert.check(args.hf))
+            return report(check_files(args.hf), convert.check(args.hf))
         if args.command == "import":
             print(
                 "checkpoint written to"

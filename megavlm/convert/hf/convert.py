@@ -182,7 +182,7 @@ def import_(
     name = next((name for name, known in MODELS.items() if known == architecture), "custom")
     with new_folder(out, flag) as growing, Progress("import", "B", _bytes(view)) as progress:
         write_shards(view, growing / SHARDS, done=progress.add)
-        words = _copy_tokenizer(Path(tokenizer) if tokenizer else folder, growing / TOKENIZER)
+        words = copy_tokenizer(Path(tokenizer) if tokenizer else folder, growing / TOKENIZER)
         (growing / CONFIG_NAME).write_text(
             to_yaml(Config(stage="", model=name, architecture=architecture)), encoding="utf-8"
         )
@@ -191,7 +191,7 @@ def import_(
     return out
 
 
-def _copy_tokenizer(folder: Path, target: Path) -> str | None:
+def copy_tokenizer(folder: Path, target: Path) -> str | None:
     """Copy the tokenizer, where there is one, and return its fingerprint.
 
     Raises:

@@ -32,6 +32,7 @@ _DTYPES = {
     "U8": torch.uint8,
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_LISTED = 10
 _LENGTH_BYTES = 8
 """A safetensors file starts with the length of its header, little-endian; the header is JSON, the
 numbers follow it.
@@ -65,6 +66,7 @@ class SafetensorsFolder:
         self._folder = folder
         index = folder / INDEX_NAME
         listed = _read_index(index) if index.is_file() else None
+        _refuse_partial(folder, listed)
         self._places: dict[str, _Place] = {}
         seen: set[str] = set()
         self.headers: dict[str, Header] = {}
@@ -111,6 +113,25 @@ class SafetensorsFolder:
 
     def __str__(self) -> str:
         return str(self._folder)
+
+
+def _refuse_partial(folder: Path, listed: Mapping[str, str] | None) -> None:
+    """Raise FileNotFoundError for a folder that lacks files of weights, or their index."""
+    if listed is None:
+        found = sorted(folder.glob("model-*-of-*.safetensors"))
+        if found and not (folder / SINGLE_NAME).is_file():
+            raise FileNotFoundError(
+                f"{folder / INDEX_NAME}: no such file, and {found[0].name} is one of several files"
+                " of weights; download the whole folder"
+            )
+        return
+    names = sorted(set(listed.values()))
+    lost = [name for name in names if not (folder / name).is_file()]
+    if lost:
+        raise FileNotFoundError(
+            f"{folder}: {len(lost)} of {len(names)} files of weights are missing:"
+            f" {', '.join(lost[:_LISTED])}{', ...' if len(lost) > _LISTED else ''}; download them"
+        )
 
 
 def tensor_names(folder: Path) -> set[str] | None:
