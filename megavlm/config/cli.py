@@ -18,11 +18,12 @@ from typing import Any
 
 import yaml
 
-from megavlm.config import stages, torchrun, yaml_file
+from megavlm.config import torchrun, yaml_file
 from megavlm.config.models import MODELS, ReadModel, architecture
 from megavlm.config.options import Parser, make_parser, nearest, options, to_config
-from megavlm.config.schema import Architecture, Config, Init
-from megavlm.config.stages import STAGES
+from megavlm.config.recipes import RECIPES, recipe
+from megavlm.config.recipes.recipe import Recipe
+from megavlm.config.schema import Architecture, Config, Data, Init
 from megavlm.config.yaml_file import Settings
 
 FindProblems = Callable[[Config, int], Sequence[str]]
@@ -116,6 +117,7 @@ def _parse(arguments: list[str], read_model: ReadModel | None) -> tuple[Config, 
         raise ValueError(f"--check {chosen.check}: must be the number of ranks")
     files = [yaml_file.read(Path(path), f"--config {path}") for path in chosen.config]
     names = {name: vars(chosen)[name] or _last_named(files, name) for name in ("stage", "model")}
+    chosen_recipe = recipe(chosen.recipe or _last_named(files, "recipe") or _NO_NAMES.recipe)
     given = {name: vars(chosen)[f"init.{name}"] for name in vars(_NO_NAMES.init)}
     init = Init(
         **{
@@ -130,13 +132,19 @@ def _parse(arguments: list[str], read_model: ReadModel | None) -> tuple[Config, 
         _NO_NAMES
         if wants_help and not all(names.values())
         else _from_tables(
-            **names, init=init, read_model=read_model, sets_vision=_sets_vision(others, files)
+            **names,
+            chosen=chosen_recipe,
+            init=init,
+            read_model=read_model,
+            sets_vision=_sets_vision(others, files),
         )
     )
-    parser = make_parser(defaults, PROGRAM, _description())
+    parser = make_parser(defaults, PROGRAM, _description(chosen_recipe))
     values = parser.get_defaults()
     for settings in files:
-        content = {key: value for key, value in settings.content.items() if key not in names}
+        content = {
+            key: value for key, value in settings.content.items() if key not in (*names, "recipe")
+        }
         values = _apply(parser, dataclasses.replace(settings, content=content), values)
     return to_config(parser.parse_args(_normal(others), namespace=values)), chosen
 
@@ -148,6 +156,7 @@ def _first_pass() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=PROGRAM, add_help=False, allow_abbrev=False, exit_on_error=False
     )
+    parser.add_argument("--recipe")
     parser.add_argument("--stage")
     parser.add_argument("--model")
     for name in vars(_NO_NAMES.init):
@@ -181,6 +190,7 @@ def _sets_vision(arguments: list[str], files: Sequence[Settings]) -> bool:
 
 def _from_tables(
     *,
+    chosen: Recipe,
     stage: str | None,
     model: str | None,
     init: Init,
@@ -193,7 +203,7 @@ def _from_tables(
     folder, or what ``--architecture.vision`` says.
     """
     has_model = model or init.is_whole or (init.language and sets_vision)
-    wanted = ("stage", stage, STAGES), ("model", has_model, MODELS)
+    wanted = ("stage", stage, chosen.stages), ("model", has_model, MODELS)
     missing = [
         f"--{name} (one of {', '.join(table)})" for name, given, table in wanted if not given
     ]
@@ -204,14 +214,15 @@ def _from_tables(
             else ""
         )
         raise ValueError(f"missing {' and '.join(missing)}{instead}")
-    row = stages.stage(stage)
+    row = chosen.stage(stage)
     built = architecture(model or "", init, read_model)
     name = model or "+".join(Path(folder).resolve().name for folder in init.parts.values())
     return Config(
+        recipe=chosen.name,
         stage=stage,
         model=name,
         architecture=built,
-        data=row.data,
+        data=Data(loss_reduction=row.loss_reduction),
         optimizer=row.optimizer,
         training=row.training,
     )
@@ -268,9 +279,12 @@ def _is_first_rank() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _description() -> str:
+def _description(chosen: Recipe) -> str:
     """Return the text that ``--help`` prints above the options."""
-    stage_lines = "\n".join(f"  {name:<15} {row.description}" for name, row in STAGES.items())
+    recipe_lines = "\n".join(f"  {name:<15} {row.description}" for name, row in RECIPES.items())
+    stage_lines = "\n".join(
+        f"  {name:<15} {row.description}" for name, row in chosen.stages.items()
+    )
     model_lines = "\n".join(f"  {name:<15} {_size(row)}" for name, row in MODELS.items())
     return f"""Train a vision-language model.
 
@@ -284,7 +298,10 @@ the whole configuration as YAML instead of training. --check RANKS lists its pro
 ranks (without a number: for as many as torchrun starts) and exits, with status 2 if there are any.
 The defaults below are those of the stage and the model, if both are given.
 
-stages:
+recipes:
+{recipe_lines}
+
+stages of the recipe {chosen.name}:
 {stage_lines}
 
 models:

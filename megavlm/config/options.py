@@ -156,8 +156,8 @@ def make_parser(defaults: Config, prog: str, description: str = "") -> Parser:
     parser = Parser(
         prog=prog,
         usage=(
-            "torchrun [torchrun options] %(prog)s --stage NAME --model NAME [--config FILE]"
-            " [--section.field VALUE] ..."
+            "torchrun [torchrun options] %(prog)s [--recipe NAME] --stage NAME --model NAME"
+            " [--config FILE] [--section.field VALUE] ..."
         ),
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -1,6 +1,6 @@
 """The configuration of a training run, as a tree of frozen dataclasses.
 
-It is built once, by ``config/cli``, from the tables (``config/models``, ``config/stages``), YAML
+It is built once, by ``config/cli``, from the tables (``config/models``, ``config/recipes``), YAML
 files and the command line, and is saved as one resolved YAML beside every checkpoint. A fact is
 stated once; what follows from it is a property.
 """
@@ -351,6 +351,7 @@ class Config:
     """A whole training run.
 
     Args:
+        recipe: how models of a kind are trained; gives the stages.
         stage: training stage, a preset of the recipe's settings; empty only in a checkpoint made by
             conversion.
         model: model preset, or a Hugging Face folder whose config.json fills ``architecture``; not
@@ -367,6 +368,7 @@ class Config:
         health: health checks.
     """
 
+    recipe: str = "internvl"
     stage: str
     model: str
     architecture: Architecture = field(default_factory=Architecture)

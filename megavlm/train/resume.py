@@ -89,8 +89,14 @@ def _warn(text: str, problems: Sequence[str]) -> None:
 
 
 def _of_this_stage(config: Config, found: Checkpoint) -> Checkpoint:
+    save = config.checkpoint.save
+    if found.config.recipe != config.recipe:
+        raise ValueError(
+            f"--checkpoint.save {save}: it holds checkpoints of recipe {found.config.recipe}, and"
+            f" this is recipe {config.recipe}; name another folder, and give this one to"
+            " --checkpoint.load to start from its weights"
+        )
     if found.state.stage != config.stage:
-        save = config.checkpoint.save
         raise ValueError(
             f"--checkpoint.save {save}: it holds checkpoints of stage {found.state.stage}, and this"
             f" is stage {config.stage}; name another folder, and give this one to --checkpoint.load"
@@ -144,7 +150,8 @@ def resumes(config: Config, source: Checkpoint) -> bool:
     always, another one of the same stage unless its weights are all that is asked for.
     """
     takes_weights = config.checkpoint.weights_only and not is_own(config, source)
-    return source.state.stage == config.stage and not takes_weights
+    is_same_stage = (source.config.recipe, source.state.stage) == (config.recipe, config.stage)
+    return is_same_stage and not takes_weights
 
 
 def first_step(config: Config, source: object) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megavlm.config.stages import STAGES
+from megavlm.config.recipes.internvl import STAGES
 from tools.benchmark import gpu, report, runner
 from tools.benchmark.cases import all_cases, chosen, predicted_gib, predicted_tflop, smoke_cases
 from tools.benchmark.kernel_times import Kernel, busy_us, group_of, table

@@ -12,8 +12,10 @@ import yaml
 from megavlm.config.cli import from_yaml, parse, to_yaml
 from megavlm.config.models import MODELS
 from megavlm.config.options import ALIASES, options
-from megavlm.config.schema import Config, Optimizer, Training
-from megavlm.config.stages import STAGES
+from megavlm.config.recipes import RECIPES
+from megavlm.config.recipes.internvl import STAGES
+from megavlm.config.recipes.recipe import Recipe, Stage
+from megavlm.config.schema import Config, Data, Optimizer, Training
 
 NAMES = ["--stage", "1", "--model", "tiny"]
 
@@ -34,10 +36,39 @@ def test_names_pick_rows_of_the_tables(stage: str, model: str):
         stage=stage,
         model=model,
         architecture=MODELS[model],
-        data=row.data,
+        data=Data(loss_reduction=row.loss_reduction),
         optimizer=row.optimizer,
         training=row.training,
     )
+
+
+@pytest.fixture
+def other_recipe(monkeypatch: pytest.MonkeyPatch) -> Stage:
+    stage = Stage(
+        description="a stage", loss_reduction="token", training=Training(steps=77, drop_path=0.2)
+    )
+    recipe = Recipe(name="mine", description="another recipe", stages={"only": stage})
+    monkeypatch.setitem(RECIPES, "mine", recipe)
+    return stage
+
+
+def test_a_recipe_gives_the_stages(
+    other_recipe: Stage, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    config = parse(["--recipe", "mine", "--stage", "only", "--model", "tiny"])
+    assert (config.recipe, config.data.loss_reduction) == ("mine", "token")
+    assert config.training == other_recipe.training and config.optimizer == Optimizer()
+    assert from_yaml(to_yaml(config)) == config
+    (tmp_path / "run.yaml").write_text("recipe: mine\nstage: only\nmodel: tiny\n")
+    assert parse(["--config", str(tmp_path / "run.yaml")]) == config
+    assert "known are only" in refused(["--recipe", "mine", *NAMES], capsys)
+    assert "known are internvl, mine" in refused(["--recipe", "his", *NAMES], capsys)
+    assert parse(NAMES).recipe == "internvl"
+
+
+def test_the_configuration_of_a_run_from_before_recipes_is_one_of_internvl():
+    text = to_yaml(parse(NAMES)).replace("recipe: internvl\n", "", 1)
+    assert "recipe" not in text and from_yaml(text) == parse(NAMES)
 
 
 def test_later_sources_win(tmp_path: Path):

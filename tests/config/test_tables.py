@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from megavlm.config.models import MODELS, architecture
+from megavlm.config.recipes import recipe
+from megavlm.config.recipes.internvl import RECIPE, STAGES
 from megavlm.config.schema import Architecture
-from megavlm.config.stages import STAGES, stage
 
 
 def weights(arch: Architecture) -> tuple[int, int]:
@@ -127,7 +128,7 @@ def test_stages_are_those_of_internvl(
     batch: int,
     drop_path: float,
 ):
-    row = stage(name)
+    row = RECIPE.stage(name)
     assert (
         row.training.trainable == trainable
         and row.training.global_batch_size == batch
@@ -138,7 +139,7 @@ def test_stages_are_those_of_internvl(
         *warmup,
     )
     assert (
-        row.data.loss_reduction == "square"
+        row.loss_reduction == "square"
         and row.optimizer.decay == "all"
         and row.optimizer.weight_decay == 0.05
     )
@@ -146,7 +147,7 @@ def test_stages_are_those_of_internvl(
 
 def test_stage_0_trains_the_language_model_alone():
     assert STAGES["0"].training.trainable == ("language",) and STAGES["0"].training.drop_path == 0
-    assert STAGES["0"].data.loss_reduction == "token"
+    assert STAGES["0"].loss_reduction == "token"
 
 
 def test_unknown_names_are_refused_with_the_known_ones():
@@ -157,5 +158,7 @@ def test_unknown_names_are_refused_with_the_known_ones():
         ),
     ):
         architecture("nano")
-    with pytest.raises(ValueError, match=r"--stage 7: no such stage; known are 0, 1, 1\.5, 2"):
-        stage("7")
+    with pytest.raises(ValueError, match=r"--stage 7: no such stage .*; known are 0, 1, 1\.5, 2"):
+        RECIPE.stage("7")
+    with pytest.raises(ValueError, match="--recipe nano: no such recipe; known are internvl"):
+        recipe("nano")

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from megavlm.config.models import architecture
+from megavlm.config.recipes.internvl import STAGES
 from megavlm.config.schema import Config, Parallel, Training
-from megavlm.config.stages import STAGES
 from megavlm.planner.flops import training_cost
 from megavlm.planner.layout import make_layout
 from megavlm.planner.partition import PackSize, balance, layer_costs

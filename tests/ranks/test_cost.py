@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from megavlm.config.recipes.internvl import STAGES
 from megavlm.config.schema import Architecture, Checkpoint, Logging
-from megavlm.config.stages import STAGES
 from megavlm.data.loading.dataset import PackedDataset
 from megavlm.data.loading.order import Plan
 from megavlm.planner.flops import pieces, training_cost

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from megavlm.config.recipes.internvl import STAGES
 from megavlm.config.schema import Architecture, Config
-from megavlm.config.stages import STAGES
 from megavlm.planner.layout import make_layout
 from megavlm.planner.memory import Memory, memory_by_rank
 from megavlm.planner.partition import PackSize

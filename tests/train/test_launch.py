@@ -12,6 +12,7 @@ from megavlm.config.checks.rules import ConfigError
 from megavlm.config.cli import to_yaml
 from megavlm.config.schema import Checkpoint, Config, Logging
 from megavlm.train.launch import inspect
+from megavlm.train.resume import resumes
 from tests.data.samples import make_dataset
 from tests.ranks.runs import TINY, config_for
 
@@ -138,6 +139,18 @@ def test_a_save_folder_of_another_stage_is_refused(dataset: Path, tmp_path: Path
     save = _fake_checkpoint(tmp_path / "run", _config(dataset), stage="1")
     with pytest.raises(ValueError, match=r"--checkpoint.save.*stage 1.*this is stage 2"):
         inspect(_config(dataset, save=str(save)), 1)
+
+
+def test_a_checkpoint_of_another_recipe_gives_its_weights_only(
+    dataset: Path, tmp_path: Path
+) -> None:
+    other = dataclasses.replace(_config(dataset), recipe="other")
+    folder = _fake_checkpoint(tmp_path / "run", other)
+    with pytest.raises(ValueError, match=r"--checkpoint.save.*recipe other.*recipe internvl"):
+        inspect(_config(dataset, save=str(folder)), 1)
+    config = _config(dataset, load=str(folder))
+    assert not resumes(config, inspect(config, 1))
+    assert resumes(dataclasses.replace(config, recipe="other"), inspect(config, 1))
 
 
 def test_a_checkpoint_of_another_architecture_is_refused_with_every_difference(

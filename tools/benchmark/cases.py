@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 from megavlm.config.models import architecture
+from megavlm.config.recipes.internvl import STAGES
 from megavlm.config.schema import Architecture, Checkpoint, Config, Data, Fp8, Parallel
-from megavlm.config.stages import STAGES
 from megavlm.planner.flops import training_cost
 from megavlm.planner.layout import make_layout
 from megavlm.planner.memory import memory
@@ -99,7 +99,7 @@ class Case:
             stage=self.stage,
             model=self.model,
             architecture=self.architecture,
-            data=Data(train=train, loss_reduction=row.data.loss_reduction),
+            data=Data(train=train, loss_reduction=row.loss_reduction),
             parallel=Parallel(recompute=self.recompute),
             optimizer=replace(row.optimizer, moments=self.moments),
             training=replace(

@@ -11,8 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from megavlm.config.recipes.internvl import STAGES
 from megavlm.config.schema import Architecture, Config, Data, Language, Parallel, Training, Vision
-from megavlm.config.stages import STAGES
 from tools.benchmark.cases import ALL, CONNECTOR, VISION
 from tools.benchmark.packs import PackSizes
 
@@ -95,7 +95,7 @@ def config(
         stage=stage,
         model="scaled",
         architecture=scale.architecture,
-        data=Data(train=str(train), loss_reduction=row.data.loss_reduction, workers=0),
+        data=Data(train=str(train), loss_reduction=row.loss_reduction, workers=0),
         parallel=Parallel(pipeline_model_parallel_size=chunks, layout=layout),
         optimizer=row.optimizer,
         training=Training(

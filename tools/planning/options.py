@@ -46,7 +46,8 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     shown = "(default: %(default)s)"
     model = "row of the table of models, or a Hugging Face folder"
     parser.add_argument("--model", required=True, help=model)
-    parser.add_argument("--stage", required=True, help="row of the table of stages")
+    parser.add_argument("--recipe", default=Config(stage="", model="").recipe, help="recipe")
+    parser.add_argument("--stage", required=True, help="stage of the recipe")
     parser.add_argument("--gpus", type=int, required=True, help="how many there are")
     batch = "packs of a step (default: the stage's)"
     parser.add_argument("--global_batch_size", type=int, help=batch)
@@ -87,7 +88,7 @@ def read_config(options: argparse.Namespace) -> Config:
     batch = options.global_batch_size
     return parse(
         [
-            *("--stage", options.stage, "--model", options.model),
+            *("--recipe", options.recipe, "--stage", options.stage, "--model", options.model),
             *("--optimizer.moments", options.moments),
             *(("--training.global_batch_size", str(batch)) if batch else ()),
             *shlex.split(options.layout or ""),

@@ -20,7 +20,9 @@ origin: says where a run began; a run that resumes its own checkpoint refuses an
 free: results do not depend on it, or it is checked elsewhere; a new value counts."""
 
 _BY_SECTION: dict[str, dict[Kind, str]] = {
-    "": {"free": "stage model"},  # another stage is another run; the architecture is compared
+    "": {
+        "free": "recipe stage model"
+    },  # another stage is another run; the architecture is compared
     "init.": {"origin": "vision language tokenizer"},
     "data.": {
         "taken": "train valid loss_reduction augment",  # packs and tokenizer are compared

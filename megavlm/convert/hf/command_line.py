@@ -73,8 +73,8 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dialect",
         choices=DIALECTS,
-        default="native",
-        help="transformers' own format, or OpenGVLab's InternVLChatModel (default: native)",
+        help="transformers' own format (native), or OpenGVLab's InternVLChatModel (chat) (default:"
+        " that of the recipe)",
     )
     parser.add_argument(
         "--dtype",

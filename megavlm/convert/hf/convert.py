@@ -18,6 +18,7 @@ from megavlm.checkpoint.step_folder import CONFIG_NAME, SHARDS, TOKENIZER, Check
 from megavlm.checkpoint.train_state import State
 from megavlm.config.cli import to_yaml
 from megavlm.config.models import MODELS
+from megavlm.config.recipes import recipe
 from megavlm.config.schema import Architecture, Config
 from megavlm.convert.dist_checkpoint import ShardsFolder, write_shards
 from megavlm.convert.hf import model_card, preprocessing, tokenizer_files
@@ -109,7 +110,7 @@ def export(
     checkpoint: str | Path,
     out: str | Path,
     *,
-    dialect: Dialect = "native",
+    dialect: Dialect | None = None,
     dtype: torch.dtype | None = None,
     tokenizer: str | Path = "",
     licenses: Mapping[str, str] | None = None,
@@ -122,7 +123,7 @@ def export(
     Args:
         checkpoint: folder of a step, or a run's save folder.
         out: folder to make; missing or empty.
-        dialect: to write it in.
+        dialect: to write it in; none: that of the recipe the model was trained with.
         dtype: number format of the weights; none: as they are.
         tokenizer: folder of the tokenizer, where the checkpoint has none.
         licenses: name of the licence of each part, for the model card.
@@ -137,6 +138,7 @@ def export(
         ValueError: the checkpoint is damaged or of another model than it says, or ``out`` is taken.
     """
     found = _read_checkpoint(checkpoint)
+    dialect = dialect or recipe(found.config.recipe).export_dialect
     folder = found.folder
     out = Path(out)
     architecture = found.config.architecture

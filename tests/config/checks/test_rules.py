@@ -11,8 +11,8 @@ import pytest
 from megavlm.config.checks.device import Machine, machine_problems
 from megavlm.config.checks.rules import ConfigError, DatasetFacts, check, facts_problems, problems
 from megavlm.config.cli import parse
+from megavlm.config.recipes.internvl import STAGES
 from megavlm.config.schema import Config
-from megavlm.config.stages import STAGES
 
 
 @pytest.fixture

@@ -1,5 +1,4 @@
-"""The table of training stages, which ``--stage`` picks from: what each one trains, and with which
-settings.
+"""The recipe of InternVL: what each of its stages trains, and with which settings.
 
 Stages 1, 1.5 and 2 are those of InternVL 2.5 (arXiv 2412.05271), with the values that its 8B model
 was trained with; the 1B, 2B and 4B models differ in a weight decay of 0.01 and in more steps of
@@ -9,29 +8,9 @@ supervised tokens weighs the square root of n. Batch sizes count packs of 16384 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from megavlm.config.recipes.recipe import Recipe, Stage
+from megavlm.config.schema import Optimizer, Training
 
-from megavlm.config.schema import Data, Optimizer, Training
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stage:
-    """Settings of a stage; all others keep the schema's defaults.
-
-    Args:
-        description: one line for ``--help``.
-        data: weights of supervised tokens.
-        optimizer: learning rate, weight decay and so on.
-        training: trainable parts, batch size, steps.
-    """
-
-    description: str
-    data: Data
-    optimizer: Optimizer
-    training: Training
-
-
-_INTERNVL = Data(loss_reduction="square")
 _EVERYTHING = ("vision", "connector", "language")
 
 STAGES: dict[str, Stage] = {
@@ -41,7 +20,7 @@ STAGES: dict[str, Stage] = {
     # training from scratch stable; norms and biases do not decay.
     "0": Stage(
         description="language model only, on packs without images",
-        data=Data(loss_reduction="token"),
+        loss_reduction="token",
         optimizer=Optimizer(
             lr=3e-4,
             min_lr=3e-5,
@@ -55,13 +34,13 @@ STAGES: dict[str, Stage] = {
     ),
     "1": Stage(
         description="connector only: align vision features with the language model",
-        data=_INTERNVL,
+        loss_reduction="square",
         optimizer=Optimizer(lr=2e-4, warmup_steps=100, warmup_ratio=0.0, weight_decay=0.05),
         training=Training(trainable=("connector",), steps=100_000, global_batch_size=512),
     ),
     "1.5": Stage(
         description="vision encoder and connector: domains that the encoder was not trained on",
-        data=_INTERNVL,
+        loss_reduction="square",
         optimizer=Optimizer(lr=1e-5, warmup_steps=100, warmup_ratio=0.0, weight_decay=0.05),
         training=Training(
             trainable=("vision", "connector"), steps=100_000, global_batch_size=1024, drop_path=0.1
@@ -69,19 +48,15 @@ STAGES: dict[str, Stage] = {
     ),
     "2": Stage(
         description="all parts: instruction tuning",
-        data=_INTERNVL,
+        loss_reduction="square",
         optimizer=Optimizer(lr=4e-5, warmup_ratio=0.03, weight_decay=0.05),
         training=Training(trainable=_EVERYTHING, steps=5500, global_batch_size=512, drop_path=0.1),
     ),
 }
 
-
-def stage(name: str) -> Stage:
-    """Return the stage ``name`` from the table.
-
-    Raises:
-        ValueError: there is no such row; the message lists the names.
-    """
-    if name not in STAGES:
-        raise ValueError(f"--stage {name}: no such stage; known are {', '.join(STAGES)}")
-    return STAGES[name]
+RECIPE = Recipe(
+    name="internvl",
+    description="InternVL 2.5 to 3.5: vision encoder, MLP, language model",
+    stages=STAGES,
+    export_dialect="native",
+)

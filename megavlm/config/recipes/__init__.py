@@ -1,0 +1,19 @@
+"""The table of recipes, which ``--recipe`` picks from: a module for each."""
+
+from __future__ import annotations
+
+from megavlm.config.recipes import internvl
+from megavlm.config.recipes.recipe import Recipe
+
+RECIPES: dict[str, Recipe] = {module.RECIPE.name: module.RECIPE for module in (internvl,)}
+
+
+def recipe(name: str) -> Recipe:
+    """Return the recipe ``name`` from the table.
+
+    Raises:
+        ValueError: there is no such recipe; the message lists the names.
+    """
+    if name not in RECIPES:
+        raise ValueError(f"--recipe {name}: no such recipe; known are {', '.join(RECIPES)}")
+    return RECIPES[name]
