@@ -25,6 +25,7 @@ setup(
         "megatron-core==0.16.1; python_version < '3.12'",
         "megatron-core==0.19.2; python_version >= '3.12'",
         "docstring-parser>=0.16",
+        "huggingface_hub>=1.0",
         "jsonargparse>=4.50",
         "numpy>=1.26",
         "pillow>=10.0",

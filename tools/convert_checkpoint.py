@@ -9,6 +9,7 @@ import sys
 from megavlm.convert.hf import convert, model_card
 from megavlm.convert.hf.check_files import FileCheck, check_files
 from megavlm.convert.hf.command_line import parse, read_size
+from megavlm.convert.hf.hub_cache import find_folder
 
 
 def report(files: list[FileCheck], parts: list[convert.PartCheck]) -> int:
@@ -35,12 +36,13 @@ def main() -> int:
     """
     args = parse(__doc__)
     try:
+        source = find_folder(args.hf, "--hf") if "hf" in args else None
         if args.command == "check":
-            return report(check_files(args.hf), convert.check(args.hf))
+            return report(check_files(source), convert.check(source))
         if args.command == "import":
             print(
                 "checkpoint written to"
-                f" {convert.import_(args.hf, args.out, tokenizer=args.tokenizer)}"
+                f" {convert.import_(source, args.out, tokenizer=args.tokenizer)}"
             )
         else:
             made = convert.export(

@@ -12,8 +12,8 @@ import torch
 from megavlm.config.schema import Architecture
 from megavlm.convert.hf import preprocessing
 from megavlm.convert.hf.convert import copy_tokenizer
-from megavlm.convert.hf.model_config import architecture_from_hf, dialect_of, differences
-from megavlm.convert.hf.processor import write_folder
+from megavlm.convert.hf.hub_formats import HUB_FORMATS, dialect_of
+from megavlm.convert.hf.model_config import architecture_from_hf, differences
 from megavlm.convert.weights.families import written_as
 from megavlm.convert.weights.tables import Dialect
 from megavlm.data.text.tokenizer import fingerprint, load_tokenizer
@@ -45,7 +45,8 @@ def check_files(folder: str | Path) -> list[FileCheck]:
     folder = Path(folder)
     architecture = architecture_from_hf(folder)
     dialect = dialect_of(folder)
-    usage = preprocessing.of_folder(folder, dialect)
+    form = HUB_FORMATS[dialect]
+    usage = form.read_usage(folder)
     with TemporaryDirectory() as scratch:
         kept = Path(scratch) / "tokenizer"
         out = Path(scratch) / "out"
@@ -55,7 +56,7 @@ def check_files(folder: str | Path) -> list[FileCheck]:
             reason = "the folder has no tokenizer, and none is exported without one"
             return [FileCheck(name=name, note=reason) for name in ("config", "tokenizer", "usage")]
         try:
-            write_folder(out, dialect, kept, architecture, usage, torch.bfloat16)
+            form.write_files(out, kept, architecture, usage, torch.bfloat16)
         except ValueError as error:
             return [FileCheck(name="export", changes=(str(error),))]
         after = fingerprint(load_tokenizer(out))
@@ -66,7 +67,7 @@ def check_files(folder: str | Path) -> list[FileCheck]:
                 name="config", changes=tuple(differences(architecture_from_hf(out), expected))
             ),
             FileCheck(name="tokenizer", changes=tuple(other)),
-            FileCheck(name="usage", changes=_changed(usage, preprocessing.of_folder(out, dialect))),
+            FileCheck(name="usage", changes=_changed(usage, form.read_usage(out))),
         ]
 
 

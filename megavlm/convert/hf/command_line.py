@@ -33,14 +33,19 @@ def parse(description: str, arguments: list[str] | None = None) -> argparse.Name
     check = commands.add_parser(
         "check", help="convert a Hugging Face folder there and back, and compare"
     )
-    check.add_argument("--hf", metavar="DIR", required=True, help="Hugging Face folder")
+    check.add_argument(
+        "--hf", metavar="DIR", required=True, help="Hugging Face folder, or id in the hub's cache"
+    )
     return parser.parse_args(arguments)
 
 
 def _add_import(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``import``."""
     parser.add_argument(
-        "--hf", metavar="DIR", required=True, help="Hugging Face folder, in either dialect"
+        "--hf",
+        metavar="DIR",
+        required=True,
+        help="Hugging Face folder, in either dialect, or the id of a model in the hub's cache",
     )
     parser.add_argument(
         "--out",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -27,7 +28,8 @@ def test_a_file_that_changes_is_named(
     tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = make_hf(tmp_path / "hf")
-    written = check_files.write_folder
+    native = check_files.HUB_FORMATS["native"]
+    written = native.write_files
 
     def spoil(out: Path, *arguments: object) -> None:
         written(out, *arguments)
@@ -40,7 +42,8 @@ def test_a_file_that_changes_is_named(
         path = out / "tokenizer.json"
         path.write_text(path.read_text().replace("<quad>", "<quod>"))
 
-    monkeypatch.setattr(check_files, "write_folder", spoil)
+    spoilt = dataclasses.replace(native, write_files=spoil)
+    monkeypatch.setitem(check_files.HUB_FORMATS, "native", spoilt)
     assert run_tool("check", "--hf", str(folder)) == 1
     told = capsys.readouterr().out
     assert "layernorm_epsilon" in told and "max_tiles: 12, 5 once exported" in told
