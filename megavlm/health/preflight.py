@@ -52,13 +52,13 @@ class DisagreementError(RuntimeError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class View:
+class RankView:
     """What one rank sees of the run.
 
     Args:
         problem: why it cannot start; empty if it can.
         facts: what must be the same on every rank, by name.
-        host: its machine.
+        host: name of its node.
     """
 
     problem: str = ""
@@ -66,7 +66,7 @@ class View:
     host: str = field(default_factory=socket.gethostname)
 
 
-def look(config: Config, start: object) -> dict[str, str]:
+def snapshot(config: Config, start: object) -> dict[str, str]:
     """Collect the facts of this rank.
 
     Args:
@@ -101,11 +101,11 @@ def look(config: Config, start: object) -> dict[str, str]:
     return facts
 
 
-def agree(
+def check_consistency(
     store: dist.Store,
     rank: int,
     size: int,
-    view: View,
+    view: RankView,
     timeout: timedelta,
     tell: Callable[[str], None],
 ) -> None:
@@ -116,14 +116,14 @@ def agree(
         rank, size: place in the world.
         view: what this rank sees.
         timeout: how long to wait for the others.
-        tell: called on the first rank with what is wrong, before any rank ends, since the end of
-            one is the end of all.
+        tell: prints the problem; called on the first rank before any rank exits, because torchrun
+            kills the job as soon as one rank exits.
 
     Raises:
         DisagreementError: on every rank, with the same message.
         RuntimeError: the first rank has not come.
     """
-    store = dist.PrefixStore("agree", store)
+    store = dist.PrefixStore("preflight", store)
     store.set(f"view/{rank}", json.dumps(asdict(view)))
     if rank == 0:
         verdict = _verdict(store, size, timeout)
@@ -152,11 +152,11 @@ def _verdict(store: dist.Store, size: int, timeout: timedelta) -> str:
     except RuntimeError:
         missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
         return f"{named(missing)} of {size} have not come within {_minutes(timeout)}"
-    views = [View(**json.loads(store.get(key))) for key in keys]
+    views = [RankView(**json.loads(store.get(key))) for key in keys]
     return problems(views) or "\n  ".join(_headed(differences(views)))
 
 
-def problems(views: Sequence[View]) -> str:
+def problems(views: Sequence[RankView]) -> str:
     """Why the run cannot start; said once where all ranks say the same, else with the ranks that
     say it. Empty if it can.
     """
@@ -167,7 +167,7 @@ def problems(views: Sequence[View]) -> str:
     return "\n".join(f"{_where(by_text[text], views)}: {text}" for text in texts)
 
 
-def differences(views: Sequence[View]) -> list[str]:
+def differences(views: Sequence[RankView]) -> list[str]:
     """In what the ranks differ, a line each; what most of them see, or the first of them if there
     is no most, counts as right.
     """
@@ -203,7 +203,7 @@ def _ranks_by(values: Sequence[str]) -> dict[str, list[int]]:
     return found
 
 
-def _where(ranks: Sequence[int], views: Sequence[View]) -> str:
+def _where(ranks: Sequence[int], views: Sequence[RankView]) -> str:
     """Name the ranks, and their hosts: ``ranks 8-15 (node1)``."""
     hosts = list(dict.fromkeys(views[rank].host for rank in ranks))
     more = f" and {len(hosts) - 3} others" if len(hosts) > 3 else ""

@@ -12,15 +12,15 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megavlm.data.loading.rank_slice import Share
+from megavlm.data.loading.rank_slice import RankSlice
 
 
 def own_positions(ends: np.ndarray, group: ProcessGroup) -> Tensor:
     """Return the positions in the pack of this rank's tokens, in this rank's order; int64 [t].
-    ``ends`` is as for ``Share.tokens``.
+    ``ends`` is as for ``RankSlice.tokens``.
     """
     return torch.from_numpy(
-        Share(context_rank=group.rank(), context_ranks=group.size()).tokens(ends)
+        RankSlice(context_rank=group.rank(), context_ranks=group.size()).tokens(ends)
     )
 
 
@@ -29,7 +29,7 @@ def gather_tokens(own: Tensor, ends: np.ndarray, group: ProcessGroup) -> Tensor:
 
     Args:
         own: values of this rank's tokens [t, ...].
-        ends: where samples end, as for ``Share.tokens``.
+        ends: where samples end, as for ``RankSlice.tokens``.
         group: the context-parallel ranks.
 
     Returns:
@@ -37,7 +37,7 @@ def gather_tokens(own: Tensor, ends: np.ndarray, group: ProcessGroup) -> Tensor:
             summed.
     """
     shares = [
-        Share(context_rank=rank, context_ranks=group.size()).tokens(ends)
+        RankSlice(context_rank=rank, context_ranks=group.size()).tokens(ends)
         for rank in range(group.size())
     ]
     order = torch.from_numpy(np.argsort(np.concatenate(shares)))

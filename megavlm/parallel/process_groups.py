@@ -14,7 +14,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from megavlm.config.schema import Parallel
-from megavlm.data.loading.rank_slice import Share
+from megavlm.data.loading.rank_slice import RankSlice
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ class Groups:
 
     collection: ProcessGroupCollection
     vision: ProcessGroupCollection
-    share: Share
+    share: RankSlice
     rank: int
     size: int
     tensor_rank: int
@@ -131,7 +131,7 @@ def create(parallel: Parallel, seed: int, embedding_chunk: int = 0) -> Groups:
     return Groups(
         collection=collection,
         vision=vision,
-        share=Share(
+        share=RankSlice(
             tile_rank=tile_rank,
             tile_ranks=tile_ranks,
             context_rank=context_rank,

@@ -26,13 +26,13 @@ class Built:
 
     Args:
         chunks: this rank's, in the order of the pipeline.
-        wrapped: the chunks with their gradient reduction.
+        ddp_chunks: the chunks with their gradient reduction.
         optimizer: AdamW over what is trained of all of them.
         trained: what that is, over the whole model.
     """
 
     chunks: list[VisionLanguageModel]
-    wrapped: list[DistributedDataParallel]
+    ddp_chunks: list[DistributedDataParallel]
     optimizer: MegatronOptimizer
     trained: Trained
 
@@ -40,8 +40,8 @@ class Built:
 def build(
     config: Config,
     layout: Layout,
-    place: Groups,
-    machine: Backend,
+    groups: Groups,
+    backend: Backend,
     fill: Callable[[Sequence[VisionLanguageModel]], object],
     history: History = (),
 ) -> Built:
@@ -50,18 +50,18 @@ def build(
     Args:
         config: the run.
         layout: of the pipeline.
-        place: process groups and this rank's place.
-        machine: where tensors live.
+        groups: process groups, and this rank's index in each.
+        backend: where tensors live.
         fill: gives the chunks their weights.
         history: earlier stages whose moments are gone on with.
     """
-    numbers = range(place.pipeline_rank, config.parallel.chunks, place.pipeline_size)
+    numbers = range(groups.pipeline_rank, config.parallel.chunks, groups.pipeline_size)
     chunks = [
-        VisionLanguageModel(config, layout, place, number).to(machine.device) for number in numbers
+        VisionLanguageModel(config, layout, groups, number).to(backend.device) for number in numbers
     ]
     fill(chunks)
     trained = freeze.apply(chunks, config.training.trainable)
-    wrapped = optimizer.wrap(config, chunks)
-    prepare(wrapped)
-    adamw = optimizer.build(config, wrapped, stage_moments.ages(chunks, history))
-    return Built(chunks=chunks, wrapped=wrapped, optimizer=adamw, trained=trained)
+    ddp_chunks = optimizer.wrap(config, chunks)
+    prepare(ddp_chunks)
+    adamw = optimizer.build(config, ddp_chunks, stage_moments.ages(chunks, history))
+    return Built(chunks=chunks, ddp_chunks=ddp_chunks, optimizer=adamw, trained=trained)

@@ -54,14 +54,14 @@ def held_out_loss(job: Job) -> tuple[float, dict[str, float]]:
     )
     loss = torch.zeros((), device=job.backend.device)
     by_source = SourceLosses(job.valid.source_names, job.backend.device)
-    for chunk in job.wrapped:
+    for chunk in job.ddp_chunks:
         chunk.eval()
     with contextlib.closing(packs):
         if len(positions):
-            blank = -len(positions) % groups.pipeline_size if len(job.wrapped) > 1 else 0
+            blank = -len(positions) % groups.pipeline_size if len(job.ddp_chunks) > 1 else 0
             filled = _followed_by_blank(packs, blank)
             loss = run_packs(
-                job.wrapped,
+                job.ddp_chunks,
                 filled,
                 len(positions) + blank,
                 weight,
@@ -69,7 +69,7 @@ def held_out_loss(job: Job) -> tuple[float, dict[str, float]]:
                 forward_only=True,
                 meters=(by_source,),
             )
-    for chunk in job.wrapped:
+    for chunk in job.ddp_chunks:
         chunk.train()
     means = by_source.report(groups)["loss"]
     return float(groups.sum_over_data(loss)), means

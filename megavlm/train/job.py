@@ -24,11 +24,11 @@ class Job:
     Args:
         config: the run.
         backend: where tensors live.
-        groups: process groups and this rank's place.
+        groups: process groups, and this rank's index in each.
         train: the training packs.
         plan: their order.
         valid: the held-out packs, if any.
-        chunks, wrapped, optimizer: as in ``Built``.
+        chunks, ddp_chunks, optimizer: as in ``Built``.
         lock: of the save folder, on the rank that holds it.
     """
 
@@ -39,6 +39,6 @@ class Job:
     plan: Order
     valid: PackedDataset | None
     chunks: list[VisionLanguageModel]
-    wrapped: list[DistributedDataParallel]
+    ddp_chunks: list[DistributedDataParallel]
     optimizer: MegatronOptimizer
     lock: Lock | None = None

@@ -29,7 +29,7 @@ from megavlm.data.loading.order import Order
 from megavlm.data.store.manifest import read_manifest
 from megavlm.data.text.tokenizer import fingerprint
 from megavlm.health import speed_check
-from megavlm.health.preflight import DisagreementError, View, agree, look
+from megavlm.health.preflight import DisagreementError, RankView, check_consistency, snapshot
 from megavlm.io import atomic
 from megavlm.model import precision, weights
 from megavlm.model.vlm import VisionLanguageModel
@@ -58,13 +58,13 @@ def launch(config: Config) -> None:
     store = backend.meet(config.parallel.timeout_minutes)
     with contextlib.ExitStack() as stack:
         start, lock = _agree_to_start(config, store, stack)
-        machine = backend.start(
+        device_backend = backend.start(
             config.parallel.timeout_minutes,
             deterministic=config.training.deterministic,
             store=store,
         )
         try:
-            train(config, machine, start, lock)
+            train(config, device_backend, start, lock)
         except (source.DamagedError, MismatchError, SaveError, StepError) as error:
             # Every rank knows of it, so none waits for another.
             torchrun.refuse(f"error: {error}", is_told=torchrun.rank() == 0)
@@ -92,13 +92,13 @@ def _agree_to_start(
         if config.checkpoint.save and torchrun.rank() == 0:
             lock = _lock(Path(config.checkpoint.save), stack)
         start = inspect(config, torchrun.world_size())
-        view = View(
-            facts=look(config, start=start.folder if isinstance(start, Checkpoint) else start)
+        view = RankView(
+            facts=snapshot(config, start=start.folder if isinstance(start, Checkpoint) else start)
         )
     except (ValueError, OSError) as error:
-        view = View(problem=str(error))
+        view = RankView(problem=str(error))
     try:
-        agree(
+        check_consistency(
             store,
             torchrun.rank(),
             torchrun.world_size(),
@@ -189,13 +189,13 @@ def _check_parts(config: Config) -> None:
 
 
 def train(
-    config: Config, machine: backend.Backend, start: Start, lock: Lock | None = None
+    config: Config, device_backend: backend.Backend, start: Start, lock: Lock | None = None
 ) -> State:
     """Build the model and everything around it, train, and export. Collective.
 
     Args:
         config: the run, checked.
-        machine: where tensors live.
+        device_backend: where tensors live.
         start: what to start from, as ``inspect`` answered.
         lock: of the save folder, on the rank that holds it.
 
@@ -206,16 +206,18 @@ def train(
     """
     packs, plan = _open_training_set(config)
     layout = make_layout(config, PackSize.mean(packs.some_records()))
-    place = process_groups.create(config.parallel, config.training.seed, layout.embedding_chunk)
+    groups = process_groups.create(config.parallel, config.training.seed, layout.embedding_chunk)
     if isinstance(start, Checkpoint):
         start = source.whole(config, start)
-    with Metrics(config, place.is_writer, source.first_step(config, start)) as metrics:
-        if config.health.speed_check and place.size > 1:
-            _check_speed(config, place, machine, metrics)
+    with Metrics(config, groups.is_writer, source.first_step(config, start)) as metrics:
+        if config.health.speed_check and groups.size > 1:
+            _check_speed(config, groups, device_backend, metrics)
         if config.checkpoint.save:
-            _clean(Path(config.checkpoint.save), place, metrics)
+            _clean(Path(config.checkpoint.save), groups, metrics)
         history = source.history(config, start)
-        built = build(config, layout, place, machine, partial(_fill, config, start), history)
+        built = build(
+            config, layout, groups, device_backend, partial(_fill, config, start), history
+        )
         tokenizer = packs.manifest.tokenizer_fingerprint
         counts = source.pack_counts(config)
         state = State(stage=config.stage, tokenizer=tokenizer, packs=counts, history=history)
@@ -226,33 +228,33 @@ def train(
             stage_moments.keep(
                 start, built.chunks, built.optimizer, optimizer.oldest(built.optimizer)
             )
-        log_run_summary(config, place, built.trained, start, state, metrics)
-        if place.pipeline_size > 1:
+        log_run_summary(config, groups, built.trained, start, state, metrics)
+        if groups.pipeline_size > 1:
             metrics.say(f"pipeline: {layout}")
         if isinstance(plan, BlendPlan):
             metrics.say(f"data: of {plan.block:,} packs {plan.describe(config.data.train_folders)}")
         job = Job(
             config=config,
-            backend=machine,
-            groups=place,
+            backend=device_backend,
+            groups=groups,
             train=packs,
             plan=plan,
             valid=PackedDataset(config.data.valid) if config.data.valid else None,
             chunks=built.chunks,
-            wrapped=built.wrapped,
+            ddp_chunks=built.ddp_chunks,
             optimizer=built.optimizer,
             lock=lock,
         )
         state = run(job, state, metrics)
-        _export(config, state, start, place)
+        _export(config, state, start, groups)
     process_groups.destroy()
     return state
 
 
-def _export(config: Config, state: State, start: Start, place: process_groups.Groups) -> None:
+def _export(config: Config, state: State, start: Start, groups: process_groups.Groups) -> None:
     """Export the model of a run that is done, if it is asked for and not done already."""
     files = config.checkpoint
-    if not files.export_hf or state.step < config.training.steps or place.rank:
+    if not files.export_hf or state.step < config.training.steps or groups.rank:
         return
     if exported_step(files) == config.training.steps:
         print(f"{files.export_hf}: holds the model of this run already", flush=True)
@@ -281,21 +283,21 @@ def _open_training_set(config: Config) -> tuple[PackedDataset | BlendedDataset, 
     )
 
 
-def _clean(save: Path, place: process_groups.Groups, metrics: Metrics) -> None:
+def _clean(save: Path, groups: process_groups.Groups, metrics: Metrics) -> None:
     """Remove what a killed run left in the save folder. Collective."""
-    left: list = [folder.clean(save) if place.rank == 0 and save.exists() else []]
+    left: list = [folder.clean(save) if groups.rank == 0 and save.exists() else []]
     dist.broadcast_object_list(left)
     if left[0]:
         metrics.say(f"removed from {save} what a killed run left: {', '.join(left[0])}")
 
 
 def _check_speed(
-    config: Config, place: process_groups.Groups, machine: backend.Backend, metrics: Metrics
+    config: Config, groups: process_groups.Groups, device_backend: backend.Backend, metrics: Metrics
 ) -> None:
     """Say how fast ranks and groups are, and who is slow. Collective."""
-    speeds = speed_check.measure(place, machine)
+    speeds = speed_check.measure(groups, device_backend)
     metrics.say(speed_check.summary(speeds))
-    for finding in speed_check.findings(speeds, config.health, on_gpu=machine.asynchronous):
+    for finding in speed_check.findings(speeds, config.health, on_gpu=device_backend.asynchronous):
         metrics.say(f"warning: {finding}")
 
 

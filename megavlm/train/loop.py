@@ -81,7 +81,7 @@ def run(job: Job, state: State, metrics: Metrics) -> State:
             micro_steps = packs // groups.data_size
             clip = config.optimizer.clip_grad
             result = train_step(
-                job.wrapped,
+                job.ddp_chunks,
                 job.optimizer,
                 arriving,
                 micro_steps,
@@ -205,7 +205,7 @@ def _evaluate(job: Job, state: State, metrics: Metrics) -> State:
     """Measure the held-out loss, where there are packs for it; the state with it is returned."""
     if job.valid is None:
         return state
-    with whole_weights(job.wrapped):
+    with whole_weights(job.ddp_chunks):
         own_loss, by_source = held_out_loss(job)
         loss = job.groups.from_writer(own_loss, job.backend.device)
     metrics.record(state.step, {"valid_loss": loss}, {"valid_loss": by_source})

@@ -46,7 +46,7 @@ def wrap(config: Config, chunks: Sequence[VisionLanguageModel]) -> list[Distribu
     The gradients of all but a rank's first chunk are summed in one go: its other chunks compute
     meanwhile.
     """
-    wrapped = [
+    ddp_chunks = [
         DistributedDataParallel(
             chunk.config,
             DistributedDataParallelConfig(
@@ -61,11 +61,11 @@ def wrap(config: Config, chunks: Sequence[VisionLanguageModel]) -> list[Distribu
         )
         for turn, chunk in enumerate(chunks)
     ]
-    count_padding(wrapped)
-    return wrapped
+    count_padding(ddp_chunks)
+    return ddp_chunks
 
 
-def count_padding(wrapped: Sequence[DistributedDataParallel]) -> None:
+def count_padding(ddp_chunks: Sequence[DistributedDataParallel]) -> None:
     """Make the padding of each gradient bucket count as part of it.
 
     ``DistributedOptimizer.sharded_param_state_fully_reshardable`` joins the buckets without their
@@ -73,7 +73,7 @@ def count_padding(wrapped: Sequence[DistributedDataParallel]) -> None:
     first bucket that has padding. If the padding counts, it is joined too, and the offsets are
     right. megatron-core reads these two numbers for nothing else.
     """
-    for chunk in wrapped:
+    for chunk in ddp_chunks:
         for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers):
             for bucket in buffer.buckets:
                 bucket.numel_unpadded = bucket.grad_data.numel()
@@ -81,14 +81,14 @@ def count_padding(wrapped: Sequence[DistributedDataParallel]) -> None:
 
 
 @contextlib.contextmanager
-def whole_weights(wrapped: Sequence[DistributedDataParallel]) -> Iterator[None]:
+def whole_weights(ddp_chunks: Sequence[DistributedDataParallel]) -> Iterator[None]:
     """Wait until every rank holds all updated weights, so that they can be read or saved inside the
     context. Collective.
 
     Between the optimizer's update and the next forward pass a rank has its own share of them only,
     where collecting overlaps.
     """
-    overlapping = [chunk for chunk in wrapped if chunk.ddp_config.overlap_param_gather]
+    overlapping = [chunk for chunk in ddp_chunks if chunk.ddp_config.overlap_param_gather]
     for chunk in overlapping:
         chunk.disable_forward_pre_hook()
     try:
@@ -104,7 +104,7 @@ def _is_vector(parameter: Tensor) -> bool:
 
 def build(
     config: Config,
-    wrapped: Sequence[DistributedDataParallel],
+    ddp_chunks: Sequence[DistributedDataParallel],
     ages: Mapping[int, int] = MappingProxyType({}),
 ) -> MegatronOptimizer:
     """Create AdamW over what is trained. Collective: every rank calls it, with nothing to train
@@ -112,7 +112,7 @@ def build(
 
     Args:
         config: the run.
-        wrapped: this rank's chunks.
+        ddp_chunks: this rank's chunks.
         ages: updates that the moments of each weight have seen before this run, by ``id`` of the
             parameter; none: all are fresh.
     """
@@ -144,7 +144,7 @@ def build(
             name=f"age {age}", fn=lambda parameter, age=age: ages[id(parameter)] == age
         )
         overrides[ParamKey(predicate=chosen)] = ParamGroupOverride(lr_mult=1.0 + age)
-    built = get_megatron_optimizer(settings, list(wrapped), config_overrides=overrides)
+    built = get_megatron_optimizer(settings, list(ddp_chunks), config_overrides=overrides)
     if optimizer.moments == "bfloat16":
         for part in built.chained_optimizers:
             if not part.is_stub_optimizer:

@@ -78,7 +78,7 @@ class Saver:
         if self._agree(self._on_first(self._prepare)):
             return
         job = self._job
-        with whole_weights(job.wrapped):
+        with whole_weights(job.ddp_chunks):
             try:
                 tensors = checkpoint.sharded(
                     job.chunks, job.optimizer, job.config.fp8, is_loading=False

@@ -18,7 +18,7 @@ from megavlm.train.metrics import Metrics
 
 def log_run_summary(
     config: Config,
-    place: process_groups.Groups,
+    groups: process_groups.Groups,
     trained: Trained,
     start: Checkpoint | Path | Init | None,
     state: State,
@@ -43,14 +43,14 @@ def log_run_summary(
     shares = ", ".join(
         f"{part} {trained.weights[part]:,} of {trained.total[part]:,}" for part in PARTS
     )
-    context = f" x context {place.context_size}" if place.context_size > 1 else ""
+    context = f" x context {groups.context_size}" if groups.context_size > 1 else ""
     virtual = config.parallel.virtual_pipeline_model_parallel_size
-    pipeline = f"pipeline {place.pipeline_size}"
+    pipeline = f"pipeline {groups.pipeline_size}"
     if virtual > 1:
         pipeline += f" ({virtual} chunks each)"
-    sizes = f"tensor {place.tensor_size}{context} x {pipeline} x data {place.data_size}"
+    sizes = f"tensor {groups.tensor_size}{context} x {pipeline} x data {groups.data_size}"
     metrics.say(
-        f"stage {config.stage}, model {config.model}, {place.size} ranks: {sizes},"
+        f"stage {config.stage}, model {config.model}, {groups.size} ranks: {sizes},"
         f" {config.training.precision}"
     )
     metrics.say(f"start: {origin}")

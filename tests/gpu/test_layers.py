@@ -24,9 +24,9 @@ def gradients(built) -> tuple[float, dict[str, torch.Tensor]]:
         built.train.batch(pack, pack, vision_layers=layers, tile_multiple=multiple)
         for pack in range(2)
     ]
-    built.wrapped[0].zero_grad_buffer()
+    built.ddp_chunks[0].zero_grad_buffer()
     loss = run_packs(
-        built.wrapped, iter(packs), 2, sum(pack.weight_sum for pack in packs), built.backend
+        built.ddp_chunks, iter(packs), 2, sum(pack.weight_sum for pack in packs), built.backend
     )
     return float(loss), {
         key: weight.main_grad.float().cpu()
@@ -75,7 +75,7 @@ def test_packed_attention_sees_one_sample_at_a_time() -> None:
     config = small(Path("unused"), kernels="transformer_engine")
     machine = backend.start(5)
     chosen = transformer_engine_kernels()
-    place = process_groups.create(config.parallel, 0)
+    groups = process_groups.create(config.parallel, 0)
     try:
         from megatron.core.transformer.enums import AttnMaskType
 
@@ -85,7 +85,7 @@ def test_packed_attention_sees_one_sample_at_a_time() -> None:
             layer_number=1,
             attn_mask_type=AttnMaskType.causal,
             attention_type="self",
-            pg_collection=place.collection,
+            pg_collection=groups.collection,
         )
         torch.manual_seed(0)
         ends = torch.tensor(
@@ -139,7 +139,7 @@ def test_a_freeze_mask_trains_what_it_says_and_nothing_else(
         _, found = gradients(built)
         set_rates(built.optimizer, built.config, 5)
         step(built.optimizer, 1.0, built.backend.device)
-        with whole_weights(built.wrapped):
+        with whole_weights(built.ddp_chunks):
             after = named_weights(built.chunks[0])
             for key, weight in after.items():
                 trains = any(matches(key, pattern) for pattern in trainable)

@@ -66,7 +66,7 @@ def test_8_bit_weights_follow_the_weights(job, dataset: Path, part: str) -> None
             ]
             set_rates(built.optimizer, config, number)
             train_step(
-                built.wrapped,
+                built.ddp_chunks,
                 built.optimizer,
                 iter(packs),
                 2,
@@ -164,7 +164,13 @@ def test_the_host_waits_for_nothing_in_a_step(
             torch.cuda.set_sync_debug_mode("error" if number == len(steps) - 1 else "default")
             try:
                 result = train_step(
-                    built.wrapped, built.optimizer, iter(packs), size, weight, clip, built.backend
+                    built.ddp_chunks,
+                    built.optimizer,
+                    iter(packs),
+                    size,
+                    weight,
+                    clip,
+                    built.backend,
                 )
             finally:
                 torch.cuda.set_sync_debug_mode("default")

@@ -13,18 +13,18 @@ import torch.distributed as dist
 from megavlm.config.schema import Optimizer
 from megavlm.health.preflight import (
     DisagreementError,
-    View,
-    agree,
+    RankView,
+    check_consistency,
     differences,
-    look,
     problems,
+    snapshot,
 )
 from megavlm.health.rank_names import spans
 from tests.data.samples import make_dataset
 from tests.ranks.runs import config_for
 
 
-def _verdicts(views: list[View], size: int | None = None, timeout: float = 20) -> list[str]:
+def _verdicts(views: list[RankView], size: int | None = None, timeout: float = 20) -> list[str]:
     """Return what each rank is told; empty if it may start. Ranks from ``len(views)`` on do not
     come.
     """
@@ -33,7 +33,7 @@ def _verdicts(views: list[View], size: int | None = None, timeout: float = 20) -
 
     def rank(number: int) -> str:
         try:
-            agree(
+            check_consistency(
                 store,
                 number,
                 size or len(views),
@@ -52,13 +52,14 @@ def _verdicts(views: list[View], size: int | None = None, timeout: float = 20) -
 
 def test_ranks_that_see_the_same_start() -> None:
     assert (
-        _verdicts([View(facts={"seed": "1"}, host=f"node{rank}") for rank in range(4)]) == [""] * 4
+        _verdicts([RankView(facts={"seed": "1"}, host=f"node{rank}") for rank in range(4)])
+        == [""] * 4
     )
 
 
 def test_every_rank_is_told_who_differs_and_in_what() -> None:
     views = [
-        View(facts={"seed": "1", "torch": "2.13"}, host=f"node{rank // 2}") for rank in range(6)
+        RankView(facts={"seed": "1", "torch": "2.13"}, host=f"node{rank // 2}") for rank in range(6)
     ]
     views[4] = dataclasses.replace(views[4], facts={"seed": "7", "torch": "2.13"})
     [told] = set(_verdicts(views))
@@ -67,33 +68,37 @@ def test_every_rank_is_told_who_differs_and_in_what() -> None:
 
 def test_a_rank_that_cannot_start_is_named() -> None:
     views = [
-        View(host="a"),
-        View(host="b", problem="--data.train packs: no such folder"),
-        View(host="c"),
+        RankView(host="a"),
+        RankView(host="b", problem="--data.train packs: no such folder"),
+        RankView(host="c"),
     ]
     [told] = set(_verdicts(views))
     assert told == "rank 1 (b): --data.train packs: no such folder"
 
 
 def test_what_all_ranks_have_is_told_without_ranks() -> None:
-    assert problems([View(problem="--stage 7: no such stage")] * 3) == "--stage 7: no such stage"
+    assert (
+        problems([RankView(problem="--stage 7: no such stage")] * 3) == "--stage 7: no such stage"
+    )
 
 
 def test_a_rank_that_does_not_come_is_named() -> None:
-    [told] = set(_verdicts([View(), View()], size=4, timeout=0.3))
+    [told] = set(_verdicts([RankView(), RankView()], size=4, timeout=0.3))
     assert told.startswith("ranks 2-3 of 4 have not come within")
 
 
 def test_a_fact_that_a_rank_lacks_is_a_difference() -> None:
-    has = View(facts={"code of a.py": "1"}, host="a")
-    lacks = View(facts={}, host="b")
+    has = RankView(facts={"code of a.py": "1"}, host="a")
+    lacks = RankView(facts={}, host="b")
     [line] = differences([has, lacks, has])
     assert line == "rank 1 (b): code of a.py is missing (ranks 0, 2: 1)"
 
 
 def test_many_differences_are_cut_short() -> None:
     [told] = set(
-        _verdicts([View(facts={}), View(facts={f"fact {number}": "x" for number in range(50)})])
+        _verdicts(
+            [RankView(facts={}), RankView(facts={f"fact {number}": "x" for number in range(50)})]
+        )
     )
     assert "and 30 differences more" in told and told.count("\n") == 21
 
@@ -105,20 +110,20 @@ def test_configuration_data_code_and_start_are_looked_at(tmp_path: Path) -> None
     make_dataset(tmp_path / "one", packs=4, **sizes)
     make_dataset(tmp_path / "two", packs=5, **sizes)
     config = config_for(tmp_path / "one")
-    here = look(config, None)
-    assert here == look(config, None)
+    here = snapshot(config, None)
+    assert here == snapshot(config, None)
     assert here["megatron-core"].startswith("0.1") and "code of megavlm/health/preflight.py" in here
 
     def changed(other: dict[str, str]) -> set[str]:
         return {name for name in here if other.get(name) != here[name]}
 
-    assert changed(look(dataclasses.replace(config, optimizer=Optimizer(lr=0.5)), None)) >= {
+    assert changed(snapshot(dataclasses.replace(config, optimizer=Optimizer(lr=0.5)), None)) >= {
         "--optimizer.lr"
     }
-    assert changed(look(config, tmp_path / "step_00000003")) == {"it starts from"}
+    assert changed(snapshot(config, tmp_path / "step_00000003")) == {"it starts from"}
     (tmp_path / "one").rename(tmp_path / "old")
     (tmp_path / "two").rename(tmp_path / "one")
-    assert changed(look(config, None)) == {
+    assert changed(snapshot(config, None)) == {
         f"packs in --data.train {tmp_path / 'one'}",
         f"manifest.json of --data.train {tmp_path / 'one'}",
     }
@@ -127,7 +132,7 @@ def test_configuration_data_code_and_start_are_looked_at(tmp_path: Path) -> None
 def test_every_folder_of_a_blend_is_looked_at(tmp_path: Path) -> None:
     for place, name in enumerate(("one", "two")):
         make_dataset(tmp_path / name, packs=3 + place, image_share=0)
-    found = look(config_for(f"{tmp_path / 'one'},{tmp_path / 'two'}"), None)
+    found = snapshot(config_for(f"{tmp_path / 'one'},{tmp_path / 'two'}"), None)
     assert [found[f"packs in --data.train {tmp_path / name}"] for name in ("one", "two")] == [
         "3",
         "4",
@@ -141,4 +146,4 @@ def test_ranks_in_few_words(ranks: list[int], words: str) -> None:
 
 def test_a_first_rank_that_does_not_come_is_named() -> None:
     with pytest.raises(RuntimeError, match="rank 0 has not come within"):
-        agree(dist.HashStore(), 1, 2, View(), timedelta(seconds=0.1), print)
+        check_consistency(dist.HashStore(), 1, 2, RankView(), timedelta(seconds=0.1), print)

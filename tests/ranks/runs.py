@@ -134,23 +134,23 @@ def build(config: Config):
     )
     packs = PackedDataset(config.data.train)
     layout = make_layout(config, PackSize.mean(packs.some_records()))
-    place = process_groups.create(config.parallel, config.training.seed, layout.embedding_chunk)
+    groups = process_groups.create(config.parallel, config.training.seed, layout.embedding_chunk)
     built = build_model(
         config,
         layout,
-        place,
+        groups,
         machine,
         lambda chunks: weights.fill(chunks, weights.fresh_tensor(config)),
     )
     return Job(
         config=config,
         backend=machine,
-        groups=place,
+        groups=groups,
         train=packs,
         plan=Plan(num_packs=len(packs), seed=config.training.seed),
         valid=None,
         chunks=built.chunks,
-        wrapped=built.wrapped,
+        ddp_chunks=built.ddp_chunks,
         optimizer=built.optimizer,
     )
 
@@ -186,7 +186,7 @@ def train_curve(config: Config, pack_ids: tuple[int, ...] = ()) -> Curve:
         set_rates(job.optimizer, config, step)
         weight = job.train.weight_sum(ids, config.data.loss_reduction)
         result = train_step(
-            job.wrapped,
+            job.ddp_chunks,
             job.optimizer,
             arriving,
             size // world,
@@ -203,7 +203,7 @@ def _shards(job) -> list[tuple[str, tuple[int, ...], tuple[slice, ...], np.ndarr
     from megavlm.model import weights
     from megavlm.train.optimizer import whole_weights as collected
 
-    with collected(job.wrapped):
+    with collected(job.ddp_chunks):
         shards = [shard for chunk in job.chunks for shard in weights._shards(chunk)]
         return [
             (

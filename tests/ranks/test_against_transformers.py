@@ -104,14 +104,14 @@ def answers_of_pack(config: Config, folder: Path) -> tuple[np.ndarray, np.ndarra
     from megavlm.planner.layout import make_layout
 
     backend.start(5)
-    place = process_groups.create(config.parallel, 0, make_layout(config).embedding_chunk)
-    model = VisionLanguageModel(config, make_layout(config), place).eval()
+    groups = process_groups.create(config.parallel, 0, make_layout(config).embedding_chunk)
+    model = VisionLanguageModel(config, make_layout(config), groups).eval()
     weights.fill([model], convert.full_tensors(folder, config.architecture))
     batch = PackedDataset(config.data.train).batch(
         0, 0, vision_layers=config.architecture.vision.num_layers
     )
     answers = [
-        _through_the_pipeline(model, batch, place, with_loss=with_loss)
+        _through_the_pipeline(model, batch, groups, with_loss=with_loss)
         for with_loss in (False, True)
     ]
     process_groups.destroy()
@@ -119,20 +119,20 @@ def answers_of_pack(config: Config, folder: Path) -> tuple[np.ndarray, np.ndarra
 
 
 @torch.no_grad()
-def _through_the_pipeline(model, batch, place, *, with_loss: bool) -> torch.Tensor | None:
+def _through_the_pipeline(model, batch, groups, *, with_loss: bool) -> torch.Tensor | None:
     """Pass hidden states from chunk to chunk by hand: the schedules return the sum of the losses
     only.
     """
     import torch.distributed as dist
 
-    group = dist.get_process_group_ranks(place.collection.pp)
-    if place.pipeline_rank > 0:
+    group = dist.get_process_group_ranks(groups.collection.pp)
+    if groups.pipeline_rank > 0:
         received: list = [None]
-        dist.recv_object_list(received, src=group[place.pipeline_rank - 1])
+        dist.recv_object_list(received, src=group[groups.pipeline_rank - 1])
         model.set_input_tensor(received[0])
     output = model(batch, with_loss=with_loss)
-    if not place.has_last_chunk:
-        dist.send_object_list([output], dst=group[place.pipeline_rank + 1])
+    if not groups.has_last_chunk:
+        dist.send_object_list([output], dst=group[groups.pipeline_rank + 1])
         return None
     return output.clone()
 

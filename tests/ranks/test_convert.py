@@ -35,24 +35,24 @@ def load_then_save(folder: Path, imported: Path, config: Config) -> list[str]:
     from megavlm.train import checkpoint
 
     backend.start(config.parallel.timeout_minutes)
-    place = process_groups.create(
+    groups = process_groups.create(
         config.parallel, config.training.seed, make_layout(config).embedding_chunk
     )
-    models = [VisionLanguageModel(config, make_layout(config), place) for _ in range(2)]
+    models = [VisionLanguageModel(config, make_layout(config), groups) for _ in range(2)]
     keys = weights.fill(models[:1], convert.full_tensors(folder, config.architecture))
     checkpoint.load_weights(step_folder.read(imported), models[1:])
     for one, other in zip(*(weights.named_weights(model).items() for model in models), strict=True):
         assert one[0] == other[0] and torch.equal(one[1].data, other[1].data), one[0]
 
     saved = imported.parent / "saved"
-    if place.rank == 0:
+    if groups.rank == 0:
         (saved / "shards").mkdir(parents=True)
     torch.distributed.barrier()
     dist_checkpointing.save(
         {"model": models[1].sharded_state_dict(prefix="model.")}, str(saved / "shards")
     )
     torch.distributed.barrier()
-    if place.rank == 0:
+    if groups.rank == 0:
         (saved / "state.json").write_text((imported / "state.json").read_text())
         (saved / "config.yaml").write_text(to_yaml(config))
         convert.export(saved, imported.parent / "out", tokenizer=imported / "tokenizer")

@@ -136,9 +136,9 @@ def padding_after_steps(config: Config) -> dict[str, torch.Tensor]:
     for step in range(3):
         batches = iter([job.train.batch(pack, 0, vision_layers=3) for pack in range(4)])
         set_rates(job.optimizer, config, step + 1)
-        train_step(job.wrapped, job.optimizer, batches, 4, 100.0, 1.0, job.backend)
+        train_step(job.ddp_chunks, job.optimizer, batches, 4, 100.0, 1.0, job.backend)
     ranks = config.parallel.tensor_model_parallel_size
-    with whole_weights(job.wrapped):
+    with whole_weights(job.ddp_chunks):
         weights = {
             key: weight.detach().clone() for key, weight in named_weights(job.chunks[0]).items()
         }

@@ -113,7 +113,7 @@ def peak_of_logits(config: Config) -> int:
             return result
 
     with Watch():
-        run_packs(job.wrapped, iter([batch]), 1, batch.weight_sum, job.backend)
+        run_packs(job.ddp_chunks, iter([batch]), 1, batch.weight_sum, job.backend)
     return most
 
 

@@ -73,7 +73,13 @@ def held(config: Config) -> tuple[int, Memory]:
         0, 0, vision_layers=config.architecture.vision.num_layers, share=job.groups.share
     )
     train_step(
-        job.wrapped, job.optimizer, iter([batch] * packs), packs, batch.weight_sum, 1.0, job.backend
+        job.ddp_chunks,
+        job.optimizer,
+        iter([batch] * packs),
+        packs,
+        batch.weight_sum,
+        1.0,
+        job.backend,
     )
     parameters = [parameter for chunk in job.chunks for parameter in chunk.parameters()]
     states = [

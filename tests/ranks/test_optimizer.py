@@ -42,7 +42,7 @@ def decay_factors(config: Config) -> dict[str, float]:
         key: weight for key, weight in named_weights(job.chunks[0]).items() if weight.requires_grad
     }
     before = {key: weight.detach().clone() for key, weight in weights.items()}
-    job.wrapped[0].zero_grad_buffer()
+    job.ddp_chunks[0].zero_grad_buffer()
     job.optimizer.zero_grad()
     set_rates(job.optimizer, config, 1)
     step(job.optimizer, config.optimizer.clip_grad, job.backend.device)
@@ -80,11 +80,11 @@ def weights_after_a_step(
     from megavlm.train.step import run_packs
 
     job = build(config)
-    job.wrapped[0].zero_grad_buffer()
+    job.ddp_chunks[0].zero_grad_buffer()
     set_rates(job.optimizer, config, 1)
     pack = job.groups.data_rank
     run_packs(
-        job.wrapped, iter([job.train.batch(pack, pack, vision_layers=3)]), 1, 1.0, job.backend
+        job.ddp_chunks, iter([job.train.batch(pack, pack, vision_layers=3)]), 1, 1.0, job.backend
     )
     clip = config.optimizer.clip_grad
     norm = (
@@ -92,7 +92,7 @@ def weights_after_a_step(
         if by_megatron_core
         else step(job.optimizer, clip, job.backend.device)
     )
-    with whole_weights(job.wrapped):
+    with whole_weights(job.ddp_chunks):
         return {
             key: weight.detach().numpy().copy()
             for key, weight in named_weights(job.chunks[0]).items()

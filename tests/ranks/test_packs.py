@@ -45,8 +45,8 @@ def losses_and_gradients(config: Config) -> tuple[list[np.ndarray], dict[str, np
     job.chunks[0].eval()
     with torch.no_grad():
         losses = [job.chunks[0](batch)[batch.loss_weights > 0].numpy() for batch in packs]
-    job.wrapped[0].zero_grad_buffer()
-    run_packs(job.wrapped, iter(packs), len(packs), 1.0, job.backend)
+    job.ddp_chunks[0].zero_grad_buffer()
+    run_packs(job.ddp_chunks, iter(packs), len(packs), 1.0, job.backend)
     gradients = {
         key: weight.main_grad.numpy().copy() for key, weight in named_weights(job.chunks[0]).items()
     }

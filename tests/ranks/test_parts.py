@@ -48,8 +48,8 @@ def features(config: Config, tiles: Tensor) -> tuple[Tensor, Tensor]:
 
     backend.start(5)
     layout = make_layout(config)
-    place = process_groups.create(config.parallel, 0, layout.embedding_chunk)
-    model = VisionLanguageModel(config, layout, place).eval()
+    groups = process_groups.create(config.parallel, 0, layout.embedding_chunk)
+    model = VisionLanguageModel(config, layout, groups).eval()
     weights.fill([model], from_parts.full_tensors(config, weights.fresh_tensor(config)))
     with torch.no_grad():
         found = model.vision(None, tiles, None).transpose(0, 1), model.vision.normalise(tiles)
@@ -103,8 +103,8 @@ def logits_of_parts(config: Config) -> np.ndarray:
 
     backend.start(5)
     layout = make_layout(config)
-    place = process_groups.create(config.parallel, 0, layout.embedding_chunk)
-    model = VisionLanguageModel(config, layout, place).eval()
+    groups = process_groups.create(config.parallel, 0, layout.embedding_chunk)
+    model = VisionLanguageModel(config, layout, groups).eval()
     weights.fill([model], from_parts.full_tensors(config, weights.fresh_tensor(config)))
     batch = PackedDataset(config.data.train).batch(
         0, 0, vision_layers=config.architecture.vision.num_layers

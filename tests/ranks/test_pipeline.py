@@ -55,13 +55,13 @@ def messages(config: Config) -> tuple[list[tuple[int, ...]], list[tuple[int, ...
             (sent if operation.op is dist.isend else got).append(tuple(operation.tensor.shape))
         return original(operations)
 
-    for chunk in job.wrapped:
+    for chunk in job.ddp_chunks:
         chunk.zero_grad_buffer()
     with (
         mock.patch.object(dist, "batch_isend_irecv", spy),
         mock.patch.object(Batch, "to", autospec=True, side_effect=Batch.to) as moved,
     ):
-        run_packs(job.wrapped, iter(packs), PACKS, 1.0, job.backend)
+        run_packs(job.ddp_chunks, iter(packs), PACKS, 1.0, job.backend)
     return sent, got, [pack.num_tiles for pack in packs], moved.call_count
 
 

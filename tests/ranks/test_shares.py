@@ -73,8 +73,8 @@ def gradients(config: Config) -> dict[str, np.ndarray]:
         job.train.batch(pack, pack, vision_layers=3, share=job.groups.share)
         for pack in range(len(job.train))
     ]
-    job.wrapped[0].zero_grad_buffer()
-    run_packs(job.wrapped, iter(packs), len(packs), 1.0, job.backend)
+    job.ddp_chunks[0].zero_grad_buffer()
+    run_packs(job.ddp_chunks, iter(packs), len(packs), 1.0, job.backend)
     # With a single data-parallel rank all gradients are there; with several, each holds its share
     # of the sum.
     weights = named_weights(job.chunks[0])

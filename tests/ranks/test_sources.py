@@ -84,7 +84,7 @@ def run_steps(config) -> tuple[dict, dict, list[float]]:
         )
         weight = packs.weight_sum(order.pack_ids(step * size, size), data.loss_reduction)
         loss = run_packs(
-            job.wrapped,
+            job.ddp_chunks,
             arriving,
             size // world,
             weight,

@@ -85,10 +85,10 @@ def train(config: Any) -> tuple[list[tuple[float, float]], dict[str, Any]]:
             set_rates(job.optimizer, config, step + 1)
             weight = sum(pack.weight_sum for pack in packs)
             result = train_step(
-                job.wrapped, job.optimizer, iter(packs), PACKS, weight, 1.0, job.backend
+                job.ddp_chunks, job.optimizer, iter(packs), PACKS, weight, 1.0, job.backend
             )
             told.append((float(result.loss), float(result.grad_norm)))
-        with whole_weights(job.wrapped):
+        with whole_weights(job.ddp_chunks):
             weights = named_weights(job.chunks[0])
             return told, {key: weight.detach().clone() for key, weight in weights.items()}
     finally:

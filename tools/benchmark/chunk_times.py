@@ -32,7 +32,7 @@ def measure(scale: Scale, packs: Path) -> list[dict]:
 
     alone = config(scale, STAGE_NAMES[0], packs)
     machine = backend.start(alone.parallel.timeout_minutes)
-    place = process_groups.create(alone.parallel, 0)
+    groups = process_groups.create(alone.parallel, 0)
     dataset = PackedDataset(packs)
     [pack_id] = fullest(dataset, 1)
     size = PackSize.mean(dataset.index[np.array([pack_id])])
@@ -46,7 +46,7 @@ def measure(scale: Scale, packs: Path) -> list[dict]:
                 settings = config(
                     scale, stage, packs, chunks=len(layout.chunks), layout=str(layout)
                 )
-                chunks.append(_Alone(settings, layout, place, machine, number, batch))
+                chunks.append(_Alone(settings, layout, groups, machine, number, batch))
                 rows.append(
                     {
                         "stage": stage,
@@ -92,7 +92,7 @@ def flops(settings, layout: Layout, number: int, size: PackSize) -> dict[str, fl
 class _Alone:
     """A chunk with made-up activations before it, and made-up gradients behind it."""
 
-    def __init__(self, settings, layout: Layout, place, machine, number: int, batch):
+    def __init__(self, settings, layout: Layout, groups, machine, number: int, batch):
         import torch
 
         from megavlm.config.freeze_mask import matches, trains
@@ -101,7 +101,7 @@ class _Alone:
         from tools.benchmark.trainer import random_weights
 
         trainable = settings.training.trainable
-        self._model = VisionLanguageModel(settings, layout, place, number)
+        self._model = VisionLanguageModel(settings, layout, groups, number)
         fill([self._model], random_weights(machine.device))
         for key, parameter in named_weights(self._model).items():
             parameter.requires_grad_(any(matches(key, pattern) for pattern in trainable))

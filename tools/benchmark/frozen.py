@@ -31,10 +31,10 @@ def measure(scale: Scale, packs: Path) -> dict[str, dict[str, object]]:
     size = PackSize.mean(dataset.index[fullest(dataset, scale.packs_per_step)])
     plain = config(scale, STAGE_NAMES[0], packs)
     machine = backend.start(plain.parallel.timeout_minutes)
-    place = process_groups.create(plain.parallel, 0)
+    groups = process_groups.create(plain.parallel, 0)
     settings = {stage: config(scale, stage, packs) for stage in STAGE_NAMES}
     runs = {
-        stage: Run(one, make_layout(one), place, machine, packs) for stage, one in settings.items()
+        stage: Run(one, make_layout(one), groups, machine, packs) for stage, one in settings.items()
     }
     steps: dict[str, list[float]] = {stage: [] for stage in STAGE_NAMES}
     passes: dict[str, list[float]] = {stage: [] for stage in STAGE_NAMES}

@@ -64,12 +64,12 @@ class Run:
     Args:
         config: the run.
         layout: of its pipeline.
-        place: process groups and this rank's place.
+        groups: process groups, and this rank's index in each.
         machine: where tensors live.
         packs: folder of the packs.
     """
 
-    def __init__(self, config, layout, place, machine, packs: Path):
+    def __init__(self, config, layout, groups, machine, packs: Path):
         from megavlm.data.loading.dataset import PackedDataset
         from megavlm.model.weights import fill
         from megavlm.train.build import build
@@ -80,7 +80,7 @@ class Run:
         self._machine = machine
         dataset = PackedDataset(packs)
         draw = random_weights(machine.device)
-        self._built = build(config, layout, place, machine, lambda chunks: fill(chunks, draw))
+        self._built = build(config, layout, groups, machine, lambda chunks: fill(chunks, draw))
         ids = fullest(dataset, config.training.global_batch_size)
         self._batches = [dataset.batch(pack_id, number) for number, pack_id in enumerate(ids)]
         self._weight = sum(batch.weight_sum for batch in self._batches)
@@ -97,7 +97,9 @@ class Run:
         clip = self._config.optimizer.clip_grad
         packs = iter(self._batches)
         count = len(self._batches)
-        train_step(built.wrapped, built.optimizer, packs, count, self._weight, clip, self._machine)
+        train_step(
+            built.ddp_chunks, built.optimizer, packs, count, self._weight, clip, self._machine
+        )
         dist.barrier()
         return time.perf_counter() - start
 
@@ -105,11 +107,11 @@ class Run:
         """Seconds of the packs of an update, without the optimizer's own work."""
         from megavlm.train.step import run_packs
 
-        for chunk in self._built.wrapped:
+        for chunk in self._built.ddp_chunks:
             chunk.zero_grad_buffer()
         start = time.perf_counter()
         run_packs(
-            self._built.wrapped,
+            self._built.ddp_chunks,
             iter(self._batches),
             len(self._batches),
             self._weight,

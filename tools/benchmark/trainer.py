@@ -52,10 +52,10 @@ class Trainer:
         self._machine = machine = backend.start(config.parallel.timeout_minutes)
         self.device = machine.device
         self._packs = packs
-        place = process_groups.create(config.parallel, config.training.seed)
+        groups = process_groups.create(config.parallel, config.training.seed)
         drawn = random_weights(machine.device)
         self._built = build(
-            config, make_layout(config), place, machine, lambda chunks: weights.fill(chunks, drawn)
+            config, make_layout(config), groups, machine, lambda chunks: weights.fill(chunks, drawn)
         )
         self._steps = 0
         self.feed = Feed(
@@ -82,7 +82,7 @@ class Trainer:
         self._steps += 1
         clip = self._config.optimizer.clip_grad
         return train_step(
-            self._built.wrapped,
+            self._built.ddp_chunks,
             self._built.optimizer,
             self.feed,
             count,

@@ -58,9 +58,8 @@ class Overview:
         fill: share of the packs' capacity that holds tokens of samples.
         supervised_share: share of these tokens that have a loss.
         packs_without_tiles: packs of text alone.
-        straggle: mean, over random draws, of the most tiles among 512 packs, divided by the mean
-            tiles; what the slowest of 512 data ranks has to do in the vision encoder, compared with
-            the mean. 0 where there are no tiles.
+        load_imbalance: tiles of the slowest of 512 data-parallel ranks divided by their mean,
+            averaged over random draws of packs; 0 if there are no tiles.
         spreads: spread of each figure over the packs.
         checked_packs: packs whose checksums were verified; 0: not asked for.
     """
@@ -70,7 +69,7 @@ class Overview:
     fill: float
     supervised_share: float
     packs_without_tiles: int
-    straggle: float
+    load_imbalance: float
     spreads: dict[str, Spread]
     checked_packs: int = 0
 
@@ -94,7 +93,7 @@ def survey(reader: Reader, *, check: bool = False) -> Overview:
         fill=totals.tokens / (len(reader) * reader.manifest.capacity),
         supervised_share=totals.supervised / totals.tokens,
         packs_without_tiles=int(np.count_nonzero(tiles == 0)),
-        straggle=expected_peak(tiles),
+        load_imbalance=expected_peak(tiles),
         spreads={name: _spread(reader.index[name]) for name in COLUMNS},
         checked_packs=checked_packs,
     )
@@ -119,7 +118,7 @@ def to_text(overview: Overview) -> str:
         f"  fill {overview.fill:.3%}, supervised {overview.supervised_share:.1%} of the tokens",
         (
             f"  packs without images {overview.packs_without_tiles:,}; mean tiles {mean_tiles:.2f},"
-            f" load imbalance of {RANKS} ranks (max / mean): {overview.straggle:.3f}"
+            f" load imbalance of {RANKS} ranks (max / mean): {overview.load_imbalance:.3f}"
         ),
     ]
     lines += [

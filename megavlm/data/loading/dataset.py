@@ -18,7 +18,7 @@ from megavlm.data.images.decode import decode_tiles
 from megavlm.data.images.tiling import pad_colour
 from megavlm.data.images.transforms import decode_changed
 from megavlm.data.loading.batch import Batch
-from megavlm.data.loading.rank_slice import WHOLE_PACK, Share
+from megavlm.data.loading.rank_slice import WHOLE_PACK, RankSlice
 from megavlm.data.store.manifest import Manifest
 from megavlm.data.store.pack_format import REDUCTIONS
 from megavlm.data.store.reader import Index, Pack, Reader
@@ -106,7 +106,7 @@ class PackedDataset:
         seed: int = 0,
         with_tiles: bool = True,
         tile_multiple: int = 1,
-        share: Share = WHOLE_PACK,
+        share: RankSlice = WHOLE_PACK,
     ) -> Batch:
         """Make the batch of a pack, or a rank's slice of it.
 

@@ -18,7 +18,11 @@ from megavlm.data.images.decode import load_decoders
 from megavlm.data.loading.batch import Batch
 from megavlm.data.loading.dataset import PackedDataset
 from megavlm.data.loading.order import Plan
-from megavlm.data.loading.worker_processes import Deaths, heed_parent_alone, starting_workers
+from megavlm.data.loading.worker_processes import (
+    WorkerFailureWatcher,
+    ignore_signals_but_from_parent,
+    starting_workers,
+)
 
 # How the words for a worker that is gone begin, PyTorch's and ours.
 DIED = "DataLoader worker"
@@ -59,9 +63,9 @@ def batches(
     """
     make = partial(dataset.batch, **options)
     has_pixels = dataset.has_images and options.get("with_tiles", True)
-    desks = Desks(workers)
+    board = WorkerStatusBoard(workers)
     loader = DataLoader(
-        Positions(make, plan, positions, desks, has_pixels),
+        Positions(make, plan, positions, board, has_pixels),
         batch_size=None,
         # Otherwise the DataLoader draws from the global generator, and the training process would
         # be changed by being fed.
@@ -79,23 +83,23 @@ def batches(
     try:
         for position in positions:
             try:
-                with Deaths(processes):
+                with WorkerFailureWatcher(processes):
                     batch = next(arriving)
             except Exception as error:
                 if not workers:
                     raise
-                raise _explain(error, dataset, plan, position, desks) from None
+                raise _explain(error, dataset, plan, position, board) from None
             yield batch
     finally:
         # Nothing else holds DataLoader's iterator: letting go of it ends the workers.
         del arriving
 
 
-class Desks:
-    """What each worker is at, in memory that it shares with the process that waits for it.
+class WorkerStatusBoard:
+    """The batch that each worker is making, in memory shared with the training process.
 
     Args:
-        workers: number of them.
+        workers: number of workers.
     """
 
     def __init__(self, workers: int) -> None:
@@ -138,13 +142,13 @@ class Positions(Dataset):
         make: Callable[[int, int], Batch],
         plan: Plan,
         positions: Sequence[int],
-        desks: Desks,
+        board: WorkerStatusBoard,
         has_pixels: bool,
     ) -> None:
         self.make = make
         self.plan = plan
         self.positions = positions
-        self.desks = desks
+        self.board = board
         self._has_pixels = has_pixels
         self._has_made_one = False
 
@@ -156,11 +160,11 @@ class Positions(Dataset):
         worker = get_worker_info()
         if worker is None:
             return self._make(position)
-        self.desks.start(worker.id, position)
+        self.board.start(worker.id, position)
         try:
             return self._make(position)
         finally:
-            self.desks.end(worker.id)
+            self.board.end(worker.id)
 
     def _make(self, position: int) -> Batch:
         if self._has_made_one and self._has_pixels:
@@ -170,7 +174,7 @@ class Positions(Dataset):
 
 
 def _explain(
-    error: Exception, dataset: PackedDataset, plan: Plan, position: int, desks: Desks
+    error: Exception, dataset: PackedDataset, plan: Plan, position: int, board: WorkerStatusBoard
 ) -> Exception:
     """Return the error to raise if workers deliver nothing: their own, or one that says which of
     them died.
@@ -181,7 +185,7 @@ def _explain(
     error.__cause__ = error.__context__ = None
     # A worker that dies while it hands a batch over leaves half of one behind.
     if str(error).startswith((DIED, STUCK)) or isinstance(error, EOFError | ConnectionError):
-        return _worker_is_gone(dataset, plan, position, desks, error)
+        return _worker_is_gone(dataset, plan, position, board, error)
     return error
 
 
@@ -199,11 +203,11 @@ def _without_process(at_work: list[tuple[int, int, float]]) -> list[tuple[int, i
 
 
 def _worker_is_gone(
-    dataset: PackedDataset, plan: Plan, position: int, desks: Desks, error: Exception
+    dataset: PackedDataset, plan: Plan, position: int, board: WorkerStatusBoard, error: Exception
 ) -> RuntimeError:
     """Describe a worker that died or is stuck: the pack it was at, and its samples' origins."""
     text = f"{type(error).__name__} {error}"
-    at_work = desks.at_work()
+    at_work = board.at_work()
     if STUCK not in text:
         gone = _without_process(at_work)
         advice = (
@@ -246,4 +250,4 @@ def _start_worker(worker: int) -> None:
     training process says so.
     """
     torch.set_num_threads(1)
-    heed_parent_alone()
+    ignore_signals_but_from_parent()

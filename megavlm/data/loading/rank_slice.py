@@ -10,7 +10,7 @@ import numpy as np
 
 
 @dataclass(frozen=True, kw_only=True)
-class Share:
+class RankSlice:
     """A rank's place among those that work on the same pack; the default has the pack to itself.
 
     Args:
@@ -71,4 +71,4 @@ class Share:
         return np.arange(sizes.sum()) + np.repeat(firsts - (np.cumsum(sizes) - sizes), sizes)
 
 
-WHOLE_PACK = Share()
+WHOLE_PACK = RankSlice()

@@ -2,7 +2,7 @@
 
 A batch scheduler, torchrun and Ctrl-C signal the whole process group. The training process then
 saves a checkpoint, for which it needs the batches that its workers still have to make. So workers
-heed SIGTERM and SIGINT from their parent alone; one whose parent is gone ends by itself, since
+obey SIGTERM and SIGINT from their parent only; one whose parent is gone ends by itself, since
 PyTorch's workers look after their parent every few seconds.
 """
 
@@ -27,8 +27,8 @@ def starting_workers(start_method: str | None = None) -> Iterator[list[BaseProce
     """Block the signals of ``ENDING`` in processes started inside the context, from their first
     moment. The yielded list holds the processes afterwards.
 
-    What handles SIGCHLD stays as it was: PyTorch's handler would raise wherever the training
-    process happens to be when a worker dies; ``Deaths`` raises where a batch is waited for.
+    The handler of SIGCHLD is left as it was: PyTorch's would raise at any point of the training
+    process when a worker dies; ``WorkerFailureWatcher`` raises only while a batch is awaited.
     """
     if (start_method or multiprocessing.get_start_method()) != "fork":
         resource_tracker.ensure_running()  # started inside, it would unblock the signals
@@ -47,32 +47,29 @@ def starting_workers(start_method: str | None = None) -> Iterator[list[BaseProce
         ]
 
 
-def heed_parent_alone() -> None:
-    """In a worker: ignore ``ENDING``, unless it is the parent that sends it, as it does to a worker
-    that is stuck.
-    """
+def ignore_signals_but_from_parent() -> None:
+    """Ignore ``ENDING`` in this worker unless the parent sends it, as it does to a stuck one."""
     signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
-    threading.Thread(target=_end_at_the_parent_s_wish, daemon=True).start()
+    threading.Thread(target=_exit_when_parent_signals, daemon=True).start()
 
 
-def _end_at_the_parent_s_wish() -> None:
-    parent = (
-        multiprocessing.parent_process().pid
-    )  # not that of the server that forks, where there is one
+def _exit_when_parent_signals() -> None:
+    # With a fork server, its pid differs from the parent's.
+    parent = multiprocessing.parent_process().pid
     while signal.sigwaitinfo(ENDING).si_pid != parent:
         pass
     os._exit(0)
 
 
-class Deaths:
-    """Raises as soon as one of some processes has died, while inside: ``with deaths: wait()``.
+class WorkerFailureWatcher:
+    """Context that raises as soon as a worker dies: ``with WorkerFailureWatcher(workers): wait()``.
+    It does nothing outside the main thread.
 
     Args:
-        processes: those that should live.
+        processes: the workers.
 
     Raises:
-        RuntimeError: one is dead; says which, and how it ended. Outside the main thread nothing is
-            noticed.
+        RuntimeError: a worker died; the message says which, and how.
     """
 
     def __init__(self, processes: Sequence[BaseProcess]) -> None:
@@ -80,9 +77,9 @@ class Deaths:
 
     def __enter__(self) -> Self:
         if self.processes and _in_main_thread():
-            self._before = signal.signal(signal.SIGCHLD, self._look)
+            self._before = signal.signal(signal.SIGCHLD, self._check)
             try:
-                self._look()
+                self._check()
             except RuntimeError:
                 self.__exit__()
                 raise
@@ -92,7 +89,7 @@ class Deaths:
         if self.processes and _in_main_thread():
             signal.signal(signal.SIGCHLD, self._before)
 
-    def _look(self, number: int = 0, frame: FrameType | None = None) -> None:
+    def _check(self, number: int = 0, frame: FrameType | None = None) -> None:
         for process in self.processes:
             if (code := process.exitcode) is not None:
                 killed = (

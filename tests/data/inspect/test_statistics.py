@@ -40,7 +40,7 @@ def test_figures(folder):
     assert spread.percentiles[50] == np.median(tiles)
     assert sum(spread.bars) == 40 and len(spread.bar_edges) == len(spread.bars) + 1
     # Drawing 512 of 40 packs all but surely finds the largest.
-    assert overview.straggle == pytest.approx(tiles.max() / tiles.mean(), rel=1e-3)
+    assert overview.load_imbalance == pytest.approx(tiles.max() / tiles.mean(), rel=1e-3)
 
 
 def test_wide_figures_have_few_bars(folder):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megavlm.data.loading.dataset import PackedDataset
-from megavlm.data.loading.rank_slice import Share
+from megavlm.data.loading.rank_slice import RankSlice
 from tests.data.samples import make_dataset
 
 FEATURES = 4
@@ -34,7 +34,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> PackedDataset:
 @pytest.mark.parametrize(("ranks", "multiple"), [(1, 1), (2, 1), (4, 1), (3, 2), (2, 16)])
 def test_tiles_are_shared_out_in_equal_numbers(tiles: int, ranks: int, multiple: int) -> None:
     shares = [
-        Share(tile_rank=rank, tile_ranks=ranks).tiles(tiles, multiple) for rank in range(ranks)
+        RankSlice(tile_rank=rank, tile_ranks=ranks).tiles(tiles, multiple) for rank in range(ranks)
     ]
     assert [number for share in shares for number in share] == list(range(ranks * len(shares[0])))
     assert len(shares[0]) % multiple == 0 and max(1, tiles) <= ranks * len(shares[0])
@@ -44,7 +44,9 @@ def test_tiles_are_shared_out_in_equal_numbers(tiles: int, ranks: int, multiple:
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_every_token_belongs_to_one_rank_and_early_and_late_ones_to_each(ranks: int) -> None:
     ends = np.array([0, 12, 48, 60, 72], np.int32)
-    shares = [Share(context_rank=rank, context_ranks=ranks).tokens(ends) for rank in range(ranks)]
+    shares = [
+        RankSlice(context_rank=rank, context_ranks=ranks).tokens(ends) for rank in range(ranks)
+    ]
     assert np.array_equal(np.sort(np.concatenate(shares)), np.arange(72))
     # What a token sees, itself included, summed: the work of a rank.
     work = [
@@ -58,7 +60,7 @@ def test_tokens_are_cut_as_transformer_engine_cuts_them() -> None:
     # The example of its documentation: two samples of 8 and 4 tokens over two ranks.
     ends = np.array([0, 8, 12], np.int32)
     first, second = (
-        Share(context_rank=rank, context_ranks=2).tokens(ends).tolist() for rank in range(2)
+        RankSlice(context_rank=rank, context_ranks=2).tokens(ends).tolist() for rank in range(2)
     )
     assert first == [0, 1, 6, 7, 8, 11] and second == [2, 3, 4, 5, 9, 10]
 
@@ -68,7 +70,7 @@ def test_samples_that_cannot_be_cut_are_refused() -> None:
         ValueError,
         match=r"samples of \[6\] tokens .* --parallel.context_parallel_size 2 .* --alignment 4",
     ):
-        Share(context_rank=0, context_ranks=2).tokens(np.array([0, 8, 14]))
+        RankSlice(context_rank=0, context_ranks=2).tokens(np.array([0, 8, 14]))
 
 
 @pytest.mark.parametrize("pack_id", range(8))
@@ -76,7 +78,7 @@ def test_shares_together_are_the_whole_batch(dataset: PackedDataset, pack_id: in
     options = dict(reduction="square", vision_layers=2, seed=5)
     whole = dataset.batch(pack_id, 11, **options)
     places = [
-        Share(context_rank=rank, context_ranks=3).tokens(whole.sample_ends.numpy())
+        RankSlice(context_rank=rank, context_ranks=3).tokens(whole.sample_ends.numpy())
         for rank in range(3)
     ]
     shares = [
@@ -84,7 +86,7 @@ def test_shares_together_are_the_whole_batch(dataset: PackedDataset, pack_id: in
             pack_id,
             11,
             **options,
-            share=Share(tile_rank=r, tile_ranks=3, context_rank=r, context_ranks=3),
+            share=RankSlice(tile_rank=r, tile_ranks=3, context_rank=r, context_ranks=3),
         )
         for r in range(3)
     ]
@@ -120,5 +122,5 @@ def test_only_images_of_the_share_are_decoded(
     monkeypatch.setattr(
         module, "decode_tiles", lambda *args, **named: decoded.append(1) or decode(*args, **named)
     )
-    dataset.batch(pack_id, 0, share=Share(tile_rank=0, tile_ranks=pack.tiles))
+    dataset.batch(pack_id, 0, share=RankSlice(tile_rank=0, tile_ranks=pack.tiles))
     assert len(decoded) == 1 < len(pack.images)
