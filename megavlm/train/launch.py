@@ -196,7 +196,7 @@ def train(
     Args:
         config: the run, checked.
         device_backend: where tensors live.
-        start: what to start from, as ``inspect`` answered.
+        start: start point returned by ``inspect``.
         lock: of the save folder, on the rank that holds it.
 
     Raises:
@@ -215,9 +215,8 @@ def train(
         if config.checkpoint.save:
             _clean(Path(config.checkpoint.save), groups, metrics)
         history = source.history(config, start)
-        built = build(
-            config, layout, groups, device_backend, partial(_fill, config, start), history
-        )
+        fill = partial(_fill, config, start)
+        built = build(config, layout, groups, device_backend, fill, history)
         tokenizer = packs.manifest.tokenizer_fingerprint
         counts = source.pack_counts(config)
         state = State(stage=config.stage, tokenizer=tokenizer, packs=counts, history=history)
