@@ -9,9 +9,7 @@ from collections.abc import Iterator
 import torch
 
 from megavlm.data.loading.batch import Batch
-from megavlm.data.loading.loader import batches
 from megavlm.data.loading.order import Plan
-from megavlm.model.precision import tile_multiple
 from megavlm.train.job import Job
 from megavlm.train.source_losses import SourceLosses
 from megavlm.train.step import run_packs
@@ -39,19 +37,8 @@ def held_out_loss(job: Job) -> tuple[float, dict[str, float]]:
             f"--data.valid {data.valid}: no token of its first {count} packs is supervised, so"
             " there is no loss"
         )
-    packs = batches(
-        job.valid,
-        plan,
-        positions,
-        reduction=data.loss_reduction,
-        vision_layers=job.config.architecture.vision.num_layers,
-        workers=min(data.workers, len(positions)),
-        prefetch=data.prefetch,
-        timeout=data.timeout,
-        with_tiles=job.chunks[0].pre_process,
-        share=groups.share,
-        tile_multiple=tile_multiple(job.config),
-    )
+    workers = min(data.workers, len(positions))
+    packs = job.batches(job.valid, plan, positions, workers=workers)
     loss = torch.zeros((), device=job.backend.device)
     by_source = SourceLosses(job.valid.source_names, job.backend.device)
     for chunk in job.ddp_chunks:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
 from megatron.core.distributed import DistributedDataParallel
@@ -9,9 +10,12 @@ from megatron.core.optimizer import MegatronOptimizer
 
 from megavlm.checkpoint.lock import Lock
 from megavlm.config.schema import Config
+from megavlm.data.loading.batch import Batch
 from megavlm.data.loading.blend import BlendedDataset
 from megavlm.data.loading.dataset import PackedDataset
+from megavlm.data.loading.loader import batches
 from megavlm.data.loading.order import Order
+from megavlm.model.precision import tile_multiple
 from megavlm.model.vlm import VisionLanguageModel
 from megavlm.parallel.backend import Backend
 from megavlm.parallel.process_groups import Groups
@@ -42,3 +46,36 @@ class Job:
     ddp_chunks: list[DistributedDataParallel]
     optimizer: MegatronOptimizer
     lock: Lock | None = None
+
+    def batches(
+        self,
+        packs: PackedDataset | BlendedDataset,
+        plan: Order,
+        positions: Sequence[int],
+        *,
+        workers: int,
+        seed: int = 0,
+    ) -> Generator[Batch, None, None]:
+        """Load packs as this rank needs them; ``close()`` ends the workers.
+
+        Args:
+            packs: to load.
+            plan: their order.
+            positions: places in the order.
+            workers: loader processes.
+            seed: fixes drop path and the random changes of images.
+        """
+        return batches(
+            packs,
+            plan,
+            positions,
+            workers=workers,
+            prefetch=self.config.data.prefetch,
+            timeout=self.config.data.timeout,
+            reduction=self.config.data.loss_reduction,
+            vision_layers=self.config.architecture.vision.num_layers,
+            seed=seed,
+            with_tiles=self.chunks[0].pre_process,
+            share=self.groups.share,
+            tile_multiple=tile_multiple(self.config),
+        )

@@ -12,9 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megavlm.checkpoint.train_state import State
-from megavlm.data.loading.loader import batches
 from megavlm.health.watchdog import Watchdog
-from megavlm.model.precision import tile_multiple
 from megavlm.planner.flops import training_cost
 from megavlm.train import meters as observers
 from megavlm.train.evaluate import held_out_loss
@@ -53,6 +51,8 @@ def run(job: Job, state: State, metrics: Metrics) -> State:
     )
     if state.step >= last:
         metrics.say(f"nothing to do: step {state.step} is done, and --training.steps is {last}")
+    workers = config.data.workers
+    loader = job.batches(job.train, job.plan, positions, workers=workers, seed=config.training.seed)
     saver = Saver(job, metrics, state.step)
     unseen = {}
     reported = state.step
@@ -61,7 +61,7 @@ def run(job: Job, state: State, metrics: Metrics) -> State:
     with (
         StopRequest() as stop,
         _watchdog(job) as watchdog,
-        contextlib.closing(_loader(job, positions)) as loaded,
+        contextlib.closing(loader) as loaded,
     ):
         arriving = watchdog.count(loaded)
         if state.step == 0:
@@ -180,24 +180,6 @@ def _watchdog(job: Job) -> Watchdog:
         job.groups.size,
         job.config.health,
         job.config.parallel.timeout_minutes,
-    )
-
-
-def _loader(job: Job, positions: range):
-    data = job.config.data
-    return batches(
-        job.train,
-        job.plan,
-        positions,
-        reduction=data.loss_reduction,
-        vision_layers=job.config.architecture.vision.num_layers,
-        seed=job.config.training.seed,
-        workers=data.workers,
-        prefetch=data.prefetch,
-        timeout=data.timeout,
-        with_tiles=job.chunks[0].pre_process,
-        share=job.groups.share,
-        tile_multiple=tile_multiple(job.config),
     )
 
 
