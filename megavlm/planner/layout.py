@@ -2,8 +2,8 @@
 
 The layers of the vision encoder and of the language model are counted through, vision first. Patch
 and class embedding go with the first layer of the vision encoder, connector and token embedding
-with the first layer of the language model, final norm and head with the last. Borders may lie
-anywhere, inside the vision encoder too.
+with the first layer of the language model, final norm and head with the last. Stage boundaries may
+lie anywhere, inside the vision encoder too.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Where to cut the pipeline: the borders that make its slowest chunk as fast as can be.
+"""Where to cut the pipeline: stage boundaries that minimise the cost of its slowest chunk.
 
-A pipeline goes at the pace of its slowest chunk. How long a layer takes depends on the freeze mask:
+A pipeline is as fast as its slowest chunk. How long a layer takes depends on the freeze mask:
 a frozen layer has no weight gradient, and one with nothing trained before it no backward pass at
 all; on the data, since vision layers grow with the tiles and language layers with the tokens; on
 what is computed again; and not least on what goes with it, the head above all.
@@ -134,8 +134,8 @@ def balance(costs: Sequence[float], chunks: int) -> tuple[int, ...]:
     found = _best_by_end(tuple(costs), chunks)[-1]
     if found is None:
         raise ValueError(f"{chunks} chunks for {len(costs)} layers")
-    borders = (0, *found[2])
-    return tuple(end - start for start, end in zip(borders, borders[1:], strict=False))
+    boundaries = (0, *found[2])
+    return tuple(end - start for start, end in zip(boundaries, boundaries[1:], strict=False))
 
 
 _Best = tuple[float, float, tuple[int, ...]]
@@ -144,7 +144,7 @@ _Best = tuple[float, float, tuple[int, ...]]
 @lru_cache(maxsize=1024)
 def _best_by_end(costs: tuple[float, ...], chunks: int) -> list[_Best | None]:
     """For every end the best way to cut the layers before it: costliest chunk, sum of squares,
-    borders.
+    boundaries.
     """
     if chunks == 0:
         return [(0.0, 0.0, ())] + [None] * len(costs)
