@@ -10,7 +10,8 @@ from megavlm.config.schema import Checkpoint
 
 def test_weights_alone_need_a_checkpoint_and_leave_moments_out(tmp_path: Path):
     def problems(**settings) -> list[str]:
-        return list(checkpoint_problems(Checkpoint(save="run", weights_only=True, **settings), 0))
+        checkpoint = Checkpoint(save="run", weights_only=True, **settings)
+        return list(checkpoint_problems(checkpoint, eval_interval=0, steps=10))
 
     assert problems(load=str(tmp_path)) == []
     [missing] = problems()
