@@ -103,7 +103,7 @@ def damage(folder: Path, *, by_size_only: bool) -> list[str]:
         sums = read(folder) or {}
         # Neighbours go to different ranks: the large files are neighbours.
         found = differences(folder, sums, sorted(sums)[rank::world], by_size_only=by_size_only)
-    except ValueError as error:
+    except (ValueError, OSError) as error:  # other ranks wait for this one's answer
         found = [str(error)]
     if rank == 0 and not found:
         found = strangers(folder / _METADATA)
@@ -120,6 +120,6 @@ def strangers(path: Path) -> list[str]:
         read_description(path)
     except FileNotFoundError:
         return [f"{path}: missing"]
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         return [str(error)]
     return []

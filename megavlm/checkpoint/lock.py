@@ -5,7 +5,8 @@ finds one asks whether the holder lives. On the same machine (same boot, same pr
 the process number and its start time answer at once. Anywhere else, as on a shared file system,
 the holder's sign of life answers: it touches the file every few seconds, and a file that has not
 been touched for longer than ``_DEAD_SECONDS`` is taken over. Ages are differences of times that
-the file system gave, so clocks of machines need not agree.
+the file system gave, so clocks of machines need not agree. If clients give
+the times, as on Lustre, they must agree within a minute.
 """
 
 from __future__ import annotations
@@ -123,12 +124,18 @@ def held(
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / FILE_NAME
     holder = _this_process()
+    unreadable_until = time.monotonic() + beat_seconds + dead_seconds
     while not _create(path, holder):
         found = _read(path)
         if found is None:
             time.sleep(0.05)  # it is being written or was just released
             if _read(path) is None and _age(path) > dead_seconds:
                 path.unlink(missing_ok=True)  # never written to the end
+            elif time.monotonic() > unreadable_until:
+                raise LockedError(
+                    f"{flag} {folder}: {path} cannot be read, and another run keeps it alive; make"
+                    " it readable, or remove it if no run writes to the folder"
+                )
             continue
         _wait_for_its_death(path, found, flag, beat_seconds, dead_seconds, tell or _print)
         if _take_over(path, found, holder):
@@ -192,11 +199,12 @@ def _create(path: Path, holder: Holder) -> bool:
     """Write the lock if there is none, whole or not at all: another name is linked to a file that
     is complete.
     """
-    own = _write_own(path, holder)
+    own = path.with_name(f"{FILE_NAME}_{holder.token}")
     try:
+        own.write_text(json.dumps(asdict(holder)))
         os.link(own, path)
     except FileExistsError:
-        return False
+        return _is_of(path, holder)
     except OSError:  # a file system without links
         return _create_in_place(path, holder)
     finally:
@@ -206,17 +214,24 @@ def _create(path: Path, holder: Holder) -> bool:
 
 def _create_in_place(path: Path, holder: Holder) -> bool:
     try:
-        with path.open("x") as file:
-            file.write(json.dumps(asdict(holder)))
+        file = path.open("x")
     except FileExistsError:
-        return False
+        return _is_of(path, holder)
+    try:
+        with file:
+            file.write(json.dumps(asdict(holder)))
+    except OSError:  # a full disk
+        path.unlink(missing_ok=True)
+        raise
     return True
 
 
-def _write_own(path: Path, holder: Holder) -> Path:
-    own = path.with_name(f"{FILE_NAME}_{holder.token}")
-    own.write_text(json.dumps(asdict(holder)))
-    return own
+def _is_of(path: Path, holder: Holder) -> bool:
+    """Return whether a lock that exists already is the holder's own: if the reply of a server of
+    NFS is lost, the second try finds what the first one made.
+    """
+    found = _read(path)
+    return found is not None and found.token == holder.token
 
 
 def _read(path: Path) -> Holder | None:

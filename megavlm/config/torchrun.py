@@ -40,6 +40,12 @@ def problems() -> list[str]:
             f"RANK={os.environ.get('RANK', 0)} in the environment, but WORLD_SIZE is {size}: start"
             " the run with torchrun, or unset both for one rank"
         )
+    several_nodes = os.environ.get("GROUP_WORLD_SIZE", "1") != "1"
+    if several_nodes and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+        found.append(
+            "torchrun --max-restarts on several nodes: each node counts restarts for itself, so"
+            " their ranks would not meet again; use --max-restarts 0 and start the job again"
+        )
     return found
 
 

@@ -159,17 +159,20 @@ def _fp8_step(place: torch.device) -> Callable[[], Tensor]:
 
 def steps(place: torch.device) -> Iterator[Finding]:
     """Run three steps of a small MLP in each precision; losses must be finite."""
-    runs = {"float32": _linear_step(torch.float32, place)}
-    runs["bfloat16"] = _linear_step(torch.bfloat16, place)
+    runs: dict[str, Callable[[], Callable[[], Tensor]]] = {
+        "float32": lambda: _linear_step(torch.float32, place),
+        "bfloat16": lambda: _linear_step(torch.bfloat16, place),
+    }
     found = importlib.util.find_spec("transformer_engine") is not None
     if found and place.type == "cuda" and torch.cuda.get_device_capability() >= _FP8:
-        runs["fp8"] = _fp8_step(place)
-    for name, step in runs.items():
+        runs["fp8"] = lambda: _fp8_step(place)
+    for name, make in runs.items():
         began = time.perf_counter()
         try:
+            step = make()
             losses = [float(step()) for _ in range(3)]
-        except (RuntimeError, ValueError, ImportError, AssertionError) as error:
-            message = str(error).splitlines()[0]
+        except (RuntimeError, ValueError, OSError, ImportError, AssertionError) as error:
+            message = (str(error).splitlines() or [type(error).__name__])[0]
             yield Finding(
                 topic=f"step in {name}",
                 text=message,

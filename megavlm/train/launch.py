@@ -18,6 +18,7 @@ from megavlm.checkpoint.lock import Lock, held
 from megavlm.checkpoint.step_folder import Checkpoint
 from megavlm.checkpoint.train_state import State
 from megavlm.config import torchrun
+from megavlm.config.checks.resume import with_origin
 from megavlm.config.checks.rules import ConfigError, check
 from megavlm.config.checks.saving import EXPORTED, exported_step
 from megavlm.config.schema import Config, Init
@@ -58,6 +59,8 @@ def launch(config: Config) -> None:
     store = backend.meet(config.parallel.timeout_minutes)
     with contextlib.ExitStack() as stack:
         start, lock = _agree_to_start(config, store, stack)
+        if isinstance(start, Checkpoint) and source.is_own(config, start):
+            config = with_origin(config, start.config)
         device_backend = backend.start(
             config.parallel.timeout_minutes,
             deterministic=config.training.deterministic,
@@ -258,8 +261,8 @@ def _export(config: Config, state: State, start: Start, groups: process_groups.G
     if exported_step(files) == config.training.steps:
         print(f"{files.export_hf}: holds the model of this run already", flush=True)
         return
-    # A run with nothing to do has saved nothing.
-    has_saved = not isinstance(start, Checkpoint) or start.state.step < state.step
+    # A run with nothing to do has saved nothing. Steps of another stage do not count.
+    has_saved = source.first_step(config, start) < state.step
     folder = files.save if has_saved else start.folder
     convert.export(folder, files.export_hf, flag="--checkpoint.export_hf")
     # So that the same command again is no mistake.

@@ -73,6 +73,7 @@ def run(job: Job, state: State, metrics: Metrics) -> State:
             ids = job.plan.pack_ids(state.consumed, packs)
             weight = job.train.weight_sum(ids, config.data.loss_reduction)
             if not weight:
+                saver.wait()  # every rank is here, and what is being written is whole
                 raise StepError(
                     f"step {state.step + 1}: --data.train {config.data.train}: no token of packs"
                     f" {ids.tolist()} is supervised, so there is no loss"

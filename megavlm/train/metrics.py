@@ -111,8 +111,8 @@ class Metrics:
         """Add a line to the file, whole or not at all. A full disk does not end the run for it, and
         is told once, until there is room again.
         """
-        size = os.fstat(self._file.fileno()).st_size
         try:
+            size = os.fstat(self._file.fileno()).st_size
             if self._file.write(line.encode()) < len(line.encode()):
                 self._file.truncate(size)
                 raise OSError("no space for a whole line")
@@ -132,7 +132,8 @@ class Metrics:
         self, kind: type | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._file is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):  # each record was written when it was made
+                self._file.close()
         for tracker in self._trackers:
             tracker.close(has_failed=kind is not None)
 

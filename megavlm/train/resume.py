@@ -208,4 +208,9 @@ def whole(config: Config, source: Checkpoint) -> Checkpoint:
                 f"  {listed}"
             )
         before = folder.candidates(source.folder.parent)
-        source = _first_whole(config, before[before.index(source.folder) + 1 :], problems)
+        try:
+            source = _first_whole(config, before[before.index(source.folder) + 1 :], problems)
+        except DamagedError:
+            raise
+        except ValueError as error:  # the one before does not fit this run
+            raise DamagedError(str(error)) from error

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from megavlm.config.cli import to_yaml
 from megavlm.config.schema import Config
+from megavlm.io import atomic
 
 _RUN_ID = "megavlm_run_id"
 _INIT_SECONDS = 60.0
@@ -111,7 +112,7 @@ def _run_id(save: str) -> str:
         return path.read_text().strip()
     except FileNotFoundError:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(uuid.uuid4().hex[:8])
+        atomic.write_text(path, uuid.uuid4().hex[:8])
     return path.read_text().strip()
 
 

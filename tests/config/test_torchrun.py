@@ -95,5 +95,5 @@ def test_checks_that_need_no_model_run_without_torch(tmp_path: Path) -> None:
         assert "--optimizer.lr 0.0: must be above 0" in done.stderr
         assert f"--data.train {tmp_path}" in done.stderr
     shown = run(*wrong, "--print_config")
-    assert shown.returncode == 0 and shown.stdout.startswith("stage: '1'")
+    assert shown.returncode == 0 and shown.stdout.startswith("recipe: internvl\nstage: '1'")
     assert "the run would be refused" in shown.stderr and "--optimizer.lr 0.0" in shown.stderr

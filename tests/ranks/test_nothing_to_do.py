@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from megavlm.checkpoint.step_folder import find
+from megavlm.convert.hf import convert
 from megavlm.train.loop import StepError, _look
 from tests.ranks.pool import Pool
 from tests.ranks.test_changed_options import output_of_job
@@ -51,6 +53,23 @@ def test_the_command_of_a_finished_run_is_no_failure_and_exports_once(
     elsewhere = whole_config(packs, tmp_path / "new", load=str(save), export_hf=str(export))
     [shown] = ranks.run(output_of_job, 1, elsewhere)
     assert "nothing to do" in shown and (export / "config.json").is_file()
+
+
+def test_a_stage_that_starts_from_a_longer_one_exports_its_own_model(
+    ranks: Pool, packs: Path, tmp_path: Path
+) -> None:
+    first = whole_config(packs, tmp_path / "first")
+    ranks.run(output_of_job, 1, first)
+    export = tmp_path / "exported"
+    config = whole_config(packs, tmp_path / "second", load=str(tmp_path / "first"))
+    shorter = dataclasses.replace(config.training, steps=STEPS - 1, trainable=("connector",))
+    config = dataclasses.replace(config, stage="1", training=shorter)
+    files = dataclasses.replace(config.checkpoint, export_hf=str(export))
+    ranks.run(output_of_job, 1, dataclasses.replace(config, checkpoint=files))
+    weights = (export / "model.safetensors").read_bytes()
+    for name, is_same in (("second", True), ("first", False)):
+        convert.export(str(tmp_path / name), str(tmp_path / f"{name}_hf"))
+        assert ((tmp_path / f"{name}_hf" / "model.safetensors").read_bytes() == weights) is is_same
 
 
 def test_a_step_that_is_not_finite_is_named_as_the_console_does_with_its_packs() -> None:

@@ -7,6 +7,7 @@ checkpoint is true.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -119,6 +120,19 @@ def changes(old: Config, new: Config) -> list[str]:
     table = [("option", "checkpoint", "now"), *rows]
     widths = [max(len(row[column]) for row in table) for column in range(2)]
     return [f"  {name:<{widths[0]}}  {old:<{widths[1]}}  {now}" for name, old, now in table]
+
+
+def with_origin(new: Config, before: Config) -> Config:
+    """Return the configuration of a run that resumes its own checkpoint, with what it once started
+    from if the command leaves that out: the checkpoints to come still tell it, and the first
+    command is still the same run.
+    """
+    for key, kind in KINDS.items():
+        if kind == "origin" and _value(new, key) in ("", False, "fresh"):
+            section, name = key.split(".")
+            part = replace(vars(new)[section], **{name: _value(before, key)})
+            new = replace(new, **{section: part})
+    return new
 
 
 def _asks_for_another_start(key: str, before: Any, now: Any, new: Config) -> bool:

@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 
 from megavlm.config.checks import resume
-from megavlm.config.checks.resume import KINDS, changes, kind_of, refusals, unclassified
+from megavlm.config.checks.resume import (
+    KINDS,
+    changes,
+    kind_of,
+    refusals,
+    unclassified,
+    with_origin,
+)
 from megavlm.config.cli import parse
 from megavlm.config.options import options
 from megavlm.config.schema import Config
@@ -107,3 +114,10 @@ def test_where_a_run_began_may_be_left_out_or_said_again(tmp_path: Path) -> None
     assert not refusals(old, other, is_own=False)  # it is what the run loads
     kept = dataclasses.replace(old.checkpoint, moments="keep")
     assert refusals(old, dataclasses.replace(old, checkpoint=kept), is_own=True)
+
+
+def test_where_a_run_began_stays_on_record_if_the_command_leaves_it_out(tmp_path: Path) -> None:
+    before = run("--load", str(tmp_path), "--checkpoint.moments", "keep")
+    after = with_origin(run("--lr", "1e-3"), before)
+    assert after.checkpoint == before.checkpoint and after.optimizer.lr == 1e-3
+    assert refusals(before, after, is_own=True) == []
