@@ -22,11 +22,15 @@ def main() -> int:
     except (ValueError, OSError, RuntimeError) as error:
         print(f"pack_dataset: error: {error}", file=sys.stderr)
         return 2
-    if options.json:
-        Path(options.json).write_text(report.to_json(), encoding="utf-8")
-    if options.picture:
-        draw_report(report, options.picture)
     print(report.text())
+    try:
+        if options.json:
+            Path(options.json).write_text(report.to_json(), encoding="utf-8")
+        if options.picture:
+            draw_report(report, options.picture)
+    except (OSError, ModuleNotFoundError) as error:
+        print(f"pack_dataset: error: {error}", file=sys.stderr)
+        return 2
     return 0
 
 

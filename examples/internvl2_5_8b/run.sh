@@ -13,7 +13,7 @@
 # JOB_ID      any word, the same on every node and unlike another job's
 # DATA        holds stage1.json, stage1_5.json and stage2.json: lists of annotation files, as tools/pack_dataset.py reads them
 # TOKENIZER   folder of the language model's tokenizer
-#             (as tokenizer.json: InternLM2.5's own is Python code, which is never run)
+#             (tokenizer.json, or InternLM's tokenizer.model; its Python code is never run)
 # VISION LANGUAGE  what stage 1 starts from: folders of InternViT-300M-448px and of internlm2_5-7b-chat, as they are published
 # INIT        or a whole model: a checkpoint of megavlm, or a Hugging Face folder. With none of them stage 1 starts from fresh weights: good
 #             for measuring speed, of no use for a model.

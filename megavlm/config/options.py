@@ -120,7 +120,7 @@ def sections(kind: type = Config, path: str = "") -> Iterator[tuple[str, str, li
     own = [name for name in hints if not dataclasses.is_dataclass(hints[name])]
     yield (
         path,
-        documented.short_description or "",
+        " ".join((inspect.getdoc(kind) or "").split("\n\n")[0].split()),
         [Option(key=f"{path}{name}", kind=hints[name], help=texts[name]) for name in own],
     )
     for name in hints:

@@ -14,8 +14,8 @@ class Init:
         vision: Hugging Face folder of a vision encoder: InternViT, CLIP or SigLIP.
         language: Hugging Face folder of a language model with its tokenizer; InternVL's special
             tokens are added.
-        tokenizer: folder of the language model's tokenizer, if its own is Python code and cannot be
-            loaded (InternLM2).
+        tokenizer: folder of the language model's tokenizer, if its own is Python code that cannot
+            be replaced (InternLM2's and InternLM3's can).
     """
 
     vision: str = ""

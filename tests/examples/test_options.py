@@ -12,6 +12,7 @@ from torch.distributed.run import get_args_parser
 
 from megavlm.config.cli import parse
 from megavlm.config.options import options
+from megavlm.convert.hf import command_line as convert_command_line
 from megavlm.data.packing import command_line
 from megavlm.planner.estimate import Hardware
 
@@ -40,6 +41,7 @@ def known() -> set[str]:
         "--config",
         "--print_config",
         "--help",
+        "--quick",  # of tests/run.sh
     }
     found |= {flag for action in get_args_parser()._actions for flag in action.option_strings}
     parser = command_line.make_parser()
@@ -49,6 +51,7 @@ def known() -> set[str]:
         *ROOT.glob("tools/**/*.py"),
         *ROOT.glob("examples/**/*.py"),
         Path(command_line.__file__),
+        Path(convert_command_line.__file__),
     ]:
         texts = (
             node.value

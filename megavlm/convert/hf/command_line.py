@@ -10,8 +10,7 @@ from megavlm.convert.weights.tables import DIALECTS
 
 _EXAMPLE = """examples:
   python tools/convert_checkpoint.py import --hf InternVL2_5-1B-hf/ --out checkpoints/start
-  python tools/convert_checkpoint.py export --load checkpoints/stage2 --out my-model-hf/ --dtype
-  bfloat16
+  python tools/convert_checkpoint.py export --load checkpoints/stage2 --out my-hf/ --dtype bfloat16
   python tools/convert_checkpoint.py export --load checkpoints/stage2 --out my-model/ --dialect chat
   python tools/convert_checkpoint.py check --hf InternVL2_5-1B-hf/
 

@@ -227,12 +227,13 @@ def _add_files(parser: argparse.ArgumentParser) -> None:
     data.add_argument(
         "--meta",
         metavar="FILE",
-        help="JSON list of annotation files: {name: {root, annotation, repeat_time, ...}}",
+        help="JSON object of annotation files: {name: {root, annotation, repeat_time, ...}}",
     )
     data.add_argument(
         "--jsonl",
         metavar="FILE",
-        help="annotations: .jsonl, .json, .parquet, .tar, a pattern, an Energon or imagefolder",
+        help="annotations: .jsonl, .json, .parquet, .tar, a pattern, or the folder of an"
+        " Energon dataset or imagefolder",
     )
     add = parser.add_argument
     add(

@@ -113,6 +113,9 @@ class Encoder:
             )
         except RejectError as error:
             return reject(raw, annotations, source, error)
+        except OverflowError as error:
+            large = RejectError("conversation", f"a number that is too large: {error}")
+            return reject(raw, annotations, source, large)
 
     def encode(
         self,
@@ -181,11 +184,12 @@ class Encoder:
                 f"lower {flag} or raise --tile_cap",
             )
         if sample.length > self.capacity:
+            lower = f" or lower {flag}" if tiles else ""
             raise RejectError(
                 "too_long",
                 f"{sample.length} tokens, {tiles * self.template.features_per_tile} of them for"
-                f" {tiles} tiles, but a pack holds {self.capacity}: raise --capacity or lower"
-                f" {flag}",
+                f" {tiles} tiles, but a pack holds {self.capacity}: raise"
+                f" --capacity{lower}",
             )
 
     def _cut(self, whole: Sample) -> Iterator[Sample]:
@@ -194,8 +198,11 @@ class Encoder:
         tokens = whole.tokens[first:]
         supervised = whole.supervised[first:]
         starts, ends = self.template.image_extents(tokens)
+        windows = self.windows
+        if windows.tokens:  # the first tokens stand in every window
+            windows = dataclasses.replace(windows, tokens=max(1, windows.tokens - first))
         number = 0
-        for start, end, image, last in cut_document(tokens, starts, ends, self.windows):
+        for start, end, image, last in cut_document(tokens, starts, ends, windows):
             if not supervised[start + 1 : end].any():
                 continue
             yield dataclasses.replace(

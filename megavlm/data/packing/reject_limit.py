@@ -59,7 +59,7 @@ def _too_many(
 ) -> ValueError:
     """Write the list of rejected records, and return the error for too many of them."""
     # A dry run keeps nothing to resume from.
-    remedy = "Restore missing or damaged media, or give a larger --max_rejects."
+    remedy = "Repair the records or their media, or give a larger --max_rejects."
     if job.out:
         write_rejects(job.rejects_path, scan, late)
         remedy = (

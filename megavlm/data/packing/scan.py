@@ -32,7 +32,7 @@ from megavlm.data.packing.scan_state import (
 from megavlm.data.records.meta_file import Annotations
 from megavlm.data.records.raw_record import OffsetRange
 from megavlm.data.records.readers import open_reader
-from megavlm.data.records.reject import Reject
+from megavlm.data.records.reject import Reject, count_unwanted
 from megavlm.io.progress import Progress
 from megavlm.io.record_file import Rows
 from megavlm.io.storage import LocalFiles
@@ -190,8 +190,11 @@ def _scan_rest(
                 measured.task.records.size,
                 f"{records} records, {records - state.packable} rejected",
             )
+            # Records that a filter leaves out are no reason to give up.
             if not state.rows and records >= HOPELESS_RECORDS:
-                return
+                unwanted = sum(count_unwanted(source.rejects) for source in state.sources)
+                if unwanted >= HOPELESS_RECORDS:
+                    return
             if time.monotonic() - saved > SAVE_INTERVAL_SECONDS:
                 save_state(folder, state, rows, rejects)
                 saved = time.monotonic()

@@ -21,7 +21,7 @@ from megavlm.data.text.templates import chat_format
 # May differ when a stopped job resumes, because no byte of the result depends on it.
 FREE_SETTINGS = ("out", "workers", "executor", "max_rejects")
 # Changes when the files of a stopped job are not readable any more.
-PACKER_VERSION = 2
+PACKER_VERSION = 3
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any, BinaryIO
 
-from megavlm.data.records.forms import LIST_KEYS
+from megavlm.data.records.forms import FORMS, LIST_KEYS
 from megavlm.data.records.raw_record import OffsetRange, RawRecord, in_ranges
 from megavlm.data.records.record import parse_json
 from megavlm.data.records.reject import RejectError, printable
@@ -67,7 +67,11 @@ def _refuse_spread_object(path: str, head: bytes) -> None:
     except (ValueError, RecursionError):
         first, end = _first_value(text)
         spread = end > len(line)
-    records = first.items() if isinstance(first, dict) else ()
+    # A record may hold lists of its own, such as the texts that its image shows.
+    is_record = isinstance(first, dict) and any(
+        all(key in first for key in form.keys) for form in FORMS
+    )
+    records = first.items() if isinstance(first, dict) and not is_record else ()
     lists = [key for key, value in records if _is_record_list(value)]
     if len(lists) == 1:
         raise ValueError(
@@ -88,7 +92,8 @@ def _first_value(text: str) -> tuple[dict[str, Any], int]:
     except (ValueError, RecursionError):
         # The head of the file may have cut the object.
         wrapped = re.match(r'\{\s*"(\w+)"\s*:\s*\[\s*\{\s*"(\w+)"', text)
-        if wrapped and len(text) > HEAD_BYTES // 8 and wrapped[1] not in LIST_KEYS:
+        known = (*LIST_KEYS, "image_info")
+        if wrapped and len(text) > HEAD_BYTES // 8 and wrapped[1] not in known:
             return {wrapped[1]: [{"text": ""}]}, len(text)
         return {}, 0
     return (value, end) if isinstance(value, dict) else ({}, 0)
@@ -232,7 +237,7 @@ class JsonList:
         if sign == b"," and before == "value":
             return ","
         if sign == b"]" and before in ("value", "["):
-            if data[end:].strip():
+            if re.compile(rb"\S").search(data, end):
                 self._fail(f"something follows the end of the list at byte {at}")
             return "end"
         self._fail(

@@ -150,7 +150,7 @@ def read_meta(path: str | Path) -> tuple[Annotations, ...]:
 
     A meta file is JSON: ``{name: {"root": folder, "annotation": files, "repeat_time": 1,
     "max_dynamic_patch": 12, ...}}``. ``annotation`` is a file, a pattern, an Energon dataset's
-    folder, or a list of those; ``length`` is read by nobody.
+    folder, or a list of those; ``length`` is compared with the records.
 
     Raises:
         FileNotFoundError: there is no such meta file, or no annotation file that it names.

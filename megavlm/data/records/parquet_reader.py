@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from functools import lru_cache
 from typing import Any
 
 from megavlm.data.records.forms import LIST_KEYS
 from megavlm.data.records.raw_record import OffsetRange, RawRecord
+from megavlm.data.records.record import JSON
 from megavlm.data.records.reject import RejectError, printable
 
 # Row groups that a process keeps: a range of rows is in one, mostly.
@@ -145,6 +145,10 @@ def _row(table: Any, index: int) -> Mapping[str, Any] | RejectError:
     for key in LIST_KEYS:
         value = fields.get(key)
         if isinstance(value, str) and value.lstrip()[:1] == "[":
-            with suppress(ValueError):  # the form says what the text is instead
-                fields[key] = json.loads(value)
+            try:
+                fields[key] = JSON.decode(value)
+            except json.JSONDecodeError:
+                continue  # the form says what the text is instead
+            except (ValueError, RecursionError) as error:
+                return RejectError("malformed_json", f"{key}: {error}")
     return fields

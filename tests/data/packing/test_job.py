@@ -355,5 +355,5 @@ def test_the_tool_tells_what_is_wrong_in_one_line(data, tmp_path):
 def test_a_dry_run_has_nothing_to_resume_from(data):
     done = _run_tool(data, "--dry_run", "--jsonl", str(data / "bad.jsonl"), "--model", "tiny")
     assert done.returncode == 2
-    assert "Restore missing or damaged media, or give a larger --max_rejects." in done.stderr
+    assert "Repair the records or their media, or give a larger --max_rejects." in done.stderr
     assert "nothing" not in done.stderr and "resumes" not in done.stderr

@@ -236,3 +236,24 @@ def test_names_of_files(tmp_path):
         find_files(str(tmp_path / "a.tar.gz"))
     with pytest.raises(ValueError, match="a folder without .nv-meta"):
         find_files(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"conversations": CHAT, "ocr": [{"text": "STOP"}]},
+        {"messages": [{"role": "user", "content": "q", "image": None}]},
+    ],
+)
+def test_a_record_with_a_list_of_its_own_is_a_record(tmp_path, record):
+    path = tmp_path / "a.jsonl"
+    path.write_text(f"{json.dumps(record)}\n" * 2)
+    assert [raw.fields() for raw in all_entries(open_reader(str(path)), 100)] == [record] * 2
+
+
+@pytest.mark.parametrize("text", ['[{"from": "human", "from": "gpt"}]', "[NaN]", "[" * 100_000])
+def test_json_in_a_text_of_parquet_keeps_the_rules(tmp_path, text):
+    pyarrow.parquet.write_table(pyarrow.table({"conversations": [text]}), tmp_path / "a.parquet")
+    [raw] = all_entries(open_reader(str(tmp_path / "a.parquet")), 100)
+    with pytest.raises(RejectError, match="conversations"):
+        raw.fields()
