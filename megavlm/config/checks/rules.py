@@ -8,8 +8,9 @@ from pathlib import Path
 from megavlm.config.checks import start
 from megavlm.config.checks.architecture import architecture_problems
 from megavlm.config.checks.buckets import bucket_problems
-from megavlm.config.checks.datasets import DatasetFacts, facts_problems, fp8_multiple
+from megavlm.config.checks.datasets import DatasetFacts, facts_problems
 from megavlm.config.checks.device import Machine, machine_problems
+from megavlm.config.checks.fp8 import fp8_problems
 from megavlm.config.checks.limits import at_least
 from megavlm.config.checks.numbers import number_problems
 from megavlm.config.checks.observers import observer_problems
@@ -22,7 +23,6 @@ from megavlm.config.schema import (
     Architecture,
     Config,
     Data,
-    Fp8,
     Health,
     Optimizer,
     Parallel,
@@ -74,7 +74,7 @@ def problems(config: Config, world_size: int) -> list[str]:
         *_training(config.training, config.data),
         *_optimizer(config.optimizer, config.training),
         *_kernels(config.training),
-        *_fp8(config.fp8, config),
+        *fp8_problems(config.fp8, config),
         *at_least(0, "checkpoint", config.checkpoint, "save_interval", "keep", "keep_best"),
         *bucket_problems(config.parallel),
         *checkpoint_problems(
@@ -337,60 +337,6 @@ def _kernels(training: Training) -> Iterator[str]:
             "--training.kernels transformer_engine: its attention has no fused kernel for"
             " --training.precision float32; use local or auto"
         )
-
-
-def _fp8(fp8: Fp8, config: Config) -> Iterator[str]:
-    first = fp8.first_bf16_layers
-    last = fp8.last_bf16_layers
-    arch = config.architecture
-    spared = f"--fp8.first_bf16_layers {first} and --fp8.last_bf16_layers {last}"
-    yield from at_least(0, "fp8", fp8, "first_bf16_layers", "last_bf16_layers")
-    if not fp8.recipes and first + last > 0:
-        yield f"{spared}: have no effect without --fp8.vision or --fp8.language"
-    if fp8.recipes and config.training.kernels == "local":
-        yield (
-            "--training.kernels local: FP8 needs Transformer Engine's layers; use auto, or no"
-            " recipe for --fp8.vision and --fp8.language"
-        )
-    if fp8.vision == "delayed" and not trains("vision", config.training.trainable):
-        yield (
-            f"--fp8.vision delayed: --training.trainable {','.join(config.training.trainable)}"
-            " leaves the vision encoder frozen, and without a backward pass its scales are never"
-            " set; use tensorwise"
-        )
-    for part, recipe in fp8.recipes.items():
-        if config.training.precision == "float32":
-            yield f"--fp8.{part} {recipe} needs --training.precision bfloat16"
-        if recipe == "delayed" and first + last > 0:
-            yield f"--fp8.{part} delayed does not support {spared}; use another recipe, or 0"
-        sizes = vars(arch)[part]
-        share = sizes.num_layers // max(config.parallel.pipeline_model_parallel_size, 1)
-        if max(first, last) > share:
-            yield f"{spared}: at most {share}, the {part} layers of one pipeline stage"
-        parallel = config.parallel
-        tensor = max(
-            (
-                parallel.vision_tensor_size
-                if part == "vision"
-                else parallel.tensor_model_parallel_size
-            ),
-            1,
-        )
-        multiple = fp8_multiple(recipe, config.parallel.sequence_parallel and part == "language")
-        widths = {
-            "hidden_size": sizes.hidden_size,
-            "ffn_hidden_size": sizes.ffn_hidden_size // tensor,
-        }
-        if part == "language":
-            widths["num_attention_heads"] = (
-                arch.language.num_attention_heads * arch.language.head_size // tensor
-            )
-        for name, width in widths.items():
-            if width % multiple:
-                yield (
-                    f"--fp8.{part} {recipe}: --architecture.{part}.{name} makes matrices {width}"
-                    f" wide, not a multiple of {multiple}"
-                )
 
 
 def _health(health: Health) -> Iterator[str]:
