@@ -19,6 +19,7 @@ from megavlm.config.schema import (
     Training,
     Vision,
 )
+from tests.data.samples import make_dataset
 
 # Shapes unlike each other, so that a mix-up shows: grouped queries, a prime vocabulary that is
 # padded, several layers of each kind.
@@ -73,6 +74,24 @@ def whole_weights(curves: list[Curve]) -> dict[str, np.ndarray]:
         held[...] = values
     assert not any(np.isnan(weight).any() for weight in weights.values())
     return weights
+
+
+def make_packs(folder: Path, **settings: Any) -> None:
+    """Write packs for the tiny model: 128 tokens, four samples a pack.
+
+    Args:
+        folder: of the dataset.
+        settings: arguments of ``make_dataset`` that are to be others.
+    """
+    usual = dict(
+        vocab_size=199,
+        context_token_id=7,
+        tile_size=16,
+        features_per_tile=TINY.features_per_tile,
+        capacity=128,
+        samples_per_pack=4,
+    )
+    make_dataset(folder, **usual | settings)
 
 
 def config_for(dataset: Path, *, fp8: Fp8 | None = None, **settings: Any) -> Config:

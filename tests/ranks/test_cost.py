@@ -13,9 +13,8 @@ from megavlm.config.schema import Architecture, Checkpoint, Logging
 from megavlm.data.loading.dataset import PackedDataset
 from megavlm.data.loading.order import Plan
 from megavlm.planner.flops import pieces, training_cost
-from tests.data.samples import make_dataset
 from tests.ranks.pool import Pool
-from tests.ranks.runs import TINY, build, config_for
+from tests.ranks.runs import TINY, build, config_for, make_packs
 from tests.ranks.test_resume import run_job
 
 # As many words as rows of the padded vocabulary, since padding is computed but does not count.
@@ -80,14 +79,7 @@ def counted_by_torch(
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("packs") / "train"
-    sizes = dict(
-        vocab_size=199,
-        context_token_id=7,
-        tile_size=16,
-        features_per_tile=TINY.features_per_tile,
-        capacity=128,
-    )
-    make_dataset(folder, packs=3, samples_per_pack=4, image_share=1.0, **sizes)
+    make_packs(folder, packs=3, image_share=1.0)
     return folder
 
 

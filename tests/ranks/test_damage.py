@@ -18,9 +18,8 @@ import torch.distributed as dist
 
 from megavlm.config.cli import from_yaml, to_yaml
 from megavlm.config.schema import Config
-from tests.data.samples import make_dataset
 from tests.ranks.pool import Pool
-from tests.ranks.runs import TINY
+from tests.ranks.runs import make_packs
 from tests.ranks.test_resume import STEPS, losses, make_job, run_job
 
 NEWEST = f"step_{STEPS:08d}"
@@ -29,14 +28,7 @@ NEWEST = f"step_{STEPS:08d}"
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("packs") / "train"
-    sizes = dict(
-        vocab_size=199,
-        context_token_id=7,
-        tile_size=16,
-        features_per_tile=TINY.features_per_tile,
-        capacity=128,
-    )
-    make_dataset(folder, packs=10, samples_per_pack=4, image_share=0.6, **sizes)
+    make_packs(folder, packs=10, image_share=0.6)
     return folder
 
 

@@ -11,9 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.data.samples import make_dataset
 from tests.ranks.pool import Pool
-from tests.ranks.runs import EVERYTHING, TINY, config_for, train_curve
+from tests.ranks.runs import EVERYTHING, TINY, config_for, make_packs, train_curve
 from tests.ranks.test_pipeline import PACKS, messages
 from tests.ranks.test_resume import forget_the_end, losses, make_job, run_job
 
@@ -30,12 +29,7 @@ DEEP = dataclasses.replace(
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("packs") / "train"
-    sizes = dict(
-        vocab_size=199, context_token_id=7, tile_size=16, features_per_tile=TINY.features_per_tile
-    )
-    make_dataset(
-        folder, packs=7, samples_per_pack=4, image_share=0.6, capacity=128, alignment=4, **sizes
-    )
+    make_packs(folder, packs=7, image_share=0.6, alignment=4)
     return folder
 
 

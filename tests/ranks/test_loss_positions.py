@@ -13,9 +13,8 @@ from megavlm.data.loading.dataset import PackedDataset, loss_positions
 from megavlm.data.store.pack_format import REDUCTIONS
 from megavlm.planner.activations import RankShare, kept_by
 from megavlm.planner.layout import make_layout
-from tests.data.samples import make_dataset
 from tests.ranks.pool import Pool
-from tests.ranks.runs import TINY, build, config_for, train_curve, whole_weights
+from tests.ranks.runs import TINY, build, config_for, make_packs, train_curve, whole_weights
 
 CAPACITY = 320
 TIED = dataclasses.replace(TINY, language=dataclasses.replace(TINY.language, tied_head=True))
@@ -32,15 +31,15 @@ CASES = {
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("packs") / "train"
-    sizes = dict(
-        vocab_size=199,
-        context_token_id=7,
-        tile_size=16,
-        features_per_tile=TINY.features_per_tile,
+    make_packs(
+        folder,
+        packs=8,
+        samples_per_pack=5,
+        image_share=0.6,
+        alignment=4,
         capacity=CAPACITY,
         text_tokens=(10, 30),
     )
-    make_dataset(folder, packs=8, samples_per_pack=5, image_share=0.6, alignment=4, **sizes)
     packs = PackedDataset(folder)
     shares = [len(packs.batch(pack, 0).loss_positions) / CAPACITY for pack in range(len(packs))]
     assert max(shares) < 0.6, "most tokens have no loss"

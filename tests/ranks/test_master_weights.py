@@ -13,9 +13,8 @@ import torch
 
 from megavlm.checkpoint import step_folder
 from megavlm.config.schema import Config
-from tests.data.samples import make_dataset
 from tests.ranks.pool import Pool
-from tests.ranks.runs import TINY
+from tests.ranks.runs import TINY, make_packs
 from tests.ranks.test_resume import STEPS, forget_the_end, losses, make_job, run_job, saved_tensors
 
 # Odd multiples of 64, so that buckets end at no multiple of 128.
@@ -39,12 +38,7 @@ _PARAM = "optimizer.state.param."
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("packs") / "train"
-    sizes = dict(
-        vocab_size=199, context_token_id=7, tile_size=16, features_per_tile=TINY.features_per_tile
-    )
-    make_dataset(
-        folder, packs=12, samples_per_pack=4, image_share=0.6, capacity=128, alignment=4, **sizes
-    )
+    make_packs(folder, packs=12, image_share=0.6, alignment=4)
     return folder
 
 

@@ -12,9 +12,8 @@ from megavlm.config.schema import Architecture, Config
 from megavlm.planner.layout import make_layout
 from megavlm.planner.memory import Memory, memory_by_rank
 from megavlm.planner.partition import PackSize
-from tests.data.samples import make_dataset
 from tests.ranks.pool import Pool
-from tests.ranks.runs import TINY, build, config_for
+from tests.ranks.runs import TINY, build, config_for, make_packs
 
 # As InternViT-6B: an odd number of heads, a norm over all of them. As Qwen3: heads of another
 # width, normalised, and a tied head.
@@ -112,14 +111,7 @@ def held(config: Config) -> tuple[int, Memory]:
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("packs") / "train"
-    sizes = dict(
-        vocab_size=199,
-        context_token_id=7,
-        tile_size=16,
-        features_per_tile=TINY.features_per_tile,
-        capacity=128,
-    )
-    make_dataset(folder, packs=3, samples_per_pack=4, image_share=1.0, alignment=4, **sizes)
+    make_packs(folder, packs=3, image_share=1.0, alignment=4)
     return folder
 
 

@@ -9,22 +9,14 @@ import numpy as np
 import pytest
 
 from megavlm.config.schema import Config
-from tests.data.samples import make_dataset
 from tests.ranks.pool import Pool
-from tests.ranks.runs import EVERYTHING, TINY, Curve, build, config_for, train_curve
+from tests.ranks.runs import EVERYTHING, Curve, build, config_for, make_packs, train_curve
 
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("packs") / "train"
-    sizes = dict(
-        vocab_size=199,
-        context_token_id=7,
-        tile_size=16,
-        features_per_tile=TINY.features_per_tile,
-        capacity=128,
-    )
-    make_dataset(folder, packs=4, samples_per_pack=4, image_share=1.0, **sizes)
+    make_packs(folder, packs=4, image_share=1.0)
     return folder
 
 

@@ -10,9 +10,8 @@ from unittest import mock
 import pytest
 
 from megavlm.config.schema import Config
-from tests.data.samples import make_dataset
 from tests.ranks.pool import Pool
-from tests.ranks.runs import EVERYTHING, TINY, build, config_for
+from tests.ranks.runs import EVERYTHING, TINY, build, config_for, make_packs
 
 PACKS = 4
 
@@ -20,15 +19,7 @@ PACKS = 4
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("packs") / "train"
-    sizes = dict(
-        vocab_size=199,
-        context_token_id=7,
-        tile_size=16,
-        features_per_tile=TINY.features_per_tile,
-        capacity=128,
-        alignment=4,
-    )
-    make_dataset(folder, packs=PACKS, samples_per_pack=4, image_share=0.6, **sizes)
+    make_packs(folder, packs=PACKS, image_share=0.6, alignment=4)
     return folder
 
 

@@ -11,9 +11,8 @@ import pytest
 import torch
 
 from megavlm.config.schema import Checkpoint, Config, Logging, Parallel
-from tests.data.samples import make_dataset
 from tests.ranks.pool import Pool
-from tests.ranks.runs import EVERYTHING, TINY, config_for
+from tests.ranks.runs import EVERYTHING, config_for, make_packs
 
 STEPS = 6
 PACKS_A_STEP = 2
@@ -25,12 +24,7 @@ INTERLEAVED = dict(
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("packs") / "train"
-    sizes = dict(
-        vocab_size=199, context_token_id=7, tile_size=16, features_per_tile=TINY.features_per_tile
-    )
-    make_dataset(
-        folder, packs=10, samples_per_pack=4, image_share=0.6, capacity=128, alignment=4, **sizes
-    )
+    make_packs(folder, packs=10, image_share=0.6, alignment=4)
     return folder
 
 

@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 
 from megavlm.config.schema import Config
-from tests.data.samples import make_dataset
 from tests.ranks.pool import Pool
-from tests.ranks.runs import TINY, build, config_for
+from tests.ranks.runs import build, config_for, make_packs
 
 LAYOUT = dict(tensor_model_parallel_size=2, context_parallel_size=2, vision="data")
 
@@ -21,15 +20,7 @@ LAYOUT = dict(tensor_model_parallel_size=2, context_parallel_size=2, vision="dat
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("packs") / "train"
-    sizes = dict(
-        vocab_size=199,
-        context_token_id=7,
-        tile_size=16,
-        features_per_tile=TINY.features_per_tile,
-        capacity=128,
-        alignment=4,
-    )
-    make_dataset(folder, packs=4, samples_per_pack=4, image_share=1.0, **sizes)
+    make_packs(folder, packs=4, image_share=1.0, alignment=4)
     return folder
 
 
