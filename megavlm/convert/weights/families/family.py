@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megavlm.config.schema import Language
-from megavlm.convert.weights.mapping import Row
+from megavlm.convert.weights.mapping import Row, layers, norm
+from megavlm.convert.weights.transforms import Padded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,3 +40,31 @@ class Family:
     has_head_dim: bool = True
     native: str = ""
     chat: str = ""
+
+
+def decoder(language: Language, layer: list[Row], *, embedding: str, head: str) -> list[Row]:
+    """Build the table of a language model from that of a layer.
+
+    Args:
+        language: sizes of the model.
+        layer: rows of a layer, without prefixes.
+        embedding: name of the token embedding.
+        head: name of the head, if it is not the embedding.
+    """
+    width = language.hidden_size
+    tokens = language.vocab_size
+    rows = [
+        Row(
+            "embedding.word_embeddings.weight",
+            (f"{embedding}.weight",),
+            (tokens, width),
+            Padded(tokens),
+        ),
+        *layers(layer, "decoder.layers.{}.", "model.layers.{}.", language.num_layers),
+        *norm("decoder.final_layernorm.", "model.norm", width),
+    ]
+    if not language.tied_head:
+        rows.append(
+            Row("output_layer.weight", (f"{head}.weight",), (tokens, width), Padded(tokens))
+        )
+    return rows

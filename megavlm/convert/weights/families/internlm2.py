@@ -9,27 +9,14 @@ Llama.
 from __future__ import annotations
 
 from megavlm.config.schema import Language
-from megavlm.convert.weights.families.family import Family
-from megavlm.convert.weights.mapping import Row, layers, linear, norm
-from megavlm.convert.weights.transforms import Padded, Stacked
+from megavlm.convert.weights.families.family import Family, decoder
+from megavlm.convert.weights.mapping import Row, linear, norm
+from megavlm.convert.weights.transforms import Stacked
 
 
 def rows(language: Language) -> list[Row]:
     """Build the table of InternLM2."""
-    width = language.hidden_size
-    tokens = language.vocab_size
-    head = [Row("output_layer.weight", ("output.weight",), (tokens, width), Padded(tokens))]
-    return [
-        Row(
-            "embedding.word_embeddings.weight",
-            ("model.tok_embeddings.weight",),
-            (tokens, width),
-            Padded(tokens),
-        ),
-        *layers(_layer(language), "decoder.layers.{}.", "model.layers.{}.", language.num_layers),
-        *norm("decoder.final_layernorm.", "model.norm", width),
-        *([] if language.tied_head else head),
-    ]
+    return decoder(language, _layer(language), embedding="model.tok_embeddings", head="output")
 
 
 def _layer(language: Language) -> list[Row]:

@@ -7,29 +7,16 @@ MLP, V vocabulary.
 from __future__ import annotations
 
 from megavlm.config.schema import Language
-from megavlm.convert.weights.families.family import Family
-from megavlm.convert.weights.mapping import Row, layers, linear, norm
-from megavlm.convert.weights.transforms import GroupedQKV, Padded, Stacked
+from megavlm.convert.weights.families.family import Family, decoder
+from megavlm.convert.weights.mapping import Row, linear, norm
+from megavlm.convert.weights.transforms import GroupedQKV, Stacked
 
 
 def rows(language: Language) -> list[Row]:
     """Build the table of Llama, with the biases and the query and key norms that its relatives
     add.
     """
-    width = language.hidden_size
-    tokens = language.vocab_size
-    head = [Row("output_layer.weight", ("lm_head.weight",), (tokens, width), Padded(tokens))]
-    return [
-        Row(
-            "embedding.word_embeddings.weight",
-            ("model.embed_tokens.weight",),
-            (tokens, width),
-            Padded(tokens),
-        ),
-        *layers(_layer(language), "decoder.layers.{}.", "model.layers.{}.", language.num_layers),
-        *norm("decoder.final_layernorm.", "model.norm", width),
-        *([] if language.tied_head else head),
-    ]
+    return decoder(language, _layer(language), embedding="model.embed_tokens", head="lm_head")
 
 
 def _layer(language: Language) -> list[Row]:
