@@ -64,4 +64,6 @@ def _facts(flag: str, folder: str) -> DatasetFacts:
         pixel_std=manifest.pixel_std,
         may_augment=any(source.augment for source in manifest.sources),
         has_levels=bool(manifest.levels),
+        template=manifest.template,
+        tiling=manifest.tiling,
     )

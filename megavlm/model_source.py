@@ -8,9 +8,9 @@ from megavlm.config.models import architecture
 from megavlm.config.schema import Architecture, Init
 
 
-def read_model(folder: str, init: Init) -> Architecture:
+def read_model(folder: str, init: Init, default: Architecture | None = None) -> Architecture:
     """Read the architecture of the model in a Hugging Face folder or, if none is named, of the
-    model that two parts give.
+    model that parts give; ``default`` has what no part says.
 
     Raises:
         FileNotFoundError: files are missing.
@@ -18,7 +18,7 @@ def read_model(folder: str, init: Init) -> Architecture:
     """
     from megavlm.convert.hf import from_parts
 
-    return from_parts.read_model(folder, init)
+    return from_parts.read_model(folder, init, default)
 
 
 def image_model(name: str | None) -> Architecture:
@@ -31,7 +31,7 @@ def image_model(name: str | None) -> Architecture:
             named.
     """
 
-    def read(folder: str, init: Init) -> Architecture:
+    def read(folder: str, init: Init, default: Architecture | None) -> Architecture:
         from megavlm.convert.hf import from_parts
 
         return from_parts.image_model(folder, init)

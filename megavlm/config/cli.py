@@ -23,7 +23,7 @@ from megavlm.config.models import MODELS, ReadModel, architecture
 from megavlm.config.options import Parser, make_parser, nearest, options, to_config
 from megavlm.config.recipes import RECIPES, recipe
 from megavlm.config.recipes.recipe import Recipe
-from megavlm.config.schema import Architecture, Config, Data, Init
+from megavlm.config.schema import Architecture, Config, Init
 from megavlm.config.yaml_file import Settings
 
 FindProblems = Callable[[Config, int], Sequence[str]]
@@ -200,9 +200,9 @@ def _from_tables(
     """Return the schema's defaults under the rows of both tables.
 
     A language model to start from says what the language part is; the vision part is then that of a
-    folder, or what ``--architecture.vision`` says.
+    folder, what ``--architecture.vision`` says, or the recipe's.
     """
-    has_model = model or init.is_whole or (init.language and sets_vision)
+    has_model = model or chosen.architecture or init.is_whole or (init.language and sets_vision)
     wanted = ("stage", stage, chosen.stages), ("model", has_model, MODELS)
     missing = [
         f"--{name} (one of {', '.join(table)})" for name, given, table in wanted if not given
@@ -215,14 +215,15 @@ def _from_tables(
         )
         raise ValueError(f"missing {' and '.join(missing)}{instead}")
     row = chosen.stage(stage)
-    built = architecture(model or "", init, read_model)
-    name = model or "+".join(Path(folder).resolve().name for folder in init.parts.values())
+    built = architecture(model or "", init, read_model, chosen.architecture)
+    parts = [Path(folder).resolve().name for folder in init.parts.values()]
+    name = model or "+".join(parts) or chosen.name
     return Config(
         recipe=chosen.name,
         stage=stage,
         model=name,
         architecture=built,
-        data=Data(loss_reduction=row.loss_reduction),
+        data=chosen.data(stage),
         optimizer=row.optimizer,
         training=row.training,
     )

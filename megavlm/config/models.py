@@ -12,9 +12,9 @@ from typing import Any
 
 from megavlm.config.schema import Architecture, Init, Language, Vision
 
-ReadModel = Callable[[str, Init], Architecture]
-"""Reads what the model in a Hugging Face folder is made of or, where no folder is named, the model
-that two parts give.
+ReadModel = Callable[[str, Init, Architecture | None], Architecture]
+"""Reads what the model in a Hugging Face folder is made of or, if no folder is named, the model
+that parts give; the last argument has what no part says.
 """
 
 _NO_PARTS = Init()
@@ -179,15 +179,20 @@ MODELS: dict[str, Architecture] = {
 
 
 def architecture(
-    name: str, init: Init = _NO_PARTS, read_model: ReadModel | None = None
+    name: str,
+    init: Init = _NO_PARTS,
+    read_model: ReadModel | None = None,
+    default: Architecture | None = None,
 ) -> Architecture:
     """Find the architecture for ``--model``: a row of the table, the model in a Hugging Face
-    folder, or, without a name, the model made of the parts in ``init``.
+    folder, or, without a name, the model made of the parts in ``init``, or the recipe's.
 
     Args:
-        name: of the row, or the folder; may be empty if ``init`` names a language model.
+        name: of the row, or the folder; may be empty if ``init`` names a language model, or if
+            there is a default.
         init: the parts to start from.
         read_model: reads what is not in the table; none: only the table is known.
+        default: the recipe's model.
 
     Raises:
         ValueError: there is no such row and no such folder, which the message tells, or the folder
@@ -196,8 +201,11 @@ def architecture(
     """
     if name in MODELS:
         return MODELS[name]
-    if read_model is not None and (Path(name).is_dir() if name else init.language):
-        return read_model(name, init)
+    has_parts = init.language or (init.vision and default is not None)
+    if read_model is not None and (Path(name).is_dir() if name else has_parts):
+        return read_model(name, init, default)
+    if default is not None and not name:
+        return default
     raise ValueError(
         f"--model {name}: no such model and no such folder; known models are {', '.join(MODELS)}"
     )

@@ -16,6 +16,8 @@ from megavlm.config.architecture import Vision as Vision
 from megavlm.config.connectors import Connector as Connector
 from megavlm.config.parts import Init as Init
 
+# A value that accepts every template, or every tiling.
+ANY = "any"
 # What ``--data.augment`` knows.
 AUGMENTATIONS = ("jpeg", "crop", "flip", "colour")
 
@@ -41,6 +43,10 @@ class Data:
             balanced; 0: the global batch size; 1: no buckets.
         loss_reduction: weight of each supervised token in the loss: 1 (token), 1/n (sample) or
             1/sqrt(n) (square), if its sample has n supervised tokens.
+        template: conversation templates (``--template`` of ``tools/pack_dataset.py``) that the
+            packs may be packed with; any: every one.
+        tiling: how images must have become tiles (``--tiling`` of ``tools/pack_dataset.py``); any:
+            either way.
         augment: random image augmentations, for sources packed with data_augment: jpeg (quality 75
             to 100, as in InternVL), crop, flip, colour. Crop and flip invalidate boxes and words
             such as "left".
@@ -58,6 +64,8 @@ class Data:
     shuffle: bool = True
     group: int = 0
     loss_reduction: Literal["token", "sample", "square"] = "square"
+    template: tuple[str, ...] = (ANY,)
+    tiling: Literal["any", "dynamic", "pad"] = ANY
     augment: tuple[str, ...] = ()
     workers: int = 4
     prefetch: int = 4

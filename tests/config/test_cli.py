@@ -13,9 +13,9 @@ from megavlm.config.cli import from_yaml, parse, to_yaml
 from megavlm.config.models import MODELS
 from megavlm.config.options import ALIASES, options
 from megavlm.config.recipes import RECIPES
-from megavlm.config.recipes.internvl import STAGES
+from megavlm.config.recipes.internvl import RECIPE, STAGES
 from megavlm.config.recipes.recipe import Recipe, Stage
-from megavlm.config.schema import Config, Data, Optimizer, Training
+from megavlm.config.schema import Config, Optimizer, Training
 
 NAMES = ["--stage", "1", "--model", "tiny"]
 
@@ -36,7 +36,7 @@ def test_names_pick_rows_of_the_tables(stage: str, model: str):
         stage=stage,
         model=model,
         architecture=MODELS[model],
-        data=Data(loss_reduction=row.loss_reduction),
+        data=RECIPE.data(stage),
         optimizer=row.optimizer,
         training=row.training,
     )

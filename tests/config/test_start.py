@@ -10,15 +10,18 @@ import pytest
 from megavlm.config.checks.rules import problems
 from megavlm.config.cli import from_yaml, parse, to_yaml
 from megavlm.config.models import MODELS, architecture
-from megavlm.config.schema import Architecture, Checkpoint, Connector, Init, Vision
+from megavlm.config.recipes import RECIPES
+from megavlm.config.recipes.recipe import Recipe, Stage
+from megavlm.config.schema import Architecture, Checkpoint, Connector, Init, Language, Vision
 
 FOUND = Architecture(connector=Connector(pixel_shuffle=7))
 
 
-def read(folder: str, init: Init) -> Architecture:
-    """Tells what it was asked for."""
-    assert bool(folder) or init.language
-    return dataclasses.replace(FOUND, vision=Vision(num_layers=len(folder) or 99))
+def read(folder: str, init: Init, default: Architecture | None = None) -> Architecture:
+    """Return what tells what was asked for."""
+    assert folder or init.language or default
+    found = FOUND if default is None else default
+    return dataclasses.replace(found, vision=Vision(num_layers=len(folder) or 99))
 
 
 def test_a_folder_fills_the_architecture_and_options_still_win(tmp_path: Path) -> None:
@@ -112,3 +115,33 @@ def test_what_internvls_formats_cannot_hold_is_not_exported(tmp_path: Path) -> N
         line.startswith(f"--checkpoint.export_hf {tmp_path}/out: ") and "siglip" in line
         for line in problems(config, 1)
     )
+
+
+@pytest.fixture
+def known_model(monkeypatch: pytest.MonkeyPatch) -> Architecture:
+    """Register a recipe that is known for a model."""
+    model = Architecture(
+        vision=Vision(family="siglip", num_layers=2),
+        connector=Connector(pixel_shuffle=1),
+        language=Language(num_layers=5),
+    )
+    row = Recipe(
+        name="mine",
+        description="a recipe with a model",
+        stages={"1": Stage(description="the only stage")},
+        architecture=model,
+    )
+    monkeypatch.setitem(RECIPES, "mine", row)
+    return model
+
+
+def test_a_recipe_with_a_model_needs_none(known_model: Architecture, tmp_path: Path) -> None:
+    arguments = ["--recipe", "mine", "--stage", "1"]
+    config = parse(arguments, read)
+    assert config.model == "mine" and config.architecture == known_model
+    changed = parse([*arguments, "--architecture.language.num_layers", "7"], read).architecture
+    assert changed.language == Language(num_layers=7) and changed.vision == known_model.vision
+    assert parse([*arguments, "--model", "tiny"], read).architecture == MODELS["tiny"]
+    part = parse([*arguments, "--init.vision", str(tmp_path)], read)
+    assert part.model == tmp_path.name and part.init == Init(vision=str(tmp_path))
+    assert part.architecture == dataclasses.replace(known_model, vision=Vision(num_layers=99))

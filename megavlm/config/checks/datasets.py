@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from megavlm.config.checks.rank_slices import rows_of_a_rank, sharing_problems
 from megavlm.config.connectors import CONNECTORS
 from megavlm.config.freeze_mask import parts_named
-from megavlm.config.schema import Architecture, Config
+from megavlm.config.schema import ANY, Architecture, Config
 
 # Matrices come in multiples of so many rows and columns (Transformer Engine 2.11).
 FP8_ROWS = {"delayed": 16, "tensorwise": 16, "blockwise": 16, "mxfp8": 32}
@@ -44,6 +44,8 @@ class DatasetFacts:
         pixel_mean, pixel_std: how the pixels are to be normalised.
         may_augment: whether a source was packed with data_augment.
         has_levels: whether it was packed by levels of difficulty.
+        template: conversation template.
+        tiling: how images became tiles.
     """
 
     flag: str
@@ -60,6 +62,8 @@ class DatasetFacts:
     pixel_std: tuple[float, float, float]
     may_augment: bool = False
     has_levels: bool = False
+    template: str = ""
+    tiling: str = ""
 
 
 def facts_problems(config: Config, facts: Sequence[DatasetFacts]) -> list[str]:
@@ -101,6 +105,7 @@ def _dataset(config: Config, facts: DatasetFacts) -> Iterator[str]:
             f"{where}: its tokenizer has {facts.vocab_size} tokens, but"
             f" --architecture.language.vocab_size is {arch.language.vocab_size}"
         )
+    yield from _form(config, facts, where)
     yield from sharing_problems(config.parallel, where, facts.capacity, facts.alignment)
     rows = rows_of_a_rank(config.parallel, facts.capacity)
     recipe = config.fp8.language
@@ -114,6 +119,26 @@ def _dataset(config: Config, facts: DatasetFacts) -> Iterator[str]:
         yield (
             f"{where}: has no images, and --training.trainable"
             f" {','.join(config.training.trainable)} learns from images only"
+        )
+
+
+def _form(config: Config, facts: DatasetFacts, where: str) -> Iterator[str]:
+    """Yield in what the form of conversations and images is not the one that the stage wants."""
+    wanted = config.data.template
+    stage = f"stage {config.stage} of recipe {config.recipe}"
+    if ANY not in wanted and facts.template not in wanted:
+        listed = ",".join(wanted)
+        yield (
+            f"{where}: packed with the conversation template {facts.template}, but {stage} is"
+            f" trained on {listed}; pack with --template {wanted[0]}, or give --data.template"
+            f" {facts.template} to train on these packs as they are"
+        )
+    tiling = config.data.tiling
+    if facts.has_images and tiling not in (ANY, facts.tiling):
+        yield (
+            f"{where}: packed with --tiling {facts.tiling}, but {stage} is trained on --data.tiling"
+            f" {tiling}; pack with --tiling {tiling}, or give --data.tiling {facts.tiling} to train"
+            " on these packs as they are"
         )
 
 

@@ -26,7 +26,8 @@ _BY_SECTION: dict[str, dict[Kind, str]] = {
     },  # another stage is another run; the architecture is compared
     "init.": {"origin": "vision language tokenizer"},
     "data.": {
-        "taken": "train valid loss_reduction augment",  # packs and tokenizer are compared
+        # packs and tokenizer are compared
+        "taken": "train valid loss_reduction template tiling augment",
         "refused": "weights batch_shares curriculum shuffle group",
         "free": "workers prefetch timeout",
     },

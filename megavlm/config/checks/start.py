@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from megavlm.config.exports import HOLDS
+from megavlm.config.recipes import recipe
 from megavlm.config.schema import Config
 
 
 def problems(config: Config) -> Iterator[str]:
-    """Everything about parts that cannot be, and exports that InternVL's formats cannot hold; each
-    names the flag to change.
+    """Everything about parts that cannot be, and exports that the recipe's format cannot hold;
+    each names the flag to change.
     """
     init = config.init
     load = config.checkpoint.load
     export = config.checkpoint.export_hf
-    arch = config.architecture
     for name, folder in vars(init).items():
         if folder and not Path(folder).is_dir():
             yield f"--init.{name} {folder}: no such folder"
@@ -27,12 +28,6 @@ def problems(config: Config) -> Iterator[str]:
                 f"--init.{part} {folder} and --checkpoint.load {load} both say where weights come"
                 " from; give one of them"
             )
-    connector = arch.connector
-    is_internvl = connector.kind == "mlp" and connector.norm
-    if export and (arch.vision.family != "internvit" or not is_internvl):
-        yield (
-            f"--checkpoint.export_hf {export}: InternVL's formats hold --architecture.vision.family"
-            " internvit with --architecture.connector.kind mlp and --architecture.connector.norm"
-            f" true; this model is {arch.vision.family} with {connector.kind} and"
-            f" {str(connector.norm).lower()}"
-        )
+    if export:
+        for reason in HOLDS[recipe(config.recipe).hub_format](config.architecture):
+            yield f"--checkpoint.export_hf {export}: {reason}"

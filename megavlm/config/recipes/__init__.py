@@ -8,6 +8,12 @@ from megavlm.config.recipes.recipe import Recipe
 RECIPES: dict[str, Recipe] = {module.RECIPE.name: module.RECIPE for module in (internvl,)}
 
 
+def recipe_of(hub_format: str) -> Recipe:
+    """Return the recipe whose models are exported in a format; if there is none, the first."""
+    rows = list(RECIPES.values())
+    return next((row for row in rows if row.hub_format == hub_format), rows[0])
+
+
 def recipe(name: str) -> Recipe:
     """Return the recipe ``name`` from the table.
 

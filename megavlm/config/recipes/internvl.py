@@ -9,7 +9,7 @@ supervised tokens weighs the square root of n. Batch sizes count packs of 16384 
 from __future__ import annotations
 
 from megavlm.config.recipes.recipe import Recipe, Stage
-from megavlm.config.schema import Optimizer, Training
+from megavlm.config.schema import ANY, Optimizer, Training
 
 _EVERYTHING = ("vision", "connector", "language")
 
@@ -21,6 +21,7 @@ STAGES: dict[str, Stage] = {
     "0": Stage(
         description="language model only, on packs without images",
         loss_reduction="token",
+        template=(ANY,),
         optimizer=Optimizer(
             lr=3e-4,
             min_lr=3e-5,
@@ -58,5 +59,6 @@ RECIPE = Recipe(
     name="internvl",
     description="InternVL 2.5 to 3.5: vision encoder, MLP, language model",
     stages=STAGES,
-    export_dialect="native",
+    template=("internvl2_5", "Hermes-2", "internlm2-chat", "phi3-chat", "vicuna"),
+    hub_format="native",
 )

@@ -1,4 +1,6 @@
-"""What a recipe is: training stages, and the format that its models are exported in."""
+"""What a recipe is: the parts of its models, training stages, what its packs look like, and the
+format that its models are exported in.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from megavlm.config.schema import Optimizer, Training
+from megavlm.config.schema import ANY, Architecture, Data, Optimizer, Training
+
+Tiling = Literal["any", "dynamic", "pad"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,31 +20,47 @@ class Stage:
     Args:
         description: one line, for people.
         loss_reduction: how supervised tokens weigh, as ``--data.loss_reduction``.
+        template: conversation templates that its packs may have, as ``--data.template``; empty:
+            those of the recipe.
+        tiling: how images became tiles, as ``--data.tiling``; none: that of the recipe.
         optimizer: learning rate, weight decay and so on.
         training: trained parts, batch size, steps.
     """
 
     description: str
     loss_reduction: Literal["token", "sample", "square"] = "square"
+    template: tuple[str, ...] = ()
+    tiling: Tiling | None = None
     optimizer: Optimizer = field(default_factory=Optimizer)
     training: Training = field(default_factory=Training)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How models of a kind are trained.
+    """What models of a kind are made of, and how they are trained.
 
     Args:
         name: value of ``--recipe``.
         description: one line, for people.
         stages: by the value of ``--stage``, in the order of training.
-        export_dialect: format that a trained model is exported in, unless another one is asked for.
+        architecture: the model that the recipe is known for, for a run without ``--model``. Parts
+            that ``--init`` names replace its own, and keep its connector. None: a run must name its
+            model, and the vision encoder decides the connector.
+        template: conversation templates that packs may have, see ``--template`` of
+            ``tools/pack_dataset.py``; a stage may name others.
+        tiling: how images become tiles, see ``--tiling`` of ``tools/pack_dataset.py``; a stage may
+            name another.
+        hub_format: row of ``HUB_FORMATS`` (``megavlm/convert/hf/hub_formats.py``) that a trained
+            model is exported in, unless another one is asked for.
     """
 
     name: str
     description: str
     stages: Mapping[str, Stage]
-    export_dialect: Literal["native", "chat"] = "native"
+    architecture: Architecture | None = None
+    template: tuple[str, ...] = (ANY,)
+    tiling: Tiling = ANY
+    hub_format: str = "native"
 
     def stage(self, name: str) -> Stage:
         """Return the stage ``name``.
@@ -54,3 +74,12 @@ class Recipe:
                 f" {', '.join(self.stages)}"
             )
         return self.stages[name]
+
+    def data(self, stage: str) -> Data:
+        """Return what the stage ``stage`` sets of the data; raises as ``stage``."""
+        row = self.stage(stage)
+        return Data(
+            loss_reduction=row.loss_reduction,
+            template=row.template or self.template,
+            tiling=row.tiling or self.tiling,
+        )

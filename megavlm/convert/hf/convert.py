@@ -18,7 +18,7 @@ from megavlm.checkpoint.step_folder import CONFIG_NAME, SHARDS, TOKENIZER, Check
 from megavlm.checkpoint.train_state import State
 from megavlm.config.cli import to_yaml
 from megavlm.config.models import MODELS
-from megavlm.config.recipes import recipe
+from megavlm.config.recipes import recipe, recipe_of
 from megavlm.config.schema import Architecture, Config
 from megavlm.convert.dist_checkpoint import ShardsFolder, write_shards
 from megavlm.convert.hf import model_card, preprocessing, tokenizer_files
@@ -138,7 +138,7 @@ def export(
         ValueError: the checkpoint is damaged or of another model than it says, or ``out`` is taken.
     """
     found = _read_checkpoint(checkpoint)
-    dialect = dialect or recipe(found.config.recipe).export_dialect
+    dialect = dialect or recipe(found.config.recipe).hub_format
     folder = found.folder
     out = Path(out)
     architecture = found.config.architecture
@@ -182,11 +182,13 @@ def import_(
     architecture = architecture_from_hf(folder)
     view = hf_tensors_as_megatron(folder, architecture)
     name = next((name for name, known in MODELS.items() if known == architecture), "custom")
+    source = recipe_of(dialect_of(folder)).name
     with new_folder(out, flag) as growing, Progress("import", "B", _bytes(view)) as progress:
         write_shards(view, growing / SHARDS, done=progress.add)
         words = copy_tokenizer(Path(tokenizer) if tokenizer else folder, growing / TOKENIZER)
         (growing / CONFIG_NAME).write_text(
-            to_yaml(Config(stage="", model=name, architecture=architecture)), encoding="utf-8"
+            to_yaml(Config(recipe=source, stage="", model=name, architecture=architecture)),
+            encoding="utf-8",
         )
         preprocessing.write(hub_format_of(folder).read_usage(folder), growing)
         train_state.write(State(tokenizer=words), growing)

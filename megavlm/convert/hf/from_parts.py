@@ -51,14 +51,15 @@ _BUFFER = re.compile(r"\.rotary_emb\.inv_freq$")
 _INITIALIZER_RANGE = 0.02
 
 
-def read_model(folder: str, init: Init) -> Architecture:
+def read_model(folder: str, init: Init, default: Architecture | None = None) -> Architecture:
     """Read what a model is made of.
 
     Args:
         folder: a Hugging Face folder of a whole model, or of a vision encoder if a language model
             is named; may be empty.
-        init: the parts; without a vision encoder, it is InternViT-300M, or as
+        init: the parts; without a vision encoder, it is the default's or InternViT-300M, or as
             ``--architecture.vision`` changes it.
+        default: the recipe's model: the parts that no folder is named for, and the connector.
 
     Raises:
         FileNotFoundError: files are missing.
@@ -66,8 +67,13 @@ def read_model(folder: str, init: Init) -> Architecture:
     """
     if folder and not (init.language and _is_vision_encoder(folder)):
         return architecture_from_hf(folder)
-    vision = folder or init.vision
-    return _compose(vision_from_hf(vision) if vision else Vision(), language_from_hf(init))
+    known = default or Architecture()
+    named = folder or init.vision
+    vision = vision_from_hf(named) if named else known.vision
+    language = language_from_hf(init) if init.language else known.language
+    if default is not None:
+        return replace(default, vision=vision, language=language)
+    return _compose(vision, language)
 
 
 def image_model(folder: str, init: Init) -> Architecture:

@@ -11,6 +11,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
+from megavlm.config.exports import HOLDS
 from megavlm.config.schema import Architecture, Language
 from megavlm.convert.weights.connectors import mlp_rows
 from megavlm.convert.weights.families import FAMILIES, internvit, written_as
@@ -79,14 +80,8 @@ def rows(architecture: Architecture, dialect: Dialect = "native") -> tuple[Row, 
         ValueError: the language model is of no known family, or contradicts its family, or the
             dialect has no place for the vision encoder.
     """
-    connector = architecture.connector
-    if architecture.vision.family != "internvit" or connector.kind != "mlp" or not connector.norm:
-        raise ValueError(
-            f"--architecture.vision.family {architecture.vision.family},"
-            f" --architecture.connector.kind {connector.kind}, --architecture.connector.norm"
-            f" {str(connector.norm).lower()}: Hugging Face's InternVL has an internvit and the"
-            " connector mlp with a norm; this model stays in checkpoints"
-        )
+    for reason in HOLDS[dialect](architecture):
+        raise ValueError(f"{reason}; it stays in checkpoints")
     names = _NAMES[dialect]
     language = architecture.language
     return (

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import transformers
 
+from megavlm.config.exports import HOLDS
+from megavlm.config.recipes import RECIPES
 from megavlm.convert.hf import convert
 from megavlm.convert.hf.hub_formats import HUB_FORMATS, dialect_of
 from megavlm.convert.hf.json_files import read_json, write_json
@@ -17,7 +19,8 @@ from tests.convert.models import SMALL, make_hf
 
 
 def test_every_dialect_of_the_weights_has_a_row() -> None:
-    assert tuple(HUB_FORMATS) == DIALECTS
+    assert tuple(HUB_FORMATS) == DIALECTS == tuple(HOLDS)
+    assert all(row.hub_format in HUB_FORMATS for row in RECIPES.values())
     for row in HUB_FORMATS.values():
         assert hasattr(transformers, row.class_name) == row.is_in_transformers, row.class_name
 
