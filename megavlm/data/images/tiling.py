@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, get_args
+
+Mode = Literal["dynamic", "pad", "crop"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,8 +24,8 @@ class Tiling:
         max_tiles: most tiles of an image, thumbnail not counted; the images of one record share it.
         thumbnail: whether an image of several tiles gets a thumbnail, the whole image as one more
             tile.
-        mode: ``dynamic``, or ``pad``: each image is one tile, filled up to a square, as LLaVA has
-            it.
+        mode: ``dynamic``; or each image is one tile, filled up to a square (``pad``) or the square
+            in its middle (``crop``), as LLaVA has them.
         pixel_mean: mean of red, green and blue, from 0 to 1: what ``pad`` fills with.
     """
 
@@ -31,7 +33,7 @@ class Tiling:
     min_tiles: int = 1
     max_tiles: int = 12
     thumbnail: bool = True
-    mode: Literal["dynamic", "pad"] = "dynamic"
+    mode: Mode = "dynamic"
     pixel_mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
 
     def __post_init__(self) -> None:
@@ -42,8 +44,8 @@ class Tiling:
                 f"--min_tiles {self.min_tiles} and --max_tiles {self.max_tiles}: must be 1 <= min"
                 " <= max"
             )
-        if self.mode not in ("dynamic", "pad"):
-            raise ValueError(f"--tiling {self.mode}: must be dynamic or pad")
+        if self.mode not in get_args(Mode):
+            raise ValueError(f"--tiling {self.mode}: must be one of {', '.join(get_args(Mode))}")
 
     @property
     def pad_colour(self) -> tuple[int, int, int] | None:
@@ -58,7 +60,7 @@ class Tiling:
 
         ``max_tiles`` stands in for the setting of the same name, for a source that has its own.
         """
-        if self.mode == "pad":
+        if self.mode != "dynamic":
             return 1, 1
         most = image_max_tiles(self.max_tiles if max_tiles is None else max_tiles, images)
         return choose_grid(width, height, self.min_tiles, most, self.tile_size)

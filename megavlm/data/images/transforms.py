@@ -1,4 +1,4 @@
-"""Tiles of images that are changed on the way: filled up to a square, or augmented."""
+"""Tiles of images that are changed on the way: made square, or augmented."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ def decode_changed(
     thumbnail: bool,
     *,
     pad_colour: tuple[int, int, int] | None = None,
+    crops: bool = False,
     change: Change | None = None,
     out: np.ndarray | None = None,
 ) -> np.ndarray:
@@ -28,6 +29,7 @@ def decode_changed(
     Args:
         encoded, columns, rows, tile_size, thumbnail: as for ``media.decode_tiles``.
         pad_colour: what the image is filled up with to a square; None: it is not.
+        crops: whether the square in its middle is taken, see ``centre_crop``.
         change: what else happens to it.
         out: as for ``media.decode_tiles``.
 
@@ -59,6 +61,8 @@ def decode_changed(
             image = kind(image).enhance(factor)
     if pad_colour is not None:
         image = to_square(image, pad_colour)
+    if crops:
+        image = centre_crop(image, tile_size)
     tiles = cut_tiles(np.asarray(image), columns, rows, tile_size, thumbnail, out)
     if change.qualities:
         for tile, quality in zip(tiles, change.qualities, strict=True):
@@ -74,6 +78,19 @@ def to_square(image: PillowImage.Image, colour: tuple[int, int, int]) -> PillowI
     square = PillowImage.new("RGB", (side, side), colour)
     square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     return square
+
+
+def centre_crop(image: PillowImage.Image, size: int) -> PillowImage.Image:
+    """Resize an image so that its shorter side has ``size`` pixels, and take the square in its
+    middle, as CLIP's image processor does.
+    """
+    short = min(image.size)
+    width, height = (int(size * side / short) for side in image.size)
+    for shape in ((width, image.height), (width, height)):
+        image = image.resize(shape, PillowImage.Resampling.BICUBIC)
+    left = (width - size) // 2
+    top = (height - size) // 2
+    return image.crop((left, top, left + size, top + size))
 
 
 def _compress(tile: np.ndarray, quality: int) -> np.ndarray:

@@ -22,7 +22,8 @@ import numpy as np
 from PIL import Image as PillowImage
 
 from megavlm.data.images.decode import MAX_PIXELS, cut_tiles, describe, open_image
-from megavlm.data.images.transforms import to_square
+from megavlm.data.images.tiling import Tiling
+from megavlm.data.images.transforms import centre_crop, to_square
 from megavlm.data.records.record import MediaFile
 
 JPEG_QUALITY = 95
@@ -56,16 +57,13 @@ def frame_times(file: MediaFile) -> list[float]:
         return container.times()
 
 
-def read_frames(
-    file: MediaFile, places: Sequence[int], tile_size: int, pad_colour: tuple[int, int, int] | None
-) -> list[Frame]:
+def read_frames(file: MediaFile, places: Sequence[int], tiling: Tiling) -> list[Frame]:
     """Read some frames of a video.
 
     Args:
         file: the video.
         places: numbers of the frames, ascending.
-        tile_size: side of a tile in pixels.
-        pad_colour: as for ``media_changed.decode_changed``.
+        tiling: how a frame becomes a tile.
 
     Raises:
         OSError: there is no such file.
@@ -75,7 +73,7 @@ def read_frames(
         files = [_frame_files(file)[place] for place in places]
         return [_stored(path.read_bytes(), path.name) for path in files]
     decoded = _gif_frames(file, places) if _is_gif(file) else _video_frames(file, places)
-    return [_encode(image, tile_size, pad_colour) for image in decoded]
+    return [_encode(image, tiling) for image in decoded]
 
 
 def _stored(encoded: bytes, name: str) -> Frame:
@@ -87,12 +85,12 @@ def _stored(encoded: bytes, name: str) -> Frame:
     return Frame(encoded=encoded, width=width, height=height)
 
 
-def _encode(
-    image: PillowImage.Image, tile_size: int, pad_colour: tuple[int, int, int] | None
-) -> Frame:
+def _encode(image: PillowImage.Image, tiling: Tiling) -> Frame:
     """Encode a decoded frame as a tile."""
-    square = image if pad_colour is None else to_square(image, pad_colour)
-    (tile,) = cut_tiles(np.asarray(square), 1, 1, tile_size, False)
+    square = image if tiling.pad_colour is None else to_square(image, tiling.pad_colour)
+    if tiling.mode == "crop":
+        square = centre_crop(square, tiling.tile_size)
+    (tile,) = cut_tiles(np.asarray(square), 1, 1, tiling.tile_size, False)
     file = io.BytesIO()
     PillowImage.fromarray(np.ascontiguousarray(tile.transpose(1, 2, 0))).save(
         file, "JPEG", quality=JPEG_QUALITY, subsampling=0

@@ -44,6 +44,7 @@ class PackedDataset:
         self.reader = Reader(folder)
         self.augment = tuple(augment)
         self.pad_colour = pad_colour(self.manifest.tiling, self.manifest.pixel_mean)
+        self.crops = self.manifest.tiling == "crop"
 
     def __reduce__(self) -> tuple:
         return partial(type(self), self.folder, augment=self.augment), ()
@@ -218,7 +219,8 @@ class PackedDataset:
                     if is_whole
                     else np.empty((count, 3, size, size), np.uint8)
                 )
-                if self.pad_colour is None and not self._is_augmented(pack, place):
+                is_square = self.crops or self.pad_colour is not None
+                if not is_square and not self._is_augmented(pack, place):
                     decode_tiles(
                         pack.image(place), columns, rows, size, count > columns * rows, out=room
                     )
@@ -245,7 +247,7 @@ class PackedDataset:
     def _decode_changed(
         self, pack: Pack, place: int, seed: int, position: int, room: np.ndarray
     ) -> None:
-        """Decode the tiles of an image that is padded to a square, or changed at random."""
+        """Decode the tiles of an image that is made square, or changed at random."""
         columns, rows, count = (
             int(pack.images[name][place]) for name in ("columns", "rows", "tiles")
         )
@@ -257,6 +259,7 @@ class PackedDataset:
             self.manifest.image_size,
             count > columns * rows,
             pad_colour=self.pad_colour,
+            crops=self.crops,
             change=draw(operations, count, seed=seed, position=position, place=place),
             out=room,
         )

@@ -66,7 +66,10 @@ IMAGES = (
         name="tiling",
         default="dynamic",
         metavar="MODE",
-        text="dynamic, or pad: each image is one tile, padded to a square (default: %(default)s)",
+        text=(
+            "dynamic; or each image is one tile: padded to a square (pad), or the square in its"
+            " middle (crop) (default: %(default)s)"
+        ),
     ),
     Option(
         name="min_frames",
@@ -100,6 +103,11 @@ TEXTS = (
         default="internvl2_5",
         metavar="NAME",
         text=f"conversation template: {', '.join(FORMATS)} (default: %(default)s)",
+    ),
+    Option(
+        name="truncate",
+        default=0,
+        text="cut the end of longer conversations off at N tokens, as LLaVA does (2048); 0: none",
     ),
     Option(
         name="window_tokens",
@@ -171,6 +179,7 @@ JOB = (
 PASSED_ON = (
     "tokenizer",
     "template",
+    "truncate",
     "capacity",
     "tile_multiple",
     "alignment",

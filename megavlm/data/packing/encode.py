@@ -59,6 +59,7 @@ class Encoder:
         frames: how frames of videos are chosen.
         deep_images: what becomes of images of more than 8 bits a channel.
         windows: how long documents are cut.
+        truncate: tokens that the end of a longer sample is cut off after; 0: nothing is cut off.
         seed: fixes the frames that are chosen at random.
     """
 
@@ -72,6 +73,7 @@ class Encoder:
         frames: FrameChoice | None = None,
         deep_images: DeepImages = "clip",
         windows: Windows | None = None,
+        truncate: int = 0,
         seed: int = 0,
     ) -> None:
         self.template = template
@@ -81,6 +83,7 @@ class Encoder:
         self.frames = frames or FrameChoice()
         self.deep_images = deep_images
         self.windows = windows or Windows()
+        self.truncate = truncate
         self.seed = seed
 
     def encode_raw(
@@ -128,8 +131,8 @@ class Encoder:
         keep: Filter | None = None,
         difficulty: float = 0.0,
     ) -> tuple[Sample, ...]:
-        """Return the samples of a record: one, or the windows of a document. Nothing is cut off:
-        what is too long is refused.
+        """Return the samples of a record: one, or the windows of a document. What is too long is
+        refused, unless ``truncate`` says where its end is cut off.
 
         Args:
             record: conversations, images and videos.
@@ -168,11 +171,40 @@ class Encoder:
         if self.windows.cut and turns[0].role == "pretrain":
             samples = tuple(self._cut(whole))
         else:
-            samples = (whole,)
+            samples = (self._truncated(whole),)
         for sample in samples:
             self._check_size(sample, "--max_frames" if record.videos else "--max_tiles")
             keep.check_length(sample.length)
         return samples
+
+    def _truncated(self, whole: Sample) -> Sample:
+        """Return a sample without what stands behind its first ``truncate`` tokens. An image is
+        kept or lost as a whole.
+        """
+        end = self.truncate
+        if not end or whole.length <= end:
+            return whole
+        context = self.template.context_token_id
+        shown = int(np.count_nonzero(whole.tokens[:end] == context))
+        features = np.array([image.tiles for image in whole.images], np.int64)
+        ends = np.cumsum(features) * self.template.features_per_tile
+        images = int(np.count_nonzero(ends <= shown))
+        if shown not in (0, *ends.tolist()):
+            raise RejectError(
+                "too_long",
+                f"{whole.length} tokens, and --truncate {end} would cut image {images + 1} in two:"
+                " raise --truncate",
+            )
+        if not whole.supervised[1:end].any():
+            raise RejectError(
+                "empty_answer", f"no answer begins before --truncate {end} of {whole.length} tokens"
+            )
+        return dataclasses.replace(
+            whole,
+            tokens=whole.tokens[:end],
+            supervised=whole.supervised[:end],
+            images=whole.images[:images],
+        )
 
     def _check_size(self, sample: Sample, flag: str) -> None:
         """Refuse a sample that no pack can hold; ``flag`` makes its images smaller."""
@@ -259,7 +291,7 @@ class Encoder:
                 blank = Image(encoded=b"", width=0, height=0, columns=1, rows=1, tiles=1)
                 return tuple(blank for _ in chosen)
             load_decoders()
-            frames = read_frames(video.file, chosen, self.tiling.tile_size, self.tiling.pad_colour)
+            frames = read_frames(video.file, chosen, self.tiling)
             for frame in frames if how is Images.DECODE else ():
                 check_pixels(frame.encoded)
         except OSError as error:

@@ -42,7 +42,7 @@ class EncoderSettings:
         template: name of the conversation template.
         system_message: what a conversation without a system turn begins with; None: the template's
             own.
-        features_per_tile: ``<IMG_CONTEXT>`` tokens of one tile.
+        features_per_tile: context tokens of one tile.
         tiling: how images become tiles.
         frames: how frames of videos are chosen.
         seed: fixes the frames that are chosen at random.
@@ -50,6 +50,7 @@ class EncoderSettings:
         tile_cap: most tiles of a sample; None: any number.
         deep_images: what becomes of images of more than 8 bits a channel.
         windows: how long documents are cut.
+        truncate: tokens that the end of a longer sample is cut off after; 0: nothing is cut off.
     """
 
     tokenizer: str
@@ -64,6 +65,7 @@ class EncoderSettings:
     tile_cap: int | None
     deep_images: DeepImages = "clip"
     windows: Windows = field(default_factory=Windows)
+    truncate: int = 0
 
 
 @lru_cache(maxsize=1)
@@ -85,6 +87,7 @@ def build_encoder(settings: EncoderSettings) -> Encoder:
         frames=settings.frames,
         deep_images=settings.deep_images,
         windows=settings.windows,
+        truncate=settings.truncate,
         seed=settings.seed,
     )
 

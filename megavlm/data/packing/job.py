@@ -47,7 +47,6 @@ from megavlm.data.store.manifest import Manifest, Source, Totals
 from megavlm.data.store.pack_format import PackRules, complete
 from megavlm.data.text.templates import chat_format
 from megavlm.data.text.tokenizer import (
-    IMAGE_CONTEXT,
     add_special_tokens,
     fingerprint,
     first_tokens,
@@ -88,7 +87,9 @@ def pack_dataset(job: Job) -> Report:
         facts = {
             "tokenizer_fingerprint": settings.fingerprint,
             "vocab_size": max(tokenizer.get_vocab().values()) + 1,
-            "context_token_id": tokenizer.convert_tokens_to_ids(IMAGE_CONTEXT),
+            "context_token_id": tokenizer.convert_tokens_to_ids(
+                chat_format(job.template).images.context
+            ),
             "pad_token_id": tokenizer.pad_token_id or 0,
         }
         manifest = complete(
@@ -120,7 +121,7 @@ def plan_dataset(job: Job) -> Report:
 def _tokenizer(job: Job) -> Any:
     """Load the tokenizer, with all that the dataset's copy of it needs."""
     tokenizer = load_tokenizer(job.tokenizer)
-    add_special_tokens(tokenizer)
+    add_special_tokens(tokenizer, chat_format(job.template).image_tokens)
     tokenizer.chat_template = chat_format(job.template).hf_template(
         system_message=job.system_message, bos=bool(first_tokens(tokenizer))
     )
@@ -144,6 +145,7 @@ def _settings(job: Job, tokenizer: Any, folder: Path) -> EncoderSettings:
         tile_cap=job.tile_cap,
         deep_images=job.deep_images,
         windows=job.windows,
+        truncate=job.truncate,
     )
     build_encoder(settings)
     return settings

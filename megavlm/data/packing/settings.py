@@ -34,7 +34,7 @@ class Job:
             the dataset.
         out: folder of the dataset; missing or empty.
         capacity: tokens of a pack.
-        features_per_tile: ``<IMG_CONTEXT>`` tokens of one tile.
+        features_per_tile: context tokens of one tile.
         template: name of the conversation template.
         system_message: what a conversation without a system turn begins with; None: the template's
             own; empty: nothing.
@@ -43,6 +43,8 @@ class Job:
         frames: how frames of videos are chosen.
         deep_images: what becomes of images of more than 8 bits a channel.
         windows: how long documents are cut.
+        truncate: tokens that the end of a longer sample is cut off after; 0: samples that no pack
+            can hold are rejected.
         tile_cap: most tiles of a pack; None: chosen from the data.
         tile_multiple: what the cap is a multiple of if it is chosen.
         alignment: each sample's length is rounded up to a multiple of this inside its pack.
@@ -66,6 +68,7 @@ class Job:
     frames: FrameChoice = field(default_factory=FrameChoice)
     deep_images: DeepImages = "clip"
     windows: Windows = field(default_factory=Windows)
+    truncate: int = 0
     template: str = DEFAULT
     system_message: str | None = None
     tile_cap: int | None = None
@@ -89,6 +92,7 @@ class Job:
             "alignment": 1,
             "tile_multiple": 1,
             "levels": 0,
+            "truncate": 0,
             "workers": 0,
             "seed": 0,
         }

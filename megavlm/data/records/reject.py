@@ -37,7 +37,7 @@ REASONS = {
     ),
     "missing_media": "a caption without an image or a video",
     "image_token_in_text": (
-        "a text holds <img>, </img> or <IMG_CONTEXT>, which only the packer may write"
+        "a text holds a token of images, such as <IMG_CONTEXT>, which only the packer may write"
     ),
     "missing_image": "an image file does not exist or may not be read",
     "unreadable_image": "an image file cannot be decoded",

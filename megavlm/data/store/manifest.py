@@ -98,7 +98,7 @@ class Manifest:
     Args:
         tokenizer_fingerprint: hash of the tokenizer that made the tokens.
         vocab_size: ids that the tokenizer knows, special tokens included.
-        context_token_id: id of ``<IMG_CONTEXT>``, the place of one image feature.
+        context_token_id: id of the token that holds the place of one image feature.
         pad_token_id: id that fills a pack up to its capacity.
         template: name of the conversation template.
         system_message: what the template says before the conversation.
@@ -107,7 +107,7 @@ class Manifest:
         min_tiles: fewest tiles of an image, thumbnail not counted.
         max_tiles: most tiles of an image, thumbnail not counted.
         thumbnail: whether an image of several tiles gets its thumbnail as one more tile.
-        tiling: how images become tiles, dynamic or pad; frames of videos are one tile either way.
+        tiling: how images become tiles: dynamic, pad or crop; frames of videos are always one tile.
         pixel_mean: mean that the model subtracts from each channel, of values in [0, 1].
         pixel_std: value that the model divides each channel by.
         capacity: tokens of a pack.

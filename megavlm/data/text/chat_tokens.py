@@ -1,7 +1,7 @@
-"""From conversations to tokens: a template of ``chat_formats`` with a tokenizer.
+"""From conversations to tokens: a template of ``templates`` with a tokenizer.
 
-An image is ``<img>``, one ``<IMG_CONTEXT>`` a feature, ``</img>``. Answers with their end are
-supervised; of a ``pretrain`` text everything but images is.
+An image becomes the template's image tokens, such as ``<img>``, one ``<IMG_CONTEXT>`` a feature,
+``</img>``. Answers with their end are supervised; of a ``pretrain`` text everything but images is.
 """
 
 from __future__ import annotations
@@ -14,14 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from megavlm.data.records.record import IMAGE_PLACEHOLDER, SHOWING_ROLES, Turn
 from megavlm.data.records.reject import RejectError
 from megavlm.data.text.templates import chat_format
-from megavlm.data.text.tokenizer import (
-    IMAGE_CONTEXT,
-    IMAGE_END,
-    IMAGE_START,
-    IMAGE_TOKENS,
-    SPECIAL_TOKENS,
-    first_tokens,
-)
+from megavlm.data.text.tokenizer import first_tokens
 
 DEFAULT = "internvl2_5"
 
@@ -32,7 +25,7 @@ class ChatTemplate:
     Args:
         tokenizer: has the special tokens of ``add_special_tokens``; in front of a text it adds
             nothing, or its ``bos_token``.
-        features_per_tile: ``<IMG_CONTEXT>`` tokens of one tile.
+        features_per_tile: context tokens of one tile.
         name: of the row.
         system_message: what a conversation without a system turn begins with; None: the row's;
             empty: nothing, not even an empty system turn.
@@ -65,11 +58,12 @@ class ChatTemplate:
         tokenizer.backend_tokenizer.no_truncation()
         tokenizer.backend_tokenizer.no_padding()
         self.first_tokens = first_tokens(tokenizer)
-        for token in (*self.format.markers, *SPECIAL_TOKENS):
+        images = self.format.images
+        for token in (*self.format.markers, *images.added):
             self._token_id(token)
-        self.context_token_id = self._token_id(IMAGE_CONTEXT)
+        self.context_token_id = self._token_id(images.context)
         self.end_token_id = self._tokens([self.format.end])[0][-1]
-        self._image_token_ids = [self._token_id(token) for token in IMAGE_TOKENS]
+        self._image_token_ids = [self._token_id(token) for token in images.shown]
         self._first_tokens = np.array(self.first_tokens, np.int32)
         self._opening_tokens = self._tokens([self.format.opening])[0]
         end, whole = self._tokens([self.format.end, self.format.end + self.format.closing])
@@ -111,10 +105,16 @@ class ChatTemplate:
 
     def image_extents(self, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return where the images of a sample's tokens begin and end, int64 [images] each, with
-        their ``<img>`` and ``</img>``.
+        the tokens before and after their features. Images without such tokens that stand side by
+        side count as one.
         """
-        start, end, _ = self._image_token_ids
-        return np.flatnonzero(tokens == start), np.flatnonzero(tokens == end) + 1
+        images = self.format.images
+        if images.start and images.end:
+            start, end, _ = self._image_token_ids
+            return np.flatnonzero(tokens == start), np.flatnonzero(tokens == end) + 1
+        is_context = np.concatenate([[False], tokens == self.context_token_id, [False]])
+        steps = np.diff(is_context.astype(np.int8))
+        return np.flatnonzero(steps == 1), np.flatnonzero(steps == -1)
 
     def text(self, tokens: Sequence[int] | np.ndarray) -> str:
         """Decode an answer's tokens, leaving out special tokens."""
@@ -128,7 +128,7 @@ class ChatTemplate:
             turns = list(turns)
         else:
             turns = [Turn(role="system", text=self.system_message), *turns]
-        _check_placeholders(turns, len(tiles))
+        self._check_placeholders(turns, len(tiles))
         pieces = [self._render(turn) for turn in turns]
         is_joint = self.format.joint or turns[0].role == "pretrain"
         tokens, supervised = (self._encode_joint if is_joint else self._encode_apart)(
@@ -156,7 +156,10 @@ class ChatTemplate:
         if turn.role in SHOWING_ROLES:
             if turn.role == "human" and not self.format.questions:
                 text = IMAGE_PLACEHOLDER * text.count(IMAGE_PLACEHOLDER)
-            text = text.replace(IMAGE_PLACEHOLDER, IMAGE_START + IMAGE_CONTEXT + IMAGE_END)
+            if turn.role == "human" and self.format.image_first:
+                text = _with_image_first(text)
+            images = self.format.images
+            text = text.replace(IMAGE_PLACEHOLDER, images.start + images.context + images.end)
         if turn.role == "pretrain":
             return "", text, ""
         if turn.role == "gpt":
@@ -205,9 +208,28 @@ class ChatTemplate:
             if body:
                 learned.append((len(text), len(text) + len(body)))
             text += body + after
-        found = self.tokenizer(
-            text + opening, add_special_tokens=False, return_offsets_mapping=True
+        text += opening
+        if not self.format.split_at_images:
+            return self._with_mask(text, learned)
+        context = self.format.images.context
+        image = np.array([self.context_token_id], np.int32), np.zeros(1, bool)
+        found = []
+        start = 0
+        for number, part in enumerate(text.split(context)):
+            found += [image] if number else []
+            inside = [(first - start, last - start) for first, last in learned]
+            found += [self._with_mask(part, inside)] if part else []
+            start += len(part) + len(context)
+        return (
+            np.concatenate([tokens for tokens, _ in found]),
+            np.concatenate([mask for _, mask in found]),
         )
+
+    def _with_mask(
+        self, text: str, learned: Sequence[tuple[int, int]]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens of a text, and whether each reaches into a learned part of it."""
+        found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         places = np.array(found["offset_mapping"], np.int64).reshape(-1, 2)
         mask = np.zeros(len(places), bool)
         for start, end in learned:
@@ -234,22 +256,32 @@ class ChatTemplate:
             )
         return ids[0]
 
-
-def _check_placeholders(turns: Sequence[Turn], images: int) -> None:
-    """Refuse texts that hold an image's tokens, and more or fewer placeholders than images."""
-    for turn in turns:
-        for token in IMAGE_TOKENS:
-            if token in turn.text:
-                raise RejectError(
-                    "image_token_in_text",
-                    f"a {turn.role} turn holds {token} {turn.text.count(token)} times",
-                )
-    placeholders = sum(
-        turn.text.count(IMAGE_PLACEHOLDER) for turn in turns if turn.role in SHOWING_ROLES
-    )
-    if placeholders != images:
-        raise RejectError(
-            "placeholder_count",
-            f"{placeholders} {IMAGE_PLACEHOLDER} placeholders in the texts that show images, but"
-            f" {images} images",
+    def _check_placeholders(self, turns: Sequence[Turn], images: int) -> None:
+        """Refuse texts that hold an image's tokens, and more or fewer placeholders than images."""
+        for turn in turns:
+            shows = turn.role in SHOWING_ROLES
+            for token in self.format.images.shown:
+                if token in turn.text and not (shows and token == IMAGE_PLACEHOLDER):
+                    raise RejectError(
+                        "image_token_in_text",
+                        f"a {turn.role} turn holds {token} {turn.text.count(token)} times",
+                    )
+        placeholders = sum(
+            turn.text.count(IMAGE_PLACEHOLDER) for turn in turns if turn.role in SHOWING_ROLES
         )
+        if placeholders != images:
+            raise RejectError(
+                "placeholder_count",
+                f"{placeholders} {IMAGE_PLACEHOLDER} placeholders in the texts that show images,"
+                f" but {images} images",
+            )
+
+
+def _with_image_first(text: str) -> str:
+    """Put the one image of a text in front of it, on a line of its own; a text with several, such
+    as frames of a video, stays as it is.
+    """
+    if text.count(IMAGE_PLACEHOLDER) != 1:
+        return text
+    rest = text.replace(IMAGE_PLACEHOLDER, "").strip()
+    return f"{IMAGE_PLACEHOLDER}\n{rest}".strip()

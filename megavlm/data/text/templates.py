@@ -1,13 +1,17 @@
 """The table of conversation templates: what stands around the turns of a conversation, and how
 texts become tokens.
 
-All but ``plain`` are InternVL's. ``vicuna`` is also LLaVA's (Liu et al., 2023, arXiv:2304.08485),
-and ``plain`` is what LLaVA pretrains its connector with: images and answers, nothing else.
+All but ``plain`` and those that begin with ``llava`` are InternVL's. The latter are LLaVA's (Liu et
+al., arXiv 2304.08485 and 2310.03744), with its image tokens: ``llava_plain`` is what LLaVA
+pretrains its connector with (images and answers, nothing else), ``llava_v1`` its conversations,
+``llava_chatml`` the same for language models that end an answer with ``<|im_end|>``.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+from megavlm.data.text.tokenizer import IMAGE_TOKEN_SETS, ImageTokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +32,11 @@ class ChatFormat:
         strip: whether white space around the turns' texts is taken off.
         questions: whether the texts of system and human turns are shown; otherwise only their
             images are.
+        image_tokens: special tokens of images, a row of ``IMAGE_TOKEN_SETS``.
+        image_first: whether the one image of a human turn goes to its front, on a line of its own,
+            wherever its placeholder stands.
+        split_at_images: whether the texts before, between and after images become tokens each by
+            itself; a sentencepiece tokenizer begins each with a space.
     """
 
     name: str
@@ -41,6 +50,14 @@ class ChatFormat:
     joint: bool = True
     strip: bool = False
     questions: bool = True
+    image_tokens: str = "internvl"
+    image_first: bool = False
+    split_at_images: bool = False
+
+    @property
+    def images(self) -> ImageTokens:
+        """The tokens that an image becomes."""
+        return IMAGE_TOKEN_SETS[self.image_tokens]
 
     @property
     def end(self) -> str:
@@ -50,8 +67,8 @@ class ChatFormat:
     def hf_template(self, *, system_message: str | None = None, bos: bool = False) -> str:
         """Return the template with which Hugging Face's apply_chat_template gives the same text.
 
-        An image becomes one ``<IMG_CONTEXT>``, which the processor expands, on a line of its own
-        unless the template shows no questions.
+        An image becomes one context token, which the processor expands, on a line of its own unless
+        the template shows no questions.
 
         Args:
             system_message: replaces the format's own; empty: a conversation without a system turn
@@ -70,7 +87,7 @@ class ChatFormat:
         )
         trim = " | trim" if self.strip else ""
         # A template without questions shows images alone, one behind the other.
-        image = "<IMG_CONTEXT>\\n" if self.questions else "<IMG_CONTEXT>"
+        image = self.images.context + ("\\n" if self.questions else "")
         shown = "true" if self.questions else "message['role'] == 'assistant'"
         default = ""
         if self.system and message:
@@ -108,6 +125,8 @@ _VICUNA = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
+
+_LLAVA = {"image_tokens": "llava", "image_first": True, "split_at_images": True}
 
 FORMATS: dict[str, ChatFormat] = {
     row.name: row
@@ -169,6 +188,38 @@ FORMATS: dict[str, ChatFormat] = {
             answer="{}\n",
             markers=(),
             questions=False,
+        ),
+        ChatFormat(
+            name="llava_plain",
+            system_message="",
+            system="",
+            human="{}",
+            opening="",
+            answer="{}\n",
+            markers=(),
+            questions=False,
+            **_LLAVA,
+        ),
+        ChatFormat(
+            name="llava_v1",
+            system_message=_VICUNA,
+            system="{} ",
+            human="USER: {} ",
+            opening="ASSISTANT:",
+            answer=" {}</s>",  # the space is part of the answer's first token
+            markers=("</s>",),
+            **_LLAVA,
+        ),
+        ChatFormat(
+            name="llava_chatml",
+            system_message="You are a helpful assistant.",
+            system="<|im_start|>system\n{}<|im_end|>\n",
+            human="<|im_start|>user\n{}<|im_end|>\n",
+            opening="<|im_start|>assistant\n",
+            answer="{}<|im_end|>",
+            closing="\n",
+            markers=("<|im_start|>", "<|im_end|>"),
+            **_LLAVA,
         ),
     )
 }

@@ -1,11 +1,12 @@
-"""The tokenizer of the language model, with InternVL's special tokens. The only module of ``data``
-that imports transformers.
+"""The tokenizer of the language model, with the special tokens of a recipe. The only module of
+``data`` that imports transformers.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,37 @@ IMAGE_END = "</img>"
 IMAGE_CONTEXT = "<IMG_CONTEXT>"
 IMAGE_TOKENS = (IMAGE_START, IMAGE_END, IMAGE_CONTEXT)
 SPECIAL_TOKENS = (*IMAGE_TOKENS, "<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageTokens:
+    """Special tokens that stand for images in texts.
+
+    Args:
+        start: stands before the features of an image; empty: nothing does.
+        context: placeholder token, one for each image feature.
+        end: stands after the features of an image; empty: nothing does.
+        added: all tokens that a tokenizer must have, in the order in which it gets them.
+    """
+
+    start: str = ""
+    context: str
+    end: str = ""
+    added: tuple[str, ...]
+
+    @property
+    def shown(self) -> tuple[str, ...]:
+        """The tokens that an image becomes, the context token last."""
+        return tuple(token for token in (self.start, self.end, self.context) if token)
+
+
+# By the value of ``--architecture.image_tokens``.
+IMAGE_TOKEN_SETS: dict[str, ImageTokens] = {
+    "internvl": ImageTokens(
+        start=IMAGE_START, context=IMAGE_CONTEXT, end=IMAGE_END, added=SPECIAL_TOKENS
+    ),
+    "llava": ImageTokens(context="<image>", added=("<image>",)),
+}
 # Tokenizer classes that come as Python files beside the model, and read a sentencepiece model as
 # LlamaTokenizer does.
 LIKE_LLAMA = ("InternLM2Tokenizer", "InternLM2TokenizerFast", "InternLM3Tokenizer")
@@ -57,17 +89,18 @@ def load_tokenizer(folder: str | Path, flag: str = "--tokenizer") -> PreTrainedT
         raise ValueError(f"{flag} {folder}: holds no readable tokenizer: {text:.300}") from None
 
 
-def add_special_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Add those of InternVL's nine special tokens that are missing, in InternVL's order, and return
-    how many were.
+def add_special_tokens(tokenizer: PreTrainedTokenizerBase, image_tokens: str = "internvl") -> int:
+    """Add those special tokens of ``image_tokens``, a row of ``IMAGE_TOKEN_SETS``, that are
+    missing, and return how many were.
     """
-    return tokenizer.add_tokens(list(SPECIAL_TOKENS), special_tokens=True)
+    added = IMAGE_TOKEN_SETS[image_tokens].added
+    return tokenizer.add_tokens(list(added), special_tokens=True)
 
 
-def extend(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Add InternVL's special tokens, and return the ids of those that were missing."""
+def extend(tokenizer: PreTrainedTokenizerBase, image_tokens: str = "internvl") -> tuple[int, ...]:
+    """Add the special tokens of ``image_tokens``, and return the ids of those that were missing."""
     before = set(tokenizer.get_vocab().values())
-    add_special_tokens(tokenizer)
+    add_special_tokens(tokenizer, image_tokens)
     return tuple(sorted(set(tokenizer.get_vocab().values()) - before))
 
 

@@ -148,5 +148,36 @@ def test_padding_fills_up_to_a_square(encoded, tmp_path):
     pack = dataset.reader.read(0)
     expected = decode_changed(pack.image(0), 2, 1, 32, True, pad_colour=(123, 116, 103))
     assert np.array_equal(dataset.batch(0, 0).tiles[:3], expected)
-    with pytest.raises(ValueError, match="--tiling square: must be dynamic or pad"):
+    with pytest.raises(ValueError, match="--tiling square: must be one of dynamic, pad, crop"):
         Tiling(tile_size=16, mode="square")
+
+
+@pytest.mark.parametrize("size", [(80, 30), (31, 77), (24, 24), (7, 9)])
+def test_cropping_is_what_clips_image_processor_does(size, tmp_path):
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    few = np.random.default_rng(3).integers(20, 236, (4, 4, 3), dtype=np.uint8)
+    pixels = np.asarray(Image.fromarray(few).resize(size, Image.Resampling.BICUBIC))
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    (tile,) = decode_changed(file.getvalue(), 1, 1, 24, False, crops=True)
+    clip = CLIPImageProcessorPil(
+        size={"shortest_edge": 24},
+        crop_size={"height": 24, "width": 24},
+        do_rescale=False,
+        do_normalize=False,
+    )
+    expected = np.asarray(clip(Image.fromarray(pixels))["pixel_values"][0])
+    # Newer versions of Pillow resize tall images along columns first, which rounds otherwise.
+    assert np.abs(tile.astype(int) - expected).max() <= (2 if size[1] > size[0] else 0)
+
+
+def test_packs_that_were_made_with_crop_are_cropped(encoded, tmp_path):
+    make_dataset(tmp_path, packs=2, image_share=1.0, grids=((2, 1),))
+    facts = json.loads((tmp_path / "manifest.json").read_text())
+    (tmp_path / "manifest.json").write_text(json.dumps(facts | {"tiling": "crop"}))
+    dataset = PackedDataset(tmp_path)
+    pack = dataset.reader.read(0)
+    expected = decode_changed(pack.image(0), 2, 1, 32, True, crops=True)
+    assert np.array_equal(dataset.batch(0, 0).tiles[:3], expected)
+    assert not np.array_equal(expected, decode_changed(pack.image(0), 2, 1, 32, True))

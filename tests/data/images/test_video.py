@@ -85,7 +85,7 @@ def test_frames_are_the_ones_that_were_asked_for(videos, kind):
         [place * (1.0 if kind == "folder" else 0.1) for place in range(40)], abs=1e-3
     )
     places = [0, 5, 6, 7, 20, 33, 39]
-    frames = read_frames(file, places, 16, None)
+    frames = read_frames(file, places, Tiling(tile_size=16))
     assert [shown(frame.encoded) for frame in frames] == pytest.approx(
         [level(place) for place in places], abs=3
     )
@@ -96,7 +96,7 @@ def test_frames_are_the_ones_that_were_asked_for(videos, kind):
     assert sizes == {(40, 30) if kind == "folder" else (16, 16)}
     if kind != "folder":
         inside = MediaFile(path="x", content=videos[kind].read_bytes())
-        assert read_frames(inside, places, 16, None) == frames
+        assert read_frames(inside, places, Tiling(tile_size=16)) == frames
 
 
 def test_one_frame_of_each_equal_part():

@@ -34,10 +34,18 @@ def root(tmp_path_factory):
 
 
 def _encode(
-    root, *, images=Images.LOAD, capacity=1000, tile_cap=None, max_tiles=None, **fields
+    root,
+    *,
+    images=Images.LOAD,
+    capacity=1000,
+    tile_cap=None,
+    max_tiles=None,
+    truncate=0,
+    **fields,
 ) -> Sample | Reject:
     template = ChatTemplate(load_tokenizer(GOLDEN / "tokenizer"), features_per_tile=4)
-    encoder = Encoder(template, Tiling(tile_size=16, max_tiles=6), capacity, tile_cap)
+    tiling = Tiling(tile_size=16, max_tiles=6)
+    encoder = Encoder(template, tiling, capacity, tile_cap, truncate=truncate)
     chat = [
         {"from": "human", "value": fields.pop("question", "what")},
         {"from": "gpt", "value": "the answer"},
@@ -133,3 +141,17 @@ def test_a_sample_that_fills_a_pack_exactly(root):
     length = _encode(root, image="wide.png").length
     assert isinstance(_encode(root, image="wide.png", capacity=length), Sample)
     assert _encode(root, image="wide.png", capacity=length - 1).reason == "too_long"
+
+
+def test_truncate_cuts_the_end_off_and_keeps_images_whole(root):
+    whole = _encode(root, image="wide.png")
+    begin = int(np.flatnonzero(whole.supervised)[0])
+    cut = _encode(root, image="wide.png", truncate=begin + 2)
+    assert cut.tokens.tolist() == whole.tokens[: begin + 2].tolist()
+    assert cut.supervised.sum() == 2 and cut.images == whole.images
+    assert _encode(root, image="wide.png", truncate=whole.length).tokens.size == whole.length
+    lost = _encode(root, image="wide.png", truncate=begin)
+    assert lost.reason == "empty_answer" and f"--truncate {begin} of" in lost.detail
+    inside = int(np.flatnonzero(whole.tokens == 5)[1])
+    halved = _encode(root, image="wide.png", truncate=inside)
+    assert halved.reason == "too_long" and "image 1 in two" in halved.detail

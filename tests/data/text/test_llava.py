@@ -1,0 +1,94 @@
+"""LLaVA's templates against the tokens and masks of LLaVA's own functions."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+from megavlm.data.records.record import Turn
+from megavlm.data.records.reject import RejectError
+from megavlm.data.text.chat_tokens import ChatTemplate
+from megavlm.data.text.tokenizer import add_special_tokens, load_tokenizer
+
+GOLDEN = Path(__file__).parents[2] / "golden"
+IMAGE = -200
+"""What the reference puts in the place of an image."""
+
+
+@pytest.fixture(scope="module")
+def templates() -> dict[str, ChatTemplate]:
+    tokenizer = load_tokenizer(GOLDEN / "llava_tokenizer")
+    add_special_tokens(tokenizer, "llava")
+    return {name: ChatTemplate(tokenizer, 3, name=f"llava_{name}") for name in ("plain", "v1")}
+
+
+def turns_of(conversation: dict) -> list[Turn]:
+    return [Turn(role=turn["from"], text=turn["value"]) for turn in conversation["conversations"]]
+
+
+def test_tokens_and_masks_are_those_of_llava(templates: dict[str, ChatTemplate]) -> None:
+    with gzip.open(GOLDEN / "llava_chat.jsonl.gz", "rt", encoding="utf-8") as file:
+        conversations = [json.loads(line) for line in file]
+    assert len(conversations) == 200
+    kinds = set()
+    for conversation in conversations:
+        images = conversation["input_ids"].count(IMAGE)
+        template = templates[conversation["template"]]
+        tokens, supervised = template.encode(turns_of(conversation), [1] * images)
+        expected = []
+        mask = []
+        for token, learned in zip(
+            conversation["input_ids"], conversation["supervised"], strict=True
+        ):
+            repeats = 3 if token == IMAGE else 1
+            expected += [template.context_token_id if token == IMAGE else token] * repeats
+            mask += [bool(learned)] * repeats
+        assert tokens.tolist() == expected, conversation
+        assert supervised.tolist() == mask, conversation
+        kinds.add((conversation["template"], images, len(conversation["conversations"])))
+    assert kinds >= {("plain", 1, 2), ("v1", 0, 2), ("v1", 1, 2), ("v1", 1, 8)}
+
+
+def test_an_image_token_in_an_answer_is_refused(templates: dict[str, ChatTemplate]) -> None:
+    turns = [Turn(role="human", text="<image>\nwhat"), Turn(role="gpt", text="an <image>")]
+    with pytest.raises(RejectError, match="a gpt turn holds <image> 1 times"):
+        templates["v1"].encode(turns, [1])
+
+
+def test_several_images_of_a_turn_stay_where_they_are(templates: dict[str, ChatTemplate]) -> None:
+    template = templates["v1"]
+    turns = [Turn(role="human", text="left <image>\nright <image>?"), Turn(role="gpt", text="yes")]
+    tokens, _ = template.encode(turns, [1, 2])
+    starts, ends = template.image_extents(tokens)
+    assert (ends - starts).tolist() == [3, 6]
+    text = template.tokenizer.decode(tokens[ends[0] : starts[1]].tolist())
+    assert text.strip() == "right"
+
+
+def test_a_prompt_is_what_the_sample_begins_with(templates: dict[str, ChatTemplate]) -> None:
+    template = templates["v1"]
+    turns = [Turn(role="human", text="what is this <image>"), Turn(role="gpt", text="a red fox")]
+    tokens, supervised = template.encode(turns, [1])
+    prompt = template.prompt(turns[:1], [1])
+    assert prompt.tolist() == tokens[: len(prompt)].tolist()
+    assert supervised[len(prompt) :].all() and not supervised[: len(prompt)].any()
+    assert template.prompt("what is this", [1]).tolist() == prompt.tolist()
+
+
+@pytest.mark.parametrize("name", ["llava_v1", "llava_chatml", "llava_plain"])
+def test_hugging_face_renders_the_same_tokens(name: str) -> None:
+    tokenizer = load_tokenizer(GOLDEN / "tokenizer")
+    tokenizer.add_tokens(["</s>"], special_tokens=True)
+    add_special_tokens(tokenizer, "llava")
+    template = ChatTemplate(tokenizer, 1, name=name)
+    turns = [Turn(role="human", text="what is this <image>"), Turn(role="gpt", text="a red fox")]
+    content = [{"type": "image"}, {"type": "text", "text": "what is this"}]
+    messages = [{"role": "user", "content": content}, {"role": "assistant", "content": "a red fox"}]
+    text = tokenizer.apply_chat_template(
+        messages, chat_template=template.format.hf_template(), tokenize=False
+    )
+    found = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert found == template.encode(turns, [1])[0].tolist()
