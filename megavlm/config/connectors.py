@@ -82,8 +82,8 @@ class ConnectorSizes(Protocol):
         """
 
     @property
-    def summed(self) -> int:
-        """Elements of a tile that are summed over the tensor-parallel ranks in the forward pass."""
+    def all_reduced_elements(self) -> int:
+        """Elements of a tile that the forward pass all-reduces over the tensor-parallel ranks."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ class Mlp:
         return self.features * 2 * (self.feature_size + self.ends.output_size / tensor_size)
 
     @property
-    def summed(self) -> int:
+    def all_reduced_elements(self) -> int:
         """See ``ConnectorSizes``."""
         return self.features * self.ends.output_size
 

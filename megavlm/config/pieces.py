@@ -21,7 +21,7 @@ class Piece:
     Args:
         key: checkpoint key of the weight; empty for attention.
         part: vision, connector, language or head.
-        numbers: numbers in the weight.
+        elements: of the weight.
         forward: FLOPs of the forward pass, for each unit.
         unit: count of the data that the cost is in proportion to.
         layer: number of its layer inside the part; none where it stands before or after the layers.
@@ -29,7 +29,7 @@ class Piece:
 
     key: str
     part: str
-    numbers: int
+    elements: int
     forward: int
     unit: Unit
     layer: int | None = None
@@ -37,7 +37,7 @@ class Piece:
 
 def vector(key: str, part: str, size: int) -> Piece:
     """Return a bias, a norm's weight or the like, which no product reads."""
-    return Piece(key=key, part=part, numbers=size, forward=0, unit="token")
+    return Piece(key=key, part=part, elements=size, forward=0, unit="token")
 
 
 def linear(
@@ -47,7 +47,7 @@ def linear(
     yield Piece(
         key=f"{key}.weight",
         part=part,
-        numbers=inputs * outputs,
+        elements=inputs * outputs,
         forward=2 * inputs * outputs * rows,
         unit=unit,
     )

@@ -1,4 +1,4 @@
-"""What the forward pass keeps for the backward pass, in numbers for each token.
+"""Activation memory: what the forward pass keeps for the backward pass, in elements per token.
 
 Counted tensor by tensor as Korthikanti et al. do (arXiv 2205.05198, section 4), for attention that
 keeps no probabilities and without dropout. A frozen layer behind a trained one keeps less: what
@@ -16,11 +16,9 @@ from functools import lru_cache
 
 from megavlm.config.schema import Architecture, Config, Parallel
 from megavlm.planner.layout import Chunk
-from megavlm.planner.parameters import held_by
+from megavlm.planner.parameters import parameters_on_rank
 from megavlm.planner.partition import PackSize, layer_costs
 
-_TILES = 4
-NUMBER_BYTES = {"bfloat16": 2, "float32": 4}
 _TILES = 4
 NUMBER_BYTES = {"bfloat16": 2, "float32": 4}
 # Exponentials of a logit in 32 bits, and what is rounded to the dtype again, without Transformer
@@ -30,26 +28,26 @@ _ANY_PACK = PackSize(tokens=1.0, squared_lengths=1.0, tiles=1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Kept:
-    """Bytes on one rank.
+class ActivationMemory:
+    """Bytes of activations of one model chunk on one rank.
 
     Args:
-        each_pack: kept for every pack that is under way.
-        once: needed while a pack is worked on: a layer that is computed again, or keeps nothing;
+        per_microbatch: kept for every microbatch in flight.
+        once: needed while one microbatch is computed: a layer that is recomputed, or keeps nothing;
             logits.
     """
 
-    each_pack: float
+    per_microbatch: float
     once: float
 
 
 @dataclass(frozen=True, kw_only=True)
-class RankShare:
-    """What a rank has of a pack.
+class RankLoad:
+    """The part of a microbatch that one rank computes.
 
     Args:
-        tokens: places of the language model.
-        tiles: blank ones included.
+        tokens: positions of the language model.
+        tiles: including padding tiles.
         supervised: tokens that the head runs on; none: all.
     """
 
@@ -65,8 +63,8 @@ class RankShare:
     @classmethod
     def mean(
         cls, parallel: Parallel, capacity: int, tiles: float, supervised: float | None = None
-    ) -> RankShare:
-        """Each rank's share of a pack on average.
+    ) -> RankLoad:
+        """Return the mean load of a rank.
 
         Args:
             parallel: the layout.
@@ -84,8 +82,8 @@ class RankShare:
     @classmethod
     def most(
         cls, parallel: Parallel, capacity: int, tiles: float, supervised: float | None = None
-    ) -> RankShare:
-        """Each rank's share of a pack with this many real tiles; other arguments as for
+    ) -> RankLoad:
+        """Return the load of a rank for a pack with this many real tiles; other arguments as for
         ``mean``.
         """
         filled = math.ceil(tiles / _multiple(parallel)) * _multiple(parallel)
@@ -104,7 +102,7 @@ def _multiple(parallel: Parallel) -> int:
 
 
 def has_backward(config: Config) -> tuple[bool, ...]:
-    """Of each layer, counted through, whether anything in it has a gradient."""
+    """Return for each layer of the whole model whether anything in it has a gradient."""
     return _has_backward(config.architecture, config.training.trainable)
 
 
@@ -115,14 +113,14 @@ def _has_backward(arch: Architecture, trainable: tuple[str, ...]) -> tuple[bool,
     return tuple(cost > once for cost, once in zip(whole, forward, strict=True))
 
 
-def kept_by(config: Config, chunk: Chunk, share: RankShare) -> Kept:
+def activation_memory(config: Config, chunk: Chunk, load: RankLoad) -> ActivationMemory:
     """Estimate the activation memory of a chunk on one rank."""
     arch = config.architecture
     parallel = config.parallel
     size = NUMBER_BYTES[config.training.precision]
     backward = has_backward(config)
-    rows = {"vision": share.tiles * arch.vision.tokens, "language": share.tokens}
-    is_trained = held_by(config, chunk).trained > 0
+    rows = {"vision": load.tiles * arch.vision.tokens, "language": load.tokens}
+    is_trained = parameters_on_rank(config, chunk).trained > 0
     layers = {
         "vision": vision_layer(arch, parallel.vision_tensor_size, is_trained),
         "language": language_layer(
@@ -130,24 +128,24 @@ def kept_by(config: Config, chunk: Chunk, share: RankShare) -> Kept:
         ),
     }
     width = {"vision": arch.vision.hidden_size, "language": arch.language.hidden_size}
-    each_pack = 0.0
+    per_microbatch = 0.0
     once = 0.0
-    for place in chunk.places(arch.vision.num_layers):
-        part = "vision" if place < arch.vision.num_layers else "language"
+    for layer in chunk.layer_numbers(arch.vision.num_layers):
+        part = "vision" if layer < arch.vision.num_layers else "language"
         kept, transient = _kept(
-            layers[part], width[part], parallel.recompute_of(part) if backward[place] else "nothing"
+            layers[part], width[part], parallel.recompute_of(part) if backward[layer] else "nothing"
         )
-        each_pack += kept * rows[part] * size
+        per_microbatch += kept * rows[part] * size
         once = max(once, transient * rows[part] * size)
-    each_pack += size * _around_layers(config, chunk, share)
+    per_microbatch += size * _around_layers(config, chunk, load)
     if chunk.has_head:
         once += (
-            share.head_tokens
+            load.head_tokens
             * arch.language.vocab_size
             / parallel.tensor_model_parallel_size
             * _logit_bytes(config)
         )
-    return Kept(each_pack=each_pack, once=once)
+    return ActivationMemory(per_microbatch=per_microbatch, once=once)
 
 
 def _logit_bytes(config: Config) -> int:
@@ -161,33 +159,33 @@ def _logit_bytes(config: Config) -> int:
     return 6 if config.training.kernels == "local" else 2
 
 
-def _around_layers(config: Config, chunk: Chunk, share: RankShare) -> float:
-    """Numbers kept for a pack outside the layers: by the connector and the final norm, and what is
-    sent on.
+def _around_layers(config: Config, chunk: Chunk, load: RankLoad) -> float:
+    """Count the elements kept per microbatch outside the layers: by the connector and the final
+    norm, and the output that is sent to the next pipeline stage.
     """
     arch = config.architecture
     parallel = config.parallel
     found = 0.0
-    tokens = share.tokens / (
+    tokens = load.tokens / (
         parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
     )
     if chunk.has_connector and any(
         part in ("vision", "connector") for part in config.training.trainable
     ):
-        found += share.tiles * arch.connector_sizes.kept(parallel.vision_tensor_size)
+        found += load.tiles * arch.connector_sizes.kept(parallel.vision_tensor_size)
     if chunk.has_head:
         # Inputs of the final norm and of the head, which are whole on every tensor-parallel rank.
-        return found + (tokens + share.head_tokens) * arch.language.hidden_size
+        return found + (tokens + load.head_tokens) * arch.language.hidden_size
     if chunk.language_layers:
         return found + tokens * arch.language.hidden_size
-    return found + share.tiles * arch.vision.tokens * arch.vision.hidden_size
+    return found + load.tiles * arch.vision.tokens * arch.vision.hidden_size
 
 
 def _kept(layer: tuple[float, float], width: int, recompute: str) -> tuple[float, float]:
-    """Numbers that a layer keeps for each token of a pack, and those that it needs for a while.
+    """Return the elements that a layer keeps per token, and those that it needs while it runs.
 
-    A recomputed layer keeps its input, and one of them at a time is there whole, as is one that
-    keeps nothing.
+    A recomputed layer keeps its input. One layer at a time, recomputed or without a backward pass,
+    has all its activations.
     """
     whole, inside = layer
     return {
@@ -199,12 +197,12 @@ def _kept(layer: tuple[float, float], width: int, recompute: str) -> tuple[float
 
 
 def vision_layer(arch: Architecture, tensor: int, is_trained: bool = True) -> tuple[float, float]:
-    """Numbers that a layer of the vision encoder keeps for each token, and those inside its MLP.
+    """Count the elements that a vision layer keeps per token, and those of them inside its MLP.
 
-    Whole on every rank: inputs and results of both norms, and both branches before their scale (6
-    D). Shared: queries, keys, values and what attention gives (4 D), the MLP's inside before and
-    after GELU (2 M). Of these a frozen layer needs the inputs of the norms, what attention reads
-    and gives, and what goes into GELU.
+    Replicated: inputs and results of both norms, and both branches before their scale (6
+    D). Sharded: queries, keys, values and the output of attention (4 D), the MLP before and after
+    GELU (2 M). A frozen layer needs the inputs of the norms, inputs and output of attention, and
+    the input of GELU.
     """
     width = arch.vision.hidden_size
     inner = arch.vision.ffn_hidden_size / tensor
@@ -215,12 +213,12 @@ def vision_layer(arch: Architecture, tensor: int, is_trained: bool = True) -> tu
 def language_layer(
     arch: Architecture, tensor: int, sequence_parallel: bool, is_trained: bool = True
 ) -> tuple[float, float]:
-    """Numbers that a layer of the language model keeps for each token, and those inside its MLP.
+    """Count the elements that a language layer keeps per token, and those of them inside its MLP.
 
-    Inputs and results of both norms (4 D) are whole on every rank, or shared with sequence
-    parallelism. Shared: queries, keys, values, what attention gives, and the MLP's gate, its other
-    half and their product (3 M). Queries and keys that are normalised are there twice. A frozen
-    layer needs neither the results of the norms nor that product.
+    Inputs and results of both norms (4 D) are replicated, or sharded with sequence parallelism.
+    Sharded: queries, keys, values, the output of attention, and the MLP's gate, its other half and
+    their product (3 M). Normalised queries and keys are kept twice. A frozen layer needs neither
+    the results of the norms nor that product.
     """
     language = arch.language
     width = language.hidden_size

@@ -15,8 +15,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from megavlm.config.schema import Architecture, Config, Parallel
-from megavlm.planner.activations import RankShare
-from megavlm.planner.communication import Traffic, of_pack, of_step
+from megavlm.planner.activations import RankLoad
+from megavlm.planner.communication import (
+    CommunicationVolume,
+    communication_per_microbatch,
+    communication_per_step,
+)
 from megavlm.planner.flops import pieces
 from megavlm.planner.layout import Layout, make_layout
 from megavlm.planner.memory import Memory, memory
@@ -60,15 +64,14 @@ class Estimate:
 
     Args:
         parallel: sizes of the layout, with the layers of each chunk as text.
-        data_ranks: copies of the model.
-        packs: of a step, on each of them.
+        data_ranks: data-parallel replicas.
+        packs: microbatches of a step on each replica.
         memory: of the rank that needs most.
         chunk_ms: time of each chunk for one pack, in the order of the pipeline: chunk c stands on
             rank c % ranks.
-        bubble: time in which a rank of the pipeline waits for others, as a share of the time in
-            which it works.
-        traffic: bytes that a GPU sends in a step; of each kind, of the GPU that sends most.
-        exposed_ms: of a step, in which gradients and weights travel and nothing is computed.
+        bubble: bubble ratio of the pipeline: idle time over working time.
+        communication: bytes that a GPU sends in a step; of each kind, of the GPU that sends most.
+        exposed_ms: of a step: communication of gradients and parameters that no computation hides.
         step_ms: time of a step.
         tokens_per_s: of one GPU.
     """
@@ -79,7 +82,7 @@ class Estimate:
     memory: Memory
     chunk_ms: tuple[float, ...]
     bubble: float
-    traffic: Traffic
+    communication: CommunicationVolume
     exposed_ms: float
     step_ms: float
     tokens_per_s: float
@@ -112,30 +115,29 @@ def estimate(
     data_ranks = gpus // parallel.model_parallel_size
     packs = config.training.global_batch_size // data_ranks
     layout = make_layout(config, size)
-    each_pack = [
-        of_pack(config, layout, number, capacity, size.tiles)
+    per_microbatch = [
+        communication_per_microbatch(config, layout, number, capacity, size.tiles)
         for number in range(len(layout.chunks))
     ]
     rates = _rates(parallel, gpus, hardware)
-    sending = [_seconds(one, rates) for one in each_pack]
+    sending = [_seconds(one, rates) for one in per_microbatch]
     forward, whole = (
         _compute_seconds(config, layout, size, costs, hardware)
         for costs in _layer_costs(config, size)
     )
     times = [compute + sent for compute, sent in zip(whole, sending, strict=True)]
-    # With several chunks on a rank the packs go round: each round goes at the pace of its slowest
-    # chunk.
+    # Interleaved 1F1B: each round over the ranks is as slow as its slowest chunk.
     rounds = range(0, len(times), ranks)
-    pace = sum(max(times[start : start + ranks]) for start in rounds)
-    inside = packs * pace * (1 + bubble(ranks, virtual, packs))
-    each_step = [of_step(config, layout, rank, data_ranks) for rank in range(ranks)]
+    round_seconds = sum(max(times[start : start + ranks]) for start in rounds)
+    inside = packs * round_seconds * (1 + bubble(ranks, virtual, packs))
+    per_step = [communication_per_step(config, layout, rank, data_ranks) for rank in range(ranks)]
     beside = [
         (sum(forward[rank::ranks]), sum(whole[rank::ranks]) - sum(forward[rank::ranks]))
         for rank in range(ranks)
     ]
     exposed = max(
         _exposed(parallel, step, rates, *times)
-        for step, times in zip(each_step, beside, strict=True)
+        for step, times in zip(per_step, beside, strict=True)
     )
     seconds = inside + exposed
     return Estimate(
@@ -145,9 +147,9 @@ def estimate(
         memory=memory(config, layout, data_ranks, capacity=capacity, **_fullest(size)),
         chunk_ms=tuple(time * 1e3 for time in times),
         bubble=bubble(ranks, virtual, packs),
-        traffic=_busiest(
+        communication=_busiest(
             [
-                sum(each_pack[rank::ranks], Traffic()) * packs + each_step[rank]
+                sum(per_microbatch[rank::ranks], CommunicationVolume()) * packs + per_step[rank]
                 for rank in range(ranks)
             ]
         ),
@@ -163,9 +165,9 @@ def _fullest(size: PackSize) -> dict[str, float | None]:
     return {"tiles": _MOST_TILES * size.tiles, "supervised": supervised}
 
 
-def _rates(parallel: Parallel, gpus: int, hardware: Hardware) -> Traffic:
-    """Bytes a second, by kind: ranks that share layers stand next to each other, then those that
-    share packs, then copies, then chunks.
+def _rates(parallel: Parallel, gpus: int, hardware: Hardware) -> CommunicationVolume:
+    """Return bytes a second by kind: tensor-parallel ranks are neighbours, then context-parallel
+    ranks, then data-parallel replicas, then pipeline stages.
     """
     tensor = parallel.tensor_model_parallel_size
     model = tensor * parallel.context_parallel_size
@@ -181,17 +183,21 @@ def _rates(parallel: Parallel, gpus: int, hardware: Hardware) -> Traffic:
             hardware.node_gb_per_s if gpus <= hardware.gpus_per_node else hardware.network_gb_per_s
         )
 
-    return Traffic(**{kind: rate(size) for kind, size in reach.items()})
+    return CommunicationVolume(**{kind: rate(size) for kind, size in reach.items()})
 
 
-def _seconds(sent: Traffic, rates: Traffic) -> float:
+def _seconds(sent: CommunicationVolume, rates: CommunicationVolume) -> float:
     return (
         sent.tensor / rates.tensor + sent.context / rates.context + sent.pipeline / rates.pipeline
     )
 
 
 def _exposed(
-    parallel: Parallel, step: Traffic, rates: Traffic, forward: float, backward: float
+    parallel: Parallel,
+    step: CommunicationVolume,
+    rates: CommunicationVolume,
+    forward: float,
+    backward: float,
 ) -> float:
     """Seconds of a step in which a rank does nothing but exchange gradients and weights.
 
@@ -230,19 +236,22 @@ def _compute_seconds(
     ranks = parallel.tensor_model_parallel_size * parallel.context_parallel_size
     rate = hardware.tflops * hardware.efficiency * 1e12 * ranks
     padding = _vision_padding(config, size)
-    spread = [cost * padding if place < vision else cost for place, cost in enumerate(costs)]
-    return [sum(spread[place] for place in chunk.places(vision)) / rate for chunk in layout.chunks]
+    spread = [cost * padding if layer < vision else cost for layer, cost in enumerate(costs)]
+    return [
+        sum(spread[layer] for layer in chunk.layer_numbers(vision)) / rate
+        for chunk in layout.chunks
+    ]
 
 
 def _vision_padding(config: Config, size: PackSize) -> float:
-    """How many times the work of the vision encoder is done that is asked for: blank tiles, and
+    """How many times the work of the vision encoder is done that is asked for: padding tiles, and
     heads that only fill up.
     """
     if not size.tiles:
         return 1.0
     parallel = config.parallel
     vision = config.architecture.vision
-    tiles = RankShare.mean(parallel, 1, size.tiles).tiles * parallel.tile_ranks / size.tiles
+    tiles = RankLoad.mean(parallel, 1, size.tiles).tiles * parallel.tile_ranks / size.tiles
     heads = (
         padded_heads(vision.num_attention_heads, parallel.vision_tensor_size)
         / vision.num_attention_heads
@@ -260,6 +269,6 @@ def _attention_share(arch: Architecture) -> float:
     return attention / sum(piece.forward for piece in of_layer)
 
 
-def _busiest(ranks: list[Traffic]) -> Traffic:
-    kinds = [field.name for field in dataclasses.fields(Traffic)]
-    return Traffic(**{kind: max(vars(rank)[kind] for rank in ranks) for kind in kinds})
+def _busiest(ranks: list[CommunicationVolume]) -> CommunicationVolume:
+    kinds = [field.name for field in dataclasses.fields(CommunicationVolume)]
+    return CommunicationVolume(**{kind: max(vars(rank)[kind] for rank in ranks) for kind in kinds})

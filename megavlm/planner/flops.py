@@ -150,7 +150,7 @@ def _vision_layer(architecture: Architecture, number: int) -> Iterator[Piece]:
     yield from linear(qkv, part, width, 3 * width, rows=rows, unit="tile", has_bias=vision.qkv_bias)
     for name in ("query", "key") if vision.qk_norm else ():
         yield vector(f"{layer}.self_attention.qk_norm.{name}", part, width)
-    yield Piece(key="", part=part, numbers=0, forward=4 * rows**2 * width, unit="tile")
+    yield Piece(key="", part=part, elements=0, forward=4 * rows**2 * width, unit="tile")
     yield from linear(proj, part, width, width, rows=rows, unit="tile", has_bias=True)
     if vision.has_layer_scale:
         yield vector(f"{layer}.attention_scale", part, width)
@@ -171,7 +171,7 @@ def _language(architecture: Architecture) -> Iterator[Piece]:
     yield from norm("language.decoder.final_layernorm", "head", width, has_bias=False)
     if language.tied_head:
         yield Piece(
-            key=_EMBEDDING, part="head", numbers=0, forward=2 * width * words, unit="supervised"
+            key=_EMBEDDING, part="head", elements=0, forward=2 * width * words, unit="supervised"
         )
     else:
         yield from linear(
@@ -200,7 +200,7 @@ def _language_layer(architecture: Architecture, number: int) -> Iterator[Piece]:
             language.head_size,
         )
     yield Piece(
-        key="", part=part, numbers=0, forward=2 * queries, unit="squared_length"
+        key="", part=part, elements=0, forward=2 * queries, unit="squared_length"
     )  # half of 4: causal
     yield from linear(proj, part, queries, width, rows=1, unit="token", has_bias=False)
     yield from norm(fc1, part, width, has_bias=False, joint=".layer_norm_")

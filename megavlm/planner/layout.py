@@ -39,7 +39,7 @@ class Chunk:
         """Whether any part of the language model stands here."""
         return len(self.language_layers) > 0 or self.has_head
 
-    def places(self, vision_layers: int) -> range:
+    def layer_numbers(self, vision_layers: int) -> range:
         """Its layers, counted through.
 
         Args:

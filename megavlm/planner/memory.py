@@ -1,10 +1,10 @@
-"""How much memory a rank needs, reckoned from the configuration.
+"""Memory of a rank, predicted from the configuration.
 
-Weights take two bytes an element in bfloat16; a trainable one has a gradient of four, and its main
-weight and moments, which the ranks share out that sum its gradient. Activations are kept for every
-pack under way; they are gone when the optimizer updates, which may need copies of its own. Not
-counted: CUDA's own, NCCL's buffers, and what the allocator cannot use; leave a
-tenth of the device for them.
+A bfloat16 parameter takes two bytes; a trainable one also has a float32 gradient, and a main weight
+and moments, which are sharded over the ranks that reduce its gradient. Activations are kept for
+every microbatch in flight; they are freed before the optimizer updates, which may need copies of
+its own. Not counted: CUDA's own memory, NCCL's buffers, and fragmentation; leave a tenth of the
+device for them.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from megavlm.config.schema import Config
-from megavlm.planner.activations import NUMBER_BYTES, RankShare, kept_by
+from megavlm.planner.activations import NUMBER_BYTES, RankLoad, activation_memory
 from megavlm.planner.layout import Layout
-from megavlm.planner.parameters import Held, held_by
-from megavlm.planner.schedule import under_way
+from megavlm.planner.parameters import ParameterCounts, parameters_on_rank
+from megavlm.planner.schedule import in_flight
 
 _GRADIENT = 4
 # Main weights are float32 beside bfloat16 weights; float32 weights are their own main weights.
@@ -38,8 +38,8 @@ class Memory:
     Args:
         weights: of the model.
         gradients: of what is trained.
-        optimizer: main weights and moments, this rank's share.
-        activations: kept for the backward pass, of all packs that are under way, and the logits.
+        optimizer: main weights and moments, this rank's shard.
+        activations: kept for the backward pass, of all microbatches in flight, and the logits.
         update: copies that the optimizer makes inside its step, when activations are gone.
     """
 
@@ -88,7 +88,7 @@ def memory_by_rank(
     Args:
         config: the run.
         layout: layers of every chunk.
-        data_ranks: copies of the model.
+        data_ranks: data-parallel replicas.
         capacity: tokens of a pack.
         tiles: tiles of a pack, at most.
         supervised: tokens of a pack that have a loss, at most; none: all.
@@ -98,14 +98,18 @@ def memory_by_rank(
     virtual = parallel.virtual_pipeline_model_parallel_size
     packs = config.training.global_batch_size // data_ranks
     seen = supervised if config.training.head_tokens == "supervised" else None
-    share = RankShare.most(parallel, capacity, tiles, seen)
-    kept = [kept_by(config, chunk, share) for chunk in layout.chunks]
+    load = RankLoad.most(parallel, capacity, tiles, seen)
+    kept = [activation_memory(config, chunk, load) for chunk in layout.chunks]
     needed = []
     for rank in range(pipeline):
-        held = sum((held_by(config, chunk) for chunk in layout.chunks[rank::pipeline]), Held())
+        held = sum(
+            (parameters_on_rank(config, chunk) for chunk in layout.chunks[rank::pipeline]),
+            ParameterCounts(),
+        )
         own = kept[rank::pipeline]
         most = (
-            under_way(pipeline, rank, virtual, packs) @ np.array([one.each_pack for one in own])
+            in_flight(pipeline, rank, virtual, packs)
+            @ np.array([one.per_microbatch for one in own])
         ).max()
         needed.append(
             Memory(
@@ -116,14 +120,14 @@ def memory_by_rank(
     return needed
 
 
-def weight_bytes(config: Config, held: Held, sharing_ranks: int) -> dict[str, float]:
+def weight_bytes(config: Config, held: ParameterCounts, sharing_ranks: int) -> dict[str, float]:
     """Count the bytes of weights, of gradients, of the optimizer and of its update.
 
     Args:
         config: the run.
-        held: numbers on the rank.
-        sharing_ranks: ranks that sum gradients, and share the optimizer's state out: data-parallel
-            times context-parallel ones.
+        held: parameters on the rank.
+        sharing_ranks: ranks that reduce gradients and shard the optimizer state: data-parallel
+            times context-parallel size.
     """
     moments = config.optimizer.moments
     main = _MAIN if config.training.precision == "bfloat16" else 0

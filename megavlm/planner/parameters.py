@@ -1,8 +1,8 @@
-"""Which weights a rank holds: numbers of each layer, as tensor parallelism cuts them.
+"""Parameter counts of a rank, by layer and tensor-parallel size.
 
-Vectors that no rank can cut (norms, scales, biases that are added after a sum over the ranks) and
-the patch embedding are whole on every rank; matrices, and biases before such a sum, are cut.
-Vocabulary and heads are padded so that they divide.
+Norms, scales, biases that are added after an all-reduce, and the patch embedding are replicated on
+every tensor-parallel rank; matrices, and biases before an all-reduce, are sharded. Vocabulary and
+heads are padded so that they divide.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from megavlm.planner.layout import Chunk
 from megavlm.planner.padding import padded_heads, padded_vocabulary
 from megavlm.planner.partition import layer_of
 
-_CUT = (
+_SHARDED = (
     "linear_qkv.weight",
     "linear_qkv.bias",
     "linear_fc1.weight",
@@ -25,7 +25,7 @@ _CUT = (
     "linear_proj.weight",
     "linear_fc2.weight",
 )
-_CUT += ("qk_norm.query", "qk_norm.key", "word_embeddings.weight", "output_layer.weight")
+_SHARDED += ("qk_norm.query", "qk_norm.key", "word_embeddings.weight", "output_layer.weight")
 _BY_HEADS = (
     "linear_qkv.weight",
     "linear_qkv.bias",
@@ -36,34 +36,36 @@ _BY_HEADS = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Held:
-    """Numbers that a rank holds.
+class ParameterCounts:
+    """Parameter counts on one rank.
 
     Args:
         weights: in all tensors.
         trained: in those that are trained.
-        trained_copies: of these, in tensors that each tensor-parallel rank has whole, for tiles of
-            its own.
+        trained_replicas: of these, in tensors that are replicated on the tensor-parallel ranks,
+            because each rank computes tiles of its own.
         in_fp8: elements of weights that have FP8 copies.
     """
 
     weights: int = 0
     trained: int = 0
-    trained_copies: int = 0
+    trained_replicas: int = 0
     in_fp8: int = 0
 
-    def __add__(self, other: Held) -> Held:
-        return Held(
+    def __add__(self, other: ParameterCounts) -> ParameterCounts:
+        return ParameterCounts(
             weights=self.weights + other.weights,
             trained=self.trained + other.trained,
-            trained_copies=self.trained_copies + other.trained_copies,
+            trained_replicas=self.trained_replicas + other.trained_replicas,
             in_fp8=self.in_fp8 + other.in_fp8,
         )
 
 
-def held_by(config: Config, chunk: Chunk) -> Held:
+def parameters_on_rank(config: Config, chunk: Chunk) -> ParameterCounts:
     """Count the parameters of a chunk on one rank."""
-    found = _places(_cut_by(config), chunk.places(config.architecture.vision.num_layers))
+    found = _layers(
+        _sharding_of(config), chunk.layer_numbers(config.architecture.vision.num_layers)
+    )
     # A tied head that stands without the token embedding has a copy of it.
     return (
         found + _embedding(config)
@@ -72,9 +74,9 @@ def held_by(config: Config, chunk: Chunk) -> Held:
     )
 
 
-def copied_head(config: Config, chunks: tuple[Chunk, ...]) -> int:
-    """Numbers of a tied head on a rank, where it is a copy whose gradient is summed with that of
-    the token embedding; else 0.
+def replicated_head(config: Config, chunks: tuple[Chunk, ...]) -> int:
+    """Count the parameters of a tied head on a rank if it is a replica whose gradient is summed
+    with that of the token embedding; else 0.
     """
     last = chunks[-1]
     return (
@@ -90,13 +92,13 @@ def is_trained(piece: Piece, trainable: tuple[str, ...]) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Cut:
-    """What the numbers depend on.
+class _Sharding:
+    """What the parameter counts depend on.
 
     Args:
         arch: the model.
         trainable: freeze mask.
-        vision, language: ranks that share the layers of each part.
+        vision, language: tensor-parallel size of each part.
         fp8: parts whose layers have an FP8 recipe.
     """
 
@@ -107,9 +109,9 @@ class _Cut:
     fp8: tuple[str, ...] = ()
 
 
-def _cut_by(config: Config) -> _Cut:
+def _sharding_of(config: Config) -> _Sharding:
     parallel = config.parallel
-    return _Cut(
+    return _Sharding(
         arch=config.architecture,
         trainable=config.training.trainable,
         vision=parallel.vision_tensor_size,
@@ -118,48 +120,50 @@ def _cut_by(config: Config) -> _Cut:
     )
 
 
-def _embedding(config: Config) -> Held:
+def _embedding(config: Config) -> ParameterCounts:
     piece = next(
         piece
         for piece in pieces(config.architecture)
         if piece.key.endswith("word_embeddings.weight")
     )
-    return _held(piece, _cut_by(config))
+    return _counts(piece, _sharding_of(config))
 
 
 @lru_cache(maxsize=65536)
-def _places(cut: _Cut, places: range) -> Held:
-    return sum(_by_layer(cut)[places.start : places.stop], Held())
+def _layers(sharding: _Sharding, layer_numbers: range) -> ParameterCounts:
+    return sum(_by_layer(sharding)[layer_numbers.start : layer_numbers.stop], ParameterCounts())
 
 
 @lru_cache(maxsize=64)
-def _by_layer(cut: _Cut) -> tuple[Held, ...]:
-    """Of each layer, with what goes with it."""
-    vision = cut.arch.vision.num_layers
-    layers = cut.arch.vision.num_layers + cut.arch.language.num_layers
-    table = [Held()] * layers
-    for piece in pieces(cut.arch):
-        if piece.numbers:
-            table[layer_of(piece, vision, layers)] += _held(piece, cut)
+def _by_layer(sharding: _Sharding) -> tuple[ParameterCounts, ...]:
+    """Return the counts of each layer, with embeddings, connector and head on their layers."""
+    vision = sharding.arch.vision.num_layers
+    layers = sharding.arch.vision.num_layers + sharding.arch.language.num_layers
+    table = [ParameterCounts()] * layers
+    for piece in pieces(sharding.arch):
+        if piece.elements:
+            table[layer_of(piece, vision, layers)] += _counts(piece, sharding)
     return tuple(table)
 
 
-def _held(piece: Piece, cut: _Cut) -> Held:
+def _counts(piece: Piece, sharding: _Sharding) -> ParameterCounts:
     before_language = piece.part in ("vision", "connector")
-    ranks = cut.vision if before_language else cut.language
-    numbers = piece.numbers
+    ranks = sharding.vision if before_language else sharding.language
+    elements = piece.elements
     if piece.key.endswith(("word_embeddings.weight", "output_layer.weight")):
-        numbers = cut.arch.language.hidden_size * padded_vocabulary(cut.arch.language.vocab_size)
+        elements = sharding.arch.language.hidden_size * padded_vocabulary(
+            sharding.arch.language.vocab_size
+        )
     elif piece.part == "vision" and piece.key.endswith(_BY_HEADS):
-        heads = cut.arch.vision.num_attention_heads
-        numbers = numbers // heads * padded_heads(heads, ranks)
-    numbers = numbers // ranks if piece.key.endswith(_CUT) else numbers
-    trained = numbers if is_trained(piece, cut.trainable) else 0
-    is_replicated = before_language and cut.vision < cut.language
+        heads = sharding.arch.vision.num_attention_heads
+        elements = elements // heads * padded_heads(heads, ranks)
+    elements = elements // ranks if piece.key.endswith(_SHARDED) else elements
+    trained = elements if is_trained(piece, sharding.trainable) else 0
+    is_replicated = before_language and sharding.vision < sharding.language
     is_product = piece.layer is not None and piece.forward > 0
-    return Held(
-        weights=numbers,
+    return ParameterCounts(
+        weights=elements,
         trained=trained,
-        trained_copies=trained if is_replicated else 0,
-        in_fp8=numbers if is_product and piece.part in cut.fp8 else 0,
+        trained_replicas=trained if is_replicated else 0,
+        in_fp8=elements if is_product and piece.part in sharding.fp8 else 0,
     )

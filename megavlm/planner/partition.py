@@ -97,14 +97,14 @@ def _layer_costs(
     again = [0.0] * len(costs)
     has_backward = [False] * len(costs)
     for piece, passes in with_gradients(pieces(architecture), trainable):
-        place = layer_of(piece, vision, len(costs))
+        layer = layer_of(piece, vision, len(costs))
         forward = piece.forward * units[piece.unit]
-        costs[place] += forward * passes
+        costs[layer] += forward * passes
         if piece.layer is not None:
-            has_backward[place] |= passes > 1
+            has_backward[layer] |= passes > 1
             is_again = recompute == "full" or (recompute == "selective" and ".mlp." in piece.key)
             if is_again and piece.part in recompute_parts:
-                again[place] += forward
+                again[layer] += forward
     return tuple(
         cost + extra if backward else cost
         for cost, extra, backward in zip(costs, again, has_backward, strict=True)

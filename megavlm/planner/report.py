@@ -37,7 +37,7 @@ def to_text(estimates: Sequence[Estimate]) -> str:
 
 def _row(one: Estimate) -> tuple[str, ...]:
     parallel = one.parallel
-    traffic = one.traffic
+    communication = one.communication
     return (
         str(parallel.tensor_model_parallel_size),
         str(parallel.pipeline_model_parallel_size),
@@ -50,7 +50,12 @@ def _row(one: Estimate) -> tuple[str, ...]:
         f"{one.bubble:.1%}",
         *(
             f"{sent / 1e9:.1f}"
-            for sent in (traffic.tensor, traffic.context, traffic.pipeline, traffic.data)
+            for sent in (
+                communication.tensor,
+                communication.context,
+                communication.pipeline,
+                communication.data,
+            )
         ),
         f"{one.step_ms / 1e3:.2f}",
         f"{one.tokens_per_s:,.0f}",

@@ -1,10 +1,9 @@
-"""In which order a pipeline rank works, as megatron-core's schedules have it, and so how many packs
-it keeps at a time.
+"""The 1F1B schedule of megatron-core, plain and interleaved, and the microbatches in flight.
 
-A rank first runs some packs forward (warm-up), then takes turns, one forward, one backward. With
-several chunks on a rank (Narayanan et al., arXiv 2104.04473, section 2.2) it takes them in turn
-too: as many packs as there are ranks through its first chunk, then the same packs through its
-second, and so on; backward from its last chunk to its first.
+A rank first runs some microbatches forward (warm-up), then alternates: one forward, one backward.
+Interleaved 1F1B (several model chunks per rank; Narayanan et al., arXiv 2104.04473, section 2.2)
+runs as many microbatches as there are ranks through the first chunk, then the same ones through the
+second, and so on; backward from the last chunk to the first.
 """
 
 from __future__ import annotations
@@ -15,40 +14,37 @@ import numpy as np
 
 
 def warm_up(pipeline: int, rank: int, virtual: int, packs: int) -> int:
-    """Forward passes of chunks before the first backward pass.
+    """Count the forward passes of chunks before the first backward pass.
 
     Args:
         pipeline: ranks of the pipeline.
         rank: one of them.
-        virtual: chunks of each rank.
-        packs: of a step, on this data-parallel rank.
+        virtual: model chunks per rank.
+        packs: microbatches of a step on this data-parallel rank.
     """
     ahead = pipeline - rank - 1
     return min(ahead if virtual == 1 else 2 * ahead + (virtual - 1) * pipeline, virtual * packs)
 
 
 @lru_cache(maxsize=4096)
-def under_way(pipeline: int, rank: int, virtual: int, packs: int) -> np.ndarray:
-    """Packs of each chunk of a rank that have gone forward and not backward, after every forward
-    pass: int [passes, virtual].
+def in_flight(pipeline: int, rank: int, virtual: int, packs: int) -> np.ndarray:
+    """Count the microbatches of each chunk of a rank that have run forward and not yet backward,
+    after every forward pass: int [passes, virtual].
 
-    Only the start of a step is looked at, which is when most are under way. Arguments as for
-    ``warm_up``.
+    Only the start of a step is simulated, when most are in flight. Arguments as for ``warm_up``.
     """
-    looked_at = min(packs, 3 * pipeline)
-    turns = (
-        (np.arange(virtual * looked_at) // pipeline) % virtual
+    simulated = min(packs, 3 * pipeline)
+    chunks = (
+        (np.arange(virtual * simulated) // pipeline) % virtual
         if virtual > 1
-        else np.zeros(looked_at, int)
+        else np.zeros(simulated, int)
     )
-    forward = np.eye(virtual, dtype=int)[turns]
+    forward = np.eye(virtual, dtype=int)[chunks]
     backward = np.roll(forward[:, ::-1], warm_up(pipeline, rank, virtual, packs) + 1, axis=0)
     backward[: warm_up(pipeline, rank, virtual, packs) + 1] = 0
     return np.cumsum(forward - backward, axis=0)
 
 
 def bubble(pipeline: int, virtual: int, packs: int) -> float:
-    """Time in which a rank waits for the others, as a share of the time in which it works: (ranks -
-    1) / (virtual * packs).
-    """
+    """Return the bubble ratio, idle time over working time: (ranks - 1) / (virtual * packs)."""
     return (pipeline - 1) / (virtual * packs)

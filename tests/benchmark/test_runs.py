@@ -164,7 +164,7 @@ def test_the_peer_has_as_many_weights_as_the_trainer(model: str):
     case = Case(model=model, stage="2", implementation="transformers")
     peer = build(case, torch.bfloat16, torch.device("meta"), "sdpa", 5)
     assert sum(parameter.numel() for parameter in peer.parameters()) == sum(
-        piece.numbers for piece in pieces(case.architecture)
+        piece.elements for piece in pieces(case.architecture)
     )
 
 

@@ -13,7 +13,7 @@ import pytest
 from megavlm.config.checks.rules import layout_problems
 from megavlm.config.cli import parse
 from megavlm.config.schema import Config, Fp8, Parallel
-from megavlm.planner.activations import RankShare, kept_by
+from megavlm.planner.activations import RankLoad, activation_memory
 from megavlm.planner.estimate import Estimate, Hardware, estimate
 from megavlm.planner.flops import pieces
 from megavlm.planner.layout import make_layout
@@ -42,10 +42,10 @@ def needed(config: Config, data_ranks: int = 8) -> Memory:
 
 def test_weights_and_their_optimizer_take_what_the_numbers_say() -> None:
     found = needed(run())
-    numbers = 2.205e9
-    assert found.weights == pytest.approx(2 * numbers, rel=0.01)
-    assert found.gradients == pytest.approx(4 * numbers, rel=0.01)
-    assert found.optimizer == pytest.approx(12 * numbers / 8, rel=0.01)
+    elements = 2.205e9
+    assert found.weights == pytest.approx(2 * elements, rel=0.01)
+    assert found.gradients == pytest.approx(4 * elements, rel=0.01)
+    assert found.optimizer == pytest.approx(12 * elements / 8, rel=0.01)
 
 
 def test_frozen_parts_need_weights_only() -> None:
@@ -58,16 +58,16 @@ def test_frozen_parts_need_weights_only() -> None:
 
 def test_frozen_layers_keep_less_and_those_before_all_that_is_trained_nothing() -> None:
     arch = run().architecture
-    share = RankShare(tokens=1000.0, tiles=0.0)
+    load = RankLoad(tokens=1000.0, tiles=0.0)
     behind = make_layout(run(pipeline_model_parallel_size=4), SIZE).chunks[-1]
-    frozen, trained = (kept_by(run(stage=stage), behind, share).each_pack for stage in ("1", "2"))
+    both = (activation_memory(run(stage=stage), behind, load) for stage in ("1", "2"))
+    frozen, trained = (one.per_microbatch for one in both)
     assert 0.3 * trained < frozen < 0.8 * trained
     first = make_layout(run(stage="1", pipeline_model_parallel_size=4), SIZE).chunks[0]
     assert not first.language_layers
     sent = 2 * 7 * arch.vision.tokens * arch.vision.hidden_size
-    assert kept_by(run(stage="1"), first, RankShare(tokens=1000.0, tiles=7.0)).each_pack == sent, (
-        "only what it sends on"
-    )
+    kept = activation_memory(run(stage="1"), first, RankLoad(tokens=1000.0, tiles=7.0))
+    assert kept.per_microbatch == sent, "only what it sends on"
 
 
 def test_recomputation_saves_activations() -> None:
@@ -209,7 +209,7 @@ def test_whole_vision_layers_cost_memory_and_spare_sums() -> None:
         for vision in ("tensor", "data")
     )
     vision = sum(
-        piece.numbers
+        piece.elements
         for piece in pieces(run().architecture)
         if piece.part in ("vision", "connector")
     )
@@ -219,7 +219,8 @@ def test_whole_vision_layers_cost_memory_and_spare_sums() -> None:
     assert whole.memory.gradients - shared.memory.gradients == pytest.approx(
         4 * vision * 3 / 4, rel=0.01
     )
-    assert whole.traffic.tensor < shared.traffic.tensor and whole.step_ms < shared.step_ms
+    assert whole.communication.tensor < shared.communication.tensor
+    assert whole.step_ms < shared.step_ms
 
 
 def test_chunks_that_take_turns_shorten_the_bubble_and_lengthen_the_traffic() -> None:
@@ -234,7 +235,7 @@ def test_chunks_that_take_turns_shorten_the_bubble_and_lengthen_the_traffic() ->
         for v in (1, 2)
     )
     assert turns.bubble == plain.bubble / 2 and len(turns.chunk_ms) == 8
-    assert plain.traffic.pipeline < turns.traffic.pipeline
+    assert plain.communication.pipeline < turns.communication.pipeline
     assert turns.memory.activations > plain.memory.activations
 
 
@@ -250,8 +251,8 @@ def test_context_parallelism_sends_keys_and_values() -> None:
     features = (
         2 * (SIZE.tiles + 1.5) * run().architecture.features_per_tile * language.hidden_size / 2
     )
-    assert alone.traffic.context == 0
-    assert two.traffic.context == pytest.approx(2 * packs * (of_layers + features))
+    assert alone.communication.context == 0
+    assert two.communication.context == pytest.approx(2 * packs * (of_layers + features))
 
 
 def test_a_pipeline_waits_and_tensor_parallelism_talks() -> None:
@@ -260,8 +261,8 @@ def test_a_pipeline_waits_and_tensor_parallelism_talks() -> None:
     tensor = estimate(
         run(tensor_model_parallel_size=4, sequence_parallel=True), 32, SIZE, CAPACITY, hardware
     )
-    assert pipeline.bubble == 3 / (512 // 8) and pipeline.traffic.tensor == 0
-    assert tensor.bubble == 0 and tensor.traffic.tensor > 0
+    assert pipeline.bubble == 3 / (512 // 8) and pipeline.communication.tensor == 0
+    assert tensor.bubble == 0 and tensor.communication.tensor > 0
     assert pipeline.parallel.layout.count("|") == 3
 
 
@@ -351,12 +352,12 @@ def test_the_tool_names_what_it_does_not_know(capsys: pytest.CaptureFixture[str]
 def test_logits_take_two_bytes_if_the_loss_is_computed_in_place() -> None:
     config = run()
     last = make_layout(config, SIZE).chunks[-1]
-    share = RankShare(tokens=1000.0, tiles=0.0)
+    load = RankLoad(tokens=1000.0, tiles=0.0)
     local = dataclasses.replace(
         config, training=dataclasses.replace(config.training, kernels="local")
     )
     logits = 1000 * config.architecture.language.vocab_size
-    saved = kept_by(local, last, share).once - kept_by(config, last, share).once
+    saved = activation_memory(local, last, load).once - activation_memory(config, last, load).once
     assert saved == 4 * logits
 
 

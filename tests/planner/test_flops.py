@@ -80,7 +80,7 @@ def test_a_trained_bias_asks_for_the_gradients_of_all_that_comes_after_it():
 def test_a_large_model_costs_about_six_flops_a_weight_and_token():
     big = architecture("internvl2_5-8b")
     weights = sum(
-        piece.numbers
+        piece.elements
         for piece in pieces(big)
         if piece.key.startswith("language.") and piece.forward
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from megavlm.planner.schedule import bubble, under_way, warm_up
+from megavlm.planner.schedule import bubble, in_flight, warm_up
 
 
 def by_hand(pipeline: int, rank: int, virtual: int, packs: int) -> np.ndarray:
@@ -35,7 +35,7 @@ def test_packs_under_way_are_those_of_megatron_core(
 ) -> None:
     for rank in range(pipeline):
         expected = by_hand(pipeline, rank, virtual, packs)
-        found = under_way(pipeline, rank, virtual, packs)
+        found = in_flight(pipeline, rank, virtual, packs)
         assert (found == expected[: len(found)]).all() and len(found) == virtual * min(
             packs, 3 * pipeline
         )
@@ -46,8 +46,8 @@ def test_packs_under_way_are_those_of_megatron_core(
 
 
 def test_without_turns_the_first_rank_keeps_as_many_packs_as_there_are_ranks() -> None:
-    assert [under_way(4, rank, 1, 32).max() for rank in range(4)] == [4, 3, 2, 1]
-    assert under_way(4, 0, 1, 2).max() == 2, "there are no more"
+    assert [in_flight(4, rank, 1, 32).max() for rank in range(4)] == [4, 3, 2, 1]
+    assert in_flight(4, 0, 1, 2).max() == 2, "there are no more"
 
 
 def test_taking_turns_shortens_the_wait() -> None:

@@ -45,7 +45,7 @@ class AverageSizes:
         return self.ends.input_size
 
     @property
-    def summed(self) -> int:
+    def all_reduced_elements(self) -> int:
         return 0
 
     def problems(self) -> Iterator[str]:
@@ -117,11 +117,11 @@ def test_the_planner_knows_its_weights_and_flops(dataset: Path) -> None:
     from megavlm.planner.estimate import Hardware, estimate
     from megavlm.planner.flops import training_cost
     from megavlm.planner.layout import make_layout
-    from megavlm.planner.parameters import held_by
+    from megavlm.planner.parameters import parameters_on_rank
     from megavlm.planner.partition import PackSize
 
     config = averaged(config_for(dataset, trainable=("connector",), **LAYOUT))
-    held = [held_by(config, chunk) for chunk in make_layout(config).chunks]
+    held = [parameters_on_rank(config, chunk) for chunk in make_layout(config).chunks]
     assert [one.trained for one in held] == [0, 32 * 48 + 48]
     cost = training_cost(ARCHITECTURE, ()).by_part(tokens=0, squared_lengths=0, tiles=1)
     assert cost["connector"] == 2 * 32 * 48 * 4

@@ -11,7 +11,7 @@ import pytest
 from megavlm.config.schema import Config
 from megavlm.data.loading.dataset import PackedDataset, loss_positions
 from megavlm.data.store.pack_format import REDUCTIONS
-from megavlm.planner.activations import RankShare, kept_by
+from megavlm.planner.activations import RankLoad, activation_memory
 from megavlm.planner.layout import make_layout
 from tests.ranks.pool import Pool
 from tests.ranks.runs import TINY, build, config_for, make_packs, train_curve, whole_weights
@@ -48,8 +48,8 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_position_with_a_loss_is_chosen_and_few_others() -> None:
     rng = np.random.default_rng(0)
-    for tokens, share in ((16384, 0.25), (16384, 0.0), (256, 0.3), (256, 1.0), (7, 0.5)):
-        weights = np.where(rng.random(tokens) < share, 0.5, 0).astype(np.float32)
+    for tokens, fraction in ((16384, 0.25), (16384, 0.0), (256, 0.3), (256, 1.0), (7, 0.5)):
+        weights = np.where(rng.random(tokens) < fraction, 0.5, 0).astype(np.float32)
         chosen = loss_positions(weights)
         assert (np.diff(chosen) > 0).all() and chosen.dtype == np.int64
         assert set(np.flatnonzero(weights)) <= set(chosen.tolist())
@@ -123,8 +123,8 @@ def test_logits_take_the_memory_that_is_reckoned(ranks: Pool, dataset: Path) -> 
     for tokens, rows in (("all", CAPACITY), ("supervised", positions)):
         config = run(dataset, "square", tokens)
         [measured[tokens]] = ranks.run(peak_of_logits, 1, config)
-        share = RankShare(tokens=float(CAPACITY), tiles=4.0, supervised=float(rows))
-        reckoned[tokens] = kept_by(config, make_layout(config).chunks[-1], share).once
+        load = RankLoad(tokens=float(CAPACITY), tiles=4.0, supervised=float(rows))
+        reckoned[tokens] = activation_memory(config, make_layout(config).chunks[-1], load).once
     # Other tensors of that width are the same in both; the vocabulary of 199 is padded to 256.
     saved = measured["all"] - measured["supervised"]
     assert saved == pytest.approx((reckoned["all"] - reckoned["supervised"]) * 256 / 199, rel=0.02)

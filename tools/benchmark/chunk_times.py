@@ -81,9 +81,9 @@ def layouts(scale: Scale, stage: str, packs: Path, size: PackSize) -> list[Layou
 def flops(settings, layout: Layout, number: int, size: PackSize) -> dict[str, float]:
     """Predict the FLOPs of a chunk for one pack."""
     arch = settings.architecture
-    places = layout.chunks[number].places(arch.vision.num_layers)
+    layer_numbers = layout.chunks[number].layer_numbers(arch.vision.num_layers)
     forward, whole = (
-        sum(layer_costs(arch, mask, size)[at] for at in places)
+        sum(layer_costs(arch, mask, size)[at] for at in layer_numbers)
         for mask in ((), settings.training.trainable)
     )
     return {"forward_flops": forward, "backward_flops": whole - forward}
@@ -129,9 +129,9 @@ class _Alone:
 
 
 def _trains(settings, layout: Layout, number: int) -> bool:
-    from megavlm.planner.parameters import held_by
+    from megavlm.planner.parameters import parameters_on_rank
 
-    return held_by(settings, layout.chunks[number]).trained > 0
+    return parameters_on_rank(settings, layout.chunks[number]).trained > 0
 
 
 def summary(rows: Sequence[dict]) -> dict[str, dict[str, float]]:
