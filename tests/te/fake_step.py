@@ -1,0 +1,162 @@
+"""Runs the trainer's real step on a CUDA device that is not there, and prints what would go wrong
+on one, as JSON: tensors that were left on the host, errors, and operations that make the host wait.
+
+``test_fake_step`` starts it, in a process of its own: it changes torch for good.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from megavlm.config.schema import Fp8
+from tests.te import fake_cuda
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "everything": {},
+    "drop path": dict(drop_path=0.3),
+    "all tokens in the head": dict(head_tokens="all"),
+    "recompute full": dict(recompute="full", drop_path=0.3),
+    "recompute selective": dict(recompute="selective"),
+    "connector": dict(trainable=("connector",)),
+    "vision": dict(trainable=("vision", "connector"), drop_path=0.3),
+    "language": dict(trainable=("language",)),
+    "bfloat16 moments": dict(moments="bfloat16"),
+    "local layers": dict(kernels="local"),
+    "fp8 delayed": dict(fp8=Fp8(vision="delayed", language="delayed")),
+    "fp8 tensorwise": dict(fp8=Fp8(vision="tensorwise", language="tensorwise")),
+    "fp8 blockwise": dict(fp8=Fp8(vision="blockwise", language="blockwise")),
+    "fp8, recompute full": dict(
+        fp8=Fp8(vision="tensorwise", language="tensorwise"), recompute="full", drop_path=0.3
+    ),
+}
+PACKS = 2
+STEPS = 2
+
+
+def prepare() -> Any:
+    """Pretend that there is a device; return what finds waits."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29599")
+    fake_cuda.pretend()
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    from megavlm.model import attention
+    from tests.te import shape_kernels
+    from tests.te.host_waits import HostWaits
+
+    shape_kernels.install()
+    waits = HostWaits()
+    torch.tensor = waits.make_tensor(torch.tensor)
+    FakeTensor.tolist = waits.list_reader()
+    # torch's own asks the device for the best kernel.
+    attention.scaled_dot_product_attention = lambda q, k, v, **settings: q + (k.sum() + v.sum()) * 0
+    return waits
+
+
+def run(config: Any, waits: Any, planted: Sequence[Any]) -> dict[str, Any]:
+    """Build a model and update it; watch the last step, for the first may compile and plan.
+
+    Args:
+        config: of the run.
+        waits: what finds waits.
+        planted: meters with a fault, which must be found.
+    """
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    from megavlm.model.precision import tile_multiple
+    from megavlm.train.optimizer import set_rates
+    from megavlm.train.source_losses import SourceLosses
+    from megavlm.train.step import train_step
+    from tests.ranks.runs import build
+
+    job = build(config)
+    meters = [SourceLosses(job.train.source_names, job.backend.device), *planted]
+    chunk = job.chunks[0]
+    tensors = [*chunk.named_parameters(), *chunk.named_buffers()]
+    stray = [name for name, tensor in tensors if tensor.device.type != "cuda"]
+    for step in range(STEPS):
+        with _disable_current_modes():
+            multiple = tile_multiple(config)
+            layers = config.architecture.vision.num_layers
+            packs = [
+                job.train.batch(n, n, vision_layers=layers, tile_multiple=multiple)
+                for n in range(PACKS)
+            ]
+
+        def arriving(packs: list[Any] = packs) -> Iterator[Any]:
+            for pack in packs:
+                with _disable_current_modes():
+                    waits.lengths = pack.sample_ends.diff().tolist()
+                yield pack
+
+        weight = sum(pack.weight_sum for pack in packs)
+        set_rates(job.optimizer, config, step)
+        waits.watching = step == STEPS - 1
+        result = train_step(
+            job.ddp_chunks, job.optimizer, arriving(), PACKS, weight, 1.0, job.backend, meters
+        )
+        waits.watching = False
+        results = (result.loss, result.grad_norm)
+        stray += [f"result {n}" for n, one in enumerate(results) if one.device.type != "cuda"]
+    return {"stray": stray, "weights": sum(weight.numel() for weight in chunk.parameters())}
+
+
+class Reader:
+    """A meter that reads every loss at once, as a careless one would."""
+
+    def add(self, losses: Any, batch: Any, weight_of_step: float) -> None:
+        """Read a value of the device."""
+        losses.sum().item()
+
+
+class Stray:
+    """A meter that keeps its sum on the host."""
+
+    def add(self, losses: Any, batch: Any, weight_of_step: float) -> None:
+        """Add tensors of two devices."""
+        import torch
+
+        torch.zeros(losses.shape, device="cpu") + losses
+
+
+def measure(
+    folder: Path, waits: Any, settings: dict[str, Any], planted: Sequence[Any] = ()
+) -> dict[str, Any]:
+    """Run one setting and return what was found, or the error that ended it."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from megavlm.parallel import process_groups
+    from tests.gpu.models import small
+
+    waits.found.clear()
+    config = small(folder, **dict(kernels="transformer_engine") | settings)
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True), waits:
+            found = run(config, waits, planted)
+    except RuntimeError as error:
+        found = {"error": "".join(traceback.format_exception(error))[-3000:]}
+    finally:
+        process_groups.destroy()
+    return found | {"waits": dict(waits.found)}
+
+
+def main() -> None:
+    """Run every setting, and two with planted faults."""
+    from tests.te.numbers import make_packs
+
+    folder = make_packs()
+    waits = prepare()
+    found = {name: measure(folder, waits, settings) for name, settings in SETTINGS.items()}
+    found["planted wait"] = measure(folder, waits, {}, [Reader()])
+    found["planted mismatch"] = measure(folder, waits, {}, [Stray()])
+    json.dump(found, os.fdopen(int(sys.argv[1]), "w"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,252 @@
+"""Stand-ins for Transformer Engine's compiled functions that only make results of the right shapes.
+
+They work on fake tensors (``tests/te/fake_cuda.py``), which have a device and no values, and refuse
+what the compiled functions refuse: tensors of another device, sizes that do not fit, strides that a
+kernel does not take.
+
+Shape letters: T tokens, D hidden size, H heads, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CUDA = torch.device("cuda", 0)
+# cuBLAS multiplies 8-bit matrices whose sides divide by these (Transformer Engine's
+# ``assert_dim_for_fp8_exec``).
+FP8_ROWS = 8
+FP8_COLUMNS = 16
+
+
+def require_cuda(*tensors: Any) -> None:
+    """Raise what a compiled function would answer to a tensor of the host with a crash."""
+    for tensor in tensors:
+        if isinstance(tensor, Tensor) and tensor.device.type != "cuda":
+            raise RuntimeError(
+                f"mismatch: a compiled function of Transformer Engine got a tensor on "
+                f"{tensor.device}, of shape {tuple(tensor.shape)}"
+            )
+
+
+def _alike(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+
+def _numbers(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=CUDA)
+
+
+def gemm(
+    a: Tensor,
+    transpose_a: bool,
+    b: Tensor,
+    transpose_b: bool,
+    out: Tensor | None,
+    *rest: Any,
+    **overlap: Any,
+) -> tuple[Tensor, Tensor | None, None, None]:
+    """Return what ``tex.generic_gemm`` returns for b @ a."""
+    (_, out_dtype, bias, _, _, _, is_gradient, *_) = rest
+    require_cuda(a, b, out, bias)
+    left = _sides(b)
+    right = _sides(a)
+    (rows, inner_left) = reversed(left) if transpose_b else left
+    (inner_right, columns) = reversed(right) if transpose_a else right
+    if inner_left != inner_right:
+        raise RuntimeError(f"mismatch: a product of {left} and {right}")
+    shape = (rows, columns) if transpose_b else (*b.size()[:-1], columns)
+    if out is None:
+        out = _numbers(*shape, dtype=_dtype(out_dtype) or torch.bfloat16)
+    if tuple(out.shape) != tuple(shape):
+        raise RuntimeError(f"mismatch: {tuple(shape)} is written into {tuple(out.shape)}")
+    made = None
+    if is_gradient and bias is not None:
+        made = _numbers(left[-1], dtype=bias.dtype)
+    return out, made, None, None
+
+
+def _flat(shape: Sequence[int]) -> tuple[int, int]:
+    return math.prod(shape[:-1]), shape[-1]
+
+
+def _sides(operand: Any) -> tuple[int, int]:
+    """Return rows and columns of a matrix, in 16 bits or in 8."""
+    transposed = getattr(operand, "_transpose", None)
+    if transposed is None or operand._data is not None:
+        return _flat(operand.size())
+    (columns, *rows) = transposed.shape
+    return math.prod(rows), columns
+
+
+def quantize(tensor: Tensor, quantizer: Any, out: Any = None, noop: Tensor | None = None) -> Any:
+    """Return ``tensor`` [..., D] in 8 bits, for whose kernels rows and columns must fit."""
+    require_cuda(tensor, noop)
+    (rows, columns) = _flat(tensor.shape)
+    if rows % FP8_ROWS or columns % FP8_COLUMNS:
+        raise RuntimeError(f"mismatch: {tuple(tensor.shape)} is not a shape for products in FP8")
+    if out is not None:
+        return out
+    return quantizer.make_empty(tuple(tensor.shape), dtype=tensor.dtype, device=CUDA)
+
+
+def bias_gradient_and_quantize(tensor: Tensor, quantizer: Any) -> tuple[Tensor, Any]:
+    """Return the sum over rows of ``tensor`` [T, D], and ``tensor`` in 8 bits."""
+    return tensor.new_empty(tensor.shape[-1]), quantize(tensor, quantizer)
+
+
+def _dtype(kind: Any) -> torch.dtype | None:
+    """Translate Transformer Engine's word for a dtype."""
+    import transformer_engine_torch as tex
+
+    return {
+        tex.DType.kBFloat16: torch.bfloat16,
+        tex.DType.kFloat16: torch.float16,
+        tex.DType.kFloat32: torch.float32,
+    }.get(kind)
+
+
+def _normed(x: Tensor, quantizer: Any) -> tuple[Any, Tensor, Tensor]:
+    rows = x.numel() // x.shape[-1]
+    out = torch.empty_like(x) if quantizer is None else quantize(x, quantizer)
+    return out, _numbers(rows), _numbers(rows)
+
+
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, out: Any, quantizer: Any, *rest: Any
+) -> tuple[Any, Tensor, Tensor]:
+    """Return rows [T, D], in 8 bits if there is a quantizer, and two numbers a row."""
+    require_cuda(x, weight, bias)
+    return _normed(x, quantizer)
+
+
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, out: Any, quantizer: Any, *rest: Any
+) -> tuple[Any, Tensor, Tensor]:
+    """Return what ``layer_norm`` does."""
+    require_cuda(x, weight)
+    return _normed(x, quantizer)
+
+
+def layer_norm_backward(
+    dy: Tensor, x: Tensor, mean: Tensor, scale: Tensor, weight: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of input, weight and bias."""
+    require_cuda(dy, x, mean, scale, weight)
+    return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
+
+
+def rms_norm_backward(
+    dy: Tensor, x: Tensor, scale: Tensor, weight: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of input and weight."""
+    require_cuda(dy, x, scale, weight)
+    return torch.empty_like(x), torch.empty_like(weight)
+
+
+def attention(*given: Any, **more: Any) -> list[Tensor]:
+    """Return what ``tex.fused_attn_fwd`` returns: output, softmax sums, random state."""
+    (queries, keys) = given[:2]
+    (cu_queries, cu_keys, query, key, value) = given[11:16]
+    require_cuda(cu_queries, cu_keys, query, key, value)
+    if not (isinstance(queries, int) and isinstance(keys, int)):
+        raise RuntimeError("mismatch: the longest sample must be known on the host")
+    if cu_queries.dtype != torch.int32:
+        raise RuntimeError(f"mismatch: cu_seqlens are {cu_queries.dtype}")
+    rows = query.numel() // (query.shape[-1] * query.shape[-2])
+    sums = _numbers(rows, query.shape[-2], 1)
+    return [_alike(query), sums, _numbers(2, dtype=torch.int64)]
+
+
+def attention_backward(*given: Any, **more: Any) -> list[Tensor | None]:
+    """Return the gradients of query, key and value."""
+    (cu_queries, cu_keys, query, key, value, out, d_out) = given[11:18]
+    require_cuda(cu_queries, cu_keys, query, key, value, out, d_out)
+    return [_alike(query), _alike(key), _alike(value), None, None]
+
+
+def rotary(t: Tensor, freqs: Tensor, start: Any, form: Any, inter: Any, cu: Any, *rest: Any):
+    """Turn heads [T, H, head]."""
+    require_cuda(t, freqs, cu)
+    return _alike(t)
+
+
+def adam(chunk: int, flag: Tensor, lists: Sequence[Sequence[Tensor]], *rest: Any) -> None:
+    """Check what ``tex.multi_tensor_adam`` gets: lists of equal lengths, of equal sizes."""
+    require_cuda(flag, *(tensor for tensors in lists for tensor in tensors))
+    for row in zip(*lists, strict=True):
+        if len({tensor.numel() for tensor in row}) != 1:
+            raise RuntimeError(f"mismatch: Adam over {[tuple(tensor.shape) for tensor in row]}")
+
+
+def entropy_forward(logits: Tensor, target: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    """Return losses; the gradient replaces the logits [T, 1, V]."""
+    require_cuda(logits, target)
+    if logits.stride(-1) != 1 or logits.stride(-2) != logits.shape[-1]:
+        raise RuntimeError(f"mismatch: logits with strides {logits.stride()}")
+    if target.stride(-1) != 1 or target.numel() != logits.numel() // logits.shape[-1]:
+        raise RuntimeError(f"mismatch: labels {tuple(target.shape)}, strides {target.stride()}")
+    return _numbers(*logits.shape[:2]), logits
+
+
+def entropy_backward(logits: Tensor, gradient: Tensor, captured: bool) -> Tensor:
+    """Scale the gradient; it is compared with 1 first, as the original does."""
+    require_cuda(logits, gradient)
+    if not captured:
+        torch.equal(gradient, torch.ones((), device=gradient.device))
+    return logits
+
+
+NORMS = {
+    "layernorm_fwd": layer_norm,
+    "rmsnorm_fwd": rms_norm,
+    "layernorm_bwd": layer_norm_backward,
+    "rmsnorm_bwd": rms_norm_backward,
+}
+ANSWERS = {
+    "get_cudnn_version": lambda *args: (9, 19, 0),
+    "get_device_compute_capability": lambda *args: (9, 0),
+}
+
+
+def install() -> None:
+    """Replace the compiled functions for the whole process."""
+    import transformer_engine.pytorch.attention.dot_product_attention.utils as attention_utils
+    import transformer_engine.pytorch.triton.cross_entropy as entropy
+    import transformer_engine_torch as tex
+
+    backend = tex.NVTE_Fused_Attn_Backend.NVTE_F16_arbitrary_seqlen
+    compiled = NORMS | {
+        "generic_gemm": gemm,
+        "quantize": quantize,
+        "bgrad_quantize": bias_gradient_and_quantize,
+        "fused_amax_and_scale_update_after_reduction": lambda *args: None,
+        "fused_attn_fwd": attention,
+        "fused_attn_bwd": attention_backward,
+        "get_fused_attn_backend": lambda *args: backend,
+        "fused_rope_forward": rotary,
+        "fused_rope_backward": rotary,
+        "multi_tensor_adam": adam,
+        "multi_tensor_adam_param_remainder": adam,
+        "get_cublasLt_version": lambda: 130100,
+    }
+    for name, function in compiled.items():
+        setattr(tex, name, function)
+    for path, module in list(sys.modules.items()):
+        if path.startswith("transformer_engine.pytorch"):
+            for name, function in (NORMS | ANSWERS).items():
+                if name in vars(module):
+                    setattr(module, name, function)
+    choose = attention_utils.get_attention_backend
+    attention_utils.get_attention_backend = lambda params: choose(
+        # It asks for the exact class of its tensors, and fake ones are of another.
+        dataclasses.replace(params, qkv_type=Tensor)
+    )
+    entropy.cross_entropy_forward = entropy_forward
+    entropy.cross_entropy_backward = entropy_backward

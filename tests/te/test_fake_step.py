@@ -1,0 +1,82 @@
+"""On a CUDA device that is not there, no tensor of a training step is on the wrong device, and
+nothing in it makes the host wait.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.te import fake_cuda
+from tests.te.fake_step import SETTINGS
+
+ROOT = Path(__file__).parents[2]
+MISSING = [
+    what
+    for what, found in {
+        "Transformer Engine": importlib.util.find_spec("transformer_engine"),
+        "a CUDA build of torch": torch.version.cuda,
+        "gcc and g++": shutil.which("gcc") and shutil.which("g++"),
+    }.items()
+    if not found
+]
+pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}")
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Return what ``fake_step.py`` prints, from a process of its own."""
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    environment |= fake_cuda.libraries(tmp_path_factory.mktemp("libraries"))
+    with tempfile.TemporaryFile() as answer:
+        number = answer.fileno()
+        process = subprocess.run(
+            [sys.executable, "-W", "ignore", "-m", "tests.te.fake_step", str(number)],
+            env=environment,
+            cwd=ROOT,
+            pass_fds=[number],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert process.returncode == 0, process.stderr[-4000:]
+        answer.seek(0)
+        return json.load(answer)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_every_tensor_is_on_the_device(found: dict[str, Any], name: str) -> None:
+    assert "error" not in found[name], found[name]["error"]
+    assert found[name]["weights"] > 1e6
+    assert found[name]["stray"] == []
+
+
+@pytest.mark.parametrize("name", [name for name in SETTINGS if name != "local layers"])
+def test_the_host_never_waits(found: dict[str, Any], name: str) -> None:
+    assert found[name]["waits"] == {}
+
+
+def test_local_layers_wait_for_the_lengths_of_samples_only(found: dict[str, Any]) -> None:
+    waits = found["local layers"]["waits"]
+    assert waits
+    assert all("rope_utils.py" in wait or "attention.py" in wait for wait in waits), waits
+
+
+def test_a_planted_wait_is_found(found: dict[str, Any]) -> None:
+    (wait,) = found["planted wait"]["waits"]
+    assert "losses.sum().item()" in wait
+
+
+def test_a_planted_tensor_of_the_host_is_found(found: dict[str, Any]) -> None:
+    assert "two different devices" in found["planted mismatch"]["error"]
