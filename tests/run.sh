@@ -47,6 +47,8 @@ mark="$("$python" -c 'import sys; print(sys.prefix)')/.megavlm-installed"
 if [[ "$(cat "$mark" 2>/dev/null)" != "$wanted" ]]; then
     echo "installing into $("$python" -c 'import sys; print(sys.prefix)') ..."
     "$python" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,quickstart]'
+    # Without torchvision, which the schedules that the tests compare with do not use.
+    "$python" -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps timm
     echo "$wanted" >"$mark"
 fi
 

@@ -14,6 +14,7 @@ from megavlm.config.architecture import Architecture as Architecture
 from megavlm.config.architecture import Language as Language
 from megavlm.config.architecture import Vision as Vision
 from megavlm.config.connectors import Connector as Connector
+from megavlm.config.optimizer import Optimizer as Optimizer
 from megavlm.config.parts import Init as Init
 
 # A value that accepts every template, or every tiling.
@@ -163,41 +164,6 @@ class Parallel:
         return (
             self.context_parallel_size * self.tensor_model_parallel_size // self.vision_tensor_size
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Optimizer:
-    """AdamW, with linear warm-up and cosine decay of the learning rate.
-
-    Args:
-        lr: peak learning rate.
-        min_lr: learning rate at the last step.
-        warmup_steps: steps of linear warm-up from 0; if above 0, it overrides ``warmup_ratio``.
-        warmup_ratio: warm-up as a share of the training steps.
-        schedule: learning rate after warm-up.
-        weight_decay: decoupled weight decay.
-        decay: trainable parameters with weight decay: all, as in InternVL's recipe, or matrices
-            only (no norms, biases or layer scales).
-        adam_beta1: decay of the first moment.
-        adam_beta2: decay of the second moment.
-        adam_eps: added to the square root of the second moment.
-        clip_grad: clip the gradient to this global norm; 0: no clipping.
-        moments: dtype of both moments; bfloat16 saves four bytes a trainable parameter and needs
-            Transformer Engine.
-    """
-
-    lr: float = 2e-4
-    min_lr: float = 0.0
-    warmup_steps: int = 0
-    warmup_ratio: float = 0.03
-    schedule: Literal["cosine", "constant"] = "cosine"
-    weight_decay: float = 0.05
-    decay: Literal["all", "matrices"] = "all"
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.999
-    adam_eps: float = 1e-8
-    clip_grad: float = 1.0
-    moments: Literal["float32", "bfloat16"] = "float32"
 
 
 @dataclass(frozen=True, kw_only=True)

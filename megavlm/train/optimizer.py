@@ -24,7 +24,7 @@ from torch import Tensor
 from megavlm.config.schema import Config
 from megavlm.model.precision import precision
 from megavlm.model.vlm import VisionLanguageModel
-from megavlm.train.schedule import learning_rate
+from megavlm.train.schedule import learning_rate, weight_decay
 from megavlm.train.sliced_update import step_in_slices
 
 _MOMENTS: dict[str, dict[str, Any]] = {
@@ -221,7 +221,8 @@ def set_rates(optimizer: MegatronOptimizer, config: Config, step: int) -> float:
     place.
     """
     settings = config.optimizer
-    rate = learning_rate(step, config.optimizer, config.training.steps)
+    rate = learning_rate(step, settings, config.training.steps)
+    shrinking = weight_decay(step, settings, config.training.steps)
     most = oldest(optimizer)
     for group in optimizer.param_groups:
         first = _correction(settings.adam_beta1, most + step + 1) / _correction(
@@ -232,7 +233,7 @@ def set_rates(optimizer: MegatronOptimizer, config: Config, step: int) -> float:
             / _correction(settings.adam_beta2, most + step + 1)
         )
         group["lr"] = rate * first * second
-        group["weight_decay"] = settings.weight_decay * group["wd_mult"] / (first * second)
+        group["weight_decay"] = shrinking * group["wd_mult"] / (first * second)
         group["eps"] = settings.adam_eps * second
         # A checkpoint's groups bring the betas of the run that wrote it.
         group["betas"] = (settings.adam_beta1, settings.adam_beta2)

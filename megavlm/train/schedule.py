@@ -1,4 +1,4 @@
-"""The learning rate of every step, as a pure function."""
+"""The learning rate and the weight decay of every step, as pure functions of the step."""
 
 from __future__ import annotations
 
@@ -7,26 +7,68 @@ import math
 from megavlm.config.schema import Optimizer
 
 
-def warmup_steps(optimizer: Optimizer, steps: int) -> int:
-    """Return the steps of warm-up: the given number, else the given share of the training steps,
-    rounded up.
-    """
-    return optimizer.warmup_steps or math.ceil(optimizer.warmup_ratio * steps)
-
-
 def learning_rate(step: int, optimizer: Optimizer, steps: int) -> float:
-    """Learning rate of update ``step``, counted from 0.
+    """Return the learning rate of update ``step``, counted from 0.
 
-    It rises linearly from 0 over the warm-up, then falls on half a cosine to ``min_lr`` or stays
-    (Loshchilov and Hutter, arXiv 1608.03983, without restarts). As in InternVL's recipe, the very
-    first update of a warm-up has a learning rate of 0.
+    The rate of a parameter group is this one times the group's multiplier, at every step, as
+    transformers does it; timm's schedulers share the initial and the lowest rate among all groups.
+
+    Args:
+        step: updates that are done.
+        optimizer: the settings.
+        steps: training steps of the run.
     """
-    warmup = warmup_steps(optimizer, steps)
+    warmup = optimizer.warmup(steps)
     if step < warmup:
-        return optimizer.lr * step / warmup
-    if optimizer.schedule == "constant":
-        return optimizer.lr
-    progress = min((step - warmup) / max(steps - warmup, 1), 1.0)
-    return optimizer.min_lr + (optimizer.lr - optimizer.min_lr) * 0.5 * (
-        1 + math.cos(math.pi * progress)
-    )
+        first = optimizer.warmup_init_lr
+        return first + (optimizer.lr - first) * step / warmup
+    lowest = optimizer.lowest_lr
+    end = optimizer.decay_steps or steps
+    start = warmup if optimizer.counted_from == "warmup" else 0
+    progress = min((step - start) / max(end - start, 1), 1.0)
+    match optimizer.schedule:
+        case "constant":
+            return optimizer.lr
+        case "step":
+            drops = (step - start) // optimizer.step_interval
+            return max(optimizer.lr * optimizer.step_factor**drops, lowest)
+        case "inverse-square-root":
+            timescale = optimizer.timescale or warmup
+            return max(optimizer.lr / math.sqrt((step - warmup + timescale) / timescale), lowest)
+        case "WSD":
+            factor = _wsd_factor(step - (end - optimizer.wsd_decay_steps), optimizer)
+        case "cosine":  # Loshchilov and Hutter, arXiv 1608.03983, without restarts
+            factor = 0.5 * (1 + math.cos(math.pi * progress))
+        case "linear":
+            factor = 1 - progress
+        case "polynomial":
+            factor = (1 - progress) ** optimizer.power
+    return lowest + (optimizer.lr - lowest) * factor
+
+
+def _wsd_factor(decayed: int, optimizer: Optimizer) -> float:
+    """Return the share of the rate that is left, from 1 to 0, after ``decayed`` steps of the decay
+    (Hu et al., arXiv 2404.06395; Hägele et al., arXiv 2405.18392, for minus_sqrt).
+    """
+    progress = min(max(decayed, 0) / optimizer.wsd_decay_steps, 1.0)
+    match optimizer.wsd_decay:
+        case "linear":
+            return 1 - progress
+        case "cosine":
+            return 0.5 * (1 + math.cos(math.pi * progress))
+        case "minus_sqrt":
+            return 1 - math.sqrt(progress)
+        case "exponential":
+            return 2 * 0.5**progress - 1
+
+
+def weight_decay(step: int, optimizer: Optimizer, steps: int) -> float:
+    """Return the weight decay of update ``step``, counted from 0; as in Megatron-LM, it would
+    reach its end one step after the last.
+    """
+    if optimizer.weight_decay_schedule == "constant":
+        return optimizer.weight_decay
+    progress = min(step / steps, 1.0)
+    if optimizer.weight_decay_schedule == "cosine":
+        progress = 0.5 * (1 - math.cos(math.pi * progress))
+    return optimizer.weight_decay + progress * (optimizer.end_weight_decay - optimizer.weight_decay)

@@ -150,6 +150,8 @@ def test_every_alias_sets_the_field_that_it_stands_for():
         "parallel.overlap_grad_reduce": "false",
         "parallel.overlap_param_gather": "false",
         "optimizer.schedule": "constant",
+        "optimizer.wsd_decay": "linear",
+        "optimizer.weight_decay_schedule": "linear",
         "architecture.connector.norm": "false",
         "fp8.format": "e4m3",
         "fp8.language": "tensorwise",

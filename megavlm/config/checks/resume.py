@@ -38,7 +38,9 @@ _BY_SECTION: dict[str, dict[Kind, str]] = {
         "free": "overlap_grad_reduce overlap_param_gather bucket_size timeout_minutes",
     },
     "optimizer.": {
-        "taken": "lr min_lr warmup_steps warmup_ratio schedule weight_decay adam_beta1 adam_beta2"
+        "taken": "lr min_lr min_lr_ratio warmup_steps warmup_ratio warmup_init_lr schedule"
+        " decay_steps counted_from step_interval step_factor power timescale wsd_decay_steps"
+        " wsd_decay weight_decay weight_decay_schedule end_weight_decay adam_beta1 adam_beta2"
         " adam_eps clip_grad",
         "refused": "decay moments",
     },

@@ -14,6 +14,7 @@ from megavlm.config.checks.fp8 import fp8_problems
 from megavlm.config.checks.limits import at_least
 from megavlm.config.checks.numbers import number_problems
 from megavlm.config.checks.observers import observer_problems
+from megavlm.config.checks.optimizer import optimizer_problems
 from megavlm.config.checks.saving import checkpoint_problems
 from megavlm.config.freeze_mask import PARTS, parts_named, trains
 from megavlm.config.layout_text import parse_layout
@@ -24,7 +25,6 @@ from megavlm.config.schema import (
     Config,
     Data,
     Health,
-    Optimizer,
     Parallel,
     Training,
 )
@@ -72,7 +72,7 @@ def problems(config: Config, world_size: int) -> list[str]:
         *layout_problems(config, world_size),
         *_data(config.data),
         *_training(config.training, config.data),
-        *_optimizer(config.optimizer, config.training),
+        *optimizer_problems(config.optimizer, config.training),
         *_kernels(config.training),
         *fp8_problems(config.fp8, config),
         *at_least(0, "checkpoint", config.checkpoint, "save_interval", "keep", "keep_best"),
@@ -305,30 +305,6 @@ def _training(training: Training, data: Data) -> Iterator[str]:
             f"--training.eval_interval {training.eval_interval} needs --data.valid, the"
             " validation set"
         )
-
-
-def _optimizer(optimizer: Optimizer, training: Training) -> Iterator[str]:
-    if not optimizer.lr > 0:
-        yield f"--optimizer.lr {optimizer.lr}: must be above 0"
-    elif optimizer.min_lr > optimizer.lr:
-        yield f"--optimizer.min_lr {optimizer.min_lr} is above --optimizer.lr {optimizer.lr}"
-    yield from at_least(
-        0, "optimizer", optimizer, "min_lr", "warmup_steps", "weight_decay", "clip_grad"
-    )
-    if optimizer.warmup_steps > training.steps:
-        yield (
-            f"--optimizer.warmup_steps {optimizer.warmup_steps} is more than --training.steps"
-            f" {training.steps}: lr would never be reached"
-        )
-    if optimizer.moments == "bfloat16" and training.precision == "float32":
-        yield "--optimizer.moments bfloat16 needs --training.precision bfloat16"
-    if not 0 <= optimizer.warmup_ratio <= 1:
-        yield f"--optimizer.warmup_ratio {optimizer.warmup_ratio}: must be from 0 to 1"
-    for name in ("adam_beta1", "adam_beta2"):
-        if not 0 <= vars(optimizer)[name] < 1:
-            yield f"--optimizer.{name} {vars(optimizer)[name]}: must be 0 or more, and less than 1"
-    if not optimizer.adam_eps > 0:
-        yield f"--optimizer.adam_eps {optimizer.adam_eps}: must be above 0"
 
 
 def _kernels(training: Training) -> Iterator[str]:

@@ -15,6 +15,7 @@ import torch
 
 from megavlm import __version__
 from megavlm.checkpoint.step_folder import Checkpoint
+from megavlm.config.schema import Optimizer
 from megavlm.convert.hf.preprocessing import Usage
 from megavlm.convert.weights.tables import Dialect
 from megavlm.convert.weights.views import Header
@@ -161,8 +162,8 @@ def _training(checkpoint: Checkpoint, manifest: Manifest | None) -> Iterator[str
         yield f"- tokens of a pack: at most {manifest.capacity:,}"
     yield f"- trainable: {', '.join(f'`{pattern}`' for pattern in training.trainable)}"
     yield (
-        f"- AdamW: learning rate {optimizer.lr:g} to {optimizer.min_lr:g} ({optimizer.schedule}),"
-        f" weight decay {optimizer.weight_decay:g}, betas {optimizer.adam_beta1:g} and"
+        f"- AdamW: learning rate {optimizer.lr:g}{_lowest(optimizer)} ({optimizer.schedule}),"
+        f" weight decay {_weight_decay(optimizer)}, betas {optimizer.adam_beta1:g} and"
         f" {optimizer.adam_beta2:g}, gradients clipped at {optimizer.clip_grad:g} (0: not clipped)"
     )
     yield f"- precision: {training.precision}"
@@ -170,6 +171,21 @@ def _training(checkpoint: Checkpoint, manifest: Manifest | None) -> Iterator[str
         yield f"- FP8 in the {part} layers: {recipe}"
     if state.valid_loss is not None:
         yield f"- loss on held-out packs after the last step: {state.valid_loss:.4f}"
+
+
+def _lowest(optimizer: Optimizer) -> str:
+    """Say where the learning rate goes, if it goes anywhere."""
+    return "" if optimizer.schedule == "constant" else f" to {optimizer.lowest_lr:g}"
+
+
+def _weight_decay(optimizer: Optimizer) -> str:
+    """Say what the weight decay is, or from where to where it goes."""
+    if optimizer.weight_decay_schedule == "constant":
+        return f"{optimizer.weight_decay:g}"
+    return (
+        f"{optimizer.weight_decay:g} to {optimizer.end_weight_decay:g}"
+        f" ({optimizer.weight_decay_schedule})"
+    )
 
 
 def _data(manifest: Manifest) -> Iterator[str]:

@@ -1,0 +1,123 @@
+"""Checks of AdamW's settings and of the schedules."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from megavlm.config.checks.limits import at_least
+from megavlm.config.schema import Optimizer, Training
+
+_READ_BY = {
+    "decay_steps": ("cosine", "linear", "polynomial", "WSD"),
+    "counted_from": ("cosine", "linear", "polynomial", "step"),
+    "step_interval": ("step",),
+    "step_factor": ("step",),
+    "power": ("polynomial",),
+    "timescale": ("inverse-square-root",),
+    "wsd_decay_steps": ("WSD",),
+    "wsd_decay": ("WSD",),
+}
+"""The schedules that read each option."""
+
+
+def optimizer_problems(optimizer: Optimizer, training: Training) -> Iterator[str]:
+    """Name the settings of the optimizer that cannot be used, each with its flag."""
+    if not optimizer.lr > 0:
+        yield f"--optimizer.lr {optimizer.lr}: must be above 0"
+    yield from at_least(0, "optimizer", optimizer, "weight_decay", "clip_grad")
+    if optimizer.moments == "bfloat16" and training.precision == "float32":
+        yield "--optimizer.moments bfloat16 needs --training.precision bfloat16"
+    for name in ("adam_beta1", "adam_beta2"):
+        if not 0 <= vars(optimizer)[name] < 1:
+            yield f"--optimizer.{name} {vars(optimizer)[name]}: must be 0 or more, and less than 1"
+    if not optimizer.adam_eps > 0:
+        yield f"--optimizer.adam_eps {optimizer.adam_eps}: must be above 0"
+    yield from _lowest(optimizer)
+    yield from _warmup(optimizer, training)
+    yield from _schedule(optimizer, training)
+    yield from _weight_decay(optimizer)
+
+
+def _lowest(optimizer: Optimizer) -> Iterator[str]:
+    yield from at_least(0, "optimizer", optimizer, "min_lr", "min_lr_ratio")
+    if optimizer.min_lr > optimizer.lr > 0:
+        yield f"--optimizer.min_lr {optimizer.min_lr} is above --optimizer.lr {optimizer.lr}"
+    if optimizer.min_lr_ratio > 1:
+        yield f"--optimizer.min_lr_ratio {optimizer.min_lr_ratio}: must be from 0 to 1"
+    if optimizer.min_lr and optimizer.min_lr_ratio:
+        yield (
+            f"--optimizer.min_lr {optimizer.min_lr} and --optimizer.min_lr_ratio"
+            f" {optimizer.min_lr_ratio}: say the lowest rate once; set the other to 0"
+        )
+    elif optimizer.schedule == "constant":
+        for name in ("min_lr", "min_lr_ratio"):
+            if vars(optimizer)[name]:
+                yield (
+                    f"--optimizer.{name} {vars(optimizer)[name]} has no effect with"
+                    " --optimizer.schedule constant; use 0"
+                )
+
+
+def _warmup(optimizer: Optimizer, training: Training) -> Iterator[str]:
+    yield from at_least(0, "optimizer", optimizer, "warmup_steps", "warmup_init_lr")
+    if optimizer.warmup_steps > training.steps:
+        yield (
+            f"--optimizer.warmup_steps {optimizer.warmup_steps} is more than --training.steps"
+            f" {training.steps}: lr would never be reached"
+        )
+    if not 0 <= optimizer.warmup_ratio <= 1:
+        yield f"--optimizer.warmup_ratio {optimizer.warmup_ratio}: must be from 0 to 1"
+    if optimizer.warmup_init_lr > optimizer.lr > 0:
+        yield (
+            f"--optimizer.warmup_init_lr {optimizer.warmup_init_lr} is above --optimizer.lr"
+            f" {optimizer.lr}"
+        )
+    elif optimizer.warmup_init_lr and not (optimizer.warmup_steps or optimizer.warmup_ratio):
+        yield (
+            f"--optimizer.warmup_init_lr {optimizer.warmup_init_lr} has no effect without a"
+            " warm-up; set --optimizer.warmup_steps"
+        )
+
+
+def _schedule(optimizer: Optimizer, training: Training) -> Iterator[str]:
+    schedule = optimizer.schedule
+    defaults = vars(Optimizer())
+    for name, readers in _READ_BY.items():
+        if schedule not in readers and vars(optimizer)[name] != defaults[name]:
+            yield (
+                f"--optimizer.{name} {vars(optimizer)[name]} has no effect with"
+                f" --optimizer.schedule {schedule}; leave it out, or use {' or '.join(readers)}"
+            )
+    yield from at_least(0, "optimizer", optimizer, "decay_steps", "timescale")
+    end = optimizer.decay_steps or training.steps
+    warmup = optimizer.warmup(training.steps)
+    if 0 < optimizer.decay_steps <= warmup:
+        yield (
+            f"--optimizer.decay_steps {optimizer.decay_steps} must be more than the {warmup} steps"
+            " of the warm-up, which it counts too"
+        )
+    if schedule == "step":
+        yield from at_least(1, "optimizer", optimizer, "step_interval")
+        if not 0 < optimizer.step_factor < 1:
+            yield f"--optimizer.step_factor {optimizer.step_factor}: must be between 0 and 1"
+    if schedule == "polynomial" and not 0 < optimizer.power < float("inf"):
+        yield f"--optimizer.power {optimizer.power}: must be above 0"
+    if schedule == "WSD" and not 1 <= optimizer.wsd_decay_steps <= end - warmup:
+        yield (
+            f"--optimizer.wsd_decay_steps {optimizer.wsd_decay_steps}: must be from 1 to"
+            f" {end - warmup}, the steps behind the warm-up; a tenth to a fifth of them is usual"
+        )
+    if schedule == "inverse-square-root" and not (optimizer.timescale or warmup):
+        yield (
+            "--optimizer.schedule inverse-square-root without a warm-up needs"
+            " --optimizer.timescale, such as 10000"
+        )
+
+
+def _weight_decay(optimizer: Optimizer) -> Iterator[str]:
+    yield from at_least(0, "optimizer", optimizer, "end_weight_decay")
+    if optimizer.weight_decay_schedule == "constant" and optimizer.end_weight_decay:
+        yield (
+            f"--optimizer.end_weight_decay {optimizer.end_weight_decay} has no effect with"
+            " --optimizer.weight_decay_schedule constant; use linear or cosine"
+        )

@@ -1,0 +1,89 @@
+"""Settings of AdamW and of the schedules of its learning rate and weight decay."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+Schedule = Literal[
+    "cosine", "linear", "polynomial", "step", "constant", "WSD", "inverse-square-root"
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    """AdamW, and the schedules of its learning rate and weight decay.
+
+    Args:
+        lr: peak learning rate.
+        min_lr: lowest learning rate after the warm-up, which the schedule ends at.
+        min_lr_ratio: the same as a share of ``lr``; instead of ``min_lr``.
+        warmup_steps: steps of linear warm-up; if above 0, it overrides ``warmup_ratio``.
+        warmup_ratio: warm-up as a share of the training steps.
+        warmup_init_lr: learning rate at the first step of the warm-up.
+        schedule: learning rate after the warm-up. cosine, linear, polynomial: falls to the lowest
+            rate; step: is multiplied by ``step_factor`` every ``step_interval`` steps; WSD: stays,
+            and falls to the lowest rate over the last ``wsd_decay_steps`` steps;
+            inverse-square-root: falls with 1/sqrt(step); constant: stays.
+        decay_steps: step at which cosine, linear, polynomial and WSD reach the lowest rate; 0: the
+            last training step.
+        counted_from: where cosine, linear, polynomial and step begin to count: at the end of the
+            warm-up, or at the first step (start), which makes the rate jump at the end of the
+            warm-up.
+        step_interval: steps between two reductions of step.
+        step_factor: factor of one reduction of step.
+        power: exponent of polynomial.
+        timescale: steps of inverse-square-root after which the rate has fallen by the square root
+            of 2, counted from the end of the warm-up; 0: the steps of the warm-up.
+        wsd_decay_steps: steps of the decay of WSD.
+        wsd_decay: how WSD decays.
+        weight_decay: decoupled weight decay, at the first step.
+        weight_decay_schedule: how the weight decay goes from ``weight_decay`` to
+            ``end_weight_decay`` over the training steps.
+        end_weight_decay: weight decay at the last step, unless it is constant.
+        decay: trainable parameters with weight decay: all, as in InternVL's recipe, or matrices
+            only (no norms, biases or layer scales).
+        adam_beta1: decay of the first moment.
+        adam_beta2: decay of the second moment.
+        adam_eps: added to the square root of the second moment.
+        clip_grad: clip the gradient to this global norm; 0: no clipping.
+        moments: dtype of both moments; bfloat16 saves four bytes a trainable parameter and needs
+            Transformer Engine.
+    """
+
+    lr: float = 2e-4
+    min_lr: float = 0.0
+    min_lr_ratio: float = 0.0
+    warmup_steps: int = 0
+    warmup_ratio: float = 0.03
+    warmup_init_lr: float = 0.0
+    schedule: Schedule = "cosine"
+    decay_steps: int = 0
+    counted_from: Literal["warmup", "start"] = "warmup"
+    step_interval: int = 0
+    step_factor: float = 0.1
+    power: float = 1.0
+    timescale: int = 0
+    wsd_decay_steps: int = 0
+    wsd_decay: Literal["linear", "cosine", "minus_sqrt", "exponential"] = "minus_sqrt"
+    weight_decay: float = 0.05
+    weight_decay_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    end_weight_decay: float = 0.0
+    decay: Literal["all", "matrices"] = "all"
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_eps: float = 1e-8
+    clip_grad: float = 1.0
+    moments: Literal["float32", "bfloat16"] = "float32"
+
+    @property
+    def lowest_lr(self) -> float:
+        """Lowest learning rate after the warm-up."""
+        return self.min_lr or self.min_lr_ratio * self.lr
+
+    def warmup(self, steps: int) -> int:
+        """Return the steps of the warm-up of a run of ``steps`` steps: the given number, else the
+        given share of them, rounded up.
+        """
+        return self.warmup_steps or math.ceil(self.warmup_ratio * steps)
