@@ -7,6 +7,7 @@ from pathlib import Path
 from megavlm.config.checks import rules
 from megavlm.config.checks.datasets import DatasetFacts, facts_problems
 from megavlm.config.schema import Config
+from megavlm.data.records.readers import is_annotation
 from megavlm.data.store.manifest import read_manifest
 from megavlm.io.storage import is_remote
 
@@ -43,7 +44,7 @@ def _datasets(config: Config) -> list[tuple[str, str]]:
     return [
         (flag, folder)
         for flag, folder in named
-        if folder and (is_remote(folder) or Path(folder).is_dir())
+        if folder and not is_annotation(folder) and (is_remote(folder) or Path(folder).is_dir())
     ]
 
 

@@ -25,11 +25,12 @@ AUGMENTATIONS = ("jpeg", "crop", "flip", "colour")
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """Packed datasets, made by ``tools/pack_dataset.py``.
+    """Packed datasets, made by ``tools/pack_dataset.py``, or annotation files to be packed first.
 
     Args:
         train: folder of the packed training set, or its URL in object storage, such as
-            ``s3://bucket/packs``; separate several with commas.
+            ``s3://bucket/packs``; separate several with commas. An annotation file, or a meta file,
+            is packed at its first use, into ``cache``.
         weights: share of packs to draw from each folder of ``train``; empty: in proportion to the
             number of packs.
         batch_shares: give every global batch the same number of packs from each folder of ``train``
@@ -38,7 +39,12 @@ class Data:
         curriculum: in the first epoch, visit packs by level of difficulty, easiest first, shuffled
             within a level; later epochs mix all levels. The packs must be made with
             ``tools/pack_dataset.py --difficulty``.
-        valid: folder of the packed validation set; empty: no evaluation.
+        valid: folder of the packed validation set, or an annotation file as in ``train``; empty: no
+            evaluation.
+        packing: options of ``tools/pack_dataset.py`` for annotation files, as one text such as
+            ``--data.packing="--tokenizer Qwen2.5-0.5B-Instruct --root images"``.
+        cache: folder of the packs that are made of annotation files; empty:
+            ``~/.cache/megavlm/packs``.
         shuffle: visit the packs in a seeded order, a new one each epoch; otherwise as stored.
         group: size of a bucket of similar-cost packs that are drawn together, to keep ranks
             balanced; 0: the global batch size; 1: no buckets.
@@ -62,6 +68,8 @@ class Data:
     batch_shares: bool = False
     curriculum: bool = False
     valid: str = ""
+    packing: str = ""
+    cache: str = ""
     shuffle: bool = True
     group: int = 0
     loss_reduction: Literal["token", "sample", "square"] = "square"

@@ -21,6 +21,11 @@ def rank() -> int:
     return int(os.environ.get("RANK", 0))
 
 
+def local_rank() -> int:
+    """Return the number of this rank on its machine; 0 without torchrun."""
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
 def problems() -> list[str]:
     """Name what is wrong with the variables of the environment that torchrun sets."""
     found = []

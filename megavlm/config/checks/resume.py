@@ -29,7 +29,7 @@ _BY_SECTION: dict[str, dict[Kind, str]] = {
         # packs and tokenizer are compared
         "taken": "train valid loss_reduction template tiling augment",
         "refused": "weights batch_shares curriculum shuffle group",
-        "free": "workers prefetch timeout",
+        "free": "packing cache workers prefetch timeout",
     },
     "parallel.": {
         "taken": "tensor_model_parallel_size pipeline_model_parallel_size"

@@ -255,10 +255,10 @@ def _data(data: Data) -> Iterator[str]:
     if data.valid:
         folders.append(("valid", data.valid))
     for name, folder in folders:
-        if "://" not in folder and not Path(folder).is_dir():
+        if not any(sign in folder for sign in ("://", *"*?[")) and not Path(folder).exists():
             yield (
-                f"--data.{name} {folder}: no such folder; tools/pack_dataset.py --out {folder}"
-                " makes one"
+                f"--data.{name} {folder}: no such path; tools/pack_dataset.py --out {folder} makes"
+                " packs"
             )
     if data.weights and len(data.weights) != len(data.train_folders):
         yield (

@@ -17,6 +17,7 @@ from megavlm.data.records.json_reader import open_json
 from megavlm.data.records.parquet_reader import ParquetFile
 from megavlm.data.records.raw_record import Reader
 from megavlm.data.records.tar_reader import open_archive
+from megavlm.io.storage import is_remote
 
 OPEN_FILES = 64
 # What an imagefolder of Hugging Face's datasets calls its annotations.
@@ -114,6 +115,20 @@ def find_files(annotation: str) -> list[str]:
             raise ValueError(f"annotation {name}: a folder; give a file or a pattern such as *.tar")
         find_format(name)
     return names
+
+
+def is_annotation(name: str) -> bool:
+    """Return whether a name means annotations, and not a folder of packs: a file, a pattern, an
+    Energon dataset or an imagefolder.
+    """
+    if is_remote(name):
+        return False
+    path = Path(name)
+    if path.is_dir():
+        return not (path / "manifest.json").exists() and (
+            (path / ".nv-meta").is_dir() or any((path / each).is_file() for each in FOLDER_FILES)
+        )
+    return bool(name) and (path.is_file() or glob.has_magic(name))
 
 
 def media_root(annotation: str, root: str) -> str:

@@ -236,9 +236,9 @@ WRONG = [
     (
         "--data.train nowhere",
         1,
-        ["--data.train nowhere: no such folder; tools/pack_dataset.py --out nowhere makes one"],
+        ["--data.train nowhere: no such path; tools/pack_dataset.py --out nowhere makes packs"],
     ),
-    ("--data.valid nowhere", 1, ["--data.valid nowhere: no such folder"]),
+    ("--data.valid nowhere", 1, ["--data.valid nowhere: no such path"]),
     ("--data.workers -1", 1, ["data.workers -1: must be 0 or more"]),
     ("--data.prefetch 0", 1, ["data.prefetch 0: must be 1 or more"]),
     ("--training.steps 0", 1, ["training.steps 0: must be 1 or more"]),
