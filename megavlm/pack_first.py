@@ -24,7 +24,7 @@ from typing import IO, TYPE_CHECKING, NoReturn
 
 from megavlm import job_checks
 from megavlm.config import torchrun
-from megavlm.config.schema import Config
+from megavlm.config.schema import ANY, Config
 from megavlm.data.records.readers import is_annotation
 from megavlm.io import atomic
 
@@ -211,6 +211,10 @@ def _job(config: Config, name: str) -> Job:
     context = config.parallel.context_parallel_size
     if context > 1:
         first += ["--alignment", str(2 * context)]
+    form = {"--template": config.data.template[:1], "--tiling": (config.data.tiling,)}
+    for flag, values in form.items():
+        for value in values:
+            first += [] if value == ANY else [flag, value]
     alone = vars(parser.parse_args([*source, "--tokenizer", tokenizer or "given"]))
     asked = parser.parse_args([*first, *words])
     for option in OWN_OPTIONS:
