@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from megavlm.config.connectors import Connector, ConnectorSizes, Ends, connector_sizes
+from megavlm.config.objectives import ObjectiveNeeds, needs_of
 
 # Mean and standard deviation of red, green and blue, by what the vision encoder was pretrained
 # with.
@@ -153,19 +154,26 @@ class Architecture:
         vision: the vision encoder.
         connector: maps vision features to embeddings of the language model.
         language: the language model.
+        objective: what the model is trained to do, and so what it ends in.
     """
 
+    objective: str = "next_token"
     vision: Vision = field(default_factory=Vision)
     connector: Connector = field(default_factory=Connector)
     language: Language = field(default_factory=Language)
 
     @property
+    def needs(self) -> ObjectiveNeeds:
+        """What the objective needs. Raises ValueError if there is no such objective."""
+        return needs_of(self.objective)
+
+    @property
     def connector_sizes(self) -> ConnectorSizes:
-        """How large the connector is. Raises ValueError if there is no such kind."""
+        """How large the connector is. Raises ValueError if there is no such kind or objective."""
         ends = Ends(
             grid=self.vision.grid,
             input_size=self.vision.hidden_size,
-            output_size=self.language.hidden_size,
+            output_size=self.needs.connector_output(self),
         )
         return connector_sizes(self.connector, ends)
 

@@ -222,7 +222,7 @@ def _from_tables(
         recipe=chosen.name,
         stage=stage,
         model=name,
-        architecture=built,
+        architecture=dataclasses.replace(built, objective=row.objective),
         data=chosen.data(stage),
         optimizer=row.optimizer,
         training=row.training,

@@ -19,8 +19,8 @@ from megavlm.config.schema import Config
 from megavlm.data.loading.batch import Batch
 from megavlm.model.attention import PackedSamples
 from megavlm.model.connector import build_connector
-from megavlm.model.fusion import place_features
 from megavlm.model.language import LanguageModel
+from megavlm.model.objective import build_objective
 from megavlm.model.recompute import ask_for_gradient
 from megavlm.model.specs import kernels
 from megavlm.model.transformer import language_config, vision_config
@@ -97,6 +97,7 @@ class VisionLanguageModel(MegatronModule):
             self.language = LanguageModel(
                 self.config, arch.language, chunk, chosen, collection, turn
             )
+        self.objective = build_objective(self.config, config, chunk, chosen, groups)
 
     def set_input_tensor(self, received: Tensor | list[Tensor]) -> None:
         """Take what the chunk before sent; called by the schedule."""
@@ -114,7 +115,8 @@ class VisionLanguageModel(MegatronModule):
                 self.architecture.vision.hidden_size,
             )
         ranks = self.groups.tensor_size if self.config.sequence_parallel else 1
-        return len(batch.tokens) // ranks, 1, self.config.hidden_size
+        rows = len(batch.tokens) // ranks + self.objective.riding_rows(batch)
+        return rows, 1, self.config.hidden_size
 
     @property
     def tied_weight(self) -> Tensor | None:
@@ -193,15 +195,17 @@ class VisionLanguageModel(MegatronModule):
 
     def _fuse(self, hidden: Tensor, batch: Batch) -> Tensor:
         embeddings = self.language.embedding(input_ids=batch.tokens[None], position_ids=None)
-        fused = place_features(
-            embeddings, gather_features(self.connector(hidden), self.groups), batch
-        )
+        features = gather_features(self.connector(hidden), self.groups)
+        fused = self.objective.enter(embeddings, features, batch)
         return (
             scatter_to_sequence_parallel_region(fused) if self.config.sequence_parallel else fused
         )
 
     def _read(self, hidden: Tensor, batch: Batch, with_loss: bool) -> Tensor:
         hidden = ask_for_gradient(hidden, self.config)
+        riding = None
+        if rows := self.objective.riding_rows(batch):
+            hidden, riding = hidden.split([len(hidden) - rows, rows])
         self.language.set_input_tensor(hidden)
         ends = batch.sample_ends
         longest = batch.longest_sample
@@ -226,4 +230,6 @@ class VisionLanguageModel(MegatronModule):
             labels=batch.labels[None] if with_loss else None,
             packed_seq_params=packed,
         )
-        return output[0] if self.post_process else output
+        if self.post_process:
+            return self.objective.finish(output, riding, batch)
+        return torch.cat([output, riding]) if riding is not None else output

@@ -30,6 +30,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from megavlm.config.freeze_mask import matches
+from megavlm.config.objectives import EMBEDDING
 from megavlm.config.pieces import Piece, Unit, linear, norm, vector
 from megavlm.config.schema import Architecture
 
@@ -165,18 +166,10 @@ def _language(architecture: Architecture) -> Iterator[Piece]:
     language = architecture.language
     width = language.hidden_size
     words = language.vocab_size
-    yield vector(_EMBEDDING, "language", words * width)  # looked up, not multiplied
+    yield vector(EMBEDDING, "language", words * width)  # looked up, not multiplied
     for number in range(language.num_layers):
         yield from (replace(piece, layer=number) for piece in _language_layer(architecture, number))
-    yield from norm("language.decoder.final_layernorm", "head", width, has_bias=False)
-    if language.tied_head:
-        yield Piece(
-            key=_EMBEDDING, part="head", elements=0, forward=2 * width * words, unit="supervised"
-        )
-    else:
-        yield from linear(
-            "language.output_layer", "head", width, words, rows=1, unit="supervised", has_bias=False
-        )
+    yield from architecture.needs.head(architecture)
 
 
 def _language_layer(architecture: Architecture, number: int) -> Iterator[Piece]:
@@ -208,7 +201,6 @@ def _language_layer(architecture: Architecture, number: int) -> Iterator[Piece]:
     yield from linear(fc2, part, inner, width, rows=1, unit="token", has_bias=False)
 
 
-_EMBEDDING = "language.embedding.word_embeddings.weight"
 _LINEARS = (
     "self_attention.linear_qkv",
     "self_attention.linear_proj",

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megavlm.data.loading.batch import Batch
 from megavlm.model.loss import weighted_sum
+from megavlm.model.objective.objective import Objective
 from megavlm.model.tied import sum_tied_gradients
 from megavlm.model.vlm import VisionLanguageModel
 from megavlm.parallel.backend import Backend
@@ -62,11 +63,16 @@ def prepare(model: Sequence[DistributedDataParallel]) -> None:
 
 
 def _loss(
-    batch: Batch, weight_of_step: float, meters: Sequence[Meter], losses: Tensor
+    objective: Objective,
+    batch: Batch,
+    weight_of_step: float,
+    meters: Sequence[Meter],
+    output: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss of a pack, megatron-core's count of tokens (an integer, which could not carry our
-    weights, and so is not used), and a copy.
+    """Return the loss of a pack from what its last chunk ended in, megatron-core's count of tokens
+    (an integer, which could not carry our weights, and so is not used), and a copy of the loss.
     """
+    losses = objective.losses(output, batch)
     for meter in meters:
         meter.add(losses, batch, weight_of_step)
     loss = weighted_sum(losses, batch.loss_weights) / weight_of_step
@@ -100,7 +106,8 @@ def run_packs(
 
     def forward_step(iterator: Iterator[Batch], chunk: VisionLanguageModel):
         batch = next(iterator)
-        return chunk(batch), partial(_loss, batch, weight_of_step, meters)
+        objective = model[-1].module.objective
+        return chunk(batch), partial(_loss, objective, batch, weight_of_step, meters)
 
     for module in (module for chunk in model for module in chunk.modules()):
         if "is_first_microbatch" in vars(

@@ -10,6 +10,7 @@ import pytest
 from megavlm.config.checks.rules import problems
 from megavlm.config.cli import from_yaml, parse, to_yaml
 from megavlm.config.models import MODELS, architecture
+from megavlm.config.objectives import OBJECTIVES
 from megavlm.config.recipes import RECIPES
 from megavlm.config.recipes.recipe import Recipe, Stage
 from megavlm.config.schema import Architecture, Checkpoint, Connector, Init, Language, Vision
@@ -145,3 +146,23 @@ def test_a_recipe_with_a_model_needs_none(known_model: Architecture, tmp_path: P
     part = parse([*arguments, "--init.vision", str(tmp_path)], read)
     assert part.model == tmp_path.name and part.init == Init(vision=str(tmp_path))
     assert part.architecture == dataclasses.replace(known_model, vision=Vision(num_layers=99))
+
+
+def test_a_stage_names_its_objective(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(OBJECTIVES, "mine", OBJECTIVES["next_token"])
+    stages = {
+        "1": Stage(description="another objective", objective="mine"),
+        "2": Stage(description="the usual one"),
+    }
+    row = Recipe(name="mine", description="a recipe", stages=stages)
+    monkeypatch.setitem(RECIPES, "mine", row)
+    arguments = ["--recipe", "mine", "--model", "tiny", "--stage"]
+    assert parse([*arguments, "1"]).architecture == dataclasses.replace(
+        MODELS["tiny"], objective="mine"
+    )
+    assert parse([*arguments, "2"]).architecture == MODELS["tiny"]
+    wrong = parse([*arguments, "1", "--architecture.objective", "none"])
+    assert any(
+        "--architecture.objective none: no such objective; known are next_token" in line
+        for line in problems(wrong, 1)
+    )

@@ -30,6 +30,7 @@ ORDER = (
     "parallel",
     "model",
     "model/connector",
+    "model/objective",
     "convert/weights",
     "convert/weights/families",
     "convert",
@@ -42,6 +43,7 @@ TOGETHER = {
     frozenset(("config", "config/recipes")),
     frozenset(("convert/weights", "convert/weights/families")),
     frozenset(("model", "model/connector")),
+    frozenset(("model", "model/objective")),
 }
 # Stands above the folders of settings alone: `planner` needs no torch, no data and no parallel
 # code.

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from megavlm.config.checks.rank_slices import rows_of_a_rank, sharing_problems
 from megavlm.config.connectors import CONNECTORS
 from megavlm.config.freeze_mask import parts_named
+from megavlm.config.objectives import OBJECTIVES
 from megavlm.config.schema import ANY, Architecture, Config
 
 # Matrices come in multiples of so many rows and columns (Transformer Engine 2.11).
@@ -146,7 +147,7 @@ def _placeholders(arch: Architecture) -> int | None:
     """Return the placeholder tokens of a tile; none if the sizes of the model cannot be, which is
     reported by itself.
     """
-    if arch.connector.kind not in CONNECTORS:
+    if arch.connector.kind not in CONNECTORS or arch.objective not in OBJECTIVES:
         return None
     sizes = arch.connector_sizes
     return None if any(sizes.problems()) else sizes.placeholders

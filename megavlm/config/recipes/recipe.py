@@ -23,6 +23,7 @@ class Stage:
         template: conversation templates that its packs may have, as ``--data.template``; empty:
             those of the recipe.
         tiling: how images became tiles, as ``--data.tiling``; none: that of the recipe.
+        objective: what is trained, as ``--architecture.objective``.
         optimizer: learning rate, weight decay and so on.
         training: trained parts, batch size, steps.
     """
@@ -31,6 +32,7 @@ class Stage:
     loss_reduction: Literal["token", "sample", "square"] = "square"
     template: tuple[str, ...] = ()
     tiling: Tiling | None = None
+    objective: str = "next_token"
     optimizer: Optimizer = field(default_factory=Optimizer)
     training: Training = field(default_factory=Training)
 

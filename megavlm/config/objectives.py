@@ -1,0 +1,84 @@
+"""Objectives: what a model is trained to do, and what that asks of the model and of its packs.
+
+An objective is known in two places, by the same name: what it needs here, which the planner, the
+checks and the loader read, and its module in ``megavlm/model/objective``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from megavlm.config.pieces import Piece, linear, norm
+
+EMBEDDING = "language.embedding.word_embeddings.weight"
+
+
+class Parts(Protocol):
+    """The parts of a model, as ``Architecture`` has them, which asks this module."""
+
+    vision: Any
+    connector: Any
+    language: Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveNeeds:
+    """What an objective needs.
+
+    Args:
+        description: one line, for people.
+        has_vocabulary_head: whether the language model ends in logits over its vocabulary.
+        is_of_pairs: whether each sample of a pack is one image and its text, the image without
+            placeholder tokens in the text.
+        spans_step: whether the loss of a sample depends on all samples of the step, those of other
+            microbatches and data-parallel ranks included.
+        head: yields what stands behind the last layer of the language model, for the planner.
+        connector_output: width of what the connector gives.
+    """
+
+    description: str
+    has_vocabulary_head: bool = True
+    is_of_pairs: bool = False
+    spans_step: bool = False
+    head: Callable[[Parts], Iterator[Piece]]
+    connector_output: Callable[[Parts], int]
+
+
+def vocabulary_head(arch: Parts) -> Iterator[Piece]:
+    """Yield the final norm, and the head over the vocabulary."""
+    language = arch.language
+    width = language.hidden_size
+    words = language.vocab_size
+    yield from norm("language.decoder.final_layernorm", "head", width, has_bias=False)
+    if language.tied_head:
+        yield Piece(
+            key=EMBEDDING, part="head", elements=0, forward=2 * width * words, unit="supervised"
+        )
+    else:
+        yield from linear(
+            "language.output_layer", "head", width, words, rows=1, unit="supervised", has_bias=False
+        )
+
+
+OBJECTIVES: dict[str, ObjectiveNeeds] = {
+    "next_token": ObjectiveNeeds(
+        description="cross-entropy of the next token of answers, images among the tokens",
+        head=vocabulary_head,
+        connector_output=lambda arch: arch.language.hidden_size,
+    ),
+}
+
+
+def needs_of(name: str) -> ObjectiveNeeds:
+    """Return what an objective needs.
+
+    Raises:
+        ValueError: there is no such objective; the message lists the names.
+    """
+    if name not in OBJECTIVES:
+        raise ValueError(
+            f"--architecture.objective {name}: no such objective; known are {', '.join(OBJECTIVES)}"
+        )
+    return OBJECTIVES[name]

@@ -1,0 +1,30 @@
+"""The modules of objectives, by name; ``config/objectives`` has what they need."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from megatron.core.transformer import TransformerConfig
+
+from megavlm.config.schema import Config
+from megavlm.model.objective.next_token import NextToken
+from megavlm.model.objective.objective import Objective
+from megavlm.model.specs import Kernels
+from megavlm.parallel.process_groups import Groups
+from megavlm.planner.layout import Chunk
+
+ObjectiveModule = Callable[[TransformerConfig, Config, Chunk, Kernels, Groups], Objective]
+"""Makes an objective's module for a chunk: megatron-core's configuration of the language model, the
+run, the chunk, the kernels of the layers, the process groups.
+"""
+
+MODULES: dict[str, ObjectiveModule] = {
+    "next_token": lambda settings, config, chunk, chosen, groups: NextToken(settings),
+}
+
+
+def build_objective(
+    settings: TransformerConfig, config: Config, chunk: Chunk, chosen: Kernels, groups: Groups
+) -> Objective:
+    """Build the part of the run's objective that stands in a chunk."""
+    return MODULES[config.architecture.objective](settings, config, chunk, chosen, groups)

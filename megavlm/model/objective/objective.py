@@ -1,0 +1,72 @@
+"""What a model is trained to do: the protocol of objectives.
+
+Shape letters: T tokens of the pack, I tiles, F features of a tile, R rows that ride along, D hidden
+size.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from megatron.core.transformer import MegatronModule
+from torch import Tensor
+
+from megavlm.data.loading.batch import Batch
+
+
+class Objective(MegatronModule, ABC):
+    """A part of every chunk of the model; what it needs is a row of ``config/objectives``.
+
+    It says what enters the layers of the language model, what rides along beside their tokens from
+    one pipeline stage to the next, and what the last chunk ends in. Its own layers, if it has any,
+    stand in the last chunk.
+
+    Attributes:
+        spans_step: whether a loss depends on all samples of a step, see ``ObjectiveNeeds``. The
+            step then runs ``train/whole_step``, which calls ``step_losses``.
+    """
+
+    spans_step = False
+
+    @abstractmethod
+    def enter(self, embeddings: Tensor, features: Tensor, batch: Batch) -> Tensor:
+        """Bring tokens and images together.
+
+        Args:
+            embeddings: of the tokens [T, 1, D].
+            features: of the whole pack, from the connector [I * F, 1, its output size].
+            batch: the pack.
+
+        Returns:
+            [T + R, 1, D], what enters the first layer of the language model.
+        """
+
+    def riding_rows(self, batch: Batch) -> int:
+        """Return R, the rows that go from chunk to chunk behind the tokens of a pack."""
+        return 0
+
+    def finish(self, output: Tensor, riding: Tensor | None, batch: Batch) -> Tensor:
+        """End the last chunk.
+
+        Args:
+            output: of the language model: losses of the tokens [1, T] or logits [1, T, V] if the
+                objective has the vocabulary head, else hidden states [T, 1, D].
+            riding: what rode along [R, 1, D]; none if R is 0.
+            batch: the pack.
+
+        Returns:
+            What ``losses`` takes.
+        """
+        return output[0]
+
+    def losses(self, output: Tensor, batch: Batch) -> Tensor:
+        """Return the loss of each token [T], from what the last chunk ended in.
+
+        The loss of the step is their sum, weighed by ``Batch.loss_weights``, over the sum of all
+        weights of the step; data-parallel and context-parallel ranks add up their parts. Meters
+        see the losses of the tokens, so every objective is logged by source too.
+        """
+        return output
+
+    def after_step(self) -> None:
+        """Change parameters after an update, such as keep one inside its bounds."""
