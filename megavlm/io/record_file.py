@@ -1,6 +1,4 @@
-"""Rows of one size in a file, read as they are asked for; however many there are, none are held in
-memory.
-"""
+"""Records of one size in a file, read on demand; however many there are, none stay in memory."""
 
 from __future__ import annotations
 
@@ -10,23 +8,23 @@ import numpy as np
 
 from megavlm.io.storage import Files
 
-# Rows that lie closer together than this are read at once.
+# Records that lie closer together than this are read at once.
 GAP_BYTES = 1 << 14
 CHUNK_BYTES = 1 << 24
 
 
-class Rows:
-    """The rows of a file.
+class RecordFile:
+    """The records of a file.
 
-    ``rows[places]`` is an array of the rows' type, in the order of the places; ``rows[name]`` is a
-    whole column.
+    ``records[indices]`` is an array of the records' type, in the order of the indices;
+    ``records[name]`` is a whole column.
 
     Args:
         files: folder of the file.
         name: of the file.
-        dtype: of a row.
-        count: number of rows.
-        start: bytes in front of the first row.
+        dtype: of a record.
+        count: number of records.
+        start: bytes before the first record.
     """
 
     def __init__(
@@ -42,8 +40,11 @@ class Rows:
         return self.count
 
     def __getitem__(self, key: str | int | np.ndarray | list[int]) -> np.ndarray:
-        """Rows or a column; raises IndexError for places outside, ValueError where the file ends
-        too early.
+        """Read records or a column.
+
+        Raises:
+            IndexError: an index is out of range.
+            ValueError: the file ends too early.
         """
         if isinstance(key, str):
             column = np.empty(self.count, self.dtype[key])
@@ -52,22 +53,22 @@ class Rows:
                 column[filled : filled + len(chunk)] = chunk[key]
                 filled += len(chunk)
             return column
-        places = np.asarray(key, np.int64)
-        if places.size and (places.min() < 0 or places.max() >= self.count):
+        indices = np.asarray(key, np.int64)
+        if indices.size and (indices.min() < 0 or indices.max() >= self.count):
             raise IndexError(
-                f"rows run from 0 to {self.count - 1}, not {places.min()} to {places.max()}"
+                f"rows run from 0 to {self.count - 1}, not {indices.min()} to {indices.max()}"
             )
-        wanted, back = np.unique(places, return_inverse=True)
+        wanted, back = np.unique(indices, return_inverse=True)
         found = np.empty(len(wanted), self.dtype)
         breaks = np.flatnonzero(np.diff(wanted) * self.dtype.itemsize > GAP_BYTES) + 1
         for first, last in zip([0, *breaks.tolist()], [*breaks.tolist(), len(wanted)], strict=True):
             if first < last:
                 run = self._read(int(wanted[first]), int(wanted[last - 1]) + 1)
                 found[first:last] = run[wanted[first:last] - wanted[first]]
-        return found[back].reshape(places.shape)
+        return found[back].reshape(indices.shape)
 
     def chunks(self) -> Iterator[np.ndarray]:
-        """All rows, a part at a time."""
+        """Yield all records, a part at a time."""
         step = max(1, CHUNK_BYTES // self.dtype.itemsize)
         for first in range(0, self.count, step):
             yield self._read(first, min(first + step, self.count))

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from megavlm.config.checks.datasets import FP8_ROWS
-from megavlm.config.checks.device import Machine
+from megavlm.config.checks.device import DeviceCapabilities
 from megavlm.config.schema import Config
 
 _FORMATS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -44,10 +44,10 @@ def precision(config: Config) -> Precision:
 
 
 @functools.cache
-def machine() -> Machine:
+def device_capabilities() -> DeviceCapabilities:
     """Find out what this device can run."""
     has_cuda = torch.cuda.is_available()
-    return Machine(
+    return DeviceCapabilities(
         capability=torch.cuda.get_device_capability(int(os.environ.get("LOCAL_RANK", 0)))
         if has_cuda
         else None,
@@ -64,7 +64,9 @@ def uses_transformer_engine(config: Config) -> bool:
     """
     asked = config.training.kernels
     return asked == "transformer_engine" or (
-        asked == "auto" and precision(config).is_half and machine().runs_transformer_engine
+        asked == "auto"
+        and precision(config).is_half
+        and device_capabilities().runs_transformer_engine
     )
 
 

@@ -25,7 +25,7 @@ class Groups:
         collection: megatron-core's groups, for the modules that take them.
         vision: the same for the vision encoder and the connector; if these are replicated over the
             tensor-parallel ranks, the tensor-parallel group in it has this rank alone.
-        share: the tiles and tokens of a pack that this rank gets.
+        rank_slice: the tiles and tokens of a pack that this rank gets.
         rank, size: position among all ranks.
         tensor_rank, tensor_size: position among the tensor-parallel ranks.
         context_rank, context_size: position among the context-parallel ranks.
@@ -35,7 +35,7 @@ class Groups:
 
     collection: ProcessGroupCollection
     vision: ProcessGroupCollection
-    share: RankSlice
+    rank_slice: RankSlice
     rank: int
     size: int
     tensor_rank: int
@@ -131,7 +131,7 @@ def create(parallel: Parallel, seed: int, embedding_chunk: int = 0) -> Groups:
     return Groups(
         collection=collection,
         vision=vision,
-        share=RankSlice(
+        rank_slice=RankSlice(
             tile_rank=tile_rank,
             tile_ranks=tile_ranks,
             context_rank=context_rank,

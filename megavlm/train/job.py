@@ -76,6 +76,6 @@ class Job:
             vision_layers=self.config.architecture.vision.num_layers,
             seed=seed,
             with_tiles=self.chunks[0].pre_process,
-            share=self.groups.share,
+            rank_slice=self.groups.rank_slice,
             tile_multiple=tile_multiple(self.config),
         )

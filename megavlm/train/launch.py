@@ -147,7 +147,7 @@ def inspect(config: Config, world_size: int) -> Start:
         config,
         world_size,
         facts=job_checks.dataset_facts(config),
-        machine=precision.machine(),
+        device=precision.device_capabilities(),
     )
     family_of(config.architecture.language)  # else the trained model could not be exported
     own = source.own(config)

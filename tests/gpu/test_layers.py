@@ -73,7 +73,7 @@ def test_packed_attention_sees_one_sample_at_a_time() -> None:
     from megavlm.planner.layout import make_layout
 
     config = small(Path("unused"), kernels="transformer_engine")
-    machine = backend.start(5)
+    device_backend = backend.start(5)
     chosen = transformer_engine_kernels()
     groups = process_groups.create(config.parallel, 0)
     try:
@@ -89,7 +89,7 @@ def test_packed_attention_sees_one_sample_at_a_time() -> None:
         )
         torch.manual_seed(0)
         ends = torch.tensor(
-            [0, 7, 300, 301, 640, CAPACITY], dtype=torch.int32, device=machine.device
+            [0, 7, 300, 301, 640, CAPACITY], dtype=torch.int32, device=device_backend.device
         )
         packed = PackedSeqParams(
             qkv_format="thd",
@@ -98,7 +98,7 @@ def test_packed_attention_sees_one_sample_at_a_time() -> None:
             max_seqlen_q=384,
             max_seqlen_kv=384,
         )
-        draw = dict(device=machine.device, dtype=torch.bfloat16, requires_grad=True)
+        draw = dict(device=device_backend.device, dtype=torch.bfloat16, requires_grad=True)
         query = torch.randn(CAPACITY, 4, 64, **draw)
         key, value = (torch.randn(CAPACITY, 2, 64, **draw) for _ in range(2))
         found = attention(

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megavlm.config.checks.device import machine_problems
+from megavlm.config.checks.device import device_problems
 from megavlm.config.schema import Checkpoint, Config, Fp8, Logging
 from tests.convert.models import TOKENIZER, load_all, make_hf
 from tests.gpu.models import SMALL, small
@@ -20,10 +20,10 @@ RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8")
 
 def engine(dataset: Path, **settings) -> Config:
     """Configure a run on Transformer Engine's layers; skip the test if the GPU cannot run it."""
-    from megavlm.model.precision import machine
+    from megavlm.model.precision import device_capabilities
 
     config = small(dataset, kernels="transformer_engine", **settings)
-    lacking = machine_problems(config, machine())
+    lacking = device_problems(config, device_capabilities())
     if lacking:
         pytest.skip(lacking[0])
     return config

@@ -148,7 +148,7 @@ def build(config: Config):
     from megavlm.train.build import build as build_model
     from megavlm.train.job import Job
 
-    machine = backend.start(
+    device_backend = backend.start(
         config.parallel.timeout_minutes, deterministic=config.training.deterministic
     )
     packs = PackedDataset(config.data.train)
@@ -158,12 +158,12 @@ def build(config: Config):
         config,
         layout,
         groups,
-        machine,
+        device_backend,
         lambda chunks: weights.fill(chunks, weights.fresh_tensor(config)),
     )
     return Job(
         config=config,
-        backend=machine,
+        backend=device_backend,
         groups=groups,
         train=packs,
         plan=Plan(num_packs=len(packs), seed=config.training.seed),
@@ -199,7 +199,7 @@ def train_curve(config: Config, pack_ids: tuple[int, ...] = ()) -> Curve:
             vision_layers=layers,
             seed=config.training.seed,
             tile_multiple=tile_multiple(config),
-            share=job.groups.share,
+            rank_slice=job.groups.rank_slice,
         )
         arriving = iter([job.train.batch(int(order[p]), p, **options) for p in positions])
         set_rates(job.optimizer, config, step)

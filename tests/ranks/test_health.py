@@ -113,13 +113,13 @@ def speeds_with_a_slow_rank(slow: int) -> tuple[list[str], str]:
 
         return wrapped
 
-    machine = backend.start(5)
+    device_backend = backend.start(5)
     groups = process_groups.create(Parallel(tensor_model_parallel_size=2), seed=1)
     with (
         patch.object(dist, "batch_isend_irecv", late(exchange)),
         patch.object(torch, "mm", late(multiply)),
     ):
-        speeds = speed_check.measure(groups, machine)
+        speeds = speed_check.measure(groups, device_backend)
     return speed_check.findings(speeds, Health(slow_factor=5.0), on_gpu=False), speed_check.summary(
         speeds
     )

@@ -69,7 +69,7 @@ def held(config: Config) -> tuple[int, Memory]:
     job = build(config)
     packs = config.training.global_batch_size // job.groups.data_size
     batch = job.train.batch(
-        0, 0, vision_layers=config.architecture.vision.num_layers, share=job.groups.share
+        0, 0, vision_layers=config.architecture.vision.num_layers, rank_slice=job.groups.rank_slice
     )
     train_step(
         job.ddp_chunks,
@@ -139,7 +139,7 @@ def test_memory_is_what_a_model_that_is_built_takes(
                 expected[pipeline_rank].gradients,
             )
         for pipeline_rank, of_rank in enumerate(expected):
-            shares = [one.optimizer for rank, one in found if rank == pipeline_rank]
-            assert sum(shares) / len(shares) == pytest.approx(of_rank.optimizer), (
+            rank_slices = [one.optimizer for rank, one in found if rank == pipeline_rank]
+            assert sum(rank_slices) / len(rank_slices) == pytest.approx(of_rank.optimizer), (
                 "shares are not equal, but are all there"
             )

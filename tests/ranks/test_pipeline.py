@@ -34,7 +34,7 @@ def messages(config: Config) -> tuple[list[tuple[int, ...]], list[tuple[int, ...
 
     job = build(config)
     packs = [
-        job.train.batch(pack, pack, vision_layers=3, share=job.groups.share)
+        job.train.batch(pack, pack, vision_layers=3, rank_slice=job.groups.rank_slice)
         for pack in range(PACKS)
     ]
     original = dist.batch_isend_irecv

@@ -61,7 +61,7 @@ def gradients(config: Config) -> dict[str, np.ndarray]:
 
     job = build(config)
     packs = [
-        job.train.batch(pack, pack, vision_layers=3, share=job.groups.share)
+        job.train.batch(pack, pack, vision_layers=3, rank_slice=job.groups.rank_slice)
         for pack in range(len(job.train))
     ]
     job.ddp_chunks[0].zero_grad_buffer()

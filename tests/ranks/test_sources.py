@@ -78,7 +78,9 @@ def run_steps(config) -> tuple[dict, dict, list[float]]:
     world = job.groups.data_size
     for step in range(2):
         positions = range(step * size + job.groups.data_rank, (step + 1) * size, world)
-        options = dict(reduction=data.loss_reduction, vision_layers=3, share=job.groups.share)
+        options = dict(
+            reduction=data.loss_reduction, vision_layers=3, rank_slice=job.groups.rank_slice
+        )
         arriving = iter(
             [packs.batch(int(order.at(position)), position, **options) for position in positions]
         )

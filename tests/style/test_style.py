@@ -83,17 +83,14 @@ MAY_SYNCHRONISE = {"megavlm/model/attention.py"}
 LONG_FUNCTIONS = {
     "megavlm/train/loop.py": 120,
     "megavlm/data/inspect/statistics.py": 62,
-    "megavlm/data/loading/dataset.py": 68,
     "megavlm/data/loading/loader.py": 64,
     "megavlm/planner/estimate.py": 63,
     "tests/data/samples.py": 67,
     "tools/benchmark/loader.py": 76,
     "tools/benchmark/packing.py": 83,
 }
-# To be split.
-LONG_FILES = {
-    "tests/config/checks/test_rules.py": 620,
-}
+# None at the moment; a new entry needs its reason beside it.
+LONG_FILES: dict[str, int] = {}
 
 
 def import_order(files: Iterable[Source]) -> Iterator[str]:

@@ -31,7 +31,7 @@ def measure(scale: Scale, packs: Path) -> list[dict]:
     from tools.benchmark.packs import fullest
 
     alone = config(scale, STAGE_NAMES[0], packs)
-    machine = backend.start(alone.parallel.timeout_minutes)
+    device_backend = backend.start(alone.parallel.timeout_minutes)
     groups = process_groups.create(alone.parallel, 0)
     dataset = PackedDataset(packs)
     [pack_id] = fullest(dataset, 1)
@@ -46,7 +46,7 @@ def measure(scale: Scale, packs: Path) -> list[dict]:
                 settings = config(
                     scale, stage, packs, chunks=len(layout.chunks), layout=str(layout)
                 )
-                chunks.append(_Alone(settings, layout, groups, machine, number, batch))
+                chunks.append(_Alone(settings, layout, groups, device_backend, number, batch))
                 rows.append(
                     {
                         "stage": stage,
@@ -92,7 +92,7 @@ def flops(settings, layout: Layout, number: int, size: PackSize) -> dict[str, fl
 class _Alone:
     """A chunk with made-up activations before it, and made-up gradients behind it."""
 
-    def __init__(self, settings, layout: Layout, groups, machine, number: int, batch):
+    def __init__(self, settings, layout: Layout, groups, device_backend, number: int, batch):
         import torch
 
         from megavlm.config.freeze_mask import matches, trains
@@ -102,7 +102,7 @@ class _Alone:
 
         trainable = settings.training.trainable
         self._model = VisionLanguageModel(settings, layout, groups, number)
-        fill([self._model], random_weights(machine.device))
+        fill([self._model], random_weights(device_backend.device))
         for key, parameter in named_weights(self._model).items():
             parameter.requires_grad_(any(matches(key, pattern) for pattern in trainable))
         self._model.trains_vision = trains("vision", trainable)

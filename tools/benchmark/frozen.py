@@ -30,11 +30,12 @@ def measure(scale: Scale, packs: Path) -> dict[str, dict[str, object]]:
     dataset = PackedDataset(packs)
     size = PackSize.mean(dataset.index[fullest(dataset, scale.packs_per_step)])
     plain = config(scale, STAGE_NAMES[0], packs)
-    machine = backend.start(plain.parallel.timeout_minutes)
+    device_backend = backend.start(plain.parallel.timeout_minutes)
     groups = process_groups.create(plain.parallel, 0)
     settings = {stage: config(scale, stage, packs) for stage in STAGE_NAMES}
     runs = {
-        stage: Run(one, make_layout(one), groups, machine, packs) for stage, one in settings.items()
+        stage: Run(one, make_layout(one), groups, device_backend, packs)
+        for stage, one in settings.items()
     }
     steps: dict[str, list[float]] = {stage: [] for stage in STAGE_NAMES}
     passes: dict[str, list[float]] = {stage: [] for stage in STAGE_NAMES}

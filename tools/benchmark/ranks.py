@@ -65,11 +65,11 @@ class Run:
         config: the run.
         layout: of its pipeline.
         groups: process groups, and this rank's index in each.
-        machine: where tensors live.
+        device_backend: where tensors live.
         packs: folder of the packs.
     """
 
-    def __init__(self, config, layout, groups, machine, packs: Path):
+    def __init__(self, config, layout, groups, device_backend, packs: Path):
         from megavlm.data.loading.dataset import PackedDataset
         from megavlm.model.weights import fill
         from megavlm.train.build import build
@@ -77,10 +77,12 @@ class Run:
         from tools.benchmark.trainer import random_weights
 
         self._config = config
-        self._machine = machine
+        self._backend = device_backend
         dataset = PackedDataset(packs)
-        draw = random_weights(machine.device)
-        self._built = build(config, layout, groups, machine, lambda chunks: fill(chunks, draw))
+        draw = random_weights(device_backend.device)
+        self._built = build(
+            config, layout, groups, device_backend, lambda chunks: fill(chunks, draw)
+        )
         ids = fullest(dataset, config.training.global_batch_size)
         self._batches = [dataset.batch(pack_id, number) for number, pack_id in enumerate(ids)]
         self._weight = sum(batch.weight_sum for batch in self._batches)
@@ -98,7 +100,7 @@ class Run:
         packs = iter(self._batches)
         count = len(self._batches)
         train_step(
-            built.ddp_chunks, built.optimizer, packs, count, self._weight, clip, self._machine
+            built.ddp_chunks, built.optimizer, packs, count, self._weight, clip, self._backend
         )
         dist.barrier()
         return time.perf_counter() - start
@@ -115,6 +117,6 @@ class Run:
             iter(self._batches),
             len(self._batches),
             self._weight,
-            self._machine,
+            self._backend,
         )
         return time.perf_counter() - start

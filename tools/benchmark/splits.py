@@ -31,7 +31,7 @@ def measure(scale: Scale, packs: Path) -> dict[str, dict[str, object]]:
     dataset = PackedDataset(packs)
     size = PackSize.mean(dataset.index[fullest(dataset, scale.packs_per_step)])
     plain = config(scale, STAGE_NAMES[0], packs, chunks=RANKS)
-    machine = backend.start(plain.parallel.timeout_minutes)
+    device_backend = backend.start(plain.parallel.timeout_minutes)
     groups = process_groups.create(plain.parallel, 0)
     found = {}
     for stage in STAGE_NAMES:
@@ -39,7 +39,9 @@ def measure(scale: Scale, packs: Path) -> dict[str, dict[str, object]]:
             name: config(scale, stage, packs, chunks=RANKS, layout=name) for name in LAYOUTS
         }
         made = {name: make_layout(settings[name], size) for name in LAYOUTS}
-        runs = {name: Run(settings[name], made[name], groups, machine, packs) for name in LAYOUTS}
+        runs = {
+            name: Run(settings[name], made[name], groups, device_backend, packs) for name in LAYOUTS
+        }
         seconds: dict[str, list[float]] = {name: [] for name in LAYOUTS}
         for number in range(scale.rounds + 1):
             for name in LAYOUTS if number % 2 else reversed(LAYOUTS):

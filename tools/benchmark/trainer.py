@@ -48,14 +48,18 @@ class Trainer:
 
     def __init__(self, case: Case, packs: PackedDataset, pack_ids: list[int], workers: int):
         self._config = config = case.config(str(packs.folder))
-        check(config, world_size=1, machine=precision.machine())
-        self._machine = machine = backend.start(config.parallel.timeout_minutes)
-        self.device = machine.device
+        check(config, world_size=1, device=precision.device_capabilities())
+        self._backend = device_backend = backend.start(config.parallel.timeout_minutes)
+        self.device = device_backend.device
         self._packs = packs
         groups = process_groups.create(config.parallel, config.training.seed)
-        drawn = random_weights(machine.device)
+        drawn = random_weights(device_backend.device)
         self._built = build(
-            config, make_layout(config), groups, machine, lambda chunks: weights.fill(chunks, drawn)
+            config,
+            make_layout(config),
+            groups,
+            device_backend,
+            lambda chunks: weights.fill(chunks, drawn),
         )
         self._steps = 0
         self.feed = Feed(
@@ -88,7 +92,7 @@ class Trainer:
             count,
             weight,
             clip,
-            self._machine,
+            self._backend,
         ).loss
 
     def close(self) -> None:

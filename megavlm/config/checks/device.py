@@ -1,4 +1,4 @@
-"""What the machine can run, against what a configuration asks of it."""
+"""What the device can run, against what a configuration asks of it."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ _FP8_TOO_NEW = {"mxfp8": (12, 0)}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Machine:
-    """What the machine can run.
+class DeviceCapabilities:
+    """What the device of a rank can run.
 
     Args:
         capability: compute capability of the CUDA device; none without one.
@@ -40,10 +40,10 @@ class Machine:
         return " and ".join(lacks)
 
 
-def machine_problems(config: Config, machine: Machine) -> list[str]:
-    """Everything that the machine lacks."""
+def device_problems(config: Config, device: DeviceCapabilities) -> list[str]:
+    """Return what a configuration asks for and the device cannot run."""
     found = []
-    lack = machine.lack
+    lack = device.lack
     if config.training.kernels == "transformer_engine" and lack:
         found.append(
             f"--training.kernels transformer_engine: this machine has {lack}; use local or auto"
@@ -59,17 +59,17 @@ def machine_problems(config: Config, machine: Machine) -> list[str]:
                 f"--fp8.{part} {recipe} needs Transformer Engine's layers, and this machine has"
                 f" {lack}; use none"
             )
-        elif not _runs(recipe, machine.capability):
+        elif not _runs(recipe, device.capability):
             needed, there = (
                 ".".join(map(str, numbers))
-                for numbers in (_FP8_CAPABILITY[recipe], machine.capability)
+                for numbers in (_FP8_CAPABILITY[recipe], device.capability)
             )
             below = (
                 f", and less than {'.'.join(map(str, _FP8_TOO_NEW[recipe]))}"
                 if recipe in _FP8_TOO_NEW
                 else ""
             )
-            runs = [name for name in _FP8_CAPABILITY if _runs(name, machine.capability)]
+            runs = [name for name in _FP8_CAPABILITY if _runs(name, device.capability)]
             found.append(
                 f"--fp8.{part} {recipe} needs compute capability {needed}{below}, this GPU has"
                 f" {there}; use {', '.join([*runs, 'none'])}"

@@ -9,7 +9,7 @@ from megavlm.config.checks import start
 from megavlm.config.checks.architecture import architecture_problems
 from megavlm.config.checks.buckets import bucket_problems
 from megavlm.config.checks.datasets import DatasetFacts, facts_problems
-from megavlm.config.checks.device import Machine, machine_problems
+from megavlm.config.checks.device import DeviceCapabilities, device_problems
 from megavlm.config.checks.fp8 import fp8_problems
 from megavlm.config.checks.limits import at_least
 from megavlm.config.checks.numbers import number_problems
@@ -38,7 +38,7 @@ def check(
     config: Config,
     world_size: int,
     facts: Sequence[DatasetFacts] = (),
-    machine: Machine | None = None,
+    device: DeviceCapabilities | None = None,
 ) -> None:
     """Refuse a configuration that cannot run.
 
@@ -46,7 +46,7 @@ def check(
         config: the run.
         world_size: ranks it is started on.
         facts: of the datasets that could be opened.
-        machine: where it is started; none: on a CPU.
+        device: what the ranks run on; none: a CPU.
 
     Raises:
         ConfigError: with everything that is wrong.
@@ -54,7 +54,7 @@ def check(
     found = (
         problems(config, world_size)
         + facts_problems(config, facts)
-        + machine_problems(config, machine or Machine())
+        + device_problems(config, device or DeviceCapabilities())
     )
     if found:
         listed = "\n  ".join(found)

@@ -39,7 +39,7 @@ class Change:
     qualities: tuple[int, ...] = ()
 
 
-def draw(operations: Sequence[str], tiles: int, *, seed: int, position: int, place: int) -> Change:
+def draw(operations: Sequence[str], tiles: int, *, seed: int, position: int, index: int) -> Change:
     """Draw the change of an image.
 
     Args:
@@ -49,11 +49,11 @@ def draw(operations: Sequence[str], tiles: int, *, seed: int, position: int, pla
         seed: of the run.
         position: the pack's place in the endless sequence of epochs, which the epoch and the pack
             determine.
-        place: of the image in its pack.
+        index: of the image in its pack.
     """
     # The draws of drop path take the counters with a second word of 0.
     rng = np.random.Generator(
-        np.random.Philox(key=seed % 2**64, counter=[0, 1 + place, 0, position])
+        np.random.Philox(key=seed % 2**64, counter=[0, 1 + index, 0, position])
     )
     area = rng.uniform(LEAST_AREA, 1.0)
     stretch = MOST_STRETCH ** rng.uniform(-1.0, 1.0)

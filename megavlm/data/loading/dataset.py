@@ -76,7 +76,7 @@ class PackedDataset:
 
     @cached_property
     def _number_of_file(self) -> np.ndarray:
-        """The place in ``source_names`` of each annotation file; int32 [files]."""
+        """The index in ``source_names`` of each annotation file; int32 [files]."""
         numbers = {name: number for number, name in enumerate(self.source_names)}
         return np.array([numbers[source.name] for source in self.manifest.sources], np.int32)
 
@@ -107,20 +107,19 @@ class PackedDataset:
         seed: int = 0,
         with_tiles: bool = True,
         tile_multiple: int = 1,
-        share: RankSlice = WHOLE_PACK,
+        rank_slice: RankSlice = WHOLE_PACK,
     ) -> Batch:
         """Make the batch of a pack, or a rank's slice of it.
 
         Args:
             pack_id: the pack.
-            position: its place in the endless sequence of epochs (see ``plan``); with ``seed`` it
-                fixes the draws of drop path.
+            position: its index in the run's order; with ``seed`` it fixes the drop path draws.
             reduction: how a sample's supervised tokens are weighed: token, sample or square.
             vision_layers: layers of the vision encoder that need draws.
             seed: the run's seed; with the position it also fixes the random changes of images.
             with_tiles: whether to decode the images.
             tile_multiple: of the number of a rank's tiles, filled up with black ones.
-            share: which tiles and tokens are this rank's.
+            rank_slice: which tiles and tokens are this rank's.
 
         Raises:
             ValueError: bytes damaged on the disk, an image that cannot be decoded, context tokens
@@ -128,40 +127,33 @@ class PackedDataset:
         """
         manifest = self.manifest
         pack = self.reader.read(pack_id, with_images=with_tiles)
-        places, ends = place_samples(pack.lengths, manifest.alignment, manifest.capacity)
+        positions, ends = sample_positions(pack.lengths, manifest.alignment, manifest.capacity)
+        own = rank_slice.tokens(ends)
+
+        def on_rank(values: np.ndarray, fill: int = 0) -> np.ndarray:
+            return _spread(values, positions, manifest.capacity, fill)[own]
+
         labels, weights = label(pack.tokens, pack.supervised, pack.lengths, reduction)
-        tokens = np.full(manifest.capacity, manifest.pad_token_id, np.int64)
-        tokens[places] = pack.tokens
-        # Drawn for the real tiles of the whole pack: neither what they are filled up to nor who has
-        # them must change what is dropped.
+        # Drawn for the real tiles of the whole pack: padding and layout must not change the draws.
         draws = drop_path_draws(seed, position, 2 * vision_layers, max(1, pack.tiles))
-        own = share.tokens(ends)
-        weights = _spread(weights, places, manifest.capacity)[own]
-        chosen = share.tiles(pack.tiles, tile_multiple)
-        positions, numbers = _shared_positions(
-            self._feature_positions(pack, places), own, manifest.capacity
+        weights = on_rank(weights)
+        chosen = rank_slice.tiles(pack.tiles, tile_multiple)
+        feature_positions, feature_numbers = _features_on_rank(
+            self._feature_positions(pack, positions), own, manifest.capacity
         )
         return Batch.of(
-            tokens=tokens[own],
-            labels=_spread(labels.astype(np.int64), places, manifest.capacity)[own],
+            tokens=on_rank(pack.tokens.astype(np.int64), manifest.pad_token_id),
+            labels=on_rank(labels.astype(np.int64)),
             loss_weights=weights,
             loss_positions=loss_positions(weights),
-            sources=_spread(
-                np.repeat(self._source_numbers(pack), pack.lengths), places, manifest.capacity
-            )[own],
+            sources=on_rank(np.repeat(self._source_numbers(pack), pack.lengths)),
             sample_ends=ends,
             longest_sample=int(np.diff(ends).max()),
-            tiles=(
-                self._tiles(pack, chosen, seed, position)
-                if with_tiles
-                else np.empty((0, 3, manifest.image_size, manifest.image_size), np.uint8)
-            ),
-            feature_positions=positions,
-            feature_numbers=numbers,
+            tiles=self._tiles(pack, chosen if with_tiles else range(0), seed, position),
+            feature_positions=feature_positions,
+            feature_numbers=feature_numbers,
             num_features=pack.tiles * manifest.features_per_tile,
-            drop_path_draws=np.pad(draws, ((0, 0), (0, max(0, chosen.stop - draws.shape[1]))))[
-                :, chosen.start : chosen.stop
-            ],
+            drop_path_draws=_columns(draws, chosen),
             weight_sum=float(self.index[pack_id][_weight_field(reduction)]),
             pack_id=int(pack_id),
         )
@@ -182,18 +174,18 @@ class PackedDataset:
             )
         return numbers[named]
 
-    def _feature_positions(self, pack: Pack, places: np.ndarray) -> np.ndarray:
-        """Where the image features go; int64 [real tiles * F]."""
-        positions = places[pack.tokens == self.manifest.context_token_id]
+    def _feature_positions(self, pack: Pack, positions: np.ndarray) -> np.ndarray:
+        """Return the positions of the placeholder tokens; int64 [real tiles * F]."""
+        placeholders = positions[pack.tokens == self.manifest.context_token_id]
         expected = pack.tiles * self.manifest.features_per_tile
-        if len(positions) != expected:
+        if len(placeholders) != expected:
             raise ValueError(
-                f"{self.folder}: pack {pack.pack_id} has {len(positions)} context tokens (id"
+                f"{self.folder}: pack {pack.pack_id} has {len(placeholders)} context tokens (id"
                 f" {self.manifest.context_token_id}), but its {pack.tiles} tiles of"
                 f" {self.manifest.features_per_tile} features need {expected}; pack the dataset"
                 " again"
             )
-        return positions
+        return placeholders
 
     def _tiles(self, pack: Pack, chosen: range, seed: int, position: int) -> np.ndarray:
         """Decode the chosen tiles of the pack, uint8 [I, 3, S, S], black for indices beyond its
@@ -202,7 +194,7 @@ class PackedDataset:
         size = self.manifest.image_size
         tiles = np.zeros((len(chosen), 3, size, size), np.uint8)
         end = 0
-        for place, row in enumerate(pack.images):
+        for index, row in enumerate(pack.images):
             columns = int(row["columns"])
             rows = int(row["rows"])
             count = int(row["tiles"])
@@ -220,17 +212,17 @@ class PackedDataset:
                     else np.empty((count, 3, size, size), np.uint8)
                 )
                 is_square = self.crops or self.pad_colour is not None
-                if not is_square and not self._is_augmented(pack, place):
+                if not is_square and not self._is_augmented(pack, index):
                     decode_tiles(
-                        pack.image(place), columns, rows, size, count > columns * rows, out=room
+                        pack.image(index), columns, rows, size, count > columns * rows, out=room
                     )
                 else:
-                    self._decode_changed(pack, place, seed, position, room)
+                    self._decode_changed(pack, index, seed, position, room)
             # Whatever the decoder raises, the user has to learn which image it was.
             except Exception as error:
                 origin = self.reader.origin(pack, int(row["sample"]))
                 raise ValueError(
-                    f"{self.folder}: pack {pack.pack_id}: image {place} of the pack, from the"
+                    f"{self.folder}: pack {pack.pack_id}: image {index} of the pack, from the"
                     f" sample at {origin}, cannot be decoded: {type(error).__name__}: {error}"
                 ) from error
             if not is_whole:  # only part of the image is chosen
@@ -239,66 +231,66 @@ class PackedDataset:
                 ]
         return tiles
 
-    def _is_augmented(self, pack: Pack, place: int) -> bool:
+    def _is_augmented(self, pack: Pack, index: int) -> bool:
         """Whether an image goes through random changes."""
-        source = int(pack.provenance["source"][pack.images["sample"][place]])
+        source = int(pack.provenance["source"][pack.images["sample"][index]])
         return bool(self.augment) and self.manifest.sources[source].augment
 
     def _decode_changed(
-        self, pack: Pack, place: int, seed: int, position: int, room: np.ndarray
+        self, pack: Pack, index: int, seed: int, position: int, room: np.ndarray
     ) -> None:
         """Decode the tiles of an image that is made square, or changed at random."""
         columns, rows, count = (
-            int(pack.images[name][place]) for name in ("columns", "rows", "tiles")
+            int(pack.images[name][index]) for name in ("columns", "rows", "tiles")
         )
-        operations = self.augment if self._is_augmented(pack, place) else ()
+        operations = self.augment if self._is_augmented(pack, index) else ()
         decode_changed(
-            pack.image(place),
+            pack.image(index),
             columns,
             rows,
             self.manifest.image_size,
             count > columns * rows,
             pad_colour=self.pad_colour,
             crops=self.crops,
-            change=draw(operations, count, seed=seed, position=position, place=place),
+            change=draw(operations, count, seed=seed, position=position, index=index),
             out=room,
         )
 
 
-def place_samples(
+def sample_positions(
     lengths: np.ndarray, alignment: int, capacity: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Where stored tokens stand in a pack whose samples start at multiples of ``alignment``, and
-    where samples end.
+    """Return the positions of stored tokens in a pack whose samples start at multiples of
+    ``alignment``, and the ends of the samples.
 
     Returns:
-        places: int64 [t], the position of each stored token.
+        positions: int64 [t], the position of each stored token.
         ends: int32 [N + 1], or [N + 2] with the padding at the end as one more sample; from 0 to
             ``capacity``.
     """
     lengths = lengths.astype(np.int64)
     ends = np.concatenate([[0], np.cumsum(-(-lengths // alignment) * alignment)])
     stored = np.cumsum(lengths) - lengths
-    places = np.arange(lengths.sum()) + np.repeat(ends[:-1] - stored, lengths)
+    positions = np.arange(lengths.sum()) + np.repeat(ends[:-1] - stored, lengths)
     if ends[-1] < capacity:
         ends = np.append(ends, capacity)
-    return places, ends.astype(np.int32)
+    return positions, ends.astype(np.int32)
 
 
-def _shared_positions(
+def _features_on_rank(
     positions: np.ndarray, own: np.ndarray, capacity: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Positions among a rank's own tokens of those placeholders that it has, and their numbers
-    among all of the pack; both int64.
+    """Return the positions of a rank's placeholders among its own tokens, and their numbers among
+    all placeholders of the pack; both int64.
 
     Args:
         positions: of all placeholders in the pack, ascending.
-        own: places of the rank's tokens in the pack.
+        own: positions of the rank's tokens in the pack.
         capacity: tokens of the pack.
     """
-    place = np.full(capacity, -1)
-    place[own] = np.arange(len(own))
-    found = place[positions]
+    index = np.full(capacity, -1)
+    index[own] = np.arange(len(own))
+    found = index[positions]
     return found[found >= 0], np.flatnonzero(found >= 0)
 
 
@@ -341,10 +333,16 @@ def drop_path_draws(seed: int, position: int, rows: int, columns: int) -> np.nda
     return generator.random((rows, columns), dtype=np.float32)
 
 
-def _spread(values: np.ndarray, places: np.ndarray, capacity: int) -> np.ndarray:
-    """Put values at their positions in a pack, zero elsewhere."""
-    result = np.zeros(capacity, values.dtype)
-    result[places] = values
+def _columns(values: np.ndarray, chosen: range) -> np.ndarray:
+    """Return the chosen columns of a table, zero beyond its last."""
+    missing = max(0, chosen.stop - values.shape[1])
+    return np.pad(values, ((0, 0), (0, missing)))[:, chosen.start : chosen.stop]
+
+
+def _spread(values: np.ndarray, positions: np.ndarray, capacity: int, fill: int = 0) -> np.ndarray:
+    """Put values at their positions in a pack, ``fill`` elsewhere."""
+    result = np.full(capacity, fill, values.dtype)
+    result[positions] = values
     return result
 
 

@@ -1,5 +1,5 @@
-"""What one rank takes of a pack that several ranks work on together: some of its tiles, and some of
-its tokens.
+"""The slice of a pack that one rank computes if several ranks share the pack: some of its tiles,
+and some of its tokens.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import numpy as np
 
 @dataclass(frozen=True, kw_only=True)
 class RankSlice:
-    """A rank's place among those that work on the same pack; the default has the pack to itself.
+    """A rank's position among those that share a pack; the default has the whole pack.
 
     Args:
-        tile_rank, tile_ranks: place among the ranks that share the tiles out.
-        context_rank, context_ranks: place among the ranks that share the tokens out.
+        tile_rank, tile_ranks: position among the ranks that split the tiles.
+        context_rank, context_ranks: position among the context-parallel ranks.
     """
 
     tile_rank: int = 0
@@ -24,8 +24,8 @@ class RankSlice:
     context_ranks: int = 1
 
     def tiles(self, tiles: int, multiple: int = 1) -> range:
-        """Numbers of this rank's tiles. Every rank has as many, one at least; those from ``tiles``
-        on are blank.
+        """Return the indices of this rank's tiles. All ranks get the same number, at least one;
+        indices from ``tiles`` on are padding tiles.
 
         Args:
             tiles: real tiles of the pack.
@@ -35,12 +35,12 @@ class RankSlice:
         return range(self.tile_rank * count, (self.tile_rank + 1) * count)
 
     def tokens(self, ends: np.ndarray) -> np.ndarray:
-        """Places in the pack of this rank's tokens, in the order in which the rank has them.
+        """Return the positions in the pack of this rank's tokens, in the rank's order.
 
-        A sample is cut into twice as many pieces as there are ranks, and rank r takes piece r from
-        the front and piece r from the back. So under a causal mask, where late tokens see more than
-        early ones, the ranks have the same work. Transformer Engine cuts in the same way (its
-        ``thd_get_partitioned_indices``).
+        The split is zig-zag: a sample is cut into twice as many pieces as there are ranks, and rank
+        r takes piece r from the front and piece r from the back. So all ranks have the same work
+        under a causal mask, in which late tokens attend to more than early ones. Transformer Engine
+        splits in the same way (its ``thd_get_partitioned_indices``).
 
         Args:
             ends: int [N + 1], from 0 to T: where samples start and end.

@@ -13,7 +13,7 @@ from megavlm.data.packing.difficulty import Levels, find_levels
 from megavlm.data.packing.repeats import take
 from megavlm.data.records.meta_file import Annotations
 from megavlm.data.store.manifest import Level
-from megavlm.io.record_file import Rows
+from megavlm.io.record_file import RecordFile
 
 # A shard is large enough to be read at speed, and small enough that little is lost when a packing
 # is stopped; there are never very many.
@@ -91,7 +91,7 @@ class Samples:
 
 
 def gather_samples(
-    rows: Rows, sources: Sequence[Annotations], alignment: int, seed: int, levels: int = 0
+    rows: RecordFile, sources: Sequence[Annotations], alignment: int, seed: int, levels: int = 0
 ) -> Samples:
     """Compute the sizes of the samples to pack from the rows of a scan.
 

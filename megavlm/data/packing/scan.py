@@ -34,7 +34,7 @@ from megavlm.data.records.raw_record import OffsetRange
 from megavlm.data.records.readers import open_reader
 from megavlm.data.records.reject import Reject, count_unwanted
 from megavlm.io.progress import Progress
-from megavlm.io.record_file import Rows
+from megavlm.io.record_file import RecordFile
 from megavlm.io.storage import LocalFiles
 
 RECORDS_PER_TASK = 32
@@ -93,7 +93,7 @@ class Scan:
         rejects_path: the list of all of them, one JSON object a line.
     """
 
-    rows: Rows
+    rows: RecordFile
     sources: tuple[SourceCounts, ...]
     first_rejects: tuple[Reject, ...]
     rejects_path: Path
@@ -149,7 +149,7 @@ def scan_records(
     if state.complete:
         _check_lengths(sources, state.sources)
     return Scan(
-        rows=Rows(LocalFiles(folder), state.rows_name, ROW, state.rows),
+        rows=RecordFile(LocalFiles(folder), state.rows_name, ROW, state.rows),
         sources=tuple(state.sources),
         first_rejects=tuple(state.first_rejects),
         rejects_path=folder / state.rejects_name,

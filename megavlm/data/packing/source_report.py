@@ -12,7 +12,7 @@ from megavlm.data.packing.plan import PackPlan
 from megavlm.data.packing.scan import Scan
 from megavlm.data.records.meta_file import Annotations
 from megavlm.data.records.reject import Reject
-from megavlm.io.record_file import Rows
+from megavlm.io.record_file import RecordFile
 
 SHOWN_KEYS = 12
 
@@ -102,7 +102,7 @@ def report_sources(
 
 
 def _taken(
-    rows: Rows, plan: PackPlan, late: Sequence[Reject], sources: int
+    rows: RecordFile, plan: PackPlan, late: Sequence[Reject], sources: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return samples, samples without tiles, and tokens of each source, int64 [sources] each."""
     times = np.bincount(plan.order, minlength=len(rows))

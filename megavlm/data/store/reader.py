@@ -27,7 +27,7 @@ from megavlm.data.store.pack_format import (
     sections,
 )
 from megavlm.io.checksum import measure
-from megavlm.io.record_file import CHUNK_BYTES, Rows
+from megavlm.io.record_file import CHUNK_BYTES, RecordFile
 from megavlm.io.storage import Files, LocalFiles, is_remote, open_folder
 
 CHECKED_SHARDS = 1024
@@ -60,9 +60,9 @@ class Pack:
         """Tiles of all images."""
         return int(self.images["tiles"].sum())
 
-    def image(self, place: int) -> bytes:
+    def image(self, index: int) -> bytes:
         """Return the encoded bytes of an image."""
-        row = self.images[place]
+        row = self.images[index]
         return self.encoded[int(row["offset"]) : int(row["offset"] + row["bytes"])].tobytes()
 
 
@@ -77,7 +77,7 @@ class Index:
         packs: number of packs of each shard.
     """
 
-    def __init__(self, rows: Rows, packs: Sequence[int]) -> None:
+    def __init__(self, rows: RecordFile, packs: Sequence[int]) -> None:
         self._rows = rows
         self.starts = np.concatenate([[0], np.cumsum(packs, dtype=np.int64)])
 
@@ -110,7 +110,7 @@ class Reader:
         shards = self.manifest.shards
         _check_files(self.files, self.manifest)
         self.index = Index(
-            Rows(
+            RecordFile(
                 self.files, INDEX_NAME, RECORD, sum(shard.packs for shard in shards), HEADER_BYTES
             ),
             [shard.packs for shard in shards],

@@ -73,7 +73,7 @@ def test_jpeg_loses_little_and_each_tile_by_itself(encoded):
 
 
 def test_draws_are_in_their_bounds_and_reach_them():
-    draws = [draw(ALL, 2, seed=7, position=position, place=0) for position in range(400)]
+    draws = [draw(ALL, 2, seed=7, position=position, index=0) for position in range(400)]
     qualities = {quality for change in draws for quality in change.qualities}
     assert qualities == set(range(75, 101))
     areas = [(change.box[2] - change.box[0]) * (change.box[3] - change.box[1]) for change in draws]
@@ -85,12 +85,12 @@ def test_draws_are_in_their_bounds_and_reach_them():
 
 
 def test_a_draw_depends_on_seed_epoch_and_sample_alone():
-    first = draw(ALL, 3, seed=1, position=5, place=2)
-    assert first == draw(ALL, 3, seed=1, position=5, place=2)
+    first = draw(ALL, 3, seed=1, position=5, index=2)
+    assert first == draw(ALL, 3, seed=1, position=5, index=2)
     others = [
-        draw(ALL, 3, seed=2, position=5, place=2),
-        draw(ALL, 3, seed=1, position=6, place=2),
-        draw(ALL, 3, seed=1, position=5, place=3),
+        draw(ALL, 3, seed=2, position=5, index=2),
+        draw(ALL, 3, seed=1, position=6, index=2),
+        draw(ALL, 3, seed=1, position=5, index=3),
     ]
     assert all(other.box != first.box for other in others)
     for operation, field in (
@@ -99,7 +99,7 @@ def test_a_draw_depends_on_seed_epoch_and_sample_alone():
         ("jpeg", "qualities"),
         ("flip", "is_flipped"),
     ):
-        alone = draw((operation,), 3, seed=1, position=5, place=2)
+        alone = draw((operation,), 3, seed=1, position=5, index=2)
         assert alone == Change(**{field: getattr(first, field)})
 
 

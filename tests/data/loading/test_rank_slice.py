@@ -33,25 +33,29 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> PackedDataset:
 @pytest.mark.parametrize("tiles", [0, 1, 5, 8, 13])
 @pytest.mark.parametrize(("ranks", "multiple"), [(1, 1), (2, 1), (4, 1), (3, 2), (2, 16)])
 def test_tiles_are_shared_out_in_equal_numbers(tiles: int, ranks: int, multiple: int) -> None:
-    shares = [
+    rank_slices = [
         RankSlice(tile_rank=rank, tile_ranks=ranks).tiles(tiles, multiple) for rank in range(ranks)
     ]
-    assert [number for share in shares for number in share] == list(range(ranks * len(shares[0])))
-    assert len(shares[0]) % multiple == 0 and max(1, tiles) <= ranks * len(shares[0])
-    assert len(shares[0]) - multiple < max(1, tiles) / ranks
+    assert [number for rank_slice in rank_slices for number in rank_slice] == list(
+        range(ranks * len(rank_slices[0]))
+    )
+    assert len(rank_slices[0]) % multiple == 0 and max(1, tiles) <= ranks * len(rank_slices[0])
+    assert len(rank_slices[0]) - multiple < max(1, tiles) / ranks
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_every_token_belongs_to_one_rank_and_early_and_late_ones_to_each(ranks: int) -> None:
     ends = np.array([0, 12, 48, 60, 72], np.int32)
-    shares = [
+    rank_slices = [
         RankSlice(context_rank=rank, context_ranks=ranks).tokens(ends) for rank in range(ranks)
     ]
-    assert np.array_equal(np.sort(np.concatenate(shares)), np.arange(72))
+    assert np.array_equal(np.sort(np.concatenate(rank_slices)), np.arange(72))
     # What a token sees, itself included, summed: the work of a rank.
     work = [
-        sum(place - ends[np.searchsorted(ends, place, side="right") - 1] + 1 for place in share)
-        for share in shares
+        sum(
+            place - ends[np.searchsorted(ends, place, side="right") - 1] + 1 for place in rank_slice
+        )
+        for rank_slice in rank_slices
     ]
     assert len(set(work)) == 1
 
@@ -81,32 +85,32 @@ def test_shares_together_are_the_whole_batch(dataset: PackedDataset, pack_id: in
         RankSlice(context_rank=rank, context_ranks=3).tokens(whole.sample_ends.numpy())
         for rank in range(3)
     ]
-    shares = [
+    rank_slices = [
         dataset.batch(
             pack_id,
             11,
             **options,
-            share=RankSlice(tile_rank=r, tile_ranks=3, context_rank=r, context_ranks=3),
+            rank_slice=RankSlice(tile_rank=r, tile_ranks=3, context_rank=r, context_ranks=3),
         )
         for r in range(3)
     ]
-    for share, own in zip(shares, places, strict=True):
+    for rank_slice, own in zip(rank_slices, places, strict=True):
         for name in ("tokens", "labels", "loss_weights"):
-            assert torch.equal(getattr(share, name), getattr(whole, name)[own])
+            assert torch.equal(getattr(rank_slice, name), getattr(whole, name)[own])
         assert (
-            torch.equal(share.sample_ends, whole.sample_ends)
-            and share.longest_sample == whole.longest_sample
+            torch.equal(rank_slice.sample_ends, whole.sample_ends)
+            and rank_slice.longest_sample == whole.longest_sample
         )
         assert torch.equal(
-            torch.from_numpy(own)[share.feature_positions],
-            whole.feature_positions[share.feature_numbers],
+            torch.from_numpy(own)[rank_slice.feature_positions],
+            whole.feature_positions[rank_slice.feature_numbers],
         )
-        assert share.num_features == whole.num_features == len(whole.feature_positions)
-    numbers = torch.cat([share.feature_numbers for share in shares])
+        assert rank_slice.num_features == whole.num_features == len(whole.feature_positions)
+    numbers = torch.cat([rank_slice.feature_numbers for rank_slice in rank_slices])
     assert torch.equal(numbers.sort().values, torch.arange(whole.num_features))
     real = whole.num_features // FEATURES
     for name, dim in (("tiles", 0), ("drop_path_draws", 1)):
-        together = torch.cat([getattr(share, name) for share in shares], dim)
+        together = torch.cat([getattr(rank_slice, name) for rank_slice in rank_slices], dim)
         assert torch.equal(together.narrow(dim, 0, max(1, real)), getattr(whole, name))
 
 
@@ -122,5 +126,5 @@ def test_only_images_of_the_share_are_decoded(
     monkeypatch.setattr(
         module, "decode_tiles", lambda *args, **named: decoded.append(1) or decode(*args, **named)
     )
-    dataset.batch(pack_id, 0, share=RankSlice(tile_rank=0, tile_ranks=pack.tiles))
+    dataset.batch(pack_id, 0, rank_slice=RankSlice(tile_rank=0, tile_ranks=pack.tiles))
     assert len(decoded) == 1 < len(pack.images)

@@ -1,0 +1,145 @@
+"""Packed datasets against the model and against each other, and all problems together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megavlm.config.checks.rules import ConfigError, check, facts_problems
+from tests.config.checks.configs import facts, tiny
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "words"),
+    [
+        ({"num_packs": 0}, "", ["--data.train packs: has no packs"]),
+        ({"image_size": 448}, "", ["tiles of 448 pixels", "image_size is 32"]),
+        (
+            {"features_per_tile": 256},
+            "",
+            ["packed for 256 features a tile, but the model makes 16"],
+        ),
+        ({"vocab_size": 600}, "", ["has 600 tokens", "vocab_size is 512"]),
+        (
+            {"capacity": 1023},
+            "--tensor-model-parallel-size 2 --sequence-parallel",
+            ["packs of 1023 tokens", "parallel_size 2"],
+        ),
+        (
+            {"alignment": 6},
+            "--context-parallel-size 2",
+            ["multiples of 6", "context_parallel_size 2", "with --alignment 4"],
+        ),
+        (
+            {"capacity": 1000},
+            "--fp8.language tensorwise",
+            ["packs of 1000 tokens give a rank 1000 rows", "a multiple of 16; pack with"],
+        ),
+        (
+            {"capacity": 1072},
+            "--fp8.language mxfp8 --tensor-model-parallel-size 2 --sequence-parallel",
+            ["give a rank 536 rows", "a multiple of 32"],
+        ),
+        (
+            {"has_images": False},
+            "--training.trainable vision,connector",
+            ["has no images", "learns from images only"],
+        ),
+    ],
+)
+def test_packs_that_do_not_fit_the_model_are_refused(
+    changes: dict[str, Any], options: str, words: list[str], packs: Path
+):
+    config = tiny(packs, *options.split())
+    found = facts_problems(config, [facts(config, **changes)])
+    assert len(found) == 1 and all(word in found[0] for word in words), found
+
+
+def test_packs_without_images_need_not_fit_the_vision_encoder(packs: Path):
+    config = tiny(packs, stage="0")
+    assert (
+        facts_problems(
+            config, [facts(config, has_images=False, image_size=448, features_per_tile=256)]
+        )
+        == []
+    )
+
+
+def test_packs_for_another_normalisation_are_refused(packs: Path):
+    config = tiny(packs)
+    [problem] = facts_problems(config, [facts(config, pixel_mean=(0.5, 0.5, 0.5))])
+    assert (
+        "--data.train" in problem
+        and "pixel_mean" in problem
+        and "0.5" in problem
+        and "0.485" in problem
+    )
+
+
+def test_training_and_held_out_packs_share_a_tokenizer(packs: Path):
+    config = tiny(packs)
+    other = facts(config, flag="--data.valid", folder="held-out", fingerprint="xyz")
+    assert facts_problems(config, [facts(config), other]) == [
+        "--data.valid held-out: packed with another tokenizer than --data.train packs"
+    ]
+
+
+def test_all_problems_come_in_one_message(packs: Path):
+    config = tiny(packs, "--lr", "0", "--training.steps", "0", "--global-batch-size", "3")
+    with pytest.raises(ConfigError) as refused:
+        check(config, 2, [facts(config, num_packs=0)])
+    lines = str(refused.value).splitlines()
+    assert lines[0] == "4 problems with the configuration:" and len(lines) == 5
+    assert [line.split()[0] for line in lines[1:]] == [
+        "--training.global_batch_size",
+        "--training.steps",
+        "--optimizer.lr",
+        "--data.train",
+    ]
+
+
+def test_augmentation_that_would_change_nothing_is_told(packs: Path):
+    config = tiny(packs, "--data.augment", "jpeg,flip")
+    [problem] = facts_problems(config, [facts(config)])
+    assert "--data.augment jpeg,flip has no effect" in problem and "--data_augment" in problem
+    assert not facts_problems(config, [facts(config, may_augment=True)])
+
+
+def test_a_curriculum_needs_levels(packs: Path):
+    config = tiny(packs, "--data.curriculum", "true")
+    [problem] = facts_problems(
+        config, [facts(config), facts(config, flag="--data.valid", has_levels=True)]
+    )
+    assert problem.startswith("--data.curriculum true: ") and "--difficulty" in problem
+    assert not facts_problems(config, [facts(config, has_levels=True)])
+
+
+@pytest.mark.parametrize(
+    ("options", "wrong"),
+    [("", "a has a share of 0.8"), ("--data.weights 1,19", None), ("--data.weights 1,30", "a ")],
+)
+def test_shares_of_a_batch_are_a_pack_at_least(packs: Path, options: str, wrong: str | None):
+    folders = [
+        "--data.train",
+        f"{packs},{packs}",
+        "--data.batch_shares",
+        "true",
+        "--training.global_batch_size",
+        "20",
+    ]
+    config = tiny(packs, *folders, *options.split())
+    problems = facts_problems(
+        config, [facts(config, folder="a", num_packs=4), facts(config, folder="b", num_packs=96)]
+    )
+    assert len(problems) == (wrong is not None)
+    assert wrong is None or (
+        wrong in problems[0] and "--training.global_batch_size 20" in problems[0]
+    )
+
+
+def test_blended_packs_have_one_capacity(packs: Path):
+    config = tiny(packs)
+    [problem] = facts_problems(config, [facts(config), facts(config, folder="other", capacity=512)])
+    assert "--data.train other: packs of 512 tokens, but those of packs have 1024" in problem
