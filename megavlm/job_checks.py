@@ -6,10 +6,12 @@ from pathlib import Path
 
 from megavlm.config.checks import rules
 from megavlm.config.checks.datasets import DatasetFacts, facts_problems
+from megavlm.config.parameter_groups import name_problems, setting_problems
 from megavlm.config.schema import Config
 from megavlm.data.records.readers import is_annotation
 from megavlm.data.store.manifest import read_manifest
 from megavlm.io.storage import is_remote
+from megavlm.planner.parameter_table import parameter_keys
 
 
 def problems(config: Config, world_size: int) -> list[str]:
@@ -17,6 +19,7 @@ def problems(config: Config, world_size: int) -> list[str]:
     run on ``world_size`` ranks; each problem names the flag to change.
     """
     found = rules.problems(config, world_size)
+    found = found or parameter_problems(config)
     facts = []
     for flag, folder in _datasets(config):
         try:
@@ -24,6 +27,13 @@ def problems(config: Config, world_size: int) -> list[str]:
         except (ValueError, OSError) as error:
             found.append(f"{flag} {folder}: {error}")
     return found + facts_problems(config, facts)
+
+
+def parameter_problems(config: Config) -> list[str]:
+    """Return the patterns of names, and settings of parameter groups, that do not fit the model."""
+    wrong = list(setting_problems(config.optimizer))
+    keys = parameter_keys(config)
+    return wrong or list(name_problems(config.optimizer, config.training.trainable, keys))
 
 
 def dataset_facts(config: Config) -> list[DatasetFacts]:

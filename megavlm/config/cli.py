@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 
 from megavlm.config import torchrun, yaml_file
+from megavlm.config.layer_ranges import with_layers
 from megavlm.config.models import MODELS, ReadModel, architecture
 from megavlm.config.options import Parser, make_parser, nearest, options, to_config
 from megavlm.config.recipes import RECIPES, recipe
@@ -146,7 +147,8 @@ def _parse(arguments: list[str], read_model: ReadModel | None) -> tuple[Config, 
             key: value for key, value in settings.content.items() if key not in (*names, "recipe")
         }
         values = _apply(parser, dataclasses.replace(settings, content=content), values)
-    return to_config(parser.parse_args(_normal(others), namespace=values)), chosen
+    config = to_config(parser.parse_args(_normal(others), namespace=values))
+    return with_layers(config), chosen
 
 
 def _first_pass() -> argparse.ArgumentParser:

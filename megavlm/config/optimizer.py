@@ -44,6 +44,15 @@ class Optimizer:
         end_weight_decay: weight decay at the last step, unless it is constant.
         decay: trainable parameters with weight decay: all, as in InternVL's recipe, or matrices
             only (no norms, biases or layer scales).
+        no_decay: parameters without weight decay: parts or patterns of names, as for
+            ``training.trainable``.
+        lr_multipliers: learning rate of parts or of patterns of names, as a multiple of ``lr``,
+            such as ``vision=0.1,connector=10``; of several that name a parameter the last counts.
+        vision_layer_decay: factor of the learning rate between a layer of the vision encoder and
+            the layer after it; the last of L layers has it once, the first L times, the patch and
+            position embeddings L + 1 times. It multiplies ``lr_multipliers``.
+        language_layer_decay: the same for the language model; its embedding has it L + 1 times, its
+            last norm and its head never.
         adam_beta1: decay of the first moment.
         adam_beta2: decay of the second moment.
         adam_eps: added to the square root of the second moment.
@@ -71,6 +80,10 @@ class Optimizer:
     weight_decay_schedule: Literal["constant", "linear", "cosine"] = "constant"
     end_weight_decay: float = 0.0
     decay: Literal["all", "matrices"] = "all"
+    no_decay: tuple[str, ...] = ()
+    lr_multipliers: tuple[str, ...] = ()
+    vision_layer_decay: float = 1.0
+    language_layer_decay: float = 1.0
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
     adam_eps: float = 1e-8

@@ -8,7 +8,7 @@ connectors (``megavlm/config/connectors.py``) name their own.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 Unit = Literal["tile", "token", "supervised", "squared_length"]
@@ -25,6 +25,7 @@ class Piece:
         forward: FLOPs of the forward pass, for each unit.
         unit: count of the data that the cost is in proportion to.
         layer: number of its layer inside the part; none where it stands before or after the layers.
+        is_matrix: whether it has two dimensions; biases, norms and scales have one.
     """
 
     key: str
@@ -33,6 +34,12 @@ class Piece:
     forward: int
     unit: Unit
     layer: int | None = None
+    is_matrix: bool = False
+
+
+def table(key: str, part: str, rows: int, columns: int) -> Piece:
+    """Return a matrix that no product reads, such as an embedding."""
+    return replace(vector(key, part, rows * columns), is_matrix=True)
 
 
 def vector(key: str, part: str, size: int) -> Piece:
@@ -50,6 +57,7 @@ def linear(
         elements=inputs * outputs,
         forward=2 * inputs * outputs * rows,
         unit=unit,
+        is_matrix=True,
     )
     if has_bias:
         yield vector(f"{key}.bias", part, outputs)

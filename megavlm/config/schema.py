@@ -185,8 +185,9 @@ class Training:
         seed: seed of initial weights, the order of the packs, augmentation and drop path.
         precision: dtype of weights and activations; master weights and gradients are float32 either
             way.
-        trainable: parameters to train: vision, connector, language, or patterns of parameter names
-            such as ``vision.encoder.layers.2*``.
+        trainable: parameters to train: vision, connector, language, layers such as
+            ``vision.layers.-4:`` (the last 4), or patterns of parameter names such as
+            ``language.output_layer``.
         drop_path: drop path rate of the vision encoder's last layer, growing linearly from 0 over
             the depth; off if vision is frozen.
         eval_interval: steps between evaluations on ``data.valid``; 0: only at the start and the

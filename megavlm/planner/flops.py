@@ -31,7 +31,7 @@ from dataclasses import dataclass, replace
 
 from megavlm.config.freeze_mask import matches
 from megavlm.config.objectives import EMBEDDING
-from megavlm.config.pieces import Piece, Unit, linear, norm, vector
+from megavlm.config.pieces import Piece, Unit, linear, norm, table, vector
 from megavlm.config.schema import Architecture
 
 PARTS = ("vision", "connector", "language", "head")
@@ -131,7 +131,7 @@ def _vision(architecture: Architecture) -> Iterator[Piece]:
     )
     if vision.has_class_token:
         yield vector("vision.class_token", part, width)
-    yield vector("vision.position_embedding", part, vision.tokens * width)
+    yield table("vision.position_embedding", part, vision.tokens, width)
     if vision.has_embedding_norm:
         yield from norm("vision.embedding_norm", part, width, has_bias=True)
     for number in range(vision.num_layers):
@@ -166,7 +166,7 @@ def _language(architecture: Architecture) -> Iterator[Piece]:
     language = architecture.language
     width = language.hidden_size
     words = language.vocab_size
-    yield vector(EMBEDDING, "language", words * width)  # looked up, not multiplied
+    yield table(EMBEDDING, "language", words, width)  # looked up, not multiplied
     for number in range(language.num_layers):
         yield from (replace(piece, layer=number) for piece in _language_layer(architecture, number))
     yield from architecture.needs.head(architecture)

@@ -140,10 +140,16 @@ def load_optimizer(
     """
     kept = fp8 if fp8 == checkpoint.config.fp8 else Fp8()
     asked = sharded(chunks, optimizer, kept, is_loading=True)
+    groups = asked["optimizer"]["optimizer"]["param_groups"]
     found = master_weights.masters(asked["model"], asked["optimizer"], optimizer)
     loaded = load_shards(checkpoint, asked)
     _take(chunks, loaded["model"] | loaded.get("scales", {}))
     refuse_mismatch(checkpoint, found, loaded["optimizer"])
+    # Moments are stored for each parameter. Its group is that of this run, which may be divided
+    # otherwise; all groups have seen the same number of updates.
+    stored = loaded["optimizer"]["optimizer"]
+    updates = max(group["step"] for group in stored["param_groups"])
+    stored["param_groups"] = [group | {"step": updates} for group in groups]
     # In float32 the master weights are the weights, and the checkpoint's weights may have 16 bits:
     # the master weights come last.
     optimizer.load_state_dict(loaded["optimizer"])

@@ -15,8 +15,6 @@ import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
-from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
-from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from megatron.core.transformer.module import param_is_not_shared
 from torch import Tensor
@@ -24,6 +22,8 @@ from torch import Tensor
 from megavlm.config.schema import Config
 from megavlm.model.precision import precision
 from megavlm.model.vlm import VisionLanguageModel
+from megavlm.train import parameter_groups
+from megavlm.train.parameter_groups import age_of, multiplier_of
 from megavlm.train.schedule import learning_rate, weight_decay
 from megavlm.train.sliced_update import step_in_slices
 
@@ -98,10 +98,6 @@ def whole_weights(ddp_chunks: Sequence[DistributedDataParallel]) -> Iterator[Non
             chunk.enable_forward_pre_hook()
 
 
-def _is_vector(parameter: Tensor) -> bool:
-    return parameter.squeeze().ndim < 2
-
-
 def build(
     config: Config,
     ddp_chunks: Sequence[DistributedDataParallel],
@@ -132,18 +128,9 @@ def build(
         overlap_param_gather=config.parallel.overlap_param_gather,
         **_MOMENTS[optimizer.moments],
     )
-    spared = {
-        ParamKey(predicate=ParamPredicate(name="vector", fn=_is_vector)): ParamGroupOverride(
-            wd_mult=0.0
-        )
-    }
-    overrides = spared if optimizer.decay == "matrices" else {}
-    for age in set(ages.values()):
-        # megatron-core tells groups apart by lr_mult, among others, and does nothing else with it.
-        chosen = ParamPredicate(
-            name=f"age {age}", fn=lambda parameter, age=age: ages[id(parameter)] == age
-        )
-        overrides[ParamKey(predicate=chosen)] = ParamGroupOverride(lr_mult=1.0 + age)
+    overrides = parameter_groups.overrides(
+        optimizer, config.architecture, [chunk.module for chunk in ddp_chunks], ages
+    )
     built = get_megatron_optimizer(settings, list(ddp_chunks), config_overrides=overrides)
     if optimizer.moments == "bfloat16":
         for part in built.chained_optimizers:
@@ -205,20 +192,19 @@ def _counts_here(parameter: Tensor, tensor_ranks: dist.ProcessGroup) -> bool:
 
 def oldest(optimizer: MegatronOptimizer) -> int:
     """Return the number of updates that the oldest moments had seen before this run."""
-    return max((_age(group) for group in optimizer.param_groups), default=0)
-
-
-def _age(group: dict[str, Any]) -> int:
-    return round(group["lr_mult"] - 1)
+    return max((age_of(group) for group in optimizer.param_groups), default=0)
 
 
 def set_rates(optimizer: MegatronOptimizer, config: Config, step: int) -> float:
     """Set learning rate, weight decay, betas and epsilon of every parameter group for update
-    ``step``; the learning rate is returned.
+    ``step``.
 
     All groups count updates as the oldest does, and AdamW divides both moments by one minus their
     decay to that power. Rates of a younger group undo that and put its own number of updates in
     place.
+
+    Returns:
+        The learning rate of a group whose multiplier is 1.
     """
     settings = config.optimizer
     rate = learning_rate(step, settings, config.training.steps)
@@ -226,13 +212,13 @@ def set_rates(optimizer: MegatronOptimizer, config: Config, step: int) -> float:
     most = oldest(optimizer)
     for group in optimizer.param_groups:
         first = _correction(settings.adam_beta1, most + step + 1) / _correction(
-            settings.adam_beta1, _age(group) + step + 1
+            settings.adam_beta1, age_of(group) + step + 1
         )
         second = math.sqrt(
-            _correction(settings.adam_beta2, _age(group) + step + 1)
+            _correction(settings.adam_beta2, age_of(group) + step + 1)
             / _correction(settings.adam_beta2, most + step + 1)
         )
-        group["lr"] = rate * first * second
+        group["lr"] = rate * multiplier_of(group) * first * second
         group["weight_decay"] = shrinking * group["wd_mult"] / (first * second)
         group["eps"] = settings.adam_eps * second
         # A checkpoint's groups bring the betas of the run that wrote it.

@@ -12,8 +12,11 @@ from megavlm.config.schema import Config, Init
 from megavlm.convert.hf import from_parts
 from megavlm.model.freeze import Trained
 from megavlm.parallel import process_groups
+from megavlm.planner.parameter_table import parameter_table, table_lines
 from megavlm.train import resume as source
 from megavlm.train.metrics import Metrics
+
+_GROUPS = ("optimizer.decay ", "no_decay", "lr_multipliers", "layer_decay")
 
 
 def log_run_summary(
@@ -60,6 +63,8 @@ def log_run_summary(
     is_resumed = isinstance(start, Checkpoint) and source.resumes(config, start)
     if is_resumed and (table := changes(start.config, config)):
         metrics.say("\n".join(["changed since the checkpoint:", *table]))
+        if any(option in line for line in table for option in _GROUPS):
+            metrics.say("parameter groups are divided anew; moments follow their parameters")
     if state.history:
         *_, (steps, trainable) = state.history
         metrics.say(
@@ -69,4 +74,5 @@ def log_run_summary(
     elif state.step == 0:
         metrics.say("moments: fresh")
     metrics.say(f"trainable parameters: {shares}")
+    metrics.say("\n  ".join(["parameter groups:", *table_lines(config, parameter_table(config))]))
     metrics.record(state.step, {"trainable_parameters": sum(trained.weights.values())})

@@ -51,8 +51,8 @@ def test_young_and_old_moments_in_one_optimizer_move_weights_as_in_two(tmp_path:
     ours = {name: torch.nn.Parameter(value.clone()) for name, value in start.items()}
     theirs = {name: torch.nn.Parameter(value.clone()) for name, value in start.items()}
     groups = [
-        {"params": [ours["old"]], "wd_mult": 1.0, "lr_mult": 1.0 + earlier},
-        {"params": [ours["young"]], "wd_mult": 1.0, "lr_mult": 1.0},
+        {"params": [ours["old"]], "wd_mult": 1.0, "age": earlier},
+        {"params": [ours["young"]], "wd_mult": 1.0, "age": 0},
     ]
     one = Adam(groups, **options)
     two = {name: torch.optim.AdamW([parameter], **options) for name, parameter in theirs.items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megavlm.config.checks.limits import at_least
+from megavlm.config.parameter_groups import setting_problems
 from megavlm.config.schema import Optimizer, Training
 
 _READ_BY = {
@@ -36,6 +37,7 @@ def optimizer_problems(optimizer: Optimizer, training: Training) -> Iterator[str
     yield from _warmup(optimizer, training)
     yield from _schedule(optimizer, training)
     yield from _weight_decay(optimizer)
+    yield from setting_problems(optimizer)
 
 
 def _lowest(optimizer: Optimizer) -> Iterator[str]:

@@ -41,8 +41,9 @@ _BY_SECTION: dict[str, dict[Kind, str]] = {
         "taken": "lr min_lr min_lr_ratio warmup_steps warmup_ratio warmup_init_lr schedule"
         " decay_steps counted_from step_interval step_factor power timescale wsd_decay_steps"
         " wsd_decay weight_decay weight_decay_schedule end_weight_decay adam_beta1 adam_beta2"
-        " adam_eps clip_grad",
-        "refused": "decay moments",
+        " adam_eps clip_grad decay no_decay lr_multipliers vision_layer_decay"
+        " language_layer_decay",
+        "refused": "moments",
     },
     "training.": {
         "taken": "steps global_batch_size precision drop_path eval_interval eval_packs kernels"
@@ -67,7 +68,6 @@ KINDS: dict[str, Kind] = {
 
 _REASONS = {
     "data.": "the packs would come in another order, some twice and some never in this epoch",
-    "optimizer.decay": "the moments are stored by groups that decay and groups that do not",
     "optimizer.moments": "the moments are stored in that dtype",
     "training.seed": "the order of the packs follows from it",
     "training.trainable": "there are moments of what was trained, and of nothing else",

@@ -1,0 +1,122 @@
+"""Learning rates by part, by name and by layer, at every layout and across checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from megavlm.config.parameter_groups import decays, multiplier
+from megavlm.config.schema import Config
+from megavlm.planner.flops import pieces
+from tests.ranks.pool import Pool
+from tests.ranks.runs import TINY, config_for, make_packs, train_curve, whole_weights
+from tests.ranks.test_resume import (
+    STEPS,
+    forget_the_end,
+    losses,
+    make_job,
+    run_job,
+    saved_tensors,
+)
+
+GROUPS = dict(
+    decay="matrices",
+    no_decay=("vision.position_embedding",),
+    lr_multipliers=("vision=0.5", "connector=4", "*.linear_fc1.weight=0.25"),
+    vision_layer_decay=0.8,
+    language_layer_decay=0.9,
+)
+EIGHT = dict(tensor_model_parallel_size=2, pipeline_model_parallel_size=2, layout="v*2|v,t*3")
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("packs") / "train"
+    make_packs(folder, packs=10, image_share=0.8, alignment=4)
+    return folder
+
+
+def matrices_and_vectors(config: Config) -> dict[str, bool]:
+    """Tell which parameters of the built model are matrices."""
+    from megavlm.model.weights import named_weights
+    from tests.ranks.runs import build
+
+    [chunk] = build(config).chunks
+    return {key: weight.squeeze().ndim > 1 for key, weight in named_weights(chunk).items()}
+
+
+def test_the_table_knows_every_parameter_and_its_shape(ranks: Pool, dataset: Path) -> None:
+    [found] = ranks.run(matrices_and_vectors, 1, config_for(dataset))
+    assert {piece.key: piece.is_matrix for piece in pieces(TINY) if piece.elements} == found
+
+
+def test_the_first_update_of_each_parameter_is_as_long_as_its_rate(
+    ranks: Pool, dataset: Path
+) -> None:
+    # AdamW's first update is lr * sign(gradient), if epsilon is small beside the gradient.
+    settings = dict(
+        steps=1, lr=1e-3, warmup_ratio=0.0, weight_decay=0.0, adam_eps=1e-12, clip_grad=0.0
+    )
+    still = config_for(dataset, **settings | dict(lr=1e-20))
+    [before] = ranks.run(train_curve, 1, still)
+    config = config_for(dataset, **settings, **GROUPS, **EIGHT)
+    after = whole_weights(ranks.run(train_curve, 8, config))
+    for key, start in whole_weights([before]).items():
+        wanted = 1e-3 * multiplier(key, config.optimizer, TINY)
+        assert np.abs(after[key] - start).max() == pytest.approx(wanted, rel=2e-3), key
+
+
+def test_updates_are_those_of_one_process(ranks: Pool, dataset: Path) -> None:
+    settings = GROUPS | dict(steps=4, adam_eps=1e-4, weight_decay=0.5)
+    alone = ranks.run(train_curve, 1, config_for(dataset, **settings))
+    shared = ranks.run(train_curve, 8, config_for(dataset, **settings, **EIGHT))
+    assert shared[0].losses == pytest.approx(alone[0].losses, rel=1e-5)
+    assert shared[0].grad_norms == pytest.approx(alone[0].grad_norms, rel=1e-5)
+    wanted = whole_weights(alone)
+    found = whole_weights(shared)
+    for key, weight in wanted.items():
+        np.testing.assert_allclose(found[key], weight, rtol=1e-5, atol=2e-6, err_msg=key)
+
+
+def test_weight_decay_is_left_out_by_name(ranks: Pool, dataset: Path) -> None:
+    settings = dict(steps=1, lr=1e-20, warmup_ratio=0.0, weight_decay=0.0, clip_grad=0.0)
+    [start] = ranks.run(train_curve, 1, config_for(dataset, **settings))
+    # Decay takes lr * weight_decay of a weight, and nothing else moves it noticeably.
+    decayed = config_for(dataset, **settings | dict(weight_decay=1e19), **GROUPS)
+    [end] = ranks.run(train_curve, 1, decayed)
+    wanted = whole_weights([start])
+    kinds = {piece.key: piece.is_matrix for piece in pieces(TINY)}
+    for key, weight in whole_weights([end]).items():
+        share = 0.1 * multiplier(key, decayed.optimizer, TINY)
+        kept = 1 - share * decays(key, decayed.optimizer, is_matrix=kinds[key])
+        np.testing.assert_allclose(weight, kept * wanted[key], 1e-5, 1e-15, err_msg=key)
+
+
+def test_groups_survive_a_resume_bit_for_bit(ranks: Pool, dataset: Path, tmp_path: Path) -> None:
+    settings = GROUPS | EIGHT
+    ranks.run(run_job, 4, make_job(dataset, tmp_path / "whole", **settings))
+    forget_the_end(tmp_path / "whole", tmp_path / "killed")
+    ranks.run(run_job, 4, make_job(dataset, tmp_path / "killed", **settings))
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")[3:]
+    last = f"step_{STEPS:08d}"
+    [whole] = ranks.run(saved_tensors, 1, tmp_path / "whole" / last)
+    [killed] = ranks.run(saved_tensors, 1, tmp_path / "killed" / last)
+    assert whole.keys() == killed.keys()
+    assert all(torch.equal(whole[key], killed[key]) for key in whole)
+
+
+def test_moments_follow_their_parameters_into_other_groups(
+    ranks: Pool, dataset: Path, tmp_path: Path
+) -> None:
+    # Multipliers of nearly 1 change nothing but how the groups are divided.
+    ranks.run(run_job, 2, make_job(dataset, tmp_path / "whole"))
+    forget_the_end(tmp_path / "whole", tmp_path / "divided")
+    nearly = dict(lr_multipliers=("vision=1.0000001", "*.linear_fc1.weight=0.9999999"))
+    ranks.run(run_job, 2, make_job(dataset, tmp_path / "divided", **nearly))
+    assert losses(tmp_path / "divided") == pytest.approx(losses(tmp_path / "whole")[3:], rel=1e-5)
+    forget_the_end(tmp_path / "whole", tmp_path / "slow")
+    ranks.run(run_job, 2, make_job(dataset, tmp_path / "slow", lr_multipliers=("language=1e-6",)))
+    assert losses(tmp_path / "slow") != pytest.approx(losses(tmp_path / "whole")[3:], rel=1e-4)
