@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import re
 import sys
 import time
 from pathlib import Path
@@ -52,6 +53,8 @@ def test_a_case_runs_through_the_trainer_and_its_figures_fit_together(
             and row["versions"]["torch"]
             and row["date"]
         )
+        assert re.fullmatch(r"[0-9a-f]{40}(-dirty)?", row["commit"])
+        assert row["command"].startswith("python ")
         assert row["step_ms_least"] <= row["step_ms"] <= row["step_ms_most"]
         assert row["mfu"] == pytest.approx(row["tflops"] / 989, abs=1e-4)
         assert row["loss_first"] == pytest.approx(np.log(512), rel=0.25), (

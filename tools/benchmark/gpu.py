@@ -1,11 +1,14 @@
 """Measure training on this machine's GPU, and the same in transformers beside it. No network is
 needed; eight minutes are enough.
 
-  python tools/benchmark/gpu.py --json docs/benchmarks/h200.json      everything, the most telling
-  cases first python tools/benchmark/gpu.py --dry_run                             the cases, with
-  the FLOPs and memory that are expected python tools/benchmark/gpu.py --cases 2b-stage2-bf16,4b
-  some of them python tools/benchmark/gpu.py --smoke                               the same code
-  with a model of a few weights, on a CPU too
+Everything, the most telling cases first:
+    python tools/benchmark/gpu.py --json docs/benchmarks/h200.json
+The cases, with the FLOPs and the memory that are expected, and those that do not fit:
+    python tools/benchmark/gpu.py --dry_run --memory_gib 78
+Some of them:
+    python tools/benchmark/gpu.py --cases 2b-stage2-bf16,4b
+The same code with a model of a few weights, on a CPU too:
+    python tools/benchmark/gpu.py --smoke
 
 docs/performance.md says how figures are counted.
 """

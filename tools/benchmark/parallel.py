@@ -1,8 +1,7 @@
-"""Does the cost model tell the truth? Times of chunks, of pipelines with automatic and even
-borders, and of stages with frozen parts.
+"""Compare the cost model with measured times of model chunks, of pipelines with automatic and even
+borders, and of stages with frozen parts. Two cores, no GPU, about three minutes:
 
-python tools/benchmark/parallel.py --json docs/benchmarks/parallel.json   # two cores, no GPU, about
-three minutes
+    python tools/benchmark/parallel.py --json docs/benchmarks/parallel.json
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -185,7 +186,19 @@ def facts() -> dict[str, object]:
         "device": device_name(),
         "cores": os.cpu_count(),
         "versions": versions,
+        "commit": _commit(),
+        "command": shlex.join(["python", *sys.argv]),
     }
+
+
+def _commit() -> str:
+    """Return the commit of the code, and whether files differ from it; empty outside a clone."""
+    command = ["git", "-C", str(ONE_CASE.parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        asked = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return ""
+    return asked.stdout.strip()
 
 
 def run_all(
