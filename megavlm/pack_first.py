@@ -163,7 +163,7 @@ def _lock(lock: IO[str], kind: int) -> bool:
 
 
 def _pack(job: Job, name: str) -> None:
-    """Pack a dataset, or go on where a run that was killed has stopped."""
+    """Pack a dataset, or resume the packing of a run that was killed."""
     from megavlm.data.packing.job import pack_dataset
     from megavlm.data.packing.work_folder import JOB_NAME
 
@@ -173,7 +173,7 @@ def _pack(job: Job, name: str) -> None:
         # The files have been written again since. Their content is the same, by the folder's name,
         # but the packer goes by their times.
         shutil.rmtree(job.partial)
-    begins = "goes on packing" if job.partial.exists() else "packs"
+    begins = "resumes packing" if job.partial.exists() else "packs"
     _say(f"{begins} {name} into {job.out}; the other ranks wait")
     report = pack_dataset(job)
     print(report.text(), file=sys.stderr, flush=True)

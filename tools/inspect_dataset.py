@@ -11,7 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from megavlm.data.inspect.statistics import survey, to_text
+from megavlm.data.inspect.statistics import overview_of, to_text
 from megavlm.data.store.reader import Reader
 from megavlm.io.early_end import allow_early_end
 
@@ -52,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
 def show(options: argparse.Namespace) -> str:
     """Write and draw what the options ask for, and return the figures as text."""
     reader = Reader(options.folder)
-    overview = survey(reader, check=options.check)
+    overview = overview_of(reader, check=options.check)
     text = to_text(overview)
     if options.json:
         options.json.write_text(overview.to_json(), encoding="utf-8")

@@ -22,7 +22,7 @@
 #             1 and 1.5 (100000), and how much is worth training depends on the data
 # STOP_FILE   file whose appearance asks the job to save and end (slurm.sh makes it), looked for every STOP_INTERVAL_S seconds
 #
-# The layouts in the YAML files are reckoned for GPUs of 80 GB, not measured. A run that is started again goes on from its last checkpoint.
+# The layouts in the YAML files are estimated for GPUs of 80 GB, not measured. A run that is started again goes on from its last checkpoint.
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 root="$here/../.."
@@ -30,7 +30,7 @@ root="$here/../.."
 PACKS="${PACKS:-packs/internvl2_5_8b}"
 RUNS="${RUNS:-runs/internvl2_5_8b}"
 
-# On SIGTERM the trainer goes on to the next logged step and saves; torchrun's own patience, 30 seconds, is too short for that.
+# On SIGTERM the trainer continues to the next logged step and saves; torchrun's own patience, 30 seconds, is too short for that.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}"
 
 stage="${1:-}"

@@ -5,7 +5,7 @@
 #   IMAGE=/shared/megavlm.sqsh sbatch --nodes 64 examples/internvl2_5_8b/slurm.sh 2  inside a container (pyxis)
 #
 # Submit it from the project's folder, on a file system that all nodes share. A quarter of an hour before the time limit the trainer is asked
-# to save, and the job is put back into the queue, where it goes on from that checkpoint. Variables of run.sh (PACKS, RUNS, VISION, LANGUAGE,
+# to save, and the job is put back into the queue, where it resumes from that checkpoint. Variables of run.sh (PACKS, RUNS, VISION, LANGUAGE,
 # INIT, ...) are passed on.
 #SBATCH --job-name=internvl2_5_8b
 #SBATCH --nodes=8

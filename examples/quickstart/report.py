@@ -69,7 +69,7 @@ def summarise(out: Path, seconds: int) -> dict[str, Any]:
 def print_table(summary: dict[str, Any]) -> None:
     """One line a stage."""
     print(
-        f"{'stage':>5} {'trained parameters':>19} {'held-out loss before':>21} {'after':>7}"
+        f"{'stage':>5} {'trained parameters':>19} {'validation loss before':>21} {'after':>7}"
         f" {'accuracy':>9}"
     )
     for stage, loss in summary["loss_by_stage"].items():
@@ -115,7 +115,7 @@ def draw_curves(axes: list[plt.Axes], out: Path) -> None:
             va="top",
         )
         start = end
-    axes[0].set(ylabel="loss (dots: held out)", yscale="log")
+    axes[0].set(ylabel="loss (dots: validation)", yscale="log")
     axes[1].set(ylabel="learning rate", xlabel="step")
 
 

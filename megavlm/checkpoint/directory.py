@@ -40,7 +40,7 @@ def growing_name(step: int) -> str:
 
 
 def candidates(root: Path) -> list[Path]:
-    """Checkpoints to go on from, the best choice first: the one that ``latest`` names, whether or
+    """Checkpoints to resume from, the best choice first: the one that ``latest`` names, whether or
     not it is there, then those before it.
 
     Where ``latest`` is missing or names nothing that a checkpoint could be called, all of them,
@@ -103,7 +103,7 @@ def drop_old(root: Path, published: Path, keep: int, keep_best: int) -> None:
         root: the save folder.
         published: the newest checkpoint of this run.
         keep: newest ones to keep; 0: all.
-        keep_best: ones with the lowest held-out loss to keep beside them.
+        keep_best: ones with the lowest validation loss to keep beside them.
     """
     steps = {folder: step_of(folder) for folder in root.glob(f"{_STEP}*")}
     mine = sorted(

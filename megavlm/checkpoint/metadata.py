@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch.distributed.checkpoint.metadata import Metadata
 
-# What torch's description of a distributed checkpoint is made of, beside number formats; nothing
+# What torch's description of a distributed checkpoint is made of, beside dtypes; nothing
 # else is unpickled.
 _KNOWN = {
     "collections": {"OrderedDict"},

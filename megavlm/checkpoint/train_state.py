@@ -1,4 +1,4 @@
-"""What a run must remember beside weights and moments to go on as if it had never stopped."""
+"""What a run must remember beside weights and moments to resume as if it had never stopped."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class State:
         stage: name of the stage that was trained; none in a checkpoint made by conversion.
         tokenizer: fingerprint of the tokenizer of the training packs; none where it is not known.
         packs: how many each folder of training packs has; empty where it is not known.
-        valid_loss: held-out loss after this very step; none where it was not measured.
+        valid_loss: validation loss after this very step; none where it was not measured.
         history: earlier stages of which moments were kept.
         format: version of the checkpoint's layout.
     """

@@ -1,7 +1,7 @@
 """What a model's cost is made of: its weights, and the products of attention, which have none.
 
 FLOPs of the forward pass are in proportion to a count of the data: tiles, tokens, supervised
-tokens, or the sum of the samples' squared lengths. ``megavlm/planner`` reckons with pieces;
+tokens, or the sum of the samples' squared lengths. ``megavlm/planner`` counts pieces;
 connectors (``megavlm/config/connectors.py``) name their own.
 """
 

@@ -36,7 +36,7 @@ class _Sizes:
 
     Args:
         width: rows and columns of the matrices that are multiplied.
-        dtype: their number format.
+        dtype: their dtype.
         products: of one measurement.
         first_bytes: sent first, to see how much more can be sent within the budget.
         most_bytes: sent at most.

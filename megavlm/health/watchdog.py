@@ -173,10 +173,10 @@ class Watchdog:
         self._see_progress()
 
     def _see_progress(self) -> None:
-        """Say so if a run that hung goes on."""
+        """Report that a hung run continued."""
         if self._told is not None and self._mark is not self._told:
             self._tell(
-                f"the run went on, {self._mark.time - self._told.time:.0f} s after {self._told}"
+                f"the run continued, {self._mark.time - self._told.time:.0f} s after {self._told}"
             )
             self._told = None
 

@@ -26,7 +26,7 @@ class Progress:
     nothing is done meanwhile.
 
     Args:
-        what: is going on.
+        what: the work, for the log line.
         unit: of the numbers.
         total: to be done.
         done: of it before.

@@ -17,7 +17,7 @@ def place_features(embeddings: Tensor, features: Tensor, batch: Batch) -> Tensor
 
     Args:
         embeddings: of this rank's tokens [T, 1, D].
-        features: of the whole pack [I * F, 1, D], tile by tile, those of blank tiles last.
+        features: of the whole pack [I * F, 1, D], tile by tile, those of padding tiles last.
         batch: says which feature goes where.
 
     Returns:

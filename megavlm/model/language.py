@@ -28,7 +28,7 @@ class LanguageModel(GPTModel):
         chunk: which layers are built.
         chosen: kernels of the layers.
         groups: process groups.
-        turn: which of its rank's chunks it is, where a rank has several.
+        vp_stage: index of the model chunk on its rank; none if the rank has one.
 
     Attributes:
         loss_positions: int64 [P], ascending: where head and loss are computed in the next forward
@@ -42,7 +42,7 @@ class LanguageModel(GPTModel):
         chunk: Chunk,
         chosen: Kernels,
         groups: ProcessGroupCollection,
-        turn: int | None,
+        vp_stage: int | None,
     ):
         super().__init__(
             config=config,
@@ -56,7 +56,7 @@ class LanguageModel(GPTModel):
             rotary_base=language.rotary_base,
             scatter_embedding_sequence_parallel=False,
             pg_collection=groups,
-            vp_stage=turn,
+            vp_stage=vp_stage,
         )
         self.cross_entropy = chosen.cross_entropy
         self.loss_positions: Tensor | None = None

@@ -24,7 +24,7 @@ _TILES = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Precision:
-    """The number format of a run; gradients are summed and main weights kept in float32 either way.
+    """The dtype of a run; gradients are summed and main weights kept in float32 either way.
 
     Args:
         dtype: format of weights and activations.

@@ -34,7 +34,7 @@ class VisionEncoder(MegatronModule):
         drop_path: highest rate of drop path.
         chosen: kernels of the layers.
         groups: process groups.
-        turn: which of its rank's chunks it is, where a rank has several.
+        vp_stage: index of the model chunk on its rank; none if the rank has one.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class VisionEncoder(MegatronModule):
         drop_path: float,
         chosen: Kernels,
         groups: ProcessGroupCollection,
-        turn: int | None,
+        vp_stage: int | None,
     ):
         super().__init__(config)
         self.vision = vision
@@ -84,7 +84,7 @@ class VisionEncoder(MegatronModule):
             pre_process=True,
             post_process=False,
             pg_collection=groups,
-            vp_stage=turn,
+            vp_stage=vp_stage,
         )
         rates = [
             drop_path_rate(drop_path, layer, vision.num_layers)
@@ -94,7 +94,7 @@ class VisionEncoder(MegatronModule):
         self.register_buffer("drop_path_rates", rates, persistent=False)
 
     def normalise(self, tiles: Tensor) -> Tensor:
-        """uint8 [I, 3, S, S] -> [I, 3, S, S] in the model's number format, as the encoder was
+        """uint8 [I, 3, S, S] -> [I, 3, S, S] in the model's dtype, as the encoder was
         pretrained with.
         """
         return self.standardise(tiles, self.mean, self.std, self.position_embedding.dtype)

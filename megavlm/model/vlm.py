@@ -53,13 +53,13 @@ class VisionLanguageModel(MegatronModule):
         arch = config.architecture
         super().__init__(language_config(config, layout, chosen))
         # The pipeline schedules of megatron-core ask a chunk for these.
-        turn = (
+        vp_stage = (
             number // groups.pipeline_size
             if config.parallel.virtual_pipeline_model_parallel_size > 1
             else None
         )
         self.model_type = ModelType.encoder_or_decoder
-        self.vp_stage = turn
+        self.vp_stage = vp_stage
         self.input_tensor = None
         self.pre_process = chunk.has_patch_embedding
         self.post_process = chunk.has_head
@@ -81,7 +81,7 @@ class VisionLanguageModel(MegatronModule):
             drop_path = config.training.drop_path
             encoder = vision_config(config, layout, chosen)
             self.vision = VisionEncoder(
-                encoder, arch.vision, chunk, drop_path, chosen, groups.vision, turn
+                encoder, arch.vision, chunk, drop_path, chosen, groups.vision, vp_stage
             )
         if chunk.has_connector:
             self.connector = build_connector(config, chosen, groups.vision)
@@ -95,7 +95,7 @@ class VisionLanguageModel(MegatronModule):
             mark_copies(part)
         if chunk.has_connector or chunk.has_language:
             self.language = LanguageModel(
-                self.config, arch.language, chunk, chosen, collection, turn
+                self.config, arch.language, chunk, chosen, collection, vp_stage
             )
         self.objective = build_objective(self.config, config, chunk, chosen, groups)
 

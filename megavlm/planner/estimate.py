@@ -11,6 +11,7 @@ last backward and the first forward pass.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -126,10 +127,7 @@ def estimate(
         for costs in _layer_costs(config, size)
     )
     times = [compute + sent for compute, sent in zip(whole, sending, strict=True)]
-    # Interleaved 1F1B: each round over the ranks is as slow as its slowest chunk.
-    rounds = range(0, len(times), ranks)
-    round_seconds = sum(max(times[start : start + ranks]) for start in rounds)
-    inside = packs * round_seconds * (1 + bubble(ranks, virtual, packs))
+    inside = packs * _round_seconds(times, ranks) * (1 + bubble(ranks, virtual, packs))
     per_step = [communication_per_step(config, layout, rank, data_ranks) for rank in range(ranks)]
     beside = [
         (sum(forward[rank::ranks]), sum(whole[rank::ranks]) - sum(forward[rank::ranks]))
@@ -157,6 +155,14 @@ def estimate(
         step_ms=seconds * 1e3,
         tokens_per_s=config.training.global_batch_size * size.tokens / seconds / gpus,
     )
+
+
+def _round_seconds(times: Sequence[float], ranks: int) -> float:
+    """Return the seconds of a microbatch. With interleaved 1F1B it goes several rounds over the
+    ranks, each as slow as its slowest chunk.
+    """
+    rounds = range(0, len(times), ranks)
+    return sum(max(times[start : start + ranks]) for start in rounds)
 
 
 def _fullest(size: PackSize) -> dict[str, float | None]:

@@ -53,7 +53,7 @@ def build(
         groups: process groups, and this rank's index in each.
         backend: where tensors live.
         fill: gives the chunks their weights.
-        history: earlier stages whose moments are gone on with.
+        history: earlier stages whose moments are kept.
     """
     numbers = range(groups.pipeline_rank, config.parallel.chunks, groups.pipeline_size)
     chunks = [

@@ -1,4 +1,4 @@
-"""The loss on held-out packs."""
+"""The loss on validation packs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megavlm.train.step import run_packs
 
 @torch.no_grad()
 def held_out_loss(job: Job) -> tuple[float, dict[str, float]]:
-    """Loss over the first ``eval_packs`` held-out packs (all for 0), weighed like the training
+    """Loss over the first ``eval_packs`` validation packs (all for 0), weighed like the training
     loss. Collective.
 
     Returns:

@@ -31,7 +31,7 @@ class Job:
         groups: process groups, and this rank's index in each.
         train: the training packs.
         plan: their order.
-        valid: the held-out packs, if any.
+        valid: the validation packs, if any.
         chunks, ddp_chunks, optimizer: as in ``Built``.
         lock: of the save folder, on the rank that holds it.
     """

@@ -185,7 +185,7 @@ def _watchdog(job: Job) -> Watchdog:
 
 
 def _evaluate(job: Job, state: State, metrics: Metrics) -> State:
-    """Measure the held-out loss, where there are packs for it; the state with it is returned."""
+    """Measure the validation loss, where there are packs for it; the state with it is returned."""
     if job.valid is None:
         return state
     with whole_weights(job.ddp_chunks):

@@ -41,7 +41,7 @@ _MOMENTS: dict[str, dict[str, Any]] = {
 
 
 def wrap(config: Config, chunks: Sequence[VisionLanguageModel]) -> list[DistributedDataParallel]:
-    """Sum gradients over the copies of the model, in float32. The freeze mask must be set before.
+    """Reduce gradients over data-parallel replicas in float32. The freeze mask must be set before.
 
     The gradients of all but a rank's first chunk are summed in one go: its other chunks compute
     meanwhile.
@@ -57,9 +57,9 @@ def wrap(config: Config, chunks: Sequence[VisionLanguageModel]) -> list[Distribu
                 bucket_size=config.parallel.bucket_size or None,
             ),
             chunk,
-            disable_bucketing=turn > 0,
+            disable_bucketing=index > 0,
         )
-        for turn, chunk in enumerate(chunks)
+        for index, chunk in enumerate(chunks)
     ]
     count_padding(ddp_chunks)
     return ddp_chunks

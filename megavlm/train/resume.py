@@ -1,6 +1,6 @@
 """What a run starts from: its own newest checkpoint that is whole, or one that it is given.
 
-A run that finds its own newest checkpoint damaged says so and goes on from the one before. One that
+A run that finds its own newest checkpoint damaged says so and resumes from the one before. One that
 the user names is taken or refused.
 """
 
@@ -166,7 +166,7 @@ def is_own(config: Config, source: Checkpoint) -> bool:
 
 
 def history(config: Config, source: Checkpoint | Path | None) -> History:
-    """Earlier stages whose moments the run goes on with."""
+    """Earlier stages whose moments the run keeps."""
     if not isinstance(source, Checkpoint):
         return ()
     if resumes(config, source):

@@ -1,8 +1,8 @@
-"""Saves a run's checkpoints, and tells when one could not be saved.
+"""Save a run's checkpoints, and report saves that failed.
 
-A failed save costs the checkpoint that was being written and nothing else: the ones before it stay,
-what was written of it is removed, and training goes on to the next one. Only when the last save of
-a run fails does the run end with an error.
+A failed save costs the checkpoint that was being written and nothing else: earlier ones stay, what
+was written of it is removed, and training continues to the next one. Only if the last save of a run
+fails does the run end with an error.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Saver:
     Args:
         job: the run.
         metrics: told of each save.
-        step: of the checkpoint that the run goes on from, 0 without one.
+        step: of the checkpoint that the run resumed from, 0 without one.
     """
 
     def __init__(self, job: Job, metrics: Metrics, step: int):
@@ -65,7 +65,7 @@ class Saver:
         self._problem = ""
 
     def save(self, state: State) -> None:
-        """Save the run as it is; if writing goes on beside training, the weights may change when
+        """Save the run as it is; if writing continues beside training, the weights may change when
         this returns.
         """
         self.wait()

@@ -1,4 +1,4 @@
-"""One optimizer update: micro-steps forward and backward through the pipeline, then AdamW."""
+"""One optimizer update: microbatches forward and backward through the pipeline, then AdamW."""
 
 from __future__ import annotations
 

@@ -151,8 +151,9 @@ class Watched:
     def _attempt(self, action: Callable[[], object]) -> None:
         try:
             action()
-        except Exception as error:  # whatever it is, training goes on
+        except Exception as error:  # whatever it is, training continues
             self._tracker = None
             self._say(
-                f"WARNING: {self._name} gets no more figures ({_one_line(error)}); training goes on"
+                f"WARNING: {self._name} gets no more figures ({_one_line(error)});"
+                " training continues"
             )

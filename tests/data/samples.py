@@ -5,6 +5,7 @@ is needed.
 from __future__ import annotations
 
 import io
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -101,29 +102,23 @@ def make_dataset(
         "tile_size": tile_size,
         "features_per_tile": features_per_tile,
     }
-    line = 0
-    chosen = []
-    for _ in range(packs):
+    lines = iter(range(1, packs * samples_per_pack + 1))
+
+    def fill_pack() -> list[Sample]:
         pack: list[Sample] = []
-        for _ in range(samples_per_pack):
-            line += 1
+        for line in itertools.islice(lines, samples_per_pack):
             images = int(rng.random() < image_share)
-            words = int(rng.integers(*text_tokens))
+            drawn = {"text_tokens": int(rng.integers(*text_tokens)), "grids": grids, **facts}
             used = sum(pack_format.round_up(sample.length, alignment) for sample in pack)
             for count in range(images, -1, -1):
-                sample = make_sample(
-                    rng,
-                    images=count,
-                    text_tokens=words,
-                    line=line,
-                    grids=grids,
-                    source=line % len(sources),
-                    **facts,
-                )
+                source = line % len(sources)
+                sample = make_sample(rng, images=count, line=line, source=source, **drawn)
                 if used + pack_format.round_up(sample.length, alignment) <= capacity:
                     pack.append(sample)
                     break
-        chosen.append(pack)
+        return pack
+
+    chosen = [fill_pack() for _ in range(packs)]
     return write_packs(
         folder,
         chosen,

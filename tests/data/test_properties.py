@@ -144,7 +144,7 @@ def test_every_token_of_every_sample_is_in_one_pack(sizes, seed):
 def test_the_order_depends_on_seed_and_position_alone(
     packs, seed, group, consumed, ranks, more_ranks, stop
 ):
-    """Stopped after any number of steps, and gone on with by any other number of ranks, the packs
+    """Stopped after any number of steps, and resumed by any other number of ranks, the packs
     and their order are the same.
     """
     plan = Plan(num_packs=packs, seed=seed, group=group)

@@ -38,7 +38,7 @@ def test_one_rank_tells_what_all_do_when_one_of_them_is_late() -> None:
         dogs[0].enter("step", 8), dogs[1].enter("step", 8), dogs[2].enter("step", 8)
         _wait_for(lambda: len(told) > 1)
     assert "ranks 0-2" in told[0] and "step 7" in told[0] and "test_watchdog.py" in told[0]
-    assert told[1].startswith("the run went on") and len(told) == 2
+    assert told[1].startswith("the run continued") and len(told) == 2
 
 
 def test_a_run_that_goes_on_and_ends_at_once_says_so() -> None:
@@ -46,7 +46,7 @@ def test_a_run_that_goes_on_and_ends_at_once_says_so() -> None:
     with Watchdog(dist.HashStore(), 0, 1, QUICK, 30, told.append) as dog:
         _wait_for(lambda: told)
         dog.enter("step", 1)
-    assert told[1].startswith("the run went on")
+    assert told[1].startswith("the run continued")
 
 
 def test_a_rank_that_does_not_answer_is_named() -> None:

@@ -1,4 +1,4 @@
-"""What a layout needs and takes, reckoned."""
+"""What a layout needs and takes, as estimated."""
 
 from __future__ import annotations
 

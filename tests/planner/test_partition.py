@@ -1,4 +1,4 @@
-"""The borders of the pipeline."""
+"""The stage boundaries of the pipeline."""
 
 from __future__ import annotations
 

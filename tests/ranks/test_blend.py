@@ -1,4 +1,4 @@
-"""A run over a blend of two packed datasets with sources of their own: stopped and gone on with it
+"""A run over a blend of two packed datasets with sources of their own: stopped and resumed it
 is the run that was not stopped.
 """
 

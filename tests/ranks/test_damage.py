@@ -223,7 +223,7 @@ def test_checkpoints_written_beside_training_have_the_same_bytes(
     files = dataclasses.replace(config.checkpoint, save=str(tmp_path / "beside"), asynchronous=True)
     words, error = max(ranks.run(with_slow_disk, 2, dataclasses.replace(config, checkpoint=files)))
     assert not error
-    # The checkpoint of step 3 came into being while training went on.
+    # The checkpoint of step 3 came into being while training continued.
     assert words.index("step 4 ") < words.index("step_00000003 in")
     for step in ("step_00000003", NEWEST):
         sums = [

@@ -116,15 +116,17 @@ def peak_of_logits(config: Config) -> int:
     return most
 
 
-def test_logits_take_the_memory_that_is_reckoned(ranks: Pool, dataset: Path) -> None:
+def test_logits_take_the_memory_that_is_estimated(ranks: Pool, dataset: Path) -> None:
     positions = len(PackedDataset(dataset).batch(0, 0).loss_positions)
     measured = {}
-    reckoned = {}
+    estimated = {}
     for tokens, rows in (("all", CAPACITY), ("supervised", positions)):
         config = run(dataset, "square", tokens)
         [measured[tokens]] = ranks.run(peak_of_logits, 1, config)
         load = RankLoad(tokens=float(CAPACITY), tiles=4.0, supervised=float(rows))
-        reckoned[tokens] = activation_memory(config, make_layout(config).chunks[-1], load).once
+        estimated[tokens] = activation_memory(config, make_layout(config).chunks[-1], load).once
     # Other tensors of that width are the same in both; the vocabulary of 199 is padded to 256.
     saved = measured["all"] - measured["supervised"]
-    assert saved == pytest.approx((reckoned["all"] - reckoned["supervised"]) * 256 / 199, rel=0.02)
+    assert saved == pytest.approx(
+        (estimated["all"] - estimated["supervised"]) * 256 / 199, rel=0.02
+    )

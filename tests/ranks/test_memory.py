@@ -1,4 +1,4 @@
-"""The bytes that ``parallel/memory`` reckons against those of a model that is really built."""
+"""The bytes that ``planner/memory`` predicts against those of models that are built."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Saving, going on, changing the layout, and the next stage."""
+"""Saving, resuming, changing the layout, and the next stage."""
 
 from __future__ import annotations
 

@@ -121,7 +121,7 @@ def test_a_tracker_that_fails_says_so_once(
         for step in (1, 2, 3):
             metrics.record(step, {"loss": 2.5})
     shown = capsys.readouterr().out
-    assert shown.count("no space left on device") == 1 and "training goes on" in shown
+    assert shown.count("no space left on device") == 1 and "training continues" in shown
     assert "step 3 of 1000  loss 2.5" in shown
 
 

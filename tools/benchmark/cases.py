@@ -233,7 +233,7 @@ def predicted_tflop(case: Case) -> float:
 
 
 def predicted_gib(case: Case) -> float:
-    """Memory of a step of megavlm on a typical pack, reckoned, not measured."""
+    """Memory of a step of megavlm on a typical pack, estimated, not measured."""
     config = case.config("")
     return (
         memory(
@@ -252,7 +252,7 @@ def shortage(case: Case, memory_gib: float | None) -> str:
     """Say why a case of megavlm would not fit; empty if it does, or if nothing is known.
 
     Args:
-        case: what is to be measured; what an implementation of others needs is not reckoned.
+        case: what is to be measured; what an implementation of others needs is not estimated.
         memory_gib: of the device; none: not known.
     """
     if memory_gib is None or case.implementation != OURS:

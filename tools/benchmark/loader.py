@@ -16,7 +16,7 @@ processes, each time by a fresh process that has imported megavlm.data and nothi
 
 - ``first_batch_s``: seconds by the clock from before the dataset is opened and its workers are
   started, until the first batch is in hand;
-- ``seek_s``: the same for a run that goes on at step one million;
+- ``seek_s``: the same for a run that resumes at step one million;
 - ``index_memory_mib``: what the memory of the process that trains grows by meanwhile, and while a
   thousand steps look up their packs.
 
@@ -243,8 +243,8 @@ def starts(folder: Path, repeats: int, workers: int) -> dict[str, float]:
     return found
 
 
-def main() -> None:
-    """Run the command line."""
+def parse() -> argparse.Namespace:
+    """Read the options of the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -282,7 +282,12 @@ def main() -> None:
     )
     parser.add_argument("--start_in", type=Path, metavar="DIR", help=argparse.SUPPRESS)
     parser.add_argument("--step", type=int, default=0, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Run the command line."""
+    options = parse()
     if options.start_in:
         start_in(options.start_in, options.step, options.workers)
         return

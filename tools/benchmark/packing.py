@@ -53,7 +53,7 @@ def mix(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 
 
 def balance(tokens: np.ndarray, tiles: np.ndarray, tile_cap: int) -> dict[str, float]:
-    """How far the dearest pack of a step of 512 is above the step's mean, in the order that
+    """How far the most expensive pack of a step of 512 is above the step's mean, in the order that
     training takes, and in a full shuffle.
     """
     packing = pack(tokens, tiles, capacity=CAPACITY, tile_cap=tile_cap)
@@ -124,8 +124,8 @@ def best(runs: list[tuple[Strategy, ...]]) -> list[Strategy]:
     ]
 
 
-def main() -> None:
-    """Run the command line."""
+def parse() -> argparse.Namespace:
+    """Read the options of the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -157,7 +157,12 @@ def main() -> None:
         "--picture", type=Path, metavar="FILE", help="draw the packer's report on these samples"
     )
     parser.add_argument("--peak", type=int, metavar="N", help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Run the command line."""
+    options = parse()
     if options.peak:
         peak(options.peak)
         return
@@ -181,7 +186,7 @@ def main() -> None:
             figures["balance_512"][f"{what}_{name}"] for name in ("ordered", "shuffled")
         )
         print(
-            f"dearest pack of a step of {BATCH} over the step's mean, {what}: {ordered:.2%} in the"
+            f"most expensive pack of a step of {BATCH} over the mean, {what}: {ordered:.2%} in the"
             f" plan's order, {shuffled:.2%} shuffled"
         )
     if options.picture:

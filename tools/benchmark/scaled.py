@@ -26,7 +26,7 @@ class Scale:
     Args:
         architecture: the model.
         packs: what it trains on.
-        packs_per_step: micro-steps of an update.
+        packs_per_step: microbatches of an update.
         rounds: how often everything is measured, taking turns.
     """
 

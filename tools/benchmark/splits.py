@@ -1,4 +1,4 @@
-"""Step time with the automatic borders of the pipeline against those of equal numbers of layers:
+"""Step time with the automatic stage boundaries against those of equal numbers of layers:
 two real ranks, every stage.
 """
 

@@ -124,7 +124,7 @@ def export(
         checkpoint: folder of a step, or a run's save folder.
         out: folder to make; missing or empty.
         dialect: to write it in; none: that of the recipe the model was trained with.
-        dtype: number format of the weights; none: as they are.
+        dtype: dtype of the weights; none: as they are.
         tokenizer: folder of the tokenizer, where the checkpoint has none.
         licenses: name of the licence of each part, for the model card.
         shard_bytes: largest size of a file of weights; a larger tensor has a file of its own.
@@ -161,7 +161,7 @@ def import_(
     folder: str | Path, out: str | Path, *, tokenizer: str | Path = "", flag: str = "--out"
 ) -> Path:
     """Write a Hugging Face folder as a checkpoint that any layout can load; its weights can be
-    started from, no run be gone on with.
+    started from, no run be resumed.
 
     Args:
         folder: the Hugging Face folder.

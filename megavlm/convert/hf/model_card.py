@@ -170,7 +170,7 @@ def _training(checkpoint: Checkpoint, manifest: Manifest | None) -> Iterator[str
     for part, recipe in config.fp8.recipes.items():
         yield f"- FP8 in the {part} layers: {recipe}"
     if state.valid_loss is not None:
-        yield f"- loss on held-out packs after the last step: {state.valid_loss:.4f}"
+        yield f"- loss on validation packs after the last step: {state.valid_loss:.4f}"
 
 
 def _lowest(optimizer: Optimizer) -> str:

@@ -124,7 +124,7 @@ def write(
 
     Args:
         architecture: the model.
-        dtype: number format of the weights.
+        dtype: dtype of the weights.
         image_token_id: token that stands for an image feature.
         bos_token_id: token that begins a text.
         eos_token_id: token that ends an answer.

@@ -167,7 +167,7 @@ class HuggingFaceView(Mapping[str, Tensor]):
     Args:
         source: megatron-core's whole tensors.
         architecture: the model that they must be.
-        dtype: number format to turn them into; none: as they are.
+        dtype: dtype to turn them into; none: as they are.
         dialect: to name them in.
 
     Raises:

@@ -78,7 +78,7 @@ class Overview:
         return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"
 
 
-def survey(reader: Reader, *, check: bool = False) -> Overview:
+def overview_of(reader: Reader, *, check: bool = False) -> Overview:
     """Compute the figures of a dataset; with ``check``, read every byte and verify its checksum.
 
     Raises:
@@ -101,6 +101,11 @@ def survey(reader: Reader, *, check: bool = False) -> Overview:
 
 def to_text(overview: Overview) -> str:
     """Return the figures as a page of text."""
+    return "\n".join([*_totals(overview), *_distributions(overview), *_manifest_lines(overview)])
+
+
+def _totals(overview: Overview) -> list[str]:
+    """Write the sums over the whole dataset."""
     manifest = overview.manifest
     totals = overview.manifest.totals
     mean_tiles = overview.spreads["tiles"].mean
@@ -127,13 +132,13 @@ def to_text(overview: Overview) -> str:
     ]
     if overview.checked_packs:
         lines.append(f"  checksums of all {overview.checked_packs:,} packs are right")
-    lines += [
-        "",
-        f"  {'of a pack':<16}"
-        + "".join(
-            f"{title:>12}" for title in ("mean", "min", *(f"{p}%" for p in PERCENTILES), "max")
-        ),
-    ]
+    return lines
+
+
+def _distributions(overview: Overview) -> list[str]:
+    """Write how packs differ from each other."""
+    titles = ("mean", "min", *(f"{p}%" for p in PERCENTILES), "max")
+    lines = ["", f"  {'of a pack':<16}" + "".join(f"{title:>12}" for title in titles)]
     for name, spread in overview.spreads.items():
         values = (spread.mean, spread.min, *spread.percentiles.values(), spread.max)
         lines.append(
@@ -142,7 +147,13 @@ def to_text(overview: Overview) -> str:
         )
     for name in ("tiles", "samples"):
         lines += ["", f"  {name} of a pack", *_histogram(overview.spreads[name])]
-    lines += ["", f"  {'source':<32}{'records':>12}{'samples':>12}{'repeat':>8}  annotations"]
+    return lines
+
+
+def _manifest_lines(overview: Overview) -> list[str]:
+    """Write the sources, the rejected records and the other facts of the manifest."""
+    manifest = overview.manifest
+    lines = ["", f"  {'source':<32}{'records':>12}{'samples':>12}{'repeat':>8}  annotations"]
     for source in manifest.sources:
         lines.append(
             f"  {source.name:<32}{source.records:>12,}{source.samples:>12,}{source.repeat_time:>8g}"
@@ -160,7 +171,7 @@ def to_text(overview: Overview) -> str:
     for field in dataclasses.fields(manifest):
         if field.name not in shown_above:
             lines.append(f"  {field.name:<24}{getattr(manifest, field.name)!r}")
-    return "\n".join(lines)
+    return lines
 
 
 def _spread(values: np.ndarray) -> Spread:

@@ -37,7 +37,7 @@ class Batch:
         feature_positions: int64 [placeholders], where in ``tokens`` image features go, ascending.
         feature_numbers: int64 [placeholders], which of the features of the whole pack (those of all
             its tiles, in their order) goes there.
-        num_features: features of the whole pack, those of blank tiles not counted.
+        num_features: features of the whole pack, those of padding tiles not counted.
         drop_path_draws: float32 [2 * vision layers, I], uniform in [0, 1), drawn from (seed,
             position) alone.
         weight_sum: sum of the loss weights of the whole pack, in float64 from the index.

@@ -1,7 +1,7 @@
 """Several packed datasets as one, mixed by weight while training.
 
 Which dataset a position takes from, and which of its packs, is a pure function of the seed and the
-position, as with one dataset: nothing is stored, and going on anywhere costs the same. Up to the
+position, as with one dataset: nothing is stored, and resuming anywhere costs the same. Up to the
 end of any window of 64 positions each dataset has its share to within a pack, so batches are mixed
 alike; inside a window the order is shuffled, so that no data-parallel rank is always given the same
 dataset. Or the window is a global batch, and each has the same number of packs of each dataset.

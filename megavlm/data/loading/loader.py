@@ -46,8 +46,8 @@ def batches(
     Args:
         dataset: the packs.
         plan: their order.
-        positions: places in the endless sequence of epochs. Rank r of n data ranks that goes on
-            after ``consumed`` packs gives ``range(consumed + r, end, n)``, which takes no memory
+        positions: positions in the order. Rank r of n data-parallel ranks that resumes after
+            ``consumed`` packs gives ``range(consumed + r, end, n)``, which takes no memory
             however long the run is.
         workers: processes that decode; 0: this one.
         prefetch: packs that each worker keeps ready.
@@ -56,10 +56,8 @@ def batches(
         options: keyword arguments of ``PackedDataset.batch``, which makes every batch.
 
     Raises:
-        ValueError: a pack that cannot be read or decoded; names the pack and the sample's file and
-            line.
-        RuntimeError: a worker died, or is stuck; names the pack that it was at and where its
-            samples come from.
+        ValueError: a pack cannot be read or decoded; names the pack and the sample's file and line.
+        RuntimeError: a worker died or is stuck; names its pack, and where the samples come from.
     """
     make = partial(dataset.batch, **options)
     has_pixels = dataset.has_images and options.get("with_tiles", True)
@@ -67,8 +65,7 @@ def batches(
     loader = DataLoader(
         Positions(make, plan, positions, board, has_pixels),
         batch_size=None,
-        # Otherwise the DataLoader draws from the global generator, and the training process would
-        # be changed by being fed.
+        # Its own, so that loading does not advance the global generator of the training process.
         generator=torch.Generator(),
         collate_fn=_unchanged,
         num_workers=workers,

@@ -55,7 +55,7 @@ class Plan:
         num_packs: packs in the dataset.
         seed: fixes the order of every epoch.
         shuffle: whether epochs are permuted; otherwise packs come as stored.
-        group: positions ``[k * group, (k + 1) * group)`` hold packs of like cost; a step's packs
+        group: positions ``[k * group, (k + 1) * group)`` hold packs of similar cost; a step's packs
             are one or several groups. 1: any packs. A part of a group where an epoch ends and the
             next begins is exempt.
         start: position at which the first epoch begins.

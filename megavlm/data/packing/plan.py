@@ -119,7 +119,7 @@ def gather_samples(
 def plan_packs(
     samples: Samples, *, capacity: int, tile_cap: int | None, seed: int, tile_multiple: int = 1
 ) -> PackPlan:
-    """Plan the packs over all samples, those of like cost beside each other. A pack has samples of
+    """Plan the packs over all samples, similar costs beside each other. A pack has samples of
     one level of difficulty.
 
     Args:

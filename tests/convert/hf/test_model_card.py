@@ -66,7 +66,7 @@ def test_a_card_states_what_the_checkpoint_knows(tmp_path: Path) -> None:
         "steps: 1,234, of 7 packs",
         "packs: 8,638",
         "trainable: `connector`, `language`",
-        "held-out packs after the last step: 1.2346",
+        "validation packs after the last step: 1.2346",
         "| captions | 12,345 | 12,340 | 1 |",
         "Rejected records: no_answer 5.",
         "12,340 samples with 50,000 tokens (4,000 of them supervised)",

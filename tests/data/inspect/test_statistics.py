@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image as Picture
 
-from megavlm.data.inspect.statistics import survey, to_text
+from megavlm.data.inspect.statistics import overview_of, to_text
 from megavlm.data.store.reader import Reader
 from tests.data.samples import make_dataset
 
@@ -29,7 +29,7 @@ def folder(tmp_path_factory) -> Path:
 
 def test_figures(folder):
     reader = Reader(folder)
-    overview = survey(reader, check=True)
+    overview = overview_of(reader, check=True)
     packs = [reader.read(pack_id) for pack_id in range(40)]
     tiles = np.array([pack.tiles for pack in packs])
     assert overview.checked_packs == 40
@@ -44,12 +44,12 @@ def test_figures(folder):
 
 
 def test_wide_figures_have_few_bars(folder):
-    for spread in survey(Reader(folder)).spreads.values():
+    for spread in overview_of(Reader(folder)).spreads.values():
         assert sum(spread.bars) == 40 and len(spread.bars) <= 12
 
 
 def test_text(folder):
-    text = to_text(survey(Reader(folder)))
+    text = to_text(overview_of(Reader(folder)))
     assert "packs 40 of 256 tokens" in text
     assert (
         "random.jsonl" in text and "rejected records: none" in text and "context_token_id" in text

@@ -1,4 +1,4 @@
-"""A packing that is stopped anywhere goes on from what is on the disk, and comes to the same bytes
+"""A packing that is stopped anywhere resumes from what is on the disk, and comes to the same bytes
 as one that was not.
 """
 
