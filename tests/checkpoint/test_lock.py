@@ -134,6 +134,7 @@ def test_a_frozen_holder_that_was_taken_over_does_not_save_any_more(tmp_path: Pa
             frozen.check()
 
 
+@pytest.mark.slow
 def test_one_of_many_takes_a_dead_lock_over(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     with held(folder, beat_seconds=1000):

@@ -9,7 +9,7 @@ import pytest
 from tests.ranks.pool import Pool
 
 # What tests/run.sh --quick runs with ranks; the others of this folder are slow.
-QUICK = ("test_packs.py", "test_sources.py")
+QUICK = ("test_packs.py",)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

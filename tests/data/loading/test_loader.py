@@ -185,6 +185,7 @@ if sys.argv[3] == "crash":
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("start_method", "end"), [("fork", "crash"), ("fork", "leave"), ("forkserver", "leave")]
 )
@@ -227,6 +228,7 @@ class Trouble(PackedDataset):
         return super().batch(pack_id, position, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("die", "words"),
     [

@@ -49,6 +49,7 @@ def any_order(draw) -> Order:
     )
 
 
+@pytest.mark.slow
 @CASES
 @given(
     order=any_order(),

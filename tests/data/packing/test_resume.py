@@ -140,6 +140,7 @@ def test_a_state_file_that_a_power_cut_emptied_is_as_good_as_absent(
     assert files(tmp_path / "out") == files(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_workers_end_with_a_packing_that_is_killed():
     code = (
         "import time; from megavlm.data.packing.executors import ordered_map;"
@@ -203,6 +204,7 @@ def test_a_dry_run_writes_nothing(data, tmp_path):  # noqa: F811
     )
 
 
+@pytest.mark.slow
 def test_ray_packs_the_same(data, tmp_path, monkeypatch):  # noqa: F811
     ray = pytest.importorskip("ray")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
