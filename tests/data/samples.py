@@ -96,23 +96,19 @@ def make_dataset(
     packs are of each level of difficulty.
     """
     rng = np.random.default_rng(seed)
-    facts = {
-        "vocab_size": vocab_size,
-        "context_token_id": context_token_id,
-        "tile_size": tile_size,
-        "features_per_tile": features_per_tile,
-    }
+    facts = dict(vocab_size=vocab_size, context_token_id=context_token_id)
+    facts |= dict(tile_size=tile_size, features_per_tile=features_per_tile)
     lines = iter(range(1, packs * samples_per_pack + 1))
 
     def fill_pack() -> list[Sample]:
         pack: list[Sample] = []
         for line in itertools.islice(lines, samples_per_pack):
             images = int(rng.random() < image_share)
-            drawn = {"text_tokens": int(rng.integers(*text_tokens)), "grids": grids, **facts}
+            words = int(rng.integers(*text_tokens))
+            fixed = dict(text_tokens=words, grids=grids, line=line, source=line % len(sources))
             used = sum(pack_format.round_up(sample.length, alignment) for sample in pack)
             for count in range(images, -1, -1):
-                source = line % len(sources)
-                sample = make_sample(rng, images=count, line=line, source=source, **drawn)
+                sample = make_sample(rng, images=count, **fixed, **facts)
                 if used + pack_format.round_up(sample.length, alignment) <= capacity:
                     pack.append(sample)
                     break

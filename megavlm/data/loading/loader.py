@@ -88,8 +88,7 @@ def batches(
                 raise _explain(error, dataset, plan, position, board) from None
             yield batch
     finally:
-        # Nothing else holds DataLoader's iterator: letting go of it ends the workers.
-        del arriving
+        del arriving  # nothing else holds DataLoader's iterator, so the workers end
 
 
 class WorkerStatusBoard:
