@@ -1,5 +1,5 @@
-"""Show what is in a packed dataset: counts, fill, spreads, sources, rejects, and packs as a
-picture.
+"""Show what is in a packed dataset: counts, fill, spreads, sources, rejects, and an image of
+packs.
 
 python tools/inspect_dataset.py packs/train
 python tools/inspect_dataset.py packs/train --check --json overview.json --picture packs.png

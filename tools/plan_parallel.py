@@ -1,5 +1,5 @@
-"""Find out how to lay a model out over GPUs: every layout that fits, with what it is expected to
-need and take, the fastest first; or what to expect of one layout.
+"""Choose a parallel layout: list every layout that fits into memory, with its predicted memory,
+communication and step time, the fastest first; or predict them for one layout (--layout).
 
 python tools/plan_parallel.py --model internvl2_5-78b --stage 2 --gpus 512 --memory_gib 80
 python tools/plan_parallel.py --model internvl2_5-8b --stage 1 --gpus 64 --data packs/train \\

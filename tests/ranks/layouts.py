@@ -187,19 +187,20 @@ def _page(rows: list[Row], packages: dict[str, str]) -> str:
         "# Every layout trains like one process",
         "",
         (
-            f"{len({row.layout for row in rows})} layouts with freeze masks of the stages,"
-            f" {len(rows)} pairs of both."
+            "Look up here how closely a parallel layout reproduces training in one process:"
+            f" {len({row.layout for row in rows})} layouts with the freeze masks of the stages,"
+            f" {len(rows)} pairs."
         ),
         (
             "The figures are the largest relative differences from one process over 10 steps of 4"
             " packs, some without images, in float32:"
         ),
         (
-            "of the loss, of the norm of the gradient, and of every weight after the last step"
-            " (relative to the largest of its tensor)."
+            "the loss, the norm of the gradient, and every parameter after the last step (relative"
+            " to the largest of its tensor)."
         ),
         (
-            f"A test fails above {LIMIT:.0e}. On a CPU over gloo, with"
+            f"A test fails above {LIMIT:.0e}. Measured on a CPU over gloo, with"
             f" {', '.join(f'{name} {number}' for name, number in packages.items())}."
         ),
         "",

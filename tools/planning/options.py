@@ -20,6 +20,14 @@ _SIZES = {
     "supervised": (4096.0, "tokens of a pack that have a loss, on average"),
     "sample_tokens": (2000.0, "tokens of a sample, on average"),
 }
+_HARDWARE = {
+    "tflops": "dense bfloat16 rate of a GPU, in TFLOP/s, as in its data sheet",
+    "memory_gib": "memory of a GPU, in GiB",
+    "node_gb_per_s": "bandwidth between GPUs of a node, each way, in GB/s",
+    "network_gb_per_s": "bandwidth between nodes, each way, for each GPU, in GB/s",
+    "gpus_per_node": "GPUs of a node",
+    "efficiency": "fraction of --tflops that training reaches",
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,12 +52,16 @@ def make_parser(description: str) -> argparse.ArgumentParser:
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     shown = "(default: %(default)s)"
-    model = "row of the table of models, or a Hugging Face folder"
+    model = "model preset, such as internvl2_5-8b, or a Hugging Face folder"
     parser.add_argument("--model", required=True, help=model)
-    parser.add_argument("--recipe", default=Config(stage="", model="").recipe, help="recipe")
-    parser.add_argument("--stage", required=True, help="stage of the recipe")
-    parser.add_argument("--gpus", type=int, required=True, help="how many there are")
-    batch = "packs of a step (default: the stage's)"
+    parser.add_argument(
+        "--recipe", default=Config(stage="", model="").recipe, help=f"recipe {shown}"
+    )
+    parser.add_argument(
+        "--stage", required=True, help="stage of the recipe, such as 2; sets the freeze mask"
+    )
+    parser.add_argument("--gpus", type=int, required=True, help="number of GPUs of the run")
+    batch = "packs (microbatches) of a step (default: the stage's)"
     parser.add_argument("--global_batch_size", type=int, help=batch)
     moments = ["float32", "bfloat16"]
     parser.add_argument(
@@ -63,7 +75,7 @@ def make_parser(description: str) -> argparse.ArgumentParser:
             f"--{field.name}",
             type=type(field.default),
             default=field.default,
-            help=f"of the GPUs {shown}",
+            help=f"{_HARDWARE[field.name]} {shown}",
         )
     parser.add_argument("--top", type=int, default=12, help=f"layouts to show {shown}")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all layouts as JSON")
@@ -74,8 +86,8 @@ def make_parser(description: str) -> argparse.ArgumentParser:
 
 
 def _add_packs(parser: argparse.ArgumentParser, shown: str) -> None:
-    """Add what tells how large packs are."""
-    data = f"packed dataset that tells how large packs are; instead of --{', --'.join(_SIZES)}"
+    """Add the options for the sizes of packs."""
+    data = f"packed dataset to read the sizes of packs from; instead of --{', --'.join(_SIZES)}"
     parser.add_argument("--data", type=Path, metavar="DIR", help=data)
     for name, (default, what) in _SIZES.items():
         parser.add_argument(
