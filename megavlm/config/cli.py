@@ -236,7 +236,7 @@ def _apply(parser: Parser, settings: Settings, values: Any) -> Any:
     try:
         return parser.parse_object(dict(settings.content), namespace=values)
     except argparse.ArgumentError as error:
-        raise ValueError(f"{settings.place(str(error))}: {error}") from None
+        raise ValueError(f"{settings.location(str(error))}: {error}") from None
 
 
 def _normal(arguments: list[str]) -> list[str]:

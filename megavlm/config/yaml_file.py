@@ -32,7 +32,7 @@ class Settings:
     content: Mapping[str, Any]
     lines: Mapping[str, int]
 
-    def place(self, message: str) -> str:
+    def location(self, message: str) -> str:
         """Return the name of the file, and the line of the option that ``message`` names."""
         named = [key for key in self.lines if f"--{key}:" in message]
         return f"{self.where}, line {self.lines[named[-1]]}" if named else self.where

@@ -65,14 +65,14 @@ class Answer:
     Args:
         host: its machine.
         doing: its last sign of progress, in words.
-        place: step and pack, to be compared.
+        progress: step and pack, to be compared.
         waits_in: collectives that have not ended, the oldest first.
         stacks: its Python stacks.
     """
 
     host: str
     doing: str
-    place: tuple[int, int]
+    progress: tuple[int, int]
     waits_in: tuple[str, ...]
     stacks: str
 
@@ -82,7 +82,7 @@ class Watchdog:
 
     Args:
         store: shared by all ranks of the run.
-        rank, size: place in the world.
+        rank, size: of this process in the world.
         health: when to raise an alarm.
         timeout_minutes: of collectives; half of it is the longest that is ever waited before an
             alarm.
@@ -211,7 +211,7 @@ class Watchdog:
         return Answer(
             host=socket.gethostname(),
             doing=str(mark),
-            place=(mark.step, mark.packs),
+            progress=(mark.step, mark.packs),
             waits_in=tuple(map(str, pending())),
             stacks=stacks(),
         )
@@ -244,7 +244,12 @@ def report(answers: dict[int, Answer], size: int, idle: float) -> str:
         # Lines of a stack differ between ranks that wait for the same; where they wait and after
         # which pack does not.
         groups.setdefault(
-            (bool(answer.waits_in), tuple(answer.place), answer.doing, tuple(answer.waits_in[:1])),
+            (
+                bool(answer.waits_in),
+                tuple(answer.progress),
+                answer.doing,
+                tuple(answer.waits_in[:1]),
+            ),
             [],
         ).append(rank)
     lines = [f"the run has made no progress for {idle:.0f} s; {_suspects(answers, silent)}"]
@@ -268,8 +273,8 @@ def report(answers: dict[int, Answer], size: int, idle: float) -> str:
 def _suspects(answers: dict[int, Answer], silent: list[int]) -> str:
     """Whom the others wait for, if that can be told."""
     idle = [rank for rank, answer in answers.items() if not answer.waits_in]
-    least = min((tuple(answer.place) for answer in answers.values()), default=(0, 0))
-    behind = [rank for rank, answer in answers.items() if tuple(answer.place) == least]
+    least = min((tuple(answer.progress) for answer in answers.values()), default=(0, 0))
+    behind = [rank for rank, answer in answers.items() if tuple(answer.progress) == least]
     for ranks, why in (
         (silent, "not answering"),
         (idle, "in no collective"),

@@ -97,7 +97,7 @@ class PackedCausalAttention(nn.Module):
     ) -> Tensor:
         lengths = ends.diff()
         ends = ends.numpy()
-        places = own_positions(ends, self.group)
+        positions = own_positions(ends, self.group)
         key, value = gather_tokens(torch.cat([key, value], dim=-1), ends, self.group).split(
             (key.shape[-1], value.shape[-1]), dim=-1
         )
@@ -108,11 +108,11 @@ class PackedCausalAttention(nn.Module):
                 x.transpose(0, 1).split(sizes, dim=1)
                 for x, sizes in ((query, own), (key, whole), (value, whole))
             ),
-            places.split(own),
+            positions.split(own),
         )
         attended = []
-        for q, k, v, place, start in zip(*parts, ends[:-1], strict=True):
-            seen = place[:, None] >= torch.arange(start, start + k.shape[1])
+        for q, k, v, position, start in zip(*parts, ends[:-1], strict=True):
+            seen = position[:, None] >= torch.arange(start, start + k.shape[1])
             attended.append(
                 scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=grouped)
             )

@@ -22,7 +22,7 @@ from megavlm.model.vlm import VisionLanguageModel
 class Sliceable(Protocol):
     """A whole tensor, of which parts can be taken; it need not be in memory."""
 
-    def __getitem__(self, place: tuple[slice, ...], /) -> Tensor:
+    def __getitem__(self, index: tuple[slice, ...], /) -> Tensor:
         """Take a part."""
 
 

@@ -126,7 +126,7 @@ def _answer(place: tuple[int, int], *waits_in: str) -> Answer:
     return Answer(
         host="node",
         doing=f"step {place[0]}, pack {place[1]}",
-        place=place,
+        progress=place,
         waits_in=waits_in,
         stacks="main thread:\n  a.py:1 f: x",
     )

@@ -205,8 +205,8 @@ def _page(rows: list[Row], packages: dict[str, str]) -> str:
         ),
         "",
         (
-            "`MEGAVLM_MATRIX=all bash tests/run.sh tests/ranks/test_layouts.py` runs all and writes"
-            " this page; without it, a part is run."
+            "`MEGAVLM_MATRIX=all bash tests/run.sh tests/ranks/test_layouts.py` runs all pairs and"
+            " writes this page; without the variable, a part of them runs."
         ),
         "",
         "| layout | ranks | stage | loss | gradient norm | weights |",

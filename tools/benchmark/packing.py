@@ -27,7 +27,7 @@ from packing_baselines import Strategy, compare
 
 from megavlm.data.loading.order import Plan
 from megavlm.data.packing.best_fit import automatic_tile_cap, pack
-from megavlm.data.packing.cost_order import places_by_cost
+from megavlm.data.packing.cost_order import storage_order
 from megavlm.data.packing.plan import Samples, plan_packs
 from megavlm.data.packing.report import PackingFacts, make_report
 from megavlm.data.packing.report_plot import draw_report
@@ -59,7 +59,7 @@ def balance(tokens: np.ndarray, tiles: np.ndarray, tile_cap: int) -> dict[str, f
     packing = pack(tokens, tiles, capacity=CAPACITY, tile_cap=tile_cap)
     per_pack = np.bincount(packing.bin_of, weights=tiles)
     squared = np.bincount(packing.bin_of, weights=tokens.astype(np.float64) ** 2)
-    stored = np.argsort(places_by_cost(squared, per_pack))
+    stored = np.argsort(storage_order(squared, per_pack))
     found = {}
     for name, group in (("ordered", BATCH), ("shuffled", 1)):
         steps = (

@@ -145,9 +145,9 @@ def _asks_for_another_start(key: str, before: Any, now: Any, new: Config) -> boo
     if now == before or now in ("", False, "fresh"):
         return False
     save = Path(new.checkpoint.save).resolve()
-    place = Path(str(now)).resolve()
-    is_itself = key == "checkpoint.load" and save in (place, place.parent)
-    is_same = isinstance(before, str) and before != "" and place == Path(before).resolve()
+    folder = Path(str(now)).resolve()
+    is_itself = key == "checkpoint.load" and save in (folder, folder.parent)
+    is_same = isinstance(before, str) and before != "" and folder == Path(before).resolve()
     return not is_itself and not is_same
 
 

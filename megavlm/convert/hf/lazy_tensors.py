@@ -19,7 +19,7 @@ from megavlm.model.positions import resize_positions
 
 POSITIONS_KEY = "vision.position_embedding"
 _BLOCK_ROWS = 8192
-Place = tuple[slice, ...]
+Index = tuple[slice, ...]
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ class LazyTensor:
     view: MegatronView
     key: str
 
-    def __getitem__(self, place: Place) -> Tensor:
-        return self.view.part(self.key, place)
+    def __getitem__(self, index: Index) -> Tensor:
+        return self.view.part(self.key, index)
 
 
 def vision_tensor(
@@ -86,9 +86,9 @@ class ExtendedVocabulary:
     seed: int
     averaged: bool
 
-    def __getitem__(self, place: Place) -> Tensor:
+    def __getitem__(self, index: Index) -> Tensor:
         known, width = self.tensor.view.headers[self.tensor.key].shape
-        begin, end, _ = place[0].indices(self.rows)
+        begin, end, _ = index[0].indices(self.rows)
         middle = min(max(begin, known), end)
         drawn = torch.empty(0)
         if middle < end:
@@ -98,15 +98,15 @@ class ExtendedVocabulary:
             drawn = torch.normal(0.0, self.std, (self.rows - known, width), generator=generator)[
                 middle - known : end - known
             ]
-        kept = self.tensor[(slice(begin, middle), *place[1:])]
+        kept = self.tensor[(slice(begin, middle), *index[1:])]
         found = (
-            torch.cat([kept, drawn[(slice(None), *place[1:])].to(kept.dtype)])
+            torch.cat([kept, drawn[(slice(None), *index[1:])].to(kept.dtype)])
             if len(drawn)
             else kept.clone()
         )
         inside = [token - begin for token in self.new if begin <= token < end]
         if self.averaged and inside:
-            found[inside] = self._mean(min(self.new[0], known))[place[1:]].to(found.dtype)
+            found[inside] = self._mean(min(self.new[0], known))[index[1:]].to(found.dtype)
         return found
 
     def _mean(self, rows: int) -> Tensor:

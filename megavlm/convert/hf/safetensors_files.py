@@ -40,7 +40,7 @@ numbers follow it.
 
 
 @dataclass(frozen=True)
-class _Place:
+class _Location:
     """Where a tensor stands: its file, its name there, and its first byte."""
 
     path: Path
@@ -67,7 +67,7 @@ class SafetensorsFolder:
         index = folder / INDEX_NAME
         listed = _read_index(index) if index.is_file() else None
         _refuse_partial(folder, listed)
-        self._places: dict[str, _Place] = {}
+        self._locations: dict[str, _Location] = {}
         seen: set[str] = set()
         self.headers: dict[str, Header] = {}
         for file_name in sorted(set(listed.values())) if listed is not None else [SINGLE_NAME]:
@@ -79,17 +79,17 @@ class SafetensorsFolder:
                 name = rename(inner)
                 if name is None:
                     continue
-                if name in self._places:
+                if name in self._locations:
                     raise ValueError(
-                        f"{folder / file_name}: {inner} and {self._places[name].inner} are the same"
-                        " weight"
+                        f"{folder / file_name}: {inner} and {self._locations[name].inner} are the"
+                        " same weight"
                     )
                 if facts["dtype"] not in _DTYPES:
                     raise ValueError(
                         f"{folder / file_name}: {inner} has dtype {facts['dtype']}, which is not"
                         " supported"
                     )
-                self._places[name] = _Place(
+                self._locations[name] = _Location(
                     folder / file_name, inner, start + facts["data_offsets"][0]
                 )
                 self.headers[name] = Header(tuple(facts["shape"]), _DTYPES[facts["dtype"]])
@@ -98,18 +98,20 @@ class SafetensorsFolder:
             raise ValueError(f"{index}: names {lost[0]}, which {listed[lost[0]]} does not hold")
 
     def __getitem__(self, name: str) -> Tensor:
-        place = self._places[name]
+        location = self._locations[name]
         # Opened anew, so that what has been read does not stay in memory: the map is of the whole
         # file, and goes with its tensors.
-        with _open(place.path) as file:
-            return file.get_tensor(place.inner)
+        with _open(location.path) as file:
+            return file.get_tensor(location.inner)
 
     def ranges(self, name: str, rows: range) -> list[Range]:
         """See ``Tensors``."""
-        place = self._places[name]
+        location = self._locations[name]
         header = self.headers[name]
         row_bytes = header.nbytes // max(header.shape[0], 1)
-        return [Range(place.path, place.offset + rows.start * row_bytes, len(rows) * row_bytes)]
+        return [
+            Range(location.path, location.offset + rows.start * row_bytes, len(rows) * row_bytes)
+        ]
 
     def __str__(self) -> str:
         return str(self._folder)
@@ -198,12 +200,12 @@ def write_safetensors(
         _write_file(tensors, shard, folder / file_name, done)
     if total > 1:
         size = sum(header.nbytes for header in tensors.headers.values())
-        places = {
+        file_of_name = {
             name: file_name
             for file_name, shard in zip(names, shards, strict=True)
             for name in shard
         }
-        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
+        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(file_of_name.items()))}
         (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 

@@ -38,8 +38,8 @@ def build(content: dict[str, Any]) -> bytes | None:
     if vocab[0][0] != unknown:
         return None
     scores: dict[str, float] = {}
-    for place, pair in enumerate(content["model"]["merges"]):
-        scores.setdefault("".join(pair), -float(place))
+    for rank, pair in enumerate(content["model"]["merges"]):
+        scores.setdefault("".join(pair), -float(rank))
     model = sentencepiece_model_pb2.ModelProto()
     kinds = sentencepiece_model_pb2.ModelProto.SentencePiece.Type
     for piece, number in vocab:

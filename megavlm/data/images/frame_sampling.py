@@ -73,7 +73,7 @@ class FrameChoice:
         if not len(stamps):
             raise RejectError("unreadable_video", "it has no frames")
         start, end = clip or (0.0, float(stamps[-1]))
-        first, behind = (int(place) for place in np.searchsorted(stamps, [start, end + 1e-6]))
+        first, behind = (int(index) for index in np.searchsorted(stamps, [start, end + 1e-6]))
         if first >= behind:
             raise RejectError(
                 "unreadable_video",
@@ -96,10 +96,10 @@ class FrameChoice:
         # The last frame lasts as long as the ones before it do on average.
         duration = (shown[-1] - shown[0]) * (len(shown) / max(len(shown) - 1, 1))
         middles = shown[0] + np.arange(span / 2, max(duration, span / 2 + 1e-9), span)
-        places = np.unique(first + np.searchsorted(shown, middles + 1e-6, side="right") - 1)
-        if len(places) > self.max_frames:
-            places = places[np.linspace(0, len(places) - 1, self.max_frames).round().astype(int)]
-        return places.tolist()
+        indices = np.unique(first + np.searchsorted(shown, middles + 1e-6, side="right") - 1)
+        if len(indices) > self.max_frames:
+            indices = indices[np.linspace(0, len(indices) - 1, self.max_frames).round().astype(int)]
+        return indices.tolist()
 
 
 def show_frames(turns: Sequence[Turn], frames: Sequence[int]) -> tuple[Turn, ...]:

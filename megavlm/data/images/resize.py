@@ -47,8 +47,8 @@ def _weights(size: int, wanted: int) -> tuple[np.ndarray, np.ndarray, np.ndarray
     first = np.zeros(wanted, np.int32)
     count = np.zeros(wanted, np.int32)
     weights = np.zeros((wanted, int(np.ceil(support)) * 2 + 1), np.int32)
-    for place in range(wanted):
-        centre = (place + 0.5) * scale
+    for index in range(wanted):
+        centre = (index + 0.5) * scale
         low = max(int(centre - support + 0.5), 0)
         high = min(int(centre + support + 0.5), size)
         found = [
@@ -57,11 +57,11 @@ def _weights(size: int, wanted: int) -> tuple[np.ndarray, np.ndarray, np.ndarray
         total = 0.0
         for weight in found:
             total += weight
-        first[place] = low
-        count[place] = high - low
+        first[index] = low
+        count[index] = high - low
         for number, weight in enumerate(found):
             share = weight / total * (1 << WEIGHT_BITS)
-            weights[place, number] = int(share - 0.5) if share < 0 else int(share + 0.5)
+            weights[index, number] = int(share - 0.5) if share < 0 else int(share + 0.5)
     return first, count, weights
 
 

@@ -50,19 +50,19 @@ def frame_times(file: MediaFile) -> list[float]:
         ValueError: not a video that can be read, or PyAV is missing.
     """
     if _is_folder(file):
-        return [float(place) for place in range(len(_frame_files(file)))]
+        return [float(number) for number in range(len(_frame_files(file)))]
     if _is_gif(file):
         return _gif_times(file)
     with _Container(file) as container:
         return container.times()
 
 
-def read_frames(file: MediaFile, places: Sequence[int], tiling: Tiling) -> list[Frame]:
+def read_frames(file: MediaFile, numbers: Sequence[int], tiling: Tiling) -> list[Frame]:
     """Read some frames of a video.
 
     Args:
         file: the video.
-        places: numbers of the frames, ascending.
+        numbers: numbers of the frames, ascending.
         tiling: how a frame becomes a tile.
 
     Raises:
@@ -70,9 +70,9 @@ def read_frames(file: MediaFile, places: Sequence[int], tiling: Tiling) -> list[
         ValueError: not a video that can be read, or one of these frames cannot be decoded.
     """
     if _is_folder(file):
-        files = [_frame_files(file)[place] for place in places]
+        files = [_frame_files(file)[number] for number in numbers]
         return [_stored(path.read_bytes(), path.name) for path in files]
-    decoded = _gif_frames(file, places) if _is_gif(file) else _video_frames(file, places)
+    decoded = _gif_frames(file, numbers) if _is_gif(file) else _video_frames(file, numbers)
     return [_encode(image, tiling) for image in decoded]
 
 
@@ -138,8 +138,8 @@ def _gif_times(file: MediaFile) -> list[float]:
         times = []
         now = 0.0
         try:
-            for place in range(MAX_FRAMES):
-                image.seek(place)
+            for number in range(MAX_FRAMES):
+                image.seek(number)
                 times.append(now)
                 # Browsers show frames without a duration for a tenth of a second.
                 now += (image.info.get("duration") or 100) / 1000
@@ -150,26 +150,26 @@ def _gif_times(file: MediaFile) -> list[float]:
     raise ValueError(f"a GIF of more than {MAX_FRAMES} frames")
 
 
-def _gif_frames(file: MediaFile, places: Sequence[int]) -> list[PillowImage.Image]:
+def _gif_frames(file: MediaFile, numbers: Sequence[int]) -> list[PillowImage.Image]:
     """Read some frames of an animated image."""
     with open_media(file) as opened:
         image = open_image(opened)
         frames = []
         try:
-            for place in places:
-                image.seek(place)
+            for number in numbers:
+                image.seek(number)
                 frames.append(image.convert("RGB"))
         except Exception as error:
             raise ValueError(
-                f"frame {places[len(frames)]} cannot be decoded: {describe(error)}"
+                f"frame {numbers[len(frames)]} cannot be decoded: {describe(error)}"
             ) from None
     return frames
 
 
-def _video_frames(file: MediaFile, places: Sequence[int]) -> list[PillowImage.Image]:
+def _video_frames(file: MediaFile, numbers: Sequence[int]) -> list[PillowImage.Image]:
     """Read some frames of a video file."""
     with _Container(file) as container:
-        return [PillowImage.fromarray(pixels) for pixels in container.frames(places)]
+        return [PillowImage.fromarray(pixels) for pixels in container.frames(numbers)]
 
 
 class _Container:
@@ -207,11 +207,11 @@ class _Container:
         first = self._stamps[0] if self._stamps else 0
         return [float((stamp - first) * self._stream.time_base) for stamp in self._stamps]
 
-    def frames(self, places: Sequence[int]) -> list[np.ndarray]:
+    def frames(self, numbers: Sequence[int]) -> list[np.ndarray]:
         """Decode the frames with these indices, uint8 [height, width, 3]. Only what follows the key
         frame before each is decoded.
         """
-        wanted = [self._stamps[place] for place in places]
+        wanted = [self._stamps[number] for number in numbers]
         found: dict[int, np.ndarray] = {}
         try:
             while len(found) < len(wanted):

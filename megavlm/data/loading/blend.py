@@ -144,12 +144,12 @@ class BlendPlan:
         ``positions``.
         """
         flat = np.ravel(positions).astype(np.int64)
-        datasets, places = self.split(flat)
+        datasets, offsets = self.split(flat)
         ids = np.empty_like(flat)
         first = 0
         for number, plan in enumerate(self.plans):
             chosen = datasets == number
-            ids[chosen] = plan.at(places[chosen]) + first
+            ids[chosen] = plan.at(offsets[chosen]) + first
             first += plan.num_packs
         return ids.reshape(np.shape(positions))
 

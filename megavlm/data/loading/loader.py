@@ -118,7 +118,7 @@ class WorkerStatusBoard:
     def at_work(self) -> list[tuple[int, int, float]]:
         """Process, position and seconds so far of each worker that is making a batch."""
         now = time.monotonic_ns() // 10**6
-        slots = [self._slots[place : place + 3] for place in range(0, len(self._slots), 3)]
+        slots = [self._slots[index : index + 3] for index in range(0, len(self._slots), 3)]
         return [
             (process, position, (now - since) / 1000)
             for process, position, since in slots
@@ -151,8 +151,8 @@ class Positions(Dataset):
     def __len__(self) -> int:
         return len(self.positions)
 
-    def __getitem__(self, place: int) -> Batch:
-        position = int(self.positions[place])
+    def __getitem__(self, index: int) -> Batch:
+        position = int(self.positions[index])
         worker = get_worker_info()
         if worker is None:
             return self._make(position)
@@ -218,13 +218,13 @@ def _worker_is_gone(
         )
     at = [
         (
-            int(plan.at(place)),
+            int(plan.at(index)),
             (
-                f"process {process} was at pack {int(plan.at(place))} (position {place}) for"
+                f"process {process} was at pack {int(plan.at(index))} (position {index}) for"
                 f" {seconds:.1f} s"
             ),
         )
-        for process, place, seconds in gone
+        for process, index, seconds in gone
     ]
     pack_ids = [pack_id for pack_id, _ in at] or [int(plan.at(position))]
     origins = [origin for pack_id in pack_ids for origin in dataset.origins(pack_id)]

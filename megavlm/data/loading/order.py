@@ -81,55 +81,55 @@ class Plan:
         """Return the pack at each position of the endless sequence; int64, shaped like
         ``positions``.
         """
-        epochs, places = np.divmod(
+        epochs, offsets = np.divmod(
             np.ravel(positions).astype(np.int64) - self.start, self.num_packs
         )
         if not self.shuffle:
-            ids = places
+            ids = offsets
         elif self.group == 1:
-            ids = permute(places, self.num_packs, self.seed, epochs)
+            ids = permute(offsets, self.num_packs, self.seed, epochs)
         else:
-            ids = self._grouped(places, epochs)
+            ids = self._grouped(offsets, epochs)
         return ids.reshape(np.shape(positions))
 
-    def _grouped(self, places: np.ndarray, epochs: np.ndarray) -> np.ndarray:
+    def _grouped(self, offsets: np.ndarray, epochs: np.ndarray) -> np.ndarray:
         """Return the pack at each position of its epoch, with cost buckets kept together."""
         lead = (
             -(self.start + epochs * self.num_packs) % self.group
         )  # an epoch begins in the middle of a group
         groups = (self.num_packs - lead) // self.group
-        within = places - lead
+        within = offsets - lead
         # What lies outside whole groups comes last in the order that is cut into groups.
-        sorted_places = np.where(within < 0, groups * self.group + places, lead + within)
+        sorted_offsets = np.where(within < 0, groups * self.group + offsets, lead + within)
         for count in np.unique(groups[(within >= 0) & (within < groups * self.group)]).tolist():
             chosen = (groups == count) & (within >= 0) & (within < count * self.group)
-            sorted_places[chosen] = self._place_groups(within[chosen], count, epochs[chosen])
+            sorted_offsets[chosen] = self._place_groups(within[chosen], count, epochs[chosen])
         shift = _mix(np.uint64(self.seed % 2**64) + _mix(epochs.astype(np.uint64))) % np.uint64(
             self.num_packs
         )
-        return (sorted_places + shift.astype(np.int64)) % self.num_packs
+        return (sorted_offsets + shift.astype(np.int64)) % self.num_packs
 
     def _place_groups(self, within: np.ndarray, count: int, epochs: np.ndarray) -> np.ndarray:
-        """Permute ``count`` groups, and the places inside each window of groups."""
+        """Permute ``count`` groups, and the offsets inside each window of groups."""
         groups = permute(within // self.group, count, self.seed, epochs)
         windows, rest = np.divmod(groups, WINDOW_GROUPS)
-        places = rest * self.group + within % self.group
+        offsets = rest * self.group + within % self.group
         keys = _mix(epochs.astype(np.uint64) + _mix(windows.astype(np.uint64))).astype(np.int64)
         sizes = np.minimum(count - windows * WINDOW_GROUPS, WINDOW_GROUPS) * self.group
         for size in np.unique(sizes).tolist():
             chosen = sizes == size
-            places[chosen] = permute(places[chosen], size, self.seed, keys[chosen])
-        return windows * WINDOW_GROUPS * self.group + places
+            offsets[chosen] = permute(offsets[chosen], size, self.seed, keys[chosen])
+        return windows * WINDOW_GROUPS * self.group + offsets
 
 
-def permute(places: np.ndarray, size: int, seed: int, epochs: np.ndarray) -> np.ndarray:
-    """Where each place of ``range(size)`` goes in the permutation of (seed, its epoch); all of them
-    are int64 [n].
+def permute(offsets: np.ndarray, size: int, seed: int, epochs: np.ndarray) -> np.ndarray:
+    """Return where each offset of ``range(size)`` goes in the permutation of (seed, its epoch);
+    all are int64 [n].
     """
     bits = max(SMALLEST_DOMAIN_BITS, (size - 1).bit_length())
     # A modulo rather than a cast, so that a negative seed is a seed too.
     key = _mix(np.uint64(seed % 2**64) ^ _mix(epochs.astype(np.uint64)))
-    values = _feistel(places.astype(np.uint64), key, bits)
+    values = _feistel(offsets.astype(np.uint64), key, bits)
     outside = values >= np.uint64(size)
     while outside.any():
         values[outside] = _feistel(values[outside], key[outside], bits)

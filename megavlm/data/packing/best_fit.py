@@ -40,16 +40,16 @@ class Packing:
     bin_of: np.ndarray
     bins: int
 
-    def members(self, seed: int, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def members(self, seed: int, pack_of_bin: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Order the samples by pack and find where each pack starts: pack b holds
         ``order[starts[b]:starts[b + 1]]``.
 
         Args:
             seed: samples inside a pack come in a random order that it fixes; otherwise the longest
                 would always be first.
-            places: int [bins], which pack each bin becomes.
+            pack_of_bin: int [bins], which pack each bin becomes.
         """
-        bin_of = places.astype(np.int32)[self.bin_of]
+        bin_of = pack_of_bin.astype(np.int32)[self.bin_of]
         samples = np.arange(len(bin_of), dtype=np.int32)
         np.random.default_rng(seed).shuffle(samples)
         order = samples[np.argsort(bin_of[samples], kind="stable")]

@@ -16,8 +16,8 @@ import numpy as np
 STRIPS = 16
 
 
-def places_by_cost(squared_lengths: np.ndarray, tiles: np.ndarray) -> np.ndarray:
-    """Where each pack is stored, int64 [packs].
+def storage_order(squared_lengths: np.ndarray, tiles: np.ndarray) -> np.ndarray:
+    """Return the index at which each pack is stored, int64 [packs].
 
     Args:
         squared_lengths: [packs], sum of the squares of a pack's sample lengths.
@@ -27,8 +27,8 @@ def places_by_cost(squared_lengths: np.ndarray, tiles: np.ndarray) -> np.ndarray
     by_attention = np.empty(packs, np.int64)
     by_attention[np.argsort(squared_lengths, kind="stable")] = np.arange(packs)
     strips = by_attention * STRIPS // max(packs, 1)
-    places = np.empty(packs, np.int64)
-    places[np.lexsort((by_attention, np.where(strips % 2, -tiles, tiles), strips))] = np.arange(
+    stored_at = np.empty(packs, np.int64)
+    stored_at[np.lexsort((by_attention, np.where(strips % 2, -tiles, tiles), strips))] = np.arange(
         packs
     )
-    return places
+    return stored_at

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from megavlm.data.packing.best_fit import automatic_tile_cap, pack
-from megavlm.data.packing.cost_order import places_by_cost
+from megavlm.data.packing.cost_order import storage_order
 from megavlm.data.packing.difficulty import Levels, find_levels
 from megavlm.data.packing.repeats import take
 from megavlm.data.records.meta_file import Annotations
@@ -169,8 +169,8 @@ def _plan_level(
     squares = np.bincount(
         packing.bin_of, weights=np.square(tokens, dtype=np.float64), minlength=packing.bins
     )
-    places = places_by_cost(
+    pack_of_bin = storage_order(
         squares, np.bincount(packing.bin_of, weights=tiles, minlength=packing.bins)
     )
-    order, starts = packing.members(seed, places)
+    order, starts = packing.members(seed, pack_of_bin)
     return PackPlan(order=samples.rows[order], starts=starts, tile_cap=cap)

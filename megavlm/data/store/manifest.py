@@ -207,8 +207,8 @@ def parse_manifest(text: str, path: Path | str) -> Manifest:
         )
     for name, kind in (("sources", Source), ("levels", Level), ("shards", Shard)):
         facts[name] = tuple(
-            _build(kind, entry, f"{path}: {name}[{place}]")
-            for place, entry in enumerate(facts.get(name, ()))
+            _build(kind, entry, f"{path}: {name}[{index}]")
+            for index, entry in enumerate(facts.get(name, ()))
         )
     facts["totals"] = _build(Totals, facts.get("totals", {}), f"{path}: totals")
     for name in ("pixel_mean", "pixel_std"):

@@ -230,10 +230,10 @@ class ChatTemplate:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Tokens of a text, and whether each reaches into a learned part of it."""
         found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        places = np.array(found["offset_mapping"], np.int64).reshape(-1, 2)
-        mask = np.zeros(len(places), bool)
+        offsets = np.array(found["offset_mapping"], np.int64).reshape(-1, 2)
+        mask = np.zeros(len(offsets), bool)
         for start, end in learned:
-            mask |= (places[:, 1] > start) & (places[:, 0] < end)
+            mask |= (offsets[:, 1] > start) & (offsets[:, 0] < end)
         return np.array(found["input_ids"], np.int32), mask
 
     def _tokens(self, texts: list[str]) -> list[list[int]]:

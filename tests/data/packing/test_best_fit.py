@@ -15,7 +15,7 @@ from megavlm.data.packing.best_fit import (
     cap_curve,
     pack,
 )
-from megavlm.data.packing.cost_order import places_by_cost
+from megavlm.data.packing.cost_order import storage_order
 
 CAPACITY = 16384
 
@@ -173,11 +173,11 @@ def test_members():
     assert not np.array_equal(packing.members(0, places)[0], packing.members(1, places)[0])
 
 
-def test_places_by_cost_make_neighbours_alike():
+def test_storage_order_makes_neighbours_similar():
     rng = np.random.default_rng(0)
     squared = rng.lognormal(17, 1, 6400)
     tiles = rng.integers(30, 57, 6400)
-    places = places_by_cost(squared, tiles)
+    places = storage_order(squared, tiles)
     assert np.array_equal(np.sort(places), np.arange(6400))
     stored = np.argsort(places).reshape(-1, 64)
     for cost, least in ((squared, 3), (tiles, 6)):
