@@ -5,50 +5,23 @@ models of local layers hold.
 from __future__ import annotations
 
 import importlib.util
-import json
-import os
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+from tests.te.process import answer_of
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("transformer_engine") is None,
     reason="Transformer Engine is not installed",
 )
 
-ROOT = Path(__file__).parents[2]
-
 
 @pytest.fixture(scope="module")
 def built() -> dict[str, Any]:
-    """Run ``build.py`` in a process of its own and return what it prints."""
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    }
-    with tempfile.TemporaryFile() as answer:
-        number = answer.fileno()
-        process = subprocess.run(
-            [
-                sys.executable,
-                "-W",
-                "ignore",
-                str(Path(__file__).with_name("build.py")),
-                str(number),
-            ],
-            env=environment | {"CUDA_VISIBLE_DEVICES": ""},
-            pass_fds=[number],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert process.returncode == 0, process.stderr[-4000:]
-        answer.seek(0)
-        return json.load(answer)
+    """Return what ``build.py`` prints, from a process of its own."""
+    return answer_of("tests.te.build", variables={"CUDA_VISIBLE_DEVICES": ""})
 
 
 def test_checkpoint_keys_and_shapes_are_those_of_local_layers(built: dict[str, Any]) -> None:

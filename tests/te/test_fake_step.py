@@ -5,13 +5,7 @@ nothing in it makes the host wait.
 from __future__ import annotations
 
 import importlib.util
-import json
-import os
 import shutil
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,8 +13,8 @@ import torch
 
 from tests.te import fake_cuda
 from tests.te.fake_step import SETTINGS
+from tests.te.process import answer_of
 
-ROOT = Path(__file__).parents[2]
 MISSING = [
     what
     for what, found in {
@@ -36,23 +30,8 @@ pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.joi
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Return what ``fake_step.py`` prints, from a process of its own."""
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
-    environment |= fake_cuda.libraries(tmp_path_factory.mktemp("libraries"))
-    with tempfile.TemporaryFile() as answer:
-        number = answer.fileno()
-        process = subprocess.run(
-            [sys.executable, "-W", "ignore", "-m", "tests.te.fake_step", str(number)],
-            env=environment,
-            cwd=ROOT,
-            pass_fds=[number],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert process.returncode == 0, process.stderr[-4000:]
-        answer.seek(0)
-        return json.load(answer)
+    libraries = fake_cuda.libraries(tmp_path_factory.mktemp("libraries"))
+    return answer_of("tests.te.fake_step", variables=libraries)
 
 
 @pytest.mark.parametrize("name", SETTINGS)

@@ -31,7 +31,6 @@ import argparse
 import dataclasses
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -42,6 +41,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import torch
+from figures import write_figures
 from photographs import write_jpegs, write_records
 from PIL import Image
 
@@ -317,13 +317,7 @@ def main() -> None:
         " MiB more memory"
     )
     if options.json:
-        facts = {
-            "load_average": os.getloadavg()[0],
-            "machine": platform.processor() or platform.machine(),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-        }
-        options.json.write_text(json.dumps({**figures, **facts}, indent=2) + "\n", encoding="utf-8")
+        write_figures(options.json, figures, torch=torch.__version__)
 
 
 if __name__ == "__main__":

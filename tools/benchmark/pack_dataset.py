@@ -11,9 +11,6 @@ and of the command alone.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -22,6 +19,7 @@ import time
 from pathlib import Path
 
 import psutil
+from figures import write_figures
 from photographs import write_jpegs, write_records
 
 ROOT = Path(__file__).parents[2]
@@ -171,12 +169,7 @@ def main() -> None:
         if options.lines:
             figures["memory"] = memory(work, options.lines)
     if options.json:
-        facts = {
-            "load_average": os.getloadavg()[0],
-            "machine": platform.processor() or platform.machine(),
-            "python": platform.python_version(),
-        }
-        options.json.write_text(json.dumps({**figures, **facts}, indent=2) + "\n", encoding="utf-8")
+        write_figures(options.json, figures)
 
 
 if __name__ == "__main__":

@@ -14,8 +14,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
-import platform
 import resource
 import subprocess
 import sys
@@ -23,6 +21,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from figures import write_figures
 from packing_baselines import Strategy, compare
 
 from megavlm.data.loading.order import Plan
@@ -205,13 +204,7 @@ def main() -> None:
             f" {figures['many']['before_packing_mib']:,.0f} MiB of them before packing"
         )
     if options.json:
-        facts = {
-            "load_average": os.getloadavg()[0],
-            "machine": platform.processor() or platform.machine(),
-            "python": platform.python_version(),
-            "samples": len(tokens),
-        }
-        options.json.write_text(json.dumps({**figures, **facts}, indent=2) + "\n", encoding="utf-8")
+        write_figures(options.json, figures, samples=len(tokens))
 
 
 if __name__ == "__main__":
