@@ -51,6 +51,7 @@ def main() -> int:
                 dialect=args.dialect,
                 dtype=convert.DTYPES.get(args.dtype),
                 tokenizer=args.tokenizer,
+                vision=args.vision,
                 licenses=model_card.read_licenses(args.license),
                 shard_bytes=read_size(args.max_shard_size),
             )

@@ -27,7 +27,10 @@ class Vision:
             first layer, layer scale).
         image_size: side of a tile (InternVL's 448 x 448 image patch) in pixels.
         patch_size: side of a patch in pixels.
-        num_layers: transformer layers.
+        num_layers: transformer layers that are built; features come out of the last of them.
+        unused_layers: layers of the pretrained encoder behind these. They are not built: LLaVA
+            takes CLIP's features from before its last layer (``vision_feature_layer`` -2), so 1.
+            Checkpoints and exports carry them, unchanged, from where the encoder came from.
         hidden_size: width of the encoder.
         ffn_hidden_size: width inside the MLP of a layer.
         num_attention_heads: attention heads.
@@ -47,6 +50,7 @@ class Vision:
     image_size: int = 448
     patch_size: int = 14
     num_layers: int = 24
+    unused_layers: int = 0
     hidden_size: int = 1024
     ffn_hidden_size: int = 4096
     num_attention_heads: int = 16
@@ -155,12 +159,15 @@ class Architecture:
         connector: maps vision features to embeddings of the language model.
         language: the language model.
         objective: what the model is trained to do, and so what it ends in.
+        image_tokens: special tokens that stand for images in texts: InternVL's nine, or LLaVA's
+            ``<image>``.
     """
 
     objective: str = "next_token"
     vision: Vision = field(default_factory=Vision)
     connector: Connector = field(default_factory=Connector)
     language: Language = field(default_factory=Language)
+    image_tokens: Literal["internvl", "llava"] = "internvl"
 
     @property
     def needs(self) -> ObjectiveNeeds:
@@ -179,7 +186,7 @@ class Architecture:
 
     @property
     def placeholders_per_tile(self) -> int:
-        """Placeholder tokens (``<IMG_CONTEXT>``) that one tile has in the text."""
+        """Placeholder tokens, such as ``<IMG_CONTEXT>``, that one tile has in the text."""
         return self.connector_sizes.placeholders
 
     @property

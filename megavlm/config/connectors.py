@@ -22,7 +22,8 @@ class Connector:
     """The connector, from features of the vision encoder to embeddings of the language model.
 
     Args:
-        kind: connector type; mlp is InternVL's and LLaVA's.
+        kind: connector type; mlp is InternVL's and LLaVA 1.5's, linear the one matrix of LLaVA 1.0
+            and PaliGemma.
         pixel_shuffle: for mlp: merge squares of this many patches a side into one feature (2: a
             quarter of the tokens; 1, as in LLaVA: none).
         norm: for mlp: LayerNorm before the linear layers, as in InternVL; LLaVA has none.
@@ -137,7 +138,42 @@ class Mlp:
         return self.features * self.ends.output_size
 
 
-CONNECTORS: dict[str, Callable[[Connector, Ends], ConnectorSizes]] = {"mlp": Mlp}
+@dataclass(frozen=True)
+class Linear:
+    """One linear layer on each patch, whole on every rank: LLaVA 1.0's (arXiv 2304.08485)."""
+
+    settings: Connector
+    ends: Ends
+    summed = 0
+
+    @property
+    def features(self) -> int:
+        """See ``ConnectorSizes``."""
+        return self.ends.grid**2
+
+    placeholders = features
+
+    @property
+    def feature_size(self) -> int:
+        """See ``ConnectorSizes``."""
+        return self.ends.input_size
+
+    def problems(self) -> Iterator[str]:
+        """See ``ConnectorSizes``."""
+        yield from ()
+
+    def pieces(self) -> Iterator[Piece]:
+        """See ``ConnectorSizes``."""
+        sizes = dict(rows=self.features, unit="tile", has_bias=True)
+        ends = self.ends
+        yield from linear("connector.linear", PART, ends.input_size, ends.output_size, **sizes)
+
+    def kept(self, tensor_size: int) -> float:
+        """Count what goes into the layer."""
+        return self.features * self.ends.input_size
+
+
+CONNECTORS: dict[str, Callable[[Connector, Ends], ConnectorSizes]] = {"mlp": Mlp, "linear": Linear}
 
 
 def connector_sizes(settings: Connector, ends: Ends) -> ConnectorSizes:

@@ -208,11 +208,14 @@ def _take(chunks: Sequence[VisionLanguageModel], loaded: dict[str, Any]) -> None
 
 def architecture_differences(old: Architecture, new: Architecture) -> list[str]:
     """``describe_differences`` of two models; the family only says how Hugging Face's files name
-    the same weights.
+    the same weights, and unused layers are not built.
     """
-    return describe_differences(
-        replace(old, language=replace(old.language, family=new.language.family)), new
+    old = replace(
+        old,
+        language=replace(old.language, family=new.language.family),
+        vision=replace(old.vision, unused_layers=new.vision.unused_layers),
     )
+    return describe_differences(old, new)
 
 
 def describe_differences(old: Any, new: Any, path: str = "architecture") -> list[str]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 
 from megavlm.checkpoint.lock import Lock
 from megavlm.config.schema import Config
+from megavlm.convert.hf.unused_weights import Weights
 from megavlm.data.loading.batch import Batch
 from megavlm.data.loading.blend import BlendedDataset
 from megavlm.data.loading.dataset import PackedDataset
@@ -34,6 +35,8 @@ class Job:
         valid: the validation packs, if any.
         chunks, ddp_chunks, optimizer: as in ``Built``.
         lock: of the save folder, on the rank that holds it.
+        unused_weights: what only files hold of the vision encoder, on the first rank; see
+            ``convert/hf/unused_weights``.
     """
 
     config: Config
@@ -46,6 +49,7 @@ class Job:
     ddp_chunks: list[DistributedDataParallel]
     optimizer: MegatronOptimizer
     lock: Lock | None = None
+    unused_weights: Weights = field(default_factory=dict)
 
     def batches(
         self,

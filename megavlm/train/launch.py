@@ -21,9 +21,13 @@ from megavlm.config import torchrun
 from megavlm.config.checks.resume import with_origin
 from megavlm.config.checks.rules import ConfigError, check
 from megavlm.config.checks.saving import EXPORTED, exported_step
+from megavlm.config.exports import HOLDS
+from megavlm.config.recipes import recipe
 from megavlm.config.schema import Config, Init
-from megavlm.convert.hf import convert, from_parts
+from megavlm.convert.hf import convert, from_parts, unused_weights
+from megavlm.convert.hf.hub_formats import dialect_of
 from megavlm.convert.weights.families import family_of
+from megavlm.convert.weights.tables import unused_rows
 from megavlm.data.loading.blend import BlendedDataset, BlendPlan, open_blend
 from megavlm.data.loading.dataset import PackedDataset
 from megavlm.data.loading.order import Order
@@ -35,7 +39,7 @@ from megavlm.io import atomic
 from megavlm.model import precision, weights
 from megavlm.model.vlm import VisionLanguageModel
 from megavlm.parallel import backend, process_groups
-from megavlm.planner.layout import make_layout
+from megavlm.planner.layout import Layout, make_layout
 from megavlm.planner.partition import PackSize
 from megavlm.train import checkpoint, optimizer, stage_moments
 from megavlm.train import resume as source
@@ -178,8 +182,10 @@ def inspect(config: Config, world_size: int) -> Start:
 def _check_parts(config: Config) -> None:
     """Refuse parts that do not fit the model or the data."""
     from_parts.refuse_other(config.init, config.architecture)
+    if config.init.vision and _exports_unused(config):
+        unused_weights.check_encoder(Path(config.init.vision), config.architecture.vision)
     if config.init.language:
-        tokenizer, _ = from_parts.extend_tokenizer(config.init)
+        tokenizer, _ = from_parts.extend_tokenizer(config.init, config.architecture.image_tokens)
         if (
             fingerprint(tokenizer)
             != read_manifest(config.data.train_folders[0]).tokenizer_fingerprint
@@ -231,10 +237,7 @@ def train(
                 start, built.chunks, built.optimizer, optimizer.oldest(built.optimizer)
             )
         log_run_summary(config, groups, built.trained, start, state, metrics)
-        if groups.pipeline_size > 1:
-            metrics.say(f"pipeline: {layout}")
-        if isinstance(plan, BlendPlan):
-            metrics.say(f"data: of {plan.block:,} packs {plan.describe(config.data.train_folders)}")
+        _say_plans(config, layout, plan, metrics)
         job = Job(
             config=config,
             backend=device_backend,
@@ -246,11 +249,39 @@ def train(
             ddp_chunks=built.ddp_chunks,
             optimizer=built.optimizer,
             lock=lock,
+            unused_weights=_unused_weights(config, start) if groups.rank == 0 else {},
         )
         state = run(job, state, metrics)
         _export(config, state, start, groups)
     process_groups.destroy()
     return state
+
+
+def _say_plans(config: Config, layout: Layout, plan: Order, metrics: Metrics) -> None:
+    """Say how the model is cut for the pipeline, and how several datasets are mixed."""
+    if config.parallel.pipeline_model_parallel_size > 1:
+        metrics.say(f"pipeline: {layout}")
+    if isinstance(plan, BlendPlan):
+        metrics.say(f"data: of {plan.block:,} packs {plan.describe(config.data.train_folders)}")
+
+
+def _unused_weights(config: Config, start: Start) -> unused_weights.Weights:
+    """Read what files of the trained model will hold of its vision encoder beside its weights."""
+    if isinstance(start, Checkpoint):
+        return unused_weights.read(start.folder)
+    if isinstance(start, Path):
+        found = convert.refuse_other(start, config.architecture)
+        return unused_weights.of_model(start, found, dialect_of(start))
+    if start is not None and start.vision and _exports_unused(config):
+        return unused_weights.of_encoder(Path(start.vision), config.architecture.vision)
+    return {}
+
+
+def _exports_unused(config: Config) -> bool:
+    """Tell whether exports hold more of a vision encoder than the model uses."""
+    dialect = recipe(config.recipe).hub_format
+    arch = config.architecture
+    return not any(HOLDS[dialect](arch)) and bool(unused_rows(arch, dialect))
 
 
 def _export(config: Config, state: State, start: Start, groups: process_groups.Groups) -> None:

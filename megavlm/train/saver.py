@@ -23,6 +23,7 @@ from megavlm.checkpoint.async_writer import Writing
 from megavlm.checkpoint.step_folder import CONFIG_NAME, SHARDS, TOKENIZER
 from megavlm.checkpoint.train_state import State
 from megavlm.config.cli import to_yaml
+from megavlm.convert.hf import unused_weights
 from megavlm.data.store.manifest import FILE_NAME as MANIFEST_NAME
 from megavlm.io.storage import open_folder
 from megavlm.train import checkpoint
@@ -181,6 +182,7 @@ class Saver:
         (growing / CONFIG_NAME).write_text(to_yaml(config))
         for name in (MANIFEST_NAME, TOKENIZER):
             open_folder(dataset).copy(name, growing / name)
+        unused_weights.write(self._job.unused_weights, growing)
         run_state.write(self._state, growing)
         checksums.write(growing, sums)
         target = self._root / directory.step_name(self._state.step)

@@ -62,7 +62,7 @@ def test_a_recipe_gives_the_stages(
     (tmp_path / "run.yaml").write_text("recipe: mine\nstage: only\nmodel: tiny\n")
     assert parse(["--config", str(tmp_path / "run.yaml")]) == config
     assert "known are only" in refused(["--recipe", "mine", *NAMES], capsys)
-    assert "known are internvl, mine" in refused(["--recipe", "his", *NAMES], capsys)
+    assert "known are internvl, llava, mine" in refused(["--recipe", "his", *NAMES], capsys)
     assert parse(NAMES).recipe == "internvl"
 
 

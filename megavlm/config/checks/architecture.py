@@ -15,6 +15,7 @@ def architecture_problems(arch: Architecture) -> list[str]:
     sizes = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
     found = [
         *at_least(1, "architecture.vision", vision, "image_size", "patch_size", *sizes),
+        *at_least(0, "architecture.vision", vision, "unused_layers"),
         *at_least(
             1,
             "architecture.language",

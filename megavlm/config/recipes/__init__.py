@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from megavlm.config.recipes import internvl
+from megavlm.config.recipes import internvl, llava
 from megavlm.config.recipes.recipe import Recipe
 
-RECIPES: dict[str, Recipe] = {module.RECIPE.name: module.RECIPE for module in (internvl,)}
+RECIPES: dict[str, Recipe] = {module.RECIPE.name: module.RECIPE for module in (internvl, llava)}
 
 
 def recipe_of(hub_format: str) -> Recipe:

@@ -77,7 +77,7 @@ def _as_written(architecture: Architecture, dialect: Dialect) -> Architecture:
     """
     language = architecture.language
     family = written_as(language, dialect).name
-    tied = language.tied_head and dialect == "native"
+    tied = language.tied_head and dialect != "chat"
     return dataclasses.replace(
         architecture, language=dataclasses.replace(language, family=family, tied_head=tied)
     )

@@ -44,7 +44,7 @@ def _add_import(parser: argparse.ArgumentParser) -> None:
         "--hf",
         metavar="DIR",
         required=True,
-        help="Hugging Face folder, in either dialect, or the id of a model in the hub's cache",
+        help="Hugging Face folder, in any dialect, or the id of a model in the hub's cache",
     )
     parser.add_argument(
         "--out",
@@ -77,8 +77,8 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dialect",
         choices=DIALECTS,
-        help="transformers' own format (native), or OpenGVLab's InternVLChatModel (chat) (default:"
-        " that of the recipe)",
+        help="class: InternVLForConditionalGeneration (native), OpenGVLab's InternVLChatModel"
+        " (chat), LlavaForConditionalGeneration (llava) (default: that of the recipe)",
     )
     parser.add_argument(
         "--dtype",
@@ -90,6 +90,13 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         default="",
         help="folder of the tokenizer, if the checkpoint has none",
+    )
+    parser.add_argument(
+        "--vision",
+        metavar="DIR",
+        default="",
+        help="folder of the vision encoder that the model started from, if the checkpoint lacks the"
+        " weights of it that LlavaForConditionalGeneration has and training does not use",
     )
     parser.add_argument(
         "--license",

@@ -21,7 +21,7 @@ from megavlm.config.models import MODELS
 from megavlm.config.recipes import recipe, recipe_of
 from megavlm.config.schema import Architecture, Config
 from megavlm.convert.dist_checkpoint import ShardsFolder, write_shards
-from megavlm.convert.hf import model_card, preprocessing, tokenizer_files
+from megavlm.convert.hf import model_card, preprocessing, tokenizer_files, unused_weights
 from megavlm.convert.hf.hub_formats import HUB_FORMATS, dialect_of, hub_format_of
 from megavlm.convert.hf.json_files import read_json
 from megavlm.convert.hf.lazy_tensors import FullTensor, head_source, vision_tensor
@@ -31,6 +31,7 @@ from megavlm.convert.hf.safetensors_files import (
     SafetensorsFolder,
     write_safetensors,
 )
+from megavlm.convert.hf.unused_weights import WithUnused
 from megavlm.convert.weights.tables import Dialect
 from megavlm.convert.weights.views import HuggingFaceView, MegatronView
 from megavlm.data.text.tokenizer import LIKE_LLAMA, fingerprint, load_tokenizer
@@ -113,6 +114,7 @@ def export(
     dialect: Dialect | None = None,
     dtype: torch.dtype | None = None,
     tokenizer: str | Path = "",
+    vision: str | Path = "",
     licenses: Mapping[str, str] | None = None,
     shard_bytes: int = SHARD_BYTES,
     flag: str = "--out",
@@ -126,6 +128,8 @@ def export(
         dialect: to write it in; none: that of the recipe the model was trained with.
         dtype: dtype of the weights; none: as they are.
         tokenizer: folder of the tokenizer, where the checkpoint has none.
+        vision: folder of the vision encoder that the model started from, which has the weights
+            that only files hold, if the checkpoint has none.
         licenses: name of the licence of each part, for the model card.
         shard_bytes: largest size of a file of weights; a larger tensor has a file of its own.
         flag: names ``out`` in errors.
@@ -143,7 +147,13 @@ def export(
     out = Path(out)
     architecture = found.config.architecture
     source = ShardsFolder(folder / SHARDS)
-    view = HuggingFaceView(source, architecture, dtype, dialect=dialect)
+    used = HuggingFaceView(source, architecture, dtype, dialect=dialect)
+    unused = (
+        unused_weights.of_encoder(Path(vision), architecture.vision)
+        if vision
+        else unused_weights.read(folder)
+    )
+    view = WithUnused(used, architecture, dialect, unused, dtype)
     words = Path(tokenizer) if tokenizer else folder / TOKENIZER
     if not words.is_dir():
         raise FileNotFoundError(
@@ -189,6 +199,9 @@ def import_(
         (growing / CONFIG_NAME).write_text(
             to_yaml(Config(recipe=source, stage="", model=name, architecture=architecture)),
             encoding="utf-8",
+        )
+        unused_weights.write(
+            unused_weights.of_model(folder, architecture, dialect_of(folder)), growing
         )
         preprocessing.write(hub_format_of(folder).read_usage(folder), growing)
         train_state.write(State(tokenizer=words), growing)
@@ -292,7 +305,7 @@ def check(folder: str | Path) -> list[PartCheck]:
     ]
 
 
-def _main_dtype(view: HuggingFaceView) -> torch.dtype:
+def _main_dtype(view: WithUnused) -> torch.dtype:
     """Return the dtype that most elements have; config.json names one for the whole model."""
     elements: Counter[torch.dtype] = Counter()
     for header in view.headers.values():
@@ -300,7 +313,7 @@ def _main_dtype(view: HuggingFaceView) -> torch.dtype:
     return elements.most_common(1)[0][0]
 
 
-def _bytes(view: MegatronView | HuggingFaceView) -> int:
+def _bytes(view: MegatronView | HuggingFaceView | WithUnused) -> int:
     """Bytes of all tensors."""
     return sum(header.nbytes for header in view.headers.values())
 

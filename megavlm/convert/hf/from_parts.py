@@ -23,6 +23,7 @@ from megavlm.convert.hf.lazy_tensors import (
     head_source,
     vision_tensor,
 )
+from megavlm.convert.hf.llava_config import ACTIVATIONS
 from megavlm.convert.hf.model_config import architecture_from_hf, differences
 from megavlm.convert.hf.safetensors_files import SafetensorsFolder, tensor_names
 from megavlm.convert.weights.families import FAMILIES, clip, family_of, internvit
@@ -39,7 +40,6 @@ _CLIP_KINDS: dict[str, tuple[str, type]] = {
     "siglip": ("siglip", SiglipVisionConfig),
     "siglip_vision_model": ("siglip", SiglipVisionConfig),
 }
-_ACTIVATIONS = {"gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_pytorch_tanh": "gelu_tanh"}
 # Features come from before the last layer, as in LLaVA; it, what follows it, and the half that
 # reads text are left out.
 _LEFT_OUT = re.compile(
@@ -70,7 +70,7 @@ def read_model(folder: str, init: Init, default: Architecture | None = None) -> 
     known = default or Architecture()
     named = folder or init.vision
     vision = vision_from_hf(named) if named else known.vision
-    language = language_from_hf(init) if init.language else known.language
+    language = language_from_hf(init, known.image_tokens) if init.language else known.language
     if default is not None:
         return replace(default, vision=vision, language=language)
     return _compose(vision, language)
@@ -136,11 +136,12 @@ def vision_from_hf(folder: str | Path) -> Vision:
         image_size=found["image_size"],
         patch_size=found["patch_size"],
         num_layers=found["num_hidden_layers"] - 1,
+        unused_layers=1,
         hidden_size=found["hidden_size"],
         ffn_hidden_size=found["intermediate_size"],
         num_attention_heads=found["num_attention_heads"],
         layernorm_epsilon=found["layer_norm_eps"],
-        activation=_ACTIVATIONS[found["hidden_act"]],
+        activation=ACTIVATIONS[found["hidden_act"]],
         pixel_mean=mean,
         pixel_std=std,
     )
@@ -148,8 +149,8 @@ def vision_from_hf(folder: str | Path) -> Vision:
 
 def _clip_problems(found: dict[str, Any]) -> Iterator[str]:
     """Yield settings that our model does not support."""
-    if found["hidden_act"] not in _ACTIVATIONS:
-        yield f"hidden_act is {found['hidden_act']!r}, must be one of {', '.join(_ACTIVATIONS)}"
+    if found["hidden_act"] not in ACTIVATIONS:
+        yield f"hidden_act is {found['hidden_act']!r}, must be one of {', '.join(ACTIVATIONS)}"
     if found["num_hidden_layers"] < 2:
         yield (
             f"num_hidden_layers is {found['num_hidden_layers']}, must be 2 or more: features are"
@@ -158,16 +159,16 @@ def _clip_problems(found: dict[str, Any]) -> Iterator[str]:
     yield from json_files.contradictions("", found, {"num_channels": 3})
 
 
-def language_from_hf(init: Init) -> Language:
-    """Read the language model to start from, with the vocabulary that its tokenizer and InternVL's
-    special tokens need.
+def language_from_hf(init: Init, image_tokens: str = "internvl") -> Language:
+    """Read the language model to start from, with the vocabulary that its tokenizer and the special
+    tokens of images need.
 
     Raises:
         FileNotFoundError: the folder has no config.json or no tokenizer.
         ValueError: it is of no known family, or its tokenizer cannot be read.
     """
     found = _language(Path(init.language))
-    tokenizer, _ = extend_tokenizer(init)
+    tokenizer, _ = extend_tokenizer(init, image_tokens)
     return replace(found, vocab_size=max(tokenizer.get_vocab().values()) + 1)
 
 
@@ -212,9 +213,11 @@ def words_of(init: Init) -> tuple[str, str]:
     )
 
 
-def extend_tokenizer(init: Init) -> tuple[PreTrainedTokenizerBase, tuple[int, ...]]:
-    """Add InternVL's special tokens to the tokenizer of a language model; return it and the ids of
-    the tokens that it lacked.
+def extend_tokenizer(
+    init: Init, image_tokens: str = "internvl"
+) -> tuple[PreTrainedTokenizerBase, tuple[int, ...]]:
+    """Add the special tokens of images to the tokenizer of a language model; return it and the ids
+    of the tokens that it lacked.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -228,7 +231,7 @@ def extend_tokenizer(init: Init) -> tuple[PreTrainedTokenizerBase, tuple[int, ..
             " one with --init.tokenizer"
         )
     tokenizer = load_tokenizer(folder, flag)
-    return tokenizer, extend(tokenizer)
+    return tokenizer, extend(tokenizer, image_tokens)
 
 
 def refuse_other(init: Init, architecture: Architecture) -> None:
@@ -243,12 +246,12 @@ def refuse_other(init: Init, architecture: Architecture) -> None:
                 f"--init.{part} {folder}: the part there is another one than --model's:\n  {listed}"
             )
     if init.language:
-        least = language_from_hf(init).vocab_size
+        least = language_from_hf(init, architecture.image_tokens).vocab_size
         if architecture.language.vocab_size < least:
             raise ValueError(
                 f"--architecture.language.vocab_size {architecture.language.vocab_size}: the"
-                f" tokenizer of {' '.join(words_of(init))} has ids up to {least - 1}, InternVL's"
-                f" special tokens counted; use {least}"
+                f" tokenizer of {' '.join(words_of(init))} has ids up to {least - 1}, the"
+                f" special tokens of images counted; use {least}"
             )
 
 
@@ -263,7 +266,8 @@ def _found(init: Init, part: str, wanted: Architecture) -> Architecture:
         )
     vision = vision_from_hf(init.vision)
     if vision.family == wanted.vision.family != "internvit":
-        vision = replace(vision, num_layers=min(vision.num_layers + 1, wanted.vision.num_layers))
+        layers = min(vision.num_layers + vision.unused_layers, wanted.vision.num_layers)
+        vision = replace(vision, num_layers=layers)
     return replace(wanted, vision=vision)
 
 
@@ -331,7 +335,7 @@ def _serve_language(config: Config) -> Callable[[str], Served]:
     found = replace(wanted, language=language)
     source = SafetensorsFolder(folder, rename=lambda name: None if _BUFFER.search(name) else name)
     view = MegatronView(source, tuple(within(family_of(language).rows(language), "language.", "")))
-    _, new = extend_tokenizer(config.init)
+    _, new = extend_tokenizer(config.init, wanted.image_tokens)
     std = float(
         json_files.read_json(folder / json_files.FILE_NAME).get(
             "initializer_range", _INITIALIZER_RANGE

@@ -12,10 +12,17 @@ from typing import Any, Protocol
 import torch
 
 from megavlm.config.schema import Architecture
-from megavlm.convert.hf import chat_config, native_config, preprocessing, processor
+from megavlm.convert.hf import (
+    chat_config,
+    llava_config,
+    llava_processor,
+    native_config,
+    preprocessing,
+    processor,
+)
 from megavlm.convert.hf.json_files import FILE_NAME, read_json
 from megavlm.convert.hf.preprocessing import Usage
-from megavlm.convert.weights.tables import Dialect, name_on_disk
+from megavlm.convert.weights.tables import Dialect, llava_name_on_disk, name_on_disk
 
 
 class ReadArchitecture(Protocol):
@@ -51,7 +58,8 @@ class HubFormat:
         read_architecture: reads config.json, see ``native_config.read``.
         read_usage: reads conversation template and tile limits from a folder.
         write_files: see ``processor.write_native``.
-        name_on_disk: gives the name of a weight in files of the format for a name in the folder.
+        name_on_disk: gives the name of a weight in files of the format for a name in the folder;
+            None: it is no weight.
     """
 
     class_name: str
@@ -60,7 +68,7 @@ class HubFormat:
     read_architecture: ReadArchitecture
     read_usage: Callable[[Path], Usage]
     write_files: WriteFiles
-    name_on_disk: Callable[[str], str]
+    name_on_disk: Callable[[str], str | None]
 
 
 # By the dialect that names the weights, see ``convert/weights/tables``.
@@ -82,6 +90,15 @@ HUB_FORMATS: dict[Dialect, HubFormat] = {
         read_usage=preprocessing.of_chat,
         write_files=processor.write_chat,
         name_on_disk=str,
+    ),
+    "llava": HubFormat(
+        class_name=llava_config.CLASS_NAME,
+        model_type=llava_config.MODEL_TYPE,
+        is_in_transformers=True,
+        read_architecture=llava_config.read,
+        read_usage=llava_processor.read_usage,
+        write_files=llava_processor.write,
+        name_on_disk=llava_name_on_disk,
     ),
 }
 

@@ -96,7 +96,7 @@ def write(
     sections = [
         _front(licenses),
         f"# {name}\n\nA vision-language model, exported by megavlm {__version__}"
-        f" as `{dialect}`.\n\n{_NATIVE if dialect == 'native' else _CHAT}",
+        f" as `{dialect}`.\n\n{_CHAT if dialect == 'chat' else _NATIVE}",
         "## Parts\n\n" + "\n".join(_parts(checkpoint, headers)),
         "## Training\n\n" + "\n".join(_training(checkpoint, manifest)),
     ]
@@ -217,9 +217,10 @@ def _usage(usage: Usage, dialect: Dialect) -> Iterator[str]:
         extra = ", and a thumbnail" if usage.thumbnail else ""
         yield f"- tiles of an image: {usage.min_tiles} to {usage.max_tiles}{extra}"
     else:
-        padded = ", padded to a square" if usage.tiling == "pad" else ""
+        squares = {"pad": ", padded to a square", "crop": ", the square in the image's middle"}
+        padded = squares.get(usage.tiling, "")
         yield f"- tiles of an image: 1{padded}"
-    if dialect == "native":
+    if dialect == "native":  # LLaVA's image processor can do all that its packs do
         yield from (f"- limit of the image processor: {text}" for text in usage.lost_in_native)
 
 

@@ -19,7 +19,7 @@ from megavlm.data.text.tokenizer import (
     IMAGE_CONTEXT,
     IMAGE_END,
     IMAGE_START,
-    SPECIAL_TOKENS,
+    IMAGE_TOKEN_SETS,
     first_tokens,
     load_tokenizer,
 )
@@ -67,7 +67,8 @@ def token_ids(folder: Path, architecture: Architecture, template: str) -> TokenI
     known = tokenizer.get_vocab()
     row = FORMATS.get(template)
     markers = row.markers if row else ()
-    missing = [token for token in (*SPECIAL_TOKENS, *markers) if token not in known]
+    images = IMAGE_TOKEN_SETS[architecture.image_tokens]
+    missing = [token for token in (*images.added, *markers) if token not in known]
     if missing:
         raise ValueError(
             f"--tokenizer {folder}: lacks {', '.join(missing)}; take the folder tokenizer/ of the"
@@ -88,7 +89,7 @@ def token_ids(folder: Path, architecture: Architecture, template: str) -> TokenI
         raise ValueError(f"--tokenizer {folder}: has no eos_token, which ends an answer")
     pad = end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     begin = pad if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    return TokenIds(image=known[IMAGE_CONTEXT], begin=begin, end=end, pad=pad)
+    return TokenIds(image=known[images.context], begin=begin, end=end, pad=pad)
 
 
 def write_native(
@@ -107,8 +108,8 @@ def write_native(
     Raises:
         ValueError: tokenizer and model do not fit, or the class has no such model.
     """
-    ids = _write_generation(folder, tokenizer, architecture, usage)
-    template = _template(tokenizer, usage, with_images=True)
+    ids = write_generation(folder, tokenizer, architecture, usage)
+    template = chat_template(tokenizer, usage, with_images=True)
     if template is None:
         raise ValueError(
             f"--dialect native: the model's template {usage.template!r} is not one of"
@@ -132,7 +133,7 @@ def write_chat(
     """Write everything but weights, as OpenGVLab's ``InternVLChatModel`` and the programs that load
     it read it; arguments and errors as of ``write_native``.
     """
-    ids = _write_generation(folder, tokenizer, architecture, usage)
+    ids = write_generation(folder, tokenizer, architecture, usage)
     settings = chat_config.write(
         architecture,
         dtype=dtype,
@@ -141,7 +142,7 @@ def write_chat(
     )
     write_json(folder / FILE_NAME, settings)
     # transformers before 4.43 reads the template from tokenizer_config.json alone.
-    template = _template(tokenizer, usage, with_images=False)
+    template = chat_template(tokenizer, usage, with_images=False)
     tokenizer_files.write(tokenizer, folder, {"chat_template": template} if template else {})
     side = architecture.vision.image_size
     vision = architecture.vision
@@ -160,7 +161,7 @@ def write_chat(
     write_json(folder / IMAGE_PROCESSOR_NAME, image_processor)
 
 
-def _write_generation(
+def write_generation(
     folder: Path, tokenizer: Path, architecture: Architecture, usage: Usage
 ) -> TokenIds:
     """Write the settings of ``generate``, and return the tokens that they name."""
@@ -169,7 +170,9 @@ def _write_generation(
     return ids
 
 
-def _template(tokenizer: Path, usage: Usage, *, with_images: bool) -> str | None:
+def chat_template(
+    tokenizer: Path, usage: Usage, *, with_images: bool, image: str = IMAGE_CONTEXT
+) -> str | None:
     """Return the chat template: that of the packs' conversation template, unless the model was not
     trained here and its tokenizer has one (that knows images, if it must); None if neither exists.
     """
@@ -179,11 +182,7 @@ def _template(tokenizer: Path, usage: Usage, *, with_images: bool) -> str | None
         if own.is_file()
         else _tokenizer_settings(tokenizer).get("chat_template")
     )
-    keeps = (
-        isinstance(found, str)
-        and not usage.is_trained
-        and (IMAGE_CONTEXT in found or not with_images)
-    )
+    keeps = isinstance(found, str) and not usage.is_trained and (image in found or not with_images)
     if keeps:
         return found
     if usage.template not in FORMATS:

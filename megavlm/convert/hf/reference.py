@@ -5,28 +5,27 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+import transformers
 from torch import nn
 
 from megavlm.convert.hf.hub_formats import hub_format_of
 
 
 def load_reference(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """``InternVLForConditionalGeneration`` with the weights of a Hugging Face folder, ready to be
-    called, on the CPU.
+    """Load the model of a Hugging Face folder in the class of its format, such as
+    ``InternVLForConditionalGeneration``, ready to be called, on the CPU.
 
     Raises:
         ValueError: there is no such model, or it is in the chat dialect, which transformers does
             not read by itself.
     """
-    from transformers import InternVLForConditionalGeneration
-
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder}: no Hugging Face model is there (config.json is missing)")
-    if not hub_format_of(folder).is_in_transformers:
+    row = hub_format_of(folder)
+    if not row.is_in_transformers:
         raise ValueError(
             f"{folder}: in OpenGVLab's format, which transformers does not read by itself; export"
             " it with --dialect native"
         )
-    return InternVLForConditionalGeneration.from_pretrained(
-        folder, dtype=dtype, local_files_only=True
-    ).eval()
+    form = getattr(transformers, row.class_name)
+    return form.from_pretrained(folder, dtype=dtype, local_files_only=True).eval()

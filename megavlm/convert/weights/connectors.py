@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from megavlm.config.schema import Architecture
 from megavlm.convert.weights.mapping import Row, linear, norm
+from megavlm.convert.weights.transforms import BesideIdentity
 
 
 def mlp_rows(architecture: Architecture, names: tuple[str, str, str]) -> list[Row]:
@@ -18,3 +19,15 @@ def mlp_rows(architecture: Architecture, names: tuple[str, str, str]) -> list[Ro
         *linear("mlp.linear_fc1", (names[1],), (width, features)),
         *linear("mlp.linear_fc2", (names[2],), (width, width)),
     ]
+
+
+def llava_rows(architecture: Architecture) -> list[Row]:
+    """List the weights of LLaVA's connectors. ``LlavaForConditionalGeneration`` always has two
+    linear layers: behind the one of the connector ``linear`` stands an identity.
+    """
+    names = ("linear_1", "linear_2")
+    if architecture.connector.kind == "mlp":
+        return mlp_rows(architecture, ("", *names))
+    width = architecture.language.hidden_size
+    shape = (width, architecture.vision.hidden_size)
+    return linear("linear", names, shape, BesideIdentity(width))

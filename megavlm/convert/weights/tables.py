@@ -1,57 +1,75 @@
 """The table of weights: which tensor of megatron-core is which of Hugging Face's. It is read in
 both directions.
 
-Two dialects are known: ``native``, the names of ``InternVLForConditionalGeneration`` of
-transformers, and ``chat``, those of ``InternVLChatModel``, in which OpenGVLab publishes its models.
+Three dialects are known: ``native``, the names of ``InternVLForConditionalGeneration`` of
+transformers, ``chat``, those of ``InternVLChatModel``, in which OpenGVLab publishes its models, and
+``llava``, those of ``LlavaForConditionalGeneration``.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal, get_args
 
 from megavlm.config.exports import HOLDS
-from megavlm.config.schema import Architecture, Language
-from megavlm.convert.weights.connectors import mlp_rows
-from megavlm.convert.weights.families import FAMILIES, internvit, written_as
+from megavlm.config.schema import Architecture, Language, Vision
+from megavlm.convert.weights.connectors import llava_rows, mlp_rows
+from megavlm.convert.weights.families import FAMILIES, clip, internvit, written_as
 from megavlm.convert.weights.mapping import Row, within
 from megavlm.convert.weights.transforms import Shape
 
-Dialect = Literal["native", "chat"]
+Dialect = Literal["native", "chat", "llava"]
 DIALECTS: tuple[Dialect, ...] = get_args(Dialect)
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Names:
-    """What a dialect calls the parts of the model, and the layers of the connector; and whether
-    files hold a tied head as a tensor of its own.
+    """What a dialect calls the weights of the model.
+
+    Args:
+        vision: what the names of the vision encoder begin with.
+        vision_rows: lists its weights.
+        connector: what the names of the connector begin with.
+        connector_rows: lists its weights.
+        unused_rows: lists what files hold of the vision encoder beside the weights of the model.
+        copies_tied_head: whether files hold a tied head as a tensor of its own.
     """
 
     vision: str
-    vision_names: internvit.Names
+    vision_rows: Callable[[Vision], list[Row]]
     connector: str
-    connector_layers: tuple[str, str, str]
-    copies_tied_head: bool
+    connector_rows: Callable[[Architecture], list[Row]]
+    unused_rows: Callable[[Vision], list[Row]] | None = None
+    copies_tied_head: bool = False
 
 
 _NAMES: dict[Dialect, _Names] = {
     "native": _Names(
         vision="vision_tower.",
-        vision_names=internvit.NATIVE,
+        vision_rows=partial(internvit.rows, names=internvit.NATIVE),
         connector="multi_modal_projector.",
-        connector_layers=("layer_norm", "linear_1", "linear_2"),
-        copies_tied_head=False,
+        connector_rows=partial(mlp_rows, names=("layer_norm", "linear_1", "linear_2")),
     ),
     "chat": _Names(
         vision="vision_model.",
-        vision_names=internvit.CHAT,
+        vision_rows=partial(internvit.rows, names=internvit.CHAT),
         connector="mlp1.",
-        connector_layers=("0", "1", "3"),
+        connector_rows=partial(mlp_rows, names=("0", "1", "3")),
         copies_tied_head=True,
+    ),
+    "llava": _Names(
+        vision="vision_tower.vision_model.",
+        vision_rows=clip.rows,
+        connector="multi_modal_projector.",
+        connector_rows=llava_rows,
+        unused_rows=clip.unused_rows,
     ),
 }
 _LANGUAGE = "language_model."
+_LLAVA_BUFFER = re.compile(r"\.(rotary_emb\.inv_freq|embeddings\.position_ids)$")
 EMBEDDING_KEY = "language.embedding.word_embeddings.weight"
 HEAD_KEY = "language.output_layer.weight"
 # In memory transformers names weights so; files carry the names on the right, but some programs
@@ -73,6 +91,16 @@ def name_on_disk(name: str) -> str:
     return name
 
 
+def llava_name_on_disk(name: str) -> str | None:
+    """Return the name that the files of published LLaVA models give to a weight, also for a name
+    that transformers 5 writes or uses in memory; None for a buffer of older versions.
+    """
+    if _LLAVA_BUFFER.search(name):
+        return None
+    found = name_on_disk(name)
+    return re.sub(r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model.", found)
+
+
 def rows(architecture: Architecture, dialect: Dialect = "native") -> tuple[Row, ...]:
     """Every weight of the model.
 
@@ -85,10 +113,20 @@ def rows(architecture: Architecture, dialect: Dialect = "native") -> tuple[Row, 
     names = _NAMES[dialect]
     language = architecture.language
     return (
-        *within(internvit.rows(architecture.vision, names.vision_names), "vision.", names.vision),
-        *within(mlp_rows(architecture, names.connector_layers), "connector.", names.connector),
+        *within(names.vision_rows(architecture.vision), "vision.", names.vision),
+        *within(names.connector_rows(architecture), "connector.", names.connector),
         *within(written_as(language, dialect).rows(language), "language.", _LANGUAGE),
     )
+
+
+def unused_rows(architecture: Architecture, dialect: Dialect) -> tuple[Row, ...]:
+    """List what files of a dialect hold beside the weights of the model, with keys as in a folder
+    of the vision encoder alone.
+    """
+    names = _NAMES[dialect]
+    if names.unused_rows is None:
+        return ()
+    return tuple(within(names.unused_rows(architecture.vision), "", names.vision))
 
 
 def copied_head(architecture: Architecture, dialect: Dialect) -> tuple[Row, ...]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -21,6 +22,9 @@ class Operation(ABC):
     """An invertible operation between one tensor of megatron-core and one or more of Hugging
     Face's.
     """
+
+    checks_parts: ClassVar[bool] = False
+    """Whether joining raises ValueError for some tensors, so that it is tried before others."""
 
     @property
     def moves_rows(self) -> bool:
@@ -240,3 +244,43 @@ class Reshaped(Operation):
     def part_shapes(self, whole: Shape) -> tuple[Shape, ...]:
         """Return Hugging Face's shape."""
         return (self.part,)
+
+
+@dataclass(frozen=True)
+class BesideIdentity(Operation):
+    """A linear layer, weight or bias, beside a second one that changes nothing: an identity matrix,
+    or zeros.
+
+    Args:
+        size: rows of both.
+    """
+
+    size: int
+    checks_parts: ClassVar[bool] = True
+
+    def split(self, whole: Tensor) -> tuple[Tensor, ...]:
+        """Return the tensor, and the second layer's."""
+        return whole, self._nothing(whole)
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        """Return the first tensor.
+
+        Raises:
+            ValueError: the second layer does change something.
+        """
+        if not torch.equal(parts[1], self._nothing(parts[1])):
+            raise ValueError(
+                "the connector's second layer is no identity, and nothing stands between it and the"
+                " first (projector_hidden_act linear): no connector here computes that"
+            )
+        return parts[0]
+
+    def part_shapes(self, whole: Shape) -> tuple[Shape, ...]:
+        """Return the shapes of both."""
+        return whole, (self.size, self.size) if len(whole) == 2 else (self.size,)
+
+    def _nothing(self, like: Tensor) -> Tensor:
+        """Return the second layer's tensor, in the dtype and with the axes of another."""
+        if like.dim() == 1:
+            return torch.zeros(self.size, dtype=like.dtype)
+        return torch.eye(self.size, dtype=like.dtype)

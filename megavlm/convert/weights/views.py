@@ -19,7 +19,7 @@ from megavlm.config.schema import Architecture
 from megavlm.convert.weights import byte_ranges
 from megavlm.convert.weights.byte_ranges import Range, Run
 from megavlm.convert.weights.mapping import Row
-from megavlm.convert.weights.tables import Dialect, copied_head, rows
+from megavlm.convert.weights.tables import Dialect, copied_head, rows, unused_rows
 from megavlm.convert.weights.transforms import Shape
 
 _LISTED = 8
@@ -71,22 +71,25 @@ class MegatronView(Mapping[str, Tensor]):
 
     Args:
         source: Hugging Face's tensors.
-        model: what they must be: a whole model, or the rows of one of its parts.
+        model: what they must be: a whole model, beside which unused layers stand, or the rows of
+            one of its parts.
         dialect: that names those of a whole model.
 
     Raises:
         ValueError: a tensor is missing, left over, of another shape, or not of floating-point
-            numbers; each is named.
+            numbers; each is named. Or one cannot be joined.
     """
 
     def __init__(
         self, source: Tensors, model: Architecture | Sequence[Row], dialect: Dialect = "native"
     ):
-        table = rows(model, dialect) if isinstance(model, Architecture) else model
-        wrong = _compare({name for row in table for name in row.names}, source.headers)
+        is_whole = isinstance(model, Architecture)
+        table = rows(model, dialect) if is_whole else model
+        listed = (*table, *unused_rows(model, dialect)) if is_whole else table
+        wrong = _compare({name for row in listed for name in row.names}, source.headers)
         for name, shape in (
             (name, shape)
-            for row in table
+            for row in listed
             for name, shape in zip(row.names, row.part_shapes, strict=True)
         ):
             if name in source.headers and source.headers[name].shape != shape:
@@ -102,6 +105,9 @@ class MegatronView(Mapping[str, Tensor]):
         self._source = source
         self._rows = {row.key: row for row in table}
         self.headers = {row.key: Header(row.shape, _joint_dtype(source, row)) for row in table}
+        for row in table:
+            if row.operation.checks_parts:
+                self[row.key]  # raises what would otherwise come in the middle of a job
 
     def __getitem__(self, key: str) -> Tensor:
         row = self._rows[key]

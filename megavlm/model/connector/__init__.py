@@ -14,6 +14,7 @@ from megatron.core.transformer import MegatronModule
 
 from megavlm.config.connectors import CONNECTORS, Connector, ConnectorSizes, Ends
 from megavlm.config.schema import Config
+from megavlm.model.connector.linear import LinearConnector
 from megavlm.model.connector.mlp import MlpConnector
 from megavlm.model.specs import Kernels
 
@@ -22,7 +23,7 @@ ConnectorModule = Callable[[Config, Kernels, ProcessGroupCollection], MegatronMo
 vision encoder.
 """
 
-MODULES: dict[str, ConnectorModule] = {"mlp": MlpConnector}
+MODULES: dict[str, ConnectorModule] = {"mlp": MlpConnector, "linear": LinearConnector}
 
 
 def register(

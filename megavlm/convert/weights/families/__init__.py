@@ -52,4 +52,4 @@ def written_as(language: Language, dialect: str) -> Family:
         ValueError: see ``family_of``.
     """
     family = family_of(language)
-    return FAMILIES[(family.native if dialect == "native" else family.chat) or family.name]
+    return FAMILIES[(family.chat if dialect == "chat" else family.native) or family.name]

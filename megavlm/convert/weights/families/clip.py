@@ -6,6 +6,8 @@ Shape letters: D hidden size, M hidden size of the MLP, p pixels along a patch, 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from megavlm.config.schema import Vision
 from megavlm.convert.weights.mapping import Row, layers, linear, norm
 from megavlm.convert.weights.transforms import GroupedQKV, Padded, Reshaped
@@ -48,6 +50,21 @@ def rows(vision: Vision) -> list[Row]:
         ),
         *layers(_layer(vision), "encoder.layers.{}.", "encoder.layers.{}.", vision.num_layers),
     ]
+
+
+def unused_rows(vision: Vision) -> list[Row]:
+    """Build the table of the layers behind those that exist, and of the norm behind all of them, as
+    the files have them; they are tensors of no model here.
+    """
+    everything = replace(vision, num_layers=vision.num_layers + vision.unused_layers)
+    used = {name for row in rows(vision) for name in row.names}
+    parts = [
+        Row(name, (name,), shape)
+        for row in rows(everything)
+        for name, shape in zip(row.names, row.part_shapes, strict=True)
+        if name not in used
+    ]
+    return [*parts, *norm("post_layernorm.", "post_layernorm", vision.hidden_size, "LayerNorm")]
 
 
 def _layer(vision: Vision) -> list[Row]:

@@ -27,8 +27,8 @@ class Family:
             compute something else.
         has_head_dim: whether config.json states the width of a head; otherwise it is hidden_size /
             num_attention_heads.
-        native: family whose names and settings are used inside
-            ``InternVLForConditionalGeneration``; empty: this one.
+        native: family whose names and settings are used inside classes of transformers; empty: this
+            one.
         chat: the same for ``InternVLChatModel``.
     """
 

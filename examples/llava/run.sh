@@ -1,0 +1,61 @@
+#!/usr/bin/env bash
+# LLaVA 1.5 from its parts: bash run.sh pack | 1 | 2 [option...]. `pack` runs on one node; the others run on every node of the job. Options
+# after the stage go to the trainer (to the packer, for `pack`): bash run.sh 1 --parallel.tensor_model_parallel_size 2
+#
+#   export VISION=clip-vit-large-patch14-336/ LANGUAGE=vicuna-7b-v1.5/
+#   DATA=/data bash examples/llava/run.sh pack
+#   bash examples/llava/run.sh 1 && bash examples/llava/run.sh 2                        one node of 8 GPUs
+#   NNODES=2 MASTER_ADDR=node0 JOB_ID=7 bash examples/llava/run.sh 1                    the same on each of 2 nodes
+#   sbatch --nodes 2 examples/llava/slurm.sh 1                                          what a cluster with Slurm does
+#
+# VISION LANGUAGE  folders of CLIP and of the language model with its tokenizer, as they are published
+# DATA        holds blip_laion_cc_sbu_558k.json with images/, and llava_v1_5_mix665k.json with the image folders that it names
+# TEMPLATE    of stage 2: llava_v1 (Vicuna, Llama, Mistral), or llava_chatml for language models that end an answer with <|im_end|>
+# PACKS RUNS  where packs and checkpoints go
+# NNODES MASTER_ADDR MASTER_PORT JOB_ID GPUS_PER_NODE  as in examples/internvl2_5_8b/run.sh
+#
+# A run that is started again goes on from its last checkpoint. Nothing here was measured on a GPU.
+set -euo pipefail
+here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+root="$here/../.."
+PACKS="${PACKS:-packs/llava}"
+RUNS="${RUNS:-runs/llava}"
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}"
+
+stage="${1:-}"
+shift || true
+options=("$@")
+
+# pack NAME FILE ROOT OPTION...
+pack() {
+    local name="$1" file="$2" images="$3"
+    shift 3
+    if [[ ! -f "$PACKS/$name/manifest.json" ]]; then
+        python "$root/tools/pack_dataset.py" --model "${VISION:?name the folder of CLIP}" --tokenizer "${LANGUAGE:?name the language model}" \
+            --jsonl "$file" --root "$images" --truncate 2048 --out "$PACKS/$name" "$@" "${options[@]}"
+    fi
+}
+
+# train NAME OPTION...: a stage, on this node's share of the job.
+train() {
+    local name="$1"
+    shift
+    exec torchrun --nnodes "${NNODES:-1}" --nproc_per_node "${GPUS_PER_NODE:-8}" --max_restarts 0 \
+        --rdzv_backend c10d --rdzv_endpoint "${MASTER_ADDR:-127.0.0.1}:${MASTER_PORT:-29500}" --rdzv_id "${JOB_ID:-llava}" \
+        "$root/pretrain_vlm.py" --recipe llava --data.train "$PACKS/$name" --checkpoint.save "$RUNS/$name" \
+        --checkpoint.export_hf "$RUNS/$name-hf" "$@" "${options[@]}"
+}
+
+case "$stage" in
+    pack)
+        : "${DATA:?name the folder of the annotation files}"
+        pack stage1 "$DATA/blip_laion_cc_sbu_558k.json" "$DATA/images" --template llava_plain --tiling crop --capacity 4864
+        pack stage2 "$DATA/llava_v1_5_mix665k.json" "$DATA" --template "${TEMPLATE:-llava_v1}" --tiling pad --capacity 4096
+        ;;
+    1) train stage1 --stage 1 --init.vision "${VISION:?name the folder of CLIP}" --init.language "${LANGUAGE:?name the language model}" ;;
+    2) train stage2 --stage 2 --model "$RUNS/stage1-hf" --checkpoint.load "$RUNS/stage1" ;;
+    *)
+        echo "usage: bash run.sh pack | 1 | 2 [option...]" >&2
+        exit 2
+        ;;
+esac

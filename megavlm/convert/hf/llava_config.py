@@ -1,0 +1,159 @@
+"""config.json of ``LlavaForConditionalGeneration``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlavaConfig
+
+from megavlm.config.connectors import LLAVA, Connector
+from megavlm.config.schema import Architecture, Vision
+from megavlm.convert.hf import json_files as shared
+from megavlm.convert.hf import language_config
+from megavlm.convert.weights.families import written_as
+
+CLASS_NAME = "LlavaForConditionalGeneration"
+MODEL_TYPE = "llava"
+ACTIVATIONS = {"gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_pytorch_tanh": "gelu_tanh"}
+"""What transformers calls the activations of CLIP and SigLIP, and what we call them."""
+# By the kind of connector: the activation between the two linear layers that files always have.
+_CONNECTORS = {"gelu": LLAVA, "linear": Connector(kind="linear", pixel_shuffle=1, norm=False)}
+_FIXED: dict[str, dict[str, Any]] = {
+    "": {"vision_feature_select_strategy": "default", "multimodal_projector_bias": True},
+    "vision_config": {"model_type": "clip_vision_model", "num_channels": 3},
+}
+
+
+def read(raw: dict[str, Any], folder: Path, *, has_head: bool | None) -> Architecture:
+    """Read the architecture; arguments and errors as in ``native_config``."""
+    path = folder / shared.FILE_NAME
+    if "text_config" not in raw:
+        raise ValueError(
+            f"{path}: has no text_config; it is of LLaVA's own code, and only folders of"
+            f" transformers' {CLASS_NAME} are read"
+        )
+    try:
+        settings = LlavaConfig.from_dict(raw).to_dict()  # fills in what the file leaves out
+    except Exception as error:  # transformers' checks raise errors of many kinds
+        raise ValueError(
+            f"{path}: transformers cannot read it: {' '.join(str(error).split()):.300}"
+        ) from None
+    shared.refuse(path, list(_problems(settings)))
+    mean, std = shared.normalisation(folder)
+    tied = settings["tie_word_embeddings"] or settings["text_config"].get("tie_word_embeddings")
+    return Architecture(
+        vision=_vision(settings["vision_config"], settings["vision_feature_layer"], mean, std),
+        language=language_config.read(
+            settings["text_config"], tied_head=bool(tied) and not has_head
+        ),
+        connector=_CONNECTORS[settings["projector_hidden_act"]],
+        image_tokens="llava",
+    )
+
+
+def _problems(settings: dict[str, Any]) -> Iterator[str]:
+    """Yield settings that our model does not support."""
+    vision = settings["vision_config"]
+    for section, fixed in _FIXED.items():
+        yield from shared.contradictions(section, settings[section] if section else settings, fixed)
+    if settings["projector_hidden_act"] not in _CONNECTORS:
+        yield (
+            f"projector_hidden_act is {settings['projector_hidden_act']!r}, must be one of"
+            f" {', '.join(_CONNECTORS)}"
+        )
+    if vision.get("hidden_act") not in ACTIVATIONS:
+        yield (
+            f"vision_config.hidden_act is {vision.get('hidden_act')!r}, must be one of"
+            f" {', '.join(ACTIVATIONS)}"
+        )
+    layer = settings["vision_feature_layer"]
+    if not isinstance(layer, int):
+        yield f"vision_feature_layer is {layer}, must be one layer"
+    elif not 1 <= _layers(vision, layer) <= vision["num_hidden_layers"]:
+        yield (
+            f"vision_feature_layer is {layer}, must be one of the"
+            f" {vision['num_hidden_layers']} layers of vision_config"
+        )
+    yield from language_config.problems(settings["text_config"], "text_config")
+
+
+def _layers(vision: dict[str, Any], feature_layer: int) -> int:
+    """Count the layers that features go through. ``feature_layer`` is an entry of a list that the
+    embeddings begin and the last layer ends.
+    """
+    below_zero = vision["num_hidden_layers"] + 1 if feature_layer < 0 else 0
+    return feature_layer + below_zero
+
+
+def _vision(
+    settings: dict[str, Any], feature_layer: int, mean: tuple[float, ...], std: tuple[float, ...]
+) -> Vision:
+    """Read the vision encoder."""
+    layers = _layers(settings, feature_layer)
+    return Vision(
+        family="clip",
+        image_size=settings["image_size"],
+        patch_size=settings["patch_size"],
+        num_layers=layers,
+        unused_layers=settings["num_hidden_layers"] - layers,
+        hidden_size=settings["hidden_size"],
+        ffn_hidden_size=settings["intermediate_size"],
+        num_attention_heads=settings["num_attention_heads"],
+        layernorm_epsilon=settings["layer_norm_eps"],
+        activation=ACTIVATIONS[settings["hidden_act"]],
+        pixel_mean=mean,
+        pixel_std=std,
+    )
+
+
+def write(
+    architecture: Architecture,
+    *,
+    dtype: torch.dtype,
+    image_token_id: int,
+    bos_token_id: int,
+    eos_token_id: int,
+    pad_token_id: int,
+) -> dict[str, Any]:
+    """Build the content of config.json; arguments as in ``native_config``."""
+    vision = architecture.vision
+    language = architecture.language
+    kind = architecture.connector.kind
+    return {
+        "architectures": [CLASS_NAME],
+        "model_type": MODEL_TYPE,
+        "dtype": str(dtype).removeprefix("torch."),
+        "image_token_index": image_token_id,
+        "image_seq_length": architecture.placeholders_per_tile,
+        "projector_hidden_act": next(
+            name for name, settings in _CONNECTORS.items() if settings.kind == kind
+        ),
+        "vision_feature_layer": -1 - vision.unused_layers,
+        "pad_token_id": pad_token_id,
+        "tie_word_embeddings": language.tied_head,
+        **_FIXED[""],
+        "vision_config": {
+            **_FIXED["vision_config"],
+            "image_size": vision.image_size,
+            "patch_size": vision.patch_size,
+            "num_hidden_layers": vision.num_layers + vision.unused_layers,
+            "hidden_size": vision.hidden_size,
+            "intermediate_size": vision.ffn_hidden_size,
+            "num_attention_heads": vision.num_attention_heads,
+            "layer_norm_eps": vision.layernorm_epsilon,
+            "hidden_act": next(
+                name for name, ours in ACTIVATIONS.items() if ours == vision.activation
+            ),
+            "projection_dim": vision.hidden_size,
+        },
+        "text_config": language_config.write(
+            language,
+            written_as(language, "llava"),
+            bos_token_id=bos_token_id,
+            eos_token_id=eos_token_id,
+            pad_token_id=pad_token_id,
+        ),
+    }

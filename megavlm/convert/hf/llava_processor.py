@@ -1,0 +1,100 @@
+"""Everything in a folder of ``LlavaForConditionalGeneration`` but the weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megavlm.config.schema import Architecture
+from megavlm.convert.hf import llava_config, tokenizer_files
+from megavlm.convert.hf.json_files import FILE_NAME, IMAGE_PROCESSOR_NAME, read_json, write_json
+from megavlm.convert.hf.preprocessing import Usage
+from megavlm.convert.hf.processor import chat_template, write_generation
+from megavlm.data.text.templates import FORMATS
+from megavlm.data.text.tokenizer import IMAGE_TOKEN_SETS
+
+_BICUBIC = 3
+_PROCESSOR = "LlavaProcessor"
+_TEMPLATE = "llava_v1"
+
+
+def read_usage(folder: Path) -> Usage:
+    """Read how a model is to be used: LLaVA 1.5's conversations, and one tile an image, padded if
+    the image processor says so.
+    """
+    settings: dict[str, Any] = {}
+    if (folder / IMAGE_PROCESSOR_NAME).is_file():
+        settings = read_json(folder / IMAGE_PROCESSOR_NAME)
+    elif (folder / "processor_config.json").is_file():
+        settings = read_json(folder / "processor_config.json").get("image_processor", {})
+    return Usage(
+        template=_TEMPLATE,
+        system_message=FORMATS[_TEMPLATE].system_message,
+        min_tiles=1,
+        max_tiles=1,
+        thumbnail=False,
+        tiling="pad" if settings.get("do_pad") else "crop",
+    )
+
+
+def write(
+    folder: Path, tokenizer: Path, architecture: Architecture, usage: Usage, dtype: torch.dtype
+) -> None:
+    """Write everything but weights, as ``AutoProcessor`` and ``LlavaForConditionalGeneration`` read
+    it; arguments and errors as of ``processor.write_native``.
+    """
+    if "</s>" not in _vocabulary(tokenizer) and usage.template == _TEMPLATE:
+        # Imported with a language model that ends answers otherwise; its chat template is kept.
+        usage = Usage(**(vars(usage) | {"template": ""}))
+    ids = write_generation(folder, tokenizer, architecture, usage)
+    context = IMAGE_TOKEN_SETS[architecture.image_tokens].context
+    settings = llava_config.write(architecture, dtype=dtype, image_token_id=ids.image, **ids.text)
+    write_json(folder / FILE_NAME, settings)
+    entries = {
+        "extra_special_tokens": {"image_token": context},
+        "processor_class": _PROCESSOR,
+    }
+    tokenizer_files.write(tokenizer, folder, entries)
+    template = chat_template(tokenizer, usage, with_images=True, image=context)
+    if template is not None:
+        (folder / tokenizer_files.TEMPLATE_NAME).write_text(template, encoding="utf-8")
+    write_json(folder / IMAGE_PROCESSOR_NAME, _image_processor(architecture, usage))
+    processor = {
+        "processor_class": _PROCESSOR,
+        "patch_size": architecture.vision.patch_size,
+        "vision_feature_select_strategy": "default",
+        "image_token": context,
+        "num_additional_image_tokens": 1,  # the class token, which features leave out
+    }
+    write_json(folder / "processor_config.json", processor)
+
+
+def _vocabulary(tokenizer: Path) -> dict[str, int]:
+    """Return the tokens of a tokenizer and their ids."""
+    from megavlm.data.text.tokenizer import load_tokenizer
+
+    return load_tokenizer(tokenizer).get_vocab()
+
+
+def _image_processor(architecture: Architecture, usage: Usage) -> dict[str, Any]:
+    """Return the settings of the image processor: the one that pads to squares is LLaVA's own."""
+    side = architecture.vision.image_size
+    pads = usage.tiling == "pad"
+    return {
+        "image_processor_type": "LlavaImageProcessor" if pads else "CLIPImageProcessor",
+        "processor_class": _PROCESSOR,
+        "do_convert_rgb": True,
+        **({"do_pad": True} if pads else {}),
+        "do_resize": True,
+        "size": {"shortest_edge": side},
+        "do_center_crop": True,
+        "crop_size": {"height": side, "width": side},
+        "resample": _BICUBIC,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(architecture.vision.pixel_mean),
+        "image_std": list(architecture.vision.pixel_std),
+    }

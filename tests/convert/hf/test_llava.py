@@ -1,0 +1,181 @@
+"""LLaVA models, there and back: every tensor returns, those that no model here uses included."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+from megavlm.config.cli import from_yaml
+from megavlm.convert.hf import convert, unused_weights
+from megavlm.convert.hf.json_files import read_json, write_json
+from megavlm.convert.hf.model_config import architecture_from_hf
+from megavlm.convert.weights.tables import llava_name_on_disk
+from megavlm.data.text.tokenizer import add_special_tokens, load_tokenizer
+from tests.convert.llava_models import KINDS, SMALL, make_llava
+from tests.convert.models import load_all
+
+GOLDEN = Path(__file__).parents[2] / "golden" / "llava_tokenizer"
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("words")
+    tokenizer = load_tokenizer(GOLDEN)
+    add_special_tokens(tokenizer, "llava")
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def renamed(folder: Path, out: Path, change) -> Path:
+    """Write a folder again with other names of its weights."""
+    out.mkdir()
+    save_file(
+        {change(name): tensor for name, tensor in load_all(folder).items()},
+        out / "model.safetensors",
+        {"format": "pt"},
+    )
+    for name in ("config.json", "preprocessor_config.json"):
+        (out / name).write_bytes((folder / name).read_bytes())
+    return out
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_import_then_export_is_bit_identical(tmp_path: Path, words: Path, kind: str) -> None:
+    source = make_llava(tmp_path / "hf", KINDS[kind])
+    checkpoint = convert.import_(source, tmp_path / "checkpoint", tokenizer=words)
+    config = from_yaml(checkpoint / "config.yaml")
+    assert config.architecture == KINDS[kind] and config.recipe == "llava"
+    out = convert.export(checkpoint, tmp_path / "out")
+    before = {llava_name_on_disk(name): tensor for name, tensor in load_all(source).items()}
+    after = load_all(out)
+    assert before.keys() == after.keys()
+    assert any("post_layernorm" in name for name in after)
+    for name, tensor in before.items():
+        assert torch.equal(tensor, after[name]) and tensor.dtype == after[name].dtype, name
+    assert architecture_from_hf(out) == KINDS[kind]
+
+
+@pytest.mark.parametrize("form", ["published", "in memory"])
+def test_three_forms_of_names_are_read(tmp_path: Path, words: Path, form: str) -> None:
+    source = make_llava(tmp_path / "hf")
+    changes = {
+        "published": lambda name: re.sub(
+            r"^vision_tower\.(?!vision_model)", "vision_tower.vision_model.", name
+        ),
+        "in memory": lambda name: re.sub(
+            r"^(vision_tower|multi_modal_projector)",
+            r"model.\1",
+            name.replace("language_model.model.", "model.language_model.")
+            .replace("language_model.lm_head.", "lm_head.")
+            .replace("vision_tower.vision_model.", "vision_tower."),
+        ),
+    }
+    other = renamed(source, tmp_path / "other", changes[form])
+    assert load_all(other).keys() != load_all(source).keys()
+    first = convert.export(
+        convert.import_(source, tmp_path / "a", tokenizer=words), tmp_path / "outa"
+    )
+    second = convert.export(
+        convert.import_(other, tmp_path / "b", tokenizer=words), tmp_path / "outb"
+    )
+    one = load_all(first)
+    two = load_all(second)
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_transformers_loads_an_export_and_its_processor(tmp_path: Path, words: Path) -> None:
+    source = make_llava(tmp_path / "hf")
+    start = convert.import_(source, tmp_path / "start", tokenizer=words)
+    out = convert.export(start, tmp_path / "out", dtype=torch.float32)
+    model, info = LlavaForConditionalGeneration.from_pretrained(
+        out, output_loading_info=True, dtype="auto"
+    )
+    assert not any(info.values()) and model.dtype == torch.float32
+    expected = LlavaForConditionalGeneration.from_pretrained(source, dtype=torch.float32)
+    expected = expected.state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+    processor = AutoProcessor.from_pretrained(out)
+    content = [{"type": "image"}, {"type": "text", "text": "what is it"}]
+    text = processor.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True
+    )
+    assert text.endswith("USER: <image>\nwhat is it ASSISTANT:")
+    pixels = torch.zeros(3, 16, 30, dtype=torch.uint8)
+    inputs = processor(images=pixels, text=text, return_tensors="pt")
+    count = int((inputs["input_ids"] == model.config.image_token_index).sum())
+    assert count == SMALL.features_per_tile == 16
+    with torch.no_grad():
+        assert model(**inputs).logits.isfinite().all()
+
+
+def test_unused_weights_that_are_lost_are_told_and_can_be_named(
+    tmp_path: Path, words: Path
+) -> None:
+    source = make_llava(tmp_path / "hf")
+    start = convert.import_(source, tmp_path / "start", tokenizer=words)
+    encoder = unused_weights.read(start)
+    assert len(encoder) == 16 + 2
+    (start / unused_weights.FILE_NAME).unlink()
+    with pytest.raises(
+        ValueError, match="no unused_weights.safetensors with the 1 layers .*--vision"
+    ):
+        convert.export(start, tmp_path / "out")
+    inside = {
+        name.removeprefix("vision_tower."): tensor
+        for name, tensor in load_all(source).items()
+        if name.startswith("vision_tower.")
+    }
+    (tmp_path / "clip").mkdir()
+    save_file(inside, tmp_path / "clip" / "model.safetensors", {"format": "pt"})
+    out = convert.export(start, tmp_path / "out", vision=tmp_path / "clip")
+    after = load_all(out)
+    assert all(
+        torch.equal(after[f"vision_tower.vision_model.{name}"], tensor)
+        for name, tensor in inside.items()
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"vision_feature_layer": [-2, -1]}, "must be one layer"),
+        ({"vision_feature_layer": -9}, "must be one of the 3 layers"),
+        ({"vision_feature_select_strategy": "full"}, "must be 'default'"),
+        ({"projector_hidden_act": "relu"}, "must be one of gelu, linear"),
+        ({"text_config": None}, "LLaVA's own code"),
+    ],
+)
+def test_other_models_are_refused(tmp_path: Path, change: dict, told: str) -> None:
+    source = make_llava(tmp_path / "hf")
+    settings = read_json(source / "config.json") | change
+    settings = {name: value for name, value in settings.items() if value is not None}
+    write_json(source / "config.json", settings)
+    with pytest.raises(ValueError, match=told):
+        architecture_from_hf(source)
+
+
+def test_a_second_layer_that_is_no_identity_is_refused(tmp_path: Path) -> None:
+    source = make_llava(tmp_path / "hf")
+    settings = read_json(source / "config.json")
+    write_json(source / "config.json", settings | {"projector_hidden_act": "linear"})
+    with pytest.raises(ValueError, match="second layer is no identity"):
+        convert.import_(source, tmp_path / "start")
+
+
+def test_the_preset_is_llava_1_5_7b() -> None:
+    from megavlm.config.recipes.llava import ARCHITECTURE, RECIPE
+    from megavlm.planner.flops import pieces
+
+    counts = {part: 0 for part in ("vision", "connector", "language", "head")}
+    for piece in pieces(ARCHITECTURE):
+        counts[piece.part] += piece.elements
+    assert counts["vision"] + 12_596_224 + 2048 == 303_507_456  # CLIP-L/14 of 336 pixels
+    assert counts["connector"] == 20_979_712
+    assert json.dumps(counts) and ARCHITECTURE.features_per_tile == 576
+    assert [row.optimizer.lr for row in RECIPE.stages.values()] == [1e-3, 2e-5]

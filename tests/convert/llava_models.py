@@ -1,0 +1,107 @@
+"""Small random LLaVA models, as transformers saves them, with shapes unlike each other."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+from megavlm.config.connectors import LLAVA, Connector
+from megavlm.config.schema import Architecture, Language, Vision
+from megavlm.convert.hf import llava_config
+
+LINEAR = Connector(kind="linear", pixel_shuffle=1, norm=False)
+SMALL = Architecture(
+    vision=Vision(
+        family="clip",
+        image_size=16,
+        patch_size=4,
+        num_layers=2,
+        unused_layers=1,
+        hidden_size=36,
+        ffn_hidden_size=40,
+        num_attention_heads=3,
+        layernorm_epsilon=1e-5,
+        activation="quick_gelu",
+        pixel_mean=(0.48, 0.46, 0.41),
+        pixel_std=(0.27, 0.26, 0.28),
+    ),
+    connector=LLAVA,
+    language=Language(
+        family="llama",
+        num_layers=2,
+        hidden_size=48,
+        ffn_hidden_size=56,
+        num_attention_heads=6,
+        num_query_groups=2,
+        vocab_size=641,
+        rotary_base=1e4,
+        layernorm_epsilon=1e-5,
+        max_position_embeddings=512,
+        qkv_bias=False,
+    ),
+    image_tokens="llava",
+)
+
+
+def _with(language: dict, vision: dict | None = None, connector: Connector = LLAVA) -> Architecture:
+    return replace(
+        SMALL,
+        language=replace(SMALL.language, **language),
+        vision=replace(SMALL.vision, **(vision or {})),
+        connector=connector,
+    )
+
+
+KINDS = {
+    "vicuna": SMALL,
+    "qwen2 tied, features of the last layer": _with(
+        dict(family="qwen2", qkv_bias=True, tied_head=True),
+        dict(num_layers=3, unused_layers=0, activation="gelu"),
+    ),
+    "mistral, linear": _with(dict(family="mistral", kv_channels=10), connector=LINEAR),
+    "qwen3, two unused layers": _with(
+        dict(family="qwen3", qk_norm=True, num_query_groups=1, vocab_size=647),
+        dict(num_layers=2, unused_layers=2, num_attention_heads=4),
+    ),
+}
+
+
+def make_llava(
+    folder: Path,
+    architecture: Architecture = SMALL,
+    dtype: torch.dtype = torch.bfloat16,
+    image_token_id: int = 631,
+    spread: float = 0.2,
+) -> Path:
+    """Write a random model whose every weight differs from its fresh value; the second layer of a
+    linear connector stays an identity.
+    """
+    settings = llava_config.write(
+        architecture,
+        dtype=dtype,
+        image_token_id=image_token_id,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    torch.manual_seed(3)
+    config = LlavaConfig.from_dict(json.loads(json.dumps(settings)))
+    model = LlavaForConditionalGeneration(config).to(dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * spread)
+        if architecture.connector.kind == "linear":
+            second = model.model.multi_modal_projector.linear_2
+            torch.nn.init.eye_(second.weight)
+            torch.nn.init.zeros_(second.bias)
+    model.save_pretrained(folder)
+    pixels = {
+        "image_mean": list(architecture.vision.pixel_mean),
+        "image_std": list(architecture.vision.pixel_std),
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(pixels))
+    return folder
