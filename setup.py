@@ -65,6 +65,7 @@ setup(
             "fsspec>=2024.6",
             "hypothesis>=6.100",
             "numba>=0.61",
+            "peft>=0.17",
             "pyarrow>=17",
             "pytest>=8.0",
             "ray>=2.40",

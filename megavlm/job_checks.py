@@ -6,6 +6,7 @@ from pathlib import Path
 
 from megavlm.config.checks import rules
 from megavlm.config.checks.datasets import DatasetFacts, facts_problems
+from megavlm.config.lora import lora_problems
 from megavlm.config.parameter_groups import name_problems, setting_problems
 from megavlm.config.schema import Config
 from megavlm.data.records.readers import is_annotation
@@ -33,7 +34,9 @@ def parameter_problems(config: Config) -> list[str]:
     """Return the patterns of names, and settings of parameter groups, that do not fit the model."""
     wrong = list(setting_problems(config.optimizer))
     keys = parameter_keys(config)
-    return wrong or list(name_problems(config.optimizer, config.training.trainable, keys))
+    trainable = config.training.trainable
+    wrong += lora_problems(config.architecture.lora, trainable, keys)
+    return wrong or list(name_problems(config.optimizer, trainable, keys))
 
 
 def dataset_facts(config: Config) -> list[DatasetFacts]:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import sys
 
-from megavlm.convert.hf import convert, model_card
+from megavlm.convert.hf import convert, model_card, peft_export
 from megavlm.convert.hf.check_files import FileCheck, check_files
 from megavlm.convert.hf.command_line import parse, read_size
 from megavlm.convert.hf.hub_cache import find_folder
@@ -40,10 +40,11 @@ def main() -> int:
         if args.command == "check":
             return report(check_files(source), convert.check(source))
         if args.command == "import":
-            print(
-                "checkpoint written to"
-                f" {convert.import_(source, args.out, tokenizer=args.tokenizer)}"
-            )
+            made = convert.import_(source, args.out, tokenizer=args.tokenizer, adapters=args.peft)
+            print(f"checkpoint written to {made}")
+        elif args.peft:
+            made = peft_export.export(args.load, args.out, base=args.peft)
+            print(f"LoRA adapters written to {made}")
         else:
             made = convert.export(
                 args.load,

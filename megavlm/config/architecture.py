@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from megavlm.config.connectors import Connector, ConnectorSizes, Ends, connector_sizes
+from megavlm.config.lora import Lora
 from megavlm.config.objectives import ObjectiveNeeds, needs_of
 
 # Mean and standard deviation of red, green and blue, by what the vision encoder was pretrained
@@ -161,6 +162,7 @@ class Architecture:
         objective: what the model is trained to do, and so what it ends in.
         image_tokens: special tokens that stand for images in texts: InternVL's nine, or LLaVA's
             ``<image>``.
+        lora: adapters beside frozen linear layers.
     """
 
     objective: str = "next_token"
@@ -168,6 +170,7 @@ class Architecture:
     connector: Connector = field(default_factory=Connector)
     language: Language = field(default_factory=Language)
     image_tokens: Literal["internvl", "llava"] = "internvl"
+    lora: Lora = field(default_factory=Lora)
 
     @property
     def needs(self) -> ObjectiveNeeds:

@@ -2,15 +2,42 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 
-from megavlm.config.freeze_mask import expand
-from megavlm.config.schema import Config
+from megavlm.config.schema import Architecture, Config
+
+_LAYERS = re.compile(r"(vision|language)\.layers\.(-?\d+)?(:)?(-?\d+)?")
+_STACKS = {"vision": "vision.encoder.layers", "language": "language.decoder.layers"}
+
+
+def expand(pattern: str, architecture: Architecture) -> tuple[str, ...]:
+    """Return the names of layers that a range such as ``vision.layers.-4:`` means, which is read as
+    a slice of Python; any other pattern is returned as it is.
+
+    Raises:
+        ValueError: the range holds no layer.
+    """
+    found = _LAYERS.fullmatch(pattern)
+    if not found:
+        return (pattern,)
+    part, first, colon, end = found.groups()
+    count = getattr(architecture, part).num_layers
+    layers = range(count)
+    start = int(first) if first else None
+    if colon:
+        chosen = layers[start : int(end) if end else None]
+    else:
+        chosen = [layers[start]] if start is not None and -count <= start < count else []
+    if not chosen:
+        raise ValueError(f"{pattern}: no such layers; the model has {part} layers 0 to {count - 1}")
+    return tuple(f"{_STACKS[part]}.{number}" for number in chosen)
 
 
 def with_layers(config: Config) -> Config:
-    """Write out every range of layers, so that nothing but names and patterns of names is left.
+    """Write out every range of layers, so that nothing but names and patterns of names is left,
+    and add LoRA adapters to the freeze mask.
 
     Raises:
         ValueError: a range holds no layer; the message names its flag.
@@ -30,10 +57,19 @@ def with_layers(config: Config) -> Config:
             raise ValueError(f"--{flag} {error}") from None
 
     training = config.training
+    lora = replace(
+        config.architecture.lora,
+        targets=written_out("architecture.lora.targets", config.architecture.lora.targets),
+    )
+    adapters = [name for name in lora.trainable if lora.rank and name not in training.trainable]
     optimizer = config.optimizer
     return replace(
         config,
-        training=replace(training, trainable=written_out("training.trainable", training.trainable)),
+        architecture=replace(config.architecture, lora=lora),
+        training=replace(
+            training,
+            trainable=(*written_out("training.trainable", training.trainable), *adapters),
+        ),
         optimizer=replace(
             optimizer,
             no_decay=written_out("optimizer.no_decay", optimizer.no_decay),

@@ -251,10 +251,12 @@ class _Writer(FileSystemWriter):
         key = item.index.fqn.removeprefix(_PREFIX)
         header = self._tensors.headers[key]
         found = whole_ranges(self._tensors, key)
+        # Read before ``skip_data``, which would skip the numbers of a tensor of a checkpoint too.
+        tensor = self._tensors[key] if found is None else None
 
         def fill(target: BinaryIO) -> None:
             if found is None:
-                write_tensor(self._tensors[key], target)
+                write_tensor(tensor, target)
             else:
                 copy(found, target)
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from megatron.core import tensor_parallel
@@ -124,7 +124,13 @@ def transformer_engine_kernels() -> Kernels:
 
 def kernels(config: Config) -> Kernels:
     """Return the layers that the configuration asks for, or the best that this device runs."""
-    return transformer_engine_kernels() if uses_transformer_engine(config) else local_kernels()
+    if not uses_transformer_engine(config):
+        return local_kernels()
+    chosen = transformer_engine_kernels()
+    if config.architecture.lora.rank:
+        # An adapter reads what the norm gives, which a linear layer that normalises does not show.
+        chosen = replace(chosen, layer_norm=chosen.norm, norm_linear=chosen.column_linear)
+    return chosen
 
 
 @functools.cache

@@ -14,12 +14,16 @@ from torch import Tensor
 from megavlm.config.schema import Vision
 from megavlm.model.norm import QueryKeyNorm
 
+_PADDED_COLUMNS = (".self_attention.linear_proj.weight", ".self_attention.linear_proj.lora.a")
+
 
 def unpadded_shape(vision: Vision, key: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Shape of a whole tensor of the vision encoder, without heads that only pad."""
+    if key.endswith((".linear_qkv.lora.a", ".linear_proj.lora.b")):
+        return shape
     if ".self_attention.linear_qkv." in key and "layer_norm" not in key:
         return (3 * vision.hidden_size, *shape[1:])
-    if ".self_attention.qk_norm." in key or key.endswith(".self_attention.linear_proj.weight"):
+    if ".self_attention.qk_norm." in key or key.endswith(_PADDED_COLUMNS):
         return (*shape[:-1], vision.hidden_size)
     return shape
 

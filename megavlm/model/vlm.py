@@ -20,6 +20,7 @@ from megavlm.data.loading.batch import Batch
 from megavlm.model.attention import PackedSamples
 from megavlm.model.connector import build_connector
 from megavlm.model.language import LanguageModel
+from megavlm.model.lora import LowRankAdapter, attach
 from megavlm.model.objective import build_objective
 from megavlm.model.recompute import ask_for_gradient
 from megavlm.model.specs import kernels
@@ -83,6 +84,7 @@ class VisionLanguageModel(MegatronModule):
             self.vision = VisionEncoder(
                 encoder, arch.vision, chunk, drop_path, chosen, groups.vision, vp_stage
             )
+            attach(self.vision, "vision.encoder.layers", arch.lora, encoder, groups.vision.tp)
         if chunk.has_connector:
             self.connector = build_connector(config, chosen, groups.vision)
         # Parts of which every tensor-parallel rank has a copy, for tiles of its own.
@@ -97,6 +99,8 @@ class VisionLanguageModel(MegatronModule):
             self.language = LanguageModel(
                 self.config, arch.language, chunk, chosen, collection, vp_stage
             )
+            stack = "language.decoder.layers"
+            attach(self.language, stack, arch.lora, self.config, collection.tp)
         self.objective = build_objective(self.config, config, chunk, chosen, groups)
 
     def set_input_tensor(self, received: Tensor | list[Tensor]) -> None:
@@ -131,6 +135,9 @@ class VisionLanguageModel(MegatronModule):
         load them.
         """
         entries = super().sharded_state_dict(prefix, *args, **kwargs)
+        for name, module in self.named_modules():
+            if isinstance(module, LowRankAdapter):
+                entries |= module.sharded(entries, f"{prefix}{name}.")
         if not self.copies:
             return entries
         of_copies = {

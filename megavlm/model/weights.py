@@ -61,20 +61,27 @@ def weight_sizes(model: VisionLanguageModel) -> dict[str, int]:
 
 
 @torch.no_grad()
-def fill(chunks: Sequence[VisionLanguageModel], full_tensor: FullTensor) -> list[str]:
-    """Fill every weight of these chunks with its part of the whole tensor.
+def fill(
+    chunks: Sequence[VisionLanguageModel],
+    full_tensor: FullTensor,
+    wanted: Callable[[str], bool] = lambda key: True,
+) -> list[str]:
+    """Fill the weights of these chunks, each with its part of the whole tensor.
 
     Args:
         chunks: this rank's.
         full_tensor: takes a checkpoint key and the shape of the whole tensor, and answers with that
             tensor. It may be shorter (a vocabulary or heads without padding); what is missing
             becomes zero. Only these chunks' parts are taken of it.
+        wanted: whether the weight of a key is filled.
 
     Returns:
         The keys that were filled.
     """
     keys = []
     for shard in (shard for chunk in chunks for shard in _shards(chunk)):
+        if not wanted(shard.key):
+            continue
         full = full_tensor(shard.key, tuple(shard.global_shape))
         part = full[shard.global_slice()]
         shard.data.zero_()
@@ -89,7 +96,8 @@ def fresh_tensor(config: Config) -> FullTensor:
 
     Matrices are normal with standard deviation sqrt(2 / (5 D)) (Nguyen and Salazar, arXiv
     1910.05895), those that end a residual branch divided by the root of twice the layers (Radford
-    et al., GPT-2); norms start at one, biases at zero, layer scale as configured.
+    et al., GPT-2); adapters start as PEFT's, with B at zero; norms start at one, biases at zero,
+    layer scale as configured.
     """
     arch = config.architecture
     seed = config.training.seed
@@ -102,6 +110,8 @@ def fresh_tensor(config: Config) -> FullTensor:
     def draw(key: str, shape: tuple[int, ...]) -> Tensor:
         if key.startswith("vision."):
             shape = unpadded_shape(arch.vision, key, shape)
+        if key.endswith(".lora.b"):
+            return torch.zeros(shape)
         if key.endswith("_scale"):
             return torch.full(shape, arch.vision.layer_scale)
         if key.endswith(("norm.weight", "layer_norm_weight", "qk_norm.query", "qk_norm.key")):
@@ -109,6 +119,10 @@ def fresh_tensor(config: Config) -> FullTensor:
         if key.endswith("bias"):
             return torch.zeros(shape)
         width, layers = parts[key.split(".")[0]]
+        if key.endswith(".lora.a"):
+            # PEFT's start: kaiming_uniform_ with a = sqrt(5).
+            generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {key}".encode()))
+            return (2 * torch.rand(shape, generator=generator) - 1) / shape[1] ** 0.5
         std = (2 / (5 * width)) ** 0.5
         if key.endswith(("linear_proj.weight", "linear_fc2.weight")) and layers > 1:
             std /= (2 * layers) ** 0.5

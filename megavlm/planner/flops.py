@@ -30,6 +30,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from megavlm.config.freeze_mask import matches
+from megavlm.config.lora import stacked
 from megavlm.config.objectives import EMBEDDING
 from megavlm.config.pieces import Piece, Unit, linear, norm, table, vector
 from megavlm.config.schema import Architecture
@@ -110,9 +111,43 @@ def with_gradients(
 
 def pieces(architecture: Architecture) -> Iterator[Piece]:
     """Every weight of the model, and its attention, in the order of the forward pass."""
+    for piece in _base_pieces(architecture):
+        yield piece
+        if architecture.lora.adapts(piece.key):
+            yield from _adapter(architecture, piece)
+
+
+def _base_pieces(architecture: Architecture) -> Iterator[Piece]:
     yield from _vision(architecture)
     yield from architecture.connector_sizes.pieces()
     yield from _language(architecture)
+
+
+def _adapter(architecture: Architecture, piece: Piece) -> Iterator[Piece]:
+    """Yield the factors of the adapter beside a linear layer."""
+    vision = architecture.vision
+    language = architecture.language
+    inputs = {
+        "vision": (vision.hidden_size, vision.hidden_size, vision.ffn_hidden_size),
+        "language": (
+            language.hidden_size,
+            language.num_attention_heads * language.head_size,
+            language.ffn_hidden_size,
+        ),
+    }[piece.part]
+    stem = piece.key.removesuffix(".weight")
+    of_layer = inputs[0]
+    if stem.endswith("linear_proj"):
+        of_layer = inputs[1]
+    elif stem.endswith("linear_fc2"):
+        of_layer = inputs[2]
+    rank = architecture.lora.rank
+    rows = piece.forward // (2 * piece.elements)
+    sizes = {"a": stacked(piece.key) * rank * of_layer, "b": piece.elements // of_layer * rank}
+    for name, elements in sizes.items():
+        yield replace(
+            piece, key=f"{stem}.lora.{name}", elements=elements, forward=2 * elements * rows
+        )
 
 
 def _vision(architecture: Architecture) -> Iterator[Piece]:

@@ -26,7 +26,10 @@ _SHARDED = (
     "linear_fc2.weight",
 )
 _SHARDED += ("qk_norm.query", "qk_norm.key", "word_embeddings.weight", "output_layer.weight")
+_SHARDED += ("linear_qkv.lora.b", "linear_fc1.lora.b", "linear_proj.lora.a", "linear_fc2.lora.a")
 _BY_HEADS = (
+    "linear_qkv.lora.b",
+    "linear_proj.lora.a",
     "linear_qkv.weight",
     "linear_qkv.bias",
     "linear_proj.weight",

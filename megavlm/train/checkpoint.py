@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from megavlm.checkpoint.metadata import read_description
 from megavlm.checkpoint.step_folder import SHARDS, Checkpoint
 from megavlm.config.differences import differing
+from megavlm.config.lora import is_adapter
 from megavlm.config.schema import Architecture, Fp8
 from megavlm.model.precision import precision
 from megavlm.model.vlm import VisionLanguageModel
@@ -109,19 +110,24 @@ def _name_as_in_format_1(entry: Any) -> Any:
 
 def load_weights(checkpoint: Checkpoint, chunks: Sequence[VisionLanguageModel]) -> None:
     """Fill this rank's chunks. Collective; call it before the optimizer is built, which copies the
-    weights.
+    weights. LoRA adapters that the checkpoint lacks stay as they are.
 
     Raises:
         ValueError: the checkpoint is of another architecture; every difference is named.
     """
-    differences = architecture_differences(checkpoint.config.architecture, chunks[0].architecture)
+    architecture = chunks[0].architecture
+    before = checkpoint.config.architecture
+    differences = architecture_differences(before, architecture, adds_adapters=True)
     if differences:
         listed = "\n  ".join(differences)
         raise ValueError(
             f"--checkpoint.load {checkpoint.folder}: the checkpoint is of another architecture than"
             f" --model:\n  {listed}"
         )
-    loaded = load_shards(checkpoint, {"model": sharded_weights(chunks)})
+    wanted = sharded_weights(chunks)
+    if not before.lora.rank:
+        wanted = {name: entry for name, entry in wanted.items() if not is_adapter(entry.key)}
+    loaded = load_shards(checkpoint, {"model": wanted})
     _take(chunks, loaded["model"])
 
 
@@ -200,16 +206,29 @@ def _take(chunks: Sequence[VisionLanguageModel], loaded: dict[str, Any]) -> None
         result = chunk.load_state_dict(values, strict=False)
         wrong += [
             *result.unexpected_keys,
-            *(key for key in result.missing_keys if not key.endswith("_extra_state")),
+            *(
+                key
+                for key in result.missing_keys
+                if not key.endswith("_extra_state") and not is_adapter(key)
+            ),
         ]
     if wrong:
         raise ValueError(f"the checkpoint's weights are not those of the model: {', '.join(wrong)}")
 
 
-def architecture_differences(old: Architecture, new: Architecture) -> list[str]:
+def architecture_differences(
+    old: Architecture, new: Architecture, *, adds_adapters: bool = False
+) -> list[str]:
     """``describe_differences`` of two models; the family only says how Hugging Face's files name
     the same weights, and unused layers are not built.
+
+    Args:
+        old: of the checkpoint.
+        new: of the run.
+        adds_adapters: whether the run may have LoRA adapters that the checkpoint lacks.
     """
+    if adds_adapters and not old.lora.rank:
+        old = replace(old, lora=new.lora)
     old = replace(
         old,
         language=replace(old.language, family=new.language.family),

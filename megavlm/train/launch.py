@@ -22,6 +22,7 @@ from megavlm.config.checks.resume import with_origin
 from megavlm.config.checks.rules import ConfigError, check
 from megavlm.config.checks.saving import EXPORTED, exported_step
 from megavlm.config.exports import HOLDS
+from megavlm.config.lora import is_adapter
 from megavlm.config.recipes import recipe
 from megavlm.config.schema import Config, Init
 from megavlm.convert.hf import convert, from_parts, unused_weights
@@ -336,10 +337,13 @@ def _check_speed(
 
 def _fill(config: Config, start: Start, chunks: Sequence[VisionLanguageModel]) -> None:
     """Give this rank's chunks the weights that the run starts from. Collective."""
+    fresh = weights.fresh_tensor(config)
     if isinstance(start, Checkpoint):
+        if config.architecture.lora.rank and not start.config.architecture.lora.rank:
+            weights.fill(chunks, fresh, wanted=is_adapter)  # the rest is loaded
         checkpoint.load_weights(start, chunks)
     elif isinstance(start, Path):
-        weights.fill(chunks, convert.full_tensors(start, config.architecture))
+        there = convert.full_tensors(start, config.architecture)
+        weights.fill(chunks, lambda key, shape: (fresh if is_adapter(key) else there)(key, shape))
     else:
-        fresh = weights.fresh_tensor(config)
         weights.fill(chunks, fresh if start is None else from_parts.full_tensors(config, fresh))

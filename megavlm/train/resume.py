@@ -107,7 +107,11 @@ def _of_this_stage(config: Config, found: Checkpoint) -> Checkpoint:
 
 def fit(config: Config, source: Checkpoint) -> Checkpoint:
     """Refuse a checkpoint that this job cannot start from."""
-    problems = checkpoint.architecture_differences(source.config.architecture, config.architecture)
+    problems = checkpoint.architecture_differences(
+        source.config.architecture,
+        config.architecture,
+        adds_adapters=not resumes(config, source),
+    )
     tokenizer = read_manifest(config.data.train_folders[0]).tokenizer_fingerprint
     if source.state.tokenizer not in (None, tokenizer):
         words = source.folder / step_folder.TOKENIZER

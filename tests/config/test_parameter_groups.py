@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megavlm.config.cli import parse
-from megavlm.config.freeze_mask import expand
+from megavlm.config.layer_ranges import expand
 from megavlm.config.models import architecture
 from megavlm.config.parameter_groups import multiplier
 from megavlm.config.schema import Config, Optimizer

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from megavlm.config.lora import Lora
 from megavlm.config.recipes.internvl import STAGES
 from megavlm.config.schema import Architecture, Checkpoint, Logging
 from megavlm.data.loading.dataset import PackedDataset
@@ -101,6 +102,16 @@ def test_the_cost_of_what_only_some_models_have_is_what_torch_counts(
     size["squared_lengths"] *= 2
     assert training_cost(OTHER, MASKS[mask]).total(**size) == counted
     assert {piece.key for piece in pieces(OTHER)} - {""} == keys
+
+
+def test_the_cost_of_adapters_is_what_torch_counts(ranks: Pool, dataset: Path):
+    lora = Lora(rank=3, targets=("vision.*.self_attention", "language"))
+    adapted = dataclasses.replace(OTHER, lora=lora)
+    for mask in (lora.trainable, ("connector", "language.*.lora")):
+        [(counted, size, keys)] = ranks.run(counted_by_torch, 1, dataset, mask, adapted)
+        size["squared_lengths"] *= 2
+        assert training_cost(adapted, mask).total(**size) == counted
+        assert {piece.key for piece in pieces(adapted)} - {""} == keys
 
 
 def test_every_weight_of_the_model_is_listed(ranks: Pool, dataset: Path):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from megavlm.config.lora import Lora
 from megavlm.config.recipes.internvl import STAGES
 from megavlm.config.schema import Architecture, Config
 from megavlm.planner.layout import make_layout
@@ -115,7 +116,10 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+ADAPTERS = Lora(rank=3, targets=("vision", "*.mlp"))
+ADAPTED = dataclasses.replace(WIDE, lora=ADAPTERS)
 CASES = [(name, WIDE) for name in LAYOUTS] + [(name, TINY) for name in ("tensor", "pipeline")]
+CASES += [(name, ADAPTED) for name in ("tensor", "pipeline of tensor-parallel ranks")]
 
 
 @pytest.mark.parametrize(("name", "architecture"), CASES)
@@ -125,6 +129,8 @@ def test_memory_is_what_a_model_that_is_built_takes(
     for stage in ("1", "2") if name in ("alone", "whole vision layers") else ("2",):
         world = WORLDS.get(name, 2)
         trainable = STAGES[stage].training.trainable
+        if architecture is ADAPTED:
+            trainable = ("connector", *ADAPTERS.trainable)
         settings = dict(
             trainable=trainable, precision="bfloat16", global_batch_size=2, **LAYOUTS[name]
         )

@@ -58,6 +58,9 @@ def _add_import(parser: argparse.ArgumentParser) -> None:
         default="",
         help="folder of the tokenizer, if the model's own is Python code",
     )
+    parser.add_argument(
+        "--peft", metavar="DIR", default="", help="folder of LoRA adapters of that model, by PEFT"
+    )
 
 
 def _add_export(parser: argparse.ArgumentParser) -> None:
@@ -105,6 +108,13 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="licence for the model card, of the model or of a part: vision, language, data;"
         " repeatable",
+    )
+    parser.add_argument(
+        "--peft",
+        metavar="BASE",
+        default="",
+        help="write the LoRA adapters alone, in PEFT's format, for the model in the Hugging Face"
+        " folder BASE that they were trained on; otherwise they are merged into the weights",
     )
     parser.add_argument(
         "--max_shard_size",

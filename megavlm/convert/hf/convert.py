@@ -21,7 +21,13 @@ from megavlm.config.models import MODELS
 from megavlm.config.recipes import recipe, recipe_of
 from megavlm.config.schema import Architecture, Config
 from megavlm.convert.dist_checkpoint import ShardsFolder, write_shards
-from megavlm.convert.hf import model_card, preprocessing, tokenizer_files, unused_weights
+from megavlm.convert.hf import (
+    model_card,
+    peft_folder,
+    preprocessing,
+    tokenizer_files,
+    unused_weights,
+)
 from megavlm.convert.hf.hub_formats import HUB_FORMATS, dialect_of, hub_format_of
 from megavlm.convert.hf.json_files import read_json
 from megavlm.convert.hf.lazy_tensors import FullTensor, head_source, vision_tensor
@@ -32,8 +38,9 @@ from megavlm.convert.hf.safetensors_files import (
     write_safetensors,
 )
 from megavlm.convert.hf.unused_weights import WithUnused
+from megavlm.convert.weights.adapters import MergedAdapters
 from megavlm.convert.weights.tables import Dialect
-from megavlm.convert.weights.views import HuggingFaceView, MegatronView
+from megavlm.convert.weights.views import HuggingFaceView, MegatronView, Tensors
 from megavlm.data.text.tokenizer import LIKE_LLAMA, fingerprint, load_tokenizer
 from megavlm.io.atomic import new_folder
 from megavlm.io.progress import Progress
@@ -119,8 +126,8 @@ def export(
     shard_bytes: int = SHARD_BYTES,
     flag: str = "--out",
 ) -> Path:
-    """Write a checkpoint as a Hugging Face folder. It needs neither a process group nor the memory
-    for a whole model.
+    """Write a checkpoint as a Hugging Face folder, LoRA adapters merged into the weights. It needs
+    neither a process group nor the memory for a whole model.
 
     Args:
         checkpoint: folder of a step, or a run's save folder.
@@ -146,7 +153,9 @@ def export(
     folder = found.folder
     out = Path(out)
     architecture = found.config.architecture
-    source = ShardsFolder(folder / SHARDS)
+    source: Tensors = ShardsFolder(folder / SHARDS)
+    if architecture.lora.rank:
+        source = MergedAdapters(source, architecture, dialect)
     used = HuggingFaceView(source, architecture, dtype, dialect=dialect)
     unused = (
         unused_weights.of_encoder(Path(vision), architecture.vision)
@@ -168,7 +177,12 @@ def export(
 
 
 def import_(
-    folder: str | Path, out: str | Path, *, tokenizer: str | Path = "", flag: str = "--out"
+    folder: str | Path,
+    out: str | Path,
+    *,
+    tokenizer: str | Path = "",
+    adapters: str | Path = "",
+    flag: str = "--out",
 ) -> Path:
     """Write a Hugging Face folder as a checkpoint that any layout can load; its weights can be
     started from, no run be resumed.
@@ -177,6 +191,7 @@ def import_(
         folder: the Hugging Face folder.
         out: folder of the checkpoint to make; missing or empty.
         tokenizer: folder of the tokenizer; empty: that of the model.
+        adapters: folder of LoRA adapters in PEFT's format; empty: none.
         flag: names ``out`` in errors.
 
     Returns:
@@ -190,7 +205,10 @@ def import_(
     folder = Path(folder)
     out = Path(out)
     architecture = architecture_from_hf(folder)
-    view = hf_tensors_as_megatron(folder, architecture)
+    view: Tensors = hf_tensors_as_megatron(folder, architecture)
+    if adapters:
+        view = peft_folder.WithAdapters(view, architecture, Path(adapters))
+        architecture = view.architecture
     name = next((name for name, known in MODELS.items() if known == architecture), "custom")
     source = recipe_of(dialect_of(folder)).name
     with new_folder(out, flag) as growing, Progress("import", "B", _bytes(view)) as progress:

@@ -13,6 +13,7 @@ from typing import Any
 from transformers import CLIPVisionConfig, PreTrainedTokenizerBase, SiglipVisionConfig
 
 from megavlm.config.connectors import LLAVA, Connector
+from megavlm.config.lora import is_adapter
 from megavlm.config.schema import Architecture, Config, Init, Language, Vision
 from megavlm.convert.hf import chat_config, json_files, language_config
 from megavlm.convert.hf.lazy_tensors import (
@@ -292,7 +293,8 @@ def full_tensors(config: Config, fresh: FullTensor) -> FullTensor:
 
     def tensor(key: str, shape: Shape) -> Served:
         part = key.split(".")[0]
-        return parts[part](key) if part in parts else fresh(key, shape)
+        is_served = part in parts and not is_adapter(key)
+        return parts[part](key) if is_served else fresh(key, shape)
 
     return tensor
 

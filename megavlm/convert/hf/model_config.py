@@ -81,4 +81,8 @@ def _explicit(architecture: Architecture) -> Architecture:
 
 def _may_differ(name: str, value: Any) -> bool:
     """Return whether a model may start from weights for which a fact has another value."""
-    return name in _FREE or (name == "architecture.language.tied_head" and value)
+    return (
+        name in _FREE
+        or name.startswith("architecture.lora.")
+        or (name == "architecture.language.tied_head" and value)
+    )

@@ -1,0 +1,112 @@
+"""LoRA adapters (Hu et al., arXiv 2106.09685): which linear layers have one, and how large it is.
+
+An adapter adds ``alpha / rank * B A x`` to what a linear layer makes of ``x``. Queries, keys and
+values have an A each, as in PEFT, and so have gate and up; the A's of one layer are stacked.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from megavlm.config.freeze_mask import matches, parts_named
+
+LINEARS = (
+    "self_attention.linear_qkv",
+    "self_attention.linear_proj",
+    "mlp.linear_fc1",
+    "mlp.linear_fc2",
+)
+"""Linear layers of a transformer layer, in the order of the forward pass."""
+_ADAPTABLE = re.compile(
+    r"(vision\.encoder|language\.decoder)\.layers\.\d+\.("
+    + "|".join(re.escape(name) for name in LINEARS)
+    + r")\.weight"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lora:
+    """LoRA adapters beside frozen linear layers.
+
+    Args:
+        rank: rows of A and columns of B; 0: no adapters.
+        alpha: the adapters' output is multiplied by alpha / rank; 0: twice the rank, as in
+            InternVL.
+        targets: linear layers that have an adapter: parts or patterns of names, as for
+            ``training.trainable``, such as ``language.*.self_attention`` or ``*.linear_fc2``.
+    """
+
+    rank: int = 0
+    alpha: float = 0.0
+    targets: tuple[str, ...] = ("language",)
+
+    @property
+    def scale(self) -> float:
+        """Factor of the adapters' output."""
+        return (self.alpha or 2.0 * self.rank) / self.rank
+
+    def adapts(self, key: str) -> bool:
+        """Return whether the weight ``key`` of a linear layer has an adapter."""
+        return (
+            self.rank > 0
+            and _ADAPTABLE.fullmatch(key) is not None
+            and any(matches(key, pattern) for pattern in self.targets)
+        )
+
+    @property
+    def trainable(self) -> tuple[str, ...]:
+        """Patterns of all adapters' names, for the freeze mask."""
+        named = {part for pattern in self.targets for part in parts_named(pattern)}
+        return tuple(f"{part}.*.lora" for part in ("vision", "language") if part in named)
+
+
+def stacked(key: str) -> int:
+    """Return the number of A's of a layer: one for each projection that its weight holds."""
+    if key.endswith("linear_qkv.weight"):
+        return 3
+    return 2 if key.startswith("language.") and key.endswith("linear_fc1.weight") else 1
+
+
+def is_adapter(key: str) -> bool:
+    """Return whether a checkpoint key is one of an adapter."""
+    return key.endswith((".lora.a", ".lora.b"))
+
+
+def lora_problems(lora: Lora, trainable: Sequence[str], keys: Collection[str]) -> Iterator[str]:
+    """Name what is wrong with the adapters of a model.
+
+    Args:
+        lora: the settings.
+        trainable: the freeze mask.
+        keys: checkpoint keys of all parameters.
+    """
+    if lora.rank < 0 or lora.alpha < 0:
+        yield "--architecture.lora.rank and --architecture.lora.alpha: must be 0 or more"
+        return
+    if not lora.rank:
+        for name in ("alpha", "targets"):
+            if vars(lora)[name] != vars(Lora())[name]:
+                yield (
+                    f"--architecture.lora.{name} has no effect without --architecture.lora.rank,"
+                    " such as 16"
+                )
+        return
+    for pattern in lora.targets:
+        one = replace(lora, targets=(pattern,))
+        if not any(one.adapts(key) for key in keys):
+            yield (
+                f"--architecture.lora.targets {pattern}: means no linear layer of the vision"
+                f" encoder or language model; those are called {', '.join(LINEARS)}"
+            )
+    frozen = [key for key in keys if lora.adapts(key)]
+    for pattern in trainable:
+        both = next((key for key in frozen if matches(key, pattern)), None)
+        if both:
+            yield (
+                f"--training.trainable {pattern}: trains {both}, which has an adapter; leave it"
+                " out, or take it out of --architecture.lora.targets"
+            )
+    if not any(matches(key, pattern) for key in keys if is_adapter(key) for pattern in trainable):
+        yield f"--training.trainable: must hold the adapters, {', '.join(lora.trainable)}"

@@ -1,0 +1,116 @@
+"""LoRA adapters of a checkpoint as a folder that PEFT loads on the exported base."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megavlm.checkpoint import step_folder
+from megavlm.checkpoint.step_folder import SHARDS
+from megavlm.config.lora import Lora
+from megavlm.convert.dist_checkpoint import ShardsFolder
+from megavlm.convert.hf.convert import refuse_other
+from megavlm.convert.hf.hub_formats import dialect_of, hub_format_of
+from megavlm.convert.hf.peft_folder import CONFIG, PREFIX, WEIGHTS
+from megavlm.convert.hf.safetensors_files import SafetensorsFolder
+from megavlm.convert.weights.adapters import adapted_rows, factors
+from megavlm.convert.weights.tables import name_in_memory, rows
+from megavlm.io.atomic import new_folder
+
+_CONNECTOR = "multi_modal_projector"
+
+
+def export(checkpoint: str | Path, out: str | Path, *, base: str | Path) -> Path:
+    """Write the adapters of a checkpoint, and its connector if that is not the base's.
+
+    Args:
+        checkpoint: folder of a step, or a run's save folder.
+        out: folder to make; missing or empty.
+        base: Hugging Face folder, in the native dialect, of the model that they were trained on.
+
+    Raises:
+        FileNotFoundError: the checkpoint or the base is missing.
+        ValueError: the checkpoint has no adapters, or other weights than the base.
+    """
+    found = step_folder.find(checkpoint)
+    if found is None:
+        raise FileNotFoundError(f"--load {checkpoint}: no checkpoint is there")
+    architecture = found.config.architecture
+    if not architecture.lora.rank:
+        raise ValueError(f"--load {checkpoint}: has no LoRA adapters; leave --peft out")
+    if dialect_of(base) != "native":
+        raise ValueError(
+            f"--peft {base}: PEFT loads adapters on models of transformers; export the base with"
+            " --dialect native"
+        )
+    refuse_other(base, architecture)
+    source = ShardsFolder(found.folder / SHARDS)
+    tensors: dict[str, Tensor] = {}
+    for row in adapted_rows(architecture):
+        for name, (a, b) in factors(source, row).items():
+            stem = PREFIX + name_in_memory(name.removesuffix("weight"))
+            tensors[f"{stem}lora_A.weight"] = a.contiguous()
+            tensors[f"{stem}lora_B.weight"] = b.contiguous()
+    targets = sorted({name.removeprefix(PREFIX).rpartition(".lora_")[0] for name in tensors})
+    connector = _trained_connector(source, found.config.architecture, Path(base))
+    with new_folder(Path(out), "--out") as growing:
+        save_file(tensors | connector, growing / WEIGHTS, metadata={"format": "pt"})
+        settings = _settings(architecture.lora, targets, str(base), is_whole=bool(connector))
+        (growing / CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    return Path(out)
+
+
+def _trained_connector(source: ShardsFolder, architecture: Any, base: Path) -> dict[str, Tensor]:
+    """Return the connector if it is not the base's, under PEFT's names; everything else must be."""
+    there = SafetensorsFolder(base, rename=hub_format_of(base).name_on_disk)
+    changed: list[str] = []
+    connector: dict[str, Tensor] = {}
+    for row in rows(architecture):
+        for name, ours in row.split(source[row.key]).items():
+            is_same = torch.equal(there[name].to(ours.dtype), ours)
+            if row.key.startswith("connector."):
+                connector[PREFIX + name_in_memory(name)] = ours.contiguous()
+            if not is_same:
+                changed.append(name)
+    others = [name for name in changed if not name.startswith(_CONNECTOR)]
+    if others:
+        raise ValueError(
+            f"--peft {base}: {len(others)} weights beside the adapters and the connector are not"
+            f" those of the checkpoint, such as {others[0]}; name the model that the adapters were"
+            " trained on, or leave --peft out to merge them"
+        )
+    return connector if changed else {}
+
+
+def _settings(lora: Lora, targets: list[str], base: str, *, is_whole: bool) -> dict[str, Any]:
+    """Return the content of ``adapter_config.json``.
+
+    Args:
+        lora: the settings of the adapters.
+        targets: names of the linear layers, as PEFT matches them.
+        base: the model that they are of.
+        is_whole: whether the connector is in the folder too.
+    """
+    return {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "r": lora.rank,
+        "lora_alpha": lora.scale * lora.rank,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": targets,
+        "modules_to_save": [_CONNECTOR] if is_whole else None,
+        "use_rslora": False,
+        "use_dora": False,
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+    }

@@ -1,0 +1,159 @@
+"""Folders of LoRA adapters as PEFT (https://github.com/huggingface/peft) writes them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from megavlm.config.lora import LINEARS, Lora, stacked
+from megavlm.config.schema import Architecture
+from megavlm.convert.hf.json_files import read_json
+from megavlm.convert.weights.adapters import factor_keys
+from megavlm.convert.weights.byte_ranges import Range
+from megavlm.convert.weights.mapping import Row
+from megavlm.convert.weights.tables import name_in_memory, rows
+from megavlm.convert.weights.views import Header, Tensors
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+_MUST_BE: dict[str, Sequence[Any]] = {
+    "peft_type": ("LORA",),
+    "bias": ("none",),
+    "use_dora": (False, None),
+    "rank_pattern": ({}, None),
+    "alpha_pattern": ({}, None),
+    "fan_in_fan_out": (False, None),
+}
+_LAYER = re.compile(r"\.layers\.\d+\.")
+
+
+class WithAdapters:
+    """A model and the adapters of a PEFT folder, as tensors of a checkpoint.
+
+    Queries, keys and values have one adapter here, with an A each. If PEFT's adapters leave out one
+    of them, its factors are zero, and so are their gradients: it stays as it is.
+
+    Args:
+        model: the weights of the model that the adapters are of.
+        architecture: of that model.
+        folder: the PEFT folder.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: the adapters are of another kind, or not of this model.
+    """
+
+    def __init__(self, model: Tensors, architecture: Architecture, folder: Path):
+        settings = _read_settings(folder)
+        found = load_file(folder / WEIGHTS)
+        self._left = {name.removeprefix(PREFIX): tensor for name, tensor in found.items()}
+        self._model = model
+        rank = settings["r"]
+        alpha = float(settings["lora_alpha"])
+        if settings.get("use_rslora"):
+            alpha *= rank**0.5
+        table = rows(architecture)
+        own: dict[str, Tensor] = {}
+        adapted = []
+        every = Lora(rank=rank, targets=("vision", "language"))
+        for row in table:
+            if every.adapts(row.key) and (factors := self._take_factors(row, rank)):
+                own |= factors
+                adapted.append(row.key)
+            elif row.key.startswith("connector."):
+                own |= self._take_whole(row)
+        if self._left:
+            listed = ", ".join(sorted(self._left)[:3])
+            raise ValueError(
+                f"{folder / WEIGHTS}: {len(self._left)} tensors are no adapters of linear layers of"
+                f" this model, such as {listed}"
+            )
+        if not adapted:
+            raise ValueError(f"{folder / WEIGHTS}: holds no adapters of this model")
+        lora = Lora(rank=rank, alpha=alpha, targets=_patterns(adapted, architecture))
+        self.architecture = replace(architecture, lora=lora)
+        self._own = own
+        headers = {
+            key: Header(tuple(tensor.shape), tensor.dtype) for key, tensor in self._own.items()
+        }
+        self.headers: Mapping[str, Header] = dict(model.headers) | headers
+
+    def _take_factors(self, row: Row, rank: int) -> dict[str, Tensor]:
+        """Take the adapters of a weight; none if it has none."""
+        parts_a = []
+        parts_b = []
+        inputs = row.shape[1]
+        some = None
+        for name, (outputs, *_) in zip(row.names, row.part_shapes, strict=True):
+            stem = name_in_memory(name.removesuffix("weight"))
+            a = self._left.pop(f"{stem}lora_A.weight", None)
+            b = self._left.pop(f"{stem}lora_B.weight", None)
+            some = a if some is None else some
+            for found, shape, factor in ((a, (rank, inputs), "A"), (b, (outputs, rank), "B")):
+                if found is not None and tuple(found.shape) != shape:
+                    raise ValueError(
+                        f"{stem}lora_{factor}: has shape {list(found.shape)}, must be {list(shape)}"
+                    )
+            parts_a.append(torch.zeros(rank, inputs) if a is None else a)
+            parts_b.append(torch.zeros(outputs, rank) if b is None else b)
+        if some is None:
+            return {}
+        key_a, key_b = factor_keys(row)
+        joined = parts_b[0] if len(parts_b) == 1 else row.operation.join(parts_b)
+        assert len(parts_a) == stacked(row.key)
+        return {
+            key_a: torch.cat(parts_a).to(some.dtype),
+            key_b: joined.to(some.dtype).contiguous(),
+        }
+
+    def _take_whole(self, row: Row) -> dict[str, Tensor]:
+        """Take a weight that was trained in full (PEFT's ``modules_to_save``)."""
+        names = [name_in_memory(name) for name in row.names]
+        if not all(name in self._left for name in names):
+            return {}
+        return {row.key: row.join([self._left.pop(name) for name in names])}
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self._own[key] if key in self._own else self._model[key]
+
+    def ranges(self, key: str, rows: range) -> list[Range] | None:
+        """See ``Tensors``."""
+        return None if key in self._own else self._model.ranges(key, rows)
+
+    def __str__(self) -> str:
+        return str(self._model)
+
+
+def _read_settings(folder: Path) -> dict[str, Any]:
+    """Read ``adapter_config.json``, and refuse what would be computed otherwise here."""
+    settings = read_json(folder / CONFIG)
+    for name, allowed in _MUST_BE.items():
+        if name in settings and settings[name] not in allowed:
+            raise ValueError(
+                f"{folder / CONFIG}: {name} is {settings[name]!r}; only {allowed[0]!r} is supported"
+            )
+    return settings
+
+
+def _patterns(adapted: Sequence[str], architecture: Architecture) -> tuple[str, ...]:
+    """Return the shortest patterns that mean these weights and no others."""
+    every = {key for row in rows(architecture) for key in [row.key] if key.endswith(".weight")}
+    found: list[str] = []
+    for part in ("vision.encoder", "language.decoder"):
+        for name in LINEARS:
+            end = f".{name}.weight"
+            all_layers = {key for key in every if key.startswith(part) and key.endswith(end)}
+            here = [key for key in adapted if key in all_layers]
+            if here and len(here) == len(all_layers):
+                found.append(_LAYER.sub(".layers.*.", here[0]).removesuffix(".weight"))
+            else:
+                found += [key.removesuffix(".weight") for key in here]
+    return tuple(found)

@@ -1,0 +1,166 @@
+"""LoRA adapters on the linear layers of megatron-core and Transformer Engine.
+
+Shape letters: T rows, R rank, n stacked A's.
+
+| linear layer | A | B | between |
+|---|---|---|---|
+| column-parallel | whole | rows of this rank | copied; sequence parallelism gathers tokens |
+| row-parallel | columns of this rank | whole | summed; sequence parallelism scatters tokens |
+
+So only R numbers a token travel, and both factors get the gradients of one process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.nn.functional import linear
+
+from megavlm.config.lora import LINEARS, Lora, stacked
+
+_COLUMN = ("linear_qkv.weight", "linear_fc1.weight")
+
+
+class LowRankAdapter(nn.Module):
+    """The two factors beside one linear layer.
+
+    Args:
+        key: checkpoint key of the layer's weight.
+        weight: this rank's share of it [outputs, inputs].
+        lora: the settings.
+        config: megatron-core's configuration of the part.
+        group: tensor-parallel ranks that share the layer.
+    """
+
+    def __init__(
+        self,
+        key: str,
+        weight: Tensor,
+        lora: Lora,
+        config: TransformerConfig,
+        group: ProcessGroup,
+    ):
+        super().__init__()
+        outputs, inputs = weight.shape
+        self.count = stacked(key)
+        self.scale = lora.scale
+        self.group = group
+        self.is_column = key.endswith(_COLUMN)
+        self.is_gated = config.gated_linear_unit and key.endswith("linear_fc1.weight")
+        self.is_scattered = config.sequence_parallel
+        options = dict(dtype=weight.dtype, device=weight.device)
+        self.a = nn.Parameter(torch.zeros(self.count * lora.rank, inputs, **options))
+        self.b = nn.Parameter(torch.zeros(outputs, lora.rank, **options))
+        cut = self.b if self.is_column else self.a
+        set_tensor_model_parallel_attributes(cut, group.size() > 1, 0 if self.is_column else 1, 1)
+        if self.is_scattered:
+            # Sees the tokens of this rank only: megatron-core's ``finalize_model_grads`` sums it.
+            whole = self.a if self.is_column else self.b
+            whole.sequence_parallel = True
+        which = self._projections(key, config, outputs)
+        self.counts = [which.count(number) for number in range(self.count)]
+        order = sorted(range(outputs), key=which.__getitem__)
+        places = sorted(range(outputs), key=order.__getitem__)
+        # Rows in the order of their projections, and where each row of the layer is among them.
+        is_sorted = order == places == list(range(outputs))
+        for name, rows in (("order", order), ("places", places)):
+            self.register_buffer(name, None if is_sorted else torch.tensor(rows), persistent=False)
+
+    def _projections(self, key: str, config: TransformerConfig, outputs: int) -> list[int]:
+        """Return which projection each row of this rank's weight belongs to."""
+        if self.count == 3:  # for each query group its queries, a key, a value
+            groups = config.num_query_groups or config.num_attention_heads
+            queries = config.num_attention_heads // groups
+            heads = [0 for _ in range(queries)] + [1, 2]
+            one_group = [number for number in heads for _ in range(config.kv_channels)]
+            rows = [number for _ in range(groups) for number in one_group]
+            start = self.group.rank() * outputs
+            return rows[start : start + outputs]
+        return [row * self.count // outputs for row in range(outputs)]
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return what is added to the layer's output.
+
+        Args:
+            hidden: what the layer reads [T, ..., inputs of this rank].
+        """
+        low = linear(hidden, self.a)
+        if not self.is_column:
+            between = (
+                reduce_scatter_to_sequence_parallel_region
+                if self.is_scattered
+                else reduce_from_tensor_model_parallel_region
+            )
+            return linear(between(low, group=self.group), self.b) * self.scale
+        between = (
+            gather_from_sequence_parallel_region
+            if self.is_scattered
+            else copy_to_tensor_model_parallel_region
+        )
+        low = between(low, group=self.group)
+        b = self.b if self.order is None else self.b.index_select(0, self.order)
+        parts = zip(low.chunk(self.count, dim=-1), b.split(self.counts), strict=True)
+        high = torch.cat([linear(one, factor) for one, factor in parts], dim=-1)
+        return (high if self.places is None else high.index_select(-1, self.places)) * self.scale
+
+    def sharded(self, entries: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+        """Return the checkpoint entry of the factor that is cut over the tensor-parallel ranks.
+
+        Args:
+            entries: of the whole chunk, in which the factor looks like a whole tensor.
+            prefix: of this adapter's names in them.
+        """
+        name = f"{prefix}b" if self.is_column else f"{prefix}a"
+        found = entries[name]
+        axis = 0 if self.is_column else 1
+        entry = ShardedTensor.from_rank_offsets(
+            found.key,
+            found.data,
+            (axis, self.group.rank(), self.group.size()),
+            replica_id=(found.replica_id[0], 0, found.replica_id[2]),
+            allow_shape_mismatch=found.allow_shape_mismatch,
+        )
+        return {name: apply_swiglu_sharded_factory(entry, ()) if self.is_gated else entry}
+
+
+def attach(
+    part: nn.Module, stack: str, lora: Lora, config: TransformerConfig, group: ProcessGroup
+) -> None:
+    """Give the linear layers of a part their adapters.
+
+    Args:
+        part: the vision encoder or the language model of a chunk.
+        stack: checkpoint key that its layers' keys begin with.
+        lora: the settings.
+        config: megatron-core's configuration of the part.
+        group: tensor-parallel ranks that share each layer.
+    """
+    layers = [layer for layer in part.modules() if isinstance(layer, TransformerLayer)]
+    for layer in layers:
+        for name in LINEARS:
+            key = f"{stack}.{layer.layer_number - 1}.{name}.weight"
+            if lora.adapts(key):
+                target = layer.get_submodule(name)
+                target.lora = LowRankAdapter(key, target.weight, lora, config, group)
+                target.register_forward_hook(_add)
+
+
+def _add(module: nn.Module, inputs: tuple[Tensor, ...], output: tuple) -> tuple:
+    """Add the adapter's output; torch calls this after the layer's forward."""
+    projected, bias = output
+    return projected + module.lora(inputs[0]), bias

@@ -1,0 +1,174 @@
+"""LoRA adapters between checkpoints and PEFT: on the exported base, merged, and back."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import InternVLForConditionalGeneration
+
+from megavlm.checkpoint import train_state
+from megavlm.checkpoint.train_state import State
+from megavlm.config.cli import from_yaml, to_yaml
+from megavlm.config.lora import Lora
+from megavlm.config.schema import Config
+from megavlm.convert.dist_checkpoint import ShardsFolder, write_shards
+from megavlm.convert.hf import convert, peft_export
+from megavlm.convert.weights.views import Header
+from tests.convert.models import SMALL, make_hf
+
+TARGETS = ("language", "vision.*.self_attention", "vision.encoder.layers.1.mlp")
+
+
+class Edited:
+    """Tensors of a checkpoint, some of them replaced and some added."""
+
+    def __init__(self, source: ShardsFolder, edits: dict[str, Tensor]):
+        self._source = source
+        self._edits = edits
+        added = {key: Header(tuple(value.shape), value.dtype) for key, value in edits.items()}
+        self.headers = dict(source.headers) | added
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self._edits[key] if key in self._edits else self._source[key]
+
+    def ranges(self, key: str, rows: range) -> None:
+        return None
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Make the model that adapters are trained on, in float32."""
+    folder = tmp_path_factory.mktemp("peft") / "base"
+    model = InternVLForConditionalGeneration.from_pretrained(
+        make_hf(folder.parent / "first", SMALL), dtype=torch.float32
+    )
+    make_hf(folder, SMALL)
+    with torch.no_grad():  # attention that is no choice of one token, so that rounding stays small
+        for parameter in model.parameters():
+            parameter.mul_(0.2 if parameter.squeeze().ndim > 1 else 1.0)
+    model.save_pretrained(folder)
+    return folder
+
+
+def checkpoint_of(base: Path, folder: Path, lora: Lora, *, trains_connector: bool) -> Path:
+    """Write a checkpoint with random adapters, as training leaves one."""
+    from megavlm.planner.flops import pieces
+
+    convert.import_(base, folder.parent / "imported")
+    architecture = replace(SMALL, lora=lora)
+    plain = ShardsFolder(folder.parent / "imported" / "shards")
+    generator = torch.Generator().manual_seed(7)
+    edits: dict[str, Tensor] = {}
+    for piece in pieces(architecture):
+        rank = lora.rank
+        if piece.key.endswith(".lora.a"):
+            columns = {"vision": (24, 40), "language": (48, 56)}[piece.part]
+            inputs = columns["linear_fc2" in piece.key]
+            shape = (piece.elements // inputs, inputs)
+        elif piece.key.endswith(".lora.b"):
+            shape = (piece.elements // rank, rank)
+        else:
+            continue
+        edits[piece.key] = 0.2 * torch.randn(shape, generator=generator)
+    if trains_connector:
+        key = "connector.mlp.linear_fc1.weight"
+        edits[key] = plain[key] + 0.1
+    folder.mkdir()
+    write_shards(Edited(plain, edits), folder / "shards")
+    config = Config(stage="2", model="custom", architecture=architecture)
+    (folder / "config.yaml").write_text(to_yaml(config))
+    train_state.write(State(stage="2"), folder)
+    return folder
+
+
+def logits(model: torch.nn.Module) -> Tensor:
+    generator = torch.Generator().manual_seed(3)
+    inner = getattr(model, "base_model", model)
+    token = inner.config.image_token_id if hasattr(inner, "config") else 0
+    ids = torch.randint(20, 400, (1, 24), generator=generator)
+    ids[ids == token] = 21
+    ids[0, 4 : 4 + SMALL.features_per_tile] = token
+    pixels = torch.randn(1, 3, 28, 28, generator=generator)
+    with torch.no_grad():
+        return model.eval()(input_ids=ids, pixel_values=pixels).logits
+
+
+def load(folder: Path) -> InternVLForConditionalGeneration:
+    return InternVLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("trains_connector", [True, False])
+def test_peft_gives_the_logits_of_the_merged_export(
+    base: Path, tmp_path: Path, trains_connector: bool
+) -> None:
+    lora = Lora(rank=4, alpha=12.0, targets=TARGETS)
+    trained = checkpoint_of(base, tmp_path / "trained", lora, trains_connector=trains_connector)
+    convert.export(trained, tmp_path / "merged", tokenizer=base, dialect="native")
+    peft_export.export(trained, tmp_path / "adapters", base=base)
+    merged = logits(load(tmp_path / "merged"))
+    on_base = logits(peft.PeftModel.from_pretrained(load(base), tmp_path / "adapters"))
+    before = logits(load(base))
+    assert (merged - on_base).abs().max() < 1e-4 < 1e-2 < (merged - before).abs().max()
+    saved = json.loads((tmp_path / "adapters" / "adapter_config.json").read_text())
+    assert (saved["modules_to_save"] is not None) == trains_connector
+    assert len(saved["target_modules"]) == 3 * 7 + 2 * 4 + 2
+
+    # And back: every tensor returns bit for bit.
+    convert.import_(base, tmp_path / "again", adapters=tmp_path / "adapters")
+    first = ShardsFolder(trained / "shards")
+    second = ShardsFolder(tmp_path / "again" / "shards")
+    assert first.headers.keys() == second.headers.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first.headers)
+    found = from_yaml(tmp_path / "again" / "config.yaml").architecture.lora
+    assert (found.rank, found.scale) == (4, 3.0)
+    assert "language.decoder.layers.*.self_attention.linear_qkv" in found.targets
+
+
+def test_adapters_that_peft_has_made_are_imported(base: Path, tmp_path: Path) -> None:
+    settings = peft.LoraConfig(
+        r=3,
+        lora_alpha=6,
+        use_rslora=True,
+        target_modules=r".*language_model.*\.(q_proj|v_proj|down_proj)",
+        init_lora_weights=False,
+    )
+    torch.manual_seed(0)
+    model = peft.get_peft_model(load(base), settings)
+    model.save_pretrained(tmp_path / "adapters")
+    wanted = logits(model)
+    convert.import_(base, tmp_path / "start", adapters=tmp_path / "adapters")
+    convert.export(tmp_path / "start", tmp_path / "merged", dialect="native")
+    assert (logits(load(tmp_path / "merged")) - wanted).abs().max() < 1e-4
+
+
+def test_what_is_no_adapter_of_the_model_is_refused(base: Path, tmp_path: Path) -> None:
+    lora = Lora(rank=2, targets=("*.linear_proj",))
+    trained = checkpoint_of(base, tmp_path / "trained", lora, trains_connector=False)
+    folder = tmp_path / "adapters"
+    peft_export.export(trained, folder, base=base)
+    other = tmp_path / "other"
+    weights = load_file(base / "model.safetensors")
+    name = next(name for name in weights if "down_proj" in name)
+    make_hf(other, SMALL)
+    save_file(weights | {name: weights[name] + 1}, other / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="1 weights beside the adapters and the connector are not"):
+        peft_export.export(trained, tmp_path / "wrong", base=other)
+    plain = tmp_path / "imported"
+    with pytest.raises(ValueError, match="has no LoRA adapters"):
+        peft_export.export(plain, tmp_path / "wrong", base=base)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
+    with pytest.raises(ValueError, match="use_dora is True; only False is supported"):
+        convert.import_(base, tmp_path / "wrong", adapters=folder)
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    tensors = load_file(folder / "adapter_model.safetensors")
+    save_file(tensors | {"base_model.model.x": torch.ones(1)}, folder / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="1 tensors are no adapters of linear layers"):
+        convert.import_(base, tmp_path / "wrong", adapters=folder)

@@ -1,0 +1,209 @@
+"""LoRA adapters at every layout, across checkpoints, and in what is exported."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from megavlm.config.lora import Lora, is_adapter
+from megavlm.config.schema import Config
+from tests.ranks.pool import Pool
+from tests.ranks.runs import TINY, Curve, config_for, make_packs, train_curve, whole_weights
+from tests.ranks.test_resume import (
+    STEPS,
+    forget_the_end,
+    losses,
+    make_job,
+    run_job,
+    saved_tensors,
+)
+
+ADAPTERS = Lora(rank=4, targets=("vision", "language"))
+MASK = ("connector", *ADAPTERS.trainable)
+SETTINGS = dict(trainable=MASK, steps=5, lr=1e-2, warmup_ratio=0.0, adam_eps=1e-4)
+TENSOR = dict(tensor_model_parallel_size=2)
+PIPELINE = dict(pipeline_model_parallel_size=2, layout="v*2|v,t*3")
+
+
+def with_adapters(config: Config, lora: Lora = ADAPTERS) -> Config:
+    architecture = dataclasses.replace(config.architecture, lora=lora)
+    return dataclasses.replace(config, architecture=architecture)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("packs") / "train"
+    make_packs(folder, packs=10, image_share=0.8, alignment=4)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(ranks: Pool, dataset: Path) -> Curve:
+    """Train in one process."""
+    return ranks.run(train_curve, 1, with_adapters(config_for(dataset, **SETTINGS)))[0]
+
+
+LAYOUTS = [
+    (2, TENSOR),
+    (2, TENSOR | dict(sequence_parallel=True)),
+    (2, TENSOR | dict(vision="data")),
+    (2, PIPELINE),
+    (2, dict(context_parallel_size=2)),
+    (8, TENSOR | PIPELINE | dict(sequence_parallel=True, recompute="full")),
+]
+RARE = [
+    (2, dict(recompute="selective")),
+    (4, dict(tensor_model_parallel_size=4)),
+    (4, TENSOR | PIPELINE | dict(vision="data", recompute="full")),
+    (4, TENSOR | dict(context_parallel_size=2, sequence_parallel=True)),
+]
+
+
+@pytest.mark.parametrize(
+    ("world", "layout"), LAYOUTS + (RARE if os.environ.get("MEGAVLM_MATRIX") == "all" else [])
+)
+def test_training_is_that_of_one_process(
+    ranks: Pool, dataset: Path, alone: Curve, world: int, layout: dict
+) -> None:
+    config = with_adapters(config_for(dataset, **SETTINGS, **layout))
+    shared = ranks.run(train_curve, world, config)
+    assert shared[0].losses == pytest.approx(alone.losses, rel=1e-5)
+    assert shared[0].grad_norms == pytest.approx(alone.grad_norms, rel=1e-5)
+    found = whole_weights(shared)
+    for key, weight in whole_weights([alone]).items():
+        place = tuple(slice(0, size) for size in weight.shape)
+        np.testing.assert_allclose(found[key][place], weight, 1e-4, 1e-5, err_msg=key)
+
+
+def test_the_base_stays_as_it_is_and_every_adapter_learns(
+    ranks: Pool, dataset: Path, alone: Curve
+) -> None:
+    still = with_adapters(config_for(dataset, **SETTINGS | dict(steps=1, lr=1e-30)))
+    before = whole_weights(ranks.run(train_curve, 1, still))
+    after = whole_weights([alone])
+    assert len([key for key in after if is_adapter(key)]) == 2 * 4 * (3 + 3)
+    for key, weight in after.items():
+        is_trained = is_adapter(key) or key.startswith("connector.")
+        assert np.array_equal(weight, before[key]) != is_trained, key
+    # Nothing but the adapters' own product changes the first loss, and B starts at zero.
+    plain = config_for(dataset, **SETTINGS | dict(trainable=("connector",)))
+    [base] = ranks.run(train_curve, 1, plain)
+    assert base.losses[0] == alone.losses[0] and base.losses[2] != alone.losses[2]
+
+
+def logits_with_and_without(config: Config) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compare adapters with the weights that they are merged into by definition."""
+    from megavlm.model.weights import named_weights
+    from tests.ranks.runs import build
+
+    job = build(config)
+    weights = named_weights(job.chunks[0])
+    generator = torch.Generator().manual_seed(1)
+    for key, weight in weights.items():
+        if key.endswith(".lora.b"):
+            weight.data.copy_(0.2 * torch.randn(weight.shape, generator=generator))
+    batch = job.train.batch(0, 0, vision_layers=3)
+    with torch.no_grad():
+        found = job.chunks[0](batch, with_loss=False)
+    return found, {key: weight.detach().clone() for key, weight in weights.items()}
+
+
+def test_queries_keys_values_gate_and_up_have_adapters_of_their_own(
+    ranks: Pool, dataset: Path
+) -> None:
+    from megavlm.convert.weights.adapters import MergedAdapters
+
+    config = with_adapters(config_for(dataset, **SETTINGS))
+    [(wanted, weights)] = ranks.run(logits_with_and_without, 1, config)
+    merged = MergedAdapters(Held(weights), config.architecture)
+    plain = config_for(dataset, **SETTINGS | dict(trainable=("connector",)))
+    [found] = ranks.run(logits_of, 1, (plain, {key: merged[key] for key in merged.headers}))
+    assert (found - wanted).abs().max() < 1e-5 < wanted.abs().max()
+
+
+class Held:
+    """Tensors in memory, as ``Tensors`` of the conversion."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor]):
+        from megavlm.convert.weights.views import Header
+
+        self._tensors = tensors
+        self.headers = {
+            key: Header(tuple(tensor.shape), tensor.dtype) for key, tensor in tensors.items()
+        }
+
+    def __getitem__(self, key: str) -> torch.Tensor:
+        return self._tensors[key]
+
+    def ranges(self, key: str, rows: range) -> None:
+        return None
+
+
+def logits_of(asked: tuple[Config, dict[str, torch.Tensor]]) -> torch.Tensor:
+    from megavlm.model.weights import named_weights
+    from tests.ranks.runs import build
+
+    config, weights = asked
+    job = build(config)
+    with torch.no_grad():
+        for key, weight in named_weights(job.chunks[0]).items():
+            place = tuple(slice(0, size) for size in weights[key].shape)
+            weight[place].copy_(weights[key])
+        return job.chunks[0](job.train.batch(0, 0, vision_layers=3), with_loss=False)
+
+
+def test_a_run_starts_from_a_model_without_adapters_and_resumes_bit_for_bit(
+    ranks: Pool, dataset: Path, tmp_path: Path
+) -> None:
+    ranks.run(run_job, 1, make_job(dataset, tmp_path / "base", stage="1", trainable=("connector",)))
+    layout = TENSOR | PIPELINE
+    job = make_job(
+        dataset, tmp_path / "whole", tmp_path / "base", trainable=MASK, drop_path=0.1, **layout
+    )
+    ranks.run(run_job, 4, with_adapters(job))
+    forget_the_end(tmp_path / "whole", tmp_path / "killed")
+    job = make_job(dataset, tmp_path / "killed", trainable=MASK, drop_path=0.1, **layout)
+    ranks.run(run_job, 4, with_adapters(job))
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")[3:]
+    last = f"step_{STEPS:08d}"
+    [base], [whole], [killed] = (
+        ranks.run(saved_tensors, 1, tmp_path / name / last) for name in ("base", "whole", "killed")
+    )
+    assert whole.keys() == killed.keys()
+    assert all(torch.equal(whole[key], killed[key]) for key in whole)
+    frozen = [key for key in base if key.startswith("model.") and "connector" not in key]
+    assert frozen and all(torch.equal(base[key], whole[key]) for key in frozen)
+    moments = [key for key in whole if key.startswith("optimizer.state.exp_avg.")]
+    assert all("connector" in key or ".lora." in key for key in moments)
+    # At one process too.
+    forget_the_end(tmp_path / "whole", tmp_path / "one")
+    job = make_job(dataset, tmp_path / "one", trainable=MASK, drop_path=0.1)
+    ranks.run(run_job, 1, with_adapters(job))
+    assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "whole")[3:], rel=1e-5)
+
+
+def test_other_adapters_are_refused_on_resume(ranks: Pool, dataset: Path, tmp_path: Path) -> None:
+    from megavlm.train.launch import inspect
+
+    job = make_job(dataset, tmp_path / "run", trainable=MASK, drop_path=0.1)
+    ranks.run(run_job, 1, with_adapters(job))
+    for other in (Lora(), Lora(rank=8, targets=("vision", "language"))):
+        with pytest.raises(ValueError, match=r"architecture\.lora\.rank: 4 in the checkpoint"):
+            inspect(with_adapters(job, other), 1)
+
+
+def test_heads_that_do_not_divide_get_adapters_too(ranks: Pool, dataset: Path) -> None:
+    vision = dataclasses.replace(TINY.vision, hidden_size=36, num_attention_heads=3)
+    curves = []
+    for layout in (dict(), TENSOR):
+        config = with_adapters(config_for(dataset, **SETTINGS, **layout))
+        architecture = dataclasses.replace(config.architecture, vision=vision)
+        config = dataclasses.replace(config, architecture=architecture)
+        curves.append(ranks.run(train_curve, config.parallel.model_parallel_size, config)[0])
+    assert curves[0].losses == pytest.approx(curves[1].losses, rel=1e-5)
+    assert curves[0].grad_norms == pytest.approx(curves[1].grad_norms, rel=1e-5)
