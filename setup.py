@@ -48,8 +48,9 @@ setup(
         "fast": ["numba>=0.61", "simplejpeg>=1.8"],
         # Packing over several machines.
         "ray": ["ray>=2.40"],
-        # Packs in object storage; s3fs, gcsfs and such go with it.
-        "remote": ["fsspec>=2024.6"],
+        # Annotations, images and packs in object storage or on the web; gcsfs, adlfs and such go
+        # with it.
+        "remote": ["aiohttp>=3.9", "fsspec>=2024.6", "s3fs>=2024.6"],
         # Reads annotations, and images in them, from parquet files.
         "parquet": ["pyarrow>=17"],
         # Decodes videos; animated GIFs and folders of frames need nothing.
@@ -61,15 +62,20 @@ setup(
         "wandb": ["wandb>=0.19"],
         "quickstart": ["matplotlib>=3.9", "scikit-learn>=1.5"],
         "dev": [
+            "aiohttp>=3.9",
             "av>=13",
+            "flask>=3.0",  # of the local S3 server
+            "flask-cors>=5.0",
             "fsspec>=2024.6",
             "hypothesis>=6.100",
+            "moto[s3]>=5.1",
             "numba>=0.61",
             "peft>=0.17",
             "pyarrow>=17",
             "pytest>=8.0",
             "ray>=2.40",
             "ruff==0.17.5",
+            "s3fs>=2024.6",
             "simplejpeg>=1.8",
             "tensorboard>=2.17",
             "wandb>=0.19",

@@ -11,7 +11,7 @@ from megavlm.config.parameter_groups import name_problems, setting_problems
 from megavlm.config.schema import Config
 from megavlm.data.records.readers import is_annotation
 from megavlm.data.store.manifest import read_manifest
-from megavlm.io.storage import is_remote
+from megavlm.io.remote import is_remote
 from megavlm.planner.parameter_table import parameter_keys
 
 

@@ -27,6 +27,7 @@ from megavlm.config import torchrun
 from megavlm.config.schema import ANY, Config
 from megavlm.data.records.readers import is_annotation
 from megavlm.io import atomic
+from megavlm.io.remote import file_state, is_remote
 
 if TYPE_CHECKING:
     from megavlm.data.packing.settings import Job
@@ -261,7 +262,10 @@ def _key(job: Job) -> str:
     facts = job.identity(json.dumps(tokenizer))
     for source in facts["sources"]:
         del source["modified"]
-        source["content"] = _digest(Path(source["path"]))
+        if is_remote(source["path"]):
+            source["content"] = file_state(source["path"]).version
+        else:
+            source["content"] = _digest(Path(source["path"]))
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -8,6 +8,8 @@ import threading
 from collections import OrderedDict
 from pathlib import Path
 
+from megavlm.io.remote import is_remote, open_system, request
+
 # A process may commonly open 1024 files, and workers inherit those of their parent.
 OPEN_FILES = 64
 
@@ -78,51 +80,42 @@ class RemoteFiles:
 
     Raises:
         ValueError: fsspec does not know such URLs, or lacks the package for them.
+
+    Reads raise RemoteError if the store does not answer.
     """
 
     def __init__(self, folder: str) -> None:
-        import fsspec
-
         self.folder = folder.rstrip("/")
-        try:
-            self._system, self._root = fsspec.url_to_fs(self.folder)
-        except (ValueError, ImportError) as error:
-            raise ValueError(f"{folder}: cannot be read: {error}") from None
+        self._system, self._root = open_system(self.folder)
 
     def __reduce__(self) -> tuple:
         return type(self), (self.folder,)
 
     def exists(self, name: str) -> bool:
         """Whether there is such a file."""
-        return self._system.isfile(f"{self._root}/{name}")
+        return request(self.folder, lambda: self._system.isfile(f"{self._root}/{name}"))
 
     def size(self, name: str) -> int:
         """Bytes of a file; raises FileNotFoundError."""
-        return self._system.size(f"{self._root}/{name}")
+        return request(self.folder, lambda: self._system.size(f"{self._root}/{name}"))
 
     def read(self, name: str, start: int, end: int) -> bytes:
         """Bytes ``[start, end)`` of a file; fewer where it ends before."""
-        return (
-            self._system.cat_file(f"{self._root}/{name}", start=start, end=end)
-            if end > start
-            else b""
-        )
+        if end <= start:
+            return b""
+        path = f"{self._root}/{name}"
+        return request(self.folder, lambda: self._system.cat_file(path, start=start, end=end))
 
     def copy(self, name: str, to: Path) -> None:
         """Copy a file, or a folder with all that is in it; nothing where there is none."""
         source = f"{self._root}/{name}"
-        if self._system.isdir(source):
-            self._system.get(source + "/", f"{to}/", recursive=True)
-        elif self._system.exists(source):
-            self._system.get_file(source, str(to))
+        if request(self.folder, lambda: self._system.isdir(source)):
+            request(self.folder, lambda: self._system.get(source + "/", f"{to}/", recursive=True))
+        elif request(self.folder, lambda: self._system.exists(source)):
+            request(self.folder, lambda: self._system.get_file(source, str(to)))
 
 
 Files = LocalFiles | RemoteFiles
-
-
-def is_remote(folder: str | Path) -> bool:
-    """Whether a folder is named by a URL."""
-    return "://" in str(folder)
 
 
 def open_folder(folder: str | Path) -> Files:

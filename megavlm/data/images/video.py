@@ -25,6 +25,7 @@ from megavlm.data.images.decode import MAX_PIXELS, cut_tiles, describe, open_ima
 from megavlm.data.images.tiling import Tiling
 from megavlm.data.images.transforms import centre_crop, to_square
 from megavlm.data.records.record import MediaFile
+from megavlm.io.remote import is_remote, open_file
 
 JPEG_QUALITY = 95
 FRAME_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
@@ -115,6 +116,8 @@ def open_media(file: MediaFile) -> Any:
     """
     if file.content is not None:
         return io.BytesIO(file.content)
+    if is_remote(file.path):
+        return open_file(file.path)
     mode = os.stat(file.path).st_mode
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(None, "a directory, not a file")

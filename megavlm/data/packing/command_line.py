@@ -241,8 +241,8 @@ def _add_files(parser: argparse.ArgumentParser) -> None:
     data.add_argument(
         "--jsonl",
         metavar="FILE",
-        help="annotations: .jsonl, .json, .parquet, .tar, a pattern, or the folder of an"
-        " Energon dataset or imagefolder",
+        help="annotations: .jsonl, .json, .parquet, .tar, a URL of one, a pattern, or the folder"
+        " of an Energon dataset or imagefolder",
     )
     add = parser.add_argument
     add(

@@ -6,9 +6,10 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from enum import Enum
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 
@@ -31,8 +32,11 @@ from megavlm.data.records.record import (
 from megavlm.data.records.reject import Reject, RejectError, printable
 from megavlm.data.sample import Image, Sample
 from megavlm.data.text.chat_tokens import ChatTemplate
+from megavlm.io.remote import RemoteError, is_remote
 
 DeepImages = Literal["clip", "scale", "reject"]
+Result = TypeVar("Result")
+ALL = Filter()  # keeps every record
 
 
 class Images(Enum):
@@ -46,6 +50,27 @@ class Images(Enum):
     HEADER = "header"
     DECODE = "decode"
     LOAD = "load"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Size:
+    """How large a sample is.
+
+    Args:
+        length: number of tokens.
+        images: without their bytes.
+        tiles: of all images, thumbnails counted.
+        difficulty: for a curriculum.
+        unread: keys of the record that were not read.
+        window: index of the part of a document that is cut, from 0.
+    """
+
+    length: int
+    images: tuple[Image, ...]
+    tiles: int
+    difficulty: float
+    unread: tuple[str, ...]
+    window: int = 0
 
 
 class Encoder:
@@ -98,6 +123,25 @@ class Encoder:
             source: index of the file.
             images: how far images are read.
         """
+        return self._try(self.encode, raw, annotations, source, images)
+
+    def measure_raw(
+        self, raw: RawRecord, annotations: Annotations, *, source: int, images: Images
+    ) -> tuple[Size, ...] | Reject:
+        """Return the sizes of the samples of one record, or why there is none, as ``encode_raw``
+        would, but faster.
+        """
+        return self._try(self.measure, raw, annotations, source, images)
+
+    def _try(
+        self,
+        encode: Callable[..., tuple[Result, ...]],
+        raw: RawRecord,
+        annotations: Annotations,
+        source: int,
+        images: Images,
+    ) -> tuple[Result, ...] | Reject:
+        """Return what a method makes of a record, or why it makes nothing."""
         try:
             fields = raw.fields()
             annotations.keep.check_fields(fields)
@@ -105,7 +149,7 @@ class Encoder:
             record = parse_record(
                 fields, root=annotations.root, files=raw.files, prompt=annotations.prompt
             )
-            return self.encode(
+            return encode(
                 record,
                 source=source,
                 line=raw.number,
@@ -120,6 +164,57 @@ class Encoder:
             large = RejectError("conversation", f"a number that is too large: {error}")
             return reject(raw, annotations, source, large)
 
+    def measure(
+        self,
+        record: Record,
+        *,
+        source: int,
+        line: int,
+        images: Images,
+        max_tiles: int | None = None,
+        keep: Filter = ALL,
+        difficulty: float = 0.0,
+    ) -> tuple[Size, ...]:
+        """Return the sizes of the samples that ``encode`` makes of a record; arguments and errors
+        as there.
+        """
+        cuts = self.windows.cut and record.conversations[0].role == "pretrain"
+        if cuts or self.truncate or record.videos:
+            samples = self.encode(
+                record,
+                source=source,
+                line=line,
+                images=images,
+                max_tiles=max_tiles,
+                keep=keep,
+                difficulty=difficulty,
+            )
+            return tuple(
+                Size(
+                    length=sample.length,
+                    images=sample.images,
+                    tiles=sample.tiles,
+                    difficulty=difficulty,
+                    unread=sample.unread,
+                    window=sample.window,
+                )
+                for sample in samples
+            )
+        stills = tuple(
+            self._image(file, len(record.images), max_tiles, images, keep) for file in record.images
+        )
+        tiles = [still.tiles for still in stills]
+        size = Size(
+            length=self.template.count(record.conversations, tiles),
+            images=stills,
+            tiles=sum(tiles),
+            difficulty=difficulty,
+            unread=record.unread,
+        )
+        self._check_size(size, "--max_tiles")
+        keep.check_length(size.length)
+        return (size,)
+
     def encode(
         self,
         record: Record,
@@ -128,7 +223,7 @@ class Encoder:
         line: int,
         images: Images,
         max_tiles: int | None = None,
-        keep: Filter | None = None,
+        keep: Filter = ALL,
         difficulty: float = 0.0,
     ) -> tuple[Sample, ...]:
         """Return the samples of a record: one, or the windows of a document. What is too long is
@@ -146,7 +241,6 @@ class Encoder:
         Raises:
             RejectError: the record cannot become a sample, with the reason.
         """
-        keep = keep or Filter()
         turns = record.conversations
         stills = [
             self._image(file, len(record.images), max_tiles, images, keep) for file in record.images
@@ -206,7 +300,7 @@ class Encoder:
             images=whole.images[:images],
         )
 
-    def _check_size(self, sample: Sample, flag: str) -> None:
+    def _check_size(self, sample: Sample | Size, flag: str) -> None:
         """Refuse a sample that no pack can hold; ``flag`` makes its images smaller."""
         tiles = sample.tiles
         if self.tile_cap is not None and tiles > self.tile_cap:
@@ -254,6 +348,8 @@ class Encoder:
         """Read one of a record's ``images`` images."""
         try:
             with open_media(file) as opened:
+                if how is Images.HEADER and is_remote(file.path):
+                    opened.peek(1)  # a store that fails is no image that cannot be read
                 encoded = b"" if how is Images.HEADER else opened.read()
                 header = read_header(opened if how is Images.HEADER else encoded)
             if header.deep and self.deep_images == "reject":
@@ -267,6 +363,8 @@ class Encoder:
             columns, rows = self.tiling.grid(header.width, header.height, images, max_tiles)
         except RejectError:
             raise
+        except RemoteError as error:
+            raise RejectError("unreachable", str(error)) from None
         except OSError as error:
             raise RejectError("missing_image", f"{file.path}: {error.strerror or error}") from None
         except ValueError as error:
@@ -294,6 +392,8 @@ class Encoder:
             frames = read_frames(video.file, chosen, self.tiling)
             for frame in frames if how is Images.DECODE else ():
                 check_pixels(frame.encoded)
+        except RemoteError as error:
+            raise RejectError("unreachable", str(error)) from None
         except OSError as error:
             raise RejectError(
                 "missing_video", f"{video.file.path}: {error.strerror or error}"

@@ -42,7 +42,7 @@ from megavlm.data.packing.write_shards import (
     remove_markers,
     write_shard,
 )
-from megavlm.data.records.reject import Reject
+from megavlm.data.records.reject import Reject, count_unwanted
 from megavlm.data.store.manifest import Manifest, Source, Totals
 from megavlm.data.store.pack_format import PackRules, complete
 from megavlm.data.text.templates import chat_format
@@ -217,6 +217,7 @@ def _write_shards(
             )
 
     done = plan.packs - sum(len(plan.shard(number)) - 1 for number in missing)
+    first_rejected = count_unwanted(scan.rejects)
     rejected = sum(len(written.rejects) for written in shards.values() if written)
     written_bytes = sum(written.totals.bytes for written in shards.values() if written)
     with Progress("writing", "packs", plan.packs, done) as progress:
@@ -229,7 +230,8 @@ def _write_shards(
             progress.add(
                 len(plan.shard(number)) - 1, f"{written_bytes / 1e6:,.0f} MB, {rejected} rejected"
             )
-            if rejected:
+            # The exact count looks at all rejects, and is made only if it may matter.
+            if first_rejected + rejected > job.max_rejects * scan.records:
                 check_shards(job, scan, [each for each in shards.values() if each])
     finished = [shards[number] for number in range(plan.shards)]
     check_shards(job, scan, finished)

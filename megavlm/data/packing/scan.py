@@ -35,9 +35,14 @@ from megavlm.data.records.readers import open_reader
 from megavlm.data.records.reject import Reject, count_unwanted
 from megavlm.io.progress import Progress
 from megavlm.io.record_file import RecordFile
+from megavlm.io.remote import file_state
 from megavlm.io.storage import LocalFiles
 
+# Few, so that all workers have something to do with a small file; many, so that handing over a task
+# of a large one costs little.
 RECORDS_PER_TASK = 32
+RECORDS_PER_LARGE_TASK = 256
+LARGE_FILE_BYTES = 2**23
 # So many records without one that can be used mean a wrong folder or format, and the job ends now
 # instead of after hours.
 HOPELESS_RECORDS = 2000
@@ -166,7 +171,7 @@ def _scan_rest(
     executor: Executor,
 ) -> None:
     """Measure the records that a state lacks, and bring it up to date."""
-    total_bytes = sum(Path(source.path).stat().st_size for source in sources)
+    total_bytes = sum(file_state(source.path).size for source in sources)
     tasks = islice(_tasks(sources, settings, images), state.tasks, None)
     with (
         open(folder / state.rows_name, "ab") as rows,
@@ -176,6 +181,9 @@ def _scan_rest(
         rows.truncate(state.rows * ROW.itemsize)
         rejects.truncate(state.rejects_bytes)
         saved = time.monotonic()
+        # Kept here, since a mixture has thousands of sources, and tasks are short.
+        records = sum(source.records for source in state.sources)
+        rejected = records - state.packable
         for measured in ordered_map(measure, tasks, workers, executor):
             rows.write(measured.rows.tobytes())
             lines = reject_lines(measured.rejects)
@@ -185,11 +193,9 @@ def _scan_rest(
             state.rows += len(measured.rows)
             state.rejects_bytes += len(lines)
             count_measured(state, measured.task.source, measured.counts, measured.rejects)
-            records = sum(source.records for source in state.sources)
-            progress.add(
-                measured.task.records.size,
-                f"{records} records, {records - state.packable} rejected",
-            )
+            records += measured.counts.records
+            rejected += len(measured.rejects)
+            progress.add(measured.task.records.size, f"{records} records, {rejected} rejected")
             # Records that a filter leaves out are no reason to give up.
             if not state.rows and records >= HOPELESS_RECORDS:
                 unwanted = sum(count_unwanted(source.rejects) for source in state.sources)
@@ -214,14 +220,16 @@ def measure(task: ScanTask) -> Measured:
         extent.offset, extent.number, extent.records
     ):
         counts.records += 1
-        samples = encoder.encode_raw(raw, task.annotations, source=task.source, images=task.images)
+        samples = encoder.measure_raw(raw, task.annotations, source=task.source, images=task.images)
         if isinstance(samples, Reject):
             rejects.append(samples)
             continue
-        unread.update(samples[0].unread)
+        if samples[0].unread:
+            unread.update(samples[0].unread)
         for sample in samples:
-            counts.images += len(sample.images)
-            counts.deep_images += sum(image.deep for image in sample.images)
+            if sample.images:
+                counts.images += len(sample.images)
+                counts.deep_images += sum(image.deep for image in sample.images)
             rows.append(
                 (
                     raw.offset,
@@ -259,11 +267,13 @@ def _taken(file: Annotations) -> Iterator[OffsetRange]:
     of them.
     """
     reader = open_reader(file.path)
+    is_large = file_state(file.path).size > LARGE_FILE_BYTES
+    length = RECORDS_PER_LARGE_TASK if is_large else RECORDS_PER_TASK
     if file.repeat_time >= 1:
-        yield from reader.ranges(RECORDS_PER_TASK)
+        yield from reader.ranges(length)
         return
-    left = int(sum(extent.records for extent in reader.ranges(RECORDS_PER_TASK)) * file.repeat_time)
-    for extent in reader.ranges(RECORDS_PER_TASK):
+    left = int(sum(extent.records for extent in reader.ranges(length)) * file.repeat_time)
+    for extent in reader.ranges(length):
         if left > 0:
             yield dataclasses.replace(extent, records=min(extent.records, left))
         left -= extent.records

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,12 @@ from megavlm.data.records.meta_file import Annotations
 from megavlm.data.store.manifest import FORMAT_VERSION
 from megavlm.data.text.chat_tokens import DEFAULT
 from megavlm.data.text.templates import chat_format
+from megavlm.io.remote import file_state
 
 # May differ when a stopped job resumes, because no byte of the result depends on it.
 FREE_SETTINGS = ("out", "workers", "executor", "max_rejects")
 # Changes when the files of a stopped job are not readable any more.
-PACKER_VERSION = 3
+PACKER_VERSION = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,10 +158,10 @@ class Job:
         }
         sources = []
         for source in self.sources:
-            found = os.stat(source.path)
+            found = file_state(source.path)
             facts = dataclasses.asdict(source)
             del facts["length"]  # checked, but of no consequence
-            sources.append({**facts, "bytes": found.st_size, "modified": found.st_mtime_ns})
+            sources.append({**facts, "bytes": found.size, "modified": found.version})
         return {
             **settings,
             "sources": sources,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby, pairwise
@@ -26,6 +27,9 @@ from megavlm.data.sample import Sample
 from megavlm.data.store.manifest import Shard, Totals
 from megavlm.data.store.pack_format import RECORD, PackRules, ShardWriter
 from megavlm.io import atomic
+
+# Of documents that a worker keeps while it writes a shard.
+DOCUMENT_BYTES = 2**28
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +78,31 @@ class WrittenShard:
         return json.dumps(dataclasses.asdict(self), ensure_ascii=False)
 
 
+class Documents(OrderedDict[tuple[int, int], tuple[RawRecord, tuple[Sample, ...]]]):
+    """Documents that were cut into windows, by source and offset, as their windows are in many
+    packs of a shard. The latest are kept.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._bytes = 0
+
+    def keep(self, place: tuple[int, int], raw: RawRecord, samples: tuple[Sample, ...]) -> None:
+        """Keep the samples of a record that is not there, and drop the oldest if all need too much
+        memory.
+        """
+        self[place] = raw, samples
+        self._bytes += _size(samples)
+        while self._bytes > DOCUMENT_BYTES:
+            self._bytes -= _size(self.popitem(last=False)[1][1])
+
+
+def _size(samples: tuple[Sample, ...]) -> int:
+    """Return the bytes of samples, roughly."""
+    images = sum(len(image.encoded) for sample in samples for image in sample.images)
+    return images + sum(5 * sample.length for sample in samples)
+
+
 def write_shard(task: ShardTask) -> WrittenShard:
     """Write a shard and its marker, in a worker. Samples that cannot be packed are left out, and so
     is a pack that loses all of its samples.
@@ -83,10 +112,11 @@ def write_shard(task: ShardTask) -> WrittenShard:
     """
     rejects = []
     lost_packs = []
+    documents = Documents()
     with ShardWriter(task.folder, task.number, task.rules) as writer:
         for pack, (first, end) in enumerate(pairwise(task.starts.tolist())):
             samples = []
-            for sample in encode_rows(task, task.rows[first:end]):
+            for sample in encode_rows(task, task.rows[first:end], documents):
                 if isinstance(sample, Reject):
                     rejects.append(sample)
                 else:
@@ -137,29 +167,37 @@ def remove_markers(folder: Path) -> None:
         path.unlink()
 
 
-def encode_rows(task: ShardTask, rows: np.ndarray) -> Iterator[Sample | Reject]:
+def encode_rows(
+    task: ShardTask, rows: np.ndarray, documents: Documents
+) -> Iterator[Sample | Reject]:
     """Yield the samples of the rows of one pack, in their order, with the bytes of their images."""
     found: list[Sample | Reject | None] = [None] * len(rows)
     # In the order of the files, so that disks read forwards.
     order = np.lexsort((rows["offset"], rows["source"])).tolist()
     for source, group in groupby(order, key=lambda index: int(rows["source"][index])):
         for index in group:
-            found[index] = _encode_row(task, rows[index], source)
+            found[index] = _encode_row(task, rows[index], source, documents)
     yield from found
 
 
-def _encode_row(task: ShardTask, row: np.void, source: int) -> Sample | Reject:
+def _encode_row(
+    task: ShardTask, row: np.void, source: int, documents: Documents
+) -> Sample | Reject:
     """Return the sample of one row."""
     annotations = task.sources[source]
     line = int(row["line"])
     offset = int(row["offset"])
-    raw = next(open_reader(annotations.path).read(offset, line, 1), None)
+    raw, samples = documents.get((source, offset), (None, ()))
     if raw is None:
-        raw = RawRecord(offset=offset, number=line, content=b"")
-        return reject(raw, annotations, source, _changed(row, "gone"))
-    samples = build_encoder(task.settings).encode_raw(
-        raw, annotations, source=source, images=Images.LOAD
-    )
+        raw = next(open_reader(annotations.path).read(offset, line, 1), None)
+        if raw is None:
+            raw = RawRecord(offset=offset, number=line, content=b"")
+            return reject(raw, annotations, source, _changed(row, "gone"))
+        samples = build_encoder(task.settings).encode_raw(
+            raw, annotations, source=source, images=Images.LOAD
+        )
+        if not isinstance(samples, Reject) and len(samples) > 1:
+            documents.keep((source, offset), raw, samples)
     if isinstance(samples, Reject):
         if samples.reason in REPAIRABLE:
             return samples  # videos are decoded only now, and a file may have gone

@@ -15,6 +15,7 @@ from typing import Any
 from megavlm.data.records.media_fields import IMAGE_ENDINGS
 from megavlm.data.records.record import decode_text, parse_json
 from megavlm.data.records.reject import RejectError
+from megavlm.io.remote import exists, is_remote
 
 KINDS = ("CaptioningSample", "VQASample", "TextSample")
 # Subclasses of Energon's Webdataset that name their samples by their own name.
@@ -62,6 +63,14 @@ class Dataset:
 
 def describe_archive(path: str) -> Dataset | None:
     """Return the dataset that an archive lies in, or None."""
+    if is_remote(path):
+        meta = f"{path.rpartition('/')[0]}/.nv-meta"
+        if exists(f"{meta}/dataset.yaml"):
+            raise ValueError(
+                f"{path}: part of an Energon dataset, whose {meta} is read from a local folder"
+                " alone; copy the dataset"
+            )
+        return None
     for folder in Path(path).absolute().parents:
         if (folder / ".nv-meta").is_dir():
             return read_dataset(str(folder))

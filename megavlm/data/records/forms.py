@@ -23,6 +23,7 @@ ROLES = {
     "pretrain": "pretrain",
 }
 TURN_KEYS = ("from", "value", "role", "content", "loss", "weight")
+PLAIN_TURN_KEYS = frozenset(TURN_KEYS[:4])
 # Content of a turn that has no place in a template.
 REFUSED_TURN_KEYS = ("tool_calls", "function_call", "reasoning_content", "image", "images", "audio")
 
@@ -101,7 +102,8 @@ def _turn(entry: Any, name: str, statement: Statement) -> Turn:
     """Read one turn of a conversation."""
     if not isinstance(entry, dict):
         raise RejectError("conversation", f"{name} is {entry!r:.200}, not an object")
-    for key in REFUSED_TURN_KEYS:
+    is_plain = entry.keys() <= PLAIN_TURN_KEYS
+    for key in () if is_plain else REFUSED_TURN_KEYS:
         if entry.get(key):
             raise RejectError("unsupported", f"{name} has {key}, which is not supported")
     role = entry.get("from", entry.get("role"))
@@ -110,13 +112,13 @@ def _turn(entry: Any, name: str, statement: Statement) -> Turn:
         raise RejectError(
             "conversation", f"{name} is {entry!r:.200}, not {{from: text, value: text}}"
         )
-    for key in entry.keys() - TURN_KEYS:
+    for key in () if is_plain else entry.keys() - TURN_KEYS:
         if entry[key] is not None:
             statement.unread.add(str(key))
     if isinstance(content, list):
         content = _joined_parts(content, name, statement)
     role = ROLES.get(role, role)
-    learned = _is_learned(entry, name, role)
+    learned = is_plain or _is_learned(entry, name, role)
     if role in ("gpt", "pretrain") and learned:
         text = learned_text(content, name)
     else:
@@ -333,7 +335,8 @@ def unicode_text(text: Any, name: str) -> str:
     if not isinstance(text, str):
         raise RejectError("conversation", f"{name} is {text!r:.200}, not a text")
     try:
-        text.encode()
+        if not text.isascii():
+            text.encode()
     except UnicodeEncodeError:
         raise RejectError(
             "conversation", f"{name} holds half of a surrogate pair, which is no text"

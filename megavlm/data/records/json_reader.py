@@ -12,6 +12,7 @@ from megavlm.data.records.forms import FORMS, LIST_KEYS
 from megavlm.data.records.raw_record import OffsetRange, RawRecord, in_ranges
 from megavlm.data.records.record import parse_json
 from megavlm.data.records.reject import RejectError, printable
+from megavlm.io.remote import is_remote, local_copy
 
 # A record has some kilobytes. Longer than this, it is not a line of an annotation file, and would
 # fill the memory of every worker.
@@ -43,7 +44,8 @@ def open_json(path: str) -> JsonLines | JsonList:
     Raises:
         ValueError: the file is something else; says what, and the command that makes lines of it.
     """
-    with open(path, "rb") as file:
+    local = local_copy(path) if is_remote(path) else path
+    with open(local, "rb") as file:
         head = file.read(HEAD_BYTES)
     for magic, (kind, command) in MAGIC.items():
         if head.startswith(magic):
@@ -52,9 +54,9 @@ def open_json(path: str) -> JsonLines | JsonList:
                 f" {command.format(path)}"
             )
     if _BEGINNING.match(head):
-        return JsonList(path)
+        return JsonList(path, local)
     _refuse_spread_object(path, head)
-    return JsonLines(path)
+    return JsonLines(path, local)
 
 
 def _refuse_spread_object(path: str, head: bytes) -> None:
@@ -107,10 +109,16 @@ def _is_record_list(value: Any) -> bool:
 
 
 class JsonLines:
-    """One JSON object a line; blank lines are not records, but count as lines."""
+    """One JSON object a line; blank lines are not records, but count as lines.
 
-    def __init__(self, path: str) -> None:
+    Args:
+        path: of the file, or its URL.
+        local: path of a local copy; empty: the file is local.
+    """
+
+    def __init__(self, path: str, local: str = "") -> None:
         self.path = path
+        self._local = local or path
 
     def ranges(self, length: int) -> Iterator[OffsetRange]:
         """See ``Reader``; a record is a line that is not blank."""
@@ -119,7 +127,7 @@ class JsonLines:
         number = 0
         records = 0
         offset = 0
-        with open(self.path, "rb", buffering=1 << 20) as file:
+        with open(self._local, "rb", buffering=1 << 20) as file:
             while line := _read_line(file):
                 number += 1
                 if not line.isspace():
@@ -139,7 +147,7 @@ class JsonLines:
 
     def read(self, offset: int, number: int, count: int) -> Iterator[RawRecord]:
         """See ``Reader``."""
-        with open(self.path, "rb") as file:
+        with open(self._local, "rb") as file:
             file.seek(offset)
             start = offset
             while count:
@@ -159,10 +167,15 @@ class JsonLines:
 class JsonList:
     """One JSON list of objects. The objects are found by their brackets, so that the list is never
     in memory as a whole.
+
+    Args:
+        path: of the file, or its URL.
+        local: path of a local copy; empty: the file is local.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, local: str = "") -> None:
         self.path = path
+        self._local = local or path
 
     def ranges(self, length: int) -> Iterator[OffsetRange]:
         """See ``Reader``."""
@@ -170,7 +183,7 @@ class JsonList:
 
     def read(self, offset: int, number: int, count: int) -> Iterator[RawRecord]:
         """See ``Reader``."""
-        with open(self.path, "rb") as file:
+        with open(self._local, "rb") as file:
             for step, (start, end) in zip(
                 range(count), self._extents(offset, number), strict=False
             ):
@@ -207,7 +220,7 @@ class JsonList:
                 behind it.
         """
         with (
-            open(self.path, "rb") as file,
+            open(self._local, "rb") as file,
             mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
         ):
             if start is None:

@@ -13,6 +13,7 @@ from megavlm.data.records.record import MediaFile, Video
 from megavlm.data.records.reject import RejectError
 
 IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "ppm", "gif", "img", "image")
+SCHEMES = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oci", "hf", "https", "http")
 VIDEO_ENDINGS = ("mp4", "mkv", "avi", "mov", "webm", "m4v", "video")
 # Keys of one meaning. One of the first two is taken if it has a value; else the only other one
 # that has a value.
@@ -41,7 +42,7 @@ def find_media(fields: Mapping[str, Any], keys: tuple[str, ...], name: str) -> t
     Raises:
         RejectError: two keys name different media.
     """
-    filled = [(key, listed) for key in keys if (listed := _listed(fields.get(key)))]
+    filled = [(key, listed) for key in keys if key in fields and (listed := _listed(fields[key]))]
     main = [each for each in filled if each[0] in keys[:2]]
     chosen = main or filled
     if not chosen:
@@ -82,14 +83,24 @@ def media_file(entry: Any, name: str, root: str, files: Mapping[str, bytes]) -> 
     if entry.startswith("data:"):
         return MediaFile(path=f"the record's {name}", content=_decode_url(entry, name))
     if "://" in entry[:32] and not entry.startswith("file://"):
-        raise RejectError(
-            f"{name}_field",
-            f"{name} {entry[:200]!r} is a URL; download it, and give its path (img2dataset does)",
-        )
+        return _by_url(entry, name, root)
     path = os.path.join(root, entry.removeprefix("file://"))
     if root and not _is_inside(path, root):
         raise RejectError("outside_root", f"{name} {entry!r:.200} leads out of the root {root}")
     return MediaFile(path=path)
+
+
+def _by_url(url: str, name: str, root: str) -> MediaFile:
+    """Return a medium behind a URL; raises RejectError if it is not below the root, if there is
+    one.
+    """
+    if not url.startswith(tuple(f"{scheme}://" for scheme in SCHEMES)):
+        raise RejectError(
+            f"{name}_field", f"{name} {url[:200]!r} is a URL of another kind than {SCHEMES}"
+        )
+    if root and not _is_inside(url, root):
+        raise RejectError("outside_root", f"{name} {url!r:.200} leads out of the root {root}")
+    return MediaFile(path=url)
 
 
 def _decode_url(url: str, name: str) -> bytes:

@@ -13,6 +13,7 @@ from typing import Any
 
 from megavlm.data.records.readers import find_files, media_root
 from megavlm.data.records.reject import RejectError
+from megavlm.io.remote import is_remote, open_file
 
 META_KEYS = (
     "root",
@@ -157,11 +158,12 @@ def read_meta(path: str | Path) -> tuple[Annotations, ...]:
         ValueError: not such JSON, an unknown key or a value that is not supported; says which
             entry.
     """
-    path = Path(path)
-    if not path.is_file():
+    if not is_remote(path) and not Path(path).is_file():
         raise FileNotFoundError(f"--meta {path}: there is no such file")
+    with open_file(str(path)) as file:
+        content = file.read()
     try:
-        meta = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_unique)
+        meta = json.loads(content.decode("utf-8-sig"), object_pairs_hook=_unique)
     except (ValueError, KeyError) as error:
         raise ValueError(f"--meta {path}: not JSON with unique names ({error})") from None
     if not isinstance(meta, dict) or not meta:

@@ -16,6 +16,7 @@ from megavlm.data.records.forms import LIST_KEYS
 from megavlm.data.records.raw_record import OffsetRange, RawRecord
 from megavlm.data.records.record import JSON
 from megavlm.data.records.reject import RejectError, printable
+from megavlm.io.remote import is_remote, open_file
 
 # Row groups that a process keeps: a range of rows is in one, mostly.
 ROW_GROUPS_KEPT = 2
@@ -44,7 +45,9 @@ class ParquetFile:
             ) from None
         self.path = path
         try:
-            self._file = pyarrow.parquet.ParquetFile(path, page_checksum_verification=True)
+            self._file = pyarrow.parquet.ParquetFile(
+                open_file(path) if is_remote(path) else path, page_checksum_verification=True
+            )
             names = self._file.schema_arrow.names
         except (pyarrow.ArrowException, OSError) as error:
             raise ValueError(

@@ -37,6 +37,7 @@ REFUSED_KEYS = (
     "rejected_response",
     "rejected_images",
 )
+ALTERNATION = ("human", "gpt")
 EMPTY = ("", "[]", "{}", "null")
 
 
@@ -63,7 +64,9 @@ def parse_record(
         RejectError: the fields are not a record, with the reason.
     """
     for key in REFUSED_KEYS:
-        value = fields.get(key)
+        if key not in fields:
+            continue
+        value = fields[key]
         if value and value not in EMPTY:
             raise RejectError("unsupported", f"the record has {key}, which is not supported")
     images, image_key = find_media(fields, IMAGE_KEYS, "image")
@@ -74,8 +77,10 @@ def parse_record(
     turns = _with_system(statement.turns, fields)
     _check_roles(turns)
     turns = _with_placeholders(turns, len(images), len(videos), "caption" in statement.keys)
-    read = {*statement.keys, *SYSTEM_KEYS, *REFUSED_KEYS, image_key, video_key, "clip"}
-    unread = {str(key) for key in fields.keys() - read if fields[key] not in (None, "", [])}
+    others = fields.keys() - statement.keys
+    if others:
+        others -= {*SYSTEM_KEYS, *REFUSED_KEYS, image_key, video_key, "clip"}
+    unread = {str(key) for key in others if fields[key] not in (None, "", [])}
     return Record(
         conversations=tuple(turns),
         images=tuple(media_file(entry, "image", root, files or {}) for entry in images),
@@ -89,6 +94,8 @@ def _placed(listed: list[Any], statement: Statement, name: str) -> list[Any]:
     hold, and the record's list for the parts that hold none.
     """
     inline = statement.media[name]
+    if not inline and "images" not in statement.keys:
+        return listed
     if "images" in statement.keys and name == "image":
         return inline
     if not any(entry is not None for entry in inline):
@@ -124,9 +131,7 @@ def _check_roles(turns: list[Turn]) -> None:
     roles = [turn.role for turn in turns]
     spoken = roles[1:] if roles[0] == "system" else roles
     if roles != ["pretrain"] and (
-        not spoken
-        or len(spoken) % 2
-        or any(role != ("human", "gpt")[index % 2] for index, role in enumerate(spoken))
+        not spoken or spoken != [*ALTERNATION] * (len(spoken) // len(ALTERNATION))
     ):
         raise RejectError(
             "role_order",
@@ -173,7 +178,11 @@ def _with_placeholders(turns: list[Turn], images: int, videos: int, caption: boo
 
 
 def _count(turns: list[Turn], placeholder: str) -> int:
-    return sum(turn.text.count(placeholder) for turn in turns if turn.role in SHOWING_ROLES)
+    found = 0
+    for turn in turns:
+        if placeholder in turn.text and turn.role in SHOWING_ROLES:
+            found += turn.text.count(placeholder)
+    return found
 
 
 def _show_first(turns: list[Turn], signs: str) -> list[Turn]:

@@ -17,7 +17,8 @@ from megavlm.data.records.json_reader import open_json
 from megavlm.data.records.parquet_reader import ParquetFile
 from megavlm.data.records.raw_record import Reader
 from megavlm.data.records.tar_reader import open_archive
-from megavlm.io.storage import is_remote
+from megavlm.io import remote
+from megavlm.io.remote import is_remote
 
 OPEN_FILES = 64
 # What an imagefolder of Hugging Face's datasets calls its annotations.
@@ -61,7 +62,8 @@ def find_format(path: str) -> Format:
     Raises:
         ValueError: no format has the ending; lists those that exist, or says how to unpack it.
     """
-    name = path.lower()
+    # What stands behind a question mark is not part of the file's name on the web.
+    name = (path.partition("?")[0] if path.startswith("http") else path).lower()
     for ending, command in COMPRESSED.items():
         if name.endswith(ending):
             raise ValueError(
@@ -105,7 +107,7 @@ def find_files(annotation: str) -> list[str]:
             )
     else:
         names = [name for pattern in expand_braces(annotation) for name in _matches(pattern)]
-    missing = [name for name in names if not Path(name).exists()]
+    missing = [name for name in names if not remote.exists(name)]
     if missing or not names:
         raise FileNotFoundError(
             f"annotation {missing[0] if missing else annotation}: there is no such file"
@@ -122,7 +124,11 @@ def is_annotation(name: str) -> bool:
     Energon dataset or an imagefolder.
     """
     if is_remote(name):
-        return False
+        return (
+            name.partition("?")[0]
+            .lower()
+            .endswith(tuple(ending for row in FORMATS for ending in row.endings))
+        )
     path = Path(name)
     if path.is_dir():
         return not (path / "manifest.json").exists() and (
@@ -145,6 +151,9 @@ def _matches(pattern: str) -> list[str]:
     """Return the files that a pattern matches; a name without magic, or of a file that exists, is
     itself.
     """
+    if is_remote(pattern):
+        is_one = pattern.startswith("http") or not glob.has_magic(pattern)
+        return [pattern] if is_one else remote.find(pattern)
     return (
         sorted(glob.glob(pattern))
         if glob.has_magic(pattern) and not Path(pattern).exists()

@@ -14,7 +14,13 @@ FILTERS = {
     "filtered_score": "the meta file's filter: a score that is out of bounds or not a number",
 }
 # Repairing or restoring a media file mends these; the record is read again on resume.
-REPAIRABLE = ("missing_image", "unreadable_image", "missing_video", "unreadable_video")
+REPAIRABLE = (
+    "missing_image",
+    "unreadable_image",
+    "missing_video",
+    "unreadable_video",
+    "unreachable",
+)
 REASONS = {
     "malformed_json": "the record is not a JSON object, or a key occurs twice in it",
     "missing_part": "a file of the record is not in its archive, or two have one ending",
@@ -44,6 +50,7 @@ REASONS = {
     "deep_image": "an image has more than 8 bits a channel, and --deep_images reject is set",
     "missing_video": "a video file does not exist or may not be read",
     "unreadable_video": "a video cannot be decoded, or has no frames in its clip",
+    "unreachable": "object storage did not give the record or its media, after several attempts",
     "difficulty": "the field with the record's difficulty does not hold a number",
     "changed": "the record or its images changed between the two passes of the packer",
     "too_long": "the sample has more tokens than a pack",

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import BinaryIO
 
 from megavlm.data.records.reject import printable
+from megavlm.io.remote import open_file
 
 BLOCK_BYTES = 512
 CHUNK_BYTES = 2**20
@@ -25,7 +26,7 @@ def read_groups(path: str, offset: int = 0) -> Iterator[list[tarfile.TarInfo]]:
         ValueError: not a tar archive, or one that is cut off, damaged between its files, or
             followed by another one; names the byte.
     """
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         file.seek(offset)
         group: list[tarfile.TarInfo] = []
         names: set[str] = set()

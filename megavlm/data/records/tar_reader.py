@@ -24,6 +24,7 @@ from megavlm.data.records.raw_record import OffsetRange, RawRecord, in_ranges
 from megavlm.data.records.record import decode_text, parse_json
 from megavlm.data.records.reject import RejectError, printable
 from megavlm.data.records.tar_files import ending, read_groups, record_key
+from megavlm.io.remote import RemoteError, open_file
 
 TEXT_ENDINGS = ("txt", "caption", "text")
 # A record is read whole; a larger file is not part of one.
@@ -65,7 +66,7 @@ class ArchiveFile:
 
     def read(self, offset: int, number: int, count: int) -> Iterator[RawRecord]:
         """See ``Reader``."""
-        with open(self.path, "rb") as file:
+        with open_file(self.path) as file:
             for step, members in zip(range(count), self._groups(offset), strict=False):
                 yield self._record(file, members, number + step)
 
@@ -186,8 +187,11 @@ def _content(file: BinaryIO, member: tarfile.TarInfo) -> bytes:
             "malformed_json",
             f"{member.name}: {member.size} bytes are too many for a part of a record",
         )
-    file.seek(member.offset_data)
-    data = file.read(member.size)
+    try:
+        file.seek(member.offset_data)
+        data = file.read(member.size)
+    except RemoteError as error:
+        raise RejectError("unreachable", f"{member.name}: {error}") from None
     if len(data) != member.size:
         raise RejectError(
             "missing_part",

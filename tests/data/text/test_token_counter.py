@@ -1,0 +1,100 @@
+"""Counts of tokens without the tokens: those of the tokenizer, for tokenizers of every kind."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer
+
+from megavlm.data.records.record import Turn
+from megavlm.data.text import token_counter
+from megavlm.data.text.chat_tokens import ChatTemplate
+from megavlm.data.text.templates import FORMATS
+from megavlm.data.text.token_counter import TokenCounter
+from megavlm.data.text.tokenizer import add_special_tokens, load_tokenizer
+
+TOKENIZER = Path(__file__).parents[2] / "golden" / "tokenizer"
+QWEN2_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+ALPHABET = [*"abcXYZ019 '.,-_<|>\n\r\t", "'s", "'LL", "  ", "<|im_end|>", "<img>", "\x1c", "word"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    tokenizer = load_tokenizer(TOKENIZER)
+    add_special_tokens(tokenizer)
+    return tokenizer
+
+
+def with_pattern(tokenizer, pattern: str) -> Tokenizer:
+    """Return the tokenizer with a pattern of its own, as Qwen2's and Llama 3's have."""
+    facts = json.loads(tokenizer.backend_tokenizer.to_str())
+    facts["pre_tokenizer"] = {
+        "type": "Sequence",
+        "pretokenizers": [
+            {
+                "type": "Split",
+                "pattern": {"Regex": pattern},
+                "behavior": "Isolated",
+                "invert": False,
+            },
+            {
+                "type": "ByteLevel",
+                "add_prefix_space": False,
+                "trim_offsets": False,
+                "use_regex": False,
+            },
+        ],
+    }
+    facts["normalizer"] = {"type": "NFC"}
+    return Tokenizer.from_str(json.dumps(facts))
+
+
+def texts(count: int) -> list[str]:
+    rng = random.Random(0)
+    return ["".join(rng.choices(ALPHABET, k=rng.randint(0, 40))) for _ in range(count)]
+
+
+@pytest.mark.parametrize("pattern", ["", QWEN2_PATTERN])
+def test_counts_are_those_of_the_tokenizer(tokenizer, pattern: str, monkeypatch):
+    monkeypatch.setattr(token_counter, "COMPARED_TEXTS", 0)
+    backend = with_pattern(tokenizer, pattern) if pattern else tokenizer.backend_tokenizer
+    counter = TokenCounter(backend)
+    assert counter._words is not None
+    for text in [*texts(3000), "naïve", "你好 <|im_end|>"]:
+        assert counter.count(text) == len(backend.encode(text, add_special_tokens=False)), text
+
+
+def test_a_tokenizer_of_another_kind_counts_itself(tokenizer):
+    backend = with_pattern(tokenizer, r"\p{Lu}+|\p{Ll}+|.")
+    counter = TokenCounter(backend)
+    assert counter._words is None
+    assert counter.count("One two") == len(backend.encode("One two", add_special_tokens=False))
+
+
+def test_a_counter_that_differs_gives_up(tokenizer):
+    counter = TokenCounter(tokenizer.backend_tokenizer)
+    counter._words = str.split
+    right = len(tokenizer.backend_tokenizer.encode("a  b c", add_special_tokens=False))
+    assert [counter.count("a  b c") for _ in range(2)] == [right, right]
+    assert counter._words is None
+
+
+@pytest.mark.parametrize("name", sorted(FORMATS))
+def test_a_template_counts_what_it_encodes(tokenizer, name: str):
+    tokenizer.add_tokens([*FORMATS[name].images.added, *FORMATS[name].markers], special_tokens=True)
+    template = ChatTemplate(tokenizer, 5, name=name)
+    talk = (
+        Turn(role="human", text="<image>\nWhat's <image> in 1999? "),
+        Turn(role="gpt", text="Nothing.\n\nSo it is"),
+        Turn(role="human", text=" and now?"),
+        Turn(role="gpt", text="Still nothing", learned=False),
+    )
+    written = (Turn(role="pretrain", text="Once <image> upon a <image>time"),)
+    for turns in (talk, (Turn(role="system", text="Be brief."), *talk), written):
+        assert template.count(turns, (3, 1)) == len(template.encode(turns, (3, 1))[0])
