@@ -226,7 +226,7 @@ def open_system(url: str) -> tuple[Any, str]:
             f"{url:.200}: cannot be read: {error}; pip install 'megavlm[remote]', and the package"
             " for such URLs"
         ) from None
-    if hasattr(system, "retries"):
+    if url.startswith(("s3://", "s3a://")):
         system.retries = 1
     return system, path
 

@@ -14,6 +14,8 @@ first pass over records of text alone.
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import shutil
 import subprocess
 import sys

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from typing import Literal, TypeVar
@@ -17,7 +17,8 @@ from megavlm.data.images.decode import check_pixels, load_decoders, read_header,
 from megavlm.data.images.frame_sampling import FrameChoice, show_frames
 from megavlm.data.images.tiling import Tiling
 from megavlm.data.images.video import frame_times, open_media, read_frames
-from megavlm.data.packing.windows import Windows, cut_document
+from megavlm.data.packing.shorten import cut_windows, truncated
+from megavlm.data.packing.windows import Windows
 from megavlm.data.records.meta_file import Annotations, Filter
 from megavlm.data.records.parse import parse_record
 from megavlm.data.records.raw_record import RawRecord
@@ -263,42 +264,13 @@ class Encoder:
             unread=record.unread,
         )
         if self.windows.cut and turns[0].role == "pretrain":
-            samples = tuple(self._cut(whole))
+            samples = tuple(cut_windows(whole, self.windows, self.template))
         else:
-            samples = (self._truncated(whole),)
+            samples = (truncated(whole, self.truncate, self.template),)
         for sample in samples:
             self._check_size(sample, "--max_frames" if record.videos else "--max_tiles")
             keep.check_length(sample.length)
         return samples
-
-    def _truncated(self, whole: Sample) -> Sample:
-        """Return a sample without what stands behind its first ``truncate`` tokens. An image is
-        kept or lost as a whole.
-        """
-        end = self.truncate
-        if not end or whole.length <= end:
-            return whole
-        context = self.template.context_token_id
-        shown = int(np.count_nonzero(whole.tokens[:end] == context))
-        features = np.array([image.tiles for image in whole.images], np.int64)
-        ends = np.cumsum(features) * self.template.features_per_tile
-        images = int(np.count_nonzero(ends <= shown))
-        if shown not in (0, *ends.tolist()):
-            raise RejectError(
-                "too_long",
-                f"{whole.length} tokens, and --truncate {end} would cut image {images + 1} in two:"
-                " raise --truncate",
-            )
-        if not whole.supervised[1:end].any():
-            raise RejectError(
-                "empty_answer", f"no answer begins before --truncate {end} of {whole.length} tokens"
-            )
-        return dataclasses.replace(
-            whole,
-            tokens=whole.tokens[:end],
-            supervised=whole.supervised[:end],
-            images=whole.images[:images],
-        )
 
     def _check_size(self, sample: Sample | Size, flag: str) -> None:
         """Refuse a sample that no pack can hold; ``flag`` makes its images smaller."""
@@ -317,30 +289,6 @@ class Encoder:
                 f" {tiles} tiles, but a pack holds {self.capacity}: raise"
                 f" --capacity{lower}",
             )
-
-    def _cut(self, whole: Sample) -> Iterator[Sample]:
-        """Yield the windows of a document, without those that have nothing to learn."""
-        first = len(self.template.first_tokens)
-        tokens = whole.tokens[first:]
-        supervised = whole.supervised[first:]
-        starts, ends = self.template.image_extents(tokens)
-        windows = self.windows
-        if windows.tokens:  # the first tokens stand in every window
-            windows = dataclasses.replace(windows, tokens=max(1, windows.tokens - first))
-        number = 0
-        for start, end, image, last in cut_document(tokens, starts, ends, windows):
-            if not supervised[start + 1 : end].any():
-                continue
-            yield dataclasses.replace(
-                whole,
-                tokens=np.concatenate([whole.tokens[:first], tokens[start:end]]),
-                supervised=np.concatenate([whole.supervised[:first], supervised[start:end]]),
-                images=whole.images[image:last],
-                window=number,
-            )
-            number += 1
-        if not number:
-            raise RejectError("empty_answer", "no window of the document has a text to be learned")
 
     def _image(
         self, file: MediaFile, images: int, max_tiles: int | None, how: Images, keep: Filter

@@ -1,0 +1,73 @@
+"""Samples that are too long: the end of a conversation is cut off, a document becomes windows."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import numpy as np
+
+from megavlm.data.packing.windows import Windows, cut_document
+from megavlm.data.records.reject import RejectError
+from megavlm.data.sample import Sample
+from megavlm.data.text.chat_tokens import ChatTemplate
+
+
+def truncated(whole: Sample, end: int, template: ChatTemplate) -> Sample:
+    """Return a sample without what stands behind its first ``end`` tokens (0: all of it). An
+    image is kept or lost as a whole.
+
+    Raises:
+        RejectError: the end lies inside an image, or nothing to learn lies before it.
+    """
+    if not end or whole.length <= end:
+        return whole
+    context = template.context_token_id
+    shown = int(np.count_nonzero(whole.tokens[:end] == context))
+    features = np.array([image.tiles for image in whole.images], np.int64)
+    ends = np.cumsum(features) * template.features_per_tile
+    images = int(np.count_nonzero(ends <= shown))
+    if shown not in (0, *ends.tolist()):
+        raise RejectError(
+            "too_long",
+            f"{whole.length} tokens, and --truncate {end} would cut image {images + 1} in two:"
+            " raise --truncate",
+        )
+    if not whole.supervised[1:end].any():
+        raise RejectError(
+            "empty_answer", f"no answer begins before --truncate {end} of {whole.length} tokens"
+        )
+    return dataclasses.replace(
+        whole,
+        tokens=whole.tokens[:end],
+        supervised=whole.supervised[:end],
+        images=whole.images[:images],
+    )
+
+
+def cut_windows(whole: Sample, windows: Windows, template: ChatTemplate) -> Iterator[Sample]:
+    """Yield the windows of a document, without those that have nothing to learn.
+
+    Raises:
+        RejectError: none has.
+    """
+    first = len(template.first_tokens)
+    tokens = whole.tokens[first:]
+    supervised = whole.supervised[first:]
+    starts, ends = template.image_extents(tokens)
+    if windows.tokens:  # the first tokens stand in every window
+        windows = dataclasses.replace(windows, tokens=max(1, windows.tokens - first))
+    number = 0
+    for start, end, image, last in cut_document(tokens, starts, ends, windows):
+        if not supervised[start + 1 : end].any():
+            continue
+        yield dataclasses.replace(
+            whole,
+            tokens=np.concatenate([whole.tokens[:first], tokens[start:end]]),
+            supervised=np.concatenate([whole.supervised[:first], supervised[start:end]]),
+            images=whole.images[image:last],
+            window=number,
+        )
+        number += 1
+    if not number:
+        raise RejectError("empty_answer", "no window of the document has a text to be learned")
