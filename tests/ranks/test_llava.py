@@ -11,10 +11,16 @@ import numpy as np
 import pytest
 import torch
 
+from megavlm.config.recipes import RECIPES
 from megavlm.config.recipes.llava import STAGES
-from megavlm.config.schema import Architecture, Config
+from megavlm.config.schema import Architecture, Checkpoint, Config, Init
+from megavlm.data.images.tiling import Tiling
+from megavlm.data.packing.job import Job, pack_dataset
+from megavlm.data.records.meta_file import read_sources
 from megavlm.planner.flops import pieces, training_cost
 from tests.convert.llava_models import KINDS, LINEAR, SMALL, make_llava
+from tests.convert.models import load_all
+from tests.convert.part_folders import make_language, make_vision
 from tests.data.samples import make_dataset, make_sample, write_packs
 from tests.ranks.layouts import LAYOUTS, LIMIT, Layout, asks_for_all
 from tests.ranks.pool import Pool
@@ -23,6 +29,8 @@ from tests.ranks.test_against_transformers import answers_of_pack, answers_of_tr
 from tests.ranks.test_cost import counted_by_torch
 from tests.ranks.test_layouts import compare
 from tests.ranks.test_packs import losses_and_gradients
+from tests.ranks.test_resume import run_job
+from tests.ranks.test_whole_way import write_records
 
 WORLDS = {
     "one process": (1, {}),
@@ -141,3 +149,43 @@ def test_a_layout_trains_like_one_process(ranks: Pool, tmp_path: Path, layout: L
         _config(architecture, tmp_path, **settings, **layout.settings),
     )
     assert max(compare(curves, expected).values()) <= LIMIT
+
+
+def test_a_run_from_parts_exports_the_layers_that_it_did_not_use(
+    ranks: Pool, tmp_path: Path
+) -> None:
+    from megavlm.convert.hf import from_parts
+    from megavlm.convert.hf.reference import load_reference
+
+    init = Init(
+        vision=str(make_vision(tmp_path / "clip", "clip")),
+        language=str(make_language(tmp_path / "language")),
+    )
+    known = RECIPES["llava"].architecture
+    architecture = from_parts.read_model("", init, known)
+    assert (architecture.vision.num_layers, architecture.vision.unused_layers) == (2, 1)
+    pack_dataset(
+        Job(
+            sources=read_sources(None, str(write_records(tmp_path)), str(tmp_path)),
+            tokenizer=init.language,
+            out=str(tmp_path / "packs"),
+            capacity=512,
+            features_per_tile=architecture.features_per_tile,
+            tiling=Tiling(
+                tile_size=architecture.vision.image_size,
+                mode="pad",
+                pixel_mean=architecture.vision.pixel_mean,
+            ),
+            pixel_std=architecture.vision.pixel_std,
+            template="llava_chatml",
+        )
+    )
+    config = _config(architecture, tmp_path / "packs", trainable=("connector",), steps=2)
+    files = Checkpoint(save=str(tmp_path / "run"), export_hf=str(tmp_path / "hf"))
+    config = dataclasses.replace(config, stage="1", init=init, checkpoint=files)
+    assert ranks.run(run_job, 1, config) == [2]
+    found = load_reference(tmp_path / "hf").model.vision_tower.state_dict()
+    before = load_all(tmp_path / "clip")
+    assert any("layers.2." in name for name in before)
+    for name, tensor in before.items():
+        assert torch.equal(found[name.removeprefix("vision_model.")], tensor), name
