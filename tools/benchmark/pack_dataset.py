@@ -143,6 +143,11 @@ def beside_copy(work: Path, images: int, lines: int, repeats: int) -> dict[str, 
         passes.append(report_seconds([*data, "--out", str(work / "packs")], work) - first)
         surveys.append(report_seconds(text, work))
     shutil.rmtree(folder)
+    if min(passes) <= 0:
+        raise SystemExit(
+            f"packing took {min(passes):.1f} s longer than a dry run, which says nothing; give more"
+            " --images, on a machine that does nothing else"
+        )
     found = {
         "cp_mb_per_s": size / min(copies) / 1e6,
         "pack_mb_per_s": size / min(passes) / 1e6,
