@@ -197,6 +197,8 @@ class Training:
             Transformer Engine if it is available and the dtype has 16 bits.
         head_tokens: tokens to compute output logits and loss for: only supervised ones, or all,
             which gives the same loss but takes more time and memory.
+        max_hours: end the run after this many hours of training, with a checkpoint, as a stop
+            signal does; the same command resumes it. 0: no limit.
         deterministic: use only bitwise reproducible kernels; slower on a GPU, always the case on a
             CPU.
     """
@@ -211,6 +213,7 @@ class Training:
     eval_packs: int = 0
     kernels: Literal["auto", "local", "transformer_engine"] = "auto"
     head_tokens: Literal["supervised", "all"] = "supervised"
+    max_hours: float = 0.0
     deterministic: bool = False
 
 

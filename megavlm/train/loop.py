@@ -59,7 +59,7 @@ def run(job: Job, state: State, metrics: Metrics) -> State:
     clock = Clock()
     meters = _meters(job, clock)
     with (
-        StopRequest() as stop,
+        StopRequest(config.training.max_hours) as stop,
         _watchdog(job) as watchdog,
         contextlib.closing(loader) as loaded,
     ):
@@ -138,7 +138,8 @@ def run(job: Job, state: State, metrics: Metrics) -> State:
                     if config.checkpoint.save
                     else "nothing is kept without --checkpoint.save"
                 )
-                metrics.say(f"stopped by a signal after step {state.step}; {kept}")
+                cause = "--training.max_hours" if stop.is_late else "a signal"
+                metrics.say(f"stopped by {cause} after step {state.step}; {kept}")
                 break
     saver.finish()
     return state

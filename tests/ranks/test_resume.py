@@ -112,6 +112,18 @@ def test_going_on_equals_no_interruption_bit_for_bit(
     assert all(torch.equal(whole[key], killed[key]) for key in whole)
 
 
+def test_a_run_out_of_time_ends_after_a_checkpoint_and_goes_on_bit_for_bit(
+    ranks: Pool, dataset: Path, tmp_path: Path
+) -> None:
+    ranks.run(run_job, 2, make_job(dataset, tmp_path / "whole"))
+    short = make_job(dataset, tmp_path / "short", max_hours=1e-9)
+    # The time is looked at after each logged step.
+    assert ranks.run(run_job, 2, short) == [1, 1]
+    assert ranks.run(run_job, 2, short) == [2, 2]
+    assert ranks.run(run_job, 2, make_job(dataset, tmp_path / "short")) == [STEPS] * 2
+    assert losses(tmp_path / "short") == losses(tmp_path / "whole")
+
+
 OTHER_LAYOUTS = [
     (1, dict()),
     (2, dict()),

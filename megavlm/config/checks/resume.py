@@ -49,6 +49,7 @@ _BY_SECTION: dict[str, dict[Kind, str]] = {
         "taken": "steps global_batch_size precision drop_path eval_interval eval_packs kernels"
         " deterministic head_tokens",
         "refused": "seed trainable",
+        "free": "max_hours",
     },
     "fp8.": {"taken": "vision language format first_bf16_layers last_bf16_layers"},
     "checkpoint.": {

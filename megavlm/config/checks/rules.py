@@ -281,7 +281,7 @@ def _data(data: Data) -> Iterator[str]:
 
 def _training(training: Training, data: Data) -> Iterator[str]:
     yield from at_least(1, "training", training, "steps")
-    yield from at_least(0, "training", training, "seed", "eval_interval", "eval_packs")
+    yield from at_least(0, "training", training, "seed", "eval_interval", "eval_packs", "max_hours")
     if not training.trainable:
         yield (
             "--training.trainable: empty, so nothing would be trained; name some of"
