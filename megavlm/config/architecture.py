@@ -18,6 +18,10 @@ PIXELS: dict[str, tuple[tuple[float, float, float], tuple[float, float, float]]]
 }
 
 
+# Families of text encoders.
+TEXT_ENCODERS = ("clip_text", "siglip_text")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Vision:
     """The vision encoder: an InternViT, or the vision part of a CLIP (arXiv 2103.00020) or SigLIP
@@ -104,11 +108,13 @@ class Vision:
 
 @dataclass(frozen=True, kw_only=True)
 class Language:
-    """The language model: RMSNorm, rotary positions, grouped-query attention, gated MLP.
+    """The language model: RMSNorm, rotary positions, grouped-query attention, gated MLP; or the
+    text encoder of a CLIP or SigLIP: LayerNorm, learned positions, biases, a plain MLP.
 
     Args:
         family: weight naming of Hugging Face's files, such as qwen2, qwen3, internlm2, internlm3,
-            llama or mistral.
+            llama or mistral; clip_text and siglip_text are text encoders, the latter without a
+            causal mask.
         num_layers: transformer layers.
         hidden_size: width of the model.
         ffn_hidden_size: width inside the gated MLP of a layer.
@@ -127,6 +133,8 @@ class Language:
         qkv_bias: whether the query, key and value projections have a bias.
         qk_norm: whether the queries and keys of each head are normalised (Qwen3).
         tied_head: whether the head shares the token embedding's tensor.
+        activation: of the MLP: swiglu, with a gate, in language models; in text encoders GELU, its
+            approximation with tanh, or x * sigmoid(1.702 x).
     """
 
     family: str = "qwen2"
@@ -144,11 +152,40 @@ class Language:
     qkv_bias: bool = True
     qk_norm: bool = False
     tied_head: bool = False
+    activation: Literal["swiglu", "gelu", "gelu_tanh", "quick_gelu"] = "swiglu"
+
+    @property
+    def is_encoder(self) -> bool:
+        """Whether it is a text encoder: LayerNorm, learned positions, biases, a plain MLP."""
+        return self.family in TEXT_ENCODERS
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether a token sees only those before it."""
+        return self.family != "siglip_text"
 
     @property
     def head_size(self) -> int:
         """Width of a head."""
         return self.kv_channels or self.hidden_size // self.num_attention_heads
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contrastive:
+    """The objective contrastive: what the model ends in, and its loss.
+
+    Args:
+        size: width of the embeddings of images and texts.
+        loss: cross-entropy over all pairs of a step (softmax; InfoNCE of CLIP), or of each pair
+            against each other one by itself (sigmoid; SigLIP).
+        text_bias: whether the projection of the texts has a bias.
+        max_scale: upper bound of the learned factor of similarities; 0: none.
+    """
+
+    size: int = 512
+    loss: Literal["softmax", "sigmoid"] = "softmax"
+    text_bias: bool = False
+    max_scale: float = 100.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,7 +196,9 @@ class Architecture:
         vision: the vision encoder.
         connector: maps vision features to embeddings of the language model.
         language: the language model.
-        objective: what the model is trained to do, and so what it ends in.
+        objective: what the model is trained to do, and so what it ends in: next_token or
+            contrastive.
+        contrastive: what a model of that objective ends in.
         image_tokens: special tokens that stand for images in texts: InternVL's nine, or LLaVA's
             ``<image>``.
         lora: adapters beside frozen linear layers.
@@ -171,6 +210,7 @@ class Architecture:
     language: Language = field(default_factory=Language)
     image_tokens: Literal["internvl", "llava"] = "internvl"
     lora: Lora = field(default_factory=Lora)
+    contrastive: Contrastive = field(default_factory=Contrastive)
 
     @property
     def needs(self) -> ObjectiveNeeds:
@@ -184,6 +224,7 @@ class Architecture:
             grid=self.vision.grid,
             input_size=self.vision.hidden_size,
             output_size=self.needs.connector_output(self),
+            inner_size=self.vision.ffn_hidden_size,
         )
         return connector_sizes(self.connector, ends)
 

@@ -9,10 +9,10 @@ The planner, the checks and the packer read only what stands here.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
-from megavlm.config.pieces import Piece, linear, norm
+from megavlm.config.pieces import Piece, linear, norm, vector
 
 PART = "connector"
 
@@ -23,7 +23,9 @@ class Connector:
 
     Args:
         kind: connector type; mlp is InternVL's and LLaVA 1.5's, linear the one matrix of LLaVA 1.0
-            and PaliGemma.
+            and PaliGemma. class_token, mean and attention make one embedding of a tile, for the
+            objective contrastive: of its class token (CLIP), of the mean of its patches, or of what
+            a learned query sees (SigLIP).
         pixel_shuffle: for mlp: merge squares of this many patches a side into one feature (2: a
             quarter of the tokens; 1, as in LLaVA: none).
         norm: for mlp: LayerNorm before the linear layers, as in InternVL; LLaVA has none.
@@ -44,12 +46,14 @@ class Ends:
     Args:
         grid: patches along a side of a tile.
         input_size: width of the vision encoder.
-        output_size: width of the language model.
+        output_size: width of the language model, or of embeddings.
+        inner_size: width inside the MLP of the vision encoder.
     """
 
     grid: int
     input_size: int
     output_size: int
+    inner_size: int = 0
 
 
 class ConnectorSizes(Protocol):
@@ -144,7 +148,7 @@ class Linear:
 
     settings: Connector
     ends: Ends
-    summed = 0
+    all_reduced_elements = 0
 
     @property
     def features(self) -> int:
@@ -173,7 +177,84 @@ class Linear:
         return self.features * self.ends.input_size
 
 
-CONNECTORS: dict[str, Callable[[Connector, Ends], ConnectorSizes]] = {"mlp": Mlp, "linear": Linear}
+@dataclass(frozen=True)
+class Pool:
+    """Norm, a choice among the tokens of a tile, and a projection without bias."""
+
+    settings: Connector
+    ends: Ends
+
+    features = 1
+    placeholders = 0
+
+    @property
+    def feature_size(self) -> int:
+        """See ``ConnectorSizes``."""
+        return self.ends.input_size
+
+    @property
+    def all_reduced_elements(self) -> int:
+        """See ``ConnectorSizes``."""
+        return 0
+
+    def problems(self) -> Iterator[str]:
+        """See ``ConnectorSizes``."""
+        return iter(())
+
+    def pieces(self) -> Iterator[Piece]:
+        """See ``ConnectorSizes``."""
+        inputs = self.ends.input_size
+        sizes = dict(rows=1, unit="tile", has_bias=False)
+        yield from norm("connector.norm", PART, inputs, has_bias=True)
+        yield from linear("connector.projection", PART, inputs, self.ends.output_size, **sizes)
+
+    def kept(self, tensor_size: int) -> float:
+        """Count what goes into the norm and into the projection."""
+        return 2 * self.ends.grid**2 * self.ends.input_size + self.ends.output_size
+
+
+@dataclass(frozen=True)
+class AttentionPool(Pool):
+    """Norm, one learned query that attends to the tokens of a tile, and an MLP beside it."""
+
+    def problems(self) -> Iterator[str]:
+        """See ``ConnectorSizes``."""
+        if self.ends.output_size != self.ends.input_size:
+            yield (
+                f"--architecture.connector.kind attention: gives embeddings of"
+                f" --architecture.vision.hidden_size {self.ends.input_size}, but"
+                f" --architecture.contrastive.size is {self.ends.output_size}; make them equal"
+            )
+
+    def pieces(self) -> Iterator[Piece]:
+        """See ``ConnectorSizes``."""
+        width = self.ends.input_size
+        inner = self.ends.inner_size
+        tokens = self.ends.grid**2
+        once = dict(rows=1, unit="tile", has_bias=True)
+        yield from norm("connector.norm", PART, width, has_bias=True)
+        yield vector("connector.query", PART, width)
+        inputs = linear(
+            "connector.in_proj", PART, width, 3 * width, rows=tokens, unit="tile", has_bias=True
+        )
+        yield from (replace(piece, key=piece.key.replace("proj.", "proj_")) for piece in inputs)
+        yield from linear("connector.out_proj", PART, width, width, **once)
+        yield from norm("connector.mlp_norm", PART, width, has_bias=True)
+        yield from linear("connector.up", PART, width, inner, **once)
+        yield from linear("connector.down", PART, inner, width, **once)
+
+    def kept(self, tensor_size: int) -> float:
+        """Count inputs and results of the norm, keys and values, and the MLP."""
+        return 5 * self.ends.grid**2 * self.ends.input_size + 2 * self.ends.inner_size
+
+
+CONNECTORS: dict[str, Callable[[Connector, Ends], ConnectorSizes]] = {
+    "mlp": Mlp,
+    "linear": Linear,
+    "class_token": Pool,
+    "mean": Pool,
+    "attention": AttentionPool,
+}
 
 
 def connector_sizes(settings: Connector, ends: Ends) -> ConnectorSizes:

@@ -13,7 +13,9 @@ from megavlm.config.architecture import Architecture
 
 def _internvl(arch: Architecture) -> Iterator[str]:
     connector = arch.connector
-    if arch.vision.family != "internvit" or connector.kind != "mlp" or not connector.norm:
+    if arch.objective != "next_token":
+        yield f"InternVL's formats hold no model of --architecture.objective {arch.objective}"
+    elif arch.vision.family != "internvit" or connector.kind != "mlp" or not connector.norm:
         yield (
             "InternVL's formats hold --architecture.vision.family internvit with"
             " --architecture.connector.kind mlp and --architecture.connector.norm true; this model"
@@ -48,9 +50,39 @@ def _llava(arch: Architecture) -> Iterator[str]:
         )
 
 
+def _clip(arch: Architecture) -> Iterator[str]:
+    is_one = arch.vision.family == "clip" and arch.language.family == "clip_text"
+    ends = arch.contrastive
+    if not (is_one and arch.connector.kind == "class_token" and ends.loss == "softmax"):
+        yield _other_pairs("CLIPModel", "clip with clip_text, class_token and softmax", arch)
+    elif ends.text_bias:
+        yield "CLIPModel has no --architecture.contrastive.text_bias; use false"
+
+
+def _siglip(arch: Architecture) -> Iterator[str]:
+    is_one = arch.vision.family == "siglip" and arch.language.family == "siglip_text"
+    ends = arch.contrastive
+    if not (is_one and arch.connector.kind == "attention" and ends.loss == "sigmoid"):
+        yield _other_pairs("SiglipModel", "siglip with siglip_text, attention and sigmoid", arch)
+    elif not ends.text_bias:
+        yield "SiglipModel has --architecture.contrastive.text_bias true; use it"
+
+
+def _other_pairs(name: str, wanted: str, arch: Architecture) -> str:
+    """Say that a class of transformers holds other encoders than a model's."""
+    found = f"{arch.vision.family} with {arch.language.family}, {arch.connector.kind}"
+    return (
+        f"{name} has --architecture.vision.family, language.family, connector.kind and"
+        f" contrastive.loss {wanted}; this model is {found} and {arch.contrastive.loss} of the"
+        f" objective {arch.objective}"
+    )
+
+
 HOLDS: dict[str, Callable[[Architecture], Iterator[str]]] = {
     "native": _internvl,
     "chat": _internvl,
     "llava": _llava,
+    "clip": _clip,
+    "siglip": _siglip,
 }
 """Yields, for each format, why it cannot hold a model."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
-PARTS = ("vision", "connector", "language")
+PARTS = ("vision", "connector", "language", "objective")
 
 
 def matches(key: str, pattern: str) -> bool:

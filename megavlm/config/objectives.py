@@ -6,11 +6,12 @@ checks and the loader read, and its module in ``megavlm/model/objective``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from megavlm.config.pieces import Piece, linear, norm
+from megavlm.config.pieces import Piece, linear, norm, vector
 
 EMBEDDING = "language.embedding.word_embeddings.weight"
 
@@ -21,6 +22,7 @@ class Parts(Protocol):
     vision: Any
     connector: Any
     language: Any
+    contrastive: Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +38,7 @@ class ObjectiveNeeds:
             microbatches and data-parallel ranks included.
         head: yields what stands behind the last layer of the language model, for the planner.
         connector_output: width of what the connector gives.
+        constants: values that weights start from, for weights that are not drawn.
     """
 
     description: str
@@ -44,6 +47,7 @@ class ObjectiveNeeds:
     spans_step: bool = False
     head: Callable[[Parts], Iterator[Piece]]
     connector_output: Callable[[Parts], int]
+    constants: Callable[[Parts], dict[str, float]] = lambda arch: {}
 
 
 def vocabulary_head(arch: Parts) -> Iterator[Piece]:
@@ -62,11 +66,48 @@ def vocabulary_head(arch: Parts) -> Iterator[Piece]:
         )
 
 
+def _contrastive_head(arch: Parts) -> Iterator[Piece]:
+    """Yield the final norm, the projection of the texts, scale and bias of the loss."""
+    language = arch.language
+    width = language.hidden_size
+    settings = arch.contrastive
+    yield from norm("language.decoder.final_layernorm", "head", width, has_bias=language.is_encoder)
+    # A text is a pair's, and so is its tile.
+    yield from linear(
+        "objective.text_projection",
+        "head",
+        width,
+        settings.size,
+        rows=1,
+        unit="tile",
+        has_bias=settings.text_bias,
+    )
+    yield vector("objective.logit_scale", "head", 1)
+    if settings.loss == "sigmoid":
+        yield vector("objective.logit_bias", "head", 1)
+
+
+def _contrastive_constants(arch: Parts) -> dict[str, float]:
+    """Return scale and bias as the papers start them: 1 / 0.07; and 10 and -10."""
+    if arch.contrastive.loss == "softmax":
+        return {"objective.logit_scale": math.log(1 / 0.07)}
+    return {"objective.logit_scale": math.log(10.0), "objective.logit_bias": -10.0}
+
+
 OBJECTIVES: dict[str, ObjectiveNeeds] = {
     "next_token": ObjectiveNeeds(
         description="cross-entropy of the next token of answers, images among the tokens",
         head=vocabulary_head,
         connector_output=lambda arch: arch.language.hidden_size,
+    ),
+    "contrastive": ObjectiveNeeds(
+        description="similar embeddings of an image and its own text, others unlike",
+        has_vocabulary_head=False,
+        is_of_pairs=True,
+        spans_step=True,
+        head=_contrastive_head,
+        connector_output=lambda arch: arch.contrastive.size,
+        constants=_contrastive_constants,
     ),
 }
 

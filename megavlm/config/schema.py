@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from megavlm.config.architecture import Architecture as Architecture
+from megavlm.config.architecture import Contrastive as Contrastive
 from megavlm.config.architecture import Language as Language
 from megavlm.config.architecture import Vision as Vision
 from megavlm.config.connectors import Connector as Connector

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -47,9 +48,9 @@ class TileAttention(nn.Module):
         return scaled_dot_product_attention(query, key, value).permute(2, 0, 1, 3).flatten(2)
 
 
-class PackedCausalAttention(nn.Module):
-    """Every token of a sample sees itself and what comes before it in the same sample, never
-    another sample of the pack.
+class PackedAttention(nn.Module):
+    """Every token of a sample sees itself and, in the same sample, what comes before it or, without
+    a causal mask, everything; never another sample of the pack.
 
     Where ranks share the pack, each brings together the keys and values of all tokens, and attends
     with its own queries.
@@ -58,11 +59,18 @@ class PackedCausalAttention(nn.Module):
     head size]; T tokens of this rank.
 
     Args:
+        attn_mask_type: causal, or no mask, for which the pack must belong to one rank.
         pg_collection: process groups; without them the pack belongs to this rank alone.
     """
 
-    def __init__(self, pg_collection: ProcessGroupCollection | None = None, **kwargs):
+    def __init__(
+        self,
+        attn_mask_type: AttnMaskType = AttnMaskType.causal,
+        pg_collection: ProcessGroupCollection | None = None,
+        **kwargs,
+    ):
         super().__init__()
+        self.is_causal = attn_mask_type is AttnMaskType.causal
         self.group = (
             pg_collection.cp if pg_collection is not None and pg_collection.cp.size() > 1 else None
         )
@@ -87,7 +95,7 @@ class PackedCausalAttention(nn.Module):
             *(x.transpose(0, 1).split(lengths, dim=1) for x in (query, key, value)), strict=True
         )
         attended = [
-            scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+            scaled_dot_product_attention(q, k, v, is_causal=self.is_causal, enable_gqa=grouped)
             for q, k, v in samples
         ]
         return torch.cat(attended, dim=1).transpose(0, 1).flatten(1)

@@ -4,6 +4,7 @@ ranks.
 
 from __future__ import annotations
 
+import torch
 import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -12,7 +13,7 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 from torch.nn import Module
 
-from megavlm.config.schema import Language
+from megavlm.config.schema import Architecture
 from megavlm.model.specs import Kernels, language_spec
 from megavlm.planner.layout import Chunk
 from megavlm.planner.padding import padded_vocabulary
@@ -24,7 +25,7 @@ class LanguageModel(GPTModel):
 
     Args:
         config: megatron-core's configuration of the whole language model.
-        language: ours.
+        architecture: ours; without a head over the vocabulary the last chunk ends in hidden states.
         chunk: which layers are built.
         chosen: kernels of the layers.
         groups: process groups.
@@ -38,12 +39,13 @@ class LanguageModel(GPTModel):
     def __init__(
         self,
         config: TransformerConfig,
-        language: Language,
+        architecture: Architecture,
         chunk: Chunk,
         chosen: Kernels,
         groups: ProcessGroupCollection,
         vp_stage: int | None,
     ):
+        language = architecture.language
         super().__init__(
             config=config,
             transformer_layer_spec=language_spec(len(chunk.language_layers), language, chosen),
@@ -52,7 +54,7 @@ class LanguageModel(GPTModel):
             pre_process=chunk.has_connector,
             post_process=chunk.has_head,
             share_embeddings_and_output_weights=language.tied_head,
-            position_embedding_type="rope",
+            position_embedding_type="learned_absolute" if language.is_encoder else "rope",
             rotary_base=language.rotary_base,
             scatter_embedding_sequence_parallel=False,
             pg_collection=groups,
@@ -60,10 +62,30 @@ class LanguageModel(GPTModel):
         )
         self.cross_entropy = chosen.cross_entropy
         self.loss_positions: Tensor | None = None
+        self.has_learned_positions = language.is_encoder
+        if self.post_process and not architecture.needs.has_vocabulary_head:
+            # GPTModel returns hidden states if it is told that another chunk has the head; its
+            # layers have been built with the final norm.
+            self.post_process = False
+            del self.output_layer
         if self.post_process:
             self._gather_before_head(groups)
         rows = self.vocab_size // groups.tp.size()
         self.real_rows = min(max(language.vocab_size - rows * groups.tp.rank(), 0), rows)
+
+    def position_ids(self, sample_ends: Tensor, tokens: int) -> Tensor | None:
+        """Return the place of each token in its sample [1, T]; none if positions are rotary.
+
+        Args:
+            sample_ends: where samples end [N + 1].
+            tokens: T.
+        """
+        if not self.has_learned_positions:
+            return None
+        places = torch.arange(tokens, device=sample_ends.device)
+        starts = sample_ends[torch.searchsorted(sample_ends, places, right=True) - 1]
+        # The padding at the end may be longer than any sample.
+        return (places - starts).clamp(max=self.max_position_embeddings - 1)[None]
 
     def setup_embeddings_and_output_layer(self) -> None:
         """Mark embedding and head as megatron-core looks for them; called by GPTModel.

@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megavlm.config.schema import Config, Language, Vision
-from megavlm.model.attention import PackedCausalAttention, TileAttention
+from megavlm.model.attention import PackedAttention, TileAttention
 from megavlm.model.norm import Norm
 from megavlm.model.precision import uses_transformer_engine
 from megavlm.model.vision_attention import VisionAttention
@@ -49,7 +49,7 @@ class Kernels:
         column_linear: the same linear layer without a norm.
         row_linear: linear layer with its input split, its output summed.
         tile_attention: attention inside the tiles.
-        packed_attention: causal attention inside the samples of a pack.
+        packed_attention: attention, causal or not, inside the samples of a pack.
         is_fused: whether megatron-core's fused kernels turn queries and keys, gate the MLP and add
             residuals.
         pointwise: makes one kernel of a function that works element by element.
@@ -81,7 +81,7 @@ def local_kernels() -> Kernels:
         column_linear=ColumnParallelLinear,
         row_linear=RowParallelLinear,
         tile_attention=TileAttention,
-        packed_attention=PackedCausalAttention,
+        packed_attention=PackedAttention,
         is_fused=False,
         pointwise=lambda function: function,
         checkpoint=lambda function, group, *tensors: tensor_parallel.checkpoint(
@@ -255,9 +255,8 @@ def language_spec(count: int, language: Language, chosen: Kernels) -> Transforme
         chosen,
         chosen.norm if language.qk_norm else None,
     )
-    attention = ModuleSpec(
-        module=SelfAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=inside
-    )
+    mask = AttnMaskType.causal if language.is_causal else AttnMaskType.no_mask
+    attention = ModuleSpec(module=SelfAttention, params={"attn_mask_type": mask}, submodules=inside)
     return TransformerBlockSubmodules(
         layer_specs=_layers(TransformerLayer, attention, count, chosen), layer_norm=chosen.norm
     )

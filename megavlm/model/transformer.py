@@ -25,6 +25,7 @@ def _quick_gelu(hidden: Tensor) -> Tensor:
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "swiglu": torch.nn.functional.silu,
     "gelu": gelu,
     "gelu_tanh": partial(gelu, approximate="tanh"),
     "quick_gelu": _quick_gelu,
@@ -137,8 +138,11 @@ def connector_config(config: Config, chosen: Kernels) -> TransformerConfig:
 
 
 def language_config(config: Config, layout: Layout, chosen: Kernels) -> TransformerConfig:
-    """Configure the language model: RMSNorm, rotary positions, grouped-query attention, SwiGLU."""
+    """Configure the language model: RMSNorm, rotary positions, grouped-query attention, SwiGLU; or
+    a text encoder.
+    """
     language = config.architecture.language
+    is_encoder = language.is_encoder
     parallel = config.parallel
     return TransformerConfig(
         num_layers=language.num_layers,
@@ -148,12 +152,12 @@ def language_config(config: Config, layout: Layout, chosen: Kernels) -> Transfor
         num_query_groups=language.num_query_groups,
         kv_channels=language.head_size,
         qk_layernorm=language.qk_norm,
-        normalization="RMSNorm",
+        normalization="LayerNorm" if is_encoder else "RMSNorm",
         layernorm_epsilon=language.layernorm_epsilon,
-        add_bias_linear=False,
+        add_bias_linear=is_encoder,
         add_qkv_bias=language.qkv_bias,
-        gated_linear_unit=True,
-        activation_func=torch.nn.functional.silu,
+        gated_linear_unit=not is_encoder,
+        activation_func=ACTIVATIONS[language.activation],
         sequence_parallel=parallel.sequence_parallel,
         context_parallel_size=parallel.context_parallel_size,
         **fp8_settings(config, "language"),
@@ -164,5 +168,5 @@ def language_config(config: Config, layout: Layout, chosen: Kernels) -> Transfor
             parallel.tensor_model_parallel_size,
             parallel.recompute_of("language"),
         )
-        | {"bias_activation_fusion": chosen.is_fused},
+        | {"bias_activation_fusion": chosen.is_fused and not is_encoder},
     )

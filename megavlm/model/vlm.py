@@ -96,9 +96,7 @@ class VisionLanguageModel(MegatronModule):
         for part in self.copies:
             mark_copies(part)
         if chunk.has_connector or chunk.has_language:
-            self.language = LanguageModel(
-                self.config, arch.language, chunk, chosen, collection, vp_stage
-            )
+            self.language = LanguageModel(self.config, arch, chunk, chosen, collection, vp_stage)
             stack = "language.decoder.layers"
             attach(self.language, stack, arch.lora, self.config, collection.tp)
         self.objective = build_objective(self.config, config, chunk, chosen, groups)
@@ -201,7 +199,8 @@ class VisionLanguageModel(MegatronModule):
             return self.vision(received, batch.tiles, None)
 
     def _fuse(self, hidden: Tensor, batch: Batch) -> Tensor:
-        embeddings = self.language.embedding(input_ids=batch.tokens[None], position_ids=None)
+        positions = self.language.position_ids(batch.sample_ends, len(batch.tokens))
+        embeddings = self.language.embedding(input_ids=batch.tokens[None], position_ids=positions)
         features = gather_features(self.connector(hidden), self.groups)
         fused = self.objective.enter(embeddings, features, batch)
         return (
@@ -227,6 +226,7 @@ class VisionLanguageModel(MegatronModule):
             # Transformer Engine cuts samples at the ends with padding. There is none between ours:
             # what aligns a sample is part of it.
             packed.cu_seqlens_q_padded = packed.cu_seqlens_kv_padded = ends
+        has_head = self.architecture.needs.has_vocabulary_head
         chooses = with_loss and self.chooses_loss_positions
         self.language.loss_positions = batch.loss_positions if chooses else None
         output = self.language(
@@ -234,9 +234,9 @@ class VisionLanguageModel(MegatronModule):
             position_ids=None,
             attention_mask=None,
             decoder_input=hidden,
-            labels=batch.labels[None] if with_loss else None,
+            labels=batch.labels[None] if with_loss and has_head else None,
             packed_seq_params=packed,
         )
         if self.post_process:
-            return self.objective.finish(output, riding, batch)
+            return self.objective(output, riding, batch)
         return torch.cat([output, riding]) if riding is not None else output

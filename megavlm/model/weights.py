@@ -105,9 +105,14 @@ def fresh_tensor(config: Config) -> FullTensor:
         "vision": (arch.vision.hidden_size, arch.vision.num_layers),
         "connector": (arch.connector_sizes.feature_size, 1),
         "language": (arch.language.hidden_size, arch.language.num_layers),
+        "objective": (arch.language.hidden_size, 1),
     }
 
+    constants = arch.needs.constants(arch)
+
     def draw(key: str, shape: tuple[int, ...]) -> Tensor:
+        if key in constants:
+            return torch.full(shape, constants[key])
         if key.startswith("vision."):
             shape = unpadded_shape(arch.vision, key, shape)
         if key.endswith(".lora.b"):

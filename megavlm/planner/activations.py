@@ -138,7 +138,7 @@ def activation_memory(config: Config, chunk: Chunk, load: RankLoad) -> Activatio
         per_microbatch += kept * rows[part] * size
         once = max(once, transient * rows[part] * size)
     per_microbatch += size * _around_layers(config, chunk, load)
-    if chunk.has_head:
+    if chunk.has_head and arch.needs.has_vocabulary_head:
         once += (
             load.head_tokens
             * arch.language.vocab_size
@@ -231,7 +231,8 @@ def language_layer(
         + 2 * max(keys, tensor * language.head_size)
         + (queries + keys) * language.qk_norm
     )
-    inner = (3 if is_trained else 2) * language.ffn_hidden_size / tensor
+    inputs = 1 if language.is_encoder else 2
+    inner = (inputs + 1 if is_trained else inputs) * language.ffn_hidden_size / tensor
     return (4 if is_trained else 2) * width / (
         tensor if sequence_parallel else 1
     ) + attention / tensor + inner, inner

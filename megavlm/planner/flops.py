@@ -202,6 +202,9 @@ def _language(architecture: Architecture) -> Iterator[Piece]:
     width = language.hidden_size
     words = language.vocab_size
     yield table(EMBEDDING, "language", words, width)  # looked up, not multiplied
+    if language.is_encoder:
+        positions = "language.embedding.position_embeddings.weight"
+        yield table(positions, "language", language.max_position_embeddings, width)
     for number in range(language.num_layers):
         yield from (replace(piece, layer=number) for piece in _language_layer(architecture, number))
     yield from architecture.needs.head(architecture)
@@ -212,12 +215,13 @@ def _language_layer(architecture: Architecture, number: int) -> Iterator[Piece]:
     part = "language"
     width = language.hidden_size
     inner = language.ffn_hidden_size
+    is_encoder = language.is_encoder
     queries, keys = (
         count * language.head_size
         for count in (language.num_attention_heads, language.num_query_groups)
     )
     qkv, proj, fc1, fc2 = (f"language.decoder.layers.{number}.{name}" for name in _LINEARS)
-    yield from norm(qkv, part, width, has_bias=False, joint=".layer_norm_")
+    yield from norm(qkv, part, width, has_bias=is_encoder, joint=".layer_norm_")
     yield from linear(
         qkv, part, width, queries + 2 * keys, rows=1, unit="token", has_bias=language.qkv_bias
     )
@@ -227,13 +231,15 @@ def _language_layer(architecture: Architecture, number: int) -> Iterator[Piece]:
             part,
             language.head_size,
         )
+    pairs = 2 if language.is_causal else 4
     yield Piece(
-        key="", part=part, elements=0, forward=2 * queries, unit="squared_length"
+        key="", part=part, elements=0, forward=pairs * queries, unit="squared_length"
     )  # half of 4: causal
-    yield from linear(proj, part, queries, width, rows=1, unit="token", has_bias=False)
-    yield from norm(fc1, part, width, has_bias=False, joint=".layer_norm_")
-    yield from linear(fc1, part, width, 2 * inner, rows=1, unit="token", has_bias=False)
-    yield from linear(fc2, part, inner, width, rows=1, unit="token", has_bias=False)
+    yield from linear(proj, part, queries, width, rows=1, unit="token", has_bias=is_encoder)
+    yield from norm(fc1, part, width, has_bias=is_encoder, joint=".layer_norm_")
+    first = inner if is_encoder else 2 * inner
+    yield from linear(fc1, part, width, first, rows=1, unit="token", has_bias=is_encoder)
+    yield from linear(fc2, part, inner, width, rows=1, unit="token", has_bias=is_encoder)
 
 
 _LINEARS = (

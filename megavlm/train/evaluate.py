@@ -6,13 +6,16 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 
 from megavlm.data.loading.batch import Batch
 from megavlm.data.loading.order import Plan
 from megavlm.train.job import Job
+from megavlm.train.meters import Meter
 from megavlm.train.source_losses import SourceLosses
 from megavlm.train.step import run_packs
+from megavlm.train.whole_step import run_whole_step
 
 
 @torch.no_grad()
@@ -27,9 +30,13 @@ def held_out_loss(job: Job) -> tuple[float, dict[str, float]]:
     data = job.config.data
     groups = job.groups
     wanted = job.config.training.eval_packs
+    spans_step = job.ddp_chunks[-1].module.objective.spans_step
+    run = _run_steps if spans_step else _run_packs
     # Stored by cost, the first packs would not stand for all.
     plan = Plan(num_packs=len(job.valid), seed=0)
     count = min(wanted, len(job.valid)) if wanted else len(job.valid)
+    if spans_step:
+        count = _whole_steps(job, count)
     positions = range(groups.data_rank, count, groups.data_size)
     weight = job.valid.weight_sum(plan.pack_ids(0, count), data.loss_reduction)
     if not weight:
@@ -39,27 +46,70 @@ def held_out_loss(job: Job) -> tuple[float, dict[str, float]]:
         )
     workers = min(data.workers, len(positions))
     packs = job.batches(job.valid, plan, positions, workers=workers)
-    loss = torch.zeros((), device=job.backend.device)
     by_source = SourceLosses(job.valid.source_names, job.backend.device)
     for chunk in job.ddp_chunks:
         chunk.eval()
     with contextlib.closing(packs):
-        if len(positions):
-            blank = -len(positions) % groups.pipeline_size if len(job.ddp_chunks) > 1 else 0
-            filled = _followed_by_blank(packs, blank)
-            loss = run_packs(
-                job.ddp_chunks,
-                filled,
-                len(positions) + blank,
-                weight,
-                job.backend,
-                forward_only=True,
-                meters=(by_source,),
-            )
+        loss = run(job, packs, plan.pack_ids(0, count), weight, by_source)
     for chunk in job.ddp_chunks:
         chunk.train()
     means = by_source.report(groups)["loss"]
     return float(groups.sum_over_data(loss)), means
+
+
+def _run_packs(
+    job: Job, packs: Iterator[Batch], ids: np.ndarray, weight: float, meter: Meter
+) -> torch.Tensor:
+    """Return this rank's part of the loss over packs, each of which has a loss of its own."""
+    groups = job.groups
+    count = len(range(groups.data_rank, len(ids), groups.data_size))
+    if not count:
+        return torch.zeros((), device=job.backend.device)
+    blank = -count % groups.pipeline_size if len(job.ddp_chunks) > 1 else 0
+    return run_packs(
+        job.ddp_chunks,
+        _followed_by_blank(packs, blank),
+        count + blank,
+        weight,
+        job.backend,
+        forward_only=True,
+        meters=(meter,),
+    )
+
+
+def _whole_steps(job: Job, packs: int) -> int:
+    """Return how many of the held-out packs make steps as large as those of training, since the
+    loss depends on the size of a step; or one smaller step.
+    """
+    ranks = job.groups.data_size
+    batch = job.config.training.global_batch_size
+    count = packs // batch * batch or packs // ranks * ranks
+    if not count:
+        raise ValueError(
+            f"--data.valid {job.config.data.valid}: {packs} packs are held out, and the loss of"
+            f" pairs needs one for each of the {ranks} data-parallel ranks"
+        )
+    return count
+
+
+def _run_steps(
+    job: Job, packs: Iterator[Batch], ids: np.ndarray, weight: float, meter: Meter
+) -> torch.Tensor:
+    """Return this rank's part of the loss over packs in steps as large as those of training."""
+    batch = min(job.config.training.global_batch_size, len(ids))
+    loss = torch.zeros((), device=job.backend.device)
+    for start in range(0, len(ids), batch):
+        loss += run_whole_step(
+            job.ddp_chunks,
+            packs,
+            batch // job.groups.data_size,
+            weight,
+            job.samples_of_ranks(job.valid, ids[start : start + batch]),
+            job.backend,
+            forward_only=True,
+            meters=(meter,),
+        )
+    return loss
 
 
 def _followed_by_blank(packs: Iterator[Batch], count: int) -> Iterator[Batch]:

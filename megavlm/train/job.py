@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 
@@ -50,6 +51,17 @@ class Job:
     optimizer: MegatronOptimizer
     lock: Lock | None = None
     unused_weights: Weights = field(default_factory=dict)
+
+    def samples_of_ranks(self, packs: PackedDataset | BlendedDataset, ids: np.ndarray) -> list[int]:
+        """Return the samples that each data-parallel rank has of a step's packs, from the index.
+
+        Args:
+            packs: the dataset.
+            ids: all packs of the step, in order; the ranks take them in turn.
+        """
+        samples = packs.index[ids]["samples"]
+        ranks = self.groups.data_size
+        return [int(samples[rank::ranks].sum()) for rank in range(ranks)]
 
     def batches(
         self,

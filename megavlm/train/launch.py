@@ -154,7 +154,8 @@ def inspect(config: Config, world_size: int) -> Start:
         facts=job_checks.dataset_facts(config),
         device=precision.device_capabilities(),
     )
-    family_of(config.architecture.language)  # else the trained model could not be exported
+    if not config.architecture.language.is_encoder:
+        family_of(config.architecture.language)  # else the trained model could not be exported
     own = source.own(config)
     if own is not None:
         return own

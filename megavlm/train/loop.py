@@ -90,6 +90,7 @@ def run(job: Job, state: State, metrics: Metrics) -> State:
                 clip,
                 job.backend,
                 meters,
+                job.samples_of_ranks(job.train, ids),
             )
             unseen[state.step + 1] = (ids.tolist(), result.grad_norm)
             state = dataclasses.replace(

@@ -4,24 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 
-import torch
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megavlm.data.loading.batch import Batch
 from megavlm.model.loss import weighted_sum
 from megavlm.model.objective.objective import Objective
 from megavlm.model.tied import sum_tied_gradients
-from megavlm.model.vlm import VisionLanguageModel
 from megavlm.parallel.backend import Backend
-from megavlm.parallel.p2p import Shape, SharedBatches, VariableShapeP2P
-from megavlm.parallel.p2p_interleaved import InterleavedP2P
 from megavlm.train.meters import Meter
 from megavlm.train.optimizer import step
+from megavlm.train.pipeline import run_pipeline
+from megavlm.train.whole_step import run_whole_step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,15 +64,12 @@ def _loss(
     weight_of_step: float,
     meters: Sequence[Meter],
     output: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the loss of a pack from what its last chunk ended in, megatron-core's count of tokens
-    (an integer, which could not carry our weights, and so is not used), and a copy of the loss.
-    """
+) -> Tensor:
+    """Return the part of the loss that a pack has, from what its last chunk ended in."""
     losses = objective.losses(output, batch)
     for meter in meters:
         meter.add(losses, batch, weight_of_step)
-    loss = weighted_sum(losses, batch.loss_weights) / weight_of_step
-    return loss, torch.zeros((), dtype=torch.int, device=loss.device), loss.detach()
+    return weighted_sum(losses, batch.loss_weights) / weight_of_step
 
 
 def run_packs(
@@ -104,57 +97,12 @@ def run_packs(
         This rank's part of the loss; 0 but in the last chunk.
     """
 
-    def forward_step(iterator: Iterator[Batch], chunk: VisionLanguageModel):
-        batch = next(iterator)
-        objective = model[-1].module.objective
-        return chunk(batch), partial(_loss, objective, batch, weight_of_step, meters)
+    objective = model[-1].module.objective
 
-    for module in (module for chunk in model for module in chunk.modules()):
-        if "is_first_microbatch" in vars(
-            module
-        ):  # megatron-core does so only where the language model has a recipe for FP8
-            module.is_first_microbatch = True
-    chunks = [chunk.module for chunk in model]
-    groups = model[0].module.groups
-    packs = SharedBatches(
-        (batch.to(backend.device, non_blocking=backend.asynchronous) for batch in batches),
-        len(chunks),
-    )
-    communicator = _communicator(chunks, packs, count) if groups.pipeline_size > 1 else None
-    losses = get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=[packs.reader(number) for number in range(len(chunks))],
-        model=list(model),
-        num_microbatches=count,
-        seq_length=1,  # not used: the communicator computes the shapes
-        micro_batch_size=1,
-        forward_only=forward_only,
-        **(
-            {"p2p_communicator": communicator, "pg_collection": groups.collection}
-            if communicator is not None
-            else {}
-        ),
-    )
-    if isinstance(communicator, InterleavedP2P):
-        communicator.finish()
-    return torch.stack(losses).sum() if losses else torch.zeros((), device=backend.device)
+    def loss(batch: Batch, output: Tensor) -> Tensor:
+        return _loss(objective, batch, weight_of_step, meters, output)
 
-
-def _communicator(
-    chunks: Sequence[VisionLanguageModel], packs: SharedBatches[Batch], count: int
-) -> VariableShapeP2P | InterleavedP2P:
-    """Make what sends and receives for this rank's model chunks, in a step of ``count`` packs."""
-
-    def shape(pack: int, chunk: int) -> Shape:
-        return chunks[chunk].received_shape(packs.peek(pack))
-
-    first = chunks[0]
-    group = chunks[0].groups.collection.pp
-    if len(chunks) > 1:
-        return InterleavedP2P(group, first.config, count, shape, first.first_trained)
-    return VariableShapeP2P(
-        group, first.config, (shape(pack, 0) for pack in range(count)), first.first_trained
-    )
+    return run_pipeline(model, batches, count, loss, backend, forward_only=forward_only)
 
 
 def train_step(
@@ -166,10 +114,21 @@ def train_step(
     clip_grad: float,
     backend: Backend,
     meters: Sequence[Meter] = (),
+    samples: Sequence[int] = (),
 ) -> StepResult:
-    """Update the parameters once; arguments as in ``run_packs`` and ``optimizer.step``."""
+    """Update the parameters once; arguments as in ``run_packs``, ``run_whole_step`` and
+    ``optimizer.step``.
+    """
     for chunk in model:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
-    loss = run_packs(model, batches, count, weight_of_step, backend, meters=meters)
-    return StepResult(loss=loss, grad_norm=step(optimizer, clip_grad, backend.device))
+    if model[-1].module.objective.spans_step:
+        loss = run_whole_step(
+            model, batches, count, weight_of_step, samples, backend, meters=meters
+        )
+    else:
+        loss = run_packs(model, batches, count, weight_of_step, backend, meters=meters)
+    grad_norm = step(optimizer, clip_grad, backend.device)
+    for chunk in model:
+        chunk.module.objective.after_step()
+    return StepResult(loss=loss, grad_norm=grad_norm)

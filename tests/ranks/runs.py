@@ -212,6 +212,7 @@ def train_curve(config: Config, pack_ids: tuple[int, ...] = ()) -> Curve:
             weight,
             config.optimizer.clip_grad,
             job.backend,
+            samples=job.samples_of_ranks(job.train, ids),
         )
         losses.append(_from_last_chunk(float(job.groups.sum_over_data(result.loss)), job))
         norms.append(float(result.grad_norm))

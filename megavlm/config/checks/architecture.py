@@ -60,7 +60,9 @@ def _connector(arch: Architecture) -> Iterator[str]:
         return
     problems = list(sizes.problems())
     yield from problems
-    if not problems and sizes.placeholders != sizes.features:
+    if not problems and arch.needs.is_of_pairs:
+        yield from _pairs(arch)
+    elif not problems and sizes.placeholders != sizes.features:
         yield (
             f"--architecture.connector.kind {arch.connector.kind}: gives {sizes.features} features"
             f" for the {sizes.placeholders} placeholder tokens of a tile; the language model takes"
@@ -68,9 +70,44 @@ def _connector(arch: Architecture) -> Iterator[str]:
         )
 
 
+def _pairs(arch: Architecture) -> Iterator[str]:
+    """Yield what keeps a model from being trained on pairs of an image and its text."""
+    sizes = arch.connector_sizes
+    kind = arch.connector.kind
+    flag = f"--architecture.connector.kind {kind}"
+    if (sizes.features, sizes.placeholders) != (1, 0):
+        yield (
+            f"{flag}: gives {sizes.features} features of a tile, and --architecture.objective"
+            f" {arch.objective} takes one embedding; use class_token, mean or attention"
+        )
+    if kind == "class_token" and not arch.vision.has_class_token:
+        yield (
+            f"{flag}: a vision encoder of --architecture.vision.family {arch.vision.family} has no"
+            " class token; use mean or attention"
+        )
+    if arch.language.tied_head:
+        yield (
+            f"--architecture.language.tied_head true: --architecture.objective {arch.objective} has"
+            " no head over the vocabulary; use false"
+        )
+    yield from at_least(1, "architecture.contrastive", arch.contrastive, "size")
+    yield from at_least(0, "architecture.contrastive", arch.contrastive, "max_scale")
+
+
 def _language(arch: Architecture) -> Iterator[str]:
     language = arch.language
     flag = "--architecture.language"
+    if language.is_encoder == (language.activation == "swiglu"):
+        usual = "gelu, gelu_tanh or quick_gelu" if language.is_encoder else "swiglu"
+        yield (
+            f"{flag}.activation {language.activation}: {flag}.family {language.family} needs"
+            f" {usual}"
+        )
+    if language.is_encoder and arch.needs.has_vocabulary_head:
+        yield (
+            f"{flag}.family {language.family}: a text encoder has no head over the vocabulary,"
+            f" which --architecture.objective {arch.objective} needs; use a language model"
+        )
     heads = language.num_attention_heads
     groups = language.num_query_groups
     if not language.kv_channels and language.hidden_size % heads:
@@ -78,7 +115,7 @@ def _language(arch: Architecture) -> Iterator[str]:
             f"{flag}.num_attention_heads {heads} does not divide {flag}.hidden_size"
             f" {language.hidden_size}; or give {flag}.kv_channels"
         )
-    elif language.head_size % 2:
+    elif language.head_size % 2 and not language.is_encoder:
         name = "kv_channels" if language.kv_channels else "hidden_size"
         yield (
             f"{flag}.{name} {vars(language)[name]}: {language.head_size} a head, and rotary"

@@ -18,6 +18,7 @@ from megavlm.config.checks.optimizer import optimizer_problems
 from megavlm.config.checks.saving import checkpoint_problems
 from megavlm.config.freeze_mask import PARTS, parts_named, trains
 from megavlm.config.layout_text import parse_layout
+from megavlm.config.objectives import OBJECTIVES
 from megavlm.config.schema import (
     AUGMENTATIONS,
     LAYER_PARTS,
@@ -72,6 +73,7 @@ def problems(config: Config, world_size: int) -> list[str]:
         *layout_problems(config, world_size),
         *_data(config.data),
         *_training(config.training, config.data),
+        *_pairs(config),
         *optimizer_problems(config.optimizer, config.training),
         *_kernels(config.training),
         *fp8_problems(config.fp8, config),
@@ -85,6 +87,40 @@ def problems(config: Config, world_size: int) -> list[str]:
         *observer_problems(config.logging, config.checkpoint),
         *_health(config.health),
     ]
+
+
+def _pairs(config: Config) -> Iterator[str]:
+    """Yield what a model that is trained on pairs of an image and its text does not support."""
+    arch = config.architecture
+    parallel = config.parallel
+    if arch.objective not in OBJECTIVES or not arch.needs.is_of_pairs:
+        return
+    wanted = f"--architecture.objective {arch.objective}"
+    for part, folder in config.init.parts.items():
+        yield (
+            f"--init.{part} {folder}: {wanted} starts from scratch, or from a whole CLIPModel or"
+            " SiglipModel with --checkpoint.load; leave it out"
+        )
+    if config.data.loss_reduction != "sample":
+        yield (
+            f"--data.loss_reduction {config.data.loss_reduction}: {wanted} weighs each pair alike;"
+            " use sample"
+        )
+    if arch.lora.rank:
+        yield f"--architecture.lora.rank {arch.lora.rank}: {wanted} has no adapters; use 0"
+    if parallel.context_parallel_size > 1:
+        yield (
+            f"--parallel.context_parallel_size {parallel.context_parallel_size}: {wanted} has short"
+            " texts, which ranks do not share; use 1"
+        )
+    if parallel.sequence_parallel:
+        yield f"--parallel.sequence_parallel true: {wanted} does not support it; use false"
+    if parallel.virtual_pipeline_model_parallel_size > 1:
+        yield (
+            "--parallel.virtual_pipeline_model_parallel_size"
+            f" {parallel.virtual_pipeline_model_parallel_size}: {wanted} does not support"
+            " interleaved 1F1B; use 1"
+        )
 
 
 def layout_problems(config: Config, world_size: int) -> list[str]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from megavlm.config.recipes import internvl, llava
+from megavlm.config.recipes import clip, internvl, llava, siglip
 from megavlm.config.recipes.recipe import Recipe
 
-RECIPES: dict[str, Recipe] = {module.RECIPE.name: module.RECIPE for module in (internvl, llava)}
+RECIPES: dict[str, Recipe] = {
+    module.RECIPE.name: module.RECIPE for module in (internvl, llava, clip, siglip)
+}
 
 
 def recipe_of(hub_format: str) -> Recipe:

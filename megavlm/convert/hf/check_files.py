@@ -76,6 +76,8 @@ def _as_written(architecture: Architecture, dialect: Dialect) -> Architecture:
     writes some families as another.
     """
     language = architecture.language
+    if language.is_encoder:
+        return architecture
     family = written_as(language, dialect).name
     tied = language.tied_head and dialect != "chat"
     return dataclasses.replace(

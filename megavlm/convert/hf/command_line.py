@@ -80,8 +80,8 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dialect",
         choices=DIALECTS,
-        help="class: InternVLForConditionalGeneration (native), OpenGVLab's InternVLChatModel"
-        " (chat), LlavaForConditionalGeneration (llava) (default: that of the recipe)",
+        help="class: InternVLForConditionalGeneration (native), InternVLChatModel (chat), CLIPModel"
+        " (clip), LlavaForConditionalGeneration (llava), ... (default: that of the recipe)",
     )
     parser.add_argument(
         "--dtype",

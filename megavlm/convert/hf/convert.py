@@ -126,8 +126,7 @@ def export(
     shard_bytes: int = SHARD_BYTES,
     flag: str = "--out",
 ) -> Path:
-    """Write a checkpoint as a Hugging Face folder, LoRA adapters merged into the weights. It needs
-    neither a process group nor the memory for a whole model.
+    """Write a checkpoint as a Hugging Face folder, LoRA adapters merged, with little memory.
 
     Args:
         checkpoint: folder of a step, or a run's save folder.
@@ -171,7 +170,8 @@ def export(
     with new_folder(out, flag) as growing, Progress("export", "B", _bytes(view)) as progress:
         usage = preprocessing.of_checkpoint(folder)
         HUB_FORMATS[dialect].write_files(growing, words, architecture, usage, _main_dtype(view))
-        model_card.write(growing, out.name, found, usage, dialect, view.headers, licenses or {})
+        if HUB_FORMATS[dialect].has_card:
+            model_card.write(growing, out.name, found, usage, dialect, view.headers, licenses or {})
         write_safetensors(view, growing, shard_bytes, done=progress.add)
     return out
 
@@ -340,4 +340,5 @@ def _same_bits(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors have the same type, shape and bits; NaN is equal to itself here."""
     if one.dtype != other.dtype or one.shape != other.shape:
         return False
-    return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
+    flat = (tensor.reshape(-1).view(torch.uint8) for tensor in (one, other))
+    return torch.equal(*flat)

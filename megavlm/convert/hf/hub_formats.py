@@ -17,11 +17,13 @@ from megavlm.convert.hf import (
     llava_config,
     llava_processor,
     native_config,
+    pairs_config,
     preprocessing,
     processor,
 )
 from megavlm.convert.hf.json_files import FILE_NAME, read_json
 from megavlm.convert.hf.preprocessing import Usage
+from megavlm.convert.weights import pairs
 from megavlm.convert.weights.tables import Dialect, llava_name_on_disk, name_on_disk
 
 
@@ -60,6 +62,7 @@ class HubFormat:
         write_files: see ``processor.write_native``.
         name_on_disk: gives the name of a weight in files of the format for a name in the folder;
             None: it is no weight.
+        has_card: whether an export gets a model card.
     """
 
     class_name: str
@@ -69,6 +72,7 @@ class HubFormat:
     read_usage: Callable[[Path], Usage]
     write_files: WriteFiles
     name_on_disk: Callable[[str], str | None]
+    has_card: bool = True
 
 
 # By the dialect that names the weights, see ``convert/weights/tables``.
@@ -99,6 +103,26 @@ HUB_FORMATS: dict[Dialect, HubFormat] = {
         read_usage=llava_processor.read_usage,
         write_files=llava_processor.write,
         name_on_disk=llava_name_on_disk,
+    ),
+    "clip": HubFormat(
+        class_name="CLIPModel",
+        model_type="clip",
+        is_in_transformers=True,
+        read_architecture=pairs_config.read_clip,
+        read_usage=pairs_config.usage_of_clip,
+        write_files=pairs_config.write_clip,
+        name_on_disk=pairs.name_on_disk,
+        has_card=False,
+    ),
+    "siglip": HubFormat(
+        class_name="SiglipModel",
+        model_type="siglip",
+        is_in_transformers=True,
+        read_architecture=pairs_config.read_siglip,
+        read_usage=pairs_config.usage_of_siglip,
+        write_files=pairs_config.write_siglip,
+        name_on_disk=pairs.name_on_disk,
+        has_card=False,
     ),
 }
 

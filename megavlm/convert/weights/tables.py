@@ -16,12 +16,13 @@ from typing import Literal, get_args
 
 from megavlm.config.exports import HOLDS
 from megavlm.config.schema import Architecture, Language, Vision
+from megavlm.convert.weights import pairs
 from megavlm.convert.weights.connectors import llava_rows, mlp_rows
 from megavlm.convert.weights.families import FAMILIES, clip, internvit, written_as
 from megavlm.convert.weights.mapping import Row, within
 from megavlm.convert.weights.transforms import Shape
 
-Dialect = Literal["native", "chat", "llava"]
+Dialect = Literal["native", "chat", "llava", "clip", "siglip"]
 DIALECTS: tuple[Dialect, ...] = get_args(Dialect)
 
 
@@ -126,6 +127,8 @@ def rows(architecture: Architecture, dialect: Dialect = "native") -> tuple[Row, 
     """
     for reason in HOLDS[dialect](architecture):
         raise ValueError(f"{reason}; it stays in checkpoints")
+    if dialect in pairs.ROWS:
+        return pairs.ROWS[dialect](architecture)
     names = _NAMES[dialect]
     language = architecture.language
     return (
@@ -139,6 +142,8 @@ def unused_rows(architecture: Architecture, dialect: Dialect) -> tuple[Row, ...]
     """List what files of a dialect hold beside the weights of the model, with keys as in a folder
     of the vision encoder alone.
     """
+    if dialect in pairs.ROWS:
+        return ()
     names = _NAMES[dialect]
     if names.unused_rows is None:
         return ()
@@ -151,6 +156,8 @@ def copied_head(architecture: Architecture, dialect: Dialect) -> tuple[Row, ...]
     ``InternVLChatModel`` of InternVL 2 and 3 unties every model, so a head that is not in the files
     would be random.
     """
+    if dialect in pairs.ROWS:
+        return ()
     if not _NAMES[dialect].copies_tied_head or not architecture.language.tied_head:
         return ()
     untied = replace(architecture, language=replace(architecture.language, tied_head=False))

@@ -40,6 +40,7 @@ class Batch:
         num_features: features of the whole pack, those of padding tiles not counted.
         drop_path_draws: float32 [2 * vision layers, I], uniform in [0, 1), drawn from (seed,
             position) alone.
+        samples: of the pack, the padding at the end not counted.
         weight_sum: sum of the loss weights of the whole pack, in float64 from the index.
         pack_id: the pack.
     """
@@ -56,6 +57,7 @@ class Batch:
     feature_numbers: torch.Tensor
     num_features: int
     drop_path_draws: torch.Tensor
+    samples: int = 0
     weight_sum: float
     pack_id: int
 

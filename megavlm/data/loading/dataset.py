@@ -134,7 +134,6 @@ class PackedDataset:
             return _spread(values, positions, manifest.capacity, fill)[own]
 
         labels, weights = label(pack.tokens, pack.supervised, pack.lengths, reduction)
-        # Drawn for the real tiles of the whole pack: padding and layout must not change the draws.
         draws = drop_path_draws(seed, position, 2 * vision_layers, max(1, pack.tiles))
         weights = on_rank(weights)
         chosen = rank_slice.tiles(pack.tiles, tile_multiple)
@@ -154,6 +153,7 @@ class PackedDataset:
             feature_numbers=feature_numbers,
             num_features=pack.tiles * manifest.features_per_tile,
             drop_path_draws=_columns(draws, chosen),
+            samples=len(pack.lengths),
             weight_sum=float(self.index[pack_id][_weight_field(reduction)]),
             pack_id=int(pack_id),
         )
@@ -177,6 +177,15 @@ class PackedDataset:
     def _feature_positions(self, pack: Pack, positions: np.ndarray) -> np.ndarray:
         """Return the positions of the placeholder tokens; int64 [real tiles * F]."""
         placeholders = positions[pack.tokens == self.manifest.context_token_id]
+        is_of_pairs = self.manifest.features_per_tile == 0 and pack.tiles > 0
+        if is_of_pairs and not np.array_equal(
+            np.repeat(pack.images["sample"], pack.images["tiles"]), np.arange(len(pack.lengths))
+        ):
+            raise ValueError(
+                f"{self.folder}: pack {pack.pack_id} was packed for pairs, but its"
+                f" {len(pack.lengths)} samples have {pack.tiles} tiles, not one each; pack the"
+                " dataset again"
+            )
         expected = pack.tiles * self.manifest.features_per_tile
         if len(placeholders) != expected:
             raise ValueError(
@@ -324,7 +333,8 @@ def label(
 
 def drop_path_draws(seed: int, position: int, rows: int, columns: int) -> np.ndarray:
     """Uniform numbers in [0, 1) that depend on the seed and the pack's position alone; float32
-    [rows, columns].
+    [rows, columns]. They are drawn for the real tiles of the whole pack, so that neither padding
+    nor the layout changes them.
 
     Philox (J. Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011) is keyed by
     the seed and counts from the position.

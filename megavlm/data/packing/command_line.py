@@ -14,7 +14,7 @@ from megavlm.data.images.tiling import Tiling
 from megavlm.data.packing.settings import Job
 from megavlm.data.packing.windows import Windows
 from megavlm.data.records.meta_file import read_sources
-from megavlm.data.text.templates import FORMATS
+from megavlm.data.text.templates import FORMATS, chat_format
 
 DESCRIPTION = "Turn images, videos and texts into a packed dataset for training."
 EXAMPLE = """example:
@@ -345,7 +345,7 @@ def make_job(args: argparse.Namespace, model: Architecture) -> Job:
             args.meta, args.jsonl, args.root, augment=args.data_augment, difficulty=args.difficulty
         ),
         out=args.out or "",
-        features_per_tile=_tokens_per_tile(model, args.tokens_per_tile),
+        features_per_tile=_tokens_per_tile(model, args.tokens_per_tile, args.template),
         tiling=Tiling(
             tile_size=model.vision.image_size,
             min_tiles=args.min_tiles,
@@ -390,8 +390,10 @@ def _with_sizes(
     return changed_model
 
 
-def _tokens_per_tile(model: Architecture, given: int | None) -> int:
-    """Return the placeholder tokens of a tile; raises ValueError if there are none."""
+def _tokens_per_tile(model: Architecture, given: int | None, template: str) -> int:
+    """Return the placeholder tokens of a tile. Raises ValueError: none, and packs not of pairs."""
+    if chat_format(template).is_of_pairs:
+        return given or 0
     tokens = model.placeholders_per_tile if given is None else given
     if tokens < 1:
         raise ValueError(f"--tokens_per_tile {tokens}: must be 1 or more")

@@ -87,9 +87,7 @@ def pack_dataset(job: Job) -> Report:
         facts = {
             "tokenizer_fingerprint": settings.fingerprint,
             "vocab_size": max(tokenizer.get_vocab().values()) + 1,
-            "context_token_id": tokenizer.convert_tokens_to_ids(
-                chat_format(job.template).images.context
-            ),
+            "context_token_id": _context_token_id(job, tokenizer),
             "pad_token_id": tokenizer.pad_token_id or 0,
         }
         manifest = complete(
@@ -122,10 +120,24 @@ def _tokenizer(job: Job) -> Any:
     """Load the tokenizer, with all that the dataset's copy of it needs."""
     tokenizer = load_tokenizer(job.tokenizer)
     add_special_tokens(tokenizer, chat_format(job.template).image_tokens)
-    tokenizer.chat_template = chat_format(job.template).hf_template(
+    form = chat_format(job.template)
+    if form.is_of_pairs:
+        if form.fills_pair and tokenizer.pad_token_id is None:
+            raise ValueError(
+                f"--template {job.template}: fills up texts, and the tokenizer of --tokenizer"
+                f" {job.tokenizer} has no pad_token"
+            )
+        return tokenizer
+    tokenizer.chat_template = form.hf_template(
         system_message=job.system_message, bos=bool(first_tokens(tokenizer))
     )
     return tokenizer
+
+
+def _context_token_id(job: Job, tokenizer: Any) -> int:
+    """Return the id of the token that stands for an image feature; -1 if texts have none."""
+    form = chat_format(job.template)
+    return -1 if form.is_of_pairs else tokenizer.convert_tokens_to_ids(form.images.context)
 
 
 def _settings(job: Job, tokenizer: Any, folder: Path) -> EncoderSettings:

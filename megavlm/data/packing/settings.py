@@ -88,7 +88,6 @@ class Job:
         """
         least = {
             "capacity": 1,
-            "features_per_tile": 1,
             "alignment": 1,
             "tile_multiple": 1,
             "levels": 0,
@@ -102,7 +101,7 @@ class Job:
             bound = least.get(name, 0)
             if value < bound:
                 raise ValueError(f"--{name} {value}: must be at least {bound}")
-        chat_format(self.template)
+        self._check_template()
         if self.capacity % self.alignment:
             raise ValueError(
                 f"--capacity {self.capacity}: must be a multiple of --alignment {self.alignment}"
@@ -123,6 +122,26 @@ class Job:
         if self.out and out.exists() and not (out.is_dir() and not any(out.iterdir())):
             raise FileExistsError(
                 f"--out {out}: already holds something; give another folder, or remove it"
+            )
+
+    def _check_template(self) -> None:
+        """Raise ValueError for a template that does not go with the images' tiles."""
+        form = chat_format(self.template)
+        flag = f"--template {self.template}"
+        if form.is_of_pairs and self.tiling.mode == "dynamic" and self.tiling.max_tiles != 1:
+            raise ValueError(
+                f"{flag}: the image of a pair is one tile; give --tiling crop or pad, or"
+                " --max_tiles 1, which stretches it"
+            )
+        if form.is_of_pairs and self.alignment != 1:
+            raise ValueError(
+                f"--alignment {self.alignment}: a text of {flag} ends with its last token; use 1"
+            )
+        least = 0 if form.is_of_pairs else 1
+        if self.features_per_tile < least or (form.is_of_pairs and self.features_per_tile):
+            raise ValueError(
+                f"--tokens_per_tile {self.features_per_tile}: must be"
+                f" {'0: ' + flag + ' has none' if form.is_of_pairs else 'at least 1'}"
             )
 
     def _check_tiles(self) -> None:

@@ -59,6 +59,9 @@ class ChatTemplate:
         tokenizer.backend_tokenizer.no_truncation()
         tokenizer.backend_tokenizer.no_padding()
         self.first_tokens = first_tokens(tokenizer)
+        self.context_token_id = -1
+        if self.format.is_of_pairs:
+            return
         images = self.format.images
         for token in (*self.format.markers, *images.added):
             self._token_id(token)
@@ -92,7 +95,7 @@ class ChatTemplate:
         """Return the number of tokens that ``encode`` makes, faster; arguments and errors as
         there.
         """
-        if self.format.split_at_images:
+        if self.format.is_of_pairs or self.format.split_at_images:
             return len(self.encode(turns, tiles)[0])
         turns = self._with_system(turns)
         self._check_placeholders(turns, len(tiles))
@@ -145,6 +148,8 @@ class ChatTemplate:
         self, turns: Sequence[Turn], tiles: Sequence[int], opening: str
     ) -> tuple[np.ndarray, np.ndarray]:
         """Tokens and mask of turns, followed by the ``opening`` of an answer."""
+        if self.format.is_of_pairs:
+            return self._encode_pair(turns, tiles)
         turns = self._with_system(turns)
         self._check_placeholders(turns, len(tiles))
         pieces = [self._render(turn) for turn in turns]
@@ -171,6 +176,30 @@ class ChatTemplate:
         if turns[0].role in ("system", "pretrain") or not self.system_message:
             return list(turns)
         return [Turn(role="system", text=self.system_message), *turns]
+
+    def _encode_pair(
+        self, turns: Sequence[Turn], tiles: Sequence[int]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens of the text of a pair, with those that the tokenizer puts around a text; all are
+        supervised. What is too long loses its end, but not the last token, which ends a text.
+        """
+        texts = [turn.text for turn in turns if turn.role in ("gpt", "pretrain")]
+        if list(tiles) != [1] or len(texts) != 1:
+            raise RejectError(
+                "conversation",
+                f"{len(texts)} texts and {len(tiles)} images of {sum(tiles)} tiles, but a pair is"
+                " one image of one tile and one text",
+            )
+        text = texts[0].replace(IMAGE_PLACEHOLDER, "").strip()
+        tokens = self.tokenizer(text)["input_ids"]
+        most = self.format.pair_length
+        if len(tokens) > most:
+            tokens = [*tokens[: most - 1], tokens[-1]]
+        if self.format.fills_pair:
+            tokens += [self.tokenizer.pad_token_id] * (most - len(tokens))
+        if len(tokens) < 2:
+            raise RejectError("empty_answer", "the text of the pair has no token")
+        return np.array(tokens, np.int32), np.ones(len(tokens), bool)
 
     def _render(self, turn: Turn) -> tuple[str, str, str]:
         """Split the text of a turn into what precedes the learned part, that part, and what follows

@@ -1,10 +1,12 @@
 """The table of conversation templates: what stands around the turns of a conversation, and how
 texts become tokens.
 
-All but ``plain`` and those that begin with ``llava`` are InternVL's. The latter are LLaVA's (Liu et
-al., arXiv 2304.08485 and 2310.03744), with its image tokens: ``llava_plain`` is what LLaVA
-pretrains its connector with (images and answers, nothing else), ``llava_v1`` its conversations,
-``llava_chatml`` the same for language models that end an answer with ``<|im_end|>``.
+All but ``plain``, ``clip``, ``siglip`` and those that begin with ``llava`` are InternVL's. The
+latter are LLaVA's (Liu et al., arXiv 2304.08485 and 2310.03744), with its image tokens:
+``llava_plain`` is what LLaVA pretrains its connector with (images and answers, nothing else),
+``llava_v1`` its conversations, ``llava_chatml`` the same for language models that end an answer
+with ``<|im_end|>``. ``clip`` and ``siglip`` are pairs of an image and its text, for contrastive
+training, as those models read texts.
 """
 
 from __future__ import annotations
@@ -33,6 +35,9 @@ class ChatFormat:
         questions: whether the texts of system and human turns are shown; otherwise only their
             images are.
         image_tokens: special tokens of images, a row of ``IMAGE_TOKEN_SETS``.
+        pair_length: for pairs of an image and its text, which becomes tokens alone: most tokens of
+            the text, with those that the tokenizer adds; 0: conversations.
+        fills_pair: whether a shorter text is filled up to that length.
         image_first: whether the one image of a human turn goes to its front, on a line of its own,
             wherever its placeholder stands.
         split_at_images: whether the texts before, between and after images become tokens each by
@@ -51,6 +56,8 @@ class ChatFormat:
     strip: bool = False
     questions: bool = True
     image_tokens: str = "internvl"
+    pair_length: int = 0
+    fills_pair: bool = False
     image_first: bool = False
     split_at_images: bool = False
 
@@ -58,6 +65,11 @@ class ChatFormat:
     def images(self) -> ImageTokens:
         """The tokens that an image becomes."""
         return IMAGE_TOKEN_SETS[self.image_tokens]
+
+    @property
+    def is_of_pairs(self) -> bool:
+        """Whether a sample is one image and its text."""
+        return self.pair_length > 0
 
     @property
     def end(self) -> str:
@@ -126,6 +138,16 @@ _VICUNA = (
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
 
+_PAIR = {
+    "system_message": "",
+    "system": "",
+    "human": "",
+    "opening": "",
+    "answer": "{}",
+    "markers": (),
+    "questions": False,
+    "image_tokens": "none",
+}
 _LLAVA = {"image_tokens": "llava", "image_first": True, "split_at_images": True}
 
 FORMATS: dict[str, ChatFormat] = {
@@ -221,6 +243,8 @@ FORMATS: dict[str, ChatFormat] = {
             markers=("<|im_start|>", "<|im_end|>"),
             **_LLAVA,
         ),
+        ChatFormat(name="clip", pair_length=77, **_PAIR),
+        ChatFormat(name="siglip", pair_length=64, fills_pair=True, **_PAIR),
     )
 }
 

@@ -46,6 +46,7 @@ IMAGE_TOKEN_SETS: dict[str, ImageTokens] = {
     "internvl": ImageTokens(
         start=IMAGE_START, context=IMAGE_CONTEXT, end=IMAGE_END, added=SPECIAL_TOKENS
     ),
+    "none": ImageTokens(context="", added=()),
     "llava": ImageTokens(context="<image>", added=("<image>",)),
 }
 # Tokenizer classes that come as Python files beside the model, and read a sentencepiece model as

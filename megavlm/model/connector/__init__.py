@@ -16,6 +16,7 @@ from megavlm.config.connectors import CONNECTORS, Connector, ConnectorSizes, End
 from megavlm.config.schema import Config
 from megavlm.model.connector.linear import LinearConnector
 from megavlm.model.connector.mlp import MlpConnector
+from megavlm.model.connector.pool import AttentionPoolConnector, PoolConnector
 from megavlm.model.specs import Kernels
 
 ConnectorModule = Callable[[Config, Kernels, ProcessGroupCollection], MegatronModule]
@@ -23,7 +24,13 @@ ConnectorModule = Callable[[Config, Kernels, ProcessGroupCollection], MegatronMo
 vision encoder.
 """
 
-MODULES: dict[str, ConnectorModule] = {"mlp": MlpConnector, "linear": LinearConnector}
+MODULES: dict[str, ConnectorModule] = {
+    "mlp": MlpConnector,
+    "linear": LinearConnector,
+    "class_token": PoolConnector,
+    "mean": PoolConnector,
+    "attention": AttentionPoolConnector,
+}
 
 
 def register(

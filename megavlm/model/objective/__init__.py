@@ -7,6 +7,7 @@ from collections.abc import Callable
 from megatron.core.transformer import TransformerConfig
 
 from megavlm.config.schema import Config
+from megavlm.model.objective.contrastive import Contrastive
 from megavlm.model.objective.next_token import NextToken
 from megavlm.model.objective.objective import Objective
 from megavlm.model.specs import Kernels
@@ -20,6 +21,9 @@ run, the chunk, the kernels of the layers, the process groups.
 
 MODULES: dict[str, ObjectiveModule] = {
     "next_token": lambda settings, config, chunk, chosen, groups: NextToken(settings),
+    "contrastive": lambda settings, config, chunk, chosen, groups: Contrastive(
+        settings, config.architecture, chunk, groups
+    ),
 }
 
 

@@ -7,9 +7,10 @@ size.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 from megatron.core.transformer import MegatronModule
-from torch import Tensor
+from torch import Tensor, nn
 
 from megavlm.data.loading.batch import Batch
 
@@ -45,8 +46,9 @@ class Objective(MegatronModule, ABC):
         """Return R, the rows that go from chunk to chunk behind the tokens of a pack."""
         return 0
 
-    def finish(self, output: Tensor, riding: Tensor | None, batch: Batch) -> Tensor:
-        """End the last chunk.
+    def forward(self, output: Tensor, riding: Tensor | None, batch: Batch) -> Tensor:
+        """End the last chunk. It is called as a module, so that DDP gathers the objective's own
+        parameters before.
 
         Args:
             output: of the language model: losses of the tokens [1, T] or logits [1, T, V] if the
@@ -67,6 +69,24 @@ class Objective(MegatronModule, ABC):
         see the losses of the tokens, so every objective is logged by source too.
         """
         return output
+
+    @property
+    def loss_parameters(self) -> list[nn.Parameter]:
+        """The trained parameters that ``step_losses`` reads."""
+        return []
+
+    def step_losses(
+        self, outputs: Sequence[Tensor], batches: Sequence[Batch], samples: Sequence[int]
+    ) -> list[Tensor]:
+        """Return the losses of the tokens of each pack of this rank, if they depend on the whole
+        step. Collective over the data-parallel ranks.
+
+        Args:
+            outputs: what the last chunk ended in, for each pack.
+            batches: the packs.
+            samples: of each data-parallel rank in this step.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has a loss for each pack alone")
 
     def after_step(self) -> None:
         """Change parameters after an update, such as keep one inside its bounds."""

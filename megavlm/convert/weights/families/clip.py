@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from megavlm.config.schema import Vision
+from megavlm.config.schema import Language, Vision
 from megavlm.convert.weights.mapping import Row, layers, linear, norm
 from megavlm.convert.weights.transforms import GroupedQKV, Padded, Reshaped
 
@@ -48,7 +48,7 @@ def rows(vision: Vision) -> list[Row]:
             if vision.has_embedding_norm
             else []
         ),
-        *layers(_layer(vision), "encoder.layers.{}.", "encoder.layers.{}.", vision.num_layers),
+        *layers(layer(vision), "encoder.layers.{}.", "encoder.layers.{}.", vision.num_layers),
     ]
 
 
@@ -67,10 +67,11 @@ def unused_rows(vision: Vision) -> list[Row]:
     return [*parts, *norm("post_layernorm.", "post_layernorm", vision.hidden_size, "LayerNorm")]
 
 
-def _layer(vision: Vision) -> list[Row]:
-    width = vision.hidden_size
-    inner = vision.ffn_hidden_size
-    heads = vision.num_attention_heads
+def layer(encoder: Vision | Language) -> list[Row]:
+    """List the weights of a layer, which encoders of images and of texts have alike."""
+    width = encoder.hidden_size
+    inner = encoder.ffn_hidden_size
+    heads = encoder.num_attention_heads
     projections = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
     # Heads may be padded so that they divide over ranks.
     qkv = Padded(3 * width, inner=GroupedQKV(heads, heads, width // heads))

@@ -1,0 +1,223 @@
+"""Folders of ``CLIPModel`` and ``SiglipModel``: config.json, tokenizer, image processor."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import CLIPConfig, SiglipConfig
+
+from megavlm.config.architecture import PIXELS
+from megavlm.config.connectors import Connector
+from megavlm.config.schema import Architecture, Contrastive, Language, Vision
+from megavlm.convert.hf import json_files, tokenizer_files
+from megavlm.convert.hf.json_files import FILE_NAME, IMAGE_PROCESSOR_NAME, write_json
+from megavlm.convert.hf.preprocessing import Usage
+from megavlm.data.text.tokenizer import load_tokenizer
+
+_ACTIVATIONS = {"gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_pytorch_tanh": "gelu_tanh"}
+_BICUBIC = 3
+_OLD_END = 2
+
+
+def read_clip(raw: dict[str, Any], folder: Path, *, has_head: bool | None) -> Architecture:
+    """Read the architecture of a ``CLIPModel``; see ``native_config.read``."""
+    found = CLIPConfig.from_dict(raw).to_dict()  # fills in what the file leaves out
+    json_files.refuse(folder / FILE_NAME, list(_problems(found)))
+    return Architecture(
+        objective="contrastive",
+        vision=_vision("clip", found["vision_config"], folder),
+        connector=Connector(kind="class_token"),
+        language=_language("clip_text", found["text_config"]),
+        contrastive=Contrastive(size=found["projection_dim"]),
+    )
+
+
+def read_siglip(raw: dict[str, Any], folder: Path, *, has_head: bool | None) -> Architecture:
+    """Read the architecture of a ``SiglipModel``; see ``native_config.read``."""
+    found = SiglipConfig.from_dict(raw).to_dict()  # fills in what the file leaves out
+    text = found["text_config"]
+    size = text.get("projection_size") or text["hidden_size"]
+    wrong = list(_problems(found))
+    if not found["vision_config"].get("vision_use_head", True):
+        wrong.append("vision_config.vision_use_head is False, must be True")
+    json_files.refuse(folder / FILE_NAME, wrong)
+    return Architecture(
+        objective="contrastive",
+        vision=_vision("siglip", found["vision_config"], folder),
+        connector=Connector(kind="attention"),
+        language=_language("siglip_text", text),
+        contrastive=Contrastive(size=size, loss="sigmoid", text_bias=True, max_scale=0.0),
+    )
+
+
+def _problems(found: dict[str, Any]) -> Iterator[str]:
+    """Yield settings that our model does not support."""
+    for section in ("vision_config", "text_config"):
+        act = found[section]["hidden_act"]
+        if act not in _ACTIVATIONS:
+            yield f"{section}.hidden_act is {act!r}, must be one of {', '.join(_ACTIVATIONS)}"
+    yield from json_files.contradictions(
+        "vision_config", found["vision_config"], {"num_channels": 3}
+    )
+
+
+def _sizes(found: dict[str, Any]) -> dict[str, Any]:
+    """Return what both encoders have."""
+    return dict(
+        num_layers=found["num_hidden_layers"],
+        hidden_size=found["hidden_size"],
+        ffn_hidden_size=found["intermediate_size"],
+        num_attention_heads=found["num_attention_heads"],
+        layernorm_epsilon=found["layer_norm_eps"],
+        activation=_ACTIVATIONS[found["hidden_act"]],
+    )
+
+
+def _vision(family: str, found: dict[str, Any], folder: Path) -> Vision:
+    names = (IMAGE_PROCESSOR_NAME, "processor_config.json")
+    is_told = any((folder / name).is_file() for name in names)
+    mean, std = json_files.normalisation(folder) if is_told else PIXELS[family]
+    return Vision(
+        family=family,
+        image_size=found["image_size"],
+        patch_size=found["patch_size"],
+        pixel_mean=mean,
+        pixel_std=std,
+        **_sizes(found),
+    )
+
+
+def _language(family: str, found: dict[str, Any]) -> Language:
+    return Language(
+        family=family,
+        num_query_groups=found["num_attention_heads"],
+        vocab_size=found["vocab_size"],
+        max_position_embeddings=found["max_position_embeddings"],
+        **_sizes(found),
+    )
+
+
+def usage_of_clip(folder: Path) -> Usage:
+    """Return how a ``CLIPModel`` sees pairs: the square in the middle of an image."""
+    return Usage(template="clip", system_message="", max_tiles=1, tiling="crop")
+
+
+def usage_of_siglip(folder: Path) -> Usage:
+    """Return how a ``SiglipModel`` sees pairs: images stretched to squares."""
+    return Usage(template="siglip", system_message="", max_tiles=1, tiling="dynamic")
+
+
+def write_clip(
+    folder: Path, tokenizer: Path, architecture: Architecture, usage: Usage, dtype: torch.dtype
+) -> None:
+    """Write everything but weights of a ``CLIPModel``; see ``processor.write_native``."""
+    size = architecture.vision.image_size
+    ids = _token_ids(tokenizer)
+    if ids["eos_token_id"] == _OLD_END:
+        raise ValueError(
+            f"--tokenizer {tokenizer}: its eos_token has the id {_OLD_END}, by which transformers"
+            " knows old CLIPs, whose texts it ends at the token with the highest id; train with a"
+            " tokenizer that gives it another id"
+        )
+    config = CLIPConfig(
+        text_config=_written(architecture.language) | ids,
+        vision_config=_written(architecture.vision),
+        projection_dim=architecture.contrastive.size,
+        architectures=["CLIPModel"],
+    )
+    processor = _image_processor(architecture, "CLIPImageProcessor") | {
+        "do_convert_rgb": True,
+        "do_center_crop": usage.tiling == "crop",
+        "crop_size": {"height": size, "width": size},
+        "size": {"shortest_edge": size}
+        if usage.tiling == "crop"
+        else {"height": size, "width": size},
+        "processor_class": "CLIPProcessor",
+    }
+    _write(folder, tokenizer, config, dtype, processor)
+
+
+def write_siglip(
+    folder: Path, tokenizer: Path, architecture: Architecture, usage: Usage, dtype: torch.dtype
+) -> None:
+    """Write everything but weights of a ``SiglipModel``; see ``processor.write_native``."""
+    size = architecture.vision.image_size
+    text = _written(architecture.language) | _token_ids(tokenizer)
+    config = SiglipConfig(
+        text_config=text | {"projection_size": architecture.contrastive.size},
+        vision_config=_written(architecture.vision),
+        architectures=["SiglipModel"],
+    )
+    processor = _image_processor(architecture, "SiglipImageProcessor") | {
+        "size": {"height": size, "width": size},
+        "processor_class": "SiglipProcessor",
+    }
+    _write(folder, tokenizer, config, dtype, processor)
+
+
+def _written(part: Vision | Language) -> dict[str, Any]:
+    """Return the settings of an encoder."""
+    names = {ours: theirs for theirs, ours in _ACTIVATIONS.items()}
+    found = dict(
+        num_hidden_layers=part.num_layers,
+        hidden_size=part.hidden_size,
+        intermediate_size=part.ffn_hidden_size,
+        num_attention_heads=part.num_attention_heads,
+        layer_norm_eps=part.layernorm_epsilon,
+        hidden_act=names[part.activation],
+    )
+    if isinstance(part, Vision):
+        return found | dict(image_size=part.image_size, patch_size=part.patch_size)
+    return found | dict(
+        vocab_size=part.vocab_size, max_position_embeddings=part.max_position_embeddings
+    )
+
+
+def _token_ids(folder: Path) -> dict[str, int]:
+    """Return the ids of the tokenizer's tokens that config.json names; a ``CLIPModel`` takes the
+    embedding of a text where its end token stands.
+    """
+    tokenizer = load_tokenizer(folder)
+    ids = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    if ids["eos_token_id"] is None:
+        raise ValueError(f"--tokenizer {folder}: has no eos_token, which ends a text")
+    return {name: number for name, number in ids.items() if number is not None}
+
+
+def _image_processor(architecture: Architecture, kind: str) -> dict[str, Any]:
+    """Return the settings that both image processors have."""
+    vision = architecture.vision
+    return {
+        "image_processor_type": kind,
+        "do_resize": True,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(vision.pixel_mean),
+        "image_std": list(vision.pixel_std),
+        "resample": _BICUBIC,
+    }
+
+
+def _write(
+    folder: Path,
+    tokenizer: Path,
+    config: CLIPConfig | SiglipConfig,
+    dtype: torch.dtype,
+    processor: dict[str, Any],
+) -> None:
+    """Write the files."""
+    settings = config.to_dict() | {"torch_dtype": str(dtype).removeprefix("torch.")}
+    write_json(folder / FILE_NAME, settings)
+    write_json(folder / IMAGE_PROCESSOR_NAME, processor)
+    for name in tokenizer_files.FILES:
+        if (tokenizer / name).is_file():
+            shutil.copyfile(tokenizer / name, folder / name)

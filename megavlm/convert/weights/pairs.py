@@ -1,0 +1,94 @@
+"""The weights of models of pairs, an image encoder and a text encoder, as ``CLIPModel`` and
+``SiglipModel`` of transformers name them.
+
+Shape letters: D hidden size, E size of the embeddings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from megavlm.config.schema import Architecture
+from megavlm.convert.weights.families import clip
+from megavlm.convert.weights.mapping import Row, layers, linear, norm, within
+from megavlm.convert.weights.transforms import Padded, Reshaped
+
+
+def _text_encoder(architecture: Architecture) -> list[Row]:
+    """List the weights of the text encoder, without its prefixes."""
+    language = architecture.language
+    width = language.hidden_size
+    tokens = language.vocab_size
+    return [
+        Row(
+            "embedding.word_embeddings.weight",
+            ("embeddings.token_embedding.weight",),
+            (tokens, width),
+            Padded(tokens),
+        ),
+        Row(
+            "embedding.position_embeddings.weight",
+            ("embeddings.position_embedding.weight",),
+            (language.max_position_embeddings, width),
+        ),
+        *layers(
+            clip.layer(language), "decoder.layers.{}.", "encoder.layers.{}.", language.num_layers
+        ),
+        *norm("decoder.final_layernorm.", "final_layer_norm", width, "LayerNorm"),
+    ]
+
+
+def _towers(architecture: Architecture) -> list[Row]:
+    """List the weights of both encoders, with the norm behind the image encoder."""
+    width = architecture.vision.hidden_size
+    return [
+        *within(clip.rows(architecture.vision), "vision.", "vision_model."),
+        *norm("connector.norm.", "vision_model.post_layernorm", width, "LayerNorm"),
+        *within(_text_encoder(architecture), "language.", "text_model."),
+    ]
+
+
+def clip_rows(architecture: Architecture) -> tuple[Row, ...]:
+    """List every weight of a ``CLIPModel``."""
+    size = architecture.contrastive.size
+    image = (size, architecture.vision.hidden_size)
+    text = (size, architecture.language.hidden_size)
+    return (
+        *_towers(architecture),
+        Row("connector.projection.weight", ("visual_projection.weight",), image),
+        Row("objective.text_projection.weight", ("text_projection.weight",), text),
+        Row("objective.logit_scale", ("logit_scale",), (1,), Reshaped((), (1,))),
+    )
+
+
+def siglip_rows(architecture: Architecture) -> tuple[Row, ...]:
+    """List every weight of a ``SiglipModel``."""
+    vision = architecture.vision
+    width = vision.hidden_size
+    inner = vision.ffn_hidden_size
+    head = "vision_model.head."
+    text = (architecture.contrastive.size, architecture.language.hidden_size)
+    return (
+        *_towers(architecture),
+        Row("connector.query", (f"{head}probe",), (1, 1, width)),
+        Row("connector.in_proj_weight", (f"{head}attention.in_proj_weight",), (3 * width, width)),
+        Row("connector.in_proj_bias", (f"{head}attention.in_proj_bias",), (3 * width,)),
+        *linear("connector.out_proj", (f"{head}attention.out_proj",), (width, width)),
+        *norm("connector.mlp_norm.", f"{head}layernorm", width, "LayerNorm"),
+        *linear("connector.up", (f"{head}mlp.fc1",), (inner, width)),
+        *linear("connector.down", (f"{head}mlp.fc2",), (width, inner)),
+        *linear("objective.text_projection", ("text_model.head",), text),
+        Row("objective.logit_scale", ("logit_scale",), (1,)),
+        Row("objective.logit_bias", ("logit_bias",), (1,)),
+    )
+
+
+ROWS: dict[str, Callable[[Architecture], tuple[Row, ...]]] = {
+    "clip": clip_rows,
+    "siglip": siglip_rows,
+}
+
+
+def name_on_disk(name: str) -> str | None:
+    """Return the name of a weight in files; None for a buffer that older versions wrote."""
+    return None if name.endswith("embeddings.position_ids") else name

@@ -1,0 +1,90 @@
+"""Connectors that make one embedding of a tile: for the objective contrastive.
+
+They are small, and whole on every tensor-parallel rank.
+"""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer import MegatronModule
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from megavlm.config.schema import Config
+from megavlm.model.specs import Kernels
+from megavlm.model.transformer import ACTIVATIONS, connector_config
+
+
+class PoolConnector(MegatronModule):
+    """Norm of the class token (CLIP's ``post_layernorm``), or mean of the normalised patches, and a
+    projection without bias.
+
+    Args:
+        config: the run.
+        chosen: kernels of the layers.
+        groups: process groups of the vision encoder.
+    """
+
+    def __init__(self, config: Config, chosen: Kernels, groups: ProcessGroupCollection):
+        super().__init__(connector_config(config, chosen))
+        architecture = config.architecture
+        vision = architecture.vision
+        self.takes_class_token = architecture.connector.kind == "class_token"
+        self.class_tokens = int(vision.has_class_token)
+        width = vision.hidden_size
+        dtype = self.config.params_dtype
+        self.norm = nn.LayerNorm(width, eps=vision.layernorm_epsilon, dtype=dtype)
+        self.projection = nn.Linear(width, architecture.contrastive.size, bias=False, dtype=dtype)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Turn hidden states of the tiles [tokens, I, D] into embeddings [I, 1, size]."""
+        if self.takes_class_token:
+            pooled = self.norm(hidden[0])
+        else:
+            pooled = self.norm(hidden[self.class_tokens :]).mean(dim=0)
+        return self.projection(pooled)[:, None]
+
+
+class AttentionPoolConnector(MegatronModule):
+    """A learned query attends to the normalised tokens, and an MLP adds to what it sees: the head
+    of SigLIP (arXiv 2303.15343; Zhai et al., arXiv 2106.04560, appendix).
+
+    Args:
+        config: the run.
+        chosen: kernels of the layers.
+        groups: process groups of the vision encoder.
+    """
+
+    def __init__(self, config: Config, chosen: Kernels, groups: ProcessGroupCollection):
+        super().__init__(connector_config(config, chosen))
+        vision = config.architecture.vision
+        width = vision.hidden_size
+        inner = vision.ffn_hidden_size
+        dtype = self.config.params_dtype
+        self.heads = vision.num_attention_heads
+        self.activation = ACTIVATIONS[vision.activation]
+        self.norm = nn.LayerNorm(width, eps=vision.layernorm_epsilon, dtype=dtype)
+        self.query = nn.Parameter(torch.zeros(1, 1, width, dtype=dtype))
+        # Of this module itself, since DDP gathers what a module has before it is called, and a
+        # linear layer is not called for a part of its weight.
+        self.in_proj_weight = nn.Parameter(torch.zeros(3 * width, width, dtype=dtype))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width, dtype=dtype))
+        self.out_proj = nn.Linear(width, width, dtype=dtype)
+        self.mlp_norm = nn.LayerNorm(width, eps=vision.layernorm_epsilon, dtype=dtype)
+        self.up = nn.Linear(width, inner, dtype=dtype)
+        self.down = nn.Linear(inner, width, dtype=dtype)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Turn hidden states of the tiles [tokens, I, D] into embeddings [I, 1, D]."""
+        tokens = self.norm(hidden).transpose(0, 1)
+        width = tokens.shape[-1]
+        weight = self.in_proj_weight
+        bias = self.in_proj_bias
+        asked = nn.functional.linear(self.query, weight[:width], bias[:width])
+        query = asked.expand(len(tokens), 1, width)
+        seen = nn.functional.linear(tokens, weight[width:], bias[width:])
+        parts = (query, *seen.split(width, dim=-1))
+        heads = [part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts]
+        pooled = self.out_proj(scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2))
+        return pooled + self.down(self.activation(self.up(self.mlp_norm(pooled))))

@@ -1,0 +1,191 @@
+"""Contrast pairs of an image and its text with all other pairs of a step: CLIP's loss (arXiv
+2103.00020) and SigLIP's (arXiv 2303.15343).
+
+Shape letters: T tokens of the pack, n pairs (of a pack, or of this data-parallel rank), N pairs of
+the step over all data-parallel ranks, E size of the embeddings, D hidden size, R rows that ride
+along.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from megatron.core.transformer import TransformerConfig
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.nn.functional import cross_entropy, linear, logsigmoid, normalize, pad
+
+from megavlm.config.schema import Architecture
+from megavlm.data.loading.batch import Batch
+from megavlm.model.objective.objective import Objective
+from megavlm.parallel.process_groups import Groups
+from megavlm.planner.layout import Chunk
+
+
+class _Gather(torch.autograd.Function):
+    """Gather rows of all ranks of a group; a rank's gradient is the sum of what all ranks have for
+    its rows.
+    """
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.group = group
+        gathered = rows.new_empty(len(rows) * group.size(), *rows.shape[1:])
+        dist.all_gather_into_tensor(gathered, rows.contiguous(), group=group)
+        return gathered
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        own = gradient.new_empty(len(gradient) // ctx.group.size(), *gradient.shape[1:])
+        dist.reduce_scatter_tensor(own, gradient.contiguous(), group=ctx.group)
+        return own, None
+
+
+def gather_rows(rows: Tensor, counts: Sequence[int], group: ProcessGroup) -> Tensor:
+    """Gather the embeddings of all data-parallel ranks, with exact gradients. Collective.
+
+    Args:
+        rows: of this rank [n, E].
+        counts: rows of each rank, known to all without asking.
+        group: the ranks.
+
+    Returns:
+        [N, E]
+    """
+    if group.size() == 1:
+        return rows
+    most = max(counts)
+    # Collectives want equal shapes; the rows that fill up are left out again.
+    gathered = _Gather.apply(pad(rows, (0, 0, 0, most - len(rows))), group)
+    parts = gathered.unflatten(0, (group.size(), most))
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+
+class Contrastive(Objective):
+    """Embeddings of images and texts, and the loss between them.
+
+    Args:
+        settings: megatron-core's configuration of the language model.
+        architecture: the model.
+        chunk: the last one has the projection of the texts, and the loss's scale and bias.
+        groups: process groups.
+    """
+
+    spans_step = True
+
+    def __init__(
+        self,
+        settings: TransformerConfig,
+        architecture: Architecture,
+        chunk: Chunk,
+        groups: Groups,
+    ):
+        super().__init__(settings)
+        self.settings = architecture.contrastive
+        self.width = architecture.language.hidden_size
+        self.group = groups.collection.dp_cp
+        self.data_rank = groups.data_rank
+        self.text_projection = None
+        self.logit_scale = None
+        self.logit_bias = None
+        if chunk.has_head:
+            dtype = settings.params_dtype
+            self.text_projection = nn.Linear(
+                self.width, self.settings.size, bias=self.settings.text_bias, dtype=dtype
+            )
+            self.logit_scale = nn.Parameter(torch.zeros(1, dtype=dtype))
+            if self.settings.loss == "sigmoid":
+                self.logit_bias = nn.Parameter(torch.zeros(1, dtype=dtype))
+
+    def enter(self, embeddings: Tensor, features: Tensor, batch: Batch) -> Tensor:
+        """See ``Objective``: embeddings of the images ride along behind the tokens, filled up to
+        whole rows.
+        """
+        images = features[: batch.samples].flatten()
+        rows = self.riding_rows(batch)
+        images = pad(images, (0, rows * self.width - len(images)))
+        return torch.cat([embeddings, images.view(rows, 1, self.width)])
+
+    def riding_rows(self, batch: Batch) -> int:
+        """See ``Objective``."""
+        return math.ceil(batch.samples * self.settings.size / self.width)
+
+    def forward(self, output: Tensor, riding: Tensor, batch: Batch) -> Tensor:
+        """Return the embeddings of a pack's images and texts, of length one, float32 [2, n, E]. A
+        text's is that of its last token.
+        """
+        size = self.settings.size
+        images = riding.flatten()[: batch.samples * size].view(-1, size)
+        last = output[:, 0].index_select(0, batch.sample_ends[1 : batch.samples + 1] - 1)
+        texts = self.text_projection(last)
+        return normalize(torch.stack([images, texts]).float(), dim=-1)
+
+    def losses(self, output: Tensor, batch: Batch) -> Tensor:
+        """Refuse: a pack alone has no loss."""
+        raise TypeError("the loss of a pair depends on the whole step; call step_losses")
+
+    @property
+    def loss_parameters(self) -> list[nn.Parameter]:
+        """The trained parameters that ``step_losses`` reads, on ranks with the last chunk."""
+        own = (self.logit_scale, self.logit_bias)
+        return [parameter for parameter in own if parameter is not None and parameter.requires_grad]
+
+    def step_losses(
+        self, outputs: Sequence[Tensor], batches: Sequence[Batch], counts: Sequence[int]
+    ) -> list[Tensor]:
+        """Return the losses of the tokens of each pack of this rank; all tokens of a text have the
+        loss of its pair. Collective over the data-parallel ranks.
+
+        Args:
+            outputs: of the last chunk, for each pack [2, n, E].
+            batches: the packs.
+            counts: pairs of each data-parallel rank in this step.
+        """
+        images, texts = torch.cat(list(outputs), dim=1)
+        pairs = self._pair_losses(images, texts, counts)
+        sizes = [batch.samples for batch in batches]
+        return [
+            _of_tokens(part, batch) for part, batch in zip(pairs.split(sizes), batches, strict=True)
+        ]
+
+    def _pair_losses(self, images: Tensor, texts: Tensor, counts: Sequence[int]) -> Tensor:
+        """Return the loss of each pair of this rank [n], in float32: bfloat16 has steps of one half
+        near a logit of 100.
+        """
+        all_texts = gather_rows(texts, counts, self.group)
+        scale = self.logit_scale.float().exp()
+        first = sum(counts[: self.data_rank])
+        own = torch.arange(first, first + len(images), device=images.device)
+        logits = scale * linear(images, all_texts)
+        if self.settings.loss == "sigmoid":
+            logits = logits + self.logit_bias.float()
+            signs = torch.full_like(logits, -1.0)
+            signs[torch.arange(len(own), device=own.device), own] = 1.0
+            return -logsigmoid(signs * logits).sum(dim=1)
+        all_images = gather_rows(images, counts, self.group)
+        of_texts = scale * linear(texts, all_images)
+        by_image = cross_entropy(logits, own, reduction="none")
+        return (by_image + cross_entropy(of_texts, own, reduction="none")) / 2
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Keep the scale below its bound, in the optimizer's float32 copy too, which would go on
+        growing otherwise.
+        """
+        most = self.settings.max_scale
+        if self.logit_scale is None or not self.logit_scale.requires_grad or not most:
+            return
+        master = vars(self.logit_scale).get("main_param")  # set by DistributedOptimizer
+        for values in (self.logit_scale, master):
+            if values is not None:
+                values.clamp_(max=math.log(most))
+
+
+def _of_tokens(losses: Tensor, batch: Batch) -> Tensor:
+    """Give every token of a pack [T] the loss of its pair; the padding gets any."""
+    places = torch.arange(len(batch.tokens), device=losses.device)
+    numbers = torch.searchsorted(batch.sample_ends, places, right=True) - 1
+    return losses[numbers.clamp(max=len(losses) - 1)]

@@ -1,0 +1,106 @@
+"""Packs through the pipeline: megatron-core's schedules with this package's communicators."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megavlm.data.loading.batch import Batch
+from megavlm.model.vlm import VisionLanguageModel
+from megavlm.parallel.backend import Backend
+from megavlm.parallel.p2p import Shape, SharedBatches, VariableShapeP2P
+from megavlm.parallel.p2p_interleaved import InterleavedP2P
+
+LossOf = Callable[[Batch, Tensor], Tensor]
+"""Makes the part of the loss that a pack has, a scalar, of the pack and of what the last chunk
+ended in.
+"""
+
+
+def _as_asked(loss: LossOf, batch: Batch, output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what megatron-core's ``forward_step_calc_loss`` asks for: the loss of a pack, a count
+    of tokens (an integer, which could not carry our weights, and so is not used), and a copy of the
+    loss.
+    """
+    found = loss(batch, output)
+    return found, torch.zeros((), dtype=torch.int, device=found.device), found.detach()
+
+
+def run_pipeline(
+    model: Sequence[DistributedDataParallel],
+    batches: Iterator[Batch],
+    count: int,
+    loss: LossOf,
+    backend: Backend,
+    *,
+    forward_only: bool = False,
+) -> Tensor:
+    """Run ``count`` packs through the pipeline, backward too unless ``forward_only``.
+
+    Args:
+        model: this rank's chunks.
+        batches: packs of this data-parallel rank, in order.
+        count: packs to take; a multiple of the pipeline's ranks where each has several chunks.
+        loss: called for each pack, in their order, on ranks with the last chunk.
+        backend: where tensors live.
+        forward_only: no gradients.
+
+    Returns:
+        Sum of the losses; 0 but in the last chunk.
+    """
+
+    def forward_step(iterator: Iterator[Batch], chunk: VisionLanguageModel):
+        batch = next(iterator)
+        return chunk(batch), partial(_as_asked, loss, batch)
+
+    for module in (module for chunk in model for module in chunk.modules()):
+        if "is_first_microbatch" in vars(
+            module
+        ):  # megatron-core does so only where the language model has a recipe for FP8
+            module.is_first_microbatch = True
+    chunks = [chunk.module for chunk in model]
+    groups = model[0].module.groups
+    packs = SharedBatches(
+        (batch.to(backend.device, non_blocking=backend.asynchronous) for batch in batches),
+        len(chunks),
+    )
+    communicator = _communicator(chunks, packs, count) if groups.pipeline_size > 1 else None
+    losses = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=[packs.reader(number) for number in range(len(chunks))],
+        model=list(model),
+        num_microbatches=count,
+        seq_length=1,  # not used: the communicator computes the shapes
+        micro_batch_size=1,
+        forward_only=forward_only,
+        **(
+            {"p2p_communicator": communicator, "pg_collection": groups.collection}
+            if communicator is not None
+            else {}
+        ),
+    )
+    if isinstance(communicator, InterleavedP2P):
+        communicator.finish()
+    return torch.stack(losses).sum() if losses else torch.zeros((), device=backend.device)
+
+
+def _communicator(
+    chunks: Sequence[VisionLanguageModel], packs: SharedBatches[Batch], count: int
+) -> VariableShapeP2P | InterleavedP2P:
+    """Make what sends and receives for this rank's model chunks, in a step of ``count`` packs."""
+
+    def shape(pack: int, chunk: int) -> Shape:
+        return chunks[chunk].received_shape(packs.peek(pack))
+
+    first = chunks[0]
+    group = chunks[0].groups.collection.pp
+    if len(chunks) > 1:
+        return InterleavedP2P(group, first.config, count, shape, first.first_trained)
+    return VariableShapeP2P(
+        group, first.config, (shape(pack, 0) for pack in range(count)), first.first_trained
+    )
