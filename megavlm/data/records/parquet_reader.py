@@ -49,7 +49,7 @@ class ParquetFile:
                 open_file(path) if is_remote(path) else path, page_checksum_verification=True
             )
             names = self._file.schema_arrow.names
-        except (pyarrow.ArrowException, OSError) as error:
+        except (pyarrow.ArrowException, OSError, ValueError) as error:
             raise ValueError(
                 f"{path}: not a parquet file that can be read ({printable(str(error), 300)})"
             ) from None
