@@ -8,7 +8,6 @@ kills that are the default fit into everyday testing.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import os
 import random
@@ -62,7 +61,9 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _config(dataset: Path, save: Path, *, beside: bool, **layout: Any) -> Config:
-    config = config_for(dataset, steps=STEPS, global_batch_size=2, drop_path=0.1, **layout)
+    # Layouts add up in other orders, and a high learning rate makes such rounding grow: at 3e-3,
+    # runs at DP2, TP2 and PP2 that nobody kills differ by 5e-5 after 260 steps, at 3e-4 by 3e-6.
+    config = config_for(dataset, steps=STEPS, global_batch_size=2, drop_path=0.1, lr=3e-4, **layout)
     files = Checkpoint(save=str(save), save_interval=INTERVAL, keep=2, asynchronous=beside)
     return dataclasses.replace(config, checkpoint=files, logging=Logging(interval=1))
 
@@ -72,19 +73,6 @@ def undisturbed(ranks: Pool, dataset: Path, tmp_path_factory: pytest.TempPathFac
     save = tmp_path_factory.mktemp("undisturbed") / "run"
     assert ranks.run(run_job, 2, _config(dataset, save, beside=False)) == [STEPS] * 2
     return save
-
-
-@pytest.fixture(scope="module")
-def others(ranks: Pool, dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Run each layout but the first without a kill, and with no checkpoint before the last."""
-    saves = []
-    for layout in LAYOUTS[1:]:
-        saves.append(tmp_path_factory.mktemp("undisturbed") / "run")
-        config = _config(dataset, saves[-1], beside=False, **layout)
-        files = dataclasses.replace(config.checkpoint, save_interval=0)
-        config = dataclasses.replace(config, checkpoint=files)
-        assert ranks.run(run_job, 2, config) == [STEPS] * 2
-    return saves
 
 
 def _weights_and_moments(save: Path) -> dict[str, list[int]]:
@@ -219,11 +207,8 @@ def test_a_run_that_is_killed_again_and_again_ends_bit_for_bit_as_if_it_had_not_
 
 @pytest.mark.skipif("MEGAVLM_CRASHES" not in os.environ, reason="long; MEGAVLM_CRASHES=20 runs it")
 def test_a_run_that_is_killed_and_changes_its_layout_ends_as_if_it_had_not(
-    dataset: Path, undisturbed: Path, others: list[Path], tmp_path: Path
+    dataset: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
-    # Layouts add up in other orders, and such rounding grows from step to step. So losses may
-    # differ by 1e-5 and, beside that, by as much as those of runs that are not killed differ
-    # between the same layouts up to the same step.
     save = tmp_path / "run"
     inside_saves = 0
     starts: list[str] = []
@@ -257,21 +242,11 @@ def test_a_run_that_is_killed_and_changes_its_layout_ends_as_if_it_had_not(
     found = _losses_by_step(save)
     expected = _losses_by_step(undisturbed)
     assert found.keys() == expected.keys()
-    between = _differences([expected, *map(_losses_by_step, others)])
-    differences = _differences([expected, found])
-    end = max(expected)
+    farthest = max(abs(found[step] / expected[step] - 1) for step in expected)
     print(
-        f"{CRASHES} kills, {inside_saves} inside a save; losses differ by {differences[end]:.1e},"
-        f" between layouts by {between[end]:.1e}; {starts}"
+        f"{CRASHES} kills, {inside_saves} inside a save; losses differ by {farthest:.1e}; {starts}"
     )
-    assert all(differences[step] <= 1e-5 + between[step] for step in expected)
-
-
-def _differences(runs: list[dict[int, float]]) -> dict[int, float]:
-    """Return, by step, the largest relative difference between two of the runs so far."""
-    steps = sorted(runs[0])
-    spread = [max(run[step] for run in runs) / min(run[step] for run in runs) - 1 for step in steps]
-    return dict(zip(steps, itertools.accumulate(spread, max), strict=True))
+    assert farthest <= 1e-5
 
 
 def _losses_by_step(save: Path) -> dict[int, float]:
