@@ -49,6 +49,7 @@ def test_siglip_fills_texts_up(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(tmp_path)
     padded = tokenizer("a dog", padding="max_length", max_length=64)["input_ids"]
     assert tokens.tolist() == padded and supervised.all() and tokens.dtype == np.int32
+    assert template(tmp_path, "siglip").count(turns("a dog"), [1]) == 64
 
 
 @pytest.mark.parametrize(
