@@ -66,7 +66,7 @@ def test_loss_and_gradients_are_as_near_to_float32_as_those_of_local_layers(
 def test_packed_attention_sees_one_sample_at_a_time() -> None:
     from megatron.core.packed_seq_params import PackedSeqParams
 
-    from megavlm.model.attention import PackedCausalAttention
+    from megavlm.model.attention import PackedAttention
     from megavlm.model.specs import transformer_engine_kernels
     from megavlm.model.transformer import language_config
     from megavlm.parallel import process_groups
@@ -105,7 +105,7 @@ def test_packed_attention_sees_one_sample_at_a_time() -> None:
             query, key, value, None, attn_mask_type=AttnMaskType.causal, packed_seq_params=packed
         )
         inputs = [tensor.detach().float().requires_grad_() for tensor in (query, key, value)]
-        expected = PackedCausalAttention()(*inputs, packed_seq_params=packed)
+        expected = PackedAttention()(*inputs, packed_seq_params=packed)
         torch.testing.assert_close(found.float().view_as(expected), expected, atol=2e-2, rtol=2e-2)
         found.float().square().sum().backward()
         expected.square().sum().backward()

@@ -11,7 +11,7 @@ import torch
 from megavlm.config.freeze_mask import matches
 from megavlm.config.schema import Fp8
 from megavlm.data.loading.batch import Batch
-from megavlm.model.attention import PackedCausalAttention, TileAttention
+from megavlm.model.attention import PackedAttention, TileAttention
 from megavlm.model.connector.mlp import pixel_shuffle
 from megavlm.model.fusion import place_features
 from megavlm.model.positions import resize_positions
@@ -99,7 +99,7 @@ def test_attention_of_a_pack_is_that_of_its_samples_with_grouped_queries() -> No
     packed = PackedSeqParams(
         qkv_format="thd", cu_seqlens_q=ends, cu_seqlens_kv=ends, max_seqlen_q=4, max_seqlen_kv=4
     )
-    answer = PackedCausalAttention()(query, key, value, None, packed_seq_params=packed)
+    answer = PackedAttention()(query, key, value, None, packed_seq_params=packed)
     scores = torch.einsum("qhd,khd->hqk", query, key.repeat_interleave(2, 1)) / 8**0.5
     sample = torch.tensor([0, 0, 0, 0, 1, 2, 2, 2, 2])
     seen = (sample[:, None] == sample[None]) & (torch.arange(9)[:, None] >= torch.arange(9)[None])

@@ -60,7 +60,7 @@ def test_layers_are_transformer_engines(built: dict[str, Any]) -> None:
         "TERowParallelLinear",
         "TEDotProductAttention",
     } <= names
-    assert not {"Norm", "TileAttention", "PackedCausalAttention", "RowParallelLinear"} & names
+    assert not {"Norm", "TileAttention", "PackedAttention", "RowParallelLinear"} & names
 
 
 def test_weight_gradients_are_summed_inside_the_products(built: dict[str, Any]) -> None:
