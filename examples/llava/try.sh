@@ -1,0 +1,53 @@
+#!/usr/bin/env bash
+# LLaVA's two stages, small, on two CPU cores, in a few minutes.
+#
+#   bash examples/llava/try.sh [OUT]      OUT: folder to make (default: llava)
+#
+# It makes boards of digits, a small CLIP that can read them and a fresh language model, packs the boards as LLaVA does (crop, then pad), trains
+# the connector, then connector and language model, exports both stages, compares the second with transformers, and lets transformers answer
+# held-out questions after each. It ends with OUT/summary.json. Learning rates are higher than LLaVA's, since the language model starts fresh.
+set -euo pipefail
+started=$SECONDS
+here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+mkdir -p "${1:-llava}"
+out="$(cd "${1:-llava}" && pwd)"
+if [[ -n "$(ls -A "$out")" ]]; then
+    echo "examples/llava/try.sh: error: $out holds something already; name another folder, or remove it" >&2
+    exit 2
+fi
+cd "$here/../.."
+python="${PYTHON:-python}"
+export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+
+step() { printf '\n== %s (after %d s)\n' "$1" $((SECONDS - started)); }
+
+step "data, a CLIP, a language model"
+OMP_NUM_THREADS=2 "$python" "$here/make_parts.py" "$out/data"
+
+# pack NAME TEMPLATE TILING
+pack() {
+    "$python" tools/pack_dataset.py --model "$out/data/clip" --jsonl "$out/data/$1.jsonl" --root "$out/data/images" --tokenizer "$out/data/language" \
+        --template "$2" --tiling "$3" --capacity 512 --truncate 256 --workers 0 --out "$out/packs/$1" >"$out/pack_$1.log" 2>&1 || { cat "$out/pack_$1.log" >&2; exit 1; }
+}
+step "packs"
+pack stage1 llava_plain crop
+pack stage2 llava_chatml pad
+
+# train STAGE STEPS LR OPTION...
+train() {
+    step "training: stage $1"
+    local stage="$1" steps="$2" lr="$3"
+    shift 3
+    "$python" -m torch.distributed.run --standalone --nproc-per-node 2 pretrain_vlm.py --recipe llava --stage "$stage" \
+        --data.train "$out/packs/stage$stage" --data.workers 0 --data.group 1 --training.precision float32 --training.steps "$steps" \
+        --training.global_batch_size 4 --optimizer.lr "$lr" --optimizer.clip_grad 1.0 --checkpoint.save_interval 0 --logging.interval 50 \
+        --health.speed_check false --checkpoint.save "$out/runs/stage$stage" --checkpoint.export_hf "$out/exported/stage$stage" "$@"
+}
+train 1 60 2e-3 --init.vision "$out/data/clip" --init.language "$out/data/language"
+train 2 400 2e-3 --model "$out/exported/stage1" --checkpoint.load "$out/runs/stage1"
+
+step "the exported model against the trained one"
+"$python" tools/verify_export.py --load "$out/runs/stage2" --hf "$out/exported/stage2" --data "$out/packs/stage2" --packs 4 --json "$out/verify.json"
+
+step "held-out questions, answered by transformers"
+"$python" "$here/answer.py" "$out" --seconds $((SECONDS - started))
