@@ -27,7 +27,7 @@ from megavlm.config import torchrun
 from megavlm.config.schema import ANY, Config
 from megavlm.data.records.readers import is_annotation
 from megavlm.io import atomic
-from megavlm.io.remote import file_state, is_remote
+from megavlm.io.remote import file_state, is_remote, open_file
 
 if TYPE_CHECKING:
     from megavlm.data.packing.settings import Job
@@ -238,13 +238,15 @@ def _tokenizer(config: Config) -> str:
 
 def _is_meta(name: str) -> bool:
     """Return whether a file is a list of annotation files, not one of them."""
-    if not name.lower().endswith(".json") or not Path(name).is_file():
+    if not name.lower().endswith(".json") or not (is_remote(name) or Path(name).is_file()):
         return False
-    with open(name, "rb") as file:
-        if not file.read(READ_BYTES).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{"):
+    with open_file(name) as file:
+        content = file.read(READ_BYTES)
+        if not content.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{"):
             return False
+        content += file.read()
     try:
-        entries = json.loads(Path(name).read_text(encoding="utf-8-sig"))
+        entries = json.loads(content.decode("utf-8-sig"))
     except ValueError:
         return False
     return all(isinstance(entry, dict) and "annotation" in entry for entry in entries.values())

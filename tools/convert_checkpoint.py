@@ -4,12 +4,23 @@ how.
 
 from __future__ import annotations
 
+import argparse
 import sys
 
 from megavlm.convert.hf import convert, model_card, peft_export
 from megavlm.convert.hf.check_files import FileCheck, check_files
-from megavlm.convert.hf.command_line import parse, read_size
+from megavlm.convert.hf.command_line import SHARD_SIZE, parse, read_size
 from megavlm.convert.hf.hub_cache import find_folder
+
+
+def refuse_unread(args: argparse.Namespace) -> None:
+    """Refuse options of ``export`` that say nothing about adapters."""
+    names = ("dialect", "dtype", "tokenizer", "vision", "license")
+    unread = [f"--{name}" for name in names if getattr(args, name)]
+    if args.max_shard_size != SHARD_SIZE:
+        unread.append("--max_shard_size")
+    if unread:
+        raise ValueError(f"{', '.join(unread)}: no effect with --peft; leave it out")
 
 
 def report(files: list[FileCheck], parts: list[convert.PartCheck]) -> int:
@@ -43,6 +54,7 @@ def main() -> int:
             made = convert.import_(source, args.out, tokenizer=args.tokenizer, adapters=args.peft)
             print(f"checkpoint written to {made}")
         elif args.peft:
+            refuse_unread(args)
             made = peft_export.export(args.load, args.out, base=args.peft)
             print(f"LoRA adapters written to {made}")
         else:

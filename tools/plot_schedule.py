@@ -16,9 +16,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from megavlm.config.checks.limits import at_least
 from megavlm.config.checks.optimizer import optimizer_problems
 from megavlm.config.cli import parse
 from megavlm.config.schema import Config
+from megavlm.model_source import read_model
 from megavlm.train.schedule import learning_rate, weight_decay
 
 _ROWS = 20
@@ -32,9 +34,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rates of every step")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the rates")
     options, others = parser.parse_known_args(arguments)
-    if not any(word.split("=")[0] in ("--model", "--config") for word in others):
+    if not _names_model(others):
         others += ["--model", "tiny"]
-    config = parse(others, find_problems=_problems)
+    config = parse(others, read_model=read_model, find_problems=_problems)
     settings = config.optimizer
     steps = config.training.steps
     rates = [
@@ -59,7 +61,25 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _problems(config: Config, ranks: int) -> list[str]:
     """Return what is wrong with the optimizer's settings; a schedule needs no data."""
-    return list(optimizer_problems(config.optimizer, config.training))
+    return [
+        *at_least(1, "training", config.training, "steps"),
+        *optimizer_problems(config.optimizer, config.training),
+    ]
+
+
+def _names_model(words: list[str]) -> bool:
+    """Return whether the command line or a file that it names has a model."""
+    files = [after for word, after in zip(words, words[1:], strict=False) if word == "--config"]
+    files += [word.partition("=")[2] for word in words if word.startswith("--config=")]
+    lines = [
+        line
+        for file in files
+        if Path(file).is_file()
+        for line in Path(file).read_text(encoding="utf-8").splitlines()
+    ]
+    return any(word.split("=")[0] == "--model" for word in words) or any(
+        line.startswith("model:") for line in lines
+    )
 
 
 def _draw(rates: list[tuple[int, float, float]], title: str, path: Path) -> None:

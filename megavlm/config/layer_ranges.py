@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 
+from megavlm.config.lora import LINEARS, Lora
 from megavlm.config.schema import Architecture, Config
 
 _LAYERS = re.compile(r"(vision|language)\.layers\.(-?\d+)?(:)?(-?\d+)?")
@@ -35,6 +36,19 @@ def expand(pattern: str, architecture: Architecture) -> tuple[str, ...]:
     return tuple(f"{_STACKS[part]}.{number}" for number in chosen)
 
 
+def _adapted_parts(lora: Lora, architecture: Architecture) -> list[str]:
+    """Return the parts of the model that have adapters."""
+    return [
+        part
+        for part, stack in _STACKS.items()
+        if any(
+            lora.adapts(f"{stack}.{number}.{name}.weight")
+            for number in range(getattr(architecture, part).num_layers)
+            for name in LINEARS
+        )
+    ]
+
+
 def with_layers(config: Config) -> Config:
     """Write out every range of layers, so that nothing but names and patterns of names is left,
     and add LoRA adapters to the freeze mask.
@@ -61,7 +75,11 @@ def with_layers(config: Config) -> Config:
         config.architecture.lora,
         targets=written_out("architecture.lora.targets", config.architecture.lora.targets),
     )
-    adapters = [name for name in lora.trainable if lora.rank and name not in training.trainable]
+    adapters = [
+        f"{part}.*.lora"
+        for part in _adapted_parts(lora, config.architecture)
+        if f"{part}.*.lora" not in training.trainable
+    ]
     optimizer = config.optimizer
     return replace(
         config,

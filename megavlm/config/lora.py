@@ -10,7 +10,7 @@ import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from megavlm.config.freeze_mask import matches, parts_named
+from megavlm.config.freeze_mask import matches
 
 LINEARS = (
     "self_attention.linear_qkv",
@@ -54,12 +54,6 @@ class Lora:
             and _ADAPTABLE.fullmatch(key) is not None
             and any(matches(key, pattern) for pattern in self.targets)
         )
-
-    @property
-    def trainable(self) -> tuple[str, ...]:
-        """Patterns of all adapters' names, for the freeze mask."""
-        named = {part for pattern in self.targets for part in parts_named(pattern)}
-        return tuple(f"{part}.*.lora" for part in ("vision", "language") if part in named)
 
 
 def stacked(key: str) -> int:
@@ -108,5 +102,9 @@ def lora_problems(lora: Lora, trainable: Sequence[str], keys: Collection[str]) -
                 f"--training.trainable {pattern}: trains {both}, which has an adapter; leave it"
                 " out, or take it out of --architecture.lora.targets"
             )
-    if not any(matches(key, pattern) for key in keys if is_adapter(key) for pattern in trainable):
-        yield f"--training.trainable: must hold the adapters, {', '.join(lora.trainable)}"
+    own = [key for key in keys if is_adapter(key)]
+    if own and not any(matches(key, pattern) for key in own for pattern in trainable):
+        parts = sorted({key.split(".")[0] for key in own})
+        yield "--training.trainable: must hold the adapters, " + ", ".join(
+            f"{part}.*.lora" for part in parts
+        )

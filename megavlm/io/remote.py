@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -205,7 +204,16 @@ def _remote_state(url: str) -> FileState:
     facts = request(url, lambda: system.info(path))
     if facts.get("size") is None:
         raise RemoteError(f"{url}: the store does not tell the size of the file")
-    known = ("ETag", "etag", "LastModified", "mtime", "updated", "last_modified", "created")
+    known = (
+        "ETag",
+        "etag",
+        "LastModified",
+        "Last-Modified",
+        "last_modified",
+        "mtime",
+        "updated",
+        "created",
+    )
     version = next((str(facts[key]) for key in known if facts.get(key)), "")
     return FileState(size=int(facts["size"]), version=version)
 
@@ -240,7 +248,7 @@ def _set_timeouts(protocol: str) -> None:
         given = {"connect_timeout": CONNECT_SECONDS, "read_timeout": READ_SECONDS}
         once = {"retries": {"max_attempts": 0}}
         conf.setdefault(protocol, {}).setdefault("config_kwargs", given | once)
-    elif protocol in ("http", "https") and "aiohttp" in sys.modules:
+    elif protocol in ("http", "https"):
         import aiohttp
 
         limit = aiohttp.ClientTimeout(

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from megavlm.config.freeze_mask import matches
+from megavlm.config.lora import is_adapter
 from megavlm.config.schema import Architecture, Config
 from megavlm.planner.flops import Piece, pieces
 from megavlm.planner.layout import Chunk
@@ -163,7 +164,8 @@ def _counts(piece: Piece, sharding: _Sharding) -> ParameterCounts:
     elements = elements // ranks if piece.key.endswith(_SHARDED) else elements
     trained = elements if is_trained(piece, sharding.trainable) else 0
     is_replicated = before_language and sharding.vision < sharding.language
-    is_product = piece.layer is not None and piece.forward > 0
+    # Adapters are multiplied in 16 bits.
+    is_product = piece.layer is not None and piece.forward > 0 and not is_adapter(piece.key)
     return ParameterCounts(
         weights=elements,
         trained=trained,

@@ -28,6 +28,7 @@ from megavlm.model.precision import precision
 from megavlm.model.vlm import VisionLanguageModel
 from megavlm.train import master_weights
 from megavlm.train.master_weights import Master, MismatchError
+from megavlm.train.optimizer import oldest
 
 _PREFIX = "model."
 _OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}
@@ -154,7 +155,10 @@ def load_optimizer(
     # Moments are stored for each parameter. Its group is that of this run, which may be divided
     # otherwise; all groups have seen the same number of updates.
     stored = loaded["optimizer"]["optimizer"]
-    updates = max(group["step"] for group in stored["param_groups"])
+    # The file has the groups of rank 0, and Transformer Engine's AdamW counts no update of a group
+    # without parameters: the count is missing if rank 0 trains nothing.
+    counts = [group["step"] for group in stored["param_groups"] if group.get("step") is not None]
+    updates = max(counts, default=oldest(optimizer) + checkpoint.state.step)
     stored["param_groups"] = [group | {"step": updates} for group in groups]
     # In float32 the master weights are the weights, and the checkpoint's weights may have 16 bits:
     # the master weights come last.

@@ -26,7 +26,7 @@ from megavlm.config.lora import is_adapter
 from megavlm.config.recipes import recipe
 from megavlm.config.schema import Config, Init
 from megavlm.convert.hf import convert, from_parts, unused_weights
-from megavlm.convert.hf.hub_formats import dialect_of
+from megavlm.convert.hf.hub_formats import HUB_FORMATS, dialect_of
 from megavlm.convert.weights.families import family_of
 from megavlm.convert.weights.tables import unused_rows
 from megavlm.data.loading.blend import BlendedDataset, BlendPlan, open_blend
@@ -156,6 +156,7 @@ def inspect(config: Config, world_size: int) -> Start:
     )
     if not config.architecture.language.is_encoder:
         family_of(config.architecture.language)  # else the trained model could not be exported
+    _check_tokenizer(config)
     own = source.own(config)
     if own is not None:
         return own
@@ -303,10 +304,18 @@ def _export(config: Config, state: State, start: Start, groups: process_groups.G
     atomic.write_text(Path(files.save) / EXPORTED, json.dumps(noted) + "\n")
 
 
+def _check_tokenizer(config: Config) -> None:
+    """Raise ValueError for packs with a tokenizer that the format of the export cannot have."""
+    row = HUB_FORMATS[recipe(config.recipe).hub_format]
+    tokenizer = Path(config.data.train_folders[0]) / "tokenizer"
+    if config.checkpoint.export_hf and row.check_tokenizer and tokenizer.is_dir():
+        row.check_tokenizer(tokenizer)
+
+
 def _open_training_set(config: Config) -> tuple[PackedDataset | BlendedDataset, Order]:
     """Open the packs of the run, and fix their order."""
     data = config.data
-    return open_blend(
+    (packs, order) = open_blend(
         data.train_folders,
         data.weights,
         seed=config.training.seed,
@@ -316,6 +325,15 @@ def _open_training_set(config: Config) -> tuple[PackedDataset | BlendedDataset, 
         shared_batch=config.training.global_batch_size if data.batch_shares else 0,
         augment=data.augment,
     )
+    language = config.architecture.language
+    longest = int(packs.some_records()["longest"].max())
+    if language.is_encoder and longest > language.max_position_embeddings:
+        raise ValueError(
+            f"--data.train {data.train}: holds a text of {longest} tokens, and"
+            f" --architecture.language.max_position_embeddings is"
+            f" {language.max_position_embeddings}: each token needs a position"
+        )
+    return packs, order
 
 
 def _clean(save: Path, groups: process_groups.Groups, metrics: Metrics) -> None:

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 
+from megavlm.config.lora import is_adapter
 from megavlm.config.parameter_groups import decays, multiplier
 from megavlm.config.schema import Architecture, Optimizer
 from megavlm.model.vlm import VisionLanguageModel
@@ -44,7 +45,9 @@ def overrides(
                 traits[id(parameter)] = (
                     multiplier(key, optimizer, architecture),
                     ages.get(id(parameter), 0),
-                    decays(key, optimizer, is_matrix=parameter.squeeze().ndim > 1),
+                    decays(
+                        key, optimizer, is_matrix=is_adapter(key) or parameter.squeeze().ndim > 1
+                    ),
                 )
     everywhere: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everywhere, set(traits.values()))

@@ -17,6 +17,7 @@ from megatron.core.optimizer import MegatronOptimizer
 
 from megavlm.checkpoint.step_folder import Checkpoint
 from megavlm.checkpoint.train_state import History
+from megavlm.config.lora import is_adapter
 from megavlm.config.schema import Fp8
 from megavlm.model.freeze import matches
 from megavlm.model.vlm import VisionLanguageModel
@@ -45,7 +46,11 @@ def ages(chunks: Sequence[VisionLanguageModel], history: History) -> dict[int, i
 
 
 def _is_trained(key: str, trainable: Sequence[str]) -> bool:
-    return any(matches(key, pattern) for pattern in trainable)
+    # "language" means no adapters: a stage names those by a pattern of their own.
+    return any(
+        matches(key, pattern) and (not is_adapter(key) or "lora" in pattern)
+        for pattern in trainable
+    )
 
 
 @torch.no_grad()

@@ -290,3 +290,14 @@ def test_the_tool_prints_draws_and_writes_the_rates(
     with pytest.raises(SystemExit):
         run([*command.split(), "--optimizer.power", "2"])
     assert "power 2.0 has no effect" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run(["--stage", "1", "--training.steps", "0"])
+    assert "--training.steps 0" in capsys.readouterr().err
+
+
+def test_a_configuration_file_without_a_model_will_do(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("stage: '1'\noptimizer: {lr: 1.0}\ntraining: {steps: 120}\n")
+    run: Callable[[list[str]], int] = plot_schedule.main
+    assert run(["--config", str(file), "--json", str(tmp_path / "a.json")]) == 0
+    assert json.loads((tmp_path / "a.json").read_text())[100]["lr"] == 1.0

@@ -69,6 +69,11 @@ def _warmup(optimizer: Optimizer, training: Training) -> Iterator[str]:
         )
     if not 0 <= optimizer.warmup_ratio <= 1:
         yield f"--optimizer.warmup_ratio {optimizer.warmup_ratio}: must be from 0 to 1"
+    elif optimizer.warmup_steps and optimizer.warmup_ratio not in (0, Optimizer().warmup_ratio):
+        yield (
+            f"--optimizer.warmup_ratio {optimizer.warmup_ratio} has no effect beside"
+            f" --optimizer.warmup_steps {optimizer.warmup_steps}; set one of them to 0"
+        )
     if optimizer.warmup_init_lr > optimizer.lr > 0:
         yield (
             f"--optimizer.warmup_init_lr {optimizer.warmup_init_lr} is above --optimizer.lr"

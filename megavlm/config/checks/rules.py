@@ -291,7 +291,7 @@ def _data(data: Data) -> Iterator[str]:
     if data.valid:
         folders.append(("valid", data.valid))
     for name, folder in folders:
-        if not any(sign in folder for sign in ("://", *"*?[")) and not Path(folder).exists():
+        if not any(sign in folder for sign in ("://", *"*?[{")) and not Path(folder).exists():
             yield (
                 f"--data.{name} {folder}: no such path; tools/pack_dataset.py --out {folder} makes"
                 " packs"

@@ -16,6 +16,7 @@ _EXAMPLE = """examples:
 
 Training also starts from a Hugging Face folder itself: --checkpoint.load DIR.
 """
+SHARD_SIZE = "5GB"
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -119,7 +120,7 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max_shard_size",
         metavar="SIZE",
-        default="5GB",
+        default=SHARD_SIZE,
         help="largest file of weights, such as 500MB; a larger tensor gets a file of its own"
         " (default: 5GB)",
     )

@@ -63,6 +63,8 @@ class HubFormat:
         name_on_disk: gives the name of a weight in files of the format for a name in the folder;
             None: it is no weight.
         has_card: whether an export gets a model card.
+        check_tokenizer: raises ValueError for the folder of a tokenizer whose texts the class would
+            read otherwise than training does; none: every tokenizer will do.
     """
 
     class_name: str
@@ -73,6 +75,7 @@ class HubFormat:
     write_files: WriteFiles
     name_on_disk: Callable[[str], str | None]
     has_card: bool = True
+    check_tokenizer: Callable[[Path], object] | None = None
 
 
 # By the dialect that names the weights, see ``convert/weights/tables``.
@@ -113,6 +116,7 @@ HUB_FORMATS: dict[Dialect, HubFormat] = {
         write_files=pairs_config.write_clip,
         name_on_disk=pairs.name_on_disk,
         has_card=False,
+        check_tokenizer=pairs_config.check_clip_tokenizer,
     ),
     "siglip": HubFormat(
         class_name="SiglipModel",

@@ -115,27 +115,15 @@ def write_clip(
     folder: Path, tokenizer: Path, architecture: Architecture, usage: Usage, dtype: torch.dtype
 ) -> None:
     """Write everything but weights of a ``CLIPModel``; see ``processor.write_native``."""
-    size = architecture.vision.image_size
-    ids = _token_ids(tokenizer)
-    if ids["eos_token_id"] == _OLD_END:
-        raise ValueError(
-            f"--tokenizer {tokenizer}: its eos_token has the id {_OLD_END}, by which transformers"
-            " knows old CLIPs, whose texts it ends at the token with the highest id; train with a"
-            " tokenizer that gives it another id"
-        )
+    ids = check_clip_tokenizer(tokenizer)
     config = CLIPConfig(
         text_config=_written(architecture.language) | ids,
         vision_config=_written(architecture.vision),
         projection_dim=architecture.contrastive.size,
         architectures=["CLIPModel"],
     )
-    processor = _image_processor(architecture, "CLIPImageProcessor") | {
+    processor = _image_processor(architecture, usage, "CLIPImageProcessor") | {
         "do_convert_rgb": True,
-        "do_center_crop": usage.tiling == "crop",
-        "crop_size": {"height": size, "width": size},
-        "size": {"shortest_edge": size}
-        if usage.tiling == "crop"
-        else {"height": size, "width": size},
         "processor_class": "CLIPProcessor",
     }
     _write(folder, tokenizer, config, dtype, processor)
@@ -145,15 +133,13 @@ def write_siglip(
     folder: Path, tokenizer: Path, architecture: Architecture, usage: Usage, dtype: torch.dtype
 ) -> None:
     """Write everything but weights of a ``SiglipModel``; see ``processor.write_native``."""
-    size = architecture.vision.image_size
     text = _written(architecture.language) | _token_ids(tokenizer)
     config = SiglipConfig(
         text_config=text | {"projection_size": architecture.contrastive.size},
         vision_config=_written(architecture.vision),
         architectures=["SiglipModel"],
     )
-    processor = _image_processor(architecture, "SiglipImageProcessor") | {
-        "size": {"height": size, "width": size},
+    processor = _image_processor(architecture, usage, "SiglipImageProcessor") | {
         "processor_class": "SiglipProcessor",
     }
     _write(folder, tokenizer, config, dtype, processor)
@@ -192,10 +178,47 @@ def _token_ids(folder: Path) -> dict[str, int]:
     return {name: number for name, number in ids.items() if number is not None}
 
 
-def _image_processor(architecture: Architecture, kind: str) -> dict[str, Any]:
-    """Return the settings that both image processors have."""
+def check_clip_tokenizer(folder: Path) -> dict[str, int]:
+    """Return the ids that config.json names.
+
+    Raises:
+        ValueError: a ``CLIPModel`` would take the embedding of a text at another token than its
+            last one, which training takes.
+    """
+    ids = _token_ids(folder)
+    if ids["eos_token_id"] == _OLD_END:
+        raise ValueError(
+            f"--tokenizer {folder}: its eos_token has the id {_OLD_END}, by which transformers"
+            " knows old CLIPs, whose texts it ends at the token with the highest id; train with a"
+            " tokenizer that gives it another id"
+        )
+    if load_tokenizer(folder)("a")["input_ids"][-1] != ids["eos_token_id"]:
+        raise ValueError(
+            f"--tokenizer {folder}: does not end a text with its eos_token, where a CLIPModel takes"
+            " the embedding of the text; pack with a tokenizer that does"
+        )
+    return ids
+
+
+def _image_processor(architecture: Architecture, usage: Usage, kind: str) -> dict[str, Any]:
+    """Return the settings of an image processor.
+
+    Args:
+        architecture: of the model.
+        usage: how images became tiles.
+        kind: class that stretches images to squares.
+    """
     vision = architecture.vision
-    return {
+    side = vision.image_size
+    square = {"height": side, "width": side}
+    if usage.tiling == "dynamic":
+        shape: dict[str, Any] = {"size": square, "do_center_crop": False}
+    else:
+        kind = "LlavaImageProcessor" if usage.tiling == "pad" else "CLIPImageProcessor"
+        shape = {"size": {"shortest_edge": side}, "do_center_crop": True, "crop_size": square}
+        if usage.tiling == "pad":
+            shape["do_pad"] = True
+    return shape | {
         "image_processor_type": kind,
         "do_resize": True,
         "do_rescale": True,

@@ -45,8 +45,8 @@ def export(checkpoint: str | Path, out: str | Path, *, base: str | Path) -> Path
         raise ValueError(f"--load {checkpoint}: has no LoRA adapters; leave --peft out")
     if dialect_of(base) != "native":
         raise ValueError(
-            f"--peft {base}: PEFT loads adapters on models of transformers; export the base with"
-            " --dialect native"
+            f"--peft {base}: adapters are written for an InternVLForConditionalGeneration only"
+            " (export one with --dialect native); leave --peft out to merge them"
         )
     refuse_other(base, architecture)
     source = ShardsFolder(found.folder / SHARDS)
@@ -72,7 +72,7 @@ def _trained_connector(source: ShardsFolder, architecture: Any, base: Path) -> d
     connector: dict[str, Tensor] = {}
     for row in rows(architecture):
         for name, ours in row.split(source[row.key]).items():
-            is_same = torch.equal(there[name].to(ours.dtype), ours)
+            is_same = name in there.headers and torch.equal(there[name].to(ours.dtype), ours)
             if row.key.startswith("connector."):
                 connector[PREFIX + name_in_memory(name)] = ours.contiguous()
             if not is_same:

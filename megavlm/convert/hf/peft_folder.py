@@ -31,6 +31,9 @@ _MUST_BE: dict[str, Sequence[Any]] = {
     "rank_pattern": ({}, None),
     "alpha_pattern": ({}, None),
     "fan_in_fan_out": (False, None),
+    # Other kinds change the weights of the base too, or adapt some tokens only.
+    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
+    "alora_invocation_tokens": (None,),
 }
 _LAYER = re.compile(r"\.layers\.\d+\.")
 

@@ -28,6 +28,7 @@ FILES = (
     "vocab.json",
     "merges.txt",
     "tokenizer.model",
+    "spiece.model",
     TEMPLATE_NAME,
 )
 SETTINGS_NAME = "tokenizer_config.json"

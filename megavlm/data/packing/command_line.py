@@ -332,7 +332,7 @@ def make_job(args: argparse.Namespace, model: Architecture) -> Job:
         ValueError, FileNotFoundError: it cannot be done; names the flag.
     """
     given = vars(args)
-    model = _with_sizes(model, args.image_size, args.patch_size)
+    model = _with_sizes(model, args)
     mean, std = (
         (model.vision.pixel_mean, model.vision.pixel_std)
         if args.pixels is None
@@ -367,15 +367,13 @@ def make_job(args: argparse.Namespace, model: Architecture) -> Job:
     )
 
 
-def _with_sizes(
-    model: Architecture, image_size: int | None, patch_size: int | None
-) -> Architecture:
+def _with_sizes(model: Architecture, args: argparse.Namespace) -> Architecture:
     """Return the model with tiles and patches of other sizes, if any are given.
 
     Raises:
         ValueError: the sizes do not go together.
     """
-    given = {"image_size": image_size, "patch_size": patch_size}
+    given = {"image_size": args.image_size, "patch_size": args.patch_size}
     changed = {name: size for name, size in given.items() if size is not None}
     vision = dataclasses.replace(model.vision, **changed)
     where = f"--image_size {vision.image_size}, --patch_size {vision.patch_size}"
@@ -385,7 +383,8 @@ def _with_sizes(
         raise ValueError(f"{where}: the first must be a multiple of the second")
     changed_model = dataclasses.replace(model, vision=vision)
     problems = list(changed_model.connector_sizes.problems())
-    if problems:
+    # Pairs have no placeholder tokens, whose number the connector decides.
+    if problems and not chat_format(args.template).is_of_pairs:
         raise ValueError(f"{where}: {'; '.join(problems)}")
     return changed_model
 

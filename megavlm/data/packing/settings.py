@@ -137,6 +137,11 @@ class Job:
             raise ValueError(
                 f"--alignment {self.alignment}: a text of {flag} ends with its last token; use 1"
             )
+        if form.is_of_pairs and (self.truncate or self.windows.cut):
+            raise ValueError(
+                f"{flag}: cuts texts at {form.pair_length} tokens and keeps their last one; leave"
+                " --truncate, --window_tokens and --window_images out"
+            )
         least = 0 if form.is_of_pairs else 1
         if self.features_per_tile < least or (form.is_of_pairs and self.features_per_tile):
             raise ValueError(

@@ -134,7 +134,7 @@ def is_annotation(name: str) -> bool:
         return not (path / "manifest.json").exists() and (
             (path / ".nv-meta").is_dir() or any((path / each).is_file() for each in FOLDER_FILES)
         )
-    return bool(name) and (path.is_file() or glob.has_magic(name))
+    return bool(name) and (path.is_file() or glob.has_magic(name) or "{" in name)
 
 
 def media_root(annotation: str, root: str) -> str:

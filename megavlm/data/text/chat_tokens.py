@@ -50,14 +50,15 @@ class ChatTemplate:
         self.system_message = (
             self.format.system_message if system_message is None else system_message
         )
-        if not tokenizer.is_fast:
+        if not tokenizer.is_fast and not self.format.is_of_pairs:
             raise ValueError(
                 f"the tokenizer {type(tokenizer).__name__} gives no character offsets of its"
                 " tokens; use one with a tokenizer.json"
             )
         # The folder of a tokenizer may ask for either; a record is never cut, and never filled up.
-        tokenizer.backend_tokenizer.no_truncation()
-        tokenizer.backend_tokenizer.no_padding()
+        if tokenizer.is_fast:
+            tokenizer.backend_tokenizer.no_truncation()
+            tokenizer.backend_tokenizer.no_padding()
         self.first_tokens = first_tokens(tokenizer)
         self.context_token_id = -1
         if self.format.is_of_pairs:

@@ -231,6 +231,11 @@ WRONG = [
         ["warmup_steps 11 is more than --training.steps 10"],
     ),
     ("--lr-warmup-fraction 2", 1, ["warmup_ratio 2.0: must be from 0 to 1"]),
+    (
+        "--lr-warmup-fraction 0.1 --lr-warmup-iters 5",
+        1,
+        ["warmup_ratio 0.1 has no effect beside --optimizer.warmup_steps 5"],
+    ),
     ("--adam-beta2 1", 1, ["adam_beta2 1.0: must be 0 or more, and less than 1"]),
     ("--adam-eps 0", 1, ["adam_eps 0.0: must be above 0"]),
     (

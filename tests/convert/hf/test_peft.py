@@ -167,6 +167,10 @@ def test_what_is_no_adapter_of_the_model_is_refused(base: Path, tmp_path: Path) 
     (folder / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
     with pytest.raises(ValueError, match="use_dora is True; only False is supported"):
         convert.import_(base, tmp_path / "wrong", adapters=folder)
+    changed = config | {"init_lora_weights": "pissa"}  # changes the base too
+    (folder / "adapter_config.json").write_text(json.dumps(changed))
+    with pytest.raises(ValueError, match="init_lora_weights is 'pissa'"):
+        convert.import_(base, tmp_path / "wrong", adapters=folder)
     (folder / "adapter_config.json").write_text(json.dumps(config))
     tensors = load_file(folder / "adapter_model.safetensors")
     save_file(tensors | {"base_model.model.x": torch.ones(1)}, folder / "adapter_model.safetensors")

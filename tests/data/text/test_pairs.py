@@ -9,6 +9,7 @@ import pytest
 
 from megavlm.data.images.tiling import Tiling
 from megavlm.data.packing.settings import Job
+from megavlm.data.packing.windows import Windows
 from megavlm.data.records.record import Turn
 from megavlm.data.records.reject import RejectError
 from megavlm.data.text.chat_tokens import ChatTemplate
@@ -72,6 +73,8 @@ def test_what_is_no_pair_is_rejected(tmp_path: Path, record: list[Turn], tiles: 
         ({"tiling": Tiling(tile_size=32)}, "give --tiling crop or pad, or --max_tiles 1"),
         ({"alignment": 2}, "--alignment 2: a text of --template clip ends with its last token"),
         ({"features_per_tile": 4}, "--tokens_per_tile 4: must be 0"),
+        ({"truncate": 32}, "leave --truncate, --window_tokens and --window_images out"),
+        ({"windows": Windows(tokens=64)}, "--window_tokens and --window_images out"),
     ],
 )
 def test_settings_that_pairs_cannot_have_are_refused(settings: dict, words: str) -> None:

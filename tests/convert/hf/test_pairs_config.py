@@ -1,0 +1,55 @@
+"""Folders of CLIP and SigLIP say how training saw images and texts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, PreTrainedTokenizerFast
+
+from megavlm.config.recipes import recipe
+from megavlm.convert.hf import pairs_config
+from megavlm.convert.hf.json_files import IMAGE_PROCESSOR_NAME, write_json
+from megavlm.convert.hf.preprocessing import Usage
+from tests.data.pair_tokenizer import make_pair_tokenizer
+
+
+@pytest.mark.parametrize("kind", ["CLIPImageProcessor", "SiglipImageProcessor"])
+@pytest.mark.parametrize("tiling", ["crop", "pad", "dynamic"])
+def test_images_are_cut_as_in_training(tmp_path: Path, kind: str, tiling: str) -> None:
+    architecture = recipe("clip").architecture
+    usage = Usage(template="clip", system_message="", max_tiles=1, tiling=tiling)
+    settings = pairs_config._image_processor(architecture, usage, kind)
+    write_json(tmp_path / IMAGE_PROCESSOR_NAME, settings)
+    processor = AutoImageProcessor.from_pretrained(tmp_path)
+    # White on the left, black on the right: 300 x 100.
+    pixels = np.zeros((100, 300, 3), np.uint8)
+    pixels[:, :150] = 255
+    made = processor(Image.fromarray(pixels), return_tensors="pt")["pixel_values"][0]
+    side = architecture.vision.image_size
+    assert made.shape == (3, side, side)
+    mean, std = (
+        torch.tensor(values)[:, None, None]
+        for values in (architecture.vision.pixel_mean, architecture.vision.pixel_std)
+    )
+    seen = made * std + mean
+    edges = (seen[:, 0, 0].mean(), seen[:, side // 2, 0].mean(), seen[:, side // 2, -1].mean())
+    assert edges[1] > 0.9 and edges[2] < 0.1
+    # Above the image stands the mean if it was padded, and the image itself if it was not.
+    if tiling == "pad":
+        assert torch.allclose(seen[:, 0, 0], mean[:, 0, 0], atol=0.01)
+    else:
+        assert edges[0] > 0.9
+
+
+def test_a_tokenizer_that_does_not_end_texts_is_refused(tmp_path: Path) -> None:
+    make_pair_tokenizer(tmp_path / "ends", ("a", "b"))
+    pairs_config.check_clip_tokenizer(tmp_path / "ends")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path / "ends")
+    tokenizer.backend_tokenizer.post_processor = None
+    tokenizer.save_pretrained(tmp_path / "goes_on")
+    with pytest.raises(ValueError, match="does not end a text with its eos_token"):
+        pairs_config.check_clip_tokenizer(tmp_path / "goes_on")
