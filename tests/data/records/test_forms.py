@@ -162,7 +162,7 @@ REFUSED = [
     ({"conversations": [HUMAN, {**GPT, "loss": False}]}, "empty_answer", "no answer is learned"),
     ({"image": "a.jpg", "images": ["b.jpg"], "conversations": [HUMAN, GPT]}, "image_field",
      "image and images name different"),
-    ({"image": "https://x/a.jpg", "conversations": [HUMAN, GPT]}, "image_field", "is a URL"),
+    ({"image": "ftp://x/a.jpg", "conversations": [HUMAN, GPT]}, "image_field", "a URL of another"),
     ({"image": "a.jpg", "conversations": [{"from": "system", "value": "see <image>"}, HUMAN, GPT]},
      "placeholder_count", "a system turn holds <image>"),
     ({"system": "x", "messages": [{"role": "system", "content": "y"}, USER, ANSWER]}, "role_order",
