@@ -79,7 +79,6 @@ CASES = [
 ]
 CASES += [(world, dict(), precision) for world in (1, 3) for precision in ("float32", "bfloat16")]
 EVERYDAY = [
-    (6, SIX_RANKS["TP2 DP3"], "float32"),
     (6, SIX_RANKS["PP2 DP3"], "bfloat16"),
     (3, dict(), "bfloat16"),
 ]

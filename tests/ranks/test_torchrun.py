@@ -79,7 +79,7 @@ def test_a_refusal_is_told_before_anything_starts_and_again_below_the_traceback_
     ("of_rank_1", "told"),
     [
         ("--training.seed 8", ["rank 1 (", "--training.seed is 8 (rank 0: 3)"]),
-        ("--data.train elsewhere", ["rank 1 (", "--data.train elsewhere: no such folder"]),
+        ("--data.train elsewhere", ["rank 1 (", "--data.train elsewhere: no such path"]),
         ("--config missing.yaml", ["error on rank 1 (", "missing.yaml: no such file"]),
     ],
 )
