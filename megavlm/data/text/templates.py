@@ -11,7 +11,7 @@ training, as those models read texts.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megavlm.data.text.tokenizer import IMAGE_TOKEN_SETS, ImageTokens
 
@@ -150,6 +150,26 @@ _PAIR = {
 }
 _LLAVA = {"image_tokens": "llava", "image_first": True, "split_at_images": True}
 
+_VICUNA_ROW = ChatFormat(
+    name="vicuna",
+    system_message=_VICUNA,
+    system="{} ",
+    human="USER: {} ",
+    opening="ASSISTANT:",
+    answer=" {}</s>",  # the space is part of the answer's first token
+    markers=("</s>",),
+)
+_PLAIN_ROW = ChatFormat(
+    name="plain",
+    system_message="",
+    system="",
+    human="{}",
+    opening="",
+    answer="{}\n",
+    markers=(),
+    questions=False,
+)
+
 FORMATS: dict[str, ChatFormat] = {
     row.name: row
     for row in (
@@ -192,46 +212,10 @@ FORMATS: dict[str, ChatFormat] = {
             answer="{}<|end|>",
             markers=("<|system|>", "<|user|>", "<|assistant|>", "<|end|>"),
         ),
-        ChatFormat(
-            name="vicuna",
-            system_message=_VICUNA,
-            system="{} ",
-            human="USER: {} ",
-            opening="ASSISTANT:",
-            answer=" {}</s>",  # the space is part of the answer's first token
-            markers=("</s>",),
-        ),
-        ChatFormat(
-            name="plain",
-            system_message="",
-            system="",
-            human="{}",
-            opening="",
-            answer="{}\n",
-            markers=(),
-            questions=False,
-        ),
-        ChatFormat(
-            name="llava_plain",
-            system_message="",
-            system="",
-            human="{}",
-            opening="",
-            answer="{}\n",
-            markers=(),
-            questions=False,
-            **_LLAVA,
-        ),
-        ChatFormat(
-            name="llava_v1",
-            system_message=_VICUNA,
-            system="{} ",
-            human="USER: {} ",
-            opening="ASSISTANT:",
-            answer=" {}</s>",  # the space is part of the answer's first token
-            markers=("</s>",),
-            **_LLAVA,
-        ),
+        _VICUNA_ROW,
+        _PLAIN_ROW,
+        replace(_PLAIN_ROW, name="llava_plain", **_LLAVA),
+        replace(_VICUNA_ROW, name="llava_v1", **_LLAVA),
         ChatFormat(
             name="llava_chatml",
             system_message="You are a helpful assistant.",
