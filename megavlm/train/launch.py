@@ -326,13 +326,14 @@ def _open_training_set(config: Config) -> tuple[PackedDataset | BlendedDataset, 
         augment=data.augment,
     )
     language = config.architecture.language
-    longest = int(packs.some_records()["longest"].max())
-    if language.is_encoder and longest > language.max_position_embeddings:
-        raise ValueError(
-            f"--data.train {data.train}: holds a text of {longest} tokens, and"
-            f" --architecture.language.max_position_embeddings is"
-            f" {language.max_position_embeddings}: each token needs a position"
-        )
+    if language.is_encoder:  # its positions are a table; rotary ones have no end
+        longest = int(packs.some_records()["longest"].max())
+        if longest > language.max_position_embeddings:
+            raise ValueError(
+                f"--data.train {data.train}: holds a text of {longest} tokens, and"
+                f" --architecture.language.max_position_embeddings is"
+                f" {language.max_position_embeddings}: each token needs a position"
+            )
     return packs, order
 
 
