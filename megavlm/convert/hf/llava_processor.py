@@ -11,11 +11,10 @@ from megavlm.config.schema import Architecture
 from megavlm.convert.hf import llava_config, tokenizer_files
 from megavlm.convert.hf.json_files import FILE_NAME, IMAGE_PROCESSOR_NAME, read_json, write_json
 from megavlm.convert.hf.preprocessing import Usage
-from megavlm.convert.hf.processor import chat_template, write_generation
+from megavlm.convert.hf.processor import chat_template, pixel_settings, write_generation
 from megavlm.data.text.templates import FORMATS
 from megavlm.data.text.tokenizer import IMAGE_TOKEN_SETS
 
-_BICUBIC = 3
 _PROCESSOR = "LlavaProcessor"
 _TEMPLATE = "llava_v1"
 
@@ -85,16 +84,9 @@ def _image_processor(architecture: Architecture, usage: Usage) -> dict[str, Any]
     return {
         "image_processor_type": "LlavaImageProcessor" if pads else "CLIPImageProcessor",
         "processor_class": _PROCESSOR,
-        "do_convert_rgb": True,
+        **pixel_settings(architecture),
         **({"do_pad": True} if pads else {}),
-        "do_resize": True,
         "size": {"shortest_edge": side},
         "do_center_crop": True,
         "crop_size": {"height": side, "width": side},
-        "resample": _BICUBIC,
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": list(architecture.vision.pixel_mean),
-        "image_std": list(architecture.vision.pixel_std),
     }

@@ -223,7 +223,7 @@ def _image_processor(architecture: Architecture, usage: Usage) -> dict[str, Any]
         "crop_to_patches": usage.crops,
         "min_patches": usage.min_tiles,
         "max_patches": usage.max_tiles,
-        **_pixels(architecture),
+        **pixel_settings(architecture),
         "size": {"height": vision.image_size, "width": vision.image_size},
     }
 
@@ -233,12 +233,12 @@ def _video_processor(architecture: Architecture) -> dict[str, Any]:
     return {
         "video_processor_type": "InternVLVideoProcessor",
         "processor_class": _PROCESSOR,
-        **_pixels(architecture),
+        **pixel_settings(architecture),
         "size": {"height": side, "width": side},
     }
 
 
-def _pixels(architecture: Architecture) -> dict[str, Any]:
+def pixel_settings(architecture: Architecture) -> dict[str, Any]:
     """How pixels become numbers."""
     return {
         "do_convert_rgb": True,
