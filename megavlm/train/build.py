@@ -22,7 +22,8 @@ from megavlm.train.step import prepare
 
 @dataclass(frozen=True, kw_only=True)
 class Built:
-    """What is trained on this rank.
+    """What is trained on this rank. A training run adds its data (``train/job``); benchmarks and
+    tests need none.
 
     Args:
         chunks: this rank's, in the order of the pipeline.

@@ -1,4 +1,4 @@
-"""Everything that a run is made of, once it is built."""
+"""A run on this rank: the model that is trained, and its data."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer import MegatronOptimizer
 
 from megavlm.checkpoint.lock import Lock
 from megavlm.config.schema import Config
@@ -18,14 +16,14 @@ from megavlm.data.loading.dataset import PackedDataset
 from megavlm.data.loading.loader import batches
 from megavlm.data.loading.order import Order
 from megavlm.model.precision import tile_multiple
-from megavlm.model.vlm import VisionLanguageModel
 from megavlm.parallel.backend import Backend
 from megavlm.parallel.process_groups import Groups
+from megavlm.train.build import Built
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
-    """The parts of a run on this rank.
+class Job(Built):
+    """What is trained on this rank, and everything around it.
 
     Args:
         config: the run.
@@ -34,7 +32,6 @@ class Job:
         train: the training packs.
         plan: their order.
         valid: the validation packs, if any.
-        chunks, ddp_chunks, optimizer: as in ``Built``.
         lock: of the save folder, on the rank that holds it.
         unused_weights: what only files hold of the vision encoder, on the first rank; see
             ``convert/hf/unused_weights``.
@@ -46,9 +43,6 @@ class Job:
     train: PackedDataset | BlendedDataset
     plan: Order
     valid: PackedDataset | None
-    chunks: list[VisionLanguageModel]
-    ddp_chunks: list[DistributedDataParallel]
-    optimizer: MegatronOptimizer
     lock: Lock | None = None
     unused_weights: Weights = field(default_factory=dict)
 

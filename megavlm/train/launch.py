@@ -242,15 +242,13 @@ def train(
         log_run_summary(config, groups, built.trained, start, state, metrics)
         _say_plans(config, layout, plan, metrics)
         job = Job(
+            **vars(built),
             config=config,
             backend=device_backend,
             groups=groups,
             train=packs,
             plan=plan,
             valid=PackedDataset(config.data.valid) if config.data.valid else None,
-            chunks=built.chunks,
-            ddp_chunks=built.ddp_chunks,
-            optimizer=built.optimizer,
             lock=lock,
             unused_weights=_unused_weights(config, start) if groups.rank == 0 else {},
         )

@@ -162,15 +162,13 @@ def build(config: Config):
         lambda chunks: weights.fill(chunks, weights.fresh_tensor(config)),
     )
     return Job(
+        **vars(built),
         config=config,
         backend=device_backend,
         groups=groups,
         train=packs,
         plan=Plan(num_packs=len(packs), seed=config.training.seed),
         valid=None,
-        chunks=built.chunks,
-        ddp_chunks=built.ddp_chunks,
-        optimizer=built.optimizer,
     )
 
 
