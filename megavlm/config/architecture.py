@@ -225,6 +225,7 @@ class Architecture:
             input_size=self.vision.hidden_size,
             output_size=self.needs.connector_output(self),
             inner_size=self.vision.ffn_hidden_size,
+            tokens=self.vision.tokens,
         )
         return connector_sizes(self.connector, ends)
 

@@ -9,12 +9,12 @@ The planner, the checks and the packer read only what stands here.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
+from megavlm.config.connector_ends import PART, Ends
 from megavlm.config.pieces import Piece, linear, norm, vector
-
-PART = "connector"
+from megavlm.config.qformer import QFormer, QFormerSizes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,37 +23,22 @@ class Connector:
 
     Args:
         kind: connector type; mlp is InternVL's and LLaVA 1.5's, linear the one matrix of LLaVA 1.0
-            and PaliGemma. class_token, mean and attention make one embedding of a tile, for the
-            objective contrastive: of its class token (CLIP), of the mean of its patches, or of what
-            a learned query sees (SigLIP).
+            and PaliGemma, qformer the Q-Former of BLIP-2. class_token, mean and attention make one
+            embedding of a tile, for the objective contrastive: of its class token (CLIP), of the
+            mean of its patches, or of what a learned query sees (SigLIP).
         pixel_shuffle: for mlp: merge squares of this many patches a side into one feature (2: a
             quarter of the tokens; 1, as in LLaVA: none).
         norm: for mlp: LayerNorm before the linear layers, as in InternVL; LLaVA has none.
+        qformer: for qformer: its sizes.
     """
 
     kind: str = "mlp"
     pixel_shuffle: int = 2
     norm: bool = True
+    qformer: QFormer = field(default_factory=QFormer)
 
 
 LLAVA = Connector(pixel_shuffle=1, norm=False)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Ends:
-    """What a connector stands between.
-
-    Args:
-        grid: patches along a side of a tile.
-        input_size: width of the vision encoder.
-        output_size: width of the language model, or of embeddings.
-        inner_size: width inside the MLP of the vision encoder.
-    """
-
-    grid: int
-    input_size: int
-    output_size: int
-    inner_size: int = 0
 
 
 class ConnectorSizes(Protocol):
@@ -254,6 +239,7 @@ CONNECTORS: dict[str, Callable[[Connector, Ends], ConnectorSizes]] = {
     "class_token": Pool,
     "mean": Pool,
     "attention": AttentionPool,
+    "qformer": lambda settings, ends: QFormerSizes(settings.qformer, ends),
 }
 
 

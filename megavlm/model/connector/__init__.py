@@ -17,6 +17,7 @@ from megavlm.config.schema import Config
 from megavlm.model.connector.linear import LinearConnector
 from megavlm.model.connector.mlp import MlpConnector
 from megavlm.model.connector.pool import AttentionPoolConnector, PoolConnector
+from megavlm.model.connector.qformer import QFormerConnector
 from megavlm.model.specs import Kernels
 
 ConnectorModule = Callable[[Config, Kernels, ProcessGroupCollection], MegatronModule]
@@ -30,6 +31,7 @@ MODULES: dict[str, ConnectorModule] = {
     "class_token": PoolConnector,
     "mean": PoolConnector,
     "attention": AttentionPoolConnector,
+    "qformer": QFormerConnector,
 }
 
 

@@ -1,0 +1,27 @@
+"""What a connector stands between."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+PART = "connector"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ends:
+    """What a connector stands between.
+
+    Args:
+        grid: patches along a side of a tile.
+        input_size: width of the vision encoder.
+        output_size: width of the language model, or of embeddings; 0: the connector ends in its own
+            hidden states.
+        inner_size: width inside the MLP of the vision encoder.
+        tokens: of a tile in the vision encoder, a class token included.
+    """
+
+    grid: int
+    input_size: int
+    output_size: int
+    inner_size: int = 0
+    tokens: int = 0

@@ -1,0 +1,90 @@
+"""The weights of a Q-Former, as ``transformers`` names them in BLIP-2 and InstructBLIP.
+
+Shape letters: D hidden size, V width of the vision encoder, M hidden size of an MLP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from megavlm.config.qformer import QFormer
+from megavlm.config.schema import Architecture
+from megavlm.convert.weights.mapping import Row, linear, norm
+from megavlm.convert.weights.transforms import Reshaped, Stacked
+
+
+@dataclass(frozen=True, kw_only=True)
+class Names:
+    """What a class of ``transformers`` calls the weights around the layers of a Q-Former."""
+
+    embedding_norm: str
+    embeddings: str
+    layers: str = "qformer.encoder.layer."
+    queries: str = "query_tokens"
+    norm: str = "vision_model.post_layernorm"
+    output: str = "language_projection"
+
+
+BLIP2 = Names(embedding_norm="qformer.layernorm", embeddings="embeddings.")
+INSTRUCT_BLIP = Names(
+    embedding_norm="qformer.embeddings.layernorm", embeddings="qformer.embeddings."
+)
+
+
+def rows(architecture: Architecture, names: Names = BLIP2) -> list[Row]:
+    """List the weights of the connector ``qformer``, the norm behind the vision encoder
+    included.
+    """
+    settings = architecture.connector.qformer
+    width = settings.hidden_size
+    queries = (settings.queries, width)
+    found = [
+        *norm("norm.", names.norm, architecture.vision.hidden_size, "LayerNorm"),
+        Row("queries", (names.queries,), queries, Reshaped((1, *queries), queries)),
+        *norm("embedding_norm.", names.embedding_norm, width, "LayerNorm"),
+    ]
+    if settings.text:
+        sizes = {"token": settings.vocab_size, "position": settings.max_position_embeddings}
+        words = {"token": "word_embeddings", "position": "position_embeddings"}
+        for name, size in sizes.items():
+            there = f"{names.embeddings}{words[name]}.weight"
+            found.append(Row(f"{name}_embedding.weight", (there,), (size, width)))
+    for number in range(settings.num_layers):
+        layer = _layer(settings, architecture.vision.hidden_size, number)
+        found += (row.within(f"layers.{number}.", f"{names.layers}{number}.") for row in layer)
+    if output_size := architecture.needs.connector_output(architecture):
+        found += linear("output", (names.output,), (output_size, width))
+    return found
+
+
+def _layer(settings: QFormer, memory_size: int, number: int) -> Iterator[Row]:
+    """Yield the weights of one layer, without prefixes."""
+    width = settings.hidden_size
+    square = (width, width)
+    own = "attention.attention"
+    parts = (f"{own}.query", f"{own}.key", f"{own}.value")
+    yield from linear("attention.qkv", parts, (3 * width, width), Stacked(3))
+    yield from linear("attention.proj", ("attention.output.dense",), square)
+    yield from norm("attention_norm.", "attention.output.LayerNorm", width, "LayerNorm")
+    if settings.has_cross_attention(number):
+        cross = "crossattention.attention"
+        both = (f"{cross}.key", f"{cross}.value")
+        yield from linear("cross_attention.query", (f"{cross}.query",), square)
+        shape = (2 * width, memory_size)
+        yield from linear("cross_attention.key_value", both, shape, Stacked(2))
+        yield from linear("cross_attention.proj", ("crossattention.output.dense",), square)
+        last = "crossattention.output.LayerNorm"
+        yield from norm("cross_attention_norm.", last, width, "LayerNorm")
+    yield from _mlp(settings, "query_mlp", "_query")
+    if settings.text:
+        yield from _mlp(settings, "text_mlp", "")
+
+
+def _mlp(settings: QFormer, key: str, ending: str) -> Iterator[Row]:
+    """Yield the weights of an MLP; those of the queries have names that end in ``_query``."""
+    width = settings.hidden_size
+    inner = settings.ffn_hidden_size
+    yield from linear(f"{key}.up", (f"intermediate{ending}.dense",), (inner, width))
+    yield from linear(f"{key}.down", (f"output{ending}.dense",), (width, inner))
+    yield from norm(f"{key}_norm.", f"output{ending}.LayerNorm", width, "LayerNorm")
