@@ -26,7 +26,7 @@ def current_name(pattern: str) -> str:
 
 
 def with_current_keys(content: dict[str, Any]) -> dict[str, Any]:
-    """Return nested mappings of options with former keys moved to the places of today's."""
+    """Return nested mappings of options with former keys moved to today's."""
     for former, current in OPTIONS.items():
         *path, name = former.split(".")
         section: Any = content

@@ -122,14 +122,14 @@ def kernels() -> Iterator[Finding]:
         )
 
 
-def _linear_step(dtype: torch.dtype, place: torch.device) -> Callable[[], Tensor]:
+def _linear_step(dtype: torch.dtype, device: torch.device) -> Callable[[], Tensor]:
     """Return a step of a small MLP: forward, backward, update."""
     torch.manual_seed(0)
     layers = torch.nn.Sequential(
         torch.nn.Linear(_ROWS, _ROWS), torch.nn.GELU(), torch.nn.Linear(_ROWS, _ROWS)
-    ).to(place, dtype)
+    ).to(device, dtype)
     optimizer = torch.optim.AdamW(layers.parameters(), lr=1e-3)
-    inputs = torch.randn(_ROWS, _ROWS, device=place, dtype=dtype)
+    inputs = torch.randn(_ROWS, _ROWS, device=device, dtype=dtype)
 
     def step() -> Tensor:
         loss = layers(inputs).float().square().mean()
@@ -141,12 +141,12 @@ def _linear_step(dtype: torch.dtype, place: torch.device) -> Callable[[], Tensor
     return step
 
 
-def _fp8_step(place: torch.device) -> Callable[[], Tensor]:
+def _fp8_step(device: torch.device) -> Callable[[], Tensor]:
     """Return a step of one Transformer Engine layer in FP8."""
     import transformer_engine.pytorch as engine
 
-    layer = engine.LayerNormLinear(_ROWS, _ROWS, params_dtype=torch.bfloat16, device=place)
-    inputs = torch.randn(_ROWS, _ROWS, device=place, dtype=torch.bfloat16)
+    layer = engine.LayerNormLinear(_ROWS, _ROWS, params_dtype=torch.bfloat16, device=device)
+    inputs = torch.randn(_ROWS, _ROWS, device=device, dtype=torch.bfloat16)
 
     def step() -> Tensor:
         with engine.fp8_autocast(enabled=True):
@@ -157,15 +157,15 @@ def _fp8_step(place: torch.device) -> Callable[[], Tensor]:
     return step
 
 
-def steps(place: torch.device) -> Iterator[Finding]:
+def steps(device: torch.device) -> Iterator[Finding]:
     """Run three steps of a small MLP in each precision; losses must be finite."""
     runs: dict[str, Callable[[], Callable[[], Tensor]]] = {
-        "float32": lambda: _linear_step(torch.float32, place),
-        "bfloat16": lambda: _linear_step(torch.bfloat16, place),
+        "float32": lambda: _linear_step(torch.float32, device),
+        "bfloat16": lambda: _linear_step(torch.bfloat16, device),
     }
     found = importlib.util.find_spec("transformer_engine") is not None
-    if found and place.type == "cuda" and torch.cuda.get_device_capability() >= _FP8:
-        runs["fp8"] = lambda: _fp8_step(place)
+    if found and device.type == "cuda" and torch.cuda.get_device_capability() >= _FP8:
+        runs["fp8"] = lambda: _fp8_step(device)
     for name, make in runs.items():
         began = time.perf_counter()
         try:
@@ -190,7 +190,7 @@ def steps(place: torch.device) -> Iterator[Finding]:
         )
 
 
-def bandwidth(place: torch.device) -> Iterator[Finding]:
+def bandwidth(device: torch.device) -> Iterator[Finding]:
     """Sum 64 MB over all ranks. Collective."""
     ranks = dist.get_world_size()
     library = dist.get_backend()
@@ -200,7 +200,7 @@ def bandwidth(place: torch.device) -> Iterator[Finding]:
             text=f"one rank over {library}: nothing to measure; torchrun starts several",
         )
         return
-    sent = torch.ones(_BANDWIDTH_BYTES // 4, device=place)
+    sent = torch.ones(_BANDWIDTH_BYTES // 4, device=device)
     times = []
     for _ in range(5):
         dist.barrier()

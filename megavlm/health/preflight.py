@@ -113,7 +113,7 @@ def check_consistency(
 
     Args:
         store: shared by the ranks.
-        rank, size: place in the world.
+        rank, size: of the world.
         view: what this rank sees.
         timeout: how long to wait for the others.
         tell: prints the problem; called on the first rank before any rank exits, because torchrun

@@ -159,15 +159,15 @@ class _RemoteReader(io.RawIOBase):
         return True
 
     def seekable(self) -> bool:
-        """Return that places can be chosen."""
+        """Return that a position can be chosen."""
         return True
 
     def tell(self) -> int:
-        """Return the place of the next byte."""
+        """Return the position of the next byte."""
         return self._at
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """Choose the place of the next byte."""
+        """Choose the position of the next byte."""
         base = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
         self._at = max(0, base + offset)
         return self._at

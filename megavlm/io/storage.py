@@ -15,7 +15,7 @@ OPEN_FILES = 64
 
 
 class LocalFiles:
-    """The files of a local folder. Reads name their place, so that processes and threads may share
+    """The files of a local folder. Reads name their offset, so that processes and threads may share
     open files.
 
     Args:

@@ -74,7 +74,7 @@ class LanguageModel(GPTModel):
         self.real_rows = min(max(language.vocab_size - rows * groups.tp.rank(), 0), rows)
 
     def position_ids(self, sample_ends: Tensor, tokens: int) -> Tensor | None:
-        """Return the place of each token in its sample [1, T]; none if positions are rotary.
+        """Return the offset of each token in its sample [1, T]; none if positions are rotary.
 
         Args:
             sample_ends: where samples end [N + 1].
@@ -82,10 +82,10 @@ class LanguageModel(GPTModel):
         """
         if not self.has_learned_positions:
             return None
-        places = torch.arange(tokens, device=sample_ends.device)
-        starts = sample_ends[torch.searchsorted(sample_ends, places, right=True) - 1]
+        offsets = torch.arange(tokens, device=sample_ends.device)
+        starts = sample_ends[torch.searchsorted(sample_ends, offsets, right=True) - 1]
         # The padding at the end may be longer than any sample.
-        return (places - starts).clamp(max=self.max_position_embeddings - 1)[None]
+        return (offsets - starts).clamp(max=self.max_position_embeddings - 1)[None]
 
     def setup_embeddings_and_output_layer(self) -> None:
         """Mark embedding and head as megatron-core looks for them; called by GPTModel.

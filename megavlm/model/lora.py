@@ -75,10 +75,10 @@ class LowRankAdapter(nn.Module):
         which = self._projections(key, config, outputs)
         self.counts = [which.count(number) for number in range(self.count)]
         order = sorted(range(outputs), key=which.__getitem__)
-        places = sorted(range(outputs), key=order.__getitem__)
+        inverse = sorted(range(outputs), key=order.__getitem__)
         # Rows in the order of their projections, and where each row of the layer is among them.
-        is_sorted = order == places == list(range(outputs))
-        for name, rows in (("order", order), ("places", places)):
+        is_sorted = order == inverse == list(range(outputs))
+        for name, rows in (("order", order), ("inverse", inverse)):
             self.register_buffer(name, None if is_sorted else torch.tensor(rows), persistent=False)
 
     def _projections(self, key: str, config: TransformerConfig, outputs: int) -> list[int]:
@@ -116,7 +116,7 @@ class LowRankAdapter(nn.Module):
         b = self.b if self.order is None else self.b.index_select(0, self.order)
         parts = zip(low.chunk(self.count, dim=-1), b.split(self.counts), strict=True)
         high = torch.cat([linear(one, factor) for one, factor in parts], dim=-1)
-        return (high if self.places is None else high.index_select(-1, self.places)) * self.scale
+        return (high if self.inverse is None else high.index_select(-1, self.inverse)) * self.scale
 
     def sharded(self, entries: Mapping[str, Any], prefix: str) -> dict[str, Any]:
         """Return the checkpoint entry of the factor that is cut over the tensor-parallel ranks.

@@ -43,7 +43,7 @@ class VisionLanguageModel(MegatronModule):
     Args:
         config: the run.
         layout: layers of every chunk.
-        groups: process groups and this rank's place.
+        groups: process groups of this rank.
         number: of the chunk; by default that of this rank's first.
     """
 

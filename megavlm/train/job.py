@@ -71,7 +71,7 @@ class Job(Built):
         Args:
             packs: to load.
             plan: their order.
-            positions: places in the order.
+            positions: indices into the order.
             workers: loader processes.
             seed: fixes drop path and the random changes of images.
         """

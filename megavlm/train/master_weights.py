@@ -34,7 +34,7 @@ class MismatchError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Master:
-    """A parameter, and the place of its master weight in the state dict of the optimizer.
+    """A parameter, and where its master weight is in the state dict of the optimizer.
 
     Args:
         key: checkpoint key of the parameter.

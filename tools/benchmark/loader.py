@@ -92,7 +92,7 @@ def internvl_way(dataset: PackedDataset, folder: Path) -> int:
             rows = int(row["rows"])
             grid = image.resize((columns * SIZE, rows * SIZE), Image.Resampling.BICUBIC)
             corners = [
-                (place % columns * SIZE, place // columns * SIZE) for place in range(columns * rows)
+                (index % columns * SIZE, index // columns * SIZE) for index in range(columns * rows)
             ]
             pieces = [grid.crop((left, top, left + SIZE, top + SIZE)) for left, top in corners]
             if len(pieces) > 1:

@@ -43,7 +43,7 @@ def mix(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(seed)
     kind = rng.choice(4, size=count, p=[0.62, 0.13, 0.20, 0.05]).astype(np.int8)
     tiles = np.zeros(count, np.int32)
-    one, several, video = (np.flatnonzero(kind == place) for place in (0, 1, 3))
+    one, several, video = (np.flatnonzero(kind == index) for index in (0, 1, 3))
     tiles[one] = rng.choice(ONE_IMAGE[0], size=len(one), p=ONE_IMAGE[1])
     tiles[several] = rng.integers(2, 6, size=len(several)) * rng.integers(1, 5, size=len(several))
     tiles[video] = rng.integers(8, 33, size=len(video))

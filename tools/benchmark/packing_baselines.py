@@ -122,17 +122,17 @@ def buffered(
     count = 0
     bins = 0
     for sample in range(len(tokens)):
-        place = 0
-        while place < count and (
-            held[place, 1] + tokens[sample] > capacity
-            or held[place, 2] + tiles[sample] > most_tiles
+        index = 0
+        while index < count and (
+            held[index, 1] + tokens[sample] > capacity
+            or held[index, 2] + tiles[sample] > most_tiles
         ):
-            place += 1
-        if place < count:
-            chosen = held[place, 0]
-            used = held[place, 1] + tokens[sample]
-            used_tiles = held[place, 2] + tiles[sample]
-            for later in range(place, count - 1):
+            index += 1
+        if index < count:
+            chosen = held[index, 0]
+            used = held[index, 1] + tokens[sample]
+            used_tiles = held[index, 2] + tiles[sample]
+            for later in range(index, count - 1):
                 held[later] = held[later + 1]
             count -= 1
         else:
@@ -143,13 +143,13 @@ def buffered(
         bin_of[sample] = chosen
         if used == capacity or used_tiles >= most_tiles:
             continue
-        place = count
-        while place > 0 and held[place - 1, 2] < used_tiles:
-            held[place] = held[place - 1]
-            place -= 1
-        held[place, 0] = chosen
-        held[place, 1] = used
-        held[place, 2] = used_tiles
+        index = count
+        while index > 0 and held[index - 1, 2] < used_tiles:
+            held[index] = held[index - 1]
+            index -= 1
+        held[index, 0] = chosen
+        held[index, 1] = used
+        held[index, 2] = used_tiles
         count += 1
         if count > buffers:
             count -= 1

@@ -166,9 +166,9 @@ def samples(batch: Batch, pixels: Tensor, features_per_tile: int) -> Iterator[di
     labels = labels_of(batch)
     ends = batch.sample_ends.tolist()
     seen = 0
-    places = batch.feature_positions.tolist()
+    positions = batch.feature_positions.tolist()
     for start, end in zip(ends, ends[1:]):
-        count = sum(start <= place < end for place in places) // features_per_tile
+        count = sum(start <= index < end for index in positions) // features_per_tile
         if bool((labels[start:end] != IGNORED).any()):
             tokens = batch.tokens[None, start:end]
             inputs = {

@@ -134,23 +134,23 @@ class MegatronView(Mapping[str, Tensor]):
             return None
         return _ranges(self._source, row.names, self._runs(key), rows)
 
-    def part(self, key: str, place: tuple[slice, ...]) -> Tensor:
-        """Read what stands at ``place`` of a tensor; of tensors whose rows only move, nothing else
+    def part(self, key: str, index: tuple[slice, ...]) -> Tensor:
+        """Read what stands at ``index`` of a tensor; of tensors whose rows only move, nothing else
         is read.
         """
         row = self._rows[key]
         runs = self._runs(key)
         if runs is None:
-            return self[key][place]
-        begin, end, _ = place[0].indices(row.shape[0])
+            return self[key][index]
+        begin, end, _ = index[0].indices(row.shape[0])
         sources = {
             number: self._source[row.names[number]] for number in {run.tensor for run in runs}
         }
         found = [
-            sources[run.tensor][(slice(run.first, run.first + run.count), *place[1:])]
+            sources[run.tensor][(slice(run.first, run.first + run.count), *index[1:])]
             for run in byte_ranges.within(runs, begin, end - begin)
         ]
-        empty = next(iter(sources.values()))[(slice(0, 0), *place[1:])]
+        empty = next(iter(sources.values()))[(slice(0, 0), *index[1:])]
         dtype = self.headers[key].dtype
         return torch.cat([piece.to(dtype) for piece in found or [empty]])
 

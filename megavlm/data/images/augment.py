@@ -47,7 +47,7 @@ def draw(operations: Sequence[str], tiles: int, *, seed: int, position: int, ind
             one leaves the rest as they are.
         tiles: of the image.
         seed: of the run.
-        position: the pack's place in the endless sequence of epochs, which the epoch and the pack
+        position: the pack's index in the endless sequence of epochs, which the epoch and the pack
             determine.
         index: of the image in its pack.
     """

@@ -89,15 +89,15 @@ def _scan_start(encoded: bytes) -> int | None:
     """Where the bits of the only scan begin; None where the file has another frame than a
     sequential one, or its scan lacks a colour.
     """
-    place = len(MAGIC) - 1
+    offset = len(MAGIC) - 1
     colours = 0
-    while encoded[place : place + 1] == b"\xff" and place + 10 <= len(encoded):
-        marker = encoded[place + 1]
-        size = int.from_bytes(encoded[place + 2 : place + 4])
+    while encoded[offset : offset + 1] == b"\xff" and offset + 10 <= len(encoded):
+        marker = encoded[offset + 1]
+        size = int.from_bytes(encoded[offset + 2 : offset + 4])
         if marker == START_OF_SCAN:
-            return place + 2 + size if 0 < colours == encoded[place + 4] else None
+            return offset + 2 + size if 0 < colours == encoded[offset + 4] else None
         if marker in SEQUENTIAL_FRAMES and not colours:
-            colours = encoded[place + 9]
+            colours = encoded[offset + 9]
         elif (
             marker < 0xC0
             or marker in OTHER_FRAMES
@@ -105,7 +105,7 @@ def _scan_start(encoded: bytes) -> int | None:
             or 0xD0 <= marker <= 0xD9
         ):
             return None
-        place += 2 + size
+        offset += 2 + size
     return None
 
 

@@ -79,10 +79,10 @@ def draw(dataset: PackedDataset, pack_ids: Sequence[int], path: Path) -> None:
     heights = [height for text in text_heights for height in (1.45, 0.45, text)]
     figure = Figure(figsize=(WIDTH_INCHES, sum(heights) + 0.4 * len(packs)), layout="constrained")
     grid = figure.add_gridspec(len(heights), 1, height_ratios=heights)
-    for place, (pack, page) in enumerate(zip(packs, pages, strict=True)):
-        _draw_tiles(figure.add_subplot(grid[3 * place]), dataset, pack)
-        _draw_mask(figure.add_subplot(grid[3 * place + 1]), dataset, pack)
-        _draw_text(figure.add_subplot(grid[3 * place + 2]), page)
+    for index, (pack, page) in enumerate(zip(packs, pages, strict=True)):
+        _draw_tiles(figure.add_subplot(grid[3 * index]), dataset, pack)
+        _draw_mask(figure.add_subplot(grid[3 * index + 1]), dataset, pack)
+        _draw_text(figure.add_subplot(grid[3 * index + 2]), page)
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         figure.savefig(path, dpi=110)
@@ -161,10 +161,10 @@ def _draw_tiles(axes, dataset: PackedDataset, pack: Pack) -> None:
         loc="left",
     )
     axes.axis("off")
-    for place, tile in enumerate(tiles):
+    for index, tile in enumerate(tiles):
         axes.imshow(
             tile.transpose(1, 2, 0),
-            extent=(place * 1.05, place * 1.05 + 1, 0, 1),
+            extent=(index * 1.05, index * 1.05 + 1, 0, 1),
             interpolation="nearest",
         )
     axes.set(xlim=(0, TILES_SHOWN * 1.05), ylim=(0, 1), aspect="equal", anchor="W")
@@ -182,7 +182,7 @@ def _draw_mask(axes, dataset: PackedDataset, pack: Pack) -> None:
     ):
         bar[0, : len(pack.tokens)][chosen] = colour / 255
     bar[0, : len(pack.tokens)][pack.supervised] = [
-        int(SUPERVISED_COLOUR[place : place + 2], 16) / 255 for place in (1, 3, 5)
+        int(SUPERVISED_COLOUR[index : index + 2], 16) / 255 for index in (1, 3, 5)
     ]
     axes.imshow(bar, aspect="auto", extent=(0, capacity, 0, 1), interpolation="nearest")
     for end in np.cumsum(pack.lengths):

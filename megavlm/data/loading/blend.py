@@ -214,7 +214,7 @@ class BlendedDataset:
         if len(set(names)) < len(names):
             names = [str(dataset.folder) for dataset in self.datasets]
         if len(set(names)) < len(names):
-            names = [f"{name}:{place}" for place, name in enumerate(names)]
+            names = [f"{name}:{index}" for index, name in enumerate(names)]
         return tuple(
             f"{name}/{source}"
             for name, dataset in zip(names, self.datasets, strict=True)

@@ -8,14 +8,14 @@ import numpy as np
 # Multiplying a power of two by this number brings a different run of six bits to its top for each
 # (a de Bruijn sequence).
 DE_BRUIJN = np.uint64(0x03F79D71B4CB0A89)
-PLACE_OF_RUN = np.zeros(64, np.int64)
-PLACE_OF_RUN[[(1 << place) * int(DE_BRUIJN) % 2**64 >> 58 for place in range(64)]] = np.arange(64)
+LOWEST_BIT = np.zeros(64, np.int64)
+LOWEST_BIT[[(1 << bit) * int(DE_BRUIJN) % 2**64 >> 58 for bit in range(64)]] = np.arange(64)
 
 
 @numba.njit(cache=True)
 def _lowest_bit(word):
     """Return the index of the lowest bit that is set in a word that is not zero."""
-    return PLACE_OF_RUN[((word & (~word + np.uint64(1))) * DE_BRUIJN) >> np.uint64(58)]
+    return LOWEST_BIT[((word & (~word + np.uint64(1))) * DE_BRUIJN) >> np.uint64(58)]
 
 
 @numba.njit(cache=True)
@@ -64,7 +64,7 @@ def best_fit(tokens, tiles, order, capacity, tile_cap):
     """
     words = (capacity >> 6) + 1
     bits = np.zeros((tile_cap + 1, words), np.uint64)
-    # One word more than needed: the search may look one place past the last word.
+    # One word more than needed: the search may look one word past the last word.
     summary = np.zeros((tile_cap + 1, (words >> 6) + 1), np.uint64)
     newest = np.full((tile_cap + 1, capacity + 1), -1, np.int32)
     # Not below the most free tokens of a row's bins: most rows hold nothing large enough, and are

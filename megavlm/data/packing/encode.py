@@ -369,7 +369,7 @@ def reject(raw: RawRecord, annotations: Annotations, source: int, error: RejectE
     return Reject(
         file=printable(annotations.path, 4096),
         line=raw.number,
-        place=raw.where(),
+        location=raw.where(),
         source=source,
         offset=raw.offset,
         bytes=raw.size,

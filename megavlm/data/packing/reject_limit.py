@@ -17,8 +17,8 @@ def late_rejects(shards: Iterable[WrittenShard]) -> list[Reject]:
     """Return the records that the second pass rejected, in the order of the files; one that is
     taken several times is one record.
     """
-    by_place = {(each.source, each.offset): each for shard in shards for each in shard.rejects}
-    return [by_place[place] for place in sorted(by_place)]
+    by_record = {(each.source, each.offset): each for shard in shards for each in shard.rejects}
+    return [by_record[key] for key in sorted(by_record)]
 
 
 def check_scan(job: Job, scan: Scan) -> None:

@@ -87,11 +87,11 @@ class Documents(OrderedDict[tuple[int, int], tuple[RawRecord, tuple[Sample, ...]
         super().__init__()
         self._bytes = 0
 
-    def keep(self, place: tuple[int, int], raw: RawRecord, samples: tuple[Sample, ...]) -> None:
+    def keep(self, key: tuple[int, int], raw: RawRecord, samples: tuple[Sample, ...]) -> None:
         """Keep the samples of a record that is not there, and drop the oldest if all need too much
         memory.
         """
-        self[place] = raw, samples
+        self[key] = raw, samples
         self._bytes += _size(samples)
         while self._bytes > DOCUMENT_BYTES:
             self._bytes -= _size(self.popitem(last=False)[1][1])

@@ -188,20 +188,20 @@ class JsonList:
                 range(count), self._extents(offset, number), strict=False
             ):
                 file.seek(start)
-                place = f"record {number + step} at byte {start}"
+                location = f"record {number + step} at byte {start}"
                 if end - start > MAX_RECORD_BYTES:
                     content: Mapping[str, Any] | RejectError = _too_long()
                 else:
-                    content = self._parse(file.read(end - start), place)
+                    content = self._parse(file.read(end - start), location)
                 yield RawRecord(
                     offset=start,
                     number=number + step,
                     content=content,
                     size=end - start,
-                    place=place,
+                    location=location,
                 )
 
-    def _parse(self, data: bytes, place: str) -> Mapping[str, Any] | RejectError:
+    def _parse(self, data: bytes, location: str) -> Mapping[str, Any] | RejectError:
         """Parse one element. Raises ValueError if it is damaged in a way that may have hidden the
         end of the record: an unescaped quote turns text into structure and structure into text.
         """
@@ -209,7 +209,7 @@ class JsonList:
             return parse_json(data)
         except RejectError as error:
             if not _is_one_record(data):
-                self._fail(f"{place}: {error.detail}")
+                self._fail(f"{location}: {error.detail}")
             return error
 
     def _extents(self, start: int | None, number: int) -> Iterator[tuple[int, int]]:

@@ -104,7 +104,7 @@ class ParquetFile:
                 offset=offset + step,
                 number=number + step,
                 content=_row(_row_group(self, group), offset + step - start),
-                place=f"row {number + step}",
+                location=f"row {number + step}",
             )
 
     def table(self, group: int) -> Any:

@@ -20,7 +20,7 @@ class RawRecord:
         content: JSON text, fields, or the reason why it has neither.
         files: media that are stored beside it in an archive, by name.
         size: its bytes in the file; 0: not known.
-        place: where it is, in words; empty: ``line NUMBER``.
+        location: where it is, in words; empty: ``line NUMBER``.
     """
 
     offset: int
@@ -28,7 +28,7 @@ class RawRecord:
     content: bytes | Mapping[str, Any] | RejectError
     files: Mapping[str, bytes] = field(default_factory=dict)
     size: int = 0
-    place: str = ""
+    location: str = ""
 
     def fields(self) -> Mapping[str, Any]:
         """Return the record's fields; raises RejectError if it has none."""
@@ -38,7 +38,7 @@ class RawRecord:
 
     def where(self) -> str:
         """Say where the record is, for people who repair the file."""
-        return self.place or f"line {self.number}"
+        return self.location or f"line {self.number}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,7 +81,7 @@ class Reader(Protocol):
     """An annotation file of some format; ``readers.FORMATS`` is the table of implementations.
 
     No record may be lost in silence. A reader checks what lies between and behind the records and
-    raises ValueError with the file and the place if it cannot tell how many records there are. A
+    raises ValueError with the file and the position if it cannot tell how many records there are. A
     damaged record is one record whose ``content`` is a RejectError. A second count of the records,
     if the format has one, must agree.
     """

@@ -103,7 +103,7 @@ class Reject:
     Args:
         file: annotation file.
         line: line, row or number of the record in it, from 1.
-        place: the same in words: ``line 6``, ``record 6 at byte 1200``.
+        location: the same in words: ``line 6``, ``record 6 at byte 1200``.
         source: index of the file in the job's list of sources.
         offset: where a reader finds the record again.
         bytes: size of the record in the file; 0: not known.
@@ -113,7 +113,7 @@ class Reject:
 
     file: str
     line: int
-    place: str
+    location: str
     source: int
     offset: int
     bytes: int
@@ -121,5 +121,5 @@ class Reject:
     detail: str
 
     def __str__(self) -> str:
-        where = f":{self.line}" if self.place == f"line {self.line}" else f", {self.place}"
+        where = f":{self.line}" if self.location == f"line {self.line}" else f", {self.location}"
         return f"{self.file}{where}: {self.reason}: {self.detail}"

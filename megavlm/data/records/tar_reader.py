@@ -111,7 +111,7 @@ class ArchiveFile:
             content=content,
             files=files,
             size=members[-1].offset_data + members[-1].size - members[0].offset,
-            place=f"record {number}, {key}",
+            location=f"record {number}, {key}",
         )
 
 

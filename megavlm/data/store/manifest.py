@@ -114,7 +114,7 @@ class Manifest:
         tile_cap: most tiles of a pack.
         alignment: each sample starts at a multiple of this many tokens in its pack.
         seed: seed of the packer.
-        sources: annotation files; a sample names its source by its place here.
+        sources: annotation files; a sample names its source by its index here.
         levels: the packs' levels of difficulty, the easiest first; none where the records'
             difficulty is not known.
         rejects: number of rejected records for each reason.

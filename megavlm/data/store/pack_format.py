@@ -70,7 +70,7 @@ IMAGE = np.dtype(
         ("columns", "<i4"),
         ("rows", "<i4"),
         ("tiles", "<i4"),
-        ("sample", "<i4"),  # place of its sample in the pack
+        ("sample", "<i4"),  # index of its sample in the pack
     ]
 )
 # magic, version, header bytes, record bytes, description bytes, packs
@@ -350,7 +350,7 @@ def pack_block(samples: Sequence[Sample]) -> tuple[list[bytes], np.ndarray]:
     index record without the offset.
     """
     lengths = np.array([len(sample.tokens) for sample in samples], np.int32)
-    images = [(place, image) for place, sample in enumerate(samples) for image in sample.images]
+    images = [(index, image) for index, sample in enumerate(samples) for image in sample.images]
     layout = sections(int(lengths.sum()), len(samples), len(images))
     head = np.zeros(layout.encoded, np.uint8)
     count = int(lengths.sum())
@@ -366,11 +366,11 @@ def pack_block(samples: Sequence[Sample]) -> tuple[list[bytes], np.ndarray]:
     parts = []
     offset = 0
     crc = 0
-    for row, (place, image) in zip(table, images, strict=True):
+    for row, (index, image) in zip(table, images, strict=True):
         size = len(image.encoded)
         row["offset"] = offset
         row["bytes"] = size
-        row["sample"] = place
+        row["sample"] = index
         row["width"] = image.width
         row["height"] = image.height
         row["columns"] = image.columns

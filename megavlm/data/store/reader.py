@@ -38,7 +38,7 @@ class Pack:
     """One pack as stored. The arrays are read-only views of the file.
 
     Args:
-        pack_id: its place in the dataset.
+        pack_id: its index in the dataset.
         tokens: int32 [T].
         supervised: bool [T].
         lengths: int32 [N], tokens of each sample.

@@ -18,7 +18,7 @@ from megavlm.data.text.tokenizer import IMAGE_TOKEN_SETS, ImageTokens
 
 @dataclass(frozen=True, kw_only=True)
 class ChatFormat:
-    """A row of the table. ``{}`` is the place of a turn's text.
+    """A row of the table. ``{}`` stands for a turn's text.
 
     Args:
         name: as ``--template`` takes it.

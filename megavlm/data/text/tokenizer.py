@@ -128,15 +128,15 @@ def first_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     whole = tokenizer("a")["input_ids"]
-    place = next(
+    start = next(
         (start for start in range(len(whole)) if whole[start : start + len(bare)] == bare), None
     )
-    if place is None or whole[:place] not in ([], [tokenizer.bos_token_id]):
+    if start is None or whole[:start] not in ([], [tokenizer.bos_token_id]):
         raise ValueError(
             f"the tokenizer turns 'a' into {whole}; in front of a text, it may add its bos_token"
             " and nothing else"
         )
-    return whole[:place]
+    return whole[:start]
 
 
 def _settings(folder: Path) -> dict[str, Any]:

@@ -186,6 +186,6 @@ class Contrastive(Objective):
 
 def _of_tokens(losses: Tensor, batch: Batch) -> Tensor:
     """Give every token of a pack [T] the loss of its pair; the padding gets any."""
-    places = torch.arange(len(batch.tokens), device=losses.device)
-    numbers = torch.searchsorted(batch.sample_ends, places, right=True) - 1
-    return losses[numbers.clamp(max=len(losses) - 1)]
+    positions = torch.arange(len(batch.tokens), device=losses.device)
+    pairs = torch.searchsorted(batch.sample_ends, positions, right=True) - 1
+    return losses[pairs.clamp(max=len(losses) - 1)]

@@ -269,7 +269,7 @@ def test_energon_counts_and_exclusions(tmp_path: Path):
         "exclude: [shard_1.tar, 'shard_0.tar/000{1..2}']\n"
     )
     found, packed = read_all(folder / "shard_0.tar")
-    assert [raw.place for raw in found] == ["record 1, 0000", "record 2, 0003"]
+    assert [raw.location for raw in found] == ["record 1, 0000", "record 2, 0003"]
     assert packed == 2
     other = energon(tmp_path / "two", "TextSample", {"text": "txt"}, files)
     (other / ".nv-meta" / ".info.json").write_text('{"shard_counts": {"shard_0.tar": 5}}')
