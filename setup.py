@@ -73,6 +73,7 @@ setup(
             "peft>=0.17",
             "pyarrow>=17",
             "pytest>=8.0",
+            "pytest-xdist>=3.6",
             "ray>=2.40",
             "ruff==0.17.5",
             "s3fs>=2024.6",

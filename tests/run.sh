@@ -3,6 +3,8 @@
 #
 # --quick leaves out the tests marked slow, most of those with ranks among them: minutes, for work in between.
 #
+# Without arguments of pytest, two processes share the files of tests; one does on a machine with a GPU, whose memory some tests measure.
+#
 # It uses the virtual or conda environment that is active; else it makes .venv with python3 (3.11 or newer). PYTHON names another
 # interpreter, and goes before both: PYTHON=python3.12 makes .venv-3.12, and the interpreter of an environment uses that environment. There
 # it installs what is missing, at the versions of constraints.txt: Python 3.11 gets megatron-core 0.16, newer ones 0.19. Then it checks the
@@ -59,7 +61,11 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false
 failed=()
 "$python" -m ruff check --quiet --output-format concise . || failed+=("ruff check (see above)")
 "$python" -m ruff format --check --quiet . >/dev/null || failed+=("ruff format (run: $python -m ruff format .)")
-"$python" -m pytest -rs "${quick[@]}" "$@" || failed+=("pytest")
+processes=()
+if (($# == 0)) && ! nvidia-smi -L >/dev/null 2>&1; then
+    processes=(-n 2 --dist loadfile --no-loadscope-reorder)
+fi
+"$python" -m pytest -rs "${quick[@]}" "${processes[@]}" "$@" || failed+=("pytest")
 if ((${#failed[@]})); then
     printf 'tests/run.sh: failed: %s\n' "${failed[@]}" >&2
     exit 1
