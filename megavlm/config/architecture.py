@@ -24,8 +24,8 @@ TEXT_ENCODERS = ("clip_text", "siglip_text")
 
 @dataclass(frozen=True, kw_only=True)
 class Vision:
-    """The vision encoder: an InternViT, or the vision part of a CLIP (arXiv 2103.00020) or SigLIP
-    (arXiv 2303.15343).
+    """The vision encoder: an InternViT, the vision part of a CLIP (arXiv 2103.00020) or SigLIP
+    (arXiv 2303.15343), or EVA's ViT-g (arXiv 2211.07636), BLIP-2's.
 
     Args:
         family: weight naming and architecture variant (class token, patch bias, norm before the
@@ -51,7 +51,7 @@ class Vision:
         pixel_std: standard deviation of red, green and blue that is divided by; likewise.
     """
 
-    family: Literal["internvit", "clip", "siglip"] = "internvit"
+    family: Literal["internvit", "clip", "siglip", "eva"] = "internvit"
     image_size: int = 448
     patch_size: int = 14
     num_layers: int = 24

@@ -11,7 +11,8 @@ class Init:
     gets fresh weights.
 
     Args:
-        vision: Hugging Face folder of a vision encoder: InternViT, CLIP or SigLIP.
+        vision: Hugging Face folder of a vision encoder: InternViT, CLIP, SigLIP, or the
+            EVA of a BLIP-2.
         language: Hugging Face folder of a language model with its tokenizer; InternVL's special
             tokens are added.
         tokenizer: folder of the language model's tokenizer, if its own is Python code that cannot

@@ -14,6 +14,8 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    Blip2VisionConfig,
+    Blip2VisionModel,
     CLIPConfig,
     CLIPModel,
     CLIPVisionConfig,
@@ -40,13 +42,15 @@ def _shake(model: nn.Module) -> nn.Module:
 
 
 def make_vision(folder: Path, kind: str, image_size: int = 21) -> Path:
-    """Make a ``siglip``, a ``clip``, or a whole ``clip`` with its text half, of three layers;
-    patches of 5 pixels, so that SigLIP drops a strip of the image.
+    """Make a ``siglip``, a ``clip``, an ``eva``, or a whole ``clip`` with its text half, of three
+    layers; patches of 5 pixels, so that SigLIP drops a strip of the image.
     """
     torch.manual_seed(11)
     size = image_size - 1 if kind != "siglip" else image_size
     if kind == "clip":
         model = CLIPVisionModel(CLIPVisionConfig(**_SIZES, image_size=size, patch_size=5))
+    elif kind == "eva":
+        model = Blip2VisionModel(Blip2VisionConfig(**_SIZES, image_size=size, patch_size=5))
     elif kind == "siglip":
         model = SiglipVisionModel(SiglipVisionConfig(**_SIZES, image_size=size, patch_size=5))
     else:

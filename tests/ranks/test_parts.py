@@ -58,23 +58,24 @@ def features(config: Config, tiles: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def seen_by_transformers(folder: Path, pixels: Tensor) -> Tensor:
-    """Compute the input of the last layer, as LLaVA takes it."""
-    from transformers import AutoConfig, CLIPVisionModel, SiglipVisionModel
+    """Compute the input of the last layer, as LLaVA takes it; of EVA the output of the last, before
+    the norm, as BLIP-2 takes it.
+    """
+    from transformers import AutoConfig, Blip2VisionModel, CLIPVisionModel, SiglipVisionModel
 
-    kind = (
-        SiglipVisionModel
-        if "siglip" in AutoConfig.from_pretrained(folder).model_type
-        else CLIPVisionModel
-    )
+    name = AutoConfig.from_pretrained(folder).model_type
+    kind = SiglipVisionModel if "siglip" in name else CLIPVisionModel
+    if name == "blip_2_vision_model":
+        kind = Blip2VisionModel
     model = kind.from_pretrained(folder).eval()
     with torch.no_grad():
+        if kind is Blip2VisionModel:
+            return model.encoder(model.embeddings(pixels)).last_hidden_state
         return model(pixels, output_hidden_states=True).hidden_states[-2]
 
 
-@pytest.mark.parametrize("kind", ["clip", "siglip", "clip with text"])
-def test_clip_and_siglip_see_what_they_see_in_transformers(
-    ranks: Pool, tmp_path: Path, kind: str
-) -> None:
+@pytest.mark.parametrize("kind", ["clip", "siglip", "clip with text", "eva"])
+def test_encoders_see_what_they_see_in_transformers(ranks: Pool, tmp_path: Path, kind: str) -> None:
     from megavlm.convert.hf import from_parts
 
     vision = make_vision(tmp_path / "vision", kind)

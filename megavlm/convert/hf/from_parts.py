@@ -15,7 +15,7 @@ from transformers import CLIPVisionConfig, PreTrainedTokenizerBase, SiglipVision
 from megavlm.config.connectors import LLAVA, Connector
 from megavlm.config.lora import is_adapter
 from megavlm.config.schema import Architecture, Config, Init, Language, Vision
-from megavlm.convert.hf import chat_config, json_files, language_config
+from megavlm.convert.hf import blip2_config, chat_config, json_files, language_config
 from megavlm.convert.hf.lazy_tensors import (
     ExtendedVocabulary,
     FullTensor,
@@ -27,7 +27,7 @@ from megavlm.convert.hf.lazy_tensors import (
 from megavlm.convert.hf.llava_config import ACTIVATIONS
 from megavlm.convert.hf.model_config import architecture_from_hf, differences
 from megavlm.convert.hf.safetensors_files import SafetensorsFolder, tensor_names
-from megavlm.convert.weights.families import FAMILIES, clip, family_of, internvit
+from megavlm.convert.weights.families import FAMILIES, clip, eva, family_of, internvit
 from megavlm.convert.weights.mapping import within
 from megavlm.convert.weights.tables import EMBEDDING_KEY, HEAD_KEY
 from megavlm.convert.weights.transforms import Shape
@@ -41,6 +41,7 @@ _CLIP_KINDS: dict[str, tuple[str, type]] = {
     "siglip": ("siglip", SiglipVisionConfig),
     "siglip_vision_model": ("siglip", SiglipVisionConfig),
 }
+_EVA_KINDS = (*blip2_config.VISION_TYPES, *blip2_config.WHOLE_TYPES)
 # Features come from before the last layer, as in LLaVA; it, what follows it, and the half that
 # reads text are left out.
 _LEFT_OUT = re.compile(
@@ -93,7 +94,7 @@ def image_model(folder: str, init: Init) -> Architecture:
 def _is_vision_encoder(folder: str) -> bool:
     """Return whether a folder holds a vision encoder alone; raises as ``read_json``."""
     kind = json_files.read_json(Path(folder) / json_files.FILE_NAME).get("model_type")
-    return kind == _INTERNVIT or kind in _CLIP_KINDS
+    return kind == _INTERNVIT or kind in _CLIP_KINDS or kind in blip2_config.VISION_TYPES
 
 
 def _compose(vision: Vision, language: Language) -> Architecture:
@@ -108,8 +109,8 @@ def _compose(vision: Vision, language: Language) -> Architecture:
 
 
 def vision_from_hf(folder: str | Path) -> Vision:
-    """Read the vision encoder in a folder: an InternViT as OpenGVLab publishes it, a CLIP or a
-    SigLIP.
+    """Read the vision encoder in a folder: an InternViT as OpenGVLab publishes it, a CLIP, a SigLIP
+    or an EVA, alone or in a BLIP-2.
 
     Raises:
         FileNotFoundError: the folder has no config.json.
@@ -122,10 +123,14 @@ def vision_from_hf(folder: str | Path) -> Vision:
     if kind == _INTERNVIT:
         json_files.refuse(path, list(chat_config.vision_problems(raw, "")))
         return chat_config.read_vision(raw, mean, std)
+    if kind in _EVA_KINDS:
+        settings = blip2_config.vision_settings(raw)
+        json_files.refuse(path, list(blip2_config.vision_problems(settings, "")))
+        return blip2_config.read_vision(settings, mean, std)
     if kind not in _CLIP_KINDS:
         raise ValueError(
             f"--init.vision {path}: model_type is {kind!r}, must be one of"
-            f" {', '.join((_INTERNVIT, *_CLIP_KINDS))}"
+            f" {', '.join((_INTERNVIT, *_CLIP_KINDS, *_EVA_KINDS))}"
         )
     family, form = _CLIP_KINDS[kind]
     found = form.from_dict(
@@ -266,7 +271,7 @@ def _found(init: Init, part: str, wanted: Architecture) -> Architecture:
             language=replace(_language(Path(init.language)), vocab_size=wanted.language.vocab_size),
         )
     vision = vision_from_hf(init.vision)
-    if vision.family == wanted.vision.family != "internvit":
+    if vision.family == wanted.vision.family and vision.unused_layers:
         layers = min(vision.num_layers + vision.unused_layers, wanted.vision.num_layers)
         vision = replace(vision, num_layers=layers)
     return replace(wanted, vision=vision)
@@ -306,6 +311,9 @@ def _serve_vision(config: Config) -> Callable[[str], Served]:
     if found.vision.family == "internvit":
         source = SafetensorsFolder(folder)
         table = internvit.rows(found.vision, internvit.CHAT)
+    elif found.vision.family == "eva":
+        source = SafetensorsFolder(folder, rename=_used_by_eva(folder))
+        table = eva.rows(found.vision)
     else:
         source = SafetensorsFolder(folder, rename=_used_by(found.vision))
         table = clip.rows(found.vision)
@@ -326,6 +334,21 @@ def _used_by(vision: Vision) -> Callable[[str], str | None]:
             if _LEFT_OUT.match(name) or (layer and int(layer[1]) >= vision.num_layers)
             else name
         )
+
+    return name_in_table
+
+
+def _used_by_eva(folder: Path) -> Callable[[str], str | None]:
+    """Rename the tensors of an EVA, alone or in a BLIP-2, and leave out the others; the norm behind
+    it belongs to the connector.
+    """
+    raw = json_files.read_json(folder / json_files.FILE_NAME)
+    start = "vision_model." if raw["model_type"] in blip2_config.WHOLE_TYPES else ""
+
+    def name_in_table(name: str) -> str | None:
+        inside = name.removeprefix(start)
+        is_other = not name.startswith(start) or inside.startswith("post_layernorm.")
+        return None if is_other else inside
 
     return name_in_table
 

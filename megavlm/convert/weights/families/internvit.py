@@ -1,5 +1,5 @@
 """InternViT (Chen et al., arXiv 2312.14238), of 300M and of 6B, as ``transformers`` and as
-OpenGVLab name its weights.
+OpenGVLab name its weights; other encoders of the same table name theirs.
 
 Shape letters: D hidden size, H heads, M hidden size of the MLP, p pixels along a patch.
 """
@@ -80,6 +80,7 @@ def _layer(vision: Vision, names: Names) -> list[Row]:
     inner = vision.ffn_hidden_size
     heads = vision.num_attention_heads
     kind = vision.normalization
+    has_scale = vision.has_layer_scale
     qkv: Operation = GroupedQKV(heads, heads, width // heads)
     if len(names.qkv) == 1:
         qkv = Fused(qkv, (width, width, width))
@@ -106,9 +107,9 @@ def _layer(vision: Vision, names: Names) -> list[Row]:
             Padded(width, axis=1),
         ),
         Row("self_attention.linear_proj.bias", (f"{names.projection}.bias",), (width,)),
-        Row("attention_scale", (names.scale_attention,), (width,)),
+        *([Row("attention_scale", (names.scale_attention,), (width,))] if has_scale else []),
         *norm("mlp.linear_fc1.layer_norm_", names.norm_mlp, width, kind),
         *linear("mlp.linear_fc1", ("mlp.fc1",), (inner, width)),
         *linear("mlp.linear_fc2", ("mlp.fc2",), (width, inner)),
-        Row("mlp_scale", (names.scale_mlp,), (width,)),
+        *([Row("mlp_scale", (names.scale_mlp,), (width,))] if has_scale else []),
     ]
