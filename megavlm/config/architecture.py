@@ -20,6 +20,9 @@ PIXELS: dict[str, tuple[tuple[float, float, float], tuple[float, float, float]]]
 
 # Families of text encoders.
 TEXT_ENCODERS = ("clip_text", "siglip_text")
+# Activations of an MLP whose first linear layer has a second half, which the activation of the
+# first one multiplies.
+GATED = ("swiglu", "geglu_tanh")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,8 +116,8 @@ class Language:
 
     Args:
         family: weight naming of Hugging Face's files, such as qwen2, qwen3, internlm2, internlm3,
-            llama or mistral; clip_text and siglip_text are text encoders, the latter without a
-            causal mask.
+            llama, mistral or gemma; clip_text and siglip_text are text encoders, the latter without
+            a causal mask.
         num_layers: transformer layers.
         hidden_size: width of the model.
         ffn_hidden_size: width inside the gated MLP of a layer.
@@ -133,8 +136,12 @@ class Language:
         qkv_bias: whether the query, key and value projections have a bias.
         qk_norm: whether the queries and keys of each head are normalised (Qwen3).
         tied_head: whether the head shares the token embedding's tensor.
-        activation: of the MLP: swiglu, with a gate, in language models; in text encoders GELU, its
-            approximation with tanh, or x * sigmoid(1.702 x).
+        activation: of the MLP: swiglu, with a gate, in most language models, and geglu_tanh, a gate
+            with the approximation of GELU, in Gemma; in text encoders GELU, its approximation with
+            tanh, or x * sigmoid(1.702 x).
+        zero_centered_norm: whether a norm multiplies by 1 plus its weight (Gemma).
+        scaled_embedding: whether token embeddings are multiplied by the square root of hidden_size,
+            rounded to the model's dtype (Gemma).
     """
 
     family: str = "qwen2"
@@ -152,7 +159,14 @@ class Language:
     qkv_bias: bool = True
     qk_norm: bool = False
     tied_head: bool = False
-    activation: Literal["swiglu", "gelu", "gelu_tanh", "quick_gelu"] = "swiglu"
+    activation: Literal["swiglu", "geglu_tanh", "gelu", "gelu_tanh", "quick_gelu"] = "swiglu"
+    zero_centered_norm: bool = False
+    scaled_embedding: bool = False
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether the MLP has a gate."""
+        return self.activation in GATED
 
     @property
     def is_encoder(self) -> bool:

@@ -10,6 +10,9 @@ from collections.abc import Callable, Iterator
 
 from megavlm.config.architecture import Architecture
 
+# Language models that the code of ``InternVLChatModel`` knows; a Mistral is written as a Llama.
+_CHAT_FAMILIES = ("qwen2", "qwen3", "internlm2", "internlm3", "llama", "mistral")
+
 
 def _internvl(arch: Architecture) -> Iterator[str]:
     connector = arch.connector
@@ -25,6 +28,15 @@ def _internvl(arch: Architecture) -> Iterator[str]:
         yield (
             "InternVL's formats have the image tokens of --architecture.image_tokens internvl; this"
             f" model has those of {arch.image_tokens}"
+        )
+
+
+def _chat(arch: Architecture) -> Iterator[str]:
+    yield from _internvl(arch)
+    if arch.language.family not in _CHAT_FAMILIES:
+        yield (
+            "InternVLChatModel has a language model of --architecture.language.family"
+            f" {', '.join(_CHAT_FAMILIES)}; this model has {arch.language.family}"
         )
 
 
@@ -80,7 +92,7 @@ def _other_pairs(name: str, wanted: str, arch: Architecture) -> str:
 
 HOLDS: dict[str, Callable[[Architecture], Iterator[str]]] = {
     "native": _internvl,
-    "chat": _internvl,
+    "chat": _chat,
     "llava": _llava,
     "clip": _clip,
     "siglip": _siglip,

@@ -60,6 +60,11 @@ class LanguageModel(GPTModel):
             pg_collection=groups,
             vp_stage=vp_stage,
         )
+        self.embedding_scale = 1.0
+        if language.scaled_embedding:
+            # Rounded to the dtype of the embeddings, as in transformers.
+            scale = torch.tensor(language.hidden_size**0.5, dtype=config.params_dtype)
+            self.embedding_scale = float(scale)
         self.cross_entropy = chosen.cross_entropy
         self.loss_positions: Tensor | None = None
         self.has_learned_positions = language.is_encoder
@@ -72,6 +77,20 @@ class LanguageModel(GPTModel):
             self._gather_before_head(groups)
         rows = self.vocab_size // groups.tp.size()
         self.real_rows = min(max(language.vocab_size - rows * groups.tp.rank(), 0), rows)
+
+    def embed(self, tokens: Tensor, sample_ends: Tensor) -> Tensor:
+        """Embed the tokens of a pack.
+
+        Args:
+            tokens: int64 [T].
+            sample_ends: where samples end [N + 1].
+
+        Returns:
+            [T, 1, D]
+        """
+        positions = self.position_ids(sample_ends, len(tokens))
+        embeddings = self.embedding(input_ids=tokens[None], position_ids=positions)
+        return embeddings if self.embedding_scale == 1 else embeddings * self.embedding_scale
 
     def position_ids(self, sample_ends: Tensor, tokens: int) -> Tensor | None:
         """Return the offset of each token in its sample [1, T]; none if positions are rotary.

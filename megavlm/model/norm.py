@@ -23,13 +23,15 @@ from torch.nn.functional import layer_norm, rms_norm
 class Norm(nn.Module):
     """The norm that ``config.normalization`` names.
 
-    megatron-core's wrapper of torch's norms refuses sequence parallelism. Here the parameters carry
-    the mark by which megatron-core sums their gradients over the ranks that share the sequence.
+    megatron-core's wrapper of torch's norms refuses sequence parallelism, and weights that 1 is
+    added to. Here the parameters carry the mark by which megatron-core sums their gradients over
+    the ranks that share the sequence.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float):
         super().__init__()
         self.eps = eps
+        self.is_zero_centered = config.layernorm_zero_centered_gamma
         self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
         self.bias = (
             nn.Parameter(torch.zeros(hidden_size, dtype=config.params_dtype))
@@ -41,6 +43,10 @@ class Norm(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[..., D] -> [..., D]"""
+        if self.is_zero_centered:
+            # In float32, as Transformer Engine and transformers: 1 would swallow a small weight.
+            weight = 1 + self.weight.float()
+            return rms_norm(hidden.float(), weight.shape, weight, self.eps).to(hidden.dtype)
         if self.bias is None:
             return rms_norm(hidden, self.weight.shape, self.weight, self.eps)
         return layer_norm(hidden, self.weight.shape, self.weight, self.bias, self.eps)

@@ -26,6 +26,7 @@ def _quick_gelu(hidden: Tensor) -> Tensor:
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "swiglu": torch.nn.functional.silu,
+    "geglu_tanh": partial(gelu, approximate="tanh"),
     "gelu": gelu,
     "gelu_tanh": partial(gelu, approximate="tanh"),
     "quick_gelu": _quick_gelu,
@@ -138,12 +139,13 @@ def connector_config(config: Config, chosen: Kernels) -> TransformerConfig:
 
 
 def language_config(config: Config, layout: Layout, chosen: Kernels) -> TransformerConfig:
-    """Configure the language model: RMSNorm, rotary positions, grouped-query attention, SwiGLU; or
-    a text encoder.
+    """Configure the language model: RMSNorm, rotary positions, grouped-query attention, a gated
+    MLP; or a text encoder.
     """
     language = config.architecture.language
     is_encoder = language.is_encoder
     parallel = config.parallel
+    fuses_gate = chosen.is_fused and language.is_gated
     return TransformerConfig(
         num_layers=language.num_layers,
         hidden_size=language.hidden_size,
@@ -156,8 +158,12 @@ def language_config(config: Config, layout: Layout, chosen: Kernels) -> Transfor
         layernorm_epsilon=language.layernorm_epsilon,
         add_bias_linear=is_encoder,
         add_qkv_bias=language.qkv_bias,
-        gated_linear_unit=not is_encoder,
-        activation_func=ACTIVATIONS[language.activation],
+        layernorm_zero_centered_gamma=language.zero_centered_norm,
+        gated_linear_unit=language.is_gated,
+        # megatron-core's fused kernel of a gate computes the approximation if it is told GELU.
+        activation_func=gelu
+        if fuses_gate and language.activation == "geglu_tanh"
+        else ACTIVATIONS[language.activation],
         sequence_parallel=parallel.sequence_parallel,
         context_parallel_size=parallel.context_parallel_size,
         **fp8_settings(config, "language"),
@@ -168,5 +174,5 @@ def language_config(config: Config, layout: Layout, chosen: Kernels) -> Transfor
             parallel.tensor_model_parallel_size,
             parallel.recompute_of("language"),
         )
-        | {"bias_activation_fusion": chosen.is_fused and not is_encoder},
+        | {"bias_activation_fusion": fuses_gate},
     )

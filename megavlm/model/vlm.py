@@ -199,8 +199,7 @@ class VisionLanguageModel(MegatronModule):
             return self.vision(received, batch.tiles, None)
 
     def _fuse(self, hidden: Tensor, batch: Batch) -> Tensor:
-        positions = self.language.position_ids(batch.sample_ends, len(batch.tokens))
-        embeddings = self.language.embedding(input_ids=batch.tokens[None], position_ids=positions)
+        embeddings = self.language.embed(batch.tokens, batch.sample_ends)
         features = gather_features(self.connector(hidden), self.groups)
         fused = self.objective.enter(embeddings, features, batch)
         return (

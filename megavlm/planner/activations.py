@@ -231,7 +231,7 @@ def language_layer(
         + 2 * max(keys, tensor * language.head_size)
         + (queries + keys) * language.qk_norm
     )
-    inputs = 1 if language.is_encoder else 2
+    inputs = 2 if language.is_gated else 1
     inner = (inputs + 1 if is_trained else inputs) * language.ffn_hidden_size / tensor
     return (4 if is_trained else 2) * width / (
         tensor if sequence_parallel else 1

@@ -237,7 +237,7 @@ def _language_layer(architecture: Architecture, number: int) -> Iterator[Piece]:
     )  # half of 4: causal
     yield from linear(proj, part, queries, width, rows=1, unit="token", has_bias=is_encoder)
     yield from norm(fc1, part, width, has_bias=is_encoder, joint=".layer_norm_")
-    first = inner if is_encoder else 2 * inner
+    first = 2 * inner if language.is_gated else inner
     yield from linear(fc1, part, width, first, rows=1, unit="token", has_bias=is_encoder)
     yield from linear(fc2, part, inner, width, rows=1, unit="token", has_bias=is_encoder)
 

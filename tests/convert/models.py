@@ -70,6 +70,20 @@ KINDS = {
 }
 
 
+GEMMA = dict(
+    family="gemma",
+    qkv_bias=False,
+    activation="geglu_tanh",
+    zero_centered_norm=True,
+    scaled_embedding=True,
+)
+# What InternVLChatModel has no place for, too.
+NATIVE_KINDS = KINDS | {
+    "gemma": language(**GEMMA),
+    "gemma tied": language(**GEMMA, tied_head=True, kv_channels=10, num_query_groups=1),
+}
+
+
 def as_native(architecture: Architecture) -> Architecture:
     """Return the model as the native dialect describes it, which knows neither InternLM2 nor
     InternLM3.

@@ -14,6 +14,7 @@ import torch
 
 from megavlm.config.schema import Architecture, Config
 from tests.convert.chat import make_chat
+from tests.convert.models import GEMMA
 from tests.data.samples import make_dataset
 from tests.ranks.pool import Pool
 from tests.ranks.runs import TINY, config_for
@@ -53,6 +54,9 @@ MODELS = {
     "llama": _model(family="llama", qkv_bias=False, num_query_groups=4, rotary_dynamic_factor=2.0),
     "mistral, InternViT-6B": _model(SIX_B, family="mistral", qkv_bias=False, kv_channels=6),
     "internlm2": _model(family="internlm2", qkv_bias=False, num_attention_heads=6, vocab_size=193),
+    "gemma tied": _model(
+        **GEMMA, tied_head=True, kv_channels=14, num_query_groups=1, vocab_size=211
+    ),
     "internlm3": _model(family="internlm3", qkv_bias=False, kv_channels=14, num_query_groups=1),
 }
 # Read in the format of OpenGVLab; the others in that of transformers.

@@ -14,6 +14,7 @@ from megavlm.config.schema import Architecture, Checkpoint, Logging
 from megavlm.data.loading.dataset import PackedDataset
 from megavlm.data.loading.order import Plan
 from megavlm.planner.flops import pieces, training_cost
+from tests.convert.models import GEMMA
 from tests.ranks.pool import Pool
 from tests.ranks.runs import TINY, build, config_for, make_packs
 from tests.ranks.test_resume import run_job
@@ -42,6 +43,14 @@ OTHER = dataclasses.replace(
         qk_norm=True,
         kv_channels=14,
         tied_head=True,
+    ),
+)
+
+
+GEMMA_MODEL = dataclasses.replace(
+    ARCHITECTURE,
+    language=dataclasses.replace(
+        ARCHITECTURE.language, **GEMMA, kv_channels=14, num_query_groups=1, tied_head=True
     ),
 )
 
@@ -94,14 +103,18 @@ def test_the_cost_is_what_torch_counts(ranks: Pool, dataset: Path, mask: str):
     assert cost.total(**size) == counted
 
 
-@pytest.mark.parametrize("mask", ["stage 2", "late layers"])
+@pytest.mark.parametrize(
+    ("mask", "model"),
+    [("stage 2", OTHER), ("late layers", OTHER), ("stage 2", GEMMA_MODEL)],
+    ids=["all", "late layers", "gemma"],
+)
 def test_the_cost_of_what_only_some_models_have_is_what_torch_counts(
-    ranks: Pool, dataset: Path, mask: str
+    ranks: Pool, dataset: Path, mask: str, model: Architecture
 ):
-    [(counted, size, keys)] = ranks.run(counted_by_torch, 1, dataset, MASKS[mask], OTHER)
+    [(counted, size, keys)] = ranks.run(counted_by_torch, 1, dataset, MASKS[mask], model)
     size["squared_lengths"] *= 2
-    assert training_cost(OTHER, MASKS[mask]).total(**size) == counted
-    assert {piece.key for piece in pieces(OTHER)} - {""} == keys
+    assert training_cost(model, MASKS[mask]).total(**size) == counted
+    assert {piece.key for piece in pieces(model)} - {""} == keys
 
 
 def test_the_cost_of_adapters_is_what_torch_counts(ranks: Pool, dataset: Path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from megavlm.config.architecture import GATED
 from megavlm.config.checks.limits import at_least
 from megavlm.config.schema import Architecture
 
@@ -97,8 +98,8 @@ def _pairs(arch: Architecture) -> Iterator[str]:
 def _language(arch: Architecture) -> Iterator[str]:
     language = arch.language
     flag = "--architecture.language"
-    if language.is_encoder == (language.activation == "swiglu"):
-        usual = "gelu, gelu_tanh or quick_gelu" if language.is_encoder else "swiglu"
+    if language.is_encoder == language.is_gated:
+        usual = "gelu, gelu_tanh or quick_gelu" if language.is_encoder else " or ".join(GATED)
         yield (
             f"{flag}.activation {language.activation}: {flag}.family {language.family} needs"
             f" {usual}"

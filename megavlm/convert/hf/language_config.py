@@ -33,7 +33,13 @@ def problems(settings: Mapping[str, Any], section: str) -> Iterator[str]:
         yield f"{section}.model_type is {kind!r}, must be one of {', '.join(FAMILIES)}"
         return
     yield from missing(section, settings, *_NEEDED)
-    yield from contradictions(section, settings, {"hidden_act": "silu", **FAMILIES[kind].settings})
+    family = FAMILIES[kind]
+    stated = {
+        name: value
+        for name, value in settings.items()
+        if value not in family.accepted.get(name, ())
+    }
+    yield from contradictions(section, stated, family.settings)
     rotary = _rotary(settings)
     if rotary["rope_type"] not in ("default", "dynamic"):
         yield (
@@ -42,7 +48,7 @@ def problems(settings: Mapping[str, Any], section: str) -> Iterator[str]:
         )
     heads = settings.get("num_attention_heads") or 1
     width = settings.get("hidden_size") or 0
-    if not FAMILIES[kind].has_head_dim and settings.get("head_dim") not in (None, width / heads):
+    if not family.has_head_dim and settings.get("head_dim") not in (None, width / heads):
         yield (
             f"{section}.head_dim is {settings['head_dim']}, must be hidden_size /"
             f" num_attention_heads = {width / heads:g}"
@@ -105,7 +111,6 @@ def write(
     return {
         "architectures": [family.class_name],
         "model_type": family.name,
-        "hidden_act": "silu",
         **family.settings,
         "num_hidden_layers": language.num_layers,
         "hidden_size": language.hidden_size,

@@ -20,13 +20,21 @@ from megavlm.data.records.record import Turn
 from megavlm.data.text.chat_tokens import ChatTemplate
 from megavlm.data.text.templates import chat_format
 from megavlm.data.text.tokenizer import fingerprint, load_tokenizer
-from tests.convert.models import KINDS, SMALL, TOKENIZER, as_native, language, load_all, make_hf
+from tests.convert.models import (
+    NATIVE_KINDS,
+    SMALL,
+    TOKENIZER,
+    as_native,
+    language,
+    load_all,
+    make_hf,
+)
 from tests.convert.tool import run_tool
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", NATIVE_KINDS)
 def test_import_then_export_is_bit_identical(tmp_path: Path, kind: str) -> None:
-    source = make_hf(tmp_path / "hf", KINDS[kind], shard_size="20KB")
+    source = make_hf(tmp_path / "hf", NATIVE_KINDS[kind], shard_size="20KB")
     assert len(list(source.glob("*.safetensors"))) > 1
     checkpoint = convert.import_(source, tmp_path / "checkpoint")
     out = convert.export(checkpoint, tmp_path / "out")
@@ -39,7 +47,7 @@ def test_import_then_export_is_bit_identical(tmp_path: Path, kind: str) -> None:
     )
     assert (
         architecture_from_hf(out)
-        == as_native(KINDS[kind])
+        == as_native(NATIVE_KINDS[kind])
         == from_yaml(checkpoint / "config.yaml").architecture
     )
 
@@ -215,7 +223,7 @@ def test_a_head_of_its_own_must_be_there(tmp_path: Path) -> None:
 
 
 def test_a_tied_head_may_start_a_model_with_two(tmp_path: Path) -> None:
-    source = make_hf(tmp_path / "hf", KINDS["qwen2 tied"])
+    source = make_hf(tmp_path / "hf", NATIVE_KINDS["qwen2 tied"])
     assert "language_model.lm_head.weight" not in load_all(source)
     tensor = convert.full_tensors(source, SMALL)
     head, embedding = (

@@ -12,11 +12,12 @@ from safetensors.torch import load_file, save_file
 
 from megavlm.config.connectors import LLAVA
 from megavlm.config.schema import Architecture, Config, Init, Language, Training
-from megavlm.convert.hf import convert, from_parts
+from megavlm.convert.hf import convert, from_parts, language_config
 from megavlm.convert.hf.lazy_tensors import FullTensor
 from megavlm.convert.weights.tables import EMBEDDING_KEY, HEAD_KEY, rows
 from megavlm.data.text.chat_tokens import ChatTemplate
 from megavlm.data.text.tokenizer import SPECIAL_TOKENS
+from megavlm.planner.flops import pieces
 from tests.convert.models import KINDS, SMALL, language, load_all
 from tests.convert.part_folders import WORDS, make_language, make_parts, make_tokenizer, make_vision
 
@@ -283,3 +284,30 @@ def test_a_model_that_hugging_face_has_no_place_for_is_not_exported(tmp_path: Pa
     clip = from_parts.vision_from_hf(make_vision(tmp_path / "clip", "clip"))
     with pytest.raises(ValueError, match="this model is clip with mlp"):
         rows(replace(SMALL, vision=clip))
+
+
+def test_gemma_2b_is_read_as_it_was_published() -> None:
+    published = {
+        "model_type": "gemma",
+        "attention_bias": False,
+        "head_dim": 256,
+        "hidden_act": "gelu",
+        "hidden_size": 2048,
+        "intermediate_size": 16384,
+        "max_position_embeddings": 8192,
+        "num_attention_heads": 8,
+        "num_hidden_layers": 18,
+        "num_key_value_heads": 1,
+        "rms_norm_eps": 1e-6,
+        "rope_scaling": None,
+        "rope_theta": 10000.0,
+        "vocab_size": 256000,
+    }
+    assert list(language_config.problems(published, "")) == []
+    found = language_config.read(published, tied_head=True)
+    parts = ("language", "head")
+    found = [piece for piece in pieces(Architecture(language=found)) if piece.part in parts]
+    assert sum(piece.elements for piece in found) == 2_506_172_416
+    for wrong in ({"hidden_act": "silu"}, {"use_bidirectional_attention": True}):
+        [problem] = language_config.problems(published | wrong, "text_config")
+        assert next(iter(wrong)) in problem

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -18,7 +19,7 @@ from megavlm.convert.hf.model_config import architecture_from_hf
 from megavlm.convert.weights.tables import llava_name_on_disk
 from megavlm.data.text.tokenizer import add_special_tokens, load_tokenizer
 from tests.convert.llava_models import KINDS, SMALL, make_llava
-from tests.convert.models import load_all
+from tests.convert.models import GEMMA, load_all
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "llava_tokenizer"
 
@@ -43,6 +44,13 @@ def renamed(folder: Path, out: Path, change) -> Path:
     for name in ("config.json", "preprocessor_config.json"):
         (out / name).write_bytes((folder / name).read_bytes())
     return out
+
+
+KINDS = KINDS | {
+    "gemma tied": dataclasses.replace(
+        SMALL, language=dataclasses.replace(SMALL.language, **GEMMA, tied_head=True)
+    )
+}
 
 
 @pytest.mark.parametrize("kind", KINDS)

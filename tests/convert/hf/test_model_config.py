@@ -16,7 +16,7 @@ from megavlm.convert.hf import native_config
 from megavlm.convert.hf.hub_formats import dialect_of
 from megavlm.convert.hf.json_files import write_json
 from megavlm.convert.hf.model_config import architecture_from_hf, differences
-from tests.convert.models import KINDS, SMALL, as_native, language
+from tests.convert.models import KINDS, NATIVE_KINDS, SMALL, as_native, language
 
 
 def settings_of(architecture: Architecture) -> dict:
@@ -30,7 +30,11 @@ def settings_of(architecture: Architecture) -> dict:
     )
 
 
-@pytest.mark.parametrize("architecture", [*KINDS.values(), *MODELS.values()], ids=[*KINDS, *MODELS])
+@pytest.mark.parametrize(
+    "architecture",
+    [*NATIVE_KINDS.values(), *MODELS.values()],
+    ids=[*NATIVE_KINDS, *MODELS],
+)
 def test_there_and_back(tmp_path: Path, architecture: Architecture) -> None:
     write_json(tmp_path / "config.json", settings_of(architecture))
     assert (

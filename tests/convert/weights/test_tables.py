@@ -14,7 +14,7 @@ from megavlm.config.schema import Architecture
 from megavlm.convert.hf import native_config
 from megavlm.convert.weights.families import FAMILIES, family_of
 from megavlm.convert.weights.tables import head_names, megatron_shapes, name_on_disk, rows
-from tests.convert.models import KINDS, language
+from tests.convert.models import KINDS, NATIVE_KINDS, language
 
 
 def transformers_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
@@ -38,7 +38,11 @@ def transformers_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]
     return shapes
 
 
-@pytest.mark.parametrize("architecture", [*KINDS.values(), *MODELS.values()], ids=[*KINDS, *MODELS])
+@pytest.mark.parametrize(
+    "architecture",
+    [*NATIVE_KINDS.values(), *MODELS.values()],
+    ids=[*NATIVE_KINDS, *MODELS],
+)
 def test_names_and_shapes_are_those_of_transformers(architecture: Architecture) -> None:
     table = rows(architecture)
     pairs = [pair for row in table for pair in zip(row.names, row.part_shapes, strict=True)]
@@ -70,7 +74,22 @@ def test_a_model_that_contradicts_its_family_is_refused_with_every_flag() -> Non
         ),
     ):
         family_of(language(qkv_bias=False, qk_norm=True, kv_channels=10).language)
-    assert {family_of(KINDS[kind].language).name for kind in KINDS} == set(FAMILIES)
+    assert {family_of(kind.language).name for kind in NATIVE_KINDS.values()} == set(FAMILIES)
+
+
+def test_what_gemma_alone_has_is_refused_elsewhere_and_asked_of_gemma() -> None:
+    with pytest.raises(ValueError, match=r"qwen2: .*scaled_embedding is true, must be false"):
+        family_of(language(scaled_embedding=True).language)
+    with pytest.raises(
+        ValueError,
+        match="gemma: .*activation is swiglu, must be geglu_tanh; .*zero_centered_norm is false",
+    ):
+        family_of(language(family="gemma", qkv_bias=False).language)
+
+
+def test_the_chat_dialect_has_no_place_for_gemma() -> None:
+    with pytest.raises(ValueError, match=r"InternVLChatModel has .* this model has gemma"):
+        rows(NATIVE_KINDS["gemma"], "chat")
 
 
 def test_operations_and_tables_need_neither_megatron_nor_transformers() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from megavlm.config.schema import Architecture
 from megavlm.convert.weights.tables import rows
 from megavlm.convert.weights.views import Header, HuggingFaceView, MegatronView
-from tests.convert.models import KINDS, SMALL
+from tests.convert.models import NATIVE_KINDS, SMALL
 
 NORM = "language_model.model.norm.weight"
 KEY = "language.decoder.final_layernorm.weight"
@@ -52,7 +52,7 @@ def random_hf(architecture: Architecture) -> InMemory:
     )
 
 
-@pytest.mark.parametrize("architecture", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("architecture", NATIVE_KINDS.values(), ids=NATIVE_KINDS)
 def test_there_and_back_is_the_same(architecture: Architecture) -> None:
     source = random_hf(architecture)
     back = HuggingFaceView(MegatronView(source, architecture), architecture)

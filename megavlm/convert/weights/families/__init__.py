@@ -5,12 +5,20 @@ list below.
 from __future__ import annotations
 
 from megavlm.config.schema import Language
-from megavlm.convert.weights.families import internlm2, internlm3, llama, mistral, qwen2, qwen3
+from megavlm.convert.weights.families import (
+    gemma,
+    internlm2,
+    internlm3,
+    llama,
+    mistral,
+    qwen2,
+    qwen3,
+)
 from megavlm.convert.weights.families.family import Family
 
 FAMILIES: dict[str, Family] = {
     module.FAMILY.name: module.FAMILY
-    for module in (qwen2, qwen3, internlm2, internlm3, llama, mistral)
+    for module in (qwen2, qwen3, internlm2, internlm3, llama, mistral, gemma)
 }
 
 

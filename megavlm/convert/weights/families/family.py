@@ -12,6 +12,9 @@ from megavlm.config.schema import Language
 from megavlm.convert.weights.mapping import Row, layers, norm
 from megavlm.convert.weights.transforms import Padded
 
+_USUAL_FACTS = {"activation": "swiglu", "zero_centered_norm": False, "scaled_embedding": False}
+_USUAL_SETTINGS = {"hidden_act": "silu"}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
@@ -22,9 +25,11 @@ class Family:
         class_name: of the causal language model, ``architectures`` in config.json.
         rows: table of a model, with keys and names as in a folder that holds the language model
             alone.
-        facts: fields of ``Language`` that have one value in all models of the family.
+        facts: fields of ``Language`` that have one value in all models of the family; fields that
+            few families differ in have the usual values.
         settings: what config.json says accordingly; where it says something else, our model would
             compute something else.
+        accepted: other values of settings that mean the same.
         has_head_dim: whether config.json states the width of a head; otherwise it is hidden_size /
             num_attention_heads.
         native: family whose names and settings are used inside classes of transformers; empty: this
@@ -37,9 +42,14 @@ class Family:
     rows: Callable[[Language], list[Row]]
     facts: Mapping[str, Any] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
+    accepted: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     has_head_dim: bool = True
     native: str = ""
     chat: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "facts", _USUAL_FACTS | dict(self.facts))
+        object.__setattr__(self, "settings", _USUAL_SETTINGS | dict(self.settings))
 
 
 def decoder(language: Language, layer: list[Row], *, embedding: str, head: str) -> list[Row]:
