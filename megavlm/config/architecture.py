@@ -118,7 +118,7 @@ class Language:
         family: weight naming of Hugging Face's files, such as qwen2, qwen3, internlm2, internlm3,
             llama, mistral or gemma; clip_text and siglip_text are text encoders, the latter without
             a causal mask.
-        num_layers: transformer layers.
+        num_layers: transformer layers; 0: there is no language model, as some objectives ask.
         hidden_size: width of the model.
         ffn_hidden_size: width inside the gated MLP of a layer.
         num_attention_heads: query heads.
@@ -169,6 +169,11 @@ class Language:
         return self.activation in GATED
 
     @property
+    def exists(self) -> bool:
+        """Whether there is a language model."""
+        return self.num_layers > 0
+
+    @property
     def is_encoder(self) -> bool:
         """Whether it is a text encoder: LayerNorm, learned positions, biases, a plain MLP."""
         return self.family in TEXT_ENCODERS
@@ -182,6 +187,10 @@ class Language:
     def head_size(self) -> int:
         """Width of a head."""
         return self.kv_channels or self.hidden_size // self.num_attention_heads
+
+
+# What stands in the place of a language model that a model does not have.
+NO_LANGUAGE = Language(num_layers=0)
 
 
 @dataclass(frozen=True, kw_only=True)

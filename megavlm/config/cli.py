@@ -20,7 +20,7 @@ import yaml
 
 from megavlm.config import torchrun, yaml_file
 from megavlm.config.layer_ranges import with_layers
-from megavlm.config.models import MODELS, ReadModel, architecture
+from megavlm.config.models import MODELS, ReadModel, architecture, for_objective
 from megavlm.config.options import Parser, make_parser, nearest, options, to_config
 from megavlm.config.recipes import RECIPES, recipe
 from megavlm.config.recipes.recipe import Recipe
@@ -224,7 +224,7 @@ def _from_tables(
         recipe=chosen.name,
         stage=stage,
         model=name,
-        architecture=dataclasses.replace(built, objective=row.objective),
+        architecture=for_objective(built, row.objective),
         data=chosen.data(stage),
         optimizer=row.optimizer,
         training=row.training,

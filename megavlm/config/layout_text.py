@@ -3,7 +3,8 @@ them, and what stands in each, in order.
 
 ``v`` is a layer of the vision encoder, ``t`` one of the language model, ``c`` the connector with
 the token embedding, ``h`` final norm and head; ``v*24`` is ``v`` 24 times. ``c`` goes with the
-first ``t``, ``h`` with the last; both may be left out of the text. ``p`` (projector), the letter of
+first ``t``, ``h`` with the last; both may be left out of the text. Without a language model both
+go with the last ``v``. ``p`` (projector), the letter of
 older versions, is read as ``c``.
 """
 
@@ -40,8 +41,10 @@ def parse_layout(text: str, vision_layers: int, language_layers: int) -> tuple[i
     counts = tuple(sum(letter in "vt" for letter in chunk) for chunk in chunks)
     if 0 in counts:
         raise ValueError("each chunk must have a layer")
-    if "c" in order and not any("ct" in chunk for chunk in chunks):
-        raise ValueError("c must stand in one chunk with the first t")
+    neighbours = "ct" if language_layers else "vc"
+    if "c" in order and not any(neighbours in chunk for chunk in chunks):
+        layer = "first t" if language_layers else "last v"
+        raise ValueError(f"c must stand in one chunk with the {layer}")
     return counts
 
 
@@ -56,7 +59,7 @@ def write_layout(counts: Sequence[int], vision_layers: int) -> str:
         )
         chunks.append(layers)
         start += count
-    chunks[-1] += "h"
+    chunks[-1] += "h" if start > vision_layers else "ch"
     return "|".join(
         ",".join(_short(letter, len(list(same))) for letter, same in groupby(chunk))
         for chunk in chunks

@@ -7,10 +7,11 @@ those with experts.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megavlm.config.schema import Architecture, Init, Language, Vision
+from megavlm.config.schema import NO_LANGUAGE, Architecture, Init, Language, Vision
 
 ReadModel = Callable[[str, Init, Architecture | None], Architecture]
 """Reads what the model in a Hugging Face folder is made of or, if no folder is named, the model
@@ -176,6 +177,14 @@ MODELS: dict[str, Architecture] = {
     ),
     "digits": _DIGITS,
 }
+
+
+def for_objective(model: Architecture, objective: str) -> Architecture:
+    """Return a model with the objective of a stage; without its language model if the objective has
+    none.
+    """
+    model = replace(model, objective=objective)
+    return model if model.needs.has_language else replace(model, language=NO_LANGUAGE)
 
 
 def architecture(

@@ -31,23 +31,37 @@ class ObjectiveNeeds:
 
     Args:
         description: one line, for people.
+        has_language: whether the model has a language model. Without one the pipeline ends behind
+            the vision encoder: connector and objective stand in the last chunk.
         has_vocabulary_head: whether the language model ends in logits over its vocabulary.
         is_of_pairs: whether each sample of a pack is one image and its text, the image without
             placeholder tokens in the text.
+        takes_one_embedding: whether the connector gives one embedding of a tile.
         spans_step: whether the loss of a sample depends on all samples of the step, those of other
             microbatches and data-parallel ranks included.
-        head: yields what stands behind the last layer of the language model, for the planner.
+        head: yields what stands behind the last layer, for the planner.
+        head_input: width of what the head reads; its fresh matrices are drawn for it.
+        kept: activations that the head keeps for the backward pass, in elements for each tile.
+        vocabulary: option that holds the rows of the table that token ids index, and the rows.
         connector_output: width of what the connector gives.
         constants: values that weights start from, for weights that are not drawn.
     """
 
     description: str
+    has_language: bool = True
     has_vocabulary_head: bool = True
     is_of_pairs: bool = False
+    takes_one_embedding: bool = False
     spans_step: bool = False
     head: Callable[[Parts], Iterator[Piece]]
     connector_output: Callable[[Parts], int]
     constants: Callable[[Parts], dict[str, float]] = lambda arch: {}
+    head_input: Callable[[Parts], int] = lambda arch: arch.language.hidden_size
+    kept: Callable[[Parts], float] = lambda arch: 0.0
+    vocabulary: Callable[[Parts], tuple[str, int]] = lambda arch: (
+        "--architecture.language.vocab_size",
+        arch.language.vocab_size,
+    )
 
 
 def vocabulary_head(arch: Parts) -> Iterator[Piece]:
@@ -104,6 +118,7 @@ OBJECTIVES: dict[str, ObjectiveNeeds] = {
         description="similar embeddings of an image and its own text, others unlike",
         has_vocabulary_head=False,
         is_of_pairs=True,
+        takes_one_embedding=True,
         spans_step=True,
         head=_contrastive_head,
         connector_output=lambda arch: arch.contrastive.size,

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from megavlm.config.architecture import NO_LANGUAGE as NO_LANGUAGE
 from megavlm.config.architecture import Architecture as Architecture
 from megavlm.config.architecture import Contrastive as Contrastive
 from megavlm.config.architecture import Language as Language

@@ -120,14 +120,17 @@ def vision_config(config: Config, layout: Layout, chosen: Kernels) -> Transforme
 
 def connector_config(config: Config, chosen: Kernels) -> TransformerConfig:
     """Configure the connector: LayerNorm, linear, GELU, linear, without a pipeline of its own."""
-    language = config.architecture.language
+    arch = config.architecture
+    width = arch.language.hidden_size
+    if not arch.language.exists:
+        width = arch.needs.connector_output(arch) or arch.vision.hidden_size
     common = _common(config, (1,), chosen, config.parallel.vision_tensor_size) | {
         "pipeline_model_parallel_size": 1
     }
     return TransformerConfig(
         num_layers=1,
-        hidden_size=language.hidden_size,
-        ffn_hidden_size=language.hidden_size,
+        hidden_size=width,
+        ffn_hidden_size=width,
         # it has none, but the number must divide over ranks
         num_attention_heads=config.parallel.vision_tensor_size,
         normalization="LayerNorm",

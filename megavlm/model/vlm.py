@@ -29,6 +29,7 @@ from megavlm.model.vision import VisionEncoder
 from megavlm.parallel.process_groups import Groups
 from megavlm.parallel.vision_parallel import (
     gather_features,
+    gather_tiles,
     holds_whole_layers,
     mark_copies,
     save_once,
@@ -52,7 +53,10 @@ class VisionLanguageModel(MegatronModule):
         chunk = layout.chunks[number]
         chosen = kernels(config)
         arch = config.architecture
-        super().__init__(language_config(config, layout, chosen))
+        settings = (language_config if arch.language.exists else vision_config)(
+            config, layout, chosen
+        )
+        super().__init__(settings)
         # The pipeline schedules of megatron-core ask a chunk for these.
         vp_stage = (
             number // groups.pipeline_size
@@ -88,18 +92,21 @@ class VisionLanguageModel(MegatronModule):
         if chunk.has_connector:
             self.connector = build_connector(config, chosen, groups.vision)
         # Parts of which every tensor-parallel rank has a copy, for tiles of its own.
-        self.copies = (
-            [part for part in (self.vision, self.connector) if part is not None]
-            if holds_whole_layers(groups)
-            else []
-        )
+        self.copies = []
+        if holds_whole_layers(groups):
+            self.copies = [part for part in (self.vision, self.connector) if part is not None]
         for part in self.copies:
             mark_copies(part)
-        if chunk.has_connector or chunk.has_language:
+        if self.connector in self.copies and not arch.language.exists:
+            # It then sees the tiles of all ranks, so that each of them has its whole gradient.
+            self.copies.remove(self.connector)
+        if chunk.has_language:
             self.language = LanguageModel(self.config, arch, chunk, chosen, collection, vp_stage)
             stack = "language.decoder.layers"
             attach(self.language, stack, arch.lora, self.config, collection.tp)
         self.objective = build_objective(self.config, config, chunk, chosen, groups)
+        if not arch.language.exists and chunk.has_connector:
+            self.objective.take_connector(self.connector)
 
     def set_input_tensor(self, received: Tensor | list[Tensor]) -> None:
         """Take what the chunk before sent; called by the schedule."""
@@ -136,7 +143,7 @@ class VisionLanguageModel(MegatronModule):
         for name, module in self.named_modules():
             if isinstance(module, LowRankAdapter):
                 entries |= module.sharded(entries, f"{prefix}{name}.")
-        if not self.copies:
+        if not holds_whole_layers(self.groups):
             return entries
         of_copies = {
             key: entry
@@ -186,6 +193,8 @@ class VisionLanguageModel(MegatronModule):
         hidden = self.input_tensor
         if self.vision is not None:
             hidden = self._encode(hidden, batch)
+        if self.post_process and self.language is None:
+            return self.objective(gather_tiles(hidden, self.groups), None, batch)
         if self.connector is not None:
             hidden = self._fuse(hidden, batch)
         if self.language is not None:

@@ -105,7 +105,7 @@ def fresh_tensor(config: Config) -> FullTensor:
         "vision": (arch.vision.hidden_size, arch.vision.num_layers),
         "connector": (arch.connector_sizes.feature_size, 1),
         "language": (arch.language.hidden_size, arch.language.num_layers),
-        "objective": (arch.language.hidden_size, 1),
+        "objective": (arch.needs.head_input(arch), 1),
     }
 
     constants = arch.needs.constants(arch)

@@ -55,6 +55,23 @@ def gather_features(features: Tensor, groups: Groups) -> Tensor:
     return features
 
 
+def gather_tiles(hidden: Tensor, groups: Groups) -> Tensor:
+    """Gather the hidden states of all tiles of a pack, if tensor-parallel ranks divide the tiles.
+
+    Args:
+        hidden: of this rank's tiles [N, I, D], N tokens a tile.
+        groups: the process groups.
+
+    Returns:
+        [N, tensor-parallel ranks * I, D]; what follows is computed by all of these ranks alike.
+    """
+    if not holds_whole_layers(groups):
+        return hidden
+    return gather_from_sequence_parallel_region(
+        hidden.transpose(0, 1), tensor_parallel_output_grad=False, group=groups.collection.tp
+    ).transpose(0, 1)
+
+
 def mark_copies(module: nn.Module) -> None:
     """Mark replicated parameters, so that the gradient norm counts them once and not on every
     tensor-parallel rank.

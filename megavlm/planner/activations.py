@@ -173,6 +173,8 @@ def _around_layers(config: Config, chunk: Chunk, load: RankLoad) -> float:
         part in ("vision", "connector") for part in config.training.trainable
     ):
         found += load.tiles * arch.connector_sizes.kept(parallel.vision_tensor_size)
+    if chunk.has_head and not arch.language.exists:
+        return found + load.tiles * arch.needs.kept(arch)
     if chunk.has_head:
         # Inputs of the final norm and of the head, which are whole on every tensor-parallel rank.
         return found + (tokens + load.head_tokens) * arch.language.hidden_size

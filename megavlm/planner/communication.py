@@ -132,6 +132,9 @@ def _tensor(config: Config, chunk: Chunk, load: RankLoad) -> float:
             found += sums * load.tokens * arch.language.hidden_size
         elif parallel.vision == "tensor":
             found += sums * load.tiles * arch.vision.tokens * arch.vision.hidden_size
+    if not arch.language.exists:
+        sums = arch.connector_sizes.all_reduced_elements if chunk.has_connector else 0
+        return ring * (found + 2 * load.tiles * sums)
     features = load.tiles * arch.features_per_tile * arch.language.hidden_size
     if (
         chunk.has_connector

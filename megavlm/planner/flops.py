@@ -199,6 +199,9 @@ def _vision_layer(architecture: Architecture, number: int) -> Iterator[Piece]:
 
 def _language(architecture: Architecture) -> Iterator[Piece]:
     language = architecture.language
+    if not language.exists:
+        yield from architecture.needs.head(architecture)
+        return
     width = language.hidden_size
     words = language.vocab_size
     yield table(EMBEDDING, "language", words, width)  # looked up, not multiplied

@@ -3,7 +3,8 @@
 The layers of the vision encoder and of the language model are counted through, vision first. Patch
 and class embedding go with the first layer of the vision encoder, connector and token embedding
 with the first layer of the language model, final norm and head with the last. Stage boundaries may
-lie anywhere, inside the vision encoder too.
+lie anywhere, inside the vision encoder too. Without a language model the connector goes with the
+last layer of the vision encoder, and the objective with it.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ class Chunk:
 
     @property
     def has_language(self) -> bool:
-        """Whether any part of the language model stands here."""
-        return len(self.language_layers) > 0 or self.has_head
+        """Whether layers of the language model stand here; what is around them goes with them."""
+        return len(self.language_layers) > 0
 
     def layer_numbers(self, vision_layers: int) -> range:
         """Its layers, counted through.
@@ -115,9 +116,10 @@ def make_layout(config: Config, size: PackSize | None = None) -> Layout:
 
 def from_counts(counts: Sequence[int], vision_layers: int) -> Layout:
     """Make the layout whose chunks have these numbers of layers, counted through the vision encoder
-    and the language model.
+    and the language model, which may have none.
     """
     chunks = []
+    connected = min(vision_layers, sum(counts) - 1)
     start = 0
     for count in counts:
         end = start + count
@@ -126,7 +128,7 @@ def from_counts(counts: Sequence[int], vision_layers: int) -> Layout:
                 vision_layers=range(min(start, vision_layers), min(end, vision_layers)),
                 language_layers=range(max(start - vision_layers, 0), max(end - vision_layers, 0)),
                 has_patch_embedding=start == 0,
-                has_connector=start <= vision_layers < end,
+                has_connector=start <= connected < end,
                 has_head=end == sum(counts),
             )
         )

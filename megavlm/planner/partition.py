@@ -115,7 +115,8 @@ def layer_of(piece: Piece, vision_layers: int, layers: int) -> int:
     """Return the layer, counted through both models, that a piece is placed with."""
     if piece.layer is not None:
         return piece.layer + (vision_layers if piece.part == "language" else 0)
-    return {"vision": 0, "connector": vision_layers, "language": vision_layers, "head": layers - 1}[
+    connected = min(vision_layers, layers - 1)  # without a language model the last layer of vision
+    return {"vision": 0, "connector": connected, "language": connected, "head": layers - 1}[
         piece.part
     ]
 

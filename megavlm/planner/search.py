@@ -159,6 +159,7 @@ def _candidates(config: Config, gpus: int) -> Iterator[Config]:
 
 def _sizes(config: Config, gpus: int) -> Iterator[Parallel]:
     layers = config.architecture.vision.num_layers + config.architecture.language.num_layers
+    has_sequences = not config.architecture.needs.is_of_pairs
     powers = [2**power for power in range(11)]
     for tensor in [size for size in powers if size <= min(gpus, _MOST_TENSOR)]:
         for context in [size for size in powers if size <= _MOST_CONTEXT and tensor * size <= gpus]:
@@ -172,6 +173,6 @@ def _sizes(config: Config, gpus: int) -> Iterator[Parallel]:
                             pipeline_model_parallel_size=pipeline,
                             virtual_pipeline_model_parallel_size=virtual,
                             context_parallel_size=context,
-                            sequence_parallel=tensor > 1,
+                            sequence_parallel=tensor > 1 and has_sequences,
                             vision=vision,
                         )

@@ -154,8 +154,9 @@ def inspect(config: Config, world_size: int) -> Start:
         facts=job_checks.dataset_facts(config),
         device=precision.device_capabilities(),
     )
-    if not config.architecture.language.is_encoder:
-        family_of(config.architecture.language)  # else the trained model could not be exported
+    language = config.architecture.language
+    if language.exists and not language.is_encoder:
+        family_of(language)  # else the trained model could not be exported
     _check_tokenizer(config)
     own = source.own(config)
     if own is not None:

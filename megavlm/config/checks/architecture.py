@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from megavlm.config.architecture import GATED
 from megavlm.config.checks.limits import at_least
-from megavlm.config.schema import Architecture
+from megavlm.config.schema import NO_LANGUAGE, Architecture
 
 
 def architecture_problems(arch: Architecture) -> list[str]:
@@ -17,11 +17,12 @@ def architecture_problems(arch: Architecture) -> list[str]:
     found = [
         *at_least(1, "architecture.vision", vision, "image_size", "patch_size", *sizes),
         *at_least(0, "architecture.vision", vision, "unused_layers"),
+        *at_least(0, "architecture.language", language, "num_layers"),
         *at_least(
             1,
             "architecture.language",
             language,
-            *sizes,
+            *sizes[1:],
             "num_query_groups",
             "vocab_size",
             "max_position_embeddings",
@@ -30,7 +31,27 @@ def architecture_problems(arch: Architecture) -> list[str]:
         *at_least(1, "architecture.language", language, "rotary_dynamic_factor"),
     ]
     found += _connector(arch)
-    return found or [*_vision(arch), *_language(arch)]
+    if not found:
+        found += [*_vision(arch), *_parts(arch)]
+        found += _language(arch) if language.exists else []
+    return found
+
+
+def _parts(arch: Architecture) -> Iterator[str]:
+    """Yield whether there is a language model that the objective has none of, or none that it
+    needs.
+    """
+    language = arch.language
+    objective = f"--architecture.objective {arch.objective}"
+    if arch.needs.has_language and not language.exists:
+        yield f"--architecture.language.num_layers 0: {objective} needs a language model"
+    elif not arch.needs.has_language and language != NO_LANGUAGE:
+        usual = vars(NO_LANGUAGE)
+        given = [name for name, value in vars(language).items() if value != usual[name]]
+        yield (
+            f"--architecture.language.{given[0]} {vars(language)[given[0]]}: {objective} has no"
+            f" language model; leave it out, or use {usual[given[0]]}"
+        )
 
 
 def _vision(arch: Architecture) -> Iterator[str]:
@@ -61,9 +82,9 @@ def _connector(arch: Architecture) -> Iterator[str]:
         return
     problems = list(sizes.problems())
     yield from problems
-    if not problems and arch.needs.is_of_pairs:
+    if not problems and arch.needs.takes_one_embedding:
         yield from _pairs(arch)
-    elif not problems and sizes.placeholders != sizes.features:
+    elif not problems and arch.needs.has_language and sizes.placeholders != sizes.features:
         yield (
             f"--architecture.connector.kind {arch.connector.kind}: gives {sizes.features} features"
             f" for the {sizes.placeholders} placeholder tokens of a tile; the language model takes"

@@ -101,11 +101,10 @@ def _dataset(config: Config, facts: DatasetFacts) -> Iterator[str]:
                 f"{where}: packed for a {name} of {packed}, but --architecture.vision.{name} is"
                 f" {trained}"
             )
-    if facts.vocab_size > arch.language.vocab_size:
-        yield (
-            f"{where}: its tokenizer has {facts.vocab_size} tokens, but"
-            f" --architecture.language.vocab_size is {arch.language.vocab_size}"
-        )
+    if arch.objective in OBJECTIVES:
+        option, rows = arch.needs.vocabulary(arch)
+        if facts.vocab_size > rows:
+            yield f"{where}: its tokenizer has {facts.vocab_size} tokens, but {option} is {rows}"
     yield from _form(config, facts, where)
     yield from sharing_problems(config.parallel, where, facts.capacity, facts.alignment)
     rows = rows_of_a_rank(config.parallel, facts.capacity)
@@ -149,6 +148,8 @@ def _placeholders(arch: Architecture) -> int | None:
     """
     if arch.connector.kind not in CONNECTORS or arch.objective not in OBJECTIVES:
         return None
+    if arch.needs.is_of_pairs:
+        return 0
     sizes = arch.connector_sizes
     return None if any(sizes.problems()) else sizes.placeholders
 

@@ -13,12 +13,12 @@ from megavlm.config.checks.device import DeviceCapabilities, device_problems
 from megavlm.config.checks.fp8 import fp8_problems
 from megavlm.config.checks.limits import at_least
 from megavlm.config.checks.numbers import number_problems
+from megavlm.config.checks.objective import objective_layout_problems, objective_problems
 from megavlm.config.checks.observers import observer_problems
 from megavlm.config.checks.optimizer import optimizer_problems
 from megavlm.config.checks.saving import checkpoint_problems
 from megavlm.config.freeze_mask import PARTS, parts_named, trains
 from megavlm.config.layout_text import parse_layout
-from megavlm.config.objectives import OBJECTIVES
 from megavlm.config.schema import (
     AUGMENTATIONS,
     LAYER_PARTS,
@@ -73,7 +73,7 @@ def problems(config: Config, world_size: int) -> list[str]:
         *layout_problems(config, world_size),
         *_data(config.data),
         *_training(config.training, config.data),
-        *_pairs(config),
+        *objective_problems(config),
         *optimizer_problems(config.optimizer, config.training),
         *_kernels(config.training),
         *fp8_problems(config.fp8, config),
@@ -89,45 +89,12 @@ def problems(config: Config, world_size: int) -> list[str]:
     ]
 
 
-def _pairs(config: Config) -> Iterator[str]:
-    """Yield what a model that is trained on pairs of an image and its text does not support."""
-    arch = config.architecture
-    parallel = config.parallel
-    if arch.objective not in OBJECTIVES or not arch.needs.is_of_pairs:
-        return
-    wanted = f"--architecture.objective {arch.objective}"
-    for part, folder in config.init.parts.items():
-        yield (
-            f"--init.{part} {folder}: {wanted} starts from scratch, or from a whole CLIPModel or"
-            " SiglipModel with --checkpoint.load; leave it out"
-        )
-    if config.data.loss_reduction != "sample":
-        yield (
-            f"--data.loss_reduction {config.data.loss_reduction}: {wanted} weighs each pair alike;"
-            " use sample"
-        )
-    if arch.lora.rank:
-        yield f"--architecture.lora.rank {arch.lora.rank}: {wanted} has no adapters; use 0"
-    if parallel.context_parallel_size > 1:
-        yield (
-            f"--parallel.context_parallel_size {parallel.context_parallel_size}: {wanted} has short"
-            " texts, which ranks do not share; use 1"
-        )
-    if parallel.sequence_parallel:
-        yield f"--parallel.sequence_parallel true: {wanted} does not support it; use false"
-    if parallel.virtual_pipeline_model_parallel_size > 1:
-        yield (
-            "--parallel.virtual_pipeline_model_parallel_size"
-            f" {parallel.virtual_pipeline_model_parallel_size}: {wanted} does not support"
-            " interleaved 1F1B; use 1"
-        )
-
-
 def layout_problems(config: Config, world_size: int) -> list[str]:
     """Everything that keeps the model from being laid out over ``world_size`` ranks."""
     return [
         *_tensor_parallel(config.parallel, config.architecture),
         *_pipeline(config.parallel, config.architecture),
+        *objective_layout_problems(config.parallel, config.architecture),
         *_world(config, world_size),
     ]
 
@@ -153,12 +120,13 @@ def _tensor_parallel(parallel: Parallel, arch: Architecture) -> Iterator[str]:
     in_vision = (
         {"vision.ffn_hidden_size": vision.ffn_hidden_size} if parallel.vision == "tensor" else {}
     )
-    shared = in_vision | {
+    in_language = {
         "language.num_attention_heads": language.num_attention_heads,
         "language.hidden_size": language.hidden_size,
         "language.ffn_hidden_size": language.ffn_hidden_size,
     }
-    if min(shared.values()) < 1 or language.num_query_groups < 1:
+    shared = in_vision | (in_language if language.exists else {})
+    if min(shared.values(), default=1) < 1 or language.num_query_groups < 1:
         return
     for name, number in shared.items():
         if number % size:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from megatron.core.transformer import TransformerConfig
 
+from megavlm.config.objectives import OBJECTIVES, ObjectiveNeeds
 from megavlm.config.schema import Config
 from megavlm.model.objective.contrastive import Contrastive
 from megavlm.model.objective.next_token import NextToken
@@ -25,6 +26,23 @@ MODULES: dict[str, ObjectiveModule] = {
         settings, config.architecture, chunk, groups
     ),
 }
+
+
+def register(name: str, needs: ObjectiveNeeds, module: ObjectiveModule) -> None:
+    """Add an objective to the tables of needs and of modules.
+
+    Args:
+        name: for ``--architecture.objective``.
+        needs: what it needs; the planner and the checks read it.
+        module: makes its module.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+    if name in OBJECTIVES or name in MODULES:
+        raise ValueError(f"an objective named {name} exists already; choose another name")
+    OBJECTIVES[name] = needs
+    MODULES[name] = module
 
 
 def build_objective(

@@ -20,7 +20,7 @@ from torch.nn.functional import cross_entropy, linear, logsigmoid, normalize, pa
 
 from megavlm.config.schema import Architecture
 from megavlm.data.loading.batch import Batch
-from megavlm.model.objective.objective import Objective
+from megavlm.model.objective.objective import Objective, of_tokens
 from megavlm.parallel.process_groups import Groups
 from megavlm.planner.layout import Chunk
 
@@ -148,7 +148,7 @@ class Contrastive(Objective):
         pairs = self._pair_losses(images, texts, counts)
         sizes = [batch.samples for batch in batches]
         return [
-            _of_tokens(part, batch) for part, batch in zip(pairs.split(sizes), batches, strict=True)
+            of_tokens(part, batch) for part, batch in zip(pairs.split(sizes), batches, strict=True)
         ]
 
     def _pair_losses(self, images: Tensor, texts: Tensor, counts: Sequence[int]) -> Tensor:
@@ -182,10 +182,3 @@ class Contrastive(Objective):
         for values in (self.logit_scale, master):
             if values is not None:
                 values.clamp_(max=math.log(most))
-
-
-def _of_tokens(losses: Tensor, batch: Batch) -> Tensor:
-    """Give every token of a pack [T] the loss of its pair; the padding gets any."""
-    positions = torch.arange(len(batch.tokens), device=losses.device)
-    pairs = torch.searchsorted(batch.sample_ends, positions, right=True) - 1
-    return losses[pairs.clamp(max=len(losses) - 1)]

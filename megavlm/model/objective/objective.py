@@ -6,21 +6,22 @@ size.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
+import torch
 from megatron.core.transformer import MegatronModule
 from torch import Tensor, nn
 
 from megavlm.data.loading.batch import Batch
 
 
-class Objective(MegatronModule, ABC):
+class Objective(MegatronModule):
     """A part of every chunk of the model; what it needs is a row of ``config/objectives``.
 
     It says what enters the layers of the language model, what rides along beside their tokens from
     one pipeline stage to the next, and what the last chunk ends in. Its own layers, if it has any,
-    stand in the last chunk.
+    stand in the last chunk. Without a language model the connector stands there too, and the
+    objective runs it.
 
     Attributes:
         spans_step: whether a loss depends on all samples of a step, see ``ObjectiveNeeds``. The
@@ -29,7 +30,18 @@ class Objective(MegatronModule, ABC):
 
     spans_step = False
 
-    @abstractmethod
+    def take_connector(self, connector: nn.Module) -> None:
+        """Take the connector of a model without a language model; called when the last chunk is
+        built.
+        """
+        # Not as a submodule: its parameters are the chunk's already.
+        self._connector = (connector,)
+
+    @property
+    def connector(self) -> nn.Module:
+        """The connector, in the last chunk of a model without a language model."""
+        return self._connector[0]
+
     def enter(self, embeddings: Tensor, features: Tensor, batch: Batch) -> Tensor:
         """Bring tokens and images together.
 
@@ -41,6 +53,7 @@ class Objective(MegatronModule, ABC):
         Returns:
             [T + R, 1, D], what enters the first layer of the language model.
         """
+        raise NotImplementedError(f"{type(self).__name__} has no language model")
 
     def riding_rows(self, batch: Batch) -> int:
         """Return R, the rows that go from chunk to chunk behind the tokens of a pack."""
@@ -52,7 +65,8 @@ class Objective(MegatronModule, ABC):
 
         Args:
             output: of the language model: losses of the tokens [1, T] or logits [1, T, V] if the
-                objective has the vocabulary head, else hidden states [T, 1, D].
+                objective has the vocabulary head, else hidden states [T, 1, D]. Without a language
+                model: of the vision encoder, hidden states [N, I, D] of N tokens a tile.
             riding: what rode along [R, 1, D]; none if R is 0.
             batch: the pack.
 
@@ -90,3 +104,10 @@ class Objective(MegatronModule, ABC):
 
     def after_step(self) -> None:
         """Change parameters after an update, such as keep one inside its bounds."""
+
+
+def of_tokens(losses: Tensor, batch: Batch) -> Tensor:
+    """Give every token of a pack [T] the loss of its sample; the padding gets any."""
+    positions = torch.arange(len(batch.tokens), device=losses.device)
+    pairs = torch.searchsorted(batch.sample_ends, positions, right=True) - 1
+    return losses[pairs.clamp(max=len(losses) - 1)]

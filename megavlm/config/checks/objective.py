@@ -1,0 +1,68 @@
+"""Cross checks of what an objective does not support."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from megavlm.config.objectives import OBJECTIVES
+from megavlm.config.schema import Architecture, Config, Parallel
+
+
+def objective_problems(config: Config) -> Iterator[str]:
+    """Yield what does not go with the run's objective; its layouts are checked apart."""
+    arch = config.architecture
+    if arch.objective not in OBJECTIVES:
+        return
+    wanted = f"--architecture.objective {arch.objective}"
+    if arch.needs.is_of_pairs:
+        yield from _pairs(config, wanted)
+    if arch.needs.has_language:
+        return
+    if folder := config.init.language:
+        yield f"--init.language {folder}: {wanted} has no language model; leave it out"
+    if config.fp8.language != "none":
+        yield f"--fp8.language {config.fp8.language}: {wanted} has no language model; use none"
+    decay = config.optimizer.language_layer_decay
+    if decay != 1:
+        yield f"--optimizer.language_layer_decay {decay}: {wanted} has no language model; use 1"
+
+
+def _pairs(config: Config, wanted: str) -> Iterator[str]:
+    """Yield what a model that is trained on pairs of an image and its text does not support."""
+    arch = config.architecture
+    if arch.needs.takes_one_embedding:
+        for part, folder in config.init.parts.items():
+            yield (
+                f"--init.{part} {folder}: {wanted} starts from scratch, or from a whole CLIPModel"
+                " or SiglipModel with --checkpoint.load; leave it out"
+            )
+    if config.data.loss_reduction != "sample":
+        yield (
+            f"--data.loss_reduction {config.data.loss_reduction}: {wanted} weighs each pair alike;"
+            " use sample"
+        )
+    if arch.lora.rank:
+        yield f"--architecture.lora.rank {arch.lora.rank}: {wanted} has no adapters; use 0"
+
+
+def objective_layout_problems(parallel: Parallel, arch: Architecture) -> Iterator[str]:
+    """Yield kinds of parallelism that the run's objective does not support."""
+    if arch.objective not in OBJECTIVES:
+        return
+    wanted = f"--architecture.objective {arch.objective}"
+    if not arch.needs.is_of_pairs and arch.needs.has_language:
+        return
+    why = "has short texts" if arch.needs.is_of_pairs else "has no language model"
+    if parallel.context_parallel_size > 1:
+        yield (
+            f"--parallel.context_parallel_size {parallel.context_parallel_size}: {wanted} {why},"
+            " so ranks share no sample; use 1"
+        )
+    if parallel.sequence_parallel:
+        yield f"--parallel.sequence_parallel true: {wanted} does not support it; use false"
+    virtual = parallel.virtual_pipeline_model_parallel_size
+    if virtual > 1:
+        yield (
+            f"--parallel.virtual_pipeline_model_parallel_size {virtual}: {wanted} does not support"
+            " interleaved 1F1B; use 1"
+        )
