@@ -41,10 +41,8 @@ def parse_layout(text: str, vision_layers: int, language_layers: int) -> tuple[i
     counts = tuple(sum(letter in "vt" for letter in chunk) for chunk in chunks)
     if 0 in counts:
         raise ValueError("each chunk must have a layer")
-    neighbours = "ct" if language_layers else "vc"
-    if "c" in order and not any(neighbours in chunk for chunk in chunks):
-        layer = "first t" if language_layers else "last v"
-        raise ValueError(f"c must stand in one chunk with the {layer}")
+    if language_layers and "c" in order and not any("ct" in chunk for chunk in chunks):
+        raise ValueError("c must stand in one chunk with the first t")
     return counts
 
 
