@@ -25,13 +25,16 @@ class State:
     draws from a random state, so this is all.
 
     Args:
-        step: updates that are done.
+        step: steps that are done, skipped ones included.
         consumed: packs that are done, over all ranks and epochs.
         stage: name of the stage that was trained; none in a checkpoint made by conversion.
         tokenizer: fingerprint of the tokenizer of the training packs; none where it is not known.
         packs: how many each folder of training packs has; empty where it is not known.
         valid_loss: validation loss after this very step; none where it was not measured.
         history: earlier stages of which moments were kept.
+        skipped: steps whose update was skipped.
+        skipped_in_a_row: how many of these are the last steps.
+        recent_losses: of the last steps, if spikes of the loss are looked for.
         format: version of the checkpoint's layout.
     """
 
@@ -42,7 +45,21 @@ class State:
     packs: tuple[int, ...] = ()
     valid_loss: float | None = None
     history: History = ()
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    recent_losses: tuple[float, ...] = ()
     format: int = FORMAT_VERSION
+
+    @property
+    def updates(self) -> int:
+        """Updates that the moments have seen in this stage."""
+        return self.step - self.skipped
+
+    def after(self, packs: int) -> State:
+        """Return the state after one more step of ``packs`` packs."""
+        return dataclasses.replace(
+            self, step=self.step + 1, consumed=self.consumed + packs, valid_loss=None
+        )
 
 
 def write(state: State, folder: Path) -> None:
@@ -66,7 +83,8 @@ def read(folder: Path) -> State:
             (int(steps), tuple(map(current_name, trainable)))
             for steps, trainable in values.pop("history", [])
         )
-        state = State(**values | {"packs": tuple(values.get("packs", ()))}, history=history)
+        lists = {name: tuple(values.get(name, ())) for name in ("packs", "recent_losses")}
+        state = State(**values | lists, history=history)
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: not the state of a checkpoint ({error})") from error
     if state.format not in READABLE_VERSIONS:

@@ -16,6 +16,8 @@ from megavlm.config.architecture import Contrastive as Contrastive
 from megavlm.config.architecture import Language as Language
 from megavlm.config.architecture import Vision as Vision
 from megavlm.config.connectors import Connector as Connector
+from megavlm.config.long_runs import BadSteps as BadSteps
+from megavlm.config.long_runs import Profile as Profile
 from megavlm.config.optimizer import Optimizer as Optimizer
 from megavlm.config.parts import Init as Init
 
@@ -262,7 +264,9 @@ class Checkpoint:
             there resumes from the newest.
         load: checkpoint folder (one step, or a run's ``save`` folder) or Hugging Face folder to
             start from. The same stage resumes exactly; another stage takes the weights only.
-        save_interval: steps between checkpoints; 0: only at the end and on a stop signal.
+        save_interval: steps between checkpoints; 0: only at the end and on a signal.
+        save_epochs: also save whenever this many epochs are over (an epoch is as many packs as
+            ``data.train`` has); 0: never.
         asynchronous: write checkpoints in the background; training waits only for the copy from
             device to host.
         keep: number of newest checkpoints to keep; 0: all.
@@ -281,6 +285,7 @@ class Checkpoint:
     save: str = ""
     load: str = ""
     save_interval: int = 100
+    save_epochs: int = 0
     asynchronous: bool = False
     keep: int = 3
     keep_best: int = 0
@@ -351,9 +356,11 @@ class Config:
         optimizer: AdamW and its learning rate.
         training: length, batch size, precision and freeze mask.
         fp8: FP8 matrix products.
+        bad_steps: steps whose gradient or loss goes wrong.
         checkpoint: saving and loading.
         logging: console, files and trackers.
         health: health checks.
+        profile: a profile of some steps.
     """
 
     recipe: str = "internvl"
@@ -366,9 +373,11 @@ class Config:
     optimizer: Optimizer = field(default_factory=Optimizer)
     training: Training = field(default_factory=Training)
     fp8: Fp8 = field(default_factory=Fp8)
+    bad_steps: BadSteps = field(default_factory=BadSteps)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     logging: Logging = field(default_factory=Logging)
     health: Health = field(default_factory=Health)
+    profile: Profile = field(default_factory=Profile)
 
     @property
     def group(self) -> int:

@@ -158,7 +158,7 @@ def load_optimizer(
     # The file has the groups of rank 0, and Transformer Engine's AdamW counts no update of a group
     # without parameters: the count is missing if rank 0 trains nothing.
     counts = [group["step"] for group in stored["param_groups"] if group.get("step") is not None]
-    updates = max(counts, default=oldest(optimizer) + checkpoint.state.step)
+    updates = max(counts, default=oldest(optimizer) + checkpoint.state.updates)
     stored["param_groups"] = [group | {"step": updates} for group in groups]
     # In float32 the master weights are the weights, and the checkpoint's weights may have 16 bits:
     # the master weights come last.

@@ -34,7 +34,7 @@ from megavlm.data.loading.dataset import PackedDataset
 from megavlm.data.loading.order import Order
 from megavlm.data.store.manifest import read_manifest
 from megavlm.data.text.tokenizer import fingerprint
-from megavlm.health import speed_check
+from megavlm.health import out_of_memory, speed_check
 from megavlm.health.preflight import DisagreementError, RankView, check_consistency, snapshot
 from megavlm.io import atomic
 from megavlm.model import precision, weights
@@ -44,12 +44,14 @@ from megavlm.planner.layout import Layout, make_layout
 from megavlm.planner.partition import PackSize
 from megavlm.train import checkpoint, optimizer, stage_moments
 from megavlm.train import resume as source
+from megavlm.train.bad_steps import StepError
 from megavlm.train.build import build
 from megavlm.train.job import Job
-from megavlm.train.loop import StepError, run
+from megavlm.train.loop import run
 from megavlm.train.master_weights import MismatchError
 from megavlm.train.metrics import Metrics
 from megavlm.train.saver import SaveError
+from megavlm.train.stop_signal import ignore_save_signal
 from megavlm.train.summary import log_run_summary
 
 Start = Checkpoint | Path | Init | None
@@ -60,6 +62,7 @@ def launch(config: Config) -> None:
     """Run a training job; what is wrong with it, on any rank, ends every process with status 2
     before any process group exists.
     """
+    ignore_save_signal()
     backend.set_environment(config.training.deterministic)
     store = backend.meet(config.parallel.timeout_minutes)
     with contextlib.ExitStack() as stack:
@@ -71,14 +74,28 @@ def launch(config: Config) -> None:
             deterministic=config.training.deterministic,
             store=store,
         )
+        out_of_memory.record_memory(config)
         try:
             train(config, device_backend, start, lock)
         except (source.DamagedError, MismatchError, SaveError, StepError) as error:
             # Every rank knows of it, so none waits for another.
             torchrun.refuse(f"error: {error}", is_told=torchrun.rank() == 0)
             raise SystemExit(2) from None
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory.is_out_of_memory(error):
+                raise
+            _tell_of_full_memory(config, error)
+            raise SystemExit(1) from None
         finally:
             backend.stop()
+
+
+def _tell_of_full_memory(config: Config, error: BaseException) -> None:
+    """Say what would save memory. The other ranks end with this one."""
+    told = [out_of_memory.advice(config, torchrun.world_size(), error)]
+    if config.profile.memory_snapshot:
+        told.append(out_of_memory.write_snapshot(config, torchrun.rank()))
+    torchrun.refuse("\n".join(told))
 
 
 def _agree_to_start(

@@ -5,38 +5,39 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megavlm.checkpoint.train_state import State
+from megavlm.data.loading.batch import Batch
 from megavlm.health.watchdog import Watchdog
 from megavlm.planner.flops import training_cost
 from megavlm.train import meters as observers
+from megavlm.train.bad_steps import BadStepRule, StepError
 from megavlm.train.evaluate import held_out_loss
 from megavlm.train.job import Job
 from megavlm.train.meters import Clock, Meter
 from megavlm.train.metrics import Metrics
 from megavlm.train.optimizer import set_rates, whole_weights
+from megavlm.train.profile import ProfiledSteps
 from megavlm.train.saver import Saver
 from megavlm.train.source_losses import SourceLosses
-from megavlm.train.step import train_step
+from megavlm.train.step import StepResult, train_step
 from megavlm.train.stop_signal import StopRequest
 from megavlm.train.throughput import Throughput
-
-
-class StepError(RuntimeError):
-    """A step that cannot be trained, or that has destroyed the weights; every rank knows of it."""
 
 
 def run(job: Job, state: State, metrics: Metrics) -> State:
     """Train from ``state`` to the last step, or until asked to stop. Collective.
 
     Raises:
-        StepError: no token of a step is supervised, so its loss is not defined; or a gradient was
-            not finite, and the last checkpoint is from before it.
+        StepError: no token of a step is supervised, so its loss is not defined; a gradient was not
+            finite, and the last checkpoint is from before it; or too many steps were skipped.
         SaveError: the last checkpoint could not be saved.
     """
     config = job.config
@@ -54,6 +55,7 @@ def run(job: Job, state: State, metrics: Metrics) -> State:
     workers = config.data.workers
     loader = job.batches(job.train, job.plan, positions, workers=workers, seed=config.training.seed)
     saver = Saver(job, metrics, state.step)
+    rule = BadStepRule(job, state, metrics)
     unseen = {}
     reported = state.step
     clock = Clock()
@@ -61,6 +63,7 @@ def run(job: Job, state: State, metrics: Metrics) -> State:
     with (
         StopRequest(config.training.max_hours) as stop,
         _watchdog(job) as watchdog,
+        ProfiledSteps(config.profile, groups.rank, metrics) as profiled,
         contextlib.closing(loader) as loaded,
     ):
         arriving = watchdog.count(loaded)
@@ -70,54 +73,37 @@ def run(job: Job, state: State, metrics: Metrics) -> State:
                 state = _evaluate(job, state, metrics)
         while state.step < last:
             watchdog.enter("step", state.step + 1)
+            profiled.enter_step(state.step + 1)
             ids = job.plan.pack_ids(state.consumed, packs)
-            weight = job.train.weight_sum(ids, config.data.loss_reduction)
-            if not weight:
-                saver.wait()  # every rank is here, and what is being written is whole
-                raise StepError(
-                    f"step {state.step + 1}: --data.train {config.data.train}: no token of packs"
-                    f" {ids.tolist()} is supervised, so there is no loss"
-                )
-            rate = set_rates(job.optimizer, config, state.step)
-            micro_steps = packs // groups.data_size
-            clip = config.optimizer.clip_grad
-            result = train_step(
-                job.ddp_chunks,
-                job.optimizer,
-                arriving,
-                micro_steps,
-                weight,
-                clip,
-                job.backend,
-                meters,
-                job.samples_of_ranks(job.train, ids),
-            )
-            unseen[state.step + 1] = (ids.tolist(), result.grad_norm)
-            state = dataclasses.replace(
-                state, step=state.step + 1, consumed=state.consumed + packs, valid_loss=None
-            )
-            for meter in meters:
-                meter.add_step(job.train.index[ids])
+            rate = set_rates(job.optimizer, config, state.step, state.skipped)
+            try:
+                result = _train(job, state, ids, arriving, meters, rule)
+                state = rule.after(state.after(packs))
+                if not result.is_skipped:
+                    unseen[state.step] = (ids.tolist(), result.grad_norm)
+                for meter in meters:
+                    meter.add_step(job.train.index[ids])
+                is_logged = state.step % interval == 0 or state.step == last
+                saves = _saves(job, state)
+                if is_logged or saves:
+                    grad_norm = _look(unseen) if unseen else float(result.grad_norm)
+                    unseen = {}
+                rule.check_limits(state.step)
+            except StepError:
+                saver.wait()  # every rank is here, and what is being written is from before it
+                raise
 
             asked_to_stop = False
-            interval_is_over = (
-                config.checkpoint.save_interval
-                and state.step % config.checkpoint.save_interval == 0
-            )
-            if state.step % interval == 0 or state.step == last or interval_is_over:
-                try:
-                    grad_norm = _look(unseen)
-                except StepError:
-                    saver.wait()  # every rank is here, and what is being written is from before it
-                    raise
-                unseen = {}
-            if state.step % interval == 0 or state.step == last:
+            if is_logged:
                 loss = float(groups.sum_over_data(result.loss))
                 figures, by_source = observers.report(meters, groups, state.step - reported)
                 reported = state.step
                 figures = {"loss": loss, "lr": rate, "grad_norm": grad_norm} | figures
+                if config.bad_steps.skips:
+                    figures["skipped_steps"] = state.skipped
                 metrics.record(state.step, figures, by_source)
                 asked_to_stop = groups.any_rank(stop.asked, job.backend.device)
+                saves = groups.any_rank(stop.wants_save, job.backend.device) or saves
                 with clock.paused():
                     saver.poll()
             if state.step == last or (
@@ -126,10 +112,11 @@ def run(job: Job, state: State, metrics: Metrics) -> State:
                 with clock.paused():
                     watchdog.enter("evaluation", state.step)
                     state = _evaluate(job, state, metrics)
-            if config.checkpoint.save and (interval_is_over or asked_to_stop or state.step == last):
+            if config.checkpoint.save and (saves or asked_to_stop or state.step == last):
                 with clock.paused():
                     watchdog.enter("checkpoint", state.step)
                     saver.save(state)
+                    stop.wants_save = False
             if asked_to_stop or state.step == last:
                 saver.wait()  # while a signal does not end the run at once
             if asked_to_stop:
@@ -144,6 +131,50 @@ def run(job: Job, state: State, metrics: Metrics) -> State:
                 break
     saver.finish()
     return state
+
+
+def _train(
+    job: Job,
+    state: State,
+    ids: np.ndarray,
+    arriving: Iterator[Batch],
+    meters: Sequence[Meter],
+    rule: BadStepRule,
+) -> StepResult:
+    """Run the step after ``state`` on the packs ``ids``.
+
+    Raises:
+        StepError: no token is supervised, so there is no loss; or ``BadStepRule.skips`` raised it.
+    """
+    config = job.config
+    weight = job.train.weight_sum(ids, config.data.loss_reduction)
+    if not weight:
+        raise StepError(
+            f"step {state.step + 1}: --data.train {config.data.train}: no token of packs"
+            f" {ids.tolist()} is supervised, so there is no loss"
+        )
+    skips = partial(rule.skips, state.step + 1, ids.tolist())
+    return train_step(
+        job.ddp_chunks,
+        job.optimizer,
+        arriving,
+        len(ids) // job.groups.data_size,
+        weight,
+        config.optimizer.clip_grad,
+        job.backend,
+        meters,
+        job.samples_of_ranks(job.train, ids),
+        skips if config.bad_steps.is_watched else None,
+    )
+
+
+def _saves(job: Job, state: State) -> bool:
+    """Return whether a checkpoint is due after a step: by steps, or by epochs that are over."""
+    files = job.config.checkpoint
+    by_steps = files.save_interval and state.step % files.save_interval == 0
+    epoch = files.save_epochs * job.plan.num_packs
+    before = state.consumed - job.config.training.global_batch_size
+    return bool(by_steps or (epoch and state.consumed // epoch > before // epoch))
 
 
 def _meters(job: Job, clock: Clock) -> Sequence[Meter]:
@@ -167,8 +198,8 @@ def _look(unseen: dict[int, tuple[list[int], Tensor]]) -> float:
         if not math.isfinite(norm):
             raise StepError(
                 f"step {step}: the gradient's norm is {norm} on packs {ids}, and the weights are"
-                " lost since then; resume from the last checkpoint, which is from before it, with a"
-                " lower --optimizer.lr or without these packs"
+                " lost since then; resume from the last checkpoint, which is from before it, with"
+                " --bad_steps.skip true, with a lower --optimizer.lr, or without these packs"
             )
     return values[-1]
 

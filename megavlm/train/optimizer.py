@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -140,19 +141,22 @@ def build(
     return built
 
 
-@torch.no_grad()
-def step(optimizer: MegatronOptimizer, clip_grad: float, device: torch.device) -> Tensor:
-    """Clip the gradient and update the weights. megatron-core's own ``step`` does the same, but
-    waits for the norm on the host.
+@dataclass(frozen=True, kw_only=True)
+class Gradient:
+    """The gradient of a step, before clipping.
 
     Args:
-        optimizer: of megatron-core.
-        clip_grad: largest norm of the gradient; 0: no clipping.
-        device: of this rank.
-
-    Returns:
-        Norm of the whole gradient before clipping, a scalar on the device.
+        norm: of the whole gradient, a scalar on the device, for which nobody has waited.
+        shards: gradients of this rank's shard of the weights.
     """
+
+    norm: Tensor
+    shards: list[Tensor]
+
+
+@torch.no_grad()
+def prepare(optimizer: MegatronOptimizer, device: torch.device) -> Gradient:
+    """Make the gradient ready for ``update``, and compute its norm. Collective."""
     optimizer.prepare_grads()
     found = [pair for part in optimizer.chained_optimizers for pair in _gradients(part)]
     counted = [
@@ -163,11 +167,23 @@ def step(optimizer: MegatronOptimizer, clip_grad: float, device: torch.device) -
     norms = torch._foreach_norm(counted) if counted else [torch.zeros((), device=device)]
     square = torch.stack(norms).square().sum()
     dist.all_reduce(square, group=optimizer.get_grad_stats_parallel_group())
-    norm = square.sqrt()
-    if clip_grad and found:
-        torch._foreach_mul_([grad for _, grad in found], (clip_grad / (norm + 1e-6)).clamp(max=1.0))
+    return Gradient(norm=square.sqrt(), shards=[grad for _, grad in found])
+
+
+@torch.no_grad()
+def update(optimizer: MegatronOptimizer, gradient: Gradient, clip_grad: float) -> None:
+    """Clip the gradient and update the weights. megatron-core's own ``step`` does the same as this
+    and ``prepare``, but waits for the norm on the host.
+
+    Args:
+        optimizer: of megatron-core.
+        gradient: what ``prepare`` returned.
+        clip_grad: largest norm of the gradient; 0: no clipping.
+    """
+    if clip_grad and gradient.shards:
+        factor = (clip_grad / (gradient.norm + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_(gradient.shards, factor)
     optimizer.step_with_ready_grads()
-    return norm
 
 
 def _gradients(optimizer: MegatronOptimizer) -> list[tuple[Tensor, Tensor]]:
@@ -195,13 +211,19 @@ def oldest(optimizer: MegatronOptimizer) -> int:
     return max((age_of(group) for group in optimizer.param_groups), default=0)
 
 
-def set_rates(optimizer: MegatronOptimizer, config: Config, step: int) -> float:
-    """Set learning rate, weight decay, betas and epsilon of every parameter group for update
-    ``step``.
+def set_rates(optimizer: MegatronOptimizer, config: Config, step: int, skipped: int = 0) -> float:
+    """Set learning rate, weight decay, betas and epsilon of every parameter group for step
+    ``step``, counted from 0.
 
     All groups count updates as the oldest does, and AdamW divides both moments by one minus their
     decay to that power. Rates of a younger group undo that and put its own number of updates in
     place.
+
+    Args:
+        optimizer: of megatron-core.
+        config: the run.
+        step: steps that are done.
+        skipped: how many of these had no update.
 
     Returns:
         The learning rate of a group whose multiplier is 1.
@@ -209,14 +231,13 @@ def set_rates(optimizer: MegatronOptimizer, config: Config, step: int) -> float:
     settings = config.optimizer
     rate = learning_rate(step, settings, config.training.steps)
     shrinking = weight_decay(step, settings, config.training.steps)
-    most = oldest(optimizer)
+    updates = step - skipped + 1
+    most = oldest(optimizer) + updates
     for group in optimizer.param_groups:
-        first = _correction(settings.adam_beta1, most + step + 1) / _correction(
-            settings.adam_beta1, age_of(group) + step + 1
-        )
+        own = age_of(group) + updates
+        first = _correction(settings.adam_beta1, most) / _correction(settings.adam_beta1, own)
         second = math.sqrt(
-            _correction(settings.adam_beta2, age_of(group) + step + 1)
-            / _correction(settings.adam_beta2, most + step + 1)
+            _correction(settings.adam_beta2, own) / _correction(settings.adam_beta2, most)
         )
         group["lr"] = rate * multiplier_of(group) * first * second
         group["weight_decay"] = shrinking * group["wd_mult"] / (first * second)

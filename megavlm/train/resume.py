@@ -175,7 +175,7 @@ def history(config: Config, source: Checkpoint | Path | None) -> History:
         return ()
     if resumes(config, source):
         return source.state.history
-    before = (source.state.step, source.config.training.trainable)
+    before = (source.state.updates, source.config.training.trainable)
     return (*source.state.history, before) if config.checkpoint.moments == "keep" else ()
 
 

@@ -35,8 +35,10 @@ class SourceLosses(Meter):
         self._sums = torch.zeros((3, len(self.names)), dtype=torch.int64, device=device)
 
     def add(self, losses: Tensor, batch: Batch, weight_of_step: float) -> None:
-        """Count a pack: ``losses``, float [T], are those of its tokens on this rank."""
-        is_supervised = batch.loss_weights > 0
+        """Count a pack: ``losses``, float [T], are those of its tokens on this rank. Losses that
+        are not finite are left out: integers cannot hold them.
+        """
+        is_supervised = (batch.loss_weights > 0) & losses.detach().isfinite()
         losses = torch.where(is_supervised, losses.detach().float(), 0.0)
         rows = torch.stack(
             [

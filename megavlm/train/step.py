@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
@@ -14,8 +14,8 @@ from megavlm.model.loss import weighted_sum
 from megavlm.model.objective.objective import Objective
 from megavlm.model.tied import sum_tied_gradients
 from megavlm.parallel.backend import Backend
+from megavlm.train import optimizer as adamw
 from megavlm.train.meters import Meter
-from megavlm.train.optimizer import step
 from megavlm.train.pipeline import run_pipeline
 from megavlm.train.whole_step import run_whole_step
 
@@ -29,10 +29,12 @@ class StepResult:
             ranks is the loss of the step.
         grad_norm: norm of the whole gradient before clipping. Both are scalars on the device, for
             which nobody has waited yet.
+        is_skipped: whether the parameters were not updated.
     """
 
     loss: Tensor
     grad_norm: Tensor
+    is_skipped: bool = False
 
 
 def _finalize(
@@ -115,9 +117,14 @@ def train_step(
     backend: Backend,
     meters: Sequence[Meter] = (),
     samples: Sequence[int] = (),
+    skips: Callable[[Tensor, Tensor], bool] | None = None,
 ) -> StepResult:
     """Update the parameters once; arguments as in ``run_packs``, ``run_whole_step`` and
-    ``optimizer.step``.
+    ``optimizer.update``.
+
+    Args:
+        skips: decides from the loss and the gradient norm, before the update, whether there is
+            none, alike on all ranks; it may wait for the device. None: every step has an update.
     """
     for chunk in model:
         chunk.zero_grad_buffer()
@@ -128,7 +135,10 @@ def train_step(
         )
     else:
         loss = run_packs(model, batches, count, weight_of_step, backend, meters=meters)
-    grad_norm = step(optimizer, clip_grad, backend.device)
-    for chunk in model:
-        chunk.module.objective.after_step()
-    return StepResult(loss=loss, grad_norm=grad_norm)
+    gradient = adamw.prepare(optimizer, backend.device)
+    is_skipped = skips is not None and skips(loss, gradient.norm)
+    if not is_skipped:
+        adamw.update(optimizer, gradient, clip_grad)
+        for chunk in model:
+            chunk.module.objective.after_step()
+    return StepResult(loss=loss, grad_norm=gradient.norm, is_skipped=is_skipped)

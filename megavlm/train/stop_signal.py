@@ -1,4 +1,6 @@
-"""A clean end when the machine wants the job gone, or its time is over."""
+"""What people and batch schedulers ask of a run by signals: to end after a checkpoint, or to save
+one and continue.
+"""
 
 from __future__ import annotations
 
@@ -7,26 +9,39 @@ import time
 from types import FrameType
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SAVE_SIGNAL = signal.SIGUSR1
+
+
+def ignore_save_signal() -> None:
+    """Ignore SIGUSR1, which ends a process by default, before and after training."""
+    signal.signal(SAVE_SIGNAL, signal.SIG_IGN)
 
 
 class StopRequest:
     """Remembers that SIGTERM or SIGINT (Ctrl-C) came, or that the time is over, so that the run can
-    end after a checkpoint instead of at once.
+    end after a checkpoint instead of at once; and that SIGUSR1 came, which asks for a checkpoint
+    alone.
 
-    A second signal ends the run at once. As a context manager it restores the handlers that were
+    A second signal to end does so at once. As a context manager it restores the handlers that were
     there.
 
     Args:
         max_hours: of the run, from now on; 0: any.
+
+    Attributes:
+        wants_save: whether SIGUSR1 came; set it to false when the checkpoint is saved.
     """
 
     def __init__(self, max_hours: float = 0.0):
         self._signalled = False
+        self.wants_save = False
         self._end = time.monotonic() + 3600 * max_hours if max_hours else float("inf")
         self._before: dict[int, signal.Handlers] = {}
+        self._save_before: signal.Handlers = signal.SIG_DFL
 
     def __enter__(self) -> StopRequest:
         self._before = {number: signal.signal(number, self._remember) for number in _SIGNALS}
+        self._save_before = signal.signal(SAVE_SIGNAL, self._remember_save)
         return self
 
     @property
@@ -41,10 +56,14 @@ class StopRequest:
 
     def __exit__(self, *exception) -> None:
         self._restore()
+        signal.signal(SAVE_SIGNAL, self._save_before)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self._signalled = True
         self._restore()
+
+    def _remember_save(self, number: int, frame: FrameType | None) -> None:
+        self.wants_save = True
 
     def _restore(self) -> None:
         for number, handler in self._before.items():

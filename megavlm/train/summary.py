@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 from pathlib import Path
 
 from megavlm.checkpoint.step_folder import Checkpoint
@@ -73,6 +75,13 @@ def log_run_summary(
         )
     elif state.step == 0:
         metrics.say("moments: fresh")
+    if config.checkpoint.save:
+        metrics.say(_how_to_save())
     metrics.say(f"trainable parameters: {shares}")
     metrics.say("\n  ".join(["parameter groups:", *table_lines(config, parameter_table(config))]))
     metrics.record(state.step, {"trainable_parameters": sum(trained.weights.values())})
+
+
+def _how_to_save() -> str:
+    asks = f"kill -USR1 {os.getpid()} on {socket.gethostname()}"
+    return f"to save a checkpoint at the next logged step and continue: {asks}"

@@ -130,7 +130,7 @@ def test_a_freeze_mask_trains_what_it_says_and_nothing_else(
 ) -> None:
     from megavlm.model.freeze import matches
     from megavlm.model.weights import named_weights
-    from megavlm.train.optimizer import set_rates, step, whole_weights
+    from megavlm.train.optimizer import prepare, set_rates, update, whole_weights
 
     with job(small(dataset, kernels="transformer_engine", trainable=trainable)) as built:
         before = {
@@ -138,7 +138,7 @@ def test_a_freeze_mask_trains_what_it_says_and_nothing_else(
         }
         _, found = gradients(built)
         set_rates(built.optimizer, built.config, 5)
-        step(built.optimizer, 1.0, built.backend.device)
+        update(built.optimizer, prepare(built.optimizer, built.backend.device), 1.0)
         with whole_weights(built.ddp_chunks):
             after = named_weights(built.chunks[0])
             for key, weight in after.items():

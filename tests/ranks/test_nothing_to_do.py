@@ -12,7 +12,8 @@ import torch
 
 from megavlm.checkpoint.step_folder import find
 from megavlm.convert.hf import convert
-from megavlm.train.loop import StepError, _look
+from megavlm.train.bad_steps import StepError
+from megavlm.train.loop import _look
 from tests.ranks.pool import Pool
 from tests.ranks.test_changed_options import output_of_job
 from tests.ranks.test_whole_way import packs as packs

@@ -53,6 +53,11 @@ def device_problems(config: Config, device: DeviceCapabilities) -> list[str]:
             "--optimizer.moments bfloat16 needs Transformer Engine's AdamW, and this machine has"
             f" {lack}; use float32"
         )
+    if config.profile.memory_snapshot and device.capability is None:
+        found.append(
+            f"--profile.memory_snapshot {config.profile.memory_snapshot}: is of a GPU's memory, and"
+            " this machine has no CUDA device; leave it out"
+        )
     for part, recipe in config.fp8.recipes.items():
         if lack:
             found.append(

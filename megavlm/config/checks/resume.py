@@ -51,10 +51,12 @@ _BY_SECTION: dict[str, dict[Kind, str]] = {
         "refused": "seed trainable",
         "free": "max_hours",
     },
+    "bad_steps.": {"taken": "skip spike_factor spike_action window most_in_a_row most"},
+    "profile.": {"free": "folder first_step step_count ranks memory memory_snapshot"},
     "fp8.": {"taken": "vision language format first_bf16_layers last_bf16_layers"},
     "checkpoint.": {
         "origin": "load weights_only moments",
-        "free": "save save_interval asynchronous keep keep_best verify export_hf",
+        "free": "save save_interval save_epochs asynchronous keep keep_best verify export_hf",
     },
     "logging.": {"free": "interval tensorboard wandb_project wandb_mode run_name"},
     "health.": {"free": "speed_check slow_factor least_gb_per_s hang_factor hang_seconds"},

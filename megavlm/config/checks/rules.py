@@ -12,6 +12,7 @@ from megavlm.config.checks.datasets import DatasetFacts, facts_problems
 from megavlm.config.checks.device import DeviceCapabilities, device_problems
 from megavlm.config.checks.fp8 import fp8_problems
 from megavlm.config.checks.limits import at_least
+from megavlm.config.checks.long_runs import bad_steps_problems, profile_problems
 from megavlm.config.checks.numbers import number_problems
 from megavlm.config.checks.objective import objective_layout_problems, objective_problems
 from megavlm.config.checks.observers import observer_problems
@@ -77,7 +78,8 @@ def problems(config: Config, world_size: int) -> list[str]:
         *optimizer_problems(config.optimizer, config.training),
         *_kernels(config.training),
         *fp8_problems(config.fp8, config),
-        *at_least(0, "checkpoint", config.checkpoint, "save_interval", "keep", "keep_best"),
+        *bad_steps_problems(config.bad_steps),
+        *profile_problems(config.profile, config.training.steps, world_size),
         *bucket_problems(config.parallel),
         *checkpoint_problems(
             config.checkpoint, config.training.eval_interval, config.training.steps

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from megavlm.config.checks.limits import at_least
 from megavlm.config.schema import Checkpoint
 
 EXPORTED = "exported.json"
@@ -20,6 +21,8 @@ def checkpoint_problems(checkpoint: Checkpoint, eval_interval: int, steps: int) 
         eval_interval: steps between evaluations.
         steps: of the whole run.
     """
+    names = ("save_interval", "save_epochs", "keep", "keep_best")
+    yield from at_least(0, "checkpoint", checkpoint, *names)
     if checkpoint.keep_best > 0 and checkpoint.keep == 0:
         yield (
             f"--checkpoint.keep_best {checkpoint.keep_best} has no effect with --checkpoint.keep 0,"
@@ -38,6 +41,11 @@ def checkpoint_problems(checkpoint: Checkpoint, eval_interval: int, steps: int) 
             f"--checkpoint.save_interval {checkpoint.save_interval} needs --checkpoint.save, the"
             " folder for checkpoints; use --checkpoint.save_interval 0 for a run that keeps"
             " nothing"
+        )
+    if checkpoint.save_epochs > 0 and not checkpoint.save:
+        yield (
+            f"--checkpoint.save_epochs {checkpoint.save_epochs} needs --checkpoint.save, the folder"
+            " for checkpoints"
         )
     if checkpoint.save and Path(checkpoint.save).exists() and not Path(checkpoint.save).is_dir():
         yield f"--checkpoint.save {checkpoint.save}: is a file; name a folder"

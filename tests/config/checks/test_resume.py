@@ -38,6 +38,7 @@ def another(key: str) -> str:
         "data.weights": "1,2",
         "training.trainable": "connector",
         "parallel.recompute_parts": "vision",
+        "profile.ranks": "1",
     }
     if key in others:
         return others[key]

@@ -1,0 +1,52 @@
+"""Rules for bad steps and profiles that cannot be, or would have no effect."""
+
+from __future__ import annotations
+
+import pytest
+
+from megavlm.config.checks.long_runs import bad_steps_problems, profile_problems
+from megavlm.config.schema import BadSteps, Profile
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        (dict(spike_factor=0.5), "--bad_steps.spike_factor 0.5: must be above 1"),
+        (dict(spike_factor=float("nan")), "--bad_steps.spike_factor nan: must be above 1"),
+        (dict(spike_factor=2.0, window=1), "--bad_steps.window 1: must be 2 or more"),
+        (dict(skip=True, most=0), "--bad_steps.most 0: must be 1 or more"),
+        (dict(window=8), "--bad_steps.window 8 has no effect without --bad_steps.spike_factor"),
+        (dict(spike_action="skip"), "--bad_steps.spike_action skip has no effect without"),
+        (dict(spike_factor=2.0, most=9), "--bad_steps.most 9 has no effect without --bad_steps.sk"),
+    ],
+)
+def test_rules_without_effect_are_named(settings: dict, told: str) -> None:
+    [problem] = bad_steps_problems(BadSteps(**settings))
+    assert problem.startswith(told)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(),
+        dict(skip=True, most=9, most_in_a_row=2),
+        dict(spike_factor=3.0, window=8, spike_action="skip", most=9),
+    ],
+)
+def test_good_rules_are_accepted(settings: dict) -> None:
+    assert not list(bad_steps_problems(BadSteps(**settings)))
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        (dict(step_count=9), "--profile.step_count has no effect without --profile.folder"),
+        (dict(folder="t", first_step=9), "--profile.first_step 9 and --profile.step_count 3"),
+        (dict(folder="t", first_step=0), "--profile.first_step 0: must be 1 or more"),
+        (dict(folder="t", first_step=1, ranks=(4,)), "--profile.ranks 4: must be from 0 to 3"),
+    ],
+)
+def test_profiles_that_would_not_be_written_are_named(settings: dict, told: str) -> None:
+    [problem] = profile_problems(Profile(**settings), steps=10, world_size=4)
+    assert problem.startswith(told)
+    assert not list(profile_problems(Profile(folder="t", first_step=8), steps=10, world_size=1))
