@@ -42,6 +42,9 @@ class ObjectiveNeeds:
         head: yields what stands behind the last layer, for the planner.
         head_input: width of what the head reads; its fresh matrices are drawn for it.
         kept: activations that the head keeps for the backward pass, in elements for each tile.
+        losses: names of the losses that the total is made of, and their weights; none: there is one
+            loss.
+        readings: names of figures that are logged beside the losses.
         vocabulary: option that holds the rows of the table that token ids index, and the rows.
         connector_output: width of what the connector gives.
         constants: values that weights start from, for weights that are not drawn.
@@ -58,6 +61,8 @@ class ObjectiveNeeds:
     constants: Callable[[Parts], dict[str, float]] = lambda arch: {}
     head_input: Callable[[Parts], int] = lambda arch: arch.language.hidden_size
     kept: Callable[[Parts], float] = lambda arch: 0.0
+    losses: Callable[[Parts], dict[str, float]] = lambda arch: {}
+    readings: tuple[str, ...] = ()
     vocabulary: Callable[[Parts], tuple[str, int]] = lambda arch: (
         "--architecture.language.vocab_size",
         arch.language.vocab_size,

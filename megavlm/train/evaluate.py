@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -13,19 +13,20 @@ from megavlm.data.loading.batch import Batch
 from megavlm.data.loading.order import Plan
 from megavlm.train.job import Job
 from megavlm.train.meters import Meter
+from megavlm.train.named_losses import NamedLosses
 from megavlm.train.source_losses import SourceLosses
 from megavlm.train.step import run_packs
 from megavlm.train.whole_step import run_whole_step
 
 
 @torch.no_grad()
-def held_out_loss(job: Job) -> tuple[float, dict[str, float]]:
+def held_out_loss(job: Job) -> tuple[float, dict[str, float], dict[str, float]]:
     """Loss over the first ``eval_packs`` validation packs (all for 0), weighed like the training
     loss. Collective.
 
     Returns:
-        The loss, and the mean loss of each source's supervised tokens, on ranks of the last chunk;
-            0 and nothing on others.
+        The loss, the losses that it is made of with the objective's readings, and the mean loss of
+            each source's supervised tokens, on ranks of the last chunk; 0 and nothing on others.
     """
     data = job.config.data
     groups = job.groups
@@ -47,18 +48,19 @@ def held_out_loss(job: Job) -> tuple[float, dict[str, float]]:
     workers = min(data.workers, len(positions))
     packs = job.batches(job.valid, plan, positions, workers=workers)
     by_source = SourceLosses(job.valid.source_names, job.backend.device)
+    named = NamedLosses(job.config.architecture, job.backend.device)
     for chunk in job.ddp_chunks:
         chunk.eval()
     with contextlib.closing(packs):
-        loss = run(job, packs, plan.pack_ids(0, count), weight, by_source)
+        loss = run(job, packs, plan.pack_ids(0, count), weight, (named, by_source))
     for chunk in job.ddp_chunks:
         chunk.train()
     means = by_source.report(groups)["loss"]
-    return float(groups.sum_over_data(loss)), means
+    return float(groups.sum_over_data(loss)), named.report(groups, 1), means
 
 
 def _run_packs(
-    job: Job, packs: Iterator[Batch], ids: np.ndarray, weight: float, meter: Meter
+    job: Job, packs: Iterator[Batch], ids: np.ndarray, weight: float, meters: Sequence[Meter]
 ) -> torch.Tensor:
     """Return this rank's part of the loss over packs, each of which has a loss of its own."""
     groups = job.groups
@@ -73,7 +75,7 @@ def _run_packs(
         weight,
         job.backend,
         forward_only=True,
-        meters=(meter,),
+        meters=meters,
     )
 
 
@@ -93,7 +95,7 @@ def _whole_steps(job: Job, packs: int) -> int:
 
 
 def _run_steps(
-    job: Job, packs: Iterator[Batch], ids: np.ndarray, weight: float, meter: Meter
+    job: Job, packs: Iterator[Batch], ids: np.ndarray, weight: float, meters: Sequence[Meter]
 ) -> torch.Tensor:
     """Return this rank's part of the loss over packs in steps as large as those of training."""
     batch = min(job.config.training.global_batch_size, len(ids))
@@ -107,7 +109,7 @@ def _run_steps(
             job.samples_of_ranks(job.valid, ids[start : start + batch]),
             job.backend,
             forward_only=True,
-            meters=(meter,),
+            meters=meters,
         )
     return loss
 

@@ -23,6 +23,7 @@ from megavlm.train.evaluate import held_out_loss
 from megavlm.train.job import Job
 from megavlm.train.meters import Clock, Meter
 from megavlm.train.metrics import Metrics
+from megavlm.train.named_losses import NamedLosses
 from megavlm.train.optimizer import set_rates, whole_weights
 from megavlm.train.profile import ProfiledSteps
 from megavlm.train.saver import Saver
@@ -181,6 +182,7 @@ def _meters(job: Job, clock: Clock) -> Sequence[Meter]:
     """Make the meters of the run; their figures are logged in this order."""
     cost = training_cost(job.config.architecture, job.config.training.trainable)
     return (
+        NamedLosses(job.config.architecture, job.backend.device),
         Throughput(cost, clock),
         SourceLosses(job.train.source_names, job.backend.device),
     )
@@ -222,7 +224,8 @@ def _evaluate(job: Job, state: State, metrics: Metrics) -> State:
     if job.valid is None:
         return state
     with whole_weights(job.ddp_chunks):
-        own_loss, by_source = held_out_loss(job)
+        own_loss, named, by_source = held_out_loss(job)
         loss = job.groups.from_writer(own_loss, job.backend.device)
-    metrics.record(state.step, {"valid_loss": loss}, {"valid_loss": by_source})
+    figures = {"valid_loss": loss} | {f"valid_{name}": value for name, value in named.items()}
+    metrics.record(state.step, figures, {"valid_loss": by_source})
     return dataclasses.replace(state, valid_loss=loss)

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
-from torch import Tensor
 
 from megavlm.data.loading.batch import Batch
+from megavlm.model.objective.losses import Losses
 from megavlm.parallel.process_groups import Groups
 
 Figures = dict[str, float | dict[str, float]]
@@ -24,12 +24,12 @@ class Meter(Protocol):
     nothing by themselves.
     """
 
-    def add(self, losses: Tensor, batch: Batch, weight_of_step: float) -> None:
+    def add(self, losses: Losses, batch: Batch, weight_of_step: float) -> None:
         """Count a microbatch after its forward pass. The training loop calls this on ranks that
         have the last model chunk; it must not wait for the device.
 
         Args:
-            losses: loss of each token on this rank, float [T]; the gradient may still need them.
+            losses: of each token on this rank, by name too; the gradient may still need them.
             batch: the microbatch.
             weight_of_step: sum of the loss weights of all packs of the step, over all ranks.
         """

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from megavlm.data.loading.batch import Batch
+from megavlm.model.objective.losses import Losses
 from megavlm.parallel.process_groups import Groups
 from megavlm.train.meters import Figures, Meter
 
@@ -34,17 +34,18 @@ class SourceLosses(Meter):
         # Losses, supervised tokens, and parts of the step's loss.
         self._sums = torch.zeros((3, len(self.names)), dtype=torch.int64, device=device)
 
-    def add(self, losses: Tensor, batch: Batch, weight_of_step: float) -> None:
-        """Count a pack: ``losses``, float [T], are those of its tokens on this rank. Losses that
-        are not finite are left out: integers cannot hold them.
+    def add(self, losses: Losses, batch: Batch, weight_of_step: float) -> None:
+        """Count the totals of a pack's tokens on this rank. Losses that are not finite are left
+        out: integers cannot hold them.
         """
-        is_supervised = (batch.loss_weights > 0) & losses.detach().isfinite()
-        losses = torch.where(is_supervised, losses.detach().float(), 0.0)
+        totals = losses.total.detach().float()
+        is_supervised = (batch.loss_weights > 0) & totals.isfinite()
+        totals = torch.where(is_supervised, totals, 0.0)
         rows = torch.stack(
             [
-                losses / LOSS_UNIT,
+                totals / LOSS_UNIT,
                 is_supervised.float(),
-                losses * batch.loss_weights / weight_of_step / PART_UNIT,
+                totals * batch.loss_weights / weight_of_step / PART_UNIT,
             ]
         )
         self._sums.index_add_(1, batch.sources, rows.round().to(torch.int64))

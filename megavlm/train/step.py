@@ -71,7 +71,7 @@ def _loss(
     losses = objective.losses(output, batch)
     for meter in meters:
         meter.add(losses, batch, weight_of_step)
-    return weighted_sum(losses, batch.loss_weights) / weight_of_step
+    return weighted_sum(losses.total, batch.loss_weights) / weight_of_step
 
 
 def run_packs(

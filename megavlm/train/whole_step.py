@@ -19,6 +19,7 @@ from torch import Tensor
 
 from megavlm.data.loading.batch import Batch
 from megavlm.model.loss import weighted_sum
+from megavlm.model.objective.losses import Losses
 from megavlm.model.objective.objective import Objective
 from megavlm.parallel.backend import Backend
 from megavlm.train.meters import Meter
@@ -87,7 +88,7 @@ def run_whole_step(
 
 
 def _weighed(
-    losses: Sequence[Tensor],
+    losses: Sequence[Losses],
     packs: Sequence[Batch],
     weight_of_step: float,
     meters: Sequence[Meter],
@@ -97,7 +98,7 @@ def _weighed(
     for found, batch in zip(losses, packs, strict=True):
         for meter in meters:
             meter.add(found, batch, weight_of_step)
-        parts.append(weighted_sum(found, batch.loss_weights))
+        parts.append(weighted_sum(found.total, batch.loss_weights))
     return torch.stack(parts).sum() / weight_of_step
 
 

@@ -19,6 +19,7 @@ from megavlm.config.objectives import ObjectiveNeeds
 from megavlm.config.pieces import Piece, linear
 from megavlm.config.schema import NO_LANGUAGE, Checkpoint, Config, Data, Logging
 from megavlm.model.objective import register
+from megavlm.model.objective.losses import Losses
 from megavlm.model.objective.objective import Objective, of_tokens
 from tests.ranks.pool import Pool
 from tests.ranks.runs import TINY, Curve, config_for, train_curve, whole_weights
@@ -26,6 +27,7 @@ from tests.ranks.test_contrastive import assert_same, pack_pairs
 from tests.ranks.test_resume import forget_the_end, losses, run_job
 
 SIZE = 24
+WEIGHTS = {"squared": 1.0, "absolute": 0.5}
 ARCHITECTURE = dataclasses.replace(TINY, objective="length", language=NO_LANGUAGE)
 EVERYTHING = ("vision", "connector", "objective")
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -41,7 +43,9 @@ def head(arch: Any) -> Iterator[Piece]:
 
 
 class Length(Objective):
-    """The mean of a tile's features tells the length of its text."""
+    """The mean of a tile's features tells the length of its text: two losses, and how often the
+    guess is good.
+    """
 
     def __init__(self, settings, chunk):
         super().__init__(settings)
@@ -51,7 +55,13 @@ class Length(Objective):
         features = self.connector(output)[:, 0].unflatten(0, (output.shape[1], -1)).mean(dim=1)
         lengths = batch.sample_ends[1:].diff(prepend=batch.sample_ends[:1])[: batch.samples]
         guessed = self.guess(features[: batch.samples])[:, 0]
-        return of_tokens((guessed.float() - lengths / 16) ** 2, batch)
+        return guessed.float() - lengths / 16
+
+    def losses(self, output: Tensor, batch) -> Losses:
+        errors = {"squared": output**2, "absolute": output.abs()}
+        named = {name: of_tokens(error, batch) for name, error in errors.items()}
+        hits = (output.abs() < 0.5).sum()
+        return Losses.weighted(named, WEIGHTS, {"hits": (hits, hits.new_tensor(len(output)))})
 
 
 register(
@@ -65,6 +75,8 @@ register(
         head_input=lambda arch: SIZE,
         kept=lambda arch: SIZE,
         connector_output=lambda arch: SIZE,
+        losses=lambda arch: WEIGHTS,
+        readings=("hits",),
     ),
     lambda settings, config, chunk, chosen, groups: Length(settings, chunk),
 )
@@ -117,7 +129,9 @@ def test_it_is_saved_and_resumed_at_another_layout(
     def job(save: str, **layout: Any) -> Config:
         checkpoint = Checkpoint(save=str(tmp_path / save), save_interval=3)
         config = guessing(pairs, steps=6, **layout)
-        return dataclasses.replace(config, checkpoint=checkpoint, logging=Logging(interval=1))
+        data = dataclasses.replace(config.data, valid=str(pairs))
+        logging = Logging(interval=1, tensorboard=True)
+        return dataclasses.replace(config, data=data, checkpoint=checkpoint, logging=logging)
 
     ranks.run(run, 2, job("whole", **LAYOUTS["PP2"][1]))
     forget_the_end(tmp_path / "whole", tmp_path / "killed")
@@ -125,6 +139,22 @@ def test_it_is_saved_and_resumed_at_another_layout(
     assert losses(tmp_path / "killed") == pytest.approx(losses(tmp_path / "whole")[3:], rel=1e-5)
     state = json.loads((tmp_path / "killed" / "step_00000006" / "state.json").read_text())
     assert state["step"] == 6
+    whole = records_of(tmp_path / "whole")
+    assert len(whole) == 6 and all(0 <= record["hits"] <= 1 for record in whole)
+    for record in whole:
+        parts = record["squared_loss"] + 0.5 * record["absolute_loss"]
+        assert record["loss"] == pytest.approx(parts, rel=1e-5)
+    for one, other in zip(whole[3:], records_of(tmp_path / "killed"), strict=True):
+        for name in ("squared_loss", "absolute_loss", "hits"):
+            assert other[name] == pytest.approx(one[name], rel=1e-5), name
+    [*_, valid] = records_of(tmp_path / "whole", "valid_loss")
+    parts = valid["valid_squared_loss"] + 0.5 * valid["valid_absolute_loss"]
+    assert valid["valid_loss"] == pytest.approx(parts, rel=1e-5) and "valid_hits" in valid
+
+
+def records_of(folder: Path, name: str = "loss") -> list[dict[str, float]]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [record for line in lines if name in (record := json.loads(line))]
 
 
 def test_the_planner_knows_its_weights_and_layouts(pairs: Path) -> None:

@@ -20,6 +20,7 @@ from torch.nn.functional import cross_entropy, linear, logsigmoid, normalize, pa
 
 from megavlm.config.schema import Architecture
 from megavlm.data.loading.batch import Batch
+from megavlm.model.objective.losses import Losses
 from megavlm.model.objective.objective import Objective, of_tokens
 from megavlm.parallel.process_groups import Groups
 from megavlm.planner.layout import Chunk
@@ -123,7 +124,7 @@ class Contrastive(Objective):
         texts = self.text_projection(last)
         return normalize(torch.stack([images, texts]).float(), dim=-1)
 
-    def losses(self, output: Tensor, batch: Batch) -> Tensor:
+    def losses(self, output: Tensor, batch: Batch) -> Losses:
         """Refuse: a pack alone has no loss."""
         raise TypeError("the loss of a pair depends on the whole step; call step_losses")
 
@@ -135,7 +136,7 @@ class Contrastive(Objective):
 
     def step_losses(
         self, outputs: Sequence[Tensor], batches: Sequence[Batch], counts: Sequence[int]
-    ) -> list[Tensor]:
+    ) -> list[Losses]:
         """Return the losses of the tokens of each pack of this rank; all tokens of a text have the
         loss of its pair. Collective over the data-parallel ranks.
 
@@ -148,7 +149,8 @@ class Contrastive(Objective):
         pairs = self._pair_losses(images, texts, counts)
         sizes = [batch.samples for batch in batches]
         return [
-            of_tokens(part, batch) for part, batch in zip(pairs.split(sizes), batches, strict=True)
+            Losses(total=of_tokens(part, batch))
+            for part, batch in zip(pairs.split(sizes), batches, strict=True)
         ]
 
     def _pair_losses(self, images: Tensor, texts: Tensor, counts: Sequence[int]) -> Tensor:

@@ -13,6 +13,7 @@ from megatron.core.transformer import MegatronModule
 from torch import Tensor, nn
 
 from megavlm.data.loading.batch import Batch
+from megavlm.model.objective.losses import Losses
 
 
 class Objective(MegatronModule):
@@ -75,14 +76,15 @@ class Objective(MegatronModule):
         """
         return output[0]
 
-    def losses(self, output: Tensor, batch: Batch) -> Tensor:
-        """Return the loss of each token [T], from what the last chunk ended in.
+    def losses(self, output: Tensor, batch: Batch) -> Losses:
+        """Return the losses of each token, from what the last chunk ended in.
 
-        The loss of the step is their sum, weighed by ``Batch.loss_weights``, over the sum of all
-        weights of the step; data-parallel and context-parallel ranks add up their parts. Meters
-        see the losses of the tokens, so every objective is logged by source too.
+        The loss of the step is the sum of their totals, weighed by ``Batch.loss_weights``, over the
+        sum of all weights of the step; data-parallel and context-parallel ranks add up their parts.
+        Meters see the losses of the tokens, so every objective is logged by source too, and each
+        named loss apart.
         """
-        return output
+        return Losses(total=output)
 
     @property
     def loss_parameters(self) -> list[nn.Parameter]:
@@ -91,7 +93,7 @@ class Objective(MegatronModule):
 
     def step_losses(
         self, outputs: Sequence[Tensor], batches: Sequence[Batch], samples: Sequence[int]
-    ) -> list[Tensor]:
+    ) -> list[Losses]:
         """Return the losses of the tokens of each pack of this rank, if they depend on the whole
         step. Collective over the data-parallel ranks.
 
