@@ -112,7 +112,7 @@ class Reader:
 
     def add(self, losses: Any, batch: Any, weight_of_step: float) -> None:
         """Read a value of the device."""
-        losses.sum().item()
+        losses.total.sum().item()
 
 
 class Stray:
@@ -122,7 +122,7 @@ class Stray:
         """Add tensors of two devices."""
         import torch
 
-        torch.zeros(losses.shape, device="cpu") + losses
+        torch.zeros(losses.total.shape, device="cpu") + losses.total
 
 
 def measure(
