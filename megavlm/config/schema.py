@@ -18,6 +18,7 @@ from megavlm.config.architecture import Vision as Vision
 from megavlm.config.connectors import Connector as Connector
 from megavlm.config.long_runs import BadSteps as BadSteps
 from megavlm.config.long_runs import Profile as Profile
+from megavlm.config.loss import Loss as Loss
 from megavlm.config.optimizer import Optimizer as Optimizer
 from megavlm.config.parts import Init as Init
 
@@ -356,6 +357,7 @@ class Config:
         optimizer: AdamW and its learning rate.
         training: length, batch size, precision and freeze mask.
         fp8: FP8 matrix products.
+        loss: loss over the vocabulary.
         bad_steps: steps whose gradient or loss goes wrong.
         checkpoint: saving and loading.
         logging: console, files and trackers.
@@ -373,6 +375,7 @@ class Config:
     optimizer: Optimizer = field(default_factory=Optimizer)
     training: Training = field(default_factory=Training)
     fp8: Fp8 = field(default_factory=Fp8)
+    loss: Loss = field(default_factory=Loss)
     bad_steps: BadSteps = field(default_factory=BadSteps)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     logging: Logging = field(default_factory=Logging)

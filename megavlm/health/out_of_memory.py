@@ -50,6 +50,8 @@ def _options(config: Config) -> Iterator[str]:
     training = config.training
     if training.head_tokens == "all":
         yield "--training.head_tokens supervised"
+    if config.architecture.needs.has_vocabulary_head and not config.loss.vocabulary_block:
+        yield "--loss.vocabulary_block 8192"
     if parallel.tensor_model_parallel_size > 1 and not parallel.sequence_parallel:
         yield "--parallel.sequence_parallel true"
     if training.precision == "float32":

@@ -4,6 +4,10 @@ ranks.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
 import torch
 import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
@@ -13,8 +17,9 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 from torch.nn import Module
 
-from megavlm.config.schema import Architecture
+from megavlm.config.schema import Architecture, Loss
 from megavlm.model.specs import Kernels, language_spec
+from megavlm.model.vocabulary_loss import LossTerms, vocabulary_loss
 from megavlm.planner.layout import Chunk
 from megavlm.planner.padding import padded_vocabulary
 
@@ -30,6 +35,7 @@ class LanguageModel(GPTModel):
         chosen: kernels of the layers.
         groups: process groups.
         vp_stage: index of the model chunk on its rank; none if the rank has one.
+        loss: how the loss over the vocabulary is computed.
 
     Attributes:
         loss_positions: int64 [P], ascending: where head and loss are computed in the next forward
@@ -44,6 +50,7 @@ class LanguageModel(GPTModel):
         chosen: Kernels,
         groups: ProcessGroupCollection,
         vp_stage: int | None,
+        loss: Loss,
     ):
         language = architecture.language
         super().__init__(
@@ -73,10 +80,23 @@ class LanguageModel(GPTModel):
             # layers have been built with the final norm.
             self.post_process = False
             del self.output_layer
-        if self.post_process:
-            self._gather_before_head(groups)
         rows = self.vocab_size // groups.tp.size()
         self.real_rows = min(max(language.vocab_size - rows * groups.tp.rank(), 0), rows)
+        self.loss_terms: LossTerms | None = None
+        self.ends_in_loss = False
+        if self.post_process:
+            self._gather_before_head(groups)
+            if loss.is_by_block:
+                self.loss_terms = LossTerms(
+                    block=loss.vocabulary_block or rows,
+                    rows=self.real_rows,
+                    first_row=rows * groups.tp.rank(),
+                    vocabulary=language.vocab_size,
+                    smoothing=loss.label_smoothing,
+                    z_loss=loss.z_loss,
+                )
+                # Called by GPTModel, which gives the result to ``compute_language_model_loss``.
+                self.output_layer.forward = partial(self._project, self.output_layer.forward)
 
     def embed(self, tokens: Tensor, sample_ends: Tensor) -> Tensor:
         """Embed the tokens of a pack.
@@ -145,6 +165,35 @@ class LanguageModel(GPTModel):
             self.output_layer.disable_grad_reduce = True
         self.output_layer.register_forward_pre_hook(self._choose)
 
+    def forward(self, *args, labels: Tensor | None = None, **kwargs) -> Tensor:
+        """Run the chunk; see GPTModel."""
+        self.ends_in_loss = labels is not None
+        return super().forward(*args, labels=labels, **kwargs)
+
+    def _project(
+        self, plain: Callable[..., tuple], hidden: Tensor, weight: Tensor | None = None, **options
+    ) -> tuple[Tensor, Tensor | None]:
+        """Leave the hidden states as they are if the loss projects them itself."""
+        if self.ends_in_loss:
+            return hidden, None
+        return plain(hidden, weight=weight, **options)
+
+    def _loss_by_block(self, hidden: Tensor, labels: Tensor, terms: LossTerms) -> Tensor:
+        """Return the losses [1, P] of hidden states [P, 1, D] and labels [P, 1]."""
+        if not self.training:
+            terms = replace(terms, smoothing=0.0, z_loss=0.0)
+        head = self.output_layer.weight
+        if self.share_embeddings_and_output_weights:
+            head = self.shared_embedding_or_output_weight()
+        return vocabulary_loss(
+            hidden[:, 0],
+            head,
+            labels[:, 0],
+            terms,
+            self.pg_collection.tp,
+            sums_gradient=self.scattered_over is None,
+        )[None]
+
     def _choose(self, head: Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
         """Choose the hidden states that have a loss; called by torch before the head's forward.
 
@@ -170,20 +219,28 @@ class LanguageModel(GPTModel):
 
         Args:
             labels: [1, T]
-            logits: this rank's share [P or T, 1, padded V / tensor-parallel ranks]
+            logits: this rank's share [P or T, 1, padded V / tensor-parallel ranks]; hidden states
+                [P or T, 1, D] if the loss projects them itself
 
         Returns:
             [1, T], 0 where no loss is computed
         """
+        chosen = self.loss_positions
+        # Not a transpose: its stride of T in a dimension of one is what Transformer Engine's kernel
+        # would step by.
+        wanted = labels.reshape(-1, 1) if chosen is None else labels[0, chosen, None]
+        if self.loss_terms is not None:
+            losses = self._loss_by_block(logits, wanted, self.loss_terms)
+        else:
+            losses = self._loss_of_logits(logits, wanted)
+        if chosen is None:
+            return losses
+        return losses.new_zeros(labels.shape).index_copy(1, chosen, losses)
+
+    def _loss_of_logits(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return the losses [1, P] of logits [P, 1, V] and labels [P, 1]."""
         if self.real_rows < logits.shape[-1]:
             # Detached: the gradient of the padding is zero as it is, and autograd would copy all
             # logits to write that down.
             logits.detach()[..., self.real_rows :] = float("-inf")
-        # Not a transpose: its stride of T in a dimension of one is what Transformer Engine's kernel
-        # would step by.
-        chosen = self.loss_positions
-        wanted = labels.reshape(-1, 1) if chosen is None else labels[0, chosen, None]
-        losses = self.cross_entropy(logits, wanted, self.pg_collection.tp).T
-        if chosen is None:
-            return losses
-        return losses.new_zeros(labels.shape).index_copy(1, chosen, losses)
+        return self.cross_entropy(logits, labels, self.pg_collection.tp).T

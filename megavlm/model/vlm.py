@@ -101,9 +101,10 @@ class VisionLanguageModel(MegatronModule):
             # It then sees the tiles of all ranks, so that each of them has its whole gradient.
             self.copies.remove(self.connector)
         if chunk.has_language:
-            self.language = LanguageModel(self.config, arch, chunk, chosen, collection, vp_stage)
-            stack = "language.decoder.layers"
-            attach(self.language, stack, arch.lora, self.config, collection.tp)
+            self.language = LanguageModel(
+                self.config, arch, chunk, chosen, collection, vp_stage, config.loss
+            )
+            attach(self.language, "language.decoder.layers", arch.lora, self.config, collection.tp)
         self.objective = build_objective(self.config, config, chunk, chosen, groups)
         if not arch.language.exists and chunk.has_connector:
             self.objective.take_connector(self.connector)

@@ -139,12 +139,11 @@ def activation_memory(config: Config, chunk: Chunk, load: RankLoad) -> Activatio
         once = max(once, transient * rows[part] * size)
     per_microbatch += size * _around_layers(config, chunk, load)
     if chunk.has_head and arch.needs.has_vocabulary_head:
-        once += (
-            load.head_tokens
-            * arch.language.vocab_size
-            / parallel.tensor_model_parallel_size
-            * _logit_bytes(config)
-        )
+        words = arch.language.vocab_size / parallel.tensor_model_parallel_size
+        block = config.loss.vocabulary_block
+        once += load.head_tokens * min(words, block or words) * _logit_bytes(config)
+        if config.loss.is_by_block:  # the gradient of the hidden states, in float32
+            once += load.head_tokens * arch.language.hidden_size * 4
     return ActivationMemory(per_microbatch=per_microbatch, once=once)
 
 
@@ -152,10 +151,12 @@ def _logit_bytes(config: Config) -> int:
     """Count the bytes of a logit while the loss is computed.
 
     Both losses write over what they get: Transformer Engine's the logits, megatron-core's own
-    their copy in 32 bits.
+    their copy in 32 bits. A loss by block has logits, that copy, and the gradient in 16 bits.
     """
     if config.training.precision == "float32":
         return 4
+    if config.loss.is_by_block:
+        return 8
     return 6 if config.training.kernels == "local" else 2
 
 

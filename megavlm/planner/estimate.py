@@ -228,9 +228,13 @@ def _layer_costs(config: Config, size: PackSize) -> tuple[list[float], list[floa
     arch = config.architecture
     parallel = config.parallel
     size = size.seen_by_head(config.training.head_tokens)
-    return layer_costs(arch, (), size), layer_costs(
+    whole = layer_costs(
         arch, config.training.trainable, size, parallel.recompute, parallel.recompute_parts
     )
+    if config.loss.is_by_block:  # the backward pass computes the logits again
+        tokens = size.tokens if size.supervised is None else size.supervised
+        whole[-1] += 2 * arch.language.hidden_size * arch.language.vocab_size * tokens
+    return layer_costs(arch, (), size), whole
 
 
 def _compute_seconds(

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 from megavlm.config.checks.rules import layout_problems
-from megavlm.config.schema import LAYER_PARTS, Config, Optimizer, Parallel
+from megavlm.config.schema import LAYER_PARTS, Config, Loss, Optimizer, Parallel
 from megavlm.planner.estimate import USABLE, Estimate, Hardware, estimate
 from megavlm.planner.partition import PackSize
 
@@ -116,6 +116,10 @@ def options(
         smaller: Optimizer = dataclasses.replace(config.optimizer, moments="bfloat16")
         runs["--optimizer.moments bfloat16"] = dataclasses.replace(
             config, parallel=as_chosen, optimizer=smaller
+        )
+    if config.architecture.needs.has_vocabulary_head and not config.loss.is_by_block:
+        runs["--loss.vocabulary_block 8192"] = dataclasses.replace(
+            config, parallel=as_chosen, loss=Loss(vocabulary_block=8192)
         )
     return {
         name: estimate(run, gpus, size, capacity, hardware)

@@ -51,6 +51,7 @@ _BY_SECTION: dict[str, dict[Kind, str]] = {
         "refused": "seed trainable",
         "free": "max_hours",
     },
+    "loss.": {"taken": "vocabulary_block label_smoothing z_loss"},
     "bad_steps.": {"taken": "skip spike_factor spike_action window most_in_a_row most"},
     "profile.": {"free": "folder first_step step_count ranks memory memory_snapshot"},
     "fp8.": {"taken": "vision language format first_bf16_layers last_bf16_layers"},

@@ -20,6 +20,8 @@ from megavlm.config.checks.optimizer import optimizer_problems
 from megavlm.config.checks.saving import checkpoint_problems
 from megavlm.config.freeze_mask import PARTS, parts_named, trains
 from megavlm.config.layout_text import parse_layout
+from megavlm.config.loss import loss_problems
+from megavlm.config.objectives import OBJECTIVES
 from megavlm.config.schema import (
     AUGMENTATIONS,
     LAYER_PARTS,
@@ -78,6 +80,7 @@ def problems(config: Config, world_size: int) -> list[str]:
         *optimizer_problems(config.optimizer, config.training),
         *_kernels(config.training),
         *fp8_problems(config.fp8, config),
+        *_loss(config),
         *bad_steps_problems(config.bad_steps),
         *profile_problems(config.profile, config.training.steps, world_size),
         *bucket_problems(config.parallel),
@@ -89,6 +92,13 @@ def problems(config: Config, world_size: int) -> list[str]:
         *observer_problems(config.logging, config.checkpoint),
         *_health(config.health),
     ]
+
+
+def _loss(config: Config) -> Iterator[str]:
+    arch = config.architecture
+    if arch.objective in OBJECTIVES:
+        has_vocabulary = arch.needs.has_vocabulary_head
+        yield from loss_problems(config.loss, arch.objective, has_vocabulary=has_vocabulary)
 
 
 def layout_problems(config: Config, world_size: int) -> list[str]:
