@@ -23,6 +23,10 @@ TEXT_ENCODERS = ("clip_text", "siglip_text")
 # Activations of an MLP whose first linear layer has a second half, which the activation of the
 # first one multiplies.
 GATED = ("swiglu", "geglu_tanh")
+# Families with LayerNorm, learned positions, biases everywhere, and an MLP without a gate.
+LAYER_NORM_FAMILIES = (*TEXT_ENCODERS, "opt")
+# Rows of OPT's table of positions that stand before that of the first token.
+_OPT_UNUSED_POSITIONS = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +116,7 @@ class Vision:
 @dataclass(frozen=True, kw_only=True)
 class Language:
     """The language model: RMSNorm, rotary positions, grouped-query attention, gated MLP; or the
-    text encoder of a CLIP or SigLIP: LayerNorm, learned positions, biases, a plain MLP.
+    text encoder of a CLIP or SigLIP, or an OPT: LayerNorm, learned positions, biases, a plain MLP.
 
     Args:
         family: weight naming of Hugging Face's files, such as qwen2, qwen3, internlm2, internlm3,
@@ -138,7 +142,7 @@ class Language:
         tied_head: whether the head shares the token embedding's tensor.
         activation: of the MLP: swiglu, with a gate, in most language models, and geglu_tanh, a gate
             with the approximation of GELU, in Gemma; in text encoders GELU, its approximation with
-            tanh, or x * sigmoid(1.702 x).
+            tanh, or x * sigmoid(1.702 x); relu in OPT.
         zero_centered_norm: whether a norm multiplies by 1 plus its weight (Gemma).
         scaled_embedding: whether token embeddings are multiplied by the square root of hidden_size,
             rounded to the model's dtype (Gemma).
@@ -159,7 +163,9 @@ class Language:
     qkv_bias: bool = True
     qk_norm: bool = False
     tied_head: bool = False
-    activation: Literal["swiglu", "geglu_tanh", "gelu", "gelu_tanh", "quick_gelu"] = "swiglu"
+    activation: Literal["swiglu", "geglu_tanh", "gelu", "gelu_tanh", "quick_gelu", "relu"] = (
+        "swiglu"
+    )
     zero_centered_norm: bool = False
     scaled_embedding: bool = False
 
@@ -175,8 +181,28 @@ class Language:
 
     @property
     def is_encoder(self) -> bool:
-        """Whether it is a text encoder: LayerNorm, learned positions, biases, a plain MLP."""
+        """Whether it is a text encoder, which has no head over the vocabulary."""
         return self.family in TEXT_ENCODERS
+
+    @property
+    def has_layer_norm(self) -> bool:
+        """Whether it has LayerNorm, and biases in all linear layers; else RMSNorm."""
+        return self.family in LAYER_NORM_FAMILIES
+
+    @property
+    def has_learned_positions(self) -> bool:
+        """Whether positions are a table that is added to the embeddings; else they are rotary."""
+        return self.family in LAYER_NORM_FAMILIES
+
+    @property
+    def unused_positions(self) -> int:
+        """Rows of the table of positions before that of the first token."""
+        return _OPT_UNUSED_POSITIONS if self.family == "opt" else 0
+
+    @property
+    def position_rows(self) -> int:
+        """Rows of the table of positions."""
+        return self.max_position_embeddings + self.unused_positions
 
     @property
     def is_causal(self) -> bool:

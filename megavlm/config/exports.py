@@ -31,6 +31,16 @@ def _internvl(arch: Architecture) -> Iterator[str]:
         )
 
 
+def _native(arch: Architecture) -> Iterator[str]:
+    yield from _internvl(arch)
+    yield from _no_opt("InternVLForConditionalGeneration", arch)
+
+
+def _no_opt(name: str, arch: Architecture) -> Iterator[str]:
+    if arch.language.family == "opt":
+        yield f"{name} cannot be built with --architecture.language.family opt, as this model is"
+
+
 def _chat(arch: Architecture) -> Iterator[str]:
     yield from _internvl(arch)
     if arch.language.family not in _CHAT_FAMILIES:
@@ -59,6 +69,37 @@ def _llava(arch: Architecture) -> Iterator[str]:
         yield (
             "LlavaForConditionalGeneration has the image token of --architecture.image_tokens"
             f" llava; this model has those of {arch.image_tokens}"
+        )
+    yield from _no_opt("LlavaForConditionalGeneration", arch)
+
+
+def _blip2(arch: Architecture) -> Iterator[str]:
+    name = "Blip2ForConditionalGeneration"
+    yield from _blip2_parts(name, arch)
+    if arch.objective != "next_token":
+        yield f"{name} holds no model of --architecture.objective {arch.objective}"
+    if arch.connector.qformer.text:
+        yield f"{name} has --architecture.connector.qformer.text false; this model has true"
+    if arch.image_tokens != "llava":
+        yield (
+            f"{name} has the image token of --architecture.image_tokens llava; this model has"
+            f" those of {arch.image_tokens}"
+        )
+
+
+def _blip2_parts(name: str, arch: Architecture) -> Iterator[str]:
+    """Yield what a class of BLIP-2 has no place for in vision encoder and connector."""
+    vision = arch.vision
+    if vision.family != "eva" or arch.connector.kind != "qformer":
+        yield (
+            f"{name} has --architecture.vision.family eva and --architecture.connector.kind"
+            f" qformer; this model has {vision.family} and {arch.connector.kind}"
+        )
+    facts = (vision.normalization, vision.activation, vision.qk_norm)
+    if facts != ("LayerNorm", "gelu", False):
+        yield (
+            f"{name} has --architecture.vision.normalization LayerNorm, activation gelu and qk_norm"
+            f" false; this model has {', '.join(map(str, facts)).lower()}"
         )
 
 
@@ -91,10 +132,11 @@ def _other_pairs(name: str, wanted: str, arch: Architecture) -> str:
 
 
 HOLDS: dict[str, Callable[[Architecture], Iterator[str]]] = {
-    "native": _internvl,
+    "native": _native,
     "chat": _chat,
     "llava": _llava,
     "clip": _clip,
     "siglip": _siglip,
+    "blip2": _blip2,
 }
 """Yields, for each format, why it cannot hold a model."""

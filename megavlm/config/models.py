@@ -210,7 +210,7 @@ def architecture(
     """
     if name in MODELS:
         return MODELS[name]
-    has_parts = init.language or (init.vision and default is not None)
+    has_parts = init.language or (init.parts and default is not None)
     if read_model is not None and (Path(name).is_dir() if name else has_parts):
         return read_model(name, init, default)
     if default is not None and not name:

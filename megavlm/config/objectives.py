@@ -74,7 +74,8 @@ def vocabulary_head(arch: Parts) -> Iterator[Piece]:
     language = arch.language
     width = language.hidden_size
     words = language.vocab_size
-    yield from norm("language.decoder.final_layernorm", "head", width, has_bias=False)
+    has_bias = language.has_layer_norm
+    yield from norm("language.decoder.final_layernorm", "head", width, has_bias=has_bias)
     if language.tied_head:
         yield Piece(
             key=EMBEDDING, part="head", elements=0, forward=2 * width * words, unit="supervised"
@@ -90,7 +91,8 @@ def _contrastive_head(arch: Parts) -> Iterator[Piece]:
     language = arch.language
     width = language.hidden_size
     settings = arch.contrastive
-    yield from norm("language.decoder.final_layernorm", "head", width, has_bias=language.is_encoder)
+    has_bias = language.has_layer_norm
+    yield from norm("language.decoder.final_layernorm", "head", width, has_bias=has_bias)
     # A text is a pair's, and so is its tile.
     yield from linear(
         "objective.text_projection",

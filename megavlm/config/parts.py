@@ -7,12 +7,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Init:
-    """Start from parts that were trained separately; the connector, and any part that is not named,
-    gets fresh weights.
+    """Start from parts that were trained separately; any part that is not named gets fresh
+    weights.
 
     Args:
         vision: Hugging Face folder of a vision encoder: InternViT, CLIP, SigLIP, or the
             EVA of a BLIP-2.
+        connector: Hugging Face folder that has a Q-Former (BLIP-2, InstructBLIP), or of the BERT
+            that a Q-Former starts as.
         language: Hugging Face folder of a language model with its tokenizer; InternVL's special
             tokens are added.
         tokenizer: folder of the language model's tokenizer, if its own is Python code that cannot
@@ -20,17 +22,15 @@ class Init:
     """
 
     vision: str = ""
+    connector: str = ""
     language: str = ""
     tokenizer: str = ""
 
     @property
     def parts(self) -> dict[str, str]:
         """Folders of the parts that are named."""
-        return {
-            part: folder
-            for part, folder in (("vision", self.vision), ("language", self.language))
-            if folder
-        }
+        folders = {"vision": self.vision, "connector": self.connector, "language": self.language}
+        return {part: folder for part, folder in folders.items() if folder}
 
     @property
     def is_whole(self) -> bool:

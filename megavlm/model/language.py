@@ -57,11 +57,13 @@ class LanguageModel(GPTModel):
             config=config,
             transformer_layer_spec=language_spec(len(chunk.language_layers), language, chosen),
             vocab_size=padded_vocabulary(language.vocab_size),
-            max_sequence_length=language.max_position_embeddings,
+            max_sequence_length=language.position_rows,
             pre_process=chunk.has_connector,
             post_process=chunk.has_head,
             share_embeddings_and_output_weights=language.tied_head,
-            position_embedding_type="learned_absolute" if language.is_encoder else "rope",
+            position_embedding_type="learned_absolute"
+            if language.has_learned_positions
+            else "rope",
             rotary_base=language.rotary_base,
             scatter_embedding_sequence_parallel=False,
             pg_collection=groups,
@@ -74,7 +76,8 @@ class LanguageModel(GPTModel):
             self.embedding_scale = float(scale)
         self.cross_entropy = chosen.cross_entropy
         self.loss_positions: Tensor | None = None
-        self.has_learned_positions = language.is_encoder
+        self.has_learned_positions = language.has_learned_positions
+        self.unused_positions = language.unused_positions
         if self.post_process and not architecture.needs.has_vocabulary_head:
             # GPTModel returns hidden states if it is told that another chunk has the head; its
             # layers have been built with the final norm.
@@ -98,33 +101,47 @@ class LanguageModel(GPTModel):
                 # Called by GPTModel, which gives the result to ``compute_language_model_loss``.
                 self.output_layer.forward = partial(self._project, self.output_layer.forward)
 
-    def embed(self, tokens: Tensor, sample_ends: Tensor) -> Tensor:
-        """Embed the tokens of a pack.
-
-        Args:
-            tokens: int64 [T].
-            sample_ends: where samples end [N + 1].
-
-        Returns:
-            [T, 1, D]
-        """
-        positions = self.position_ids(sample_ends, len(tokens))
-        embeddings = self.embedding(input_ids=tokens[None], position_ids=positions)
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Embed the tokens of a pack: int64 [T] -> [T, 1, D], without learned positions."""
+        if self.has_learned_positions:
+            return self.embedding.word_embeddings(tokens[:, None])
+        embeddings = self.embedding(input_ids=tokens[None], position_ids=None)
         return embeddings if self.embedding_scale == 1 else embeddings * self.embedding_scale
 
-    def position_ids(self, sample_ends: Tensor, tokens: int) -> Tensor | None:
-        """Return the offset of each token in its sample [1, T]; none if positions are rotary.
+    def add_positions(self, hidden: Tensor, sample_ends: Tensor, tokens: int) -> Tensor:
+        """Add learned positions, if the model has them, to tokens and image features alike.
 
         Args:
-            sample_ends: where samples end [N + 1].
-            tokens: T.
+            hidden: what enters the first layer [T + R, 1, D].
+            sample_ends: where samples end in the whole pack [N + 1].
+            tokens: T, of this rank; the rows behind them get no positions.
         """
         if not self.has_learned_positions:
-            return None
+            return hidden
+        rows = self.position_ids(sample_ends, tokens)
+        positions = self.embedding.position_embeddings(rows).transpose(0, 1)
+        return torch.cat([hidden[:tokens] + positions, hidden[tokens:]])
+
+    def position_ids(self, sample_ends: Tensor, tokens: int) -> Tensor:
+        """Return the row of each token in the table of positions [1, T].
+
+        Args:
+            sample_ends: where samples end in the whole pack [N + 1].
+            tokens: T, of this rank.
+        """
+        rank = self.pg_collection.cp.rank()
+        ranks = self.pg_collection.cp.size()
+        own_ends = sample_ends // ranks
         offsets = torch.arange(tokens, device=sample_ends.device)
-        starts = sample_ends[torch.searchsorted(sample_ends, offsets, right=True) - 1]
+        sample = torch.searchsorted(own_ends, offsets, right=True) - 1
+        offsets = offsets - own_ends[sample]
+        # Context-parallel ranks have the r-th piece of a sample from the front and from the back,
+        # see ``RankSlice.tokens``.
+        piece = sample_ends.diff()[sample] // (2 * ranks)
+        skipped = torch.where(offsets < piece, rank, 2 * ranks - 2 - rank) * piece
+        rows = self.unused_positions + offsets + (skipped if ranks > 1 else 0)
         # The padding at the end may be longer than any sample.
-        return (offsets - starts).clamp(max=self.max_position_embeddings - 1)[None]
+        return rows.clamp(max=self.max_position_embeddings - 1)[None]
 
     def setup_embeddings_and_output_layer(self) -> None:
         """Mark embedding and head as megatron-core looks for them; called by GPTModel.

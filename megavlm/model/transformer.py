@@ -30,6 +30,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": gelu,
     "gelu_tanh": partial(gelu, approximate="tanh"),
     "quick_gelu": _quick_gelu,
+    "relu": torch.nn.functional.relu,
 }
 _RECOMPUTE: dict[str, dict[str, Any]] = {
     "none": {},
@@ -143,10 +144,9 @@ def connector_config(config: Config, chosen: Kernels) -> TransformerConfig:
 
 def language_config(config: Config, layout: Layout, chosen: Kernels) -> TransformerConfig:
     """Configure the language model: RMSNorm, rotary positions, grouped-query attention, a gated
-    MLP; or a text encoder.
+    MLP; or a text encoder or an OPT.
     """
     language = config.architecture.language
-    is_encoder = language.is_encoder
     parallel = config.parallel
     fuses_gate = chosen.is_fused and language.is_gated
     return TransformerConfig(
@@ -157,9 +157,9 @@ def language_config(config: Config, layout: Layout, chosen: Kernels) -> Transfor
         num_query_groups=language.num_query_groups,
         kv_channels=language.head_size,
         qk_layernorm=language.qk_norm,
-        normalization="LayerNorm" if is_encoder else "RMSNorm",
+        normalization="LayerNorm" if language.has_layer_norm else "RMSNorm",
         layernorm_epsilon=language.layernorm_epsilon,
-        add_bias_linear=is_encoder,
+        add_bias_linear=language.has_layer_norm,
         add_qkv_bias=language.qkv_bias,
         layernorm_zero_centered_gamma=language.zero_centered_norm,
         gated_linear_unit=language.is_gated,

@@ -209,9 +209,10 @@ class VisionLanguageModel(MegatronModule):
             return self.vision(received, batch.tiles, None)
 
     def _fuse(self, hidden: Tensor, batch: Batch) -> Tensor:
-        embeddings = self.language.embed(batch.tokens, batch.sample_ends)
+        embeddings = self.language.embed(batch.tokens)
         features = gather_features(self.connector(hidden), self.groups)
         fused = self.objective.enter(embeddings, features, batch)
+        fused = self.language.add_positions(fused, batch.sample_ends, len(batch.tokens))
         return (
             scatter_to_sequence_parallel_region(fused) if self.config.sequence_parallel else fused
         )

@@ -205,9 +205,9 @@ def _language(architecture: Architecture) -> Iterator[Piece]:
     width = language.hidden_size
     words = language.vocab_size
     yield table(EMBEDDING, "language", words, width)  # looked up, not multiplied
-    if language.is_encoder:
+    if language.has_learned_positions:
         positions = "language.embedding.position_embeddings.weight"
-        yield table(positions, "language", language.max_position_embeddings, width)
+        yield table(positions, "language", language.position_rows, width)
     for number in range(language.num_layers):
         yield from (replace(piece, layer=number) for piece in _language_layer(architecture, number))
     yield from architecture.needs.head(architecture)
@@ -218,13 +218,13 @@ def _language_layer(architecture: Architecture, number: int) -> Iterator[Piece]:
     part = "language"
     width = language.hidden_size
     inner = language.ffn_hidden_size
-    is_encoder = language.is_encoder
+    has_bias = language.has_layer_norm
     queries, keys = (
         count * language.head_size
         for count in (language.num_attention_heads, language.num_query_groups)
     )
     qkv, proj, fc1, fc2 = (f"language.decoder.layers.{number}.{name}" for name in _LINEARS)
-    yield from norm(qkv, part, width, has_bias=is_encoder, joint=".layer_norm_")
+    yield from norm(qkv, part, width, has_bias=has_bias, joint=".layer_norm_")
     yield from linear(
         qkv, part, width, queries + 2 * keys, rows=1, unit="token", has_bias=language.qkv_bias
     )
@@ -238,11 +238,11 @@ def _language_layer(architecture: Architecture, number: int) -> Iterator[Piece]:
     yield Piece(
         key="", part=part, elements=0, forward=pairs * queries, unit="squared_length"
     )  # half of 4: causal
-    yield from linear(proj, part, queries, width, rows=1, unit="token", has_bias=is_encoder)
-    yield from norm(fc1, part, width, has_bias=is_encoder, joint=".layer_norm_")
+    yield from linear(proj, part, queries, width, rows=1, unit="token", has_bias=has_bias)
+    yield from norm(fc1, part, width, has_bias=has_bias, joint=".layer_norm_")
     first = 2 * inner if language.is_gated else inner
-    yield from linear(fc1, part, width, first, rows=1, unit="token", has_bias=is_encoder)
-    yield from linear(fc2, part, inner, width, rows=1, unit="token", has_bias=is_encoder)
+    yield from linear(fc1, part, width, first, rows=1, unit="token", has_bias=has_bias)
+    yield from linear(fc2, part, inner, width, rows=1, unit="token", has_bias=has_bias)
 
 
 _LINEARS = (

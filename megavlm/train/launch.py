@@ -342,11 +342,11 @@ def _open_training_set(config: Config) -> tuple[PackedDataset | BlendedDataset, 
         augment=data.augment,
     )
     language = config.architecture.language
-    if language.is_encoder:  # its positions are a table; rotary ones have no end
+    if language.has_learned_positions:  # these are a table; rotary ones have no end
         longest = int(packs.some_records()["longest"].max())
         if longest > language.max_position_embeddings:
             raise ValueError(
-                f"--data.train {data.train}: holds a text of {longest} tokens, and"
+                f"--data.train {data.train}: holds a sample of {longest} tokens, and"
                 f" --architecture.language.max_position_embeddings is"
                 f" {language.max_position_embeddings}: each token needs a position"
             )

@@ -119,8 +119,9 @@ def _pairs(arch: Architecture) -> Iterator[str]:
 def _language(arch: Architecture) -> Iterator[str]:
     language = arch.language
     flag = "--architecture.language"
-    if language.is_encoder == language.is_gated:
-        usual = "gelu, gelu_tanh or quick_gelu" if language.is_encoder else " or ".join(GATED)
+    if language.has_layer_norm == language.is_gated:
+        plain = "gelu, gelu_tanh, quick_gelu or relu"
+        usual = plain if language.has_layer_norm else " or ".join(GATED)
         yield (
             f"{flag}.activation {language.activation}: {flag}.family {language.family} needs"
             f" {usual}"
@@ -137,7 +138,7 @@ def _language(arch: Architecture) -> Iterator[str]:
             f"{flag}.num_attention_heads {heads} does not divide {flag}.hidden_size"
             f" {language.hidden_size}; or give {flag}.kv_channels"
         )
-    elif language.head_size % 2 and not language.is_encoder:
+    elif language.head_size % 2 and not language.has_learned_positions:
         name = "kv_channels" if language.kv_channels else "hidden_size"
         yield (
             f"{flag}.{name} {vars(language)[name]}: {language.head_size} a head, and rotary"

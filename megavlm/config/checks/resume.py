@@ -24,7 +24,7 @@ _BY_SECTION: dict[str, dict[Kind, str]] = {
     "": {
         "free": "recipe stage model"
     },  # another stage is another run; the architecture is compared
-    "init.": {"origin": "vision language tokenizer"},
+    "init.": {"origin": "vision connector language tokenizer"},
     "data.": {
         # packs and tokenizer are compared
         "taken": "train valid loss_reduction template tiling augment",

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from megavlm.config.recipes import clip, internvl, llava, siglip
+from megavlm.config.recipes import blip2, clip, internvl, llava, siglip
 from megavlm.config.recipes.recipe import Recipe
 
 RECIPES: dict[str, Recipe] = {
-    module.RECIPE.name: module.RECIPE for module in (internvl, llava, clip, siglip)
+    module.RECIPE.name: module.RECIPE for module in (internvl, llava, blip2, clip, siglip)
 }
 
 

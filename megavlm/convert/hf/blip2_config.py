@@ -1,39 +1,53 @@
-"""config.json of BLIP-2 in transformers."""
+"""config.json of BLIP-2 in transformers: ``Blip2ForConditionalGeneration``."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
-from transformers import Blip2VisionConfig
+import torch
+from transformers import Blip2Config, Blip2VisionConfig
 
-from megavlm.config.schema import Vision
-from megavlm.convert.hf.json_files import contradictions
+from megavlm.config.architecture import PIXELS
+from megavlm.config.connectors import Connector
+from megavlm.config.qformer import QFormer
+from megavlm.config.schema import Architecture, Vision
+from megavlm.convert.hf import json_files as shared
+from megavlm.convert.hf import language_config
+from megavlm.convert.weights.families import written_as
 
+CLASS_NAME = "Blip2ForConditionalGeneration"
+MODEL_TYPE = "blip-2"
 VISION_TYPES = ("blip_2_vision_model", "instructblip_vision_model")
 """What config.json calls the vision encoder alone."""
-WHOLE_TYPES = ("blip-2", "instructblip")
+WHOLE_TYPES = (MODEL_TYPE, "instructblip")
 _FIXED_VISION = {"hidden_act": "gelu", "num_channels": 3}
+_FIXED_QFORMER = {"hidden_act": "gelu"}
+_GENERATIVE = _FIXED_QFORMER | {"use_qformer_text_input": False}
 
 
 def vision_settings(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of the vision encoder, of itself or of a whole model, with what the file
     leaves out.
     """
-    found = dict(raw.get("vision_config", {}) if raw["model_type"] in WHOLE_TYPES else raw)
+    found = dict(raw.get("vision_config") or {} if raw["model_type"] in WHOLE_TYPES else raw)
     found.pop("model_type", None)
     return Blip2VisionConfig(**found).to_dict() | {"num_channels": found.get("num_channels", 3)}
 
 
 def vision_problems(found: Mapping[str, Any], section: str) -> Iterator[str]:
     """Yield settings of the vision encoder that our model does not support."""
-    yield from contradictions(section, found, _FIXED_VISION)
+    yield from shared.contradictions(section, found, _FIXED_VISION)
 
 
-def read_vision(
-    found: Mapping[str, Any], mean: tuple[float, ...], std: tuple[float, ...]
-) -> Vision:
-    """Read the vision encoder from the result of ``vision_settings``."""
+def read_vision(found: Mapping[str, Any], folder: Path) -> Vision:
+    """Read the vision encoder from the result of ``vision_settings``; pixels are CLIP's if the
+    folder does not say.
+    """
+    names = (shared.IMAGE_PROCESSOR_NAME, "processor_config.json")
+    is_told = any((folder / name).is_file() for name in names)
+    mean, std = shared.normalisation(folder) if is_told else PIXELS["clip"]
     return Vision(
         family="eva",
         image_size=found["image_size"],
@@ -47,3 +61,112 @@ def read_vision(
         pixel_mean=mean,
         pixel_std=std,
     )
+
+
+def read(raw: dict[str, Any], folder: Path, *, has_head: bool | None) -> Architecture:
+    """Read the architecture; arguments and errors as in ``native_config``."""
+    path = folder / shared.FILE_NAME
+    try:
+        settings = Blip2Config.from_dict(raw).to_dict()  # fills in what the file leaves out
+    except Exception as error:  # transformers' checks raise errors of many kinds
+        raise ValueError(
+            f"{path}: transformers cannot read it: {' '.join(str(error).split()):.300}"
+        ) from None
+    vision = vision_settings(raw)
+    text = settings["text_config"]
+    shared.refuse(
+        path,
+        [
+            *vision_problems(vision, "vision_config"),
+            *shared.contradictions("qformer_config", settings["qformer_config"], _GENERATIVE),
+            *language_config.problems(text, "text_config"),
+        ],
+    )
+    return Architecture(
+        vision=read_vision(vision, folder),
+        language=language_config.read(
+            text, tied_head=bool(text.get("tie_word_embeddings")) and not has_head
+        ),
+        connector=read_connector(settings),
+        image_tokens="llava",
+    )
+
+
+def read_connector(settings: Mapping[str, Any]) -> Connector:
+    """Read the Q-Former from the settings of a whole model."""
+    found = settings["qformer_config"]
+    qformer = QFormer(
+        queries=settings["num_query_tokens"],
+        num_layers=found["num_hidden_layers"],
+        hidden_size=found["hidden_size"],
+        ffn_hidden_size=found["intermediate_size"],
+        num_attention_heads=found["num_attention_heads"],
+        cross_attention_frequency=found["cross_attention_frequency"],
+        layernorm_epsilon=found["layer_norm_eps"],
+        text=found.get("use_qformer_text_input", True),
+        vocab_size=found["vocab_size"],
+        max_position_embeddings=found["max_position_embeddings"],
+    )
+    return Connector(kind="qformer", qformer=qformer)
+
+
+def write(
+    architecture: Architecture,
+    *,
+    dtype: torch.dtype,
+    image_token_id: int,
+    bos_token_id: int,
+    eos_token_id: int,
+    pad_token_id: int,
+) -> dict[str, Any]:
+    """Build the content of config.json; arguments as in ``native_config``."""
+    language = architecture.language
+    return write_parts(architecture) | {
+        "architectures": [CLASS_NAME],
+        "dtype": str(dtype).removeprefix("torch."),
+        "image_token_index": image_token_id,
+        "tie_word_embeddings": language.tied_head,
+        "text_config": language_config.write(
+            language,
+            written_as(language, "blip2"),
+            bos_token_id=bos_token_id,
+            eos_token_id=eos_token_id,
+            pad_token_id=pad_token_id,
+        ),
+    }
+
+
+def write_parts(architecture: Architecture) -> dict[str, Any]:
+    """Build what config.json says of vision encoder and Q-Former."""
+    vision = architecture.vision
+    qformer = architecture.connector.qformer
+    return {
+        "model_type": MODEL_TYPE,
+        "num_query_tokens": qformer.queries,
+        "vision_config": {
+            "model_type": VISION_TYPES[0],
+            **_FIXED_VISION,
+            "image_size": vision.image_size,
+            "patch_size": vision.patch_size,
+            "num_hidden_layers": vision.num_layers,
+            "hidden_size": vision.hidden_size,
+            "intermediate_size": vision.ffn_hidden_size,
+            "num_attention_heads": vision.num_attention_heads,
+            "layer_norm_eps": vision.layernorm_epsilon,
+            "qkv_bias": vision.qkv_bias,
+        },
+        "qformer_config": {
+            "model_type": "blip_2_qformer",
+            **_FIXED_QFORMER,
+            "num_hidden_layers": qformer.num_layers,
+            "hidden_size": qformer.hidden_size,
+            "intermediate_size": qformer.ffn_hidden_size,
+            "num_attention_heads": qformer.num_attention_heads,
+            "cross_attention_frequency": qformer.cross_attention_frequency,
+            "layer_norm_eps": qformer.layernorm_epsilon,
+            "encoder_hidden_size": vision.hidden_size,
+            "use_qformer_text_input": qformer.text,
+            "vocab_size": qformer.vocab_size,
+            "max_position_embeddings": qformer.max_position_embeddings,
+        },
+    }

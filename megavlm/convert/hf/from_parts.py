@@ -15,7 +15,7 @@ from transformers import CLIPVisionConfig, PreTrainedTokenizerBase, SiglipVision
 from megavlm.config.connectors import LLAVA, Connector
 from megavlm.config.lora import is_adapter
 from megavlm.config.schema import Architecture, Config, Init, Language, Vision
-from megavlm.convert.hf import blip2_config, chat_config, json_files, language_config
+from megavlm.convert.hf import blip2_config, chat_config, json_files, language_config, qformer_part
 from megavlm.convert.hf.lazy_tensors import (
     ExtendedVocabulary,
     FullTensor,
@@ -74,8 +74,22 @@ def read_model(folder: str, init: Init, default: Architecture | None = None) -> 
     vision = vision_from_hf(named) if named else known.vision
     language = language_from_hf(init, known.image_tokens) if init.language else known.language
     if default is not None:
-        return replace(default, vision=vision, language=language)
+        found = replace(default, vision=vision, language=language)
+        return _with_connector(found, init.connector) if init.connector else found
     return _compose(vision, language)
+
+
+def _with_connector(architecture: Architecture, folder: str) -> Architecture:
+    """Replace the sizes of a model's Q-Former by those of a folder; errors as of
+    ``qformer_part.read``.
+    """
+    known = architecture.connector
+    if known.kind != "qformer":
+        raise ValueError(
+            f"--init.connector {folder}: the connector is {known.kind}, which starts from no folder"
+        )
+    found = qformer_part.read(folder, known.qformer)
+    return replace(architecture, connector=replace(known, qformer=found))
 
 
 def image_model(folder: str, init: Init) -> Architecture:
@@ -126,7 +140,7 @@ def vision_from_hf(folder: str | Path) -> Vision:
     if kind in _EVA_KINDS:
         settings = blip2_config.vision_settings(raw)
         json_files.refuse(path, list(blip2_config.vision_problems(settings, "")))
-        return blip2_config.read_vision(settings, mean, std)
+        return blip2_config.read_vision(settings, Path(folder))
     if kind not in _CLIP_KINDS:
         raise ValueError(
             f"--init.vision {path}: model_type is {kind!r}, must be one of"
@@ -270,6 +284,8 @@ def _found(init: Init, part: str, wanted: Architecture) -> Architecture:
             wanted,
             language=replace(_language(Path(init.language)), vocab_size=wanted.language.vocab_size),
         )
+    if part == "connector":
+        return _with_connector(wanted, init.connector)
     vision = vision_from_hf(init.vision)
     if vision.family == wanted.vision.family and vision.unused_layers:
         layers = min(vision.num_layers + vision.unused_layers, wanted.vision.num_layers)
@@ -291,6 +307,7 @@ def full_tensors(config: Config, fresh: FullTensor) -> FullTensor:
     """
     refuse_other(config.init, config.architecture)
     parts: dict[str, Callable[[str], Served]] = {}
+    connector = qformer_part.serve(config, fresh) if config.init.connector else fresh
     if config.init.vision:
         parts["vision"] = _serve_vision(config)
     if config.init.language:
@@ -298,6 +315,8 @@ def full_tensors(config: Config, fresh: FullTensor) -> FullTensor:
 
     def tensor(key: str, shape: Shape) -> Served:
         part = key.split(".")[0]
+        if part == "connector":
+            return connector(key, shape)
         is_served = part in parts and not is_adapter(key)
         return parts[part](key) if is_served else fresh(key, shape)
 

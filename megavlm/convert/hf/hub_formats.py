@@ -13,6 +13,8 @@ import torch
 
 from megavlm.config.schema import Architecture
 from megavlm.convert.hf import (
+    blip2_config,
+    blip2_processor,
     chat_config,
     llava_config,
     llava_processor,
@@ -126,6 +128,16 @@ HUB_FORMATS: dict[Dialect, HubFormat] = {
         read_usage=pairs_config.usage_of_siglip,
         write_files=pairs_config.write_siglip,
         name_on_disk=pairs.name_on_disk,
+        has_card=False,
+    ),
+    "blip2": HubFormat(
+        class_name=blip2_config.CLASS_NAME,
+        model_type=blip2_config.MODEL_TYPE,
+        is_in_transformers=True,
+        read_architecture=blip2_config.read,
+        read_usage=blip2_processor.read_usage,
+        write_files=blip2_processor.write,
+        name_on_disk=str,
         has_card=False,
     ),
 }

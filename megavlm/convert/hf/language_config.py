@@ -6,10 +6,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from megavlm.config.schema import Language
+from megavlm.convert.hf import opt_config
 from megavlm.convert.hf.json_files import contradictions, missing
 from megavlm.convert.weights.families import FAMILIES
 from megavlm.convert.weights.families.family import Family
 
+_OPT = "opt"
 _NEEDED = (
     "num_hidden_layers",
     "hidden_size",
@@ -31,6 +33,9 @@ def problems(settings: Mapping[str, Any], section: str) -> Iterator[str]:
     kind = settings.get("model_type")
     if kind not in FAMILIES:
         yield f"{section}.model_type is {kind!r}, must be one of {', '.join(FAMILIES)}"
+        return
+    if kind == _OPT:
+        yield from opt_config.problems(settings, section)
         return
     yield from missing(section, settings, *_NEEDED)
     family = FAMILIES[kind]
@@ -62,6 +67,8 @@ def read(settings: Mapping[str, Any], *, tied_head: bool) -> Language:
         settings: the model's part of config.json, without problems.
         tied_head: whether the head is the token embedding.
     """
+    if settings["model_type"] == _OPT:
+        return opt_config.read(settings, tied_head=tied_head)
     width = settings["hidden_size"]
     heads = settings["num_attention_heads"]
     rotary = _rotary(settings)
@@ -112,6 +119,17 @@ def write(
         "architectures": [family.class_name],
         "model_type": family.name,
         **family.settings,
+        **(opt_config.write(language) if family.name == _OPT else _write_sizes(language, family)),
+        "tie_word_embeddings": language.tied_head,
+        "bos_token_id": bos_token_id,
+        "eos_token_id": eos_token_id,
+        "pad_token_id": pad_token_id,
+    }
+
+
+def _write_sizes(language: Language, family: Family) -> dict[str, Any]:
+    """Write the sizes of a language model of Llama's kind."""
+    return {
         "num_hidden_layers": language.num_layers,
         "hidden_size": language.hidden_size,
         "intermediate_size": language.ffn_hidden_size,
@@ -122,10 +140,6 @@ def write(
         "rms_norm_eps": language.layernorm_epsilon,
         "max_position_embeddings": language.max_position_embeddings,
         **_write_rotary(language),
-        "tie_word_embeddings": language.tied_head,
-        "bos_token_id": bos_token_id,
-        "eos_token_id": eos_token_id,
-        "pad_token_id": pad_token_id,
     }
 
 

@@ -16,13 +16,13 @@ from typing import Literal, get_args
 
 from megavlm.config.exports import HOLDS
 from megavlm.config.schema import Architecture, Language, Vision
-from megavlm.convert.weights import pairs
+from megavlm.convert.weights import pairs, qformer
 from megavlm.convert.weights.connectors import llava_rows, mlp_rows
-from megavlm.convert.weights.families import FAMILIES, clip, internvit, written_as
+from megavlm.convert.weights.families import FAMILIES, clip, eva, internvit, written_as
 from megavlm.convert.weights.mapping import Row, within
 from megavlm.convert.weights.transforms import Shape
 
-Dialect = Literal["native", "chat", "llava", "clip", "siglip"]
+Dialect = Literal["native", "chat", "llava", "clip", "siglip", "blip2"]
 DIALECTS: tuple[Dialect, ...] = get_args(Dialect)
 
 
@@ -67,6 +67,12 @@ _NAMES: dict[Dialect, _Names] = {
         connector="multi_modal_projector.",
         connector_rows=llava_rows,
         unused_rows=clip.unused_rows,
+    ),
+    "blip2": _Names(
+        vision="vision_model.",
+        vision_rows=eva.rows,
+        connector="",
+        connector_rows=qformer.rows,
     ),
 }
 _LANGUAGE = "language_model."

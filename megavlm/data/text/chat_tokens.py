@@ -159,8 +159,12 @@ class ChatTemplate:
             turns, pieces, opening
         )
         if self.first_tokens:
-            tokens = np.concatenate([self._first_tokens, tokens])
-            supervised = np.concatenate([np.zeros(len(self.first_tokens), bool), supervised])
+            start = 0
+            if self.format.images_before_text:
+                is_text = tokens != self.context_token_id
+                start = int(is_text.argmax()) if is_text.any() else len(tokens)
+            tokens = np.insert(tokens, start, self._first_tokens)
+            supervised = np.insert(supervised, start, np.zeros(len(self.first_tokens), bool))
         if not len(tiles):
             return tokens, supervised
         for token_id in self._image_token_ids:

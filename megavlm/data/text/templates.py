@@ -1,12 +1,13 @@
 """The table of conversation templates: what stands around the turns of a conversation, and how
 texts become tokens.
 
-All but ``plain``, ``clip``, ``siglip`` and those that begin with ``llava`` are InternVL's. The
-latter are LLaVA's (Liu et al., arXiv 2304.08485 and 2310.03744), with its image tokens:
-``llava_plain`` is what LLaVA pretrains its connector with (images and answers, nothing else),
-``llava_v1`` its conversations, ``llava_chatml`` the same for language models that end an answer
-with ``<|im_end|>``. ``clip`` and ``siglip`` are pairs of an image and its text, for contrastive
-training, as those models read texts.
+All but ``plain``, ``blip2``, ``clip``, ``siglip`` and those that begin with ``llava`` are
+InternVL's. The latter are LLaVA's (Liu et al., arXiv 2304.08485 and 2310.03744), with its image
+tokens: ``llava_plain`` is what LLaVA pretrains its connector with (images and answers, nothing
+else), ``llava_v1`` its conversations, ``llava_chatml`` the same for language models that end an
+answer with ``<|im_end|>``. ``blip2`` is a caption behind its image, as BLIP-2 (arXiv 2301.12597)
+reads it: the image stands before the token that begins a text. ``clip`` and ``siglip`` are pairs of
+an image and its text, for contrastive training, as those models read texts.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ class ChatFormat:
         fills_pair: whether a shorter text is filled up to that length.
         image_first: whether the one image of a human turn goes to its front, on a line of its own,
             wherever its placeholder stands.
+        images_before_text: whether the images that a conversation begins with stand before the
+            tokens that the tokenizer puts in front of a text.
         split_at_images: whether the texts before, between and after images become tokens each by
             itself; a sentencepiece tokenizer begins each with a space.
     """
@@ -60,6 +63,7 @@ class ChatFormat:
     fills_pair: bool = False
     image_first: bool = False
     split_at_images: bool = False
+    images_before_text: bool = False
 
     @property
     def images(self) -> ImageTokens:
@@ -216,6 +220,13 @@ FORMATS: dict[str, ChatFormat] = {
         _PLAIN_ROW,
         replace(_PLAIN_ROW, name="llava_plain", **_LLAVA),
         replace(_VICUNA_ROW, name="llava_v1", **_LLAVA),
+        replace(
+            _PLAIN_ROW,
+            name="blip2",
+            image_tokens="llava",
+            split_at_images=True,
+            images_before_text=True,
+        ),
         ChatFormat(
             name="llava_chatml",
             system_message="You are a helpful assistant.",

@@ -74,7 +74,9 @@ def test_a_model_that_contradicts_its_family_is_refused_with_every_flag() -> Non
         ),
     ):
         family_of(language(qkv_bias=False, qk_norm=True, kv_channels=10).language)
-    assert {family_of(kind.language).name for kind in NATIVE_KINDS.values()} == set(FAMILIES)
+    assert {family_of(kind.language).name for kind in NATIVE_KINDS.values()} == set(FAMILIES) - {
+        "opt"
+    }
 
 
 def test_what_gemma_alone_has_is_refused_elsewhere_and_asked_of_gemma() -> None:

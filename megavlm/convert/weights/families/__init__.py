@@ -11,6 +11,7 @@ from megavlm.convert.weights.families import (
     internlm3,
     llama,
     mistral,
+    opt,
     qwen2,
     qwen3,
 )
@@ -18,7 +19,7 @@ from megavlm.convert.weights.families.family import Family
 
 FAMILIES: dict[str, Family] = {
     module.FAMILY.name: module.FAMILY
-    for module in (qwen2, qwen3, internlm2, internlm3, llama, mistral, gemma)
+    for module in (qwen2, qwen3, internlm2, internlm3, llama, mistral, gemma, opt)
 }
 
 

@@ -1,0 +1,112 @@
+"""Small random BLIP-2 models, as transformers saves them, with shapes unlike each other."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from transformers import Blip2Config, Blip2ForConditionalGeneration
+
+from megavlm.config.connectors import Connector
+from megavlm.config.qformer import QFormer
+from megavlm.config.schema import Architecture, Language, Vision
+from megavlm.convert.hf import blip2_config
+
+OPT = Architecture(
+    vision=Vision(
+        family="eva",
+        image_size=15,
+        patch_size=5,
+        num_layers=2,
+        hidden_size=36,
+        ffn_hidden_size=44,
+        num_attention_heads=3,
+        pixel_mean=(0.48, 0.46, 0.41),
+        pixel_std=(0.27, 0.26, 0.28),
+    ),
+    connector=Connector(
+        kind="qformer",
+        qformer=QFormer(
+            queries=5,
+            num_layers=3,
+            hidden_size=42,
+            ffn_hidden_size=52,
+            num_attention_heads=7,
+            vocab_size=61,
+            max_position_embeddings=23,
+        ),
+    ),
+    language=Language(
+        family="opt",
+        num_layers=2,
+        hidden_size=48,
+        ffn_hidden_size=56,
+        num_attention_heads=6,
+        num_query_groups=6,
+        vocab_size=641,
+        layernorm_epsilon=1e-5,
+        max_position_embeddings=300,
+        activation="relu",
+        tied_head=True,
+    ),
+    image_tokens="llava",
+)
+_LLAMA = Language(
+    family="llama",
+    num_layers=2,
+    hidden_size=48,
+    ffn_hidden_size=60,
+    num_attention_heads=6,
+    num_query_groups=2,
+    vocab_size=643,
+    rotary_base=1e4,
+    max_position_embeddings=512,
+    qkv_bias=False,
+)
+KINDS = {
+    "opt": OPT,
+    "opt with a head of its own, cross-attention everywhere": replace(
+        OPT,
+        language=replace(OPT.language, tied_head=False, num_layers=3),
+        connector=replace(
+            OPT.connector, qformer=replace(OPT.connector.qformer, cross_attention_frequency=1)
+        ),
+    ),
+    "llama": replace(OPT, language=_LLAMA),
+    "qwen2 tied": replace(
+        OPT, language=replace(_LLAMA, family="qwen2", qkv_bias=True, tied_head=True)
+    ),
+}
+
+
+def make_blip2(
+    folder: Path,
+    architecture: Architecture = OPT,
+    dtype: torch.dtype = torch.bfloat16,
+    image_token_id: int = 631,
+    spread: float = 0.2,
+) -> Path:
+    """Write a random model whose every weight differs from its fresh value."""
+    settings = blip2_config.write(
+        architecture,
+        dtype=dtype,
+        image_token_id=image_token_id,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    torch.manual_seed(3)
+    config = Blip2Config.from_dict(json.loads(json.dumps(settings)))
+    model = Blip2ForConditionalGeneration(config).to(dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * spread)
+    model.save_pretrained(folder)
+    pixels = {
+        "image_mean": list(architecture.vision.pixel_mean),
+        "image_std": list(architecture.vision.pixel_std),
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(pixels))
+    return folder
