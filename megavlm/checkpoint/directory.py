@@ -20,7 +20,7 @@ LATEST = "latest"
 _STEP = "step_"
 _GROWING = ".growing_"
 _LEAVING = ".leaving_"
-_OWN = {LATEST, "metrics.jsonl", "tensorboard", "wandb", "exported.json"}
+_OWN = {LATEST, "metrics.jsonl", "tensorboard", "wandb", "exported.json", "answers"}
 
 
 def step_name(step: int) -> str:

@@ -16,6 +16,7 @@ from megavlm.config.architecture import Contrastive as Contrastive
 from megavlm.config.architecture import Language as Language
 from megavlm.config.architecture import Vision as Vision
 from megavlm.config.connectors import Connector as Connector
+from megavlm.config.evaluation import Eval as Eval
 from megavlm.config.long_runs import BadSteps as BadSteps
 from megavlm.config.long_runs import Profile as Profile
 from megavlm.config.loss import Loss as Loss
@@ -363,6 +364,7 @@ class Config:
         logging: console, files and trackers.
         health: health checks.
         profile: a profile of some steps.
+        eval: what the model is asked during training.
     """
 
     recipe: str = "internvl"
@@ -381,6 +383,7 @@ class Config:
     logging: Logging = field(default_factory=Logging)
     health: Health = field(default_factory=Health)
     profile: Profile = field(default_factory=Profile)
+    eval: Eval = field(default_factory=Eval)
 
     @property
     def group(self) -> int:

@@ -173,24 +173,25 @@ class VisionLanguageModel(MegatronModule):
                 layer.recompute_mlp = mode
         return self
 
-    def forward(self, batch: Batch, with_loss: bool = True) -> Tensor:
+    def forward(self, batch: Batch, with_loss: bool = True, chosen: bool = False) -> Tensor:
         """Run this chunk on one pack.
 
         Args:
             batch: the pack.
             with_loss: end in losses, otherwise in logits.
+            chosen: end in the logits of ``batch.loss_positions`` alone.
 
         Returns:
-            The loss of every token [T], or logits [T, padded V / tensor-parallel ranks], from the
-                last chunk; from others what the next
+            The loss of every token [T], or logits [T or P, padded V / tensor-parallel ranks], from
+                the last chunk; from others what the next
             chunk takes: [N, I, D] inside the vision encoder, [T, 1, D] inside the language model.
         """
         # Before the first chunk that trains anything there is no backward pass, and nothing is kept
         # for one.
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.number >= self.first_trained):
-            return self._run(batch, with_loss)
+            return self._run(batch, with_loss, chosen)
 
-    def _run(self, batch: Batch, with_loss: bool) -> Tensor:
+    def _run(self, batch: Batch, with_loss: bool, chosen: bool) -> Tensor:
         hidden = self.input_tensor
         if self.vision is not None:
             hidden = self._encode(hidden, batch)
@@ -199,7 +200,7 @@ class VisionLanguageModel(MegatronModule):
         if self.connector is not None:
             hidden = self._fuse(hidden, batch)
         if self.language is not None:
-            hidden = self._read(hidden, batch, with_loss)
+            hidden = self._read(hidden, batch, with_loss, chosen)
         return hidden
 
     def _encode(self, received: Tensor | None, batch: Batch) -> Tensor:
@@ -217,7 +218,7 @@ class VisionLanguageModel(MegatronModule):
             scatter_to_sequence_parallel_region(fused) if self.config.sequence_parallel else fused
         )
 
-    def _read(self, hidden: Tensor, batch: Batch, with_loss: bool) -> Tensor:
+    def _read(self, hidden: Tensor, batch: Batch, with_loss: bool, chosen: bool) -> Tensor:
         hidden = ask_for_gradient(hidden, self.config)
         riding = None
         if rows := self.objective.riding_rows(batch):
@@ -237,7 +238,7 @@ class VisionLanguageModel(MegatronModule):
             # what aligns a sample is part of it.
             packed.cu_seqlens_q_padded = packed.cu_seqlens_kv_padded = ends
         has_head = self.architecture.needs.has_vocabulary_head
-        chooses = with_loss and self.chooses_loss_positions
+        chooses = self.chooses_loss_positions if with_loss else chosen
         self.language.loss_positions = batch.loss_positions if chooses else None
         output = self.language(
             input_ids=None,

@@ -65,9 +65,27 @@ def _run_packs(
     """Return this rank's part of the loss over packs, each of which has a loss of its own."""
     groups = job.groups
     count = len(range(groups.data_rank, len(ids), groups.data_size))
+    return run_forward(job, packs, count, weight, meter)
+
+
+def run_forward(
+    job: Job, packs: Iterator[Batch], count: int, weight: float, meter: Meter
+) -> torch.Tensor:
+    """Run packs forward.
+
+    Args:
+        job: the run; its chunks are in evaluation mode.
+        packs: of this data-parallel rank.
+        count: of them.
+        weight: sum of the loss weights of all ranks' packs.
+        meter: observes the losses.
+
+    Returns:
+        This rank's part of the loss.
+    """
     if not count:
         return torch.zeros((), device=job.backend.device)
-    blank = -count % groups.pipeline_size if len(job.ddp_chunks) > 1 else 0
+    blank = -count % job.groups.pipeline_size if len(job.ddp_chunks) > 1 else 0
     return run_packs(
         job.ddp_chunks,
         _followed_by_blank(packs, blank),

@@ -15,6 +15,7 @@ from megavlm.data.loading.blend import BlendedDataset
 from megavlm.data.loading.dataset import PackedDataset
 from megavlm.data.loading.loader import batches
 from megavlm.data.loading.order import Order
+from megavlm.evaluate.packs import TaskPacks
 from megavlm.model.precision import tile_multiple
 from megavlm.parallel.backend import Backend
 from megavlm.parallel.process_groups import Groups
@@ -32,6 +33,7 @@ class Job(Built):
         train: the training packs.
         plan: their order.
         valid: the validation packs, if any.
+        tasks: what the model is asked at each evaluation.
         lock: of the save folder, on the rank that holds it.
         unused_weights: what only files hold of the vision encoder, on the first rank; see
             ``convert/hf/unused_weights``.
@@ -43,6 +45,7 @@ class Job(Built):
     train: PackedDataset | BlendedDataset
     plan: Order
     valid: PackedDataset | None
+    tasks: tuple[TaskPacks, ...] = ()
     lock: Lock | None = None
     unused_weights: Weights = field(default_factory=dict)
 

@@ -47,12 +47,13 @@ from megavlm.train import resume as source
 from megavlm.train.bad_steps import StepError
 from megavlm.train.build import build
 from megavlm.train.job import Job
-from megavlm.train.loop import run
+from megavlm.train.loop import evaluate, run
 from megavlm.train.master_weights import MismatchError
 from megavlm.train.metrics import Metrics
 from megavlm.train.saver import SaveError
 from megavlm.train.stop_signal import ignore_save_signal
 from megavlm.train.summary import log_run_summary
+from megavlm.train.tasks import open_tasks
 
 Start = Checkpoint | Path | Init | None
 """What a run starts from: a checkpoint, a Hugging Face folder, parts, or nothing."""
@@ -175,6 +176,7 @@ def inspect(config: Config, world_size: int) -> Start:
     if language.exists and not language.is_encoder:
         family_of(language)  # else the trained model could not be exported
     _check_tokenizer(config)
+    open_tasks(config)
     own = source.own(config)
     if own is not None:
         return own
@@ -267,11 +269,15 @@ def train(
             train=packs,
             plan=plan,
             valid=PackedDataset(config.data.valid) if config.data.valid else None,
+            tasks=open_tasks(config),
             lock=lock,
             unused_weights=_unused_weights(config, start) if groups.rank == 0 else {},
         )
-        state = run(job, state, metrics)
-        _export(config, state, start, groups)
+        if config.eval.only:
+            evaluate(job, state, metrics)
+        else:
+            state = run(job, state, metrics)
+            _export(config, state, start, groups)
     process_groups.destroy()
     return state
 

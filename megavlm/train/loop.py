@@ -30,6 +30,7 @@ from megavlm.train.saver import Saver
 from megavlm.train.source_losses import SourceLosses
 from megavlm.train.step import StepResult, train_step
 from megavlm.train.stop_signal import StopRequest
+from megavlm.train.tasks import answer_tasks
 from megavlm.train.throughput import Throughput
 
 
@@ -71,7 +72,7 @@ def run(job: Job, state: State, metrics: Metrics) -> State:
         if state.step == 0:
             with clock.paused():
                 watchdog.enter("evaluation", state.step)
-                state = _evaluate(job, state, metrics)
+                state = evaluate(job, state, metrics)
         while state.step < last:
             watchdog.enter("step", state.step + 1)
             profiled.enter_step(state.step + 1)
@@ -112,7 +113,7 @@ def run(job: Job, state: State, metrics: Metrics) -> State:
             ):
                 with clock.paused():
                     watchdog.enter("evaluation", state.step)
-                    state = _evaluate(job, state, metrics)
+                    state = evaluate(job, state, metrics)
             if config.checkpoint.save and (saves or asked_to_stop or state.step == last):
                 with clock.paused():
                     watchdog.enter("checkpoint", state.step)
@@ -219,13 +220,27 @@ def _watchdog(job: Job) -> Watchdog:
     )
 
 
-def _evaluate(job: Job, state: State, metrics: Metrics) -> State:
-    """Measure the validation loss, where there are packs for it; the state with it is returned."""
-    if job.valid is None:
+def evaluate(job: Job, state: State, metrics: Metrics) -> State:
+    """Measure the validation loss and answer the tasks, if there are any. Collective.
+
+    Returns:
+        The state, with the loss.
+    """
+    if job.valid is None and not job.tasks:
         return state
+    figures: dict[str, float] = {}
+    by_source: dict[str, dict[str, float]] = {}
     with whole_weights(job.ddp_chunks):
-        own_loss, named, by_source = held_out_loss(job)
-        loss = job.groups.from_writer(own_loss, job.backend.device)
-    figures = {"valid_loss": loss} | {f"valid_{name}": value for name, value in named.items()}
-    metrics.record(state.step, figures, {"valid_loss": by_source})
-    return dataclasses.replace(state, valid_loss=loss)
+        if job.valid is not None:
+            own_loss, named, sources = held_out_loss(job)
+            loss = job.groups.from_writer(own_loss, job.backend.device)
+            state = dataclasses.replace(state, valid_loss=loss)
+            figures["valid_loss"] = loss
+            figures |= {f"valid_{name}": value for name, value in named.items()}
+            by_source["valid_loss"] = sources
+        if job.tasks:
+            result = answer_tasks(job, state.step)
+            figures |= result.figures
+            by_source |= result.by_category
+    metrics.record(state.step, figures, by_source)
+    return state

@@ -39,6 +39,7 @@ def run_pipeline(
     backend: Backend,
     *,
     forward_only: bool = False,
+    with_loss: bool = True,
 ) -> Tensor:
     """Run ``count`` packs through the pipeline, backward too unless ``forward_only``.
 
@@ -49,6 +50,7 @@ def run_pipeline(
         loss: called for each pack, in their order, on ranks with the last chunk.
         backend: where tensors live.
         forward_only: no gradients.
+        with_loss: end in losses, otherwise in the logits of ``Batch.loss_positions``.
 
     Returns:
         Sum of the losses; 0 but in the last chunk.
@@ -56,7 +58,7 @@ def run_pipeline(
 
     def forward_step(iterator: Iterator[Batch], chunk: VisionLanguageModel):
         batch = next(iterator)
-        return chunk(batch), partial(_as_asked, loss, batch)
+        return chunk(batch, with_loss, not with_loss), partial(_as_asked, loss, batch)
 
     for module in (module for chunk in model for module in chunk.modules()):
         if "is_first_microbatch" in vars(

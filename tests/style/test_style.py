@@ -35,6 +35,7 @@ ORDER = (
     "convert/weights/families",
     "convert",
     "convert/hf",
+    "evaluate",
     "health",
     "train",
 )

@@ -60,6 +60,7 @@ _BY_SECTION: dict[str, dict[Kind, str]] = {
         "free": "save save_interval save_epochs asynchronous keep keep_best verify export_hf",
     },
     "logging.": {"free": "interval tensorboard wandb_project wandb_mode run_name"},
+    "eval.": {"taken": "tasks max_new_tokens", "free": "only"},
     "health.": {"free": "speed_check slow_factor least_gb_per_s hang_factor hang_seconds"},
 }
 KINDS: dict[str, Kind] = {

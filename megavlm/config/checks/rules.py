@@ -10,6 +10,7 @@ from megavlm.config.checks.architecture import architecture_problems
 from megavlm.config.checks.buckets import bucket_problems
 from megavlm.config.checks.datasets import DatasetFacts, facts_problems
 from megavlm.config.checks.device import DeviceCapabilities, device_problems
+from megavlm.config.checks.evaluation import evaluation_problems
 from megavlm.config.checks.fp8 import fp8_problems
 from megavlm.config.checks.limits import at_least
 from megavlm.config.checks.long_runs import bad_steps_problems, profile_problems
@@ -75,7 +76,7 @@ def problems(config: Config, world_size: int) -> list[str]:
         *architecture_problems(config.architecture),
         *layout_problems(config, world_size),
         *_data(config.data),
-        *_training(config.training, config.data),
+        *_training(config.training),
         *objective_problems(config),
         *optimizer_problems(config.optimizer, config.training),
         *_kernels(config.training),
@@ -88,6 +89,7 @@ def problems(config: Config, world_size: int) -> list[str]:
             config.checkpoint, config.training.eval_interval, config.training.steps
         ),
         *start.problems(config),
+        *evaluation_problems(config),
         *at_least(1, "logging", config.logging, "interval"),
         *observer_problems(config.logging, config.checkpoint),
         *_health(config.health),
@@ -295,7 +297,7 @@ def _data(data: Data) -> Iterator[str]:
     yield from at_least(1, "data", data, "prefetch")
 
 
-def _training(training: Training, data: Data) -> Iterator[str]:
+def _training(training: Training) -> Iterator[str]:
     yield from at_least(1, "training", training, "steps")
     yield from at_least(0, "training", training, "seed", "eval_interval", "eval_packs", "max_hours")
     if not training.trainable:
@@ -315,11 +317,6 @@ def _training(training: Training, data: Data) -> Iterator[str]:
         yield (
             f"--training.drop_path {training.drop_path} has no effect: --training.trainable"
             f" {','.join(training.trainable)} leaves the vision encoder frozen; use 0"
-        )
-    if training.eval_interval > 0 and not data.valid:
-        yield (
-            f"--training.eval_interval {training.eval_interval} needs --data.valid, the"
-            " validation set"
         )
 
 

@@ -31,7 +31,7 @@ class PackedDataset:
 
     Args:
         folder: folder that ``tools/pack_dataset.py`` wrote, or the URL of a copy of it in object
-            storage.
+            storage; or what reads packs from elsewhere.
         augment: changes that images of sources with ``data_augment`` go through: jpeg, crop, flip,
             colour.
 
@@ -40,8 +40,8 @@ class PackedDataset:
         ValueError: damaged, or of a newer format.
     """
 
-    def __init__(self, folder: Path | str, *, augment: Sequence[str] = ()) -> None:
-        self.reader = Reader(folder)
+    def __init__(self, folder: Path | str | Reader, *, augment: Sequence[str] = ()) -> None:
+        self.reader = folder if isinstance(folder, Reader) else Reader(folder)
         self.augment = tuple(augment)
         self.pad_colour = pad_colour(self.manifest.tiling, self.manifest.pixel_mean)
         self.crops = self.manifest.tiling == "crop"

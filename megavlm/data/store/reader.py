@@ -138,9 +138,7 @@ class Reader:
         """
         record = self.index[pack_id]
         shard = self.manifest.shards[int(self.index.shard_of(pack_id))]
-        count = int(record["tokens"])
-        samples = int(record["samples"])
-        layout = sections(count, samples, int(record["images"]))
+        layout = sections(int(record["tokens"]), int(record["samples"]), int(record["images"]))
         start = int(record["offset"])
         end = int(record["offset"] + record["bytes"])
         middle = start + layout.encoded
@@ -162,15 +160,7 @@ class Reader:
         self._check(pack_id, "tokens", head, int(record["crc_tokens"]))
         if with_images:
             self._check(pack_id, "images", encoded, int(record["crc_images"]))
-        return Pack(
-            pack_id=int(pack_id),
-            tokens=head[: 4 * count].view("<i4"),
-            supervised=head[layout.supervised : layout.supervised + count].view(bool),
-            lengths=head[layout.lengths : layout.lengths + 4 * samples].view("<i4"),
-            provenance=head[layout.provenance : layout.images].view(PROVENANCE),
-            images=head[layout.images :].view(IMAGE),
-            encoded=encoded,
-        )
+        return parse_pack(int(pack_id), record, head, encoded)
 
     def origin(self, pack: Pack, sample: int) -> str:
         """Where a sample of the pack comes from: ``annotations.jsonl:line``."""
@@ -208,6 +198,29 @@ class Reader:
                 f"{self.bin_path(pack_id)}: pack {pack_id}: CRC32 of its {what} is {found:08x},"
                 f" written was {expected:08x}; the file is damaged, copy or pack the dataset again"
             )
+
+
+def parse_pack(pack_id: int, record: np.ndarray, head: np.ndarray, encoded: np.ndarray) -> Pack:
+    """Read a pack from the bytes of its block.
+
+    Args:
+        pack_id: its index in the dataset.
+        record: of the index.
+        head: uint8, what stands before the encoded images.
+        encoded: uint8, the encoded images.
+    """
+    count = int(record["tokens"])
+    samples = int(record["samples"])
+    layout = sections(count, samples, int(record["images"]))
+    return Pack(
+        pack_id=pack_id,
+        tokens=head[: 4 * count].view("<i4"),
+        supervised=head[layout.supervised : layout.supervised + count].view(bool),
+        lengths=head[layout.lengths : layout.lengths + 4 * samples].view("<i4"),
+        provenance=head[layout.provenance : layout.images].view(PROVENANCE),
+        images=head[layout.images :].view(IMAGE),
+        encoded=encoded,
+    )
 
 
 def _check_files(files: Files, manifest: Manifest) -> None:

@@ -1,0 +1,23 @@
+"""What a model is asked during training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Eval:
+    """Tasks that the model answers at each evaluation.
+
+    Args:
+        tasks: JSONL files of questions, images and answers, whose metrics are logged beside the
+            validation loss.
+        max_new_tokens: longest answer. The whole prompt runs again for each token, so this is for
+            short answers.
+        only: answer the tasks and measure the validation loss with the weights that are loaded,
+            and do not train.
+    """
+
+    tasks: tuple[str, ...] = ()
+    max_new_tokens: int = 16
+    only: bool = False

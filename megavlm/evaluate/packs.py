@@ -1,0 +1,283 @@
+"""Questions as packs, which the trainer runs as it runs those of a dataset.
+
+A question has room for its answer behind it: what stands later in a sample changes nothing before
+it, so every pass takes the same packs with one token more.
+
+Shapes: T tokens of a pack (its capacity).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from megavlm.data.images.decode import read_size
+from megavlm.data.images.tiling import Tiling
+from megavlm.data.loading.dataset import PackedDataset
+from megavlm.data.records.record import Turn
+from megavlm.data.records.reject import RejectError
+from megavlm.data.sample import Image, Sample
+from megavlm.data.store.manifest import Manifest, Source, read_manifest
+from megavlm.data.store.pack_format import pack_block
+from megavlm.data.store.reader import Pack, Reader, parse_pack
+from megavlm.data.text.chat_tokens import ChatTemplate
+from megavlm.data.text.tokenizer import load_tokenizer
+from megavlm.evaluate.metrics import METRICS
+from megavlm.evaluate.task import Question, Task
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """A question as the model reads it, or one of its choices.
+
+    Args:
+        path: file of the task.
+        line: of the question in it.
+        tokens: int32 [n], up to where the answer begins; with a choice, to the choice's end.
+        supervised: bool [n], the tokens of the choice.
+        images: its images, whose files are not read yet; ``name`` is the path.
+        room: tokens that are kept free for the answer.
+    """
+
+    path: Path
+    line: int
+    tokens: np.ndarray
+    supervised: np.ndarray
+    images: tuple[Image, ...]
+    room: int = 0
+
+    @property
+    def tiles(self) -> int:
+        """Tiles of all images."""
+        return sum(image.tiles for image in self.images)
+
+    @property
+    def where(self) -> str:
+        """File and line of the question."""
+        return f"{self.path}:{self.line}"
+
+
+def ask(
+    task: Task, question: Question, template: ChatTemplate, tiling: Tiling, room: int
+) -> list[Asked]:
+    """Return a question, ready for the model; with choices, the question with each of them.
+
+    Args:
+        task: of the question.
+        question: what is asked.
+        template: of the conversation, with its tokenizer.
+        tiling: how images become tiles.
+        room: tokens to keep free for an answer that the model writes.
+
+    Raises:
+        ValueError: an image that cannot be read, or a text that the template refuses.
+    """
+    where = task.where(question)
+    images = tuple(_image(path, tiling, len(question.images), where) for path in question.images)
+    tiles = [image.tiles for image in images]
+    try:
+        if not question.choices:
+            tokens = template.prompt(question.turns, tiles)
+            found = [(tokens, np.zeros(len(tokens), bool))]
+        else:
+            metric = METRICS[task.metric]
+            endings = (
+                Turn(role="gpt", text=metric.choice(index, choice))
+                for index, choice in enumerate(question.choices)
+            )
+            found = [template.encode((*question.turns, ending), tiles) for ending in endings]
+            room = 0
+    except RejectError as error:
+        raise ValueError(f"--eval.tasks {where}: {error.detail}") from None
+    return [
+        Asked(
+            path=task.path,
+            line=question.line,
+            tokens=tokens,
+            supervised=supervised,
+            images=images,
+            room=room,
+        )
+        for tokens, supervised in found
+    ]
+
+
+def _image(path: Path, tiling: Tiling, images: int, where: str) -> Image:
+    """Return an image as its header describes it, without its content."""
+    try:
+        width, height = read_size(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--eval.tasks {where}: {path}: {error}") from None
+    columns, rows = tiling.grid(width, height, images=images)
+    return Image(
+        encoded=b"",
+        width=width,
+        height=height,
+        columns=columns,
+        rows=rows,
+        tiles=tiling.count(columns, rows),
+        name=str(path),
+    )
+
+
+def arrange(asked: Sequence[Asked], manifest: Manifest) -> list[list[int]]:
+    """Put questions into packs, in their order.
+
+    Returns:
+        The indices of each pack's questions.
+
+    Raises:
+        ValueError: one is larger than a pack.
+    """
+    packs: list[list[int]] = []
+    tokens = manifest.capacity
+    tiles = manifest.tile_cap
+    for index, one in enumerate(asked):
+        length = -(-(len(one.tokens) + one.room) // manifest.alignment) * manifest.alignment
+        if length > manifest.capacity or one.tiles > manifest.tile_cap:
+            raise ValueError(
+                f"--eval.tasks {one.where}: {length} tokens with room for the answer and"
+                f" {one.tiles} tiles, but the packs of --data.train hold {manifest.capacity} tokens"
+                f" and {manifest.tile_cap} tiles; lower --eval.max_new_tokens, or pack with larger"
+                " --capacity and --tile_cap"
+            )
+        if tokens + length > manifest.capacity or tiles + one.tiles > manifest.tile_cap:
+            packs.append([])
+            tokens = 0
+            tiles = 0
+        packs[-1].append(index)
+        tokens += length
+        tiles += one.tiles
+    return packs
+
+
+class QuestionReader(Reader):
+    """Packs that are made of questions when they are asked for; nothing is on the disk.
+
+    Args:
+        asked: the questions; each is a source of its own, so that what ``Batch.sources`` says of
+            a token is the index of its question.
+        packs: the indices of each pack's questions.
+        manifest: of the training packs.
+    """
+
+    def __init__(
+        self, asked: Sequence[Asked], packs: Sequence[Sequence[int]], manifest: Manifest
+    ) -> None:
+        self.asked = asked
+        self.packs = packs
+        self.folder = "--eval.tasks"
+        self.manifest = replace(
+            manifest,
+            sources=tuple(
+                Source(name=str(index), annotations=str(one.path))
+                for index, one in enumerate(asked)
+            ),
+        )
+        self.index = np.stack([pack_block(self._samples(pack, load=False))[1] for pack in packs])
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self.asked, self.packs, self.manifest)
+
+    def __len__(self) -> int:
+        return len(self.packs)
+
+    def read(self, pack_id: int, *, with_images: bool = True) -> Pack:
+        """See ``Reader``: a question that cannot be read is named with its file and line."""
+        (head, *images), record = pack_block(self._samples(self.packs[pack_id], load=with_images))
+        return parse_pack(
+            pack_id,
+            record,
+            np.frombuffer(head, np.uint8),
+            np.frombuffer(b"".join(images), np.uint8),
+        )
+
+    def _samples(self, pack: Sequence[int], *, load: bool) -> list[Sample]:
+        """Make the samples of a pack, with room for the answers."""
+        fill = self.manifest.pad_token_id
+        return [
+            Sample(
+                tokens=np.pad(one.tokens, (0, one.room), constant_values=fill),
+                supervised=np.pad(one.supervised, (0, one.room)),
+                images=tuple(
+                    replace(image, encoded=Path(image.name).read_bytes()) if load else image
+                    for image in one.images
+                ),
+                source=index,
+                line=one.line,
+            )
+            for index, one in ((index, self.asked[index]) for index in pack)
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskPacks:
+    """A task, ready for the model.
+
+    Args:
+        task: the questions.
+        asked: each question, or each of its choices, one question after the other.
+        owners: index of the question of each of ``asked``.
+        order: the indices in ``asked`` of each pack.
+        packs: the packs.
+        template: decodes answers.
+    """
+
+    task: Task
+    asked: tuple[Asked, ...]
+    owners: tuple[int, ...]
+    order: tuple[tuple[int, ...], ...]
+    packs: PackedDataset
+    template: ChatTemplate
+
+    @property
+    def ends(self) -> frozenset[int]:
+        """Tokens that end an answer."""
+        tokens = (self.template.end_token_id, self.template.tokenizer.eos_token_id)
+        return frozenset(token for token in tokens if token is not None)
+
+
+def prepare(task: Task, folder: Path | str, max_new_tokens: int) -> TaskPacks:
+    """Make the packs of a task, with the tokenizer, template and tiles of a packed dataset.
+
+    Args:
+        task: the questions.
+        folder: of the dataset.
+        max_new_tokens: longest answer.
+
+    Raises:
+        ValueError: a question that does not fit the template or the packs, or images that cannot
+            be read.
+    """
+    manifest = read_manifest(folder)
+    template = ChatTemplate(
+        load_tokenizer(Path(folder) / "tokenizer"),
+        manifest.features_per_tile,
+        name=manifest.template,
+        system_message=manifest.system_message,
+    )
+    tiling = Tiling(
+        tile_size=manifest.image_size,
+        min_tiles=manifest.min_tiles,
+        max_tiles=manifest.max_tiles,
+        thumbnail=manifest.thumbnail,
+        mode=manifest.tiling,
+        pixel_mean=manifest.pixel_mean,
+    )
+    # The last token of an answer is not read again.
+    found = [
+        ask(task, question, template, tiling, max_new_tokens - 1) for question in task.questions
+    ]
+    asked = tuple(one for each in found for one in each)
+    order = arrange(asked, manifest)
+    return TaskPacks(
+        task=task,
+        asked=asked,
+        owners=tuple(index for index, each in enumerate(found) for _ in each),
+        order=tuple(tuple(pack) for pack in order),
+        packs=PackedDataset(QuestionReader(asked, order, manifest)),
+        template=template,
+    )

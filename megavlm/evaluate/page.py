@@ -1,0 +1,119 @@
+"""One page of HTML about how models answered tasks: figures, then pictures, questions, answers."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from megavlm.io import atomic
+
+_SIDE = 256
+_STYLE = """
+body { font: 15px/1.4 system-ui, sans-serif; margin: 2em auto; max-width: 70em; padding: 0 1em }
+table { border-collapse: collapse; margin: 1em 0 }
+th, td { border-bottom: 1px solid #ccc; padding: .3em .8em; text-align: left; vertical-align: top }
+td.figure { text-align: right; font-variant-numeric: tabular-nums }
+img { max-width: 12em; max-height: 12em; margin-right: .3em }
+.right { background: #e3f4e3 } .part { background: #fdf6d8 } .wrong { background: #fbe3e3 }
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answered:
+    """What a model made of the tasks.
+
+    Args:
+        model: its name.
+        figures: by name, ``TASK/FIGURE``.
+        rows: of each task, what the answers' file holds of each question.
+    """
+
+    model: str
+    figures: Mapping[str, float]
+    rows: Mapping[str, Sequence[Mapping[str, Any]]]
+
+
+def table_lines(models: Sequence[Answered]) -> list[str]:
+    """Return the figures as a table of text, a line for each figure."""
+    names = list(dict.fromkeys(name for model in models for name in model.figures))
+    rows = [["", *(model.model for model in models)]]
+    rows += [[name, *(_figure(model, name) for model in models)] for name in names]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+
+
+def _figure(model: Answered, name: str) -> str:
+    return f"{model.figures[name]:.4f}" if name in model.figures else "-"
+
+
+def write_page(path: Path, models: Sequence[Answered], questions: int) -> None:
+    """Write the page; it needs no other file.
+
+    Args:
+        path: of the HTML file.
+        models: in the order of their columns.
+        questions: most that are shown of a task.
+    """
+    atomic.write_text(path, "\n".join(_lines(models, questions)) + "\n")
+
+
+def _lines(models: Sequence[Answered], questions: int) -> Iterator[str]:
+    yield '<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>Answers</title>'
+    yield f"<style>{_STYLE}</style>\n<h1>Answers</h1>\n<table>"
+    header, *rows = ([name, *figures] for name, figures in _figures(models))
+    yield "<tr>" + "".join(f"<th>{escape(cell)}</th>" for cell in header) + "</tr>"
+    for name, *figures in rows:
+        cells = "".join(f'<td class="figure">{figure}</td>' for figure in figures)
+        yield f"<tr><td>{escape(name)}</td>{cells}</tr>"
+    yield "</table>"
+    for task in dict.fromkeys(task for model in models for task in model.rows):
+        yield from _task(task, [model for model in models if task in model.rows], questions)
+
+
+def _figures(models: Sequence[Answered]) -> Iterator[tuple[str, list[str]]]:
+    yield "", [model.model for model in models]
+    for name in dict.fromkeys(name for model in models for name in model.figures):
+        yield name, [_figure(model, name) for model in models]
+
+
+def _task(task: str, models: Sequence[Answered], questions: int) -> Iterator[str]:
+    rows = models[0].rows[task]
+    shown = f": the first {questions} of {len(rows)}" if len(rows) > questions else ""
+    yield f"<h2>{escape(task)}{shown}</h2>\n<table>"
+    names = "".join(f"<th>{escape(model.model)}</th>" for model in models)
+    yield f"<tr><th>id</th><th>images</th><th>question</th><th>right</th>{names}</tr>"
+    for index, row in enumerate(rows[:questions]):
+        pictures = "".join(_picture(Path(path)) for path in row["image"])
+        text = escape(str(row["question"])).replace("\n", "<br>")
+        truth = "<br>".join(escape(answer) for answer in dict.fromkeys(row["answers"]))
+        given = "".join(_answer(model.rows[task][index]) for model in models)
+        cells = (escape(row["id"]), pictures, text, truth)
+        yield "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + f"{given}</tr>"
+    yield "</table>"
+
+
+def _answer(row: Mapping[str, Any]) -> str:
+    score = row["score"]
+    kind = "right" if score >= 1 else "part" if score > 0 else "wrong"
+    return f'<td class="{kind}" title="{score:.3g}">{escape(row["prediction"])}</td>'
+
+
+def _picture(path: Path) -> str:
+    """Return a small copy of an image, inside the page."""
+    try:
+        with Image.open(path) as image:
+            small = image.convert("RGB")
+    except OSError as error:
+        return escape(f"{path}: {error}")
+    small.thumbnail((_SIDE, _SIDE))
+    file = io.BytesIO()
+    small.save(file, "JPEG", quality=80)
+    content = base64.b64encode(file.getvalue()).decode()
+    return f'<img src="data:image/jpeg;base64,{content}" alt="{escape(path.name)}">'

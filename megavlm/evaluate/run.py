@@ -1,0 +1,151 @@
+"""Let pretrain_vlm.py answer tasks with a checkpoint or a Hugging Face folder, and read what it
+wrote.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from megavlm.checkpoint import step_folder
+from megavlm.checkpoint.step_folder import Checkpoint
+from megavlm.config.cli import to_yaml
+from megavlm.config.evaluation import Eval
+from megavlm.config.recipes import recipe_of
+from megavlm.config.schema import Checkpoint as Saving
+from megavlm.config.schema import Config, Init, Logging, Parallel
+from megavlm.convert.hf.hub_formats import dialect_of
+from megavlm.evaluate.page import Answered
+from megavlm.evaluate.task import read_tasks
+from megavlm.io import atomic
+
+_PROGRAM = Path(__file__).parents[2] / "pretrain_vlm.py"
+_DONE = "evaluated.json"
+
+
+def answer_with(
+    model: Path,
+    tasks: Sequence[Path],
+    out: Path,
+    *,
+    packs: Path | None,
+    max_new_tokens: int,
+    ranks: int,
+    others: Sequence[str],
+) -> Answered:
+    """Answer tasks with a model, unless the folder holds its answers already.
+
+    Args:
+        model: a checkpoint or a save folder, or a Hugging Face folder.
+        tasks: files of questions.
+        out: folder of all models; this one gets a folder in it.
+        packs: packed dataset whose template, tokenizer and tiles are used; none: the checkpoint's.
+        max_new_tokens: longest answer.
+        ranks: processes.
+        others: options of pretrain_vlm.py, such as the layout.
+
+    Raises:
+        ValueError: nothing to evaluate there, a task that cannot be read, or a run that failed.
+    """
+    found = read_tasks(tuple(map(str, tasks)))
+    saved = step_folder.find(model) if not (model / "config.json").is_file() else None
+    if saved is None and not (model / "config.json").is_file():
+        raise ValueError(f"{model}: neither a checkpoint nor a Hugging Face folder")
+    if saved is None and packs is None:
+        raise ValueError(
+            f"{model}: a Hugging Face folder does not say how questions are packed; name a packed"
+            " dataset of its template and tiles with --packs"
+        )
+    name = _name(saved.folder if saved else model, out)
+    target = out / name
+    asked = {
+        "tasks": {str(task.path): task.path.read_text(encoding="utf-8") for task in found},
+        "settings": [str(packs), max_new_tokens, *others],
+    }
+    if not _is_done(target, asked):
+        words = _of_checkpoint(saved, target) if saved else _of_folder(model)
+        words += ["--checkpoint.save", str(target), "--eval.only", "true"]
+        words += ["--eval.tasks", ",".join(str(task.path) for task in found)]
+        words += ["--eval.max_new_tokens", str(max_new_tokens)]
+        words += ["--data.train", str(packs)] if packs else []
+        _run([*words, *others], ranks, model)
+        atomic.write_text(target / _DONE, json.dumps(asked) + "\n")
+    return _read(name, target, [task.name for task in found])
+
+
+def _name(folder: Path, out: Path) -> str:
+    """Return a name for a model, which no other model of the folder has."""
+    path = folder.resolve()
+    short = path.name if not path.name.startswith("step_") else f"{path.parent.name}-{path.name}"
+    note = out / short / "model"
+    if note.is_file() and note.read_text(encoding="utf-8").strip() != str(path):
+        raise ValueError(
+            f"{folder}: {out / short} holds the answers of another model of that name,"
+            f" {note.read_text(encoding='utf-8').strip()}; choose another --out"
+        )
+    note.parent.mkdir(parents=True, exist_ok=True)
+    atomic.write_text(note, f"{path}\n")
+    return short
+
+
+def _is_done(target: Path, asked: dict) -> bool:
+    note = target / _DONE
+    return note.is_file() and json.loads(note.read_text(encoding="utf-8")) == asked
+
+
+def _of_checkpoint(saved: Checkpoint, target: Path) -> list[str]:
+    """Return the options that give a checkpoint's model and data, on one rank."""
+    config: Config = replace(
+        saved.config,
+        init=Init(),
+        data=replace(saved.config.data, valid="", weights=(), batch_shares=False, curriculum=False),
+        parallel=Parallel(),
+        checkpoint=Saving(load=str(saved.folder), weights_only=True),
+        logging=Logging(),
+        eval=Eval(),
+    )
+    path = target / "evaluation.yaml"
+    atomic.write_text(path, to_yaml(config))
+    return ["--config", str(path)]
+
+
+def _of_folder(model: Path) -> list[str]:
+    """Return the options that give the model of a Hugging Face folder."""
+    row = recipe_of(dialect_of(model))
+    last = list(row.stages)[-1]
+    words = ["--recipe", row.name, "--stage", last, "--model", str(model)]
+    return [*words, "--checkpoint.load", str(model)]
+
+
+def _run(words: Sequence[str], ranks: int, model: Path) -> None:
+    """Run pretrain_vlm.py, whose own output says what went wrong."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    done = subprocess.run([sys.executable, *launcher, str(_PROGRAM), *words], check=False)
+    if done.returncode:
+        raise ValueError(f"{model}: the run that should answer ended with status {done.returncode}")
+
+
+def _read(name: str, target: Path, tasks: Sequence[str]) -> Answered:
+    """Read the figures and answers that a run has written."""
+    (folder,) = (target / "answers").iterdir()
+    lines = (target / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    figures = json.loads(lines[-1])
+    return Answered(
+        model=name,
+        figures={
+            figure: value
+            for figure, value in figures.items()
+            if figure.split("/")[0] in tasks and "/" in figure
+        },
+        rows={
+            task: [
+                json.loads(line)
+                for line in (folder / f"{task}.jsonl").read_text(encoding="utf-8").splitlines()
+            ]
+            for task in tasks
+        },
+    )

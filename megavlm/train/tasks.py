@@ -1,0 +1,139 @@
+"""Tasks that the model answers at each evaluation."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megavlm.config.schema import Config
+from megavlm.evaluate.answer import Answer, Score
+from megavlm.evaluate.metrics import METRICS
+from megavlm.evaluate.packs import TaskPacks, prepare
+from megavlm.evaluate.task import Question, read_tasks
+from megavlm.io import atomic
+from megavlm.io.remote import is_remote
+from megavlm.train.generate import choose, generate
+from megavlm.train.job import Job
+
+ANSWERS = "answers"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """How a task was answered.
+
+    Args:
+        figures: by name, ``TASK/FIGURE``.
+        by_category: the first figure of each category, by the same name; empty without categories.
+    """
+
+    figures: dict[str, float]
+    by_category: dict[str, dict[str, float]]
+
+
+def open_tasks(config: Config) -> tuple[TaskPacks, ...]:
+    """Read the tasks of a run.
+
+    Raises:
+        ValueError: a task that cannot be asked, with its file and line.
+    """
+    folder = config.data.train_folders[0]
+    tasks = read_tasks(config.eval.tasks)
+    if tasks and (is_remote(folder) or not (Path(folder) / "tokenizer").is_dir()):
+        raise ValueError(
+            f"--eval.tasks needs the tokenizer of the packs, and --data.train {folder} has no"
+            " folder tokenizer on this machine; name local packs"
+        )
+    return tuple(prepare(task, folder, config.eval.max_new_tokens) for task in tasks)
+
+
+def answer_tasks(job: Job, step: int) -> Result:
+    """Answer all tasks of the run, measure the answers, and write them to the save folder.
+    Collective; the chunks' parameters are whole.
+
+    Args:
+        job: the run.
+        step: updates that are done, which the answers are filed under.
+
+    Returns:
+        The figures, on the writing rank; nobody else needs them.
+    """
+    figures: dict[str, float] = {}
+    by_category: dict[str, dict[str, float]] = {}
+    for chunk in job.ddp_chunks:
+        chunk.eval()
+    for task in job.tasks:
+        predictions = _predictions(job, task)
+        if not job.groups.is_writer:
+            continue
+        score = _score(task, predictions)
+        name = task.task.name
+        figures |= {f"{name}/{figure}": value for figure, value in score.figures.items()}
+        by_category |= _categories(task, predictions, score)
+        if job.config.checkpoint.save:
+            folder = Path(job.config.checkpoint.save) / ANSWERS / f"step-{step:08d}"
+            _write(folder / f"{name}.jsonl", task, predictions, score)
+    for chunk in job.ddp_chunks:
+        chunk.train()
+    return Result(figures=figures, by_category=by_category)
+
+
+def _predictions(job: Job, task: TaskPacks) -> list[str]:
+    """Return the text of each answer. Collective."""
+    questions = task.task.questions
+    if not questions[0].choices:
+        tokens = generate(job, task, job.config.eval.max_new_tokens)
+        return [task.template.text(answer).strip() for answer in tokens]
+    metric = METRICS[task.task.metric]
+    chosen = choose(job, task)
+    return [
+        metric.choice(index, question.choices[index])
+        for index, question in zip(chosen, questions, strict=True)
+    ]
+
+
+def _answer(question: Question, prediction: str) -> Answer:
+    return Answer(prediction=prediction, truth=question.truth, choices=question.choices)
+
+
+def _score(task: TaskPacks, predictions: Sequence[str]) -> Score:
+    answers = map(_answer, task.task.questions, predictions)
+    return METRICS[task.task.metric].score(list(answers))
+
+
+def _categories(
+    task: TaskPacks, predictions: Sequence[str], score: Score
+) -> dict[str, dict[str, float]]:
+    """Return the first figure of each category of the questions."""
+    questions = task.task.questions
+    figure = next(iter(score.figures))
+    found = {}
+    for category in sorted({question.category for question in questions} - {""}):
+        answers = [
+            _answer(question, prediction)
+            for question, prediction in zip(questions, predictions, strict=True)
+            if question.category == category
+        ]
+        found[category] = METRICS[task.task.metric].score(answers).figures[figure]
+    return {f"{task.task.name}/{figure}": found} if found else {}
+
+
+def _write(path: Path, task: TaskPacks, predictions: Sequence[str], score: Score) -> None:
+    """Write the answers beside the truth, a line for each question."""
+    rows = (
+        {
+            "id": question.name,
+            "question": question.turns[-1].text,
+            "image": [str(image) for image in question.images],
+            "prediction": prediction,
+            "answers": list(question.truth),
+            "score": value,
+        }
+        for question, prediction, value in zip(
+            task.task.questions, predictions, score.each, strict=True
+        )
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic.write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

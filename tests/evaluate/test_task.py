@@ -1,0 +1,75 @@
+"""Tasks are read, and what is wrong with one is told with its file and line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from megavlm.evaluate.task import read_task, read_tasks
+
+QUESTION = dict(question="What?", answer="red")
+PAIR = dict(question="A. x B. y", choices=["x", "y"], answer="A", metric="multiple_choice")
+
+
+def write(folder: Path, *rows: dict | str, name: str = "exam.jsonl") -> Path:
+    path = folder / name
+    lines = (row if isinstance(row, str) else json.dumps(row) for row in rows)
+    path.write_text("".join(line + "\n" for line in lines))
+    return path
+
+
+def test_a_question_with_everything(tmp_path: Path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    row = dict(question="What?", image="a.png", answers=["red", "Red"], system="Be kind.")
+    path = write(tmp_path, "", row | dict(id=7, category="colours", metric="vqa"))
+    task = read_task(path)
+    (question,) = task.questions
+    assert (task.name, task.metric) == ("exam", "vqa")
+    assert (question.name, question.line, question.category) == ("7", 2, "colours")
+    assert [turn.text for turn in question.turns] == ["Be kind.", "<image>\nWhat?"]
+    assert question.images == (tmp_path / "a.png",)
+    assert question.truth == ("red", "Red")
+
+
+@pytest.mark.parametrize(
+    ("rows", "told"),
+    [
+        ((), ": has no question"),
+        (("{",), r":1: is not JSON"),
+        (("[1]",), r":1: is not a JSON object"),
+        ((QUESTION, dict(answer="x")), r":2: has no question"),
+        ((dict(question="x"),), r":1: has no answer"),
+        ((QUESTION | dict(answer=3),), r":1: answer is 3, not a text or a list of texts"),
+        ((QUESTION | dict(question=3),), r":1: question is 3, not a text"),
+        ((QUESTION | dict(answers=["x"]),), r":1: has both answer and answers"),
+        ((QUESTION | dict(label="x"),), r":1: has label; the keys of a question are question,"),
+        ((QUESTION | dict(image="gone.png"),), r":1: its image .*gone.png is missing"),
+        ((QUESTION | dict(question="<image>"),), r":1: has 1 <image> in its question, but 0"),
+        ((QUESTION | dict(metric="bleu"),), r": there is no metric bleu; the metrics are exact_"),
+        ((QUESTION, QUESTION | dict(metric="vqa")), r"exact_match in line 1, vqa in line 2"),
+        ((QUESTION | dict(id=1), QUESTION | dict(id=1)), r":1: 2 questions have the id 1"),
+        ((QUESTION, QUESTION | dict(choices=["red", "x"])), r":2: has choices, but other"),
+        ((QUESTION | dict(choices=["x", "y"]),), r":1: its answer 'red' is none of its choices"),
+        ((PAIR | dict(answer="C"),), r":1: its answer 'C' is none of its choices"),
+        ((PAIR | dict(choices=["x"]),), r":1: the metric multiple_choice needs choices"),
+    ],
+)
+def test_what_is_wrong_is_told(tmp_path: Path, rows: tuple[dict | str, ...], told: str):
+    path = write(tmp_path, *rows)
+    with pytest.raises(ValueError, match=rf"^--eval.tasks {path}.*{told}"):
+        read_task(path)
+
+
+def test_two_tasks_of_one_name(tmp_path: Path):
+    (tmp_path / "b").mkdir()
+    paths = [write(folder, QUESTION) for folder in (tmp_path, tmp_path / "b")]
+    with pytest.raises(ValueError, match="2 files are called exam"):
+        read_tasks(tuple(map(str, paths)))
+
+
+def test_a_file_that_is_missing(tmp_path: Path):
+    with pytest.raises(ValueError, match="nothing.jsonl: cannot be read"):
+        read_task(tmp_path / "nothing.jsonl")

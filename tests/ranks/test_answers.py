@@ -1,0 +1,209 @@
+"""Tasks are answered as transformers answers them, at every layout; training does not notice."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megavlm.config.schema import Checkpoint, Config, Eval, Logging
+from tests.convert.models import TOKENIZER
+from tests.data.samples import make_dataset, make_image
+from tests.ranks.pool import Pool
+from tests.ranks.runs import TINY, config_for
+from tests.ranks.test_against_transformers import random_model
+from tests.ranks.test_resume import losses, run_job
+
+CONTEXT = 5
+NEW_TOKENS = 6
+ARCHITECTURE = dataclasses.replace(
+    TINY, language=dataclasses.replace(TINY.language, vocab_size=457)
+)
+LAYOUTS = {
+    "TP2 SP": (2, dict(tensor_model_parallel_size=2, sequence_parallel=True)),
+    "PP2": (2, dict(pipeline_model_parallel_size=2)),
+    "PP2 virtual 2": (
+        2,
+        dict(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2),
+    ),
+    "DP2": (2, {}),
+    "CP2": (2, dict(context_parallel_size=2)),
+    "TP2 PP2 DP2": (8, dict(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)),
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Packs with a tokenizer, a Hugging Face model, and two tasks."""
+    root = tmp_path_factory.mktemp("answers")
+    make_dataset(
+        root / "packs",
+        packs=8,
+        vocab_size=457,
+        context_token_id=CONTEXT,
+        tile_size=16,
+        features_per_tile=4,
+        capacity=256,
+        alignment=4,
+    )
+    shutil.copytree(TOKENIZER, root / "packs" / "tokenizer")
+    random_model(ARCHITECTURE, CONTEXT, root / "hf")
+    rng = np.random.default_rng(4)
+    for number in range(3):
+        image = make_image(rng, 16, 1 + number, 1)
+        (root / f"{number}.png").write_bytes(image.encoded)
+    asked = [
+        dict(question="What is it?", image="0.png", answer="red", category="one"),
+        dict(question="Who?", answers=["he", "she"], category="none"),
+        dict(question="<image> or <image>?", image=["1.png", "2.png"], answer="blue"),
+        dict(
+            question="A rather long question, in many words. " * 3, answer="no", system="Be kind."
+        ),
+        dict(question="How many?", image="2.png", answer="3", category="one"),
+    ]
+    chosen = [
+        dict(question=f"{row['question']} A. red B. green C. blue", answer="B")
+        | {key: row[key] for key in ("image",) if key in row}
+        | dict(choices=["red", "green", "blue"], metric="multiple_choice")
+        for row in asked
+    ]
+    for name, rows in (("free", asked), ("choice", chosen)):
+        (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return root
+
+
+def configure(root: Path, **settings) -> Config:
+    config = config_for(root / "packs", **settings)
+    tasks = (str(root / "free.jsonl"), str(root / "choice.jsonl"))
+    return dataclasses.replace(
+        config,
+        architecture=ARCHITECTURE,
+        eval=Eval(tasks=tasks, max_new_tokens=NEW_TOKENS),
+    )
+
+
+def answers(config: Config, folder: Path) -> tuple[list[list[int]], list[int]]:
+    """Answer both tasks with the weights of a Hugging Face folder."""
+    from megavlm.convert.hf import convert
+    from megavlm.model import weights
+    from megavlm.train.generate import choose, generate
+    from megavlm.train.tasks import open_tasks
+    from tests.ranks.runs import build
+
+    job = build(config)
+    weights.fill(job.chunks, convert.full_tensors(folder, config.architecture))
+    for chunk in job.ddp_chunks:
+        chunk.eval()
+    free, choice = open_tasks(config)
+    found = generate(job, free, config.eval.max_new_tokens)
+    chosen = choose(job, choice)
+    return found, chosen if job.groups.has_last_chunk else []
+
+
+@pytest.fixture(scope="module")
+def alone(folders: Path, ranks: Pool) -> tuple[list[list[int]], list[int]]:
+    """Answer in one process."""
+    (found,) = ranks.run(answers, 1, configure(folders), folders / "hf")
+    return found
+
+
+def test_answers_equal_those_of_transformers(folders: Path, alone):
+    import torch
+    from transformers import InternVLForConditionalGeneration
+
+    from megavlm.train.tasks import open_tasks
+
+    free, choice = open_tasks(configure(folders))
+    model = InternVLForConditionalGeneration.from_pretrained(folders / "hf").eval()
+    assert len(free.order) > 1
+
+    def inputs(task, index: int) -> dict[str, torch.Tensor]:
+        one = task.asked[index]
+        (pack,) = [number for number, pack in enumerate(task.order) if index in pack]
+        batch = task.packs.batch(pack, 0)
+        before = sum(task.asked[i].tiles for i in task.order[pack] if i < index)
+        mean, std = (
+            torch.tensor(values)[:, None, None]
+            for values in (task.packs.manifest.pixel_mean, task.packs.manifest.pixel_std)
+        )
+        tiles = batch.tiles[before : before + one.tiles].float()
+        tokens = torch.from_numpy(one.tokens.astype(np.int64))[None]
+        pixels = {"pixel_values": (tiles / 255 - mean) / std} if one.tiles else {}
+        return dict(input_ids=tokens, attention_mask=torch.ones_like(tokens)) | pixels
+
+    generated, chosen = alone
+    for index, ours in enumerate(generated):
+        given = inputs(free, index)
+        theirs = model.generate(
+            **given, max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=list(free.ends)
+        )[0, given["input_ids"].shape[1] :].tolist()
+        theirs = theirs[: next((i for i, token in enumerate(theirs) if token in free.ends), None)]
+        assert ours == theirs
+    assert len({tuple(answer) for answer in generated}) > 1
+    losses = []
+    for index, one in enumerate(choice.asked):
+        given = inputs(choice, index)
+        with torch.no_grad():
+            logs = model(**given).logits[0].log_softmax(-1)
+        learned = np.flatnonzero(one.supervised)
+        losses.append(-float(sum(logs[at - 1, one.tokens[at]] for at in learned)))
+    assert chosen == np.reshape(losses, (-1, 3)).argmin(axis=1).tolist()
+    assert len(set(chosen)) > 1 or len(chosen) < 2
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_gives_the_same_answers(folders: Path, ranks: Pool, alone, layout: str):
+    count, settings = LAYOUTS[layout]
+    found = ranks.run(answers, count, configure(folders, **settings), folders / "hf")
+    assert {tuple(map(tuple, tokens)) for tokens, _ in found} == {tuple(map(tuple, alone[0]))}
+    assert {tuple(chosen) for _, chosen in found} - {()} == {tuple(alone[1])}
+
+
+def job(root: Path, save: Path, **settings) -> Config:
+    """Configure a run of three updates, which evaluates after each."""
+    settings = dict(steps=3, eval_interval=1, drop_path=0.2, global_batch_size=2) | settings
+    config = dataclasses.replace(configure(root, **settings), logging=Logging(interval=1))
+    return dataclasses.replace(config, checkpoint=Checkpoint(save=str(save), save_interval=3))
+
+
+def figures(save: Path) -> list[dict[str, float]]:
+    """Read the figures of a run's evaluations."""
+    lines = [json.loads(line) for line in (save / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {name: value for name, value in line.items() if name.startswith(("free/", "choice/"))}
+        for line in lines
+        if "free/accuracy" in line
+    ]
+
+
+def test_training_does_not_notice_that_it_is_evaluated(folders: Path, ranks: Pool, tmp_path: Path):
+    config = job(folders, tmp_path / "asked")
+    ranks.run(run_job, 2, config)
+    plain = dataclasses.replace(job(folders, tmp_path / "plain", eval_interval=0), eval=Eval())
+    ranks.run(run_job, 2, plain)
+    assert losses(tmp_path / "asked") == losses(tmp_path / "plain")
+    found = figures(tmp_path / "asked")
+    assert len(found) == 4  # before the first update, and after each
+    assert set(found[0]) == {
+        *("free/accuracy", "free/accuracy/none", "free/accuracy/one", "choice/accuracy")
+    }
+    written = sorted((tmp_path / "asked" / "answers").iterdir())
+    assert [folder.name for folder in written] == [f"step-0000000{step}" for step in range(4)]
+    rows = [json.loads(line) for line in (written[3] / "choice.jsonl").read_text().splitlines()]
+    assert [row["id"] for row in rows] == ["1", "2", "3", "4", "5"]
+    assert {row["prediction"] for row in rows} <= {"A", "B", "C"}
+    right = sum(row["prediction"] == "B" for row in rows) / 5
+    assert found[3]["choice/accuracy"] == right == sum(row["score"] for row in rows) / 5
+
+    only = dataclasses.replace(
+        job(folders, tmp_path / "only", tensor_model_parallel_size=2),
+        checkpoint=Checkpoint(save=str(tmp_path / "only"), load=str(tmp_path / "asked")),
+        eval=dataclasses.replace(config.eval, only=True),
+    )
+    ranks.run(run_job, 2, only)
+    assert figures(tmp_path / "only") == found[3:]
+    assert not list((tmp_path / "only").glob("step_*"))

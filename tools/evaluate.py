@@ -1,0 +1,69 @@
+"""Answer tasks with checkpoints or Hugging Face folders, and compare the models.
+
+python tools/evaluate.py checkpoints/stage2 my-hf/ --tasks exam.jsonl --packs packs/ --out evaluated
+python tools/evaluate.py checkpoints/stage2 --tasks a.jsonl b.jsonl --out evaluated --ranks 8 \\
+    --parallel.tensor_model_parallel_size 2
+
+OUT/summary.json has the figures, OUT/index.html the pictures, questions and answers. The same
+command again leaves alone what is done. All options but those below are those of pretrain_vlm.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from megavlm.evaluate.page import table_lines, write_page
+from megavlm.evaluate.run import answer_with
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("models", nargs="+", type=Path, metavar="DIR", help="what to evaluate")
+    parser.add_argument("--tasks", nargs="+", required=True, type=Path, metavar="FILE")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR")
+    parser.add_argument(
+        "--packs",
+        type=Path,
+        metavar="DIR",
+        help="packed dataset whose template, tokenizer and tiles are used (default: that which a"
+        " checkpoint was trained on)",
+    )
+    parser.add_argument("--max_new_tokens", type=int, default=16, metavar="N")
+    parser.add_argument("--ranks", type=int, default=1, metavar="N", help="processes (default: 1)")
+    parser.add_argument(
+        "--shown", type=int, default=200, metavar="N", help="questions of a task on the page"
+    )
+    options, others = parser.parse_known_args(arguments)
+    try:
+        answered = [
+            answer_with(
+                model,
+                options.tasks,
+                options.out,
+                packs=options.packs,
+                max_new_tokens=options.max_new_tokens,
+                ranks=options.ranks,
+                others=others,
+            )
+            for model in options.models
+        ]
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print("\n".join(table_lines(answered)))
+    summary = {model.model: model.figures for model in answered}
+    (options.out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    write_page(options.out / "index.html", answered, options.shown)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
