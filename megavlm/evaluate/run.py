@@ -25,6 +25,7 @@ from megavlm.io import atomic
 
 _PROGRAM = Path(__file__).parents[2] / "pretrain_vlm.py"
 _DONE = "evaluated.json"
+_RUN = "run"
 
 
 def answer_with(
@@ -68,13 +69,13 @@ def answer_with(
     }
     if not _is_done(target, asked):
         words = _of_checkpoint(saved, target) if saved else _of_folder(model)
-        words += ["--checkpoint.save", str(target), "--eval.only", "true"]
+        words += ["--checkpoint.save", str(target / _RUN), "--eval.only", "true"]
         words += ["--eval.tasks", ",".join(str(task.path) for task in found)]
         words += ["--eval.max_new_tokens", str(max_new_tokens)]
         words += ["--data.train", str(packs)] if packs else []
         _run([*words, *others], ranks, model)
         atomic.write_text(target / _DONE, json.dumps(asked) + "\n")
-    return _read(name, target, [task.name for task in found])
+    return _read(name, target / _RUN, [task.name for task in found])
 
 
 def _name(folder: Path, out: Path) -> str:

@@ -65,11 +65,11 @@ def _run_packs(
     """Return this rank's part of the loss over packs, each of which has a loss of its own."""
     groups = job.groups
     count = len(range(groups.data_rank, len(ids), groups.data_size))
-    return run_forward(job, packs, count, weight, meter)
+    return run_forward(job, packs, count, weight, meters)
 
 
 def run_forward(
-    job: Job, packs: Iterator[Batch], count: int, weight: float, meter: Meter
+    job: Job, packs: Iterator[Batch], count: int, weight: float, meters: Sequence[Meter]
 ) -> torch.Tensor:
     """Run packs forward.
 
@@ -78,7 +78,7 @@ def run_forward(
         packs: of this data-parallel rank.
         count: of them.
         weight: sum of the loss weights of all ranks' packs.
-        meter: observes the losses.
+        meters: observe the losses.
 
     Returns:
         This rank's part of the loss.

@@ -186,7 +186,7 @@ def choose(job: Job, task: TaskPacks) -> list[int]:
     positions = range(job.groups.data_rank, len(ids), job.groups.data_size)
     batches = job.batches(task.packs, plan, positions, workers=0)
     with contextlib.closing(batches):
-        run_forward(job, batches, len(positions), 1.0, losses)
+        run_forward(job, batches, len(positions), 1.0, (losses,))
     means = losses.report(job.groups)["loss"]
     best: dict[int, tuple[float, int]] = {}
     first: dict[int, int] = {}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ from tests.ranks.pool import Pool
 from tests.ranks.runs import TINY, config_for
 from tests.ranks.test_against_transformers import random_model
 from tests.ranks.test_resume import losses, run_job
+from tests.style.source import ROOT
 
 CONTEXT = 5
 NEW_TOKENS = 6
@@ -207,3 +210,37 @@ def test_training_does_not_notice_that_it_is_evaluated(folders: Path, ranks: Poo
     ranks.run(run_job, 2, only)
     assert figures(tmp_path / "only") == found[3:]
     assert not list((tmp_path / "only").glob("step_*"))
+
+
+def test_models_are_compared(folders: Path, ranks: Pool, alone, tmp_path: Path):
+    config = job(folders, tmp_path / "run", eval_interval=0)
+    ranks.run(run_job, 1, dataclasses.replace(config, eval=Eval()))
+    out = tmp_path / "out"
+    words = [
+        *("tools/evaluate.py", str(folders / "hf"), str(tmp_path / "run")),
+        *("--tasks", *config.eval.tasks, "--packs", str(folders / "packs"), "--out", str(out)),
+        *("--max_new_tokens", str(NEW_TOKENS), "--training.precision", "float32"),
+    ]
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((out / "summary.json").read_text())
+    assert list(summary) == ["hf", "run-step_00000003"]
+    rows = (
+        (out / "hf" / "run" / "answers" / "step-00000000" / "choice.jsonl").read_text().splitlines()
+    )
+    assert [json.loads(row)["prediction"] for row in rows] == ["ABC"[i] for i in alone[1]]
+    assert summary["hf"]["choice/accuracy"] == alone[1].count(1) / 5
+    page = (out / "index.html").read_text()
+    assert page.count("data:image/jpeg;base64,") == 8  # 4 images of each task
+    assert "http" not in page
+    table = done.stdout.splitlines()[-5:]
+    assert table[0].split() == ["hf", "run-step_00000003"]
+    # The same command does nothing again; another one says what is in the way.
+    again = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
+    assert again.stdout.splitlines() == table
+    moved = tmp_path / "other" / "hf"
+    shutil.copytree(folders / "hf", moved)
+    words[1] = str(moved)
+    refused = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
+    assert refused.returncode == 2
+    assert "holds the answers of another model of that name" in refused.stderr
