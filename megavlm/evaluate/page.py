@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import base64
-import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
+from megavlm.data.images.thumbnail import thumbnail
 from megavlm.io import atomic
 
 _SIDE = 256
@@ -108,12 +106,7 @@ def _answer(row: Mapping[str, Any]) -> str:
 def _picture(path: Path) -> str:
     """Return a small copy of an image, inside the page."""
     try:
-        with Image.open(path) as image:
-            small = image.convert("RGB")
+        content = base64.b64encode(thumbnail(path, _SIDE)).decode()
     except OSError as error:
         return escape(f"{path}: {error}")
-    small.thumbnail((_SIDE, _SIDE))
-    file = io.BytesIO()
-    small.save(file, "JPEG", quality=80)
-    content = base64.b64encode(file.getvalue()).decode()
     return f'<img src="data:image/jpeg;base64,{content}" alt="{escape(path.name)}">'
