@@ -4,7 +4,7 @@
 #   bash examples/quickstart/run.sh [OUT]      OUT: folder to make (default: quickstart)
 #
 # It makes data, packs them, trains stages 0, 1, 1.5 and 2 under torchrun with two ranks, exports the model to Hugging Face, lets transformers
-# answer held-out questions, and ends with a table, OUT/summary.json and OUT/report.png. It uses the active virtual environment, or makes .venv.
+# answer held-out questions, and ends with a table, OUT/summary.json, OUT/report.png and OUT/report.html. It uses the active virtual environment, or makes .venv.
 set -euo pipefail
 started=$SECONDS
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
@@ -65,4 +65,5 @@ step "held-out questions, answered by transformers"
 
 step "report"
 "$python" "$here/report.py" "$out" --seconds $((SECONDS - started))
-echo "$out/summary.json and $out/report.png are written; the model is in $out/exported/stage2"
+"$python" tools/report.py "$out"/runs/stage{0,1,1_5,2} --out "$out/report.html"
+echo "$out/summary.json, $out/report.png and $out/report.html (curves) are written; the model is in $out/exported/stage2"

@@ -13,7 +13,7 @@ from megavlm.data.images.thumbnail import thumbnail
 from megavlm.io import atomic
 
 _SIDE = 256
-_STYLE = """
+STYLE = """
 body { font: 15px/1.4 system-ui, sans-serif; margin: 2em auto; max-width: 70em; padding: 0 1em }
 table { border-collapse: collapse; margin: 1em 0 }
 th, td { border-bottom: 1px solid #ccc; padding: .3em .8em; text-align: left; vertical-align: top }
@@ -64,7 +64,7 @@ def write_page(path: Path, models: Sequence[Answered], questions: int) -> None:
 
 def _lines(models: Sequence[Answered], questions: int) -> Iterator[str]:
     yield '<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>Answers</title>'
-    yield f"<style>{_STYLE}</style>\n<h1>Answers</h1>\n<table>"
+    yield f"<style>{STYLE}</style>\n<h1>Answers</h1>\n<table>"
     header, *rows = ([name, *figures] for name, figures in _figures(models))
     yield "<tr>" + "".join(f"<th>{escape(cell)}</th>" for cell in header) + "</tr>"
     for name, *figures in rows:
@@ -72,7 +72,7 @@ def _lines(models: Sequence[Answered], questions: int) -> Iterator[str]:
         yield f"<tr><td>{escape(name)}</td>{cells}</tr>"
     yield "</table>"
     for task in dict.fromkeys(task for model in models for task in model.rows):
-        yield from _task(task, [model for model in models if task in model.rows], questions)
+        yield from task_lines(task, [model for model in models if task in model.rows], questions)
 
 
 def _figures(models: Sequence[Answered]) -> Iterator[tuple[str, list[str]]]:
@@ -81,23 +81,34 @@ def _figures(models: Sequence[Answered]) -> Iterator[tuple[str, list[str]]]:
         yield name, [_figure(model, name) for model in models]
 
 
-def _task(task: str, models: Sequence[Answered], questions: int) -> Iterator[str]:
+def task_lines(task: str, models: Sequence[Answered], questions: int) -> Iterator[str]:
+    """Yield the lines of HTML that show a task's questions and the models' answers.
+
+    Args:
+        task: its name.
+        models: that have answered it.
+        questions: most that are shown.
+    """
     rows = models[0].rows[task]
     shown = f": the first {questions} of {len(rows)}" if len(rows) > questions else ""
     yield f"<h2>{escape(task)}{shown}</h2>\n<table>"
     names = "".join(f"<th>{escape(model.model)}</th>" for model in models)
     yield f"<tr><th>id</th><th>images</th><th>question</th><th>right</th>{names}</tr>"
-    for index, row in enumerate(rows[:questions]):
+    # Runs may have been asked different questions under one name.
+    given = {model.model: {row["id"]: row for row in model.rows[task]} for model in models}
+    for row in rows[:questions]:
         pictures = "".join(_picture(Path(path)) for path in row["image"])
         text = escape(str(row["question"])).replace("\n", "<br>")
         truth = "<br>".join(escape(answer) for answer in dict.fromkeys(row["answers"]))
-        given = "".join(_answer(model.rows[task][index]) for model in models)
+        answers = "".join(_answer(given[model.model].get(row["id"])) for model in models)
         cells = (escape(row["id"]), pictures, text, truth)
-        yield "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + f"{given}</tr>"
+        yield "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + f"{answers}</tr>"
     yield "</table>"
 
 
-def _answer(row: Mapping[str, Any]) -> str:
+def _answer(row: Mapping[str, Any] | None) -> str:
+    if row is None:
+        return "<td>–</td>"
     score = row["score"]
     kind = "right" if score >= 1 else "part" if score > 0 else "wrong"
     return f'<td class="{kind}" title="{score:.3g}">{escape(row["prediction"])}</td>'

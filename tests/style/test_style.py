@@ -36,6 +36,7 @@ ORDER = (
     "convert",
     "convert/hf",
     "evaluate",
+    "report",
     "health",
     "train",
 )

@@ -1,0 +1,126 @@
+"""What a run has written about itself."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megavlm.checkpoint import directory
+
+_FILE = "metrics.jsonl"
+# A record that every start of a run begins with.
+_START = "trainable_parameters"
+_NO_FIGURES = ("step", "time", _START)
+
+Points = list[tuple[int, float]]
+"""Steps and values, in the order of the steps."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """A start of a run.
+
+    Args:
+        step: updates that were done.
+        reached: updates that had been done before the run was started again; 0 at the first start.
+        time: seconds since 1970.
+    """
+
+    step: int
+    reached: int
+    time: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A run as its folder tells it.
+
+    Args:
+        name: for people.
+        folder: its save folder.
+        figures: by name. Of steps that were done again after a resume, what was done last.
+        starts: the first one, and the resumes.
+        settings: options and values, of the newest checkpoint; empty if there is none.
+        answers: folder of the newest answers to tasks; none if there are none.
+    """
+
+    name: str
+    folder: Path
+    figures: Mapping[str, Points]
+    starts: tuple[Start, ...]
+    settings: Mapping[str, Any]
+    answers: Path | None
+
+
+@dataclass
+class _Reading:
+    figures: dict[str, Points] = field(default_factory=dict)
+    starts: list[Start] = field(default_factory=list)
+    reached: int = 0
+
+    def add(self, record: Mapping[str, Any]) -> None:
+        step = record["step"]
+        if _START in record:
+            self.starts.append(Start(step=step, reached=self.reached, time=record["time"]))
+            for name, points in self.figures.items():
+                self.figures[name] = [point for point in points if point[0] <= step]
+        self.reached = max(self.reached, step)
+        for name, value in record.items():
+            if name not in _NO_FIGURES and isinstance(value, (int, float)):
+                points = self.figures.setdefault(name, [])
+                if points and points[-1][0] == step:
+                    points.pop()
+                points.append((step, value))
+
+
+def read_run(folder: Path, name: str = "") -> Run:
+    """Read the save folder of a run.
+
+    Args:
+        folder: of the run.
+        name: for people; empty: the folder's.
+
+    Raises:
+        ValueError: there is no run, or a line of its figures is damaged.
+    """
+    path = folder / _FILE
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise ValueError(f"{path}: no figures of a run are there ({error.strerror})") from None
+    reading = _Reading()
+    for number, line in enumerate(lines, 1):
+        try:
+            reading.add(json.loads(line))
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}:{number}: not a record of a run ({error})") from None
+    return Run(
+        name=name or folder.resolve().name,
+        folder=folder,
+        figures=reading.figures,
+        starts=tuple(reading.starts),
+        settings=_settings(folder),
+        answers=max((folder / "answers").glob("step-*"), default=None),
+    )
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    """Return the options of the newest checkpoint, with dots in their names."""
+    steps = directory.candidates(folder)
+    path = steps[0] / "config.yaml" if steps else None
+    if path is None or not path.is_file():
+        return {}
+    return dict(_flat(yaml.safe_load(path.read_text(encoding="utf-8"))))
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value

@@ -1,0 +1,130 @@
+"""The page about runs shows what the runs have written."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from megavlm.report.chart import chart
+from megavlm.report.run_log import read_run
+from tools.report import main
+
+START = dict(trainable_parameters=10)
+
+
+def write_run(folder: Path, *records: dict, settings: str = "") -> Path:
+    folder.mkdir(parents=True)
+    lines = [json.dumps(dict(time=1.7e9 + number) | row) for number, row in enumerate(records)]
+    (folder / "metrics.jsonl").write_text("".join(line + "\n" for line in lines))
+    if settings:
+        step = folder / "step_00000004"
+        step.mkdir()
+        (step / "config.yaml").write_text(settings)
+        (step / "state.json").write_text("{}")
+    return folder
+
+
+@pytest.fixture
+def resumed(tmp_path: Path) -> Path:
+    """Make a run that was killed after step 3 and resumed after step 2."""
+    return write_run(
+        tmp_path / "resumed",
+        dict(step=0) | START,
+        dict(step=1, loss=4.0, lr=0.1),
+        dict(step=2, loss=3.0, lr=0.1),
+        dict(step=2, valid_loss=3.5),
+        dict(step=3, loss=99.0, lr=0.1, text="words"),
+        dict(step=2) | START,
+        dict(step=3, loss=2.0, lr=0.05),
+        dict(step=4, loss=1.0, lr=None),
+        settings="stage: '2'\noptimizer:\n  lr: 0.1\n",
+    )
+
+
+def figures(page: str) -> dict:
+    (content,) = re.findall(r'<script type="application/json" id="figures">(.*?)</script>', page)
+    return json.loads(content)
+
+
+def test_steps_that_were_done_again_count_once(resumed: Path):
+    run = read_run(resumed)
+    assert run.figures["loss"] == [(1, 4.0), (2, 3.0), (3, 2.0), (4, 1.0)]
+    assert run.figures["lr"] == [(1, 0.1), (2, 0.1), (3, 0.05)]
+    assert [(start.step, start.reached) for start in run.starts] == [(0, 0), (2, 3)]
+    assert run.settings == {"stage": "2", "optimizer.lr": 0.1}
+
+
+def test_the_page_holds_curves_settings_events_and_answers(resumed: Path, tmp_path: Path):
+    other = write_run(
+        tmp_path / "other",
+        dict(step=0) | START,
+        dict(step=1, loss=5.0),
+        dict(step=4, loss=2.5),
+        settings="stage: '2'\noptimizer:\n  lr: 0.2\n",
+    )
+    answers = other / "answers" / "step-00000004"
+    answers.mkdir(parents=True)
+    row = dict(id="1", question="Who <b>?", image=["gone.png"], prediction="x", answers=["y"])
+    (answers / "exam.jsonl").write_text(json.dumps(row | dict(score=0.0)) + "\n")
+    out = tmp_path / "report.html"
+    assert main([f"a={resumed}", str(other), "--out", str(out)]) == 0
+    page = out.read_text()
+    assert figures(page) == {
+        "a": {
+            "loss": [[1, 4.0], [2, 3.0], [3, 2.0], [4, 1.0]],
+            "lr": [[1, 0.1], [2, 0.1], [3, 0.05]],
+            "valid_loss": [[2, 3.5]],
+        },
+        "other": {"loss": [[1, 5.0], [4, 2.5]]},
+    }
+    assert page.count("<polyline") == 3  # two losses, one learning rate
+    assert "<code>--optimizer.lr</code></td><td>0.1</td><td>0.2</td>" in page
+    assert "--stage" not in page  # both have the same
+    assert "resumed after step 2; 1 steps that had been done were done again" in page
+    assert "Who &lt;b&gt;?" in page
+    assert "gone.png" in page
+    assert not re.search(r'(src|href)="(?!data:)', page)
+
+
+def test_a_curve_goes_through_its_points():
+    drawn = chart("lr", {"a": [(0, 1.0), (10, 3.0), (20, 2.0)], "b": []})
+    (corners,) = re.findall(r'<polyline points="([^"]*)"', drawn)
+    points = [tuple(map(float, corner.split(","))) for corner in corners.split()]
+    assert points == [(62.0, 212.0), (255.0, 10.0), (448.0, 111.0)]
+
+
+@pytest.mark.parametrize("name", ["loss", "lr"])
+def test_a_steep_loss_has_equal_lengths_for_equal_ratios(name: str):
+    drawn = chart(name, {"a": [(0, 100.0), (1, 10.0), (2, 1.0)]})
+    (corners,) = re.findall(r'<polyline points="([^"]*)"', drawn)
+    heights = [float(corner.split(",")[1]) for corner in corners.split()]
+    is_even = abs(heights[1] - (heights[0] + heights[2]) / 2) < 0.2
+    assert is_even == (name == "loss")
+
+
+def test_curves_that_are_flat():
+    assert "<polyline" in chart("loss", {"a": [(3, 0.0), (4, 0.0)]})
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (None, r"metrics.jsonl: no figures of a run are there \(No such file"),
+        ('{"step": 1}\n{"st', "metrics.jsonl:2: not a record of a run"),
+        ("[]\n", "metrics.jsonl:1: not a record of a run"),
+    ],
+)
+def test_what_is_no_run_is_refused(tmp_path: Path, content: str | None, told: str, capsys):
+    if content is not None:
+        (tmp_path / "metrics.jsonl").write_text(content)
+    assert main([str(tmp_path), "--out", str(tmp_path / "x.html")]) == 2
+    assert re.search(told, capsys.readouterr().err)
+    assert not (tmp_path / "x.html").exists()
+
+
+def test_two_runs_of_one_name(resumed: Path, capsys):
+    assert main([str(resumed), str(resumed)]) == 2
+    assert "two runs are called resumed; name them: NAME=DIR" in capsys.readouterr().err
