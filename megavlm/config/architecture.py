@@ -43,6 +43,8 @@ class Vision:
         unused_layers: layers of the pretrained encoder behind these. They are not built: LLaVA
             takes CLIP's features from before its last layer (``vision_feature_layer`` -2), so 1.
             Checkpoints and exports carry them, unchanged, from where the encoder came from.
+        final_norm: whether a LayerNorm follows the last layer, as in SigLIP: PaliGemma takes its
+            features from behind it.
         hidden_size: width of the encoder.
         ffn_hidden_size: width inside the MLP of a layer.
         num_attention_heads: attention heads.
@@ -63,6 +65,7 @@ class Vision:
     patch_size: int = 14
     num_layers: int = 24
     unused_layers: int = 0
+    final_norm: bool = False
     hidden_size: int = 1024
     ffn_hidden_size: int = 4096
     num_attention_heads: int = 16
@@ -248,8 +251,11 @@ class Architecture:
         objective: what the model is trained to do, and so what it ends in: next_token or
             contrastive.
         contrastive: what a model of that objective ends in.
-        image_tokens: special tokens that stand for images in texts: InternVL's nine, or LLaVA's
-            ``<image>``.
+        image_tokens: special tokens that stand for images in texts: InternVL's nine, LLaVA's
+            ``<image>``, or PaliGemma's, which also has tokens of places and shapes.
+        prefix_lm: whether all tokens of a sample before its first supervised one see each other
+            (prefix-LM; arXiv 1910.10683, section 3.2.1), as in PaliGemma; those from there on see
+            what comes before them.
         lora: adapters beside frozen linear layers.
     """
 
@@ -257,7 +263,8 @@ class Architecture:
     vision: Vision = field(default_factory=Vision)
     connector: Connector = field(default_factory=Connector)
     language: Language = field(default_factory=Language)
-    image_tokens: Literal["internvl", "llava"] = "internvl"
+    image_tokens: Literal["internvl", "llava", "paligemma"] = "internvl"
+    prefix_lm: bool = False
     lora: Lora = field(default_factory=Lora)
     contrastive: Contrastive = field(default_factory=Contrastive)
 

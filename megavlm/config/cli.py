@@ -224,7 +224,7 @@ def _from_tables(
         recipe=chosen.name,
         stage=stage,
         model=name,
-        architecture=for_objective(built, row.objective),
+        architecture=for_objective(chosen.resized(stage, built), row.objective),
         data=chosen.data(stage),
         optimizer=row.optimizer,
         training=row.training,

@@ -14,7 +14,22 @@ from megavlm.config.architecture import Architecture
 _CHAT_FAMILIES = ("qwen2", "qwen3", "internlm2", "internlm3", "llama", "mistral")
 
 
+def _causal(arch: Architecture) -> Iterator[str]:
+    """Yield what only PaliGemma's class computes."""
+    if arch.prefix_lm:
+        yield (
+            "only PaliGemmaForConditionalGeneration lets the tokens of a prefix see each other;"
+            " this model has --architecture.prefix_lm true"
+        )
+    if arch.vision.final_norm:
+        yield (
+            "only PaliGemmaForConditionalGeneration has features from behind the last norm of a"
+            " vision encoder; this model has --architecture.vision.final_norm true"
+        )
+
+
 def _internvl(arch: Architecture) -> Iterator[str]:
+    yield from _causal(arch)
     connector = arch.connector
     if arch.objective != "next_token":
         yield f"InternVL's formats hold no model of --architecture.objective {arch.objective}"
@@ -51,6 +66,7 @@ def _chat(arch: Architecture) -> Iterator[str]:
 
 
 def _llava(arch: Architecture) -> Iterator[str]:
+    yield from _causal(arch)
     connector = arch.connector
     shuffles = connector.kind == "mlp" and (connector.pixel_shuffle != 1 or connector.norm)
     if arch.vision.family != "clip":
@@ -75,6 +91,7 @@ def _llava(arch: Architecture) -> Iterator[str]:
 
 def _blip2(arch: Architecture) -> Iterator[str]:
     name = "Blip2ForConditionalGeneration"
+    yield from _causal(arch)
     yield from _blip2_parts(name, arch)
     if arch.objective != "next_token":
         yield f"{name} holds no model of --architecture.objective {arch.objective}"
@@ -103,7 +120,27 @@ def _blip2_parts(name: str, arch: Architecture) -> Iterator[str]:
         )
 
 
+def _paligemma(arch: Architecture) -> Iterator[str]:
+    wanted = {
+        "objective": ("next_token", arch.objective),
+        "prefix_lm": (True, arch.prefix_lm),
+        "image_tokens": ("paligemma", arch.image_tokens),
+        "vision.family": ("siglip", arch.vision.family),
+        "vision.final_norm": (True, arch.vision.final_norm),
+        "vision.unused_layers": (0, arch.vision.unused_layers),
+        "connector.kind": ("linear", arch.connector.kind),
+        "language.family": ("gemma", arch.language.family),
+    }
+    for name, (value, found) in wanted.items():
+        if found != value:
+            yield (
+                f"PaliGemmaForConditionalGeneration has --architecture.{name} {str(value).lower()};"
+                f" this model has {str(found).lower()}"
+            )
+
+
 def _clip(arch: Architecture) -> Iterator[str]:
+    yield from _causal(arch)
     is_one = arch.vision.family == "clip" and arch.language.family == "clip_text"
     ends = arch.contrastive
     if not (is_one and arch.connector.kind == "class_token" and ends.loss == "softmax"):
@@ -113,6 +150,7 @@ def _clip(arch: Architecture) -> Iterator[str]:
 
 
 def _siglip(arch: Architecture) -> Iterator[str]:
+    yield from _causal(arch)
     is_one = arch.vision.family == "siglip" and arch.language.family == "siglip_text"
     ends = arch.contrastive
     if not (is_one and arch.connector.kind == "attention" and ends.loss == "sigmoid"):
@@ -135,6 +173,7 @@ HOLDS: dict[str, Callable[[Architecture], Iterator[str]]] = {
     "native": _native,
     "chat": _chat,
     "llava": _llava,
+    "paligemma": _paligemma,
     "clip": _clip,
     "siglip": _siglip,
     "blip2": _blip2,

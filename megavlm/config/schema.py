@@ -80,7 +80,7 @@ class Data:
     group: int = 0
     loss_reduction: Literal["token", "sample", "square"] = "square"
     template: tuple[str, ...] = (ANY,)
-    tiling: Literal["any", "dynamic", "pad", "crop"] = ANY
+    tiling: Literal["any", "dynamic", "pad", "crop", "stretch"] = ANY
     augment: tuple[str, ...] = ()
     workers: int = 4
     prefetch: int = 4

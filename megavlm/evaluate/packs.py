@@ -201,7 +201,8 @@ class QuestionReader(Reader):
         return [
             Sample(
                 tokens=np.pad(one.tokens, (0, one.room), constant_values=fill),
-                supervised=np.pad(one.supervised, (0, one.room)),
+                # Where an answer begins, a prefix ends.
+                supervised=np.pad(one.supervised, (0, one.room), constant_values=True),
                 images=tuple(
                     replace(image, encoded=Path(image.name).read_bytes()) if load else image
                     for image in one.images

@@ -6,6 +6,7 @@ its place in the layer specs.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from megavlm.data.loading.batch import Prefixes
 from megavlm.parallel.context_parallel import gather_tokens, own_positions
 
 
@@ -25,9 +27,60 @@ class PackedSamples(PackedSeqParams):
     Args:
         pad_between_seqs: whether padding stands between samples. Transformer Engine compares both
             kinds of ends on the device and waits for the answer, unless it is told.
+        prefixes: where samples are divided, for a prefix-LM; none: attention is causal, or without
+            a mask, in whole samples.
     """
 
     pad_between_seqs: bool = False
+    prefixes: Prefixes | None = None
+
+    def of_prefixes(self) -> PackedSamples:
+        """Describe attention inside prefixes."""
+        ends = self.prefixes.ends
+        longest = self.prefixes.longest
+        return PackedSamples(
+            qkv_format=self.qkv_format,
+            cu_seqlens_q=ends,
+            cu_seqlens_kv=ends,
+            max_seqlen_q=longest,
+            max_seqlen_kv=longest,
+        )
+
+    def of_rest(self) -> PackedSamples:
+        """Describe attention of the other tokens to their whole samples."""
+        return PackedSamples(
+            qkv_format=self.qkv_format,
+            cu_seqlens_q=self.cu_seqlens_q - self.prefixes.ends,
+            cu_seqlens_kv=self.cu_seqlens_kv,
+            max_seqlen_q=self.prefixes.longest_rest,
+            max_seqlen_kv=self.max_seqlen_kv,
+        )
+
+
+Attend = Callable[[Tensor, Tensor, Tensor, PackedSamples, bool], Tensor]
+"""Attends sample by sample, from queries, keys, values and the ends of both in each sample. If the
+last argument is true, the mask is causal, and the last query of a sample sees all of its keys;
+else there is no mask.
+"""
+
+
+def attend_with_prefixes(
+    attend: Attend, query: Tensor, key: Tensor, value: Tensor, samples: PackedSamples
+) -> Tensor:
+    """Attend as a prefix-LM: one call for the prefixes, and one for the rest, whose keys are those
+    of the whole samples. No kernel for packed samples has such a mask.
+
+    Shapes: query [T, H, head size], key and value [T, key and value heads, head size] -> [T, H *
+    head size].
+    """
+    inside = samples.prefixes.inside
+    outside = samples.prefixes.outside
+    queries, keys, values = (x.index_select(0, inside) for x in (query, key, value))
+    of_prefixes = attend(queries, keys, values, samples.of_prefixes(), False)
+    rest = query.index_select(0, outside)
+    of_rest = attend(rest, key, value, samples.of_rest(), True)
+    found = torch.cat([of_prefixes, of_rest])
+    return torch.empty_like(found).index_copy(0, torch.cat([inside, outside]), found)
 
 
 class TileAttention(nn.Module):
@@ -50,7 +103,7 @@ class TileAttention(nn.Module):
 
 class PackedAttention(nn.Module):
     """Every token of a sample sees itself and, in the same sample, what comes before it or, without
-    a causal mask, everything; never another sample of the pack.
+    a causal mask, everything, or, in a prefix, the prefix; never another sample of the pack.
 
     Where ranks share the pack, each brings together the keys and values of all tokens, and attends
     with its own queries.
@@ -82,23 +135,17 @@ class PackedAttention(nn.Module):
         value: Tensor,
         attention_mask: None = None,
         *,
-        packed_seq_params: PackedSeqParams,
+        packed_seq_params: PackedSamples,
         **kwargs,
     ) -> Tensor:
-        """Attend sample by sample."""
-        ends = packed_seq_params.cu_seqlens_q
-        grouped = query.shape[1] != key.shape[1]
-        lengths = ends.diff().tolist()
+        """Attend sample by sample; ``Attention.forward`` of megatron-core calls this."""
         if self.group is not None:
+            ends = packed_seq_params.cu_seqlens_q
+            grouped = query.shape[1] != key.shape[1]
             return self._attend_to_all(query, key, value, ends, grouped)
-        samples = zip(
-            *(x.transpose(0, 1).split(lengths, dim=1) for x in (query, key, value)), strict=True
-        )
-        attended = [
-            scaled_dot_product_attention(q, k, v, is_causal=self.is_causal, enable_gqa=grouped)
-            for q, k, v in samples
-        ]
-        return torch.cat(attended, dim=1).transpose(0, 1).flatten(1)
+        if packed_seq_params.prefixes is not None:
+            return attend_with_prefixes(_attend, query, key, value, packed_seq_params)
+        return _attend(query, key, value, packed_seq_params, self.is_causal)
 
     def _attend_to_all(
         self, query: Tensor, key: Tensor, value: Tensor, ends: Tensor, grouped: bool
@@ -125,3 +172,31 @@ class PackedAttention(nn.Module):
                 scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=grouped)
             )
         return torch.cat(attended, dim=1).transpose(0, 1).flatten(1)
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, samples: PackedSamples, is_causal: bool
+) -> Tensor:
+    """See ``Attend``."""
+    lengths = [ends.diff().tolist() for ends in (samples.cu_seqlens_q, samples.cu_seqlens_kv)]
+    lengths.append(lengths[1])
+    split = (
+        x.transpose(0, 1).split(sizes, dim=1)
+        for x, sizes in zip((query, key, value), lengths, strict=True)
+    )
+    grouped = query.shape[1] != key.shape[1]
+    attended = []
+    for q, k, v in zip(*split, strict=True):
+        missing = k.shape[1] - q.shape[1]
+        # torch aligns its causal mask with the first key.
+        mask = None
+        if is_causal and missing:
+            mask = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool, device=q.device)
+            mask = mask.tril(missing)
+        is_square = is_causal and not missing
+        attended.append(
+            scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=is_square, enable_gqa=grouped
+            )
+        )
+    return torch.cat(attended, dim=1).transpose(0, 1).flatten(1)

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+POSITIONS_KEY = "vision.position_embedding"
+
 
 def resize_positions(positions: Tensor, grid: int, class_tokens: int = 1) -> Tensor:
     """Interpolate learned positions to another number of patches, as InternViT does (bicubic, in

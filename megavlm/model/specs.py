@@ -10,6 +10,7 @@ Shape letters: T tokens of the pack, V vocabulary.
 from __future__ import annotations
 
 import copy
+import enum
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -30,7 +31,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megavlm.config.schema import Config, Language, Vision
-from megavlm.model.attention import PackedAttention, TileAttention
+from megavlm.model.attention import PackedAttention, TileAttention, attend_with_prefixes
 from megavlm.model.norm import Norm
 from megavlm.model.precision import uses_transformer_engine
 from megavlm.model.vision_attention import VisionAttention
@@ -114,7 +115,7 @@ def transformer_engine_kernels() -> Kernels:
         column_linear=_accumulating(engine.TEColumnParallelLinear),
         row_linear=_accumulating(engine.TERowParallelLinear),
         tile_attention=engine.TEDotProductAttention,
-        packed_attention=_told_of_padding(engine.TEDotProductAttention),
+        packed_attention=of_packs(engine.TEDotProductAttention),
         is_fused=True,
         pointwise=_compiled,
         checkpoint=checkpoint,
@@ -156,19 +157,40 @@ def _accumulating(linear: type) -> type:
     return Accumulating
 
 
-def _told_of_padding(attention: type) -> type:
-    """Tell ``attention`` of Transformer Engine whether padding stands between samples.
+class _BottomRight(enum.Enum):
+    """A mask that megatron-core has no name for; it hands the name on to Transformer Engine."""
+
+    padding_causal_bottom_right = 1
+
+
+def of_packs(attention: type) -> type:
+    """Tell ``attention`` of Transformer Engine whether padding stands between samples, and attend
+    twice if samples have prefixes.
 
     megatron-core's ``TEDotProductAttention.forward`` hands the named fields of the packed samples
-    on; 0.16.1 does not name this one.
+    on; 0.16.1 does not name the one of the padding.
     """
 
-    class ToldOfPadding(attention):
+    class OfPacks(attention):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
             self.kept_packed_seq_params.add("pad_between_seqs")
 
-    return ToldOfPadding
+        def forward(self, query, key, value, *args, packed_seq_params, **kwargs):
+            """Attend; ``Attention.forward`` of megatron-core calls this."""
+            call = super().forward
+            if packed_seq_params.prefixes is None:
+                found = packed_seq_params
+                return call(query, key, value, *args, packed_seq_params=found, **kwargs)
+
+            def attend(query, key, value, samples, is_causal):
+                mask = _BottomRight.padding_causal_bottom_right
+                mask = mask if is_causal else AttnMaskType.no_mask
+                return call(query, key, value, None, mask, packed_seq_params=samples)
+
+            return attend_with_prefixes(attend, query, key, value, packed_seq_params)
+
+    return OfPacks
 
 
 def _without_bias(linear: type) -> type:

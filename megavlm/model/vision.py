@@ -77,6 +77,11 @@ class VisionEncoder(MegatronModule):
                     config=config, hidden_size=width, eps=vision.layernorm_epsilon
                 )
             self.standardise = chosen.pointwise(_standardise)
+        self.final_norm = None
+        if vision.final_norm and vision.num_layers - 1 in chunk.vision_layers:
+            self.final_norm = chosen.norm(
+                config=config, hidden_size=vision.hidden_size, eps=vision.layernorm_epsilon
+            )
         self.encoder = TransformerBlock(
             config=config,
             spec=vision_spec(len(chunk.vision_layers), vision, chosen),
@@ -148,4 +153,5 @@ class VisionEncoder(MegatronModule):
         if not len(self.encoder.layers):
             return hidden
         hidden = ask_for_gradient(hidden, self.config)
-        return self.encoder(hidden, attention_mask=None, context=self.kept_paths(draws))
+        hidden = self.encoder(hidden, attention_mask=None, context=self.kept_paths(draws))
+        return hidden if self.final_norm is None else self.final_norm(hidden)

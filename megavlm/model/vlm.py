@@ -232,6 +232,7 @@ class VisionLanguageModel(MegatronModule):
             cu_seqlens_kv=ends,
             max_seqlen_q=longest,
             max_seqlen_kv=longest,
+            prefixes=batch.prefixes if self.architecture.prefix_lm else None,
         )
         if self.groups.context_size > 1:
             # Transformer Engine cuts samples at the ends with padding. There is none between ours:

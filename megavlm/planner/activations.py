@@ -161,8 +161,8 @@ def _logit_bytes(config: Config) -> int:
 
 
 def _around_layers(config: Config, chunk: Chunk, load: RankLoad) -> float:
-    """Count the elements kept per microbatch outside the layers: by the connector and the final
-    norm, and the output that is sent to the next pipeline stage.
+    """Count the elements kept per microbatch outside the layers: by the final norms and the
+    connector, and the output that is sent to the next pipeline stage.
     """
     arch = config.architecture
     parallel = config.parallel
@@ -174,6 +174,9 @@ def _around_layers(config: Config, chunk: Chunk, load: RankLoad) -> float:
         part in ("vision", "connector") for part in config.training.trainable
     ):
         found += load.tiles * arch.connector_sizes.kept(parallel.vision_tensor_size)
+    ends_vision = arch.vision.num_layers - 1 in chunk.vision_layers
+    if arch.vision.final_norm and ends_vision and "vision" in config.training.trainable:
+        found += load.tiles * arch.vision.tokens * arch.vision.hidden_size
     if chunk.has_head and not arch.language.exists:
         return found + load.tiles * arch.needs.kept(arch)
     if chunk.has_head:

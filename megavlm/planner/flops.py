@@ -7,7 +7,8 @@ other over D (heads times head size). These are model FLOPs (Chowdhery et al., "
 from hardware FLOPs): what is computed again to save memory, and padding (of packs, tiles and
 vocabulary), take time but do not count. Norms, activations, softmax and the optimizer are left out,
 as in both papers. Causal attention is counted by half, since only half of the pairs see each other;
-both papers count all of them.
+both papers count all of them. Of a prefix-LM all pairs are counted: what its n answer tokens of a
+sample of m do not see, n (m - n) + n^2 / 2 pairs, is little beside its prefix with the image.
 
 **The backward pass** of a product with a weight has two products, each as large as the forward one:
 the gradient of its input and that of its weight. A frozen weight has no gradient, and the gradient
@@ -171,6 +172,9 @@ def _vision(architecture: Architecture) -> Iterator[Piece]:
         yield from norm("vision.embedding_norm", part, width, has_bias=True)
     for number in range(vision.num_layers):
         yield from (replace(piece, layer=number) for piece in _vision_layer(architecture, number))
+    if vision.final_norm:
+        last = norm("vision.final_norm", part, width, has_bias=True)
+        yield from (replace(piece, layer=vision.num_layers - 1) for piece in last)
 
 
 def _vision_layer(architecture: Architecture, number: int) -> Iterator[Piece]:
@@ -234,10 +238,9 @@ def _language_layer(architecture: Architecture, number: int) -> Iterator[Piece]:
             part,
             language.head_size,
         )
-    pairs = 2 if language.is_causal else 4
-    yield Piece(
-        key="", part=part, elements=0, forward=pairs * queries, unit="squared_length"
-    )  # half of 4: causal
+    sees_all = architecture.prefix_lm or not language.is_causal
+    pairs = 4 if sees_all else 2  # half of 4: causal
+    yield Piece(key="", part=part, elements=0, forward=pairs * queries, unit="squared_length")
     yield from linear(proj, part, queries, width, rows=1, unit="token", has_bias=has_bias)
     yield from norm(fc1, part, width, has_bias=has_bias, joint=".layer_norm_")
     first = 2 * inner if language.is_gated else inner

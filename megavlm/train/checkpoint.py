@@ -15,6 +15,7 @@ from megatron.core.dist_checkpointing.mapping import (
     ShardedBase,
     ShardedObject,
     ShardedStateDict,
+    ShardedTensor,
 )
 from megatron.core.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -23,7 +24,8 @@ from megavlm.checkpoint.metadata import read_description
 from megavlm.checkpoint.step_folder import SHARDS, Checkpoint
 from megavlm.config.differences import differing
 from megavlm.config.lora import is_adapter
-from megavlm.config.schema import Architecture, Fp8
+from megavlm.config.schema import Architecture, Fp8, Vision
+from megavlm.model.positions import POSITIONS_KEY, resize_positions
 from megavlm.model.precision import precision
 from megavlm.model.vlm import VisionLanguageModel
 from megavlm.train import master_weights
@@ -31,6 +33,7 @@ from megavlm.train.master_weights import Master, MismatchError
 from megavlm.train.optimizer import oldest
 
 _PREFIX = "model."
+_POSITIONS = _PREFIX + POSITIONS_KEY
 _OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
@@ -111,14 +114,15 @@ def _name_as_in_format_1(entry: Any) -> Any:
 
 def load_weights(checkpoint: Checkpoint, chunks: Sequence[VisionLanguageModel]) -> None:
     """Fill this rank's chunks. Collective; call it before the optimizer is built, which copies the
-    weights. LoRA adapters that the checkpoint lacks stay as they are.
+    weights. LoRA adapters that the checkpoint lacks stay as they are; position embeddings are
+    resized to the run's tiles.
 
     Raises:
         ValueError: the checkpoint is of another architecture; every difference is named.
     """
     architecture = chunks[0].architecture
     before = checkpoint.config.architecture
-    differences = architecture_differences(before, architecture, adds_adapters=True)
+    differences = architecture_differences(before, architecture, takes_weights=True)
     if differences:
         listed = "\n  ".join(differences)
         raise ValueError(
@@ -128,8 +132,24 @@ def load_weights(checkpoint: Checkpoint, chunks: Sequence[VisionLanguageModel]) 
     wanted = sharded_weights(chunks)
     if not before.lora.rank:
         wanted = {name: entry for name, entry in wanted.items() if not is_adapter(entry.key)}
-    loaded = load_shards(checkpoint, {"model": wanted})
-    _take(chunks, loaded["model"])
+    wanted = {name: _as_stored(entry, before.vision) for name, entry in wanted.items()}
+    loaded = load_shards(checkpoint, {"model": wanted})["model"]
+    for name, entry in wanted.items():
+        if entry.key == _POSITIONS:
+            classes = int(before.vision.has_class_token)
+            loaded[name] = resize_positions(loaded[name], architecture.vision.grid, classes)
+    _take(chunks, loaded)
+
+
+def _as_stored(entry: Any, vision: Vision) -> Any:
+    """Return the entry of position embeddings with the shape that a checkpoint has them in, which
+    may be of another tile size; another entry unchanged.
+    """
+    shape = (1, vision.tokens, vision.hidden_size)
+    if entry.key != _POSITIONS or entry.global_shape == shape:
+        return entry
+    room = entry.data.new_empty(shape)
+    return ShardedTensor.from_rank_offsets(entry.key, room, replica_id=entry.replica_id)
 
 
 @torch.no_grad()
@@ -221,7 +241,7 @@ def _take(chunks: Sequence[VisionLanguageModel], loaded: dict[str, Any]) -> None
 
 
 def architecture_differences(
-    old: Architecture, new: Architecture, *, adds_adapters: bool = False
+    old: Architecture, new: Architecture, *, takes_weights: bool = False
 ) -> list[str]:
     """``describe_differences`` of two models; the family only says how Hugging Face's files name
     the same weights, and unused layers are not built.
@@ -229,10 +249,13 @@ def architecture_differences(
     Args:
         old: of the checkpoint.
         new: of the run.
-        adds_adapters: whether the run may have LoRA adapters that the checkpoint lacks.
+        takes_weights: whether the run only takes weights: it may then have LoRA adapters that the
+            checkpoint lacks, and another tile size.
     """
-    if adds_adapters and not old.lora.rank:
+    if takes_weights and not old.lora.rank:
         old = replace(old, lora=new.lora)
+    if takes_weights:
+        old = replace(old, vision=replace(old.vision, image_size=new.vision.image_size))
     old = replace(
         old,
         language=replace(old.language, family=new.language.family),

@@ -110,7 +110,7 @@ def fit(config: Config, source: Checkpoint) -> Checkpoint:
     problems = checkpoint.architecture_differences(
         source.config.architecture,
         config.architecture,
-        adds_adapters=not resumes(config, source),
+        takes_weights=not resumes(config, source),
     )
     tokenizer = read_manifest(config.data.train_folders[0]).tokenizer_fingerprint
     if source.state.tokenizer not in (None, tokenizer):

@@ -20,6 +20,7 @@ from megavlm.checkpoint.train_state import History
 from megavlm.config.lora import is_adapter
 from megavlm.config.schema import Fp8
 from megavlm.model.freeze import matches
+from megavlm.model.positions import POSITIONS_KEY
 from megavlm.model.vlm import VisionLanguageModel
 from megavlm.model.weights import named_weights
 from megavlm.train import checkpoint, master_weights
@@ -70,6 +71,8 @@ def keep(
     """
     everything = checkpoint.sharded(chunks, optimizer, Fp8(), is_loading=True)
     asked = everything["optimizer"]
+    before = source.config.architecture.vision
+    resizes = before.grid != chunks[0].architecture.vision.grid
     weights: dict[str, Any] = {}
     fresh: dict[Any, dict[str, Any]] = {}
     for chunk in chunks:
@@ -77,7 +80,9 @@ def keep(
     for index, tensors in asked["param_state"].items():
         for name in list(tensors):
             key = tensors[name].key.split(".model.", 1)[1]
-            if not _is_trained(key, source.config.training.trainable):
+            is_kept = _is_trained(key, source.config.training.trainable)
+            # Positions of another tile size have other shapes.
+            if not is_kept or (key == POSITIONS_KEY and resizes):
                 entry: Any = tensors.pop(name)
                 values = (
                     weights[key].detach().float()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -20,6 +20,8 @@ from transformers import (
     CLIPModel,
     CLIPVisionConfig,
     CLIPVisionModel,
+    GemmaConfig,
+    GemmaForCausalLM,
     PreTrainedTokenizerFast,
     SiglipVisionConfig,
     SiglipVisionModel,
@@ -86,6 +88,41 @@ def make_tokenizer(folder: Path, extra: tuple[str, ...] = ()) -> None:
     PreTrainedTokenizerFast(
         tokenizer_object=words, additional_special_tokens=special
     ).save_pretrained(folder)
+
+
+def make_gemma_tokenizer(folder: Path) -> None:
+    """Make a tokenizer of single bytes that begins and ends texts as Gemma's does, without tokens
+    of images: 259 ids.
+    """
+    special = ["<pad>", "<eos>", "<bos>"]
+    names = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    words = Tokenizer(models.BPE({name: number for number, name in enumerate(names)}, []))
+    words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words.decoder = decoders.ByteLevel()
+    words.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", pair="<bos> $A $B:1", special_tokens=[("<bos>", 2)]
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>"
+    ).save_pretrained(folder)
+
+
+def make_gemma(folder: Path) -> Path:
+    """Make a small Gemma, with a tokenizer of 259 ids and a tied head."""
+    torch.manual_seed(13)
+    config = GemmaConfig(
+        hidden_size=48,
+        intermediate_size=56,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        head_dim=16,
+        vocab_size=259,
+        max_position_embeddings=512,
+    )
+    _shake(GemmaForCausalLM(config)).save_pretrained(folder)
+    make_gemma_tokenizer(folder)
+    return folder
 
 
 def make_language(

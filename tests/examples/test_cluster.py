@@ -136,6 +136,84 @@ def test_the_packer_knows_every_option(shell: dict[str, str]):
     assert args.out == "packs/stage2"
 
 
+# Recipes with scripts of their own: for each stage, the stage that it starts from.
+STARTS = {
+    ("llava", "1"): None,
+    ("llava", "2"): "stage1",
+    ("paligemma", "1"): None,
+    ("paligemma", "2"): "stage1",
+    ("paligemma", "2.5"): "stage2",
+    ("paligemma", "3"): "stage2",
+}
+
+
+@pytest.mark.parametrize(("recipe", "stage"), STARTS)
+def test_the_trainer_knows_every_option_of_a_recipes_script(
+    shell: dict[str, str], tmp_path: Path, recipe: str, stage: str
+):
+    runs = tmp_path / "runs"
+    before = STARTS[recipe, stage]
+    (runs / f"{before}-hf").mkdir(parents=True)
+    parts = {"VISION": "eyes", "LANGUAGE": "words", "RUNS": str(runs), "FROM": "2"}
+    command = ["bash", str(ROOT / "examples" / recipe / "run.sh"), stage, "--training.seed", "9"]
+    cluster = {"NNODES": "4", "MASTER_ADDR": "node0"}
+    subprocess.run(command, env=shell | parts | cluster, check=True)
+    run = get_args_parser().parse_args(asked(shell))
+    assert (run.nnodes, run.nproc_per_node, run.max_restarts) == ("4", "8", 0)
+    assert Path(run.training_script).resolve() == ROOT / "pretrain_vlm.py"
+    config = parse(run.training_script_args, lambda folder, init, default: default)
+    assert (config.recipe, config.stage, config.training.seed) == (recipe, stage, 9)
+    assert config.checkpoint.load == (str(runs / before) if before else "")
+    assert config.init == (Init() if before else Init(vision="eyes", language="words"))
+    assert fits(config, ranks=16)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "asks", "expected"),
+    [
+        ("llava", ["pack"], ["llava_plain", "crop", "stage1"]),
+        ("paligemma", ["pack", "2.5"], ["paligemma", "stretch", "stage2.5"]),
+    ],
+)
+def test_the_packer_knows_every_option_of_a_recipes_script(
+    shell: dict[str, str], tmp_path: Path, recipe: str, asks: list[str], expected: list[str]
+):
+    # LLaVA packs two sets, of which the second is there already.
+    (tmp_path / "packs" / "stage2").mkdir(parents=True)
+    (tmp_path / "packs" / "stage2" / "manifest.json").touch()
+    parts = {"VISION": "eyes", "LANGUAGE": "words", "PACKS": str(tmp_path / "packs")}
+    data = {"DATA": "data", "JSONL": "chats.jsonl", "ROOT": "images"}
+    command = ["bash", str(ROOT / "examples" / recipe / "run.sh"), *asks]
+    subprocess.run(command, env=shell | parts | data, check=True)
+    script, *arguments = asked(shell)
+    assert Path(script).resolve() == ROOT / "tools" / "pack_dataset.py"
+    args = pack_dataset.parse(arguments)
+    assert [args.template, args.tiling, Path(args.out).name] == expected
+    assert args.image_size == (896 if recipe == "paligemma" else None)
+
+
+@pytest.mark.parametrize("recipe", ["llava", "paligemma"])
+def test_slurm_starts_a_recipes_stage(shell: dict[str, str], tmp_path: Path, recipe: str):
+    job = {
+        "SLURM_JOB_ID": "123",
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_JOB_NODELIST": "node[7-8]",
+        "SLURM_GPUS_ON_NODE": "4",
+    }
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    subprocess.run(
+        ["bash", str(ROOT / "examples" / recipe / "slurm.sh"), "1"],
+        env=shell | job | {"VISION": "eyes", "LANGUAGE": "words"},
+        cwd=tmp_path,
+        check=True,
+    )
+    options = get_args_parser().parse_args(asked(shell))
+    found = options.nnodes, options.nproc_per_node, options.rdzv_endpoint
+    assert found == ("2", "4", "node7:20123")
+    config = parse(options.training_script_args, lambda folder, init, default: default)
+    assert (config.recipe, config.stage) == (recipe, "1")
+
+
 @pytest.mark.parametrize("how", ["signal", "file"])
 def test_a_stop_reaches_torchrun_once(shell: dict[str, str], tmp_path: Path, how: str):
     environment = shell | {"STEPS": "5", "LINGERS": "yes", "STOP_FILE": str(tmp_path / "stop")}

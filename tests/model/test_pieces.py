@@ -11,7 +11,7 @@ import torch
 from megavlm.config.freeze_mask import matches
 from megavlm.config.schema import Fp8
 from megavlm.data.loading.batch import Batch
-from megavlm.model.attention import PackedAttention, TileAttention
+from megavlm.model.attention import PackedAttention, PackedSamples, TileAttention
 from megavlm.model.connector.mlp import pixel_shuffle
 from megavlm.model.fusion import place_features
 from megavlm.model.positions import resize_positions
@@ -90,13 +90,12 @@ def test_small_shares_of_the_tiles_need_little_filling(
 
 
 def test_attention_of_a_pack_is_that_of_its_samples_with_grouped_queries() -> None:
-    from megatron.core.packed_seq_params import PackedSeqParams
 
     query = torch.randn(9, 4, 8)
     key = torch.randn(9, 2, 8)
     value = torch.randn(9, 2, 8)
     ends = torch.tensor([0, 4, 5, 9], dtype=torch.int32)
-    packed = PackedSeqParams(
+    packed = PackedSamples(
         qkv_format="thd", cu_seqlens_q=ends, cu_seqlens_kv=ends, max_seqlen_q=4, max_seqlen_kv=4
     )
     answer = PackedAttention()(query, key, value, None, packed_seq_params=packed)

@@ -164,6 +164,9 @@ def answers_of_transformers(
         tokens = batch.tokens[start:end]
         count = int((tokens == 7).sum()) // architecture.features_per_tile
         inputs = {"pixel_values": pixels[tile : tile + count]} if count else {}
+        if architecture.prefix_lm:
+            first = int(batch.loss_weights[start:end].nonzero()[0, 0]) + 1
+            inputs["token_type_ids"] = (torch.arange(end - start) >= first).long()[None]
         with torch.no_grad():
             logits = reference(input_ids=tokens[None], **inputs).logits[0]
         found.append(

@@ -163,8 +163,14 @@ def _compare_pack(
     batch = batch.to(next(theirs.parameters()).device)
     whole = ours(batch, with_loss=False)[:, : architecture.language.vocab_size].float()
     pixels = ours.vision.normalise(batch.tiles)
+    prefixes = dict(
+        zip(batch.sample_ends.tolist(), batch.prefixes.ends.diff().tolist(), strict=False)
+    )
     for start, end, first, last in _samples(batch, architecture.placeholders_per_tile):
         inputs = {"pixel_values": pixels[first:last]} if last > first else {}
+        if architecture.prefix_lm:
+            places = torch.arange(end - start, device=batch.tokens.device)
+            inputs["token_type_ids"] = (places >= prefixes[start]).long()[None]
         answer = theirs(input_ids=batch.tokens[None, start:end], **inputs).logits[0].float()
         tally.add(whole[start:end], answer)
 

@@ -67,6 +67,16 @@ def _vision(arch: Architecture) -> Iterator[str]:
             f"{flag}.num_attention_heads {vision.num_attention_heads} does not divide"
             f" {flag}.hidden_size {vision.hidden_size}"
         )
+    if vision.final_norm and vision.family not in ("clip", "siglip"):
+        yield (
+            f"{flag}.final_norm true: a vision encoder of {flag}.family {vision.family} has no norm"
+            " behind its last layer; use false"
+        )
+    if vision.final_norm and vision.unused_layers:
+        yield (
+            f"{flag}.final_norm true: the norm stands behind the last layer, so use"
+            f" {flag}.unused_layers 0; it is {vision.unused_layers}"
+        )
     if min(vision.pixel_std) <= 0:
         yield f"{flag}.pixel_std {','.join(map(str, vision.pixel_std))}: must be above 0"
 
@@ -130,6 +140,11 @@ def _language(arch: Architecture) -> Iterator[str]:
         yield (
             f"{flag}.family {language.family}: a text encoder has no head over the vocabulary,"
             f" which --architecture.objective {arch.objective} needs; use a language model"
+        )
+    if arch.prefix_lm and not arch.needs.has_vocabulary_head:
+        yield (
+            f"--architecture.prefix_lm true: --architecture.objective {arch.objective} has no"
+            " answers; use false"
         )
     heads = language.num_attention_heads
     groups = language.num_query_groups

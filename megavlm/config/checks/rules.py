@@ -107,6 +107,7 @@ def layout_problems(config: Config, world_size: int) -> list[str]:
     """Everything that keeps the model from being laid out over ``world_size`` ranks."""
     return [
         *_tensor_parallel(config.parallel, config.architecture),
+        *_prefixes(config.parallel, config.architecture),
         *_pipeline(config.parallel, config.architecture),
         *objective_layout_problems(config.parallel, config.architecture),
         *_world(config, world_size),
@@ -173,6 +174,15 @@ def _tensor_parallel(parallel: Parallel, arch: Architecture) -> Iterator[str]:
         )
     if parallel.sequence_parallel and size == 1:
         yield f"--parallel.sequence_parallel true needs {flag} 2 or more; it is 1"
+
+
+def _prefixes(parallel: Parallel, arch: Architecture) -> Iterator[str]:
+    size = parallel.context_parallel_size
+    if arch.prefix_lm and size > 1:
+        yield (
+            f"--parallel.context_parallel_size {size}: --architecture.prefix_lm true lets the"
+            " tokens of a prefix see each other, and attention over ranks is causal; use 1"
+        )
 
 
 def _pipeline(parallel: Parallel, arch: Architecture) -> Iterator[str]:

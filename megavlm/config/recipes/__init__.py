@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from megavlm.config.recipes import blip2, clip, internvl, llava, siglip
+from megavlm.config.recipes import blip2, clip, internvl, llava, paligemma, siglip
 from megavlm.config.recipes.recipe import Recipe
 
 RECIPES: dict[str, Recipe] = {
-    module.RECIPE.name: module.RECIPE for module in (internvl, llava, blip2, clip, siglip)
+    module.RECIPE.name: module.RECIPE
+    for module in (internvl, llava, paligemma, blip2, clip, siglip)
 }
 
 

@@ -5,12 +5,12 @@ format that its models are exported in.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from megavlm.config.schema import ANY, Architecture, Data, Optimizer, Training
 
-Tiling = Literal["any", "dynamic", "pad", "crop"]
+Tiling = Literal["any", "dynamic", "pad", "crop", "stretch"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +24,8 @@ class Stage:
             those of the recipe.
         tiling: how images became tiles, as ``--data.tiling``; none: that of the recipe.
         objective: what is trained, as ``--architecture.objective``.
+        image_size: side of a tile, as ``--architecture.vision.image_size``; none: that of the
+            model.
         optimizer: learning rate, weight decay and so on.
         training: trained parts, batch size, steps.
     """
@@ -33,6 +35,7 @@ class Stage:
     template: tuple[str, ...] = ()
     tiling: Tiling | None = None
     objective: str = "next_token"
+    image_size: int | None = None
     optimizer: Optimizer = field(default_factory=Optimizer)
     training: Training = field(default_factory=Training)
 
@@ -76,6 +79,11 @@ class Recipe:
                 f" {', '.join(self.stages)}"
             )
         return self.stages[name]
+
+    def resized(self, stage: str, found: Architecture) -> Architecture:
+        """Return a model with the image size of the stage ``stage``; raises as ``stage``."""
+        size = self.stage(stage).image_size or found.vision.image_size
+        return replace(found, vision=replace(found.vision, image_size=size))
 
     def data(self, stage: str) -> Data:
         """Return what the stage ``stage`` sets of the data; raises as ``stage``."""

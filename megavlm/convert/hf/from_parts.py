@@ -5,17 +5,16 @@ a Hugging Face model of its own.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from transformers import CLIPVisionConfig, PreTrainedTokenizerBase, SiglipVisionConfig
+from transformers import PreTrainedTokenizerBase
 
 from megavlm.config.connectors import LLAVA, Connector
 from megavlm.config.lora import is_adapter
 from megavlm.config.schema import Architecture, Config, Init, Language, Vision
-from megavlm.convert.hf import blip2_config, chat_config, json_files, language_config, qformer_part
+from megavlm.convert.hf import json_files, language_config, qformer_part, vision_part
 from megavlm.convert.hf.lazy_tensors import (
     ExtendedVocabulary,
     FullTensor,
@@ -24,30 +23,16 @@ from megavlm.convert.hf.lazy_tensors import (
     head_source,
     vision_tensor,
 )
-from megavlm.convert.hf.llava_config import ACTIVATIONS
 from megavlm.convert.hf.model_config import architecture_from_hf, differences
 from megavlm.convert.hf.safetensors_files import SafetensorsFolder, tensor_names
-from megavlm.convert.weights.families import FAMILIES, clip, eva, family_of, internvit
+from megavlm.convert.hf.vision_part import vision_from_hf
+from megavlm.convert.weights.families import FAMILIES, family_of
 from megavlm.convert.weights.mapping import within
 from megavlm.convert.weights.tables import EMBEDDING_KEY, HEAD_KEY
 from megavlm.convert.weights.transforms import Shape
 from megavlm.convert.weights.views import MegatronView
 from megavlm.data.text.tokenizer import extend, load_tokenizer
 
-_INTERNVIT = "intern_vit_6b"  # what OpenGVLab calls every InternViT
-_CLIP_KINDS: dict[str, tuple[str, type]] = {
-    "clip": ("clip", CLIPVisionConfig),
-    "clip_vision_model": ("clip", CLIPVisionConfig),
-    "siglip": ("siglip", SiglipVisionConfig),
-    "siglip_vision_model": ("siglip", SiglipVisionConfig),
-}
-_EVA_KINDS = (*blip2_config.VISION_TYPES, *blip2_config.WHOLE_TYPES)
-# Features come from before the last layer, as in LLaVA; it, what follows it, and the half that
-# reads text are left out.
-_LEFT_OUT = re.compile(
-    r"(text_model|text_projection|visual_projection|logit_scale|logit_bias|post_layernorm|head)\b|embeddings\.position_ids$"
-)
-_LAYER = re.compile(r"encoder\.layers\.(\d+)\.")
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _BUFFER = re.compile(r"\.rotary_emb\.inv_freq$")
 _INITIALIZER_RANGE = 0.02
@@ -67,11 +52,12 @@ def read_model(folder: str, init: Init, default: Architecture | None = None) -> 
         FileNotFoundError: files are missing.
         ValueError: a model that ours is not; every difference is named.
     """
-    if folder and not (init.language and _is_vision_encoder(folder)):
+    if folder and not (init.language and vision_part.is_encoder(folder)):
         return architecture_from_hf(folder)
     known = default or Architecture()
     named = folder or init.vision
-    vision = vision_from_hf(named) if named else known.vision
+    like = default.vision if default else None
+    vision = vision_from_hf(named, like) if named else known.vision
     language = language_from_hf(init, known.image_tokens) if init.language else known.language
     if default is not None:
         found = replace(default, vision=vision, language=language)
@@ -100,15 +86,9 @@ def image_model(folder: str, init: Init) -> Architecture:
         FileNotFoundError: files are missing.
         ValueError: a model that ours is not; every difference is named.
     """
-    if _is_vision_encoder(folder):
+    if vision_part.is_encoder(folder):
         return _compose(vision_from_hf(folder), Language())
     return read_model(folder, init)
-
-
-def _is_vision_encoder(folder: str) -> bool:
-    """Return whether a folder holds a vision encoder alone; raises as ``read_json``."""
-    kind = json_files.read_json(Path(folder) / json_files.FILE_NAME).get("model_type")
-    return kind == _INTERNVIT or kind in _CLIP_KINDS or kind in blip2_config.VISION_TYPES
 
 
 def _compose(vision: Vision, language: Language) -> Architecture:
@@ -120,63 +100,6 @@ def _compose(vision: Vision, language: Language) -> Architecture:
         language=language,
         connector=Connector() if vision.family == "internvit" else LLAVA,
     )
-
-
-def vision_from_hf(folder: str | Path) -> Vision:
-    """Read the vision encoder in a folder: an InternViT as OpenGVLab publishes it, a CLIP, a SigLIP
-    or an EVA, alone or in a BLIP-2.
-
-    Raises:
-        FileNotFoundError: the folder has no config.json.
-        ValueError: it is none of them, or none that can be trained here.
-    """
-    path = Path(folder) / json_files.FILE_NAME
-    raw = json_files.read_json(path)
-    kind = raw.get("model_type")
-    mean, std = json_files.normalisation(Path(folder))
-    if kind == _INTERNVIT:
-        json_files.refuse(path, list(chat_config.vision_problems(raw, "")))
-        return chat_config.read_vision(raw, mean, std)
-    if kind in _EVA_KINDS:
-        settings = blip2_config.vision_settings(raw)
-        json_files.refuse(path, list(blip2_config.vision_problems(settings, "")))
-        return blip2_config.read_vision(settings, Path(folder))
-    if kind not in _CLIP_KINDS:
-        raise ValueError(
-            f"--init.vision {path}: model_type is {kind!r}, must be one of"
-            f" {', '.join((_INTERNVIT, *_CLIP_KINDS, *_EVA_KINDS))}"
-        )
-    family, form = _CLIP_KINDS[kind]
-    found = form.from_dict(
-        raw.get("vision_config", raw)
-    ).to_dict()  # fills in what the file leaves out
-    json_files.refuse(path, list(_clip_problems(found)))
-    return Vision(
-        family=family,
-        image_size=found["image_size"],
-        patch_size=found["patch_size"],
-        num_layers=found["num_hidden_layers"] - 1,
-        unused_layers=1,
-        hidden_size=found["hidden_size"],
-        ffn_hidden_size=found["intermediate_size"],
-        num_attention_heads=found["num_attention_heads"],
-        layernorm_epsilon=found["layer_norm_eps"],
-        activation=ACTIVATIONS[found["hidden_act"]],
-        pixel_mean=mean,
-        pixel_std=std,
-    )
-
-
-def _clip_problems(found: dict[str, Any]) -> Iterator[str]:
-    """Yield settings that our model does not support."""
-    if found["hidden_act"] not in ACTIVATIONS:
-        yield f"hidden_act is {found['hidden_act']!r}, must be one of {', '.join(ACTIVATIONS)}"
-    if found["num_hidden_layers"] < 2:
-        yield (
-            f"num_hidden_layers is {found['num_hidden_layers']}, must be 2 or more: features are"
-            " taken before the last layer"
-        )
-    yield from json_files.contradictions("", found, {"num_channels": 3})
 
 
 def language_from_hf(init: Init, image_tokens: str = "internvl") -> Language:
@@ -286,8 +209,8 @@ def _found(init: Init, part: str, wanted: Architecture) -> Architecture:
         )
     if part == "connector":
         return _with_connector(wanted, init.connector)
-    vision = vision_from_hf(init.vision)
-    if vision.family == wanted.vision.family and vision.unused_layers:
+    vision = vision_from_hf(init.vision, wanted.vision)
+    if vision.family == wanted.vision.family and vision.family in vision_part.CLIP_FAMILIES:
         layers = min(vision.num_layers + vision.unused_layers, wanted.vision.num_layers)
         vision = replace(vision, num_layers=layers)
     return replace(wanted, vision=vision)
@@ -327,49 +250,9 @@ def _serve_vision(config: Config) -> Callable[[str], Served]:
     wanted = config.architecture
     folder = Path(config.init.vision)
     found = _found(config.init, "vision", wanted)
-    if found.vision.family == "internvit":
-        source = SafetensorsFolder(folder)
-        table = internvit.rows(found.vision, internvit.CHAT)
-    elif found.vision.family == "eva":
-        source = SafetensorsFolder(folder, rename=_used_by_eva(folder))
-        table = eva.rows(found.vision)
-    else:
-        source = SafetensorsFolder(folder, rename=_used_by(found.vision))
-        table = clip.rows(found.vision)
+    source, table = vision_part.open_encoder(folder, found.vision)
     view = MegatronView(source, tuple(within(table, "vision.", "")))
     return lambda key: vision_tensor(view, found, wanted, key)
-
-
-def _used_by(vision: Vision) -> Callable[[str], str | None]:
-    """Rename the tensors of a CLIP or SigLIP, with or without its text half, and leave out those
-    that features do not need.
-    """
-
-    def name_in_table(name: str) -> str | None:
-        name = name.removeprefix("vision_model.")
-        layer = _LAYER.match(name)
-        return (
-            None
-            if _LEFT_OUT.match(name) or (layer and int(layer[1]) >= vision.num_layers)
-            else name
-        )
-
-    return name_in_table
-
-
-def _used_by_eva(folder: Path) -> Callable[[str], str | None]:
-    """Rename the tensors of an EVA, alone or in a BLIP-2, and leave out the others; the norm behind
-    it belongs to the connector.
-    """
-    raw = json_files.read_json(folder / json_files.FILE_NAME)
-    start = "vision_model." if raw["model_type"] in blip2_config.WHOLE_TYPES else ""
-
-    def name_in_table(name: str) -> str | None:
-        inside = name.removeprefix(start)
-        is_other = not name.startswith(start) or inside.startswith("post_layernorm.")
-        return None if is_other else inside
-
-    return name_in_table
 
 
 def _serve_language(config: Config) -> Callable[[str], Served]:

@@ -20,6 +20,7 @@ from megavlm.convert.hf import (
     llava_processor,
     native_config,
     pairs_config,
+    paligemma_config,
     preprocessing,
     processor,
 )
@@ -107,6 +108,15 @@ HUB_FORMATS: dict[Dialect, HubFormat] = {
         read_architecture=llava_config.read,
         read_usage=llava_processor.read_usage,
         write_files=llava_processor.write,
+        name_on_disk=llava_name_on_disk,
+    ),
+    "paligemma": HubFormat(
+        class_name=paligemma_config.CLASS_NAME,
+        model_type=paligemma_config.MODEL_TYPE,
+        is_in_transformers=True,
+        read_architecture=paligemma_config.read,
+        read_usage=paligemma_config.read_usage,
+        write_files=paligemma_config.write_files,
         name_on_disk=llava_name_on_disk,
     ),
     "clip": HubFormat(

@@ -15,9 +15,8 @@ from megavlm.config.schema import Architecture
 from megavlm.convert.weights.tables import EMBEDDING_KEY, HEAD_KEY
 from megavlm.convert.weights.transforms import Shape
 from megavlm.convert.weights.views import MegatronView
-from megavlm.model.positions import resize_positions
+from megavlm.model.positions import POSITIONS_KEY, resize_positions
 
-POSITIONS_KEY = "vision.position_embedding"
 _BLOCK_ROWS = 8192
 Index = tuple[slice, ...]
 

@@ -217,7 +217,11 @@ def _usage(usage: Usage, dialect: Dialect) -> Iterator[str]:
         extra = ", and a thumbnail" if usage.thumbnail else ""
         yield f"- tiles of an image: {usage.min_tiles} to {usage.max_tiles}{extra}"
     else:
-        squares = {"pad": ", padded to a square", "crop": ", the square in the image's middle"}
+        squares = {
+            "pad": ", padded to a square",
+            "crop": ", the square in the image's middle",
+            "stretch": ", the image stretched to a square",
+        }
         padded = squares.get(usage.tiling, "")
         yield f"- tiles of an image: 1{padded}"
     if dialect == "native":  # LLaVA's image processor can do all that its packs do

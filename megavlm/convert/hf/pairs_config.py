@@ -211,7 +211,7 @@ def _image_processor(architecture: Architecture, usage: Usage, kind: str) -> dic
     vision = architecture.vision
     side = vision.image_size
     square = {"height": side, "width": side}
-    if usage.tiling == "dynamic":
+    if usage.tiling in ("dynamic", "stretch"):
         shape: dict[str, Any] = {"size": square, "do_center_crop": False}
     else:
         kind = "LlavaImageProcessor" if usage.tiling == "pad" else "CLIPImageProcessor"

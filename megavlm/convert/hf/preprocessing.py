@@ -30,7 +30,7 @@ class Usage:
         min_tiles: fewest tiles of an image, thumbnail not counted.
         max_tiles: most tiles of an image, thumbnail not counted.
         thumbnail: whether an image of several tiles gets its thumbnail as one more tile.
-        tiling: ``dynamic``, or ``pad``: each image is one tile, padded to a square.
+        tiling: ``dynamic``, or how each image becomes one tile: ``pad``, ``crop`` or ``stretch``.
         is_trained: whether the model was trained here; otherwise a chat template that comes with
             the tokenizer is kept.
     """

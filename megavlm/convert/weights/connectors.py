@@ -21,6 +21,12 @@ def mlp_rows(architecture: Architecture, names: tuple[str, str, str]) -> list[Ro
     ]
 
 
+def linear_rows(architecture: Architecture, name: str) -> list[Row]:
+    """List the weights of the connector ``linear``."""
+    shape = (architecture.language.hidden_size, architecture.vision.hidden_size)
+    return linear("linear", (name,), shape)
+
+
 def llava_rows(architecture: Architecture) -> list[Row]:
     """List the weights of LLaVA's connectors. ``LlavaForConditionalGeneration`` always has two
     linear layers: behind the one of the connector ``linear`` stands an identity.

@@ -1,9 +1,10 @@
 """The table of weights: which tensor of megatron-core is which of Hugging Face's. It is read in
 both directions.
 
-Three dialects are known: ``native``, the names of ``InternVLForConditionalGeneration`` of
-transformers, ``chat``, those of ``InternVLChatModel``, in which OpenGVLab publishes its models, and
-``llava``, those of ``LlavaForConditionalGeneration``.
+Dialects are ``native``, the names of ``InternVLForConditionalGeneration`` of transformers,
+``chat``, those of ``InternVLChatModel``, in which OpenGVLab publishes its models, and ``llava`` and
+``paligemma``, those of ``LlavaForConditionalGeneration`` and ``PaliGemmaForConditionalGeneration``;
+``pairs`` has those of contrastive models.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from typing import Literal, get_args
 from megavlm.config.exports import HOLDS
 from megavlm.config.schema import Architecture, Language, Vision
 from megavlm.convert.weights import pairs, qformer
-from megavlm.convert.weights.connectors import llava_rows, mlp_rows
+from megavlm.convert.weights.connectors import linear_rows, llava_rows, mlp_rows
 from megavlm.convert.weights.families import FAMILIES, clip, eva, internvit, written_as
 from megavlm.convert.weights.mapping import Row, within
 from megavlm.convert.weights.transforms import Shape
 
-Dialect = Literal["native", "chat", "llava", "clip", "siglip", "blip2"]
+Dialect = Literal["native", "chat", "llava", "paligemma", "clip", "siglip", "blip2"]
 DIALECTS: tuple[Dialect, ...] = get_args(Dialect)
 
 
@@ -68,6 +69,12 @@ _NAMES: dict[Dialect, _Names] = {
         connector_rows=llava_rows,
         unused_rows=clip.unused_rows,
     ),
+    "paligemma": _Names(
+        vision="vision_tower.vision_model.",
+        vision_rows=clip.rows,
+        connector="multi_modal_projector.",
+        connector_rows=partial(linear_rows, name="linear"),
+    ),
     "blip2": _Names(
         vision="vision_model.",
         vision_rows=eva.rows,
@@ -105,8 +112,8 @@ def name_on_disk(name: str) -> str:
 
 
 def llava_name_on_disk(name: str) -> str | None:
-    """Return the name that the files of published LLaVA models give to a weight, also for a name
-    that transformers 5 writes or uses in memory; None for a buffer of older versions.
+    """Return the name that the files of published LLaVA and PaliGemma models give to a weight, also
+    for a name that transformers 5 writes or uses in memory; None for a buffer of older versions.
     """
     if _LLAVA_BUFFER.search(name):
         return None

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal, get_args
 
-Mode = Literal["dynamic", "pad", "crop"]
+Mode = Literal["dynamic", "pad", "crop", "stretch"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,8 +24,9 @@ class Tiling:
         max_tiles: most tiles of an image, thumbnail not counted; the images of one record share it.
         thumbnail: whether an image of several tiles gets a thumbnail, the whole image as one more
             tile.
-        mode: ``dynamic``; or each image is one tile, filled up to a square (``pad``) or the square
-            in its middle (``crop``), as LLaVA has them.
+        mode: ``dynamic``; or each image is one tile: filled up to a square (``pad``) or the square
+            in its middle (``crop``), as LLaVA has them, or all of it with another shape
+            (``stretch``), as PaliGemma.
         pixel_mean: mean of red, green and blue, from 0 to 1: what ``pad`` fills with.
     """
 

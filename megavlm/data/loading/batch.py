@@ -10,9 +10,45 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Prefixes:
+    """Where the samples of a whole pack are divided for a prefix-LM: in front of the first
+    supervised token. A prefix has one token at least, which is the same as none; a sample without a
+    supervised token, such as the padding at the end, has no longer one.
+
+    Args:
+        inside: int64 [tokens of all prefixes], their positions in the pack, ascending.
+        outside: int64 [the other tokens], likewise.
+        ends: int32 [N + 1], where the prefix of each sample starts and ends in ``inside``.
+        longest, longest_rest: tokens of the longest prefix, and of the longest rest of a sample.
+    """
+
+    inside: torch.Tensor
+    outside: torch.Tensor
+    ends: torch.Tensor
+    longest: int
+    longest_rest: int
+
+    @classmethod
+    def of(cls, **values: np.ndarray | int) -> Prefixes:
+        """Make them of arrays, of the dtypes and shapes above, whose memory they share."""
+        return cls(**_as_tensors(values))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Prefixes):
+            return NotImplemented
+        return (
+            torch.equal(self.inside, other.inside)
+            and torch.equal(self.outside, other.outside)
+            and torch.equal(self.ends, other.ends)
+            and (self.longest, self.longest_rest) == (other.longest, other.longest_rest)
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,6 +67,7 @@ class Batch:
         sample_ends: int32 [N + 1], from 0 to the capacity: where samples start and end in the whole
             pack. The padding at the end is one more sample.
         longest_sample: tokens of the longest sample, the padding counted as one.
+        prefixes: where samples are divided for a prefix-LM.
         tiles: uint8 [I, 3, S, S], those of the pack's images first. Black ones, which no feature is
             taken from, follow where a multiple is asked for; each rank has at least one, so that
             every rank runs the same. [0, 3, S, S] where the pixels were not asked for.
@@ -52,6 +89,7 @@ class Batch:
     sources: torch.Tensor
     sample_ends: torch.Tensor
     longest_sample: int
+    prefixes: Prefixes
     tiles: torch.Tensor
     feature_positions: torch.Tensor
     feature_numbers: torch.Tensor
@@ -62,16 +100,11 @@ class Batch:
     pack_id: int
 
     @classmethod
-    def of(cls, **values: np.ndarray | float) -> Batch:
+    def of(cls, **values: np.ndarray | float | Prefixes) -> Batch:
         """Make a batch whose tensors share memory with the given arrays, of the dtypes and shapes
         above.
         """
-        return cls(
-            **{
-                name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value
-                for name, value in values.items()
-            }
-        )
+        return cls(**_as_tensors(values))
 
     @property
     def num_tiles(self) -> int:
@@ -87,10 +120,23 @@ class Batch:
         return self._map(lambda tensor: tensor.pin_memory())
 
     def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
-        values = {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(self)}
-        return Batch(
-            **{
-                name: change(value) if isinstance(value, torch.Tensor) else value
-                for name, value in values.items()
-            }
-        )
+        return _changed(self, change)
+
+
+def _as_tensors(values: dict[str, Any]) -> dict[str, Any]:
+    """Make tensors of arrays, and leave all else as it is."""
+    return {
+        name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+        for name, value in values.items()
+    }
+
+
+def _changed(part: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """Change every tensor of a batch, or of a part of it."""
+    values = {entry.name: getattr(part, entry.name) for entry in dataclasses.fields(part)}
+    for name, value in values.items():
+        if isinstance(value, torch.Tensor):
+            values[name] = change(value)
+        elif dataclasses.is_dataclass(value):
+            values[name] = _changed(value, change)
+    return type(part)(**values)

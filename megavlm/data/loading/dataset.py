@@ -18,6 +18,7 @@ from megavlm.data.images.decode import decode_tiles
 from megavlm.data.images.tiling import pad_colour
 from megavlm.data.images.transforms import decode_changed
 from megavlm.data.loading.batch import Batch
+from megavlm.data.loading.prefixes import find_prefixes
 from megavlm.data.loading.rank_slice import WHOLE_PACK, RankSlice
 from megavlm.data.store.manifest import Manifest
 from megavlm.data.store.pack_format import REDUCTIONS
@@ -116,7 +117,7 @@ class PackedDataset:
             position: its index in the run's order; with ``seed`` it fixes the drop path draws.
             reduction: how a sample's supervised tokens are weighed: token, sample or square.
             vision_layers: layers of the vision encoder that need draws.
-            seed: the run's seed; with the position it also fixes the random changes of images.
+            seed: the run's; with the position it also fixes the random changes of images.
             with_tiles: whether to decode the images.
             tile_multiple: of the number of a rank's tiles, filled up with black ones.
             rank_slice: which tiles and tokens are this rank's.
@@ -133,24 +134,24 @@ class PackedDataset:
         def on_rank(values: np.ndarray, fill: int = 0) -> np.ndarray:
             return _spread(values, positions, manifest.capacity, fill)[own]
 
-        labels, weights = label(pack.tokens, pack.supervised, pack.lengths, reduction)
+        whole = label(pack.tokens, pack.supervised, pack.lengths, reduction)
+        labels, weights = map(on_rank, whole)
         draws = drop_path_draws(seed, position, 2 * vision_layers, max(1, pack.tiles))
-        weights = on_rank(weights)
         chosen = rank_slice.tiles(pack.tiles, tile_multiple)
-        feature_positions, feature_numbers = _features_on_rank(
-            self._feature_positions(pack, positions), own, manifest.capacity
-        )
+        placeholders = self._feature_positions(pack, positions)
+        features = _features_on_rank(placeholders, own, manifest.capacity)
         return Batch.of(
             tokens=on_rank(pack.tokens.astype(np.int64), manifest.pad_token_id),
-            labels=on_rank(labels.astype(np.int64)),
+            labels=labels.astype(np.int64),
             loss_weights=weights,
             loss_positions=loss_positions(weights),
             sources=on_rank(np.repeat(self._source_numbers(pack), pack.lengths)),
             sample_ends=ends,
             longest_sample=int(np.diff(ends).max()),
+            prefixes=find_prefixes(pack.supervised, positions, ends),
             tiles=self._tiles(pack, chosen if with_tiles else range(0), seed, position),
-            feature_positions=feature_positions,
-            feature_numbers=feature_numbers,
+            feature_positions=features[0],
+            feature_numbers=features[1],
             num_features=pack.tiles * manifest.features_per_tile,
             drop_path_draws=_columns(draws, chosen),
             samples=len(pack.lengths),

@@ -67,8 +67,8 @@ IMAGES = (
         default="dynamic",
         metavar="MODE",
         text=(
-            "dynamic; or each image is one tile: padded to a square (pad), or the square in its"
-            " middle (crop) (default: %(default)s)"
+            "dynamic; or each image is one tile: padded to a square (pad), the square in its"
+            " middle (crop), or stretched to a square (stretch) (default: %(default)s)"
         ),
     ),
     Option(

@@ -130,8 +130,8 @@ class Job:
         flag = f"--template {self.template}"
         if form.is_of_pairs and self.tiling.mode == "dynamic" and self.tiling.max_tiles != 1:
             raise ValueError(
-                f"{flag}: the image of a pair is one tile; give --tiling crop or pad, or"
-                " --max_tiles 1, which stretches it"
+                f"{flag}: the image of a pair is one tile; give --tiling crop, pad or"
+                " stretch, or --max_tiles 1, which stretches it too"
             )
         if form.is_of_pairs and self.alignment != 1:
             raise ValueError(

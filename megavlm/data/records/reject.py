@@ -32,7 +32,10 @@ REASONS = {
         " nor one pretrain"
     ),
     "empty_answer": "an answer, a caption or a text to be learned is empty, or none is learned",
-    "unsupported": "the record has content that is not supported, such as tools or audio",
+    "unsupported": (
+        "the record has content that is not supported, such as tools or audio, or several questions"
+        " for a template of one"
+    ),
     "image_field": "an image is not a path or bytes, or two keys name different images",
     "video_field": "a video is not a path or bytes, or two keys name different videos",
     "video": "a clip is not [start, end], or belongs to more than one video",

@@ -107,7 +107,8 @@ class Manifest:
         min_tiles: fewest tiles of an image, thumbnail not counted.
         max_tiles: most tiles of an image, thumbnail not counted.
         thumbnail: whether an image of several tiles gets its thumbnail as one more tile.
-        tiling: how images become tiles: dynamic, pad or crop; frames of videos are always one tile.
+        tiling: how images become tiles: dynamic, pad, crop or stretch; frames of videos are always
+            one tile.
         pixel_mean: mean that the model subtracts from each channel, of values in [0, 1].
         pixel_std: value that the model divides each channel by.
         capacity: tokens of a pack.

@@ -60,6 +60,12 @@ class ChatTemplate:
             tokenizer.backend_tokenizer.no_truncation()
             tokenizer.backend_tokenizer.no_padding()
         self.first_tokens = first_tokens(tokenizer)
+        if self.format.gathers_images and not self.first_tokens:
+            if tokenizer.bos_token_id is None:
+                raise ValueError(
+                    f"the tokenizer has no bos_token, which --template {name} needs behind images"
+                )
+            self.first_tokens = [tokenizer.bos_token_id]
         self.context_token_id = -1
         if self.format.is_of_pairs:
             return
@@ -100,6 +106,7 @@ class ChatTemplate:
             return len(self.encode(turns, tiles)[0])
         turns = self._with_system(turns)
         self._check_placeholders(turns, len(tiles))
+        self._check_single(turns)
         texts = ["".join(self._render(turn)) for turn in turns]
         if self.format.joint:
             texts = ["".join(texts)]
@@ -153,6 +160,7 @@ class ChatTemplate:
             return self._encode_pair(turns, tiles)
         turns = self._with_system(turns)
         self._check_placeholders(turns, len(tiles))
+        self._check_single(turns)
         pieces = [self._render(turn) for turn in turns]
         is_joint = self.format.joint or turns[0].role == "pretrain"
         tokens, supervised = (self._encode_joint if is_joint else self._encode_apart)(
@@ -216,6 +224,9 @@ class ChatTemplate:
                 text = IMAGE_PLACEHOLDER * text.count(IMAGE_PLACEHOLDER)
             if turn.role == "human" and self.format.image_first:
                 text = _with_image_first(text)
+            if self.format.gathers_images:
+                count = text.count(IMAGE_PLACEHOLDER)
+                text = IMAGE_PLACEHOLDER * count + _without_images(text)
             images = self.format.images
             text = text.replace(IMAGE_PLACEHOLDER, images.start + images.context + images.end)
         if turn.role == "pretrain":
@@ -314,6 +325,16 @@ class ChatTemplate:
             )
         return ids[0]
 
+    def _check_single(self, turns: Sequence[Turn]) -> None:
+        """Refuse several questions, and system turns, where a sample is one question."""
+        roles = [turn.role for turn in turns]
+        if self.format.is_single and (roles.count("human") > 1 or "system" in roles):
+            raise RejectError(
+                "unsupported",
+                f"{roles.count('human')} questions and {roles.count('system')} system turns, but a"
+                f" sample of --template {self.format.name} has one question alone",
+            )
+
     def _check_placeholders(self, turns: Sequence[Turn], images: int) -> None:
         """Refuse texts that hold an image's tokens, and more or fewer placeholders than images."""
         placeholders = 0
@@ -333,6 +354,11 @@ class ChatTemplate:
                 f"{placeholders} {IMAGE_PLACEHOLDER} placeholders in the texts that show images,"
                 f" but {images} images",
             )
+
+
+def _without_images(text: str) -> str:
+    """Take the placeholders of images, and the white space around them, out of a text."""
+    return " ".join(part.strip() for part in text.split(IMAGE_PLACEHOLDER) if part.strip())
 
 
 def _with_image_first(text: str) -> str:

@@ -1,13 +1,15 @@
 """The table of conversation templates: what stands around the turns of a conversation, and how
 texts become tokens.
 
-All but ``plain``, ``blip2``, ``clip``, ``siglip`` and those that begin with ``llava`` are
-InternVL's. The latter are LLaVA's (Liu et al., arXiv 2304.08485 and 2310.03744), with its image
-tokens: ``llava_plain`` is what LLaVA pretrains its connector with (images and answers, nothing
-else), ``llava_v1`` its conversations, ``llava_chatml`` the same for language models that end an
-answer with ``<|im_end|>``. ``blip2`` is a caption behind its image, as BLIP-2 (arXiv 2301.12597)
-reads it: the image stands before the token that begins a text. ``clip`` and ``siglip`` are pairs of
-an image and its text, for contrastive training, as those models read texts.
+All but ``plain``, ``blip2``, ``paligemma``, ``clip``, ``siglip`` and those that begin with
+``llava`` are InternVL's. The last are LLaVA's (Liu et al., arXiv 2304.08485 and 2310.03744), with
+its image tokens: ``llava_plain`` is what LLaVA pretrains its connector with (images and answers,
+nothing else), ``llava_v1`` its conversations, ``llava_chatml`` the same for language models that
+end an answer with ``<|im_end|>``. ``blip2`` is a caption behind its image, as BLIP-2 (arXiv
+2301.12597) reads it: the image stands before the token that begins a text. ``clip`` and ``siglip``
+are pairs of an image and its text, for contrastive training, as those models read texts.
+``paligemma`` is PaliGemma's (Beyer et al., arXiv 2407.07726): images, one question, a line break
+and its answer, without roles.
 """
 
 from __future__ import annotations
@@ -43,6 +45,9 @@ class ChatFormat:
             wherever its placeholder stands.
         images_before_text: whether the images that a conversation begins with stand before the
             tokens that the tokenizer puts in front of a text.
+        gathers_images: whether all images of a turn stand in front of its text, wherever their
+            placeholders are; the tokenizer must have a token that begins a text.
+        is_single: whether a sample has one question and one answer, and no system turn.
         split_at_images: whether the texts before, between and after images become tokens each by
             itself; a sentencepiece tokenizer begins each with a space.
     """
@@ -62,6 +67,8 @@ class ChatFormat:
     pair_length: int = 0
     fills_pair: bool = False
     image_first: bool = False
+    gathers_images: bool = False
+    is_single: bool = False
     split_at_images: bool = False
     images_before_text: bool = False
 
@@ -237,6 +244,21 @@ FORMATS: dict[str, ChatFormat] = {
             closing="\n",
             markers=("<|im_start|>", "<|im_end|>"),
             **_LLAVA,
+        ),
+        ChatFormat(
+            name="paligemma",
+            system_message="",
+            system="",
+            human="{}\n",
+            opening="",
+            answer="{}<eos>",
+            markers=("<eos>",),
+            joint=False,
+            strip=True,
+            image_tokens="paligemma",
+            images_before_text=True,
+            gathers_images=True,
+            is_single=True,
         ),
         ChatFormat(name="clip", pair_length=77, **_PAIR),
         ChatFormat(name="siglip", pair_length=64, fills_pair=True, **_PAIR),

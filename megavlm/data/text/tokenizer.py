@@ -27,13 +27,15 @@ class ImageTokens:
         start: stands before the features of an image; empty: nothing does.
         context: placeholder token, one for each image feature.
         end: stands after the features of an image; empty: nothing does.
-        added: all tokens that a tokenizer must have, in the order in which it gets them.
+        added: special tokens that a tokenizer must have, in the order in which it gets them.
+        words: ordinary tokens that it gets before them; a decoded answer shows them.
     """
 
     start: str = ""
     context: str
     end: str = ""
     added: tuple[str, ...]
+    words: tuple[str, ...] = ()
 
     @property
     def shown(self) -> tuple[str, ...]:
@@ -48,6 +50,14 @@ IMAGE_TOKEN_SETS: dict[str, ImageTokens] = {
     ),
     "none": ImageTokens(context="", added=()),
     "llava": ImageTokens(context="<image>", added=("<image>",)),
+    "paligemma": ImageTokens(
+        context="<image>",
+        added=("<image>",),
+        words=(
+            *(f"<loc{place:04}>" for place in range(1024)),
+            *(f"<seg{code:03}>" for code in range(128)),
+        ),
+    ),
 }
 # Tokenizer classes that come as Python files beside the model, and read a sentencepiece model as
 # LlamaTokenizer does.
@@ -91,11 +101,12 @@ def load_tokenizer(folder: str | Path, flag: str = "--tokenizer") -> PreTrainedT
 
 
 def add_special_tokens(tokenizer: PreTrainedTokenizerBase, image_tokens: str = "internvl") -> int:
-    """Add those special tokens of ``image_tokens``, a row of ``IMAGE_TOKEN_SETS``, that are
+    """Add those tokens of ``image_tokens``, a row of ``IMAGE_TOKEN_SETS``, that are
     missing, and return how many were.
     """
-    added = IMAGE_TOKEN_SETS[image_tokens].added
-    return tokenizer.add_tokens(list(added), special_tokens=True)
+    row = IMAGE_TOKEN_SETS[image_tokens]
+    missing = tokenizer.add_tokens(list(row.words)) if row.words else 0
+    return missing + tokenizer.add_tokens(list(row.added), special_tokens=True)
 
 
 def extend(tokenizer: PreTrainedTokenizerBase, image_tokens: str = "internvl") -> tuple[int, ...]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from megavlm.data.loading.batch import Batch
+from megavlm.data.loading.batch import Batch, Prefixes
 
 
 def make_batch() -> Batch:
@@ -20,6 +20,13 @@ def make_batch() -> Batch:
         sources=np.zeros(4, np.int32),
         sample_ends=np.array([0, 4], np.int32),
         longest_sample=4,
+        prefixes=Prefixes(
+            inside=torch.arange(3),
+            outside=torch.tensor([3]),
+            ends=torch.tensor([0, 3], dtype=torch.int32),
+            longest=3,
+            longest_rest=1,
+        ),
         tiles=np.zeros((1, 3, 2, 2), np.uint8),
         feature_positions=np.zeros(0, np.int64),
         feature_numbers=np.zeros(0, np.int64),
@@ -57,6 +64,9 @@ def test_to_moves_every_tensor():
     for entry in dataclasses.fields(moved):
         value = getattr(moved, entry.name)
         assert not isinstance(value, torch.Tensor) or value.device.type == "meta", entry.name
+    parts = moved.prefixes
+    assert {parts.inside.device.type, parts.outside.device.type, parts.ends.device.type} == {"meta"}
+    assert (parts.longest, parts.longest_rest) == (3, 1)
     assert (moved.longest_sample, moved.weight_sum, moved.pack_id) == (4, 4.0, 7)
 
 

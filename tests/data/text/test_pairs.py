@@ -70,7 +70,7 @@ def test_what_is_no_pair_is_rejected(tmp_path: Path, record: list[Turn], tiles: 
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"tiling": Tiling(tile_size=32)}, "give --tiling crop or pad, or --max_tiles 1"),
+        ({"tiling": Tiling(tile_size=32)}, "give --tiling crop, pad or stretch, or --max_tiles 1"),
         ({"alignment": 2}, "--alignment 2: a text of --template clip ends with its last token"),
         ({"features_per_tile": 4}, "--tokens_per_tile 4: must be 0"),
         ({"truncate": 32}, "leave --truncate, --window_tokens and --window_images out"),

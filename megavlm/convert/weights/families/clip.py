@@ -49,13 +49,16 @@ def rows(vision: Vision) -> list[Row]:
             else []
         ),
         *layers(layer(vision), "encoder.layers.{}.", "encoder.layers.{}.", vision.num_layers),
+        *(norm("final_norm.", "post_layernorm", width, "LayerNorm") if vision.final_norm else []),
     ]
 
 
 def unused_rows(vision: Vision) -> list[Row]:
     """Build the table of the layers behind those that exist, and of the norm behind all of them, as
-    the files have them; they are tensors of no model here.
+    the files have them; they are tensors of no model here. If the norm is used, all layers are.
     """
+    if vision.final_norm:
+        return []
     everything = replace(vision, num_layers=vision.num_layers + vision.unused_layers)
     used = {name for row in rows(vision) for name in row.names}
     parts = [

@@ -1,0 +1,155 @@
+"""Make what PaliGemma starts from, small: boards of one or two handwritten digits with a question
+about each, a SigLIP that has learned to read such boards, and a Gemma that has learned nothing.
+
+python examples/paligemma/make_parts.py OUT
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import Tensor, nn
+from transformers import (
+    GemmaConfig,
+    GemmaForCausalLM,
+    PreTrainedTokenizerFast,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "quickstart"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "llava"))
+from boards import Scans, split_scans
+from make_data import HELD_OUT_SCANS, write_lines
+from make_parts import EMPTY, SIDE, a_board, write_records
+
+from megavlm.config.architecture import PIXELS
+
+MEAN, STD = PIXELS["siglip"]
+SPECIAL = ["<pad>", "<eos>", "<bos>"]
+SIGLIP = SiglipVisionConfig(
+    hidden_size=96,
+    intermediate_size=256,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    image_size=SIDE,
+    patch_size=8,
+    vision_use_head=False,
+)
+GEMMA = GemmaConfig(
+    hidden_size=128,
+    intermediate_size=256,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=1,
+    head_dim=48,
+    vocab_size=400,
+    max_position_embeddings=2048,
+)
+
+
+def train_siglip(rng: np.random.Generator, scans: Scans, steps: int, folder: Path) -> float:
+    """Train a SigLIP to say which digits are on boards, from the mean of what is behind its last
+    norm; save it, and return its share of right cells in the last steps.
+    """
+    torch.manual_seed(0)
+    model = SiglipVisionModel(SIGLIP)
+    head = nn.Linear(SIGLIP.hidden_size, 2 * (EMPTY + 1))
+    boards = [a_board(rng, scans) for _ in range(3000)]
+    images = [np.asarray(board.picture.resize((SIDE, SIDE), 3)) for board in boards]
+    pixels = torch.from_numpy(np.stack(images).transpose(0, 3, 1, 2))
+    cells = [[*board.digits, None][:2] for board in boards]
+    labels = torch.tensor([[EMPTY if digit is None else digit for digit in cell] for cell in cells])
+    parameters = [*model.parameters(), *head.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.5e-3, steps, pct_start=0.1)
+    mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
+    right: list[Tensor] = []
+    for _ in range(steps):
+        chosen = torch.from_numpy(rng.integers(len(boards), size=64))
+        seen = (pixels[chosen].float() / 255 - mean) / std
+        told = head(model(seen).last_hidden_state.mean(1)).unflatten(-1, (2, EMPTY + 1))
+        loss = nn.functional.cross_entropy(told.flatten(0, 1), labels[chosen].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        right.append((told.argmax(-1) == labels[chosen]).float().mean())
+    model.save_pretrained(folder)
+    settings = {"image_mean": list(MEAN), "image_std": list(STD)}
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+    return float(torch.stack(right[-50:]).mean())
+
+
+def make_language(texts: list[str], folder: Path) -> None:
+    """Write a fresh Gemma, and a tokenizer that begins and ends texts as Gemma's does."""
+    words = Tokenizer(models.BPE())
+    # A digit by itself is a token by itself.
+    digits = pre_tokenizers.Split(Regex(r"\d"), "isolated")
+    cuts = [digits, pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    words.pre_tokenizer = pre_tokenizers.Sequence(cuts)
+    words.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    settings = dict(vocab_size=GEMMA.vocab_size, special_tokens=SPECIAL, initial_alphabet=alphabet)
+    words.train_from_iterator(texts, trainers.BpeTrainer(**settings))
+    words.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", pair="<bos> $A $B:1", special_tokens=[("<bos>", SPECIAL.index("<bos>"))]
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>"
+    ).save_pretrained(folder)
+    torch.manual_seed(1)
+    GemmaForCausalLM(GEMMA).save_pretrained(folder)
+
+
+def one_question_each(records: list[dict]) -> list[dict]:
+    """Return a record for each question, since a sample of PaliGemma has one."""
+    return [
+        {
+            "image": record["image"],
+            "conversations": [
+                {"from": "human", "value": "<image>" + asked["value"].replace("<image>", "")},
+                answer,
+            ],
+        }
+        for record in records
+        for asked, answer in zip(
+            record["conversations"][::2], record["conversations"][1::2], strict=True
+        )
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder to make")
+    count = dict(type=int, help="(default: %(default)s)")
+    parser.add_argument("--records", default=3000, **count)
+    parser.add_argument("--exam", default=200, **count)
+    parser.add_argument("--siglip_steps", default=500, **count)
+    options = parser.parse_args()
+    images = options.out / "images"
+    images.mkdir(parents=True)
+    train, held_out = split_scans(HELD_OUT_SCANS, 0)
+    records = write_records(np.random.default_rng(1), train, options.records, images, "train")
+    exam = write_records(np.random.default_rng(2), held_out, options.exam, images, "exam")
+    for name, found in (("train", records), ("exam", exam)):
+        write_lines(options.out / f"{name}.jsonl", one_question_each(found))
+    texts = [turn["value"] for record in records for turn in record["conversations"]]
+    make_language(texts, options.out / "gemma")
+    steps = options.siglip_steps
+    share = train_siglip(np.random.default_rng(3), train, steps, options.out / "siglip")
+    print(
+        f"{len(records)} records, {len(exam)} for the exam; SigLIP reads {share:.0%} of the cells"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,183 @@
+"""Everything in a folder of ``PaliGemmaForConditionalGeneration`` but the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PaliGemmaConfig
+
+from megavlm.config.connectors import Connector
+from megavlm.config.schema import Architecture, Vision
+from megavlm.convert.hf import json_files as shared
+from megavlm.convert.hf import language_config, tokenizer_files
+from megavlm.convert.hf.json_files import FILE_NAME, IMAGE_PROCESSOR_NAME, write_json
+from megavlm.convert.hf.llava_config import ACTIVATIONS
+from megavlm.convert.hf.preprocessing import Usage
+from megavlm.convert.hf.processor import pixel_settings, write_generation
+from megavlm.convert.weights.families import written_as
+from megavlm.data.text.tokenizer import IMAGE_TOKEN_SETS
+
+CLASS_NAME = "PaliGemmaForConditionalGeneration"
+MODEL_TYPE = "paligemma"
+_PROCESSOR = "PaliGemmaProcessor"
+_VISION = {"model_type": "siglip_vision_model", "num_channels": 3, "vision_use_head": False}
+# The class sets it, so that the tokens of a prefix see each other; the language model alone is
+# causal.
+_BIDIRECTIONAL = "use_bidirectional_attention"
+
+
+def read(raw: dict[str, Any], folder: Path, *, has_head: bool | None) -> Architecture:
+    """Read the architecture; arguments and errors as in ``native_config``."""
+    path = folder / FILE_NAME
+    try:
+        settings = PaliGemmaConfig.from_dict(raw).to_dict()  # fills in what the file leaves out
+    except Exception as error:  # transformers' checks raise errors of many kinds
+        raise ValueError(
+            f"{path}: transformers cannot read it: {' '.join(str(error).split()):.300}"
+        ) from None
+    text = settings["text_config"]
+    shared.refuse(path, list(_problems(settings)))
+    found = settings["vision_config"]
+    mean, std = shared.normalisation(folder)
+    return Architecture(
+        vision=Vision(
+            family="siglip",
+            image_size=found["image_size"],
+            patch_size=found["patch_size"],
+            num_layers=found["num_hidden_layers"],
+            final_norm=True,
+            hidden_size=found["hidden_size"],
+            ffn_hidden_size=found["intermediate_size"],
+            num_attention_heads=found["num_attention_heads"],
+            layernorm_epsilon=found["layer_norm_eps"],
+            activation=ACTIVATIONS[found["hidden_act"]],
+            pixel_mean=mean,
+            pixel_std=std,
+        ),
+        connector=Connector(kind="linear", pixel_shuffle=1, norm=False),
+        language=language_config.read(
+            text, tied_head=settings["tie_word_embeddings"] and not has_head
+        ),
+        image_tokens="paligemma",
+        prefix_lm=True,
+    )
+
+
+def _problems(settings: dict[str, Any]) -> Iterator[str]:
+    """Yield settings that our model does not support."""
+    vision = settings["vision_config"]
+    text = dict(settings["text_config"])
+    yield from shared.contradictions("vision_config", vision, _VISION)
+    if vision.get("hidden_act") not in ACTIVATIONS:
+        yield (
+            f"vision_config.hidden_act is {vision.get('hidden_act')!r}, must be one of"
+            f" {', '.join(ACTIVATIONS)}"
+        )
+    if text.pop(_BIDIRECTIONAL, True) is False:
+        yield f"text_config.{_BIDIRECTIONAL} is False, must be True: prefixes are bidirectional"
+    if text.get("model_type") != "gemma":
+        yield (
+            f"text_config.model_type is {text.get('model_type')!r}, must be 'gemma' (PaliGemma 1);"
+            " PaliGemma 2 has a Gemma 2, which is not supported"
+        )
+        return
+    yield from language_config.problems(text, "text_config")
+    if settings["image_token_index"] >= text["vocab_size"]:
+        yield (
+            f"image_token_index is {settings['image_token_index']}, and text_config.vocab_size is"
+            f" {text['vocab_size']}: the token embedding must have a row for it"
+        )
+
+
+def read_usage(folder: Path) -> Usage:
+    """Read how a model is to be used: one question, and images stretched to squares."""
+    return Usage(
+        template="paligemma",
+        system_message="",
+        min_tiles=1,
+        max_tiles=1,
+        thumbnail=False,
+        tiling="stretch",
+    )
+
+
+def write(
+    architecture: Architecture,
+    *,
+    dtype: torch.dtype,
+    image_token_id: int,
+    bos_token_id: int,
+    eos_token_id: int,
+    pad_token_id: int,
+) -> dict[str, Any]:
+    """Build the content of config.json; arguments as in ``native_config``."""
+    vision = architecture.vision
+    language = architecture.language
+    text = language_config.write(
+        language,
+        written_as(language, "paligemma"),
+        bos_token_id=bos_token_id,
+        eos_token_id=eos_token_id,
+        pad_token_id=pad_token_id,
+    )
+    return {
+        "architectures": [CLASS_NAME],
+        "model_type": MODEL_TYPE,
+        "dtype": str(dtype).removeprefix("torch."),
+        "image_token_index": image_token_id,
+        "projection_dim": language.hidden_size,
+        "hidden_size": language.hidden_size,
+        "vocab_size": language.vocab_size,
+        "bos_token_id": bos_token_id,
+        "eos_token_id": eos_token_id,
+        "pad_token_id": pad_token_id,
+        "tie_word_embeddings": language.tied_head,
+        "vision_config": {
+            **_VISION,
+            "image_size": vision.image_size,
+            "patch_size": vision.patch_size,
+            "num_hidden_layers": vision.num_layers,
+            "hidden_size": vision.hidden_size,
+            "intermediate_size": vision.ffn_hidden_size,
+            "num_attention_heads": vision.num_attention_heads,
+            "layer_norm_eps": vision.layernorm_epsilon,
+            "hidden_act": next(
+                name for name, ours in ACTIVATIONS.items() if ours == vision.activation
+            ),
+            "num_image_tokens": architecture.placeholders_per_tile,
+            "projection_dim": language.hidden_size,
+        },
+        "text_config": text
+        | {_BIDIRECTIONAL: True, "num_image_tokens": architecture.placeholders_per_tile},
+    }
+
+
+def write_files(
+    folder: Path, tokenizer: Path, architecture: Architecture, usage: Usage, dtype: torch.dtype
+) -> None:
+    """Write everything but weights, as ``AutoProcessor`` and the class read it; arguments and
+    errors as of ``processor.write_native``. There is no chat template: the processor itself puts
+    prompts together.
+    """
+    ids = write_generation(folder, tokenizer, architecture, usage)
+    settings = write(architecture, dtype=dtype, image_token_id=ids.image, **ids.text)
+    write_json(folder / FILE_NAME, settings)
+    context = IMAGE_TOKEN_SETS[architecture.image_tokens].context
+    entries = {
+        "extra_special_tokens": {"image_token": context},
+        "processor_class": _PROCESSOR,
+    }
+    tokenizer_files.write(tokenizer, folder, entries)
+    side = architecture.vision.image_size
+    image_processor = {
+        "image_processor_type": "SiglipImageProcessor",
+        "processor_class": _PROCESSOR,
+        **pixel_settings(architecture),
+        "size": {"height": side, "width": side},
+        "image_seq_length": architecture.placeholders_per_tile,
+    }
+    write_json(folder / IMAGE_PROCESSOR_NAME, image_processor)
+    write_json(folder / "processor_config.json", {"processor_class": _PROCESSOR})

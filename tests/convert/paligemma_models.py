@@ -1,0 +1,87 @@
+"""Small random PaliGemma models, as transformers saves them, with shapes unlike each other."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration
+
+from megavlm.config.connectors import Connector
+from megavlm.config.schema import Architecture, Language, Vision
+from megavlm.convert.hf import paligemma_config
+from tests.convert.models import GEMMA
+
+SMALL = Architecture(
+    vision=Vision(
+        family="siglip",
+        image_size=16,
+        patch_size=4,
+        num_layers=2,
+        final_norm=True,
+        hidden_size=36,
+        ffn_hidden_size=40,
+        num_attention_heads=3,
+        activation="gelu_tanh",
+        pixel_mean=(0.5, 0.5, 0.5),
+        pixel_std=(0.5, 0.5, 0.5),
+    ),
+    connector=Connector(kind="linear", pixel_shuffle=1, norm=False),
+    language=Language(
+        num_layers=2,
+        hidden_size=48,
+        ffn_hidden_size=56,
+        num_attention_heads=6,
+        num_query_groups=1,
+        kv_channels=10,
+        vocab_size=641,
+        rotary_base=1e4,
+        max_position_embeddings=512,
+        tied_head=True,
+        **GEMMA,
+    ),
+    image_tokens="paligemma",
+    prefix_lm=True,
+)
+KINDS = {
+    "tied": SMALL,
+    "untied": replace(
+        SMALL,
+        language=replace(
+            SMALL.language, tied_head=False, num_query_groups=2, kv_channels=0, vocab_size=647
+        ),
+    ),
+}
+
+
+def make_paligemma(
+    folder: Path,
+    architecture: Architecture = SMALL,
+    dtype: torch.dtype = torch.bfloat16,
+    image_token_id: int = 7,
+    spread: float = 0.1,
+) -> Path:
+    """Write a random model whose every weight differs from its fresh value."""
+    settings = paligemma_config.write(
+        architecture,
+        dtype=dtype,
+        image_token_id=image_token_id,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    torch.manual_seed(3)
+    config = PaliGemmaConfig.from_dict(json.loads(json.dumps(settings)))
+    model = PaliGemmaForConditionalGeneration(config).to(dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * spread)
+    model.save_pretrained(folder)
+    pixels = {
+        "image_mean": list(architecture.vision.pixel_mean),
+        "image_std": list(architecture.vision.pixel_std),
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(pixels))
+    return folder

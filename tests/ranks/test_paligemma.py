@@ -1,0 +1,174 @@
+"""PaliGemma against ``transformers``, its packs against their samples alone, its cost against
+torch's count, and its training at other layouts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from megavlm.config.architecture import PIXELS
+from megavlm.config.schema import Architecture, Checkpoint, Config
+from megavlm.data.loading.dataset import PackedDataset
+from megavlm.model.positions import resize_positions
+from megavlm.planner.flops import pieces, training_cost
+from tests.convert.paligemma_models import KINDS, SMALL, make_paligemma
+from tests.data.samples import make_dataset, make_sample, write_packs
+from tests.ranks.layouts import LAYOUTS, LIMIT, Layout, asks_for_all
+from tests.ranks.pool import Pool
+from tests.ranks.runs import EVERYTHING, config_for, train_curve
+from tests.ranks.test_against_transformers import answers_of_pack, answers_of_transformers
+from tests.ranks.test_cost import counted_by_torch
+from tests.ranks.test_layouts import compare
+from tests.ranks.test_packs import losses_and_gradients
+from tests.ranks.test_resume import run_job, saved_tensors
+
+WORLDS = {
+    "one process": (1, {}),
+    "tp2": (2, dict(tensor_model_parallel_size=2)),
+    "pp2": (2, dict(pipeline_model_parallel_size=2)),
+    "pp2, in the encoder": (2, dict(pipeline_model_parallel_size=2, layout="v*2|c,t*2,h")),
+}
+ONE_TILE = ((1, 1),)
+EVERYDAY = [
+    layout
+    for layout in LAYOUTS
+    if layout.context == 1
+    and (asks_for_all() or str(layout) in ("DP2", "TP2 SP", "PP2", "TP2 whole vision layers"))
+]
+
+
+def _sizes(architecture: Architecture) -> dict:
+    return dict(
+        vocab_size=architecture.language.vocab_size,
+        context_token_id=7,
+        tile_size=architecture.vision.image_size,
+        features_per_tile=architecture.features_per_tile,
+    )
+
+
+def _config(architecture: Architecture, packs: Path, **settings) -> Config:
+    return dataclasses.replace(
+        config_for(packs, **settings), architecture=architecture, recipe="paligemma"
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_and_losses_equal_those_of_transformers(
+    ranks: Pool, tmp_path: Path, kind: str
+) -> None:
+    architecture = KINDS[kind]
+    packs = tmp_path / "packs"
+    make_dataset(packs, packs=1, **_sizes(architecture))
+    folder = make_paligemma(tmp_path / "hf", architecture, torch.float32)
+    expected = answers_of_transformers(folder, packs, architecture)
+    for name, (world, settings) in WORLDS.items():
+        config = _config(architecture, packs, head_tokens="all", **settings)
+        found = ranks.run(answers_of_pack, world, config, folder)
+        answers = [answer for answer in found if answer is not None]
+        logits = torch.from_numpy(np.concatenate([share for share, _ in answers], axis=-1))
+        logits = logits[:, : architecture.language.vocab_size]
+        for sample, their_logits, their_losses in expected:
+            assert (logits[sample] - their_logits).abs().max() <= 1e-4, name
+            assert torch.equal(logits[sample].argmax(-1), their_logits.argmax(-1)), name
+            for _, losses in answers:
+                assert losses[sample][:-1].sum() == pytest.approx(
+                    float(their_losses.sum()), rel=1e-5
+                ), name
+
+
+def test_a_pack_equals_its_samples_alone(ranks: Pool, tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    sizes = _sizes(SMALL)
+    samples = [
+        make_sample(rng, images=count, text_tokens=12 + 5 * n, line=n + 1, grids=ONE_TILE, **sizes)
+        for n, count in enumerate((1, 0, 2, 1))
+    ]
+    write_packs(tmp_path / "together", [samples], capacity=200, **sizes)
+    write_packs(tmp_path / "alone", [[sample] for sample in samples], capacity=200, **sizes)
+    [(together, gradients)] = ranks.run(
+        losses_and_gradients, 1, _config(SMALL, tmp_path / "together")
+    )
+    [(alone, expected)] = ranks.run(losses_and_gradients, 1, _config(SMALL, tmp_path / "alone"))
+    np.testing.assert_allclose(together[0], np.concatenate(alone), rtol=1e-5)
+    assert gradients.keys() == expected.keys()
+    for key, gradient in gradients.items():
+        np.testing.assert_allclose(
+            gradient, expected[key], atol=1e-5 * np.abs(expected[key]).max() + 1e-7, err_msg=key
+        )
+
+
+def test_the_cost_is_what_torch_counts(ranks: Pool, tmp_path: Path) -> None:
+    # As many tokens as rows of the padded vocabulary, since padding is computed, not counted.
+    language = dataclasses.replace(SMALL.language, vocab_size=256)
+    architecture = dataclasses.replace(SMALL, language=language)
+    make_dataset(tmp_path, packs=1, image_share=1.0, **_sizes(architecture))
+    batch = PackedDataset(tmp_path).batch(0, 0)
+    lengths = batch.sample_ends.diff().double()
+    prefixes = batch.prefixes.ends.diff().double()
+    for mask in (("connector",), EVERYTHING):
+        [(counted, size, keys)] = ranks.run(counted_by_torch, 1, tmp_path, mask, architecture)
+        # Two calls a sample: prefix with prefix, and the rest with everything.
+        seen = prefixes**2 + (lengths - prefixes) * lengths
+        assert size["squared_lengths"] > seen.sum() > size["squared_lengths"] / 2
+        size["squared_lengths"] = int(seen.sum())
+        assert training_cost(architecture, mask).total(**size) == counted
+        assert {piece.key for piece in pieces(architecture)} - {""} == keys
+
+
+@pytest.mark.parametrize("layout", EVERYDAY, ids=str)
+def test_a_layout_trains_like_one_process(ranks: Pool, tmp_path: Path, layout: Layout) -> None:
+    make_dataset(tmp_path, packs=12, capacity=240, alignment=4, **_sizes(SMALL))
+    layers = max(2, layout.layers)
+    architecture = dataclasses.replace(
+        SMALL,
+        vision=dataclasses.replace(SMALL.vision, num_layers=layers, num_attention_heads=4),
+        language=dataclasses.replace(
+            SMALL.language, num_layers=layers, num_attention_heads=8, num_query_groups=1
+        ),
+    )
+    settings = dict(adam_eps=1e-3, steps=4)
+    [expected] = ranks.run(train_curve, 1, _config(architecture, tmp_path, **settings))
+    curves = ranks.run(
+        train_curve,
+        layout.ranks,
+        _config(architecture, tmp_path, **settings, **layout.settings),
+    )
+    assert max(compare(curves, expected).values()) <= LIMIT
+
+
+@pytest.mark.parametrize("layout", [(1, {}), (2, dict(pipeline_model_parallel_size=2))])
+def test_a_stage_of_higher_resolution_starts_with_resized_positions(
+    ranks: Pool, tmp_path: Path, layout: tuple[int, dict]
+) -> None:
+    world, settings = layout
+    runs = {}
+    for stage, size in (("1", 16), ("2", 32)):
+        # The packs' pixels are normalised as InternVL's.
+        mean, std = PIXELS["imagenet"]
+        vision = dataclasses.replace(SMALL.vision, image_size=size, pixel_mean=mean, pixel_std=std)
+        architecture = dataclasses.replace(SMALL, vision=vision)
+        packs = tmp_path / f"packs{stage}"
+        make_dataset(packs, packs=4, capacity=320, grids=ONE_TILE, **_sizes(architecture))
+        files = Checkpoint(
+            save=str(tmp_path / stage),
+            load=str(runs["1"]) if runs else "",
+            moments="keep" if runs else "fresh",
+        )
+        lr = 1e-3 if stage == "1" else 1e-9
+        config = _config(architecture, packs, steps=2, lr=lr, weight_decay=0.0, **settings)
+        config = dataclasses.replace(config, stage=stage, checkpoint=files)
+        assert ranks.run(run_job, world, config) == [2] * world
+        runs[stage] = tmp_path / stage / "step_00000002"
+    before, after = (ranks.run(saved_tensors, 1, runs[stage])[0] for stage in ("1", "2"))
+    key = "model.vision.position_embedding"
+    assert before[key].shape == (1, 16, 36) and after[key].shape == (1, 64, 36)
+    expected = resize_positions(before[key], 8, 0)
+    torch.testing.assert_close(after[key], expected, rtol=0, atol=1e-6)
+    for name, tensor in before.items():
+        if name.startswith("model.") and name != key:
+            torch.testing.assert_close(after[name], tensor, rtol=0, atol=1e-6, msg=name)
