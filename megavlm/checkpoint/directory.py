@@ -14,6 +14,7 @@ from pathlib import Path
 
 from megavlm.checkpoint import lock
 from megavlm.checkpoint import train_state as run_state
+from megavlm.config.evaluation import VALID_LOSS
 from megavlm.io import atomic
 
 LATEST = "latest"
@@ -95,7 +96,9 @@ def publish(growing: Path, target: Path) -> None:
     atomic.write_text(target.parent / LATEST, target.name + "\n")
 
 
-def drop_old(root: Path, published: Path, keep: int, keep_best: int) -> None:
+def drop_old(
+    root: Path, published: Path, keep: int, keep_best: int, best_by: str = VALID_LOSS
+) -> None:
     """Remove checkpoints, but for the newest and the best ones. What is newer than ``published`` is
     of another course of the run and stays.
 
@@ -103,7 +106,8 @@ def drop_old(root: Path, published: Path, keep: int, keep_best: int) -> None:
         root: the save folder.
         published: the newest checkpoint of this run.
         keep: newest ones to keep; 0: all.
-        keep_best: ones with the lowest validation loss to keep beside them.
+        keep_best: ones to keep beside them.
+        best_by: those with the lowest validation loss, or with the highest figure of a task.
     """
     steps = {folder: step_of(folder) for folder in root.glob(f"{_STEP}*")}
     mine = sorted(
@@ -116,18 +120,19 @@ def drop_old(root: Path, published: Path, keep: int, keep_best: int) -> None:
     )
     if not keep:
         return
-    by_loss = sorted(
-        (loss, folder) for folder in mine if (loss := _held_out_loss(folder)) is not None
+    sign = 1 if best_by == VALID_LOSS else -1
+    ranked = sorted(
+        (sign * value, folder) for folder in mine if (value := _figure(folder, best_by)) is not None
     )
-    spared = {*mine[-keep:], published, *(folder for _, folder in by_loss[:keep_best])}
+    spared = {*mine[-keep:], published, *(folder for _, folder in ranked[:keep_best])}
     for folder in mine:
         if folder not in spared:
             _drop(folder)
 
 
-def _held_out_loss(folder: Path) -> float | None:
+def _figure(folder: Path, name: str) -> float | None:
     try:
-        return run_state.read(folder).valid_loss
+        return run_state.read(folder).figure(name)
     except (ValueError, OSError):
         return None
 

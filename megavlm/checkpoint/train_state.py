@@ -7,6 +7,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from megavlm.config.evaluation import VALID_LOSS
 from megavlm.config.former_names import current_name
 
 FILE_NAME = "state.json"
@@ -31,6 +32,7 @@ class State:
         tokenizer: fingerprint of the tokenizer of the training packs; none where it is not known.
         packs: how many each folder of training packs has; empty where it is not known.
         valid_loss: validation loss after this very step; none where it was not measured.
+        figures: names and values of the tasks after this very step; empty where none was asked.
         history: earlier stages of which moments were kept.
         skipped: steps whose update was skipped.
         skipped_in_a_row: how many of these are the last steps.
@@ -44,6 +46,7 @@ class State:
     tokenizer: str | None = None
     packs: tuple[int, ...] = ()
     valid_loss: float | None = None
+    figures: tuple[tuple[str, float], ...] = ()
     history: History = ()
     skipped: int = 0
     skipped_in_a_row: int = 0
@@ -58,8 +61,12 @@ class State:
     def after(self, packs: int) -> State:
         """Return the state after one more step of ``packs`` packs."""
         return dataclasses.replace(
-            self, step=self.step + 1, consumed=self.consumed + packs, valid_loss=None
+            self, step=self.step + 1, consumed=self.consumed + packs, valid_loss=None, figures=()
         )
+
+    def figure(self, name: str) -> float | None:
+        """Return ``valid_loss`` or a figure of a task; none where it was not measured."""
+        return self.valid_loss if name == VALID_LOSS else dict(self.figures).get(name)
 
 
 def write(state: State, folder: Path) -> None:
@@ -84,7 +91,8 @@ def read(folder: Path) -> State:
             for steps, trainable in values.pop("history", [])
         )
         lists = {name: tuple(values.get(name, ())) for name in ("packs", "recent_losses")}
-        state = State(**values | lists, history=history)
+        figures = tuple((str(name), float(value)) for name, value in values.pop("figures", []))
+        state = State(**values | lists, figures=figures, history=history)
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: not the state of a checkpoint ({error})") from error
     if state.format not in READABLE_VERSIONS:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+VALID_LOSS = "valid_loss"
+"""Name of the loss on ``data.valid``; figures of tasks are called ``TASK/FIGURE``."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Eval:

@@ -272,7 +272,9 @@ class Checkpoint:
         asynchronous: write checkpoints in the background; training waits only for the copy from
             device to host.
         keep: number of newest checkpoints to keep; 0: all.
-        keep_best: number of checkpoints with the lowest validation loss to keep besides the newest.
+        keep_best: number of the best checkpoints to keep besides the newest.
+        best_by: what they are best by: the lowest valid_loss, or the highest figure of a task, such
+            as exam/accuracy.
         weights_only: take only the weights from ``load``, even if it is of the same stage: steps,
             data and moments start anew. A run that finds its own checkpoints in ``save`` still
             resumes from them.
@@ -291,6 +293,7 @@ class Checkpoint:
     asynchronous: bool = False
     keep: int = 3
     keep_best: int = 0
+    best_by: str = "valid_loss"
     weights_only: bool = False
     moments: Literal["fresh", "keep"] = "fresh"
     verify: Literal["content", "size"] = "content"

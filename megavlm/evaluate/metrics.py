@@ -18,11 +18,13 @@ class Metric:
     Args:
         score: measures answers.
         measures: what for, in a few words.
+        figures: names of its figures, the one that a model is judged by first.
         needs_choices: whether every question has choices, which it lists with letters.
     """
 
     score: Callable[[Sequence[Answer]], Score]
     measures: str
+    figures: tuple[str, ...] = ("accuracy",)
     needs_choices: bool = False
 
     def choice(self, index: int, text: str) -> str:
@@ -40,6 +42,7 @@ def _mean_of(of_one: Callable[[Answer], float]) -> Callable[[Sequence[Answer]], 
     return score
 
 
+_POPE = ("f1", "accuracy", "precision", "recall", "yes_ratio")
 METRICS: dict[str, Metric] = {
     "exact_match": Metric(
         score=_mean_of(short_answers.exact_match), measures="answers of one wording (GQA)"
@@ -64,6 +67,6 @@ METRICS: dict[str, Metric] = {
     "box": Metric(
         score=_mean_of(short_answers.box_accuracy), measures="boxes of what is named (RefCOCO)"
     ),
-    "pope": Metric(score=pope, measures="objects that are there or not (POPE)"),
-    "cider": Metric(score=cider, measures="captions (COCO, NoCaps, Flickr30k)"),
+    "pope": Metric(score=pope, measures="objects that are there or not (POPE)", figures=_POPE),
+    "cider": Metric(score=cider, measures="captions (COCO, NoCaps, Flickr30k)", figures=("cider",)),
 }

@@ -241,6 +241,7 @@ def evaluate(job: Job, state: State, metrics: Metrics) -> State:
         if job.tasks:
             result = answer_tasks(job, state.step)
             figures |= result.figures
+            state = dataclasses.replace(state, figures=tuple(result.figures.items()))
             by_source |= result.by_category
     metrics.record(state.step, figures, by_source)
     return state

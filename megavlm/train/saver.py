@@ -187,4 +187,5 @@ class Saver:
         checksums.write(growing, sums)
         target = self._root / directory.step_name(self._state.step)
         directory.publish(growing, target)
-        directory.drop_old(self._root, target, config.checkpoint.keep, config.checkpoint.keep_best)
+        files = config.checkpoint
+        directory.drop_old(self._root, target, files.keep, files.keep_best, files.best_by)

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+import torch.distributed as dist
+
+from megavlm.config.evaluation import VALID_LOSS
 from megavlm.config.schema import Config
 from megavlm.evaluate.answer import Answer, Score
 from megavlm.evaluate.metrics import METRICS
 from megavlm.evaluate.packs import TaskPacks, prepare
-from megavlm.evaluate.task import Question, read_tasks
+from megavlm.evaluate.task import Question, Task, read_tasks
 from megavlm.io import atomic
 from megavlm.io.remote import is_remote
 from megavlm.train.generate import choose, generate
@@ -25,8 +29,9 @@ class Result:
     """How a task was answered.
 
     Args:
-        figures: by name, ``TASK/FIGURE``.
-        by_category: the first figure of each category, by the same name; empty without categories.
+        figures: by name, ``TASK/FIGURE``, on every rank.
+        by_category: the first figure of each category, by the same name, on the writing rank; empty
+            without categories.
     """
 
     figures: dict[str, float]
@@ -46,6 +51,12 @@ def open_tasks(config: Config) -> tuple[TaskPacks, ...]:
             f"--eval.tasks needs the tokenizer of the packs, and --data.train {folder} has no"
             " folder tokenizer on this machine; name local packs"
         )
+    best_by = config.checkpoint.best_by
+    names = figure_names(tasks)
+    if best_by != VALID_LOSS and best_by not in names:
+        raise ValueError(
+            f"--checkpoint.best_by {best_by}: the figures of --eval.tasks are {', '.join(names)}"
+        )
     return tuple(prepare(task, folder, config.eval.max_new_tokens) for task in tasks)
 
 
@@ -57,8 +68,6 @@ def answer_tasks(job: Job, step: int) -> Result:
         job: the run.
         step: updates that are done, which the answers are filed under.
 
-    Returns:
-        The figures, on the writing rank; nobody else needs them.
     """
     figures: dict[str, float] = {}
     by_category: dict[str, dict[str, float]] = {}
@@ -77,7 +86,21 @@ def answer_tasks(job: Job, step: int) -> Result:
             _write(folder / f"{name}.jsonl", task, predictions, score)
     for chunk in job.ddp_chunks:
         chunk.train()
-    return Result(figures=figures, by_category=by_category)
+    return Result(figures=_on_every_rank(job, figures), by_category=by_category)
+
+
+def figure_names(tasks: Sequence[Task]) -> list[str]:
+    """Return the names of the figures of tasks."""
+    return [f"{task.name}/{figure}" for task in tasks for figure in METRICS[task.metric].figures]
+
+
+def _on_every_rank(job: Job, figures: Mapping[str, float]) -> dict[str, float]:
+    """Return the writing rank's figures on every rank. Collective."""
+    names = figure_names([task.task for task in job.tasks])
+    values = [figures[name] if job.groups.is_writer else 0.0 for name in names]
+    shared = torch.tensor(values, dtype=torch.float64, device=job.backend.device)
+    dist.all_reduce(shared)
+    return dict(zip(names, shared.tolist(), strict=True))
 
 
 def _predictions(job: Job, task: TaskPacks) -> list[str]:

@@ -11,10 +11,10 @@ from megavlm.checkpoint import train_state as run_state
 from megavlm.checkpoint.train_state import State
 
 
-def _checkpoint(root: Path, step: int, loss: float | None = None) -> Path:
+def _checkpoint(root: Path, step: int, loss: float | None = None, figures: tuple = ()) -> Path:
     made = root / directory.step_name(step)
     made.mkdir(parents=True)
-    run_state.write(State(step=step, valid_loss=loss), made)
+    run_state.write(State(step=step, valid_loss=loss, figures=figures), made)
     return made
 
 
@@ -78,6 +78,15 @@ def test_the_newest_and_the_best_stay(tmp_path: Path) -> None:
     assert _steps(tmp_path) == [2, 4, 5, 6]
     directory.drop_old(tmp_path, tmp_path / directory.step_name(6), keep=1, keep_best=0)
     assert _steps(tmp_path) == [6]
+
+
+def test_the_best_may_be_by_a_figure_of_a_task(tmp_path: Path) -> None:
+    for step, figure in ((1, 0.9), (2, 0.1), (3, None), (4, 0.5), (5, 0.2)):
+        figures = () if figure is None else (("exam/accuracy", figure), ("pope/f1", 1 - figure))
+        _checkpoint(tmp_path, step, loss=figure, figures=figures)
+    newest = tmp_path / directory.step_name(5)
+    directory.drop_old(tmp_path, newest, keep=1, keep_best=2, best_by="exam/accuracy")
+    assert _steps(tmp_path) == [1, 4, 5]
 
 
 def test_nothing_goes_when_all_are_to_be_kept(tmp_path: Path) -> None:

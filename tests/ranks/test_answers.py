@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megavlm.checkpoint import train_state
 from megavlm.config.schema import Checkpoint, Config, Eval, Logging
 from tests.convert.models import TOKENIZER
 from tests.data.samples import make_dataset, make_image
@@ -194,6 +195,8 @@ def test_training_does_not_notice_that_it_is_evaluated(folders: Path, ranks: Poo
     assert set(found[0]) == {
         *("free/accuracy", "free/accuracy/none", "free/accuracy/one", "choice/accuracy")
     }
+    state = train_state.read(tmp_path / "asked" / "step_00000003")
+    assert state.figure("choice/accuracy") == found[3]["choice/accuracy"]
     written = sorted((tmp_path / "asked" / "answers").iterdir())
     assert [folder.name for folder in written] == [f"step-0000000{step}" for step in range(4)]
     rows = [json.loads(line) for line in (written[3] / "choice.jsonl").read_text().splitlines()]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from megavlm.config.evaluation import VALID_LOSS
 from megavlm.config.parts import Init
 from megavlm.config.schema import Config
 
@@ -24,11 +25,7 @@ def evaluation_problems(config: Config) -> Iterator[str]:
             f"--training.eval_interval {interval} needs --data.valid, the validation set, or"
             " --eval.tasks"
         )
-    if config.checkpoint.keep_best > 0 and interval > 0 and not has_loss:
-        yield (
-            f"--checkpoint.keep_best {config.checkpoint.keep_best} goes by the validation loss, and"
-            " needs --data.valid"
-        )
+    yield from _best(config)
     objective = config.architecture.objective
     if asked.tasks and objective != "next_token":
         yield (
@@ -39,3 +36,22 @@ def evaluation_problems(config: Config) -> Iterator[str]:
         yield "--eval.only true needs --eval.tasks or --data.valid: there is nothing to measure"
     if asked.only and not config.checkpoint.load and config.init == Init():
         yield "--eval.only true needs the weights of --checkpoint.load or --init"
+
+
+def _best(config: Config) -> Iterator[str]:
+    """Report a figure that the best checkpoints cannot be chosen by."""
+    files = config.checkpoint
+    task = files.best_by.partition("/")[0]
+    if files.best_by == VALID_LOSS:
+        if files.keep_best > 0 and config.training.eval_interval > 0 and not config.data.valid:
+            yield (
+                f"--checkpoint.keep_best {files.keep_best} goes by the validation loss, and needs"
+                " --data.valid; or name a figure of a task with --checkpoint.best_by"
+            )
+    elif files.keep_best < 1:
+        yield f"--checkpoint.best_by {files.best_by} has no effect without --checkpoint.keep_best"
+    elif task not in {Path(path).stem for path in config.eval.tasks}:
+        yield (
+            f"--checkpoint.best_by {files.best_by}: --eval.tasks has no task {task}; it must be"
+            f" {VALID_LOSS} or TASK/FIGURE, such as exam/accuracy for exam.jsonl"
+        )

@@ -57,7 +57,8 @@ _BY_SECTION: dict[str, dict[Kind, str]] = {
     "fp8.": {"taken": "vision language format first_bf16_layers last_bf16_layers"},
     "checkpoint.": {
         "origin": "load weights_only moments",
-        "free": "save save_interval save_epochs asynchronous keep keep_best verify export_hf",
+        "free": "save save_interval save_epochs asynchronous keep keep_best best_by verify"
+        " export_hf",
     },
     "logging.": {"free": "interval tensorboard wandb_project wandb_mode run_name"},
     "eval.": {"taken": "tasks max_new_tokens", "free": "only"},

@@ -171,6 +171,8 @@ def _training(checkpoint: Checkpoint, manifest: Manifest | None) -> Iterator[str
         yield f"- FP8 in the {part} layers: {recipe}"
     if state.valid_loss is not None:
         yield f"- loss on validation packs after the last step: {state.valid_loss:.4f}"
+    for name, value in state.figures:
+        yield f"- {name} after the last step: {value:.4f}"
 
 
 def _lowest(optimizer: Optimizer) -> str:
