@@ -26,6 +26,7 @@ from megavlm.train.metrics import Metrics
 from megavlm.train.named_losses import NamedLosses
 from megavlm.train.optimizer import set_rates, whole_weights
 from megavlm.train.profile import ProfiledSteps
+from megavlm.train.retrieval import recalls
 from megavlm.train.saver import Saver
 from megavlm.train.source_losses import SourceLosses
 from megavlm.train.step import StepResult, train_step
@@ -238,6 +239,8 @@ def evaluate(job: Job, state: State, metrics: Metrics) -> State:
             figures["valid_loss"] = loss
             figures |= {f"valid_{name}": value for name, value in named.items()}
             by_source["valid_loss"] = sources
+            if job.chunks[-1].objective.embeds_pairs:
+                figures |= recalls(job)
         if job.tasks:
             result = answer_tasks(job, state.step)
             figures |= result.figures

@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from megavlm.config.checks.rules import problems
@@ -22,7 +23,7 @@ from megavlm.config.schema import (
     Vision,
 )
 from tests.ranks.pool import Pool
-from tests.ranks.runs import Curve, config_for, make_packs, train_curve, whole_weights
+from tests.ranks.runs import Curve, build, config_for, make_packs, train_curve, whole_weights
 
 # A width of embeddings that is no multiple of the hidden size, so that rows are filled up.
 CLIP = Architecture(
@@ -152,6 +153,43 @@ def test_four_microbatches_are_one_batch(
     four = ranks.run(run, 1, config_of(architecture, tmp_path / "four", **usual))
     whole = config_of(architecture, tmp_path / "one", **usual, global_batch_size=1)
     assert_same(ranks.run(run, 1, whole), four)
+
+
+def measure_recalls(config: Config) -> tuple[dict[str, float], list]:
+    """Return the figures, and the embeddings of each pack where one process has all."""
+    import torch
+
+    from megavlm.data.loading.dataset import PackedDataset
+    from megavlm.train.retrieval import recalls
+
+    job = dataclasses.replace(build(config), valid=PackedDataset(config.data.train))
+    found = recalls(job)
+    if job.groups.size > 1:
+        return found, []
+    with torch.no_grad():
+        packs = [job.chunks[0].eval()(job.valid.batch(i, 0)) for i in range(len(job.valid))]
+    return found, [pack.numpy() for pack in packs]
+
+
+@pytest.mark.parametrize("architecture", [CLIP, SIGLIP], ids=["clip", "siglip"])
+def test_recalls_equal_a_search_by_brute_force(
+    ranks: Pool, pairs: Path, architecture: Architecture
+) -> None:
+    [(figures, packs)] = ranks.run(measure_recalls, 1, config_of(architecture, pairs))
+    images, texts = np.concatenate(packs, axis=1)
+    similar = images @ texts.T
+    assert len(similar) > 30
+    for direction, rows in (("image_to_text", similar), ("text_to_image", similar.T)):
+        for cut in (1, 5, 10):
+            nearest = np.argsort(-rows, axis=1)[:, :cut]
+            expected = np.mean([row in found for row, found in enumerate(nearest)])
+            assert figures[f"recall/{direction}_at_{cut}"] == pytest.approx(expected)
+    assert len(set(figures.values())) > 2
+    for name in ALWAYS:
+        world, layout = LAYOUTS[name]
+        found = ranks.run(measure_recalls, world, config_of(architecture, pairs, **layout))
+        assert [one for one, _ in found if one] == [figures for one, _ in found if one], name
+        assert any(one for one, _ in found)
 
 
 def test_the_scale_stays_below_its_bound(ranks: Pool, pairs: Path) -> None:

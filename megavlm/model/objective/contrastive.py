@@ -76,6 +76,7 @@ class Contrastive(Objective):
     """
 
     spans_step = True
+    embeds_pairs = True
 
     def __init__(
         self,

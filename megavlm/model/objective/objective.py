@@ -27,9 +27,12 @@ class Objective(MegatronModule):
     Attributes:
         spans_step: whether a loss depends on all samples of a step, see ``ObjectiveNeeds``. The
             step then runs ``train/whole_step``, which calls ``step_losses``.
+        embeds_pairs: whether the last chunk ends in an embedding of each image and each text,
+            [2, n, E] of length one, among which ``train/retrieval`` searches.
     """
 
     spans_step = False
+    embeds_pairs = False
 
     def take_connector(self, connector: nn.Module) -> None:
         """Take the connector of a model without a language model; called when the last chunk is

@@ -1,0 +1,103 @@
+"""Retrieval among the validation pairs: each image finds its text among all, and the reverse.
+
+Shape letters: n pairs of this data-parallel rank, N of all, E size of the embeddings.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from megavlm.data.loading.batch import Batch
+from megavlm.data.loading.order import Plan
+from megavlm.model.objective.contrastive import gather_rows
+from megavlm.train.job import Job
+from megavlm.train.pipeline import run_pipeline
+
+CUTS = (1, 5, 10)
+NAMES = tuple(
+    f"recall/{direction}_at_{cut}"
+    for direction in ("image_to_text", "text_to_image")
+    for cut in CUTS
+)
+"""Figures: the share of images, or texts, whose own is among so many of the most similar."""
+# Rows of the similarity matrix that are held at once.
+_ROWS = 1024
+
+
+@torch.no_grad()
+def recalls(job: Job) -> dict[str, float]:
+    """Measure retrieval among the first ``eval_packs`` validation packs (all for 0). Collective;
+    the chunks' parameters are whole.
+
+    A text that is as similar as the right one, such as the same words for another image, counts as
+    right.
+
+    Returns:
+        The figures of ``NAMES``, on ranks with the last chunk; nothing on others.
+    """
+    wanted = job.config.training.eval_packs
+    count = min(wanted, len(job.valid)) if wanted else len(job.valid)
+    plan = Plan(num_packs=len(job.valid), seed=0)
+    for chunk in job.ddp_chunks:
+        chunk.eval()
+    outputs = _embed(job, plan, count)
+    for chunk in job.ddp_chunks:
+        chunk.train()
+    if not job.groups.has_last_chunk:
+        return {}
+    counts = job.samples_of_ranks(job.valid, plan.pack_ids(0, count))
+    size = job.config.architecture.contrastive.size
+    none = torch.zeros(2, 0, size, device=job.backend.device)  # a rank may have no pack
+    images, texts = torch.cat([none, *outputs], dim=1)
+    group = job.groups.collection.dp_cp
+    first = sum(counts[: job.groups.data_rank])
+    hits = torch.cat(
+        [
+            _hits(images, gather_rows(texts, counts, group), first),
+            _hits(texts, gather_rows(images, counts, group), first),
+        ]
+    )
+    shares = job.groups.sum_over_data(hits) / sum(counts)
+    return dict(zip(NAMES, shares.tolist(), strict=True))
+
+
+def _embed(job: Job, plan: Plan, count: int) -> list[Tensor]:
+    """Return the embeddings of this rank's packs, float32 [2, pairs, E] each, in their order."""
+    positions = range(job.groups.data_rank, count, job.groups.data_size)
+    outputs: list[Tensor] = []
+
+    def keep(batch: Batch, output: Tensor) -> Tensor:
+        outputs.append(output.float())
+        return output.new_zeros(())
+
+    workers = min(job.config.data.workers, len(positions))
+    batches = job.batches(job.valid, plan, positions, workers=workers)
+    with contextlib.closing(batches):
+        if len(positions):
+            run_pipeline(
+                job.ddp_chunks, batches, len(positions), keep, job.backend, forward_only=True
+            )
+    return outputs
+
+
+def _hits(queries: Tensor, found: Tensor, first: int) -> Tensor:
+    """Count the queries whose own is among the most similar, for each of ``CUTS``, float64.
+
+    Args:
+        queries: of this rank [n, E].
+        found: what they find, of all ranks [N, E].
+        first: index among ``found`` of the first query's own.
+    """
+    counts = np.zeros(len(CUTS))
+    for start in range(0, len(queries), _ROWS):
+        similar = linear(queries[start : start + _ROWS], found)
+        rows = torch.arange(len(similar), device=similar.device)
+        own = similar[rows, first + start + rows]
+        before = (similar > own[:, None]).sum(dim=1)
+        counts += [float((before < cut).sum()) for cut in CUTS]
+    return torch.tensor(counts, device=queries.device)
