@@ -1,0 +1,67 @@
+"""Let transformers caption held-out images with an exported BLIP-2 model, and write summary.json.
+
+python examples/blip2/answer.py OUT --seconds 300
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from PIL import Image
+from transformers import AutoProcessor, Blip2ForConditionalGeneration
+
+END = "\n"
+
+
+@torch.no_grad()
+def share_right(model: Blip2ForConditionalGeneration, folder: Path, data: Path) -> float:
+    """Return the share of held-out images whose caption is right, word for word."""
+    processor = AutoProcessor.from_pretrained(folder)
+    records = [json.loads(line) for line in (data / "valid.jsonl").open()]
+    images = [Image.open(data / "images" / record["image"]) for record in records]
+    inputs = processor(images=images, text=[""] * len(images), return_tensors="pt")
+    made = model.eval().generate(**inputs, max_new_tokens=12, do_sample=False)
+    texts = processor.batch_decode(made, skip_special_tokens=True)
+    said = [text.partition(END)[0].strip() for text in texts]
+    wanted = [record["conversations"][1]["value"] for record in records]
+    return sum(one == other for one, other in zip(said, wanted, strict=True)) / len(records)
+
+
+def forget(model: Blip2ForConditionalGeneration) -> None:
+    """Draw the weights of the Q-Former, as before training."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            is_matrix = parameter.dim() > 1
+            if name.startswith(("query_tokens", "qformer.", "language_projection.")) and is_matrix:
+                parameter.normal_(0, 0.02)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder of try.sh")
+    parser.add_argument("--seconds", type=int, required=True, help="that try.sh took so far")
+    options = parser.parse_args()
+    out = options.out
+    folder = out / "exported" / "stage2"
+    model = Blip2ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    after = share_right(model, folder, out / "data")
+    forget(model)
+    summary = {
+        "hf_max_abs_diff": json.loads((out / "verify.json").read_text())["max_abs_difference"],
+        "metric": "share of held-out images that transformers captions right, word for word",
+        "metric_before": share_right(model, folder, out / "data"),
+        "metric_after": after,
+        "seconds": options.seconds,
+    }
+    (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    print(json.dumps(summary, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,161 @@
+"""Make what BLIP-2 starts from, small: images of coloured shapes with captions, a ViT that has
+learned to see them, and an OPT that has learned to write a caption after keywords.
+
+python examples/blip2/make_parts.py OUT
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
+from torch import nn
+from torch.nn.functional import cross_entropy
+from transformers import (
+    Blip2VisionConfig,
+    Blip2VisionModel,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "contrastive"))
+from make_data import COLOURS, FACTS, PLACES, SHAPES, SIDE, SIZES, write
+
+from megavlm.config.architecture import PIXELS
+
+QUERIES = 8
+TRAINING_IMAGES = 4800
+KINDS = (tuple(SIZES), COLOURS, SHAPES, tuple(PLACES))
+MEAN, STD = PIXELS["clip"]
+END = "\n"
+
+
+def caption(facts: tuple[str, ...]) -> list[str]:
+    """Return the words of a caption, as ``make_data`` writes it."""
+    size, colour, shape, place = facts
+    return f"a {size} {colour} {shape} at the {place}".split()
+
+
+def make_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """Write a tokenizer with a token for each word, one for a line break, and one that begins a
+    text.
+    """
+    words = sorted({word for facts in FACTS for word in caption(facts)})
+    names = ("</s>", "<unk>", ".", END, *words)
+    vocabulary = {name: number for number, name in enumerate(names)}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    cuts = [
+        pre_tokenizers.Split(Regex(" +"), "removed"),
+        pre_tokenizers.Split(Regex(END), "isolated"),
+    ]
+    backend.pre_tokenizer = pre_tokenizers.Sequence(cuts)
+    backend.post_processor = processors.TemplateProcessing(
+        single="</s> $A", special_tokens=[("</s>", 0)]
+    )
+    ends = dict.fromkeys(("bos_token", "eos_token", "pad_token"), "</s>")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", **ends)
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def train_language(rng: np.random.Generator, steps: int, folder: Path) -> float:
+    """Train an OPT to write a caption behind as many tokens as there will be queries, among them
+    the caption's keywords in any order; return its last loss.
+    """
+    ids = make_tokenizer(folder).get_vocab()
+    torch.manual_seed(1)
+    sizes = dict(hidden_size=96, word_embed_proj_dim=96, ffn_dim=256, num_hidden_layers=3)
+    config = OPTConfig(
+        **sizes, num_attention_heads=4, vocab_size=len(ids), max_position_embeddings=64, dropout=0.0
+    )
+    model = OPTForCausalLM(config)
+
+    def text(facts: tuple[str, ...]) -> list[int]:
+        keys = " ".join(facts).split()
+        keys += ["."] * (QUERIES - len(keys))
+        words = [*rng.permutation(keys), "</s>", *caption(facts), END]
+        return [ids[word] for word in words]
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, steps)
+    for _ in range(steps):
+        chosen = rng.integers(len(FACTS), size=64)
+        rows = torch.tensor([text(FACTS[number]) for number in chosen])
+        logits = model(input_ids=rows).logits[:, QUERIES:-1]
+        loss = cross_entropy(logits.flatten(0, 1), rows[:, QUERIES + 1 :].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    model.save_pretrained(folder)
+    return float(loss.detach())
+
+
+def train_vision(rng: np.random.Generator, data: Path, steps: int, folder: Path) -> float:
+    """Train a ViT to name size, colour, shape and place; return its share of right answers in the
+    last steps.
+    """
+    records = [json.loads(line) for line in (data / "train.jsonl").open()]
+    pixels = np.stack([np.asarray(Image.open(data / "images" / one["image"])) for one in records])
+    words = [one["conversations"][1]["value"] for one in records]
+    labels = torch.tensor([[_index(kind, text) for kind in KINDS] for text in words])
+    torch.manual_seed(2)
+    sizes = dict(hidden_size=96, intermediate_size=192, num_hidden_layers=3, num_attention_heads=4)
+    model = Blip2VisionModel(Blip2VisionConfig(**sizes, image_size=SIDE, patch_size=8))
+    heads = nn.ModuleList(nn.Linear(96, len(kind)) for kind in KINDS)
+    optimizer = torch.optim.AdamW([*model.parameters(), *heads.parameters()], lr=1e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, steps)
+    mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
+    right = []
+    for _ in range(steps):
+        chosen = rng.integers(len(records), size=64)
+        tiles = torch.from_numpy(pixels[chosen]).permute(0, 3, 1, 2)
+        seen = model((tiles / 255 - mean) / std).last_hidden_state.mean(dim=1)
+        told = [head(seen) for head in heads]
+        wanted = labels[torch.from_numpy(chosen)].T
+        loss = sum(cross_entropy(one, label) for one, label in zip(told, wanted, strict=True))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        right.append(torch.stack([one.argmax(-1) for one in told]).eq(wanted).float().mean())
+    model.save_pretrained(folder)
+    settings = {"image_mean": list(MEAN), "image_std": list(STD)}
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+    return float(torch.stack(right[-50:]).mean())
+
+
+def _index(kind: tuple[str, ...], text: str) -> int:
+    return next(number for number, name in enumerate(kind) if f" {name}" in text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder to make")
+    count = dict(type=int, help="(default: %(default)s)")
+    parser.add_argument("--vision_steps", default=800, **count)
+    parser.add_argument("--language_steps", default=300, **count)
+    options = parser.parse_args()
+    out = options.out
+    (out / "images").mkdir(parents=True)
+    chosen = np.random.default_rng(1).integers(0, len(FACTS), TRAINING_IMAGES)
+    write(out, "train", [FACTS[number] for number in chosen], seed=2)
+    write(out, "valid", list(FACTS), seed=3)
+    loss = train_language(np.random.default_rng(4), options.language_steps, out / "language")
+    share = train_vision(np.random.default_rng(5), out, options.vision_steps, out / "vision")
+    print(
+        f"{TRAINING_IMAGES} images; OPT's loss {loss:.3f}; the ViT names {share:.0%} of the facts"
+    )
+
+
+if __name__ == "__main__":
+    main()
