@@ -25,7 +25,7 @@ step "data, a ViT, a language model"
 OMP_NUM_THREADS=2 "$python" "$here/make_parts.py" "$out/data"
 
 step "packs"
-"$python" tools/pack_dataset.py --template blip2 --image_size 32 --patch_size 8 --tokens_per_tile 8 --pixels clip --max_tiles 1 \
+"$python" tools/pack_dataset.py --template blip2 --image_size 32 --patch_size 8 --tokens_per_tile 8 --pixels clip --tiling stretch \
     --jsonl "$out/data/train.jsonl" --root "$out/data/images" --tokenizer "$out/data/language" \
     --capacity 576 --tile_cap 32 --workers 0 --out "$out/packs/stage2"
 

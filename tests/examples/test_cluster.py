@@ -192,6 +192,21 @@ def test_the_packer_knows_every_option_of_a_recipes_script(
     assert args.image_size == (896 if recipe == "paligemma" else None)
 
 
+def test_blip2s_scripts_name_options_that_exist(shell: dict[str, str], tmp_path: Path):
+    parts = {"QFORMER": "qformer", "LANGUAGE": "words", "DATA": "data", "RUNS": "runs"}
+    command = ["bash", str(ROOT / "examples" / "blip2" / "run.sh")]
+    subprocess.run([*command, "2", "--training.seed", "9"], env=shell | parts, check=True)
+    run = get_args_parser().parse_args(asked(shell))
+    config = parse(run.training_script_args, lambda folder, init, default: default)
+    assert (config.recipe, config.stage, config.training.seed) == ("blip2", "2", 9)
+    assert config.init == Init(vision="qformer", connector="qformer", language="words")
+    assert fits(config, ranks=8)
+    packs = {"PACKS": str(tmp_path / "packs")}
+    subprocess.run([*command, "pack"], env=shell | parts | packs, check=True)
+    args = pack_dataset.parse(asked(shell)[1:])
+    assert (args.template, args.tokens_per_tile, args.truncate) == ("blip2", 32, 64)
+
+
 @pytest.mark.parametrize("recipe", ["llava", "paligemma"])
 def test_slurm_starts_a_recipes_stage(shell: dict[str, str], tmp_path: Path, recipe: str):
     job = {

@@ -72,6 +72,6 @@ RECIPE = Recipe(
     description="BLIP-2: frozen ViT, Q-Former, frozen language model",
     stages=STAGES,
     architecture=ARCHITECTURE,
-    tiling="dynamic",
+    tiling="stretch",
     hub_format="blip2",
 )

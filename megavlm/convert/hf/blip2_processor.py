@@ -21,7 +21,9 @@ def read_usage(folder: Path) -> Usage:
     """Return how a model is to be used: captions behind one image, which is stretched to a square
     tile.
     """
-    return Usage(template=_TEMPLATE, system_message="", min_tiles=1, max_tiles=1, thumbnail=False)
+    return Usage(
+        template=_TEMPLATE, system_message="", max_tiles=1, thumbnail=False, tiling="stretch"
+    )
 
 
 def write(

@@ -1,0 +1,49 @@
+#!/usr/bin/env bash
+# BLIP-2's second stage: bash run.sh pack | 2 [option...]. `pack` runs on one node; `2` runs on every node of the job. Options after the first
+# word go to the trainer (to the packer, for `pack`): bash run.sh 2 --parallel.tensor_model_parallel_size 2
+#
+#   export QFORMER=blip2-itm-vit-g/ LANGUAGE=opt-2.7b/
+#   DATA=/data bash examples/blip2/run.sh pack
+#   bash examples/blip2/run.sh 2                                            one node of 8 GPUs
+#   NNODES=2 MASTER_ADDR=node0 JOB_ID=7 bash examples/blip2/run.sh 2        the same on each of 2 nodes
+#   sbatch --nodes 2 examples/blip2/slurm.sh 2                              what a cluster with Slurm does
+#
+# QFORMER     folder of a BLIP-2 with its ViT and its Q-Former, of the first stage (Blip2ForImageTextRetrieval) or another one
+# LANGUAGE    folder of the language model with its tokenizer, which puts the token that begins a text in front of it. Weights must be in
+#             safetensors files
+# DATA        holds captions.jsonl, a record for each image with its caption as the answer, and images/
+# PACKS RUNS  where packs and checkpoints go
+# NNODES MASTER_ADDR MASTER_PORT JOB_ID GPUS_PER_NODE  as in examples/internvl2_5_8b/run.sh
+#
+# A run that is started again goes on from its last checkpoint. Nothing here was measured on a GPU.
+set -euo pipefail
+here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+root="$here/../.."
+PACKS="${PACKS:-packs/blip2}"
+RUNS="${RUNS:-runs/blip2}"
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}"
+
+stage="${1:-}"
+shift || true
+options=("$@")
+
+case "$stage" in
+    pack)
+        if [[ ! -f "$PACKS/stage2/manifest.json" ]]; then
+            python "$root/tools/pack_dataset.py" --template blip2 --image_size 224 --patch_size 14 --tokens_per_tile 32 --pixels clip --tiling stretch \
+                --jsonl "${DATA:?name the folder of the captions}/captions.jsonl" --root "$DATA/images" --tokenizer "${LANGUAGE:?name the language model}" \
+                --truncate 64 --capacity 2304 --tile_cap 48 --out "$PACKS/stage2" "${options[@]}"
+        fi
+        ;;
+    2)
+        exec torchrun --nnodes "${NNODES:-1}" --nproc_per_node "${GPUS_PER_NODE:-8}" --max_restarts 0 \
+            --rdzv_backend c10d --rdzv_endpoint "${MASTER_ADDR:-127.0.0.1}:${MASTER_PORT:-29500}" --rdzv_id "${JOB_ID:-blip2}" \
+            "$root/pretrain_vlm.py" --recipe blip2 --stage 2 --data.train "$PACKS/stage2" --init.vision "${QFORMER:?name the folder of a BLIP-2}" \
+            --init.connector "$QFORMER" --init.language "${LANGUAGE:?name the language model}" --checkpoint.save "$RUNS/stage2" \
+            --checkpoint.export_hf "$RUNS/stage2-hf" "${options[@]}"
+        ;;
+    *)
+        echo "usage: bash run.sh pack | 2 [option...]" >&2
+        exit 2
+        ;;
+esac
