@@ -145,7 +145,7 @@ class QFormerSizes:
         settings = self.settings
         width = settings.hidden_size
         crossed = sum(map(settings.has_cross_attention, range(settings.num_layers)))
-        of_queries = settings.num_layers * (7 * width + 2 * settings.ffn_hidden_size)
+        of_queries = settings.num_layers * (8 * width + 2 * settings.ffn_hidden_size)
         of_queries += crossed * 4 * width
         of_tokens = 2 * self.ends.input_size + crossed * 2 * width
         return settings.queries * of_queries + self.ends.tokens * of_tokens

@@ -283,6 +283,26 @@ def test_the_planner_counts_the_products_of_blip2() -> None:
     assert sum(piece.forward for piece in sizes.pieces()) == own + 6 * crossed + 2 * 32 * 768 * 4096
 
 
+@pytest.mark.parametrize("queries", [5, 32])
+def test_the_planner_estimates_what_is_kept_for_the_backward_pass(queries: int) -> None:
+    config = run_of(dataclasses.replace(SETTINGS, text=False, queries=queries))
+    connector = QFormerConnector(config, local_kernels(), None)
+    own = {parameter.data_ptr() for parameter in connector.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes() // tensor.element_size()
+        return tensor
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda one: one):
+        features = connector(hidden_states())
+    assert features.requires_grad
+    expected = config.architecture.connector_sizes.kept(1)
+    assert sum(kept.values()) / TILES == pytest.approx(expected, rel=0.1)
+
+
 def test_sizes_that_cannot_be_are_refused_with_their_flags() -> None:
     wrong = QFormer(queries=0, num_attention_heads=5)
     ends = Ends(grid=4, input_size=28, output_size=48, tokens=17)
