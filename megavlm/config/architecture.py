@@ -23,8 +23,10 @@ TEXT_ENCODERS = ("clip_text", "siglip_text")
 # Activations of an MLP whose first linear layer has a second half, which the activation of the
 # first one multiplies.
 GATED = ("swiglu", "geglu_tanh")
-# Families with LayerNorm, learned positions, biases everywhere, and an MLP without a gate.
-LAYER_NORM_FAMILIES = (*TEXT_ENCODERS, "opt")
+# Families with learned positions; all of them have what follows, too.
+LEARNED_POSITIONS = (*TEXT_ENCODERS, "opt")
+# Families with LayerNorm, biases everywhere, and an MLP without a gate.
+LAYER_NORM_FAMILIES = (*LEARNED_POSITIONS, "persimmon")
 # Rows of OPT's table of positions that stand before that of the first token.
 _OPT_UNUSED_POSITIONS = 2
 
@@ -123,8 +125,8 @@ class Language:
 
     Args:
         family: weight naming of Hugging Face's files, such as qwen2, qwen3, internlm2, internlm3,
-            llama, mistral or gemma; clip_text and siglip_text are text encoders, the latter without
-            a causal mask.
+            llama, mistral, gemma or persimmon; clip_text and siglip_text are text encoders, the
+            latter without a causal mask.
         num_layers: transformer layers; 0: there is no language model, as some objectives ask.
         hidden_size: width of the model.
         ffn_hidden_size: width inside the gated MLP of a layer.
@@ -134,6 +136,7 @@ class Language:
         vocab_size: rows of the embedding, including special tokens, excluding tensor-parallel
             padding.
         rotary_base: base period of the rotary position embedding.
+        rotary_percent: share of a head's width that is rotated, the front of it (Persimmon: 0.5).
         rotary_dynamic_factor: factor of dynamic NTK scaling for samples longer than
             max_position_embeddings (1: off). It leaves shorter samples unchanged and is written to
             exported checkpoints.
@@ -141,11 +144,11 @@ class Language:
         max_position_embeddings: longest sample that the position embedding supports; written to
             exported checkpoints.
         qkv_bias: whether the query, key and value projections have a bias.
-        qk_norm: whether the queries and keys of each head are normalised (Qwen3).
+        qk_norm: whether the queries and keys of each head are normalised (Qwen3, Persimmon).
         tied_head: whether the head shares the token embedding's tensor.
         activation: of the MLP: swiglu, with a gate, in most language models, and geglu_tanh, a gate
             with the approximation of GELU, in Gemma; in text encoders GELU, its approximation with
-            tanh, or x * sigmoid(1.702 x); relu in OPT.
+            tanh, or x * sigmoid(1.702 x); relu in OPT, and its square, relu2, in Persimmon.
         zero_centered_norm: whether a norm multiplies by 1 plus its weight (Gemma).
         scaled_embedding: whether token embeddings are multiplied by the square root of hidden_size,
             rounded to the model's dtype (Gemma).
@@ -160,15 +163,16 @@ class Language:
     kv_channels: int = 0
     vocab_size: int = 151674
     rotary_base: float = 1e6
+    rotary_percent: float = 1.0
     rotary_dynamic_factor: float = 1.0
     layernorm_epsilon: float = 1e-6
     max_position_embeddings: int = 32768
     qkv_bias: bool = True
     qk_norm: bool = False
     tied_head: bool = False
-    activation: Literal["swiglu", "geglu_tanh", "gelu", "gelu_tanh", "quick_gelu", "relu"] = (
-        "swiglu"
-    )
+    activation: Literal[
+        "swiglu", "geglu_tanh", "gelu", "gelu_tanh", "quick_gelu", "relu", "relu2"
+    ] = "swiglu"
     zero_centered_norm: bool = False
     scaled_embedding: bool = False
 
@@ -195,7 +199,7 @@ class Language:
     @property
     def has_learned_positions(self) -> bool:
         """Whether positions are a table that is added to the embeddings; else they are rotary."""
-        return self.family in LAYER_NORM_FAMILIES
+        return self.family in LEARNED_POSITIONS
 
     @property
     def unused_positions(self) -> int:

@@ -65,6 +65,7 @@ class LanguageModel(GPTModel):
             if language.has_learned_positions
             else "rope",
             rotary_base=language.rotary_base,
+            rotary_percent=language.rotary_percent,
             scatter_embedding_sequence_parallel=False,
             pg_collection=groups,
             vp_stage=vp_stage,

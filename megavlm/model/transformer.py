@@ -24,6 +24,11 @@ def _quick_gelu(hidden: Tensor) -> Tensor:
     return hidden * torch.sigmoid(1.702 * hidden)
 
 
+def _squared_relu(hidden: Tensor) -> Tensor:
+    """Apply the square of ReLU (So et al., arXiv 2109.08668)."""
+    return torch.nn.functional.relu(hidden).square()
+
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "swiglu": torch.nn.functional.silu,
     "geglu_tanh": partial(gelu, approximate="tanh"),
@@ -31,6 +36,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": partial(gelu, approximate="tanh"),
     "quick_gelu": _quick_gelu,
     "relu": torch.nn.functional.relu,
+    "relu2": _squared_relu,
 }
 _RECOMPUTE: dict[str, dict[str, Any]] = {
     "none": {},

@@ -233,11 +233,8 @@ def _language_layer(architecture: Architecture, number: int) -> Iterator[Piece]:
         qkv, part, width, queries + 2 * keys, rows=1, unit="token", has_bias=language.qkv_bias
     )
     for name in ("q_layernorm", "k_layernorm") if language.qk_norm else ():
-        yield vector(
-            f"language.decoder.layers.{number}.self_attention.{name}.weight",
-            part,
-            language.head_size,
-        )
+        key = f"language.decoder.layers.{number}.self_attention.{name}"
+        yield from norm(key, part, language.head_size, has_bias=has_bias)
     sees_all = architecture.prefix_lm or not language.is_causal
     pairs = 4 if sees_all else 2  # half of 4: causal
     yield Piece(key="", part=part, elements=0, forward=pairs * queries, unit="squared_length")

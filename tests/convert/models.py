@@ -77,9 +77,11 @@ GEMMA = dict(
     zero_centered_norm=True,
     scaled_embedding=True,
 )
+PERSIMMON = dict(family="persimmon", qk_norm=True, activation="relu2", rotary_percent=0.5)
 # What InternVLChatModel has no place for, too.
 NATIVE_KINDS = KINDS | {
     "gemma": language(**GEMMA),
+    "persimmon": language(**PERSIMMON, num_query_groups=6),
     "gemma tied": language(**GEMMA, tied_head=True, kv_channels=10, num_query_groups=1),
 }
 

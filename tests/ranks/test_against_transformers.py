@@ -14,7 +14,7 @@ import torch
 
 from megavlm.config.schema import Architecture, Config
 from tests.convert.chat import make_chat
-from tests.convert.models import GEMMA
+from tests.convert.models import GEMMA, PERSIMMON
 from tests.data.samples import make_dataset
 from tests.ranks.pool import Pool
 from tests.ranks.runs import TINY, config_for
@@ -57,6 +57,7 @@ MODELS = {
     "gemma tied": _model(
         **GEMMA, tied_head=True, kv_channels=14, num_query_groups=1, vocab_size=211
     ),
+    "persimmon": _model(**PERSIMMON, num_query_groups=4, vocab_size=193),
     "internlm3": _model(family="internlm3", qkv_bias=False, kv_channels=14, num_query_groups=1),
 }
 # Read in the format of OpenGVLab; the others in that of transformers.

@@ -14,7 +14,7 @@ from megavlm.config.schema import Architecture, Checkpoint, Logging
 from megavlm.data.loading.dataset import PackedDataset
 from megavlm.data.loading.order import Plan
 from megavlm.planner.flops import pieces, training_cost
-from tests.convert.models import GEMMA
+from tests.convert.models import GEMMA, PERSIMMON
 from tests.ranks.pool import Pool
 from tests.ranks.runs import TINY, build, config_for, make_packs
 from tests.ranks.test_resume import run_job
@@ -52,6 +52,12 @@ GEMMA_MODEL = dataclasses.replace(
     language=dataclasses.replace(
         ARCHITECTURE.language, **GEMMA, kv_channels=14, num_query_groups=1, tied_head=True
     ),
+)
+
+
+PERSIMMON_MODEL = dataclasses.replace(
+    ARCHITECTURE,
+    language=dataclasses.replace(ARCHITECTURE.language, **PERSIMMON, num_query_groups=4),
 )
 
 
@@ -105,8 +111,13 @@ def test_the_cost_is_what_torch_counts(ranks: Pool, dataset: Path, mask: str):
 
 @pytest.mark.parametrize(
     ("mask", "model"),
-    [("stage 2", OTHER), ("late layers", OTHER), ("stage 2", GEMMA_MODEL)],
-    ids=["all", "late layers", "gemma"],
+    [
+        ("stage 2", OTHER),
+        ("late layers", OTHER),
+        ("stage 2", GEMMA_MODEL),
+        ("stage 2", PERSIMMON_MODEL),
+    ],
+    ids=["all", "late layers", "gemma", "persimmon"],
 )
 def test_the_cost_of_what_only_some_models_have_is_what_torch_counts(
     ranks: Pool, dataset: Path, mask: str, model: Architecture

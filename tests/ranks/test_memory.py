@@ -13,6 +13,7 @@ from megavlm.config.schema import Architecture, Config
 from megavlm.planner.layout import make_layout
 from megavlm.planner.memory import Memory, memory_by_rank
 from megavlm.planner.partition import PackSize
+from tests.convert import llava_models, paligemma_models
 from tests.ranks.pool import Pool
 from tests.ranks.runs import TINY, build, config_for, make_packs
 
@@ -116,13 +117,26 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def _as_large_as_tiny(model: Architecture) -> Architecture:
+    """Return a model with as many layers and features a tile as the packs are for."""
+    vision = dataclasses.replace(model.vision, num_layers=3, patch_size=8)
+    language = dataclasses.replace(model.language, num_layers=3, vocab_size=199)
+    return dataclasses.replace(model, vision=vision, language=language)
+
+
 ADAPTERS = Lora(rank=3, targets=("vision", "*.mlp"))
 ADAPTED = dataclasses.replace(WIDE, lora=ADAPTERS)
 CASES = [(name, WIDE) for name in LAYOUTS] + [(name, TINY) for name in ("tensor", "pipeline")]
+CASES += [("tensor", _as_large_as_tiny(llava_models.SMALL))]
+CASES += [(name, _as_large_as_tiny(paligemma_models.SMALL)) for name in ("tensor", "pipeline")]
 CASES += [(name, ADAPTED) for name in ("tensor", "pipeline of tensor-parallel ranks")]
 
 
-@pytest.mark.parametrize(("name", "architecture"), CASES)
+@pytest.mark.parametrize(
+    ("name", "architecture"),
+    CASES,
+    ids=[f"{name}-{number}" for number, (name, _) in enumerate(CASES)],
+)
 def test_memory_is_what_a_model_that_is_built_takes(
     ranks: Pool, dataset: Path, name: str, architecture: Architecture
 ):

@@ -130,7 +130,7 @@ def _language(arch: Architecture) -> Iterator[str]:
     language = arch.language
     flag = "--architecture.language"
     if language.has_layer_norm == language.is_gated:
-        plain = "gelu, gelu_tanh, quick_gelu or relu"
+        plain = "gelu, gelu_tanh, quick_gelu, relu or relu2"
         usual = plain if language.has_layer_norm else " or ".join(GATED)
         yield (
             f"{flag}.activation {language.activation}: {flag}.family {language.family} needs"
@@ -158,6 +158,12 @@ def _language(arch: Architecture) -> Iterator[str]:
         yield (
             f"{flag}.{name} {vars(language)[name]}: {language.head_size} a head, and rotary"
             " positions need an even number"
+        )
+    rotated = language.rotary_percent * language.head_size
+    if not 0 < language.rotary_percent <= 1 or rotated % 2:
+        yield (
+            f"{flag}.rotary_percent {language.rotary_percent}: must be above 0 and at most 1, and"
+            f" give an even part of the {language.head_size} of a head"
         )
     if heads % groups:
         yield f"{flag}.num_query_groups {groups} does not divide {flag}.num_attention_heads {heads}"

@@ -18,7 +18,6 @@ _NEEDED = (
     "intermediate_size",
     "num_attention_heads",
     "vocab_size",
-    "rms_norm_eps",
     "max_position_embeddings",
 )
 
@@ -37,8 +36,8 @@ def problems(settings: Mapping[str, Any], section: str) -> Iterator[str]:
     if kind == _OPT:
         yield from opt_config.problems(settings, section)
         return
-    yield from missing(section, settings, *_NEEDED)
     family = FAMILIES[kind]
+    yield from missing(section, settings, *_NEEDED, family.norm_epsilon)
     stated = {
         name: value
         for name, value in settings.items()
@@ -50,6 +49,12 @@ def problems(settings: Mapping[str, Any], section: str) -> Iterator[str]:
         yield (
             f"{section}: rotary positions are of type {rotary['rope_type']!r}, must be 'default' or"
             " 'dynamic'"
+        )
+    rotated = family.facts["rotary_percent"]
+    if rotary.get("partial_rotary_factor", rotated) != rotated:
+        yield (
+            f"{section}.partial_rotary_factor is {rotary['partial_rotary_factor']}, must be"
+            f" {rotated}"
         )
     heads = settings.get("num_attention_heads") or 1
     width = settings.get("hidden_size") or 0
@@ -84,7 +89,7 @@ def read(settings: Mapping[str, Any], *, tied_head: bool) -> Language:
         vocab_size=settings["vocab_size"],
         rotary_base=float(rotary["rope_theta"]),
         rotary_dynamic_factor=float(rotary.get("factor", 1.0)),
-        layernorm_epsilon=settings["rms_norm_eps"],
+        layernorm_epsilon=settings[FAMILIES[settings["model_type"]].norm_epsilon],
         max_position_embeddings=settings["max_position_embeddings"],
         tied_head=tied_head,
         **FAMILIES[settings["model_type"]].facts,
@@ -98,9 +103,11 @@ def _rotary(settings: Mapping[str, Any]) -> dict[str, Any]:
     scaling = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     base = scaling.get("rope_theta", settings.get("rope_theta") or 1e4)
-    return {"rope_type": kind, "rope_theta": base} | (
-        {"factor": scaling["factor"]} if "factor" in scaling else {}
-    )
+    found = {"rope_type": kind, "rope_theta": base}
+    partial = scaling.get("partial_rotary_factor", settings.get("partial_rotary_factor"))
+    if partial is not None:
+        found["partial_rotary_factor"] = partial
+    return found | ({"factor": scaling["factor"]} if "factor" in scaling else {})
 
 
 def write(
@@ -134,10 +141,10 @@ def _write_sizes(language: Language, family: Family) -> dict[str, Any]:
         "hidden_size": language.hidden_size,
         "intermediate_size": language.ffn_hidden_size,
         "num_attention_heads": language.num_attention_heads,
-        "num_key_value_heads": language.num_query_groups,
+        **({"num_key_value_heads": language.num_query_groups} if family.has_groups else {}),
         **({"head_dim": language.head_size} if family.has_head_dim else {}),
         "vocab_size": language.vocab_size,
-        "rms_norm_eps": language.layernorm_epsilon,
+        family.norm_epsilon: language.layernorm_epsilon,
         "max_position_embeddings": language.max_position_embeddings,
         **_write_rotary(language),
     }
@@ -149,10 +156,14 @@ def _write_rotary(language: Language) -> dict[str, Any]:
     """
     factor = language.rotary_dynamic_factor
     base = language.rotary_base
+    partial = language.rotary_percent
+    part = {"partial_rotary_factor": partial} if partial < 1 else {}
     if factor == 1:
-        return {"rope_theta": base, "rope_parameters": {"rope_type": "default", "rope_theta": base}}
+        plain = {"rope_type": "default", "rope_theta": base, **part}
+        return {"rope_theta": base, "rope_parameters": plain, **part}
     return {
         "rope_theta": base,
         "rope_scaling": {"type": "dynamic", "factor": factor},
-        "rope_parameters": {"rope_type": "dynamic", "rope_theta": base, "factor": factor},
+        "rope_parameters": {"rope_type": "dynamic", "rope_theta": base, "factor": factor, **part},
+        **part,
     }

@@ -14,6 +14,7 @@ from megavlm.config.connectors import LLAVA
 from megavlm.config.schema import Architecture, Config, Init, Language, Training
 from megavlm.convert.hf import convert, from_parts, language_config
 from megavlm.convert.hf.lazy_tensors import FullTensor
+from megavlm.convert.weights.families import family_of
 from megavlm.convert.weights.tables import EMBEDDING_KEY, HEAD_KEY, rows
 from megavlm.data.text.chat_tokens import ChatTemplate
 from megavlm.data.text.tokenizer import SPECIAL_TOKENS
@@ -311,3 +312,34 @@ def test_gemma_2b_is_read_as_it_was_published() -> None:
     for wrong in ({"hidden_act": "silu"}, {"use_bidirectional_attention": True}):
         [problem] = language_config.problems(published | wrong, "text_config")
         assert next(iter(wrong)) in problem
+
+
+def test_persimmon_8b_is_read_as_it_was_published() -> None:
+    published = {
+        "model_type": "persimmon",
+        "hidden_act": "relu2",
+        "hidden_size": 4096,
+        "intermediate_size": 16384,
+        "layer_norm_eps": 1e-5,
+        "max_position_embeddings": 16384,
+        "num_attention_heads": 64,
+        "num_hidden_layers": 36,
+        "partial_rotary_factor": 0.5,
+        "qk_layernorm": True,
+        "rope_scaling": None,
+        "rope_theta": 25000.0,
+        "vocab_size": 262144,
+    }
+    assert list(language_config.problems(published, "")) == []
+    found = language_config.read(published, tied_head=False)
+    family_of(found)
+    parts = ("language", "head")
+    weights = [piece for piece in pieces(Architecture(language=found)) if piece.part in parts]
+    layer = 4 * 4096**2 + 4 * 4096 + 2 * 4096 * 16384 + 4096 + 16384 + 4 * 4096 + 4 * 64
+    expected = 36 * layer + 2 * 262144 * 4096 + 2 * 4096
+    assert sum(piece.elements for piece in weights) == expected
+    assert found.rotary_base == 25000 and found.num_query_groups == 64
+    [problem] = language_config.problems(published | {"partial_rotary_factor": 0.25}, "text_config")
+    assert "text_config.partial_rotary_factor is 0.25, must be 0.5" in problem
+    with pytest.raises(ValueError, match="num_query_groups is 8, must be 64"):
+        family_of(replace(found, num_query_groups=8))

@@ -12,6 +12,7 @@ from megavlm.convert.weights.families import (
     llama,
     mistral,
     opt,
+    persimmon,
     qwen2,
     qwen3,
 )
@@ -19,7 +20,17 @@ from megavlm.convert.weights.families.family import Family
 
 FAMILIES: dict[str, Family] = {
     module.FAMILY.name: module.FAMILY
-    for module in (qwen2, qwen3, internlm2, internlm3, llama, mistral, gemma, opt)
+    for module in (
+        qwen2,
+        qwen3,
+        internlm2,
+        internlm3,
+        llama,
+        mistral,
+        gemma,
+        opt,
+        persimmon,
+    )
 }
 
 
@@ -45,6 +56,9 @@ def family_of(language: Language) -> Family:
         and language.head_size * language.num_attention_heads != language.hidden_size
     ):
         wrong.append(("kv_channels", language.kv_channels, 0))
+    if not family.has_groups and language.num_query_groups != language.num_attention_heads:
+        groups = language.num_query_groups
+        wrong.append(("num_query_groups", groups, language.num_attention_heads))
     if wrong:
         listed = "; ".join(
             f"{flag}.{name} is {str(found).lower()}, must be {str(value).lower()}"

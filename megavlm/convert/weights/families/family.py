@@ -12,7 +12,12 @@ from megavlm.config.schema import Language
 from megavlm.convert.weights.mapping import Row, layers, norm
 from megavlm.convert.weights.transforms import Padded
 
-_USUAL_FACTS = {"activation": "swiglu", "zero_centered_norm": False, "scaled_embedding": False}
+_USUAL_FACTS = {
+    "activation": "swiglu",
+    "zero_centered_norm": False,
+    "scaled_embedding": False,
+    "rotary_percent": 1.0,
+}
 _USUAL_SETTINGS = {"hidden_act": "silu"}
 
 
@@ -32,6 +37,9 @@ class Family:
         accepted: other values of settings that mean the same.
         has_head_dim: whether config.json states the width of a head; otherwise it is hidden_size /
             num_attention_heads.
+        has_groups: whether config.json states the number of key and value heads; otherwise each
+            query head has its own.
+        norm_epsilon: what config.json calls the epsilon of the norms.
         native: family whose names and settings are used inside classes of transformers; empty: this
             one.
         chat: the same for ``InternVLChatModel``.
@@ -44,6 +52,8 @@ class Family:
     settings: Mapping[str, Any] = field(default_factory=dict)
     accepted: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     has_head_dim: bool = True
+    has_groups: bool = True
+    norm_epsilon: str = "rms_norm_eps"
     native: str = ""
     chat: str = ""
 
@@ -52,7 +62,14 @@ class Family:
         object.__setattr__(self, "settings", _USUAL_SETTINGS | dict(self.settings))
 
 
-def decoder(language: Language, layer: list[Row], *, embedding: str, head: str) -> list[Row]:
+def decoder(
+    language: Language,
+    layer: list[Row],
+    *,
+    embedding: str,
+    head: str,
+    last_norm: str = "model.norm",
+) -> list[Row]:
     """Build the table of a language model from that of a layer.
 
     Args:
@@ -60,7 +77,9 @@ def decoder(language: Language, layer: list[Row], *, embedding: str, head: str) 
         layer: rows of a layer, without prefixes.
         embedding: name of the token embedding.
         head: name of the head, if it is not the embedding.
+        last_norm: name of the norm behind the last layer.
     """
+    kind = "LayerNorm" if language.has_layer_norm else "RMSNorm"
     width = language.hidden_size
     tokens = language.vocab_size
     rows = [
@@ -71,7 +90,7 @@ def decoder(language: Language, layer: list[Row], *, embedding: str, head: str) 
             Padded(tokens),
         ),
         *layers(layer, "decoder.layers.{}.", "model.layers.{}.", language.num_layers),
-        *norm("decoder.final_layernorm.", "model.norm", width),
+        *norm("decoder.final_layernorm.", last_norm, width, kind),
     ]
     if not language.tied_head:
         rows.append(
