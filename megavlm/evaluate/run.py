@@ -36,7 +36,8 @@ def answer_with(
     packs: Path | None,
     max_new_tokens: int,
     ranks: int,
-    others: Sequence[str],
+    others: Sequence[str] = (),
+    is_quiet: bool = False,
 ) -> Answered:
     """Answer tasks with a model, unless the folder holds its answers already.
 
@@ -48,6 +49,7 @@ def answer_with(
         max_new_tokens: longest answer.
         ranks: processes.
         others: options of pretrain_vlm.py, such as the layout.
+        is_quiet: show what pretrain_vlm.py prints only if it fails.
 
     Raises:
         ValueError: nothing to evaluate there, a task that cannot be read, or a run that failed.
@@ -73,7 +75,7 @@ def answer_with(
         words += ["--eval.tasks", ",".join(str(task.path) for task in found)]
         words += ["--eval.max_new_tokens", str(max_new_tokens)]
         words += ["--data.train", str(packs)] if packs else []
-        _run([*words, *others], ranks, model)
+        _run([*words, *others], ranks, model, is_quiet=is_quiet)
         atomic.write_text(target / _DONE, json.dumps(asked) + "\n")
     return _read(name, target / _RUN, [task.name for task in found])
 
@@ -122,11 +124,18 @@ def _of_folder(model: Path) -> list[str]:
     return [*words, "--checkpoint.load", str(model)]
 
 
-def _run(words: Sequence[str], ranks: int, model: Path) -> None:
+def _run(words: Sequence[str], ranks: int, model: Path, *, is_quiet: bool) -> None:
     """Run pretrain_vlm.py, whose own output says what went wrong."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    done = subprocess.run([sys.executable, *launcher, str(_PROGRAM), *words], check=False)
+    done = subprocess.run(
+        [sys.executable, *launcher, str(_PROGRAM), *words],
+        check=False,
+        stdout=subprocess.PIPE if is_quiet else None,
+        stderr=subprocess.STDOUT if is_quiet else None,
+    )
     if done.returncode:
+        if is_quiet:
+            sys.stderr.buffer.write(done.stdout)
         raise ValueError(f"{model}: the run that should answer ended with status {done.returncode}")
 
 

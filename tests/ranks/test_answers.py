@@ -215,6 +215,23 @@ def test_training_does_not_notice_that_it_is_evaluated(folders: Path, ranks: Poo
     assert not list((tmp_path / "only").glob("step_*"))
 
 
+def test_one_question_is_answered(folders: Path, alone):
+    from megavlm.train.tasks import open_tasks
+
+    free, _ = open_tasks(configure(folders))
+    words = [
+        *("tools/chat.py", str(folders / "hf"), "What is it?", "--image", str(folders / "0.png")),
+        *("--packs", str(folders / "packs"), "--max_new_tokens", str(NEW_TOKENS)),
+        *("--training.precision", "float32"),
+    ]
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == free.template.text(alone[0][0]).strip() + "\n", done.stderr
+    words[4] = str(folders / "gone.png")
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "gone.png is missing" in done.stderr
+    assert done.stdout == ""
+
+
 def test_models_are_compared(folders: Path, ranks: Pool, alone, tmp_path: Path):
     config = job(folders, tmp_path / "run", eval_interval=0)
     ranks.run(run_job, 1, dataclasses.replace(config, eval=Eval()))

@@ -1,0 +1,66 @@
+"""Ask a checkpoint or a Hugging Face folder one question.
+
+python tools/chat.py checkpoints/stage2 "What is in the picture?" --image cat.png
+python tools/chat.py my-hf/ "What differs between <image> and <image>?" --image a.png b.png \\
+    --packs packs/
+
+All options but those below are those of pretrain_vlm.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from megavlm.evaluate.run import answer_with
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", type=Path, metavar="DIR", help="what to ask")
+    parser.add_argument("question", help="<image> stands for an image")
+    parser.add_argument("--image", nargs="*", default=[], type=Path, metavar="FILE")
+    parser.add_argument("--system", metavar="TEXT", help="system message, if not the template's")
+    parser.add_argument(
+        "--packs",
+        type=Path,
+        metavar="DIR",
+        help="packed dataset whose template, tokenizer and tiles are used (default: that which a"
+        " checkpoint was trained on)",
+    )
+    parser.add_argument("--max_new_tokens", type=int, default=64, metavar="N")
+    parser.add_argument("--ranks", type=int, default=1, metavar="N", help="processes (default: 1)")
+    options, others = parser.parse_known_args(arguments)
+    row = dict(question=options.question, image=[str(path.resolve()) for path in options.image])
+    row |= dict(answer="") if options.system is None else dict(answer="", system=options.system)
+    with tempfile.TemporaryDirectory(prefix="megavlm-chat-") as folder:
+        task = Path(folder) / "question.jsonl"
+        task.write_text(json.dumps(row) + "\n", encoding="utf-8")
+        try:
+            answered = answer_with(
+                options.model,
+                [task],
+                Path(folder),
+                packs=options.packs,
+                max_new_tokens=options.max_new_tokens,
+                ranks=options.ranks,
+                others=others,
+                is_quiet=True,
+            )
+        except (ValueError, OSError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+    print(answered.rows["question"][0]["prediction"])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
