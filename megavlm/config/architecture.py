@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from megavlm.config.connectors import Connector, ConnectorSizes, Ends, connector_sizes
+from megavlm.config.image_text import ImageText
 from megavlm.config.lora import Lora
 from megavlm.config.objectives import ObjectiveNeeds, needs_of
 
@@ -252,9 +253,10 @@ class Architecture:
         vision: the vision encoder.
         connector: maps vision features to embeddings of the language model.
         language: the language model.
-        objective: what the model is trained to do, and so what it ends in: next_token or
-            contrastive.
+        objective: what the model is trained to do, and so what it ends in: next_token,
+            contrastive, or qformer, which has no language model.
         contrastive: what a model of that objective ends in.
+        image_text: what a model of the objective qformer ends in.
         image_tokens: special tokens that stand for images in texts: InternVL's nine, LLaVA's
             ``<image>``, or PaliGemma's, which also has tokens of places and shapes.
         prefix_lm: whether all tokens of a sample before its first supervised one see each other
@@ -271,6 +273,7 @@ class Architecture:
     prefix_lm: bool = False
     lora: Lora = field(default_factory=Lora)
     contrastive: Contrastive = field(default_factory=Contrastive)
+    image_text: ImageText = field(default_factory=ImageText)
 
     @property
     def needs(self) -> ObjectiveNeeds:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from megavlm.config import image_text
 from megavlm.config.pieces import Piece, linear, norm, vector
 
 EMBEDDING = "language.embedding.word_embeddings.weight"
@@ -23,6 +24,15 @@ class Parts(Protocol):
     connector: Any
     language: Any
     contrastive: Any
+    image_text: Any
+
+
+def _longest_sample(arch: Parts) -> tuple[str, int] | None:
+    """Learned positions are a table; rotary ones have no end."""
+    language = arch.language
+    if not language.has_learned_positions:
+        return None
+    return "--architecture.language.max_position_embeddings", language.max_position_embeddings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +57,8 @@ class ObjectiveNeeds:
         readings: names of figures that are logged beside the losses.
         vocabulary: option that holds the rows of the table that token ids index, and the rows.
         connector_output: width of what the connector gives.
+        problems: yields what is wrong with the model's settings for it, for the checks.
+        longest_sample: option that bounds the tokens of a sample, and the bound; none: no bound.
         constants: values that weights start from, for weights that are not drawn.
     """
 
@@ -58,6 +70,8 @@ class ObjectiveNeeds:
     spans_step: bool = False
     head: Callable[[Parts], Iterator[Piece]]
     connector_output: Callable[[Parts], int]
+    problems: Callable[[Parts], Iterator[str]] = lambda arch: iter(())
+    longest_sample: Callable[[Parts], tuple[str, int] | None] = _longest_sample
     constants: Callable[[Parts], dict[str, float]] = lambda arch: {}
     head_input: Callable[[Parts], int] = lambda arch: arch.language.hidden_size
     kept: Callable[[Parts], float] = lambda arch: 0.0
@@ -130,6 +144,29 @@ OBJECTIVES: dict[str, ObjectiveNeeds] = {
         head=_contrastive_head,
         connector_output=lambda arch: arch.contrastive.size,
         constants=_contrastive_constants,
+    ),
+    "qformer": ObjectiveNeeds(
+        description="a Q-Former's contrast, matching and generation of texts; no language model",
+        has_language=False,
+        has_vocabulary_head=False,
+        is_of_pairs=True,
+        spans_step=True,
+        head=image_text.head,
+        head_input=lambda arch: arch.connector.qformer.hidden_size,
+        kept=image_text.kept,
+        connector_output=lambda arch: 0,
+        constants=lambda arch: {"objective.temperature": image_text.START_TEMPERATURE},
+        losses=lambda arch: arch.image_text.weights,
+        readings=image_text.READINGS,
+        problems=image_text.problems,
+        vocabulary=lambda arch: (
+            "--architecture.connector.qformer.vocab_size",
+            arch.connector.qformer.vocab_size,
+        ),
+        longest_sample=lambda arch: (
+            "--architecture.image_text.text_tokens",
+            arch.image_text.text_tokens,
+        ),
     ),
 }
 

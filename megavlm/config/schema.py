@@ -17,6 +17,7 @@ from megavlm.config.architecture import Language as Language
 from megavlm.config.architecture import Vision as Vision
 from megavlm.config.connectors import Connector as Connector
 from megavlm.config.evaluation import Eval as Eval
+from megavlm.config.image_text import ImageText as ImageText
 from megavlm.config.long_runs import BadSteps as BadSteps
 from megavlm.config.long_runs import Profile as Profile
 from megavlm.config.loss import Loss as Loss

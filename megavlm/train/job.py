@@ -49,8 +49,11 @@ class Job(Built):
     lock: Lock | None = None
     unused_weights: Weights = field(default_factory=dict)
 
-    def samples_of_ranks(self, packs: PackedDataset | BlendedDataset, ids: np.ndarray) -> list[int]:
-        """Return the samples that each data-parallel rank has of a step's packs, from the index.
+    def samples_of_ranks(
+        self, packs: PackedDataset | BlendedDataset, ids: np.ndarray
+    ) -> list[list[int]]:
+        """Return the samples of each pack that each data-parallel rank has in a step, from the
+        index.
 
         Args:
             packs: the dataset.
@@ -58,7 +61,7 @@ class Job(Built):
         """
         samples = packs.index[ids]["samples"]
         ranks = self.groups.data_size
-        return [int(samples[rank::ranks].sum()) for rank in range(ranks)]
+        return [samples[rank::ranks].tolist() for rank in range(ranks)]
 
     def batches(
         self,

@@ -347,14 +347,13 @@ def _open_training_set(config: Config) -> tuple[PackedDataset | BlendedDataset, 
         shared_batch=config.training.global_batch_size if data.batch_shares else 0,
         augment=data.augment,
     )
-    language = config.architecture.language
-    if language.has_learned_positions:  # these are a table; rotary ones have no end
+    if bound := config.architecture.needs.longest_sample(config.architecture):
+        (option, most) = bound
         longest = int(packs.some_records()["longest"].max())
-        if longest > language.max_position_embeddings:
+        if longest > most:
             raise ValueError(
-                f"--data.train {data.train}: holds a sample of {longest} tokens, and"
-                f" --architecture.language.max_position_embeddings is"
-                f" {language.max_position_embeddings}: each token needs a position"
+                f"--data.train {data.train}: holds a sample of {longest} tokens, and {option} is"
+                f" {most}: each token needs a position"
             )
     return packs, order
 

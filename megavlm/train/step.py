@@ -116,7 +116,7 @@ def train_step(
     clip_grad: float,
     backend: Backend,
     meters: Sequence[Meter] = (),
-    samples: Sequence[int] = (),
+    samples: Sequence[Sequence[int]] = (),
     skips: Callable[[Tensor, Tensor], bool] | None = None,
 ) -> StepResult:
     """Update the parameters once; arguments as in ``run_packs``, ``run_whole_step`` and

@@ -1,16 +1,18 @@
-"""Objectives whose loss depends on all samples of a step, by gradient caching (Gao et al., arXiv
+"""Objectives whose loss depends on many samples of a step, by gradient caching (Gao et al., arXiv
 2101.06983): batches larger than memory with exact gradients.
 
 All microbatches run forward without gradients, and only what the last chunk ends in is kept. The
-loss of the whole step gives the gradient of each of these outputs; then all microbatches run again,
-forward and backward, each with its own gradient. Both passes compute the same, since all that is
-random (drop path) is part of the batch. A step of one microbatch needs one pass.
+losses of as many microbatches as the objective wants at once give the gradient of each of these
+outputs; then all microbatches run again, forward and backward, each with its own gradient. Both
+passes compute the same, since all that is random (drop path) is part of the batch. If the objective
+wants one microbatch at a time (a step may have no more), one pass is enough.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 
 import torch
@@ -20,10 +22,16 @@ from torch import Tensor
 from megavlm.data.loading.batch import Batch
 from megavlm.model.loss import weighted_sum
 from megavlm.model.objective.losses import Losses
-from megavlm.model.objective.objective import Objective
+from megavlm.model.objective.objective import Objective, Output
 from megavlm.parallel.backend import Backend
 from megavlm.train.meters import Meter
 from megavlm.train.pipeline import run_pipeline
+
+_LossFrom = Callable[[int, Sequence[Output]], Tensor]
+"""Makes the part of the loss that some packs have, of the number of the first and of what they
+ended in.
+"""
+_Gradients = tuple[Tensor | None, ...]
 
 
 def run_whole_step(
@@ -31,7 +39,7 @@ def run_whole_step(
     batches: Iterator[Batch],
     count: int,
     weight_of_step: float,
-    samples: Sequence[int],
+    samples: Sequence[Sequence[int]],
     backend: Backend,
     *,
     forward_only: bool = False,
@@ -44,7 +52,7 @@ def run_whole_step(
         batches: packs of this data-parallel rank, in order.
         count: packs to take.
         weight_of_step: sum of the loss weights of all packs of the step, over all ranks.
-        samples: of each data-parallel rank in this step.
+        samples: of each pack of each data-parallel rank in this step.
         backend: where tensors live.
         forward_only: no gradients.
         meters: observe the losses.
@@ -54,37 +62,48 @@ def run_whole_step(
     """
     packs = [batch.to(backend.device) for batch in islice(batches, count)]
     objective = model[-1].module.objective
-    has_last = model[-1].module.post_process
+    at_once = objective.packs_at_once(count)
 
-    def step_loss(outputs: Sequence[Tensor]) -> Tensor:
-        losses = objective.step_losses(outputs, packs, samples)
-        return _weighed(losses, packs, weight_of_step, meters)
+    def loss_from(first: int, outputs: Sequence[Output]) -> Tensor:
+        chosen = slice(first, first + len(outputs))
+        of_ranks = [of_rank[chosen] for of_rank in samples]
+        losses = objective.step_losses(outputs, packs[chosen], of_ranks)
+        return _weighed(losses, packs[chosen], weight_of_step, meters)
 
-    if count == 1 and not forward_only:
+    if at_once == 1:
+        numbers = itertools.count()
         return run_pipeline(
-            model, iter(packs), count, lambda batch, output: step_loss([output]), backend
+            model,
+            iter(packs),
+            count,
+            lambda batch, output: loss_from(next(numbers), [output]),
+            backend,
+            forward_only=forward_only,
         )
     outputs = _forward(model, packs, backend)
+    loss = torch.zeros((), device=backend.device)
     if forward_only:
         with torch.no_grad():
-            return step_loss(outputs) if has_last else torch.zeros((), device=backend.device)
-    loss = torch.zeros((), device=backend.device)
-    gradients: deque[Tensor] = deque()
-    of_parameters: tuple[Tensor, ...] = ()
-    if has_last:
-        leaves = [output.requires_grad_() for output in outputs]
-        whole = step_loss(leaves)
-        found = torch.autograd.grad(whole, [*leaves, *objective.loss_parameters])
-        loss = whole.detach()
-        gradients.extend(found[: len(leaves)])
-        of_parameters = found[len(leaves) :]
+            for first in range(0, len(outputs), at_once):
+                loss += loss_from(first, outputs[first : first + at_once])
+        return loss
+    gradients: deque[_Gradients] = deque()
+    of_parameters: list[Tensor] = [torch.zeros_like(one) for one in objective.loss_parameters]
+    for first in range(0, len(outputs), at_once):
+        loss += _keep_gradients(
+            first, outputs[first : first + at_once], loss_from, objective, gradients, of_parameters
+        )
 
-    def with_gradient(batch: Batch, output: Tensor) -> Tensor:
+    def with_gradient(batch: Batch, output: Output) -> Tensor:
         is_first = len(gradients) == count
-        return _linear_in(output, gradients.popleft(), objective, of_parameters, is_first)
+        return _linear_in(_parts(output), gradients.popleft(), objective, of_parameters, is_first)
 
     run_pipeline(model, iter(packs), count, with_gradient, backend)
     return loss
+
+
+def _parts(output: Output) -> tuple[Tensor, ...]:
+    return output if isinstance(output, tuple) else (output,)
 
 
 def _weighed(
@@ -105,21 +124,59 @@ def _weighed(
 @torch.no_grad()
 def _forward(
     model: Sequence[DistributedDataParallel], packs: Sequence[Batch], backend: Backend
-) -> list[Tensor]:
+) -> list[Output]:
     """Run packs forward; return what each ends in, on ranks with the last chunk."""
-    outputs: list[Tensor] = []
+    outputs: list[Output] = []
 
-    def keep(batch: Batch, output: Tensor) -> Tensor:
-        outputs.append(output.detach())
-        return output.sum()
+    def keep(batch: Batch, output: Output) -> Tensor:
+        kept = tuple(part.detach() for part in _parts(output))
+        outputs.append(kept if isinstance(output, tuple) else kept[0])
+        return kept[0].sum()
 
     run_pipeline(model, iter(packs), len(packs), keep, backend, forward_only=True)
     return outputs
 
 
+def _keep_gradients(
+    first: int,
+    outputs: Sequence[Output],
+    loss_from: _LossFrom,
+    objective: Objective,
+    gradients: deque[_Gradients],
+    of_parameters: Sequence[Tensor],
+) -> Tensor:
+    """Compute the loss of some packs, append the gradients of what they ended in, and add those of
+    the objective's own parameters.
+
+    Args:
+        first: number of the first pack.
+        outputs: of the packs.
+        loss_from: makes the loss.
+        objective: whose ``loss_parameters`` the loss reads.
+        gradients: of each pack's outputs, appended to.
+        of_parameters: of ``loss_parameters``, added to.
+
+    Returns:
+        the loss, without a gradient.
+    """
+    for output in outputs:
+        for part in _parts(output):
+            part.requires_grad_()
+    loss = loss_from(first, outputs)
+    leaves = [part for output in outputs for part in _parts(output)]
+    wanted = [*leaves, *objective.loss_parameters]
+    found = torch.autograd.grad(loss, wanted, allow_unused=True)
+    each = iter(found)
+    gradients.extend(tuple(islice(each, len(_parts(output)))) for output in outputs)
+    for total, gradient in zip(of_parameters, each, strict=True):
+        if gradient is not None:
+            total += gradient
+    return loss.detach()
+
+
 def _linear_in(
-    output: Tensor,
-    gradient: Tensor,
+    output: Sequence[Tensor],
+    gradients: _Gradients,
     objective: Objective,
     of_parameters: Sequence[Tensor],
     is_first: bool,
@@ -127,7 +184,10 @@ def _linear_in(
     """Return a number whose gradient is the given one: of the output, and of the objective's own
     parameters with the first microbatch; DDP waits for them with the last.
     """
-    total = (output * gradient).sum()
+    total = torch.zeros((), device=output[0].device)
+    for part, gradient in zip(output, gradients, strict=True):
+        if gradient is not None:
+            total = total + (part * gradient).sum()
     for parameter, given in zip(objective.loss_parameters, of_parameters, strict=True):
         total = total + (parameter * (given if is_first else torch.zeros_like(given))).sum()
     return total

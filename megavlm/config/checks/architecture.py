@@ -92,9 +92,12 @@ def _connector(arch: Architecture) -> Iterator[str]:
         return
     problems = list(sizes.problems())
     yield from problems
-    if not problems and arch.needs.takes_one_embedding:
+    if problems:
+        return
+    yield from arch.needs.problems(arch)
+    if arch.needs.takes_one_embedding:
         yield from _pairs(arch)
-    elif not problems and arch.needs.has_language and sizes.placeholders != sizes.features:
+    elif arch.needs.has_language and sizes.placeholders != sizes.features:
         yield (
             f"--architecture.connector.kind {arch.connector.kind}: gives {sizes.features} features"
             f" for the {sizes.placeholders} placeholder tokens of a tile; the language model takes"

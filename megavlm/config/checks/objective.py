@@ -18,6 +18,13 @@ def objective_problems(config: Config) -> Iterator[str]:
         yield from _pairs(config, wanted)
     if arch.needs.has_language:
         return
+    pool = arch.image_text.pool_packs
+    batch = config.training.global_batch_size
+    if arch.objective == "qformer" and pool > 0 and batch % pool:
+        yield (
+            f"--architecture.image_text.pool_packs {pool} does not divide"
+            f" --training.global_batch_size {batch}"
+        )
     if folder := config.init.language:
         yield f"--init.language {folder}: {wanted} has no language model; leave it out"
     if config.fp8.language != "none":

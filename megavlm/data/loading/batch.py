@@ -77,6 +77,7 @@ class Batch:
         num_features: features of the whole pack, those of padding tiles not counted.
         drop_path_draws: float32 [2 * vision layers, I], uniform in [0, 1), drawn from (seed,
             position) alone.
+        pair_draws: float32 [2, tiles of the whole pack], uniform in [0, 1), drawn as for drop path.
         samples: of the pack, the padding at the end not counted.
         weight_sum: sum of the loss weights of the whole pack, in float64 from the index.
         pack_id: the pack.
@@ -95,6 +96,7 @@ class Batch:
     feature_numbers: torch.Tensor
     num_features: int
     drop_path_draws: torch.Tensor
+    pair_draws: torch.Tensor | None = None
     samples: int = 0
     weight_sum: float
     pack_id: int

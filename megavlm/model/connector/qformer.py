@@ -164,16 +164,25 @@ class QFormerConnector(MegatronModule):
         output_size = architecture.needs.connector_output(architecture)
         self.output = nn.Linear(width, output_size, dtype=dtype) if output_size else None
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Turn hidden states of tiles into features.
+    def forward(
+        self,
+        hidden: Tensor,
+        text: Tensor | None = None,
+        seen: Tensor | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
+        """Turn hidden states of tiles into features, or read texts beside the tiles.
 
         Args:
             hidden: of the vision encoder [N, I, D of vision], a class token first.
+            text, seen, positions: as for ``read``.
 
         Returns:
             [I * Q, 1, D of language], tile by tile; without a last linear layer the hidden states
-                of the queries.
+                of the queries. With texts the hidden states of all rows [I, R, D].
         """
+        if text is not None:
+            return self.read(self.memory(hidden), text, seen, positions)
         asked = self.read(self.memory(hidden))
         features = asked if self.output is None else self.output(asked)
         return features.flatten(0, 1)[:, None]

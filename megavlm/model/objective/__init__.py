@@ -11,6 +11,7 @@ from megavlm.config.schema import Config
 from megavlm.model.objective.contrastive import Contrastive
 from megavlm.model.objective.next_token import NextToken
 from megavlm.model.objective.objective import Objective
+from megavlm.model.objective.qformer import QFormerObjective
 from megavlm.model.specs import Kernels
 from megavlm.parallel.process_groups import Groups
 from megavlm.planner.layout import Chunk
@@ -24,6 +25,9 @@ MODULES: dict[str, ObjectiveModule] = {
     "next_token": lambda settings, config, chunk, chosen, groups: NextToken(settings),
     "contrastive": lambda settings, config, chunk, chosen, groups: Contrastive(
         settings, config.architecture, chunk, groups
+    ),
+    "qformer": lambda settings, config, chunk, chosen, groups: QFormerObjective(
+        settings, config, chunk, groups
     ),
 }
 

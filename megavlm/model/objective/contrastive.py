@@ -12,57 +12,17 @@ import math
 from collections.abc import Sequence
 
 import torch
-import torch.distributed as dist
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 from torch.nn.functional import cross_entropy, linear, logsigmoid, normalize, pad
 
 from megavlm.config.schema import Architecture
 from megavlm.data.loading.batch import Batch
 from megavlm.model.objective.losses import Losses
 from megavlm.model.objective.objective import Objective, of_tokens
+from megavlm.parallel.gather_rows import gather_rows
 from megavlm.parallel.process_groups import Groups
 from megavlm.planner.layout import Chunk
-
-
-class _Gather(torch.autograd.Function):
-    """Gather rows of all ranks of a group; a rank's gradient is the sum of what all ranks have for
-    its rows.
-    """
-
-    @staticmethod
-    def forward(ctx, rows: Tensor, group: ProcessGroup) -> Tensor:
-        ctx.group = group
-        gathered = rows.new_empty(len(rows) * group.size(), *rows.shape[1:])
-        dist.all_gather_into_tensor(gathered, rows.contiguous(), group=group)
-        return gathered
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
-        own = gradient.new_empty(len(gradient) // ctx.group.size(), *gradient.shape[1:])
-        dist.reduce_scatter_tensor(own, gradient.contiguous(), group=ctx.group)
-        return own, None
-
-
-def gather_rows(rows: Tensor, counts: Sequence[int], group: ProcessGroup) -> Tensor:
-    """Gather the embeddings of all data-parallel ranks, with exact gradients. Collective.
-
-    Args:
-        rows: of this rank [n, E].
-        counts: rows of each rank, known to all without asking.
-        group: the ranks.
-
-    Returns:
-        [N, E]
-    """
-    if group.size() == 1:
-        return rows
-    most = max(counts)
-    # Collectives want equal shapes; the rows that fill up are left out again.
-    gathered = _Gather.apply(pad(rows, (0, 0, 0, most - len(rows))), group)
-    parts = gathered.unflatten(0, (group.size(), most))
-    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
 
 class Contrastive(Objective):
@@ -136,7 +96,7 @@ class Contrastive(Objective):
         return [parameter for parameter in own if parameter is not None and parameter.requires_grad]
 
     def step_losses(
-        self, outputs: Sequence[Tensor], batches: Sequence[Batch], counts: Sequence[int]
+        self, outputs: Sequence[Tensor], batches: Sequence[Batch], samples: Sequence[Sequence[int]]
     ) -> list[Losses]:
         """Return the losses of the tokens of each pack of this rank; all tokens of a text have the
         loss of its pair. Collective over the data-parallel ranks.
@@ -144,8 +104,9 @@ class Contrastive(Objective):
         Args:
             outputs: of the last chunk, for each pack [2, n, E].
             batches: the packs.
-            counts: pairs of each data-parallel rank in this step.
+            samples: pairs of each pack of each data-parallel rank in this step.
         """
+        counts = [sum(of_rank) for of_rank in samples]
         images, texts = torch.cat(list(outputs), dim=1)
         pairs = self._pair_losses(images, texts, counts)
         sizes = [batch.samples for batch in batches]

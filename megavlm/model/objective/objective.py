@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from megavlm.data.loading.batch import Batch
 from megavlm.model.objective.losses import Losses
 
+Output = Tensor | tuple[Tensor, ...]
+"""What the last chunk ends in."""
+
 
 class Objective(MegatronModule):
     """A part of every chunk of the model; what it needs is a row of ``config/objectives``.
@@ -63,7 +66,7 @@ class Objective(MegatronModule):
         """Return R, the rows that go from chunk to chunk behind the tokens of a pack."""
         return 0
 
-    def forward(self, output: Tensor, riding: Tensor | None, batch: Batch) -> Tensor:
+    def forward(self, output: Tensor, riding: Tensor | None, batch: Batch) -> Output:
         """End the last chunk. It is called as a module, so that DDP gathers the objective's own
         parameters before.
 
@@ -89,13 +92,24 @@ class Objective(MegatronModule):
         """
         return Losses(total=output)
 
+    def packs_at_once(self, packs: int) -> int:
+        """Return for how many packs of this rank ``step_losses`` is called at once.
+
+        Args:
+            packs: of this rank in a step.
+        """
+        return packs
+
     @property
     def loss_parameters(self) -> list[nn.Parameter]:
         """The trained parameters that ``step_losses`` reads."""
         return []
 
     def step_losses(
-        self, outputs: Sequence[Tensor], batches: Sequence[Batch], samples: Sequence[int]
+        self,
+        outputs: Sequence[Output],
+        batches: Sequence[Batch],
+        samples: Sequence[Sequence[int]],
     ) -> list[Losses]:
         """Return the losses of the tokens of each pack of this rank, if they depend on the whole
         step. Collective over the data-parallel ranks.
@@ -103,7 +117,7 @@ class Objective(MegatronModule):
         Args:
             outputs: what the last chunk ended in, for each pack.
             batches: the packs.
-            samples: of each data-parallel rank in this step.
+            samples: of each pack of each data-parallel rank.
         """
         raise NotImplementedError(f"{type(self).__name__} has a loss for each pack alone")
 
