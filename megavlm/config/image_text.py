@@ -5,7 +5,7 @@ it adds to a model.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from megavlm.config.pieces import Piece, linear, norm, vector
@@ -110,6 +110,12 @@ def kept(arch: Any) -> float:
     crossed = sum(map(qformer.has_cross_attention, range(qformer.num_layers)))
     of_tokens = 2 * arch.vision.hidden_size + crossed * 2 * qformer.hidden_size
     return rows * of_row + 3 * arch.vision.tokens * of_tokens + 2 * texts * qformer.vocab_size
+
+
+def fit(arch: Any) -> Any:
+    """Let the Q-Former of a model read texts."""
+    qformer = replace(arch.connector.qformer, text=True)
+    return replace(arch, connector=replace(arch.connector, qformer=qformer))
 
 
 def problems(arch: Any) -> Iterator[str]:

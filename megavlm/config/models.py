@@ -180,10 +180,11 @@ MODELS: dict[str, Architecture] = {
 
 
 def for_objective(model: Architecture, objective: str) -> Architecture:
-    """Return a model with the objective of a stage; without its language model if the objective has
-    none.
+    """Return a model with the objective of a stage, as that trains it; without its language model
+    if the objective has none.
     """
     model = replace(model, objective=objective)
+    model = model.needs.fit(model)
     return model if model.needs.has_language else replace(model, language=NO_LANGUAGE)
 
 

@@ -57,6 +57,7 @@ class ObjectiveNeeds:
         readings: names of figures that are logged beside the losses.
         vocabulary: option that holds the rows of the table that token ids index, and the rows.
         connector_output: width of what the connector gives.
+        fit: changes the model of a recipe to what the objective trains.
         problems: yields what is wrong with the model's settings for it, for the checks.
         longest_sample: option that bounds the tokens of a sample, and the bound; none: no bound.
         constants: values that weights start from, for weights that are not drawn.
@@ -70,6 +71,7 @@ class ObjectiveNeeds:
     spans_step: bool = False
     head: Callable[[Parts], Iterator[Piece]]
     connector_output: Callable[[Parts], int]
+    fit: Callable[[Any], Any] = lambda arch: arch
     problems: Callable[[Parts], Iterator[str]] = lambda arch: iter(())
     longest_sample: Callable[[Parts], tuple[str, int] | None] = _longest_sample
     constants: Callable[[Parts], dict[str, float]] = lambda arch: {}
@@ -158,6 +160,7 @@ OBJECTIVES: dict[str, ObjectiveNeeds] = {
         constants=lambda arch: {"objective.temperature": image_text.START_TEMPERATURE},
         losses=lambda arch: arch.image_text.weights,
         readings=image_text.READINGS,
+        fit=image_text.fit,
         problems=image_text.problems,
         vocabulary=lambda arch: (
             "--architecture.connector.qformer.vocab_size",

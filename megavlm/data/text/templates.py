@@ -1,15 +1,15 @@
 """The table of conversation templates: what stands around the turns of a conversation, and how
 texts become tokens.
 
-All but ``plain``, ``blip2``, ``paligemma``, ``clip``, ``siglip`` and those that begin with
-``llava`` are InternVL's. The last are LLaVA's (Liu et al., arXiv 2304.08485 and 2310.03744), with
-its image tokens: ``llava_plain`` is what LLaVA pretrains its connector with (images and answers,
-nothing else), ``llava_v1`` its conversations, ``llava_chatml`` the same for language models that
-end an answer with ``<|im_end|>``. ``blip2`` is a caption behind its image, as BLIP-2 (arXiv
-2301.12597) reads it: the image stands before the token that begins a text. ``clip`` and ``siglip``
-are pairs of an image and its text, for contrastive training, as those models read texts.
-``paligemma`` is PaliGemma's (Beyer et al., arXiv 2407.07726): images, one question, a line break
-and its answer, without roles.
+All but ``plain``, ``blip2``, ``blip2_pairs``, ``paligemma``, ``clip``, ``siglip`` and those that
+begin with ``llava`` are InternVL's. The last are LLaVA's (Liu et al., arXiv 2304.08485 and
+2310.03744), with its image tokens: ``llava_plain`` is what LLaVA pretrains its connector with
+(images and answers, nothing else), ``llava_v1`` its conversations, ``llava_chatml`` the same for
+language models that end an answer with ``<|im_end|>``. ``blip2`` is a caption behind its image, as
+BLIP-2 (arXiv 2301.12597) reads it: the image stands before the token that begins a text.
+``blip2_pairs``, ``clip`` and ``siglip`` are pairs of an image and its text, as those models read
+texts to contrast them. ``paligemma`` is PaliGemma's (Beyer et al., arXiv 2407.07726): images, one
+question, a line break and its answer, without roles.
 """
 
 from __future__ import annotations
@@ -261,6 +261,7 @@ FORMATS: dict[str, ChatFormat] = {
             is_single=True,
         ),
         ChatFormat(name="clip", pair_length=77, **_PAIR),
+        ChatFormat(name="blip2_pairs", pair_length=32, **_PAIR),
         ChatFormat(name="siglip", pair_length=64, fills_pair=True, **_PAIR),
     )
 }
