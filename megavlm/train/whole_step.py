@@ -81,24 +81,19 @@ def run_whole_step(
             forward_only=forward_only,
         )
     outputs = _forward(model, packs, backend)
+    starts = range(0, len(outputs), at_once)
     loss = torch.zeros((), device=backend.device)
     if forward_only:
         with torch.no_grad():
-            for first in range(0, len(outputs), at_once):
+            for first in starts:
                 loss += loss_from(first, outputs[first : first + at_once])
         return loss
     gradients: deque[_Gradients] = deque()
     of_parameters: list[Tensor] = [torch.zeros_like(one) for one in objective.loss_parameters]
-    for first in range(0, len(outputs), at_once):
-        loss += _keep_gradients(
-            first, outputs[first : first + at_once], loss_from, objective, gradients, of_parameters
-        )
-
-    def with_gradient(batch: Batch, output: Output) -> Tensor:
-        is_first = len(gradients) == count
-        return _linear_in(_parts(output), gradients.popleft(), objective, of_parameters, is_first)
-
-    run_pipeline(model, iter(packs), count, with_gradient, backend)
+    for first in starts:
+        some = outputs[first : first + at_once]
+        loss += _keep_gradients(first, some, loss_from, objective, gradients, of_parameters)
+    _run_again(model, packs, gradients, of_parameters, backend)
     return loss
 
 
@@ -172,6 +167,23 @@ def _keep_gradients(
         if gradient is not None:
             total += gradient
     return loss.detach()
+
+
+def _run_again(
+    model: Sequence[DistributedDataParallel],
+    packs: Sequence[Batch],
+    gradients: deque[_Gradients],
+    of_parameters: Sequence[Tensor],
+    backend: Backend,
+) -> None:
+    """Run packs forward and backward, each with the gradients of what it ends in."""
+    objective = model[-1].module.objective
+
+    def loss(batch: Batch, output: Output) -> Tensor:
+        is_first = len(gradients) == len(packs)
+        return _linear_in(_parts(output), gradients.popleft(), objective, of_parameters, is_first)
+
+    run_pipeline(model, iter(packs), len(packs), loss, backend)
 
 
 def _linear_in(

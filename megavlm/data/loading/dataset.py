@@ -136,8 +136,7 @@ class PackedDataset:
 
         whole = label(pack.tokens, pack.supervised, pack.lengths, reduction)
         labels, weights = map(on_rank, whole)
-        rows = 2 * vision_layers
-        draws = drop_path_draws(seed, position, rows + 2, max(1, pack.tiles))
+        draws = drop_path_draws(seed, position, 2 * vision_layers + 2, max(1, pack.tiles))
         chosen = rank_slice.tiles(pack.tiles, tile_multiple)
         placeholders = self._feature_positions(pack, positions)
         features = _features_on_rank(placeholders, own, manifest.capacity)
@@ -154,8 +153,8 @@ class PackedDataset:
             feature_positions=features[0],
             feature_numbers=features[1],
             num_features=pack.tiles * manifest.features_per_tile,
-            drop_path_draws=_columns(draws[:rows], chosen),
-            pair_draws=draws[rows:],
+            drop_path_draws=_columns(draws[:-2], chosen),
+            pair_draws=draws[-2:],
             samples=len(pack.lengths),
             weight_sum=float(self.index[pack_id][_weight_field(reduction)]),
             pack_id=int(pack_id),
