@@ -134,8 +134,7 @@ class PackedDataset:
         def on_rank(values: np.ndarray, fill: int = 0) -> np.ndarray:
             return _spread(values, positions, manifest.capacity, fill)[own]
 
-        whole = label(pack.tokens, pack.supervised, pack.lengths, reduction)
-        labels, weights = map(on_rank, whole)
+        labels, weights = map(on_rank, label(pack.tokens, pack.supervised, pack.lengths, reduction))
         draws = drop_path_draws(seed, position, 2 * vision_layers + 2, max(1, pack.tiles))
         chosen = rank_slice.tiles(pack.tiles, tile_multiple)
         placeholders = self._feature_positions(pack, positions)

@@ -56,7 +56,7 @@ class _Pairs:
 
     def map(self, change: Callable[[Tensor], Tensor]) -> _Pairs:
         """Change every tensor alike."""
-        return _Pairs(**{one.name: change(getattr(self, one.name)) for one in fields(self)})
+        return _Pairs(**{one.name: change(vars(self)[one.name]) for one in fields(self)})
 
 
 class QFormerObjective(Objective):
@@ -200,7 +200,7 @@ class QFormerObjective(Objective):
         order = in_pack_order(samples)
 
         def gather(name: str) -> Tensor:
-            rows = torch.cat([getattr(pack, name) for pack in packs])
+            rows = torch.cat([vars(pack)[name] for pack in packs])
             found = gather_rows(rows, counts, group)
             if order == list(range(len(order))):
                 return found
