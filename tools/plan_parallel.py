@@ -4,6 +4,7 @@ communication and step time, the fastest first; or predict them for one layout (
 python tools/plan_parallel.py --model internvl2_5-78b --stage 2 --gpus 512 --memory_gib 80
 python tools/plan_parallel.py --model internvl2_5-8b --stage 1 --gpus 64 --data packs/train \\
     --picture chunks.png
+python tools/plan_parallel.py --recipe llava --stage 2 --gpus 8
 python tools/plan_parallel.py --model InternVL2_5-8B/ --stage 2 --gpus 64 --layout \\
     '--parallel.tensor_model_parallel_size 4 --parallel.sequence_parallel true'
 """
@@ -33,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
         packs = read_packs(options)
         hardware = read_hardware(options)
         print(
-            f"{options.model}, stage {options.stage}, {options.gpus} GPUs,"
+            f"{options.model or options.recipe}, stage {options.stage}, {options.gpus} GPUs,"
             f" {config.training.global_batch_size} packs a step, each of {packs.capacity}"
         )
         if options.layout is None:

@@ -53,7 +53,7 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     )
     shown = "(default: %(default)s)"
     model = "model preset, such as internvl2_5-8b, or a Hugging Face folder"
-    parser.add_argument("--model", required=True, help=model)
+    parser.add_argument("--model", default="", help=f"{model} (default: the recipe's own)")
     parser.add_argument(
         "--recipe", default=Config(stage="", model="").recipe, help=f"recipe {shown}"
     )
@@ -100,7 +100,8 @@ def read_config(options: argparse.Namespace) -> Config:
     batch = options.global_batch_size
     return parse(
         [
-            *("--recipe", options.recipe, "--stage", options.stage, "--model", options.model),
+            *("--recipe", options.recipe, "--stage", options.stage),
+            *(("--model", options.model) if options.model else ()),
             *("--optimizer.moments", options.moments),
             *(("--training.global_batch_size", str(batch)) if batch else ()),
             *shlex.split(options.layout or ""),
