@@ -397,11 +397,3 @@ def test_supervised_tokens_alone_have_logits_and_pass_the_head() -> None:
     head = 6 * arch.vocab_size * arch.hidden_size * (16384 - 4096)
     done = hardware.tflops * hardware.efficiency * 1e12
     assert all_tokens.chunk_ms[0] - few.chunk_ms[0] == pytest.approx(head / done * 1e3, rel=1e-6)
-
-
-@pytest.mark.parametrize("recipe", ["llava", "clip"])
-def test_a_recipe_with_a_model_of_its_own_needs_no_model(
-    recipe: str, capsys: pytest.CaptureFixture[str]
-):
-    assert main(["--recipe", recipe, "--stage", "1", "--gpus", "8", "--top", "1"]) == 0
-    assert capsys.readouterr().out.startswith(f"{recipe}, stage 1, 8 GPUs,")
