@@ -104,6 +104,16 @@ def _blip2(arch: Architecture) -> Iterator[str]:
         )
 
 
+def _blip2_retrieval(arch: Architecture) -> Iterator[str]:
+    name = "Blip2ForImageTextRetrieval"
+    yield from _blip2_parts(name, arch)
+    if arch.objective != "qformer":
+        yield (
+            f"{name} holds models of --architecture.objective qformer; this one is of"
+            f" {arch.objective}"
+        )
+
+
 def _blip2_parts(name: str, arch: Architecture) -> Iterator[str]:
     """Yield what a class of BLIP-2 has no place for in vision encoder and connector."""
     vision = arch.vision
@@ -177,5 +187,6 @@ HOLDS: dict[str, Callable[[Architecture], Iterator[str]]] = {
     "clip": _clip,
     "siglip": _siglip,
     "blip2": _blip2,
+    "blip2_retrieval": _blip2_retrieval,
 }
 """Yields, for each format, why it cannot hold a model."""

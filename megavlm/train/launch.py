@@ -304,7 +304,7 @@ def _unused_weights(config: Config, start: Start) -> unused_weights.Weights:
 
 def _exports_unused(config: Config) -> bool:
     """Tell whether exports hold more of a vision encoder than the model uses."""
-    dialect = recipe(config.recipe).hub_format
+    dialect = recipe(config.recipe).format_for(config.architecture.objective)
     arch = config.architecture
     return not any(HOLDS[dialect](arch)) and bool(unused_rows(arch, dialect))
 
@@ -328,7 +328,7 @@ def _export(config: Config, state: State, start: Start, groups: process_groups.G
 
 def _check_tokenizer(config: Config) -> None:
     """Raise ValueError for packs with a tokenizer that the format of the export cannot have."""
-    row = HUB_FORMATS[recipe(config.recipe).hub_format]
+    row = HUB_FORMATS[recipe(config.recipe).format_for(config.architecture.objective)]
     tokenizer = Path(config.data.train_folders[0]) / "tokenizer"
     if config.checkpoint.export_hf and row.check_tokenizer and tokenizer.is_dir():
         row.check_tokenizer(tokenizer)

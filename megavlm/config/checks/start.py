@@ -29,5 +29,6 @@ def problems(config: Config) -> Iterator[str]:
                 " from; give one of them"
             )
     if export:
-        for reason in HOLDS[recipe(config.recipe).hub_format](config.architecture):
+        form = recipe(config.recipe).format_for(config.architecture.objective)
+        for reason in HOLDS[form](config.architecture):
             yield f"--checkpoint.export_hf {export}: {reason}"

@@ -14,7 +14,10 @@ RECIPES: dict[str, Recipe] = {
 def recipe_of(hub_format: str) -> Recipe:
     """Return the recipe whose models are exported in a format; if there is none, the first."""
     rows = list(RECIPES.values())
-    return next((row for row in rows if row.hub_format == hub_format), rows[0])
+    return next(
+        (row for row in rows if hub_format in (row.hub_format, *row.other_formats.values())),
+        rows[0],
+    )
 
 
 def recipe(name: str) -> Recipe:

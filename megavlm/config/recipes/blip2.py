@@ -85,4 +85,5 @@ RECIPE = Recipe(
     architecture=ARCHITECTURE,
     tiling="stretch",
     hub_format="blip2",
+    other_formats={"qformer": "blip2_retrieval"},
 )

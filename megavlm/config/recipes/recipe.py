@@ -57,6 +57,7 @@ class Recipe:
             name another.
         hub_format: row of ``HUB_FORMATS`` (``megavlm/convert/hf/hub_formats.py``) that a trained
             model is exported in, unless another one is asked for.
+        other_formats: rows for models of other objectives than the last stage's, by objective.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Recipe:
     template: tuple[str, ...] = (ANY,)
     tiling: Tiling = ANY
     hub_format: str = "native"
+    other_formats: Mapping[str, str] = field(default_factory=dict)
 
     def stage(self, name: str) -> Stage:
         """Return the stage ``name``.
@@ -84,6 +86,10 @@ class Recipe:
         """Return a model with the image size of the stage ``stage``; raises as ``stage``."""
         size = self.stage(stage).image_size or found.vision.image_size
         return replace(found, vision=replace(found.vision, image_size=size))
+
+    def format_for(self, objective: str) -> str:
+        """Return the format that a model of an objective is exported in."""
+        return self.other_formats.get(objective, self.hub_format)
 
     def data(self, stage: str) -> Data:
         """Return what the stage ``stage`` sets of the data; raises as ``stage``."""

@@ -24,7 +24,6 @@ VISION_TYPES = ("blip_2_vision_model", "instructblip_vision_model")
 WHOLE_TYPES = (MODEL_TYPE, "instructblip")
 _FIXED_VISION = {"hidden_act": "gelu", "num_channels": 3}
 _FIXED_QFORMER = {"hidden_act": "gelu"}
-_GENERATIVE = _FIXED_QFORMER | {"use_qformer_text_input": False}
 
 
 def vision_settings(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -65,31 +64,41 @@ def read_vision(found: Mapping[str, Any], folder: Path) -> Vision:
 
 def read(raw: dict[str, Any], folder: Path, *, has_head: bool | None) -> Architecture:
     """Read the architecture; arguments and errors as in ``native_config``."""
-    path = folder / shared.FILE_NAME
-    try:
-        settings = Blip2Config.from_dict(raw).to_dict()  # fills in what the file leaves out
-    except Exception as error:  # transformers' checks raise errors of many kinds
-        raise ValueError(
-            f"{path}: transformers cannot read it: {' '.join(str(error).split()):.300}"
-        ) from None
-    vision = vision_settings(raw)
+    settings = read_settings(raw, folder, {"use_qformer_text_input": False})
     text = settings["text_config"]
-    shared.refuse(
-        path,
-        [
-            *vision_problems(vision, "vision_config"),
-            *shared.contradictions("qformer_config", settings["qformer_config"], _GENERATIVE),
-            *language_config.problems(text, "text_config"),
-        ],
-    )
+    shared.refuse(folder / shared.FILE_NAME, list(language_config.problems(text, "text_config")))
     return Architecture(
-        vision=read_vision(vision, folder),
+        vision=read_vision(vision_settings(raw), folder),
         language=language_config.read(
             text, tied_head=bool(text.get("tie_word_embeddings")) and not has_head
         ),
         connector=read_connector(settings),
         image_tokens="llava",
     )
+
+
+def read_settings(raw: dict[str, Any], folder: Path, qformer: dict[str, Any]) -> dict[str, Any]:
+    """Return what config.json says, with what it leaves out.
+
+    Args:
+        raw: content of config.json.
+        folder: where it is.
+        qformer: what it must say of the Q-Former.
+
+    Raises:
+        ValueError: it is of a model that ours is not; every difference is named.
+    """
+    path = folder / shared.FILE_NAME
+    try:
+        settings = Blip2Config.from_dict(raw).to_dict()
+    except Exception as error:  # transformers' checks raise errors of many kinds
+        raise ValueError(
+            f"{path}: transformers cannot read it: {' '.join(str(error).split()):.300}"
+        ) from None
+    wanted = _FIXED_QFORMER | qformer
+    wrong = shared.contradictions("qformer_config", settings["qformer_config"], wanted)
+    shared.refuse(path, [*vision_problems(vision_settings(raw), "vision_config"), *wrong])
+    return settings
 
 
 def read_connector(settings: Mapping[str, Any]) -> Connector:

@@ -13,7 +13,7 @@ from megavlm.convert.hf.json_files import FILE_NAME, IMAGE_PROCESSOR_NAME, write
 from megavlm.convert.hf.preprocessing import Usage
 from megavlm.convert.hf.processor import pixel_settings, write_generation
 
-_PROCESSOR = "Blip2Processor"
+PROCESSOR = "Blip2Processor"
 _TEMPLATE = "blip2"
 
 
@@ -37,11 +37,11 @@ def write(
     settings = blip2_config.write(architecture, dtype=dtype, image_token_id=ids.image, **ids.text)
     write_json(folder / FILE_NAME, settings)
     # The processor finds the placeholder token by its text; a name for it would confuse it.
-    tokenizer_files.write(tokenizer, folder, {"processor_class": _PROCESSOR})
+    tokenizer_files.write(tokenizer, folder, {"processor_class": PROCESSOR})
     write_images(folder, architecture)
     write_json(
         folder / "processor_config.json",
-        {"processor_class": _PROCESSOR, "num_query_tokens": architecture.placeholders_per_tile},
+        {"processor_class": PROCESSOR, "num_query_tokens": architecture.placeholders_per_tile},
     )
 
 
@@ -50,7 +50,7 @@ def write_images(folder: Path, architecture: Architecture) -> None:
     side = architecture.vision.image_size
     settings: dict[str, Any] = {
         "image_processor_type": "BlipImageProcessor",
-        "processor_class": _PROCESSOR,
+        "processor_class": PROCESSOR,
         **pixel_settings(architecture),
         "size": {"height": side, "width": side},
     }

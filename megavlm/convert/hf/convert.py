@@ -148,10 +148,10 @@ def export(
         ValueError: the checkpoint is damaged or of another model than it says, or ``out`` is taken.
     """
     found = _read_checkpoint(checkpoint)
-    dialect = dialect or recipe(found.config.recipe).hub_format
     folder = found.folder
     out = Path(out)
     architecture = found.config.architecture
+    dialect = dialect or recipe(found.config.recipe).format_for(architecture.objective)
     source: Tensors = ShardsFolder(folder / SHARDS)
     if architecture.lora.rank:
         source = MergedAdapters(source, architecture, dialect)

@@ -15,6 +15,7 @@ from megavlm.config.schema import Architecture
 from megavlm.convert.hf import (
     blip2_config,
     blip2_processor,
+    blip2_retrieval,
     chat_config,
     llava_config,
     llava_processor,
@@ -150,6 +151,16 @@ HUB_FORMATS: dict[Dialect, HubFormat] = {
         name_on_disk=str,
         has_card=False,
     ),
+    "blip2_retrieval": HubFormat(
+        class_name=blip2_retrieval.CLASS_NAME,
+        model_type=blip2_config.MODEL_TYPE,
+        is_in_transformers=True,
+        read_architecture=blip2_retrieval.read,
+        read_usage=blip2_retrieval.read_usage,
+        write_files=blip2_retrieval.write,
+        name_on_disk=str,
+        has_card=False,
+    ),
 }
 
 
@@ -161,13 +172,19 @@ def dialect_of(folder: str | Path) -> Dialect:
         ValueError: it is of another kind of model.
     """
     path = Path(folder) / FILE_NAME
-    found = read_json(path).get("model_type")
-    known = {row.model_type: dialect for dialect, row in HUB_FORMATS.items()}
-    if found not in known:
+    settings = read_json(path)
+    found = settings.get("model_type")
+    of_kind = {dialect: row for dialect, row in HUB_FORMATS.items() if row.model_type == found}
+    if not of_kind:
+        known = dict.fromkeys(row.model_type for row in HUB_FORMATS.values())
         raise ValueError(
             f"{path}: model_type is {found!r}, must be {' or '.join(map(repr, known))}"
         )
-    return known[found]
+    # Several classes may have one kind of config.json, which then names the class.
+    named = settings.get("architectures") or []
+    return next(
+        (one for one, row in of_kind.items() if row.class_name in named), next(iter(of_kind))
+    )
 
 
 def hub_format_of(folder: str | Path) -> HubFormat:

@@ -62,6 +62,8 @@ def differences(found: Architecture, wanted: Architecture) -> list[str]:
     untied head.
     """
     all_facts = list(differing(_explicit(found), _explicit(wanted), "architecture"))
+    if not wanted.needs.has_vocabulary_head:
+        all_facts = [fact for fact in all_facts if fact[0] != "architecture.image_tokens"]
     if all(_may_differ(name, old) for name, old, _ in all_facts):
         return []
     return [
@@ -84,5 +86,6 @@ def _may_differ(name: str, value: Any) -> bool:
     return (
         name in _FREE
         or name.startswith("architecture.lora.")
+        or (name.startswith("architecture.image_text.") and name != "architecture.image_text.size")
         or (name == "architecture.language.tied_head" and value)
     )

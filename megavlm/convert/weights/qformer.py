@@ -8,10 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from megavlm.config.image_text import START_TEMPERATURE
 from megavlm.config.qformer import QFormer
 from megavlm.config.schema import Architecture
-from megavlm.convert.weights.mapping import Row, linear, norm
-from megavlm.convert.weights.transforms import Reshaped, Stacked
+from megavlm.convert.weights.families import eva
+from megavlm.convert.weights.mapping import Row, linear, norm, within
+from megavlm.convert.weights.transforms import Absent, Reshaped, Stacked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +58,33 @@ def rows(architecture: Architecture, names: Names = BLIP2) -> list[Row]:
     if output_size := architecture.needs.connector_output(architecture):
         found += linear("output", (names.output,), (output_size, width))
     return found
+
+
+def retrieval_rows(architecture: Architecture) -> tuple[Row, ...]:
+    """List every weight of a model of the objective qformer, as ``Blip2ForImageTextRetrieval``
+    names them. It has no temperature and no head that generates; those stay in checkpoints.
+    """
+    width = architecture.connector.qformer.hidden_size
+    embedding = (architecture.image_text.size, width)
+    absent: dict[str, tuple[tuple[int, ...], float]] = {
+        "temperature": ((1,), START_TEMPERATURE),
+        "transform.weight": ((width, width), 1.0),
+        "transform.bias": ((width,), 0.0),
+        "transform_norm.weight": ((width,), 1.0),
+        "transform_norm.bias": ((width,), 0.0),
+        "vocabulary_bias": ((architecture.connector.qformer.vocab_size,), 0.0),
+    }
+    return (
+        *within(eva.rows(architecture.vision), "vision.", "vision_model."),
+        *within(rows(architecture), "connector.", ""),
+        *linear("objective.image_projection", ("vision_projection",), embedding),
+        *linear("objective.text_projection", ("text_projection",), embedding),
+        *linear("objective.matching", ("itm_head",), (2, width)),
+        *(
+            Row(f"objective.{key}", (), shape, Absent(shape, start))
+            for key, (shape, start) in absent.items()
+        ),
+    )
 
 
 def _layer(settings: QFormer, memory_size: int, number: int) -> Iterator[Row]:

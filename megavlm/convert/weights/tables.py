@@ -23,7 +23,9 @@ from megavlm.convert.weights.families import FAMILIES, clip, eva, internvit, wri
 from megavlm.convert.weights.mapping import Row, within
 from megavlm.convert.weights.transforms import Shape
 
-Dialect = Literal["native", "chat", "llava", "paligemma", "clip", "siglip", "blip2"]
+Dialect = Literal[
+    "native", "chat", "llava", "paligemma", "clip", "siglip", "blip2", "blip2_retrieval"
+]
 DIALECTS: tuple[Dialect, ...] = get_args(Dialect)
 
 
@@ -81,6 +83,11 @@ _NAMES: dict[Dialect, _Names] = {
         connector="",
         connector_rows=qformer.rows,
     ),
+}
+# Dialects of models without the usual three parts: every weight.
+_WHOLE: dict[str, Callable[[Architecture], tuple[Row, ...]]] = {
+    **pairs.ROWS,
+    "blip2_retrieval": qformer.retrieval_rows,
 }
 _LANGUAGE = "language_model."
 _LLAVA_BUFFER = re.compile(r"\.(rotary_emb\.inv_freq|embeddings\.position_ids)$")
@@ -140,8 +147,8 @@ def rows(architecture: Architecture, dialect: Dialect = "native") -> tuple[Row, 
     """
     for reason in HOLDS[dialect](architecture):
         raise ValueError(f"{reason}; it stays in checkpoints")
-    if dialect in pairs.ROWS:
-        return pairs.ROWS[dialect](architecture)
+    if dialect in _WHOLE:
+        return _WHOLE[dialect](architecture)
     names = _NAMES[dialect]
     language = architecture.language
     return (
@@ -155,7 +162,7 @@ def unused_rows(architecture: Architecture, dialect: Dialect) -> tuple[Row, ...]
     """List what files of a dialect hold beside the weights of the model, with keys as in a folder
     of the vision encoder alone.
     """
-    if dialect in pairs.ROWS:
+    if dialect in _WHOLE:
         return ()
     names = _NAMES[dialect]
     if names.unused_rows is None:
@@ -169,7 +176,7 @@ def copied_head(architecture: Architecture, dialect: Dialect) -> tuple[Row, ...]
     ``InternVLChatModel`` of InternVL 2 and 3 unties every model, so a head that is not in the files
     would be random.
     """
-    if dialect in pairs.ROWS:
+    if dialect in _WHOLE:
         return ()
     if not _NAMES[dialect].copies_tied_head or not architecture.language.tied_head:
         return ()

@@ -222,6 +222,34 @@ class GroupedQKV(Operation):
 
 
 @dataclass(frozen=True)
+class Absent(Operation):
+    """A tensor of megatron-core that Hugging Face's format has no place for: files do not hold it,
+    and what comes from files starts it anew.
+
+    Args:
+        shape: of the tensor.
+        start: value of all its elements, or of the diagonal of a matrix.
+    """
+
+    shape: Shape
+    start: float
+
+    def split(self, whole: Tensor) -> tuple[Tensor, ...]:
+        """Return nothing."""
+        return ()
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        """Return the tensor as it starts."""
+        if len(self.shape) == 2:
+            return torch.eye(*self.shape) * self.start
+        return torch.full(self.shape, self.start)
+
+    def part_shapes(self, whole: Shape) -> tuple[Shape, ...]:
+        """Return no shape."""
+        return ()
+
+
+@dataclass(frozen=True)
 class Reshaped(Operation):
     """The same numbers in another shape.
 

@@ -238,7 +238,8 @@ class HuggingFaceView(Mapping[str, Tensor]):
 
 def _joint_dtype(source: Tensors, row: Row) -> torch.dtype:
     """Return the narrowest dtype that holds every part of a row exactly."""
-    return reduce(torch.promote_types, [source.headers[name].dtype for name in row.names])
+    dtypes = [source.headers[name].dtype for name in row.names]
+    return reduce(torch.promote_types, dtypes) if dtypes else torch.float32
 
 
 def _dtype_name(dtype: torch.dtype) -> str:
