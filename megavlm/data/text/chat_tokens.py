@@ -59,7 +59,8 @@ class ChatTemplate:
         if tokenizer.is_fast:
             tokenizer.backend_tokenizer.no_truncation()
             tokenizer.backend_tokenizer.no_padding()
-        self.first_tokens = first_tokens(tokenizer)
+        # A pair keeps all that its tokenizer puts around a text.
+        self.first_tokens = [] if self.format.is_of_pairs else first_tokens(tokenizer)
         if self.format.gathers_images and not self.first_tokens:
             if tokenizer.bos_token_id is None:
                 raise ValueError(

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import BertTokenizerFast
 
 from megavlm.data.images.tiling import Tiling
 from megavlm.data.packing.settings import Job
@@ -51,6 +53,23 @@ def test_siglip_fills_texts_up(tmp_path: Path) -> None:
     padded = tokenizer("a dog", padding="max_length", max_length=64)["input_ids"]
     assert tokens.tolist() == padded and supervised.all() and tokens.dtype == np.int32
     assert template(tmp_path, "siglip").count(turns("a dog"), [1]) == 64
+
+
+def test_a_bert_frames_texts_for_blip2(tmp_path: Path) -> None:
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "red", "dog"]
+    whole = Tokenizer(models.WordPiece({word: n for n, word in enumerate(words)}))
+    whole.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    frame = [("[CLS]", 2), ("[SEP]", 3)]
+    whole.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=frame
+    )
+    names = dict(unk_token="[UNK]", pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]")
+    BertTokenizerFast(tokenizer_object=whole, **names).save_pretrained(tmp_path)
+    bert = ChatTemplate(load_tokenizer(tmp_path), 0, name="blip2_pairs")
+    tokens, supervised = bert.encode(turns("a red dog"), [1])
+    assert tokens.tolist() == [2, 4, 5, 6, 3] and supervised.all()
+    tokens, _ = bert.encode(turns("red " * 50), [1])
+    assert len(tokens) == 32 and tokens[0] == 2 and tokens[-1] == 3
 
 
 @pytest.mark.parametrize(
