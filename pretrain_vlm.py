@@ -2,14 +2,16 @@
 how.
 """
 
-from megavlm.config.cli import parse
+import sys
+
+from megavlm.config.stages import parse_stages
 from megavlm.model_source import read_model
 from megavlm.pack_first import pack_annotations, problems
 
 if __name__ == "__main__":
-    config = pack_annotations(parse(read_model=read_model, find_problems=problems))
+    runs = [pack_annotations(run) for run in parse_stages(sys.argv[1:], read_model, problems)]
     # Only now, since it takes seconds: help and mistakes in the configuration should not wait for
     # torch and megatron-core.
-    from megavlm.train.launch import launch
+    from megavlm.train.stages import launch_all
 
-    launch(config)
+    launch_all(runs)

@@ -57,31 +57,41 @@ def parse(
         ranks = asked.check or torchrun.world_size()
         found = list(find_problems(config, ranks)) if find_problems else []
     except (argparse.ArgumentError, ValueError, OSError) as error:
-        _tell(str(error))
+        tell(str(error))
         raise SystemExit(2) from None
     if asked.print_config:
-        _show(config, found)
+        show([config], found)
         raise SystemExit(0)
     if found:
-        listed = "\n  ".join(found)
-        _tell(f"{_counted(found)} with the configuration:\n  {listed}")
+        tell_problems(found)
         raise SystemExit(2)
     if asked.check is not None:
-        if _is_first_rank():
-            counted = "1 rank" if ranks == 1 else f"{ranks} ranks"
-            print(f"nothing is wrong with the configuration for {counted}")
+        tell_good(ranks)
         raise SystemExit(0)
     return config
+
+
+def tell_problems(found: Sequence[str]) -> None:
+    """Print what is wrong with a configuration."""
+    listed = "\n  ".join(found)
+    tell(f"{_counted(found)} with the configuration:\n  {listed}")
+
+
+def tell_good(ranks: int) -> None:
+    """Print, once, that nothing is wrong."""
+    if _is_first_rank():
+        counted = "1 rank" if ranks == 1 else f"{ranks} ranks"
+        print(f"nothing is wrong with the configuration for {counted}")
 
 
 def _counted(found: Sequence[str]) -> str:
     return f"{len(found)} problem" if len(found) == 1 else f"{len(found)} problems"
 
 
-def _show(config: Config, found: Sequence[str]) -> None:
-    """Print a configuration, and beside it, on the error output, why it would be refused."""
+def show(runs: Sequence[Config], found: Sequence[str]) -> None:
+    """Print configurations, and beside them, on the error output, why they would be refused."""
     if _is_first_rank():
-        print(to_yaml(config), end="", flush=True)
+        print("---\n".join(map(to_yaml, runs)), end="", flush=True)
         if found:
             note = f"{PROGRAM}: as it stands the run would be refused, for {_counted(found)}:"
             print("\n  ".join([note, *found]), file=sys.stderr, flush=True)
@@ -266,7 +276,7 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _tell(error: str) -> None:
+def tell(error: str) -> None:
     """Print the error once: other ranks wait, and print it only if the first rank has not ended
     the job (torchrun kills all ranks as soon as one exits).
     """
@@ -300,6 +310,9 @@ later files override earlier ones, and the command line overrides all files. --p
 the whole configuration as YAML instead of training. --check RANKS lists its problems for that many
 ranks (without a number: for as many as torchrun starts) and exits, with status 2 if there are any.
 The defaults below are those of the stage and the model, if both are given.
+
+--stage 1,1.5,2 trains several stages in turn, each in a folder of its own in --save and from the
+checkpoint of the one before; --for 1.5 'OPTIONS' gives options to one of them.
 
 recipes:
 {recipe_lines}

@@ -59,13 +59,13 @@ Start = Checkpoint | Path | Init | None
 """What a run starts from: a checkpoint, a Hugging Face folder, parts, or nothing."""
 
 
-def launch(config: Config) -> None:
-    """Run a training job; what is wrong with it, on any rank, ends every process with status 2
-    before any process group exists.
+def launch(config: Config) -> State:
+    """Run a training job, and return where it ended; what is wrong with it, on any rank, ends every
+    process with status 2 before any process group exists.
     """
     ignore_save_signal()
     backend.set_environment(config.training.deterministic)
-    store = backend.meet(config.parallel.timeout_minutes)
+    store = backend.meet(config.parallel.timeout_minutes, config.stage)
     with contextlib.ExitStack() as stack:
         start, lock = _agree_to_start(config, store, stack)
         if isinstance(start, Checkpoint) and source.is_own(config, start):
@@ -77,7 +77,7 @@ def launch(config: Config) -> None:
         )
         out_of_memory.record_memory(config)
         try:
-            train(config, device_backend, start, lock)
+            return train(config, device_backend, start, lock)
         except (source.DamagedError, MismatchError, SaveError, StepError) as error:
             # Every rank knows of it, so none waits for another.
             torchrun.refuse(f"error: {error}", is_told=torchrun.rank() == 0)

@@ -19,6 +19,7 @@ from megavlm.checkpoint.train_state import History
 from megavlm.config import torchrun
 from megavlm.config.checks.resume import refusals
 from megavlm.config.checks.rules import ConfigError
+from megavlm.config.checks.saving import exported_step
 from megavlm.config.schema import Config
 from megavlm.data.store.manifest import read_manifest
 from megavlm.train import checkpoint
@@ -49,6 +50,23 @@ def own(config: Config) -> Checkpoint | None:
             " another one"
         )
     return None
+
+
+def has_begun(config: Config) -> bool:
+    """Tell whether the run's save folder holds a checkpoint."""
+    save = Path(config.checkpoint.save)
+    return save.is_dir() and bool(folder.candidates(save))
+
+
+def is_done(config: Config) -> bool:
+    """Tell whether the newest checkpoint of a run is its last one, and its export is written."""
+    try:
+        found = step_folder.find(config.checkpoint.save)
+    except (ValueError, OSError):
+        return False
+    steps = config.training.steps
+    exports = config.checkpoint.export_hf and exported_step(config.checkpoint) != steps
+    return found is not None and found.state.step >= steps and not exports
 
 
 def _first_whole(config: Config, candidates: Sequence[Path], problems: list[str]) -> Checkpoint:

@@ -1,0 +1,148 @@
+"""Several stages in one command: ``--stage 1,1.5,2``, each with a folder of its own in the save
+folder, and each from the checkpoint of the one before.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from megavlm.config import cli, torchrun
+from megavlm.config.cli import FindProblems
+from megavlm.config.models import ReadModel
+from megavlm.config.schema import Config, Init
+
+_OWN = ("--checkpoint.save", "--save", "--checkpoint.load", "--load", "--stage", "--recipe")
+_SWITCHES = ("--print_config", "--check", "--help", "-h")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """A command line, taken apart.
+
+    Args:
+        stages: names of the stages.
+        options: of all stages.
+        of_stage: options of one stage alone, by its name.
+        asked: what is asked for instead of training: ``--print_config``, ``--check``, ``--help``.
+    """
+
+    stages: tuple[str, ...]
+    options: list[str]
+    of_stage: dict[str, list[str]]
+    asked: list[str]
+
+
+def parse_stages(
+    arguments: Sequence[str], read_model: ReadModel, find_problems: FindProblems
+) -> list[Config]:
+    """Return the runs that a command line asks for, in order; as ``cli.parse``, which reads a
+    command of one stage.
+
+    Wrong input ends the process with status 2, with the problems of all stages together.
+    """
+    try:
+        command = _take_apart(list(arguments))
+    except ValueError as error:
+        cli.tell(str(error))
+        raise SystemExit(2) from None
+    if len(command.stages) < 2 or "--help" in command.asked or "-h" in command.asked:
+        first = ["--stage", command.stages[0]] if command.stages else []
+        plain = [*command.options, *first, *command.asked]
+        return [cli.parse(plain, read_model, find_problems)]
+    runs: list[Config] = []
+    for number, stage in enumerate(command.stages):
+        given = [*command.options, "--stage", stage, *command.of_stage.get(stage, ())]
+        run = cli.parse(given, read_model)
+        if not run.checkpoint.save:
+            cli.tell("--stage: several stages need --checkpoint.save, the folder for all of them")
+            raise SystemExit(2)
+        is_last = number == len(command.stages) - 1
+        runs.append(_placed(run, runs[-1] if runs else None, exports=is_last, command=command))
+    found = list(_problems(runs, command, find_problems))
+    if "--print_config" in command.asked:
+        cli.show(runs, found)
+        raise SystemExit(0)
+    if found:
+        cli.tell_problems(found)
+        raise SystemExit(2)
+    if "--check" in command.asked:
+        cli.tell_good(_ranks(command))
+        raise SystemExit(0)
+    return runs
+
+
+def _take_apart(arguments: list[str]) -> Command:
+    """Return the parts of a command line.
+
+    Raises:
+        ValueError: ``--for`` names no stage, or options that are not one stage's.
+    """
+    stages: tuple[str, ...] = ()
+    options: list[str] = []
+    asked: list[str] = []
+    of_stage: dict[str, list[str]] = {}
+    words = iter(arguments)
+    for word in words:
+        flag, has_value, value = word.partition("=")
+        if flag == "--stage":
+            text = value if has_value else next(words, "")
+            stages = tuple(name.strip() for name in text.split(",") if name.strip())
+        elif flag == "--for":
+            name = value if has_value else next(words, "")
+            of_stage[name] = of_stage.get(name, []) + shlex.split(next(words, ""))
+        elif flag in _SWITCHES or (asked[-1:] == ["--check"] and word.isdecimal()):
+            asked.append(word)
+        else:
+            options.append(word)
+    for name, given in of_stage.items():
+        if len(stages) < 2 or name not in stages:
+            raise ValueError(
+                f"--for {name}: --stage names no such stage among several; write"
+                " --stage 1,2 --for 1 '--data.train packs'"
+            )
+        for flag in (word.partition("=")[0] for word in given):
+            if flag in (*_OWN, *_SWITCHES):
+                raise ValueError(f"--for {name}: {flag} is for all stages together")
+    if len(set(stages)) < len(stages):
+        raise ValueError(f"--stage {','.join(stages)}: names a stage twice")
+    return Command(stages=stages, options=options, of_stage=of_stage, asked=asked)
+
+
+def _placed(run: Config, before: Config | None, *, exports: bool, command: Command) -> Config:
+    """Return the run of a stage with its own folder, and the checkpoint that it starts from.
+
+    Args:
+        run: as all options give it.
+        before: the run of the stage before; none for the first.
+        exports: whether ``--checkpoint.export_hf`` of all stages is meant for this one.
+        command: which options are of this stage alone.
+    """
+    files = run.checkpoint
+    own = command.of_stage.get(run.stage, [])
+    if not exports and not any(word.startswith("--checkpoint.export_hf") for word in own):
+        files = replace(files, export_hf="")
+    files = replace(files, save=str(Path(files.save) / f"stage_{run.stage}"))
+    if before is None:
+        return replace(run, checkpoint=files)
+    files = replace(files, load=before.checkpoint.save, weights_only=False)
+    return replace(run, checkpoint=files, init=Init())
+
+
+def _problems(
+    runs: Sequence[Config], command: Command, find_problems: FindProblems
+) -> Iterator[str]:
+    """Yield the problems of all stages; what a later stage starts from is not there yet."""
+    for number, run in enumerate(runs):
+        missing = f"--checkpoint.load {run.checkpoint.load}: no such folder"
+        for problem in find_problems(run, _ranks(command)):
+            if number == 0 or problem != missing:
+                yield f"stage {run.stage}: {problem}"
+
+
+def _ranks(command: Command) -> int:
+    """Return the ranks that ``--check`` names, else those that torchrun starts."""
+    named = [int(word) for word in command.asked if word.isdecimal()]
+    return named[0] if named else torchrun.world_size()

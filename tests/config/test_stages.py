@@ -1,0 +1,95 @@
+"""Commands of several stages, taken apart and checked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megavlm.config.cli import from_yaml
+from megavlm.config.schema import Init
+from megavlm.config.stages import parse_stages
+
+COMMON = ["--model", "tiny", "--data.train", "packs", "--save", "runs/all"]
+
+
+def parsed(*arguments: str, problems: tuple[str, ...] = ()):
+    def read(path: Path):
+        raise ValueError(f"--model {path}: not read")
+
+    return parse_stages(arguments, read, lambda config, ranks: list(problems))
+
+
+def test_each_stage_has_a_folder_and_starts_from_the_one_before() -> None:
+    runs = parsed(
+        *COMMON,
+        "--stage=1,1.5,2",
+        "--load",
+        "start",
+        "--for",
+        "1.5",
+        "--data.train 'other packs' --training.steps=7",
+        "--for=2",
+        "--optimizer.lr 1e-6",
+        "--checkpoint.export_hf",
+        "out",
+    )
+    assert [run.stage for run in runs] == ["1", "1.5", "2"]
+    assert [run.checkpoint.save for run in runs] == [
+        f"runs/all/stage_{n}" for n in ("1", "1.5", "2")
+    ]
+    assert [run.checkpoint.load for run in runs] == [
+        "start",
+        "runs/all/stage_1",
+        "runs/all/stage_1.5",
+    ]
+    assert [run.data.train for run in runs] == ["packs", "other packs", "packs"]
+    assert (runs[1].training.steps, runs[2].optimizer.lr) == (7, 1e-6)
+    assert [run.training.trainable[0] for run in runs] == ["connector", "vision", "vision"]
+    assert [run.checkpoint.export_hf for run in runs] == ["", "", "out"]
+    assert runs[2].init == Init()
+
+
+def test_one_stage_is_read_as_ever() -> None:
+    [run] = parsed("--stage", "1", *COMMON)
+    assert run.checkpoint.save == "runs/all" and run.stage == "1"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--stage", "1,2", "--for", "3", "--lr 1"], "--for 3: --stage names no such stage"),
+        (["--stage", "1", "--for", "1", "--lr 1"], "--for 1: --stage names no such stage among"),
+        (["--stage", "1,2", "--for", "2", "--save x"], "--for 2: --save is for all stages"),
+        (["--stage", "1,1"], "--stage 1,1: names a stage twice"),
+        (["--stage", "1,9"], "--stage 9: no such stage"),
+        (["--stage", "1,2", "--save", ""], "several stages need --checkpoint.save"),
+        (["--stage", "1,2", "--for", "2", "--stepz 3"], "unknown option --stepz"),
+    ],
+)
+def test_wrong_commands_are_refused(
+    arguments: list[str], told: str, capsys: pytest.CaptureFixture
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parsed(*COMMON, *arguments)
+    assert ended.value.code == 2 and told in capsys.readouterr().err
+
+
+def test_problems_of_all_stages_come_together(capsys: pytest.CaptureFixture) -> None:
+    missing = "--checkpoint.load runs/all/stage_1: no such folder"
+    with pytest.raises(SystemExit) as ended:
+        parsed(*COMMON, "--stage", "1,2", problems=("--lr 0: must be above 0", missing))
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and said.count(missing) == 1  # only of the first
+    assert all(f"stage {name}: --lr 0: must be above 0" in said for name in ("1", "2"))
+
+
+def test_configurations_are_printed_one_below_the_other(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parsed(*COMMON, "--stage", "1,2", "--print_config")
+    first, second = capsys.readouterr().out.split("---\n")
+    assert ended.value.code == 0
+    assert [from_yaml(text).stage for text in (first, second)] == ["1", "2"]
+    with pytest.raises(SystemExit) as ended:
+        parsed(*COMMON, "--stage", "1,2", "--check", "8")
+    assert "nothing is wrong with the configuration for 8 ranks" in capsys.readouterr().out
