@@ -311,8 +311,8 @@ the whole configuration as YAML instead of training. --check RANKS lists its pro
 ranks (without a number: for as many as torchrun starts) and exits, with status 2 if there are any.
 The defaults below are those of the stage and the model, if both are given.
 
---stage 1,1.5,2 trains several stages in turn, each in a folder of its own in --save and from the
-checkpoint of the one before; --for 1.5 'OPTIONS' gives options to one of them.
+--stage A,B trains several stages in turn, each in a folder of its own in --save and from the
+checkpoint of the one before; --for B 'OPTIONS' gives options to one of them.
 
 recipes:
 {recipe_lines}

@@ -42,8 +42,9 @@ class Optimizer:
         weight_decay_schedule: how the weight decay goes from ``weight_decay`` to
             ``end_weight_decay`` over the training steps.
         end_weight_decay: weight decay at the last step, unless it is constant.
-        decay: trainable parameters with weight decay: all, as in InternVL's recipe, or matrices
-            only (no norms, biases or layer scales).
+        decay: trainable parameters with weight decay: all, as in InternVL's recipe; matrices only
+            (no norms, biases or layer scales); or, as a vision model lists them, matrices but no
+            class and position embeddings, query tokens, latents and temperatures (model).
         no_decay: parameters without weight decay: parts or patterns of names, as for
             ``training.trainable``.
         lr_multipliers: learning rate of parts or of patterns of names, as a multiple of ``lr``,
@@ -79,7 +80,7 @@ class Optimizer:
     weight_decay: float = 0.05
     weight_decay_schedule: Literal["constant", "linear", "cosine"] = "constant"
     end_weight_decay: float = 0.0
-    decay: Literal["all", "matrices"] = "all"
+    decay: Literal["all", "matrices", "model"] = "all"
     no_decay: tuple[str, ...] = ()
     lr_multipliers: tuple[str, ...] = ()
     vision_layer_decay: float = 1.0

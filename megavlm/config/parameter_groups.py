@@ -23,6 +23,18 @@ _FUSED = {
 }
 """Names of Hugging Face for rows of one tensor here."""
 
+NOT_DECAYED = (
+    "class_token",
+    "position_embedding",
+    "position_embeddings.weight",
+    "connector.query",
+    "connector.queries",
+    "latents",
+    "logit_scale",
+    "logit_bias",
+)
+"""Ends of the names of learned inputs and temperatures, which timm and CLIP do not decay."""
+
 
 def multiplier(key: str, optimizer: Optimizer, architecture: Architecture) -> float:
     """Return the learning rate of a parameter, as a multiple of the run's.
@@ -58,7 +70,8 @@ def decays(key: str, optimizer: Optimizer, *, is_matrix: bool) -> bool:
         optimizer: the settings.
         is_matrix: whether it has two dimensions or more that are longer than 1.
     """
-    is_chosen = optimizer.decay == "all" or is_matrix
+    is_listed = optimizer.decay == "model" and key.endswith(NOT_DECAYED)
+    is_chosen = optimizer.decay == "all" or (is_matrix and not is_listed)
     return is_chosen and not any(matches(key, pattern) for pattern in optimizer.no_decay)
 
 

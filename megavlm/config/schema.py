@@ -197,6 +197,9 @@ class Training:
             ``language.output_layer``.
         drop_path: drop path rate of the vision encoder's last layer, growing linearly from 0 over
             the depth; off if vision is frozen.
+        drop_path_schedule: how the rate goes from ``drop_path`` to ``end_drop_path`` over the
+            training steps.
+        end_drop_path: drop path rate at the last step, unless it is constant.
         eval_interval: steps between evaluations on ``data.valid``; 0: only at the start and the
             end.
         eval_packs: packs per evaluation; 0: all.
@@ -216,12 +219,19 @@ class Training:
     precision: Literal["bfloat16", "float32"] = "bfloat16"
     trainable: tuple[str, ...] = ("connector",)
     drop_path: float = 0.0
+    drop_path_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    end_drop_path: float = 0.0
     eval_interval: int = 0
     eval_packs: int = 0
     kernels: Literal["auto", "local", "transformer_engine"] = "auto"
     head_tokens: Literal["supervised", "all"] = "supervised"
     max_hours: float = 0.0
     deterministic: bool = False
+
+    @property
+    def highest_drop_path(self) -> float:
+        """The highest drop path rate of any step."""
+        return max(self.drop_path, self.end_drop_path)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -97,6 +97,7 @@ class VisionEncoder(MegatronModule):
         ]
         rates = torch.tensor(rates).repeat_interleave(2)[:, None] if drop_path else None
         self.register_buffer("drop_path_rates", rates, persistent=False)
+        self.drop_path_share = 1.0  # of these rates, in the step at hand
 
     def normalise(self, tiles: Tensor) -> Tensor:
         """uint8 [I, 3, S, S] -> [I, 3, S, S] in the model's dtype, as the encoder was
@@ -136,7 +137,10 @@ class VisionEncoder(MegatronModule):
         """
         if self.drop_path_rates is None or not self.training:
             return None
-        return (draws >= self.drop_path_rates) / (1 - self.drop_path_rates)
+        rates = self.drop_path_rates
+        if self.drop_path_share != 1.0:
+            rates = rates * self.drop_path_share
+        return (draws >= rates) / (1 - rates)
 
     def forward(self, hidden: Tensor | None, tiles: Tensor, draws: Tensor) -> Tensor:
         """Run this chunk's layers.

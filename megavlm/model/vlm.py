@@ -83,7 +83,7 @@ class VisionLanguageModel(MegatronModule):
         self.first_trained = 0
         collection = groups.collection
         if chunk.has_patch_embedding or chunk.vision_layers:
-            drop_path = config.training.drop_path
+            drop_path = config.training.highest_drop_path
             encoder = vision_config(config, layout, chosen)
             self.vision = VisionEncoder(
                 encoder, arch.vision, chunk, drop_path, chosen, groups.vision, vp_stage
@@ -115,6 +115,11 @@ class VisionLanguageModel(MegatronModule):
         trains_before = self.first_trained < self.number
         # What arrives asks for a gradient, whether or not anything that is trained has made it.
         self.input_tensor = received if received is None or trains_before else received.detach()
+
+    def set_drop_path(self, share: float) -> None:
+        """Use this share of the highest drop path rate from now on."""
+        if self.vision is not None:
+            self.vision.drop_path_share = share
 
     def received_shape(self, batch: Batch) -> tuple[int, int, int]:
         """Shape of what the chunk before sends for a pack."""

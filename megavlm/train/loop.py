@@ -28,6 +28,7 @@ from megavlm.train.optimizer import set_rates, whole_weights
 from megavlm.train.profile import ProfiledSteps
 from megavlm.train.retrieval import recalls
 from megavlm.train.saver import Saver
+from megavlm.train.schedule import drop_path
 from megavlm.train.source_losses import SourceLosses
 from megavlm.train.step import StepResult, train_step
 from megavlm.train.stop_signal import StopRequest
@@ -156,6 +157,9 @@ def _train(
             f"step {state.step + 1}: --data.train {config.data.train}: no token of packs"
             f" {ids.tolist()} is supervised, so there is no loss"
         )
+    if highest := config.training.highest_drop_path:
+        for chunk in job.chunks:
+            chunk.set_drop_path(drop_path(state.step, config.training) / highest)
     skips = partial(rule.skips, state.step + 1, ids.tolist())
     return train_step(
         job.ddp_chunks,

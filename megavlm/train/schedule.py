@@ -1,10 +1,10 @@
-"""The learning rate and the weight decay of every step, as pure functions of the step."""
+"""Learning rate, weight decay and drop path rate of every step, as pure functions of the step."""
 
 from __future__ import annotations
 
 import math
 
-from megavlm.config.schema import Optimizer
+from megavlm.config.schema import Optimizer, Training
 
 
 def learning_rate(step: int, optimizer: Optimizer, steps: int) -> float:
@@ -66,9 +66,27 @@ def weight_decay(step: int, optimizer: Optimizer, steps: int) -> float:
     """Return the weight decay of update ``step``, counted from 0; as in Megatron-LM, it would
     reach its end one step after the last.
     """
-    if optimizer.weight_decay_schedule == "constant":
-        return optimizer.weight_decay
-    progress = min(step / steps, 1.0)
-    if optimizer.weight_decay_schedule == "cosine":
+    return _between(
+        optimizer.weight_decay,
+        optimizer.end_weight_decay,
+        step / steps,
+        optimizer.weight_decay_schedule,
+    )
+
+
+def drop_path(step: int, training: Training) -> float:
+    """Return the drop path rate of the last layer in update ``step``, counted from 0."""
+    progress = step / max(training.steps - 1, 1)
+    return _between(
+        training.drop_path, training.end_drop_path, progress, training.drop_path_schedule
+    )
+
+
+def _between(first: float, last: float, progress: float, schedule: str) -> float:
+    """Return the value after a share of the steps, on a line or half a cosine."""
+    if schedule == "constant":
+        return first
+    progress = min(progress, 1.0)
+    if schedule == "cosine":
         progress = 0.5 * (1 - math.cos(math.pi * progress))
-    return optimizer.weight_decay + progress * (optimizer.end_weight_decay - optimizer.weight_decay)
+    return first + progress * (last - first)

@@ -147,3 +147,24 @@ def test_a_run_of_defaults_has_one_group_a_part() -> None:
     assert [(row.part, row.multiplier, row.weight_decay) for row in rows] == [
         (part, 1.0, True) for part in ("vision", "connector", "language")
     ]
+
+
+@pytest.mark.parametrize(
+    ("command", "without"),
+    [
+        ("--recipe clip --stage 1", {"vision.position_embedding"}),
+        (
+            "--recipe siglip --stage 1",
+            {"vision.position_embedding", "language.embedding.position_embeddings.weight"},
+        ),
+        ("--model tiny --stage 2", {"vision.position_embedding"}),
+    ],
+)
+def test_the_models_own_list_is_that_of_vision_libraries(command: str, without: set) -> None:
+    def decayed(rule: str) -> set[str]:
+        run = parse([*command.split(), "--optimizer.decay", rule])
+        return {name for row in parameter_table(run) if row.weight_decay for name in row.names}
+
+    assert without <= decayed("matrices") and not without & decayed("model")
+    left_out = decayed("matrices") - decayed("model")
+    assert left_out <= {*without, "language.embedding.position_embeddings.weight"}

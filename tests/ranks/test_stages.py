@@ -33,7 +33,7 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [
         *(*TORCHRUN, "--config", str(folder / "run.yaml"), "--stage", "1,1.5,2"),
         *("--for", "1", "--training.trainable connector"),
-        *("--for", "1.5", f"--data.train {folder / 'packs_1.5'} --training.steps 60"),
+        *("--for", "1.5", f"--data.train {folder / 'packs_1.5'} --training.steps 30"),
         *("--for", "2", f"--data.train {folder / 'packs_2'}"),
     ]
 
@@ -57,18 +57,18 @@ def test_stages_that_were_killed_and_started_again_end_bit_for_bit_alike(
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     ) as started:
-        _wait_for_step(killed / "stage_1.5" / "metrics.jsonl", 7)
+        _wait_for_step(killed / "stage_1.5" / "metrics.jsonl", 5)
         os.killpg(started.pid, signal.SIGKILL)
     assert not (killed / "stage_2").exists()
     again = run(command, killed)
     # The first stage is not built again; the second resumes; the third starts from it.
     assert "stage 1," not in again and "resuming after step" in again
     assert (
-        f"start: {killed / 'stage_1.5' / 'step_00000060'} (stage 1.5, step 60): its weights"
+        f"start: {killed / 'stage_1.5' / 'step_00000030'} (stage 1.5, step 30): its weights"
         in again
     )
     assert _trained_steps(killed / "stage_2" / "metrics.jsonl") == [1, 2, 3, 4]
-    for stage in ("stage_1.5/step_00000060", "stage_2/step_00000004"):
+    for stage in ("stage_1.5/step_00000030", "stage_2/step_00000004"):
         [expected], [found] = (
             ranks.run(saved_tensors, 1, tmp_path / name / stage) for name in ("whole", "killed")
         )

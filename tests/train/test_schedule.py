@@ -11,13 +11,16 @@ import types
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 
+from megavlm.config.checks.drop_path import drop_path_problems
 from megavlm.config.checks.optimizer import optimizer_problems
 from megavlm.config.schema import Optimizer, Training
-from megavlm.train.schedule import learning_rate, weight_decay
+from megavlm.model.vision import VisionEncoder
+from megavlm.train.schedule import drop_path, learning_rate, weight_decay
 from tools import plot_schedule
 
 STEPS = 1000
@@ -301,3 +304,41 @@ def test_a_configuration_file_without_a_model_will_do(tmp_path: Path) -> None:
     run: Callable[[list[str]], int] = plot_schedule.main
     assert run(["--config", str(file), "--json", str(tmp_path / "a.json")]) == 0
     assert json.loads((tmp_path / "a.json").read_text())[100]["lr"] == 1.0
+
+
+def test_drop_path_goes_from_its_first_rate_to_its_last() -> None:
+    def rates(**settings) -> list[float]:
+        training = Training(steps=5, drop_path=0.1, **settings)
+        return [drop_path(step, training) for step in range(5)]
+
+    assert rates() == [0.1] * 5
+    linear = rates(drop_path_schedule="linear", end_drop_path=0.5)
+    assert linear == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5], abs=1e-12)
+    cosine = rates(drop_path_schedule="cosine", end_drop_path=0.0)
+    assert cosine == pytest.approx([0.1, 0.0853553391, 0.05, 0.0146446609, 0.0], abs=1e-9)
+
+
+def test_a_share_of_the_rates_drops_fewer_branches() -> None:
+    encoder = mock.Mock(drop_path_rates=torch.tensor([[0.4]]), training=True, drop_path_share=1.0)
+    draws = torch.tensor([[0.1, 0.3, 0.9]])
+    kept = VisionEncoder.kept_paths(encoder, draws)
+    assert kept[0].tolist() == pytest.approx([0, 0, 1 / 0.6])
+    encoder.drop_path_share = 0.5
+    kept = VisionEncoder.kept_paths(encoder, draws)
+    assert kept[0].tolist() == pytest.approx([0, 1 / 0.8, 1 / 0.8])
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        (dict(end_drop_path=0.3), "--training.end_drop_path 0.3 has no effect with"),
+        (dict(drop_path=1.0), "--training.drop_path 1.0: must be 0 or more, and less than 1"),
+        (
+            dict(trainable=("connector",), drop_path_schedule="linear", end_drop_path=0.3),
+            "--training.end_drop_path 0.3 has no effect: --training.trainable connector",
+        ),
+    ],
+)
+def test_drop_path_that_has_no_effect_is_named(settings: dict, told: str) -> None:
+    [problem] = drop_path_problems(Training(**dict(trainable=("vision",)) | settings))
+    assert problem.startswith(told)

@@ -46,7 +46,8 @@ _BY_SECTION: dict[str, dict[Kind, str]] = {
         "refused": "moments",
     },
     "training.": {
-        "taken": "steps global_batch_size precision drop_path eval_interval eval_packs kernels"
+        "taken": "steps global_batch_size precision drop_path drop_path_schedule end_drop_path"
+        " eval_interval eval_packs kernels"
         " deterministic head_tokens",
         "refused": "seed trainable",
         "free": "max_hours",

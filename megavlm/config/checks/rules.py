@@ -10,6 +10,7 @@ from megavlm.config.checks.architecture import architecture_problems
 from megavlm.config.checks.buckets import bucket_problems
 from megavlm.config.checks.datasets import DatasetFacts, facts_problems
 from megavlm.config.checks.device import DeviceCapabilities, device_problems
+from megavlm.config.checks.drop_path import drop_path_problems
 from megavlm.config.checks.evaluation import evaluation_problems
 from megavlm.config.checks.fp8 import fp8_problems
 from megavlm.config.checks.limits import at_least
@@ -19,7 +20,7 @@ from megavlm.config.checks.objective import objective_layout_problems, objective
 from megavlm.config.checks.observers import observer_problems
 from megavlm.config.checks.optimizer import optimizer_problems
 from megavlm.config.checks.saving import checkpoint_problems
-from megavlm.config.freeze_mask import PARTS, parts_named, trains
+from megavlm.config.freeze_mask import PARTS, parts_named
 from megavlm.config.layout_text import parse_layout
 from megavlm.config.loss import loss_problems
 from megavlm.config.objectives import OBJECTIVES
@@ -321,13 +322,7 @@ def _training(training: Training) -> Iterator[str]:
                 f"--training.trainable {pattern}: nothing is called so; parts are"
                 f" {', '.join(PARTS)}"
             )
-    if not 0 <= training.drop_path < 1:
-        yield f"--training.drop_path {training.drop_path}: must be 0 or more, and less than 1"
-    elif training.drop_path and training.trainable and not trains("vision", training.trainable):
-        yield (
-            f"--training.drop_path {training.drop_path} has no effect: --training.trainable"
-            f" {','.join(training.trainable)} leaves the vision encoder frozen; use 0"
-        )
+    yield from drop_path_problems(training)
 
 
 def _kernels(training: Training) -> Iterator[str]:
