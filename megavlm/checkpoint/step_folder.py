@@ -44,13 +44,22 @@ def find(path: str | Path) -> Checkpoint | None:
         The checkpoint; None if a save folder holds none yet.
 
     Raises:
-        ValueError: the folder is incomplete, damaged, or of another format.
+        ValueError: the folder is incomplete, damaged, of another format, or holds trained
+            parameters only.
     """
     folder = Path(path)
-    if (folder / train_state.FILE_NAME).is_file():
-        return read(folder)
-    steps = directory.candidates(folder)
-    return read(steps[0]) if steps else None
+    if not (folder / train_state.FILE_NAME).is_file():
+        steps = directory.candidates(folder)
+        if not steps:
+            return None
+        folder = steps[0]
+    found = read(folder)
+    if found.state.trained_only:
+        raise ValueError(
+            f"{folder}: holds trained parameters only (--checkpoint.trained_only), for its own run"
+            " to resume from; the last checkpoint of that run is whole"
+        )
+    return found
 
 
 def read(folder: Path) -> Checkpoint:

@@ -34,6 +34,8 @@ class State:
         valid_loss: validation loss after this very step; none where it was not measured.
         figures: names and values of the tasks after this very step; empty where none was asked.
         history: earlier stages of which moments were kept.
+        trained_only: whether the checkpoint holds the trained parameters only.
+        base: folder and fingerprint of the weights below them.
         skipped: steps whose update was skipped.
         skipped_in_a_row: how many of these are the last steps.
         recent_losses: of the last steps, if spikes of the loss are looked for.
@@ -48,6 +50,8 @@ class State:
     valid_loss: float | None = None
     figures: tuple[tuple[str, float], ...] = ()
     history: History = ()
+    trained_only: bool = False
+    base: str = ""
     skipped: int = 0
     skipped_in_a_row: int = 0
     recent_losses: tuple[float, ...] = ()

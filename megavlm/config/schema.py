@@ -200,8 +200,7 @@ class Training:
         drop_path_schedule: how the rate goes from ``drop_path`` to ``end_drop_path`` over the
             training steps.
         end_drop_path: drop path rate at the last step, unless it is constant.
-        eval_interval: steps between evaluations on ``data.valid``; 0: only at the start and the
-            end.
+        eval_interval: steps between evaluations on ``data.valid``; 0: at the start and the end.
         eval_packs: packs per evaluation; 0: all.
         kernels: layer implementation: Transformer Engine, megatron-core's own (local), or auto:
             Transformer Engine if it is available and the dtype has 16 bits.
@@ -291,6 +290,8 @@ class Checkpoint:
             resumes from them.
         moments: AdamW's moments when a stage starts from another's checkpoint: fresh, or kept for
             parameters that both stages train.
+        trained_only: leave frozen parameters, such as what adapters adapt, out of all checkpoints
+            but the last. Resuming reads them where the run began, which must not change.
         verify: what to verify before loading a checkpoint: the checksums of all files (content),
             or, if reading every byte takes too long, only the sizes of the files (size).
         export_hf: folder for the trained model in Hugging Face format, written at the end of the
@@ -307,6 +308,7 @@ class Checkpoint:
     best_by: str = "valid_loss"
     weights_only: bool = False
     moments: Literal["fresh", "keep"] = "fresh"
+    trained_only: bool = False
     verify: Literal["content", "size"] = "content"
     export_hf: str = ""
 

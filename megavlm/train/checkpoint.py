@@ -22,9 +22,11 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megavlm.checkpoint.metadata import read_description
 from megavlm.checkpoint.step_folder import SHARDS, Checkpoint
+from megavlm.checkpoint.train_state import State
 from megavlm.config.differences import differing
+from megavlm.config.freeze_mask import matches
 from megavlm.config.lora import is_adapter
-from megavlm.config.schema import Architecture, Fp8, Vision
+from megavlm.config.schema import Architecture, Config, Fp8, Vision
 from megavlm.model.positions import POSITIONS_KEY, resize_positions
 from megavlm.model.precision import precision
 from megavlm.model.vlm import VisionLanguageModel
@@ -129,7 +131,7 @@ def load_weights(checkpoint: Checkpoint, chunks: Sequence[VisionLanguageModel]) 
             f"--checkpoint.load {checkpoint.folder}: the checkpoint is of another architecture than"
             f" --model:\n  {listed}"
         )
-    wanted = sharded_weights(chunks)
+    wanted = held(checkpoint.state, checkpoint.config, sharded_weights(chunks))
     if not before.lora.rank:
         wanted = {name: entry for name, entry in wanted.items() if not is_adapter(entry.key)}
     wanted = {name: _as_stored(entry, before.vision) for name, entry in wanted.items()}
@@ -138,7 +140,7 @@ def load_weights(checkpoint: Checkpoint, chunks: Sequence[VisionLanguageModel]) 
         if entry.key == _POSITIONS:
             classes = int(before.vision.has_class_token)
             loaded[name] = resize_positions(loaded[name], architecture.vision.grid, classes)
-    _take(chunks, loaded)
+    _take(chunks, loaded, partly=checkpoint.state.trained_only)
 
 
 def _as_stored(entry: Any, vision: Vision) -> Any:
@@ -150,6 +152,24 @@ def _as_stored(entry: Any, vision: Vision) -> Any:
         return entry
     room = entry.data.new_empty(shape)
     return ShardedTensor.from_rank_offsets(entry.key, room, replica_id=entry.replica_id)
+
+
+def held(state: State, config: Config, weights: ShardedStateDict) -> ShardedStateDict:
+    """Return those of the weights that a checkpoint holds: all, or the trained ones.
+
+    Args:
+        state: of the checkpoint.
+        config: the run that writes or wrote it.
+        weights: of this rank.
+    """
+    if not state.trained_only:
+        return weights
+    trainable = config.training.trainable
+    return {
+        name: entry
+        for name, entry in weights.items()
+        if any(matches(entry.key.removeprefix(_PREFIX), pattern) for pattern in trainable)
+    }
 
 
 @torch.no_grad()
@@ -169,8 +189,10 @@ def load_optimizer(
     asked = sharded(chunks, optimizer, kept, is_loading=True)
     groups = asked["optimizer"]["optimizer"]["param_groups"]
     found = master_weights.masters(asked["model"], asked["optimizer"], optimizer)
+    asked["model"] = held(checkpoint.state, checkpoint.config, asked["model"])
     loaded = load_shards(checkpoint, asked)
-    _take(chunks, loaded["model"] | loaded.get("scales", {}))
+    partly = checkpoint.state.trained_only
+    _take(chunks, loaded["model"] | loaded.get("scales", {}), partly=partly)
     refuse_mismatch(checkpoint, found, loaded["optimizer"])
     # Moments are stored for each parameter. Its group is that of this run, which may be divided
     # otherwise; all groups have seen the same number of updates.
@@ -217,8 +239,12 @@ def refuse_mismatch(
         ) from None
 
 
-def _take(chunks: Sequence[VisionLanguageModel], loaded: dict[str, Any]) -> None:
-    """Fill the chunks; what their layers remember beside their weights may be missing."""
+def _take(
+    chunks: Sequence[VisionLanguageModel], loaded: dict[str, Any], *, partly: bool = False
+) -> None:
+    """Fill the chunks; what their layers remember beside their weights may be missing, and any
+    weight if they are filled ``partly``.
+    """
     wrong: list[str] = []
     for chunk in chunks:
         start = f"{chunk.number} {_PREFIX}"
@@ -233,7 +259,7 @@ def _take(chunks: Sequence[VisionLanguageModel], loaded: dict[str, Any]) -> None
             *(
                 key
                 for key in result.missing_keys
-                if not key.endswith("_extra_state") and not is_adapter(key)
+                if not partly and not key.endswith("_extra_state") and not is_adapter(key)
             ),
         ]
     if wrong:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Sequence
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -13,36 +13,29 @@ import torch.distributed as dist
 
 from megavlm import job_checks
 from megavlm.checkpoint import directory as folder
-from megavlm.checkpoint import step_folder
 from megavlm.checkpoint.lock import Lock, held
 from megavlm.checkpoint.step_folder import Checkpoint
 from megavlm.checkpoint.train_state import State
 from megavlm.config import torchrun
 from megavlm.config.checks.resume import with_origin
-from megavlm.config.checks.rules import ConfigError, check
+from megavlm.config.checks.rules import check
 from megavlm.config.checks.saving import EXPORTED, exported_step
-from megavlm.config.exports import HOLDS
-from megavlm.config.lora import is_adapter
 from megavlm.config.recipes import recipe
-from megavlm.config.schema import Config, Init
-from megavlm.convert.hf import convert, from_parts, unused_weights
-from megavlm.convert.hf.hub_formats import HUB_FORMATS, dialect_of
+from megavlm.config.schema import Config
+from megavlm.convert.hf import convert
+from megavlm.convert.hf.hub_formats import HUB_FORMATS
 from megavlm.convert.weights.families import family_of
-from megavlm.convert.weights.tables import unused_rows
 from megavlm.data.loading.blend import BlendedDataset, BlendPlan, open_blend
 from megavlm.data.loading.dataset import PackedDataset
 from megavlm.data.loading.order import Order
-from megavlm.data.store.manifest import read_manifest
-from megavlm.data.text.tokenizer import fingerprint
 from megavlm.health import out_of_memory, speed_check
 from megavlm.health.preflight import DisagreementError, RankView, check_consistency, snapshot
 from megavlm.io import atomic
-from megavlm.model import precision, weights
-from megavlm.model.vlm import VisionLanguageModel
+from megavlm.model import precision
 from megavlm.parallel import backend, process_groups
 from megavlm.planner.layout import Layout, make_layout
 from megavlm.planner.partition import PackSize
-from megavlm.train import checkpoint, optimizer, stage_moments
+from megavlm.train import checkpoint, optimizer, origin, stage_moments
 from megavlm.train import resume as source
 from megavlm.train.bad_steps import StepError
 from megavlm.train.build import build
@@ -50,13 +43,11 @@ from megavlm.train.job import Job
 from megavlm.train.loop import evaluate, run
 from megavlm.train.master_weights import MismatchError
 from megavlm.train.metrics import Metrics
+from megavlm.train.origin import Start
 from megavlm.train.saver import SaveError
 from megavlm.train.stop_signal import ignore_save_signal
 from megavlm.train.summary import log_run_summary
 from megavlm.train.tasks import open_tasks
-
-Start = Checkpoint | Path | Init | None
-"""What a run starts from: a checkpoint, a Hugging Face folder, parts, or nothing."""
 
 
 def launch(config: Config) -> State:
@@ -179,45 +170,9 @@ def inspect(config: Config, world_size: int) -> Start:
     open_tasks(config)
     own = source.own(config)
     if own is not None:
+        origin.base(config, own)  # which must be there
         return own
-    if config.init != Init():
-        _check_parts(config)
-        return config.init
-    if not config.checkpoint.load:
-        return None
-    if (Path(config.checkpoint.load) / "config.json").is_file():
-        convert.refuse_other(config.checkpoint.load, config.architecture)
-        if config.checkpoint.moments == "keep":
-            raise ValueError(
-                f"--checkpoint.moments keep: {config.checkpoint.load} is of Hugging Face and has"
-                " none; use fresh"
-            )
-        return Path(config.checkpoint.load)
-    loaded = step_folder.find(config.checkpoint.load)
-    if loaded is None:
-        raise ValueError(
-            f"--checkpoint.load {config.checkpoint.load}: no checkpoint and no Hugging Face model"
-            " is there"
-        )
-    return source.fit(config, loaded)
-
-
-def _check_parts(config: Config) -> None:
-    """Refuse parts that do not fit the model or the data."""
-    from_parts.refuse_other(config.init, config.architecture)
-    if config.init.vision and _exports_unused(config):
-        unused_weights.check_encoder(Path(config.init.vision), config.architecture.vision)
-    if config.init.language:
-        tokenizer, _ = from_parts.extend_tokenizer(config.init, config.architecture.image_tokens)
-        if (
-            fingerprint(tokenizer)
-            != read_manifest(config.data.train_folders[0]).tokenizer_fingerprint
-        ):
-            words = " ".join(from_parts.words_of(config.init))
-            raise ConfigError(
-                f"--data.train {config.data.train}: packed with another tokenizer than that of"
-                f" {words}"
-            )
+    return origin.find(config)
 
 
 def train(
@@ -247,14 +202,18 @@ def train(
         if config.checkpoint.save:
             _clean(Path(config.checkpoint.save), groups, metrics)
         history = source.history(config, start)
-        fill = partial(_fill, config, start)
+        base = origin.base(config, start)
+        kept = origin.describe(config, start, groups)
+        fill = partial(origin.fill, config, start, base)
         built = build(config, layout, groups, device_backend, fill, history)
         tokenizer = packs.manifest.tokenizer_fingerprint
         counts = source.pack_counts(config)
-        state = State(stage=config.stage, tokenizer=tokenizer, packs=counts, history=history)
+        state = State(
+            stage=config.stage, tokenizer=tokenizer, packs=counts, history=history, base=kept
+        )
         if isinstance(start, Checkpoint) and source.resumes(config, start):
             checkpoint.load_optimizer(start, built.chunks, built.optimizer, config.fp8)
-            state = start.state
+            state = replace(start.state, base=start.state.base or kept)
         elif history:
             stage_moments.keep(
                 start, built.chunks, built.optimizer, optimizer.oldest(built.optimizer)
@@ -271,7 +230,7 @@ def train(
             valid=PackedDataset(config.data.valid) if config.data.valid else None,
             tasks=open_tasks(config),
             lock=lock,
-            unused_weights=_unused_weights(config, start) if groups.rank == 0 else {},
+            unused_weights=origin.unused(config, start) if groups.rank == 0 else {},
         )
         if config.eval.only:
             evaluate(job, state, metrics)
@@ -288,25 +247,6 @@ def _say_plans(config: Config, layout: Layout, plan: Order, metrics: Metrics) ->
         metrics.say(f"pipeline: {layout}")
     if isinstance(plan, BlendPlan):
         metrics.say(f"data: of {plan.block:,} packs {plan.describe(config.data.train_folders)}")
-
-
-def _unused_weights(config: Config, start: Start) -> unused_weights.Weights:
-    """Read what files of the trained model will hold of its vision encoder beside its weights."""
-    if isinstance(start, Checkpoint):
-        return unused_weights.read(start.folder)
-    if isinstance(start, Path):
-        found = convert.refuse_other(start, config.architecture)
-        return unused_weights.of_model(start, found, dialect_of(start))
-    if start is not None and start.vision and _exports_unused(config):
-        return unused_weights.of_encoder(Path(start.vision), config.architecture.vision)
-    return {}
-
-
-def _exports_unused(config: Config) -> bool:
-    """Tell whether exports hold more of a vision encoder than the model uses."""
-    dialect = recipe(config.recipe).format_for(config.architecture.objective)
-    arch = config.architecture
-    return not any(HOLDS[dialect](arch)) and bool(unused_rows(arch, dialect))
 
 
 def _export(config: Config, state: State, start: Start, groups: process_groups.Groups) -> None:
@@ -374,17 +314,3 @@ def _check_speed(
     metrics.say(speed_check.summary(speeds))
     for finding in speed_check.findings(speeds, config.health, on_gpu=device_backend.asynchronous):
         metrics.say(f"warning: {finding}")
-
-
-def _fill(config: Config, start: Start, chunks: Sequence[VisionLanguageModel]) -> None:
-    """Give this rank's chunks the weights that the run starts from. Collective."""
-    fresh = weights.fresh_tensor(config)
-    if isinstance(start, Checkpoint):
-        if config.architecture.lora.rank and not start.config.architecture.lora.rank:
-            weights.fill(chunks, fresh, wanted=is_adapter)  # the rest is loaded
-        checkpoint.load_weights(start, chunks)
-    elif isinstance(start, Path):
-        there = convert.full_tensors(start, config.architecture)
-        weights.fill(chunks, lambda key, shape: (fresh if is_adapter(key) else there)(key, shape))
-    else:
-        weights.fill(chunks, fresh if start is None else from_parts.full_tensors(config, fresh))

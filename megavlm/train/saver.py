@@ -11,6 +11,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,9 @@ class Saver:
         this returns.
         """
         self.wait()
+        config = self._job.config
+        is_last = state.step >= config.training.steps
+        state = replace(state, trained_only=config.checkpoint.trained_only and not is_last)
         self._state = state
         self._start = time.perf_counter()
         self._problem = ""
@@ -87,6 +91,7 @@ class Saver:
             except MismatchError as error:  # on every rank
                 self._give_up(str(error))
                 return
+            tensors["model"] = checkpoint.held(state, config, tensors["model"])
             self._writing = Writing(tensors, self._growing / SHARDS, beside=self._beside)
         if not self._beside:
             self.wait()

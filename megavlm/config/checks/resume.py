@@ -57,6 +57,7 @@ _BY_SECTION: dict[str, dict[Kind, str]] = {
     "profile.": {"free": "folder first_step step_count ranks memory memory_snapshot"},
     "fp8.": {"taken": "vision language format first_bf16_layers last_bf16_layers"},
     "checkpoint.": {
+        "refused": "trained_only",
         "origin": "load weights_only moments",
         "free": "save save_interval save_epochs asynchronous keep keep_best best_by verify"
         " export_hf",
@@ -77,6 +78,7 @@ _REASONS = {
     "data.": "the packs would come in another order, some twice and some never in this epoch",
     "optimizer.moments": "the moments are stored in that dtype",
     "training.seed": "the order of the packs follows from it",
+    "checkpoint.trained_only": "a checkpoint notes what lies below it when the run begins",
     "training.trainable": "there are moments of what was trained, and of nothing else",
 }
 

@@ -36,6 +36,8 @@ def checkpoint_problems(checkpoint: Checkpoint, eval_interval: int, steps: int) 
             " each checkpoint: a --training.eval_interval that divides --checkpoint.save_interval"
             f" {checkpoint.save_interval}; it is {eval_interval}"
         )
+    if checkpoint.trained_only and not checkpoint.save:
+        yield "--checkpoint.trained_only needs --checkpoint.save, the folder for checkpoints"
     if checkpoint.save_interval > 0 and not checkpoint.save:
         yield (
             f"--checkpoint.save_interval {checkpoint.save_interval} needs --checkpoint.save, the"

@@ -1,0 +1,198 @@
+"""What a run starts from, and what lies below a checkpoint that holds trained parameters only."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from megavlm.checkpoint import checksums, step_folder
+from megavlm.checkpoint.step_folder import Checkpoint
+from megavlm.config.checks.rules import ConfigError
+from megavlm.config.exports import HOLDS
+from megavlm.config.lora import is_adapter
+from megavlm.config.recipes import recipe
+from megavlm.config.schema import Config, Init
+from megavlm.convert.hf import convert, from_parts, unused_weights
+from megavlm.convert.hf.hub_formats import dialect_of
+from megavlm.convert.weights.tables import unused_rows
+from megavlm.data.store.manifest import read_manifest
+from megavlm.data.text.tokenizer import fingerprint
+from megavlm.model import weights
+from megavlm.model.vlm import VisionLanguageModel
+from megavlm.parallel.process_groups import Groups
+from megavlm.train import checkpoint, resume
+
+Start = Checkpoint | Path | Init | None
+"""What a run starts from: a checkpoint, a Hugging Face folder, parts, or nothing."""
+
+_SAMPLES = 16
+_SAMPLE_BYTES = 2**16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Nothing:
+    """Stands for no base: a checkpoint is whole. ``None`` would be fresh weights."""
+
+
+def find(config: Config) -> Start:
+    """Find what a run starts from that has no checkpoint of its own.
+
+    Raises:
+        ValueError: it is not there, or does not fit.
+    """
+    if config.init != Init():
+        _check_parts(config)
+        return config.init
+    if not config.checkpoint.load:
+        return None
+    if (Path(config.checkpoint.load) / "config.json").is_file():
+        convert.refuse_other(config.checkpoint.load, config.architecture)
+        if config.checkpoint.moments == "keep":
+            raise ValueError(
+                f"--checkpoint.moments keep: {config.checkpoint.load} is of Hugging Face and has"
+                " none; use fresh"
+            )
+        return Path(config.checkpoint.load)
+    loaded = step_folder.find(config.checkpoint.load)
+    if loaded is None:
+        raise ValueError(
+            f"--checkpoint.load {config.checkpoint.load}: no checkpoint and no Hugging Face model"
+            " is there"
+        )
+    return resume.fit(config, loaded)
+
+
+def base(config: Config, start: Start) -> Start | Nothing:
+    """Find the weights below a checkpoint of trained parameters only.
+
+    Raises:
+        ValueError: they are not where they were, or are others.
+    """
+    if not isinstance(start, Checkpoint) or not start.state.trained_only:
+        return Nothing()
+    origin = start.config.checkpoint
+    named, _, expected = start.state.base.rpartition(" ")
+    load = named or origin.load
+    found: Start = None
+    try:
+        whole = replace(
+            start.config, checkpoint=replace(origin, load=load, weights_only=True, moments="fresh")
+        )
+        found = find(whole)
+    except (ValueError, OSError) as error:
+        raise ValueError(
+            f"{start.folder}: holds trained parameters only, and what lies below them cannot be"
+            f" read: {error}"
+        ) from error
+    if (now := _fingerprint(found)) != expected:
+        raise ValueError(
+            f"{start.folder}: holds trained parameters only, and {load or 'the parts of --init'}"
+            f" is no longer what they were trained on (fingerprint {now}, it was {expected})"
+        )
+    return found
+
+
+def describe(config: Config, start: Start, groups: Groups) -> str:
+    """Return what a run with ``--checkpoint.trained_only`` notes of the weights below: folder and
+    fingerprint. Rank 0 reads it, since it writes the checkpoints.
+    """
+    if not config.checkpoint.trained_only or groups.rank:
+        return ""
+    folder = start.folder if isinstance(start, Checkpoint) else start
+    named = str(folder.resolve()) if isinstance(folder, Path) else ""
+    return f"{named} {_fingerprint(start)}"
+
+
+def _fingerprint(start: Start) -> str:
+    """Return a short digest of weights: of a checkpoint's checksums, or of samples of all files."""
+    digest = hashlib.sha256()
+    if isinstance(start, Checkpoint) and (start.folder / checksums.FILE_NAME).is_file():
+        digest.update((start.folder / checksums.FILE_NAME).read_bytes())
+    else:
+        for path in _files(start):
+            size = path.stat().st_size
+            digest.update(f"{path.name} {size}".encode())
+            with path.open("rb") as file:
+                for sample in range(_SAMPLES):
+                    file.seek(max(size - _SAMPLE_BYTES, 0) * sample // (_SAMPLES - 1))
+                    digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()[:16]
+
+
+def _files(start: Start) -> Iterator[Path]:
+    """Yield the files that hold weights."""
+    folders: list[Path] = []
+    if isinstance(start, Checkpoint):
+        folders = [start.folder / step_folder.SHARDS]
+    elif isinstance(start, Path):
+        folders = [start]
+    elif start is not None:
+        folders = [Path(part) for part in start.parts.values()]
+    for folder in folders:
+        for path in sorted(folder.iterdir()):
+            if path.suffix in (".safetensors", ".bin", ".distcp"):
+                yield path
+
+
+def _check_parts(config: Config) -> None:
+    """Refuse parts that do not fit the model or the data."""
+    from_parts.refuse_other(config.init, config.architecture)
+    if config.init.vision and _exports_unused(config):
+        unused_weights.check_encoder(Path(config.init.vision), config.architecture.vision)
+    if config.init.language:
+        tokenizer, _ = from_parts.extend_tokenizer(config.init, config.architecture.image_tokens)
+        if (
+            fingerprint(tokenizer)
+            != read_manifest(config.data.train_folders[0]).tokenizer_fingerprint
+        ):
+            words = " ".join(from_parts.words_of(config.init))
+            raise ConfigError(
+                f"--data.train {config.data.train}: packed with another tokenizer than that of"
+                f" {words}"
+            )
+
+
+def unused(config: Config, start: Start) -> unused_weights.Weights:
+    """Read what files of the trained model will hold of its vision encoder beside its weights."""
+    if isinstance(start, Checkpoint):
+        return unused_weights.read(start.folder)
+    if isinstance(start, Path):
+        found = convert.refuse_other(start, config.architecture)
+        return unused_weights.of_model(start, found, dialect_of(start))
+    if start is not None and start.vision and _exports_unused(config):
+        return unused_weights.of_encoder(Path(start.vision), config.architecture.vision)
+    return {}
+
+
+def _exports_unused(config: Config) -> bool:
+    """Tell whether exports hold more of a vision encoder than the model uses."""
+    dialect = recipe(config.recipe).format_for(config.architecture.objective)
+    arch = config.architecture
+    return not any(HOLDS[dialect](arch)) and bool(unused_rows(arch, dialect))
+
+
+def fill(
+    config: Config, start: Start, below: Start | Nothing, chunks: Sequence[VisionLanguageModel]
+) -> None:
+    """Give this rank's chunks the weights that the run starts from. Collective.
+
+    Args:
+        config: the run.
+        start: where they come from.
+        below: what ``base`` returned.
+        chunks: of this rank.
+    """
+    if not isinstance(below, Nothing):
+        fill(config, below, Nothing(), chunks)
+    fresh = weights.fresh_tensor(config)
+    if isinstance(start, Checkpoint):
+        if config.architecture.lora.rank and not start.config.architecture.lora.rank:
+            weights.fill(chunks, fresh, wanted=is_adapter)  # the rest is loaded
+        checkpoint.load_weights(start, chunks)
+    elif isinstance(start, Path):
+        there = convert.full_tensors(start, config.architecture)
+        weights.fill(chunks, lambda key, shape: (fresh if is_adapter(key) else there)(key, shape))
+    else:
+        weights.fill(chunks, fresh if start is None else from_parts.full_tensors(config, fresh))

@@ -1,0 +1,81 @@
+"""Checkpoints without what is frozen: small, resumed bit for bit, refused without their base."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from megavlm.checkpoint import step_folder
+from megavlm.config.lora import Lora
+from megavlm.config.schema import Config
+from tests.ranks.pool import Pool
+from tests.ranks.runs import make_packs
+from tests.ranks.test_resume import STEPS, forget_the_end, losses, make_job, run_job, saved_tensors
+
+PIPELINE = dict(pipeline_model_parallel_size=2, layout="v*2|v,t*3")
+MASK = ("connector", "language.*.lora")
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("packs") / "train"
+    make_packs(folder, packs=10, image_share=0.6, alignment=4)
+    return folder
+
+
+def adapted(dataset: Path, save: Path, load: Path, *, trained_only: bool = True) -> Config:
+    """Configure a run that trains connector and adapters, at PP 2."""
+    config = make_job(dataset, save, load, trainable=MASK, trained_only=trained_only, **PIPELINE)
+    lora = Lora(rank=4, targets=("language",))
+    return dataclasses.replace(
+        config, architecture=dataclasses.replace(config.architecture, lora=lora)
+    )
+
+
+def bytes_of(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*.distcp"))
+
+
+def test_a_run_resumes_from_its_adapters_and_its_base_alone(
+    ranks: Pool, dataset: Path, tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    ranks.run(run_job, 1, make_job(dataset, base, stage="1", trainable=("connector",)))
+    for name, only in (("plain", False), ("whole", True)):
+        ranks.run(run_job, 2, adapted(dataset, tmp_path / name, base, trained_only=only))
+    assert losses(tmp_path / "whole") == losses(tmp_path / "plain")
+    small, middle = (tmp_path / name / "step_00000003" for name in ("whole", "plain"))
+    assert bytes_of(small) < 0.7 * bytes_of(middle)
+    [held] = ranks.run(saved_tensors, 1, small)
+    weights = {key for key in held if key.startswith("model.")}
+    assert weights and all("lora" in key or "connector" in key for key in weights)
+
+    forget_the_end(tmp_path / "whole", tmp_path / "killed")
+    ranks.run(run_job, 2, adapted(dataset, tmp_path / "killed", base))
+    assert losses(tmp_path / "killed") == losses(tmp_path / "plain")[3:]
+    last = f"step_{STEPS:08d}"
+    found = [
+        ranks.run(saved_tensors, 1, tmp_path / name / last)[0]
+        for name in ("plain", "whole", "killed")
+    ]
+    for other in found[1:]:  # the last checkpoint is whole
+        assert other.keys() == found[0].keys()
+        assert all(torch.equal(other[key], found[0][key]) for key in other)
+
+    # Nothing but the run itself can read a checkpoint of adapters.
+    with pytest.raises(ValueError, match="holds trained parameters only"):
+        step_folder.find(small)
+    shutil.rmtree(tmp_path / "killed")
+    forget_the_end(tmp_path / "whole", tmp_path / "killed")
+    sums = base / last / "checksums.json"
+    sums.write_text(json.dumps(json.loads(sums.read_text())))  # as if it were another base
+    with pytest.raises(AssertionError, match="is no longer what they were trained on"):
+        ranks.run(run_job, 2, adapted(dataset, tmp_path / "killed", base))
+    shutil.rmtree(base)
+    with pytest.raises(AssertionError, match="what lies below them cannot be"):
+        ranks.run(run_job, 2, adapted(dataset, tmp_path / "killed", ""))
