@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from megavlm.config.freeze_mask import matches
 
@@ -34,12 +35,15 @@ class Lora:
         rank: rows of A and columns of B; 0: no adapters.
         alpha: the adapters' output is multiplied by alpha / rank; 0: twice the rank, as in
             InternVL.
+        dropout: share of the numbers that enter A which are zero in training. The draws belong to
+            the token or tile, so they are the same at every layout.
         targets: linear layers that have an adapter: parts or patterns of names, as for
             ``training.trainable``, such as ``language.*.self_attention`` or ``*.linear_fc2``.
     """
 
     rank: int = 0
     alpha: float = 0.0
+    dropout: float = 0.0
     targets: tuple[str, ...] = ("language",)
 
     @property
@@ -68,6 +72,32 @@ def is_adapter(key: str) -> bool:
     return key.endswith((".lora.a", ".lora.b"))
 
 
+def dropout_problems(lora: Lora, parallel: Any) -> Iterator[str]:
+    """Name what keeps the draws of dropout from being those of every layout.
+
+    Args:
+        lora: the settings.
+        parallel: ``schema.Parallel``.
+    """
+    flag = f"--architecture.lora.dropout {lora.dropout}"
+    if not 0 <= lora.dropout < 1:
+        yield f"{flag}: must be 0 or more, and less than 1"
+    if not lora.dropout:
+        return
+    if parallel.context_parallel_size > 1:
+        yield (
+            f"{flag}: with --parallel.context_parallel_size {parallel.context_parallel_size} an"
+            " adapter does not know the positions of its tokens; use 0, or no context parallelism"
+        )
+    if parallel.recompute != "none" and parallel.pipeline_model_parallel_size > 1:
+        yield (
+            f"{flag}: with --parallel.recompute {parallel.recompute} and"
+            " --parallel.pipeline_model_parallel_size"
+            f" {parallel.pipeline_model_parallel_size} a layer is computed again after other"
+            " microbatches, whose draws it would use; use --parallel.recompute none, or 1"
+        )
+
+
 def lora_problems(lora: Lora, trainable: Sequence[str], keys: Collection[str]) -> Iterator[str]:
     """Name what is wrong with the adapters of a model.
 
@@ -80,7 +110,7 @@ def lora_problems(lora: Lora, trainable: Sequence[str], keys: Collection[str]) -
         yield "--architecture.lora.rank and --architecture.lora.alpha: must be 0 or more"
         return
     if not lora.rank:
-        for name in ("alpha", "targets"):
+        for name in ("alpha", "dropout", "targets"):
             if vars(lora)[name] != vars(Lora())[name]:
                 yield (
                     f"--architecture.lora.{name} has no effect without --architecture.lora.rank,"

@@ -32,6 +32,7 @@ from torch.distributed import ProcessGroup
 from torch.nn.functional import linear
 
 from megavlm.config.lora import LINEARS, Lora, stacked
+from megavlm.model.lora_dropout import Location, adapter_salt, drop
 
 _COLUMN = ("linear_qkv.weight", "linear_fc1.weight")
 
@@ -59,6 +60,11 @@ class LowRankAdapter(nn.Module):
         outputs, inputs = weight.shape
         self.count = stacked(key)
         self.scale = lora.scale
+        self.dropout = lora.dropout
+        self.salt = adapter_salt(key)
+        self.is_vision = key.startswith("vision.")
+        self.draw = 0  # of the pack at hand, and of its tiles the first on this rank
+        self.first_tile = 0
         self.group = group
         self.is_column = key.endswith(_COLUMN)
         self.is_gated = config.gated_linear_unit and key.endswith("linear_fc1.weight")
@@ -99,6 +105,8 @@ class LowRankAdapter(nn.Module):
         Args:
             hidden: what the layer reads [T, ..., inputs of this rank].
         """
+        if self.dropout and self.training:
+            hidden = drop(hidden, self.dropout, self.salt, self._location(hidden))
         low = linear(hidden, self.a)
         if not self.is_column:
             between = (
@@ -117,6 +125,17 @@ class LowRankAdapter(nn.Module):
         parts = zip(low.chunk(self.count, dim=-1), b.split(self.counts), strict=True)
         high = torch.cat([linear(one, factor) for one, factor in parts], dim=-1)
         return (high if self.inverse is None else high.index_select(-1, self.inverse)) * self.scale
+
+    def _location(self, hidden: Tensor) -> Location:
+        """Return where this rank's input [T, ..., inputs] is in the whole one."""
+        own = self.group.rank()
+        has_rows = self.is_column and self.is_scattered
+        return Location(
+            draw=self.draw,
+            first_row=own * hidden.shape[0] if has_rows else 0,
+            first_tile=self.first_tile,
+            first_feature=0 if self.is_column else own * hidden.shape[2],
+        )
 
     def sharded(self, entries: Mapping[str, Any], prefix: str) -> dict[str, Any]:
         """Return the checkpoint entry of the factor that is cut over the tensor-parallel ranks.
@@ -164,3 +183,17 @@ def _add(module: nn.Module, inputs: tuple[Tensor, ...], output: tuple) -> tuple:
     """Add the adapter's output; torch calls this after the layer's forward."""
     projected, bias = output
     return projected + module.lora(inputs[0]), bias
+
+
+def set_draw(part: nn.Module, draw: int, first_tile: int) -> None:
+    """Tell the adapters of a chunk which pack comes next.
+
+    Args:
+        part: the chunk.
+        draw: random number of the pack.
+        first_tile: of this rank's tiles in the pack.
+    """
+    for module in part.modules():
+        if isinstance(module, LowRankAdapter):
+            module.draw = draw
+            module.first_tile = first_tile if module.is_vision else 0

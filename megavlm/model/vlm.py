@@ -20,7 +20,7 @@ from megavlm.data.loading.batch import Batch
 from megavlm.model.attention import PackedSamples
 from megavlm.model.connector import build_connector
 from megavlm.model.language import LanguageModel
-from megavlm.model.lora import LowRankAdapter, attach
+from megavlm.model.lora import LowRankAdapter, attach, set_draw
 from megavlm.model.objective import build_objective
 from megavlm.model.recompute import ask_for_gradient
 from megavlm.model.specs import kernels
@@ -197,6 +197,9 @@ class VisionLanguageModel(MegatronModule):
             return self._run(batch, with_loss, chosen)
 
     def _run(self, batch: Batch, with_loss: bool, chosen: bool) -> Tensor:
+        if self.architecture.lora.dropout:
+            first_tile = self.groups.rank_slice.tile_rank * batch.num_tiles
+            set_draw(self, batch.draw, first_tile)
         hidden = self.input_tensor
         if self.vision is not None:
             hidden = self._encode(hidden, batch)

@@ -270,7 +270,7 @@ def architecture_differences(
     old: Architecture, new: Architecture, *, takes_weights: bool = False
 ) -> list[str]:
     """``describe_differences`` of two models; the family only says how Hugging Face's files name
-    the same weights, and unused layers are not built.
+    the same weights, unused layers are not built, and dropout may change.
 
     Args:
         old: of the checkpoint.
@@ -284,6 +284,7 @@ def architecture_differences(
         old = replace(old, vision=replace(old.vision, image_size=new.vision.image_size))
     old = replace(
         old,
+        lora=replace(old.lora, dropout=new.lora.dropout),
         language=replace(old.language, family=new.language.family),
         vision=replace(old.vision, unused_layers=new.vision.unused_layers),
     )

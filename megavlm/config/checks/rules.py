@@ -22,6 +22,7 @@ from megavlm.config.checks.optimizer import optimizer_problems
 from megavlm.config.checks.saving import checkpoint_problems
 from megavlm.config.freeze_mask import PARTS, parts_named
 from megavlm.config.layout_text import parse_layout
+from megavlm.config.lora import dropout_problems
 from megavlm.config.loss import loss_problems
 from megavlm.config.objectives import OBJECTIVES
 from megavlm.config.schema import (
@@ -83,6 +84,7 @@ def problems(config: Config, world_size: int) -> list[str]:
         *_kernels(config.training),
         *fp8_problems(config.fp8, config),
         *_loss(config),
+        *dropout_problems(config.architecture.lora, config.parallel),
         *bad_steps_problems(config.bad_steps),
         *profile_problems(config.profile, config.training.steps, world_size),
         *bucket_problems(config.parallel),

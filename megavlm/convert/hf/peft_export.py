@@ -103,7 +103,7 @@ def _settings(lora: Lora, targets: list[str], base: str, *, is_whole: bool) -> d
         "inference_mode": True,
         "r": lora.rank,
         "lora_alpha": lora.scale * lora.rank,
-        "lora_dropout": 0.0,
+        "lora_dropout": lora.dropout,
         "bias": "none",
         "target_modules": targets,
         "modules_to_save": [_CONNECTOR] if is_whole else None,

@@ -154,6 +154,7 @@ class PackedDataset:
             num_features=pack.tiles * manifest.features_per_tile,
             drop_path_draws=_columns(draws[:-2], chosen),
             pair_draws=draws[-2:],
+            draw=pack_draw(seed, position),
             samples=len(pack.lengths),
             weight_sum=float(self.index[pack_id][_weight_field(reduction)]),
             pack_id=int(pack_id),
@@ -342,6 +343,14 @@ def drop_path_draws(seed: int, position: int, rows: int, columns: int) -> np.nda
     """
     generator = np.random.Generator(np.random.Philox(key=seed % 2**64, counter=[0, 0, 0, position]))
     return generator.random((rows, columns), dtype=np.float32)
+
+
+def pack_draw(seed: int, position: int) -> int:
+    """Return a number of 31 bits that depends on the seed and the pack's position alone; another
+    counter of Philox than that of ``drop_path_draws``.
+    """
+    generator = np.random.Generator(np.random.Philox(key=seed % 2**64, counter=[0, 0, 1, position]))
+    return int(generator.integers(2**31))
 
 
 def _columns(values: np.ndarray, chosen: range) -> np.ndarray:

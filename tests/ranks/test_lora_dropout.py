@@ -1,0 +1,108 @@
+"""Dropout on the input of adapters: the same at every layout and after a resume."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from megavlm.config.lora import Lora, dropout_problems
+from megavlm.config.schema import Parallel
+from megavlm.model.lora_dropout import Location, adapter_salt, drop
+from tests.ranks.layouts import asks_for_all
+from tests.ranks.pool import Pool
+from tests.ranks.runs import config_for, make_packs, train_curve
+from tests.ranks.test_lora import PIPELINE, SETTINGS, TENSOR, with_adapters
+from tests.ranks.test_resume import forget_the_end, losses, make_job, run_job
+
+DROPPING = Lora(rank=4, targets=("vision", "language"), dropout=0.3)
+MASK = SETTINGS["trainable"]
+LAYOUTS = [
+    (2, TENSOR | dict(sequence_parallel=True)),
+    (4, TENSOR | PIPELINE | dict(vision="data")),
+    (2, TENSOR),
+    (2, PIPELINE),
+    (1, dict(recompute="full")),
+]
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("packs") / "train"
+    make_packs(folder, packs=10, image_share=0.8)
+    return folder
+
+
+def test_every_layout_drops_the_same_numbers(ranks: Pool, dataset: Path) -> None:
+    def curve(world: int, lora: Lora = DROPPING, **layout):
+        settings = SETTINGS | dict(steps=3)
+        return ranks.run(
+            train_curve, world, with_adapters(config_for(dataset, **settings, **layout), lora)
+        )[0]
+
+    alone = curve(1)
+    plain = curve(1, dataclasses.replace(DROPPING, dropout=0.0))
+    # B is zero in the first step, and dropout matters from the second on.
+    assert alone.losses[0] == plain.losses[0] and alone.losses[1] != plain.losses[1]
+    assert alone.grad_norms[0] != plain.grad_norms[0]
+    for world, layout in LAYOUTS if asks_for_all() else LAYOUTS[:2]:
+        shared = curve(world, **layout)
+        assert shared.losses == pytest.approx(alone.losses, rel=1e-5), layout
+        assert shared.grad_norms == pytest.approx(alone.grad_norms, rel=1e-5), layout
+
+
+def test_a_resumed_run_drops_the_same_numbers(ranks: Pool, dataset: Path, tmp_path: Path) -> None:
+    def job(name: str):
+        return with_adapters(make_job(dataset, tmp_path / name, trainable=MASK), DROPPING)
+
+    ranks.run(run_job, 2, job("whole"))
+    forget_the_end(tmp_path / "whole", tmp_path / "killed")
+    ranks.run(run_job, 2, job("killed"))
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")[3:]
+
+
+def test_the_share_that_is_dropped_is_the_rate_and_parts_fit_together() -> None:
+    ones = torch.ones(64, 3, 500)
+    location = Location(draw=123456789)
+    salt = adapter_salt("language.decoder.layers.0.mlp.linear_fc1.weight")
+    dropped = drop(ones, 0.3, salt, location)
+    assert float((dropped == 0).float().mean()) == pytest.approx(0.3, abs=0.01)
+    assert float(dropped.mean()) == pytest.approx(1.0, abs=0.01)
+    for axis in range(3):  # no token, tile or feature is dropped more often than others
+        others = [other for other in range(3) if other != axis]
+        shares = (dropped == 0).float().mean(dim=others)
+        assert float((shares - 0.3).abs().max()) < 0.1
+    part = drop(
+        ones[:16, :1, :100],
+        0.3,
+        salt,
+        dataclasses.replace(location, first_row=16, first_tile=2, first_feature=400),
+    )
+    assert torch.equal(part, dropped[16:32, 2:, 400:])
+    for other in (
+        drop(ones, 0.3, salt + 1, location),
+        drop(ones, 0.3, salt, Location(draw=123456790)),
+    ):
+        assert 0.55 < float(((other == 0) == (dropped == 0)).float().mean()) < 0.61
+
+
+@pytest.mark.parametrize(
+    ("dropout", "parallel", "told"),
+    [
+        (1.0, dict(), "--architecture.lora.dropout 1.0: must be 0 or more, and less than 1"),
+        (0.1, dict(context_parallel_size=2), "with --parallel.context_parallel_size 2 an adapter"),
+        (
+            0.1,
+            dict(pipeline_model_parallel_size=2, recompute="full"),
+            "with --parallel.recompute full and --parallel.pipeline_model_parallel_size 2",
+        ),
+    ],
+)
+def test_layouts_that_would_drop_others_are_refused(
+    dropout: float, parallel: dict, told: str
+) -> None:
+    [problem] = dropout_problems(Lora(rank=4, dropout=dropout), Parallel(**parallel))
+    assert told in problem
+    assert not list(dropout_problems(Lora(rank=4), Parallel(**parallel)))
