@@ -103,6 +103,10 @@ def _take_apart(arguments: list[str]) -> Command:
                 f"--for {name}: --stage names no such stage among several; write"
                 " --stage 1,2 --for 1 '--data.train packs'"
             )
+        if not given:
+            raise ValueError(
+                f"--for {name}: its options follow, in quotes: --for {name} '--lr 1e-5'"
+            )
         for flag in (word.partition("=")[0] for word in given):
             if flag in (*_OWN, *_SWITCHES):
                 raise ValueError(f"--for {name}: {flag} is for all stages together")

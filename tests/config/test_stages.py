@@ -61,6 +61,7 @@ def test_one_stage_is_read_as_ever() -> None:
         (["--stage", "1,2", "--for", "3", "--lr 1"], "--for 3: --stage names no such stage"),
         (["--stage", "1", "--for", "1", "--lr 1"], "--for 1: --stage names no such stage among"),
         (["--stage", "1,2", "--for", "2", "--save x"], "--for 2: --save is for all stages"),
+        (["--stage", "1,2", "--for", "2"], "--for 2: its options follow, in quotes"),
         (["--stage", "1,1"], "--stage 1,1: names a stage twice"),
         (["--stage", "1,9"], "--stage 9: no such stage"),
         (["--stage", "1,2", "--save", ""], "several stages need --checkpoint.save"),
