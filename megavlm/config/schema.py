@@ -17,6 +17,7 @@ from megavlm.config.architecture import Language as Language
 from megavlm.config.architecture import Vision as Vision
 from megavlm.config.connectors import Connector as Connector
 from megavlm.config.evaluation import Eval as Eval
+from megavlm.config.fp8 import Fp8 as Fp8
 from megavlm.config.image_text import ImageText as ImageText
 from megavlm.config.long_runs import BadSteps as BadSteps
 from megavlm.config.long_runs import Profile as Profile
@@ -231,40 +232,6 @@ class Training:
     def highest_drop_path(self) -> float:
         """The highest drop path rate of any step."""
         return max(self.drop_path, self.end_drop_path)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Fp8:
-    """FP8 matrix products, by Transformer Engine; weights, gradients and everything else keep their
-    dtypes.
-
-    A recipe sets the scaling: by the largest value of earlier steps (delayed), of the tensor itself
-    (tensorwise), of blocks of 128 x 128 weights and 1 x 128 activations (blockwise), or of 32
-    elements in hardware (mxfp8, from Blackwell on).
-
-    Args:
-        vision: recipe of the vision encoder's layers.
-        language: recipe of the language model's layers; embedding, head and connector stay in 16
-            bits.
-        format: e4m3 everywhere, or e5m2 for gradients (hybrid).
-        first_bf16_layers: layers at the start of each part that stay in 16 bits.
-        last_bf16_layers: layers at the end of each part that stay in 16 bits.
-    """
-
-    vision: Literal["none", "delayed", "tensorwise", "blockwise", "mxfp8"] = "none"
-    language: Literal["none", "delayed", "tensorwise", "blockwise", "mxfp8"] = "none"
-    format: Literal["hybrid", "e4m3"] = "hybrid"
-    first_bf16_layers: int = 0
-    last_bf16_layers: int = 0
-
-    @property
-    def recipes(self) -> dict[str, str]:
-        """The recipe of each part that has one."""
-        return {
-            part: recipe
-            for part, recipe in (("vision", self.vision), ("language", self.language))
-            if recipe != "none"
-        }
 
 
 @dataclass(frozen=True, kw_only=True)
