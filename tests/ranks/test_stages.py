@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import signal
 import subprocess
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -53,12 +52,13 @@ def test_stages_that_were_killed_and_started_again_end_bit_for_bit_alike(
     with subprocess.Popen(
         [*command, "--checkpoint.save", str(killed)],
         env=ENVIRONMENT,
-        start_new_session=True,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     ) as started:
         _wait_for_step(killed / "stage_1.5" / "metrics.jsonl", 5)
-        os.killpg(started.pid, signal.SIGKILL)
+        job = psutil.Process(started.pid)
+        for process in [job, *job.children(recursive=True)]:  # ranks have sessions of their own
+            process.kill()
     assert not (killed / "stage_2").exists()
     again = run(command, killed)
     # The first stage is not built again; the second resumes; the third starts from it.
