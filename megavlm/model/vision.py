@@ -37,6 +37,8 @@ class VisionEncoder(MegatronModule):
         vp_stage: index of the model chunk on its rank; none if the rank has one.
     """
 
+    drop_path_share = 1.0  # of the highest rates, in the step at hand
+
     def __init__(
         self,
         config: TransformerConfig,
@@ -97,7 +99,6 @@ class VisionEncoder(MegatronModule):
         ]
         rates = torch.tensor(rates).repeat_interleave(2)[:, None] if drop_path else None
         self.register_buffer("drop_path_rates", rates, persistent=False)
-        self.drop_path_share = 1.0  # of these rates, in the step at hand
 
     def normalise(self, tiles: Tensor) -> Tensor:
         """uint8 [I, 3, S, S] -> [I, 3, S, S] in the model's dtype, as the encoder was

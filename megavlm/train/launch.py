@@ -15,7 +15,7 @@ from megavlm import job_checks
 from megavlm.checkpoint import directory as folder
 from megavlm.checkpoint.lock import Lock, held
 from megavlm.checkpoint.step_folder import Checkpoint
-from megavlm.checkpoint.train_state import State
+from megavlm.checkpoint.train_state import History, State
 from megavlm.config import torchrun
 from megavlm.config.checks.resume import with_origin
 from megavlm.config.checks.rules import check
@@ -202,22 +202,15 @@ def train(
         if config.checkpoint.save:
             _clean(Path(config.checkpoint.save), groups, metrics)
         history = source.history(config, start)
-        base = origin.base(config, start)
-        kept = origin.describe(config, start, groups)
-        fill = partial(origin.fill, config, start, base)
+        fill = partial(origin.fill, config, start, origin.base(config, start))
         built = build(config, layout, groups, device_backend, fill, history)
-        tokenizer = packs.manifest.tokenizer_fingerprint
-        counts = source.pack_counts(config)
-        state = State(
-            stage=config.stage, tokenizer=tokenizer, packs=counts, history=history, base=kept
-        )
+        state = _first_state(config, packs, origin.describe(config, start, groups), history)
         if isinstance(start, Checkpoint) and source.resumes(config, start):
             checkpoint.load_optimizer(start, built.chunks, built.optimizer, config.fp8)
-            state = replace(start.state, base=start.state.base or kept)
+            state = replace(start.state, base=start.state.base or state.base)
         elif history:
-            stage_moments.keep(
-                start, built.chunks, built.optimizer, optimizer.oldest(built.optimizer)
-            )
+            oldest = optimizer.oldest(built.optimizer)
+            stage_moments.keep(start, built.chunks, built.optimizer, oldest)
         log_run_summary(config, groups, built.trained, start, state, metrics)
         _say_plans(config, layout, plan, metrics)
         job = Job(
@@ -239,6 +232,19 @@ def train(
             _export(config, state, start, groups)
     process_groups.destroy()
     return state
+
+
+def _first_state(
+    config: Config, packs: PackedDataset | BlendedDataset, base: str, history: History
+) -> State:
+    """Return the state before the first step."""
+    return State(
+        stage=config.stage,
+        tokenizer=packs.manifest.tokenizer_fingerprint,
+        packs=source.pack_counts(config),
+        history=history,
+        base=base,
+    )
 
 
 def _say_plans(config: Config, layout: Layout, plan: Order, metrics: Metrics) -> None:

@@ -36,18 +36,14 @@ def checkpoint_problems(checkpoint: Checkpoint, eval_interval: int, steps: int) 
             " each checkpoint: a --training.eval_interval that divides --checkpoint.save_interval"
             f" {checkpoint.save_interval}; it is {eval_interval}"
         )
-    if checkpoint.trained_only and not checkpoint.save:
-        yield "--checkpoint.trained_only needs --checkpoint.save, the folder for checkpoints"
+    for name in ("save_epochs", "trained_only"):
+        if vars(checkpoint)[name] and not checkpoint.save:
+            yield f"--checkpoint.{name} needs --checkpoint.save, the folder for checkpoints"
     if checkpoint.save_interval > 0 and not checkpoint.save:
         yield (
             f"--checkpoint.save_interval {checkpoint.save_interval} needs --checkpoint.save, the"
             " folder for checkpoints; use --checkpoint.save_interval 0 for a run that keeps"
             " nothing"
-        )
-    if checkpoint.save_epochs > 0 and not checkpoint.save:
-        yield (
-            f"--checkpoint.save_epochs {checkpoint.save_epochs} needs --checkpoint.save, the folder"
-            " for checkpoints"
         )
     if checkpoint.save and Path(checkpoint.save).exists() and not Path(checkpoint.save).is_dir():
         yield f"--checkpoint.save {checkpoint.save}: is a file; name a folder"

@@ -123,8 +123,7 @@ class PackedDataset:
             rank_slice: which tiles and tokens are this rank's.
 
         Raises:
-            ValueError: bytes damaged on the disk, an image that cannot be decoded, context tokens
-                that do not match the tiles, or samples that cannot be cut for the ranks.
+            ValueError: damaged bytes or images, wrong context tokens, or samples not to be cut.
         """
         manifest = self.manifest
         pack = self.reader.read(pack_id, with_images=with_tiles)
