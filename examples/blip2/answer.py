@@ -53,6 +53,7 @@ def main() -> None:
     after = share_right(model, folder, out / "data")
     forget(model)
     summary = {
+        **json.loads((out / "recall.json").read_text()),
         "hf_max_abs_diff": json.loads((out / "verify.json").read_text())["max_abs_difference"],
         "metric": "share of held-out images that transformers captions right, word for word",
         "metric_before": share_right(model, folder, out / "data"),

@@ -1,5 +1,6 @@
 """Make what BLIP-2 starts from, small: images of coloured shapes with captions, a ViT that has
-learned to see them, and an OPT that has learned to write a caption after keywords.
+learned to see them, an OPT that has learned to write a caption after keywords, and a tokenizer for
+the first stage.
 
 python examples/blip2/make_parts.py OUT
 """
@@ -26,7 +27,7 @@ from transformers import (
 )
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "contrastive"))
-from make_data import COLOURS, FACTS, PLACES, SHAPES, SIDE, SIZES, write
+from make_data import COLOURS, FACTS, PLACES, SHAPES, SIDE, SIZES, write, write_tokenizer
 
 from megavlm.config.architecture import PIXELS
 
@@ -150,6 +151,7 @@ def main() -> None:
     chosen = np.random.default_rng(1).integers(0, len(FACTS), TRAINING_IMAGES)
     write(out, "train", [FACTS[number] for number in chosen], seed=2)
     write(out, "valid", list(FACTS), seed=3)
+    write_tokenizer(out / "words")
     loss = train_language(np.random.default_rng(4), options.language_steps, out / "language")
     share = train_vision(np.random.default_rng(5), out, options.vision_steps, out / "vision")
     print(
