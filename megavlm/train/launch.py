@@ -167,6 +167,7 @@ def inspect(config: Config, world_size: int) -> Start:
     if language.exists and not language.is_encoder:
         family_of(language)  # else the trained model could not be exported
     _check_tokenizer(config)
+    _check_lengths(config)
     open_tasks(config)
     own = source.own(config)
     if own is not None:
@@ -280,6 +281,21 @@ def _check_tokenizer(config: Config) -> None:
         row.check_tokenizer(tokenizer)
 
 
+def _check_lengths(config: Config) -> None:
+    """Raise ValueError for packs of samples that are longer than the model reads."""
+    bound = config.architecture.needs.longest_sample(config.architecture)
+    if bound is None:
+        return
+    (option, most) = bound
+    for packs in (*config.data.train_folders, *filter(None, [config.data.valid])):
+        longest = int(PackedDataset(packs).some_records()["longest"].max())
+        if longest > most:
+            raise ValueError(
+                f"{packs}: holds a sample of {longest} tokens, and {option} is {most}: each token"
+                " needs a position"
+            )
+
+
 def _open_training_set(config: Config) -> tuple[PackedDataset | BlendedDataset, Order]:
     """Open the packs of the run, and fix their order."""
     data = config.data
@@ -293,14 +309,6 @@ def _open_training_set(config: Config) -> tuple[PackedDataset | BlendedDataset, 
         shared_batch=config.training.global_batch_size if data.batch_shares else 0,
         augment=data.augment,
     )
-    if bound := config.architecture.needs.longest_sample(config.architecture):
-        (option, most) = bound
-        longest = int(packs.some_records()["longest"].max())
-        if longest > most:
-            raise ValueError(
-                f"--data.train {data.train}: holds a sample of {longest} tokens, and {option} is"
-                f" {most}: each token needs a position"
-            )
     return packs, order
 
 

@@ -276,6 +276,18 @@ def test_it_resumes_bit_for_bit(ranks: Pool, pairs: Path, tmp_path: Path) -> Non
     assert 0 <= valid["valid_recall_image_to_text"] <= 1
 
 
+def test_longer_texts_are_refused_and_never_cut_in_silence(ranks: Pool, pairs: Path) -> None:
+    from megavlm.train.launch import inspect
+
+    config = dataclasses.replace(
+        config_of(pairs, {"text_tokens": 8}), checkpoint=Checkpoint(save_interval=0)
+    )
+    with pytest.raises(ValueError, match="sample of 1[0-6] tokens, and .*image_text.text_tokens"):
+        inspect(config, 1)
+    [curve] = ranks.run(run, 1, dataclasses.replace(config, checkpoint=Checkpoint()))
+    assert not np.isfinite(curve.losses[0])
+
+
 def test_settings_that_cannot_be_are_refused(pairs: Path) -> None:
     def problems_of(config: Config, world: int = 2, **changed: Any) -> list[str]:
         model = dataclasses.replace(config.architecture, **changed)

@@ -131,7 +131,10 @@ class QFormerObjective(Objective):
         asked, read, said = rows.split([self.queries, tokens, tokens], dim=1)
         images = normalize(self.image_projection(asked).float(), dim=-1)
         texts = normalize(self.text_projection(read[:, 0]).float(), dim=-1)
-        return images, texts, self._generation(said, ids, real), hidden.transpose(0, 1)
+        # A run looks at the longest text of some packs. One that is longer shall not be cut in
+        # silence: its loss is no number, and the step tells the packs.
+        generation = self._generation(said, ids, real).where(lengths <= tokens, torch.nan)
+        return images, texts, generation, hidden.transpose(0, 1)
 
     def _generation(self, said: Tensor, ids: Tensor, real: Tensor) -> Tensor:
         """Return the summed loss of each text's tokens but the first, float32 [n]."""
