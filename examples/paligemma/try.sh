@@ -32,7 +32,7 @@ pack() {
 }
 step "packs"
 pack 1 32
-pack 2 64
+pack 2 40
 
 # train STAGE PIXELS STEPS LR OPTION...
 train() {
@@ -45,8 +45,8 @@ train() {
         --checkpoint.save_interval 0 --logging.interval 50 --health.speed_check false --checkpoint.save "$out/runs/stage$stage" \
         --checkpoint.export_hf "$out/exported/stage$stage" "$@"
 }
-train 1 32 60 1e-3 --init.vision "$out/data/siglip" --init.language "$out/data/gemma"
-train 2 64 400 1e-3 --model "$out/exported/stage1" --checkpoint.load "$out/runs/stage1"
+train 1 32 40 1e-3 --init.vision "$out/data/siglip" --init.language "$out/data/gemma"
+train 2 40 600 1e-3 --model "$out/exported/stage1" --checkpoint.load "$out/runs/stage1"
 
 step "the exported model against the trained one"
 "$python" tools/verify_export.py --load "$out/runs/stage2" --hf "$out/exported/stage2" --data "$out/packs/stage2" --packs 4 --json "$out/verify.json"

@@ -162,11 +162,12 @@ def _language(arch: Architecture) -> Iterator[str]:
             f"{flag}.{name} {vars(language)[name]}: {language.head_size} a head, and rotary"
             " positions need an even number"
         )
-    rotated = language.rotary_percent * language.head_size
-    if not 0 < language.rotary_percent <= 1 or rotated % 2:
-        yield (
-            f"{flag}.rotary_percent {language.rotary_percent}: must be above 0 and at most 1, and"
-            f" give an even part of the {language.head_size} of a head"
-        )
+    elif not language.has_learned_positions:
+        rotated = language.rotary_percent * language.head_size
+        if not 0 < language.rotary_percent <= 1 or rotated % 2:
+            yield (
+                f"{flag}.rotary_percent {language.rotary_percent}: must be above 0 and at most 1,"
+                f" and give an even part of the {language.head_size} of a head"
+            )
     if heads % groups:
         yield f"{flag}.num_query_groups {groups} does not divide {flag}.num_attention_heads {heads}"

@@ -197,6 +197,21 @@ WRONG = [
         1,
         ["rotary_dynamic_factor 0.5: must be 1 or more"],
     ),
+    (
+        "--architecture.language.rotary_percent 0.4",
+        1,
+        ["rotary_percent 0.4: must be above 0 and at most 1, and give an even part of the 32"],
+    ),
+    (
+        "--architecture.vision.final_norm true",
+        1,
+        ["final_norm true: a vision encoder of --architecture.vision.family internvit has no norm"],
+    ),
+    (
+        "--architecture.prefix_lm true --parallel.context_parallel_size 2",
+        2,
+        ["context_parallel_size 2: --architecture.prefix_lm true lets the tokens of a prefix see"],
+    ),
     ("--architecture.language.num_query_groups 3", 1, ["num_query_groups 3 does not divide"]),
     ("--data.train=", 1, ["--data.train: name the folder"]),
     (
