@@ -143,7 +143,7 @@ def main() -> None:
     )
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to make")
     count = dict(type=int, help="(default: %(default)s)")
-    parser.add_argument("--vision_steps", default=800, **count)
+    parser.add_argument("--vision_steps", default=600, **count)
     parser.add_argument("--language_steps", default=300, **count)
     options = parser.parse_args()
     out = options.out

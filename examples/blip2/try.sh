@@ -22,7 +22,7 @@ export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 step() { printf '\n== %s (after %d s)\n' "$1" $((SECONDS - started)); }
 
 step "data, a ViT, a language model"
-OMP_NUM_THREADS=2 "$python" "$here/make_parts.py" "$out/data"
+"$python" "$here/make_parts.py" "$out/data"
 
 # pack STAGE TEMPLATE TOKENIZER CAPACITY OPTION...
 pack() {
