@@ -4,7 +4,7 @@ python tools/chat.py checkpoints/stage2 "What is in the picture?" --image cat.pn
 python tools/chat.py my-hf/ "What differs between <image> and <image>?" --image a.png b.png \\
     --packs packs/
 
-All options but those below are those of pretrain_vlm.py.
+Options of pretrain_vlm.py go behind --.
 """
 
 from __future__ import annotations
@@ -38,7 +38,10 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--max_new_tokens", type=int, default=64, metavar="N")
     parser.add_argument("--ranks", type=int, default=1, metavar="N", help="processes (default: 1)")
-    options, others = parser.parse_known_args(arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    end = words.index("--") if "--" in words else len(words)
+    options = parser.parse_args(words[:end])
+    others = words[end + 1 :]
     row = dict(question=options.question, image=[str(path.resolve()) for path in options.image])
     row |= dict(answer="") if options.system is None else dict(answer="", system=options.system)
     with tempfile.TemporaryDirectory(prefix="megavlm-chat-") as folder:

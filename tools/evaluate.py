@@ -1,11 +1,11 @@
 """Answer tasks with checkpoints or Hugging Face folders, and compare the models.
 
 python tools/evaluate.py checkpoints/stage2 my-hf/ --tasks exam.jsonl --packs packs/ --out evaluated
-python tools/evaluate.py checkpoints/stage2 --tasks a.jsonl b.jsonl --out evaluated --ranks 8 \\
+python tools/evaluate.py checkpoints/stage2 --tasks a.jsonl b.jsonl --out evaluated --ranks 8 -- \\
     --parallel.tensor_model_parallel_size 2
 
 OUT/summary.json has the figures, OUT/index.html the pictures, questions and answers. The same
-command again leaves alone what is done. All options but those below are those of pretrain_vlm.py.
+command again leaves alone what is done. Options of pretrain_vlm.py go behind --.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("models", nargs="+", type=Path, metavar="DIR", help="what to evaluate")
+    parser.add_argument(
+        "models", nargs="+", type=Path, metavar="[NAME=]DIR", help="what to evaluate"
+    )
     parser.add_argument("--tasks", nargs="+", required=True, type=Path, metavar="FILE")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR")
     parser.add_argument(
@@ -41,7 +43,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--shown", type=int, default=200, metavar="N", help="questions of a task on the page"
     )
-    options, others = parser.parse_known_args(arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    end = words.index("--") if "--" in words else len(words)
+    options = parser.parse_args(words[:end])
+    others = words[end + 1 :]
     try:
         answered = [
             answer_with(

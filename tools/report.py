@@ -29,7 +29,10 @@ def main(arguments: list[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     try:
-        named = [words.rpartition("=") for words in options.runs]
+        named = [
+            words.partition("=") if "=" in words and not Path(words).exists() else ("", "", words)
+            for words in options.runs
+        ]
         runs = [read_run(Path(folder), name) for name, _, folder in named]
         twice = [name for name, count in Counter(run.name for run in runs).items() if count > 1]
         if twice:

@@ -7,6 +7,7 @@ then ``latest`` moves.
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import uuid
@@ -132,7 +133,8 @@ def drop_old(
 
 def _figure(folder: Path, name: str) -> float | None:
     try:
-        return run_state.read(folder).figure(name)
+        value = run_state.read(folder).figure(name)
+        return value if value is not None and math.isfinite(value) else None
     except (ValueError, OSError):
         return None
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ import numpy as np
 from megavlm.data.images.decode import read_size
 from megavlm.data.images.tiling import Tiling
 from megavlm.data.loading.dataset import PackedDataset
-from megavlm.data.records.record import Turn
+from megavlm.data.records.record import IMAGE_PLACEHOLDER, Turn
 from megavlm.data.records.reject import RejectError
 from megavlm.data.sample import Image, Sample
 from megavlm.data.store.manifest import Manifest, Source, read_manifest
@@ -76,6 +77,7 @@ def ask(
         ValueError: an image that cannot be read, or a text that the template refuses.
     """
     where = task.where(question)
+    _check_text(question, template, where)
     images = tuple(_image(path, tiling, len(question.images), where) for path in question.images)
     tiles = [image.tiles for image in images]
     try:
@@ -103,6 +105,16 @@ def ask(
         )
         for tokens, supervised in found
     ]
+
+
+def _check_text(question: Question, template: ChatTemplate, where: str) -> None:
+    """Refuse a text that the template would leave out."""
+    shown = "".join(turn.text for turn in question.turns).replace(IMAGE_PLACEHOLDER, "").strip()
+    if shown and not template.format.questions:
+        raise ValueError(
+            f"--eval.tasks {where}: the template {template.format.name} of the packs shows images"
+            f" alone, and would leave out {shown[:40]!r}; write {IMAGE_PLACEHOLDER} as the question"
+        )
 
 
 def _image(path: Path, tiling: Tiling, images: int, where: str) -> Image:
@@ -234,11 +246,30 @@ class TaskPacks:
     packs: PackedDataset
     template: ChatTemplate
 
-    @property
+    @cached_property
     def ends(self) -> frozenset[int]:
         """Tokens that end an answer."""
         tokens = (self.template.end_token_id, self.template.tokenizer.eos_token_id)
         return frozenset(token for token in tokens if token is not None)
+
+    @cached_property
+    def _end_text(self) -> str:
+        """What ends an answer, if it is no special token: a tokenizer may join it with what stands
+        before it, such as a full stop and a line break.
+        """
+        special = self.template.tokenizer.all_special_ids
+        return "" if self.template.end_token_id in special else self.template.format.end
+
+    def is_over(self, tokens: Sequence[int]) -> bool:
+        """Tell whether an answer is over with its last token."""
+        end = self._end_text
+        return tokens[-1] in self.ends or bool(end and end in self.template.text(tokens))
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """Return the text of an answer, without what ends it."""
+        first_end = next((i for i, token in enumerate(tokens) if token in self.ends), None)
+        found = self.template.text(tokens[:first_end])
+        return (found.partition(self._end_text)[0] if self._end_text else found).strip()
 
 
 def prepare(task: Task, folder: Path | str, max_new_tokens: int) -> TaskPacks:
@@ -268,10 +299,8 @@ def prepare(task: Task, folder: Path | str, max_new_tokens: int) -> TaskPacks:
         mode=manifest.tiling,
         pixel_mean=manifest.pixel_mean,
     )
-    # The last token of an answer is not read again.
-    found = [
-        ask(task, question, template, tiling, max_new_tokens - 1) for question in task.questions
-    ]
+    # One more than is read, so that there always is room, where a prefix ends.
+    found = [ask(task, question, template, tiling, max_new_tokens) for question in task.questions]
     asked = tuple(one for each in found for one in each)
     order = arrange(asked, manifest)
     return TaskPacks(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -36,6 +37,13 @@ class Answered:
     model: str
     figures: Mapping[str, float]
     rows: Mapping[str, Sequence[Mapping[str, Any]]]
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Read a file of answers."""
+    # Not splitlines, which also cuts at characters that texts may hold.
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines if line]
 
 
 def table_lines(models: Sequence[Answered]) -> list[str]:

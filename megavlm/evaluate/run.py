@@ -4,12 +4,16 @@ wrote.
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+
+import yaml
 
 from megavlm.checkpoint import step_folder
 from megavlm.checkpoint.step_folder import Checkpoint
@@ -17,15 +21,16 @@ from megavlm.config.cli import to_yaml
 from megavlm.config.evaluation import Eval
 from megavlm.config.recipes import recipe_of
 from megavlm.config.schema import Checkpoint as Saving
-from megavlm.config.schema import Config, Init, Logging, Parallel
+from megavlm.config.schema import Config, Fp8, Init, Logging, Optimizer, Parallel
 from megavlm.convert.hf.hub_formats import dialect_of
-from megavlm.evaluate.page import Answered
+from megavlm.evaluate.page import Answered, read_rows
 from megavlm.evaluate.task import read_tasks
 from megavlm.io import atomic
 
 _PROGRAM = Path(__file__).parents[2] / "pretrain_vlm.py"
 _DONE = "evaluated.json"
 _RUN = "run"
+_SETTINGS = "evaluation.yaml"
 
 
 def answer_with(
@@ -42,7 +47,7 @@ def answer_with(
     """Answer tasks with a model, unless the folder holds its answers already.
 
     Args:
-        model: a checkpoint or a save folder, or a Hugging Face folder.
+        model: a checkpoint or a save folder, or a Hugging Face folder; ``NAME=DIR`` names it.
         tasks: files of questions.
         out: folder of all models; this one gets a folder in it.
         packs: packed dataset whose template, tokenizer and tiles are used; none: the checkpoint's.
@@ -55,6 +60,7 @@ def answer_with(
         ValueError: nothing to evaluate there, a task that cannot be read, or a run that failed.
     """
     found = read_tasks(tuple(map(str, tasks)))
+    name, model = _named(model)
     saved = step_folder.find(model) if not (model / "config.json").is_file() else None
     if saved is None and not (model / "config.json").is_file():
         raise ValueError(f"{model}: neither a checkpoint nor a Hugging Face folder")
@@ -63,36 +69,62 @@ def answer_with(
             f"{model}: a Hugging Face folder does not say how questions are packed; name a packed"
             " dataset of its template and tiles with --packs"
         )
-    name = _name(saved.folder if saved else model, out)
+    name = _noted_name(name, saved.folder if saved else model, out)
     target = out / name
     asked = {
+        "model": _content(saved.folder if saved else model),
         "tasks": {str(task.path): task.path.read_text(encoding="utf-8") for task in found},
-        "settings": [str(packs), max_new_tokens, *others],
+        "packs": str(packs),
+        "settings": [max_new_tokens, *others],
     }
     if not _is_done(target, asked):
-        words = _of_checkpoint(saved, target) if saved else _of_folder(model)
-        words += ["--checkpoint.save", str(target / _RUN), "--eval.only", "true"]
-        words += ["--eval.tasks", ",".join(str(task.path) for task in found)]
-        words += ["--eval.max_new_tokens", str(max_new_tokens)]
+        shutil.rmtree(target / _RUN, ignore_errors=True)
+        evaluation = Eval(
+            tasks=tuple(str(task.path) for task in found), max_new_tokens=max_new_tokens, only=True
+        )
+        words = _options(saved, evaluation, target) if saved else _of_folder(model)
+        if saved is None:
+            settings = {"eval": dataclasses.asdict(evaluation) | {"tasks": list(evaluation.tasks)}}
+            atomic.write_text(target / _SETTINGS, yaml.safe_dump(settings, allow_unicode=True))
+            words += ["--config", str(target / _SETTINGS)]
+        words += ["--checkpoint.save", str(target / _RUN)]
         words += ["--data.train", str(packs)] if packs else []
         _run([*words, *others], ranks, model, is_quiet=is_quiet)
         atomic.write_text(target / _DONE, json.dumps(asked) + "\n")
     return _read(name, target / _RUN, [task.name for task in found])
 
 
-def _name(folder: Path, out: Path) -> str:
-    """Return a name for a model, which no other model of the folder has."""
+def _named(model: Path) -> tuple[str, Path]:
+    """Split ``NAME=DIR``; a path that exists is none, whatever it is called."""
+    name, sign, folder = str(model).partition("=")
+    return (name, Path(folder)) if sign and not model.exists() else ("", model)
+
+
+def _noted_name(name: str, folder: Path, out: Path) -> str:
+    """Return the name of a model, and note it, so that no other model gets it."""
     path = folder.resolve()
-    short = path.name if not path.name.startswith("step_") else f"{path.parent.name}-{path.name}"
-    note = out / short / "model"
+    if not name:
+        is_step = path.name.startswith("step_")
+        name = f"{path.parent.name}-{path.name}" if is_step else path.name
+    note = out / name / "model"
     if note.is_file() and note.read_text(encoding="utf-8").strip() != str(path):
         raise ValueError(
-            f"{folder}: {out / short} holds the answers of another model of that name,"
-            f" {note.read_text(encoding='utf-8').strip()}; choose another --out"
+            f"{folder}: {out / name} holds the answers of another model of that name,"
+            f" {note.read_text(encoding='utf-8').strip()}; give this one a name: NAME={folder}"
         )
     note.parent.mkdir(parents=True, exist_ok=True)
     atomic.write_text(note, f"{path}\n")
-    return short
+    return name
+
+
+def _content(folder: Path) -> dict[str, list[int]]:
+    """Return the sizes and times of a model's files, by which a changed one is known."""
+    stats = {
+        str(path.relative_to(folder)): path.stat()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
 
 
 def _is_done(target: Path, asked: dict) -> bool:
@@ -100,20 +132,26 @@ def _is_done(target: Path, asked: dict) -> bool:
     return note.is_file() and json.loads(note.read_text(encoding="utf-8")) == asked
 
 
-def _of_checkpoint(saved: Checkpoint, target: Path) -> list[str]:
-    """Return the options that give a checkpoint's model and data, on one rank."""
+def _options(saved: Checkpoint, evaluation: Eval, target: Path) -> list[str]:
+    """Return the options that give a checkpoint's model and data, on one rank. Little is trained,
+    so that the optimizer, which is not used, is small; FP8 would need scales that training finds.
+    """
     config: Config = replace(
         saved.config,
         init=Init(),
         data=replace(saved.config.data, valid="", weights=(), batch_shares=False, curriculum=False),
         parallel=Parallel(),
+        optimizer=Optimizer(),
+        training=replace(
+            saved.config.training, trainable=("connector",), drop_path=0.0, eval_interval=0
+        ),
+        fp8=Fp8(),
         checkpoint=Saving(load=str(saved.folder), weights_only=True),
         logging=Logging(),
-        eval=Eval(),
+        eval=evaluation,
     )
-    path = target / "evaluation.yaml"
-    atomic.write_text(path, to_yaml(config))
-    return ["--config", str(path)]
+    atomic.write_text(target / _SETTINGS, to_yaml(config))
+    return ["--config", str(target / _SETTINGS)]
 
 
 def _of_folder(model: Path) -> list[str]:
@@ -121,7 +159,8 @@ def _of_folder(model: Path) -> list[str]:
     row = recipe_of(dialect_of(model))
     last = list(row.stages)[-1]
     words = ["--recipe", row.name, "--stage", last, "--model", str(model)]
-    return [*words, "--checkpoint.load", str(model)]
+    small = ["--training.trainable", "connector", "--training.drop_path", "0"]
+    return [*words, *small, "--checkpoint.load", str(model)]
 
 
 def _run(words: Sequence[str], ranks: int, model: Path, *, is_quiet: bool) -> None:
@@ -151,11 +190,5 @@ def _read(name: str, target: Path, tasks: Sequence[str]) -> Answered:
             for figure, value in figures.items()
             if figure.split("/")[0] in tasks and "/" in figure
         },
-        rows={
-            task: [
-                json.loads(line)
-                for line in (folder / f"{task}.jsonl").read_text(encoding="utf-8").splitlines()
-            ]
-            for task in tasks
-        },
+        rows={task: read_rows(folder / f"{task}.jsonl") for task in tasks},
     )

@@ -13,7 +13,7 @@ _COUNTS = (
     *("eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen"),
     *("nineteen", "twenty"),
 )
-_COUNT = re.compile(rf"(?<![\w.,-])(\d+|{'|'.join(_COUNTS)})(?![\w-]|[.,]\d)", re.IGNORECASE)
+_COUNT = re.compile(rf"(?<![\w.,-])(\d{{1,18}}|{'|'.join(_COUNTS)})(?![\w-]|[.,]\d)", re.IGNORECASE)
 _BOX = re.compile(r"\[*\[(.*?),(.*?),(.*?),(.*?)\]\]*")
 _LEAST_OVERLAP = 0.5
 _LEAST_SIMILARITY = 0.5

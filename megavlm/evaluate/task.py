@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +83,7 @@ def read_tasks(paths: tuple[str, ...]) -> tuple[Task, ...]:
 def read_task(path: Path) -> Task:
     """Read a task; arguments and errors as in ``read_tasks``."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"--eval.tasks {path}: cannot be read ({error})") from None
     questions = []
@@ -102,7 +102,10 @@ def read_task(path: Path) -> Task:
     if len(metrics) > 1:
         told = ", ".join(f"{metric} in line {line}" for metric, line in metrics.items())
         raise ValueError(f"--eval.tasks {path}: one file has one metric, but here are {told}")
-    task = Task(name=path.stem, path=path, metric=next(iter(metrics)), questions=tuple(questions))
+    metric = next(iter(metrics))
+    if metric in METRICS and METRICS[metric].needs_choices:
+        questions = list(map(_with_listed_choices, questions))
+    task = Task(name=path.stem, path=path, metric=metric, questions=tuple(questions))
     for problem in _problems(task):
         raise ValueError(f"--eval.tasks {problem}")
     return task
@@ -170,6 +173,15 @@ def _texts(fields: Mapping[str, Any], key: str) -> tuple[str, ...]:
     return tuple(values)
 
 
+def _with_listed_choices(question: Question) -> Question:
+    """Return the question with a line for each choice, unless its text lists them already."""
+    *others, asked = question.turns
+    listed = [f"{letter}. {text}" for letter, text in zip(LETTERS, question.choices, strict=False)]
+    is_listed = all(text in asked.text for text in question.choices)
+    text = asked.text if is_listed else "\n".join([asked.text, *listed])
+    return replace(question, turns=(*others, replace(asked, text=text)))
+
+
 def _problems(task: Task) -> Iterator[str]:
     """Report what is wrong with the questions together."""
     if task.metric not in METRICS:
@@ -193,6 +205,11 @@ def _problems(task: Task) -> Iterator[str]:
             yield f"{task.where(question)}: the metric {task.metric} needs choices, two or more"
         if question.choices:
             letters = LETTERS[: len(question.choices)] if METRICS[task.metric].needs_choices else ""
+            if len(question.choices) > len(LETTERS):
+                yield f"{task.where(question)}: more than {len(LETTERS)} choices"
+            for letter, text in zip(letters, question.choices, strict=False):
+                if text in letters and text != letter:
+                    yield f"{task.where(question)}: its choice {letter} is called {text}"
             unknown = sorted(set(question.truth) - set(question.choices) - set(letters))
             if unknown:
                 yield (f"{task.where(question)}: its answer {unknown[0]!r} is none of its choices")

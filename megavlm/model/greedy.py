@@ -22,7 +22,8 @@ def likeliest_tokens(logits: Tensor, real_rows: int, group: ProcessGroup) -> Ten
     """
     rows = logits.shape[-1]
     if real_rows:
-        real = logits[:, :real_rows].float()
+        # Weights that are NaN give the first token, and no index outside the vocabulary.
+        real = logits[:, :real_rows].float().nan_to_num(nan=float("-inf"))
         values = real.max(dim=-1).values
         # ``max`` and ``argmax`` may return any of equal ones.
         numbers = torch.arange(real_rows, device=logits.device)

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from html import escape
 from pathlib import Path
 
-from megavlm.evaluate.page import STYLE, Answered, task_lines
+from megavlm.evaluate.page import STYLE, Answered, read_rows, task_lines
 from megavlm.io import atomic
 from megavlm.report.chart import COLOURS, chart
 from megavlm.report.run_log import Run
@@ -133,8 +133,5 @@ def _answered(run: Run) -> Answered:
     return Answered(
         model=run.name,
         figures={},
-        rows={
-            path.stem: [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-            for path in sorted(run.answers.glob("*.jsonl"))
-        },
+        rows={path.stem: read_rows(path) for path in sorted(run.answers.glob("*.jsonl"))},
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -69,13 +70,17 @@ class _OpenPack:
 
 
 @torch.no_grad()
-def generate(job: Job, task: TaskPacks, max_new_tokens: int) -> list[list[int]]:
-    """Return the greedy answer to each question, without the token that ends it. Collective.
+def generate(
+    job: Job, task: TaskPacks, max_new_tokens: int, progress: Callable[[], None] = lambda: None
+) -> list[list[int]]:
+    """Return the tokens of the greedy answer to each question, with the one that ends it.
+    Collective.
 
     Args:
         job: the run; its chunks are in evaluation mode.
         task: questions without choices.
         max_new_tokens: longest answer.
+        progress: called before each pass.
     """
     answers: list[list[int]] = [[] for _ in task.asked]
     is_done = [False for _ in task.asked]
@@ -86,13 +91,12 @@ def generate(job: Job, task: TaskPacks, max_new_tokens: int) -> list[list[int]]:
         opened = _open(job, task, mine)
         questions = [question for number in numbers for question in task.order[number]]
         for _ in range(max_new_tokens):
+            progress()
             tokens = _next_tokens(job, opened, answers, is_done)
             for question in questions:
                 if not is_done[question]:
-                    token = tokens[question]
-                    is_done[question] = token in task.ends
-                    if not is_done[question]:
-                        answers[question].append(token)
+                    answers[question].append(tokens[question])
+                    is_done[question] = task.is_over(answers[question])
             if all(is_done[question] for question in questions):
                 break
     return answers
@@ -192,8 +196,8 @@ def choose(job: Job, task: TaskPacks) -> list[int]:
     first: dict[int, int] = {}
     for index, (one, owner) in enumerate(zip(task.asked, task.owners, strict=True)):
         first.setdefault(owner, index)
-        # SourceLosses has nothing on ranks without the last chunk.
-        loss = means.get(str(index), 0.0) * int(one.supervised[1:].sum())
+        # SourceLosses has nothing on ranks without the last chunk, and of what is not finite.
+        loss = means.get(str(index), math.inf) * int(one.supervised[1:].sum())
         if owner not in best or loss < best[owner][0]:
             best[owner] = (loss, index - first[owner])
     return [best[owner][1] for owner in sorted(best)]

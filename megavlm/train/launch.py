@@ -47,7 +47,7 @@ from megavlm.train.origin import Start
 from megavlm.train.saver import SaveError
 from megavlm.train.stop_signal import ignore_save_signal
 from megavlm.train.summary import log_run_summary
-from megavlm.train.tasks import open_tasks
+from megavlm.train.tasks import open_tasks, task_facts
 
 
 def launch(config: Config) -> State:
@@ -109,9 +109,8 @@ def _agree_to_start(
         if config.checkpoint.save and torchrun.rank() == 0:
             lock = _lock(Path(config.checkpoint.save), stack)
         start = inspect(config, torchrun.world_size())
-        view = RankView(
-            facts=snapshot(config, start=start.folder if isinstance(start, Checkpoint) else start)
-        )
+        facts = snapshot(config, start=start.folder if isinstance(start, Checkpoint) else start)
+        view = RankView(facts=facts | task_facts(config))
     except (ValueError, OSError) as error:
         view = RankView(problem=str(error))
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import numpy as np
@@ -73,8 +73,8 @@ def run(job: Job, state: State, metrics: Metrics) -> State:
         arriving = watchdog.count(loaded)
         if state.step == 0:
             with clock.paused():
-                watchdog.enter("evaluation", state.step)
-                state = evaluate(job, state, metrics)
+                enter = partial(watchdog.enter, "evaluation", state.step)
+                state = evaluate(job, state, metrics, enter)
         while state.step < last:
             watchdog.enter("step", state.step + 1)
             profiled.enter_step(state.step + 1)
@@ -114,8 +114,8 @@ def run(job: Job, state: State, metrics: Metrics) -> State:
                 config.training.eval_interval and state.step % config.training.eval_interval == 0
             ):
                 with clock.paused():
-                    watchdog.enter("evaluation", state.step)
-                    state = evaluate(job, state, metrics)
+                    enter = partial(watchdog.enter, "evaluation", state.step)
+                    state = evaluate(job, state, metrics, enter)
             if config.checkpoint.save and (saves or asked_to_stop or state.step == last):
                 with clock.paused():
                     watchdog.enter("checkpoint", state.step)
@@ -225,8 +225,16 @@ def _watchdog(job: Job) -> Watchdog:
     )
 
 
-def evaluate(job: Job, state: State, metrics: Metrics) -> State:
+def evaluate(
+    job: Job, state: State, metrics: Metrics, progress: Callable[[], None] = lambda: None
+) -> State:
     """Measure the validation loss and answer the tasks, if there are any. Collective.
+
+    Args:
+        job: the run.
+        state: where it is.
+        metrics: get the figures.
+        progress: called at the start, and from time to time.
 
     Returns:
         The state, with the loss.
@@ -235,6 +243,7 @@ def evaluate(job: Job, state: State, metrics: Metrics) -> State:
         return state
     figures: dict[str, float] = {}
     by_source: dict[str, dict[str, float]] = {}
+    progress()
     with whole_weights(job.ddp_chunks):
         if job.valid is not None:
             own_loss, named, sources = held_out_loss(job)
@@ -246,7 +255,9 @@ def evaluate(job: Job, state: State, metrics: Metrics) -> State:
             if job.chunks[-1].objective.embeds_pairs:
                 figures |= recalls(job)
         if job.tasks:
-            result = answer_tasks(job, state.step)
+            result = answer_tasks(job, state.step, progress)
+            for problem in result.problems:
+                metrics.say(problem)
             figures |= result.figures
             state = dataclasses.replace(state, figures=tuple(result.figures.items()))
             by_source |= result.by_category

@@ -34,8 +34,9 @@ def recalls(job: Job) -> dict[str, float]:
     """Measure retrieval among the first ``eval_packs`` validation packs (all for 0). Collective;
     the chunks' parameters are whole.
 
-    A text that is as similar as the right one, such as the same words for another image, counts as
-    right.
+    Where others are as similar as the right one, such as the same words for another image, it is in
+    their middle. So one more such text does no harm, and embeddings that are all alike find
+    nothing.
 
     Returns:
         The figures of ``NAMES``, on ranks with the last chunk; nothing on others.
@@ -50,7 +51,7 @@ def recalls(job: Job) -> dict[str, float]:
         chunk.train()
     if not job.groups.has_last_chunk:
         return {}
-    counts = job.samples_of_ranks(job.valid, plan.pack_ids(0, count))
+    counts = list(map(sum, job.samples_of_ranks(job.valid, plan.pack_ids(0, count))))
     size = job.config.architecture.contrastive.size
     none = torch.zeros(2, 0, size, device=job.backend.device)  # a rank may have no pack
     images, texts = torch.cat([none, *outputs], dim=1)
@@ -98,6 +99,8 @@ def _hits(queries: Tensor, found: Tensor, first: int) -> Tensor:
         similar = linear(queries[start : start + _ROWS], found)
         rows = torch.arange(len(similar), device=similar.device)
         own = similar[rows, first + start + rows]
-        before = (similar > own[:, None]).sum(dim=1)
-        counts += [float((before < cut).sum()) for cut in CUTS]
+        alike = (similar == own[:, None]).sum(dim=1) - 1
+        before = (similar > own[:, None]).sum(dim=1) + alike / 2
+        is_finite = own.isfinite()
+        counts += [float(((before < cut) & is_finite).sum()) for cut in CUTS]
     return torch.tensor(counts, device=queries.device)

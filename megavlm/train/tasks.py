@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from megavlm.config.evaluation import VALID_LOSS
-from megavlm.config.schema import Config
+from megavlm.config.schema import Config, Eval
 from megavlm.evaluate.answer import Answer, Score
 from megavlm.evaluate.metrics import METRICS
 from megavlm.evaluate.packs import TaskPacks, prepare
@@ -32,10 +34,12 @@ class Result:
         figures: by name, ``TASK/FIGURE``, on every rank.
         by_category: the first figure of each category, by the same name, on the writing rank; empty
             without categories.
+        problems: what could not be written, for people; a full disk does not end a run.
     """
 
     figures: dict[str, float]
     by_category: dict[str, dict[str, float]]
+    problems: list[str]
 
 
 def open_tasks(config: Config) -> tuple[TaskPacks, ...]:
@@ -44,37 +48,54 @@ def open_tasks(config: Config) -> tuple[TaskPacks, ...]:
     Raises:
         ValueError: a task that cannot be asked, with its file and line.
     """
-    folder = config.data.train_folders[0]
-    tasks = read_tasks(config.eval.tasks)
+    return _open(config.eval, config.data.train_folders[0], config.checkpoint.best_by)
+
+
+def task_facts(config: Config) -> dict[str, str]:
+    """Return what must be the same on every rank: what each task asks, and in which packs."""
+    facts = {}
+    for task in open_tasks(config):
+        digest = hashlib.sha256(repr(task.order).encode())
+        for one in task.asked:
+            digest.update(one.tokens.tobytes())
+            digest.update(repr([(image.columns, image.rows) for image in one.images]).encode())
+        facts[f"questions and images of --eval.tasks {task.task.path}"] = digest.hexdigest()[:16]
+    return facts
+
+
+@lru_cache(maxsize=1)  # once to check the run, and once to run it
+def _open(evaluation: Eval, folder: str, best_by: str) -> tuple[TaskPacks, ...]:
+    tasks = read_tasks(evaluation.tasks)
     if tasks and (is_remote(folder) or not (Path(folder) / "tokenizer").is_dir()):
         raise ValueError(
             f"--eval.tasks needs the tokenizer of the packs, and --data.train {folder} has no"
             " folder tokenizer on this machine; name local packs"
         )
-    best_by = config.checkpoint.best_by
     names = figure_names(tasks)
     if best_by != VALID_LOSS and best_by not in names:
         raise ValueError(
             f"--checkpoint.best_by {best_by}: the figures of --eval.tasks are {', '.join(names)}"
         )
-    return tuple(prepare(task, folder, config.eval.max_new_tokens) for task in tasks)
+    return tuple(prepare(task, folder, evaluation.max_new_tokens) for task in tasks)
 
 
-def answer_tasks(job: Job, step: int) -> Result:
+def answer_tasks(job: Job, step: int, progress: Callable[[], None]) -> Result:
     """Answer all tasks of the run, measure the answers, and write them to the save folder.
     Collective; the chunks' parameters are whole.
 
     Args:
         job: the run.
         step: updates that are done, which the answers are filed under.
+        progress: called from time to time.
 
     """
     figures: dict[str, float] = {}
     by_category: dict[str, dict[str, float]] = {}
+    problems: list[str] = []
     for chunk in job.ddp_chunks:
         chunk.eval()
     for task in job.tasks:
-        predictions = _predictions(job, task)
+        predictions = _predictions(job, task, progress)
         if not job.groups.is_writer:
             continue
         score = _score(task, predictions)
@@ -83,10 +104,13 @@ def answer_tasks(job: Job, step: int) -> Result:
         by_category |= _categories(task, predictions, score)
         if job.config.checkpoint.save:
             folder = Path(job.config.checkpoint.save) / ANSWERS / f"step-{step:08d}"
-            _write(folder / f"{name}.jsonl", task, predictions, score)
+            try:
+                _write(folder / f"{name}.jsonl", task, predictions, score)
+            except (OSError, UnicodeEncodeError) as error:
+                problems.append(f"ERROR: {folder / name}.jsonl: not written ({error})")
     for chunk in job.ddp_chunks:
         chunk.train()
-    return Result(figures=_on_every_rank(job, figures), by_category=by_category)
+    return Result(figures=_on_every_rank(job, figures), by_category=by_category, problems=problems)
 
 
 def figure_names(tasks: Sequence[Task]) -> list[str]:
@@ -103,12 +127,12 @@ def _on_every_rank(job: Job, figures: Mapping[str, float]) -> dict[str, float]:
     return dict(zip(names, shared.tolist(), strict=True))
 
 
-def _predictions(job: Job, task: TaskPacks) -> list[str]:
+def _predictions(job: Job, task: TaskPacks, progress: Callable[[], None]) -> list[str]:
     """Return the text of each answer. Collective."""
     questions = task.task.questions
     if not questions[0].choices:
-        tokens = generate(job, task, job.config.eval.max_new_tokens)
-        return [task.template.text(answer).strip() for answer in tokens]
+        tokens = generate(job, task, job.config.eval.max_new_tokens, progress)
+        return list(map(task.text, tokens))
     metric = METRICS[task.task.metric]
     chosen = choose(job, task)
     return [

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
+import pytest
+from PIL import Image
 
 from megavlm.data.loading.dataset import sample_positions
 from megavlm.data.loading.prefixes import find_prefixes
 from megavlm.data.store.manifest import read_manifest
-from megavlm.evaluate.packs import Asked, QuestionReader
+from megavlm.data.text.tokenizer import IMAGE_TOKEN_SETS, add_special_tokens, load_tokenizer
+from megavlm.evaluate.packs import Asked, QuestionReader, prepare
+from megavlm.evaluate.task import Task, read_task
 from tests.data.samples import make_dataset
 
 
@@ -32,3 +38,55 @@ def test_a_prefix_ends_where_an_answer_begins(tmp_path: Path) -> None:
     positions, ends = sample_positions(pack.lengths, 4, 64)
     found = find_prefixes(pack.supervised, positions, ends)
     assert found.ends.diff().tolist() == [7, 10, 7, 1]
+
+
+def make_packs(folder: Path, template: str, tokenizer: str, context: str) -> Path:
+    """Make a packed dataset of a template, with its tokenizer."""
+    golden = Path(__file__).parents[1] / "golden" / tokenizer
+    loaded = load_tokenizer(golden)
+    add_special_tokens(loaded, context)
+    token = loaded.convert_tokens_to_ids(IMAGE_TOKEN_SETS[context].context)
+    make_dataset(folder, packs=1, context_token_id=token, vocab_size=len(loaded))
+    dataclasses.replace(read_manifest(folder), template=template).write(folder)
+    loaded.save_pretrained(folder / "tokenizer")
+    return folder
+
+
+def make_task(folder: Path, *questions: str) -> Task:
+    Image.new("RGB", (32, 32)).save(folder / "a.png")
+    rows = [dict(question=text, image="a.png", answer="x") for text in questions]
+    (folder / "exam.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return read_task(folder / "exam.jsonl")
+
+
+def test_there_is_room_for_one_token(tmp_path: Path) -> None:
+    packs = make_packs(tmp_path / "packs", "internvl2_5", "tokenizer", "internvl")
+    task = prepare(make_task(tmp_path, "Who?", "Where?"), packs, 1)
+    packs = [task.packs.reader.read(number) for number in range(len(task.packs))]
+    lengths = [length for pack in packs for length in pack.lengths.tolist()]
+    assert lengths == [len(one.tokens) + 1 for one in task.asked]
+    assert sum(pack.supervised.sum() for pack in packs) == 2
+
+
+def test_an_answer_ends_at_a_special_token(tmp_path: Path) -> None:
+    packs = make_packs(tmp_path / "packs", "internvl2_5", "tokenizer", "internvl")
+    task = prepare(make_task(tmp_path, "Who?"), packs, 4)
+    tokens = task.template.tokenizer("a\nb")["input_ids"]
+    assert not task.is_over(tokens)
+    assert task.is_over([*tokens, task.template.end_token_id])
+    assert task.text([*tokens, task.template.end_token_id]) == "a\nb"
+
+
+def test_an_answer_ends_at_a_line_break_that_another_token_holds(tmp_path: Path) -> None:
+    packs = make_packs(tmp_path / "packs", "llava_plain", "llava_tokenizer", "llava")
+    task = prepare(make_task(tmp_path, "<image>"), packs, 4)
+    tokens = task.template.tokenizer("a\nb", add_special_tokens=False)["input_ids"]
+    vars(task)["ends"] = frozenset()  # as if the line break were part of another token
+    assert task.is_over(tokens) and not task.is_over(tokens[:1])
+    assert task.text(tokens) == "a"
+
+
+def test_a_question_that_the_template_would_leave_out_is_refused(tmp_path: Path) -> None:
+    packs = make_packs(tmp_path / "packs", "llava_plain", "llava_tokenizer", "llava")
+    with pytest.raises(ValueError, match=r"exam.jsonl:2: the template llava_plain .* 'Who\?'"):
+        prepare(make_task(tmp_path, "<image>", "Who?"), packs, 4)

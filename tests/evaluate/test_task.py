@@ -55,6 +55,8 @@ def test_a_question_with_everything(tmp_path: Path):
         ((QUESTION | dict(choices=["x", "y"]),), r":1: its answer 'red' is none of its choices"),
         ((PAIR | dict(answer="C"),), r":1: its answer 'C' is none of its choices"),
         ((PAIR | dict(choices=["x"]),), r":1: the metric multiple_choice needs choices"),
+        ((PAIR | dict(choices=["B", "A"]),), r":1: its choice A is called B"),
+        ((PAIR | dict(choices=[*map(str, range(27))]),), r":1: more than 26 choices"),
     ],
 )
 def test_what_is_wrong_is_told(tmp_path: Path, rows: tuple[dict | str, ...], told: str):
@@ -73,3 +75,16 @@ def test_two_tasks_of_one_name(tmp_path: Path):
 def test_a_file_that_is_missing(tmp_path: Path):
     with pytest.raises(ValueError, match="nothing.jsonl: cannot be read"):
         read_task(tmp_path / "nothing.jsonl")
+
+
+def test_choices_are_listed_unless_the_question_lists_them(tmp_path: Path):
+    path = write(tmp_path, PAIR, PAIR | dict(question="Which?"))
+    first, second = (question.turns[-1].text for question in read_task(path).questions)
+    assert first == "A. x B. y"
+    assert second == "Which?\nA. x\nB. y"
+
+
+def test_a_line_may_hold_other_line_breaks(tmp_path: Path):
+    line = json.dumps(dict(question="a\u2028b\x85c", answer="x"), ensure_ascii=False)
+    (question,) = read_task(write(tmp_path, line)).questions
+    assert question.turns[0].text == "a\u2028b\x85c"

@@ -104,6 +104,7 @@ def answers(config: Config, folder: Path) -> tuple[list[list[int]], list[int]]:
         chunk.eval()
     free, choice = open_tasks(config)
     found = generate(job, free, config.eval.max_new_tokens)
+    found = [[token for token in tokens if token not in free.ends] for tokens in found]
     chosen = choose(job, choice)
     return found, chosen if job.groups.has_last_chunk else []
 
@@ -222,7 +223,7 @@ def test_one_question_is_answered(folders: Path, alone):
     words = [
         *("tools/chat.py", str(folders / "hf"), "What is it?", "--image", str(folders / "0.png")),
         *("--packs", str(folders / "packs"), "--max_new_tokens", str(NEW_TOKENS)),
-        *("--training.precision", "float32"),
+        *("--", "--training.precision", "float32"),
     ]
     done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == free.template.text(alone[0][0]).strip() + "\n", done.stderr
@@ -239,7 +240,7 @@ def test_models_are_compared(folders: Path, ranks: Pool, alone, tmp_path: Path):
     words = [
         *("tools/evaluate.py", str(folders / "hf"), str(tmp_path / "run")),
         *("--tasks", *config.eval.tasks, "--packs", str(folders / "packs"), "--out", str(out)),
-        *("--max_new_tokens", str(NEW_TOKENS), "--training.precision", "float32"),
+        *("--max_new_tokens", str(NEW_TOKENS), "--", "--training.precision", "float32"),
     ]
     done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -263,4 +264,5 @@ def test_models_are_compared(folders: Path, ranks: Pool, alone, tmp_path: Path):
     words[1] = str(moved)
     refused = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
     assert refused.returncode == 2
-    assert "holds the answers of another model of that name" in refused.stderr
+    assert f"holds the answers of another model of that name, {folders / 'hf'}" in refused.stderr
+    assert f"give this one a name: NAME={moved}" in refused.stderr

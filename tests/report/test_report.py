@@ -67,8 +67,9 @@ def test_the_page_holds_curves_settings_events_and_answers(resumed: Path, tmp_pa
     )
     answers = other / "answers" / "step-00000004"
     answers.mkdir(parents=True)
-    row = dict(id="1", question="Who <b>?", image=["gone.png"], prediction="x", answers=["y"])
-    (answers / "exam.jsonl").write_text(json.dumps(row | dict(score=0.0)) + "\n")
+    row = dict(id="1", question="Who <b>\u2028?", image=["gone.png"], prediction="x", answers=["y"])
+    content = json.dumps(row | dict(score=0.0), ensure_ascii=False) + "\n"
+    (answers / "exam.jsonl").write_text(content)
     out = tmp_path / "report.html"
     assert main([f"a={resumed}", str(other), "--out", str(out)]) == 0
     page = out.read_text()
@@ -84,7 +85,7 @@ def test_the_page_holds_curves_settings_events_and_answers(resumed: Path, tmp_pa
     assert "<code>--optimizer.lr</code></td><td>0.1</td><td>0.2</td>" in page
     assert "--stage" not in page  # both have the same
     assert "resumed after step 2; 1 steps that had been done were done again" in page
-    assert "Who &lt;b&gt;?" in page
+    assert "Who &lt;b&gt;\u2028?" in page
     assert "gone.png" in page
     assert not re.search(r'(src|href)="(?!data:)', page)
 

@@ -34,8 +34,28 @@ def evaluation_problems(config: Config) -> Iterator[str]:
         )
     if asked.only and not (asked.tasks or config.data.valid):
         yield "--eval.only true needs --eval.tasks or --data.valid: there is nothing to measure"
-    if asked.only and not config.checkpoint.load and config.init == Init():
+    if asked.only:
+        yield from _only(config)
+
+
+def _only(config: Config) -> Iterator[str]:
+    """Report what does not go with measuring alone."""
+    files = config.checkpoint
+    if not files.load and config.init == Init():
         yield "--eval.only true needs the weights of --checkpoint.load or --init"
+    if files.save and any(Path(files.save).glob("step_*")):
+        yield (
+            f"--eval.only true: --checkpoint.save {files.save} holds the checkpoints of a run; name"
+            " the weights with --checkpoint.load, and another folder for answers and figures"
+        )
+    if files.export_hf:
+        yield "--eval.only true trains no model for --checkpoint.export_hf; leave it out"
+    for part in ("vision", "language"):
+        if vars(config.fp8)[part] == "delayed":
+            yield (
+                f"--fp8.{part} delayed finds its scales while it trains, and --eval.only true does"
+                " not train; use none"
+            )
 
 
 def _best(config: Config) -> Iterator[str]:

@@ -23,19 +23,7 @@ def checkpoint_problems(checkpoint: Checkpoint, eval_interval: int, steps: int) 
     """
     names = ("save_interval", "save_epochs", "keep", "keep_best")
     yield from at_least(0, "checkpoint", checkpoint, *names)
-    if checkpoint.keep_best > 0 and checkpoint.keep == 0:
-        yield (
-            f"--checkpoint.keep_best {checkpoint.keep_best} has no effect with --checkpoint.keep 0,"
-            " which keeps all"
-        )
-    elif checkpoint.keep_best > 0 and (
-        eval_interval < 1 or checkpoint.save_interval % eval_interval
-    ):
-        yield (
-            f"--checkpoint.keep_best {checkpoint.keep_best} needs a validation loss for"
-            " each checkpoint: a --training.eval_interval that divides --checkpoint.save_interval"
-            f" {checkpoint.save_interval}; it is {eval_interval}"
-        )
+    yield from _best_problems(checkpoint, eval_interval)
     for name in ("save_epochs", "trained_only"):
         if vars(checkpoint)[name] and not checkpoint.save:
             yield f"--checkpoint.{name} needs --checkpoint.save, the folder for checkpoints"
@@ -69,6 +57,29 @@ def checkpoint_problems(checkpoint: Checkpoint, eval_interval: int, steps: int) 
         )
     if checkpoint.export_hf and exported_step(checkpoint) != steps:
         yield from _taken(checkpoint.export_hf)
+
+
+def _best_problems(checkpoint: Checkpoint, eval_interval: int) -> Iterator[str]:
+    """Report why no best checkpoints can be kept."""
+    if checkpoint.keep_best > 0 and checkpoint.keep == 0:
+        yield (
+            f"--checkpoint.keep_best {checkpoint.keep_best} has no effect with --checkpoint.keep 0,"
+            " which keeps all"
+        )
+    elif checkpoint.keep_best > 0 and checkpoint.save_epochs > 0:
+        yield (
+            f"--checkpoint.keep_best {checkpoint.keep_best} needs an evaluation at each checkpoint,"
+            f" and epochs (--checkpoint.save_epochs {checkpoint.save_epochs}) end between them; use"
+            " --checkpoint.save_interval"
+        )
+    elif checkpoint.keep_best > 0 and (
+        eval_interval < 1 or checkpoint.save_interval % eval_interval
+    ):
+        yield (
+            f"--checkpoint.keep_best {checkpoint.keep_best} needs an evaluation at"
+            " each checkpoint: a --training.eval_interval that divides --checkpoint.save_interval"
+            f" {checkpoint.save_interval}; it is {eval_interval}"
+        )
 
 
 def _taken(export: str) -> Iterator[str]:

@@ -45,6 +45,16 @@ def test_what_can_be(exam: str):
     assert problems(valid="packs", interval=10) == []
 
 
+def test_what_does_not_go_with_measuring_alone(exam: str, tmp_path: Path):
+    only = Eval(tasks=(exam,), only=True)
+    (tmp_path / "run" / "step_00000003").mkdir(parents=True)
+    (problem,) = problems(only, Checkpoint(load="there", save=str(tmp_path / "run")))
+    assert "run holds the checkpoints of a run; name the weights with --checkpoint.load" in problem
+    (problem,) = problems(only, Checkpoint(load="there", save="new", export_hf="out"))
+    assert problem.startswith("--eval.only true trains no model for --checkpoint.export_hf")
+    assert problems(only, Checkpoint(load="there", save="new")) == []
+
+
 def test_what_cannot_be(exam: str):
     best = Checkpoint(keep_best=1)
     for found, told in [

@@ -266,7 +266,7 @@ WRONG = [
     (
         "--checkpoint.keep_best 2",
         1,
-        ["keep_best 2 needs a validation loss for each checkpoint", "save_interval 100; it is 0"],
+        ["keep_best 2 needs an evaluation at each checkpoint", "save_interval 100; it is 0"],
     ),
     (
         "--checkpoint.keep_best 2 --checkpoint.keep 0",
