@@ -62,6 +62,8 @@ def parse_stages(
         is_last = number == len(command.stages) - 1
         runs.append(_placed(run, runs[-1] if runs else None, exports=is_last, command=command))
     found = list(_problems(runs, command, find_problems))
+    if any(run.eval.only for run in runs):
+        found.append("--eval.only true measures the weights of one stage; --stage names several")
     if "--print_config" in command.asked:
         cli.show(runs, found)
         raise SystemExit(0)
@@ -85,7 +87,10 @@ def _take_apart(arguments: list[str]) -> Command:
     asked: list[str] = []
     of_stage: dict[str, list[str]] = {}
     words = iter(arguments)
+    previous = ""
     for word in words:
+        is_ranks = previous == "--check" and word.isdecimal()
+        previous = word
         flag, has_value, value = word.partition("=")
         if flag == "--stage":
             text = value if has_value else next(words, "")
@@ -93,7 +98,9 @@ def _take_apart(arguments: list[str]) -> Command:
         elif flag == "--for":
             name = value if has_value else next(words, "")
             of_stage[name] = of_stage.get(name, []) + shlex.split(next(words, ""))
-        elif flag in _SWITCHES or (asked[-1:] == ["--check"] and word.isdecimal()):
+        elif flag in _SWITCHES:
+            asked += [flag, value] if has_value else [flag]
+        elif is_ranks:
             asked.append(word)
         else:
             options.append(word)

@@ -20,8 +20,18 @@ from megavlm.checkpoint.step_folder import Checkpoint
 from megavlm.config.cli import to_yaml
 from megavlm.config.evaluation import Eval
 from megavlm.config.recipes import recipe_of
+from megavlm.config.schema import (
+    BadSteps,
+    Config,
+    Fp8,
+    Init,
+    Logging,
+    Optimizer,
+    Parallel,
+    Profile,
+    Training,
+)
 from megavlm.config.schema import Checkpoint as Saving
-from megavlm.config.schema import Config, Fp8, Init, Logging, Optimizer, Parallel
 from megavlm.convert.hf.hub_formats import dialect_of
 from megavlm.evaluate.page import Answered, read_rows
 from megavlm.evaluate.task import read_tasks
@@ -83,6 +93,7 @@ def answer_with(
             tasks=tuple(str(task.path) for task in found), max_new_tokens=max_new_tokens, only=True
         )
         words = _options(saved, evaluation, target) if saved else _of_folder(model)
+        words += ["--training.global_batch_size", str(ranks)]
         if saved is None:
             settings = {"eval": dataclasses.asdict(evaluation) | {"tasks": list(evaluation.tasks)}}
             atomic.write_text(target / _SETTINGS, yaml.safe_dump(settings, allow_unicode=True))
@@ -142,9 +153,13 @@ def _options(saved: Checkpoint, evaluation: Eval, target: Path) -> list[str]:
         data=replace(saved.config.data, valid="", weights=(), batch_shares=False, curriculum=False),
         parallel=Parallel(),
         optimizer=Optimizer(),
-        training=replace(
-            saved.config.training, trainable=("connector",), drop_path=0.0, eval_interval=0
+        training=Training(
+            trainable=("connector",),
+            precision=saved.config.training.precision,
+            kernels=saved.config.training.kernels,
         ),
+        profile=Profile(),
+        bad_steps=BadSteps(),
         fp8=Fp8(),
         checkpoint=Saving(load=str(saved.folder), weights_only=True),
         logging=Logging(),

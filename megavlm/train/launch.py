@@ -45,16 +45,21 @@ from megavlm.train.master_weights import MismatchError
 from megavlm.train.metrics import Metrics
 from megavlm.train.origin import Start
 from megavlm.train.saver import SaveError
-from megavlm.train.stop_signal import ignore_save_signal
+from megavlm.train.stop_signal import StopRequest, ignore_save_signal
 from megavlm.train.summary import log_run_summary
 from megavlm.train.tasks import open_tasks, task_facts
 
 
-def launch(config: Config) -> State:
+def launch(config: Config, stop: StopRequest | None = None) -> State:
     """Run a training job, and return where it ended; what is wrong with it, on any rank, ends every
     process with status 2 before any process group exists.
+
+    Args:
+        config: the run.
+        stop: what people ask of the whole command; none: of this run alone.
     """
-    ignore_save_signal()
+    if stop is None:
+        ignore_save_signal()
     backend.set_environment(config.training.deterministic)
     store = backend.meet(config.parallel.timeout_minutes, config.stage)
     with contextlib.ExitStack() as stack:
@@ -68,7 +73,7 @@ def launch(config: Config) -> State:
         )
         out_of_memory.record_memory(config)
         try:
-            return train(config, device_backend, start, lock)
+            return train(config, device_backend, start, lock, stop)
         except (source.DamagedError, MismatchError, SaveError, StepError) as error:
             # Every rank knows of it, so none waits for another.
             torchrun.refuse(f"error: {error}", is_told=torchrun.rank() == 0)
@@ -176,7 +181,11 @@ def inspect(config: Config, world_size: int) -> Start:
 
 
 def train(
-    config: Config, device_backend: backend.Backend, start: Start, lock: Lock | None = None
+    config: Config,
+    device_backend: backend.Backend,
+    start: Start,
+    lock: Lock | None = None,
+    stop: StopRequest | None = None,
 ) -> State:
     """Build the model and everything around it, train, and export. Collective.
 
@@ -185,6 +194,7 @@ def train(
         device_backend: where tensors live.
         start: start point returned by ``inspect``.
         lock: of the save folder, on the rank that holds it.
+        stop: what people ask of the whole command; none: of this run alone.
 
     Raises:
         DamagedError: the checkpoint to start from is damaged, on every rank.
@@ -228,7 +238,7 @@ def train(
         if config.eval.only:
             evaluate(job, state, metrics)
         else:
-            state = run(job, state, metrics)
+            state = run(job, state, metrics, stop)
             _export(config, state, start, groups)
     process_groups.destroy()
     return state

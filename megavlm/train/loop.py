@@ -36,8 +36,14 @@ from megavlm.train.tasks import answer_tasks
 from megavlm.train.throughput import Throughput
 
 
-def run(job: Job, state: State, metrics: Metrics) -> State:
+def run(job: Job, state: State, metrics: Metrics, stop: StopRequest | None = None) -> State:
     """Train from ``state`` to the last step, or until asked to stop. Collective.
+
+    Args:
+        job: the run.
+        state: where it is.
+        metrics: get the figures.
+        stop: what people ask of the whole command; none: of this run alone.
 
     Raises:
         StepError: no token of a step is supervised, so its loss is not defined; a gradient was not
@@ -59,13 +65,17 @@ def run(job: Job, state: State, metrics: Metrics) -> State:
     workers = config.data.workers
     loader = job.batches(job.train, job.plan, positions, workers=workers, seed=config.training.seed)
     saver = Saver(job, metrics, state.step)
+    if state.step >= last and state.trained_only and config.checkpoint.save:
+        saver.save(state)  # the last checkpoint is whole, also where fewer steps are asked for now
     rule = BadStepRule(job, state, metrics)
     unseen = {}
     reported = state.step
     clock = Clock()
     meters = _meters(job, clock)
     with (
-        StopRequest(config.training.max_hours) as stop,
+        StopRequest(config.training.max_hours)
+        if stop is None
+        else contextlib.nullcontext(stop) as stop,
         _watchdog(job) as watchdog,
         ProfiledSteps(config.profile, groups.rank, metrics) as profiled,
         contextlib.closing(loader) as loaded,
@@ -133,7 +143,9 @@ def run(job: Job, state: State, metrics: Metrics) -> State:
                 cause = "--training.max_hours" if stop.is_late else "a signal"
                 metrics.say(f"stopped by {cause} after step {state.step}; {kept}")
                 break
-    saver.finish()
+        saver.finish()
+        # Whoever begins another run has to know of what came after the last look.
+        stop.is_agreed = groups.any_rank(stop.asked, job.backend.device)
     return state
 
 

@@ -41,7 +41,9 @@ class NamedLosses(Meter):
         ]
         found += [part.detach() for name in self.readings for part in losses.readings[name]]
         if found:
-            self._sums += torch.stack([one.double() for one in found])
+            # A step that is skipped for it may be NaN; ``SourceLosses`` leaves it out, too.
+            rows = torch.stack([one.double() for one in found])
+            self._sums += torch.where(rows.isfinite().all(), rows, 0.0)
 
     def report(self, groups: Groups, steps: int) -> Figures:
         """Return ``NAME_loss`` of each loss, the mean of the steps' losses, so that they add up to

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import gc
-import time
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 
 from megavlm.config.schema import Config
 from megavlm.train import resume
 from megavlm.train.launch import launch
+from megavlm.train.stop_signal import StopRequest
 
 
 def launch_all(stages: Sequence[Config]) -> None:
@@ -19,17 +18,15 @@ def launch_all(stages: Sequence[Config]) -> None:
     that is done is not built again. A signal or ``--training.max_hours``, which counts all stages,
     ends the command after the checkpoint of the stage at hand.
     """
-    start = time.monotonic()
-    for config in stages[_first(stages) :]:
-        if hours := config.training.max_hours:
-            left = max(hours - (time.monotonic() - start) / 3600, 1e-9)
-            config = replace(config, training=replace(config.training, max_hours=left))
-        if launch(config).step < config.training.steps:
-            return
-        # The model goes before the next one is built.
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+    with StopRequest() as stop:
+        for config in stages[_first(stages) :]:
+            stop.limit(config.training.max_hours)
+            if launch(config, stop).step < config.training.steps or stop.is_agreed:
+                return
+            # The model goes before the next one is built.
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
 
 
 def _first(stages: Sequence[Config]) -> int:

@@ -30,12 +30,16 @@ class StopRequest:
 
     Attributes:
         wants_save: whether SIGUSR1 came; set it to false when the checkpoint is saved.
+        is_agreed: whether all ranks know that the run is to end.
     """
 
     def __init__(self, max_hours: float = 0.0):
         self._signalled = False
         self.wants_save = False
-        self._end = time.monotonic() + 3600 * max_hours if max_hours else float("inf")
+        self.is_agreed = False
+        self._start = time.monotonic()
+        self._end = float("inf")
+        self.limit(max_hours)
         self._before: dict[int, signal.Handlers] = {}
         self._save_before: signal.Handlers = signal.SIG_DFL
 
@@ -43,6 +47,10 @@ class StopRequest:
         self._before = {number: signal.signal(number, self._remember) for number in _SIGNALS}
         self._save_before = signal.signal(SAVE_SIGNAL, self._remember_save)
         return self
+
+    def limit(self, max_hours: float) -> None:
+        """Set the limit; it counts from when the request was made. 0: any."""
+        self._end = self._start + 3600 * max_hours if max_hours else float("inf")
 
     @property
     def is_late(self) -> bool:

@@ -94,3 +94,23 @@ def test_configurations_are_printed_one_below_the_other(capsys: pytest.CaptureFi
     with pytest.raises(SystemExit) as ended:
         parsed(*COMMON, "--stage", "1,2", "--check", "8")
     assert "nothing is wrong with the configuration for 8 ranks" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("check", [["--check=8"], ["--check", "8"]])
+def test_a_check_trains_nothing(check: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parsed(*COMMON, "--stage", "1,2", *check)
+    assert ended.value.code == 0
+    assert "8 ranks" in capsys.readouterr().out
+
+
+def test_a_number_behind_another_option_is_that_options() -> None:
+    with pytest.raises(SystemExit) as ended:
+        parsed(*COMMON, "--stage", "1", "--check", "--training.steps", "100")
+    assert ended.value.code == 0
+
+
+def test_measuring_alone_is_of_one_stage(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parsed(*COMMON, "--stage", "1,2", "--eval.only", "true")
+    assert "--eval.only true measures the weights of one stage" in capsys.readouterr().err

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -269,3 +270,25 @@ def test_the_checkpoint_with_the_lowest_held_out_loss_stays(
     assert len(found) == STEPS and kept == sorted({best, STEPS})
     state = json.loads((tmp_path / "run" / f"step_{best:08d}" / "state.json").read_text())
     assert state["valid_loss"] == pytest.approx(found[best])
+
+
+def run_with_a_signal(config: Config) -> tuple[int, bool]:
+    """Run a job, of which one rank was told to stop before it began."""
+    from megavlm.parallel import backend
+    from megavlm.train import launch
+    from megavlm.train.stop_signal import StopRequest
+
+    source = launch.inspect(config, torch.distributed.get_world_size())
+    stop = StopRequest()
+    if torch.distributed.get_rank() == 1:
+        stop._remember(signal.SIGTERM, None)
+    state = launch.train(config, backend.start(5), source, stop=stop)
+    return state.step, stop.is_agreed
+
+
+def test_a_signal_that_came_with_the_last_step_is_known_to_all(
+    dataset: Path, ranks: Pool, tmp_path: Path
+) -> None:
+    config = make_job(dataset, tmp_path / "run")
+    config = dataclasses.replace(config, logging=Logging(interval=STEPS))
+    assert ranks.run(run_with_a_signal, 2, config) == [(STEPS, True), (STEPS, True)]

@@ -31,6 +31,7 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     (folder / "run.yaml").write_text(to_yaml(config))
     return [
         *(*TORCHRUN, "--config", str(folder / "run.yaml"), "--stage", "1,1.5,2"),
+        *("--training.max_hours", "100"),
         *("--for", "1", "--training.trainable connector"),
         *("--for", "1.5", f"--data.train {folder / 'packs_1.5'} --training.steps 14"),
         *("--for", "2", f"--data.train {folder / 'packs_2'}"),

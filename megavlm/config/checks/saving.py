@@ -61,6 +61,12 @@ def checkpoint_problems(checkpoint: Checkpoint, eval_interval: int, steps: int) 
 
 def _best_problems(checkpoint: Checkpoint, eval_interval: int) -> Iterator[str]:
     """Report why no best checkpoints can be kept."""
+    if checkpoint.keep_best > 0 and checkpoint.trained_only:
+        yield (
+            f"--checkpoint.keep_best {checkpoint.keep_best}: with --checkpoint.trained_only true"
+            " only the last checkpoint is whole, and the best one could not be exported; leave one"
+            " out"
+        )
     if checkpoint.keep_best > 0 and checkpoint.keep == 0:
         yield (
             f"--checkpoint.keep_best {checkpoint.keep_best} has no effect with --checkpoint.keep 0,"
