@@ -26,6 +26,7 @@ _FUSED = {
 NOT_DECAYED = (
     "class_token",
     "position_embedding",
+    "position_embedding.weight",
     "position_embeddings.weight",
     "connector.query",
     "connector.queries",

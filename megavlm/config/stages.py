@@ -7,6 +7,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 from megavlm.config import cli, torchrun
@@ -146,6 +147,14 @@ def _problems(
     runs: Sequence[Config], command: Command, find_problems: FindProblems
 ) -> Iterator[str]:
     """Yield the problems of all stages; what a later stage starts from is not there yet."""
+    for before, run in pairwise(runs):
+        objective = run.architecture.objective
+        if objective != before.architecture.objective:
+            yield (
+                f"stage {run.stage}: its model, of --architecture.objective {objective}, is another"
+                f" one than that of stage {before.stage}, of {before.architecture.objective}; train"
+                " it in a command of its own"
+            )
     for number, run in enumerate(runs):
         missing = f"--checkpoint.load {run.checkpoint.load}: no such folder"
         for problem in find_problems(run, _ranks(command)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -103,7 +104,9 @@ def _whole_steps(job: Job, packs: int) -> int:
     """
     ranks = job.groups.data_size
     batch = job.config.training.global_batch_size
-    count = packs // batch * batch or packs // ranks * ranks
+    pool = max(job.config.architecture.image_text.pool_packs, 1)
+    part = math.lcm(ranks, pool)  # no pool is cut
+    count = packs // batch * batch or packs // part * part or packs // ranks * ranks
     if not count:
         raise ValueError(
             f"--data.valid {job.config.data.valid}: {packs} packs are held out, and the loss of"

@@ -235,12 +235,17 @@ def train(
             lock=lock,
             unused_weights=origin.unused(config, start) if groups.rank == 0 else {},
         )
-        if config.eval.only:
-            evaluate(job, state, metrics)
-        else:
-            state = run(job, state, metrics, stop)
-            _export(config, state, start, groups)
+        state = _run(job, state, start, metrics, stop)
     process_groups.destroy()
+    return state
+
+
+def _run(job: Job, state: State, start: Start, metrics: Metrics, stop: StopRequest | None) -> State:
+    """Do what the job is for: measure, or train and export."""
+    if job.config.eval.only:
+        return evaluate(job, state, metrics)
+    state = run(job, state, metrics, stop)
+    _export(job.config, state, start, job.groups)
     return state
 
 
@@ -297,7 +302,7 @@ def _check_lengths(config: Config) -> None:
         return
     (option, most) = bound
     for packs in (*config.data.train_folders, *filter(None, [config.data.valid])):
-        longest = int(PackedDataset(packs).some_records()["longest"].max())
+        longest = int(PackedDataset(packs).index["longest"].max())
         if longest > most:
             raise ValueError(
                 f"{packs}: holds a sample of {longest} tokens, and {option} is {most}: each token"

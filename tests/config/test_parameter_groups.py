@@ -158,6 +158,7 @@ def test_a_run_of_defaults_has_one_group_a_part() -> None:
             {"vision.position_embedding", "language.embedding.position_embeddings.weight"},
         ),
         ("--model tiny --stage 2", {"vision.position_embedding"}),
+        ("--recipe blip2 --stage 1", {"connector.position_embedding.weight", "connector.queries"}),
     ],
 )
 def test_the_models_own_list_is_that_of_vision_libraries(command: str, without: set) -> None:

@@ -114,3 +114,13 @@ def test_measuring_alone_is_of_one_stage(capsys: pytest.CaptureFixture[str]) -> 
     with pytest.raises(SystemExit):
         parsed(*COMMON, "--stage", "1,2", "--eval.only", "true")
     assert "--eval.only true measures the weights of one stage" in capsys.readouterr().err
+
+
+def test_stages_of_two_models_are_commands_of_their_own(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    given = ["--recipe", "blip2", "--data.train", "packs", "--save", "runs/all"]
+    with pytest.raises(SystemExit):
+        parsed(*given, "--stage", "1,2")
+    told = capsys.readouterr().err
+    assert "stage 2: its model, of --architecture.objective next_token, is another one" in told

@@ -31,6 +31,11 @@ def fp8_problems(fp8: Fp8, config: Config) -> Iterator[str]:
             " set; use tensorwise"
         )
     for part, recipe in fp8.recipes.items():
+        if recipe == "delayed" and arch.needs.spans_step:
+            yield (
+                f"--fp8.{part} delayed: --architecture.objective {arch.objective} runs microbatches"
+                " twice, and its scales would change in between; use another recipe"
+            )
         if config.training.precision == "float32":
             yield f"--fp8.{part} {recipe} needs --training.precision bfloat16"
         if recipe == "delayed" and first + last > 0:

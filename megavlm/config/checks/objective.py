@@ -16,6 +16,11 @@ def objective_problems(config: Config) -> Iterator[str]:
     wanted = f"--architecture.objective {arch.objective}"
     if arch.needs.is_of_pairs:
         yield from _pairs(config, wanted)
+    elif arch.connector.kind == "qformer" and arch.connector.qformer.text:
+        yield (
+            f"--architecture.connector.qformer.text true: {wanted} shows the Q-Former no texts, and"
+            " what reads them would never be trained; use false"
+        )
     if arch.needs.has_language:
         return
     pool = arch.image_text.pool_packs

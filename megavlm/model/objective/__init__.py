@@ -53,4 +53,11 @@ def build_objective(
     settings: TransformerConfig, config: Config, chunk: Chunk, chosen: Kernels, groups: Groups
 ) -> Objective:
     """Build the part of the run's objective that stands in a chunk."""
-    return MODULES[config.architecture.objective](settings, config, chunk, chosen, groups)
+    name = config.architecture.objective
+    built = MODULES[name](settings, config, chunk, chosen, groups)
+    if built.spans_step != OBJECTIVES[name].spans_step:
+        raise TypeError(
+            f"objective {name}: its needs say spans_step {OBJECTIVES[name].spans_step}, and its"
+            f" module {built.spans_step}"
+        )
+    return built
