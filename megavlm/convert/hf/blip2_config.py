@@ -44,9 +44,7 @@ def read_vision(found: Mapping[str, Any], folder: Path) -> Vision:
     """Read the vision encoder from the result of ``vision_settings``; pixels are CLIP's if the
     folder does not say.
     """
-    names = (shared.IMAGE_PROCESSOR_NAME, "processor_config.json")
-    is_told = any((folder / name).is_file() for name in names)
-    mean, std = shared.normalisation(folder) if is_told else PIXELS["clip"]
+    mean, std = shared.told_normalisation(folder, PIXELS["clip"])
     return Vision(
         family="eva",
         image_size=found["image_size"],
@@ -89,12 +87,7 @@ def read_settings(raw: dict[str, Any], folder: Path, qformer: dict[str, Any]) ->
         ValueError: it is of a model that ours is not; every difference is named.
     """
     path = folder / shared.FILE_NAME
-    try:
-        settings = Blip2Config.from_dict(raw).to_dict()
-    except Exception as error:  # transformers' checks raise errors of many kinds
-        raise ValueError(
-            f"{path}: transformers cannot read it: {' '.join(str(error).split()):.300}"
-        ) from None
+    settings = shared.complete(Blip2Config, raw, path)
     wanted = _FIXED_QFORMER | qformer
     wrong = shared.contradictions("qformer_config", settings["qformer_config"], wanted)
     shared.refuse(path, [*vision_problems(vision_settings(raw), "vision_config"), *wrong])

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedConfig
+
 from megavlm.config.schema import Vision
 
 FILE_NAME = "config.json"
@@ -36,6 +38,25 @@ def read_json(path: Path) -> dict[str, Any]:
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a JSON object as Hugging Face lays it out."""
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def complete(form: type[PreTrainedConfig], raw: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Return settings with what the file leaves out, as a class of transformers has it.
+
+    Args:
+        form: the class.
+        raw: content of the file.
+        path: of the file.
+
+    Raises:
+        ValueError: the class refuses them.
+    """
+    try:
+        return form.from_dict(raw).to_dict()
+    except Exception as error:  # transformers' checks raise errors of many kinds
+        raise ValueError(
+            f"{path}: transformers cannot read it: {' '.join(str(error).split()):.300}"
+        ) from None
 
 
 def contradictions(
@@ -73,6 +94,15 @@ def normalisation(folder: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
     return tuple(settings.get("image_mean", _USUAL.pixel_mean)), tuple(
         settings.get("image_std", _USUAL.pixel_std)
     )
+
+
+def told_normalisation(
+    folder: Path, usual: tuple[tuple[float, ...], tuple[float, ...]]
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of pixels; ``usual`` where the folder has no image processor."""
+    names = (IMAGE_PROCESSOR_NAME, "processor_config.json")
+    is_told = any((folder / name).is_file() for name in names)
+    return normalisation(folder) if is_told else usual
 
 
 def whole_inverse(ratio: float) -> int:

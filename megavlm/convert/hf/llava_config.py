@@ -10,15 +10,13 @@ import torch
 from transformers import LlavaConfig
 
 from megavlm.config.connectors import LLAVA, Connector
-from megavlm.config.schema import Architecture, Vision
+from megavlm.config.schema import Architecture
+from megavlm.convert.hf import clip_vision, language_config
 from megavlm.convert.hf import json_files as shared
-from megavlm.convert.hf import language_config
 from megavlm.convert.weights.families import written_as
 
 CLASS_NAME = "LlavaForConditionalGeneration"
 MODEL_TYPE = "llava"
-ACTIVATIONS = {"gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_pytorch_tanh": "gelu_tanh"}
-"""What transformers calls the activations of CLIP and SigLIP, and what we call them."""
 # By the kind of connector: the activation between the two linear layers that files always have.
 _CONNECTORS = {"gelu": LLAVA, "linear": Connector(kind="linear", pixel_shuffle=1, norm=False)}
 _FIXED: dict[str, dict[str, Any]] = {
@@ -35,17 +33,18 @@ def read(raw: dict[str, Any], folder: Path, *, has_head: bool | None) -> Archite
             f"{path}: has no text_config; it is of LLaVA's own code, and only folders of"
             f" transformers' {CLASS_NAME} are read"
         )
-    try:
-        settings = LlavaConfig.from_dict(raw).to_dict()  # fills in what the file leaves out
-    except Exception as error:  # transformers' checks raise errors of many kinds
-        raise ValueError(
-            f"{path}: transformers cannot read it: {' '.join(str(error).split()):.300}"
-        ) from None
+    settings = shared.complete(LlavaConfig, raw, path)
     shared.refuse(path, list(_problems(settings)))
-    mean, std = shared.normalisation(folder)
+    vision = settings["vision_config"]
     tied = settings["tie_word_embeddings"] or settings["text_config"].get("tie_word_embeddings")
     return Architecture(
-        vision=_vision(settings["vision_config"], settings["vision_feature_layer"], mean, std),
+        vision=clip_vision.read(
+            vision,
+            family="clip",
+            pixels=shared.normalisation(folder),
+            unused_layers=vision["num_hidden_layers"]
+            - _layers(vision, settings["vision_feature_layer"]),
+        ),
         language=language_config.read(
             settings["text_config"], tied_head=bool(tied) and not has_head
         ),
@@ -64,11 +63,7 @@ def _problems(settings: dict[str, Any]) -> Iterator[str]:
             f"projector_hidden_act is {settings['projector_hidden_act']!r}, must be one of"
             f" {', '.join(_CONNECTORS)}"
         )
-    if vision.get("hidden_act") not in ACTIVATIONS:
-        yield (
-            f"vision_config.hidden_act is {vision.get('hidden_act')!r}, must be one of"
-            f" {', '.join(ACTIVATIONS)}"
-        )
+    yield from clip_vision.activation_problems(vision, "vision_config")
     layer = settings["vision_feature_layer"]
     if not isinstance(layer, int):
         yield f"vision_feature_layer is {layer}, must be one layer"
@@ -86,27 +81,6 @@ def _layers(vision: dict[str, Any], feature_layer: int) -> int:
     """
     below_zero = vision["num_hidden_layers"] + 1 if feature_layer < 0 else 0
     return feature_layer + below_zero
-
-
-def _vision(
-    settings: dict[str, Any], feature_layer: int, mean: tuple[float, ...], std: tuple[float, ...]
-) -> Vision:
-    """Read the vision encoder."""
-    layers = _layers(settings, feature_layer)
-    return Vision(
-        family="clip",
-        image_size=settings["image_size"],
-        patch_size=settings["patch_size"],
-        num_layers=layers,
-        unused_layers=settings["num_hidden_layers"] - layers,
-        hidden_size=settings["hidden_size"],
-        ffn_hidden_size=settings["intermediate_size"],
-        num_attention_heads=settings["num_attention_heads"],
-        layernorm_epsilon=settings["layer_norm_eps"],
-        activation=ACTIVATIONS[settings["hidden_act"]],
-        pixel_mean=mean,
-        pixel_std=std,
-    )
 
 
 def write(
@@ -137,16 +111,7 @@ def write(
         **_FIXED[""],
         "vision_config": {
             **_FIXED["vision_config"],
-            "image_size": vision.image_size,
-            "patch_size": vision.patch_size,
-            "num_hidden_layers": vision.num_layers + vision.unused_layers,
-            "hidden_size": vision.hidden_size,
-            "intermediate_size": vision.ffn_hidden_size,
-            "num_attention_heads": vision.num_attention_heads,
-            "layer_norm_eps": vision.layernorm_epsilon,
-            "hidden_act": next(
-                name for name, ours in ACTIVATIONS.items() if ours == vision.activation
-            ),
+            **clip_vision.write(vision),
             "projection_dim": vision.hidden_size,
         },
         "text_config": language_config.write(

@@ -51,13 +51,7 @@ def read(raw: dict[str, Any], folder: Path, *, has_head: bool | None) -> Archite
         ValueError: it is of a model that ours is not; every difference is named.
     """
     path = folder / shared.FILE_NAME
-    try:
-        # Fills in what the file leaves out.
-        settings = InternVLConfig.from_dict(raw).to_dict()
-    except Exception as error:  # transformers' checks raise errors of many kinds
-        raise ValueError(
-            f"{path}: transformers cannot read it: {' '.join(str(error).split()):.300}"
-        ) from None
+    settings = shared.complete(InternVLConfig, raw, path)
     shared.refuse(path, list(_problems(settings)))
     mean, std = shared.normalisation(folder)
     return Architecture(

@@ -13,12 +13,11 @@ from transformers import CLIPConfig, SiglipConfig
 from megavlm.config.architecture import PIXELS
 from megavlm.config.connectors import Connector
 from megavlm.config.schema import Architecture, Contrastive, Language, Vision
-from megavlm.convert.hf import json_files, tokenizer_files
+from megavlm.convert.hf import clip_vision, json_files, tokenizer_files
 from megavlm.convert.hf.json_files import FILE_NAME, IMAGE_PROCESSOR_NAME, write_json
 from megavlm.convert.hf.preprocessing import Usage
 from megavlm.data.text.tokenizer import load_tokenizer
 
-_ACTIVATIONS = {"gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_pytorch_tanh": "gelu_tanh"}
 _BICUBIC = 3
 _OLD_END = 2
 
@@ -57,38 +56,15 @@ def read_siglip(raw: dict[str, Any], folder: Path, *, has_head: bool | None) -> 
 def _problems(found: dict[str, Any]) -> Iterator[str]:
     """Yield settings that our model does not support."""
     for section in ("vision_config", "text_config"):
-        act = found[section]["hidden_act"]
-        if act not in _ACTIVATIONS:
-            yield f"{section}.hidden_act is {act!r}, must be one of {', '.join(_ACTIVATIONS)}"
+        yield from clip_vision.activation_problems(found[section], section)
     yield from json_files.contradictions(
         "vision_config", found["vision_config"], {"num_channels": 3}
     )
 
 
-def _sizes(found: dict[str, Any]) -> dict[str, Any]:
-    """Return what both encoders have."""
-    return dict(
-        num_layers=found["num_hidden_layers"],
-        hidden_size=found["hidden_size"],
-        ffn_hidden_size=found["intermediate_size"],
-        num_attention_heads=found["num_attention_heads"],
-        layernorm_epsilon=found["layer_norm_eps"],
-        activation=_ACTIVATIONS[found["hidden_act"]],
-    )
-
-
 def _vision(family: str, found: dict[str, Any], folder: Path) -> Vision:
-    names = (IMAGE_PROCESSOR_NAME, "processor_config.json")
-    is_told = any((folder / name).is_file() for name in names)
-    mean, std = json_files.normalisation(folder) if is_told else PIXELS[family]
-    return Vision(
-        family=family,
-        image_size=found["image_size"],
-        patch_size=found["patch_size"],
-        pixel_mean=mean,
-        pixel_std=std,
-        **_sizes(found),
-    )
+    pixels = json_files.told_normalisation(folder, PIXELS[family])
+    return clip_vision.read(found, family=family, pixels=pixels)
 
 
 def _language(family: str, found: dict[str, Any]) -> Language:
@@ -97,7 +73,12 @@ def _language(family: str, found: dict[str, Any]) -> Language:
         num_query_groups=found["num_attention_heads"],
         vocab_size=found["vocab_size"],
         max_position_embeddings=found["max_position_embeddings"],
-        **_sizes(found),
+        num_layers=found["num_hidden_layers"],
+        hidden_size=found["hidden_size"],
+        ffn_hidden_size=found["intermediate_size"],
+        num_attention_heads=found["num_attention_heads"],
+        layernorm_epsilon=found["layer_norm_eps"],
+        activation=clip_vision.ACTIVATIONS[found["hidden_act"]],
     )
 
 
@@ -117,8 +98,8 @@ def write_clip(
     """Write everything but weights of a ``CLIPModel``; see ``processor.write_native``."""
     ids = check_clip_tokenizer(tokenizer)
     config = CLIPConfig(
-        text_config=_written(architecture.language) | ids,
-        vision_config=_written(architecture.vision),
+        text_config=_written_text(architecture.language) | ids,
+        vision_config=clip_vision.write(architecture.vision),
         projection_dim=architecture.contrastive.size,
         architectures=["CLIPModel"],
     )
@@ -133,10 +114,10 @@ def write_siglip(
     folder: Path, tokenizer: Path, architecture: Architecture, usage: Usage, dtype: torch.dtype
 ) -> None:
     """Write everything but weights of a ``SiglipModel``; see ``processor.write_native``."""
-    text = _written(architecture.language) | _token_ids(tokenizer)
+    text = _written_text(architecture.language) | _token_ids(tokenizer)
     config = SiglipConfig(
         text_config=text | {"projection_size": architecture.contrastive.size},
-        vision_config=_written(architecture.vision),
+        vision_config=clip_vision.write(architecture.vision),
         architectures=["SiglipModel"],
     )
     processor = _image_processor(architecture, usage, "SiglipImageProcessor") | {
@@ -145,21 +126,17 @@ def write_siglip(
     _write(folder, tokenizer, config, dtype, processor)
 
 
-def _written(part: Vision | Language) -> dict[str, Any]:
-    """Return the settings of an encoder."""
-    names = {ours: theirs for theirs, ours in _ACTIVATIONS.items()}
-    found = dict(
-        num_hidden_layers=part.num_layers,
-        hidden_size=part.hidden_size,
-        intermediate_size=part.ffn_hidden_size,
-        num_attention_heads=part.num_attention_heads,
-        layer_norm_eps=part.layernorm_epsilon,
-        hidden_act=names[part.activation],
-    )
-    if isinstance(part, Vision):
-        return found | dict(image_size=part.image_size, patch_size=part.patch_size)
-    return found | dict(
-        vocab_size=part.vocab_size, max_position_embeddings=part.max_position_embeddings
+def _written_text(language: Language) -> dict[str, Any]:
+    """Return the settings of the encoder of texts."""
+    return dict(
+        num_hidden_layers=language.num_layers,
+        hidden_size=language.hidden_size,
+        intermediate_size=language.ffn_hidden_size,
+        num_attention_heads=language.num_attention_heads,
+        layer_norm_eps=language.layernorm_epsilon,
+        hidden_act=clip_vision.activation_name(language.activation),
+        vocab_size=language.vocab_size,
+        max_position_embeddings=language.max_position_embeddings,
     )
 
 

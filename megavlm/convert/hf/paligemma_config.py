@@ -10,11 +10,10 @@ import torch
 from transformers import PaliGemmaConfig
 
 from megavlm.config.connectors import Connector
-from megavlm.config.schema import Architecture, Vision
+from megavlm.config.schema import Architecture
+from megavlm.convert.hf import clip_vision, language_config, tokenizer_files
 from megavlm.convert.hf import json_files as shared
-from megavlm.convert.hf import language_config, tokenizer_files
 from megavlm.convert.hf.json_files import FILE_NAME, IMAGE_PROCESSOR_NAME, write_json
-from megavlm.convert.hf.llava_config import ACTIVATIONS
 from megavlm.convert.hf.preprocessing import Usage
 from megavlm.convert.hf.processor import pixel_settings, write_generation
 from megavlm.convert.weights.families import written_as
@@ -32,30 +31,15 @@ _BIDIRECTIONAL = "use_bidirectional_attention"
 def read(raw: dict[str, Any], folder: Path, *, has_head: bool | None) -> Architecture:
     """Read the architecture; arguments and errors as in ``native_config``."""
     path = folder / FILE_NAME
-    try:
-        settings = PaliGemmaConfig.from_dict(raw).to_dict()  # fills in what the file leaves out
-    except Exception as error:  # transformers' checks raise errors of many kinds
-        raise ValueError(
-            f"{path}: transformers cannot read it: {' '.join(str(error).split()):.300}"
-        ) from None
+    settings = shared.complete(PaliGemmaConfig, raw, path)
     text = settings["text_config"]
     shared.refuse(path, list(_problems(settings)))
-    found = settings["vision_config"]
-    mean, std = shared.normalisation(folder)
     return Architecture(
-        vision=Vision(
+        vision=clip_vision.read(
+            settings["vision_config"],
             family="siglip",
-            image_size=found["image_size"],
-            patch_size=found["patch_size"],
-            num_layers=found["num_hidden_layers"],
+            pixels=shared.normalisation(folder),
             final_norm=True,
-            hidden_size=found["hidden_size"],
-            ffn_hidden_size=found["intermediate_size"],
-            num_attention_heads=found["num_attention_heads"],
-            layernorm_epsilon=found["layer_norm_eps"],
-            activation=ACTIVATIONS[found["hidden_act"]],
-            pixel_mean=mean,
-            pixel_std=std,
         ),
         connector=Connector(kind="linear", pixel_shuffle=1, norm=False),
         language=language_config.read(
@@ -71,11 +55,7 @@ def _problems(settings: dict[str, Any]) -> Iterator[str]:
     vision = settings["vision_config"]
     text = dict(settings["text_config"])
     yield from shared.contradictions("vision_config", vision, _VISION)
-    if vision.get("hidden_act") not in ACTIVATIONS:
-        yield (
-            f"vision_config.hidden_act is {vision.get('hidden_act')!r}, must be one of"
-            f" {', '.join(ACTIVATIONS)}"
-        )
+    yield from clip_vision.activation_problems(vision, "vision_config")
     if text.pop(_BIDIRECTIONAL, True) is False:
         yield f"text_config.{_BIDIRECTIONAL} is False, must be True: prefixes are bidirectional"
     if text.get("model_type") != "gemma":
@@ -114,7 +94,6 @@ def write(
     pad_token_id: int,
 ) -> dict[str, Any]:
     """Build the content of config.json; arguments as in ``native_config``."""
-    vision = architecture.vision
     language = architecture.language
     text = language_config.write(
         language,
@@ -137,16 +116,7 @@ def write(
         "tie_word_embeddings": language.tied_head,
         "vision_config": {
             **_VISION,
-            "image_size": vision.image_size,
-            "patch_size": vision.patch_size,
-            "num_hidden_layers": vision.num_layers,
-            "hidden_size": vision.hidden_size,
-            "intermediate_size": vision.ffn_hidden_size,
-            "num_attention_heads": vision.num_attention_heads,
-            "layer_norm_eps": vision.layernorm_epsilon,
-            "hidden_act": next(
-                name for name, ours in ACTIVATIONS.items() if ours == vision.activation
-            ),
+            **clip_vision.write(architecture.vision),
             "num_image_tokens": architecture.placeholders_per_tile,
             "projection_dim": language.hidden_size,
         },

@@ -10,8 +10,7 @@ from typing import Any
 from transformers import CLIPVisionConfig, SiglipVisionConfig
 
 from megavlm.config.schema import Vision
-from megavlm.convert.hf import blip2_config, chat_config, json_files
-from megavlm.convert.hf.llava_config import ACTIVATIONS
+from megavlm.convert.hf import blip2_config, chat_config, clip_vision, json_files
 from megavlm.convert.hf.safetensors_files import SafetensorsFolder
 from megavlm.convert.weights.families import clip, eva, internvit
 from megavlm.convert.weights.mapping import Row
@@ -76,27 +75,18 @@ def vision_from_hf(folder: str | Path, like: Vision | None = None) -> Vision:
     has_like = like is not None and like.family == family
     unused = like.unused_layers if has_like else 1
     json_files.refuse(path, list(_clip_problems(found, unused)))
-    return Vision(
+    return clip_vision.read(
+        found,
         family=family,
-        image_size=found["image_size"],
-        patch_size=found["patch_size"],
-        num_layers=found["num_hidden_layers"] - unused,
+        pixels=(mean, std),
         unused_layers=unused,
         final_norm=has_like and like.final_norm,
-        hidden_size=found["hidden_size"],
-        ffn_hidden_size=found["intermediate_size"],
-        num_attention_heads=found["num_attention_heads"],
-        layernorm_epsilon=found["layer_norm_eps"],
-        activation=ACTIVATIONS[found["hidden_act"]],
-        pixel_mean=mean,
-        pixel_std=std,
     )
 
 
 def _clip_problems(found: dict[str, Any], unused: int) -> Iterator[str]:
     """Yield settings that our model does not support; ``unused`` layers are not built."""
-    if found["hidden_act"] not in ACTIVATIONS:
-        yield f"hidden_act is {found['hidden_act']!r}, must be one of {', '.join(ACTIVATIONS)}"
+    yield from clip_vision.activation_problems(found, "")
     if found["num_hidden_layers"] <= unused:
         yield (
             f"num_hidden_layers is {found['num_hidden_layers']}, must be {unused + 1} or more:"
