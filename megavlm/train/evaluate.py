@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
+from megatron.core.distributed import DistributedDataParallel
 
 from megavlm.data.loading.batch import Batch
 from megavlm.data.loading.order import Plan
@@ -18,6 +19,16 @@ from megavlm.train.named_losses import NamedLosses
 from megavlm.train.source_losses import SourceLosses
 from megavlm.train.step import run_packs
 from megavlm.train.whole_step import run_whole_step
+
+
+@contextlib.contextmanager
+def evaluating(chunks: Sequence[DistributedDataParallel]) -> Iterator[None]:
+    """Put this rank's chunks in evaluation mode, inside the context."""
+    for chunk in chunks:
+        chunk.eval()
+    yield
+    for chunk in chunks:
+        chunk.train()
 
 
 @torch.no_grad()
@@ -50,12 +61,8 @@ def held_out_loss(job: Job) -> tuple[float, dict[str, float], dict[str, float]]:
     packs = job.batches(job.valid, plan, positions, workers=workers)
     by_source = SourceLosses(job.valid.source_names, job.backend.device)
     named = NamedLosses(job.config.architecture, job.backend.device)
-    for chunk in job.ddp_chunks:
-        chunk.eval()
-    with contextlib.closing(packs):
+    with evaluating(job.ddp_chunks), contextlib.closing(packs):
         loss = run(job, packs, plan.pack_ids(0, count), weight, (named, by_source))
-    for chunk in job.ddp_chunks:
-        chunk.train()
     means = by_source.report(groups)["loss"]
     return float(groups.sum_over_data(loss)), named.report(groups, 1), means
 
@@ -67,6 +74,13 @@ def _run_packs(
     groups = job.groups
     count = len(range(groups.data_rank, len(ids), groups.data_size))
     return run_forward(job, packs, count, weight, meters)
+
+
+def blank_packs(job: Job, count: int) -> int:
+    """Return how many packs without a loss must follow ``count`` packs: interleaved 1F1B needs a
+    multiple of the pipeline's size.
+    """
+    return -count % job.groups.pipeline_size if len(job.ddp_chunks) > 1 else 0
 
 
 def run_forward(
@@ -86,7 +100,7 @@ def run_forward(
     """
     if not count:
         return torch.zeros((), device=job.backend.device)
-    blank = -count % job.groups.pipeline_size if len(job.ddp_chunks) > 1 else 0
+    blank = blank_packs(job, count)
     return run_packs(
         job.ddp_chunks,
         _followed_by_blank(packs, blank),
@@ -136,9 +150,7 @@ def _run_steps(
 
 
 def _followed_by_blank(packs: Iterator[Batch], count: int) -> Iterator[Batch]:
-    """Yield the packs, then the last one again ``count`` times without a loss: interleaved 1F1B
-    needs a multiple of the pipeline's size.
-    """
+    """Yield the packs, then the last one again ``count`` times without a loss."""
     for pack in packs:
         yield pack
     for _ in range(count):

@@ -23,7 +23,7 @@ from megavlm.data.loading.dataset import sample_positions
 from megavlm.data.loading.order import Plan
 from megavlm.evaluate.packs import TaskPacks
 from megavlm.model.greedy import likeliest_tokens
-from megavlm.train.evaluate import run_forward
+from megavlm.train.evaluate import blank_packs, run_forward
 from megavlm.train.job import Job
 from megavlm.train.pipeline import run_pipeline
 from megavlm.train.source_losses import SourceLosses
@@ -143,8 +143,7 @@ def _next_tokens(
         if not all(is_done[question] for question in pack.questions)
     ]
     if grown:
-        blank = -len(grown) % job.groups.pipeline_size if len(job.chunks) > 1 else 0
-        grown += [(grown[-1][0], []) for _ in range(blank)]
+        grown += [(grown[-1][0], []) for _ in range(blank_packs(job, len(grown)))]
         run_pipeline(
             job.ddp_chunks,
             (batch for batch, _ in grown),

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from megavlm.data.loading.batch import Batch
 from megavlm.data.loading.order import Plan
-from megavlm.model.objective.contrastive import gather_rows
+from megavlm.parallel.gather_rows import gather_rows
+from megavlm.train.evaluate import evaluating
 from megavlm.train.job import Job
-from megavlm.train.pipeline import run_pipeline
+from megavlm.train.whole_step import outputs_of
 
 CUTS = (1, 5, 10)
 NAMES = tuple(
@@ -44,11 +44,8 @@ def recalls(job: Job) -> dict[str, float]:
     wanted = job.config.training.eval_packs
     count = min(wanted, len(job.valid)) if wanted else len(job.valid)
     plan = Plan(num_packs=len(job.valid), seed=0)
-    for chunk in job.ddp_chunks:
-        chunk.eval()
-    outputs = _embed(job, plan, count)
-    for chunk in job.ddp_chunks:
-        chunk.train()
+    with evaluating(job.ddp_chunks):
+        outputs = _embed(job, plan, count)
     if not job.groups.has_last_chunk:
         return {}
     counts = list(map(sum, job.samples_of_ranks(job.valid, plan.pack_ids(0, count))))
@@ -70,20 +67,12 @@ def recalls(job: Job) -> dict[str, float]:
 def _embed(job: Job, plan: Plan, count: int) -> list[Tensor]:
     """Return the embeddings of this rank's packs, float32 [2, pairs, E] each, in their order."""
     positions = range(job.groups.data_rank, count, job.groups.data_size)
-    outputs: list[Tensor] = []
-
-    def keep(batch: Batch, output: Tensor) -> Tensor:
-        outputs.append(output.float())
-        return output.new_zeros(())
-
+    if not len(positions):
+        return []
     workers = min(job.config.data.workers, len(positions))
     batches = job.batches(job.valid, plan, positions, workers=workers)
     with contextlib.closing(batches):
-        if len(positions):
-            run_pipeline(
-                job.ddp_chunks, batches, len(positions), keep, job.backend, forward_only=True
-            )
-    return outputs
+        return outputs_of(job.ddp_chunks, batches, len(positions), job.backend)
 
 
 def _hits(queries: Tensor, found: Tensor, first: int) -> Tensor:

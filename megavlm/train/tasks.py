@@ -20,6 +20,7 @@ from megavlm.evaluate.packs import TaskPacks, prepare
 from megavlm.evaluate.task import Question, Task, read_tasks
 from megavlm.io import atomic
 from megavlm.io.remote import is_remote
+from megavlm.train.evaluate import evaluating
 from megavlm.train.generate import choose, generate
 from megavlm.train.job import Job
 
@@ -87,15 +88,13 @@ def answer_tasks(job: Job, step: int, progress: Callable[[], None]) -> Result:
         job: the run.
         step: updates that are done, which the answers are filed under.
         progress: called from time to time.
-
     """
     figures: dict[str, float] = {}
     by_category: dict[str, dict[str, float]] = {}
     problems: list[str] = []
-    for chunk in job.ddp_chunks:
-        chunk.eval()
     for task in job.tasks:
-        predictions = _predictions(job, task, progress)
+        with evaluating(job.ddp_chunks):
+            predictions = _predictions(job, task, progress)
         if not job.groups.is_writer:
             continue
         score = _score(task, predictions)
@@ -108,8 +107,6 @@ def answer_tasks(job: Job, step: int, progress: Callable[[], None]) -> Result:
                 _write(folder / f"{name}.jsonl", task, predictions, score)
             except (OSError, UnicodeEncodeError) as error:
                 problems.append(f"ERROR: {folder / name}.jsonl: not written ({error})")
-    for chunk in job.ddp_chunks:
-        chunk.train()
     return Result(figures=_on_every_rank(job, figures), by_category=by_category, problems=problems)
 
 

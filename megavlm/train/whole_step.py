@@ -80,7 +80,7 @@ def run_whole_step(
             backend,
             forward_only=forward_only,
         )
-    outputs = _forward(model, packs, backend)
+    outputs = outputs_of(model, iter(packs), count, backend)
     starts = range(0, len(outputs), at_once)
     loss = torch.zeros((), device=backend.device)
     if forward_only:
@@ -116,10 +116,15 @@ def _weighed(
 
 
 @torch.no_grad()
-def _forward(
-    model: Sequence[DistributedDataParallel], packs: Sequence[Batch], backend: Backend
+def outputs_of(
+    model: Sequence[DistributedDataParallel],
+    batches: Iterator[Batch],
+    count: int,
+    backend: Backend,
 ) -> list[Output]:
-    """Run packs forward; return what each ends in, on ranks with the last chunk."""
+    """Run packs forward; return what each ends in, on ranks with the last chunk. Arguments as of
+    ``run_whole_step``.
+    """
     outputs: list[Output] = []
 
     def keep(batch: Batch, output: Output) -> Tensor:
@@ -127,7 +132,7 @@ def _forward(
         outputs.append(kept if isinstance(output, tuple) else kept[0])
         return kept[0].sum()
 
-    run_pipeline(model, iter(packs), len(packs), keep, backend, forward_only=True)
+    run_pipeline(model, batches, count, keep, backend, forward_only=True)
     return outputs
 
 
