@@ -18,6 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from megavlm.evaluate.run import answer_with
+from tools.evaluation.options import add_options, parse_options
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -29,19 +30,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("question", help="<image> stands for an image")
     parser.add_argument("--image", nargs="*", default=[], type=Path, metavar="FILE")
     parser.add_argument("--system", metavar="TEXT", help="system message, if not the template's")
-    parser.add_argument(
-        "--packs",
-        type=Path,
-        metavar="DIR",
-        help="packed dataset whose template, tokenizer and tiles are used (default: that which a"
-        " checkpoint was trained on)",
-    )
-    parser.add_argument("--max_new_tokens", type=int, default=64, metavar="N")
-    parser.add_argument("--ranks", type=int, default=1, metavar="N", help="processes (default: 1)")
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    end = words.index("--") if "--" in words else len(words)
-    options = parser.parse_args(words[:end])
-    others = words[end + 1 :]
+    add_options(parser, max_new_tokens=64)
+    (options, others) = parse_options(parser, arguments)
     row = dict(question=options.question, image=[str(path.resolve()) for path in options.image])
     row |= dict(answer="") if options.system is None else dict(answer="", system=options.system)
     with tempfile.TemporaryDirectory(prefix="megavlm-chat-") as folder:

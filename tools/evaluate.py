@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from megavlm.evaluate.page import table_lines, write_page
 from megavlm.evaluate.run import answer_with
+from tools.evaluation.options import add_options, parse_options
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -31,22 +32,11 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--tasks", nargs="+", required=True, type=Path, metavar="FILE")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR")
-    parser.add_argument(
-        "--packs",
-        type=Path,
-        metavar="DIR",
-        help="packed dataset whose template, tokenizer and tiles are used (default: that which a"
-        " checkpoint was trained on)",
-    )
-    parser.add_argument("--max_new_tokens", type=int, default=16, metavar="N")
-    parser.add_argument("--ranks", type=int, default=1, metavar="N", help="processes (default: 1)")
+    add_options(parser, max_new_tokens=16)
     parser.add_argument(
         "--shown", type=int, default=200, metavar="N", help="questions of a task on the page"
     )
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    end = words.index("--") if "--" in words else len(words)
-    options = parser.parse_args(words[:end])
-    others = words[end + 1 :]
+    (options, others) = parse_options(parser, arguments)
     try:
         answered = [
             answer_with(

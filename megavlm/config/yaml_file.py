@@ -47,6 +47,15 @@ class _Key:
     value: yaml.Node
 
 
+def flat(settings: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield dotted paths and values of nested mappings."""
+    if isinstance(settings, dict):
+        for key, inside in settings.items():
+            yield from flat(inside, f"{path}.{key}" if path else str(key))
+    else:
+        yield path, settings
+
+
 def read(source: str | Path, where: str) -> Settings:
     """Read a YAML text or file.
 

@@ -48,9 +48,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 def table_lines(models: Sequence[Answered]) -> list[str]:
     """Return the figures as a table of text, a line for each figure."""
-    names = list(dict.fromkeys(name for model in models for name in model.figures))
-    rows = [["", *(model.model for model in models)]]
-    rows += [[name, *(_figure(model, name) for model in models)] for name in names]
+    rows = list(_figures(models))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
 
@@ -73,7 +71,7 @@ def write_page(path: Path, models: Sequence[Answered], questions: int) -> None:
 def _lines(models: Sequence[Answered], questions: int) -> Iterator[str]:
     yield '<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>Answers</title>'
     yield f"<style>{STYLE}</style>\n<h1>Answers</h1>\n<table>"
-    header, *rows = ([name, *figures] for name, figures in _figures(models))
+    header, *rows = _figures(models)
     yield "<tr>" + "".join(f"<th>{escape(cell)}</th>" for cell in header) + "</tr>"
     for name, *figures in rows:
         cells = "".join(f'<td class="figure">{figure}</td>' for figure in figures)
@@ -83,10 +81,11 @@ def _lines(models: Sequence[Answered], questions: int) -> Iterator[str]:
         yield from task_lines(task, [model for model in models if task in model.rows], questions)
 
 
-def _figures(models: Sequence[Answered]) -> Iterator[tuple[str, list[str]]]:
-    yield "", [model.model for model in models]
+def _figures(models: Sequence[Answered]) -> Iterator[list[str]]:
+    """Yield the rows of the table of figures, of which the first has the names of the models."""
+    yield ["", *(model.model for model in models)]
     for name in dict.fromkeys(name for model in models for name in model.figures):
-        yield name, [_figure(model, name) for model in models]
+        yield [name, *(_figure(model, name) for model in models)]
 
 
 def task_lines(task: str, models: Sequence[Answered], questions: int) -> Iterator[str]:

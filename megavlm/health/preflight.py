@@ -15,7 +15,7 @@ import json
 import platform
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -28,6 +28,7 @@ import yaml
 import megavlm
 from megavlm.config.cli import to_yaml
 from megavlm.config.schema import Config
+from megavlm.config.yaml_file import flat
 from megavlm.data.store.manifest import FILE_NAME as MANIFEST_NAME
 from megavlm.data.store.manifest import read_manifest
 from megavlm.health.rank_names import named
@@ -74,7 +75,7 @@ def snapshot(config: Config, start: object) -> dict[str, str]:
         start: what it would start from, a folder or parts; none for fresh weights. Only its text is
             looked at.
     """
-    facts = {f"--{key}": value for key, value in _flat(yaml.safe_load(to_yaml(config)))}
+    facts = {f"--{key}": _shown(value) for key, value in flat(yaml.safe_load(to_yaml(config)))}
     facts |= {
         "it starts from": str(start),
         "python": platform.python_version(),
@@ -210,13 +211,8 @@ def _where(ranks: Sequence[int], views: Sequence[RankView]) -> str:
     return f"{named(ranks)} ({', '.join(hosts[:3])}{more})"
 
 
-def _flat(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
-    """Dotted paths and values of nested mappings."""
-    if isinstance(value, dict):
-        for key, inside in value.items():
-            yield from _flat(inside, f"{path}.{key}" if path else str(key))
-    else:
-        yield path, ",".join(map(str, value)) if isinstance(value, list) else str(value)
+def _shown(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _minutes(time: timedelta) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from megavlm.checkpoint import directory
+from megavlm.config.yaml_file import flat
 
 _FILE = "metrics.jsonl"
 # A record that every start of a run begins with.
@@ -115,12 +116,4 @@ def _settings(folder: Path) -> dict[str, Any]:
     path = steps[0] / "config.yaml" if steps else None
     if path is None or not path.is_file():
         return {}
-    return dict(_flat(yaml.safe_load(path.read_text(encoding="utf-8"))))
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in settings.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
+    return dict(flat(yaml.safe_load(path.read_text(encoding="utf-8"))))

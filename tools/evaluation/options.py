@@ -1,0 +1,40 @@
+"""The options of programs that let models answer."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def add_options(parser: argparse.ArgumentParser, *, max_new_tokens: int) -> None:
+    """Add the options of a program that lets models answer.
+
+    Args:
+        parser: of the program.
+        max_new_tokens: longest answer, if none is given.
+    """
+    parser.add_argument(
+        "--packs",
+        type=Path,
+        metavar="DIR",
+        help="packed dataset whose template, tokenizer and tiles are used (default: that which a"
+        " checkpoint was trained on)",
+    )
+    parser.add_argument("--max_new_tokens", type=int, default=max_new_tokens, metavar="N")
+    parser.add_argument("--ranks", type=int, default=1, metavar="N", help="processes (default: 1)")
+
+
+def parse_options(
+    parser: argparse.ArgumentParser, arguments: Sequence[str] | None
+) -> tuple[argparse.Namespace, list[str]]:
+    """Return the options of a program, and those behind ``--``, which are pretrain_vlm.py's.
+
+    Args:
+        parser: of the program.
+        arguments: the command line; none: this process's own.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    end = words.index("--") if "--" in words else len(words)
+    return parser.parse_args(words[:end]), words[end + 1 :]
