@@ -13,6 +13,7 @@ from megavlm.config.connectors import Connector
 from megavlm.config.qformer import QFormer
 from megavlm.config.schema import Architecture, Language, Vision
 from megavlm.convert.hf import blip2_config
+from tests.convert.models import save_with_pixels, scatter
 
 OPT = Architecture(
     vision=Vision(
@@ -100,13 +101,5 @@ def make_blip2(
     torch.manual_seed(3)
     config = Blip2Config.from_dict(json.loads(json.dumps(settings)))
     model = Blip2ForConditionalGeneration(config).to(dtype)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * spread)
-    model.save_pretrained(folder)
-    pixels = {
-        "image_mean": list(architecture.vision.pixel_mean),
-        "image_std": list(architecture.vision.pixel_std),
-    }
-    (folder / "preprocessor_config.json").write_text(json.dumps(pixels))
-    return folder
+    scatter(model, spread)
+    return save_with_pixels(model, folder, architecture)

@@ -12,6 +12,7 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 from megavlm.config.connectors import LLAVA, Connector
 from megavlm.config.schema import Architecture, Language, Vision
 from megavlm.convert.hf import llava_config
+from tests.convert.models import save_with_pixels, scatter
 
 LINEAR = Connector(kind="linear", pixel_shuffle=1, norm=False)
 SMALL = Architecture(
@@ -91,17 +92,9 @@ def make_llava(
     torch.manual_seed(3)
     config = LlavaConfig.from_dict(json.loads(json.dumps(settings)))
     model = LlavaForConditionalGeneration(config).to(dtype)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * spread)
-        if architecture.connector.kind == "linear":
-            second = model.model.multi_modal_projector.linear_2
-            torch.nn.init.eye_(second.weight)
-            torch.nn.init.zeros_(second.bias)
-    model.save_pretrained(folder)
-    pixels = {
-        "image_mean": list(architecture.vision.pixel_mean),
-        "image_std": list(architecture.vision.pixel_std),
-    }
-    (folder / "preprocessor_config.json").write_text(json.dumps(pixels))
-    return folder
+    scatter(model, spread)
+    if architecture.connector.kind == "linear":
+        second = model.model.multi_modal_projector.linear_2
+        torch.nn.init.eye_(second.weight)
+        torch.nn.init.zeros_(second.bias)
+    return save_with_pixels(model, folder, architecture)

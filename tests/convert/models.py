@@ -4,13 +4,14 @@ shows.
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import InternVLConfig, InternVLForConditionalGeneration
+from transformers import InternVLConfig, InternVLForConditionalGeneration, PreTrainedModel
 
 from megavlm.config.schema import Architecture, Language, Vision
 from megavlm.convert.hf import native_config, tokenizer_files
@@ -115,6 +116,22 @@ def make_hf(
     for name in tokenizer_files.FILES:
         if (TOKENIZER / name).is_file():
             (folder / name).write_bytes((TOKENIZER / name).read_bytes())
+    return folder
+
+
+def scatter(model: PreTrainedModel, spread: float) -> None:
+    """Let every weight of a model differ from its fresh value, by a standard deviation."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * spread)
+
+
+def save_with_pixels(model: PreTrainedModel, folder: Path, architecture: Architecture) -> Path:
+    """Save a model and what its pixels are."""
+    model.save_pretrained(folder)
+    vision = architecture.vision
+    pixels = {"image_mean": list(vision.pixel_mean), "image_std": list(vision.pixel_std)}
+    (folder / "preprocessor_config.json").write_text(json.dumps(pixels))
     return folder
 
 

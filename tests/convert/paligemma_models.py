@@ -12,7 +12,7 @@ from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 from megavlm.config.connectors import Connector
 from megavlm.config.schema import Architecture, Language, Vision
 from megavlm.convert.hf import paligemma_config
-from tests.convert.models import GEMMA
+from tests.convert.models import GEMMA, save_with_pixels, scatter
 
 SMALL = Architecture(
     vision=Vision(
@@ -75,13 +75,5 @@ def make_paligemma(
     torch.manual_seed(3)
     config = PaliGemmaConfig.from_dict(json.loads(json.dumps(settings)))
     model = PaliGemmaForConditionalGeneration(config).to(dtype)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * spread)
-    model.save_pretrained(folder)
-    pixels = {
-        "image_mean": list(architecture.vision.pixel_mean),
-        "image_std": list(architecture.vision.pixel_std),
-    }
-    (folder / "preprocessor_config.json").write_text(json.dumps(pixels))
-    return folder
+    scatter(model, spread)
+    return save_with_pixels(model, folder, architecture)

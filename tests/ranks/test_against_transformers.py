@@ -8,7 +8,6 @@ import dataclasses
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -16,6 +15,7 @@ from megavlm.config.schema import Architecture, Config
 from tests.convert.chat import make_chat
 from tests.convert.models import GEMMA, PERSIMMON
 from tests.data.samples import make_dataset
+from tests.ranks.model_checks import answers_of_transformers, assert_equals_transformers
 from tests.ranks.pool import Pool
 from tests.ranks.runs import TINY, config_for
 
@@ -62,11 +62,6 @@ MODELS = {
 }
 # Read in the format of OpenGVLab; the others in that of transformers.
 CHAT = ("qwen2 tied, three vision heads", "qwen3, InternViT-6B", "internlm2", "internlm3")
-LAYOUTS = {
-    "one process": (1, {}),
-    "tp2": (2, dict(tensor_model_parallel_size=2)),
-    "pp2": (2, dict(pipeline_model_parallel_size=2)),
-}
 
 
 def random_model(architecture: Architecture, context_token_id: int, folder: Path) -> None:
@@ -95,93 +90,6 @@ def random_model(architecture: Architecture, context_token_id: int, folder: Path
     model.save_pretrained(folder)
 
 
-def answers_of_pack(config: Config, folder: Path) -> tuple[np.ndarray, np.ndarray] | None:
-    """From the weights of a Hugging Face folder: logits of the first pack [T, V of this rank's
-    share], and the losses of its tokens [T].
-
-    None but from the last chunk.
-    """
-    from megavlm.convert.hf import convert
-    from megavlm.data.loading.dataset import PackedDataset
-    from megavlm.model import weights
-    from megavlm.model.vlm import VisionLanguageModel
-    from megavlm.parallel import backend, process_groups
-    from megavlm.planner.layout import make_layout
-
-    backend.start(5)
-    groups = process_groups.create(config.parallel, 0, make_layout(config).embedding_chunk)
-    model = VisionLanguageModel(config, make_layout(config), groups).eval()
-    weights.fill([model], convert.full_tensors(folder, config.architecture))
-    batch = PackedDataset(config.data.train).batch(
-        0, 0, vision_layers=config.architecture.vision.num_layers
-    )
-    answers = [
-        _through_the_pipeline(model, batch, groups, with_loss=with_loss)
-        for with_loss in (False, True)
-    ]
-    process_groups.destroy()
-    return None if answers[0] is None else (answers[0].numpy(), answers[1].numpy())
-
-
-@torch.no_grad()
-def _through_the_pipeline(model, batch, groups, *, with_loss: bool) -> torch.Tensor | None:
-    """Pass hidden states from chunk to chunk by hand: the schedules return the sum of the losses
-    only.
-    """
-    import torch.distributed as dist
-
-    group = dist.get_process_group_ranks(groups.collection.pp)
-    if groups.pipeline_rank > 0:
-        received: list = [None]
-        dist.recv_object_list(received, src=group[groups.pipeline_rank - 1])
-        model.set_input_tensor(received[0])
-    output = model(batch, with_loss=with_loss)
-    if not groups.has_last_chunk:
-        dist.send_object_list([output], dst=group[groups.pipeline_rank + 1])
-        return None
-    return output.clone()
-
-
-def answers_of_transformers(
-    folder: Path, packs: Path, architecture: Architecture
-) -> list[tuple[slice, torch.Tensor, torch.Tensor]]:
-    """Of each sample, run by itself: its place in the pack, its logits, and the losses of all its
-    tokens but the last.
-    """
-    from megavlm.convert.hf.reference import load_reference
-    from megavlm.data.loading.dataset import PackedDataset
-
-    batch = PackedDataset(packs).batch(0, 0)
-    reference = load_reference(folder)
-    mean, std = (
-        torch.tensor(x)[:, None, None]
-        for x in (architecture.vision.pixel_mean, architecture.vision.pixel_std)
-    )
-    pixels = (batch.tiles / 255 - mean) / std
-    ends = batch.sample_ends.tolist()
-    found = []
-    tile = 0
-    for start, end in zip(ends[:-2], ends[1:-1], strict=True):
-        tokens = batch.tokens[start:end]
-        count = int((tokens == 7).sum()) // architecture.features_per_tile
-        inputs = {"pixel_values": pixels[tile : tile + count]} if count else {}
-        if architecture.prefix_lm:
-            first = int(batch.loss_weights[start:end].nonzero()[0, 0]) + 1
-            inputs["token_type_ids"] = (torch.arange(end - start) >= first).long()[None]
-        with torch.no_grad():
-            logits = reference(input_ids=tokens[None], **inputs).logits[0]
-        found.append(
-            (
-                slice(start, end),
-                logits,
-                torch.nn.functional.cross_entropy(logits[:-1], tokens[1:], reduction="none"),
-            )
-        )
-        tile += count
-    assert tile == len(batch.tiles)
-    return found
-
-
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_and_losses_equal_those_of_transformers(
     ranks: Pool, tmp_path: Path, name: str
@@ -204,23 +112,9 @@ def test_logits_and_losses_equal_those_of_transformers(
         else tmp_path / "hf"
     )
     expected = answers_of_transformers(tmp_path / "hf", tmp_path / "packs", architecture)
-    for layout, (world, settings) in LAYOUTS.items():
-        config = dataclasses.replace(
-            config_for(tmp_path / "packs", head_tokens="all", **settings),
-            architecture=architecture,
-        )
-        answers = [
-            answer
-            for answer in ranks.run(answers_of_pack, world, config, folder)
-            if answer is not None
-        ]
-        logits = torch.from_numpy(np.concatenate([share for share, _ in answers], axis=-1))[
-            :, :vocabulary
-        ]
-        for sample, their_logits, their_losses in expected:
-            assert (logits[sample] - their_logits).abs().max() <= 1e-4, layout
-            assert torch.equal(logits[sample].argmax(-1), their_logits.argmax(-1)), layout
-            for _, losses in answers:
-                assert losses[sample][:-1].sum() == pytest.approx(
-                    float(their_losses.sum()), rel=1e-5
-                ), layout
+
+    def configure(**settings) -> Config:
+        config = config_for(tmp_path / "packs", **settings)
+        return dataclasses.replace(config, architecture=architecture)
+
+    assert_equals_transformers(ranks, configure, folder, expected)

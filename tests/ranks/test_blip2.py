@@ -5,6 +5,7 @@ cost against torch's count, and its training at other layouts.
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,19 +18,18 @@ from megavlm.planner.flops import pieces, training_cost
 from tests.convert.blip2_models import KINDS, OPT, make_blip2
 from tests.data.samples import make_dataset, make_sample, write_packs
 from tests.ranks.layouts import LAYOUTS, LIMIT, Layout, asks_for_all
+from tests.ranks.model_checks import (
+    CONTEXT,
+    answers_of_transformers,
+    assert_equals_transformers,
+    assert_pack_equals_samples_alone,
+    sizes_of,
+)
 from tests.ranks.pool import Pool
 from tests.ranks.runs import config_for, train_curve, whole_weights
-from tests.ranks.test_against_transformers import answers_of_pack
 from tests.ranks.test_cost import counted_by_torch
 from tests.ranks.test_layouts import compare
-from tests.ranks.test_packs import losses_and_gradients
 
-CONTEXT = 7
-WORLDS = {
-    "one process": (1, {}),
-    "tp2": (2, dict(tensor_model_parallel_size=2)),
-    "pp2": (2, dict(pipeline_model_parallel_size=2)),
-}
 MASK = STAGES["2"].training.trainable
 EVERYDAY = [
     layout
@@ -37,15 +37,6 @@ EVERYDAY = [
     if asks_for_all() or str(layout) in ("TP2 SP", "PP2", "CP2", "DP2", "TP2 whole vision layers")
 ]
 TIED = ("opt", "llama") if not asks_for_all() else tuple(KINDS)
-
-
-def _sizes(architecture: Architecture) -> dict[str, int]:
-    return dict(
-        vocab_size=architecture.language.vocab_size,
-        context_token_id=CONTEXT,
-        tile_size=architecture.vision.image_size,
-        features_per_tile=architecture.features_per_tile,
-    )
 
 
 def _config(architecture: Architecture, packs: Path, **settings) -> Config:
@@ -57,38 +48,11 @@ def _config(architecture: Architecture, packs: Path, **settings) -> Config:
 def captions(architecture: Architecture, lengths: tuple[int, ...]) -> list:
     """Make samples of one image each, with so many tokens of text."""
     rng = np.random.default_rng(1)
-    sizes = _sizes(architecture)
+    sizes = sizes_of(architecture)
     return [
         make_sample(rng, images=1, text_tokens=length, line=number, **sizes)
         for number, length in enumerate(lengths, start=1)
     ]
-
-
-def answers_of_transformers(folder: Path, packs: Path, architecture: Architecture) -> list:
-    """Of each sample, run by itself: its place in the pack, its logits, and the losses of all its
-    tokens but the last.
-    """
-    from megavlm.convert.hf.reference import load_reference
-    from megavlm.data.loading.dataset import PackedDataset
-
-    batch = PackedDataset(packs).batch(0, 0)
-    model = load_reference(folder)
-    pixel = (architecture.vision.pixel_mean, architecture.vision.pixel_std)
-    mean, std = (torch.tensor(x)[:, None, None] for x in pixel)
-    pixels = (batch.tiles / 255 - mean) / std
-    ends = batch.sample_ends.tolist()
-    found = []
-    tile = 0
-    for start, end in zip(ends[:-2], ends[1:-1], strict=True):
-        tokens = batch.tokens[start:end]
-        count = int((tokens == CONTEXT).sum()) // architecture.features_per_tile
-        with torch.no_grad():
-            own = pixels[tile : tile + count]
-            logits = model(input_ids=tokens[None], pixel_values=own).logits[0]
-        tile += count
-        losses = torch.nn.functional.cross_entropy(logits[:-1], tokens[1:], reduction="none")
-        found.append((slice(start, end), logits, losses))
-    return found
 
 
 @pytest.mark.parametrize("kind", TIED)
@@ -98,44 +62,26 @@ def test_logits_and_losses_equal_those_of_transformers(
     architecture = KINDS[kind]
     packs = tmp_path / "packs"
     samples = captions(architecture, (9, 4, 17))
-    write_packs(packs, [samples], capacity=96, **_sizes(architecture))
+    write_packs(packs, [samples], capacity=96, **sizes_of(architecture))
     folder = make_blip2(tmp_path / "hf", architecture, torch.float32, CONTEXT, spread=0.05)
     expected = answers_of_transformers(folder, packs, architecture)
-    for name, (world, settings) in WORLDS.items():
-        config = _config(architecture, packs, head_tokens="all", **settings)
-        found = ranks.run(answers_of_pack, world, config, folder)
-        answers = [answer for answer in found if answer is not None]
-        logits = torch.from_numpy(np.concatenate([share for share, _ in answers], axis=-1))
-        logits = logits[:, : architecture.language.vocab_size]
-        for sample, their_logits, their_losses in expected:
-            assert (logits[sample] - their_logits).abs().max() <= 1e-4, name
-            assert torch.equal(logits[sample].argmax(-1), their_logits.argmax(-1)), name
-            theirs = float(their_losses.sum())
-            for _, losses in answers:
-                assert losses[sample][:-1].sum() == pytest.approx(theirs, rel=1e-5), name
+    configure = partial(_config, architecture, packs)
+    assert_equals_transformers(ranks, configure, folder, expected)
 
 
 def test_a_pack_equals_its_samples_alone(ranks: Pool, tmp_path: Path) -> None:
     samples = captions(OPT, (12, 5, 27, 8))
-    sizes = _sizes(OPT)
-    write_packs(tmp_path / "together", [samples], capacity=128, **sizes)
-    write_packs(tmp_path / "alone", [[sample] for sample in samples], capacity=128, **sizes)
-    [(together, gradients)] = ranks.run(
-        losses_and_gradients, 1, _config(OPT, tmp_path / "together")
+    sizes = sizes_of(OPT)
+    assert_pack_equals_samples_alone(
+        ranks, partial(_config, OPT), samples, tmp_path, capacity=128, **sizes
     )
-    [(alone, expected)] = ranks.run(losses_and_gradients, 1, _config(OPT, tmp_path / "alone"))
-    np.testing.assert_allclose(together[0], np.concatenate(alone), rtol=1e-5)
-    assert gradients.keys() == expected.keys()
-    for key, gradient in gradients.items():
-        limit = 1e-5 * np.abs(expected[key]).max() + 1e-7
-        np.testing.assert_allclose(gradient, expected[key], atol=limit, err_msg=key)
 
 
 def test_the_cost_is_what_torch_counts(ranks: Pool, tmp_path: Path) -> None:
     # As many tokens as rows of the padded vocabulary, since padding is computed but does not count.
     language = dataclasses.replace(OPT.language, vocab_size=256)
     architecture = dataclasses.replace(OPT, language=language)
-    make_dataset(tmp_path, packs=1, image_share=1.0, **_sizes(architecture))
+    make_dataset(tmp_path, packs=1, image_share=1.0, **sizes_of(architecture))
     [(counted, size, keys)] = ranks.run(counted_by_torch, 1, tmp_path, MASK, architecture)
     size["squared_lengths"] *= 2  # torch counts all pairs of tokens
     assert training_cost(architecture, MASK).total(**size) == counted
@@ -145,7 +91,7 @@ def test_the_cost_is_what_torch_counts(ranks: Pool, tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def packs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("packs")
-    make_dataset(folder, packs=12, capacity=240, alignment=4, **_sizes(OPT))
+    make_dataset(folder, packs=12, capacity=240, alignment=4, **sizes_of(OPT))
     return folder
 
 

@@ -5,6 +5,7 @@ count, and its training at other layouts.
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,22 +22,21 @@ from megavlm.planner.flops import pieces, training_cost
 from tests.convert.llava_models import KINDS, LINEAR, SMALL, make_llava
 from tests.convert.models import load_all
 from tests.convert.part_folders import make_language, make_vision
-from tests.data.samples import make_dataset, make_sample, write_packs
+from tests.data.samples import make_dataset, make_sample
 from tests.ranks.layouts import LAYOUTS, LIMIT, Layout, asks_for_all
+from tests.ranks.model_checks import (
+    answers_of_transformers,
+    assert_equals_transformers,
+    assert_pack_equals_samples_alone,
+    sizes_of,
+)
 from tests.ranks.pool import Pool
 from tests.ranks.runs import config_for, train_curve
-from tests.ranks.test_against_transformers import answers_of_pack, answers_of_transformers
 from tests.ranks.test_cost import counted_by_torch
 from tests.ranks.test_layouts import compare
-from tests.ranks.test_packs import losses_and_gradients
 from tests.ranks.test_resume import run_job
 from tests.ranks.test_whole_way import write_records
 
-WORLDS = {
-    "one process": (1, {}),
-    "tp2": (2, dict(tensor_model_parallel_size=2)),
-    "pp2": (2, dict(pipeline_model_parallel_size=2)),
-}
 # As many tokens as rows of the padded vocabulary, since padding is computed but does not count.
 ROUND = dataclasses.replace(SMALL, language=dataclasses.replace(SMALL.language, vocab_size=256))
 MASKS = {name: stage.training.trainable for name, stage in STAGES.items()}
@@ -45,15 +45,6 @@ EVERYDAY = [
     for layout in LAYOUTS
     if asks_for_all() or str(layout) in ("TP2 SP", "PP2", "CP2", "TP2 whole vision layers")
 ]
-
-
-def _sizes(architecture: Architecture) -> dict[str, int]:
-    return dict(
-        vocab_size=architecture.language.vocab_size,
-        context_token_id=7,
-        tile_size=architecture.vision.image_size,
-        features_per_tile=architecture.features_per_tile,
-    )
 
 
 def _config(architecture: Architecture, packs: Path, **settings) -> Config:
@@ -68,22 +59,11 @@ def test_logits_and_losses_equal_those_of_transformers(
 ) -> None:
     architecture = KINDS[kind]
     packs = tmp_path / "packs"
-    make_dataset(packs, packs=1, **_sizes(architecture))
+    make_dataset(packs, packs=1, **sizes_of(architecture))
     folder = make_llava(tmp_path / "hf", architecture, torch.float32, 7, spread=0.05)
     expected = answers_of_transformers(folder, packs, architecture)
-    for name, (world, settings) in WORLDS.items():
-        config = _config(architecture, packs, head_tokens="all", **settings)
-        found = ranks.run(answers_of_pack, world, config, folder)
-        answers = [answer for answer in found if answer is not None]
-        logits = torch.from_numpy(np.concatenate([share for share, _ in answers], axis=-1))
-        logits = logits[:, : architecture.language.vocab_size]
-        for sample, their_logits, their_losses in expected:
-            assert (logits[sample] - their_logits).abs().max() <= 1e-4, name
-            assert torch.equal(logits[sample].argmax(-1), their_logits.argmax(-1)), name
-            for _, losses in answers:
-                assert losses[sample][:-1].sum() == pytest.approx(
-                    float(their_losses.sum()), rel=1e-5
-                ), name
+    configure = partial(_config, architecture, packs)
+    assert_equals_transformers(ranks, configure, folder, expected)
 
 
 @pytest.mark.parametrize("connector", ["mlp", "linear"])
@@ -91,25 +71,14 @@ def test_a_pack_equals_its_samples_alone(ranks: Pool, tmp_path: Path, connector:
     kind = {"mlp": SMALL.connector, "linear": LINEAR}[connector]
     architecture = dataclasses.replace(SMALL, connector=kind)
     rng = np.random.default_rng(1)
-    sizes = _sizes(architecture)
+    sizes = sizes_of(architecture)
     samples = [
         make_sample(rng, images=count, text_tokens=12 + 5 * n, line=n + 1, **sizes)
         for n, count in enumerate((1, 0, 2, 1))
     ]
-    write_packs(tmp_path / "together", [samples], capacity=320, **sizes)
-    write_packs(tmp_path / "alone", [[sample] for sample in samples], capacity=320, **sizes)
-    [(together, gradients)] = ranks.run(
-        losses_and_gradients, 1, _config(architecture, tmp_path / "together")
+    assert_pack_equals_samples_alone(
+        ranks, partial(_config, architecture), samples, tmp_path, capacity=320, **sizes
     )
-    [(alone, expected)] = ranks.run(
-        losses_and_gradients, 1, _config(architecture, tmp_path / "alone")
-    )
-    np.testing.assert_allclose(together[0], np.concatenate(alone), rtol=1e-5)
-    assert gradients.keys() == expected.keys()
-    for key, gradient in gradients.items():
-        np.testing.assert_allclose(
-            gradient, expected[key], atol=1e-5 * np.abs(expected[key]).max() + 1e-7, err_msg=key
-        )
 
 
 @pytest.mark.parametrize(("mask", "connector"), [("1", "mlp"), ("2", "mlp"), ("2", "linear")])
@@ -118,7 +87,7 @@ def test_the_cost_is_what_torch_counts(
 ) -> None:
     kind = {"mlp": SMALL.connector, "linear": LINEAR}[connector]
     architecture = dataclasses.replace(ROUND, connector=kind)
-    make_dataset(tmp_path, packs=1, image_share=1.0, **_sizes(architecture))
+    make_dataset(tmp_path, packs=1, image_share=1.0, **sizes_of(architecture))
     [(counted, size, keys)] = ranks.run(counted_by_torch, 1, tmp_path, MASKS[mask], architecture)
     size["squared_lengths"] *= 2  # torch counts all pairs of tokens
     # megatron-core's linear layer makes the gradient of its input, needed or not.
@@ -133,7 +102,7 @@ def test_the_cost_is_what_torch_counts(
 
 @pytest.mark.parametrize("layout", EVERYDAY, ids=str)
 def test_a_layout_trains_like_one_process(ranks: Pool, tmp_path: Path, layout: Layout) -> None:
-    sizes = _sizes(SMALL)
+    sizes = sizes_of(SMALL)
     make_dataset(tmp_path, packs=12, capacity=240, alignment=4, **sizes)
     layers = max(2, layout.layers)
     architecture = dataclasses.replace(

@@ -5,6 +5,7 @@ torch's count, and its training at other layouts.
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,20 +18,22 @@ from megavlm.data.loading.dataset import PackedDataset
 from megavlm.model.positions import resize_positions
 from megavlm.planner.flops import pieces, training_cost
 from tests.convert.paligemma_models import KINDS, SMALL, make_paligemma
-from tests.data.samples import make_dataset, make_sample, write_packs
+from tests.data.samples import make_dataset, make_sample
 from tests.ranks.layouts import LAYOUTS, LIMIT, Layout, asks_for_all
+from tests.ranks.model_checks import (
+    WORLDS,
+    answers_of_transformers,
+    assert_equals_transformers,
+    assert_pack_equals_samples_alone,
+    sizes_of,
+)
 from tests.ranks.pool import Pool
 from tests.ranks.runs import EVERYTHING, config_for, train_curve
-from tests.ranks.test_against_transformers import answers_of_pack, answers_of_transformers
 from tests.ranks.test_cost import counted_by_torch
 from tests.ranks.test_layouts import compare
-from tests.ranks.test_packs import losses_and_gradients
 from tests.ranks.test_resume import run_job, saved_tensors
 
-WORLDS = {
-    "one process": (1, {}),
-    "tp2": (2, dict(tensor_model_parallel_size=2)),
-    "pp2": (2, dict(pipeline_model_parallel_size=2)),
+LAYOUTS_OF_LOGITS = WORLDS | {
     "pp2, in the encoder": (2, dict(pipeline_model_parallel_size=2, layout="v*2|c,t*2,h")),
 }
 ONE_TILE = ((1, 1),)
@@ -40,15 +43,6 @@ EVERYDAY = [
     if layout.context == 1
     and (asks_for_all() or str(layout) in ("DP2", "TP2 SP", "PP2", "TP2 whole vision layers"))
 ]
-
-
-def _sizes(architecture: Architecture) -> dict:
-    return dict(
-        vocab_size=architecture.language.vocab_size,
-        context_token_id=7,
-        tile_size=architecture.vision.image_size,
-        features_per_tile=architecture.features_per_tile,
-    )
 
 
 def _config(architecture: Architecture, packs: Path, **settings) -> Config:
@@ -63,50 +57,35 @@ def test_logits_and_losses_equal_those_of_transformers(
 ) -> None:
     architecture = KINDS[kind]
     packs = tmp_path / "packs"
-    make_dataset(packs, packs=1, **_sizes(architecture))
+    make_dataset(packs, packs=1, **sizes_of(architecture))
     folder = make_paligemma(tmp_path / "hf", architecture, torch.float32)
     expected = answers_of_transformers(folder, packs, architecture)
-    for name, (world, settings) in WORLDS.items():
-        config = _config(architecture, packs, head_tokens="all", **settings)
-        found = ranks.run(answers_of_pack, world, config, folder)
-        answers = [answer for answer in found if answer is not None]
-        logits = torch.from_numpy(np.concatenate([share for share, _ in answers], axis=-1))
-        logits = logits[:, : architecture.language.vocab_size]
-        for sample, their_logits, their_losses in expected:
-            assert (logits[sample] - their_logits).abs().max() <= 1e-4, name
-            assert torch.equal(logits[sample].argmax(-1), their_logits.argmax(-1)), name
-            for _, losses in answers:
-                assert losses[sample][:-1].sum() == pytest.approx(
-                    float(their_losses.sum()), rel=1e-5
-                ), name
+    assert_equals_transformers(
+        ranks,
+        partial(_config, architecture, packs),
+        folder,
+        expected,
+        LAYOUTS_OF_LOGITS,
+    )
 
 
 def test_a_pack_equals_its_samples_alone(ranks: Pool, tmp_path: Path) -> None:
     rng = np.random.default_rng(1)
-    sizes = _sizes(SMALL)
+    sizes = sizes_of(SMALL)
     samples = [
         make_sample(rng, images=count, text_tokens=12 + 5 * n, line=n + 1, grids=ONE_TILE, **sizes)
         for n, count in enumerate((1, 0, 2, 1))
     ]
-    write_packs(tmp_path / "together", [samples], capacity=200, **sizes)
-    write_packs(tmp_path / "alone", [[sample] for sample in samples], capacity=200, **sizes)
-    [(together, gradients)] = ranks.run(
-        losses_and_gradients, 1, _config(SMALL, tmp_path / "together")
+    assert_pack_equals_samples_alone(
+        ranks, partial(_config, SMALL), samples, tmp_path, capacity=200, **sizes
     )
-    [(alone, expected)] = ranks.run(losses_and_gradients, 1, _config(SMALL, tmp_path / "alone"))
-    np.testing.assert_allclose(together[0], np.concatenate(alone), rtol=1e-5)
-    assert gradients.keys() == expected.keys()
-    for key, gradient in gradients.items():
-        np.testing.assert_allclose(
-            gradient, expected[key], atol=1e-5 * np.abs(expected[key]).max() + 1e-7, err_msg=key
-        )
 
 
 def test_the_cost_is_what_torch_counts(ranks: Pool, tmp_path: Path) -> None:
     # As many tokens as rows of the padded vocabulary, since padding is computed, not counted.
     language = dataclasses.replace(SMALL.language, vocab_size=256)
     architecture = dataclasses.replace(SMALL, language=language)
-    make_dataset(tmp_path, packs=1, image_share=1.0, **_sizes(architecture))
+    make_dataset(tmp_path, packs=1, image_share=1.0, **sizes_of(architecture))
     batch = PackedDataset(tmp_path).batch(0, 0)
     lengths = batch.sample_ends.diff().double()
     prefixes = batch.prefixes.ends.diff().double()
@@ -122,7 +101,7 @@ def test_the_cost_is_what_torch_counts(ranks: Pool, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("layout", EVERYDAY, ids=str)
 def test_a_layout_trains_like_one_process(ranks: Pool, tmp_path: Path, layout: Layout) -> None:
-    make_dataset(tmp_path, packs=12, capacity=240, alignment=4, **_sizes(SMALL))
+    make_dataset(tmp_path, packs=12, capacity=240, alignment=4, **sizes_of(SMALL))
     layers = max(2, layout.layers)
     architecture = dataclasses.replace(
         SMALL,
@@ -153,7 +132,7 @@ def test_a_stage_of_higher_resolution_starts_with_resized_positions(
         vision = dataclasses.replace(SMALL.vision, image_size=size, pixel_mean=mean, pixel_std=std)
         architecture = dataclasses.replace(SMALL, vision=vision)
         packs = tmp_path / f"packs{stage}"
-        make_dataset(packs, packs=4, capacity=320, grids=ONE_TILE, **_sizes(architecture))
+        make_dataset(packs, packs=4, capacity=320, grids=ONE_TILE, **sizes_of(architecture))
         files = Checkpoint(
             save=str(tmp_path / stage),
             load=str(runs["1"]) if runs else "",
