@@ -9,13 +9,20 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "quickstart"))
 from boards import Board, Scans, make_board, questions, split_scans
@@ -84,13 +91,32 @@ def pixels_of(board: Board) -> np.ndarray:
     return np.asarray(square).transpose(2, 0, 1)
 
 
-def train_clip(rng: np.random.Generator, scans: Scans, steps: int, folder: Path) -> float:
-    """Train a CLIP to say which digits are on boards, save it, and return its share of right
-    cells in the last steps.
+def train_encoder(
+    make: Callable[[], PreTrainedModel],
+    pool: Callable[[Tensor], Tensor],
+    pixels_of: Callable[[Board], np.ndarray],
+    normalisation: tuple[Sequence[float], Sequence[float]],
+    rng: np.random.Generator,
+    scans: Scans,
+    steps: int,
+    folder: Path,
+) -> float:
+    """Train a vision encoder to say which digits are on boards, save it, and return its share of
+    right cells in the last steps.
+
+    Args:
+        make: makes the fresh encoder.
+        pool: makes a row of each image [I, D] from its last hidden states [I, tokens, D].
+        pixels_of: gives a board's pixels, uint8 [3, S, S].
+        normalisation: mean and standard deviation of pixels.
+        rng: draws boards.
+        scans: for the boards.
+        steps: of training.
+        folder: to save in.
     """
     torch.manual_seed(0)
-    model = CLIPVisionModel(CLIP)
-    head = nn.Linear(CLIP.hidden_size, 2 * (EMPTY + 1))
+    model = make()
+    head = nn.Linear(model.config.hidden_size, 2 * (EMPTY + 1))
     boards = [a_board(rng, scans) for _ in range(3000)]
     pixels = torch.from_numpy(np.stack([pixels_of(board) for board in boards]))
     cells = [[*board.digits, None][:2] for board in boards]
@@ -98,12 +124,12 @@ def train_clip(rng: np.random.Generator, scans: Scans, steps: int, folder: Path)
     parameters = [*model.parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.5e-3, steps, pct_start=0.1)
-    mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
+    mean, std = (torch.tensor(values)[:, None, None] for values in normalisation)
     right: list[Tensor] = []
     for _ in range(steps):
         chosen = torch.from_numpy(rng.integers(len(boards), size=64))
         seen = (pixels[chosen].float() / 255 - mean) / std
-        told = head(model(seen).last_hidden_state[:, 0]).unflatten(-1, (2, EMPTY + 1))
+        told = head(pool(model(seen).last_hidden_state)).unflatten(-1, (2, EMPTY + 1))
         loss = nn.functional.cross_entropy(told.flatten(0, 1), labels[chosen].flatten())
         optimizer.zero_grad()
         loss.backward()
@@ -111,9 +137,23 @@ def train_clip(rng: np.random.Generator, scans: Scans, steps: int, folder: Path)
         schedule.step()
         right.append((told.argmax(-1) == labels[chosen]).float().mean())
     model.save_pretrained(folder)
-    settings = {"image_mean": list(MEAN), "image_std": list(STD)}
+    settings = dict(zip(("image_mean", "image_std"), map(list, normalisation), strict=True))
     (folder / "preprocessor_config.json").write_text(json.dumps(settings))
     return float(torch.stack(right[-50:]).mean())
+
+
+def train_clip(rng: np.random.Generator, scans: Scans, steps: int, folder: Path) -> float:
+    """Train a CLIP, from its class token; see ``train_encoder``."""
+    return train_encoder(
+        lambda: CLIPVisionModel(CLIP),
+        lambda hidden: hidden[:, 0],
+        pixels_of,
+        (MEAN, STD),
+        rng,
+        scans,
+        steps,
+        folder,
+    )
 
 
 def make_language(words: list[str], folder: Path) -> None:

@@ -7,14 +7,12 @@ python examples/paligemma/make_parts.py OUT
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from torch import Tensor, nn
 from transformers import (
     GemmaConfig,
     GemmaForCausalLM,
@@ -25,9 +23,9 @@ from transformers import (
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "quickstart"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "llava"))
-from boards import Scans, split_scans
+from boards import Board, Scans, split_scans
 from make_data import HELD_OUT_SCANS, write_lines
-from make_parts import EMPTY, SIDE, a_board, write_records
+from make_parts import SIDE, train_encoder, write_records
 
 from megavlm.config.architecture import PIXELS
 
@@ -54,37 +52,23 @@ GEMMA = GemmaConfig(
 )
 
 
+def pixels_of(board: Board) -> np.ndarray:
+    """Return a board's pixels as training sees them, uint8 [3, S, S]."""
+    return np.asarray(board.picture.resize((SIDE, SIDE), 3)).transpose(2, 0, 1)
+
+
 def train_siglip(rng: np.random.Generator, scans: Scans, steps: int, folder: Path) -> float:
-    """Train a SigLIP to say which digits are on boards, from the mean of what is behind its last
-    norm; save it, and return its share of right cells in the last steps.
-    """
-    torch.manual_seed(0)
-    model = SiglipVisionModel(SIGLIP)
-    head = nn.Linear(SIGLIP.hidden_size, 2 * (EMPTY + 1))
-    boards = [a_board(rng, scans) for _ in range(3000)]
-    images = [np.asarray(board.picture.resize((SIDE, SIDE), 3)) for board in boards]
-    pixels = torch.from_numpy(np.stack(images).transpose(0, 3, 1, 2))
-    cells = [[*board.digits, None][:2] for board in boards]
-    labels = torch.tensor([[EMPTY if digit is None else digit for digit in cell] for cell in cells])
-    parameters = [*model.parameters(), *head.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.5e-3, steps, pct_start=0.1)
-    mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
-    right: list[Tensor] = []
-    for _ in range(steps):
-        chosen = torch.from_numpy(rng.integers(len(boards), size=64))
-        seen = (pixels[chosen].float() / 255 - mean) / std
-        told = head(model(seen).last_hidden_state.mean(1)).unflatten(-1, (2, EMPTY + 1))
-        loss = nn.functional.cross_entropy(told.flatten(0, 1), labels[chosen].flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        right.append((told.argmax(-1) == labels[chosen]).float().mean())
-    model.save_pretrained(folder)
-    settings = {"image_mean": list(MEAN), "image_std": list(STD)}
-    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
-    return float(torch.stack(right[-50:]).mean())
+    """Train a SigLIP, from the mean of what is behind its last norm; see ``train_encoder``."""
+    return train_encoder(
+        lambda: SiglipVisionModel(SIGLIP),
+        lambda hidden: hidden.mean(1),
+        pixels_of,
+        (MEAN, STD),
+        rng,
+        scans,
+        steps,
+        folder,
+    )
 
 
 def make_language(texts: list[str], folder: Path) -> None:
