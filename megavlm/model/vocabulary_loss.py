@@ -136,7 +136,7 @@ def _blocks(head: Tensor, terms: LossTerms) -> Iterator[tuple[int, Tensor]]:
         yield start, head[start : min(start + terms.block, terms.rows)]
 
 
-def _places(values: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+def _columns_inside(values: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
     """Return which columns are inside [P, B], and columns that all are."""
     is_inside = (columns >= 0) & (columns < values.shape[1])
     return is_inside, columns.clamp(0, values.shape[1] - 1)[:, None]
@@ -144,11 +144,11 @@ def _places(values: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
 
 def _pick(values: Tensor, columns: Tensor, into: Tensor) -> None:
     """Add the value [P, B] in each row's column to ``into`` [P], if the column is inside."""
-    is_inside, columns = _places(values, columns)
+    is_inside, columns = _columns_inside(values, columns)
     into += torch.where(is_inside, values.gather(1, columns)[:, 0], 0.0)
 
 
 def _add(values: Tensor, columns: Tensor, what: Tensor) -> None:
     """Add ``what`` [P] to the value [P, B] in each row's column, if the column is inside."""
-    is_inside, columns = _places(values, columns)
+    is_inside, columns = _columns_inside(values, columns)
     values.scatter_add_(1, columns, torch.where(is_inside, what, 0.0)[:, None])

@@ -171,7 +171,8 @@ def inspect(config: Config, world_size: int) -> Start:
     if language.exists and not language.is_encoder:
         family_of(language)  # else the trained model could not be exported
     _check_tokenizer(config)
-    _check_lengths(config)
+    if torchrun.rank() == 0:  # it reads the whole index, and all ranks hear of what it finds
+        _check_lengths(config)
     open_tasks(config)
     own = source.own(config)
     if own is not None:

@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy, linear, logsigmoid, normalize, pa
 from megavlm.config.schema import Architecture
 from megavlm.data.loading.batch import Batch
 from megavlm.model.objective.losses import Losses
-from megavlm.model.objective.objective import Objective, of_tokens
+from megavlm.model.objective.objective import Objective, keep_inside, of_tokens
 from megavlm.parallel.gather_rows import gather_rows
 from megavlm.parallel.process_groups import Groups
 from megavlm.planner.layout import Chunk
@@ -134,15 +134,7 @@ class Contrastive(Objective):
         by_image = cross_entropy(logits, own, reduction="none")
         return (by_image + cross_entropy(of_texts, own, reduction="none")) / 2
 
-    @torch.no_grad()
     def after_step(self) -> None:
-        """Keep the scale below its bound, in the optimizer's float32 copy too, which would go on
-        growing otherwise.
-        """
-        most = self.settings.max_scale
-        if self.logit_scale is None or not self.logit_scale.requires_grad or not most:
-            return
-        master = vars(self.logit_scale).get("main_param")  # set by DistributedOptimizer
-        for values in (self.logit_scale, master):
-            if values is not None:
-                values.clamp_(max=math.log(most))
+        """Keep the scale below its bound."""
+        if most := self.settings.max_scale:
+            keep_inside(self.logit_scale, most=math.log(most))

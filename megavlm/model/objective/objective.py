@@ -125,6 +125,25 @@ class Objective(MegatronModule):
         """Change parameters after an update, such as keep one inside its bounds."""
 
 
+@torch.no_grad()
+def keep_inside(
+    parameter: nn.Parameter | None, *, least: float | None = None, most: float | None = None
+) -> None:
+    """Keep a trained parameter inside its bounds, in the optimizer's float32 copy too, which
+    would go on beyond them otherwise.
+
+    Args:
+        parameter: none: it stands in another chunk.
+        least, most: the bounds; none: there is none.
+    """
+    if parameter is None or not parameter.requires_grad:
+        return
+    master = vars(parameter).get("main_param")  # set by DistributedOptimizer
+    for values in (parameter, master):
+        if values is not None:
+            values.clamp_(min=least, max=most)
+
+
 def of_tokens(losses: Tensor, batch: Batch) -> Tensor:
     """Give every token of a pack [T] the loss of its sample; the padding gets any."""
     positions = torch.arange(len(batch.tokens), device=losses.device)

@@ -27,7 +27,7 @@ from megavlm.data.loading.batch import Batch
 from megavlm.model.connector.qformer_mask import TextRows, seen_by
 from megavlm.model.objective.hard_negatives import draw_negatives
 from megavlm.model.objective.losses import Losses, Reading
-from megavlm.model.objective.objective import Objective, of_tokens
+from megavlm.model.objective.objective import Objective, keep_inside, of_tokens
 from megavlm.model.objective.pools import PoolOfPack, in_pack_order, pools_of_rank
 from megavlm.parallel.gather_rows import gather_rows
 from megavlm.parallel.process_groups import Groups
@@ -303,15 +303,9 @@ class QFormerObjective(Objective):
         rows = self.connector(hidden.transpose(0, 1), text=ids, seen=seen)
         return self.matching(rows[:, : self.queries]).float().mean(dim=1)
 
-    @torch.no_grad()
     def after_step(self) -> None:
-        """Keep the temperature above zero, in the optimizer's float32 copy too."""
-        if self.temperature is None or not self.temperature.requires_grad:
-            return
-        master = vars(self.temperature).get("main_param")  # set by DistributedOptimizer
-        for values in (self.temperature, master):
-            if values is not None:
-                values.clamp_(min=_LEAST_TEMPERATURE)
+        """Keep the temperature above zero."""
+        keep_inside(self.temperature, least=_LEAST_TEMPERATURE)
 
 
 def texts_of(batch: Batch, tokens: int) -> tuple[Tensor, Tensor]:
