@@ -4,23 +4,12 @@ how.
 
 from __future__ import annotations
 
-import argparse
 import sys
 
-from megavlm.convert.hf import convert, model_card, peft_export
+from megavlm.config.hub_cache import find_folder
+from megavlm.convert.hf import convert
 from megavlm.convert.hf.check_files import FileCheck, check_files
-from megavlm.convert.hf.command_line import SHARD_SIZE, parse, read_size
-from megavlm.convert.hf.hub_cache import find_folder
-
-
-def refuse_unread(args: argparse.Namespace) -> None:
-    """Refuse options of ``export`` that say nothing about adapters."""
-    names = ("dialect", "dtype", "tokenizer", "vision", "license")
-    unread = [f"--{name}" for name in names if getattr(args, name)]
-    if args.max_shard_size != SHARD_SIZE:
-        unread.append("--max_shard_size")
-    if unread:
-        raise ValueError(f"{', '.join(unread)}: no effect with --peft; leave it out")
+from megavlm.convert.hf.command_line import export, parse
 
 
 def report(files: list[FileCheck], parts: list[convert.PartCheck]) -> int:
@@ -53,22 +42,8 @@ def main() -> int:
         if args.command == "import":
             made = convert.import_(source, args.out, tokenizer=args.tokenizer, adapters=args.peft)
             print(f"checkpoint written to {made}")
-        elif args.peft:
-            refuse_unread(args)
-            made = peft_export.export(args.load, args.out, base=args.peft)
-            print(f"LoRA adapters written to {made}")
         else:
-            made = convert.export(
-                args.load,
-                args.out,
-                dialect=args.dialect,
-                dtype=convert.DTYPES.get(args.dtype),
-                tokenizer=args.tokenizer,
-                vision=args.vision,
-                licenses=model_card.read_licenses(args.license),
-                shard_bytes=read_size(args.max_shard_size),
-            )
-            print(f"Hugging Face model written to {made}")
+            export(args)
     except (ValueError, OSError) as error:
         print(f"convert_checkpoint: error: {error}", file=sys.stderr)
         return 2

@@ -14,6 +14,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from megavlm.config.hub_cache import cached
 from megavlm.data.text.chat_tokens import DEFAULT
 from megavlm.data.text.templates import chat_format
 from megavlm.data.text.tokenizer import extend, fingerprint, first_tokens, load_tokenizer
@@ -30,7 +31,8 @@ def main() -> int:
         dest="language",
         required=True,
         metavar="DIR",
-        help="folder of the language model, or of its tokenizer",
+        type=cached,
+        help="folder of the language model, or of its tokenizer; or an id in the hub's cache",
     )
     parser.add_argument(
         "--out",

@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 
 from megavlm.config import torchrun, yaml_file
+from megavlm.config.hub_cache import cached, short_name
 from megavlm.config.layer_ranges import with_layers
 from megavlm.config.models import MODELS, ReadModel, architecture, for_objective
 from megavlm.config.options import Parser, make_parser, nearest, options, to_config
@@ -129,15 +130,15 @@ def _parse(arguments: list[str], read_model: ReadModel | None) -> tuple[Config, 
     files = [yaml_file.read(Path(path), f"--config {path}") for path in chosen.config]
     names = {name: vars(chosen)[name] or _last_named(files, name) for name in ("stage", "model")}
     chosen_recipe = recipe(chosen.recipe or _last_named(files, "recipe") or _NO_NAMES.recipe)
+    if names["model"] and names["model"] not in MODELS:
+        names["model"] = cached(names["model"])
     given = {name: vars(chosen)[f"init.{name}"] for name in vars(_NO_NAMES.init)}
     init = Init(
         **{
-            name: (_last_named(files, "init", name) or "") if folder is None else folder
+            name: cached((_last_named(files, "init", name) or "") if folder is None else folder)
             for name, folder in given.items()
         }
     )
-    for name, folder in given.items():
-        others += [] if folder is None else [f"--init.{name}", folder]
     wants_help = any(word in others for word in ("-h", "--help"))
     defaults = (
         _NO_NAMES
@@ -158,7 +159,8 @@ def _parse(arguments: list[str], read_model: ReadModel | None) -> tuple[Config, 
         }
         values = _apply(parser, dataclasses.replace(settings, content=content), values)
     config = to_config(parser.parse_args(_normal(others), namespace=values))
-    return with_layers(config), chosen
+    checkpoint = dataclasses.replace(config.checkpoint, load=cached(config.checkpoint.load))
+    return with_layers(dataclasses.replace(config, init=init, checkpoint=checkpoint)), chosen
 
 
 def _first_pass() -> argparse.ArgumentParser:
@@ -228,7 +230,7 @@ def _from_tables(
         raise ValueError(f"missing {' and '.join(missing)}{instead}")
     row = chosen.stage(stage)
     built = architecture(model or "", init, read_model, chosen.architecture)
-    parts = [Path(folder).resolve().name for folder in init.parts.values()]
+    parts = [short_name(folder) for folder in init.parts.values()]
     name = model or "+".join(parts) or chosen.name
     return Config(
         recipe=chosen.name,

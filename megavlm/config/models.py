@@ -217,5 +217,6 @@ def architecture(
     if default is not None and not name:
         return default
     raise ValueError(
-        f"--model {name}: no such model and no such folder; known models are {', '.join(MODELS)}"
+        f"--model {name}: no such model, no such folder, and none of that name in the hub's cache;"
+        f" known models are {', '.join(MODELS)}"
     )

@@ -19,6 +19,7 @@ from megavlm.checkpoint import step_folder
 from megavlm.checkpoint.step_folder import Checkpoint
 from megavlm.config.cli import to_yaml
 from megavlm.config.evaluation import Eval
+from megavlm.config.hub_cache import cached, file_name
 from megavlm.config.recipes import recipe_of
 from megavlm.config.schema import (
     BadSteps,
@@ -106,9 +107,13 @@ def answer_with(
 
 
 def _named(model: Path) -> tuple[str, Path]:
-    """Split ``NAME=DIR``; a path that exists is none, whatever it is called."""
+    """Split ``NAME=DIR``, of which DIR may be a hub id in the cache; a path that exists is none,
+    whatever it is called.
+    """
     name, sign, folder = str(model).partition("=")
-    return (name, Path(folder)) if sign and not model.exists() else ("", model)
+    if sign and not model.exists():
+        return name, Path(cached(folder))
+    return "", Path(cached(str(model)))
 
 
 def _noted_name(name: str, folder: Path, out: Path) -> str:
@@ -116,7 +121,7 @@ def _noted_name(name: str, folder: Path, out: Path) -> str:
     path = folder.resolve()
     if not name:
         is_step = path.name.startswith("step_")
-        name = f"{path.parent.name}-{path.name}" if is_step else path.name
+        name = f"{path.parent.name}-{path.name}" if is_step else file_name(path)
     note = out / name / "model"
     if note.is_file() and note.read_text(encoding="utf-8").strip() != str(path):
         raise ValueError(

@@ -78,7 +78,7 @@ def test_names_of_the_table_win_over_folders(
     Path("tiny").mkdir()
     assert architecture("tiny", read_model=read) == MODELS["tiny"]
     assert architecture("./tiny", read_model=read).connector.pixel_shuffle == 7
-    with pytest.raises(ValueError, match=r"--model big: no such model and no such folder"):
+    with pytest.raises(ValueError, match=r"--model big: no such model, no such folder"):
         architecture("big", read_model=read)
 
 

@@ -154,7 +154,8 @@ def test_unknown_names_are_refused_with_the_known_ones():
     with pytest.raises(
         ValueError,
         match=(
-            r"--model nano: no such model and no such folder; known models are tiny, internvl2_5-1b"
+            r"--model nano: no such model, no such folder, and none of that name in the hub's"
+            r" cache; known models are tiny, internvl2_5-1b"
         ),
     ):
         architecture("nano")

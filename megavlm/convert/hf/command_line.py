@@ -1,11 +1,11 @@
-"""The command line of ``tools/convert_checkpoint.py``."""
+"""The command line of ``tools/convert_checkpoint.py``, and the exports that it asks for."""
 
 from __future__ import annotations
 
 import argparse
 import re
 
-from megavlm.convert.hf import convert
+from megavlm.convert.hf import convert, model_card, peft_export, push
 from megavlm.convert.weights.tables import DIALECTS
 
 _EXAMPLE = """examples:
@@ -16,7 +16,7 @@ _EXAMPLE = """examples:
 
 Training also starts from a Hugging Face folder itself: --checkpoint.load DIR.
 """
-SHARD_SIZE = "5GB"
+_SHARD_SIZE = "5GB"
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -118,9 +118,18 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
         " folder BASE that they were trained on; otherwise they are merged into the weights",
     )
     parser.add_argument(
+        "--push_to_hub",
+        metavar="OWNER/NAME",
+        default="",
+        help="upload the folder to this repository of the hub, which is made if it is missing",
+    )
+    parser.add_argument(
+        "--private", action="store_true", help="make the repository of --push_to_hub a private one"
+    )
+    parser.add_argument(
         "--max_shard_size",
         metavar="SIZE",
-        default=SHARD_SIZE,
+        default=_SHARD_SIZE,
         help="largest file of weights, such as 500MB; a larger tensor gets a file of its own"
         " (default: 5GB)",
     )
@@ -137,3 +146,40 @@ def read_size(text: str) -> int:
     if size < 1:
         raise ValueError(f"--max_shard_size {text}: must be bytes, or a number with KB, MB or GB")
     return size
+
+
+def export(args: argparse.Namespace) -> None:
+    """Export a checkpoint, and upload the folder if the command line says so."""
+    if args.private and not args.push_to_hub:
+        raise ValueError("--private: no effect without --push_to_hub; leave it out")
+    if args.push_to_hub:
+        made = push.make_repository(args.push_to_hub, is_private=args.private)
+        print(f"repository {made}")
+    if args.peft:
+        _refuse_unread(args)
+        made = peft_export.export(args.load, args.out, base=args.peft)
+        print(f"LoRA adapters written to {made}")
+    else:
+        made = convert.export(
+            args.load,
+            args.out,
+            dialect=args.dialect,
+            dtype=convert.DTYPES.get(args.dtype),
+            tokenizer=args.tokenizer,
+            vision=args.vision,
+            licenses=model_card.read_licenses(args.license),
+            shard_bytes=read_size(args.max_shard_size),
+        )
+        print(f"Hugging Face model written to {made}")
+    if args.push_to_hub:
+        print(f"uploaded: {push.push(made, args.push_to_hub)}")
+
+
+def _refuse_unread(args: argparse.Namespace) -> None:
+    """Refuse options of ``export`` that say nothing about adapters."""
+    names = ("dialect", "dtype", "tokenizer", "vision", "license")
+    unread = [f"--{name}" for name in names if getattr(args, name)]
+    if args.max_shard_size != _SHARD_SIZE:
+        unread.append("--max_shard_size")
+    if unread:
+        raise ValueError(f"{', '.join(unread)}: no effect with --peft; leave it out")

@@ -15,6 +15,7 @@ import torch
 
 from megavlm import __version__
 from megavlm.checkpoint.step_folder import Checkpoint
+from megavlm.config.hub_cache import short_name
 from megavlm.config.schema import Optimizer
 from megavlm.convert.hf.preprocessing import Usage
 from megavlm.convert.weights.tables import Dialect
@@ -151,11 +152,11 @@ def _training(checkpoint: Checkpoint, manifest: Manifest | None) -> Iterator[str
     config = checkpoint.config
     optimizer = config.optimizer
     training = config.training
-    yield f"- stage: `{state.stage}`, model: `{Path(config.model).name}`"
+    yield f"- stage: `{state.stage}`, model: `{short_name(config.model)}`"
     parts = {f"init.{part}": path for part, path in config.init.parts.items()}
     for option, path in (parts | {"checkpoint.load": config.checkpoint.load}).items():
         if path:
-            yield f"- started from `{Path(path).name}` (`--{option}`)"
+            yield f"- started from `{short_name(path)}` (`--{option}`)"
     yield f"- steps: {state.step:,}, of {training.global_batch_size:,} packs"
     yield f"- packs: {state.consumed:,}"
     if manifest:

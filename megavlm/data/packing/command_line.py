@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from megavlm.config.architecture import PIXELS, Architecture
 from megavlm.config.former_names import GONE
+from megavlm.config.hub_cache import cached
 from megavlm.data.images.frame_sampling import FrameChoice
 from megavlm.data.images.tiling import Tiling
 from megavlm.data.packing.settings import Job
@@ -252,7 +253,11 @@ def _add_files(parser: argparse.ArgumentParser) -> None:
         help="folder that image paths in --jsonl are relative to",
     )
     add(
-        "--tokenizer", metavar="DIR", required=True, help="folder of the language model's tokenizer"
+        "--tokenizer",
+        metavar="DIR",
+        required=True,
+        type=cached,
+        help="folder of the language model's tokenizer, or an id in the hub's cache",
     )
     add("--out", metavar="DIR", help="folder to make; must be missing or empty")
     add("--picture", metavar="FILE", help="plot the report, with matplotlib")
@@ -278,9 +283,10 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         metavar="NAME",
+        type=cached,
         help=(
-            "model, or Hugging Face folder, that the packs are for: sets --image_size,"
-            " --patch_size, --tokens_per_tile and --pixels"
+            "model, or Hugging Face folder (or its id in the hub's cache), that the packs are for:"
+            " sets --image_size, --patch_size, --tokens_per_tile and --pixels"
         ),
     )
     parser.add_argument(

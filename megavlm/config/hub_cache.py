@@ -1,0 +1,57 @@
+"""Folders of models that are named by their hub ids, in the local cache of the hub. Nothing is
+downloaded.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
+
+def cached(name: str) -> str:
+    """Return the folder of the cached snapshot if ``name`` is the hub id of a model that the cache
+    holds; else ``name``, such as that of a folder.
+    """
+    if Path(name).exists() or not _HUB_ID.fullmatch(name):
+        return name
+    # Only now: the import takes a while, and hardly any command line needs it.
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return str(snapshot_download(name, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return name
+
+
+def find_folder(name: str, flag: str) -> Path:
+    """Return the folder ``name``, or the cached snapshot of the hub id ``name``.
+
+    Raises:
+        FileNotFoundError: no such folder exists, and the cache has no such model.
+    """
+    folder = Path(cached(name))
+    if not folder.exists() and _HUB_ID.fullmatch(name):
+        raise FileNotFoundError(
+            f"{flag} {name}: no such folder, and the hub's cache has no such model; download it"
+            f" first: hf download {name}"
+        )
+    return folder
+
+
+def file_name(folder: str | Path) -> str:
+    """Return a name for files about the model in a folder."""
+    return short_name(folder).partition(" at ")[0].replace("/", "--")
+
+
+def short_name(folder: str | Path) -> str:
+    """Return what to call a folder of a model: its last part, or the hub id and the commit of a
+    cached snapshot.
+    """
+    folder = Path(folder)
+    repository = folder.parent.parent.name
+    if folder.parent.name == "snapshots" and repository.startswith("models--"):
+        return f"{repository.removeprefix('models--').replace('--', '/')} at {folder.name}"
+    return folder.resolve().name
