@@ -191,7 +191,8 @@ def _job(config: Config, name: str) -> Job:
         ValueError: ``--data.packing`` holds what cannot be there, or no tokenizer exists.
         FileNotFoundError: an annotation file that a meta file names does not exist.
     """
-    from megavlm.data.packing.command_line import make_job, make_parser
+    from megavlm.data.packing.asked_job import make_job
+    from megavlm.data.packing.command_line import make_parser
 
     def fail(message: str) -> NoReturn:
         raise ValueError(f"--data.packing {config.data.packing!r}: {message}")

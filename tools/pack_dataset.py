@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from megavlm.data.packing.command_line import make_job, parse
+from megavlm.data.packing.asked_job import make_job
+from megavlm.data.packing.command_line import parse
 from megavlm.data.packing.job import pack_dataset, plan_dataset
 from megavlm.data.packing.report_plot import draw_report
 from megavlm.io.early_end import allow_early_end

@@ -185,7 +185,8 @@ def _of_folder(model: Path) -> list[str]:
 
 def _run(words: Sequence[str], ranks: int, model: Path, *, is_quiet: bool) -> None:
     """Run pretrain_vlm.py, whose own output says what went wrong."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    launcher = torchrun if ranks > 1 else []
     done = subprocess.run(
         [sys.executable, *launcher, str(_PROGRAM), *words],
         check=False,

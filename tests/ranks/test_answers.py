@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +18,7 @@ from tests.ranks.pool import Pool
 from tests.ranks.runs import TINY, config_for
 from tests.ranks.test_against_transformers import random_model
 from tests.ranks.test_resume import losses, run_job
-from tests.style.source import ROOT
+from tools import chat, evaluate
 
 CONTEXT = 5
 NEW_TOKENS = 6
@@ -216,34 +214,37 @@ def test_training_does_not_notice_that_it_is_evaluated(folders: Path, ranks: Poo
     assert not list((tmp_path / "only").glob("step_*"))
 
 
-def test_one_question_is_answered(folders: Path, alone):
+def test_one_question_is_answered(folders: Path, alone, capfd: pytest.CaptureFixture):
     from megavlm.train.tasks import open_tasks
 
     free, _ = open_tasks(configure(folders))
     words = [
-        *("tools/chat.py", str(folders / "hf"), "What is it?", "--image", str(folders / "0.png")),
+        *(str(folders / "hf"), "What is it?", "--image", str(folders / "0.png")),
         *("--packs", str(folders / "packs"), "--max_new_tokens", str(NEW_TOKENS)),
         *("--", "--training.precision", "float32"),
     ]
-    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout == free.template.text(alone[0][0]).strip() + "\n", done.stderr
-    words[4] = str(folders / "gone.png")
-    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and "gone.png is missing" in done.stderr
-    assert done.stdout == ""
+    assert chat.main(words) == 0
+    assert capfd.readouterr().out == free.template.text(alone[0][0]).strip() + "\n"
+    words[3] = str(folders / "gone.png")
+    assert chat.main(words) == 2
+    done = capfd.readouterr()
+    assert "gone.png is missing" in done.err
+    assert done.out == ""
 
 
-def test_models_are_compared(folders: Path, ranks: Pool, alone, tmp_path: Path):
+def test_models_are_compared(
+    folders: Path, ranks: Pool, alone, tmp_path: Path, capfd: pytest.CaptureFixture
+):
     config = job(folders, tmp_path / "run", eval_interval=0)
     ranks.run(run_job, 1, dataclasses.replace(config, eval=Eval()))
     out = tmp_path / "out"
     words = [
-        *("tools/evaluate.py", str(folders / "hf"), str(tmp_path / "run")),
+        *(str(folders / "hf"), str(tmp_path / "run")),
         *("--tasks", *config.eval.tasks, "--packs", str(folders / "packs"), "--out", str(out)),
         *("--max_new_tokens", str(NEW_TOKENS), "--", "--training.precision", "float32"),
     ]
-    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    assert evaluate.main(words) == 0
+    table = capfd.readouterr().out.splitlines()[-5:]
     summary = json.loads((out / "summary.json").read_text())
     assert list(summary) == ["hf", "run-step_00000003"]
     rows = (
@@ -254,15 +255,14 @@ def test_models_are_compared(folders: Path, ranks: Pool, alone, tmp_path: Path):
     page = (out / "index.html").read_text()
     assert page.count("data:image/jpeg;base64,") == 8  # 4 images of each task
     assert "http" not in page
-    table = done.stdout.splitlines()[-5:]
     assert table[0].split() == ["hf", "run-step_00000003"]
     # The same command does nothing again; another one says what is in the way.
-    again = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
-    assert again.stdout.splitlines() == table
+    assert evaluate.main(words) == 0
+    assert capfd.readouterr().out.splitlines() == table
     moved = tmp_path / "other" / "hf"
     shutil.copytree(folders / "hf", moved)
-    words[1] = str(moved)
-    refused = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
-    assert refused.returncode == 2
-    assert f"holds the answers of another model of that name, {folders / 'hf'}" in refused.stderr
-    assert f"give this one a name: NAME={moved}" in refused.stderr
+    words[0] = str(moved)
+    assert evaluate.main(words) == 2
+    refused = capfd.readouterr().err
+    assert f"holds the answers of another model of that name, {folders / 'hf'}" in refused
+    assert f"give this one a name: NAME={moved}" in refused

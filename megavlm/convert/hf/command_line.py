@@ -29,7 +29,9 @@ def parse(description: str, arguments: list[str] | None = None) -> argparse.Name
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_import(commands.add_parser("import", help="make a checkpoint of a Hugging Face folder"))
-    _add_export(commands.add_parser("export", help="make a Hugging Face folder of a checkpoint"))
+    exporter = commands.add_parser("export", help="make a Hugging Face folder of a checkpoint")
+    _add_export(exporter)
+    _add_upload(exporter)
     check = commands.add_parser(
         "check", help="convert a Hugging Face folder there and back, and compare"
     )
@@ -118,6 +120,17 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
         " folder BASE that they were trained on; otherwise they are merged into the weights",
     )
     parser.add_argument(
+        "--max_shard_size",
+        metavar="SIZE",
+        default=_SHARD_SIZE,
+        help="largest file of weights, such as 500MB; a larger tensor gets a file of its own"
+        " (default: 5GB)",
+    )
+
+
+def _add_upload(parser: argparse.ArgumentParser) -> None:
+    """Add the options of uploads."""
+    parser.add_argument(
         "--push_to_hub",
         metavar="OWNER/NAME",
         default="",
@@ -125,13 +138,6 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--private", action="store_true", help="make the repository of --push_to_hub a private one"
-    )
-    parser.add_argument(
-        "--max_shard_size",
-        metavar="SIZE",
-        default=_SHARD_SIZE,
-        help="largest file of weights, such as 500MB; a larger tensor gets a file of its own"
-        " (default: 5GB)",
     )
 
 
@@ -178,7 +184,7 @@ def export(args: argparse.Namespace) -> None:
 def _refuse_unread(args: argparse.Namespace) -> None:
     """Refuse options of ``export`` that say nothing about adapters."""
     names = ("dialect", "dtype", "tokenizer", "vision", "license")
-    unread = [f"--{name}" for name in names if getattr(args, name)]
+    unread = [f"--{name}" for name in names if vars(args)[name]]
     if args.max_shard_size != _SHARD_SIZE:
         unread.append("--max_shard_size")
     if unread:

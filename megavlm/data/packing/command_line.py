@@ -1,21 +1,15 @@
-"""The command line of ``tools/pack_dataset.py``, and the job that it asks for."""
+"""The command line of ``tools/pack_dataset.py``."""
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
 from dataclasses import dataclass
 
-from megavlm.config.architecture import PIXELS, Architecture
+from megavlm.config.architecture import PIXELS
 from megavlm.config.former_names import GONE
 from megavlm.config.hub_cache import cached
-from megavlm.data.images.frame_sampling import FrameChoice
-from megavlm.data.images.tiling import Tiling
-from megavlm.data.packing.settings import Job
-from megavlm.data.packing.windows import Windows
-from megavlm.data.records.meta_file import read_sources
-from megavlm.data.text.templates import FORMATS, chat_format
+from megavlm.data.text.templates import FORMATS
 
 DESCRIPTION = "Turn images, videos and texts into a packed dataset for training."
 EXAMPLE = """example:
@@ -177,20 +171,6 @@ JOB = (
         text="where workers run (default: %(default)s)",
     ),
 )
-PASSED_ON = (
-    "tokenizer",
-    "template",
-    "truncate",
-    "capacity",
-    "tile_multiple",
-    "alignment",
-    "levels",
-    "seed",
-    "workers",
-    "max_rejects",
-    "executor",
-    "deep_images",
-)
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -329,77 +309,3 @@ def _add_switches(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="decode each image in the first pass too, so that --dry_run finds damaged ones",
     )
-
-
-def make_job(args: argparse.Namespace, model: Architecture) -> Job:
-    """Return the job that a command line asks for.
-
-    Raises:
-        ValueError, FileNotFoundError: it cannot be done; names the flag.
-    """
-    given = vars(args)
-    model = _with_sizes(model, args)
-    mean, std = (
-        (model.vision.pixel_mean, model.vision.pixel_std)
-        if args.pixels is None
-        else PIXELS[args.pixels]
-    )
-    if args.tile_cap != "auto" and not args.tile_cap.isdecimal():
-        raise ValueError(f"--tile_cap {args.tile_cap}: must be a number or auto")
-    return Job(
-        sources=read_sources(
-            args.meta, args.jsonl, args.root, augment=args.data_augment, difficulty=args.difficulty
-        ),
-        out=args.out or "",
-        features_per_tile=_tokens_per_tile(model, args.tokens_per_tile, args.template),
-        tiling=Tiling(
-            tile_size=model.vision.image_size,
-            min_tiles=args.min_tiles,
-            max_tiles=args.max_tiles,
-            thumbnail=args.thumbnail,
-            mode=args.tiling,
-            pixel_mean=mean,
-        ),
-        pixel_std=std,
-        frames=FrameChoice(
-            min_frames=args.min_frames, max_frames=args.max_frames, sampling=args.frame_sampling
-        ),
-        windows=Windows(tokens=args.window_tokens, images=args.window_images),
-        system_message="" if args.system == "none" else args.system,
-        tile_cap=None if args.tile_cap == "auto" else int(args.tile_cap),
-        decode_images=not args.headers_only,
-        scan_pixels=args.scan_pixels,
-        **{name: given[name] for name in PASSED_ON},
-    )
-
-
-def _with_sizes(model: Architecture, args: argparse.Namespace) -> Architecture:
-    """Return the model with tiles and patches of other sizes, if any are given.
-
-    Raises:
-        ValueError: the sizes do not go together.
-    """
-    given = {"image_size": args.image_size, "patch_size": args.patch_size}
-    changed = {name: size for name, size in given.items() if size is not None}
-    vision = dataclasses.replace(model.vision, **changed)
-    where = f"--image_size {vision.image_size}, --patch_size {vision.patch_size}"
-    if min(vision.image_size, vision.patch_size) < 1:
-        raise ValueError(f"{where}: must be 1 or more")
-    if not vision.fills_tile:
-        raise ValueError(f"{where}: the first must be a multiple of the second")
-    changed_model = dataclasses.replace(model, vision=vision)
-    problems = list(changed_model.connector_sizes.problems())
-    # Pairs have no placeholder tokens, whose number the connector decides.
-    if problems and not chat_format(args.template).is_of_pairs:
-        raise ValueError(f"{where}: {'; '.join(problems)}")
-    return changed_model
-
-
-def _tokens_per_tile(model: Architecture, given: int | None, template: str) -> int:
-    """Return the placeholder tokens of a tile. Raises ValueError: none, and packs not of pairs."""
-    if chat_format(template).is_of_pairs:
-        return given or 0
-    tokens = model.placeholders_per_tile if given is None else given
-    if tokens < 1:
-        raise ValueError(f"--tokens_per_tile {tokens}: must be 1 or more")
-    return tokens

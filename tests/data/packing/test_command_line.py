@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from megavlm.config.models import MODELS
-from megavlm.data.packing.command_line import make_job, parse
+from megavlm.data.packing.asked_job import make_job
+from megavlm.data.packing.command_line import parse
 
 
 @pytest.fixture

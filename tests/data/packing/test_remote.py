@@ -18,7 +18,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from megavlm.data.packing.command_line import make_job, parse
+from megavlm.data.packing.asked_job import make_job
+from megavlm.data.packing.command_line import parse
 from megavlm.data.packing.job import pack_dataset
 from megavlm.data.packing.report import Report
 from megavlm.data.records.readers import open_reader

@@ -11,7 +11,8 @@ from PIL import Image
 
 from megavlm.data.images.tiling import Tiling
 from megavlm.data.packing import scan_state
-from megavlm.data.packing.command_line import make_job, parse
+from megavlm.data.packing.asked_job import make_job
+from megavlm.data.packing.command_line import parse
 from megavlm.data.packing.job import Job, pack_dataset, plan_dataset
 from megavlm.data.packing.windows import Windows
 from megavlm.data.records.meta_file import read_meta, single_source
