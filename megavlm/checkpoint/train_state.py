@@ -7,6 +7,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from megavlm.checkpoint.base_files import Base
 from megavlm.config.evaluation import VALID_LOSS
 from megavlm.config.former_names import current_name
 
@@ -35,7 +36,7 @@ class State:
         figures: names and values of the tasks after this very step; empty where none was asked.
         history: earlier stages of which moments were kept.
         trained_only: whether the checkpoint holds the trained parameters only.
-        base: folder and fingerprint of the weights below them.
+        base: the files of the weights below them.
         skipped: steps whose update was skipped.
         skipped_in_a_row: how many of these are the last steps.
         recent_losses: of the last steps, if spikes of the loss are looked for.
@@ -51,7 +52,7 @@ class State:
     figures: tuple[tuple[str, float], ...] = ()
     history: History = ()
     trained_only: bool = False
-    base: str = ""
+    base: Base = Base()
     skipped: int = 0
     skipped_in_a_row: int = 0
     recent_losses: tuple[float, ...] = ()
@@ -96,8 +97,9 @@ def read(folder: Path) -> State:
         )
         lists = {name: tuple(values.get(name, ())) for name in ("packs", "recent_losses")}
         figures = tuple((str(name), float(value)) for name, value in values.pop("figures", []))
-        state = State(**values | lists, figures=figures, history=history)
-    except (ValueError, TypeError, AttributeError) as error:
+        base = Base.read(values.pop("base", None))
+        state = State(**values | lists, figures=figures, history=history, base=base)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path}: not the state of a checkpoint ({error})") from error
     if state.format not in READABLE_VERSIONS:
         raise ValueError(

@@ -258,7 +258,8 @@ class Checkpoint:
         moments: AdamW's moments when a stage starts from another's checkpoint: fresh, or kept for
             parameters that both stages train.
         trained_only: leave frozen parameters, such as what adapters adapt, out of all checkpoints
-            but the last. Resuming reads them where the run began, which must not change.
+            but the last. Resuming reads them from what the run began with, which is known by its
+            content and may have moved.
         verify: what to verify before loading a checkpoint: the checksums of all files (content),
             or, if reading every byte takes too long, only the sizes of the files (size).
         export_hf: folder for the trained model in Hugging Face format, written at the end of the

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
@@ -13,6 +14,7 @@ import torch.distributed as dist
 
 from megavlm import job_checks
 from megavlm.checkpoint import directory as folder
+from megavlm.checkpoint.base_files import Base
 from megavlm.checkpoint.lock import Lock, held
 from megavlm.checkpoint.step_folder import Checkpoint
 from megavlm.checkpoint.train_state import History, State
@@ -32,10 +34,11 @@ from megavlm.health import out_of_memory, speed_check
 from megavlm.health.preflight import DisagreementError, RankView, check_consistency, snapshot
 from megavlm.io import atomic
 from megavlm.model import precision
+from megavlm.model.vlm import VisionLanguageModel
 from megavlm.parallel import backend, process_groups
 from megavlm.planner.layout import Layout, make_layout
 from megavlm.planner.partition import PackSize
-from megavlm.train import checkpoint, optimizer, origin, stage_moments
+from megavlm.train import below, checkpoint, optimizer, origin, stage_moments
 from megavlm.train import resume as source
 from megavlm.train.bad_steps import StepError
 from megavlm.train.build import build
@@ -176,7 +179,7 @@ def inspect(config: Config, world_size: int) -> Start:
     open_tasks(config)
     own = source.own(config)
     if own is not None:
-        origin.base(config, own)  # which must be there
+        below.find(config, own)  # which must be there
         return own
     return origin.find(config)
 
@@ -213,12 +216,12 @@ def train(
         if config.checkpoint.save:
             _clean(Path(config.checkpoint.save), groups, metrics)
         history = source.history(config, start)
-        fill = partial(origin.fill, config, start, origin.base(config, start))
+        fill, base = _filling(config, start)
         built = build(config, layout, groups, device_backend, fill, history)
-        state = _first_state(config, packs, origin.describe(config, start, groups), history)
+        state = _first_state(config, packs, base, history)
         if isinstance(start, Checkpoint) and source.resumes(config, start):
             checkpoint.load_optimizer(start, built.chunks, built.optimizer, config.fp8)
-            state = replace(start.state, base=start.state.base or state.base)
+            state = replace(start.state, base=base)
         elif history:
             oldest = optimizer.oldest(built.optimizer)
             stage_moments.keep(start, built.chunks, built.optimizer, oldest)
@@ -241,6 +244,22 @@ def train(
     return state
 
 
+def _filling(
+    config: Config, start: Start
+) -> tuple[Callable[[Sequence[VisionLanguageModel]], None], Base]:
+    """Return what gives the chunks their weights, and what checkpoints note of the weights below.
+    Collective.
+
+    Raises:
+        DamagedError: what lies below a checkpoint of trained parameters has changed.
+    """
+    under = below.find(config, start)
+    if under is not None:
+        below.verify(config, start, under)
+    fill = partial(origin.fill, config, start, () if under is None else (under.start,))
+    return fill, below.note(config, start, under)
+
+
 def _run(job: Job, state: State, start: Start, metrics: Metrics, stop: StopRequest | None) -> State:
     """Do what the job is for: measure, or train and export."""
     if job.config.eval.only:
@@ -251,7 +270,7 @@ def _run(job: Job, state: State, start: Start, metrics: Metrics, stop: StopReque
 
 
 def _first_state(
-    config: Config, packs: PackedDataset | BlendedDataset, base: str, history: History
+    config: Config, packs: PackedDataset | BlendedDataset, base: Base, history: History
 ) -> State:
     """Return the state before the first step."""
     return State(

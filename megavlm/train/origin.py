@@ -1,13 +1,11 @@
-"""What a run starts from, and what lies below a checkpoint that holds trained parameters only."""
+"""What a run starts from, and how its weights are filled from it."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 from pathlib import Path
 
-from megavlm.checkpoint import checksums, step_folder
+from megavlm.checkpoint import step_folder
 from megavlm.checkpoint.step_folder import Checkpoint
 from megavlm.config.checks.rules import ConfigError
 from megavlm.config.exports import HOLDS
@@ -21,19 +19,10 @@ from megavlm.data.store.manifest import read_manifest
 from megavlm.data.text.tokenizer import fingerprint
 from megavlm.model import weights
 from megavlm.model.vlm import VisionLanguageModel
-from megavlm.parallel.process_groups import Groups
 from megavlm.train import checkpoint, resume
 
 Start = Checkpoint | Path | Init | None
 """What a run starts from: a checkpoint, a Hugging Face folder, parts, or nothing."""
-
-_SAMPLES = 16
-_SAMPLE_BYTES = 2**16
-
-
-@dataclass(frozen=True, kw_only=True)
-class Nothing:
-    """Stands for no base: a checkpoint is whole. ``None`` would be fresh weights."""
 
 
 def find(config: Config) -> Start:
@@ -62,78 +51,6 @@ def find(config: Config) -> Start:
             " is there"
         )
     return resume.fit(config, loaded)
-
-
-def base(config: Config, start: Start) -> Start | Nothing:
-    """Find the weights below a checkpoint of trained parameters only.
-
-    Raises:
-        ValueError: they are not where they were, or are others.
-    """
-    if not isinstance(start, Checkpoint) or not start.state.trained_only:
-        return Nothing()
-    origin = start.config.checkpoint
-    named, _, expected = start.state.base.rpartition(" ")
-    load = named or origin.load
-    found: Start = None
-    try:
-        whole = replace(
-            start.config, checkpoint=replace(origin, load=load, weights_only=True, moments="fresh")
-        )
-        found = find(whole)
-    except (ValueError, OSError) as error:
-        raise ValueError(
-            f"{start.folder}: holds trained parameters only, and what lies below them cannot be"
-            f" read: {error}"
-        ) from error
-    if (now := _fingerprint(found)) != expected:
-        raise ValueError(
-            f"{start.folder}: holds trained parameters only, and {load or 'the parts of --init'}"
-            f" is no longer what they were trained on (fingerprint {now}, it was {expected})"
-        )
-    return found
-
-
-def describe(config: Config, start: Start, groups: Groups) -> str:
-    """Return what a run with ``--checkpoint.trained_only`` notes of the weights below: folder and
-    fingerprint. Rank 0 reads it, since it writes the checkpoints.
-    """
-    if not config.checkpoint.trained_only or groups.rank:
-        return ""
-    folder = start.folder if isinstance(start, Checkpoint) else start
-    named = str(folder.resolve()) if isinstance(folder, Path) else ""
-    return f"{named} {_fingerprint(start)}"
-
-
-def _fingerprint(start: Start) -> str:
-    """Return a short digest of weights: of a checkpoint's checksums, or of samples of all files."""
-    digest = hashlib.sha256()
-    if isinstance(start, Checkpoint) and (start.folder / checksums.FILE_NAME).is_file():
-        digest.update((start.folder / checksums.FILE_NAME).read_bytes())
-    else:
-        for path in _files(start):
-            size = path.stat().st_size
-            digest.update(f"{path.name} {size}".encode())
-            with path.open("rb") as file:
-                for sample in range(_SAMPLES):
-                    file.seek(max(size - _SAMPLE_BYTES, 0) * sample // (_SAMPLES - 1))
-                    digest.update(file.read(_SAMPLE_BYTES))
-    return digest.hexdigest()[:16]
-
-
-def _files(start: Start) -> Iterator[Path]:
-    """Yield the files that hold weights."""
-    folders: list[Path] = []
-    if isinstance(start, Checkpoint):
-        folders = [start.folder / step_folder.SHARDS]
-    elif isinstance(start, Path):
-        folders = [start]
-    elif start is not None:
-        folders = [Path(part) for part in start.parts.values()]
-    for folder in folders:
-        for path in sorted(folder.iterdir()):
-            if path.suffix in (".safetensors", ".bin", ".distcp"):
-                yield path
 
 
 def _check_parts(config: Config) -> None:
@@ -174,18 +91,18 @@ def _exports_unused(config: Config) -> bool:
 
 
 def fill(
-    config: Config, start: Start, below: Start | Nothing, chunks: Sequence[VisionLanguageModel]
+    config: Config, start: Start, below: Sequence[Start], chunks: Sequence[VisionLanguageModel]
 ) -> None:
     """Give this rank's chunks the weights that the run starts from. Collective.
 
     Args:
         config: the run.
         start: where they come from.
-        below: what ``base`` returned.
+        below: what lies below a checkpoint of trained parameters, if ``start`` is one.
         chunks: of this rank.
     """
-    if not isinstance(below, Nothing):
-        fill(config, below, Nothing(), chunks)
+    for base in below:
+        fill(config, base, (), chunks)
     fresh = weights.fresh_tensor(config)
     if isinstance(start, Checkpoint):
         if config.architecture.lora.rank and not start.config.architecture.lora.rank:

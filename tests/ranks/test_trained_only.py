@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import torch
 from megavlm.checkpoint import step_folder
 from megavlm.config.lora import Lora
 from megavlm.config.schema import Config
+from megavlm.train.launch import inspect
 from tests.ranks.pool import Pool
 from tests.ranks.runs import make_packs
 from tests.ranks.test_resume import STEPS, forget_the_end, losses, make_job, run_job, saved_tensors
@@ -70,12 +70,42 @@ def test_a_run_resumes_from_its_adapters_and_its_base_alone(
     # Nothing but the run itself can read a checkpoint of adapters.
     with pytest.raises(ValueError, match="holds trained parameters only"):
         step_folder.find(small)
-    shutil.rmtree(tmp_path / "killed")
-    forget_the_end(tmp_path / "whole", tmp_path / "killed")
-    sums = base / last / "checksums.json"
-    sums.write_text(json.dumps(json.loads(sums.read_text())))  # as if it were another base
+
+
+def test_the_base_is_known_by_its_content_wherever_it_is(
+    ranks: Pool, dataset: Path, tmp_path: Path
+) -> None:
+    runs = tmp_path / "runs"
+    base = runs / "base"
+    packs = tmp_path / "packs"
+    shutil.copytree(dataset, packs)
+    ranks.run(run_job, 1, make_job(packs, base, stage="1", trainable=("connector",)))
+    step = base / f"step_{STEPS:08d}"
+    ranks.run(run_job, 2, adapted(packs, runs / "whole", step))
+    forget_the_end(runs / "whole", runs / "run")
+    shutil.rmtree(packs)  # what lies below does not depend on where the data were
+
+    # All of it is moved: the base is where it was, as seen from the run.
+    moved = tmp_path / "moved"
+    runs.rename(moved)
+    inspect(adapted(dataset, moved / "run", ""), 2)
+    # It is elsewhere: the command names its folder, or that of its run.
+    elsewhere = tmp_path / "elsewhere"
+    (moved / "base").rename(elsewhere)
+    with pytest.raises(ValueError, match=r"what lies below them is not there:\n.*: missing"):
+        inspect(adapted(dataset, moved / "run", ""), 2)
+    for named in (elsewhere / step.name, elsewhere):
+        inspect(adapted(dataset, moved / "run", named), 2)
+    shard = max((elsewhere / step.name / "shards").glob("*.distcp"), key=lambda p: p.stat().st_size)
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)  # of the same size, at the same place
     with pytest.raises(AssertionError, match="is no longer what they were trained on"):
-        ranks.run(run_job, 2, adapted(dataset, tmp_path / "killed", base))
-    shutil.rmtree(base)
-    with pytest.raises(AssertionError, match="what lies below them cannot be"):
-        ranks.run(run_job, 2, adapted(dataset, tmp_path / "killed", ""))
+        ranks.run(run_job, 2, adapted(dataset, moved / "run", elsewhere))
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    ranks.run(run_job, 2, adapted(dataset, moved / "run", elsewhere))
+    assert losses(moved / "run") == losses(moved / "whole")[3:]
+    # Checkpoints to come name the new place.
+    found = step_folder.read(moved / "run" / f"step_{STEPS:08d}")
+    assert found.state.base.folders == (str(elsewhere / step.name),)

@@ -1,0 +1,146 @@
+"""What lies below a checkpoint that holds trained parameters only: the weights that its run began
+with. They are known by the content of their files, wherever these are now.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from megavlm.checkpoint import base_files, step_folder
+from megavlm.checkpoint.base_files import Base
+from megavlm.checkpoint.step_folder import Checkpoint
+from megavlm.config.schema import Config, Init
+from megavlm.convert.hf import convert, from_parts
+from megavlm.train import checkpoint
+from megavlm.train.origin import Start
+from megavlm.train.resume import DamagedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Below:
+    """Weights that were found.
+
+    Args:
+        start: to fill the chunks from.
+        folders: that hold them.
+    """
+
+    start: Start
+    folders: list[Path]
+
+
+def find(config: Config, start: Start) -> Below | None:
+    """Find the weights below a checkpoint of trained parameters: at the folders that the command
+    names, where they were, or as far from the save folder as they were. No file of weights is read.
+
+    Raises:
+        ValueError: they are nowhere, or do not fit the model.
+    """
+    if not isinstance(start, Checkpoint) or not start.state.trained_only:
+        return None
+    base = start.state.base
+    if base.folders and not base.files:
+        raise ValueError(
+            f"{start.folder}: holds trained parameters only, and was written by an earlier version,"
+            " which noted too little of what lies below them; train from"
+            f" {', '.join(base.folders)} again"
+        )
+    tried = {}
+    for folders in _places(config, start):
+        name = ", ".join(map(str, folders))
+        tried[name] = tried.get(name) or base_files.difference(base, folders)
+        if not tried[name]:
+            return Below(start=_opened(start, folders), folders=folders)
+    listed = "\n  ".join(tried.values())
+    raise ValueError(
+        f"{start.folder}: holds trained parameters only, and what lies below them is not there:\n"
+        f"  {listed}\n  name where it is now: --checkpoint.load, or --init for parts"
+    )
+
+
+def _places(config: Config, start: Checkpoint) -> Iterator[list[Path]]:
+    """Yield where the folders of a base may be."""
+    base = start.state.base
+    named = [config.checkpoint.load] if config.checkpoint.load else config.init.parts.values()
+    given = [Path(folder) for folder in named]
+    if given:
+        yield [folder / Path(was).name for folder, was in zip(given, base.folders, strict=False)]
+        yield given
+    yield [Path(folder) for folder in base.folders]
+    yield [start.folder.parent / folder for folder in base.beside]
+
+
+def _opened(start: Checkpoint, folders: list[Path]) -> Start:
+    """Return what is in the folders of a base.
+
+    Raises:
+        ValueError: it does not fit the model.
+    """
+    architecture = start.config.architecture
+    parts = start.config.init.parts
+    if not folders:
+        return None
+    if parts:
+        found = dict(zip(parts, map(str, folders), strict=True))
+        init: Init = replace(start.config.init, **found)
+        from_parts.refuse_other(init, architecture)
+        return init
+    if (folders[0] / "config.json").is_file():
+        convert.refuse_other(folders[0], architecture)
+        return folders[0]
+    below = step_folder.read(folders[0])
+    if different := checkpoint.architecture_differences(
+        below.config.architecture, architecture, takes_weights=True
+    ):
+        listed = "\n  ".join(different)
+        raise ValueError(f"{below.folder}: is of another model than {start.folder}:\n  {listed}")
+    return below
+
+
+def verify(config: Config, start: Start, below: Below) -> None:
+    """Compare the content of what was found with what the run began with. Collective.
+
+    Raises:
+        DamagedError: it is another one; every rank raises it.
+    """
+    by_size_only = config.checkpoint.verify == "size"
+    found = base_files.damage(start.state.base, below.folders, by_size_only=by_size_only)
+    if found:
+        listed = "\n  ".join(found)
+        raise DamagedError(
+            f"{start.folder}: holds trained parameters only, and what lies below them is no longer"
+            f" what they were trained on:\n  {listed}\n  mend the files, or name another folder"
+            " with the same ones: --checkpoint.load, or --init for parts"
+        )
+
+
+def note(config: Config, start: Start, below: Below | None) -> Base:
+    """Note what lies below the checkpoints of a run with ``--checkpoint.trained_only``. Collective.
+
+    Args:
+        config: the run.
+        start: what it starts from.
+        below: what lies below that.
+    """
+    if not config.checkpoint.trained_only:
+        return Base()
+    if isinstance(start, Checkpoint) and (below or start.state.base != Base()):
+        known = start.state.base
+        return known if below is None else base_files.moved(known, below.folders, _save(config))
+    by_size_only = config.checkpoint.verify == "size"
+    return base_files.note(_folders(start), _save(config), by_size_only=by_size_only)
+
+
+def _save(config: Config) -> Path:
+    return Path(config.checkpoint.save)
+
+
+def _folders(start: Start) -> list[Path]:
+    """Return the folders that hold what a run starts from."""
+    if start is None:
+        return []
+    if isinstance(start, Checkpoint):
+        return [start.folder]
+    return [start] if isinstance(start, Path) else [Path(part) for part in start.parts.values()]
