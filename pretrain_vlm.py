@@ -9,7 +9,8 @@ from megavlm.model_source import read_model
 from megavlm.pack_first import pack_annotations, problems
 
 if __name__ == "__main__":
-    runs = [pack_annotations(run) for run in parse_stages(sys.argv[1:], read_model, problems)]
+    stages = parse_stages(sys.argv[1:], read_model, problems)
+    runs = [pack_annotations(run, stages[0]) for run in stages]
     # Only now, since it takes seconds: help and mistakes in the configuration should not wait for
     # torch and megatron-core.
     from megavlm.train.stages import launch_all

@@ -25,6 +25,7 @@ from typing import IO, TYPE_CHECKING, NoReturn
 from megavlm import job_checks
 from megavlm.config import torchrun
 from megavlm.config.schema import ANY, Config
+from megavlm.config.stages import is_of_start, starting_like
 from megavlm.data.records.readers import is_annotation
 from megavlm.io import atomic
 from megavlm.io.remote import file_state, is_remote, open_file
@@ -63,23 +64,31 @@ def problems(config: Config, world_size: int) -> list[str]:
     return found
 
 
-def pack_annotations(config: Config) -> Config:
+def pack_annotations(config: Config, first: Config | None = None) -> Config:
     """Return the configuration with folders of packs in the place of annotation files. Those that
     no earlier run has packed are packed now. An error ends the process with status 2.
+
+    Args:
+        config: the run of a stage.
+        first: the run of the first stage of the command, whose tokenizer is that of all; none:
+            this one.
     """
     if not _annotations(config):
         return config
     data = config.data
+    is_first = first is None or config is first
+    asked = config if is_first else starting_like(config, first)
     try:
-        train = ",".join(_folder(config, name) for name in data.train_folders)
-        valid = _folder(config, data.valid)
+        train = ",".join(_folder(asked, name) for name in data.train_folders)
+        valid = _folder(asked, data.valid)
     except (ValueError, OSError, RuntimeError) as error:
         _refuse(f"error: packing for --data.train and --data.valid: {error}")
     packed = dataclasses.replace(data, train=train, valid=valid, packing="", cache="")
-    config = dataclasses.replace(config, data=packed)
-    if found := job_checks.problems(config, torchrun.world_size()):
+    asked = dataclasses.replace(asked, data=packed)
+    found = job_checks.problems(asked, torchrun.world_size())
+    if found := [problem for problem in found if is_first or not is_of_start(problem)]:
         _refuse("\n  ".join(["error: the packs do not fit the configuration:", *found]))
-    return config
+    return dataclasses.replace(config, data=packed)
 
 
 def _refuse(text: str) -> NoReturn:

@@ -1,4 +1,4 @@
-"""The files that lie below a checkpoint of trained parameters: where they are, and their content."""
+"""The files below a checkpoint of trained parameters: where they are, and their content."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from megavlm.checkpoint.base_files import Base
@@ -52,7 +52,7 @@ class State:
     figures: tuple[tuple[str, float], ...] = ()
     history: History = ()
     trained_only: bool = False
-    base: Base = Base()
+    base: Base = field(default_factory=Base)
     skipped: int = 0
     skipped_in_a_row: int = 0
     recent_losses: tuple[float, ...] = ()

@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,14 @@ from megavlm.config import torchrun, yaml_file
 from megavlm.config.hub_cache import cached, short_name
 from megavlm.config.layer_ranges import with_layers
 from megavlm.config.models import MODELS, ReadModel, architecture, for_objective
-from megavlm.config.options import Parser, make_parser, nearest, options, to_config
+from megavlm.config.options import (
+    Parser,
+    make_parser,
+    nearest,
+    options,
+    shown_value,
+    to_config,
+)
 from megavlm.config.recipes import RECIPES, recipe
 from megavlm.config.recipes.recipe import Recipe
 from megavlm.config.schema import Architecture, Config, Init
@@ -34,6 +42,19 @@ FindProblems = Callable[[Config, int], Sequence[str]]
 PROGRAM = "pretrain_vlm.py"
 _PATIENCE_SECONDS = 3.0
 _NO_NAMES = Config(stage="", model="")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Given:
+    """An option as someone wrote it.
+
+    Args:
+        text: the value.
+        file: file and line; empty for the command line.
+    """
+
+    text: str
+    file: str = ""
 
 
 def parse(
@@ -161,6 +182,27 @@ def _parse(arguments: list[str], read_model: ReadModel | None) -> tuple[Config, 
     config = to_config(parser.parse_args(_normal(others), namespace=values))
     checkpoint = dataclasses.replace(config.checkpoint, load=cached(config.checkpoint.load))
     return with_layers(dataclasses.replace(config, init=init, checkpoint=checkpoint)), chosen
+
+
+def where_given(arguments: Sequence[str]) -> dict[str, Given]:
+    """Return the options that a command line and its files give, by key; the command line wins.
+
+    Raises:
+        ValueError: a file cannot be read.
+    """
+    by_flag = {flag: option.key for option in options().values() for flag in option.flags}
+    files, _ = _first_pass().parse_known_args(list(arguments))
+    found = {}
+    for path in files.config:
+        settings = yaml_file.read(Path(path), f"--config {path}")
+        for key, value in yaml_file.flat(settings.content):
+            text = shown_value(tuple(value) if isinstance(value, list) else value)
+            found[key] = Given(text=text, file=f"{settings.where}, line {settings.lines[key]}")
+    for word, after in zip_longest(arguments, arguments[1:], fillvalue=""):
+        flag, has_value, value = word.partition("=")
+        if flag in by_flag:
+            found[by_flag[flag]] = Given(text=value if has_value else after)
+    return found
 
 
 def _first_pass() -> argparse.ArgumentParser:

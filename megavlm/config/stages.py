@@ -133,14 +133,35 @@ def _placed(run: Config, before: Config | None, *, exports: bool, command: Comma
         command: which options are of this stage alone.
     """
     files = run.checkpoint
-    own = command.of_stage.get(run.stage, [])
-    if not exports and not any(word.startswith("--checkpoint.export_hf") for word in own):
+    own = cli.where_given(command.of_stage.get(run.stage, []))
+    if not exports and "checkpoint.export_hf" not in own:
         files = replace(files, export_hf="")
     files = replace(files, save=str(Path(files.save) / f"stage_{run.stage}"))
     if before is None:
         return replace(run, checkpoint=files)
-    files = replace(files, load=before.checkpoint.save, weights_only=False)
+    weights_only = files.weights_only and "checkpoint.weights_only" in own
+    files = replace(files, load=before.checkpoint.save, weights_only=weights_only)
     return replace(run, checkpoint=files, init=Init())
+
+
+def starting_like(run: Config, first: Config) -> Config:
+    """Return the run of a later stage as if it started from what the first one starts from, which
+    is there before the command begins.
+    """
+    files = replace(run.checkpoint, load=first.checkpoint.load)
+    return replace(run, checkpoint=files, init=first.init)
+
+
+def is_of_start(problem: str) -> bool:
+    """Tell whether a problem of ``starting_like`` is one of what the first stage starts from."""
+    return problem.startswith(
+        (
+            "--checkpoint.load ",
+            "--init.",
+            "--checkpoint.moments keep needs",
+            "--checkpoint.weights_only needs",
+        )
+    )
 
 
 def _problems(
@@ -155,11 +176,62 @@ def _problems(
                 f" one than that of stage {before.stage}, of {before.architecture.objective}; train"
                 " it in a command of its own"
             )
+    yield from _export_problems(runs)
     for number, run in enumerate(runs):
-        missing = f"--checkpoint.load {run.checkpoint.load}: no such folder"
-        for problem in find_problems(run, _ranks(command)):
-            if number == 0 or problem != missing:
+        yield from _own_problems(run, number, runs, command)
+        for problem in find_problems(starting_like(run, runs[0]), _ranks(command)):
+            if number == 0 or not is_of_start(problem):
                 yield f"stage {run.stage}: {problem}"
+
+
+def _export_problems(runs: Sequence[Config]) -> Iterator[str]:
+    exports: dict[Path, str] = {}
+    for run in runs:
+        if name := run.checkpoint.export_hf:
+            taken = exports.setdefault(Path(name).resolve(), run.stage)
+            if taken != run.stage:
+                yield (
+                    f"stage {run.stage}: --checkpoint.export_hf {name}: stage {taken} exports to"
+                    " the same folder; name another"
+                )
+
+
+def _own_problems(
+    run: Config, number: int, runs: Sequence[Config], command: Command
+) -> Iterator[str]:
+    """Yield the options of one stage alone that would not count.
+
+    Args:
+        run: of the stage.
+        number: of the stage.
+        runs: of all stages.
+        command: which options are whose.
+    """
+    own = cli.where_given(command.of_stage.get(run.stage, []))
+    everyone = cli.where_given(command.options)
+    root = str(Path(run.checkpoint.save).parent)
+    counts = {"stage": (run.stage,), "recipe": (runs[0].recipe,)}
+    counts["checkpoint.save"] = (run.checkpoint.save, root)
+    reasons = {"checkpoint.save": f"all stages together have {root}"}
+    if number:
+        counts |= {"checkpoint.load": (run.checkpoint.load,)}
+        counts |= {f"init.{name}": () for name in vars(Init())}
+        start = f"it starts from stage {runs[number - 1].stage}"
+        reasons |= dict.fromkeys(("checkpoint.load", *(f"init.{n}" for n in vars(Init()))), start)
+    for key, given in own.items():
+        if given.text in ("", "empty"):
+            continue
+        where = f"stage {run.stage}: {given.file or '--for'}: {key} {given.text}"
+        other = everyone.get(key)
+        if key in counts:
+            if given.text not in counts[key]:
+                reason = reasons.get(key) or f"it is {counts[key][0]}, as the command says"
+                yield f"{where}: {reason}; leave it out"
+        elif given.file and other and not other.file and other.text != given.text:
+            yield (
+                f"{where}: --{key} {other.text} of all stages comes before files; give it by"
+                f" --for {run.stage} '--{key} {given.text}', or leave one out"
+            )
 
 
 def _ranks(command: Command) -> int:

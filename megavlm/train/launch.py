@@ -53,18 +53,27 @@ from megavlm.train.summary import log_run_summary
 from megavlm.train.tasks import open_tasks, task_facts
 
 
-def launch(config: Config, stop: StopRequest | None = None) -> State:
+def launch(
+    config: Config,
+    stop: StopRequest | None = None,
+    *,
+    attempt: int = 0,
+    can_go_back: bool = False,
+) -> State:
     """Run a training job, and return where it ended; what is wrong with it, on any rank, ends every
     process with status 2 before any process group exists.
 
     Args:
         config: the run.
         stop: what people ask of the whole command; none: of this run alone.
+        attempt: how often this command has run the job before.
+        can_go_back: raise DamagedError, on every rank, instead of ending the process.
     """
     if stop is None:
         ignore_save_signal()
     backend.set_environment(config.training.deterministic)
-    store = backend.meet(config.parallel.timeout_minutes, config.stage)
+    run_name = f"{config.stage}/{attempt}" if attempt else config.stage
+    store = backend.meet(config.parallel.timeout_minutes, run_name)
     with contextlib.ExitStack() as stack:
         start, lock = _agree_to_start(config, store, stack)
         if isinstance(start, Checkpoint) and source.is_own(config, start):
@@ -78,6 +87,8 @@ def launch(config: Config, stop: StopRequest | None = None) -> State:
         try:
             return train(config, device_backend, start, lock, stop)
         except (source.DamagedError, MismatchError, SaveError, StepError) as error:
+            if can_go_back and isinstance(error, source.DamagedError):
+                raise
             # Every rank knows of it, so none waits for another.
             torchrun.refuse(f"error: {error}", is_told=torchrun.rank() == 0)
             raise SystemExit(2) from None
@@ -87,6 +98,7 @@ def launch(config: Config, stop: StopRequest | None = None) -> State:
             _tell_of_full_memory(config, error)
             raise SystemExit(1) from None
         finally:
+            process_groups.destroy()
             backend.stop()
 
 
@@ -164,6 +176,21 @@ def inspect(config: Config, world_size: int) -> Start:
         ConfigError: everything that is wrong with the configuration, in one message.
         ValueError: a dataset or checkpoint that cannot be used.
     """
+    inspect_job(config, world_size)
+    own = source.own(config)
+    if own is not None:
+        below.find(config, own)  # which must be there
+        return own
+    return origin.find(config)
+
+
+def inspect_job(config: Config, world_size: int) -> None:
+    """Check all of a job but what it starts from.
+
+    Raises:
+        ConfigError: everything that is wrong with the configuration, in one message.
+        ValueError: a dataset that cannot be used.
+    """
     check(
         config,
         world_size,
@@ -177,11 +204,6 @@ def inspect(config: Config, world_size: int) -> Start:
     if torchrun.rank() == 0:  # it reads the whole index, and all ranks hear of what it finds
         _check_lengths(config)
     open_tasks(config)
-    own = source.own(config)
-    if own is not None:
-        below.find(config, own)  # which must be there
-        return own
-    return origin.find(config)
 
 
 def train(

@@ -138,7 +138,7 @@ def fit(config: Config, source: Checkpoint) -> Checkpoint:
             f" checkpoint's, {words}"
         )
     if resumes(config, source):
-        # What lies below a checkpoint of trained parameters is known by its content, wherever it is.
+        # What lies below a checkpoint of trained parameters is known by its content.
         asks_by_name = is_own(config, source) and not source.state.trained_only
         problems += refusals(source.config, config, is_own=asks_by_name)
         counts = pack_counts(config)

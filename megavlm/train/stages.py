@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import pairwise
 
 import torch
 
+from megavlm.config import torchrun
 from megavlm.config.schema import Config
-from megavlm.train import resume
-from megavlm.train.launch import launch
+from megavlm.data.store.manifest import read_manifest
+from megavlm.train import checkpoint, resume
+from megavlm.train.launch import inspect_job, launch
+from megavlm.train.resume import DamagedError
 from megavlm.train.stop_signal import StopRequest
 
 
@@ -17,16 +24,45 @@ def launch_all(stages: Sequence[Config]) -> None:
     """Run the stages of a command in turn, beginning with the last one that has a checkpoint. One
     that is done is not built again. A signal or ``--training.max_hours``, which counts all stages,
     ends the command after the checkpoint of the stage at hand.
+
+    If the last checkpoint of a stage is damaged, the stage resumes from the one before, and the
+    next one starts from what it then saves.
     """
+    number = _first(stages)
+    if found := list(_problems_ahead(stages[number:])):
+        told = "\n  ".join(["error: a later stage could not run:", *found])
+        torchrun.refuse(told, is_told=torchrun.rank() == 0)
+        raise SystemExit(2)
+    attempts: Counter[int] = Counter()
     with StopRequest() as stop:
-        for config in stages[_first(stages) :]:
+        while number < len(stages):
+            config = stages[number]
             stop.limit(config.training.max_hours)
-            if launch(config, stop).step < config.training.steps or stop.is_agreed:
+            goes_back = number > 0 and not attempts[number] and not resume.has_begun(config)
+            try:
+                state = launch(config, stop, attempt=attempts[number], can_go_back=goes_back)
+            except DamagedError as error:
+                _say_that_it_goes_back(stages[number - 1], error)
+                attempts[number] += 1
+                number -= 1
+                attempts[number] += 1
+                continue
+            if state.step < config.training.steps or stop.is_agreed:
                 return
+            number += 1
             # The model goes before the next one is built.
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
+
+
+def _say_that_it_goes_back(before: Config, error: DamagedError) -> None:
+    if torchrun.rank() == 0:
+        print(
+            f"WARNING: {error}\nstage {before.stage} resumes from the checkpoint before",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def _first(stages: Sequence[Config]) -> int:
@@ -37,3 +73,29 @@ def _first(stages: Sequence[Config]) -> int:
     first = max(begun, default=0)
     is_over = first < len(stages) - 1 and resume.is_done(stages[first])
     return first + 1 if is_over else first
+
+
+def _problems_ahead(stages: Sequence[Config]) -> Iterator[str]:
+    """Yield what would keep a later stage from running, as far as it can be known before the stages
+    before it have run.
+    """
+    for before, run in pairwise(stages):
+        name = f"stage {run.stage}"
+        try:
+            # What it starts from is not there yet.
+            files = replace(run.checkpoint, load="", weights_only=False, moments="fresh")
+            inspect_job(replace(run, checkpoint=files), torchrun.world_size())
+            resume.own(run)
+        except (ValueError, OSError) as error:
+            yield f"{name}: {error}"
+            continue
+        for text in checkpoint.architecture_differences(
+            before.architecture, run.architecture, takes_weights=True
+        ):
+            yield f"{name}: {text}".replace("in the checkpoint", f"in stage {before.stage}")
+        packs = [read_manifest(config.data.train_folders[0]) for config in (before, run)]
+        if packs[0].tokenizer_fingerprint != packs[1].tokenizer_fingerprint:
+            yield (
+                f"{name}: --data.train {run.data.train}: packed with another tokenizer than"
+                f" {before.data.train} of stage {before.stage}"
+            )

@@ -124,3 +124,54 @@ def test_stages_of_two_models_are_commands_of_their_own(
         parsed(*given, "--stage", "1,2")
     told = capsys.readouterr().err
     assert "stage 2: its model, of --architecture.objective next_token, is another one" in told
+
+
+@pytest.mark.parametrize(
+    ("stage", "yaml", "told"),
+    [
+        ("2", "checkpoint:\n  load: x\n", "own.yaml, line 2: checkpoint.load x: it starts from"),
+        ("2", "init:\n  vision: x\n", "line 2: init.vision x: it starts from stage 1; leave it"),
+        ("1", "checkpoint:\n  save: x\n", "checkpoint.save x: all stages together have runs/all"),
+        ("1", "stage: 1.5\n", "stage 1.5: it is 1, as the command says"),
+        ("2", "recipe: llava\n", "recipe llava: it is internvl, as the command says"),
+        ("2", "optimizer:\n  lr: 3e-5\n", "optimizer.lr 3e-5: --optimizer.lr 1e-4 of all"),
+    ],
+)
+def test_options_of_one_stage_that_would_not_count_are_refused(
+    stage: str, yaml: str, told: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "own.yaml").write_text(yaml)
+    with pytest.raises(SystemExit):
+        parsed(
+            *(*COMMON, "--stage", "1,2", "--lr", "1e-4"),
+            *("--for", stage, f"--config {tmp_path / 'own.yaml'}"),
+        )
+    assert told in capsys.readouterr().err
+
+
+def test_a_later_stage_refuses_parts_and_obeys_what_it_can(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    with pytest.raises(SystemExit):
+        parsed(*COMMON, "--stage", "1,2", "--for", "2", "--init.language x --init.vision y")
+    assert "stage 2: --for: init.language x: it starts from stage 1" in capsys.readouterr().err
+    (tmp_path / "own.yaml").write_text("checkpoint: {weights_only: true, export_hf: out}\n")
+    given = ["--stage", "1,1.5,2", "--for", "1.5", f"--config {tmp_path / 'own.yaml'}"]
+    runs = parsed(*COMMON, *given)
+    assert [run.checkpoint.weights_only for run in runs] == [False, True, False]
+    assert [run.checkpoint.export_hf for run in runs] == ["", "out", ""]
+    with pytest.raises(SystemExit):
+        parsed(*COMMON, *given, "--checkpoint.export_hf", "out")
+    assert "stage 2: --checkpoint.export_hf out: stage 1.5 exports to the same folder" in (
+        capsys.readouterr().err
+    )
+
+
+def test_what_a_later_stage_starts_from_is_checked_as_what_the_first_one_has() -> None:
+    seen = []
+    parse_stages(
+        [*COMMON, "--stage", "1,2", "--load", "start"],
+        lambda *_: None,
+        lambda config, ranks: seen.append(config) or ["--checkpoint.load start: none"][:0],
+    )
+    assert [config.checkpoint.load for config in seen] == ["start", "start"]

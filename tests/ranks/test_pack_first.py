@@ -19,8 +19,10 @@ from PIL import Image
 
 from megavlm import pack_first
 from megavlm.config.cli import parse
+from megavlm.config.stages import parse_stages
 from megavlm.data.packing import job, scan
 from megavlm.data.store.reader import Reader
+from megavlm.model_source import read_model
 from tests.ranks.test_torchrun import ENVIRONMENT, TORCHRUN
 
 TOKENIZER = Path(__file__).parents[1] / "golden" / "tokenizer"
@@ -94,6 +96,20 @@ def test_changed_content_and_settings_are_packed_anew(folder: Path, capfd):
     changed = packed(folder)
     assert len({first, other, changed}) == 3
     assert capfd.readouterr().err.count(f" packs {folder / 'train.jsonl'} into") == 3
+
+
+def test_later_stages_pack_theirs_with_the_tokenizer_of_the_first(folder: Path):
+    given = [word.replace(f"--tokenizer {TOKENIZER} ", "") for word in flags(folder)[2:]]
+    command = ["--stage", "1,2", *given, "--checkpoint.save", str(folder / "runs")]
+    whole = [*command, "--load", str(TOKENIZER), "--checkpoint.save_interval", "2"]
+    (folder / "later.jsonl").write_text((folder / "train.jsonl").read_text())
+    whole += ["--for", "2", f"--data.train {folder / 'later.jsonl'}"]
+    runs = parse_stages(whole, read_model, pack_first.problems)
+    first, second = (pack_first.pack_annotations(run, runs[0]) for run in runs)
+    assert first.data.train == str(made(folder)[0])
+    assert Path(second.data.train).name.startswith("later-")
+    assert Reader(second.data.train).manifest.totals.samples == 60
+    assert second.checkpoint.load == str(folder / "runs" / "stage_1")
 
 
 def kill_while_packing(folder: Path, monkeypatch):

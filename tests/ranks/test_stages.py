@@ -1,9 +1,15 @@
-"""Three stages in one command under torchrun, killed in the second and started again."""
+"""Several stages in one command: killed in one and started again, with a damaged checkpoint, and
+refused before the first one starts.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import psutil
@@ -11,18 +17,23 @@ import pytest
 import torch
 
 from megavlm.config.cli import to_yaml
-from megavlm.config.schema import Checkpoint, Logging
+from megavlm.config.schema import Checkpoint, Config, Logging
+from megavlm.config.stages import parse_stages
+from tests.ranks.layouts import asks_for_all
 from tests.ranks.pool import Pool
 from tests.ranks.runs import config_for, make_packs
 from tests.ranks.test_resume import saved_tensors
-from tests.ranks.test_torchrun import ENVIRONMENT, TORCHRUN, _trained_steps, _wait_for_step
+from tests.ranks.test_torchrun import ENVIRONMENT, ROOT, TORCHRUN, _trained_steps, _wait_for_step
+
+ALONE = [sys.executable, str(ROOT / "pretrain_vlm.py")]
+ENDS = ("stage_1.5/step_00000010", "stage_2/step_00000002")
 
 
 @pytest.fixture(scope="module")
-def command(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Make packs for each stage; return the command without its save folder."""
+def arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Make packs; return the options of a command without its save folder."""
     folder = tmp_path_factory.mktemp("stages")
-    for name, packs in (("1", 6), ("1.5", 8), ("2", 10)):
+    for name, packs in (("1", 6), ("2", 8)):
         make_packs(folder / f"packs_{name}", packs=packs, image_share=0.7)
     config = config_for(folder / "packs_1", steps=2, global_batch_size=2)
     config = dataclasses.replace(
@@ -30,48 +41,102 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     )
     (folder / "run.yaml").write_text(to_yaml(config))
     return [
-        *(*TORCHRUN, "--config", str(folder / "run.yaml"), "--stage", "1,1.5,2"),
+        *("--config", str(folder / "run.yaml"), "--stage", "1,1.5,2"),
         *("--training.max_hours", "100"),
         *("--for", "1", "--training.trainable connector"),
-        *("--for", "1.5", f"--data.train {folder / 'packs_1.5'} --training.steps 14"),
-        *("--for", "2", f"--data.train {folder / 'packs_2'}"),
+        *("--for", "1.5", f"--data.train {folder / 'packs_2'} --training.steps 10"),
     ]
 
 
-def run(command: list[str], save: Path) -> str:
-    whole = [*command, "--checkpoint.save", str(save)]
-    done = subprocess.run(whole, env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
+def run_stages(runs: list[Config]) -> str:
+    """Run stages as ``pretrain_vlm.py`` does, in one process; return what was told."""
+    from megavlm.train.stages import launch_all
+
+    shown = io.StringIO()
+    with contextlib.redirect_stderr(shown), contextlib.suppress(SystemExit):
+        launch_all(runs)
+    return shown.getvalue()
+
+
+def stages(arguments: list[str], save: Path) -> list[Config]:
+    whole = [*arguments, "--checkpoint.save", str(save)]
+    return parse_stages(whole, lambda *_: None, lambda *_: ())
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    ranks: Pool, arguments: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    save = tmp_path_factory.mktemp("undisturbed") / "run"
+    assert ranks.run(run_stages, 1, stages(arguments, save)) == [""]
+    return save
+
+
+def assert_equal_ends(ranks: Pool, one: Path, other: Path) -> None:
+    for stage in ENDS:
+        [expected], [found] = (ranks.run(saved_tensors, 1, save / stage) for save in (one, other))
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(expected[key], found[key]) for key in expected), stage
+
+
+def run(command: list[str]) -> str:
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
+@pytest.mark.parametrize("program", [ALONE, TORCHRUN] if asks_for_all() else [ALONE])
 def test_stages_that_were_killed_and_started_again_end_bit_for_bit_alike(
-    ranks: Pool, command: list[str], tmp_path: Path
+    ranks: Pool, arguments: list[str], undisturbed: Path, tmp_path: Path, program: list[str]
 ) -> None:
-    run(command, tmp_path / "whole")
+    if program == TORCHRUN:
+        undisturbed = tmp_path / "whole"
+        run([*program, *arguments, "--checkpoint.save", str(undisturbed)])
     killed = tmp_path / "killed"
+    command = [*program, *arguments, "--checkpoint.save", str(killed)]
     with subprocess.Popen(
-        [*command, "--checkpoint.save", str(killed)],
-        env=ENVIRONMENT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     ) as started:
         _wait_for_step(killed / "stage_1.5" / "metrics.jsonl", 3)
         job = psutil.Process(started.pid)
         for process in [job, *job.children(recursive=True)]:  # ranks have sessions of their own
             process.kill()
     assert not (killed / "stage_2").exists()
-    again = run(command, killed)
+    again = run(command)
     # The first stage is not built again; the second resumes; the third starts from it.
     assert "stage 1," not in again and "resuming after step" in again
-    assert (
-        f"start: {killed / 'stage_1.5' / 'step_00000014'} (stage 1.5, step 14): its weights"
-        in again
-    )
+    assert f"start: {killed / ENDS[0]} (stage 1.5, step 10): its weights" in again
     assert _trained_steps(killed / "stage_2" / "metrics.jsonl") == [1, 2]
-    for stage in ("stage_1.5/step_00000014", "stage_2/step_00000002"):
-        [expected], [found] = (
-            ranks.run(saved_tensors, 1, tmp_path / name / stage) for name in ("whole", "killed")
-        )
-        assert expected.keys() == found.keys()
-        assert all(torch.equal(expected[key], found[key]) for key in expected), stage
+    assert_equal_ends(ranks, undisturbed, killed)
+
+
+def test_a_stage_whose_last_checkpoint_is_damaged_resumes_from_the_one_before(
+    ranks: Pool, arguments: list[str], undisturbed: Path, tmp_path: Path
+) -> None:
+    save = tmp_path / "run"  # all of it has moved
+    shutil.copytree(undisturbed, save)
+    shutil.rmtree(save / "stage_2")
+    shard = max((save / ENDS[0] / "shards").glob("*.distcp"), key=lambda path: path.stat().st_size)
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    [told] = ranks.run(run_stages, 1, stages(arguments, save))
+    assert "the checksum differs" in told and shard.name in told
+    assert "stage 1.5 resumes from the checkpoint before" in told
+    assert "the run resumes from step_00000008" in told
+    assert_equal_ends(ranks, undisturbed, save)
+
+
+def test_a_later_stage_that_could_not_run_is_refused_before_the_first_starts(
+    ranks: Pool, arguments: list[str], tmp_path: Path
+) -> None:
+    make_packs(tmp_path / "other", packs=4, image_share=0.7, vocab_size=198)
+    for own, why in (
+        ("--architecture.lora.rank 4 --training.trainable connector", "stage 2: --architecture"),
+        (f"--data.train {tmp_path / 'other'}", "stage 2: --data.train"),
+    ):
+        first = ["--for", "1.5", "--architecture.lora.rank 8 --training.trainable connector"]
+        save = tmp_path / "run"
+        [told] = ranks.run(run_stages, 1, stages([*arguments, *first, "--for", "2", own], save))
+        assert "a later stage could not run" in told and why in told
+        assert not save.exists()

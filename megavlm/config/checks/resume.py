@@ -7,6 +7,7 @@ checkpoint is true.
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -106,7 +107,7 @@ def refusals(old: Config, new: Config, *, is_own: bool) -> list[str]:
         now = _value(new, key)
         if kind == "refused" and before != now:
             found.append(f"{_difference(key, before, now)}: {_reason(key)}")
-        elif kind == "origin" and is_own and _asks_for_another_start(key, before, now, new):
+        elif kind == "origin" and is_own and _asks_for_another_start(key, old, new):
             found.append(
                 f"{_difference(key, before, now)}: the run resumes its own checkpoint, and this"
                 " says where it began; leave it out, or name another --checkpoint.save"
@@ -147,17 +148,23 @@ def with_origin(new: Config, before: Config) -> Config:
     return new
 
 
-def _asks_for_another_start(key: str, before: Any, now: Any, new: Config) -> bool:
+def _asks_for_another_start(key: str, old: Config, new: Config) -> bool:
     """Return whether an option of another value than before would do something if it were not
-    ignored; its default asks for nothing.
+    ignored; its default asks for nothing. Folders may have moved together with the save folder.
     """
+    before = _value(old, key)
+    now = _value(new, key)
     if now == before or now in ("", False, "fresh"):
         return False
     save = Path(new.checkpoint.save).resolve()
     folder = Path(str(now)).resolve()
     is_itself = key == "checkpoint.load" and save in (folder, folder.parent)
-    is_same = isinstance(before, str) and before != "" and folder == Path(before).resolve()
-    return not is_itself and not is_same
+    is_path = isinstance(before, str) and before != ""
+    is_same = is_path and folder == Path(before).resolve()
+    has_moved = is_path and os.path.relpath(folder, save) == os.path.relpath(
+        Path(before).resolve(), Path(old.checkpoint.save).resolve()
+    )
+    return not is_itself and not is_same and not has_moved
 
 
 def _difference(key: str, before: Any, now: Any) -> str:
