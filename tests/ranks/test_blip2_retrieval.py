@@ -19,7 +19,9 @@ from megavlm.convert.hf import blip2_config, convert
 from megavlm.convert.hf.blip2_retrieval import CLASS_NAME
 from megavlm.convert.hf.model_config import architecture_from_hf
 from tests.convert.blip2_models import OPT
+from tests.convert.card import run_example
 from tests.convert.models import TOKENIZER, load_all
+from tests.data.pair_tokenizer import make_pair_tokenizer
 from tests.data.samples import make_dataset
 from tests.ranks.pool import Pool
 from tests.ranks.runs import config_for
@@ -151,10 +153,15 @@ def test_import_then_export_is_bit_identical_and_keeps_what_has_no_place(
         convert.export(checkpoint, tmp_path / "other", dialect="blip2")
 
 
-def test_transformers_loads_an_export_whole(folder: Path, tmp_path: Path) -> None:
+def test_transformers_loads_an_export_whole(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     from transformers import Blip2ForImageTextRetrieval
 
-    checkpoint = convert.import_(folder, tmp_path / "checkpoint", tokenizer=TOKENIZER)
+    words = make_pair_tokenizer(tmp_path / "words", ("a", "picture", "of", "cat", "dog"))
+    checkpoint = convert.import_(folder, tmp_path / "checkpoint", tokenizer=words)
     out = convert.export(checkpoint, tmp_path / "out")
     _, info = Blip2ForImageTextRetrieval.from_pretrained(out, output_loading_info=True)
     assert not any(info.values())
+    assert run_example(out, monkeypatch, capsys).startswith("tensor([0.")
+    assert "| language |" not in (out / "README.md").read_text()  # it has none

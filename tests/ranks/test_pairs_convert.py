@@ -17,6 +17,7 @@ from megavlm.config.schema import Architecture, Config, Data
 from megavlm.convert.hf import convert
 from megavlm.convert.hf.model_config import architecture_from_hf
 from megavlm.convert.hf.safetensors_files import SafetensorsFolder
+from tests.convert.card import run_example
 from tests.data.pair_tokenizer import make_pair_tokenizer
 from tests.data.samples import make_sample, write_packs
 from tests.ranks.pool import Pool
@@ -135,7 +136,9 @@ def test_similarities_are_those_of_transformers(ranks: Pool, tmp_path: Path, kin
 
 
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
-def test_an_import_is_exported_bit_for_bit(tmp_path: Path, kind: str) -> None:
+def test_an_import_is_exported_bit_for_bit(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     model = make_model(kind)
     model.save_pretrained(tmp_path / "hf")
     make_pair_tokenizer(tmp_path / "words", ("a", "b"))
@@ -151,6 +154,7 @@ def test_an_import_is_exported_bit_for_bit(tmp_path: Path, kind: str) -> None:
     assert all(
         torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items()
     )
+    assert run_example(out, monkeypatch, capsys).startswith("tensor([[")
     if kind == "clip":  # transformers would take another token for the end of a text
         old = make_pair_tokenizer(tmp_path / "old", ())
         with pytest.raises(ValueError, match="its eos_token has the id 2"):

@@ -170,8 +170,7 @@ def export(
     with new_folder(out, flag) as growing, Progress("export", "B", _bytes(view)) as progress:
         usage = preprocessing.of_checkpoint(folder)
         HUB_FORMATS[dialect].write_files(growing, words, architecture, usage, _main_dtype(view))
-        if HUB_FORMATS[dialect].has_card:
-            model_card.write(growing, out.name, found, usage, dialect, view.headers, licenses or {})
+        model_card.write(growing, out.name, found, usage, dialect, view.headers, licenses or {})
         write_safetensors(view, growing, shard_bytes, done=progress.add)
     return out
 

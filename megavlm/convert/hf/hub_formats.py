@@ -66,7 +66,6 @@ class HubFormat:
         write_files: see ``processor.write_native``.
         name_on_disk: gives the name of a weight in files of the format for a name in the folder;
             None: it is no weight.
-        has_card: whether an export gets a model card.
         check_tokenizer: raises ValueError for the folder of a tokenizer whose texts the class would
             read otherwise than training does; none: every tokenizer will do.
     """
@@ -78,7 +77,6 @@ class HubFormat:
     read_usage: Callable[[Path], Usage]
     write_files: WriteFiles
     name_on_disk: Callable[[str], str | None]
-    has_card: bool = True
     check_tokenizer: Callable[[Path], object] | None = None
 
 
@@ -128,7 +126,6 @@ HUB_FORMATS: dict[Dialect, HubFormat] = {
         read_usage=pairs_config.usage_of_clip,
         write_files=pairs_config.write_clip,
         name_on_disk=pairs.name_on_disk,
-        has_card=False,
         check_tokenizer=pairs_config.check_clip_tokenizer,
     ),
     "siglip": HubFormat(
@@ -139,7 +136,6 @@ HUB_FORMATS: dict[Dialect, HubFormat] = {
         read_usage=pairs_config.usage_of_siglip,
         write_files=pairs_config.write_siglip,
         name_on_disk=pairs.name_on_disk,
-        has_card=False,
     ),
     "blip2": HubFormat(
         class_name=blip2_config.CLASS_NAME,
@@ -149,7 +145,6 @@ HUB_FORMATS: dict[Dialect, HubFormat] = {
         read_usage=blip2_processor.read_usage,
         write_files=blip2_processor.write,
         name_on_disk=str,
-        has_card=False,
     ),
     "blip2_retrieval": HubFormat(
         class_name=blip2_retrieval.CLASS_NAME,
@@ -159,7 +154,6 @@ HUB_FORMATS: dict[Dialect, HubFormat] = {
         read_usage=blip2_retrieval.read_usage,
         write_files=blip2_retrieval.write,
         name_on_disk=str,
-        has_card=False,
     ),
 }
 

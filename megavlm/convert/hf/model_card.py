@@ -7,7 +7,7 @@ names the last part alone, since a card is read by others.
 from __future__ import annotations
 
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from megavlm import __version__
 from megavlm.checkpoint.step_folder import Checkpoint
 from megavlm.config.hub_cache import short_name
 from megavlm.config.schema import Optimizer
+from megavlm.convert.hf.card_examples import EXAMPLES, Example
 from megavlm.convert.hf.preprocessing import Usage
 from megavlm.convert.weights.tables import Dialect
 from megavlm.convert.weights.views import Header
@@ -31,27 +32,18 @@ _PART_OF = {
     "multi_modal_projector": "connector",
     "mlp1": "connector",
     "language_model": "language",
+    "visual_projection": "connector",
+    "text_model": "language",
+    "text_projection": "objective",
+    "logit_scale": "objective",
+    "logit_bias": "objective",
+    "query_tokens": "connector",
+    "qformer": "connector",
+    "language_projection": "connector",
+    "embeddings": "connector",
+    "vision_projection": "objective",
+    "itm_head": "objective",
 }
-_NATIVE = """```python
-from transformers import AutoModelForImageTextToText, AutoProcessor
-
-folder = "."  # this folder, or the repository's name
-processor = AutoProcessor.from_pretrained(folder)
-model = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto")
-content = [{"type": "image", "url": "picture.jpg"}, {"type": "text", "text": "What is it?"}]
-inputs = processor.apply_chat_template(
-    [{"role": "user", "content": content}],
-    add_generation_prompt=True,
-    tokenize=True,
-    return_dict=True,
-    return_tensors="pt",
-).to(model.dtype)
-answer = model.generate(**inputs, max_new_tokens=100)[0, inputs["input_ids"].shape[1] :]
-print(processor.decode(answer, skip_special_tokens=True))
-```"""
-_CHAT = """The folder is in the format of OpenGVLab's `InternVLChatModel`. `auto_map` in config.json
-names the repository with its Python files; `transformers` fetches them if it is told to trust
-remote code."""
 
 
 def read_licenses(told: list[str]) -> dict[str, str]:
@@ -95,9 +87,9 @@ def write(
     packs = checkpoint.folder / MANIFEST_NAME
     manifest = read_manifest(checkpoint.folder) if packs.is_file() else None
     sections = [
-        _front(licenses),
+        _front(licenses, EXAMPLES[dialect]),
         f"# {name}\n\nA vision-language model, exported by megavlm {__version__}"
-        f" as `{dialect}`.\n\n{_CHAT if dialect == 'chat' else _NATIVE}",
+        f" as `{dialect}`.\n\n{EXAMPLES[dialect].text}",
         "## Parts\n\n" + "\n".join(_parts(checkpoint, headers)),
         "## Training\n\n" + "\n".join(_training(checkpoint, manifest)),
     ]
@@ -108,10 +100,11 @@ def write(
     (folder / FILE_NAME).write_text("\n\n".join(sections) + "\n", encoding="utf-8")
 
 
-def _front(licenses: Mapping[str, str]) -> str:
+def _front(licenses: Mapping[str, str], example: Example) -> str:
     """Return the header that the hub reads."""
-    told = [f"license: {json.dumps(licenses['model'])}"] if "model" in licenses else []
-    lines = [*told, "library_name: transformers", "pipeline_tag: image-text-to-text"]
+    lines = [f"license: {json.dumps(licenses['model'])}"] if "model" in licenses else []
+    lines += ["library_name: transformers"]
+    lines += [f"pipeline_tag: {example.task}"] if example.task else []
     return "\n".join(["---", *lines, "tags:", "- megavlm", "---"])
 
 
@@ -120,17 +113,27 @@ def _parts(checkpoint: Checkpoint, headers: Mapping[str, Header]) -> Iterator[st
     architecture = checkpoint.config.architecture
     vision = architecture.vision
     language = architecture.language
-    connector = f"{architecture.features_per_tile} features for each tile"
+    needs = architecture.needs
+    features = (
+        "one embedding of an image"
+        if needs.takes_one_embedding
+        else f"{architecture.features_per_tile} features for each tile"
+    )
     told = {
         "vision": f"`{vision.family}`, {vision.num_layers} layers of width {vision.hidden_size}",
-        "connector": f"`{architecture.connector.kind}`, {connector}",
-        "language": f"`{language.family}`, {language.num_layers} layers of width"
-        f" {language.hidden_size}, {language.vocab_size:,} tokens",
+        "connector": f"`{architecture.connector.kind}`, {features}",
     }
+    if needs.has_language:
+        told["language"] = (
+            f"`{language.family}`, {language.num_layers} layers of width {language.hidden_size},"
+            f" {language.vocab_size:,} tokens"
+        )
     parameters: Counter[str] = Counter()
-    dtypes: dict[str, Counter[torch.dtype]] = {part: Counter() for part in told}
+    dtypes: defaultdict[str, Counter[torch.dtype]] = defaultdict(Counter)
     for name, header in headers.items():
-        part = _PART_OF[name.partition(".")[0]]
+        first = name.partition(".")[0]
+        part = _PART_OF.get(first, first)
+        told.setdefault(part, f"`{architecture.objective}`" if part == "objective" else "")
         elements = header.nbytes // header.dtype.itemsize
         parameters[part] += elements
         dtypes[part][header.dtype] += elements

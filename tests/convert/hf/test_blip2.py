@@ -15,6 +15,7 @@ from megavlm.data.records.record import Turn
 from megavlm.data.text.chat_tokens import ChatTemplate
 from megavlm.data.text.tokenizer import add_special_tokens, load_tokenizer
 from tests.convert.blip2_models import KINDS, OPT, make_blip2
+from tests.convert.card import run_example
 from tests.convert.models import load_all
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "llava_tokenizer"
@@ -44,7 +45,9 @@ def test_import_then_export_is_bit_identical(tmp_path: Path, words: Path, kind: 
     assert architecture_from_hf(out) == KINDS[kind]
 
 
-def test_transformers_loads_an_export_and_its_processor(tmp_path: Path, words: Path) -> None:
+def test_transformers_loads_an_export_and_its_processor(
+    tmp_path: Path, words: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     source = make_blip2(tmp_path / "hf")
     start = convert.import_(source, tmp_path / "start", tokenizer=words)
     out = convert.export(start, tmp_path / "out", dtype=torch.float32)
@@ -70,3 +73,4 @@ def test_transformers_loads_an_export_and_its_processor(tmp_path: Path, words: P
         assert model(**inputs).logits.isfinite().all()
         made = model.generate(**inputs, max_new_tokens=3, do_sample=False)
     assert made.shape[0] == 1
+    assert run_example(out, monkeypatch, capsys)

@@ -11,6 +11,7 @@ import transformers
 from megavlm.config.exports import HOLDS
 from megavlm.config.recipes import RECIPES
 from megavlm.convert.hf import convert
+from megavlm.convert.hf.card_examples import EXAMPLES
 from megavlm.convert.hf.hub_formats import HUB_FORMATS, dialect_of
 from megavlm.convert.hf.json_files import read_json, write_json
 from megavlm.convert.hf.model_config import architecture_from_hf
@@ -20,6 +21,7 @@ from tests.convert.models import SMALL, make_hf
 
 def test_every_dialect_of_the_weights_has_a_row() -> None:
     assert tuple(HUB_FORMATS) == DIALECTS == tuple(HOLDS)
+    assert tuple(EXAMPLES) == DIALECTS
     for row in RECIPES.values():
         assert {row.hub_format, *row.other_formats.values()} <= set(HUB_FORMATS)
     for row in HUB_FORMATS.values():

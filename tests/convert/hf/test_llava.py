@@ -18,6 +18,7 @@ from megavlm.convert.hf.json_files import read_json, write_json
 from megavlm.convert.hf.model_config import architecture_from_hf
 from megavlm.convert.weights.tables import llava_name_on_disk
 from megavlm.data.text.tokenizer import add_special_tokens, load_tokenizer
+from tests.convert.card import run_example
 from tests.convert.llava_models import KINDS, SMALL, make_llava
 from tests.convert.models import GEMMA, load_all
 
@@ -97,7 +98,9 @@ def test_three_forms_of_names_are_read(tmp_path: Path, words: Path, form: str) -
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
-def test_transformers_loads_an_export_and_its_processor(tmp_path: Path, words: Path) -> None:
+def test_transformers_loads_an_export_and_its_processor(
+    tmp_path: Path, words: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     source = make_llava(tmp_path / "hf")
     start = convert.import_(source, tmp_path / "start", tokenizer=words)
     out = convert.export(start, tmp_path / "out", dtype=torch.float32)
@@ -120,6 +123,7 @@ def test_transformers_loads_an_export_and_its_processor(tmp_path: Path, words: P
     assert count == SMALL.features_per_tile == 16
     with torch.no_grad():
         assert model(**inputs).logits.isfinite().all()
+    assert run_example(out, monkeypatch, capsys)
 
 
 def test_unused_weights_that_are_lost_are_told_and_can_be_named(

@@ -21,6 +21,7 @@ from megavlm.data.text.chat_tokens import ChatTemplate
 from megavlm.data.text.tokenizer import add_special_tokens, load_tokenizer
 from megavlm.model_source import read_model
 from megavlm.planner.flops import pieces
+from tests.convert.card import run_example
 from tests.convert.models import load_all
 from tests.convert.paligemma_models import KINDS, SMALL, make_paligemma
 from tests.convert.part_folders import make_gemma, make_gemma_tokenizer, make_vision
@@ -61,7 +62,9 @@ def test_import_then_export_is_bit_identical(tmp_path: Path, words: Path, kind: 
     assert architecture_from_hf(out) == architecture
 
 
-def test_transformers_loads_an_export_and_its_processor(tmp_path: Path, words: Path) -> None:
+def test_transformers_loads_an_export_and_its_processor(
+    tmp_path: Path, words: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     source = make_paligemma(tmp_path / "hf", WORDY, image_token_id=ROWS - 1)
     start = convert.import_(source, tmp_path / "start", tokenizer=words)
     out = convert.export(start, tmp_path / "out", dtype=torch.float32)
@@ -81,6 +84,7 @@ def test_transformers_loads_an_export_and_its_processor(tmp_path: Path, words: P
     assert inputs["pixel_values"].shape == (1, 3, 16, 16)
     made = model.generate(**inputs, max_new_tokens=3, do_sample=False)
     assert made.shape[1] > inputs["input_ids"].shape[1]
+    assert run_example(out, monkeypatch, capsys)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,102 @@
+"""What a model card says of the use of a folder, for each format."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megavlm.convert.weights.tables import Dialect
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """How a folder is used.
+
+    Args:
+        text: in Markdown.
+        task: what the hub files it under; empty: nothing.
+    """
+
+    text: str
+    task: str = "image-text-to-text"
+
+
+_CHATTING = """```python
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+folder = "."  # this folder, or the repository's name
+processor = AutoProcessor.from_pretrained(folder)
+model = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto")
+content = [{"type": "image", "url": "picture.jpg"}, {"type": "text", "text": "What is it?"}]
+inputs = processor.apply_chat_template(
+    [{"role": "user", "content": content}],
+    add_generation_prompt=True,
+    tokenize=True,
+    return_dict=True,
+    return_tensors="pt",
+).to(model.dtype)
+answer = model.generate(**inputs, max_new_tokens=100)[0, inputs["input_ids"].shape[1] :]
+print(processor.decode(answer, skip_special_tokens=True))
+```"""
+_ORIGINAL = """The folder is in the format of OpenGVLab's `InternVLChatModel`. `auto_map` in
+config.json names the repository with its Python files; `transformers` fetches them if it is told to
+trust remote code."""
+_ASKING = """```python
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+folder = "."  # this folder, or the repository's name
+processor = AutoProcessor.from_pretrained(folder)
+model = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto")
+image = Image.open("picture.jpg").convert("RGB")
+inputs = processor(images=image, text="{prompt}", return_tensors="pt").to(model.dtype)
+answer = model.generate(**inputs, max_new_tokens=100)[0, inputs["input_ids"].shape[1] :]
+print(processor.decode(answer, skip_special_tokens=True))
+```"""
+_COMPARING = """```python
+from PIL import Image
+from transformers import {kind}, AutoProcessor
+
+folder = "."  # this folder, or the repository's name
+processor = AutoProcessor.from_pretrained(folder)
+model = {kind}.from_pretrained(folder, dtype="auto")
+image = Image.open("picture.jpg").convert("RGB")
+texts = ["a picture of a cat", "a picture of a dog"]
+inputs = processor(images={image}, text=texts, padding={padding}, return_tensors="pt")
+inputs = inputs.to(model.dtype)
+print(model(**inputs{answer})
+```"""
+
+
+def _comparing(
+    kind: str, padding: str, answer: str, *, image: str = "image", task: str = ""
+) -> Example:
+    text = _COMPARING.format(kind=kind, padding=padding, answer=answer, image=image)
+    return Example(text=text, task=task)
+
+
+EXAMPLES: dict[Dialect, Example] = {
+    "native": Example(text=_CHATTING),
+    "chat": Example(text=_ORIGINAL),
+    "llava": Example(text=_CHATTING),
+    "paligemma": Example(text=_ASKING.format(prompt="<image>What is it?")),
+    "clip": _comparing(
+        "CLIPModel",
+        "True",
+        ").logits_per_image.softmax(dim=1)",
+        task="zero-shot-image-classification",
+    ),
+    "siglip": _comparing(
+        "SiglipModel",
+        '"max_length"',
+        ").logits_per_image.sigmoid()",
+        task="zero-shot-image-classification",
+    ),
+    "blip2": Example(text=_ASKING.format(prompt="Question: What is it? Answer:")),
+    # One image for each text; the second of two values is for a text that fits.
+    "blip2_retrieval": _comparing(
+        "Blip2ForImageTextRetrieval",
+        "True",
+        ", use_image_text_matching_head=True).logits_per_image.softmax(dim=1)[:, 1]",
+        image="[image, image]",
+    ),
+}
