@@ -45,10 +45,13 @@ class _WithoutVideos(InternVLProcessor):
 
 def load_processor(folder: Path) -> InternVLProcessor:
     """Load the processor; without torchvision, which transformers wants for videos alone, put it
-    together from the parts that the folder names.
+    together from the parts that the folder names. Torchvision's own resizing, which transformers
+    takes if it may, rounds some pixels to the next level.
     """
     if find_spec("torchvision"):
-        return AutoProcessor.from_pretrained(folder)
+        processor = AutoProcessor.from_pretrained(folder)
+        processor.image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+        return processor
     settings = convert.read_json(folder / "processor_config.json")
     return _WithoutVideos(
         AutoImageProcessor.from_pretrained(folder),
