@@ -54,7 +54,8 @@ def drop(hidden: Tensor, rate: float, salt: int, location: Location) -> Tensor:
     owner = _mix(_mix(row[:, None] * _TILE_STRIDE + tile) + seed)
     drawn = _mix(owner[:, :, None] + _mix(feature + seed)) & 0x7FFFFFFF
     kept = drawn >= int(rate * 2**31)
-    return hidden * kept.to(hidden.dtype) / (1 - rate)
+    # The backward pass needs the mask, a byte a number.
+    return torch.where(kept, hidden, 0.0) / (1 - rate)
 
 
 def _mix(values: Tensor) -> Tensor:

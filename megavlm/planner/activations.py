@@ -14,6 +14,7 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 
+from megavlm.config.lora import LINEARS
 from megavlm.config.schema import Architecture, Config, Parallel
 from megavlm.planner.layout import Chunk
 from megavlm.planner.parameters import parameters_on_rank
@@ -24,6 +25,9 @@ NUMBER_BYTES = {"bfloat16": 2, "float32": 4}
 # Exponentials of a logit in 32 bits, and what is rounded to the dtype again, without Transformer
 # Engine.
 _EXPONENTIAL_BYTES = 4
+# Of dropout on the inputs of adapters: the mask, and the integers that it is drawn from.
+_MASK_BYTES = 1
+_DRAW_BYTES = 16
 _ANY_PACK = PackSize(tokens=1.0, squared_lengths=1.0, tiles=1.0)
 
 
@@ -135,8 +139,15 @@ def activation_memory(config: Config, chunk: Chunk, load: RankLoad) -> Activatio
         kept, transient = _kept(
             layers[part], width[part], parallel.recompute_of(part) if backward[layer] else "nothing"
         )
-        per_microbatch += kept * rows[part] * size
-        once = max(once, transient * rows[part] * size)
+        draws = adapter_draws(arch, parallel, layer)
+        masks = _kept(draws.masks, 0, parallel.recompute_of(part))
+        copies = _kept((draws.copies, 0.0), 0, parallel.recompute_of(part))
+        (kept, transient) = (
+            size * (layer_bytes + copied) + _MASK_BYTES * mask
+            for layer_bytes, copied, mask in zip((kept, transient), copies, masks, strict=True)
+        )
+        per_microbatch += kept * rows[part]
+        once = max(once, (transient + draws.largest * _DRAW_BYTES) * rows[part])
     per_microbatch += size * _around_layers(config, chunk, load)
     if chunk.has_head and arch.needs.has_vocabulary_head:
         words = arch.language.vocab_size / parallel.tensor_model_parallel_size
@@ -145,6 +156,47 @@ def activation_memory(config: Config, chunk: Chunk, load: RankLoad) -> Activatio
         if config.loss.is_by_block:  # the gradient of the hidden states, in float32
             once += load.head_tokens * arch.language.hidden_size * 4
     return ActivationMemory(per_microbatch=per_microbatch, once=once)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterDraws:
+    """Numbers a token that dropout on the inputs of a layer's adapters draws.
+
+    Args:
+        masks: in the whole layer, and inside its MLP.
+        copies: of these, those whose input is kept beside what dropout leaves of it: attention
+            needs its output itself.
+        largest: of one adapter.
+    """
+
+    masks: tuple[float, float]
+    copies: float
+    largest: float
+
+
+def adapter_draws(arch: Architecture, parallel: Parallel, layer: int) -> AdapterDraws:
+    """Count what dropout draws on a rank in one of the layers of the whole model."""
+    lora = arch.lora
+    vision = arch.vision.num_layers
+    is_vision = layer < vision
+    part = arch.vision if is_vision else arch.language
+    stack = f"vision.encoder.layers.{layer}"
+    if not is_vision:
+        stack = f"language.decoder.layers.{layer - vision}"
+    tensor = parallel.vision_tensor_size if is_vision else parallel.tensor_model_parallel_size
+    split = tensor if parallel.sequence_parallel and not is_vision else 1
+    queries = part.hidden_size
+    if not is_vision:
+        queries = arch.language.num_attention_heads * arch.language.head_size
+    widths = (
+        *(part.hidden_size / split, queries / tensor),
+        *(part.hidden_size / split, part.ffn_hidden_size / tensor),
+    )
+    drawn = [
+        width if lora.dropout and lora.adapts(f"{stack}.{name}.weight") else 0.0
+        for name, width in zip(LINEARS, widths, strict=True)
+    ]
+    return AdapterDraws(masks=(sum(drawn), sum(drawn[2:])), copies=drawn[1], largest=max(drawn))
 
 
 def _logit_bytes(config: Config) -> int:

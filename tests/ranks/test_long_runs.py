@@ -98,14 +98,17 @@ def job_with_rules(dataset: Path, save: Path, **layout) -> Config:
     return dataclasses.replace(config, checkpoint=files, bad_steps=rules, profile=profile)
 
 
-@pytest.mark.parametrize("layout", [dict(), PIPELINE] if asks_for_all() else [PIPELINE])
+@pytest.mark.parametrize(
+    ("world", "layout"),
+    [(2, dict()), (2, PIPELINE), (4, PIPELINE)] if asks_for_all() else [(4, PIPELINE)],
+)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")] if asks_for_all() else [float("nan")])
 def test_a_bad_step_is_skipped_on_all_ranks_and_the_run_resumes_bit_for_bit(
-    ranks: Pool, dataset: Path, tmp_path: Path, layout: dict, bad: float
+    ranks: Pool, dataset: Path, tmp_path: Path, world: int, layout: dict, bad: float
 ) -> None:
     config = job_with_rules(dataset, tmp_path / "whole", **layout)
     planted = {2: bad, 3: bad, 5: 10.0}
-    shown = "".join(ranks.run(run_planted, 2, config, planted, (2,)))
+    shown = "".join(ranks.run(run_planted, world, config, planted, (2,)))
     for step in (2, 3):
         assert shown.count(f"WARNING: step {step} is skipped: its loss is {bad}") == 1, shown
     assert shown.count("WARNING: step 5 is skipped: its loss") == 1, shown
@@ -119,12 +122,12 @@ def test_a_bad_step_is_skipped_on_all_ranks_and_the_run_resumes_bit_for_bit(
     assert all(value.isfinite().all() for value in last.values())
     state = json.loads((tmp_path / "whole" / "step_00000006" / "state.json").read_text())
     assert (state["step"], state["skipped"], state["skipped_in_a_row"]) == (6, 3, 0)
-    for rank in range(2):
+    for rank in range(world):
         check_trace(tmp_path / "whole_traces" / f"steps_2_to_3_rank_{rank}.json.gz")
     # The median and the counts of the steps before are known after a resume.
     forget_after(3, tmp_path / "whole", tmp_path / "killed")
     config = job_with_rules(dataset, tmp_path / "killed", **layout)
-    shown = "".join(ranks.run(run_planted, 2, config, planted))
+    shown = "".join(ranks.run(run_planted, world, config, planted))
     assert shown.count("WARNING: step 5 is skipped: its loss") == 1, shown
     assert are_equal(last, tensors_of(ranks, tmp_path / "killed", 6))
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megavlm.config.lora import Lora, dropout_problems
-from megavlm.config.schema import Parallel
+from megavlm.config.schema import Config, Parallel
 from megavlm.model.lora_dropout import Location, adapter_salt, drop
 from tests.ranks.layouts import asks_for_all
 from tests.ranks.pool import Pool
@@ -106,3 +106,43 @@ def test_layouts_that_would_drop_others_are_refused(
     [problem] = dropout_problems(Lora(rank=4, dropout=dropout), Parallel(**parallel))
     assert told in problem
     assert not list(dropout_problems(Lora(rank=4), Parallel(**parallel)))
+
+
+def saved_bytes(config: Config) -> tuple[int, tuple[int, int]]:
+    """Return the bytes that the forward pass of a pack keeps, and its tokens and tiles."""
+    from tests.ranks.runs import build
+
+    job = build(config)
+    batch = job.train.batch(0, 0, vision_layers=3)
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        held.append(tensor)
+        return tensor
+
+    held: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = job.chunks[0](batch)
+    del loss
+    return sum(kept.values()), (len(batch.tokens), batch.num_tiles)
+
+
+def test_the_planner_counts_what_dropout_keeps(ranks: Pool, dataset: Path) -> None:
+    from megavlm.planner.activations import RankLoad, activation_memory
+    from megavlm.planner.layout import make_layout
+
+    # Attention over packs keeps no output on a CPU, as it does on a GPU; that over tiles does.
+    targets = ("vision.*.self_attention", "language.*.linear_qkv", "language.*.mlp")
+    measured = []
+    planned = []
+    for dropout in (0.0, 0.3):
+        lora = Lora(rank=4, targets=targets, dropout=dropout)
+        config = with_adapters(config_for(dataset, trainable=MASK), lora)
+        [(found, (tokens, tiles))] = ranks.run(saved_bytes, 1, config)
+        measured.append(found)
+        [chunk] = make_layout(config).chunks
+        load = RankLoad(tokens=tokens, tiles=tiles)
+        planned.append(activation_memory(config, chunk, load).per_microbatch)
+    # The first layer's input has no gradient, so its mask is not kept.
+    assert planned[1] - planned[0] == pytest.approx(measured[1] - measured[0], rel=0.03)
