@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from megavlm.config import unfreezing
 from megavlm.config.checks import rules
 from megavlm.config.checks.datasets import DatasetFacts, facts_problems
 from megavlm.config.lora import lora_problems
@@ -32,11 +33,14 @@ def problems(config: Config, world_size: int) -> list[str]:
 
 def parameter_problems(config: Config) -> list[str]:
     """Return the patterns of names, and settings of parameter groups, that do not fit the model."""
-    wrong = list(setting_problems(config.optimizer))
+    wrong = [*setting_problems(config.optimizer), *unfreezing.setting_problems(config)]
     keys = parameter_keys(config)
     trainable = config.training.trainable
     wrong += lora_problems(config.architecture.lora, trainable, keys)
-    return wrong or list(name_problems(config.optimizer, trainable, keys))
+    if wrong:
+        return wrong
+    wrong += name_problems(config.optimizer, trainable, keys)
+    return wrong or list(unfreezing.name_problems(config.training, keys))
 
 
 def dataset_facts(config: Config) -> list[DatasetFacts]:

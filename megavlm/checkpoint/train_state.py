@@ -15,6 +15,8 @@ FILE_NAME = "state.json"
 FORMAT_VERSION = 2
 READABLE_VERSIONS = (1, 2)  # version 1 called the connector projector
 
+_LISTS = ("packs", "recent_losses", "skipped_steps")
+
 History = tuple[tuple[int, tuple[str, ...]], ...]
 """Stages whose moments were kept, oldest first: steps of each, and what it trained."""
 
@@ -39,6 +41,7 @@ class State:
         base: the files of the weights below them.
         skipped: steps whose update was skipped.
         skipped_in_a_row: how many of these are the last steps.
+        skipped_steps: their numbers, counted from 1, if parameters are unfrozen on the way.
         recent_losses: of the last steps, if spikes of the loss are looked for.
         format: version of the checkpoint's layout.
     """
@@ -55,6 +58,7 @@ class State:
     base: Base = field(default_factory=Base)
     skipped: int = 0
     skipped_in_a_row: int = 0
+    skipped_steps: tuple[int, ...] = ()
     recent_losses: tuple[float, ...] = ()
     format: int = FORMAT_VERSION
 
@@ -95,7 +99,7 @@ def read(folder: Path) -> State:
             (int(steps), tuple(map(current_name, trainable)))
             for steps, trainable in values.pop("history", [])
         )
-        lists = {name: tuple(values.get(name, ())) for name in ("packs", "recent_losses")}
+        lists = {name: tuple(values.get(name, ())) for name in _LISTS}
         figures = tuple((str(name), float(value)) for name, value in values.pop("figures", []))
         base = Base.read(values.pop("base", None))
         state = State(**values | lists, figures=figures, history=history, base=base)

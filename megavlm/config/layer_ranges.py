@@ -87,6 +87,7 @@ def with_layers(config: Config) -> Config:
         training=replace(
             training,
             trainable=(*written_out("training.trainable", training.trainable), *adapters),
+            frozen_until=written_out("training.frozen_until", training.frozen_until),
         ),
         optimizer=replace(
             optimizer,

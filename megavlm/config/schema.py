@@ -196,6 +196,8 @@ class Training:
         trainable: parameters to train: vision, connector, language, layers such as
             ``vision.layers.-4:`` (the last 4), or patterns of parameter names such as
             ``language.output_layer``.
+        frozen_until: of ``trainable``, what stays frozen for the first steps of the run, such as
+            ``vision=1000,language.layers.-4:=2000``; its moments are fresh when it is unfrozen.
         drop_path: drop path rate of the vision encoder's last layer, growing linearly from 0 over
             the depth; off if vision is frozen.
         drop_path_schedule: how the rate goes from ``drop_path`` to ``end_drop_path`` over the
@@ -218,6 +220,7 @@ class Training:
     seed: int = 42
     precision: Literal["bfloat16", "float32"] = "bfloat16"
     trainable: tuple[str, ...] = ("connector",)
+    frozen_until: tuple[str, ...] = ()
     drop_path: float = 0.0
     drop_path_schedule: Literal["constant", "linear", "cosine"] = "constant"
     end_drop_path: float = 0.0

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from megavlm.config.parameter_groups import decays, multiplier
 from megavlm.config.schema import Config
+from megavlm.config.unfreezing import frozen_steps
 from megavlm.planner.flops import pieces
 from megavlm.planner.parameters import is_trained
 
@@ -20,6 +21,7 @@ class Row:
         frozen: whether they are not trained.
         multiplier: of the learning rate; 0 if they are frozen.
         weight_decay: whether they have weight decay.
+        frozen_steps: steps of the run in which they are frozen, if they are trained after these.
         names: checkpoint keys, in the order of the forward pass.
         parameters: elements of all of them, without padding.
     """
@@ -28,6 +30,7 @@ class Row:
     frozen: bool
     multiplier: float
     weight_decay: bool
+    frozen_steps: int
     names: tuple[str, ...]
     parameters: int
 
@@ -47,7 +50,8 @@ def parameter_table(config: Config) -> list[Row]:
         factor = multiplier(piece.key, config.optimizer, config.architecture)
         decayed = decays(piece.key, config.optimizer, is_matrix=piece.is_matrix)
         part = piece.key.split(".")[0]
-        group = (part, not trained, factor if trained else 0.0, decayed and trained)
+        waiting = frozen_steps(piece.key, config.training) if trained else 0
+        group = (part, not trained, factor if trained else 0.0, decayed and trained, waiting)
         found.setdefault(group, []).append(piece)
     return [
         Row(
@@ -55,10 +59,11 @@ def parameter_table(config: Config) -> list[Row]:
             frozen=frozen,
             multiplier=factor,
             weight_decay=decayed,
+            frozen_steps=waiting,
             names=tuple(piece.key for piece in members),
             parameters=sum(piece.elements for piece in members),
         )
-        for (part, frozen, factor, decayed), members in found.items()
+        for (part, frozen, factor, decayed, waiting), members in found.items()
     ]
 
 
@@ -76,4 +81,8 @@ def table_lines(config: Config, rows: Sequence[Row]) -> Iterator[str]:
             if row.frozen
             else f"{rate:>13} {row.multiplier:>9.4g} {decay:>12g}"
         )
-        yield f"{row.part:<10} {len(row.names):>7} {row.parameters:>15,} {treated}  {row.names[0]}"
+        late = f" (frozen for {row.frozen_steps:,} steps)" if row.frozen_steps else ""
+        yield (
+            f"{row.part:<10} {len(row.names):>7} {row.parameters:>15,} {treated}  {row.names[0]}"
+            f"{late}"
+        )

@@ -106,7 +106,13 @@ class BadStepRule:
             skipped=self._skipped,
             skipped_in_a_row=self._in_a_row,
             recent_losses=tuple(self._losses),
+            skipped_steps=(*state.skipped_steps, *self._not_in(state)),
         )
+
+    def _not_in(self, state: State) -> tuple[int, ...]:
+        """Return the number of the step at hand if it was skipped and the run has to know."""
+        is_new = self._skipped > state.skipped
+        return (state.step,) if is_new and self._job.config.training.frozen_until else ()
 
     def check_limits(self, step: int) -> None:
         """Raise StepError if too many steps were skipped."""

@@ -89,7 +89,7 @@ def run(job: Job, state: State, metrics: Metrics, stop: StopRequest | None = Non
             watchdog.enter("step", state.step + 1)
             profiled.enter_step(state.step + 1)
             ids = job.plan.pack_ids(state.consumed, packs)
-            rate = set_rates(job.optimizer, config, state.step, state.skipped)
+            rate = set_rates(job.optimizer, config, state.step, state.skipped, state.skipped_steps)
             try:
                 result = _train(job, state, ids, arriving, meters, rule)
                 state = rule.after(state.after(packs))

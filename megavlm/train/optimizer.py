@@ -24,7 +24,7 @@ from megavlm.config.schema import Config
 from megavlm.model.precision import precision
 from megavlm.model.vlm import VisionLanguageModel
 from megavlm.train import parameter_groups
-from megavlm.train.parameter_groups import age_of, multiplier_of
+from megavlm.train.parameter_groups import age_of, frozen_steps_of, multiplier_of
 from megavlm.train.schedule import learning_rate, weight_decay
 from megavlm.train.sliced_update import step_in_slices
 
@@ -129,9 +129,7 @@ def build(
         overlap_param_gather=config.parallel.overlap_param_gather,
         **_MOMENTS[optimizer.moments],
     )
-    overrides = parameter_groups.overrides(
-        optimizer, config.architecture, [chunk.module for chunk in ddp_chunks], ages
-    )
+    overrides = parameter_groups.overrides(config, [chunk.module for chunk in ddp_chunks], ages)
     built = get_megatron_optimizer(settings, list(ddp_chunks), config_overrides=overrides)
     if optimizer.moments == "bfloat16":
         for part in built.chained_optimizers:
@@ -159,6 +157,7 @@ def prepare(optimizer: MegatronOptimizer, device: torch.device) -> Gradient:
     """Make the gradient ready for ``update``, and compute its norm. Collective."""
     optimizer.prepare_grads()
     found = [pair for part in optimizer.chained_optimizers for pair in _gradients(part)]
+    _clear_frozen(optimizer, found)
     counted = [
         grad
         for parameter, grad in found
@@ -197,6 +196,21 @@ def _gradients(optimizer: MegatronOptimizer) -> list[tuple[Tensor, Tensor]]:
     return [(parameter, grad) for parameter, grad in found if grad is not None]
 
 
+def _clear_frozen(optimizer: MegatronOptimizer, found: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Set the gradients of parameters that are not unfrozen yet to zero, so that their moments stay
+    zero and the norm leaves them out.
+    """
+    frozen = {
+        id(parameter)
+        for group in optimizer.param_groups
+        if group.get("is_frozen", False)
+        for parameter in group["params"]
+    }
+    cleared = [grad for parameter, grad in found if id(parameter) in frozen]
+    if cleared:
+        torch._foreach_zero_(cleared)
+
+
 def _counts_here(parameter: Tensor, tensor_ranks: dist.ProcessGroup) -> bool:
     """Whether a gradient is counted on this rank: what several tensor-parallel ranks hold, or
     several layers share, counts once.
@@ -211,19 +225,26 @@ def oldest(optimizer: MegatronOptimizer) -> int:
     return max((age_of(group) for group in optimizer.param_groups), default=0)
 
 
-def set_rates(optimizer: MegatronOptimizer, config: Config, step: int, skipped: int = 0) -> float:
+def set_rates(
+    optimizer: MegatronOptimizer,
+    config: Config,
+    step: int,
+    skipped: int = 0,
+    skipped_steps: Sequence[int] = (),
+) -> float:
     """Set learning rate, weight decay, betas and epsilon of every parameter group for step
     ``step``, counted from 0.
 
     All groups count updates as the oldest does, and AdamW divides both moments by one minus their
     decay to that power. Rates of a younger group undo that and put its own number of updates in
-    place.
+    place. A group that is not unfrozen yet has rate zero, and ``prepare`` clears its gradients.
 
     Args:
         optimizer: of megatron-core.
         config: the run.
         step: steps that are done.
         skipped: how many of these had no update.
+        skipped_steps: their numbers, counted from 1.
 
     Returns:
         The learning rate of a group whose multiplier is 1.
@@ -234,7 +255,9 @@ def set_rates(optimizer: MegatronOptimizer, config: Config, step: int, skipped: 
     updates = step - skipped + 1
     most = oldest(optimizer) + updates
     for group in optimizer.param_groups:
-        own = age_of(group) + updates
+        start = frozen_steps_of(group)
+        before = start - sum(number <= start for number in skipped_steps)
+        own = max(age_of(group) + updates - before, 1)
         first = _correction(settings.adam_beta1, most) / _correction(settings.adam_beta1, own)
         second = math.sqrt(
             _correction(settings.adam_beta2, own) / _correction(settings.adam_beta2, most)
@@ -244,6 +267,10 @@ def set_rates(optimizer: MegatronOptimizer, config: Config, step: int, skipped: 
         group["eps"] = settings.adam_eps * second
         # A checkpoint's groups bring the betas of the run that wrote it.
         group["betas"] = (settings.adam_beta1, settings.adam_beta2)
+        group["is_frozen"] = step < start
+        if group["is_frozen"]:
+            group["lr"] = 0.0
+            group["weight_decay"] = 0.0
     return rate
 
 

@@ -11,17 +11,18 @@ from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 
 from megavlm.config.lora import is_adapter
 from megavlm.config.parameter_groups import decays, multiplier
-from megavlm.config.schema import Architecture, Optimizer
+from megavlm.config.schema import Config
+from megavlm.config.unfreezing import frozen_steps
 from megavlm.model.vlm import VisionLanguageModel
 from megavlm.model.weights import named_weights
 
-Traits = tuple[float, int, bool]
-"""Multiplier of the learning rate, updates that the moments saw before this run, weight decay."""
+Traits = tuple[float, int, bool, int]
+"""Multiplier of the learning rate, updates that the moments saw before this run, weight decay, and
+steps of this run in which the group is frozen."""
 
 
 def overrides(
-    optimizer: Optimizer,
-    architecture: Architecture,
+    config: Config,
     chunks: Sequence[VisionLanguageModel],
     ages: Mapping[int, int],
 ) -> dict[ParamKey, ParamGroupOverride]:
@@ -33,8 +34,7 @@ def overrides(
     made of goes beside it, under names of our own.
 
     Args:
-        optimizer: the settings.
-        architecture: the model.
+        config: the run.
         chunks: this rank's.
         ages: updates that the moments of each parameter have seen before this run, by ``id``.
     """
@@ -43,22 +43,26 @@ def overrides(
         for key, parameter in named_weights(chunk).items():
             if parameter.requires_grad:
                 traits[id(parameter)] = (
-                    multiplier(key, optimizer, architecture),
+                    multiplier(key, config.optimizer, config.architecture),
                     ages.get(id(parameter), 0),
                     decays(
-                        key, optimizer, is_matrix=is_adapter(key) or parameter.squeeze().ndim > 1
+                        key,
+                        config.optimizer,
+                        is_matrix=is_adapter(key) or parameter.squeeze().ndim > 1,
                     ),
+                    frozen_steps(key, config.training),
                 )
     everywhere: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everywhere, set(traits.values()))
     found = sorted(set().union(*everywhere))
-    usual = (1.0, 0, True)
+    usual = (1.0, 0, True, 0)
     return {
         _parameters_of(group, traits): ParamGroupOverride(
             lr_mult=2.0 + number,
             wd_mult=float(group[2]),
             rate_multiplier=group[0],
             age=group[1],
+            frozen_steps=group[3],
         )
         for number, group in enumerate(found)
         if group != usual
@@ -81,3 +85,8 @@ def age_of(group: Mapping[str, Any]) -> int:
 def multiplier_of(group: Mapping[str, Any]) -> float:
     """Return the learning rate of a group, as a multiple of the run's."""
     return group.get("rate_multiplier", 1.0)
+
+
+def frozen_steps_of(group: Mapping[str, Any]) -> int:
+    """Return the steps of the run in which a group is frozen."""
+    return group.get("frozen_steps", 0)

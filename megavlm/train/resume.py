@@ -158,6 +158,11 @@ def fit(config: Config, source: Checkpoint) -> Checkpoint:
             f"--checkpoint.moments keep: {source.folder} was made by conversion and has no moments;"
             " use fresh"
         )
+    elif config.checkpoint.moments == "keep" and source.config.training.frozen_until:
+        problems.append(
+            f"--checkpoint.moments keep: stage {source.state.stage} unfroze parameters on its way"
+            " (--training.frozen_until), whose moments are younger than others; use fresh"
+        )
     if problems:
         listed = "\n  ".join(problems)
         raise ConfigError(f"the checkpoint {source.folder} does not fit this run:\n  {listed}")

@@ -50,7 +50,7 @@ _BY_SECTION: dict[str, dict[Kind, str]] = {
         "taken": "steps global_batch_size precision drop_path drop_path_schedule end_drop_path"
         " eval_interval eval_packs kernels"
         " deterministic head_tokens",
-        "refused": "seed trainable",
+        "refused": "seed trainable frozen_until",
         "free": "max_hours",
     },
     "loss.": {"taken": "vocabulary_block label_smoothing z_loss"},
@@ -81,6 +81,7 @@ _REASONS = {
     "training.seed": "the order of the packs follows from it",
     "checkpoint.trained_only": "a checkpoint notes what lies below it when the run begins",
     "training.trainable": "there are moments of what was trained, and of nothing else",
+    "training.frozen_until": "moments begin at the step that unfreezes a parameter",
 }
 
 
