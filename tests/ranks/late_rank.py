@@ -1,11 +1,10 @@
-"""A run of which rank 1 is late once: ``torchrun late_rank.py sleeps|freezes SECONDS CONFIG``."""
+"""A run of which rank 1 is late once."""
 
 from __future__ import annotations
 
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -25,7 +24,7 @@ def _freeze(seconds: float) -> None:
         os.kill(os.getpid(), signal.SIGSTOP)
 
 
-def main(how: str, seconds: float, config: str) -> None:
+def main(how: str, seconds: float, config: Path) -> None:
     """Train as ``pretrain_vlm.py`` does, with a step that begins late on one rank."""
     train_step = loop.train_step
     steps = []
@@ -37,8 +36,4 @@ def main(how: str, seconds: float, config: str) -> None:
         return train_step(*arguments)
 
     loop.train_step = late
-    launch.launch(from_yaml(Path(config)))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], float(sys.argv[2]), sys.argv[3])
+    launch.launch(from_yaml(config))

@@ -17,7 +17,7 @@ _TIMEOUT_SECONDS = 240
 # A job that trains leaves the threads of its process groups behind, 50 and more, which torch does
 # not end.
 _JOBS_OF_A_WORKER = 15
-_IMPORTED_ONCE = ["torch.distributed.checkpoint", "megavlm.train.launch", "tests.ranks.runs"]
+IMPORTED_ONCE = ["torch.distributed.checkpoint", "megavlm.train.launch", "tests.ranks.runs"]
 
 
 class Pool:
@@ -30,7 +30,7 @@ class Pool:
     def __init__(self, timeout_seconds: int = _TIMEOUT_SECONDS):
         self._timeout = timeout_seconds
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(_IMPORTED_ONCE)
+        self._context.set_forkserver_preload(IMPORTED_ONCE)
         self._workers: list[tuple[Any, Connection]] = []
         self._folder = tempfile.TemporaryDirectory(prefix="megavlm-ranks-")
         self._jobs = 0

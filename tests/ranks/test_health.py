@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import multiprocessing
 import os
 import re
-import subprocess
-import sys
+import socket
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing import Process
 from pathlib import Path
 from unittest.mock import patch
 
@@ -21,20 +22,12 @@ from megavlm.config.schema import Health, Logging, Parallel
 from megavlm.health import speed_check
 from megavlm.parallel import backend, process_groups
 from tests.data.samples import make_dataset
-from tests.ranks.pool import Pool
+from tests.ranks import late_rank
+from tests.ranks.pool import IMPORTED_ONCE, Pool
 from tests.ranks.runs import TINY, config_for
 
-HERE = Path(__file__).parent
-TORCHRUN = [
-    sys.executable,
-    "-m",
-    "torch.distributed.run",
-    "--standalone",
-    "--nproc-per-node",
-    "2",
-    str(HERE / "late_rank.py"),
-]
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parents[1])}
+RANKS = 2
+PATIENCE_SECONDS = 240
 
 
 # How rank 1 is late, at which tensor-parallel size, and what the report says.
@@ -56,8 +49,26 @@ LATE = {
 }
 
 
+def start_rank(rank: int, port: int, how: str, config: Path) -> None:
+    """Be a rank as torchrun starts one, in a process whose output goes to files."""
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(config.with_suffix(f".{rank}.{name}"), os.O_CREAT | os.O_WRONLY), number)
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(RANKS),
+        LOCAL_WORLD_SIZE=str(RANKS),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    torch.set_num_threads(1)
+    late_rank.main(how, 10, config)
+
+
 @pytest.fixture(scope="module")
-def late_runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, subprocess.Popen]]:
+def late_runs(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[tuple[Path, dict[str, list[Process]]]]:
     """Start runs with a late rank, side by side, since they spend most of their time waiting."""
     folder = tmp_path_factory.mktemp("late")
     sizes = dict(
@@ -68,6 +79,8 @@ def late_runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, su
         capacity=128,
     )
     make_dataset(folder / "train", packs=8, **sizes)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(IMPORTED_ONCE)
     runs = {}
     for how, (tensor, _) in LATE.items():
         config = config_for(folder / "train", steps=6, tensor_model_parallel_size=tensor)
@@ -76,23 +89,32 @@ def late_runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, su
         config = dataclasses.replace(
             config, health=quick, logging=Logging(interval=1), checkpoint=checkpoint
         )
-        (folder / f"{how}.yaml").write_text(to_yaml(config))
-        command = [*TORCHRUN, how, "10", str(folder / f"{how}.yaml")]
-        runs[how] = subprocess.Popen(
-            command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-    yield runs
-    for run in runs.values():
-        run.terminate()
-        run.wait()
+        path = folder / f"{how}.yaml"
+        path.write_text(to_yaml(config))
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        runs[how] = [
+            context.Process(target=start_rank, args=(rank, port, how, path))
+            for rank in range(RANKS)
+        ]
+        for process in runs[how]:
+            process.start()
+    yield folder, runs
+    for process in (each for run in runs.values() for each in run):
+        process.kill()
+        process.join()
 
 
 @pytest.mark.parametrize("how", LATE)
 def test_a_rank_that_is_late_is_named_with_what_the_others_wait_in(
-    late_runs: dict[str, subprocess.Popen], how: str
+    late_runs: tuple[Path, dict[str, list[Process]]], how: str
 ) -> None:
-    words, errors = late_runs[how].communicate(timeout=240)
-    assert late_runs[how].returncode == 0 and "step 6 " in words, errors
+    folder, runs = late_runs
+    for process in runs[how]:
+        process.join(PATIENCE_SECONDS)
+    words = (folder / f"{how}.0.out").read_text()
+    errors = "".join((folder / f"{how}.{rank}.err").read_text() for rank in range(RANKS))
+    assert all(process.exitcode == 0 for process in runs[how]) and "step 6 " in words, errors
     report = errors[errors.index("made no progress") :]
     assert all(re.search(told, report, re.DOTALL) for told in LATE[how][1]), errors
     assert "the run continued" in report
