@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from megavlm.config.connectors import Connector, ConnectorSizes, Ends, connector_sizes
+from megavlm.config.cross_attention import CrossAttention
 from megavlm.config.image_text import ImageText
 from megavlm.config.lora import Lora
 from megavlm.config.objectives import ObjectiveNeeds, needs_of
@@ -258,10 +259,16 @@ class Architecture:
         contrastive: what a model of that objective ends in.
         image_text: what a model of the objective qformer ends in.
         image_tokens: special tokens that stand for images in texts: InternVL's nine, LLaVA's
-            ``<image>``, or PaliGemma's, which also has tokens of places and shapes.
+            ``<image>``, PaliGemma's, which also has tokens of places and shapes, or IDEFICS's,
+            ``<image>`` between two ``<fake_token_around_image>``.
         prefix_lm: whether all tokens of a sample before its first supervised one see each other
             (prefix-LM; arXiv 1910.10683, section 3.2.1), as in PaliGemma; those from there on see
             what comes before them.
+        cross_attention: layers through which the language model's tokens read images; an image
+            then has one placeholder token.
+        added_tokens: so many rows at the end of the vocabulary are parameters of their own, in the
+            embedding and in the head, which are trained while the other rows are frozen: special
+            tokens that the language model did not know.
         lora: adapters beside frozen linear layers.
     """
 
@@ -269,8 +276,10 @@ class Architecture:
     vision: Vision = field(default_factory=Vision)
     connector: Connector = field(default_factory=Connector)
     language: Language = field(default_factory=Language)
-    image_tokens: Literal["internvl", "llava", "paligemma"] = "internvl"
+    image_tokens: Literal["internvl", "llava", "paligemma", "idefics"] = "internvl"
     prefix_lm: bool = False
+    cross_attention: CrossAttention = field(default_factory=CrossAttention)
+    added_tokens: int = 0
     lora: Lora = field(default_factory=Lora)
     contrastive: Contrastive = field(default_factory=Contrastive)
     image_text: ImageText = field(default_factory=ImageText)
@@ -289,8 +298,19 @@ class Architecture:
             output_size=self.needs.connector_output(self),
             inner_size=self.vision.ffn_hidden_size,
             tokens=self.vision.tokens,
+            is_memory=self.cross_attention.every > 0,
         )
         return connector_sizes(self.connector, ends)
+
+    @property
+    def memory_size(self) -> int:
+        """Width of what cross-attention reads."""
+        return self.vision.hidden_size
+
+    @property
+    def table_rows(self) -> int:
+        """Rows of the token embedding and of the head, those of added tokens not counted."""
+        return self.language.vocab_size - self.added_tokens
 
     @property
     def placeholders_per_tile(self) -> int:

@@ -18,6 +18,8 @@ class Ends:
             hidden states.
         inner_size: width inside the MLP of the vision encoder.
         tokens: of a tile in the vision encoder, a class token included.
+        is_memory: whether cross-attention layers of the language model read the features, which
+            then stand in no token's place.
     """
 
     grid: int
@@ -25,3 +27,4 @@ class Ends:
     output_size: int
     inner_size: int = 0
     tokens: int = 0
+    is_memory: bool = False

@@ -15,6 +15,7 @@ from typing import Protocol
 from megavlm.config.connector_ends import PART, Ends
 from megavlm.config.pieces import Piece, linear, norm, vector
 from megavlm.config.qformer import QFormer, QFormerSizes
+from megavlm.config.resampler import Resampler, ResamplerSizes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,19 +24,22 @@ class Connector:
 
     Args:
         kind: connector type; mlp is InternVL's and LLaVA 1.5's, linear the one matrix of LLaVA 1.0
-            and PaliGemma, qformer the Q-Former of BLIP-2. class_token, mean and attention make one
-            embedding of a tile, for the objective contrastive: of its class token (CLIP), of the
-            mean of its patches, or of what a learned query sees (SigLIP).
+            and PaliGemma, qformer the Q-Former of BLIP-2, resampler the Perceiver resampler of
+            Flamingo. class_token, mean and attention make one embedding of a tile, for the
+            objective contrastive: of its class token (CLIP), of the mean of its patches, or of what
+            a learned query sees (SigLIP).
         pixel_shuffle: for mlp: merge squares of this many patches a side into one feature (2: a
             quarter of the tokens; 1, as in LLaVA: none).
         norm: for mlp: LayerNorm before the linear layers, as in InternVL; LLaVA has none.
         qformer: for qformer: its sizes.
+        resampler: for resampler: its sizes.
     """
 
     kind: str = "mlp"
     pixel_shuffle: int = 2
     norm: bool = True
     qformer: QFormer = field(default_factory=QFormer)
+    resampler: Resampler = field(default_factory=Resampler)
 
 
 LLAVA = Connector(pixel_shuffle=1, norm=False)
@@ -240,6 +244,7 @@ CONNECTORS: dict[str, Callable[[Connector, Ends], ConnectorSizes]] = {
     "mean": Pool,
     "attention": AttentionPool,
     "qformer": lambda settings, ends: QFormerSizes(settings.qformer, ends),
+    "resampler": lambda settings, ends: ResamplerSizes(settings.resampler, ends),
 }
 
 

@@ -14,6 +14,17 @@ from megavlm.config.architecture import Architecture
 _CHAT_FAMILIES = ("qwen2", "qwen3", "internlm2", "internlm3", "llama", "mistral")
 
 
+def _without_crosses(arch: Architecture) -> Iterator[str]:
+    """Yield what only IDEFICS's class has, and PaliGemma's."""
+    if arch.cross_attention.every or arch.added_tokens:
+        yield (
+            "only IdeficsForVisionText2Text has cross-attention layers and added tokens; this model"
+            f" has --architecture.cross_attention.every {arch.cross_attention.every} and"
+            f" --architecture.added_tokens {arch.added_tokens}"
+        )
+    yield from _causal(arch)
+
+
 def _causal(arch: Architecture) -> Iterator[str]:
     """Yield what only PaliGemma's class computes."""
     if arch.prefix_lm:
@@ -29,7 +40,7 @@ def _causal(arch: Architecture) -> Iterator[str]:
 
 
 def _internvl(arch: Architecture) -> Iterator[str]:
-    yield from _causal(arch)
+    yield from _without_crosses(arch)
     connector = arch.connector
     if arch.objective != "next_token":
         yield f"InternVL's formats hold no model of --architecture.objective {arch.objective}"
@@ -66,7 +77,7 @@ def _chat(arch: Architecture) -> Iterator[str]:
 
 
 def _llava(arch: Architecture) -> Iterator[str]:
-    yield from _causal(arch)
+    yield from _without_crosses(arch)
     connector = arch.connector
     shuffles = connector.kind == "mlp" and (connector.pixel_shuffle != 1 or connector.norm)
     if arch.vision.family != "clip":
@@ -91,7 +102,7 @@ def _llava(arch: Architecture) -> Iterator[str]:
 
 def _blip2(arch: Architecture) -> Iterator[str]:
     name = "Blip2ForConditionalGeneration"
-    yield from _causal(arch)
+    yield from _without_crosses(arch)
     yield from _blip2_parts(name, arch)
     if arch.objective != "next_token":
         yield f"{name} holds no model of --architecture.objective {arch.objective}"
@@ -133,6 +144,7 @@ def _blip2_parts(name: str, arch: Architecture) -> Iterator[str]:
 def _paligemma(arch: Architecture) -> Iterator[str]:
     wanted = {
         "objective": ("next_token", arch.objective),
+        "cross_attention.every": (0, arch.cross_attention.every),
         "prefix_lm": (True, arch.prefix_lm),
         "image_tokens": ("paligemma", arch.image_tokens),
         "vision.family": ("siglip", arch.vision.family),
@@ -150,7 +162,7 @@ def _paligemma(arch: Architecture) -> Iterator[str]:
 
 
 def _clip(arch: Architecture) -> Iterator[str]:
-    yield from _causal(arch)
+    yield from _without_crosses(arch)
     is_one = arch.vision.family == "clip" and arch.language.family == "clip_text"
     ends = arch.contrastive
     if not (is_one and arch.connector.kind == "class_token" and ends.loss == "softmax"):
@@ -160,7 +172,7 @@ def _clip(arch: Architecture) -> Iterator[str]:
 
 
 def _siglip(arch: Architecture) -> Iterator[str]:
-    yield from _causal(arch)
+    yield from _without_crosses(arch)
     is_one = arch.vision.family == "siglip" and arch.language.family == "siglip_text"
     ends = arch.contrastive
     if not (is_one and arch.connector.kind == "attention" and ends.loss == "sigmoid"):
@@ -179,6 +191,54 @@ def _other_pairs(name: str, wanted: str, arch: Architecture) -> str:
     )
 
 
+def _idefics(arch: Architecture) -> Iterator[str]:
+    name = "IdeficsForVisionText2Text"
+    language = arch.language
+    yield from _causal(arch)
+    wanted = {
+        "objective": ("next_token", arch.objective),
+        "image_tokens": ("idefics", arch.image_tokens),
+        "vision.family": ("clip", arch.vision.family),
+        "vision.unused_layers": (0, arch.vision.unused_layers),
+        "connector.kind": ("resampler", arch.connector.kind),
+    }
+    for option, (value, found) in wanted.items():
+        if found != value:
+            yield f"{name} has --architecture.{option} {value}; this model has {found}"
+    every = arch.cross_attention.every
+    if every < 1 or language.num_layers % every:
+        yield (
+            f"{name} has a --architecture.cross_attention.every that divides"
+            f" --architecture.language.num_layers; this model has {every} and"
+            f" {language.num_layers}"
+        )
+    inner = arch.connector.resampler.inner_size(arch.vision.hidden_size)
+    if inner != 4 * arch.vision.hidden_size:
+        yield (
+            f"{name} has --architecture.connector.resampler.ffn_hidden_size"
+            f" {4 * arch.vision.hidden_size}, four times the width of the vision encoder; this model"
+            f" has {inner}"
+        )
+    if language.family != "llama":
+        yield (
+            f"{name} has a language model of --architecture.language.family llama; this model has"
+            f" {language.family}"
+        )
+    if language.num_query_groups != language.num_attention_heads:
+        yield (
+            f"{name} has keys and values for each query head; this model has"
+            f" --architecture.language.num_query_groups {language.num_query_groups} for"
+            f" {language.num_attention_heads} heads"
+        )
+    if language.head_size * language.num_attention_heads != language.hidden_size:
+        yield (
+            f"{name} has heads of hidden_size / num_attention_heads; this model has"
+            f" --architecture.language.kv_channels {language.kv_channels}"
+        )
+    if language.tied_head:
+        yield f"{name} is written with --architecture.language.tied_head false; this model has true"
+
+
 HOLDS: dict[str, Callable[[Architecture], Iterator[str]]] = {
     "native": _native,
     "chat": _chat,
@@ -188,5 +248,6 @@ HOLDS: dict[str, Callable[[Architecture], Iterator[str]]] = {
     "siglip": _siglip,
     "blip2": _blip2,
     "blip2_retrieval": _blip2_retrieval,
+    "idefics": _idefics,
 }
 """Yields, for each format, why it cannot hold a model."""

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from megavlm.config import image_text
-from megavlm.config.pieces import Piece, linear, norm, vector
+from megavlm.config.pieces import Piece, linear, norm, table, vector
 
 EMBEDDING = "language.embedding.word_embeddings.weight"
 
@@ -25,6 +25,10 @@ class Parts(Protocol):
     language: Any
     contrastive: Any
     image_text: Any
+    cross_attention: Any
+    memory_size: int
+    added_tokens: int
+    table_rows: int
 
 
 def _longest_sample(arch: Parts) -> tuple[str, int] | None:
@@ -89,7 +93,7 @@ def vocabulary_head(arch: Parts) -> Iterator[Piece]:
     """Yield the final norm, and the head over the vocabulary."""
     language = arch.language
     width = language.hidden_size
-    words = language.vocab_size
+    words = arch.table_rows
     has_bias = language.has_layer_norm
     yield from norm("language.decoder.final_layernorm", "head", width, has_bias=has_bias)
     if language.tied_head:
@@ -100,6 +104,17 @@ def vocabulary_head(arch: Parts) -> Iterator[Piece]:
         yield from linear(
             "language.output_layer", "head", width, words, rows=1, unit="supervised", has_bias=False
         )
+    if arch.added_tokens:
+        yield replace(
+            table("language.added_head", "head", arch.added_tokens, width),
+            forward=2 * width * arch.added_tokens,
+            unit="supervised",
+        )
+
+
+def _next_token_input(arch: Parts) -> int:
+    """Return the width of what enters the language model, beside its tokens or in their places."""
+    return arch.memory_size if arch.cross_attention.every else arch.language.hidden_size
 
 
 def _contrastive_head(arch: Parts) -> Iterator[Piece]:
@@ -135,7 +150,7 @@ OBJECTIVES: dict[str, ObjectiveNeeds] = {
     "next_token": ObjectiveNeeds(
         description="cross-entropy of the next token of answers, images among the tokens",
         head=vocabulary_head,
-        connector_output=lambda arch: arch.language.hidden_size,
+        connector_output=_next_token_input,
     ),
     "contrastive": ObjectiveNeeds(
         description="similar embeddings of an image and its own text, others unlike",

@@ -47,6 +47,11 @@ def vector(key: str, part: str, size: int) -> Piece:
     return Piece(key=key, part=part, elements=size, forward=0, unit="token")
 
 
+def products(part: str, forward: int, unit: Unit) -> Piece:
+    """Return the products of an attention, which have no weight."""
+    return Piece(key="", part=part, elements=0, forward=forward, unit=unit)
+
+
 def linear(
     key: str, part: str, inputs: int, outputs: int, *, rows: int, unit: Unit, has_bias: bool
 ) -> Iterator[Piece]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megavlm.config.connector_ends import PART, Ends
-from megavlm.config.pieces import Piece, linear, norm, table
+from megavlm.config.pieces import Piece, linear, norm, products, table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +114,7 @@ class QFormerSizes:
         queries = self.settings.queries
         tokens = self.ends.tokens
         yield from self._linear(f"{key}.attention.qkv", width, 3 * width)
-        yield _products(4 * queries * queries * width)
+        yield products(PART, 4 * queries * queries * width, "tile")
         yield from self._linear(f"{key}.attention.proj", width, width)
         yield from norm(f"{key}.attention_norm", PART, width, has_bias=True)
         if self.settings.has_cross_attention(number):
@@ -122,7 +122,7 @@ class QFormerSizes:
             yield from self._linear(f"{cross}.query", width, width)
             both = (self.ends.input_size, 2 * width)
             yield from self._linear(f"{cross}.key_value", *both, rows=tokens)
-            yield _products(4 * queries * tokens * width)
+            yield products(PART, 4 * queries * tokens * width, "tile")
             yield from self._linear(f"{cross}.proj", width, width)
             yield from norm(f"{key}.cross_attention_norm", PART, width, has_bias=True)
         for name in ("query", "text") if self.settings.text else ("query",):
@@ -149,8 +149,3 @@ class QFormerSizes:
         of_queries += crossed * 4 * width
         of_tokens = 2 * self.ends.input_size + crossed * 2 * width
         return settings.queries * of_queries + self.ends.tokens * of_tokens
-
-
-def _products(forward: int) -> Piece:
-    """Return the products of attention inside a tile."""
-    return Piece(key="", part=PART, elements=0, forward=forward, unit="tile")

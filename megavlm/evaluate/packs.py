@@ -207,9 +207,18 @@ class QuestionReader(Reader):
             np.frombuffer(b"".join(images), np.uint8),
         )
 
+    @cached_property
+    def _fill(self) -> int:
+        """A token that stands for an answer: no image's, and none that ends a text, behind which
+        no image would be read.
+        """
+        manifest = self.manifest
+        taken = (manifest.end_token_id, manifest.context_token_id)
+        return next(one for one in (manifest.pad_token_id, 0, 1, 2) if one not in taken)
+
     def _samples(self, pack: Sequence[int], *, load: bool) -> list[Sample]:
         """Make the samples of a pack, with room for the answers."""
-        fill = self.manifest.pad_token_id
+        fill = self._fill
         return [
             Sample(
                 tokens=np.pad(one.tokens, (0, one.room), constant_values=fill),

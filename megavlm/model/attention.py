@@ -16,7 +16,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from megavlm.data.loading.batch import Prefixes
+from megavlm.data.loading.batch import Media, Prefixes
 from megavlm.parallel.context_parallel import gather_tokens, own_positions
 
 
@@ -29,10 +29,12 @@ class PackedSamples(PackedSeqParams):
             kinds of ends on the device and waits for the answer, unless it is told.
         prefixes: where samples are divided, for a prefix-LM; none: attention is causal, or without
             a mask, in whole samples.
+        media: which tokens read which image, for cross-attention; none: the model has none.
     """
 
     pad_between_seqs: bool = False
     prefixes: Prefixes | None = None
+    media: Media | None = None
 
     def of_prefixes(self) -> PackedSamples:
         """Describe attention inside prefixes."""

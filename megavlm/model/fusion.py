@@ -1,8 +1,9 @@
-"""Putting projected features where their placeholder tokens stand."""
+"""Putting features where their placeholder tokens stand, or behind the tokens as rows."""
 
 from __future__ import annotations
 
 from torch import Tensor
+from torch.nn.functional import pad
 
 from megavlm.data.loading.batch import Batch
 
@@ -34,3 +35,16 @@ def place_features(embeddings: Tensor, features: Tensor, batch: Batch) -> Tensor
     return embeddings.index_copy(
         0, batch.feature_positions, features.index_select(0, batch.feature_numbers)
     )
+
+
+def as_rows(features: Tensor, rows: int, width: int) -> Tensor:
+    """Write features of any width as rows of another one, filled up with zeros, so that one tensor
+    holds tokens and features: [I * F, 1, M] -> [rows, 1, width].
+    """
+    flat = features.flatten()
+    return pad(flat, (0, rows * width - len(flat))).view(rows, 1, width)
+
+
+def from_rows(rows: Tensor, features: int, width: int) -> Tensor:
+    """Read features [I * F, 1, M] out of what ``as_rows`` made of them."""
+    return rows.flatten()[: features * width].view(features, 1, width)

@@ -12,9 +12,12 @@ import torch
 import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
 from megatron.core.transformer import TransformerConfig
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import Module
 
 from megavlm.config.schema import Architecture, Loss
@@ -37,6 +40,8 @@ class LanguageModel(GPTModel):
         vp_stage: index of the model chunk on its rank; none if the rank has one.
         loss: how the loss over the vocabulary is computed.
 
+    With added tokens, the table of embeddings and the head have rows for the other tokens alone.
+
     Attributes:
         loss_positions: int64 [P], ascending: where head and loss are computed in the next forward
             pass; none: everywhere.
@@ -55,7 +60,7 @@ class LanguageModel(GPTModel):
         language = architecture.language
         super().__init__(
             config=config,
-            transformer_layer_spec=language_spec(len(chunk.language_layers), language, chosen),
+            transformer_layer_spec=language_spec(chunk.language_layers, architecture, chosen),
             vocab_size=padded_vocabulary(language.vocab_size),
             max_sequence_length=language.position_rows,
             pre_process=chunk.has_connector,
@@ -86,10 +91,20 @@ class LanguageModel(GPTModel):
             del self.output_layer
         rows = self.vocab_size // groups.tp.size()
         self.real_rows = min(max(language.vocab_size - rows * groups.tp.rank(), 0), rows)
+        self.first_added = architecture.table_rows
+        self.added_embedding = self.added_head = None
+        added = (architecture.added_tokens, language.hidden_size)
+        if added[0] and self.pre_process:
+            self.added_embedding = nn.Parameter(torch.zeros(added, dtype=config.params_dtype))
+        if added[0] and self.post_process:
+            self.added_head = nn.Parameter(torch.zeros(added, dtype=config.params_dtype))
         self.loss_terms: LossTerms | None = None
         self.ends_in_loss = False
         if self.post_process:
             self._gather_before_head(groups)
+            if self.added_head is not None:
+                # Called by GPTModel for the logits.
+                self.output_layer.forward = partial(self._with_added, self.output_layer.forward)
             if loss.is_by_block:
                 self.loss_terms = LossTerms(
                     block=loss.vocabulary_block or rows,
@@ -105,8 +120,13 @@ class LanguageModel(GPTModel):
     def embed(self, tokens: Tensor) -> Tensor:
         """Embed the tokens of a pack: int64 [T] -> [T, 1, D], without learned positions."""
         if self.has_learned_positions:
-            return self.embedding.word_embeddings(tokens[:, None])
-        embeddings = self.embedding(input_ids=tokens[None], position_ids=None)
+            embeddings = self.embedding.word_embeddings(tokens[:, None])
+        else:
+            embeddings = self.embedding(input_ids=tokens[None], position_ids=None)
+        if self.added_embedding is not None:
+            rows = self.added_embedding.index_select(0, (tokens - self.first_added).clamp(min=0))
+            is_added = (tokens >= self.first_added)[:, None, None]
+            embeddings = torch.where(is_added, rows[:, None], embeddings)
         return embeddings if self.embedding_scale == 1 else embeddings * self.embedding_scale
 
     def add_positions(self, hidden: Tensor, sample_ends: Tensor, tokens: int) -> Tensor:
@@ -187,6 +207,26 @@ class LanguageModel(GPTModel):
         """Run the chunk; see GPTModel."""
         self.ends_in_loss = labels is not None
         return super().forward(*args, labels=labels, **kwargs)
+
+    def _with_added(
+        self, plain: Callable[..., tuple], hidden: Tensor, weight: Tensor | None = None, **options
+    ) -> tuple[Tensor, Tensor | None]:
+        """Compute logits, those of added tokens from rows of their own: hidden states [P, 1, D] ->
+        this rank's share [P, 1, padded V / tensor-parallel ranks].
+        """
+        logits, bias = plain(hidden, weight=weight, **options)
+        group = self.pg_collection.tp
+        columns = logits.shape[-1]
+        first = self.first_added - columns * group.rank()
+        start = min(max(first, 0), columns)
+        stop = max(min(first + len(self.added_head), columns), start)
+        # Each rank knows the gradient from its own columns; the sum is the same on all.
+        own = copy_to_tensor_model_parallel_region(self.added_head, group)
+        own = own[start - first : stop - first] if stop > start else own[:0]
+        if self.scattered_over is None:
+            hidden = copy_to_tensor_model_parallel_region(hidden, group)
+        added = torch.nn.functional.linear(hidden, own)
+        return torch.cat([logits[..., :start], added, logits[..., stop:]], dim=-1), bias
 
     def _project(
         self, plain: Callable[..., tuple], hidden: Tensor, weight: Tensor | None = None, **options

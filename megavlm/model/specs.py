@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import enum
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -30,8 +30,9 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megavlm.config.schema import Config, Language, Vision
+from megavlm.config.schema import Architecture, Config, Vision
 from megavlm.model.attention import PackedAttention, TileAttention, attend_with_prefixes
+from megavlm.model.cross_attention import CrossModules, GatedCrossAttention, GatedLayer
 from megavlm.model.norm import Norm
 from megavlm.model.precision import uses_transformer_engine
 from megavlm.model.vision_attention import VisionAttention
@@ -267,10 +268,14 @@ def vision_spec(count: int, vision: Vision, chosen: Kernels) -> TransformerBlock
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=None)
 
 
-def language_spec(count: int, language: Language, chosen: Kernels) -> TransformerBlockSubmodules:
-    """Describe ``count`` consecutive layers of the language model, with a norm after the model's
-    last layer.
+def language_spec(
+    layers: Sequence[int], architecture: Architecture, chosen: Kernels
+) -> TransformerBlockSubmodules:
+    """Describe consecutive layers of the language model, counted from 0, with a norm after the
+    model's last layer.
     """
+    language = architecture.language
+    crosses = architecture.cross_attention
     inside = _attention(
         chosen.packed_attention,
         language.qkv_bias,
@@ -279,6 +284,30 @@ def language_spec(count: int, language: Language, chosen: Kernels) -> Transforme
     )
     mask = AttnMaskType.causal if language.is_causal else AttnMaskType.no_mask
     attention = ModuleSpec(module=SelfAttention, params={"attn_mask_type": mask}, submodules=inside)
+    [plain] = _layers(TransformerLayer, attention, 1, chosen)
+    gated = plain
+    if crosses.every:
+        [gated] = _layers(GatedLayer, attention, 1, chosen, cross=_cross(architecture, chosen))
     return TransformerBlockSubmodules(
-        layer_specs=_layers(TransformerLayer, attention, count, chosen), layer_norm=chosen.norm
+        layer_specs=[gated if crosses.stands_before(layer) else plain for layer in layers],
+        layer_norm=chosen.norm,
+    )
+
+
+def _cross(architecture: Architecture, chosen: Kernels) -> Callable:
+    """Return what makes the cross-attention in front of a layer."""
+    modules = CrossModules(
+        norm=chosen.norm,
+        column_linear=chosen.column_linear,
+        row_linear=chosen.row_linear,
+        attention=chosen.packed_attention,
+        mlp=mlp_submodules(chosen.column_linear, chosen),
+        checkpoint=chosen.checkpoint,
+    )
+    return functools.partial(
+        GatedCrossAttention,
+        settings=architecture.cross_attention,
+        memory_size=architecture.memory_size,
+        features=architecture.features_per_tile,
+        modules=modules,
     )

@@ -15,10 +15,12 @@ from megatron.core.transformer import MegatronModule
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
+from megavlm.config.cross_attention import memory_rows
 from megavlm.config.schema import Config
 from megavlm.data.loading.batch import Batch
 from megavlm.model.attention import PackedSamples
 from megavlm.model.connector import build_connector
+from megavlm.model.fusion import as_rows, from_rows
 from megavlm.model.language import LanguageModel
 from megavlm.model.lora import LowRankAdapter, attach, set_draw
 from megavlm.model.objective import build_objective
@@ -131,7 +133,16 @@ class VisionLanguageModel(MegatronModule):
             )
         ranks = self.groups.tensor_size if self.config.sequence_parallel else 1
         rows = len(batch.tokens) // ranks + self.objective.riding_rows(batch)
-        return rows, 1, self.config.hidden_size
+        return rows + self._memory_rows(batch), 1, self.config.hidden_size
+
+    def _memory_rows(self, batch: Batch) -> int:
+        """Return the rows that go from chunk to chunk behind all others: the features of all tiles
+        of the pack, for cross-attention.
+        """
+        return memory_rows(self.architecture, self._all_tiles(batch))
+
+    def _all_tiles(self, batch: Batch) -> int:
+        return batch.num_tiles * self.groups.rank_slice.tile_ranks
 
     @property
     def tied_weight(self) -> Tensor | None:
@@ -222,12 +233,18 @@ class VisionLanguageModel(MegatronModule):
         features = gather_features(self.connector(hidden), self.groups)
         fused = self.objective.enter(embeddings, features, batch)
         fused = self.language.add_positions(fused, batch.sample_ends, len(batch.tokens))
-        return (
-            scatter_to_sequence_parallel_region(fused) if self.config.sequence_parallel else fused
-        )
+        if self.config.sequence_parallel:
+            fused = scatter_to_sequence_parallel_region(fused)
+        rows = self._memory_rows(batch)
+        return torch.cat([fused, as_rows(features, rows, fused.shape[-1])]) if rows else fused
 
     def _read(self, hidden: Tensor, batch: Batch, with_loss: bool, chosen: bool) -> Tensor:
         hidden = ask_for_gradient(hidden, self.config)
+        received = memory = None
+        if rows := self._memory_rows(batch):
+            hidden, received = hidden.split([len(hidden) - rows, rows])
+            features = self._all_tiles(batch) * self.architecture.features_per_tile
+            memory = from_rows(received, features, self.architecture.memory_size)
         riding = None
         if rows := self.objective.riding_rows(batch):
             hidden, riding = hidden.split([len(hidden) - rows, rows])
@@ -241,6 +258,7 @@ class VisionLanguageModel(MegatronModule):
             max_seqlen_q=longest,
             max_seqlen_kv=longest,
             prefixes=batch.prefixes if self.architecture.prefix_lm else None,
+            media=batch.media,
         )
         if self.groups.context_size > 1:
             # Transformer Engine cuts samples at the ends with padding. There is none between ours:
@@ -256,7 +274,9 @@ class VisionLanguageModel(MegatronModule):
             decoder_input=hidden,
             labels=batch.labels[None] if with_loss and has_head else None,
             packed_seq_params=packed,
+            extra_block_kwargs=None if memory is None else {"context": memory},
         )
         if self.post_process:
             return self.objective(output, riding, batch)
-        return torch.cat([output, riding]) if riding is not None else output
+        behind = [rows for rows in (riding, received) if rows is not None]
+        return torch.cat([output, *behind]) if behind else output

@@ -96,8 +96,8 @@ def fresh_tensor(config: Config) -> FullTensor:
 
     Matrices are normal with standard deviation sqrt(2 / (5 D)) (Nguyen and Salazar, arXiv
     1910.05895), those that end a residual branch divided by the root of twice the layers (Radford
-    et al., GPT-2); adapters start as PEFT's, with B at zero; norms start at one (at zero
-    if 1 is added to them), biases at zero, layer scale as configured.
+    et al., GPT-2), latents with 1; adapters start as PEFT's, with B at zero; norms start at one (at
+    zero if 1 is added to them), biases at zero, layer scale and gates as configured.
     """
     arch = config.architecture
     seed = config.training.seed
@@ -117,6 +117,8 @@ def fresh_tensor(config: Config) -> FullTensor:
             shape = unpadded_shape(arch.vision, key, shape)
         if key.endswith(".lora.b"):
             return torch.zeros(shape)
+        if key.endswith("_gate"):
+            return torch.full(shape, arch.cross_attention.gate_start)
         if key.endswith("_scale"):
             return torch.full(shape, arch.vision.layer_scale)
         if key.endswith(("norm.weight", "layer_norm_weight", "qk_norm.query", "qk_norm.key")):
@@ -129,14 +131,14 @@ def fresh_tensor(config: Config) -> FullTensor:
             # PEFT's start: kaiming_uniform_ with a = sqrt(5).
             generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {key}".encode()))
             return (2 * torch.rand(shape, generator=generator) - 1) / shape[1] ** 0.5
-        std = (2 / (5 * width)) ** 0.5
+        std = 1.0 if key == "connector.latents" else (2 / (5 * width)) ** 0.5
         if key.endswith(("linear_proj.weight", "linear_fc2.weight")) and layers > 1:
             std /= (2 * layers) ** 0.5
         # The connector keeps the name that it was drawn by first, so that a seed keeps its meaning.
         drawn_as = key.replace("connector.", "projector.", 1) if key.startswith("conn") else key
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {drawn_as}".encode()))
         if key.endswith(("word_embeddings.weight", "output_layer.weight")):
-            shape = (arch.language.vocab_size, *shape[1:])
+            shape = (arch.table_rows, *shape[1:])
         return torch.normal(0.0, std, shape, generator=generator)
 
     return draw

@@ -14,6 +14,7 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 
+from megavlm.config.cross_attention import memory_rows
 from megavlm.config.lora import LINEARS
 from megavlm.config.schema import Architecture, Config, Parallel
 from megavlm.planner.layout import Chunk
@@ -148,7 +149,9 @@ def activation_memory(config: Config, chunk: Chunk, load: RankLoad) -> Activatio
         )
         per_microbatch += kept * rows[part]
         once = max(once, (transient + draws.largest * _DRAW_BYTES) * rows[part])
-    per_microbatch += size * _around_layers(config, chunk, load)
+    of_blocks = _blocks(config, chunk, load, is_trained)
+    per_microbatch += of_blocks.per_microbatch + size * _around_layers(config, chunk, load)
+    once = max(once, of_blocks.once)
     if chunk.has_head and arch.needs.has_vocabulary_head:
         words = arch.language.vocab_size / parallel.tensor_model_parallel_size
         block = config.loss.vocabulary_block
@@ -212,6 +215,38 @@ def _logit_bytes(config: Config) -> int:
     return 6 if config.training.kernels == "local" else 2
 
 
+def _blocks(config: Config, chunk: Chunk, load: RankLoad, is_trained: bool) -> ActivationMemory:
+    """Estimate the activation memory of the blocks of cross-attention of a chunk."""
+    arch = config.architecture
+    layers = [layer for layer in chunk.language_layers if arch.cross_attention.stands_before(layer)]
+    if not layers:
+        return ActivationMemory(per_microbatch=0.0, once=0.0)
+    once = NUMBER_BYTES[config.training.precision] * _block(config, load, is_trained)
+    backward = has_backward(config)
+    kept = [layer for layer in layers if backward[arch.vision.num_layers + layer]]
+    is_kept = config.parallel.recompute_of("language") != "full"
+    return ActivationMemory(per_microbatch=once * len(kept) if is_kept else 0.0, once=once)
+
+
+def _block(config: Config, load: RankLoad, is_trained: bool) -> float:
+    """Count the elements of the block of cross-attention in front of a language layer: for each
+    token inputs and results of both norms and of both gates, queries before and after their norm,
+    the result of the attention before and after its rows are spread, and the MLP; for each tile
+    keys and values.
+    """
+    arch = config.architecture
+    parallel = config.parallel
+    tensor = parallel.tensor_model_parallel_size
+    language = arch.language
+    heads = language.num_attention_heads * language.head_size
+    width = (6 if is_trained else 4) * language.hidden_size
+    inputs = 2 if language.is_gated else 1
+    inner = (inputs + 1 if is_trained else inputs) * language.ffn_hidden_size
+    of_token = width / (tensor if parallel.sequence_parallel else 1) + (4 * heads + inner) / tensor
+    of_tile = 3 * arch.features_per_tile * heads / tensor
+    return load.tokens * of_token + load.tiles * parallel.tile_ranks * of_tile
+
+
 def _around_layers(config: Config, chunk: Chunk, load: RankLoad) -> float:
     """Count the elements kept per microbatch outside the layers: by the final norms and the
     connector, and the output that is sent to the next pipeline stage.
@@ -235,7 +270,8 @@ def _around_layers(config: Config, chunk: Chunk, load: RankLoad) -> float:
         # Inputs of the final norm and of the head, which are whole on every tensor-parallel rank.
         return found + (tokens + load.head_tokens) * arch.language.hidden_size
     if chunk.language_layers:
-        return found + tokens * arch.language.hidden_size
+        rows = tokens + memory_rows(arch, load.tiles * parallel.tile_ranks)
+        return found + rows * arch.language.hidden_size
     return found + load.tiles * arch.vision.tokens * arch.vision.hidden_size
 
 

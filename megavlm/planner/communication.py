@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megavlm.config.cross_attention import memory_rows
 from megavlm.config.schema import LAYER_PARTS, Config
 from megavlm.planner.activations import NUMBER_BYTES, RankLoad, has_backward
 from megavlm.planner.layout import Chunk, Layout
@@ -129,13 +130,14 @@ def _tensor(config: Config, chunk: Chunk, load: RankLoad) -> float:
             * backward[layer]
         )
         if not in_vision:
-            found += sums * load.tokens * arch.language.hidden_size
+            blocks = arch.cross_attention.stands_before(layer - arch.vision.num_layers)
+            found += (2 if blocks else 1) * sums * load.tokens * arch.language.hidden_size
         elif parallel.vision == "tensor":
             found += sums * load.tiles * arch.vision.tokens * arch.vision.hidden_size
     if not arch.language.exists:
         sums = arch.connector_sizes.all_reduced_elements if chunk.has_connector else 0
         return ring * (found + 2 * load.tiles * sums)
-    features = load.tiles * arch.features_per_tile * arch.language.hidden_size
+    features = load.tiles * arch.features_per_tile * arch.needs.connector_output(arch)
     if (
         chunk.has_connector
     ):  # the embedding's sum; the connector's, or the gathering of all ranks' features
@@ -167,8 +169,8 @@ def _context(config: Config, chunk: Chunk, capacity: int, load: RankLoad) -> flo
             * backward[arch.vision.num_layers + layer]
         )
     if chunk.has_connector:
-        of_all = load.tiles * parallel.tile_ranks * arch.features_per_tile * language.hidden_size
-        found += 2 * of_all
+        width = arch.needs.connector_output(arch)
+        found += 2 * load.tiles * parallel.tile_ranks * arch.features_per_tile * width
     return others * found if ranks > 1 else 0.0
 
 
@@ -192,8 +194,7 @@ def _boundary(config: Config, before: Chunk, load: RankLoad) -> float:
     parallel = config.parallel
     if not before.language_layers:
         return load.tiles * arch.vision.tokens * arch.vision.hidden_size
-    return (
-        load.tokens
-        / (parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1)
-        * arch.language.hidden_size
-    )
+    tokens = load.tokens
+    tokens /= parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
+    rows = tokens + memory_rows(arch, load.tiles * parallel.tile_ranks)
+    return rows * arch.language.hidden_size

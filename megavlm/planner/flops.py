@@ -30,6 +30,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from megavlm.config import cross_attention
 from megavlm.config.freeze_mask import matches
 from megavlm.config.lora import stacked
 from megavlm.config.objectives import EMBEDDING
@@ -207,13 +208,19 @@ def _language(architecture: Architecture) -> Iterator[Piece]:
         yield from architecture.needs.head(architecture)
         return
     width = language.hidden_size
-    words = language.vocab_size
-    yield table(EMBEDDING, "language", words, width)  # looked up, not multiplied
+    # Looked up, not multiplied.
+    yield table(EMBEDDING, "language", architecture.table_rows, width)
+    if architecture.added_tokens:
+        yield table("language.added_embedding", "language", architecture.added_tokens, width)
     if language.has_learned_positions:
         positions = "language.embedding.position_embeddings.weight"
         yield table(positions, "language", language.position_rows, width)
     for number in range(language.num_layers):
-        yield from (replace(piece, layer=number) for piece in _language_layer(architecture, number))
+        layer = (
+            *cross_attention.pieces(architecture, number),
+            *_language_layer(architecture, number),
+        )
+        yield from (replace(piece, layer=number) for piece in layer)
     yield from architecture.needs.head(architecture)
 
 

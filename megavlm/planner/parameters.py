@@ -27,6 +27,7 @@ _SHARDED = (
     "linear_fc2.weight",
 )
 _SHARDED += ("qk_norm.query", "qk_norm.key", "word_embeddings.weight", "output_layer.weight")
+_SHARDED += ("linear_q.weight", "linear_k.weight", "linear_v.weight")
 _SHARDED += ("linear_qkv.lora.b", "linear_fc1.lora.b", "linear_proj.lora.a", "linear_fc2.lora.a")
 _BY_HEADS = (
     "linear_qkv.lora.b",

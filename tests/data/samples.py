@@ -142,6 +142,7 @@ def write_packs(
     seed: int = 0,
     levels: tuple[int, ...] = (),
     sources: tuple[str, ...] = ("random",),
+    end_token_id: int = -1,
 ) -> Manifest:
     """Write the given samples as the packs of a dataset."""
     lines = max(sample.line for pack in packs for sample in pack)
@@ -153,6 +154,7 @@ def write_packs(
                 tokenizer_fingerprint=f"random-{vocab_size}",
                 vocab_size=vocab_size,
                 context_token_id=context_token_id,
+                end_token_id=end_token_id,
                 template="internvl2_5",
                 image_size=tile_size,
                 features_per_tile=features_per_tile,

@@ -17,6 +17,7 @@ from tests.ranks.pool import Pool
 from tests.ranks.test_packs import losses_and_gradients
 
 CONTEXT = 7
+END = 2
 WORLDS: dict[str, tuple[int, dict[str, Any]]] = {
     "one process": (1, {}),
     "tp2": (2, dict(tensor_model_parallel_size=2)),
@@ -31,7 +32,7 @@ def sizes_of(architecture: Architecture) -> dict[str, int]:
         vocab_size=architecture.language.vocab_size,
         context_token_id=CONTEXT,
         tile_size=architecture.vision.image_size,
-        features_per_tile=architecture.features_per_tile,
+        features_per_tile=architecture.placeholders_per_tile,
     )
 
 
@@ -103,8 +104,11 @@ def answers_of_transformers(
     tile = 0
     for start, end in zip(ends[:-2], ends[1:-1], strict=True):
         tokens = batch.tokens[start:end]
-        count = int((tokens == CONTEXT).sum()) // architecture.features_per_tile
-        inputs = {"pixel_values": pixels[tile : tile + count]} if count else {}
+        count = int((tokens == CONTEXT).sum()) // architecture.placeholders_per_tile
+        shown = pixels[tile : tile + count]
+        inputs = {"pixel_values": shown} if count else {}
+        if architecture.cross_attention.every:
+            inputs = _read_by_idefics(tokens, shown if count else pixels[:1], count)
         if architecture.prefix_lm:
             first = int(batch.loss_weights[start:end].nonzero()[0, 0]) + 1
             inputs["token_type_ids"] = (torch.arange(end - start) >= first).long()[None]
@@ -120,6 +124,26 @@ def answers_of_transformers(
         tile += count
     assert tile == len(batch.tiles)
     return found
+
+
+def _read_by_idefics(tokens: torch.Tensor, pixels: torch.Tensor, images: int) -> dict[str, Any]:
+    """Return what ``IdeficsForVisionText2Text`` reads beside the tokens of one sample, with the
+    mask that its processor makes. Without an image it still wants pixels, which nothing reads.
+    """
+    from transformers.models.idefics import processing_idefics
+
+    class Words:
+        eos_token_id = END
+
+        def convert_tokens_to_ids(self, token: str) -> int:
+            return CONTEXT
+
+    read, _ = processing_idefics.image_attention_mask_for_packed_input_ids_pt(
+        tokens[None].clone(), Words()
+    )
+    count = max(images, 1)
+    mask = processing_idefics.incremental_to_binary_attention_mask(read, "pt", num_classes=count)
+    return {"pixel_values": pixels[None], "image_attention_mask": mask}
 
 
 def assert_equals_transformers(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from megavlm.config import cross_attention
 from megavlm.config.architecture import GATED
 from megavlm.config.checks.limits import at_least
 from megavlm.config.schema import NO_LANGUAGE, Architecture
@@ -33,7 +34,8 @@ def architecture_problems(arch: Architecture) -> list[str]:
     found += _connector(arch)
     if not found:
         found += [*_vision(arch), *_parts(arch)]
-        found += _language(arch) if language.exists else []
+        found += [*_language(arch), *_added_tokens(arch)] if language.exists else []
+        found += cross_attention.problems(arch)
     return found
 
 
@@ -51,6 +53,26 @@ def _parts(arch: Architecture) -> Iterator[str]:
         yield (
             f"--architecture.language.{given[0]} {vars(language)[given[0]]}: {objective} has no"
             f" language model; leave it out, or use {usual[given[0]]}"
+        )
+
+
+def _added_tokens(arch: Architecture) -> Iterator[str]:
+    """Yield what keeps rows of the vocabulary from being parameters of their own."""
+    flag = f"--architecture.added_tokens {arch.added_tokens}"
+    if not 0 <= arch.added_tokens < arch.language.vocab_size:
+        yield (
+            f"{flag}: must be 0 or more, and less than --architecture.language.vocab_size"
+            f" {arch.language.vocab_size}"
+        )
+    elif arch.added_tokens and arch.language.tied_head:
+        yield (
+            f"{flag}: the rows are parameters of embedding and head each; use"
+            " --architecture.language.tied_head false (a tied head then starts as a copy)"
+        )
+    elif arch.added_tokens and not arch.needs.has_vocabulary_head:
+        yield (
+            f"{flag}: --architecture.objective {arch.objective} has no head over the vocabulary; use"
+            " 0"
         )
 
 
@@ -97,6 +119,14 @@ def _connector(arch: Architecture) -> Iterator[str]:
     yield from arch.needs.problems(arch)
     if arch.needs.takes_one_embedding:
         yield from _pairs(arch)
+    elif arch.cross_attention.every > 0:
+        if sizes.placeholders != 1:
+            yield (
+                f"--architecture.connector.kind {arch.connector.kind}: has {sizes.placeholders}"
+                " placeholder tokens for a tile, and cross-attention"
+                f" (--architecture.cross_attention.every {arch.cross_attention.every}) reads tiles"
+                " that have one; use resampler"
+            )
     elif arch.needs.has_language and sizes.placeholders != sizes.features:
         yield (
             f"--architecture.connector.kind {arch.connector.kind}: gives {sizes.features} features"

@@ -35,6 +35,8 @@ from megavlm.data.text.tokenizer import extend, load_tokenizer
 
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _BUFFER = re.compile(r"\.rotary_emb\.inv_freq$")
+# What the language model of a folder does not have.
+_OWN = re.compile(r"language\.(decoder\.layers\.\d+\.cross|added_)")
 _INITIALIZER_RANGE = 0.02
 
 
@@ -196,6 +198,23 @@ def refuse_other(init: Init, architecture: Architecture) -> None:
                 f" tokenizer of {' '.join(words_of(init))} has ids up to {least - 1}, the"
                 f" special tokens of images counted; use {least}"
             )
+        _refuse_added(init, architecture)
+
+
+def _refuse_added(init: Init, architecture: Architecture) -> None:
+    """Raise ValueError if the tokens that a tokenizer lacked are not the added ones of a model."""
+    count = architecture.added_tokens
+    if not count:
+        return
+    _, new = extend_tokenizer(init, architecture.image_tokens)
+    rows = architecture.language.vocab_size
+    if new != tuple(range(rows - count, rows)):
+        listed = ", ".join(map(str, new)) or "none"
+        raise ValueError(
+            f"--architecture.added_tokens {count}: must be the tokens that the tokenizer of"
+            f" {' '.join(words_of(init))} lacked, at the end of --architecture.language.vocab_size"
+            f" {rows}; their ids are {listed}"
+        )
 
 
 def _found(init: Init, part: str, wanted: Architecture) -> Architecture:
@@ -240,7 +259,7 @@ def full_tensors(config: Config, fresh: FullTensor) -> FullTensor:
         part = key.split(".")[0]
         if part == "connector":
             return connector(key, shape)
-        is_served = part in parts and not is_adapter(key)
+        is_served = part in parts and not is_adapter(key) and not _OWN.match(key)
         return parts[part](key) if is_served else fresh(key, shape)
 
     return tensor
@@ -274,7 +293,7 @@ def _serve_language(config: Config) -> Callable[[str], Served]:
         if key not in (EMBEDDING_KEY, HEAD_KEY):
             return whole
         averaged = key == HEAD_KEY or wanted.language.tied_head
-        rows = wanted.language.vocab_size
+        rows = wanted.table_rows
         seed = config.training.seed
         return ExtendedVocabulary(
             tensor=whole, rows=rows, new=new, std=std, seed=seed, averaged=averaged

@@ -17,6 +17,7 @@ from megavlm.convert.hf import (
     blip2_processor,
     blip2_retrieval,
     chat_config,
+    idefics_config,
     llava_config,
     llava_processor,
     native_config,
@@ -154,6 +155,16 @@ HUB_FORMATS: dict[Dialect, HubFormat] = {
         read_usage=blip2_retrieval.read_usage,
         write_files=blip2_retrieval.write,
         name_on_disk=str,
+    ),
+    "idefics": HubFormat(
+        class_name=idefics_config.CLASS_NAME,
+        model_type=idefics_config.MODEL_TYPE,
+        is_in_transformers=True,
+        read_architecture=idefics_config.read,
+        read_usage=idefics_config.read_usage,
+        write_files=idefics_config.write_files,
+        name_on_disk=str,
+        has_card=False,
     ),
 }
 

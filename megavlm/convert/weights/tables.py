@@ -3,8 +3,8 @@ both directions.
 
 Dialects are ``native``, the names of ``InternVLForConditionalGeneration`` of transformers,
 ``chat``, those of ``InternVLChatModel``, in which OpenGVLab publishes its models, and ``llava`` and
-``paligemma``, those of ``LlavaForConditionalGeneration`` and ``PaliGemmaForConditionalGeneration``;
-``pairs`` has those of contrastive models.
+``paligemma``, those of ``LlavaForConditionalGeneration`` and ``PaliGemmaForConditionalGeneration``,
+``idefics`` those of ``IdeficsForVisionText2Text``; ``pairs`` has those of contrastive models.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from typing import Literal, get_args
 
 from megavlm.config.exports import HOLDS
 from megavlm.config.schema import Architecture, Language, Vision
-from megavlm.convert.weights import pairs, qformer
+from megavlm.convert.weights import idefics, pairs, qformer, resampler
 from megavlm.convert.weights.connectors import linear_rows, llava_rows, mlp_rows
 from megavlm.convert.weights.families import FAMILIES, clip, eva, internvit, written_as
 from megavlm.convert.weights.mapping import Row, within
 from megavlm.convert.weights.transforms import Shape
 
 Dialect = Literal[
-    "native", "chat", "llava", "paligemma", "clip", "siglip", "blip2", "blip2_retrieval"
+    "native", "chat", "llava", "paligemma", "clip", "siglip", "blip2", "blip2_retrieval", "idefics"
 ]
 DIALECTS: tuple[Dialect, ...] = get_args(Dialect)
 
@@ -38,6 +38,8 @@ class _Names:
         vision_rows: lists its weights.
         connector: what the names of the connector begin with.
         connector_rows: lists its weights.
+        language: what the names of the language model begin with.
+        language_rows: lists its weights; none: as its family has them.
         unused_rows: lists what files hold of the vision encoder beside the weights of the model.
         copies_tied_head: whether files hold a tied head as a tensor of its own.
     """
@@ -46,6 +48,8 @@ class _Names:
     vision_rows: Callable[[Vision], list[Row]]
     connector: str
     connector_rows: Callable[[Architecture], list[Row]]
+    language: str = "language_model."
+    language_rows: Callable[[Architecture], list[Row]] | None = None
     unused_rows: Callable[[Vision], list[Row]] | None = None
     copies_tied_head: bool = False
 
@@ -82,6 +86,15 @@ _NAMES: dict[Dialect, _Names] = {
         vision_rows=eva.rows,
         connector="",
         connector_rows=qformer.rows,
+    ),
+    "idefics": _Names(
+        vision="model.vision_model.",
+        vision_rows=clip.rows,
+        connector="model.perceiver_resampler.",
+        connector_rows=resampler.rows,
+        language="",
+        language_rows=idefics.rows,
+        unused_rows=clip.unused_rows,
     ),
 }
 # Dialects of models without the usual three parts: every weight.
@@ -151,10 +164,15 @@ def rows(architecture: Architecture, dialect: Dialect = "native") -> tuple[Row, 
         return _WHOLE[dialect](architecture)
     names = _NAMES[dialect]
     language = architecture.language
+    language_rows = (
+        names.language_rows(architecture)
+        if names.language_rows
+        else written_as(language, dialect).rows(language)
+    )
     return (
         *within(names.vision_rows(architecture.vision), "vision.", names.vision),
         *within(names.connector_rows(architecture), "connector.", names.connector),
-        *within(written_as(language, dialect).rows(language), "language.", _LANGUAGE),
+        *within(language_rows, "language.", names.language),
     )
 
 

@@ -41,14 +41,36 @@ class Prefixes:
         return cls(**_as_tensors(values))
 
     def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Prefixes):
-            return NotImplemented
-        return (
-            torch.equal(self.inside, other.inside)
-            and torch.equal(self.outside, other.outside)
-            and torch.equal(self.ends, other.ends)
-            and (self.longest, self.longest_rest) == (other.longest, other.longest_rest)
-        )
+        return isinstance(other, Prefixes) and _are_equal(self, other)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Media:
+    """Which tokens of a rank read which image, in segments: tokens of a segment read the same one.
+
+    Args:
+        rows: int64 [R], positions of the tokens that read an image, among this rank's tokens;
+            segment by segment.
+        ends: int32 [segments + 1], where each segment starts and ends in ``rows``.
+        images: int64 [segments], which tile of the whole pack each reads.
+        longest: tokens of the longest segment.
+        is_real: whether any token reads an image. If none does there is one segment all the same,
+            whose result counts nothing, so that every rank runs the same.
+    """
+
+    rows: torch.Tensor
+    ends: torch.Tensor
+    images: torch.Tensor
+    longest: int
+    is_real: bool
+
+    @classmethod
+    def of(cls, **values: np.ndarray | int) -> Media:
+        """Make them of arrays, of the dtypes and shapes above, whose memory they share."""
+        return cls(**_as_tensors(values))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Media) and _are_equal(self, other)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,6 +90,8 @@ class Batch:
             pack. The padding at the end is one more sample.
         longest_sample: tokens of the longest sample, the padding counted as one.
         prefixes: where samples are divided for a prefix-LM.
+        media: which tokens read which image, for cross-attention; none if images have more than one
+            placeholder token.
         tiles: uint8 [I, 3, S, S], those of the pack's images first. Black ones, which no feature is
             taken from, follow where a multiple is asked for; each rank has at least one, so that
             every rank runs the same. [0, 3, S, S] where the pixels were not asked for.
@@ -100,11 +124,12 @@ class Batch:
     pair_draws: torch.Tensor | None = None
     draw: int = 0
     samples: int = 0
+    media: Media | None = None
     weight_sum: float
     pack_id: int
 
     @classmethod
-    def of(cls, **values: np.ndarray | float | Prefixes) -> Batch:
+    def of(cls, **values: np.ndarray | float | Prefixes | Media | None) -> Batch:
         """Make a batch whose tensors share memory with the given arrays, of the dtypes and shapes
         above.
         """
@@ -133,6 +158,17 @@ def _as_tensors(values: dict[str, Any]) -> dict[str, Any]:
         name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value
         for name, value in values.items()
     }
+
+
+def _are_equal(one: Any, other: Any) -> bool:
+    """Whether two dataclasses of a class have equal fields, tensors among them."""
+    pairs = [
+        (getattr(one, entry.name), getattr(other, entry.name)) for entry in dataclasses.fields(one)
+    ]
+    return all(
+        torch.equal(mine, theirs) if isinstance(mine, torch.Tensor) else mine == theirs
+        for mine, theirs in pairs
+    )
 
 
 def _changed(part: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:

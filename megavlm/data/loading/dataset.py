@@ -17,7 +17,8 @@ from megavlm.data.images.augment import draw
 from megavlm.data.images.decode import decode_tiles
 from megavlm.data.images.tiling import pad_colour
 from megavlm.data.images.transforms import decode_changed
-from megavlm.data.loading.batch import Batch
+from megavlm.data.loading.batch import Batch, Media
+from megavlm.data.loading.media import find_media, images_read
 from megavlm.data.loading.prefixes import find_prefixes
 from megavlm.data.loading.rank_slice import WHOLE_PACK, RankSlice
 from megavlm.data.store.manifest import Manifest
@@ -147,6 +148,7 @@ class PackedDataset:
             sample_ends=ends,
             longest_sample=int(np.diff(ends).max()),
             prefixes=find_prefixes(pack.supervised, positions, ends),
+            media=self._media(pack, positions, own),
             tiles=self._tiles(pack, chosen if with_tiles else range(0), seed, position),
             feature_positions=features[0],
             feature_numbers=features[1],
@@ -196,6 +198,16 @@ class PackedDataset:
                 " again"
             )
         return placeholders
+
+    def _media(self, pack: Pack, positions: np.ndarray, own: np.ndarray) -> Media | None:
+        """Return which of a rank's tokens read which image, if an image has one placeholder."""
+        manifest = self.manifest
+        if manifest.features_per_tile != 1:
+            return None
+        read = images_read(
+            pack.tokens, pack.lengths, manifest.context_token_id, manifest.end_token_id
+        )
+        return find_media(read, positions, own, manifest.capacity)
 
     def _tiles(self, pack: Pack, chosen: range, seed: int, position: int) -> np.ndarray:
         """Decode the chosen tiles of the pack, uint8 [I, 3, S, S], black for indices beyond its

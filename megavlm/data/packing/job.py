@@ -89,6 +89,7 @@ def pack_dataset(job: Job) -> Report:
             "vocab_size": max(tokenizer.get_vocab().values()) + 1,
             "context_token_id": _context_token_id(job, tokenizer),
             "pad_token_id": tokenizer.pad_token_id or 0,
+            "end_token_id": _end_token_id(job, tokenizer),
         }
         manifest = complete(
             folder,
@@ -138,6 +139,12 @@ def _context_token_id(job: Job, tokenizer: Any) -> int:
     """Return the id of the token that stands for an image feature; -1 if texts have none."""
     form = chat_format(job.template)
     return -1 if form.is_of_pairs else tokenizer.convert_tokens_to_ids(form.images.context)
+
+
+def _end_token_id(job: Job, tokenizer: Any) -> int:
+    """Return the id of the token that ends a text; -1 if the template has none."""
+    end = chat_format(job.template).text_end
+    return tokenizer.convert_tokens_to_ids(end) if end else -1
 
 
 def _settings(job: Job, tokenizer: Any, folder: Path) -> EncoderSettings:

@@ -100,6 +100,8 @@ class Manifest:
         vocab_size: ids that the tokenizer knows, special tokens included.
         context_token_id: id of the token that holds the place of one image feature.
         pad_token_id: id that fills a pack up to its capacity.
+        end_token_id: id that ends a text, behind which tokens read no image by cross-attention
+            until the next one; -1: none does.
         template: name of the conversation template.
         system_message: what the template says before the conversation.
         image_size: side of a tile in pixels.
@@ -128,6 +130,7 @@ class Manifest:
     vocab_size: int
     context_token_id: int
     pad_token_id: int = 0
+    end_token_id: int = -1
     template: str
     system_message: str = ""
     image_size: int

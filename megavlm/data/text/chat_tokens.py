@@ -142,6 +142,9 @@ class ChatTemplate:
         side count as one.
         """
         images = self.format.images
+        if images.start and images.start == images.end:
+            places = np.flatnonzero(tokens == self.context_token_id)
+            return places - 1, places + 2
         if images.start and images.end:
             start, end, _ = self._image_token_ids
             return np.flatnonzero(tokens == start), np.flatnonzero(tokens == end) + 1
@@ -229,9 +232,9 @@ class ChatTemplate:
                 count = text.count(IMAGE_PLACEHOLDER)
                 text = IMAGE_PLACEHOLDER * count + _without_images(text)
             images = self.format.images
-            text = text.replace(IMAGE_PLACEHOLDER, images.start + images.context + images.end)
+            text = images.joined(text.replace(IMAGE_PLACEHOLDER, images.text))
         if turn.role == "pretrain":
-            return "", text, ""
+            return "", text + self.format.text_end, ""
         if turn.role == "gpt":
             answer = self.format.answer.replace("{}", text, 1)
             if not turn.learned:

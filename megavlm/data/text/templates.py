@@ -2,12 +2,14 @@
 texts become tokens.
 
 All but ``plain``, ``blip2``, ``blip2_pairs``, ``paligemma``, ``clip``, ``siglip`` and those that
-begin with ``llava`` are InternVL's. The last are LLaVA's (Liu et al., arXiv 2304.08485 and
+begin with ``llava`` or ``flamingo`` are InternVL's. The last are LLaVA's (Liu et al., arXiv 2304.08485 and
 2310.03744), with its image tokens: ``llava_plain`` is what LLaVA pretrains its connector with
 (images and answers, nothing else), ``llava_v1`` its conversations, ``llava_chatml`` the same for
 language models that end an answer with ``<|im_end|>``. ``blip2`` is a caption behind its image, as
 BLIP-2 (arXiv 2301.12597) reads it: the image stands before the token that begins a text.
-``blip2_pairs``, ``clip`` and ``siglip`` are pairs of an image and its text, as those models read
+``flamingo`` is an image, a question and its answer, several in turn, and ``flamingo_plain`` an
+image and its text, with the image tokens of IDEFICS (Flamingo, arXiv 2204.14198, and arXiv
+2306.16527). ``blip2_pairs``, ``clip`` and ``siglip`` are pairs of an image and its text, as those models read
 texts to contrast them. ``paligemma`` is PaliGemma's (Beyer et al., arXiv 2407.07726): images, one
 question, a line break and its answer, without roles.
 """
@@ -48,6 +50,7 @@ class ChatFormat:
         gathers_images: whether all images of a turn stand in front of its text, wherever their
             placeholders are; the tokenizer must have a token that begins a text.
         is_single: whether a sample has one question and one answer, and no system turn.
+        text_end: what ends a ``pretrain`` text, learned.
         split_at_images: whether the texts before, between and after images become tokens each by
             itself; a sentencepiece tokenizer begins each with a space.
     """
@@ -69,6 +72,7 @@ class ChatFormat:
     image_first: bool = False
     gathers_images: bool = False
     is_single: bool = False
+    text_end: str = ""
     split_at_images: bool = False
     images_before_text: bool = False
 
@@ -181,6 +185,19 @@ _PLAIN_ROW = ChatFormat(
     questions=False,
 )
 
+_FLAMINGO_ROW = ChatFormat(
+    name="flamingo",
+    system_message="",
+    system="{}\n",
+    human="{} ",
+    opening="Answer:",
+    answer=" {}</s>",
+    text_end="</s>",
+    markers=("</s>",),
+    strip=True,
+    image_tokens="idefics",
+)
+
 FORMATS: dict[str, ChatFormat] = {
     row.name: row
     for row in (
@@ -260,6 +277,8 @@ FORMATS: dict[str, ChatFormat] = {
             gathers_images=True,
             is_single=True,
         ),
+        _FLAMINGO_ROW,
+        replace(_FLAMINGO_ROW, name="flamingo_plain", human="{}", opening="", questions=False),
         ChatFormat(name="clip", pair_length=77, **_PAIR),
         ChatFormat(name="blip2_pairs", pair_length=32, **_PAIR),
         ChatFormat(name="siglip", pair_length=64, fills_pair=True, **_PAIR),

@@ -16,6 +16,7 @@ IMAGE_START = "<img>"
 IMAGE_END = "</img>"
 IMAGE_CONTEXT = "<IMG_CONTEXT>"
 IMAGE_TOKENS = (IMAGE_START, IMAGE_END, IMAGE_CONTEXT)
+AROUND_IMAGE = "<fake_token_around_image>"
 SPECIAL_TOKENS = (*IMAGE_TOKENS, "<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>")
 
 
@@ -39,8 +40,21 @@ class ImageTokens:
 
     @property
     def shown(self) -> tuple[str, ...]:
-        """The tokens that an image becomes, the context token last."""
-        return tuple(token for token in (self.start, self.end, self.context) if token)
+        """The tokens that an image becomes, each once, the context token last."""
+        found = (token for token in (self.start, self.end, self.context) if token)
+        return tuple(dict.fromkeys(found))
+
+    @property
+    def text(self) -> str:
+        """What an image becomes in a text."""
+        return self.start + self.context + self.end
+
+    def joined(self, text: str) -> str:
+        """Return a text in which images that stand side by side share the token between them, if
+        the same one stands before and after an image.
+        """
+        is_shared = self.start and self.start == self.end
+        return text.replace(self.end + self.start, self.start) if is_shared else text
 
 
 # By the value of ``--architecture.image_tokens``.
@@ -50,6 +64,12 @@ IMAGE_TOKEN_SETS: dict[str, ImageTokens] = {
     ),
     "none": ImageTokens(context="", added=()),
     "llava": ImageTokens(context="<image>", added=("<image>",)),
+    "idefics": ImageTokens(
+        start=AROUND_IMAGE,
+        context="<image>",
+        end=AROUND_IMAGE,
+        added=(AROUND_IMAGE, "<image>"),
+    ),
     "paligemma": ImageTokens(
         context="<image>",
         added=("<image>",),

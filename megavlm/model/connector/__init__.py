@@ -18,6 +18,7 @@ from megavlm.model.connector.linear import LinearConnector
 from megavlm.model.connector.mlp import MlpConnector
 from megavlm.model.connector.pool import AttentionPoolConnector, PoolConnector
 from megavlm.model.connector.qformer import QFormerConnector
+from megavlm.model.connector.resampler import ResamplerConnector
 from megavlm.model.specs import Kernels
 
 ConnectorModule = Callable[[Config, Kernels, ProcessGroupCollection], MegatronModule]
@@ -32,6 +33,7 @@ MODULES: dict[str, ConnectorModule] = {
     "mean": PoolConnector,
     "attention": AttentionPoolConnector,
     "qformer": QFormerConnector,
+    "resampler": ResamplerConnector,
 }
 
 

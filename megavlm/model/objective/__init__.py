@@ -22,7 +22,9 @@ run, the chunk, the kernels of the layers, the process groups.
 """
 
 MODULES: dict[str, ObjectiveModule] = {
-    "next_token": lambda settings, config, chunk, chosen, groups: NextToken(settings),
+    "next_token": lambda settings, config, chunk, chosen, groups: NextToken(
+        settings, places_features=not config.architecture.cross_attention.every
+    ),
     "contrastive": lambda settings, config, chunk, chosen, groups: Contrastive(
         settings, config.architecture, chunk, groups
     ),

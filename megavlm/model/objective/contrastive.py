@@ -14,10 +14,11 @@ from collections.abc import Sequence
 import torch
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, linear, logsigmoid, normalize, pad
+from torch.nn.functional import cross_entropy, linear, logsigmoid, normalize
 
 from megavlm.config.schema import Architecture
 from megavlm.data.loading.batch import Batch
+from megavlm.model.fusion import as_rows, from_rows
 from megavlm.model.objective.losses import Losses
 from megavlm.model.objective.objective import Objective, keep_inside, of_tokens
 from megavlm.parallel.gather_rows import gather_rows
@@ -66,10 +67,9 @@ class Contrastive(Objective):
         """See ``Objective``: embeddings of the images ride along behind the tokens, filled up to
         whole rows.
         """
-        images = features[: batch.samples].flatten()
         rows = self.riding_rows(batch)
-        images = pad(images, (0, rows * self.width - len(images)))
-        return torch.cat([embeddings, images.view(rows, 1, self.width)])
+        images = as_rows(features[: batch.samples], rows, self.width)
+        return torch.cat([embeddings, images])
 
     def riding_rows(self, batch: Batch) -> int:
         """See ``Objective``."""
@@ -80,7 +80,7 @@ class Contrastive(Objective):
         text's is that of its last token.
         """
         size = self.settings.size
-        images = riding.flatten()[: batch.samples * size].view(-1, size)
+        images = from_rows(riding, batch.samples, size)[:, 0]
         last = output[:, 0].index_select(0, batch.sample_ends[1 : batch.samples + 1] - 1)
         texts = self.text_projection(last)
         return normalize(torch.stack([images, texts]).float(), dim=-1)

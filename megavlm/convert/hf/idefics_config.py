@@ -1,0 +1,168 @@
+"""Everything in a folder of ``IdeficsForVisionText2Text`` but the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import IdeficsConfig
+
+from megavlm.config.architecture import PIXELS
+from megavlm.config.connectors import Connector
+from megavlm.config.cross_attention import CrossAttention
+from megavlm.config.resampler import Resampler
+from megavlm.config.schema import Architecture
+from megavlm.convert.hf import clip_vision, language_config, tokenizer_files
+from megavlm.convert.hf import json_files as shared
+from megavlm.convert.hf.json_files import FILE_NAME, IMAGE_PROCESSOR_NAME, write_json
+from megavlm.convert.hf.preprocessing import Usage
+from megavlm.convert.hf.processor import pixel_settings, write_generation
+from megavlm.convert.weights.families import FAMILIES
+
+CLASS_NAME = "IdeficsForVisionText2Text"
+MODEL_TYPE = "idefics"
+_PROCESSOR = "IdeficsProcessor"
+_TEMPLATE = "flamingo"
+_FIXED: dict[str, dict[str, Any]] = {
+    "": {"tie_word_embeddings": False, "use_resampler": True, "dropout": 0.0},
+    "vision_config": {"num_channels": 3, "attention_dropout": 0.0},
+}
+_GATES = {"float": "scalar", "vector": "vector"}
+_LLAMA = FAMILIES["llama"]
+
+
+def read(raw: dict[str, Any], folder: Path, *, has_head: bool | None) -> Architecture:
+    """Read the architecture; arguments and errors as in ``native_config``."""
+    path = folder / FILE_NAME
+    settings = shared.complete(IdeficsConfig, raw, path)
+    # Its language model stands at the top of the file, without a name of its own.
+    text = settings | {"model_type": _LLAMA.name}
+    shared.refuse(path, list(_problems(settings, text)))
+    vision = settings["vision_config"]
+    perceiver = settings["perceiver_config"]
+    added = settings["additional_vocab_size"]
+    text["vocab_size"] += added
+    return Architecture(
+        vision=clip_vision.read(
+            vision | {"hidden_size": vision["embed_dim"]},
+            family="clip",
+            pixels=shared.told_normalisation(folder, PIXELS["clip"]),
+        ),
+        connector=Connector(
+            kind="resampler",
+            resampler=Resampler(
+                latents=perceiver["resampler_n_latents"],
+                num_layers=perceiver["resampler_depth"],
+                num_attention_heads=perceiver["resampler_n_heads"],
+                head_size=perceiver["resampler_head_dim"],
+                qk_norm=perceiver["qk_layer_norms_perceiver"],
+            ),
+        ),
+        language=language_config.read(text, tied_head=False),
+        cross_attention=CrossAttention(
+            every=settings["cross_layer_interval"],
+            gate=_GATES[settings["alpha_type"]],
+            qk_norm=settings["qk_layer_norms"],
+        ),
+        added_tokens=added,
+        image_tokens="idefics",
+    )
+
+
+def _problems(settings: dict[str, Any], text: dict[str, Any]) -> Iterator[str]:
+    """Yield settings that our model does not support."""
+    vision = settings["vision_config"]
+    for section, fixed in _FIXED.items():
+        yield from shared.contradictions(section, settings[section] if section else settings, fixed)
+    yield from clip_vision.activation_problems(vision, "vision_config")
+    for name in ("image_size", "patch_size"):
+        if not isinstance(vision[name], int):
+            yield f"vision_config.{name} is {vision[name]}, must be one number"
+    if settings["alpha_type"] not in _GATES:
+        yield f"alpha_type is {settings['alpha_type']!r}, must be {' or '.join(_GATES)}"
+    every = settings["cross_layer_interval"]
+    if every < 1 or settings["num_hidden_layers"] % every:
+        yield (
+            f"cross_layer_interval is {every}, must divide num_hidden_layers"
+            f" {settings['num_hidden_layers']}"
+        )
+    yield from language_config.problems(text, "")
+
+
+def write(
+    architecture: Architecture,
+    *,
+    dtype: torch.dtype,
+    bos_token_id: int,
+    eos_token_id: int,
+    pad_token_id: int,
+) -> dict[str, Any]:
+    """Build the content of config.json; arguments as in ``native_config``."""
+    vision = clip_vision.write(architecture.vision)
+    width = vision.pop("hidden_size")
+    crosses = architecture.cross_attention
+    resampler = architecture.connector.resampler
+    text = language_config.write(
+        architecture.language,
+        _LLAMA,
+        bos_token_id=bos_token_id,
+        eos_token_id=eos_token_id,
+        pad_token_id=pad_token_id,
+    )
+    return text | {
+        "architectures": [CLASS_NAME],
+        "model_type": MODEL_TYPE,
+        "dtype": str(dtype).removeprefix("torch."),
+        **_FIXED[""],
+        "vocab_size": architecture.table_rows,
+        "additional_vocab_size": architecture.added_tokens,
+        "cross_layer_interval": crosses.every,
+        "qk_layer_norms": crosses.qk_norm,
+        "alpha_type": next(theirs for theirs, ours in _GATES.items() if ours == crosses.gate),
+        "alpha_initializer": "zeros",
+        "vision_config": {
+            **_FIXED["vision_config"],
+            **vision,
+            "model_type": "idefics_vision",
+            "embed_dim": width,
+        },
+        "perceiver_config": {
+            "model_type": "idefics_perciever",
+            "use_resampler": True,
+            "resampler_n_latents": resampler.latents,
+            "resampler_depth": resampler.num_layers,
+            "resampler_n_heads": resampler.num_attention_heads,
+            "resampler_head_dim": resampler.head_size,
+            "qk_layer_norms_perceiver": resampler.qk_norm,
+        },
+    }
+
+
+def read_usage(folder: Path) -> Usage:
+    """Return how a model is to be used: images stretched to squares, one tile each."""
+    return Usage(
+        template=_TEMPLATE, system_message="", max_tiles=1, thumbnail=False, tiling="stretch"
+    )
+
+
+def write_files(
+    folder: Path, tokenizer: Path, architecture: Architecture, usage: Usage, dtype: torch.dtype
+) -> None:
+    """Write everything but weights, as ``AutoProcessor`` and the class read it; arguments and
+    errors as of ``processor.write_native``. There is no chat template: the processor takes texts
+    and images in turn.
+    """
+    ids = write_generation(folder, tokenizer, architecture, usage)
+    write_json(folder / FILE_NAME, write(architecture, dtype=dtype, **ids.text))
+    tokenizer_files.write(tokenizer, folder, {"processor_class": _PROCESSOR})
+    side = architecture.vision.image_size
+    image_processor = {
+        "image_processor_type": "IdeficsImageProcessor",
+        "processor_class": _PROCESSOR,
+        **pixel_settings(architecture),
+        "size": {"height": side, "width": side},
+    }
+    write_json(folder / IMAGE_PROCESSOR_NAME, image_processor)
+    write_json(folder / "processor_config.json", {"processor_class": _PROCESSOR})

@@ -1,0 +1,64 @@
+"""Which tokens of a pack read which image by cross-attention (Flamingo, arXiv 2204.14198, section
+3.1.3): the last image at or before them in the same sample, as the processor of IDEFICS has it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from megavlm.data.loading.batch import Media
+
+
+def images_read(
+    tokens: np.ndarray, lengths: np.ndarray, context_token_id: int, end_token_id: int
+) -> np.ndarray:
+    """Find the image that each stored token of a pack reads.
+
+    Args:
+        tokens: int [t], the stored tokens.
+        lengths: int [N], those of each sample.
+        context_token_id: of the one token that stands for an image.
+        end_token_id: of the token that ends a text; those behind it read no image until the next;
+            -1: there is none.
+
+    Returns:
+        int64 [t], the number of the image in the pack; -1: none.
+    """
+    count = len(tokens)
+    places = np.arange(count)
+    is_image = tokens == context_token_id
+    last_image = np.maximum.accumulate(np.where(is_image, places, -1))
+    start = np.repeat(np.cumsum(lengths, dtype=np.int64) - lengths, lengths)
+    is_end = (tokens == end_token_id) if end_token_id >= 0 else np.zeros(count, bool)
+    last_end = np.maximum.accumulate(np.where(is_end, places, -1))
+    ended = np.append(-1, last_end[:-1])  # the token that ends a text still reads its image
+    reads = (last_image >= start) & (ended < last_image)
+    return np.where(reads, np.cumsum(is_image) - 1, -1)
+
+
+def find_media(read: np.ndarray, positions: np.ndarray, own: np.ndarray, capacity: int) -> Media:
+    """Sort a rank's tokens by the image that they read.
+
+    Args:
+        read: int64 [t], the image of each stored token of the whole pack; -1: none.
+        positions: int64 [t], of the stored tokens in the pack.
+        own: int64 [T], positions of the rank's tokens in the pack.
+        capacity: tokens of the pack.
+    """
+    local = np.full(capacity, -1)
+    local[own] = np.arange(len(own))
+    rows = local[positions]
+    is_reading = (read >= 0) & (rows >= 0)
+    order = np.argsort(read[is_reading], kind="stable")
+    images, sizes = np.unique(read[is_reading], return_counts=True)
+    is_real = len(images) > 0
+    if not is_real:
+        images = np.zeros(1, np.int64)
+        sizes = np.ones(1, np.int64)
+    return Media.of(
+        rows=rows[is_reading][order] if is_real else np.zeros(1, np.int64),
+        ends=np.append(0, np.cumsum(sizes)).astype(np.int32),
+        images=images,
+        longest=int(sizes.max()),
+        is_real=is_real,
+    )

@@ -1,0 +1,137 @@
+"""IDEFICS models, there and back, and their processor beside the templates of Flamingo."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoProcessor, IdeficsForVisionText2Text
+
+from megavlm.config.cli import from_yaml
+from megavlm.convert.hf import convert
+from megavlm.convert.hf.model_config import architecture_from_hf
+from megavlm.convert.weights.tables import rows
+from megavlm.data.records.record import Turn
+from megavlm.data.text.chat_tokens import ChatTemplate
+from megavlm.data.text.tokenizer import AROUND_IMAGE, add_special_tokens, load_tokenizer
+from tests.convert.idefics_models import FLAMINGO, KINDS, make_idefics
+from tests.convert.models import load_all
+
+GOLDEN = Path(__file__).parents[2] / "golden" / "llava_tokenizer"
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("words")
+    tokenizer = load_tokenizer(GOLDEN)
+    assert add_special_tokens(tokenizer, "idefics") == 2
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_import_then_export_is_bit_identical(tmp_path: Path, words: Path, kind: str) -> None:
+    source = make_idefics(tmp_path / "hf", KINDS[kind])
+    checkpoint = convert.import_(source, tmp_path / "checkpoint", tokenizer=words)
+    config = from_yaml(checkpoint / "config.yaml")
+    assert config.architecture == KINDS[kind] and config.recipe == "flamingo"
+    out = convert.export(checkpoint, tmp_path / "out")
+    before = load_all(source)
+    after = load_all(out)
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert torch.equal(tensor, after[name]) and tensor.dtype == after[name].dtype, name
+    assert architecture_from_hf(out) == KINDS[kind]
+
+
+def test_transformers_loads_an_export_and_its_processor_makes_the_tokens_of_training(
+    tmp_path: Path, words: Path
+) -> None:
+    source = make_idefics(tmp_path / "hf")
+    start = convert.import_(source, tmp_path / "start", tokenizer=words)
+    out = convert.export(start, tmp_path / "out", dtype=torch.float32)
+    model, info = IdeficsForVisionText2Text.from_pretrained(
+        out, output_loading_info=True, dtype="auto"
+    )
+    assert not any(info.values()) and model.dtype == torch.float32
+    processor = AutoProcessor.from_pretrained(out)
+    template = ChatTemplate(load_tokenizer(words), 1, name="flamingo")
+    image = Image.new("RGB", (20, 10))
+    prompt = [image, "What is it? Answer: a cat</s>", image, image, "And these? Answer:"]
+    inputs = processor(text=[prompt], return_tensors="pt")
+    turns = [
+        Turn(role="human", text="<image>What is it?"),
+        Turn(role="gpt", text="a cat"),
+        Turn(role="human", text="<image><image>And these?"),
+    ]
+    found = template.prompt(turns, [1, 1, 1])
+    assert found.tolist() == inputs["input_ids"][0].tolist()
+    assert template.count([*turns, Turn(role="gpt", text="dogs")], [1, 1, 1]) > len(found)
+    made = model.generate(**inputs, max_new_tokens=3, do_sample=False)
+    assert made.shape[1] == len(found) + 3
+
+
+def test_images_are_never_learned_and_documents_end(words: Path) -> None:
+    template = ChatTemplate(load_tokenizer(words), 1, name="flamingo_plain")
+    text = "A cat. <image> A dog.<image><image>"
+    tokens, supervised = template.encode([Turn(role="pretrain", text=text)], [1, 1, 1])
+    tokenizer = template.tokenizer
+    special = set(tokenizer.convert_tokens_to_ids([AROUND_IMAGE, "<image>"]))
+    assert {int(token) for token, one in zip(tokens, supervised, strict=True) if not one} == {
+        tokenizer.bos_token_id,
+        *special,
+    }
+    assert tokens[-1] == tokenizer.eos_token_id
+    # Two images side by side share the token between them.
+    around, image = (tokenizer.convert_tokens_to_ids(one) for one in (AROUND_IMAGE, "<image>"))
+    assert tokens[-6:-1].tolist() == [around, image, around, image, around]
+    caption, learned = template.encode(
+        [Turn(role="human", text="<image>\nWhat is it?"), Turn(role="gpt", text="a cat")], [1]
+    )
+    assert learned.sum() > 1 and not learned[:4].any()
+    assert "What" not in tokenizer.decode(caption)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (dict(language=dict(num_query_groups=2)), "keys and values for each query head"),
+        (dict(language=dict(family="qwen2", qkv_bias=True)), "family llama; this model has qwen2"),
+        (dict(language=dict(num_layers=3)), "divides"),
+        (dict(vision=dict(family="siglip")), "vision.family clip"),
+        (dict(image_tokens="llava"), "image_tokens idefics"),
+    ],
+)
+def test_what_the_class_cannot_hold_is_refused_with_the_reason(change: dict, reason: str) -> None:
+    changed = {
+        name: dataclasses.replace(getattr(FLAMINGO, name), **value)
+        if isinstance(value, dict)
+        else value
+        for name, value in change.items()
+    }
+    architecture = dataclasses.replace(FLAMINGO, **changed)
+    with pytest.raises(ValueError, match=f"{reason}.*stays in checkpoints"):
+        rows(architecture, "idefics")
+    with pytest.raises(ValueError, match="only IdeficsForVisionText2Text has cross-attention"):
+        rows(architecture, "llava")
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"use_resampler": False}, "use_resampler is False, must be True"),
+        ({"alpha_type": "matrix"}, "alpha_type is 'matrix'"),
+        ({"cross_layer_interval": 3}, "cross_layer_interval is 3, must divide"),
+        ({"tie_word_embeddings": True}, "tie_word_embeddings is True"),
+    ],
+)
+def test_a_folder_of_another_model_is_refused(tmp_path: Path, settings: dict, reason: str) -> None:
+    folder = make_idefics(tmp_path / "hf")
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    with pytest.raises(ValueError, match=reason):
+        architecture_from_hf(folder)

@@ -1,0 +1,99 @@
+"""Which tokens read which image: against the mask of IDEFICS's processor, and a dense mask against
+segments.
+"""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers.models.idefics import processing_idefics
+
+from megavlm.data.loading.dataset import sample_positions
+from megavlm.data.loading.media import find_media, images_read
+from megavlm.data.loading.rank_slice import RankSlice
+from megavlm.model.attention import PackedAttention, PackedSamples
+
+IMAGE = 7
+END = 2
+PACKS = 1000 if os.environ.get("MEGAVLM_MATRIX") == "all" else 40
+
+
+def random_pack(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Return the tokens and lengths of samples, some without images."""
+    lengths = rng.integers(1, 12, int(rng.integers(1, 6)))
+    tokens = rng.integers(3, 7, lengths.sum())
+    share = rng.random(2) * 0.4
+    tokens[rng.random(len(tokens)) < share[0]] = IMAGE
+    tokens[rng.random(len(tokens)) < share[1]] = END
+    return tokens, lengths
+
+
+def test_each_token_reads_the_image_that_the_processor_of_idefics_says() -> None:
+    class Words:
+        eos_token_id = END
+
+        def convert_tokens_to_ids(self, token: str) -> int:
+            return IMAGE
+
+    rng = np.random.default_rng(0)
+    for _ in range(PACKS):
+        tokens, lengths = random_pack(rng)
+        found = images_read(tokens, lengths, IMAGE, END)
+        start = 0
+        shown = 0
+        for length in lengths:
+            ids = torch.from_numpy(tokens[start : start + length].copy())[None]
+            expected, _ = processing_idefics.image_attention_mask_for_packed_input_ids_pt(
+                ids, Words()
+            )
+            wanted = expected[0].numpy()
+            wanted = np.where(wanted >= 0, wanted + shown, -1)
+            np.testing.assert_array_equal(found[start : start + length], wanted)
+            start += length
+            shown += int((ids == IMAGE).sum())
+
+
+def test_segments_attend_as_a_dense_mask_says_on_any_number_of_ranks() -> None:
+    rng = np.random.default_rng(1)
+    torch.manual_seed(0)
+    features = 3
+    attention = PackedAttention()
+    for number in range(PACKS):
+        tokens, lengths = random_pack(rng)
+        ranks = 1 + number % 2
+        capacity = int((-(-lengths // 4) * 4).sum()) + 8
+        positions, ends = sample_positions(lengths, 4, capacity)
+        read = images_read(tokens, lengths, IMAGE, END)
+        images = max(int((tokens == IMAGE).sum()), 1)
+        query = torch.randn(capacity, 2, 4)
+        key, value = torch.randn(2, images * features, 2, 4)
+        seen = torch.full((capacity,), -1)
+        seen[torch.from_numpy(positions)] = torch.from_numpy(read)
+        mask = seen[:, None] == torch.arange(images).repeat_interleave(features)
+        expected = scaled_dot_product_attention(
+            *(one.transpose(0, 1) for one in (query, key, value)), attn_mask=mask
+        ).transpose(0, 1)
+        expected[seen < 0] = 0
+        for rank in range(ranks):
+            own = RankSlice(context_rank=rank, context_ranks=ranks).tokens(ends)
+            media = find_media(read, positions, own, capacity)
+            mine = query[own]
+            found = torch.zeros(len(own), 8)
+            if media.is_real:
+                blocks = [
+                    one.view(images, features, 2, 4)[media.images].flatten(0, 1)
+                    for one in (key, value)
+                ]
+                counts = torch.arange(len(media.images) + 1, dtype=torch.int32) * features
+                samples = PackedSamples(
+                    qkv_format="thd", cu_seqlens_q=media.ends, cu_seqlens_kv=counts
+                )
+                attention.is_causal = False
+                found[media.rows] = attention(mine[media.rows], *blocks, packed_seq_params=samples)
+                assert media.longest == int(media.ends.diff().max())
+            else:
+                assert (seen[own] < 0).all() and media.ends.tolist() == [0, 1]
+            torch.testing.assert_close(found.view(-1, 2, 4), expected[own], atol=1e-6, rtol=1e-5)
