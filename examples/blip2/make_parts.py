@@ -23,6 +23,7 @@ from transformers import (
     Blip2VisionModel,
     OPTConfig,
     OPTForCausalLM,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 
@@ -36,6 +37,14 @@ TRAINING_IMAGES = 4800
 KINDS = (tuple(SIZES), COLOURS, SHAPES, tuple(PLACES))
 MEAN, STD = PIXELS["clip"]
 END = "\n"
+VISION = dict(
+    hidden_size=96,
+    intermediate_size=192,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    image_size=SIDE,
+    patch_size=8,
+)
 
 
 def caption(facts: tuple[str, ...]) -> list[str]:
@@ -99,18 +108,17 @@ def train_language(rng: np.random.Generator, steps: int, folder: Path) -> float:
     return float(loss.detach())
 
 
-def train_vision(rng: np.random.Generator, data: Path, steps: int, folder: Path) -> float:
-    """Train a ViT to name size, colour, shape and place; return its share of right answers in the
-    last steps.
+def train_vision(
+    model: PreTrainedModel, rng: np.random.Generator, data: Path, steps: int, folder: Path
+) -> float:
+    """Train a ViT to name size, colour, shape and place, and save it; return its share of right
+    answers in the last steps.
     """
     records = [json.loads(line) for line in (data / "train.jsonl").open()]
     pixels = np.stack([np.asarray(Image.open(data / "images" / one["image"])) for one in records])
     words = [one["conversations"][1]["value"] for one in records]
     labels = torch.tensor([[_index(kind, text) for kind in KINDS] for text in words])
-    torch.manual_seed(2)
-    sizes = dict(hidden_size=96, intermediate_size=192, num_hidden_layers=3, num_attention_heads=4)
-    model = Blip2VisionModel(Blip2VisionConfig(**sizes, image_size=SIDE, patch_size=8))
-    heads = nn.ModuleList(nn.Linear(96, len(kind)) for kind in KINDS)
+    heads = nn.ModuleList(nn.Linear(VISION["hidden_size"], len(kind)) for kind in KINDS)
     optimizer = torch.optim.AdamW([*model.parameters(), *heads.parameters()], lr=1e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, steps)
     mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
@@ -153,7 +161,9 @@ def main() -> None:
     write(out, "valid", list(FACTS), seed=3)
     write_tokenizer(out / "words")
     loss = train_language(np.random.default_rng(4), options.language_steps, out / "language")
-    share = train_vision(np.random.default_rng(5), out, options.vision_steps, out / "vision")
+    torch.manual_seed(2)
+    model = Blip2VisionModel(Blip2VisionConfig(**VISION))
+    share = train_vision(model, np.random.default_rng(5), out, options.vision_steps, out / "vision")
     print(
         f"{TRAINING_IMAGES} images; OPT's loss {loss:.3f}; the ViT names {share:.0%} of the facts"
     )

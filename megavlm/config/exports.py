@@ -216,8 +216,8 @@ def _idefics(arch: Architecture) -> Iterator[str]:
     if inner != 4 * arch.vision.hidden_size:
         yield (
             f"{name} has --architecture.connector.resampler.ffn_hidden_size"
-            f" {4 * arch.vision.hidden_size}, four times the width of the vision encoder; this model"
-            f" has {inner}"
+            f" {4 * arch.vision.hidden_size}, four times the width of the vision encoder; this"
+            f" model has {inner}"
         )
     if language.family != "llama":
         yield (

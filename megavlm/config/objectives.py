@@ -106,7 +106,7 @@ def vocabulary_head(arch: Parts) -> Iterator[Piece]:
         )
     if arch.added_tokens:
         yield replace(
-            table("language.added_head", "head", arch.added_tokens, width),
+            table("language.added_head.weight", "head", arch.added_tokens, width),
             forward=2 * width * arch.added_tokens,
             unit="supervised",
         )

@@ -95,6 +95,7 @@ class GatedCrossAttention(MegatronModule):
     ):
         super().__init__(config)
         self.features = features
+        self.layer_number = layer_number
         self.group = groups.tp
         self.checkpoint = modules.checkpoint
         size = config.kv_channels

@@ -12,15 +12,13 @@ import torch
 import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import (
-    copy_to_tensor_model_parallel_region,
-    gather_from_sequence_parallel_region,
-)
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import Module
 
 from megavlm.config.schema import Architecture, Loss
+from megavlm.model.added_tokens import AddedEmbedding, AddedHead
 from megavlm.model.specs import Kernels, language_spec
 from megavlm.model.vocabulary_loss import LossTerms, vocabulary_loss
 from megavlm.planner.layout import Chunk
@@ -89,33 +87,42 @@ class LanguageModel(GPTModel):
             # layers have been built with the final norm.
             self.post_process = False
             del self.output_layer
+        self.real_words = language.vocab_size
         rows = self.vocab_size // groups.tp.size()
         self.real_rows = min(max(language.vocab_size - rows * groups.tp.rank(), 0), rows)
-        self.first_added = architecture.table_rows
         self.added_embedding = self.added_head = None
-        added = (architecture.added_tokens, language.hidden_size)
-        if added[0] and self.pre_process:
-            self.added_embedding = nn.Parameter(torch.zeros(added, dtype=config.params_dtype))
-        if added[0] and self.post_process:
-            self.added_head = nn.Parameter(torch.zeros(added, dtype=config.params_dtype))
+        if architecture.added_tokens:
+            self._add_tokens(architecture.added_tokens, architecture.table_rows)
         self.loss_terms: LossTerms | None = None
         self.ends_in_loss = False
         if self.post_process:
             self._gather_before_head(groups)
-            if self.added_head is not None:
-                # Called by GPTModel for the logits.
-                self.output_layer.forward = partial(self._with_added, self.output_layer.forward)
             if loss.is_by_block:
-                self.loss_terms = LossTerms(
-                    block=loss.vocabulary_block or rows,
-                    rows=self.real_rows,
-                    first_row=rows * groups.tp.rank(),
-                    vocabulary=language.vocab_size,
-                    smoothing=loss.label_smoothing,
-                    z_loss=loss.z_loss,
-                )
-                # Called by GPTModel, which gives the result to ``compute_language_model_loss``.
-                self.output_layer.forward = partial(self._project, self.output_layer.forward)
+                self._take_loss_terms(loss, rows)
+
+    def _take_loss_terms(self, loss: Loss, rows: int) -> None:
+        """Let the loss project hidden states itself, block by block; this rank has ``rows`` rows of
+        the head.
+        """
+        self.loss_terms = LossTerms(
+            block=loss.vocabulary_block or rows,
+            rows=self.real_rows,
+            first_row=rows * self.pg_collection.tp.rank(),
+            vocabulary=self.real_words,
+            smoothing=loss.label_smoothing,
+            z_loss=loss.z_loss,
+        )
+        # Called by GPTModel, which gives the result to ``compute_language_model_loss``.
+        self.output_layer.forward = partial(self._project, self.output_layer.forward)
+
+    def _add_tokens(self, count: int, first: int) -> None:
+        """Make rows of embedding and head for added tokens, where the chunk has either."""
+        if self.pre_process:
+            self.added_embedding = AddedEmbedding(self.config, count, first)
+        if self.post_process:
+            self.added_head = AddedHead(self.config, count, first, self.pg_collection.tp)
+            # Called by GPTModel for the logits.
+            self.output_layer.forward = partial(self._with_added, self.output_layer.forward)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Embed the tokens of a pack: int64 [T] -> [T, 1, D], without learned positions."""
@@ -124,9 +131,7 @@ class LanguageModel(GPTModel):
         else:
             embeddings = self.embedding(input_ids=tokens[None], position_ids=None)
         if self.added_embedding is not None:
-            rows = self.added_embedding.index_select(0, (tokens - self.first_added).clamp(min=0))
-            is_added = (tokens >= self.first_added)[:, None, None]
-            embeddings = torch.where(is_added, rows[:, None], embeddings)
+            embeddings = self.added_embedding(tokens, embeddings)
         return embeddings if self.embedding_scale == 1 else embeddings * self.embedding_scale
 
     def add_positions(self, hidden: Tensor, sample_ends: Tensor, tokens: int) -> Tensor:
@@ -215,18 +220,7 @@ class LanguageModel(GPTModel):
         this rank's share [P, 1, padded V / tensor-parallel ranks].
         """
         logits, bias = plain(hidden, weight=weight, **options)
-        group = self.pg_collection.tp
-        columns = logits.shape[-1]
-        first = self.first_added - columns * group.rank()
-        start = min(max(first, 0), columns)
-        stop = max(min(first + len(self.added_head), columns), start)
-        # Each rank knows the gradient from its own columns; the sum is the same on all.
-        own = copy_to_tensor_model_parallel_region(self.added_head, group)
-        own = own[start - first : stop - first] if stop > start else own[:0]
-        if self.scattered_over is None:
-            hidden = copy_to_tensor_model_parallel_region(hidden, group)
-        added = torch.nn.functional.linear(hidden, own)
-        return torch.cat([logits[..., :start], added, logits[..., stop:]], dim=-1), bias
+        return self.added_head(hidden, logits, self.scattered_over is None), bias
 
     def _project(
         self, plain: Callable[..., tuple], hidden: Tensor, weight: Tensor | None = None, **options

@@ -211,7 +211,7 @@ def _language(architecture: Architecture) -> Iterator[Piece]:
     # Looked up, not multiplied.
     yield table(EMBEDDING, "language", architecture.table_rows, width)
     if architecture.added_tokens:
-        yield table("language.added_embedding", "language", architecture.added_tokens, width)
+        yield table("language.added_embedding.weight", "language", architecture.added_tokens, width)
     if language.has_learned_positions:
         positions = "language.embedding.position_embeddings.weight"
         yield table(positions, "language", language.position_rows, width)

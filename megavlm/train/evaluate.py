@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from megatron.core.distributed import DistributedDataParallel
 
+from megavlm.config.schema import Vision
 from megavlm.data.loading.batch import Batch
 from megavlm.data.loading.order import Plan
 from megavlm.train.job import Job
@@ -32,9 +33,15 @@ def evaluating(chunks: Sequence[DistributedDataParallel]) -> Iterator[None]:
 
 
 @torch.no_grad()
-def held_out_loss(job: Job) -> tuple[float, dict[str, float], dict[str, float]]:
+def held_out_loss(
+    job: Job, *, without_images: bool = False
+) -> tuple[float, dict[str, float], dict[str, float]]:
     """Loss over the first ``eval_packs`` validation packs (all for 0), weighed like the training
     loss. Collective.
+
+    Args:
+        job: the run.
+        without_images: blank all images.
 
     Returns:
         The loss, the losses that it is made of with the objective's readings, and the mean loss of
@@ -59,12 +66,21 @@ def held_out_loss(job: Job) -> tuple[float, dict[str, float], dict[str, float]]:
         )
     workers = min(data.workers, len(positions))
     packs = job.batches(job.valid, plan, positions, workers=workers)
+    shown = _blanked(packs, job.config.architecture.vision) if without_images else packs
     by_source = SourceLosses(job.valid.source_names, job.backend.device)
     named = NamedLosses(job.config.architecture, job.backend.device)
     with evaluating(job.ddp_chunks), contextlib.closing(packs):
-        loss = run(job, packs, plan.pack_ids(0, count), weight, (named, by_source))
+        loss = run(job, shown, plan.pack_ids(0, count), weight, (named, by_source))
     means = by_source.report(groups)["loss"]
     return float(groups.sum_over_data(loss)), named.report(groups, 1), means
+
+
+def _blanked(packs: Iterator[Batch], vision: Vision) -> Iterator[Batch]:
+    """Yield packs whose images have one colour, the mean of the pixels."""
+    mean = (torch.tensor(vision.pixel_mean) * 255).round().to(torch.uint8)[:, None, None]
+    for pack in packs:
+        tiles = mean.to(pack.tiles.device).expand(pack.tiles.shape).contiguous()
+        yield dataclasses.replace(pack, tiles=tiles)
 
 
 def _run_packs(

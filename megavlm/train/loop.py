@@ -20,6 +20,7 @@ from megavlm.planner.flops import training_cost
 from megavlm.train import meters as observers
 from megavlm.train.bad_steps import BadStepRule, StepError
 from megavlm.train.evaluate import held_out_loss
+from megavlm.train.gates import Gates
 from megavlm.train.job import Job
 from megavlm.train.meters import Clock, Meter
 from megavlm.train.metrics import Metrics
@@ -203,6 +204,7 @@ def _meters(job: Job, clock: Clock) -> Sequence[Meter]:
         NamedLosses(job.config.architecture, job.backend.device),
         Throughput(cost, clock),
         SourceLosses(job.train.source_names, job.backend.device),
+        Gates(job.chunks),
     )
 
 
@@ -264,6 +266,10 @@ def evaluate(
             figures["valid_loss"] = loss
             figures |= {f"valid_{name}": value for name, value in named.items()}
             by_source["valid_loss"] = sources
+            if job.config.eval.without_images:
+                own_loss, _, _ = held_out_loss(job, without_images=True)
+                blind = job.groups.from_writer(own_loss, job.backend.device)
+                figures["valid_loss_without_images"] = blind
             if job.chunks[-1].objective.embeds_pairs:
                 figures |= recalls(job)
         if job.tasks:

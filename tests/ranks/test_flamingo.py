@@ -24,13 +24,14 @@ from tests.ranks.layouts import LAYOUTS, LIMIT, Layout, asks_for_all
 from tests.ranks.model_checks import (
     CONTEXT,
     END,
+    answers_of_pack,
     answers_of_transformers,
     assert_equals_transformers,
     assert_pack_equals_samples_alone,
     sizes_of,
 )
 from tests.ranks.pool import Pool
-from tests.ranks.runs import Curve, build, config_for, train_curve, whole_weights
+from tests.ranks.runs import EVERYTHING, Curve, config_for, train_curve, whole_weights
 from tests.ranks.test_cost import counted_by_torch
 from tests.ranks.test_layouts import compare
 
@@ -126,13 +127,25 @@ def alone(ranks: Pool, packs: Path) -> Callable[[int], Curve]:
     )
 
 
+def _apart(curves: list[Curve], expected: Curve) -> dict[str, float]:
+    """Compare without the biases of the keys' norms: softmax does not see them, and their gradients
+    are rounding.
+    """
+
+    def known(curve: Curve) -> Curve:
+        shards = [shard for shard in curve.shards if not shard[0].endswith("key_norm.bias")]
+        return dataclasses.replace(curve, shards=shards)
+
+    return compare([known(curve) for curve in curves], known(expected))
+
+
 @pytest.mark.parametrize("layout", EVERYDAY, ids=str)
 def test_a_layout_trains_like_one_process(
     ranks: Pool, packs: Path, alone: Callable[[int], Curve], layout: Layout
 ) -> None:
     config = _config(_of_layers(layout.layers), packs, **STEPS, **layout.settings)
     curves = ranks.run(train_curve, layout.ranks, config)
-    assert max(compare(curves, alone(layout.layers)).values()) <= LIMIT
+    assert max(_apart(curves, alone(layout.layers)).values()) <= LIMIT
 
 
 @pytest.mark.parametrize("recompute", ["selective", "full"])
@@ -147,13 +160,105 @@ def test_images_go_along_the_pipeline_and_through_what_is_recomputed(
         recompute=recompute,
     )
     curves = ranks.run(train_curve, 4, _config(_of_layers(3), packs, **STEPS, **layout))
-    assert max(compare(curves, alone(3)).values()) <= LIMIT
+    assert max(_apart(curves, alone(3)).values()) <= LIMIT
+
+
+def test_the_cost_is_what_torch_counts(ranks: Pool, tmp_path: Path) -> None:
+    # As many tokens as rows of the padded vocabulary, since padding is computed but does not count;
+    # and every token reads an image, as the planner counts.
+    language = dataclasses.replace(FLAMINGO.language, vocab_size=256)
+    architecture = dataclasses.replace(FLAMINGO, language=language, added_tokens=0)
+    samples = documents(architecture, (1, 2))
+    for sample in samples:
+        place = int(np.flatnonzero(sample.tokens == CONTEXT)[0])
+        sample.tokens[[0, place]] = sample.tokens[[place, 0]]
+        sample.supervised[:] = sample.tokens != CONTEXT
+    length = sum(sample.length for sample in samples)
+    write_packs(tmp_path, [samples], capacity=length, **sizes_of(architecture))
+    mask = ("connector", "language.decoder.layers.*.cross")
+    [(counted, size, keys)] = ranks.run(counted_by_torch, 1, tmp_path, mask, architecture)
+    size["squared_lengths"] *= 2  # torch counts all pairs of tokens
+    assert training_cost(architecture, mask).total(**size) == counted
+    assert {piece.key for piece in pieces(architecture)} - {""} == keys
+
+
+def test_with_closed_gates_it_is_the_language_model_alone(ranks: Pool, tmp_path: Path) -> None:
+    from transformers import IdeficsForVisionText2Text, LlamaConfig, LlamaForCausalLM
+
+    samples = documents(FLAMINGO, (2, 0, 1))
+    write_packs(tmp_path / "packs", [samples], capacity=96, **sizes_of(FLAMINGO))
+    folder = make_idefics(tmp_path / "hf", FLAMINGO, torch.float32, spread=0.1)
+    model = IdeficsForVisionText2Text.from_pretrained(folder)
+    for layer in model.model.gated_cross_attn_layers:
+        layer.alpha_cross_attn.data.zero_()
+        layer.alpha_dense.data.zero_()
+    model.save_pretrained(folder)
+    found = model.state_dict()
+    head = [found["lm_head.weight"], found["lm_head.additional_fc.weight"]]
+    embedding = [
+        found[f"model.embed_tokens.{name}weight"] for name in ("", "additional_embedding.")
+    ]
+    settings = dict(vocab_size=FLAMINGO.language.vocab_size, rms_norm_eps=1e-6)
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    settings |= {name: getattr(model.config, name) for name in names}
+    bare = LlamaForCausalLM(LlamaConfig(**settings)).eval()
+    weights = {name: weight for name, weight in found.items() if name in bare.state_dict()}
+    weights |= {
+        "lm_head.weight": torch.cat(head),
+        "model.embed_tokens.weight": torch.cat(embedding),
+    }
+    bare.load_state_dict(weights)
+    [(logits, _)] = ranks.run(
+        answers_of_pack, 1, _config(FLAMINGO, tmp_path / "packs", head_tokens="all"), folder
+    )
+    start = 0
+    for sample in samples:
+        with torch.no_grad():
+            wanted = bare(torch.from_numpy(sample.tokens.astype(np.int64))[None]).logits[0]
+        mine = logits[start : start + sample.length, : FLAMINGO.language.vocab_size]
+        np.testing.assert_allclose(mine, wanted.numpy(), atol=1e-5)
+        start += sample.length
+
+
+def test_an_image_changes_only_what_stands_behind_it_in_its_sample(
+    ranks: Pool, tmp_path: Path
+) -> None:
+    folder = make_idefics(tmp_path / "hf", FLAMINGO, torch.float32, spread=0.1)
+    samples = documents(FLAMINGO, (2, 3, 1))
+    image = samples[0].images[0]
+    other = dataclasses.replace(
+        samples[1], images=(samples[1].images[0], image, *samples[1].images[2:])
+    )
+    answers = []
+    for name, changed in (("one", samples[1]), ("two", other)):
+        packs = tmp_path / name
+        write_packs(packs, [[samples[0], changed, samples[2]]], capacity=96, **sizes_of(FLAMINGO))
+        config = _config(FLAMINGO, packs, head_tokens="all")
+        [(logits, _)] = ranks.run(answers_of_pack, 1, config, folder)
+        answers.append(logits)
+    differs = np.abs(answers[0] - answers[1]).max(axis=1) > 0
+    start = samples[0].length
+    place = start + int(np.flatnonzero(samples[1].tokens == CONTEXT)[1])
+    assert np.flatnonzero(differs).tolist() == list(range(place, start + samples[1].length))
+
+
+def test_frozen_parts_stay_bit_for_bit_with_weight_decay(ranks: Pool, packs: Path) -> None:
+    settings = dict(weight_decay=0.1, decay="all")
+    fresh, after = (
+        whole_weights(ranks.run(train_curve, 1, _config(FLAMINGO, packs, steps=steps, **settings)))
+        for steps in (0, 3)
+    )
+    changed = {key for key, weight in after.items() if not np.array_equal(weight, fresh[key])}
+    own = ("connector.", "language.added_", "language.decoder.layers.0.cross.")
+    own += ("language.decoder.layers.2.cross.",)
+    assert changed == {key for key in after if key.startswith(own)}
+    assert "language.decoder.layers.0.cross.attention_gate" in changed
 
 
 def test_a_pack_equals_its_samples_alone(ranks: Pool, tmp_path: Path) -> None:
     assert_pack_equals_samples_alone(
         ranks,
-        partial(_config, OPEN),
+        partial(_config, OPEN, trainable=EVERYTHING),
         documents(OPEN, (2, 0, 1, 3)),
         tmp_path,
         capacity=128,

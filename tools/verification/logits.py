@@ -168,11 +168,37 @@ def _compare_pack(
     )
     for start, end, first, last in _samples(batch, architecture.placeholders_per_tile):
         inputs = {"pixel_values": pixels[first:last]} if last > first else {}
+        if architecture.cross_attention.every:
+            inputs = _read_images(batch, pixels, (start, end, first, last))
         if architecture.prefix_lm:
             places = torch.arange(end - start, device=batch.tokens.device)
             inputs["token_type_ids"] = (places >= prefixes[start]).long()[None]
         answer = theirs(input_ids=batch.tokens[None, start:end], **inputs).logits[0].float()
         tally.add(whole[start:end], answer)
+
+
+def _read_images(
+    batch: Batch, pixels: Tensor, sample: tuple[int, int, int, int]
+) -> dict[str, Tensor]:
+    """Return the images of a sample, and which of its tokens reads which, as
+    ``IdeficsForVisionText2Text`` takes them: a sample without images has one that none reads.
+
+    Args:
+        batch: the pack.
+        pixels: of all tiles.
+        sample: first token, end, first tile, end.
+    """
+    start, end, first, last = sample
+    tiles = batch.media.images.repeat_interleave(batch.media.ends.diff())
+    rows = batch.media.rows
+    own = (rows >= start) & (rows < end) & (last > first)
+    shown = range(first, max(last, first + 1)) if first < len(pixels) else range(1)
+    mask = batch.tokens.new_zeros((end - start, len(shown)))
+    mask[rows[own] - start, tiles[own] - first] = 1
+    return {
+        "pixel_values": pixels[None, shown.start : shown.stop],
+        "image_attention_mask": mask[None],
+    }
 
 
 def _refuse_others(found: Checkpoint, hf_folder: Path, packs: Manifest) -> None:

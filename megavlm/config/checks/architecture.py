@@ -71,8 +71,8 @@ def _added_tokens(arch: Architecture) -> Iterator[str]:
         )
     elif arch.added_tokens and not arch.needs.has_vocabulary_head:
         yield (
-            f"{flag}: --architecture.objective {arch.objective} has no head over the vocabulary; use"
-            " 0"
+            f"{flag}: --architecture.objective {arch.objective} has no head over the vocabulary;"
+            " use 0"
         )
 
 

@@ -32,6 +32,8 @@ def evaluation_problems(config: Config) -> Iterator[str]:
             f"--eval.tasks asks for answers, and a model of the objective {objective} gives none;"
             " leave it out"
         )
+    if asked.without_images and not has_loss:
+        yield "--eval.without_images true needs --data.valid, the validation set"
     if asked.only and not (asked.tasks or config.data.valid):
         yield "--eval.only true needs --eval.tasks or --data.valid: there is nothing to measure"
     if asked.only:

@@ -33,6 +33,7 @@ from megavlm.config.schema import (
     Config,
     Data,
     Health,
+    Loss,
     Parallel,
     Training,
 )
@@ -106,6 +107,12 @@ def _loss(config: Config) -> Iterator[str]:
     if arch.objective in OBJECTIVES:
         has_vocabulary = arch.needs.has_vocabulary_head
         yield from loss_problems(config.loss, arch.objective, has_vocabulary=has_vocabulary)
+    if config.loss.is_by_block and arch.added_tokens:
+        changed = [name for name, value in vars(config.loss).items() if value != vars(Loss())[name]]
+        yield (
+            f"--loss.{changed[0]}: computes the head by block, and the rows of"
+            f" --architecture.added_tokens {arch.added_tokens} stand beside it; leave it out"
+        )
 
 
 def layout_problems(config: Config, world_size: int) -> list[str]:

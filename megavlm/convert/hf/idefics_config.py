@@ -20,6 +20,7 @@ from megavlm.convert.hf.json_files import FILE_NAME, IMAGE_PROCESSOR_NAME, write
 from megavlm.convert.hf.preprocessing import Usage
 from megavlm.convert.hf.processor import pixel_settings, write_generation
 from megavlm.convert.weights.families import FAMILIES
+from megavlm.data.text.tokenizer import load_tokenizer
 
 CLASS_NAME = "IdeficsForVisionText2Text"
 MODEL_TYPE = "idefics"
@@ -156,7 +157,11 @@ def write_files(
     """
     ids = write_generation(folder, tokenizer, architecture, usage)
     write_json(folder / FILE_NAME, write(architecture, dtype=dtype, **ids.text))
-    tokenizer_files.write(tokenizer, folder, {"processor_class": _PROCESSOR})
+    words = load_tokenizer(tokenizer)
+    entries = {"processor_class": _PROCESSOR}
+    if words.pad_token is None:  # the processor fills up texts, even one alone
+        entries["pad_token"] = words.unk_token or words.eos_token
+    tokenizer_files.write(tokenizer, folder, entries)
     side = architecture.vision.image_size
     image_processor = {
         "image_processor_type": "IdeficsImageProcessor",

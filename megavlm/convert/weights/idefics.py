@@ -1,5 +1,5 @@
-"""The weights of IDEFICS's language model, as ``IdeficsForVisionText2Text`` names them: a Llama, its
-gated cross-attention, and the rows of added tokens.
+"""The weights of IDEFICS's language model, as ``IdeficsForVisionText2Text`` names them: a Llama,
+its gated cross-attention, and the rows of added tokens.
 
 Shape letters: D hidden size, M hidden size of an MLP, V vocabulary, K added tokens.
 """
@@ -27,8 +27,8 @@ def rows(architecture: Architecture) -> list[Row]:
     added = (architecture.added_tokens, language.hidden_size)
     if architecture.added_tokens:
         embedding = "model.embed_tokens.additional_embedding.weight"
-        found.append(Row("added_embedding", (embedding,), added))
-        found.append(Row("added_head", ("lm_head.additional_fc.weight",), added))
+        found.append(Row("added_embedding.weight", (embedding,), added))
+        found.append(Row("added_head.weight", ("lm_head.additional_fc.weight",), added))
     return found
 
 

@@ -128,17 +128,17 @@ class PackedDataset:
         """
         manifest = self.manifest
         pack = self.reader.read(pack_id, with_images=with_tiles)
-        positions, ends = sample_positions(pack.lengths, manifest.alignment, manifest.capacity)
+        capacity = manifest.capacity
+        positions, ends = sample_positions(pack.lengths, manifest.alignment, capacity)
         own = rank_slice.tokens(ends)
 
         def on_rank(values: np.ndarray, fill: int = 0) -> np.ndarray:
-            return _spread(values, positions, manifest.capacity, fill)[own]
+            return _spread(values, positions, capacity, fill)[own]
 
         labels, weights = map(on_rank, label(pack.tokens, pack.supervised, pack.lengths, reduction))
         draws = drop_path_draws(seed, position, 2 * vision_layers + 2, max(1, pack.tiles))
         chosen = rank_slice.tiles(pack.tiles, tile_multiple)
-        placeholders = self._feature_positions(pack, positions)
-        features = _features_on_rank(placeholders, own, manifest.capacity)
+        features = _features_on_rank(self._feature_positions(pack, positions), own, capacity)
         return Batch.of(
             tokens=on_rank(pack.tokens.astype(np.int64), manifest.pad_token_id),
             labels=labels.astype(np.int64),

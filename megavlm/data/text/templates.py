@@ -2,16 +2,16 @@
 texts become tokens.
 
 All but ``plain``, ``blip2``, ``blip2_pairs``, ``paligemma``, ``clip``, ``siglip`` and those that
-begin with ``llava`` or ``flamingo`` are InternVL's. The last are LLaVA's (Liu et al., arXiv 2304.08485 and
-2310.03744), with its image tokens: ``llava_plain`` is what LLaVA pretrains its connector with
-(images and answers, nothing else), ``llava_v1`` its conversations, ``llava_chatml`` the same for
+begin with ``llava`` or ``flamingo`` are InternVL's. Those of ``llava`` are LLaVA's (Liu et al.,
+arXiv 2304.08485 and 2310.03744), with its image tokens: ``llava_plain`` is what LLaVA pretrains its
+connector with (images and answers), ``llava_v1`` its conversations, ``llava_chatml`` the same for
 language models that end an answer with ``<|im_end|>``. ``blip2`` is a caption behind its image, as
 BLIP-2 (arXiv 2301.12597) reads it: the image stands before the token that begins a text.
 ``flamingo`` is an image, a question and its answer, several in turn, and ``flamingo_plain`` an
 image and its text, with the image tokens of IDEFICS (Flamingo, arXiv 2204.14198, and arXiv
-2306.16527). ``blip2_pairs``, ``clip`` and ``siglip`` are pairs of an image and its text, as those models read
-texts to contrast them. ``paligemma`` is PaliGemma's (Beyer et al., arXiv 2407.07726): images, one
-question, a line break and its answer, without roles.
+2306.16527). ``blip2_pairs``, ``clip`` and ``siglip`` are pairs of an image and its text, as those
+models read texts to contrast them. ``paligemma`` is PaliGemma's (Beyer et al., arXiv 2407.07726):
+images, one question, a line break and its answer, without roles.
 """
 
 from __future__ import annotations
