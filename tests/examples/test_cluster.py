@@ -144,6 +144,7 @@ STARTS = {
     ("paligemma", "2"): "stage1",
     ("paligemma", "2.5"): "stage2",
     ("paligemma", "3"): "stage2",
+    ("flamingo", "1"): None,
 }
 
 
