@@ -23,11 +23,11 @@ class Gates(Meter):
 
     def __init__(self, chunks: Sequence[VisionLanguageModel]) -> None:
         self.gates = {
-            f"{block.layer_number - 1}.{name}": getattr(block, f"{name}_gate")
+            f"{block.layer_number - 1}.{name}": gate
             for chunk in chunks
             for block in chunk.modules()
             if isinstance(block, GatedCrossAttention)
-            for name in ("attention", "mlp")
+            for name, gate in (("attention", block.attention_gate), ("mlp", block.mlp_gate))
         }
         self.has_any = bool(chunks[0].architecture.cross_attention.every)
 

@@ -52,6 +52,19 @@ inputs = processor(images=image, text="{prompt}", return_tensors="pt").to(model.
 answer = model.generate(**inputs, max_new_tokens=100)[0, inputs["input_ids"].shape[1] :]
 print(processor.decode(answer, skip_special_tokens=True))
 ```"""
+_READING = """```python
+from PIL import Image
+from transformers import AutoProcessor, IdeficsForVisionText2Text
+
+folder = "."  # this folder, or the repository's name
+processor = AutoProcessor.from_pretrained(folder)
+model = IdeficsForVisionText2Text.from_pretrained(folder, dtype="auto")
+image = Image.open("picture.jpg").convert("RGB")
+prompt = [image, "What is it? Answer:"]  # images and texts in turn
+inputs = processor(text=[prompt], return_tensors="pt").to(model.dtype)
+answer = model.generate(**inputs, max_new_tokens=100)[0, inputs["input_ids"].shape[1] :]
+print(processor.decode(answer, skip_special_tokens=True))
+```"""
 _COMPARING = """```python
 from PIL import Image
 from transformers import {kind}, AutoProcessor
@@ -99,4 +112,5 @@ EXAMPLES: dict[Dialect, Example] = {
         ", use_image_text_matching_head=True).logits_per_image.softmax(dim=1)[:, 1]",
         image="[image, image]",
     ),
+    "idefics": Example(text=_READING),
 }

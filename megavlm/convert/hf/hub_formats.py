@@ -164,7 +164,6 @@ HUB_FORMATS: dict[Dialect, HubFormat] = {
         read_usage=idefics_config.read_usage,
         write_files=idefics_config.write_files,
         name_on_disk=str,
-        has_card=False,
     ),
 }
 

@@ -41,7 +41,14 @@ class Prefixes:
         return cls(**_as_tensors(values))
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Prefixes) and _are_equal(self, other)
+        if not isinstance(other, Prefixes):
+            return NotImplemented
+        return (
+            torch.equal(self.inside, other.inside)
+            and torch.equal(self.outside, other.outside)
+            and torch.equal(self.ends, other.ends)
+            and (self.longest, self.longest_rest) == (other.longest, other.longest_rest)
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -70,7 +77,14 @@ class Media:
         return cls(**_as_tensors(values))
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Media) and _are_equal(self, other)
+        if not isinstance(other, Media):
+            return NotImplemented
+        return (
+            torch.equal(self.rows, other.rows)
+            and torch.equal(self.ends, other.ends)
+            and torch.equal(self.images, other.images)
+            and (self.longest, self.is_real) == (other.longest, other.is_real)
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -158,17 +172,6 @@ def _as_tensors(values: dict[str, Any]) -> dict[str, Any]:
         name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value
         for name, value in values.items()
     }
-
-
-def _are_equal(one: Any, other: Any) -> bool:
-    """Whether two dataclasses of a class have equal fields, tensors among them."""
-    pairs = [
-        (getattr(one, entry.name), getattr(other, entry.name)) for entry in dataclasses.fields(one)
-    ]
-    return all(
-        torch.equal(mine, theirs) if isinstance(mine, torch.Tensor) else mine == theirs
-        for mine, theirs in pairs
-    )
 
 
 def _changed(part: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:

@@ -17,8 +17,8 @@ from megavlm.data.images.augment import draw
 from megavlm.data.images.decode import decode_tiles
 from megavlm.data.images.tiling import pad_colour
 from megavlm.data.images.transforms import decode_changed
-from megavlm.data.loading.batch import Batch, Media
-from megavlm.data.loading.media import find_media, images_read
+from megavlm.data.loading.batch import Batch
+from megavlm.data.loading.media import find_media
 from megavlm.data.loading.prefixes import find_prefixes
 from megavlm.data.loading.rank_slice import WHOLE_PACK, RankSlice
 from megavlm.data.store.manifest import Manifest
@@ -115,10 +115,9 @@ class PackedDataset:
 
         Args:
             pack_id: the pack.
-            position: its index in the run's order; with ``seed`` it fixes the drop path draws.
+            position, seed: its index in the run's order, and the run's seed: they fix all draws.
             reduction: how a sample's supervised tokens are weighed: token, sample or square.
             vision_layers: layers of the vision encoder that need draws.
-            seed: the run's; with the position it also fixes the random changes of images.
             with_tiles: whether to decode the images.
             tile_multiple: of the number of a rank's tiles, filled up with black ones.
             rank_slice: which tiles and tokens are this rank's.
@@ -148,7 +147,7 @@ class PackedDataset:
             sample_ends=ends,
             longest_sample=int(np.diff(ends).max()),
             prefixes=find_prefixes(pack.supervised, positions, ends),
-            media=self._media(pack, positions, own),
+            media=find_media(pack, manifest, positions, own),
             tiles=self._tiles(pack, chosen if with_tiles else range(0), seed, position),
             feature_positions=features[0],
             feature_numbers=features[1],
@@ -198,16 +197,6 @@ class PackedDataset:
                 " again"
             )
         return placeholders
-
-    def _media(self, pack: Pack, positions: np.ndarray, own: np.ndarray) -> Media | None:
-        """Return which of a rank's tokens read which image, if an image has one placeholder."""
-        manifest = self.manifest
-        if manifest.features_per_tile != 1:
-            return None
-        read = images_read(
-            pack.tokens, pack.lengths, manifest.context_token_id, manifest.end_token_id
-        )
-        return find_media(read, positions, own, manifest.capacity)
 
     def _tiles(self, pack: Pack, chosen: range, seed: int, position: int) -> np.ndarray:
         """Decode the chosen tiles of the pack, uint8 [I, 3, S, S], black for indices beyond its

@@ -7,6 +7,8 @@ from __future__ import annotations
 import numpy as np
 
 from megavlm.data.loading.batch import Media
+from megavlm.data.store.manifest import Manifest
+from megavlm.data.store.reader import Pack
 
 
 def images_read(
@@ -36,7 +38,19 @@ def images_read(
     return np.where(reads, np.cumsum(is_image) - 1, -1)
 
 
-def find_media(read: np.ndarray, positions: np.ndarray, own: np.ndarray, capacity: int) -> Media:
+def find_media(
+    pack: Pack, manifest: Manifest, positions: np.ndarray, own: np.ndarray
+) -> Media | None:
+    """Find which of a rank's tokens read which image of a pack; none unless an image has one
+    placeholder token. ``positions`` and ``own`` as for ``sort_by_image``.
+    """
+    if manifest.features_per_tile != 1:
+        return None
+    read = images_read(pack.tokens, pack.lengths, manifest.context_token_id, manifest.end_token_id)
+    return sort_by_image(read, positions, own, manifest.capacity)
+
+
+def sort_by_image(read: np.ndarray, positions: np.ndarray, own: np.ndarray, capacity: int) -> Media:
     """Sort a rank's tokens by the image that they read.
 
     Args:

@@ -18,6 +18,7 @@ from megavlm.convert.weights.tables import rows
 from megavlm.data.records.record import Turn
 from megavlm.data.text.chat_tokens import ChatTemplate
 from megavlm.data.text.tokenizer import AROUND_IMAGE, add_special_tokens, load_tokenizer
+from tests.convert.card import run_example
 from tests.convert.idefics_models import FLAMINGO, KINDS, make_idefics
 from tests.convert.models import load_all
 
@@ -49,7 +50,10 @@ def test_import_then_export_is_bit_identical(tmp_path: Path, words: Path, kind: 
 
 
 def test_transformers_loads_an_export_and_its_processor_makes_the_tokens_of_training(
-    tmp_path: Path, words: Path
+    tmp_path: Path,
+    words: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
 ) -> None:
     source = make_idefics(tmp_path / "hf")
     start = convert.import_(source, tmp_path / "start", tokenizer=words)
@@ -73,6 +77,7 @@ def test_transformers_loads_an_export_and_its_processor_makes_the_tokens_of_trai
     assert template.count([*turns, Turn(role="gpt", text="dogs")], [1, 1, 1]) > len(found)
     made = model.generate(**inputs, max_new_tokens=3, do_sample=False)
     assert made.shape[1] == len(found) + 3
+    assert run_example(out, monkeypatch, capsys)
 
 
 def test_images_are_never_learned_and_documents_end(words: Path) -> None:

@@ -12,7 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers.models.idefics import processing_idefics
 
 from megavlm.data.loading.dataset import sample_positions
-from megavlm.data.loading.media import find_media, images_read
+from megavlm.data.loading.media import images_read, sort_by_image
 from megavlm.data.loading.rank_slice import RankSlice
 from megavlm.model.attention import PackedAttention, PackedSamples
 
@@ -79,7 +79,7 @@ def test_segments_attend_as_a_dense_mask_says_on_any_number_of_ranks() -> None:
         expected[seen < 0] = 0
         for rank in range(ranks):
             own = RankSlice(context_rank=rank, context_ranks=ranks).tokens(ends)
-            media = find_media(read, positions, own, capacity)
+            media = sort_by_image(read, positions, own, capacity)
             mine = query[own]
             found = torch.zeros(len(own), 8)
             if media.is_real:
