@@ -124,14 +124,16 @@ class Vision:
 class Language:
     """The language model: RMSNorm, rotary positions, grouped-query attention, gated MLP; or the
     text encoder of a CLIP or SigLIP, or an OPT: LayerNorm, learned positions, biases, a plain MLP.
+    The MLP may be a mixture of experts (Shazeer et al., arXiv 1701.06538), as in Qwen3-MoE.
 
     Args:
         family: weight naming of Hugging Face's files, such as qwen2, qwen3, internlm2, internlm3,
-            llama, mistral, gemma or persimmon; clip_text and siglip_text are text encoders, the
-            latter without a causal mask.
+            llama, mistral, gemma, persimmon or qwen3_moe; clip_text and siglip_text are text
+            encoders, the latter without a causal mask.
         num_layers: transformer layers; 0: there is no language model, as some objectives ask.
         hidden_size: width of the model.
-        ffn_hidden_size: width inside the gated MLP of a layer.
+        ffn_hidden_size: width inside the gated MLP of a layer; with experts it has no effect, and
+            is only written to exported checkpoints.
         num_attention_heads: query heads.
         num_query_groups: key and value heads (grouped-query attention).
         kv_channels: width of a head; 0: hidden_size / num_attention_heads.
@@ -154,6 +156,12 @@ class Language:
         zero_centered_norm: whether a norm multiplies by 1 plus its weight (Gemma).
         scaled_embedding: whether token embeddings are multiplied by the square root of hidden_size,
             rounded to the model's dtype (Gemma).
+        num_experts: gated MLPs (experts) in the place of the one MLP of each layer; 0: none.
+        experts_per_token: experts that a router chooses for each token, those of the largest
+            probabilities (top-k); none is dropped.
+        expert_ffn_hidden_size: width inside an expert.
+        norm_topk_prob: whether the chosen experts' outputs are weighed by their probabilities
+            divided by the sum of these; else by the probabilities among all experts.
     """
 
     family: str = "qwen2"
@@ -177,6 +185,10 @@ class Language:
     ] = "swiglu"
     zero_centered_norm: bool = False
     scaled_embedding: bool = False
+    num_experts: int = 0
+    experts_per_token: int = 0
+    expert_ffn_hidden_size: int = 0
+    norm_topk_prob: bool = True
 
     @property
     def is_gated(self) -> bool:

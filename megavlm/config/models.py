@@ -1,7 +1,7 @@
 """The table of models, which ``--model`` picks from.
 
 They are InternVL 2.5 (arXiv 2412.05271), 3 (arXiv 2504.10479) and 3.5 (arXiv 2508.18265), but for
-those with experts.
+the one of 20B with GPT-OSS: its attention has sinks and windows, which no layer here computes.
 """
 
 from __future__ import annotations
@@ -75,6 +75,20 @@ def _qwen3(*sizes: int, kv_channels: int = 0, tied_head: bool = False) -> Langua
         qk_norm=True,
     )
     return _language(*sizes, kv_channels=kv_channels, tied_head=tied_head, **facts)
+
+
+def _qwen3_moe(*sizes: int, expert_ffn_hidden_size: int) -> Language:
+    """Make a language model with 128 experts, of which each token takes 8. The third size has no
+    effect.
+    """
+    language = _qwen3(*sizes, kv_channels=128)
+    return replace(
+        language,
+        family="qwen3_moe",
+        num_experts=128,
+        experts_per_token=8,
+        expert_ffn_hidden_size=expert_ffn_hidden_size,
+    )
 
 
 # Learns to read a few shapes and colours within minutes on a laptop; for trying things out and for
@@ -174,6 +188,14 @@ MODELS: dict[str, Architecture] = {
     ),
     "internvl3_5-38b": Architecture(
         vision=_INTERNVIT_6B, language=_qwen3(64, 5120, 25600, 64, 8, kv_channels=128)
+    ),
+    "internvl3_5-30b-a3b": Architecture(
+        vision=_INTERNVIT_300M,
+        language=_qwen3_moe(48, 2048, 6144, 32, 4, expert_ffn_hidden_size=768),
+    ),
+    "internvl3_5-241b-a28b": Architecture(
+        vision=_INTERNVIT_6B,
+        language=_qwen3_moe(94, 4096, 12288, 64, 4, expert_ffn_hidden_size=1536),
     ),
     "digits": _DIGITS,
 }

@@ -17,6 +17,7 @@ from megavlm.config.architecture import Language as Language
 from megavlm.config.architecture import Vision as Vision
 from megavlm.config.connectors import Connector as Connector
 from megavlm.config.evaluation import Eval as Eval
+from megavlm.config.experts import Experts as Experts
 from megavlm.config.fp8 import Fp8 as Fp8
 from megavlm.config.image_text import ImageText as ImageText
 from megavlm.config.long_runs import BadSteps as BadSteps
@@ -112,6 +113,9 @@ class Parallel:
         context_parallel_size: context-parallel ranks, which split the tokens of each sample and the
             tiles of each pack. Samples must be packed with an alignment of twice this number
             (``tools/pack_dataset.py --alignment``).
+        expert_model_parallel_size: expert-parallel ranks, which split the experts of each layer
+            and send each other tokens. They are not further ranks, but data-parallel,
+            context-parallel and tensor-parallel ones; each expert is whole on its rank.
         sequence_parallel: split the language model's activations between layers over the
             tensor-parallel ranks (less activation memory).
         layout: layers of each model chunk. auto: stage boundaries that minimise the cost of the
@@ -139,6 +143,7 @@ class Parallel:
     pipeline_model_parallel_size: int = 1
     virtual_pipeline_model_parallel_size: int = 1
     context_parallel_size: int = 1
+    expert_model_parallel_size: int = 1
     sequence_parallel: bool = False
     layout: str = "auto"
     vision: Literal["tensor", "data"] = "tensor"
@@ -346,6 +351,7 @@ class Config:
         training: length, batch size, precision and freeze mask.
         fp8: FP8 matrix products.
         loss: loss over the vocabulary.
+        experts: balance of experts, and how tokens get to them.
         bad_steps: steps whose gradient or loss goes wrong.
         checkpoint: saving and loading.
         logging: console, files and trackers.
@@ -365,6 +371,7 @@ class Config:
     training: Training = field(default_factory=Training)
     fp8: Fp8 = field(default_factory=Fp8)
     loss: Loss = field(default_factory=Loss)
+    experts: Experts = field(default_factory=Experts)
     bad_steps: BadSteps = field(default_factory=BadSteps)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     logging: Logging = field(default_factory=Logging)

@@ -287,10 +287,12 @@ def write_shards(tensors: Tensors, folder: Path, done: Done = ignore) -> None:
 
 
 def _stateful_modules(keys: Iterable[str]) -> set[str]:
-    """Modules that may want more than tensors back: linear layers and, with Transformer Engine,
-    attention.
+    """Modules that may want more than tensors back: linear layers, those of experts excepted, and,
+    with Transformer Engine, attention.
     """
-    linear = {key.rpartition(".")[0] for key in keys if ".linear_" in key}
+    linear = {
+        key.rpartition(".")[0] for key in keys if ".linear_" in key and ".mlp.experts." not in key
+    }
     return linear | {
         name.replace(".linear_qkv", ".core_attention")
         for name in linear

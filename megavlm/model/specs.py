@@ -24,6 +24,7 @@ from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubm
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
@@ -33,6 +34,7 @@ from torch.distributed import ProcessGroup
 from megavlm.config.schema import Architecture, Config, Vision
 from megavlm.model.attention import PackedAttention, TileAttention, attend_with_prefixes
 from megavlm.model.cross_attention import CrossModules, GatedCrossAttention, GatedLayer
+from megavlm.model.experts import PackRouter, grouped_experts, sequential_experts
 from megavlm.model.norm import Norm
 from megavlm.model.precision import uses_transformer_engine
 from megavlm.model.vision_attention import VisionAttention
@@ -52,6 +54,7 @@ class Kernels:
         row_linear: linear layer with its input split, its output summed.
         tile_attention: attention inside the tiles.
         packed_attention: attention, causal or not, inside the samples of a pack.
+        experts: the experts of a layer that this rank holds.
         is_fused: whether megatron-core's fused kernels turn queries and keys, gate the MLP and add
             residuals.
         pointwise: makes one kernel of a function that works element by element.
@@ -68,6 +71,7 @@ class Kernels:
     row_linear: type
     tile_attention: type
     packed_attention: type
+    experts: type
     is_fused: bool
     pointwise: Callable[[Callable[..., Tensor]], Callable[..., Tensor]]
     checkpoint: Callable
@@ -84,6 +88,9 @@ def local_kernels() -> Kernels:
         row_linear=RowParallelLinear,
         tile_attention=TileAttention,
         packed_attention=PackedAttention,
+        experts=sequential_experts(
+            MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+        ),
         is_fused=False,
         pointwise=lambda function: function,
         checkpoint=lambda function, group, *tensors: tensor_parallel.checkpoint(
@@ -98,6 +105,7 @@ def local_kernels() -> Kernels:
 def transformer_engine_kernels() -> Kernels:
     """Return Transformer Engine's layers, which need a CUDA device to run."""
     from megatron.core.extensions import transformer_engine as engine
+    from megatron.core.transformer.moe.experts import TEGroupedMLP
 
     def cross_entropy(logits: Tensor, labels: Tensor, group: ProcessGroup) -> Tensor:
         # What must be fit for CUDA graphs does not look at the gradient's value, which would make
@@ -117,6 +125,13 @@ def transformer_engine_kernels() -> Kernels:
         row_linear=_accumulating(engine.TERowParallelLinear),
         tile_attention=engine.TEDotProductAttention,
         packed_attention=of_packs(engine.TEDotProductAttention),
+        experts=grouped_experts(
+            TEGroupedMLP,
+            MLPSubmodules(
+                linear_fc1=_accumulating(engine.TEColumnParallelGroupedLinear),
+                linear_fc2=_accumulating(engine.TERowParallelGroupedLinear),
+            ),
+        ),
         is_fused=True,
         pointwise=_compiled,
         checkpoint=checkpoint,
@@ -254,6 +269,24 @@ def _layers(
     return [ModuleSpec(module=module, params=params, submodules=submodules)] * count
 
 
+def _with_experts(layers: list[ModuleSpec], chosen: Kernels) -> list[ModuleSpec]:
+    """Put experts in the place of the MLPs; a norm of its own stands before router and experts."""
+    experts = MoESubmodules(experts=chosen.experts, router=PackRouter)
+    keys = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+    return [
+        replace(
+            layer,
+            submodules=replace(
+                layer.submodules,
+                pre_mlp_layernorm=chosen.norm,
+                mlp=ModuleSpec(module=MoELayer, submodules=experts),
+                sharded_state_dict_keys_map=keys,
+            ),
+        )
+        for layer in layers
+    ]
+
+
 def vision_spec(count: int, vision: Vision, chosen: Kernels) -> TransformerBlockSubmodules:
     """Describe ``count`` consecutive layers of the vision encoder, without a norm after the
     last.
@@ -288,10 +321,10 @@ def language_spec(
     gated = plain
     if crosses.every:
         [gated] = _layers(GatedLayer, attention, 1, chosen, cross=_cross(architecture, chosen))
-    return TransformerBlockSubmodules(
-        layer_specs=[gated if crosses.stands_before(layer) else plain for layer in layers],
-        layer_norm=chosen.norm,
-    )
+    found = [gated if crosses.stands_before(layer) else plain for layer in layers]
+    if language.num_experts:
+        found = _with_experts(found, chosen)
+    return TransformerBlockSubmodules(layer_specs=found, layer_norm=chosen.norm)
 
 
 def _cross(architecture: Architecture, chosen: Kernels) -> Callable:

@@ -148,6 +148,31 @@ def connector_config(config: Config, chosen: Kernels) -> TransformerConfig:
     )
 
 
+def _expert_settings(config: Config, chosen: Kernels) -> dict[str, Any]:
+    """Configure the experts of a language model; nothing if it has none."""
+    language = config.architecture.language
+    if not language.num_experts:
+        return {}
+    packs = config.training.global_batch_size
+    settings: dict[str, Any] = dict(
+        num_moe_experts=language.num_experts,
+        moe_router_topk=language.experts_per_token,
+        moe_ffn_hidden_size=language.expert_ffn_hidden_size,
+        moe_router_pre_softmax=not language.norm_topk_prob,
+        moe_router_dtype="fp32",
+        # ``PackRouter`` adds the losses of one pack: its share of the mean over a step's packs.
+        moe_aux_loss_coeff=config.experts.balance_loss / packs,
+        moe_z_loss_coeff=config.experts.router_z_loss / packs,
+        moe_token_dispatcher_type=config.experts.dispatcher,
+        moe_grouped_gemm=chosen.is_fused,
+        expert_model_parallel_size=config.parallel.expert_model_parallel_size,
+        expert_tensor_parallel_size=1,
+    )
+    if config.parallel.recompute_of("language") == "selective":
+        settings["recompute_modules"] = ["moe"]
+    return settings
+
+
 def language_config(config: Config, layout: Layout, chosen: Kernels) -> TransformerConfig:
     """Configure the language model: RMSNorm, rotary positions, grouped-query attention, a gated
     MLP; or a text encoder or an OPT.
@@ -183,5 +208,6 @@ def language_config(config: Config, layout: Layout, chosen: Kernels) -> Transfor
             parallel.tensor_model_parallel_size,
             parallel.recompute_of("language"),
         )
-        | {"bias_activation_fusion": fuses_gate},
+        | {"bias_activation_fusion": fuses_gate}
+        | _expert_settings(config, chosen),
     )

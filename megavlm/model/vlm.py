@@ -185,6 +185,7 @@ class VisionLanguageModel(MegatronModule):
             if (
                 isinstance(layer, TransformerLayer)
                 and layer.config.recompute_granularity == "selective"
+                and not layer.is_moe_layer
             ):
                 layer.recompute_mlp = mode
         return self
@@ -264,6 +265,7 @@ class VisionLanguageModel(MegatronModule):
             # Transformer Engine cuts samples at the ends with padding. There is none between ours:
             # what aligns a sample is part of it.
             packed.cu_seqlens_q_padded = packed.cu_seqlens_kv_padded = ends
+        padding = self._padding(batch) if self.architecture.language.num_experts else {}
         has_head = self.architecture.needs.has_vocabulary_head
         chooses = self.chooses_loss_positions if with_loss else chosen
         self.language.loss_positions = batch.loss_positions if chooses else None
@@ -274,9 +276,17 @@ class VisionLanguageModel(MegatronModule):
             decoder_input=hidden,
             labels=batch.labels[None] if with_loss and has_head else None,
             packed_seq_params=packed,
+            **padding,
             extra_block_kwargs=None if memory is None else {"context": memory},
         )
         if self.post_process:
             return self.objective(output, riding, batch)
         behind = [rows for rows in (riding, received) if rows is not None]
         return torch.cat([output, *behind]) if behind else output
+
+    def _padding(self, batch: Batch) -> dict[str, Tensor]:
+        """Return what tells routers which of this rank's tokens are padding [1, T]."""
+        mask = batch.is_padding
+        if self.config.sequence_parallel:
+            mask = mask.chunk(self.groups.tensor_size)[self.groups.tensor_rank]
+        return {"padding_mask": mask[None]}

@@ -2,8 +2,9 @@
 
 megatron-core asks ``torch.cuda`` for the current device, for streams and for random states wherever
 it runs. On a machine without a CUDA device ``install`` answers those questions for the CPU. Nothing
-of megatron-core is replaced but its optimizer class (see ``parallel/adamw``) and two functions that
-read CUDA's random state; all of its parallelism runs as it is.
+of megatron-core is replaced but its optimizer class (see ``parallel/adamw``), two functions that
+read CUDA's random state, and one that moves counts of tokens to the host; all of its parallelism
+runs as it is.
 """
 
 from __future__ import annotations
@@ -40,6 +41,10 @@ class _NoStream:
 
     def __init__(self, *args, **kwargs):
         pass
+
+    def record_event(self, *args, **kwargs) -> _NoStream:
+        """Return an event that has happened."""
+        return _NoStream()
 
     def __getattr__(self, name: str) -> Callable:
         return lambda *args, **kwargs: None
@@ -117,13 +122,24 @@ def _replace_random_states(random: ModuleType) -> None:
     )
 
 
+def _replace_moves_to_the_host(dispatcher: ModuleType) -> None:
+    """Give the token dispatcher of experts the numbers of tokens as numpy's numbers, which it does
+    for tensors of a GPU only, and which ``all_to_all_single`` asks for.
+    """
+    dispatcher.maybe_move_tensor_to_cpu = lambda tensor, as_numpy=False, record_stream=False: (
+        tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
+    )
+
+
 @functools.cache
 def install() -> None:
     """Put the stand-ins in place, once in a process, before megatron-core builds anything."""
     _replace_cuda_questions()
 
     import megatron.core.tensor_parallel.random as random
+    import megatron.core.transformer.moe.token_dispatcher as dispatcher
 
     _replace_factories()
+    _replace_moves_to_the_host(dispatcher)
     _replace_random_states(random)
     adamw.install()

@@ -69,7 +69,13 @@ class Groups:
         includes the context-parallel ranks.
         """
         of = self.collection
-        return {"tensor": of.tp, "context": of.cp, "pipeline": of.pp, "data": of.dp_cp}
+        return {
+            "tensor": of.tp,
+            "context": of.cp,
+            "pipeline": of.pp,
+            "expert": of.ep,
+            "data": of.dp_cp,
+        }
 
     def sum_over_data(self, values: torch.Tensor) -> torch.Tensor:
         """Sum ``values`` in place over data-parallel replicas and context-parallel ranks."""
@@ -111,6 +117,8 @@ def create(parallel: Parallel, seed: int, embedding_chunk: int = 0) -> Groups:
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
         context_parallel_size=parallel.context_parallel_size,
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
+        expert_tensor_parallel_size=1,
         distributed_timeout_minutes=parallel.timeout_minutes,
         get_embedding_ranks=embedding_ranks,
     )

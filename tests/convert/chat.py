@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megavlm.config.schema import Architecture
+from megavlm.config.schema import Architecture, Language
 from tests.convert.models import load_all
 
 _VISION = (
@@ -108,6 +108,7 @@ def _language_settings(architecture: Architecture) -> dict:
     classes = {
         "qwen2": "Qwen2",
         "qwen3": "Qwen3",
+        "qwen3_moe": "Qwen3Moe",
         "llama": "Llama",
         "internlm2": "InternLM2",
         "internlm3": "InternLM3",
@@ -135,6 +136,20 @@ def _language_settings(architecture: Architecture) -> dict:
         "vocab_size": language.vocab_size,
         **({"head_dim": language.head_size} if language.kv_channels else {}),
         **({"bias": False} if language.family == "internlm2" else {}),
+        **(_expert_settings(language) if language.num_experts else {}),
+    }
+
+
+def _expert_settings(language: Language) -> dict:
+    return {
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "moe_intermediate_size": language.expert_ffn_hidden_size,
+        "norm_topk_prob": language.norm_topk_prob,
+        "num_experts": language.num_experts,
+        "num_experts_per_tok": language.experts_per_token,
+        "output_router_logits": False,
+        "router_aux_loss_coef": 0.001,
     }
 
 

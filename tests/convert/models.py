@@ -46,6 +46,14 @@ def language(**settings) -> Architecture:
     return replace(SMALL, language=replace(SMALL.language, **settings))
 
 
+EXPERTS = dict(
+    family="qwen3_moe",
+    qkv_bias=False,
+    qk_norm=True,
+    num_experts=5,
+    experts_per_token=3,
+    expert_ffn_hidden_size=20,  # transformers' kernel takes multiples of 4
+)
 # One of each kind that the tables know: vision encoders, families, tied and untied heads.
 KINDS = {
     "qwen2": SMALL,
@@ -64,6 +72,8 @@ KINDS = {
     "qwen3 tied": language(
         family="qwen3", qkv_bias=False, qk_norm=True, tied_head=True, num_query_groups=3
     ),
+    "qwen3_moe": language(**EXPERTS, kv_channels=10),
+    "qwen3_moe tied": language(**EXPERTS | dict(norm_topk_prob=False), tied_head=True),
     "llama": language(family="llama", qkv_bias=False, rotary_dynamic_factor=2.0),
     "mistral": language(family="mistral", qkv_bias=False, kv_channels=6),
     "internlm2": language(family="internlm2", qkv_bias=False, rotary_dynamic_factor=3.0),

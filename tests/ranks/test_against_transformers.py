@@ -13,7 +13,7 @@ import torch
 
 from megavlm.config.schema import Architecture, Config
 from tests.convert.chat import make_chat
-from tests.convert.models import GEMMA, PERSIMMON
+from tests.convert.models import EXPERTS, GEMMA, PERSIMMON
 from tests.data.samples import make_dataset
 from tests.ranks.model_checks import answers_of_transformers, assert_equals_transformers
 from tests.ranks.pool import Pool
@@ -59,9 +59,14 @@ MODELS = {
     ),
     "persimmon": _model(**PERSIMMON, num_query_groups=4, vocab_size=193),
     "internlm3": _model(family="internlm3", qkv_bias=False, kv_channels=14, num_query_groups=1),
+    "qwen3_moe": _model(**EXPERTS, kv_channels=10, num_query_groups=1),
+    "qwen3_moe tied": _model(
+        **EXPERTS | dict(experts_per_token=1, norm_topk_prob=False), tied_head=True, vocab_size=211
+    ),
 }
 # Read in the format of OpenGVLab; the others in that of transformers.
 CHAT = ("qwen2 tied, three vision heads", "qwen3, InternViT-6B", "internlm2", "internlm3")
+CHAT += ("qwen3_moe tied",)
 
 
 def random_model(architecture: Architecture, context_token_id: int, folder: Path) -> None:

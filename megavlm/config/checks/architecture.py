@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from megavlm.config import cross_attention
 from megavlm.config.architecture import GATED
+from megavlm.config.checks.experts import expert_size_problems
 from megavlm.config.checks.limits import at_least
 from megavlm.config.schema import NO_LANGUAGE, Architecture
 
@@ -30,6 +31,7 @@ def architecture_problems(arch: Architecture) -> list[str]:
         ),
         *at_least(0, "architecture.language", language, "kv_channels"),
         *at_least(1, "architecture.language", language, "rotary_dynamic_factor"),
+        *expert_size_problems(language),
     ]
     found += _connector(arch)
     if not found:

@@ -34,7 +34,8 @@ _BY_SECTION: dict[str, dict[Kind, str]] = {
     },
     "parallel.": {
         "taken": "tensor_model_parallel_size pipeline_model_parallel_size"
-        " virtual_pipeline_model_parallel_size context_parallel_size sequence_parallel layout"
+        " virtual_pipeline_model_parallel_size context_parallel_size"
+        " expert_model_parallel_size sequence_parallel layout"
         " vision recompute recompute_parts",
         "free": "overlap_grad_reduce overlap_param_gather bucket_size timeout_minutes",
     },
@@ -54,6 +55,7 @@ _BY_SECTION: dict[str, dict[Kind, str]] = {
         "free": "max_hours",
     },
     "loss.": {"taken": "vocabulary_block label_smoothing z_loss"},
+    "experts.": {"taken": "balance_loss router_z_loss dispatcher"},
     "bad_steps.": {"taken": "skip spike_factor spike_action window most_in_a_row most"},
     "profile.": {"free": "folder first_step step_count ranks memory memory_snapshot"},
     "fp8.": {"taken": "vision language format first_bf16_layers last_bf16_layers"},

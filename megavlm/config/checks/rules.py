@@ -13,6 +13,7 @@ from megavlm.config.checks.datasets import DatasetFacts, facts_problems
 from megavlm.config.checks.device import DeviceCapabilities, device_problems
 from megavlm.config.checks.drop_path import drop_path_problems
 from megavlm.config.checks.evaluation import evaluation_problems
+from megavlm.config.checks.experts import expert_layout_problems, expert_problems
 from megavlm.config.checks.fp8 import fp8_problems
 from megavlm.config.checks.limits import at_least
 from megavlm.config.checks.long_runs import bad_steps_problems, profile_problems
@@ -87,6 +88,7 @@ def problems(config: Config, world_size: int) -> list[str]:
         *_kernels(config.training),
         *fp8_problems(config.fp8, config),
         *_loss(config),
+        *expert_problems(config),
         *dropout_problems(config.architecture.lora, config.parallel),
         *bad_steps_problems(config.bad_steps),
         *profile_problems(config.profile, config.training.steps, world_size),
@@ -122,6 +124,7 @@ def layout_problems(config: Config, world_size: int) -> list[str]:
         *_prefixes(config.parallel, config.architecture),
         *_pipeline(config.parallel, config.architecture),
         *objective_layout_problems(config.parallel, config.architecture),
+        *expert_layout_problems(config, world_size),
         *_world(config, world_size),
     ]
 
@@ -150,8 +153,9 @@ def _tensor_parallel(parallel: Parallel, arch: Architecture) -> Iterator[str]:
     in_language = {
         "language.num_attention_heads": language.num_attention_heads,
         "language.hidden_size": language.hidden_size,
-        "language.ffn_hidden_size": language.ffn_hidden_size,
     }
+    if not language.num_experts:  # an expert is whole on its rank
+        in_language["language.ffn_hidden_size"] = language.ffn_hidden_size
     shared = in_vision | (in_language if language.exists else {})
     if min(shared.values(), default=1) < 1 or language.num_query_groups < 1:
         return

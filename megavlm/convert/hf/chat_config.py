@@ -29,6 +29,7 @@ MODEL_TYPE = "internvl_chat"
 _CODE = {
     "": "OpenGVLab/InternVL2_5-1B",
     "qwen3": "OpenGVLab/InternVL3_5-1B",
+    "qwen3_moe": "OpenGVLab/InternVL3_5-30B-A3B",
     "internlm3": "OpenGVLab/InternVL3-9B",
 }
 

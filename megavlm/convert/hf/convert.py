@@ -39,6 +39,7 @@ from megavlm.convert.hf.safetensors_files import (
 )
 from megavlm.convert.hf.unused_weights import WithUnused
 from megavlm.convert.weights.adapters import MergedAdapters
+from megavlm.convert.weights.fused_experts import SeparateExperts
 from megavlm.convert.weights.tables import Dialect
 from megavlm.convert.weights.views import HuggingFaceView, MegatronView, Tensors
 from megavlm.data.text.tokenizer import LIKE_LLAMA, fingerprint, load_tokenizer
@@ -94,9 +95,9 @@ def refuse_other(folder: str | Path, architecture: Architecture) -> Architecture
     return found
 
 
-def _open(folder: Path) -> SafetensorsFolder:
+def _open(folder: Path) -> Tensors:
     """Open the weights of a Hugging Face folder."""
-    return SafetensorsFolder(folder, rename=hub_format_of(folder).name_on_disk)
+    return SeparateExperts(SafetensorsFolder(folder, rename=hub_format_of(folder).name_on_disk))
 
 
 def _read_checkpoint(path: str | Path) -> Checkpoint:

@@ -27,6 +27,7 @@ from megavlm.convert.hf.model_config import architecture_from_hf, differences
 from megavlm.convert.hf.safetensors_files import SafetensorsFolder, tensor_names
 from megavlm.convert.hf.vision_part import vision_from_hf
 from megavlm.convert.weights.families import FAMILIES, family_of
+from megavlm.convert.weights.fused_experts import SeparateExperts
 from megavlm.convert.weights.mapping import within
 from megavlm.convert.weights.tables import EMBEDDING_KEY, HEAD_KEY
 from megavlm.convert.weights.transforms import Shape
@@ -279,7 +280,9 @@ def _serve_language(config: Config) -> Callable[[str], Served]:
     folder = Path(config.init.language)
     language = _language(folder)
     found = replace(wanted, language=language)
-    source = SafetensorsFolder(folder, rename=lambda name: None if _BUFFER.search(name) else name)
+    source = SeparateExperts(
+        SafetensorsFolder(folder, rename=lambda name: None if _BUFFER.search(name) else name)
+    )
     view = MegatronView(source, tuple(within(family_of(language).rows(language), "language.", "")))
     _, new = extend_tokenizer(config.init, wanted.image_tokens)
     std = float(

@@ -20,6 +20,7 @@ _NEEDED = (
     "vocab_size",
     "max_position_embeddings",
 )
+_NEEDED_OF_EXPERTS = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
 
 
 def problems(settings: Mapping[str, Any], section: str) -> Iterator[str]:
@@ -37,7 +38,10 @@ def problems(settings: Mapping[str, Any], section: str) -> Iterator[str]:
         yield from opt_config.problems(settings, section)
         return
     family = FAMILIES[kind]
+    settings = _with_experts(settings)
     yield from missing(section, settings, *_NEEDED, family.norm_epsilon)
+    if family.has_experts:
+        yield from missing(section, settings, *_NEEDED_OF_EXPERTS)
     stated = {
         name: value
         for name, value in settings.items()
@@ -74,6 +78,7 @@ def read(settings: Mapping[str, Any], *, tied_head: bool) -> Language:
     """
     if settings["model_type"] == _OPT:
         return opt_config.read(settings, tied_head=tied_head)
+    settings = _with_experts(settings)
     width = settings["hidden_size"]
     heads = settings["num_attention_heads"]
     rotary = _rotary(settings)
@@ -93,7 +98,41 @@ def read(settings: Mapping[str, Any], *, tied_head: bool) -> Language:
         max_position_embeddings=settings["max_position_embeddings"],
         tied_head=tied_head,
         **FAMILIES[settings["model_type"]].facts,
+        **_read_experts(settings),
     )
+
+
+def _with_experts(settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return settings with the name ``num_experts``, which transformers 5 writes as
+    ``num_local_experts``.
+    """
+    count = settings.get("num_experts", settings.get("num_local_experts"))
+    return {**settings, "num_experts": count}
+
+
+def _read_experts(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Read the fields of ``Language`` about experts; none if the model has none."""
+    if not FAMILIES[settings["model_type"]].has_experts:
+        return {}
+    return dict(
+        num_experts=settings["num_experts"],
+        experts_per_token=settings["num_experts_per_tok"],
+        expert_ffn_hidden_size=settings["moe_intermediate_size"],
+        # transformers leaves them as they are if the file says nothing.
+        norm_topk_prob=settings.get("norm_topk_prob", False),
+    )
+
+
+def _write_experts(language: Language) -> dict[str, Any]:
+    """Write the fields of ``Language`` about experts; nothing if the model has none."""
+    if not language.num_experts:
+        return {}
+    return {
+        "num_experts": language.num_experts,
+        "num_experts_per_tok": language.experts_per_token,
+        "moe_intermediate_size": language.expert_ffn_hidden_size,
+        "norm_topk_prob": language.norm_topk_prob,
+    }
 
 
 def _rotary(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -146,6 +185,7 @@ def _write_sizes(language: Language, family: Family) -> dict[str, Any]:
         "vocab_size": language.vocab_size,
         family.norm_epsilon: language.layernorm_epsilon,
         "max_position_embeddings": language.max_position_embeddings,
+        **_write_experts(language),
         **_write_rotary(language),
     }
 

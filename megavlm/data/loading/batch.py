@@ -100,6 +100,8 @@ class Batch:
             known without asking the device.
         sources: int32 [T], number of the source that the token's sample is from, among
             ``source_names`` of the dataset.
+        is_padding: bool [T], whether a token belongs to no sample: it fills up the pack, or a
+            sample to a multiple of the alignment.
         sample_ends: int32 [N + 1], from 0 to the capacity: where samples start and end in the whole
             pack. The padding at the end is one more sample.
         longest_sample: tokens of the longest sample, the padding counted as one.
@@ -127,6 +129,7 @@ class Batch:
     loss_weights: torch.Tensor
     loss_positions: torch.Tensor
     sources: torch.Tensor
+    is_padding: torch.Tensor
     sample_ends: torch.Tensor
     longest_sample: int
     prefixes: Prefixes

@@ -131,7 +131,7 @@ class PackedDataset:
         positions, ends = sample_positions(pack.lengths, manifest.alignment, capacity)
         own = rank_slice.tokens(ends)
 
-        def on_rank(values: np.ndarray, fill: int = 0) -> np.ndarray:
+        def on_rank(values: np.ndarray, fill: int | bool = 0) -> np.ndarray:
             return _spread(values, positions, capacity, fill)[own]
 
         labels, weights = map(on_rank, label(pack.tokens, pack.supervised, pack.lengths, reduction))
@@ -144,6 +144,7 @@ class PackedDataset:
             loss_weights=weights,
             loss_positions=loss_positions(weights),
             sources=on_rank(np.repeat(self._source_numbers(pack), pack.lengths)),
+            is_padding=on_rank(np.zeros(len(pack.tokens), bool), True),
             sample_ends=ends,
             longest_sample=int(np.diff(ends).max()),
             prefixes=find_prefixes(pack.supervised, positions, ends),

@@ -293,3 +293,30 @@ def test_the_tool_says_what_is_wrong_and_exits_with_2(
     assert "no checkpoint is there" in capsys.readouterr().err
     assert run_tool("check", "--hf", str(tmp_path)) == 2
     assert "config.json: no such file" in capsys.readouterr().err
+
+
+def test_experts_that_a_file_holds_as_one_tensor_are_read(tmp_path: Path) -> None:
+    source = make_hf(tmp_path / "hf", NATIVE_KINDS["qwen3_moe"])
+    weights = load_all(source)
+    fused = {name: tensor for name, tensor in weights.items() if ".mlp.experts." not in name}
+    for layer in range(3):
+        stem = f"language_model.model.layers.{layer}.mlp.experts"
+        first, second = (
+            [
+                torch.cat([weights[f"{stem}.{expert}.{part}.weight"] for part in parts])
+                for expert in range(5)
+            ]
+            for parts in (("gate_proj", "up_proj"), ("down_proj",))
+        )
+        fused[f"{stem}.gate_up_proj"] = torch.stack(first)
+        fused[f"{stem}.down_proj"] = torch.stack(second)
+    save_file(fused, source / "model.safetensors", {"format": "pt"})
+    exported = convert.export(convert.import_(source, tmp_path / "start"), tmp_path / "out")
+    after = load_all(exported)
+    assert after.keys() == weights.keys()
+    assert all(torch.equal(after[name], weights[name]) for name in weights)
+    part = convert.full_tensors(source, NATIVE_KINDS["qwen3_moe"])(
+        "language.decoder.layers.1.mlp.experts.3.linear_fc1.weight", (40, 48)
+    )[15:25, :]
+    expected = weights["language_model.model.layers.1.mlp.experts.3.gate_proj.weight"]
+    assert torch.equal(part[:5], expected[15:20])

@@ -31,6 +31,16 @@ def transformers_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]
     shapes = {
         name_on_disk(name): tuple(tensor.shape) for name, tensor in model.state_dict().items()
     }
+    for name in [name for name in shapes if ".mlp.experts." in name]:
+        # In memory the experts of a layer are one tensor, in files each is by itself.
+        experts, rows, columns = shapes.pop(name)
+        stem, _, matrix = name.rpartition(".")
+        for expert in range(experts):
+            if matrix == "down_proj":
+                shapes[f"{stem}.{expert}.down_proj.weight"] = (rows, columns)
+            else:
+                for part in ("gate_proj", "up_proj"):
+                    shapes[f"{stem}.{expert}.{part}.weight"] = (rows // 2, columns)
     if architecture.language.tied_head:
         del shapes[
             "language_model.lm_head.weight"

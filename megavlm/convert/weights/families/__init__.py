@@ -15,6 +15,7 @@ from megavlm.convert.weights.families import (
     persimmon,
     qwen2,
     qwen3,
+    qwen3_moe,
 )
 from megavlm.convert.weights.families.family import Family
 
@@ -23,6 +24,7 @@ FAMILIES: dict[str, Family] = {
     for module in (
         qwen2,
         qwen3,
+        qwen3_moe,
         internlm2,
         internlm3,
         llama,
@@ -59,6 +61,8 @@ def family_of(language: Language) -> Family:
     if not family.has_groups and language.num_query_groups != language.num_attention_heads:
         groups = language.num_query_groups
         wrong.append(("num_query_groups", groups, language.num_attention_heads))
+    if family.has_experts != (language.num_experts > 0):
+        wrong.append(("num_experts", language.num_experts, "1 or more" if family.has_experts else 0))
     if wrong:
         listed = "; ".join(
             f"{flag}.{name} is {str(found).lower()}, must be {str(value).lower()}"

@@ -39,6 +39,7 @@ class Family:
             num_attention_heads.
         has_groups: whether config.json states the number of key and value heads; otherwise each
             query head has its own.
+        has_experts: whether the MLP of every layer is a mixture of experts.
         norm_epsilon: what config.json calls the epsilon of the norms.
         native: family whose names and settings are used inside classes of transformers; empty: this
             one.
@@ -53,6 +54,7 @@ class Family:
     accepted: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     has_head_dim: bool = True
     has_groups: bool = True
+    has_experts: bool = False
     norm_epsilon: str = "rms_norm_eps"
     native: str = ""
     chat: str = ""

@@ -21,7 +21,31 @@ def rows(language: Language) -> list[Row]:
 
 def _layer(language: Language) -> list[Row]:
     width = language.hidden_size
-    inner = language.ffn_hidden_size
+    return [
+        *attention(language),
+        *norm("mlp.linear_fc1.layer_norm_", "post_attention_layernorm", width),
+        *gated_mlp("mlp.", "mlp.", width, language.ffn_hidden_size),
+    ]
+
+
+def gated_mlp(key: str, name: str, width: int, inner: int) -> list[Row]:
+    """Build the table of a gated MLP.
+
+    Args:
+        key, name: what its keys and names begin with.
+        width: D.
+        inner: M.
+    """
+    first = (f"{name}gate_proj", f"{name}up_proj")
+    return [
+        *linear(f"{key}linear_fc1", first, (2 * inner, width), Stacked(2), bias=False),
+        *linear(f"{key}linear_fc2", (f"{name}down_proj",), (width, inner), bias=False),
+    ]
+
+
+def attention(language: Language) -> list[Row]:
+    """Build the table of a layer's attention and the norm before it."""
+    width = language.hidden_size
     size = language.head_size
     heads = language.num_attention_heads
     groups = language.num_query_groups
@@ -44,15 +68,6 @@ def _layer(language: Language) -> list[Row]:
         *linear(
             "self_attention.linear_proj", ("self_attn.o_proj",), (width, heads * size), bias=False
         ),
-        *norm("mlp.linear_fc1.layer_norm_", "post_attention_layernorm", width),
-        *linear(
-            "mlp.linear_fc1",
-            ("mlp.gate_proj", "mlp.up_proj"),
-            (2 * inner, width),
-            Stacked(2),
-            bias=False,
-        ),
-        *linear("mlp.linear_fc2", ("mlp.down_proj",), (width, inner), bias=False),
     ]
 
 

@@ -1,0 +1,112 @@
+"""Cross checks of experts: what their sizes and layouts have to be."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from megavlm.config.checks.limits import at_least
+from megavlm.config.schema import Config, Experts, Language, Parallel
+
+_FLAG = "--architecture.language"
+_SIZES = ("experts_per_token", "expert_ffn_hidden_size")
+
+
+def expert_size_problems(language: Language) -> Iterator[str]:
+    """Yield what cannot be of a language model's experts."""
+    if language.num_experts < 0:
+        yield f"{_FLAG}.num_experts {language.num_experts}: must be 0 or more"
+        return
+    if not language.num_experts:
+        for name in _SIZES:
+            if vars(language)[name]:
+                yield (
+                    f"{_FLAG}.{name} {vars(language)[name]} has no effect without"
+                    f" {_FLAG}.num_experts, such as 128"
+                )
+        return
+    yield from at_least(1, "architecture.language", language, *_SIZES)
+    chosen = language.experts_per_token
+    if chosen > language.num_experts:
+        yield (
+            f"{_FLAG}.experts_per_token {chosen}: there are only {_FLAG}.num_experts"
+            f" {language.num_experts}"
+        )
+    if chosen == 1 and language.norm_topk_prob:
+        yield (
+            f"{_FLAG}.norm_topk_prob true: with {_FLAG}.experts_per_token 1 every weight is 1, and"
+            " the router would learn nothing; use false"
+        )
+    if not language.is_gated or language.has_layer_norm:
+        yield (
+            f"{_FLAG}.num_experts {language.num_experts}: experts are gated MLPs without biases,"
+            f" and {_FLAG}.family {language.family} with {_FLAG}.activation {language.activation}"
+            " has none; use 0"
+        )
+
+
+def expert_layout_problems(config: Config, world_size: int) -> Iterator[str]:
+    """Yield what keeps experts from being laid out over ``world_size`` ranks."""
+    parallel = config.parallel
+    language = config.architecture.language
+    size = parallel.expert_model_parallel_size
+    flag = f"--parallel.expert_model_parallel_size {size}"
+    if size < 1:
+        yield f"{flag}: must be 1 or more"
+        return
+    if language.num_experts < 1:
+        if size > 1:
+            yield f"{flag}: the model has no experts ({_FLAG}.num_experts 0); use 1"
+        return
+    if language.num_experts % size:
+        yield (
+            f"{flag} does not divide the experts of a layer, {_FLAG}.num_experts"
+            f" {language.num_experts}"
+        )
+    pipeline = max(parallel.pipeline_model_parallel_size, 1)
+    if world_size % pipeline == 0 and world_size // pipeline % size:
+        yield (
+            f"{flag} does not divide the {world_size // pipeline} ranks of a pipeline stage, which"
+            " are tensor-parallel, context-parallel and data-parallel ones; use a divisor"
+        )
+    if parallel.tensor_model_parallel_size > 1 and not parallel.sequence_parallel:
+        yield (
+            "--parallel.sequence_parallel false: tensor-parallel ranks would each send all tokens"
+            f" to the experts ({_FLAG}.num_experts {language.num_experts}), and every gradient"
+            " would count as often; use true"
+        )
+
+
+def expert_problems(config: Config) -> Iterator[str]:
+    """Yield what of a run's settings does not go with experts."""
+    experts = config.experts
+    language = config.architecture.language
+    yield from at_least(0, "experts", experts, "balance_loss", "router_z_loss")
+    if not language.num_experts:
+        usual = vars(Experts())
+        for name, value in vars(experts).items():
+            if value != usual[name]:
+                yield (
+                    f"--experts.{name} {value} has no effect: the model has no experts"
+                    f" ({_FLAG}.num_experts 0); leave it out"
+                )
+        return
+    if "language" in config.fp8.recipes:
+        yield (
+            f"--fp8.language {config.fp8.language}: an expert may get any number of tokens, and the"
+            " matrix products of FP8 need multiples of 16; leave it out, --fp8.vision can stay"
+        )
+    lora = config.architecture.lora
+    experts_key = "language.decoder.layers.0.mlp.linear_fc1.weight"
+    if lora.adapts(experts_key):
+        yield (
+            f"--architecture.lora.targets {','.join(lora.targets)}: experts cannot have adapters,"
+            " whose tokens would have to be dispatched too; name the attention alone, such as"
+            " language.*.self_attention"
+        )
+
+
+def spans_data_ranks(parallel: Parallel) -> bool:
+    """Return whether data-parallel ranks must run the same number of packs, also in evaluation:
+    their layers wait for each other's tokens.
+    """
+    return parallel.expert_model_parallel_size > 1

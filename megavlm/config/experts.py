@@ -1,0 +1,28 @@
+"""Settings of a mixture of experts that are not part of the model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experts:
+    """Losses that keep the experts of each layer equally busy, and the dispatch of tokens.
+
+    Args:
+        balance_loss: weight of the auxiliary loss of load balancing (Fedus et al., arXiv
+            2101.03961, equation 4; Megatron's ``aux_loss``). Each layer adds E * sum_i f_i P_i: of
+            the real tokens of one pack, f_i is the share of the choices that fell on expert i, and
+            P_i the mean of its probability. It is 1 if all experts are equally busy. The mean over
+            the packs of a step counts, whatever the layout. 0: off.
+        router_z_loss: weight of the squared logarithm of the softmax's denominator in the router
+            (arXiv 2202.08906), such as 1e-3; a mean over tokens and packs likewise. 0: off.
+        dispatcher: how expert-parallel ranks send each other tokens: each token to the ranks of its
+            experts (alltoall), or all tokens to all ranks (allgather), for a few ranks and many
+            experts per token.
+    """
+
+    balance_loss: float = 0.001
+    router_z_loss: float = 0.0
+    dispatcher: Literal["alltoall", "allgather"] = "alltoall"

@@ -1,0 +1,52 @@
+"""Qwen3-MoE (arXiv 2505.09388): Qwen3 with experts in the place of the MLP of every layer.
+
+Files of transformers 4 and 5 hold three matrices of each expert; a file that holds the experts of a
+layer as one tensor, as transformers 5 does in memory, is read too
+(``megavlm/convert/weights/fused_experts.py``).
+"""
+
+from __future__ import annotations
+
+from megavlm.config.schema import Language
+from megavlm.convert.weights.families.family import Family, decoder
+from megavlm.convert.weights.families.llama import attention, gated_mlp
+from megavlm.convert.weights.mapping import Row, norm
+
+
+def rows(language: Language) -> list[Row]:
+    """Build the table of Qwen3-MoE."""
+    return decoder(language, _layer(language), embedding="model.embed_tokens", head="lm_head")
+
+
+def _layer(language: Language) -> list[Row]:
+    width = language.hidden_size
+    inner = language.expert_ffn_hidden_size
+    shape = (language.num_experts, width)
+    return [
+        *attention(language),
+        *norm("pre_mlp_layernorm.", "post_attention_layernorm", width),
+        Row("mlp.router.weight", ("mlp.gate.weight",), shape),
+        *(
+            row
+            for number in range(language.num_experts)
+            for row in gated_mlp(
+                f"mlp.experts.{number}.", f"mlp.experts.{number}.", width, inner
+            )
+        ),
+    ]
+
+
+FAMILY = Family(
+    name="qwen3_moe",
+    class_name="Qwen3MoeForCausalLM",
+    rows=rows,
+    facts={"qkv_bias": False, "qk_norm": True},
+    settings={
+        "attention_bias": False,
+        "use_sliding_window": False,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    },
+    accepted={"mlp_only_layers": (None,)},
+    has_experts=True,
+)
