@@ -22,19 +22,22 @@ class Piece:
         key: checkpoint key of the weight; empty for attention.
         part: vision, connector, language or head.
         elements: of the weight.
-        forward: FLOPs of the forward pass, for each unit.
+        forward: FLOPs of the forward pass, for each unit; of an expert the mean over all tokens, most
+            of which it does not see.
         unit: count of the data that the cost is in proportion to.
         layer: number of its layer inside the part; none where it stands before or after the layers.
         is_matrix: whether it has two dimensions; biases, norms and scales have one.
+        expert: number of the expert of the layer that it belongs to; none: it is of no expert.
     """
 
     key: str
     part: str
     elements: int
-    forward: int
+    forward: float
     unit: Unit
     layer: int | None = None
     is_matrix: bool = False
+    expert: int | None = None
 
 
 def table(key: str, part: str, rows: int, columns: int) -> Piece:

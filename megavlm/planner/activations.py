@@ -16,7 +16,7 @@ from functools import lru_cache
 
 from megavlm.config.cross_attention import memory_rows
 from megavlm.config.lora import LINEARS
-from megavlm.config.schema import Architecture, Config, Parallel
+from megavlm.config.schema import Architecture, Config, Language, Parallel
 from megavlm.planner.layout import Chunk
 from megavlm.planner.parameters import parameters_on_rank
 from megavlm.planner.partition import PackSize, layer_costs
@@ -311,8 +311,8 @@ def language_layer(
 
     Inputs and results of both norms (4 D) are replicated, or sharded with sequence parallelism.
     Sharded: queries, keys, values, the output of attention, and the MLP's gate, its other half and
-    their product (3 M). Normalised queries and keys are kept twice. A frozen layer needs neither
-    the results of the norms nor that product.
+    their product (3 M); or what its experts keep, see ``_expert_layer``. Normalised queries and keys
+    are kept twice. A frozen layer needs neither the results of the norms nor that product.
     """
     language = arch.language
     width = language.hidden_size
@@ -327,6 +327,19 @@ def language_layer(
     )
     inputs = 2 if language.is_gated else 1
     inner = (inputs + 1 if is_trained else inputs) * language.ffn_hidden_size / tensor
+    if language.num_experts:
+        inner = _expert_layer(language, is_trained) / tensor
     return (4 if is_trained else 2) * width / (
         tensor if sequence_parallel else 1
     ) + attention / tensor + inner, inner
+
+
+def _expert_layer(language: Language, is_trained: bool) -> float:
+    """Count the elements that the experts of a layer keep per token, for tokens spread evenly: for
+    each of its experts the token itself, gate, other half and their product, before and after the
+    router's weight (D + 4 M; frozen: 3 M); and logits, probabilities and weights of the router, in
+    float32.
+    """
+    inner = language.expert_ffn_hidden_size
+    of_expert = language.hidden_size + 4 * inner if is_trained else 3 * inner
+    return language.experts_per_token * of_expert + 6 * language.num_experts

@@ -4,7 +4,8 @@ Tensor parallelism all-reduces activations twice in each layer forward, twice ba
 al., arXiv 1909.08053); an all-reduce over a ring of k ranks sends every element 2 (k - 1) / k
 times, and so do the all-gather and reduce-scatter that replace it with sequence parallelism (arXiv
 2205.05198). With it a trained layer also gathers its inputs again in the backward pass. Context
-parallelism gathers keys and values in every layer, and reduce-scatters their gradients.
+parallelism gathers keys and values in every layer, and reduce-scatters their gradients. Expert
+parallelism sends each token to its experts and back, and the gradients likewise.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from megavlm.config.cross_attention import memory_rows
 from megavlm.config.schema import LAYER_PARTS, Config
 from megavlm.planner.activations import NUMBER_BYTES, RankLoad, has_backward
 from megavlm.planner.layout import Chunk, Layout
+from megavlm.planner.memory import sharing_ranks
 from megavlm.planner.parameters import ParameterCounts, parameters_on_rank, replicated_head
 
 _GRADIENT = 4
@@ -29,12 +31,14 @@ class CommunicationVolume:
         context: to context-parallel ranks.
         pipeline: to the previous and next pipeline stage.
         data: to data-parallel replicas.
+        expert: to expert-parallel ranks.
     """
 
     tensor: float = 0.0
     context: float = 0.0
     pipeline: float = 0.0
     data: float = 0.0
+    expert: float = 0.0
 
     def __add__(self, other: CommunicationVolume) -> CommunicationVolume:
         return CommunicationVolume(
@@ -42,6 +46,7 @@ class CommunicationVolume:
             context=self.context + other.context,
             pipeline=self.pipeline + other.pipeline,
             data=self.data + other.data,
+            expert=self.expert + other.expert,
         )
 
     def __mul__(self, times: float) -> CommunicationVolume:
@@ -50,12 +55,13 @@ class CommunicationVolume:
             context=self.context * times,
             pipeline=self.pipeline * times,
             data=self.data * times,
+            expert=self.expert * times,
         )
 
     @property
     def total(self) -> float:
         """All of it."""
-        return self.tensor + self.context + self.pipeline + self.data
+        return self.tensor + self.context + self.pipeline + self.data + self.expert
 
 
 def communication_per_microbatch(
@@ -78,6 +84,7 @@ def communication_per_microbatch(
         tensor=size * _tensor(config, chunk, load),
         context=size * _context(config, chunk, capacity, load),
         pipeline=size * _pipeline(config, layout, number, load),
+        expert=size * _expert(config, chunk, load),
     )
 
 
@@ -93,9 +100,11 @@ def communication_per_step(
         ),
         ParameterCounts(),
     )
-    sharing = data_ranks * parallel.context_parallel_size
     tensor = parallel.tensor_model_parallel_size
-    number = (_GRADIENT + NUMBER_BYTES[config.training.precision]) * (sharing - 1) / sharing
+    number = _GRADIENT + NUMBER_BYTES[config.training.precision]
+    sharing, of_experts = sharing_ranks(config, data_ranks)
+    dense = (held.trained - held.trained_experts) * (sharing - 1) / sharing
+    experts = held.trained_experts * (of_experts - 1) / of_experts
     with_copies = {
         chunk % parallel.pipeline_model_parallel_size
         for chunk in (layout.embedding_chunk, len(layout.chunks) - 1)
@@ -104,7 +113,7 @@ def communication_per_step(
     return CommunicationVolume(
         tensor=2 * (tensor - 1) / tensor * _GRADIENT * held.trained_replicas,
         pipeline=float(_GRADIENT * replicated_head(config, layout.chunks) * sums_copies),
-        data=number * held.trained,
+        data=number * (dense + experts),
     )
 
 
@@ -130,6 +139,8 @@ def _tensor(config: Config, chunk: Chunk, load: RankLoad) -> float:
             * backward[layer]
         )
         if not in_vision:
+            # Tokens go to experts from where sequence parallelism has them: attention alone sums.
+            sums = sums / 2 if arch.language.num_experts else sums
             blocks = arch.cross_attention.stands_before(layer - arch.vision.num_layers)
             found += (2 if blocks else 1) * sums * load.tokens * arch.language.hidden_size
         elif parallel.vision == "tensor":
@@ -172,6 +183,26 @@ def _context(config: Config, chunk: Chunk, capacity: int, load: RankLoad) -> flo
         width = arch.needs.connector_output(arch)
         found += 2 * load.tiles * parallel.tile_ranks * arch.features_per_tile * width
     return others * found if ranks > 1 else 0.0
+
+
+def _expert(config: Config, chunk: Chunk, load: RankLoad) -> float:
+    """Count the elements that expert parallelism sends per microbatch, for tokens spread evenly."""
+    arch = config.architecture
+    parallel = config.parallel
+    ranks = parallel.expert_model_parallel_size
+    if not arch.language.num_experts or ranks == 1:
+        return 0.0
+    own = load.tokens / parallel.tensor_model_parallel_size
+    copies = arch.language.experts_per_token * (ranks - 1) / ranks
+    if config.experts.dispatcher == "allgather":
+        copies = float(ranks - 1)
+    one_way = own * copies * arch.language.hidden_size
+    backward = has_backward(config)
+    again = parallel.recompute_of("language") != "none"
+    return sum(
+        2 * one_way * (1 + (1 + again) * backward[arch.vision.num_layers + layer])
+        for layer in chunk.language_layers
+    )
 
 
 def _pipeline(config: Config, layout: Layout, number: int, load: RankLoad) -> float:

@@ -181,6 +181,7 @@ def _rates(parallel: Parallel, gpus: int, hardware: Hardware) -> CommunicationVo
         "tensor": tensor,
         "context": model,
         "data": gpus // parallel.pipeline_model_parallel_size,
+        "expert": parallel.expert_model_parallel_size,
         "pipeline": gpus,
     }
 
@@ -194,7 +195,10 @@ def _rates(parallel: Parallel, gpus: int, hardware: Hardware) -> CommunicationVo
 
 def _seconds(sent: CommunicationVolume, rates: CommunicationVolume) -> float:
     return (
-        sent.tensor / rates.tensor + sent.context / rates.context + sent.pipeline / rates.pipeline
+        sent.tensor / rates.tensor
+        + sent.context / rates.context
+        + sent.pipeline / rates.pipeline
+        + sent.expert / rates.expert
     )
 
 

@@ -17,6 +17,9 @@ a step costs three forward passes; in the first stage, which trains the connecto
 encoder costs one forward pass, and the language model a forward pass and the gradients of its
 activations.
 
+Of a mixture of experts only the experts that a token takes are counted (active FLOPs), and the
+router.
+
 The head is counted for the tokens that have a loss: no other logit is asked for, whether or not an
 implementation computes it.
 
@@ -35,7 +38,7 @@ from megavlm.config.freeze_mask import matches
 from megavlm.config.lora import stacked
 from megavlm.config.objectives import EMBEDDING
 from megavlm.config.pieces import Piece, Unit, linear, norm, table, vector
-from megavlm.config.schema import Architecture
+from megavlm.config.schema import Architecture, Language
 
 PARTS = ("vision", "connector", "language", "head")
 
@@ -46,7 +49,7 @@ class Cost:
     unit.
     """
 
-    by_unit: dict[str, dict[Unit, int]]
+    by_unit: dict[str, dict[Unit, float]]
 
     def by_part(
         self,
@@ -88,7 +91,7 @@ def training_cost(architecture: Architecture, trainable: Sequence[str]) -> Cost:
         trainable: parts, or patterns of checkpoint keys, as in ``training.trainable``; empty: the
             forward pass alone.
     """
-    by_unit: dict[str, dict[Unit, int]] = {part: {} for part in PARTS}
+    by_unit: dict[str, dict[Unit, float]] = {part: {} for part in PARTS}
     for piece, passes in with_gradients(pieces(architecture), trainable):
         units = by_unit[piece.part]
         units[piece.unit] = units.get(piece.unit, 0) + piece.forward * passes
@@ -246,10 +249,40 @@ def _language_layer(architecture: Architecture, number: int) -> Iterator[Piece]:
     pairs = 4 if sees_all else 2  # half of 4: causal
     yield Piece(key="", part=part, elements=0, forward=pairs * queries, unit="squared_length")
     yield from linear(proj, part, queries, width, rows=1, unit="token", has_bias=has_bias)
+    if language.num_experts:
+        yield from _experts(language, f"language.decoder.layers.{number}")
+        return
     yield from norm(fc1, part, width, has_bias=has_bias, joint=".layer_norm_")
     first = 2 * inner if language.is_gated else inner
     yield from linear(fc1, part, width, first, rows=1, unit="token", has_bias=has_bias)
     yield from linear(fc2, part, inner, width, rows=1, unit="token", has_bias=has_bias)
+
+
+def _experts(language: Language, layer: str) -> Iterator[Piece]:
+    """Yield the norm, the router and the experts of a layer; each expert's part of the FLOPs is
+    that of tokens spread evenly.
+    """
+    part = "language"
+    width = language.hidden_size
+    inner = language.expert_ffn_hidden_size
+    count = language.num_experts
+    yield from norm(f"{layer}.pre_mlp_layernorm", part, width, has_bias=False)
+    router = f"{layer}.mlp.router"
+    yield from linear(router, part, width, count, rows=1, unit="token", has_bias=False)
+    for expert in range(count):
+        for name, inputs, outputs in (
+            ("linear_fc1", width, 2 * inner),
+            ("linear_fc2", inner, width),
+        ):
+            yield Piece(
+                key=f"{layer}.mlp.experts.{expert}.{name}.weight",
+                part=part,
+                elements=inputs * outputs,
+                forward=2 * inputs * outputs * language.experts_per_token / count,
+                unit="token",
+                is_matrix=True,
+                expert=expert,
+            )
 
 
 _LINEARS = (

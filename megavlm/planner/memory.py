@@ -113,26 +113,38 @@ def memory_by_rank(
         ).max()
         needed.append(
             Memory(
-                **weight_bytes(config, held, data_ranks * parallel.context_parallel_size),
+                **weight_bytes(config, held, data_ranks),
                 activations=float(most) + max(one.once for one in own),
             )
         )
     return needed
 
 
-def weight_bytes(config: Config, held: ParameterCounts, sharing_ranks: int) -> dict[str, float]:
+def sharing_ranks(config: Config, data_ranks: int) -> tuple[int, int]:
+    """Count the ranks that reduce gradients and shard the optimizer state, of all parameters but
+    those of experts, and of these: the latter are all ranks of a pipeline stage that hold the same
+    experts.
+    """
+    parallel = config.parallel
+    sharing = data_ranks * parallel.context_parallel_size
+    stage = sharing * parallel.tensor_model_parallel_size
+    return sharing, stage // parallel.expert_model_parallel_size
+
+
+def weight_bytes(config: Config, held: ParameterCounts, data_ranks: int) -> dict[str, float]:
     """Count the bytes of weights, of gradients, of the optimizer and of its update.
 
     Args:
         config: the run.
         held: parameters on the rank.
-        sharing_ranks: ranks that reduce gradients and shard the optimizer state: data-parallel
-            times context-parallel size.
+        data_ranks: data-parallel replicas.
     """
+    sharing, of_experts = sharing_ranks(config, data_ranks)
     moments = config.optimizer.moments
     main = _MAIN if config.training.precision == "bfloat16" else 0
     weights = NUMBER_BYTES[config.training.precision] * held.weights + _FP8_COPIES * held.in_fp8
-    updated = held.trained / sharing_ranks
+    experts = held.trained_experts
+    updated = (held.trained - experts) / sharing + experts / of_experts
     copied = min(updated, UPDATE_SLICE) if moments == "bfloat16" else 0.0
     return {
         "weights": float(weights),

@@ -2,7 +2,8 @@
 
 Norms, scales, biases that are added after an all-reduce, and the patch embedding are replicated on
 every tensor-parallel rank; matrices, and biases before an all-reduce, are sharded. Vocabulary and
-heads are padded so that they divide.
+heads are padded so that they divide. An expert is whole on its rank, and so are norm and router
+before it.
 """
 
 from __future__ import annotations
@@ -50,12 +51,15 @@ class ParameterCounts:
         trained_replicas: of these, in tensors that are replicated on the tensor-parallel ranks,
             because each rank computes tiles of its own.
         in_fp8: elements of weights that have FP8 copies.
+        trained_experts: of ``trained``, in experts, whose optimizer state is sharded over other
+            ranks.
     """
 
     weights: int = 0
     trained: int = 0
     trained_replicas: int = 0
     in_fp8: int = 0
+    trained_experts: int = 0
 
     def __add__(self, other: ParameterCounts) -> ParameterCounts:
         return ParameterCounts(
@@ -63,6 +67,7 @@ class ParameterCounts:
             trained=self.trained + other.trained,
             trained_replicas=self.trained_replicas + other.trained_replicas,
             in_fp8=self.in_fp8 + other.in_fp8,
+            trained_experts=self.trained_experts + other.trained_experts,
         )
 
 
@@ -105,6 +110,7 @@ class _Sharding:
         trainable: freeze mask.
         vision, language: tensor-parallel size of each part.
         fp8: parts whose layers have an FP8 recipe.
+        expert: expert-parallel size.
     """
 
     arch: Architecture
@@ -112,6 +118,7 @@ class _Sharding:
     vision: int
     language: int
     fp8: tuple[str, ...] = ()
+    expert: int = 1
 
 
 def _sharding_of(config: Config) -> _Sharding:
@@ -122,6 +129,7 @@ def _sharding_of(config: Config) -> _Sharding:
         vision=parallel.vision_tensor_size,
         language=parallel.tensor_model_parallel_size,
         fp8=tuple(config.fp8.recipes),
+        expert=parallel.expert_model_parallel_size,
     )
 
 
@@ -162,7 +170,11 @@ def _counts(piece: Piece, sharding: _Sharding) -> ParameterCounts:
     elif piece.part == "vision" and piece.key.endswith(_BY_HEADS):
         heads = sharding.arch.vision.num_attention_heads
         elements = elements // heads * padded_heads(heads, ranks)
-    elements = elements // ranks if piece.key.endswith(_SHARDED) else elements
+    if piece.expert is not None:  # those of the first expert-parallel rank
+        own = sharding.arch.language.num_experts // sharding.expert
+        elements = elements if piece.expert < own else 0
+    elif piece.key.endswith(_SHARDED):
+        elements = elements // ranks
     trained = elements if is_trained(piece, sharding.trainable) else 0
     is_replicated = before_language and sharding.vision < sharding.language
     # Adapters are multiplied in 16 bits.
@@ -172,4 +184,5 @@ def _counts(piece: Piece, sharding: _Sharding) -> ParameterCounts:
         trained=trained,
         trained_replicas=trained if is_replicated else 0,
         in_fp8=elements if is_product and piece.part in sharding.fp8 else 0,
+        trained_experts=trained if piece.expert is not None else 0,
     )

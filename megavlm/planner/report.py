@@ -25,14 +25,34 @@ _COLUMNS = (
     "step s",
     "tokens/s/GPU",
 )
+_EXPERT_COLUMNS = {"EP": "CP", "EP GB": "CP GB"}
+"""Columns of models with experts, by the column that each stands behind."""
 _OPTIONS = ("option", "GiB", "activations GiB", "step s", "fits")
 
 
 def to_text(estimates: Sequence[Estimate]) -> str:
     """Write a line for each layout. V: model chunks per pipeline rank; GB: what a GPU sends in a
-    step, by kind of parallelism.
+    step, by kind of parallelism. EP: expert-parallel ranks, if any layout has several.
     """
-    return _table([_COLUMNS, *map(_row, estimates)])
+    rows = [_COLUMNS, *map(_row, estimates)]
+    if all(one.parallel.expert_model_parallel_size == 1 for one in estimates):
+        return _table(rows)
+    columns = [_expert_columns(one) for one in estimates]
+    extra = [tuple(_EXPERT_COLUMNS), *columns]
+    return _table(map(_with_columns, rows, extra))
+
+
+def _expert_columns(one: Estimate) -> tuple[str, ...]:
+    return str(one.parallel.expert_model_parallel_size), f"{one.communication.expert / 1e9:.1f}"
+
+
+def _with_columns(row: tuple[str, ...], extra: tuple[str, ...]) -> tuple[str, ...]:
+    """Put the columns of experts into a row."""
+    found = list(row)
+    places = [_COLUMNS.index(before) for before in _EXPERT_COLUMNS.values()]
+    for cell, place in sorted(zip(extra, places, strict=True), key=lambda one: -one[1]):
+        found.insert(place + 1, cell)
+    return tuple(found)
 
 
 def _row(one: Estimate) -> tuple[str, ...]:

@@ -81,6 +81,8 @@ def describe(one: Estimate) -> str:
         words.append(f"x {parallel.virtual_pipeline_model_parallel_size}")
     if parallel.context_parallel_size > 1:
         words.append(f"CP {parallel.context_parallel_size}")
+    if parallel.expert_model_parallel_size > 1:
+        words.append(f"EP {parallel.expert_model_parallel_size}")
     words.append(f"DP {one.data_ranks}")
     if parallel.vision == "data":
         words.append("vision data")
@@ -172,7 +174,7 @@ def _sizes(config: Config, gpus: int) -> Iterator[Parallel]:
             ]:
                 for virtual in _VIRTUAL if pipeline > 1 else (1,):
                     for vision in ("tensor", "data") if tensor > 1 else ("tensor",):
-                        yield Parallel(
+                        parallel = Parallel(
                             tensor_model_parallel_size=tensor,
                             pipeline_model_parallel_size=pipeline,
                             virtual_pipeline_model_parallel_size=virtual,
@@ -180,3 +182,13 @@ def _sizes(config: Config, gpus: int) -> Iterator[Parallel]:
                             sequence_parallel=tensor > 1 and has_sequences,
                             vision=vision,
                         )
+                        yield from _with_expert_sizes(config, parallel, gpus // pipeline)
+
+
+def _with_expert_sizes(config: Config, parallel: Parallel, ranks: int) -> Iterator[Parallel]:
+    """Yield a layout with each expert-parallel size that ``ranks`` of a pipeline stage can have."""
+    experts = config.architecture.language.num_experts
+    size = 1
+    while size <= min(max(experts, 1), ranks):
+        yield dataclasses.replace(parallel, expert_model_parallel_size=size)
+        size *= 2

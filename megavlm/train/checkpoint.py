@@ -36,7 +36,11 @@ from megavlm.train.optimizer import oldest
 
 _PREFIX = "model."
 _POSITIONS = _PREFIX + POSITIONS_KEY
-_OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}
+_OPTIMIZER_FORMAT = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    # Experts have an optimizer of their own; the keys of its state say nothing of that.
+    "chained_optim_avoid_prefix": True,
+}
 
 
 def _entries(chunks: Sequence[VisionLanguageModel]) -> ShardedStateDict:
@@ -87,6 +91,23 @@ def sharded(
     master_weights.refuse(wrong, warnings)
     scales = {"scales": _scales(chunks)} if "delayed" in fp8.recipes.values() else {}
     return {"model": weights, "optimizer": state} | scales
+
+
+def optimizer_parts(state: Mapping[Any, Any], optimizer: MegatronOptimizer) -> list[dict]:
+    """Return the states of the optimizers that megatron-core chains, for experts and for all else;
+    without experts there is one.
+
+    Args:
+        state: the optimizer's part of what is saved or loaded.
+        optimizer: whose it is.
+    """
+    count = len(optimizer.chained_optimizers)
+    return [state] if count == 1 else [state.get(number, {}) for number in range(count)]
+
+
+def join_parts(parts: Sequence[Mapping]) -> Any:
+    """Return the state of an optimizer from what ``optimizer_parts`` returned."""
+    return parts[0] if len(parts) == 1 else dict(enumerate(parts))
 
 
 def _scales(chunks: Sequence[VisionLanguageModel]) -> ShardedStateDict:
@@ -187,7 +208,8 @@ def load_optimizer(
     """
     kept = fp8 if fp8 == checkpoint.config.fp8 else Fp8()
     asked = sharded(chunks, optimizer, kept, is_loading=True)
-    groups = asked["optimizer"]["optimizer"]["param_groups"]
+    parts = optimizer_parts(asked["optimizer"], optimizer)
+    groups = [part["optimizer"]["param_groups"] for part in parts]
     found = master_weights.masters(asked["model"], asked["optimizer"], optimizer)
     asked["model"] = held(checkpoint.state, checkpoint.config, asked["model"])
     loaded = load_shards(checkpoint, asked)
@@ -196,12 +218,18 @@ def load_optimizer(
     refuse_mismatch(checkpoint, found, loaded["optimizer"])
     # Moments are stored for each parameter. Its group is that of this run, which may be divided
     # otherwise; all groups have seen the same number of updates.
-    stored = loaded["optimizer"]["optimizer"]
+    stored = [part["optimizer"] for part in optimizer_parts(loaded["optimizer"], optimizer)]
     # The file has the groups of rank 0, and Transformer Engine's AdamW counts no update of a group
     # without parameters: the count is missing if rank 0 trains nothing.
-    counts = [group["step"] for group in stored["param_groups"] if group.get("step") is not None]
+    counts = [
+        group["step"]
+        for part in stored
+        for group in part["param_groups"]
+        if group.get("step") is not None
+    ]
     updates = max(counts, default=oldest(optimizer) + checkpoint.state.updates)
-    stored["param_groups"] = [group | {"step": updates} for group in groups]
+    for part, own in zip(stored, groups, strict=True):
+        part["param_groups"] = [group | {"step": updates} for group in own]
     # In float32 the master weights are the weights, and the checkpoint's weights may have 16 bits:
     # the master weights come last.
     optimizer.load_state_dict(loaded["optimizer"])

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from megatron.core.distributed import DistributedDataParallel
 
+from megavlm.config.checks.experts import spans_data_ranks
 from megavlm.config.schema import Vision
 from megavlm.data.loading.batch import Batch
 from megavlm.data.loading.order import Plan
@@ -57,7 +58,7 @@ def held_out_loss(
     count = min(wanted, len(job.valid)) if wanted else len(job.valid)
     if spans_step:
         count = _whole_steps(job, count)
-    positions = range(groups.data_rank, count, groups.data_size)
+    positions = own_positions(job, count)
     weight = job.valid.weight_sum(plan.pack_ids(0, count), data.loss_reduction)
     if not weight:
         raise ValueError(
@@ -87,39 +88,56 @@ def _run_packs(
     job: Job, packs: Iterator[Batch], ids: np.ndarray, weight: float, meters: Sequence[Meter]
 ) -> torch.Tensor:
     """Return this rank's part of the loss over packs, each of which has a loss of its own."""
-    groups = job.groups
-    count = len(range(groups.data_rank, len(ids), groups.data_size))
-    return run_forward(job, packs, count, weight, meters)
+    return run_forward(job, packs, len(ids), weight, meters)
 
 
-def blank_packs(job: Job, count: int) -> int:
-    """Return how many packs without a loss must follow ``count`` packs: interleaved 1F1B needs a
-    multiple of the pipeline's size.
+def own_positions(job: Job, count: int) -> range:
+    """Return which of ``count`` packs this data-parallel rank takes. If there are fewer packs than
+    ranks, and experts that all ranks share, it takes the first one instead of none: it must run
+    some pack.
     """
-    return -count % job.groups.pipeline_size if len(job.ddp_chunks) > 1 else 0
+    groups = job.groups
+    own = range(groups.data_rank, count, groups.data_size)
+    return own or range(int(spans_data_ranks(job.config.parallel)))
+
+
+def blank_packs(job: Job, count: int, most: int) -> int:
+    """Return how many packs without a loss must follow ``count`` packs: interleaved 1F1B needs a
+    multiple of the pipeline's size, and data-parallel ranks with shared experts as many packs each.
+
+    Args:
+        job: the run.
+        count: packs of this data-parallel rank.
+        most: packs of the data-parallel rank that has most.
+    """
+    total = max(count, most) if spans_data_ranks(job.config.parallel) else count
+    total += -total % job.groups.pipeline_size if len(job.ddp_chunks) > 1 else 0
+    return total - count
 
 
 def run_forward(
-    job: Job, packs: Iterator[Batch], count: int, weight: float, meters: Sequence[Meter]
+    job: Job, packs: Iterator[Batch], total: int, weight: float, meters: Sequence[Meter]
 ) -> torch.Tensor:
     """Run packs forward.
 
     Args:
         job: the run; its chunks are in evaluation mode.
-        packs: of this data-parallel rank.
-        count: of them.
+        packs: those of ``own_positions``.
+        total: packs of all data-parallel ranks.
         weight: sum of the loss weights of all ranks' packs.
         meters: observe the losses.
 
     Returns:
         This rank's part of the loss.
     """
-    if not count:
+    groups = job.groups
+    count = len(range(groups.data_rank, total, groups.data_size))
+    blank = blank_packs(job, count, -(-total // groups.data_size))
+    if not count + blank:
         return torch.zeros((), device=job.backend.device)
-    blank = blank_packs(job, count)
     return run_packs(
         job.ddp_chunks,
-        _followed_by_blank(packs, blank),
+        _followed_by_blank(packs, count, blank),
         count + blank,
         weight,
         job.backend,
@@ -165,9 +183,10 @@ def _run_steps(
     return loss
 
 
-def _followed_by_blank(packs: Iterator[Batch], count: int) -> Iterator[Batch]:
-    """Yield the packs, then the last one again ``count`` times without a loss."""
-    for pack in packs:
-        yield pack
-    for _ in range(count):
+def _followed_by_blank(packs: Iterator[Batch], count: int, blank: int) -> Iterator[Batch]:
+    """Yield ``count`` packs, then the last one that there is ``blank`` times without a loss."""
+    for number, pack in enumerate(packs):
+        if number < count:
+            yield pack
+    for _ in range(blank):
         yield dataclasses.replace(pack, loss_weights=torch.zeros_like(pack.loss_weights))

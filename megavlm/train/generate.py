@@ -23,7 +23,7 @@ from megavlm.data.loading.dataset import sample_positions
 from megavlm.data.loading.order import Plan
 from megavlm.evaluate.packs import TaskPacks
 from megavlm.model.greedy import likeliest_tokens
-from megavlm.train.evaluate import blank_packs, run_forward
+from megavlm.train.evaluate import blank_packs, own_positions, run_forward
 from megavlm.train.job import Job
 from megavlm.train.pipeline import run_pipeline
 from megavlm.train.source_losses import SourceLosses
@@ -87,12 +87,12 @@ def generate(
     window = job.groups.data_size * _WINDOW
     for start in range(0, len(task.order), window):
         numbers = range(start, min(start + window, len(task.order)))
-        mine = numbers[job.groups.data_rank :: job.groups.data_size]
-        opened = _open(job, task, mine)
+        opened = _open(job, task, [numbers[own] for own in own_positions(job, len(numbers))])
         questions = [question for number in numbers for question in task.order[number]]
         for _ in range(max_new_tokens):
             progress()
-            tokens = _next_tokens(job, opened, answers, is_done)
+            most = _most_packs(job, [task.order[number] for number in numbers], is_done)
+            tokens = _next_tokens(job, opened, answers, is_done, most)
             for question in questions:
                 if not is_done[question]:
                     answers[question].append(tokens[question])
@@ -130,11 +130,37 @@ def _open(job: Job, task: TaskPacks, numbers: Sequence[int]) -> list[_OpenPack]:
     return opened
 
 
+def _most_packs(
+    job: Job, questions: Sequence[Sequence[int]], is_done: Sequence[bool]
+) -> int:
+    """Count the packs with an answer that is not done, of the data-parallel rank that has most.
+
+    Args:
+        job: the run.
+        questions: of each pack of all ranks.
+        is_done: of each question.
+    """
+    is_open = [not all(is_done[question] for question in pack) for pack in questions]
+    ranks = range(job.groups.data_size)
+    return max(sum(is_open[rank :: job.groups.data_size]) for rank in ranks)
+
+
 def _next_tokens(
-    job: Job, opened: Sequence[_OpenPack], answers: Sequence[Sequence[int]], is_done: Sequence[bool]
+    job: Job,
+    opened: Sequence[_OpenPack],
+    answers: Sequence[Sequence[int]],
+    is_done: Sequence[bool],
+    most: int,
 ) -> list[int]:
     """Return the next token of each answer that is not done, on every rank; -1 for those of other
     packs. Collective.
+
+    Args:
+        job: the run.
+        opened: packs of this rank.
+        answers: so far, of each question.
+        is_done: of each question.
+        most: packs with an answer that is not done, of the rank that has most.
     """
     found = torch.full((len(answers),), -1, dtype=torch.int64, device=job.backend.device)
     grown = [
@@ -142,8 +168,10 @@ def _next_tokens(
         for pack in opened
         if not all(is_done[question] for question in pack.questions)
     ]
-    if grown:
-        grown += [(grown[-1][0], []) for _ in range(blank_packs(job, len(grown)))]
+    blank = blank_packs(job, len(grown), most)
+    if grown or blank:
+        last = grown[-1][0] if grown else opened[-1].with_answers(answers, is_done)[0]
+        grown += [(last, []) for _ in range(blank)]
         run_pipeline(
             job.ddp_chunks,
             (batch for batch, _ in grown),
@@ -186,10 +214,9 @@ def choose(job: Job, task: TaskPacks) -> list[int]:
     losses = SourceLosses([str(index) for index in range(len(task.asked))], job.backend.device)
     plan = Plan(num_packs=len(task.packs), seed=0, shuffle=False)
     ids = np.arange(len(task.packs))
-    positions = range(job.groups.data_rank, len(ids), job.groups.data_size)
-    batches = job.batches(task.packs, plan, positions, workers=0)
+    batches = job.batches(task.packs, plan, own_positions(job, len(ids)), workers=0)
     with contextlib.closing(batches):
-        run_forward(job, batches, len(positions), 1.0, (losses,))
+        run_forward(job, batches, len(ids), 1.0, (losses,))
     means = losses.report(job.groups)["loss"]
     best: dict[int, tuple[float, int]] = {}
     first: dict[int, int] = {}

@@ -77,7 +77,13 @@ def keep(
     fresh: dict[Any, dict[str, Any]] = {}
     for chunk in chunks:
         weights |= named_weights(chunk)
-    for index, tensors in asked["param_state"].items():
+    parts = checkpoint.optimizer_parts(asked, optimizer)
+    states = {
+        (number, index): tensors
+        for number, part in enumerate(parts)
+        for index, tensors in part["param_state"].items()
+    }
+    for index, tensors in states.items():
         for name in list(tensors):
             key = tensors[name].key.split(".model.", 1)[1]
             is_kept = _is_trained(key, source.config.training.trainable)
@@ -90,15 +96,23 @@ def keep(
                     else torch.zeros_like(entry.data)
                 )
                 fresh.setdefault(index, {})[name] = values.reshape(entry.data.shape)
-    wanted = {index: tensors for index, tensors in asked["param_state"].items() if tensors}
+    wanted = checkpoint.join_parts(
+        [
+            {"param_state": {index: held for index, held in part["param_state"].items() if held}}
+            for part in parts
+        ]
+    )
     found = master_weights.masters(everything["model"], asked, optimizer)
-    loaded = checkpoint.load_shards(source, {"optimizer": {"param_state": wanted}})["optimizer"]
+    loaded = checkpoint.load_shards(source, {"optimizer": wanted})["optimizer"]
     checkpoint.refuse_mismatch(source, found, loaded)
-    # Parameter groups are those of this run; the checkpoint's are divided otherwise.
-    for group in asked["optimizer"]["param_groups"]:
-        group["step"] = oldest
-    moments = {
-        index: loaded.get("param_state", {}).get(index, {}) | fresh.get(index, {})
-        for index in asked["param_state"]
-    }
-    optimizer.load_state_dict(asked | {"param_state": moments})
+    read = checkpoint.optimizer_parts(loaded, optimizer)
+    for number, part in enumerate(parts):
+        # Parameter groups are those of this run; the checkpoint's are divided otherwise.
+        for group in part["optimizer"]["param_groups"]:
+            group["step"] = oldest
+        kept = read[number].get("param_state", {})
+        part["param_state"] = {
+            index: kept.get(index, {}) | fresh.get((number, index), {})
+            for index in part["param_state"]
+        }
+    optimizer.load_state_dict(checkpoint.join_parts(parts))
