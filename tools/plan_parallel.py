@@ -46,7 +46,8 @@ def main(arguments: list[str] | None = None) -> int:
             shown = found
             fits = "fits" if found[0].fits(hardware) else "does NOT fit"
             fit = f"the layout {fits} into nine tenths of {hardware.memory_gib:g} GiB"
-        print(f"{fit}\n\n{to_text(shown)}\n")
+        has_experts = config.architecture.language.num_experts > 0
+        print(f"{fit}\n\n{to_text(shown, has_experts)}\n")
         _explain(config, found[0], options.gpus, packs, hardware)
         if options.json:
             rows = [dataclasses.asdict(one) | {"memory_gib": one.memory_gib} for one in found]

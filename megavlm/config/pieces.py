@@ -22,8 +22,8 @@ class Piece:
         key: checkpoint key of the weight; empty for attention.
         part: vision, connector, language or head.
         elements: of the weight.
-        forward: FLOPs of the forward pass, for each unit; of an expert the mean over all tokens, most
-            of which it does not see.
+        forward: FLOPs of the forward pass, for each unit; of an expert the mean over all tokens,
+            most of which it does not see.
         unit: count of the data that the cost is in proportion to.
         layer: number of its layer inside the part; none where it stands before or after the layers.
         is_matrix: whether it has two dimensions; biases, norms and scales have one.

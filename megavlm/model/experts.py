@@ -1,5 +1,5 @@
-"""A mixture of experts in the place of an MLP: megatron-core's ``MoELayer`` and its dispatchers, with
-a router that knows the padding of packs, and experts that have keys of their own in checkpoints.
+"""A mixture of experts in the place of an MLP: megatron-core's ``MoELayer`` and its dispatchers,
+with a router that knows the padding of packs, and experts with keys of their own in checkpoints.
 
 Each expert is whole on its rank. Experts are split over the expert-parallel ranks; the other ranks
 of a pipeline stage, tensor-parallel ones included, hold replicas (megatron-core's group

@@ -104,7 +104,6 @@ def create(parallel: Parallel, seed: int, embedding_chunk: int = 0) -> Groups:
         embedding_chunk: number of the chunk with the token embedding, whose gradient is summed with
             that of a tied head in the last one.
     """
-
     virtual = parallel.virtual_pipeline_model_parallel_size
 
     # ``parallel_state.initialize_model_parallel`` calls it for each pipeline; its group sums the

@@ -311,7 +311,7 @@ def language_layer(
 
     Inputs and results of both norms (4 D) are replicated, or sharded with sequence parallelism.
     Sharded: queries, keys, values, the output of attention, and the MLP's gate, its other half and
-    their product (3 M); or what its experts keep, see ``_expert_layer``. Normalised queries and keys
+    their product (3 M); or what its experts keep (``_expert_layer``). Normalised queries and keys
     are kept twice. A frozen layer needs neither the results of the norms nor that product.
     """
     language = arch.language

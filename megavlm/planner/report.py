@@ -30,12 +30,12 @@ _EXPERT_COLUMNS = {"EP": "CP", "EP GB": "CP GB"}
 _OPTIONS = ("option", "GiB", "activations GiB", "step s", "fits")
 
 
-def to_text(estimates: Sequence[Estimate]) -> str:
+def to_text(estimates: Sequence[Estimate], has_experts: bool = False) -> str:
     """Write a line for each layout. V: model chunks per pipeline rank; GB: what a GPU sends in a
-    step, by kind of parallelism. EP: expert-parallel ranks, if any layout has several.
+    step, by kind of parallelism; EP: expert-parallel ranks, of a model with experts.
     """
     rows = [_COLUMNS, *map(_row, estimates)]
-    if all(one.parallel.expert_model_parallel_size == 1 for one in estimates):
+    if not has_experts:
         return _table(rows)
     columns = [_expert_columns(one) for one in estimates]
     extra = [tuple(_EXPERT_COLUMNS), *columns]

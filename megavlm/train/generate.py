@@ -130,9 +130,7 @@ def _open(job: Job, task: TaskPacks, numbers: Sequence[int]) -> list[_OpenPack]:
     return opened
 
 
-def _most_packs(
-    job: Job, questions: Sequence[Sequence[int]], is_done: Sequence[bool]
-) -> int:
+def _most_packs(job: Job, questions: Sequence[Sequence[int]], is_done: Sequence[bool]) -> int:
     """Count the packs with an answer that is not done, of the data-parallel rank that has most.
 
     Args:

@@ -20,6 +20,7 @@ from megavlm.planner.flops import training_cost
 from megavlm.train import meters as observers
 from megavlm.train.bad_steps import BadStepRule, StepError
 from megavlm.train.evaluate import held_out_loss
+from megavlm.train.expert_load import ExpertLoad
 from megavlm.train.gates import Gates
 from megavlm.train.job import Job
 from megavlm.train.meters import Clock, Meter
@@ -205,6 +206,7 @@ def _meters(job: Job, clock: Clock) -> Sequence[Meter]:
         Throughput(cost, clock),
         SourceLosses(job.train.source_names, job.backend.device),
         Gates(job.chunks),
+        ExpertLoad(job.chunks, job.config.architecture, job.backend.device),
     )
 
 

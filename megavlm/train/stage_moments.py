@@ -70,14 +70,13 @@ def keep(
         oldest: updates that the oldest moments have seen.
     """
     everything = checkpoint.sharded(chunks, optimizer, Fp8(), is_loading=True)
-    asked = everything["optimizer"]
     before = source.config.architecture.vision
     resizes = before.grid != chunks[0].architecture.vision.grid
     weights: dict[str, Any] = {}
     fresh: dict[Any, dict[str, Any]] = {}
     for chunk in chunks:
         weights |= named_weights(chunk)
-    parts = checkpoint.optimizer_parts(asked, optimizer)
+    parts = checkpoint.optimizer_parts(everything["optimizer"], optimizer)
     states = {
         (number, index): tensors
         for number, part in enumerate(parts)
@@ -102,7 +101,7 @@ def keep(
             for part in parts
         ]
     )
-    found = master_weights.masters(everything["model"], asked, optimizer)
+    found = master_weights.masters(everything["model"], everything["optimizer"], optimizer)
     loaded = checkpoint.load_shards(source, {"optimizer": wanted})["optimizer"]
     checkpoint.refuse_mismatch(source, found, loaded)
     read = checkpoint.optimizer_parts(loaded, optimizer)

@@ -54,6 +54,7 @@ def log_run_summary(
     if virtual > 1:
         pipeline += f" ({virtual} chunks each)"
     sizes = f"tensor {groups.tensor_size}{context} x {pipeline} x data {groups.data_size}"
+    sizes += _experts(config.parallel.expert_model_parallel_size)
     metrics.say(
         f"stage {config.stage}, model {config.model}, {groups.size} ranks: {sizes},"
         f" {config.training.precision}"
@@ -80,6 +81,11 @@ def log_run_summary(
     metrics.say(f"trainable parameters: {shares}")
     metrics.say("\n  ".join(["parameter groups:", *table_lines(config, parameter_table(config))]))
     metrics.record(state.step, {"trainable_parameters": sum(trained.weights.values())})
+
+
+def _experts(ranks: int) -> str:
+    """Write over how many ranks experts are split, if they are."""
+    return f", experts over {ranks}" if ranks > 1 else ""
 
 
 def _how_to_save() -> str:

@@ -14,13 +14,15 @@ import numpy as np
 import pytest
 
 from megavlm.config.schema import Architecture, Config, Experts
+from megavlm.model.weights import fresh_tensor
 from tests.convert.models import EXPERTS
 from tests.data.samples import make_dataset
 from tests.ranks.layouts import LIMIT, MASKS, asks_for_all
 from tests.ranks.model_checks import sizes_of
 from tests.ranks.pool import Pool
-from tests.ranks.runs import TINY, Curve, build, config_for, train_curve
+from tests.ranks.runs import TINY, Curve, build, config_for, train_curve, whole_weights
 from tests.ranks.test_layouts import compare
+from tests.ranks.test_resume import forget_the_end, make_job, run_job, saved_tensors
 
 # Four layers, so that a pipeline can have two chunks on each of two ranks.
 MODEL = dataclasses.replace(
@@ -153,3 +155,134 @@ def test_a_layout_trains_like_one_process(
     curves = ranks.run(train_curve, layout.ranks, config)
     found = compare(curves, alone(mask))
     assert max(found.values()) <= LIMIT, found
+
+
+def _job(dataset: Path, save: Path, **settings: Any) -> Config:
+    """Configure a job of six steps, with a checkpoint in the middle."""
+    settings = dict(global_batch_size=4, drop_path=0.0, adam_eps=1e-3) | settings
+    job = make_job(dataset, save, **settings)
+    return dataclasses.replace(job, architecture=MODEL, experts=LOSSES)
+
+
+def test_a_run_resumes_bit_for_bit_and_at_other_layouts(
+    ranks: Pool, dataset: Path, tmp_path: Path
+) -> None:
+    layout = Layout(expert=2, pipeline=2, data=2).settings
+    ranks.run(run_job, 4, _job(dataset, tmp_path / "whole", **layout))
+    [whole] = ranks.run(saved_tensors, 1, tmp_path / "whole" / "step_00000006")
+    experts = [key for key in whole if ".mlp.experts.7.linear_fc1.weight" in key]
+    assert len(experts) == 2 * 4, "of two layers: weight, master weight, both moments"
+    others = [Layout(), Layout(expert=2, tensor=2), Layout(expert=4, data=4), Layout(tensor=2)]
+    others = others if asks_for_all() else others[1:3]
+    for number, other in enumerate([Layout(expert=2, pipeline=2, data=2), *others]):
+        resumed = tmp_path / str(number)
+        forget_the_end(tmp_path / "whole", resumed)
+        ranks.run(run_job, other.ranks, _job(dataset, resumed, **other.settings))
+        [found] = ranks.run(saved_tensors, 1, resumed / "step_00000006")
+        assert found.keys() == whole.keys()
+        for key, tensor in found.items():
+            if number == 0:
+                assert np.array_equal(tensor, whole[key]), key
+            np.testing.assert_allclose(
+                tensor, whole[key], rtol=1e-4, atol=1e-5 * whole[key].abs().max(), err_msg=key
+            )
+
+
+def routed(config: Config) -> tuple[list[int], list[int], list[list[float]], list[list[float]]]:
+    """Run the packs of a step; return the real tokens of each, the tokens that each expert ran on,
+    the load of each layer's experts, and by hand the sum over the packs of each layer's loss.
+    """
+    import torch
+
+    from megavlm.model.experts import routers_of
+    from megavlm.train.step import run_packs
+
+    job = build(config)
+    batches = [job.train.batch(pack, 0, vision_layers=2) for pack in range(4)]
+    ran: list[int] = []
+    by_hand: list[list[float]] = []
+
+    def count(module, inputs, output):
+        ran.append(len(inputs[0]))
+
+    def weigh(module, inputs, output):
+        real = (~inputs[1]).flatten()
+        logits = inputs[0].flatten(0, 1)[real] @ module.weight.T
+        scores = logits.softmax(-1)
+        chosen = torch.nn.functional.one_hot(scores.topk(3)[1], 8).sum((0, 1)) / (3 * real.sum())
+        by_hand.append([module.layer_number, float(8 * (chosen * scores.mean(0)).sum())])
+        weights, is_routed = output
+        assert not is_routed[~real].any() and not weights[~real].any()
+        torch.testing.assert_close(weights.sum(-1), real.float())
+
+    for layer in job.chunks[0].language.decoder.layers:
+        layer.mlp.router.register_forward_hook(weigh)
+        for expert in layer.mlp.experts.local_experts:
+            expert.register_forward_hook(count)
+    run_packs(job.ddp_chunks, iter(batches), 4, 100.0, job.backend)
+    real = [int((~batch.is_padding).sum()) for batch in batches]
+    loads = [router.load.tolist() for router in routers_of(job.chunks[0])]
+    sums = [sum(loss for number, loss in by_hand if number == layer) for layer in (1, 2)]
+    return real, ran, loads, sums
+
+
+def test_padding_is_routed_nowhere_and_counts_in_no_loss(ranks: Pool, dataset: Path) -> None:
+    [(real, ran, loads, by_hand)] = ranks.run(routed, 1, _config(dataset))
+    assert all(0 < count < 128 for count in real), "packs end in padding"
+    assert sum(ran) == 2 * 3 * sum(real), "two layers, three experts of a token"
+    for (*choices, balance, packs), expected in zip(loads, by_hand, strict=True):
+        assert sum(choices) == 3 * sum(real) and packs == 4
+        assert balance == pytest.approx(expected, rel=1e-5)
+
+
+def train_with_shut_experts(config: Config) -> Curve:
+    """Train with routers that like all experts alike, so that the same ones are chosen always."""
+    from megavlm.model.experts import routers_of
+    from tests.ranks import runs
+
+    plain = runs.build
+
+    def build_shut(config: Config) -> Any:
+        job = plain(config)
+        for chunk in job.chunks:
+            for router in routers_of(chunk):
+                router.weight.data.zero_()
+        return job
+
+    runs.build = build_shut
+    try:
+        return train_curve(config)
+    finally:
+        runs.build = plain
+
+
+def test_experts_without_a_token_neither_hang_nor_change_anything(
+    ranks: Pool, dataset: Path
+) -> None:
+    """Of two expert-parallel ranks one then has no token at all."""
+    mask = ("vision", "language.decoder.layers.*.mlp.experts")
+    settings = dict(trainable=mask, steps=3, weight_decay=0.0)
+    [expected] = ranks.run(train_with_shut_experts, 1, _config(dataset, **settings))
+    layout = Layout(expert=2, data=2).settings
+    curves = ranks.run(train_with_shut_experts, 2, _config(dataset, **settings, **layout))
+    assert max(compare(curves, expected).values()) <= LIMIT
+    key = "language.decoder.layers.1.mlp.experts.{}.linear_fc2.weight"
+    fresh = fresh_tensor(_config(dataset))
+    weights = whole_weights([expected])
+    changed = [
+        not np.array_equal(weights[key.format(expert)], fresh(key.format(expert), (48, 24)))
+        for expert in range(8)
+    ]
+    assert sum(changed) == 3
+
+
+def test_the_losses_of_the_router_have_gradients(ranks: Pool, dataset: Path) -> None:
+    norms = [
+        ranks.run(train_curve, 1, _config(dataset, steps=1, **weights))[0].grad_norms[0]
+        for weights in (
+            dict(balance_loss=0.0, router_z_loss=0.0),
+            dict(balance_loss=0.0),
+            dict(router_z_loss=0.0),
+        )
+    ]
+    assert len({round(norm, 4) for norm in norms}) == 3

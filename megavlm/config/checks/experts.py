@@ -95,7 +95,20 @@ def expert_problems(config: Config) -> Iterator[str]:
             f"--fp8.language {config.fp8.language}: an expert may get any number of tokens, and the"
             " matrix products of FP8 need multiples of 16; leave it out, --fp8.vision can stay"
         )
-    lora = config.architecture.lora
+    arch = config.architecture
+    if arch.needs.spans_step:
+        yield (
+            f"{_FLAG}.num_experts {language.num_experts}: --architecture.objective"
+            f" {arch.objective} runs microbatches twice, and the routers' losses would count twice;"
+            " use 0"
+        )
+    if arch.cross_attention.every:
+        yield (
+            f"{_FLAG}.num_experts {language.num_experts}: layers with gated cross-attention"
+            f" (--architecture.cross_attention.every {arch.cross_attention.every}) have not been"
+            " tried with experts; use 0"
+        )
+    lora = arch.lora
     experts_key = "language.decoder.layers.0.mlp.linear_fc1.weight"
     if lora.adapts(experts_key):
         yield (

@@ -137,7 +137,6 @@ class PackedDataset:
         labels, weights = map(on_rank, label(pack.tokens, pack.supervised, pack.lengths, reduction))
         draws = drop_path_draws(seed, position, 2 * vision_layers + 2, max(1, pack.tiles))
         chosen = rank_slice.tiles(pack.tiles, tile_multiple)
-        features = _features_on_rank(self._feature_positions(pack, positions), own, capacity)
         return Batch.of(
             tokens=on_rank(pack.tokens.astype(np.int64), manifest.pad_token_id),
             labels=labels.astype(np.int64),
@@ -150,8 +149,7 @@ class PackedDataset:
             prefixes=find_prefixes(pack.supervised, positions, ends),
             media=find_media(pack, manifest, positions, own),
             tiles=self._tiles(pack, chosen if with_tiles else range(0), seed, position),
-            feature_positions=features[0],
-            feature_numbers=features[1],
+            **self._features(pack, positions, own),
             num_features=pack.tiles * manifest.features_per_tile,
             drop_path_draws=_columns(draws[:-2], chosen),
             pair_draws=draws[-2:],
@@ -176,6 +174,23 @@ class PackedDataset:
                 f" manifest.json lists {len(numbers)} sources; pack the dataset again"
             )
         return numbers[named]
+
+    def _features(
+        self, pack: Pack, positions: np.ndarray, own: np.ndarray
+    ) -> dict[str, np.ndarray]:
+        """Return where image features go among the rank's tokens, and which of the pack's features
+        these are; int64.
+
+        Args:
+            pack: the pack.
+            positions: of its stored tokens.
+            own: positions of the rank's tokens in the pack.
+        """
+        index = np.full(self.manifest.capacity, -1)
+        index[own] = np.arange(len(own))
+        found = index[self._feature_positions(pack, positions)]
+        is_own = found >= 0
+        return dict(feature_positions=found[is_own], feature_numbers=np.flatnonzero(is_own))
 
     def _feature_positions(self, pack: Pack, positions: np.ndarray) -> np.ndarray:
         """Return the positions of the placeholder tokens; int64 [real tiles * F]."""
@@ -287,23 +302,6 @@ def sample_positions(
     if ends[-1] < capacity:
         ends = np.append(ends, capacity)
     return positions, ends.astype(np.int32)
-
-
-def _features_on_rank(
-    positions: np.ndarray, own: np.ndarray, capacity: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the positions of a rank's placeholders among its own tokens, and their numbers among
-    all placeholders of the pack; both int64.
-
-    Args:
-        positions: of all placeholders in the pack, ascending.
-        own: positions of the rank's tokens in the pack.
-        capacity: tokens of the pack.
-    """
-    index = np.full(capacity, -1)
-    index[own] = np.arange(len(own))
-    found = index[positions]
-    return found[found >= 0], np.flatnonzero(found >= 0)
 
 
 def label(

@@ -62,7 +62,9 @@ def family_of(language: Language) -> Family:
         groups = language.num_query_groups
         wrong.append(("num_query_groups", groups, language.num_attention_heads))
     if family.has_experts != (language.num_experts > 0):
-        wrong.append(("num_experts", language.num_experts, "1 or more" if family.has_experts else 0))
+        wrong.append(
+            ("num_experts", language.num_experts, "1 or more" if family.has_experts else 0)
+        )
     if wrong:
         listed = "; ".join(
             f"{flag}.{name} is {str(found).lower()}, must be {str(value).lower()}"

@@ -29,9 +29,7 @@ def _layer(language: Language) -> list[Row]:
         *(
             row
             for number in range(language.num_experts)
-            for row in gated_mlp(
-                f"mlp.experts.{number}.", f"mlp.experts.{number}.", width, inner
-            )
+            for row in gated_mlp(f"mlp.experts.{number}.", f"mlp.experts.{number}.", width, inner)
         ),
     ]
 
