@@ -49,7 +49,7 @@ case "$stage" in
         exec torchrun --nnodes "${NNODES:-1}" --nproc_per_node "${GPUS_PER_NODE:-8}" --max_restarts 0 \
             --rdzv_backend c10d --rdzv_endpoint "${MASTER_ADDR:-127.0.0.1}:${MASTER_PORT:-29500}" --rdzv_id "${JOB_ID:-flamingo}" \
             "$root/pretrain_vlm.py" --recipe flamingo --stage 1 --data.train "$PACKS/documents,$PACKS/captions" \
-            --data.weights "${SHARES:-0.75,0.25}" --data.batch_shares true \
+            --data.weights "${SHARES:-0.75,0.25}" --data.batch_shares true --data.loss_weights 1.0,0.2 \
             --init.vision "${VISION:?name the folder of CLIP}" --init.language "${LANGUAGE:?name the language model}" \
             --checkpoint.save "$RUNS/stage1" --checkpoint.export_hf "$RUNS/stage1-hf" "${options[@]}"
         ;;

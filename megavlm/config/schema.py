@@ -59,6 +59,10 @@ class Data:
             balanced; 0: the global batch size; 1: no buckets.
         loss_reduction: weight of each supervised token in the loss: 1 (token), 1/n (sample) or
             1/sqrt(n) (square), if its sample has n supervised tokens.
+        loss_weights: weight of each folder of ``train`` in the loss, which is then the sum of
+            these weights times the mean loss of the folder's labels in the batch, however many it
+            has (Flamingo, arXiv 2204.14198, section 2.4); needs ``batch_shares``. Empty: every
+            label weighs as ``loss_reduction`` says, whichever folder it is from.
         template: conversation templates (``--template`` of ``tools/pack_dataset.py``) that the
             packs may be packed with; any: every one.
         tiling: how images must have become tiles (``--tiling`` of ``tools/pack_dataset.py``); any:
@@ -82,6 +86,7 @@ class Data:
     shuffle: bool = True
     group: int = 0
     loss_reduction: Literal["token", "sample", "square"] = "square"
+    loss_weights: tuple[float, ...] = ()
     template: tuple[str, ...] = (ANY,)
     tiling: Literal["any", "dynamic", "pad", "crop", "stretch"] = ANY
     augment: tuple[str, ...] = ()

@@ -155,7 +155,14 @@ def _options(saved: Checkpoint, evaluation: Eval, target: Path) -> list[str]:
     config: Config = replace(
         saved.config,
         init=Init(),
-        data=replace(saved.config.data, valid="", weights=(), batch_shares=False, curriculum=False),
+        data=replace(
+            saved.config.data,
+            valid="",
+            weights=(),
+            batch_shares=False,
+            loss_weights=(),
+            curriculum=False,
+        ),
         parallel=Parallel(),
         optimizer=Optimizer(),
         training=Training(

@@ -32,7 +32,7 @@ from megavlm.train.retrieval import recalls
 from megavlm.train.saver import Saver
 from megavlm.train.schedule import drop_path
 from megavlm.train.source_losses import SourceLosses
-from megavlm.train.step import StepResult, train_step
+from megavlm.train.step import StepResult, WeightOfPack, train_step
 from megavlm.train.stop_signal import StopRequest
 from megavlm.train.tasks import answer_tasks
 from megavlm.train.throughput import Throughput
@@ -186,7 +186,17 @@ def _train(
         meters,
         job.samples_of_ranks(job.train, ids),
         skips if config.bad_steps.is_watched else None,
+        _weight_of_pack(job, ids),
     )
+
+
+def _weight_of_pack(job: Job, ids: np.ndarray) -> WeightOfPack | None:
+    """Return what the loss of each pack of a step is divided by; none: the same for all."""
+    data = job.config.data
+    if not data.loss_weights:
+        return None
+    divisors = job.train.pack_weights(ids, data.loss_reduction, data.loss_weights)
+    return lambda batch: divisors[batch.pack_id]
 
 
 def _saves(job: Job, state: State) -> bool:

@@ -74,6 +74,10 @@ def _loss(
     return weighted_sum(losses.total, batch.loss_weights) / weight_of_step
 
 
+WeightOfPack = Callable[[Batch], float]
+"""Says what the summed loss of a pack is divided by."""
+
+
 def run_packs(
     model: Sequence[DistributedDataParallel],
     batches: Iterator[Batch],
@@ -83,6 +87,7 @@ def run_packs(
     *,
     forward_only: bool = False,
     meters: Sequence[Meter] = (),
+    weight_of_pack: WeightOfPack | None = None,
 ) -> Tensor:
     """Run ``count`` packs through the pipeline, backward too unless ``forward_only``.
 
@@ -94,6 +99,7 @@ def run_packs(
         backend: where tensors live.
         forward_only: no gradients.
         meters: observe the losses.
+        weight_of_pack: takes the place of ``weight_of_step``; none: all packs share that.
 
     Returns:
         This rank's part of the loss; 0 but in the last chunk.
@@ -102,7 +108,8 @@ def run_packs(
     objective = model[-1].module.objective
 
     def loss(batch: Batch, output: Tensor) -> Tensor:
-        return _loss(objective, batch, weight_of_step, meters, output)
+        weight = weight_of_pack(batch) if weight_of_pack else weight_of_step
+        return _loss(objective, batch, weight, meters, output)
 
     return run_pipeline(model, batches, count, loss, backend, forward_only=forward_only)
 
@@ -118,6 +125,7 @@ def train_step(
     meters: Sequence[Meter] = (),
     samples: Sequence[Sequence[int]] = (),
     skips: Callable[[Tensor, Tensor], bool] | None = None,
+    weight_of_pack: WeightOfPack | None = None,
 ) -> StepResult:
     """Update the parameters once; arguments as in ``run_packs``, ``run_whole_step`` and
     ``optimizer.update``.
@@ -134,7 +142,15 @@ def train_step(
             model, batches, count, weight_of_step, samples, backend, meters=meters
         )
     else:
-        loss = run_packs(model, batches, count, weight_of_step, backend, meters=meters)
+        loss = run_packs(
+            model,
+            batches,
+            count,
+            weight_of_step,
+            backend,
+            meters=meters,
+            weight_of_pack=weight_of_pack,
+        )
     gradient = adamw.prepare(optimizer, backend.device)
     is_skipped = skips is not None and skips(loss, gradient.norm)
     if not is_skipped:

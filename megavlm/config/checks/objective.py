@@ -14,6 +14,8 @@ def objective_problems(config: Config) -> Iterator[str]:
     if arch.objective not in OBJECTIVES:
         return
     wanted = f"--architecture.objective {arch.objective}"
+    if arch.needs.spans_step and config.data.loss_weights:
+        yield f"--data.loss_weights: {wanted} has one loss for a whole batch; leave it out"
     if arch.needs.is_of_pairs:
         yield from _pairs(config, wanted)
     elif arch.connector.kind == "qformer" and arch.connector.qformer.text:

@@ -316,11 +316,28 @@ def _data(data: Data) -> Iterator[str]:
             "--data.batch_shares true has no effect: --data.train names one folder; give several,"
             " with commas, or leave it out"
         )
+    yield from _loss_weights(data)
     for name in data.augment:
         if name not in AUGMENTATIONS:
             yield f"--data.augment {name}: no such change; known are {', '.join(AUGMENTATIONS)}"
     yield from at_least(0, "data", data, "workers", "group", "timeout")
     yield from at_least(1, "data", data, "prefetch")
+
+
+def _loss_weights(data: Data) -> Iterator[str]:
+    """Yield what is wrong with the weights of folders in the loss."""
+    weights = data.loss_weights
+    flag = f"--data.loss_weights {','.join(map(str, weights))}"
+    if weights and len(weights) != len(data.train_folders):
+        folders = len(data.train_folders)
+        yield f"{flag}: {len(weights)} weights for {folders} folders of --data.train"
+    if any(not 0 < weight < float("inf") for weight in weights):
+        yield f"{flag}: each must be above 0"
+    if weights and not data.batch_shares:
+        yield (
+            f"{flag}: each is for the mean of its folder in a batch, so every batch must have packs"
+            " of every folder; give --data.batch_shares true"
+        )
 
 
 def _training(training: Training) -> Iterator[str]:

@@ -256,6 +256,26 @@ class BlendedDataset:
         ]
         return math.fsum(np.concatenate(parts))
 
+    def pack_weights(
+        self, pack_ids: np.ndarray, reduction: str, loss_weights: Sequence[float]
+    ) -> dict[int, float]:
+        """Return what the summed loss of each pack of a step is divided by, so that the loss is the
+        sum over the datasets of ``loss_weights`` times the mean loss of their labels in the step.
+
+        Args:
+            pack_ids: of the step.
+            reduction: as for ``weight_sum``.
+            loss_weights: of each dataset.
+        """
+        owners = self._owner(np.asarray(pack_ids))
+        divisors = {}
+        for number, weight in enumerate(loss_weights):
+            own = pack_ids[owners == number]
+            # Without a label every loss weight is 0, and any divisor will do.
+            total = (self.weight_sum(own, reduction) if len(own) else 0.0) or 1.0
+            divisors |= dict.fromkeys(own.tolist(), total / weight)
+        return divisors
+
     def batch(self, pack_id: int, position: int, **options: Any) -> Batch:
         """Make the batch of a pack; arguments and errors as for ``PackedDataset.batch``."""
         number = int(self._owner(np.asarray(pack_id)))
