@@ -8,6 +8,11 @@ VALID_LOSS = "valid_loss"
 """Name of the loss on ``data.valid``; figures of tasks are called ``TASK/FIGURE``."""
 
 
+def shots_name(task: str, shots: int) -> str:
+    """Return the name of a task that is asked behind so many examples."""
+    return f"{task}_{shots}_shots" if shots else task
+
+
 @dataclass(frozen=True, kw_only=True)
 class Eval:
     """Tasks that the model answers at each evaluation.
@@ -15,6 +20,10 @@ class Eval:
     Args:
         tasks: JSONL files of questions, images and answers, whose metrics are logged beside the
             validation loss.
+        examples: JSONL file of questions and answers, in the format of a task, that examples in
+            front of questions are taken from.
+        shots: numbers of examples, such as ``0,4,8``: every task is asked once with each, and its
+            figures are called ``TASK_4_shots/FIGURE``; empty: without examples.
         max_new_tokens: longest answer. The whole prompt runs again for each token, so this is for
             short answers.
         without_images: also measure the validation loss with every image in one colour, the mean
@@ -24,6 +33,8 @@ class Eval:
     """
 
     tasks: tuple[str, ...] = ()
+    examples: str = ""
+    shots: tuple[int, ...] = ()
     max_new_tokens: int = 16
     without_images: bool = False
     only: bool = False

@@ -17,6 +17,7 @@ from megavlm.config.schema import Config, Eval
 from megavlm.evaluate.answer import Answer, Score
 from megavlm.evaluate.metrics import METRICS
 from megavlm.evaluate.packs import TaskPacks, prepare
+from megavlm.evaluate.shots import with_shots
 from megavlm.evaluate.task import Question, Task, read_tasks
 from megavlm.io import atomic
 from megavlm.io.remote import is_remote
@@ -60,13 +61,15 @@ def task_facts(config: Config) -> dict[str, str]:
         for one in task.asked:
             digest.update(one.tokens.tobytes())
             digest.update(repr([(image.columns, image.rows) for image in one.images]).encode())
-        facts[f"questions and images of --eval.tasks {task.task.path}"] = digest.hexdigest()[:16]
+        facts[f"questions and images of --eval.tasks {task.task.path}, {task.task.name}"] = (
+            digest.hexdigest()[:16]
+        )
     return facts
 
 
 @lru_cache(maxsize=1)  # once to check the run, and once to run it
 def _open(evaluation: Eval, folder: str, best_by: str) -> tuple[TaskPacks, ...]:
-    tasks = read_tasks(evaluation.tasks)
+    tasks = with_shots(read_tasks(evaluation.tasks), evaluation.examples, evaluation.shots)
     if tasks and (is_remote(folder) or not (Path(folder) / "tokenizer").is_dir()):
         raise ValueError(
             f"--eval.tasks needs the tokenizer of the packs, and --data.train {folder} has no"

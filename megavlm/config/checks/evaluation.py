@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from megavlm.config.evaluation import VALID_LOSS
+from megavlm.config.evaluation import VALID_LOSS, shots_name
 from megavlm.config.parts import Init
 from megavlm.config.schema import Config
 
@@ -16,6 +16,7 @@ def evaluation_problems(config: Config) -> Iterator[str]:
     for path in asked.tasks:
         if not Path(path).is_file():
             yield f"--eval.tasks {path}: no such file"
+    yield from _shots(config)
     if asked.max_new_tokens < 1:
         yield f"--eval.max_new_tokens {asked.max_new_tokens}: must be at least 1"
     has_loss = bool(config.data.valid)
@@ -38,6 +39,20 @@ def evaluation_problems(config: Config) -> Iterator[str]:
         yield "--eval.only true needs --eval.tasks or --data.valid: there is nothing to measure"
     if asked.only:
         yield from _only(config)
+
+
+def _shots(config: Config) -> Iterator[str]:
+    """Report what is wrong with examples in front of questions."""
+    asked = config.eval
+    flag = f"--eval.shots {','.join(map(str, asked.shots))}"
+    if any(count < 0 for count in asked.shots) or len(set(asked.shots)) < len(asked.shots):
+        yield f"{flag}: must be different numbers, each 0 or more"
+    if any(asked.shots) and not Path(asked.examples).is_file():
+        yield f"{flag} needs --eval.examples, a file of questions; it is {asked.examples!r}"
+    if asked.examples and not any(asked.shots):
+        yield f"--eval.examples {asked.examples} has no effect without --eval.shots, such as 0,4"
+    if asked.shots and not asked.tasks:
+        yield f"{flag} needs --eval.tasks"
 
 
 def _only(config: Config) -> Iterator[str]:
@@ -72,7 +87,11 @@ def _best(config: Config) -> Iterator[str]:
             )
     elif files.keep_best < 1:
         yield f"--checkpoint.best_by {files.best_by} has no effect without --checkpoint.keep_best"
-    elif task not in {Path(path).stem for path in config.eval.tasks}:
+    elif task not in {
+        shots_name(Path(path).stem, count)
+        for path in config.eval.tasks
+        for count in config.eval.shots or (0,)
+    }:
         yield (
             f"--checkpoint.best_by {files.best_by}: --eval.tasks has no task {task}; it must be"
             f" {VALID_LOSS} or TASK/FIGURE, such as exam/accuracy for exam.jsonl"

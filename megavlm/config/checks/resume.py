@@ -66,7 +66,7 @@ _BY_SECTION: dict[str, dict[Kind, str]] = {
         " export_hf",
     },
     "logging.": {"free": "interval tensorboard wandb_project wandb_mode run_name"},
-    "eval.": {"taken": "tasks max_new_tokens without_images", "free": "only"},
+    "eval.": {"taken": "tasks examples shots max_new_tokens without_images", "free": "only"},
     "health.": {"free": "speed_check slow_factor least_gb_per_s hang_factor hang_seconds"},
 }
 KINDS: dict[str, Kind] = {

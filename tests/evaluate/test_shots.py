@@ -1,0 +1,62 @@
+"""Examples in front of questions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from megavlm.data.images.tiling import Tiling
+from megavlm.data.text.chat_tokens import ChatTemplate
+from megavlm.data.text.tokenizer import add_special_tokens, load_tokenizer
+from megavlm.evaluate.packs import ask
+from megavlm.evaluate.shots import with_shots
+from megavlm.evaluate.task import read_tasks
+from tests.evaluate.test_task import write
+
+WORDS = Path(__file__).parents[1] / "golden" / "llava_tokenizer"
+
+
+def _files(folder: Path) -> tuple[str, str]:
+    """Write a task of two questions, and five examples, one of which is asked too."""
+    for number in range(5):
+        Image.new("RGB", (8, 8), (40 * number, 0, 0)).save(folder / f"{number}.png")
+    rows = [
+        dict(question="Which?", image=f"{number}.png", answer=f"shade {number}")
+        for number in range(5)
+    ]
+    return str(write(folder, *rows[:2])), str(write(folder, *rows, name="examples.jsonl"))
+
+
+def test_fewer_examples_are_the_first_of_more_and_never_the_question_itself(tmp_path: Path) -> None:
+    task, examples = _files(tmp_path)
+    bare, two, four = with_shots(read_tasks((task,)), examples, (0, 2, 4))
+    assert [one.name for one in (bare, two, four)] == ["exam", "exam_2_shots", "exam_4_shots"]
+    for plain, some, many in zip(bare.questions, two.questions, four.questions, strict=True):
+        assert many.images[:2] == some.images[:2] and many.turns[:4] == some.turns[:4]
+        assert some.images[-1] == many.images[-1] == plain.images[0] not in many.images[:-1]
+        assert many.turns[-1] == plain.turns[-1] and many.truth == plain.truth
+        assert [turn.role for turn in some.turns] == ["human", "gpt"] * 2 + ["human"]
+        shown = [image.stem for image in many.images[:-1]]
+        assert [turn.text for turn in many.turns[1::2]] == [f"shade {name}" for name in shown]
+    assert with_shots((bare,), "", ()) == (bare,)
+
+
+def test_each_image_of_a_prompt_has_its_own_tokens(tmp_path: Path) -> None:
+    task, examples = _files(tmp_path)
+    [four] = with_shots(read_tasks((task,)), examples, (4,))
+    tokenizer = load_tokenizer(WORDS)
+    add_special_tokens(tokenizer, "idefics")
+    template = ChatTemplate(tokenizer, 1, name="flamingo")
+    tiling = Tiling(tile_size=8, max_tiles=1, mode="stretch")
+    [asked] = ask(four, four.questions[0], template, tiling, 4)
+    assert np.count_nonzero(asked.tokens == template.context_token_id) == 5 == len(asked.images)
+    assert tokenizer.decode(asked.tokens).count("Answer: shade") == 4
+
+
+def test_too_few_examples_are_told(tmp_path: Path) -> None:
+    task, examples = _files(tmp_path)
+    with pytest.raises(ValueError, match="--eval.examples .*: has 4 questions .* asks for 5"):
+        with_shots(read_tasks((task,)), examples, (5,))
