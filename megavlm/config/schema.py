@@ -15,6 +15,7 @@ from megavlm.config.architecture import Architecture as Architecture
 from megavlm.config.architecture import Contrastive as Contrastive
 from megavlm.config.architecture import Language as Language
 from megavlm.config.architecture import Vision as Vision
+from megavlm.config.averages import Ema as Ema
 from megavlm.config.connectors import Connector as Connector
 from megavlm.config.evaluation import Eval as Eval
 from megavlm.config.experts import Experts as Experts
@@ -354,6 +355,7 @@ class Config:
         parallel: split of the model over ranks.
         optimizer: AdamW and its learning rate.
         training: length, batch size, precision and freeze mask.
+        ema: moving average of the trained parameters.
         fp8: FP8 matrix products.
         loss: loss over the vocabulary.
         experts: balance of experts, and how tokens get to them.
@@ -374,6 +376,7 @@ class Config:
     parallel: Parallel = field(default_factory=Parallel)
     optimizer: Optimizer = field(default_factory=Optimizer)
     training: Training = field(default_factory=Training)
+    ema: Ema = field(default_factory=Ema)
     fp8: Fp8 = field(default_factory=Fp8)
     loss: Loss = field(default_factory=Loss)
     experts: Experts = field(default_factory=Experts)

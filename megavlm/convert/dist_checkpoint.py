@@ -43,6 +43,7 @@ from megavlm.io.atomic import sync_file
 from megavlm.io.progress import Done, ignore
 
 _PREFIX = "model."
+_AVERAGE_PREFIX = "ema."
 _FILE_NAME = "__0_0.distcp"
 # What megatron-core looks for beside the tensors: the format, and an (empty) file of everything
 # that is no tensor.
@@ -81,13 +82,14 @@ class ShardsFolder:
 
     Args:
         folder: ``shards/`` of a step's folder.
+        averages: take the moving averages of the parameters that have one.
 
     Raises:
         FileNotFoundError: there is no checkpoint.
-        ValueError: its metadata cannot be read.
+        ValueError: its metadata cannot be read, or it holds no averages.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, *, averages: bool = False):
         if not (folder / ".metadata").is_file():
             raise FileNotFoundError(f"{folder}: no distributed checkpoint (.metadata is missing)")
         self._reader = _Reader(folder)
@@ -105,25 +107,36 @@ class ShardsFolder:
             key: Header(tuple(entry.size), entry.properties.dtype)
             for key, entry in self._entries.items()
         }
+        if averages:  # in float32, read with the dtype of the parameter
+            start = _AVERAGE_PREFIX + _PREFIX
+            self._stored_keys |= {k[len(start) :]: k for k in stored if k.startswith(start)}
+            self._entries = {key: stored[name] for key, name in self._stored_keys.items()}
+            if not any(name.startswith(start) for name in self._stored_keys.values()):
+                raise ValueError(
+                    f"{folder}: holds no averages of parameters; its run had no --ema.decay"
+                )
         # Rows are asked for run by run, and many runs are of one part.
         self._numbers = lru_cache(maxsize=64)(self._find_numbers)
 
     def __getitem__(self, key: str) -> Tensor:
         header = self.headers[key]
         name = self._stored_keys[key]
-        target = {name: torch.empty(header.shape, dtype=header.dtype)}
+        dtype = self._entries[key].properties.dtype
+        target = {name: torch.empty(header.shape, dtype=dtype)}
         planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
         with _alone():
             torch_checkpoint.load(
                 target, storage_reader=self._reader, planner=planner, no_dist=True
             )
-        return target[name]
+        return target[name].to(header.dtype)
 
     def ranges(self, key: str, rows: range) -> list[Range] | None:
         """See ``Tensors``; none where a tensor was split along another axis than its first when it
         was written.
         """
         shape = self.headers[key].shape
+        if self._entries[key].properties.dtype != self.headers[key].dtype:
+            return None
         found = []
         row_bytes = self.headers[key].nbytes // max(shape[0], 1)
         row = rows.start

@@ -38,7 +38,7 @@ class Memory:
     Args:
         weights: of the model.
         gradients: of what is trained.
-        optimizer: main weights and moments, this rank's shard.
+        optimizer: main weights and moments, and averages, this rank's shard.
         activations: kept for the backward pass, of all microbatches in flight, and the logits.
         update: copies that the optimizer makes inside its step, when activations are gone.
     """
@@ -142,6 +142,7 @@ def weight_bytes(config: Config, held: ParameterCounts, data_ranks: int) -> dict
     sharing, of_experts = sharing_ranks(config, data_ranks)
     moments = config.optimizer.moments
     main = _MAIN if config.training.precision == "bfloat16" else 0
+    average = _MAIN if config.ema.decay else 0
     weights = NUMBER_BYTES[config.training.precision] * held.weights + _FP8_COPIES * held.in_fp8
     experts = held.trained_experts
     updated = (held.trained - experts) / sharing + experts / of_experts
@@ -149,6 +150,6 @@ def weight_bytes(config: Config, held: ParameterCounts, data_ranks: int) -> dict
     return {
         "weights": float(weights),
         "gradients": float(_GRADIENT * held.trained),
-        "optimizer": (main + _MOMENTS[moments]) * updated,
+        "optimizer": (main + _MOMENTS[moments] + average) * updated,
         "update": _MOMENT_COPIES * copied,
     }

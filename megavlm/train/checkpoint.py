@@ -30,7 +30,8 @@ from megavlm.config.schema import Architecture, Config, Fp8, Vision
 from megavlm.model.positions import POSITIONS_KEY, resize_positions
 from megavlm.model.precision import precision
 from megavlm.model.vlm import VisionLanguageModel
-from megavlm.train import master_weights
+from megavlm.train import averages, master_weights
+from megavlm.train.averages import Averages, parameter_states
 from megavlm.train.master_weights import Master, MismatchError
 from megavlm.train.optimizer import oldest
 
@@ -74,23 +75,32 @@ def sharded(
     fp8: Fp8,
     *,
     is_loading: bool,
+    averaged: Averages | None = None,
 ) -> dict[str, Any]:
-    """Return weights, master weights, moments, and the scales of FP8, of this rank, as
-    megatron-core saves and loads them. Collective.
+    """Return weights, master weights, moments, their averages if there are any, and the scales of
+    FP8, of this rank, as megatron-core saves and loads them. Collective.
 
     Raises:
         MismatchError: what would be saved is wrong: its master weights are not the weights.
     """
     weights = sharded_weights(chunks)
-    with master_weights.library_warnings() as warnings:
-        state = optimizer.sharded_state_dict(
+
+    def state_of() -> dict[Any, Any]:
+        return optimizer.sharded_state_dict(
             weights, is_loading=is_loading, metadata=_OPTIMIZER_FORMAT
         )
+
+    with master_weights.library_warnings() as warnings:
+        state = state_of()
     found = [] if is_loading else master_weights.masters(weights, state, optimizer)
     wrong = master_weights.differences(found, state, lambda key: None)
     master_weights.refuse(wrong, warnings)
     scales = {"scales": _scales(chunks)} if "delayed" in fp8.recipes.values() else {}
-    return {"model": weights, "optimizer": state} | scales
+    means = {}
+    if averaged is not None:
+        known = averages.entries(state, optimizer) if is_loading else averaged.sharded(state_of)
+        means = {"ema": known}
+    return {"model": weights, "optimizer": state} | scales | means
 
 
 def optimizer_parts(state: Mapping[Any, Any], optimizer: MegatronOptimizer) -> list[dict]:
@@ -199,15 +209,16 @@ def load_optimizer(
     chunks: Sequence[VisionLanguageModel],
     optimizer: MegatronOptimizer,
     fp8: Fp8,
+    averaged: Averages | None = None,
 ) -> None:
-    """Fill moments, master weights and step count, and the scales of FP8 if ``fp8`` is as it was.
-    Collective.
+    """Fill moments, master weights and step count, averages if there are any, and the scales of FP8
+    if ``fp8`` is as it was. Collective.
 
     Raises:
         MismatchError: the checkpoint's master weights are not its weights.
     """
     kept = fp8 if fp8 == checkpoint.config.fp8 else Fp8()
-    asked = sharded(chunks, optimizer, kept, is_loading=True)
+    asked = sharded(chunks, optimizer, kept, is_loading=True, averaged=averaged)
     parts = optimizer_parts(asked["optimizer"], optimizer)
     groups = [part["optimizer"]["param_groups"] for part in parts]
     found = master_weights.masters(asked["model"], asked["optimizer"], optimizer)
@@ -230,9 +241,25 @@ def load_optimizer(
     updates = max(counts, default=oldest(optimizer) + checkpoint.state.updates)
     for part, own in zip(stored, groups, strict=True):
         part["param_groups"] = [group | {"step": updates} for group in own]
+    if averaged is not None:
+        _take_averages(averaged, loaded)
     # In float32 the master weights are the weights, and the checkpoint's weights may have 16 bits:
     # the master weights come last.
     optimizer.load_state_dict(loaded["optimizer"])
+
+
+def _take_averages(averaged: Averages, loaded: dict[str, Any]) -> None:
+    """Let megatron-core cut the averages into this rank's shards, where it puts master weights."""
+    masters = {}
+    for place, tensors in parameter_states(loaded["optimizer"], averaged.optimizer):
+        if place in loaded["ema"]:
+            masters[place] = tensors["param"]
+            tensors["param"] = loaded["ema"][place]
+    averaged.optimizer.load_state_dict(loaded["optimizer"])
+    averaged.take_master_weights()
+    for place, tensors in parameter_states(loaded["optimizer"], averaged.optimizer):
+        if place in masters:
+            tensors["param"] = masters[place]
 
 
 def refuse_mismatch(

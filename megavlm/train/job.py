@@ -19,6 +19,7 @@ from megavlm.evaluate.packs import TaskPacks
 from megavlm.model.precision import tile_multiple
 from megavlm.parallel.backend import Backend
 from megavlm.parallel.process_groups import Groups
+from megavlm.train.averages import Averages
 from megavlm.train.build import Built
 
 
@@ -35,6 +36,7 @@ class Job(Built):
         valid: the validation packs, if any.
         tasks: what the model is asked at each evaluation.
         lock: of the save folder, on the rank that holds it.
+        averages: of the trained parameters, if they are asked for.
         unused_weights: what only files hold of the vision encoder, on the first rank; see
             ``convert/hf/unused_weights``.
     """
@@ -47,6 +49,7 @@ class Job(Built):
     valid: PackedDataset | None
     tasks: tuple[TaskPacks, ...] = ()
     lock: Lock | None = None
+    averages: Averages | None = None
     unused_weights: Weights = field(default_factory=dict)
 
     def samples_of_ranks(

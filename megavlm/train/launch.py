@@ -38,7 +38,7 @@ from megavlm.model.vlm import VisionLanguageModel
 from megavlm.parallel import backend, process_groups
 from megavlm.planner.layout import Layout, make_layout
 from megavlm.planner.partition import PackSize
-from megavlm.train import below, checkpoint, optimizer, origin, stage_moments
+from megavlm.train import averages, below, checkpoint, optimizer, origin, stage_moments
 from megavlm.train import resume as source
 from megavlm.train.bad_steps import StepError
 from megavlm.train.build import build
@@ -241,8 +241,9 @@ def train(
         fill, base = _filling(config, start)
         built = build(config, layout, groups, device_backend, fill, history)
         state = _first_state(config, packs, base, history)
+        averaged = averages.build(config.ema, built.optimizer)
         if isinstance(start, Checkpoint) and source.resumes(config, start):
-            checkpoint.load_optimizer(start, built.chunks, built.optimizer, config.fp8)
+            checkpoint.load_optimizer(start, built.chunks, built.optimizer, config.fp8, averaged)
             state = replace(start.state, base=base)
         elif history:
             oldest = optimizer.oldest(built.optimizer)
@@ -259,6 +260,7 @@ def train(
             valid=PackedDataset(config.data.valid) if config.data.valid else None,
             tasks=open_tasks(config),
             lock=lock,
+            averages=averaged,
             unused_weights=origin.unused(config, start) if groups.rank == 0 else {},
         )
         state = _run(job, state, start, metrics, stop)
@@ -323,7 +325,9 @@ def _export(config: Config, state: State, start: Start, groups: process_groups.G
     # A run with nothing to do has saved nothing. Steps of another stage do not count.
     has_saved = source.first_step(config, start) < state.step
     folder = files.save if has_saved else start.folder
-    convert.export(folder, files.export_hf, flag="--checkpoint.export_hf")
+    convert.export(
+        folder, files.export_hf, averages=config.ema.export, flag="--checkpoint.export_hf"
+    )
     # So that the same command again is no mistake.
     noted = {"folder": str(Path(files.export_hf).resolve()), "step": config.training.steps}
     atomic.write_text(Path(files.save) / EXPORTED, json.dumps(noted) + "\n")

@@ -96,6 +96,8 @@ def run(job: Job, state: State, metrics: Metrics, stop: StopRequest | None = Non
                 result = _train(job, state, ids, arriving, meters, rule)
                 state = rule.after(state.after(packs))
                 if not result.is_skipped:
+                    if job.averages is not None:
+                        job.averages.update(state.updates - 1)
                     unseen[state.step] = (ids.tolist(), result.grad_norm)
                 for meter in meters:
                     meter.add_step(job.train.index[ids])
@@ -251,6 +253,13 @@ def _watchdog(job: Job) -> Watchdog:
     )
 
 
+def _evaluated_weights(job: Job) -> contextlib.AbstractContextManager[None]:
+    """Return the context in which the model has the weights that are evaluated."""
+    if job.averages is not None and job.config.ema.evaluate:
+        return job.averages.in_model(job.ddp_chunks)
+    return contextlib.nullcontext()
+
+
 def evaluate(
     job: Job, state: State, metrics: Metrics, progress: Callable[[], None] = lambda: None
 ) -> State:
@@ -270,7 +279,7 @@ def evaluate(
     figures: dict[str, float] = {}
     by_source: dict[str, dict[str, float]] = {}
     progress()
-    with whole_weights(job.ddp_chunks):
+    with whole_weights(job.ddp_chunks), _evaluated_weights(job):
         if job.valid is not None:
             own_loss, named, sources = held_out_loss(job)
             loss = job.groups.from_writer(own_loss, job.backend.device)

@@ -86,7 +86,11 @@ class Saver:
         with whole_weights(job.ddp_chunks):
             try:
                 tensors = checkpoint.sharded(
-                    job.chunks, job.optimizer, job.config.fp8, is_loading=False
+                    job.chunks,
+                    job.optimizer,
+                    job.config.fp8,
+                    is_loading=False,
+                    averaged=job.averages,
                 )
             except MismatchError as error:  # on every rank
                 self._give_up(str(error))

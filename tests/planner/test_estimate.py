@@ -12,7 +12,7 @@ import pytest
 
 from megavlm.config.checks.rules import layout_problems
 from megavlm.config.cli import parse
-from megavlm.config.schema import Config, Fp8, Parallel
+from megavlm.config.schema import Config, Ema, Fp8, Parallel
 from megavlm.planner.activations import RankLoad, activation_memory
 from megavlm.planner.estimate import Estimate, Hardware, estimate
 from megavlm.planner.flops import pieces
@@ -397,3 +397,9 @@ def test_supervised_tokens_alone_have_logits_and_pass_the_head() -> None:
     head = 6 * arch.vocab_size * arch.hidden_size * (16384 - 4096)
     done = hardware.tflops * hardware.efficiency * 1e12
     assert all_tokens.chunk_ms[0] - few.chunk_ms[0] == pytest.approx(head / done * 1e3, rel=1e-6)
+
+
+def test_averages_take_four_bytes_of_each_trained_parameter_on_all_ranks_together() -> None:
+    plain = needed(run("1"))
+    averaged = needed(dataclasses.replace(run("1"), ema=Ema(decay=0.9)))
+    assert averaged.optimizer - plain.optimizer == plain.gradients / 8

@@ -54,6 +54,7 @@ _BY_SECTION: dict[str, dict[Kind, str]] = {
         "refused": "seed trainable frozen_until",
         "free": "max_hours",
     },
+    "ema.": {"taken": "warmup evaluate export", "refused": "decay"},
     "loss.": {"taken": "vocabulary_block label_smoothing z_loss"},
     "experts.": {"taken": "balance_loss router_z_loss dispatcher"},
     "bad_steps.": {"taken": "skip spike_factor spike_action window most_in_a_row most"},
@@ -82,6 +83,7 @@ _REASONS = {
     "optimizer.moments": "the moments are stored in that dtype",
     "training.seed": "the order of the packs follows from it",
     "checkpoint.trained_only": "a checkpoint notes what lies below it when the run begins",
+    "ema.decay": "the checkpoint holds averages of that decay, or none",
     "training.trainable": "there are moments of what was trained, and of nothing else",
     "training.frozen_until": "moments begin at the step that unfreezes a parameter",
 }

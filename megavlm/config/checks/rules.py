@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megavlm.config import unfreezing
+from megavlm.config.averages import ema_problems
 from megavlm.config.checks import start
 from megavlm.config.checks.architecture import architecture_problems
 from megavlm.config.checks.buckets import bucket_problems
@@ -85,6 +86,7 @@ def problems(config: Config, world_size: int) -> list[str]:
         *objective_problems(config),
         *optimizer_problems(config.optimizer, config.training),
         *unfreezing.setting_problems(config),
+        *ema_problems(config),
         *_kernels(config.training),
         *fp8_problems(config.fp8, config),
         *_loss(config),

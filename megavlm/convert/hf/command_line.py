@@ -120,6 +120,11 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
         " folder BASE that they were trained on; otherwise they are merged into the weights",
     )
     parser.add_argument(
+        "--ema",
+        action="store_true",
+        help="write the moving averages of the parameters, of a run with --ema.decay",
+    )
+    parser.add_argument(
         "--max_shard_size",
         metavar="SIZE",
         default=_SHARD_SIZE,
@@ -163,7 +168,7 @@ def export(args: argparse.Namespace) -> None:
         print(f"repository {made}")
     if args.peft:
         _refuse_unread(args)
-        made = peft_export.export(args.load, args.out, base=args.peft)
+        made = peft_export.export(args.load, args.out, base=args.peft, averages=args.ema)
         print(f"LoRA adapters written to {made}")
     else:
         made = convert.export(
@@ -175,6 +180,7 @@ def export(args: argparse.Namespace) -> None:
             vision=args.vision,
             licenses=model_card.read_licenses(args.license),
             shard_bytes=read_size(args.max_shard_size),
+            averages=args.ema,
         )
         print(f"Hugging Face model written to {made}")
     if args.push_to_hub:

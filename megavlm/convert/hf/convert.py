@@ -125,6 +125,7 @@ def export(
     vision: str | Path = "",
     licenses: Mapping[str, str] | None = None,
     shard_bytes: int = SHARD_BYTES,
+    averages: bool = False,
     flag: str = "--out",
 ) -> Path:
     """Write a checkpoint as a Hugging Face folder, LoRA adapters merged, with little memory.
@@ -139,6 +140,7 @@ def export(
             that only files hold, if the checkpoint has none.
         licenses: name of the licence of each part, for the model card.
         shard_bytes: largest size of a file of weights; a larger tensor has a file of its own.
+        averages: write the moving averages of the parameters.
         flag: names ``out`` in errors.
 
     Returns:
@@ -153,7 +155,7 @@ def export(
     out = Path(out)
     architecture = found.config.architecture
     dialect = dialect or recipe(found.config.recipe).format_for(architecture.objective)
-    source: Tensors = ShardsFolder(folder / SHARDS)
+    source: Tensors = ShardsFolder(folder / SHARDS, averages=averages)
     if architecture.lora.rank:
         source = MergedAdapters(source, architecture, dialect)
     used = HuggingFaceView(source, architecture, dtype, dialect=dialect)

@@ -25,13 +25,16 @@ from megavlm.io.atomic import new_folder
 _CONNECTOR = "multi_modal_projector"
 
 
-def export(checkpoint: str | Path, out: str | Path, *, base: str | Path) -> Path:
+def export(
+    checkpoint: str | Path, out: str | Path, *, base: str | Path, averages: bool = False
+) -> Path:
     """Write the adapters of a checkpoint, and its connector if that is not the base's.
 
     Args:
         checkpoint: folder of a step, or a run's save folder.
         out: folder to make; missing or empty.
         base: Hugging Face folder, in the native dialect, of the model that they were trained on.
+        averages: write the moving averages of what was trained.
 
     Raises:
         FileNotFoundError: the checkpoint or the base is missing.
@@ -49,7 +52,7 @@ def export(checkpoint: str | Path, out: str | Path, *, base: str | Path) -> Path
             " (export one with --dialect native); leave --peft out to merge them"
         )
     refuse_other(base, architecture)
-    source = ShardsFolder(found.folder / SHARDS)
+    source = ShardsFolder(found.folder / SHARDS, averages=averages)
     tensors: dict[str, Tensor] = {}
     for row in adapted_rows(architecture):
         for name, (a, b) in factors(source, row).items():
