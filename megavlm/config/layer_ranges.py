@@ -74,6 +74,7 @@ def with_layers(config: Config) -> Config:
     lora = replace(
         config.architecture.lora,
         targets=written_out("architecture.lora.targets", config.architecture.lora.targets),
+        nf4=written_out("architecture.lora.nf4", config.architecture.lora.nf4),
     )
     adapters = [
         f"{part}.*.lora"

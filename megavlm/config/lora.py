@@ -20,6 +20,8 @@ LINEARS = (
     "mlp.linear_fc2",
 )
 """Linear layers of a transformer layer, in the order of the forward pass."""
+NF4_BLOCK = 64
+"""Numbers of a row that share a scale in 4 bits."""
 _ADAPTABLE = re.compile(
     r"(vision\.encoder|language\.decoder)\.layers\.\d+\.("
     + "|".join(re.escape(name) for name in LINEARS)
@@ -39,12 +41,15 @@ class Lora:
             the token or tile, so they are the same at every layout.
         targets: linear layers that have an adapter: parts or patterns of names, as for
             ``training.trainable``, such as ``language.*.self_attention`` or ``*.linear_fc2``.
+        nf4: frozen linear layers whose weights are kept in 4 bits (QLoRA's NF4), named as in
+            ``targets``; empty: none.
     """
 
     rank: int = 0
     alpha: float = 0.0
     dropout: float = 0.0
     targets: tuple[str, ...] = ("language",)
+    nf4: tuple[str, ...] = ()
 
     @property
     def scale(self) -> float:
@@ -57,6 +62,12 @@ class Lora:
             self.rank > 0
             and _ADAPTABLE.fullmatch(key) is not None
             and any(matches(key, pattern) for pattern in self.targets)
+        )
+
+    def quantises(self, key: str) -> bool:
+        """Return whether the weight ``key`` of a linear layer is kept in 4 bits."""
+        return _ADAPTABLE.fullmatch(key) is not None and any(
+            matches(key, pattern) for pattern in self.nf4
         )
 
 
@@ -110,7 +121,7 @@ def lora_problems(lora: Lora, trainable: Sequence[str], keys: Collection[str]) -
         yield "--architecture.lora.rank and --architecture.lora.alpha: must be 0 or more"
         return
     if not lora.rank:
-        for name in ("alpha", "dropout", "targets"):
+        for name in ("alpha", "dropout", "targets", "nf4"):
             if vars(lora)[name] != vars(Lora())[name]:
                 yield (
                     f"--architecture.lora.{name} has no effect without --architecture.lora.rank,"
@@ -124,6 +135,20 @@ def lora_problems(lora: Lora, trainable: Sequence[str], keys: Collection[str]) -
                 f"--architecture.lora.targets {pattern}: means no linear layer of the vision"
                 f" encoder or language model; those are called {', '.join(LINEARS)}"
             )
+    for pattern in lora.nf4:
+        one = replace(lora, nf4=(pattern,))
+        if not any(one.quantises(key) for key in keys):
+            yield (
+                f"--architecture.lora.nf4 {pattern}: means no linear layer of the vision encoder or"
+                f" language model; those are called {', '.join(LINEARS)}"
+            )
+        for key in keys:
+            if one.quantises(key) and any(matches(key, mask) for mask in trainable):
+                yield (
+                    f"--architecture.lora.nf4 {pattern}: {key} is trained, and 4 bits are for"
+                    " frozen weights; leave it out of --training.trainable"
+                )
+                break
     frozen = [key for key in keys if lora.adapts(key)]
     for pattern in trainable:
         both = next((key for key in frozen if matches(key, pattern)), None)

@@ -97,6 +97,9 @@ def _common(
         batch_p2p_sync=False,
         overlap_p2p_comm=is_interleaved,
         batch_p2p_comm=not is_interleaved,
+        # Weights that are to be in 4 bits are never whole on the device.
+        use_cpu_initialization=bool(config.architecture.lora.nf4),
+        perform_initialization=not config.architecture.lora.nf4,
         **_RECOMPUTE[recompute],
     )
 

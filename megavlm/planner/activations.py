@@ -29,6 +29,7 @@ _EXPONENTIAL_BYTES = 4
 # Of dropout on the inputs of adapters: the mask, and the integers that it is drawn from.
 _MASK_BYTES = 1
 _DRAW_BYTES = 16
+_DEQUANTISED_BYTES = 8
 _ANY_PACK = PackSize(tokens=1.0, squared_lengths=1.0, tiles=1.0)
 
 
@@ -125,7 +126,8 @@ def activation_memory(config: Config, chunk: Chunk, load: RankLoad) -> Activatio
     size = NUMBER_BYTES[config.training.precision]
     backward = has_backward(config)
     rows = {"vision": load.tiles * arch.vision.tokens, "language": load.tokens}
-    is_trained = parameters_on_rank(config, chunk).trained > 0
+    held = parameters_on_rank(config, chunk)
+    is_trained = held.trained > 0
     layers = {
         "vision": vision_layer(arch, parallel.vision_tensor_size, is_trained),
         "language": language_layer(
@@ -152,6 +154,8 @@ def activation_memory(config: Config, chunk: Chunk, load: RankLoad) -> Activatio
     of_blocks = _blocks(config, chunk, load, is_trained)
     per_microbatch += of_blocks.per_microbatch + size * _around_layers(config, chunk, load)
     once = max(once, of_blocks.once)
+    # One weight of 4 bits at a time is whole, and so are the float32 numbers that it is made of.
+    once += held.largest_in_nf4 * (size + _DEQUANTISED_BYTES)
     if chunk.has_head and arch.needs.has_vocabulary_head:
         words = arch.language.vocab_size / parallel.tensor_model_parallel_size
         block = config.loss.vocabulary_block

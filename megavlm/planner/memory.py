@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megavlm.config.lora import NF4_BLOCK
 from megavlm.config.schema import Config
 from megavlm.planner.activations import NUMBER_BYTES, RankLoad, activation_memory
 from megavlm.planner.layout import Layout
@@ -25,6 +26,8 @@ _MAIN = 4
 _MOMENTS = {"float32": 8, "bfloat16": 4}
 # An FP8 copy of a weight and that copy's transpose, which Hopper's matrix products read.
 _FP8_COPIES = 2
+# A code, and a float32 scale for each block.
+_NF4_BYTES = 0.5 + 4 / NF4_BLOCK
 # Elements that one slice of an update with bfloat16 moments has (see ``train/sliced_update``), and
 # bytes of the float32 copies of both moments of each.
 UPDATE_SLICE = 2**29
@@ -143,7 +146,8 @@ def weight_bytes(config: Config, held: ParameterCounts, data_ranks: int) -> dict
     moments = config.optimizer.moments
     main = _MAIN if config.training.precision == "bfloat16" else 0
     average = _MAIN if config.ema.decay else 0
-    weights = NUMBER_BYTES[config.training.precision] * held.weights + _FP8_COPIES * held.in_fp8
+    weights = NUMBER_BYTES[config.training.precision] * (held.weights - held.in_nf4)
+    weights += _NF4_BYTES * held.in_nf4 + _FP8_COPIES * held.in_fp8
     experts = held.trained_experts
     updated = (held.trained - experts) / sharing + experts / of_experts
     copied = min(updated, UPDATE_SLICE) if moments == "bfloat16" else 0.0

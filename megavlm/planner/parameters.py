@@ -53,6 +53,8 @@ class ParameterCounts:
         in_fp8: elements of weights that have FP8 copies.
         trained_experts: of ``trained``, in experts, whose optimizer state is sharded over other
             ranks.
+        in_nf4: of ``weights``, those that are kept in 4 bits.
+        largest_in_nf4: of these, those in the largest tensor.
     """
 
     weights: int = 0
@@ -60,6 +62,8 @@ class ParameterCounts:
     trained_replicas: int = 0
     in_fp8: int = 0
     trained_experts: int = 0
+    in_nf4: int = 0
+    largest_in_nf4: int = 0
 
     def __add__(self, other: ParameterCounts) -> ParameterCounts:
         return ParameterCounts(
@@ -68,6 +72,8 @@ class ParameterCounts:
             trained_replicas=self.trained_replicas + other.trained_replicas,
             in_fp8=self.in_fp8 + other.in_fp8,
             trained_experts=self.trained_experts + other.trained_experts,
+            in_nf4=self.in_nf4 + other.in_nf4,
+            largest_in_nf4=max(self.largest_in_nf4, other.largest_in_nf4),
         )
 
 
@@ -179,10 +185,13 @@ def _counts(piece: Piece, sharding: _Sharding) -> ParameterCounts:
     is_replicated = before_language and sharding.vision < sharding.language
     # Adapters are multiplied in 16 bits.
     is_product = piece.layer is not None and piece.forward > 0 and not is_adapter(piece.key)
+    in_nf4 = elements if sharding.arch.lora.quantises(piece.key) else 0
     return ParameterCounts(
         weights=elements,
         trained=trained,
         trained_replicas=trained if is_replicated else 0,
         in_fp8=elements if is_product and piece.part in sharding.fp8 else 0,
         trained_experts=trained if piece.expert is not None else 0,
+        in_nf4=in_nf4,
+        largest_in_nf4=in_nf4,
     )

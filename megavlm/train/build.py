@@ -10,7 +10,7 @@ from megatron.core.optimizer import MegatronOptimizer
 
 from megavlm.checkpoint.train_state import History
 from megavlm.config.schema import Config
-from megavlm.model import freeze
+from megavlm.model import freeze, nf4_layers
 from megavlm.model.freeze import Trained
 from megavlm.model.vlm import VisionLanguageModel
 from megavlm.parallel.backend import Backend
@@ -57,12 +57,26 @@ def build(
         history: earlier stages whose moments are kept.
     """
     numbers = range(groups.pipeline_rank, config.parallel.chunks, groups.pipeline_size)
-    chunks = [
-        VisionLanguageModel(config, layout, groups, number).to(backend.device) for number in numbers
-    ]
+    chunks = [VisionLanguageModel(config, layout, groups, number) for number in numbers]
+    lora = config.architecture.lora
+    if lora.nf4:
+        for chunk in chunks:
+            nf4_layers.mark_shards(chunk)
+    else:
+        _move(chunks, backend)
     fill(chunks)
+    if lora.nf4:
+        quantised = nf4_layers.quantise(chunks, lora, backend.device)
+        _move(chunks, backend)
+        for module in quantised:
+            nf4_layers.clear(module)
     trained = freeze.apply(chunks, config.training.trainable)
     ddp_chunks = optimizer.wrap(config, chunks)
     prepare(ddp_chunks)
     adamw = optimizer.build(config, ddp_chunks, stage_moments.ages(chunks, history))
     return Built(chunks=chunks, ddp_chunks=ddp_chunks, optimizer=adamw, trained=trained)
+
+
+def _move(chunks: Sequence[VisionLanguageModel], backend: Backend) -> None:
+    for chunk in chunks:
+        chunk.to(backend.device)

@@ -27,6 +27,7 @@ from megavlm.config.differences import differing
 from megavlm.config.freeze_mask import matches
 from megavlm.config.lora import is_adapter
 from megavlm.config.schema import Architecture, Config, Fp8, Vision
+from megavlm.model import nf4_layers
 from megavlm.model.positions import POSITIONS_KEY, resize_positions
 from megavlm.model.precision import precision
 from megavlm.model.vlm import VisionLanguageModel
@@ -204,6 +205,20 @@ def held(state: State, config: Config, weights: ShardedStateDict) -> ShardedStat
 
 
 @torch.no_grad()
+def dequantised(
+    weights: ShardedStateDict, chunks: Sequence[VisionLanguageModel]
+) -> ShardedStateDict:
+    """Return what is to be saved, with weights of 4 bits in their own dtype, on the CPU."""
+    in_4_bits = nf4_layers.weights(chunks, chunks[0].architecture.lora)
+    return {
+        name: replace(entry, data=in_4_bits[id(entry.data)].whole().cpu())
+        if id(entry.data) in in_4_bits
+        else entry
+        for name, entry in weights.items()
+    }
+
+
+@torch.no_grad()
 def load_optimizer(
     checkpoint: Checkpoint,
     chunks: Sequence[VisionLanguageModel],
@@ -222,9 +237,14 @@ def load_optimizer(
     parts = optimizer_parts(asked["optimizer"], optimizer)
     groups = [part["optimizer"]["param_groups"] for part in parts]
     found = master_weights.masters(asked["model"], asked["optimizer"], optimizer)
-    asked["model"] = held(checkpoint.state, checkpoint.config, asked["model"])
+    in_4_bits = nf4_layers.weights(chunks, chunks[0].architecture.lora)
+    asked["model"] = {
+        name: entry
+        for name, entry in held(checkpoint.state, checkpoint.config, asked["model"]).items()
+        if id(entry.data) not in in_4_bits  # frozen, and loaded before they were
+    }
     loaded = load_shards(checkpoint, asked)
-    partly = checkpoint.state.trained_only
+    partly = checkpoint.state.trained_only or bool(in_4_bits)
     _take(chunks, loaded["model"] | loaded.get("scales", {}), partly=partly)
     refuse_mismatch(checkpoint, found, loaded["optimizer"])
     # Moments are stored for each parameter. Its group is that of this run, which may be divided

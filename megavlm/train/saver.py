@@ -95,7 +95,8 @@ class Saver:
             except MismatchError as error:  # on every rank
                 self._give_up(str(error))
                 return
-            tensors["model"] = checkpoint.held(state, config, tensors["model"])
+            kept = checkpoint.held(state, config, tensors["model"])
+            tensors["model"] = checkpoint.dequantised(kept, job.chunks)
             self._writing = Writing(tensors, self._growing / SHARDS, beside=self._beside)
         if not self._beside:
             self.wait()

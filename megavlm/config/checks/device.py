@@ -58,6 +58,13 @@ def device_problems(config: Config, device: DeviceCapabilities) -> list[str]:
             f"--profile.memory_snapshot {config.profile.memory_snapshot}: is of a GPU's memory, and"
             " this machine has no CUDA device; leave it out"
         )
+    uses_local = config.training.kernels == "local" or config.training.precision == "float32"
+    if config.architecture.lora.nf4 and not lack and not uses_local:
+        found.append(
+            f"--architecture.lora.nf4 {','.join(config.architecture.lora.nf4)}: Transformer"
+            " Engine's linear layers keep weights for the backward pass by themselves, in 16 bits;"
+            " use --training.kernels local"
+        )
     for part, recipe in config.fp8.recipes.items():
         if lack:
             found.append(

@@ -116,6 +116,11 @@ def expert_problems(config: Config) -> Iterator[str]:
             " whose tokens would have to be dispatched too; name the attention alone, such as"
             " language.*.self_attention"
         )
+    if lora.quantises(experts_key):
+        yield (
+            f"--architecture.lora.nf4 {','.join(lora.nf4)}: weights of experts cannot be in 4 bits;"
+            " name the attention alone, such as language.*.self_attention"
+        )
 
 
 def spans_data_ranks(parallel: Parallel) -> bool:

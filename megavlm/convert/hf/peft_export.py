@@ -21,6 +21,7 @@ from megavlm.convert.hf.safetensors_files import SafetensorsFolder
 from megavlm.convert.weights.adapters import adapted_rows, factors
 from megavlm.convert.weights.tables import name_in_memory, rows
 from megavlm.io.atomic import new_folder
+from megavlm.model.nf4 import rounded
 
 _CONNECTOR = "multi_modal_projector"
 
@@ -74,8 +75,13 @@ def _trained_connector(source: ShardsFolder, architecture: Any, base: Path) -> d
     changed: list[str] = []
     connector: dict[str, Tensor] = {}
     for row in rows(architecture):
+        in_4_bits = architecture.lora.quantises(row.key)
+
+        def as_trained(theirs: Tensor, ours: Tensor, in_4_bits: bool = in_4_bits) -> Tensor:
+            return rounded(theirs.to(ours.dtype)) if in_4_bits else theirs.to(ours.dtype)
+
         for name, ours in row.split(source[row.key]).items():
-            is_same = name in there.headers and torch.equal(there[name].to(ours.dtype), ours)
+            is_same = name in there.headers and torch.equal(as_trained(there[name], ours), ours)
             if row.key.startswith("connector."):
                 connector[PREFIX + name_in_memory(name)] = ours.contiguous()
             if not is_same:

@@ -21,9 +21,14 @@ from megavlm.config.schema import Config
 from megavlm.convert.dist_checkpoint import ShardsFolder, write_shards
 from megavlm.convert.hf import convert, peft_export
 from megavlm.convert.weights.views import Header
+from megavlm.model.nf4 import rounded
 from tests.convert.models import SMALL, make_hf
 
 TARGETS = ("language", "vision.*.self_attention", "vision.encoder.layers.1.mlp")
+
+
+# Linear layers of the vision encoder without an adapter.
+_NOT_ADAPTED = ("layer.0.mlp.fc1.weight", "layer.0.mlp.fc2.weight")
 
 
 class Edited:
@@ -77,6 +82,9 @@ def checkpoint_of(base: Path, folder: Path, lora: Lora, *, trains_connector: boo
         else:
             continue
         edits[piece.key] = 0.2 * torch.randn(shape, generator=generator)
+    for key in plain.headers:
+        if lora.quantises(key):  # as checkpoints hold weights that training has in 4 bits
+            edits[key] = rounded(plain[key])
     if trains_connector:
         key = "connector.mlp.linear_fc1.weight"
         edits[key] = plain[key] + 0.1
@@ -176,3 +184,26 @@ def test_what_is_no_adapter_of_the_model_is_refused(base: Path, tmp_path: Path) 
     save_file(tensors | {"base_model.model.x": torch.ones(1)}, folder / "adapter_model.safetensors")
     with pytest.raises(ValueError, match="1 tensors are no adapters of linear layers"):
         convert.import_(base, tmp_path / "wrong", adapters=folder)
+
+
+def test_adapters_of_weights_in_4_bits_are_exported_both_ways(base: Path, tmp_path: Path) -> None:
+    lora = Lora(rank=4, targets=TARGETS, nf4=("language", "vision"))
+    trained = checkpoint_of(base, tmp_path / "trained", lora, trains_connector=False)
+    convert.export(trained, tmp_path / "merged", tokenizer=base, dialect="native")
+    peft_export.export(trained, tmp_path / "adapters", base=base)
+    # Merged is what was trained: the base as it is in 4 bits, with the adapters.
+    model = peft.PeftModel.from_pretrained(load(base), tmp_path / "adapters")
+    on_base = logits(model)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            is_linear = ".layers." in name or ".layer." in name
+            if (is_linear and "base_layer.weight" in name) or name.endswith(_NOT_ADAPTED):
+                weight.copy_(rounded(weight))
+    merged = logits(load(tmp_path / "merged"))
+    assert (merged - logits(model)).abs().max() < 1e-4 < (merged - on_base).abs().max()
+    plain = Lora(rank=4, targets=TARGETS)
+    config = from_yaml(trained / "config.yaml")
+    other = replace(config, architecture=replace(config.architecture, lora=plain))
+    (trained / "config.yaml").write_text(to_yaml(other))
+    with pytest.raises(ValueError, match="are not those of the checkpoint"):
+        peft_export.export(trained, tmp_path / "refused", base=base)
