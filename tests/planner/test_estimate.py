@@ -9,13 +9,10 @@ import shlex
 from pathlib import Path
 
 import pytest
-import torch
 
 from megavlm.config.checks.rules import layout_problems
 from megavlm.config.cli import parse
-from megavlm.config.lora import Lora
-from megavlm.config.schema import Config, Ema, Fp8, Parallel
-from megavlm.model.nf4 import Nf4Weight
+from megavlm.config.schema import Config, Fp8, Parallel
 from megavlm.planner.activations import RankLoad, activation_memory
 from megavlm.planner.estimate import Estimate, Hardware, estimate
 from megavlm.planner.flops import pieces
@@ -400,32 +397,3 @@ def test_supervised_tokens_alone_have_logits_and_pass_the_head() -> None:
     head = 6 * arch.vocab_size * arch.hidden_size * (16384 - 4096)
     done = hardware.tflops * hardware.efficiency * 1e12
     assert all_tokens.chunk_ms[0] - few.chunk_ms[0] == pytest.approx(head / done * 1e3, rel=1e-6)
-
-
-def test_averages_take_four_bytes_of_each_trained_parameter_on_all_ranks_together() -> None:
-    plain = needed(run("1"))
-    averaged = needed(dataclasses.replace(run("1"), ema=Ema(decay=0.9)))
-    assert averaged.optimizer - plain.optimizer == plain.gradients / 8
-
-
-def test_weights_in_4_bits_take_a_code_and_a_share_of_a_scale() -> None:
-    config = run("2")
-    lora = Lora(rank=4, nf4=("language",))
-    plain, small = (
-        needed(
-            dataclasses.replace(
-                config,
-                architecture=dataclasses.replace(config.architecture, lora=one),
-                training=dataclasses.replace(
-                    config.training, trainable=("connector", "language.*.lora")
-                ),
-            )
-        )
-        for one in (dataclasses.replace(lora, nf4=()), lora)
-    )
-    linears = sum(
-        piece.elements for piece in pieces(config.architecture) if lora.quantises(piece.key)
-    )
-    assert plain.weights - small.weights == pytest.approx((2 - 0.5625) * linears)
-    stored = Nf4Weight(torch.zeros(8, 2048))
-    assert (stored.codes.nbytes + stored.scales.nbytes) / (8 * 2048) == 0.5625

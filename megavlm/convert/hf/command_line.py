@@ -112,6 +112,11 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
         help="licence for the model card, of the model or of a part: vision, language, data;"
         " repeatable",
     )
+    _add_form(parser)
+
+
+def _add_form(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``export`` that say which weights are written, and how."""
     parser.add_argument(
         "--peft",
         metavar="BASE",

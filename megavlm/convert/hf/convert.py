@@ -115,6 +115,10 @@ def _read_checkpoint(path: str | Path) -> Checkpoint:
     return found
 
 
+def _merged(source: Tensors, architecture: Architecture, dialect: Dialect) -> Tensors:
+    return MergedAdapters(source, architecture, dialect) if architecture.lora.rank else source
+
+
 def export(
     checkpoint: str | Path,
     out: str | Path,
@@ -155,9 +159,7 @@ def export(
     out = Path(out)
     architecture = found.config.architecture
     dialect = dialect or recipe(found.config.recipe).format_for(architecture.objective)
-    source: Tensors = ShardsFolder(folder / SHARDS, averages=averages)
-    if architecture.lora.rank:
-        source = MergedAdapters(source, architecture, dialect)
+    source = _merged(ShardsFolder(folder / SHARDS, averages=averages), architecture, dialect)
     used = HuggingFaceView(source, architecture, dtype, dialect=dialect)
     unused = (
         unused_weights.of_encoder(Path(vision), architecture.vision)

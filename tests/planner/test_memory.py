@@ -1,0 +1,43 @@
+"""Memory of a rank that options change, as estimated."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from megavlm.config.lora import Lora
+from megavlm.config.schema import Ema
+from megavlm.model.nf4 import Nf4Weight
+from megavlm.planner.flops import pieces
+from tests.planner.test_estimate import needed, run
+
+
+def test_averages_take_four_bytes_of_each_trained_parameter_on_all_ranks_together() -> None:
+    plain = needed(run("1"))
+    averaged = needed(dataclasses.replace(run("1"), ema=Ema(decay=0.9)))
+    assert averaged.optimizer - plain.optimizer == plain.gradients / 8
+
+
+def test_weights_in_4_bits_take_a_code_and_a_share_of_a_scale() -> None:
+    config = run("2")
+    lora = Lora(rank=4, nf4=("language",))
+    plain, small = (
+        needed(
+            dataclasses.replace(
+                config,
+                architecture=dataclasses.replace(config.architecture, lora=one),
+                training=dataclasses.replace(
+                    config.training, trainable=("connector", "language.*.lora")
+                ),
+            )
+        )
+        for one in (dataclasses.replace(lora, nf4=()), lora)
+    )
+    linears = sum(
+        piece.elements for piece in pieces(config.architecture) if lora.quantises(piece.key)
+    )
+    assert plain.weights - small.weights == pytest.approx((2 - 0.5625) * linears)
+    stored = Nf4Weight(torch.zeros(8, 2048))
+    assert (stored.codes.nbytes + stored.scales.nbytes) / (8 * 2048) == 0.5625
