@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -29,8 +30,6 @@ READ_SECONDS = 30
 # What is read ahead: enough for the headers of an image, and for some records of an archive.
 BUFFER_BYTES = 2**16
 COPY_BYTES = 2**24
-# Nothing that is asked again would change these.
-FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 
 
 def is_remote(path: str | Path) -> bool:
@@ -40,6 +39,20 @@ def is_remote(path: str | Path) -> bool:
 
 class RemoteError(OSError):
     """A store did not answer, however often it was asked."""
+
+
+class WholeFilesError(RemoteError):
+    """A web server sends whole files, whatever part is asked for."""
+
+
+# Nothing that is asked again would change these.
+FINAL = (
+    FileNotFoundError,
+    PermissionError,
+    IsADirectoryError,
+    NotADirectoryError,
+    WholeFilesError,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +86,7 @@ def exists(path: str) -> bool:
     if not is_remote(path):
         return Path(path).exists()
     system, inside = open_system(path)
-    return request(path, lambda: system.exists(inside))
+    return facts_of(path, system, inside) is not None
 
 
 def find(pattern: str) -> list[str]:
@@ -144,6 +157,50 @@ def request(url: str, ask: Callable[[], Answer]) -> Answer:
     raise RemoteError(f"{url}: no answer after {ATTEMPTS} attempts ({last:.300})")
 
 
+def facts_of(url: str, system: Any, path: str) -> dict[str, Any] | None:
+    """Return what a file system tells of a file or folder; none: there is no such one.
+
+    Its own ``exists`` and ``isfile`` also say no if the store does not answer.
+
+    Raises:
+        RemoteError: the store does not answer.
+    """
+
+    def ask() -> dict[str, Any]:
+        try:
+            return system.info(path)
+        except FileNotFoundError as error:
+            # fsspec's file system of the web says so of every failure, and has the reason behind.
+            cause = error.__cause__
+            if cause is None or isinstance(cause, FileNotFoundError):
+                raise
+            if vars(cause).get("status") in (HTTPStatus.NOT_FOUND, HTTPStatus.GONE):
+                raise
+            raise cause from None
+
+    try:
+        return request(url, ask)
+    except FileNotFoundError:
+        return None
+
+
+def read_range(url: str, system: Any, path: str, start: int, end: int) -> bytes:
+    """Return the bytes ``[start, end)`` of a file with one request; fewer if it ends before.
+
+    Raises:
+        WholeFilesError: the server does not know ranges, and the part is not the file's first.
+    """
+    data = system.cat_file(path, start=start, end=end)
+    if len(data) > end - start:
+        if start:
+            raise WholeFilesError(
+                f"{url}: its server sends the whole file ({len(data):,} bytes), whatever part of it"
+                " is asked for; copy the files to a disk, or serve them with ranges"
+            )
+        return data[:end]
+    return data
+
+
 class _RemoteReader(io.RawIOBase):
     """The bytes behind a URL, read in ranges."""
 
@@ -188,7 +245,7 @@ class _RemoteReader(io.RawIOBase):
             return b""
 
         def ask() -> bytes:
-            data = self._system.cat_file(self._path, start=start, end=end)
+            data = read_range(self._url, self._system, self._path, start, end)
             if len(data) != end - start:
                 raise OSError(f"{len(data)} bytes came, and {end - start} were asked for")
             return data
@@ -201,7 +258,9 @@ class _RemoteReader(io.RawIOBase):
 @lru_cache(maxsize=4096)
 def _remote_state(url: str) -> FileState:
     system, path = open_system(url)
-    facts = request(url, lambda: system.info(path))
+    facts = facts_of(url, system, path)
+    if facts is None:
+        raise FileNotFoundError(f"{url}: there is no such file")
     if facts.get("size") is None:
         raise RemoteError(f"{url}: the store does not tell the size of the file")
     known = (

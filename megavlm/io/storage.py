@@ -7,8 +7,9 @@ import shutil
 import threading
 from collections import OrderedDict
 from pathlib import Path
+from typing import Any
 
-from megavlm.io.remote import is_remote, open_system, request
+from megavlm.io.remote import facts_of, is_remote, open_system, read_range, request
 
 # A process may commonly open 1024 files, and workers inherit those of their parent.
 OPEN_FILES = 64
@@ -93,31 +94,51 @@ class RemoteFiles:
 
     def exists(self, name: str) -> bool:
         """Whether there is such a file."""
-        return request(self.folder, lambda: self._system.isfile(f"{self._root}/{name}"))
+        facts = self._facts(name)
+        return facts is not None and facts["type"] == "file"
 
     def size(self, name: str) -> int:
         """Bytes of a file; raises FileNotFoundError."""
-        return request(self.folder, lambda: self._system.size(f"{self._root}/{name}"))
+        facts = self._facts(name)
+        if facts is None:
+            raise FileNotFoundError(f"{self.folder}/{name}: there is no such file")
+        return facts["size"]
 
     def read(self, name: str, start: int, end: int) -> bytes:
         """Bytes ``[start, end)`` of a file; fewer where it ends before."""
         if end <= start:
             return b""
         path = f"{self._root}/{name}"
-        return request(self.folder, lambda: self._system.cat_file(path, start=start, end=end))
+        url = f"{self.folder}/{name}"
+        return request(url, lambda: read_range(url, self._system, path, start, end))
 
     def copy(self, name: str, to: Path) -> None:
         """Copy a file, or a folder with all that is in it; nothing where there is none."""
         source = f"{self._root}/{name}"
-        if request(self.folder, lambda: self._system.isdir(source)):
+        facts = self._facts(name)
+        if facts is None:
+            return
+        if facts["type"] == "directory":
             request(self.folder, lambda: self._system.get(source + "/", f"{to}/", recursive=True))
-        elif request(self.folder, lambda: self._system.exists(source)):
+        else:
             request(self.folder, lambda: self._system.get_file(source, str(to)))
+
+    def _facts(self, name: str) -> dict[str, Any] | None:
+        return facts_of(f"{self.folder}/{name}", self._system, f"{self._root}/{name}")
 
 
 Files = LocalFiles | RemoteFiles
 
 
 def open_folder(folder: str | Path) -> Files:
-    """Open a local or remote folder."""
+    """Open a local or remote folder of packs.
+
+    Raises:
+        ValueError: its files cannot be listed, or fsspec does not know such URLs.
+    """
+    if str(folder).startswith(("http://", "https://")):
+        raise ValueError(
+            f"{folder}: packs cannot be read from the web, where the files of their tokenizer"
+            " cannot be listed; copy them to a disk or to a store such as S3"
+        )
     return RemoteFiles(str(folder)) if is_remote(folder) else LocalFiles(folder)

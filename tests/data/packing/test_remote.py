@@ -8,10 +8,7 @@ import io
 import json
 import tarfile
 import threading
-import time
 import urllib.request
-from collections import Counter
-from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -26,41 +23,13 @@ from megavlm.data.records.readers import open_reader
 from megavlm.data.store.reader import Reader
 from megavlm.io import remote
 from megavlm.model_source import image_model
+from tests.data.packing.faulty_server import Faulty
 
 pytest.importorskip("moto", reason="moto is not installed: pip install -e .[dev]")
 pytest.importorskip("s3fs", reason="s3fs is not installed: pip install -e .[remote]")
 
 TOKENIZER = Path(__file__).parents[2] / "golden" / "tokenizer"
 IMAGES = 6
-
-
-class Faulty:
-    """A WSGI application that fails now and then.
-
-    Args:
-        application: that answers.
-    """
-
-    def __init__(self, application: Callable) -> None:
-        self.application = application
-        self.faults: dict[str, list[str]] = {}  # by the end of a path: what happens to requests
-        self.seen: Counter[str] = Counter()
-
-    def __call__(self, environ: dict, start: Callable) -> Iterable[bytes]:
-        """Answer a request, or fail at it."""
-        path = environ["PATH_INFO"]
-        name = next((name for name in self.faults if path.endswith(name)), "")
-        fault = ""
-        if environ["REQUEST_METHOD"] == "GET" and name and self.faults[name]:
-            fault = self.faults[name].pop(0)
-            self.seen[fault] += 1
-        if fault == "503":
-            start("503 Slow Down", [("Content-Type", "application/xml")])
-            return [b"<Error><Code>SlowDown</Code><Message>later</Message></Error>"]
-        if fault == "silence":
-            time.sleep(2.5)
-        body = b"".join(self.application(environ, start))
-        return [body[: len(body) // 2]] if fault == "cut" else [body]
 
 
 @pytest.fixture(scope="module")
