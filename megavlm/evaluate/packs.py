@@ -109,7 +109,8 @@ def ask(
 
 def _check_text(question: Question, template: ChatTemplate, where: str) -> None:
     """Refuse a text that the template would leave out."""
-    shown = "".join(turn.text for turn in question.turns).replace(IMAGE_PLACEHOLDER, "").strip()
+    asked = "".join(turn.text for turn in question.turns if turn.role != "gpt")
+    shown = asked.replace(IMAGE_PLACEHOLDER, "").strip()
     if shown and not template.format.questions:
         raise ValueError(
             f"--eval.tasks {where}: the template {template.format.name} of the packs shows images"
