@@ -26,7 +26,7 @@ step "documents, a CLIP, a language model"
 
 step "packs"
 for name in train valid; do
-    "$python" tools/pack_dataset.py --template flamingo_plain --image_size 32 --patch_size 8 --tokens_per_tile 1 --pixels clip --tiling stretch \
+    "$python" tools/pack_dataset.py --template flamingo_plain --image_size 32 --patch_size 8 --pixels clip --tiling stretch \
         --jsonl "$out/data/${name}_documents.jsonl" --root "$out/data/images" --tokenizer "$out/data/language" \
         --capacity 256 --tile_cap 48 --workers 0 --out "$out/packs/$name"
 done

@@ -163,6 +163,17 @@ def test_images_go_along_the_pipeline_and_through_what_is_recomputed(
     assert max(_apart(curves, alone(3)).values()) <= LIMIT
 
 
+def test_a_model_with_grouped_queries_trains_too(ranks: Pool, packs: Path) -> None:
+    language = dataclasses.replace(
+        _of_layers(3).language, family="qwen2", qkv_bias=True, num_query_groups=2
+    )
+    architecture = dataclasses.replace(_of_layers(3), language=language)
+    [expected] = ranks.run(train_curve, 1, _config(architecture, packs, **STEPS))
+    settings = dict(tensor_model_parallel_size=2, **STEPS)
+    curves = ranks.run(train_curve, 2, _config(architecture, packs, **settings))
+    assert max(_apart(curves, expected).values()) <= LIMIT
+
+
 def test_the_cost_is_what_torch_counts(ranks: Pool, tmp_path: Path) -> None:
     # As many tokens as rows of the padded vocabulary, since padding is computed but does not count;
     # and every token reads an image, as the planner counts.

@@ -24,13 +24,15 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "a late layer": dict(trainable=("vision.encoder.layers.2",), recompute="full"),
     "vision": dict(trainable=("vision", "connector"), drop_path=0.3),
     "query and key norms": dict(qk_norm=True),
+    "cross-attention": dict(crosses=True),
+    "cross-attention, recompute full": dict(crosses=True, recompute="full"),
 }
 STEPS = 2
 PACKS = 4
 
 
-def make_packs() -> Path:
-    """Write packs of random samples for the small model."""
+def make_packs(features_per_tile: int) -> Path:
+    """Write packs of random samples for the small model, with so many placeholders of a tile."""
     from tests.data.samples import make_dataset
     from tests.gpu.models import CAPACITY, SMALL
 
@@ -44,17 +46,21 @@ def make_packs() -> Path:
         text_tokens=(30, 120),
         context_token_id=7,
         tile_size=SMALL.vision.image_size,
-        features_per_tile=SMALL.features_per_tile,
+        features_per_tile=features_per_tile,
         vocab_size=SMALL.language.vocab_size,
     )
     return folder
 
 
-def configure(folder: Path, kernels: str, qk_norm: bool = False, **settings: Any) -> Any:
+def configure(
+    folder: Path, kernels: str, qk_norm: bool = False, crosses: bool = False, **settings: Any
+) -> Any:
     """Return a run in float32; Adam's eps is large, so that it does not blow up the last bits."""
     from tests.gpu.models import small
 
     config = small(folder, precision="float32", lr=1e-3, adam_eps=1e-3, kernels=kernels, **settings)
+    if crosses:
+        return dataclasses.replace(config, architecture=crossed(config.architecture))
     if not qk_norm:
         return config
     language = dataclasses.replace(
@@ -62,6 +68,21 @@ def configure(folder: Path, kernels: str, qk_norm: bool = False, **settings: Any
     )
     return dataclasses.replace(
         config, architecture=dataclasses.replace(config.architecture, language=language)
+    )
+
+
+def crossed(architecture: Any) -> Any:
+    """Read images by gated cross-attention, whose gates are open, behind a resampler."""
+    from megavlm.config.connectors import Connector
+    from megavlm.config.cross_attention import CrossAttention
+    from megavlm.config.resampler import Resampler
+
+    resampler = Resampler(latents=4, num_layers=1, num_attention_heads=2, head_size=16)
+    return dataclasses.replace(
+        architecture,
+        connector=Connector(kind="resampler", resampler=resampler),
+        cross_attention=CrossAttention(every=2, gate_start=0.5, gate="vector"),
+        added_tokens=2,
     )
 
 
@@ -114,9 +135,14 @@ def compare(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     """Compare every setting and print what was found."""
+    from tests.gpu.models import SMALL
+
     torch_kernels.install()
-    folder = make_packs()
-    found = {name: compare(folder, settings) for name, settings in SETTINGS.items()}
+    folders = [make_packs(SMALL.features_per_tile), make_packs(1)]
+    found = {
+        name: compare(folders["crosses" in settings], settings)
+        for name, settings in SETTINGS.items()
+    }
     json.dump(found, os.fdopen(int(sys.argv[1]), "w"))
 
 

@@ -49,6 +49,7 @@ _FREE = {
     "architecture.language.max_position_embeddings",
     "architecture.language.family",
     "architecture.language.rotary_dynamic_factor",
+    "architecture.cross_attention.gate_start",
 }
 _LISTED = {"architecture.language.family", "architecture.language.tied_head"}
 

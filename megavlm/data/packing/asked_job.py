@@ -87,16 +87,25 @@ def _with_sizes(model: Architecture, args: argparse.Namespace) -> Architecture:
         raise ValueError(f"{where}: the first must be a multiple of the second")
     changed_model = dataclasses.replace(model, vision=vision)
     problems = list(changed_model.connector_sizes.problems())
-    # Pairs have no placeholder tokens, whose number the connector decides.
-    if problems and not chat_format(args.template).is_of_pairs:
+    form = chat_format(args.template)
+    # Neither has as many placeholder tokens as the connector decides.
+    if problems and not form.is_of_pairs and not form.images.is_single:
         raise ValueError(f"{where}: {'; '.join(problems)}")
     return changed_model
 
 
 def _tokens_per_tile(model: Architecture, given: int | None, template: str) -> int:
-    """Return the placeholder tokens of a tile. Raises ValueError: none, and packs not of pairs."""
-    if chat_format(template).is_of_pairs:
+    """Return the placeholder tokens of a tile. Raises ValueError for numbers that cannot be."""
+    form = chat_format(template)
+    if form.is_of_pairs:
         return given or 0
+    if form.images.is_single:
+        if given not in (None, 1):
+            raise ValueError(
+                f"--tokens_per_tile {given}: an image of --template {template} has one placeholder"
+                " token; use 1, or leave it out"
+            )
+        return 1
     tokens = model.placeholders_per_tile if given is None else given
     if tokens < 1:
         raise ValueError(f"--tokens_per_tile {tokens}: must be 1 or more")

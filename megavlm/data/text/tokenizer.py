@@ -29,6 +29,7 @@ class ImageTokens:
         context: placeholder token, one for each image feature.
         end: stands after the features of an image; empty: nothing does.
         added: special tokens that a tokenizer must have, in the order in which it gets them.
+        is_single: whether an image has one placeholder token, whatever its features.
         words: ordinary tokens that it gets before them; a decoded answer shows them.
     """
 
@@ -37,6 +38,7 @@ class ImageTokens:
     end: str = ""
     added: tuple[str, ...]
     words: tuple[str, ...] = ()
+    is_single: bool = False
 
     @property
     def shown(self) -> tuple[str, ...]:
@@ -69,6 +71,7 @@ IMAGE_TOKEN_SETS: dict[str, ImageTokens] = {
         context="<image>",
         end=AROUND_IMAGE,
         added=(AROUND_IMAGE, "<image>"),
+        is_single=True,
     ),
     "paligemma": ImageTokens(
         context="<image>",

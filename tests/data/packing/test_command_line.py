@@ -24,6 +24,7 @@ def arguments(tmp_path: Path) -> list[str]:
         (["--image_size", "224"], 64),
         (["--image_size", "224", "--patch_size", "28"], 16),
         (["--tokens_per_tile", "32"], 32),
+        (["--template", "flamingo"], 1),
     ],
 )
 def test_the_model_and_its_sizes_say_how_many_tokens_a_tile_has(
@@ -40,6 +41,7 @@ def test_the_model_and_its_sizes_say_how_many_tokens_a_tile_has(
         (["--image_size", "462"], "does not divide the 33 patches"),
         (["--patch_size", "0"], "must be 1 or more"),
         (["--tokens_per_tile", "0"], "--tokens_per_tile 0: must be 1 or more"),
+        (["--tokens_per_tile", "9", "--template", "flamingo"], "has one placeholder token"),
     ],
 )
 def test_sizes_that_do_not_go_together_are_refused(
