@@ -41,6 +41,20 @@ FindProblems = Callable[[Config, int], Sequence[str]]
 
 PROGRAM = "pretrain_vlm.py"
 _PATIENCE_SECONDS = 3.0
+_OPTIMIZER_OFFLOAD = (
+    "the optimizer is not offloaded to the CPU, since such a run could not be resumed at another"
+    " layout; use more data-parallel ranks, --optimizer.moments bfloat16, or LoRA"
+)
+_ACTIVATION_OFFLOAD = (
+    "activations are not offloaded to the CPU, which excludes pipelines; use --parallel.recompute"
+)
+# Flags of Megatron for what is left out on purpose.
+_NOT_OFFERED = {
+    "--optimizer-cpu-offload": _OPTIMIZER_OFFLOAD,
+    "--optimizer-offload-fraction": _OPTIMIZER_OFFLOAD,
+    "--cpu-offloading-num-layers": _ACTIVATION_OFFLOAD,
+    "--fine-grained-activation-offloading": _ACTIVATION_OFFLOAD,
+}
 _NO_NAMES = Config(stage="", model="")
 
 
@@ -302,6 +316,9 @@ def _normal(arguments: list[str]) -> list[str]:
     by_flag = {flag: option for option in options().values() for flag in option.flags}
     known = {*by_flag, "--help", "--config", "--print_config", "--check"}
     given = [argument.split("=")[0] for argument in arguments if argument.startswith("--")]
+    for flag in given:
+        if flag in _NOT_OFFERED:
+            raise ValueError(f"{flag}: {_NOT_OFFERED[flag]} (docs/optimisation.md)")
     unknown = [f"{flag}{nearest(flag, known)}" for flag in given if flag not in known]
     if unknown:
         raise ValueError("unknown option " + ", ".join(unknown))

@@ -177,6 +177,7 @@ def test_a_switch_needs_no_value():
         (["--stage", "1", "--model", "big"], ["--model big: no such model", "internvl2_5-4b"]),
         ([*NAMES, "--trainig.steps", "3"], ["--trainig.steps; did you mean --training.steps?"]),
         ([*NAMES, "--steps", "3"], ["--steps; did you mean --training.steps?"]),
+        ([*NAMES, "--optimizer-cpu-offload"], ["could not be resumed at another", "LoRA"]),
         ([*NAMES, "--training.step", "3"], ["unknown option --training.step;"]),
         ([*NAMES, "--training.steps", "3.5"], ["--training.steps: expected an integer; got 3.5"]),
         ([*NAMES, "--lr", "fast"], ["--optimizer.lr: expected a number; got fast"]),
