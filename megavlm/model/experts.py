@@ -11,7 +11,8 @@ Shape letters: T tokens of the pack on this rank, E experts, K experts of a toke
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,9 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
@@ -132,6 +135,33 @@ class PackRouter(TopKRouter):
             squares = logits.logsumexp(-1, keepdim=True).square()
             loss = loss + z_weight * (squares * is_real).sum() / tokens
         return _WithLoss.apply(weights, loss)
+
+
+def count_routed_tokens(model: nn.Module) -> None:
+    """Let the dispatchers of a model count the tokens that are routed.
+
+    ``MoEAlltoAllTokenDispatcher.preprocess`` takes all tokens for routed, unless experts have a
+    capacity; megatron-core 0.19 then permutes as many.
+    """
+    for layer in model.modules():
+        if isinstance(layer, MoELayer):
+            dispatcher = layer.token_dispatcher
+            if isinstance(dispatcher, MoEAlltoAllTokenDispatcher):
+                plain = dispatcher.preprocess
+                # Called by ``MoEAlltoAllTokenDispatcher.dispatch_preprocess``.
+                dispatcher.preprocess = partial(_preprocess, dispatcher, plain)
+
+
+def _preprocess(
+    dispatcher: MoEAlltoAllTokenDispatcher, plain: Callable[[Tensor], Tensor], routed: Tensor
+) -> Tensor:
+    """Count the tokens of each expert, and all that are routed. The number travels to the host with
+    the others, which the layer waits for anyway.
+    """
+    found = plain(routed)
+    dispatcher.num_out_tokens = routed.sum()
+    dispatcher._maybe_update_cuda_sync_point("before_permutation_1")
+    return found
 
 
 def mark_experts(experts: nn.Module) -> None:

@@ -19,6 +19,7 @@ from torch.nn import Module
 
 from megavlm.config.schema import Architecture, Loss
 from megavlm.model.added_tokens import AddedEmbedding, AddedHead
+from megavlm.model.experts import count_routed_tokens
 from megavlm.model.specs import Kernels, language_spec
 from megavlm.model.vocabulary_loss import LossTerms, vocabulary_loss
 from megavlm.planner.layout import Chunk
@@ -73,6 +74,7 @@ class LanguageModel(GPTModel):
             pg_collection=groups,
             vp_stage=vp_stage,
         )
+        count_routed_tokens(self)
         self.embedding_scale = 1.0
         if language.scaled_embedding:
             # Rounded to the dtype of the embeddings, as in transformers.

@@ -13,14 +13,28 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megavlm.config.lora import Lora
 from megavlm.config.schema import Architecture, Config, Experts
 from megavlm.model.weights import fresh_tensor
+from megavlm.planner.flops import pieces, training_cost
 from tests.convert.models import EXPERTS
-from tests.data.samples import make_dataset
+from tests.data.samples import make_dataset, make_sample, write_packs
 from tests.ranks.layouts import LIMIT, MASKS, asks_for_all
 from tests.ranks.model_checks import sizes_of
 from tests.ranks.pool import Pool
-from tests.ranks.runs import TINY, Curve, build, config_for, train_curve, whole_weights
+from tests.ranks.runs import (
+    EVERYTHING,
+    TINY,
+    Curve,
+    build,
+    config_for,
+    train_curve,
+    whole_weights,
+)
+from tests.ranks.test_against_transformers import random_model
+from tests.ranks.test_answers import CONTEXT, answers, configure
+from tests.ranks.test_answers import folders as folders
+from tests.ranks.test_cost import counted_by_torch
 from tests.ranks.test_layouts import compare
 from tests.ranks.test_resume import forget_the_end, make_job, run_job, saved_tensors
 
@@ -157,6 +171,16 @@ def test_a_layout_trains_like_one_process(
     assert max(found.values()) <= LIMIT, found
 
 
+def test_adapters_of_the_attention_train_like_one_process(ranks: Pool, dataset: Path) -> None:
+    lora = Lora(rank=2, targets=("language.*.self_attention",))
+    model = dataclasses.replace(MODEL, lora=lora)
+    settings = dict(trainable=("language.*.lora", "connector"), steps=2)
+    [expected] = ranks.run(train_curve, 1, _config(dataset, model, **settings))
+    layout = Layout(expert=2, data=2).settings
+    curves = ranks.run(train_curve, 2, _config(dataset, model, **settings, **layout))
+    assert max(compare(curves, expected).values()) <= LIMIT
+
+
 def _job(dataset: Path, save: Path, **settings: Any) -> Config:
     """Configure a job of six steps, with a checkpoint in the middle."""
     settings = dict(global_batch_size=4, drop_path=0.0, adam_eps=1e-3) | settings
@@ -286,3 +310,46 @@ def test_the_losses_of_the_router_have_gradients(ranks: Pool, dataset: Path) -> 
         )
     ]
     assert len({round(norm, 4) for norm in norms}) == 3
+
+
+def test_the_cost_is_what_torch_counts(ranks: Pool, tmp_path: Path) -> None:
+    # As many words as rows of the padded vocabulary, and a full pack: padding does not count.
+    model = dataclasses.replace(MODEL, language=dataclasses.replace(MODEL.language, vocab_size=256))
+    sizes = sizes_of(model)
+    text = dict(text_tokens=128 - model.features_per_tile, grids=((1, 1),), line=1)
+    sample = make_sample(np.random.default_rng(0), images=1, **text, **sizes)
+    write_packs(tmp_path, [[sample]], capacity=128, **sizes)
+    for mask in (("connector",), EVERYTHING):
+        [(counted, size, keys)] = ranks.run(counted_by_torch, 1, tmp_path, mask, model)
+        size["squared_lengths"] *= 2  # torch counts all pairs of tokens
+        assert training_cost(model, mask).total(**size) == counted
+        assert {piece.key for piece in pieces(model)} - {""} == keys
+
+
+def valid_loss(config: Config) -> float:
+    """Compute the loss over three packs, of which four data-parallel ranks cannot all have one."""
+    from megavlm.data.loading.dataset import PackedDataset
+    from megavlm.train.evaluate import held_out_loss
+
+    job = dataclasses.replace(build(config), valid=PackedDataset(config.data.train))
+    return held_out_loss(job)[0]
+
+
+def test_ranks_without_packs_run_along_in_validation_and_answers(
+    ranks: Pool, dataset: Path, folders: Path, tmp_path: Path
+) -> None:
+    layout = Layout(expert=4, data=4).settings
+    configs = [_config(dataset, eval_packs=3, **one) for one in ({}, layout)]
+    [expected], found = (ranks.run(valid_loss, n, one) for n, one in zip((1, 4), configs))
+    assert found == pytest.approx([expected] * 4, rel=1e-6)
+
+    language = dataclasses.replace(MODEL.language, vocab_size=457)
+    model = dataclasses.replace(MODEL, language=language)
+    random_model(model, CONTEXT, tmp_path)
+    [alone], four = (
+        ranks.run(
+            answers, n, dataclasses.replace(configure(folders, **one), architecture=model), tmp_path
+        )
+        for n, one in ((1, {}), (4, layout))
+    )
+    assert all(one == alone for one in four) and any(alone[0])

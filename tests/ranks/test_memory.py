@@ -14,6 +14,7 @@ from megavlm.planner.layout import make_layout
 from megavlm.planner.memory import Memory, memory_by_rank
 from megavlm.planner.partition import PackSize
 from tests.convert import llava_models, paligemma_models
+from tests.convert.models import EXPERTS
 from tests.ranks.pool import Pool
 from tests.ranks.runs import TINY, build, config_for, make_packs
 
@@ -50,8 +51,17 @@ LAYOUTS = {
         pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2, layout="v*2|v,t|t|t"
     ),
     "data": dict(),
+    "experts": dict(expert_model_parallel_size=2),
+    "experts of tensor-parallel ranks": dict(
+        tensor_model_parallel_size=2,
+        sequence_parallel=True,
+        pipeline_model_parallel_size=2,
+        layout="v*3,t|t*2",
+        expert_model_parallel_size=2,
+    ),
 }
 WORLDS = {
+    "experts of tensor-parallel ranks": 8,
     "alone": 1,
     "tensor": 2,
     "whole vision layers": 2,
@@ -126,9 +136,15 @@ def _as_large_as_tiny(model: Architecture) -> Architecture:
 
 ADAPTERS = Lora(rank=3, targets=("vision", "*.mlp"))
 ADAPTED = dataclasses.replace(WIDE, lora=ADAPTERS)
-CASES = [(name, WIDE) for name in LAYOUTS] + [(name, TINY) for name in ("tensor", "pipeline")]
+CASES = [(name, WIDE) for name in LAYOUTS if "experts" not in name]
+CASES += [(name, TINY) for name in ("tensor", "pipeline")]
 CASES += [("tensor", _as_large_as_tiny(llava_models.SMALL))]
 CASES += [(name, _as_large_as_tiny(paligemma_models.SMALL)) for name in ("tensor", "pipeline")]
+MIXTURE = dataclasses.replace(TINY, language=dataclasses.replace(TINY.language, **EXPERTS))
+MIXTURE = dataclasses.replace(
+    MIXTURE, language=dataclasses.replace(MIXTURE.language, num_experts=6)
+)
+CASES += [(name, MIXTURE) for name in ("experts", "experts of tensor-parallel ranks")]
 CASES += [(name, ADAPTED) for name in ("tensor", "pipeline of tensor-parallel ranks")]
 
 

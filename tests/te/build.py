@@ -157,6 +157,10 @@ def main() -> None:
             facts(build(dataclasses.replace(one, architecture=normed(one.architecture)), place))
             for one in (local, config)
         ],
+        "mixture": [
+            facts(build(dataclasses.replace(one, architecture=mixture(one.architecture)), place))
+            for one in (local, config)
+        ],
         "moved": moved(config, local, place),
         "recipes": recipes(config, place),
         "tile_multiple": {
@@ -179,6 +183,14 @@ def wide(architecture: Any) -> Any:
     vision = dataclasses.replace(architecture.vision, hidden_size=64, ffn_hidden_size=96)
     language = dataclasses.replace(architecture.language, hidden_size=64, ffn_hidden_size=128)
     return dataclasses.replace(architecture, vision=vision, language=language)
+
+
+def mixture(architecture: Any) -> Any:
+    """Put experts in the place of MLPs."""
+    from tests.convert.models import EXPERTS
+
+    language = dataclasses.replace(architecture.language, **EXPERTS)
+    return dataclasses.replace(architecture, language=language)
 
 
 def normed(architecture: Any) -> Any:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.te import torch_kernels
+from tests.te.build import mixture
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "everything": {},
@@ -26,6 +27,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "query and key norms": dict(qk_norm=True),
     "cross-attention": dict(crosses=True),
     "cross-attention, recompute full": dict(crosses=True, recompute="full"),
+    "experts": dict(experts=True),
+    "experts, recompute selective": dict(experts=True, recompute="selective"),
 }
 STEPS = 2
 PACKS = 4
@@ -53,7 +56,12 @@ def make_packs(features_per_tile: int) -> Path:
 
 
 def configure(
-    folder: Path, kernels: str, qk_norm: bool = False, crosses: bool = False, **settings: Any
+    folder: Path,
+    kernels: str,
+    qk_norm: bool = False,
+    crosses: bool = False,
+    experts: bool = False,
+    **settings: Any,
 ) -> Any:
     """Return a run in float32; Adam's eps is large, so that it does not blow up the last bits."""
     from tests.gpu.models import small
@@ -61,6 +69,8 @@ def configure(
     config = small(folder, precision="float32", lr=1e-3, adam_eps=1e-3, kernels=kernels, **settings)
     if crosses:
         return dataclasses.replace(config, architecture=crossed(config.architecture))
+    if experts:
+        return dataclasses.replace(config, architecture=mixture(config.architecture))
     if not qk_norm:
         return config
     language = dataclasses.replace(

@@ -45,6 +45,14 @@ def test_models_with_other_norms_and_a_tied_head_hold_the_same_too(built: dict[s
     assert not any("output_layer" in key for key in engine["sizes"])
 
 
+def test_experts_of_one_grouped_kernel_hold_the_same_too(built: dict[str, Any]) -> None:
+    local, engine = built["mixture"]
+    for what in ("sizes", "shapes", "sums", "dtypes"):
+        assert engine[what] == local[what], what
+    assert sum(".mlp.experts.4.linear_fc1.weight" in key for key in engine["sizes"]) == 3
+    assert "GroupedExperts" in engine["modules"] and "Experts" in local["modules"]
+
+
 @pytest.mark.parametrize("way", ["to local", "to engine"])
 def test_a_checkpoint_of_one_kind_of_layers_loads_into_the_other(
     built: dict[str, Any], way: str

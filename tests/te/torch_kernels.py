@@ -46,6 +46,23 @@ def gemm(
     return made, bias_gradient, None, None
 
 
+def grouped_gemm(
+    a: list[Tensor],
+    transpose_a: bool,
+    b: list[Tensor],
+    transpose_b: bool,
+    out: list[Tensor],
+    *rest: Any,
+) -> list[Tensor]:
+    """Multiply as ``tex.te_general_grouped_gemm`` does: each b @ a, without bias."""
+    (_, sizes, bias, _, is_single, _, _, _, _, accumulate, *_) = rest
+    targets = out[0].split(sizes) if is_single else out
+    for left, right, target in zip(b, a, targets, strict=True):
+        made = (left.T if transpose_b else left) @ (right.T if transpose_a else right)
+        target.add_(made) if accumulate else target.copy_(made)
+    return bias
+
+
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, *rest: Any) -> Normed:
     """Normalise rows [T, D]; mean and reciprocal deviation are kept."""
     wide = x.float()
@@ -185,6 +202,7 @@ def install() -> None:
     }
     compiled = norms | {
         "generic_gemm": gemm,
+        "te_general_grouped_gemm": grouped_gemm,
         "fused_attn_fwd": attention,
         "fused_attn_bwd": attention_backward,
         "fused_rope_forward": rotary(1),
@@ -203,7 +221,7 @@ def install() -> None:
                 if name in vars(module):
                     setattr(module, name, function)
     linear.get_dummy_wgrad = norm_linear.get_dummy_wgrad = _dummy_gradient
-    gemms.get_cublas_workspace = lambda *args: torch.empty(1)
+    gemms.get_cublas_workspace = lambda *args: torch.empty(1, 1)
     gemms.get_tensor_device = lambda *args: 0
     engine._get_cuda_rng_state = lambda *args, **settings: torch.get_rng_state()
     engine._set_cuda_rng_state = lambda *args, **settings: None

@@ -20,6 +20,12 @@ _NEEDED = (
     "vocab_size",
     "max_position_embeddings",
 )
+_REFUSED = {
+    "gpt_oss": (
+        "its attention has learned sinks and sliding windows, and its experts have biases and a"
+        " clamped gate, which no layer here computes"
+    ),
+}
 _NEEDED_OF_EXPERTS = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
 
 
@@ -31,6 +37,9 @@ def problems(settings: Mapping[str, Any], section: str) -> Iterator[str]:
         section: name of that part.
     """
     kind = settings.get("model_type")
+    if kind in _REFUSED:
+        yield f"{section}.model_type is {kind!r}: {_REFUSED[kind]}"
+        return
     if kind not in FAMILIES:
         yield f"{section}.model_type is {kind!r}, must be one of {', '.join(FAMILIES)}"
         return

@@ -1,0 +1,59 @@
+"""What of experts cannot run is refused, with the flag to change."""
+
+from __future__ import annotations
+
+import pytest
+
+from megavlm.config.checks.rules import problems
+from megavlm.config.cli import parse
+
+MODEL = "internvl3_5-30b-a3b"
+ATTENTION = ("--architecture.lora.targets", "language.*.self_attention")
+
+
+def found(*options: str, model: str = MODEL, ranks: int = 8) -> list[str]:
+    """List the problems with experts of a run."""
+    config = parse(["--stage", "2", "--model", model, *options])
+    words = ("expert", "topk", "sequence_parallel")
+    return [one for one in problems(config, ranks) if any(word in one for word in words)]
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (("--parallel.expert_model_parallel_size", "3"), "does not divide the experts"),
+        (("--parallel.expert_model_parallel_size", "16"), "does not divide the 8 ranks"),
+        (("--parallel.expert_model_parallel_size", "0"), "must be 1 or more"),
+        (("--parallel.tensor_model_parallel_size", "2"), "use true"),
+        (("--fp8.language", "tensorwise"), "--fp8.vision can stay"),
+        (("--architecture.lora.rank", "8"), "name the attention alone"),
+        (("--architecture.language.experts_per_token", "129"), "there are only"),
+        (("--architecture.language.experts_per_token", "0"), "must be 1 or more"),
+        (("--architecture.language.experts_per_token", "1"), "the router would learn nothing"),
+        (("--architecture.language.num_experts", "0"), "has no effect without"),
+        (("--architecture.language.num_experts", "-1"), "must be 0 or more"),
+        (("--architecture.language.activation", "gelu"), "experts are gated MLPs"),
+        (("--experts.balance_loss", "-1"), "must be 0 or more"),
+    ],
+)
+def test_what_cannot_run_is_refused(options: tuple[str, ...], told: str) -> None:
+    assert any(told in one for one in found(*options)), found(*options)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (("--parallel.expert_model_parallel_size", "2"), "the model has no experts"),
+        (("--experts.router_z_loss", "0.1"), "has no effect"),
+    ],
+)
+def test_settings_of_experts_need_experts(options: tuple[str, ...], told: str) -> None:
+    assert any(told in one for one in found(*options, model="internvl3_5-8b"))
+
+
+def test_the_models_of_the_table_can_run() -> None:
+    assert not found()
+    assert not found("--expert-model-parallel-size", "8")
+    assert not found("--architecture.lora.rank", "8", *ATTENTION)
+    split = ("--parallel.tensor_model_parallel_size", "4", "--sequence-parallel", "true")
+    assert not found(*split, "--expert-model-parallel-size", "8", model="internvl3_5-241b-a28b")
