@@ -5,6 +5,7 @@ imported late, since it takes seconds.
 from __future__ import annotations
 
 from megavlm.config.models import architecture
+from megavlm.config.recipes import RECIPES
 from megavlm.config.schema import Architecture, Init
 
 
@@ -22,8 +23,8 @@ def read_model(folder: str, init: Init, default: Architecture | None = None) -> 
 
 
 def image_model(name: str | None) -> Architecture:
-    """Return what packs must know of a model: a row of the table, the folder of a whole model or of
-    a vision encoder; InternVL 2.5's if unnamed.
+    """Return what packs must know of a model: a row of the table, the model that a recipe is known
+    for, the folder of a whole model or of a vision encoder; InternVL 2.5's if unnamed.
 
     Raises:
         FileNotFoundError: files are missing.
@@ -36,4 +37,7 @@ def image_model(name: str | None) -> Architecture:
 
         return from_parts.image_model(folder, init)
 
-    return architecture(name, read_model=read) if name else Architecture()
+    if not name:
+        return Architecture()
+    of_recipe = RECIPES[name].architecture if name in RECIPES else None
+    return of_recipe or architecture(name, read_model=read)

@@ -85,6 +85,25 @@ def as_captions(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
+def one_question_each(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return a record for each question, for models that take one, without line breaks at the
+    image.
+    """
+    return [
+        {
+            "image": record["image"],
+            "conversations": [
+                {"from": "human", "value": "<image>" + asked["value"].replace("<image>", "")},
+                answer,
+            ],
+        }
+        for record in records
+        for asked, answer in zip(
+            record["conversations"][::2], record["conversations"][1::2], strict=True
+        )
+    ]
+
+
 def pixels_of(board: Board) -> np.ndarray:
     """Return a board's pixels as stage 2 sees them, uint8 [3, S, S]."""
     square = to_square(board.picture, pad_colour("pad", MEAN)).resize((SIDE, SIDE), 3)

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "quickstart"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "llava"))
 from boards import Board, Scans, split_scans
 from make_data import HELD_OUT_SCANS, write_lines
-from make_parts import SIDE, train_encoder, write_records
+from make_parts import SIDE, one_question_each, train_encoder, write_records
 
 from megavlm.config.architecture import PIXELS
 
@@ -90,23 +90,6 @@ def make_language(texts: list[str], folder: Path) -> None:
     ).save_pretrained(folder)
     torch.manual_seed(1)
     GemmaForCausalLM(GEMMA).save_pretrained(folder)
-
-
-def one_question_each(records: list[dict]) -> list[dict]:
-    """Return a record for each question, since a sample of PaliGemma has one."""
-    return [
-        {
-            "image": record["image"],
-            "conversations": [
-                {"from": "human", "value": "<image>" + asked["value"].replace("<image>", "")},
-                answer,
-            ],
-        }
-        for record in records
-        for asked, answer in zip(
-            record["conversations"][::2], record["conversations"][1::2], strict=True
-        )
-    ]
 
 
 def main() -> None:

@@ -43,7 +43,8 @@ class Vision:
             first layer, layer scale).
         image_size: side of a tile (InternVL's 448 x 448 image patch) in pixels.
         patch_size: side of a patch in pixels.
-        num_layers: transformer layers that are built; features come out of the last of them.
+        num_layers: transformer layers that are built; features come out of the last of them. 0:
+            there is no vision encoder, and the connector reads the pixels of patches, as in Fuyu.
         unused_layers: layers of the pretrained encoder behind these. They are not built: LLaVA
             takes CLIP's features from before its last layer (``vision_feature_layer`` -2), so 1.
             Checkpoints and exports carry them, unchanged, from where the encoder came from.
@@ -83,6 +84,16 @@ class Vision:
     pixel_std: tuple[float, float, float] = PIXELS["imagenet"][1]
 
     @property
+    def exists(self) -> bool:
+        """Whether there is a vision encoder."""
+        return self.num_layers > 0
+
+    @property
+    def output_size(self) -> int:
+        """Width of what the connector reads: hidden states, or the pixels of a patch."""
+        return self.hidden_size if self.exists else 3 * self.patch_size**2
+
+    @property
     def grid(self) -> int:
         """Patches along one side of a tile."""
         return self.image_size // max(self.patch_size, 1)
@@ -97,7 +108,7 @@ class Vision:
     @property
     def has_class_token(self) -> bool:
         """Whether a class token comes before the patches."""
-        return self.family != "siglip"
+        return self.exists and self.family != "siglip"
 
     @property
     def has_patch_bias(self) -> bool:
@@ -236,8 +247,11 @@ class Language:
         return self.kv_channels or self.hidden_size // self.num_attention_heads
 
 
-# What stands in the place of a language model that a model does not have.
+# What stands in the place of a part that a model does not have.
 NO_LANGUAGE = Language(num_layers=0)
+NO_VISION = Vision(num_layers=0)
+# What a model without a vision encoder still has of it: how an image becomes patches.
+PATCH_SETTINGS = ("image_size", "patch_size", "pixel_mean", "pixel_std")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -271,8 +285,9 @@ class Architecture:
         contrastive: what a model of that objective ends in.
         image_text: what a model of the objective qformer ends in.
         image_tokens: special tokens that stand for images in texts: InternVL's nine, LLaVA's
-            ``<image>``, PaliGemma's, which also has tokens of places and shapes, or IDEFICS's,
-            ``<image>`` between two ``<fake_token_around_image>``.
+            ``<image>``, PaliGemma's, which also has tokens of places and shapes, Fuyu's, with one
+            that ends a row of patches, or IDEFICS's, ``<image>`` between two
+            ``<fake_token_around_image>``.
         prefix_lm: whether all tokens of a sample before its first supervised one see each other
             (prefix-LM; arXiv 1910.10683, section 3.2.1), as in PaliGemma; those from there on see
             what comes before them.
@@ -288,7 +303,7 @@ class Architecture:
     vision: Vision = field(default_factory=Vision)
     connector: Connector = field(default_factory=Connector)
     language: Language = field(default_factory=Language)
-    image_tokens: Literal["internvl", "llava", "paligemma", "idefics"] = "internvl"
+    image_tokens: Literal["internvl", "llava", "paligemma", "fuyu", "idefics"] = "internvl"
     prefix_lm: bool = False
     cross_attention: CrossAttention = field(default_factory=CrossAttention)
     added_tokens: int = 0
@@ -306,7 +321,7 @@ class Architecture:
         """How large the connector is. Raises ValueError if there is no such kind or objective."""
         ends = Ends(
             grid=self.vision.grid,
-            input_size=self.vision.hidden_size,
+            input_size=self.vision.output_size,
             output_size=self.needs.connector_output(self),
             inner_size=self.vision.ffn_hidden_size,
             tokens=self.vision.tokens,

@@ -388,8 +388,9 @@ models:
 def _size(row: Architecture) -> str:
     vision = row.vision
     language = row.language
+    encoder = f"{vision.num_layers} layers of {vision.hidden_size}" if vision.exists else "none"
     return (
-        f"vision {vision.num_layers} layers of {vision.hidden_size}, {vision.image_size} pixels;"
+        f"vision {encoder}, {vision.image_size} pixels;"
         f" language {language.num_layers} layers of {language.hidden_size}, vocabulary"
         f" {language.vocab_size}"
     )

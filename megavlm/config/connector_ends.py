@@ -13,7 +13,7 @@ class Ends:
 
     Args:
         grid: patches along a side of a tile.
-        input_size: width of the vision encoder.
+        input_size: width of the vision encoder, or without one the pixels of a patch.
         output_size: width of the language model, or of embeddings; 0: the connector ends in its own
             hidden states.
         inner_size: width inside the MLP of the vision encoder.

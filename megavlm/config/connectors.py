@@ -23,11 +23,11 @@ class Connector:
     """The connector, from features of the vision encoder to embeddings of the language model.
 
     Args:
-        kind: connector type; mlp is InternVL's and LLaVA 1.5's, linear the one matrix of LLaVA 1.0
-            and PaliGemma, qformer the Q-Former of BLIP-2, resampler the Perceiver resampler of
-            Flamingo. class_token, mean and attention make one embedding of a tile, for the
-            objective contrastive: of its class token (CLIP), of the mean of its patches, or of what
-            a learned query sees (SigLIP).
+        kind: connector type; mlp is InternVL's and LLaVA 1.5's, linear the one matrix of LLaVA
+            1.0, PaliGemma and Fuyu, qformer the Q-Former of BLIP-2, resampler the Perceiver
+            resampler of Flamingo. class_token, mean and attention make one embedding of a tile, for
+            the objective contrastive: of its class token (CLIP), of the mean of its patches, or of
+            what a learned query sees (SigLIP).
         pixel_shuffle: for mlp: merge squares of this many patches a side into one feature (2: a
             quarter of the tokens; 1, as in LLaVA: none).
         norm: for mlp: LayerNorm before the linear layers, as in InternVL; LLaVA has none.
@@ -133,7 +133,9 @@ class Mlp:
 
 @dataclass(frozen=True)
 class Linear:
-    """One linear layer on each patch, whole on every rank: LLaVA 1.0's (arXiv 2304.08485)."""
+    """One linear layer on each patch, whole on every rank: LLaVA 1.0's (arXiv 2304.08485), and
+    Fuyu's, on the pixels of a patch.
+    """
 
     settings: Connector
     ends: Ends

@@ -153,11 +153,33 @@ def _paligemma(arch: Architecture) -> Iterator[str]:
         "connector.kind": ("linear", arch.connector.kind),
         "language.family": ("gemma", arch.language.family),
     }
-    for name, (value, found) in wanted.items():
+    yield from _other_values("PaliGemmaForConditionalGeneration", wanted)
+
+
+def _fuyu(arch: Architecture) -> Iterator[str]:
+    yield from _causal(arch)
+    vision = arch.vision
+    wanted = {
+        "objective": ("next_token", arch.objective),
+        "image_tokens": ("fuyu", arch.image_tokens),
+        "vision.num_layers": (0, vision.num_layers),
+        "vision.image_size": (vision.patch_size, vision.image_size),
+        "connector.kind": ("linear", arch.connector.kind),
+        "language.family": ("persimmon", arch.language.family),
+        "language.tied_head": (False, arch.language.tied_head),
+    }
+    yield from _other_values("FuyuForCausalLM", wanted)
+
+
+def _other_values(name: str, wanted: dict[str, tuple[object, object]]) -> Iterator[str]:
+    """Yield fields that have another value than a class of transformers holds; ``wanted`` has the
+    class's value and the model's by the name of the field.
+    """
+    for field, (value, found) in wanted.items():
         if found != value:
             yield (
-                f"PaliGemmaForConditionalGeneration has --architecture.{name} {str(value).lower()};"
-                f" this model has {str(found).lower()}"
+                f"{name} has --architecture.{field} {str(value).lower()}; this model has"
+                f" {str(found).lower()}"
             )
 
 
@@ -244,6 +266,7 @@ HOLDS: dict[str, Callable[[Architecture], Iterator[str]]] = {
     "chat": _chat,
     "llava": _llava,
     "paligemma": _paligemma,
+    "fuyu": _fuyu,
     "clip": _clip,
     "siglip": _siglip,
     "blip2": _blip2,

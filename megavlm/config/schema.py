@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from megavlm.config.architecture import NO_LANGUAGE as NO_LANGUAGE
+from megavlm.config.architecture import NO_VISION as NO_VISION
+from megavlm.config.architecture import PATCH_SETTINGS as PATCH_SETTINGS
 from megavlm.config.architecture import Architecture as Architecture
 from megavlm.config.architecture import Contrastive as Contrastive
 from megavlm.config.architecture import Language as Language
@@ -89,7 +91,7 @@ class Data:
     loss_reduction: Literal["token", "sample", "square"] = "square"
     loss_weights: tuple[float, ...] = ()
     template: tuple[str, ...] = (ANY,)
-    tiling: Literal["any", "dynamic", "pad", "crop", "stretch"] = ANY
+    tiling: Literal["any", "dynamic", "pad", "crop", "stretch", "patches"] = ANY
     augment: tuple[str, ...] = ()
     workers: int = 4
     prefetch: int = 4

@@ -80,9 +80,10 @@ def ask(
     _check_text(question, template, where)
     images = tuple(_image(path, tiling, len(question.images), where) for path in question.images)
     tiles = [image.tiles for image in images]
+    rows = [image.rows for image in images]
     try:
         if not question.choices:
-            tokens = template.prompt(question.turns, tiles)
+            tokens = template.prompt(question.turns, tiles, rows)
             found = [(tokens, np.zeros(len(tokens), bool))]
         else:
             metric = METRICS[task.metric]
@@ -90,7 +91,7 @@ def ask(
                 Turn(role="gpt", text=metric.choice(index, choice))
                 for index, choice in enumerate(question.choices)
             )
-            found = [template.encode((*question.turns, ending), tiles) for ending in endings]
+            found = [template.encode((*question.turns, ending), tiles, rows) for ending in endings]
             room = 0
     except RejectError as error:
         raise ValueError(f"--eval.tasks {where}: {error.detail}") from None
@@ -308,6 +309,7 @@ def prepare(task: Task, folder: Path | str, max_new_tokens: int) -> TaskPacks:
         thumbnail=manifest.thumbnail,
         mode=manifest.tiling,
         pixel_mean=manifest.pixel_mean,
+        limit=manifest.image_limit,
     )
     # One more than is read, so that there always is room, where a prefix ends.
     found = [ask(task, question, template, tiling, max_new_tokens) for question in task.questions]

@@ -16,12 +16,9 @@ from megavlm.config.schema import Vision
 from megavlm.model.positions import resize_positions
 from megavlm.model.recompute import ask_for_gradient
 from megavlm.model.specs import Kernels, vision_spec
+from megavlm.model.standardise import standardise
 from megavlm.model.vision_layer import drop_path_rate
 from megavlm.planner.layout import Chunk
-
-
-def _standardise(tiles: Tensor, mean: Tensor, std: Tensor, dtype: torch.dtype) -> Tensor:
-    return ((tiles.float() / 255 - mean.float()) / std.float()).to(dtype)
 
 
 class VisionEncoder(MegatronModule):
@@ -78,7 +75,7 @@ class VisionEncoder(MegatronModule):
                 self.embedding_norm = chosen.norm(
                     config=config, hidden_size=width, eps=vision.layernorm_epsilon
                 )
-            self.standardise = chosen.pointwise(_standardise)
+            self.standardise = chosen.pointwise(standardise)
         self.final_norm = None
         if vision.final_norm and vision.num_layers - 1 in chunk.vision_layers:
             self.final_norm = chosen.norm(

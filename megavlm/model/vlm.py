@@ -24,8 +24,9 @@ from megavlm.model.fusion import as_rows, from_rows
 from megavlm.model.language import LanguageModel
 from megavlm.model.lora import LowRankAdapter, attach, set_draw
 from megavlm.model.objective import build_objective
+from megavlm.model.patches import Patches
 from megavlm.model.recompute import ask_for_gradient
-from megavlm.model.specs import kernels
+from megavlm.model.specs import Kernels, kernels
 from megavlm.model.transformer import language_config, vision_config
 from megavlm.model.vision import VisionEncoder
 from megavlm.parallel.process_groups import Groups
@@ -37,7 +38,7 @@ from megavlm.parallel.vision_parallel import (
     save_once,
     sum_gradients,
 )
-from megavlm.planner.layout import Layout
+from megavlm.planner.layout import Chunk, Layout
 
 
 class VisionLanguageModel(MegatronModule):
@@ -78,19 +79,13 @@ class VisionLanguageModel(MegatronModule):
         self.chooses_loss_positions = config.training.head_tokens == "supervised"
         self.groups = groups
 
-        self.vision = self.connector = self.language = None
+        self.connector = self.language = None
         # Set by the freeze mask: whether anything in the vision encoder is trained, and the first
         # chunk that trains anything.
         self.trains_vision = True
         self.first_trained = 0
         collection = groups.collection
-        if chunk.has_patch_embedding or chunk.vision_layers:
-            drop_path = config.training.highest_drop_path
-            encoder = vision_config(config, layout, chosen)
-            self.vision = VisionEncoder(
-                encoder, arch.vision, chunk, drop_path, chosen, groups.vision, vp_stage
-            )
-            attach(self.vision, "vision.encoder.layers", arch.lora, encoder, groups.vision.tp)
+        self.vision = self._vision(config, layout, chunk, chosen)
         if chunk.has_connector:
             self.connector = build_connector(config, chosen, groups.vision)
         # Parts of which every tensor-parallel rank has a copy, for tiles of its own.
@@ -110,6 +105,25 @@ class VisionLanguageModel(MegatronModule):
         self.objective = build_objective(self.config, config, chunk, chosen, groups)
         if not arch.language.exists and chunk.has_connector:
             self.objective.take_connector(self.connector)
+
+    def _vision(
+        self, config: Config, layout: Layout, chunk: Chunk, chosen: Kernels
+    ) -> VisionEncoder | Patches | None:
+        """Build this chunk's part of the vision encoder, or what cuts patches if there is none."""
+        arch = config.architecture
+        if not arch.vision.exists:
+            is_first = chunk.has_patch_embedding
+            return Patches(arch.vision, chosen, self.config.params_dtype) if is_first else None
+        if not (chunk.has_patch_embedding or chunk.vision_layers):
+            return None
+        groups = self.groups.vision
+        encoder = vision_config(config, layout, chosen)
+        drop_path = config.training.highest_drop_path
+        vision = VisionEncoder(
+            encoder, arch.vision, chunk, drop_path, chosen, groups, self.vp_stage
+        )
+        attach(vision, "vision.encoder.layers", arch.lora, encoder, groups.tp)
+        return vision
 
     def set_input_tensor(self, received: Tensor | list[Tensor]) -> None:
         """Take what the chunk before sent; called by the schedule."""

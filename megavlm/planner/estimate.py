@@ -261,7 +261,7 @@ def _vision_padding(config: Config, size: PackSize) -> float:
     """How many times the work of the vision encoder is done that is asked for: padding tiles, and
     heads that only fill up.
     """
-    if not size.tiles:
+    if not size.tiles or not config.architecture.vision.exists:
         return 1.0
     parallel = config.parallel
     vision = config.architecture.vision

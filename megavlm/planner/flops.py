@@ -157,8 +157,10 @@ def _adapter(architecture: Architecture, piece: Piece) -> Iterator[Piece]:
 
 def _vision(architecture: Architecture) -> Iterator[Piece]:
     vision = architecture.vision
+    if not vision.exists:
+        return
     part = "vision"
-    width = architecture.vision.hidden_size
+    width = vision.hidden_size
     patch = 3 * vision.patch_size**2
     yield from linear(
         "vision.patch_embedding",

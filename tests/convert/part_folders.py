@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -104,6 +104,27 @@ def make_gemma_tokenizer(folder: Path) -> None:
     )
     PreTrainedTokenizerFast(
         tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>"
+    ).save_pretrained(folder)
+
+
+def make_fuyu_tokenizer(folder: Path) -> None:
+    """Make a tokenizer as Fuyu's: sentencepiece's Unigram of single letters and bytes, with Fuyu's
+    tokens as ordinary pieces, so that a text that begins with one has a space before it.
+    """
+    letters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789?.,+-:"
+    pieces = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0)]
+    pieces += [(f"<0x{byte:02X}>", 0.0) for byte in range(256)]
+    pieces += [(token, 0.0) for token in ("|SPEAKER|", "|NEWLINE|", "|ENDOFTEXT|")]
+    pieces += [("\u2581", -5.0), *((f"\u2581{letter}", -6.0) for letter in letters)]
+    pieces += [(letter, -5.0) for letter in letters]
+    words = Tokenizer(models.Unigram(pieces, 0, byte_fallback=True))
+    space = normalizers.Replace(" ", "\u2581")
+    words.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), space])
+    words.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=words, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
     ).save_pretrained(folder)
 
 

@@ -208,7 +208,20 @@ def test_blip2s_scripts_name_options_that_exist(shell: dict[str, str], tmp_path:
     assert (args.template, args.tokens_per_tile, args.truncate) == ("blip2", 32, 64)
 
 
-@pytest.mark.parametrize("recipe", ["llava", "paligemma"])
+def test_fuyus_script_names_options_that_exist(shell: dict[str, str], tmp_path: Path):
+    parts = {"MODEL": str(tmp_path), "JSONL": "chats.jsonl", "ROOT": "images"}
+    command = ["bash", str(ROOT / "examples" / "fuyu" / "run.sh")]
+    subprocess.run([*command, "1", "--training.seed", "9"], env=shell | parts, check=True)
+    run = get_args_parser().parse_args(asked(shell))
+    config = parse(run.training_script_args, lambda folder, init, default: default)
+    assert (config.recipe, config.stage, config.training.seed) == ("fuyu", "1", 9)
+    assert fits(config, ranks=8)
+    subprocess.run([*command, "pack"], env=shell | parts, check=True)
+    args = pack_dataset.parse(asked(shell)[1:])
+    assert (args.template, args.tiling, args.model) == ("fuyu", "patches", str(tmp_path))
+
+
+@pytest.mark.parametrize("recipe", ["llava", "paligemma", "fuyu"])
 def test_slurm_starts_a_recipes_stage(shell: dict[str, str], tmp_path: Path, recipe: str):
     job = {
         "SLURM_JOB_ID": "123",
@@ -219,7 +232,7 @@ def test_slurm_starts_a_recipes_stage(shell: dict[str, str], tmp_path: Path, rec
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     subprocess.run(
         ["bash", str(ROOT / "examples" / recipe / "slurm.sh"), "1"],
-        env=shell | job | {"VISION": "eyes", "LANGUAGE": "words"},
+        env=shell | job | {"VISION": "eyes", "LANGUAGE": "words", "MODEL": str(tmp_path)},
         cwd=tmp_path,
         check=True,
     )

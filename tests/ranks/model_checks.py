@@ -106,6 +106,8 @@ def answers_of_transformers(
         tokens = batch.tokens[start:end]
         count = int((tokens == CONTEXT).sum()) // architecture.placeholders_per_tile
         shown = pixels[tile : tile + count]
+        if not architecture.vision.exists:  # the class takes patches, not images
+            shown = shown.permute(0, 2, 3, 1).flatten(1)[None]
         inputs = {"pixel_values": shown} if count else {}
         if architecture.cross_attention.every:
             inputs = _read_by_idefics(tokens, shown if count else pixels[:1], count)

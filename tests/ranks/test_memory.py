@@ -120,6 +120,24 @@ def held(config: Config) -> tuple[int, Memory]:
     )
 
 
+def assert_memory_is_held(ranks: Pool, config: Config, world: int) -> None:
+    """Compare the bytes that a run holds on ``world`` ranks with those that are predicted."""
+    copies = world // config.parallel.model_parallel_size
+    layout = make_layout(config, PackSize(tokens=128.0, squared_lengths=4000.0, tiles=4.0))
+    expected = memory_by_rank(config, layout, copies, capacity=128, tiles=4)
+    found = ranks.run(held, world, config)
+    for pipeline_rank, of_rank in found:
+        assert (of_rank.weights, of_rank.gradients) == (
+            expected[pipeline_rank].weights,
+            expected[pipeline_rank].gradients,
+        )
+    for pipeline_rank, of_rank in enumerate(expected):
+        rank_slices = [one.optimizer for rank, one in found if rank == pipeline_rank]
+        assert sum(rank_slices) / len(rank_slices) == pytest.approx(of_rank.optimizer), (
+            "shares are not equal, but are all there"
+        )
+
+
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("packs") / "train"
@@ -165,17 +183,4 @@ def test_memory_is_what_a_model_that_is_built_takes(
             trainable=trainable, precision="bfloat16", global_batch_size=2, **LAYOUTS[name]
         )
         config = dataclasses.replace(config_for(dataset, **settings), architecture=architecture)
-        copies = world // config.parallel.model_parallel_size
-        layout = make_layout(config, PackSize(tokens=128.0, squared_lengths=4000.0, tiles=4.0))
-        expected = memory_by_rank(config, layout, copies, capacity=128, tiles=4)
-        found = ranks.run(held, world, config)
-        for pipeline_rank, of_rank in found:
-            assert (of_rank.weights, of_rank.gradients) == (
-                expected[pipeline_rank].weights,
-                expected[pipeline_rank].gradients,
-            )
-        for pipeline_rank, of_rank in enumerate(expected):
-            rank_slices = [one.optimizer for rank, one in found if rank == pipeline_rank]
-            assert sum(rank_slices) / len(rank_slices) == pytest.approx(of_rank.optimizer), (
-                "shares are not equal, but are all there"
-            )
+        assert_memory_is_held(ranks, config, world)

@@ -8,6 +8,7 @@ from megavlm.config import cross_attention
 from megavlm.config.architecture import GATED
 from megavlm.config.checks.experts import expert_size_problems
 from megavlm.config.checks.limits import at_least
+from megavlm.config.checks.no_vision import model_problems
 from megavlm.config.schema import NO_LANGUAGE, Architecture
 
 
@@ -17,8 +18,8 @@ def architecture_problems(arch: Architecture) -> list[str]:
     language = arch.language
     sizes = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
     found = [
-        *at_least(1, "architecture.vision", vision, "image_size", "patch_size", *sizes),
-        *at_least(0, "architecture.vision", vision, "unused_layers"),
+        *at_least(1, "architecture.vision", vision, "image_size", "patch_size", *sizes[1:]),
+        *at_least(0, "architecture.vision", vision, "num_layers", "unused_layers"),
         *at_least(0, "architecture.language", language, "num_layers"),
         *at_least(
             1,
@@ -35,7 +36,7 @@ def architecture_problems(arch: Architecture) -> list[str]:
     ]
     found += _connector(arch)
     if not found:
-        found += [*_vision(arch), *_parts(arch)]
+        found += [*_vision(arch), *_parts(arch), *model_problems(arch)]
         found += [*_language(arch), *_added_tokens(arch)] if language.exists else []
         found += cross_attention.problems(arch)
     return found

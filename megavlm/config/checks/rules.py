@@ -18,6 +18,7 @@ from megavlm.config.checks.experts import expert_layout_problems, expert_problem
 from megavlm.config.checks.fp8 import fp8_problems
 from megavlm.config.checks.limits import at_least
 from megavlm.config.checks.long_runs import bad_steps_problems, profile_problems
+from megavlm.config.checks.no_vision import run_problems
 from megavlm.config.checks.numbers import number_problems
 from megavlm.config.checks.objective import objective_layout_problems, objective_problems
 from megavlm.config.checks.observers import observer_problems
@@ -84,6 +85,7 @@ def problems(config: Config, world_size: int) -> list[str]:
         *_data(config.data),
         *_training(config.training),
         *objective_problems(config),
+        *run_problems(config),
         *optimizer_problems(config.optimizer, config.training),
         *unfreezing.setting_problems(config),
         *ema_problems(config),
@@ -150,7 +152,9 @@ def _tensor_parallel(parallel: Parallel, arch: Architecture) -> Iterator[str]:
     vision = arch.vision
     language = arch.language
     in_vision = (
-        {"vision.ffn_hidden_size": vision.ffn_hidden_size} if parallel.vision == "tensor" else {}
+        {"vision.ffn_hidden_size": vision.ffn_hidden_size}
+        if parallel.vision == "tensor" and vision.exists
+        else {}
     )
     in_language = {
         "language.num_attention_heads": language.num_attention_heads,

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from megavlm.config.recipes import blip2, clip, flamingo, internvl, llava, paligemma, siglip
+from megavlm.config.recipes import (
+    blip2,
+    clip,
+    flamingo,
+    fuyu,
+    internvl,
+    llava,
+    paligemma,
+    siglip,
+)
 from megavlm.config.recipes.recipe import Recipe
 
 RECIPES: dict[str, Recipe] = {
     module.RECIPE.name: module.RECIPE
-    for module in (internvl, llava, paligemma, blip2, flamingo, clip, siglip)
+    for module in (internvl, llava, paligemma, fuyu, blip2, flamingo, clip, siglip)
 }
 
 

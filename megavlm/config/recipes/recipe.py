@@ -10,7 +10,7 @@ from typing import Literal
 
 from megavlm.config.schema import ANY, Architecture, Data, Optimizer, Training
 
-Tiling = Literal["any", "dynamic", "pad", "crop", "stretch"]
+Tiling = Literal["any", "dynamic", "pad", "crop", "stretch", "patches"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -65,6 +65,19 @@ inputs = processor(text=[prompt], return_tensors="pt").to(model.dtype)
 answer = model.generate(**inputs, max_new_tokens=100)[0, inputs["input_ids"].shape[1] :]
 print(processor.decode(answer, skip_special_tokens=True))
 ```"""
+_READING_PATCHES = """```python
+from PIL import Image
+from transformers import AutoProcessor, FuyuForCausalLM
+
+folder = "."  # this folder, or the repository's name
+processor = AutoProcessor.from_pretrained(folder)  # needs torchvision (transformers 5.23)
+model = FuyuForCausalLM.from_pretrained(folder, dtype="auto")
+image = Image.open("picture.jpg").convert("RGB")
+made = {"return_tensors": "pt", "return_legacy_image_output": False}
+inputs = processor(images=image, text="What is it?\\n", **made).to(model.dtype)
+answer = model.generate(**inputs, max_new_tokens=100)[0, inputs["input_ids"].shape[1] :]
+print(processor.decode(answer).partition("|ENDOFTEXT|")[0])
+```"""
 _COMPARING = """```python
 from PIL import Image
 from transformers import {kind}, AutoProcessor
@@ -92,6 +105,7 @@ EXAMPLES: dict[Dialect, Example] = {
     "chat": Example(text=_ORIGINAL),
     "llava": Example(text=_CHATTING),
     "paligemma": Example(text=_ASKING.format(prompt="<image>What is it?")),
+    "fuyu": Example(text=_READING_PATCHES),
     "clip": _comparing(
         "CLIPModel",
         "True",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,18 +82,27 @@ def refuse(path: Path, wrong: list[str]) -> None:
         )
 
 
+def image_processor(folder: Path) -> dict[str, Any]:
+    """Read the settings of the image processor; an empty mapping if the folder has none."""
+    if (folder / IMAGE_PROCESSOR_NAME).is_file():
+        return read_json(folder / IMAGE_PROCESSOR_NAME)
+    # transformers 5 keeps the image processor in it
+    whole = folder / "processor_config.json"
+    return read_json(whole).get("image_processor", {}) if whole.is_file() else {}
+
+
 def normalisation(folder: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of pixels; those of InternVL where the folder says nothing."""
-    settings: dict[str, Any] = {}
-    if (folder / IMAGE_PROCESSOR_NAME).is_file():
-        settings = read_json(folder / IMAGE_PROCESSOR_NAME)
-    elif (
-        folder / "processor_config.json"
-    ).is_file():  # transformers 5 keeps the image processor in it
-        settings = read_json(folder / "processor_config.json").get("image_processor", {})
-    return tuple(settings.get("image_mean", _USUAL.pixel_mean)), tuple(
-        settings.get("image_std", _USUAL.pixel_std)
+    settings = image_processor(folder)
+    return (
+        _of_colours(settings.get("image_mean", _USUAL.pixel_mean)),
+        _of_colours(settings.get("image_std", _USUAL.pixel_std)),
     )
+
+
+def _of_colours(found: float | Sequence[float]) -> tuple[float, ...]:
+    """Return a value for each of red, green and blue, of one for all or three."""
+    return tuple(found) if isinstance(found, Sequence) else (float(found),) * 3
 
 
 def told_normalisation(

@@ -9,7 +9,12 @@ import torch
 
 from megavlm.config.schema import Architecture
 from megavlm.convert.hf import llava_config, tokenizer_files
-from megavlm.convert.hf.json_files import FILE_NAME, IMAGE_PROCESSOR_NAME, read_json, write_json
+from megavlm.convert.hf.json_files import (
+    FILE_NAME,
+    IMAGE_PROCESSOR_NAME,
+    image_processor,
+    write_json,
+)
 from megavlm.convert.hf.preprocessing import Usage
 from megavlm.convert.hf.processor import chat_template, pixel_settings, write_generation
 from megavlm.data.text.templates import FORMATS
@@ -23,18 +28,13 @@ def read_usage(folder: Path) -> Usage:
     """Read how a model is to be used: LLaVA 1.5's conversations, and one tile an image, padded if
     the image processor says so.
     """
-    settings: dict[str, Any] = {}
-    if (folder / IMAGE_PROCESSOR_NAME).is_file():
-        settings = read_json(folder / IMAGE_PROCESSOR_NAME)
-    elif (folder / "processor_config.json").is_file():
-        settings = read_json(folder / "processor_config.json").get("image_processor", {})
     return Usage(
         template=_TEMPLATE,
         system_message=FORMATS[_TEMPLATE].system_message,
         min_tiles=1,
         max_tiles=1,
         thumbnail=False,
-        tiling="pad" if settings.get("do_pad") else "crop",
+        tiling="pad" if image_processor(folder).get("do_pad") else "crop",
     )
 
 

@@ -41,6 +41,7 @@ _PART_OF = {
     "qformer": "connector",
     "language_projection": "connector",
     "embeddings": "connector",
+    "vision_embed_tokens": "connector",
     "vision_projection": "objective",
     "itm_head": "objective",
 }
@@ -119,8 +120,9 @@ def _parts(checkpoint: Checkpoint, headers: Mapping[str, Header]) -> Iterator[st
         if needs.takes_one_embedding
         else f"{architecture.features_per_tile} features for each tile"
     )
+    encoder = f"`{vision.family}`, {vision.num_layers} layers of width {vision.hidden_size}"
     told = {
-        "vision": f"`{vision.family}`, {vision.num_layers} layers of width {vision.hidden_size}",
+        **({"vision": encoder} if vision.exists else {}),
         "connector": f"`{architecture.connector.kind}`, {features}",
     }
     if needs.has_language:
@@ -222,6 +224,9 @@ def _usage(usage: Usage, dialect: Dialect) -> Iterator[str]:
     if usage.crops:
         extra = ", and a thumbnail" if usage.thumbnail else ""
         yield f"- tiles of an image: {usage.min_tiles} to {usage.max_tiles}{extra}"
+    elif usage.tiling == "patches":
+        width, height = usage.image_limit
+        yield f"- patches of an image: as many as cover it, up to {width} x {height} pixels"
     else:
         squares = {
             "pad": ", padded to a square",

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megavlm.convert.hf.json_files import FILE_NAME, IMAGE_PROCESSOR_NAME, read_json, write_json
+from megavlm.data.images.tiling import FUYU_LIMIT
 from megavlm.data.store.manifest import FILE_NAME as MANIFEST_NAME
 from megavlm.data.store.manifest import read_manifest
 from megavlm.data.text.chat_tokens import DEFAULT
@@ -30,7 +31,9 @@ class Usage:
         min_tiles: fewest tiles of an image, thumbnail not counted.
         max_tiles: most tiles of an image, thumbnail not counted.
         thumbnail: whether an image of several tiles gets its thumbnail as one more tile.
-        tiling: ``dynamic``, or how each image becomes one tile: ``pad``, ``crop`` or ``stretch``.
+        tiling: ``dynamic``, or how each image becomes one tile: ``pad``, ``crop`` or ``stretch``;
+            or ``patches``.
+        image_limit: for ``patches``: width and height that larger images are made smaller to.
         is_trained: whether the model was trained here; otherwise a chat template that comes with
             the tokenizer is kept.
     """
@@ -41,6 +44,7 @@ class Usage:
     max_tiles: int = 12
     thumbnail: bool = True
     tiling: str = "dynamic"
+    image_limit: tuple[int, int] = FUYU_LIMIT
     is_trained: bool = False
 
     @property
@@ -110,6 +114,7 @@ def of_checkpoint(folder: Path) -> Usage:
             max_tiles=packs.max_tiles,
             thumbnail=packs.thumbnail,
             tiling=packs.tiling,
+            image_limit=packs.image_limit,
             is_trained=True,
         )
     return Usage(**read_json(folder / _FILE_NAME)) if (folder / _FILE_NAME).is_file() else Usage()

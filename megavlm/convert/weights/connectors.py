@@ -23,7 +23,7 @@ def mlp_rows(architecture: Architecture, names: tuple[str, str, str]) -> list[Ro
 
 def linear_rows(architecture: Architecture, name: str) -> list[Row]:
     """List the weights of the connector ``linear``."""
-    shape = (architecture.language.hidden_size, architecture.vision.hidden_size)
+    shape = (architecture.language.hidden_size, architecture.vision.output_size)
     return linear("linear", (name,), shape)
 
 

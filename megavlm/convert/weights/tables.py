@@ -2,9 +2,10 @@
 both directions.
 
 Dialects are ``native``, the names of ``InternVLForConditionalGeneration`` of transformers,
-``chat``, those of ``InternVLChatModel``, in which OpenGVLab publishes its models, and ``llava`` and
-``paligemma``, those of ``LlavaForConditionalGeneration`` and ``PaliGemmaForConditionalGeneration``,
-``idefics`` those of ``IdeficsForVisionText2Text``; ``pairs`` has those of contrastive models.
+``chat``, those of ``InternVLChatModel``, in which OpenGVLab publishes its models, and ``llava``,
+``paligemma`` and ``fuyu``, those of ``LlavaForConditionalGeneration``,
+``PaliGemmaForConditionalGeneration`` and ``FuyuForCausalLM``, ``idefics`` those of
+``IdeficsForVisionText2Text``; ``pairs`` has those of contrastive models.
 """
 
 from __future__ import annotations
@@ -24,7 +25,16 @@ from megavlm.convert.weights.mapping import Row, within
 from megavlm.convert.weights.transforms import Shape
 
 Dialect = Literal[
-    "native", "chat", "llava", "paligemma", "clip", "siglip", "blip2", "blip2_retrieval", "idefics"
+    "native",
+    "chat",
+    "llava",
+    "paligemma",
+    "fuyu",
+    "clip",
+    "siglip",
+    "blip2",
+    "blip2_retrieval",
+    "idefics",
 ]
 DIALECTS: tuple[Dialect, ...] = get_args(Dialect)
 
@@ -81,6 +91,12 @@ _NAMES: dict[Dialect, _Names] = {
         connector="multi_modal_projector.",
         connector_rows=partial(linear_rows, name="linear"),
     ),
+    "fuyu": _Names(
+        vision="",
+        vision_rows=lambda vision: [],
+        connector="",
+        connector_rows=partial(linear_rows, name="vision_embed_tokens"),
+    ),
     "blip2": _Names(
         vision="vision_model.",
         vision_rows=eva.rows,
@@ -117,7 +133,7 @@ HEAD_KEY = "language.output_layer.weight"
 _IN_MEMORY = (
     (re.compile(r"^lm_head\."), "language_model.lm_head."),
     (re.compile(r"^model\.language_model\."), "language_model.model."),
-    (re.compile(r"^model\.(vision_tower|multi_modal_projector)\."), r"\1."),
+    (re.compile(r"^model\.(vision_tower|multi_modal_projector|vision_embed_tokens)\."), r"\1."),
 )
 
 

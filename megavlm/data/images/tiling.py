@@ -11,7 +11,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal, get_args
 
-Mode = Literal["dynamic", "pad", "crop", "stretch"]
+from megavlm.data.images.patches import fitted_size, patch_grid
+
+Mode = Literal["dynamic", "pad", "crop", "stretch", "patches"]
+
+
+# Fuyu's, in pixels.
+FUYU_LIMIT = (1920, 1080)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,8 +32,10 @@ class Tiling:
             tile.
         mode: ``dynamic``; or each image is one tile: filled up to a square (``pad``) or the square
             in its middle (``crop``), as LLaVA has them, or all of it with another shape
-            (``stretch``), as PaliGemma.
+            (``stretch``), as PaliGemma. ``patches``: a tile is a patch, and an image has as many as
+            cover it, as in Fuyu.
         pixel_mean: mean of red, green and blue, from 0 to 1: what ``pad`` fills with.
+        limit: for ``patches``: width and height in pixels that larger images are made smaller to.
     """
 
     tile_size: int
@@ -36,6 +44,7 @@ class Tiling:
     thumbnail: bool = True
     mode: Mode = "dynamic"
     pixel_mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    limit: tuple[int, int] = FUYU_LIMIT
 
     def __post_init__(self) -> None:
         if self.tile_size < 1:
@@ -47,6 +56,17 @@ class Tiling:
             )
         if self.mode not in get_args(Mode):
             raise ValueError(f"--tiling {self.mode}: must be one of {', '.join(get_args(Mode))}")
+        if self.mode == "patches" and any(side < 1 or side % self.tile_size for side in self.limit):
+            width, height = self.limit
+            raise ValueError(
+                f"--image_limit {width}x{height}: both must be multiples of the patch, --image_size"
+                f" {self.tile_size}"
+            )
+
+    @property
+    def size_flag(self) -> str:
+        """The option that makes images smaller."""
+        return "--image_limit" if self.mode == "patches" else "--max_tiles"
 
     @property
     def pad_colour(self) -> tuple[int, int, int] | None:
@@ -61,6 +81,8 @@ class Tiling:
 
         ``max_tiles`` stands in for the setting of the same name, for a source that has its own.
         """
+        if self.mode == "patches":
+            return patch_grid(fitted_size(width, height, self.limit), self.tile_size)
         if self.mode != "dynamic":
             return 1, 1
         most = image_max_tiles(self.max_tiles if max_tiles is None else max_tiles, images)
@@ -68,7 +90,7 @@ class Tiling:
 
     def count(self, columns: int, rows: int) -> int:
         """Tiles of an image with this grid, thumbnail counted."""
-        return tile_count(columns, rows, self.thumbnail)
+        return tile_count(columns, rows, self.thumbnail and self.mode != "patches")
 
 
 @lru_cache(maxsize=256)

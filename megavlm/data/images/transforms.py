@@ -1,4 +1,4 @@
-"""Tiles of images that are changed on the way: made square, or augmented."""
+"""Tiles of images that are changed on the way: made square, cut into patches, or augmented."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from PIL import ImageEnhance
 
 from megavlm.data.images.augment import Change
 from megavlm.data.images.decode import cut_tiles, decode_pixels
+from megavlm.data.images.patches import cut_patches
 
 
 def decode_changed(
@@ -21,6 +22,7 @@ def decode_changed(
     *,
     pad_colour: tuple[int, int, int] | None = None,
     crops: bool = False,
+    fits: tuple[int, int] | None = None,
     change: Change | None = None,
     out: np.ndarray | None = None,
 ) -> np.ndarray:
@@ -30,6 +32,8 @@ def decode_changed(
         encoded, columns, rows, tile_size, thumbnail: as for ``media.decode_tiles``.
         pad_colour: what the image is filled up with to a square; None: it is not.
         crops: whether the square in its middle is taken, see ``centre_crop``.
+        fits: width and height that the image is resized to before it is cut into patches, which
+            the tiles then are; None: it is resized to the grid.
         change: what else happens to it.
         out: as for ``media.decode_tiles``.
 
@@ -38,6 +42,23 @@ def decode_changed(
     """
     change = change or Change()
     image = PillowImage.fromarray(decode_pixels(encoded))
+    image = _changed(image, change)
+    if pad_colour is not None:
+        image = to_square(image, pad_colour)
+    if crops:
+        image = centre_crop(image, tile_size)
+    if fits is not None:
+        tiles = cut_patches(image, fits, tile_size, out)
+    else:
+        tiles = cut_tiles(np.asarray(image), columns, rows, tile_size, thumbnail, out)
+    if change.qualities:
+        for tile, quality in zip(tiles, change.qualities, strict=True):
+            tile[:] = _compress(tile, quality)
+    return tiles
+
+
+def _changed(image: PillowImage.Image, change: Change) -> PillowImage.Image:
+    """Crop, flip and colour an image as a change says."""
     if change.box:
         left, top, right, bottom = change.box
         # At least a pixel is left of an image of one.
@@ -59,15 +80,7 @@ def decode_changed(
             strict=True,
         ):
             image = kind(image).enhance(factor)
-    if pad_colour is not None:
-        image = to_square(image, pad_colour)
-    if crops:
-        image = centre_crop(image, tile_size)
-    tiles = cut_tiles(np.asarray(image), columns, rows, tile_size, thumbnail, out)
-    if change.qualities:
-        for tile, quality in zip(tiles, change.qualities, strict=True):
-            tile[:] = _compress(tile, quality)
-    return tiles
+    return image
 
 
 def to_square(image: PillowImage.Image, colour: tuple[int, int, int]) -> PillowImage.Image:

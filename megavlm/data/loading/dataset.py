@@ -1,7 +1,6 @@
 """A packed dataset as the trainer sees it: from a pack id to the tensors of its batch.
 
-Shapes: T tokens of the pack (its capacity), t tokens stored, N samples, I tiles, F features a tile,
-S side of a tile in pixels.
+Shapes: T tokens of the pack (its capacity), t tokens stored, N samples, I tiles, F features a tile.
 """
 
 from __future__ import annotations
@@ -13,14 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
-from megavlm.data.images.augment import draw
-from megavlm.data.images.decode import decode_tiles
-from megavlm.data.images.tiling import pad_colour
-from megavlm.data.images.transforms import decode_changed
 from megavlm.data.loading.batch import Batch
 from megavlm.data.loading.media import find_media
 from megavlm.data.loading.prefixes import find_prefixes
 from megavlm.data.loading.rank_slice import WHOLE_PACK, RankSlice
+from megavlm.data.loading.tiles import TileDecoder
 from megavlm.data.store.manifest import Manifest
 from megavlm.data.store.pack_format import REDUCTIONS
 from megavlm.data.store.reader import Index, Pack, Reader
@@ -45,8 +41,7 @@ class PackedDataset:
     def __init__(self, folder: Path | str | Reader, *, augment: Sequence[str] = ()) -> None:
         self.reader = folder if isinstance(folder, Reader) else Reader(folder)
         self.augment = tuple(augment)
-        self.pad_colour = pad_colour(self.manifest.tiling, self.manifest.pixel_mean)
-        self.crops = self.manifest.tiling == "crop"
+        self._decoder = TileDecoder(self.manifest, self.augment, self.folder, self.reader.origin)
 
     def __reduce__(self) -> tuple:
         return partial(type(self), self.folder, augment=self.augment), ()
@@ -148,7 +143,7 @@ class PackedDataset:
             longest_sample=int(np.diff(ends).max()),
             prefixes=find_prefixes(pack.supervised, positions, ends),
             media=find_media(pack, manifest, positions, own),
-            tiles=self._tiles(pack, chosen if with_tiles else range(0), seed, position),
+            tiles=self._decoder.decode(pack, chosen if with_tiles else range(0), seed, position),
             **self._features(pack, positions, own),
             num_features=pack.tiles * manifest.features_per_tile,
             drop_path_draws=_columns(draws[:-2], chosen),
@@ -213,75 +208,6 @@ class PackedDataset:
                 " again"
             )
         return placeholders
-
-    def _tiles(self, pack: Pack, chosen: range, seed: int, position: int) -> np.ndarray:
-        """Decode the chosen tiles of the pack, uint8 [I, 3, S, S], black for indices beyond its
-        own. Other images are not decoded.
-        """
-        size = self.manifest.image_size
-        tiles = np.zeros((len(chosen), 3, size, size), np.uint8)
-        end = 0
-        for index, row in enumerate(pack.images):
-            columns = int(row["columns"])
-            rows = int(row["rows"])
-            count = int(row["tiles"])
-            start = end
-            end = end + count
-            first = max(start, chosen.start)
-            last = min(end, chosen.stop)
-            if first >= last:
-                continue
-            try:
-                is_whole = last - first == count
-                room = (
-                    tiles[first - chosen.start : last - chosen.start]
-                    if is_whole
-                    else np.empty((count, 3, size, size), np.uint8)
-                )
-                is_square = self.crops or self.pad_colour is not None
-                if not is_square and not self._is_augmented(pack, index):
-                    decode_tiles(
-                        pack.image(index), columns, rows, size, count > columns * rows, out=room
-                    )
-                else:
-                    self._decode_changed(pack, index, seed, position, room)
-            # Whatever the decoder raises, the user has to learn which image it was.
-            except Exception as error:
-                origin = self.reader.origin(pack, int(row["sample"]))
-                raise ValueError(
-                    f"{self.folder}: pack {pack.pack_id}: image {index} of the pack, from the"
-                    f" sample at {origin}, cannot be decoded: {type(error).__name__}: {error}"
-                ) from error
-            if not is_whole:  # only part of the image is chosen
-                tiles[first - chosen.start : last - chosen.start] = room[
-                    first - start : last - start
-                ]
-        return tiles
-
-    def _is_augmented(self, pack: Pack, index: int) -> bool:
-        """Whether an image goes through random changes."""
-        source = int(pack.provenance["source"][pack.images["sample"][index]])
-        return bool(self.augment) and self.manifest.sources[source].augment
-
-    def _decode_changed(
-        self, pack: Pack, index: int, seed: int, position: int, room: np.ndarray
-    ) -> None:
-        """Decode the tiles of an image that is made square, or changed at random."""
-        columns, rows, count = (
-            int(pack.images[name][index]) for name in ("columns", "rows", "tiles")
-        )
-        operations = self.augment if self._is_augmented(pack, index) else ()
-        decode_changed(
-            pack.image(index),
-            columns,
-            rows,
-            self.manifest.image_size,
-            count > columns * rows,
-            pad_colour=self.pad_colour,
-            crops=self.crops,
-            change=draw(operations, count, seed=seed, position=position, index=index),
-            out=room,
-        )
 
 
 def sample_positions(

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
 
 from megavlm.config.architecture import PIXELS, Architecture
 from megavlm.data.images.frame_sampling import FrameChoice
-from megavlm.data.images.tiling import Tiling
+from megavlm.data.images.tiling import FUYU_LIMIT, Tiling
 from megavlm.data.packing.settings import Job
 from megavlm.data.packing.windows import Windows
 from megavlm.data.records.meta_file import read_sources
@@ -57,6 +58,7 @@ def make_job(args: argparse.Namespace, model: Architecture) -> Job:
             thumbnail=args.thumbnail,
             mode=args.tiling,
             pixel_mean=mean,
+            limit=_limit(args.image_limit, args.tiling),
         ),
         pixel_std=std,
         frames=FrameChoice(
@@ -69,6 +71,22 @@ def make_job(args: argparse.Namespace, model: Architecture) -> Job:
         scan_pixels=args.scan_pixels,
         **{name: given[name] for name in PASSED_ON},
     )
+
+
+def _limit(text: str, tiling: str) -> tuple[int, int]:
+    """Read the largest size of an image. Raises ValueError: it is not two numbers of pixels, or
+    would have no effect.
+    """
+    if not text:
+        return FUYU_LIMIT
+    if tiling != "patches":
+        raise ValueError(f"--image_limit {text}: goes with --tiling patches; leave it out")
+    found = re.fullmatch(r"(\d+)x(\d+)", text)
+    if not found:
+        raise ValueError(
+            f"--image_limit {text}: must be width and height in pixels, such as 1920x1080"
+        )
+    return int(found[1]), int(found[2])
 
 
 def _with_sizes(model: Architecture, args: argparse.Namespace) -> Architecture:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from megavlm.config.architecture import PIXELS
 from megavlm.config.former_names import GONE
 from megavlm.config.hub_cache import cached
+from megavlm.data.images.tiling import FUYU_LIMIT
 from megavlm.data.text.templates import FORMATS
 
 DESCRIPTION = "Turn images, videos and texts into a packed dataset for training."
@@ -63,7 +64,17 @@ IMAGES = (
         metavar="MODE",
         text=(
             "dynamic; or each image is one tile: padded to a square (pad), the square in its"
-            " middle (crop), or stretched to a square (stretch) (default: %(default)s)"
+            " middle (crop), or stretched to a square (stretch); or each patch is one tile, for"
+            " images of any size (patches) (default: %(default)s)"
+        ),
+    ),
+    Option(
+        name="image_limit",
+        default="",
+        metavar="WxH",
+        text=(
+            "for --tiling patches: larger images are made smaller, to this width and height in"
+            f" pixels (default: {FUYU_LIMIT[0]}x{FUYU_LIMIT[1]})"
         ),
     ),
     Option(
@@ -265,8 +276,9 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         type=cached,
         help=(
-            "model, or Hugging Face folder (or its id in the hub's cache), that the packs are for:"
-            " sets --image_size, --patch_size, --tokens_per_tile and --pixels"
+            "model, recipe whose model (fuyu), or Hugging Face folder (or its id in the hub's"
+            " cache), that the packs are for: sets --image_size, --patch_size, --tokens_per_tile"
+            " and --pixels"
         ),
     )
     parser.add_argument(

@@ -5,8 +5,7 @@ becomes tokens.
 from __future__ import annotations
 
 import dataclasses
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Literal, TypeVar
@@ -17,15 +16,13 @@ from megavlm.data.images.decode import check_pixels, load_decoders, read_header,
 from megavlm.data.images.frame_sampling import FrameChoice, show_frames
 from megavlm.data.images.tiling import Tiling
 from megavlm.data.images.video import frame_times, open_media, read_frames
+from megavlm.data.packing.picture_order import in_text_order
 from megavlm.data.packing.shorten import cut_windows, truncated
 from megavlm.data.packing.windows import Windows
 from megavlm.data.records.meta_file import Annotations, Filter
 from megavlm.data.records.parse import parse_record
 from megavlm.data.records.raw_record import RawRecord
 from megavlm.data.records.record import (
-    IMAGE_PLACEHOLDER,
-    SHOWING_ROLES,
-    VIDEO_PLACEHOLDER,
     MediaFile,
     Record,
     Video,
@@ -204,15 +201,15 @@ class Encoder:
         stills = tuple(
             self._image(file, len(record.images), max_tiles, images, keep) for file in record.images
         )
-        tiles = [still.tiles for still in stills]
+        length = self.template.count(record.conversations, *_extents(stills))
         size = Size(
-            length=self.template.count(record.conversations, tiles),
+            length=length,
             images=stills,
-            tiles=sum(tiles),
+            tiles=sum(still.tiles for still in stills),
             difficulty=difficulty,
             unread=record.unread,
         )
-        self._check_size(size, "--max_tiles")
+        self._check_size(size, self.tiling.size_flag)
         keep.check_length(size.length)
         return (size,)
 
@@ -249,11 +246,11 @@ class Encoder:
         if record.videos:
             rng = np.random.default_rng((self.seed, source, line))
             clips = [self._frames(video, images, rng) for video in record.videos]
-            pictures = _in_text_order(record, stills, clips)
+            pictures = in_text_order(record, stills, clips)
             turns = show_frames(turns, [len(clip) for clip in clips])
         else:
             pictures = tuple(stills)
-        tokens, supervised = self.template.encode(turns, [picture.tiles for picture in pictures])
+        tokens, supervised = self.template.encode(turns, *_extents(pictures))
         whole = Sample(
             tokens=tokens,
             supervised=supervised,
@@ -268,7 +265,7 @@ class Encoder:
         else:
             samples = (truncated(whole, self.truncate, self.template),)
         for sample in samples:
-            self._check_size(sample, "--max_frames" if record.videos else "--max_tiles")
+            self._check_size(sample, "--max_frames" if record.videos else self.tiling.size_flag)
             keep.check_length(sample.length)
         return samples
 
@@ -331,6 +328,8 @@ class Encoder:
 
     def _frames(self, video: Video, how: Images, rng: np.random.Generator) -> tuple[Image, ...]:
         """Return the chosen frames of a video, a tile each."""
+        if self.tiling.mode == "patches":
+            raise RejectError("unsupported", "a video, but --tiling patches takes images alone")
         try:
             chosen = self.frames.choose(frame_times(video.file), video.clip, rng)
             if how is Images.HEADER:
@@ -378,20 +377,6 @@ def reject(raw: RawRecord, annotations: Annotations, source: int, error: RejectE
     )
 
 
-def _in_text_order(
-    record: Record, stills: list[Image], clips: list[tuple[Image, ...]]
-) -> tuple[Image, ...]:
-    """Return images and frames in the order of their placeholders. If the texts hold more or fewer
-    images, the template refuses them.
-    """
-    left_stills = iter(stills)
-    left_clips = iter(clips)
-    pictures: list[Image] = []
-    for turn in record.conversations:
-        if turn.role in SHOWING_ROLES:
-            for sign in re.findall(f"{IMAGE_PLACEHOLDER}|{VIDEO_PLACEHOLDER}", turn.text):
-                if sign == VIDEO_PLACEHOLDER:
-                    pictures += next(left_clips, ())
-                elif (still := next(left_stills, None)) is not None:
-                    pictures.append(still)
-    return (*pictures, *left_stills)
+def _extents(images: Sequence[Image]) -> tuple[list[int], list[int]]:
+    """Return the tiles of images, and the rows of their grids."""
+    return [image.tiles for image in images], [image.rows for image in images]

@@ -130,7 +130,8 @@ def _tokenizer(job: Job) -> Any:
             )
         return tokenizer
     tokenizer.chat_template = form.hf_template(
-        system_message=job.system_message, bos=bool(first_tokens(tokenizer))
+        system_message=job.system_message,
+        bos=bool(form.first_token or first_tokens(tokenizer)),
     )
     return tokenizer
 
@@ -323,6 +324,7 @@ def _manifest(
         max_tiles=job.tiling.max_tiles,
         thumbnail=job.tiling.thumbnail,
         tiling=job.tiling.mode,
+        image_limit=job.tiling.limit,
         pixel_mean=job.tiling.pixel_mean,
         pixel_std=job.pixel_std,
         capacity=job.capacity,

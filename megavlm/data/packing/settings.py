@@ -142,6 +142,11 @@ class Job:
                 f"{flag}: cuts texts at {form.pair_length} tokens and keeps their last one; leave"
                 " --truncate, --window_tokens and --window_images out"
             )
+        if form.images.newline and self.tiling.mode != "patches":
+            raise ValueError(
+                f"--tiling {self.tiling.mode}: {flag} has a token behind each row of patches; use"
+                " --tiling patches"
+            )
         least = 0 if form.is_of_pairs else 1
         if self.features_per_tile < least or (form.is_of_pairs and self.features_per_tile):
             raise ValueError(

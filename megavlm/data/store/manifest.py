@@ -18,9 +18,9 @@ from megavlm.io.storage import LocalFiles, open_folder
 
 FILE_NAME = "manifest.json"
 FORMAT_NAME = "megavlm-packs"
-FORMAT_VERSION = 3
-# Version 2 had no levels.
-READ_VERSIONS = (2, FORMAT_VERSION)
+FORMAT_VERSION = 4
+# Version 2 had no levels, version 3 no limit of the size of images.
+READ_VERSIONS = (2, 3, FORMAT_VERSION)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,8 +109,9 @@ class Manifest:
         min_tiles: fewest tiles of an image, thumbnail not counted.
         max_tiles: most tiles of an image, thumbnail not counted.
         thumbnail: whether an image of several tiles gets its thumbnail as one more tile.
-        tiling: how images become tiles: dynamic, pad, crop or stretch; frames of videos are always
-            one tile.
+        tiling: how images become tiles: dynamic, pad, crop, stretch or patches; frames of videos
+            are always one tile, and there are none among patches.
+        image_limit: for patches: width and height in pixels that larger images are made smaller to.
         pixel_mean: mean that the model subtracts from each channel, of values in [0, 1].
         pixel_std: value that the model divides each channel by.
         capacity: tokens of a pack.
@@ -139,6 +140,7 @@ class Manifest:
     max_tiles: int = 12
     thumbnail: bool = True
     tiling: str = "dynamic"
+    image_limit: tuple[int, int] = (1920, 1080)
     pixel_mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     pixel_std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     capacity: int
@@ -206,8 +208,8 @@ def parse_manifest(text: str, path: Path | str) -> Manifest:
     version = facts.pop("version", None)
     if version not in READ_VERSIONS:
         raise ValueError(
-            f"{path}: format version {version}, but this megavlm reads"
-            f" {' and '.join(map(str, READ_VERSIONS))}; update megavlm, or pack the dataset again"
+            f"{path}: format version {version}, but this megavlm reads versions"
+            f" {', '.join(map(str, READ_VERSIONS))}; update megavlm, or pack the dataset again"
         )
     for name, kind in (("sources", Source), ("levels", Level), ("shards", Shard)):
         facts[name] = tuple(
@@ -215,7 +217,7 @@ def parse_manifest(text: str, path: Path | str) -> Manifest:
             for index, entry in enumerate(facts.get(name, ()))
         )
     facts["totals"] = _build(Totals, facts.get("totals", {}), f"{path}: totals")
-    for name in ("pixel_mean", "pixel_std"):
+    for name in ("pixel_mean", "pixel_std", "image_limit"):
         if name in facts:
             facts[name] = tuple(facts[name])
     return _build(Manifest, facts, str(path))

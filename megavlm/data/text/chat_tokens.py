@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from megavlm.data.records.record import IMAGE_PLACEHOLDER, SHOWING_ROLES, Turn
 from megavlm.data.records.reject import RejectError
+from megavlm.data.text.image_rows import expand
 from megavlm.data.text.templates import chat_format
 from megavlm.data.text.token_counter import TokenCounter
 from megavlm.data.text.tokenizer import first_tokens
@@ -60,7 +61,11 @@ class ChatTemplate:
             tokenizer.backend_tokenizer.no_truncation()
             tokenizer.backend_tokenizer.no_padding()
         # A pair keeps all that its tokenizer puts around a text.
-        self.first_tokens = [] if self.format.is_of_pairs else first_tokens(tokenizer)
+        self.first_tokens = []
+        if self.format.first_token:
+            self.first_tokens = [self._token_id(self.format.first_token)]
+        elif not self.format.is_of_pairs:
+            self.first_tokens = first_tokens(tokenizer)
         if self.format.gathers_images and not self.first_tokens:
             if tokenizer.bos_token_id is None:
                 raise ValueError(
@@ -74,6 +79,7 @@ class ChatTemplate:
         for token in (*self.format.markers, *images.added):
             self._token_id(token)
         self.context_token_id = self._token_id(images.context)
+        self.newline_token_id = self._token_id(images.newline) if images.newline else None
         self.end_token_id = self._tokens([self.format.end])[0][-1]
         self._shown = images.shown
         self._image_token_ids = [self._token_id(token) for token in self._shown]
@@ -87,24 +93,28 @@ class ChatTemplate:
             end
         )  # alone, a text may begin with a token for a space
 
-    def encode(self, turns: Sequence[Turn], tiles: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    def encode(
+        self, turns: Sequence[Turn], tiles: Sequence[int], rows: Sequence[int] = ()
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Tokens, int32 [T], and the supervised mask, bool [T], of a conversation or of a text.
 
         Args:
             turns: system (optional), human, gpt, human, gpt, ...; or one ``pretrain`` turn.
             tiles: tiles of each image, thumbnail counted, in the order of the placeholders.
+            rows: rows of tiles of each image, for a template with a token behind each row; empty:
+                one row each.
 
         Raises:
             RejectError: not as many placeholders as images, or an image's token in a text.
         """
-        return self._encode(turns, tiles, "")
+        return self._encode(turns, tiles, rows, "")
 
-    def count(self, turns: Sequence[Turn], tiles: Sequence[int]) -> int:
+    def count(self, turns: Sequence[Turn], tiles: Sequence[int], rows: Sequence[int] = ()) -> int:
         """Return the number of tokens that ``encode`` makes, faster; arguments and errors as
         there.
         """
         if self.format.is_of_pairs or self.format.split_at_images:
-            return len(self.encode(turns, tiles)[0])
+            return len(self.encode(turns, tiles, rows)[0])
         turns = self._with_system(turns)
         self._check_placeholders(turns, len(tiles))
         self._check_single(turns)
@@ -117,14 +127,19 @@ class ChatTemplate:
         found += sum(map(self._counter.count, texts[1:]))
         return found + sum(tiles) * self.features_per_tile - len(tiles)
 
-    def prompt(self, question: str | Sequence[Turn], tiles: Sequence[int] = ()) -> np.ndarray:
+    def prompt(
+        self,
+        question: str | Sequence[Turn],
+        tiles: Sequence[int] = (),
+        rows: Sequence[int] = (),
+    ) -> np.ndarray:
         """Tokens, int32 [T], up to where the answer begins: the start of what ``encode`` makes of
         the same conversation.
 
         Args:
             question: the human's text, or the turns up to a human one. One image without a
                 placeholder goes first, on its own line.
-            tiles: tiles of each image, thumbnail counted, in the order of the placeholders.
+            tiles, rows: as for ``encode``.
 
         Raises:
             RejectError: not as many placeholders as images, or an image's token in a text.
@@ -134,7 +149,7 @@ class ChatTemplate:
             question = [
                 Turn(role="human", text=f"{IMAGE_PLACEHOLDER}\n{question}" if alone else question)
             ]
-        return self._encode(question, tiles, self.format.opening)[0]
+        return self._encode(question, tiles, rows, self.format.opening)[0]
 
     def image_extents(self, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return where the images of a sample's tokens begin and end, int64 [images] each, with
@@ -148,7 +163,10 @@ class ChatTemplate:
         if images.start and images.end:
             start, end, _ = self._image_token_ids
             return np.flatnonzero(tokens == start), np.flatnonzero(tokens == end) + 1
-        is_context = np.concatenate([[False], tokens == self.context_token_id, [False]])
+        of_images = tokens == self.context_token_id
+        if self.newline_token_id is not None:
+            of_images |= tokens == self.newline_token_id
+        is_context = np.concatenate([[False], of_images, [False]])
         steps = np.diff(is_context.astype(np.int8))
         return np.flatnonzero(steps == 1), np.flatnonzero(steps == -1)
 
@@ -157,7 +175,7 @@ class ChatTemplate:
         return self.tokenizer.decode([int(token) for token in tokens], skip_special_tokens=True)
 
     def _encode(
-        self, turns: Sequence[Turn], tiles: Sequence[int], opening: str
+        self, turns: Sequence[Turn], tiles: Sequence[int], rows: Sequence[int], opening: str
     ) -> tuple[np.ndarray, np.ndarray]:
         """Tokens and mask of turns, followed by the ``opening`` of an answer."""
         if self.format.is_of_pairs:
@@ -182,11 +200,9 @@ class ChatTemplate:
         for token_id in self._image_token_ids:
             supervised[tokens == token_id] = False
         # Each placeholder became one context token, and no text holds another.
-        repeats = np.ones(len(tokens), np.int64)
-        repeats[tokens == self.context_token_id] = (
-            np.asarray(tiles, np.int64) * self.features_per_tile
-        )
-        return np.repeat(tokens, repeats), np.repeat(supervised, repeats)
+        features = np.asarray(tiles, np.int64) * self.features_per_tile
+        context = self.context_token_id
+        return expand(tokens, supervised, context, features, self.newline_token_id, rows)
 
     def _with_system(self, turns: Sequence[Turn]) -> list[Turn]:
         """Return the turns of a conversation, with the usual system message if they have none."""
@@ -321,8 +337,13 @@ class ChatTemplate:
         ]
 
     def _token_id(self, token: str) -> int:
-        """Look up the id of a special token."""
+        """Look up the id of a special token; one that is an ordinary piece has a space before it
+        if it begins a text.
+        """
         ids = self._tokens([token])[0]
+        is_piece = self.format.images.keeps_pieces and len(ids) == 2
+        if is_piece and ids[1] == self.tokenizer.get_vocab().get(token):
+            return ids[1]
         if len(ids) != 1:
             raise ValueError(
                 f"the tokenizer has no token {token}, which --template {self.format.name} needs"

@@ -1,17 +1,18 @@
 """The table of conversation templates: what stands around the turns of a conversation, and how
 texts become tokens.
 
-All but ``plain``, ``blip2``, ``blip2_pairs``, ``paligemma``, ``clip``, ``siglip`` and those that
-begin with ``llava`` or ``flamingo`` are InternVL's. Those of ``llava`` are LLaVA's (Liu et al.,
-arXiv 2304.08485 and 2310.03744), with its image tokens: ``llava_plain`` is what LLaVA pretrains its
-connector with (images and answers), ``llava_v1`` its conversations, ``llava_chatml`` the same for
-language models that end an answer with ``<|im_end|>``. ``blip2`` is a caption behind its image, as
-BLIP-2 (arXiv 2301.12597) reads it: the image stands before the token that begins a text.
-``flamingo`` is an image, a question and its answer, several in turn, and ``flamingo_plain`` an
-image and its text, with the image tokens of IDEFICS (Flamingo, arXiv 2204.14198, and arXiv
+All but ``plain``, ``blip2``, ``blip2_pairs``, ``paligemma``, ``fuyu``, ``clip``, ``siglip`` and
+those that begin with ``llava`` or ``flamingo`` are InternVL's. Those of ``llava`` are LLaVA's (Liu
+et al., arXiv 2304.08485 and 2310.03744), with its image tokens: ``llava_plain`` is what LLaVA
+pretrains its connector with (images and answers), ``llava_v1`` its conversations, ``llava_chatml``
+the same for language models that end an answer with ``<|im_end|>``. ``blip2`` is a caption behind
+its image, as BLIP-2 (arXiv 2301.12597) reads it: the image stands before the token that begins a
+text. ``flamingo`` is an image, a question and its answer, several in turn, and ``flamingo_plain``
+an image and its text, with the image tokens of IDEFICS (Flamingo, arXiv 2204.14198, and arXiv
 2306.16527). ``blip2_pairs``, ``clip`` and ``siglip`` are pairs of an image and its text, as those
 models read texts to contrast them. ``paligemma`` is PaliGemma's (Beyer et al., arXiv 2407.07726):
-images, one question, a line break and its answer, without roles.
+images, one question, a line break and its answer, without roles. ``fuyu`` is Fuyu's: the same, with
+a token of its own before the answer.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ class ChatFormat:
             tokens that the tokenizer puts in front of a text.
         gathers_images: whether all images of a turn stand in front of its text, wherever their
             placeholders are; the tokenizer must have a token that begins a text.
+        first_token: token that begins a text, whatever the tokenizer puts there; empty: that.
         is_single: whether a sample has one question and one answer, and no system turn.
         text_end: what ends a ``pretrain`` text, learned.
         split_at_images: whether the texts before, between and after images become tokens each by
@@ -71,6 +73,7 @@ class ChatFormat:
     fills_pair: bool = False
     image_first: bool = False
     gathers_images: bool = False
+    first_token: str = ""
     is_single: bool = False
     text_end: str = ""
     split_at_images: bool = False
@@ -279,6 +282,22 @@ FORMATS: dict[str, ChatFormat] = {
         ),
         _FLAMINGO_ROW,
         replace(_FLAMINGO_ROW, name="flamingo_plain", human="{}", opening="", questions=False),
+        ChatFormat(
+            name="fuyu",
+            system_message="",
+            system="",
+            human="{}\n",
+            opening="<0x04>",
+            answer=" {}|ENDOFTEXT|",  # the space is part of the answer's first token
+            markers=("<s>", "<0x04>", "|ENDOFTEXT|"),
+            strip=True,
+            image_tokens="fuyu",
+            split_at_images=True,
+            images_before_text=True,
+            gathers_images=True,
+            first_token="<s>",
+            is_single=True,
+        ),
         ChatFormat(name="clip", pair_length=77, **_PAIR),
         ChatFormat(name="blip2_pairs", pair_length=32, **_PAIR),
         ChatFormat(name="siglip", pair_length=64, fills_pair=True, **_PAIR),

@@ -28,22 +28,28 @@ class ImageTokens:
         start: stands before the features of an image; empty: nothing does.
         context: placeholder token, one for each image feature.
         end: stands after the features of an image; empty: nothing does.
+        newline: stands after each row of tiles of an image; empty: nothing does.
         added: special tokens that a tokenizer must have, in the order in which it gets them.
         is_single: whether an image has one placeholder token, whatever its features.
+        keeps_pieces: whether those that a tokenizer has as ordinary pieces stay such. Fuyu's does,
+            and puts its sign of a space in front of a text that begins with one, which the
+            processor of transformers takes off again.
         words: ordinary tokens that it gets before them; a decoded answer shows them.
     """
 
     start: str = ""
     context: str
     end: str = ""
+    newline: str = ""
     added: tuple[str, ...]
     words: tuple[str, ...] = ()
     is_single: bool = False
+    keeps_pieces: bool = False
 
     @property
     def shown(self) -> tuple[str, ...]:
         """The tokens that an image becomes, each once, the context token last."""
-        found = (token for token in (self.start, self.end, self.context) if token)
+        found = (token for token in (self.start, self.end, self.newline, self.context) if token)
         return tuple(dict.fromkeys(found))
 
     @property
@@ -72,6 +78,12 @@ IMAGE_TOKEN_SETS: dict[str, ImageTokens] = {
         end=AROUND_IMAGE,
         added=(AROUND_IMAGE, "<image>"),
         is_single=True,
+    ),
+    "fuyu": ImageTokens(
+        context="|SPEAKER|",
+        newline="|NEWLINE|",
+        added=("|SPEAKER|", "|NEWLINE|", "<0x04>", "|ENDOFTEXT|"),
+        keeps_pieces=True,
     ),
     "paligemma": ImageTokens(
         context="<image>",
@@ -129,7 +141,9 @@ def add_special_tokens(tokenizer: PreTrainedTokenizerBase, image_tokens: str = "
     """
     row = IMAGE_TOKEN_SETS[image_tokens]
     missing = tokenizer.add_tokens(list(row.words)) if row.words else 0
-    return missing + tokenizer.add_tokens(list(row.added), special_tokens=True)
+    known = tokenizer.get_vocab() if row.keeps_pieces else {}
+    wanted = [token for token in row.added if token not in known]
+    return missing + tokenizer.add_tokens(wanted, special_tokens=True)
 
 
 def extend(tokenizer: PreTrainedTokenizerBase, image_tokens: str = "internvl") -> tuple[int, ...]:

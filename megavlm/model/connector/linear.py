@@ -1,4 +1,6 @@
-"""The connector that is one linear layer: LLaVA 1.0's."""
+"""The connector that is one linear layer: LLaVA 1.0's, PaliGemma's, and Fuyu's, which reads the
+pixels of patches.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,7 @@ class LinearConnector(MegatronModule):
         vision = config.architecture.vision
         self.class_tokens = int(vision.has_class_token)
         self.linear = nn.Linear(
-            vision.hidden_size,
+            vision.output_size,
             config.architecture.language.hidden_size,
             dtype=self.config.params_dtype,
         )
@@ -34,7 +36,8 @@ class LinearConnector(MegatronModule):
         """Turn hidden states into features.
 
         Args:
-            hidden: of the vision encoder [tokens of a tile, I, D of vision], a class token first.
+            hidden: of the vision encoder [tokens of a tile, I, D of vision], a class token first;
+                without one pixels of patches [patches of a tile, I, 3 P^2].
 
         Returns:
             [I * F, 1, D of language], tile by tile.

@@ -42,7 +42,7 @@ def test_missing(tmp_path):
     [
         (
             {"version": FORMAT_VERSION + 1},
-            f"format version {FORMAT_VERSION + 1}, but this megavlm reads 2 and {FORMAT_VERSION}",
+            f"format version {FORMAT_VERSION + 1}, but this megavlm reads versions 2, 3, 4",
         ),
         ({"format": "other"}, "not the manifest of a packed dataset"),
         ({"capacity": None}, r"facts missing: \['capacity'\]"),

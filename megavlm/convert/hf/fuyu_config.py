@@ -1,0 +1,155 @@
+"""Everything in a folder of ``FuyuForCausalLM`` but the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import FuyuConfig
+
+from megavlm.config.architecture import PIXELS
+from megavlm.config.connectors import Connector
+from megavlm.config.schema import Architecture, Vision
+from megavlm.convert.hf import json_files as shared
+from megavlm.convert.hf import language_config, tokenizer_files
+from megavlm.convert.hf.json_files import FILE_NAME, IMAGE_PROCESSOR_NAME, write_json
+from megavlm.convert.hf.preprocessing import Usage
+from megavlm.convert.hf.processor import pixel_settings, write_generation
+from megavlm.convert.weights.families import written_as
+from megavlm.data.images.patches import FILL
+from megavlm.data.images.tiling import FUYU_LIMIT
+from megavlm.data.text.templates import chat_format
+from megavlm.data.text.tokenizer import IMAGE_TOKEN_SETS, load_tokenizer
+
+CLASS_NAME = "FuyuForCausalLM"
+MODEL_TYPE = "fuyu"
+_PROCESSOR = "FuyuProcessor"
+_BILINEAR = 2
+
+
+def read(raw: dict[str, Any], folder: Path, *, has_head: bool | None) -> Architecture:
+    """Read the architecture; arguments and errors as in ``native_config``."""
+    path = folder / FILE_NAME
+    settings = shared.complete(FuyuConfig, raw, path)
+    text = settings["text_config"]
+    tied = settings["tie_word_embeddings"] or text.get("tie_word_embeddings")
+    shared.refuse(path, list(_problems(settings)))
+    mean, std = shared.told_normalisation(folder, PIXELS["siglip"])
+    return Architecture(
+        vision=Vision(
+            num_layers=0,
+            image_size=settings["patch_size"],
+            patch_size=settings["patch_size"],
+            pixel_mean=mean,
+            pixel_std=std,
+        ),
+        connector=Connector(kind="linear", pixel_shuffle=1, norm=False),
+        language=language_config.read(text, tied_head=bool(tied) and not has_head),
+        image_tokens="fuyu",
+    )
+
+
+def _problems(settings: dict[str, Any]) -> Iterator[str]:
+    """Yield settings that our model does not support."""
+    text = settings["text_config"]
+    yield from shared.contradictions("", settings, {"num_channels": 3})
+    if text.get("model_type") != "persimmon":
+        yield f"text_config.model_type is {text.get('model_type')!r}, must be 'persimmon'"
+        return
+    yield from language_config.problems(text, "text_config")
+
+
+def read_usage(folder: Path) -> Usage:
+    """Read how a model is to be used: one question, and images of any size up to the limit of the
+    image processor.
+    """
+    settings = shared.image_processor(folder)
+    size = settings.get("size") or {}
+    width, height = FUYU_LIMIT
+    return Usage(
+        template="fuyu",
+        system_message="",
+        min_tiles=1,
+        max_tiles=1,
+        thumbnail=False,
+        tiling="patches",
+        image_limit=(size.get("width", width), size.get("height", height)),
+    )
+
+
+def write(
+    architecture: Architecture,
+    *,
+    dtype: torch.dtype,
+    image_token_id: int,
+    bos_token_id: int,
+    eos_token_id: int,
+    pad_token_id: int,
+) -> dict[str, Any]:
+    """Build the content of config.json; arguments as in ``native_config``."""
+    language = architecture.language
+    tokens = dict(bos_token_id=bos_token_id, eos_token_id=eos_token_id, pad_token_id=pad_token_id)
+    text = language_config.write(language, written_as(language, "fuyu"), **tokens)
+    return {
+        "architectures": [CLASS_NAME],
+        "model_type": MODEL_TYPE,
+        "dtype": str(dtype).removeprefix("torch."),
+        "patch_size": architecture.vision.patch_size,
+        "num_channels": 3,
+        "image_token_id": image_token_id,
+        "tie_word_embeddings": language.tied_head,
+        **tokens,
+        "text_config": text,
+    }
+
+
+def check_tokenizer(folder: Path) -> None:
+    """See that ``FuyuProcessor`` reads images as training does: it takes off the first token of
+    those that stand for them, a space in Fuyu's tokenizer.
+
+    Raises:
+        ValueError: another tokenizer puts nothing there.
+    """
+    images = IMAGE_TOKEN_SETS["fuyu"]
+    begin = chat_format("fuyu").first_token
+    tokenizer = load_tokenizer(folder)
+    row = [images.context, images.newline, begin]
+    found = tokenizer("".join(row), add_special_tokens=False)["input_ids"]
+    if found[1:] != tokenizer.convert_tokens_to_ids(row):
+        raise ValueError(
+            f"--tokenizer {folder}: puts no space in front of a text that begins with"
+            f" {images.context}, and FuyuProcessor would take the first token of an image for it;"
+            f" use Fuyu's tokenizer, in which {images.context} and {images.newline} are ordinary"
+            " pieces"
+        )
+
+
+def write_files(
+    folder: Path, tokenizer: Path, architecture: Architecture, usage: Usage, dtype: torch.dtype
+) -> None:
+    """Write everything but weights, as ``AutoProcessor`` and the class read it; arguments and
+    errors as of ``processor.write_native``. There is no chat template: the processor itself puts
+    prompts together, of a question and a line break.
+    """
+    check_tokenizer(tokenizer)
+    ids = write_generation(folder, tokenizer, architecture, usage)
+    settings = write(architecture, dtype=dtype, image_token_id=ids.image, **ids.text)
+    write_json(folder / FILE_NAME, settings)
+    tokenizer_files.write(tokenizer, folder, {"processor_class": _PROCESSOR})
+    width, height = usage.image_limit
+    side = architecture.vision.patch_size
+    image_processor = {
+        "image_processor_type": "FuyuImageProcessor",
+        "processor_class": _PROCESSOR,
+        **pixel_settings(architecture),
+        "resample": _BILINEAR,
+        "size": {"height": height, "width": width},
+        "patch_size": {"height": side, "width": side},
+        "do_pad": True,
+        "padding_value": float(FILL),
+        "padding_mode": "constant",
+    }
+    write_json(folder / IMAGE_PROCESSOR_NAME, image_processor)
+    write_json(folder / "processor_config.json", {"processor_class": _PROCESSOR})

@@ -1,0 +1,124 @@
+"""The tiles of a pack's images, decoded as its dataset was packed for.
+
+Shapes: I tiles, S side of a tile in pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from megavlm.data.images.augment import draw
+from megavlm.data.images.decode import decode_tiles
+from megavlm.data.images.patches import fitted_size
+from megavlm.data.images.tiling import pad_colour
+from megavlm.data.images.transforms import decode_changed
+from megavlm.data.store.manifest import Manifest
+from megavlm.data.store.reader import Pack
+
+
+class TileDecoder:
+    """Decodes tiles.
+
+    Args:
+        manifest: of the dataset.
+        augment: changes that images of sources with ``data_augment`` go through: jpeg, crop, flip,
+            colour.
+        where: the dataset, for messages.
+        origin: says where a sample of a pack comes from, likewise.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        augment: Sequence[str],
+        where: object,
+        origin: Callable[[Pack, int], str],
+    ) -> None:
+        self.manifest = manifest
+        self.augment = augment
+        self.where = where
+        self.origin = origin
+        mode = manifest.tiling
+        self.pad_colour = pad_colour(mode, manifest.pixel_mean)
+        self.crops = mode == "crop"
+        self.cuts_patches = mode == "patches"
+        # Whether an image is only resized to its grid.
+        self.is_plain = mode in ("dynamic", "stretch")
+
+    def decode(self, pack: Pack, chosen: range, seed: int, position: int) -> np.ndarray:
+        """Decode the chosen tiles of a pack, uint8 [I, 3, S, S], black for indices beyond its own.
+        Other images are not decoded.
+
+        Args:
+            pack: with its images.
+            chosen: indices of tiles.
+            seed: the run's; with the position it fixes the random changes of images.
+            position: of the pack in the run's order.
+
+        Raises:
+            ValueError: an image that cannot be decoded.
+        """
+        size = self.manifest.image_size
+        tiles = np.zeros((len(chosen), 3, size, size), np.uint8)
+        end = 0
+        for index, row in enumerate(pack.images):
+            count = int(row["tiles"])
+            start = end
+            end = end + count
+            first = max(start, chosen.start)
+            last = min(end, chosen.stop)
+            if first >= last:
+                continue
+            is_whole = last - first == count
+            room = tiles[first - chosen.start : last - chosen.start]
+            if not is_whole:  # only part of the image is chosen
+                room = np.empty((count, 3, size, size), np.uint8)
+            try:
+                self._decode_image(pack, index, seed, position, room)
+            # Whatever the decoder raises, the user has to learn which image it was.
+            except Exception as error:
+                origin = self.origin(pack, int(row["sample"]))
+                raise ValueError(
+                    f"{self.where}: pack {pack.pack_id}: image {index} of the pack, from the"
+                    f" sample at {origin}, cannot be decoded: {type(error).__name__}: {error}"
+                ) from error
+            if not is_whole:
+                tiles[first - chosen.start : last - chosen.start] = room[
+                    first - start : last - start
+                ]
+        return tiles
+
+    def _decode_image(
+        self, pack: Pack, index: int, seed: int, position: int, room: np.ndarray
+    ) -> None:
+        """Decode all tiles of one image into ``room``."""
+        row = pack.images[index]
+        columns, rows, count = (int(row[name]) for name in ("columns", "rows", "tiles"))
+        size = self.manifest.image_size
+        has_thumbnail = count > columns * rows
+        if self.is_plain and not self._is_augmented(pack, index):
+            decode_tiles(pack.image(index), columns, rows, size, has_thumbnail, out=room)
+            return
+        fits = None
+        if self.cuts_patches:
+            fits = fitted_size(int(row["width"]), int(row["height"]), self.manifest.image_limit)
+        operations = self.augment if self._is_augmented(pack, index) else ()
+        decode_changed(
+            pack.image(index),
+            columns,
+            rows,
+            size,
+            has_thumbnail,
+            pad_colour=self.pad_colour,
+            crops=self.crops,
+            fits=fits,
+            change=draw(operations, count, seed=seed, position=position, index=index),
+            out=room,
+        )
+
+    def _is_augmented(self, pack: Pack, index: int) -> bool:
+        """Whether an image goes through random changes."""
+        source = int(pack.provenance["source"][pack.images["sample"][index]])
+        return bool(self.augment) and self.manifest.sources[source].augment

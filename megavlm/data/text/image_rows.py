@@ -1,0 +1,45 @@
+"""Images as tokens: one context token for each feature, and a token behind each row of tiles where
+a model has one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def expand(
+    tokens: np.ndarray,
+    supervised: np.ndarray,
+    context: int,
+    features: Sequence[int],
+    newline: int | None = None,
+    rows: Sequence[int] = (),
+) -> tuple[np.ndarray, np.ndarray]:
+    """Put an image's tokens in the place of its one context token.
+
+    Args:
+        tokens: int32 [t], with one context token for each image.
+        supervised: bool [t].
+        context: id of the context token.
+        features: context tokens of each image.
+        newline: id of the token behind each row of an image; None: there is none.
+        rows: rows of each image, if there is; empty: each image is one row.
+
+    Returns:
+        Tokens and mask; no token of an image is supervised.
+    """
+    is_image = tokens == context
+    repeats = np.ones(len(tokens), np.int64)
+    repeats[is_image] = features
+    if newline is None:
+        return np.repeat(tokens, repeats), np.repeat(supervised, repeats)
+    rows = rows or [1] * len(features)
+    repeats[is_image] += np.asarray(rows, np.int64)
+    found = np.repeat(tokens, repeats)
+    places = np.cumsum(repeats)[is_image]
+    for end, count, lines in zip(places, features, rows, strict=True):
+        width = count // lines + 1
+        found[end - lines * width + width - 1 : end : width] = newline
+    return found, np.repeat(supervised, repeats)
