@@ -157,7 +157,7 @@ def _paligemma(arch: Architecture) -> Iterator[str]:
 
 
 def _fuyu(arch: Architecture) -> Iterator[str]:
-    yield from _causal(arch)
+    yield from _without_crosses(arch)
     vision = arch.vision
     wanted = {
         "objective": ("next_token", arch.objective),
