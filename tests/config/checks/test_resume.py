@@ -36,6 +36,7 @@ def another(key: str) -> str:
         "stage": "1",
         "model": "internvl2_5-1b",
         "data.weights": "1,2",
+        "data.loss_weights": "1,2",
         "training.trainable": "connector",
         "parallel.recompute_parts": "vision",
         "profile.ranks": "1",
