@@ -73,6 +73,8 @@ class Data:
         augment: random image augmentations, for sources packed with data_augment: jpeg (quality 75
             to 100, as in InternVL), crop, flip, colour. Crop and flip invalidate boxes and words
             such as "left".
+        next_image: share of the samples in training whose tokens read the next image instead of the
+            last one, where cross-attention reads images (Flamingo: 0.5 for web pages).
         workers: loader processes per rank; 0 decodes in the training process.
         prefetch: packs that each loader process decodes ahead.
         timeout: abort the run if a loader process delivers nothing for this many seconds; 0 waits
@@ -93,6 +95,7 @@ class Data:
     template: tuple[str, ...] = (ANY,)
     tiling: Literal["any", "dynamic", "pad", "crop", "stretch", "patches"] = ANY
     augment: tuple[str, ...] = ()
+    next_image: float = 0.0
     workers: int = 4
     prefetch: int = 4
     timeout: int = 600

@@ -368,6 +368,7 @@ def _open_training_set(config: Config) -> tuple[PackedDataset | BlendedDataset, 
         curriculum=data.curriculum,
         shared_batch=config.training.global_batch_size if data.batch_shares else 0,
         augment=data.augment,
+        next_image=data.next_image,
     )
     return packs, order
 

@@ -99,31 +99,36 @@ def rms_norm_backward(
     return dx.to(x.dtype), (dy * normed).sum(0).to(weight.dtype)
 
 
-def attend(ends: Tensor, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Attend inside tiles [S, I, H, head], or causally inside samples [T, H, head]."""
+def attend(ends: Tensor, key_ends: Tensor, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Attend inside tiles [S, I, H, head], or causally inside samples [T, H, head], or from
+    segments to the features of their tiles, whose ends are others.
+    """
     if query.dim() == 4:
         inside = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         return scaled_dot_product_attention(*inside).permute(2, 0, 1, 3)
-    sizes = ends.diff().tolist()
-    samples = zip(*(x.transpose(0, 1).split(sizes, dim=1) for x in (query, key, value)))
-    made = [scaled_dot_product_attention(*one, is_causal=True, enable_gqa=True) for one in samples]
+    is_causal = torch.equal(ends, key_ends)
+    sizes = [one.diff().tolist() for one in (ends, key_ends, key_ends)]
+    parts = zip((query, key, value), sizes)
+    samples = zip(*(x.transpose(0, 1).split(lengths, dim=1) for x, lengths in parts))
+    made = [
+        scaled_dot_product_attention(*one, is_causal=is_causal, enable_gqa=True) for one in samples
+    ]
     return torch.cat(made, 1).transpose(0, 1)
 
 
 def attention(*given: Any, **more: Any) -> list[Tensor]:
     """Attend forward, as ``tex.fused_attn_fwd``."""
-    (ends, _, query, key, value) = given[11:16]
     with torch.no_grad():
-        made = attend(ends, query, key, value).contiguous()
+        made = attend(*given[11:16]).contiguous()
     return [made, torch.zeros(1), torch.zeros(2, dtype=torch.int64)]
 
 
 def attention_backward(*given: Any, **more: Any) -> list[Tensor | None]:
     """Return the gradients of query, key and value, as ``tex.fused_attn_bwd``."""
-    (ends, _, query, key, value, out, d_out) = given[11:18]
+    (ends, key_ends, query, key, value, out, d_out) = given[11:18]
     with torch.enable_grad():
         inputs = [x.detach().requires_grad_() for x in (query, key, value)]
-        made = attend(ends, *inputs)
+        made = attend(ends, key_ends, *inputs)
         return [*torch.autograd.grad(made, inputs, d_out.view_as(out)), None, None]
 
 

@@ -14,6 +14,14 @@ def objective_problems(config: Config) -> Iterator[str]:
     if arch.objective not in OBJECTIVES:
         return
     wanted = f"--architecture.objective {arch.objective}"
+    share = config.data.next_image
+    if not 0 <= share <= 1:
+        yield f"--data.next_image {share}: must be from 0 to 1"
+    elif share and not arch.cross_attention.every:
+        yield (
+            f"--data.next_image {share} has no effect: --architecture.cross_attention.every is 0,"
+            " so no token reads an image by cross-attention; leave it out"
+        )
     if arch.needs.spans_step and config.data.loss_weights:
         yield f"--data.loss_weights: {wanted} has one loss for a whole batch; leave it out"
     if arch.needs.is_of_pairs:

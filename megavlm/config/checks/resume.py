@@ -28,7 +28,7 @@ _BY_SECTION: dict[str, dict[Kind, str]] = {
     "init.": {"origin": "vision connector language tokenizer"},
     "data.": {
         # packs and tokenizer are compared
-        "taken": "train valid loss_reduction loss_weights template tiling augment",
+        "taken": "train valid loss_reduction loss_weights template tiling augment next_image",
         "refused": "weights batch_shares curriculum shuffle group",
         "free": "packing cache workers prefetch timeout",
     },

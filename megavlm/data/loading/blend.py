@@ -304,6 +304,7 @@ def open_blend(
     curriculum: bool = False,
     shared_batch: int = 0,
     augment: Sequence[str] = (),
+    next_image: float = 0.0,
 ) -> tuple[PackedDataset | BlendedDataset, Order]:
     """Packed datasets as one, and the order of their packs.
 
@@ -315,9 +316,10 @@ def open_blend(
             without levels is of one level.
         shared_batch: packs of a batch, every one of which has the same number of packs of each
             dataset; 0: batches may differ.
-        augment: as for ``PackedDataset``.
+        augment, next_image: as for ``PackedDataset``.
     """
-    datasets = [PackedDataset(folder, augment=augment) for folder in folders]
+    options = {"augment": augment, "next_image": next_image}
+    datasets = [PackedDataset(folder, **options) for folder in folders]
     order = {"seed": seed, "shuffle": shuffle, "group": group}
     plans = tuple(
         (

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from megavlm.data.loading.batch import Batch
+from megavlm.data.loading.draws import drop_path_draws, next_image_draws, pack_draw
 from megavlm.data.loading.media import find_media
 from megavlm.data.loading.prefixes import find_prefixes
 from megavlm.data.loading.rank_slice import WHOLE_PACK, RankSlice
@@ -32,19 +33,25 @@ class PackedDataset:
             storage; or what reads packs from elsewhere.
         augment: changes that images of sources with ``data_augment`` go through: jpeg, crop, flip,
             colour.
+        next_image: share of the samples whose tokens read the next image by cross-attention, not
+            the last one.
 
     Raises:
         FileNotFoundError: no complete dataset there.
         ValueError: damaged, or of a newer format.
     """
 
-    def __init__(self, folder: Path | str | Reader, *, augment: Sequence[str] = ()) -> None:
+    def __init__(
+        self, folder: Path | str | Reader, *, augment: Sequence[str] = (), next_image: float = 0.0
+    ) -> None:
         self.reader = folder if isinstance(folder, Reader) else Reader(folder)
         self.augment = tuple(augment)
         self._decoder = TileDecoder(self.manifest, self.augment, self.folder, self.reader.origin)
+        self.next_image = next_image
 
     def __reduce__(self) -> tuple:
-        return partial(type(self), self.folder, augment=self.augment), ()
+        options = {"augment": self.augment, "next_image": self.next_image}
+        return partial(type(self), self.folder, **options), ()
 
     def __len__(self) -> int:
         return len(self.reader)
@@ -132,6 +139,7 @@ class PackedDataset:
         labels, weights = map(on_rank, label(pack.tokens, pack.supervised, pack.lengths, reduction))
         draws = drop_path_draws(seed, position, 2 * vision_layers + 2, max(1, pack.tiles))
         chosen = rank_slice.tiles(pack.tiles, tile_multiple)
+        reads_next = next_image_draws(seed, position, len(pack.lengths)) < self.next_image
         return Batch.of(
             tokens=on_rank(pack.tokens.astype(np.int64), manifest.pad_token_id),
             labels=labels.astype(np.int64),
@@ -142,7 +150,7 @@ class PackedDataset:
             sample_ends=ends,
             longest_sample=int(np.diff(ends).max()),
             prefixes=find_prefixes(pack.supervised, positions, ends),
-            media=find_media(pack, manifest, positions, own),
+            media=find_media(pack, manifest, positions, own, reads_next),
             tiles=self._decoder.decode(pack, chosen if with_tiles else range(0), seed, position),
             **self._features(pack, positions, own),
             num_features=pack.tiles * manifest.features_per_tile,
@@ -256,26 +264,6 @@ def label(
     weights[:-1] = weight_of_token[1:]
     labels[starts + lengths - 1] = 0
     return labels, weights
-
-
-def drop_path_draws(seed: int, position: int, rows: int, columns: int) -> np.ndarray:
-    """Uniform numbers in [0, 1) that depend on the seed and the pack's position alone; float32
-    [rows, columns]. They are drawn for the real tiles of the whole pack, so that neither padding
-    nor the layout changes them.
-
-    Philox (J. Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011) is keyed by
-    the seed and counts from the position.
-    """
-    generator = np.random.Generator(np.random.Philox(key=seed % 2**64, counter=[0, 0, 0, position]))
-    return generator.random((rows, columns), dtype=np.float32)
-
-
-def pack_draw(seed: int, position: int) -> int:
-    """Return a number of 31 bits that depends on the seed and the pack's position alone; another
-    counter of Philox than that of ``drop_path_draws``.
-    """
-    generator = np.random.Generator(np.random.Philox(key=seed % 2**64, counter=[0, 0, 1, position]))
-    return int(generator.integers(2**31))
 
 
 def _columns(values: np.ndarray, chosen: range) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Which tokens of a pack read which image by cross-attention (Flamingo, arXiv 2204.14198, section
-3.1.3): the last image at or before them in the same sample, as the processor of IDEFICS has it.
+3.1.3): the last image at or before them in the same sample, or the next, as the processor of
+IDEFICS has them.
 """
 
 from __future__ import annotations
@@ -12,7 +13,11 @@ from megavlm.data.store.reader import Pack
 
 
 def images_read(
-    tokens: np.ndarray, lengths: np.ndarray, context_token_id: int, end_token_id: int
+    tokens: np.ndarray,
+    lengths: np.ndarray,
+    context_token_id: int,
+    end_token_id: int,
+    reads_next: np.ndarray | None = None,
 ) -> np.ndarray:
     """Find the image that each stored token of a pack reads.
 
@@ -22,6 +27,8 @@ def images_read(
         context_token_id: of the one token that stands for an image.
         end_token_id: of the token that ends a text; those behind it read no image until the next;
             -1: there is none.
+        reads_next: bool [N], the samples whose tokens read the first image at or behind them
+            instead; none: no sample's do.
 
     Returns:
         int64 [t], the number of the image in the pack; -1: none.
@@ -35,18 +42,33 @@ def images_read(
     last_end = np.maximum.accumulate(np.where(is_end, places, -1))
     ended = np.append(-1, last_end[:-1])  # the token that ends a text still reads its image
     reads = (last_image >= start) & (ended < last_image)
-    return np.where(reads, np.cumsum(is_image) - 1, -1)
+    found = np.where(reads, np.cumsum(is_image) - 1, -1)
+    if reads_next is None or not reads_next.any():
+        return found
+    # The same from the end, where the token that ends a text belongs to what stands before it.
+    backwards = images_read(tokens[::-1], lengths[::-1], context_token_id, -1)[::-1]
+    following = np.where(backwards >= 0, is_image.sum() - 1 - backwards, -1)
+    next_image = np.minimum.accumulate(np.where(is_image, places, count)[::-1])[::-1]
+    next_end = np.minimum.accumulate(np.where(is_end, places, count)[::-1])[::-1]
+    following = np.where(next_end < next_image, -1, following)
+    return np.where(np.repeat(reads_next, lengths), following, found)
 
 
 def find_media(
-    pack: Pack, manifest: Manifest, positions: np.ndarray, own: np.ndarray
+    pack: Pack,
+    manifest: Manifest,
+    positions: np.ndarray,
+    own: np.ndarray,
+    reads_next: np.ndarray | None = None,
 ) -> Media | None:
     """Find which of a rank's tokens read which image of a pack; none unless an image has one
-    placeholder token. ``positions`` and ``own`` as for ``sort_by_image``.
+    placeholder token. ``reads_next`` as for ``images_read``, ``positions`` and ``own`` as for
+    ``sort_by_image``.
     """
     if manifest.features_per_tile != 1:
         return None
-    read = images_read(pack.tokens, pack.lengths, manifest.context_token_id, manifest.end_token_id)
+    words = (manifest.context_token_id, manifest.end_token_id)
+    read = images_read(pack.tokens, pack.lengths, *words, reads_next)
     return sort_by_image(read, positions, own, manifest.capacity)
 
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from megavlm.data.images.decode import decode_tiles
-from megavlm.data.loading.dataset import PackedDataset, drop_path_draws
+from megavlm.data.loading.dataset import PackedDataset
+from megavlm.data.loading.draws import drop_path_draws
 from megavlm.data.sample import Image, Sample
 from megavlm.data.store import pack_format
 from megavlm.data.store.manifest import Manifest, Source

@@ -12,6 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers.models.idefics import processing_idefics
 
 from megavlm.data.loading.dataset import sample_positions
+from megavlm.data.loading.draws import next_image_draws
 from megavlm.data.loading.media import images_read, sort_by_image
 from megavlm.data.loading.rank_slice import RankSlice
 from megavlm.model.attention import PackedAttention, PackedSamples
@@ -41,19 +42,27 @@ def test_each_token_reads_the_image_that_the_processor_of_idefics_says() -> None
     rng = np.random.default_rng(0)
     for _ in range(PACKS):
         tokens, lengths = random_pack(rng)
-        found = images_read(tokens, lengths, IMAGE, END)
+        reads_next = rng.random(len(lengths)) < 0.5
+        found = images_read(tokens, lengths, IMAGE, END, reads_next)
         start = 0
         shown = 0
-        for length in lengths:
+        for length, is_next in zip(lengths, reads_next, strict=True):
             ids = torch.from_numpy(tokens[start : start + length].copy())[None]
-            expected, _ = processing_idefics.image_attention_mask_for_packed_input_ids_pt(
-                ids, Words()
-            )
-            wanted = expected[0].numpy()
+            masks = processing_idefics.image_attention_mask_for_packed_input_ids_pt(ids, Words())
+            wanted = masks[int(is_next)][0].numpy()
             wanted = np.where(wanted >= 0, wanted + shown, -1)
             np.testing.assert_array_equal(found[start : start + length], wanted)
             start += length
             shown += int((ids == IMAGE).sum())
+
+
+def test_which_samples_read_the_next_image_depends_on_seed_and_position_alone() -> None:
+    draws = next_image_draws(3, 5, 2000)
+    assert np.array_equal(draws, next_image_draws(3, 5, 2000))
+    assert not np.array_equal(draws, next_image_draws(3, 6, 2000))
+    assert 0.45 < (draws < 0.5).mean() < 0.55 and np.array_equal(
+        draws[:7], next_image_draws(3, 5, 7)
+    )
 
 
 def test_segments_attend_as_a_dense_mask_says_on_any_number_of_ranks() -> None:
