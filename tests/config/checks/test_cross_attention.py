@@ -24,6 +24,7 @@ def found(tmp_path: Path, changes: dict[str, Any], **sections: Any) -> str:
     """Return the problems of a run of a changed model."""
     architecture = dataclasses.replace(FLAMINGO, **changes)
     config: Config = dataclasses.replace(config_for(tmp_path), architecture=architecture)
+    sections = {"checkpoint": dict(save_interval=0)} | sections
     sections = {
         name: dataclasses.replace(vars(config)[name], **values) for name, values in sections.items()
     }
