@@ -37,6 +37,7 @@ def another(key: str) -> str:
         "model": "internvl2_5-1b",
         "data.weights": "1,2",
         "data.loss_weights": "1,2",
+        "eval.shots": "4",
         "training.trainable": "connector",
         "parallel.recompute_parts": "vision",
         "profile.ranks": "1",

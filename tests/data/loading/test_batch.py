@@ -20,6 +20,7 @@ def make_batch() -> Batch:
         sources=np.zeros(4, np.int32),
         sample_ends=np.array([0, 4], np.int32),
         longest_sample=4,
+        is_padding=np.zeros(4, bool),
         prefixes=Prefixes(
             inside=torch.arange(3),
             outside=torch.tensor([3]),
