@@ -139,7 +139,7 @@ class Language:
 
     Args:
         family: weight naming of Hugging Face's files, such as qwen2, qwen3, internlm2, internlm3,
-            llama, mistral, gemma, persimmon or qwen3_moe; clip_text and siglip_text are text
+            llama, mistral, phi3, gemma, persimmon or qwen3_moe; clip_text and siglip_text are text
             encoders, the latter without a causal mask.
         num_layers: transformer layers; 0: there is no language model, as some objectives ask.
         hidden_size: width of the model.

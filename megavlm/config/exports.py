@@ -12,6 +12,7 @@ from megavlm.config.architecture import Architecture
 
 # Language models that the code of ``InternVLChatModel`` knows; a Mistral is written as a Llama.
 _CHAT_FAMILIES = ("qwen2", "qwen3", "qwen3_moe", "internlm2", "internlm3", "llama", "mistral")
+_CHAT_FAMILIES += ("phi3",)
 
 
 def _without_crosses(arch: Architecture) -> Iterator[str]:

@@ -78,6 +78,7 @@ KINDS = {
     "mistral": language(family="mistral", qkv_bias=False, kv_channels=6),
     "internlm2": language(family="internlm2", qkv_bias=False, rotary_dynamic_factor=3.0),
     "internlm3": language(family="internlm3", qkv_bias=False, kv_channels=12),
+    "phi3": language(family="phi3", qkv_bias=False),
 }
 
 

@@ -53,6 +53,9 @@ MODELS = {
     ),
     "llama": _model(family="llama", qkv_bias=False, num_query_groups=4, rotary_dynamic_factor=2.0),
     "mistral, InternViT-6B": _model(SIX_B, family="mistral", qkv_bias=False, kv_channels=6),
+    "phi3": _model(
+        family="phi3", qkv_bias=False, num_attention_heads=6, num_query_groups=2, vocab_size=211
+    ),
     "internlm2": _model(family="internlm2", qkv_bias=False, num_attention_heads=6, vocab_size=193),
     "gemma tied": _model(
         **GEMMA, tied_head=True, kv_channels=14, num_query_groups=1, vocab_size=211

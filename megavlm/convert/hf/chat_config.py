@@ -31,6 +31,7 @@ _CODE = {
     "qwen3": "OpenGVLab/InternVL3_5-1B",
     "qwen3_moe": "OpenGVLab/InternVL3_5-30B-A3B",
     "internlm3": "OpenGVLab/InternVL3-9B",
+    "phi3": "OpenGVLab/InternVL2-4B",
 }
 
 # What our model computes, and what a config.json must therefore say where OpenGVLab's code knows

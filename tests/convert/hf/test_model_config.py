@@ -112,6 +112,34 @@ def test_other_language_models_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"sliding_window": 2047}, "text_config.sliding_window is 2047, must be None"),
+        (
+            {
+                "rope_parameters": {
+                    "rope_type": "longrope",
+                    "rope_theta": 1e4,
+                    "short_factor": [1.0] * 4,
+                    "long_factor": [2.0] * 4,
+                    "original_max_position_embeddings": 256,
+                }
+            },
+            "rotary positions are of type 'longrope', must be 'default' or 'dynamic'",
+        ),
+    ],
+)
+def test_what_other_models_of_phi3s_kind_have_is_refused(
+    tmp_path: Path, change: dict, told: str
+) -> None:
+    settings = settings_of(NATIVE_KINDS["phi3"])
+    settings["text_config"] |= change
+    write_json(tmp_path / "config.json", settings)
+    with pytest.raises(ValueError, match=told):
+        architecture_from_hf(tmp_path)
+
+
+@pytest.mark.parametrize(
     ("content", "message"),
     [
         ("{", "not JSON"),

@@ -13,6 +13,7 @@ from megavlm.convert.weights.families import (
     mistral,
     opt,
     persimmon,
+    phi3,
     qwen2,
     qwen3,
     qwen3_moe,
@@ -32,6 +33,7 @@ FAMILIES: dict[str, Family] = {
         gemma,
         opt,
         persimmon,
+        phi3,
     )
 }
 
