@@ -110,6 +110,7 @@ def _language_settings(architecture: Architecture) -> dict:
         "qwen3": "Qwen3",
         "qwen3_moe": "Qwen3Moe",
         "llama": "Llama",
+        "phi3": "Phi3",
         "internlm2": "InternLM2",
         "internlm3": "InternLM3",
         "mistral": "Mistral",

@@ -263,8 +263,8 @@ def test_transformers_is_not_asked_to_run_it(tmp_path: Path) -> None:
             "force_image_size is 56, and vision_config.image_size is 28; resize",
         ),
         (
-            {"llm_config": {"model_type": "phi3"}},
-            "llm_config.model_type is 'phi3', must be one of qwen2",
+            {"llm_config": {"model_type": "gpt2"}},
+            "llm_config.model_type is 'gpt2', must be one of qwen2",
         ),
         (
             {"llm_config": {"model_type": "internlm2", "bias": True}},
