@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from megavlm.config.checks.rules import problems
-from megavlm.config.connectors import Connector
+from megavlm.config.connectors import LLAVA, Connector
 from megavlm.config.cross_attention import CrossAttention
 from megavlm.config.loss import Loss
 from megavlm.config.resampler import Resampler
@@ -41,7 +41,7 @@ def test_nothing_is_wrong_with_the_model_of_the_tests(tmp_path: Path) -> None:
     [
         (dict(cross_attention=CrossAttention(every=-1)), "cross_attention.every -1: must be 0"),
         (dict(cross_attention=CrossAttention(every=5)), "num_layers is 4; use at most that"),
-        (dict(connector=Connector()), "use resampler"),
+        (dict(connector=LLAVA), "use resampler"),
         (
             dict(connector=Connector(kind="resampler", resampler=Resampler(latents=0))),
             "resampler.latents 0: must be 1 or more",
@@ -49,7 +49,10 @@ def test_nothing_is_wrong_with_the_model_of_the_tests(tmp_path: Path) -> None:
         (dict(added_tokens=-1), "--architecture.added_tokens -1: must be 0 or more"),
         (dict(added_tokens=643), "less than --architecture.language.vocab_size 643"),
         (dict(language=TIED), "--architecture.language.tied_head false"),
-        (dict(objective="contrastive"), "has no tokens that read images"),
+        (
+            dict(objective="contrastive", connector=Connector(kind="mean"), added_tokens=0),
+            "has no tokens that read images",
+        ),
     ],
 )
 def test_models_that_cannot_be(tmp_path: Path, changes: dict[str, Any], told: str) -> None:
