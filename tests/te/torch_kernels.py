@@ -189,6 +189,7 @@ def install() -> None:
     import transformer_engine.pytorch.attention.dot_product_attention.utils as attention_utils
     import transformer_engine.pytorch.cpp_extensions.gemm as gemms
     import transformer_engine.pytorch.distributed as engine
+    import transformer_engine.pytorch.module.grouped_linear as grouped_linear
     import transformer_engine.pytorch.module.layernorm_linear as norm_linear
     import transformer_engine.pytorch.module.linear as linear
     import transformer_engine.pytorch.triton.cross_entropy as entropy
@@ -225,7 +226,8 @@ def install() -> None:
             for name, function in (norms | answers).items():
                 if name in vars(module):
                     setattr(module, name, function)
-    linear.get_dummy_wgrad = norm_linear.get_dummy_wgrad = _dummy_gradient
+    for module in (linear, norm_linear, grouped_linear):
+        module.get_dummy_wgrad = _dummy_gradient
     gemms.get_cublas_workspace = lambda *args: torch.empty(1, 1)
     gemms.get_tensor_device = lambda *args: 0
     engine._get_cuda_rng_state = lambda *args, **settings: torch.get_rng_state()

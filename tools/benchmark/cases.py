@@ -45,6 +45,7 @@ class Case:
         kernels: layers of megavlm: auto (Transformer Engine's, where they run) or local.
         is_profiled: whether one more step is looked into, kernel by kernel.
         packs_per_step: microbatches of a step, which share one update of the optimizer.
+        layers: of the language model, so that a large one fits; 0: all.
         limit_s: seconds after which the case is given up.
     """
 
@@ -57,6 +58,7 @@ class Case:
     kernels: str = "auto"
     is_profiled: bool = False
     packs_per_step: int = 1
+    layers: int = 0
     limit_s: int = 75
 
     @property
@@ -70,6 +72,7 @@ class Case:
         if self.kernels == "local":
             extras.append("local")
         extras += [f"{self.packs_per_step}_packs"] if self.packs_per_step > 1 else []
+        extras += [f"{self.layers}_layers"] if self.layers else []
         return "-".join(
             [
                 self.model.rpartition("-")[2],
@@ -83,7 +86,10 @@ class Case:
     @property
     def architecture(self) -> Architecture:
         """The model's shapes."""
-        return architecture(self.model)
+        found = architecture(self.model)
+        if not self.layers:
+            return found
+        return replace(found, language=replace(found.language, num_layers=self.layers))
 
     def config(self, train: str) -> Config:
         """megavlm's configuration: the stage's recipe, on one rank and one pack a step.
@@ -169,6 +175,15 @@ def all_cases() -> list[Case]:
         _case("2b", ALL, implementation="transformers_packed", recompute="full"),
         _case("8b", CONNECTOR, recompute="full"),
         _case("8b", ALL, recompute="full", moments="bfloat16"),
+        # Experts, as many layers as one GPU holds.
+        Case(
+            model="internvl3_5-30b-a3b",
+            stage=ALL,
+            recompute="selective",
+            moments="bfloat16",
+            layers=6,
+            is_profiled=True,
+        ),
         _case("2b", ALL, implementation="transformers_compiled", limit_s=110),
         # The rest of the grid.
         _case("2b", ALL, implementation="transformers_padded"),

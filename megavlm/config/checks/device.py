@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megavlm.config.checks.experts import grouped_expert_problems
 from megavlm.config.schema import Config
 
 # First compute capability with the instructions that a recipe needs, and the first for which
@@ -65,6 +66,8 @@ def device_problems(config: Config, device: DeviceCapabilities) -> list[str]:
             " Engine's linear layers keep weights for the backward pass by themselves, in 16 bits;"
             " use --training.kernels local"
         )
+    if not lack and not uses_local:
+        found += grouped_expert_problems(config)
     for part, recipe in config.fp8.recipes.items():
         if lack:
             found.append(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megavlm.config.checks.limits import at_least
+from megavlm.config.freeze_mask import matches
 from megavlm.config.schema import Config, Experts, Language, Parallel
 
 _FLAG = "--architecture.language"
@@ -121,6 +122,28 @@ def expert_problems(config: Config) -> Iterator[str]:
             f"--architecture.lora.nf4 {','.join(lora.nf4)}: weights of experts cannot be in 4 bits;"
             " name the attention alone, such as language.*.self_attention"
         )
+
+
+def grouped_expert_problems(config: Config) -> Iterator[str]:
+    """Yield what of a freeze mask Transformer Engine's grouped kernel does not follow: it asks the
+    first expert of a layer whether weights have gradients, for all of them.
+    """
+    language = config.architecture.language
+    trainable = config.training.trainable
+    for layer in range(language.num_layers if language.num_experts else 0):
+        for name in ("linear_fc1", "linear_fc2"):
+            stem = f"language.decoder.layers.{layer}.mlp.experts"
+            keys = [f"{stem}.{expert}.{name}.weight" for expert in range(language.num_experts)]
+            trained = [any(matches(key, pattern) for pattern in trainable) for key in keys]
+            if len(set(trained)) > 1:
+                one, other = (keys[trained.index(is_trained)] for is_trained in (True, False))
+                yield (
+                    f"--training.trainable {','.join(trainable)}: trains {one} and not {other};"
+                    " Transformer Engine's grouped kernel"
+                    " trains all experts of a layer or none, so name all, or use"
+                    " --training.kernels local"
+                )
+                return
 
 
 def spans_data_ranks(parallel: Parallel) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from megavlm.config.checks.device import DeviceCapabilities, device_problems
 from megavlm.config.checks.rules import problems
 from megavlm.config.cli import parse
 
@@ -57,3 +58,13 @@ def test_the_models_of_the_table_can_run() -> None:
     assert not found("--architecture.lora.rank", "8", *ATTENTION)
     split = ("--parallel.tensor_model_parallel_size", "4", "--sequence-parallel", "true")
     assert not found(*split, "--expert-model-parallel-size", "8", model="internvl3_5-241b-a28b")
+
+
+def test_a_mask_of_single_experts_needs_local_layers() -> None:
+    one = "language.decoder.layers.3.mlp.experts.17"
+    gpu = DeviceCapabilities(capability=(9, 0), has_transformer_engine=True)
+    for mask, count in ((f"connector,{one}", 1), ("language.*.experts", 0), ("connector", 0)):
+        config = parse(["--stage", "2", "--model", MODEL, "--training.trainable", mask])
+        found = [told for told in device_problems(config, gpu) if "all experts of a layer" in told]
+        assert len(found) == count, mask
+        assert not device_problems(config, DeviceCapabilities())
