@@ -181,6 +181,14 @@ def _dummy_gradient(shape: list[int], dtype: torch.dtype, zero: bool = False) ->
     return torch.full(shape, 0.0 if zero else float("nan"), dtype=dtype)
 
 
+_NORMS: dict[str, Callable[..., Any]] = {
+    "layernorm_fwd": layer_norm,
+    "rmsnorm_fwd": rms_norm,
+    "layernorm_bwd": layer_norm_backward,
+    "rmsnorm_bwd": rms_norm_backward,
+}
+
+
 def install() -> None:
     """Put the stand-ins in place, and the device's answers."""
     # First: megatron-core compiles functions while it is imported.
@@ -200,13 +208,7 @@ def install() -> None:
     running = backend.start(5)
     backend.start = lambda *args, **settings: running
     _answer_as_hopper()
-    norms = {
-        "layernorm_fwd": layer_norm,
-        "rmsnorm_fwd": rms_norm,
-        "layernorm_bwd": layer_norm_backward,
-        "rmsnorm_bwd": rms_norm_backward,
-    }
-    compiled = norms | {
+    compiled = _NORMS | {
         "generic_gemm": gemm,
         "te_general_grouped_gemm": grouped_gemm,
         "fused_attn_fwd": attention,
@@ -223,7 +225,7 @@ def install() -> None:
     }
     for path, module in list(sys.modules.items()):
         if path.startswith("transformer_engine.pytorch"):
-            for name, function in (norms | answers).items():
+            for name, function in (_NORMS | answers).items():
                 if name in vars(module):
                     setattr(module, name, function)
     for module in (linear, norm_linear, grouped_linear):
