@@ -1,0 +1,135 @@
+"""Models of recipes answer questions during training as transformers does: a prefix-LM, whose
+prompt sees itself, and patches of images of any size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from megavlm.config.schema import Architecture, Config, Eval
+from megavlm.data.text.tokenizer import add_special_tokens, load_tokenizer
+from tests.convert import fuyu_models, paligemma_models
+from tests.convert.fuyu_models import make_fuyu
+from tests.convert.paligemma_models import make_paligemma
+from tests.convert.part_folders import make_fuyu_tokenizer, make_gemma_tokenizer
+from tests.data.samples import make_dataset, make_image
+from tests.ranks.model_checks import WORLDS
+from tests.ranks.pool import Pool
+from tests.ranks.runs import config_for
+
+NEW_TOKENS = 5
+CASES: dict[str, tuple[Architecture, Callable, Callable, str, tuple[str, ...]]] = {
+    "paligemma": (
+        paligemma_models.KINDS["untied"],  # a tied head repeats the last token
+        make_paligemma,
+        make_gemma_tokenizer,
+        "stretch",
+        ("vision", "connector", "language"),
+    ),
+    "fuyu": (
+        fuyu_models.SMALL,
+        make_fuyu,
+        make_fuyu_tokenizer,
+        "patches",
+        ("connector", "language"),
+    ),
+}
+
+
+def answers(config: Config, folder: Path) -> list[list[int]]:
+    """Answer a task with the weights of a Hugging Face folder."""
+    from megavlm.convert.hf import convert
+    from megavlm.model import weights
+    from megavlm.train.generate import generate
+    from megavlm.train.tasks import open_tasks
+    from tests.ranks.runs import build
+
+    job = build(config)
+    weights.fill(job.chunks, convert.full_tensors(folder, config.architecture))
+    for chunk in job.ddp_chunks:
+        chunk.eval()
+    (task,) = open_tasks(config)
+    return generate(job, task, NEW_TOKENS)
+
+
+def answers_of_transformers(config: Config, folder: Path) -> list[list[int]]:
+    """Answer the same questions, each by itself."""
+    from megavlm.convert.hf.reference import load_reference
+    from megavlm.train.tasks import open_tasks
+
+    (task,) = open_tasks(config)
+    model = load_reference(folder)
+    found = []
+    for index, one in enumerate(task.asked):
+        (pack,) = [number for number, pack in enumerate(task.order) if index in pack]
+        before = sum(task.asked[i].tiles for i in task.order[pack] if i < index)
+        tiles = task.packs.batch(pack, 0).tiles[before : before + one.tiles]
+        pixels = (tiles / 255 - 0.5) / 0.5
+        if not config.architecture.vision.exists:
+            pixels = pixels.permute(0, 2, 3, 1).flatten(1)[None]
+        tokens = torch.from_numpy(one.tokens.astype(np.int64))[None]
+        inputs = dict(input_ids=tokens, attention_mask=torch.ones_like(tokens))
+        if config.architecture.prefix_lm:
+            inputs["token_type_ids"] = torch.zeros_like(tokens)
+        settings = dict(max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=sorted(task.ends))
+        made = model.generate(**inputs, pixel_values=pixels, **settings)
+        found.append(made[0, tokens.shape[1] :].tolist())
+    return found
+
+
+@pytest.mark.parametrize("recipe", CASES)
+def test_answers_equal_those_of_transformers(ranks: Pool, tmp_path: Path, recipe: str) -> None:
+    small, make_model, make_tokenizer, tiling, trainable = CASES[recipe]
+    words = tmp_path / "packs" / "tokenizer"
+    make_tokenizer(tmp_path / "words")
+    tokenizer = load_tokenizer(tmp_path / "words")
+    add_special_tokens(tokenizer, small.image_tokens)
+    context = {"paligemma": "<image>", "fuyu": "|SPEAKER|"}[recipe]
+    context = tokenizer.convert_tokens_to_ids(context)
+    rows = max(tokenizer.get_vocab().values()) + 2
+    language = dataclasses.replace(small.language, vocab_size=rows)
+    architecture = dataclasses.replace(small, language=language)
+    size = architecture.vision.image_size
+    sizes = dict(tile_size=size, features_per_tile=architecture.features_per_tile)
+    manifest = make_dataset(
+        tmp_path / "packs", packs=4, vocab_size=rows, context_token_id=context, **sizes
+    )
+    dataclasses.replace(
+        manifest,
+        template=recipe,
+        system_message="",
+        tiling=tiling,
+        tile_cap=64,
+        pixel_mean=(0.5,) * 3,
+        pixel_std=(0.5,) * 3,
+        image_limit=(6 * size, 6 * size),
+    ).write(tmp_path / "packs")
+    tokenizer.save_pretrained(words)
+    folder = make_model(tmp_path / "hf", architecture, torch.float32, image_token_id=context)
+    rng = np.random.default_rng(4)
+    rows = []
+    for number, question in enumerate(("what is it", "which of the many things is that", "who")):
+        image = make_image(rng, size, 1 + number, 2)
+        (tmp_path / f"{number}.png").write_bytes(image.encoded)
+        rows.append(dict(question=question, image=f"{number}.png", answer="a"))
+    (tmp_path / "task.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def configure(**settings) -> Config:
+        config = config_for(tmp_path / "packs", trainable=trainable, **settings)
+        asked = Eval(tasks=(str(tmp_path / "task.jsonl"),), max_new_tokens=NEW_TOKENS)
+        return dataclasses.replace(
+            config, architecture=architecture, recipe=recipe, stage="1", eval=asked
+        )
+
+    expected = answers_of_transformers(configure(), folder)
+    assert len({tuple(tokens) for tokens in expected}) > 1
+    for name, (world, settings) in WORLDS.items():
+        for found in ranks.run(answers, world, configure(**settings), folder):
+            assert found == expected, name
