@@ -50,6 +50,7 @@ def test_of_shares_memory_and_keeps_types():
         "tokens": torch.int64,
         "labels": torch.int64,
         "loss_weights": torch.float32,
+        "is_padding": torch.bool,
         "loss_positions": torch.int64,
         "sources": torch.int32,
         "sample_ends": torch.int32,
