@@ -74,7 +74,7 @@ def mark_shards(chunk: VisionLanguageModel) -> None:
     axes = {ColumnParallelLinear: 0, RowParallelLinear: 1, VocabParallelEmbedding: 0}
     for module in chunk.modules():
         for kind, axis in axes.items():
-            if isinstance(module, kind) and "partition_dim" not in vars(module.weight):
+            if isinstance(module, kind) and "tensor_model_parallel" not in vars(module.weight):
                 set_tensor_model_parallel_attributes(module.weight, True, axis, 1)
 
 
