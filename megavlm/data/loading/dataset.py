@@ -33,8 +33,8 @@ class PackedDataset:
             storage; or what reads packs from elsewhere.
         augment: changes that images of sources with ``data_augment`` go through: jpeg, crop, flip,
             colour.
-        next_image: share of the samples whose tokens read the next image by cross-attention, not
-            the last one.
+        next_image: share of the samples whose tokens read the next image by cross-attention, if
+            their text has one, not the last one.
 
     Raises:
         FileNotFoundError: no complete dataset there.

@@ -1,6 +1,6 @@
 """Which tokens of a pack read which image by cross-attention (Flamingo, arXiv 2204.14198, section
-3.1.3): the last image at or before them in the same sample, or the next, as the processor of
-IDEFICS has them.
+3.1.3): the last image at or before them in the same sample, or the next if there is one, as the
+processor of IDEFICS has them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ def images_read(
         end_token_id: of the token that ends a text; those behind it read no image until the next;
             -1: there is none.
         reads_next: bool [N], the samples whose tokens read the first image at or behind them
-            instead; none: no sample's do.
+            instead, in the same text; tokens without one read as usual, so that no caption or
+            answer loses its image. None: no sample's tokens do.
 
     Returns:
         int64 [t], the number of the image in the pack; -1: none.
@@ -50,8 +51,8 @@ def images_read(
     following = np.where(backwards >= 0, is_image.sum() - 1 - backwards, -1)
     next_image = np.minimum.accumulate(np.where(is_image, places, count)[::-1])[::-1]
     next_end = np.minimum.accumulate(np.where(is_end, places, count)[::-1])[::-1]
-    following = np.where(next_end < next_image, -1, following)
-    return np.where(np.repeat(reads_next, lengths), following, found)
+    has_next = np.repeat(reads_next, lengths) & (following >= 0) & (next_image <= next_end)
+    return np.where(has_next, following, found)
 
 
 def find_media(

@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 
 import numpy as np
+import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.models.idefics import processing_idefics
@@ -49,11 +50,27 @@ def test_each_token_reads_the_image_that_the_processor_of_idefics_says() -> None
         for length, is_next in zip(lengths, reads_next, strict=True):
             ids = torch.from_numpy(tokens[start : start + length].copy())[None]
             masks = processing_idefics.image_attention_mask_for_packed_input_ids_pt(ids, Words())
-            wanted = masks[int(is_next)][0].numpy()
+            usual, following = (mask[0].numpy() for mask in masks)
+            wanted = np.where(following >= 0, following, usual) if is_next else usual
             wanted = np.where(wanted >= 0, wanted + shown, -1)
             np.testing.assert_array_equal(found[start : start + length], wanted)
             start += length
             shown += int((ids == IMAGE).sum())
+
+
+@pytest.mark.parametrize(
+    ("tokens", "wanted"),
+    [
+        ([1, IMAGE, 3, 4, END], [0, 0, 0, 0, 0]),  # a caption
+        ([1, 3, IMAGE, 4, 5, END], [0, 0, 0, 0, 0, 0]),  # a chat
+        ([1, IMAGE, 3, END, IMAGE, 4, END], [0, 0, 0, 0, 1, 1, 1]),  # examples
+        ([1, IMAGE, 3, IMAGE, 4, END], [0, 0, 1, 1, 1, 1]),  # a document
+    ],
+)
+def test_no_text_loses_its_only_image_to_the_next(tokens: list[int], wanted: list[int]) -> None:
+    length = np.array([len(tokens)])
+    found = images_read(np.array(tokens), length, IMAGE, END, np.ones(1, bool))
+    assert found.tolist() == wanted
 
 
 def test_which_samples_read_the_next_image_depends_on_seed_and_position_alone() -> None:
