@@ -109,7 +109,10 @@ def setting_problems(optimizer: Optimizer) -> Iterator[str]:
 
 
 def name_problems(
-    optimizer: Optimizer, trainable: Sequence[str], keys: Collection[str]
+    optimizer: Optimizer,
+    trainable: Sequence[str],
+    keys: Collection[str],
+    usual: Collection[str] = (),
 ) -> Iterator[str]:
     """Name patterns that mean no parameter, or no trained one, of a model.
 
@@ -117,6 +120,8 @@ def name_problems(
         optimizer: the settings.
         trainable: the freeze mask.
         keys: checkpoint keys of all parameters.
+        usual: patterns of ``no_decay`` that the stage of the recipe has. They may name frozen
+            parameters: who narrows the freeze mask gave no such flag.
     """
     trained = {key for key in keys if any(matches(key, pattern) for pattern in trainable)}
     asked = [("training.trainable", pattern, pattern) for pattern in trainable]
@@ -128,7 +133,10 @@ def name_problems(
             continue
         flag = f"--{option} {text}"
         fused = next((tensor for name, tensor in _FUSED.items() if name in pattern), "")
-        if any(matches(key, pattern) for key in keys):
+        is_known = any(matches(key, pattern) for key in keys)
+        if is_known and option == "optimizer.no_decay" and pattern in usual:
+            continue
+        if is_known:
             yield f"{flag}: names frozen parameters only; --training.trainable says what is trained"
         elif fused:
             yield (

@@ -104,6 +104,16 @@ def test_patterns_that_mean_nothing_are_refused(arguments: str, words: str) -> N
     assert words in found
 
 
+def test_patterns_of_a_recipe_may_name_what_a_narrower_mask_freezes() -> None:
+    def found(*arguments: str) -> list[str]:
+        words = ["--recipe", "flamingo", "--stage", "1", "--training.trainable", "connector"]
+        return parameter_problems(parse([*words, *arguments]))
+
+    assert found() == []
+    [told] = found("--optimizer.no_decay", "connector,language.embedding")
+    assert "--optimizer.no_decay language.embedding: names frozen parameters only" in told
+
+
 def test_the_tool_counts_parameters_and_rates_by_hand(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
