@@ -9,6 +9,7 @@ from megavlm.config.architecture import GATED
 from megavlm.config.checks.experts import expert_size_problems
 from megavlm.config.checks.limits import at_least
 from megavlm.config.checks.no_vision import model_problems
+from megavlm.config.options import shown_value
 from megavlm.config.schema import NO_LANGUAGE, Architecture
 
 
@@ -38,8 +39,27 @@ def architecture_problems(arch: Architecture) -> list[str]:
     if not found:
         found += [*_vision(arch), *_parts(arch), *model_problems(arch)]
         found += [*_language(arch), *_added_tokens(arch)] if language.exists else []
-        found += cross_attention.problems(arch)
+        found += [*cross_attention.problems(arch), *_unused(arch)]
     return found
+
+
+def _unused(arch: Architecture) -> Iterator[str]:
+    """Yield settings of parts that the model does not have."""
+    sections = []
+    if not arch.cross_attention.every:
+        why = "--architecture.cross_attention.every is 0"
+        sections.append(("cross_attention", arch.cross_attention, why))
+    if arch.connector.kind != "resampler":
+        why = f"--architecture.connector.kind is {arch.connector.kind}"
+        sections.append(("connector.resampler", arch.connector.resampler, why))
+    for section, settings, why in sections:
+        for name, usual in vars(type(settings)()).items():
+            value = vars(settings)[name]
+            if value != usual:
+                yield (
+                    f"--architecture.{section}.{name} {shown_value(value)} has no effect: {why};"
+                    f" leave it out, or use {shown_value(usual)}"
+                )
 
 
 def _parts(arch: Architecture) -> Iterator[str]:

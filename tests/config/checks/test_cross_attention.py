@@ -53,6 +53,19 @@ def test_nothing_is_wrong_with_the_model_of_the_tests(tmp_path: Path) -> None:
             dict(objective="contrastive", connector=Connector(kind="mean"), added_tokens=0),
             "has no tokens that read images",
         ),
+        (
+            dict(cross_attention=CrossAttention(qk_norm=False), added_tokens=0),
+            "--architecture.cross_attention.qk_norm false has no effect:"
+            " --architecture.cross_attention.every is 0; leave it out, or use true",
+        ),
+        (
+            dict(
+                connector=dataclasses.replace(LLAVA, resampler=Resampler(latents=8)),
+                cross_attention=CrossAttention(),
+            ),
+            "--architecture.connector.resampler.latents 8 has no effect:"
+            " --architecture.connector.kind is mlp; leave it out, or use 64",
+        ),
     ],
 )
 def test_models_that_cannot_be(tmp_path: Path, changes: dict[str, Any], told: str) -> None:
