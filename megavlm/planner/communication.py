@@ -20,6 +20,7 @@ from megavlm.planner.memory import sharing_ranks
 from megavlm.planner.parameters import ParameterCounts, parameters_on_rank, replicated_head
 
 _GRADIENT = 4
+_ROUTER = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +85,7 @@ def communication_per_microbatch(
         tensor=size * _tensor(config, chunk, load),
         context=size * _context(config, chunk, capacity, load),
         pipeline=size * _pipeline(config, layout, number, load),
-        expert=size * _expert(config, chunk, load),
+        expert=_expert(config, chunk, load),
     )
 
 
@@ -129,6 +130,8 @@ def _tensor(config: Config, chunk: Chunk, load: RankLoad) -> float:
         part: {"none": 0, "selective": 1, "full": 2}[parallel.recompute_of(part)]
         for part in LAYER_PARTS
     }
+    if arch.language.num_experts and parallel.recompute_of("language") == "selective":
+        again["language"] = 0  # experts are computed again, and attention alone sums
     found = 0.0
     for layer in chunk.layer_numbers(arch.vision.num_layers):
         in_vision = layer < arch.vision.num_layers
@@ -186,21 +189,27 @@ def _context(config: Config, chunk: Chunk, capacity: int, load: RankLoad) -> flo
 
 
 def _expert(config: Config, chunk: Chunk, load: RankLoad) -> float:
-    """Count the elements that expert parallelism sends per microbatch, for tokens spread evenly."""
+    """Count the bytes that expert parallelism sends per microbatch, for tokens spread evenly."""
     arch = config.architecture
     parallel = config.parallel
+    language = arch.language
     ranks = parallel.expert_model_parallel_size
-    if not arch.language.num_experts or ranks == 1:
+    if not language.num_experts or ranks == 1:
         return 0.0
     own = load.tokens / parallel.tensor_model_parallel_size
-    copies = arch.language.experts_per_token * (ranks - 1) / ranks
+    size = NUMBER_BYTES[config.training.precision]
     if config.experts.dispatcher == "allgather":
+        # The experts' outputs are summed over ranks in the dtype of the router's weights, of which
+        # each token brings all.
         copies = float(ranks - 1)
-    one_way = own * copies * arch.language.hidden_size
+        token = (size + _ROUTER) * language.hidden_size + _ROUTER * language.num_experts
+    else:
+        copies = language.experts_per_token * (ranks - 1) / ranks
+        token = 2 * size * language.hidden_size + _ROUTER
     backward = has_backward(config)
     again = parallel.recompute_of("language") != "none"
     return sum(
-        2 * one_way * (1 + (1 + again) * backward[arch.vision.num_layers + layer])
+        own * copies * token * (1 + (1 + again) * backward[arch.vision.num_layers + layer])
         for layer in chunk.language_layers
     )
 
