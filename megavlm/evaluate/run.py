@@ -24,6 +24,7 @@ from megavlm.config.recipes import recipe_of
 from megavlm.config.schema import (
     BadSteps,
     Config,
+    Experts,
     Fp8,
     Init,
     Logging,
@@ -170,6 +171,7 @@ def _options(saved: Checkpoint, evaluation: Eval, target: Path) -> list[str]:
             precision=saved.config.training.precision,
             kernels=saved.config.training.kernels,
         ),
+        experts=Experts(),
         profile=Profile(),
         bad_steps=BadSteps(),
         fp8=Fp8(),

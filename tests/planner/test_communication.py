@@ -47,5 +47,5 @@ def test_experts_that_are_computed_again_send_nothing_to_tensor_parallel_ranks()
         sent(**split, recompute=kind).tensor for kind in ("none", "selective", "full")
     )
     assert plain == selective
-    # The forward pass of attention, whose ring sends (2 - 1) / 2 of the hidden states twice.
+    # The forward pass of attention: twice (2 - 1) / 2 of the hidden states, of two bytes.
     assert full - plain == pytest.approx(2 * LAYERS * TOKENS * HIDDEN)

@@ -109,18 +109,46 @@ def expert_problems(config: Config) -> Iterator[str]:
             f" (--architecture.cross_attention.every {arch.cross_attention.every}) have not been"
             " tried with experts; use 0"
         )
+    yield from _ignored_settings(config)
     lora = arch.lora
-    experts_key = "language.decoder.layers.0.mlp.linear_fc1.weight"
-    if lora.adapts(experts_key):
+    keys = [
+        f"language.decoder.layers.{layer}.mlp.{name}.weight"
+        for layer in range(language.num_layers)
+        for name in ("linear_fc1", "linear_fc2")
+    ]
+    if any(lora.adapts(key) for key in keys):
         yield (
             f"--architecture.lora.targets {','.join(lora.targets)}: experts cannot have adapters,"
             " whose tokens would have to be dispatched too; name the attention alone, such as"
             " language.*.self_attention"
         )
-    if lora.quantises(experts_key):
+    if any(lora.quantises(key) for key in keys):
         yield (
             f"--architecture.lora.nf4 {','.join(lora.nf4)}: weights of experts cannot be in 4 bits;"
             " name the attention alone, such as language.*.self_attention"
+        )
+
+
+def _ignored_settings(config: Config) -> Iterator[str]:
+    """Yield settings of experts that this run would not read."""
+    experts = config.experts
+    usual = Experts()
+    layers = range(config.architecture.language.num_layers)
+    routers = [f"language.decoder.layers.{layer}.mlp.router.weight" for layer in layers]
+    trainable = config.training.trainable
+    if not any(matches(key, pattern) for key in routers for pattern in trainable):
+        for name in ("balance_loss", "router_z_loss"):
+            value = vars(experts)[name]
+            if value != vars(usual)[name]:
+                yield (
+                    f"--experts.{name} {value} has no effect: --training.trainable"
+                    f" {','.join(trainable)} trains no router; leave it out, or add"
+                    " language.*.router"
+                )
+    if experts.dispatcher != usual.dispatcher and config.parallel.expert_model_parallel_size == 1:
+        yield (
+            f"--experts.dispatcher {experts.dispatcher}: with"
+            " --parallel.expert_model_parallel_size 1 no token leaves its rank; leave it out"
         )
 
 

@@ -35,10 +35,28 @@ def found(*options: str, model: str = MODEL, ranks: int = 8) -> list[str]:
         (("--architecture.language.num_experts", "-1"), "must be 0 or more"),
         (("--architecture.language.activation", "gelu"), "experts are gated MLPs"),
         (("--experts.balance_loss", "-1"), "must be 0 or more"),
+        (("--experts.dispatcher", "allgather"), "no token leaves its rank"),
+        (
+            ("--training.trainable", "connector", "--experts.balance_loss", "0.1"),
+            "trains no router",
+        ),
+        (
+            ("--training.trainable", "language.*.experts", "--experts.router_z_loss", "0.1"),
+            "trains no router",
+        ),
     ],
 )
 def test_what_cannot_run_is_refused(options: tuple[str, ...], told: str) -> None:
     assert any(told in one for one in found(*options)), found(*options)
+
+
+@pytest.mark.parametrize("pattern", ["language.decoder.layers.5", "*.layers.47.mlp.linear_fc2"])
+def test_experts_of_any_layer_are_neither_adapted_nor_in_4_bits(pattern: str) -> None:
+    both = ("--architecture.lora.targets", f"language.*.self_attention,{pattern}")
+    told = found("--architecture.lora.rank", "8", *both)
+    assert any("experts cannot have adapters" in one for one in told), told
+    told = found("--architecture.lora.rank", "8", *ATTENTION, "--architecture.lora.nf4", pattern)
+    assert any("weights of experts cannot be in 4 bits" in one for one in told), told
 
 
 @pytest.mark.parametrize(
@@ -55,6 +73,9 @@ def test_settings_of_experts_need_experts(options: tuple[str, ...], told: str) -
 def test_the_models_of_the_table_can_run() -> None:
     assert not found()
     assert not found("--expert-model-parallel-size", "8")
+    split = ("--expert-model-parallel-size", "8", "--experts.dispatcher", "allgather")
+    assert not found(*split, "--experts.balance_loss", "0.1")
+    assert not found("--training.trainable", "language.*.router", "--experts.balance_loss", "0.1")
     assert not found("--architecture.lora.rank", "8", *ATTENTION)
     split = ("--parallel.tensor_model_parallel_size", "4", "--sequence-parallel", "true")
     assert not found(*split, "--expert-model-parallel-size", "8", model="internvl3_5-241b-a28b")
