@@ -5,6 +5,9 @@
 #   MODEL=InternVL3_5-30B-A3B-Pretrained/ META=/data/mixture.json bash examples/internvl3_5_30b_a3b/run.sh pack
 #   MODEL=InternVL3_5-30B-A3B-Pretrained/ NNODES=8 MASTER_ADDR=node0 JOB_ID=7 bash examples/internvl3_5_30b_a3b/run.sh train
 #
+# Eight nodes with less than 540 GB of memory each, which a save takes: experts over eight ranks, up to 105 GB
+#   ... NNODES=8 run.sh train --parallel.expert_model_parallel_size 8
+#
 # Two nodes of 8 GPUs, with experts over eight ranks:
 #   ... NNODES=2 run.sh train --parallel.pipeline_model_parallel_size 2 --parallel.context_parallel_size 4 \
 #       --parallel.expert_model_parallel_size 8 --parallel.recompute full --optimizer.moments bfloat16
