@@ -38,8 +38,8 @@ class ExpertLoad(Meter):
 
     def report(self, groups: Groups, steps: int) -> Figures:
         """Return the mean of the layers' balance losses (1: all experts are equally busy), and for
-        each layer how many times the mean load its busiest expert has. Layers that nothing trained
-        comes before are not counted. Empty for a model without experts. Collective.
+        each layer how many times the mean load its busiest expert has. Chunks that come before all
+        that is trained are not counted. Empty for a model without experts. Collective.
         """
         if not self._experts:
             return {}

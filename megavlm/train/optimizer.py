@@ -15,7 +15,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import (
+    ChainedOptimizer,
+    MegatronOptimizer,
+    OptimizerConfig,
+    get_megatron_optimizer,
+)
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from megatron.core.transformer.module import param_is_not_shared
 from torch import Tensor
@@ -131,12 +136,14 @@ def build(
     )
     overrides = parameter_groups.overrides(config, [chunk.module for chunk in ddp_chunks], ages)
     built = get_megatron_optimizer(settings, list(ddp_chunks), config_overrides=overrides)
+    # Without anything trained but experts the part for all else is empty, on every rank, and
+    # ``ChainedOptimizer._synchronize_steps`` reads the parameter groups that it does not have.
+    parts = [part for part in built.chained_optimizers if not part.is_stub_optimizer]
     if optimizer.moments == "bfloat16":
-        for part in built.chained_optimizers:
-            if not part.is_stub_optimizer:
-                # Called by megatron-core's ``step_with_ready_grads``.
-                part.optimizer.step = partial(step_in_slices, part.optimizer)
-    return built
+        for part in parts:
+            # Called by megatron-core's ``step_with_ready_grads``.
+            part.optimizer.step = partial(step_in_slices, part.optimizer)
+    return ChainedOptimizer(parts) if parts else built
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -145,7 +145,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _config(dataset: Path, architecture: Architecture = MODEL, **settings: Any) -> Config:
+def expert_config(dataset: Path, architecture: Architecture = MODEL, **settings: Any) -> Config:
     experts = dataclasses.replace(
         LOSSES, **{name: settings.pop(name) for name in list(settings) if name in vars(LOSSES)}
     )
@@ -157,7 +157,9 @@ def _config(dataset: Path, architecture: Architecture = MODEL, **settings: Any) 
 def alone(ranks: Pool, dataset: Path) -> Callable[[str], Curve]:
     """Return a cached function that trains in one process, for a freeze mask."""
     return cache(
-        lambda mask: ranks.run(train_curve, 1, _config(dataset, trainable=MASKS[mask], steps=5))[0]
+        lambda mask: ranks.run(
+            train_curve, 1, expert_config(dataset, trainable=MASKS[mask], steps=5)
+        )[0]
     )
 
 
@@ -165,7 +167,7 @@ def alone(ranks: Pool, dataset: Path) -> Callable[[str], Curve]:
 def test_a_layout_trains_like_one_process(
     ranks: Pool, dataset: Path, alone: Callable[[str], Curve], layout: Layout, mask: str
 ) -> None:
-    config = _config(dataset, trainable=MASKS[mask], steps=5, **layout.settings)
+    config = expert_config(dataset, trainable=MASKS[mask], steps=5, **layout.settings)
     curves = ranks.run(train_curve, layout.ranks, config)
     found = compare(curves, alone(mask))
     assert max(found.values()) <= LIMIT, found
@@ -175,13 +177,13 @@ def test_adapters_of_the_attention_train_like_one_process(ranks: Pool, dataset: 
     lora = Lora(rank=2, targets=("language.*.self_attention",))
     model = dataclasses.replace(MODEL, lora=lora)
     settings = dict(trainable=("language.*.lora", "connector"), steps=2)
-    [expected] = ranks.run(train_curve, 1, _config(dataset, model, **settings))
+    [expected] = ranks.run(train_curve, 1, expert_config(dataset, model, **settings))
     layout = Layout(expert=2, data=2).settings
-    curves = ranks.run(train_curve, 2, _config(dataset, model, **settings, **layout))
+    curves = ranks.run(train_curve, 2, expert_config(dataset, model, **settings, **layout))
     assert max(compare(curves, expected).values()) <= LIMIT
 
 
-def _job(dataset: Path, save: Path, **settings: Any) -> Config:
+def expert_job(dataset: Path, save: Path, **settings: Any) -> Config:
     """Configure a job of six steps, with a checkpoint in the middle."""
     settings = dict(global_batch_size=4, drop_path=0.0, adam_eps=1e-3) | settings
     job = make_job(dataset, save, **settings)
@@ -192,7 +194,7 @@ def test_a_run_resumes_bit_for_bit_and_at_other_layouts(
     ranks: Pool, dataset: Path, tmp_path: Path
 ) -> None:
     layout = Layout(expert=2, pipeline=2, data=2).settings
-    ranks.run(run_job, 4, _job(dataset, tmp_path / "whole", **layout))
+    ranks.run(run_job, 4, expert_job(dataset, tmp_path / "whole", **layout))
     [whole] = ranks.run(saved_tensors, 1, tmp_path / "whole" / "step_00000006")
     experts = [key for key in whole if ".mlp.experts.7.linear_fc1.weight" in key]
     assert len(experts) == 2 * 4, "of two layers: weight, master weight, both moments"
@@ -201,7 +203,7 @@ def test_a_run_resumes_bit_for_bit_and_at_other_layouts(
     for number, other in enumerate([Layout(expert=2, pipeline=2, data=2), *others]):
         resumed = tmp_path / str(number)
         forget_the_end(tmp_path / "whole", resumed)
-        ranks.run(run_job, other.ranks, _job(dataset, resumed, **other.settings))
+        ranks.run(run_job, other.ranks, expert_job(dataset, resumed, **other.settings))
         [found] = ranks.run(saved_tensors, 1, resumed / "step_00000006")
         assert found.keys() == whole.keys()
         for key, tensor in found.items():
@@ -251,7 +253,7 @@ def routed(config: Config) -> tuple[list[int], list[int], list[list[float]], lis
 
 
 def test_padding_is_routed_nowhere_and_counts_in_no_loss(ranks: Pool, dataset: Path) -> None:
-    [(real, ran, loads, by_hand)] = ranks.run(routed, 1, _config(dataset))
+    [(real, ran, loads, by_hand)] = ranks.run(routed, 1, expert_config(dataset))
     assert all(0 < count < 128 for count in real), "packs end in padding"
     assert sum(ran) == 2 * 3 * sum(real), "two layers, three experts of a token"
     for (*choices, balance, packs), expected in zip(loads, by_hand, strict=True):
@@ -286,12 +288,12 @@ def test_experts_without_a_token_neither_hang_nor_change_anything(
     """Of two expert-parallel ranks one then has no token at all."""
     mask = ("vision", "language.decoder.layers.*.mlp.experts")
     settings = dict(trainable=mask, steps=3, weight_decay=0.0)
-    [expected] = ranks.run(train_with_shut_experts, 1, _config(dataset, **settings))
+    [expected] = ranks.run(train_with_shut_experts, 1, expert_config(dataset, **settings))
     layout = Layout(expert=2, data=2).settings
-    curves = ranks.run(train_with_shut_experts, 2, _config(dataset, **settings, **layout))
+    curves = ranks.run(train_with_shut_experts, 2, expert_config(dataset, **settings, **layout))
     assert max(compare(curves, expected).values()) <= LIMIT
     key = "language.decoder.layers.1.mlp.experts.{}.linear_fc2.weight"
-    fresh = fresh_tensor(_config(dataset))
+    fresh = fresh_tensor(expert_config(dataset))
     weights = whole_weights([expected])
     changed = [
         not np.array_equal(weights[key.format(expert)], fresh(key.format(expert), (48, 24)))
@@ -302,7 +304,7 @@ def test_experts_without_a_token_neither_hang_nor_change_anything(
 
 def test_the_losses_of_the_router_have_gradients(ranks: Pool, dataset: Path) -> None:
     norms = [
-        ranks.run(train_curve, 1, _config(dataset, steps=1, **weights))[0].grad_norms[0]
+        ranks.run(train_curve, 1, expert_config(dataset, steps=1, **weights))[0].grad_norms[0]
         for weights in (
             dict(balance_loss=0.0, router_z_loss=0.0),
             dict(balance_loss=0.0),
@@ -339,7 +341,7 @@ def test_ranks_without_packs_run_along_in_validation_and_answers(
     ranks: Pool, dataset: Path, folders: Path, tmp_path: Path
 ) -> None:
     layout = Layout(expert=4, data=4).settings
-    configs = [_config(dataset, eval_packs=3, **one) for one in ({}, layout)]
+    configs = [expert_config(dataset, eval_packs=3, **one) for one in ({}, layout)]
     [expected], found = (ranks.run(valid_loss, n, one) for n, one in zip((1, 4), configs))
     assert found == pytest.approx([expected] * 4, rel=1e-6)
 

@@ -1,0 +1,50 @@
+"""Freeze masks that name experts or routers alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from megavlm.config.schema import Experts
+from tests.ranks.pool import Pool
+from tests.ranks.runs import train_curve
+from tests.ranks.test_experts import LIMIT, Layout, compare, expert_config, expert_job
+from tests.ranks.test_experts import dataset as dataset
+from tests.ranks.test_resume import forget_the_end, losses, run_job, saved_tensors
+
+EXPERTS = "language.decoder.layers.*.mlp.experts"
+ROUTERS = "language.decoder.layers.*.mlp.router"
+
+
+@pytest.mark.parametrize("layout", [Layout(), Layout(expert=2, data=2)], ids=str)
+def test_experts_alone_resume_bit_for_bit(
+    ranks: Pool, dataset: Path, tmp_path: Path, layout: Layout
+) -> None:
+    """The part of the optimizer for all else is then empty."""
+    settings = dict(trainable=(EXPERTS,), **layout.settings)
+    for name in ("whole", "killed"):
+        job = expert_job(dataset, tmp_path / name, **settings)
+        ranks.run(run_job, layout.ranks, dataclasses.replace(job, experts=Experts()))
+        if name == "whole":
+            forget_the_end(tmp_path / "whole", tmp_path / "killed")
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")[3:]
+    whole, killed = (
+        ranks.run(saved_tensors, 1, tmp_path / name / "step_00000006")[0]
+        for name in ("whole", "killed")
+    )
+    moments = [key for key in whole if "exp_avg_sq" in key]
+    assert len(moments) == 2 * 8 * 2 and all(".mlp.experts." in key for key in moments)
+    assert whole.keys() == killed.keys()
+    assert all(torch.equal(whole[key], killed[key]) for key in whole)
+
+
+def test_routers_alone_train_like_one_process(ranks: Pool, dataset: Path) -> None:
+    settings = dict(trainable=(ROUTERS,), steps=3)
+    [expected] = ranks.run(train_curve, 1, expert_config(dataset, **settings))
+    assert expected.grad_norms[0] > 0
+    layout = Layout(expert=2, pipeline=2, data=2).settings
+    curves = ranks.run(train_curve, 4, expert_config(dataset, **settings, **layout))
+    assert max(compare(curves, expected).values()) <= LIMIT
