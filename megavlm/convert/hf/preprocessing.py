@@ -117,7 +117,12 @@ def of_checkpoint(folder: Path) -> Usage:
             image_limit=packs.image_limit,
             is_trained=True,
         )
-    return Usage(**read_json(folder / _FILE_NAME)) if (folder / _FILE_NAME).is_file() else Usage()
+    if not (folder / _FILE_NAME).is_file():
+        return Usage()
+    facts = read_json(folder / _FILE_NAME)
+    if "image_limit" in facts:  # JSON has no tuples
+        facts["image_limit"] = tuple(facts["image_limit"])
+    return Usage(**facts)
 
 
 def write(usage: Usage, folder: Path) -> None:

@@ -117,7 +117,7 @@ def test_shares_together_are_the_whole_batch(dataset: PackedDataset, pack_id: in
 def test_only_images_of_the_share_are_decoded(
     dataset: PackedDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from megavlm.data.loading import dataset as module
+    from megavlm.data.loading import tiles as module
 
     pack_id = int(np.argmax(dataset.index["tiles"]))
     pack = dataset.reader.read(pack_id)
