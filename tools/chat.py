@@ -51,7 +51,8 @@ def main(arguments: list[str] | None = None) -> int:
         except (ValueError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
-    print(answered.rows["question"][0]["prediction"])
+    for rows in answered.rows.values():  # several with --eval.shots
+        print(rows[0]["prediction"])
     return 0
 
 

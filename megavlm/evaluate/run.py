@@ -104,7 +104,7 @@ def answer_with(
         words += ["--data.train", str(packs)] if packs else []
         _run([*words, *others], ranks, model, is_quiet=is_quiet)
         atomic.write_text(target / _DONE, json.dumps(asked) + "\n")
-    return _read(name, target / _RUN, [task.name for task in found])
+    return _read(name, target / _RUN)
 
 
 def _named(model: Path) -> tuple[str, Path]:
@@ -208,17 +208,17 @@ def _run(words: Sequence[str], ranks: int, model: Path, *, is_quiet: bool) -> No
         raise ValueError(f"{model}: the run that should answer ended with status {done.returncode}")
 
 
-def _read(name: str, target: Path, tasks: Sequence[str]) -> Answered:
-    """Read the figures and answers that a run has written."""
+def _read(name: str, target: Path) -> Answered:
+    """Read the figures and answers that a run has written, of every task that it answered: with
+    ``--eval.shots`` their names are others than those of the files.
+    """
     (folder,) = (target / "answers").iterdir()
     lines = (target / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    figures = json.loads(lines[-1])
-    return Answered(
-        model=name,
-        figures={
-            figure: value
-            for figure, value in figures.items()
-            if figure.split("/")[0] in tasks and "/" in figure
-        },
-        rows={task: read_rows(folder / f"{task}.jsonl") for task in tasks},
-    )
+    figures = {
+        figure: value
+        for figure, value in json.loads(lines[-1]).items()
+        if "/" in figure and (folder / f"{figure.partition('/')[0]}.jsonl").is_file()
+    }
+    tasks = dict.fromkeys(figure.partition("/")[0] for figure in figures)
+    rows = {task: read_rows(folder / f"{task}.jsonl") for task in tasks}
+    return Answered(model=name, figures=figures, rows=rows)

@@ -80,12 +80,20 @@ def read_tasks(paths: tuple[str, ...]) -> tuple[Task, ...]:
     return tasks
 
 
-def read_task(path: Path) -> Task:
-    """Read a task; arguments and errors as in ``read_tasks``."""
+def read_task(path: Path, flag: str = "--eval.tasks") -> Task:
+    """Read a task.
+
+    Args:
+        path: of the file.
+        flag: the option that names it, for errors.
+
+    Raises:
+        ValueError: the file is not there, or a line is no question.
+    """
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--eval.tasks {path}: cannot be read ({error})") from None
+        raise ValueError(f"{flag} {path}: cannot be read ({error})") from None
     questions = []
     metrics: dict[str, int] = {}
     for number, line in enumerate(lines, 1):
@@ -95,19 +103,19 @@ def read_task(path: Path) -> Task:
             fields = _parsed(line)
             questions.append(_question(fields, number, path.parent))
         except ValueError as error:
-            raise ValueError(f"--eval.tasks {path}:{number}: {error}") from None
+            raise ValueError(f"{flag} {path}:{number}: {error}") from None
         metrics.setdefault(_text(fields, "metric") or "exact_match", number)
     if not questions:
-        raise ValueError(f"--eval.tasks {path}: has no question")
+        raise ValueError(f"{flag} {path}: has no question")
     if len(metrics) > 1:
         told = ", ".join(f"{metric} in line {line}" for metric, line in metrics.items())
-        raise ValueError(f"--eval.tasks {path}: one file has one metric, but here are {told}")
+        raise ValueError(f"{flag} {path}: one file has one metric, but here are {told}")
     metric = next(iter(metrics))
     if metric in METRICS and METRICS[metric].needs_choices:
         questions = list(map(_with_listed_choices, questions))
     task = Task(name=path.stem, path=path, metric=metric, questions=tuple(questions))
     for problem in _problems(task):
-        raise ValueError(f"--eval.tasks {problem}")
+        raise ValueError(f"{flag} {problem}")
     return task
 
 

@@ -60,3 +60,31 @@ def test_too_few_examples_are_told(tmp_path: Path) -> None:
     task, examples = _files(tmp_path)
     with pytest.raises(ValueError, match="--eval.examples .*: has 4 questions .* asks for 5"):
         with_shots(read_tasks((task,)), examples, (5,))
+
+
+def test_examples_with_choices_show_them_and_answer_with_a_letter(tmp_path: Path) -> None:
+    def row(number: int, answer: str) -> dict:
+        choices = [f"{number} cats", f"{number} dogs"]
+        return dict(question="Which?", choices=choices, answer=answer, metric="multiple_choice")
+
+    task = str(write(tmp_path, row(0, "A")))
+    examples = str(write(tmp_path, row(1, "1 dogs"), row(2, "A"), name="examples.jsonl"))
+    [two] = with_shots(read_tasks((task,)), examples, (2,))
+    turns = two.questions[0].turns
+    shown = {one.text: other.text for one, other in zip(turns[:4:2], turns[1:4:2], strict=True)}
+    assert shown == {"Which?\nA. 1 cats\nB. 1 dogs": "B", "Which?\nA. 2 cats\nB. 2 dogs": "A"}
+
+
+def test_examples_that_do_not_fit_are_told_by_their_own_flag(tmp_path: Path) -> None:
+    task, examples = _files(tmp_path)
+    tasks = read_tasks((task,))
+    other = write(tmp_path, dict(question="Which?", answer="a", metric="vqa"), name="vqa.jsonl")
+    with pytest.raises(ValueError, match=r"--eval.examples .*vqa, but that of .* is exact_match"):
+        with_shots(tasks, str(other), (1,))
+    broken = write(tmp_path, dict(question="Which?"), name="broken.jsonl")
+    with pytest.raises(ValueError, match=r"^--eval.examples .*broken.jsonl:1: has no answer"):
+        with_shots(tasks, str(broken), (1,))
+    row = dict(question="Which?", answer="a")
+    same = read_tasks((task, str(write(tmp_path, row, name="exam_4_shots.jsonl"))))
+    with pytest.raises(ValueError, match="2 tasks would be called exam_4_shots"):
+        with_shots(same, examples, (0, 4))
