@@ -185,10 +185,21 @@ def figures(save: Path) -> list[dict[str, float]]:
 
 def test_training_does_not_notice_that_it_is_evaluated(folders: Path, ranks: Pool, tmp_path: Path):
     config = job(folders, tmp_path / "asked")
+    config = dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, valid=str(folders / "packs")),
+        eval=dataclasses.replace(config.eval, without_images=True),
+    )
     ranks.run(run_job, 2, config)
     plain = dataclasses.replace(job(folders, tmp_path / "plain", eval_interval=0), eval=Eval())
     ranks.run(run_job, 2, plain)
     assert losses(tmp_path / "asked") == losses(tmp_path / "plain")
+    lines = (tmp_path / "asked" / "metrics.jsonl").read_text().splitlines()
+    measured = [row for row in map(json.loads, lines) if "valid_loss" in row]
+    assert len(measured) == 4
+    for row in measured:
+        difference = row["valid_loss_without_images"] - row["valid_loss"]
+        assert 1e-5 < abs(difference) < 1, "the images changed nothing, or more than images can"
     found = figures(tmp_path / "asked")
     assert len(found) == 4  # before the first update, and after each
     assert set(found[0]) == {
@@ -207,7 +218,7 @@ def test_training_does_not_notice_that_it_is_evaluated(folders: Path, ranks: Poo
     only = dataclasses.replace(
         job(folders, tmp_path / "only", tensor_model_parallel_size=2),
         checkpoint=Checkpoint(save=str(tmp_path / "only"), load=str(tmp_path / "asked")),
-        eval=dataclasses.replace(config.eval, only=True),
+        eval=dataclasses.replace(config.eval, only=True, without_images=False),
     )
     ranks.run(run_job, 2, only)
     assert figures(tmp_path / "only") == found[3:]
@@ -256,6 +267,16 @@ def test_models_are_compared(
     assert page.count("data:image/jpeg;base64,") == 8  # 4 images of each task
     assert "http" not in page
     assert table[0].split() == ["hf", "run-step_00000003"]
+    with_examples = [
+        *(str(folders / "hf"), "--tasks", str(folders / "free.jsonl")),
+        *("--packs", str(folders / "packs"), "--out", str(tmp_path / "shots"), "--"),
+        *("--eval.examples", str(folders / "free.jsonl"), "--eval.shots", "0,1"),
+    ]
+    assert evaluate.main(with_examples) == 0
+    summary = json.loads((tmp_path / "shots" / "summary.json").read_text())
+    assert {name.split("/")[0] for name in summary["hf"]} == {"free", "free_1_shots"}
+    assert "<h2>free_1_shots" in (tmp_path / "shots" / "index.html").read_text()
+    capfd.readouterr()
     # The same command does nothing again; another one says what is in the way.
     assert evaluate.main(words) == 0
     assert capfd.readouterr().out.splitlines() == table
