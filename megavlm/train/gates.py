@@ -6,11 +6,13 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
 
 from megavlm.model.cross_attention import GatedCrossAttention
 from megavlm.model.vlm import VisionLanguageModel
 from megavlm.parallel.process_groups import Groups
 from megavlm.train.meters import Figures, Meter
+from megavlm.train.optimizer import whole_weights
 
 
 class Gates(Meter):
@@ -18,10 +20,12 @@ class Gates(Meter):
     MLP in front of each layer, counted from 0.
 
     Args:
-        chunks: this rank's.
+        ddp_chunks: this rank's.
     """
 
-    def __init__(self, chunks: Sequence[VisionLanguageModel]) -> None:
+    def __init__(self, ddp_chunks: Sequence[DistributedDataParallel]) -> None:
+        self.ddp_chunks = ddp_chunks
+        chunks: list[VisionLanguageModel] = [chunk.module for chunk in ddp_chunks]
         self.gates = {
             f"{block.layer_number - 1}.{name}": gate
             for chunk in chunks
@@ -36,7 +40,8 @@ class Gates(Meter):
         """Return ``gate``, a figure for each gate of the whole model. Collective."""
         if not self.has_any:
             return {}
-        own = {key: float(gate.float().tanh().abs().mean()) for key, gate in self.gates.items()}
+        with whole_weights(self.ddp_chunks):
+            own = {key: float(gate.float().tanh().abs().mean()) for key, gate in self.gates.items()}
         found: list = [None] * groups.pipeline_size
         dist.all_gather_object(found, own, group=groups.collection.pp)
         merged = {key: value for part in found for key, value in part.items()}

@@ -217,7 +217,7 @@ def _meters(job: Job, clock: Clock) -> Sequence[Meter]:
         NamedLosses(job.config.architecture, job.backend.device),
         Throughput(cost, clock),
         SourceLosses(job.train.source_names, job.backend.device),
-        Gates(job.chunks),
+        Gates(job.ddp_chunks),
         ExpertLoad(job.chunks, job.config.architecture, job.backend.device),
     )
 
