@@ -7,13 +7,15 @@ vision encoder, F features of a tile, D hidden size.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.enums import ModelType
 from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 from megatron.core.transformer import MegatronModule
 from megatron.core.transformer.transformer_layer import TransformerLayer
-from torch import Tensor
+from torch import Tensor, nn
 
 from megavlm.config.cross_attention import memory_rows
 from megavlm.config.schema import Config
@@ -31,6 +33,7 @@ from megavlm.model.transformer import language_config, vision_config
 from megavlm.model.vision import VisionEncoder
 from megavlm.parallel.process_groups import Groups
 from megavlm.parallel.vision_parallel import (
+    average_gradients,
     gather_features,
     gather_tiles,
     holds_whole_layers,
@@ -189,6 +192,21 @@ class VisionLanguageModel(MegatronModule):
         """
         for part in self.copies:
             sum_gradients(part.parameters(), self.groups)
+        average_gradients(self._computed_alike(), self.groups)
+
+    def _computed_alike(self) -> Iterator[nn.Parameter]:
+        """Yield the parameters of whole modules that every tensor-parallel rank runs on the same
+        input: connectors that are not sharded, and the rows of added tokens.
+        """
+        parts: list[nn.Module | None] = []
+        is_whole = not self.architecture.connector_sizes.all_reduced_elements
+        if is_whole and self.connector not in self.copies:
+            parts.append(self.connector)
+        if self.language is not None:
+            parts += [self.language.added_embedding, self.language.added_head]
+        for part in parts:
+            if part is not None:
+                yield from part.parameters()
 
     def train(self, mode: bool = True) -> VisionLanguageModel:
         """Switch between training and evaluation, in which nothing is recomputed: megatron-core

@@ -12,9 +12,10 @@ Shapes: I tiles of a rank, F features a tile, D hidden size.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
@@ -85,7 +86,25 @@ def sum_gradients(parameters: Iterable[nn.Parameter], groups: Groups) -> None:
     """Sum the gradients of replicated parameters over the tensor-parallel ranks, after the sum over
     data-parallel ranks. Collective.
     """
+    _sum([parameter.main_grad for parameter in parameters if parameter.requires_grad], groups)
+
+
+def average_gradients(parameters: Iterable[nn.Parameter], groups: Groups) -> None:
+    """Make the gradients of parameters, which all tensor-parallel ranks compute alike, the same to
+    the last bit: kernels that add in any order would let the copies drift apart. Collective.
+
+    megatron-core does so for parameters with ``average_gradients_across_tp_domain``, by a reduction
+    that gloo lacks.
+    """
     gradients = [parameter.main_grad for parameter in parameters if parameter.requires_grad]
+    if groups.tensor_size == 1 or not gradients:
+        return
+    _sum(gradients, groups)
+    torch._foreach_div_(gradients, groups.tensor_size)
+
+
+def _sum(gradients: Sequence[Tensor], groups: Groups) -> None:
+    """Sum gradients over the tensor-parallel ranks, in place."""
     work = [
         dist.all_reduce(gradient, group=groups.collection.tp, async_op=True)
         for gradient in gradients

@@ -148,6 +148,37 @@ def test_a_layout_trains_like_one_process(
     assert max(_apart(curves, alone(layout.layers)).values()) <= LIMIT
 
 
+def gradients_of_rank(config: Config) -> dict[str, float]:
+    """Fill this rank's gradients with its number, finish them, and return what they are then."""
+    from megavlm.model.weights import named_weights
+    from tests.ranks.runs import build
+
+    job = build(config)
+    gradients = {
+        key: weight.main_grad
+        for key, weight in named_weights(job.chunks[0]).items()
+        if weight.requires_grad
+    }
+    for gradient in gradients.values():
+        gradient.fill_(job.groups.tensor_rank)
+    job.chunks[0].sum_gradients()
+    return {key: float(gradient.mean()) for key, gradient in gradients.items()}
+
+
+@pytest.mark.parametrize("vision", ["tensor", "data"])
+def test_tensor_ranks_agree_on_gradients_of_what_all_of_them_hold_whole(
+    ranks: Pool, packs: Path, vision: str
+) -> None:
+    layout = dict(tensor_model_parallel_size=2, vision=vision)
+    found = ranks.run(gradients_of_rank, 2, _config(_of_layers(2), packs, **layout))
+    of_connector = 0.5 if vision == "tensor" else 1.0  # tiles of their own are summed
+    for rank, values in enumerate(found):
+        wanted = {"connector": of_connector, "added": 0.5, "decoder": rank}
+        for key, value in values.items():
+            part = next(name for name in wanted if name in key)
+            assert value == wanted[part], key
+
+
 @pytest.mark.parametrize("recompute", ["selective", "full"])
 def test_images_go_along_the_pipeline_and_through_what_is_recomputed(
     ranks: Pool, packs: Path, alone: Callable[[int], Curve], recompute: str
