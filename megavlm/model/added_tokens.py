@@ -62,7 +62,7 @@ class AddedHead(MegatronModule):
         self.weight = nn.Parameter(torch.zeros(shape, dtype=config.params_dtype))
 
     def forward(self, hidden: Tensor, logits: Tensor, sums_gradient: bool) -> Tensor:
-        """Replace the logits of added tokens.
+        """Replace the logits of added tokens, in place.
 
         Args:
             hidden: hidden states [P, 1, D].
@@ -82,4 +82,7 @@ class AddedHead(MegatronModule):
         rows = rows[start - first : stop - first] if stop > start else rows[:0]
         if sums_gradient:
             hidden = copy_to_tensor_model_parallel_region(hidden, self.group)
-        return torch.cat([logits[..., :start], linear(hidden, rows), logits[..., stop:]], dim=-1)
+        # In place: of all numbers of a step, logits are the most. A rank without a column of these
+        # tokens writes nothing, and still takes part in the sum of the gradients.
+        logits[..., start:stop] = linear(hidden, rows)
+        return logits
