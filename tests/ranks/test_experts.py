@@ -173,6 +173,15 @@ def test_a_layout_trains_like_one_process(
     assert max(found.values()) <= LIMIT, found
 
 
+def test_bfloat16_trains_like_one_process_but_for_rounding(ranks: Pool, dataset: Path) -> None:
+    settings = dict(precision="bfloat16", steps=3)
+    [expected] = ranks.run(train_curve, 1, expert_config(dataset, **settings))
+    layout = Layout(expert=2, tensor=2, data=2).settings
+    found = ranks.run(train_curve, 4, expert_config(dataset, **settings, **layout))[0]
+    assert found.losses == pytest.approx(expected.losses, rel=2e-2)
+    assert found.grad_norms == pytest.approx(expected.grad_norms, rel=5e-2)
+
+
 def test_adapters_of_the_attention_train_like_one_process(ranks: Pool, dataset: Path) -> None:
     lora = Lora(rank=2, targets=("language.*.self_attention",))
     model = dataclasses.replace(MODEL, lora=lora)
