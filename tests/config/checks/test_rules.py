@@ -142,7 +142,11 @@ WRONG = [
     ("--global-batch-size 3", 8, ["use 8"]),
     ("--global-batch-size 0", 1, ["global_batch_size 0: must be 1 or more"]),
     ("--parallel.timeout_minutes 0", 1, ["timeout_minutes 0: must be 1 or more"]),
-    ("--architecture.vision.num_layers -1 --training.trainable language", 1, ["must be 0 or more"]),
+    (
+        "--architecture.vision.num_layers -1 --training.trainable language --training.drop_path 0",
+        1,
+        ["vision.num_layers -1: must be 0 or more"],
+    ),
     (
         "--architecture.vision.patch_size 5",
         1,
