@@ -142,6 +142,11 @@ class Job:
                 f"{flag}: cuts texts at {form.pair_length} tokens and keeps their last one; leave"
                 " --truncate, --window_tokens and --window_images out"
             )
+        if form.images_before_text and self.windows.cut:
+            raise ValueError(
+                f"{flag}: puts images before the first tokens of a text, which each window of a"
+                " document has to begin with; leave --window_tokens and --window_images out"
+            )
         if form.images.newline and self.tiling.mode != "patches":
             raise ValueError(
                 f"--tiling {self.tiling.mode}: {flag} has a token behind each row of patches; use"

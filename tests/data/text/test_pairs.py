@@ -94,6 +94,14 @@ def test_what_is_no_pair_is_rejected(tmp_path: Path, record: list[Turn], tiles: 
         ({"features_per_tile": 4}, "--tokens_per_tile 4: must be 0"),
         ({"truncate": 32}, "leave --truncate, --window_tokens and --window_images out"),
         ({"windows": Windows(tokens=64)}, "--window_tokens and --window_images out"),
+        (
+            {"windows": Windows(tokens=64), "template": "fuyu", "features_per_tile": 1},
+            "--template fuyu: puts images before the first tokens of a text",
+        ),
+        (
+            {"windows": Windows(images=2), "template": "blip2", "features_per_tile": 4},
+            "--template blip2: puts images before .* leave --window_tokens and --window_images out",
+        ),
     ],
 )
 def test_settings_that_pairs_cannot_have_are_refused(settings: dict, words: str) -> None:
