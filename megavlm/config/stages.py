@@ -136,6 +136,8 @@ def _placed(run: Config, before: Config | None, *, exports: bool, command: Comma
     own = cli.where_given(command.of_stage.get(run.stage, []))
     if not exports and "checkpoint.export_hf" not in own:
         files = replace(files, export_hf="")
+        if "ema.export" not in own:
+            run = replace(run, ema=replace(run.ema, export=False))
     files = replace(files, save=str(Path(files.save) / f"stage_{run.stage}"))
     if before is None:
         return replace(run, checkpoint=files)

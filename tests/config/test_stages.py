@@ -167,6 +167,16 @@ def test_a_later_stage_refuses_parts_and_obeys_what_it_can(
     )
 
 
+def test_the_average_is_exported_by_the_stages_that_export() -> None:
+    common = [*COMMON, "--ema.decay", "0.9", "--ema.export", "true", "--stage", "1,1.5,2"]
+    runs = parsed(*common, "--checkpoint.export_hf", "out")
+    assert [run.ema.export for run in runs] == [False, False, True]
+    assert [run.ema.decay for run in runs] == [0.9] * 3
+    own = ["--for", "1", "--checkpoint.export_hf one"]
+    runs = parsed(*common, "--checkpoint.export_hf", "out", *own)
+    assert [run.ema.export for run in runs] == [True, False, True]
+
+
 def test_what_a_later_stage_starts_from_is_checked_as_what_the_first_one_has() -> None:
     seen = []
     parse_stages(
