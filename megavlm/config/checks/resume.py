@@ -121,6 +121,13 @@ def refusals(old: Config, new: Config, *, is_own: bool) -> list[str]:
         sizes = (old.training.global_batch_size, new.training.global_batch_size)
         key = "training.global_batch_size"
         found.append(f"{_difference(key, *sizes)}: {_REASONS['data.']}")
+    before = old.training.precision
+    if new.architecture.lora.nf4 and new.training.precision != before:
+        key = "training.precision"
+        found.append(
+            f"{_difference(key, before, new.training.precision)}: the weights of"
+            " --architecture.lora.nf4 are rounded from those of that dtype"
+        )
     return found
 
 

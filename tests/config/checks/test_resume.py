@@ -105,6 +105,16 @@ def test_the_batch_may_change_if_the_order_of_the_packs_stays() -> None:
     assert refused.startswith("--training.global_batch_size: 8 in the checkpoint")
 
 
+def test_weights_of_4_bits_keep_the_dtype_that_they_were_rounded_from() -> None:
+    lora = ["--architecture.lora.rank", "4", "--architecture.lora.nf4", "language"]
+    old = run("--training.precision", "bfloat16", *lora)
+    [refused] = refusals(old, run("--training.precision", "float32", *lora), is_own=True)
+    assert refused.startswith("--training.precision: bfloat16 in the checkpoint, float32 asked for")
+    assert "--architecture.lora.nf4" in refused
+    old = run("--training.precision", "bfloat16", *lora[:2])
+    assert not refusals(old, run("--training.precision", "float32", *lora[:2]), is_own=True)
+
+
 def test_where_a_run_began_may_be_left_out_or_said_again(tmp_path: Path) -> None:
     began = tmp_path / "one"
     save = tmp_path / "two"
