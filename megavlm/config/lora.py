@@ -1,7 +1,8 @@
 """LoRA adapters (Hu et al., arXiv 2106.09685): which linear layers have one, and how large it is.
 
 An adapter adds ``alpha / rank * B A x`` to what a linear layer makes of ``x``. Queries, keys and
-values have an A each, as in PEFT, and so have gate and up; the A's of one layer are stacked.
+values have an A each, as in PEFT, and so have gate and up; the A's of one layer are stacked. A
+family whose files hold them as one weight has one A for all of them, as PEFT gives it.
 """
 
 from __future__ import annotations
@@ -27,6 +28,11 @@ _ADAPTABLE = re.compile(
     + "|".join(re.escape(name) for name in LINEARS)
     + r")\.weight"
 )
+
+
+# Families whose files have one weight for queries, keys and values, or for gate and up.
+_ONE_QKV = ("eva", "persimmon", "phi3")
+_ONE_GATE_AND_UP = ("phi3",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,11 +77,21 @@ class Lora:
         )
 
 
-def stacked(key: str) -> int:
-    """Return the number of A's of a layer: one for each projection that its weight holds."""
+def stacked(architecture: Any, key: str) -> int:
+    """Return the number of A's of a layer: one for each of Hugging Face's weights that its weight
+    holds.
+
+    Args:
+        architecture: ``schema.Architecture``.
+        key: of the weight.
+    """
+    is_vision = key.startswith("vision.")
+    family = (architecture.vision if is_vision else architecture.language).family
     if key.endswith("linear_qkv.weight"):
-        return 3
-    return 2 if key.startswith("language.") and key.endswith("linear_fc1.weight") else 1
+        return 1 if family in _ONE_QKV else 3
+    is_gated = not is_vision and architecture.language.is_gated
+    holds_both = is_gated and key.endswith("linear_fc1.weight")
+    return 2 if holds_both and family not in _ONE_GATE_AND_UP else 1
 
 
 def is_adapter(key: str) -> bool:

@@ -31,7 +31,8 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn.functional import linear
 
-from megavlm.config.lora import LINEARS, Lora, stacked
+from megavlm.config.lora import LINEARS, stacked
+from megavlm.config.schema import Architecture
 from megavlm.model.lora_dropout import Location, adapter_salt, drop
 
 _COLUMN = ("linear_qkv.weight", "linear_fc1.weight")
@@ -43,7 +44,7 @@ class LowRankAdapter(nn.Module):
     Args:
         key: checkpoint key of the layer's weight.
         weight: this rank's share of it [outputs, inputs].
-        lora: the settings.
+        architecture: the model, with the settings.
         config: megatron-core's configuration of the part.
         group: tensor-parallel ranks that share the layer.
     """
@@ -52,13 +53,14 @@ class LowRankAdapter(nn.Module):
         self,
         key: str,
         weight: Tensor,
-        lora: Lora,
+        architecture: Architecture,
         config: TransformerConfig,
         group: ProcessGroup,
     ):
         super().__init__()
+        lora = architecture.lora
         outputs, inputs = weight.shape
-        self.count = stacked(key)
+        self.count = stacked(architecture, key)
         self.scale = lora.scale
         self.dropout = lora.dropout
         self.salt = adapter_salt(key)
@@ -158,14 +160,18 @@ class LowRankAdapter(nn.Module):
 
 
 def attach(
-    part: nn.Module, stack: str, lora: Lora, config: TransformerConfig, group: ProcessGroup
+    part: nn.Module,
+    stack: str,
+    architecture: Architecture,
+    config: TransformerConfig,
+    group: ProcessGroup,
 ) -> None:
     """Give the linear layers of a part their adapters.
 
     Args:
         part: the vision encoder or the language model of a chunk.
         stack: checkpoint key that its layers' keys begin with.
-        lora: the settings.
+        architecture: the model, with the settings.
         config: megatron-core's configuration of the part.
         group: tensor-parallel ranks that share each layer.
     """
@@ -173,9 +179,9 @@ def attach(
     for layer in layers:
         for name in LINEARS:
             key = f"{stack}.{layer.layer_number - 1}.{name}.weight"
-            if lora.adapts(key):
+            if architecture.lora.adapts(key):
                 target = layer.get_submodule(name)
-                target.lora = LowRankAdapter(key, target.weight, lora, config, group)
+                target.lora = LowRankAdapter(key, target.weight, architecture, config, group)
                 target.register_forward_hook(_add)
 
 

@@ -104,7 +104,7 @@ class VisionLanguageModel(MegatronModule):
             self.language = LanguageModel(
                 self.config, arch, chunk, chosen, collection, vp_stage, config.loss
             )
-            attach(self.language, "language.decoder.layers", arch.lora, self.config, collection.tp)
+            attach(self.language, "language.decoder.layers", arch, self.config, collection.tp)
         self.objective = build_objective(self.config, config, chunk, chosen, groups)
         if not arch.language.exists and chunk.has_connector:
             self.objective.take_connector(self.connector)
@@ -125,7 +125,7 @@ class VisionLanguageModel(MegatronModule):
         vision = VisionEncoder(
             encoder, arch.vision, chunk, drop_path, chosen, groups, self.vp_stage
         )
-        attach(vision, "vision.encoder.layers", arch.lora, encoder, groups.tp)
+        attach(vision, "vision.encoder.layers", arch, encoder, groups.tp)
         return vision
 
     def set_input_tensor(self, received: Tensor | list[Tensor]) -> None:

@@ -148,7 +148,10 @@ def _adapter(architecture: Architecture, piece: Piece) -> Iterator[Piece]:
         of_layer = inputs[2]
     rank = architecture.lora.rank
     rows = piece.forward // (2 * piece.elements)
-    sizes = {"a": stacked(piece.key) * rank * of_layer, "b": piece.elements // of_layer * rank}
+    sizes = {
+        "a": stacked(architecture, piece.key) * rank * of_layer,
+        "b": piece.elements // of_layer * rank,
+    }
     for name, elements in sizes.items():
         yield replace(
             piece, key=f"{stem}.lora.{name}", elements=elements, forward=2 * elements * rows

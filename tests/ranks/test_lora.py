@@ -12,6 +12,7 @@ import torch
 
 from megavlm.config.lora import Lora, is_adapter
 from megavlm.config.schema import Config
+from tests.convert.models import PERSIMMON
 from tests.ranks.pool import Pool
 from tests.ranks.runs import TINY, Curve, config_for, make_packs, train_curve, whole_weights
 from tests.ranks.test_resume import (
@@ -113,15 +114,31 @@ def logits_with_and_without(config: Config) -> tuple[torch.Tensor, torch.Tensor]
     return found, {key: weight.detach().clone() for key, weight in weights.items()}
 
 
-def test_queries_keys_values_gate_and_up_have_adapters_of_their_own(
-    ranks: Pool, dataset: Path
+# Phi-3's files hold queries, keys and values in one weight, gate and up in another, and Persimmon's
+# MLP has no gate.
+FAMILIES = {
+    "qwen2": {},
+    "phi3": dict(family="phi3", qkv_bias=False),
+    "persimmon": PERSIMMON | dict(num_query_groups=TINY.language.num_attention_heads),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_weight_of_files_has_an_adapter_of_its_own(
+    ranks: Pool, dataset: Path, family: str
 ) -> None:
     from megavlm.convert.weights.adapters import MergedAdapters
 
-    config = with_adapters(config_for(dataset, **SETTINGS))
+    def configured(**settings: object) -> Config:
+        config = config_for(dataset, **SETTINGS | settings)
+        language = dataclasses.replace(config.architecture.language, **FAMILIES[family])
+        architecture = dataclasses.replace(config.architecture, language=language)
+        return dataclasses.replace(config, architecture=architecture)
+
+    config = with_adapters(configured())
     [(wanted, weights)] = ranks.run(logits_with_and_without, 1, config)
     merged = MergedAdapters(Held(weights), config.architecture)
-    plain = config_for(dataset, **SETTINGS | dict(trainable=("connector",)))
+    plain = configured(trainable=("connector",))
     [found] = ranks.run(logits_of, 1, (plain, {key: merged[key] for key in merged.headers}))
     assert (found - wanted).abs().max() < 1e-5 < wanted.abs().max()
 

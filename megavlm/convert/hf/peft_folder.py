@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from megavlm.config.lora import LINEARS, Lora, stacked
+from megavlm.config.lora import LINEARS, Lora
 from megavlm.config.schema import Architecture
 from megavlm.convert.hf.json_files import read_json
-from megavlm.convert.weights.adapters import factor_keys
+from megavlm.convert.weights.adapters import factor_keys, moves_rows
 from megavlm.convert.weights.byte_ranges import Range
 from megavlm.convert.weights.mapping import Row
 from megavlm.convert.weights.tables import name_in_memory, rows
@@ -110,8 +110,7 @@ class WithAdapters:
         if some is None:
             return {}
         key_a, key_b = factor_keys(row)
-        joined = parts_b[0] if len(parts_b) == 1 else row.operation.join(parts_b)
-        assert len(parts_a) == stacked(row.key)
+        joined = row.operation.join(parts_b) if moves_rows(row) else parts_b[0]
         return {
             key_a: torch.cat(parts_a).to(some.dtype),
             key_b: joined.to(some.dtype).contiguous(),

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from megavlm.config.lora import is_adapter, stacked
+from megavlm.config.lora import is_adapter
 from megavlm.config.schema import Architecture
 from megavlm.convert.weights.byte_ranges import Range
 from megavlm.convert.weights.mapping import Row
@@ -42,6 +42,13 @@ def factor_keys(row: Row) -> tuple[str, str]:
     return f"{stem}.lora.a", f"{stem}.lora.b"
 
 
+def moves_rows(row: Row) -> bool:
+    """Return whether a weight's operation is about its rows, which are those of B; else it cuts
+    columns for heads that only pad.
+    """
+    return row.key.endswith(("linear_qkv.weight", "linear_fc1.weight"))
+
+
 def factors(source: Tensors, row: Row) -> dict[str, Factors]:
     """Read the adapters of a weight of a checkpoint, by Hugging Face's name of the weight.
 
@@ -49,8 +56,8 @@ def factors(source: Tensors, row: Row) -> dict[str, Factors]:
     """
     key_a, key_b = factor_keys(row)
     whole_b = source[key_b]
-    parts_b = (whole_b,) if len(row.names) == 1 else row.operation.split(whole_b)
-    parts_a = source[key_a].chunk(stacked(row.key))
+    parts_b = row.operation.split(whole_b) if moves_rows(row) else (whole_b,)
+    parts_a = source[key_a].chunk(len(row.names))
     inputs = row.shape[1]
     return {
         name: Factors(a[:, :inputs], b)

@@ -17,12 +17,12 @@ from megavlm.checkpoint import train_state
 from megavlm.checkpoint.train_state import State
 from megavlm.config.cli import from_yaml, to_yaml
 from megavlm.config.lora import Lora
-from megavlm.config.schema import Config
+from megavlm.config.schema import Architecture, Config
 from megavlm.convert.dist_checkpoint import ShardsFolder, write_shards
 from megavlm.convert.hf import convert, peft_export
 from megavlm.convert.weights.views import Header
 from megavlm.model.nf4 import rounded
-from tests.convert.models import SMALL, make_hf
+from tests.convert.models import NATIVE_KINDS, SMALL, make_hf
 
 TARGETS = ("language", "vision.*.self_attention", "vision.encoder.layers.1.mlp")
 
@@ -50,11 +50,15 @@ class Edited:
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Make the model that adapters are trained on, in float32."""
-    folder = tmp_path_factory.mktemp("peft") / "base"
+    return make_base(tmp_path_factory.mktemp("peft") / "base", SMALL)
+
+
+def make_base(folder: Path, architecture: Architecture) -> Path:
+    """Make a model in float32."""
     model = InternVLForConditionalGeneration.from_pretrained(
-        make_hf(folder.parent / "first", SMALL), dtype=torch.float32
+        make_hf(folder.parent / "first", architecture), dtype=torch.float32
     )
-    make_hf(folder, SMALL)
+    make_hf(folder, architecture)
     with torch.no_grad():  # attention that is no choice of one token, so that rounding stays small
         for parameter in model.parameters():
             parameter.mul_(0.2 if parameter.squeeze().ndim > 1 else 1.0)
@@ -62,12 +66,19 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def checkpoint_of(base: Path, folder: Path, lora: Lora, *, trains_connector: bool) -> Path:
+def checkpoint_of(
+    base: Path,
+    folder: Path,
+    lora: Lora,
+    *,
+    trains_connector: bool,
+    architecture: Architecture = SMALL,
+) -> Path:
     """Write a checkpoint with random adapters, as training leaves one."""
     from megavlm.planner.flops import pieces
 
     convert.import_(base, folder.parent / "imported")
-    architecture = replace(SMALL, lora=lora)
+    architecture = replace(architecture, lora=lora)
     plain = ShardsFolder(folder.parent / "imported" / "shards")
     generator = torch.Generator().manual_seed(7)
     edits: dict[str, Tensor] = {}
@@ -137,6 +148,30 @@ def test_peft_gives_the_logits_of_the_merged_export(
     found = from_yaml(tmp_path / "again" / "config.yaml").architecture.lora
     assert (found.rank, found.scale) == (4, 3.0)
     assert "language.decoder.layers.*.self_attention.linear_qkv" in found.targets
+
+
+@pytest.mark.parametrize(("family", "modules"), [("phi3", 4), ("persimmon", 4)])
+def test_families_with_joint_projections_are_merged_as_peft_merges_them(
+    tmp_path: Path, family: str, modules: int
+) -> None:
+    architecture = NATIVE_KINDS[family]
+    base = make_base(tmp_path / "base", architecture)
+    lora = Lora(rank=4, alpha=12.0, targets=("language",))
+    settings = dict(trains_connector=False, architecture=architecture)
+    trained = checkpoint_of(base, tmp_path / "trained", lora, **settings)
+    convert.export(trained, tmp_path / "merged", tokenizer=base, dialect="native")
+    peft_export.export(trained, tmp_path / "adapters", base=base)
+    saved = json.loads((tmp_path / "adapters" / "adapter_config.json").read_text())
+    assert len(saved["target_modules"]) == 3 * modules
+    merged = logits(load(tmp_path / "merged"))
+    on_base = logits(peft.PeftModel.from_pretrained(load(base), tmp_path / "adapters"))
+    before = logits(load(base))
+    assert (merged - on_base).abs().max() < 1e-4 < 1e-2 < (merged - before).abs().max()
+    convert.import_(base, tmp_path / "again", adapters=tmp_path / "adapters")
+    first = ShardsFolder(trained / "shards")
+    second = ShardsFolder(tmp_path / "again" / "shards")
+    assert first.headers.keys() == second.headers.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first.headers)
 
 
 def test_adapters_that_peft_has_made_are_imported(base: Path, tmp_path: Path) -> None:

@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from transformers import InternVLConfig, InternVLForConditionalGeneration
 
+from megavlm.config.lora import Lora, stacked
 from megavlm.config.models import MODELS
 from megavlm.config.schema import Architecture
 from megavlm.convert.hf import native_config
+from megavlm.convert.weights.adapters import adapted_rows
 from megavlm.convert.weights.families import FAMILIES, family_of
-from megavlm.convert.weights.tables import head_names, megatron_shapes, name_on_disk, rows
+from megavlm.convert.weights.tables import (
+    Dialect,
+    head_names,
+    megatron_shapes,
+    name_on_disk,
+    rows,
+)
+from tests.convert.blip2_models import OPT
+from tests.convert.fuyu_models import SMALL as FUYU
 from tests.convert.models import KINDS, NATIVE_KINDS, language
 
 
@@ -115,3 +126,22 @@ def test_operations_and_tables_need_neither_megatron_nor_transformers() -> None:
         ).stdout.strip()
         == "[]"
     )
+
+
+@pytest.mark.parametrize(
+    ("architecture", "dialect"),
+    [
+        *((architecture, "native") for architecture in NATIVE_KINDS.values()),
+        (OPT, "blip2"),
+        (FUYU, "fuyu"),
+    ],
+    ids=[*NATIVE_KINDS, "BLIP-2 with OPT", "Fuyu"],
+)
+def test_each_weight_of_the_files_has_an_adapter(
+    architecture: Architecture, dialect: Dialect
+) -> None:
+    adapted = replace(architecture, lora=Lora(rank=2, targets=("vision", "language")))
+    table = list(adapted_rows(adapted, dialect))
+    assert len(table) > architecture.language.num_layers
+    for row in table:
+        assert stacked(architecture, row.key) == len(row.names), row.key
