@@ -13,7 +13,7 @@ from megavlm.checkpoint.base_files import Base
 from megavlm.checkpoint.step_folder import Checkpoint
 from megavlm.config.schema import Config, Init
 from megavlm.convert.hf import convert, from_parts
-from megavlm.train import checkpoint
+from megavlm.train import checkpoint, resume
 from megavlm.train.origin import Start
 from megavlm.train.resume import DamagedError
 
@@ -36,7 +36,7 @@ def find(config: Config, start: Start) -> Below | None:
     names, where they were, or as far from the save folder as they were. No file of weights is read.
 
     Raises:
-        ValueError: they are nowhere, or do not fit the model.
+        ValueError: they are nowhere, or do not fit the model, or the command names others.
     """
     if not isinstance(start, Checkpoint) or not start.state.trained_only:
         return None
@@ -47,12 +47,21 @@ def find(config: Config, start: Start) -> Below | None:
             " which noted too little of what lies below them; train from"
             f" {', '.join(base.folders)} again"
         )
-    tried = {}
+    named = _named(config)
+    tried: dict[str, str] = {}
     for folders in _places(config, start):
         name = ", ".join(map(str, folders))
         tried[name] = tried.get(name) or base_files.difference(base, folders)
         if not tried[name]:
             return Below(start=_opened(start, folders), folders=folders)
+        if folders == named and _asks_for_others(config, start):
+            flag = "--checkpoint.load" if config.checkpoint.load else "--init"
+            listed = "\n  ".join(tried.values())
+            raise ValueError(
+                f"{flag} {name}: {start.folder} holds trained parameters only, and these are not"
+                f" the weights that they were trained on:\n  {listed}\n  leave it out, or name"
+                " another --checkpoint.save"
+            )
     listed = "\n  ".join(tried.values())
     raise ValueError(
         f"{start.folder}: holds trained parameters only, and what lies below them is not there:\n"
@@ -63,13 +72,33 @@ def find(config: Config, start: Start) -> Below | None:
 def _places(config: Config, start: Checkpoint) -> Iterator[list[Path]]:
     """Yield where the folders of a base may be."""
     base = start.state.base
-    named = [config.checkpoint.load] if config.checkpoint.load else config.init.parts.values()
-    given = [Path(folder) for folder in named]
-    if given:
-        yield [folder / Path(was).name for folder, was in zip(given, base.folders, strict=False)]
-        yield given
+    named = _named(config)
+    if named:
+        if len(named) == len(base.folders):
+            yield [folder / Path(was).name for folder, was in zip(named, base.folders, strict=True)]
+        yield named
     yield [Path(folder) for folder in base.folders]
     yield [start.folder.parent / folder for folder in base.beside]
+
+
+def _named(config: Config) -> list[Path]:
+    """Return the folders of weights that the command names."""
+    load = config.checkpoint.load
+    return [Path(folder) for folder in ([load] if load else config.init.parts.values())]
+
+
+def _asks_for_others(config: Config, start: Checkpoint) -> bool:
+    """Return whether the command names folders of weights that the run did not begin with, and that
+    are not its own.
+    """
+    named = _named(config)
+    own = start.folder.parent.resolve()
+    places = [place.resolve() for folder in named for place in (folder, folder.parent)]
+    return (
+        named != _named(start.config)
+        and own not in places
+        and any(base_files.weight_files(folder) for folder in named)
+    )
 
 
 def _opened(start: Checkpoint, folders: list[Path]) -> Start:
@@ -126,7 +155,9 @@ def note(config: Config, start: Start, below: Below | None) -> Base:
     """
     if not config.checkpoint.trained_only:
         return Base()
-    if isinstance(start, Checkpoint) and (below or start.state.base != Base()):
+    is_known = below is not None or (isinstance(start, Checkpoint) and start.state.base != Base())
+    # A later stage begins with what the stage before it ended with, not with what lay below that.
+    if is_known and isinstance(start, Checkpoint) and resume.resumes(config, start):
         known = start.state.base
         return known if below is None else base_files.moved(known, below.folders, _save(config))
     by_size_only = config.checkpoint.verify == "size"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from megavlm.checkpoint import step_folder
@@ -29,8 +30,22 @@ def find(config: Config) -> Start:
     """Find what a run starts from that has no checkpoint of its own.
 
     Raises:
-        ValueError: it is not there, or does not fit.
+        ValueError: it is not there, or does not fit, or averages are to be measured and it has
+            none.
     """
+    start = _named(config)
+    is_resumed = isinstance(start, Checkpoint) and resume.resumes(config, start)
+    if config.eval.only and config.ema.evaluate and not is_resumed:
+        raise ValueError(
+            "--ema.evaluate true: with --eval.only true it needs a --checkpoint.load of the same"
+            " recipe and --stage, without --checkpoint.weights_only, whose averages are measured;"
+            " other weights come without averages"
+        )
+    return start
+
+
+def _named(config: Config) -> Start:
+    """Return what the command says that a run starts from; errors as of ``find``."""
     if config.init != Init():
         _check_parts(config)
         return config.init
@@ -112,4 +127,7 @@ def fill(
         there = convert.full_tensors(start, config.architecture)
         weights.fill(chunks, lambda key, shape: (fresh if is_adapter(key) else there)(key, shape))
     else:
-        weights.fill(chunks, fresh if start is None else from_parts.full_tensors(config, fresh))
+        if start is not None:
+            # Parts below a checkpoint may be elsewhere than the command says.
+            fresh = from_parts.full_tensors(replace(config, init=start), fresh)
+        weights.fill(chunks, fresh)

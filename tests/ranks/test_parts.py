@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -262,6 +263,32 @@ def test_stage_1_starts_from_parts_goes_on_by_itself_and_ends_in_hugging_face(
         config, training=replace(config.training, steps=3), checkpoint=replace(files, export_hf="")
     )
     assert ranks.run(run_job, 2, longer) == [3] * 2 and len(read_losses(tmp_path / "run2")) == 3
+
+
+def test_parts_below_a_checkpoint_are_read_where_they_are(
+    ranks: Pool, parts_and_packs: tuple[Init, Path], tmp_path: Path
+) -> None:
+    from megavlm.convert.hf import from_parts
+
+    (init, packs) = parts_and_packs
+    parts = {name: tmp_path / "runs" / name for name in ("vision", "language")}
+    for name, folder in parts.items():
+        shutil.copytree(vars(init)[name], folder)
+    init = Init(vision=str(parts["vision"]), language=str(parts["language"]))
+    architecture = from_parts.read_model("", init)
+    save = tmp_path / "runs" / "run"
+    files = Checkpoint(save=str(save), save_interval=1, trained_only=True, keep=0)
+    config = _config(architecture, init, packs, global_batch_size=2, trainable=("connector",))
+    config = replace(config, stage="1", checkpoint=files, logging=Logging(interval=1))
+    ranks.run(run_job, 1, config)
+    shutil.rmtree(save / "step_00000002")
+    (save / "latest").write_text("step_00000001\n")
+    expected = read_losses(save)[1]
+    (save / "metrics.jsonl").unlink()
+    (tmp_path / "runs").rename(tmp_path / "moved")  # as seen from the run they are where they were
+    moved = replace(files, save=str(tmp_path / "moved" / "run"))
+    ranks.run(run_job, 1, replace(config, init=Init(), checkpoint=moved))
+    assert read_losses(tmp_path / "moved" / "run") == [expected]
 
 
 def test_packs_of_another_tokenizer_are_refused(

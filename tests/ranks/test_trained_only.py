@@ -109,3 +109,38 @@ def test_the_base_is_known_by_its_content_wherever_it_is(
     # Checkpoints to come name the new place.
     found = step_folder.read(moved / "run" / f"step_{STEPS:08d}")
     assert found.state.base.folders == (str(elsewhere / step.name),)
+
+
+def test_a_later_stage_resumes_from_what_the_stage_before_it_trained(
+    ranks: Pool, dataset: Path, tmp_path: Path
+) -> None:
+    """Train other parameters in each stage, so that what stage 2 freezes is not the base's."""
+
+    def stage(name: str, load: Path, part: str) -> Config:
+        mask = (f"{part}.*",)
+        where = tmp_path / name
+        only = dict(trained_only=True, drop_path=0.0, lr=1e-2, warmup_ratio=0.0)
+        return make_job(dataset, where, load, stage=name[0], trainable=mask, **only)
+
+    base = tmp_path / "0"
+    ranks.run(run_job, 1, make_job(dataset, base, stage="1.5", trainable=("connector",)))
+    # The same base lies below stage 1, which must not be that of stage 2.
+    ranks.run(run_job, 1, stage("1", base, "vision"))
+    whole = stage("2", tmp_path / "1", "language.decoder.layers.1")
+    ranks.run(run_job, 1, whole)
+    last = f"step_{STEPS:08d}"
+    assert step_folder.read(tmp_path / "2" / last).state.base.folders == (
+        str(tmp_path / "1" / last),
+    )
+    forget_the_end(tmp_path / "2", tmp_path / "2 killed")
+    killed = stage("2 killed", tmp_path / "1", "language.decoder.layers.1")
+    # Another model of the same shape is no place to fill the frozen weights from.
+    other = dataclasses.replace(killed.checkpoint, load=str(base))
+    with pytest.raises(ValueError, match="--checkpoint.load .*these are not the weights that"):
+        inspect(dataclasses.replace(killed, checkpoint=other), 1)
+    ranks.run(run_job, 1, killed)
+    expected, found = (
+        ranks.run(saved_tensors, 1, tmp_path / name / last)[0] for name in ("2", "2 killed")
+    )
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[key], found[key]) for key in expected)
