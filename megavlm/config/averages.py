@@ -48,6 +48,8 @@ def ema_problems(config: Any) -> Iterator[str]:
             yield f"--ema.{name} true has no effect without --ema.decay, such as 0.999"
     if ema.export and not config.checkpoint.export_hf:
         yield "--ema.export true needs --checkpoint.export_hf, the folder for the model"
+    if ema.evaluate and not (config.data.valid or config.eval.tasks):
+        yield "--ema.evaluate true needs --data.valid or --eval.tasks: there is nothing to measure"
     if ema.decay and config.optimizer.moments == "bfloat16":
         yield (
             f"--ema.decay {ema.decay}: with --optimizer.moments bfloat16 Transformer Engine keeps"

@@ -135,3 +135,9 @@ def build(settings: Ema, optimizer: MegatronOptimizer) -> Averages | None:
         return None
     shards = [parameter.detach().clone().float() for parameter in _masters(optimizer)]
     return Averages(settings=settings, optimizer=optimizer, shards=shards)
+
+
+def begin_again(averaged: Averages | None) -> None:
+    """Begin averages, if there are any, at master weights that were loaded meanwhile."""
+    if averaged is not None:
+        averaged.take_master_weights()

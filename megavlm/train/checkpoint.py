@@ -91,16 +91,19 @@ def sharded(
             weights, is_loading=is_loading, metadata=_OPTIMIZER_FORMAT
         )
 
+    means = {}
     with master_weights.library_warnings() as warnings:
+        if averaged is not None and not is_loading:
+            # First, while the host does not hold the optimizer's state: its copy with averages in
+            # it is gone before the state is gathered.
+            means = {"ema": averaged.sharded(state_of)}
         state = state_of()
     found = [] if is_loading else master_weights.masters(weights, state, optimizer)
     wrong = master_weights.differences(found, state, lambda key: None)
     master_weights.refuse(wrong, warnings)
     scales = {"scales": _scales(chunks)} if "delayed" in fp8.recipes.values() else {}
-    means = {}
-    if averaged is not None:
-        known = averages.entries(state, optimizer) if is_loading else averaged.sharded(state_of)
-        means = {"ema": known}
+    if averaged is not None and is_loading:
+        means = {"ema": averages.entries(state, optimizer)}
     return {"model": weights, "optimizer": state} | scales | means
 
 

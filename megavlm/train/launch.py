@@ -248,6 +248,7 @@ def train(
         elif history:
             oldest = optimizer.oldest(built.optimizer)
             stage_moments.keep(start, built.chunks, built.optimizer, oldest)
+            averages.begin_again(averaged)
         log_run_summary(config, groups, built.trained, start, state, metrics)
         _say_plans(config, layout, plan, metrics)
         job = Job(
@@ -319,7 +320,7 @@ def _export(config: Config, state: State, start: Start, groups: process_groups.G
     files = config.checkpoint
     if not files.export_hf or state.step < config.training.steps or groups.rank:
         return
-    if exported_step(files) == config.training.steps:
+    if exported_step(files, averages=config.ema.export) == config.training.steps:
         print(f"{files.export_hf}: holds the model of this run already", flush=True)
         return
     # A run with nothing to do has saved nothing. Steps of another stage do not count.
@@ -329,7 +330,11 @@ def _export(config: Config, state: State, start: Start, groups: process_groups.G
         folder, files.export_hf, averages=config.ema.export, flag="--checkpoint.export_hf"
     )
     # So that the same command again is no mistake.
-    noted = {"folder": str(Path(files.export_hf).resolve()), "step": config.training.steps}
+    noted = {
+        "folder": str(Path(files.export_hf).resolve()),
+        "step": config.training.steps,
+        "averages": config.ema.export,
+    }
     atomic.write_text(Path(files.save) / EXPORTED, json.dumps(noted) + "\n")
 
 

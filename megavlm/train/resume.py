@@ -65,7 +65,8 @@ def is_done(config: Config) -> bool:
     except (ValueError, OSError):
         return False
     steps = config.training.steps
-    exports = config.checkpoint.export_hf and exported_step(config.checkpoint) != steps
+    files = config.checkpoint
+    exports = files.export_hf and exported_step(files, averages=config.ema.export) != steps
     return found is not None and found.state.step >= steps and not exports
 
 

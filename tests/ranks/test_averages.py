@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 
 from megavlm.config.averages import Ema, ema_problems
-from megavlm.config.schema import Checkpoint, Config, Optimizer
+from megavlm.config.schema import Checkpoint, Config, Data, Eval, Optimizer
+from megavlm.train.launch import inspect
 from tests.ranks.pool import Pool
 from tests.ranks.runs import make_packs
 from tests.ranks.test_resume import STEPS, forget_the_end, losses, make_job, run_job, saved_tensors
@@ -111,9 +114,83 @@ def test_settings_without_effect_are_refused(dataset: Path, tmp_path: Path) -> N
 
     assert "less than 1, such as 0.999" in told(Ema(decay=1.0))[0]
     assert "--ema.evaluate true has no effect without --ema.decay" in told(Ema(evaluate=True))[0]
+    unseen = told(Ema(decay=0.9, evaluate=True), data=Data(train=str(dataset)))
+    assert unseen[0].startswith("--ema.evaluate true needs --data.valid or --eval.tasks")
     exporting = Ema(decay=0.9, export=True)
     assert "needs --checkpoint.export_hf" in told(exporting)[0]
     assert not told(exporting, checkpoint=Checkpoint(save="runs", export_hf="out"))
     assert "use float32" in told(Ema(decay=0.9), optimizer=Optimizer(moments="bfloat16"))[0]
     assert Ema(decay=0.999, warmup=True).decay_at(0) == 0.1
     assert Ema(decay=0.999, warmup=True).decay_at(10**6) == 0.999
+
+
+def test_weights_that_come_without_averages_are_not_measured_as_such(
+    dataset: Path, alone: Path, tmp_path: Path
+) -> None:
+    asked = job(dataset, tmp_path / "new", Ema(decay=DECAY, evaluate=True), load=alone)
+    asked = dataclasses.replace(asked, eval=Eval(only=True))
+    assert inspect(asked, 1).state.step == STEPS
+    for other in (
+        dataclasses.replace(asked, stage="1"),
+        dataclasses.replace(
+            asked, checkpoint=dataclasses.replace(asked.checkpoint, weights_only=True)
+        ),
+    ):
+        with pytest.raises(ValueError, match="--ema.evaluate true: with --eval.only true it needs"):
+            inspect(other, 1)
+
+
+def test_averages_begin_at_the_master_weights_that_a_stage_keeps(
+    ranks: Pool, dataset: Path, tmp_path: Path
+) -> None:
+    half = dict(precision="bfloat16", drop_path=0.0)
+    first = job(dataset, tmp_path / "first", Ema(), stage="1", **half)
+    ranks.run(run_job, 1, first)
+    still = half | dict(load=tmp_path / "first", moments="keep", lr=1e-30, weight_decay=0.0)
+    ranks.run(run_job, 1, job(dataset, tmp_path / "second", Ema(decay=DECAY), **still))
+    held = tensors(ranks, tmp_path / "second", 1)
+    averaged = [key for key in held if key.startswith("ema.")]
+    assert averaged
+    differs = 0
+    for key in averaged:
+        master = held["optimizer.state.param." + key.removeprefix("ema.")]
+        torch.testing.assert_close(held[key], master, rtol=1e-6, atol=1e-8)
+        differs += int((master != master.bfloat16().float()).sum())
+    assert differs > 1000  # they are no rounded weights
+
+
+def states_alive(config: Config) -> list[int]:
+    """Count the moments in earlier states of the optimizer that are alive whenever a save asks
+    megatron-core for a state.
+    """
+    from megatron.core.optimizer.optimizer import ChainedOptimizer
+
+    from megavlm.train.averages import parameter_states
+
+    made: list[weakref.ref] = []
+    alive: list[int] = []
+    original = ChainedOptimizer.sharded_state_dict
+
+    def counted(self: ChainedOptimizer, *args: object, **settings: object) -> dict:
+        gc.collect()
+        alive.append(sum(one() is not None for one in made))
+        state = original(self, *args, **settings)
+        entries = [tensors["exp_avg"] for _, tensors in parameter_states(state, self)]
+        made.extend(weakref.ref(entry.data) for entry in entries)
+        return state
+
+    ChainedOptimizer.sharded_state_dict = counted
+    try:
+        run_job(config)
+    finally:
+        ChainedOptimizer.sharded_state_dict = original
+    assert made
+    return alive
+
+
+def test_a_save_holds_one_state_of_the_optimizer_at_a_time(
+    ranks: Pool, dataset: Path, tmp_path: Path
+) -> None:
+    config = job(dataset, tmp_path, Ema(decay=DECAY), save_interval=STEPS, eval_interval=0)
+    [alive] = ranks.run(states_alive, 1, config)
+    assert alive == [0, 0]

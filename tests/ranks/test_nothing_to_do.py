@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from megavlm.checkpoint.step_folder import find
+from megavlm.config.checks.saving import exported_step
 from megavlm.convert.hf import convert
 from megavlm.train.bad_steps import StepError
 from megavlm.train.loop import _look
@@ -46,6 +47,10 @@ def test_the_command_of_a_finished_run_is_no_failure_and_exports_once(
     [shown] = ranks.run(output_of_job, 1, wanted)
     assert "holds the model of this run already" in shown
     assert (export / "config.json").stat().st_mtime_ns == before
+    # The average of the weights is another model.
+    files = wanted.checkpoint
+    assert exported_step(files, averages=False) == STEPS
+    assert exported_step(files, averages=True) is None
     # What somebody else put there is not this run's.
     (save / "exported.json").write_text(json.dumps({"folder": "elsewhere", "step": STEPS}))
     with pytest.raises(AssertionError, match="exists already and is not an empty folder"):

@@ -98,7 +98,10 @@ def problems(config: Config, world_size: int) -> list[str]:
         *profile_problems(config.profile, config.training.steps, world_size),
         *bucket_problems(config.parallel),
         *checkpoint_problems(
-            config.checkpoint, config.training.eval_interval, config.training.steps
+            config.checkpoint,
+            config.training.eval_interval,
+            config.training.steps,
+            averages=config.ema.export,
         ),
         *start.problems(config),
         *evaluation_problems(config),

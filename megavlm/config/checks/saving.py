@@ -12,7 +12,9 @@ from megavlm.config.schema import Checkpoint
 EXPORTED = "exported.json"
 
 
-def checkpoint_problems(checkpoint: Checkpoint, eval_interval: int, steps: int) -> Iterator[str]:
+def checkpoint_problems(
+    checkpoint: Checkpoint, eval_interval: int, steps: int, *, averages: bool
+) -> Iterator[str]:
     """Everything about checkpoints that cannot be, or would have no effect, each naming the flag to
     change.
 
@@ -20,6 +22,7 @@ def checkpoint_problems(checkpoint: Checkpoint, eval_interval: int, steps: int) 
         checkpoint: where checkpoints go and come from.
         eval_interval: steps between evaluations.
         steps: of the whole run.
+        averages: whether the moving average is exported.
     """
     names = ("save_interval", "save_epochs", "keep", "keep_best")
     yield from at_least(0, "checkpoint", checkpoint, *names)
@@ -55,7 +58,7 @@ def checkpoint_problems(checkpoint: Checkpoint, eval_interval: int, steps: int) 
             f"--checkpoint.export_hf {checkpoint.export_hf} needs --checkpoint.save: the model is"
             " exported from the last checkpoint"
         )
-    if checkpoint.export_hf and exported_step(checkpoint) != steps:
+    if checkpoint.export_hf and exported_step(checkpoint, averages=averages) != steps:
         yield from _taken(checkpoint.export_hf)
 
 
@@ -98,13 +101,18 @@ def _taken(export: str) -> Iterator[str]:
         )
 
 
-def exported_step(checkpoint: Checkpoint) -> int | None:
+def exported_step(checkpoint: Checkpoint, *, averages: bool) -> int | None:
     """Return the number of steps of the run whose model is already in ``export_hf``, as the run in
     the save folder noted it; none if it did not.
+
+    Args:
+        checkpoint: names both folders.
+        averages: whether the moving average is asked for.
     """
     try:
         noted = json.loads((Path(checkpoint.save) / EXPORTED).read_text())
         is_there = (Path(checkpoint.export_hf) / "config.json").is_file()
+        is_there = is_there and noted.get("averages", False) == averages
         is_it = noted["folder"] == str(Path(checkpoint.export_hf).resolve())
         return noted["step"] if is_there and is_it else None
     except (OSError, ValueError, KeyError, TypeError):
