@@ -38,7 +38,7 @@ from megavlm.model.vlm import VisionLanguageModel
 from megavlm.parallel import backend, process_groups
 from megavlm.planner.layout import Layout, make_layout
 from megavlm.planner.partition import PackSize
-from megavlm.train import averages, below, checkpoint, optimizer, origin, stage_moments
+from megavlm.train import averages, below, checkpoint, origin, stage_moments
 from megavlm.train import resume as source
 from megavlm.train.bad_steps import StepError
 from megavlm.train.build import build
@@ -246,8 +246,7 @@ def train(
             checkpoint.load_optimizer(start, built.chunks, built.optimizer, config.fp8, averaged)
             state = replace(start.state, base=base)
         elif history:
-            oldest = optimizer.oldest(built.optimizer)
-            stage_moments.keep(start, built.chunks, built.optimizer, oldest)
+            stage_moments.keep(start, built.chunks, built.optimizer)
             averages.begin_again(averaged)
         log_run_summary(config, groups, built.trained, start, state, metrics)
         _say_plans(config, layout, plan, metrics)

@@ -24,6 +24,7 @@ from megavlm.model.positions import POSITIONS_KEY
 from megavlm.model.vlm import VisionLanguageModel
 from megavlm.model.weights import named_weights
 from megavlm.train import checkpoint, master_weights
+from megavlm.train.optimizer import oldest
 
 
 def age(key: str, history: History) -> int:
@@ -59,7 +60,6 @@ def keep(
     source: Checkpoint,
     chunks: Sequence[VisionLanguageModel],
     optimizer: MegatronOptimizer,
-    oldest: int,
 ) -> None:
     """Fill main weights and moments of what the checkpoint's stage trained too. Collective.
 
@@ -67,7 +67,6 @@ def keep(
         source: last checkpoint of the stage before.
         chunks: this rank's, with the checkpoint's weights.
         optimizer: their optimizer, just built.
-        oldest: updates that the oldest moments have seen.
     """
     everything = checkpoint.sharded(chunks, optimizer, Fp8(), is_loading=True)
     before = source.config.architecture.vision
@@ -108,7 +107,7 @@ def keep(
     for number, part in enumerate(parts):
         # Parameter groups are those of this run; the checkpoint's are divided otherwise.
         for group in part["optimizer"]["param_groups"]:
-            group["step"] = oldest
+            group["step"] = oldest(optimizer)
         kept = read[number].get("param_state", {})
         part["param_state"] = {
             index: kept.get(index, {}) | fresh.get((number, index), {})
