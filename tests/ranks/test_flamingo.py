@@ -179,6 +179,29 @@ def test_tensor_ranks_agree_on_gradients_of_what_all_of_them_hold_whole(
             assert value == wanted[part], key
 
 
+def gates_behind_an_update(config: Config) -> dict[str, float]:
+    """Update all gates by the same gradient, and return what this rank reports of them then."""
+    from megavlm.model.weights import named_weights
+    from megavlm.train.gates import Gates
+    from megavlm.train.optimizer import prepare, set_rates, update
+    from tests.ranks.runs import build
+
+    job = build(config)
+    for key, weight in named_weights(job.chunks[0]).items():
+        if weight.requires_grad:
+            weight.main_grad.fill_(float(key.endswith("_gate")))
+    set_rates(job.optimizer, config, 2)
+    update(job.optimizer, prepare(job.optimizer, job.backend.device), 0.0)
+    return Gates(job.ddp_chunks).report(job.groups, 1)["gate"]
+
+
+def test_gates_are_reported_behind_the_update_on_every_replica(ranks: Pool, packs: Path) -> None:
+    config = _config(_of_layers(2), packs, **STEPS)
+    first, second = ranks.run(gates_behind_an_update, 2, config)
+    assert first == second and len(first) == 2
+    assert all(value < np.tanh(0.7) - 1e-4 for value in first.values()), first
+
+
 @pytest.mark.parametrize("recompute", ["selective", "full"])
 def test_images_go_along_the_pipeline_and_through_what_is_recomputed(
     ranks: Pool, packs: Path, alone: Callable[[int], Curve], recompute: str
