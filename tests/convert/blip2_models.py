@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from transformers import Blip2Config, Blip2ForConditionalGeneration
+from transformers import Blip2ForConditionalGeneration
 
 from megavlm.config.connectors import Connector
 from megavlm.config.qformer import QFormer
 from megavlm.config.schema import Architecture, Language, Vision
 from megavlm.convert.hf import blip2_config
-from tests.convert.models import save_with_pixels, scatter
+from tests.convert.models import ENDS, save_with_pixels, scattered
 
 OPT = Architecture(
     vision=Vision(
@@ -94,12 +93,7 @@ def make_blip2(
         architecture,
         dtype=dtype,
         image_token_id=image_token_id,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
+        **ENDS,
     )
-    torch.manual_seed(3)
-    config = Blip2Config.from_dict(json.loads(json.dumps(settings)))
-    model = Blip2ForConditionalGeneration(config).to(dtype)
-    scatter(model, spread)
+    model = scattered(Blip2ForConditionalGeneration, settings, dtype, spread)
     return save_with_pixels(model, folder, architecture)

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from transformers import IdeficsConfig, IdeficsForVisionText2Text
+from transformers import IdeficsForVisionText2Text
 
 from megavlm.config.connectors import Connector
 from megavlm.config.cross_attention import CrossAttention
 from megavlm.config.resampler import Resampler
 from megavlm.config.schema import Architecture, Language, Vision
 from megavlm.convert.hf import idefics_config
-from tests.convert.models import save_with_pixels, scatter
+from tests.convert.models import ENDS, save_with_pixels, scattered
 
 FLAMINGO = Architecture(
     vision=Vision(
@@ -69,11 +68,6 @@ def make_idefics(
     spread: float = 0.2,
 ) -> Path:
     """Write a random model whose every weight differs from its fresh value, gates too."""
-    settings = idefics_config.write(
-        architecture, dtype=dtype, bos_token_id=1, eos_token_id=2, pad_token_id=0
-    )
-    torch.manual_seed(3)
-    config = IdeficsConfig.from_dict(json.loads(json.dumps(settings)))
-    model = IdeficsForVisionText2Text(config).to(dtype)
-    scatter(model, spread)
+    settings = idefics_config.write(architecture, dtype=dtype, **ENDS)
+    model = scattered(IdeficsForVisionText2Text, settings, dtype, spread)
     return save_with_pixels(model, folder, architecture)

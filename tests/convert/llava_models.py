@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from transformers import LlavaConfig, LlavaForConditionalGeneration
+from transformers import LlavaForConditionalGeneration
 
 from megavlm.config.connectors import LLAVA, Connector
 from megavlm.config.schema import Architecture, Language, Vision
 from megavlm.convert.hf import llava_config
-from tests.convert.models import save_with_pixels, scatter
+from tests.convert.models import ENDS, save_with_pixels, scattered
 
 LINEAR = Connector(kind="linear", pixel_shuffle=1, norm=False)
 SMALL = Architecture(
@@ -85,14 +84,9 @@ def make_llava(
         architecture,
         dtype=dtype,
         image_token_id=image_token_id,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
+        **ENDS,
     )
-    torch.manual_seed(3)
-    config = LlavaConfig.from_dict(json.loads(json.dumps(settings)))
-    model = LlavaForConditionalGeneration(config).to(dtype)
-    scatter(model, spread)
+    model = scattered(LlavaForConditionalGeneration, settings, dtype, spread)
     if architecture.connector.kind == "linear":
         second = model.model.multi_modal_projector.linear_2
         torch.nn.init.eye_(second.weight)

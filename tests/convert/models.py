@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -130,11 +131,24 @@ def make_hf(
     return folder
 
 
-def scatter(model: PreTrainedModel, spread: float) -> None:
-    """Let every weight of a model differ from its fresh value, by a standard deviation."""
+ENDS = dict(bos_token_id=1, eos_token_id=2, pad_token_id=0)
+"""Ids that the config.json of a random model names."""
+
+
+def scattered(
+    kind: type[PreTrainedModel], settings: dict[str, Any], dtype: torch.dtype, spread: float
+) -> PreTrainedModel:
+    """Return a random model, of what its config.json states, whose every weight differs from its
+    fresh value.
+    """
+    torch.manual_seed(3)
+    # Through JSON, as a file would give it.
+    config = kind.config_class.from_dict(json.loads(json.dumps(settings)))
+    model = kind(config).to(dtype)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * spread)
+    return model
 
 
 def save_with_pixels(model: PreTrainedModel, folder: Path, architecture: Architecture) -> Path:

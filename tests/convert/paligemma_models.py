@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration
+from transformers import PaliGemmaForConditionalGeneration
 
 from megavlm.config.connectors import Connector
 from megavlm.config.schema import Architecture, Language, Vision
 from megavlm.convert.hf import paligemma_config
-from tests.convert.models import GEMMA, save_with_pixels, scatter
+from tests.convert.models import ENDS, GEMMA, save_with_pixels, scattered
 
 SMALL = Architecture(
     vision=Vision(
@@ -68,12 +67,7 @@ def make_paligemma(
         architecture,
         dtype=dtype,
         image_token_id=image_token_id,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
+        **ENDS,
     )
-    torch.manual_seed(3)
-    config = PaliGemmaConfig.from_dict(json.loads(json.dumps(settings)))
-    model = PaliGemmaForConditionalGeneration(config).to(dtype)
-    scatter(model, spread)
+    model = scattered(PaliGemmaForConditionalGeneration, settings, dtype, spread)
     return save_with_pixels(model, folder, architecture)

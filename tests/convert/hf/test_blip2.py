@@ -8,41 +8,26 @@ import pytest
 import torch
 from transformers import AutoProcessor, Blip2ForConditionalGeneration
 
-from megavlm.config.cli import from_yaml
 from megavlm.convert.hf import convert
-from megavlm.convert.hf.model_config import architecture_from_hf
 from megavlm.data.records.record import Turn
 from megavlm.data.text.chat_tokens import ChatTemplate
-from megavlm.data.text.tokenizer import add_special_tokens, load_tokenizer
+from megavlm.data.text.tokenizer import load_tokenizer
 from tests.convert.blip2_models import KINDS, OPT, make_blip2
 from tests.convert.card import run_example
-from tests.convert.models import load_all
-
-GOLDEN = Path(__file__).parents[2] / "golden" / "llava_tokenizer"
+from tests.convert.round_trip import assert_round_trip, golden_words
 
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("words")
-    tokenizer = load_tokenizer(GOLDEN)
-    add_special_tokens(tokenizer, "llava")
-    tokenizer.save_pretrained(folder)
+    golden_words(folder, "llava")
     return folder
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_import_then_export_is_bit_identical(tmp_path: Path, words: Path, kind: str) -> None:
     source = make_blip2(tmp_path / "hf", KINDS[kind])
-    checkpoint = convert.import_(source, tmp_path / "checkpoint", tokenizer=words)
-    config = from_yaml(checkpoint / "config.yaml")
-    assert config.architecture == KINDS[kind] and config.recipe == "blip2"
-    out = convert.export(checkpoint, tmp_path / "out")
-    before = load_all(source)
-    after = load_all(out)
-    assert before.keys() == after.keys()
-    for name, tensor in before.items():
-        assert torch.equal(tensor, after[name]) and tensor.dtype == after[name].dtype, name
-    assert architecture_from_hf(out) == KINDS[kind]
+    assert_round_trip(source, tmp_path, words, KINDS[kind], "blip2")
 
 
 def test_transformers_loads_an_export_and_its_processor(

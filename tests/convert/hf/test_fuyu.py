@@ -11,7 +11,7 @@ from PIL import Image
 from transformers import AutoProcessor, FuyuForCausalLM
 from transformers.models.fuyu.image_processing_pil_fuyu import FuyuImageProcessorPil
 
-from megavlm.config.cli import from_yaml, parse
+from megavlm.config.cli import parse
 from megavlm.config.recipes.fuyu import ARCHITECTURE
 from megavlm.convert.hf import convert
 from megavlm.convert.hf.json_files import read_json, write_json
@@ -22,8 +22,8 @@ from megavlm.data.text.tokenizer import load_tokenizer
 from megavlm.planner.flops import pieces
 from tests.convert.card import run_example
 from tests.convert.fuyu_models import KINDS, SMALL, make_fuyu
-from tests.convert.models import load_all
 from tests.convert.part_folders import make_fuyu_tokenizer
+from tests.convert.round_trip import assert_round_trip
 from tests.data.text.test_fuyu import cut_tensor
 
 
@@ -41,16 +41,8 @@ def image_token(words: Path) -> int:
 @pytest.mark.parametrize("kind", KINDS)
 def test_import_then_export_is_bit_identical(tmp_path: Path, words: Path, kind: str) -> None:
     source = make_fuyu(tmp_path / "hf", KINDS[kind], image_token_id=image_token(words))
-    checkpoint = convert.import_(source, tmp_path / "checkpoint", tokenizer=words)
-    config = from_yaml(checkpoint / "config.yaml")
-    assert config.architecture == KINDS[kind] and config.recipe == "fuyu"
-    out = convert.export(checkpoint, tmp_path / "out")
-    before = {name_on_disk(name): tensor for name, tensor in load_all(source).items()}
-    after = load_all(out)
-    assert before.keys() == after.keys() and "vision_embed_tokens.bias" in after
-    for name, tensor in before.items():
-        assert torch.equal(tensor, after[name]) and tensor.dtype == after[name].dtype, name
-    assert architecture_from_hf(out) == KINDS[kind]
+    tensors = assert_round_trip(source, tmp_path, words, KINDS[kind], "fuyu", name_on_disk)
+    assert "vision_embed_tokens.bias" in tensors
 
 
 def test_transformers_loads_an_export_and_its_processor(

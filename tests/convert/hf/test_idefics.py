@@ -11,42 +11,28 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor, IdeficsForVisionText2Text
 
-from megavlm.config.cli import from_yaml
 from megavlm.convert.hf import convert
 from megavlm.convert.hf.model_config import architecture_from_hf
 from megavlm.convert.weights.tables import rows
 from megavlm.data.records.record import Turn
 from megavlm.data.text.chat_tokens import ChatTemplate
-from megavlm.data.text.tokenizer import AROUND_IMAGE, add_special_tokens, load_tokenizer
+from megavlm.data.text.tokenizer import AROUND_IMAGE, load_tokenizer
 from tests.convert.card import run_example
 from tests.convert.idefics_models import FLAMINGO, KINDS, make_idefics
-from tests.convert.models import load_all
-
-GOLDEN = Path(__file__).parents[2] / "golden" / "llava_tokenizer"
+from tests.convert.round_trip import assert_round_trip, golden_words
 
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("words")
-    tokenizer = load_tokenizer(GOLDEN)
-    assert add_special_tokens(tokenizer, "idefics") == 2
-    tokenizer.save_pretrained(folder)
+    assert golden_words(folder, "idefics") == 2
     return folder
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_import_then_export_is_bit_identical(tmp_path: Path, words: Path, kind: str) -> None:
     source = make_idefics(tmp_path / "hf", KINDS[kind])
-    checkpoint = convert.import_(source, tmp_path / "checkpoint", tokenizer=words)
-    config = from_yaml(checkpoint / "config.yaml")
-    assert config.architecture == KINDS[kind] and config.recipe == "flamingo"
-    out = convert.export(checkpoint, tmp_path / "out")
-    before = load_all(source)
-    after = load_all(out)
-    assert before.keys() == after.keys()
-    for name, tensor in before.items():
-        assert torch.equal(tensor, after[name]) and tensor.dtype == after[name].dtype, name
-    assert architecture_from_hf(out) == KINDS[kind]
+    assert_round_trip(source, tmp_path, words, KINDS[kind], "flamingo")
 
 
 def test_transformers_loads_an_export_and_its_processor_makes_the_tokens_of_training(

@@ -12,25 +12,20 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-from megavlm.config.cli import from_yaml
 from megavlm.convert.hf import convert, unused_weights
 from megavlm.convert.hf.json_files import read_json, write_json
 from megavlm.convert.hf.model_config import architecture_from_hf
 from megavlm.convert.weights.tables import llava_name_on_disk
-from megavlm.data.text.tokenizer import add_special_tokens, load_tokenizer
 from tests.convert.card import run_example
 from tests.convert.llava_models import KINDS, SMALL, make_llava
 from tests.convert.models import GEMMA, load_all
-
-GOLDEN = Path(__file__).parents[2] / "golden" / "llava_tokenizer"
+from tests.convert.round_trip import assert_round_trip, golden_words
 
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("words")
-    tokenizer = load_tokenizer(GOLDEN)
-    add_special_tokens(tokenizer, "llava")
-    tokenizer.save_pretrained(folder)
+    golden_words(folder, "llava")
     return folder
 
 
@@ -57,17 +52,8 @@ KINDS = KINDS | {
 @pytest.mark.parametrize("kind", KINDS)
 def test_import_then_export_is_bit_identical(tmp_path: Path, words: Path, kind: str) -> None:
     source = make_llava(tmp_path / "hf", KINDS[kind])
-    checkpoint = convert.import_(source, tmp_path / "checkpoint", tokenizer=words)
-    config = from_yaml(checkpoint / "config.yaml")
-    assert config.architecture == KINDS[kind] and config.recipe == "llava"
-    out = convert.export(checkpoint, tmp_path / "out")
-    before = {llava_name_on_disk(name): tensor for name, tensor in load_all(source).items()}
-    after = load_all(out)
-    assert before.keys() == after.keys()
-    assert any("post_layernorm" in name for name in after)
-    for name, tensor in before.items():
-        assert torch.equal(tensor, after[name]) and tensor.dtype == after[name].dtype, name
-    assert architecture_from_hf(out) == KINDS[kind]
+    tensors = assert_round_trip(source, tmp_path, words, KINDS[kind], "llava", llava_name_on_disk)
+    assert any("post_layernorm" in name for name in tensors)
 
 
 @pytest.mark.parametrize("form", ["published", "in memory"])

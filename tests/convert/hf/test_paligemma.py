@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoProcessor, PaliGemmaForConditionalGeneration
 
-from megavlm.config.cli import from_yaml, parse
+from megavlm.config.cli import parse
 from megavlm.config.recipes.paligemma import ARCHITECTURE
 from megavlm.config.schema import Config, Init, Training
 from megavlm.convert.hf import convert, from_parts
@@ -25,6 +25,7 @@ from tests.convert.card import run_example
 from tests.convert.models import load_all
 from tests.convert.paligemma_models import KINDS, SMALL, make_paligemma
 from tests.convert.part_folders import make_gemma, make_gemma_tokenizer, make_vision
+from tests.convert.round_trip import assert_round_trip
 
 # As many rows as the tokenizer has ids.
 ROWS = 259 + 1024 + 128 + 1
@@ -49,17 +50,10 @@ def test_import_then_export_is_bit_identical(tmp_path: Path, words: Path, kind: 
     language = dataclasses.replace(KINDS[kind].language, vocab_size=ROWS + 2)
     architecture = dataclasses.replace(KINDS[kind], language=language)
     source = make_paligemma(tmp_path / "hf", architecture, image_token_id=ROWS - 1)
-    checkpoint = convert.import_(source, tmp_path / "checkpoint", tokenizer=words)
-    config = from_yaml(checkpoint / "config.yaml")
-    assert config.architecture == architecture and config.recipe == "paligemma"
-    out = convert.export(checkpoint, tmp_path / "out")
-    before = {llava_name_on_disk(name): tensor for name, tensor in load_all(source).items()}
-    after = load_all(out)
-    assert before.keys() == after.keys()
-    assert ("language_model.lm_head.weight" in after) == (kind == "untied")
-    for name, tensor in before.items():
-        assert torch.equal(tensor, after[name]) and tensor.dtype == after[name].dtype, name
-    assert architecture_from_hf(out) == architecture
+    tensors = assert_round_trip(
+        source, tmp_path, words, architecture, "paligemma", llava_name_on_disk
+    )
+    assert ("language_model.lm_head.weight" in tensors) == (kind == "untied")
 
 
 def test_transformers_loads_an_export_and_its_processor(
