@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from megavlm.config.schema import Architecture, Config
 from megavlm.data.sample import Sample
 from tests.data.samples import write_packs
 from tests.ranks.pool import Pool
+from tests.ranks.runs import config_for
 from tests.ranks.test_packs import losses_and_gradients
 
 CONTEXT = 7
@@ -34,6 +36,12 @@ def sizes_of(architecture: Architecture) -> dict[str, int]:
         tile_size=architecture.vision.image_size,
         features_per_tile=architecture.placeholders_per_tile,
     )
+
+
+def recipe_config(recipe: str, architecture: Architecture, packs: Path, **settings: Any) -> Config:
+    """Return a run of a recipe's model; ``settings`` as in ``config_for``."""
+    config = config_for(packs, **settings)
+    return dataclasses.replace(config, architecture=architecture, recipe=recipe)
 
 
 def answers_of_pack(config: Config, folder: Path) -> tuple[np.ndarray, np.ndarray] | None:

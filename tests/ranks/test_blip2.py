@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from megavlm.config.recipes.blip2 import STAGES
-from megavlm.config.schema import Architecture, Config
+from megavlm.config.schema import Architecture
 from megavlm.planner.flops import pieces, training_cost
 from tests.convert.blip2_models import KINDS, OPT, make_blip2
 from tests.data.samples import make_dataset, make_sample, write_packs
@@ -23,10 +23,11 @@ from tests.ranks.model_checks import (
     answers_of_transformers,
     assert_equals_transformers,
     assert_pack_equals_samples_alone,
+    recipe_config,
     sizes_of,
 )
 from tests.ranks.pool import Pool
-from tests.ranks.runs import config_for, train_curve, whole_weights
+from tests.ranks.runs import train_curve, whole_weights
 from tests.ranks.test_cost import counted_by_torch
 from tests.ranks.test_layouts import compare
 
@@ -39,10 +40,7 @@ EVERYDAY = [
 TIED = ("opt", "llama") if not asks_for_all() else tuple(KINDS)
 
 
-def _config(architecture: Architecture, packs: Path, **settings) -> Config:
-    return dataclasses.replace(
-        config_for(packs, **settings), architecture=architecture, recipe="blip2"
-    )
+_config = partial(recipe_config, "blip2")
 
 
 def captions(architecture: Architecture, lengths: tuple[int, ...]) -> list:

@@ -28,10 +28,11 @@ from tests.ranks.model_checks import (
     answers_of_transformers,
     assert_equals_transformers,
     assert_pack_equals_samples_alone,
+    recipe_config,
     sizes_of,
 )
 from tests.ranks.pool import Pool
-from tests.ranks.runs import EVERYTHING, Curve, config_for, train_curve, whole_weights
+from tests.ranks.runs import EVERYTHING, Curve, train_curve, whole_weights
 from tests.ranks.test_cost import counted_by_torch
 from tests.ranks.test_layouts import compare
 
@@ -48,11 +49,7 @@ EVERYDAY = [
 ]
 
 
-def _config(architecture: Architecture, packs: Path, **settings) -> Config:
-    settings = {"trainable": MASK} | settings
-    return dataclasses.replace(
-        config_for(packs, **settings), architecture=architecture, recipe="flamingo"
-    )
+_config = partial(recipe_config, "flamingo", trainable=MASK)
 
 
 def document(

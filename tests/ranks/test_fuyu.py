@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from megavlm.config.architecture import PIXELS
-from megavlm.config.schema import Architecture, Config
+from megavlm.config.schema import Config
 from megavlm.planner.flops import pieces, training_cost
 from tests.convert.fuyu_models import KINDS, SMALL, make_fuyu
 from tests.data.samples import make_dataset, make_sample
@@ -22,10 +22,11 @@ from tests.ranks.model_checks import (
     answers_of_transformers,
     assert_equals_transformers,
     assert_pack_equals_samples_alone,
+    recipe_config,
     sizes_of,
 )
 from tests.ranks.pool import Pool
-from tests.ranks.runs import config_for, train_curve
+from tests.ranks.runs import train_curve
 from tests.ranks.test_cost import counted_by_torch
 from tests.ranks.test_layouts import compare
 from tests.ranks.test_memory import assert_memory_is_held
@@ -40,11 +41,7 @@ EVERYDAY = [
 ]
 
 
-def _config(architecture: Architecture, packs: Path, **settings) -> Config:
-    settings = {"trainable": TRAINABLE} | settings
-    return dataclasses.replace(
-        config_for(packs, **settings), architecture=architecture, recipe="fuyu"
-    )
+_config = partial(recipe_config, "fuyu", trainable=TRAINABLE)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -14,7 +14,7 @@ import torch
 
 from megavlm.config.recipes import RECIPES
 from megavlm.config.recipes.llava import STAGES
-from megavlm.config.schema import Architecture, Checkpoint, Config, Init
+from megavlm.config.schema import Checkpoint, Init
 from megavlm.data.images.tiling import Tiling
 from megavlm.data.packing.job import Job, pack_dataset
 from megavlm.data.records.meta_file import read_sources
@@ -28,10 +28,11 @@ from tests.ranks.model_checks import (
     answers_of_transformers,
     assert_equals_transformers,
     assert_pack_equals_samples_alone,
+    recipe_config,
     sizes_of,
 )
 from tests.ranks.pool import Pool
-from tests.ranks.runs import config_for, train_curve
+from tests.ranks.runs import train_curve
 from tests.ranks.test_cost import counted_by_torch
 from tests.ranks.test_layouts import compare
 from tests.ranks.test_resume import run_job
@@ -47,10 +48,7 @@ EVERYDAY = [
 ]
 
 
-def _config(architecture: Architecture, packs: Path, **settings) -> Config:
-    return dataclasses.replace(
-        config_for(packs, **settings), architecture=architecture, recipe="llava"
-    )
+_config = partial(recipe_config, "llava")
 
 
 @pytest.mark.parametrize("kind", KINDS)

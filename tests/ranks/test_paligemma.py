@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from megavlm.config.architecture import PIXELS
-from megavlm.config.schema import Architecture, Checkpoint, Config
+from megavlm.config.schema import Checkpoint
 from megavlm.data.loading.dataset import PackedDataset
 from megavlm.model.positions import resize_positions
 from megavlm.planner.flops import pieces, training_cost
@@ -25,10 +25,11 @@ from tests.ranks.model_checks import (
     answers_of_transformers,
     assert_equals_transformers,
     assert_pack_equals_samples_alone,
+    recipe_config,
     sizes_of,
 )
 from tests.ranks.pool import Pool
-from tests.ranks.runs import EVERYTHING, config_for, train_curve
+from tests.ranks.runs import EVERYTHING, train_curve
 from tests.ranks.test_cost import counted_by_torch
 from tests.ranks.test_layouts import compare
 from tests.ranks.test_resume import run_job, saved_tensors
@@ -45,10 +46,7 @@ EVERYDAY = [
 ]
 
 
-def _config(architecture: Architecture, packs: Path, **settings) -> Config:
-    return dataclasses.replace(
-        config_for(packs, **settings), architecture=architecture, recipe="paligemma"
-    )
+_config = partial(recipe_config, "paligemma")
 
 
 @pytest.mark.parametrize("kind", KINDS)
