@@ -11,7 +11,7 @@ Shape letters: T tokens of the pack on this rank, E experts, K experts of a toke
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -186,9 +186,15 @@ def whole_experts_config(config: TransformerConfig) -> TransformerConfig:
     return config
 
 
+Weights = Iterator[tuple[int, str, str, Tensor]]
+"""Of this rank's experts: number of the expert on this rank, name of the parameter, its key behind
+the number of the expert, and the parameter.
+"""
+
+
 def expert_entries(
     prefix: str,
-    weights: Iterable[tuple[int, str, str, Tensor]],
+    weights: Weights,
     count: int,
     groups: ProcessGroupCollection,
 ) -> ShardedStateDict:
@@ -198,8 +204,7 @@ def expert_entries(
 
     Args:
         prefix: of the experts' names.
-        weights: number of the expert on this rank, name of the parameter, its key behind the number
-            of the expert, and the parameter.
+        weights: of the experts.
         count: experts of this rank.
         groups: process groups.
     """
@@ -216,33 +221,12 @@ def expert_entries(
 def sequential_experts(submodules: MLPSubmodules) -> type:
     """Return experts that run one after the other, made of these linear layers."""
 
-    class Experts(SequentialMLP):
-        """Run the experts of this rank one after the other."""
+    def weights(experts: SequentialMLP) -> Weights:
+        for number, expert in enumerate(experts.local_experts):
+            for name, weight in expert.named_parameters():
+                yield number, f"local_experts.{number}.{name}", name, weight
 
-        def __init__(
-            self,
-            count: int,
-            config: TransformerConfig,
-            pg_collection: ProcessGroupCollection,
-            **kwargs: Any,
-        ):
-            settings = whole_experts_config(config)
-            super().__init__(count, settings, submodules, pg_collection=pg_collection)
-            self.groups = pg_collection
-            mark_experts(self)
-
-        def sharded_state_dict(
-            self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
-        ) -> ShardedStateDict:
-            """Describe the weights; megatron-core calls this to save and load them."""
-            named = (
-                (number, f"local_experts.{number}.{name}", name, weight)
-                for number, expert in enumerate(self.local_experts)
-                for name, weight in expert.named_parameters()
-            )
-            return expert_entries(prefix, named, self.num_local_experts, self.groups)
-
-    return Experts
+    return _experts(SequentialMLP, submodules, weights)
 
 
 def grouped_experts(grouped: type, submodules: MLPSubmodules) -> type:
@@ -253,8 +237,29 @@ def grouped_experts(grouped: type, submodules: MLPSubmodules) -> type:
         submodules: grouped linear layers of Transformer Engine.
     """
 
-    class GroupedExperts(grouped):
-        """Run the experts of this rank together."""
+    def weights(experts: nn.Module) -> Weights:
+        named = dict(experts.named_parameters())
+        for number in range(experts.num_local_experts):
+            for linear_layer in ("linear_fc1", "linear_fc2"):
+                name = f"{linear_layer}.weight{number}"
+                yield number, name, f"{linear_layer}.weight", named[name]
+
+    return _experts(grouped, submodules, weights)
+
+
+def _experts(
+    kind: type, submodules: MLPSubmodules, weights: Callable[[nn.Module], Weights]
+) -> type:
+    """Return experts of megatron-core's kind that are whole on their rank.
+
+    Args:
+        kind: megatron-core's class.
+        submodules: its linear layers.
+        weights: lists the weights of this rank's experts, see ``expert_entries``.
+    """
+
+    class Experts(kind):
+        """Run the experts of this rank."""
 
         def __init__(
             self,
@@ -272,16 +277,9 @@ def grouped_experts(grouped: type, submodules: MLPSubmodules) -> type:
             self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
         ) -> ShardedStateDict:
             """Describe the weights; megatron-core calls this to save and load them."""
-            weights = dict(self.named_parameters())
-            named = (
-                (number, name, f"{linear}.weight", weights[name])
-                for number in range(self.num_local_experts)
-                for linear in ("linear_fc1", "linear_fc2")
-                for name in [f"{linear}.weight{number}"]
-            )
-            return expert_entries(prefix, named, self.num_local_experts, self.groups)
+            return expert_entries(prefix, weights(self), self.num_local_experts, self.groups)
 
-    return GroupedExperts
+    return Experts
 
 
 def routers_of(model: nn.Module) -> Iterator[PackRouter]:
