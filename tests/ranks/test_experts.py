@@ -19,6 +19,7 @@ from megavlm.model.weights import fresh_tensor
 from megavlm.planner.flops import pieces, training_cost
 from tests.convert.models import EXPERTS
 from tests.data.samples import make_dataset, make_sample, write_packs
+from tests.ranks import layouts
 from tests.ranks.layouts import LIMIT, MASKS, asks_for_all
 from tests.ranks.model_checks import sizes_of
 from tests.ranks.pool import Pool
@@ -52,43 +53,29 @@ MODEL = dataclasses.replace(
 LOSSES = Experts(balance_loss=0.3, router_z_loss=0.02)
 
 
+# Of the chunks of a pipeline, see ``MODEL``.
+CUTS = {1: "auto", 2: "v*2,t|t", 4: "v|v|t|t"}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Layout:
+class Layout(layouts.Layout):
     """A layout with experts.
 
     Args:
         expert: expert-parallel ranks.
-        tensor, pipeline, context, data, virtual: sizes of the other axes.
         other: other settings.
-        everyday: masks that it is tried with when not all of the matrix is asked for.
     """
 
     expert: int = 1
-    tensor: int = 1
-    pipeline: int = 1
-    context: int = 1
-    data: int = 1
-    virtual: int = 1
     other: tuple[tuple[str, Any], ...] = ()
-    everyday: tuple[str, ...] = ()
-
-    @property
-    def ranks(self) -> int:
-        """Processes that it takes."""
-        return self.tensor * self.pipeline * self.context * self.data
 
     @property
     def settings(self) -> dict[str, Any]:
         """Settings of the run."""
-        chunks = self.pipeline * self.virtual
-        return dict(
-            tensor_model_parallel_size=self.tensor,
-            pipeline_model_parallel_size=self.pipeline,
-            virtual_pipeline_model_parallel_size=self.virtual,
-            context_parallel_size=self.context,
+        return super().settings | dict(
             expert_model_parallel_size=self.expert,
             sequence_parallel=self.tensor > 1,
-            layout={1: "auto", 2: "v*2,t|t", 4: "v|v|t|t"}[chunks],
+            layout=CUTS[self.pipeline * self.virtual],
             **dict(self.other),
         )
 
