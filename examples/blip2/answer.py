@@ -5,13 +5,16 @@ python examples/blip2/answer.py OUT --seconds 300
 
 from __future__ import annotations
 
-import argparse
 import json
+import sys
 from pathlib import Path
 
 import torch
 from PIL import Image
 from transformers import AutoProcessor, Blip2ForConditionalGeneration
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from try_out import parse, write_summary
 
 END = "\n"
 
@@ -41,27 +44,19 @@ def forget(model: Blip2ForConditionalGeneration) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("out", type=Path, metavar="OUT", help="folder of try.sh")
-    parser.add_argument("--seconds", type=int, required=True, help="that try.sh took so far")
-    options = parser.parse_args()
+    options = parse(__doc__)
     out = options.out
     folder = out / "exported" / "stage2"
     model = Blip2ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
     after = share_right(model, folder, out / "data")
     forget(model)
-    summary = {
+    facts = {
         **json.loads((out / "recall.json").read_text()),
-        "hf_max_abs_diff": json.loads((out / "verify.json").read_text())["max_abs_difference"],
         "metric": "share of held-out images that transformers captions right, word for word",
         "metric_before": share_right(model, folder, out / "data"),
         "metric_after": after,
-        "seconds": options.seconds,
     }
-    (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    print(json.dumps(summary, indent=2))
+    write_summary(options, facts)
 
 
 if __name__ == "__main__":

@@ -28,12 +28,21 @@ from transformers import (
 )
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "contrastive"))
-from make_data import COLOURS, FACTS, PLACES, SHAPES, SIDE, SIZES, write, write_tokenizer
+from make_data import (
+    COLOURS,
+    FACTS,
+    PLACES,
+    SHAPES,
+    SIDE,
+    SIZES,
+    TRAINING_IMAGES,
+    write_pairs,
+    write_tokenizer,
+)
 
 from megavlm.config.architecture import PIXELS
 
 QUERIES = 8
-TRAINING_IMAGES = 4800
 KINDS = (tuple(SIZES), COLOURS, SHAPES, tuple(PLACES))
 MEAN, STD = PIXELS["clip"]
 END = "\n"
@@ -155,10 +164,7 @@ def main() -> None:
     parser.add_argument("--language_steps", default=300, **count)
     options = parser.parse_args()
     out = options.out
-    (out / "images").mkdir(parents=True)
-    chosen = np.random.default_rng(1).integers(0, len(FACTS), TRAINING_IMAGES)
-    write(out, "train", [FACTS[number] for number in chosen], seed=2)
-    write(out, "valid", list(FACTS), seed=3)
+    write_pairs(out)
     write_tokenizer(out / "words")
     loss = train_language(np.random.default_rng(4), options.language_steps, out / "language")
     torch.manual_seed(2)

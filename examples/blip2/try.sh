@@ -7,19 +7,7 @@
 # BLIP-2 does, trains the Q-Former behind the frozen ViT (stage 1), then before the frozen OPT too (stage 2), exports both, compares them with
 # transformers, and lets transformers find and write captions of held-out images. It ends with OUT/summary.json.
 set -euo pipefail
-started=$SECONDS
-here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
-mkdir -p "${1:-blip2}"
-out="$(cd "${1:-blip2}" && pwd)"
-if [[ -n "$(ls -A "$out")" ]]; then
-    echo "examples/blip2/try.sh: error: $out holds something already; name another folder, or remove it" >&2
-    exit 2
-fi
-cd "$here/../.."
-python="${PYTHON:-python}"
-export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
-
-step() { printf '\n== %s (after %d s)\n' "$1" $((SECONDS - started)); }
+source "$(dirname "${BASH_SOURCE[0]}")/../start_try.sh"
 
 step "data, a ViT, a language model"
 "$python" "$here/make_parts.py" "$out/data"

@@ -77,10 +77,19 @@ def write_tokenizer(folder: Path) -> None:
     ).save_pretrained(folder)
 
 
-if __name__ == "__main__":
-    out = Path(sys.argv[1])
+def write_pairs(out: Path) -> dict[str, list[tuple[str, str, str, str]]]:
+    """Write images for training and for validation, of which those show everything once, each with
+    its annotation file; return what they show.
+    """
     (out / "images").mkdir(parents=True)
     chosen = np.random.default_rng(1).integers(0, len(FACTS), TRAINING_IMAGES)
-    write(out, "train", [FACTS[number] for number in chosen], seed=2)
-    write(out, "valid", list(FACTS), seed=3)
+    shown = {"train": [FACTS[number] for number in chosen], "valid": list(FACTS)}
+    for seed, (name, facts) in enumerate(shown.items(), start=2):
+        write(out, name, facts, seed=seed)
+    return shown
+
+
+if __name__ == "__main__":
+    out = Path(sys.argv[1])
+    write_pairs(out)
     write_tokenizer(out / "tokenizer")

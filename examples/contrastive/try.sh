@@ -6,17 +6,7 @@
 # It makes images and captions, packs them as pairs, trains a small CLIP with two data-parallel ranks and two cached microbatches on each,
 # exports it, and measures with transformers how often an image finds its caption and a caption its image (OUT/summary.json).
 set -euo pipefail
-started=$SECONDS
-here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
-mkdir -p "${1:-contrastive}"
-out="$(cd "${1:-contrastive}" && pwd)"
-if [[ -n "$(ls -A "$out")" ]]; then
-    echo "examples/contrastive/try.sh: error: $out holds something already; name another folder, or remove it" >&2
-    exit 2
-fi
-cd "$here/../.."
-python="${PYTHON:-python}"
-export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+source "$(dirname "${BASH_SOURCE[0]}")/../start_try.sh"
 
 "$python" "$here/make_data.py" "$out/data"
 for name in train valid; do

@@ -6,14 +6,17 @@ python examples/flamingo/answer.py OUT --seconds 300
 
 from __future__ import annotations
 
-import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 from transformers import AutoProcessor, IdeficsForVisionText2Text
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from try_out import parse, write_summary
 
 SHOTS = (0, 1, 2, 4)
 
@@ -52,12 +55,7 @@ def last_figures(path: Path) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("out", type=Path, metavar="OUT", help="folder of try.sh")
-    parser.add_argument("--seconds", type=int, required=True, help="that try.sh took so far")
-    options = parser.parse_args()
+    options = parse(__doc__)
     out = options.out
     folder = out / "exported"
     records = [json.loads(line) for line in (out / "data" / "valid_documents.jsonl").open()]
@@ -73,8 +71,7 @@ def main() -> None:
         layer.alpha_cross_attn.data.zero_()
         layer.alpha_dense.data.zero_()
     figures = last_figures(out / "run" / "metrics.jsonl")
-    summary = {
-        "hf_max_abs_diff": json.loads((out / "verify.json").read_text())["max_abs_difference"],
+    facts = {
         "metric": f"share of right words about held-out images behind {SHOTS[-1]} examples, by"
         " transformers; before: with closed gates",
         "metric_before": share(SHOTS[-1]),
@@ -83,10 +80,8 @@ def main() -> None:
         "loss_with_images": figures["valid_loss"],
         "loss_without_images": figures["valid_loss_without_images"],
         "gates": {name: value for name, value in figures.items() if name.startswith("gate/")},
-        "seconds": options.seconds,
     }
-    (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    print(json.dumps(summary, indent=2))
+    write_summary(options, facts)
 
 
 if __name__ == "__main__":

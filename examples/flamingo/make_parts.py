@@ -27,11 +27,10 @@ from transformers import (
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "contrastive"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "blip2"))
-from make_data import FACTS, write
+from make_data import FACTS, TRAINING_IMAGES, write_pairs
 from make_parts import KINDS, VISION, train_vision
 
 IMAGES = 5  # of a document
-TRAINING_IMAGES = 4800
 DOCUMENTS = {"train": 4000, "valid": 200}
 
 
@@ -87,7 +86,7 @@ def train_language(rng: np.random.Generator, steps: int, folder: Path) -> float:
 def write_documents(
     out: Path, name: str, shown: list[tuple[str, ...]], rng: np.random.Generator
 ) -> None:
-    """Write documents of images that ``write`` has written, which show ``shown``."""
+    """Write documents of images that ``write_pairs`` has written, which show ``shown``."""
     with (out / f"{name}_documents.jsonl").open("w") as lines:
         for _ in range(DOCUMENTS[name]):
             kind = int(rng.integers(len(KINDS)))
@@ -112,12 +111,8 @@ def main() -> None:
     parser.add_argument("--language_steps", default=200, **count)
     options = parser.parse_args()
     out = options.out
-    (out / "images").mkdir(parents=True)
-    chosen = np.random.default_rng(1).integers(0, len(FACTS), TRAINING_IMAGES)
-    shown = {"train": [FACTS[number] for number in chosen], "valid": list(FACTS)}
-    for seed, (name, facts) in enumerate(shown.items(), start=2):
-        write(out, name, facts, seed=seed)
-        write_documents(out, name, facts, np.random.default_rng(10 + seed))
+    for seed, (name, facts) in enumerate(write_pairs(out).items(), start=12):
+        write_documents(out, name, facts, np.random.default_rng(seed))
     loss = train_language(np.random.default_rng(4), options.language_steps, out / "language")
     torch.manual_seed(2)
     model = CLIPVisionModel(CLIPVisionConfig(**VISION))

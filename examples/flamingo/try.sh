@@ -7,19 +7,7 @@
 # trains resampler and cross-attention between the two, which stay frozen, exports the model, compares it with transformers, and lets transformers
 # say what held-out images show behind 0 to 4 examples. It ends with OUT/summary.json.
 set -euo pipefail
-started=$SECONDS
-here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
-mkdir -p "${1:-flamingo}"
-out="$(cd "${1:-flamingo}" && pwd)"
-if [[ -n "$(ls -A "$out")" ]]; then
-    echo "examples/flamingo/try.sh: error: $out holds something already; name another folder, or remove it" >&2
-    exit 2
-fi
-cd "$here/../.."
-python="${PYTHON:-python}"
-export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
-
-step() { printf '\n== %s (after %d s)\n' "$1" $((SECONDS - started)); }
+source "$(dirname "${BASH_SOURCE[0]}")/../start_try.sh"
 
 step "documents, a CLIP, a language model"
 "$python" "$here/make_parts.py" "$out/data"

@@ -6,8 +6,7 @@ python examples/fuyu/answer.py OUT --seconds 300
 
 from __future__ import annotations
 
-import argparse
-import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,9 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoProcessor, FuyuForCausalLM, FuyuProcessor
 from transformers.utils import is_torchvision_available
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from try_out import Exam, compare
 
 
 def load_processor(folder: Path) -> FuyuProcessor:
@@ -34,8 +36,10 @@ def load_processor(folder: Path) -> FuyuProcessor:
 
 
 @torch.no_grad()
-def share_right(folder: Path, exam: list[dict[str, Any]], images: Path) -> float:
+def share_right(out: Path, name: str, exam: Exam) -> float:
     """Return the share of questions that an exported model answers right."""
+    folder = out / "exported" / name
+    images = out / "data" / "images"
     processor = load_processor(folder)
     model = FuyuForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     right = 0
@@ -52,30 +56,5 @@ def share_right(folder: Path, exam: list[dict[str, Any]], images: Path) -> float
     return right / len(exam)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("out", type=Path, metavar="OUT", help="folder of try.sh")
-    parser.add_argument("--seconds", type=int, required=True, help="that try.sh took so far")
-    options = parser.parse_args()
-    out = options.out
-    exam = [json.loads(line) for line in (out / "data" / "exam.jsonl").read_text().splitlines()]
-    found = {
-        name: share_right(out / "exported" / name, exam, out / "data" / "images")
-        for name in ("start", "whole")
-    }
-    verified = json.loads((out / "verify.json").read_text())
-    summary = {
-        "hf_max_abs_diff": verified["max_abs_difference"],
-        "metric": "share of right answers to held-out questions, by transformers",
-        "metric_before": found["start"],
-        "metric_after": found["whole"],
-        "seconds": options.seconds,
-    }
-    (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    print(json.dumps(summary, indent=2))
-
-
 if __name__ == "__main__":
-    main()
+    compare(__doc__, share_right, "start", "whole")

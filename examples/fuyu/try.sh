@@ -7,19 +7,7 @@
 # goes on from that folder, exports again, compares the second export with the trained model, and lets transformers answer held-out questions with
 # both. It ends with OUT/summary.json. The learning rate is higher than the recipe's, since the model starts fresh.
 set -euo pipefail
-started=$SECONDS
-here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
-mkdir -p "${1:-fuyu}"
-out="$(cd "${1:-fuyu}" && pwd)"
-if [[ -n "$(ls -A "$out")" ]]; then
-    echo "examples/fuyu/try.sh: error: $out holds something already; name another folder, or remove it" >&2
-    exit 2
-fi
-cd "$here/../.."
-python="${PYTHON:-python}"
-export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
-
-step() { printf '\n== %s (after %d s)\n' "$1" $((SECONDS - started)); }
+source "$(dirname "${BASH_SOURCE[0]}")/../start_try.sh"
 
 step "data and a Fuyu"
 "$python" "$here/make_parts.py" "$out/data"

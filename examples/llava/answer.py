@@ -6,14 +6,15 @@ python examples/llava/answer.py OUT --seconds 300
 
 from __future__ import annotations
 
-import argparse
-import json
+import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from transformers import LlavaForConditionalGeneration
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from try_out import Exam, compare
 
 from megavlm.data.images.tiling import pad_colour
 from megavlm.data.images.transforms import decode_changed
@@ -24,11 +25,13 @@ from megavlm.data.text.tokenizer import load_tokenizer
 
 
 @torch.no_grad()
-def share_right(folder: Path, packs: Path, exam: list[dict[str, Any]], images: Path) -> float:
+def share_right(out: Path, name: str, exam: Exam) -> float:
     """Return the share of first questions that an exported model answers right; prompts and pixels
     are made as for the packs.
     """
-    facts = read_manifest(packs)
+    folder = out / "exported" / name
+    images = out / "data" / "images"
+    facts = read_manifest(out / "packs" / "stage2")
     template = ChatTemplate(load_tokenizer(folder), facts.features_per_tile, name=facts.template)
     model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
     mean, std = (torch.tensor(x)[:, None, None] for x in (facts.pixel_mean, facts.pixel_std))
@@ -55,32 +58,5 @@ def share_right(folder: Path, packs: Path, exam: list[dict[str, Any]], images: P
     return right / len(exam)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("out", type=Path, metavar="OUT", help="folder of try.sh")
-    parser.add_argument("--seconds", type=int, required=True, help="that try.sh took so far")
-    options = parser.parse_args()
-    out = options.out
-    exam = [json.loads(line) for line in (out / "data" / "exam.jsonl").read_text().splitlines()]
-    found = {
-        stage: share_right(
-            out / "exported" / stage, out / "packs" / "stage2", exam, out / "data" / "images"
-        )
-        for stage in ("stage1", "stage2")
-    }
-    verified = json.loads((out / "verify.json").read_text())
-    summary = {
-        "hf_max_abs_diff": verified["max_abs_difference"],
-        "metric": "share of right answers to held-out questions, by transformers",
-        "metric_before": found["stage1"],
-        "metric_after": found["stage2"],
-        "seconds": options.seconds,
-    }
-    (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    print(json.dumps(summary, indent=2))
-
-
 if __name__ == "__main__":
-    main()
+    compare(__doc__, share_right, "stage1", "stage2")

@@ -7,19 +7,7 @@
 # the connector, then connector and language model, exports both stages, compares the second with transformers, and lets transformers answer
 # held-out questions after each. It ends with OUT/summary.json. Learning rates are higher than LLaVA's, since the language model starts fresh.
 set -euo pipefail
-started=$SECONDS
-here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
-mkdir -p "${1:-llava}"
-out="$(cd "${1:-llava}" && pwd)"
-if [[ -n "$(ls -A "$out")" ]]; then
-    echo "examples/llava/try.sh: error: $out holds something already; name another folder, or remove it" >&2
-    exit 2
-fi
-cd "$here/../.."
-python="${PYTHON:-python}"
-export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
-
-step() { printf '\n== %s (after %d s)\n' "$1" $((SECONDS - started)); }
+source "$(dirname "${BASH_SOURCE[0]}")/../start_try.sh"
 
 step "data, a CLIP, a language model"
 OMP_NUM_THREADS=2 "$python" "$here/make_parts.py" "$out/data"

@@ -6,19 +6,22 @@ python examples/paligemma/answer.py OUT --seconds 300
 
 from __future__ import annotations
 
-import argparse
-import json
+import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
 from transformers import AutoProcessor, PaliGemmaForConditionalGeneration
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from try_out import Exam, compare
+
 
 @torch.no_grad()
-def share_right(folder: Path, exam: list[dict[str, Any]], images: Path) -> float:
+def share_right(out: Path, name: str, exam: Exam) -> float:
     """Return the share of questions that an exported model answers right."""
+    folder = out / "exported" / name
+    images = out / "data" / "images"
     processor = AutoProcessor.from_pretrained(folder)
     model = PaliGemmaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
     right = 0
@@ -33,30 +36,5 @@ def share_right(folder: Path, exam: list[dict[str, Any]], images: Path) -> float
     return right / len(exam)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("out", type=Path, metavar="OUT", help="folder of try.sh")
-    parser.add_argument("--seconds", type=int, required=True, help="that try.sh took so far")
-    options = parser.parse_args()
-    out = options.out
-    exam = [json.loads(line) for line in (out / "data" / "exam.jsonl").read_text().splitlines()]
-    found = {
-        stage: share_right(out / "exported" / stage, exam, out / "data" / "images")
-        for stage in ("stage1", "stage2")
-    }
-    verified = json.loads((out / "verify.json").read_text())
-    summary = {
-        "hf_max_abs_diff": verified["max_abs_difference"],
-        "metric": "share of right answers to held-out questions, by transformers",
-        "metric_before": found["stage1"],
-        "metric_after": found["stage2"],
-        "seconds": options.seconds,
-    }
-    (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    print(json.dumps(summary, indent=2))
-
-
 if __name__ == "__main__":
-    main()
+    compare(__doc__, share_right, "stage1", "stage2")

@@ -1,0 +1,58 @@
+"""What the answer.py of the try-outs share: the command line, the exam and the summary."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+Exam = list[dict[str, Any]]
+
+
+def parse(description: str) -> argparse.Namespace:
+    """Parse the command line of an answer.py."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder of try.sh")
+    parser.add_argument("--seconds", type=int, required=True, help="that try.sh took so far")
+    return parser.parse_args()
+
+
+def write_summary(options: argparse.Namespace, facts: dict[str, Any]) -> None:
+    """Write and print OUT/summary.json: facts, what the comparison with transformers has found, and
+    the time.
+    """
+    verified = json.loads((options.out / "verify.json").read_text())
+    summary = {
+        "hf_max_abs_diff": verified["max_abs_difference"],
+        **facts,
+        "seconds": options.seconds,
+    }
+    text = json.dumps(summary, indent=2)
+    (options.out / "summary.json").write_text(text + "\n")
+    print(text)
+
+
+def compare(
+    description: str, share_right: Callable[[Path, str, Exam], float], before: str, after: str
+) -> None:
+    """Let two exported models answer the exam, and write the summary.
+
+    Args:
+        description: of the program.
+        share_right: the share of the exam that a model in OUT answers right, by OUT and the name of
+            the export.
+        before, after: names of the exports.
+    """
+    options = parse(description)
+    lines = (options.out / "data" / "exam.jsonl").read_text().splitlines()
+    exam = [json.loads(line) for line in lines]
+    facts = {
+        "metric": "share of right answers to held-out questions, by transformers",
+        "metric_before": share_right(options.out, before, exam),
+        "metric_after": share_right(options.out, after, exam),
+    }
+    write_summary(options, facts)
