@@ -24,6 +24,7 @@ from megavlm.config.recipes import recipe_of
 from megavlm.config.schema import (
     BadSteps,
     Config,
+    Ema,
     Experts,
     Fp8,
     Init,
@@ -172,6 +173,7 @@ def _options(saved: Checkpoint, evaluation: Eval, target: Path) -> list[str]:
             kernels=saved.config.training.kernels,
         ),
         experts=Experts(),
+        ema=Ema(),
         profile=Profile(),
         bad_steps=BadSteps(),
         fp8=Fp8(),
