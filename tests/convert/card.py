@@ -9,6 +9,14 @@ import pytest
 from PIL import Image
 
 
+def counted_parts(folder: Path) -> dict[str, int]:
+    """Return the parameters of each part, as a folder's model card counts them."""
+    lines = (folder / "README.md").read_text().splitlines()
+    table = lines[lines.index("| part | architecture | parameters | dtype |") + 2 :]
+    cells = [line.strip("| ").split(" | ") for line in table if line.startswith("|")]
+    return {row[0]: int(row[2].replace(",", "")) for row in cells if len(row) == 4}
+
+
 def run_example(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> str:

@@ -19,32 +19,13 @@ from megavlm.config.hub_cache import short_name
 from megavlm.config.schema import Optimizer
 from megavlm.convert.hf.card_examples import EXAMPLES, Example
 from megavlm.convert.hf.preprocessing import Usage
-from megavlm.convert.weights.tables import Dialect
+from megavlm.convert.weights.tables import Dialect, rows, unused_rows
 from megavlm.convert.weights.views import Header
 from megavlm.data.store.manifest import FILE_NAME as MANIFEST_NAME
 from megavlm.data.store.manifest import Manifest, read_manifest
 
 FILE_NAME = "README.md"
 PARTS = ("model", "vision", "language", "data")
-_PART_OF = {
-    "vision_tower": "vision",
-    "vision_model": "vision",
-    "multi_modal_projector": "connector",
-    "mlp1": "connector",
-    "language_model": "language",
-    "visual_projection": "connector",
-    "text_model": "language",
-    "text_projection": "objective",
-    "logit_scale": "objective",
-    "logit_bias": "objective",
-    "query_tokens": "connector",
-    "qformer": "connector",
-    "language_projection": "connector",
-    "embeddings": "connector",
-    "vision_embed_tokens": "connector",
-    "vision_projection": "objective",
-    "itm_head": "objective",
-}
 
 
 def read_licenses(told: list[str]) -> dict[str, str]:
@@ -91,7 +72,7 @@ def write(
         _front(licenses, EXAMPLES[dialect]),
         f"# {name}\n\nA vision-language model, exported by megavlm {__version__}"
         f" as `{dialect}`.\n\n{EXAMPLES[dialect].text}",
-        "## Parts\n\n" + "\n".join(_parts(checkpoint, headers)),
+        "## Parts\n\n" + "\n".join(_parts(checkpoint, headers, dialect)),
         "## Training\n\n" + "\n".join(_training(checkpoint, manifest)),
     ]
     if manifest:
@@ -109,9 +90,15 @@ def _front(licenses: Mapping[str, str], example: Example) -> str:
     return "\n".join(["---", *lines, "tags:", "- megavlm", "---"])
 
 
-def _parts(checkpoint: Checkpoint, headers: Mapping[str, Header]) -> Iterator[str]:
+def _parts(
+    checkpoint: Checkpoint, headers: Mapping[str, Header], dialect: Dialect
+) -> Iterator[str]:
     """Yield the lines of the table of parts."""
     architecture = checkpoint.config.architecture
+    part_of = {
+        name: row.key.partition(".")[0] for row in rows(architecture, dialect) for name in row.names
+    }
+    part_of |= {name: "vision" for row in unused_rows(architecture, dialect) for name in row.names}
     vision = architecture.vision
     language = architecture.language
     needs = architecture.needs
@@ -133,9 +120,8 @@ def _parts(checkpoint: Checkpoint, headers: Mapping[str, Header]) -> Iterator[st
     parameters: Counter[str] = Counter()
     dtypes: defaultdict[str, Counter[torch.dtype]] = defaultdict(Counter)
     for name, header in headers.items():
-        first = name.partition(".")[0]
-        part = _PART_OF.get(first, first)
-        told.setdefault(part, f"`{architecture.objective}`" if part == "objective" else "")
+        part = part_of.get(name, "language")  # a tied head may be written as a tensor of its own
+        told.setdefault(part, f"`{architecture.objective}`")
         elements = header.nbytes // header.dtype.itemsize
         parameters[part] += elements
         dtypes[part][header.dtype] += elements

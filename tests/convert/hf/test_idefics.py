@@ -17,7 +17,7 @@ from megavlm.convert.weights.tables import rows
 from megavlm.data.records.record import Turn
 from megavlm.data.text.chat_tokens import ChatTemplate
 from megavlm.data.text.tokenizer import AROUND_IMAGE, load_tokenizer
-from tests.convert.card import run_example
+from tests.convert.card import counted_parts, run_example
 from tests.convert.idefics_models import FLAMINGO, KINDS, make_idefics
 from tests.convert.round_trip import assert_round_trip, golden_words
 
@@ -64,6 +64,12 @@ def test_transformers_loads_an_export_and_its_processor_makes_the_tokens_of_trai
     made = model.generate(**inputs, max_new_tokens=3, do_sample=False)
     assert made.shape[1] == len(found) + 3
     assert run_example(out, monkeypatch, capsys)
+    vision = sum(tensor.numel() for tensor in model.model.vision_model.parameters())
+    connector = sum(tensor.numel() for tensor in model.model.perceiver_resampler.parameters())
+    total = sum(tensor.numel() for tensor in model.parameters())
+    language = total - vision - connector
+    parts = dict(vision=vision, connector=connector, language=language)
+    assert counted_parts(out) == parts
 
 
 def test_images_are_never_learned_and_documents_end(words: Path) -> None:

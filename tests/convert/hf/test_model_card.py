@@ -17,6 +17,7 @@ from megavlm.convert.hf.command_line import read_size
 from megavlm.convert.hf.model_card import read_licenses
 from megavlm.data.store.manifest import Manifest, Source, Totals
 from megavlm.data.text.tokenizer import load_tokenizer
+from tests.convert.card import counted_parts
 from tests.convert.models import load_all, make_hf
 from tests.convert.tool import run_tool
 
@@ -79,12 +80,8 @@ def test_a_card_states_what_the_checkpoint_knows(tmp_path: Path) -> None:
     ):
         assert told in text
     assert "somebody" not in text
-    rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")]
-    counted = {
-        row[0].removeprefix("| "): int(row[2].replace(",", ""))
-        for row in rows
-        if row[0] in ("| vision", "| connector", "| language") and len(row) == 4
-    }
+    counted = counted_parts(out)
+    assert list(counted) == ["vision", "connector", "language"]
     tensors = load_all(out)
     assert sum(counted.values()) == sum(tensor.numel() for tensor in tensors.values())
     connector = [tensor for name, tensor in tensors.items() if "projector" in name]
