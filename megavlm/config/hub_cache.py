@@ -43,7 +43,8 @@ def find_folder(name: str, flag: str) -> Path:
 
 def file_name(folder: str | Path) -> str:
     """Return a name for files about the model in a folder."""
-    return short_name(folder).partition(" at ")[0].replace("/", "--")
+    folder = Path(folder)
+    return (_repository(folder) or folder.resolve().name).replace("/", "--")
 
 
 def short_name(folder: str | Path) -> str:
@@ -51,7 +52,12 @@ def short_name(folder: str | Path) -> str:
     cached snapshot.
     """
     folder = Path(folder)
-    repository = folder.parent.parent.name
-    if folder.parent.name == "snapshots" and repository.startswith("models--"):
-        return f"{repository.removeprefix('models--').replace('--', '/')} at {folder.name}"
-    return folder.resolve().name
+    repository = _repository(folder)
+    return f"{repository} at {folder.name}" if repository else folder.resolve().name
+
+
+def _repository(folder: Path) -> str:
+    """Return the hub id of a cached snapshot; empty: it is none."""
+    name = folder.parent.parent.name
+    is_snapshot = folder.parent.name == "snapshots" and name.startswith("models--")
+    return name.removeprefix("models--").replace("--", "/") if is_snapshot else ""

@@ -35,6 +35,9 @@ def test_the_converter_reads_a_cached_snapshot(
     assert "download it first: hf download somebody/Tiny-2B" in capsys.readouterr().err
     assert run_tool(*arguments, "somebody/Tiny-1B") == 0
     assert (tmp_path / "start" / "shards").is_dir()
+    words = ["--tokenizer", "somebody/Tiny-1B"]
+    exported = ["export", "--load", str(tmp_path / "start"), "--out", str(tmp_path / "out")]
+    assert run_tool(*exported, *words) == 0
 
 
 def test_a_run_starts_from_a_cached_snapshot(snapshot: Path, tmp_path: Path) -> None:
@@ -64,3 +67,4 @@ def test_a_cached_snapshot_is_called_by_its_id(snapshot: Path, tmp_path: Path) -
     assert short_name(snapshot) == f"somebody/Tiny-1B at {COMMIT}"
     assert file_name(snapshot) == "somebody--Tiny-1B"
     assert short_name(tmp_path) == tmp_path.name
+    assert file_name(tmp_path / "run at 5") == "run at 5"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 
+from megavlm.config.hub_cache import cached
 from megavlm.convert.hf import convert, model_card, peft_export, push
 from megavlm.convert.weights.tables import DIALECTS
 
@@ -59,10 +60,15 @@ def _add_import(parser: argparse.ArgumentParser) -> None:
         "--tokenizer",
         metavar="DIR",
         default="",
+        type=cached,
         help="folder of the tokenizer, if the model's own is Python code",
     )
     parser.add_argument(
-        "--peft", metavar="DIR", default="", help="folder of LoRA adapters of that model, by PEFT"
+        "--peft",
+        metavar="DIR",
+        default="",
+        type=cached,
+        help="folder of LoRA adapters of that model, by PEFT",
     )
 
 
@@ -95,12 +101,14 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
         "--tokenizer",
         metavar="DIR",
         default="",
+        type=cached,
         help="folder of the tokenizer, if the checkpoint has none",
     )
     parser.add_argument(
         "--vision",
         metavar="DIR",
         default="",
+        type=cached,
         help="folder of the vision encoder that the model started from, if the checkpoint lacks the"
         " weights of it that LlavaForConditionalGeneration has and training does not use",
     )

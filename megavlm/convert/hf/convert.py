@@ -56,7 +56,7 @@ def hf_tensors_as_megatron(folder: str | Path, architecture: Architecture) -> Me
         FileNotFoundError: files are missing.
         ValueError: the weights are not those of ``architecture``; every tensor at fault is named.
     """
-    return MegatronView(_open(Path(folder)), architecture, dialect_of(folder))
+    return MegatronView(open_weights(Path(folder)), architecture, dialect_of(folder))
 
 
 def full_tensors(folder: str | Path, architecture: Architecture) -> FullTensor:
@@ -95,7 +95,7 @@ def refuse_other(folder: str | Path, architecture: Architecture) -> Architecture
     return found
 
 
-def _open(folder: Path) -> Tensors:
+def open_weights(folder: Path) -> Tensors:
     """Open the weights of a Hugging Face folder."""
     return SeparateExperts(SafetensorsFolder(folder, rename=hub_format_of(folder).name_on_disk))
 
@@ -297,7 +297,7 @@ def check(folder: str | Path) -> list[PartCheck]:
     """
     folder = Path(folder)
     architecture = architecture_from_hf(folder)
-    source = _open(folder)
+    source = open_weights(folder)
     dialect = dialect_of(folder)
     view = MegatronView(source, architecture, dialect)
     back = HuggingFaceView(view, architecture, dialect=dialect)

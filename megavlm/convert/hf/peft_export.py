@@ -12,12 +12,12 @@ from torch import Tensor
 
 from megavlm.checkpoint import step_folder
 from megavlm.checkpoint.step_folder import SHARDS
+from megavlm.config.hub_cache import find_folder
 from megavlm.config.lora import Lora
 from megavlm.convert.dist_checkpoint import ShardsFolder
-from megavlm.convert.hf.convert import refuse_other
-from megavlm.convert.hf.hub_formats import dialect_of, hub_format_of
+from megavlm.convert.hf.convert import open_weights, refuse_other
+from megavlm.convert.hf.hub_formats import dialect_of
 from megavlm.convert.hf.peft_folder import CONFIG, PREFIX, WEIGHTS
-from megavlm.convert.hf.safetensors_files import SafetensorsFolder
 from megavlm.convert.weights.adapters import adapted_rows, factors
 from megavlm.convert.weights.tables import name_in_memory, rows
 from megavlm.io.atomic import new_folder
@@ -34,7 +34,8 @@ def export(
     Args:
         checkpoint: folder of a step, or a run's save folder.
         out: folder to make; missing or empty.
-        base: Hugging Face folder, in the native dialect, of the model that they were trained on.
+        base: Hugging Face folder, in the native dialect, of the model that they were trained on,
+            or its hub id, which the adapters then name.
         averages: write the moving averages of what was trained.
 
     Raises:
@@ -47,12 +48,13 @@ def export(
     architecture = found.config.architecture
     if not architecture.lora.rank:
         raise ValueError(f"--load {checkpoint}: has no LoRA adapters; leave --peft out")
-    if dialect_of(base) != "native":
+    model = find_folder(str(base), "--peft")
+    if dialect_of(model) != "native":
         raise ValueError(
             f"--peft {base}: adapters are written for an InternVLForConditionalGeneration only"
             " (export one with --dialect native); leave --peft out to merge them"
         )
-    refuse_other(base, architecture)
+    refuse_other(model, architecture)
     source = ShardsFolder(found.folder / SHARDS, averages=averages)
     tensors: dict[str, Tensor] = {}
     for row in adapted_rows(architecture):
@@ -61,7 +63,7 @@ def export(
             tensors[f"{stem}lora_A.weight"] = a.contiguous()
             tensors[f"{stem}lora_B.weight"] = b.contiguous()
     targets = sorted({name.removeprefix(PREFIX).rpartition(".lora_")[0] for name in tensors})
-    connector = _trained_connector(source, found.config.architecture, Path(base))
+    connector = _trained_connector(source, found.config.architecture, model)
     with new_folder(Path(out), "--out") as growing:
         save_file(tensors | connector, growing / WEIGHTS, metadata={"format": "pt"})
         settings = _settings(architecture.lora, targets, str(base), is_whole=bool(connector))
@@ -71,7 +73,7 @@ def export(
 
 def _trained_connector(source: ShardsFolder, architecture: Any, base: Path) -> dict[str, Tensor]:
     """Return the connector if it is not the base's, under PEFT's names; everything else must be."""
-    there = SafetensorsFolder(base, rename=hub_format_of(base).name_on_disk)
+    there = open_weights(base)
     changed: list[str] = []
     connector: dict[str, Tensor] = {}
     for row in rows(architecture):
