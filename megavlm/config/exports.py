@@ -11,8 +11,16 @@ from collections.abc import Callable, Iterator
 from megavlm.config.architecture import Architecture
 
 # Language models that the code of ``InternVLChatModel`` knows; a Mistral is written as a Llama.
-_CHAT_FAMILIES = ("qwen2", "qwen3", "qwen3_moe", "internlm2", "internlm3", "llama", "mistral")
-_CHAT_FAMILIES += ("phi3",)
+_CHAT_FAMILIES = (
+    "qwen2",
+    "qwen3",
+    "qwen3_moe",
+    "internlm2",
+    "internlm3",
+    "llama",
+    "mistral",
+    "phi3",
+)
 
 
 def _without_crosses(arch: Architecture) -> Iterator[str]:
@@ -225,9 +233,7 @@ def _idefics(arch: Architecture) -> Iterator[str]:
         "vision.unused_layers": (0, arch.vision.unused_layers),
         "connector.kind": ("resampler", arch.connector.kind),
     }
-    for option, (value, found) in wanted.items():
-        if found != value:
-            yield f"{name} has --architecture.{option} {value}; this model has {found}"
+    yield from _other_values(name, wanted)
     every = arch.cross_attention.every
     if every < 1 or language.num_layers % every:
         yield (

@@ -56,6 +56,8 @@ def name_problems(training: Training, keys: Collection[str]) -> Iterator[str]:
         training: the settings.
         keys: checkpoint keys of all parameters.
     """
+    if not training.frozen_until:
+        return
     trained = {key for key in keys if any(matches(key, pattern) for pattern in training.trainable)}
     for entry in training.frozen_until:
         pattern = entry.partition("=")[0].strip()
@@ -64,6 +66,6 @@ def name_problems(training: Training, keys: Collection[str]) -> Iterator[str]:
                 f"--training.frozen_until {entry}: names nothing that --training.trainable trains;"
                 " what is unfrozen must be in that mask"
             )
-    if training.frozen_until and all(frozen_steps(key, training) for key in trained):
-        first = min(frozen_steps(key, training) for key in trained)
-        yield f"--training.frozen_until: nothing would be trained in the first {first} steps"
+    steps = [frozen_steps(key, training) for key in trained]
+    if steps and all(steps):
+        yield f"--training.frozen_until: nothing would be trained in the first {min(steps)} steps"

@@ -94,27 +94,26 @@ class ShardsFolder:
             raise FileNotFoundError(f"{folder}: no distributed checkpoint (.metadata is missing)")
         self._reader = _Reader(folder)
         self._folder = folder
-        entries = self._reader.read_metadata().state_dict_metadata.items()
+        stored = self._reader.read_metadata().state_dict_metadata
         # Beside weights there are the optimizer's tensors, and what FP8 keeps, which is no tensor.
         self._stored_keys = {
             _current_key(key): key
-            for key, entry in entries
+            for key, entry in stored.items()
             if key.startswith(_PREFIX) and isinstance(entry, TensorStorageMetadata)
         }
-        stored = self._reader.read_metadata().state_dict_metadata
-        self._entries = {key: stored[name] for key, name in self._stored_keys.items()}
         self.headers = {
-            key: Header(tuple(entry.size), entry.properties.dtype)
-            for key, entry in self._entries.items()
+            key: Header(tuple(stored[name].size), stored[name].properties.dtype)
+            for key, name in self._stored_keys.items()
         }
         if averages:  # in float32, read with the dtype of the parameter
             start = _AVERAGE_PREFIX + _PREFIX
-            self._stored_keys |= {k[len(start) :]: k for k in stored if k.startswith(start)}
-            self._entries = {key: stored[name] for key, name in self._stored_keys.items()}
-            if not any(name.startswith(start) for name in self._stored_keys.values()):
+            found = {key[len(start) :]: key for key in stored if key.startswith(start)}
+            if not found:
                 raise ValueError(
                     f"{folder}: holds no averages of parameters; its run had no --ema.decay"
                 )
+            self._stored_keys |= found
+        self._entries = {key: stored[name] for key, name in self._stored_keys.items()}
         # Rows are asked for run by run, and many runs are of one part.
         self._numbers = lru_cache(maxsize=64)(self._find_numbers)
 

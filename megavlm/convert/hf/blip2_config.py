@@ -44,7 +44,7 @@ def read_vision(found: Mapping[str, Any], folder: Path) -> Vision:
     """Read the vision encoder from the result of ``vision_settings``; pixels are CLIP's if the
     folder does not say.
     """
-    mean, std = shared.told_normalisation(folder, PIXELS["clip"])
+    mean, std = shared.normalisation(folder, PIXELS["clip"])
     return Vision(
         family="eva",
         image_size=found["image_size"],

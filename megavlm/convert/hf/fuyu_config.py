@@ -36,7 +36,7 @@ def read(raw: dict[str, Any], folder: Path, *, has_head: bool | None) -> Archite
     text = settings["text_config"]
     tied = settings["tie_word_embeddings"] or text.get("tie_word_embeddings")
     shared.refuse(path, list(_problems(settings)))
-    mean, std = shared.told_normalisation(folder, PIXELS["siglip"])
+    mean, std = shared.normalisation(folder, PIXELS["siglip"])
     return Architecture(
         vision=Vision(
             num_layers=0,

@@ -49,7 +49,7 @@ def read(raw: dict[str, Any], folder: Path, *, has_head: bool | None) -> Archite
         vision=clip_vision.read(
             vision | {"hidden_size": vision["embed_dim"]},
             family="clip",
-            pixels=shared.told_normalisation(folder, PIXELS["clip"]),
+            pixels=shared.normalisation(folder, PIXELS["clip"]),
         ),
         connector=Connector(
             kind="resampler",

@@ -9,12 +9,11 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from megavlm.config.schema import Vision
+from megavlm.config.architecture import PIXELS
 
 FILE_NAME = "config.json"
 IMAGE_PROCESSOR_NAME = "preprocessor_config.json"
 NORMS = {"layer_norm": "LayerNorm", "rms_norm": "RMSNorm"}
-_USUAL = Vision()
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -91,27 +90,18 @@ def image_processor(folder: Path) -> dict[str, Any]:
     return read_json(whole).get("image_processor", {}) if whole.is_file() else {}
 
 
-def normalisation(folder: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of pixels; those of InternVL where the folder says nothing."""
-    settings = image_processor(folder)
-    return (
-        _of_colours(settings.get("image_mean", _USUAL.pixel_mean)),
-        _of_colours(settings.get("image_std", _USUAL.pixel_std)),
-    )
+def normalisation(
+    folder: Path, usual: tuple[tuple[float, ...], tuple[float, ...]] = PIXELS["imagenet"]
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of pixels; ``usual`` where the folder says nothing."""
+    found = image_processor(folder)
+    mean, std = usual
+    return _of_colours(found.get("image_mean", mean)), _of_colours(found.get("image_std", std))
 
 
 def _of_colours(found: float | Sequence[float]) -> tuple[float, ...]:
     """Return a value for each of red, green and blue, of one for all or three."""
     return tuple(found) if isinstance(found, Sequence) else (float(found),) * 3
-
-
-def told_normalisation(
-    folder: Path, usual: tuple[tuple[float, ...], tuple[float, ...]]
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of pixels; ``usual`` where the folder has no image processor."""
-    names = (IMAGE_PROCESSOR_NAME, "processor_config.json")
-    is_told = any((folder / name).is_file() for name in names)
-    return normalisation(folder) if is_told else usual
 
 
 def whole_inverse(ratio: float) -> int:

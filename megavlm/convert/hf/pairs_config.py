@@ -63,7 +63,7 @@ def _problems(found: dict[str, Any]) -> Iterator[str]:
 
 
 def _vision(family: str, found: dict[str, Any], folder: Path) -> Vision:
-    pixels = json_files.told_normalisation(folder, PIXELS[family])
+    pixels = json_files.normalisation(folder, PIXELS[family])
     return clip_vision.read(found, family=family, pixels=pixels)
 
 

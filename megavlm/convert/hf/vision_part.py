@@ -55,9 +55,9 @@ def vision_from_hf(folder: str | Path, like: Vision | None = None) -> Vision:
     path = Path(folder) / json_files.FILE_NAME
     raw = json_files.read_json(path)
     kind = raw.get("model_type")
-    mean, std = json_files.normalisation(Path(folder))
     if kind == _INTERNVIT:
         json_files.refuse(path, list(chat_config.vision_problems(raw, "")))
+        mean, std = json_files.normalisation(Path(folder))
         return chat_config.read_vision(raw, mean, std)
     if kind in _EVA_KINDS:
         settings = blip2_config.vision_settings(raw)
@@ -78,7 +78,7 @@ def vision_from_hf(folder: str | Path, like: Vision | None = None) -> Vision:
     return clip_vision.read(
         found,
         family=family,
-        pixels=(mean, std),
+        pixels=json_files.normalisation(Path(folder)),
         unused_layers=unused,
         final_norm=has_like and like.final_norm,
     )

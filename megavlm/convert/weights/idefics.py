@@ -12,7 +12,7 @@ from dataclasses import replace
 from megavlm.config.schema import Architecture
 from megavlm.convert.weights.families import llama
 from megavlm.convert.weights.mapping import Row, linear, norm
-from megavlm.convert.weights.transforms import Reshaped, Same, Stacked
+from megavlm.convert.weights.transforms import Reshaped, Same
 
 
 def rows(architecture: Architecture) -> list[Row]:
@@ -53,7 +53,5 @@ def _block(architecture: Architecture) -> Iterator[Row]:
     yield from linear("linear_proj", ("cross_attn.o_proj",), (width, heads), bias=False)
     yield Row("attention_gate", ("alpha_cross_attn",), shape, gate)
     yield from norm("mlp_norm.", "post_attention_layernorm", width)
-    both = ("mlp.gate_proj", "mlp.up_proj")
-    yield from linear("mlp.linear_fc1", both, (2 * inner, width), Stacked(2), bias=False)
-    yield from linear("mlp.linear_fc2", ("mlp.down_proj",), (width, inner), bias=False)
+    yield from llama.gated_mlp("mlp.", "mlp.", width, inner)
     yield Row("mlp_gate", ("alpha_dense",), shape, gate)

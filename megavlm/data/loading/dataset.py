@@ -132,6 +132,8 @@ class PackedDataset:
         capacity = manifest.capacity
         positions, ends = sample_positions(pack.lengths, manifest.alignment, capacity)
         own = rank_slice.tokens(ends)
+        local = np.full(capacity, -1)
+        local[own] = np.arange(len(own))
 
         def on_rank(values: np.ndarray, fill: int | bool = 0) -> np.ndarray:
             return _spread(values, positions, capacity, fill)[own]
@@ -139,7 +141,9 @@ class PackedDataset:
         labels, weights = map(on_rank, label(pack.tokens, pack.supervised, pack.lengths, reduction))
         draws = drop_path_draws(seed, position, 2 * vision_layers + 2, max(1, pack.tiles))
         chosen = rank_slice.tiles(pack.tiles, tile_multiple)
-        reads_next = next_image_draws(seed, position, len(pack.lengths)) < self.next_image
+        reads_next = None
+        if self.next_image:
+            reads_next = next_image_draws(seed, position, len(pack.lengths)) < self.next_image
         return Batch.of(
             tokens=on_rank(pack.tokens.astype(np.int64), manifest.pad_token_id),
             labels=labels.astype(np.int64),
@@ -150,9 +154,9 @@ class PackedDataset:
             sample_ends=ends,
             longest_sample=int(np.diff(ends).max()),
             prefixes=find_prefixes(pack.supervised, positions, ends),
-            media=find_media(pack, manifest, positions, own, reads_next),
+            media=find_media(pack, manifest, local[positions], reads_next),
             tiles=self._decoder.decode(pack, chosen if with_tiles else range(0), seed, position),
-            **self._features(pack, positions, own),
+            **self._features(pack, positions, local),
             num_features=pack.tiles * manifest.features_per_tile,
             drop_path_draws=_columns(draws[:-2], chosen),
             pair_draws=draws[-2:],
@@ -179,7 +183,7 @@ class PackedDataset:
         return numbers[named]
 
     def _features(
-        self, pack: Pack, positions: np.ndarray, own: np.ndarray
+        self, pack: Pack, positions: np.ndarray, local: np.ndarray
     ) -> dict[str, np.ndarray]:
         """Return where image features go among the rank's tokens, and which of the pack's features
         these are; int64.
@@ -187,11 +191,9 @@ class PackedDataset:
         Args:
             pack: the pack.
             positions: of its stored tokens.
-            own: positions of the rank's tokens in the pack.
+            local: where each token of the pack is among the rank's tokens; -1: nowhere.
         """
-        index = np.full(self.manifest.capacity, -1)
-        index[own] = np.arange(len(own))
-        found = index[self._feature_positions(pack, positions)]
+        found = local[self._feature_positions(pack, positions)]
         is_own = found >= 0
         return dict(feature_positions=found[is_own], feature_numbers=np.flatnonzero(is_own))
 

@@ -13,25 +13,23 @@ def drop_path_draws(seed: int, position: int, rows: int, columns: int) -> np.nda
     """Uniform numbers in [0, 1) that depend on the seed and the pack's position alone; float32
     [rows, columns]. They are drawn for the real tiles of the whole pack, so that neither padding
     nor the layout changes them.
-
-    Philox (J. Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011) is keyed by
-    the seed and counts from the position.
     """
-    generator = np.random.Generator(np.random.Philox(key=seed % 2**64, counter=[0, 0, 0, position]))
-    return generator.random((rows, columns), dtype=np.float32)
+    return _generator(seed, position, 0).random((rows, columns), dtype=np.float32)
 
 
 def pack_draw(seed: int, position: int) -> int:
-    """Return a number of 31 bits that depends on the seed and the pack's position alone; another
-    counter of Philox than that of ``drop_path_draws``.
-    """
-    generator = np.random.Generator(np.random.Philox(key=seed % 2**64, counter=[0, 0, 1, position]))
-    return int(generator.integers(2**31))
+    """Return a number of 31 bits that depends on the seed and the pack's position alone."""
+    return int(_generator(seed, position, 1).integers(2**31))
 
 
 def next_image_draws(seed: int, position: int, samples: int) -> np.ndarray:
     """Return a uniform number in [0, 1) for each sample of a pack, that depends on the seed and the
     pack's position alone; float64 [samples].
     """
-    generator = np.random.Generator(np.random.Philox(key=seed % 2**64, counter=[0, 0, 2, position]))
-    return generator.random(samples)
+    return _generator(seed, position, 2).random(samples)
+
+
+def _generator(seed: int, position: int, kind: int) -> np.random.Generator:
+    """Return the generator of a kind of numbers of a pack."""
+    counter = [0, 0, kind, position]
+    return np.random.Generator(np.random.Philox(key=seed % 2**64, counter=counter))

@@ -58,33 +58,27 @@ def images_read(
 def find_media(
     pack: Pack,
     manifest: Manifest,
-    positions: np.ndarray,
-    own: np.ndarray,
+    rows: np.ndarray,
     reads_next: np.ndarray | None = None,
 ) -> Media | None:
     """Find which of a rank's tokens read which image of a pack; none unless an image has one
-    placeholder token. ``reads_next`` as for ``images_read``, ``positions`` and ``own`` as for
-    ``sort_by_image``.
+    placeholder token, as a patch of an image also has. ``reads_next`` as for ``images_read``,
+    ``rows`` as for ``sort_by_image``.
     """
-    if manifest.features_per_tile != 1:
+    if manifest.features_per_tile != 1 or manifest.tiling == "patches":
         return None
     words = (manifest.context_token_id, manifest.end_token_id)
     read = images_read(pack.tokens, pack.lengths, *words, reads_next)
-    return sort_by_image(read, positions, own, manifest.capacity)
+    return sort_by_image(read, rows)
 
 
-def sort_by_image(read: np.ndarray, positions: np.ndarray, own: np.ndarray, capacity: int) -> Media:
+def sort_by_image(read: np.ndarray, rows: np.ndarray) -> Media:
     """Sort a rank's tokens by the image that they read.
 
     Args:
         read: int64 [t], the image of each stored token of the whole pack; -1: none.
-        positions: int64 [t], of the stored tokens in the pack.
-        own: int64 [T], positions of the rank's tokens in the pack.
-        capacity: tokens of the pack.
+        rows: int64 [t], where each stored token is among the rank's tokens; -1: nowhere.
     """
-    local = np.full(capacity, -1)
-    local[own] = np.arange(len(own))
-    rows = local[positions]
     is_reading = (read >= 0) & (rows >= 0)
     order = np.argsort(read[is_reading], kind="stable")
     images, sizes = np.unique(read[is_reading], return_counts=True)

@@ -98,13 +98,13 @@ class TileDecoder:
         columns, rows, count = (int(row[name]) for name in ("columns", "rows", "tiles"))
         size = self.manifest.image_size
         has_thumbnail = count > columns * rows
-        if self.is_plain and not self._is_augmented(pack, index):
+        operations = self.augment if self._is_augmented(pack, index) else ()
+        if self.is_plain and not operations:
             decode_tiles(pack.image(index), columns, rows, size, has_thumbnail, out=room)
             return
         fits = None
         if self.cuts_patches:
             fits = fitted_size(int(row["width"]), int(row["height"]), self.manifest.image_limit)
-        operations = self.augment if self._is_augmented(pack, index) else ()
         decode_changed(
             pack.image(index),
             columns,

@@ -105,7 +105,9 @@ def test_segments_attend_as_a_dense_mask_says_on_any_number_of_ranks() -> None:
         expected[seen < 0] = 0
         for rank in range(ranks):
             own = RankSlice(context_rank=rank, context_ranks=ranks).tokens(ends)
-            media = sort_by_image(read, positions, own, capacity)
+            local = np.full(capacity, -1)
+            local[own] = np.arange(len(own))
+            media = sort_by_image(read, local[positions])
             mine = query[own]
             found = torch.zeros(len(own), 8)
             if media.is_real:
