@@ -139,12 +139,11 @@ def activation_memory(config: Config, chunk: Chunk, load: RankLoad) -> Activatio
     once = 0.0
     for layer in chunk.layer_numbers(arch.vision.num_layers):
         part = "vision" if layer < arch.vision.num_layers else "language"
-        kept, transient = _kept(
-            layers[part], width[part], parallel.recompute_of(part) if backward[layer] else "nothing"
-        )
+        recompute = parallel.recompute_of(part) if backward[layer] else "nothing"
+        kept, transient = _kept(layers[part], width[part], recompute)
         draws = adapter_draws(arch, parallel, layer)
-        masks = _kept(draws.masks, 0, parallel.recompute_of(part))
-        copies = _kept((draws.copies, 0.0), 0, parallel.recompute_of(part))
+        masks = _kept(draws.masks, 0, recompute)
+        copies = _kept((draws.copies, 0.0), 0, recompute)
         (kept, transient) = (
             size * (layer_bytes + copied) + _MASK_BYTES * mask
             for layer_bytes, copied, mask in zip((kept, transient), copies, masks, strict=True)
