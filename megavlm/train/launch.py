@@ -57,6 +57,7 @@ def launch(
     config: Config,
     stop: StopRequest | None = None,
     *,
+    ahead: Callable[[], None] | None = None,
     attempt: int = 0,
     can_go_back: bool = False,
 ) -> State:
@@ -66,6 +67,8 @@ def launch(
     Args:
         config: the run.
         stop: what people ask of the whole command; none: of this run alone.
+        ahead: checks what is to run after it, and raises ValueError if that cannot run; what it
+            finds on any rank counts as wrong with this run.
         attempt: how often this command has run the job before.
         can_go_back: raise DamagedError, on every rank, instead of ending the process.
     """
@@ -75,7 +78,7 @@ def launch(
     run_name = f"{config.stage}/{attempt}" if attempt else config.stage
     store = backend.meet(config.parallel.timeout_minutes, run_name)
     with contextlib.ExitStack() as stack:
-        start, lock = _agree_to_start(config, store, stack)
+        start, lock = _agree_to_start(config, ahead, store, stack)
         if isinstance(start, Checkpoint) and source.is_own(config, start):
             config = with_origin(config, start.config)
         device_backend = backend.start(
@@ -111,12 +114,16 @@ def _tell_of_full_memory(config: Config, error: BaseException) -> None:
 
 
 def _agree_to_start(
-    config: Config, store: dist.Store, stack: contextlib.ExitStack
+    config: Config,
+    ahead: Callable[[], None] | None,
+    store: dist.Store,
+    stack: contextlib.ExitStack,
 ) -> tuple[Start, Lock | None]:
     """Find out what to start from, and that all ranks are about to run the same.
 
     Args:
         config: the run.
+        ahead: see ``launch``.
         store: shared by the ranks.
         stack: holds the lock of the save folder for as long as it lasts.
 
@@ -126,6 +133,8 @@ def _agree_to_start(
     start = None
     lock = None
     try:
+        if ahead is not None:
+            ahead()
         if config.checkpoint.save and torchrun.rank() == 0:
             lock = _lock(Path(config.checkpoint.save), stack)
         start = inspect(config, torchrun.world_size())

@@ -5,8 +5,9 @@ from __future__ import annotations
 import gc
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -29,10 +30,7 @@ def launch_all(stages: Sequence[Config]) -> None:
     next one starts from what it then saves.
     """
     number = _first(stages)
-    if found := list(_problems_ahead(stages[number:])):
-        told = "\n  ".join(["error: a later stage could not run:", *found])
-        torchrun.refuse(told, is_told=torchrun.rank() == 0)
-        raise SystemExit(2)
+    ahead: Callable[[], None] | None = partial(_check_ahead, stages[number:])
     attempts: Counter[int] = Counter()
     with StopRequest() as stop:
         while number < len(stages):
@@ -40,13 +38,17 @@ def launch_all(stages: Sequence[Config]) -> None:
             stop.limit(config.training.max_hours)
             goes_back = number > 0 and not attempts[number] and not resume.has_begun(config)
             try:
-                state = launch(config, stop, attempt=attempts[number], can_go_back=goes_back)
+                state = launch(
+                    config, stop, ahead=ahead, attempt=attempts[number], can_go_back=goes_back
+                )
             except DamagedError as error:
                 _say_that_it_goes_back(stages[number - 1], error)
                 attempts[number] += 1
                 number -= 1
                 attempts[number] += 1
                 continue
+            finally:
+                ahead = None  # once, before anything runs
             if state.step < config.training.steps or stop.is_agreed:
                 return
             number += 1
@@ -73,6 +75,16 @@ def _first(stages: Sequence[Config]) -> int:
     first = max(begun, default=0)
     is_over = first < len(stages) - 1 and resume.is_done(stages[first])
     return first + 1 if is_over else first
+
+
+def _check_ahead(stages: Sequence[Config]) -> None:
+    """Check the stages after the first of these.
+
+    Raises:
+        ValueError: everything that would keep one of them from running, in one message.
+    """
+    if found := list(_problems_ahead(stages)):
+        raise ValueError("\n  ".join(["a later stage could not run:", *found]))
 
 
 def _problems_ahead(stages: Sequence[Config]) -> Iterator[str]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import shlex
 import shutil
 import subprocess
 import sys
@@ -140,3 +141,24 @@ def test_a_later_stage_that_could_not_run_is_refused_before_the_first_starts(
         [told] = ranks.run(run_stages, 1, stages([*arguments, *first, "--for", "2", own], save))
         assert "a later stage could not run" in told and why in told
         assert not save.exists()
+
+
+def test_what_one_rank_alone_finds_in_a_later_stage_is_told_by_all(
+    arguments: list[str], tmp_path: Path
+) -> None:
+    make_packs(tmp_path / "other", packs=4, image_share=0.7, vocab_size=198)
+    start = [*ALONE, *arguments, "--checkpoint.save", str(tmp_path / "run")]
+    of_rank_1 = shlex.join(["--for", "2", f"--data.train {tmp_path / 'other'}"])
+    command = f'[ $RANK = 1 ] && set -- {of_rank_1}; exec {shlex.join(start)} "$@"'
+    done = subprocess.run(
+        [*TORCHRUN[:-1], "--no-python", "bash", "-c", command],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode != 0
+    told, _, _ = done.stderr.partition("ChildFailedError")  # torchrun repeats it
+    assert told.count("a later stage could not run") == 1, done.stderr
+    assert "error: rank 1 (" in told and "packed with another tokenizer" in told
+    assert not list((tmp_path / "run").rglob("metrics.jsonl")), "nothing has started"
