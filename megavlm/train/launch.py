@@ -57,7 +57,7 @@ def launch(
     config: Config,
     stop: StopRequest | None = None,
     *,
-    ahead: Callable[[], None] | None = None,
+    ahead: Callable[[], None] = lambda: None,
     attempt: int = 0,
     can_go_back: bool = False,
 ) -> State:
@@ -114,10 +114,7 @@ def _tell_of_full_memory(config: Config, error: BaseException) -> None:
 
 
 def _agree_to_start(
-    config: Config,
-    ahead: Callable[[], None] | None,
-    store: dist.Store,
-    stack: contextlib.ExitStack,
+    config: Config, ahead: Callable[[], None], store: dist.Store, stack: contextlib.ExitStack
 ) -> tuple[Start, Lock | None]:
     """Find out what to start from, and that all ranks are about to run the same.
 
@@ -133,8 +130,7 @@ def _agree_to_start(
     start = None
     lock = None
     try:
-        if ahead is not None:
-            ahead()
+        ahead()
         if config.checkpoint.save and torchrun.rank() == 0:
             lock = _lock(Path(config.checkpoint.save), stack)
         start = inspect(config, torchrun.world_size())

@@ -30,7 +30,7 @@ def launch_all(stages: Sequence[Config]) -> None:
     next one starts from what it then saves.
     """
     number = _first(stages)
-    ahead: Callable[[], None] | None = partial(_check_ahead, stages[number:])
+    ahead: Callable[[], None] = partial(_check_ahead, stages[number:])
     attempts: Counter[int] = Counter()
     with StopRequest() as stop:
         while number < len(stages):
@@ -48,7 +48,7 @@ def launch_all(stages: Sequence[Config]) -> None:
                 attempts[number] += 1
                 continue
             finally:
-                ahead = None  # once, before anything runs
+                ahead = partial(_check_ahead, ())  # once, before anything runs
             if state.step < config.training.steps or stop.is_agreed:
                 return
             number += 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,8 @@ def counted_parts(folder: Path) -> dict[str, int]:
     """Return the parameters of each part, as a folder's model card counts them."""
     lines = (folder / "README.md").read_text().splitlines()
     table = lines[lines.index("| part | architecture | parameters | dtype |") + 2 :]
-    cells = [line.strip("| ").split(" | ") for line in table if line.startswith("|")]
-    return {row[0]: int(row[2].replace(",", "")) for row in cells if len(row) == 4}
+    cells = [line.strip("| ").split(" | ") for line in takewhile(bool, table)]
+    return {part: int(count.replace(",", "")) for part, _, count, _ in cells}
 
 
 def run_example(

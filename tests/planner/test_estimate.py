@@ -12,7 +12,6 @@ import pytest
 
 from megavlm.config.checks.rules import layout_problems
 from megavlm.config.cli import parse
-from megavlm.config.lora import Lora
 from megavlm.config.schema import Config, Fp8, Parallel
 from megavlm.planner.activations import RankLoad, activation_memory
 from megavlm.planner.estimate import Estimate, Hardware, estimate
@@ -69,24 +68,6 @@ def test_frozen_layers_keep_less_and_those_before_all_that_is_trained_nothing() 
     sent = 2 * 7 * arch.vision.tokens * arch.vision.hidden_size
     kept = activation_memory(run(stage="1"), first, RankLoad(tokens=1000.0, tiles=7.0))
     assert kept.per_microbatch == sent, "only what it sends on"
-
-
-@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
-def test_dropout_keeps_nothing_in_layers_without_a_backward_pass(recompute: str) -> None:
-    config = run(pipeline_model_parallel_size=4, recompute=recompute)
-    first = make_layout(config, SIZE).chunks[0]
-    assert not first.language_layers
-    kept = []
-    for dropout in (0.0, 0.1):
-        lora = Lora(rank=8, targets=("vision",), dropout=dropout)
-        of_language = dataclasses.replace(
-            config,
-            architecture=dataclasses.replace(config.architecture, lora=lora),
-            training=dataclasses.replace(config.training, trainable=("language",)),
-        )
-        kept.append(activation_memory(of_language, first, RankLoad(tokens=1000.0, tiles=7.0)))
-    assert kept[0].per_microbatch == kept[1].per_microbatch
-    assert kept[0].once < kept[1].once, "the draws of a layer while it runs"
 
 
 def test_recomputation_saves_activations() -> None:

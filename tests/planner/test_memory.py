@@ -10,8 +10,10 @@ import torch
 from megavlm.config.lora import Lora
 from megavlm.config.schema import Ema
 from megavlm.model.nf4 import Nf4Weight
+from megavlm.planner.activations import RankLoad, activation_memory
 from megavlm.planner.flops import pieces
-from tests.planner.test_estimate import needed, run
+from megavlm.planner.layout import make_layout
+from tests.planner.test_estimate import SIZE, needed, run
 
 
 def test_averages_take_four_bytes_of_each_trained_parameter_on_all_ranks_together() -> None:
@@ -41,3 +43,21 @@ def test_weights_in_4_bits_take_a_code_and_a_share_of_a_scale() -> None:
     assert plain.weights - small.weights == pytest.approx((2 - 0.5625) * linears)
     stored = Nf4Weight(torch.zeros(8, 2048))
     assert (stored.codes.nbytes + stored.scales.nbytes) / (8 * 2048) == 0.5625
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_dropout_keeps_nothing_in_layers_without_a_backward_pass(recompute: str) -> None:
+    config = run(pipeline_model_parallel_size=4, recompute=recompute)
+    first = make_layout(config, SIZE).chunks[0]
+    assert not first.language_layers
+    kept = []
+    for dropout in (0.0, 0.1):
+        lora = Lora(rank=8, targets=("vision",), dropout=dropout)
+        of_language = dataclasses.replace(
+            config,
+            architecture=dataclasses.replace(config.architecture, lora=lora),
+            training=dataclasses.replace(config.training, trainable=("language",)),
+        )
+        kept.append(activation_memory(of_language, first, RankLoad(tokens=1000.0, tiles=7.0)))
+    assert kept[0].per_microbatch == kept[1].per_microbatch
+    assert kept[0].once < kept[1].once, "the draws of a layer while it runs"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megavlm.data.loading.batch import Batch
+from megavlm.data.loading.batch import Batch, Media
 from megavlm.data.loading.draws import drop_path_draws, next_image_draws, pack_draw
 from megavlm.data.loading.media import find_media
 from megavlm.data.loading.prefixes import find_prefixes
@@ -129,21 +129,17 @@ class PackedDataset:
         """
         manifest = self.manifest
         pack = self.reader.read(pack_id, with_images=with_tiles)
-        capacity = manifest.capacity
-        positions, ends = sample_positions(pack.lengths, manifest.alignment, capacity)
+        positions, ends = sample_positions(pack.lengths, manifest.alignment, manifest.capacity)
         own = rank_slice.tokens(ends)
-        local = np.full(capacity, -1)
+        local = np.full(manifest.capacity, -1)
         local[own] = np.arange(len(own))
 
         def on_rank(values: np.ndarray, fill: int | bool = 0) -> np.ndarray:
-            return _spread(values, positions, capacity, fill)[own]
+            return _spread(values, positions, manifest.capacity, fill)[own]
 
         labels, weights = map(on_rank, label(pack.tokens, pack.supervised, pack.lengths, reduction))
         draws = drop_path_draws(seed, position, 2 * vision_layers + 2, max(1, pack.tiles))
         chosen = rank_slice.tiles(pack.tiles, tile_multiple)
-        reads_next = None
-        if self.next_image:
-            reads_next = next_image_draws(seed, position, len(pack.lengths)) < self.next_image
         return Batch.of(
             tokens=on_rank(pack.tokens.astype(np.int64), manifest.pad_token_id),
             labels=labels.astype(np.int64),
@@ -154,7 +150,7 @@ class PackedDataset:
             sample_ends=ends,
             longest_sample=int(np.diff(ends).max()),
             prefixes=find_prefixes(pack.supervised, positions, ends),
-            media=find_media(pack, manifest, local[positions], reads_next),
+            media=self._media(pack, local[positions], seed, position),
             tiles=self._decoder.decode(pack, chosen if with_tiles else range(0), seed, position),
             **self._features(pack, positions, local),
             num_features=pack.tiles * manifest.features_per_tile,
@@ -170,6 +166,13 @@ class PackedDataset:
         """Where the samples of a pack come from: ``annotations.jsonl:line`` of each."""
         pack = self.reader.read(pack_id, with_images=False)
         return [self.reader.origin(pack, sample) for sample in range(len(pack.lengths))]
+
+    def _media(self, pack: Pack, rows: np.ndarray, seed: int, position: int) -> Media | None:
+        """Return which of the rank's tokens read which image; ``rows`` as for ``find_media``."""
+        reads_next = None
+        if self.next_image:
+            reads_next = next_image_draws(seed, position, len(pack.lengths)) < self.next_image
+        return find_media(pack, self.manifest, rows, reads_next)
 
     def _source_numbers(self, pack: Pack) -> np.ndarray:
         """Return the index in ``source_names`` of each sample's source; int32 [N]."""
