@@ -102,13 +102,14 @@ def difference(base: Base, folders: list[Path]) -> str:
     """
     if len(folders) != len(base.folders):
         return f"{len(folders)} folders, and the run began with {len(base.folders)}"
+    known = {folder: _written_sums(folder) for folder in folders}
     for folder, name, size, crc in _entries(base, folders):
         path = folder / name
         if not path.is_file():
             return f"{path}: missing"
         if (there := path.stat().st_size) != size:
             return f"{path}: {there:,} bytes, it had {size:,}"
-        written = _written_sums(folder).get(name)
+        written = known[folder].get(name)
         if written and crc != _UNREAD and written[1] != crc:
             return f"{path}: of another content (by its {checksums.FILE_NAME})"
     return ""

@@ -21,11 +21,11 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
-from torch.nn.functional import rms_norm
 
 from megavlm.config.cross_attention import CrossAttention
 from megavlm.data.loading.batch import Media
 from megavlm.model.attention import PackedSamples
+from megavlm.model.norm import scaled_rms_norm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,8 +65,7 @@ class _HeadNorm(nn.Module):
     def forward(self, heads: Tensor) -> Tensor:
         """[..., d] -> [..., d]"""
         weight = copy_to_tensor_model_parallel_region(self.weight, self.group)
-        weight = 1 + weight if self.is_zero_centered else weight
-        return rms_norm(heads, weight.shape, weight, self.eps)
+        return scaled_rms_norm(heads, weight, self.eps, self.is_zero_centered)
 
 
 class GatedCrossAttention(MegatronModule):
@@ -174,13 +173,10 @@ class GatedCrossAttention(MegatronModule):
             key = self.key_norm(key)
         asking = query.index_select(0, media.rows)
         key, value = (self._of_segments(one, media) for one in (key, value))
-        segments = len(media.images)
         samples = PackedSamples(
             qkv_format="thd",
             cu_seqlens_q=media.ends,
-            cu_seqlens_kv=torch.arange(
-                0, (segments + 1) * self.features, self.features, device=media.ends.device
-            ).to(media.ends.dtype),
+            cu_seqlens_kv=media.image_ends * self.features,
             max_seqlen_q=media.longest,
             max_seqlen_kv=self.features,
         )

@@ -43,13 +43,18 @@ class Norm(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[..., D] -> [..., D]"""
-        if self.is_zero_centered:
-            # In float32, as Transformer Engine and transformers: 1 would swallow a small weight.
-            weight = 1 + self.weight.float()
-            return rms_norm(hidden.float(), weight.shape, weight, self.eps).to(hidden.dtype)
-        if self.bias is None:
-            return rms_norm(hidden, self.weight.shape, self.weight, self.eps)
-        return layer_norm(hidden, self.weight.shape, self.weight, self.bias, self.eps)
+        if self.bias is not None:
+            return layer_norm(hidden, self.weight.shape, self.weight, self.bias, self.eps)
+        return scaled_rms_norm(hidden, self.weight, self.eps, self.is_zero_centered)
+
+
+def scaled_rms_norm(hidden: Tensor, weight: Tensor, eps: float, is_zero_centered: bool) -> Tensor:
+    """RMSNorm over the last dimension, times the weight, or times one more than the weight."""
+    if not is_zero_centered:
+        return rms_norm(hidden, weight.shape, weight, eps)
+    # In float32, as Transformer Engine and transformers: 1 would swallow a small weight.
+    factor = 1 + weight.float()
+    return rms_norm(hidden.float(), factor.shape, factor, eps).to(hidden.dtype)
 
 
 class QueryKeyNorm(MegatronModule):

@@ -2,84 +2,72 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from megavlm.planner.estimate import Estimate, Hardware
 from megavlm.planner.search import describe
 
-_COLUMNS = (
-    "TP",
-    "PP",
-    "V",
-    "CP",
-    "DP",
-    "vision",
-    "recompute",
-    "GiB",
-    "bubble",
-    "TP GB",
-    "CP GB",
-    "PP GB",
-    "DP GB",
-    "step s",
-    "tokens/s/GPU",
-)
-_EXPERT_COLUMNS = {"EP": "CP", "EP GB": "CP GB"}
-"""Columns of models with experts, by the column that each stands behind."""
 _OPTIONS = ("option", "GiB", "activations GiB", "step s", "fits")
+
+
+class _Column(NamedTuple):
+    """A column of the table of layouts.
+
+    Args:
+        name: its head.
+        cell: makes a layout's cell.
+        of_experts: whether it says something of models with experts alone.
+    """
+
+    name: str
+    cell: Callable[[Estimate], str]
+    of_experts: bool = False
+
+
+def _size(field: str) -> Callable[[Estimate], str]:
+    """Return what writes a field of the layout."""
+    return lambda one: str(getattr(one.parallel, field))
+
+
+def _sent(kind: str) -> Callable[[Estimate], str]:
+    """Return what writes the gigabytes that a kind of parallelism sends."""
+    return lambda one: f"{getattr(one.communication, kind) / 1e9:.1f}"
+
+
+def _vision(one: Estimate) -> str:
+    return one.parallel.vision if one.parallel.tensor_model_parallel_size > 1 else ""
+
+
+_COLUMNS = (
+    _Column("TP", _size("tensor_model_parallel_size")),
+    _Column("PP", _size("pipeline_model_parallel_size")),
+    _Column("V", _size("virtual_pipeline_model_parallel_size")),
+    _Column("CP", _size("context_parallel_size")),
+    _Column("EP", _size("expert_model_parallel_size"), of_experts=True),
+    _Column("DP", lambda one: str(one.data_ranks)),
+    _Column("vision", _vision),
+    _Column("recompute", _size("recompute")),
+    _Column("GiB", lambda one: f"{one.memory_gib:.1f}"),
+    _Column("bubble", lambda one: f"{one.bubble:.1%}"),
+    _Column("TP GB", _sent("tensor")),
+    _Column("CP GB", _sent("context")),
+    _Column("EP GB", _sent("expert"), of_experts=True),
+    _Column("PP GB", _sent("pipeline")),
+    _Column("DP GB", _sent("data")),
+    _Column("step s", lambda one: f"{one.step_ms / 1e3:.2f}"),
+    _Column("tokens/s/GPU", lambda one: f"{one.tokens_per_s:,.0f}"),
+)
 
 
 def to_text(estimates: Sequence[Estimate], has_experts: bool = False) -> str:
     """Write a line for each layout. V: model chunks per pipeline rank; GB: what a GPU sends in a
     step, by kind of parallelism; EP: expert-parallel ranks, of a model with experts.
     """
-    rows = [_COLUMNS, *map(_row, estimates)]
-    if not has_experts:
-        return _table(rows)
-    columns = [_expert_columns(one) for one in estimates]
-    extra = [tuple(_EXPERT_COLUMNS), *columns]
-    return _table(map(_with_columns, rows, extra))
-
-
-def _expert_columns(one: Estimate) -> tuple[str, ...]:
-    return str(one.parallel.expert_model_parallel_size), f"{one.communication.expert / 1e9:.1f}"
-
-
-def _with_columns(row: tuple[str, ...], extra: tuple[str, ...]) -> tuple[str, ...]:
-    """Put the columns of experts into a row."""
-    found = list(row)
-    places = [_COLUMNS.index(before) for before in _EXPERT_COLUMNS.values()]
-    for cell, place in sorted(zip(extra, places, strict=True), key=lambda one: -one[1]):
-        found.insert(place + 1, cell)
-    return tuple(found)
-
-
-def _row(one: Estimate) -> tuple[str, ...]:
-    parallel = one.parallel
-    communication = one.communication
-    return (
-        str(parallel.tensor_model_parallel_size),
-        str(parallel.pipeline_model_parallel_size),
-        str(parallel.virtual_pipeline_model_parallel_size),
-        str(parallel.context_parallel_size),
-        str(one.data_ranks),
-        parallel.vision if parallel.tensor_model_parallel_size > 1 else "",
-        parallel.recompute,
-        f"{one.memory_gib:.1f}",
-        f"{one.bubble:.1%}",
-        *(
-            f"{sent / 1e9:.1f}"
-            for sent in (
-                communication.tensor,
-                communication.context,
-                communication.pipeline,
-                communication.data,
-            )
-        ),
-        f"{one.step_ms / 1e3:.2f}",
-        f"{one.tokens_per_s:,.0f}",
-    )
+    columns = [column for column in _COLUMNS if has_experts or not column.of_experts]
+    rows = [tuple(column.cell(one) for column in columns) for one in estimates]
+    return _table([tuple(column.name for column in columns), *rows])
 
 
 def options_to_text(changed: Mapping[str, Estimate], hardware: Hardware) -> str:

@@ -41,7 +41,8 @@ class Gates(Meter):
         if not self.has_any:
             return {}
         with whole_weights(self.ddp_chunks):
-            own = {key: float(gate.float().tanh().abs().mean()) for key, gate in self.gates.items()}
+            means = [gate.float().tanh().abs().mean() for gate in self.gates.values()]
+        own = dict(zip(self.gates, torch.stack(means).tolist() if means else (), strict=True))
         found: list = [None] * groups.pipeline_size
         dist.all_gather_object(found, own, group=groups.collection.pp)
         merged = {key: value for part in found for key, value in part.items()}

@@ -269,7 +269,6 @@ def train(
             unused_weights=origin.unused(config, start) if groups.rank == 0 else {},
         )
         state = _run(job, state, start, metrics, stop)
-    process_groups.destroy()
     return state
 
 

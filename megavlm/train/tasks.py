@@ -67,7 +67,9 @@ def task_facts(config: Config) -> dict[str, str]:
     return facts
 
 
-@lru_cache(maxsize=1)  # once to check the run, and once to run it
+@lru_cache(
+    maxsize=8
+)  # to check each stage of a command, and to run it to check the run, and once to run it
 def _open(evaluation: Eval, folder: str, best_by: str) -> tuple[TaskPacks, ...]:
     tasks = with_shots(read_tasks(evaluation.tasks), evaluation.examples, evaluation.shots)
     if tasks and (is_remote(folder) or not (Path(folder) / "tokenizer").is_dir()):

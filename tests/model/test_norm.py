@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 
-from megavlm.model.norm import Norm
+from megavlm.model.norm import Norm, scaled_rms_norm
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -28,3 +28,5 @@ def test_a_norm_that_adds_one_to_its_weight_is_gemmas(dtype: torch.dtype) -> Non
         norm.weight.data.copy_(weight)
     hidden = torch.randn(5, 1, 48, generator=generator).to(dtype)
     torch.testing.assert_close(ours(hidden), theirs(hidden), rtol=0, atol=1e-6)
+    of_heads = scaled_rms_norm(hidden, ours.weight, 1e-6, True)
+    assert torch.equal(of_heads, ours(hidden)), "cross-attention calls it with split weights"

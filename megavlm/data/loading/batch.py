@@ -60,6 +60,8 @@ class Media:
             segment by segment.
         ends: int32 [segments + 1], where each segment starts and ends in ``rows``.
         images: int64 [segments], which tile of the whole pack each reads.
+        image_ends: int32 [segments + 1], 0, 1, 2, ...: where the tile of each segment starts and
+            ends among the tiles that are read.
         longest: tokens of the longest segment.
         is_real: whether any token reads an image. If none does there is one segment all the same,
             whose result counts nothing, so that every rank runs the same.
@@ -68,6 +70,7 @@ class Media:
     rows: torch.Tensor
     ends: torch.Tensor
     images: torch.Tensor
+    image_ends: torch.Tensor
     longest: int
     is_real: bool
 

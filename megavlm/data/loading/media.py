@@ -90,6 +90,7 @@ def sort_by_image(read: np.ndarray, rows: np.ndarray) -> Media:
         rows=rows[is_reading][order] if is_real else np.zeros(1, np.int64),
         ends=np.append(0, np.cumsum(sizes)).astype(np.int32),
         images=images,
+        image_ends=np.arange(len(images) + 1, dtype=np.int32),
         longest=int(sizes.max()),
         is_real=is_real,
     )

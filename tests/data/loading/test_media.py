@@ -115,9 +115,10 @@ def test_segments_attend_as_a_dense_mask_says_on_any_number_of_ranks() -> None:
                     one.view(images, features, 2, 4)[media.images].flatten(0, 1)
                     for one in (key, value)
                 ]
-                counts = torch.arange(len(media.images) + 1, dtype=torch.int32) * features
                 samples = PackedSamples(
-                    qkv_format="thd", cu_seqlens_q=media.ends, cu_seqlens_kv=counts
+                    qkv_format="thd",
+                    cu_seqlens_q=media.ends,
+                    cu_seqlens_kv=media.image_ends * features,
                 )
                 attention.is_causal = False
                 found[media.rows] = attention(mine[media.rows], *blocks, packed_seq_params=samples)
