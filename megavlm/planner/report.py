@@ -26,14 +26,8 @@ class _Column(NamedTuple):
     of_experts: bool = False
 
 
-def _size(field: str) -> Callable[[Estimate], str]:
-    """Return what writes a field of the layout."""
-    return lambda one: str(getattr(one.parallel, field))
-
-
-def _sent(kind: str) -> Callable[[Estimate], str]:
-    """Return what writes the gigabytes that a kind of parallelism sends."""
-    return lambda one: f"{getattr(one.communication, kind) / 1e9:.1f}"
+def _gigabytes(sent: float) -> str:
+    return f"{sent / 1e9:.1f}"
 
 
 def _vision(one: Estimate) -> str:
@@ -41,21 +35,21 @@ def _vision(one: Estimate) -> str:
 
 
 _COLUMNS = (
-    _Column("TP", _size("tensor_model_parallel_size")),
-    _Column("PP", _size("pipeline_model_parallel_size")),
-    _Column("V", _size("virtual_pipeline_model_parallel_size")),
-    _Column("CP", _size("context_parallel_size")),
-    _Column("EP", _size("expert_model_parallel_size"), of_experts=True),
+    _Column("TP", lambda one: str(one.parallel.tensor_model_parallel_size)),
+    _Column("PP", lambda one: str(one.parallel.pipeline_model_parallel_size)),
+    _Column("V", lambda one: str(one.parallel.virtual_pipeline_model_parallel_size)),
+    _Column("CP", lambda one: str(one.parallel.context_parallel_size)),
+    _Column("EP", lambda one: str(one.parallel.expert_model_parallel_size), of_experts=True),
     _Column("DP", lambda one: str(one.data_ranks)),
     _Column("vision", _vision),
-    _Column("recompute", _size("recompute")),
+    _Column("recompute", lambda one: one.parallel.recompute),
     _Column("GiB", lambda one: f"{one.memory_gib:.1f}"),
     _Column("bubble", lambda one: f"{one.bubble:.1%}"),
-    _Column("TP GB", _sent("tensor")),
-    _Column("CP GB", _sent("context")),
-    _Column("EP GB", _sent("expert"), of_experts=True),
-    _Column("PP GB", _sent("pipeline")),
-    _Column("DP GB", _sent("data")),
+    _Column("TP GB", lambda one: _gigabytes(one.communication.tensor)),
+    _Column("CP GB", lambda one: _gigabytes(one.communication.context)),
+    _Column("EP GB", lambda one: _gigabytes(one.communication.expert), of_experts=True),
+    _Column("PP GB", lambda one: _gigabytes(one.communication.pipeline)),
+    _Column("DP GB", lambda one: _gigabytes(one.communication.data)),
     _Column("step s", lambda one: f"{one.step_ms / 1e3:.2f}"),
     _Column("tokens/s/GPU", lambda one: f"{one.tokens_per_s:,.0f}"),
 )
