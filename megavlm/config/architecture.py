@@ -63,6 +63,9 @@ class Vision:
         pixel_mean: mean of red, green and blue (of pixels from 0 to 1) that is subtracted: three
             numbers, or imagenet, clip or siglip.
         pixel_std: standard deviation of red, green and blue that is divided by; likewise.
+        patch_drop: share of a tile's patches that the layers do not see in training, other ones
+            each time (FLIP, arXiv 2212.00794); none are left out in evaluation. The class token
+            stays. For models that make one embedding of a tile.
     """
 
     family: Literal["internvit", "clip", "siglip", "eva"] = "internvit"
@@ -82,6 +85,7 @@ class Vision:
     layer_scale: float = 0.1
     pixel_mean: tuple[float, float, float] = PIXELS["imagenet"][0]
     pixel_std: tuple[float, float, float] = PIXELS["imagenet"][1]
+    patch_drop: float = 0.0
 
     @property
     def exists(self) -> bool:
@@ -129,6 +133,21 @@ class Vision:
     def tokens(self) -> int:
         """Tokens of a tile inside the encoder: its patches and the class token, if there is one."""
         return self.grid**2 + self.has_class_token
+
+    @property
+    def kept_patches(self) -> int:
+        """Patches of a tile that the layers see in training, one at least."""
+        return max(1, int(self.grid**2 * (1 - self.patch_drop)))
+
+    @property
+    def patch_choice(self) -> tuple[int, int] | None:
+        """Patches of a tile, and those of them that are kept in training; none: all are."""
+        return (self.grid**2, self.kept_patches) if self.patch_drop else None
+
+    @property
+    def layer_tokens(self) -> int:
+        """Tokens of a tile that the layers see in training."""
+        return self.kept_patches + self.has_class_token
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -324,7 +343,7 @@ class Architecture:
             input_size=self.vision.output_size,
             output_size=self.needs.connector_output(self),
             inner_size=self.vision.ffn_hidden_size,
-            tokens=self.vision.tokens,
+            tokens=self.vision.layer_tokens,
             is_memory=self.cross_attention.every > 0,
         )
         return connector_sizes(self.connector, ends)

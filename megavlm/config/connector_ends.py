@@ -17,7 +17,7 @@ class Ends:
         output_size: width of the language model, or of embeddings; 0: the connector ends in its own
             hidden states.
         inner_size: width inside the MLP of the vision encoder.
-        tokens: of a tile in the vision encoder, a class token included.
+        tokens: of a tile in the layers of the vision encoder, a class token included.
         is_memory: whether cross-attention layers of the language model read the features, which
             then stand in no token's place.
     """

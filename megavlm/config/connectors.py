@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from megavlm.config.connector_ends import PART, Ends
-from megavlm.config.pieces import Piece, linear, norm, vector
+from megavlm.config.pieces import Piece, linear, norm, products, vector
 from megavlm.config.qformer import QFormer, QFormerSizes
 from megavlm.config.resampler import Resampler, ResamplerSizes
 
@@ -201,7 +201,7 @@ class Pool:
 
     def kept(self, tensor_size: int) -> float:
         """Count what goes into the norm and into the projection."""
-        return 2 * self.ends.grid**2 * self.ends.input_size + self.ends.output_size
+        return 2 * self.ends.tokens * self.ends.input_size + self.ends.output_size
 
 
 @dataclass(frozen=True)
@@ -221,14 +221,18 @@ class AttentionPool(Pool):
         """See ``ConnectorSizes``."""
         width = self.ends.input_size
         inner = self.ends.inner_size
-        tokens = self.ends.grid**2
+        tokens = self.ends.tokens
         once = dict(rows=1, unit="tile", has_bias=True)
         yield from norm("connector.norm", PART, width, has_bias=True)
         yield vector("connector.query", PART, width)
         inputs = linear(
             "connector.in_proj", PART, width, 3 * width, rows=tokens, unit="tile", has_bias=True
         )
-        yield from (replace(piece, key=piece.key.replace("proj.", "proj_")) for piece in inputs)
+        for piece in inputs:
+            # Keys and values alone are of a tile; there is one query.
+            key = piece.key.replace("proj.", "proj_")
+            yield replace(piece, key=key, forward=piece.forward // 3 * 2)
+        yield products(PART, 4 * tokens * width, "tile")
         yield from linear("connector.out_proj", PART, width, width, **once)
         yield from norm("connector.mlp_norm", PART, width, has_bias=True)
         yield from linear("connector.up", PART, width, inner, **once)
@@ -236,7 +240,7 @@ class AttentionPool(Pool):
 
     def kept(self, tensor_size: int) -> float:
         """Count inputs and results of the norm, keys and values, and the MLP."""
-        return 5 * self.ends.grid**2 * self.ends.input_size + 2 * self.ends.inner_size
+        return 5 * self.ends.tokens * self.ends.input_size + 2 * self.ends.inner_size
 
 
 CONNECTORS: dict[str, Callable[[Connector, Ends], ConnectorSizes]] = {

@@ -48,7 +48,9 @@ class Patches(nn.Module):
         squares = pixels.unflatten(3, (-1, size)).unflatten(2, (-1, size))
         return squares.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
 
-    def forward(self, hidden: None, tiles: Tensor, draws: Tensor | None) -> Tensor:
+    def forward(
+        self, hidden: None, tiles: Tensor, draws: Tensor | None, kept: Tensor | None = None
+    ) -> Tensor:
         """Return patches [N, I, 3 P^2]; arguments as of ``VisionEncoder``, of which only tiles
         matter.
         """

@@ -103,11 +103,12 @@ class VisionEncoder(MegatronModule):
         """
         return self.standardise(tiles, self.mean, self.std, self.position_embedding.dtype)
 
-    def embed(self, tiles: Tensor) -> Tensor:
+    def embed(self, tiles: Tensor, kept: Tensor | None = None) -> Tensor:
         """Turn patches into tokens.
 
         Args:
             tiles: uint8 [I, 3, S, S]
+            kept: int64 [K, I], the patches of each tile that become tokens; none: all.
 
         Returns:
             [N, I, D], the class token first.
@@ -120,6 +121,8 @@ class VisionEncoder(MegatronModule):
             self.position_embedding, tiles.shape[-1] // size, int(self.vision.has_class_token)
         )
         embedded = (tokens + positions).transpose(0, 1).contiguous()
+        if kept is not None:
+            embedded = _kept_tokens(embedded, kept, int(self.vision.has_class_token))
         return embedded if self.embedding_norm is None else self.embedding_norm(embedded)
 
     def kept_paths(self, draws: Tensor) -> Tensor | None:
@@ -140,20 +143,29 @@ class VisionEncoder(MegatronModule):
             rates = rates * self.drop_path_share
         return (draws >= rates) / (1 - rates)
 
-    def forward(self, hidden: Tensor | None, tiles: Tensor, draws: Tensor) -> Tensor:
+    def forward(
+        self, hidden: Tensor | None, tiles: Tensor, draws: Tensor, kept: Tensor | None = None
+    ) -> Tensor:
         """Run this chunk's layers.
 
         Args:
             hidden: output of the chunk before [N, I, D]; none in the first chunk.
             tiles: uint8 [I, 3, S, S], looked at in the first chunk only.
             draws: see ``kept_paths``.
+            kept: see ``embed``; looked at in the first chunk only.
 
         Returns:
             [N, I, D]
         """
-        hidden = self.embed(tiles) if self.has_patch_embedding else hidden
+        hidden = self.embed(tiles, kept) if self.has_patch_embedding else hidden
         if not len(self.encoder.layers):
             return hidden
         hidden = ask_for_gradient(hidden, self.config)
         hidden = self.encoder(hidden, attention_mask=None, context=self.kept_paths(draws))
         return hidden if self.final_norm is None else self.final_norm(hidden)
+
+
+def _kept_tokens(tokens: Tensor, kept: Tensor, classes: int) -> Tensor:
+    """Return the class token and the kept patches of each tile; ``kept`` as for ``embed``."""
+    rows = (kept + classes)[..., None].expand(-1, -1, tokens.shape[-1])
+    return torch.cat([tokens[:classes], tokens.gather(0, rows)])

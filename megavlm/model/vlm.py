@@ -143,11 +143,9 @@ class VisionLanguageModel(MegatronModule):
     def received_shape(self, batch: Batch) -> tuple[int, int, int]:
         """Shape of what the chunk before sends for a pack."""
         if self.vision is not None or self.connector is not None:
-            return (
-                self.architecture.vision.tokens,
-                batch.num_tiles,
-                self.architecture.vision.hidden_size,
-            )
+            vision = self.architecture.vision
+            tokens = vision.tokens if batch.kept_patches is None else vision.layer_tokens
+            return tokens, batch.num_tiles, vision.hidden_size
         ranks = self.groups.tensor_size if self.config.sequence_parallel else 1
         rows = len(batch.tokens) // ranks + self.objective.riding_rows(batch)
         return rows + self._memory_rows(batch), 1, self.config.hidden_size
@@ -257,9 +255,9 @@ class VisionLanguageModel(MegatronModule):
 
     def _encode(self, received: Tensor | None, batch: Batch) -> Tensor:
         if self.trains_vision:
-            return self.vision(received, batch.tiles, batch.drop_path_draws)
+            return self.vision(received, batch.tiles, batch.drop_path_draws, batch.kept_patches)
         with torch.no_grad():
-            return self.vision(received, batch.tiles, None)
+            return self.vision(received, batch.tiles, None, batch.kept_patches)
 
     def _fuse(self, hidden: Tensor, batch: Batch) -> Tensor:
         embeddings = self.language.embed(batch.tokens)

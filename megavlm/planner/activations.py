@@ -125,7 +125,7 @@ def activation_memory(config: Config, chunk: Chunk, load: RankLoad) -> Activatio
     parallel = config.parallel
     size = NUMBER_BYTES[config.training.precision]
     backward = has_backward(config)
-    rows = {"vision": load.tiles * arch.vision.tokens, "language": load.tokens}
+    rows = {"vision": load.tiles * arch.vision.layer_tokens, "language": load.tokens}
     held = parameters_on_rank(config, chunk)
     is_trained = held.trained > 0
     layers = {
@@ -266,7 +266,7 @@ def _around_layers(config: Config, chunk: Chunk, load: RankLoad) -> float:
         found += load.tiles * arch.connector_sizes.kept(parallel.vision_tensor_size)
     ends_vision = arch.vision.num_layers - 1 in chunk.vision_layers
     if arch.vision.final_norm and ends_vision and "vision" in config.training.trainable:
-        found += load.tiles * arch.vision.tokens * arch.vision.hidden_size
+        found += load.tiles * arch.vision.layer_tokens * arch.vision.hidden_size
     if chunk.has_head and not arch.language.exists:
         return found + load.tiles * arch.needs.kept(arch)
     if chunk.has_head:
@@ -275,7 +275,7 @@ def _around_layers(config: Config, chunk: Chunk, load: RankLoad) -> float:
     if chunk.language_layers:
         rows = tokens + memory_rows(arch, load.tiles * parallel.tile_ranks)
         return found + rows * arch.language.hidden_size
-    return found + load.tiles * arch.vision.tokens * arch.vision.hidden_size
+    return found + load.tiles * arch.vision.layer_tokens * arch.vision.hidden_size
 
 
 def _kept(layer: tuple[float, float], width: int, recompute: str) -> tuple[float, float]:

@@ -147,7 +147,7 @@ def _tensor(config: Config, chunk: Chunk, load: RankLoad) -> float:
             blocks = arch.cross_attention.stands_before(layer - arch.vision.num_layers)
             found += (2 if blocks else 1) * sums * load.tokens * arch.language.hidden_size
         elif parallel.vision == "tensor":
-            found += sums * load.tiles * arch.vision.tokens * arch.vision.hidden_size
+            found += sums * load.tiles * arch.vision.layer_tokens * arch.vision.hidden_size
     if not arch.language.exists:
         sums = arch.connector_sizes.all_reduced_elements if chunk.has_connector else 0
         return ring * (found + 2 * load.tiles * sums)
@@ -233,7 +233,7 @@ def _boundary(config: Config, before: Chunk, load: RankLoad) -> float:
     arch = config.architecture
     parallel = config.parallel
     if not before.language_layers:
-        return load.tiles * arch.vision.tokens * arch.vision.hidden_size
+        return load.tiles * arch.vision.layer_tokens * arch.vision.hidden_size
     tokens = load.tokens
     tokens /= parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
     rows = tokens + memory_rows(arch, load.tiles * parallel.tile_ranks)

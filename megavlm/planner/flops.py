@@ -192,7 +192,7 @@ def _vision_layer(architecture: Architecture, number: int) -> Iterator[Piece]:
     has_bias = architecture.vision.normalization == "LayerNorm"
     width = vision.hidden_size
     inner = vision.ffn_hidden_size
-    rows = vision.tokens
+    rows = vision.layer_tokens
     layer = f"vision.encoder.layers.{number}"
     qkv, proj, fc1, fc2 = (f"{layer}.{name}" for name in _LINEARS)
     yield from norm(qkv, part, width, has_bias=has_bias, joint=".layer_norm_")

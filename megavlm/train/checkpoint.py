@@ -354,12 +354,14 @@ def architecture_differences(
         old: of the checkpoint.
         new: of the run.
         takes_weights: whether the run only takes weights: it may then have LoRA adapters that the
-            checkpoint lacks, and another tile size.
+            checkpoint lacks, another tile size, and other shares of dropped patches.
     """
     if takes_weights and not old.lora.rank:
         old = replace(old, lora=new.lora)
     if takes_weights:
-        old = replace(old, vision=replace(old.vision, image_size=new.vision.image_size))
+        free = ("image_size", "patch_drop")
+        of_new = {name: vars(new.vision)[name] for name in free}
+        old = replace(old, vision=replace(old.vision, **of_new))
     old = replace(
         old,
         lora=replace(old.lora, dropout=new.lora.dropout),

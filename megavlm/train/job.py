@@ -74,6 +74,7 @@ class Job(Built):
         *,
         workers: int,
         seed: int = 0,
+        drops_patches: bool = False,
     ) -> Generator[Batch, None, None]:
         """Load packs as this rank needs them; ``close()`` ends the workers.
 
@@ -83,7 +84,9 @@ class Job(Built):
             positions: indices into the order.
             workers: loader processes.
             seed: fixes drop path and the random changes of images.
+            drops_patches: whether they are to train on, without some of their patches.
         """
+        vision = self.config.architecture.vision
         return batches(
             packs,
             plan,
@@ -92,7 +95,8 @@ class Job(Built):
             prefetch=self.config.data.prefetch,
             timeout=self.config.data.timeout,
             reduction=self.config.data.loss_reduction,
-            vision_layers=self.config.architecture.vision.num_layers,
+            vision_layers=vision.num_layers,
+            patches=vision.patch_choice if drops_patches else None,
             seed=seed,
             with_tiles=self.chunks[0].pre_process,
             rank_slice=self.groups.rank_slice,

@@ -65,7 +65,14 @@ def run(job: Job, state: State, metrics: Metrics, stop: StopRequest | None = Non
     if state.step >= last:
         metrics.say(f"nothing to do: step {state.step} is done, and --training.steps is {last}")
     workers = config.data.workers
-    loader = job.batches(job.train, job.plan, positions, workers=workers, seed=config.training.seed)
+    loader = job.batches(
+        job.train,
+        job.plan,
+        positions,
+        workers=workers,
+        seed=config.training.seed,
+        drops_patches=True,
+    )
     saver = Saver(job, metrics, state.step)
     if state.step >= last and state.trained_only and config.checkpoint.save:
         saver.save(state)  # the last checkpoint is whole, also where fewer steps are asked for now

@@ -122,6 +122,13 @@ def _vision(arch: Architecture) -> Iterator[str]:
             f"{flag}.final_norm true: the norm stands behind the last layer, so use"
             f" {flag}.unused_layers 0; it is {vision.unused_layers}"
         )
+    if not 0 <= vision.patch_drop < 1:
+        yield f"{flag}.patch_drop {vision.patch_drop}: must be 0 or more, and less than 1"
+    elif vision.patch_drop and not (vision.exists and arch.needs.takes_one_embedding):
+        why = f"--architecture.objective {arch.objective} reads every patch"
+        if not vision.exists:
+            why = "there is no vision encoder"
+        yield f"{flag}.patch_drop {vision.patch_drop}: {why}; use 0"
     if min(vision.pixel_std) <= 0:
         yield f"{flag}.pixel_std {','.join(map(str, vision.pixel_std))}: must be above 0"
 

@@ -26,6 +26,7 @@ class Stage:
         objective: what is trained, as ``--architecture.objective``.
         image_size: side of a tile, as ``--architecture.vision.image_size``; none: that of the
             model.
+        patch_drop: as ``--architecture.vision.patch_drop``.
         optimizer: learning rate, weight decay and so on.
         training: trained parts, batch size, steps.
     """
@@ -36,6 +37,7 @@ class Stage:
     tiling: Tiling | None = None
     objective: str = "next_token"
     image_size: int | None = None
+    patch_drop: float = 0.0
     optimizer: Optimizer = field(default_factory=Optimizer)
     training: Training = field(default_factory=Training)
 
@@ -83,9 +85,13 @@ class Recipe:
         return self.stages[name]
 
     def resized(self, stage: str, found: Architecture) -> Architecture:
-        """Return a model with the image size of the stage ``stage``; raises as ``stage``."""
-        size = self.stage(stage).image_size or found.vision.image_size
-        return replace(found, vision=replace(found.vision, image_size=size))
+        """Return a model with the image size and the dropped patches of the stage ``stage``; raises
+        as ``stage``.
+        """
+        row = self.stage(stage)
+        size = row.image_size or found.vision.image_size
+        vision = replace(found.vision, image_size=size, patch_drop=row.patch_drop)
+        return replace(found, vision=vision)
 
     def format_for(self, objective: str) -> str:
         """Return the format that a model of an objective is exported in."""

@@ -13,7 +13,12 @@ from pathlib import Path
 import numpy as np
 
 from megavlm.data.loading.batch import Batch, Media
-from megavlm.data.loading.draws import drop_path_draws, next_image_draws, pack_draw
+from megavlm.data.loading.draws import (
+    drop_path_draws,
+    next_image_draws,
+    pack_draw,
+    patch_draws,
+)
 from megavlm.data.loading.media import find_media
 from megavlm.data.loading.prefixes import find_prefixes
 from megavlm.data.loading.rank_slice import WHOLE_PACK, RankSlice
@@ -108,6 +113,7 @@ class PackedDataset:
         *,
         reduction: str = "square",
         vision_layers: int = 0,
+        patches: tuple[int, int] | None = None,
         seed: int = 0,
         with_tiles: bool = True,
         tile_multiple: int = 1,
@@ -120,6 +126,8 @@ class PackedDataset:
             position, seed: its index in the run's order, and the run's seed: they fix all draws.
             reduction: how a sample's supervised tokens are weighed: token, sample or square.
             vision_layers: layers of the vision encoder that need draws.
+            patches: how many a tile has, and how many of them are kept, see
+                ``Batch.kept_patches``; none: all are kept.
             with_tiles: whether to decode the images.
             tile_multiple: of the number of a rank's tiles, filled up with black ones.
             rank_slice: which tiles and tokens are this rank's.
@@ -156,6 +164,7 @@ class PackedDataset:
             num_features=pack.tiles * manifest.features_per_tile,
             drop_path_draws=_columns(draws[:-2], chosen),
             pair_draws=draws[-2:],
+            kept_patches=self._kept_patches(pack, patches, chosen, seed, position),
             draw=pack_draw(seed, position),
             samples=len(pack.lengths),
             weight_sum=float(self.index[pack_id][_weight_field(reduction)]),
@@ -173,6 +182,17 @@ class PackedDataset:
         if self.next_image:
             reads_next = next_image_draws(seed, position, len(pack.lengths)) < self.next_image
         return find_media(pack, self.manifest, rows, reads_next)
+
+    def _kept_patches(
+        self, pack: Pack, patches: tuple[int, int] | None, chosen: range, seed: int, position: int
+    ) -> np.ndarray | None:
+        """Return ``Batch.kept_patches`` of the chosen tiles; ``patches`` as for ``batch``."""
+        if patches is None:
+            return None
+        count, kept = patches
+        draws = patch_draws(seed, position, count, max(1, pack.tiles))
+        order = np.argsort(_columns(draws, chosen), axis=0, kind="stable")
+        return np.sort(order[:kept], axis=0)
 
     def _source_numbers(self, pack: Pack) -> np.ndarray:
         """Return the index in ``source_names`` of each sample's source; int32 [N]."""

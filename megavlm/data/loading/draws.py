@@ -29,6 +29,13 @@ def next_image_draws(seed: int, position: int, samples: int) -> np.ndarray:
     return _generator(seed, position, 2).random(samples)
 
 
+def patch_draws(seed: int, position: int, patches: int, tiles: int) -> np.ndarray:
+    """Return a uniform number in [0, 1) for each patch of each tile of a pack, that depends on the
+    seed and the pack's position alone; float64 [patches, tiles].
+    """
+    return _generator(seed, position, 3).random((tiles, patches)).T
+
+
 def _generator(seed: int, position: int, kind: int) -> np.random.Generator:
     """Return the generator of a kind of numbers of a pack."""
     counter = [0, 0, kind, position]

@@ -114,6 +114,26 @@ def test_tiles_are_filled_up_with_blank_ones(dataset):
         assert torch.equal(filled.feature_positions, plain.feature_positions)
 
 
+def test_patches_are_kept_by_seed_and_place(dataset):
+    options = dict(patches=(49, 24), tile_multiple=4)
+    seen = []
+    for pack_id in range(len(dataset)):
+        kept = dataset.batch(pack_id, pack_id, seed=3, **options).kept_patches
+        assert kept.shape[0] == 24 and kept.shape[1] % 4 == 0 and kept.dtype == torch.int64
+        assert torch.equal(kept, kept.sort(dim=0).values) and int(kept.max()) < 49
+        assert all(len(tile.unique()) == 24 for tile in kept.T)
+        for place in (dict(position=pack_id, seed=4), dict(position=99, seed=3)):
+            other = dataset.batch(pack_id, **place, **options).kept_patches
+            assert not torch.equal(other, kept)
+        real = max(1, dataset.reader.read(pack_id).tiles)
+        seen += kept[:, :real].T.unique(dim=0)
+        assert len(kept[:, :real].T.unique(dim=0)) == real
+    counts = torch.stack(seen).flatten().bincount(minlength=49)
+    expected = len(seen) * 24 / 49
+    assert (counts > 0.3 * expected).all() and (counts < 2 * expected).all()
+    assert dataset.batch(0, 7).kept_patches is None
+
+
 def test_without_tiles_all_else_is_equal(dataset):
     for pack_id in range(len(dataset)):
         with_tiles, without = (

@@ -79,7 +79,7 @@ def test_samples_that_cannot_be_cut_are_refused() -> None:
 
 @pytest.mark.parametrize("pack_id", range(8))
 def test_shares_together_are_the_whole_batch(dataset: PackedDataset, pack_id: int) -> None:
-    options = dict(reduction="square", vision_layers=2, seed=5)
+    options = dict(reduction="square", vision_layers=2, patches=(16, 5), seed=5)
     whole = dataset.batch(pack_id, 11, **options)
     places = [
         RankSlice(context_rank=rank, context_ranks=3).tokens(whole.sample_ends.numpy())
@@ -106,6 +106,8 @@ def test_shares_together_are_the_whole_batch(dataset: PackedDataset, pack_id: in
             whole.feature_positions[rank_slice.feature_numbers],
         )
         assert rank_slice.num_features == whole.num_features == len(whole.feature_positions)
+    drawn = torch.cat([rank_slice.kept_patches for rank_slice in rank_slices], dim=1)
+    assert torch.equal(drawn[:, : whole.kept_patches.shape[1]], whole.kept_patches)
     numbers = torch.cat([rank_slice.feature_numbers for rank_slice in rank_slices])
     assert torch.equal(numbers.sort().values, torch.arange(whole.num_features))
     real = whole.num_features // FEATURES
