@@ -146,7 +146,6 @@ class PackedDataset:
             return _spread(values, positions, manifest.capacity, fill)[own]
 
         labels, weights = map(on_rank, label(pack.tokens, pack.supervised, pack.lengths, reduction))
-        draws = drop_path_draws(seed, position, 2 * vision_layers + 2, max(1, pack.tiles))
         chosen = rank_slice.tiles(pack.tiles, tile_multiple)
         return Batch.of(
             tokens=on_rank(pack.tokens.astype(np.int64), manifest.pad_token_id),
@@ -162,10 +161,7 @@ class PackedDataset:
             tiles=self._decoder.decode(pack, chosen if with_tiles else range(0), seed, position),
             **self._features(pack, positions, local),
             num_features=pack.tiles * manifest.features_per_tile,
-            drop_path_draws=_columns(draws[:-2], chosen),
-            pair_draws=draws[-2:],
-            kept_patches=self._kept_patches(pack, patches, chosen, seed, position),
-            draw=pack_draw(seed, position),
+            **_draws(pack.tiles, chosen, seed, position, vision_layers, patches),
             samples=len(pack.lengths),
             weight_sum=float(self.index[pack_id][_weight_field(reduction)]),
             pack_id=int(pack_id),
@@ -182,17 +178,6 @@ class PackedDataset:
         if self.next_image:
             reads_next = next_image_draws(seed, position, len(pack.lengths)) < self.next_image
         return find_media(pack, self.manifest, rows, reads_next)
-
-    def _kept_patches(
-        self, pack: Pack, patches: tuple[int, int] | None, chosen: range, seed: int, position: int
-    ) -> np.ndarray | None:
-        """Return ``Batch.kept_patches`` of the chosen tiles; ``patches`` as for ``batch``."""
-        if patches is None:
-            return None
-        count, kept = patches
-        draws = patch_draws(seed, position, count, max(1, pack.tiles))
-        order = np.argsort(_columns(draws, chosen), axis=0, kind="stable")
-        return np.sort(order[:kept], axis=0)
 
     def _source_numbers(self, pack: Pack) -> np.ndarray:
         """Return the index in ``source_names`` of each sample's source; int32 [N]."""
@@ -289,6 +274,35 @@ def label(
     weights[:-1] = weight_of_token[1:]
     labels[starts + lengths - 1] = 0
     return labels, weights
+
+
+def _draws(
+    tiles: int,
+    chosen: range,
+    seed: int,
+    position: int,
+    vision_layers: int,
+    patches: tuple[int, int] | None,
+) -> dict[str, np.ndarray | int]:
+    """Return what is random in the batch of a pack.
+
+    Args:
+        tiles: of the pack.
+        chosen: tiles of the rank.
+        seed, position, vision_layers, patches: as for ``PackedDataset.batch``.
+    """
+    found = drop_path_draws(seed, position, 2 * vision_layers + 2, max(1, tiles))
+    drawn = {
+        "drop_path_draws": _columns(found[:-2], chosen),
+        "pair_draws": found[-2:],
+        "draw": pack_draw(seed, position),
+    }
+    if patches is not None:
+        count, kept = patches
+        of_patches = _columns(patch_draws(seed, position, count, max(1, tiles)), chosen)
+        order = np.argsort(of_patches, axis=0, kind="stable")
+        drawn["kept_patches"] = np.sort(order[:kept], axis=0)
+    return drawn
 
 
 def _columns(values: np.ndarray, chosen: range) -> np.ndarray:
