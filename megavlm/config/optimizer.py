@@ -1,4 +1,4 @@
-"""Settings of AdamW and of the schedules of its learning rate and weight decay."""
+"""Settings of the optimizer and of the schedules of its learning rate and weight decay."""
 
 from __future__ import annotations
 
@@ -10,12 +10,17 @@ Schedule = Literal[
     "cosine", "linear", "polynomial", "step", "constant", "WSD", "inverse-square-root"
 ]
 
+Kind = Literal["adamw", "adam", "sgd", "muon"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Optimizer:
-    """AdamW, and the schedules of its learning rate and weight decay.
+    """The optimizer, and the schedules of its learning rate and weight decay.
 
     Args:
+        kind: what updates the parameters. adamw; adam: with the weight decay in the gradient; sgd:
+            with momentum, and the weight decay in the gradient; muon: matrices of the layers get
+            orthogonal updates, everything else AdamW's.
         lr: peak learning rate.
         min_lr: lowest learning rate after the warm-up, which the schedule ends at.
         min_lr_ratio: the same as a share of ``lr``; instead of ``min_lr``.
@@ -38,7 +43,7 @@ class Optimizer:
             of 2, counted from the end of the warm-up; 0: the steps of the warm-up.
         wsd_decay_steps: steps of the decay of WSD.
         wsd_decay: how WSD decays.
-        weight_decay: decoupled weight decay, at the first step.
+        weight_decay: weight decay at the first step; decoupled with adamw and muon.
         weight_decay_schedule: how the weight decay goes from ``weight_decay`` to
             ``end_weight_decay`` over the training steps.
         end_weight_decay: weight decay at the last step, unless it is constant.
@@ -54,14 +59,21 @@ class Optimizer:
             position embeddings L + 1 times. It multiplies ``lr_multipliers``.
         language_layer_decay: the same for the language model; its embedding has it L + 1 times, its
             last norm and its head never.
-        adam_beta1: decay of the first moment.
-        adam_beta2: decay of the second moment.
-        adam_eps: added to the square root of the second moment.
+        adam_beta1: decay of the first moment of adamw, adam, and of muon's AdamW.
+        adam_beta2: decay of the second moment of the same.
+        adam_eps: added to the square root of the second moment of the same.
+        sgd_momentum: share of the last update of sgd that stays in the next one.
+        sgd_nesterov: sgd's step looks ahead by another momentum (Nesterov), as in InternVL's
+            classification code.
+        muon_momentum: decay of muon's moving average of the gradient.
+        muon_scale: root mean square of muon's update of a matrix, as a multiple of the learning
+            rate; 0.2 is about AdamW's (arXiv 2502.16982), so that both share one learning rate.
         clip_grad: clip the gradient to this global norm; 0: no clipping.
         moments: dtype of both moments; bfloat16 saves four bytes a trainable parameter and needs
             Transformer Engine.
     """
 
+    kind: Kind = "adamw"
     lr: float = 2e-4
     min_lr: float = 0.0
     min_lr_ratio: float = 0.0
@@ -88,8 +100,17 @@ class Optimizer:
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
     adam_eps: float = 1e-8
+    sgd_momentum: float = 0.9
+    sgd_nesterov: bool = False
+    muon_momentum: float = 0.95
+    muon_scale: float = 0.2
     clip_grad: float = 1.0
     moments: Literal["float32", "bfloat16"] = "float32"
+
+    @property
+    def is_adam(self) -> bool:
+        """Whether every parameter has two moments."""
+        return self.kind in ("adamw", "adam")
 
     @property
     def lowest_lr(self) -> float:

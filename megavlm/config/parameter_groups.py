@@ -7,9 +7,13 @@ import re
 from collections.abc import Collection, Iterator, Sequence
 
 from megavlm.config.freeze_mask import matches
+from megavlm.config.optimizer import Kind
 from megavlm.config.schema import Architecture, Optimizer
 
 _LAYER = re.compile(r"(?:vision\.encoder|language\.decoder)\.layers\.(\d+)\.")
+_MATRIX = re.compile(
+    r"((vision\.encoder|language\.decoder)\.layers\.\d+\.(.+\.)?|connector\.mlp\.)linear_\w+\.weight"
+)
 _BEFORE_LAYERS = (
     "vision.patch_embedding.",
     "vision.class_token",
@@ -76,6 +80,17 @@ def decays(key: str, optimizer: Optimizer, *, is_matrix: bool) -> bool:
     return is_chosen and not any(matches(key, pattern) for pattern in optimizer.no_decay)
 
 
+def is_orthogonalised(key: str, kind: Kind) -> bool:
+    """Return whether Muon updates a parameter: the weights of linear layers inside the vision
+    encoder's and the language model's layers, and of an MLP connector.
+
+    Args:
+        key: checkpoint key.
+        kind: of the optimizer.
+    """
+    return kind == "muon" and _MATRIX.fullmatch(key) is not None
+
+
 def _multipliers(optimizer: Optimizer) -> Iterator[tuple[str, float]]:
     for entry in optimizer.lr_multipliers:
         pattern, _, factor = entry.partition("=")
@@ -124,6 +139,11 @@ def name_problems(
             parameters: who narrows the freeze mask gave no such flag.
     """
     trained = {key for key in keys if any(matches(key, pattern) for pattern in trainable)}
+    if optimizer.kind == "muon" and not any(is_orthogonalised(key, "muon") for key in trained):
+        yield (
+            "--optimizer.kind muon: nothing that --training.trainable trains is a weight of a"
+            " linear layer, so AdamW would update everything; use --optimizer.kind adamw"
+        )
     asked = [("training.trainable", pattern, pattern) for pattern in trainable]
     asked += [("optimizer.no_decay", pattern, pattern) for pattern in optimizer.no_decay]
     for entry in optimizer.lr_multipliers:

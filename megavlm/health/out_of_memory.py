@@ -56,7 +56,7 @@ def _options(config: Config) -> Iterator[str]:
         yield "--parallel.sequence_parallel true"
     if training.precision == "float32":
         yield "--training.precision bfloat16"
-    elif config.optimizer.moments == "float32":
+    elif config.optimizer.moments == "float32" and config.optimizer.is_adam:
         yield "--optimizer.moments bfloat16 (needs Transformer Engine)"
     if parallel.recompute != "full":
         stronger = "selective, or full" if parallel.recompute == "none" else "full"

@@ -1,4 +1,5 @@
-"""AdamW of torch operations, in the shape that megatron-core's distributed optimizer expects.
+"""Adam and AdamW of torch operations, in the shape that megatron-core's distributed optimizer
+expects.
 
 It serves CPUs, and GPUs on which neither Transformer Engine nor Apex is installed.
 """
@@ -12,8 +13,8 @@ from torch import Tensor
 
 
 class Adam(torch.optim.Optimizer):
-    """AdamW (Loshchilov and Hutter, arXiv 1711.05101) whose step count lives in the parameter
-    group.
+    """Adam, and AdamW (Loshchilov and Hutter, arXiv 1711.05101), whose step count lives in the
+    parameter group.
 
     The fused optimizers of Apex and Transformer Engine keep it there, and megatron-core relies on
     it to save a rank that has nothing to train and to load state saved at another layout; torch's
@@ -30,11 +31,10 @@ class Adam(torch.optim.Optimizer):
         adam_w_mode: bool = True,
         capturable: bool = False,
     ):
-        if not adam_w_mode:
-            raise ValueError("only decoupled weight decay (AdamW) is implemented")
         if capturable:
             raise ValueError("this optimizer cannot be captured in a CUDA graph")
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
+        self.adam_w_mode = adam_w_mode
 
     @torch.no_grad()
     def step(self, closure: Callable | None = None) -> None:
@@ -55,7 +55,10 @@ class Adam(torch.optim.Optimizer):
         grads = [p.grad for p in params]
         averages = [self.state[p]["exp_avg"] for p in params]
         squares = [self.state[p]["exp_avg_sq"] for p in params]
-        torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
+        if self.adam_w_mode:
+            torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
+        else:
+            torch._foreach_add_(grads, params, alpha=group["weight_decay"])
         torch._foreach_lerp_(averages, grads, 1 - beta1)
         torch._foreach_mul_(squares, beta2)
         torch._foreach_addcmul_(squares, grads, grads, 1 - beta2)

@@ -24,6 +24,8 @@ _GRADIENT = 4
 # Main weights are float32 beside bfloat16 weights; float32 weights are their own main weights.
 _MAIN = 4
 _MOMENTS = {"float32": 8, "bfloat16": 4}
+# SGD and Muon have one moment.
+_MOMENTUM = 4
 # An FP8 copy of a weight and that copy's transpose, which Hopper's matrix products read.
 _FP8_COPIES = 2
 # A code, and a float32 scale for each block.
@@ -150,10 +152,14 @@ def weight_bytes(config: Config, held: ParameterCounts, data_ranks: int) -> dict
     weights += _NF4_BYTES * held.in_nf4 + _FP8_COPIES * held.in_fp8
     experts = held.trained_experts
     updated = (held.trained - experts) / sharing + experts / of_experts
+    with_one = {
+        "sgd": updated,
+        "muon": held.trained_by_muon / sharing + experts / of_experts,
+    }.get(config.optimizer.kind, 0.0)
     copied = min(updated, UPDATE_SLICE) if moments == "bfloat16" else 0.0
     return {
         "weights": float(weights),
         "gradients": float(_GRADIENT * held.trained),
-        "optimizer": (main + _MOMENTS[moments] + average) * updated,
+        "optimizer": (main + _MOMENTS[moments] + average) * updated - _MOMENTUM * with_one,
         "update": _MOMENT_COPIES * copied,
     }

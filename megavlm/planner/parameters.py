@@ -13,6 +13,8 @@ from functools import lru_cache
 
 from megavlm.config.freeze_mask import matches
 from megavlm.config.lora import is_adapter
+from megavlm.config.optimizer import Kind
+from megavlm.config.parameter_groups import is_orthogonalised
 from megavlm.config.schema import Architecture, Config
 from megavlm.planner.flops import Piece, pieces
 from megavlm.planner.layout import Chunk
@@ -53,6 +55,8 @@ class ParameterCounts:
         in_fp8: elements of weights that have FP8 copies.
         trained_experts: of ``trained``, in experts, whose optimizer state is sharded over other
             ranks.
+        trained_by_muon: of ``trained``, in weights outside experts that Muon updates; of experts
+            it updates all.
         in_nf4: of ``weights``, those that are kept in 4 bits.
         largest_in_nf4: of these, those in the largest tensor.
     """
@@ -62,6 +66,7 @@ class ParameterCounts:
     trained_replicas: int = 0
     in_fp8: int = 0
     trained_experts: int = 0
+    trained_by_muon: int = 0
     in_nf4: int = 0
     largest_in_nf4: int = 0
 
@@ -72,6 +77,7 @@ class ParameterCounts:
             trained_replicas=self.trained_replicas + other.trained_replicas,
             in_fp8=self.in_fp8 + other.in_fp8,
             trained_experts=self.trained_experts + other.trained_experts,
+            trained_by_muon=self.trained_by_muon + other.trained_by_muon,
             in_nf4=self.in_nf4 + other.in_nf4,
             largest_in_nf4=max(self.largest_in_nf4, other.largest_in_nf4),
         )
@@ -114,6 +120,7 @@ class _Sharding:
     Args:
         arch: the model.
         trainable: freeze mask.
+        kind: of the optimizer.
         vision, language: tensor-parallel size of each part.
         fp8: parts whose layers have an FP8 recipe.
         expert: expert-parallel size.
@@ -121,6 +128,7 @@ class _Sharding:
 
     arch: Architecture
     trainable: tuple[str, ...]
+    kind: Kind
     vision: int
     language: int
     fp8: tuple[str, ...] = ()
@@ -132,6 +140,7 @@ def _sharding_of(config: Config) -> _Sharding:
     return _Sharding(
         arch=config.architecture,
         trainable=config.training.trainable,
+        kind=config.optimizer.kind,
         vision=parallel.vision_tensor_size,
         language=parallel.tensor_model_parallel_size,
         fp8=tuple(config.fp8.recipes),
@@ -185,6 +194,7 @@ def _counts(piece: Piece, sharding: _Sharding) -> ParameterCounts:
     is_replicated = before_language and sharding.vision < sharding.language
     # Adapters are multiplied in 16 bits.
     is_product = piece.layer is not None and piece.forward > 0 and not is_adapter(piece.key)
+    is_by_muon = piece.expert is None and is_orthogonalised(piece.key, sharding.kind)
     in_nf4 = elements if sharding.arch.lora.quantises(piece.key) else 0
     return ParameterCounts(
         weights=elements,
@@ -192,6 +202,7 @@ def _counts(piece: Piece, sharding: _Sharding) -> ParameterCounts:
         trained_replicas=trained if is_replicated else 0,
         in_fp8=elements if is_product and piece.part in sharding.fp8 else 0,
         trained_experts=trained if piece.expert is not None else 0,
+        trained_by_muon=trained if is_by_muon else 0,
         in_nf4=in_nf4,
         largest_in_nf4=in_nf4,
     )

@@ -114,8 +114,13 @@ def options(
         name: dataclasses.replace(config, parallel=dataclasses.replace(as_chosen, **change))
         for name, change in changes.items()
     }
-    if config.optimizer.moments == "float32" and config.training.precision == "bfloat16":
-        smaller: Optimizer = dataclasses.replace(config.optimizer, moments="bfloat16")
+    optimizer = config.optimizer
+    if (
+        optimizer.moments == "float32"
+        and optimizer.is_adam
+        and config.training.precision == "bfloat16"
+    ):
+        smaller: Optimizer = dataclasses.replace(optimizer, moments="bfloat16")
         runs["--optimizer.moments bfloat16"] = dataclasses.replace(
             config, parallel=as_chosen, optimizer=smaller
         )

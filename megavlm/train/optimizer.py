@@ -1,5 +1,5 @@
-"""Gradient reduction and AdamW, both of megatron-core, with the optimizer's state shared out over
-the data-parallel ranks.
+"""Gradient reduction and the optimizer, both of megatron-core, with the optimizer's state shared
+out over the data-parallel ranks.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ from megavlm.config.schema import Config
 from megavlm.model.precision import precision
 from megavlm.model.vlm import VisionLanguageModel
 from megavlm.train import parameter_groups
+from megavlm.train.muon import Muon
 from megavlm.train.parameter_groups import age_of, frozen_steps_of, multiplier_of
+from megavlm.train.plain_moments import sgd_step
 from megavlm.train.schedule import learning_rate, weight_decay
 from megavlm.train.sliced_update import step_in_slices
 
@@ -109,8 +111,8 @@ def build(
     ddp_chunks: Sequence[DistributedDataParallel],
     ages: Mapping[int, int] = MappingProxyType({}),
 ) -> MegatronOptimizer:
-    """Create AdamW over what is trained. Collective: every rank calls it, with nothing to train
-    too.
+    """Create the optimizer over what is trained. Collective: every rank calls it, with nothing to
+    train too.
 
     Args:
         config: the run.
@@ -121,7 +123,9 @@ def build(
     optimizer = config.optimizer
     number = precision(config)
     settings = OptimizerConfig(
+        # Of sgd and muon it keeps the state; their steps take the place of Adam's.
         optimizer="adam",
+        decoupled_weight_decay=optimizer.kind != "adam",
         lr=optimizer.lr,
         weight_decay=optimizer.weight_decay,
         adam_beta1=optimizer.adam_beta1,
@@ -134,15 +138,20 @@ def build(
         overlap_param_gather=config.parallel.overlap_param_gather,
         **_MOMENTS[optimizer.moments],
     )
-    overrides = parameter_groups.overrides(config, [chunk.module for chunk in ddp_chunks], ages)
+    chunks = [chunk.module for chunk in ddp_chunks]
+    overrides = parameter_groups.overrides(config, chunks, ages)
     built = get_megatron_optimizer(settings, list(ddp_chunks), config_overrides=overrides)
     # Without anything trained but experts the part for all else is empty, on every rank, and
     # ``ChainedOptimizer._synchronize_steps`` reads the parameter groups that it does not have.
     parts = [part for part in built.chained_optimizers if not part.is_stub_optimizer]
-    if optimizer.moments == "bfloat16":
-        for part in parts:
-            # Called by megatron-core's ``step_with_ready_grads``.
+    for part in parts:
+        # ``step`` is called by megatron-core's ``step_with_ready_grads``.
+        if optimizer.moments == "bfloat16":
             part.optimizer.step = partial(step_in_slices, part.optimizer)
+        elif optimizer.kind == "sgd":
+            part.optimizer.step = partial(sgd_step, part.optimizer, optimizer)
+        elif optimizer.kind == "muon":
+            part.optimizer.step = Muon(config, part, chunks).step
     return ChainedOptimizer(parts) if parts else built
 
 
@@ -242,9 +251,10 @@ def set_rates(
     """Set learning rate, weight decay, betas and epsilon of every parameter group for step
     ``step``, counted from 0.
 
-    All groups count updates as the oldest does, and AdamW divides both moments by one minus their
+    All groups count updates as the oldest does, and Adam divides both moments by one minus their
     decay to that power. Rates of a younger group undo that and put its own number of updates in
-    place. A group that is not unfrozen yet has rate zero, and ``prepare`` clears its gradients.
+    place; SGD and Muon have nothing of the kind. A group that is not unfrozen yet has rate zero,
+    and ``prepare`` clears its gradients.
 
     Args:
         optimizer: of megatron-core.
@@ -265,12 +275,17 @@ def set_rates(
         start = frozen_steps_of(group)
         before = start - sum(number <= start for number in skipped_steps)
         own = max(age_of(group) + updates - before, 1)
-        first = _correction(settings.adam_beta1, most) / _correction(settings.adam_beta1, own)
-        second = math.sqrt(
-            _correction(settings.adam_beta2, own) / _correction(settings.adam_beta2, most)
-        )
+        first = 1.0
+        second = 1.0
+        if settings.kind != "sgd" and not group.get("is_muon", False):
+            first = _correction(settings.adam_beta1, most) / _correction(settings.adam_beta1, own)
+            second = math.sqrt(
+                _correction(settings.adam_beta2, own) / _correction(settings.adam_beta2, most)
+            )
         group["lr"] = rate * multiplier_of(group) * first * second
-        group["weight_decay"] = shrinking * group["wd_mult"] / (first * second)
+        group["weight_decay"] = shrinking * group["wd_mult"]
+        if settings.kind != "adam":  # whose decay is part of the gradient
+            group["weight_decay"] /= first * second
         group["eps"] = settings.adam_eps * second
         # A checkpoint's groups bring the betas of the run that wrote it.
         group["betas"] = (settings.adam_beta1, settings.adam_beta2)

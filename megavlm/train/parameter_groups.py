@@ -1,4 +1,4 @@
-"""Parameter groups of AdamW: parameters of one learning rate multiplier, weight decay and age."""
+"""Parameter groups: parameters of one learning rate multiplier, weight decay, age and optimizer."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 
 from megavlm.config.lora import is_adapter
-from megavlm.config.parameter_groups import decays, multiplier
+from megavlm.config.parameter_groups import decays, is_orthogonalised, multiplier
 from megavlm.config.schema import Config
 from megavlm.config.unfreezing import frozen_steps
 from megavlm.model.vlm import VisionLanguageModel
 from megavlm.model.weights import named_weights
 
-Traits = tuple[float, int, bool, int]
-"""Multiplier of the learning rate, updates that the moments saw before this run, weight decay, and
-steps of this run in which the group is frozen."""
+Traits = tuple[float, int, bool, int, bool]
+"""Multiplier of the learning rate, updates that the moments saw before this run, weight decay,
+steps of this run in which the group is frozen, and whether Muon updates it."""
 
 
 def overrides(
@@ -51,11 +51,12 @@ def overrides(
                         is_matrix=is_adapter(key) or parameter.squeeze().ndim > 1,
                     ),
                     frozen_steps(key, config.training),
+                    is_orthogonalised(key, config.optimizer.kind),
                 )
     everywhere: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everywhere, set(traits.values()))
     found = sorted(set().union(*everywhere))
-    usual = (1.0, 0, True, 0)
+    usual = (1.0, 0, True, 0, False)
     return {
         _parameters_of(group, traits): ParamGroupOverride(
             lr_mult=2.0 + number,
@@ -63,6 +64,7 @@ def overrides(
             rate_multiplier=group[0],
             age=group[1],
             frozen_steps=group[3],
+            is_muon=group[4],
         )
         for number, group in enumerate(found)
         if group != usual

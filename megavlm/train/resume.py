@@ -164,6 +164,14 @@ def fit(config: Config, source: Checkpoint) -> Checkpoint:
             f"--checkpoint.moments keep: stage {source.state.stage} unfroze parameters on its way"
             " (--training.frozen_until), whose moments are younger than others; use fresh"
         )
+    elif (
+        config.checkpoint.moments == "keep"
+        and source.config.optimizer.kind != config.optimizer.kind
+    ):
+        problems.append(
+            f"--checkpoint.moments keep: {source.folder} has the moments of --optimizer.kind"
+            f" {source.config.optimizer.kind}, and the run has {config.optimizer.kind}; use fresh"
+        )
     if problems:
         listed = "\n  ".join(problems)
         raise ConfigError(f"the checkpoint {source.folder} does not fit this run:\n  {listed}")

@@ -1,4 +1,4 @@
-"""Checks of AdamW's settings and of the schedules."""
+"""Checks of the optimizer's settings and of the schedules."""
 
 from __future__ import annotations
 
@@ -19,6 +19,16 @@ _READ_BY = {
     "wsd_decay": ("WSD",),
 }
 """The schedules that read each option."""
+_READ_BY_KIND = {
+    "adam_beta1": ("adamw", "adam", "muon"),
+    "adam_beta2": ("adamw", "adam", "muon"),
+    "adam_eps": ("adamw", "adam", "muon"),
+    "sgd_momentum": ("sgd",),
+    "sgd_nesterov": ("sgd",),
+    "muon_momentum": ("muon",),
+    "muon_scale": ("muon",),
+}
+"""The kinds of optimizers that read each option."""
 
 
 def optimizer_problems(optimizer: Optimizer, training: Training) -> Iterator[str]:
@@ -28,7 +38,8 @@ def optimizer_problems(optimizer: Optimizer, training: Training) -> Iterator[str
     yield from at_least(0, "optimizer", optimizer, "weight_decay", "clip_grad")
     if optimizer.moments == "bfloat16" and training.precision == "float32":
         yield "--optimizer.moments bfloat16 needs --training.precision bfloat16"
-    for name in ("adam_beta1", "adam_beta2"):
+    yield from _kind(optimizer)
+    for name in ("adam_beta1", "adam_beta2", "sgd_momentum", "muon_momentum"):
         if not 0 <= vars(optimizer)[name] < 1:
             yield f"--optimizer.{name} {vars(optimizer)[name]}: must be 0 or more, and less than 1"
     if not optimizer.adam_eps > 0:
@@ -38,6 +49,26 @@ def optimizer_problems(optimizer: Optimizer, training: Training) -> Iterator[str
     yield from _schedule(optimizer, training)
     yield from _weight_decay(optimizer)
     yield from setting_problems(optimizer)
+
+
+def _kind(optimizer: Optimizer) -> Iterator[str]:
+    defaults = vars(Optimizer())
+    for name, readers in _READ_BY_KIND.items():
+        if optimizer.kind not in readers and vars(optimizer)[name] != defaults[name]:
+            yield (
+                f"--optimizer.{name} {vars(optimizer)[name]} has no effect with --optimizer.kind"
+                f" {optimizer.kind}; use {defaults[name]}, or --optimizer.kind"
+                f" {' or '.join(readers)}"
+            )
+    if not optimizer.is_adam and optimizer.moments == "bfloat16":
+        yield (
+            f"--optimizer.moments bfloat16: the moments of --optimizer.kind {optimizer.kind} are"
+            " float32; use float32"
+        )
+    if optimizer.sgd_nesterov and not optimizer.sgd_momentum:
+        yield "--optimizer.sgd_nesterov true needs --optimizer.sgd_momentum, such as 0.9"
+    if not 0 < optimizer.muon_scale < float("inf"):
+        yield f"--optimizer.muon_scale {optimizer.muon_scale}: must be above 0"
 
 
 def _lowest(optimizer: Optimizer) -> Iterator[str]:

@@ -43,9 +43,9 @@ _BY_SECTION: dict[str, dict[Kind, str]] = {
         "taken": "lr min_lr min_lr_ratio warmup_steps warmup_ratio warmup_init_lr schedule"
         " decay_steps counted_from step_interval step_factor power timescale wsd_decay_steps"
         " wsd_decay weight_decay weight_decay_schedule end_weight_decay adam_beta1 adam_beta2"
-        " adam_eps clip_grad decay no_decay lr_multipliers vision_layer_decay"
-        " language_layer_decay",
-        "refused": "moments",
+        " adam_eps sgd_momentum sgd_nesterov muon_momentum muon_scale clip_grad decay no_decay"
+        " lr_multipliers vision_layer_decay language_layer_decay",
+        "refused": "kind moments",
     },
     "training.": {
         "taken": "steps global_batch_size precision drop_path drop_path_schedule end_drop_path"
@@ -80,6 +80,7 @@ KINDS: dict[str, Kind] = {
 
 _REASONS = {
     "data.": "the packs would come in another order, some twice and some never in this epoch",
+    "optimizer.kind": "the moments are of that optimizer",
     "optimizer.moments": "the moments are stored in that dtype",
     "training.seed": "the order of the packs follows from it",
     "checkpoint.trained_only": "a checkpoint notes what lies below it when the run begins",

@@ -25,6 +25,7 @@ from megavlm.data.store.manifest import FILE_NAME as MANIFEST_NAME
 from megavlm.data.store.manifest import Manifest, read_manifest
 
 FILE_NAME = "README.md"
+_KINDS = {"adamw": "AdamW", "adam": "Adam", "sgd": "SGD", "muon": "Muon"}
 PARTS = ("model", "vision", "language", "data")
 
 
@@ -154,9 +155,9 @@ def _training(checkpoint: Checkpoint, manifest: Manifest | None) -> Iterator[str
         yield f"- tokens of a pack: at most {manifest.capacity:,}"
     yield f"- trainable: {', '.join(f'`{pattern}`' for pattern in training.trainable)}"
     yield (
-        f"- AdamW: learning rate {optimizer.lr:g}{_lowest(optimizer)} ({optimizer.schedule}),"
-        f" weight decay {_weight_decay(optimizer)}, betas {optimizer.adam_beta1:g} and"
-        f" {optimizer.adam_beta2:g}, gradients clipped at {optimizer.clip_grad:g} (0: not clipped)"
+        f"- {_KINDS[optimizer.kind]}: learning rate {optimizer.lr:g}{_lowest(optimizer)}"
+        f" ({optimizer.schedule}), weight decay {_weight_decay(optimizer)}, {_decays(optimizer)},"
+        f" gradients clipped at {optimizer.clip_grad:g} (0: not clipped)"
     )
     yield f"- precision: {training.precision}"
     for part, recipe in config.fp8.recipes.items():
@@ -165,6 +166,14 @@ def _training(checkpoint: Checkpoint, manifest: Manifest | None) -> Iterator[str
         yield f"- loss on validation packs after the last step: {state.valid_loss:.4f}"
     for name, value in state.figures:
         yield f"- {name} after the last step: {value:.4f}"
+
+
+def _decays(optimizer: Optimizer) -> str:
+    """Say how long the optimizer remembers gradients."""
+    if optimizer.kind == "sgd":
+        return f"momentum {optimizer.sgd_momentum:g}"
+    betas = f"betas {optimizer.adam_beta1:g} and {optimizer.adam_beta2:g}"
+    return f"momentum {optimizer.muon_momentum:g}, {betas}" if optimizer.kind == "muon" else betas
 
 
 def _lowest(optimizer: Optimizer) -> str:
