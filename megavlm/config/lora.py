@@ -21,6 +21,8 @@ LINEARS = (
     "mlp.linear_fc2",
 )
 """Linear layers of a transformer layer, in the order of the forward pass."""
+MAGNITUDE = ".lora.magnitude"
+"""End of the keys of DoRA's norms."""
 NF4_BLOCK = 64
 """Numbers of a row that share a scale in 4 bits."""
 _ADAPTABLE = re.compile(
@@ -49,6 +51,8 @@ class Lora:
             ``training.trainable``, such as ``language.*.self_attention`` or ``*.linear_fc2``.
         nf4: frozen linear layers whose weights are kept in 4 bits (QLoRA's NF4), named as in
             ``targets``; empty: none.
+        dora: train the norm of each row of an adapted weight apart from its direction, which the
+            adapter changes (DoRA, arXiv 2402.09353).
     """
 
     rank: int = 0
@@ -56,6 +60,7 @@ class Lora:
     dropout: float = 0.0
     targets: tuple[str, ...] = ("language",)
     nf4: tuple[str, ...] = ()
+    dora: bool = False
 
     @property
     def scale(self) -> float:
@@ -96,7 +101,7 @@ def stacked(architecture: Any, key: str) -> int:
 
 def is_adapter(key: str) -> bool:
     """Return whether a checkpoint key is one of an adapter."""
-    return key.endswith((".lora.a", ".lora.b"))
+    return key.endswith((".lora.a", ".lora.b", MAGNITUDE))
 
 
 def dropout_problems(lora: Lora, parallel: Any) -> Iterator[str]:
@@ -137,13 +142,23 @@ def lora_problems(lora: Lora, trainable: Sequence[str], keys: Collection[str]) -
         yield "--architecture.lora.rank and --architecture.lora.alpha: must be 0 or more"
         return
     if not lora.rank:
-        for name in ("alpha", "dropout", "targets", "nf4"):
+        for name in ("alpha", "dropout", "targets", "nf4", "dora"):
             if vars(lora)[name] != vars(Lora())[name]:
                 yield (
                     f"--architecture.lora.{name} has no effect without --architecture.lora.rank,"
                     " such as 16"
                 )
         return
+    if lora.dora and lora.dropout:
+        yield (
+            f"--architecture.lora.dropout {lora.dropout}: with --architecture.lora.dora true the"
+            " frozen weight would need a product of its own with what dropout leaves; use 0"
+        )
+    if lora.dora and lora.nf4:
+        yield (
+            "--architecture.lora.dora true reads the frozen weights for their norms, and those of"
+            " --architecture.lora.nf4 are in 4 bits; use one of them"
+        )
     for pattern in lora.targets:
         one = replace(lora, targets=(pattern,))
         if not any(one.adapts(key) for key in keys):

@@ -1,6 +1,6 @@
-"""LoRA adapters on the linear layers of megatron-core and Transformer Engine.
+"""LoRA and DoRA adapters on the linear layers of megatron-core and Transformer Engine.
 
-Shape letters: T rows, R rank, n stacked A's.
+Shape letters: T rows, R rank, n stacked A's, O outputs of this rank.
 
 | linear layer | A | B | between |
 |---|---|---|---|
@@ -8,14 +8,19 @@ Shape letters: T rows, R rank, n stacked A's.
 | row-parallel | columns of this rank | whole | summed; sequence parallelism scatters tokens |
 
 So only R numbers a token travel, and both factors get the gradients of one process.
+
+DoRA (arXiv 2402.09353) scales each output by ``magnitude / norm``, where the norm is that of its
+row of ``W + scale * B A`` and has no gradient. Ranks share the rows of row-parallel layers and sum
+the squares.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
@@ -35,6 +40,7 @@ from megavlm.config.lora import LINEARS, stacked
 from megavlm.config.schema import Architecture
 from megavlm.model.lora_dropout import Location, adapter_salt, drop
 
+_SMALLEST_NORM = 1e-15  # taken for that of a row of zeros, which is padding
 _COLUMN = ("linear_qkv.weight", "linear_fc1.weight")
 
 
@@ -74,12 +80,15 @@ class LowRankAdapter(nn.Module):
         options = dict(dtype=weight.dtype, device=weight.device)
         self.a = nn.Parameter(torch.zeros(self.count * lora.rank, inputs, **options))
         self.b = nn.Parameter(torch.zeros(outputs, lora.rank, **options))
-        cut = self.b if self.is_column else self.a
-        set_tensor_model_parallel_attributes(cut, group.size() > 1, 0 if self.is_column else 1, 1)
+        self.magnitude = nn.Parameter(torch.zeros(outputs, **options)) if lora.dora else None
+        of_rows = [self.b] if self.magnitude is None else [self.b, self.magnitude]
+        for cut in of_rows if self.is_column else [self.a]:
+            axis = 0 if self.is_column else 1
+            set_tensor_model_parallel_attributes(cut, group.size() > 1, axis, 1)
         if self.is_scattered:
             # Sees the tokens of this rank only: megatron-core's ``finalize_model_grads`` sums it.
-            whole = self.a if self.is_column else self.b
-            whole.sequence_parallel = True
+            for whole in [self.a] if self.is_column else of_rows:
+                whole.sequence_parallel = True
         which = self._projections(key, config, outputs)
         self.counts = [which.count(number) for number in range(self.count)]
         order = sorted(range(outputs), key=which.__getitem__)
@@ -123,10 +132,45 @@ class LowRankAdapter(nn.Module):
             else copy_to_tensor_model_parallel_region
         )
         low = between(low, group=self.group)
-        b = self.b if self.order is None else self.b.index_select(0, self.order)
-        parts = zip(low.chunk(self.count, dim=-1), b.split(self.counts), strict=True)
+        parts = zip(low.chunk(self.count, dim=-1), self._parts_of_rows(self.b), strict=True)
         high = torch.cat([linear(one, factor) for one, factor in parts], dim=-1)
         return (high if self.inverse is None else high.index_select(-1, self.inverse)) * self.scale
+
+    def _parts_of_rows(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """Return what belongs to the rows of each projection, of ``rows`` [O, ...]."""
+        ordered = rows if self.order is None else rows.index_select(0, self.order)
+        return ordered.split(self.counts)
+
+    @torch.no_grad()
+    def norms(self, weight: Tensor) -> Tensor:
+        """Return the norm of each row of ``W + scale * B A`` [O], without making the matrix.
+        Collective.
+
+        Args:
+            weight: W, this rank's share [O, inputs of this rank].
+        """
+        products = self._parts_of_rows(linear(weight, self.a).float())
+        added = []
+        for number, b in enumerate(self._parts_of_rows(self.b.float())):
+            a = self.a.float().chunk(self.count)[number]
+            of_weight = products[number].chunk(self.count, dim=-1)[number]
+            added.append(((2 * of_weight + self.scale * (b @ (a @ a.T))) * b).sum(-1))
+        cross = torch.cat(added)
+        cross = cross if self.inverse is None else cross.index_select(0, self.inverse)
+        own = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32).square()
+        squares = own + self.scale * cross
+        if not self.is_column and self.group.size() > 1:
+            dist.all_reduce(squares, group=self.group)
+        return squares.clamp(min=_SMALLEST_NORM**2).sqrt()
+
+    def rescaled(self, weight: Tensor, output: Tensor) -> Tensor:
+        """Give each row of the adapted weight its magnitude.
+
+        Args:
+            weight: see ``norms``.
+            output: of the weight and the adapter, without bias [T, ..., O].
+        """
+        return output * (self.magnitude / self.norms(weight).to(output.dtype))
 
     def _location(self, hidden: Tensor) -> Location:
         """Return where this rank's input [T, ..., inputs] is in the whole one."""
@@ -140,23 +184,26 @@ class LowRankAdapter(nn.Module):
         )
 
     def sharded(self, entries: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-        """Return the checkpoint entry of the factor that is cut over the tensor-parallel ranks.
+        """Return the checkpoint entries of what is cut over the tensor-parallel ranks.
 
         Args:
-            entries: of the whole chunk, in which the factor looks like a whole tensor.
+            entries: of the whole chunk, in which it looks like whole tensors.
             prefix: of this adapter's names in them.
         """
-        name = f"{prefix}b" if self.is_column else f"{prefix}a"
-        found = entries[name]
         axis = 0 if self.is_column else 1
-        entry = ShardedTensor.from_rank_offsets(
-            found.key,
-            found.data,
-            (axis, self.group.rank(), self.group.size()),
-            replica_id=(found.replica_id[0], 0, found.replica_id[2]),
-            allow_shape_mismatch=found.allow_shape_mismatch,
-        )
-        return {name: apply_swiglu_sharded_factory(entry, ()) if self.is_gated else entry}
+        names = ("b", "magnitude") if self.is_column else ("a",)
+        sharded = {}
+        for name in (prefix + name for name in names if prefix + name in entries):
+            found = entries[name]
+            entry = ShardedTensor.from_rank_offsets(
+                found.key,
+                found.data,
+                (axis, self.group.rank(), self.group.size()),
+                replica_id=(found.replica_id[0], 0, found.replica_id[2]),
+                allow_shape_mismatch=found.allow_shape_mismatch,
+            )
+            sharded[name] = apply_swiglu_sharded_factory(entry, ()) if self.is_gated else entry
+        return sharded
 
 
 def attach(
@@ -188,7 +235,27 @@ def attach(
 def _add(module: nn.Module, inputs: tuple[Tensor, ...], output: tuple) -> tuple:
     """Add the adapter's output; torch calls this after the layer's forward."""
     projected, bias = output
-    return projected + module.lora(inputs[0]), bias
+    added = module.lora(inputs[0])
+    if module.lora.magnitude is None:
+        return projected + added, bias
+    # Layers that do not return their bias have added it.
+    own = module.bias if bias is None and module.bias is not None else projected.new_empty(0)
+    if not own.numel():
+        return module.lora.rescaled(module.weight, projected + added), bias
+    return module.lora.rescaled(module.weight, projected - own + added) + own, bias
+
+
+@torch.no_grad()
+def start_magnitudes(chunks: Sequence[nn.Module]) -> None:
+    """Set the magnitudes that nothing has filled to the norms of their rows. Collective."""
+    for chunk in chunks:
+        for module in chunk.modules():
+            lora = dict(module.named_children()).get("lora")
+            if isinstance(lora, LowRankAdapter) and lora.magnitude is not None:
+                norms = lora.norms(module.weight)
+                if not lora.magnitude.any():
+                    # Heads that only pad have rows of zeros.
+                    lora.magnitude.copy_(torch.where(norms > 2 * _SMALLEST_NORM, norms, 0))
 
 
 def set_draw(part: nn.Module, draw: int, first_tile: int) -> None:

@@ -14,6 +14,7 @@ from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from torch import Tensor, nn
 
+from megavlm.config.lora import MAGNITUDE
 from megavlm.config.schema import Config
 from megavlm.model.vision_attention import unpadded_shape
 from megavlm.model.vlm import VisionLanguageModel
@@ -115,7 +116,7 @@ def fresh_tensor(config: Config) -> FullTensor:
             return torch.full(shape, constants[key])
         if key.startswith("vision."):
             shape = unpadded_shape(arch.vision, key, shape)
-        if key.endswith(".lora.b"):
+        if key.endswith((".lora.b", MAGNITUDE)):  # a magnitude begins as the norm of its row
             return torch.zeros(shape)
         if key.endswith("_gate"):
             return torch.full(shape, arch.cross_attention.gate_start)

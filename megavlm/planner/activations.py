@@ -144,9 +144,12 @@ def activation_memory(config: Config, chunk: Chunk, load: RankLoad) -> Activatio
         draws = adapter_draws(arch, parallel, layer)
         masks = _kept(draws.masks, 0, recompute)
         copies = _kept((draws.copies, 0.0), 0, recompute)
+        outputs = _kept(dora_outputs(arch, parallel, layer), 0, recompute)
         (kept, transient) = (
-            size * (layer_bytes + copied) + _MASK_BYTES * mask
-            for layer_bytes, copied, mask in zip((kept, transient), copies, masks, strict=True)
+            size * (layer_bytes + copied + output) + _MASK_BYTES * mask
+            for layer_bytes, copied, output, mask in zip(
+                (kept, transient), copies, outputs, masks, strict=True
+            )
         )
         per_microbatch += kept * rows[part]
         once = max(once, (transient + draws.largest * _DRAW_BYTES) * rows[part])
@@ -203,6 +206,35 @@ def adapter_draws(arch: Architecture, parallel: Parallel, layer: int) -> Adapter
         for name, width in zip(LINEARS, widths, strict=True)
     ]
     return AdapterDraws(masks=(sum(drawn), sum(drawn[2:])), copies=drawn[1], largest=max(drawn))
+
+
+def dora_outputs(arch: Architecture, parallel: Parallel, layer: int) -> tuple[float, float]:
+    """Count the outputs a token that the gradients of DoRA's magnitudes need, in one of the layers
+    of the whole model: of the whole layer, and inside its MLP.
+    """
+    if not arch.lora.dora:
+        return (0.0, 0.0)
+    vision = arch.vision.num_layers
+    is_vision = layer < vision
+    part = arch.vision if is_vision else arch.language
+    stack = f"vision.encoder.layers.{layer}"
+    tensor = parallel.vision_tensor_size
+    projected = 3 * part.hidden_size
+    inner = part.ffn_hidden_size
+    if not is_vision:
+        stack = f"language.decoder.layers.{layer - vision}"
+        tensor = parallel.tensor_model_parallel_size
+        heads = arch.language.num_attention_heads + 2 * arch.language.num_query_groups
+        projected = heads * arch.language.head_size
+        inner *= 2 if arch.language.is_gated else 1
+    split = tensor if parallel.sequence_parallel and not is_vision else 1
+    last = part.hidden_size / split
+    widths = (projected / tensor, last, inner / tensor, last)
+    kept = [
+        width if arch.lora.adapts(f"{stack}.{name}.weight") else 0.0
+        for name, width in zip(LINEARS, widths, strict=True)
+    ]
+    return (sum(kept), sum(kept[2:]))
 
 
 def _logit_bytes(config: Config) -> int:

@@ -35,7 +35,7 @@ from dataclasses import dataclass, replace
 
 from megavlm.config import cross_attention
 from megavlm.config.freeze_mask import matches
-from megavlm.config.lora import stacked
+from megavlm.config.lora import MAGNITUDE, stacked
 from megavlm.config.objectives import EMBEDDING
 from megavlm.config.pieces import Piece, Unit, linear, norm, table, vector
 from megavlm.config.schema import Architecture, Language
@@ -156,6 +156,9 @@ def _adapter(architecture: Architecture, piece: Piece) -> Iterator[Piece]:
         yield replace(
             piece, key=f"{stem}.lora.{name}", elements=elements, forward=2 * elements * rows
         )
+    if architecture.lora.dora:
+        outputs = piece.elements // of_layer
+        yield replace(piece, key=stem + MAGNITUDE, elements=outputs, forward=0, is_matrix=False)
 
 
 def _vision(architecture: Architecture) -> Iterator[Piece]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from megavlm.config.freeze_mask import matches
-from megavlm.config.lora import is_adapter
+from megavlm.config.lora import MAGNITUDE, is_adapter
 from megavlm.config.optimizer import Kind
 from megavlm.config.parameter_groups import is_orthogonalised
 from megavlm.config.schema import Architecture, Config
@@ -32,7 +32,9 @@ _SHARDED = (
 _SHARDED += ("qk_norm.query", "qk_norm.key", "word_embeddings.weight", "output_layer.weight")
 _SHARDED += ("linear_q.weight", "linear_k.weight", "linear_v.weight")
 _SHARDED += ("linear_qkv.lora.b", "linear_fc1.lora.b", "linear_proj.lora.a", "linear_fc2.lora.a")
+_SHARDED += (f"linear_qkv{MAGNITUDE}", f"linear_fc1{MAGNITUDE}")
 _BY_HEADS = (
+    f"linear_qkv{MAGNITUDE}",
     "linear_qkv.lora.b",
     "linear_proj.lora.a",
     "linear_qkv.weight",

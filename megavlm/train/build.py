@@ -12,6 +12,7 @@ from megavlm.checkpoint.train_state import History
 from megavlm.config.schema import Config
 from megavlm.model import freeze, nf4_layers
 from megavlm.model.freeze import Trained
+from megavlm.model.lora import start_magnitudes
 from megavlm.model.vlm import VisionLanguageModel
 from megavlm.parallel.backend import Backend
 from megavlm.parallel.process_groups import Groups
@@ -65,6 +66,7 @@ def build(
     else:
         _move(chunks, backend)
     fill(chunks)
+    start_magnitudes(chunks)
     if lora.nf4:
         quantised = nf4_layers.quantise(chunks, lora, backend.device)
         _move(chunks, backend)

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 
-from megavlm.config.lora import is_adapter
+from megavlm.config.lora import MAGNITUDE, is_adapter
 from megavlm.config.parameter_groups import decays, is_orthogonalised, multiplier
 from megavlm.config.schema import Config
 from megavlm.config.unfreezing import frozen_steps
@@ -48,7 +48,8 @@ def overrides(
                     decays(
                         key,
                         config.optimizer,
-                        is_matrix=is_adapter(key) or parameter.squeeze().ndim > 1,
+                        is_matrix=parameter.squeeze().ndim > 1
+                        or (is_adapter(key) and not key.endswith(MAGNITUDE)),
                     ),
                     frozen_steps(key, config.training),
                     is_orthogonalised(key, config.optimizer.kind),

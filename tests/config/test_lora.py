@@ -45,3 +45,20 @@ def test_a_target_without_linear_layers_is_named_once() -> None:
         lora_problems(config.architecture.lora, config.training.trainable, parameter_keys(config))
     )
     assert len(problems) == 1 and "*.nothing: means no linear layer" in problems[0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        (dict(rank=0), "--architecture.lora.dora has no effect without --architecture.lora.rank"),
+        (dict(dropout=0.1), "--architecture.lora.dropout 0.1: with --architecture.lora.dora true"),
+        (dict(nf4=("language",)), "--architecture.lora.dora true reads the frozen weights for"),
+    ],
+)
+def test_what_dora_excludes_is_refused(settings: dict, told: str) -> None:
+    config = resolved("language")
+    lora = dataclasses.replace(config.architecture.lora, **settings, dora=True)
+    targets = Lora().targets if not lora.rank else lora.targets
+    lora = dataclasses.replace(lora, targets=targets)
+    [problem] = lora_problems(lora, config.training.trainable, parameter_keys(config))
+    assert problem.startswith(told)

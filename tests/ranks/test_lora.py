@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from megavlm.config.lora import Lora, is_adapter
+from megavlm.config.lora import MAGNITUDE, Lora, is_adapter
 from megavlm.config.schema import Config
 from tests.convert.models import PERSIMMON
 from tests.ranks.pool import Pool
@@ -24,7 +24,9 @@ from tests.ranks.test_resume import (
     saved_tensors,
 )
 
+MATRIX = os.environ.get("MEGAVLM_MATRIX") == "all"
 ADAPTERS = Lora(rank=4, targets=("vision", "language"))
+DORA = dataclasses.replace(ADAPTERS, dora=True)
 MASK = ("connector", "vision.*.lora", "language.*.lora")
 SETTINGS = dict(trainable=MASK, steps=5, lr=1e-2, warmup_ratio=0.0, adam_eps=1e-4)
 TENSOR = dict(tensor_model_parallel_size=2)
@@ -63,22 +65,45 @@ RARE = [
     (4, TENSOR | PIPELINE | dict(vision="data", recompute="full")),
     (4, TENSOR | dict(context_parallel_size=2, sequence_parallel=True)),
 ]
+EIGHT = LAYOUTS[-1]
+OF_DORA = [EIGHT, (2, TENSOR | dict(vision="data"))]
 
 
-@pytest.mark.parametrize(
-    ("world", "layout"), LAYOUTS + (RARE if os.environ.get("MEGAVLM_MATRIX") == "all" else [])
-)
+@pytest.mark.parametrize(("world", "layout"), LAYOUTS + (RARE if MATRIX else []))
 def test_training_is_that_of_one_process(
     ranks: Pool, dataset: Path, alone: Curve, world: int, layout: dict
 ) -> None:
     config = with_adapters(config_for(dataset, **SETTINGS, **layout))
     shared = ranks.run(train_curve, world, config)
+    assert_equal_training(shared, alone)
+
+
+def assert_equal_training(shared: list[Curve], alone: Curve) -> None:
+    """Compare a layout with one process."""
     assert shared[0].losses == pytest.approx(alone.losses, rel=1e-5)
     assert shared[0].grad_norms == pytest.approx(alone.grad_norms, rel=1e-5)
     found = whole_weights(shared)
     for key, weight in whole_weights([alone]).items():
         place = tuple(slice(0, size) for size in weight.shape)
         np.testing.assert_allclose(found[key][place], weight, 1e-4, 1e-5, err_msg=key)
+
+
+def test_training_with_dora_is_that_of_one_process_and_starts_at_the_base(
+    ranks: Pool, dataset: Path, alone: Curve
+) -> None:
+    [dora] = ranks.run(train_curve, 1, with_adapters(config_for(dataset, **SETTINGS), DORA))
+    assert dora.losses[0] == pytest.approx(alone.losses[0], rel=1e-6)
+    assert dora.losses[2] != pytest.approx(alone.losses[2], rel=1e-4)
+    weights = whole_weights([dora])
+    norms = [key for key in weights if key.endswith(MAGNITUDE)]
+    assert len(norms) == 4 * (3 + 3)
+    first = "language.decoder.layers.0.self_attention.linear_proj"
+    start = np.linalg.norm(weights[f"{first}.weight"], axis=1)
+    assert 1e-3 < np.abs(weights[first + MAGNITUDE] - start).max() < 0.1
+    layouts = OF_DORA + ([*LAYOUTS[:-1], *RARE] if MATRIX else [])
+    for world, layout in layouts:
+        config = with_adapters(config_for(dataset, **SETTINGS, **layout), DORA)
+        assert_equal_training(ranks.run(train_curve, world, config), dora)
 
 
 def test_the_base_stays_as_it_is_and_every_adapter_learns(
@@ -108,6 +133,8 @@ def logits_with_and_without(config: Config) -> tuple[torch.Tensor, torch.Tensor]
     for key, weight in weights.items():
         if key.endswith(".lora.b"):
             weight.data.copy_(0.2 * torch.randn(weight.shape, generator=generator))
+        elif key.endswith(MAGNITUDE):
+            weight.data.mul_(0.5 + torch.rand(weight.shape, generator=generator))
     batch = job.train.batch(0, 0, vision_layers=3)
     with torch.no_grad():
         found = job.chunks[0](batch, with_loss=False)
@@ -123,9 +150,11 @@ FAMILIES = {
 }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "lora"), [*((family, ADAPTERS) for family in FAMILIES), ("qwen2", DORA)]
+)
 def test_each_weight_of_files_has_an_adapter_of_its_own(
-    ranks: Pool, dataset: Path, family: str
+    ranks: Pool, dataset: Path, family: str, lora: Lora
 ) -> None:
     from megavlm.convert.weights.adapters import MergedAdapters
 
@@ -135,7 +164,7 @@ def test_each_weight_of_files_has_an_adapter_of_its_own(
         architecture = dataclasses.replace(config.architecture, language=language)
         return dataclasses.replace(config, architecture=architecture)
 
-    config = with_adapters(configured())
+    config = with_adapters(configured(), lora)
     [(wanted, weights)] = ranks.run(logits_with_and_without, 1, config)
     merged = MergedAdapters(Held(weights), config.architecture)
     plain = configured(trainable=("connector",))
@@ -174,18 +203,19 @@ def logits_of(asked: tuple[Config, dict[str, torch.Tensor]]) -> torch.Tensor:
         return job.chunks[0](job.train.batch(0, 0, vision_layers=3), with_loss=False)
 
 
+@pytest.mark.parametrize("lora", [ADAPTERS, DORA] if MATRIX else [DORA])
 def test_a_run_starts_from_a_model_without_adapters_and_resumes_bit_for_bit(
-    ranks: Pool, dataset: Path, tmp_path: Path
+    ranks: Pool, dataset: Path, tmp_path: Path, lora: Lora
 ) -> None:
     ranks.run(run_job, 1, make_job(dataset, tmp_path / "base", stage="1", trainable=("connector",)))
     layout = TENSOR | PIPELINE
     job = make_job(
         dataset, tmp_path / "whole", tmp_path / "base", trainable=MASK, drop_path=0.1, **layout
     )
-    ranks.run(run_job, 4, with_adapters(job))
+    ranks.run(run_job, 4, with_adapters(job, lora))
     forget_the_end(tmp_path / "whole", tmp_path / "killed")
     job = make_job(dataset, tmp_path / "killed", trainable=MASK, drop_path=0.1, **layout)
-    ranks.run(run_job, 4, with_adapters(job))
+    ranks.run(run_job, 4, with_adapters(job, lora))
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")[3:]
     last = f"step_{STEPS:08d}"
     [base], [whole], [killed] = (
@@ -200,7 +230,7 @@ def test_a_run_starts_from_a_model_without_adapters_and_resumes_bit_for_bit(
     # At one process too.
     forget_the_end(tmp_path / "whole", tmp_path / "one")
     job = make_job(dataset, tmp_path / "one", trainable=MASK, drop_path=0.1)
-    ranks.run(run_job, 1, with_adapters(job))
+    ranks.run(run_job, 1, with_adapters(job, lora))
     assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "whole")[3:], rel=1e-5)
 
 

@@ -155,7 +155,7 @@ def _as_large_as_tiny(model: Architecture) -> Architecture:
     return dataclasses.replace(model, vision=vision, language=language)
 
 
-ADAPTERS = Lora(rank=3, targets=("vision", "*.mlp"))
+ADAPTERS = Lora(rank=3, targets=("vision", "*.mlp"), dora=True)
 ADAPTED = dataclasses.replace(WIDE, lora=ADAPTERS)
 CASES = [(name, WIDE) for name in LAYOUTS if "experts" not in name]
 CASES += [(name, TINY) for name in ("tensor", "pipeline")]

@@ -17,7 +17,7 @@ from megavlm.config.lora import Lora
 from megavlm.convert.dist_checkpoint import ShardsFolder
 from megavlm.convert.hf.convert import open_weights, refuse_other
 from megavlm.convert.hf.hub_formats import dialect_of
-from megavlm.convert.hf.peft_folder import CONFIG, PREFIX, WEIGHTS
+from megavlm.convert.hf.peft_folder import CONFIG, NORMS, PREFIX, WEIGHTS
 from megavlm.convert.weights.adapters import adapted_rows, factors
 from megavlm.convert.weights.tables import name_in_memory, rows
 from megavlm.io.atomic import new_folder
@@ -58,10 +58,12 @@ def export(
     source = ShardsFolder(found.folder / SHARDS, averages=averages)
     tensors: dict[str, Tensor] = {}
     for row in adapted_rows(architecture):
-        for name, (a, b) in factors(source, row).items():
+        for name, (a, b, magnitude) in factors(source, row).items():
             stem = PREFIX + name_in_memory(name.removesuffix("weight"))
             tensors[f"{stem}lora_A.weight"] = a.contiguous()
             tensors[f"{stem}lora_B.weight"] = b.contiguous()
+            if magnitude is not None:
+                tensors[f"{stem}{NORMS}"] = magnitude.contiguous()
     targets = sorted({name.removeprefix(PREFIX).rpartition(".lora_")[0] for name in tensors})
     connector = _trained_connector(source, found.config.architecture, model)
     with new_folder(Path(out), "--out") as growing:
@@ -119,7 +121,7 @@ def _settings(lora: Lora, targets: list[str], base: str, *, is_whole: bool) -> d
         "target_modules": targets,
         "modules_to_save": [_CONNECTOR] if is_whole else None,
         "use_rslora": False,
-        "use_dora": False,
+        "use_dora": lora.dora,
         "fan_in_fan_out": False,
         "init_lora_weights": True,
         "rank_pattern": {},

@@ -15,7 +15,7 @@ from torch import Tensor
 from megavlm.config.lora import LINEARS, Lora
 from megavlm.config.schema import Architecture
 from megavlm.convert.hf.json_files import read_json
-from megavlm.convert.weights.adapters import factor_keys, moves_rows
+from megavlm.convert.weights.adapters import factor_keys, magnitude_key, moves_rows
 from megavlm.convert.weights.byte_ranges import Range
 from megavlm.convert.weights.mapping import Row
 from megavlm.convert.weights.tables import name_in_memory, rows
@@ -24,10 +24,11 @@ from megavlm.convert.weights.views import Header, Tensors
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
+NORMS = "lora_magnitude_vector"
+"""End of the names of DoRA's norms."""
 _MUST_BE: dict[str, Sequence[Any]] = {
     "peft_type": ("LORA",),
     "bias": ("none",),
-    "use_dora": (False, None),
     "rank_pattern": ({}, None),
     "alpha_pattern": ({}, None),
     "fan_in_fan_out": (False, None),
@@ -69,7 +70,7 @@ class WithAdapters:
         every = Lora(rank=rank, targets=("vision", "language"))
         for row in table:
             if every.adapts(row.key) and (factors := self._take_factors(row, rank)):
-                own |= factors
+                own |= factors | (self._take_norms(row) if settings.get("use_dora") else {})
                 adapted.append(row.key)
             elif row.key.startswith("connector."):
                 own |= self._take_whole(row)
@@ -81,7 +82,10 @@ class WithAdapters:
             )
         if not adapted:
             raise ValueError(f"{folder / WEIGHTS}: holds no adapters of this model")
-        lora = Lora(rank=rank, alpha=alpha, targets=_patterns(adapted, architecture))
+        has_norms = bool(settings.get("use_dora"))
+        lora = Lora(
+            rank=rank, alpha=alpha, targets=_patterns(adapted, architecture), dora=has_norms
+        )
         self.architecture = replace(architecture, lora=lora)
         self._own = own
         headers = {
@@ -115,6 +119,23 @@ class WithAdapters:
             key_a: torch.cat(parts_a).to(some.dtype),
             key_b: joined.to(some.dtype).contiguous(),
         }
+
+    def _take_norms(self, row: Row) -> dict[str, Tensor]:
+        """Take the norms of DoRA, of all of a weight."""
+        parts = []
+        for name, (outputs, *_) in zip(row.names, row.part_shapes, strict=True):
+            stem = name_in_memory(name.removesuffix("weight"))
+            norms = self._left.pop(stem + NORMS, None)
+            if norms is None or tuple(norms.shape) != (outputs,):
+                found = "is missing" if norms is None else f"has shape {list(norms.shape)}"
+                raise ValueError(
+                    f"{stem}{NORMS}: {found}, must be [{outputs}]; queries, keys and values, and"
+                    " gate and up, have DoRA together here: adapt all of them, or merge the"
+                    " adapters with PEFT and import the model"
+                )
+            parts.append(norms)
+        joined = row.operation.join(parts) if moves_rows(row) else parts[0]
+        return {magnitude_key(row): joined.contiguous()}
 
     def _take_whole(self, row: Row) -> dict[str, Tensor]:
         """Take a weight that was trained in full (PEFT's ``modules_to_save``)."""

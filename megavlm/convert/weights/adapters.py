@@ -4,12 +4,12 @@ them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
 
-from megavlm.config.lora import is_adapter
+from megavlm.config.lora import MAGNITUDE, is_adapter
 from megavlm.config.schema import Architecture
 from megavlm.convert.weights.byte_ranges import Range
 from megavlm.convert.weights.mapping import Row
@@ -23,10 +23,12 @@ class Factors(NamedTuple):
     Attributes:
         a: [rank, inputs].
         b: [outputs, rank].
+        magnitude: norms of the rows of the whole weight [outputs]; none without DoRA.
     """
 
     a: Tensor
     b: Tensor
+    magnitude: Tensor | None = None
 
 
 def adapted_rows(architecture: Architecture, dialect: Dialect = "native") -> Iterator[Row]:
@@ -42,6 +44,11 @@ def factor_keys(row: Row) -> tuple[str, str]:
     return f"{stem}.lora.a", f"{stem}.lora.b"
 
 
+def magnitude_key(row: Row) -> str:
+    """Return the checkpoint key of DoRA's norms of the rows of a weight."""
+    return row.key.removesuffix(".weight") + MAGNITUDE
+
+
 def moves_rows(row: Row) -> bool:
     """Return whether a weight's operation is about its rows, which are those of B; else it cuts
     columns for heads that only pad.
@@ -55,14 +62,21 @@ def factors(source: Tensors, row: Row) -> dict[str, Factors]:
     Rows and columns for heads that only pad are cut off.
     """
     key_a, key_b = factor_keys(row)
-    whole_b = source[key_b]
-    parts_b = row.operation.split(whole_b) if moves_rows(row) else (whole_b,)
+    parts_b = _of_rows(row, source[key_b])
     parts_a = source[key_a].chunk(len(row.names))
     inputs = row.shape[1]
+    magnitudes: Sequence[Tensor | None] = [None for _ in row.names]
+    if (key := magnitude_key(row)) in source.headers:
+        magnitudes = _of_rows(row, source[key])
     return {
-        name: Factors(a[:, :inputs], b)
-        for name, a, b in zip(row.names, parts_a, parts_b, strict=True)
+        name: Factors(a[:, :inputs], b, magnitude)
+        for name, a, b, magnitude in zip(row.names, parts_a, parts_b, magnitudes, strict=True)
     }
+
+
+def _of_rows(row: Row, whole: Tensor) -> tuple[Tensor, ...]:
+    """Return what belongs to the rows of each of Hugging Face's weights."""
+    return tuple(row.operation.split(whole)) if moves_rows(row) else (whole,)
 
 
 class MergedAdapters:
@@ -92,10 +106,16 @@ class MergedAdapters:
             return whole
         added = factors(self._source, row)
         parts = [
-            weight.float() + self._scale * (added[name].b.float() @ added[name].a.float())
-            for name, weight in row.split(whole).items()
+            self._merge(weight.float(), added[name]) for name, weight in row.split(whole).items()
         ]
         return row.join(parts).to(whole.dtype)
+
+    def _merge(self, weight: Tensor, added: Factors) -> Tensor:
+        """Return a weight with its adapter [outputs, inputs]."""
+        whole = weight + self._scale * (added.b.float() @ added.a.float())
+        if added.magnitude is None:
+            return whole
+        return whole * (added.magnitude.float() / whole.norm(dim=1))[:, None]
 
     def ranges(self, key: str, rows: range) -> list[Range] | None:
         """See ``Tensors``; a merged weight stands in no file."""

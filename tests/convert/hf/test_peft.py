@@ -16,7 +16,7 @@ from transformers import InternVLForConditionalGeneration
 from megavlm.checkpoint import train_state
 from megavlm.checkpoint.train_state import State
 from megavlm.config.cli import from_yaml, to_yaml
-from megavlm.config.lora import Lora
+from megavlm.config.lora import MAGNITUDE, Lora
 from megavlm.config.schema import Architecture, Config
 from megavlm.convert.dist_checkpoint import ShardsFolder, write_shards
 from megavlm.convert.hf import convert, peft_export
@@ -90,6 +90,9 @@ def checkpoint_of(
             shape = (piece.elements // inputs, inputs)
         elif piece.key.endswith(".lora.b"):
             shape = (piece.elements // rank, rank)
+        elif piece.key.endswith(MAGNITUDE):
+            edits[piece.key] = 0.5 + torch.rand(piece.elements, generator=generator)
+            continue
         else:
             continue
         edits[piece.key] = 0.2 * torch.randn(shape, generator=generator)
@@ -123,11 +126,13 @@ def load(folder: Path) -> InternVLForConditionalGeneration:
     return InternVLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
 
 
-@pytest.mark.parametrize("trains_connector", [True, False])
+@pytest.mark.parametrize(
+    ("trains_connector", "is_dora"), [(True, False), (False, False), (True, True)]
+)
 def test_peft_gives_the_logits_of_the_merged_export(
-    base: Path, tmp_path: Path, trains_connector: bool
+    base: Path, tmp_path: Path, trains_connector: bool, is_dora: bool
 ) -> None:
-    lora = Lora(rank=4, alpha=12.0, targets=TARGETS)
+    lora = Lora(rank=4, alpha=12.0, targets=TARGETS, dora=is_dora)
     trained = checkpoint_of(base, tmp_path / "trained", lora, trains_connector=trains_connector)
     convert.export(trained, tmp_path / "merged", tokenizer=base, dialect="native")
     peft_export.export(trained, tmp_path / "adapters", base=base)
@@ -137,6 +142,7 @@ def test_peft_gives_the_logits_of_the_merged_export(
     assert (merged - on_base).abs().max() < 1e-4 < 1e-2 < (merged - before).abs().max()
     saved = json.loads((tmp_path / "adapters" / "adapter_config.json").read_text())
     assert (saved["modules_to_save"] is not None) == trains_connector
+    assert saved["use_dora"] == is_dora
     assert len(saved["target_modules"]) == 3 * 7 + 2 * 4 + 2
 
     # And back: every tensor returns bit for bit.
@@ -146,7 +152,7 @@ def test_peft_gives_the_logits_of_the_merged_export(
     assert first.headers.keys() == second.headers.keys()
     assert all(torch.equal(first[key], second[key]) for key in first.headers)
     found = from_yaml(tmp_path / "again" / "config.yaml").architecture.lora
-    assert (found.rank, found.scale) == (4, 3.0)
+    assert (found.rank, found.scale, found.dora) == (4, 3.0, is_dora)
     assert "language.decoder.layers.*.self_attention.linear_qkv" in found.targets
 
 
@@ -174,12 +180,19 @@ def test_families_with_joint_projections_are_merged_as_peft_merges_them(
     assert all(torch.equal(first[key], second[key]) for key in first.headers)
 
 
-def test_adapters_that_peft_has_made_are_imported(base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("modules", "is_dora"),
+    [("q_proj|v_proj|down_proj", False), ("q_proj|k_proj|v_proj|o_proj|down_proj", True)],
+)
+def test_adapters_that_peft_has_made_are_imported(
+    base: Path, tmp_path: Path, modules: str, is_dora: bool
+) -> None:
     settings = peft.LoraConfig(
         r=3,
         lora_alpha=6,
         use_rslora=True,
-        target_modules=r".*language_model.*\.(q_proj|v_proj|down_proj)",
+        use_dora=is_dora,
+        target_modules=rf".*language_model.*\.({modules})",
         init_lora_weights=False,
     )
     torch.manual_seed(0)
@@ -208,7 +221,7 @@ def test_what_is_no_adapter_of_the_model_is_refused(base: Path, tmp_path: Path) 
         peft_export.export(plain, tmp_path / "wrong", base=base)
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
-    with pytest.raises(ValueError, match="use_dora is True; only False is supported"):
+    with pytest.raises(ValueError, match="lora_magnitude_vector: is missing, must be"):
         convert.import_(base, tmp_path / "wrong", adapters=folder)
     changed = config | {"init_lora_weights": "pissa"}  # changes the base too
     (folder / "adapter_config.json").write_text(json.dumps(changed))
