@@ -1,4 +1,4 @@
-"""In what two configurations differ."""
+"""In what two configurations differ, and what of one was changed."""
 
 from __future__ import annotations
 
@@ -6,6 +6,22 @@ import struct
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any
+
+
+def changed(settings: Any, *names: str, usual: Any = None) -> dict[str, Any]:
+    """Return the values of a section that are not as usual, by field.
+
+    Args:
+        settings: a section of the configuration.
+        names: of the fields to look at; none: all.
+        usual: the same section as it usually is; none: with its defaults.
+    """
+    before = vars(type(settings)() if usual is None else usual)
+    return {
+        name: value
+        for name, value in vars(settings).items()
+        if value != before[name] and (not names or name in names)
+    }
 
 
 def differing(old: Any, new: Any, path: str) -> Iterator[tuple[str, Any, Any]]:

@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from megavlm.config.differences import changed
 from megavlm.config.freeze_mask import matches
 
 LINEARS = (
@@ -142,23 +143,13 @@ def lora_problems(lora: Lora, trainable: Sequence[str], keys: Collection[str]) -
         yield "--architecture.lora.rank and --architecture.lora.alpha: must be 0 or more"
         return
     if not lora.rank:
-        for name in ("alpha", "dropout", "targets", "nf4", "dora"):
-            if vars(lora)[name] != vars(Lora())[name]:
-                yield (
-                    f"--architecture.lora.{name} has no effect without --architecture.lora.rank,"
-                    " such as 16"
-                )
+        for name in changed(lora):
+            yield (
+                f"--architecture.lora.{name} has no effect without --architecture.lora.rank, such"
+                " as 16"
+            )
         return
-    if lora.dora and lora.dropout:
-        yield (
-            f"--architecture.lora.dropout {lora.dropout}: with --architecture.lora.dora true the"
-            " frozen weight would need a product of its own with what dropout leaves; use 0"
-        )
-    if lora.dora and lora.nf4:
-        yield (
-            "--architecture.lora.dora true reads the frozen weights for their norms, and those of"
-            " --architecture.lora.nf4 are in 4 bits; use one of them"
-        )
+    yield from _dora_problems(lora)
     for pattern in lora.targets:
         one = replace(lora, targets=(pattern,))
         if not any(one.adapts(key) for key in keys):
@@ -193,4 +184,18 @@ def lora_problems(lora: Lora, trainable: Sequence[str], keys: Collection[str]) -
         parts = sorted({key.split(".")[0] for key in own})
         yield "--training.trainable: must hold the adapters, " + ", ".join(
             f"{part}.*.lora" for part in parts
+        )
+
+
+def _dora_problems(lora: Lora) -> Iterator[str]:
+    """Name what DoRA excludes."""
+    if lora.dora and lora.dropout:
+        yield (
+            f"--architecture.lora.dropout {lora.dropout}: with --architecture.lora.dora true the"
+            " frozen weight would need a product of its own with what dropout leaves; use 0"
+        )
+    if lora.dora and lora.nf4:
+        yield (
+            "--architecture.lora.dora true reads the frozen weights for their norms, and those of"
+            " --architecture.lora.nf4 are in 4 bits; use one of them"
         )

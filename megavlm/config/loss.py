@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from megavlm.config.differences import changed
+
 
 @dataclass(frozen=True, kw_only=True)
 class Loss:
@@ -44,8 +46,7 @@ def loss_problems(loss: Loss, objective: str, *, has_vocabulary: bool) -> Iterat
     if not 0 <= loss.z_loss < float("inf"):
         yield f"--loss.z_loss {loss.z_loss}: must be 0 or more"
     if loss.is_by_block and not has_vocabulary:
-        changed = [name for name, value in vars(loss).items() if value != vars(Loss())[name]]
         yield (
-            f"--loss.{changed[0]} has no effect: --architecture.objective {objective} has no head"
-            " over the vocabulary; leave it out"
+            f"--loss.{next(iter(changed(loss)))} has no effect: --architecture.objective"
+            f" {objective} has no head over the vocabulary; leave it out"
         )

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from megavlm.config.differences import differing
+from megavlm.config.differences import changed, differing
 from megavlm.config.models import MODELS
+from megavlm.config.schema import NO_VISION, Loss
 
 MODEL = MODELS["tiny"]
 
@@ -28,3 +29,11 @@ def test_numbers_are_compared_as_float32() -> None:
     assert list(differing(1e-5, 1.000001e-5, "eps")) == [("eps", 1e-5, 1.000001e-5)]
     assert list(differing(1e300, 2e300, "large")) == [("large", 1e300, 2e300)]
     assert list(differing(True, False, "switch")) == [("switch", True, False)]
+
+
+def test_what_is_not_as_usual_is_named_with_its_value() -> None:
+    loss = Loss(z_loss=0.1, vocabulary_block=8)
+    assert changed(loss) == {"vocabulary_block": 8, "z_loss": 0.1}
+    assert changed(loss, "z_loss", "label_smoothing") == {"z_loss": 0.1}
+    other = replace(NO_VISION, hidden_size=7)
+    assert changed(other, usual=NO_VISION) == {"hidden_size": 7}

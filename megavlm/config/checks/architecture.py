@@ -9,6 +9,7 @@ from megavlm.config.architecture import GATED
 from megavlm.config.checks.experts import expert_size_problems
 from megavlm.config.checks.limits import at_least
 from megavlm.config.checks.no_vision import model_problems
+from megavlm.config.differences import changed
 from megavlm.config.options import shown_value
 from megavlm.config.schema import NO_LANGUAGE, Architecture
 
@@ -53,13 +54,12 @@ def _unused(arch: Architecture) -> Iterator[str]:
         why = f"--architecture.connector.kind is {arch.connector.kind}"
         sections.append(("connector.resampler", arch.connector.resampler, why))
     for section, settings, why in sections:
-        for name, usual in vars(type(settings)()).items():
-            value = vars(settings)[name]
-            if value != usual:
-                yield (
-                    f"--architecture.{section}.{name} {shown_value(value)} has no effect: {why};"
-                    f" leave it out, or use {shown_value(usual)}"
-                )
+        usual = vars(type(settings)())
+        for name, value in changed(settings).items():
+            yield (
+                f"--architecture.{section}.{name} {shown_value(value)} has no effect: {why};"
+                f" leave it out, or use {shown_value(usual[name])}"
+            )
 
 
 def _parts(arch: Architecture) -> Iterator[str]:
@@ -71,11 +71,10 @@ def _parts(arch: Architecture) -> Iterator[str]:
     if arch.needs.has_language and not language.exists:
         yield f"--architecture.language.num_layers 0: {objective} needs a language model"
     elif not arch.needs.has_language and language != NO_LANGUAGE:
-        usual = vars(NO_LANGUAGE)
-        given = [name for name, value in vars(language).items() if value != usual[name]]
+        name, value = next(iter(changed(language, usual=NO_LANGUAGE).items()))
         yield (
-            f"--architecture.language.{given[0]} {vars(language)[given[0]]}: {objective} has no"
-            f" language model; leave it out, or use {usual[given[0]]}"
+            f"--architecture.language.{name} {value}: {objective} has no language model; leave it"
+            f" out, or use {vars(NO_LANGUAGE)[name]}"
         )
 
 

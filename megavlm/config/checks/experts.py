@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megavlm.config.checks.limits import at_least
+from megavlm.config.differences import changed
 from megavlm.config.freeze_mask import matches
-from megavlm.config.schema import Config, Experts, Language, Parallel
+from megavlm.config.schema import Config, Language, Parallel
 
 _FLAG = "--architecture.language"
 _SIZES = ("experts_per_token", "expert_ffn_hidden_size")
@@ -18,12 +19,8 @@ def expert_size_problems(language: Language) -> Iterator[str]:
         yield f"{_FLAG}.num_experts {language.num_experts}: must be 0 or more"
         return
     if not language.num_experts:
-        for name in _SIZES:
-            if vars(language)[name]:
-                yield (
-                    f"{_FLAG}.{name} {vars(language)[name]} has no effect without"
-                    f" {_FLAG}.num_experts, such as 128"
-                )
+        for name, value in changed(language, *_SIZES).items():
+            yield f"{_FLAG}.{name} {value} has no effect without {_FLAG}.num_experts, such as 128"
         return
     yield from at_least(1, "architecture.language", language, *_SIZES)
     chosen = language.experts_per_token
@@ -83,13 +80,11 @@ def expert_problems(config: Config) -> Iterator[str]:
     language = config.architecture.language
     yield from at_least(0, "experts", experts, "balance_loss", "router_z_loss")
     if not language.num_experts:
-        usual = vars(Experts())
-        for name, value in vars(experts).items():
-            if value != usual[name]:
-                yield (
-                    f"--experts.{name} {value} has no effect: the model has no experts"
-                    f" ({_FLAG}.num_experts 0); leave it out"
-                )
+        for name, value in changed(experts).items():
+            yield (
+                f"--experts.{name} {value} has no effect: the model has no experts"
+                f" ({_FLAG}.num_experts 0); leave it out"
+            )
         return
     if "language" in config.fp8.recipes:
         yield (
@@ -132,20 +127,17 @@ def expert_problems(config: Config) -> Iterator[str]:
 def _ignored_settings(config: Config) -> Iterator[str]:
     """Yield settings of experts that this run would not read."""
     experts = config.experts
-    usual = Experts()
     layers = range(config.architecture.language.num_layers)
     routers = [f"language.decoder.layers.{layer}.mlp.router.weight" for layer in layers]
     trainable = config.training.trainable
     if not any(matches(key, pattern) for key in routers for pattern in trainable):
-        for name in ("balance_loss", "router_z_loss"):
-            value = vars(experts)[name]
-            if value != vars(usual)[name]:
-                yield (
-                    f"--experts.{name} {value} has no effect: --training.trainable"
-                    f" {','.join(trainable)} trains no router; leave it out, or add"
-                    " language.*.router"
-                )
-    if experts.dispatcher != usual.dispatcher and config.parallel.expert_model_parallel_size == 1:
+        for name, value in changed(experts, "balance_loss", "router_z_loss").items():
+            yield (
+                f"--experts.{name} {value} has no effect: --training.trainable"
+                f" {','.join(trainable)} trains no router; leave it out, or add"
+                " language.*.router"
+            )
+    if changed(experts, "dispatcher") and config.parallel.expert_model_parallel_size == 1:
         yield (
             f"--experts.dispatcher {experts.dispatcher}: with"
             " --parallel.expert_model_parallel_size 1 no token leaves its rank; leave it out"

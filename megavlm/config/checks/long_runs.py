@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megavlm.config.checks.limits import at_least
+from megavlm.config.differences import changed
 from megavlm.config.long_runs import BadSteps, Profile
 
 
@@ -25,9 +26,8 @@ def bad_steps_problems(bad: BadSteps) -> Iterator[str]:
         "--bad_steps.skip true": (("most_in_a_row", "most"), bad.skips),
     }
     for needed, (names, is_there) in without.items():
-        for name in names:
-            value = vars(bad)[name]
-            if value != vars(BadSteps())[name] and not is_there:
+        if not is_there:
+            for name, value in changed(bad, *names).items():
                 yield f"--bad_steps.{name} {value} has no effect without {needed}"
 
 
@@ -41,9 +41,8 @@ def profile_problems(profile: Profile, steps: int, world_size: int) -> Iterator[
     """
     yield from at_least(1, "profile", profile, "first_step", "step_count")
     if not profile.folder:
-        for name in ("first_step", "step_count", "ranks", "memory"):
-            if vars(profile)[name] != vars(Profile())[name]:
-                yield f"--profile.{name} has no effect without --profile.folder"
+        for name in changed(profile, "first_step", "step_count", "ranks", "memory"):
+            yield f"--profile.{name} has no effect without --profile.folder"
         return
     last = profile.first_step + profile.step_count - 1
     if last > steps:

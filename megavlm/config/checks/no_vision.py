@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
 
+from megavlm.config.differences import changed
 from megavlm.config.schema import NO_VISION, PATCH_SETTINGS, Architecture, Config
 
 _NONE = "there is no vision encoder (--architecture.vision.num_layers 0)"
@@ -20,8 +21,8 @@ def model_problems(arch: Architecture) -> Iterator[str]:
             " pixels; use it"
         )
     usual = vars(NO_VISION)
-    for name, value in vars(arch.vision).items():
-        if name not in PATCH_SETTINGS and value != usual[name]:
+    for name, value in changed(arch.vision, usual=NO_VISION).items():
+        if name not in PATCH_SETTINGS:
             yield (
                 f"--architecture.vision.{name} {value}: {_NONE}; leave it out, or use {usual[name]}"
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megavlm.config.checks.limits import at_least
+from megavlm.config.differences import changed
 from megavlm.config.parameter_groups import setting_problems
 from megavlm.config.schema import Optimizer, Training
 
@@ -52,13 +53,12 @@ def optimizer_problems(optimizer: Optimizer, training: Training) -> Iterator[str
 
 
 def _kind(optimizer: Optimizer) -> Iterator[str]:
-    defaults = vars(Optimizer())
-    for name, readers in _READ_BY_KIND.items():
-        if optimizer.kind not in readers and vars(optimizer)[name] != defaults[name]:
+    for name, value in changed(optimizer, *_READ_BY_KIND).items():
+        if optimizer.kind not in _READ_BY_KIND[name]:
             yield (
-                f"--optimizer.{name} {vars(optimizer)[name]} has no effect with --optimizer.kind"
-                f" {optimizer.kind}; use {defaults[name]}, or --optimizer.kind"
-                f" {' or '.join(readers)}"
+                f"--optimizer.{name} {value} has no effect with --optimizer.kind {optimizer.kind};"
+                f" use {vars(Optimizer())[name]}, or --optimizer.kind"
+                f" {' or '.join(_READ_BY_KIND[name])}"
             )
     if not optimizer.is_adam and optimizer.moments == "bfloat16":
         yield (
@@ -119,12 +119,11 @@ def _warmup(optimizer: Optimizer, training: Training) -> Iterator[str]:
 
 def _schedule(optimizer: Optimizer, training: Training) -> Iterator[str]:
     schedule = optimizer.schedule
-    defaults = vars(Optimizer())
-    for name, readers in _READ_BY.items():
-        if schedule not in readers and vars(optimizer)[name] != defaults[name]:
+    for name, value in changed(optimizer, *_READ_BY).items():
+        if schedule not in _READ_BY[name]:
             yield (
-                f"--optimizer.{name} {vars(optimizer)[name]} has no effect with"
-                f" --optimizer.schedule {schedule}; leave it out, or use {' or '.join(readers)}"
+                f"--optimizer.{name} {value} has no effect with --optimizer.schedule {schedule};"
+                f" leave it out, or use {' or '.join(_READ_BY[name])}"
             )
     yield from at_least(0, "optimizer", optimizer, "decay_steps", "timescale")
     end = optimizer.decay_steps or training.steps

@@ -24,6 +24,7 @@ from megavlm.config.checks.objective import objective_layout_problems, objective
 from megavlm.config.checks.observers import observer_problems
 from megavlm.config.checks.optimizer import optimizer_problems
 from megavlm.config.checks.saving import checkpoint_problems
+from megavlm.config.differences import changed
 from megavlm.config.freeze_mask import PARTS, parts_named
 from megavlm.config.layout_text import parse_layout
 from megavlm.config.lora import dropout_problems
@@ -36,7 +37,6 @@ from megavlm.config.schema import (
     Config,
     Data,
     Health,
-    Loss,
     Parallel,
     Training,
 )
@@ -117,10 +117,9 @@ def _loss(config: Config) -> Iterator[str]:
         has_vocabulary = arch.needs.has_vocabulary_head
         yield from loss_problems(config.loss, arch.objective, has_vocabulary=has_vocabulary)
     if config.loss.is_by_block and arch.added_tokens:
-        changed = [name for name, value in vars(config.loss).items() if value != vars(Loss())[name]]
         yield (
-            f"--loss.{changed[0]}: computes the head by block, and the rows of"
-            f" --architecture.added_tokens {arch.added_tokens} stand beside it; leave it out"
+            f"--loss.{next(iter(changed(config.loss)))}: computes the head by block, and the rows"
+            f" of --architecture.added_tokens {arch.added_tokens} stand beside it; leave it out"
         )
 
 
