@@ -28,7 +28,13 @@ MATRIX = os.environ.get("MEGAVLM_MATRIX") == "all"
 ADAPTERS = Lora(rank=4, targets=("vision", "language"))
 DORA = dataclasses.replace(ADAPTERS, dora=True)
 MASK = ("connector", "vision.*.lora", "language.*.lora")
-SETTINGS = dict(trainable=MASK, steps=5, lr=1e-2, warmup_ratio=0.0, adam_eps=1e-4)
+# Rates by part, name and layer, as in tests/ranks/test_parameter_groups.py.
+GROUPS = dict(
+    lr_multipliers=("vision=0.5", "connector=4", "*.lora.b=2"),
+    vision_layer_decay=0.8,
+    language_layer_decay=0.9,
+)
+SETTINGS = GROUPS | dict(trainable=MASK, steps=5, lr=1e-2, warmup_ratio=0.0, adam_eps=1e-4)
 TENSOR = dict(tensor_model_parallel_size=2)
 PIPELINE = dict(pipeline_model_parallel_size=2, layout="v*2|v,t*3")
 
@@ -208,7 +214,7 @@ def test_a_run_starts_from_a_model_without_adapters_and_resumes_bit_for_bit(
     ranks: Pool, dataset: Path, tmp_path: Path, lora: Lora
 ) -> None:
     ranks.run(run_job, 1, make_job(dataset, tmp_path / "base", stage="1", trainable=("connector",)))
-    layout = TENSOR | PIPELINE
+    layout = GROUPS | TENSOR | PIPELINE
     job = make_job(
         dataset, tmp_path / "whole", tmp_path / "base", trainable=MASK, drop_path=0.1, **layout
     )
@@ -229,7 +235,7 @@ def test_a_run_starts_from_a_model_without_adapters_and_resumes_bit_for_bit(
     assert all("connector" in key or ".lora." in key for key in moments)
     # At one process too.
     forget_the_end(tmp_path / "whole", tmp_path / "one")
-    job = make_job(dataset, tmp_path / "one", trainable=MASK, drop_path=0.1)
+    job = make_job(dataset, tmp_path / "one", trainable=MASK, drop_path=0.1, **GROUPS)
     ranks.run(run_job, 1, with_adapters(job, lora))
     assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "whole")[3:], rel=1e-5)
 
