@@ -306,7 +306,7 @@ class Architecture:
         image_tokens: special tokens that stand for images in texts: InternVL's nine, LLaVA's
             ``<image>``, PaliGemma's, which also has tokens of places and shapes, Fuyu's, with one
             that ends a row of patches, or IDEFICS's, ``<image>`` between two
-            ``<fake_token_around_image>``.
+            ``<fake_token_around_image>``; none for pairs, whose texts have no image.
         prefix_lm: whether all tokens of a sample before its first supervised one see each other
             (prefix-LM; arXiv 1910.10683, section 3.2.1), as in PaliGemma; those from there on see
             what comes before them.
@@ -322,7 +322,7 @@ class Architecture:
     vision: Vision = field(default_factory=Vision)
     connector: Connector = field(default_factory=Connector)
     language: Language = field(default_factory=Language)
-    image_tokens: Literal["internvl", "llava", "paligemma", "fuyu", "idefics"] = "internvl"
+    image_tokens: Literal["internvl", "llava", "paligemma", "fuyu", "idefics", "none"] = "internvl"
     prefix_lm: bool = False
     cross_attention: CrossAttention = field(default_factory=CrossAttention)
     added_tokens: int = 0

@@ -25,11 +25,13 @@ class Connector:
     Args:
         kind: connector type; mlp is InternVL's and LLaVA 1.5's, linear the one matrix of LLaVA
             1.0, PaliGemma and Fuyu, qformer the Q-Former of BLIP-2, resampler the Perceiver
-            resampler of Flamingo. class_token, mean and attention make one embedding of a tile, for
-            the objective contrastive: of its class token (CLIP), of the mean of its patches, or of
-            what a learned query sees (SigLIP).
+            resampler of Flamingo. class_token, mean, attention and mean_query make one embedding of
+            a tile, for the objective contrastive: of its class token (CLIP), of the mean of its
+            patches, of what a learned query sees (SigLIP), or of what the mean of all tokens sees
+            (InternVL-C).
         pixel_shuffle: for mlp: merge squares of this many patches a side into one feature (2: a
             quarter of the tokens; 1, as in LLaVA: none).
+        heads: for mean_query: attention heads.
         norm: for mlp: LayerNorm before the linear layers, as in InternVL; LLaVA has none.
         qformer: for qformer: its sizes.
         resampler: for resampler: its sizes.
@@ -38,6 +40,7 @@ class Connector:
     kind: str = "mlp"
     pixel_shuffle: int = 2
     norm: bool = True
+    heads: int = 16
     qformer: QFormer = field(default_factory=QFormer)
     resampler: Resampler = field(default_factory=Resampler)
 
@@ -243,12 +246,45 @@ class AttentionPool(Pool):
         return 5 * self.ends.tokens * self.ends.input_size + 2 * self.ends.inner_size
 
 
+@dataclass(frozen=True)
+class MeanQueryPool(Pool):
+    """Norms for queries, keys and values, and the mean of all tokens of a tile as the one query
+    that attends to them: the pool of InternVL-C (arXiv 2312.14238).
+    """
+
+    def problems(self) -> Iterator[str]:
+        """See ``ConnectorSizes``."""
+        heads = self.settings.heads
+        if heads < 1 or self.ends.input_size % heads:
+            yield (
+                f"--architecture.connector.heads {heads}: must divide"
+                f" --architecture.vision.hidden_size {self.ends.input_size}"
+            )
+
+    def pieces(self) -> Iterator[Piece]:
+        """See ``ConnectorSizes``."""
+        width = self.ends.input_size
+        tokens = self.ends.tokens
+        for name, rows in (("query", 1), ("key", tokens), ("value", tokens)):
+            yield from norm(f"connector.{name}_norm", PART, width, has_bias=True)
+            sizes = dict(rows=rows, unit="tile", has_bias=True)
+            yield from linear(f"connector.{name}_proj", PART, width, width, **sizes)
+        yield products(PART, 4 * tokens * width, "tile")
+        once = dict(rows=1, unit="tile", has_bias=True)
+        yield from linear("connector.projection", PART, width, self.ends.output_size, **once)
+
+    def kept(self, tensor_size: int) -> float:
+        """Count inputs and results of the norms of keys and values, keys and values."""
+        return 6 * self.ends.tokens * self.ends.input_size + self.ends.output_size
+
+
 CONNECTORS: dict[str, Callable[[Connector, Ends], ConnectorSizes]] = {
     "mlp": Mlp,
     "linear": Linear,
     "class_token": Pool,
     "mean": Pool,
     "attention": AttentionPool,
+    "mean_query": MeanQueryPool,
     "qformer": lambda settings, ends: QFormerSizes(settings.qformer, ends),
     "resampler": lambda settings, ends: ResamplerSizes(settings.resampler, ends),
 }

@@ -212,6 +212,23 @@ def _siglip(arch: Architecture) -> Iterator[str]:
         yield "SiglipModel has --architecture.contrastive.text_bias true; use it"
 
 
+def _internvl_c(arch: Architecture) -> Iterator[str]:
+    yield from _without_crosses(arch)
+    wanted = {
+        "objective": ("contrastive", arch.objective),
+        "contrastive.loss": ("softmax", arch.contrastive.loss),
+        "contrastive.text_bias": (False, arch.contrastive.text_bias),
+        "vision.family": ("internvit", arch.vision.family),
+        "connector.kind": ("mean_query", arch.connector.kind),
+    }
+    yield from _other_values("InternVL_C", wanted)
+    if arch.language.is_encoder:
+        yield (
+            "InternVL_C has a language model as text encoder; this model has"
+            f" --architecture.language.family {arch.language.family}"
+        )
+
+
 def _other_pairs(name: str, wanted: str, arch: Architecture) -> str:
     """Say that a class of transformers holds other encoders than a model's."""
     found = f"{arch.vision.family} with {arch.language.family}, {arch.connector.kind}"
@@ -276,6 +293,7 @@ HOLDS: dict[str, Callable[[Architecture], Iterator[str]]] = {
     "fuyu": _fuyu,
     "clip": _clip,
     "siglip": _siglip,
+    "internvl_c": _internvl_c,
     "blip2": _blip2,
     "blip2_retrieval": _blip2_retrieval,
     "idefics": _idefics,

@@ -212,7 +212,7 @@ def problems_of(architecture: Architecture, pairs: Path, **settings: Any) -> lis
 def test_what_pairs_do_not_support_is_refused(pairs: Path) -> None:
     assert not problems_of(CLIP, pairs)
     [one] = problems_of(dataclasses.replace(CLIP, connector=Connector()), pairs)
-    assert "takes one embedding; use class_token, mean or attention" in one
+    assert "takes one embedding; use class_token, mean, attention or mean_query" in one
     [one] = problems_of(dataclasses.replace(SIGLIP, connector=CLIP.connector), pairs)
     assert "has no class token" in one
     [one] = problems_of(dataclasses.replace(CLIP, connector=SIGLIP.connector), pairs)

@@ -53,6 +53,12 @@ def _unused(arch: Architecture) -> Iterator[str]:
     if arch.connector.kind != "resampler":
         why = f"--architecture.connector.kind is {arch.connector.kind}"
         sections.append(("connector.resampler", arch.connector.resampler, why))
+    usual = type(arch.connector)().heads
+    if arch.connector.kind != "mean_query" and arch.connector.heads != usual:
+        yield (
+            f"--architecture.connector.heads {arch.connector.heads} has no effect:"
+            f" --architecture.connector.kind is {arch.connector.kind}; leave it out"
+        )
     for section, settings, why in sections:
         usual = vars(type(settings)())
         for name, value in changed(settings).items():
@@ -172,7 +178,7 @@ def _pairs(arch: Architecture) -> Iterator[str]:
     if (sizes.features, sizes.placeholders) != (1, 0):
         yield (
             f"{flag}: gives {sizes.features} features of a tile, and --architecture.objective"
-            f" {arch.objective} takes one embedding; use class_token, mean or attention"
+            f" {arch.objective} takes one embedding; use class_token, mean, attention or mean_query"
         )
     if kind == "class_token" and not arch.vision.has_class_token:
         yield (
@@ -202,6 +208,11 @@ def _language(arch: Architecture) -> Iterator[str]:
         yield (
             f"{flag}.family {language.family}: a text encoder has no head over the vocabulary,"
             f" which --architecture.objective {arch.objective} needs; use a language model"
+        )
+    if arch.image_tokens == "none" and not arch.needs.is_of_pairs:
+        yield (
+            f"--architecture.image_tokens none: --architecture.objective {arch.objective} has"
+            " images among the tokens, and needs some that stand for them"
         )
     if arch.prefix_lm and not arch.needs.has_vocabulary_head:
         yield (

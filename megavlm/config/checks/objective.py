@@ -52,7 +52,7 @@ def objective_problems(config: Config) -> Iterator[str]:
 def _pairs(config: Config, wanted: str) -> Iterator[str]:
     """Yield what a model that is trained on pairs of an image and its text does not support."""
     arch = config.architecture
-    if arch.needs.takes_one_embedding:
+    if arch.needs.takes_one_embedding and arch.language.is_encoder:
         for part, folder in config.init.parts.items():
             yield (
                 f"--init.{part} {folder}: {wanted} starts from scratch, or from a whole CLIPModel"

@@ -8,6 +8,7 @@ from megavlm.config.recipes import (
     flamingo,
     fuyu,
     internvl,
+    internvl_c,
     llava,
     paligemma,
     siglip,
@@ -16,7 +17,7 @@ from megavlm.config.recipes.recipe import Recipe
 
 RECIPES: dict[str, Recipe] = {
     module.RECIPE.name: module.RECIPE
-    for module in (internvl, llava, paligemma, fuyu, blip2, flamingo, clip, siglip)
+    for module in (internvl, llava, paligemma, fuyu, blip2, flamingo, clip, siglip, internvl_c)
 }
 
 

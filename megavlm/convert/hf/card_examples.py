@@ -93,6 +93,28 @@ print(model(**inputs{answer})
 ```"""
 
 
+_IN_PARTS = """The model is in parts. `vision/` is the InternViT, with OpenGVLab's names, and
+`language/` the language model without its head. `model.safetensors` has the rest, with the names of
+OpenGVLab's `InternVL_C`: the attention pool `clip_projector`, `text_projection` and `logit_scale`.
+No class of `transformers` holds the whole. A text is embedded so:
+
+```python
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoTokenizer
+
+folder = "."  # this folder
+tokenizer = AutoTokenizer.from_pretrained(f"{folder}/language")
+model = AutoModel.from_pretrained(f"{folder}/language", dtype="auto")
+ids = tokenizer("summarize:a picture of a cat")["input_ids"]
+if ids[-1] != tokenizer.eos_token_id:
+    ids.append(tokenizer.eos_token_id)
+last = model(input_ids=torch.tensor([ids])).last_hidden_state[:, -1]
+embedding = last @ load_file(f"{folder}/model.safetensors")["text_projection"]
+print(torch.nn.functional.normalize(embedding.float(), dim=-1))
+```"""
+
+
 def _comparing(
     kind: str, padding: str, answer: str, *, image: str = "image", task: str = ""
 ) -> Example:
@@ -118,6 +140,7 @@ EXAMPLES: dict[Dialect, Example] = {
         ").logits_per_image.sigmoid()",
         task="zero-shot-image-classification",
     ),
+    "internvl_c": Example(text=_IN_PARTS, task="zero-shot-image-classification"),
     "blip2": Example(text=_ASKING.format(prompt="Question: What is it? Answer:")),
     # One image for each text; the second of two values is for a text that fits.
     "blip2_retrieval": _comparing(

@@ -171,7 +171,7 @@ def write(
         "template": usage.template,
         "system_message": usage.system_message,
         "tie_word_embeddings": False,
-        "vision_config": _vision_config(vision) | {"torch_dtype": number},
+        "vision_config": vision_config(vision) | {"torch_dtype": number},
         "llm_config": language_config.write(language, family, **tokens)
         # No attn_implementation: the class chooses FlashAttention itself if it is installed, and
         # transformers refuses a model that names it where it is not.
@@ -198,7 +198,8 @@ def _auto_map(family: str) -> dict[str, str]:
     }
 
 
-def _vision_config(vision: Vision) -> dict[str, Any]:
+def vision_config(vision: Vision) -> dict[str, Any]:
+    """Return the vision encoder's part of config.json."""
     return {
         "architectures": ["InternVisionModel"],
         "model_type": "intern_vit_6b",

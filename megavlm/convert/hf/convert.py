@@ -32,11 +32,8 @@ from megavlm.convert.hf.hub_formats import HUB_FORMATS, dialect_of, hub_format_o
 from megavlm.convert.hf.json_files import read_json
 from megavlm.convert.hf.lazy_tensors import FullTensor, head_source, vision_tensor
 from megavlm.convert.hf.model_config import architecture_from_hf, differences
-from megavlm.convert.hf.safetensors_files import (
-    SHARD_BYTES,
-    SafetensorsFolder,
-    write_safetensors,
-)
+from megavlm.convert.hf.part_folders import open_parts, write_parts
+from megavlm.convert.hf.safetensors_files import SHARD_BYTES, SafetensorsFolder
 from megavlm.convert.hf.unused_weights import WithUnused
 from megavlm.convert.weights.adapters import MergedAdapters
 from megavlm.convert.weights.fused_experts import SeparateExperts
@@ -97,7 +94,10 @@ def refuse_other(folder: str | Path, architecture: Architecture) -> Architecture
 
 def open_weights(folder: Path) -> Tensors:
     """Open the weights of a Hugging Face folder."""
-    return SeparateExperts(SafetensorsFolder(folder, rename=hub_format_of(folder).name_on_disk))
+    form = hub_format_of(folder)
+    if form.folders:
+        return SeparateExperts(open_parts(folder, form.folders))
+    return SeparateExperts(SafetensorsFolder(folder, rename=form.name_on_disk))
 
 
 def _read_checkpoint(path: str | Path) -> Checkpoint:
@@ -176,7 +176,7 @@ def export(
         usage = preprocessing.of_checkpoint(folder)
         HUB_FORMATS[dialect].write_files(growing, words, architecture, usage, _main_dtype(view))
         model_card.write(growing, out.name, found, usage, dialect, view.headers, licenses or {})
-        write_safetensors(view, growing, shard_bytes, done=progress.add)
+        write_parts(view, growing, HUB_FORMATS[dialect].folders, shard_bytes, done=progress.add)
     return out
 
 

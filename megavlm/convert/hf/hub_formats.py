@@ -4,8 +4,8 @@ this table.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,6 +19,7 @@ from megavlm.convert.hf import (
     chat_config,
     fuyu_config,
     idefics_config,
+    internvl_c_config,
     llava_config,
     llava_processor,
     native_config,
@@ -68,6 +69,8 @@ class HubFormat:
         write_files: see ``processor.write_native``.
         name_on_disk: gives the name of a weight in files of the format for a name in the folder;
             None: it is no weight.
+        folders: folders of the parts, by what the names of their weights begin with; none: the
+            model is one folder.
         check_tokenizer: raises ValueError for the folder of a tokenizer whose texts the class would
             read otherwise than training does; none: every tokenizer will do.
     """
@@ -79,6 +82,7 @@ class HubFormat:
     read_usage: Callable[[Path], Usage]
     write_files: WriteFiles
     name_on_disk: Callable[[str], str | None]
+    folders: Mapping[str, str] = field(default_factory=dict)
     check_tokenizer: Callable[[Path], object] | None = None
 
 
@@ -148,6 +152,16 @@ HUB_FORMATS: dict[Dialect, HubFormat] = {
         read_usage=pairs_config.usage_of_siglip,
         write_files=pairs_config.write_siglip,
         name_on_disk=pairs.name_on_disk,
+    ),
+    "internvl_c": HubFormat(
+        class_name=internvl_c_config.CLASS_NAME,
+        model_type=internvl_c_config.MODEL_TYPE,
+        is_in_transformers=False,
+        read_architecture=internvl_c_config.read,
+        read_usage=internvl_c_config.usage,
+        write_files=internvl_c_config.write,
+        name_on_disk=str,
+        folders=internvl_c_config.FOLDERS,
     ),
     "blip2": HubFormat(
         class_name=blip2_config.CLASS_NAME,

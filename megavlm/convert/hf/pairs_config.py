@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -103,7 +102,7 @@ def write_clip(
         projection_dim=architecture.contrastive.size,
         architectures=["CLIPModel"],
     )
-    processor = _image_processor(architecture, usage, "CLIPImageProcessor") | {
+    processor = image_processor(architecture, usage, "CLIPImageProcessor") | {
         "do_convert_rgb": True,
         "processor_class": "CLIPProcessor",
     }
@@ -120,7 +119,7 @@ def write_siglip(
         vision_config=clip_vision.write(architecture.vision),
         architectures=["SiglipModel"],
     )
-    processor = _image_processor(architecture, usage, "SiglipImageProcessor") | {
+    processor = image_processor(architecture, usage, "SiglipImageProcessor") | {
         "processor_class": "SiglipProcessor",
     }
     _write(folder, tokenizer, config, dtype, processor)
@@ -177,7 +176,7 @@ def check_clip_tokenizer(folder: Path) -> dict[str, int]:
     return ids
 
 
-def _image_processor(architecture: Architecture, usage: Usage, kind: str) -> dict[str, Any]:
+def image_processor(architecture: Architecture, usage: Usage, kind: str) -> dict[str, Any]:
     """Return the settings of an image processor.
 
     Args:
@@ -218,6 +217,4 @@ def _write(
     settings = config.to_dict() | {"torch_dtype": str(dtype).removeprefix("torch.")}
     write_json(folder / FILE_NAME, settings)
     write_json(folder / IMAGE_PROCESSOR_NAME, processor)
-    for name in tokenizer_files.FILES:
-        if (tokenizer / name).is_file():
-            shutil.copyfile(tokenizer / name, folder / name)
+    tokenizer_files.copy(tokenizer, folder)

@@ -24,8 +24,8 @@ def load_reference(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Modul
     row = hub_format_of(folder)
     if not row.is_in_transformers:
         raise ValueError(
-            f"{folder}: in OpenGVLab's format, which transformers does not read by itself; export"
-            " it with --dialect native"
+            f"{folder}: in the format of {row.class_name}, which transformers does not read by"
+            " itself; export it with another --dialect, such as native, if that holds the model"
         )
     form = getattr(transformers, row.class_name)
     return form.from_pretrained(folder, dtype=dtype, local_files_only=True).eval()

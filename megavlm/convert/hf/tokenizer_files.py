@@ -10,6 +10,7 @@ and settings in which each entry is one that transformers 4.37 to 5 read alike.
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,13 @@ _QWEN2 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+
+
+def copy(source: Path, target: Path) -> None:
+    """Copy the files of a tokenizer as they are from one folder into another."""
+    for name in FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
 
 
 def write(source: Path, target: Path, entries: dict[str, Any]) -> None:

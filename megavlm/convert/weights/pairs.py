@@ -1,5 +1,5 @@
 """The weights of models of pairs, an image encoder and a text encoder, as ``CLIPModel`` and
-``SiglipModel`` of transformers name them.
+``SiglipModel`` of transformers name them, and OpenGVLab's ``InternVL_C``.
 
 Shape letters: D hidden size, E size of the embeddings.
 """
@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from megavlm.config.schema import Architecture
-from megavlm.convert.weights.families import clip
+from megavlm.convert.weights.families import clip, internvit, written_as
 from megavlm.convert.weights.mapping import Row, layers, linear, norm, within
-from megavlm.convert.weights.transforms import Padded, Reshaped
+from megavlm.convert.weights.transforms import Padded, Reshaped, Transposed
 
 
 def _text_encoder(architecture: Architecture) -> list[Row]:
@@ -83,9 +83,45 @@ def siglip_rows(architecture: Architecture) -> tuple[Row, ...]:
     )
 
 
+def internvl_c_rows(architecture: Architecture) -> tuple[Row, ...]:
+    """List every weight of an InternVL-C: OpenGVLab's names of its InternViT, of its pool and of
+    its projection, and those of the language model, which has no head.
+    """
+    vision = architecture.vision
+    language = architecture.language
+    width = vision.hidden_size
+    size = architecture.contrastive.size
+    pool = "clip_projector."
+    of_language = [
+        row
+        for row in written_as(language, "internvl_c").rows(language)
+        if row.key != "output_layer.weight"
+    ]
+    rows = [
+        *within(internvit.rows(vision, internvit.CHAT), "vision.", "vision_model."),
+        *within(of_language, "language.", "language_model."),
+    ]
+    for name in ("query", "key", "value"):
+        short = name[0]
+        rows += norm(f"connector.{name}_norm.", f"{pool}norm1_{short}", width, "LayerNorm")
+        rows += linear(
+            f"connector.{name}_proj", (f"{pool}cross_attn.{short}",), (width, width), bias=False
+        )
+        bias = f"{pool}cross_attn.{short}_bias"
+        rows.append(Row(f"connector.{name}_proj.bias", (bias,), (width,)))
+    text = (size, language.hidden_size)
+    return (
+        *rows,
+        *linear("connector.projection", (f"{pool}cross_attn.proj",), (size, width)),
+        Row("objective.text_projection.weight", ("text_projection",), text, Transposed()),
+        Row("objective.logit_scale", ("logit_scale",), (1,), Reshaped((), (1,))),
+    )
+
+
 ROWS: dict[str, Callable[[Architecture], tuple[Row, ...]]] = {
     "clip": clip_rows,
     "siglip": siglip_rows,
+    "internvl_c": internvl_c_rows,
 }
 
 

@@ -32,6 +32,7 @@ Dialect = Literal[
     "fuyu",
     "clip",
     "siglip",
+    "internvl_c",
     "blip2",
     "blip2_retrieval",
     "idefics",

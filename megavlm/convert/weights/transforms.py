@@ -275,6 +275,23 @@ class Reshaped(Operation):
 
 
 @dataclass(frozen=True)
+class Transposed(Operation):
+    """A matrix whose axes are the other way around."""
+
+    def split(self, whole: Tensor) -> tuple[Tensor, ...]:
+        """Return Hugging Face's matrix."""
+        return (whole.T.contiguous(),)
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        """Return megatron-core's matrix."""
+        return parts[0].T.contiguous()
+
+    def part_shapes(self, whole: Shape) -> tuple[Shape, ...]:
+        """Return the shape of Hugging Face's matrix."""
+        return (whole[::-1],)
+
+
+@dataclass(frozen=True)
 class BesideIdentity(Operation):
     """A linear layer, weight or bias, beside a second one that changes nothing: an identity matrix,
     or zeros.

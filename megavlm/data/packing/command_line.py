@@ -113,7 +113,10 @@ TEXTS = (
     Option(
         name="truncate",
         default=0,
-        text="cut the end of longer conversations off at N tokens, as LLaVA does (2048); 0: none",
+        text=(
+            "cut the end of longer conversations off at N tokens, as LLaVA does (2048); 0: none;"
+            " of pairs, texts at fewer tokens than the template, but not their last one"
+        ),
     ),
     Option(
         name="window_tokens",

@@ -78,6 +78,7 @@ def build_encoder(settings: EncoderSettings) -> Encoder:
         settings.features_per_tile,
         name=settings.template,
         system_message=settings.system_message,
+        pair_length=settings.truncate,
     )
     return Encoder(
         template,
@@ -87,7 +88,7 @@ def build_encoder(settings: EncoderSettings) -> Encoder:
         frames=settings.frames,
         deep_images=settings.deep_images,
         windows=settings.windows,
-        truncate=settings.truncate,
+        truncate=0 if template.format.is_of_pairs else settings.truncate,
         seed=settings.seed,
     )
 

@@ -128,6 +128,11 @@ def _tokenizer(job: Job) -> Any:
                 f"--template {job.template}: fills up texts, and the tokenizer of --tokenizer"
                 f" {job.tokenizer} has no pad_token"
             )
+        if form.ends_pair and tokenizer.eos_token_id is None:
+            raise ValueError(
+                f"--template {job.template}: ends texts, and the tokenizer of --tokenizer"
+                f" {job.tokenizer} has no eos_token"
+            )
         return tokenizer
     tokenizer.chat_template = form.hf_template(
         system_message=job.system_message,

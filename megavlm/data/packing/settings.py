@@ -44,7 +44,8 @@ class Job:
         deep_images: what becomes of images of more than 8 bits a channel.
         windows: how long documents are cut.
         truncate: tokens that the end of a longer sample is cut off after; 0: samples that no pack
-            can hold are rejected.
+            can hold are rejected. The text of a pair keeps its last token; 0: the template's
+            length.
         tile_cap: most tiles of a pack; None: chosen from the data.
         tile_multiple: what the cap is a multiple of if it is chosen.
         alignment: each sample's length is rounded up to a multiple of this inside its pack.
@@ -137,10 +138,15 @@ class Job:
             raise ValueError(
                 f"--alignment {self.alignment}: a text of {flag} ends with its last token; use 1"
             )
-        if form.is_of_pairs and (self.truncate or self.windows.cut):
+        if form.is_of_pairs and self.windows.cut:
             raise ValueError(
                 f"{flag}: cuts texts at {form.pair_length} tokens and keeps their last one; leave"
-                " --truncate, --window_tokens and --window_images out"
+                " --window_tokens and --window_images out"
+            )
+        if form.is_of_pairs and self.truncate and not 2 <= self.truncate <= form.pair_length:
+            raise ValueError(
+                f"--truncate {self.truncate}: texts of {flag} are cut at 2 to {form.pair_length}"
+                " tokens"
             )
         if form.images_before_text and self.windows.cut:
             raise ValueError(

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from megavlm.data.records.record import IMAGE_PLACEHOLDER, SHOWING_ROLES, Turn
 from megavlm.data.records.reject import RejectError
 from megavlm.data.text.image_rows import expand
+from megavlm.data.text.pair_tokens import pair_tokens
 from megavlm.data.text.templates import chat_format
 from megavlm.data.text.token_counter import TokenCounter
 from megavlm.data.text.tokenizer import first_tokens
@@ -31,6 +32,7 @@ class ChatTemplate:
         name: of the row.
         system_message: what a conversation without a system turn begins with; None: the row's;
             empty: nothing, not even an empty system turn.
+        pair_length: most tokens of the text of a pair; 0: the row's.
 
     Raises:
         ValueError: the tokenizer lacks a token, adds other ones of its own, or cannot say where its
@@ -44,6 +46,7 @@ class ChatTemplate:
         *,
         name: str = DEFAULT,
         system_message: str | None = None,
+        pair_length: int = 0,
     ) -> None:
         self.tokenizer = tokenizer
         self.features_per_tile = features_per_tile
@@ -51,6 +54,7 @@ class ChatTemplate:
         self.system_message = (
             self.format.system_message if system_message is None else system_message
         )
+        self.pair_length = pair_length or self.format.pair_length
         if not tokenizer.is_fast and not self.format.is_of_pairs:
             raise ValueError(
                 f"the tokenizer {type(tokenizer).__name__} gives no character offsets of its"
@@ -213,9 +217,7 @@ class ChatTemplate:
     def _encode_pair(
         self, turns: Sequence[Turn], tiles: Sequence[int]
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens of the text of a pair, with those that the tokenizer puts around a text; all are
-        supervised. What is too long loses its end, but not the last token, which ends a text.
-        """
+        """Tokens of the text of a pair; all are supervised."""
         texts = [turn.text for turn in turns if turn.role in ("gpt", "pretrain")]
         if list(tiles) != [1] or len(texts) != 1:
             raise RejectError(
@@ -224,14 +226,14 @@ class ChatTemplate:
                 " one image of one tile and one text",
             )
         text = texts[0].replace(IMAGE_PLACEHOLDER, "").strip()
-        tokens = self.tokenizer(text)["input_ids"]
-        most = self.format.pair_length
-        if len(tokens) > most:
-            tokens = [*tokens[: most - 1], tokens[-1]]
-        if self.format.fills_pair:
-            tokens += [self.tokenizer.pad_token_id] * (most - len(tokens))
-        if len(tokens) < 2:
-            raise RejectError("empty_answer", "the text of the pair has no token")
+        tokens = pair_tokens(
+            self.format,
+            text,
+            self.pair_length,
+            tokenize=lambda whole: self.tokenizer(whole)["input_ids"],
+            end=self.tokenizer.eos_token_id,
+            padding=self.tokenizer.pad_token_id,
+        )
         return np.array(tokens, np.int32), np.ones(len(tokens), bool)
 
     def _render(self, turn: Turn) -> tuple[str, str, str]:

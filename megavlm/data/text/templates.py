@@ -9,10 +9,10 @@ the same for language models that end an answer with ``<|im_end|>``. ``blip2`` i
 its image, as BLIP-2 (arXiv 2301.12597) reads it: the image stands before the token that begins a
 text. ``flamingo`` is an image, a question and its answer, several in turn, and ``flamingo_plain``
 an image and its text, with the image tokens of IDEFICS (Flamingo, arXiv 2204.14198, and arXiv
-2306.16527). ``blip2_pairs``, ``clip`` and ``siglip`` are pairs of an image and its text, as those
-models read texts to contrast them. ``paligemma`` is PaliGemma's (Beyer et al., arXiv 2407.07726):
-images, one question, a line break and its answer, without roles. ``fuyu`` is Fuyu's: the same, with
-a token of its own before the answer.
+2306.16527). ``blip2_pairs``, ``clip``, ``siglip`` and ``internvl_c`` are pairs of an image and its
+text, as those models read texts to contrast them. ``paligemma`` is PaliGemma's (Beyer et al., arXiv
+2407.07726): images, one question, a line break and its answer, without roles. ``fuyu`` is Fuyu's:
+the same, with a token of its own before the answer.
 """
 
 from __future__ import annotations
@@ -44,6 +44,9 @@ class ChatFormat:
         pair_length: for pairs of an image and its text, which becomes tokens alone: most tokens of
             the text, with those that the tokenizer adds; 0: conversations.
         fills_pair: whether a shorter text is filled up to that length.
+        pair_prompt: what stands in front of the text of a pair.
+        ends_pair: whether the text of a pair ends with the tokenizer's ``eos_token`` even if the
+            tokenizer does not put it there.
         image_first: whether the one image of a human turn goes to its front, on a line of its own,
             wherever its placeholder stands.
         images_before_text: whether the images that a conversation begins with stand before the
@@ -71,6 +74,8 @@ class ChatFormat:
     image_tokens: str = "internvl"
     pair_length: int = 0
     fills_pair: bool = False
+    pair_prompt: str = ""
+    ends_pair: bool = False
     image_first: bool = False
     gathers_images: bool = False
     first_token: str = ""
@@ -301,6 +306,9 @@ FORMATS: dict[str, ChatFormat] = {
         ChatFormat(name="clip", pair_length=77, **_PAIR),
         ChatFormat(name="blip2_pairs", pair_length=32, **_PAIR),
         ChatFormat(name="siglip", pair_length=64, fills_pair=True, **_PAIR),
+        ChatFormat(
+            name="internvl_c", pair_length=80, pair_prompt="summarize:", ends_pair=True, **_PAIR
+        ),
     )
 }
 

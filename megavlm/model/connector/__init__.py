@@ -16,7 +16,11 @@ from megavlm.config.connectors import CONNECTORS, Connector, ConnectorSizes, End
 from megavlm.config.schema import Config
 from megavlm.model.connector.linear import LinearConnector
 from megavlm.model.connector.mlp import MlpConnector
-from megavlm.model.connector.pool import AttentionPoolConnector, PoolConnector
+from megavlm.model.connector.pool import (
+    AttentionPoolConnector,
+    MeanQueryPoolConnector,
+    PoolConnector,
+)
 from megavlm.model.connector.qformer import QFormerConnector
 from megavlm.model.connector.resampler import ResamplerConnector
 from megavlm.model.specs import Kernels
@@ -32,6 +36,7 @@ MODULES: dict[str, ConnectorModule] = {
     "class_token": PoolConnector,
     "mean": PoolConnector,
     "attention": AttentionPoolConnector,
+    "mean_query": MeanQueryPoolConnector,
     "qformer": QFormerConnector,
     "resampler": ResamplerConnector,
 }

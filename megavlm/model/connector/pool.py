@@ -15,6 +15,8 @@ from megavlm.config.schema import Config
 from megavlm.model.specs import Kernels
 from megavlm.model.transformer import ACTIVATIONS, connector_config
 
+_MEAN_EPSILON = 1e-5  # of the norms of InternVL-C's pool, whatever the encoder's is
+
 
 class PoolConnector(MegatronModule):
     """Norm of the class token (CLIP's ``post_layernorm``), or mean of the normalised patches, and a
@@ -88,3 +90,37 @@ class AttentionPoolConnector(MegatronModule):
         heads = [part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts]
         pooled = self.out_proj(scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2))
         return pooled + self.down(self.activation(self.up(self.mlp_norm(pooled))))
+
+
+class MeanQueryPoolConnector(MegatronModule):
+    """The mean of all tokens of a tile, the class token included, attends to them: the
+    ``clip_projector`` of InternVL-C (arXiv 2312.14238).
+
+    Args:
+        config: the run.
+        chosen: kernels of the layers.
+        groups: process groups of the vision encoder.
+    """
+
+    def __init__(self, config: Config, chosen: Kernels, groups: ProcessGroupCollection):
+        super().__init__(connector_config(config, chosen))
+        architecture = config.architecture
+        width = architecture.vision.hidden_size
+        dtype = self.config.params_dtype
+        self.heads = architecture.connector.heads
+        for name in ("query", "key", "value"):
+            self.add_module(f"{name}_norm", nn.LayerNorm(width, eps=_MEAN_EPSILON, dtype=dtype))
+            self.add_module(f"{name}_proj", nn.Linear(width, width, dtype=dtype))
+        self.projection = nn.Linear(width, architecture.contrastive.size, dtype=dtype)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Turn hidden states of the tiles [tokens, I, D] into embeddings [I, 1, size]."""
+        tokens = hidden.transpose(0, 1)
+        parts = (
+            self.query_proj(self.query_norm(tokens.mean(dim=1, keepdim=True))),
+            self.key_proj(self.key_norm(tokens)),
+            self.value_proj(self.value_norm(tokens)),
+        )
+        heads = [part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts]
+        pooled = scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
+        return self.projection(pooled)

@@ -22,7 +22,7 @@ from tests.data.pair_tokenizer import make_pair_tokenizer
 def test_images_are_cut_as_in_training(tmp_path: Path, kind: str, tiling: str) -> None:
     architecture = recipe("clip").architecture
     usage = Usage(template="clip", system_message="", max_tiles=1, tiling=tiling)
-    settings = pairs_config._image_processor(architecture, usage, kind)
+    settings = pairs_config.image_processor(architecture, usage, kind)
     write_json(tmp_path / IMAGE_PROCESSOR_NAME, settings)
     processor = AutoImageProcessor.from_pretrained(tmp_path)
     # White on the left, black on the right: 300 x 100.

@@ -47,6 +47,33 @@ def test_long_texts_are_cut_and_keep_their_end(tmp_path: Path) -> None:
     assert tokens.tolist() == tokenizer("red " * 100, truncation=True, max_length=77)["input_ids"]
 
 
+def test_texts_are_cut_earlier_by_choice(tmp_path: Path) -> None:
+    words = load_tokenizer(make_pair_tokenizer(tmp_path, WORDS))
+    short = ChatTemplate(words, 0, name="clip", pair_length=8)
+    tokens, _ = short.encode(turns("red " * 100), [1])
+    assert tokens.tolist() == [BEGIN, *[1] * 6, END]
+    filled = ChatTemplate(words, 0, name="siglip", pair_length=8).encode(turns("a dog"), [1])[0]
+    assert tokens.shape == filled.shape == (8,)
+
+
+def test_internvl_c_asks_for_a_summary_and_ends_a_text(tmp_path: Path) -> None:
+    folder = make_pair_tokenizer(tmp_path / "ends", ("a", "dog", "summarize", ":"))
+    begin = 5
+    end = 6
+    expected = [begin, 2, 3, 0, 1, end]
+    words = load_tokenizer(folder)
+    assert ChatTemplate(words, 0, name="internvl_c").encode(turns("a dog"), [1])[0].tolist() == (
+        expected
+    )
+    words.backend_tokenizer.post_processor = None  # as most language models' have it
+    found = ChatTemplate(words, 0, name="internvl_c").encode(turns("a dog"), [1])[0]
+    assert found.tolist() == expected[1:]
+    long = ChatTemplate(words, 0, name="internvl_c").encode(turns("dog " * 100), [1])[0]
+    assert len(long) == 80 and long[-1] == end and long[0] == 2
+    with pytest.raises(RejectError, match="the text of the pair is empty"):
+        ChatTemplate(words, 0, name="internvl_c").encode(turns(" "), [1])
+
+
 def test_siglip_fills_texts_up(tmp_path: Path) -> None:
     tokens, supervised = template(tmp_path, "siglip").encode(turns("a dog"), [1])
     tokenizer = load_tokenizer(tmp_path)
@@ -92,7 +119,8 @@ def test_what_is_no_pair_is_rejected(tmp_path: Path, record: list[Turn], tiles: 
         ({"tiling": Tiling(tile_size=32)}, "give --tiling crop, pad or stretch, or --max_tiles 1"),
         ({"alignment": 2}, "--alignment 2: a text of --template clip ends with its last token"),
         ({"features_per_tile": 4}, "--tokens_per_tile 4: must be 0"),
-        ({"truncate": 32}, "leave --truncate, --window_tokens and --window_images out"),
+        ({"truncate": 78}, "--truncate 78: texts of --template clip are cut at 2 to 77 tokens"),
+        ({"truncate": 1}, "--truncate 1: texts of --template clip are cut at 2 to 77 tokens"),
         ({"windows": Windows(tokens=64)}, "--window_tokens and --window_images out"),
         (
             {"windows": Windows(tokens=64), "template": "fuyu", "features_per_tile": 1},

@@ -1,0 +1,46 @@
+"""The text of a pair of an image and its text, as tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import repeat
+
+from megavlm.data.records.reject import RejectError
+from megavlm.data.text.templates import ChatFormat
+
+
+def pair_tokens(
+    form: ChatFormat,
+    text: str,
+    most: int,
+    *,
+    tokenize: Callable[[str], list[int]],
+    end: int,
+    padding: int,
+) -> list[int]:
+    """Return the tokens of a text, with those that the tokenizer puts around it. What is too long
+    loses its end, but not the last token, which ends a text.
+
+    Args:
+        form: the row of the table of templates.
+        text: of the pair.
+        most: tokens that are kept.
+        tokenize: gives the tokens of a text.
+        end: id of the token that ends a text.
+        padding: id of the token that fills up a text.
+
+    Raises:
+        RejectError: the text has no token.
+    """
+    if not text:
+        raise RejectError("empty_answer", "the text of the pair is empty")
+    tokens = tokenize(form.pair_prompt + text)
+    if form.ends_pair and tokens[-1:] != [end]:
+        tokens = [*tokens, end]
+    if len(tokens) > most:
+        tokens = [*tokens[: most - 1], tokens[-1]]
+    if form.fills_pair:
+        tokens = [*tokens, *repeat(padding, most - len(tokens))]
+    if len(tokens) < 2:
+        raise RejectError("empty_answer", "the text of the pair has no token")
+    return tokens
