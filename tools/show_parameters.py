@@ -17,6 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from megavlm.config.checks.optimizer import optimizer_problems
 from megavlm.config.cli import parse
 from megavlm.config.schema import Config
 from megavlm.job_checks import parameter_problems
@@ -53,8 +54,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _problems(config: Config, ranks: int) -> list[str]:
-    """Return what is wrong with the groups; they need no data."""
-    return parameter_problems(config)
+    """Return what is wrong with the groups and their rates; they need no data."""
+    wrong = list(optimizer_problems(config.optimizer, config.training))
+    return wrong or parameter_problems(config)
 
 
 if __name__ == "__main__":

@@ -148,8 +148,11 @@ def test_the_tool_counts_parameters_and_rates_by_hand(
     assert frozen["frozen"] and frozen["lr"] == 0.0
     assert len(rows) == 2 + 2 * 24 + 2 + 2 + 1
     assert "trainable:" in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        show_parameters.main(["--model", "tiny", "--stage", "2", "--optimizer.no_decay", "nothing"])
+    for option, value in (("no_decay", "nothing"), ("muon_scale", "0.1")):
+        with pytest.raises(SystemExit):
+            show_parameters.main(
+                ["--model", "tiny", "--stage", "2", f"--optimizer.{option}", value]
+            )
 
 
 def test_a_run_of_defaults_has_one_group_a_part() -> None:

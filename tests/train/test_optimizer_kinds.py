@@ -104,6 +104,7 @@ def test_muon_s_update_is_that_of_the_package_that_megatron_core_uses() -> None:
         (dict(kind="sgd", sgd_momentum=1.0), "--optimizer.sgd_momentum 1.0: must be 0 or more"),
         (dict(kind="sgd", sgd_momentum=0.0, sgd_nesterov=True), "--optimizer.sgd_nesterov true n"),
         (dict(kind="muon", muon_scale=0.0), "--optimizer.muon_scale 0.0: must be above 0"),
+        (dict(schedule="WSD", warmup_steps=2000), "--optimizer.warmup_steps 2000 is more than"),
         (dict(kind="muon", moments="bfloat16"), "--optimizer.moments bfloat16: the moments of"),
     ],
 )

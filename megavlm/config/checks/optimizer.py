@@ -139,10 +139,11 @@ def _schedule(optimizer: Optimizer, training: Training) -> Iterator[str]:
             yield f"--optimizer.step_factor {optimizer.step_factor}: must be between 0 and 1"
     if schedule == "polynomial" and not 0 < optimizer.power < float("inf"):
         yield f"--optimizer.power {optimizer.power}: must be above 0"
-    if schedule == "WSD" and not 1 <= optimizer.wsd_decay_steps <= end - warmup:
+    room = end - warmup  # none is reported by itself
+    if schedule == "WSD" and room > 0 and not 1 <= optimizer.wsd_decay_steps <= room:
         yield (
             f"--optimizer.wsd_decay_steps {optimizer.wsd_decay_steps}: must be from 1 to"
-            f" {end - warmup}, the steps behind the warm-up; a tenth to a fifth of them is usual"
+            f" {room}, the steps behind the warm-up; a tenth to a fifth of them is usual"
         )
     if schedule == "inverse-square-root" and not (optimizer.timescale or warmup):
         yield (
