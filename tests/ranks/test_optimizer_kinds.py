@@ -118,17 +118,28 @@ def test_a_run_resumes_bit_for_bit_and_at_another_layout(
     assert losses(tmp_path / "wide") == pytest.approx(losses(tmp_path / "whole")[3:], rel=1e-5)
 
 
-def test_moments_of_another_kind_are_refused(ranks: Pool, dataset: Path, tmp_path: Path) -> None:
+def test_a_stage_keeps_the_moments_of_the_same_kind_alone(
+    ranks: Pool, dataset: Path, tmp_path: Path
+) -> None:
     from megavlm.train.launch import inspect
 
-    ranks.run(run_job, 1, make_job(dataset, tmp_path / "run", kind="sgd"))
-    with pytest.raises(ValueError, match=r"optimizer\.kind: sgd in the checkpoint, muon asked for"):
-        inspect(make_job(dataset, tmp_path / "run", kind="muon"), 1)
-    later = make_job(
-        dataset, tmp_path / "next", tmp_path / "run", stage="1", kind="muon", moments="fresh"
-    )
-    kept = dataclasses.replace(
-        later, checkpoint=dataclasses.replace(later.checkpoint, moments="keep")
-    )
-    with pytest.raises(ConfigError, match="the moments of --optimizer.kind sgd, and the run has"):
-        inspect(kept, 1)
+    ranks.run(run_job, 1, make_job(dataset, tmp_path / "run", kind="muon"))
+    told = r"optimizer\.kind: muon in the checkpoint, sgd asked for"
+    with pytest.raises(ValueError, match=told):
+        inspect(make_job(dataset, tmp_path / "run", kind="sgd"), 1)
+
+    def later(name: str, kind: str, moments: str, **layout: object) -> Config:
+        settings = dict(stage="1", kind=kind, trainable=("connector", "language"), **layout)
+        job = make_job(dataset, tmp_path / name, tmp_path / "run", **settings)
+        return dataclasses.replace(
+            job, checkpoint=dataclasses.replace(job.checkpoint, moments=moments)
+        )
+
+    with pytest.raises(ConfigError, match="the moments of --optimizer.kind muon, and the run has"):
+        inspect(later("other", "adamw", "keep"), 1)
+    ranks.run(run_job, 1, later("kept", "muon", "keep"))
+    ranks.run(run_job, 2, later("kept_2", "muon", "keep", **TENSOR))
+    ranks.run(run_job, 1, later("fresh", "muon", "fresh"))
+    kept, kept_2, fresh = (losses(tmp_path / name) for name in ("kept", "kept_2", "fresh"))
+    assert kept_2 == pytest.approx(kept, rel=1e-5)
+    assert kept[0] == fresh[0] and kept != pytest.approx(fresh, rel=1e-4)
