@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Collection, Iterator, Sequence
 
+from megavlm.config.differences import changed
 from megavlm.config.freeze_mask import matches
 from megavlm.config.optimizer import Kind
 from megavlm.config.schema import Architecture, Optimizer
@@ -127,7 +128,7 @@ def name_problems(
     optimizer: Optimizer,
     trainable: Sequence[str],
     keys: Collection[str],
-    usual: Collection[str] = (),
+    usual: Optimizer | None = None,
 ) -> Iterator[str]:
     """Name patterns that mean no parameter, or no trained one, of a model.
 
@@ -135,15 +136,12 @@ def name_problems(
         optimizer: the settings.
         trainable: the freeze mask.
         keys: checkpoint keys of all parameters.
-        usual: patterns of ``no_decay`` that the stage of the recipe has. They may name frozen
+        usual: settings that the stage of the recipe has, none: the defaults. They may be of frozen
             parameters: who narrows the freeze mask gave no such flag.
     """
     trained = {key for key in keys if any(matches(key, pattern) for pattern in trainable)}
-    if optimizer.kind == "muon" and not any(is_orthogonalised(key, "muon") for key in trained):
-        yield (
-            "--optimizer.kind muon: nothing that --training.trainable trains is a weight of a"
-            " linear layer, so AdamW would update everything; use --optimizer.kind adamw"
-        )
+    usual = usual or Optimizer()
+    yield from _without_effect(optimizer, trained, usual)
     asked = [("training.trainable", pattern, pattern) for pattern in trainable]
     asked += [("optimizer.no_decay", pattern, pattern) for pattern in optimizer.no_decay]
     for entry in optimizer.lr_multipliers:
@@ -154,7 +152,7 @@ def name_problems(
         flag = f"--{option} {text}"
         fused = next((tensor for name, tensor in _FUSED.items() if name in pattern), "")
         is_known = any(matches(key, pattern) for key in keys)
-        if is_known and option == "optimizer.no_decay" and pattern in usual:
+        if is_known and text in (*usual.no_decay, *usual.lr_multipliers):
             continue
         if is_known:
             yield f"{flag}: names frozen parameters only; --training.trainable says what is trained"
@@ -168,3 +166,32 @@ def name_problems(
                 f"{flag}: no parameter of the model is called so; tools/show_parameters.py lists"
                 " the names"
             )
+
+
+def _without_effect(optimizer: Optimizer, trained: set[str], usual: Optimizer) -> Iterator[str]:
+    """Name settings that nothing follows which is trained.
+
+    Args:
+        optimizer: the settings.
+        trained: checkpoint keys of what is trained.
+        usual: see ``name_problems``.
+    """
+    if optimizer.kind == "muon" and not any(is_orthogonalised(key, "muon") for key in trained):
+        yield (
+            "--optimizer.kind muon: nothing that --training.trainable trains is a weight of a"
+            " linear layer, so AdamW would update everything; use --optimizer.kind adamw"
+        )
+    for name in changed(optimizer, "vision_layer_decay", "language_layer_decay", usual=usual):
+        part = name.partition("_")[0]
+        if not any(key.startswith(f"{part}.") for key in trained):
+            yield (
+                f"--optimizer.{name} {vars(optimizer)[name]} has no effect: nothing of {part} is in"
+                " --training.trainable; leave it out"
+            )
+    if changed(optimizer, "no_decay", usual=usual) and not (
+        optimizer.weight_decay or optimizer.end_weight_decay
+    ):
+        yield (
+            f"--optimizer.no_decay {','.join(optimizer.no_decay)} has no effect with"
+            " --optimizer.weight_decay 0; leave it out"
+        )

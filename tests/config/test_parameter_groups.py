@@ -94,6 +94,11 @@ def test_ranges_of_layers_become_names() -> None:
         ("--optimizer.vision_layer_decay 1.1", "vision_layer_decay 1.1: must be above 0"),
         ("--training.trainable connector,language.heads", "language.heads: no parameter"),
         (
+            "--training.trainable connector --optimizer.language_layer_decay 0.9",
+            "language_layer_decay 0.9 has no effect: nothing of language is in",
+        ),
+        ("--weight-decay 0 --optimizer.no_decay vision", "no_decay vision has no effect with"),
+        (
             "--training.trainable connector --optimizer.no_decay vision",
             "names frozen parameters only",
         ),
@@ -110,6 +115,9 @@ def test_patterns_of_a_recipe_may_name_what_a_narrower_mask_freezes() -> None:
         return parameter_problems(parse([*words, *arguments]))
 
     assert found() == []
+    # A stage of InternVL-C has rates by part and by layer.
+    pairs = ["--recipe", "internvl_c", "--stage", "1", "--training.trainable", "vision"]
+    assert parameter_problems(parse(pairs)) == []
     [told] = found("--optimizer.no_decay", "connector,language.embedding")
     assert "--optimizer.no_decay language.embedding: names frozen parameters only" in told
 
