@@ -84,6 +84,7 @@ def _facts(flag: str, folder: str) -> DatasetFacts:
         capacity=manifest.capacity,
         alignment=manifest.alignment,
         num_packs=manifest.totals.packs,
+        num_samples=manifest.totals.samples,
         has_images=manifest.totals.tiles > 0,
         fingerprint=manifest.tokenizer_fingerprint,
         pixel_mean=manifest.pixel_mean,
@@ -92,4 +93,7 @@ def _facts(flag: str, folder: str) -> DatasetFacts:
         has_levels=bool(manifest.levels),
         template=manifest.template,
         tiling=manifest.tiling,
+        instruction_length=manifest.instruction_length,
+        qformer_vocab_size=manifest.qformer_vocab_size,
+        qformer_fingerprint=manifest.qformer_fingerprint,
     )

@@ -266,12 +266,8 @@ def _key(job: Job) -> str:
     """Return a name of all that the packs depend on but the media files: the content of the
     annotation files and of the tokenizer, and the settings.
     """
-    tokenizer = {
-        path.name: _digest(path)
-        for path in sorted(Path(job.tokenizer).glob("*"))
-        if path.suffix in TOKENIZER_ENDINGS and path.is_file()
-    }
-    facts = job.identity(json.dumps(tokenizer))
+    folders = (job.tokenizer, job.qformer_tokenizer_folder)
+    facts = job.identity(*(_content(Path(folder)) if folder else "" for folder in folders))
     for source in facts["sources"]:
         del source["modified"]
         if is_remote(source["path"]):
@@ -279,6 +275,16 @@ def _key(job: Job) -> str:
         else:
             source["content"] = _digest(Path(source["path"]))
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _content(folder: Path) -> str:
+    """Return what the files of a tokenizer hold."""
+    files = {
+        path.name: _digest(path)
+        for path in sorted(folder.glob("*"))
+        if path.suffix in TOKENIZER_ENDINGS and path.is_file()
+    }
+    return json.dumps(files)
 
 
 def _digest(path: Path) -> str:

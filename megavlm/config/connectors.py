@@ -44,6 +44,11 @@ class Connector:
     qformer: QFormer = field(default_factory=QFormer)
     resampler: Resampler = field(default_factory=Resampler)
 
+    @property
+    def instruction_tokens(self) -> int:
+        """Tokens of an instruction that it reads beside a tile; 0: it reads none."""
+        return self.qformer.instruction_tokens if self.kind == "qformer" else 0
+
 
 LLAVA = Connector(pixel_shuffle=1, norm=False)
 

@@ -124,6 +124,23 @@ def _blip2(arch: Architecture) -> Iterator[str]:
         )
 
 
+def _instructblip(arch: Architecture) -> Iterator[str]:
+    name = "InstructBlipForConditionalGeneration"
+    yield from _without_crosses(arch)
+    yield from _blip2_parts(name, arch)
+    wanted = {
+        "objective": ("next_token", arch.objective),
+        "connector.qformer.text": (True, arch.connector.qformer.text),
+        "image_tokens": ("llava", arch.image_tokens),
+    }
+    yield from _other_values(name, wanted)
+    if not arch.connector.instruction_tokens:
+        yield (
+            f"{name} has a Q-Former that reads instructions; this model has"
+            " --architecture.connector.qformer.instruction_tokens 0"
+        )
+
+
 def _blip2_retrieval(arch: Architecture) -> Iterator[str]:
     name = "Blip2ForImageTextRetrieval"
     yield from _blip2_parts(name, arch)
@@ -296,6 +313,7 @@ HOLDS: dict[str, Callable[[Architecture], Iterator[str]]] = {
     "internvl_c": _internvl_c,
     "blip2": _blip2,
     "blip2_retrieval": _blip2_retrieval,
+    "instructblip": _instructblip,
     "idefics": _idefics,
 }
 """Yields, for each format, why it cannot hold a model."""

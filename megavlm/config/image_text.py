@@ -113,8 +113,8 @@ def kept(arch: Any) -> float:
 
 
 def fit(arch: Any) -> Any:
-    """Let the Q-Former of a model read texts."""
-    qformer = replace(arch.connector.qformer, text=True)
+    """Let the Q-Former of a model read texts of pairs."""
+    qformer = replace(arch.connector.qformer, text=True, instruction_tokens=0)
     return replace(arch, connector=replace(arch.connector, qformer=qformer))
 
 
@@ -127,6 +127,12 @@ def problems(arch: Any) -> Iterator[str]:
             f"--architecture.connector.kind {arch.connector.kind}: --architecture.objective qformer"
             " trains a Q-Former that reads texts; use qformer with"
             " --architecture.connector.qformer.text true"
+        )
+    if arch.connector.instruction_tokens:
+        yield (
+            "--architecture.connector.qformer.instruction_tokens"
+            f" {arch.connector.instruction_tokens}: --architecture.objective qformer reads texts of"
+            " pairs, and no instructions; use 0"
         )
     for name in ("contrast", "matching", "generation"):
         if not 0 <= vars(settings)[name] < float("inf"):

@@ -24,6 +24,9 @@ class QFormer:
         layernorm_epsilon: added to the variance inside the norms, that of the tile's tokens
             excepted, which has the vision encoder's.
         text: whether it also reads texts, with embeddings and MLPs of their own.
+        instruction_tokens: longest instruction that it reads beside a tile, as InstructBLIP's does;
+            shorter ones are filled up to as many; 0: it reads none. Packs must have been made with
+            at most this --instruction_length.
         vocab_size: rows of the embedding of its texts.
         max_position_embeddings: longest text that it can read.
     """
@@ -36,6 +39,7 @@ class QFormer:
     cross_attention_frequency: int = 2
     layernorm_epsilon: float = 1e-12
     text: bool = False
+    instruction_tokens: int = 0
     vocab_size: int = 30523
     max_position_embeddings: int = 512
 
@@ -48,8 +52,9 @@ class QFormer:
 class QFormerSizes:
     """Sizes of a Q-Former between a vision encoder and a language model, see ``ConnectorSizes``.
 
-    It is whole on every tensor-parallel rank. FLOPs are those of the queries; what a text costs
-    depends on what is done with it, so an objective counts that.
+    It is whole on every tensor-parallel rank. FLOPs are those of the queries, and of an instruction
+    beside them; what another text costs depends on what is done with it, so an objective counts
+    that.
     """
 
     settings: QFormer
@@ -84,6 +89,19 @@ class QFormerSizes:
         small = [name for name in names if vars(self.settings)[name] < 1]
         for name in small:
             yield f"{flag}.{name} {vars(self.settings)[name]}: must be 1 or more"
+        asked = self.settings.instruction_tokens
+        if asked < 0:
+            yield f"{flag}.instruction_tokens {asked}: must be 0 or more"
+        if asked and not self.settings.text:
+            yield (
+                f"{flag}.instruction_tokens {asked}: only a Q-Former that reads texts reads"
+                f" instructions; use {flag}.text true, or 0"
+            )
+        if asked > self.settings.max_position_embeddings:
+            yield (
+                f"{flag}.instruction_tokens {asked}: it reads texts of at most"
+                f" {flag}.max_position_embeddings {self.settings.max_position_embeddings} tokens"
+            )
         if not small and self.settings.hidden_size % self.settings.num_attention_heads:
             yield (
                 f"{flag}.num_attention_heads {self.settings.num_attention_heads} does not divide"
@@ -112,10 +130,12 @@ class QFormerSizes:
         width = self.settings.hidden_size
         inner = self.settings.ffn_hidden_size
         queries = self.settings.queries
+        texts = self.settings.instruction_tokens
+        rows = queries + texts
         tokens = self.ends.tokens
-        yield from self._linear(f"{key}.attention.qkv", width, 3 * width)
-        yield products(PART, 4 * queries * queries * width, "tile")
-        yield from self._linear(f"{key}.attention.proj", width, width)
+        yield from self._linear(f"{key}.attention.qkv", width, 3 * width, rows=rows)
+        yield products(PART, 4 * rows * rows * width, "tile")
+        yield from self._linear(f"{key}.attention.proj", width, width, rows=rows)
         yield from norm(f"{key}.attention_norm", PART, width, has_bias=True)
         if self.settings.has_cross_attention(number):
             cross = f"{key}.cross_attention"
@@ -126,7 +146,7 @@ class QFormerSizes:
             yield from self._linear(f"{cross}.proj", width, width)
             yield from norm(f"{key}.cross_attention_norm", PART, width, has_bias=True)
         for name in ("query", "text") if self.settings.text else ("query",):
-            rows = queries if name == "query" else 0
+            rows = queries if name == "query" else texts
             yield from self._linear(f"{key}.{name}_mlp.up", width, inner, rows=rows)
             yield from self._linear(f"{key}.{name}_mlp.down", inner, width, rows=rows)
             yield from norm(f"{key}.{name}_mlp_norm", PART, width, has_bias=True)
@@ -147,5 +167,10 @@ class QFormerSizes:
         crossed = sum(map(settings.has_cross_attention, range(settings.num_layers)))
         of_queries = settings.num_layers * (8 * width + 2 * settings.ffn_hidden_size)
         of_queries += crossed * 4 * width
+        of_texts = settings.num_layers * (8 * width + 2 * settings.ffn_hidden_size)
         of_tokens = 2 * self.ends.input_size + crossed * 2 * width
-        return settings.queries * of_queries + self.ends.tokens * of_tokens
+        return (
+            settings.queries * of_queries
+            + settings.instruction_tokens * of_texts
+            + self.ends.tokens * of_tokens
+        )

@@ -28,6 +28,7 @@ from megavlm.config.long_runs import Profile as Profile
 from megavlm.config.loss import Loss as Loss
 from megavlm.config.optimizer import Optimizer as Optimizer
 from megavlm.config.parts import Init as Init
+from megavlm.config.sampling import Sampling as Sampling
 
 # A value that accepts every template, or every tiling.
 ANY = "any"
@@ -43,8 +44,9 @@ class Data:
         train: folder of the packed training set, or its URL in object storage, such as
             ``s3://bucket/packs``; separate several with commas. An annotation file, or a meta file,
             is packed at its first use, into ``cache``.
-        weights: share of packs to draw from each folder of ``train``; empty: in proportion to the
-            number of packs.
+        weights: share of packs to draw from each folder of ``train``; empty: as ``sampling`` says.
+        sampling: draw from folders of ``train`` in proportion to their packs (packs), or samples to
+            the square root of the folder's (sqrt).
         batch_shares: give every global batch the same number of packs from each folder of ``train``
             (its share, rounded to whole packs); otherwise any 64 consecutive packs match the shares
             to within one or two packs.
@@ -55,8 +57,7 @@ class Data:
             evaluation.
         packing: options of ``tools/pack_dataset.py`` for annotation files, as one text such as
             ``--data.packing="--tokenizer Qwen2.5-0.5B-Instruct --root images"``.
-        cache: folder of the packs that are made of annotation files; empty:
-            ``~/.cache/megavlm/packs``.
+        cache: folder of packs made of annotation files; empty: ``~/.cache/megavlm/packs``.
         shuffle: visit the packs in a seeded order, a new one each epoch; otherwise as stored.
         group: size of a bucket of similar-cost packs that are drawn together, to keep ranks
             balanced; 0: the global batch size; 1: no buckets.
@@ -83,6 +84,7 @@ class Data:
 
     train: str = ""
     weights: tuple[float, ...] = ()
+    sampling: Sampling = "packs"
     batch_shares: bool = False
     curriculum: bool = False
     valid: str = ""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -45,6 +45,8 @@ class Sample:
         difficulty: for a curriculum; what is packed does not depend on it, only where.
         unread: keys of the record that were not read; not stored.
         window: index of the part of a document that is cut, from 0; not stored.
+        instruction: int32 [m], what a Q-Former reads beside the images, in the tokens of its own
+            tokenizer; empty: it reads none.
     """
 
     tokens: np.ndarray
@@ -55,6 +57,7 @@ class Sample:
     difficulty: float = 0.0
     unread: tuple[str, ...] = ()
     window: int = 0
+    instruction: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
 
     @property
     def length(self) -> int:

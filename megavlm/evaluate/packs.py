@@ -9,7 +9,7 @@ Shapes: T tokens of a pack (its capacity).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -25,7 +25,8 @@ from megavlm.data.store.manifest import Manifest, Source, read_manifest
 from megavlm.data.store.pack_format import pack_block
 from megavlm.data.store.reader import Pack, Reader, parse_pack
 from megavlm.data.text.chat_tokens import ChatTemplate
-from megavlm.data.text.tokenizer import load_tokenizer
+from megavlm.data.text.instruction import NO_INSTRUCTION
+from megavlm.data.text.tokenizer import QFORMER_TOKENIZER, load_tokenizer
 from megavlm.evaluate.metrics import METRICS
 from megavlm.evaluate.task import Question, Task
 
@@ -40,6 +41,7 @@ class Asked:
         tokens: int32 [n], up to where the answer begins; with a choice, to the choice's end.
         supervised: bool [n], the tokens of the choice.
         images: its images, whose files are not read yet; ``name`` is the path.
+        instruction: int32 [m], what a Q-Former reads beside them.
         room: tokens that are kept free for the answer.
     """
 
@@ -48,6 +50,7 @@ class Asked:
     tokens: np.ndarray
     supervised: np.ndarray
     images: tuple[Image, ...]
+    instruction: np.ndarray = field(default_factory=lambda: NO_INSTRUCTION)
     room: int = 0
 
     @property
@@ -102,6 +105,7 @@ def ask(
             tokens=tokens,
             supervised=supervised,
             images=images,
+            instruction=template.instruction(question.turns, tiles),
             room=room,
         )
         for tokens, supervised in found
@@ -232,6 +236,7 @@ class QuestionReader(Reader):
                 ),
                 source=index,
                 line=one.line,
+                instruction=one.instruction,
             )
             for index, one in ((index, self.asked[index]) for index in pack)
         ]
@@ -296,11 +301,14 @@ def prepare(task: Task, folder: Path | str, max_new_tokens: int) -> TaskPacks:
             be read.
     """
     manifest = read_manifest(folder)
+    words = Path(folder) / "tokenizer" / QFORMER_TOKENIZER
     template = ChatTemplate(
         load_tokenizer(Path(folder) / "tokenizer"),
         manifest.features_per_tile,
         name=manifest.template,
         system_message=manifest.system_message,
+        qformer_tokenizer=load_tokenizer(words) if manifest.instruction_length else None,
+        instruction_length=manifest.instruction_length,
     )
     tiling = Tiling(
         tile_size=manifest.image_size,

@@ -261,7 +261,9 @@ class VisionLanguageModel(MegatronModule):
 
     def _fuse(self, hidden: Tensor, batch: Batch) -> Tensor:
         embeddings = self.language.embed(batch.tokens)
-        features = gather_features(self.connector(hidden), self.groups)
+        read = self.architecture.connector.instruction_tokens > 0
+        given = {"instructions": batch.instructions} if read else {}
+        features = gather_features(self.connector(hidden, **given), self.groups)
         fused = self.objective.enter(embeddings, features, batch)
         fused = self.language.add_positions(fused, batch.sample_ends, len(batch.tokens))
         if self.config.sequence_parallel:

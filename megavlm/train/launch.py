@@ -367,7 +367,7 @@ def _check_lengths(config: Config) -> None:
 def _open_training_set(config: Config) -> tuple[PackedDataset | BlendedDataset, Order]:
     """Open the packs of the run, and fix their order."""
     data = config.data
-    (packs, order) = open_blend(
+    return open_blend(
         data.train_folders,
         data.weights,
         seed=config.training.seed,
@@ -377,8 +377,8 @@ def _open_training_set(config: Config) -> tuple[PackedDataset | BlendedDataset, 
         shared_batch=config.training.global_batch_size if data.batch_shares else 0,
         augment=data.augment,
         next_image=data.next_image,
+        sampling=data.sampling,
     )
-    return packs, order
 
 
 def _clean(save: Path, groups: process_groups.Groups, metrics: Metrics) -> None:

@@ -6,12 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from transformers import Blip2ForConditionalGeneration
+from transformers import Blip2ForConditionalGeneration, InstructBlipForConditionalGeneration
 
 from megavlm.config.connectors import Connector
 from megavlm.config.qformer import QFormer
 from megavlm.config.schema import Architecture, Language, Vision
-from megavlm.convert.hf import blip2_config
+from megavlm.convert.hf import blip2_config, instructblip
 from tests.convert.models import ENDS, save_with_pixels, scattered
 
 OPT = Architecture(
@@ -79,6 +79,30 @@ KINDS = {
         OPT, language=replace(_LLAMA, family="qwen2", qkv_bias=True, tied_head=True)
     ),
 }
+
+
+def reading(architecture: Architecture, tokens: int) -> Architecture:
+    """Return a model whose Q-Former reads instructions of up to so many tokens."""
+    qformer = replace(architecture.connector.qformer, text=True, instruction_tokens=tokens)
+    return replace(architecture, connector=replace(architecture.connector, qformer=qformer))
+
+
+# As many tokens as the Q-Former has positions, which imports take.
+INSTRUCT_KINDS = {name: reading(KINDS[name], 23) for name in ("llama", "opt", "qwen2 tied")}
+INSTRUCT = INSTRUCT_KINDS["llama"]
+
+
+def make_instructblip(
+    folder: Path,
+    architecture: Architecture = INSTRUCT,
+    dtype: torch.dtype = torch.bfloat16,
+    image_token_id: int = 631,
+    spread: float = 0.2,
+) -> Path:
+    """Write a random InstructBLIP, as ``make_blip2`` does."""
+    settings = instructblip.config(architecture, dtype, image_token_id, **ENDS)
+    model = scattered(InstructBlipForConditionalGeneration, settings, dtype, spread)
+    return save_with_pixels(model, folder, architecture)
 
 
 def make_blip2(

@@ -51,9 +51,12 @@ def make_sample(
     line: int,
     grids: tuple[tuple[int, int], ...] = GRIDS,
     source: int = 0,
+    instruction_tokens: int = 0,
+    instruction_vocab: int = 61,
 ) -> Sample:
     """Random text whose second half is supervised, after the context tokens of some images. Ids 0
-    and 1 are left for padding and such.
+    and 1 are left for padding and such. A Q-Former reads ``instruction_tokens`` of a vocabulary of
+    its own.
     """
     pictures = tuple(
         make_image(rng, tile_size, *grids[rng.integers(len(grids))]) for _ in range(images)
@@ -66,7 +69,15 @@ def make_sample(
     tokens = np.concatenate([words[:1], context, words[1:]]).astype(np.int32)
     supervised = np.zeros(len(tokens), bool)
     supervised[len(context) + text_tokens // 2 :] = True
-    return Sample(tokens=tokens, supervised=supervised, images=pictures, source=source, line=line)
+    asked = (np.arange(instruction_tokens) * 7 + line) % (instruction_vocab - 1) + 1
+    return Sample(
+        tokens=tokens,
+        supervised=supervised,
+        images=pictures,
+        source=source,
+        line=line,
+        instruction=asked.astype(np.int32),
+    )
 
 
 def make_dataset(
@@ -87,6 +98,7 @@ def make_dataset(
     grids: tuple[tuple[int, int], ...] = GRIDS,
     levels: tuple[int, ...] = (),
     sources: tuple[str, ...] = ("random",),
+    instruction_length: int = 0,
 ) -> Manifest:
     """Write a packed dataset of random samples; the same arguments give the same bytes.
 
@@ -106,6 +118,7 @@ def make_dataset(
             images = int(rng.random() < image_share)
             words = int(rng.integers(*text_tokens))
             fixed = dict(text_tokens=words, grids=grids, line=line, source=line % len(sources))
+            fixed["instruction_tokens"] = line % (instruction_length + 1)
             used = sum(pack_format.round_up(sample.length, alignment) for sample in pack)
             for count in range(images, -1, -1):
                 sample = make_sample(rng, images=count, **fixed, **facts)
@@ -124,6 +137,7 @@ def make_dataset(
         seed=seed,
         levels=levels,
         sources=sources,
+        instruction_length=instruction_length,
         **facts,
     )
 
@@ -143,6 +157,7 @@ def write_packs(
     levels: tuple[int, ...] = (),
     sources: tuple[str, ...] = ("random",),
     end_token_id: int = -1,
+    instruction_length: int = 0,
 ) -> Manifest:
     """Write the given samples as the packs of a dataset."""
     lines = max(sample.line for pack in packs for sample in pack)
@@ -155,6 +170,7 @@ def write_packs(
                 vocab_size=vocab_size,
                 context_token_id=context_token_id,
                 end_token_id=end_token_id,
+                instruction_length=instruction_length,
                 template="internvl2_5",
                 image_size=tile_size,
                 features_per_tile=features_per_tile,

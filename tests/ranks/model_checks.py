@@ -97,7 +97,7 @@ def answers_of_transformers(
     """Of each sample, run by itself: its place in the pack, its logits, and the losses of all its
     tokens but the last.
     """
-    from megavlm.convert.hf.reference import load_reference
+    from megavlm.convert.hf.reference import instruction_inputs, load_reference
     from megavlm.data.loading.dataset import PackedDataset
 
     batch = PackedDataset(packs).batch(0, 0)
@@ -117,6 +117,7 @@ def answers_of_transformers(
         if not architecture.vision.exists:  # the class takes patches, not images
             shown = shown.permute(0, 2, 3, 1).flatten(1)[None]
         inputs = {"pixel_values": shown} if count else {}
+        inputs |= instruction_inputs(batch.instructions, slice(tile, tile + count))
         if architecture.cross_attention.every:
             inputs = _read_by_idefics(tokens, shown if count else pixels[:1], count)
         if architecture.prefix_lm:

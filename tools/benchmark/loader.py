@@ -53,8 +53,8 @@ from megavlm.data.loading.loader import batches
 from megavlm.data.loading.order import Plan
 from megavlm.data.packing.job import Job, pack_dataset
 from megavlm.data.records.meta_file import single_source
+from megavlm.data.store.index_format import FORM, INDEX_NAME, RECORD
 from megavlm.data.store.manifest import read_manifest
-from megavlm.data.store.pack_format import HEADER_BYTES, INDEX_NAME, RECORD, pack_header
 
 ROOT = Path(__file__).parents[2]
 SIZE = 448
@@ -178,13 +178,13 @@ def make_large(small: Path, large: Path, packs: int) -> None:
     """
     manifest = read_manifest(small)
     first = manifest.shards[0]
-    real = np.fromfile(small / INDEX_NAME, RECORD, first.packs, offset=HEADER_BYTES)
+    real = np.fromfile(small / INDEX_NAME, RECORD, first.packs, offset=FORM.header_bytes)
     shards = 16384
     each = -(-packs // 16384)
     large.mkdir()
     sizes = [min(each, packs - number * each) for number in range(shards) if packs > number * each]
     with open(large / INDEX_NAME, "wb") as index:
-        index.write(pack_header(packs))
+        index.write(FORM.header(packs))
         for size in sizes:
             index.write(np.resize(real, size).tobytes())
     for number in range(len(sizes)):

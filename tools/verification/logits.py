@@ -18,7 +18,7 @@ from megavlm.checkpoint import step_folder
 from megavlm.checkpoint.step_folder import Checkpoint
 from megavlm.config.schema import Architecture, Fp8, Parallel
 from megavlm.convert.hf import convert
-from megavlm.convert.hf.reference import load_reference
+from megavlm.convert.hf.reference import instruction_inputs, load_reference
 from megavlm.convert.hf.safetensors_files import SafetensorsFolder
 from megavlm.data.loading.batch import Batch
 from megavlm.data.loading.dataset import PackedDataset
@@ -168,6 +168,7 @@ def _compare_pack(
     )
     for start, end, first, last in _samples(batch, architecture.placeholders_per_tile):
         inputs = {"pixel_values": pixels[first:last]} if last > first else {}
+        inputs |= instruction_inputs(batch.instructions, slice(first, last))
         if architecture.cross_attention.every:
             inputs = _read_images(batch, pixels, (start, end, first, last))
         if architecture.prefix_lm:

@@ -9,6 +9,7 @@ from megavlm.config.checks.rank_slices import rows_of_a_rank, sharing_problems
 from megavlm.config.connectors import CONNECTORS
 from megavlm.config.freeze_mask import parts_named
 from megavlm.config.objectives import OBJECTIVES
+from megavlm.config.sampling import shares_of
 from megavlm.config.schema import ANY, Architecture, Config
 
 # Matrices come in multiples of so many rows and columns (Transformer Engine 2.11).
@@ -40,6 +41,7 @@ class DatasetFacts:
         capacity: tokens of a pack.
         alignment: each sample starts at a multiple of this many tokens in its pack.
         num_packs: packs in the dataset.
+        num_samples: samples in it.
         has_images: whether any pack has an image.
         fingerprint: hash of the tokenizer.
         pixel_mean, pixel_std: how the pixels are to be normalised.
@@ -47,6 +49,9 @@ class DatasetFacts:
         has_levels: whether it was packed by levels of difficulty.
         template: conversation template.
         tiling: how images became tiles.
+        instruction_length: most tokens of an instruction that a Q-Former reads; 0: there are none.
+        qformer_vocab_size: ids of the tokenizer of instructions.
+        qformer_fingerprint: hash of that tokenizer.
     """
 
     flag: str
@@ -65,6 +70,10 @@ class DatasetFacts:
     has_levels: bool = False
     template: str = ""
     tiling: str = ""
+    num_samples: int = 0
+    instruction_length: int = 0
+    qformer_vocab_size: int = 0
+    qformer_fingerprint: str = ""
 
 
 def facts_problems(config: Config, facts: Sequence[DatasetFacts]) -> list[str]:
@@ -106,6 +115,7 @@ def _dataset(config: Config, facts: DatasetFacts) -> Iterator[str]:
         if facts.vocab_size > rows:
             yield f"{where}: its tokenizer has {facts.vocab_size} tokens, but {option} is {rows}"
     yield from _form(config, facts, where)
+    yield from _instructions(arch, facts, where)
     yield from sharing_problems(config.parallel, where, facts.capacity, facts.alignment)
     rows = rows_of_a_rank(config.parallel, facts.capacity)
     recipe = config.fp8.language
@@ -139,6 +149,30 @@ def _form(config: Config, facts: DatasetFacts, where: str) -> Iterator[str]:
             f"{where}: packed with --tiling {facts.tiling}, but {stage} is trained on --data.tiling"
             f" {tiling}; pack with --tiling {tiling}, or give --data.tiling {facts.tiling} to train"
             " on these packs as they are"
+        )
+
+
+def _instructions(arch: Architecture, facts: DatasetFacts, where: str) -> Iterator[str]:
+    """Yield in what instructions for a Q-Former are not those that the model reads."""
+    flag = "--architecture.connector.qformer"
+    reads = arch.connector.instruction_tokens
+    length = facts.instruction_length
+    if reads and not length:
+        yield (
+            f"{where}: has no instructions for a Q-Former, and {flag}.instruction_tokens is"
+            f" {reads}; pack with --template instructblip and --qformer_tokenizer"
+        )
+    elif length > reads:
+        yield (
+            f"{where}: packed with --instruction_length {length}, but {flag}.instruction_tokens is"
+            f" {reads}; pack with at most that --instruction_length, or give"
+            f" {flag}.instruction_tokens {length}"
+        )
+    rows = arch.connector.qformer.vocab_size
+    if reads and facts.qformer_vocab_size > rows:
+        yield (
+            f"{where}: its --qformer_tokenizer has {facts.qformer_vocab_size} tokens, but"
+            f" {flag}.vocab_size is {rows}"
         )
 
 
@@ -180,7 +214,9 @@ def _together(config: Config, facts: Sequence[DatasetFacts]) -> Iterator[str]:
 
 def _batch_shares(config: Config, train: Sequence[DatasetFacts]) -> Iterator[str]:
     """Training sets whose share of a global batch is less than a pack."""
-    weights = config.data.weights or [dataset.num_packs for dataset in train]
+    packs = [dataset.num_packs for dataset in train]
+    samples = [dataset.num_samples for dataset in train]
+    weights = shares_of(config.data.weights, config.data.sampling, packs, samples)
     batch = config.training.global_batch_size
     for dataset, weight in zip(train, weights, strict=False):
         share = weight / max(sum(weights), 1e-300) * batch
@@ -198,4 +234,9 @@ def _same_tokenizer(facts: Sequence[DatasetFacts]) -> Iterator[str]:
             yield (
                 f"{other.flag} {other.folder}: packed with another tokenizer than {facts[0].flag}"
                 f" {facts[0].folder}"
+            )
+        if other.qformer_fingerprint != facts[0].qformer_fingerprint:
+            yield (
+                f"{other.flag} {other.folder}: packed with another --qformer_tokenizer than"
+                f" {facts[0].flag} {facts[0].folder}"
             )

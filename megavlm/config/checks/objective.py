@@ -26,10 +26,11 @@ def objective_problems(config: Config) -> Iterator[str]:
         yield f"--data.loss_weights: {wanted} has one loss for a whole batch; leave it out"
     if arch.needs.is_of_pairs:
         yield from _pairs(config, wanted)
-    elif arch.connector.kind == "qformer" and arch.connector.qformer.text:
+    elif _reads_nothing(arch):
+        flag = "--architecture.connector.qformer"
         yield (
-            f"--architecture.connector.qformer.text true: {wanted} shows the Q-Former no texts, and"
-            " what reads them would never be trained; use false"
+            f"{flag}.text true: {wanted} shows the Q-Former no texts, and what reads them would"
+            f" never be trained; use false, or {flag}.instruction_tokens above 0"
         )
     if arch.needs.has_language:
         return
@@ -47,6 +48,14 @@ def objective_problems(config: Config) -> Iterator[str]:
     decay = config.optimizer.language_layer_decay
     if decay != 1:
         yield f"--optimizer.language_layer_decay {decay}: {wanted} has no language model; use 1"
+
+
+def _reads_nothing(arch: Architecture) -> bool:
+    """Tell whether a Q-Former has what reads texts, but no instructions to read."""
+    connector = arch.connector
+    return (
+        connector.kind == "qformer" and connector.qformer.text and not connector.instruction_tokens
+    )
 
 
 def _pairs(config: Config, wanted: str) -> Iterator[str]:

@@ -29,7 +29,7 @@ _BY_SECTION: dict[str, dict[Kind, str]] = {
     "data.": {
         # packs and tokenizer are compared
         "taken": "train valid loss_reduction loss_weights template tiling augment next_image",
-        "refused": "weights batch_shares curriculum shuffle group",
+        "refused": "weights sampling batch_shares curriculum shuffle group",
         "free": "packing cache workers prefetch timeout",
     },
     "parallel.": {

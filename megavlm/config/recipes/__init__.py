@@ -7,6 +7,7 @@ from megavlm.config.recipes import (
     clip,
     flamingo,
     fuyu,
+    instructblip,
     internvl,
     internvl_c,
     llava,
@@ -17,7 +18,18 @@ from megavlm.config.recipes.recipe import Recipe
 
 RECIPES: dict[str, Recipe] = {
     module.RECIPE.name: module.RECIPE
-    for module in (internvl, llava, paligemma, fuyu, blip2, flamingo, clip, siglip, internvl_c)
+    for module in (
+        internvl,
+        llava,
+        paligemma,
+        fuyu,
+        blip2,
+        instructblip,
+        flamingo,
+        clip,
+        siglip,
+        internvl_c,
+    )
 }
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from megavlm.config.sampling import Sampling
 from megavlm.config.schema import ANY, Architecture, Data, Optimizer, Training
 
 Tiling = Literal["any", "dynamic", "pad", "crop", "stretch", "patches"]
@@ -23,6 +24,7 @@ class Stage:
         template: conversation templates that its packs may have, as ``--data.template``; empty:
             those of the recipe.
         tiling: how images became tiles, as ``--data.tiling``; none: that of the recipe.
+        sampling: how several folders of packs are mixed, as ``--data.sampling``.
         objective: what is trained, as ``--architecture.objective``.
         image_size: side of a tile, as ``--architecture.vision.image_size``; none: that of the
             model.
@@ -35,6 +37,7 @@ class Stage:
     loss_reduction: Literal["token", "sample", "square"] = "square"
     template: tuple[str, ...] = ()
     tiling: Tiling | None = None
+    sampling: Sampling = "packs"
     objective: str = "next_token"
     image_size: int | None = None
     patch_drop: float = 0.0
@@ -102,6 +105,7 @@ class Recipe:
         row = self.stage(stage)
         return Data(
             loss_reduction=row.loss_reduction,
+            sampling=row.sampling,
             template=row.template or self.template,
             tiling=row.tiling or self.tiling,
         )

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Blip2Config, Blip2VisionConfig
+from transformers import Blip2Config, Blip2VisionConfig, PreTrainedConfig
 
 from megavlm.config.architecture import PIXELS
 from megavlm.config.connectors import Connector
@@ -24,6 +24,7 @@ VISION_TYPES = ("blip_2_vision_model", "instructblip_vision_model")
 WHOLE_TYPES = (MODEL_TYPE, "instructblip")
 _FIXED_VISION = {"hidden_act": "gelu", "num_channels": 3}
 _FIXED_QFORMER = {"hidden_act": "gelu"}
+_WITHOUT_TEXT = {"use_qformer_text_input": False}
 
 
 def vision_settings(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -60,9 +61,22 @@ def read_vision(found: Mapping[str, Any], folder: Path) -> Vision:
     )
 
 
-def read(raw: dict[str, Any], folder: Path, *, has_head: bool | None) -> Architecture:
-    """Read the architecture; arguments and errors as in ``native_config``."""
-    settings = read_settings(raw, folder, {"use_qformer_text_input": False})
+def read(
+    raw: dict[str, Any],
+    folder: Path,
+    *,
+    has_head: bool | None,
+    form: type[PreTrainedConfig] = Blip2Config,
+    qformer: Mapping[str, Any] = _WITHOUT_TEXT,
+) -> Architecture:
+    """Read the architecture; errors and other arguments as in ``native_config``.
+
+    Args:
+        raw, folder, has_head: as there.
+        form: class of the configuration.
+        qformer: what it must say of the Q-Former.
+    """
+    settings = read_settings(raw, folder, qformer, form)
     text = settings["text_config"]
     shared.refuse(folder / shared.FILE_NAME, list(language_config.problems(text, "text_config")))
     return Architecture(
@@ -75,20 +89,26 @@ def read(raw: dict[str, Any], folder: Path, *, has_head: bool | None) -> Archite
     )
 
 
-def read_settings(raw: dict[str, Any], folder: Path, qformer: dict[str, Any]) -> dict[str, Any]:
+def read_settings(
+    raw: dict[str, Any],
+    folder: Path,
+    qformer: Mapping[str, Any],
+    form: type[PreTrainedConfig] = Blip2Config,
+) -> dict[str, Any]:
     """Return what config.json says, with what it leaves out.
 
     Args:
         raw: content of config.json.
         folder: where it is.
         qformer: what it must say of the Q-Former.
+        form: class of the configuration.
 
     Raises:
         ValueError: it is of a model that ours is not; every difference is named.
     """
     path = folder / shared.FILE_NAME
-    settings = shared.complete(Blip2Config, raw, path)
-    wanted = _FIXED_QFORMER | qformer
+    settings = shared.complete(form, raw, path)
+    wanted = {**_FIXED_QFORMER, **qformer}
     wrong = shared.contradictions("qformer_config", settings["qformer_config"], wanted)
     shared.refuse(path, [*vision_problems(vision_settings(raw), "vision_config"), *wrong])
     return settings

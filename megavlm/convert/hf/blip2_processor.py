@@ -45,12 +45,12 @@ def write(
     )
 
 
-def write_images(folder: Path, architecture: Architecture) -> None:
+def write_images(folder: Path, architecture: Architecture, processor: str = PROCESSOR) -> None:
     """Write the settings of the image processor, which stretches images to squares."""
     side = architecture.vision.image_size
     settings: dict[str, Any] = {
         "image_processor_type": "BlipImageProcessor",
-        "processor_class": PROCESSOR,
+        "processor_class": processor,
         **pixel_settings(architecture),
         "size": {"height": side, "width": side},
     }

@@ -149,5 +149,6 @@ EXAMPLES: dict[Dialect, Example] = {
         ", use_image_text_matching_head=True).logits_per_image.softmax(dim=1)[:, 1]",
         image="[image, image]",
     ),
+    "instructblip": Example(text=_ASKING.format(prompt="What is it?")),
     "idefics": Example(text=_READING),
 }

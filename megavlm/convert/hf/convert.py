@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,7 +39,12 @@ from megavlm.convert.weights.adapters import MergedAdapters
 from megavlm.convert.weights.fused_experts import SeparateExperts
 from megavlm.convert.weights.tables import Dialect
 from megavlm.convert.weights.views import HuggingFaceView, MegatronView, Tensors
-from megavlm.data.text.tokenizer import LIKE_LLAMA, fingerprint, load_tokenizer
+from megavlm.data.text.tokenizer import (
+    LIKE_LLAMA,
+    QFORMER_TOKENIZER,
+    fingerprint,
+    load_tokenizer,
+)
 from megavlm.io.atomic import new_folder
 from megavlm.io.progress import Progress
 
@@ -218,6 +223,7 @@ def import_(
     with new_folder(out, flag) as growing, Progress("import", "B", _bytes(view)) as progress:
         write_shards(view, growing / SHARDS, done=progress.add)
         words = copy_tokenizer(Path(tokenizer) if tokenizer else folder, growing / TOKENIZER)
+        _copy_qformer_tokenizer((tokenizer, folder), growing / TOKENIZER)
         (growing / CONFIG_NAME).write_text(
             to_yaml(Config(recipe=source, stage="", model=name, architecture=architecture)),
             encoding="utf-8",
@@ -252,6 +258,14 @@ def copy_tokenizer(folder: Path, target: Path) -> str | None:
     for name in present:
         shutil.copyfile(folder / name, target / name)
     return fingerprint(load_tokenizer(target))
+
+
+def _copy_qformer_tokenizer(folders: Iterable[str | Path], target: Path) -> None:
+    """Copy the tokenizer of a Q-Former out of the first folder that has one beside its own."""
+    inside = (Path(folder) / QFORMER_TOKENIZER for folder in folders if folder)
+    found = next((folder for folder in inside if folder.is_dir()), None)
+    if found and target.is_dir():
+        copy_tokenizer(found, target / QFORMER_TOKENIZER)
 
 
 def _read_without_code(folder: Path, target: Path) -> str:

@@ -19,6 +19,7 @@ from megavlm.convert.hf import (
     chat_config,
     fuyu_config,
     idefics_config,
+    instructblip,
     internvl_c_config,
     llava_config,
     llava_processor,
@@ -179,6 +180,15 @@ HUB_FORMATS: dict[Dialect, HubFormat] = {
         read_architecture=blip2_retrieval.read,
         read_usage=blip2_retrieval.read_usage,
         write_files=blip2_retrieval.write,
+        name_on_disk=str,
+    ),
+    "instructblip": HubFormat(
+        class_name=instructblip.CLASS_NAME,
+        model_type=instructblip.MODEL_TYPE,
+        is_in_transformers=True,
+        read_architecture=instructblip.read,
+        read_usage=instructblip.read_usage,
+        write_files=instructblip.write,
         name_on_disk=str,
     ),
     "idefics": HubFormat(

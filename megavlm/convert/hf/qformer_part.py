@@ -75,7 +75,13 @@ def read(folder: str | Path, known: QFormer) -> QFormer:
     rows = (found.vocab_size, found.max_position_embeddings)
     if not known.text:
         rows = (known.vocab_size, known.max_position_embeddings)
-    return replace(found, text=known.text, vocab_size=rows[0], max_position_embeddings=rows[1])
+    return replace(
+        found,
+        text=known.text,
+        instruction_tokens=known.instruction_tokens,
+        vocab_size=rows[0],
+        max_position_embeddings=rows[1],
+    )
 
 
 def _of_bert(path: Path, raw: dict[str, Any], known: QFormer) -> QFormer:

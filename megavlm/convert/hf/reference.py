@@ -6,9 +6,22 @@ from pathlib import Path
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 
 from megavlm.convert.hf.hub_formats import hub_format_of
+from megavlm.data.loading.batch import Instructions
+
+
+def instruction_inputs(instructions: Instructions | None, tiles: slice) -> dict[str, Tensor]:
+    """Return what ``InstructBlipForConditionalGeneration`` reads beside tiles of a pack; nothing
+    if there are none, or no instructions.
+    """
+    if instructions is None or not len(instructions.tokens[tiles]):
+        return {}
+    tokens = instructions.tokens[tiles]
+    places = torch.arange(tokens.shape[1], device=tokens.device)
+    real = places < instructions.lengths[tiles, None]
+    return {"qformer_input_ids": tokens, "qformer_attention_mask": real.long()}
 
 
 def load_reference(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:

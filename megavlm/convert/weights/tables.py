@@ -35,6 +35,7 @@ Dialect = Literal[
     "internvl_c",
     "blip2",
     "blip2_retrieval",
+    "instructblip",
     "idefics",
 ]
 DIALECTS: tuple[Dialect, ...] = get_args(Dialect)
@@ -103,6 +104,12 @@ _NAMES: dict[Dialect, _Names] = {
         vision_rows=eva.rows,
         connector="",
         connector_rows=qformer.rows,
+    ),
+    "instructblip": _Names(
+        vision="vision_model.",
+        vision_rows=eva.rows,
+        connector="",
+        connector_rows=partial(qformer.rows, names=qformer.INSTRUCT_BLIP),
     ),
     "idefics": _Names(
         vision="model.vision_model.",

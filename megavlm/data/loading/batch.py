@@ -90,6 +90,30 @@ class Media:
         )
 
 
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Instructions:
+    """What a Q-Former reads beside each tile of a rank: the instruction of the tile's sample.
+
+    Args:
+        tokens: int64 [I, L], of the Q-Former's tokenizer; 0 behind the end of an instruction, and
+            everywhere for padding tiles.
+        lengths: int64 [I], tokens of each instruction.
+    """
+
+    tokens: torch.Tensor
+    lengths: torch.Tensor
+
+    @classmethod
+    def of(cls, **values: np.ndarray) -> Instructions:
+        """Make them of arrays, of the dtypes and shapes above, whose memory they share."""
+        return cls(**_as_tensors(values))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Instructions):
+            return NotImplemented
+        return torch.equal(self.tokens, other.tokens) and torch.equal(self.lengths, other.lengths)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Batch:
     """The tensors of one pack.
@@ -111,6 +135,7 @@ class Batch:
         prefixes: where samples are divided for a prefix-LM.
         media: which tokens read which image, for cross-attention; none if images have more than one
             placeholder token.
+        instructions: what a Q-Former reads beside the tiles; none if the packs have none.
         tiles: uint8 [I, 3, S, S], those of the pack's images first. Black ones, which no feature is
             taken from, follow where a multiple is asked for; each rank has at least one, so that
             every rank runs the same. [0, 3, S, S] where the pixels were not asked for.
@@ -148,11 +173,12 @@ class Batch:
     draw: int = 0
     samples: int = 0
     media: Media | None = None
+    instructions: Instructions | None = None
     weight_sum: float
     pack_id: int
 
     @classmethod
-    def of(cls, **values: np.ndarray | float | Prefixes | Media | None) -> Batch:
+    def of(cls, **values: np.ndarray | float | Prefixes | Media | Instructions | None) -> Batch:
         """Make a batch whose tensors share memory with the given arrays, of the dtypes and shapes
         above.
         """

@@ -22,12 +22,13 @@ from typing import Any
 
 import numpy as np
 
+from megavlm.config.sampling import Sampling, shares_of
 from megavlm.data.loading.batch import Batch
 from megavlm.data.loading.curriculum import Curriculum
 from megavlm.data.loading.dataset import PackedDataset
 from megavlm.data.loading.order import Order, Plan, permute
+from megavlm.data.store.index_format import RECORD
 from megavlm.data.store.manifest import Manifest
-from megavlm.data.store.pack_format import RECORD
 
 # Weights are rounded to shares of so many positions.
 BLOCK = 2**16
@@ -305,18 +306,20 @@ def open_blend(
     shared_batch: int = 0,
     augment: Sequence[str] = (),
     next_image: float = 0.0,
+    sampling: Sampling = "packs",
 ) -> tuple[PackedDataset | BlendedDataset, Order]:
     """Packed datasets as one, and the order of their packs.
 
     Args:
         folders: of the datasets.
-        weights: share of the packs that are taken from each; empty: each as often as it has packs.
+        weights: share of the packs that are taken from each; empty: as ``sampling`` says.
         seed, shuffle, group: of the order, as for ``Plan``.
         curriculum: whether each dataset's levels of difficulty come one after the other; one
             without levels is of one level.
         shared_batch: packs of a batch, every one of which has the same number of packs of each
             dataset; 0: batches may differ.
         augment, next_image: as for ``PackedDataset``.
+        sampling: as for ``shares_of``.
     """
     options = {"augment": augment, "next_image": next_image}
     datasets = [PackedDataset(folder, **options) for folder in folders]
@@ -331,7 +334,8 @@ def open_blend(
     )
     if len(datasets) == 1:
         return datasets[0], plans[0]
-    shares = tuple(weights) or tuple(float(len(dataset)) for dataset in datasets)
+    samples = [dataset.manifest.totals.samples for dataset in datasets]
+    shares = shares_of(weights, sampling, [len(dataset) for dataset in datasets], samples)
     windows = {"block": shared_batch, "window": shared_batch} if shared_batch else {}
     return BlendedDataset(datasets), BlendPlan(
         plans=plans, weights=shares, seed=seed, shuffle=shuffle, **windows

@@ -19,6 +19,7 @@ from megavlm.data.loading.draws import (
     pack_draw,
     patch_draws,
 )
+from megavlm.data.loading.instructions import find_instructions
 from megavlm.data.loading.media import find_media
 from megavlm.data.loading.prefixes import find_prefixes
 from megavlm.data.loading.rank_slice import WHOLE_PACK, RankSlice
@@ -158,9 +159,9 @@ class PackedDataset:
             longest_sample=int(np.diff(ends).max()),
             prefixes=find_prefixes(pack.supervised, positions, ends),
             media=self._media(pack, local[positions], seed, position),
+            instructions=find_instructions(pack, manifest, chosen),
             tiles=self._decoder.decode(pack, chosen if with_tiles else range(0), seed, position),
             **self._features(pack, positions, local),
-            num_features=pack.tiles * manifest.features_per_tile,
             **_draws(pack.tiles, chosen, seed, position, vision_layers, patches),
             samples=len(pack.lengths),
             weight_sum=float(self.index[pack_id][_weight_field(reduction)]),
@@ -192,9 +193,9 @@ class PackedDataset:
 
     def _features(
         self, pack: Pack, positions: np.ndarray, local: np.ndarray
-    ) -> dict[str, np.ndarray]:
+    ) -> dict[str, np.ndarray | int]:
         """Return where image features go among the rank's tokens, and which of the pack's features
-        these are; int64.
+        these are, int64; and how many the pack has.
 
         Args:
             pack: the pack.
@@ -203,7 +204,11 @@ class PackedDataset:
         """
         found = local[self._feature_positions(pack, positions)]
         is_own = found >= 0
-        return dict(feature_positions=found[is_own], feature_numbers=np.flatnonzero(is_own))
+        return dict(
+            feature_positions=found[is_own],
+            feature_numbers=np.flatnonzero(is_own),
+            num_features=pack.tiles * self.manifest.features_per_tile,
+        )
 
     def _feature_positions(self, pack: Pack, positions: np.ndarray) -> np.ndarray:
         """Return the positions of the placeholder tokens; int64 [real tiles * F]."""

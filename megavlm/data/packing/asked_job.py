@@ -16,6 +16,8 @@ from megavlm.data.text.templates import chat_format
 
 PASSED_ON = (
     "tokenizer",
+    "qformer_tokenizer",
+    "instruction_length",
     "template",
     "truncate",
     "capacity",

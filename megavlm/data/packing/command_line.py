@@ -119,6 +119,14 @@ TEXTS = (
         ),
     ),
     Option(
+        name="instruction_length",
+        default=0,
+        text=(
+            "most tokens of an instruction that a Q-Former reads too; the beginning of a longer one"
+            " is cut off; 0: the template's (instructblip: 128)"
+        ),
+    ),
+    Option(
         name="window_tokens",
         default=0,
         text=(
@@ -252,6 +260,14 @@ def _add_files(parser: argparse.ArgumentParser) -> None:
         required=True,
         type=cached,
         help="folder of the language model's tokenizer, or an id in the hub's cache",
+    )
+    add(
+        "--qformer_tokenizer",
+        metavar="DIR",
+        default="",
+        type=cached,
+        help="folder of the tokenizer of what a Q-Former reads, for --template instructblip"
+        " (default: qformer_tokenizer/ in the folder of --tokenizer)",
     )
     add("--out", metavar="DIR", help="folder to make; must be missing or empty")
     add("--picture", metavar="FILE", help="plot the report, with matplotlib")

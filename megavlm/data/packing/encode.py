@@ -250,7 +250,8 @@ class Encoder:
             turns = show_frames(turns, [len(clip) for clip in clips])
         else:
             pictures = tuple(stills)
-        tokens, supervised = self.template.encode(turns, *_extents(pictures))
+        tiles, rows = _extents(pictures)
+        tokens, supervised = self.template.encode(turns, tiles, rows)
         whole = Sample(
             tokens=tokens,
             supervised=supervised,
@@ -259,6 +260,7 @@ class Encoder:
             line=line,
             difficulty=difficulty,
             unread=record.unread,
+            instruction=self.template.instruction(turns, tiles),
         )
         if self.windows.cut and turns[0].role == "pretrain":
             samples = tuple(cut_windows(whole, self.windows, self.template))

@@ -51,6 +51,8 @@ class EncoderSettings:
         deep_images: what becomes of images of more than 8 bits a channel.
         windows: how long documents are cut.
         truncate: tokens that the end of a longer sample is cut off after; 0: nothing is cut off.
+        qformer_tokenizer: folder of the tokenizer of instructions; empty: there are none.
+        instruction_length: most tokens of an instruction.
     """
 
     tokenizer: str
@@ -66,6 +68,8 @@ class EncoderSettings:
     deep_images: DeepImages = "clip"
     windows: Windows = field(default_factory=Windows)
     truncate: int = 0
+    qformer_tokenizer: str = ""
+    instruction_length: int = 0
 
 
 @lru_cache(maxsize=1)
@@ -73,12 +77,15 @@ def build_encoder(settings: EncoderSettings) -> Encoder:
     """Return the encoder of this process."""
     # The processes are the parallelism; threads of the tokenizer on top would only fight for cores.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    words = settings.qformer_tokenizer
     template = ChatTemplate(
         load_tokenizer(settings.tokenizer),
         settings.features_per_tile,
         name=settings.template,
         system_message=settings.system_message,
         pair_length=settings.truncate,
+        qformer_tokenizer=load_tokenizer(words, "--qformer_tokenizer") if words else None,
+        instruction_length=settings.instruction_length,
     )
     return Encoder(
         template,

@@ -47,6 +47,7 @@ from megavlm.data.store.manifest import Manifest, Source, Totals
 from megavlm.data.store.pack_format import PackRules, complete
 from megavlm.data.text.templates import chat_format
 from megavlm.data.text.tokenizer import (
+    QFORMER_TOKENIZER,
     add_special_tokens,
     fingerprint,
     first_tokens,
@@ -75,10 +76,10 @@ def pack_dataset(job: Job) -> Report:
     start = time.monotonic()
     job.check()
     tokenizer = _tokenizer(job)
-    with partial_folder(
-        job.partial, job.identity(fingerprint(tokenizer)), flag=f"--out {job.out}"
-    ) as folder:
-        tokenizer.save_pretrained(folder / TOKENIZER_NAME)
+    words = _qformer_tokenizer(job)
+    identity = job.identity(fingerprint(tokenizer), fingerprint(words) if words else "")
+    with partial_folder(job.partial, identity, flag=f"--out {job.out}") as folder:
+        _save(tokenizer, words, folder)
         settings = _settings(job, tokenizer, folder / TOKENIZER_NAME)
         scan = _scan(job, settings, folder)
         plan = _plan(job, _gather(job, scan))
@@ -91,6 +92,12 @@ def pack_dataset(job: Job) -> Report:
             "pad_token_id": tokenizer.pad_token_id or 0,
             "end_token_id": _end_token_id(job, tokenizer),
         }
+        if words:
+            facts |= {
+                "qformer_fingerprint": fingerprint(words),
+                "qformer_vocab_size": max(words.get_vocab().values()) + 1,
+                "instruction_length": job.most_of_instruction,
+            }
         manifest = complete(
             folder,
             _manifest(job, scan, plan, shards, late, facts),
@@ -111,7 +118,7 @@ def plan_dataset(job: Job) -> Report:
     tokenizer = _tokenizer(job)
     with tempfile.TemporaryDirectory(prefix="megavlm-") as temporary:
         folder = Path(temporary)
-        tokenizer.save_pretrained(folder / TOKENIZER_NAME)
+        _save(tokenizer, _qformer_tokenizer(job), folder)
         scan = _scan(job, _settings(job, tokenizer, folder / TOKENIZER_NAME), folder)
         samples = _gather(job, scan)
         return _report(job, scan, samples, _plan(job, samples), [], None, start)
@@ -139,6 +146,21 @@ def _tokenizer(job: Job) -> Any:
         bos=bool(form.first_token or first_tokens(tokenizer)),
     )
     return tokenizer
+
+
+def _qformer_tokenizer(job: Job) -> Any:
+    """Load the tokenizer of the instructions that a Q-Former reads; none if it reads none."""
+    folder = job.qformer_tokenizer_folder
+    return load_tokenizer(folder, "--qformer_tokenizer") if folder else None
+
+
+def _save(tokenizer: Any, words: Any, folder: Path) -> None:
+    """Write both tokenizers into a dataset, that of the Q-Former inside the other one's folder, as
+    in the folders of transformers.
+    """
+    tokenizer.save_pretrained(folder / TOKENIZER_NAME)
+    if words:
+        words.save_pretrained(folder / TOKENIZER_NAME / QFORMER_TOKENIZER)
 
 
 def _context_token_id(job: Job, tokenizer: Any) -> int:
@@ -171,6 +193,10 @@ def _settings(job: Job, tokenizer: Any, folder: Path) -> EncoderSettings:
         deep_images=job.deep_images,
         windows=job.windows,
         truncate=job.truncate,
+        qformer_tokenizer=str((folder / QFORMER_TOKENIZER).absolute())
+        if job.qformer_tokenizer_folder
+        else "",
+        instruction_length=job.most_of_instruction,
     )
     build_encoder(settings)
     return settings

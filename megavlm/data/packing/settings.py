@@ -16,12 +16,13 @@ from megavlm.data.records.meta_file import Annotations
 from megavlm.data.store.manifest import FORMAT_VERSION
 from megavlm.data.text.chat_tokens import DEFAULT
 from megavlm.data.text.templates import chat_format
+from megavlm.data.text.tokenizer import QFORMER_TOKENIZER
 from megavlm.io.remote import file_state
 
 # May differ when a stopped job resumes, because no byte of the result depends on it.
 FREE_SETTINGS = ("out", "workers", "executor", "max_rejects")
 # Changes when the files of a stopped job are not readable any more.
-PACKER_VERSION = 4
+PACKER_VERSION = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +33,9 @@ class Job:
         sources: annotation files.
         tokenizer: folder of the tokenizer; special tokens that it lacks are added to the copy in
             the dataset.
+        qformer_tokenizer: folder of the tokenizer of the instructions that a Q-Former reads; empty:
+            that in the folder of the tokenizer, for a template that has instructions.
+        instruction_length: most tokens of an instruction; 0: the template's.
         out: folder of the dataset; missing or empty.
         capacity: tokens of a pack.
         features_per_tile: context tokens of one tile.
@@ -70,6 +74,8 @@ class Job:
     deep_images: DeepImages = "clip"
     windows: Windows = field(default_factory=Windows)
     truncate: int = 0
+    qformer_tokenizer: str = ""
+    instruction_length: int = 0
     template: str = DEFAULT
     system_message: str | None = None
     tile_cap: int | None = None
@@ -93,6 +99,7 @@ class Job:
             "tile_multiple": 1,
             "levels": 0,
             "truncate": 0,
+            "instruction_length": 0,
             "workers": 0,
             "seed": 0,
         }
@@ -148,6 +155,17 @@ class Job:
                 f"--truncate {self.truncate}: texts of {flag} are cut at 2 to {form.pair_length}"
                 " tokens"
             )
+        if not form.instruction_length and (self.qformer_tokenizer or self.instruction_length):
+            raise ValueError(
+                f"{flag}: no Q-Former reads a text of it; leave --qformer_tokenizer and"
+                " --instruction_length out"
+            )
+        if form.instruction_length and self.qformer_tokenizer_folder is None:
+            raise ValueError(
+                f"{flag}: a Q-Former reads the instruction; name its tokenizer with"
+                f" --qformer_tokenizer (the folder of --tokenizer {self.tokenizer} has no"
+                f" {QFORMER_TOKENIZER}/)"
+            )
         if form.images_before_text and self.windows.cut:
             raise ValueError(
                 f"{flag}: puts images before the first tokens of a text, which each window of a"
@@ -176,6 +194,21 @@ class Job:
             )
 
     @property
+    def qformer_tokenizer_folder(self) -> str | None:
+        """Return the folder of the tokenizer of instructions; none if the template has none, or if
+        there is no such folder.
+        """
+        if not chat_format(self.template).instruction_length:
+            return None
+        inside = Path(self.tokenizer) / QFORMER_TOKENIZER
+        return self.qformer_tokenizer or (str(inside) if inside.is_dir() else None)
+
+    @property
+    def most_of_instruction(self) -> int:
+        """Return the most tokens of an instruction; 0: there are none."""
+        return self.instruction_length or chat_format(self.template).instruction_length
+
+    @property
     def partial(self) -> Path:
         """Return the folder that becomes ``out`` when it is complete."""
         out = Path(self.out)
@@ -187,14 +220,14 @@ class Job:
         out = Path(self.out)
         return out.with_name(out.name + ".rejects.jsonl")
 
-    def identity(self, tokenizer_fingerprint: str) -> dict[str, Any]:
+    def identity(self, tokenizer_fingerprint: str, qformer_fingerprint: str = "") -> dict[str, Any]:
         """Return what the result depends on, as JSON: settings, the state of the annotation files,
         the tokenizer and the format.
         """
         settings = {
             name: value
             for name, value in dataclasses.asdict(self).items()
-            if name not in (*FREE_SETTINGS, "sources", "tokenizer")
+            if name not in (*FREE_SETTINGS, "sources", "tokenizer", "qformer_tokenizer")
         }
         sources = []
         for source in self.sources:
@@ -206,6 +239,7 @@ class Job:
             **settings,
             "sources": sources,
             "tokenizer": tokenizer_fingerprint,
+            "qformer_tokenizer": qformer_fingerprint,
             "format": FORMAT_VERSION,
             "packer": PACKER_VERSION,
         }

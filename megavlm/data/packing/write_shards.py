@@ -24,8 +24,9 @@ from megavlm.data.records.raw_record import RawRecord
 from megavlm.data.records.readers import open_reader
 from megavlm.data.records.reject import REPAIRABLE, Reject, RejectError
 from megavlm.data.sample import Sample
+from megavlm.data.store.index_format import RECORD
 from megavlm.data.store.manifest import Shard, Totals
-from megavlm.data.store.pack_format import RECORD, PackRules, ShardWriter
+from megavlm.data.store.pack_format import PackRules, ShardWriter
 from megavlm.io import atomic
 
 # Of documents that a worker keeps while it writes a shard.

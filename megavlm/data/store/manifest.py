@@ -18,9 +18,10 @@ from megavlm.io.storage import LocalFiles, open_folder
 
 FILE_NAME = "manifest.json"
 FORMAT_NAME = "megavlm-packs"
-FORMAT_VERSION = 4
-# Version 2 had no levels, version 3 no limit of the size of images.
-READ_VERSIONS = (2, 3, FORMAT_VERSION)
+FORMAT_VERSION = 5
+# Version 2 had no levels, version 3 no limit of the size of images, version 4 no instructions for a
+# Q-Former.
+READ_VERSIONS = (2, 3, 4, FORMAT_VERSION)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +80,7 @@ class Shard:
 @dataclass(frozen=True, kw_only=True)
 class Totals:
     """Sums over all packs; ``supervised`` counts tokens with a loss, ``bytes`` the packs'
-    blocks.
+    blocks, ``instructions`` the tokens that a Q-Former reads.
     """
 
     packs: int = 0
@@ -89,6 +90,7 @@ class Totals:
     images: int = 0
     tiles: int = 0
     bytes: int = 0
+    instructions: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +104,10 @@ class Manifest:
         pad_token_id: id that fills a pack up to its capacity.
         end_token_id: id that ends a text, behind which tokens read no image by cross-attention
             until the next one; -1: none does.
+        qformer_fingerprint: hash of the tokenizer that made a Q-Former's tokens; empty: the packs
+            have none.
+        qformer_vocab_size: ids that it knows.
+        instruction_length: most tokens of an instruction; 0: there are none.
         template: name of the conversation template.
         system_message: what the template says before the conversation.
         image_size: side of a tile in pixels.
@@ -132,6 +138,9 @@ class Manifest:
     context_token_id: int
     pad_token_id: int = 0
     end_token_id: int = -1
+    qformer_fingerprint: str = ""
+    qformer_vocab_size: int = 0
+    instruction_length: int = 0
     template: str
     system_message: str = ""
     image_size: int

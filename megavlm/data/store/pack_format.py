@@ -5,19 +5,16 @@ A pack is one block of a ``.bin`` file, which starts at a multiple of 64 bytes; 
 at multiples of 8 bytes:
 
     tokens int32 [T] | supervised uint8 [T] | sample lengths int32 [N] | provenance [N] | image
-    table [images] | encoded images
+    table [images] | instructions int32 [M] | encoded images
 
-All numbers are little-endian. The index is a header (magic, format version, sizes, and the record's
-fields as JSON) and then the records, so that any record is read without the others. Shapes: T
-tokens of the pack, N samples.
+All numbers are little-endian. ``index_format`` has the index. Shapes: T tokens of the pack, N
+samples, M tokens of their instructions for a Q-Former.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
-import struct
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -30,37 +27,23 @@ from typing import BinaryIO, Self
 import numpy as np
 
 from megavlm.data.sample import Sample
+from megavlm.data.store.index_format import (
+    BLOCK_ALIGNMENT_BYTES,
+    FORM,
+    INDEX_NAME,
+    RECORD,
+    round_up,
+)
 from megavlm.data.store.manifest import FILE_NAME, Manifest, Shard, Totals
 from megavlm.io import atomic
 from megavlm.io.checksum import chunks, measure
 
-MAGIC = b"MVLMPACK"
-VERSION = 2
-INDEX_NAME = "packs.idx"
-BLOCK_ALIGNMENT_BYTES = 64
 SECTION_ALIGNMENT_BYTES = 8
 SHARD_BYTES = 2**30
 REDUCTIONS = ("token", "sample", "square")
 
-RECORD = np.dtype(
-    [
-        ("offset", "<i8"),  # of the block in the .bin file
-        ("bytes", "<i8"),  # of the block
-        ("tokens", "<i4"),
-        ("samples", "<i4"),
-        ("images", "<i4"),
-        ("tiles", "<i4"),
-        ("supervised", "<i4"),  # tokens with a loss
-        ("longest", "<i4"),  # tokens of the longest sample
-        ("weight_token", "<f8"),  # sums of loss weights
-        ("weight_sample", "<f8"),
-        ("weight_square", "<f8"),
-        ("squared_lengths", "<f8"),  # sum of the samples' squared lengths: what attention costs
-        ("crc_tokens", "<u4"),  # of all that lies before the encoded images
-        ("crc_images", "<u4"),  # of the encoded images
-    ]
-)
-PROVENANCE = np.dtype([("line", "<i8"), ("source", "<i4"), ("reserved", "<i4")])
+# ``instruction`` counts the tokens of the sample's instruction; it was always 0 before version 3.
+PROVENANCE = np.dtype([("line", "<i8"), ("source", "<i4"), ("instruction", "<i4")])
 IMAGE = np.dtype(
     [
         ("offset", "<i8"),  # in the section of encoded images
@@ -73,17 +56,6 @@ IMAGE = np.dtype(
         ("sample", "<i4"),  # index of its sample in the pack
     ]
 )
-# magic, version, header bytes, record bytes, description bytes, packs
-HEADER = struct.Struct("<8sIIIIq")
-DESCRIPTION = json.dumps(RECORD.descr).encode()
-
-
-def round_up(value: int, multiple: int) -> int:
-    """Return the smallest multiple of ``multiple`` that is not below ``value``."""
-    return -(-value // multiple) * multiple
-
-
-HEADER_BYTES = round_up(HEADER.size + len(DESCRIPTION), BLOCK_ALIGNMENT_BYTES)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,28 +68,25 @@ class Sections:
     lengths: int
     provenance: int
     images: int
+    instructions: int
     encoded: int
 
 
-def sections(tokens: int, samples: int, images: int) -> Sections:
+def sections(tokens: int, samples: int, images: int, instructions: int = 0) -> Sections:
     """Compute the layout of a block; it follows from the pack's counts alone."""
     supervised = round_up(4 * tokens, SECTION_ALIGNMENT_BYTES)
     lengths = supervised + round_up(tokens, SECTION_ALIGNMENT_BYTES)
     provenance = lengths + round_up(4 * samples, SECTION_ALIGNMENT_BYTES)
     table = provenance + PROVENANCE.itemsize * samples
+    asked = table + IMAGE.itemsize * images
     return Sections(
         supervised=supervised,
         lengths=lengths,
         provenance=provenance,
         images=table,
-        encoded=table + IMAGE.itemsize * images,
+        instructions=asked,
+        encoded=asked + round_up(4 * instructions, SECTION_ALIGNMENT_BYTES),
     )
-
-
-def pack_header(packs: int) -> bytes:
-    """Return the header of the index."""
-    header = HEADER.pack(MAGIC, VERSION, HEADER_BYTES, RECORD.itemsize, len(DESCRIPTION), packs)
-    return (header + DESCRIPTION).ljust(HEADER_BYTES, b"\0")
 
 
 def sample_weights(supervised: np.ndarray) -> tuple[float, float, float]:
@@ -262,7 +231,7 @@ def _index_chunks(
 ) -> Iterator[bytes]:
     """Write the header and the records of all shards to the index, and yield what was written."""
     records = (chunks(folder / f"{shard.name}.records") for shard in shards)
-    for chunk in chain([pack_header(packs)], *records):
+    for chunk in chain([FORM.header(packs)], *records):
         index.write(chunk)
         yield chunk
 
@@ -351,7 +320,8 @@ def pack_block(samples: Sequence[Sample]) -> tuple[list[bytes], np.ndarray]:
     """
     lengths = np.array([len(sample.tokens) for sample in samples], np.int32)
     images = [(index, image) for index, sample in enumerate(samples) for image in sample.images]
-    layout = sections(int(lengths.sum()), len(samples), len(images))
+    asked = np.array([len(sample.instruction) for sample in samples], np.int32)
+    layout = sections(int(lengths.sum()), len(samples), len(images), int(asked.sum()))
     head = np.zeros(layout.encoded, np.uint8)
     count = int(lengths.sum())
     head[: 4 * count].view("<i4")[:] = np.concatenate([sample.tokens for sample in samples])
@@ -362,7 +332,10 @@ def pack_block(samples: Sequence[Sample]) -> tuple[list[bytes], np.ndarray]:
     provenance = head[layout.provenance : layout.images].view(PROVENANCE)
     provenance["source"] = [sample.source for sample in samples]
     provenance["line"] = [sample.line for sample in samples]
-    table = head[layout.images :].view(IMAGE)
+    provenance["instruction"] = asked
+    instructions = head[layout.instructions :].view("<i4")[: asked.sum()]
+    instructions[:] = np.concatenate([sample.instruction for sample in samples])
+    table = head[layout.images : layout.instructions].view(IMAGE)
     parts = []
     offset = 0
     crc = 0
@@ -395,6 +368,8 @@ def pack_block(samples: Sequence[Sample]) -> tuple[list[bytes], np.ndarray]:
         supervised
     )
     record["squared_lengths"] = np.square(lengths.astype(np.float64)).sum()
+    record["instructions"] = asked.sum()
+    record["longest_instruction"] = asked.max()
     record["crc_tokens"] = zlib.crc32(head)
     record["crc_images"] = crc
     return [head.tobytes(), *parts], record

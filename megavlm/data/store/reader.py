@@ -12,20 +12,16 @@ from pathlib import Path
 
 import numpy as np
 
-from megavlm.data.store.manifest import Manifest, read_manifest
-from megavlm.data.store.pack_format import (
-    DESCRIPTION,
-    HEADER,
-    HEADER_BYTES,
-    IMAGE,
+from megavlm.data.store.index_format import (
+    FORMS,
     INDEX_NAME,
-    MAGIC,
-    PROVENANCE,
     RECORD,
-    VERSION,
-    pack_header,
-    sections,
+    IndexForm,
+    as_records,
+    read_header,
 )
+from megavlm.data.store.manifest import Manifest, read_manifest
+from megavlm.data.store.pack_format import IMAGE, PROVENANCE, Sections, sections
 from megavlm.io.checksum import measure
 from megavlm.io.record_file import CHUNK_BYTES, RecordFile
 from megavlm.io.storage import Files, LocalFiles, is_remote, open_folder
@@ -42,8 +38,9 @@ class Pack:
         tokens: int32 [T].
         supervised: bool [T].
         lengths: int32 [N], tokens of each sample.
-        provenance: [N] with fields ``source`` and ``line``.
+        provenance: [N] with fields ``source``, ``line`` and ``instruction`` (tokens of it).
         images: table of images, with the fields of ``store.IMAGE``.
+        instructions: int32 [M], what a Q-Former reads beside the images of each sample in turn.
         encoded: encoded bytes of all images; empty if they were not asked for.
     """
 
@@ -53,6 +50,7 @@ class Pack:
     lengths: np.ndarray
     provenance: np.ndarray
     images: np.ndarray
+    instructions: np.ndarray
     encoded: np.ndarray
 
     @property
@@ -85,6 +83,10 @@ class Index:
         return len(self._rows)
 
     def __getitem__(self, key: str | int | np.ndarray | list[int]) -> np.ndarray:
+        if not isinstance(key, str):
+            return as_records(self._rows[key])
+        if key not in self._rows.dtype.names:  # of an older version
+            return np.zeros(len(self), RECORD[key])
         return self._rows[key]
 
     def shard_of(self, ids: np.ndarray | int) -> np.ndarray:
@@ -108,13 +110,11 @@ class Reader:
         self.files = open_folder(folder)
         self.manifest: Manifest = read_manifest(self.folder)
         shards = self.manifest.shards
-        _check_files(self.files, self.manifest)
-        self.index = Index(
-            RecordFile(
-                self.files, INDEX_NAME, RECORD, sum(shard.packs for shard in shards), HEADER_BYTES
-            ),
-            [shard.packs for shard in shards],
-        )
+        self._form = _check_files(self.files, self.manifest)
+        packs = [shard.packs for shard in shards]
+        form = self._form
+        rows = RecordFile(self.files, INDEX_NAME, form.record, sum(packs), form.header_bytes)
+        self.index = Index(rows, packs)
         if len(self.index) == 0:
             raise ValueError(f"{self.folder}: the dataset has no packs")
 
@@ -138,7 +138,7 @@ class Reader:
         """
         record = self.index[pack_id]
         shard = self.manifest.shards[int(self.index.shard_of(pack_id))]
-        layout = sections(int(record["tokens"]), int(record["samples"]), int(record["images"]))
+        layout = _sections(record)
         start = int(record["offset"])
         end = int(record["offset"] + record["bytes"])
         middle = start + layout.encoded
@@ -177,7 +177,7 @@ class Reader:
         Raises:
             ValueError: at the first that is wrong.
         """
-        size = HEADER_BYTES + RECORD.itemsize * len(self)
+        size = self._form.header_bytes + self._form.record.itemsize * len(self)
         _, crc = measure(
             self.files.read(INDEX_NAME, start, min(start + CHUNK_BYTES, size))
             for start in range(0, size, CHUNK_BYTES)
@@ -211,62 +211,46 @@ def parse_pack(pack_id: int, record: np.ndarray, head: np.ndarray, encoded: np.n
     """
     count = int(record["tokens"])
     samples = int(record["samples"])
-    layout = sections(count, samples, int(record["images"]))
+    layout = _sections(record)
     return Pack(
         pack_id=pack_id,
         tokens=head[: 4 * count].view("<i4"),
         supervised=head[layout.supervised : layout.supervised + count].view(bool),
         lengths=head[layout.lengths : layout.lengths + 4 * samples].view("<i4"),
         provenance=head[layout.provenance : layout.images].view(PROVENANCE),
-        images=head[layout.images :].view(IMAGE),
+        images=head[layout.images : layout.instructions].view(IMAGE),
+        instructions=head[layout.instructions :].view("<i4")[: int(record["instructions"])],
         encoded=encoded,
     )
 
 
-def _check_files(files: Files, manifest: Manifest) -> None:
-    """Look at the index's header, and at the sizes of the files."""
+def _sections(record: np.ndarray) -> Sections:
+    """Compute the layout of a block from its record."""
+    counts = (int(record[name]) for name in ("tokens", "samples", "images", "instructions"))
+    return sections(*counts)
+
+
+def _check_files(files: Files, manifest: Manifest) -> IndexForm:
+    """Look at the index's header, and at the sizes of the files; return the form of the index."""
     packs = sum(shard.packs for shard in manifest.shards)
-    sizes = {INDEX_NAME: HEADER_BYTES + RECORD.itemsize * packs}
+    sizes = {}
     # Of very many files the sizes are looked at when one is read, so that a run starts at once.
     if len(manifest.shards) <= CHECKED_SHARDS and isinstance(files, LocalFiles):
-        sizes |= {f"{shard.name}.bin": shard.bin_bytes for shard in manifest.shards}
-    for name in sizes:
+        sizes = {f"{shard.name}.bin": shard.bin_bytes for shard in manifest.shards}
+    for name in (INDEX_NAME, *sizes):
         if not files.exists(name):
             raise FileNotFoundError(
                 f"{files.folder}/{name}: missing, but the manifest names it; copy or pack the"
                 " dataset again"
             )
-    _check_header(f"{files.folder}/{INDEX_NAME}", files.read(INDEX_NAME, 0, HEADER_BYTES), packs)
+    longest = max(form.header_bytes for form in FORMS.values())
+    start = files.read(INDEX_NAME, 0, min(longest, files.size(INDEX_NAME)))
+    form = read_header(f"{files.folder}/{INDEX_NAME}", start, packs)
+    sizes[INDEX_NAME] = form.header_bytes + form.record.itemsize * packs
     for name, expected in sizes.items():
         if (found := files.size(name)) != expected:
             raise ValueError(
                 f"{files.folder}/{name}: {found} bytes, written were {expected}; "
                 "the file is cut off or changed, copy or pack the dataset again"
             )
-
-
-def _check_header(path: str, start: bytes, packs: int) -> None:
-    """Refuse an index that this program cannot read, or of another dataset."""
-    if len(start) < HEADER.size or not start.startswith(MAGIC):
-        raise ValueError(f"{path}: not an index of packs (it does not start with {MAGIC.decode()})")
-    _, version, header_bytes, record_bytes, _, found = HEADER.unpack_from(start)
-    if version != VERSION:
-        raise ValueError(
-            f"{path}: format version {version}, but this megavlm reads {VERSION}; update megavlm,"
-            " or pack the dataset again"
-        )
-    description = start[HEADER.size : HEADER.size + len(DESCRIPTION)]
-    if (
-        record_bytes != RECORD.itemsize
-        or header_bytes != HEADER_BYTES
-        or description != DESCRIPTION
-    ):
-        raise ValueError(
-            f"{path}: records of {record_bytes} bytes with other fields than those of"
-            f" {RECORD.itemsize} bytes that this megavlm reads; pack the dataset again"
-        )
-    if start != pack_header(packs):
-        raise ValueError(
-            f"{path}: header says {found} packs, the manifest says {packs}; the files do not belong"
-            " together"
-        )
+    return form

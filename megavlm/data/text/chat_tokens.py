@@ -14,7 +14,13 @@ from transformers import PreTrainedTokenizerBase
 from megavlm.data.records.record import IMAGE_PLACEHOLDER, SHOWING_ROLES, Turn
 from megavlm.data.records.reject import RejectError
 from megavlm.data.text.image_rows import expand
+from megavlm.data.text.instruction import NO_INSTRUCTION, InstructionTokens
 from megavlm.data.text.pair_tokens import pair_tokens
+from megavlm.data.text.placeholders import (
+    check_placeholders,
+    with_image_first,
+    without_images,
+)
 from megavlm.data.text.templates import chat_format
 from megavlm.data.text.token_counter import TokenCounter
 from megavlm.data.text.tokenizer import first_tokens
@@ -33,10 +39,12 @@ class ChatTemplate:
         system_message: what a conversation without a system turn begins with; None: the row's;
             empty: nothing, not even an empty system turn.
         pair_length: most tokens of the text of a pair; 0: the row's.
+        qformer_tokenizer: of the instruction that a Q-Former reads, if the row has one.
+        instruction_length: most tokens of an instruction, in either tokenizer; 0: the row's.
 
     Raises:
         ValueError: the tokenizer lacks a token, adds other ones of its own, or cannot say where its
-            tokens stand in a text.
+            tokens stand in a text; or there is no tokenizer for instructions.
     """
 
     def __init__(
@@ -47,6 +55,8 @@ class ChatTemplate:
         name: str = DEFAULT,
         system_message: str | None = None,
         pair_length: int = 0,
+        qformer_tokenizer: PreTrainedTokenizerBase | None = None,
+        instruction_length: int = 0,
     ) -> None:
         self.tokenizer = tokenizer
         self.features_per_tile = features_per_tile
@@ -64,21 +74,14 @@ class ChatTemplate:
         if tokenizer.is_fast:
             tokenizer.backend_tokenizer.no_truncation()
             tokenizer.backend_tokenizer.no_padding()
-        # A pair keeps all that its tokenizer puts around a text.
-        self.first_tokens = []
-        if self.format.first_token:
-            self.first_tokens = [self._token_id(self.format.first_token)]
-        elif not self.format.is_of_pairs:
-            self.first_tokens = first_tokens(tokenizer)
-        if self.format.gathers_images and not self.first_tokens:
-            if tokenizer.bos_token_id is None:
-                raise ValueError(
-                    f"the tokenizer has no bos_token, which --template {name} needs behind images"
-                )
-            self.first_tokens = [tokenizer.bos_token_id]
+        self.first_tokens = self._find_first_tokens()
         self.context_token_id = -1
+        self.instructions = None
+        self.instruction_length = instruction_length or self.format.instruction_length
         if self.format.is_of_pairs:
             return
+        if self.instruction_length:
+            self.instructions = InstructionTokens(qformer_tokenizer, self.instruction_length)
         images = self.format.images
         for token in (*self.format.markers, *images.added):
             self._token_id(token)
@@ -87,15 +90,30 @@ class ChatTemplate:
         self.end_token_id = self._tokens([self.format.end])[0][-1]
         self._shown = images.shown
         self._image_token_ids = [self._token_id(token) for token in self._shown]
-        self._first_tokens = np.array(self.first_tokens, np.int32)
         self._opening_tokens = self._tokens([self.format.opening])[0]
         end, whole = self._tokens([self.format.end, self.format.end + self.format.closing])
         self._counter = TokenCounter(tokenizer.backend_tokenizer)
         self._first_count = self.format.end, len(end)
         self._first = self.format.end, end  # what a conversation began with last, and its tokens
-        self._closing_length = len(whole) - len(
-            end
-        )  # alone, a text may begin with a token for a space
+        # Alone, a text may begin with a token for a space.
+        self._closing_length = len(whole) - len(end)
+
+    def _find_first_tokens(self) -> list[int]:
+        """Return the tokens that begin a text; a pair keeps those of its tokenizer, so none."""
+        if self.format.first_token:
+            return [self._token_id(self.format.first_token)]
+        if self.format.is_of_pairs:
+            return []
+        found = first_tokens(self.tokenizer)
+        needs_one = self.format.gathers_images and not self.format.instruction_length
+        if found or not needs_one:
+            return found
+        if self.tokenizer.bos_token_id is None:
+            raise ValueError(
+                f"the tokenizer has no bos_token, which --template {self.format.name} needs behind"
+                " images"
+            )
+        return [self.tokenizer.bos_token_id]
 
     def encode(
         self, turns: Sequence[Turn], tiles: Sequence[int], rows: Sequence[int] = ()
@@ -120,7 +138,7 @@ class ChatTemplate:
         if self.format.is_of_pairs or self.format.split_at_images:
             return len(self.encode(turns, tiles, rows)[0])
         turns = self._with_system(turns)
-        self._check_placeholders(turns, len(tiles))
+        check_placeholders(turns, len(tiles), self._shown)
         self._check_single(turns)
         texts = ["".join(self._render(turn)) for turn in turns]
         if self.format.joint:
@@ -130,6 +148,14 @@ class ChatTemplate:
         found = len(self.first_tokens) + self._first_count[1]
         found += sum(map(self._counter.count, texts[1:]))
         return found + sum(tiles) * self.features_per_tile - len(tiles)
+
+    def instruction(self, turns: Sequence[Turn], tiles: Sequence[int]) -> np.ndarray:
+        """Tokens of what a Q-Former reads beside the images of a conversation, int32 [m]; none
+        without images, or if the template has no instructions. Arguments as for ``encode``.
+        """
+        if self.instructions is None or not len(tiles):
+            return NO_INSTRUCTION
+        return self.instructions.of(turns)
 
     def prompt(
         self,
@@ -185,7 +211,7 @@ class ChatTemplate:
         if self.format.is_of_pairs:
             return self._encode_pair(turns, tiles)
         turns = self._with_system(turns)
-        self._check_placeholders(turns, len(tiles))
+        check_placeholders(turns, len(tiles), self._shown)
         self._check_single(turns)
         pieces = [self._render(turn) for turn in turns]
         is_joint = self.format.joint or turns[0].role == "pretrain"
@@ -197,7 +223,7 @@ class ChatTemplate:
             if self.format.images_before_text:
                 is_text = tokens != self.context_token_id
                 start = int(is_text.argmax()) if is_text.any() else len(tokens)
-            tokens = np.insert(tokens, start, self._first_tokens)
+            tokens = np.insert(tokens, start, np.array(self.first_tokens, np.int32))
             supervised = np.insert(supervised, start, np.zeros(len(self.first_tokens), bool))
         if not len(tiles):
             return tokens, supervised
@@ -245,10 +271,10 @@ class ChatTemplate:
             if turn.role == "human" and not self.format.questions:
                 text = IMAGE_PLACEHOLDER * text.count(IMAGE_PLACEHOLDER)
             if turn.role == "human" and self.format.image_first:
-                text = _with_image_first(text)
+                text = with_image_first(text)
             if self.format.gathers_images:
                 count = text.count(IMAGE_PLACEHOLDER)
-                text = IMAGE_PLACEHOLDER * count + _without_images(text)
+                text = IMAGE_PLACEHOLDER * count + without_images(text)
             images = self.format.images
             text = images.joined(text.replace(IMAGE_PLACEHOLDER, images.text))
         if turn.role == "pretrain":
@@ -269,7 +295,7 @@ class ChatTemplate:
         """
         first, *others = ["".join(piece) for piece in pieces]
         if first != self._first[0]:  # one system message begins most conversations
-            self._first = first, self._tokens([first])[0]
+            self._first = first, self._first_turn(first)
         tokens = []
         learned = []
         for turn, found in zip(turns, [self._first[1], *self._tokens(others)], strict=True):
@@ -287,6 +313,17 @@ class ChatTemplate:
         for start, end in learned:
             mask[start:end] = True
         return np.array(tokens, np.int32), mask
+
+    def _first_turn(self, text: str) -> list[int]:
+        """Token ids of the text of the first turn. If the template splits at images, what stands
+        behind them is an instruction, which becomes tokens alone and is cut in front.
+        """
+        if not self.format.split_at_images:
+            return self._tokens([text])[0]
+        context = self.format.images.context
+        most = max(1, self.instruction_length - len(self.first_tokens))
+        found = self._tokens([text.replace(context, "")])[0]
+        return [self.context_token_id] * text.count(context) + found[-most:]
 
     def _encode_joint(
         self, turns: Sequence[Turn], pieces: list[tuple[str, str, str]], opening: str
@@ -361,38 +398,3 @@ class ChatTemplate:
                 f"{roles.count('human')} questions and {roles.count('system')} system turns, but a"
                 f" sample of --template {self.format.name} has one question alone",
             )
-
-    def _check_placeholders(self, turns: Sequence[Turn], images: int) -> None:
-        """Refuse texts that hold an image's tokens, and more or fewer placeholders than images."""
-        placeholders = 0
-        for turn in turns:
-            shows = turn.role in SHOWING_ROLES
-            for token in self._shown:
-                if token in turn.text and not (shows and token == IMAGE_PLACEHOLDER):
-                    raise RejectError(
-                        "image_token_in_text",
-                        f"a {turn.role} turn holds {token} {turn.text.count(token)} times",
-                    )
-            if shows:
-                placeholders += turn.text.count(IMAGE_PLACEHOLDER)
-        if placeholders != images:
-            raise RejectError(
-                "placeholder_count",
-                f"{placeholders} {IMAGE_PLACEHOLDER} placeholders in the texts that show images,"
-                f" but {images} images",
-            )
-
-
-def _without_images(text: str) -> str:
-    """Take the placeholders of images, and the white space around them, out of a text."""
-    return " ".join(part.strip() for part in text.split(IMAGE_PLACEHOLDER) if part.strip())
-
-
-def _with_image_first(text: str) -> str:
-    """Put the one image of a text in front of it, on a line of its own; a text with several, such
-    as frames of a video, stays as it is.
-    """
-    if text.count(IMAGE_PLACEHOLDER) != 1:
-        return text
-    rest = text.replace(IMAGE_PLACEHOLDER, "").strip()
-    return f"{IMAGE_PLACEHOLDER}\n{rest}".strip()

@@ -1,18 +1,20 @@
 """The table of conversation templates: what stands around the turns of a conversation, and how
 texts become tokens.
 
-All but ``plain``, ``blip2``, ``blip2_pairs``, ``paligemma``, ``fuyu``, ``clip``, ``siglip`` and
-those that begin with ``llava`` or ``flamingo`` are InternVL's. Those of ``llava`` are LLaVA's (Liu
-et al., arXiv 2304.08485 and 2310.03744), with its image tokens: ``llava_plain`` is what LLaVA
-pretrains its connector with (images and answers), ``llava_v1`` its conversations, ``llava_chatml``
-the same for language models that end an answer with ``<|im_end|>``. ``blip2`` is a caption behind
-its image, as BLIP-2 (arXiv 2301.12597) reads it: the image stands before the token that begins a
-text. ``flamingo`` is an image, a question and its answer, several in turn, and ``flamingo_plain``
-an image and its text, with the image tokens of IDEFICS (Flamingo, arXiv 2204.14198, and arXiv
-2306.16527). ``blip2_pairs``, ``clip``, ``siglip`` and ``internvl_c`` are pairs of an image and its
-text, as those models read texts to contrast them. ``paligemma`` is PaliGemma's (Beyer et al., arXiv
-2407.07726): images, one question, a line break and its answer, without roles. ``fuyu`` is Fuyu's:
-the same, with a token of its own before the answer.
+All but ``plain``, ``blip2``, ``blip2_pairs``, ``instructblip``, ``paligemma``, ``fuyu``, ``clip``,
+``siglip`` and those that begin with ``llava`` or ``flamingo`` are InternVL's. Those of ``llava``
+are LLaVA's (Liu et al., arXiv 2304.08485 and 2310.03744), with its image tokens: ``llava_plain`` is
+what LLaVA pretrains its connector with (images and answers), ``llava_v1`` its conversations,
+``llava_chatml`` the same for language models that end an answer with ``<|im_end|>``. ``blip2`` is a
+caption behind its image, as BLIP-2 (arXiv 2301.12597) reads it: the image stands before the token
+that begins a text. ``instructblip`` is InstructBLIP's (arXiv 2305.06500): images, an instruction
+and its answer, without roles; a Q-Former reads the instruction too. ``flamingo`` is an image, a
+question and its answer, several in turn, and ``flamingo_plain`` an image and its text, with the
+image tokens of IDEFICS (Flamingo, arXiv 2204.14198, and arXiv 2306.16527). ``blip2_pairs``,
+``clip``, ``siglip`` and ``internvl_c`` are pairs of an image and its text, as those models read
+texts to contrast them. ``paligemma`` is PaliGemma's (Beyer et al., arXiv 2407.07726): images, one
+question, a line break and its answer, without roles. ``fuyu`` is Fuyu's: the same, with a token of
+its own before the answer.
 """
 
 from __future__ import annotations
@@ -58,6 +60,8 @@ class ChatFormat:
         text_end: what ends a ``pretrain`` text, learned.
         split_at_images: whether the texts before, between and after images become tokens each by
             itself; a sentencepiece tokenizer begins each with a space.
+        instruction_length: most tokens of a question, which a Q-Former reads too, in tokens of its
+            own: the beginning of a longer one is cut off; 0: no Q-Former reads it.
     """
 
     name: str
@@ -83,6 +87,7 @@ class ChatFormat:
     text_end: str = ""
     split_at_images: bool = False
     images_before_text: bool = False
+    instruction_length: int = 0
 
     @property
     def images(self) -> ImageTokens:
@@ -284,6 +289,23 @@ FORMATS: dict[str, ChatFormat] = {
             images_before_text=True,
             gathers_images=True,
             is_single=True,
+        ),
+        ChatFormat(
+            name="instructblip",
+            system_message="",
+            system="",
+            human="{}",
+            opening="",
+            answer="{}</s>",
+            markers=("</s>",),
+            joint=False,
+            strip=True,
+            image_tokens="llava",
+            split_at_images=True,
+            images_before_text=True,
+            gathers_images=True,
+            is_single=True,
+            instruction_length=128,
         ),
         _FLAMINGO_ROW,
         replace(_FLAMINGO_ROW, name="flamingo_plain", human="{}", opening="", questions=False),

@@ -94,6 +94,9 @@ IMAGE_TOKEN_SETS: dict[str, ImageTokens] = {
         ),
     ),
 }
+# Folder of a Q-Former's tokenizer inside that of a language model's tokenizer, as in the folders of
+# transformers.
+QFORMER_TOKENIZER = "qformer_tokenizer"
 # Tokenizer classes that come as Python files beside the model, and read a sentencepiece model as
 # LlamaTokenizer does.
 LIKE_LLAMA = ("InternLM2Tokenizer", "InternLM2TokenizerFast", "InternLM3Tokenizer")

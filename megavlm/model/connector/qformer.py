@@ -16,10 +16,12 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import MegatronModule
 from torch import Tensor, nn
-from torch.nn.functional import gelu, scaled_dot_product_attention
+from torch.nn.functional import gelu, pad, scaled_dot_product_attention
 
 from megavlm.config.qformer import QFormer
 from megavlm.config.schema import Config
+from megavlm.data.loading.batch import Instructions
+from megavlm.model.connector.qformer_mask import TextRows, seen_by
 from megavlm.model.specs import Kernels
 from megavlm.model.transformer import connector_config
 
@@ -150,6 +152,7 @@ class QFormerConnector(MegatronModule):
         width = settings.hidden_size
         dtype = self.config.params_dtype
         self.norm = nn.LayerNorm(vision.hidden_size, eps=vision.layernorm_epsilon, dtype=dtype)
+        self.instruction_tokens = settings.instruction_tokens
         self.queries = nn.Parameter(torch.zeros(settings.queries, width, dtype=dtype))
         if settings.text:
             self.token_embedding = nn.Embedding(settings.vocab_size, width, dtype=dtype)
@@ -170,12 +173,15 @@ class QFormerConnector(MegatronModule):
         text: Tensor | None = None,
         seen: Tensor | None = None,
         positions: Tensor | None = None,
+        *,
+        instructions: Instructions | None = None,
     ) -> Tensor:
         """Turn hidden states of tiles into features, or read texts beside the tiles.
 
         Args:
             hidden: of the vision encoder [N, I, D of vision], a class token first.
             text, seen, positions: as for ``read``.
+            instructions: what is read beside the tiles, and changes their features.
 
         Returns:
             [I * Q, 1, D of language], tile by tile; without a last linear layer the hidden states
@@ -183,9 +189,30 @@ class QFormerConnector(MegatronModule):
         """
         if text is not None:
             return self.read(self.memory(hidden), text, seen, positions)
-        asked = self.read(self.memory(hidden))
+        asked = self._asked(self.memory(hidden), instructions)
         features = asked if self.output is None else self.output(asked)
         return features.flatten(0, 1)[:, None]
+
+    def _asked(self, memory: Tensor, instructions: Instructions | None) -> Tensor:
+        """Run the queries [I, Q, D], beside instructions if there are any: all see each other.
+
+        Nothing reads what the last layer makes of the instructions. It is computed all the same:
+        its weights are part of the model in other programs, and DDP waits for their gradients.
+        """
+        if instructions is None:
+            return self.read(memory)
+        missing = self.instruction_tokens - instructions.tokens.shape[1]
+        if missing < 0:
+            raise ValueError(
+                f"instructions of up to {instructions.tokens.shape[1]} tokens, but"
+                " --architecture.connector.qformer.instruction_tokens is"
+                f" {self.instruction_tokens}"
+            )
+        text = pad(instructions.tokens, (0, missing))
+        real = torch.arange(text.shape[1], device=text.device) < instructions.lengths[:, None]
+        queries = len(self.queries)
+        seen = seen_by(queries, [TextRows(mode="bidirectional", real=real)])
+        return self.read(memory, text, seen)[:, :queries]
 
     def memory(self, hidden: Tensor) -> Tensor:
         """Normalise what the queries read: [N, I, D of vision] -> [I, N, D of vision]."""

@@ -120,3 +120,17 @@ def test_a_blend_is_loaded_and_gone_on_with(folders):
     assert order.weights == (5.0, 9.0) and len(even) == 14
     alone, plan = open_blend(folders[:1], (), seed=5, shuffle=True, group=1)
     assert isinstance(alone, PackedDataset) and isinstance(plan, Plan)
+
+
+def test_samples_come_by_the_square_root_of_their_number(tmp_path):
+    folders = [str(tmp_path / name) for name in ("large", "small")]
+    make_dataset(folders[0], packs=64, samples_per_pack=4)
+    make_dataset(folders[1], packs=16, samples_per_pack=1)
+    dataset, plan = open_blend(folders, (), seed=5, shuffle=True, group=1, sampling="sqrt")
+    ids = plan.pack_ids(0, 20_000)
+    drawn = dataset.index[ids]["samples"]
+    sizes = [one.manifest.totals.samples for one in dataset.datasets]
+    found = drawn[ids < 64].sum() / drawn[ids >= 64].sum()
+    assert found == pytest.approx((sizes[0] / sizes[1]) ** 0.5, rel=0.01)
+    _, given = open_blend(folders, (1.0, 1.0), seed=5, shuffle=True, group=1, sampling="sqrt")
+    assert given.weights == (1.0, 1.0)

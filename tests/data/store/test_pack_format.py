@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import pickle
 import shutil
+import zlib
 
 import numpy as np
 import pytest
 
 from megavlm.data.sample import Sample
 from megavlm.data.store import pack_format
+from megavlm.data.store.index_format import FORM, FORMS, HEADER, RECORD
 from megavlm.data.store.manifest import Manifest, read_manifest
 from megavlm.data.store.reader import Reader
 from tests.data.samples import make_dataset, make_sample
@@ -38,6 +40,7 @@ def random_packs(count: int) -> list[list[Sample]]:
                 images=int(rng.integers(3)),
                 text_tokens=int(rng.integers(1, 30)),
                 line=line,
+                instruction_tokens=int(rng.integers(4)),
                 **FACTS,
             )
             for line in range(1, size + 1)
@@ -85,6 +88,9 @@ def test_round_trip(stored):
         assert pack.tokens.dtype == np.int32 and pack.supervised.dtype == bool
         assert pack.lengths.tolist() == [sample.length for sample in samples]
         assert pack.provenance["line"].tolist() == [sample.line for sample in samples]
+        asked = [sample.instruction for sample in samples]
+        assert pack.provenance["instruction"].tolist() == list(map(len, asked))
+        assert np.array_equal(pack.instructions, np.concatenate(asked))
         images = [(place, image) for place, sample in enumerate(samples) for image in sample.images]
         assert pack.images["sample"].tolist() == [place for place, _ in images]
         for number, (_, image) in enumerate(images):
@@ -102,7 +108,7 @@ def test_index(stored):
     index = Reader(folder).index
     ids = np.array([11, 0, 5, 5])
     rows = index[ids]
-    assert rows.dtype == pack_format.RECORD
+    assert rows.dtype == RECORD
     for row, pack_id in zip(rows, ids, strict=True):
         samples = packs[pack_id]
         # The first token of a sample is no label, so it does not count.
@@ -209,7 +215,7 @@ def long_part(sample: Sample, length: int) -> Sample:
 def test_damaged_bytes(stored, damaged):
     record = Reader(stored[0]).index[0]
     layout = pack_format.sections(
-        int(record["tokens"]), int(record["samples"]), int(record["images"])
+        *(int(record[name]) for name in ("tokens", "samples", "images", "instructions"))
     )
     path = damaged / "packs-00000.bin"
     flip(path, 8)
@@ -231,12 +237,12 @@ def test_damaged_bytes(stored, damaged):
 
 def test_damaged_index(damaged):
     path = damaged / "packs.idx"
-    flip(path, pack_format.HEADER_BYTES + 16)
+    flip(path, FORM.header_bytes + 16)
     with pytest.raises(ValueError, match="packs.idx: checksum"):
         Reader(damaged).check()
-    flip(path, pack_format.HEADER_BYTES + 16)
+    flip(path, FORM.header_bytes + 16)
     second = int(Reader(damaged).index.starts[1])
-    flip(path, pack_format.HEADER_BYTES + second * pack_format.RECORD.itemsize + 5)
+    flip(path, FORM.header_bytes + second * RECORD.itemsize + 5)
     with pytest.raises(ValueError, match="outside .*packs-00001.bin; packs.idx is damaged"):
         Reader(damaged).read(second)
 
@@ -256,9 +262,9 @@ def test_cut_off(damaged, name):
     ("place", "value", "message"),
     [
         (0, b"?", "not an index of packs"),
-        (8, bytes([pack_format.VERSION + 1]), "format version 3, but this megavlm reads 2"),
+        (8, bytes([FORM.version + 1]), "format version 4, but this megavlm reads 2, 3"),
         (16, bytes([72]), "records of 72 bytes"),
-        (pack_format.HEADER.size + 4, b"?", "with other fields"),
+        (HEADER.size + 4, b"?", "with other fields"),
         (24, bytes([99]), "header says 99 packs"),
     ],
 )
@@ -277,3 +283,31 @@ def test_no_packs(tmp_path):
         writer.close(MANIFEST)
     with pytest.raises(ValueError, match="the dataset has no packs"):
         Reader(tmp_path)
+
+
+def test_packs_of_version_2_are_read(stored, damaged):
+    packs = [
+        [dataclasses.replace(sample, instruction=np.zeros(0, np.int32)) for sample in samples]
+        for samples in stored[1]
+    ]
+    folder = damaged.parent / "old"
+    with pack_format.Writer(folder, 300, shard_bytes=4000) as writer:
+        for samples in packs:
+            writer.write(samples)
+        manifest = writer.close(MANIFEST)
+    new = Reader(folder)
+    old = FORMS[2]
+    rows = new.index[np.arange(len(packs))]
+    tokens = new.read(3).tokens
+    older = np.zeros(len(packs), old.record)
+    for name in old.record.names:
+        older[name] = rows[name]
+    content = old.header(len(packs)) + older.tobytes()
+    (folder / "packs.idx").write_bytes(content)
+    dataclasses.replace(manifest, idx_crc32=zlib.crc32(content)).write(folder)
+    reader = Reader(folder)
+    assert old.record.itemsize == 80 and reader.check() == len(packs)
+    assert np.array_equal(reader.index[np.arange(len(packs))], rows)
+    assert not reader.index["instructions"].any() and reader.index["tokens"].sum() > 0
+    assert np.array_equal(reader.read(3).tokens, tokens)
+    assert len(reader.read(3).instructions) == 0

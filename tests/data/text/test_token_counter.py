@@ -92,7 +92,8 @@ def test_a_template_counts_what_it_encodes(tokenizer, name: str):
     tokenizer.add_tokens([*FORMATS[name].images.added, *FORMATS[name].markers], special_tokens=True)
     if FORMATS[name].gathers_images:
         tokenizer.bos_token = "<|im_start|>"
-    template = ChatTemplate(tokenizer, 5, name=name)
+    second = tokenizer if FORMATS[name].instruction_length else None
+    template = ChatTemplate(tokenizer, 5, name=name, qformer_tokenizer=second)
     talk = (
         Turn(role="human", text="<image>\nWhat's <image> in 1999? "),
         Turn(role="gpt", text="Nothing.\n\nSo it is"),

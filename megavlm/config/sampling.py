@@ -1,0 +1,29 @@
+"""How packs are drawn from several packed datasets."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+Sampling = Literal["packs", "sqrt"]
+
+
+def shares_of(
+    given: Sequence[float], sampling: Sampling, packs: Sequence[int], samples: Sequence[int]
+) -> tuple[float, ...]:
+    """Return the share of the packs that are drawn from each dataset, compared with the others.
+
+    Args:
+        given: shares that were asked for; empty: as ``sampling`` says.
+        sampling: packs: each dataset as often as it has packs; sqrt: its samples come in proportion
+            to the square root of their number (InstructBLIP, arXiv 2305.06500, section 2.4).
+        packs, samples: of each dataset.
+    """
+    if given:
+        return tuple(given)
+    if sampling == "packs":
+        return tuple(map(float, packs))
+    # A pack has samples / packs of them.
+    pairs = zip(packs, samples, strict=True)
+    return tuple(count / math.sqrt(max(of_it, 1)) for count, of_it in pairs)

@@ -1,0 +1,90 @@
+"""Folders of ``InstructBlipForConditionalGeneration`` but for the weights: config.json, and a
+processor with two tokenizers.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import InstructBlipConfig
+
+from megavlm.config.schema import Architecture
+from megavlm.convert.hf import blip2_config, blip2_processor, tokenizer_files
+from megavlm.convert.hf.json_files import FILE_NAME, write_json
+from megavlm.convert.hf.preprocessing import Usage
+from megavlm.convert.hf.processor import write_generation
+from megavlm.data.text.templates import chat_format
+from megavlm.data.text.tokenizer import QFORMER_TOKENIZER
+
+CLASS_NAME = "InstructBlipForConditionalGeneration"
+MODEL_TYPE = "instructblip"
+PROCESSOR = "InstructBlipProcessor"
+_TEMPLATE = "instructblip"
+
+
+def read(raw: dict[str, Any], folder: Path, *, has_head: bool | None) -> Architecture:
+    """Read the architecture; arguments and errors as in ``native_config``. How long instructions
+    are stands in no file; it is the authors' 128 tokens, or as many as there are positions.
+    """
+    found = blip2_config.read(raw, folder, has_head=has_head, form=InstructBlipConfig, qformer={})
+    qformer = found.connector.qformer
+    longest = chat_format(_TEMPLATE).instruction_length
+    tokens = min(longest, qformer.max_position_embeddings)
+    qformer = replace(qformer, text=True, instruction_tokens=tokens)
+    return replace(found, connector=replace(found.connector, qformer=qformer))
+
+
+def read_usage(folder: Path) -> Usage:
+    """Return how a model is to be used: an instruction behind one image, which is stretched to a
+    square tile.
+    """
+    return Usage(
+        template=_TEMPLATE, system_message="", max_tiles=1, thumbnail=False, tiling="stretch"
+    )
+
+
+def write(
+    folder: Path, tokenizer: Path, architecture: Architecture, usage: Usage, dtype: torch.dtype
+) -> None:
+    """Write everything but weights, as ``AutoProcessor`` and the class read it; see
+    ``processor.write_native``. The processor puts the placeholder tokens of an image before a text
+    by itself.
+
+    Raises:
+        ValueError: the tokenizer's folder has no tokenizer of the Q-Former inside.
+    """
+    words = tokenizer / QFORMER_TOKENIZER
+    if not words.is_dir():
+        raise ValueError(
+            f"--tokenizer {tokenizer}: {CLASS_NAME} has the tokenizer of its Q-Former in"
+            f" {QFORMER_TOKENIZER}/ there; put that of the packs (--qformer_tokenizer) into it"
+        )
+    ids = write_generation(folder, tokenizer, architecture, usage)
+    write_json(folder / FILE_NAME, config(architecture, dtype, ids.image, **ids.text))
+    tokenizer_files.write(tokenizer, folder, {"processor_class": PROCESSOR})
+    (folder / QFORMER_TOKENIZER).mkdir()
+    for name in tokenizer_files.FILES:
+        if (words / name).is_file():
+            shutil.copyfile(words / name, folder / QFORMER_TOKENIZER / name)
+    blip2_processor.write_images(folder, architecture, PROCESSOR)
+    write_json(
+        folder / "processor_config.json",
+        {"processor_class": PROCESSOR, "num_query_tokens": architecture.placeholders_per_tile},
+    )
+
+
+def config(
+    architecture: Architecture, dtype: torch.dtype, image_token_id: int, **ends: int
+) -> dict[str, Any]:
+    """Build the content of config.json; ``ends`` are the ids that begin, end and fill up texts."""
+    settings = blip2_config.write(
+        architecture, dtype=dtype, image_token_id=image_token_id, **ends
+    ) | {"architectures": [CLASS_NAME], "model_type": MODEL_TYPE}
+    settings["vision_config"]["model_type"] = blip2_config.VISION_TYPES[1]
+    settings["qformer_config"]["model_type"] = "instructblip_qformer"
+    del settings["qformer_config"]["use_qformer_text_input"]
+    return settings

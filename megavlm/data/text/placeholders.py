@@ -1,0 +1,50 @@
+"""Placeholders of images in the texts of a conversation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megavlm.data.records.record import IMAGE_PLACEHOLDER, SHOWING_ROLES, Turn
+from megavlm.data.records.reject import RejectError
+
+
+def check_placeholders(turns: Sequence[Turn], images: int, shown: Sequence[str]) -> None:
+    """Refuse texts that hold an image's tokens, and more or fewer placeholders than images.
+
+    Args:
+        turns: of the conversation.
+        images: of the record.
+        shown: the tokens that an image becomes.
+    """
+    placeholders = 0
+    for turn in turns:
+        shows = turn.role in SHOWING_ROLES
+        for token in shown:
+            if token in turn.text and not (shows and token == IMAGE_PLACEHOLDER):
+                raise RejectError(
+                    "image_token_in_text",
+                    f"a {turn.role} turn holds {token} {turn.text.count(token)} times",
+                )
+        if shows:
+            placeholders += turn.text.count(IMAGE_PLACEHOLDER)
+    if placeholders != images:
+        raise RejectError(
+            "placeholder_count",
+            f"{placeholders} {IMAGE_PLACEHOLDER} placeholders in the texts that show images,"
+            f" but {images} images",
+        )
+
+
+def without_images(text: str) -> str:
+    """Take the placeholders of images, and the white space around them, out of a text."""
+    return " ".join(part.strip() for part in text.split(IMAGE_PLACEHOLDER) if part.strip())
+
+
+def with_image_first(text: str) -> str:
+    """Put the one image of a text in front of it, on a line of its own; a text with several, such
+    as frames of a video, stays as it is.
+    """
+    if text.count(IMAGE_PLACEHOLDER) != 1:
+        return text
+    rest = text.replace(IMAGE_PLACEHOLDER, "").strip()
+    return f"{IMAGE_PLACEHOLDER}\n{rest}".strip()
