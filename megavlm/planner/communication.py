@@ -111,11 +111,32 @@ def communication_per_step(
         for chunk in (layout.embedding_chunk, len(layout.chunks) - 1)
     }
     sums_copies = len(with_copies) > 1 and rank in with_copies
-    return CommunicationVolume(
+    of_step = CommunicationVolume(
         tensor=2 * (tensor - 1) / tensor * _GRADIENT * held.trained_replicas,
         pipeline=float(_GRADIENT * replicated_head(config, layout.chunks) * sums_copies),
         data=number * (dense + experts),
     )
+    return of_step + _muon(config, held, sharing, of_experts)
+
+
+def _muon(
+    config: Config, held: ParameterCounts, sharing: int, of_experts: int
+) -> CommunicationVolume:
+    """Count what Muon sends: the momentum of each matrix to the rank that makes its update, pieces
+    of the update back, and before that the parts that tensor-parallel ranks have.
+
+    Args:
+        config: the run.
+        held: parameters on the rank.
+        sharing, of_experts: see ``sharing_ranks``.
+    """
+    if config.optimizer.kind != "muon":
+        return CommunicationVolume()
+    dense = held.trained_by_muon / sharing
+    experts = held.trained_experts / of_experts
+    moved = dense * (sharing - 1) / sharing + experts * (of_experts - 1) / of_experts
+    others = config.parallel.tensor_model_parallel_size - 1
+    return CommunicationVolume(tensor=float(_GRADIENT * others * dense), data=2 * _GRADIENT * moved)
 
 
 def _tensor(config: Config, chunk: Chunk, load: RankLoad) -> float:
