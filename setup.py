@@ -64,6 +64,8 @@ setup(
         "dev": [
             "aiohttp>=3.9",
             "av>=13",
+            # Its Muon is what ours is compared with.
+            "emerging-optimizers>=0.3; python_version >= '3.12'",
             "flask>=3.0",  # of the local S3 server
             "flask-cors>=5.0",
             "fsspec>=2024.6",
