@@ -283,12 +283,19 @@ class Contrastive:
             against each other one by itself (sigmoid; SigLIP).
         text_bias: whether the projection of the texts has a bias.
         max_scale: upper bound of the learned factor of similarities; 0: none.
+        positives: which texts of a step belong to an image: its own; or those of all pairs with the
+            same image (bytes of the file), the same text, or either. Cross-entropy gives each of
+            them the same share of its target.
+        exchange: how data-parallel ranks get each other's embeddings: gather, or for the sigmoid
+            loss ring, in which texts go from rank to rank and no rank has the similarities of all.
     """
 
     size: int = 512
     loss: Literal["softmax", "sigmoid"] = "softmax"
     text_bias: bool = False
     max_scale: float = 100.0
+    positives: Literal["own", "image", "text", "either"] = "own"
+    exchange: Literal["gather", "ring"] = "gather"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -334,6 +341,11 @@ class Architecture:
     def needs(self) -> ObjectiveNeeds:
         """What the objective needs. Raises ValueError if there is no such objective."""
         return needs_of(self.objective)
+
+    @property
+    def needs_pair_ids(self) -> bool:
+        """Whether the loss asks which pairs share an image or a text."""
+        return self.objective == "contrastive" and self.contrastive.positives != "own"
 
     @property
     def connector_sizes(self) -> ConnectorSizes:

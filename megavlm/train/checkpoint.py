@@ -348,7 +348,8 @@ def architecture_differences(
     old: Architecture, new: Architecture, *, takes_weights: bool = False
 ) -> list[str]:
     """``describe_differences`` of two models; the family only says how Hugging Face's files name
-    the same weights, unused layers are not built, and dropout may change.
+    the same weights, unused layers are not built; dropout, and which pairs are positives of each
+    other, may change.
 
     Args:
         old: of the checkpoint.
@@ -366,6 +367,11 @@ def architecture_differences(
         old,
         lora=replace(old.lora, dropout=new.lora.dropout),
         language=replace(old.language, family=new.language.family),
+        contrastive=replace(
+            old.contrastive,
+            positives=new.contrastive.positives,
+            exchange=new.contrastive.exchange,
+        ),
         vision=replace(old.vision, unused_layers=new.vision.unused_layers),
     )
     return describe_differences(old, new)

@@ -97,6 +97,7 @@ class Job(Built):
             reduction=self.config.data.loss_reduction,
             vision_layers=vision.num_layers,
             patches=vision.patch_choice if drops_patches else None,
+            with_pair_ids=self.config.architecture.needs_pair_ids,
             seed=seed,
             with_tiles=self.chunks[0].pre_process,
             rank_slice=self.groups.rank_slice,

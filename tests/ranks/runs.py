@@ -196,6 +196,7 @@ def train_curve(config: Config, pack_ids: tuple[int, ...] = ()) -> Curve:
             reduction=config.data.loss_reduction,
             vision_layers=vision.num_layers,
             patches=vision.patch_choice,
+            with_pair_ids=config.architecture.needs_pair_ids,
             seed=config.training.seed,
             tile_multiple=tile_multiple(config),
             rank_slice=job.groups.rank_slice,

@@ -190,6 +190,12 @@ def _pairs(arch: Architecture) -> Iterator[str]:
             f"--architecture.language.tied_head true: --architecture.objective {arch.objective} has"
             " no head over the vocabulary; use false"
         )
+    if arch.contrastive.exchange == "ring" and arch.contrastive.loss != "sigmoid":
+        yield (
+            "--architecture.contrastive.exchange ring: the loss softmax of a pair needs the"
+            " similarities of all pairs at once; use gather, or --architecture.contrastive.loss"
+            " sigmoid"
+        )
     yield from at_least(1, "architecture.contrastive", arch.contrastive, "size")
     yield from at_least(0, "architecture.contrastive", arch.contrastive, "max_scale")
 

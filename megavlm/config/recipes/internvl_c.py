@@ -70,6 +70,7 @@ STAGES: dict[str, Stage] = {
         loss_reduction="sample",
         objective="contrastive",
         image_size=364,
+        positives="image",
         optimizer=Optimizer(
             lr=1e-6,
             warmup_steps=100,

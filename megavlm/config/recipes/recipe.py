@@ -29,6 +29,7 @@ class Stage:
         image_size: side of a tile, as ``--architecture.vision.image_size``; none: that of the
             model.
         patch_drop: as ``--architecture.vision.patch_drop``.
+        positives: as ``--architecture.contrastive.positives``; none: those of the model.
         optimizer: learning rate, weight decay and so on.
         training: trained parts, batch size, steps.
     """
@@ -41,6 +42,7 @@ class Stage:
     objective: str = "next_token"
     image_size: int | None = None
     patch_drop: float = 0.0
+    positives: Literal["own", "image", "text", "either"] | None = None
     optimizer: Optimizer = field(default_factory=Optimizer)
     training: Training = field(default_factory=Training)
 
@@ -88,13 +90,15 @@ class Recipe:
         return self.stages[name]
 
     def resized(self, stage: str, found: Architecture) -> Architecture:
-        """Return a model with the image size and the dropped patches of the stage ``stage``; raises
-        as ``stage``.
+        """Return a model with the image size, the dropped patches and the positives of the stage
+        ``stage``; raises as ``stage``.
         """
         row = self.stage(stage)
         size = row.image_size or found.vision.image_size
         vision = replace(found.vision, image_size=size, patch_drop=row.patch_drop)
-        return replace(found, vision=vision)
+        positives = row.positives or found.contrastive.positives
+        contrastive = replace(found.contrastive, positives=positives)
+        return replace(found, vision=vision, contrastive=contrastive)
 
     def format_for(self, objective: str) -> str:
         """Return the format that a model of an objective is exported in."""

@@ -50,6 +50,10 @@ _FREE = {
     "architecture.language.family",
     "architecture.language.rotary_dynamic_factor",
     "architecture.cross_attention.gate_start",
+    "architecture.vision.patch_drop",
+    "architecture.contrastive.positives",
+    "architecture.contrastive.exchange",
+    "architecture.contrastive.max_scale",
 }
 _LISTED = {"architecture.language.family", "architecture.language.tied_head"}
 

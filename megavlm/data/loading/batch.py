@@ -148,6 +148,8 @@ class Batch:
         pair_draws: float32 [2, tiles of the whole pack], uniform in [0, 1), drawn as for drop path.
         kept_patches: int64 [K, I], ascending, which patches of each tile the vision encoder sees,
             drawn as for drop path; none: all.
+        pair_ids: int64 [N, 2], equal for equal images and for equal texts, for an objective that
+            asks which pairs share one; the padding at the end not counted.
         draw: a random number of 31 bits, from (seed, position) alone.
         samples: of the pack, the padding at the end not counted.
         weight_sum: sum of the loss weights of the whole pack, in float64 from the index.
@@ -170,6 +172,7 @@ class Batch:
     drop_path_draws: torch.Tensor
     pair_draws: torch.Tensor | None = None
     kept_patches: torch.Tensor | None = None
+    pair_ids: torch.Tensor | None = None
     draw: int = 0
     samples: int = 0
     media: Media | None = None

@@ -21,6 +21,7 @@ from megavlm.data.loading.draws import (
 )
 from megavlm.data.loading.instructions import find_instructions
 from megavlm.data.loading.media import find_media
+from megavlm.data.loading.pair_ids import pair_ids
 from megavlm.data.loading.prefixes import find_prefixes
 from megavlm.data.loading.rank_slice import WHOLE_PACK, RankSlice
 from megavlm.data.loading.tiles import TileDecoder
@@ -115,6 +116,7 @@ class PackedDataset:
         reduction: str = "square",
         vision_layers: int = 0,
         patches: tuple[int, int] | None = None,
+        with_pair_ids: bool = False,
         seed: int = 0,
         with_tiles: bool = True,
         tile_multiple: int = 1,
@@ -129,6 +131,7 @@ class PackedDataset:
             vision_layers: layers of the vision encoder that need draws.
             patches: how many a tile has, and how many of them are kept, see
                 ``Batch.kept_patches``; none: all are kept.
+            with_pair_ids: whether to say which pairs share an image or a text.
             with_tiles: whether to decode the images.
             tile_multiple: of the number of a rank's tiles, filled up with black ones.
             rank_slice: which tiles and tokens are this rank's.
@@ -137,7 +140,7 @@ class PackedDataset:
             ValueError: damaged bytes or images, wrong context tokens, or samples not to be cut.
         """
         manifest = self.manifest
-        pack = self.reader.read(pack_id, with_images=with_tiles)
+        pack = self.reader.read(pack_id, with_images=with_tiles or with_pair_ids)
         positions, ends = sample_positions(pack.lengths, manifest.alignment, manifest.capacity)
         own = rank_slice.tokens(ends)
         local = np.full(manifest.capacity, -1)
@@ -155,15 +158,13 @@ class PackedDataset:
             loss_positions=loss_positions(weights),
             sources=on_rank(np.repeat(self._source_numbers(pack), pack.lengths)),
             is_padding=on_rank(np.zeros(len(pack.tokens), bool), True),
-            sample_ends=ends,
-            longest_sample=int(np.diff(ends).max()),
+            **_of_samples(pack, ends, with_pair_ids),
             prefixes=find_prefixes(pack.supervised, positions, ends),
             media=self._media(pack, local[positions], seed, position),
             instructions=find_instructions(pack, manifest, chosen),
             tiles=self._decoder.decode(pack, chosen if with_tiles else range(0), seed, position),
             **self._features(pack, positions, local),
             **_draws(pack.tiles, chosen, seed, position, vision_layers, patches),
-            samples=len(pack.lengths),
             weight_sum=float(self.index[pack_id][_weight_field(reduction)]),
             pack_id=int(pack_id),
         )
@@ -279,6 +280,18 @@ def label(
     weights[:-1] = weight_of_token[1:]
     labels[starts + lengths - 1] = 0
     return labels, weights
+
+
+def _of_samples(
+    pack: Pack, ends: np.ndarray, with_pair_ids: bool
+) -> dict[str, np.ndarray | int | None]:
+    """Return what a batch says of its samples; arguments as in ``PackedDataset.batch``."""
+    return {
+        "sample_ends": ends,
+        "longest_sample": int(np.diff(ends).max()),
+        "samples": len(pack.lengths),
+        "pair_ids": pair_ids(pack) if with_pair_ids else None,
+    }
 
 
 def _draws(

@@ -21,6 +21,7 @@ from megavlm.data.loading.batch import Batch
 from megavlm.model.fusion import as_rows, from_rows
 from megavlm.model.objective.losses import Losses
 from megavlm.model.objective.objective import Objective, keep_inside, of_tokens
+from megavlm.model.objective.sigmoid_ring import Ring, sigmoid_ring_losses
 from megavlm.parallel.gather_rows import gather_rows
 from megavlm.parallel.process_groups import Groups
 from megavlm.planner.layout import Chunk
@@ -108,31 +109,64 @@ class Contrastive(Objective):
         """
         counts = [sum(of_rank) for of_rank in samples]
         images, texts = torch.cat(list(outputs), dim=1)
-        pairs = self._pair_losses(images, texts, counts)
+        ids = None
+        if self.settings.positives != "own":
+            own = torch.cat([batch.pair_ids for batch in batches])
+            ids = gather_rows(own, counts, self.group)
+        pairs = self._pair_losses(images, texts, counts, ids)
         sizes = [batch.samples for batch in batches]
         return [
             Losses(total=of_tokens(part, batch))
             for part, batch in zip(pairs.split(sizes), batches, strict=True)
         ]
 
-    def _pair_losses(self, images: Tensor, texts: Tensor, counts: Sequence[int]) -> Tensor:
+    def _pair_losses(
+        self, images: Tensor, texts: Tensor, counts: Sequence[int], ids: Tensor | None
+    ) -> Tensor:
         """Return the loss of each pair of this rank [n], in float32: bfloat16 has steps of one half
-        near a logit of 100.
+        near a logit of 100. ``ids`` of the images and texts of all ranks [N, 2].
         """
-        all_texts = gather_rows(texts, counts, self.group)
         scale = self.logit_scale.float().exp()
         first = sum(counts[: self.data_rank])
         own = torch.arange(first, first + len(images), device=images.device)
+
+        def positives(owner: int) -> Tensor:
+            start = sum(counts[:owner])
+            others = torch.arange(start, start + counts[owner], device=own.device)
+            return self._positives(own, others, ids)
+
+        if self.settings.exchange == "ring":
+            ring = Ring(group=self.group, rank=self.data_rank, counts=counts, positives=positives)
+            bias = self.logit_bias.float()
+            return sigmoid_ring_losses(images, texts, scale, bias, ring)
+        all_texts = gather_rows(texts, counts, self.group)
         logits = scale * linear(images, all_texts)
+        everyone = torch.arange(sum(counts), device=own.device)
         if self.settings.loss == "sigmoid":
             logits = logits + self.logit_bias.float()
-            signs = torch.full_like(logits, -1.0)
-            signs[torch.arange(len(own), device=own.device), own] = 1.0
+            signs = 2 * self._positives(own, everyone, ids).float() - 1
             return -logsigmoid(signs * logits).sum(dim=1)
         all_images = gather_rows(images, counts, self.group)
         of_texts = scale * linear(texts, all_images)
-        by_image = cross_entropy(logits, own, reduction="none")
-        return (by_image + cross_entropy(of_texts, own, reduction="none")) / 2
+        targets = own
+        if ids is not None:
+            same = self._positives(own, everyone, ids).float()
+            targets = same / same.sum(dim=1, keepdim=True)
+        by_image = cross_entropy(logits, targets, reduction="none")
+        return (by_image + cross_entropy(of_texts, targets, reduction="none")) / 2
+
+    def _positives(self, own: Tensor, others: Tensor, ids: Tensor | None) -> Tensor:
+        """Return which pairs are positives of each other, bool [n, m].
+
+        Args:
+            own, others: numbers of the pairs among all of the step [n] and [m].
+            ids: of all images and texts [N, 2]; none: a pair has itself alone.
+        """
+        if ids is None:
+            return own[:, None] == others[None]
+        same = ids[own][:, None] == ids[others][None]
+        kind = self.settings.positives
+        return same.any(dim=-1) if kind == "either" else same[..., ("image", "text").index(kind)]
 
     def after_step(self) -> None:
         """Keep the scale below its bound."""

@@ -1,0 +1,171 @@
+"""Pairs that share an image or a text, and texts that go around a ring of ranks."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import logsigmoid
+
+from megavlm.config.schema import Architecture, Config
+from megavlm.data.loading.dataset import PackedDataset
+from megavlm.data.sample import Sample
+from tests.data.samples import make_sample, write_packs
+from tests.ranks.pool import Pool
+from tests.ranks.runs import build
+from tests.ranks.test_contrastive import (
+    CLIP,
+    SIGLIP,
+    assert_same,
+    config_of,
+    pack_pairs,
+    problems_of,
+    run,
+)
+
+FACTS = dict(vocab_size=199, context_token_id=7, tile_size=16, features_per_tile=0)
+# Which image and which text each of 12 pairs has.
+IMAGES = (0, 1, 2, 0, 4, 5, 1, 7, 0, 9, 10, 11)
+TEXTS = (0, 1, 2, 3, 4, 5, 6, 2, 8, 9, 4, 11)
+
+
+def with_settings(architecture: Architecture, **settings: Any) -> Architecture:
+    changed = dataclasses.replace(architecture.contrastive, **settings)
+    return dataclasses.replace(architecture, contrastive=changed)
+
+
+def shared_samples() -> list[Sample]:
+    rng = np.random.default_rng(1)
+    usual = dict(images=1, text_tokens=9, grids=((1, 1),), **FACTS)
+    fresh = [make_sample(rng, line=line + 1, **usual) for line in range(12)]
+    return [
+        dataclasses.replace(one, images=fresh[image].images, tokens=fresh[text].tokens)
+        for one, image, text in zip(fresh, IMAGES, TEXTS, strict=True)
+    ]
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pack 12 pairs, some of which share an image or a text, in four packs and in one."""
+    folder = tmp_path_factory.mktemp("shared")
+    samples = shared_samples()
+    packs = [samples[start : start + 3] for start in range(0, 12, 3)]
+    write_packs(folder / "four", packs, capacity=32, **FACTS)
+    write_packs(folder / "one", [samples], capacity=112, **FACTS)
+    return folder
+
+
+def test_equal_images_and_texts_have_equal_ids(shared: Path) -> None:
+    dataset = PackedDataset(shared / "four")
+    found = np.concatenate(
+        [dataset.batch(pack, 0, with_pair_ids=True).pair_ids.numpy() for pack in range(4)]
+    )
+    for column, expected in enumerate((IMAGES, TEXTS)):
+        same = found[:, column][:, None] == found[:, column][None]
+        numbers = np.array(expected)
+        assert np.array_equal(same, numbers[:, None] == numbers[None])
+    assert dataset.batch(0, 0).pair_ids is None
+    blind = dataset.batch(0, 0, with_pair_ids=True, with_tiles=False)
+    assert np.array_equal(blind.pair_ids, found[:3]) and len(blind.tiles) == 0
+
+
+def loss_of(config: Config) -> tuple[float, np.ndarray, float, float]:
+    """Return the loss of a step of all packs, the embeddings, scale and bias."""
+    from megavlm.train.whole_step import outputs_of, run_whole_step
+
+    job = build(config)
+    packs = [
+        job.train.batch(number, 0, reduction="sample", with_pair_ids=True)
+        for number in range(len(job.train))
+    ]
+    outputs = outputs_of(job.ddp_chunks, iter(packs), len(packs), job.backend)
+    samples = job.samples_of_ranks(job.train, np.arange(len(packs)))
+    weight = sum(pack.weight_sum for pack in packs)
+    loss = run_whole_step(
+        job.ddp_chunks, iter(packs), len(packs), weight, samples, job.backend, forward_only=True
+    )
+    objective = job.chunks[-1].objective
+    bias = objective.logit_bias
+    return (
+        float(loss),
+        torch.cat(outputs, dim=1).numpy(),
+        float(objective.logit_scale.exp()),
+        0.0 if bias is None else float(bias),
+    )
+
+
+@pytest.mark.parametrize("positives", ["own", "image", "text", "either"])
+@pytest.mark.parametrize("architecture", [CLIP, SIGLIP], ids=["softmax", "sigmoid"])
+def test_the_loss_is_the_one_written_out(
+    ranks: Pool, shared: Path, architecture: Architecture, positives: str
+) -> None:
+    model = with_settings(architecture, positives=positives)
+    config = config_of(model, shared / "four", drop_path=0.0)
+    [(loss, embeddings, scale, bias)] = ranks.run(loss_of, 1, config)
+    images, texts = torch.from_numpy(embeddings).double()
+    logits = scale * images @ texts.T + bias
+    by_image = torch.tensor(IMAGES)[:, None] == torch.tensor(IMAGES)[None]
+    by_text = torch.tensor(TEXTS)[:, None] == torch.tensor(TEXTS)[None]
+    same = {
+        "own": torch.eye(12, dtype=torch.bool),
+        "image": by_image,
+        "text": by_text,
+        "either": by_image | by_text,
+    }[positives].double()
+    if architecture is SIGLIP:
+        expected = -(logsigmoid((2 * same - 1) * logits)).sum() / 12
+    else:
+        targets = same / same.sum(dim=1, keepdim=True)
+        both = (logits.log_softmax(1), logits.T.log_softmax(1))
+        expected = -sum((targets * one).sum() for one in both) / 24
+    assert loss == pytest.approx(float(expected), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    [with_settings(CLIP, positives="image"), with_settings(SIGLIP, positives="either")],
+    ids=["softmax", "sigmoid"],
+)
+def test_shared_images_train_alike_at_every_layout(
+    ranks: Pool, shared: Path, architecture: Architecture
+) -> None:
+    usual = dict(drop_path=0.0, steps=3)
+    four = ranks.run(run, 1, config_of(architecture, shared / "four", **usual))
+    whole = config_of(architecture, shared / "one", **usual, global_batch_size=1)
+    assert_same(ranks.run(run, 1, whole), four)
+    layouts = {
+        4: {},
+        2: dict(pipeline_model_parallel_size=2, layout="v*3,c,t|t*2,h"),
+    }
+    for world, layout in layouts.items():
+        config = config_of(architecture, shared / "four", **usual, **layout)
+        assert_same(four, ranks.run(run, world, config))
+
+
+def test_a_ring_of_ranks_is_a_gather(ranks: Pool, tmp_path: Path) -> None:
+    # Packs of 2 to 4 pairs, so that ranks have unequal numbers.
+    pack_pairs(tmp_path, text_tokens=(4, 16), capacity=40)
+    ring = with_settings(SIGLIP, exchange="ring")
+    for batch, worlds in ((4, (1, 2, 4)), (3, (3,))):
+        usual = dict(global_batch_size=batch, steps=3)
+        one = ranks.run(run, 1, config_of(SIGLIP, tmp_path, **usual))
+        for world in worlds:
+            assert_same(one, ranks.run(run, world, config_of(ring, tmp_path, **usual)))
+
+
+def test_a_ring_knows_which_pairs_share_an_image(ranks: Pool, shared: Path) -> None:
+    usual = dict(drop_path=0.0, steps=2)
+    gather = with_settings(SIGLIP, positives="image")
+    ring = with_settings(gather, exchange="ring")
+    one = ranks.run(run, 1, config_of(gather, shared / "four", **usual))
+    assert_same(one, ranks.run(run, 2, config_of(ring, shared / "four", **usual)))
+
+
+def test_a_ring_is_refused_for_cross_entropy(tmp_path: Path) -> None:
+    pack_pairs(tmp_path, text_tokens=(4, 16), capacity=40)
+    [found] = problems_of(with_settings(CLIP, exchange="ring"), tmp_path)
+    assert "exchange ring: the loss softmax of a pair needs the similarities of all" in found
