@@ -13,7 +13,8 @@ from torch.distributed.run import get_args_parser
 
 from megavlm.config.checks.rules import ConfigError, check
 from megavlm.config.cli import parse
-from megavlm.config.schema import Config, Init
+from megavlm.config.recipes import RECIPES
+from megavlm.config.schema import Architecture, Config, Init
 from tools import pack_dataset
 
 ROOT = Path(__file__).parents[2]
@@ -208,6 +209,58 @@ def test_blip2s_scripts_name_options_that_exist(shell: dict[str, str], tmp_path:
     assert (args.template, args.tokens_per_tile, args.truncate) == ("blip2", 32, 64)
 
 
+@pytest.mark.parametrize(
+    ("recipe", "stage", "side", "pairs"),
+    [
+        ("clip", "1", 224, 256),
+        ("siglip", "1", 224, 256),
+        ("internvl_c", "1", 196, 256),
+        ("internvl_c", "2", 224, 256),
+        ("internvl_c", "3", 364, 32),
+    ],
+)
+def test_the_script_for_pairs_names_options_that_exist(
+    shell: dict[str, str], tmp_path: Path, recipe: str, stage: str, side: int, pairs: int
+):
+    runs = tmp_path / "runs"
+    for before in ("stage1-hf", "stage2-hf"):
+        (runs / before).mkdir(parents=True)
+    parts = {"RECIPE": recipe, "LANGUAGE": "words", "TOKENIZER": "words", "RUNS": str(runs)}
+    data = {"JSONL": "pairs.jsonl", "ROOT": "images", "PACKS": str(tmp_path / "packs")}
+    command = ["bash", str(ROOT / "examples" / "contrastive" / "run.sh")]
+    environment = shell | parts | data
+    subprocess.run([*command, stage, "--training.seed", "9"], env=environment, check=True)
+    run = get_args_parser().parse_args(asked(shell))
+    config = parse(
+        run.training_script_args, lambda folder, init, default: default or recipes(recipe)
+    )
+    assert (config.recipe, config.stage, config.training.seed) == (recipe, stage, 9)
+    assert config.architecture.vision.image_size == side
+    before = {"1": "", "2": "stage1", "3": "stage2"}[stage]
+    assert config.checkpoint.load == (str(runs / before) if before else "")
+    is_first = recipe == "internvl_c" and stage == "1"
+    assert config.init == (Init(language="words") if is_first else Init())
+    assert config.checkpoint.moments == ("keep" if stage == "2" else "fresh")
+    assert fits(config, ranks=8)
+    subprocess.run([*command, "pack", stage], env=environment, check=True)
+    args = pack_dataset.parse(asked(shell)[1:])
+    assert (args.template, args.image_size, args.tile_cap) == (recipe, side, str(pairs))
+    assert args.capacity == pairs * {"clip": 77, "siglip": 64, "internvl_c": 80}[recipe]
+
+
+@pytest.mark.parametrize(("recipe", "stage"), [("clip", "2"), ("blip2", "1"), ("siglip", "")])
+def test_the_script_for_pairs_tells_its_stages(shell: dict[str, str], recipe: str, stage: str):
+    command = ["bash", str(ROOT / "examples" / "contrastive" / "run.sh"), stage]
+    done = subprocess.run(command, env=shell | {"RECIPE": recipe}, capture_output=True, text=True)
+    assert done.returncode == 2 and "RECIPE=clip|siglip|internvl_c" in done.stderr
+    assert not Path(shell["LOG"]).exists()
+
+
+def recipes(name: str) -> Architecture:
+    """Return the model that a recipe is known for."""
+    return RECIPES[name].architecture
+
+
 def test_fuyus_script_names_options_that_exist(shell: dict[str, str], tmp_path: Path):
     parts = {"MODEL": str(tmp_path), "JSONL": "chats.jsonl", "ROOT": "images"}
     command = ["bash", str(ROOT / "examples" / "fuyu" / "run.sh")]
@@ -221,7 +274,7 @@ def test_fuyus_script_names_options_that_exist(shell: dict[str, str], tmp_path: 
     assert (args.template, args.tiling, args.model) == ("fuyu", "patches", str(tmp_path))
 
 
-@pytest.mark.parametrize("recipe", ["llava", "paligemma", "fuyu"])
+@pytest.mark.parametrize("recipe", ["llava", "paligemma", "fuyu", "contrastive"])
 def test_slurm_starts_a_recipes_stage(shell: dict[str, str], tmp_path: Path, recipe: str):
     job = {
         "SLURM_JOB_ID": "123",
@@ -240,7 +293,7 @@ def test_slurm_starts_a_recipes_stage(shell: dict[str, str], tmp_path: Path, rec
     found = options.nnodes, options.nproc_per_node, options.rdzv_endpoint
     assert found == ("2", "4", "node7:20123")
     config = parse(options.training_script_args, lambda folder, init, default: default)
-    assert (config.recipe, config.stage) == (recipe, "1")
+    assert (config.recipe, config.stage) == ({"contrastive": "clip"}.get(recipe, recipe), "1")
 
 
 @pytest.mark.parametrize("how", ["signal", "file"])
