@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 from megavlm.config.cross_attention import memory_rows
 from megavlm.config.lora import LINEARS
@@ -183,28 +184,51 @@ class AdapterDraws:
     largest: float
 
 
-def adapter_draws(arch: Architecture, parallel: Parallel, layer: int) -> AdapterDraws:
-    """Count what dropout draws on a rank in one of the layers of the whole model."""
-    lora = arch.lora
-    vision = arch.vision.num_layers
-    is_vision = layer < vision
-    part = arch.vision if is_vision else arch.language
-    stack = f"vision.encoder.layers.{layer}"
-    if not is_vision:
-        stack = f"language.decoder.layers.{layer - vision}"
-    tensor = parallel.vision_tensor_size if is_vision else parallel.tensor_model_parallel_size
-    split = tensor if parallel.sequence_parallel and not is_vision else 1
-    queries = part.hidden_size
-    if not is_vision:
-        queries = arch.language.num_attention_heads * arch.language.head_size
-    widths = (
-        *(part.hidden_size / split, queries / tensor),
-        *(part.hidden_size / split, part.ffn_hidden_size / tensor),
-    )
-    drawn = [
-        width if lora.dropout and lora.adapts(f"{stack}.{name}.weight") else 0.0
+class _LayerPlace(NamedTuple):
+    """Where one of the layers of the whole model is.
+
+    Attributes:
+        is_vision: whether it is of the vision encoder.
+        stem: that the keys of its weights begin with.
+        tensor: ranks that share its columns and rows.
+        split: ranks that share the tokens between them.
+    """
+
+    is_vision: bool
+    stem: str
+    tensor: int
+    split: int
+
+
+def _place(arch: Architecture, parallel: Parallel, layer: int) -> _LayerPlace:
+    number = layer - arch.vision.num_layers
+    if number < 0:
+        return _LayerPlace(True, f"vision.encoder.layers.{layer}", parallel.vision_tensor_size, 1)
+    tensor = parallel.tensor_model_parallel_size
+    split = tensor if parallel.sequence_parallel else 1
+    return _LayerPlace(False, f"language.decoder.layers.{number}", tensor, split)
+
+
+def _adapted(arch: Architecture, stem: str, widths: tuple[float, ...]) -> list[float]:
+    """Return the width of each linear layer with an adapter, and 0 for the others."""
+    return [
+        width if arch.lora.adapts(f"{stem}.{name}.weight") else 0.0
         for name, width in zip(LINEARS, widths, strict=True)
     ]
+
+
+def adapter_draws(arch: Architecture, parallel: Parallel, layer: int) -> AdapterDraws:
+    """Count what dropout draws on a rank in one of the layers of the whole model."""
+    if not arch.lora.dropout:
+        return AdapterDraws(masks=(0.0, 0.0), copies=0.0, largest=0.0)
+    place = _place(arch, parallel, layer)
+    part = arch.vision if place.is_vision else arch.language
+    queries = part.hidden_size
+    if not place.is_vision:
+        queries = arch.language.num_attention_heads * arch.language.head_size
+    width = part.hidden_size / place.split
+    inner = part.ffn_hidden_size / place.tensor
+    drawn = _adapted(arch, place.stem, (width, queries / place.tensor, width, inner))
     return AdapterDraws(masks=(sum(drawn), sum(drawn[2:])), copies=drawn[1], largest=max(drawn))
 
 
@@ -214,26 +238,17 @@ def dora_outputs(arch: Architecture, parallel: Parallel, layer: int) -> tuple[fl
     """
     if not arch.lora.dora:
         return (0.0, 0.0)
-    vision = arch.vision.num_layers
-    is_vision = layer < vision
-    part = arch.vision if is_vision else arch.language
-    stack = f"vision.encoder.layers.{layer}"
-    tensor = parallel.vision_tensor_size
+    place = _place(arch, parallel, layer)
+    part = arch.vision if place.is_vision else arch.language
     projected = 3 * part.hidden_size
     inner = part.ffn_hidden_size
-    if not is_vision:
-        stack = f"language.decoder.layers.{layer - vision}"
-        tensor = parallel.tensor_model_parallel_size
+    if not place.is_vision:
         heads = arch.language.num_attention_heads + 2 * arch.language.num_query_groups
         projected = heads * arch.language.head_size
         inner *= 2 if arch.language.is_gated else 1
-    split = tensor if parallel.sequence_parallel and not is_vision else 1
-    last = part.hidden_size / split
-    widths = (projected / tensor, last, inner / tensor, last)
-    kept = [
-        width if arch.lora.adapts(f"{stack}.{name}.weight") else 0.0
-        for name, width in zip(LINEARS, widths, strict=True)
-    ]
+    last = part.hidden_size / place.split
+    widths = (projected / place.tensor, last, inner / place.tensor, last)
+    kept = _adapted(arch, place.stem, widths)
     return (sum(kept), sum(kept[2:]))
 
 

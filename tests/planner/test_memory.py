@@ -61,3 +61,31 @@ def test_dropout_keeps_nothing_in_layers_without_a_backward_pass(recompute: str)
         kept.append(activation_memory(of_language, first, RankLoad(tokens=1000.0, tiles=7.0)))
     assert kept[0].per_microbatch == kept[1].per_microbatch
     assert kept[0].once < kept[1].once, "the draws of a layer while it runs"
+
+
+@pytest.mark.parametrize("sequence_parallel", [True, False])
+def test_dora_keeps_the_output_of_each_layer_with_an_adapter(sequence_parallel: bool) -> None:
+    config = run(tensor_model_parallel_size=2, sequence_parallel=sequence_parallel)
+    [chunk] = make_layout(config, SIZE).chunks
+    language = config.architecture.language
+    found = []
+    for is_dora in (False, True):
+        lora = Lora(rank=8, targets=("language.*.self_attention", "vision.*.linear_fc1"))
+        adapted = dataclasses.replace(
+            config,
+            architecture=dataclasses.replace(
+                config.architecture, lora=dataclasses.replace(lora, dora=is_dora)
+            ),
+            training=dataclasses.replace(
+                config.training, trainable=("connector", "vision.*.lora", "language.*.lora")
+            ),
+        )
+        load = RankLoad(tokens=1000.0, tiles=7.0)
+        found.append(activation_memory(adapted, chunk, load).per_microbatch)
+    heads = language.num_attention_heads + 2 * language.num_query_groups
+    width = language.hidden_size / (2 if sequence_parallel else 1)
+    of_token = heads * language.head_size / 2 + width
+    vision = config.architecture.vision
+    of_tile = vision.tokens * vision.ffn_hidden_size / 2
+    kept = 1000 * of_token * language.num_layers + 7 * of_tile * vision.num_layers
+    assert found[1] - found[0] == pytest.approx(2 * kept)
