@@ -276,8 +276,8 @@ class Checkpoint:
         weights_only: take only the weights from ``load``, even if it is of the same stage: steps,
             data and moments start anew. A run that finds its own checkpoints in ``save`` still
             resumes from them.
-        moments: AdamW's moments when a stage starts from another's checkpoint: fresh, or kept for
-            parameters that both stages train.
+        moments: those of the optimizer when a stage starts from another's checkpoint: fresh, or
+            kept for parameters that both stages train.
         trained_only: leave frozen parameters, such as what adapters adapt, out of all checkpoints
             but the last. Resuming reads them from what the run began with, which is known by its
             content and may have moved.
@@ -360,7 +360,7 @@ class Config:
         init: parts to start from.
         data: the packed datasets.
         parallel: split of the model over ranks.
-        optimizer: AdamW and its learning rate.
+        optimizer: what updates the parameters, and its learning rate.
         training: length, batch size, precision and freeze mask.
         ema: moving average of the trained parameters.
         fp8: FP8 matrix products.

@@ -29,7 +29,7 @@ class Built:
     Args:
         chunks: this rank's, in the order of the pipeline.
         ddp_chunks: the chunks with their gradient reduction.
-        optimizer: AdamW over what is trained of all of them.
+        optimizer: of what is trained of all of them.
         trained: what that is, over the whole model.
     """
 

@@ -1,4 +1,4 @@
-"""One optimizer update: microbatches forward and backward through the pipeline, then AdamW."""
+"""One step: microbatches forward and backward through the pipeline, then the optimizer."""
 
 from __future__ import annotations
 
