@@ -56,6 +56,9 @@ class ObjectiveNeeds:
         head: yields what stands behind the last layer, for the planner.
         head_input: width of what the head reads; its fresh matrices are drawn for it.
         kept: activations that the head keeps for the backward pass, in elements for each tile.
+        step_bytes: bytes of what the loss of a step needs beside embeddings, on a data-parallel
+            rank with so many samples of so many.
+        runs_twice: whether several packs of a rank run forward twice, once without gradients.
         losses: names of the losses that the total is made of, and their weights; none: there is one
             loss.
         readings: names of figures that are logged beside the losses.
@@ -81,6 +84,8 @@ class ObjectiveNeeds:
     constants: Callable[[Parts], dict[str, float]] = lambda arch: {}
     head_input: Callable[[Parts], int] = lambda arch: arch.language.hidden_size
     kept: Callable[[Parts], float] = lambda arch: 0.0
+    step_bytes: Callable[[Parts, float, float], float] = lambda arch, own, everyone: 0.0
+    runs_twice: bool = False
     losses: Callable[[Parts], dict[str, float]] = lambda arch: {}
     readings: tuple[str, ...] = ()
     vocabulary: Callable[[Parts], tuple[str, int]] = lambda arch: (
@@ -139,6 +144,17 @@ def _contrastive_head(arch: Parts) -> Iterator[Piece]:
         yield vector("objective.logit_bias", "head", 1)
 
 
+def _similarity_bytes(arch: Parts, own: float, everyone: float) -> float:
+    """Count the float32 similarities of a rank's pairs, forward and backward: by cross-entropy in
+    both directions, before and after scale and softmax, with their gradients; by the sigmoid loss
+    with bias, signs and gradients; around a ring with the pairs of one rank at a time.
+    """
+    settings = arch.contrastive
+    if settings.exchange == "ring":
+        return 4 * 5 * own * own
+    return 4 * (8 if settings.loss == "softmax" else 6) * own * everyone
+
+
 def _contrastive_constants(arch: Parts) -> dict[str, float]:
     """Return scale and bias as the papers start them: 1 / 0.07; and 10 and -10."""
     if arch.contrastive.loss == "softmax":
@@ -160,6 +176,8 @@ OBJECTIVES: dict[str, ObjectiveNeeds] = {
         spans_step=True,
         head=_contrastive_head,
         connector_output=lambda arch: arch.contrastive.size,
+        step_bytes=_similarity_bytes,
+        runs_twice=True,
         constants=_contrastive_constants,
     ),
     "qformer": ObjectiveNeeds(

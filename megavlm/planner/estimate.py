@@ -126,6 +126,8 @@ def estimate(
         _compute_seconds(config, layout, size, costs, hardware)
         for costs in _layer_costs(config, size)
     )
+    if config.architecture.needs.runs_twice and packs > 1:
+        whole = [one + again for one, again in zip(whole, forward, strict=True)]
     times = [compute + sent for compute, sent in zip(whole, sending, strict=True)]
     inside = packs * _round_seconds(times, ranks) * (1 + bubble(ranks, virtual, packs))
     per_step = [communication_per_step(config, layout, rank, data_ranks) for rank in range(ranks)]

@@ -105,6 +105,10 @@ def memory_by_rank(
     seen = supervised if config.training.head_tokens == "supervised" else None
     load = RankLoad.most(parallel, capacity, tiles, seen)
     kept = [activation_memory(config, chunk, load) for chunk in layout.chunks]
+    own_pairs = packs * tiles
+    of_step = config.architecture.needs.step_bytes(
+        config.architecture, own_pairs, own_pairs * data_ranks
+    )
     needed = []
     for rank in range(pipeline):
         held = sum(
@@ -116,12 +120,11 @@ def memory_by_rank(
             in_flight(pipeline, rank, virtual, packs)
             @ np.array([one.per_microbatch for one in own])
         ).max()
-        needed.append(
-            Memory(
-                **weight_bytes(config, held, data_ranks),
-                activations=float(most) + max(one.once for one in own),
-            )
-        )
+        activations = float(most) + max(one.once for one in own)
+        if rank == pipeline - 1 and of_step:
+            # Between the two passes of several packs there are no activations.
+            activations = activations + of_step if packs == 1 else max(activations, of_step)
+        needed.append(Memory(**weight_bytes(config, held, data_ranks), activations=activations))
     return needed
 
 

@@ -165,6 +165,63 @@ def test_a_ring_knows_which_pairs_share_an_image(ranks: Pool, shared: Path) -> N
     assert_same(one, ranks.run(run, 2, config_of(ring, shared / "four", **usual)))
 
 
+def bytes_of_similarities(config: Config) -> tuple[int, float]:
+    """Return the bytes that the loss of 64 pairs keeps for its backward pass, embeddings aside, and
+    those that the planner counts.
+    """
+    job = build(config)
+    pairs = 64
+    objective = job.chunks[-1].objective
+    size = config.architecture.contrastive.size
+    leaves = [torch.randn(pairs, size).requires_grad_() for _ in range(2)]
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.numel() >= pairs * pairs:
+            kept[tensor.data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        objective._pair_losses(*leaves, [pairs], None).sum()
+    found = sum(tensor.numel() * tensor.element_size() for tensor in kept.values())
+    return found, config.architecture.needs.step_bytes(config.architecture, pairs, pairs)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "is_kept"),
+    [(CLIP, True), (SIGLIP, True), (with_settings(SIGLIP, exchange="ring"), False)],
+    ids=["softmax", "sigmoid", "ring"],
+)
+def test_the_planner_counts_the_similarities(
+    ranks: Pool, shared: Path, architecture: Architecture, is_kept: bool
+) -> None:
+    config = config_of(architecture, shared / "four")
+    [(kept, counted)] = ranks.run(bytes_of_similarities, 1, config)
+    # What is kept, and what the backward pass makes beside it.
+    assert (counted / 3 < kept <= counted) if is_kept else kept == 0 < counted
+
+
+def test_the_planner_counts_a_step_of_many_pairs(shared: Path) -> None:
+    from megavlm.planner.layout import make_layout
+    from megavlm.planner.memory import memory
+    from megavlm.planner.partition import PackSize
+
+    size = PackSize(tokens=20480.0, squared_lengths=1e6, tiles=256.0)
+
+    def activations(architecture: Architecture, packs: int, ranks: int) -> float:
+        config = config_of(architecture, shared / "four", global_batch_size=packs)
+        layout = make_layout(config, size)
+        return memory(config, layout, ranks, capacity=20480, tiles=256).activations
+
+    alone = activations(CLIP, 1, 1)
+    assert activations(CLIP, 64, 64) - alone == 4 * 8 * 256 * 256 * 63
+    # Between two passes there are no other activations, and many pairs take more than these.
+    assert activations(CLIP, 640, 4) == 4 * 8 * (160 * 256) * (640 * 256)
+    ring = with_settings(SIGLIP, exchange="ring")
+    assert activations(ring, 640, 4) == 4 * 5 * (160 * 256) ** 2
+    assert activations(ring, 64, 64) == activations(ring, 1, 1)
+
+
 def test_a_ring_is_refused_for_cross_entropy(tmp_path: Path) -> None:
     pack_pairs(tmp_path, text_tokens=(4, 16), capacity=40)
     [found] = problems_of(with_settings(CLIP, exchange="ring"), tmp_path)
