@@ -183,6 +183,28 @@ def test_an_import_is_exported_bit_for_bit(
         convert.export(checkpoint, tmp_path / "clip", dialect="clip")
 
 
+def test_its_parts_start_other_models(folder: Path) -> None:
+    from megavlm.config.schema import Init, Training
+    from megavlm.convert.hf import from_parts
+
+    init = Init(vision=str(folder / "vision"), language=str(folder / "language"))
+    found = from_parts.read_model("", init, SMALL)
+    assert found.vision == SMALL.vision and not found.language.tied_head
+    whole = convert.hf_tensors_as_megatron(folder, SMALL)
+    model = dataclasses.replace(SMALL, language=dataclasses.replace(SMALL.language, vocab_size=199))
+    config = recipe_config("internvl_c", model, folder)
+    config = dataclasses.replace(config, init=init, training=Training())
+    served = from_parts.full_tensors(config, lambda key, shape: torch.zeros(shape))
+    for key in ("vision.class_token", "language.decoder.final_layernorm.weight"):
+        index = tuple(slice(0, size) for size in whole[key].shape)
+        assert torch.equal(served(key, whole[key].shape)[index], whole[key])
+    talking = dataclasses.replace(
+        config, architecture=dataclasses.replace(model, objective="next_token")
+    )
+    with pytest.raises(ValueError, match=r"lm_head\.weight"):
+        from_parts.full_tensors(talking, lambda key, shape: torch.zeros(shape))
+
+
 def test_a_damaged_folder_is_refused(folder: Path, tmp_path: Path) -> None:
     import shutil
 

@@ -135,7 +135,11 @@ def _language(folder: Path) -> Language:
         if row.key == "output_layer.weight"
         for name in row.names
     }
-    return replace(found, tied_head=head.isdisjoint(tensor_names(folder) or head))
+    # A class such as LlamaModel, whose config.json ties nothing, has no head at all.
+    named = (raw.get("architectures") or [""])[0]
+    has_none = named.endswith("Model") and raw.get("tie_word_embeddings") is False
+    is_absent = head.isdisjoint(tensor_names(folder) or head)
+    return replace(found, tied_head=is_absent and not has_none)
 
 
 def notes(init: Init, architecture: Architecture) -> list[str]:
@@ -283,7 +287,14 @@ def _serve_language(config: Config) -> Callable[[str], Served]:
     source = SeparateExperts(
         SafetensorsFolder(folder, rename=lambda name: None if _BUFFER.search(name) else name)
     )
-    view = MegatronView(source, tuple(within(family_of(language).rows(language), "language.", "")))
+    table = list(within(family_of(language).rows(language), "language.", ""))
+    if not wanted.needs.has_vocabulary_head:  # a folder may then have a head, or none
+        table = [
+            row
+            for row in table
+            if row.key != HEAD_KEY or not source.headers.keys().isdisjoint(row.names)
+        ]
+    view = MegatronView(source, tuple(table))
     _, new = extend_tokenizer(config.init, wanted.image_tokens)
     std = float(
         json_files.read_json(folder / json_files.FILE_NAME).get(
