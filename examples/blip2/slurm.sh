@@ -14,7 +14,7 @@
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
 set -euo pipefail
-: "${1:?name a stage: 2; options for the trainer may follow}"
+: "${1:?name a stage: 1 or 2; options for the trainer may follow}"
 
 export NNODES="$SLURM_JOB_NUM_NODES" GPUS_PER_NODE="${SLURM_GPUS_ON_NODE:-8}" JOB_ID="$SLURM_JOB_ID"
 read -r MASTER_ADDR < <(scontrol show hostnames "$SLURM_JOB_NODELIST") # the first of them

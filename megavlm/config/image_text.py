@@ -23,7 +23,7 @@ class ImageText:
         matching: weight of image-text matching (ITM).
         generation: weight of generating the text from the image (ITG).
         label_smoothing: of contrast and generation: this share of the label is spread over all
-            classes.
+            classes in training; held-out losses have none.
         gradient: of contrast: exact (global), or without the part that reaches an embedding as
             another pair's negative, as in the authors' code (local).
         pool_packs: neighbouring packs of a step whose pairs are contrasted with each other and give
@@ -110,6 +110,13 @@ def kept(arch: Any) -> float:
     crossed = sum(map(qformer.has_cross_attention, range(qformer.num_layers)))
     of_tokens = 2 * arch.vision.hidden_size + crossed * 2 * qformer.hidden_size
     return rows * of_row + 3 * arch.vision.tokens * of_tokens + 2 * texts * qformer.vocab_size
+
+
+def pooled(arch: Any) -> float:
+    """Count the elements of a pair that each rank holds for its whole pool: hidden states of the
+    vision encoder, as gathered and in the order of the packs.
+    """
+    return 2 * arch.vision.tokens * arch.vision.hidden_size
 
 
 def fit(arch: Any) -> Any:

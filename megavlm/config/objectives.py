@@ -59,6 +59,8 @@ class ObjectiveNeeds:
         step_bytes: bytes of what the loss of a step needs beside embeddings, on a data-parallel
             rank with so many samples of so many.
         runs_twice: whether several packs of a rank run forward twice, once without gradients.
+        pooled: elements that each rank holds for each tile of all packs that are contrasted with
+            each other.
         losses: names of the losses that the total is made of, and their weights; none: there is one
             loss.
         readings: names of figures that are logged beside the losses.
@@ -86,6 +88,7 @@ class ObjectiveNeeds:
     kept: Callable[[Parts], float] = lambda arch: 0.0
     step_bytes: Callable[[Parts, float, float], float] = lambda arch, own, everyone: 0.0
     runs_twice: bool = False
+    pooled: Callable[[Parts], float] = lambda arch: 0.0
     losses: Callable[[Parts], dict[str, float]] = lambda arch: {}
     readings: tuple[str, ...] = ()
     vocabulary: Callable[[Parts], tuple[str, int]] = lambda arch: (
@@ -189,6 +192,7 @@ OBJECTIVES: dict[str, ObjectiveNeeds] = {
         head=image_text.head,
         head_input=lambda arch: arch.connector.qformer.hidden_size,
         kept=image_text.kept,
+        pooled=image_text.pooled,
         connector_output=lambda arch: 0,
         constants=lambda arch: {"objective.temperature": image_text.START_TEMPERATURE},
         losses=lambda arch: arch.image_text.weights,

@@ -33,7 +33,7 @@ from megavlm.config.sampling import Sampling as Sampling
 # A value that accepts every template, or every tiling.
 ANY = "any"
 # What ``--data.augment`` knows.
-AUGMENTATIONS = ("jpeg", "crop", "flip", "colour")
+AUGMENTATIONS = ("jpeg", "crop", "half_crop", "flip", "colour")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,8 +72,8 @@ class Data:
         tiling: how images must have become tiles (``--tiling`` of ``tools/pack_dataset.py``); any:
             either way.
         augment: random image augmentations, for sources packed with data_augment: jpeg (quality 75
-            to 100, as in InternVL), crop, flip, colour. Crop and flip invalidate boxes and words
-            such as "left".
+            to 100, as in InternVL), crop, half_crop (BLIP-2's), flip, colour. Crops and flip
+            invalidate boxes and words such as "left".
         next_image: share of the samples in training whose tokens read the next image instead of the
             last one, where cross-attention reads images (Flamingo: 0.5 for web pages).
         workers: loader processes per rank; 0 decodes in the training process.

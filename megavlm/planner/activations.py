@@ -315,7 +315,9 @@ def _around_layers(config: Config, chunk: Chunk, load: RankLoad) -> float:
     if arch.vision.final_norm and ends_vision and "vision" in config.training.trainable:
         found += load.tiles * arch.vision.layer_tokens * arch.vision.hidden_size
     if chunk.has_head and not arch.language.exists:
-        return found + load.tiles * arch.needs.kept(arch)
+        pool = arch.image_text.pool_packs or config.training.global_batch_size
+        pooled = pool * parallel.tile_ranks * arch.needs.pooled(arch)
+        return found + load.tiles * (arch.needs.kept(arch) + pooled)
     if chunk.has_head:
         # Inputs of the final norm and of the head, which are whole on every tensor-parallel rank.
         return found + (tokens + load.head_tokens) * arch.language.hidden_size

@@ -88,12 +88,19 @@ def run_whole_step(
             found = [loss_from(first, outputs[first : first + at_once]) for first in starts]
         return torch.stack([loss, *found]).sum()
     gradients: deque[_Gradients] = deque()
-    of_parameters: list[Tensor] = [torch.zeros_like(one) for one in objective.loss_parameters]
+    of_parameters = _zeros(objective.loss_parameters)
     for first in starts:
         some = outputs[first : first + at_once]
         loss += _keep_gradients(first, some, loss_from, objective, gradients, of_parameters)
     _run_again(model, packs, gradients, of_parameters, backend)
     return loss
+
+
+def _zeros(parameters: Sequence[Tensor]) -> list[Tensor]:
+    """Return zeros of the shapes of parameters, float32: a sum then does not depend on how many
+    pools it is made of.
+    """
+    return [torch.zeros_like(one, dtype=torch.float32) for one in parameters]
 
 
 def _parts(output: Output) -> tuple[Tensor, ...]:
@@ -205,5 +212,6 @@ def _linear_in(
         if gradient is not None:
             total = total + (part * gradient).sum()
     for parameter, given in zip(objective.loss_parameters, of_parameters, strict=True):
-        total = total + (parameter * (given if is_first else torch.zeros_like(given))).sum()
+        wide = parameter.float()  # the gradient is rounded once, behind the sum
+        total = total + (wide * (given if is_first else torch.zeros_like(given))).sum()
     return total

@@ -261,6 +261,20 @@ def recipes(name: str) -> Architecture:
     return RECIPES[name].architecture
 
 
+def test_blip2s_first_stage_names_options_that_exist(shell: dict[str, str], tmp_path: Path):
+    parts = {"VISION": "eyes", "BERT": "bert", "DATA": "data", "PACKS": str(tmp_path / "packs")}
+    command = ["bash", str(ROOT / "examples" / "blip2" / "run.sh")]
+    subprocess.run([*command, "1", "--training.seed", "9"], env=shell | parts, check=True)
+    run = get_args_parser().parse_args(asked(shell))
+    config = parse(run.training_script_args, lambda folder, init, default: default)
+    assert (config.recipe, config.stage, config.training.seed) == ("blip2", "1", 9)
+    assert config.init == Init(vision="eyes", connector="bert")
+    assert config.data.augment == ("half_crop", "flip") and fits(config, ranks=8)
+    subprocess.run([*command, "pack1"], env=shell | parts, check=True)
+    args = pack_dataset.parse(asked(shell)[1:])
+    assert (args.template, args.tile_cap, args.data_augment) == ("blip2_pairs", "42", True)
+
+
 def test_fuyus_script_names_options_that_exist(shell: dict[str, str], tmp_path: Path):
     parts = {"MODEL": str(tmp_path), "JSONL": "chats.jsonl", "ROOT": "images"}
     command = ["bash", str(ROOT / "examples" / "fuyu" / "run.sh")]

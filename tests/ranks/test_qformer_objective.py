@@ -26,6 +26,9 @@ from megavlm.config.schema import (
     Logging,
     Vision,
 )
+from megavlm.planner.layout import make_layout
+from megavlm.planner.memory import memory_by_rank
+from megavlm.planner.partition import PackSize
 from tests.ranks.pool import Pool
 from tests.ranks.runs import Curve, build, config_for, train_curve, whole_weights
 from tests.ranks.test_contrastive import assert_same, pack_pairs
@@ -115,6 +118,28 @@ def test_every_layout_trains_like_one_process(
     for name in ALWAYS if os.environ.get("MEGAVLM_MATRIX") != "all" else LAYOUTS:
         world, layout = LAYOUTS[name]
         assert_same(one, ranks.run(run, world, config_of(pairs, losses, **layout)))
+
+
+def test_the_local_gradient_is_another_one_of_the_same_loss(ranks: Pool, pairs: Path) -> None:
+    exact, local = (
+        ranks.run(run, 1, config_of(pairs, {"gradient": kind}, steps=1))[0]
+        for kind in ("global", "local")
+    )
+    assert exact.losses == local.losses
+    assert abs(exact.grad_norms[0] / local.grad_norms[0] - 1) > 1e-3
+
+
+def test_the_planner_counts_the_hidden_states_of_the_pool(pairs: Path) -> None:
+    size = PackSize(tokens=64.0, squared_lengths=900.0, tiles=4.0)
+    found = []
+    for packs in (1, 2, 0):
+        config = config_of(pairs, {"pool_packs": packs})
+        layout = make_layout(config, size)
+        found.append(memory_by_rank(config, layout, 1, capacity=64, tiles=4)[0].activations)
+    vision = MODEL.vision
+    of_pack = 4 * 2 * vision.tokens * vision.hidden_size * 4  # tiles, copies, bytes
+    assert found[1] - found[0] == pytest.approx(of_pack)
+    assert found[2] - found[0] == pytest.approx(3 * of_pack)  # a step has four packs
 
 
 def test_a_frozen_encoder_stays_and_its_last_norm_is_trained(ranks: Pool, pairs: Path) -> None:
@@ -274,6 +299,26 @@ def test_it_resumes_bit_for_bit(ranks: Pool, pairs: Path, tmp_path: Path) -> Non
     parts = sum(valid[f"valid_{name}_loss"] for name in ("itc", "itm", "itg"))
     assert valid["valid_loss"] == pytest.approx(parts, rel=1e-5)
     assert 0 <= valid["valid_recall_image_to_text"] <= 1
+
+
+def test_held_out_losses_have_no_label_smoothing(ranks: Pool, pairs: Path, tmp_path: Path) -> None:
+    found = []
+    for smoothing in (0.0, 0.4):
+        config = config_of(pairs, {"label_smoothing": smoothing}, steps=1, lr=1e-12)
+        save = tmp_path / str(smoothing)
+        config = dataclasses.replace(
+            config,
+            data=dataclasses.replace(config.data, valid=str(pairs)),
+            checkpoint=Checkpoint(save=str(save), save_interval=0),
+            logging=Logging(interval=1),
+        )
+        ranks.run(job, 1, config)
+        lines = map(json.loads, (save / "metrics.jsonl").read_text().splitlines())
+        found.append({name: value for line in lines for name, value in line.items()})
+    assert abs(found[1]["itg_loss"] - found[0]["itg_loss"]) > 1e-4
+    for name in ("itc", "itm", "itg"):
+        held_out = [one[f"valid_{name}_loss"] for one in found]
+        assert held_out[1] == pytest.approx(held_out[0], rel=1e-5)
 
 
 def test_longer_texts_are_refused_and_never_cut_in_silence(ranks: Pool, pairs: Path) -> None:

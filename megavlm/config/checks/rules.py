@@ -326,6 +326,8 @@ def _data(data: Data) -> Iterator[str]:
         )
     yield from _loss_weights(data)
     for name in data.augment:
+        if name == "half_crop" and "crop" in data.augment:
+            yield "--data.augment crop,half_crop: an image is cropped in one way; give one of them"
         if name not in AUGMENTATIONS:
             yield f"--data.augment {name}: no such change; known are {', '.join(AUGMENTATIONS)}"
     yield from at_least(0, "data", data, "workers", "group", "timeout")

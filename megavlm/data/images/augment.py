@@ -2,10 +2,11 @@
 sample.
 
 ``jpeg`` is InternVL's ``data_augment``: each tile is compressed with a quality of 75 to 100.
-``crop`` cuts a part of 80 to 100% of the image's area, of nearly its shape; ``flip`` mirrors every
-second image; ``colour`` changes brightness, contrast and saturation by up to a fifth. Cropping and
-mirroring move what boxes and words such as "left" are about: they are not for sources with
-grounding or text in images.
+``crop`` cuts a part of 80 to 100% of the image's area, of nearly its shape; ``half_crop`` one of 50
+to 100%, of 3:4 to 4:3, as the transform of BLIP-2 (arXiv 2301.12597) for training does; ``flip``
+mirrors every second image; ``colour`` changes brightness, contrast and saturation by up to a fifth.
+Cropping and mirroring move what boxes and words such as "left" are about: they are not for sources
+with grounding or text in images.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ LEAST_QUALITY = 75
 MOST_QUALITY = 100
 LEAST_AREA = 0.8
 MOST_STRETCH = 1.1
+LEAST_HALF_AREA = 0.5
+MOST_HALF_STRETCH = 4 / 3
 MOST_COLOUR_CHANGE = 0.2
 
 
@@ -39,7 +42,15 @@ class Change:
     qualities: tuple[int, ...] = ()
 
 
-def draw(operations: Sequence[str], tiles: int, *, seed: int, position: int, index: int) -> Change:
+def draw(
+    operations: Sequence[str],
+    tiles: int,
+    *,
+    seed: int,
+    position: int,
+    index: int,
+    shape: float = 1.0,
+) -> Change:
     """Draw the change of an image.
 
     Args:
@@ -50,13 +61,19 @@ def draw(operations: Sequence[str], tiles: int, *, seed: int, position: int, ind
         position: the pack's index in the endless sequence of epochs, which the epoch and the pack
             determine.
         index: of the image in its pack.
+        shape: width over height of the image.
     """
     # The draws of drop path take the counters with a second word of 0.
     rng = np.random.Generator(
         np.random.Philox(key=seed % 2**64, counter=[0, 1 + index, 0, position])
     )
-    area = rng.uniform(LEAST_AREA, 1.0)
-    stretch = MOST_STRETCH ** rng.uniform(-1.0, 1.0)
+    # One draw of each, whichever crop it is for.
+    is_half = "half_crop" in operations
+    least = LEAST_HALF_AREA if is_half else LEAST_AREA
+    area = least + rng.random() * (1.0 - least)
+    stretch = (MOST_HALF_STRETCH if is_half else MOST_STRETCH) ** rng.uniform(-1.0, 1.0)
+    if is_half:
+        stretch /= shape
     across = rng.random()
     down = rng.random()
     width = min(1.0, (area * stretch) ** 0.5)
@@ -67,7 +84,7 @@ def draw(operations: Sequence[str], tiles: int, *, seed: int, position: int, ind
     colours = tuple(rng.uniform(1.0 - MOST_COLOUR_CHANGE, 1.0 + MOST_COLOUR_CHANGE, 3).tolist())
     qualities = tuple(rng.integers(LEAST_QUALITY, MOST_QUALITY + 1, tiles).tolist())
     return Change(
-        box=(left, top, left + width, top + height) if "crop" in operations else None,
+        box=(left, top, left + width, top + height) if is_half or "crop" in operations else None,
         is_flipped=flip and "flip" in operations,
         colours=colours if "colour" in operations else None,
         qualities=qualities if "jpeg" in operations else (),

@@ -102,6 +102,7 @@ class TileDecoder:
         if self.is_plain and not operations:
             decode_tiles(pack.image(index), columns, rows, size, has_thumbnail, out=room)
             return
+        shape = int(row["width"]) / int(row["height"])
         fits = None
         if self.cuts_patches:
             fits = fitted_size(int(row["width"]), int(row["height"]), self.manifest.image_limit)
@@ -114,7 +115,7 @@ class TileDecoder:
             pad_colour=self.pad_colour,
             crops=self.crops,
             fits=fits,
-            change=draw(operations, count, seed=seed, position=position, index=index),
+            change=draw(operations, count, seed=seed, position=position, index=index, shape=shape),
             out=room,
         )
 

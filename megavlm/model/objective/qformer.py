@@ -144,9 +144,14 @@ class QFormerObjective(Objective):
             logits.float().flatten(0, 1),
             ids[:, 1:].flatten(),
             reduction="none",
-            label_smoothing=self.settings.label_smoothing,
+            label_smoothing=self._smoothing,
         )
         return (losses.view(len(ids), -1) * real[:, 1:]).sum(dim=1)
+
+    @property
+    def _smoothing(self) -> float:
+        """Label smoothing of contrast and generation; held-out losses have none."""
+        return self.settings.label_smoothing if self.training else 0.0
 
     def losses(self, output: Sequence[Tensor], batch: Batch) -> Losses:
         """Refuse: a pack alone has no loss."""
@@ -230,7 +235,7 @@ class QFormerObjective(Objective):
             others = pool.map(torch.Tensor.detach)
         of_images = similarities(own.images, others.texts) / temperature
         of_texts = similarities(others.images, own.texts).T / temperature
-        smoothing = self.settings.label_smoothing
+        smoothing = self._smoothing
         contrast = [
             cross_entropy(logits, partners, reduction="none", label_smoothing=smoothing)
             for logits in (of_images, of_texts)

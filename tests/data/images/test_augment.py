@@ -84,6 +84,20 @@ def test_draws_are_in_their_bounds_and_reach_them():
     assert colours.min() >= 0.8 and colours.max() <= 1.2 and colours.std() > 0.1
 
 
+def test_a_half_crop_has_the_bounds_of_blip2():
+    shape = 1.25
+    boxes = [
+        draw(("half_crop",), 1, seed=7, position=position, index=0, shape=shape).box
+        for position in range(400)
+    ]
+    sides = np.array([(box[2] - box[0], box[3] - box[1]) for box in boxes])
+    areas = sides.prod(axis=1)
+    assert 0.5 <= areas.min() < 0.53 and 0.93 < areas.max() <= 1.0
+    free = sides.max(axis=1) < 1  # a part as wide or as high as the image is cut down to it
+    ratios = shape * sides[free, 0] / sides[free, 1]
+    assert 0.75 <= ratios.min() < 0.8 and 1.28 < ratios.max() <= 4 / 3 + 1e-9
+
+
 def test_a_draw_depends_on_seed_epoch_and_sample_alone():
     first = draw(ALL, 3, seed=1, position=5, index=2)
     assert first == draw(ALL, 3, seed=1, position=5, index=2)
