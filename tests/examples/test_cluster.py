@@ -275,6 +275,20 @@ def test_blip2s_first_stage_names_options_that_exist(shell: dict[str, str], tmp_
     assert (args.template, args.tile_cap, args.data_augment) == ("blip2_pairs", "42", True)
 
 
+def test_instructblips_script_names_options_that_exist(shell: dict[str, str], tmp_path: Path):
+    parts = {"QFORMER": "qformer", "LANGUAGE": "words", "BERT": str(tmp_path), "DATA": "data"}
+    command = ["bash", str(ROOT / "examples" / "instructblip" / "run.sh")]
+    subprocess.run([*command, "1", "--training.seed", "9"], env=shell | parts, check=True)
+    run = get_args_parser().parse_args(asked(shell))
+    config = parse(run.training_script_args, lambda folder, init, default: default)
+    assert (config.recipe, config.stage, config.training.seed) == ("instructblip", "1", 9)
+    assert config.init == Init(vision="qformer", connector="qformer", language="words")
+    assert config.data.sampling == "sqrt" and fits(config, ranks=8)
+    subprocess.run([*command, "pack"], env=shell | parts, check=True)
+    args = pack_dataset.parse(asked(shell)[1:])
+    assert (args.template, args.qformer_tokenizer) == ("instructblip", str(tmp_path))
+
+
 def test_fuyus_script_names_options_that_exist(shell: dict[str, str], tmp_path: Path):
     parts = {"MODEL": str(tmp_path), "JSONL": "chats.jsonl", "ROOT": "images"}
     command = ["bash", str(ROOT / "examples" / "fuyu" / "run.sh")]
