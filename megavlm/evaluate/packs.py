@@ -22,8 +22,7 @@ from megavlm.data.records.record import IMAGE_PLACEHOLDER, Turn
 from megavlm.data.records.reject import RejectError
 from megavlm.data.sample import Image, Sample
 from megavlm.data.store.manifest import Manifest, Source, read_manifest
-from megavlm.data.store.pack_format import pack_block
-from megavlm.data.store.reader import Pack, Reader, parse_pack
+from megavlm.data.store.memory_reader import MemoryReader
 from megavlm.data.text.chat_tokens import ChatTemplate
 from megavlm.data.text.instruction import NO_INSTRUCTION
 from megavlm.data.text.tokenizer import QFORMER_TOKENIZER, load_tokenizer
@@ -172,46 +171,31 @@ def arrange(asked: Sequence[Asked], manifest: Manifest) -> list[list[int]]:
     return packs
 
 
-class QuestionReader(Reader):
-    """Packs that are made of questions when they are asked for; nothing is on the disk.
+class QuestionReader(MemoryReader):
+    """Packs that are made of questions when they are asked for.
 
     Args:
         asked: the questions; each is a source of its own, so that what ``Batch.sources`` says of
             a token is the index of its question.
-        packs: the indices of each pack's questions.
+        order: the indices of each pack's questions.
         manifest: of the training packs.
     """
 
     def __init__(
-        self, asked: Sequence[Asked], packs: Sequence[Sequence[int]], manifest: Manifest
+        self, asked: Sequence[Asked], order: Sequence[Sequence[int]], manifest: Manifest
     ) -> None:
         self.asked = asked
-        self.packs = packs
-        self.folder = "--eval.tasks"
-        self.manifest = replace(
-            manifest,
-            sources=tuple(
-                Source(name=str(index), annotations=str(one.path))
-                for index, one in enumerate(asked)
-            ),
+        self.order = order
+        sources = tuple(
+            Source(name=str(index), annotations=str(one.path)) for index, one in enumerate(asked)
         )
-        self.index = np.stack([pack_block(self._samples(pack, load=False))[1] for pack in packs])
+        super().__init__((), replace(manifest, sources=sources), "--eval.tasks")
 
     def __reduce__(self) -> tuple:
-        return type(self), (self.asked, self.packs, self.manifest)
+        return type(self), (self.asked, self.order, self.manifest)
 
     def __len__(self) -> int:
-        return len(self.packs)
-
-    def read(self, pack_id: int, *, with_images: bool = True) -> Pack:
-        """See ``Reader``: a question that cannot be read is named with its file and line."""
-        (head, *images), record = pack_block(self._samples(self.packs[pack_id], load=with_images))
-        return parse_pack(
-            pack_id,
-            record,
-            np.frombuffer(head, np.uint8),
-            np.frombuffer(b"".join(images), np.uint8),
-        )
+        return len(self.order)
 
     @cached_property
     def _fill(self) -> int:
@@ -222,9 +206,10 @@ class QuestionReader(Reader):
         taken = (manifest.end_token_id, manifest.context_token_id)
         return next(one for one in (manifest.pad_token_id, 0, 1, 2) if one not in taken)
 
-    def _samples(self, pack: Sequence[int], *, load: bool) -> list[Sample]:
-        """Make the samples of a pack, with room for the answers."""
+    def samples(self, pack_id: int, *, load: bool) -> list[Sample]:
+        """See ``MemoryReader``: the samples have room for the answers."""
         fill = self._fill
+        pack = self.order[pack_id]
         return [
             Sample(
                 tokens=np.pad(one.tokens, (0, one.room), constant_values=fill),

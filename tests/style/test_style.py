@@ -39,6 +39,7 @@ ORDER = (
     "report",
     "health",
     "train",
+    "score",
 )
 # Folders whose modules import each other: a table and the rows that it is made of.
 TOGETHER = {
@@ -50,10 +51,11 @@ TOGETHER = {
 # Stands above the folders of settings alone: `planner` needs no torch, no data and no parallel
 # code.
 IMPORTS_ONLY = {"megavlm/planner/": ("megavlm.planner", "megavlm.config")}
-# The offline job; what training needs of packing must be somewhere else. One door leads to it,
+# The offline jobs; what training needs of packing must be somewhere else. One door leads to it,
 # which the entry script alone opens.
 PACKING_DOOR = "megavlm.pack_first"
 IMPORTED_BY_TOOLS_ALONE = "megavlm.data.packing"
+SCORING = "megavlm.score"
 
 # Who may import what; each dependency has one door, so that another version or another library
 # changes one place.
@@ -130,10 +132,16 @@ def narrow_imports(files: Iterable[Source]) -> Iterator[str]:
                     and not any(reaches(name, base) for base in allowed)
                 ):
                     yield f"{file.path}:{line}: imports {name}; only {', '.join(allowed)} may be"
-            if reaches(name, PACKING_DOOR) or (
-                reaches(name, IMPORTED_BY_TOOLS_ALONE)
-                and not reaches(file.module, IMPORTED_BY_TOOLS_ALONE)
-                and file.module != PACKING_DOOR
+            is_scored = reaches(name, SCORING) and not reaches(file.module, SCORING)
+            if (
+                is_scored
+                or reaches(name, PACKING_DOOR)
+                or (
+                    reaches(name, IMPORTED_BY_TOOLS_ALONE)
+                    and not reaches(file.module, IMPORTED_BY_TOOLS_ALONE)
+                    and not reaches(file.module, SCORING)
+                    and file.module != PACKING_DOOR
+                )
             ):
                 yield f"{file.path}:{line}: imports {name}, which is for scripts alone"
 
@@ -326,6 +334,12 @@ RULES: list[tuple[Callable[[Iterable[Source]], Iterator[str]], tuple[str, ...], 
         PACKAGE,
         "megavlm/train/bad.py",
         "from megavlm.pack_first import pack_annotations\n",
+    ),
+    (
+        narrow_imports,
+        PACKAGE,
+        "megavlm/train/bad.py",
+        "from megavlm.score.job import score_dataset\n",
     ),
     (known_folders, ("megavlm", "tests", "examples"), "megavlm/shapes/bad.py", ""),
     (known_folders, ("megavlm", "tests", "examples"), "megavlm/data/utils.py", ""),

@@ -49,7 +49,12 @@ def make_job(args: argparse.Namespace, model: Architecture) -> Job:
         raise ValueError(f"--tile_cap {args.tile_cap}: must be a number or auto")
     return Job(
         sources=read_sources(
-            args.meta, args.jsonl, args.root, augment=args.data_augment, difficulty=args.difficulty
+            args.meta,
+            args.jsonl,
+            args.root,
+            augment=args.data_augment,
+            difficulty=args.difficulty,
+            keep=args.filter,
         ),
         out=args.out or "",
         features_per_tile=_tokens_per_tile(model, args.tokens_per_tile, args.template),

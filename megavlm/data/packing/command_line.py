@@ -214,7 +214,8 @@ def make_parser() -> argparse.ArgumentParser:
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    _add_files(parser)
+    add_files(parser)
+    _add_outputs(parser)
     _add_options(parser, "model", SIZES)
     _add_model_options(parser)
     _add_options(parser, "images and videos", IMAGES)
@@ -233,8 +234,8 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_files(parser: argparse.ArgumentParser) -> None:
-    """Add the options that name files."""
+def add_files(parser: argparse.ArgumentParser) -> None:
+    """Add the options that name annotation files."""
     data = parser.add_mutually_exclusive_group(required=True)
     data.add_argument(
         "--meta",
@@ -247,13 +248,17 @@ def _add_files(parser: argparse.ArgumentParser) -> None:
         help="annotations: .jsonl, .json, .parquet, .tar, a URL of one, a pattern, or the folder"
         " of an Energon dataset or imagefolder",
     )
-    add = parser.add_argument
-    add(
+    parser.add_argument(
         "--root",
         metavar="DIR",
         default="",
         help="folder that image paths in --jsonl are relative to",
     )
+
+
+def _add_outputs(parser: argparse.ArgumentParser) -> None:
+    """Add the options that name other files."""
+    add = parser.add_argument
     add(
         "--tokenizer",
         metavar="DIR",
@@ -322,6 +327,16 @@ def _add_switches(parser: argparse.ArgumentParser) -> None:
         "--difficulty",
         metavar="KEY",
         help="field of the records in --jsonl with their difficulty, a number, for a curriculum",
+    )
+    add(
+        "--filter",
+        metavar="NAME=VALUE",
+        nargs="+",
+        default=[],
+        help=(
+            "what records in --jsonl must be like, by the names of a meta file's filter, such as"
+            " min_side=64 or scores=DIR min_score=0.28 (DIR: --out of tools/score_dataset.py)"
+        ),
     )
     add(
         "--no_thumbnail",

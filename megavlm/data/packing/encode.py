@@ -19,7 +19,8 @@ from megavlm.data.images.video import frame_times, open_media, read_frames
 from megavlm.data.packing.picture_order import in_text_order
 from megavlm.data.packing.shorten import cut_windows, truncated
 from megavlm.data.packing.windows import Windows
-from megavlm.data.records.meta_file import Annotations, Filter
+from megavlm.data.records.filters import Filter
+from megavlm.data.records.meta_file import Annotations
 from megavlm.data.records.parse import parse_record
 from megavlm.data.records.raw_record import RawRecord
 from megavlm.data.records.record import (
@@ -142,7 +143,7 @@ class Encoder:
         """Return what a method makes of a record, or why it makes nothing."""
         try:
             fields = raw.fields()
-            annotations.keep.check_fields(fields)
+            annotations.keep.check_record(fields, annotations.path, raw.number)
             difficulty = annotations.difficulty_of(fields)
             record = parse_record(
                 fields, root=annotations.root, files=raw.files, prompt=annotations.prompt

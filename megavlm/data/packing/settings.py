@@ -12,7 +12,9 @@ from megavlm.data.images.tiling import Tiling
 from megavlm.data.packing.encode import DeepImages
 from megavlm.data.packing.executors import Executor
 from megavlm.data.packing.windows import Windows
+from megavlm.data.records.filters import Filter, check_scores
 from megavlm.data.records.meta_file import Annotations
+from megavlm.data.records.scores import open_scores
 from megavlm.data.store.manifest import FORMAT_VERSION
 from megavlm.data.text.chat_tokens import DEFAULT
 from megavlm.data.text.templates import chat_format
@@ -91,7 +93,7 @@ class Job:
 
     def check(self) -> None:
         """Raise ValueError or FileExistsError, naming the flag, for settings that cannot work;
-        touches no data.
+        reads no record.
         """
         least = {
             "capacity": 1,
@@ -124,6 +126,8 @@ class Job:
                 " difficulty in each entry of --meta"
             )
         self._check_tiles()
+        for source in self.sources:
+            check_scores(source.keep, [source.path], f"filter of {source.name}")
         if not 0 <= self.max_rejects <= 1:
             raise ValueError(f"--max_rejects {self.max_rejects}: must be a share between 0 and 1")
         out = Path(self.out)
@@ -234,6 +238,10 @@ class Job:
             found = file_state(source.path)
             facts = dataclasses.asdict(source)
             del facts["length"]  # checked, but of no consequence
+            # Absent without scores, so that packings of before there were any resume.
+            for name in ("scores", "drop_duplicates"):
+                del facts["keep"][name]
+            facts["keep"] |= _scores_of(source.keep)
             sources.append({**facts, "bytes": found.size, "modified": found.version})
         return {
             **settings,
@@ -243,3 +251,11 @@ class Job:
             "format": FORMAT_VERSION,
             "packer": PACKER_VERSION,
         }
+
+
+def _scores_of(keep: Filter) -> dict[str, Any]:
+    """Return what a result depends on of a filter's scores, wherever they are."""
+    if keep.scores is None:
+        return {}
+    fingerprint = open_scores(keep.scores).fingerprint
+    return {"scores": fingerprint, "drop_duplicates": keep.drop_duplicates}

@@ -1,5 +1,5 @@
-"""The folder of an unfinished packing: one packing at a time works in it, and only the same job
-resumes in it.
+"""The folder of an unfinished job, such as a packing: one process at a time works in it, and only
+the same job resumes in it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def partial_folder(folder: Path, identity: dict[str, Any], *, flag: str) -> Iter
         flag: the flag that the folder comes from, for errors.
 
     Raises:
-        FileExistsError: another packing works there, or one of another job was stopped there.
+        FileExistsError: another process works there, or another job was stopped there.
     """
     folder.mkdir(parents=True, exist_ok=True)
     identity = json.loads(json.dumps(identity))
@@ -38,8 +38,8 @@ def partial_folder(folder: Path, identity: dict[str, Any], *, flag: str) -> Iter
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise FileExistsError(
-                f"{flag}: another packing is running in {folder}; wait for it, or give another"
-                " folder"
+                f"{flag}: another process is at work in {folder}; wait for it, or give"
+                " another folder"
             ) from None
         _same_job(folder, identity, flag)
         yield folder
@@ -76,7 +76,7 @@ def _same_job(folder: Path, identity: dict[str, Any], flag: str) -> None:
     ]
     if differences:
         raise FileExistsError(
-            f"{flag}: {folder} was left by a packing of another job ({'; '.join(differences)}); "
+            f"{flag}: {folder} was left by another job ({'; '.join(differences)}); "
             "give the same settings to resume it, or remove it"
         )
 
@@ -84,7 +84,7 @@ def _same_job(folder: Path, identity: dict[str, Any], flag: str) -> None:
 def _refuse_changed_files(
     folder: Path, before: dict[str, Any], identity: dict[str, Any], flag: str
 ) -> None:
-    """Raise FileExistsError if an annotation file is not what it was when the packing began."""
+    """Raise FileExistsError if an annotation file is not what it was when the job began."""
     known = {
         source["path"]: (source["bytes"], source["modified"])
         for source in before.get("sources") or ()
@@ -93,8 +93,8 @@ def _refuse_changed_files(
         state = (source["bytes"], source["modified"])
         if known.get(source["path"], state) != state:
             raise FileExistsError(
-                f"{flag}: {source['path']} has changed since this packing began; remove {folder} to"
-                " pack it anew"
+                f"{flag}: {source['path']} has changed since this job began; remove {folder} to"
+                " begin anew"
             )
 
 

@@ -5,12 +5,18 @@ and what is left out of them.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megavlm.data.records.filters import (
+    Filter,
+    is_number,
+    parse_filter,
+    read_filter,
+    refuse_unknown,
+)
 from megavlm.data.records.readers import find_files, media_root
 from megavlm.data.records.reject import RejectError
 from megavlm.io.remote import is_remote, open_file
@@ -27,77 +33,6 @@ META_KEYS = (
     "difficulty",
     "filter",
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Filter:
-    """What records must be like; a bound that is None holds for all.
-
-    Args:
-        min_tokens, max_tokens: of the sample.
-        min_side: fewest pixels of each image's shorter side.
-        max_side: most pixels of each image's longer side.
-        max_aspect: largest ratio of an image's longer to its shorter side.
-        score: name of a field that holds a number, such as the similarity of image and caption.
-        min_score, max_score: bounds of that number.
-    """
-
-    min_tokens: float | None = None
-    max_tokens: float | None = None
-    min_side: float | None = None
-    max_side: float | None = None
-    max_aspect: float | None = None
-    score: str | None = None
-    min_score: float | None = None
-    max_score: float | None = None
-
-    def check_fields(self, record: Mapping[str, Any]) -> None:
-        """Refuse a record by its score; raises RejectError."""
-        if self.score is None:
-            return
-        value = record.get(self.score)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value):
-            raise RejectError("filtered_score", f"{self.score} is {value!r:.100}, not a number")
-        _check("filtered_score", self.score, value, self.min_score, self.max_score)
-
-    def check_image(self, width: int, height: int) -> None:
-        """Refuse a record by the size of an image; raises RejectError."""
-        _check(
-            "filtered_size",
-            "pixels of an image's shorter side",
-            min(width, height),
-            self.min_side,
-            None,
-        )
-        _check(
-            "filtered_size",
-            "pixels of an image's longer side",
-            max(width, height),
-            None,
-            self.max_side,
-        )
-        _check(
-            "filtered_aspect",
-            "an image's aspect",
-            max(width, height) / min(width, height),
-            None,
-            self.max_aspect,
-        )
-
-    def check_length(self, tokens: int) -> None:
-        """Refuse a record by its length; raises RejectError."""
-        _check("filtered_length", "tokens", tokens, self.min_tokens, self.max_tokens)
-
-
-def _check(reason: str, what: str, value: float, least: float | None, most: float | None) -> None:
-    """Raise RejectError for a value out of bounds."""
-    if (least is not None and value < least) or (most is not None and value > most):
-        bounds = " and ".join(
-            f"{word} {bound:g}"
-            for word, bound in (("at least", least), ("at most", most))
-            if bound is not None
-        )
-        raise RejectError(reason, f"{what}: {value:g}, wanted is {bounds}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +76,7 @@ class Annotations:
         if not isinstance(self.difficulty, str):
             return self.difficulty or 0.0
         value = record.get(self.difficulty)
-        if not _is_number(value):
+        if not is_number(value):
             raise RejectError("difficulty", f"{self.difficulty} is {value!r:.100}, not a number")
         return float(value)
 
@@ -194,16 +129,24 @@ def read_sources(
     *,
     augment: bool = False,
     difficulty: str | None = None,
+    keep: Sequence[str] = (),
 ) -> tuple[Annotations, ...]:
-    """Read the sources of ``meta``, or make one of ``annotation`` and the folder of its images;
-    errors as in ``read_meta``.
+    """Read the sources of ``meta``, or make one of ``annotation``, the folder of its images and
+    the words of a filter; errors as in ``read_meta``.
     """
     if meta is None:
-        return single_source(annotation or "", root, augment=augment, difficulty=difficulty)
+        return single_source(
+            annotation or "",
+            root,
+            augment=augment,
+            difficulty=difficulty,
+            keep=parse_filter(keep, "--filter"),
+        )
     for key, value, flag in (
         ("root", root, f" {root}"),
         ("data_augment", augment, ""),
         ("difficulty", difficulty, f" {difficulty}"),
+        ("filter", keep, f" {' '.join(keep)}"),
     ):
         if value:
             raise ValueError(
@@ -218,6 +161,7 @@ def single_source(
     *,
     augment: bool = False,
     difficulty: str | None = None,
+    keep: Filter | None = None,
 ) -> tuple[Annotations, ...]:
     """List the files of one source without a meta file; raises FileNotFoundError if there are
     none.
@@ -228,6 +172,7 @@ def single_source(
         raise type(error)(f"--jsonl {annotation}: {error}") from None
     root = media_root(str(annotation), str(root))
     settings = {"root": root, "augment": augment, "difficulty": difficulty}
+    settings["keep"] = keep or Filter()
     return tuple(Annotations(name=Path(annotation).stem, path=path, **settings) for path in files)
 
 
@@ -246,7 +191,7 @@ def _entry(name: str, entry: Any, where: str) -> list[Annotations]:
     """One entry of a meta file; ``where`` names it in errors."""
     if not isinstance(entry, dict):
         raise ValueError(f"{where}: must be an object, not {entry!r:.200}")
-    _refuse_unknown(entry, META_KEYS, where)
+    refuse_unknown(entry, META_KEYS, where)
     root = entry.get("root", "")
     prompt = entry.get("prompt", "")
     augment = entry.get("data_augment", False)
@@ -257,11 +202,11 @@ def _entry(name: str, entry: Any, where: str) -> list[Annotations]:
     repeat = entry.get("repeat_time", 1)
     weight = entry.get("weight")
     for key, value in (("repeat_time", repeat), ("weight", 1 if weight is None else weight)):
-        if not _is_number(value) or not value > 0:
+        if not is_number(value) or not value > 0:
             raise ValueError(f"{where}: {key} {value!r} must be a number above 0")
     difficulty = entry.get("difficulty")
     if not (
-        difficulty is None or _is_number(difficulty) or (isinstance(difficulty, str) and difficulty)
+        difficulty is None or is_number(difficulty) or (isinstance(difficulty, str) and difficulty)
     ):
         raise ValueError(
             f"{where}: difficulty {difficulty!r} must be the name of a field, or a number for all"
@@ -283,7 +228,7 @@ def _entry(name: str, entry: Any, where: str) -> list[Annotations]:
         "prompt": prompt,
         "difficulty": difficulty,
         "length": length,
-        "keep": _filter(entry.get("filter", {}), f"{where}: filter"),
+        "keep": read_filter(entry.get("filter", {}), f"{where}: filter"),
     }
     return [
         Annotations(name=name, path=path, root=folder, **settings)
@@ -311,31 +256,3 @@ def _files(given: Any, root: str, where: str) -> tuple[tuple[str, str], ...]:
         return tuple((path, media_root(name, root)) for name in names for path in find_files(name))
     except (FileNotFoundError, ValueError) as error:
         raise type(error)(f"{where}: {error}") from None
-
-
-def _filter(given: Any, where: str) -> Filter:
-    """Read the filter of an entry."""
-    if not isinstance(given, dict):
-        raise ValueError(f"{where}: must be an object, not {given!r:.200}")
-    _refuse_unknown(given, [entry.name for entry in fields(Filter)], where)
-    for key, value in given.items():
-        if key == "score":
-            if not isinstance(value, str) or not value:
-                raise ValueError(f"{where}: score {value!r} must be the name of a field")
-        elif not _is_number(value):
-            raise ValueError(f"{where}: {key} {value!r} must be a number")
-    if ("score" in given) != bool({"min_score", "max_score"} & set(given)):
-        raise ValueError(f"{where}: score goes with min_score or max_score")
-    return Filter(**given)
-
-
-def _refuse_unknown(given: Mapping[str, Any], known: Sequence[str], where: str) -> None:
-    unknown = sorted(set(given) - set(known))
-    if unknown:
-        raise ValueError(
-            f"{where}: unknown key {', '.join(map(repr, unknown))}; known: {', '.join(known)}"
-        )
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)

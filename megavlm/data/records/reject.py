@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 FILTERS = {
-    "filtered_length": "the meta file's filter: too few or too many tokens",
-    "filtered_size": (
-        "the meta file's filter: an image with too few or too many pixels along a side"
-    ),
-    "filtered_aspect": "the meta file's filter: an image that is too long and narrow",
-    "filtered_score": "the meta file's filter: a score that is out of bounds or not a number",
+    "filtered_length": "the filter: too few or too many tokens",
+    "filtered_size": ("the filter: an image with too few or too many pixels along a side"),
+    "filtered_aspect": "the filter: an image that is too long and narrow",
+    "filtered_score": "the filter: a score that is out of bounds or not a number",
+    "filtered_unscored": "the filter: a record without a score in the folder of scores",
+    "filtered_duplicate": "the filter: an earlier record has nearly the same image",
 }
 # Repairing or restoring a media file mends these; the record is read again on resume.
 REPAIRABLE = (
@@ -43,6 +43,10 @@ REASONS = {
     "placeholder_count": (
         "the texts hold more or fewer <image> or <video> placeholders than the record has images or"
         " videos, or hold them in a system turn"
+    ),
+    "no_pair": (
+        "a record without an image or without a text, or with a video, has no similarity of the two"
+        " (tools/score_dataset.py)"
     ),
     "missing_media": "a caption without an image or a video",
     "image_token_in_text": (

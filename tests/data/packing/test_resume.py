@@ -106,7 +106,7 @@ def test_killed(data, tmp_path, monkeypatch):  # noqa: F811
     while not (tmp_path / "out.partial" / "packs-00002.json").exists():
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.02)
-    with pytest.raises(FileExistsError, match="another packing is running"):
+    with pytest.raises(FileExistsError, match="another process is at work"):
         pack_dataset(_job(data, tmp_path / "out"))
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
@@ -173,7 +173,7 @@ def test_another_job_does_not_go_on(data, tmp_path, monkeypatch):  # noqa: F811
             pack_dataset(_job(data, tmp_path / "out"))
     with pytest.raises(
         FileExistsError,
-        match=r"left by a packing of another job \(capacity: 1024 there, 2048 requested\)",
+        match=r"left by another job \(capacity: 1024 there, 2048 requested\)",
     ):
         pack_dataset(_job(data, tmp_path / "out", capacity=2048))
     (tmp_path / "copy.jsonl").write_bytes((data / "good.jsonl").read_bytes())

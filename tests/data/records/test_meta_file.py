@@ -50,6 +50,9 @@ BAD_ENTRIES = [
     ({"weight": -1}, "weight -1 "),
     ({"filter": {"min_pixels": 3}}, "filter: unknown key 'min_pixels'; known: min_tokens"),
     ({"filter": {"score": "clip"}}, "filter: score goes with min_score or max_score"),
+    ({"filter": {"scores": "x"}}, "filter: scores goes with min_score or max_score"),
+    ({"filter": {"drop_duplicates": True}}, "filter: drop_duplicates goes with scores"),
+    ({"filter": {"score": "a", "scores": "b", "min_score": 1}}, "score and scores exclude"),
     ({"filter": {"min_side": "3"}}, "filter: min_side '3' must be a number"),
     ({"filter": 3}, "filter: must be an object"),
     ({"prompt": 3}, "must be texts"),
@@ -163,18 +166,18 @@ def test_filters():
         score="clip",
         min_score=0.3,
     )
-    keep.check_fields({"clip": 0.3})
+    keep.check_record({"clip": 0.3}, "a", 1)
     keep.check_image(50, 100)
     keep.check_length(9)
     bad = [
         (
-            keep.check_fields,
-            ({"clip": 0.29},),
+            keep.check_record,
+            ({"clip": 0.29}, "a", 1),
             "filtered_score",
             "clip: 0.29, wanted is at least 0.3",
         ),
-        (keep.check_fields, ({},), "filtered_score", "clip is None, not a number"),
-        (keep.check_fields, ({"clip": float("nan")},), "filtered_score", "clip is nan"),
+        (keep.check_record, ({}, "a", 1), "filtered_score", "clip is None, not a number"),
+        (keep.check_record, ({"clip": float("nan")}, "a", 1), "filtered_score", "clip is nan"),
         (keep.check_image, (9, 12), "filtered_size", "shorter side: 9"),
         (keep.check_image, (90, 120), "filtered_size", "longer side: 120"),
         (keep.check_image, (90, 30), "filtered_aspect", "aspect: 3"),

@@ -1,0 +1,90 @@
+"""The command line of ``tools/score_dataset.py``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+from megavlm.config.hub_cache import cached
+from megavlm.data.packing.command_line import add_files
+from megavlm.data.records.meta_file import read_sources
+from megavlm.score.settings import Job
+
+DESCRIPTION = "Write how similar image and text of each record are, by a model of two encoders."
+EXAMPLE = """example:
+  python tools/score_dataset.py --model clip-vit-large-patch14-336/ --jsonl captions.jsonl \\
+      --root images/ --out scores/captions
+  python tools/pack_dataset.py --jsonl captions.jsonl --filter scores=scores/captions \\
+      min_score=0.28 drop_duplicates=true ...
+The folder --out appears when it is complete; its unscored.jsonl lists the records without a score.
+docs/data.md says what is in it.
+"""
+
+
+def parse(arguments: list[str] | None = None) -> Job:
+    """Parse the command line.
+
+    Raises:
+        ValueError, FileNotFoundError: a meta file or annotation file that cannot be read.
+    """
+    parser = argparse.ArgumentParser(
+        description=DESCRIPTION,
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_files(parser)
+    add = parser.add_argument
+    add(
+        "--model",
+        metavar="DIR",
+        required=True,
+        type=cached,
+        help=(
+            "what scores: a CLIPModel or SiglipModel (a folder, or an id in the hub's cache), or a"
+            " checkpoint of such a model"
+        ),
+    )
+    add("--out", metavar="DIR", required=True, help="folder to make; must be missing or empty")
+    add(
+        "--tokenizer",
+        metavar="DIR",
+        default="",
+        type=cached,
+        help="folder of the tokenizer (default: the model's own)",
+    )
+    add("--precision", choices=("float32", "bfloat16"), default="float32")
+    add(
+        "--batch",
+        type=int,
+        default=64,
+        metavar="N",
+        help="most pairs that are embedded at once (default: %(default)s)",
+    )
+    add(
+        "--duplicates",
+        type=float,
+        default=0.98,
+        metavar="COSINE",
+        help=(
+            "cosine from which two images count as the same; 0: do not look (default: %(default)s)"
+        ),
+    )
+    add(
+        "--workers",
+        type=int,
+        default=os.cpu_count() or 1,
+        metavar="N",
+        help=(
+            "processes, each with a copy of the model, which share the GPUs of the machine; 0: this"
+            " one only (default: all cores, %(default)s)"
+        ),
+    )
+    add(
+        "--executor",
+        choices=("processes", "ray"),
+        default="processes",
+        help="where workers run (default: %(default)s)",
+    )
+    given = vars(parser.parse_args(arguments))
+    sources = read_sources(given.pop("meta"), given.pop("jsonl"), given.pop("root"))
+    return Job(sources=sources, **given)

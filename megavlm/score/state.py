@@ -1,0 +1,85 @@
+"""How far a scoring is, as files: scores, embeddings, records without a score, and a state that
+says how much of them is good. A crash at any moment loses the work since the last save alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+from megavlm.data.records.reject import Reject
+from megavlm.io import atomic
+
+STATE_NAME = "state.json"
+ROWS_NAME = "rows.bin"
+IMAGES_NAME = "images.bin"
+UNSCORED_NAME = "unscored.jsonl"
+SHOWN_REJECTS = 5
+
+
+@dataclass(kw_only=True)
+class SourceState:
+    """What was read of one annotation file.
+
+    Args:
+        records: read.
+        last_line: line, row or number of the last record.
+        scored: records with a score.
+        reasons: how many have none for each reason.
+    """
+
+    records: int = 0
+    last_line: int = 0
+    scored: int = 0
+    reasons: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(kw_only=True)
+class ScoringState:
+    """How far a scoring is.
+
+    Args:
+        sources: what was read of each annotation file.
+        tasks: that are done.
+        bytes: of the annotation files that are done.
+        rows: good rows in ``ROWS_NAME`` and ``IMAGES_NAME``.
+        unscored_bytes: good bytes of ``UNSCORED_NAME``.
+        first_rejects: the first few records without a score.
+        complete: whether all records are read.
+    """
+
+    sources: list[SourceState]
+    tasks: int = 0
+    bytes: int = 0
+    rows: int = 0
+    unscored_bytes: int = 0
+    first_rejects: list[Reject] = field(default_factory=list)
+    complete: bool = False
+
+    @property
+    def records(self) -> int:
+        """Records that were read."""
+        return sum(source.records for source in self.sources)
+
+
+def read_state(folder: Path, sources: int) -> ScoringState:
+    """Read how far the scoring in a folder is. A file that a power cut left empty counts as
+    absent.
+    """
+    facts = atomic.read_json(folder / STATE_NAME)
+    if facts is None:
+        return ScoringState(sources=[SourceState() for _ in range(sources)])
+    facts["first_rejects"] = [Reject(**entry) for entry in facts["first_rejects"]]
+    facts["sources"] = [SourceState(**entry) for entry in facts["sources"]]
+    return ScoringState(**facts)
+
+
+def save_state(folder: Path, state: ScoringState, *files: BinaryIO) -> None:
+    """Put the files on the disk, and then the state that says how much of them is good."""
+    for file in files:
+        atomic.sync_file(file)
+    content = json.dumps(dataclasses.asdict(state), ensure_ascii=False)
+    atomic.write_text(folder / STATE_NAME, content)
