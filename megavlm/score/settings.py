@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -75,12 +74,10 @@ class Job:
     @property
     def for_workers(self) -> WorkerSettings:
         """What worker processes build their encoders from."""
-        cores = os.cpu_count() or 1
         return WorkerSettings(
             model=self.model,
             tokenizer=self.tokenizer,
             precision=self.precision,
-            threads=max(1, cores // max(1, self.workers)),
             batch=self.batch,
             keeps_embeddings=self.duplicates > 0,
         )

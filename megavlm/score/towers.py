@@ -144,11 +144,10 @@ class Towers:
 
     Args:
         model: what they are.
-        threads: of torch on a CPU.
     """
 
-    def __init__(self, model: TwoTowers, threads: int) -> None:
-        torch.set_num_threads(threads)
+    def __init__(self, model: TwoTowers) -> None:
+        torch.set_num_threads(1)  # the processes are the parallelism; and sums stay the same
         _choose_device()
         config = model.config
         self.backend = backend.start(_TIMEOUT_MINUTES)

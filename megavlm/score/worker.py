@@ -37,7 +37,6 @@ class WorkerSettings:
 
     Args:
         model, tokenizer, precision: as of ``find_towers``.
-        threads: of torch.
         batch: most pairs that are embedded at once.
         keeps_embeddings: whether those of the images are returned.
     """
@@ -45,7 +44,6 @@ class WorkerSettings:
     model: str
     tokenizer: str
     precision: str
-    threads: int
     batch: int
     keeps_embeddings: bool
 
@@ -120,7 +118,7 @@ def _ready(settings: WorkerSettings) -> _Ready:
         tile_cap=settings.batch,
     )
     return _Ready(
-        towers=Towers(model, settings.threads),
+        towers=Towers(model),
         encoder=Encoder(template, tiling, _CAPACITY),
         manifest=manifest,
     )

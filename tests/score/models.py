@@ -1,5 +1,5 @@
-"""Small models of two encoders with a tokenizer, images with captions, and what transformers says of
-them.
+"""Small models of two encoders with a tokenizer, images with captions, and the embeddings that
+transformers gives them.
 """
 
 from __future__ import annotations
@@ -69,9 +69,11 @@ def make_towers(folder: Path, kind: str) -> Path:
 
 
 def make_image(path: Path, seed: int) -> Path:
-    """Write an image of a few random blocks, of a random shape."""
+    """Write an image of a few random blocks, of a random shape. It is wide: Pillow 13 resizes high
+    images along columns first, and older ones and ours along rows, which rounds otherwise.
+    """
     rng = np.random.default_rng(seed)
-    size = rng.integers(20, 60, 2).tolist()
+    size = sorted(rng.integers(20, 60, 2).tolist(), reverse=True)
     blocks = Image.fromarray(rng.integers(0, 256, (3, 4, 3), dtype=np.uint8))
     blocks.resize(size, Image.Resampling.BICUBIC).save(path)
     return path
