@@ -60,6 +60,9 @@ setup(
         "processor": ["torchvision>=0.21"],
         "tensorboard": ["tensorboard>=2.17"],
         "wandb": ["wandb>=0.19"],
+        "mlflow": ["mlflow-skinny>=2.16"],
+        # Colours, a bar and units on the console.
+        "console": ["rich>=13"],
         "quickstart": ["matplotlib>=3.9", "scikit-learn>=1.5"],
         "dev": [
             "aiohttp>=3.9",

@@ -22,7 +22,7 @@ LATEST = "latest"
 _STEP = "step_"
 _GROWING = ".growing_"
 _LEAVING = ".leaving_"
-_OWN = {LATEST, "metrics.jsonl", "tensorboard", "wandb", "exported.json", "answers"}
+_OWN = {LATEST, "metrics.jsonl", "tensorboard", "wandb", "mlruns", "exported.json", "answers"}
 
 
 def step_name(step: int) -> str:

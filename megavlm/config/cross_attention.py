@@ -34,6 +34,11 @@ class CrossAttention:
         return self.every > 0 and layer % self.every == 0
 
 
+def is_cross_attention(key: str) -> bool:
+    """Return whether a checkpoint key is one of a block."""
+    return ".cross." in key
+
+
 def pieces(arch: Any, layer: int) -> Iterator[Piece]:
     """Yield the weights of the block before a layer, and its attention, in the order of the forward
     pass. Its heads are as many and as wide as those of the language model's queries. All tokens

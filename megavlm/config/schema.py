@@ -23,6 +23,7 @@ from megavlm.config.evaluation import Eval as Eval
 from megavlm.config.experts import Experts as Experts
 from megavlm.config.fp8 import Fp8 as Fp8
 from megavlm.config.image_text import ImageText as ImageText
+from megavlm.config.logging import Logging as Logging
 from megavlm.config.long_runs import BadSteps as BadSteps
 from megavlm.config.long_runs import Profile as Profile
 from megavlm.config.loss import Loss as Loss
@@ -300,26 +301,6 @@ class Checkpoint:
     trained_only: bool = False
     verify: Literal["content", "size"] = "content"
     export_hf: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Logging:
-    """Console, metrics and trackers.
-
-    Args:
-        interval: steps between records on the console, in ``metrics.jsonl`` and in the trackers.
-        tensorboard: also write TensorBoard event files, to ``tensorboard/`` in the save folder.
-        wandb_project: Weights & Biases project; empty: off.
-        wandb_mode: send records to Weights & Biases (online), or keep them in the save folder
-            (offline).
-        run_name: name of the run in the trackers.
-    """
-
-    interval: int = 10
-    tensorboard: bool = False
-    wandb_project: str = ""
-    wandb_mode: Literal["online", "offline"] = "online"
-    run_name: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

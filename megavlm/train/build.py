@@ -18,6 +18,7 @@ from megavlm.parallel.backend import Backend
 from megavlm.parallel.process_groups import Groups
 from megavlm.planner.layout import Layout
 from megavlm.train import optimizer, stage_moments
+from megavlm.train.part_norms import PartNorms
 from megavlm.train.step import prepare
 
 
@@ -31,12 +32,14 @@ class Built:
         ddp_chunks: the chunks with their gradient reduction.
         optimizer: of what is trained of all of them.
         trained: what that is, over the whole model.
+        part_norms: norms of its parts.
     """
 
     chunks: list[VisionLanguageModel]
     ddp_chunks: list[DistributedDataParallel]
     optimizer: MegatronOptimizer
     trained: Trained
+    part_norms: PartNorms
 
 
 def build(
@@ -76,7 +79,13 @@ def build(
     ddp_chunks = optimizer.wrap(config, chunks)
     prepare(ddp_chunks)
     adamw = optimizer.build(config, ddp_chunks, stage_moments.ages(chunks, history))
-    return Built(chunks=chunks, ddp_chunks=ddp_chunks, optimizer=adamw, trained=trained)
+    return Built(
+        chunks=chunks,
+        ddp_chunks=ddp_chunks,
+        optimizer=adamw,
+        trained=trained,
+        part_norms=PartNorms(chunks, adamw, backend.device),
+    )
 
 
 def _move(chunks: Sequence[VisionLanguageModel], backend: Backend) -> None:

@@ -22,6 +22,7 @@ from megavlm.train.bad_steps import BadStepRule, StepError
 from megavlm.train.evaluate import held_out_loss
 from megavlm.train.expert_load import ExpertLoad
 from megavlm.train.gates import Gates
+from megavlm.train.group_rates import GroupRates
 from megavlm.train.job import Job
 from megavlm.train.meters import Clock, Meter
 from megavlm.train.metrics import Metrics
@@ -34,8 +35,9 @@ from megavlm.train.schedule import drop_path
 from megavlm.train.source_losses import SourceLosses
 from megavlm.train.step import StepResult, WeightOfPack, train_step
 from megavlm.train.stop_signal import StopRequest
+from megavlm.train.supply import Supply
 from megavlm.train.tasks import answer_tasks
-from megavlm.train.throughput import Throughput
+from megavlm.train.throughput import Throughput, peak_of
 
 
 def run(job: Job, state: State, metrics: Metrics, stop: StopRequest | None = None) -> State:
@@ -80,7 +82,9 @@ def run(job: Job, state: State, metrics: Metrics, stop: StopRequest | None = Non
     unseen = {}
     reported = state.step
     clock = Clock()
-    meters = _meters(job, clock)
+    supply = Supply(job.backend, job.train.manifest.capacity)
+    meters = (*_meters(job, clock), supply)
+    rates = GroupRates(config)
     with (
         StopRequest(config.training.max_hours)
         if stop is None
@@ -89,7 +93,7 @@ def run(job: Job, state: State, metrics: Metrics, stop: StopRequest | None = Non
         ProfiledSteps(config.profile, groups.rank, metrics) as profiled,
         contextlib.closing(loader) as loaded,
     ):
-        arriving = watchdog.count(loaded)
+        arriving = supply.timed(watchdog.count(loaded))
         if state.step == 0:
             with clock.paused():
                 enter = partial(watchdog.enter, "evaluation", state.step)
@@ -126,6 +130,7 @@ def run(job: Job, state: State, metrics: Metrics, stop: StopRequest | None = Non
                 figures = {"loss": loss, "lr": rate, "grad_norm": grad_norm} | figures
                 if config.bad_steps.skips:
                     figures["skipped_steps"] = state.skipped
+                by_source |= rates.at(state.step - 1, rate)
                 metrics.record(state.step, figures, by_source)
                 asked_to_stop = groups.any_rank(stop.asked, job.backend.device)
                 saves = groups.any_rank(stop.wants_save, job.backend.device) or saves
@@ -196,6 +201,7 @@ def _train(
         job.samples_of_ranks(job.train, ids),
         skips if config.bad_steps.is_watched else None,
         _weight_of_pack(job, ids),
+        job.part_norms,
     )
 
 
@@ -222,8 +228,9 @@ def _meters(job: Job, clock: Clock) -> Sequence[Meter]:
     cost = training_cost(job.config.architecture, job.config.training.trainable)
     return (
         NamedLosses(job.config.architecture, job.backend.device),
-        Throughput(cost, clock),
+        Throughput(cost, clock, job.config.logging.peak_tflops or peak_of(job.backend.device)),
         SourceLosses(job.train.source_names, job.backend.device),
+        job.part_norms,
         Gates(job.ddp_chunks),
         ExpertLoad(job.chunks, job.config.architecture, job.backend.device),
     )
@@ -307,5 +314,6 @@ def evaluate(
             figures |= result.figures
             state = dataclasses.replace(state, figures=tuple(result.figures.items()))
             by_source |= result.by_category
+            metrics.show(state.step, result.answers)
     metrics.record(state.step, figures, by_source)
     return state

@@ -1,4 +1,4 @@
-"""What a run tells while it trains: console, ``metrics.jsonl``, TensorBoard and Weights & Biases.
+"""What a run tells while it trains: console, ``metrics.jsonl`` and trackers.
 
 Observers only: nothing here changes training.
 """
@@ -10,18 +10,18 @@ import json
 import math
 import os
 import time
+from collections.abc import Mapping, Sequence
 from functools import partial
 from io import FileIO
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from megavlm.config.schema import Config
-from megavlm.train.throughput import STEP_SECONDS
-from megavlm.train.trackers import TensorBoard, Watched, WeightsAndBiases
+from megavlm.train.console import open_console
+from megavlm.train.trackers import MLflow, TensorBoard, Watched, WeightsAndBiases
 
 FILE_NAME = "metrics.jsonl"
-# Sources whose figures fit into a line on the console.
-SHOWN_SOURCES = 6
 
 
 class Metrics:
@@ -36,6 +36,7 @@ class Metrics:
     def __init__(self, config: Config, is_writer: bool, step: int = 0):
         self._writes = is_writer
         self._steps = config.training.steps
+        self._console = open_console()
         self._file: FileIO | None = None
         self._is_file_full = False
         self._trackers: list[Watched] = []
@@ -49,6 +50,8 @@ class Metrics:
         if config.logging.wandb_project:
             wandb = partial(WeightsAndBiases, config, self.say)
             self._trackers.append(Watched(WeightsAndBiases.name, wandb, self.say))
+        if config.logging.mlflow:
+            self._trackers.append(Watched(MLflow.name, partial(MLflow, config), self.say))
 
     def _open_file(self, folder: Path) -> None:
         try:
@@ -60,8 +63,7 @@ class Metrics:
     def say(self, text: str) -> None:
         """Print a line on the console."""
         if self._writes:
-            with contextlib.suppress(OSError):  # a full disk below a redirected console
-                print(text, flush=True)
+            self._console.say(text)
 
     def record(
         self,
@@ -80,18 +82,7 @@ class Metrics:
         """
         if not self._writes:
             return
-        words = [f"step {step} of {self._steps}"]
-        words += [f"{name} {_short(value)}" for name, value in values.items()]
-        seconds = values.get(STEP_SECONDS)
-        if isinstance(seconds, float) and step < self._steps:
-            words.append(f"left {_duration(seconds * (self._steps - step))}")
-        for name, figures in list((by_source or {}).items())[:1]:
-            if 1 < len(figures) <= SHOWN_SOURCES:
-                words.append(
-                    f"{name} of "
-                    + ", ".join(f"{source} {figure:.4g}" for source, figure in figures.items())
-                )
-        self.say("  ".join(words))
+        self._console.record(step, self._steps, values, by_source or {})
         values = values | {
             f"{name}/{source}": figure
             for name, figures in (by_source or {}).items()
@@ -106,6 +97,14 @@ class Metrics:
             self._append(json.dumps({"step": step, "time": round(time.time(), 3)} | finite) + "\n")
         for tracker in self._trackers:
             tracker.record(step, numbers)
+
+    def show(self, step: int, answers: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+        """Give trackers the answers to tasks, by task: for each question what ``answers/`` holds of
+        it.
+        """
+        for tracker in self._trackers:
+            for task, rows in answers.items():
+                tracker.show(step, task, rows)
 
     def _append(self, line: str) -> None:
         """Add a line to the file, whole or not at all. A full disk does not end the run for it, and
@@ -136,20 +135,3 @@ class Metrics:
                 self._file.close()
         for tracker in self._trackers:
             tracker.close(has_failed=kind is not None)
-
-
-def _duration(seconds: float) -> str:
-    """Write a time in its two largest units, such as ``2 d 3 h``."""
-    minutes = round(seconds / 60)
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    if minutes < 60:
-        return f"{minutes} min"
-    hours = minutes // 60
-    if hours < 24:
-        return f"{hours} h {minutes % 60} min"
-    return f"{hours // 24} d {hours % 24} h"
-
-
-def _short(value: float | str) -> str:
-    return value if isinstance(value, str) else f"{value:.6g}"

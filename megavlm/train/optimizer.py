@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
@@ -155,34 +155,41 @@ def build(
     return ChainedOptimizer(parts) if parts else built
 
 
+SumsByPart = Callable[[Sequence[Tensor], Sequence[Tensor]], list[Tensor]]
+"""Sums the squares of norms by part of the model, of parameters and the norms."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Gradient:
     """The gradient of a step, before clipping.
 
     Args:
         norm: of the whole gradient, a scalar on the device, for which nobody has waited.
+        by_part: the norms of the parts of the model, likewise; empty if nobody asks for them.
         shards: gradients of this rank's shard of the weights.
     """
 
     norm: Tensor
+    by_part: Tensor
     shards: list[Tensor]
 
 
 @torch.no_grad()
-def prepare(optimizer: MegatronOptimizer, device: torch.device) -> Gradient:
-    """Make the gradient ready for ``update``, and compute its norm. Collective."""
+def prepare(
+    optimizer: MegatronOptimizer, device: torch.device, sums_by_part: SumsByPart | None = None
+) -> Gradient:
+    """Make the gradient ready for ``update``, and compute its norm. Collective: one all-reduce."""
     optimizer.prepare_grads()
     found = [pair for part in optimizer.chained_optimizers for pair in _gradients(part)]
     _clear_frozen(optimizer, found)
-    counted = [
-        grad
-        for parameter, grad in found
-        if _counts_here(parameter, optimizer.chained_optimizers[0].tp_group)
-    ]
-    norms = torch._foreach_norm(counted) if counted else [torch.zeros((), device=device)]
-    square = torch.stack(norms).square().sum()
-    dist.all_reduce(square, group=optimizer.get_grad_stats_parallel_group())
-    return Gradient(norm=square.sqrt(), shards=[grad for _, grad in found])
+    counted = [pair for pair in found if counts_here(pair[0], optimizer)]
+    norms = list(torch._foreach_norm([grad for _, grad in counted])) if counted else []
+    total = torch.stack(norms or [torch.zeros((), device=device)]).square().sum()
+    by_part = sums_by_part([owner for owner, _ in counted], norms) if sums_by_part else []
+    sums = torch.stack([total, *by_part])
+    dist.all_reduce(sums, group=optimizer.get_grad_stats_parallel_group())
+    roots = sums.sqrt()
+    return Gradient(norm=roots[0], by_part=roots[1:], shards=[grad for _, grad in found])
 
 
 @torch.no_grad()
@@ -227,12 +234,12 @@ def _clear_frozen(optimizer: MegatronOptimizer, found: Sequence[tuple[Tensor, Te
         torch._foreach_zero_(cleared)
 
 
-def _counts_here(parameter: Tensor, tensor_ranks: dist.ProcessGroup) -> bool:
-    """Whether a gradient is counted on this rank: what several tensor-parallel ranks hold, or
-    several layers share, counts once.
+def counts_here(parameter: Tensor, optimizer: MegatronOptimizer) -> bool:
+    """Return whether a parameter or its gradient is counted on this rank: what several
+    tensor-parallel ranks hold, or several layers share, counts once.
     """
     return param_is_not_shared(parameter) and param_is_not_tensor_parallel_duplicate(
-        parameter, tensor_ranks
+        parameter, optimizer.chained_optimizers[0].tp_group
     )
 
 

@@ -16,6 +16,7 @@ from megavlm.model.tied import sum_tied_gradients
 from megavlm.parallel.backend import Backend
 from megavlm.train import optimizer as adamw
 from megavlm.train.meters import Meter
+from megavlm.train.part_norms import PartNorms
 from megavlm.train.pipeline import run_pipeline
 from megavlm.train.whole_step import run_whole_step
 
@@ -126,11 +127,13 @@ def train_step(
     samples: Sequence[Sequence[int]] = (),
     skips: Callable[[Tensor, Tensor], bool] | None = None,
     weight_of_pack: WeightOfPack | None = None,
+    part_norms: PartNorms | None = None,
 ) -> StepResult:
     """Update the parameters once; arguments as in ``run_packs``, ``run_whole_step`` and
     ``optimizer.update``.
 
     Args:
+        part_norms: gets the norms of the gradient by part.
         skips: decides from the loss and the gradient norm, before the update, whether there is
             none, alike on all ranks; it may wait for the device. None: every step has an update.
     """
@@ -151,10 +154,12 @@ def train_step(
             meters=meters,
             weight_of_pack=weight_of_pack,
         )
-    gradient = adamw.prepare(optimizer, backend.device)
+    gradient = adamw.prepare(optimizer, backend.device, part_norms.sums if part_norms else None)
     is_skipped = skips is not None and skips(loss, gradient.norm)
     if not is_skipped:
         adamw.update(optimizer, gradient, clip_grad)
+        if part_norms is not None:
+            part_norms.keep(gradient.by_part)
         for chunk in model:
             chunk.module.objective.after_step()
     return StepResult(loss=loss, grad_norm=gradient.norm, is_skipped=is_skipped)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -37,11 +38,13 @@ class Result:
         by_category: the first figure of each category, by the same name, on the writing rank; empty
             without categories.
         problems: what could not be written, for people; a full disk does not end a run.
+        answers: of each task, what its file of answers holds of each question; on the writing rank.
     """
 
     figures: dict[str, float]
     by_category: dict[str, dict[str, float]]
     problems: list[str]
+    answers: dict[str, list[dict[str, Any]]]
 
 
 def open_tasks(config: Config) -> tuple[TaskPacks, ...]:
@@ -97,6 +100,7 @@ def answer_tasks(job: Job, step: int, progress: Callable[[], None]) -> Result:
     figures: dict[str, float] = {}
     by_category: dict[str, dict[str, float]] = {}
     problems: list[str] = []
+    answers: dict[str, list[dict[str, Any]]] = {}
     for task in job.tasks:
         with evaluating(job.ddp_chunks):
             predictions = _predictions(job, task, progress)
@@ -106,13 +110,19 @@ def answer_tasks(job: Job, step: int, progress: Callable[[], None]) -> Result:
         name = task.task.name
         figures |= {f"{name}/{figure}": value for figure, value in score.figures.items()}
         by_category |= _categories(task, predictions, score)
+        answers[name] = _rows(task, predictions, score)
         if job.config.checkpoint.save:
             folder = Path(job.config.checkpoint.save) / ANSWERS / f"step-{step:08d}"
             try:
-                _write(folder / f"{name}.jsonl", task, predictions, score)
+                _write(folder / f"{name}.jsonl", answers[name])
             except (OSError, UnicodeEncodeError) as error:
                 problems.append(f"ERROR: {folder / name}.jsonl: not written ({error})")
-    return Result(figures=_on_every_rank(job, figures), by_category=by_category, problems=problems)
+    return Result(
+        figures=_on_every_rank(job, figures),
+        by_category=by_category,
+        problems=problems,
+        answers=answers,
+    )
 
 
 def figure_names(tasks: Sequence[Task]) -> list[str]:
@@ -169,9 +179,9 @@ def _categories(
     return {f"{task.task.name}/{figure}": found} if found else {}
 
 
-def _write(path: Path, task: TaskPacks, predictions: Sequence[str], score: Score) -> None:
-    """Write the answers beside the truth, a line for each question."""
-    rows = (
+def _rows(task: TaskPacks, predictions: Sequence[str], score: Score) -> list[dict[str, Any]]:
+    """Return the answers beside the truth, a row for each question."""
+    return [
         {
             "id": question.name,
             "question": question.turns[-1].text,
@@ -183,6 +193,10 @@ def _write(path: Path, task: TaskPacks, predictions: Sequence[str], score: Score
         for question, prediction, value in zip(
             task.task.questions, predictions, score.each, strict=True
         )
-    )
+    ]
+
+
+def _write(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write answers, a line for each."""
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic.write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

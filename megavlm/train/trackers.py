@@ -1,20 +1,30 @@
-"""TensorBoard and Weights & Biases, as observers: neither can end a run, and each continues its
-records of the run when it resumes.
+"""TensorBoard, Weights & Biases and MLflow, as observers: none can end a run, and each continues
+its records of the run when it resumes.
 """
 
 from __future__ import annotations
 
+import os
+import re
+import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from megavlm.config.cli import to_yaml
 from megavlm.config.schema import Config
+from megavlm.config.yaml_file import flat
 from megavlm.io import atomic
 
 _RUN_ID = "megavlm_run_id"
 _INIT_SECONDS = 60.0
+# Answers of a task that Weights & Biases shows, with their pictures.
+_SHOWN_ANSWERS = 8
+_COLUMNS = ("id", "question", "prediction", "answers", "score")
+# MLflow takes values of a setting up to this length, and so many settings at once.
+_LONGEST_VALUE = 500
+_MOST_VALUES = 100
 
 
 class Tracker(Protocol):
@@ -24,6 +34,9 @@ class Tracker(Protocol):
 
     def record(self, step: int, numbers: Mapping[str, float]) -> None:
         """Take the figures of a step."""
+
+    def show(self, step: int, task: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Take the answers to a task: for each question what ``answers/`` holds of it."""
 
     def close(self, *, has_failed: bool) -> None:
         """Write what is left; ``has_failed`` tells how the run ended."""
@@ -50,6 +63,9 @@ class TensorBoard:
         for name, value in numbers.items():
             self._writer.add_scalar(name, value, step)
 
+    def show(self, step: int, task: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Show nothing of answers."""
+
     def close(self, *, has_failed: bool) -> None:
         """Write what is left."""
         self._writer.close()
@@ -69,12 +85,13 @@ class WeightsAndBiases:
         import wandb
         import yaml
 
+        self._wandb = wandb
         settings: dict[str, Any] = dict(
             project=config.logging.wandb_project,
             name=config.logging.run_name or None,
             dir=config.checkpoint.save or None,
             config=yaml.safe_load(to_yaml(config)),
-            id=_run_id(config.checkpoint.save),
+            id=_run_id(config.checkpoint.save, "wandb"),
         )
         mode = config.logging.wandb_mode
         try:
@@ -98,16 +115,93 @@ class WeightsAndBiases:
         """Take the figures of a step."""
         self._run.log({**numbers, "step": step})
 
+    def show(self, step: int, task: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Show the first answers with their pictures in a table."""
+        shown = rows[:_SHOWN_ANSWERS]
+        # A cell shows one picture.
+        most = max((len(row["image"]) for row in shown), default=0)
+        pictures = [f"image {number}" for number in range(1, most + 1)]
+        table = self._wandb.Table(columns=[*pictures, *_COLUMNS])
+        for row in shown:
+            images = [self._wandb.Image(path) for path in row["image"]]
+            empty = [None for _ in range(most - len(images))]
+            right = ", ".join(dict.fromkeys(row["answers"]))
+            texts = (row["id"], row["question"], row["prediction"], right, row["score"])
+            table.add_data(*images, *empty, *texts)
+        self._run.log({f"answers/{task}": table, "step": step})
+
     def close(self, *, has_failed: bool) -> None:
         """Write what is left."""
         self._run.finish(exit_code=int(has_failed))
 
 
-def _run_id(save: str) -> str:
-    """Return the run's name for Weights & Biases, which the save folder keeps."""
+class MLflow:
+    """A run of MLflow, the same one each time that the training run resumes.
+
+    Args:
+        config: the run.
+    """
+
+    name = "MLflow"
+
+    def __init__(self, config: Config):
+        import yaml
+
+        address = os.environ.get("MLFLOW_TRACKING_URI", "")
+        if not address:
+            address = (Path(config.checkpoint.save) / "mlruns").resolve().as_uri()
+            # It keeps a store of files for who asks for it by name.
+            os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
+        from mlflow.entities import Metric, Param
+        from mlflow.tracking import MlflowClient
+
+        self._metric = Metric
+        self._client = MlflowClient(tracking_uri=address)
+        found = self._client.get_experiment_by_name(config.logging.mlflow)
+        experiment = (
+            found.experiment_id if found else self._client.create_experiment(config.logging.mlflow)
+        )
+        own = _run_id(config.checkpoint.save, "mlruns")
+        known = self._client.search_runs([experiment], f"tags.{_RUN_ID} = '{own}'")
+        if known:
+            self._run = known[0].info.run_id
+            self._client.update_run(self._run, status="RUNNING")
+            return
+        name = config.logging.run_name or None
+        self._run = self._client.create_run(
+            experiment, tags={_RUN_ID: own}, run_name=name
+        ).info.run_id
+        settings = [
+            Param(key, str(value)[:_LONGEST_VALUE])
+            for key, value in flat(yaml.safe_load(to_yaml(config)))
+        ]
+        for start in range(0, len(settings), _MOST_VALUES):
+            self._client.log_batch(self._run, params=settings[start : start + _MOST_VALUES])
+
+    def record(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Take the figures of a step."""
+        now = int(time.time() * 1000)
+        # It refuses other characters in names, which are the user's; and a store of files has no
+        # "loss" beside "loss/chats".
+        metrics = [
+            self._metric(re.sub(r"[^\w\-. ]", "_", name.replace("/", ".")), value, now, step)
+            for name, value in numbers.items()
+        ]
+        self._client.log_batch(self._run, metrics=metrics)
+
+    def show(self, step: int, task: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Show nothing of answers."""
+
+    def close(self, *, has_failed: bool) -> None:
+        """Write what is left."""
+        self._client.set_terminated(self._run, "FAILED" if has_failed else "FINISHED")
+
+
+def _run_id(save: str, tracker: str) -> str:
+    """Return the run's name for a tracker, which its folder in the save folder keeps."""
     if not save:
         return uuid.uuid4().hex[:8]
-    path = Path(save) / "wandb" / _RUN_ID
+    path = Path(save) / tracker / _RUN_ID
     try:
         return path.read_text().strip()
     except FileNotFoundError:
@@ -139,6 +233,11 @@ class Watched:
         """Take the figures of a step."""
         if self._tracker is not None:
             self._attempt(lambda: self._tracker.record(step, numbers))
+
+    def show(self, step: int, task: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Take the answers to a task."""
+        if self._tracker is not None:
+            self._attempt(lambda: self._tracker.show(step, task, rows))
 
     def close(self, *, has_failed: bool) -> None:
         """Write what is left."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
+import pytest
 
 from megavlm.config.schema import (
     Architecture,
@@ -54,12 +56,14 @@ class Curve:
 
     Args:
         losses, grad_norms: of each step.
+        part_norms: by part, of the last step's gradient and of the trained parameters after it.
         shards: what this rank holds of each weight: checkpoint key, shape of the whole weight,
             where in it the shard is, and its values.
     """
 
     losses: list[float]
     grad_norms: list[float]
+    part_norms: dict[str, dict[str, float]]
     shards: list[tuple[str, tuple[int, ...], tuple[slice, ...], np.ndarray]]
 
 
@@ -74,6 +78,18 @@ def whole_weights(curves: list[Curve]) -> dict[str, np.ndarray]:
         held[...] = values
     assert not any(np.isnan(weight).any() for weight in weights.values())
     return weights
+
+
+def assert_same_part_norms(curves: list[Curve], expected: Curve) -> None:
+    """Compare the norms by part of every rank with those of one process, which make up the whole
+    norm.
+    """
+    by_part = expected.part_norms["grad_norm"]
+    assert math.hypot(*by_part.values()) == pytest.approx(expected.grad_norms[-1], rel=1e-5)
+    for curve in curves:
+        assert curve.part_norms.keys() == expected.part_norms.keys()
+        for name, norms in expected.part_norms.items():
+            assert curve.part_norms[name] == pytest.approx(norms, rel=1e-5), name
 
 
 def make_packs(folder: Path, **settings: Any) -> None:
@@ -213,10 +229,12 @@ def train_curve(config: Config, pack_ids: tuple[int, ...] = ()) -> Curve:
             config.optimizer.clip_grad,
             job.backend,
             samples=job.samples_of_ranks(job.train, ids),
+            part_norms=job.part_norms,
         )
         losses.append(_from_last_chunk(float(job.groups.sum_over_data(result.loss)), job))
         norms.append(float(result.grad_norm))
-    return Curve(losses=losses, grad_norms=norms, shards=_shards(job))
+    by_part = job.part_norms.report(job.groups, 1)
+    return Curve(losses=losses, grad_norms=norms, part_norms=by_part, shards=_shards(job))
 
 
 def _shards(job) -> list[tuple[str, tuple[int, ...], tuple[slice, ...], np.ndarray]]:

@@ -23,7 +23,14 @@ from tests.data.samples import make_sample, write_packs
 from tests.ranks import layouts
 from tests.ranks.layouts import LAYOUTS, LIMIT, MASKS, Layout, Row
 from tests.ranks.pool import Pool
-from tests.ranks.runs import TINY, Curve, config_for, train_curve, whole_weights
+from tests.ranks.runs import (
+    TINY,
+    Curve,
+    assert_same_part_norms,
+    config_for,
+    train_curve,
+    whole_weights,
+)
 
 # Images of each sample; each third pack has none.
 PACKS = [(1, 0, 2), (0, 2, 1), (0, 0, 0), (2, 0, 0)] * 3
@@ -100,6 +107,7 @@ def compare(curves: list[Curve], expected: Curve) -> dict[str, float]:
     """Compute the largest relative difference of all ranks' curves from that of one process, by
     quantity.
     """
+    assert_same_part_norms(curves, expected)
     weights = whole_weights(curves)
     wanted = whole_weights([expected])
     assert weights.keys() == wanted.keys()
@@ -143,3 +151,4 @@ def test_training_learns(alone: Callable[[str, int], Curve], mask: str) -> None:
     curve = alone(mask, TINY.vision.num_layers)
     assert curve.losses[-1] < curve.losses[0]
     assert all(norm > 0 for norm in curve.grad_norms)
+    assert set(curve.part_norms["param_norm"]) == set(MASKS[mask])

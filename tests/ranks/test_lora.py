@@ -14,7 +14,15 @@ from megavlm.config.lora import MAGNITUDE, Lora, is_adapter
 from megavlm.config.schema import Config
 from tests.convert.models import PERSIMMON
 from tests.ranks.pool import Pool
-from tests.ranks.runs import TINY, Curve, config_for, make_packs, train_curve, whole_weights
+from tests.ranks.runs import (
+    TINY,
+    Curve,
+    assert_same_part_norms,
+    config_for,
+    make_packs,
+    train_curve,
+    whole_weights,
+)
 from tests.ranks.test_resume import (
     STEPS,
     forget_the_end,
@@ -88,6 +96,8 @@ def assert_equal_training(shared: list[Curve], alone: Curve) -> None:
     """Compare a layout with one process."""
     assert shared[0].losses == pytest.approx(alone.losses, rel=1e-5)
     assert shared[0].grad_norms == pytest.approx(alone.grad_norms, rel=1e-5)
+    assert set(alone.part_norms["grad_norm"]) == {"adapters", "connector"}
+    assert_same_part_norms(shared, alone)
     found = whole_weights(shared)
     for key, weight in whole_weights([alone]).items():
         place = tuple(slice(0, size) for size in weight.shape)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import json
 import sys
 import types
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from megavlm.checkpoint.directory import is_own
 from megavlm.config.checks import observers
@@ -59,6 +61,7 @@ class Wandb(types.ModuleType):
     [
         (Logging(tensorboard=True), "pip install 'megavlm[tensorboard]'"),
         (Logging(wandb_project="p"), "pip install 'megavlm[wandb]'"),
+        (Logging(mlflow="e"), "pip install 'megavlm[mlflow]'"),
     ],
 )
 def test_a_missing_package_is_refused_with_the_extra(
@@ -135,6 +138,41 @@ def test_a_resumed_run_is_the_same_run_of_weights_and_biases(
             pass
     first, again, other = fake.calls
     assert first["id"] == again["id"] != other["id"] and again["resume"] == "allow"
+    assert all(is_own(entry) for entry in (tmp_path / "run").iterdir())
+
+
+def test_answers_with_pictures_reach_weights_and_biases(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("wandb", reason="optional: pip install megavlm[wandb]")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "red.png")
+    row = dict(id="1", question="Who?", prediction="he", answers=["she", "she"], score=0.0)
+    rows = [row | dict(image=[str(tmp_path / "red.png")]) for _ in range(9)]
+    config = config_for(tmp_path / "run", wandb_project="p", wandb_mode="offline")
+    with Metrics(config, is_writer=True) as metrics:
+        metrics.show(3, {"exam": [*rows, rows[0] | dict(image=[])]})
+    [folder] = (tmp_path / "run" / "wandb").glob("offline-run-*")
+    [file] = folder.glob("files/media/table/answers/*.json")
+    shown = json.loads(file.read_text())
+    assert shown["columns"] == ["image 1", "id", "question", "prediction", "answers", "score"]
+    assert len(shown["data"]) == 8 and shown["data"][0][4] == "she"
+    assert list(folder.glob("files/media/images/**/*.png"))
+
+
+def test_a_resumed_run_is_the_same_run_of_mlflow(tmp_path: Path) -> None:
+    tracking = pytest.importorskip("mlflow.tracking", reason="optional: megavlm[mlflow]")
+    config = config_for(tmp_path / "run", mlflow="tests", run_name="here")
+    for step in (1, 2):
+        with Metrics(config, is_writer=True, step=step - 1) as metrics:
+            metrics.record(step, {"loss": 1.0 / step}, {"loss": {"chats*": 2.0}})
+    client = tracking.MlflowClient(tracking_uri=(tmp_path / "run" / "mlruns").as_uri())
+    experiment = client.get_experiment_by_name("tests").experiment_id
+    [run] = client.search_runs([experiment])
+    history = client.get_metric_history(run.info.run_id, "loss")
+    assert [(point.step, point.value) for point in history] == [(1, 1.0), (2, 0.5)]
+    assert run.data.metrics["loss.chats_"] == 2.0 and run.info.status == "FINISHED"
+    assert run.data.params["model"] == "tiny" and run.info.run_name == "here"
     assert all(is_own(entry) for entry in (tmp_path / "run").iterdir())
 
 

@@ -24,6 +24,16 @@ def observer_problems(logging: Logging, checkpoint: Checkpoint) -> Iterator[str]
             "--logging.tensorboard true: TensorBoard is not installed; pip install"
             " 'megavlm[tensorboard]', or leave it out"
         )
+    if logging.mlflow and find_spec("mlflow") is None:
+        yield (
+            f"--logging.mlflow {logging.mlflow}: MLflow is not installed; pip install"
+            " 'megavlm[mlflow]', or leave it out"
+        )
+    if logging.mlflow and not checkpoint.save and not os.environ.get("MLFLOW_TRACKING_URI"):
+        yield (
+            f"--logging.mlflow {logging.mlflow} needs --checkpoint.save, where its files go, or the"
+            " address of a server in MLFLOW_TRACKING_URI"
+        )
     if not logging.wandb_project:
         return
     if logging.wandb_mode == "offline" and not checkpoint.save:

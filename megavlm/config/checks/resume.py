@@ -66,7 +66,9 @@ _BY_SECTION: dict[str, dict[Kind, str]] = {
         "free": "save save_interval save_epochs asynchronous keep keep_best best_by verify"
         " export_hf",
     },
-    "logging.": {"free": "interval tensorboard wandb_project wandb_mode run_name"},
+    "logging.": {
+        "free": "interval tensorboard wandb_project wandb_mode mlflow run_name peak_tflops"
+    },
     "eval.": {"taken": "tasks examples shots max_new_tokens without_images", "free": "only"},
     "health.": {"free": "speed_check slow_factor least_gb_per_s hang_factor hang_seconds"},
 }

@@ -106,6 +106,7 @@ def problems(config: Config, world_size: int) -> list[str]:
         *start.problems(config),
         *evaluation_problems(config),
         *at_least(1, "logging", config.logging, "interval"),
+        *at_least(0, "logging", config.logging, "peak_tflops"),
         *observer_problems(config.logging, config.checkpoint),
         *_health(config.health),
     ]
