@@ -21,7 +21,6 @@ _RUN_ID = "megavlm_run_id"
 _INIT_SECONDS = 60.0
 # Answers of a task that Weights & Biases shows, with their pictures.
 _SHOWN_ANSWERS = 8
-_COLUMNS = ("id", "question", "prediction", "answers", "score")
 # MLflow takes values of a setting up to this length, and so many settings at once.
 _LONGEST_VALUE = 500
 _MOST_VALUES = 100
@@ -116,19 +115,11 @@ class WeightsAndBiases:
         self._run.log({**numbers, "step": step})
 
     def show(self, step: int, task: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Show the first answers with their pictures in a table."""
-        shown = rows[:_SHOWN_ANSWERS]
-        # A cell shows one picture.
-        most = max((len(row["image"]) for row in shown), default=0)
-        pictures = [f"image {number}" for number in range(1, most + 1)]
-        table = self._wandb.Table(columns=[*pictures, *_COLUMNS])
-        for row in shown:
-            images = [self._wandb.Image(path) for path in row["image"]]
-            empty = [None for _ in range(most - len(images))]
-            right = ", ".join(dict.fromkeys(row["answers"]))
-            texts = (row["id"], row["question"], row["prediction"], right, row["score"])
-            table.add_data(*images, *empty, *texts)
-        self._run.log({f"answers/{task}": table, "step": step})
+        """Show pictures of the first questions, with question, answer and truth below."""
+        shown = [row for row in rows if row["image"]][:_SHOWN_ANSWERS]
+        pictures = [self._wandb.Image(row["image"][0], caption=_caption(row)) for row in shown]
+        if pictures:
+            self._run.log({f"answers/{task}": pictures, "step": step})
 
     def close(self, *, has_failed: bool) -> None:
         """Write what is left."""
@@ -208,6 +199,12 @@ def _run_id(save: str, tracker: str) -> str:
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic.write_text(path, uuid.uuid4().hex[:8])
     return path.read_text().strip()
+
+
+def _caption(row: Mapping[str, Any]) -> str:
+    """Write a question, the answer to it, and what is right, as a line each."""
+    right = " or ".join(dict.fromkeys(row["answers"]))
+    return f"{row['question']}\nanswer: {row['prediction']}\nright: {right}"
 
 
 def _one_line(error: Exception) -> str:
