@@ -1,1 +1,1 @@
-"""The offline job behind ``tools/score_dataset.py``: how similar images and texts of records are."""
+"""The offline job behind ``tools/score_dataset.py``: how similar image and text of records are."""

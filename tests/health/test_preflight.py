@@ -84,7 +84,7 @@ def test_what_all_ranks_have_is_told_without_ranks() -> None:
 
 @pytest.mark.slow
 def test_a_rank_that_does_not_come_is_named() -> None:
-    [told] = set(_verdicts([RankView(), RankView()], size=4, timeout=0.3))
+    [told] = set(_verdicts([RankView(), RankView()], size=4, timeout=3))
     assert told.startswith("ranks 2-3 of 4 have not come within")
 
 
