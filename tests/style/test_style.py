@@ -51,11 +51,13 @@ TOGETHER = {
 # Stands above the folders of settings alone: `planner` needs no torch, no data and no parallel
 # code.
 IMPORTS_ONLY = {"megavlm/planner/": ("megavlm.planner", "megavlm.config")}
-# The offline jobs; what training needs of packing must be somewhere else. One door leads to it,
-# which the entry script alone opens.
-PACKING_DOOR = "megavlm.pack_first"
-IMPORTED_BY_TOOLS_ALONE = "megavlm.data.packing"
-SCORING = "megavlm.score"
+# The offline jobs, and the modules that may import them beside scripts: what training needs of
+# packing must be somewhere else. One door leads to it, which the entry script alone opens.
+FOR_SCRIPTS = {
+    "megavlm.data.packing": ("megavlm.data.packing", "megavlm.score", "megavlm.pack_first"),
+    "megavlm.score": ("megavlm.score",),
+    "megavlm.pack_first": (),
+}
 
 # Who may import what; each dependency has one door, so that another version or another library
 # changes one place.
@@ -132,16 +134,9 @@ def narrow_imports(files: Iterable[Source]) -> Iterator[str]:
                     and not any(reaches(name, base) for base in allowed)
                 ):
                     yield f"{file.path}:{line}: imports {name}; only {', '.join(allowed)} may be"
-            is_scored = reaches(name, SCORING) and not reaches(file.module, SCORING)
-            if (
-                is_scored
-                or reaches(name, PACKING_DOOR)
-                or (
-                    reaches(name, IMPORTED_BY_TOOLS_ALONE)
-                    and not reaches(file.module, IMPORTED_BY_TOOLS_ALONE)
-                    and not reaches(file.module, SCORING)
-                    and file.module != PACKING_DOOR
-                )
+            if any(
+                reaches(name, job) and not any(reaches(file.module, own) for own in allowed)
+                for job, allowed in FOR_SCRIPTS.items()
             ):
                 yield f"{file.path}:{line}: imports {name}, which is for scripts alone"
 
