@@ -33,6 +33,14 @@ def parse(arguments: list[str] | None = None) -> Job:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_files(parser)
+    _add_options(parser)
+    given = vars(parser.parse_args(arguments))
+    sources = read_sources(given.pop("meta"), given.pop("jsonl"), given.pop("root"))
+    return Job(sources=sources, **given)
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    """Add what is not about the records."""
     add = parser.add_argument
     add(
         "--model",
@@ -85,6 +93,3 @@ def parse(arguments: list[str] | None = None) -> Job:
         default="processes",
         help="where workers run (default: %(default)s)",
     )
-    given = vars(parser.parse_args(arguments))
-    sources = read_sources(given.pop("meta"), given.pop("jsonl"), given.pop("root"))
-    return Job(sources=sources, **given)

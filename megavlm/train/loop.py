@@ -66,12 +66,11 @@ def run(job: Job, state: State, metrics: Metrics, stop: StopRequest | None = Non
     )
     if state.step >= last:
         metrics.say(f"nothing to do: step {state.step} is done, and --training.steps is {last}")
-    workers = config.data.workers
     loader = job.batches(
         job.train,
         job.plan,
         positions,
-        workers=workers,
+        workers=config.data.workers,
         seed=config.training.seed,
         drops_patches=True,
     )
@@ -150,12 +149,9 @@ def run(job: Job, state: State, metrics: Metrics, stop: StopRequest | None = Non
             if asked_to_stop or state.step == last:
                 saver.wait()  # while a signal does not end the run at once
             if asked_to_stop:
-                newest = f"the last checkpoint is of step {saver.step}"
-                kept = (
-                    newest
-                    if config.checkpoint.save
-                    else "nothing is kept without --checkpoint.save"
-                )
+                kept = "nothing is kept without --checkpoint.save"
+                if config.checkpoint.save:
+                    kept = f"the last checkpoint is of step {saver.step}"
                 cause = "--training.max_hours" if stop.is_late else "a signal"
                 metrics.say(f"stopped by {cause} after step {state.step}; {kept}")
                 break
