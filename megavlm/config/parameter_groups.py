@@ -183,14 +183,14 @@ def _without_effect(optimizer: Optimizer, trained: set[str], usual: Optimizer) -
         )
     for name in changed(optimizer, "vision_layer_decay", "language_layer_decay", usual=usual):
         part = name.partition("_")[0]
-        if not any(key.startswith(f"{part}.") for key in trained):
+        asks = vars(optimizer)[name] != 1
+        if asks and not any(key.startswith(f"{part}.") for key in trained):
             yield (
                 f"--optimizer.{name} {vars(optimizer)[name]} has no effect: nothing of {part} is in"
                 " --training.trainable; leave it out"
             )
-    if changed(optimizer, "no_decay", usual=usual) and not (
-        optimizer.weight_decay or optimizer.end_weight_decay
-    ):
+    decays = optimizer.weight_decay or optimizer.end_weight_decay
+    if optimizer.no_decay and changed(optimizer, "no_decay", usual=usual) and not decays:
         yield (
             f"--optimizer.no_decay {','.join(optimizer.no_decay)} has no effect with"
             " --optimizer.weight_decay 0; leave it out"

@@ -27,6 +27,13 @@ def parse(arguments: list[str] | None = None) -> Job:
     Raises:
         ValueError, FileNotFoundError: a meta file or annotation file that cannot be read.
     """
+    given = vars(make_parser().parse_args(arguments))
+    sources = read_sources(given.pop("meta"), given.pop("jsonl"), given.pop("root"))
+    return Job(sources=sources, **given)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
         description=DESCRIPTION,
         epilog=EXAMPLE,
@@ -34,9 +41,7 @@ def parse(arguments: list[str] | None = None) -> Job:
     )
     add_files(parser)
     _add_options(parser)
-    given = vars(parser.parse_args(arguments))
-    sources = read_sources(given.pop("meta"), given.pop("jsonl"), given.pop("root"))
-    return Job(sources=sources, **given)
+    return parser
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:

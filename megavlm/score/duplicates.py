@@ -26,6 +26,8 @@ _CHUNK = 2**16
 # Images of neighbouring hashes that are gathered in one reading of all hashes.
 _GATHERED = 2**22
 _BLOCK = 4096
+# Embeddings are rounded to float16: the cosine of an image with itself is a little less than 1.
+_ROUNDED_ONE = 0.999
 
 
 def hash_bits(images: int) -> int:
@@ -112,7 +114,9 @@ def _mark_bucket(
             if not len(left):
                 break
             earlier = rows[other : other + _BLOCK]
-            near = queries @ np.asarray(images[earlier], np.float32).T >= threshold
+            near = queries @ np.asarray(images[earlier], np.float32).T >= min(
+                threshold, _ROUNDED_ONE
+            )
             found = (near & (earlier[None] < left[:, None])).any(axis=1)
             marked[left[found]] = True
             left = left[~found]

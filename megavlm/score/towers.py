@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from multiprocessing import current_process
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megavlm.checkpoint import step_folder
@@ -57,12 +58,13 @@ class TwoTowers:
 
     def template(self) -> ChatTemplate:
         """Return the tokens of a text, as many as the encoder has positions for."""
-        template = ChatTemplate(load_tokenizer(self.tokenizer), 0, name=self.usage.template)
+        length = chat_format(self.usage.template).pair_length
         bound = self.architecture.needs.longest_sample(self.architecture)
         if bound is not None:
-            form = template.format
-            template.format = replace(form, pair_length=min(form.pair_length, bound[1]))
-        return template
+            length = min(length, bound[1])
+        return ChatTemplate(
+            load_tokenizer(self.tokenizer), 0, name=self.usage.template, pair_length=length
+        )
 
     def tiling(self) -> Tiling:
         """Return how an image becomes the model's one tile."""
@@ -150,7 +152,7 @@ class Towers:
         torch.set_num_threads(1)  # the processes are the parallelism; and sums stay the same
         _choose_device()
         config = model.config
-        self.backend = backend.start(_TIMEOUT_MINUTES)
+        self.backend = backend.start(_TIMEOUT_MINUTES, store=dist.HashStore())
         layout = make_layout(config)
         groups = process_groups.create(config.parallel, 0, layout.embedding_chunk)
         self.chunk = VisionLanguageModel(config, layout, groups, 0)

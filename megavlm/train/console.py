@@ -42,7 +42,7 @@ class Lines:
 
     def say(self, text: str) -> None:
         """Print a text."""
-        with contextlib.suppress(OSError):  # a full disk below a redirected console
+        with contextlib.suppress(OSError, UnicodeError):  # a full disk below a redirected console
             print(text, flush=True)
 
     def record(self, step: int, steps: int, values: Values, by_source: BySource) -> None:
@@ -74,7 +74,7 @@ class Terminal:
         """Print a text; what begins with WARNING or ERROR has a colour."""
         kind = text.partition(":")[0].lower()
         style = {"warning": "yellow", "error": "bold red"}.get(kind)
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, UnicodeError):
             self._rich.print(text, style=style, markup=False, soft_wrap=True)
 
     def record(self, step: int, steps: int, values: Values, by_source: BySource) -> None:
@@ -97,7 +97,7 @@ class Terminal:
             line.append("  left ", style="dim").append(left, style="bold")
         for words in _of_sources(by_source):
             line.append(f"  {words}", style="dim")
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, UnicodeError):
             self._rich.print(line, soft_wrap=True)
 
 
@@ -106,7 +106,8 @@ def open_console() -> Console:
     for files.
     """
     is_read_by_people = sys.stdout is not None and sys.stdout.isatty()
-    return Terminal() if is_read_by_people and find_spec("rich") else Lines()
+    has_bars = is_read_by_people and "utf" in (sys.stdout.encoding or "").lower()
+    return Terminal() if has_bars and find_spec("rich") else Lines()
 
 
 def time_left(step: int, steps: int, values: Values) -> str:

@@ -160,6 +160,19 @@ class Muon:
         """Return the update of a matrix, but for the learning rate: of this tensor-parallel rank's
         part of it.
         """
+        axis = matrix.axis
+        tensor_ranks = self._part.tp_group
+        if axis is not None:  # which may lie inside a query group, if several ranks share one
+            pieces = [torch.empty_like(direction) for _ in range(tensor_ranks.size())]
+            dist.all_gather(pieces, direction.contiguous(), group=tensor_ranks)
+            direction = torch.cat(pieces, dim=axis)
+        update = self._of_parts(matrix, direction)
+        if axis is None:
+            return update
+        return update.chunk(tensor_ranks.size(), dim=axis)[tensor_ranks.rank()]
+
+    def _of_parts(self, matrix: Matrix, direction: Tensor) -> Tensor:
+        """Return the update of a whole matrix, or of the matrices that it consists of."""
         if matrix.heads is None:
             return self._scaled(matrix, direction)
         columns = direction.shape[1]
@@ -169,20 +182,11 @@ class Muon:
 
     def _scaled(self, matrix: Matrix, direction: Tensor) -> Tensor:
         """Orthogonalise one matrix, and scale it so that its root mean square is ``muon_scale``."""
-        axis = matrix.axis
-        tensor_ranks = self._part.tp_group
-        if axis is not None:
-            pieces = [torch.empty_like(direction) for _ in range(tensor_ranks.size())]
-            dist.all_gather(pieces, direction.contiguous(), group=tensor_ranks)
-            direction = torch.cat(pieces, dim=axis)
         rows, columns = (
             size * kept for size, kept in zip(direction.shape, matrix.kept, strict=True)
         )
         scale = self._settings.muon_scale * max(rows, columns) ** 0.5
-        update = orthogonalised(direction, self._dtype).mul_(scale)
-        if axis is None:
-            return update
-        return update.chunk(tensor_ranks.size(), dim=axis)[tensor_ranks.rank()]
+        return orthogonalised(direction, self._dtype).mul_(scale)
 
 
 def orthogonalised(matrix: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

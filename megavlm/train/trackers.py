@@ -85,6 +85,7 @@ class WeightsAndBiases:
         import yaml
 
         self._wandb = wandb
+        self._say = say
         settings: dict[str, Any] = dict(
             project=config.logging.wandb_project,
             name=config.logging.run_name or None,
@@ -117,7 +118,11 @@ class WeightsAndBiases:
     def show(self, step: int, task: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Show pictures of the first questions, with question, answer and truth below."""
         shown = [row for row in rows if row["image"]][:_SHOWN_ANSWERS]
-        pictures = [self._wandb.Image(row["image"][0], caption=_caption(row)) for row in shown]
+        try:
+            pictures = [self._wandb.Image(row["image"][0], caption=_caption(row)) for row in shown]
+        except Exception as error:  # a picture that is gone, or that it cannot read: curves go on
+            self._say(f"WARNING: the pictures of {task} are not shown ({_one_line(error)})")
+            return
         if pictures:
             self._run.log({f"answers/{task}": pictures, "step": step})
 
@@ -143,6 +148,9 @@ class MLflow:
             address = (Path(config.checkpoint.save) / "mlruns").resolve().as_uri()
             # It keeps a store of files for who asks for it by name.
             os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
+        # Its own patience with a silent server is a quarter of an hour, in which all ranks wait.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
         from mlflow.entities import Metric, Param
         from mlflow.tracking import MlflowClient
 

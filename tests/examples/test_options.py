@@ -16,6 +16,7 @@ from megavlm.config.recipes import RECIPES
 from megavlm.convert.hf import command_line as convert_command_line
 from megavlm.data.packing import command_line
 from megavlm.planner.estimate import Hardware
+from megavlm.score import command_line as score_line
 
 ROOT = Path(__file__).parents[2]
 TEXTS = [
@@ -48,8 +49,8 @@ def known() -> set[str]:
     # Documents also name sections, such as ``--fp8.*``.
     found |= {flag.rpartition(".")[0] for flag in found if "." in flag}
     found |= {flag for action in get_args_parser()._actions for flag in action.option_strings}
-    parser = command_line.make_parser()
-    found |= {flag for action in parser._actions for flag in action.option_strings}
+    for parser in (command_line.make_parser(), score_line.make_parser()):
+        found |= {flag for action in parser._actions for flag in action.option_strings}
     found |= {f"--{field.name}" for field in dataclasses.fields(Hardware)}
     for path in [
         *ROOT.glob("tools/**/*.py"),

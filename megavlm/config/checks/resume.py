@@ -138,10 +138,12 @@ def changes(old: Config, new: Config) -> list[str]:
     """Return the options that are taken with another value than the checkpoint's, as the lines of a
     table; none if there are none.
     """
+    keys = [key for key, kind in KINDS.items() if kind == "taken"]
+    keys += ["architecture.contrastive.positives", "architecture.contrastive.exchange"]
     rows = [
         (f"--{key}", shown_value(_value(old, key)), shown_value(_value(new, key)))
-        for key, kind in KINDS.items()
-        if kind == "taken" and _value(old, key) != _value(new, key)
+        for key in keys
+        if _value(old, key) != _value(new, key)
     ]
     if not rows:
         return []

@@ -16,6 +16,8 @@ from megavlm.convert.weights.mapping import Row
 from megavlm.convert.weights.tables import Dialect, rows
 from megavlm.convert.weights.views import Header, Tensors
 
+_SMALLEST_NORM = 1e-15  # of a row of zeros, as in training
+
 
 class Factors(NamedTuple):
     """The adapter of one linear layer of Hugging Face.
@@ -115,7 +117,9 @@ class MergedAdapters:
         whole = weight + self._scale * (added.b.float() @ added.a.float())
         if added.magnitude is None:
             return whole
-        return whole * (added.magnitude.float() / whole.norm(dim=1))[:, None]
+        return (
+            whole * (added.magnitude.float() / whole.norm(dim=1).clamp(min=_SMALLEST_NORM))[:, None]
+        )
 
     def ranges(self, key: str, rows: range) -> list[Range] | None:
         """See ``Tensors``; a merged weight stands in no file."""

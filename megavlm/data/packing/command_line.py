@@ -332,6 +332,7 @@ def _add_switches(parser: argparse.ArgumentParser) -> None:
         "--filter",
         metavar="NAME=VALUE",
         nargs="+",
+        action="extend",
         default=[],
         help=(
             "what records in --jsonl must be like, by the names of a meta file's filter, such as"

@@ -178,7 +178,7 @@ WRONG = [
     (
         "--data.augment jpeg,blur",
         1,
-        ["--data.augment blur: no such change; known are jpeg, crop, flip, colour"],
+        ["--data.augment blur: no such change; known are jpeg, crop, half_crop, flip, colour"],
     ),
     ("--architecture.vision.pixel_std 1,0,1", 1, ["pixel_std 1.0,0.0,1.0: must be above 0"]),
     (

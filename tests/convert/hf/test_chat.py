@@ -246,7 +246,9 @@ def test_every_tensor_that_does_not_fit_is_named_and_nothing_is_written(tmp_path
 
 
 def test_transformers_is_not_asked_to_run_it(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="chat: in OpenGVLab's format.*--dialect native"):
+    with pytest.raises(
+        ValueError, match="chat: in the format of InternVLChatModel.*--dialect, such as native"
+    ):
         load_reference(chat_folder(tmp_path))
 
 
