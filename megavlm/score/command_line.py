@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 
+import torch
+
 from megavlm.config.hub_cache import cached
 from megavlm.data.packing.command_line import add_files
 from megavlm.data.records.meta_file import read_sources
@@ -85,11 +87,11 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--workers",
         type=int,
-        default=os.cpu_count() or 1,
+        default=2 * torch.cuda.device_count() or os.cpu_count() or 1,
         metavar="N",
         help=(
             "processes, each with a copy of the model, which share the GPUs of the machine; 0: this"
-            " one only (default: all cores, %(default)s)"
+            " one only (default: two for each GPU, or all cores; here %(default)s)"
         ),
     )
     add(

@@ -4,6 +4,7 @@ done stays in ``OUT.partial`` when the job is stopped, and the same command resu
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Iterator
@@ -220,9 +221,12 @@ def _facts(job: Job, state: ScoringState, near: int | None) -> str:
                 "scored": read.scored,
             }
         )
+    identity = json.dumps(job.identity(), sort_keys=True)
     facts = {
         "format": scores.FORMAT,
         "version": scores.VERSION,
+        # Packs know scores by this file: other weights, tokens or files are other scores.
+        "identity": hashlib.sha256(identity.encode()).hexdigest(),
         "score": "cosine of the embeddings of image and text",
         "model": job.model,
         "template": job.towers.usage.template,

@@ -25,7 +25,7 @@ from megavlm.data.images.tiling import Tiling
 from megavlm.data.loading.batch import Batch
 from megavlm.data.text.chat_tokens import ChatTemplate
 from megavlm.data.text.templates import chat_format
-from megavlm.data.text.tokenizer import load_tokenizer
+from megavlm.data.text.tokenizer import fingerprint, load_tokenizer
 from megavlm.model.vlm import VisionLanguageModel
 from megavlm.parallel import backend, process_groups
 from megavlm.planner.layout import make_layout
@@ -179,9 +179,11 @@ def folder_of(start: Start) -> Path:
 
 
 def _choose_device() -> None:
-    """Give each worker process of a machine one of its devices, in turn; ``backend.start`` reads
-    the variable.
+    """Give each worker process of a machine one of its devices, in turn, and no part in a job of
+    several ranks that the environment may tell of; ``backend.start`` reads the variables.
     """
+    for name in ("RANK", "WORLD_SIZE"):
+        os.environ.pop(name, None)
     number = re.search(r"\d+$", current_process().name)
     if number and torch.cuda.is_available():
         device = (int(number[0]) - 1) % torch.cuda.device_count()
@@ -190,7 +192,7 @@ def _choose_device() -> None:
 
 def facts(model: TwoTowers) -> dict[str, Any]:
     """Return what embeddings depend on, as JSON: the files of weights with their sizes and times,
-    settings.
+    the tokenizer, settings.
     """
     folder = folder_of(model.start)
     weights = {
@@ -200,6 +202,7 @@ def facts(model: TwoTowers) -> dict[str, Any]:
     }
     return {
         "model": weights,
+        "tokenizer": fingerprint(load_tokenizer(model.tokenizer)),
         "template": model.usage.template,
         "tiling": model.usage.tiling,
         "precision": model.config.training.precision,

@@ -157,6 +157,12 @@ def score(task: ScoreTask) -> Scored:
             f" {extent.records} when it was opened; the file has changed meanwhile"
         )
     lines, similar, images = _embed(ready, task, pairs, np.array(numbers, np.int64))
+    if not np.isfinite(similar).all():
+        line = lines[~np.isfinite(similar)][0]
+        raise ValueError(
+            f"{task.annotations.path}: the similarity of record {line} is not a number; look at the"
+            " weights of --model, or take --precision float32"
+        )
     rows = np.zeros(len(lines), ROW)
     rows["line"] = lines
     rows["source"] = task.source

@@ -71,6 +71,21 @@ def test_updates_are_those_of_one_process(
     size = layout.get("global_batch_size", 4)
     alone = ranks.run(train_curve, 1, configured(dataset, kind, global_batch_size=size))
     shared = ranks.run(train_curve, world, configured(dataset, kind, **layout))
+    assert_equal(shared, alone)
+
+
+def test_muon_updates_a_query_group_that_ranks_share(ranks: Pool, dataset: Path) -> None:
+    def run(**layout: object) -> Config:
+        config = configured(dataset, "muon", **layout)
+        language = dataclasses.replace(config.architecture.language, num_query_groups=1)
+        architecture = dataclasses.replace(config.architecture, language=language)
+        return dataclasses.replace(config, architecture=architecture)
+
+    assert_equal(ranks.run(train_curve, 2, run(**TENSOR)), ranks.run(train_curve, 1, run()))
+
+
+def assert_equal(shared: list, alone: list) -> None:
+    """Compare the curves and weights of ranks with those of one process."""
     assert shared[0].losses == pytest.approx(alone[0].losses, rel=1e-5)
     assert shared[0].grad_norms == pytest.approx(alone[0].grad_norms, rel=1e-5)
     found = whole_weights(shared)

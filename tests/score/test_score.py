@@ -5,6 +5,7 @@ packer filters by them.
 from __future__ import annotations
 
 import json
+import os
 import random
 from collections import Counter
 from collections.abc import Iterator
@@ -212,6 +213,23 @@ def test_processes_give_the_same(data: Path, tmp_path: Path) -> None:
     score_dataset(job_of(data, tmp_path / "one"))
     score_dataset(job_of(data, tmp_path / "two", workers=2))
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+def test_other_weights_make_other_scores(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As in a job of a cluster that has several ranks elsewhere.
+    around = dict(RANK="1", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="1")
+    for name, value in around.items():
+        monkeypatch.setenv(name, value)
+    found = []
+    for number in range(2):
+        weights = data / "clip" / "model.safetensors"
+        os.utime(weights, (number, number))
+        score_dataset(job_of(data, tmp_path / str(number)))
+        found.append(contents(tmp_path / str(number)))
+    told = [files.pop("scores.json") for files in found]
+    assert found[0] == found[1] and told[0] != told[1], "packs made by the old ones are not reused"
 
 
 @pytest.mark.parametrize(
