@@ -10,12 +10,13 @@ import time
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from megavlm.data.packing.executors import ordered_map
+from megavlm.data.packing.job_state import SHOWN_REJECTS, reject_lines, save_state
 from megavlm.data.packing.scan import HOPELESS_RECORDS, SAVE_INTERVAL_SECONDS
-from megavlm.data.packing.scan_state import reject_lines
 from megavlm.data.packing.work_folder import JOB_NAME, LOCK_NAME, partial_folder
 from megavlm.data.records import scores
 from megavlm.data.records.readers import open_reader
@@ -29,12 +30,10 @@ from megavlm.score.settings import Job
 from megavlm.score.state import (
     IMAGES_NAME,
     ROWS_NAME,
-    SHOWN_REJECTS,
     STATE_NAME,
     UNSCORED_NAME,
     ScoringState,
     read_state,
-    save_state,
 )
 from megavlm.score.worker import ROW, Scored, ScoreTask
 
@@ -57,7 +56,8 @@ def score_dataset(job: Job) -> Report:
     """
     start = time.monotonic()
     job.check()
-    with partial_folder(job.partial, job.identity(), flag=f"--out {job.out}") as folder:
+    identity = job.identity()
+    with partial_folder(job.partial, identity, flag=f"--out {job.out}") as folder:
         state = read_state(folder, len(job.sources))
         if not state.complete:
             try:
@@ -66,7 +66,7 @@ def score_dataset(job: Job) -> Report:
                 worker.close(job.for_workers)
         if not state.rows:
             raise _nothing_scored(job, state)
-        report = _publish(job, folder, state, start)
+        report = _publish(job, identity, folder, state, start)
     return report
 
 
@@ -99,10 +99,10 @@ def _score_rest(job: Job, folder: Path, state: ScoringState) -> None:
             if not state.rows and state.records >= HOPELESS_RECORDS:
                 raise _nothing_scored(job, state)
             if time.monotonic() - saved > SAVE_INTERVAL_SECONDS:
-                save_state(folder, state, *files)
+                save_state(folder / STATE_NAME, state, *files)
                 saved = time.monotonic()
         state.complete = True
-        save_state(folder, state, *files)
+        save_state(folder / STATE_NAME, state, *files)
 
 
 def _tasks(job: Job) -> Iterator[ScoreTask]:
@@ -140,7 +140,9 @@ def _nothing_scored(job: Job, state: ScoringState) -> ValueError:
     )
 
 
-def _publish(job: Job, folder: Path, state: ScoringState, start: float) -> Report:
+def _publish(
+    job: Job, identity: dict[str, Any], folder: Path, state: ScoringState, start: float
+) -> Report:
     """Write the arrays, the report and ``scores.json``, and give the folder its name."""
     marked = _mark(job, folder, state.rows)
     tally = Tally(len(job.sources))
@@ -157,7 +159,7 @@ def _publish(job: Job, folder: Path, state: ScoringState, start: float) -> Repor
     )
     (folder / "report.json").write_text(report.to_json(), encoding="utf-8")
     (folder / "report.txt").write_text(report.text() + "\n", encoding="utf-8")
-    atomic.write_text(folder / scores.FILE_NAME, _facts(job, state, near))
+    atomic.write_text(folder / scores.FILE_NAME, _facts(job, identity, state, near))
     del marked
     for name in (ROWS_NAME, IMAGES_NAME, _MARKED_NAME, STATE_NAME, JOB_NAME, LOCK_NAME):
         (folder / name).unlink(missing_ok=True)
@@ -207,26 +209,24 @@ def _new_array(path: Path, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
     return np.lib.format.open_memmap(path, "w+", dtype, shape)
 
 
-def _facts(job: Job, state: ScoringState, near: int | None) -> str:
-    """Return the content of ``scores.json``."""
-    sources = []
-    for source, read in zip(job.sources, state.sources, strict=True):
-        found = file_state(source.path)
-        sources.append(
-            {
-                "path": scores.full_path(source.path),
-                "bytes": found.size,
-                "modified": found.version,
-                "records": read.records,
-                "scored": read.scored,
-            }
-        )
-    identity = json.dumps(job.identity(), sort_keys=True)
+def _facts(job: Job, identity: dict[str, Any], state: ScoringState, near: int | None) -> str:
+    """Return the content of ``scores.json``, with the files as they were when the job began."""
+    sources = [
+        {
+            "path": scores.full_path(source["path"]),
+            "bytes": source["bytes"],
+            "modified": source["modified"],
+            "records": read.records,
+            "scored": read.scored,
+        }
+        for source, read in zip(identity["sources"], state.sources, strict=True)
+    ]
+    content = json.dumps(identity, sort_keys=True)
     facts = {
         "format": scores.FORMAT,
         "version": scores.VERSION,
         # Packs know scores by this file: other weights, tokens or files are other scores.
-        "identity": hashlib.sha256(identity.encode()).hexdigest(),
+        "identity": hashlib.sha256(content.encode()).hexdigest(),
         "score": "cosine of the embeddings of image and text",
         "model": job.model,
         "template": job.towers.usage.template,

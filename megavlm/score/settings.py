@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megavlm.data.packing.executors import Executor
+from megavlm.data.packing.work_folder import partial_of, refuse_filled
 from megavlm.data.records.meta_file import Annotations
 from megavlm.data.records.scores import VERSION
 from megavlm.io.remote import file_state
@@ -53,11 +54,7 @@ class Job:
             raise ValueError(
                 f"--duplicates {self.duplicates}: must be a cosine between 0 (do not look) and 1"
             )
-        out = Path(self.out)
-        if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-            raise FileExistsError(
-                f"--out {out}: already holds something; give another folder, or remove it"
-            )
+        refuse_filled(Path(self.out))
         self.towers.template()
 
     @cached_property
@@ -68,8 +65,7 @@ class Job:
     @property
     def partial(self) -> Path:
         """The folder that becomes ``out`` when it is complete."""
-        out = Path(self.out)
-        return out.with_name(out.name + ".partial")
+        return partial_of(Path(self.out))
 
     @property
     def for_workers(self) -> WorkerSettings:

@@ -4,20 +4,16 @@ says how much of them is good. A crash at any moment loses the work since the la
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
 
+from megavlm.data.packing.job_state import read_facts
 from megavlm.data.records.reject import Reject
-from megavlm.io import atomic
 
 STATE_NAME = "state.json"
 ROWS_NAME = "rows.bin"
 IMAGES_NAME = "images.bin"
 UNSCORED_NAME = "unscored.jsonl"
-SHOWN_REJECTS = 5
 
 
 @dataclass(kw_only=True)
@@ -66,20 +62,6 @@ class ScoringState:
 
 
 def read_state(folder: Path, sources: int) -> ScoringState:
-    """Read how far the scoring in a folder is. A file that a power cut left empty counts as
-    absent.
-    """
-    facts = atomic.read_json(folder / STATE_NAME)
-    if facts is None:
-        return ScoringState(sources=[SourceState() for _ in range(sources)])
-    facts["first_rejects"] = [Reject(**entry) for entry in facts["first_rejects"]]
-    facts["sources"] = [SourceState(**entry) for entry in facts["sources"]]
-    return ScoringState(**facts)
-
-
-def save_state(folder: Path, state: ScoringState, *files: BinaryIO) -> None:
-    """Put the files on the disk, and then the state that says how much of them is good."""
-    for file in files:
-        atomic.sync_file(file)
-    content = json.dumps(dataclasses.asdict(state), ensure_ascii=False)
-    atomic.write_text(folder / STATE_NAME, content)
+    """Read how far the scoring in a folder is."""
+    facts = read_facts(folder / STATE_NAME, SourceState)
+    return ScoringState(**facts or {"sources": [SourceState() for _ in range(sources)]})

@@ -6,8 +6,8 @@ import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from megavlm.data.packing.job_state import SHOWN_REJECTS, reject_lines
 from megavlm.data.packing.scan import HOPELESS_RECORDS, Scan
-from megavlm.data.packing.scan_state import SHOWN_REJECTS, reject_lines
 from megavlm.data.packing.settings import Job
 from megavlm.data.packing.write_shards import WrittenShard
 from megavlm.data.records.reject import Reject, count_unwanted

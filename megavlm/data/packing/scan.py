@@ -20,14 +20,14 @@ import numpy as np
 
 from megavlm.data.packing.encode import Images
 from megavlm.data.packing.executors import EncoderSettings, Executor, build_encoder, ordered_map
+from megavlm.data.packing.job_state import reject_lines, save_state
 from megavlm.data.packing.scan_state import (
     ROW,
+    STATE_NAME,
     ScanState,
     SourceCounts,
     count_measured,
     read_state,
-    reject_lines,
-    save_state,
 )
 from megavlm.data.records.meta_file import Annotations
 from megavlm.data.records.raw_record import OffsetRange
@@ -202,10 +202,10 @@ def _scan_rest(
                 if unwanted >= HOPELESS_RECORDS:
                     return
             if time.monotonic() - saved > SAVE_INTERVAL_SECONDS:
-                save_state(folder, state, rows, rejects)
+                save_state(folder / STATE_NAME, state, rows, rejects)
                 saved = time.monotonic()
         state.complete = True
-        save_state(folder, state, rows, rejects)
+        save_state(folder / STATE_NAME, state, rows, rejects)
 
 
 def measure(task: ScanTask) -> Measured:

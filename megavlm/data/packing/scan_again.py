@@ -11,13 +11,14 @@ import numpy as np
 
 from megavlm.data.packing.encode import Images
 from megavlm.data.packing.executors import EncoderSettings, Executor, ordered_map
+from megavlm.data.packing.job_state import save_state
 from megavlm.data.packing.scan import ScanTask, measure
 from megavlm.data.packing.scan_state import (
+    STATE_NAME,
     SourceCounts,
     merge_repaired,
     read_state,
     repairable_rejects,
-    save_state,
 )
 from megavlm.data.records.meta_file import Annotations
 from megavlm.data.records.raw_record import OffsetRange
@@ -80,7 +81,7 @@ def read_rejects_again(
     merge_repaired(folder, state, np.concatenate(rows), repaired)
     for reject, counts in passed:
         _count_passed(state.sources[reject.source], reject, counts)
-    save_state(folder, state)
+    save_state(folder / STATE_NAME, state)
     return len(repaired)
 
 

@@ -4,15 +4,14 @@ good. A crash at any moment loses the work since the last save and nothing else.
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
+from megavlm.data.packing.job_state import SHOWN_REJECTS, read_facts, reject_lines
 from megavlm.data.records.reject import REPAIRABLE, Reject
 from megavlm.io import atomic
 
@@ -27,7 +26,6 @@ ROW = np.dtype(
         ("window", "<i4"),
     ]
 )
-SHOWN_REJECTS = 5
 STATE_NAME = "scan.json"
 ROWS_PER_CHUNK = 2**20
 
@@ -108,29 +106,10 @@ def count_measured(
     state.first_rejects += rejects[: SHOWN_REJECTS - len(state.first_rejects)]
 
 
-def reject_lines(rejects: Iterable[Reject]) -> bytes:
-    """Return rejected records as lines of JSON."""
-    return "".join(
-        json.dumps(dataclasses.asdict(reject), ensure_ascii=False) + "\n" for reject in rejects
-    ).encode()
-
-
 def read_state(folder: Path, sources: int) -> ScanState:
-    """Read how far the scan in a folder is. A file that a power cut left empty counts as absent."""
-    facts = atomic.read_json(folder / STATE_NAME)
-    if facts is None:
-        return ScanState(sources=[SourceCounts() for _ in range(sources)])
-    facts["first_rejects"] = [Reject(**entry) for entry in facts["first_rejects"]]
-    facts["sources"] = [SourceCounts(**entry) for entry in facts["sources"]]
-    return ScanState(**facts)
-
-
-def save_state(folder: Path, state: ScanState, *files: BinaryIO) -> None:
-    """Put the files on the disk, and then the state that says how much of them is good."""
-    for file in files:
-        atomic.sync_file(file)
-    content = json.dumps(dataclasses.asdict(state), ensure_ascii=False)
-    atomic.write_text(folder / STATE_NAME, content)
+    """Read how far the scan in a folder is."""
+    facts = read_facts(folder / STATE_NAME, SourceCounts)
+    return ScanState(**facts or {"sources": [SourceCounts() for _ in range(sources)]})
 
 
 def repairable_rejects(folder: Path, state: ScanState) -> list[Reject]:

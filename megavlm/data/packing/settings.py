@@ -12,7 +12,8 @@ from megavlm.data.images.tiling import Tiling
 from megavlm.data.packing.encode import DeepImages
 from megavlm.data.packing.executors import Executor
 from megavlm.data.packing.windows import Windows
-from megavlm.data.records.filters import Filter, check_scores
+from megavlm.data.packing.work_folder import partial_of, refuse_filled
+from megavlm.data.records.filters import check_scores
 from megavlm.data.records.meta_file import Annotations
 from megavlm.data.records.scores import open_scores
 from megavlm.data.store.manifest import FORMAT_VERSION
@@ -130,11 +131,8 @@ class Job:
             check_scores(source.keep, [source.path], f"filter of {source.name}")
         if not 0 <= self.max_rejects <= 1:
             raise ValueError(f"--max_rejects {self.max_rejects}: must be a share between 0 and 1")
-        out = Path(self.out)
-        if self.out and out.exists() and not (out.is_dir() and not any(out.iterdir())):
-            raise FileExistsError(
-                f"--out {out}: already holds something; give another folder, or remove it"
-            )
+        if self.out:
+            refuse_filled(Path(self.out))
 
     def _check_template(self) -> None:
         """Raise ValueError for a template that does not go with the images' tiles."""
@@ -215,8 +213,7 @@ class Job:
     @property
     def partial(self) -> Path:
         """Return the folder that becomes ``out`` when it is complete."""
-        out = Path(self.out)
-        return out.with_name(out.name + ".partial")
+        return partial_of(Path(self.out))
 
     @property
     def rejects_path(self) -> Path:
@@ -238,10 +235,8 @@ class Job:
             found = file_state(source.path)
             facts = dataclasses.asdict(source)
             del facts["length"]  # checked, but of no consequence
-            # Absent without scores, so that packings of before there were any resume.
-            for name in ("scores", "drop_duplicates"):
-                del facts["keep"][name]
-            facts["keep"] |= _scores_of(source.keep)
+            if source.keep.scores is not None:  # wherever they are
+                facts["keep"]["scores"] = open_scores(source.keep.scores).fingerprint
             sources.append({**facts, "bytes": found.size, "modified": found.version})
         return {
             **settings,
@@ -251,11 +246,3 @@ class Job:
             "format": FORMAT_VERSION,
             "packer": PACKER_VERSION,
         }
-
-
-def _scores_of(keep: Filter) -> dict[str, Any]:
-    """Return what a result depends on of a filter's scores, wherever they are."""
-    if keep.scores is None:
-        return {}
-    fingerprint = open_scores(keep.scores).fingerprint
-    return {"scores": fingerprint, "drop_duplicates": keep.drop_duplicates}

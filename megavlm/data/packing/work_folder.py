@@ -18,6 +18,19 @@ JOB_NAME = "job.json"
 LOCK_NAME = "lock"
 
 
+def refuse_filled(out: Path) -> None:
+    """Raise FileExistsError if the folder of a job's result holds something."""
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise FileExistsError(
+            f"--out {out}: already holds something; give another folder, or remove it"
+        )
+
+
+def partial_of(out: Path) -> Path:
+    """Return the folder that becomes ``out`` when it is complete."""
+    return out.with_name(out.name + ".partial")
+
+
 @contextmanager
 def partial_folder(folder: Path, identity: dict[str, Any], *, flag: str) -> Iterator[Path]:
     """Make a folder for a job, or enter the one that the same job left; it stays when the job ends
