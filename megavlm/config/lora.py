@@ -23,6 +23,7 @@ LINEARS = (
 )
 """Linear layers of a transformer layer, in the order of the forward pass."""
 MAGNITUDE = ".lora.magnitude"
+SMALLEST_NORM = 1e-15  # taken for that of a row of zeros, which is padding
 """End of the keys of DoRA's norms."""
 NF4_BLOCK = 64
 """Numbers of a row that share a scale in 4 bits."""

@@ -36,11 +36,10 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn.functional import linear
 
-from megavlm.config.lora import LINEARS, stacked
+from megavlm.config.lora import LINEARS, SMALLEST_NORM, stacked
 from megavlm.config.schema import Architecture
 from megavlm.model.lora_dropout import Location, adapter_salt, drop
 
-_SMALLEST_NORM = 1e-15  # taken for that of a row of zeros, which is padding
 _COLUMN = ("linear_qkv.weight", "linear_fc1.weight")
 
 
@@ -150,9 +149,10 @@ class LowRankAdapter(nn.Module):
             weight: W, this rank's share [O, inputs of this rank].
         """
         products = self._parts_of_rows(linear(weight, self.a).float())
+        rows = self._parts_of_rows(self.b.float())
+        columns = self.a.float().chunk(self.count)
         added = []
-        for number, b in enumerate(self._parts_of_rows(self.b.float())):
-            a = self.a.float().chunk(self.count)[number]
+        for number, (a, b) in enumerate(zip(columns, rows, strict=True)):
             of_weight = products[number].chunk(self.count, dim=-1)[number]
             added.append(((2 * of_weight + self.scale * (b @ (a @ a.T))) * b).sum(-1))
         cross = torch.cat(added)
@@ -161,7 +161,7 @@ class LowRankAdapter(nn.Module):
         squares = own + self.scale * cross
         if not self.is_column and self.group.size() > 1:
             dist.all_reduce(squares, group=self.group)
-        return squares.clamp(min=_SMALLEST_NORM**2).sqrt()
+        return squares.clamp(min=SMALLEST_NORM**2).sqrt()
 
     def rescaled(self, weight: Tensor, output: Tensor) -> Tensor:
         """Give each row of the adapted weight its magnitude.
@@ -255,7 +255,7 @@ def start_magnitudes(chunks: Sequence[nn.Module]) -> None:
                 norms = lora.norms(module.weight)
                 if not lora.magnitude.any():
                     # Heads that only pad have rows of zeros.
-                    lora.magnitude.copy_(torch.where(norms > 2 * _SMALLEST_NORM, norms, 0))
+                    lora.magnitude.copy_(torch.where(norms > 2 * SMALLEST_NORM, norms, 0))
 
 
 def set_draw(part: nn.Module, draw: int, first_tile: int) -> None:

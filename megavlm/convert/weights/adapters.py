@@ -9,14 +9,12 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from megavlm.config.lora import MAGNITUDE, is_adapter
+from megavlm.config.lora import MAGNITUDE, SMALLEST_NORM, is_adapter
 from megavlm.config.schema import Architecture
 from megavlm.convert.weights.byte_ranges import Range
 from megavlm.convert.weights.mapping import Row
 from megavlm.convert.weights.tables import Dialect, rows
 from megavlm.convert.weights.views import Header, Tensors
-
-_SMALLEST_NORM = 1e-15  # of a row of zeros, as in training
 
 
 class Factors(NamedTuple):
@@ -118,7 +116,7 @@ class MergedAdapters:
         if added.magnitude is None:
             return whole
         return (
-            whole * (added.magnitude.float() / whole.norm(dim=1).clamp(min=_SMALLEST_NORM))[:, None]
+            whole * (added.magnitude.float() / whole.norm(dim=1).clamp(min=SMALLEST_NORM))[:, None]
         )
 
     def ranges(self, key: str, rows: range) -> list[Range] | None:

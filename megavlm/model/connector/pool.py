@@ -9,9 +9,9 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import MegatronModule
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
 
 from megavlm.config.schema import Config
+from megavlm.model.connector.heads import attend, split_heads
 from megavlm.model.specs import Kernels
 from megavlm.model.transformer import ACTIVATIONS, connector_config
 
@@ -87,8 +87,7 @@ class AttentionPoolConnector(MegatronModule):
         query = asked.expand(len(tokens), 1, width)
         seen = nn.functional.linear(tokens, weight[width:], bias[width:])
         parts = (query, *seen.split(width, dim=-1))
-        heads = [part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts]
-        pooled = self.out_proj(scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2))
+        pooled = self.out_proj(attend(*(split_heads(part, self.heads) for part in parts)))
         return pooled + self.down(self.activation(self.up(self.mlp_norm(pooled))))
 
 
@@ -121,6 +120,4 @@ class MeanQueryPoolConnector(MegatronModule):
             self.key_proj(self.key_norm(tokens)),
             self.value_proj(self.value_norm(tokens)),
         )
-        heads = [part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts]
-        pooled = scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
-        return self.projection(pooled)
+        return self.projection(attend(*(split_heads(part, self.heads) for part in parts)))

@@ -16,11 +16,12 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import MegatronModule
 from torch import Tensor, nn
-from torch.nn.functional import gelu, pad, scaled_dot_product_attention
+from torch.nn.functional import gelu, pad
 
 from megavlm.config.qformer import QFormer
 from megavlm.config.schema import Config
 from megavlm.data.loading.batch import Instructions
+from megavlm.model.connector.heads import attend, split_heads
 from megavlm.model.connector.qformer_mask import TextRows, seen_by
 from megavlm.model.specs import Kernels
 from megavlm.model.transformer import connector_config
@@ -56,9 +57,8 @@ class _Attention(nn.Module):
             parts = self.qkv(rows).chunk(3, dim=-1)
         else:
             parts = (self.query(rows), *self.key_value(memory).chunk(2, dim=-1))
-        heads = [part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts]
-        attended = scaled_dot_product_attention(*heads, attn_mask=seen)
-        return self.proj(attended.transpose(1, 2).flatten(2))
+        heads = (split_heads(part, self.heads) for part in parts)
+        return self.proj(attend(*heads, seen=seen))
 
 
 class _Mlp(nn.Module):

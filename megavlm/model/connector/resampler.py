@@ -13,10 +13,11 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import MegatronModule
 from torch import Tensor, nn
-from torch.nn.functional import relu, scaled_dot_product_attention
+from torch.nn.functional import relu
 
 from megavlm.config.resampler import Resampler
 from megavlm.config.schema import Config
+from megavlm.model.connector.heads import attend, split_heads
 from megavlm.model.specs import Kernels
 from megavlm.model.transformer import connector_config
 
@@ -57,12 +58,11 @@ class _Layer(nn.Module):
         asking = self.latent_norm(latents)
         seen = torch.cat([self.tile_norm(tile), asking], dim=1)
         parts = (self.query(asking), *self.key_value(seen).chunk(2, dim=-1))
-        query, key, value = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
+        query, key, value = (split_heads(part, self.heads) for part in parts)
         if self.query_norm is not None:
             query = self.query_norm(query)
             key = self.key_norm(key)
-        attended = scaled_dot_product_attention(query, key, value)
-        latents = latents + self.proj(attended.transpose(1, 2).flatten(2))
+        latents = latents + self.proj(attend(query, key, value))
         return latents + self.down(relu(self.up(self.mlp_norm(latents))))
 
 
