@@ -11,51 +11,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import CLIPConfig, CLIPModel, SiglipConfig, SiglipModel
+from transformers import CLIPModel, SiglipModel
 
 from megavlm.config.schema import Architecture, Config, Data
 from megavlm.convert.hf import convert
 from megavlm.convert.hf.model_config import architecture_from_hf
 from megavlm.convert.hf.safetensors_files import SafetensorsFolder
 from tests.convert.card import run_example
+from tests.convert.pair_models import make_pair_model
 from tests.data.pair_tokenizer import make_pair_tokenizer
 from tests.data.samples import make_sample, write_packs
 from tests.ranks.pool import Pool
 from tests.ranks.runs import build, config_for
 
 END = 3
-_VISION = dict(
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    image_size=16,
-    patch_size=4,
-)
-_TEXT = dict(
-    hidden_size=48,
-    intermediate_size=80,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    vocab_size=199,
-    max_position_embeddings=16,
-    bos_token_id=1,
-    eos_token_id=END,
-    pad_token_id=END,
-)
 
 
 def make_model(kind: str) -> CLIPModel | SiglipModel:
-    torch.manual_seed(5)
-    if kind == "clip":
-        model = CLIPModel(CLIPConfig(text_config=_TEXT, vision_config=_VISION, projection_dim=20))
-    else:
-        text = _TEXT | {"projection_size": 32}
-        model = SiglipModel(SiglipConfig(text_config=text, vision_config=_VISION))
-    # Scales, norms and biases that are not zeros and ones.
-    for parameter in model.parameters():
-        parameter.data += 0.05 * torch.randn_like(parameter)
-    return model.eval()
+    return make_pair_model(kind, vocab_size=199, positions=16, begin=1, end=END, noise=0.05)
 
 
 def make_pairs(folder: Path, kind: str) -> tuple[np.ndarray, np.ndarray]:

@@ -13,57 +13,32 @@ import torch
 from PIL import Image
 from transformers import (
     AutoTokenizer,
-    CLIPConfig,
     CLIPImageProcessorPil,
     CLIPModel,
-    SiglipConfig,
     SiglipImageProcessorPil,
     SiglipModel,
 )
 
+from tests.convert.pair_models import SIDE, make_pair_model
 from tests.data.pair_tokenizer import make_pair_tokenizer
 
 WORDS = ("a", "b", "red", "green", "dog", "cat", "at", "home")
 LENGTH = 12
-_VISION = dict(
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    image_size=16,
-    patch_size=4,
-)
-_TEXT = dict(
-    hidden_size=48,
-    intermediate_size=80,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    vocab_size=len(WORDS) + 3,
-    max_position_embeddings=LENGTH,
-    bos_token_id=len(WORDS) + 1,
-    eos_token_id=len(WORDS) + 2,
-    pad_token_id=len(WORDS) + 2,
-)
 
 
 def make_towers(folder: Path, kind: str) -> Path:
     """Write a random ``clip`` or ``siglip`` with its tokenizer and image processor."""
-    torch.manual_seed(5)
-    if kind == "clip":
-        model = CLIPModel(CLIPConfig(text_config=_TEXT, vision_config=_VISION, projection_dim=20))
-    else:
-        text = _TEXT | {"projection_size": 32}
-        model = SiglipModel(SiglipConfig(text_config=text, vision_config=_VISION))
-    for parameter in model.parameters():
-        parameter.data += 0.1 * torch.randn_like(parameter)
+    end = len(WORDS) + 2
+    model = make_pair_model(
+        kind, vocab_size=end + 1, positions=LENGTH, begin=end - 1, end=end, noise=0.1
+    )
     model.save_pretrained(folder)
     make_pair_tokenizer(folder, WORDS)
-    side = _VISION["image_size"]
     if kind == "clip":
-        crop = {"height": side, "width": side}
-        CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size=crop).save_pretrained(folder)
+        crop = {"height": SIDE, "width": SIDE}
+        CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size=crop).save_pretrained(folder)
     else:
-        size = {"height": side, "width": side}
+        size = {"height": SIDE, "width": SIDE}
         SiglipImageProcessorPil(size=size, resample=3).save_pretrained(folder)
     return folder
 
