@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Any
 
 from megavlm.config.schema import Config
-from megavlm.train.console import open_console
+from megavlm.train.console import Lines, open_console
 from megavlm.train.trackers import MLflow, TensorBoard, Watched, WeightsAndBiases
 
 FILE_NAME = "metrics.jsonl"
@@ -36,7 +36,7 @@ class Metrics:
     def __init__(self, config: Config, is_writer: bool, step: int = 0):
         self._writes = is_writer
         self._steps = config.training.steps
-        self._console = open_console()
+        self._console = open_console() if is_writer else Lines()
         self._file: FileIO | None = None
         self._is_file_full = False
         self._trackers: list[Watched] = []

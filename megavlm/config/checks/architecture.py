@@ -53,8 +53,7 @@ def _unused(arch: Architecture) -> Iterator[str]:
     if arch.connector.kind != "resampler":
         why = f"--architecture.connector.kind is {arch.connector.kind}"
         sections.append(("connector.resampler", arch.connector.resampler, why))
-    usual = type(arch.connector)().heads
-    if arch.connector.kind != "mean_query" and arch.connector.heads != usual:
+    if arch.connector.kind != "mean_query" and changed(arch.connector, "heads"):
         yield (
             f"--architecture.connector.heads {arch.connector.heads} has no effect:"
             f" --architecture.connector.kind is {arch.connector.kind}; leave it out"

@@ -4,7 +4,6 @@ processor with two tokenizers.
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -67,9 +66,7 @@ def write(
     write_json(folder / FILE_NAME, config(architecture, dtype, ids.image, **ids.text))
     tokenizer_files.write(tokenizer, folder, {"processor_class": PROCESSOR})
     (folder / QFORMER_TOKENIZER).mkdir()
-    for name in tokenizer_files.FILES:
-        if (words / name).is_file():
-            shutil.copyfile(words / name, folder / QFORMER_TOKENIZER / name)
+    tokenizer_files.copy(words, folder / QFORMER_TOKENIZER)
     blip2_processor.write_images(folder, architecture, PROCESSOR)
     write_json(
         folder / "processor_config.json",

@@ -7,7 +7,6 @@ older; those of the pool, of the projection and of the scale are the same there.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,12 +54,8 @@ def read(raw: dict[str, Any], folder: Path, *, has_head: bool | None) -> Archite
 
 def _language(path: Path) -> Language:
     settings = read_json(path)
-    json_files.refuse(path, list(_language_problems(settings)))
+    json_files.refuse(path, list(language_config.problems(settings, "")))
     return language_config.read(settings, tied_head=False)
-
-
-def _language_problems(settings: dict[str, Any]) -> Iterator[str]:
-    yield from language_config.problems(settings, "")
 
 
 def usage(folder: Path) -> Usage:
