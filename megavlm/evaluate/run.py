@@ -17,6 +17,7 @@ import yaml
 
 from megavlm.checkpoint import step_folder
 from megavlm.checkpoint.step_folder import Checkpoint
+from megavlm.config import yaml_file
 from megavlm.config.cli import to_yaml
 from megavlm.config.evaluation import Eval
 from megavlm.config.hub_cache import cached, file_name
@@ -86,9 +87,9 @@ def answer_with(
     target = out / name
     asked = {
         "model": _content(saved.folder if saved else model),
-        "tasks": {str(task.path): task.path.read_text(encoding="utf-8") for task in found},
         "packs": str(packs),
         "settings": [max_new_tokens, *others],
+        "files": _texts([task.path for task in found], others),
     }
     if not _is_done(target, asked):
         shutil.rmtree(target / _RUN, ignore_errors=True)
@@ -143,6 +144,22 @@ def _content(folder: Path) -> dict[str, list[int]]:
         if path.is_file()
     }
     return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
+
+
+def _texts(tasks: Sequence[Path], others: Sequence[str]) -> dict[str, str]:
+    """Return what tasks hold, and the files that options name: examples of few-shot prompts,
+    settings, and the examples that these name.
+    """
+    words = [word.partition("=")[2] if word.startswith("--") else word for word in others]
+    files = [Path(word) for word in words if Path(word).is_file()]
+    for file in tuple(files):
+        if file.suffix in (".yaml", ".yml"):
+            settings = dict(yaml_file.flat(yaml_file.read(file, f"--config {file}").content))
+            examples = Path(settings.get("eval.examples", ""))
+            files += [examples] if examples.is_file() else []
+    return {
+        str(file): file.read_text(encoding="utf-8", errors="replace") for file in (*tasks, *files)
+    }
 
 
 def _is_done(target: Path, asked: dict) -> bool:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
+
+import pytest
 
 from megavlm.config.checks.rules import problems
 from megavlm.config.cli import parse
 from megavlm.config.schema import Ema, Eval
-from megavlm.evaluate.run import _options
+from megavlm.evaluate import run
+from megavlm.evaluate.run import _options, answer_with
 
 EXPERTS = (
     *("--model", "internvl3_5-30b-a3b", "--parallel.expert_model_parallel_size", "8"),
@@ -34,3 +38,58 @@ def test_averages_do_not_stand_in_the_way(tmp_path: Path) -> None:
     measuring = parse(_options(saved, Eval(), tmp_path))
     assert not [told for told in problems(measuring, 1) if "ema" in told]
     assert measuring.ema == Ema()
+
+
+def write_question(path: Path, answer: str) -> Path:
+    path.write_text(json.dumps(dict(question="Which?", answer=answer)) + "\n")
+    return path
+
+
+def answer_at_once(words: list[str], ranks: int, model: Path, *, is_quiet: bool) -> None:
+    """Write what pretrain_vlm.py would write of a task."""
+    target = Path(words[words.index("--checkpoint.save") + 1])
+    answers = target / "answers" / "step-00000000"
+    answers.mkdir(parents=True)
+    (answers / "task.jsonl").write_text(json.dumps(dict(id="1", prediction="x")) + "\n")
+    (target / "metrics.jsonl").write_text(json.dumps({"step": 0, "task/accuracy": 0.0}) + "\n")
+
+
+@pytest.mark.parametrize("written_as", ["option", "option=", "settings"])
+def test_other_examples_are_asked_for_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written_as: str
+) -> None:
+    model = tmp_path / "hf"
+    model.mkdir()
+    config = dict(model_type="internvl", architectures=["InternVLForConditionalGeneration"])
+    (model / "config.json").write_text(json.dumps(config))
+    examples = write_question(tmp_path / "train.jsonl", "a")
+    settings = tmp_path / "shots.yaml"
+    settings.write_text(f"eval:\n  examples: {examples}\n")
+    others = {
+        "option": ["--eval.examples", str(examples)],
+        "option=": [f"--eval.examples={examples}"],
+        "settings": ["--config", str(settings)],
+    }
+    runs = []
+    monkeypatch.setattr(
+        run, "_run", lambda *given, **named: runs.append(given) or answer_at_once(*given, **named)
+    )
+
+    def ask() -> int:
+        task = write_question(tmp_path / "task.jsonl", "b")
+        answer_with(
+            model,
+            [task],
+            tmp_path / "out",
+            packs=tmp_path / "packs",
+            max_new_tokens=4,
+            ranks=1,
+            others=[*others[written_as], "--eval.shots", "1"],
+        )
+        return len(runs)
+
+    assert [ask(), ask()] == [1, 1]
+    write_question(examples, "c")
+    assert [ask(), ask()] == [2, 2]
+    settings.write_text(f"eval:\n  examples: {examples}\n  shots: [1]\n")
+    assert ask() == (3 if written_as == "settings" else 2)
