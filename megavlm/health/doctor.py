@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -113,13 +114,29 @@ def kernels() -> Iterator[Finding]:
         )
         return
     yield Finding(topic="layers", text="Transformer Engine's, in 16 bits")
-    yield Finding(topic="attention", text=f"cuDNN {torch.backends.cudnn.version()}, fused")
+    yield _cudnn()
     if shutil.which("nvcc") is None and "CUDA_HOME" not in os.environ:
         yield Finding(
             topic="CUDA headers",
             text="neither nvcc nor CUDA_HOME is found; FP8 casts are compiled with the headers",
             remedy="set CUDA_HOME, or NVTE_DISABLE_NVRTC=1 for casts compiled beforehand",
         )
+
+
+def _cudnn() -> Finding:
+    """Look for the cuDNN of fused attention: Transformer Engine loads the first that it finds,
+    CUDA's own before the one that torch brings.
+    """
+    try:
+        found = torch.backends.cudnn.version()
+    except RuntimeError as error:
+        bundled = Path(torch.__file__).parents[1] / "nvidia" / "cudnn"
+        return Finding(
+            topic="attention",
+            text=f"another cuDNN than torch's was loaded: {str(error).splitlines()[0]}",
+            remedy=f"set CUDNN_HOME={bundled}, from which Transformer Engine then loads it",
+        )
+    return Finding(topic="attention", text=f"cuDNN {found}, fused")
 
 
 def _linear_step(dtype: torch.dtype, device: torch.device) -> Callable[[], Tensor]:

@@ -9,6 +9,7 @@ Shape letters: T tokens of the pack, V vocabulary.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import enum
 import functools
@@ -107,6 +108,8 @@ def transformer_engine_kernels() -> Kernels:
     from megatron.core.extensions import transformer_engine as engine
     from megatron.core.transformer.moe.experts import TEGroupedMLP
 
+    _split_without_copies()
+
     def cross_entropy(logits: Tensor, labels: Tensor, group: ProcessGroup) -> Tensor:
         # What must be fit for CUDA graphs does not look at the gradient's value, which would make
         # the host wait for the device.
@@ -148,6 +151,19 @@ def kernels(config: Config) -> Kernels:
         # An adapter reads what the norm gives, which a linear layer that normalises does not show.
         chosen = replace(chosen, layer_norm=chosen.norm, norm_linear=chosen.column_linear)
     return chosen
+
+
+def _split_without_copies() -> None:
+    """Give megatron-core Transformer Engine's split of queries, keys and values, whose backward
+    pass copies nothing if the gradients stand side by side. ``Attention`` of megatron-core takes
+    torch's otherwise: it looks for the name in a module that has lost it.
+    """
+    from megatron.core.transformer import attention
+
+    with contextlib.suppress(ImportError):
+        from transformer_engine.pytorch.utils import SplitAlongDim
+
+        attention.SplitAlongDim = SplitAlongDim.apply
 
 
 @functools.cache

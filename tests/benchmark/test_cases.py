@@ -195,6 +195,7 @@ def test_idle_time_is_when_no_kernel_runs():
     found = table(kernels)
     assert found["span_ms"] == 0.04
     assert found["groups_ms"] == {"matrix products": 0.022, "communication": 0.015, "idle": 0.01}
+    assert found["gaps"] == [{"us": 10, "behind": "nccl", "before": "gemm"}]
     assert found["longest"][0] == {
         "name": "gemm",
         "group": "matrix products",

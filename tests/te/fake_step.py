@@ -148,9 +148,10 @@ def measure(
 
 def main() -> None:
     """Run every setting, and two with planted faults."""
+    from tests.gpu.models import SMALL
     from tests.te.numbers import make_packs
 
-    folder = make_packs()
+    folder = make_packs(SMALL.features_per_tile)
     waits = prepare()
     found = {name: measure(folder, waits, settings) for name, settings in SETTINGS.items()}
     found["planted wait"] = measure(folder, waits, {}, [Reader()])

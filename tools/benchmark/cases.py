@@ -44,6 +44,7 @@ class Case:
         moments: dtype of Adam's moments.
         kernels: layers of megavlm: auto (Transformer Engine's, where they run) or local.
         is_profiled: whether one more step is looked into, kernel by kernel.
+        fp8_parts: what is in FP8, if anything is.
         packs_per_step: microbatches of a step, which share one update of the optimizer.
         layers: of the language model, so that a large one fits; 0: all.
         limit_s: seconds after which the case is given up.
@@ -57,6 +58,7 @@ class Case:
     moments: str = "float32"
     kernels: str = "auto"
     is_profiled: bool = False
+    fp8_parts: tuple[str, ...] = ("vision", "language")
     packs_per_step: int = 1
     layers: int = 0
     limit_s: int = 75
@@ -71,6 +73,7 @@ class Case:
             extras.append("bf16_moments")
         if self.kernels == "local":
             extras.append("local")
+        extras += [f"{self.fp8_parts[0]}_only"] if len(self.fp8_parts) == 1 else []
         extras += [f"{self.packs_per_step}_packs"] if self.packs_per_step > 1 else []
         extras += [f"{self.layers}_layers"] if self.layers else []
         return "-".join(
@@ -114,7 +117,7 @@ class Case:
                 kernels=self.kernels,
                 global_batch_size=self.packs_per_step,
             ),
-            fp8=Fp8(vision=recipe, language=recipe) if is_fp8 else Fp8(),
+            fp8=Fp8(**dict.fromkeys(self.fp8_parts, recipe)) if is_fp8 else Fp8(),
             checkpoint=Checkpoint(save_interval=0),
         )
 
@@ -159,16 +162,19 @@ def all_cases() -> list[Case]:
         _case("2b", ALL, "fp8_tensorwise", recompute="full"),
         # Real runs have several packs for each update of the optimizer.
         _case("2b", ALL, recompute="full", packs_per_step=4),
-        _case("2b", ALL, packs_per_step=4),
+        _case("2b", ALL, packs_per_step=4, is_profiled=True),
+        _case("2b", ALL, "fp8_tensorwise", packs_per_step=4),
+        _case("2b", ALL, "fp8_tensorwise", packs_per_step=4, fp8_parts=("language",)),
+        _case("2b", ALL, "fp8_delayed", packs_per_step=4, is_profiled=True),
         _case("2b", ALL, recompute="selective"),
         _case("2b", ALL, implementation="transformers", is_profiled=True),
         _case("4b", ALL, recompute="selective", is_profiled=True),
         _case("2b", CONNECTOR, is_profiled=True),
         _case("2b", ALL, "fp8_blockwise", is_profiled=True),
-        _case("2b", ALL, "fp8_delayed"),
         _case("2b", VISION),
         _case("2b", ALL, implementation="transformers_packed"),
-        _case("4b", ALL, "fp8_tensorwise", recompute="selective"),
+        _case("4b", ALL, "fp8_tensorwise", recompute="selective", packs_per_step=4),
+        _case("4b", ALL, recompute="selective", packs_per_step=4),
         # What if Transformer Engine cannot be had?
         _case("2b", ALL, recompute="selective", kernels="local", is_profiled=True),
         _case("1b", ALL),

@@ -32,7 +32,8 @@ GROUPS = (
         r"elementwise|triton|gelu|silu|swiglu|rope|rotary|reduce|::(add|mul|sub|div|where|sum)",
     ),
 )
-LISTED = 15
+LISTED = 60
+GAPS_LISTED = 12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +89,22 @@ def busy_us(kernels: list[Kernel]) -> float:
     return total
 
 
+def gaps(kernels: list[Kernel]) -> list[dict[str, object]]:
+    """List the longest times in which nothing ran, with the kernels before and behind each."""
+    found = []
+    last = None
+    for kernel in sorted(kernels, key=lambda kernel: kernel.start):
+        if last is not None and kernel.start > last.end:
+            found.append((kernel.start - last.end, last.name, kernel.name))
+        if last is None or kernel.end > last.end:
+            last = kernel
+    longest = sorted(found, key=lambda gap: -gap[0])[:GAPS_LISTED]
+    return [
+        {"us": round(us, 1), "behind": behind[:90], "before": before[:90]}
+        for us, behind, before in longest
+    ]
+
+
 def table(kernels: list[Kernel]) -> dict[str, object]:
     """Milliseconds of each group, of nothing at all (idle), and of the kernels that take longest.
 
@@ -108,6 +125,7 @@ def table(kernels: list[Kernel]) -> dict[str, object]:
         "groups_ms": {
             name: round(ms, 3) for name, ms in sorted(groups.items(), key=lambda entry: -entry[1])
         },
+        "gaps": gaps(kernels),
         "longest": [
             {
                 "name": name[:120],

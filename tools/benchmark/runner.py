@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 
-from tools.benchmark.cases import Case, shortage
+from tools.benchmark.cases import OURS, Case, predicted_gib, shortage
 
 ONE_CASE = Path(__file__).with_name("one_case.py")
 # Importing beside a case that is measured needs cores that nobody misses.
@@ -255,4 +255,6 @@ def _row(case: Case, figures: dict, seconds: float) -> dict:
         "implementation": case.implementation,
         "recompute": case.recompute,
     }
+    if case.implementation == OURS:
+        named["predicted_gib"] = round(predicted_gib(case), 1)
     return named | dict.fromkeys(EMPTY) | figures | {"case_s": round(seconds, 1)}
