@@ -9,8 +9,9 @@ import torch
 from transformers import Blip2ForConditionalGeneration, InstructBlipForConditionalGeneration
 
 from megavlm.config.connectors import Connector
+from megavlm.config.image_text import ImageText
 from megavlm.config.qformer import QFormer
-from megavlm.config.schema import Architecture, Language, Vision
+from megavlm.config.schema import NO_LANGUAGE, Architecture, Language, Vision
 from megavlm.convert.hf import blip2_config, instructblip
 from tests.convert.models import ENDS, save_with_pixels, scattered
 
@@ -52,6 +53,15 @@ OPT = Architecture(
         tied_head=True,
     ),
     image_tokens="llava",
+)
+# The first stage: a Q-Former that reads texts, without a language model.
+STAGE1 = replace(
+    OPT,
+    objective="qformer",
+    language=NO_LANGUAGE,
+    connector=replace(OPT.connector, qformer=replace(OPT.connector.qformer, text=True)),
+    image_tokens="internvl",
+    image_text=ImageText(size=11, text_tokens=16),
 )
 _LLAMA = Language(
     family="llama",

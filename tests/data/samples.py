@@ -26,6 +26,11 @@ def make_image(rng: np.random.Generator, tile_size: int, columns: int, rows: int
     picture = Picture.fromarray(blocks).resize(
         (columns * tile_size, rows * tile_size), Picture.Resampling.NEAREST
     )
+    return as_png(picture, columns, rows)
+
+
+def as_png(picture: Picture.Image, columns: int = 1, rows: int = 1) -> Image:
+    """Make an image of a picture that fills its tiles; several tiles come with a thumbnail."""
     file = io.BytesIO()
     picture.save(file, "PNG")
     count = columns * rows

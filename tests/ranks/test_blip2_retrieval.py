@@ -14,11 +14,11 @@ import torch
 
 from megavlm.config.cli import from_yaml
 from megavlm.config.image_text import ImageText
-from megavlm.config.schema import NO_LANGUAGE, Config, Data
+from megavlm.config.schema import Config, Data
 from megavlm.convert.hf import blip2_config, convert
 from megavlm.convert.hf.blip2_retrieval import CLASS_NAME
 from megavlm.convert.hf.model_config import architecture_from_hf
-from tests.convert.blip2_models import OPT
+from tests.convert.blip2_models import STAGE1 as MODEL
 from tests.convert.card import run_example
 from tests.convert.models import TOKENIZER, load_all
 from tests.data.pair_tokenizer import make_pair_tokenizer
@@ -26,17 +26,7 @@ from tests.data.samples import make_dataset
 from tests.ranks.pool import Pool
 from tests.ranks.runs import config_for
 
-TEXTS = 16
-MODEL = dataclasses.replace(
-    OPT,
-    objective="qformer",
-    language=NO_LANGUAGE,
-    connector=dataclasses.replace(
-        OPT.connector, qformer=dataclasses.replace(OPT.connector.qformer, text=True)
-    ),
-    image_tokens="internvl",
-    image_text=ImageText(size=11, text_tokens=TEXTS),
-)
+TEXTS = MODEL.image_text.text_tokens
 
 
 @pytest.fixture(scope="module")
