@@ -28,6 +28,8 @@ class Eval:
             short answers.
         without_images: also measure the validation loss with every image in one colour, the mean
             of the pixels. A model that is not worse without images ignores them.
+        control_interval: every so many steps, also measure the loss of the step's packs with every
+            image in one colour, ``loss_without_images``; 0: never.
         only: answer the tasks and measure the validation loss with the weights that are loaded,
             and do not train.
     """
@@ -37,4 +39,5 @@ class Eval:
     shots: tuple[int, ...] = ()
     max_new_tokens: int = 16
     without_images: bool = False
+    control_interval: int = 0
     only: bool = False

@@ -67,7 +67,7 @@ def held_out_loss(
         )
     workers = min(data.workers, len(positions))
     packs = job.batches(job.valid, plan, positions, workers=workers)
-    shown = _blanked(packs, job.config.architecture.vision) if without_images else packs
+    shown = blanked(packs, job.config.architecture.vision) if without_images else packs
     by_source = SourceLosses(job.valid.source_names, job.backend.device)
     named = NamedLosses(job.config.architecture, job.backend.device)
     with evaluating(job.ddp_chunks), contextlib.closing(packs):
@@ -76,8 +76,8 @@ def held_out_loss(
     return float(groups.sum_over_data(loss)), named.report(groups, 1), means
 
 
-def _blanked(packs: Iterator[Batch], vision: Vision) -> Iterator[Batch]:
-    """Yield packs whose images have one colour, the mean of the pixels."""
+def blanked(packs: Iterator[Batch], vision: Vision) -> Iterator[Batch]:
+    """Yield packs with every image in one colour, the mean of the pixels."""
     mean = (torch.tensor(vision.pixel_mean) * 255).round().to(torch.uint8)[:, None, None]
     for pack in packs:
         tiles = mean.to(pack.tiles.device).expand(pack.tiles.shape).contiguous()

@@ -19,6 +19,7 @@ from megavlm.health.watchdog import Watchdog
 from megavlm.planner.flops import training_cost
 from megavlm.train import meters as observers
 from megavlm.train.bad_steps import BadStepRule, StepError
+from megavlm.train.control_pass import ControlPass
 from megavlm.train.evaluate import held_out_loss
 from megavlm.train.expert_load import ExpertLoad
 from megavlm.train.gates import Gates
@@ -82,7 +83,8 @@ def run(job: Job, state: State, metrics: Metrics, stop: StopRequest | None = Non
     reported = state.step
     clock = Clock()
     supply = Supply(job.backend, job.train.manifest.capacity)
-    meters = (*_meters(job, clock), supply)
+    control = ControlPass(job, clock)
+    meters = (*_meters(job, clock), supply, control)
     rates = GroupRates(config)
     with (
         StopRequest(config.training.max_hours)
@@ -92,7 +94,7 @@ def run(job: Job, state: State, metrics: Metrics, stop: StopRequest | None = Non
         ProfiledSteps(config.profile, groups.rank, metrics) as profiled,
         contextlib.closing(loader) as loaded,
     ):
-        arriving = supply.timed(watchdog.count(loaded))
+        arriving = control.kept(supply.timed(watchdog.count(loaded)))
         if state.step == 0:
             with clock.paused():
                 enter = partial(watchdog.enter, "evaluation", state.step)
@@ -103,7 +105,7 @@ def run(job: Job, state: State, metrics: Metrics, stop: StopRequest | None = Non
             ids = job.plan.pack_ids(state.consumed, packs)
             rate = set_rates(job.optimizer, config, state.step, state.skipped, state.skipped_steps)
             try:
-                result = _train(job, state, ids, arriving, meters, rule)
+                result = _train(job, state, ids, arriving, meters, rule, control)
                 state = rule.after(state.after(packs))
                 if not result.is_skipped:
                     if job.averages is not None:
@@ -168,8 +170,9 @@ def _train(
     arriving: Iterator[Batch],
     meters: Sequence[Meter],
     rule: BadStepRule,
+    control: ControlPass,
 ) -> StepResult:
-    """Run the step after ``state`` on the packs ``ids``.
+    """Run the step after ``state`` on the packs ``ids``, and its control pass if it has one.
 
     Raises:
         StepError: no token is supervised, so there is no loss; or ``BadStepRule.skips`` raised it.
@@ -185,7 +188,9 @@ def _train(
         for chunk in job.chunks:
             chunk.set_drop_path(drop_path(state.step, config.training) / highest)
     skips = partial(rule.skips, state.step + 1, ids.tolist())
-    return train_step(
+    weight_of_pack = _weight_of_pack(job, ids)
+    control.enter_step(state.step + 1)
+    result = train_step(
         job.ddp_chunks,
         job.optimizer,
         arriving,
@@ -196,9 +201,11 @@ def _train(
         meters,
         job.samples_of_ranks(job.train, ids),
         skips if config.bad_steps.is_watched else None,
-        _weight_of_pack(job, ids),
+        weight_of_pack,
         job.part_norms,
     )
+    control.run(weight, weight_of_pack)
+    return result
 
 
 def _weight_of_pack(job: Job, ids: np.ndarray) -> WeightOfPack | None:

@@ -188,7 +188,7 @@ def test_training_does_not_notice_that_it_is_evaluated(folders: Path, ranks: Poo
     config = dataclasses.replace(
         config,
         data=dataclasses.replace(config.data, valid=str(folders / "packs")),
-        eval=dataclasses.replace(config.eval, without_images=True),
+        eval=dataclasses.replace(config.eval, without_images=True, control_interval=2),
     )
     ranks.run(run_job, 2, config)
     plain = dataclasses.replace(job(folders, tmp_path / "plain", eval_interval=0), eval=Eval())
@@ -200,6 +200,8 @@ def test_training_does_not_notice_that_it_is_evaluated(folders: Path, ranks: Poo
     for row in measured:
         difference = row["valid_loss_without_images"] - row["valid_loss"]
         assert 1e-5 < abs(difference) < 1, "the images changed nothing, or more than images can"
+    blind = [row["step"] for row in map(json.loads, lines) if "loss_without_images" in row]
+    assert blind == [2]
     found = figures(tmp_path / "asked")
     assert len(found) == 4  # before the first update, and after each
     assert set(found[0]) == {

@@ -5,13 +5,14 @@ training is the same at other layouts.
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from megavlm.config.checks.rules import problems
-from megavlm.config.schema import Config
+from megavlm.config.schema import Config, Eval
 from tests.ranks.pool import Pool
 from tests.ranks.runs import build, config_for
 from tests.ranks.test_blend import folders as folders
@@ -76,7 +77,14 @@ def _job(folders: list[Path], save: Path, **layout: int) -> Config:
         loss_weights=WEIGHTS,
     )
     training = dataclasses.replace(config.training, global_batch_size=4, steps=3)
-    return dataclasses.replace(config, data=data, training=training)
+    control = Eval(control_interval=1)
+    return dataclasses.replace(config, data=data, training=training, eval=control)
+
+
+def _without_images(save: Path) -> list[float]:
+    """Read the losses that the control passes of a run have recorded."""
+    lines = (save / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["loss_without_images"] for line in lines if '"loss"' in line]
 
 
 def test_a_step_is_the_same_on_two_replicas(
@@ -86,6 +94,9 @@ def test_a_step_is_the_same_on_two_replicas(
     ranks.run(run_job, 2, _job(folders, tmp_path / "two"))
     found = losses(tmp_path / "one")
     assert losses(tmp_path / "two") == pytest.approx(found, rel=1e-5)
+    blind = _without_images(tmp_path / "one")
+    assert _without_images(tmp_path / "two") == pytest.approx(blind, rel=1e-5)
+    assert blind[0] == pytest.approx(found[0], rel=0.02)
     config = _job(folders, tmp_path / "plain")
     plain = dataclasses.replace(config.data, loss_weights=())
     ranks.run(run_job, 1, dataclasses.replace(config, data=plain))

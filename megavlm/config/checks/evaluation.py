@@ -35,10 +35,28 @@ def evaluation_problems(config: Config) -> Iterator[str]:
         )
     if asked.without_images and not has_loss:
         yield "--eval.without_images true needs --data.valid, the validation set"
+    yield from _control(config)
     if asked.only and not (asked.tasks or config.data.valid):
         yield "--eval.only true needs --eval.tasks or --data.valid: there is nothing to measure"
     if asked.only:
         yield from _only(config)
+
+
+def _control(config: Config) -> Iterator[str]:
+    """Report a control pass that cannot be, or whose loss would not be logged."""
+    count = config.eval.control_interval
+    flag = f"--eval.control_interval {count}"
+    interval = config.logging.interval
+    arch = config.architecture
+    if count < 0:
+        yield f"{flag}: must be 0, or a number of steps"
+    elif count and interval > 0 and count % interval:
+        yield (
+            f"{flag}: must be a multiple of --logging.interval {interval}, the steps whose figures"
+            " are logged"
+        )
+    if count and arch.needs.spans_step:
+        yield f"{flag}: the objective {arch.objective} is nothing without images; leave it out"
 
 
 def _shots(config: Config) -> Iterator[str]:

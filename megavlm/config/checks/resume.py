@@ -69,7 +69,10 @@ _BY_SECTION: dict[str, dict[Kind, str]] = {
     "logging.": {
         "free": "interval tensorboard wandb_project wandb_mode mlflow run_name peak_tflops"
     },
-    "eval.": {"taken": "tasks examples shots max_new_tokens without_images", "free": "only"},
+    "eval.": {
+        "taken": "tasks examples shots max_new_tokens without_images control_interval",
+        "free": "only",
+    },
     "health.": {"free": "speed_check slow_factor least_gb_per_s hang_factor hang_seconds"},
 }
 KINDS: dict[str, Kind] = {

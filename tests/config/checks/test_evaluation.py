@@ -43,6 +43,7 @@ def test_what_can_be(exam: str):
     assert problems(asked, best, interval=10) == []
     assert problems(Eval(tasks=(exam,), only=True), best) == []
     assert problems(valid="packs", interval=10) == []
+    assert problems(Eval(control_interval=20)) == []
 
 
 def test_what_does_not_go_with_measuring_alone(exam: str, tmp_path: Path):
@@ -70,6 +71,12 @@ def test_what_cannot_be(exam: str):
         ),
         (problems(Eval(only=True), Checkpoint(load="x")), "--eval.only true needs --eval.tasks or"),
         (problems(Eval(only=True), valid="packs"), "--eval.only true needs the weights of"),
+        (problems(Eval(control_interval=-1)), "--eval.control_interval -1: must be 0, or a number"),
+        (problems(Eval(control_interval=15)), "--eval.control_interval 15: must be a multiple of"),
+        (
+            problems(Eval(control_interval=10), objective="contrastive"),
+            "--eval.control_interval 10: the objective contrastive is nothing without images",
+        ),
     ]:
         (problem,) = found
         assert problem.startswith(told)
