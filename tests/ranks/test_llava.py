@@ -106,7 +106,9 @@ def test_a_layout_trains_like_one_process(ranks: Pool, tmp_path: Path, layout: L
     architecture = dataclasses.replace(
         SMALL,
         vision=dataclasses.replace(SMALL.vision, num_layers=layers, num_attention_heads=4),
-        language=dataclasses.replace(SMALL.language, num_layers=layers),
+        language=dataclasses.replace(
+            SMALL.language, num_layers=layers, num_attention_heads=4, num_query_groups=2
+        ),
     )
     settings = dict(trainable=MASKS["2"], adam_eps=1e-3, steps=4)
     [expected] = ranks.run(train_curve, 1, _config(architecture, tmp_path, **settings))

@@ -1,5 +1,5 @@
-"""Models of recipes answer questions during training as transformers does: a prefix-LM, whose
-prompt sees itself, and patches of images of any size.
+"""Models of recipes answer questions during training as transformers does: behind image tokens of
+CLIP, as a prefix-LM, whose prompt sees itself, and with patches of images of any size.
 """
 
 from __future__ import annotations
@@ -7,6 +7,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,17 +15,20 @@ import pytest
 import torch
 
 from megavlm.config.schema import Architecture, Config, Eval
-from megavlm.data.text.tokenizer import add_special_tokens, load_tokenizer
-from tests.convert import fuyu_models, paligemma_models
+from megavlm.data.text.tokenizer import IMAGE_TOKEN_SETS, add_special_tokens, load_tokenizer
+from tests.convert import fuyu_models, llava_models, paligemma_models
 from tests.convert.fuyu_models import make_fuyu
+from tests.convert.llava_models import make_llava
 from tests.convert.paligemma_models import make_paligemma
 from tests.convert.part_folders import make_fuyu_tokenizer, make_gemma_tokenizer
+from tests.convert.round_trip import golden_words
 from tests.data.samples import make_dataset, make_image
 from tests.ranks.model_checks import WORLDS
 from tests.ranks.pool import Pool
 from tests.ranks.runs import config_for
 
 NEW_TOKENS = 5
+TEMPLATES = {"paligemma": "paligemma", "fuyu": "fuyu", "llava": "llava_v1"}
 CASES: dict[str, tuple[Architecture, Callable, Callable, str, tuple[str, ...]]] = {
     "paligemma": (
         paligemma_models.KINDS["untied"],  # a tied head repeats the last token
@@ -38,6 +42,13 @@ CASES: dict[str, tuple[Architecture, Callable, Callable, str, tuple[str, ...]]] 
         make_fuyu,
         make_fuyu_tokenizer,
         "patches",
+        ("connector", "language"),
+    ),
+    "llava": (
+        llava_models.SMALL,
+        make_llava,
+        partial(golden_words, image_tokens="llava"),
+        "pad",
         ("connector", "language"),
     ),
 }
@@ -71,7 +82,9 @@ def answers_of_transformers(config: Config, folder: Path) -> list[list[int]]:
         (pack,) = [number for number, pack in enumerate(task.order) if index in pack]
         before = sum(task.asked[i].tiles for i in task.order[pack] if i < index)
         tiles = task.packs.batch(pack, 0).tiles[before : before + one.tiles]
-        pixels = (tiles / 255 - 0.5) / 0.5
+        vision = config.architecture.vision
+        mean, std = (torch.tensor(x)[:, None, None] for x in (vision.pixel_mean, vision.pixel_std))
+        pixels = (tiles / 255 - mean) / std
         if not config.architecture.vision.exists:
             pixels = pixels.permute(0, 2, 3, 1).flatten(1)[None]
         tokens = torch.from_numpy(one.tokens.astype(np.int64))[None]
@@ -91,8 +104,7 @@ def test_answers_equal_those_of_transformers(ranks: Pool, tmp_path: Path, recipe
     make_tokenizer(tmp_path / "words")
     tokenizer = load_tokenizer(tmp_path / "words")
     add_special_tokens(tokenizer, small.image_tokens)
-    context = {"paligemma": "<image>", "fuyu": "|SPEAKER|"}[recipe]
-    context = tokenizer.convert_tokens_to_ids(context)
+    context = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN_SETS[small.image_tokens].context)
     rows = max(tokenizer.get_vocab().values()) + 2
     language = dataclasses.replace(small.language, vocab_size=rows)
     architecture = dataclasses.replace(small, language=language)
@@ -103,12 +115,12 @@ def test_answers_equal_those_of_transformers(ranks: Pool, tmp_path: Path, recipe
     )
     dataclasses.replace(
         manifest,
-        template=recipe,
+        template=TEMPLATES[recipe],
         system_message="",
         tiling=tiling,
         tile_cap=64,
-        pixel_mean=(0.5,) * 3,
-        pixel_std=(0.5,) * 3,
+        pixel_mean=architecture.vision.pixel_mean,
+        pixel_std=architecture.vision.pixel_std,
         image_limit=(6 * size, 6 * size),
     ).write(tmp_path / "packs")
     tokenizer.save_pretrained(words)
