@@ -312,8 +312,9 @@ class Architecture:
         image_text: what a model of the objective qformer ends in.
         image_tokens: special tokens that stand for images in texts: InternVL's nine, LLaVA's
             ``<image>``, PaliGemma's, which also has tokens of places and shapes, Fuyu's, with one
-            that ends a row of patches, or IDEFICS's, ``<image>`` between two
-            ``<fake_token_around_image>``; none for pairs, whose texts have no image.
+            that ends a row of patches, IDEFICS's, ``<image>`` between two
+            ``<fake_token_around_image>``, or openflamingo's: these and ``<|endofchunk|>``; none for
+            pairs, whose texts have no image.
         prefix_lm: whether all tokens of a sample before its first supervised one see each other
             (prefix-LM; arXiv 1910.10683, section 3.2.1), as in PaliGemma; those from there on see
             what comes before them.
@@ -329,7 +330,9 @@ class Architecture:
     vision: Vision = field(default_factory=Vision)
     connector: Connector = field(default_factory=Connector)
     language: Language = field(default_factory=Language)
-    image_tokens: Literal["internvl", "llava", "paligemma", "fuyu", "idefics", "none"] = "internvl"
+    image_tokens: Literal[
+        "internvl", "llava", "paligemma", "fuyu", "idefics", "openflamingo", "none"
+    ] = "internvl"
     prefix_lm: bool = False
     cross_attention: CrossAttention = field(default_factory=CrossAttention)
     added_tokens: int = 0

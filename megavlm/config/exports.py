@@ -262,11 +262,12 @@ def _idefics(arch: Architecture) -> Iterator[str]:
     yield from _causal(arch)
     wanted = {
         "objective": ("next_token", arch.objective),
-        "image_tokens": ("idefics", arch.image_tokens),
         "vision.family": ("clip", arch.vision.family),
         "vision.unused_layers": (0, arch.vision.unused_layers),
         "connector.kind": ("resampler", arch.connector.kind),
     }
+    if arch.image_tokens != "openflamingo":  # the same and one that stands in no image
+        wanted["image_tokens"] = ("idefics", arch.image_tokens)
     yield from _other_values(name, wanted)
     every = arch.cross_attention.every
     if every < 1 or language.num_layers % every:

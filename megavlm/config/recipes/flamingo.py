@@ -75,7 +75,7 @@ RECIPE = Recipe(
     " cross-attention",
     stages=STAGES,
     architecture=ARCHITECTURE,
-    template=("flamingo_plain", "flamingo"),
+    template=("flamingo_plain", "flamingo", "flamingo_chunks_plain", "flamingo_chunks"),
     tiling="stretch",
     hub_format="idefics",
 )

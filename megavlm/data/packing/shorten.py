@@ -11,6 +11,7 @@ from megavlm.data.packing.windows import Windows, cut_document
 from megavlm.data.records.reject import RejectError
 from megavlm.data.sample import Sample
 from megavlm.data.text.chat_tokens import ChatTemplate
+from megavlm.data.text.documents import learned_behind_image
 
 
 def truncated(whole: Sample, end: int, template: ChatTemplate) -> Sample:
@@ -59,12 +60,15 @@ def cut_windows(whole: Sample, windows: Windows, template: ChatTemplate) -> Iter
         windows = dataclasses.replace(windows, tokens=max(1, windows.tokens - first))
     number = 0
     for start, end, image, last in cut_document(tokens, starts, ends, windows):
-        if not supervised[start + 1 : end].any():
+        learned = supervised[start:end]
+        if whole.images and template.format.learns_behind_images:
+            learned = learned_behind_image(tokens[start:end], learned, template.context_token_id)
+        if not learned[1:].any():
             continue
         yield dataclasses.replace(
             whole,
             tokens=np.concatenate([whole.tokens[:first], tokens[start:end]]),
-            supervised=np.concatenate([whole.supervised[:first], supervised[start:end]]),
+            supervised=np.concatenate([whole.supervised[:first], learned]),
             images=whole.images[image:last],
             window=number,
         )

@@ -13,11 +13,13 @@ from transformers import PreTrainedTokenizerBase
 
 from megavlm.data.records.record import IMAGE_PLACEHOLDER, SHOWING_ROLES, Turn
 from megavlm.data.records.reject import RejectError
+from megavlm.data.text.documents import learned_behind_image, with_chunk_ends
 from megavlm.data.text.image_rows import expand
 from megavlm.data.text.instruction import NO_INSTRUCTION, InstructionTokens
 from megavlm.data.text.pair_tokens import pair_tokens
 from megavlm.data.text.placeholders import (
     check_placeholders,
+    check_single,
     with_image_first,
     without_images,
 )
@@ -88,8 +90,8 @@ class ChatTemplate:
         self.context_token_id = self._token_id(images.context)
         self.newline_token_id = self._token_id(images.newline) if images.newline else None
         self.end_token_id = self._tokens([self.format.end])[0][-1]
-        self._shown = images.shown
-        self._image_token_ids = [self._token_id(token) for token in self._shown]
+        self._refused = (*images.shown, *filter(None, [self.format.chunk_end]))
+        self._image_token_ids = [self._token_id(token) for token in images.shown]
         self._opening_tokens = self._tokens([self.format.opening])[0]
         end, whole = self._tokens([self.format.end, self.format.end + self.format.closing])
         self._counter = TokenCounter(tokenizer.backend_tokenizer)
@@ -138,8 +140,7 @@ class ChatTemplate:
         if self.format.is_of_pairs or self.format.split_at_images:
             return len(self.encode(turns, tiles, rows)[0])
         turns = self._with_system(turns)
-        check_placeholders(turns, len(tiles), self._shown)
-        self._check_single(turns)
+        self._check(turns, len(tiles))
         texts = ["".join(self._render(turn)) for turn in turns]
         if self.format.joint:
             texts = ["".join(texts)]
@@ -211,8 +212,7 @@ class ChatTemplate:
         if self.format.is_of_pairs:
             return self._encode_pair(turns, tiles)
         turns = self._with_system(turns)
-        check_placeholders(turns, len(tiles), self._shown)
-        self._check_single(turns)
+        self._check(turns, len(tiles))
         pieces = [self._render(turn) for turn in turns]
         is_joint = self.format.joint or turns[0].role == "pretrain"
         tokens, supervised = (self._encode_joint if is_joint else self._encode_apart)(
@@ -229,6 +229,8 @@ class ChatTemplate:
             return tokens, supervised
         for token_id in self._image_token_ids:
             supervised[tokens == token_id] = False
+        if turns[0].role == "pretrain" and self.format.learns_behind_images:
+            supervised = learned_behind_image(tokens, supervised, self.context_token_id)
         # Each placeholder became one context token, and no text holds another.
         features = np.asarray(tiles, np.int64) * self.features_per_tile
         context = self.context_token_id
@@ -275,6 +277,8 @@ class ChatTemplate:
             if self.format.gathers_images:
                 count = text.count(IMAGE_PLACEHOLDER)
                 text = IMAGE_PLACEHOLDER * count + without_images(text)
+            if self.format.chunk_end and turn.role == "pretrain":
+                text = with_chunk_ends(text, self.format.chunk_end)
             images = self.format.images
             text = images.joined(text.replace(IMAGE_PLACEHOLDER, images.text))
         if turn.role == "pretrain":
@@ -389,12 +393,8 @@ class ChatTemplate:
             )
         return ids[0]
 
-    def _check_single(self, turns: Sequence[Turn]) -> None:
-        """Refuse several questions, and system turns, where a sample is one question."""
-        roles = [turn.role for turn in turns]
-        if self.format.is_single and (roles.count("human") > 1 or "system" in roles):
-            raise RejectError(
-                "unsupported",
-                f"{roles.count('human')} questions and {roles.count('system')} system turns, but a"
-                f" sample of --template {self.format.name} has one question alone",
-            )
+    def _check(self, turns: Sequence[Turn], images: int) -> None:
+        """Refuse a conversation whose texts or turns the template does not take."""
+        check_placeholders(turns, images, self._refused)
+        if self.format.is_single:
+            check_single(turns, self.format.name)

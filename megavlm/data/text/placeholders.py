@@ -35,6 +35,17 @@ def check_placeholders(turns: Sequence[Turn], images: int, shown: Sequence[str])
         )
 
 
+def check_single(turns: Sequence[Turn], template: str) -> None:
+    """Refuse several questions, and system turns, for a template whose samples are one question."""
+    roles = [turn.role for turn in turns]
+    if roles.count("human") > 1 or "system" in roles:
+        raise RejectError(
+            "unsupported",
+            f"{roles.count('human')} questions and {roles.count('system')} system turns, but a"
+            f" sample of --template {template} has one question alone",
+        )
+
+
 def without_images(text: str) -> str:
     """Take the placeholders of images, and the white space around them, out of a text."""
     return " ".join(part.strip() for part in text.split(IMAGE_PLACEHOLDER) if part.strip())

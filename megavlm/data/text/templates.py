@@ -10,7 +10,9 @@ caption behind its image, as BLIP-2 (arXiv 2301.12597) reads it: the image stand
 that begins a text. ``instructblip`` is InstructBLIP's (arXiv 2305.06500): images, an instruction
 and its answer, without roles; a Q-Former reads the instruction too. ``flamingo`` is an image, a
 question and its answer, several in turn, and ``flamingo_plain`` an image and its text, with the
-image tokens of IDEFICS (Flamingo, arXiv 2204.14198, and arXiv 2306.16527). ``blip2_pairs``,
+image tokens of IDEFICS (Flamingo, arXiv 2204.14198, and arXiv 2306.16527);
+``flamingo_chunks`` and ``flamingo_chunks_plain`` are the same with OpenFlamingo's token behind each
+image's text (arXiv 2308.01390), and learn documents from their first image on. ``blip2_pairs``,
 ``clip``, ``siglip`` and ``internvl_c`` are pairs of an image and its text, as those models read
 texts to contrast them. ``paligemma`` is PaliGemma's (Beyer et al., arXiv 2407.07726): images, one
 question, a line break and its answer, without roles. ``fuyu`` is Fuyu's: the same, with a token of
@@ -21,7 +23,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from megavlm.data.text.tokenizer import IMAGE_TOKEN_SETS, ImageTokens
+from megavlm.data.text.tokenizer import CHUNK_END, IMAGE_TOKEN_SETS, ImageTokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +60,9 @@ class ChatFormat:
         first_token: token that begins a text, whatever the tokenizer puts there; empty: that.
         is_single: whether a sample has one question and one answer, and no system turn.
         text_end: what ends a ``pretrain`` text, learned.
+        chunk_end: token behind each image's text in a ``pretrain`` text, learned; empty: none.
+        learns_behind_images: whether of a ``pretrain`` text with images only what stands behind the
+            first one is learned.
         split_at_images: whether the texts before, between and after images become tokens each by
             itself; a sentencepiece tokenizer begins each with a space.
         instruction_length: most tokens of a question, which a Q-Former reads too, in tokens of its
@@ -85,6 +90,8 @@ class ChatFormat:
     first_token: str = ""
     is_single: bool = False
     text_end: str = ""
+    chunk_end: str = ""
+    learns_behind_images: bool = False
     split_at_images: bool = False
     images_before_text: bool = False
     instruction_length: int = 0
@@ -211,6 +218,15 @@ _FLAMINGO_ROW = ChatFormat(
     image_tokens="idefics",
 )
 
+_FLAMINGO_CHUNKS_ROW = replace(
+    _FLAMINGO_ROW,
+    name="flamingo_chunks",
+    answer=f" {{}}{CHUNK_END}",
+    chunk_end=CHUNK_END,
+    learns_behind_images=True,
+    image_tokens="openflamingo",
+)
+
 FORMATS: dict[str, ChatFormat] = {
     row.name: row
     for row in (
@@ -309,6 +325,15 @@ FORMATS: dict[str, ChatFormat] = {
         ),
         _FLAMINGO_ROW,
         replace(_FLAMINGO_ROW, name="flamingo_plain", human="{}", opening="", questions=False),
+        _FLAMINGO_CHUNKS_ROW,
+        replace(
+            _FLAMINGO_CHUNKS_ROW,
+            name="flamingo_chunks_plain",
+            human="{}",
+            opening="",
+            answer=f"{{}}{CHUNK_END}",
+            questions=False,
+        ),
         ChatFormat(
             name="fuyu",
             system_message="",

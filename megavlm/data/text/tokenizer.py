@@ -17,6 +17,7 @@ IMAGE_END = "</img>"
 IMAGE_CONTEXT = "<IMG_CONTEXT>"
 IMAGE_TOKENS = (IMAGE_START, IMAGE_END, IMAGE_CONTEXT)
 AROUND_IMAGE = "<fake_token_around_image>"
+CHUNK_END = "<|endofchunk|>"
 SPECIAL_TOKENS = (*IMAGE_TOKENS, "<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>")
 
 
@@ -77,6 +78,13 @@ IMAGE_TOKEN_SETS: dict[str, ImageTokens] = {
         context="<image>",
         end=AROUND_IMAGE,
         added=(AROUND_IMAGE, "<image>"),
+        is_single=True,
+    ),
+    "openflamingo": ImageTokens(
+        start=AROUND_IMAGE,
+        context="<image>",
+        end=AROUND_IMAGE,
+        added=(AROUND_IMAGE, "<image>", CHUNK_END),
         is_single=True,
     ),
     "fuyu": ImageTokens(

@@ -6,6 +6,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -14,7 +15,12 @@ from transformers import AutoProcessor, IdeficsForVisionText2Text
 from megavlm.convert.hf import convert
 from megavlm.convert.hf.model_config import architecture_from_hf
 from megavlm.convert.weights.tables import rows
+from megavlm.data.packing.shorten import cut_windows
+from megavlm.data.packing.windows import Windows
 from megavlm.data.records.record import Turn
+from megavlm.data.records.reject import RejectError
+from megavlm.data.sample import Image as SampleImage
+from megavlm.data.sample import Sample
 from megavlm.data.text.chat_tokens import ChatTemplate
 from megavlm.data.text.tokenizer import AROUND_IMAGE, load_tokenizer
 from tests.convert.card import counted_parts, run_example
@@ -91,6 +97,81 @@ def test_images_are_never_learned_and_documents_end(words: Path) -> None:
     )
     assert learned.sum() > 1 and not learned[:4].any()
     assert "What" not in tokenizer.decode(caption)
+
+
+@pytest.fixture(scope="module")
+def chunk_words(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write a tokenizer with the token that ends a chunk."""
+    folder = tmp_path_factory.mktemp("chunk_words")
+    assert golden_words(folder, "openflamingo") == 3
+    return folder
+
+
+def test_chunks_end_and_documents_are_learned_from_their_first_image_on(chunk_words: Path) -> None:
+    template = ChatTemplate(load_tokenizer(chunk_words), 1, name="flamingo_chunks_plain")
+    image = f"{AROUND_IMAGE}<image>{AROUND_IMAGE}"
+    two = f"{AROUND_IMAGE}<image>{AROUND_IMAGE}<image>{AROUND_IMAGE}"
+    text = "A page. <image>\nA dog. <image> <image>Two cats. <image>"
+    turn = Turn(role="pretrain", text=text)
+    tokens, supervised = template.encode([turn], [1] * 4)
+    end = "<|endofchunk|>"
+    whole = f"<s> A page.{image}A dog.{end}{two}Two cats.{end}{image}{end}</s>"
+    expected = template.tokenizer(whole, add_special_tokens=False)["input_ids"]
+    assert tokens.tolist() == expected == template.tokenizer(whole[3:])["input_ids"]
+    assert template.count([turn], [1] * 4) == len(tokens)
+    learned = template.tokenizer.decode(tokens[supervised])
+    wanted = f"A dog.{end}Two cats.{end}{end}</s>"
+    assert learned.replace(" ", "") == wanted.replace(" ", "")
+    no_image, learned = template.encode([Turn(role="pretrain", text="A page.")], [])
+    assert learned[1:].all() and template.tokenizer.decode(no_image[-2:]) == f"{end}</s>"
+    turns = [
+        Turn(role="human", text="<image>\nWhat is it?"),
+        Turn(role="gpt", text="a cat"),
+        Turn(role="human", text="<image>\nAnd this?"),
+        Turn(role="gpt", text="a dog"),
+    ]
+    shots, _ = template.encode(turns, [1, 1])
+    found = template.tokenizer(f"{image}a cat{end}{image}a dog{end}")["input_ids"]
+    assert shots.tolist() == found
+    with pytest.raises(RejectError, match="a pretrain turn holds <.endofchunk.> 1 times"):
+        template.encode([Turn(role="pretrain", text=f"a {end} b")], [])
+
+
+def test_windows_are_learned_from_their_first_image_on(chunk_words: Path) -> None:
+    template = ChatTemplate(load_tokenizer(chunk_words), 1, name="flamingo_chunks_plain")
+    turn = Turn(role="pretrain", text="One. <image>Two, three, four, five. <image>Six.")
+    tokens, supervised = template.encode([turn], [1, 1])
+    still = SampleImage(encoded=b"", width=1, height=1, columns=1, rows=1, tiles=1)
+    whole = Sample(tokens=tokens, supervised=supervised, images=(still,) * 2, source=0, line=1)
+    places = np.flatnonzero(tokens == template.context_token_id)
+    # The second window begins between the images.
+    size = int(places[0]) + 5
+    first, second, *others = cut_windows(whole, Windows(tokens=size), template)
+    assert [len(one.images) for one in (first, second, *others)].count(1) == 2
+    for one in (first, second, *others):
+        shown = np.flatnonzero(one.tokens == template.context_token_id)
+        assert one.images and one.supervised.any()
+        assert not one.supervised[: shown[0] + 1].any()
+
+
+def test_a_model_with_the_token_that_ends_a_chunk_goes_there_and_back(
+    tmp_path: Path, chunk_words: Path
+) -> None:
+    architecture = dataclasses.replace(FLAMINGO, added_tokens=3)
+    source = make_idefics(tmp_path / "hf", architecture)
+    tensors = assert_round_trip(source, tmp_path, chunk_words, architecture, "flamingo")
+    assert len(tensors["lm_head.additional_fc.weight"]) == 3
+    rows(dataclasses.replace(architecture, image_tokens="openflamingo"), "idefics")
+    template = ChatTemplate(load_tokenizer(tmp_path / "out"), 1, name="flamingo_chunks")
+    turns = [
+        Turn(role="human", text="<image>What is it?"),
+        Turn(role="gpt", text="a cat"),
+        Turn(role="human", text="<image>And this?"),
+    ]
+    image = Image.new("RGB", (20, 10))
+    prompt = [image, "What is it? Answer: a cat<|endofchunk|>", image, "And this? Answer:"]
+    inputs = AutoProcessor.from_pretrained(tmp_path / "out")(text=[prompt], return_tensors="pt")
+    assert template.prompt(turns, [1, 1]).tolist() == inputs["input_ids"][0].tolist()
 
 
 @pytest.mark.parametrize(
