@@ -38,6 +38,7 @@ from megavlm.model.cross_attention import CrossModules, GatedCrossAttention, Gat
 from megavlm.model.experts import PackRouter, grouped_experts, sequential_experts
 from megavlm.model.norm import Norm
 from megavlm.model.precision import uses_transformer_engine
+from megavlm.model.swiglu import Swiglu
 from megavlm.model.vision_attention import VisionAttention
 from megavlm.model.vision_layer import VisionLayer
 
@@ -56,6 +57,7 @@ class Kernels:
         tile_attention: attention inside the tiles.
         packed_attention: attention, causal or not, inside the samples of a pack.
         experts: the experts of a layer that this rank holds.
+        swiglu: gate of an MLP; none: megatron-core's.
         is_fused: whether megatron-core's fused kernels turn queries and keys, gate the MLP and add
             residuals.
         pointwise: makes one kernel of a function that works element by element.
@@ -73,6 +75,7 @@ class Kernels:
     tile_attention: type
     packed_attention: type
     experts: type
+    swiglu: type | None
     is_fused: bool
     pointwise: Callable[[Callable[..., Tensor]], Callable[..., Tensor]]
     checkpoint: Callable
@@ -92,6 +95,7 @@ def local_kernels() -> Kernels:
         experts=sequential_experts(
             MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
         ),
+        swiglu=None,
         is_fused=False,
         pointwise=lambda function: function,
         checkpoint=lambda function, group, *tensors: tensor_parallel.checkpoint(
@@ -135,6 +139,7 @@ def transformer_engine_kernels() -> Kernels:
                 linear_fc2=_accumulating(engine.TERowParallelGroupedLinear),
             ),
         ),
+        swiglu=Swiglu,
         is_fused=True,
         pointwise=_compiled,
         checkpoint=checkpoint,
@@ -264,7 +269,11 @@ def _attention(
 
 def mlp_submodules(first: type, chosen: Kernels) -> MLPSubmodules:
     """Slots of an MLP whose first linear layer is ``first``."""
-    return MLPSubmodules(linear_fc1=_adding_bias(first), linear_fc2=chosen.row_linear)
+    return MLPSubmodules(
+        linear_fc1=_adding_bias(first),
+        linear_fc2=chosen.row_linear,
+        activation_func=chosen.swiglu,  # taken if the configuration says so
+    )
 
 
 def _layers(

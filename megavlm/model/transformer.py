@@ -182,7 +182,9 @@ def language_config(config: Config, layout: Layout, chosen: Kernels) -> Transfor
     """
     language = config.architecture.language
     parallel = config.parallel
-    fuses_gate = chosen.is_fused and language.is_gated
+    has_swiglu = chosen.swiglu is not None and language.activation == "swiglu"
+    has_swiglu = has_swiglu and not language.num_experts
+    fuses_gate = chosen.is_fused and language.is_gated and not has_swiglu
     return TransformerConfig(
         num_layers=language.num_layers,
         hidden_size=language.hidden_size,
@@ -211,6 +213,6 @@ def language_config(config: Config, layout: Layout, chosen: Kernels) -> Transfor
             parallel.tensor_model_parallel_size,
             parallel.recompute_of("language"),
         )
-        | {"bias_activation_fusion": fuses_gate}
+        | {"bias_activation_fusion": fuses_gate, "use_te_activation_func": has_swiglu}
         | _expert_settings(config, chosen),
     )

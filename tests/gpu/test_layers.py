@@ -64,9 +64,7 @@ def test_loss_and_gradients_are_as_near_to_float32_as_those_of_local_layers(
 
 
 def test_packed_attention_sees_one_sample_at_a_time() -> None:
-    from megatron.core.packed_seq_params import PackedSeqParams
-
-    from megavlm.model.attention import PackedAttention
+    from megavlm.model.attention import PackedAttention, PackedSamples
     from megavlm.model.specs import transformer_engine_kernels
     from megavlm.model.transformer import language_config
     from megavlm.parallel import process_groups
@@ -91,7 +89,7 @@ def test_packed_attention_sees_one_sample_at_a_time() -> None:
         ends = torch.tensor(
             [0, 7, 300, 301, 640, CAPACITY], dtype=torch.int32, device=device_backend.device
         )
-        packed = PackedSeqParams(
+        packed = PackedSamples(
             qkv_format="thd",
             cu_seqlens_q=ends,
             cu_seqlens_kv=ends,

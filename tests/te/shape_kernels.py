@@ -232,6 +232,8 @@ def install() -> None:
         "get_fused_attn_backend": lambda *args: backend,
         "fused_rope_forward": rotary,
         "fused_rope_backward": rotary,
+        "swiglu": lambda halves, quantizer: halves[..., halves.shape[-1] // 2 :].contiguous(),
+        "dswiglu": lambda grad, halves, quantizer: torch.cat([grad, grad], -1),
         "multi_tensor_adam": adam,
         "multi_tensor_adam_param_remainder": adam,
         "get_cublasLt_version": lambda: 130100,

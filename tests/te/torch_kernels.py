@@ -132,6 +132,19 @@ def attention_backward(*given: Any, **more: Any) -> list[Tensor | None]:
         return [*torch.autograd.grad(made, inputs, d_out.view_as(out)), None, None]
 
 
+def swiglu(halves: Tensor, quantizer: None) -> Tensor:
+    """Gate one half by the other, as ``tex.swiglu``."""
+    gate, value = halves.chunk(2, -1)
+    return torch.nn.functional.silu(gate) * value
+
+
+def swiglu_backward(grad: Tensor, halves: Tensor, quantizer: None) -> Tensor:
+    """Return the gradient of both halves, as ``tex.dswiglu``."""
+    with torch.enable_grad():
+        inside = halves.detach().requires_grad_()
+        return torch.autograd.grad(swiglu(inside, None), inside, grad)[0]
+
+
 def rotary(sign: int) -> Callable[..., Tensor]:
     """Turn heads [T, H, head] by angles that restart with each sample."""
 
@@ -215,6 +228,8 @@ def install() -> None:
         "fused_attn_bwd": attention_backward,
         "fused_rope_forward": rotary(1),
         "fused_rope_backward": rotary(-1),
+        "swiglu": swiglu,
+        "dswiglu": swiglu_backward,
         "get_cublasLt_version": lambda: 130100,
     }
     for name, function in compiled.items():

@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 # operators on a CPU.
 GROUPS = (
     ("communication", r"nccl|all_reduce|all_gather|reduce_scatter|gloo|c10d"),
-    ("attention", r"fmha|flash|attention|sdpa|_mha_|flex"),
+    ("attention", r"fmha|flash|attention|sdpa|_mha_|flex|cudnn::fusion|fused_attn"),
     (
         "8-bit conversion",
         r"cast_transpose|quantize|fp8|amax|transpose_dbias|rowwise.*scal|scaling_factor",
@@ -23,9 +23,9 @@ GROUPS = (
         "matrix products",
         r"gemm|cutlass|cublas|nvjet|wgmma|xmma|matmul|conv|::(mm|addmm|bmm|baddbmm)\b",
     ),
+    ("optimizer", r"adam|multi_tensor|foreach|l2norm"),
     ("norm", r"norm|ln_(fwd|bwd)"),
     ("loss", r"cross_entropy|softmax|nll|loss"),
-    ("optimizer", r"adam|multi_tensor|foreach|l2norm"),
     ("copies", r"memcpy|memset|copy|catarray|::(cat|fill_|zero_|clone)\b|scatter|gather|index"),
     (
         "elementwise",
