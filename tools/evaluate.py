@@ -34,6 +34,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", required=True, type=Path, metavar="DIR")
     add_options(parser, max_new_tokens=16)
     parser.add_argument(
+        "--transformers",
+        action="store_true",
+        help="let transformers answer with Hugging Face folders, and not the trainer",
+    )
+    parser.add_argument(
         "--shown", type=int, default=200, metavar="N", help="questions of a task on the page"
     )
     (options, others) = parse_options(parser, arguments)
@@ -47,6 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
                 max_new_tokens=options.max_new_tokens,
                 ranks=options.ranks,
                 others=others,
+                by_transformers=options.transformers,
             )
             for model in options.models
         ]

@@ -1,5 +1,5 @@
-"""Let pretrain_vlm.py answer tasks with a checkpoint or a Hugging Face folder, and read what it
-wrote.
+"""Let pretrain_vlm.py, or transformers, answer tasks with a checkpoint or a Hugging Face folder,
+and read what was written.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ from megavlm.config.schema import (
 )
 from megavlm.config.schema import Checkpoint as Saving
 from megavlm.convert.hf.hub_formats import dialect_of
+from megavlm.evaluate.by_transformers import answer_tasks
+from megavlm.evaluate.graded import ANSWERS
 from megavlm.evaluate.page import Answered, read_rows
 from megavlm.evaluate.task import read_tasks
 from megavlm.io import atomic
@@ -57,6 +59,7 @@ def answer_with(
     ranks: int,
     others: Sequence[str] = (),
     is_quiet: bool = False,
+    by_transformers: bool = False,
 ) -> Answered:
     """Answer tasks with a model, unless the folder holds its answers already.
 
@@ -69,12 +72,48 @@ def answer_with(
         ranks: processes.
         others: options of pretrain_vlm.py, such as the layout.
         is_quiet: show what pretrain_vlm.py prints only if it fails.
+        by_transformers: let transformers answer with a Hugging Face folder, not the trainer.
 
     Raises:
         ValueError: nothing to evaluate there, a task that cannot be read, or a run that failed.
     """
     found = read_tasks(tuple(map(str, tasks)))
     name, model = _named(model)
+    saved = _checkpoint(model, packs)
+    by_transformers &= saved is None
+    if by_transformers and (others or ranks > 1):
+        raise ValueError(
+            f"{model}: transformers answers in one process, and options of pretrain_vlm.py do not"
+            " reach it; leave out --transformers, or --ranks and what is behind --"
+        )
+    name = _noted_name(name, saved.folder if saved else model, out)
+    target = out / name
+    asked = {
+        "model": _content(saved.folder if saved else model),
+        "packs": str(packs),
+        "settings": [max_new_tokens, by_transformers, *others],
+        "files": _texts([task.path for task in found], others),
+    }
+    if not _is_done(target, asked):
+        (target / _DONE).unlink(missing_ok=True)
+        shutil.rmtree(target / _RUN, ignore_errors=True)
+        if by_transformers:
+            answer_tasks(model, found, packs, target / _RUN, max_new_tokens)
+        else:
+            evaluation = Eval(
+                tasks=tuple(str(task.path) for task in found),
+                max_new_tokens=max_new_tokens,
+                only=True,
+            )
+            words = _words(saved, model, evaluation, target, packs)
+            words += ["--training.global_batch_size", str(ranks)]
+            _run([*words, *others], ranks, model, is_quiet=is_quiet)
+        atomic.write_text(target / _DONE, json.dumps(asked) + "\n")
+    return _read(name, target / _RUN)
+
+
+def _checkpoint(model: Path, packs: Path | None) -> Checkpoint | None:
+    """Return the checkpoint to evaluate; none: the folder is Hugging Face's."""
     saved = step_folder.find(model) if not (model / "config.json").is_file() else None
     if saved is None and not (model / "config.json").is_file():
         raise ValueError(f"{model}: neither a checkpoint nor a Hugging Face folder")
@@ -83,30 +122,7 @@ def answer_with(
             f"{model}: a Hugging Face folder does not say how questions are packed; name a packed"
             " dataset of its template and tiles with --packs"
         )
-    name = _noted_name(name, saved.folder if saved else model, out)
-    target = out / name
-    asked = {
-        "model": _content(saved.folder if saved else model),
-        "packs": str(packs),
-        "settings": [max_new_tokens, *others],
-        "files": _texts([task.path for task in found], others),
-    }
-    if not _is_done(target, asked):
-        shutil.rmtree(target / _RUN, ignore_errors=True)
-        evaluation = Eval(
-            tasks=tuple(str(task.path) for task in found), max_new_tokens=max_new_tokens, only=True
-        )
-        words = _options(saved, evaluation, target) if saved else _of_folder(model)
-        words += ["--training.global_batch_size", str(ranks)]
-        if saved is None:
-            settings = {"eval": dataclasses.asdict(evaluation) | {"tasks": list(evaluation.tasks)}}
-            atomic.write_text(target / _SETTINGS, yaml.safe_dump(settings, allow_unicode=True))
-            words += ["--config", str(target / _SETTINGS)]
-        words += ["--checkpoint.save", str(target / _RUN)]
-        words += ["--data.train", str(packs)] if packs else []
-        _run([*words, *others], ranks, model, is_quiet=is_quiet)
-        atomic.write_text(target / _DONE, json.dumps(asked) + "\n")
-    return _read(name, target / _RUN)
+    return saved
 
 
 def _named(model: Path) -> tuple[str, Path]:
@@ -165,6 +181,27 @@ def _texts(tasks: Sequence[Path], others: Sequence[str]) -> dict[str, str]:
 def _is_done(target: Path, asked: dict) -> bool:
     note = target / _DONE
     return note.is_file() and json.loads(note.read_text(encoding="utf-8")) == asked
+
+
+def _words(
+    saved: Checkpoint | None, model: Path, evaluation: Eval, target: Path, packs: Path | None
+) -> list[str]:
+    """Return the options of the run that answers.
+
+    Args:
+        saved: the checkpoint; none: ``model`` is a Hugging Face folder.
+        model: its folder.
+        evaluation: what is asked.
+        target: folder of its answers.
+        packs: packed dataset; none: the checkpoint's.
+    """
+    words = _options(saved, evaluation, target) if saved else _of_folder(model)
+    if saved is None:
+        settings = {"eval": dataclasses.asdict(evaluation) | {"tasks": list(evaluation.tasks)}}
+        atomic.write_text(target / _SETTINGS, yaml.safe_dump(settings, allow_unicode=True))
+        words += ["--config", str(target / _SETTINGS)]
+    words += ["--checkpoint.save", str(target / _RUN)]
+    return words + (["--data.train", str(packs)] if packs else [])
 
 
 def _options(saved: Checkpoint, evaluation: Eval, target: Path) -> list[str]:
@@ -231,7 +268,7 @@ def _read(name: str, target: Path) -> Answered:
     """Read the figures and answers that a run has written, of every task that it answered: with
     ``--eval.shots`` their names are others than those of the files.
     """
-    (folder,) = (target / "answers").iterdir()
+    (folder,) = (target / ANSWERS).iterdir()
     lines = (target / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     figures = {
         figure: value

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,18 +14,15 @@ import torch.distributed as dist
 
 from megavlm.config.evaluation import VALID_LOSS
 from megavlm.config.schema import Config, Eval
-from megavlm.evaluate.answer import Answer, Score
+from megavlm.evaluate.graded import ANSWERS, Given, chosen, grade, write_rows, written
 from megavlm.evaluate.metrics import METRICS
 from megavlm.evaluate.packs import TaskPacks, prepare
 from megavlm.evaluate.shots import with_shots
-from megavlm.evaluate.task import Question, Task, read_tasks
-from megavlm.io import atomic
+from megavlm.evaluate.task import Task, read_tasks
 from megavlm.io.remote import is_remote
 from megavlm.train.evaluate import evaluating
 from megavlm.train.generate import choose, generate
 from megavlm.train.job import Job
-
-ANSWERS = "answers"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,18 +99,18 @@ def answer_tasks(job: Job, step: int, progress: Callable[[], None]) -> Result:
     answers: dict[str, list[dict[str, Any]]] = {}
     for task in job.tasks:
         with evaluating(job.ddp_chunks):
-            predictions = _predictions(job, task, progress)
+            given = _given(job, task, progress)
         if not job.groups.is_writer:
             continue
-        score = _score(task, predictions)
+        graded = grade(task.task, given)
         name = task.task.name
-        figures |= {f"{name}/{figure}": value for figure, value in score.figures.items()}
-        by_category |= _categories(task, predictions, score)
-        answers[name] = _rows(task, predictions, score)
+        figures |= graded.figures
+        by_category |= graded.by_category
+        answers[name] = graded.rows
         if job.config.checkpoint.save:
             folder = Path(job.config.checkpoint.save) / ANSWERS / f"step-{step:08d}"
             try:
-                _write(folder / f"{name}.jsonl", answers[name])
+                write_rows(folder / f"{name}.jsonl", graded.rows)
             except (OSError, UnicodeEncodeError) as error:
                 problems.append(f"ERROR: {folder / name}.jsonl: not written ({error})")
     return Result(
@@ -139,64 +135,8 @@ def _on_every_rank(job: Job, figures: Mapping[str, float]) -> dict[str, float]:
     return dict(zip(names, shared.tolist(), strict=True))
 
 
-def _predictions(job: Job, task: TaskPacks, progress: Callable[[], None]) -> list[str]:
-    """Return the text of each answer. Collective."""
-    questions = task.task.questions
-    if not questions[0].choices:
-        tokens = generate(job, task, job.config.eval.max_new_tokens, progress)
-        return list(map(task.text, tokens))
-    metric = METRICS[task.task.metric]
-    chosen = choose(job, task)
-    return [
-        metric.choice(index, question.choices[index])
-        for index, question in zip(chosen, questions, strict=True)
-    ]
-
-
-def _answer(question: Question, prediction: str) -> Answer:
-    return Answer(prediction=prediction, truth=question.truth, choices=question.choices)
-
-
-def _score(task: TaskPacks, predictions: Sequence[str]) -> Score:
-    answers = map(_answer, task.task.questions, predictions)
-    return METRICS[task.task.metric].score(list(answers))
-
-
-def _categories(
-    task: TaskPacks, predictions: Sequence[str], score: Score
-) -> dict[str, dict[str, float]]:
-    """Return the first figure of each category of the questions."""
-    questions = task.task.questions
-    figure = next(iter(score.figures))
-    found = {}
-    for category in sorted({question.category for question in questions} - {""}):
-        answers = [
-            _answer(question, prediction)
-            for question, prediction in zip(questions, predictions, strict=True)
-            if question.category == category
-        ]
-        found[category] = METRICS[task.task.metric].score(answers).figures[figure]
-    return {f"{task.task.name}/{figure}": found} if found else {}
-
-
-def _rows(task: TaskPacks, predictions: Sequence[str], score: Score) -> list[dict[str, Any]]:
-    """Return the answers beside the truth, a row for each question."""
-    return [
-        {
-            "id": question.name,
-            "question": question.turns[-1].text,
-            "image": [str(image) for image in question.images],
-            "prediction": prediction,
-            "answers": list(question.truth),
-            "score": value,
-        }
-        for question, prediction, value in zip(
-            task.task.questions, predictions, score.each, strict=True
-        )
-    ]
-
-
-def _write(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write answers, a line for each."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    atomic.write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+def _given(job: Job, task: TaskPacks, progress: Callable[[], None]) -> list[Given]:
+    """Return each answer. Collective; choices are right on ranks with the last chunk."""
+    if task.task.questions[0].choices:
+        return chosen(task.task, choose(job, task))
+    return written(task, generate(job, task, job.config.eval.max_new_tokens, progress))

@@ -54,14 +54,48 @@ def answer_at_once(words: list[str], ranks: int, model: Path, *, is_quiet: bool)
     (target / "metrics.jsonl").write_text(json.dumps({"step": 0, "task/accuracy": 0.0}) + "\n")
 
 
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    folder = tmp_path / "hf"
+    folder.mkdir()
+    config = dict(model_type="internvl", architectures=["InternVLForConditionalGeneration"])
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def ask(model: Path, *others: str) -> None:
+    root = model.parent
+    answer_with(
+        model,
+        [write_question(root / "task.jsonl", "b")],
+        root / "out",
+        packs=root / "packs",
+        max_new_tokens=4,
+        ranks=1,
+        others=others,
+    )
+
+
+def test_a_run_that_fails_leaves_nothing_that_counts_as_done(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "_run", answer_at_once)
+    ask(model)
+
+    def fail(*_: object, **__: object) -> None:
+        raise ValueError("the run that should answer ended with status 2")
+
+    monkeypatch.setattr(run, "_run", fail)
+    with pytest.raises(ValueError, match="status 2"):
+        ask(model, "--unknown")
+    with pytest.raises(ValueError, match="status 2"):
+        ask(model)  # its answers are gone
+
+
 @pytest.mark.parametrize("written_as", ["option", "option=", "settings"])
 def test_other_examples_are_asked_for_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written_as: str
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written_as: str
 ) -> None:
-    model = tmp_path / "hf"
-    model.mkdir()
-    config = dict(model_type="internvl", architectures=["InternVLForConditionalGeneration"])
-    (model / "config.json").write_text(json.dumps(config))
     examples = write_question(tmp_path / "train.jsonl", "a")
     settings = tmp_path / "shots.yaml"
     settings.write_text(f"eval:\n  examples: {examples}\n")
@@ -75,21 +109,12 @@ def test_other_examples_are_asked_for_again(
         run, "_run", lambda *given, **named: runs.append(given) or answer_at_once(*given, **named)
     )
 
-    def ask() -> int:
-        task = write_question(tmp_path / "task.jsonl", "b")
-        answer_with(
-            model,
-            [task],
-            tmp_path / "out",
-            packs=tmp_path / "packs",
-            max_new_tokens=4,
-            ranks=1,
-            others=[*others[written_as], "--eval.shots", "1"],
-        )
+    def asked() -> int:
+        ask(model, *others[written_as], "--eval.shots", "1")
         return len(runs)
 
-    assert [ask(), ask()] == [1, 1]
+    assert [asked(), asked()] == [1, 1]
     write_question(examples, "c")
-    assert [ask(), ask()] == [2, 2]
+    assert [asked(), asked()] == [2, 2]
     settings.write_text(f"eval:\n  examples: {examples}\n  shots: [1]\n")
-    assert ask() == (3 if written_as == "settings" else 2)
+    assert asked() == (3 if written_as == "settings" else 2)

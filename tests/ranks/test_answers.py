@@ -115,47 +115,19 @@ def alone(folders: Path, ranks: Pool) -> tuple[list[list[int]], list[int]]:
 
 
 def test_answers_equal_those_of_transformers(folders: Path, alone):
-    import torch
-    from transformers import InternVLForConditionalGeneration
-
+    from megavlm.convert.hf.reference import load_reference
+    from megavlm.evaluate import by_transformers
     from megavlm.train.tasks import open_tasks
 
     free, choice = open_tasks(configure(folders))
-    model = InternVLForConditionalGeneration.from_pretrained(folders / "hf").eval()
+    model = load_reference(folders / "hf")
     assert len(free.order) > 1
-
-    def inputs(task, index: int) -> dict[str, torch.Tensor]:
-        one = task.asked[index]
-        (pack,) = [number for number, pack in enumerate(task.order) if index in pack]
-        batch = task.packs.batch(pack, 0)
-        before = sum(task.asked[i].tiles for i in task.order[pack] if i < index)
-        mean, std = (
-            torch.tensor(values)[:, None, None]
-            for values in (task.packs.manifest.pixel_mean, task.packs.manifest.pixel_std)
-        )
-        tiles = batch.tiles[before : before + one.tiles].float()
-        tokens = torch.from_numpy(one.tokens.astype(np.int64))[None]
-        pixels = {"pixel_values": (tiles / 255 - mean) / std} if one.tiles else {}
-        return dict(input_ids=tokens, attention_mask=torch.ones_like(tokens)) | pixels
-
     generated, chosen = alone
-    for index, ours in enumerate(generated):
-        given = inputs(free, index)
-        theirs = model.generate(
-            **given, max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=list(free.ends)
-        )[0, given["input_ids"].shape[1] :].tolist()
-        theirs = theirs[: next((i for i, token in enumerate(theirs) if token in free.ends), None)]
-        assert ours == theirs
+    theirs = by_transformers.generate(model, free, NEW_TOKENS)
+    assert generated == [[token for token in tokens if token not in free.ends] for tokens in theirs]
     assert len({tuple(answer) for answer in generated}) > 1
-    losses = []
-    for index, one in enumerate(choice.asked):
-        given = inputs(choice, index)
-        with torch.no_grad():
-            logs = model(**given).logits[0].log_softmax(-1)
-        learned = np.flatnonzero(one.supervised)
-        losses.append(-float(sum(logs[at - 1, one.tokens[at]] for at in learned)))
-    assert chosen == np.reshape(losses, (-1, 3)).argmin(axis=1).tolist()
-    assert len(set(chosen)) > 1 or len(chosen) < 2
+    assert chosen == by_transformers.choose(model, choice)
+    assert len(set(chosen)) > 1
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -269,6 +241,14 @@ def test_models_are_compared(
     assert page.count("data:image/jpeg;base64,") == 8  # 4 images of each task
     assert "http" not in page
     assert table[0].split() == ["hf", "run-step_00000003"]
+    by_transformers = [f"theirs={folders / 'hf'}", *words[2:-3], "--transformers"]
+    assert evaluate.main(by_transformers) == 0
+    theirs, ours = (out / name / "run" / "answers" / "step-00000000" for name in ("theirs", "hf"))
+    for name in ("free.jsonl", "choice.jsonl"):
+        assert (theirs / name).read_bytes() == (ours / name).read_bytes()
+    assert json.loads((out / "summary.json").read_text())["theirs"] == summary["hf"]
+    assert evaluate.main([*by_transformers, *words[-3:]]) == 2
+    assert "options of pretrain_vlm.py do not reach it" in capfd.readouterr().err
     with_examples = [
         *(str(folders / "hf"), "--tasks", str(folders / "free.jsonl")),
         *("--packs", str(folders / "packs"), "--out", str(tmp_path / "shots"), "--"),

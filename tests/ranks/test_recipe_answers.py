@@ -73,28 +73,11 @@ def answers(config: Config, folder: Path) -> list[list[int]]:
 def answers_of_transformers(config: Config, folder: Path) -> list[list[int]]:
     """Answer the same questions, each by itself."""
     from megavlm.convert.hf.reference import load_reference
+    from megavlm.evaluate import by_transformers
     from megavlm.train.tasks import open_tasks
 
     (task,) = open_tasks(config)
-    model = load_reference(folder)
-    found = []
-    for index, one in enumerate(task.asked):
-        (pack,) = [number for number, pack in enumerate(task.order) if index in pack]
-        before = sum(task.asked[i].tiles for i in task.order[pack] if i < index)
-        tiles = task.packs.batch(pack, 0).tiles[before : before + one.tiles]
-        vision = config.architecture.vision
-        mean, std = (torch.tensor(x)[:, None, None] for x in (vision.pixel_mean, vision.pixel_std))
-        pixels = (tiles / 255 - mean) / std
-        if not config.architecture.vision.exists:
-            pixels = pixels.permute(0, 2, 3, 1).flatten(1)[None]
-        tokens = torch.from_numpy(one.tokens.astype(np.int64))[None]
-        inputs = dict(input_ids=tokens, attention_mask=torch.ones_like(tokens))
-        if config.architecture.prefix_lm:
-            inputs["token_type_ids"] = torch.zeros_like(tokens)
-        settings = dict(max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=sorted(task.ends))
-        made = model.generate(**inputs, pixel_values=pixels, **settings)
-        found.append(made[0, tokens.shape[1] :].tolist())
-    return found
+    return by_transformers.generate(load_reference(folder), task, NEW_TOKENS)
 
 
 @pytest.mark.parametrize("recipe", CASES)
