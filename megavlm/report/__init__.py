@@ -1,1 +1,1 @@
-"""A page about runs: curves, settings, events, answers."""
+"""A page about runs: curves, settings, layout, data, events, answers."""

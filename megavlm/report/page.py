@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from html import escape
 from pathlib import Path
 
+from megavlm.config.cli import from_yaml
+from megavlm.config.schema import Config
 from megavlm.evaluate.page import STYLE, Answered, read_rows, task_lines
 from megavlm.io import atomic
 from megavlm.report.chart import COLOURS, chart
-from megavlm.report.run_log import Run
+from megavlm.report.plan import Share, chunk_shares, source_shares
+from megavlm.report.run_log import Event, Run, Start, newest_settings
 
 # Figures that people look at first, in this order; the others follow as they come.
 _FIRST = ("loss", "valid_loss", "lr", "grad_norm", "tokens_per_s", "seconds_per_step")
@@ -53,6 +56,7 @@ def _lines(runs: Sequence[Run], answers: int) -> Iterator[str]:
         yield f"<figure><figcaption>{escape(name)}</figcaption>{chart(name, curves)}</figure>"
     yield "</div>"
     yield from _differences(runs)
+    yield from _shares(runs)
     yield from _events(runs)
     yield from _answers(runs, answers)
     figures = {run.name: run.figures for run in runs}
@@ -109,17 +113,53 @@ def _differences(runs: Sequence[Run]) -> Iterator[str]:
 
 
 def _events(runs: Sequence[Run]) -> Iterator[str]:
-    """Show when the runs were started and resumed, and what was done again for it."""
+    """Show when the runs were started, resumed and saved, what was done again for it, and which
+    steps had no update.
+    """
     yield "<h2>Events</h2>\n<table>" + _row(["run", "time (UTC)", "event"], "th")
     for name, run in zip(_names(runs), runs, strict=True):
-        for start in run.starts:
-            time = datetime.fromtimestamp(start.time, UTC).strftime("%Y-%m-%d %H:%M:%S")
-            again = start.reached - start.step
-            text = f"resumed after step {start.step:,}" if start.reached else "started"
-            if again > 0:
-                text += f"; {again:,} steps that had been done were done again"
-            yield _row([name, time, text])
+        events = [*map(_started, run.starts), *run.skips, *run.saves]
+        for event in sorted(events, key=lambda event: event.time):
+            time = datetime.fromtimestamp(event.time, UTC).strftime("%Y-%m-%d %H:%M:%S")
+            yield _row([name, time, event.text])
     yield "</table>"
+
+
+def _started(start: Start) -> Event:
+    again = start.reached - start.step
+    text = f"resumed after step {start.step:,}" if start.reached else "started"
+    if again > 0:
+        text += f"; {again:,} steps that had been done were done again"
+    return Event(time=start.time, text=text)
+
+
+def _shares(runs: Sequence[Run]) -> Iterator[str]:
+    """Show model chunks and data of the runs that have a checkpoint, or why they are not known."""
+    for title, columns, shares_of in (
+        ("Layout", ("pipeline stage", "layers", "share of FLOPs"), chunk_shares),
+        ("Data", ("source", "samples", "share of samples"), source_shares),
+    ):
+        rows = [
+            _row([name, *cells])
+            for name, run in zip(_names(runs), runs, strict=True)
+            for cells in _known(run, shares_of)
+        ]
+        if rows:
+            yield f"<h2>{title}</h2>\n<table>" + _row(["run", *columns], "th")
+            yield from rows
+            yield "</table>"
+
+
+def _known(run: Run, shares_of: Callable[[Config], list[Share]]) -> list[list[str]]:
+    """Return the cells of the shares of a run; of one whose packs are gone, what is missing."""
+    path = newest_settings(run.folder)
+    if path is None:
+        return []
+    try:
+        found = shares_of(from_yaml(path))
+    except (OSError, ValueError) as error:
+        return [["", escape(f"not known: {error}"), ""]]
+    return [[escape(part.name), escape(part.content), f"{part.share:.1%}"] for part in found]
 
 
 def _answers(runs: Sequence[Run], most: int) -> Iterator[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ _FILE = "metrics.jsonl"
 # A record that every start of a run begins with.
 _START = "trainable_parameters"
 _NO_FIGURES = ("step", "time", _START)
+_SKIPPED = "skipped_steps"
 
 Points = list[tuple[int, float]]
 """Steps and values, in the order of the steps."""
@@ -38,6 +39,19 @@ class Start:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Event:
+    """What happened to a run beside its steps.
+
+    Args:
+        time: seconds since 1970.
+        text: for people.
+    """
+
+    time: float
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Run:
     """A run as its folder tells it.
 
@@ -46,6 +60,8 @@ class Run:
         folder: its save folder.
         figures: by name. Of steps that were done again after a resume, what was done last.
         starts: the first one, and the resumes.
+        skips: steps that had no update, as far as they were recorded.
+        saves: checkpoints that are still there.
         settings: options and values, of the newest checkpoint; empty if there is none.
         answers: folder of the newest answers to tasks; none if there are none.
     """
@@ -54,6 +70,8 @@ class Run:
     folder: Path
     figures: Mapping[str, Points]
     starts: tuple[Start, ...]
+    skips: tuple[Event, ...]
+    saves: tuple[Event, ...]
     settings: Mapping[str, Any]
     answers: Path | None
 
@@ -62,6 +80,7 @@ class Run:
 class _Reading:
     figures: dict[str, Points] = field(default_factory=dict)
     starts: list[Start] = field(default_factory=list)
+    skips: list[Event] = field(default_factory=list)
     reached: int = 0
 
     def add(self, record: Mapping[str, Any]) -> None:
@@ -71,6 +90,11 @@ class _Reading:
             for name, points in self.figures.items():
                 self.figures[name] = [point for point in points if point[0] <= step]
         self.reached = max(self.reached, step)
+        before = self.figures.get(_SKIPPED)
+        skipped = record.get(_SKIPPED, 0) - (before[-1][1] if before else 0)
+        if skipped > 0:
+            text = f"skipped {skipped:,} steps up to step {step:,}"
+            self.skips.append(Event(time=record["time"], text=text))
         for name, value in record.items():
             if name not in _NO_FIGURES and isinstance(value, (int, float)):
                 points = self.figures.setdefault(name, [])
@@ -105,15 +129,33 @@ def read_run(folder: Path, name: str = "") -> Run:
         folder=folder,
         figures=reading.figures,
         starts=tuple(reading.starts),
+        skips=tuple(reading.skips),
+        saves=tuple(_saves(folder)),
         settings=_settings(folder),
         answers=max((folder / "answers").glob("step-*"), default=None),
     )
 
 
+def newest_settings(folder: Path) -> Path | None:
+    """Return the settings in the newest checkpoint of a run; none: there are none."""
+    path = next((step / "config.yaml" for step in directory.candidates(folder)), None)
+    return path if path is not None and path.is_file() else None
+
+
+def _saves(folder: Path) -> Iterator[Event]:
+    """Yield the checkpoints that are still there, with the times of their last files."""
+    for step in reversed(directory.candidates(folder)):
+        if step.is_dir():
+            times = [path.stat().st_mtime for path in step.iterdir()]
+            number = directory.step_of(step)
+            yield Event(
+                time=max(times, default=0.0), text=f"saved the checkpoint of step {number:,}"
+            )
+
+
 def _settings(folder: Path) -> dict[str, Any]:
     """Return the options of the newest checkpoint, with dots in their names."""
-    steps = directory.candidates(folder)
-    path = steps[0] / "config.yaml" if steps else None
-    if path is None or not path.is_file():
+    path = newest_settings(folder)
+    if path is None:
         return {}
     return dict(flat(yaml.safe_load(path.read_text(encoding="utf-8"))))

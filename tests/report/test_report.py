@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from megavlm.config.cli import parse, to_yaml
 from megavlm.report.chart import chart
 from megavlm.report.run_log import read_run
+from tests.data.samples import make_dataset
 from tools.report import main
 
 START = dict(trainable_parameters=10)
@@ -88,6 +90,58 @@ def test_the_page_holds_curves_settings_events_and_answers(resumed: Path, tmp_pa
     assert "Who &lt;b&gt;\u2028?" in page
     assert "gone.png" in page
     assert not re.search(r'(src|href)="(?!data:)', page)
+
+
+def cells(page: str, title: str) -> list[list[str]]:
+    """Read the rows of a table below a title, without its head."""
+    (table,) = re.findall(rf"<h2>{title}</h2>\n<table>(.*?)</table>", page, re.DOTALL)
+    return [
+        [re.sub("<[^>]*>", "", cell) for cell in re.findall(r"<td>(.*?)</td>", row)]
+        for row in table.split("\n")[1:]
+        if row
+    ]
+
+
+def test_layout_data_skips_and_saves_are_told(tmp_path: Path):
+    make_dataset(tmp_path / "a", packs=4, samples_per_pack=2, sources=("left", "right"))
+    make_dataset(tmp_path / "b", packs=2, samples_per_pack=2)
+    config = parse(
+        [
+            *("--stage", "2", "--model", "tiny", "--training.trainable", "connector,language"),
+            *("--data.train", f"{tmp_path / 'a'},{tmp_path / 'b'}"),
+            *("--parallel.pipeline_model_parallel_size", "2", "--parallel.layout", "v|v*3,t*4"),
+        ]
+    )
+    run = write_run(
+        tmp_path / "run",
+        dict(step=0) | START,
+        *(dict(step=step, skipped_steps=skipped) for step, skipped in ((1, 0), (3, 2), (4, 2))),
+        settings=to_yaml(config),
+    )
+    out = tmp_path / "report.html"
+    assert main([str(run), "--out", str(out)]) == 0
+    page = out.read_text()
+    (first, second) = cells(page, "Layout")
+    assert first[:3] == ["run", "0", "vision layers 0 to 0"]
+    assert second[:3] == [
+        "run",
+        "1",
+        "vision layers 1 to 3, connector, language layers 0 to 3, head",
+    ]
+    shares = [float(row[3].rstrip("%")) for row in (first, second)]
+    assert 0 < shares[0] < shares[1] and abs(sum(shares) - 100) < 0.2
+    assert [row[1:] for row in cells(page, "Data")] == [
+        ["a/left", "8", "40.0%"],
+        ["a/right", "8", "40.0%"],
+        ["b/random", "4", "20.0%"],
+    ]
+    assert [row[2] for row in cells(page, "Events")] == [
+        *("started", "skipped 2 steps up to step 3", "saved the checkpoint of step 4")
+    ]
+    (tmp_path / "b" / "manifest.json").unlink()
+    assert main([str(run), "--out", str(out)]) == 0
+    ((_, _, told, _),) = cells(out.read_text(), "Data")
+    assert told.startswith("not known: ") and str(tmp_path / "b") in told
 
 
 def test_a_curve_goes_through_its_points():
