@@ -95,8 +95,7 @@ def answer_with(
         "files": _texts([task.path for task in found], others),
     }
     if not _is_done(target, asked):
-        (target / _DONE).unlink(missing_ok=True)
-        shutil.rmtree(target / _RUN, ignore_errors=True)
+        _forget(target)
         if by_transformers:
             answer_tasks(model, found, packs, target / _RUN, max_new_tokens)
         else:
@@ -181,6 +180,12 @@ def _texts(tasks: Sequence[Path], others: Sequence[str]) -> dict[str, str]:
 def _is_done(target: Path, asked: dict) -> bool:
     note = target / _DONE
     return note.is_file() and json.loads(note.read_text(encoding="utf-8")) == asked
+
+
+def _forget(target: Path) -> None:
+    """Remove what a model answered before, the note that it is done first."""
+    (target / _DONE).unlink(missing_ok=True)
+    shutil.rmtree(target / _RUN, ignore_errors=True)
 
 
 def _words(
