@@ -46,6 +46,7 @@ class Case:
         kernels: layers of megavlm: auto (Transformer Engine's, where they run) or local.
         is_profiled: whether one more step is looked into, kernel by kernel.
         fp8_parts: what is in FP8, if anything is.
+        head_tokens: tokens that logits are computed for: supervised ones or all.
         packs_per_step: microbatches of a step, which share one update of the optimizer.
         layers: of the language model, so that a large one fits; 0: all.
         limit_s: seconds after which the case is given up.
@@ -61,6 +62,7 @@ class Case:
     kernels: str = "auto"
     is_profiled: bool = False
     fp8_parts: tuple[str, ...] = ("vision", "language")
+    head_tokens: str = "supervised"
     packs_per_step: int = 1
     layers: int = 0
     limit_s: int = 75
@@ -77,6 +79,7 @@ class Case:
         if self.kernels == "local":
             extras.append("local")
         extras += [f"{self.fp8_parts[0]}_only"] if len(self.fp8_parts) == 1 else []
+        extras += ["all_tokens"] if self.head_tokens == "all" else []
         extras += [f"{self.packs_per_step}_packs"] if self.packs_per_step > 1 else []
         extras += [f"{self.layers}_layers"] if self.layers else []
         return "-".join(
@@ -118,6 +121,7 @@ class Case:
                 row.training,
                 precision=number,
                 kernels=self.kernels,
+                head_tokens=self.head_tokens,
                 global_batch_size=self.packs_per_step,
             ),
             fp8=Fp8(**dict.fromkeys(self.fp8_parts, recipe)) if is_fp8 else Fp8(),
@@ -192,6 +196,7 @@ def _telling_cases() -> list[Case]:
         _case("4b", ALL, "fp8_delayed", **_BARELY_FITS, is_profiled=True),
         # What if Transformer Engine cannot be had?
         _case("2b", ALL, recompute="selective", kernels="local", is_profiled=True),
+        _case("2b", ALL, recompute="selective", head_tokens="all"),
         _case("1b", ALL),
         _case("2b", ALL, implementation="transformers_packed", recompute="full"),
         _case("8b", CONNECTOR, recompute="full"),
