@@ -29,7 +29,7 @@ class Eval:
         without_images: also measure the validation loss with every image in one colour, the mean
             of the pixels. A model that is not worse without images ignores them.
         control_interval: every so many steps, also measure the loss of the step's packs with every
-            image in one colour, ``loss_without_images``; 0: never.
+            image in one colour, before the step: ``loss_without_images``; 0: never.
         only: answer the tasks and measure the validation loss with the weights that are loaded,
             and do not train.
     """

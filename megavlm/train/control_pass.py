@@ -4,8 +4,8 @@ by it ignores its images, which its loss alone does not show.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
+from itertools import islice
 
 import torch
 
@@ -19,7 +19,7 @@ from megavlm.train.step import WeightOfPack, run_packs
 
 
 class ControlPass(Meter):
-    """Runs the packs of every n-th step forward again, behind its update, with blank images.
+    """Runs the packs of every n-th step forward with blank images, before the step does.
 
     Args:
         job: the run.
@@ -30,49 +30,45 @@ class ControlPass(Meter):
         self._job = job
         self._clock = clock
         self._interval = job.config.eval.control_interval
-        self._is_due = False
-        self._packs: list[Batch] = []
         self._loss: float | None = None
 
-    def enter_step(self, step: int) -> None:
-        """Note that a step begins, counted from 1."""
-        self._is_due = self._interval > 0 and step % self._interval == 0
-
-    def kept(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """Pass batches on, and keep those of a step that has a control pass, without pixels."""
-        for batch in batches:
-            if self._is_due:
-                no_pixels = batch.tiles.new_zeros(()).expand(batch.tiles.shape)
-                self._packs.append(dataclasses.replace(batch, tiles=no_pixels))
-            yield batch
-
-    @torch.no_grad()
-    def run(self, weight: float, weight_of_pack: WeightOfPack | None) -> None:
-        """Measure the loss of the step's packs without images, if that is due. Collective.
+    def run(
+        self,
+        step: int,
+        batches: Iterator[Batch],
+        count: int,
+        weight: float,
+        weight_of_pack: WeightOfPack | None,
+    ) -> Iterator[Batch]:
+        """Measure the loss of a step's packs without images, if that is due, and return the
+        batches to train on. Collective.
 
         Args:
+            step: the number of the step, from 1.
+            batches: packs of this data-parallel rank, in order.
+            count: packs of the step; all are held in the host's memory, pixels too.
             weight: sum of the loss weights of all packs of the step, over all ranks.
             weight_of_pack: takes its place, as in ``run_packs``.
         """
-        if not self._is_due:
-            return
-        job = self._job
-        packs = self._packs
-        self._packs = []
-        if job.backend.device.type == "cuda":
-            torch.cuda.synchronize(job.backend.device)  # the clock counts what is still computed
-        chunks = job.ddp_chunks
-        with self._clock.paused(), whole_weights(chunks), evaluating(chunks):
+        if not self._interval or step % self._interval:
+            return batches
+        packs = list(islice(batches, count))
+        chunks = self._job.ddp_chunks
+        backend = self._job.backend
+        if backend.device.type == "cuda":
+            torch.cuda.synchronize(backend.device)  # what is still computed counts as training
+        with self._clock.paused(), whole_weights(chunks), evaluating(chunks), torch.no_grad():
             loss = run_packs(
                 chunks,
-                blanked(iter(packs), job.config.architecture.vision),
-                len(packs),
+                blanked(iter(packs), self._job.config.architecture.vision),
+                count,
                 weight,
-                job.backend,
+                backend,
                 forward_only=True,
                 weight_of_pack=weight_of_pack,
             )
-            self._loss = float(job.groups.sum_over_data(loss))
+            self._loss = float(self._job.groups.sum_over_data(loss))
+        return iter(packs)
 
     def report(self, groups: Groups, steps: int) -> Figures:
         """Return ``loss_without_images`` of the last step, if it had a control pass."""

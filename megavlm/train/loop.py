@@ -96,7 +96,7 @@ def run(job: Job, state: State, metrics: Metrics, stop: StopRequest | None = Non
         ProfiledSteps(config.profile, groups.rank, metrics) as profiled,
         contextlib.closing(loader) as loaded,
     ):
-        arriving = control.kept(supply.timed(watchdog.count(loaded)))
+        arriving = supply.timed(watchdog.count(loaded))
         if state.step == 0:
             with clock.paused():
                 enter = partial(watchdog.enter, "evaluation", state.step)
@@ -191,12 +191,12 @@ def _train(
             chunk.set_drop_path(drop_path(state.step, config.training) / highest)
     skips = partial(rule.skips, state.step + 1, ids.tolist())
     weight_of_pack = _weight_of_pack(job, ids)
-    control.enter_step(state.step + 1)
-    result = train_step(
+    count = len(ids) // job.groups.data_size
+    return train_step(
         job.ddp_chunks,
         job.optimizer,
-        arriving,
-        len(ids) // job.groups.data_size,
+        control.run(state.step + 1, arriving, count, weight, weight_of_pack),
+        count,
         weight,
         config.optimizer.clip_grad,
         job.backend,
@@ -206,8 +206,6 @@ def _train(
         weight_of_pack,
         job.part_norms,
     )
-    control.run(weight, weight_of_pack)
-    return result
 
 
 def _weight_of_pack(job: Job, ids: np.ndarray) -> WeightOfPack | None:
