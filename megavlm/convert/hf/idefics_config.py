@@ -16,16 +16,15 @@ from megavlm.config.resampler import Resampler
 from megavlm.config.schema import Architecture
 from megavlm.convert.hf import clip_vision, language_config, tokenizer_files
 from megavlm.convert.hf import json_files as shared
-from megavlm.convert.hf.json_files import FILE_NAME, IMAGE_PROCESSOR_NAME, write_json
+from megavlm.convert.hf.json_files import FILE_NAME, IMAGE_PROCESSOR_NAME, read_json, write_json
 from megavlm.convert.hf.preprocessing import Usage
-from megavlm.convert.hf.processor import pixel_settings, write_generation
+from megavlm.convert.hf.processor import GENERATION_NAME, pixel_settings, write_generation
 from megavlm.convert.weights.families import FAMILIES
-from megavlm.data.text.tokenizer import load_tokenizer
+from megavlm.data.text.tokenizer import CHUNK_END, load_tokenizer
 
 CLASS_NAME = "IdeficsForVisionText2Text"
 MODEL_TYPE = "idefics"
 _PROCESSOR = "IdeficsProcessor"
-_TEMPLATE = "flamingo"
 _FIXED: dict[str, dict[str, Any]] = {
     "": {"tie_word_embeddings": False, "use_resampler": True, "dropout": 0.0},
     "vision_config": {"num_channels": 3, "attention_dropout": 0.0},
@@ -68,8 +67,15 @@ def read(raw: dict[str, Any], folder: Path, *, has_head: bool | None) -> Archite
             qk_norm=settings["qk_layer_norms"],
         ),
         added_tokens=added,
-        image_tokens="idefics",
+        image_tokens="openflamingo" if _ends_chunks(folder) else "idefics",
     )
+
+
+def _ends_chunks(folder: Path) -> bool:
+    """Tell whether the tokenizer of a folder has the token that ends a chunk."""
+    path = folder / "tokenizer.json"
+    added = read_json(path).get("added_tokens", ()) if path.is_file() else ()
+    return any(token["content"] == CHUNK_END for token in added)
 
 
 def _problems(settings: dict[str, Any], text: dict[str, Any]) -> Iterator[str]:
@@ -143,8 +149,9 @@ def write(
 
 def read_usage(folder: Path) -> Usage:
     """Return how a model is to be used: images stretched to squares, one tile each."""
+    template = "flamingo_chunks" if _ends_chunks(folder) else "flamingo"
     return Usage(
-        template=_TEMPLATE, system_message="", max_tiles=1, thumbnail=False, tiling="stretch"
+        template=template, system_message="", max_tiles=1, thumbnail=False, tiling="stretch"
     )
 
 
@@ -155,9 +162,16 @@ def write_files(
     errors as of ``processor.write_native``. There is no chat template: the processor takes texts
     and images in turn.
     """
-    ids = write_generation(folder, tokenizer, architecture, usage)
-    write_json(folder / FILE_NAME, write(architecture, dtype=dtype, **ids.text))
     words = load_tokenizer(tokenizer)
+    ids = write_generation(folder, tokenizer, architecture, usage)
+    # The class refuses ids of added tokens here, such as that of the token which ends a chunk.
+    rows = architecture.table_rows
+    known = {
+        name: token if token < rows else words.eos_token_id for name, token in ids.text.items()
+    }
+    write_json(folder / FILE_NAME, write(architecture, dtype=dtype, **known))
+    padded = ids.text | {"pad_token_id": known["pad_token_id"]}
+    write_json(folder / GENERATION_NAME, padded)
     entries = {"processor_class": _PROCESSOR}
     if words.pad_token is None:  # the processor fills up texts, even one alone
         entries["pad_token"] = words.unk_token or words.eos_token

@@ -31,6 +31,7 @@ _BICUBIC = 3
 _VIDEO = "<|video_pad|>"
 _UNUSED = "<quad>"
 _PROCESSOR = "InternVLProcessor"
+GENERATION_NAME = "generation_config.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,7 +167,7 @@ def write_generation(
 ) -> TokenIds:
     """Write the settings of ``generate``, and return the tokens that they name."""
     ids = token_ids(tokenizer, architecture, usage.template)
-    write_json(folder / "generation_config.json", ids.text)
+    write_json(folder / GENERATION_NAME, ids.text)
     return ids
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -157,12 +158,24 @@ def test_windows_are_learned_from_their_first_image_on(chunk_words: Path) -> Non
 def test_a_model_with_the_token_that_ends_a_chunk_goes_there_and_back(
     tmp_path: Path, chunk_words: Path
 ) -> None:
-    architecture = dataclasses.replace(FLAMINGO, added_tokens=3)
+    size = len(load_tokenizer(chunk_words))
+    architecture = dataclasses.replace(
+        FLAMINGO,
+        language=dataclasses.replace(FLAMINGO.language, vocab_size=size),
+        added_tokens=3,
+        image_tokens="openflamingo",
+    )
     source = make_idefics(tmp_path / "hf", architecture)
-    tensors = assert_round_trip(source, tmp_path, chunk_words, architecture, "flamingo")
+    shutil.copytree(chunk_words, source, dirs_exist_ok=True)
+    tensors = assert_round_trip(source, tmp_path, source, architecture, "flamingo")
     assert len(tensors["lm_head.additional_fc.weight"]) == 3
-    rows(dataclasses.replace(architecture, image_tokens="openflamingo"), "idefics")
-    template = ChatTemplate(load_tokenizer(tmp_path / "out"), 1, name="flamingo_chunks")
+    out = tmp_path / "out"
+    assert architecture_from_hf(out) == architecture
+    template = ChatTemplate(load_tokenizer(out), 1, name="flamingo_chunks")
+    end = template.tokenizer.convert_tokens_to_ids("<|endofchunk|>")
+    model = IdeficsForVisionText2Text.from_pretrained(out)
+    assert model.generation_config.eos_token_id == end >= model.config.vocab_size
+    assert model.config.eos_token_id == template.tokenizer.eos_token_id
     turns = [
         Turn(role="human", text="<image>What is it?"),
         Turn(role="gpt", text="a cat"),
@@ -170,7 +183,7 @@ def test_a_model_with_the_token_that_ends_a_chunk_goes_there_and_back(
     ]
     image = Image.new("RGB", (20, 10))
     prompt = [image, "What is it? Answer: a cat<|endofchunk|>", image, "And this? Answer:"]
-    inputs = AutoProcessor.from_pretrained(tmp_path / "out")(text=[prompt], return_tensors="pt")
+    inputs = AutoProcessor.from_pretrained(out)(text=[prompt], return_tensors="pt")
     assert template.prompt(turns, [1, 1]).tolist() == inputs["input_ids"][0].tolist()
 
 
