@@ -35,6 +35,7 @@ from tests.ranks.pool import Pool
 from tests.ranks.runs import EVERYTHING, Curve, train_curve, whole_weights
 from tests.ranks.test_cost import counted_by_torch
 from tests.ranks.test_layouts import compare
+from tests.ranks.test_memory import assert_memory_is_held
 
 STEPS = dict(adam_eps=1e-3, steps=4)
 MASK = STAGES["1"].training.trainable
@@ -242,6 +243,21 @@ def test_the_cost_is_what_torch_counts(ranks: Pool, tmp_path: Path) -> None:
     size["squared_lengths"] *= 2  # torch counts all pairs of tokens
     assert training_cost(architecture, mask).total(**size) == counted
     assert {piece.key for piece in pieces(architecture)} - {""} == keys
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(tensor_model_parallel_size=2, sequence_parallel=True),
+        dict(pipeline_model_parallel_size=2, layout="v*3,c,t|t*2,h"),
+    ],
+    ids=["tensor", "pipeline"],
+)
+def test_memory_is_what_a_model_that_is_built_takes(
+    ranks: Pool, packs: Path, settings: dict
+) -> None:
+    settings = dict(precision="bfloat16", global_batch_size=2) | settings
+    assert_memory_is_held(ranks, _config(_of_layers(3), packs, **settings), 2)
 
 
 def test_with_closed_gates_it_is_the_language_model_alone(ranks: Pool, tmp_path: Path) -> None:
