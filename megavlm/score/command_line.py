@@ -85,6 +85,14 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         ),
     )
     add(
+        "--places",
+        action="store_true",
+        help=(
+            "also put all records on a path on which similar images stand side by side, for --near"
+            " of tools/pack_dataset.py"
+        ),
+    )
+    add(
         "--workers",
         type=int,
         default=2 * torch.cuda.device_count() or os.cpu_count() or 1,

@@ -25,6 +25,7 @@ from megavlm.io.progress import Progress
 from megavlm.io.remote import file_state
 from megavlm.score import worker
 from megavlm.score.duplicates import mark_near_duplicates
+from megavlm.score.places import find_places
 from megavlm.score.report import Report, Tally, make_report
 from megavlm.score.settings import Job
 from megavlm.score.state import (
@@ -82,7 +83,7 @@ def _score_rest(job: Job, folder: Path, state: ScoringState) -> None:
     ):
         files = (rows, images, unscored)
         rows.truncate(state.rows * ROW.itemsize)
-        images.truncate(state.rows * size if job.duplicates else 0)
+        images.truncate(state.rows * size if job.keeps_embeddings else 0)
         unscored.truncate(state.unscored_bytes)
         saved = time.monotonic()
         tasks = islice(_tasks(job), state.tasks, None)
@@ -146,7 +147,8 @@ def _publish(
     """Write the arrays, the report and ``scores.json``, and give the folder its name."""
     marked = _mark(job, folder, state.rows)
     tally = Tally(len(job.sources))
-    _write_arrays(folder, state, marked, tally)
+    places = find_places(_images(job, folder, state.rows)) if job.places else None
+    _write_arrays(folder, state, marked, places, tally)
     near = None if marked is None else int(np.count_nonzero(marked))
     report = make_report(
         tally,
@@ -171,17 +173,28 @@ def _mark(job: Job, folder: Path, rows: int) -> np.ndarray | None:
     """Return which rows have an image that was there before, bool [rows]; None if nobody asks."""
     if not job.duplicates:
         return None
-    size = job.towers.architecture.contrastive.size
-    images = np.memmap(folder / IMAGES_NAME, np.float16, "r", shape=(rows, size))
+    images = _images(job, folder, rows)
     marked = np.memmap(folder / _MARKED_NAME, bool, "w+", shape=(rows,))
     mark_near_duplicates(images, job.duplicates, marked, folder / _CODES_NAME)
     return marked
 
 
+def _images(job: Job, folder: Path, rows: int) -> np.ndarray:
+    """Return the embeddings of the images, float16 [rows, E]."""
+    size = job.towers.architecture.contrastive.size
+    return np.memmap(folder / IMAGES_NAME, np.float16, "r", shape=(rows, size))
+
+
 def _write_arrays(
-    folder: Path, state: ScoringState, marked: np.ndarray | None, tally: Tally
+    folder: Path,
+    state: ScoringState,
+    marked: np.ndarray | None,
+    places: np.ndarray | None,
+    tally: Tally,
 ) -> None:
-    """Write the scores of each annotation file, and which of its records are marked."""
+    """Write the scores of each annotation file, which of its records are marked, and the places of
+    all.
+    """
     rows = np.memmap(folder / ROWS_NAME, ROW, "r", shape=(state.rows,))
     first = 0
     for number, source in enumerate(state.sources):
@@ -189,15 +202,21 @@ def _write_arrays(
         similar = _new_array(folder / scores.array_name(number, "scores"), np.float32, lines)
         similar[:] = np.nan
         same = None
+        path = None
+        if places is not None:
+            path = _new_array(folder / scores.array_name(number, "places"), np.int64, lines)
+            path[:] = -1
         if marked is not None:
             same = _new_array(folder / scores.array_name(number, "duplicates"), np.bool_, lines)
         for start in range(first, first + source.scored, _ROWS_AT_ONCE):
             some = slice(start, min(start + _ROWS_AT_ONCE, first + source.scored))
-            places = rows["line"][some] - 1
-            similar[places] = rows["score"][some]
+            lines_of = rows["line"][some] - 1
+            similar[lines_of] = rows["score"][some]
             tally.add(number, rows["score"][some])
             if same is not None:
-                same[places] = marked[some]
+                same[lines_of] = marked[some]
+            if path is not None:
+                path[lines_of] = places[some]
         first += source.scored
 
 
@@ -233,6 +252,7 @@ def _facts(job: Job, identity: dict[str, Any], state: ScoringState, near: int | 
         "tiling": job.towers.usage.tiling,
         "precision": job.precision,
         "duplicates": None if near is None else {"cosine": job.duplicates, "records": near},
+        "places": job.places,
         "sources": sources,
     }
     return json.dumps(facts, indent=1, ensure_ascii=False) + "\n"

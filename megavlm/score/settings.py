@@ -28,6 +28,7 @@ class Job:
         precision: dtype of the computation.
         batch: most pairs that are embedded at once.
         duplicates: cosine of the embeddings of images that count as the same; 0: do not look.
+        places: whether to put the records on a path with similar images side by side.
         workers: processes; 0: this one (with Ray: as many as the cluster has cores).
         executor: where they run.
     """
@@ -39,6 +40,7 @@ class Job:
     precision: str = "float32"
     batch: int = 64
     duplicates: float = 0.98
+    places: bool = False
     workers: int = 0
     executor: Executor = "processes"
 
@@ -68,6 +70,11 @@ class Job:
         return partial_of(Path(self.out))
 
     @property
+    def keeps_embeddings(self) -> bool:
+        """Whether the embeddings of all images are kept until the end."""
+        return self.duplicates > 0 or self.places
+
+    @property
     def for_workers(self) -> WorkerSettings:
         """What worker processes build their encoders from."""
         return WorkerSettings(
@@ -75,7 +82,7 @@ class Job:
             tokenizer=self.tokenizer,
             precision=self.precision,
             batch=self.batch,
-            keeps_embeddings=self.duplicates > 0,
+            keeps_embeddings=self.keeps_embeddings,
         )
 
     def identity(self) -> dict[str, Any]:
@@ -99,6 +106,7 @@ class Job:
             **facts(self.towers),
             "batch": self.batch,
             "duplicates": self.duplicates,
+            "places": self.places,
             "sources": sources,
             "version": VERSION,
         }

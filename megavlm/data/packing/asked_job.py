@@ -24,6 +24,7 @@ PASSED_ON = (
     "tile_multiple",
     "alignment",
     "levels",
+    "near",
     "seed",
     "workers",
     "max_rejects",

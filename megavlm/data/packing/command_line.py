@@ -329,6 +329,15 @@ def _add_switches(parser: argparse.ArgumentParser) -> None:
         help="field of the records in --jsonl with their difficulty, a number, for a curriculum",
     )
     add(
+        "--near",
+        metavar="DIR",
+        default="",
+        help=(
+            "fill packs with similar records, for hard negatives: --out of tools/score_dataset.py"
+            " --places, of the same files"
+        ),
+    )
+    add(
         "--filter",
         metavar="NAME=VALUE",
         nargs="+",

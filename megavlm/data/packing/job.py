@@ -230,7 +230,7 @@ def _scan(job: Job, settings: EncoderSettings, folder: Path) -> Scan:
 
 def _gather(job: Job, scan: Scan) -> Samples:
     """Return the sizes of all samples."""
-    return gather_samples(scan.rows, job.sources, job.alignment, job.seed, job.levels)
+    return gather_samples(scan.rows, job.sources, job.alignment, job.seed, job.levels, job.near)
 
 
 def _plan(job: Job, samples: Samples) -> PackPlan:

@@ -10,6 +10,7 @@ import numpy as np
 from megavlm.data.packing.best_fit import automatic_tile_cap, pack
 from megavlm.data.packing.cost_order import storage_order
 from megavlm.data.packing.difficulty import Levels, find_levels
+from megavlm.data.packing.neighbours import fill_in_order, places_of
 from megavlm.data.packing.repeats import take
 from megavlm.data.records.meta_file import Annotations
 from megavlm.data.store.manifest import Level
@@ -82,16 +83,23 @@ class Samples:
         tokens: int32 [samples], rounded up to the alignment.
         tiles: int32 [samples].
         levels: of difficulty, where it is known.
+        places: in whose order packs are filled, int64 [samples]; none: as they fit best.
     """
 
     rows: np.ndarray
     tokens: np.ndarray
     tiles: np.ndarray
     levels: Levels | None = None
+    places: np.ndarray | None = None
 
 
 def gather_samples(
-    rows: RecordFile, sources: Sequence[Annotations], alignment: int, seed: int, levels: int = 0
+    rows: RecordFile,
+    sources: Sequence[Annotations],
+    alignment: int,
+    seed: int,
+    levels: int = 0,
+    near: str = "",
 ) -> Samples:
     """Compute the sizes of the samples to pack from the rows of a scan.
 
@@ -101,6 +109,7 @@ def gather_samples(
         alignment: of samples in a pack.
         seed: fixes which of equal samples share a pack, and which are drawn once more.
         levels: of difficulty, as for ``find_levels``.
+        near: folder of scores with the records' places; empty: places do not matter.
     """
     chosen = np.arange(len(rows), dtype=np.int32)
     if any(source.weight is not None or source.repeat_time > 1 for source in sources):
@@ -113,7 +122,16 @@ def gather_samples(
         tokens = -(-tokens // alignment) * alignment
     is_known = any(source.difficulty is not None for source in sources)
     found = find_levels(rows["difficulty"][chosen], levels) if is_known else None
-    return Samples(rows=chosen, tokens=tokens, tiles=rows["tiles"][chosen], levels=found)
+    places = None
+    if near:
+        places = places_of(rows["source"][chosen], rows["line"][chosen], sources, near)
+    return Samples(
+        rows=chosen,
+        tokens=tokens,
+        tiles=rows["tiles"][chosen],
+        levels=found,
+        places=places,
+    )
 
 
 def plan_packs(
@@ -165,7 +183,10 @@ def _plan_level(
         if tile_cap is None
         else tile_cap
     )
-    packing = pack(tokens, tiles, capacity=capacity, tile_cap=cap)
+    if samples.places is None:
+        packing = pack(tokens, tiles, capacity=capacity, tile_cap=cap)
+    else:
+        packing = fill_in_order(tokens, tiles, samples.places, capacity=capacity, tile_cap=cap)
     squares = np.bincount(
         packing.bin_of, weights=np.square(tokens, dtype=np.float64), minlength=packing.bins
     )

@@ -57,6 +57,8 @@ class Job:
         tile_multiple: what the cap is a multiple of if it is chosen.
         alignment: each sample's length is rounded up to a multiple of this inside its pack.
         levels: levels of difficulty that records are cut into; 0: one for each difficulty.
+        near: folder of scores, in whose order packs are filled with similar records; empty: packs
+            are filled as well as can be.
         seed: fixes which of equal samples share a pack, and the order of packs.
         workers: processes that encode; 0: this one (with Ray: as many as the cluster has cores).
         executor: where they run.
@@ -85,6 +87,7 @@ class Job:
     tile_multiple: int = 1
     alignment: int = 1
     levels: int = 0
+    near: str = ""
     seed: int = 0
     workers: int = 0
     executor: Executor = "processes"
@@ -127,12 +130,28 @@ class Job:
                 " difficulty in each entry of --meta"
             )
         self._check_tiles()
+        self._check_near()
         for source in self.sources:
             check_scores(source.keep, [source.path], f"filter of {source.name}")
         if not 0 <= self.max_rejects <= 1:
             raise ValueError(f"--max_rejects {self.max_rejects}: must be a share between 0 and 1")
         if self.out:
             refuse_filled(Path(self.out))
+
+    def _check_near(self) -> None:
+        """Raise ValueError for records that have no places, or levels beside them."""
+        if not self.near:
+            return
+        flag = f"--near {self.near}"
+        if any(source.difficulty is not None for source in self.sources):
+            raise ValueError(f"{flag}: excludes levels of difficulty; leave --difficulty out")
+        try:
+            scores = open_scores(self.near)
+            if not scores.has_places:
+                raise ValueError("has no places; score again with tools/score_dataset.py --places")
+            scores.check([source.path for source in self.sources])
+        except (ValueError, FileNotFoundError) as error:
+            raise type(error)(f"{flag}: {error}") from None
 
     def _check_template(self) -> None:
         """Raise ValueError for a template that does not go with the images' tiles."""
@@ -230,6 +249,8 @@ class Job:
             for name, value in dataclasses.asdict(self).items()
             if name not in (*FREE_SETTINGS, "sources", "tokenizer", "qformer_tokenizer")
         }
+        if self.near:  # wherever it is
+            settings["near"] = open_scores(self.near).fingerprint
         sources = []
         for source in self.sources:
             found = file_state(source.path)

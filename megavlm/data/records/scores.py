@@ -3,8 +3,9 @@ which images were there before.
 
 A folder of scores holds ``scores.json`` and, for the annotation file with the index 3 in its list
 ``sources``, ``00003.scores.npy`` (float32, one for each line, row or number of a record, from the
-first; NaN: no score) and ``00003.duplicates.npy`` (bool, likewise; absent if duplicates were not
-looked for).
+first; NaN: no score), ``00003.duplicates.npy`` (bool, likewise; absent if duplicates were not
+looked for) and ``00003.places.npy`` (int64, likewise, with -1 for no score; absent if places were
+not asked for).
 """
 
 from __future__ import annotations
@@ -34,10 +35,13 @@ class ScoredFile:
     Args:
         scores: float32 [lines], NaN where a record has none.
         duplicates: bool [lines], images that an earlier record has; none: nobody looked.
+        places: int64 [lines], among all records, on a path with similar images side by side; -1:
+            no place; none: nobody asked.
     """
 
     scores: np.ndarray
     duplicates: np.ndarray | None
+    places: np.ndarray | None = None
 
     def score(self, line: int) -> float | None:
         """Return the score of the record at a line, row or number, from 1; None if it has none."""
@@ -85,13 +89,20 @@ class Scores:
         """Whether records with an image that was there before are marked."""
         return self.facts["duplicates"] is not None
 
+    @property
+    def has_places(self) -> bool:
+        """Whether records have places on a path with similar images side by side."""
+        return bool(self.facts.get("places"))
+
     def of(self, path: str) -> ScoredFile:
         """Return the scores of an annotation file; raises ValueError if they are not here."""
         number = self._number(path)
         if number not in self._opened:
             duplicates = self._array(number, "duplicates") if self.has_duplicates else None
             self._opened[number] = ScoredFile(
-                scores=self._array(number, "scores"), duplicates=duplicates
+                scores=self._array(number, "scores"),
+                duplicates=duplicates,
+                places=self._array(number, "places") if self.has_places else None,
             )
         return self._opened[number]
 
@@ -131,7 +142,7 @@ def open_scores(folder: str) -> Scores:
 
 
 def array_name(number: int, what: str) -> str:
-    """Return the name of the file with the ``scores`` or ``duplicates`` of a source."""
+    """Return the name of the file with the ``scores``, ``duplicates`` or ``places`` of a source."""
     return f"{number:05d}.{what}.npy"
 
 
