@@ -75,6 +75,13 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="most pairs that are embedded at once (default: %(default)s)",
     )
+    _add_images(parser)
+    _add_workers(parser)
+
+
+def _add_images(parser: argparse.ArgumentParser) -> None:
+    """Add what is asked of the images' embeddings."""
+    add = parser.add_argument
     add(
         "--duplicates",
         type=float,
@@ -92,6 +99,11 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
             " of tools/pack_dataset.py"
         ),
     )
+
+
+def _add_workers(parser: argparse.ArgumentParser) -> None:
+    """Add where the work is done."""
+    add = parser.add_argument
     add(
         "--workers",
         type=int,
