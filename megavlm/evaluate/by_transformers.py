@@ -44,6 +44,12 @@ def answer_tasks(
             f"{model}: --transformers answers with the classes of {', '.join(_ANSWERING)}, and not"
             f" with {hub_format_of(model).class_name}; leave it out, and the trainer answers"
         )
+    for task in tasks:
+        if task.is_of_pairs:
+            raise ValueError(
+                f"{task.path}: --transformers answers questions, and the metric {task.metric}"
+                " compares images and texts; leave it out"
+            )
     asked = [prepare(task, packs, max_new_tokens) for task in tasks]
     reference = load_reference(model).to("cuda" if torch.cuda.is_available() else "cpu")
     figures: dict[str, float] = {}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megavlm.evaluate.answer import Answer, Score
+from megavlm.evaluate.answer import Answer, Score, mean
 from megavlm.evaluate.metrics import METRICS
 from megavlm.evaluate.packs import TaskPacks
 from megavlm.evaluate.task import Question, Task
@@ -80,6 +80,27 @@ def grade(task: Task, given: Sequence[Given]) -> Graded:
     )
 
 
+def grade_pairs(task: Task, score: Score, nearest: Sequence[str]) -> Graded:
+    """Return what a metric of pairs says of a task.
+
+    Args:
+        task: the images.
+        score: of the metric.
+        nearest: the text or class that each image is nearest to.
+    """
+    first = f"{task.name}/{next(iter(score.figures))}"
+    of_categories: dict[str, list[float]] = {}
+    for question, one in zip(task.questions, score.each, strict=True):
+        of_categories.setdefault(question.category, []).append(one)
+    # Of a search among all images: the figure is the mean of their scores.
+    found = {name: mean(tuple(each)) for name, each in sorted(of_categories.items()) if name}
+    return Graded(
+        figures={f"{task.name}/{figure}": value for figure, value in score.figures.items()},
+        by_category={first: found} if found else {},
+        rows=_rows(task, [Given(text=text) for text in nearest], score),
+    )
+
+
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write answers, a line for each."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -108,7 +129,7 @@ def _rows(task: Task, given: Sequence[Given], score: Score) -> list[dict[str, An
     return [
         {
             "id": question.name,
-            "question": question.turns[-1].text,
+            "question": question.turns[-1].text if question.turns else "",
             "image": [str(image) for image in question.images],
             "prediction": one.text,
             "answers": list(question.truth),

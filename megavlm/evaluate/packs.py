@@ -80,7 +80,7 @@ def ask(
     """
     where = task.where(question)
     _check_text(question, template, where)
-    images = tuple(_image(path, tiling, len(question.images), where) for path in question.images)
+    images = tuple(image_of(path, tiling, len(question.images), where) for path in question.images)
     tiles = [image.tiles for image in images]
     rows = [image.rows for image in images]
     try:
@@ -122,7 +122,7 @@ def _check_text(question: Question, template: ChatTemplate, where: str) -> None:
         )
 
 
-def _image(path: Path, tiling: Tiling, images: int, where: str) -> Image:
+def image_of(path: Path, tiling: Tiling, images: int, where: str) -> Image:
     """Return an image as its header describes it, without its content."""
     try:
         width, height = read_size(path)
@@ -285,25 +285,7 @@ def prepare(task: Task, folder: Path | str, max_new_tokens: int) -> TaskPacks:
         ValueError: a question that does not fit the template or the packs, or images that cannot
             be read.
     """
-    manifest = read_manifest(folder)
-    words = Path(folder) / "tokenizer" / QFORMER_TOKENIZER
-    template = ChatTemplate(
-        load_tokenizer(Path(folder) / "tokenizer"),
-        manifest.features_per_tile,
-        name=manifest.template,
-        system_message=manifest.system_message,
-        qformer_tokenizer=load_tokenizer(words) if manifest.instruction_length else None,
-        instruction_length=manifest.instruction_length,
-    )
-    tiling = Tiling(
-        tile_size=manifest.image_size,
-        min_tiles=manifest.min_tiles,
-        max_tiles=manifest.max_tiles,
-        thumbnail=manifest.thumbnail,
-        mode=manifest.tiling,
-        pixel_mean=manifest.pixel_mean,
-        limit=manifest.image_limit,
-    )
+    manifest, template, tiling = usage_of(folder)
     # One more than is read, so that there always is room, where a prefix ends.
     found = [ask(task, question, template, tiling, max_new_tokens) for question in task.questions]
     asked = tuple(one for each in found for one in each)
@@ -316,3 +298,33 @@ def prepare(task: Task, folder: Path | str, max_new_tokens: int) -> TaskPacks:
         packs=PackedDataset(QuestionReader(asked, order, manifest)),
         template=template,
     )
+
+
+def usage_of(folder: Path | str, pair_length: int = 0) -> tuple[Manifest, ChatTemplate, Tiling]:
+    """Return the facts of a packed dataset, and how it makes tokens of texts and tiles of images.
+
+    Args:
+        folder: of the dataset.
+        pair_length: most tokens of the text of a pair; 0: the template's.
+    """
+    manifest = read_manifest(folder)
+    words = Path(folder) / "tokenizer" / QFORMER_TOKENIZER
+    template = ChatTemplate(
+        load_tokenizer(Path(folder) / "tokenizer"),
+        manifest.features_per_tile,
+        name=manifest.template,
+        system_message=manifest.system_message,
+        qformer_tokenizer=load_tokenizer(words) if manifest.instruction_length else None,
+        instruction_length=manifest.instruction_length,
+        pair_length=pair_length,
+    )
+    tiling = Tiling(
+        tile_size=manifest.image_size,
+        min_tiles=manifest.min_tiles,
+        max_tiles=manifest.max_tiles,
+        thumbnail=manifest.thumbnail,
+        mode=manifest.tiling,
+        pixel_mean=manifest.pixel_mean,
+        limit=manifest.image_limit,
+    )
+    return manifest, template, tiling

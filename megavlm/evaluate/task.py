@@ -11,11 +11,12 @@ from typing import Any
 
 from megavlm.data.records.record import IMAGE_PLACEHOLDER, Turn
 from megavlm.evaluate.metrics import METRICS
+from megavlm.evaluate.pair_metrics import PAIR_METRICS
 from megavlm.evaluate.short_answers import LETTERS
 
 _KEYS = (
     *("question", "answer", "answers", "image", "choices", "system"),
-    *("id", "metric", "category"),
+    *("id", "metric", "category", "templates"),
 )
 
 
@@ -28,7 +29,7 @@ class Question:
         line: its line in the file, from 1.
         turns: what stands before the answer: system (optional) and human.
         images: paths of its images, in the order of their placeholders.
-        truth: right answers.
+        truth: right answers; of a metric of pairs, the texts or the class of its one image.
         choices: of which the model takes the likeliest; empty: it answers freely.
         category: figures are given for each, too; empty: none.
     """
@@ -49,14 +50,23 @@ class Task:
     Args:
         name: the file's name without its ending.
         path: the file.
-        metric: row of ``METRICS``.
+        metric: row of ``METRICS``, or of ``PAIR_METRICS``.
         questions: in the file's order.
+        classes: names of classes, if the metric has any.
+        templates: of the prompts of a class, with ``{}`` for its name.
     """
 
     name: str
     path: Path
     metric: str
     questions: tuple[Question, ...]
+    classes: tuple[str, ...] = ()
+    templates: tuple[str, ...] = ("{}",)
+
+    @property
+    def is_of_pairs(self) -> bool:
+        """Whether images and texts are compared by their embeddings, and nothing is answered."""
+        return self.metric in PAIR_METRICS
 
     def where(self, question: Question) -> str:
         """Return the file and line of a question."""
@@ -90,21 +100,27 @@ def read_task(path: Path, flag: str = "--eval.tasks") -> Task:
     Raises:
         ValueError: the file is not there, or a line is no question.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{flag} {path}: cannot be read ({error})") from None
+    lines = _lines(path, flag)
     questions = []
     metrics: dict[str, int] = {}
+    classes: dict[str, tuple[str, ...]] = {}
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
             fields = _parsed(line)
-            questions.append(_question(fields, number, path.parent))
+            metric = _text(fields, "metric") or "exact_match"
+            metrics.setdefault(metric, number)
+            if metric not in PAIR_METRICS:
+                questions.append(_question(fields, number, path.parent))
+            elif "image" in fields or not PAIR_METRICS[metric].has_classes:
+                questions.append(_image_of_pair(fields, number, path.parent))
+            elif classes:
+                raise ValueError("has no image, and an earlier line names the classes")
+            else:
+                classes = _classes(fields)
         except ValueError as error:
             raise ValueError(f"{flag} {path}:{number}: {error}") from None
-        metrics.setdefault(_text(fields, "metric") or "exact_match", number)
     if not questions:
         raise ValueError(f"{flag} {path}: has no question")
     if len(metrics) > 1:
@@ -113,10 +129,20 @@ def read_task(path: Path, flag: str = "--eval.tasks") -> Task:
     metric = next(iter(metrics))
     if metric in METRICS and METRICS[metric].needs_choices:
         questions = list(map(_with_listed_choices, questions))
-    task = Task(name=path.stem, path=path, metric=metric, questions=tuple(questions))
+    if metric in PAIR_METRICS and PAIR_METRICS[metric].has_classes:
+        classes.setdefault("classes", tuple(dict.fromkeys(one.truth[0] for one in questions)))
+    task = Task(name=path.stem, path=path, metric=metric, questions=tuple(questions), **classes)
     for problem in _problems(task):
         raise ValueError(f"{flag} {problem}")
     return task
+
+
+def _lines(path: Path, flag: str) -> list[str]:
+    """Return the lines of a task's file."""
+    try:
+        return path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{flag} {path}: cannot be read ({error})") from None
 
 
 def _parsed(line: str) -> Mapping[str, Any]:
@@ -136,7 +162,9 @@ def _question(fields: Mapping[str, Any], line: int, folder: Path) -> Question:
     text = _text(fields, "question")
     if not text:
         raise ValueError("has no question")
-    images = _texts(fields, "image")
+    if "templates" in fields:
+        raise ValueError(f"has templates, which only {_with_classes()} takes")
+    images = _images(fields, folder)
     if len(images) == 1 and IMAGE_PLACEHOLDER not in text:
         text = f"{IMAGE_PLACEHOLDER}\n{text}"
     if text.count(IMAGE_PLACEHOLDER) != len(images):
@@ -144,14 +172,6 @@ def _question(fields: Mapping[str, Any], line: int, folder: Path) -> Question:
             f"has {text.count(IMAGE_PLACEHOLDER)} {IMAGE_PLACEHOLDER} in its question, but"
             f" {len(images)} images"
         )
-    for image in images:
-        if not (folder / image).is_file():
-            raise ValueError(f"its image {folder / image} is missing")
-    if "answer" in fields and "answers" in fields:
-        raise ValueError("has both answer and answers; keep one of them")
-    truth = _texts(fields, "answers" if "answers" in fields else "answer")
-    if not truth:
-        raise ValueError("has no answer")
     turns = [Turn(role="human", text=text)]
     if "system" in fields:
         turns.insert(0, Turn(role="system", text=_text(fields, "system")))
@@ -159,11 +179,77 @@ def _question(fields: Mapping[str, Any], line: int, folder: Path) -> Question:
         name=str(fields.get("id", line)),
         line=line,
         turns=tuple(turns),
-        images=tuple(folder / image for image in images),
-        truth=truth,
+        images=images,
+        truth=_truth(fields),
         choices=_texts(fields, "choices"),
         category=_text(fields, "category"),
     )
+
+
+def _image_of_pair(fields: Mapping[str, Any], line: int, folder: Path) -> Question:
+    """Read an image with its texts, or with its class."""
+    metric = _text(fields, "metric")
+    _refuse(fields, ("question", "system", "choices", "templates"), f"beside {metric} and an image")
+    images = _images(fields, folder)
+    if len(images) != 1:
+        raise ValueError(f"has {len(images)} images, but the metric {metric} needs one")
+    truth = _truth(fields)
+    if PAIR_METRICS[metric].has_classes and len(truth) > 1:
+        raise ValueError(f"has {len(truth)} answers, but an image of {metric} has one class")
+    if not all(text.strip() for text in truth):
+        raise ValueError("has an empty answer")
+    return Question(
+        name=str(fields.get("id", line)),
+        line=line,
+        turns=(),
+        images=images,
+        truth=truth,
+        category=_text(fields, "category"),
+    )
+
+
+def _classes(fields: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+    """Read the line that names classes, and the templates of their prompts."""
+    used = ("question", "system", "answer", "answers", "id", "category")
+    _refuse(fields, used, "but no image")
+    found = {"classes": _texts(fields, "choices"), "templates": _texts(fields, "templates")}
+    if not any(found.values()):
+        raise ValueError("has no image, and neither choices (the classes) nor templates")
+    for name, texts in found.items():
+        if len(set(texts)) < len(texts) or not all(text.strip() for text in texts):
+            raise ValueError(f"its {name} are not different texts, each with something in it")
+    for template in found["templates"]:
+        if template.count("{}") != 1:
+            raise ValueError(f"its template {template!r} needs one {{}}, for the name of a class")
+    return {name: texts for name, texts in found.items() if texts}
+
+
+def _refuse(fields: Mapping[str, Any], keys: tuple[str, ...], beside: str) -> None:
+    """Refuse keys that a line must not have."""
+    found = [key for key in keys if key in fields]
+    if found:
+        raise ValueError(f"has {', '.join(found)} {beside}; leave that out")
+
+
+def _with_classes() -> str:
+    return ", ".join(name for name, metric in PAIR_METRICS.items() if metric.has_classes)
+
+
+def _images(fields: Mapping[str, Any], folder: Path) -> tuple[Path, ...]:
+    images = tuple(folder / image for image in _texts(fields, "image"))
+    for image in images:
+        if not image.is_file():
+            raise ValueError(f"its image {image} is missing")
+    return images
+
+
+def _truth(fields: Mapping[str, Any]) -> tuple[str, ...]:
+    if "answer" in fields and "answers" in fields:
+        raise ValueError("has both answer and answers; keep one of them")
+    truth = _texts(fields, "answers" if "answers" in fields else "answer")
+    if not truth:
+        raise ValueError("has no answer")
+    return truth
 
 
 def _text(fields: Mapping[str, Any], key: str) -> str:
@@ -192,10 +278,15 @@ def _with_listed_choices(question: Question) -> Question:
 
 def _problems(task: Task) -> Iterator[str]:
     """Report what is wrong with the questions together."""
-    if task.metric not in METRICS:
-        yield (
-            f"{task.path}: there is no metric {task.metric}; the metrics are {', '.join(METRICS)}"
-        )
+    if task.metric not in METRICS | PAIR_METRICS:
+        names = ", ".join(METRICS | PAIR_METRICS)
+        yield f"{task.path}: there is no metric {task.metric}; the metrics are {names}"
+        return
+    yield from _same_names(task)
+    if task.is_of_pairs:
+        for question in task.questions:
+            if task.classes and question.truth[0] not in task.classes:
+                yield f"{task.where(question)}: its answer {question.truth[0]!r} is no class"
         return
     with_choices = [question for question in task.questions if question.choices]
     if 0 < len(with_choices) < len(task.questions):
@@ -203,12 +294,7 @@ def _problems(task: Task) -> Iterator[str]:
             f"{task.where(with_choices[0])}: has choices, but other questions of the file have"
             " none; split the file"
         )
-    names = Counter(question.name for question in task.questions)
     for question in task.questions:
-        if names[question.name] > 1:
-            yield f"{task.where(question)}: {names[question.name]} questions have the id" + (
-                f" {question.name}"
-            )
         if METRICS[task.metric].needs_choices and len(question.choices) < 2:
             yield f"{task.where(question)}: the metric {task.metric} needs choices, two or more"
         if question.choices:
@@ -221,3 +307,13 @@ def _problems(task: Task) -> Iterator[str]:
             unknown = sorted(set(question.truth) - set(question.choices) - set(letters))
             if unknown:
                 yield (f"{task.where(question)}: its answer {unknown[0]!r} is none of its choices")
+
+
+def _same_names(task: Task) -> Iterator[str]:
+    """Report questions of one name."""
+    names = Counter(question.name for question in task.questions)
+    for question in task.questions:
+        if names[question.name] > 1:
+            yield f"{task.where(question)}: {names[question.name]} questions have the id" + (
+                f" {question.name}"
+            )

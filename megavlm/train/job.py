@@ -16,6 +16,7 @@ from megavlm.data.loading.dataset import PackedDataset
 from megavlm.data.loading.loader import batches
 from megavlm.data.loading.order import Order
 from megavlm.evaluate.packs import TaskPacks
+from megavlm.evaluate.pair_packs import PairPacks
 from megavlm.model.precision import tile_multiple
 from megavlm.parallel.backend import Backend
 from megavlm.parallel.process_groups import Groups
@@ -47,7 +48,7 @@ class Job(Built):
     train: PackedDataset | BlendedDataset
     plan: Order
     valid: PackedDataset | None
-    tasks: tuple[TaskPacks, ...] = ()
+    tasks: tuple[TaskPacks | PairPacks, ...] = ()
     lock: Lock | None = None
     averages: Averages | None = None
     unused_weights: Weights = field(default_factory=dict)

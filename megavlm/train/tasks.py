@@ -14,12 +14,23 @@ import torch.distributed as dist
 
 from megavlm.config.evaluation import VALID_LOSS
 from megavlm.config.schema import Config, Eval
-from megavlm.evaluate.graded import ANSWERS, Given, chosen, grade, write_rows, written
+from megavlm.evaluate.graded import (
+    ANSWERS,
+    Graded,
+    chosen,
+    grade,
+    grade_pairs,
+    write_rows,
+    written,
+)
 from megavlm.evaluate.metrics import METRICS
 from megavlm.evaluate.packs import TaskPacks, prepare
+from megavlm.evaluate.pair_metrics import PAIR_METRICS
+from megavlm.evaluate.pair_packs import PairPacks, prepare_pairs
 from megavlm.evaluate.shots import with_shots
 from megavlm.evaluate.task import Task, read_tasks
 from megavlm.io.remote import is_remote
+from megavlm.train.embed_tasks import embed
 from megavlm.train.evaluate import evaluating
 from megavlm.train.generate import choose, generate
 from megavlm.train.job import Job
@@ -43,13 +54,21 @@ class Result:
     answers: dict[str, list[dict[str, Any]]]
 
 
-def open_tasks(config: Config) -> tuple[TaskPacks, ...]:
+def open_tasks(config: Config) -> tuple[TaskPacks | PairPacks, ...]:
     """Read the tasks of a run.
 
     Raises:
         ValueError: a task that cannot be asked, with its file and line.
     """
-    return _open(config.eval, config.data.train_folders[0], config.checkpoint.best_by)
+    needs = config.architecture.needs
+    longest = needs.longest_sample(config.architecture) if needs.is_of_pairs else None
+    return _open(
+        config.eval,
+        config.data.train_folders[0],
+        config.checkpoint.best_by,
+        config.architecture.objective,
+        longest[1] if longest else 0,
+    )
 
 
 def task_facts(config: Config) -> dict[str, str]:
@@ -69,19 +88,33 @@ def task_facts(config: Config) -> dict[str, str]:
 @lru_cache(
     maxsize=8
 )  # to check each stage of a command, and to run it to check the run, and once to run it
-def _open(evaluation: Eval, folder: str, best_by: str) -> tuple[TaskPacks, ...]:
+def _open(
+    evaluation: Eval, folder: str, best_by: str, objective: str, longest: int
+) -> tuple[TaskPacks | PairPacks, ...]:
     tasks = with_shots(read_tasks(evaluation.tasks), evaluation.examples, evaluation.shots)
     if tasks and (is_remote(folder) or not (Path(folder) / "tokenizer").is_dir()):
         raise ValueError(
             f"--eval.tasks needs the tokenizer of the packs, and --data.train {folder} has no"
             " folder tokenizer on this machine; name local packs"
         )
+    for task in tasks:
+        if task.is_of_pairs != (objective == "contrastive"):
+            names = ", ".join(PAIR_METRICS if objective == "contrastive" else METRICS)
+            raise ValueError(
+                f"--eval.tasks {task.path}: the metric {task.metric} is not for a model of the"
+                f" objective {objective}, whose metrics are {names}"
+            )
     names = figure_names(tasks)
     if best_by != VALID_LOSS and best_by not in names:
         raise ValueError(
             f"--checkpoint.best_by {best_by}: the figures of --eval.tasks are {', '.join(names)}"
         )
-    return tuple(prepare(task, folder, evaluation.max_new_tokens) for task in tasks)
+    return tuple(
+        prepare_pairs(task, folder, longest)
+        if task.is_of_pairs
+        else prepare(task, folder, evaluation.max_new_tokens)
+        for task in tasks
+    )
 
 
 def answer_tasks(job: Job, step: int, progress: Callable[[], None]) -> Result:
@@ -99,10 +132,9 @@ def answer_tasks(job: Job, step: int, progress: Callable[[], None]) -> Result:
     answers: dict[str, list[dict[str, Any]]] = {}
     for task in job.tasks:
         with evaluating(job.ddp_chunks):
-            given = _given(job, task, progress)
-        if not job.groups.is_writer:
+            graded = (_embedded if task.task.is_of_pairs else _answered)(job, task, progress)
+        if graded is None:
             continue
-        graded = grade(task.task, given)
         name = task.task.name
         figures |= graded.figures
         by_category |= graded.by_category
@@ -123,7 +155,8 @@ def answer_tasks(job: Job, step: int, progress: Callable[[], None]) -> Result:
 
 def figure_names(tasks: Sequence[Task]) -> list[str]:
     """Return the names of the figures of tasks."""
-    return [f"{task.name}/{figure}" for task in tasks for figure in METRICS[task.metric].figures]
+    rows = METRICS | PAIR_METRICS
+    return [f"{task.name}/{figure}" for task in tasks for figure in rows[task.metric].figures]
 
 
 def _on_every_rank(job: Job, figures: Mapping[str, float]) -> dict[str, float]:
@@ -135,8 +168,24 @@ def _on_every_rank(job: Job, figures: Mapping[str, float]) -> dict[str, float]:
     return dict(zip(names, shared.tolist(), strict=True))
 
 
-def _given(job: Job, task: TaskPacks, progress: Callable[[], None]) -> list[Given]:
-    """Return each answer. Collective; choices are right on ranks with the last chunk."""
+def _answered(job: Job, task: TaskPacks, progress: Callable[[], None]) -> Graded | None:
+    """Let the model answer a task; returns what the writing rank makes of it. Collective; choices
+    are right on ranks with the last chunk.
+    """
     if task.task.questions[0].choices:
-        return chosen(task.task, choose(job, task))
-    return written(task, generate(job, task, job.config.eval.max_new_tokens, progress))
+        given = chosen(task.task, choose(job, task))
+    else:
+        given = written(task, generate(job, task, job.config.eval.max_new_tokens, progress))
+    return grade(task.task, given) if job.groups.is_writer else None
+
+
+def _embedded(job: Job, task: PairPacks, progress: Callable[[], None]) -> Graded | None:
+    """Let the model embed the images and texts of a task; returns what the writing rank makes of
+    them. Collective.
+    """
+    progress()
+    images, texts = embed(job, task)
+    if not job.groups.is_writer:
+        return None
+    score, nearest = task.judge(images, texts)
+    return grade_pairs(task.task, score, nearest)

@@ -11,6 +11,9 @@ from PIL import Image
 from megavlm.evaluate.task import read_task, read_tasks
 
 QUESTION = dict(question="What?", answer="red")
+RETRIEVAL = dict(image="a.png", answers=["red", "blue"], metric="retrieval")
+ZERO_SHOT = dict(image="a.png", answer="red", metric="zero_shot")
+CLASSES = dict(choices=["red", "blue"], templates=["a {}.", "{}"], metric="zero_shot")
 PAIR = dict(question="A. x B. y", choices=["x", "y"], answer="A", metric="multiple_choice")
 
 
@@ -88,3 +91,48 @@ def test_a_line_may_hold_other_line_breaks(tmp_path: Path):
     line = json.dumps(dict(question="a\u2028b\x85c", answer="x"), ensure_ascii=False)
     (question,) = read_task(write(tmp_path, line)).questions
     assert question.turns[0].text == "a\u2028b\x85c"
+
+
+def test_images_with_captions(tmp_path: Path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    task = read_task(write(tmp_path, RETRIEVAL | dict(category="indoors"), RETRIEVAL))
+    assert task.is_of_pairs and not task.classes
+    first, second = task.questions
+    assert (first.truth, first.category, first.turns) == (("red", "blue"), "indoors", ())
+    assert second.images == (tmp_path / "a.png",)
+
+
+def test_classes_are_those_of_the_line_without_an_image_or_of_the_answers(tmp_path: Path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    task = read_task(write(tmp_path, ZERO_SHOT, CLASSES))
+    assert (task.classes, task.templates) == (("red", "blue"), ("a {}.", "{}"))
+    blue = ZERO_SHOT | dict(answer="blue")
+    task = read_task(write(tmp_path, blue, ZERO_SHOT, blue))
+    assert (task.classes, task.templates) == (("blue", "red"), ("{}",))
+    task = read_task(write(tmp_path, dict(templates=["a {}"], metric="zero_shot"), ZERO_SHOT))
+    assert (task.classes, task.templates) == (("red",), ("a {}",))
+
+
+@pytest.mark.parametrize(
+    ("rows", "told"),
+    [
+        ((RETRIEVAL | dict(question="What?"),), r":1: has question beside retrieval and an image"),
+        ((dict(answer="x", metric="retrieval"),), r":1: has 0 images, but the metric retrieval"),
+        ((RETRIEVAL | dict(answers=[" "]),), r":1: has an empty answer"),
+        ((RETRIEVAL | dict(image="b.png"),), r":1: its image .*b.png is missing"),
+        ((RETRIEVAL | dict(id=1), RETRIEVAL | dict(id=1)), r":1: 2 questions have the id 1"),
+        ((ZERO_SHOT | dict(answer=["a", "b"]),), r":1: has 2 answers, but an image of zero_shot"),
+        ((CLASSES, ZERO_SHOT | dict(answer="green")), r":2: its answer 'green' is no class"),
+        ((CLASSES, CLASSES, ZERO_SHOT), r":2: has no image, and an earlier line names the classes"),
+        ((CLASSES | dict(answer="red"), ZERO_SHOT), r":1: has answer but no image; leave that out"),
+        ((CLASSES | dict(choices=["a", "a"]), ZERO_SHOT), r":1: its classes are not different"),
+        ((CLASSES | dict(templates=["a"]), ZERO_SHOT), r":1: its template 'a' needs one {}"),
+        ((dict(metric="zero_shot"), ZERO_SHOT), r":1: has no image, and neither choices"),
+        ((CLASSES,), ": has no question"),
+        ((QUESTION | dict(templates=["{}"]),), r":1: has templates, which only zero_shot takes"),
+    ],
+)
+def test_pairs_that_cannot_be_compared_are_refused(tmp_path: Path, rows: tuple, told: str):
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match=told):
+        read_task(write(tmp_path, *rows))

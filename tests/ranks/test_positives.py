@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.nn.functional import logsigmoid
 
-from megavlm.config.schema import Architecture, Config
+from megavlm.config.schema import Architecture, Checkpoint, Config, Logging
 from megavlm.data.loading.dataset import PackedDataset
 from megavlm.data.sample import Sample
 from tests.data.samples import make_sample, write_packs
@@ -19,6 +19,7 @@ from tests.ranks.pool import Pool
 from tests.ranks.runs import build
 from tests.ranks.test_contrastive import (
     CLIP,
+    DROPPED,
     SIGLIP,
     assert_same,
     config_of,
@@ -26,6 +27,7 @@ from tests.ranks.test_contrastive import (
     problems_of,
     run,
 )
+from tests.ranks.test_resume import STEPS, forget_the_end, losses, run_job, saved_tensors
 
 FACTS = dict(vocab_size=199, context_token_id=7, tile_size=16, features_per_tile=0)
 # Which image and which text each of 12 pairs has.
@@ -144,6 +146,35 @@ def test_shared_images_train_alike_at_every_layout(
     for world, layout in layouts.items():
         config = config_of(architecture, shared / "four", **usual, **layout)
         assert_same(four, ranks.run(run, world, config))
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        with_settings(DROPPED, positives="image"),
+        with_settings(SIGLIP, positives="either", exchange="ring"),
+    ],
+    ids=["softmax", "sigmoid"],
+)
+def test_shared_images_resume_bit_for_bit(
+    ranks: Pool, shared: Path, tmp_path: Path, architecture: Architecture
+) -> None:
+    def of(save: Path) -> Config:
+        config = config_of(architecture, shared / "four", steps=STEPS)
+        files = Checkpoint(save=str(save), save_interval=3, keep=0)
+        return dataclasses.replace(config, checkpoint=files, logging=Logging(interval=1))
+
+    # Two ranks with two cached microbatches each.
+    assert ranks.run(run_job, 2, of(tmp_path / "whole")) == [STEPS] * 2
+    forget_the_end(tmp_path / "whole", tmp_path / "killed")
+    ranks.run(run_job, 2, of(tmp_path / "killed"))
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")[3:]
+    whole, killed = (
+        ranks.run(saved_tensors, 1, tmp_path / name / f"step_{STEPS:08d}")[0]
+        for name in ("whole", "killed")
+    )
+    assert whole.keys() == killed.keys() and any("exp_avg_sq" in key for key in whole)
+    assert all(torch.equal(whole[key], killed[key]) for key in whole)
 
 
 def test_a_ring_of_ranks_is_a_gather(ranks: Pool, tmp_path: Path) -> None:

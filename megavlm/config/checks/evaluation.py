@@ -28,7 +28,12 @@ def evaluation_problems(config: Config) -> Iterator[str]:
         )
     yield from _best(config)
     objective = config.architecture.objective
-    if asked.tasks and objective != "next_token":
+    if asked.shots and objective == "contrastive":
+        yield (
+            "--eval.shots puts examples in front of questions, and a model of the objective"
+            " contrastive answers none; leave it out"
+        )
+    if asked.tasks and objective not in ("next_token", "contrastive"):
         yield (
             f"--eval.tasks asks for answers, and a model of the objective {objective} gives none;"
             " leave it out"

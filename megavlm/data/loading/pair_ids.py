@@ -14,11 +14,14 @@ def pair_ids(pack: Pack) -> np.ndarray:
     hashes of the bytes of the image's file, and of the tokens.
 
     Args:
-        pack: with its images, one for each sample.
+        pack: with its images, one for each sample, or none: they then are the same.
     """
     ends = np.cumsum(pack.lengths, dtype=np.int64)
     texts = np.split(np.asarray(pack.tokens), ends[:-1])
-    found = [(_hash(pack.image(index)), _hash(text.tobytes())) for index, text in enumerate(texts)]
+    images = [pack.image(index) if pack.tiles else b"" for index in range(len(texts))]
+    found = [
+        (_hash(image), _hash(text.tobytes())) for image, text in zip(images, texts, strict=True)
+    ]
     return np.array(found, np.int64).reshape(-1, 2)
 
 

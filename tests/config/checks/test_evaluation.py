@@ -61,7 +61,11 @@ def test_what_cannot_be(exam: str):
     for found, told in [
         (problems(Eval(tasks=("gone.jsonl",))), "--eval.tasks gone.jsonl: no such file"),
         (problems(Eval(max_new_tokens=0)), "--eval.max_new_tokens 0: must be at least 1"),
-        (problems(Eval(tasks=(exam,)), objective="contrastive"), "--eval.tasks asks for answers"),
+        (problems(Eval(tasks=(exam,)), objective="qformer"), "--eval.tasks asks for answers"),
+        (
+            problems(Eval(tasks=(exam,), shots=(0,)), objective="contrastive"),
+            "--eval.shots puts examples in front of questions",
+        ),
         (problems(interval=5), "--training.eval_interval 5 needs --data.valid"),
         (problems(Eval(tasks=(exam,)), best, interval=5), "--checkpoint.keep_best 1 goes by the"),
         (problems(None, Checkpoint(best_by="a/b")), "--checkpoint.best_by a/b has no effect"),
