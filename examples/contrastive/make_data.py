@@ -1,4 +1,5 @@
-"""Make images of coloured shapes with captions, and a tokenizer of their words.
+"""Make images of coloured shapes with captions, more of them of which a tenth have the caption of
+another image, and a tokenizer of their words.
 
 python examples/contrastive/make_data.py OUT
 """
@@ -21,6 +22,8 @@ SHAPES = ("circle", "square", "triangle", "cross")
 SIZES = {"small": 4, "large": 7}
 PLACES = {"top left": (9, 9), "top right": (22, 9), "lower left": (9, 22), "lower right": (22, 22)}
 TRAINING_IMAGES = 4800
+MIXED_IMAGES = 960
+WRONG_IMAGES = MIXED_IMAGES // 10
 FACTS = tuple(itertools.product(SIZES, COLOURS, SHAPES, PLACES))
 
 
@@ -44,19 +47,32 @@ def draw(facts: tuple[str, str, str, str], rng: np.random.Generator) -> Image.Im
     return image
 
 
-def write(out: Path, name: str, chosen: list[tuple[str, str, str, str]], seed: int) -> None:
-    """Write an annotation file and its images."""
+def write(
+    out: Path,
+    name: str,
+    chosen: list[tuple[str, str, str, str]],
+    seed: int,
+    told: list[tuple[str, str, str, str]] | None = None,
+) -> None:
+    """Write an annotation file and its images, which show what is chosen; captions say what is
+    told, or the same.
+    """
     rng = np.random.default_rng(seed)
     with (out / f"{name}.jsonl").open("w") as lines:
-        for number, facts in enumerate(chosen):
+        for number, (facts, words) in enumerate(zip(chosen, told or chosen, strict=True)):
             image = f"{name}_{number}.png"
             draw(facts, rng).save(out / "images" / image)
-            size, colour, shape, place = facts
             turns = [
                 {"from": "human", "value": "<image>"},
-                {"from": "gpt", "value": f"a {size} {colour} {shape} at the {place}"},
+                {"from": "gpt", "value": caption(words)},
             ]
             lines.write(json.dumps({"image": image, "conversations": turns}) + "\n")
+
+
+def caption(facts: tuple[str, str, str, str]) -> str:
+    """Return what is told of an image."""
+    size, colour, shape, place = facts
+    return f"a {size} {colour} {shape} at the {place}"
 
 
 def write_tokenizer(folder: Path) -> None:
@@ -89,7 +105,25 @@ def write_pairs(out: Path) -> dict[str, list[tuple[str, str, str, str]]]:
     return shown
 
 
+def write_mixed(out: Path) -> None:
+    """Write images of which a tenth have the caption of another one that shows something else, and
+    the numbers of these, from 0.
+    """
+    rng = np.random.default_rng(5)
+    shown = [FACTS[number] for number in rng.integers(0, len(FACTS), MIXED_IMAGES)]
+    wrong = rng.choice(MIXED_IMAGES, WRONG_IMAGES, replace=False).tolist()
+    wrong.sort(key=lambda number: shown[number])
+    told = list(shown)
+    for place, number in enumerate(wrong):
+        # Half of them on: nothing is shown so often.
+        told[number] = shown[wrong[(place + WRONG_IMAGES // 2) % WRONG_IMAGES]]
+    assert all(told[number] != shown[number] for number in wrong)
+    write(out, "mixed", shown, seed=6, told=told)
+    (out / "mixed_wrong.json").write_text(json.dumps(sorted(wrong)) + "\n")
+
+
 if __name__ == "__main__":
     out = Path(sys.argv[1])
     write_pairs(out)
+    write_mixed(out)
     write_tokenizer(out / "tokenizer")
