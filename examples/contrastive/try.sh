@@ -30,19 +30,19 @@ for name in train valid; do
     pack "asked_$name" internvl2_5 language --max_tiles 1
 done
 
-# train CONFIG OPTION...
-train() {
-    step "training: $1"
-    local config="$1"
-    shift
-    "$python" -m torch.distributed.run --standalone --nproc-per-node 2 pretrain_vlm.py --config "$here/$config.yaml" "$@"
-}
-train try --data.train "$out/packs/train" --data.valid "$out/packs/valid" --checkpoint.save "$out/run" --checkpoint.export_hf "$out/exported"
+train() { "$python" -m torch.distributed.run --standalone --nproc-per-node 2 pretrain_vlm.py "$@"; }
+step "training: CLIP"
+train --config "$here/try.yaml" --data.train "$out/packs/train" --data.valid "$out/packs/valid" \
+    --checkpoint.save "$out/run" --checkpoint.export_hf "$out/exported"
 
 step "scores of images, of which a tenth have another one's caption"
 "$python" tools/score_dataset.py --model "$out/run" --jsonl "$out/data/mixed.jsonl" --root "$out/data/images" --workers 0 --out "$out/scores"
 
-train internvl --stage 0,1 --init.vision "$out/exported" --init.language "$out/data/language" --checkpoint.save "$out/internvl" \
+step "training: InternVL's stages 0 and 1, with CLIP's image encoder"
+train --recipe internvl --stage 0,1 --init.vision "$out/exported" --init.language "$out/data/language" \
+    --architecture.connector.pixel_shuffle 2 --architecture.connector.norm true --data.workers 0 --data.group 1 --training.precision float32 \
+    --training.steps 150 --training.global_batch_size 4 --training.eval_interval 75 --optimizer.lr 3e-3 --optimizer.warmup_steps 10 \
+    --checkpoint.save_interval 0 --logging.interval 50 --health.speed_check false --checkpoint.save "$out/internvl" \
     --for 0 "--data.train '$out/packs/text_train' --data.valid '$out/packs/text_valid'" \
     --for 1 "--data.train '$out/packs/asked_train' --data.valid '$out/packs/asked_valid' --eval.without_images true"
 
