@@ -18,8 +18,8 @@ class Eval:
     """Tasks that the model answers at each evaluation.
 
     Args:
-        tasks: JSONL files of questions, images and answers, whose metrics are logged beside the
-            validation loss.
+        tasks: JSONL files of questions, images and answers (of images and texts, for a model of two
+            encoders), whose metrics are logged beside the validation loss.
         examples: JSONL file of questions and answers, in the format of a task, that examples in
             front of questions are taken from.
         shots: numbers of examples, such as ``0,4,8``: every task is asked once with each, and its
