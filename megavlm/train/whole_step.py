@@ -23,6 +23,7 @@ from megavlm.data.loading.batch import Batch
 from megavlm.model.loss import weighted_sum
 from megavlm.model.objective.losses import Losses
 from megavlm.model.objective.objective import Objective, Output
+from megavlm.model.objective.stand_ins import stand_in_for
 from megavlm.parallel.backend import Backend
 from megavlm.train.meters import Meter
 from megavlm.train.pipeline import run_pipeline
@@ -98,7 +99,7 @@ def run_whole_step(
 
 def _zeros(parameters: Sequence[Tensor]) -> list[Tensor]:
     """Return zeros of the shapes of parameters, float32: a sum then does not depend on how many
-    pools it is made of.
+    packs and pools it is made of.
     """
     return [torch.zeros_like(one, dtype=torch.float32) for one in parameters]
 
@@ -168,10 +169,11 @@ def _keep_gradients(
     for output in outputs:
         for part in _parts(output):
             part.requires_grad_()
-    loss = loss_from(first, outputs)
     leaves = [part for output in outputs for part in _parts(output)]
-    wanted = [*leaves, *objective.loss_parameters]
-    found = torch.autograd.grad(loss, wanted, allow_unused=True)
+    stand_ins = [stand_in_for(parameter) for parameter in objective.loss_parameters]
+    with objective.reading(stand_ins):
+        loss = loss_from(first, outputs)
+        found = torch.autograd.grad(loss, [*leaves, *stand_ins], allow_unused=True)
     each = iter(found)
     gradients.extend(tuple(islice(each, len(_parts(output)))) for output in outputs)
     for total, gradient in zip(of_parameters, each, strict=True):

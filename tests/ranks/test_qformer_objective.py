@@ -350,3 +350,42 @@ def test_settings_that_cannot_be_are_refused(pairs: Path) -> None:
     assert "max_position_embeddings 16" in one
     [one] = problems_of(config_of(pairs, {"label_smoothing": 1.0}))
     assert "label_smoothing 1.0" in one
+
+
+def sums_of_pool(config: Config) -> dict[str, list[Any]]:
+    """Return the gradients that a pool of four packs has for the objective's own parameters, and
+    the sums of those that each pack has alone.
+    """
+    import torch
+
+    from megavlm.train import whole_step
+
+    job = build(config)
+    objective = job.chunks[0].objective
+    ids = job.plan.pack_ids(0, 4)
+    options = dict(reduction="sample", vision_layers=3, seed=config.training.seed)
+    packs = [job.train.batch(int(number), at, **options) for at, number in enumerate(ids)]
+    samples = job.samples_of_ranks(job.train, ids)
+    outputs = whole_step.outputs_of(job.ddp_chunks, iter(packs), 4, job.backend)
+    found = {"together": [], "alone": []}
+
+    def part(chosen: slice) -> list[torch.Tensor]:
+        def loss(first: int, given: list) -> torch.Tensor:
+            losses = objective.step_losses(given, packs, samples)
+            return whole_step._weighed(losses[chosen], packs[chosen], 1.0, ())
+
+        sums = whole_step._zeros(objective.loss_parameters)
+        whole_step._keep_gradients(0, outputs, loss, objective, whole_step.deque(), sums)
+        return sums
+
+    found["together"] = part(slice(0, 4))
+    alone = [part(slice(number, number + 1)) for number in range(4)]
+    found["alone"] = [sum(parts[1:], parts[0]) for parts in zip(*alone, strict=True)]
+    return {name: [one.numpy() for one in sums] for name, sums in found.items()}
+
+
+def test_gradients_of_a_pools_packs_are_summed_in_float32(ranks: Pool, pairs: Path) -> None:
+    [found] = ranks.run(sums_of_pool, 1, config_of(pairs, precision="bfloat16"))
+    assert len(found["alone"]) > 50
+    for together, alone in zip(found["together"], found["alone"], strict=True):
+        np.testing.assert_allclose(together, alone, rtol=1e-5, atol=1e-6 * np.abs(alone).max())

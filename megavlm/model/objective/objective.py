@@ -6,14 +6,18 @@ size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import MappingProxyType
 
 import torch
 from megatron.core.transformer import MegatronModule
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from megavlm.data.loading.batch import Batch
 from megavlm.model.objective.losses import Losses
+from megavlm.model.objective.stand_ins import read_for
 
 Output = Tensor | tuple[Tensor, ...]
 """What the last chunk ends in."""
@@ -36,6 +40,7 @@ class Objective(MegatronModule):
 
     spans_step = False
     embeds_pairs = False
+    _stand_ins: Mapping[nn.Parameter, Tensor] = MappingProxyType({})
 
     def take_connector(self, connector: nn.Module) -> None:
         """Take the connector of a model without a language model; called when the last chunk is
@@ -104,6 +109,28 @@ class Objective(MegatronModule):
     def loss_parameters(self) -> list[nn.Parameter]:
         """The trained parameters that ``step_losses`` reads."""
         return []
+
+    @contextmanager
+    def reading(self, stand_ins: Sequence[Tensor]) -> Iterator[None]:
+        """Give the gradients of ``loss_parameters`` to float32 tensors of their shapes, inside the
+        context, so that those of several packs are summed in float32. Losses must be computed, and
+        their gradients taken, in it.
+        """
+        self._stand_ins = dict(zip(self.loss_parameters, stand_ins, strict=True))
+        yield
+        self._stand_ins = {}
+
+    def read(self, parameter: nn.Parameter) -> Tensor:
+        """Return a parameter's values; see ``reading`` for where their gradient goes."""
+        stand_in = self._stand_ins.get(parameter)
+        return parameter if stand_in is None else read_for(stand_in, parameter)
+
+    def call(self, module: nn.Module, *inputs: Tensor, **options: Tensor) -> Tensor:
+        """Call a module that losses read, each parameter read by ``read``."""
+        if not self._stand_ins:
+            return module(*inputs, **options)
+        parameters = {name: self.read(one) for name, one in module.named_parameters()}
+        return functional_call(module, parameters, inputs, options)
 
     def step_losses(
         self,

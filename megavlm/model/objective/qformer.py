@@ -229,7 +229,7 @@ class QFormerObjective(Objective):
             batch: the pack.
         """
         partners = torch.arange(at.first, at.first + len(own.ids), device=own.ids.device)
-        temperature = self.temperature.float()
+        temperature = self.read(self.temperature).float()
         others = pool
         if self.settings.gradient == "local":
             others = pool.map(torch.Tensor.detach)
@@ -305,8 +305,8 @@ class QFormerObjective(Objective):
         """
         real = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
         seen = seen_by(self.queries, [TextRows(mode="bidirectional", real=real)])
-        rows = self.connector(hidden.transpose(0, 1), text=ids, seen=seen)
-        return self.matching(rows[:, : self.queries]).float().mean(dim=1)
+        rows = self.call(self.connector, hidden.transpose(0, 1), text=ids, seen=seen)
+        return self.call(self.matching, rows[:, : self.queries]).float().mean(dim=1)
 
     def after_step(self) -> None:
         """Keep the temperature above zero."""
