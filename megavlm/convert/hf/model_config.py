@@ -40,7 +40,8 @@ def architecture_from_hf(folder: str | Path) -> Architecture:
 
 # Facts that weights of one model may be used with differently: positions are resized to the tile,
 # the factor is only where training starts, unused layers are not built, a family is how files name
-# weights, and rotary positions are stretched for longer samples only. A tied head may be untied,
+# weights, rotary positions are stretched for longer samples only, and how long instructions are
+# stands in no file. A tied head may be untied,
 # too.
 _FREE = {
     "architecture.vision.image_size",
@@ -50,6 +51,7 @@ _FREE = {
     "architecture.language.family",
     "architecture.language.rotary_dynamic_factor",
     "architecture.cross_attention.gate_start",
+    "architecture.connector.qformer.instruction_tokens",
     "architecture.vision.patch_drop",
     "architecture.contrastive.positives",
     "architecture.contrastive.exchange",

@@ -9,10 +9,11 @@ import torch
 from transformers import AutoProcessor, InstructBlipForConditionalGeneration
 
 from megavlm.convert.hf import convert
+from megavlm.convert.hf.model_config import architecture_from_hf, differences
 from megavlm.data.records.record import Turn
 from megavlm.data.text.chat_tokens import ChatTemplate
 from megavlm.data.text.tokenizer import QFORMER_TOKENIZER, load_tokenizer
-from tests.convert.blip2_models import INSTRUCT, INSTRUCT_KINDS, make_instructblip
+from tests.convert.blip2_models import INSTRUCT, INSTRUCT_KINDS, KINDS, make_instructblip, reading
 from tests.convert.card import run_example
 from tests.convert.round_trip import assert_round_trip, golden_words
 from tests.data.pair_tokenizer import make_pair_tokenizer
@@ -63,6 +64,14 @@ def test_transformers_loads_an_export_and_its_processor(
     with torch.no_grad():
         assert model(**inputs).logits.isfinite().all()
     assert run_example(out, monkeypatch, capsys)
+
+
+def test_how_long_instructions_are_is_no_fact_of_a_folder(tmp_path: Path) -> None:
+    source = make_instructblip(tmp_path / "hf")
+    there = architecture_from_hf(source)
+    assert not differences(there, reading(INSTRUCT, 9))
+    [one] = differences(there, KINDS["llama"])
+    assert one == "--architecture.connector.qformer.text: True there, False asked for"
 
 
 def test_a_tokenizer_without_that_of_the_q_former_is_refused(tmp_path: Path, words: Path) -> None:
