@@ -15,6 +15,9 @@ class Init:
             EVA of a BLIP-2.
         connector: Hugging Face folder that has a Q-Former (BLIP-2, InstructBLIP), or of the BERT
             that a Q-Former starts as.
+        text: Hugging Face folder whose Q-Former reads texts (BLIP-2's first stage, InstructBLIP),
+            or of a BERT: embeddings and MLPs of texts for one that --init.connector has without
+            them (BLIP-2's second stage).
         language: Hugging Face folder of a language model with its tokenizer; InternVL's special
             tokens are added.
         tokenizer: folder of the language model's tokenizer, if its own is Python code that cannot
@@ -23,14 +26,15 @@ class Init:
 
     vision: str = ""
     connector: str = ""
+    text: str = ""
     language: str = ""
     tokenizer: str = ""
 
     @property
     def parts(self) -> dict[str, str]:
         """Folders of the parts that are named."""
-        folders = {"vision": self.vision, "connector": self.connector, "language": self.language}
-        return {part: folder for part, folder in folders.items() if folder}
+        names = ("vision", "connector", "text", "language")
+        return {name: folder for name in names if (folder := vars(self)[name])}
 
     @property
     def is_whole(self) -> bool:

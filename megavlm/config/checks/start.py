@@ -22,6 +22,8 @@ def problems(config: Config) -> Iterator[str]:
             yield f"--init.{name} {folder}: no such folder"
     if init.tokenizer and not init.language:
         yield f"--init.tokenizer {init.tokenizer} needs --init.language, whose tokenizer it is"
+    if init.text and not init.connector:
+        yield f"--init.text {init.text} needs --init.connector, the Q-Former that lacks it"
     for part, folder in init.parts.items():
         if load:
             yield (

@@ -64,20 +64,21 @@ def read_model(folder: str, init: Init, default: Architecture | None = None) -> 
     language = language_from_hf(init, known.image_tokens) if init.language else known.language
     if default is not None:
         found = replace(default, vision=vision, language=language)
-        return _with_connector(found, init.connector) if init.connector else found
+        return _with_connector(found, init) if init.connector else found
     return _compose(vision, language)
 
 
-def _with_connector(architecture: Architecture, folder: str) -> Architecture:
-    """Replace the sizes of a model's Q-Former by those of a folder; errors as of
+def _with_connector(architecture: Architecture, init: Init) -> Architecture:
+    """Replace the sizes of a model's Q-Former by those of its folders; errors as of
     ``qformer_part.read``.
     """
     known = architecture.connector
     if known.kind != "qformer":
         raise ValueError(
-            f"--init.connector {folder}: the connector is {known.kind}, which starts from no folder"
+            f"--init.connector {init.connector}: the connector is {known.kind}, which starts from"
+            " no folder"
         )
-    found = qformer_part.read(folder, known.qformer)
+    found = qformer_part.read(init.connector, known.qformer, init.text)
     return replace(architecture, connector=replace(known, qformer=found))
 
 
@@ -231,8 +232,8 @@ def _found(init: Init, part: str, wanted: Architecture) -> Architecture:
             wanted,
             language=replace(_language(Path(init.language)), vocab_size=wanted.language.vocab_size),
         )
-    if part == "connector":
-        return _with_connector(wanted, init.connector)
+    if part in ("connector", "text"):
+        return _with_connector(wanted, init)
     vision = vision_from_hf(init.vision, wanted.vision)
     if vision.family == wanted.vision.family and vision.family in vision_part.CLIP_FAMILIES:
         layers = min(vision.num_layers + vision.unused_layers, wanted.vision.num_layers)

@@ -30,6 +30,8 @@ _SPREAD = 0.02
 _FRESH_BESIDE_BERT = re.compile(r"connector\.(norm\.|queries$|output\.|.*\.cross_attention)")
 _OUTPUT = "connector.output."
 _TOKENS = "connector.token_embedding.weight"
+# What a Q-Former reads texts with.
+_OF_TEXTS = re.compile(r"connector\.((token|position)_embedding\.|.*\.text_mlp)")
 _BERT_NAMES = (
     (re.compile(r"^bert\."), ""),
     (re.compile(r"LayerNorm\.gamma$"), "LayerNorm.weight"),
@@ -40,26 +42,70 @@ _BERT_NAMES = (
 )
 
 
-def read(folder: str | Path, known: QFormer) -> QFormer:
+def read(folder: str | Path, known: QFormer, text: str | Path = "") -> QFormer:
     """Read the sizes of a Q-Former.
 
     Args:
         folder: Hugging Face folder of a BLIP-2, an InstructBLIP or a BERT.
         known: says whether texts are read, and the rest of what a BERT does not have.
+        text: another such folder, which has what reads texts; none: ``folder`` has it.
 
     Raises:
-        FileNotFoundError: the folder has no config.json.
-        ValueError: it is of another model, or of one that cannot be trained here.
+        FileNotFoundError: a folder has no config.json.
+        ValueError: it is of another model, or of one that cannot be trained here; or the two do not
+            fit together.
     """
+    found, has_text = _read(folder, known, "--init.connector")
+    if text:
+        return _with_text(found, text, known)
+    if known.text and not has_text:
+        raise ValueError(
+            f"--init.connector {folder}: its Q-Former reads no texts, and the model's does"
+            " (--architecture.connector.qformer.text true); name the folder of a first stage, or"
+            " give one that has what reads texts with --init.text"
+        )
+    return found
+
+
+def _with_text(found: QFormer, text: str | Path, known: QFormer) -> QFormer:
+    """Give a Q-Former the rows of the embeddings in another folder."""
+    if not known.text:
+        raise ValueError(
+            f"--init.text {text}: the model's Q-Former reads no texts"
+            " (--architecture.connector.qformer.text false); leave it out"
+        )
+    other, has_text = _read(text, known, "--init.text")
+    if not has_text:
+        raise ValueError(
+            f"--init.text {text}: its Q-Former reads no texts; name the folder of a first stage of"
+            " BLIP-2, of an InstructBLIP or of a BERT"
+        )
+    here = vars(found)
+    there = vars(other)
+    wrong = [
+        f"{name} {there[name]}, and that of --init.connector has {here[name]}"
+        for name in ("num_layers", "hidden_size", "ffn_hidden_size")
+        if there[name] != here[name]
+    ]
+    if wrong:
+        raise ValueError(f"--init.text {text}: its Q-Former has {'; '.join(wrong)}")
+    return replace(
+        found,
+        vocab_size=other.vocab_size,
+        max_position_embeddings=other.max_position_embeddings,
+    )
+
+
+def _read(folder: str | Path, known: QFormer, flag: str) -> tuple[QFormer, bool]:
+    """Return the sizes of a folder's Q-Former, and whether it has what reads texts."""
     path = Path(folder) / json_files.FILE_NAME
     raw = json_files.read_json(path)
     kind = raw.get("model_type")
     if kind == _BERT:
-        return _of_bert(path, raw, known)
+        return _of_bert(path, raw, known), True
     if kind not in _FORMS:
         raise ValueError(
-            f"--init.connector {path}: model_type is {kind!r}, must be one of"
-            f" {', '.join((*_FORMS, _BERT))}"
+            f"{flag} {path}: model_type is {kind!r}, must be one of {', '.join((*_FORMS, _BERT))}"
         )
     settings = _FORMS[kind].from_dict(raw).to_dict()
     wrong = json_files.contradictions(
@@ -67,21 +113,15 @@ def read(folder: str | Path, known: QFormer) -> QFormer:
     )
     json_files.refuse(path, list(wrong))
     found = blip2_config.read_connector(settings).qformer
-    if known.text and not found.text:
-        raise ValueError(
-            f"--init.connector {path}: its Q-Former reads no texts, and the model's does"
-            " (--architecture.connector.qformer.text true); name the folder of a first stage"
-        )
-    rows = (found.vocab_size, found.max_position_embeddings)
-    if not known.text:
-        rows = (known.vocab_size, known.max_position_embeddings)
-    return replace(
+    rows = found if known.text else known
+    sizes = replace(
         found,
         text=known.text,
         instruction_tokens=known.instruction_tokens,
-        vocab_size=rows[0],
-        max_position_embeddings=rows[1],
+        vocab_size=rows.vocab_size,
+        max_position_embeddings=rows.max_position_embeddings,
     )
+    return sizes, found.text
 
 
 def _of_bert(path: Path, raw: dict[str, Any], known: QFormer) -> QFormer:
@@ -100,16 +140,44 @@ def _of_bert(path: Path, raw: dict[str, Any], known: QFormer) -> QFormer:
 
 
 def serve(config: Config, fresh: FullTensor) -> FullTensor:
-    """Return a function that gives the whole tensors of the connector, those that the folder lacks
+    """Return a function that gives the whole tensors of the connector, those that the folders lack
     from ``fresh``.
 
     Raises:
         FileNotFoundError: files are missing.
         ValueError: weights are missing or of other sizes; each is named.
     """
-    folder = Path(config.init.connector)
+    init = config.init
+    arch = config.architecture
+    if init.text:
+        views = [
+            _open(init.connector, arch, lambda key: not _OF_TEXTS.match(key)),
+            _open(init.text, arch, lambda key: bool(_OF_TEXTS.match(key))),
+        ]
+    else:
+        views = [_open(init.connector, arch, lambda key: True)]
+
+    def tensor(key: str, shape: Shape) -> Served:
+        view = next((one for one in views if key in one.headers), None)
+        if view is None:
+            return fresh(key, shape)
+        whole = LazyTensor(view, key)
+        if key != _TOKENS:
+            return whole
+        rows = arch.connector.qformer.vocab_size
+        seed = config.training.seed
+        return ExtendedVocabulary(
+            tensor=whole, rows=rows, new=(), std=_SPREAD, seed=seed, averaged=False
+        )
+
+    return tensor
+
+
+def _open(path: str, architecture: Architecture, wants: Callable[[str], bool]) -> MegatronView:
+    """Open the weights of a folder whose keys are wanted; errors as of ``serve``."""
+    folder = Path(path)
     kind = json_files.read_json(folder / json_files.FILE_NAME)["model_type"]
-    table = list(_table(config.architecture, kind))
+    table = [row for row in _table(architecture, kind) if wants(row.key)]
     known = SafetensorsFolder(folder, rename=_rename(kind, {n for row in table for n in row.names}))
     # A first stage has no layer to a language model, and another language model another width.
     table = [row for row in table if not row.key.startswith(_OUTPUT) or _fits(row, known)]
@@ -117,21 +185,7 @@ def serve(config: Config, fresh: FullTensor) -> FullTensor:
     source = SafetensorsFolder(folder, rename=_rename(kind, used))
     if kind == _BERT:
         table = [_as_long_as(row, source) for row in table]
-    view = MegatronView(source, tuple(table))
-
-    def tensor(key: str, shape: Shape) -> Served:
-        if key not in view.headers:
-            return fresh(key, shape)
-        whole = LazyTensor(view, key)
-        if key != _TOKENS:
-            return whole
-        rows = config.architecture.connector.qformer.vocab_size
-        seed = config.training.seed
-        return ExtendedVocabulary(
-            tensor=whole, rows=rows, new=(), std=_SPREAD, seed=seed, averaged=False
-        )
-
-    return tensor
+    return MegatronView(source, tuple(table))
 
 
 def _table(architecture: Architecture, kind: str) -> Iterator[Row]:

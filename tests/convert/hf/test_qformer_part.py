@@ -14,7 +14,7 @@ from megavlm.config.schema import Architecture, Init
 from megavlm.convert.hf import from_parts
 from megavlm.convert.hf.json_files import read_json, write_json
 from megavlm.convert.weights.qformer import rows
-from tests.convert.blip2_models import KINDS, OPT, make_blip2
+from tests.convert.blip2_models import KINDS, OPT, make_blip2, make_instructblip
 from tests.convert.models import load_all
 from tests.ranks.runs import config_for
 
@@ -26,13 +26,12 @@ def with_text(architecture: Architecture, **sizes) -> Architecture:
     return dataclasses.replace(architecture, connector=Connector(kind="qformer", qformer=qformer))
 
 
-def started(folder: Path, architecture: Architecture) -> dict[str, torch.Tensor]:
-    """Return every weight of the connector of a run that starts from a folder; ``FRESH`` for a
-    fresh one.
+def started(folder: Path, architecture: Architecture, text: str = "") -> dict[str, torch.Tensor]:
+    """Return every weight of the connector of a run that starts from a folder, or two; ``FRESH``
+    for a fresh one.
     """
-    config = dataclasses.replace(
-        config_for(Path("packs")), architecture=architecture, init=Init(connector=str(folder))
-    )
+    init = Init(connector=str(folder), text=text)
+    config = dataclasses.replace(config_for(Path("packs")), architecture=architecture, init=init)
     tensor = from_parts.full_tensors(config, lambda key, shape: FRESH)
     found = {}
     for row in rows(architecture):
@@ -99,6 +98,37 @@ def test_a_bert_gives_its_layers_and_its_mlps_twice(tmp_path: Path) -> None:
     assert 0 < words[60].std() < 0.1
 
 
+@pytest.mark.parametrize("kind", ["bert", "instructblip"])
+def test_what_reads_texts_comes_from_another_folder(tmp_path: Path, kind: str) -> None:
+    folder = make_blip2(tmp_path / "hf", KINDS["llama"], torch.float32)
+    text = tmp_path / "text"
+    if kind == "bert":
+        make_bert(text)
+    else:
+        make_instructblip(text, dtype=torch.float32)
+    known = with_text(KINDS["llama"], vocab_size=61, max_position_embeddings=8)
+    init = Init(connector=str(folder), text=str(text))
+    model = from_parts.read_model("", init, known)
+    assert model == with_text(KINDS["llama"], vocab_size=61, max_position_embeddings=23)
+    found = started(folder, model, str(text))
+    assert not any(tensor is FRESH for tensor in found.values())
+    alone = started(text, model)
+    without = started(folder, KINDS["llama"])
+    for key, tensor in found.items():
+        reads_texts = key not in without
+        assert reads_texts == ("text_mlp" in key or key.startswith(("token_", "position_")))
+        expected = alone[key] if reads_texts else without[key]
+        if (kind, key) != ("bert", "token_embedding.weight"):  # with a row of its own
+            assert torch.equal(tensor, expected), key
+    narrow = dataclasses.replace(OPT.connector.qformer, ffn_hidden_size=50)
+    other = dataclasses.replace(
+        KINDS["llama"], connector=dataclasses.replace(OPT.connector, qformer=narrow)
+    )
+    init = Init(connector=str(make_blip2(tmp_path / "narrow", other)), text=str(text))
+    with pytest.raises(ValueError, match="ffn_hidden_size 52, and that of --init.connector has 50"):
+        from_parts.read_model("", init, known)
+
+
 def test_the_sizes_of_a_folder_are_taken_over(tmp_path: Path) -> None:
     other = dataclasses.replace(OPT.connector.qformer, queries=3, num_layers=2, hidden_size=56)
     changed = dataclasses.replace(OPT, connector=Connector(kind="qformer", qformer=other))
@@ -115,6 +145,10 @@ def test_other_folders_and_models_are_refused(tmp_path: Path) -> None:
     init = Init(connector=str(folder))
     with pytest.raises(ValueError, match="reads no texts, and the model's does"):
         from_parts.read_model("", init, with_text(OPT))
+    with pytest.raises(ValueError, match="--init.text .* its Q-Former reads no texts"):
+        from_parts.read_model("", dataclasses.replace(init, text=str(folder)), with_text(OPT))
+    with pytest.raises(ValueError, match="--init.text .* the model's Q-Former reads no texts"):
+        from_parts.read_model("", dataclasses.replace(init, text=str(folder)), OPT)
     mlp = dataclasses.replace(OPT, connector=Connector())
     with pytest.raises(ValueError, match="the connector is mlp, which starts from no folder"):
         from_parts.read_model("", init, mlp)
