@@ -99,7 +99,10 @@ def test_a_layout_trains_like_one_process(ranks: Pool, packs: Path, layout: Layo
     architecture = dataclasses.replace(
         OPT,
         vision=dataclasses.replace(OPT.vision, num_layers=layers, num_attention_heads=4),
-        language=dataclasses.replace(OPT.language, num_layers=layers),
+        # Heads divide among four ranks.
+        language=dataclasses.replace(
+            OPT.language, num_layers=layers, num_attention_heads=8, num_query_groups=8
+        ),
     )
     settings = dict(trainable=MASK, adam_eps=1e-3, steps=4)
     [expected] = ranks.run(train_curve, 1, _config(architecture, packs, **settings))

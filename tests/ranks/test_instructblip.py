@@ -52,12 +52,14 @@ EVERYDAY = [
     or name in ("TP2", "PP2 in the language model")
 ]
 _config = partial(recipe_config, "instructblip")
-# Three layers each, as many heads as divide among two ranks, and pixels as in the packs.
+# Three layers each, heads that divide among four ranks, and pixels as in the packs.
 PIXELS = {name: getattr(Vision(), name) for name in ("pixel_mean", "pixel_std")}
 MODEL = dataclasses.replace(
     INSTRUCT,
     vision=dataclasses.replace(INSTRUCT.vision, num_layers=3, num_attention_heads=4, **PIXELS),
-    language=dataclasses.replace(INSTRUCT.language, num_layers=3),
+    language=dataclasses.replace(
+        INSTRUCT.language, num_layers=3, num_attention_heads=8, num_query_groups=4
+    ),
 )
 
 
