@@ -8,6 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import PreTrainedModel
+
 Exam = list[dict[str, Any]]
 
 
@@ -19,6 +22,16 @@ def parse(description: str) -> argparse.Namespace:
     parser.add_argument("out", type=Path, metavar="OUT", help="folder of try.sh")
     parser.add_argument("--seconds", type=int, required=True, help="that try.sh took so far")
     return parser.parse_args()
+
+
+def forget_qformer(model: PreTrainedModel) -> None:
+    """Draw the weights of a model's Q-Former, as before training."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            is_matrix = parameter.dim() > 1
+            if name.startswith(("query_tokens", "qformer.", "language_projection.")) and is_matrix:
+                parameter.normal_(0, 0.02)
 
 
 def write_summary(options: argparse.Namespace, facts: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from PIL import Image
 from transformers import AutoProcessor, Blip2ForConditionalGeneration
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from try_out import parse, write_summary
+from try_out import forget_qformer, parse, write_summary
 
 END = "\n"
 
@@ -33,23 +33,13 @@ def share_right(model: Blip2ForConditionalGeneration, folder: Path, data: Path) 
     return sum(one == other for one, other in zip(said, wanted, strict=True)) / len(records)
 
 
-def forget(model: Blip2ForConditionalGeneration) -> None:
-    """Draw the weights of the Q-Former, as before training."""
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            is_matrix = parameter.dim() > 1
-            if name.startswith(("query_tokens", "qformer.", "language_projection.")) and is_matrix:
-                parameter.normal_(0, 0.02)
-
-
 def main() -> None:
     options = parse(__doc__)
     out = options.out
     folder = out / "exported" / "stage2"
     model = Blip2ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
     after = share_right(model, folder, out / "data")
-    forget(model)
+    forget_qformer(model)
     facts = {
         **json.loads((out / "recall.json").read_text()),
         "metric": "share of held-out images that transformers captions right, word for word",

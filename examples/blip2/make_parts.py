@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +54,7 @@ VISION = dict(
     num_attention_heads=4,
     image_size=SIDE,
     patch_size=8,
+    initializer_range=0.02,  # of transformers: 1e-10, with which it learns no places
 )
 
 
@@ -62,12 +64,11 @@ def caption(facts: tuple[str, ...]) -> list[str]:
     return f"a {size} {colour} {shape} at the {place}".split()
 
 
-def make_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+def make_tokenizer(folder: Path, words: Iterable[str]) -> PreTrainedTokenizerFast:
     """Write a tokenizer with a token for each word, one for a line break, and one that begins a
     text.
     """
-    words = sorted({word for facts in FACTS for word in caption(facts)})
-    names = ("</s>", "<unk>", ".", END, *words)
+    names = ("</s>", "<unk>", ".", END, *sorted(set(words)))
     vocabulary = {name: number for number, name in enumerate(names)}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     cuts = [
@@ -84,11 +85,37 @@ def make_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+def fit(
+    model: PreTrainedModel, rows: Callable[[], list[list[int]]], start: int, steps: int
+) -> float:
+    """Train a language model to go on behind the first ``start`` tokens of rows; return its last
+    loss.
+
+    Args:
+        model: the model.
+        rows: draws token ids for a step, of equal lengths.
+        start: first token that is learned.
+        steps: of training.
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, steps)
+    for _ in range(steps):
+        tokens = torch.tensor(rows())
+        logits = model(input_ids=tokens).logits[:, start - 1 : -1]
+        loss = cross_entropy(logits.flatten(0, 1), tokens[:, start:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return float(loss.detach())
+
+
 def train_language(rng: np.random.Generator, steps: int, folder: Path) -> float:
     """Train an OPT to write a caption behind as many tokens as there will be queries, among them
     the caption's keywords in any order; return its last loss.
     """
-    ids = make_tokenizer(folder).get_vocab()
+    words = (word for facts in FACTS for word in caption(facts))
+    ids = make_tokenizer(folder, words).get_vocab()
     torch.manual_seed(1)
     sizes = dict(hidden_size=96, word_embed_proj_dim=96, ffn_dim=256, num_hidden_layers=3)
     config = OPTConfig(
@@ -102,19 +129,12 @@ def train_language(rng: np.random.Generator, steps: int, folder: Path) -> float:
         words = [*rng.permutation(keys), "</s>", *caption(facts), END]
         return [ids[word] for word in words]
 
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, steps)
-    for _ in range(steps):
-        chosen = rng.integers(len(FACTS), size=64)
-        rows = torch.tensor([text(FACTS[number]) for number in chosen])
-        logits = model(input_ids=rows).logits[:, QUERIES:-1]
-        loss = cross_entropy(logits.flatten(0, 1), rows[:, QUERIES + 1 :].flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
+    def rows() -> list[list[int]]:
+        return [text(FACTS[number]) for number in rng.integers(len(FACTS), size=64)]
+
+    loss = fit(model, rows, QUERIES + 1, steps)
     model.save_pretrained(folder)
-    return float(loss.detach())
+    return loss
 
 
 def train_vision(

@@ -75,10 +75,12 @@ def caption(facts: tuple[str, str, str, str]) -> str:
     return f"a {size} {colour} {shape} at the {place}"
 
 
-def write_tokenizer(folder: Path) -> None:
-    """Write a tokenizer with a token for each word, and one before and one after a text."""
+def write_tokenizer(folder: Path, others: tuple[str, ...] = ("a", "at", "the")) -> None:
+    """Write a tokenizer with a token for each word of the facts and each other one, and one before
+    and one after a text.
+    """
     words = sorted({word for facts in FACTS for text in facts for word in text.split()})
-    names = ("a", "at", "the", *words, "<unk>", "<|startoftext|>", "<|endoftext|>")
+    names = (*others, *words, "<unk>", "<|startoftext|>", "<|endoftext|>")
     vocabulary = {name: number for number, name in enumerate(names)}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     backend.normalizer = normalizers.Lowercase()
