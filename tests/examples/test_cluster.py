@@ -302,7 +302,9 @@ def test_fuyus_script_names_options_that_exist(shell: dict[str, str], tmp_path: 
     assert (args.template, args.tiling, args.model) == ("fuyu", "patches", str(tmp_path))
 
 
-@pytest.mark.parametrize("recipe", ["llava", "paligemma", "fuyu", "contrastive"])
+@pytest.mark.parametrize(
+    "recipe", ["llava", "paligemma", "fuyu", "contrastive", "blip2", "instructblip"]
+)
 def test_slurm_starts_a_recipes_stage(shell: dict[str, str], tmp_path: Path, recipe: str):
     job = {
         "SLURM_JOB_ID": "123",
@@ -310,10 +312,11 @@ def test_slurm_starts_a_recipes_stage(shell: dict[str, str], tmp_path: Path, rec
         "SLURM_JOB_NODELIST": "node[7-8]",
         "SLURM_GPUS_ON_NODE": "4",
     }
+    parts = {"VISION": "eyes", "LANGUAGE": "words", "BERT": "bert", "QFORMER": "qformer"}
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     subprocess.run(
         ["bash", str(ROOT / "examples" / recipe / "slurm.sh"), "1"],
-        env=shell | job | {"VISION": "eyes", "LANGUAGE": "words", "MODEL": str(tmp_path)},
+        env=shell | job | parts | {"MODEL": str(tmp_path)},
         cwd=tmp_path,
         check=True,
     )

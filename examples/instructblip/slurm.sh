@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# InstructBLIP on a cluster with Slurm: one task a node, which starts torchrun for the node's GPUs.
+#
+#   QFORMER=blip2-itm-vit-g/ LANGUAGE=vicuna-7b/ sbatch --nodes 2 examples/instructblip/slurm.sh 1
+#
+# Submit it from the project's folder, on a file system that all nodes share. Variables of run.sh are passed on. The same command again goes on
+# from the last checkpoint.
+#SBATCH --job-name=instructblip
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --exclusive
+#SBATCH --time=24:00:00
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.log
+set -euo pipefail
+: "${1:?name a stage: 1; options for the trainer may follow}"
+
+export NNODES="$SLURM_JOB_NUM_NODES" GPUS_PER_NODE="${SLURM_GPUS_ON_NODE:-8}" JOB_ID="$SLURM_JOB_ID"
+read -r MASTER_ADDR < <(scontrol show hostnames "$SLURM_JOB_NODELIST") # the first of them
+export MASTER_ADDR MASTER_PORT="$((20000 + SLURM_JOB_ID % 10000))"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-8}"
+srun --cpus-per-task "${SLURM_CPUS_ON_NODE:-1}" bash examples/instructblip/run.sh "$@"
