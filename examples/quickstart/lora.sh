@@ -14,19 +14,16 @@ export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 "$python" -m torch.distributed.run --standalone --nproc-per-node 2 pretrain_vlm.py --config "$here/stage2_lora.yaml" \
     --data.train "$out/packs/mixed_train" --data.valid "$out/packs/mixed_valid" \
     --checkpoint.load "$out/runs/stage1_5" --checkpoint.save "$out/runs/stage2_lora" --checkpoint.export_hf "$out/exported/stage2_lora"
-"$python" "$here/answer.py" --exam "$out/data/exam.jsonl" --images "$out/data/images" --packs "$out/packs/mixed_train" \
-    --out "$out/lora_answers.json" 1.5="$out/exported/stage1_5" 2="$out/exported/stage2" lora="$out/exported/stage2_lora"
+"$python" tools/evaluate.py 1.5="$out/exported/stage1_5" 2="$out/exported/stage2" lora="$out/exported/stage2_lora" --transformers \
+    --tasks "$out/data/exam.jsonl" --packs "$out/packs/mixed_train" --max_new_tokens 6 --out "$out/evaluated_lora"
 "$python" - "$out" <<'END'
 import json
 import sys
 from pathlib import Path
 
 out = Path(sys.argv[1])
-found = json.loads((out / "lora_answers.json").read_text())
-wanted = [item["answer"] for item in found["exam"]]
-right = {
-    name: sum(map(str.__eq__, given, wanted)) / len(wanted) for name, given in found["answers"].items()
-}
+found = json.loads((out / "evaluated_lora" / "summary.json").read_text())
+right = {name: figures["exam/accuracy"] for name, figures in found.items()}
 share = (right["lora"] - right["1.5"]) / (right["2"] - right["1.5"])
 (out / "lora.json").write_text(json.dumps({"accuracy": right, "share_of_gain": share}, indent=2) + "\n")
 print(f"accuracy {right}; LoRA reaches {share:.2f} of the gain of the full stage 2")

@@ -120,7 +120,9 @@ class Maker:
         return about_board(board, questions(board), name)
 
     def exam(self, count: int) -> Iterator[dict[str, Any]]:
-        """Single questions with their answers, one in eight about several pictures."""
+        """Yield single questions as a task of docs/evaluation.md, one in eight about several
+        images.
+        """
         for number in range(count):
             if number % 8 == 7:
                 boards, names = zip(*(self.board((1, 1)) for _ in range(2)), strict=True)
@@ -132,9 +134,10 @@ class Maker:
                 record = about_board(board, [question], name)
                 kind = question.kind
             system, human, answer = (turn["value"] for turn in record["conversations"])
+            names = [record["image"]] if isinstance(record["image"], str) else record["image"]
             yield {
-                "kind": kind,
-                "image": record["image"],
+                "category": kind,
+                "image": [f"{self.folder.name}/{name}" for name in names],
                 "system": system,
                 "question": human,
                 "answer": answer,

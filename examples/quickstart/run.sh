@@ -4,7 +4,8 @@
 #   bash examples/quickstart/run.sh [OUT]      OUT: folder to make (default: quickstart)
 #
 # It makes data, packs them, trains stages 0, 1, 1.5 and 2 under torchrun with two ranks, exports the model to Hugging Face, lets transformers
-# answer held-out questions, and ends with a table, OUT/summary.json, OUT/report.png and OUT/report.html. It uses the active virtual environment, or makes .venv.
+# answer held-out questions, and ends with a table, OUT/summary.json, OUT/report.html (the curves of all stages) and OUT/evaluated/index.html (the
+# answers). It uses the active virtual environment, or makes .venv.
 set -euo pipefail
 started=$SECONDS
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
@@ -28,7 +29,7 @@ else
     [[ -x .venv/bin/python ]] || "${PYTHON:-python3}" -m venv .venv
     python="$root/.venv/bin/python"
 fi
-if ! "$python" -c "import megavlm, megatron.core, sklearn, matplotlib" 2>/dev/null; then
+if ! "$python" -c "import megavlm, megatron.core, sklearn" 2>/dev/null; then
     echo "installing; this takes a minute or two"
     "$python" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[quickstart]'
 fi
@@ -48,7 +49,9 @@ done
 train() {
     step "training: $1"
     local options=(--config "$here/$1.yaml" --data.train "$out/packs/$2_train" --data.valid "$out/packs/$2_valid")
-    if [[ -n "${3:-}" ]]; then options+=(--checkpoint.load "$out/runs/$3" --checkpoint.export_hf "$out/exported/$1"); fi
+    if [[ -n "${3:-}" ]]; then
+        options+=(--checkpoint.load "$out/runs/$3" --checkpoint.export_hf "$out/exported/$1" --eval.tasks "$out/data/exam.jsonl" --eval.max_new_tokens 6)
+    fi
     "$python" -m torch.distributed.run --standalone --nproc-per-node 2 pretrain_vlm.py "${options[@]}" --checkpoint.save "$out/runs/$1"
 }
 train stage0 text
@@ -60,10 +63,11 @@ step "the exported model against the trained one"
 "$python" tools/verify_export.py --load "$out/runs/stage2" --hf "$out/exported/stage2" --data "$out/packs/mixed_valid" --packs 4 --json "$out/verify.json"
 
 step "held-out questions, answered by transformers"
-"$python" "$here/answer.py" --exam "$out/data/exam.jsonl" --images "$out/data/images" --packs "$out/packs/mixed_train" --out "$out/answers.json" \
-    1="$out/exported/stage1" 1.5="$out/exported/stage1_5" 2="$out/exported/stage2" 2>"$out/answer.log" || { cat "$out/answer.log" >&2; exit 1; }
+"$python" tools/evaluate.py 1="$out/exported/stage1" 1.5="$out/exported/stage1_5" 2="$out/exported/stage2" --transformers \
+    --tasks "$out/data/exam.jsonl" --packs "$out/packs/mixed_train" --max_new_tokens 6 --out "$out/evaluated" 2>"$out/evaluated.log" \
+    || { cat "$out/evaluated.log" >&2; exit 1; }
 
 step "report"
-"$python" "$here/report.py" "$out" --seconds $((SECONDS - started))
 "$python" tools/report.py "$out"/runs/stage{0,1,1_5,2} --out "$out/report.html"
-echo "$out/summary.json, $out/report.png and $out/report.html (curves) are written; the model is in $out/exported/stage2"
+"$python" "$here/summary.py" "$out" --seconds $((SECONDS - started))
+echo "$out/summary.json, $out/report.html (curves) and $out/evaluated/index.html (answers) are written; the model is in $out/exported/stage2"

@@ -25,14 +25,17 @@ TEXTS = [
     ROOT / "Dockerfile",
     *sorted(ROOT.glob("examples/**/*.sh")),
 ]
-YAMLS = sorted(ROOT.glob("examples/**/*.yaml"))
-# Options of programs that are not ours: docker, pip, useradd; sbatch, srun, scancel and pyxis.
+# Those of lmms_eval are lmms-eval's.
+YAMLS = sorted(set(ROOT.glob("examples/**/*.yaml")) - set(ROOT.glob("examples/lmms_eval/*")))
+# Options of programs that are not ours: docker, pip, useradd; sbatch, srun, scancel and pyxis;
+# lmms-eval and VLMEvalKit.
 _OTHERS = """
     --all --gpus --ipc --ulimit --network --device --cap-add --build-arg --format --quiet
     --disable-pip-version-check --uid --create-home
     --shell --nodes --job-name --ntasks-per-node --gpus-per-node --cpus-per-task --exclusive
     --time --signal --requeue --open-mode --output
     --kill-on-bad-exit --container-image --container-mounts --container-workdir
+    --model_args --include_path --batch_size --output_path --log_samples --judge
 """
 OTHERS = set(_OTHERS.split())
 

@@ -4,13 +4,14 @@ training.
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+from megavlm.evaluate.task import read_task
 
 FOLDER = Path(__file__).parents[2] / "examples" / "quickstart"
 
@@ -72,5 +73,6 @@ def test_the_same_seed_makes_the_same_data(boards, tmp_path: Path) -> None:
             path.read_bytes()
             == (tmp_path / "two" / path.relative_to(tmp_path / "one")).read_bytes()
         ), path
-    exam = [json.loads(line) for line in (tmp_path / "one" / "exam.jsonl").read_text().splitlines()]
-    assert len(exam) == 16 and {item["kind"] for item in exam} >= {"image", "count"}
+    exam = read_task(tmp_path / "one" / "exam.jsonl")
+    assert len(exam.questions) == 16 and exam.metric == "exact_match"
+    assert {question.category for question in exam.questions} >= {"image", "count"}
