@@ -25,7 +25,7 @@ _BY_SECTION: dict[str, dict[Kind, str]] = {
     "": {
         "free": "recipe stage model"
     },  # another stage is another run; the architecture is compared
-    "init.": {"origin": "vision connector language tokenizer"},
+    "init.": {"origin": "vision connector text language tokenizer"},
     "data.": {
         # packs and tokenizer are compared
         "taken": "train valid loss_reduction loss_weights template tiling augment next_image",
