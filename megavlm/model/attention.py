@@ -162,18 +162,30 @@ class PackedAttention(nn.Module):
         whole = lengths.tolist()
         parts = (
             *(
-                x.transpose(0, 1).split(sizes, dim=1)
+                _heads_first(x).split(sizes, dim=2)
                 for x, sizes in ((query, own), (key, whole), (value, whole))
             ),
             positions.split(own),
         )
         attended = []
         for q, k, v, position, start in zip(*parts, ends[:-1], strict=True):
-            seen = position[:, None] >= torch.arange(start, start + k.shape[1])
+            seen = position[:, None] >= torch.arange(start, start + k.shape[2])
             attended.append(
                 scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=grouped)
             )
-        return torch.cat(attended, dim=1).transpose(0, 1).flatten(1)
+        return _tokens_first(attended)
+
+
+def _heads_first(x: Tensor) -> Tensor:
+    """[T, H, head size] -> [1, H, T, head size]: torch has kernels that keep no matrix of all pairs
+    of tokens, for four dimensions only.
+    """
+    return x.transpose(0, 1)[None]
+
+
+def _tokens_first(attended: list[Tensor]) -> Tensor:
+    """Put the samples, each [1, H, T of the sample, head size], together: [T, H * head size]."""
+    return torch.cat(attended, dim=2)[0].transpose(0, 1).flatten(1)
 
 
 def _attend(
@@ -183,17 +195,17 @@ def _attend(
     lengths = [ends.diff().tolist() for ends in (samples.cu_seqlens_q, samples.cu_seqlens_kv)]
     lengths.append(lengths[1])
     split = (
-        x.transpose(0, 1).split(sizes, dim=1)
+        _heads_first(x).split(sizes, dim=2)
         for x, sizes in zip((query, key, value), lengths, strict=True)
     )
     grouped = query.shape[1] != key.shape[1]
     attended = []
     for q, k, v in zip(*split, strict=True):
-        missing = k.shape[1] - q.shape[1]
+        missing = k.shape[2] - q.shape[2]
         # torch aligns its causal mask with the first key.
         mask = None
         if is_causal and missing:
-            mask = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool, device=q.device)
+            mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
             mask = mask.tril(missing)
         is_square = is_causal and not missing
         attended.append(
@@ -201,4 +213,4 @@ def _attend(
                 q, k, v, attn_mask=mask, is_causal=is_square, enable_gqa=grouped
             )
         )
-    return torch.cat(attended, dim=1).transpose(0, 1).flatten(1)
+    return _tokens_first(attended)

@@ -108,6 +108,26 @@ def test_attention_of_a_pack_is_that_of_its_samples_with_grouped_queries() -> No
     )
 
 
+def test_attention_of_a_pack_keeps_no_matrix_of_all_pairs_of_tokens() -> None:
+    tokens = 2000
+    query = torch.randn(tokens, 4, 8, requires_grad=True)
+    key, value = (torch.randn(tokens, 2, 8, requires_grad=True) for _ in range(2))
+    ends = torch.tensor([0, tokens], dtype=torch.int32)
+    packed = PackedSamples(
+        qkv_format="thd",
+        cu_seqlens_q=ends,
+        cu_seqlens_kv=ends,
+        max_seqlen_q=tokens,
+        max_seqlen_kv=tokens,
+    )
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: kept.append(tensor.numel()) or tensor, lambda tensor: tensor
+    ):
+        PackedAttention()(query, key, value, None, packed_seq_params=packed)
+    assert kept and max(kept) < tokens * tokens
+
+
 def test_attention_of_tiles_keeps_to_the_tile() -> None:
     query, key, value = (torch.randn(5, 3, 2, 4) for _ in range(3))
     answer = TileAttention()(query, key, value)
