@@ -22,7 +22,6 @@ from megavlm.train.bad_steps import BadStepRule, StepError
 from megavlm.train.control_pass import ControlPass
 from megavlm.train.evaluate import held_out_loss
 from megavlm.train.expert_load import ExpertLoad
-from megavlm.train.garbage import what_lives_set_aside
 from megavlm.train.gates import Gates
 from megavlm.train.group_rates import GroupRates
 from megavlm.train.job import Job
@@ -42,7 +41,6 @@ from megavlm.train.tasks import answer_tasks
 from megavlm.train.throughput import Throughput, peak_of
 
 
-@what_lives_set_aside()
 def run(job: Job, state: State, metrics: Metrics, stop: StopRequest | None = None) -> State:
     """Train from ``state`` to the last step, or until asked to stop. Collective.
 
