@@ -88,7 +88,7 @@ def job() -> Callable[[Config], AbstractContextManager[Job]]:
     return built
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def curve() -> Callable[..., list[float]]:
     """``curve(config)``: the losses of a run's steps."""
     from megavlm.parallel import process_groups

@@ -29,11 +29,22 @@ def engine(dataset: Path, **settings) -> Config:
     return config
 
 
+LONG = dict(steps=200, lr=5e-4)
+
+
+@pytest.fixture(scope="module")
+def long_curve(curve, dataset: Path) -> list[float]:
+    """Train in bfloat16, once for all recipes: it takes a minute."""
+    return curve(engine(dataset, **LONG))
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_fp8_trains_like_bfloat16(curve, dataset: Path, recipe: str) -> None:
-    settings = dict(steps=200, lr=5e-4)
-    exact = curve(engine(dataset, **settings))
-    eight = curve(engine(dataset, fp8=Fp8(vision=recipe, language=recipe), **settings))
+def test_fp8_trains_like_bfloat16(
+    curve, dataset: Path, recipe: str, request: pytest.FixtureRequest
+) -> None:
+    config = engine(dataset, fp8=Fp8(vision=recipe, language=recipe), **LONG)
+    exact = request.getfixturevalue("long_curve")
+    eight = curve(config)
     assert eight != exact, "the recipe had no effect"
     # Three steps a pack: an average over the last epochs, in which no pack weighs more than
     # another.

@@ -139,7 +139,8 @@ class CaseProcess:
 
 
 def _reason(lines: list[str]) -> str:
-    """Find the message of the last exception in a log."""
+    """Find the message of the last exception in a log, whose lines may begin with a rank's name."""
+    lines = [re.sub(r"^\[rank\d+\]: ?", "", line) for line in lines]
     kinds = [line.split(":")[0] if line[:1].strip() else "" for line in lines]
     raised = [number for number, kind in enumerate(kinds) if "Error" in kind or "Exception" in kind]
     if not raised:
