@@ -204,6 +204,15 @@ def test_idle_time_is_when_no_kernel_runs():
     }
 
 
+def test_the_error_is_found_behind_the_names_of_ranks():
+    log = [
+        "[rank0]: Traceback (most recent call last):",
+        "[rank0]: torch.OutOfMemoryError: CUDA out of memory.",
+        "[rank0]:[W1127 15:06:42] Warning: destroy_process_group() was not called",
+    ]
+    assert runner._reason(log) == "torch.OutOfMemoryError: CUDA out of memory."
+
+
 def test_nothing_profiled_gives_an_empty_table():
     assert report.kernels({"kernels": table([])}) == ""
 
