@@ -16,6 +16,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from megavlm.config.cross_attention import memory_rows
+from megavlm.config.freeze_mask import trains
 from megavlm.config.lora import LINEARS
 from megavlm.config.schema import Architecture, Config, Language, Parallel
 from megavlm.planner.layout import Chunk
@@ -128,11 +129,18 @@ def activation_memory(config: Config, chunk: Chunk, load: RankLoad) -> Activatio
     backward = has_backward(config)
     rows = {"vision": load.tiles * arch.vision.layer_tokens, "language": load.tokens}
     held = parameters_on_rank(config, chunk)
-    is_trained = held.trained > 0
+    # A frozen linear layer keeps no input, though the gradient passes through it.
+    is_trained = {
+        part: held.trained > 0 and (arch.lora.rank > 0 or trains(part, config.training.trainable))
+        for part in rows
+    }
     layers = {
-        "vision": vision_layer(arch, parallel.vision_tensor_size, is_trained),
+        "vision": vision_layer(arch, parallel.vision_tensor_size, is_trained["vision"]),
         "language": language_layer(
-            arch, parallel.tensor_model_parallel_size, parallel.sequence_parallel, is_trained
+            arch,
+            parallel.tensor_model_parallel_size,
+            parallel.sequence_parallel,
+            is_trained["language"],
         ),
     }
     width = {"vision": arch.vision.hidden_size, "language": arch.language.hidden_size}
@@ -154,7 +162,7 @@ def activation_memory(config: Config, chunk: Chunk, load: RankLoad) -> Activatio
         )
         per_microbatch += kept * rows[part]
         once = max(once, (transient + draws.largest * _DRAW_BYTES) * rows[part])
-    of_blocks = _blocks(config, chunk, load, is_trained)
+    of_blocks = _blocks(config, chunk, load, is_trained["language"])
     per_microbatch += of_blocks.per_microbatch + size * _around_layers(config, chunk, load)
     once = max(once, of_blocks.once)
     # One weight of 4 bits at a time is whole, and so are the float32 numbers that it is made of.
