@@ -131,6 +131,8 @@ class VisionEncoder(MegatronModule):
         a slow kernel for three channels: [I, 3, S, S] -> [I, patches, D].
         """
         size = self.vision.patch_size
+        whole = pixels.shape[-1] // size * size  # SigLIP's 384 pixels are 27 patches of 14, and 6
+        pixels = pixels[..., :whole, :whole]
         squares = pixels.unflatten(3, (-1, size)).unflatten(2, (-1, size))
         flat = squares.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
         return linear(flat, self.patch_embedding.weight.flatten(1), self.patch_embedding.bias)
