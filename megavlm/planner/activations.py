@@ -13,12 +13,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
 
 from megavlm.config.cross_attention import memory_rows
 from megavlm.config.freeze_mask import trains
-from megavlm.config.lora import LINEARS
 from megavlm.config.schema import Architecture, Config, Language, Parallel
+from megavlm.planner.adapters import adapter_draws, dora_outputs
 from megavlm.planner.layout import Chunk
 from megavlm.planner.parameters import parameters_on_rank
 from megavlm.planner.partition import PackSize, layer_costs
@@ -174,90 +173,6 @@ def activation_memory(config: Config, chunk: Chunk, load: RankLoad) -> Activatio
         if config.loss.is_by_block:  # the gradient of the hidden states, in float32
             once += load.head_tokens * arch.language.hidden_size * 4
     return ActivationMemory(per_microbatch=per_microbatch, once=once)
-
-
-@dataclass(frozen=True, kw_only=True)
-class AdapterDraws:
-    """Numbers a token that dropout on the inputs of a layer's adapters draws.
-
-    Args:
-        masks: in the whole layer, and inside its MLP.
-        copies: of these, those whose input is kept beside what dropout leaves of it: attention
-            needs its output itself.
-        largest: of one adapter.
-    """
-
-    masks: tuple[float, float]
-    copies: float
-    largest: float
-
-
-class _LayerPlace(NamedTuple):
-    """Where one of the layers of the whole model is.
-
-    Attributes:
-        is_vision: whether it is of the vision encoder.
-        stem: that the keys of its weights begin with.
-        tensor: ranks that share its columns and rows.
-        split: ranks that share the tokens between them.
-    """
-
-    is_vision: bool
-    stem: str
-    tensor: int
-    split: int
-
-
-def _place(arch: Architecture, parallel: Parallel, layer: int) -> _LayerPlace:
-    number = layer - arch.vision.num_layers
-    if number < 0:
-        return _LayerPlace(True, f"vision.encoder.layers.{layer}", parallel.vision_tensor_size, 1)
-    tensor = parallel.tensor_model_parallel_size
-    split = tensor if parallel.sequence_parallel else 1
-    return _LayerPlace(False, f"language.decoder.layers.{number}", tensor, split)
-
-
-def _adapted(arch: Architecture, stem: str, widths: tuple[float, ...]) -> list[float]:
-    """Return the width of each linear layer with an adapter, and 0 for the others."""
-    return [
-        width if arch.lora.adapts(f"{stem}.{name}.weight") else 0.0
-        for name, width in zip(LINEARS, widths, strict=True)
-    ]
-
-
-def adapter_draws(arch: Architecture, parallel: Parallel, layer: int) -> AdapterDraws:
-    """Count what dropout draws on a rank in one of the layers of the whole model."""
-    if not arch.lora.dropout:
-        return AdapterDraws(masks=(0.0, 0.0), copies=0.0, largest=0.0)
-    place = _place(arch, parallel, layer)
-    part = arch.vision if place.is_vision else arch.language
-    queries = part.hidden_size
-    if not place.is_vision:
-        queries = arch.language.num_attention_heads * arch.language.head_size
-    width = part.hidden_size / place.split
-    inner = part.ffn_hidden_size / place.tensor
-    drawn = _adapted(arch, place.stem, (width, queries / place.tensor, width, inner))
-    return AdapterDraws(masks=(sum(drawn), sum(drawn[2:])), copies=drawn[1], largest=max(drawn))
-
-
-def dora_outputs(arch: Architecture, parallel: Parallel, layer: int) -> tuple[float, float]:
-    """Count the outputs a token that the gradients of DoRA's magnitudes need, in one of the layers
-    of the whole model: of the whole layer, and inside its MLP.
-    """
-    if not arch.lora.dora:
-        return (0.0, 0.0)
-    place = _place(arch, parallel, layer)
-    part = arch.vision if place.is_vision else arch.language
-    projected = 3 * part.hidden_size
-    inner = part.ffn_hidden_size
-    if not place.is_vision:
-        heads = arch.language.num_attention_heads + 2 * arch.language.num_query_groups
-        projected = heads * arch.language.head_size
-        inner *= 2 if arch.language.is_gated else 1
-    last = part.hidden_size / place.split
-    widths = (projected / place.tensor, last, inner / place.tensor, last)
-    kept = _adapted(arch, place.stem, widths)
-    return (sum(kept), sum(kept[2:]))
 
 
 def _logit_bytes(config: Config) -> int:
