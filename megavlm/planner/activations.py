@@ -16,7 +16,7 @@ from functools import lru_cache
 
 from megavlm.config.cross_attention import memory_rows
 from megavlm.config.freeze_mask import trains
-from megavlm.config.schema import Architecture, Config, Language, Parallel
+from megavlm.config.schema import Architecture, Config, Language, Parallel, Vision
 from megavlm.planner.adapters import adapter_draws, dora_outputs
 from megavlm.planner.layout import Chunk
 from megavlm.planner.parameters import parameters_on_rank
@@ -133,15 +133,7 @@ def activation_memory(config: Config, chunk: Chunk, load: RankLoad) -> Activatio
         part: held.trained > 0 and (arch.lora.rank > 0 or trains(part, config.training.trainable))
         for part in rows
     }
-    layers = {
-        "vision": vision_layer(arch, parallel.vision_tensor_size, is_trained["vision"]),
-        "language": language_layer(
-            arch,
-            parallel.tensor_model_parallel_size,
-            parallel.sequence_parallel,
-            is_trained["language"],
-        ),
-    }
+    layers = _layers(config, is_trained)
     width = {"vision": arch.vision.hidden_size, "language": arch.language.hidden_size}
     per_microbatch = 0.0
     once = 0.0
@@ -173,6 +165,50 @@ def activation_memory(config: Config, chunk: Chunk, load: RankLoad) -> Activatio
         if config.loss.is_by_block:  # the gradient of the hidden states, in float32
             once += load.head_tokens * arch.language.hidden_size * 4
     return ActivationMemory(per_microbatch=per_microbatch, once=once)
+
+
+def _layers(config: Config, is_trained: dict[str, bool]) -> dict[str, tuple[float, float]]:
+    """Count for each part what one of its layers keeps per token, as ``vision_layer`` does."""
+    arch = config.architecture
+    parallel = config.parallel
+    found = {
+        "vision": vision_layer(arch, parallel.vision_tensor_size, is_trained["vision"]),
+        "language": language_layer(
+            arch,
+            parallel.tensor_model_parallel_size,
+            parallel.sequence_parallel,
+            is_trained["language"],
+        ),
+    }
+    for part in set(found) & set(config.fp8.recipes):
+        if is_trained[part]:
+            (whole, inside) = zip(found[part], _saved_by_fp8(config, part), strict=True)
+            found[part] = (whole[0] - whole[1], inside[0] - inside[1])
+    return found
+
+
+def _saved_by_fp8(config: Config, part: str) -> tuple[float, float]:
+    """Count what FP8 keeps less of a trained layer per token, and less of it inside the MLP, in
+    elements of 16 bits: Transformer Engine keeps the inputs of linear layers in 8 bits alone, but
+    for the output of attention, which attention needs as it is.
+    """
+    parallel = config.parallel
+    if part == "vision":
+        model: Vision | Language = config.architecture.vision
+        inner = model.ffn_hidden_size
+        attended = model.hidden_size
+        tensor = parallel.vision_tensor_size
+        split = 1
+    else:
+        model = config.architecture.language
+        inner = 0 if model.num_experts else model.ffn_hidden_size
+        attended = model.num_attention_heads * model.head_size
+        tensor = parallel.tensor_model_parallel_size
+        split = tensor if parallel.sequence_parallel else 1
+    in_16_bits = config.fp8.first_bf16_layers + config.fp8.last_bf16_layers
+    share = max(model.num_layers - in_16_bits, 0) / model.num_layers / 2
+    inside = share * inner / tensor
+    return inside + share * (2 * model.hidden_size / split - attended / tensor), inside
 
 
 def _logit_bytes(config: Config) -> int:
