@@ -18,7 +18,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -130,11 +129,11 @@ def _cudnn() -> Finding:
     try:
         found = torch.backends.cudnn.version()
     except RuntimeError as error:
-        bundled = Path(torch.__file__).parents[1] / "nvidia" / "cudnn"
         return Finding(
             topic="attention",
             text=f"another cuDNN than torch's was loaded: {str(error).splitlines()[0]}",
-            remedy=f"set CUDNN_HOME={bundled}, from which Transformer Engine then loads it",
+            remedy="training runs, with the other one's attention; to get torch's, remove the"
+            " system's package of cuDNN (libcudnn9), or install it at torch's version",
         )
     return Finding(topic="attention", text=f"cuDNN {found}, fused")
 

@@ -50,3 +50,13 @@ def test_a_kernel_that_fails_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None
     faults = list(doctor.steps(torch.device("cpu")))
     assert [one.is_fault for one in faults] == [True, True]
     assert faults[0].text == "no kernel image is available"
+
+
+def test_another_cudnn_than_torchs_is_told_and_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    def version() -> int:
+        raise RuntimeError("cuDNN version incompatibility: 9.19 and 9.14\nmore")
+
+    monkeypatch.setattr(torch.backends.cudnn, "version", version)
+    found = doctor._cudnn()
+    assert "incompatibility: 9.19 and 9.14" in found.text and "more" not in found.text
+    assert found.remedy and not found.is_fault
