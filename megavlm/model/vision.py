@@ -22,6 +22,22 @@ from megavlm.model.vision_layer import drop_path_rate
 from megavlm.planner.layout import Chunk
 
 
+class PatchEmbedding(nn.Conv2d):
+    """A convolution whose patches do not overlap, as one matrix product: cuDNN takes a slow kernel
+    for three channels. It is a module of its own, since megatron-core's ``DistributedDataParallel``
+    waits for the updated weights of a module in a hook before its forward pass.
+    """
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """[I, 3, S, S] -> [I, patches, D]; pixels behind the last whole patch are left out."""
+        size = self.kernel_size[0]
+        whole = pixels.shape[-1] // size * size  # SigLIP's 384 pixels are 27 patches of 14, and 6
+        pixels = pixels[..., :whole, :whole]
+        squares = pixels.unflatten(3, (-1, size)).unflatten(2, (-1, size))
+        flat = squares.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+        return linear(flat, self.weight.flatten(1), self.bias)
+
+
 class VisionEncoder(MegatronModule):
     """The layers of the encoder that stand in one chunk, with the patch embedding in the first.
 
@@ -54,7 +70,7 @@ class VisionEncoder(MegatronModule):
             width = vision.hidden_size
             dtype = config.params_dtype
             size = vision.patch_size
-            self.patch_embedding = nn.Conv2d(
+            self.patch_embedding = PatchEmbedding(
                 3, width, size, size, bias=vision.has_patch_bias, dtype=dtype
             )
             self.class_token = (
@@ -115,7 +131,7 @@ class VisionEncoder(MegatronModule):
             [N, I, D], the class token first.
         """
         size = self.vision.patch_size
-        tokens = self._embed_patches(self.normalise(tiles))
+        tokens = self.patch_embedding(self.normalise(tiles))
         if self.class_token is not None:
             tokens = torch.cat([self.class_token.expand(len(tiles), -1, -1), tokens], dim=1)
         positions = resize_positions(
@@ -125,17 +141,6 @@ class VisionEncoder(MegatronModule):
         if kept is not None:
             embedded = _kept_tokens(embedded, kept, int(self.vision.has_class_token))
         return embedded if self.embedding_norm is None else self.embedding_norm(embedded)
-
-    def _embed_patches(self, pixels: Tensor) -> Tensor:
-        """Apply the convolution, whose patches do not overlap, as one matrix product; cuDNN takes
-        a slow kernel for three channels: [I, 3, S, S] -> [I, patches, D].
-        """
-        size = self.vision.patch_size
-        whole = pixels.shape[-1] // size * size  # SigLIP's 384 pixels are 27 patches of 14, and 6
-        pixels = pixels[..., :whole, :whole]
-        squares = pixels.unflatten(3, (-1, size)).unflatten(2, (-1, size))
-        flat = squares.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
-        return linear(flat, self.patch_embedding.weight.flatten(1), self.patch_embedding.bias)
 
     def kept_paths(self, draws: Tensor) -> Tensor | None:
         """Factors of the residual branches: 0 where drop path drops one, else the inverse of the
