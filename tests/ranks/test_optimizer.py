@@ -140,6 +140,16 @@ def test_communication_beside_computation_changes_nothing(
     assert shared.grad_norms == pytest.approx(alone.grad_norms, rel=1e-5)
 
 
+def test_patches_are_embedded_with_the_weights_that_were_gathered(
+    ranks: Pool, dataset: Path
+) -> None:
+    """No other weight of the vision encoder waits for them here."""
+    config = config_for(dataset, trainable=("vision.patch_embedding", "connector"))
+    [alone] = ranks.run(train_curve, 1, config)
+    shared = ranks.run(train_curve, 2, config)[0]
+    assert shared.losses == pytest.approx(alone.losses, rel=1e-5)
+
+
 def test_the_norm_is_told_as_it_was_before_clipping(ranks: Pool, dataset: Path) -> None:
     [clipped] = ranks.run(train_curve, 1, config_for(dataset, clip_grad=0.01, steps=2))
     [free] = ranks.run(train_curve, 1, config_for(dataset, clip_grad=0.0, steps=2))
