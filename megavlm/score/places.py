@@ -45,10 +45,21 @@ def _along(images: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """Return where some images lie along the direction in which they vary most, float32 [rows]."""
     step = -(-len(rows) // _SAMPLE)
     some = np.asarray(images[np.sort(rows[::step])], np.float32)
-    some = some - some.mean(axis=0)
-    _, directions = np.linalg.eigh(some.T @ some)
+    direction = _main_direction(some - some.mean(axis=0))
     chunks = [
-        np.asarray(images[rows[start : start + _CHUNK]], np.float32) @ directions[:, -1]
+        np.asarray(images[rows[start : start + _CHUNK]], np.float32) @ direction
         for start in range(0, len(rows), _CHUNK)
     ]
     return np.concatenate(chunks)
+
+
+def _main_direction(some: np.ndarray) -> np.ndarray:
+    """Return the direction in which rows vary most, float32 [E], by the smaller of the two products
+    of the rows with themselves: most ranges hold far fewer images than embeddings have numbers.
+
+    Args:
+        some: less their mean, float32 [rows, E].
+    """
+    if len(some) < some.shape[1]:
+        return np.linalg.eigh(some @ some.T)[1][:, -1] @ some
+    return np.linalg.eigh(some.T @ some)[1][:, -1]

@@ -39,6 +39,23 @@ def test_kinds_of_images_stay_together(monkeypatch: pytest.MonkeyPatch) -> None:
     assert find_places(images[:0]).tolist() == []
 
 
+def test_few_images_cost_no_products_of_the_size_of_embeddings(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sizes = []
+    solve = np.linalg.eigh
+    monkeypatch.setattr(np.linalg, "eigh", lambda one: sizes.append(len(one)) or solve(one))
+    rng = np.random.default_rng(1)
+    line = np.outer(rng.permutation(64) - 31.5, rng.standard_normal(48))
+    images = (line + 100 * rng.standard_normal(48)).astype(np.float16)
+    found = find_places(images)
+    # On a line, halves are halves of the line.
+    place = np.argsort(np.argsort(line[:, 0]))
+    groups = {frozenset(place[(found // 4) == number].tolist()) for number in range(16)}
+    assert groups == {frozenset(range(4 * number, 4 * number + 4)) for number in range(16)}
+    assert sorted(sizes) == [8] * 8 + [16] * 4 + [32] * 2 + [48]
+
+
 def test_packs_are_filled_in_the_order_of_places() -> None:
     tokens = np.array([4, 4, 4, 4, 9])
     order = np.array([3, 0, 2, 1, 9])
@@ -47,6 +64,10 @@ def test_packs_are_filled_in_the_order_of_places() -> None:
     packing = fill_in_order(tokens, np.ones(5, int), order, capacity=100, tile_cap=3)
     assert packing.bin_of.tolist() == [1, 0, 0, 0, 1] and packing.bins == 2
     assert fill_in_order(tokens[:0], tokens[:0], order[:0], capacity=9, tile_cap=2).bins == 0
+    with pytest.raises(ValueError, match="has more tokens than --capacity 8"):
+        fill_in_order(tokens, np.ones(5, int), order, capacity=8, tile_cap=2)
+    with pytest.raises(ValueError, match="has more tiles than --tile_cap 1"):
+        fill_in_order(tokens, np.full(5, 2), order, capacity=9, tile_cap=1)
 
 
 def test_pairs_of_like_images_share_a_pack(tmp_path: Path) -> None:
@@ -81,7 +102,13 @@ def test_pairs_of_like_images_share_a_pack(tmp_path: Path) -> None:
 
     assert sorted(map(sorted, kinds("near", str(tmp_path / "scores")))) == [[0], [1], [2], [3]]
     assert max(map(len, kinds("usual", ""))) > 1
-    for folder, told in (("plain", "has no places; score again"), ("gone", "has no scores.json")):
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "scores.json").write_bytes(b"\xff")
+    for folder, told in (
+        ("plain", "has no places; score again"),
+        ("gone", "has no scores.json"),
+        ("odd", "not a file of scores"),
+    ):
         job = Packing(**usual, out=str(tmp_path / "no"), near=str(tmp_path / folder))
         with pytest.raises((ValueError, FileNotFoundError), match=f"--near .*{told}"):
             job.check()

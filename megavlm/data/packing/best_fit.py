@@ -73,7 +73,7 @@ def pack(tokens: np.ndarray, tiles: np.ndarray, *, capacity: int, tile_cap: int)
     """
     tokens = np.asarray(tokens, np.int32)
     tiles = np.asarray(tiles, np.int32)
-    _check(tokens, tiles, capacity, tile_cap)
+    check_sizes(tokens, tiles, capacity, tile_cap)
     if len(tokens) == 0:
         return Packing(bin_of=np.zeros(0, np.int32), bins=0)
     # Unsigned 16-bit keys are sorted by radix, several times as fast.
@@ -159,7 +159,7 @@ def _try_caps(
     tokens = np.asarray(tokens, np.int32)
     tiles = np.asarray(tiles, np.int32)
     most = int(tiles.max(initial=0))
-    _check(tokens, tiles, capacity, most)
+    check_sizes(tokens, tiles, capacity, most)
     if most == 0:
         return
     if len(tokens) > TRIAL_SAMPLES:
@@ -181,7 +181,7 @@ def _try_caps(
         )
 
 
-def _check(tokens: np.ndarray, tiles: np.ndarray, capacity: int, tile_cap: int) -> None:
+def check_sizes(tokens: np.ndarray, tiles: np.ndarray, capacity: int, tile_cap: int) -> None:
     """Raise ValueError for a sample that no pack can hold."""
     if tokens.shape != tiles.shape or tokens.ndim != 1:
         raise ValueError(

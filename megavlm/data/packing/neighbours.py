@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from megavlm.data.packing.best_fit import Packing
+from megavlm.data.packing.best_fit import Packing, check_sizes
 from megavlm.data.records.meta_file import Annotations
 from megavlm.data.records.scores import open_scores
 
@@ -44,7 +44,11 @@ def fill_in_order(
         places: of each, int [samples].
         capacity: most tokens of a pack.
         tile_cap: most tiles of a pack.
+
+    Raises:
+        ValueError: a sample that no pack can hold.
     """
+    check_sizes(tokens, tiles, capacity, tile_cap)
     order = np.argsort(places, kind="stable")
     numbers = np.empty(len(order), np.int32)
     pack = 0

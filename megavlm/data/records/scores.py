@@ -72,10 +72,10 @@ class Scores:
             raise FileNotFoundError(
                 f"scores {folder}: has no {FILE_NAME}; name the --out of tools/score_dataset.py"
             )
-        text = path.read_text(encoding="utf-8")
-        self.fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
+        content = path.read_bytes()
+        self.fingerprint = hashlib.sha256(content).hexdigest()[:16]
         try:
-            self.facts: dict[str, Any] = json.loads(text)
+            self.facts: dict[str, Any] = json.loads(content.decode())
             is_known = (self.facts["format"], self.facts["version"]) == (FORMAT, VERSION)
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"scores {path}: not a file of scores ({error})") from None
