@@ -91,19 +91,20 @@ def task_facts(config: Config) -> dict[str, str]:
 def _open(
     evaluation: Eval, folder: str, best_by: str, objective: str, longest: int
 ) -> tuple[TaskPacks | PairPacks, ...]:
-    tasks = with_shots(read_tasks(evaluation.tasks), evaluation.examples, evaluation.shots)
-    if tasks and (is_remote(folder) or not (Path(folder) / "tokenizer").is_dir()):
-        raise ValueError(
-            f"--eval.tasks needs the tokenizer of the packs, and --data.train {folder} has no"
-            " folder tokenizer on this machine; name local packs"
-        )
-    for task in tasks:
+    given = read_tasks(evaluation.tasks)
+    for task in given:  # first, since images with texts can have no examples in front
         if task.is_of_pairs != (objective == "contrastive"):
             names = ", ".join(PAIR_METRICS if objective == "contrastive" else METRICS)
             raise ValueError(
                 f"--eval.tasks {task.path}: the metric {task.metric} is not for a model of the"
                 f" objective {objective}, whose metrics are {names}"
             )
+    tasks = with_shots(given, evaluation.examples, evaluation.shots)
+    if tasks and (is_remote(folder) or not (Path(folder) / "tokenizer").is_dir()):
+        raise ValueError(
+            f"--eval.tasks needs the tokenizer of the packs, and --data.train {folder} has no"
+            " folder tokenizer on this machine; name local packs"
+        )
     names = figure_names(tasks)
     if best_by != VALID_LOSS and best_by not in names:
         raise ValueError(

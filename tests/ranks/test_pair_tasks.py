@@ -213,3 +213,7 @@ def test_metrics_of_other_objectives_are_refused(data: Path, tmp_path: Path) -> 
     words = dataclasses.replace(config.architecture, objective="next_token")
     with pytest.raises(ValueError, match="the metric retrieval is not for .* next_token, whose"):
         open_tasks(dataclasses.replace(config, architecture=words))
+    tasks = config.eval.tasks[:1]
+    shown = Eval(tasks=tasks, examples=tasks[0], shots=(0, 2))
+    with pytest.raises(ValueError, match="the metric retrieval is not for .* next_token, whose"):
+        open_tasks(dataclasses.replace(config, architecture=words, eval=shown))
