@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from megavlm.evaluate.page import table_lines, write_page
-from megavlm.evaluate.run import answer_with
+from megavlm.evaluate.run import answer_with, is_hub_folder
 from tools.evaluation.options import add_options, parse_options
 
 
@@ -43,6 +43,8 @@ def main(arguments: list[str] | None = None) -> int:
     )
     (options, others) = parse_options(parser, arguments)
     try:
+        if options.transformers and not any(map(is_hub_folder, options.models)):
+            raise ValueError("--transformers: no model is a Hugging Face folder; leave it out")
         answered = [
             answer_with(
                 model,

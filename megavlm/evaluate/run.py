@@ -5,7 +5,9 @@ and read what was written.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -37,10 +39,11 @@ from megavlm.config.schema import (
 )
 from megavlm.config.schema import Checkpoint as Saving
 from megavlm.convert.hf.hub_formats import dialect_of
+from megavlm.data.store.manifest import FILE_NAME as MANIFEST
 from megavlm.evaluate.by_transformers import answer_tasks
 from megavlm.evaluate.graded import ANSWERS
 from megavlm.evaluate.page import Answered, read_rows
-from megavlm.evaluate.task import read_tasks
+from megavlm.evaluate.task import Task, read_tasks
 from megavlm.io import atomic
 
 _PROGRAM = Path(__file__).parents[2] / "pretrain_vlm.py"
@@ -92,7 +95,7 @@ def answer_with(
         "model": _content(saved.folder if saved else model),
         "packs": str(packs),
         "settings": [max_new_tokens, by_transformers, *others],
-        "files": _texts([task.path for task in found], others),
+        "files": _files(found, _manifest(packs, saved), others),
     }
     if not _is_done(target, asked):
         _forget(target)
@@ -109,6 +112,11 @@ def answer_with(
             _run([*words, *others], ranks, model, is_quiet=is_quiet)
         atomic.write_text(target / _DONE, json.dumps(asked) + "\n")
     return _read(name, target / _RUN)
+
+
+def is_hub_folder(model: Path) -> bool:
+    """Tell whether a model, ``NAME=DIR`` or not, is a Hugging Face folder."""
+    return (_named(model)[1] / "config.json").is_file()
 
 
 def _checkpoint(model: Path, packs: Path | None) -> Checkpoint | None:
@@ -152,29 +160,46 @@ def _noted_name(name: str, folder: Path, out: Path) -> str:
 
 
 def _content(folder: Path) -> dict[str, list[int]]:
-    """Return the sizes and times of a model's files, by which a changed one is known."""
-    stats = {
-        str(path.relative_to(folder)): path.stat()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
-    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
+    """Return the states of a model's files."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {str(path.relative_to(folder)): _state(path) for path in files}
 
 
-def _texts(tasks: Sequence[Path], others: Sequence[str]) -> dict[str, str]:
-    """Return what tasks hold, and the files that options name: examples of few-shot prompts,
-    settings, and the examples that these name.
+def _state(path: Path) -> list[int]:
+    """Return the size and time of a file, by which a changed one is known."""
+    stat = path.stat()
+    return [stat.st_size, stat.st_mtime_ns]
+
+
+def _images(tasks: Sequence[Task]) -> str:
+    """Return a hash of the states of the tasks' images."""
+    images = sorted({image for task in tasks for one in task.questions for image in one.images})
+    states = [[str(image), *_state(image)] for image in images]
+    return hashlib.sha256(json.dumps(states).encode()).hexdigest()
+
+
+def _manifest(packs: Path | None, saved: Checkpoint | None) -> list[Path]:
+    """Return the manifest of the packs whose template, tokenizer and tiles are used, if it is on
+    this machine.
+    """
+    folders = [packs] if packs else saved.config.data.train_folders[:1] if saved else []
+    return [path for folder in folders if (path := Path(folder) / MANIFEST).is_file()]
+
+
+def _files(tasks: Sequence[Task], packs: Sequence[Path], others: Sequence[str]) -> dict[str, str]:
+    """Return what tasks and manifests of packs hold, and the files that options name: examples of
+    few-shot prompts, settings, and the examples that these name; and a hash for the tasks' images.
     """
     words = [word.partition("=")[2] if word.startswith("--") else word for word in others]
-    files = [Path(word) for word in words if Path(word).is_file()]
+    files = [Path(word) for word in words if os.path.isfile(word)]  # Path's refuses long words
     for file in tuple(files):
         if file.suffix in (".yaml", ".yml"):
             settings = dict(yaml_file.flat(yaml_file.read(file, f"--config {file}").content))
             examples = Path(settings.get("eval.examples", ""))
             files += [examples] if examples.is_file() else []
-    return {
-        str(file): file.read_text(encoding="utf-8", errors="replace") for file in (*tasks, *files)
-    }
+    paths = (*(task.path for task in tasks), *packs, *files)
+    texts = {str(path): path.read_text(encoding="utf-8", errors="replace") for path in paths}
+    return texts | {"images": _images(tasks)}
 
 
 def _is_done(target: Path, asked: dict) -> bool:

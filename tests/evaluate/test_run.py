@@ -13,6 +13,7 @@ from megavlm.config.cli import parse
 from megavlm.config.schema import Ema, Eval
 from megavlm.evaluate import run
 from megavlm.evaluate.run import _options, answer_with
+from tools import evaluate
 
 EXPERTS = (
     *("--model", "internvl3_5-30b-a3b", "--parallel.expert_model_parallel_size", "8"),
@@ -40,8 +41,8 @@ def test_averages_do_not_stand_in_the_way(tmp_path: Path) -> None:
     assert measuring.ema == Ema()
 
 
-def write_question(path: Path, answer: str) -> Path:
-    path.write_text(json.dumps(dict(question="Which?", answer=answer)) + "\n")
+def write_question(path: Path, answer: str, **more: str) -> Path:
+    path.write_text(json.dumps(dict(question="Which?", answer=answer, **more)) + "\n")
     return path
 
 
@@ -63,11 +64,11 @@ def model(tmp_path: Path) -> Path:
     return folder
 
 
-def ask(model: Path, *others: str) -> None:
+def ask(model: Path, *others: str, **more: str) -> None:
     root = model.parent
     answer_with(
         model,
-        [write_question(root / "task.jsonl", "b")],
+        [write_question(root / "task.jsonl", "b", **more)],
         root / "out",
         packs=root / "packs",
         max_new_tokens=4,
@@ -118,3 +119,36 @@ def test_other_examples_are_asked_for_again(
     assert [asked(), asked()] == [2, 2]
     settings.write_text(f"eval:\n  examples: {examples}\n  shots: [1]\n")
     assert asked() == (3 if written_as == "settings" else 2)
+
+
+def test_other_images_and_packs_are_asked_about_again(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = []
+    monkeypatch.setattr(
+        run, "_run", lambda *given, **named: runs.append(given) or answer_at_once(*given, **named)
+    )
+    (tmp_path / "packs").mkdir()
+    # Longer than the name of a file may be.
+    layout = "v*2,c,t|" + "t|" * 150 + "h"
+
+    def asked() -> int:
+        ask(model, "--parallel.layout", layout, image="a.png")
+        return len(runs)
+
+    (tmp_path / "a.png").write_bytes(b"one")
+    assert [asked(), asked()] == [1, 1]
+    (tmp_path / "a.png").write_bytes(b"other")
+    assert [asked(), asked()] == [2, 2]
+    (tmp_path / "packs" / "manifest.json").write_text("{}")
+    assert [asked(), asked()] == [3, 3]
+
+
+def test_transformers_needs_a_folder_of_its_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    task = write_question(tmp_path / "task.jsonl", "b")
+    (tmp_path / "step_00000001").mkdir()
+    words = [f"ours={tmp_path / 'step_00000001'}", "--tasks", str(task), "--out", str(tmp_path)]
+    assert evaluate.main([*words, "--transformers"]) == 2
+    assert "--transformers: no model is a Hugging Face folder" in capsys.readouterr().err
