@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -94,11 +95,13 @@ def test_pairs_of_like_images_share_a_pack(tmp_path: Path) -> None:
         tiling=Tiling(tile_size=16, max_tiles=1, mode="crop"),
     )
 
-    def kinds(out: str, near: str) -> list[set[int]]:
+    def lines_of(out: str, near: str) -> list[list[int]]:
         pack_dataset(Packing(**usual, out=str(tmp_path / out), near=near))
         reader = PackedDataset(tmp_path / out).reader
-        packs = [reader.read(number).provenance["line"] for number in range(len(reader))]
-        return [{(int(line) - 1) % 4 for line in pack} for pack in packs]
+        return [reader.read(number).provenance["line"].tolist() for number in range(len(reader))]
+
+    def kinds(out: str, near: str) -> list[set[int]]:
+        return [{(line - 1) % 4 for line in pack} for pack in lines_of(out, near)]
 
     assert sorted(map(sorted, kinds("near", str(tmp_path / "scores")))) == [[0], [1], [2], [3]]
     assert max(map(len, kinds("usual", ""))) > 1
@@ -112,6 +115,10 @@ def test_pairs_of_like_images_share_a_pack(tmp_path: Path) -> None:
         job = Packing(**usual, out=str(tmp_path / "no"), near=str(tmp_path / folder))
         with pytest.raises((ValueError, FileNotFoundError), match=f"--near .*{told}"):
             job.check()
+    # Copies of a pair are not negatives of each other.
+    usual["sources"] = tuple(dataclasses.replace(one, repeat_time=2.0) for one in sources)
+    twice = lines_of("twice", str(tmp_path / "scores"))
+    assert len(twice) == 8 and all(len(set(pack)) == len(pack) for pack in twice)
     usual["sources"] = single_source(lines, tmp_path / "images", difficulty="hard")
     job = Packing(**usual, out=str(tmp_path / "no"), near=str(tmp_path / "scores"))
     with pytest.raises(ValueError, match="--near .* excludes levels of difficulty"):

@@ -33,6 +33,22 @@ def places_of(
     return found
 
 
+def places_in_turns(places: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Return the places of samples on a path that is walked once for each time that a sample is
+    taken, int64 [samples]: side by side, a pair and its copy would be negatives of each other.
+
+    Args:
+        places: of each sample, int [samples].
+        rows: of the scan, that samples are taken from [samples].
+    """
+    order = np.argsort(rows, kind="stable")
+    turns = np.empty(len(rows), np.int64)
+    turns[order] = np.arange(len(rows)) - np.searchsorted(rows[order], rows[order])
+    found = np.empty(len(rows), np.int64)
+    found[np.lexsort((places, turns))] = np.arange(len(rows))
+    return found
+
+
 def fill_in_order(
     tokens: np.ndarray, tiles: np.ndarray, places: np.ndarray, *, capacity: int, tile_cap: int
 ) -> Packing:

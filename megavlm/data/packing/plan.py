@@ -10,7 +10,7 @@ import numpy as np
 from megavlm.data.packing.best_fit import automatic_tile_cap, pack
 from megavlm.data.packing.cost_order import storage_order
 from megavlm.data.packing.difficulty import Levels, find_levels
-from megavlm.data.packing.neighbours import fill_in_order, places_of
+from megavlm.data.packing.neighbours import fill_in_order, places_in_turns, places_of
 from megavlm.data.packing.repeats import take
 from megavlm.data.records.meta_file import Annotations
 from megavlm.data.store.manifest import Level
@@ -125,6 +125,7 @@ def gather_samples(
     places = None
     if near:
         places = places_of(rows["source"][chosen], rows["line"][chosen], sources, near)
+        places = places_in_turns(places, chosen)
     return Samples(
         rows=chosen,
         tokens=tokens,
