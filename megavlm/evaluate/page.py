@@ -30,12 +30,12 @@ class Answered:
 
     Args:
         model: its name.
-        figures: by name, ``TASK/FIGURE``.
+        figures: by name, ``TASK/FIGURE``; none: not finite.
         rows: of each task, what the answers' file holds of each question.
     """
 
     model: str
-    figures: Mapping[str, float]
+    figures: Mapping[str, float | None]
     rows: Mapping[str, Sequence[Mapping[str, Any]]]
 
 
@@ -54,7 +54,8 @@ def table_lines(models: Sequence[Answered]) -> list[str]:
 
 
 def _figure(model: Answered, name: str) -> str:
-    return f"{model.figures[name]:.4f}" if name in model.figures else "-"
+    value = model.figures.get(name)  # none of what is not finite, such as a similarity
+    return "-" if value is None else f"{value:.4f}"
 
 
 def write_page(path: Path, models: Sequence[Answered], questions: int) -> None:

@@ -12,6 +12,7 @@ from megavlm.config.checks.rules import problems
 from megavlm.config.cli import parse
 from megavlm.config.schema import Ema, Eval
 from megavlm.evaluate import run
+from megavlm.evaluate.page import Answered, table_lines
 from megavlm.evaluate.run import _options, answer_with
 from tools import evaluate
 
@@ -152,3 +153,9 @@ def test_transformers_needs_a_folder_of_its_own(
     words = [f"ours={tmp_path / 'step_00000001'}", "--tasks", str(task), "--out", str(tmp_path)]
     assert evaluate.main([*words, "--transformers"]) == 2
     assert "--transformers: no model is a Hugging Face folder" in capsys.readouterr().err
+
+
+def test_a_figure_that_is_no_number_has_a_cell() -> None:
+    lost = Answered(model="lost", figures={"alike/similarity": None}, rows={})
+    good = Answered(model="good", figures={"alike/similarity": 0.5}, rows={})
+    assert [line.split()[1:] for line in table_lines([lost, good])][1] == ["-", "0.5000"]
