@@ -89,12 +89,25 @@ def run_whole_step(
             found = [loss_from(first, outputs[first : first + at_once]) for first in starts]
         return torch.stack([loss, *found]).sum()
     gradients: deque[_Gradients] = deque()
-    of_parameters = _zeros(objective.loss_parameters)
+    of_parameters = _zeros(_gathered_parameters(model[-1]))
     for first in starts:
         some = outputs[first : first + at_once]
         loss += _keep_gradients(first, some, loss_from, objective, gradients, of_parameters)
     _run_again(model, packs, gradients, of_parameters, backend)
     return loss
+
+
+def _gathered_parameters(chunk: DistributedDataParallel) -> list[torch.nn.Parameter]:
+    """Return the objective's ``loss_parameters`` when this rank holds their updated values;
+    collective. Otherwise the hook waits that ``DistributedDataParallel.enable_forward_pre_hook`` of
+    megatron-core puts before each module, but it does not know the stand-ins that
+    ``Objective.call`` gives a module.
+    """
+    parameters = chunk.module.objective.loss_parameters
+    if chunk.ddp_config.overlap_param_gather:
+        for parameter in parameters:
+            chunk.param_to_bucket_group[parameter].finish_param_sync()
+    return parameters
 
 
 def _zeros(parameters: Sequence[Tensor]) -> list[Tensor]:

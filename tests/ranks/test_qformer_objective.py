@@ -352,6 +352,13 @@ def test_settings_that_cannot_be_are_refused(pairs: Path) -> None:
     assert "label_smoothing 1.0" in one
 
 
+def test_matching_reads_the_weights_that_were_gathered(ranks: Pool, pairs: Path) -> None:
+    """No other weight waits for them here."""
+    config = config_of(pairs, trainable=("objective.matching",), drop_path=0.0, steps=5)
+    one = ranks.run(run, 1, config)
+    assert_same(one, ranks.run(run, 2, config))
+
+
 def sums_of_pool(config: Config) -> dict[str, list[Any]]:
     """Return the gradients that a pool of four packs has for the objective's own parameters, and
     the sums of those that each pack has alone.
