@@ -181,7 +181,8 @@ def _layers(config: Config, is_trained: dict[str, bool]) -> dict[str, tuple[floa
         ),
     }
     for part in set(found) & set(config.fp8.recipes):
-        if is_trained[part]:
+        # Adapters read the same inputs in 16 bits, and their linear layers are frozen.
+        if is_trained[part] and not arch.lora.rank:
             (whole, inside) = zip(found[part], _saved_by_fp8(config, part), strict=True)
             found[part] = (whole[0] - whole[1], inside[0] - inside[1])
     return found

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megavlm.config.lora import Lora
-from megavlm.config.schema import Ema
+from megavlm.config.schema import Ema, Fp8
 from megavlm.model.nf4 import Nf4Weight
 from megavlm.planner.activations import RankLoad, activation_memory
 from megavlm.planner.flops import pieces
@@ -89,3 +89,19 @@ def test_dora_keeps_the_output_of_each_layer_with_an_adapter(sequence_parallel: 
     of_tile = vision.tokens * vision.ffn_hidden_size / 2
     kept = 1000 * of_token * language.num_layers + 7 * of_tile * vision.num_layers
     assert found[1] - found[0] == pytest.approx(2 * kept)
+
+
+@pytest.mark.parametrize("rank", [0, 8])
+def test_fp8_keeps_less_of_trained_linear_layers_and_not_of_those_with_adapters(rank: int) -> None:
+    config = run()
+    [chunk] = make_layout(config, SIZE).chunks
+    names = ("vision.*.lora", "language.*.lora") if rank else ("vision", "language")
+    config = dataclasses.replace(
+        config,
+        architecture=dataclasses.replace(config.architecture, lora=Lora(rank=rank)),
+        training=dataclasses.replace(config.training, trainable=("connector", *names)),
+    )
+    in_8_bits = dataclasses.replace(config, fp8=Fp8(vision="tensorwise", language="tensorwise"))
+    load = RankLoad(tokens=1000.0, tiles=7.0)
+    saved = [activation_memory(one, chunk, load).per_microbatch for one in (config, in_8_bits)]
+    assert saved[1] == saved[0] if rank else saved[1] < saved[0]
