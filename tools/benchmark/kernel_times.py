@@ -79,30 +79,40 @@ def group_of(name: str) -> str:
     )
 
 
-def busy_us(kernels: list[Kernel]) -> float:
-    """Microseconds in which at least one kernel ran."""
-    total = 0.0
-    reached = float("-inf")
-    for kernel in sorted(kernels, key=lambda kernel: kernel.start):
-        total += max(kernel.end - max(kernel.start, reached), 0.0)
-        reached = max(reached, kernel.end)
-    return total
+@dataclass(frozen=True, kw_only=True)
+class Gap:
+    """A time in which nothing ran.
+
+    Args:
+        us: how long, in microseconds.
+        behind, before: names of the kernels around it.
+    """
+
+    us: float
+    behind: str
+    before: str
 
 
-def gaps(kernels: list[Kernel]) -> list[dict[str, object]]:
-    """List the longest times in which nothing ran, with the kernels before and behind each."""
+def gaps(kernels: list[Kernel]) -> list[Gap]:
+    """List the times in which nothing ran, in their order."""
     found = []
     last = None
     for kernel in sorted(kernels, key=lambda kernel: kernel.start):
         if last is not None and kernel.start > last.end:
-            found.append((kernel.start - last.end, last.name, kernel.name))
+            us = kernel.start - last.end
+            found.append(Gap(us=us, behind=last.name[:90], before=kernel.name[:90]))
         if last is None or kernel.end > last.end:
             last = kernel
-    longest = sorted(found, key=lambda gap: -gap[0])[:GAPS_LISTED]
-    return [
-        {"us": round(us, 1), "behind": behind[:90], "before": before[:90]}
-        for us, behind, before in longest
-    ]
+    return found
+
+
+def _span_us(kernels: list[Kernel]) -> float:
+    return max(kernel.end for kernel in kernels) - min(kernel.start for kernel in kernels)
+
+
+def busy_us(kernels: list[Kernel]) -> float:
+    """Microseconds in which at least one kernel ran."""
+    return _span_us(kernels) - sum(gap.us for gap in gaps(kernels))
 
 
 def table(kernels: list[Kernel]) -> dict[str, object]:
@@ -112,20 +122,24 @@ def table(kernels: list[Kernel]) -> dict[str, object]:
     """
     if not kernels:
         return {"span_ms": 0.0, "groups_ms": {}, "longest": []}
-    span = max(kernel.end for kernel in kernels) - min(kernel.start for kernel in kernels)
+    span = _span_us(kernels)
+    idle = gaps(kernels)
     groups: dict[str, float] = defaultdict(float)
     names: dict[str, list[float]] = defaultdict(list)
     for kernel in kernels:
         groups[group_of(kernel.name)] += kernel.own / 1e3
         names[kernel.name].append(kernel.own / 1e3)
-    groups["idle"] = (span - busy_us(kernels)) / 1e3
+    groups["idle"] = sum(gap.us for gap in idle) / 1e3
     longest = sorted(names.items(), key=lambda entry: -sum(entry[1]))[:LISTED]
     return {
         "span_ms": round(span / 1e3, 3),
         "groups_ms": {
             name: round(ms, 3) for name, ms in sorted(groups.items(), key=lambda entry: -entry[1])
         },
-        "gaps": gaps(kernels),
+        "gaps": [
+            {"us": round(gap.us, 1), "behind": gap.behind, "before": gap.before}
+            for gap in sorted(idle, key=lambda gap: -gap.us)[:GAPS_LISTED]
+        ],
         "longest": [
             {
                 "name": name[:120],
