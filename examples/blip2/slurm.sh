@@ -16,8 +16,5 @@
 set -euo pipefail
 : "${1:?name a stage: 1 or 2; options for the trainer may follow}"
 
-export NNODES="$SLURM_JOB_NUM_NODES" GPUS_PER_NODE="${SLURM_GPUS_ON_NODE:-8}" JOB_ID="$SLURM_JOB_ID"
-read -r MASTER_ADDR < <(scontrol show hostnames "$SLURM_JOB_NODELIST") # the first of them
-export MASTER_ADDR MASTER_PORT="$((20000 + SLURM_JOB_ID % 10000))"
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-8}"
+source examples/start_slurm.sh
 srun --cpus-per-task "${SLURM_CPUS_ON_NODE:-1}" bash examples/blip2/run.sh "$@"

@@ -20,9 +20,7 @@
 set -euo pipefail
 : "${1:?name a stage: 1, 1.5, 2 or all; options for the trainer may follow}"
 
-export NNODES="$SLURM_JOB_NUM_NODES" GPUS_PER_NODE="${SLURM_GPUS_ON_NODE:-8}" JOB_ID="$SLURM_JOB_ID"
-read -r MASTER_ADDR < <(scontrol show hostnames "$SLURM_JOB_NODELIST") # the first of them
-export MASTER_ADDR MASTER_PORT="$((20000 + SLURM_JOB_ID % 10000))"
+source examples/start_slurm.sh
 
 # How NCCL finds the network; docs/performance.md tells how to see which way it took.
 #   NCCL_SOCKET_IFNAME  interface over which ranks find each other (and speak, where there is no InfiniBand): never the management network
@@ -31,9 +29,6 @@ export MASTER_ADDR MASTER_PORT="$((20000 + SLURM_JOB_ID % 10000))"
 # NCCL_IB_DISABLE.
 export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
 # export NCCL_SOCKET_IFNAME=eth0 NCCL_IB_HCA=mlx5
-
-# Threads of the training process; loader processes take one each (--data.workers).
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-8}"
 
 container=()
 if [[ -n "${IMAGE:-}" ]]; then
