@@ -1,4 +1,4 @@
-"""What the answer.py of the try-outs share: the command line, the exam and the summary."""
+"""What the programs of the try-outs share: command lines, the exam and the summary."""
 
 from __future__ import annotations
 
@@ -21,6 +21,22 @@ def parse(description: str) -> argparse.Namespace:
     )
     parser.add_argument("out", type=Path, metavar="OUT", help="folder of try.sh")
     parser.add_argument("--seconds", type=int, required=True, help="that try.sh took so far")
+    return parser.parse_args()
+
+
+def parse_parts(description: str, **counts: int) -> argparse.Namespace:
+    """Parse the command line of a make_parts.py.
+
+    Args:
+        description: of the program.
+        counts: options that are numbers, with what they are if they are left out.
+    """
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder to make")
+    for name, default in counts.items():
+        parser.add_argument(f"--{name}", type=int, default=default, help="(default: %(default)s)")
     return parser.parse_args()
 
 

@@ -7,7 +7,6 @@ python examples/blip2/make_parts.py OUT
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Callable, Iterable
@@ -28,6 +27,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "contrastive"))
 from make_data import (
     COLOURS,
@@ -37,9 +37,11 @@ from make_data import (
     SIDE,
     SIZES,
     TRAINING_IMAGES,
+    caption,
     write_pairs,
     write_tokenizer,
 )
+from try_out import parse_parts
 
 from megavlm.config.architecture import PIXELS
 
@@ -56,12 +58,6 @@ VISION = dict(
     patch_size=8,
     initializer_range=0.02,  # of transformers: 1e-10, with which it learns no places
 )
-
-
-def caption(facts: tuple[str, ...]) -> list[str]:
-    """Return the words of a caption, as ``make_data`` writes it."""
-    size, colour, shape, place = facts
-    return f"a {size} {colour} {shape} at the {place}".split()
 
 
 def make_tokenizer(folder: Path, words: Iterable[str]) -> PreTrainedTokenizerFast:
@@ -114,7 +110,7 @@ def train_language(rng: np.random.Generator, steps: int, folder: Path) -> float:
     """Train an OPT to write a caption behind as many tokens as there will be queries, among them
     the caption's keywords in any order; return its last loss.
     """
-    words = (word for facts in FACTS for word in caption(facts))
+    words = (word for facts in FACTS for word in caption(facts).split())
     ids = make_tokenizer(folder, words).get_vocab()
     torch.manual_seed(1)
     sizes = dict(hidden_size=96, word_embed_proj_dim=96, ffn_dim=256, num_hidden_layers=3)
@@ -126,7 +122,7 @@ def train_language(rng: np.random.Generator, steps: int, folder: Path) -> float:
     def text(facts: tuple[str, ...]) -> list[int]:
         keys = " ".join(facts).split()
         keys += ["."] * (QUERIES - len(keys))
-        words = [*rng.permutation(keys), "</s>", *caption(facts), END]
+        words = [*rng.permutation(keys), "</s>", *caption(facts).split(), END]
         return [ids[word] for word in words]
 
     def rows() -> list[list[int]]:
@@ -174,22 +170,22 @@ def _index(kind: tuple[str, ...], text: str) -> int:
     return next(number for number, name in enumerate(kind) if f" {name}" in text)
 
 
+def train_vit(out: Path, steps: int) -> float:
+    """Write the ViT that is trained on the images in ``out``, and return the share of the facts
+    that it names.
+    """
+    torch.manual_seed(2)
+    model = Blip2VisionModel(Blip2VisionConfig(**VISION))
+    return train_vision(model, np.random.default_rng(5), out, steps, out / "vision")
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("out", type=Path, metavar="OUT", help="folder to make")
-    count = dict(type=int, help="(default: %(default)s)")
-    parser.add_argument("--vision_steps", default=600, **count)
-    parser.add_argument("--language_steps", default=300, **count)
-    options = parser.parse_args()
+    options = parse_parts(__doc__, vision_steps=600, language_steps=300)
     out = options.out
     write_pairs(out)
     write_tokenizer(out / "words")
     loss = train_language(np.random.default_rng(4), options.language_steps, out / "language")
-    torch.manual_seed(2)
-    model = Blip2VisionModel(Blip2VisionConfig(**VISION))
-    share = train_vision(model, np.random.default_rng(5), out, options.vision_steps, out / "vision")
+    share = train_vit(out, options.vision_steps)
     print(
         f"{TRAINING_IMAGES} images; OPT's loss {loss:.3f}; the ViT names {share:.0%} of the facts"
     )

@@ -8,7 +8,6 @@ python examples/flamingo/make_parts.py OUT
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -25,10 +24,12 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "contrastive"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "blip2"))
 from make_data import FACTS, TRAINING_IMAGES, write_pairs
 from make_parts import KINDS, VISION, train_vision
+from try_out import parse_parts
 
 IMAGES = 5  # of a document
 DOCUMENTS = {"train": 4000, "valid": 200}
@@ -102,14 +103,7 @@ def write_documents(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("out", type=Path, metavar="OUT", help="folder to make")
-    count = dict(type=int, help="(default: %(default)s)")
-    parser.add_argument("--vision_steps", default=600, **count)
-    parser.add_argument("--language_steps", default=200, **count)
-    options = parser.parse_args()
+    options = parse_parts(__doc__, vision_steps=600, language_steps=200)
     out = options.out
     for seed, (name, facts) in enumerate(write_pairs(out).items(), start=12):
         write_documents(out, name, facts, np.random.default_rng(seed))

@@ -6,7 +6,6 @@ python examples/fuyu/make_parts.py OUT
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import sys
@@ -17,11 +16,13 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import FuyuConfig, FuyuForCausalLM, PersimmonConfig, PreTrainedTokenizerFast
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "quickstart"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "llava"))
 from boards import split_scans
 from make_data import HELD_OUT_SCANS, write_lines
 from make_parts import one_question_each, write_records
+from try_out import parse_parts
 
 PATCH = 10  # pixels; boards have two or four columns and rows of them
 TOKENS = ("|SPEAKER|", "|NEWLINE|", "|ENDOFTEXT|")
@@ -79,14 +80,7 @@ def make_fuyu(texts: list[str], folder: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("out", type=Path, metavar="OUT", help="folder to make")
-    count = dict(type=int, help="(default: %(default)s)")
-    parser.add_argument("--records", default=4000, **count)
-    parser.add_argument("--exam", default=100, **count)
-    options = parser.parse_args()
+    options = parse_parts(__doc__, records=4000, exam=100)
     images = options.out / "images"
     images.mkdir(parents=True)
     train, held_out = split_scans(HELD_OUT_SCANS, 0)

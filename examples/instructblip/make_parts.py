@@ -7,19 +7,20 @@ python examples/instructblip/make_parts.py OUT
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import Blip2VisionConfig, Blip2VisionModel, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "contrastive"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "blip2"))
 from make_data import FACTS, TRAINING_IMAGES, write_pairs, write_tokenizer
-from make_parts import QUERIES, VISION, fit, make_tokenizer, train_vision
+from make_parts import QUERIES, fit, make_tokenizer, train_vit
+from try_out import parse_parts
 
 Facts = tuple[str, str, str, str]
 QUESTIONS = tuple(f"which {kind} is this" for kind in ("size", "colour", "shape", "place"))
@@ -87,21 +88,12 @@ def train_language(rng: np.random.Generator, steps: int, folder: Path) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("out", type=Path, metavar="OUT", help="folder to make")
-    count = dict(type=int, help="(default: %(default)s)")
-    parser.add_argument("--vision_steps", default=600, **count)
-    parser.add_argument("--language_steps", default=300, **count)
-    options = parser.parse_args()
+    options = parse_parts(__doc__, vision_steps=600, language_steps=300)
     out = options.out
     write_questions(out, write_pairs(out))
     write_tokenizer(out / "words", ("which", "is", "this", "size", "colour", "shape", "place"))
     loss = train_language(np.random.default_rng(4), options.language_steps, out / "language")
-    torch.manual_seed(2)
-    model = Blip2VisionModel(Blip2VisionConfig(**VISION))
-    share = train_vision(model, np.random.default_rng(5), out, options.vision_steps, out / "vision")
+    share = train_vit(out, options.vision_steps)
     print(
         f"{TRAINING_IMAGES} images; Llama's loss {loss:.3f}; the ViT names {share:.0%} of the facts"
     )

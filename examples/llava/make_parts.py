@@ -6,7 +6,6 @@ python examples/llava/make_parts.py OUT
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -24,9 +23,11 @@ from transformers import (
     PreTrainedModel,
 )
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "quickstart"))
 from boards import Board, Scans, make_board, questions, split_scans
 from make_data import HELD_OUT_SCANS, train_tokenizer, write_lines
+from try_out import parse_parts
 
 from megavlm.config.architecture import PIXELS
 from megavlm.data.images.tiling import pad_colour
@@ -186,15 +187,7 @@ def make_language(words: list[str], folder: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("out", type=Path, metavar="OUT", help="folder to make")
-    count = dict(type=int, help="(default: %(default)s)")
-    parser.add_argument("--records", default=3000, **count)
-    parser.add_argument("--exam", default=200, **count)
-    parser.add_argument("--clip_steps", default=500, **count)
-    options = parser.parse_args()
+    options = parse_parts(__doc__, records=3000, exam=200, clip_steps=500)
     images = options.out / "images"
     images.mkdir(parents=True)
     train, held_out = split_scans(HELD_OUT_SCANS, 0)

@@ -6,7 +6,6 @@ python examples/paligemma/make_parts.py OUT
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -21,11 +20,13 @@ from transformers import (
     SiglipVisionModel,
 )
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "quickstart"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "llava"))
 from boards import Board, Scans, split_scans
 from make_data import HELD_OUT_SCANS, write_lines
 from make_parts import SIDE, one_question_each, train_encoder, write_records
+from try_out import parse_parts
 
 from megavlm.config.architecture import PIXELS
 
@@ -93,15 +94,7 @@ def make_language(texts: list[str], folder: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("out", type=Path, metavar="OUT", help="folder to make")
-    count = dict(type=int, help="(default: %(default)s)")
-    parser.add_argument("--records", default=3000, **count)
-    parser.add_argument("--exam", default=200, **count)
-    parser.add_argument("--siglip_steps", default=500, **count)
-    options = parser.parse_args()
+    options = parse_parts(__doc__, records=3000, exam=200, siglip_steps=500)
     images = options.out / "images"
     images.mkdir(parents=True)
     train, held_out = split_scans(HELD_OUT_SCANS, 0)
