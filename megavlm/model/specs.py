@@ -35,9 +35,10 @@ from torch.distributed import ProcessGroup
 from megavlm.config.schema import Architecture, Config, Vision
 from megavlm.model.attention import PackedAttention, TileAttention, attend_with_prefixes
 from megavlm.model.cross_attention import CrossModules, GatedCrossAttention, GatedLayer
-from megavlm.model.experts import PackRouter, grouped_experts, sequential_experts
+from megavlm.model.experts import grouped_experts, sequential_experts
 from megavlm.model.norm import Norm
 from megavlm.model.precision import uses_transformer_engine
+from megavlm.model.router import PackRouter
 from megavlm.model.swiglu import Swiglu
 from megavlm.model.vision_attention import VisionAttention
 from megavlm.model.vision_layer import VisionLayer

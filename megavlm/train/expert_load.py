@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from megavlm.config.schema import Architecture
-from megavlm.model.experts import routers_of
+from megavlm.model.router import routers_of
 from megavlm.model.vlm import VisionLanguageModel
 from megavlm.parallel.process_groups import Groups
 from megavlm.train.meters import Figures, Meter

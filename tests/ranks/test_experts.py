@@ -216,7 +216,7 @@ def routed(config: Config) -> tuple[list[int], list[int], list[list[float]], lis
     """
     import torch
 
-    from megavlm.model.experts import routers_of
+    from megavlm.model.router import routers_of
     from megavlm.train.step import run_packs
 
     job = build(config)
@@ -259,7 +259,7 @@ def test_padding_is_routed_nowhere_and_counts_in_no_loss(ranks: Pool, dataset: P
 
 def train_with_shut_experts(config: Config) -> Curve:
     """Train with routers that like all experts alike, so that the same ones are chosen always."""
-    from megavlm.model.experts import routers_of
+    from megavlm.model.router import routers_of
     from tests.ranks import runs
 
     plain = runs.build
