@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 
-from megavlm.config.lora import LINEARS, Lora
+from megavlm.config.lora import Lora, linear_names
 from megavlm.config.schema import Architecture, Config
 
 _LAYERS = re.compile(r"(vision|language)\.layers\.(-?\d+)?(:)?(-?\d+)?")
@@ -38,13 +38,14 @@ def expand(pattern: str, architecture: Architecture) -> tuple[str, ...]:
 
 def _adapted_parts(lora: Lora, architecture: Architecture) -> list[str]:
     """Return the parts of the model that have adapters."""
+    experts = {"vision": 0, "language": architecture.language.num_experts}
     return [
         part
         for part, stack in _STACKS.items()
         if any(
             lora.adapts(f"{stack}.{number}.{name}.weight")
             for number in range(getattr(architecture, part).num_layers)
-            for name in LINEARS
+            for name in linear_names(experts[part])
         )
     ]
 

@@ -22,6 +22,8 @@ LINEARS = (
     "mlp.linear_fc2",
 )
 """Linear layers of a transformer layer, in the order of the forward pass."""
+EXPERT_LINEARS = ("linear_fc1", "linear_fc2")
+"""Linear layers of an expert."""
 MAGNITUDE = ".lora.magnitude"
 SMALLEST_NORM = 1e-15  # taken for that of a row of zeros, which is padding
 """End of the keys of DoRA's norms."""
@@ -30,13 +32,16 @@ NF4_BLOCK = 64
 _ADAPTABLE = re.compile(
     r"(vision\.encoder|language\.decoder)\.layers\.\d+\.("
     + "|".join(re.escape(name) for name in LINEARS)
-    + r")\.weight"
+    + r"|mlp\.experts\.\d+\.linear_fc[12])\.weight"
 )
 
 
 # Families whose files have one weight for queries, keys and values, or for gate and up.
 _ONE_QKV = ("eva", "persimmon", "phi3")
 _ONE_GATE_AND_UP = ("phi3",)
+
+
+_CALLED = f"{', '.join(LINEARS)}, and of experts mlp.experts.*.linear_fc1 and linear_fc2"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +55,8 @@ class Lora:
         dropout: share of the numbers that enter A which are zero in training. The draws belong to
             the token or tile, so they are the same at every layout.
         targets: linear layers that have an adapter: parts or patterns of names, as for
-            ``training.trainable``, such as ``language.*.self_attention`` or ``*.linear_fc2``.
+            ``training.trainable``, such as ``language.*.self_attention``, ``*.linear_fc2`` or
+            ``language.*.experts``.
         nf4: frozen linear layers whose weights are kept in 4 bits (QLoRA's NF4), named as in
             ``targets``; empty: none.
         dora: train the norm of each row of an adapted weight apart from its direction, which the
@@ -82,6 +88,18 @@ class Lora:
         return _ADAPTABLE.fullmatch(key) is not None and any(
             matches(key, pattern) for pattern in self.nf4
         )
+
+
+def linear_names(experts: int) -> tuple[str, ...]:
+    """Return the names of the linear layers of a transformer layer.
+
+    Args:
+        experts: in the place of its MLP; 0: none.
+    """
+    if not experts:
+        return LINEARS
+    of_experts = (f"mlp.experts.{number}" for number in range(experts))
+    return (*LINEARS[:2], *(f"{stem}.{name}" for stem in of_experts for name in EXPERT_LINEARS))
 
 
 def stacked(architecture: Any, key: str) -> int:
@@ -156,14 +174,14 @@ def lora_problems(lora: Lora, trainable: Sequence[str], keys: Collection[str]) -
         if not any(one.adapts(key) for key in keys):
             yield (
                 f"--architecture.lora.targets {pattern}: means no linear layer of the vision"
-                f" encoder or language model; those are called {', '.join(LINEARS)}"
+                f" encoder or language model; those are called {_CALLED}"
             )
     for pattern in lora.nf4:
         one = replace(lora, nf4=(pattern,))
         if not any(one.quantises(key) for key in keys):
             yield (
                 f"--architecture.lora.nf4 {pattern}: means no linear layer of the vision encoder or"
-                f" language model; those are called {', '.join(LINEARS)}"
+                f" language model; those are called {_CALLED}"
             )
         for key in keys:
             if one.quantises(key) and any(matches(key, mask) for mask in trainable):

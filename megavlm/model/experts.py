@@ -22,6 +22,8 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from torch import Tensor, nn
 
+from megavlm.config.lora import EXPERT_LINEARS
+
 
 def count_routed_tokens(model: nn.Module) -> None:
     """Let the dispatchers of a model count the tokens that are routed.
@@ -126,9 +128,13 @@ def grouped_experts(grouped: type, submodules: MLPSubmodules) -> type:
     def weights(experts: nn.Module) -> Weights:
         named = dict(experts.named_parameters())
         for number in range(experts.num_local_experts):
-            for linear_layer in ("linear_fc1", "linear_fc2"):
-                name = f"{linear_layer}.weight{number}"
-                yield number, name, f"{linear_layer}.weight", named[name]
+            for layer in EXPERT_LINEARS:
+                name = f"{layer}.weight{number}"
+                yield number, name, f"{layer}.weight", named[name]
+                for factor in ("a", "b"):
+                    name = f"{layer}.lora.{number}.{factor}"
+                    if name in named:
+                        yield number, name, f"{layer}.lora.{factor}", named[name]
 
     return _experts(grouped, submodules, weights)
 

@@ -213,7 +213,8 @@ def attach(
     config: TransformerConfig,
     group: ProcessGroup,
 ) -> None:
-    """Give the linear layers of a part their adapters.
+    """Give the linear layers of a part their adapters, but for those of experts
+    (``model/expert_adapters``).
 
     Args:
         part: the vision encoder or the language model of a chunk.
@@ -224,12 +225,18 @@ def attach(
     """
     layers = [layer for layer in part.modules() if isinstance(layer, TransformerLayer)]
     for layer in layers:
-        for name in LINEARS:
+        for name in LINEARS[:2] if layer.is_moe_layer else LINEARS:
             key = f"{stack}.{layer.layer_number - 1}.{name}.weight"
             if architecture.lora.adapts(key):
                 target = layer.get_submodule(name)
-                target.lora = LowRankAdapter(key, target.weight, architecture, config, group)
-                target.register_forward_hook(_add)
+                adapter = LowRankAdapter(key, target.weight, architecture, config, group)
+                add_adapter(target, adapter)
+
+
+def add_adapter(target: nn.Module, adapter: LowRankAdapter) -> None:
+    """Put an adapter beside a linear layer."""
+    target.lora = adapter
+    target.register_forward_hook(_add)
 
 
 def _add(module: nn.Module, inputs: tuple[Tensor, ...], output: tuple) -> tuple:

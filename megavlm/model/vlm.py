@@ -22,6 +22,7 @@ from megavlm.config.schema import Config
 from megavlm.data.loading.batch import Batch
 from megavlm.model.attention import PackedSamples
 from megavlm.model.connector import build_connector
+from megavlm.model.expert_adapters import attach_to_experts
 from megavlm.model.fusion import as_rows, from_rows
 from megavlm.model.language import LanguageModel
 from megavlm.model.lora import LowRankAdapter, attach, set_draw
@@ -104,7 +105,9 @@ class VisionLanguageModel(MegatronModule):
             self.language = LanguageModel(
                 self.config, arch, chunk, chosen, collection, vp_stage, config.loss
             )
-            attach(self.language, "language.decoder.layers", arch, self.config, collection.tp)
+            stack = "language.decoder.layers"
+            attach(self.language, stack, arch, self.config, collection.tp)
+            attach_to_experts(self.language, stack, arch)
         self.objective = build_objective(self.config, config, chunk, chosen, groups)
         if not arch.language.exists and chunk.has_connector:
             self.objective.take_connector(self.connector)

@@ -50,10 +50,14 @@ def _place(arch: Architecture, parallel: Parallel, layer: int) -> _LayerPlace:
     return _LayerPlace(False, f"language.decoder.layers.{number}", tensor, split)
 
 
-def _adapted(arch: Architecture, stem: str, widths: tuple[float, ...]) -> list[float]:
-    """Return the width of each linear layer with an adapter, and 0 for the others."""
+def _adapted(arch: Architecture, place: _LayerPlace, widths: tuple[float, ...]) -> list[float]:
+    """Return the width of each linear layer with an adapter, and 0 for the others. Adapters of
+    experts have neither dropout nor DoRA.
+    """
+    has_experts = not place.is_vision and arch.language.num_experts > 0
+    there = LINEARS[:2] if has_experts else LINEARS
     return [
-        width if arch.lora.adapts(f"{stem}.{name}.weight") else 0.0
+        width if name in there and arch.lora.adapts(f"{place.stem}.{name}.weight") else 0.0
         for name, width in zip(LINEARS, widths, strict=True)
     ]
 
@@ -69,7 +73,7 @@ def adapter_draws(arch: Architecture, parallel: Parallel, layer: int) -> Adapter
         queries = arch.language.num_attention_heads * arch.language.head_size
     width = part.hidden_size / place.split
     inner = part.ffn_hidden_size / place.tensor
-    drawn = _adapted(arch, place.stem, (width, queries / place.tensor, width, inner))
+    drawn = _adapted(arch, place, (width, queries / place.tensor, width, inner))
     return AdapterDraws(masks=(sum(drawn), sum(drawn[2:])), copies=drawn[1], largest=max(drawn))
 
 
@@ -89,5 +93,5 @@ def dora_outputs(arch: Architecture, parallel: Parallel, layer: int) -> tuple[fl
         inner *= 2 if arch.language.is_gated else 1
     last = part.hidden_size / place.split
     widths = (projected / place.tensor, last, inner / place.tensor, last)
-    kept = _adapted(arch, place.stem, widths)
+    kept = _adapted(arch, place, widths)
     return (sum(kept), sum(kept[2:]))

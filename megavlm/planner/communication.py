@@ -133,7 +133,7 @@ def _muon(
     if config.optimizer.kind != "muon":
         return CommunicationVolume()
     dense = held.trained_by_muon / sharing
-    experts = held.trained_experts / of_experts
+    experts = held.trained_experts_by_muon / of_experts
     moved = dense * (sharing - 1) / sharing + experts * (of_experts - 1) / of_experts
     others = config.parallel.tensor_model_parallel_size - 1
     return CommunicationVolume(tensor=float(_GRADIENT * others * dense), data=2 * _GRADIENT * moved)

@@ -104,14 +104,22 @@ def with_gradients(
     """Each piece with how many times its forward pass it costs in all under a freeze mask: 1, 2 or
     3.
     """
-    trained_before = False
+    trained_anywhere = trained_before = trained_before_experts = False
+    expert = None
     for piece in pieces:
+        if piece.expert is None:
+            trained_before = trained_anywhere
+        elif piece.expert != expert:  # all experts of a layer read the same
+            trained_before_experts = trained_before if expert is None else trained_before_experts
+            trained_before = trained_before_experts
+        expert = piece.expert
         is_trained = any(matches(piece.key, pattern) for pattern in trainable)
         # Both factors of attention's products are activations, so each product has two gradients or
         # none.
         gradients = is_trained + trained_before if piece.key else 2 * trained_before
         yield piece, 1 + gradients
         trained_before |= is_trained
+        trained_anywhere |= is_trained
 
 
 def pieces(architecture: Architecture) -> Iterator[Piece]:
@@ -137,7 +145,7 @@ def _adapter(architecture: Architecture, piece: Piece) -> Iterator[Piece]:
         "language": (
             language.hidden_size,
             language.num_attention_heads * language.head_size,
-            language.ffn_hidden_size,
+            language.ffn_hidden_size if piece.expert is None else language.expert_ffn_hidden_size,
         ),
     }[piece.part]
     stem = piece.key.removesuffix(".weight")
@@ -147,7 +155,7 @@ def _adapter(architecture: Architecture, piece: Piece) -> Iterator[Piece]:
     elif stem.endswith("linear_fc2"):
         of_layer = inputs[2]
     rank = architecture.lora.rank
-    rows = piece.forward // (2 * piece.elements)
+    rows = piece.forward / (2 * piece.elements)
     sizes = {
         "a": stacked(architecture, piece.key) * rank * of_layer,
         "b": piece.elements // of_layer * rank,

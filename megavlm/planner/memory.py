@@ -157,7 +157,7 @@ def weight_bytes(config: Config, held: ParameterCounts, data_ranks: int) -> dict
     updated = (held.trained - experts) / sharing + experts / of_experts
     with_one = {
         "sgd": updated,
-        "muon": held.trained_by_muon / sharing + experts / of_experts,
+        "muon": held.trained_by_muon / sharing + held.trained_experts_by_muon / of_experts,
     }.get(config.optimizer.kind, 0.0)
     copied = min(updated, UPDATE_SLICE) if moments == "bfloat16" else 0.0
     return {

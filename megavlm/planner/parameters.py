@@ -57,8 +57,8 @@ class ParameterCounts:
         in_fp8: elements of weights that have FP8 copies.
         trained_experts: of ``trained``, in experts, whose optimizer state is sharded over other
             ranks.
-        trained_by_muon: of ``trained``, in weights outside experts that Muon updates; of experts
-            it updates all.
+        trained_by_muon: of ``trained``, in weights outside experts that Muon updates.
+        trained_experts_by_muon: the same of experts.
         in_nf4: of ``weights``, those that are kept in 4 bits.
         largest_in_nf4: of these, those in the largest tensor.
     """
@@ -69,6 +69,7 @@ class ParameterCounts:
     in_fp8: int = 0
     trained_experts: int = 0
     trained_by_muon: int = 0
+    trained_experts_by_muon: int = 0
     in_nf4: int = 0
     largest_in_nf4: int = 0
 
@@ -80,6 +81,7 @@ class ParameterCounts:
             in_fp8=self.in_fp8 + other.in_fp8,
             trained_experts=self.trained_experts + other.trained_experts,
             trained_by_muon=self.trained_by_muon + other.trained_by_muon,
+            trained_experts_by_muon=self.trained_experts_by_muon + other.trained_experts_by_muon,
             in_nf4=self.in_nf4 + other.in_nf4,
             largest_in_nf4=max(self.largest_in_nf4, other.largest_in_nf4),
         )
@@ -196,7 +198,7 @@ def _counts(piece: Piece, sharding: _Sharding) -> ParameterCounts:
     is_replicated = before_language and sharding.vision < sharding.language
     # Adapters are multiplied in 16 bits.
     is_product = piece.layer is not None and piece.forward > 0 and not is_adapter(piece.key)
-    is_by_muon = piece.expert is None and is_orthogonalised(piece.key, sharding.kind)
+    by_muon = trained if is_orthogonalised(piece.key, sharding.kind) else 0
     in_nf4 = elements if sharding.arch.lora.quantises(piece.key) else 0
     return ParameterCounts(
         weights=elements,
@@ -204,7 +206,8 @@ def _counts(piece: Piece, sharding: _Sharding) -> ParameterCounts:
         trained_replicas=trained if is_replicated else 0,
         in_fp8=elements if is_product and piece.part in sharding.fp8 else 0,
         trained_experts=trained if piece.expert is not None else 0,
-        trained_by_muon=trained if is_by_muon else 0,
+        trained_by_muon=by_muon if piece.expert is None else 0,
+        trained_experts_by_muon=by_muon if piece.expert is not None else 0,
         in_nf4=in_nf4,
         largest_in_nf4=in_nf4,
     )

@@ -13,9 +13,9 @@ from megavlm.config.schema import Config
 from megavlm.planner.parameter_table import parameter_keys
 
 
-def resolved(*targets: str) -> Config:
+def resolved(*targets: str, model: str = "tiny") -> Config:
     """Return a run of the tiny model whose adapters alone train."""
-    config = parse(["--model", "tiny", "--stage", "2", "--data.train", "packs"], find_problems=None)
+    config = parse(["--model", model, "--stage", "2", "--data.train", "packs"], find_problems=None)
     training = dataclasses.replace(config.training, trainable=())
     lora = Lora(rank=2, targets=targets)
     architecture = dataclasses.replace(config.architecture, lora=lora)
@@ -37,6 +37,14 @@ def test_the_parts_with_adapters_are_those_of_the_layers(target: str, parts: lis
     trainable = config.training.trainable
     assert list(trainable) == [f"{part}.*.lora" for part in parts]
     assert not list(lora_problems(config.architecture.lora, trainable, parameter_keys(config)))
+
+
+def test_experts_have_adapters_by_name() -> None:
+    config = resolved("language.*.experts.*.linear_fc2", model="internvl3_5-30b-a3b")
+    assert list(config.training.trainable) == ["language.*.lora"]
+    keys = parameter_keys(config)
+    assert not list(lora_problems(config.architecture.lora, ("language.*.lora",), keys))
+    assert sum(".lora." in key for key in keys) == 48 * 128 * 2
 
 
 def test_a_target_without_linear_layers_is_named_once() -> None:

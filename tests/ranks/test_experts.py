@@ -317,7 +317,9 @@ def test_the_cost_is_what_torch_counts(ranks: Pool, tmp_path: Path) -> None:
     text = dict(text_tokens=128 - model.features_per_tile, grids=((1, 1),), line=1)
     sample = make_sample(np.random.default_rng(0), images=1, **text, **sizes)
     write_packs(tmp_path, [[sample]], capacity=128, **sizes)
-    for mask in (("connector",), EVERYTHING):
+    adapted = dataclasses.replace(model, lora=Lora(rank=2, targets=("language.*.experts",)))
+    cases = ((("connector",), model), (EVERYTHING, model), (("language.*.lora",), adapted))
+    for mask, model in cases:
         [(counted, size, keys)] = ranks.run(counted_by_torch, 1, tmp_path, mask, model)
         size["squared_lengths"] *= 2  # torch counts all pairs of tokens
         assert training_cost(model, mask).total(**size) == counted

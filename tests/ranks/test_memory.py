@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from megavlm.config.lora import Lora
+from megavlm.config.lora import Lora, is_adapter
 from megavlm.config.recipes.internvl import STAGES
 from megavlm.config.schema import Architecture, Config
+from megavlm.planner.flops import pieces
 from megavlm.planner.layout import make_layout
 from megavlm.planner.memory import Memory, memory_by_rank
 from megavlm.planner.partition import PackSize
@@ -148,6 +149,11 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def adapted_parts(model: Architecture) -> list[str]:
+    """Return the parts that have adapters."""
+    return sorted({piece.part for piece in pieces(model) if is_adapter(piece.key)})
+
+
 def _as_large_as_tiny(model: Architecture) -> Architecture:
     """Return a model with as many layers and features a tile as the packs are for."""
     vision = dataclasses.replace(model.vision, num_layers=3, patch_size=8)
@@ -166,6 +172,8 @@ MIXTURE = dataclasses.replace(
     MIXTURE, language=dataclasses.replace(MIXTURE.language, num_experts=6)
 )
 CASES += [(name, MIXTURE) for name in ("experts", "experts of tensor-parallel ranks")]
+LORA = Lora(rank=3, targets=("language.*.experts",))
+CASES += [("experts of tensor-parallel ranks", dataclasses.replace(MIXTURE, lora=LORA))]
 CASES += [(name, ADAPTED) for name in ("tensor", "pipeline of tensor-parallel ranks")]
 
 
@@ -180,8 +188,8 @@ def test_memory_is_what_a_model_that_is_built_takes(
     for stage in ("1", "2") if name in ("alone", "whole vision layers") else ("2",):
         world = WORLDS.get(name, 2)
         trainable = STAGES[stage].training.trainable
-        if architecture is ADAPTED:
-            trainable = ("connector", "vision.*.lora", "language.*.lora")
+        if architecture.lora.rank:
+            trainable = ("connector", *(f"{part}.*.lora" for part in adapted_parts(architecture)))
         settings = dict(
             trainable=trainable, precision="bfloat16", global_batch_size=2, **LAYOUTS[name]
         )

@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from megavlm.config.lora import Lora
 from tests.te import torch_kernels
 from tests.te.build import mixture
 
@@ -29,6 +30,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "cross-attention, recompute full": dict(crosses=True, recompute="full"),
     "experts": dict(experts=True),
     "experts, recompute selective": dict(experts=True, recompute="selective"),
+    "adapters of experts": dict(
+        experts=True, adapters=True, trainable=("connector", "language.*.lora")
+    ),
 }
 STEPS = 2
 PACKS = 4
@@ -61,6 +65,7 @@ def configure(
     qk_norm: bool = False,
     crosses: bool = False,
     experts: bool = False,
+    adapters: bool = False,
     **settings: Any,
 ) -> Any:
     """Return a run in float32; Adam's eps is large, so that it does not blow up the last bits."""
@@ -70,7 +75,11 @@ def configure(
     if crosses:
         return dataclasses.replace(config, architecture=crossed(config.architecture))
     if experts:
-        return dataclasses.replace(config, architecture=mixture(config.architecture))
+        model = mixture(config.architecture)
+        # The first expert of each layer has none.
+        targets = ("language.*.experts.[1-9].*",)
+        lora = Lora(rank=4 if adapters else 0, targets=targets if adapters else Lora().targets)
+        return dataclasses.replace(config, architecture=dataclasses.replace(model, lora=lora))
     if not qk_norm:
         return config
     language = dataclasses.replace(

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from megavlm.config.checks.limits import at_least
 from megavlm.config.differences import changed
 from megavlm.config.freeze_mask import matches
-from megavlm.config.schema import Config, Language, Parallel
+from megavlm.config.lora import linear_names
+from megavlm.config.schema import Architecture, Config, Language, Parallel
 
 _FLAG = "--architecture.language"
 _SIZES = ("experts_per_token", "expert_ffn_hidden_size")
@@ -105,18 +106,32 @@ def expert_problems(config: Config) -> Iterator[str]:
             " tried with experts; use 0"
         )
     yield from _ignored_settings(config)
+    yield from _adapter_problems(arch)
+
+
+def _adapter_problems(arch: Architecture) -> Iterator[str]:
+    """Yield what adapters beside experts, and their weights, cannot be."""
     lora = arch.lora
     keys = [
-        f"language.decoder.layers.{layer}.mlp.{name}.weight"
-        for layer in range(language.num_layers)
-        for name in ("linear_fc1", "linear_fc2")
+        f"language.decoder.layers.{layer}.{name}.weight"
+        for layer in range(arch.language.num_layers)
+        for name in linear_names(arch.language.num_experts)
+        if ".experts." in name
     ]
     if any(lora.adapts(key) for key in keys):
-        yield (
-            f"--architecture.lora.targets {','.join(lora.targets)}: experts cannot have adapters,"
-            " whose tokens would have to be dispatched too; name the attention alone, such as"
-            " language.*.self_attention"
-        )
+        targets = f"--architecture.lora.targets {','.join(lora.targets)} adapts experts"
+        if lora.dropout:
+            yield (
+                f"--architecture.lora.dropout {lora.dropout}: {targets}, which do not know the"
+                " positions of their tokens, and dropout draws by position; use 0, or name the"
+                " attention alone, such as language.*.self_attention"
+            )
+        if lora.dora:
+            yield (
+                f"--architecture.lora.dora true: {targets}, and DoRA would read all of their"
+                " weights in every layer for the norms of their rows, however few tokens they"
+                " get; use false, or name the attention alone, such as language.*.self_attention"
+            )
     if any(lora.quantises(key) for key in keys):
         yield (
             f"--architecture.lora.nf4 {','.join(lora.nf4)}: weights of experts cannot be in 4 bits;"

@@ -40,7 +40,8 @@ def export(
 
     Raises:
         FileNotFoundError: the checkpoint or the base is missing.
-        ValueError: the checkpoint has no adapters, or other weights than the base.
+        ValueError: the checkpoint has no adapters, or some of experts, or other weights than the
+            base.
     """
     found = step_folder.find(checkpoint)
     if found is None:
@@ -48,6 +49,12 @@ def export(
     architecture = found.config.architecture
     if not architecture.lora.rank:
         raise ValueError(f"--load {checkpoint}: has no LoRA adapters; leave --peft out")
+    if any(".experts." in row.key for row in adapted_rows(architecture)):
+        raise ValueError(
+            f"--peft {base}: adapters of experts have no form that PEFT loads: transformers 5 holds"
+            " all experts of a layer in one parameter, with one A for gate and up; leave --peft out"
+            " to merge them"
+        )
     model = find_folder(str(base), "--peft")
     if dialect_of(model) != "native":
         raise ValueError(

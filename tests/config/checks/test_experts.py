@@ -27,7 +27,14 @@ def found(*options: str, model: str = MODEL, ranks: int = 8) -> list[str]:
         (("--parallel.expert_model_parallel_size", "0"), "must be 1 or more"),
         (("--parallel.tensor_model_parallel_size", "2"), "use true"),
         (("--fp8.language", "tensorwise"), "--fp8.vision can stay"),
-        (("--architecture.lora.rank", "8"), "name the attention alone"),
+        (
+            ("--architecture.lora.rank", "8", "--architecture.lora.dropout", "0.1"),
+            "dropout draws by position",
+        ),
+        (
+            ("--architecture.lora.rank", "8", "--architecture.lora.dora", "true"),
+            "DoRA would read all of their weights",
+        ),
         (("--architecture.language.experts_per_token", "129"), "there are only"),
         (("--architecture.language.experts_per_token", "0"), "must be 1 or more"),
         (("--architecture.language.experts_per_token", "1"), "the router would learn nothing"),
@@ -50,11 +57,10 @@ def test_what_cannot_run_is_refused(options: tuple[str, ...], told: str) -> None
     assert any(told in one for one in found(*options)), found(*options)
 
 
-@pytest.mark.parametrize("pattern", ["language.decoder.layers.5", "*.layers.47.mlp.linear_fc2"])
-def test_experts_of_any_layer_are_neither_adapted_nor_in_4_bits(pattern: str) -> None:
-    both = ("--architecture.lora.targets", f"language.*.self_attention,{pattern}")
-    told = found("--architecture.lora.rank", "8", *both)
-    assert any("experts cannot have adapters" in one for one in told), told
+@pytest.mark.parametrize(
+    "pattern", ["language.decoder.layers.5", "*.layers.47.*.experts.127.linear_fc2"]
+)
+def test_experts_of_any_layer_are_not_in_4_bits(pattern: str) -> None:
     told = found("--architecture.lora.rank", "8", *ATTENTION, "--architecture.lora.nf4", pattern)
     assert any("weights of experts cannot be in 4 bits" in one for one in told), told
 
@@ -77,6 +83,7 @@ def test_the_models_of_the_table_can_run() -> None:
     assert not found(*split, "--experts.balance_loss", "0.1")
     assert not found("--training.trainable", "language.*.router", "--experts.balance_loss", "0.1")
     assert not found("--architecture.lora.rank", "8", *ATTENTION)
+    assert not found("--architecture.lora.rank", "8")
     split = ("--parallel.tensor_model_parallel_size", "4", "--sequence-parallel", "true")
     assert not found(*split, "--expert-model-parallel-size", "8", model="internvl3_5-241b-a28b")
 

@@ -86,6 +86,7 @@ def checkpoint_of(
         rank = lora.rank
         if piece.key.endswith(".lora.a"):
             columns = {"vision": (24, 40), "language": (48, 56)}[piece.part]
+            columns = columns if piece.expert is None else (48, 20)
             inputs = columns["linear_fc2" in piece.key]
             shape = (piece.elements // inputs, inputs)
         elif piece.key.endswith(".lora.b"):
@@ -202,6 +203,38 @@ def test_adapters_that_peft_has_made_are_imported(
     convert.import_(base, tmp_path / "start", adapters=tmp_path / "adapters")
     convert.export(tmp_path / "start", tmp_path / "merged", dialect="native")
     assert (logits(load(tmp_path / "merged")) - wanted).abs().max() < 1e-4
+
+
+def test_adapters_of_experts_are_merged_and_not_written_for_peft(tmp_path: Path) -> None:
+    architecture = NATIVE_KINDS["qwen3_moe"]
+    base = make_base(tmp_path / "base", architecture)
+    lora = Lora(rank=4, alpha=12.0, targets=("language.*.experts",))
+    settings = dict(trains_connector=False, architecture=architecture)
+    trained = checkpoint_of(base, tmp_path / "trained", lora, **settings)
+    convert.export(trained, tmp_path / "merged", tokenizer=base, dialect="native")
+    source = ShardsFolder(trained / "shards")
+    plain, merged = (load(folder) for folder in (base, tmp_path / "merged"))
+    before = logits(plain)
+    # By hand, into the tensors in which transformers holds the experts of a layer.
+    with torch.no_grad():
+        for number, layer in enumerate(plain.model.language_model.layers):
+            for expert in range(5):
+                stem = f"language.decoder.layers.{number}.mlp.experts.{expert}"
+                a, b, a2, b2 = (
+                    source[f"{stem}.{name}.lora.{factor}"]
+                    for name in ("linear_fc1", "linear_fc2")
+                    for factor in ("a", "b")
+                )
+                first = [b[:20] @ a[:4], b[20:] @ a[4:]]
+                layer.mlp.experts.gate_up_proj[expert] += 3 * torch.cat(first)
+                layer.mlp.experts.down_proj[expert] += 3 * b2 @ a2
+    assert (logits(merged) - logits(plain)).abs().max() < 1e-4
+    assert (logits(merged) - before).abs().max() > 1e-2
+    held = dict(load(base).named_parameters())
+    for name, weight in merged.named_parameters():
+        assert torch.equal(weight, held[name]) != (".mlp.experts." in name), name
+    with pytest.raises(ValueError, match="one A for gate and up; leave --peft out"):
+        peft_export.export(trained, tmp_path / "adapters", base=base)
 
 
 def test_what_is_no_adapter_of_the_model_is_refused(base: Path, tmp_path: Path) -> None:
