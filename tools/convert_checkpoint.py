@@ -9,7 +9,7 @@ import sys
 from megavlm.config.hub_cache import find_folder
 from megavlm.convert.hf import convert
 from megavlm.convert.hf.check_files import FileCheck, check_files
-from megavlm.convert.hf.command_line import export, parse
+from megavlm.convert.hf.command_line import export, parse, upcycling
 
 
 def report(files: list[FileCheck], parts: list[convert.PartCheck]) -> int:
@@ -40,7 +40,13 @@ def main() -> int:
         if args.command == "check":
             return report(check_files(source), convert.check(source))
         if args.command == "import":
-            made = convert.import_(source, args.out, tokenizer=args.tokenizer, adapters=args.peft)
+            made = convert.import_(
+                source,
+                args.out,
+                tokenizer=args.tokenizer,
+                adapters=args.peft,
+                upcycling=upcycling(args),
+            )
             print(f"checkpoint written to {made}")
         else:
             export(args)

@@ -8,11 +8,13 @@ import re
 from megavlm.config.hub_cache import cached
 from megavlm.convert.hf import convert, model_card, peft_export, push
 from megavlm.convert.weights.tables import DIALECTS
+from megavlm.convert.weights.upcycle import Upcycling
 
 _EXAMPLE = """examples:
   python tools/convert_checkpoint.py import --hf InternVL2_5-1B-hf/ --out checkpoints/start
   python tools/convert_checkpoint.py export --load checkpoints/stage2 --out my-hf/ --dtype bfloat16
   python tools/convert_checkpoint.py export --load checkpoints/stage2 --out my-model/ --dialect chat
+  python tools/convert_checkpoint.py import --hf InternVL3_5-8B-HF/ --out moe --upcycle_experts 8
   python tools/convert_checkpoint.py check --hf InternVL2_5-1B-hf/
 
 Training also starts from a Hugging Face folder itself: --checkpoint.load DIR.
@@ -70,6 +72,47 @@ def _add_import(parser: argparse.ArgumentParser) -> None:
         type=cached,
         help="folder of LoRA adapters of that model, by PEFT",
     )
+    _add_upcycling(parser)
+
+
+def _add_upcycling(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``import`` that make a mixture of experts."""
+    parser.add_argument(
+        "--upcycle_experts",
+        metavar="N",
+        type=int,
+        help="put this many copies of each MLP of a dense language model into a mixture of experts,"
+        " with random routers; its logits are those of the dense model",
+    )
+    parser.add_argument(
+        "--upcycle_topk", metavar="K", type=int, help="experts that each token takes (default: 2)"
+    )
+    parser.add_argument(
+        "--upcycle_seed", metavar="SEED", type=int, help="of the random routers (default: 0)"
+    )
+
+
+def upcycling(args: argparse.Namespace) -> Upcycling | None:
+    """Return what an import is to make of a dense model; none: leave it dense.
+
+    Raises:
+        ValueError: options do not go together.
+    """
+    given = {
+        name: vars(args)[f"upcycle_{name}"]
+        for name in ("topk", "seed")
+        if vars(args)[f"upcycle_{name}"] is not None
+    }
+    if args.upcycle_experts is None:
+        for name in given:
+            raise ValueError(f"--upcycle_{name}: no effect without --upcycle_experts")
+        return None
+    if args.peft:
+        raise ValueError(
+            f"--upcycle_experts {args.upcycle_experts}: the adapters of --peft are of a dense"
+            " model; export them merged, and upcycle that"
+        )
+    return Upcycling(experts=args.upcycle_experts, **{"topk": 2} | given)
 
 
 def _add_export(parser: argparse.ArgumentParser) -> None:

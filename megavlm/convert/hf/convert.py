@@ -38,6 +38,7 @@ from megavlm.convert.hf.unused_weights import WithUnused
 from megavlm.convert.weights.adapters import MergedAdapters
 from megavlm.convert.weights.fused_experts import SeparateExperts
 from megavlm.convert.weights.tables import Dialect
+from megavlm.convert.weights.upcycle import Upcycled, Upcycling
 from megavlm.convert.weights.views import HuggingFaceView, MegatronView, Tensors
 from megavlm.data.text.tokenizer import (
     LIKE_LLAMA,
@@ -191,6 +192,7 @@ def import_(
     *,
     tokenizer: str | Path = "",
     adapters: str | Path = "",
+    upcycling: Upcycling | None = None,
     flag: str = "--out",
 ) -> Path:
     """Write a Hugging Face folder as a checkpoint that any layout can load; its weights can be
@@ -201,6 +203,7 @@ def import_(
         out: folder of the checkpoint to make; missing or empty.
         tokenizer: folder of the tokenizer; empty: that of the model.
         adapters: folder of LoRA adapters in PEFT's format; empty: none.
+        upcycling: make a mixture of experts of a dense language model; none: leave it as it is.
         flag: names ``out`` in errors.
 
     Returns:
@@ -218,14 +221,18 @@ def import_(
     if adapters:
         view = peft_folder.WithAdapters(view, architecture, Path(adapters))
         architecture = view.architecture
-    name = next((name for name, known in MODELS.items() if known == architecture), "custom")
+    mixture = architecture
+    if upcycling is not None:
+        mixture = upcycling.architecture(architecture)
+        view = Upcycled(view, mixture, upcycling.seed)
+    name = next((name for name, known in MODELS.items() if known == mixture), "custom")
     source = recipe_of(dialect_of(folder)).name
     with new_folder(out, flag) as growing, Progress("import", "B", _bytes(view)) as progress:
         write_shards(view, growing / SHARDS, done=progress.add)
         words = copy_tokenizer(Path(tokenizer) if tokenizer else folder, growing / TOKENIZER)
         _copy_qformer_tokenizer((tokenizer, folder), growing / TOKENIZER)
         (growing / CONFIG_NAME).write_text(
-            to_yaml(Config(recipe=source, stage="", model=name, architecture=architecture)),
+            to_yaml(Config(recipe=source, stage="", model=name, architecture=mixture)),
             encoding="utf-8",
         )
         unused_weights.write(
