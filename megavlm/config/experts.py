@@ -16,6 +16,9 @@ class Experts:
             the real tokens of one pack, f_i is the share of the choices that fell on expert i, and
             P_i the mean of its probability. It is 1 if all experts are equally busy. The mean over
             the packs of a step counts, whatever the layout. 0: off.
+        balance_over: what f_i is a share of: the choices of the pack itself, or those of the last
+            step's global batch, which leave packs of one kind free to choose few experts (arXiv
+            2501.11873). The first step of a run then has no balance loss.
         router_z_loss: weight of the squared logarithm of the softmax's denominator in the router
             (arXiv 2202.08906), such as 1e-3; a mean over tokens and packs likewise. 0: off.
         dispatcher: how expert-parallel ranks send each other tokens: each token to the ranks of its
@@ -24,5 +27,6 @@ class Experts:
     """
 
     balance_loss: float = 0.001
+    balance_over: Literal["pack", "global_batch"] = "pack"
     router_z_loss: float = 0.0
     dispatcher: Literal["alltoall", "allgather"] = "alltoall"

@@ -17,7 +17,7 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 from torch.nn import Module
 
-from megavlm.config.schema import Architecture, Loss
+from megavlm.config.schema import Config, Loss
 from megavlm.model.added_tokens import AddedEmbedding, AddedHead
 from megavlm.model.experts import count_routed_tokens
 from megavlm.model.specs import Kernels, language_spec
@@ -32,12 +32,11 @@ class LanguageModel(GPTModel):
 
     Args:
         config: megatron-core's configuration of the whole language model.
-        architecture: ours; without a head over the vocabulary the last chunk ends in hidden states.
+        run: ours; without a head over the vocabulary the last chunk ends in hidden states.
         chunk: which layers are built.
         chosen: kernels of the layers.
         groups: process groups.
         vp_stage: index of the model chunk on its rank; none if the rank has one.
-        loss: how the loss over the vocabulary is computed.
 
     With added tokens, the table of embeddings and the head have rows for the other tokens alone.
 
@@ -49,17 +48,19 @@ class LanguageModel(GPTModel):
     def __init__(
         self,
         config: TransformerConfig,
-        architecture: Architecture,
+        run: Config,
         chunk: Chunk,
         chosen: Kernels,
         groups: ProcessGroupCollection,
         vp_stage: int | None,
-        loss: Loss,
     ):
+        architecture = run.architecture
         language = architecture.language
         super().__init__(
             config=config,
-            transformer_layer_spec=language_spec(chunk.language_layers, architecture, chosen),
+            transformer_layer_spec=language_spec(
+                chunk.language_layers, architecture, chosen, run.experts
+            ),
             vocab_size=padded_vocabulary(language.vocab_size),
             max_sequence_length=language.position_rows,
             pre_process=chunk.has_connector,
@@ -99,8 +100,8 @@ class LanguageModel(GPTModel):
         self.ends_in_loss = False
         if self.post_process:
             self._gather_before_head(groups)
-            if loss.is_by_block:
-                self._take_loss_terms(loss, rows)
+            if run.loss.is_by_block:
+                self._take_loss_terms(run.loss, rows)
 
     def _take_loss_terms(self, loss: Loss, rows: int) -> None:
         """Let the loss project hidden states itself, block by block; this rank has ``rows`` rows of

@@ -6,7 +6,7 @@ Shape letters: T tokens of the pack on this rank, E experts, K experts of a toke
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,8 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor, nn
 from torch.nn.functional import linear
+
+from megavlm.config.experts import Experts
 
 
 class _WithLoss(torch.autograd.Function):
@@ -41,21 +43,40 @@ class PackRouter(TopKRouter):
     ``moe_z_loss_coeff`` are the weights that the losses of one pack have in a step; they are left
     out if the router is frozen.
 
+    Args:
+        config: of the language model.
+        pg_collection: process groups.
+        experts: the run's settings of experts.
+
     Attributes:
         load: float64 [E + 2]: how often each expert was chosen in training, on this rank and since
             it was last reset; the sum of the balance losses; and the number of packs that it is
             over. Summed over ranks, all of them are those of the whole packs.
+        choices: float64 [E]: how often each expert was chosen in this step, on this rank.
+        shares: float32 [E]: share of the choices of the last step's global batch that fell on each
+            expert. They begin even, and the balance loss then has no gradient.
     """
 
     def __init__(
         self,
         config: TransformerConfig,
         pg_collection: ProcessGroupCollection | None = None,
+        *,
+        experts: Experts,
         **kwargs: Any,
     ):
         super().__init__(config, pg_collection, **kwargs)
-        zeros = torch.zeros(config.num_moe_experts + 2, dtype=torch.float64)
+        count = config.num_moe_experts
+        zeros = torch.zeros(count + 2, dtype=torch.float64)
+        self.balances_steps = experts.balance_over == "global_batch"
         self.register_buffer("load", zeros, persistent=False)
+        self.register_buffer("choices", zeros[:count].clone(), persistent=False)
+        self.register_buffer("shares", torch.full((count,), 1 / count), persistent=False)
+
+    @property
+    def looks_back(self) -> bool:
+        """Whether a step depends on the choices of the one before it."""
+        return self.balances_steps and self.weight.requires_grad
 
     def forward(
         self, input: Tensor, padding_mask: Tensor | None = None, **kwargs: Any
@@ -111,7 +132,8 @@ class PackRouter(TopKRouter):
         if self.tp_cp_group.size() > 1:
             dist.all_reduce(counts, group=self.tp_cp_group)
         tokens = counts[-1].clamp(min=1)
-        shares = counts[:-1] / (self.topk * tokens)
+        shares = self.shares if self.balances_steps else counts[:-1] / (self.topk * tokens)
+        self.choices += own_counts[:-1]
         balance = self.num_experts * (shares * (scores * is_real).sum(0) / tokens).sum()
         part = torch.full_like(counts[:1], 1 / self.tp_cp_group.size())
         self.load += torch.cat([own_counts[:-1], balance.detach()[None], part])
@@ -129,3 +151,22 @@ class PackRouter(TopKRouter):
 def routers_of(model: nn.Module) -> Iterator[PackRouter]:
     """Yield the routers of a chunk, in the order of its layers."""
     return (module for module in model.modules() if isinstance(module, PackRouter))
+
+
+def end_step(routers: Sequence[PackRouter], is_skipped: bool) -> None:
+    """Take the choices that the routers of this rank's chunks made in a step, on all ranks of the
+    pipeline stage, for the next step. Collective; nobody waits for the device.
+
+    Args:
+        routers: of this rank, in the order of its layers.
+        is_skipped: whether the step changed no parameter; it then changes nothing here either.
+    """
+    counted = [router for router in routers if router.looks_back]
+    if not counted:
+        return
+    choices = torch.stack([router.choices for router in counted])
+    dist.all_reduce(choices, group=counted[0].tp_dp_cp_group)
+    for router, of_step in zip(counted, choices, strict=True):
+        router.choices.zero_()
+        if not is_skipped:
+            router.shares.copy_(of_step / of_step.sum().clamp(min=1))

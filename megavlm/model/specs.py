@@ -32,7 +32,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megavlm.config.schema import Architecture, Config, Vision
+from megavlm.config.schema import Architecture, Config, Experts, Vision
 from megavlm.model.attention import PackedAttention, TileAttention, attend_with_prefixes
 from megavlm.model.cross_attention import CrossModules, GatedCrossAttention, GatedLayer
 from megavlm.model.experts import grouped_experts, sequential_experts
@@ -295,9 +295,10 @@ def _layers(
     return [ModuleSpec(module=module, params=params, submodules=submodules)] * count
 
 
-def _with_experts(layers: list[ModuleSpec], chosen: Kernels) -> list[ModuleSpec]:
+def _with_experts(layers: list[ModuleSpec], chosen: Kernels, settings: Experts) -> list[ModuleSpec]:
     """Put experts in the place of the MLPs; a norm of its own stands before router and experts."""
-    experts = MoESubmodules(experts=chosen.experts, router=PackRouter)
+    router = functools.partial(PackRouter, experts=settings)
+    experts = MoESubmodules(experts=chosen.experts, router=router)
     keys = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
     return [
         replace(
@@ -328,7 +329,7 @@ def vision_spec(count: int, vision: Vision, chosen: Kernels) -> TransformerBlock
 
 
 def language_spec(
-    layers: Sequence[int], architecture: Architecture, chosen: Kernels
+    layers: Sequence[int], architecture: Architecture, chosen: Kernels, experts: Experts
 ) -> TransformerBlockSubmodules:
     """Describe consecutive layers of the language model, counted from 0, with a norm after the
     model's last layer.
@@ -349,7 +350,7 @@ def language_spec(
         [gated] = _layers(GatedLayer, attention, 1, chosen, cross=_cross(architecture, chosen))
     found = [gated if crosses.stands_before(layer) else plain for layer in layers]
     if language.num_experts:
-        found = _with_experts(found, chosen)
+        found = _with_experts(found, chosen, experts)
     return TransformerBlockSubmodules(layer_specs=found, layer_norm=chosen.norm)
 
 

@@ -29,6 +29,7 @@ from megavlm.model.lora import LowRankAdapter, attach, set_draw
 from megavlm.model.objective import build_objective
 from megavlm.model.patches import Patches
 from megavlm.model.recompute import ask_for_gradient
+from megavlm.model.router import routers_of
 from megavlm.model.specs import Kernels, kernels
 from megavlm.model.transformer import language_config, vision_config
 from megavlm.model.vision import VisionEncoder
@@ -102,12 +103,11 @@ class VisionLanguageModel(MegatronModule):
             # It then sees the tiles of all ranks, so that each of them has its whole gradient.
             self.copies.remove(self.connector)
         if chunk.has_language:
-            self.language = LanguageModel(
-                self.config, arch, chunk, chosen, collection, vp_stage, config.loss
-            )
+            self.language = LanguageModel(self.config, config, chunk, chosen, collection, vp_stage)
             stack = "language.decoder.layers"
             attach(self.language, stack, arch, self.config, collection.tp)
             attach_to_experts(self.language, stack, arch)
+        self.routers = tuple(routers_of(self))
         self.objective = build_objective(self.config, config, chunk, chosen, groups)
         if not arch.language.exists and chunk.has_connector:
             self.objective.take_connector(self.connector)

@@ -31,7 +31,7 @@ from megavlm.model import nf4_layers
 from megavlm.model.positions import POSITIONS_KEY, resize_positions
 from megavlm.model.precision import precision
 from megavlm.model.vlm import VisionLanguageModel
-from megavlm.train import averages, master_weights
+from megavlm.train import averages, master_weights, router_state
 from megavlm.train.averages import Averages, parameter_states
 from megavlm.train.master_weights import Master, MismatchError
 from megavlm.train.optimizer import oldest
@@ -78,8 +78,8 @@ def sharded(
     is_loading: bool,
     averaged: Averages | None = None,
 ) -> dict[str, Any]:
-    """Return weights, master weights, moments, their averages if there are any, and the scales of
-    FP8, of this rank, as megatron-core saves and loads them. Collective.
+    """Return weights, master weights, moments, their averages if there are any, the scales of FP8
+    and the state of routers, of this rank, as megatron-core saves and loads them. Collective.
 
     Raises:
         MismatchError: what would be saved is wrong: its master weights are not the weights.
@@ -104,7 +104,7 @@ def sharded(
     scales = {"scales": _scales(chunks)} if "delayed" in fp8.recipes.values() else {}
     if averaged is not None and is_loading:
         means = {"ema": averages.entries(state, optimizer)}
-    return {"model": weights, "optimizer": state} | scales | means
+    return {"model": weights, "optimizer": state} | scales | means | router_state.entries(chunks)
 
 
 def optimizer_parts(state: Mapping[Any, Any], optimizer: MegatronOptimizer) -> list[dict]:
@@ -229,8 +229,8 @@ def load_optimizer(
     fp8: Fp8,
     averaged: Averages | None = None,
 ) -> None:
-    """Fill moments, master weights and step count, averages if there are any, and the scales of FP8
-    if ``fp8`` is as it was. Collective.
+    """Fill moments, master weights and step count, averages if there are any, the scales of FP8 if
+    ``fp8`` is as it was, and the state of routers. Collective.
 
     Raises:
         MismatchError: the checkpoint's master weights are not its weights.
@@ -246,7 +246,10 @@ def load_optimizer(
         for name, entry in held(checkpoint.state, checkpoint.config, asked["model"]).items()
         if id(entry.data) not in in_4_bits  # frozen, and loaded before they were
     }
+    if not router_state.is_kept(checkpoint.config):
+        asked.pop(router_state.STATE, None)  # asked for since then
     loaded = load_shards(checkpoint, asked)
+    router_state.take(chunks, loaded)
     partly = checkpoint.state.trained_only or bool(in_4_bits)
     _take(chunks, loaded["model"] | loaded.get("scales", {}), partly=partly)
     refuse_mismatch(checkpoint, found, loaded["optimizer"])

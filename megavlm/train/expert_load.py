@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 
 from megavlm.config.schema import Architecture
-from megavlm.model.router import routers_of
 from megavlm.model.vlm import VisionLanguageModel
 from megavlm.parallel.process_groups import Groups
 from megavlm.train.meters import Figures, Meter
@@ -34,7 +33,7 @@ class ExpertLoad(Meter):
         self._device = device
         self._layers = architecture.language.num_layers
         self._experts = architecture.language.num_experts
-        self._routers = [router for chunk in chunks for router in routers_of(chunk)]
+        self._routers = [router for chunk in chunks for router in chunk.routers]
 
     def report(self, groups: Groups, steps: int) -> Figures:
         """Return the mean of the layers' balance losses (1: all experts are equally busy), and for

@@ -12,6 +12,7 @@ from torch import Tensor
 from megavlm.data.loading.batch import Batch
 from megavlm.model.loss import weighted_sum
 from megavlm.model.objective.objective import Objective
+from megavlm.model.router import end_step
 from megavlm.model.tied import sum_tied_gradients
 from megavlm.parallel.backend import Backend
 from megavlm.train import optimizer as adamw
@@ -162,4 +163,5 @@ def train_step(
             part_norms.keep(gradient.by_part)
         for chunk in model:
             chunk.module.objective.after_step()
+    end_step([router for chunk in model for router in chunk.module.routers], is_skipped)
     return StepResult(loss=loss, grad_norm=gradient.norm, is_skipped=is_skipped)

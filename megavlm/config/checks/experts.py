@@ -12,6 +12,8 @@ from megavlm.config.schema import Architecture, Config, Language, Parallel
 
 _FLAG = "--architecture.language"
 _SIZES = ("experts_per_token", "expert_ffn_hidden_size")
+# Fields of ``Experts`` that only trained routers read.
+_OF_ROUTERS = ("balance_loss", "balance_over", "router_z_loss")
 
 
 def expert_size_problems(language: Language) -> Iterator[str]:
@@ -146,12 +148,17 @@ def _ignored_settings(config: Config) -> Iterator[str]:
     routers = [f"language.decoder.layers.{layer}.mlp.router.weight" for layer in layers]
     trainable = config.training.trainable
     if not any(matches(key, pattern) for key in routers for pattern in trainable):
-        for name, value in changed(experts, "balance_loss", "router_z_loss").items():
+        for name, value in changed(experts, *_OF_ROUTERS).items():
             yield (
                 f"--experts.{name} {value} has no effect: --training.trainable"
                 f" {','.join(trainable)} trains no router; leave it out, or add"
                 " language.*.router"
             )
+    elif changed(experts, "balance_over") and not experts.balance_loss:
+        yield (
+            f"--experts.balance_over {experts.balance_over} has no effect with"
+            " --experts.balance_loss 0; leave it out, or use a weight such as 0.001"
+        )
     if changed(experts, "dispatcher") and config.parallel.expert_model_parallel_size == 1:
         yield (
             f"--experts.dispatcher {experts.dispatcher}: with"

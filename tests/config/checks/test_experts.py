@@ -44,6 +44,14 @@ def found(*options: str, model: str = MODEL, ranks: int = 8) -> list[str]:
         (("--experts.balance_loss", "-1"), "must be 0 or more"),
         (("--experts.dispatcher", "allgather"), "no token leaves its rank"),
         (
+            ("--experts.balance_over", "global_batch", "--experts.balance_loss", "0"),
+            "has no effect with --experts.balance_loss 0",
+        ),
+        (
+            ("--training.trainable", "connector", "--experts.balance_over", "global_batch"),
+            "trains no router",
+        ),
+        (
             ("--training.trainable", "connector", "--experts.balance_loss", "0.1"),
             "trains no router",
         ),
