@@ -8,7 +8,8 @@ command and its workers together (resident, the libraries that they share counte
 and of the command alone. Three rates stand beside each other, each with as many processes as cores:
 ``cp_mb_per_s`` of a plain copy of the JPEG files, ``pack_mb_per_s`` of the second pass over them (a
 whole packing less a dry run, by the clock of their reports), and ``survey_records_per_s`` of the
-first pass over records of text alone.
+first pass over records of text alone. The same rates by processor seconds
+(``..._per_processor_s``) say what a machine that does other things too cannot say by the clock.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -23,6 +25,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import psutil
 from figures import write_figures
 from photographs import write_jpegs, write_records
@@ -110,11 +113,29 @@ def speed(work: Path, images: int, repeats: int) -> dict[str, dict[str, float]]:
     return found
 
 
-def report_seconds(arguments: list[str], work: Path) -> float:
-    """Return how long the packer says that it took, the start of Python left out."""
+def report_seconds(arguments: list[str], work: Path) -> np.ndarray:
+    """Return how long the packer says that it took, the start of Python left out, and its seconds
+    of processors, the start included.
+    """
     path = work / "report.json"
-    run([*arguments, "--json", str(path), "--workers", str(os.cpu_count())])
-    return json.loads(path.read_text(encoding="utf-8"))["seconds"]
+    found = run([*arguments, "--json", str(path), "--workers", str(os.cpu_count())])
+    seconds = json.loads(path.read_text(encoding="utf-8"))["seconds"]
+    return np.array([seconds, found["processor_seconds"]])
+
+
+def copy_seconds(source: Path, target: Path) -> np.ndarray:
+    """Copy the files of a folder with as many processes as cores, and return seconds by the clock
+    and of processors.
+    """
+    target.mkdir()
+    names = "\0".join(map(str, source.iterdir()))
+    command = ["xargs", "-0", "-n", "256", "-P", str(os.cpu_count()), "cp", "-t", str(target)]
+    start = time.perf_counter()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run(command, input=names, text=True, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    processor = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return np.array([time.perf_counter() - start, processor])
 
 
 def beside_copy(work: Path, images: int, lines: int, repeats: int) -> dict[str, float]:
@@ -133,26 +154,22 @@ def beside_copy(work: Path, images: int, lines: int, repeats: int) -> dict[str, 
     for _ in range(repeats):
         for name in ("copy", "packs"):
             shutil.rmtree(work / name, ignore_errors=True)
-        (work / "copy").mkdir()
-        names = "\0".join(map(str, folder.iterdir()))
-        command = ["xargs", "-0", "-n", "256", "-P", str(os.cpu_count()), "cp", "-t"]
-        start = time.perf_counter()
-        subprocess.run([*command, str(work / "copy")], input=names, text=True, check=True)
-        copies.append(time.perf_counter() - start)
+        copies.append(copy_seconds(folder, work / "copy"))
         first = report_seconds([*data, "--dry_run"], work)
         passes.append(report_seconds([*data, "--out", str(work / "packs")], work) - first)
         surveys.append(report_seconds(text, work))
     shutil.rmtree(folder)
-    if min(passes) <= 0:
+    (copy, pack, survey) = (np.min(each, axis=0) for each in (copies, passes, surveys))
+    if min(pack) <= 0:
         raise SystemExit(
-            f"packing took {min(passes):.1f} s longer than a dry run, which says nothing; give more"
+            f"packing took {min(pack):.1f} s longer than a dry run, which says nothing; give more"
             " --images, on a machine that does nothing else"
         )
-    found = {
-        "cp_mb_per_s": size / min(copies) / 1e6,
-        "pack_mb_per_s": size / min(passes) / 1e6,
-        "survey_records_per_s": lines / min(surveys),
-    }
+    found = {}
+    for unit, clock in (("s", 0), ("processor_s", 1)):
+        found[f"cp_mb_per_{unit}"] = size / copy[clock] / 1e6
+        found[f"pack_mb_per_{unit}"] = size / pack[clock] / 1e6
+        found[f"survey_records_per_{unit}"] = lines / survey[clock]
     print(", ".join(f"{name} {rate:,.1f}" for name, rate in found.items()))
     return found
 

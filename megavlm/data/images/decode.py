@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image as PillowImage
 from PIL import PngImagePlugin, UnidentifiedImageError
 
-from megavlm.data.images.jpeg import decode_jpeg, is_whole, load_jpeg_decoder
+from megavlm.data.images.jpeg import decode_jpeg, is_whole, load_jpeg_decoder, plain_size
 
 # Pillow warns above 89 million pixels and refuses twice that, but scans and maps of honest data are
 # larger. This bound costs at most 1.6 GB while an image is decoded; it takes the place of Pillow's
@@ -30,6 +30,8 @@ PillowImage.MAX_IMAGE_PIXELS = None
 # Colour profiles and texts of real PNG files exceed Pillow's limit of 1 MB, which makes them
 # "decompressed data too large".
 MAX_TEXT_BYTES = 2**26
+# Of a file that is open, in which the size is looked for first.
+HEAD_BYTES = 2**13
 PngImagePlugin.MAX_TEXT_CHUNK = MAX_TEXT_BYTES
 
 
@@ -62,6 +64,12 @@ def read_header(source: bytes | Path | BinaryIO) -> Header:
     if isinstance(source, Path):
         with open(source, "rb") as file:
             return read_header(file)
+    head = source if isinstance(source, bytes) else source.read(HEAD_BYTES)
+    size = plain_size(head)
+    if size and size[0] * size[1] <= MAX_PIXELS:
+        return Header(width=size[0], height=size[1], deep=False)
+    if not isinstance(source, bytes):
+        source.seek(-len(head), io.SEEK_CUR)
     image = open_image(io.BytesIO(source) if isinstance(source, bytes) else source)
     return Header(width=image.width, height=image.height, deep=image.mode[0] in "IF")
 

@@ -118,12 +118,29 @@ def open_media(file: MediaFile) -> Any:
         return io.BytesIO(file.content)
     if is_remote(file.path):
         return open_file(file.path)
-    mode = os.stat(file.path).st_mode
+    _check_regular(file.path)
+    return open(file.path, "rb")
+
+
+def read_media(file: MediaFile) -> bytes:
+    """Read a file of a record; errors as in ``open_media``."""
+    if file.content is not None:
+        return file.content
+    if is_remote(file.path):
+        with open_file(file.path) as opened:
+            return opened.read()
+    _check_regular(file.path)
+    # Read at once, so without a buffer.
+    with open(file.path, "rb", buffering=0) as opened:
+        return opened.read()
+
+
+def _check_regular(path: str) -> None:
+    mode = os.stat(path).st_mode
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(None, "a directory, not a file")
     if not stat.S_ISREG(mode):
         raise OSError(None, "a pipe or a device, not a file")
-    return open(file.path, "rb")
 
 
 def _frame_files(file: MediaFile) -> list[Path]:

@@ -15,7 +15,7 @@ import numpy as np
 from megavlm.data.images.decode import check_pixels, load_decoders, read_header, scale_deep
 from megavlm.data.images.frame_sampling import FrameChoice, show_frames
 from megavlm.data.images.tiling import Tiling
-from megavlm.data.images.video import frame_times, open_media, read_frames
+from megavlm.data.images.video import frame_times, open_media, read_frames, read_media
 from megavlm.data.packing.picture_order import in_text_order
 from megavlm.data.packing.shorten import cut_windows, truncated
 from megavlm.data.packing.windows import Windows
@@ -295,11 +295,15 @@ class Encoder:
     ) -> Image:
         """Read one of a record's ``images`` images."""
         try:
-            with open_media(file) as opened:
-                if how is Images.HEADER and is_remote(file.path):
-                    opened.peek(1)  # a store that fails is no image that cannot be read
-                encoded = b"" if how is Images.HEADER else opened.read()
-                header = read_header(opened if how is Images.HEADER else encoded)
+            if how is Images.HEADER:
+                encoded = b""
+                with open_media(file) as opened:
+                    if is_remote(file.path):
+                        opened.peek(1)  # a store that fails is no image that cannot be read
+                    header = read_header(opened)
+            else:
+                encoded = read_media(file)
+                header = read_header(encoded)
             if header.deep and self.deep_images == "reject":
                 raise RejectError(
                     "deep_image", f"{file.path}: more than 8 bits a channel (--deep_images)"

@@ -339,16 +339,11 @@ def pack_block(samples: Sequence[Sample]) -> tuple[list[bytes], np.ndarray]:
     parts = []
     offset = 0
     crc = 0
-    for row, (index, image) in zip(table, images, strict=True):
+    for number, (index, image) in enumerate(images):
         size = len(image.encoded)
-        row["offset"] = offset
-        row["bytes"] = size
-        row["sample"] = index
-        row["width"] = image.width
-        row["height"] = image.height
-        row["columns"] = image.columns
-        row["rows"] = image.rows
-        row["tiles"] = image.tiles
+        # In the order of IMAGE.
+        shape = (image.width, image.height, image.columns, image.rows)
+        table[number] = (offset, size, *shape, image.tiles, index)
         for part in (image.encoded, bytes(-size % SECTION_ALIGNMENT_BYTES)):
             parts.append(part)
             crc = zlib.crc32(part, crc)

@@ -24,8 +24,8 @@ from megavlm.data.text.placeholders import (
     without_images,
 )
 from megavlm.data.text.templates import chat_format
-from megavlm.data.text.token_counter import TokenCounter
 from megavlm.data.text.tokenizer import first_tokens
+from megavlm.data.text.word_tokens import WordTokens
 
 DEFAULT = "internvl2_5"
 
@@ -94,9 +94,10 @@ class ChatTemplate:
         self._image_token_ids = [self._token_id(token) for token in images.shown]
         self._opening_tokens = self._tokens([self.format.opening])[0]
         end, whole = self._tokens([self.format.end, self.format.end + self.format.closing])
-        self._counter = TokenCounter(tokenizer.backend_tokenizer)
+        self._words = WordTokens(tokenizer.backend_tokenizer)
         self._first_count = self.format.end, len(end)
-        self._first = self.format.end, end  # what a conversation began with last, and its tokens
+        # What a conversation began with last, and its tokens.
+        self._first = self.format.end, np.array(end, np.int32)
         # Alone, a text may begin with a token for a space.
         self._closing_length = len(whole) - len(end)
 
@@ -145,9 +146,9 @@ class ChatTemplate:
         if self.format.joint:
             texts = ["".join(texts)]
         if texts[0] != self._first_count[0]:
-            self._first_count = texts[0], self._counter.count(texts[0])
+            self._first_count = texts[0], self._words.count(texts[0])
         found = len(self.first_tokens) + self._first_count[1]
-        found += sum(map(self._counter.count, texts[1:]))
+        found += sum(map(self._words.count, texts[1:]))
         return found + sum(tiles) * self.features_per_tile - len(tiles)
 
     def instruction(self, turns: Sequence[Turn], tiles: Sequence[int]) -> np.ndarray:
@@ -300,34 +301,33 @@ class ChatTemplate:
         first, *others = ["".join(piece) for piece in pieces]
         if first != self._first[0]:  # one system message begins most conversations
             self._first = first, self._first_turn(first)
-        tokens = []
+        tokens = [self._first[1], *self._words.encode(others)]
+        length = 0
         learned = []
-        for turn, found in zip(turns, [self._first[1], *self._tokens(others)], strict=True):
+        for turn, found in zip(turns, tokens, strict=True):
+            end = length + len(found)
             if turn.role == "gpt" and turn.learned:
-                learned.append(
-                    (
-                        len(tokens) + len(self._opening_tokens),
-                        len(tokens) + len(found) - self._closing_length,
-                    )
-                )
-            tokens += found
+                learned.append((length + len(self._opening_tokens), end - self._closing_length))
+            length = end
         if opening:
-            tokens += self._opening_tokens
-        mask = np.zeros(len(tokens), bool)
+            tokens.append(np.array(self._opening_tokens, np.int32))
+            length += len(self._opening_tokens)
+        mask = np.zeros(length, bool)
         for start, end in learned:
             mask[start:end] = True
-        return np.array(tokens, np.int32), mask
+        return np.concatenate(tokens), mask
 
-    def _first_turn(self, text: str) -> list[int]:
+    def _first_turn(self, text: str) -> np.ndarray:
         """Token ids of the text of the first turn. If the template splits at images, what stands
         behind them is an instruction, which becomes tokens alone and is cut in front.
         """
         if not self.format.split_at_images:
-            return self._tokens([text])[0]
+            return self._words.encode([text])[0]
         context = self.format.images.context
         most = max(1, self.instruction_length - len(self.first_tokens))
-        found = self._tokens([text.replace(context, "")])[0]
-        return [self.context_token_id] * text.count(context) + found[-most:]
+        found = self._words.encode([text.replace(context, "")])[0]
+        images = np.full(text.count(context), self.context_token_id, np.int32)
+        return np.concatenate([images, found[-most:]])
 
     def _encode_joint(
         self, turns: Sequence[Turn], pieces: list[tuple[str, str, str]], opening: str

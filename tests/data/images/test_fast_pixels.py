@@ -85,6 +85,7 @@ def test_what_pillow_has_to_look_at():
     assert jpeg.decode_jpeg(png.getvalue(), 10**6) is None
 
 
+EXIF = b"Exif\0\0" + bytes(50)
 MARKERS = (0, 0xC0, 0xC2, 0xC4, 0xC8, 0xD0, 0xD3, 0xD9, 0xDA, 0xDB, 0xDC, 0xDD, 0xE1, 0xFE)
 
 
@@ -143,7 +144,7 @@ def test_no_jpeg_is_called_whole_that_pillow_refuses():
             {"subsampling": 0},
             {"optimize": True},
             {"restart_marker_blocks": 3},
-            {"exif": bytes(50)},
+            {"exif": EXIF},
         )
     ):
         for mode in ("RGB", "L"):
@@ -160,6 +161,43 @@ def test_no_jpeg_is_called_whole_that_pillow_refuses():
                 Image.open(io.BytesIO(encoded)).load()
         verdicts.append(jpeg.is_whole(encoded, 10**6))
     assert 1000 < sum(verdicts) < 3000
+
+
+def test_sizes_are_those_of_pillow_and_it_opens_all_files_that_have_one():
+    rng = random.Random(6)
+    files = []
+    profile = rng.randbytes(300)
+    for seed, options in enumerate(
+        (
+            {"dpi": (72, 72)},
+            {"dpi": (72, 72), "exif": EXIF},
+            {"icc_profile": profile, "comment": b"words"},
+            {"subsampling": 0, "restart_marker_blocks": 3},
+            {"exif": EXIF},
+            {"progressive": True},
+            {"mode": "CMYK"},
+        )
+    ):
+        image = Image.fromarray(picture(np.random.default_rng(seed), 31 + 9 * seed, 40))
+        for mode in ("RGB", "L"):
+            image.convert(options.get("mode", mode)).save(
+                file := io.BytesIO(), "JPEG", **{k: v for k, v in options.items() if k != "mode"}
+            )
+            files.append(file.getvalue())
+            size = jpeg.plain_size(files[-1])
+            assert size == (image.size if seed < 4 else None)
+    told = 0
+    for _ in range(8000):
+        encoded = damaged(rng.choice(files), rng)
+        size = jpeg.plain_size(encoded)
+        if size is not None:
+            told += 1
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                found = Image.open(io.BytesIO(encoded))
+            assert found.format == "JPEG" and found.mode in ("RGB", "L") and found.size == size
+            assert jpeg.plain_size(encoded[:200]) is None
+    assert 1000 < told < 6000
 
 
 @pytest.mark.parametrize("options", [{"progressive": True}, {"mode": "CMYK"}])

@@ -1,4 +1,4 @@
-"""Counts of tokens without the tokens: those of the tokenizer, for tokenizers of every kind."""
+"""Tokens word by word, and their number: those of the tokenizer, for tokenizers of every kind."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import pytest
 from tokenizers import Tokenizer
 
 from megavlm.data.records.record import Turn
-from megavlm.data.text import token_counter
+from megavlm.data.text import word_tokens
 from megavlm.data.text.chat_tokens import ChatTemplate
 from megavlm.data.text.templates import FORMATS
-from megavlm.data.text.token_counter import TokenCounter
 from megavlm.data.text.tokenizer import add_special_tokens, load_tokenizer
+from megavlm.data.text.word_tokens import WordTokens
 
 TOKENIZER = Path(__file__).parents[2] / "golden" / "tokenizer"
 QWEN2_PATTERN = (
@@ -61,28 +61,50 @@ def texts(count: int) -> list[str]:
 
 
 @pytest.mark.parametrize("pattern", ["", QWEN2_PATTERN])
-def test_counts_are_those_of_the_tokenizer(tokenizer, pattern: str, monkeypatch):
-    monkeypatch.setattr(token_counter, "COMPARED_TEXTS", 0)
+def test_tokens_are_those_of_the_tokenizer(tokenizer, pattern: str, monkeypatch):
+    monkeypatch.setattr(word_tokens, "COMPARED_TEXTS", 0)
+    monkeypatch.setattr(word_tokens, "COMPARED_SHARE", 10**9)
     backend = with_pattern(tokenizer, pattern) if pattern else tokenizer.backend_tokenizer
-    counter = TokenCounter(backend)
-    assert counter._words is not None
-    for text in [*texts(3000), "naïve", "你好 <|im_end|>"]:
-        assert counter.count(text) == len(backend.encode(text, add_special_tokens=False)), text
+    words = WordTokens(backend)
+    assert words._words is not None
+    for text in [*texts(3000), "", "naïve", "你好 <|im_end|>"]:
+        expected = backend.encode(text, add_special_tokens=False).ids
+        assert words.count(text) == len(expected), text
+        assert words.encode([text, "b"])[0].tolist() == expected, text
 
 
-def test_a_tokenizer_of_another_kind_counts_itself(tokenizer):
+def test_a_tokenizer_of_another_kind_makes_its_tokens_itself(tokenizer):
     backend = with_pattern(tokenizer, r"\p{Lu}+|\p{Ll}+|.")
-    counter = TokenCounter(backend)
-    assert counter._words is None
-    assert counter.count("One two") == len(backend.encode("One two", add_special_tokens=False))
+    words = WordTokens(backend)
+    assert words._words is None
+    expected = backend.encode("One two", add_special_tokens=False).ids
+    assert words.count("One two") == len(expected)
+    assert words.encode(["One two"])[0].tolist() == expected
 
 
-def test_a_counter_that_differs_gives_up(tokenizer):
-    counter = TokenCounter(tokenizer.backend_tokenizer)
-    counter._words = str.split
-    right = len(tokenizer.backend_tokenizer.encode("a  b c", add_special_tokens=False))
-    assert [counter.count("a  b c") for _ in range(2)] == [right, right]
-    assert counter._words is None
+def test_words_that_are_cut_otherwise_are_not_taken(tokenizer, monkeypatch):
+    monkeypatch.setattr(word_tokens, "_in_ascii", lambda pattern: r"\S+|\s+")
+    assert WordTokens(tokenizer.backend_tokenizer)._words is None
+
+
+def test_words_that_differ_later_are_given_up(tokenizer):
+    backend = tokenizer.backend_tokenizer
+    right = backend.encode("a  b c", add_special_tokens=False).ids
+    words = WordTokens(backend)
+    words._words = str.split
+    assert [words.count("a  b c") for _ in range(2)] == [len(right)] * 2
+    assert words._words is None
+    words._words = str.split
+    assert [each.tolist() for each in words.encode(["a  b c"] * 2)] == [right] * 2
+    assert words._words is None
+
+
+def test_words_that_differ_after_many_texts_end_the_job(tokenizer):
+    words = WordTokens(tokenizer.backend_tokenizer)
+    words.encode(["a  b c"] * word_tokens.COMPARED_TEXTS)
+    words._words = str.split
+    with pytest.raises(RuntimeError, match="'a  b c'.*please report it"):
+        words.encode(["a  b c"] * word_tokens.COMPARED_SHARE)
 
 
 @pytest.mark.parametrize(
