@@ -202,14 +202,19 @@ def _saved_by_fp8(config: Config, part: str) -> tuple[float, float]:
         split = 1
     else:
         model = config.architecture.language
-        inner = 0 if model.num_experts else model.ffn_hidden_size
+        inner = model.ffn_hidden_size
         attended = model.num_attention_heads * model.head_size
         tensor = parallel.tensor_model_parallel_size
         split = tensor if parallel.sequence_parallel else 1
     in_16_bits = config.fp8.first_bf16_layers + config.fp8.last_bf16_layers
     share = max(model.num_layers - in_16_bits, 0) / model.num_layers / 2
+    inputs = 2 * model.hidden_size / split
     inside = share * inner / tensor
-    return inside + share * (2 * model.hidden_size / split - attended / tensor), inside
+    if part == "language" and model.num_experts:  # read copies of their tokens
+        inputs = model.hidden_size / split
+        read = model.hidden_size + model.expert_ffn_hidden_size
+        inside = share * model.experts_per_token * read / tensor
+    return inside + share * (inputs - attended / tensor), inside
 
 
 def _logit_bytes(config: Config) -> int:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from megavlm.config.lora import Lora
+from megavlm.config.models import MODELS
 from megavlm.config.schema import Ema, Fp8
 from megavlm.model.nf4 import Nf4Weight
 from megavlm.planner.activations import RankLoad, activation_memory
@@ -89,6 +90,26 @@ def test_dora_keeps_the_output_of_each_layer_with_an_adapter(sequence_parallel: 
     of_tile = vision.tokens * vision.ffn_hidden_size / 2
     kept = 1000 * of_token * language.num_layers + 7 * of_tile * vision.num_layers
     assert found[1] - found[0] == pytest.approx(2 * kept)
+
+
+def test_fp8_keeps_inputs_of_experts_in_8_bits_and_copies_of_their_weights() -> None:
+    config = run()
+    config = dataclasses.replace(config, architecture=MODELS["internvl3_5-30b-a3b"])
+    [chunk] = make_layout(config, SIZE).chunks
+    in_8_bits = dataclasses.replace(config, fp8=Fp8(language="tensorwise"))
+    load = RankLoad(tokens=1000.0, tiles=7.0)
+    plain, small = (activation_memory(one, chunk, load) for one in (config, in_8_bits))
+    language = config.architecture.language
+    # Half of two bytes: inputs of queries, keys and values, and of eight experts, which read copies
+    # of the token; the output of attention is kept twice.
+    of_token = language.hidden_size - language.num_attention_heads * language.head_size
+    of_token += 8 * (language.hidden_size + language.expert_ffn_hidden_size)
+    saved = plain.per_microbatch - small.per_microbatch
+    assert saved == pytest.approx(1000 * 48 * of_token)
+    copied = needed(in_8_bits).weights - needed(config).weights
+    layers = [piece for piece in pieces(config.architecture) if piece.part == "language"]
+    linears = [piece.elements for piece in layers if ".linear_" in piece.key and piece.is_matrix]
+    assert copied == 2 * sum(linears)
 
 
 @pytest.mark.parametrize("rank", [0, 8])

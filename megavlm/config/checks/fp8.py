@@ -54,10 +54,11 @@ def fp8_problems(fp8: Fp8, config: Config) -> Iterator[str]:
             1,
         )
         multiple = fp8_multiple(recipe, config.parallel.sequence_parallel and part == "language")
-        widths = {
-            "hidden_size": sizes.hidden_size,
-            "ffn_hidden_size": sizes.ffn_hidden_size // tensor,
-        }
+        widths = {"hidden_size": sizes.hidden_size}
+        if part == "language" and arch.language.num_experts:
+            widths["expert_ffn_hidden_size"] = arch.language.expert_ffn_hidden_size
+        else:
+            widths["ffn_hidden_size"] = sizes.ffn_hidden_size // tensor
         if part == "language":
             widths["num_attention_heads"] = (
                 arch.language.num_attention_heads * arch.language.head_size // tensor

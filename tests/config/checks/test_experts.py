@@ -26,7 +26,7 @@ def found(*options: str, model: str = MODEL, ranks: int = 8) -> list[str]:
         (("--parallel.expert_model_parallel_size", "16"), "does not divide the 8 ranks"),
         (("--parallel.expert_model_parallel_size", "0"), "must be 1 or more"),
         (("--parallel.tensor_model_parallel_size", "2"), "use true"),
-        (("--fp8.language", "tensorwise"), "--fp8.vision can stay"),
+        (("--fp8.language", "delayed"), "use tensorwise or blockwise"),
         (
             ("--architecture.lora.rank", "8", "--architecture.lora.dropout", "0.1"),
             "dropout draws by position",
@@ -92,6 +92,9 @@ def test_the_models_of_the_table_can_run() -> None:
     assert not found("--training.trainable", "language.*.router", "--experts.balance_loss", "0.1")
     assert not found("--architecture.lora.rank", "8", *ATTENTION)
     assert not found("--architecture.lora.rank", "8")
+    assert not found("--fp8.language", "blockwise")
+    odd = ("--fp8.language", "blockwise", "--architecture.language.expert_ffn_hidden_size", "760")
+    assert "makes matrices 760 wide, not a multiple of 16" in found(*odd)[0]
     split = ("--parallel.tensor_model_parallel_size", "4", "--sequence-parallel", "true")
     assert not found(*split, "--expert-model-parallel-size", "8", model="internvl3_5-241b-a28b")
 
