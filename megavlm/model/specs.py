@@ -38,6 +38,7 @@ from megavlm.model.cross_attention import CrossModules, GatedCrossAttention, Gat
 from megavlm.model.experts import grouped_experts, sequential_experts
 from megavlm.model.norm import Norm
 from megavlm.model.precision import uses_transformer_engine
+from megavlm.model.residual_branch import add_branch, add_branch_by_kernels
 from megavlm.model.router import PackRouter
 from megavlm.model.swiglu import Swiglu
 from megavlm.model.vision_attention import VisionAttention
@@ -62,6 +63,7 @@ class Kernels:
         is_fused: whether megatron-core's fused kernels turn queries and keys, gate the MLP and add
             residuals.
         pointwise: makes one kernel of a function that works element by element.
+        add_branch: adds a residual branch of the vision encoder.
         checkpoint: calls a function on tensors, of which it keeps the inputs only, and calls it
             again in the backward pass; a group of tensor-parallel ranks stands between the two.
         cross_entropy: losses of the tokens [T, 1] from a rank's share of the logits [T, 1, V /
@@ -79,6 +81,7 @@ class Kernels:
     swiglu: type | None
     is_fused: bool
     pointwise: Callable[[Callable[..., Tensor]], Callable[..., Tensor]]
+    add_branch: Callable[..., Tensor]
     checkpoint: Callable
     cross_entropy: Callable[[Tensor, Tensor, ProcessGroup], Tensor]
 
@@ -99,6 +102,7 @@ def local_kernels() -> Kernels:
         swiglu=None,
         is_fused=False,
         pointwise=lambda function: function,
+        add_branch=add_branch,
         checkpoint=lambda function, group, *tensors: tensor_parallel.checkpoint(
             function, False, *tensors
         ),
@@ -143,6 +147,7 @@ def transformer_engine_kernels() -> Kernels:
         swiglu=Swiglu,
         is_fused=True,
         pointwise=_compiled,
+        add_branch=add_branch_by_kernels,
         checkpoint=checkpoint,
         cross_entropy=cross_entropy,
     )
@@ -322,7 +327,9 @@ def vision_spec(count: int, vision: Vision, chosen: Kernels) -> TransformerBlock
     inside = _attention(chosen.tile_attention, vision.qkv_bias, chosen)
     attention = ModuleSpec(module=VisionAttention, params=params, submodules=inside)
     settings = dict(
-        layer_scale=vision.has_layer_scale, pointwise=chosen.pointwise, checkpoint=chosen.checkpoint
+        layer_scale=vision.has_layer_scale,
+        add_branch=chosen.add_branch,
+        checkpoint=chosen.checkpoint,
     )
     layers = _layers(VisionLayer, attention, count, chosen, **settings)
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=None)

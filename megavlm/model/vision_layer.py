@@ -19,20 +19,6 @@ def drop_path_rate(highest: float, layer: int, layers: int) -> float:
     return highest * layer / max(layers - 1, 1)
 
 
-def add_branch(hidden: Tensor, branch: Tensor, bias: Tensor, scale: Tensor | float) -> Tensor:
-    """Add a residual branch: ``hidden + (branch + bias) * scale``, [tokens of a tile, I, D]."""
-    return hidden + (branch + bias) * scale
-
-
-def add_kept_branch(
-    hidden: Tensor, branch: Tensor, bias: Tensor, scale: Tensor | float, keep: Tensor
-) -> Tensor:
-    """Add a residual branch under drop path: ``keep`` [I] is 0 if a tile's branch is dropped, else
-    the inverse of the probability of keeping it.
-    """
-    return hidden + (branch + bias) * scale * keep[:, None].to(branch.dtype)
-
-
 class VisionLayer(TransformerLayer):
     """``x + path(scale * attention(norm(x)))``, then the same with the MLP (Touvron et al., arXiv
     2103.17239, for the layer scale).
@@ -41,7 +27,7 @@ class VisionLayer(TransformerLayer):
         config: megatron-core's configuration of the encoder.
         submodules: what fills the slots of the layer.
         layer_scale: whether there are learned factors on both residual branches.
-        pointwise: makes one kernel of a function that works element by element.
+        add_branch: see ``megavlm.model.residual_branch.add_branch``.
         checkpoint: calls a function on tensors, of which it keeps the inputs only.
     """
 
@@ -51,7 +37,7 @@ class VisionLayer(TransformerLayer):
         submodules: TransformerLayerSubmodules,
         *,
         layer_scale: bool,
-        pointwise: Callable,
+        add_branch: Callable[..., Tensor],
         checkpoint: Callable,
         **kwargs,
     ):
@@ -63,8 +49,7 @@ class VisionLayer(TransformerLayer):
             )
             self.mlp_scale = nn.Parameter(torch.ones(config.hidden_size, dtype=config.params_dtype))
         self.checkpoint = checkpoint
-        self.add_branch = pointwise(add_branch)
-        self.add_kept_branch = pointwise(add_kept_branch)
+        self.add_branch = add_branch
 
     def forward(
         self, hidden_states: Tensor, context: Tensor | None = None, **kwargs
@@ -108,9 +93,6 @@ class VisionLayer(TransformerLayer):
         keep: Tensor | None,
         number: int,
     ) -> Tensor:
-        scale = 1.0 if scale is None else scale
-        if keep is None:
-            return self.add_branch(hidden, branch, bias, scale)
-        return self.add_kept_branch(
-            hidden, branch, bias, scale, keep[2 * (self.layer_number - 1) + number]
-        )
+        if keep is not None:
+            keep = keep[2 * (self.layer_number - 1) + number]
+        return self.add_branch(hidden, branch, bias, scale, keep)

@@ -171,6 +171,22 @@ def attention_backward(*given: Any, **more: Any) -> list[Tensor | None]:
     return [_alike(query), _alike(key), _alike(value), None, None]
 
 
+def add_branch(
+    hidden: Tensor, branch: Tensor, bias: Tensor, scale: Tensor | None, keep: Tensor | None
+) -> Tensor:
+    """Return what ``branch_kernels.add`` does."""
+    require_cuda(hidden, branch, bias, scale, keep)
+    return _alike(hidden)
+
+
+def add_branch_backward(
+    grad: Tensor, branch: Tensor | None, bias: Tensor, scale: Tensor | None, keep: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return what ``branch_kernels.add_backward`` does."""
+    require_cuda(grad, branch, bias, scale, keep)
+    return _alike(grad), _alike(bias), None if branch is None else _alike(scale)
+
+
 def rotary(t: Tensor, freqs: Tensor, start: Any, form: Any, inter: Any, cu: Any, *rest: Any):
     """Turn heads [T, H, head]."""
     require_cuda(t, freqs, cu)
@@ -221,6 +237,10 @@ def install() -> None:
     import transformer_engine.pytorch.triton.cross_entropy as entropy
     import transformer_engine_torch as tex
 
+    from megavlm.model import branch_kernels
+
+    branch_kernels.add = add_branch
+    branch_kernels.add_backward = add_branch_backward
     backend = tex.NVTE_Fused_Attn_Backend.NVTE_F16_arbitrary_seqlen
     compiled = NORMS | {
         "generic_gemm": gemm,

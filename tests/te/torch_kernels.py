@@ -145,6 +145,20 @@ def swiglu_backward(grad: Tensor, halves: Tensor, quantizer: None) -> Tensor:
         return torch.autograd.grad(swiglu(inside, None), inside, grad)[0]
 
 
+def add_branch_backward(
+    grad: Tensor, branch: Tensor | None, bias: Tensor, scale: Tensor | None, keep: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return the gradients of branch, bias and scale, as ``branch_kernels.add_backward``."""
+    from megavlm.model.residual_branch import add_branch
+
+    values = torch.zeros_like(grad) if branch is None else branch
+    with torch.enable_grad():
+        inputs = [x.detach().requires_grad_() for x in (values, bias, scale) if x is not None]
+        made = add_branch(torch.zeros_like(grad), *inputs, *([None] * (3 - len(inputs))), keep)
+        found = torch.autograd.grad(made, inputs, grad)
+    return (*found, None)[:3] if branch is not None else (*found[:2], None)
+
+
 def rotary(sign: int) -> Callable[..., Tensor]:
     """Turn heads [T, H, head] by angles that restart with each sample."""
 
@@ -260,3 +274,11 @@ def install() -> None:
     )
     entropy.cross_entropy_forward = entropy_forward
     entropy.cross_entropy_backward = entropy_backward
+    _install_branches()
+
+
+def _install_branches() -> None:
+    from megavlm.model import branch_kernels, residual_branch
+
+    branch_kernels.add = residual_branch.add_branch
+    branch_kernels.add_backward = add_branch_backward

@@ -1,0 +1,63 @@
+"""Compiles the Triton kernels of residual branches for a Hopper GPU, which need not be there, where
+they would be started, and prints how they read and write large tensors, as JSON. ``test_branches``
+starts it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from typing import Any
+
+import torch
+
+KINDS = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}
+CODES: dict[str, str] = {}
+
+
+def compile_for_hopper(function: Any, *args: Any, grid: Any, warmup: bool, **settings: Any) -> None:
+    """Take the place of Triton's ``JITFunction.run``, which starts a kernel."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    given = function.signature.bind(*args, **settings).arguments
+    kinds = {}
+    constants = {}
+    aligned = {}
+    for number, (name, value) in enumerate(given.items()):
+        kinds[name] = "constexpr"
+        if isinstance(value, torch.Tensor):
+            kinds[name] = KINDS[value.dtype]
+            aligned[number,] = [["tt.divisibility", 16]]
+        elif function.params[number].is_constexpr or value is None:
+            constants[number,] = value
+        else:
+            kinds[name] = "i32"
+    source = ASTSource(function, kinds, constants, aligned)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32))
+    CODES[function.__name__] = compiled.asm["ptx"]
+
+
+def main() -> None:
+    """Compile both kernels and print what was counted in their code."""
+    from triton.runtime.jit import JITFunction
+
+    from megavlm.model import branch_kernels
+
+    JITFunction.run = compile_for_hopper
+    hidden = torch.zeros(1, 16, 1024, dtype=torch.bfloat16)
+    row = hidden[0, 0]
+    keep = torch.ones(16)
+    branch_kernels.add(hidden, hidden, row, row, keep)
+    branch_kernels.add_backward(hidden, hidden, row, row, keep)
+    found = {
+        name: {"reads": code.count("ld.global.v4"), "writes": code.count("st.global.v4")}
+        for name, code in CODES.items()
+    }
+    json.dump(found, os.fdopen(int(sys.argv[1]), "w"))
+
+
+if __name__ == "__main__":
+    main()
