@@ -61,7 +61,7 @@ class Kernels:
         experts: the experts of a layer that this rank holds.
         swiglu: gate of an MLP; none: megatron-core's.
         is_fused: whether megatron-core's fused kernels turn queries and keys, gate the MLP and add
-            residuals.
+            residuals with biases.
         pointwise: makes one kernel of a function that works element by element.
         add_branch: adds a residual branch of the vision encoder.
         checkpoint: calls a function on tensors, of which it keeps the inputs only, and calls it
@@ -135,8 +135,8 @@ def transformer_engine_kernels() -> Kernels:
         norm_linear=_accumulating(engine.TELayerNormColumnParallelLinear),
         column_linear=_accumulating(engine.TEColumnParallelLinear),
         row_linear=_accumulating(engine.TERowParallelLinear),
-        tile_attention=engine.TEDotProductAttention,
-        packed_attention=of_packs(engine.TEDotProductAttention),
+        tile_attention=_without_draws(engine.TEDotProductAttention),
+        packed_attention=of_packs(_without_draws(engine.TEDotProductAttention)),
         experts=grouped_experts(
             TEGroupedMLP,
             MLPSubmodules(
@@ -198,6 +198,20 @@ def _accumulating(linear: type) -> type:
             super().__init__(*args, config=config, **kwargs)
 
     return Accumulating
+
+
+def _without_draws(attention: type) -> type:
+    """Keep ``attention`` of Transformer Engine from exchanging the random state around every call,
+    which it does for its dropout. That is 0.
+    """
+
+    class WithoutDraws(attention):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            for kernel in (self.flash_attention, self.fused_attention, self.unfused_attention):
+                kernel.attention_dropout_ctx = contextlib.nullcontext
+
+    return WithoutDraws
 
 
 class _BottomRight(enum.Enum):

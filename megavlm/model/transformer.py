@@ -85,7 +85,7 @@ def _common(
         gradient_accumulation_fusion=False,  # the kernels that can do it do
         masked_softmax_fusion=False,
         bias_activation_fusion=False,  # megatron-core's fused GELU is an approximation
-        bias_dropout_fusion=chosen.is_fused,
+        bias_dropout_fusion=False,
         apply_rope_fusion=chosen.is_fused,
         persist_layer_norm=False,
         deterministic_mode=config.training.deterministic,
@@ -213,6 +213,11 @@ def language_config(config: Config, layout: Layout, chosen: Kernels) -> Transfor
             parallel.tensor_model_parallel_size,
             parallel.recompute_of("language"),
         )
-        | {"bias_activation_fusion": fuses_gate, "use_te_activation_func": has_swiglu}
+        | {
+            "bias_activation_fusion": fuses_gate,
+            "use_te_activation_func": has_swiglu,
+            # Without a bias it is one addition, and calling what torch compiled takes longer.
+            "bias_dropout_fusion": chosen.is_fused and language.has_layer_norm,
+        }
         | _expert_settings(config, chosen),
     )

@@ -70,6 +70,8 @@ def wrap(config: Config, chunks: Sequence[VisionLanguageModel]) -> list[Distribu
         for index, chunk in enumerate(chunks)
     ]
     count_padding(ddp_chunks)
+    for chunk in ddp_chunks:
+        _wait_in_owners_only(chunk)
     return ddp_chunks
 
 
@@ -88,6 +90,17 @@ def count_padding(ddp_chunks: Sequence[DistributedDataParallel]) -> None:
             buffer.numel_unpadded = buffer.numel
 
 
+def _wait_in_owners_only(chunk: DistributedDataParallel) -> None:
+    """Take the hook that waits for gathered weights from modules that own none that is trained, two
+    thirds of all. ``DistributedDataParallel.enable_forward_pre_hook`` gives it to every module, and
+    each pack would call it there for nothing.
+    """
+    for module, handle in chunk.remove_forward_pre_hook_handles.items():
+        owned = module.parameters(recurse=False)
+        if not any(parameter in chunk.param_to_bucket_group for parameter in owned):
+            handle.remove()
+
+
 @contextlib.contextmanager
 def whole_weights(ddp_chunks: Sequence[DistributedDataParallel]) -> Iterator[None]:
     """Wait until every rank holds all updated weights, so that they can be read or saved inside the
@@ -104,6 +117,7 @@ def whole_weights(ddp_chunks: Sequence[DistributedDataParallel]) -> Iterator[Non
     finally:
         for chunk in overlapping:
             chunk.enable_forward_pre_hook()
+            _wait_in_owners_only(chunk)
 
 
 def build(

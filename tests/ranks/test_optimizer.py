@@ -150,6 +150,34 @@ def test_patches_are_embedded_with_the_weights_that_were_gathered(
     assert shared.losses == pytest.approx(alone.losses, rel=1e-5)
 
 
+def waiting_modules(config: Config) -> tuple[set[str], ...]:
+    """Return which modules own trained weights, and which wait for gathered weights at the start,
+    while weights are whole, and later.
+    """
+    from megavlm.train.optimizer import whole_weights
+
+    job = build(config)
+    [chunk] = job.ddp_chunks
+    names = {module: name for name, module in chunk.module.named_modules()}
+
+    def waiting() -> set[str]:
+        handles = chunk.remove_forward_pre_hook_handles
+        return {names[m] for m, handle in handles.items() if handle.id in m._forward_pre_hooks}
+
+    trained = [name for name, weight in chunk.module.named_parameters() if weight.requires_grad]
+    before = waiting()
+    with whole_weights(job.ddp_chunks):
+        inside = waiting()
+    return {name.rpartition(".")[0] for name in trained}, before, inside, waiting()
+
+
+def test_modules_wait_for_gathered_weights_if_they_own_some(ranks: Pool, dataset: Path) -> None:
+    config = config_for(dataset, trainable=("vision", "connector"))
+    (owners, before, inside, after) = ranks.run(waiting_modules, 2, config)[0]
+    assert owners and before == owners and after == owners
+    assert not inside
+
+
 def test_the_norm_is_told_as_it_was_before_clipping(ranks: Pool, dataset: Path) -> None:
     [clipped] = ranks.run(train_curve, 1, config_for(dataset, clip_grad=0.01, steps=2))
     [free] = ranks.run(train_curve, 1, config_for(dataset, clip_grad=0.0, steps=2))
