@@ -17,7 +17,13 @@ _TIMEOUT_SECONDS = 240
 # A job that trains leaves the threads of its process groups behind, 50 and more, which torch does
 # not end.
 _JOBS_OF_A_WORKER = 15
-IMPORTED_ONCE = ["torch.distributed.checkpoint", "megavlm.train.launch", "tests.ranks.runs"]
+IMPORTED_ONCE = [
+    "torch.distributed.checkpoint",
+    "megatron.core.dist_checkpointing.strategies.torch",
+    "megavlm.train.launch",
+    "tests.ranks.runs",
+    "tests.ranks.preloaded",
+]
 
 
 class Pool:
