@@ -30,6 +30,7 @@ from megavlm.config.options import (
     options,
     shown_value,
     to_config,
+    to_namespace,
 )
 from megavlm.config.recipes import RECIPES, recipe
 from megavlm.config.recipes.recipe import Recipe
@@ -154,7 +155,7 @@ def from_yaml(source: str | Path) -> Config:
     where = str(source) if isinstance(source, Path) else "configuration"
     parser = make_parser(_NO_NAMES, PROGRAM)
     settings = yaml_file.read(source, where)
-    return to_config(_apply(parser, settings, parser.get_defaults()))
+    return to_config(_apply(parser, settings, to_namespace(_NO_NAMES)))
 
 
 def _parse(arguments: list[str], read_model: ReadModel | None) -> tuple[Config, argparse.Namespace]:
@@ -187,13 +188,13 @@ def _parse(arguments: list[str], read_model: ReadModel | None) -> tuple[Config, 
         )
     )
     parser = make_parser(defaults, PROGRAM, _description(chosen_recipe))
-    values = parser.get_defaults()
+    values = to_namespace(defaults)
     for settings in files:
         content = {
             key: value for key, value in settings.content.items() if key not in (*names, "recipe")
         }
         values = _apply(parser, dataclasses.replace(settings, content=content), values)
-    config = to_config(parser.parse_args(_normal(others), namespace=values))
+    config = to_config(parser.parse_args(_normal(others), namespace=values, defaults=False))
     checkpoint = dataclasses.replace(config.checkpoint, load=cached(config.checkpoint.load))
     return with_layers(dataclasses.replace(config, init=init, checkpoint=checkpoint)), chosen
 
@@ -300,9 +301,11 @@ def _from_tables(
 
 
 def _apply(parser: Parser, settings: Settings, values: Any) -> Any:
-    """Return what a parser makes of a file, over the values so far."""
+    """Return what a parser makes of a file, over the values so far, which are those of all options:
+    filled in by the parser, every value would be checked four times.
+    """
     try:
-        return parser.parse_object(dict(settings.content), namespace=values)
+        return parser.parse_object(dict(settings.content), namespace=values, defaults=False)
     except argparse.ArgumentError as error:
         raise ValueError(f"{settings.location(str(error))}: {error}") from None
 

@@ -9,8 +9,10 @@ import dataclasses
 import difflib
 import inspect
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
+from types import MappingProxyType
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 import docstring_parser
@@ -142,9 +144,12 @@ def sections(kind: type = Config, path: str = "") -> Iterator[tuple[str, str, li
             yield from sections(hints[name], f"{path}{name}.")
 
 
-def options() -> dict[str, Option]:
+@cache
+def options() -> Mapping[str, Option]:
     """Every option of the configuration, by key."""
-    return {option.key: option for _, _, listed in sections() for option in listed}
+    return MappingProxyType(
+        {option.key: option for _, _, listed in sections() for option in listed}
+    )
 
 
 class Parser(jsonargparse.ArgumentParser):
@@ -207,6 +212,14 @@ def to_config(namespace: Any, kind: type = Config) -> Any:
             for name in hints
         }
     )
+
+
+def to_namespace(config: Config) -> Any:
+    """Return a configuration as a parser's namespace; ``to_config`` gives it back."""
+    namespace = jsonargparse.Namespace()
+    for key in options():
+        namespace[key] = _value(config, key)
+    return namespace
 
 
 def shown_value(value: Any) -> str:

@@ -70,9 +70,7 @@ def read(source: str | Path, where: str) -> Settings:
     """
     text = source if isinstance(source, str) else _text(source, where)
     try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-        keys = list(_keys(root)) if isinstance(root, yaml.MappingNode) else []
-        content = yaml.safe_load(text)
+        keys, content = _parsed(text)
     except (yaml.YAMLError, RecursionError, ValueError, TypeError) as error:
         raise ValueError(f"{where}: not YAML: {error}") from None
     content = {} if content is None else content
@@ -82,6 +80,18 @@ def read(source: str | Path, where: str) -> Settings:
         raise ValueError(f"{where}: " + "\n  ".join(wrong))
     current = with_current_keys(content)
     return Settings(where=where, content=current, lines={key.path: key.line for key in keys})
+
+
+def _parsed(text: str) -> tuple[list[_Key], Any]:
+    """Return the keys that a YAML text has, and what it says."""
+    loader = yaml.SafeLoader(text)
+    try:
+        root = loader.get_single_node()
+        # before merged mappings are put into those that name them
+        keys = list(_keys(root)) if isinstance(root, yaml.MappingNode) else []
+        return keys, None if root is None else loader.construct_document(root)
+    finally:
+        loader.dispose()
 
 
 def _text(path: Path, where: str) -> str:

@@ -85,3 +85,10 @@ def test_an_empty_text_on_the_command_line_wins_over_a_file(tmp_path: Path) -> N
     assert parse([*NAMES, "--config", str(path)]).init.vision == "nowhere"
     assert parse([*NAMES, "--config", str(path), "--init.vision", ""]).init.vision == ""
     assert parse([*NAMES, "--config", str(path), "--init.vision="]).init.vision == ""
+
+
+def test_a_key_of_its_own_wins_over_one_that_is_merged(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("training: {<<: {steps: 3, seed: 5}, steps: 4}\n")
+    training = parse([*NAMES, "--config", str(path)]).training
+    assert (training.steps, training.seed) == (4, 5)
