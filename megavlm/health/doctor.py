@@ -34,7 +34,7 @@ PACKAGES = (
     ("safetensors", "Hugging Face checkpoints", True),
     ("transformers", "tokenizers and exports", True),
     ("transformer-engine", "fused layers, fused attention, FP8, bfloat16 moments", False),
-    ("triton", "compiled pointwise kernels and the fused loss", False),
+    ("triton", "residual branches, compiled pointwise kernels and the fused loss", False),
     ("numba", "packing and fast resizing", False),
     ("simplejpeg", "faster decoding of JPEG", False),
 )

@@ -5,6 +5,7 @@ starts it.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import sys
@@ -50,7 +51,10 @@ def main() -> None:
     hidden = torch.zeros(1, 16, 1024, dtype=torch.bfloat16)
     row = hidden[0, 0]
     keep = torch.ones(16)
-    branch_kernels.add(hidden, hidden, row, row, keep)
+    # The last ones have everything, and are counted.
+    for scale, factor in itertools.product((None, row), (None, keep)):
+        branch_kernels.add(hidden, hidden, row, scale, factor)
+        branch_kernels.add_backward(hidden, None, row, scale, factor)
     branch_kernels.add_backward(hidden, hidden, row, row, keep)
     found = {
         name: {"reads": code.count("ld.global.v4"), "writes": code.count("st.global.v4")}
