@@ -48,9 +48,10 @@ setup(
         "fast": ["numba>=0.61", "simplejpeg>=1.8"],
         # Packing over several machines.
         "ray": ["ray>=2.40"],
-        # Annotations, images and packs in object storage or on the web; gcsfs, adlfs and such go
-        # with it.
+        # Annotations, images and packs in object storage or on the web; adlfs and such go with it.
         "remote": ["aiohttp>=3.9", "fsspec>=2024.6", "s3fs>=2024.6"],
+        # Those of Google's storage.
+        "gcs": ["aiohttp>=3.9", "fsspec>=2024.6", "gcsfs>=2024.6"],
         # Reads annotations, and images in them, from parquet files.
         "parquet": ["pyarrow>=17"],
         # Decodes videos; animated GIFs and folders of frames need nothing.

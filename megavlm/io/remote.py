@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -290,11 +290,14 @@ def open_system(url: str) -> tuple[Any, str]:
         system, path = fsspec.url_to_fs(url)
     except (ValueError, ImportError) as error:
         raise ValueError(
-            f"{url:.200}: cannot be read: {error}; pip install 'megavlm[remote]', and the package"
-            " for such URLs"
+            f"{url:.200}: cannot be read: {error}; pip install 'megavlm[remote]', for gs://"
+            " 'megavlm[gcs]', or the package for such URLs"
         ) from None
     if url.startswith(("s3://", "s3a://")):
         system.retries = 1
+    elif url.startswith(("gs://", "gcs://")):
+        # Its class has the number of attempts inside of this function.
+        system._request = partial(type(system)._request.__wrapped__, system)
     return system, path
 
 
@@ -307,10 +310,15 @@ def _set_timeouts(protocol: str) -> None:
         given = {"connect_timeout": CONNECT_SECONDS, "read_timeout": READ_SECONDS}
         once = {"retries": {"max_attempts": 0}}
         conf.setdefault(protocol, {}).setdefault("config_kwargs", given | once)
-    elif protocol in ("http", "https"):
+    elif protocol in ("http", "https", "gs", "gcs"):
         import aiohttp
 
         limit = aiohttp.ClientTimeout(
             total=None, sock_connect=CONNECT_SECONDS, sock_read=READ_SECONDS
         )
-        conf.setdefault(protocol, {}).setdefault("client_kwargs", {"timeout": limit})
+        if protocol in ("gs", "gcs"):
+            conf.setdefault(protocol, {}).setdefault("requests_timeout", limit)
+            # Has attempts of its own, and asks each bucket for its kind first.
+            os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+        else:
+            conf.setdefault(protocol, {}).setdefault("client_kwargs", {"timeout": limit})
