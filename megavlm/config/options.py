@@ -31,6 +31,7 @@ ALIASES = {
     "--num-virtual-stages-per-pipeline-rank": "parallel.virtual_pipeline_model_parallel_size",
     "--context-parallel-size": "parallel.context_parallel_size",
     "--expert-model-parallel-size": "parallel.expert_model_parallel_size",
+    "--expert-tensor-parallel-size": "parallel.expert_tensor_parallel_size",
     "--sequence-parallel": "parallel.sequence_parallel",
     "--recompute-granularity": "parallel.recompute",
     "--overlap-grad-reduce": "parallel.overlap_grad_reduce",

@@ -129,7 +129,10 @@ class Parallel:
             (``tools/pack_dataset.py --alignment``).
         expert_model_parallel_size: expert-parallel ranks, which split the experts of each layer
             and send each other tokens. They are not further ranks, but data-parallel,
-            context-parallel and tensor-parallel ones; each expert is whole on its rank.
+            context-parallel and tensor-parallel ones.
+        expert_tensor_parallel_size: ranks that share each expert, as tensor-parallel ranks share a
+            layer, and get the same tokens for it; these are such ranks too. 1: each expert is whole
+            on its rank.
         sequence_parallel: split the language model's activations between layers over the
             tensor-parallel ranks (less activation memory).
         layout: layers of each model chunk. auto: stage boundaries that minimise the cost of the
@@ -158,6 +161,7 @@ class Parallel:
     virtual_pipeline_model_parallel_size: int = 1
     context_parallel_size: int = 1
     expert_model_parallel_size: int = 1
+    expert_tensor_parallel_size: int = 1
     sequence_parallel: bool = False
     layout: str = "auto"
     vision: Literal["tensor", "data"] = "tensor"

@@ -1,9 +1,9 @@
 """Experts in the place of an MLP: the dispatchers of megatron-core's ``MoELayer``, and experts with
 keys of their own in checkpoints. ``model/router`` chooses among them.
 
-Each expert is whole on its rank. Experts are split over the expert-parallel ranks; the other ranks
-of a pipeline stage, tensor-parallel ones included, hold replicas (megatron-core's group
-``expt_dp``).
+Experts are split over the expert-parallel ranks (``ep``), and each over the ranks that share
+experts (``expt_tp``), if there are several; the other ranks of a pipeline stage, tensor-parallel
+ones included, hold replicas (megatron-core's group ``expt_dp``).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.mlp import MLPSubmodules, apply_swiglu_sharded_factory
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
@@ -58,7 +58,8 @@ def mark_experts(experts: nn.Module) -> None:
     ``DistributedDataParallel`` reduces the gradients of parameters without ``allreduce`` over the
     group ``expt_dp``, and ``param_is_not_tensor_parallel_duplicate`` counts those that are
     ``tensor_model_parallel`` on every rank: tensor-parallel ranks have other experts, or other
-    shards of their optimizer state. Without expert parallelism its own layers would not say so.
+    shards of their weights or optimizer state. Without expert parallelism its own layers would not
+    say so.
     """
     for parameter in experts.parameters():
         parameter.allreduce = False
@@ -98,12 +99,19 @@ def expert_entries(
     """
     first = groups.ep.rank() * count
     replica = (0, 0, groups.expt_dp.rank())
-    return {
-        f"{prefix}{name}": ShardedTensor.from_rank_offsets(
-            f"{prefix}{first + number}.{key}", weight, replica_id=replica
+    own = groups.expt_tp.rank()
+    shares = groups.expt_tp.size()
+    entries: ShardedStateDict = {}
+    for number, name, key, weight in weights:
+        is_first = key.startswith("linear_fc1.")
+        offsets = [(0 if is_first else 1, own, shares)] if shares > 1 else []
+        whole_key = f"{prefix}{first + number}.{key}"
+        entry = ShardedTensor.from_rank_offsets(whole_key, weight, *offsets, replica_id=replica)
+        is_cut_twice = is_first and shares > 1
+        entries[f"{prefix}{name}"] = (
+            apply_swiglu_sharded_factory(entry, ()) if is_cut_twice else entry
         )
-        for number, name, key, weight in weights
-    }
+    return entries
 
 
 def sequential_experts(submodules: MLPSubmodules) -> type:

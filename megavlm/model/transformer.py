@@ -169,7 +169,7 @@ def _expert_settings(config: Config, chosen: Kernels) -> dict[str, Any]:
         moe_token_dispatcher_type=config.experts.dispatcher,
         moe_grouped_gemm=chosen.is_fused,
         expert_model_parallel_size=config.parallel.expert_model_parallel_size,
-        expert_tensor_parallel_size=1,
+        expert_tensor_parallel_size=config.parallel.expert_tensor_parallel_size,
     )
     if config.parallel.recompute_of("language") == "selective":
         settings["recompute_modules"] = ["moe"]

@@ -3,8 +3,8 @@
 megatron-core asks ``torch.cuda`` for the current device, for streams and for random states wherever
 it runs. On a machine without a CUDA device ``install`` answers those questions for the CPU. Nothing
 of megatron-core is replaced but its optimizer class (see ``parallel/adamw``), two functions that
-read CUDA's random state, and one that moves counts of tokens to the host; all of its parallelism
-runs as it is.
+read CUDA's random state, one that moves counts of tokens to the host, and two that exchange tokens
+between ranks that share experts; all of its other parallelism runs as it is.
 """
 
 from __future__ import annotations
@@ -131,6 +131,31 @@ def _replace_moves_to_the_host(dispatcher: ModuleType) -> None:
     )
 
 
+def _replace_uneven_gathers(dispatcher: ModuleType) -> None:
+    """Gather, and reduce and scatter, the tokens of ranks that share experts by an all-to-all: gloo
+    has neither for ranks with different numbers of rows.
+    """
+    from megatron.core.tensor_parallel import all_to_all
+
+    gather_alike = dispatcher.gather_from_sequence_parallel_region
+    scatter_alike = dispatcher.reduce_scatter_to_sequence_parallel_region
+
+    def gather(rows, *, group, output_split_sizes=None, **options):
+        if output_split_sizes is None:
+            return gather_alike(rows, group=group, **options)
+        copies = torch.cat([rows for _ in output_split_sizes])
+        return all_to_all(group, copies, output_split_sizes, [len(rows)] * group.size())
+
+    def reduce_scatter(rows, *, group, input_split_sizes=None, **options):
+        if input_split_sizes is None:
+            return scatter_alike(rows, group=group, **options)
+        own = [input_split_sizes[group.rank()]] * group.size()
+        return sum(all_to_all(group, rows, own, input_split_sizes).split(own))
+
+    dispatcher.gather_from_sequence_parallel_region = gather
+    dispatcher.reduce_scatter_to_sequence_parallel_region = reduce_scatter
+
+
 @functools.cache
 def install() -> None:
     """Put the stand-ins in place, once in a process, before megatron-core builds anything."""
@@ -141,5 +166,6 @@ def install() -> None:
 
     _replace_factories()
     _replace_moves_to_the_host(dispatcher)
+    _replace_uneven_gathers(dispatcher)
     _replace_random_states(random)
     adamw.install()

@@ -117,7 +117,7 @@ def create(parallel: Parallel, seed: int, embedding_chunk: int = 0) -> Groups:
         virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
         context_parallel_size=parallel.context_parallel_size,
         expert_model_parallel_size=parallel.expert_model_parallel_size,
-        expert_tensor_parallel_size=1,
+        expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
         distributed_timeout_minutes=parallel.timeout_minutes,
         get_embedding_ranks=embedding_ranks,
     )

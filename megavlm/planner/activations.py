@@ -178,6 +178,7 @@ def _layers(config: Config, is_trained: dict[str, bool]) -> dict[str, tuple[floa
             parallel.tensor_model_parallel_size,
             parallel.sequence_parallel,
             is_trained["language"],
+            parallel.expert_tensor_parallel_size,
         ),
     }
     for part in set(found) & set(config.fp8.recipes):
@@ -212,7 +213,8 @@ def _saved_by_fp8(config: Config, part: str) -> tuple[float, float]:
     inside = share * inner / tensor
     if part == "language" and model.num_experts:  # read copies of their tokens
         inputs = model.hidden_size / split
-        read = model.hidden_size + model.expert_ffn_hidden_size
+        read = parallel.expert_tensor_parallel_size * model.hidden_size
+        read += model.expert_ffn_hidden_size
         inside = share * model.experts_per_token * read / tensor
     return inside + share * (inputs - attended / tensor), inside
 
@@ -322,9 +324,14 @@ def vision_layer(arch: Architecture, tensor: int, is_trained: bool = True) -> tu
 
 
 def language_layer(
-    arch: Architecture, tensor: int, sequence_parallel: bool, is_trained: bool = True
+    arch: Architecture,
+    tensor: int,
+    sequence_parallel: bool,
+    is_trained: bool = True,
+    shared: int = 1,
 ) -> tuple[float, float]:
-    """Count the elements that a language layer keeps per token, and those of them inside its MLP.
+    """Count the elements that a language layer keeps per token, and those of them inside its MLP;
+    ``shared`` ranks share an expert.
 
     Inputs and results of both norms (4 D) are replicated, or sharded with sequence parallelism.
     Sharded: queries, keys, values, the output of attention, and the MLP's gate, its other half and
@@ -345,18 +352,18 @@ def language_layer(
     inputs = 2 if language.is_gated else 1
     inner = (inputs + 1 if is_trained else inputs) * language.ffn_hidden_size / tensor
     if language.num_experts:
-        inner = _expert_layer(language, is_trained) / tensor
+        inner = _expert_layer(language, is_trained, shared) / tensor
     return (4 if is_trained else 2) * width / (
         tensor if sequence_parallel else 1
     ) + attention / tensor + inner, inner
 
 
-def _expert_layer(language: Language, is_trained: bool) -> float:
+def _expert_layer(language: Language, is_trained: bool, shared: int) -> float:
     """Count the elements that the experts of a layer keep per token, for tokens spread evenly: for
     each of its experts the token itself, gate, other half and their product, before and after the
     router's weight (D + 4 M; frozen: 3 M); and logits, probabilities and weights of the router, in
-    float32.
+    float32. Ranks that share an expert have the tokens of all of them, and a share of M.
     """
     inner = language.expert_ffn_hidden_size
-    of_expert = language.hidden_size + 4 * inner if is_trained else 3 * inner
+    of_expert = shared * language.hidden_size + 4 * inner if is_trained else 3 * inner
     return language.experts_per_token * of_expert + 6 * language.num_experts

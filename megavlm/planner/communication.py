@@ -210,22 +210,25 @@ def _context(config: Config, chunk: Chunk, capacity: int, load: RankLoad) -> flo
 
 
 def _expert(config: Config, chunk: Chunk, load: RankLoad) -> float:
-    """Count the bytes that expert parallelism sends per microbatch, for tokens spread evenly."""
+    """Count the bytes that experts on several ranks send per microbatch, for tokens spread evenly:
+    each token to the ranks of its experts, and to all ranks that share one, and back.
+    """
     arch = config.architecture
     parallel = config.parallel
     language = arch.language
     ranks = parallel.expert_model_parallel_size
-    if not language.num_experts or ranks == 1:
+    shared = parallel.expert_tensor_parallel_size
+    if not language.num_experts or ranks * shared == 1:
         return 0.0
     own = load.tokens / parallel.tensor_model_parallel_size
     size = NUMBER_BYTES[config.training.precision]
     if config.experts.dispatcher == "allgather":
         # The experts' outputs are summed over ranks in the dtype of the router's weights, of which
         # each token brings all.
-        copies = float(ranks - 1)
+        copies = float(ranks * shared - 1)
         token = (size + _ROUTER) * language.hidden_size + _ROUTER * language.num_experts
     else:
-        copies = language.experts_per_token * (ranks - 1) / ranks
+        copies = language.experts_per_token * ((ranks - 1) / ranks + shared - 1)
         token = 2 * size * language.hidden_size + _ROUTER
     backward = has_backward(config)
     again = parallel.recompute_of("language") != "none"

@@ -183,7 +183,7 @@ def _rates(parallel: Parallel, gpus: int, hardware: Hardware) -> CommunicationVo
         "tensor": tensor,
         "context": model,
         "data": gpus // parallel.pipeline_model_parallel_size,
-        "expert": parallel.expert_model_parallel_size,
+        "expert": parallel.expert_model_parallel_size * parallel.expert_tensor_parallel_size,
         "pipeline": gpus,
     }
 

@@ -136,7 +136,8 @@ def sharing_ranks(config: Config, data_ranks: int) -> tuple[int, int]:
     parallel = config.parallel
     sharing = data_ranks * parallel.context_parallel_size
     stage = sharing * parallel.tensor_model_parallel_size
-    return sharing, stage // parallel.expert_model_parallel_size
+    experts = parallel.expert_model_parallel_size * parallel.expert_tensor_parallel_size
+    return sharing, stage // experts
 
 
 def weight_bytes(config: Config, held: ParameterCounts, data_ranks: int) -> dict[str, float]:

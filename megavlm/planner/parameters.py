@@ -2,8 +2,7 @@
 
 Norms, scales, biases that are added after an all-reduce, and the patch embedding are replicated on
 every tensor-parallel rank; matrices, and biases before an all-reduce, are sharded. Vocabulary and
-heads are padded so that they divide. An expert is whole on its rank, and so are norm and router
-before it.
+heads are padded so that they divide. Norm and router before experts are replicated.
 """
 
 from __future__ import annotations
@@ -128,6 +127,7 @@ class _Sharding:
         vision, language: tensor-parallel size of each part.
         fp8: parts whose layers have an FP8 recipe.
         expert: expert-parallel size.
+        shared: ranks that share an expert.
     """
 
     arch: Architecture
@@ -137,6 +137,7 @@ class _Sharding:
     language: int
     fp8: tuple[str, ...] = ()
     expert: int = 1
+    shared: int = 1
 
 
 def _sharding_of(config: Config) -> _Sharding:
@@ -149,6 +150,7 @@ def _sharding_of(config: Config) -> _Sharding:
         language=parallel.tensor_model_parallel_size,
         fp8=tuple(config.fp8.recipes),
         expert=parallel.expert_model_parallel_size,
+        shared=parallel.expert_tensor_parallel_size,
     )
 
 
@@ -191,7 +193,7 @@ def _counts(piece: Piece, sharding: _Sharding) -> ParameterCounts:
         elements = elements // heads * padded_heads(heads, ranks)
     if piece.expert is not None:  # those of the first expert-parallel rank
         own = sharding.arch.language.num_experts // sharding.expert
-        elements = elements if piece.expert < own else 0
+        elements = elements // sharding.shared if piece.expert < own else 0
     elif piece.key.endswith(_SHARDED):
         elements = elements // ranks
     trained = elements if is_trained(piece, sharding.trainable) else 0

@@ -40,6 +40,7 @@ _COLUMNS = (
     _Column("V", lambda one: str(one.parallel.virtual_pipeline_model_parallel_size)),
     _Column("CP", lambda one: str(one.parallel.context_parallel_size)),
     _Column("EP", lambda one: str(one.parallel.expert_model_parallel_size), of_experts=True),
+    _Column("ETP", lambda one: str(one.parallel.expert_tensor_parallel_size), of_experts=True),
     _Column("DP", lambda one: str(one.data_ranks)),
     _Column("vision", _vision),
     _Column("recompute", lambda one: one.parallel.recompute),

@@ -83,6 +83,8 @@ def describe(one: Estimate) -> str:
         words.append(f"CP {parallel.context_parallel_size}")
     if parallel.expert_model_parallel_size > 1:
         words.append(f"EP {parallel.expert_model_parallel_size}")
+    if parallel.expert_tensor_parallel_size > 1:
+        words.append(f"ETP {parallel.expert_tensor_parallel_size}")
     words.append(f"DP {one.data_ranks}")
     if parallel.vision == "data":
         words.append("vision data")
@@ -191,9 +193,16 @@ def _sizes(config: Config, gpus: int) -> Iterator[Parallel]:
 
 
 def _with_expert_sizes(config: Config, parallel: Parallel, ranks: int) -> Iterator[Parallel]:
-    """Yield a layout with each expert-parallel size that ``ranks`` of a pipeline stage can have."""
+    """Yield a layout with each expert-parallel size that ``ranks`` of a pipeline stage can have,
+    with experts that are whole, and with experts that the tensor-parallel ranks share.
+    """
     experts = config.architecture.language.num_experts
+    tensor = parallel.tensor_model_parallel_size if experts else 1
     size = 1
     while size <= min(max(experts, 1), ranks):
-        yield dataclasses.replace(parallel, expert_model_parallel_size=size)
+        for shared in sorted({1, tensor}):
+            if size * shared <= ranks:
+                yield dataclasses.replace(
+                    parallel, expert_model_parallel_size=size, expert_tensor_parallel_size=shared
+                )
         size *= 2

@@ -10,7 +10,7 @@ from megavlm.checkpoint.step_folder import Checkpoint
 from megavlm.checkpoint.train_state import State
 from megavlm.config.checks.resume import changes
 from megavlm.config.freeze_mask import PARTS
-from megavlm.config.schema import Config, Init
+from megavlm.config.schema import Config, Init, Parallel
 from megavlm.convert.hf import from_parts
 from megavlm.model.freeze import Trained
 from megavlm.parallel import process_groups
@@ -54,7 +54,7 @@ def log_run_summary(
     if virtual > 1:
         pipeline += f" ({virtual} chunks each)"
     sizes = f"tensor {groups.tensor_size}{context} x {pipeline} x data {groups.data_size}"
-    sizes += _experts(config.parallel.expert_model_parallel_size)
+    sizes += _experts(config.parallel)
     metrics.say(
         f"stage {config.stage}, model {config.model}, {groups.size} ranks: {sizes},"
         f" {config.training.precision}"
@@ -83,9 +83,12 @@ def log_run_summary(
     metrics.record(state.step, {"trainable_parameters": sum(trained.weights.values())})
 
 
-def _experts(ranks: int) -> str:
-    """Write over how many ranks experts are split, if they are."""
-    return f", experts over {ranks}" if ranks > 1 else ""
+def _experts(parallel: Parallel) -> str:
+    """Write over how many ranks experts are split, and each of them, if they are."""
+    ranks = parallel.expert_model_parallel_size
+    shared = parallel.expert_tensor_parallel_size
+    split = f", experts over {ranks}" if ranks > 1 else ""
+    return split + (f", each expert over {shared}" if shared > 1 else "")
 
 
 def _how_to_save() -> str:

@@ -63,10 +63,12 @@ class Layout(layouts.Layout):
 
     Args:
         expert: expert-parallel ranks.
+        shared: ranks that share each expert.
         other: other settings.
     """
 
     expert: int = 1
+    shared: int = 1
     other: tuple[tuple[str, Any], ...] = ()
 
     @property
@@ -74,13 +76,16 @@ class Layout(layouts.Layout):
         """Settings of the run."""
         return super().settings | dict(
             expert_model_parallel_size=self.expert,
+            expert_tensor_parallel_size=self.shared,
             sequence_parallel=self.tensor > 1,
             layout=CUTS[self.pipeline * self.virtual],
             **dict(self.other),
         )
 
     def __str__(self) -> str:
-        sizes = dict(EP=self.expert, TP=self.tensor, PP=self.pipeline, CP=self.context)
+        sizes = dict(
+            EP=self.expert, ETP=self.shared, TP=self.tensor, PP=self.pipeline, CP=self.context
+        )
         sizes |= dict(DP=self.data, V=self.virtual)
         words = [f"{name}{size}" for name, size in sizes.items() if size > 1]
         return " ".join([*words, *(f"{name} {value}" for name, value in self.other)])
@@ -116,6 +121,16 @@ LAYOUTS = (
     Layout(expert=4, context=2, tensor=2),
     Layout(expert=2, context=2, tensor=2, pipeline=2),
     Layout(expert=2, context=2, pipeline=2, data=2),
+    Layout(shared=2, data=2),
+    Layout(shared=2, data=2, other=(("dispatcher", "allgather"),)),
+    Layout(shared=2, tensor=2),
+    Layout(shared=2, tensor=2, data=2),
+    Layout(shared=4, data=4),
+    Layout(expert=2, shared=2, data=4),
+    Layout(expert=2, shared=2, tensor=2, data=2, everyday=("2",)),
+    Layout(expert=2, shared=2, context=2, data=2, other=(("dispatcher", "allgather"),)),
+    Layout(expert=2, shared=2, pipeline=2, tensor=2, data=2, other=(("recompute", "full"),)),
+    Layout(shared=2, pipeline=2, virtual=2, data=2),
 )
 CASES = [
     (layout, mask)
@@ -194,7 +209,8 @@ def test_a_run_resumes_bit_for_bit_and_at_other_layouts(
     [whole] = ranks.run(saved_tensors, 1, tmp_path / "whole" / "step_00000006")
     experts = [key for key in whole if ".mlp.experts.7.linear_fc1.weight" in key]
     assert len(experts) == 2 * 4, "of two layers: weight, master weight, both moments"
-    others = [Layout(), Layout(expert=2, tensor=2), Layout(expert=4, data=4), Layout(tensor=2)]
+    others = [Layout(), Layout(expert=2, tensor=2), Layout(shared=2, data=2), Layout(tensor=2)]
+    others += [Layout(expert=2, shared=2, data=4), Layout(expert=4, data=4)]
     others = others if asks_for_all() else others[1:3]
     for number, other in enumerate([Layout(expert=2, pipeline=2, data=2), *others]):
         resumed = tmp_path / str(number)

@@ -60,8 +60,15 @@ LAYOUTS = {
         layout="v*3,t|t*2",
         expert_model_parallel_size=2,
     ),
+    "experts that two ranks share": dict(
+        tensor_model_parallel_size=2,
+        sequence_parallel=True,
+        expert_model_parallel_size=2,
+        expert_tensor_parallel_size=2,
+    ),
 }
 WORLDS = {
+    "experts that two ranks share": 4,
     "experts of tensor-parallel ranks": 8,
     "alone": 1,
     "tensor": 2,
@@ -171,7 +178,7 @@ MIXTURE = dataclasses.replace(TINY, language=dataclasses.replace(TINY.language, 
 MIXTURE = dataclasses.replace(
     MIXTURE, language=dataclasses.replace(MIXTURE.language, num_experts=6)
 )
-CASES += [(name, MIXTURE) for name in ("experts", "experts of tensor-parallel ranks")]
+CASES += [(name, MIXTURE) for name in LAYOUTS if "experts" in name]
 LORA = Lora(rank=3, targets=("language.*.experts",))
 CASES += [("experts of tensor-parallel ranks", dataclasses.replace(MIXTURE, lora=LORA))]
 CASES += [(name, ADAPTED) for name in ("tensor", "pipeline of tensor-parallel ranks")]

@@ -49,31 +49,68 @@ def expert_layout_problems(config: Config, world_size: int) -> Iterator[str]:
     """Yield what keeps experts from being laid out over ``world_size`` ranks."""
     parallel = config.parallel
     language = config.architecture.language
-    size = parallel.expert_model_parallel_size
-    flag = f"--parallel.expert_model_parallel_size {size}"
-    if size < 1:
-        yield f"{flag}: must be 1 or more"
+    sizes = {
+        "expert_model_parallel_size": parallel.expert_model_parallel_size,
+        "expert_tensor_parallel_size": parallel.expert_tensor_parallel_size,
+    }
+    flags = {name: f"--parallel.{name} {size}" for name, size in sizes.items()}
+    if min(sizes.values()) < 1:
+        yield from at_least(1, "parallel", parallel, *sizes)
         return
     if language.num_experts < 1:
-        if size > 1:
-            yield f"{flag}: the model has no experts ({_FLAG}.num_experts 0); use 1"
+        for name in (name for name, size in sizes.items() if size > 1):
+            yield f"{flags[name]}: the model has no experts ({_FLAG}.num_experts 0); use 1"
         return
-    if language.num_experts % size:
-        yield (
-            f"{flag} does not divide the experts of a layer, {_FLAG}.num_experts"
-            f" {language.num_experts}"
-        )
+    shared = {
+        "num_experts": (flags["expert_model_parallel_size"], "the experts of a layer"),
+        "expert_ffn_hidden_size": (flags["expert_tensor_parallel_size"], "the width of an expert"),
+    }
+    for (name, (flag, what)), size in zip(shared.items(), sizes.values(), strict=True):
+        number = vars(language)[name]
+        if number % size:
+            yield f"{flag} does not divide {what}, {_FLAG}.{name} {number}"
     pipeline = max(parallel.pipeline_model_parallel_size, 1)
-    if world_size % pipeline == 0 and world_size // pipeline % size:
-        yield (
-            f"{flag} does not divide the {world_size // pipeline} ranks of a pipeline stage, which"
-            " are tensor-parallel, context-parallel and data-parallel ones; use a divisor"
+    together = parallel.expert_model_parallel_size * parallel.expert_tensor_parallel_size
+    if world_size % pipeline == 0 and world_size // pipeline % together:
+        asked = [flags[name] for name, size in sizes.items() if size > 1]
+        divides = (
+            "does not divide" if len(asked) == 1 else f"make {together}, which does not divide"
         )
+        yield (
+            f"{' and '.join(asked)} {divides} the {world_size // pipeline} ranks of a pipeline"
+            " stage, which are tensor-parallel, context-parallel and data-parallel ones; use a"
+            " divisor"
+        )
+    if parallel.expert_tensor_parallel_size > 1:
+        yield from _shared_expert_problems(config, flags["expert_tensor_parallel_size"])
     if parallel.tensor_model_parallel_size > 1 and not parallel.sequence_parallel:
         yield (
             "--parallel.sequence_parallel false: tensor-parallel ranks would each send all tokens"
             f" to the experts ({_FLAG}.num_experts {language.num_experts}), and every gradient"
             " would count as often; use true"
+        )
+
+
+def _shared_expert_problems(config: Config, flag: str) -> Iterator[str]:
+    """Yield what experts that several ranks share exclude.
+
+    Args:
+        config: the run.
+        flag: the option that shares them, with its value.
+    """
+    arch = config.architecture
+    if any(arch.lora.adapts(key) for key in _expert_keys(arch)):
+        yield (
+            f"{flag}: --architecture.lora.targets {','.join(arch.lora.targets)} adapts experts,"
+            " whose tokens would get the whole gradient of their adapters from each rank; use 1"
+        )
+    trainable = config.training.trainable
+    if config.optimizer.kind == "muon" and any(
+        matches(key, pattern) for key in _expert_keys(arch) for pattern in trainable
+    ):
+        yield (
+            f"{flag}: --optimizer.kind muon needs the whole gradient of an expert on its rank; use"
+            " 1, or another optimizer"
         )
 
 
@@ -111,15 +148,20 @@ def expert_problems(config: Config) -> Iterator[str]:
     yield from _adapter_problems(arch)
 
 
-def _adapter_problems(arch: Architecture) -> Iterator[str]:
-    """Yield what adapters beside experts, and their weights, cannot be."""
-    lora = arch.lora
-    keys = [
+def _expert_keys(arch: Architecture) -> list[str]:
+    """Return the checkpoint keys of the experts' matrices."""
+    return [
         f"language.decoder.layers.{layer}.{name}.weight"
         for layer in range(arch.language.num_layers)
         for name in linear_names(arch.language.num_experts)
         if ".experts." in name
     ]
+
+
+def _adapter_problems(arch: Architecture) -> Iterator[str]:
+    """Yield what adapters beside experts, and their weights, cannot be."""
+    lora = arch.lora
+    keys = _expert_keys(arch)
     if any(lora.adapts(key) for key in keys):
         targets = f"--architecture.lora.targets {','.join(lora.targets)} adapts experts"
         if lora.dropout:
@@ -159,10 +201,11 @@ def _ignored_settings(config: Config) -> Iterator[str]:
             f"--experts.balance_over {experts.balance_over} has no effect with"
             " --experts.balance_loss 0; leave it out, or use a weight such as 0.001"
         )
-    if changed(experts, "dispatcher") and config.parallel.expert_model_parallel_size == 1:
+    if changed(experts, "dispatcher") and not spans_data_ranks(config.parallel):
         yield (
             f"--experts.dispatcher {experts.dispatcher}: with"
-            " --parallel.expert_model_parallel_size 1 no token leaves its rank; leave it out"
+            " --parallel.expert_model_parallel_size 1 and expert_tensor_parallel_size 1 no token"
+            " leaves its rank; leave it out"
         )
 
 
@@ -192,4 +235,4 @@ def spans_data_ranks(parallel: Parallel) -> bool:
     """Return whether data-parallel ranks must run the same number of packs, also in evaluation:
     their layers wait for each other's tokens.
     """
-    return parallel.expert_model_parallel_size > 1
+    return parallel.expert_model_parallel_size * parallel.expert_tensor_parallel_size > 1

@@ -56,7 +56,8 @@ def fp8_problems(fp8: Fp8, config: Config) -> Iterator[str]:
         multiple = fp8_multiple(recipe, config.parallel.sequence_parallel and part == "language")
         widths = {"hidden_size": sizes.hidden_size}
         if part == "language" and arch.language.num_experts:
-            widths["expert_ffn_hidden_size"] = arch.language.expert_ffn_hidden_size
+            shares = max(config.parallel.expert_tensor_parallel_size, 1)
+            widths["expert_ffn_hidden_size"] = arch.language.expert_ffn_hidden_size // shares
         else:
             widths["ffn_hidden_size"] = sizes.ffn_hidden_size // tensor
         if part == "language":

@@ -35,7 +35,7 @@ _BY_SECTION: dict[str, dict[Kind, str]] = {
     "parallel.": {
         "taken": "tensor_model_parallel_size pipeline_model_parallel_size"
         " virtual_pipeline_model_parallel_size context_parallel_size"
-        " expert_model_parallel_size sequence_parallel layout"
+        " expert_model_parallel_size expert_tensor_parallel_size sequence_parallel layout"
         " vision recompute recompute_parts",
         "free": "overlap_grad_reduce overlap_param_gather bucket_size timeout_minutes",
     },

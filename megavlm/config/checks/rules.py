@@ -163,7 +163,7 @@ def _tensor_parallel(parallel: Parallel, arch: Architecture) -> Iterator[str]:
         "language.num_attention_heads": language.num_attention_heads,
         "language.hidden_size": language.hidden_size,
     }
-    if not language.num_experts:  # an expert is whole on its rank
+    if not language.num_experts:  # experts are split by sizes of their own
         in_language["language.ffn_hidden_size"] = language.ffn_hidden_size
     shared = in_vision | (in_language if language.exists else {})
     if min(shared.values(), default=1) < 1 or language.num_query_groups < 1:

@@ -25,6 +25,20 @@ def found(*options: str, model: str = MODEL, ranks: int = 8) -> list[str]:
         (("--parallel.expert_model_parallel_size", "3"), "does not divide the experts"),
         (("--parallel.expert_model_parallel_size", "16"), "does not divide the 8 ranks"),
         (("--parallel.expert_model_parallel_size", "0"), "must be 1 or more"),
+        (("--expert-tensor-parallel-size", "0"), "must be 1 or more"),
+        (("--expert-tensor-parallel-size", "5"), "does not divide the width of an expert"),
+        (
+            ("--expert-tensor-parallel-size", "4", "--expert-model-parallel-size", "4"),
+            "make 16, which does not divide the 8 ranks",
+        ),
+        (
+            ("--expert-tensor-parallel-size", "2", "--architecture.lora.rank", "8"),
+            "the whole gradient of their adapters",
+        ),
+        (
+            ("--expert-tensor-parallel-size", "2", "--optimizer.kind", "muon"),
+            "muon needs the whole gradient of an expert",
+        ),
         (("--parallel.tensor_model_parallel_size", "2"), "use true"),
         (("--fp8.language", "delayed"), "use tensorwise or blockwise"),
         (
@@ -77,6 +91,7 @@ def test_experts_of_any_layer_are_not_in_4_bits(pattern: str) -> None:
     ("options", "told"),
     [
         (("--parallel.expert_model_parallel_size", "2"), "the model has no experts"),
+        (("--parallel.expert_tensor_parallel_size", "2"), "the model has no experts"),
         (("--experts.router_z_loss", "0.1"), "has no effect"),
     ],
 )
@@ -89,6 +104,9 @@ def test_the_models_of_the_table_can_run() -> None:
     assert not found("--expert-model-parallel-size", "8")
     split = ("--expert-model-parallel-size", "8", "--experts.dispatcher", "allgather")
     assert not found(*split, "--experts.balance_loss", "0.1")
+    split = ("--expert-tensor-parallel-size", "2", "--expert-model-parallel-size", "4")
+    assert not found(*split, "--architecture.lora.rank", "8", *ATTENTION)
+    assert not found("--expert-tensor-parallel-size", "2", "--experts.dispatcher", "allgather")
     assert not found("--training.trainable", "language.*.router", "--experts.balance_loss", "0.1")
     assert not found("--architecture.lora.rank", "8", *ATTENTION)
     assert not found("--architecture.lora.rank", "8")
