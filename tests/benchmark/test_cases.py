@@ -90,6 +90,7 @@ def test_a_dry_run_lists_every_case_and_runs_none(capsys: pytest.CaptureFixture[
     printed = capsys.readouterr().out
     assert all(case.name in printed for case in all_cases())
     assert gpu.main(["--dry_run", "--cases", "70b"]) == 2
+    assert gpu.main(["--dry_run", "--tile_cap", "32"]) == 2
 
 
 def test_on_an_h100_only_rows_that_fit_are_run_and_the_others_say_why(

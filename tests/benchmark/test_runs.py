@@ -37,12 +37,9 @@ def test_a_case_runs_through_the_trainer_and_its_figures_fit_together(
 ):
     out = tmp_path / "deep" / "rows.json"
     names = "tiny-stage2-bf16-megavlm,tiny-stage1-bf16-transformers"
-    assert (
-        gpu.main(
-            ["--smoke", "--cases", names, "--json", str(out), "--steps_s", "1", "--workers", "1"]
-        )
-        == 0
-    )
+    small = ["--capacity", "448", "--tile_cap", "8"]
+    short = ["--steps_s", "1", "--workers", "1"]
+    assert gpu.main(["--smoke", "--cases", names, "--json", str(out), *short, *small]) == 0
     ours, theirs = json.loads(out.read_text())
     assert (ours["implementation"], theirs["implementation"]) == ("megavlm", "transformers")
     for row in (ours, theirs):
@@ -55,6 +52,7 @@ def test_a_case_runs_through_the_trainer_and_its_figures_fit_together(
         )
         assert re.fullmatch(r"[0-9a-f]{40}(-dirty)?", row["commit"])
         assert row["command"].startswith("python ")
+        assert row["tokens_per_step"] <= 448 and row["tiles_per_step"] <= 8
         assert row["step_ms_least"] <= row["step_ms"] <= row["step_ms_most"]
         assert row["mfu"] == pytest.approx(row["tflops"] / 989, abs=1e-4)
         assert row["loss_first"] == pytest.approx(np.log(512), rel=0.25), (

@@ -16,6 +16,7 @@ docs/performance.md says how figures are counted.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import signal
@@ -70,6 +71,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         metavar="N",
         help="loader processes (default: %(default)s)",
     )
+    add("--capacity", type=int, metavar="N", help="tokens of a pack (default: 16384)")
+    add("--tile_cap", type=int, metavar="N", help="most tiles of a pack (default: 48)")
     add(
         "--memory_gib",
         type=float,
@@ -97,6 +100,9 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    if args.dry_run and (args.capacity or args.tile_cap):
+        print("error: --dry_run: expects packs of the default --capacity", file=sys.stderr)
+        return 2
     if args.dry_run:
         print(report.plan(cases, args.memory_gib))
         return 0
@@ -107,6 +113,11 @@ def main(arguments: list[str] | None = None) -> int:
     )  # only now: --dry_run needs no tokenizer and no torch
 
     sizes = SMOKE if args.smoke else REAL
+    sizes = dataclasses.replace(
+        sizes,
+        capacity=args.capacity or sizes.capacity,
+        tile_cap=args.tile_cap or sizes.tile_cap,
+    )
     rows = []
     with tempfile.TemporaryDirectory(prefix="megavlm-benchmark-") as folder:
         packs = make_packs(Path(folder) / "data", cases[0].architecture, sizes)
