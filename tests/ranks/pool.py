@@ -9,21 +9,38 @@ import tempfile
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 _TIMEOUT_SECONDS = 240
 # A job that trains leaves the threads of its process groups behind, 50 and more, which torch does
 # not end.
 _JOBS_OF_A_WORKER = 15
-IMPORTED_ONCE = [
-    "torch.distributed.checkpoint",
-    "megatron.core.dist_checkpointing.strategies.torch",
-    "megavlm.train.launch",
-    "tests.ranks.runs",
-    "tests.ranks.preloaded",
-]
+# The server that multiprocessing keeps for everybody may run already, for a test that packs or
+# loads, without these modules: each process would then import them, for seven seconds.
+_SERVER = forkserver.ForkServer()
+_SERVER.set_forkserver_preload(
+    [
+        "torch.distributed.checkpoint",
+        "megatron.core.dist_checkpointing.strategies.torch",
+        "megavlm.train.launch",
+        "tests.ranks.runs",
+        "tests.ranks.preloaded",
+    ]
+)
+
+
+def start_process(target: Callable, *args: Any) -> ForkServerProcess:
+    """Start a process that calls ``target(*args)`` with megatron-core imported."""
+    process = multiprocessing.get_context("forkserver").Process(target=target, args=args)
+    connect = _SERVER.connect_to_new_process
+    with mock.patch.object(forkserver, "connect_to_new_process", connect):
+        process.start()
+    return process
 
 
 class Pool:
@@ -35,9 +52,7 @@ class Pool:
 
     def __init__(self, timeout_seconds: int = _TIMEOUT_SECONDS):
         self._timeout = timeout_seconds
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(IMPORTED_ONCE)
-        self._workers: list[tuple[Any, Connection]] = []
+        self._workers: list[tuple[ForkServerProcess, Connection]] = []
         self._folder = tempfile.TemporaryDirectory(prefix="megavlm-ranks-")
         self._jobs = 0
 
@@ -86,9 +101,8 @@ class Pool:
         return answer
 
     def _start_worker(self) -> None:
-        ours, theirs = self._context.Pipe()
-        process = self._context.Process(target=_serve, args=(theirs,))
-        process.start()
+        ours, theirs = multiprocessing.Pipe()
+        process = start_process(_serve, theirs)
         theirs.close()
         self._workers.append((process, ours))
 

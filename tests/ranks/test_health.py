@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import multiprocessing
 import os
 import re
 import socket
@@ -23,7 +22,7 @@ from megavlm.health import speed_check
 from megavlm.parallel import backend, process_groups
 from tests.data.samples import make_dataset
 from tests.ranks import late_rank
-from tests.ranks.pool import IMPORTED_ONCE, Pool
+from tests.ranks.pool import Pool, start_process
 from tests.ranks.runs import TINY, config_for
 
 RANKS = 2
@@ -79,8 +78,6 @@ def late_runs(
         capacity=128,
     )
     make_dataset(folder / "train", packs=8, **sizes)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(IMPORTED_ONCE)
     runs = {}
     for how, (tensor, _) in LATE.items():
         config = config_for(folder / "train", steps=6, tensor_model_parallel_size=tensor)
@@ -93,12 +90,7 @@ def late_runs(
         path.write_text(to_yaml(config))
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
-        runs[how] = [
-            context.Process(target=start_rank, args=(rank, port, how, path))
-            for rank in range(RANKS)
-        ]
-        for process in runs[how]:
-            process.start()
+        runs[how] = [start_process(start_rank, rank, port, how, path) for rank in range(RANKS)]
     yield folder, runs
     for process in (each for run in runs.values() for each in run):
         process.kill()
