@@ -150,7 +150,7 @@ def grouped_experts(grouped: type, submodules: MLPSubmodules) -> type:
 def _experts(
     kind: type, submodules: MLPSubmodules, weights: Callable[[nn.Module], Weights]
 ) -> type:
-    """Return experts of megatron-core's kind that are whole on their rank.
+    """Return experts of megatron-core's kind.
 
     Args:
         kind: megatron-core's class.
