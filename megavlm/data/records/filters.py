@@ -168,8 +168,11 @@ def refuse_unknown(given: Mapping[str, Any], known: Sequence[str], where: str) -
 
 
 def is_number(value: Any) -> bool:
-    """Return whether a value of JSON is a finite number."""
-    return type(value) in (int, float) and math.isfinite(value)
+    """Return whether a value of JSON is a number that a float can be."""
+    try:
+        return type(value) in (int, float) and math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def _check(reason: str, what: str, value: float, least: float | None, most: float | None) -> None:

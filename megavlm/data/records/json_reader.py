@@ -22,6 +22,7 @@ _TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+"|[\[\]{}]', re.DOTALL)
 # What lies between two elements of a list.
 _GAP = re.compile(rb"[,\]]|[^\s,\]]+")
 _BEGINNING = re.compile(rb"(?:\xef\xbb\xbf)?\s*\[")
+_OLD_LINE_END = re.compile(rb"\}[ \t]*\r[ \t\r]*\{")
 _LITERAL = rb"true|false|null|-?(?:Infinity|[0-9.eE+-]+)|NaN"
 _SCALAR = re.compile(_LITERAL)
 # All tokens of a JSON text but strings and brackets.
@@ -53,6 +54,11 @@ def open_json(path: str) -> JsonLines | JsonList:
                 f"{path}: {kind} data; records are read by their offset, which needs plain UTF-8:"
                 f" {command.format(path)}"
             )
+    if b"\n" not in head and _OLD_LINE_END.search(head):
+        raise ValueError(
+            f"{path}: lines that end with a carriage return alone: tr '\\r' '\\n' < {path} >"
+            " lines.jsonl"
+        )
     if _BEGINNING.match(head):
         return JsonList(path, local)
     _refuse_spread_object(path, head)

@@ -21,6 +21,8 @@ from megavlm.data.records.readers import find_files, media_root
 from megavlm.data.records.reject import RejectError
 from megavlm.io.remote import is_remote, open_file
 
+# Rows of the scan hold difficulties as floats of 32 bits.
+MOST_DIFFICULT = 3.4e38
 META_KEYS = (
     "root",
     "annotation",
@@ -76,8 +78,11 @@ class Annotations:
         if not isinstance(self.difficulty, str):
             return self.difficulty or 0.0
         value = record.get(self.difficulty)
-        if not is_number(value):
-            raise RejectError("difficulty", f"{self.difficulty} is {value!r:.100}, not a number")
+        if not is_number(value) or abs(value) > MOST_DIFFICULT:
+            raise RejectError(
+                "difficulty",
+                f"{self.difficulty} is {value!r:.100}, not a number up to {MOST_DIFFICULT:.1e}",
+            )
         return float(value)
 
 
@@ -99,6 +104,7 @@ def read_meta(path: str | Path) -> tuple[Annotations, ...]:
         content = file.read()
     try:
         meta = json.loads(content.decode("utf-8-sig"), object_pairs_hook=_unique)
+        json.dumps(meta, ensure_ascii=False).encode()  # fails at halves of surrogate pairs
     except (ValueError, KeyError) as error:
         raise ValueError(f"--meta {path}: not JSON with unique names ({error})") from None
     if not isinstance(meta, dict) or not meta:

@@ -23,7 +23,7 @@ from megavlm.data.records.record import (
     Record,
     Turn,
 )
-from megavlm.data.records.reject import RejectError
+from megavlm.data.records.reject import RejectError, printable
 
 SYSTEM_KEYS = ("system", "system_prompt")
 # Content without which the record would say something else.
@@ -85,7 +85,7 @@ def parse_record(
         conversations=tuple(turns),
         images=tuple(media_file(entry, "image", root, files or {}) for entry in images),
         videos=read_videos(videos, fields, root, files or {}),
-        unread=tuple(sorted(unread | statement.unread)),
+        unread=tuple(sorted(printable(key, 100) for key in unread | statement.unread)),
     )
 
 

@@ -16,6 +16,7 @@ from megavlm.data.records.energon import expand_braces, read_dataset
 from megavlm.data.records.json_reader import open_json
 from megavlm.data.records.parquet_reader import ParquetFile
 from megavlm.data.records.raw_record import Reader
+from megavlm.data.records.reject import printable
 from megavlm.data.records.tar_reader import open_archive
 from megavlm.io import remote
 from megavlm.io.remote import is_remote
@@ -115,6 +116,16 @@ def find_files(annotation: str) -> list[str]:
     for name in names:
         if Path(name).is_dir():
             raise ValueError(f"annotation {name}: a folder; give a file or a pattern such as *.tar")
+        if not is_remote(name) and not Path(name).is_file():
+            raise ValueError(
+                f"annotation {name}: a pipe or a device, but records are read twice; give a file"
+            )
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise ValueError(
+                f"annotation {printable(name)}: a name that is not UTF-8; rename it"
+            ) from None
         find_format(name)
     return names
 

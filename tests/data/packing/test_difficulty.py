@@ -17,7 +17,8 @@ from megavlm.data.images.tiling import Tiling
 from megavlm.data.packing.difficulty import find_levels
 from megavlm.data.packing.job import Job, pack_dataset
 from megavlm.data.packing.plan import PackPlan, Samples, plan_packs
-from megavlm.data.records.meta_file import read_meta, single_source
+from megavlm.data.records.meta_file import Annotations, read_meta, single_source
+from megavlm.data.records.reject import RejectError
 from megavlm.data.store.manifest import Level, read_manifest
 from megavlm.data.store.reader import Reader
 
@@ -185,3 +186,10 @@ def test_a_dataset_of_the_version_before_is_read(tmp_path):
     (tmp_path / "packs" / "manifest.json").write_text(json.dumps(facts | {"version": 2}))
     reader = Reader(tmp_path / "packs")
     assert reader.manifest.levels == () and reader.check() == len(reader)
+
+
+@pytest.mark.parametrize("value", [1e39, 10**400, float("nan"), True, "3", None])
+def test_a_difficulty_is_a_number_that_a_row_can_hold(value):
+    source = Annotations(name="a", path="a.jsonl", difficulty="hard")
+    with pytest.raises(RejectError, match="difficulty: hard is .*, not a number"):
+        source.difficulty_of({"hard": value})

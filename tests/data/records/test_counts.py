@@ -285,6 +285,7 @@ def test_files_that_are_something_else_are_named(tmp_path: Path):
         ("d.jsonl", '{"text": "a"}'.encode("utf-16"), "UTF-16"),
         ("e.csv", b"a,b\n", "no format has this ending; the endings are .jsonl"),
         ("f.JSONL.GZ", b"\x1f\x8b", "unpack it first: gunzip"),
+        ("g.jsonl", b'{"text": "a"}\r{"text": "b"}\r', "a carriage return alone: tr"),
     ]
     for name, data, words in cases:
         path = tmp_path / name

@@ -60,6 +60,7 @@ BAD_ENTRIES = [
     ({"repeat_time": True}, "repeat_time True "),
     ({"repeat_time": "2"}, "repeat_time '2' "),
     ({"repeat_time": float("inf")}, "repeat_time inf "),
+    ({"repeat_time": 10**400}, "repeat_time 1000"),
     ({"max_dynamic_patch": 0}, "max_dynamic_patch 0 "),
     ({"annotation": None}, "annotation must be a path, a pattern or a list of them, not None"),
     ({"root": "s3://bucket"}, "s3://bucket: object storage is not supported"),
@@ -73,7 +74,9 @@ def test_bad_meta_entries(tmp_path, entry, words):
     assert words in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"a": {}, "a": {}}', '{"a": 3}'])
+@pytest.mark.parametrize(
+    "text", ["{", "[]", "{}", '{"a": {}, "a": {}}', '{"a": 3}', r'{"\ud800": {}}']
+)
 def test_bad_meta_files(tmp_path, text):
     path = tmp_path / "meta.json"
     path.write_text(text)

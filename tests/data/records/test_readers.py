@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import tarfile
 from pathlib import Path
 
@@ -236,6 +237,13 @@ def test_names_of_files(tmp_path):
         find_files(str(tmp_path / "a.tar.gz"))
     with pytest.raises(ValueError, match="a folder without .nv-meta"):
         find_files(str(tmp_path))
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    with pytest.raises(ValueError, match="pipe.jsonl: a pipe or a device"):
+        find_files(str(tmp_path / "pipe.jsonl"))
+    name = os.fsdecode(b"caf\xe9.json")
+    (tmp_path / name).touch()
+    with pytest.raises(ValueError, match=r"caf\\udce9.json: a name that is not UTF-8"):
+        find_files(str(tmp_path / "*.json"))
 
 
 @pytest.mark.parametrize(

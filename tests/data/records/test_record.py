@@ -173,3 +173,8 @@ def test_without_a_root_paths_are_taken_as_they_are():
     assert parse_record({"image": "../a.jpg", "caption": "a"}).images == (
         MediaFile(path="../a.jpg"),
     )
+
+
+def test_keys_that_are_not_read_have_names_that_can_be_written():
+    record = parse_record({"caption": "x", "image": "a.jpg", "\ud800": 1, "k" * 1000: 2})
+    assert record.unread[0] == "\\ud800" and len(record.unread[1]) < 200
