@@ -52,7 +52,7 @@ EVERYTHING = ("vision", "connector", "language")
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:
-    """What ten steps tell: loss and gradient norm of each, and the weights after them.
+    """What some steps tell: loss and gradient norm of each, and the weights after them.
 
     Args:
         losses, grad_norms: of each step.

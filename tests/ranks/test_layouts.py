@@ -34,6 +34,8 @@ from tests.ranks.runs import (
 
 # Images of each sample; each third pack has none.
 PACKS = [(1, 0, 2), (0, 2, 1), (0, 0, 0), (2, 0, 0)] * 3
+# An epoch and two steps more, or as many as the table is about.
+STEPS = 10 if layouts.asks_for_all() else 5
 CASES = [
     (layout, mask)
     for layout in LAYOUTS
@@ -71,6 +73,7 @@ def _config(dataset: Path, mask: str, layers: int, **settings: Any) -> Config:
     # zero: a large epsilon cures both.
     config = config_for(
         dataset,
+        steps=STEPS,
         trainable=MASKS[mask],
         drop_path=0.2 if "vision" in MASKS[mask] else 0.0,
         adam_eps=1e-3,
