@@ -14,6 +14,7 @@ from megavlm.checkpoint import train_state
 from megavlm.config.schema import Checkpoint, Config, Eval, Logging
 from tests.convert.models import TOKENIZER
 from tests.data.samples import make_dataset, make_image
+from tests.ranks.layouts import asks_for_all
 from tests.ranks.pool import Pool
 from tests.ranks.runs import TINY, config_for
 from tests.ranks.test_against_transformers import random_model
@@ -27,15 +28,19 @@ ARCHITECTURE = dataclasses.replace(
 )
 LAYOUTS = {
     "TP2 SP": (2, dict(tensor_model_parallel_size=2, sequence_parallel=True)),
-    "PP2": (2, dict(pipeline_model_parallel_size=2)),
     "PP2 virtual 2": (
         2,
         dict(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2),
     ),
-    "DP2": (2, {}),
     "CP2": (2, dict(context_parallel_size=2)),
+    "PP2 DP2": (4, dict(pipeline_model_parallel_size=2)),
+}
+RARE = {
+    "PP2": (2, dict(pipeline_model_parallel_size=2)),
+    "DP2": (2, {}),
     "TP2 PP2 DP2": (8, dict(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)),
 }
+LAYOUTS |= RARE if asks_for_all() else {}
 
 
 @pytest.fixture(scope="module")

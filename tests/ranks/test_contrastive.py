@@ -84,7 +84,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "PP2 inside vision": (2, {"pipeline_model_parallel_size": 2, "layout": "v*2|v,c,t*3,h"}),
     "TP2 with copies, DP2": (4, {"tensor_model_parallel_size": 2, "vision": "data"}),
 }
-ALWAYS = ("DP2", "DP4", "TP2", "PP2")
+ALWAYS = ("DP4", "TP2", "PP2")
 MODELS = {"clip": CLIP, "siglip": SIGLIP, "llama": LLAMA, "patch drop": DROPPED}
 
 

@@ -66,21 +66,22 @@ def alone(ranks: Pool, dataset: Path) -> Curve:
 
 
 LAYOUTS = [
-    (2, TENSOR),
     (2, TENSOR | dict(sequence_parallel=True)),
     (2, TENSOR | dict(vision="data")),
-    (2, PIPELINE),
     (2, dict(context_parallel_size=2)),
-    (8, TENSOR | PIPELINE | dict(sequence_parallel=True, recompute="full")),
+    (4, PIPELINE),
+    (4, TENSOR | PIPELINE | dict(sequence_parallel=True, recompute="full")),
 ]
 RARE = [
+    (2, TENSOR),
+    (2, PIPELINE),
+    (8, TENSOR | PIPELINE | dict(sequence_parallel=True, recompute="full")),
     (2, dict(recompute="selective")),
     (4, dict(tensor_model_parallel_size=4)),
     (4, TENSOR | PIPELINE | dict(vision="data", recompute="full")),
     (4, TENSOR | dict(context_parallel_size=2, sequence_parallel=True)),
 ]
-EIGHT = LAYOUTS[-1]
-OF_DORA = [EIGHT, (2, TENSOR | dict(vision="data"))]
+OF_DORA = [LAYOUTS[-1], (2, TENSOR | dict(vision="data"))]
 
 
 @pytest.mark.parametrize(("world", "layout"), LAYOUTS + (RARE if MATRIX else []))

@@ -58,13 +58,18 @@ ALL = [
         (2, TENSOR | dict(sequence_parallel=True, vision="data")),
         (2, dict(context_parallel_size=2)),
         (4, TENSOR | PIPELINE),
+        (8, TENSOR | PIPELINE),
     )
 ]
-USUAL = [("sgd", 2, TENSOR), ("adam", 2, dict()), ("muon", 3, dict(global_batch_size=3))]
-EIGHT = [("muon", 8, TENSOR | PIPELINE)]
+USUAL = [
+    ("sgd", 2, TENSOR),
+    ("adam", 2, dict()),
+    ("muon", 3, dict(global_batch_size=3)),
+    ("muon", 4, TENSOR),
+]
 
 
-@pytest.mark.parametrize(("kind", "world", "layout"), EIGHT + (ALL if asks_for_all() else USUAL))
+@pytest.mark.parametrize(("kind", "world", "layout"), USUAL + (ALL if asks_for_all() else []))
 def test_updates_are_those_of_one_process(
     ranks: Pool, dataset: Path, kind: str, world: int, layout: dict
 ) -> None:

@@ -6,15 +6,12 @@ import io
 import os
 import pty
 import re
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-from megavlm.train.console import Lines, Terminal
+from megavlm.train.console import Lines, Terminal, open_console
 
-ROOT = Path(__file__).parents[2]
 VALUES = {
     "loss": 2.34567,
     "lr": 1e-4,
@@ -25,12 +22,6 @@ VALUES = {
     "mfu": 0.234,
 }
 SOURCES = {"loss": {"chats": 1.25, "web": 2.5}, "loss_part": {"chats": 0.5, "web": 0.1}}
-PROGRAM = """
-from megavlm.train.console import open_console
-console = open_console()
-console.say("WARNING: [red]a disk[/red] is full")
-console.record(5, 10, {"loss": 2.5, "seconds_per_step": 30.0}, {})
-"""
 
 
 def visible(text: str) -> str:
@@ -58,15 +49,22 @@ def test_a_file_holds_every_figure_under_its_name(capsys: pytest.CaptureFixture)
 
 
 @pytest.mark.parametrize("is_terminal", [True, False])
-def test_who_reads_decides_what_is_printed(is_terminal: bool) -> None:
+def test_who_reads_decides_what_is_printed(
+    monkeypatch: pytest.MonkeyPatch, is_terminal: bool
+) -> None:
     pytest.importorskip("rich", reason="the console extra is not installed: megavlm[console]")
     ours, theirs = pty.openpty() if is_terminal else os.pipe()
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm", "COLUMNS": "200"}
-    environment.pop("NO_COLOR", None)
-    subprocess.run([sys.executable, "-c", PROGRAM], stdout=theirs, env=environment, check=True)
-    text = os.read(ours, 4096).decode().replace("\r\n", "\n")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    with os.fdopen(theirs, "w", encoding="utf-8") as output:
+        monkeypatch.setattr(sys, "stdout", output)
+        console = open_console()
+        console.say("WARNING: [red]a disk[/red] is full")
+        console.record(5, 10, {"loss": 2.5, "seconds_per_step": 30.0}, {})
+        output.flush()
+        text = os.read(ours, 4096).decode().replace("\r\n", "\n")
     os.close(ours)
-    os.close(theirs)
     first, second, _ = visible(text).split("\n")
     assert first == "WARNING: [red]a disk[/red] is full"
     assert ("\x1b[" in text) == is_terminal

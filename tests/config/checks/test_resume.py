@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from megavlm.config.schema import Config
 NAMES = ["--stage", "2", "--model", "tiny", "--data.train", "packs", "--save", "runs/a"]
 
 
+@cache
 def run(*arguments: str) -> Config:
     return parse([*NAMES, *arguments])
 
