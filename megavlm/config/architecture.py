@@ -10,144 +10,19 @@ from megavlm.config.cross_attention import CrossAttention
 from megavlm.config.image_text import ImageText
 from megavlm.config.lora import Lora
 from megavlm.config.objectives import ObjectiveNeeds, needs_of
-
-# Mean and standard deviation of red, green and blue, by what the vision encoder was pretrained
-# with.
-PIXELS: dict[str, tuple[tuple[float, float, float], tuple[float, float, float]]] = {
-    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    "clip": ((0.4814546, 0.4578275, 0.40821073), (0.2686295, 0.2613025, 0.2757711)),
-    "siglip": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-}
-
+from megavlm.config.vision import Vision
 
 # Families of text encoders.
 TEXT_ENCODERS = ("clip_text", "siglip_text")
 # Activations of an MLP whose first linear layer has a second half, which the activation of the
 # first one multiplies.
-GATED = ("swiglu", "geglu_tanh")
+GATED = ("swiglu", "geglu_tanh", "clamped_quick_geglu")
 # Families with learned positions; all of them have what follows, too.
 LEARNED_POSITIONS = (*TEXT_ENCODERS, "opt")
 # Families with LayerNorm, biases everywhere, and an MLP without a gate.
 LAYER_NORM_FAMILIES = (*LEARNED_POSITIONS, "persimmon")
 # Rows of OPT's table of positions that stand before that of the first token.
 _OPT_UNUSED_POSITIONS = 2
-
-
-@dataclass(frozen=True, kw_only=True)
-class Vision:
-    """The vision encoder: an InternViT, the vision part of a CLIP (arXiv 2103.00020) or SigLIP
-    (arXiv 2303.15343), or EVA's ViT-g (arXiv 2211.07636), BLIP-2's.
-
-    Args:
-        family: weight naming and architecture variant (class token, patch bias, norm before the
-            first layer, layer scale).
-        image_size: side of a tile (InternVL's 448 x 448 image patch) in pixels.
-        patch_size: side of a patch in pixels.
-        num_layers: transformer layers that are built; features come out of the last of them. 0:
-            there is no vision encoder, and the connector reads the pixels of patches, as in Fuyu.
-        unused_layers: layers of the pretrained encoder behind these. They are not built: LLaVA
-            takes CLIP's features from before its last layer (``vision_feature_layer`` -2), so 1.
-            Checkpoints and exports carry them, unchanged, from where the encoder came from.
-        final_norm: whether a LayerNorm follows the last layer, as in SigLIP: PaliGemma takes its
-            features from behind it.
-        hidden_size: width of the encoder.
-        ffn_hidden_size: width inside the MLP of a layer.
-        num_attention_heads: attention heads.
-        normalization: kind of norm before attention and before the MLP.
-        layernorm_epsilon: added to the variance inside the norms.
-        qkv_bias: whether the query, key and value projections have a bias.
-        qk_norm: whether queries and keys are normalised, each over all heads at once
-            (InternViT-6B).
-        activation: of the MLP: GELU, its approximation with tanh, or x * sigmoid(1.702 x).
-        layer_scale: initial value of the layer scales on both residual branches; InternViT only.
-        pixel_mean: mean of red, green and blue (of pixels from 0 to 1) that is subtracted: three
-            numbers, or imagenet, clip or siglip.
-        pixel_std: standard deviation of red, green and blue that is divided by; likewise.
-        patch_drop: share of a tile's patches that the layers do not see in training, other ones
-            each time (FLIP, arXiv 2212.00794); none are left out in evaluation. The class token
-            stays. For models that make one embedding of a tile.
-    """
-
-    family: Literal["internvit", "clip", "siglip", "eva"] = "internvit"
-    image_size: int = 448
-    patch_size: int = 14
-    num_layers: int = 24
-    unused_layers: int = 0
-    final_norm: bool = False
-    hidden_size: int = 1024
-    ffn_hidden_size: int = 4096
-    num_attention_heads: int = 16
-    normalization: Literal["LayerNorm", "RMSNorm"] = "LayerNorm"
-    layernorm_epsilon: float = 1e-6
-    qkv_bias: bool = True
-    qk_norm: bool = False
-    activation: Literal["gelu", "gelu_tanh", "quick_gelu"] = "gelu"
-    layer_scale: float = 0.1
-    pixel_mean: tuple[float, float, float] = PIXELS["imagenet"][0]
-    pixel_std: tuple[float, float, float] = PIXELS["imagenet"][1]
-    patch_drop: float = 0.0
-
-    @property
-    def exists(self) -> bool:
-        """Whether there is a vision encoder."""
-        return self.num_layers > 0
-
-    @property
-    def output_size(self) -> int:
-        """Width of what the connector reads: hidden states, or the pixels of a patch."""
-        return self.hidden_size if self.exists else 3 * self.patch_size**2
-
-    @property
-    def grid(self) -> int:
-        """Patches along one side of a tile."""
-        return self.image_size // max(self.patch_size, 1)
-
-    @property
-    def fills_tile(self) -> bool:
-        """Whether patches cover a tile. The largest SigLIPs leave some pixels out: 384 pixels make
-        27 patches of 14.
-        """
-        return self.family == "siglip" or not self.image_size % self.patch_size
-
-    @property
-    def has_class_token(self) -> bool:
-        """Whether a class token comes before the patches."""
-        return self.exists and self.family != "siglip"
-
-    @property
-    def has_patch_bias(self) -> bool:
-        """Whether the patch embedding has a bias."""
-        return self.family != "clip"
-
-    @property
-    def has_embedding_norm(self) -> bool:
-        """Whether there is a norm between the embedding and the first layer."""
-        return self.family == "clip"
-
-    @property
-    def has_layer_scale(self) -> bool:
-        """Whether the residual branches have learned factors."""
-        return self.family == "internvit"
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of a tile inside the encoder: its patches and the class token, if there is one."""
-        return self.grid**2 + self.has_class_token
-
-    @property
-    def kept_patches(self) -> int:
-        """Patches of a tile that the layers see in training, one at least."""
-        return max(1, int(self.grid**2 * (1 - self.patch_drop)))
-
-    @property
-    def patch_choice(self) -> tuple[int, int] | None:
-        """Patches of a tile, and those of them that are kept in training; none: all are."""
-        return (self.grid**2, self.kept_patches) if self.patch_drop else None
-
-    @property
-    def layer_tokens(self) -> int:
-        """Tokens of a tile that the layers see in training."""
-        return self.kept_patches + self.has_class_token
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,15 +49,29 @@ class Language:
         rotary_dynamic_factor: factor of dynamic NTK scaling for samples longer than
             max_position_embeddings (1: off). It leaves shorter samples unchanged and is written to
             exported checkpoints.
+        rotary_yarn_factor: factor of YaRN (Peng et al., arXiv 2309.00071), by which slow rotations
+            are slower, and with whose logarithm all products of queries and keys grow (1: off).
+        rotary_yarn_positions: longest sample before YaRN; with rotary_yarn_factor.
+        rotary_yarn_truncate: whether the range of YaRN's ramp begins and ends at whole numbers.
         layernorm_epsilon: added to the mean square inside the norms.
         max_position_embeddings: longest sample that the position embedding supports; written to
             exported checkpoints.
         qkv_bias: whether the query, key and value projections have a bias.
         qk_norm: whether the queries and keys of each head are normalised (Qwen3, Persimmon).
+        linear_bias: whether the layer behind attention has a bias, and router and experts if there
+            are any, beside RMSNorm (GPT-OSS); models with LayerNorm have biases everywhere.
+        attention_sinks: whether the softmax of attention has a learned number of each head beside
+            the keys (GPT-OSS).
+        window_size: tokens that a token sees in layers with sliding windows, itself counted; 0: no
+            layer has them.
+        window_attn_skip_freq: every so many-th layer has no window: 2 is every second; 0: all
+            layers have windows.
         tied_head: whether the head shares the token embedding's tensor.
         activation: of the MLP: swiglu, with a gate, in most language models, and geglu_tanh, a gate
             with the approximation of GELU, in Gemma; in text encoders GELU, its approximation with
-            tanh, or x * sigmoid(1.702 x); relu in OPT, and its square, relu2, in Persimmon.
+            tanh, or x * sigmoid(1.702 x); relu in OPT, and its square, relu2, in Persimmon;
+            clamped_quick_geglu in GPT-OSS: a gate x * sigmoid(1.702 x) that is clamped at 7, and
+            another half that is clamped at -7 and 7, plus 1.
         zero_centered_norm: whether a norm multiplies by 1 plus its weight (Gemma).
         scaled_embedding: whether token embeddings are multiplied by the square root of hidden_size,
             rounded to the model's dtype (Gemma).
@@ -205,13 +94,27 @@ class Language:
     rotary_base: float = 1e6
     rotary_percent: float = 1.0
     rotary_dynamic_factor: float = 1.0
+    rotary_yarn_factor: float = 1.0
+    rotary_yarn_positions: int = 4096
+    rotary_yarn_truncate: bool = True
     layernorm_epsilon: float = 1e-6
     max_position_embeddings: int = 32768
     qkv_bias: bool = True
     qk_norm: bool = False
+    linear_bias: bool = False
+    attention_sinks: bool = False
+    window_size: int = 0
+    window_attn_skip_freq: int = 0
     tied_head: bool = False
     activation: Literal[
-        "swiglu", "geglu_tanh", "gelu", "gelu_tanh", "quick_gelu", "relu", "relu2"
+        "swiglu",
+        "geglu_tanh",
+        "clamped_quick_geglu",
+        "gelu",
+        "gelu_tanh",
+        "quick_gelu",
+        "relu",
+        "relu2",
     ] = "swiglu"
     zero_centered_norm: bool = False
     scaled_embedding: bool = False
@@ -239,6 +142,16 @@ class Language:
     def has_layer_norm(self) -> bool:
         """Whether it has LayerNorm, and biases in all linear layers; else RMSNorm."""
         return self.family in LAYER_NORM_FAMILIES
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether linear layers other than those of queries, keys and values have a bias."""
+        return self.has_layer_norm or self.linear_bias
+
+    def window_of(self, layer: int) -> int:
+        """Return how many tokens a token sees in a layer, counted from 0; 0: the whole sample."""
+        every = self.window_attn_skip_freq
+        return 0 if every and (layer + 1) % every == 0 else self.window_size
 
     @property
     def has_learned_positions(self) -> bool:

@@ -20,6 +20,7 @@ _CHAT_FAMILIES = (
     "llama",
     "mistral",
     "phi3",
+    "gpt_oss",
 )
 
 

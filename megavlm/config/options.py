@@ -19,9 +19,9 @@ import docstring_parser
 import jsonargparse
 
 from megavlm.config import former_names
-from megavlm.config.architecture import PIXELS
 from megavlm.config.former_names import current_name
 from megavlm.config.schema import Config
+from megavlm.config.vision import PIXELS
 
 # Names that Megatron-LM's users know, for fields that mean the same, and those of older versions.
 ALIASES = {

@@ -15,6 +15,7 @@ from typing import Any
 
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import RowParallelLinear
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.mlp import MLPSubmodules, apply_swiglu_sharded_factory
 from megatron.core.transformer.moe.experts import SequentialMLP
@@ -73,6 +74,18 @@ def whole_experts_config(config: TransformerConfig) -> TransformerConfig:
     config = copy.copy(config)
     config.sequence_parallel = False
     return config
+
+
+class ExpertRowLinear(RowParallelLinear):
+    """The second linear layer of an expert that is whole on its rank: nothing is summed over ranks.
+
+    megatron-core's would sum over a group of one rank at EP 1, and give a view of the result, to
+    which ``MLP.forward`` cannot add a bias in place.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.explicit_expert_comm = True  # read by ``RowParallelLinear.forward``
 
 
 Weights = Iterator[tuple[int, str, str, Tensor]]

@@ -22,6 +22,7 @@ from megavlm.model.added_tokens import AddedEmbedding, AddedHead
 from megavlm.model.experts import count_routed_tokens
 from megavlm.model.specs import Kernels, language_spec
 from megavlm.model.vocabulary_loss import LossTerms, vocabulary_loss
+from megavlm.model.yarn import frequencies
 from megavlm.planner.layout import Chunk
 from megavlm.planner.padding import padded_vocabulary
 
@@ -76,6 +77,10 @@ class LanguageModel(GPTModel):
             vp_stage=vp_stage,
         )
         count_routed_tokens(self)
+        if language.rotary_yarn_factor > 1:
+            self.rotary_pos_emb.inv_freq = frequencies(language).to(
+                self.rotary_pos_emb.inv_freq.device
+            )
         self.embedding_scale = 1.0
         if language.scaled_embedding:
             # Rounded to the dtype of the embeddings, as in transformers.

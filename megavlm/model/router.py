@@ -112,7 +112,8 @@ class PackRouter(TopKRouter):
         if self.config.moe_grouped_gemm:
             return self.gating(hidden)
         # megatron-core's ``router_gating_linear`` of 0.16.1 needs Transformer Engine.
-        return linear(hidden.float(), self.weight.float())
+        bias = None if self.bias is None else self.bias.float()
+        return linear(hidden.float(), self.weight.float(), bias)
 
     def _balanced(
         self, weights: Tensor, logits: Tensor, scores: Tensor, routed: Tensor, is_real: Tensor

@@ -35,11 +35,12 @@ from torch.distributed import ProcessGroup
 from megavlm.config.schema import Architecture, Config, Experts, Vision
 from megavlm.model.attention import PackedAttention, TileAttention, attend_with_prefixes
 from megavlm.model.cross_attention import CrossModules, GatedCrossAttention, GatedLayer
-from megavlm.model.experts import grouped_experts, sequential_experts
+from megavlm.model.experts import ExpertRowLinear, grouped_experts, sequential_experts
 from megavlm.model.norm import Norm
 from megavlm.model.precision import uses_transformer_engine
 from megavlm.model.residual_branch import add_branch, add_branch_by_kernels
 from megavlm.model.router import PackRouter
+from megavlm.model.sink_attention import SinkAttention
 from megavlm.model.swiglu import Swiglu
 from megavlm.model.vision_attention import VisionAttention
 from megavlm.model.vision_layer import VisionLayer
@@ -97,7 +98,7 @@ def local_kernels() -> Kernels:
         tile_attention=TileAttention,
         packed_attention=PackedAttention,
         experts=sequential_experts(
-            MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+            MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=ExpertRowLinear)
         ),
         swiglu=None,
         is_fused=False,
@@ -358,7 +359,7 @@ def language_spec(
     language = architecture.language
     crosses = architecture.cross_attention
     inside = _attention(
-        chosen.packed_attention,
+        SinkAttention if language.attention_sinks else chosen.packed_attention,
         language.qkv_bias,
         chosen,
         chosen.norm if language.qk_norm else None,

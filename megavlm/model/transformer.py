@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.nn.functional import gelu
 
 from megavlm.config.freeze_mask import trains
-from megavlm.config.schema import Config
+from megavlm.config.schema import Config, Language
 from megavlm.model.precision import fp8_settings, precision
 from megavlm.model.specs import Kernels
+from megavlm.model.yarn import product_scale
 from megavlm.planner.layout import Layout
 from megavlm.planner.padding import padded_heads
 
@@ -37,6 +38,11 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "quick_gelu": _quick_gelu,
     "relu": torch.nn.functional.relu,
     "relu2": _squared_relu,
+    "clamped_quick_geglu": _quick_gelu,
+}
+# What some gates are beside an activation of one half times the other half.
+_GATE_SETTINGS: dict[str, dict[str, float]] = {
+    "clamped_quick_geglu": {"activation_func_clamp_value": 7.0, "glu_linear_offset": 1.0},
 }
 _RECOMPUTE: dict[str, dict[str, Any]] = {
     "none": {},
@@ -151,6 +157,17 @@ def connector_config(config: Config, chosen: Kernels) -> TransformerConfig:
     )
 
 
+def _window_settings(language: Language) -> dict[str, Any]:
+    """Configure sliding windows; nothing if a language model has none."""
+    if not language.window_size:
+        return {}
+    # megatron-core counts the tokens before the own one.
+    return dict(
+        window_size=(language.window_size - 1, 0),
+        window_attn_skip_freq=language.window_attn_skip_freq or None,
+    )
+
+
 def _expert_settings(config: Config, chosen: Kernels) -> dict[str, Any]:
     """Configure the experts of a language model; nothing if it has none."""
     language = config.architecture.language
@@ -195,7 +212,7 @@ def language_config(config: Config, layout: Layout, chosen: Kernels) -> Transfor
         qk_layernorm=language.qk_norm,
         normalization="LayerNorm" if language.has_layer_norm else "RMSNorm",
         layernorm_epsilon=language.layernorm_epsilon,
-        add_bias_linear=language.has_layer_norm,
+        add_bias_linear=language.has_bias,
         add_qkv_bias=language.qkv_bias,
         layernorm_zero_centered_gamma=language.zero_centered_norm,
         gated_linear_unit=language.is_gated,
@@ -205,6 +222,9 @@ def language_config(config: Config, layout: Layout, chosen: Kernels) -> Transfor
         else ACTIVATIONS[language.activation],
         sequence_parallel=parallel.sequence_parallel,
         context_parallel_size=parallel.context_parallel_size,
+        **_GATE_SETTINGS.get(language.activation, {}),
+        **_window_settings(language),
+        softmax_scale=product_scale(language) if language.rotary_yarn_factor > 1 else None,
         **fp8_settings(config, "language"),
         **_common(
             config,

@@ -98,7 +98,7 @@ def fresh_tensor(config: Config) -> FullTensor:
     Matrices are normal with standard deviation sqrt(2 / (5 D)) (Nguyen and Salazar, arXiv
     1910.05895), those that end a residual branch divided by the root of twice the layers (Radford
     et al., GPT-2), latents with 1; adapters start as PEFT's, with B at zero; norms start at one (at
-    zero if 1 is added to them), biases at zero, layer scale and gates as configured.
+    zero if 1 is added to them), biases and sinks at zero, layer scale and gates as configured.
     """
     arch = config.architecture
     seed = config.training.seed
@@ -125,7 +125,7 @@ def fresh_tensor(config: Config) -> FullTensor:
         if key.endswith(("norm.weight", "layer_norm_weight", "qk_norm.query", "qk_norm.key")):
             is_zero = key.startswith("language.") and arch.language.zero_centered_norm
             return torch.zeros(shape) if is_zero else torch.ones(shape)
-        if key.endswith("bias"):
+        if key.endswith(("bias", "softmax_offset")):
             return torch.zeros(shape)
         width, layers = parts[key.split(".")[0]]
         if key.endswith(".lora.a"):

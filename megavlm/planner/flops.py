@@ -8,7 +8,8 @@ from hardware FLOPs): what is computed again to save memory, and padding (of pac
 vocabulary), take time but do not count. Norms, activations, softmax and the optimizer are left out,
 as in both papers. Causal attention is counted by half, since only half of the pairs see each other;
 both papers count all of them. Of a prefix-LM all pairs are counted: what its n answer tokens of a
-sample of m do not see, n (m - n) + n^2 / 2 pairs, is little beside its prefix with the image.
+sample of m do not see, n (m - n) + n^2 / 2 pairs, is little beside its prefix with the image. With
+a sliding window each token is counted with a whole window; the first ones of a sample see less.
 
 **The backward pass** of a product with a weight has two products, each as large as the forward one:
 the gradient of its input and that of its weight. A frozen weight has no gradient, and the gradient
@@ -261,17 +262,33 @@ def _language_layer(architecture: Architecture, number: int) -> Iterator[Piece]:
     for name in ("q_layernorm", "k_layernorm") if language.qk_norm else ():
         key = f"language.decoder.layers.{number}.self_attention.{name}"
         yield from norm(key, part, language.head_size, has_bias=has_bias)
-    sees_all = architecture.prefix_lm or not language.is_causal
-    pairs = 4 if sees_all else 2  # half of 4: causal
-    yield Piece(key="", part=part, elements=0, forward=pairs * queries, unit="squared_length")
-    yield from linear(proj, part, queries, width, rows=1, unit="token", has_bias=has_bias)
+    yield _attention(architecture, number, queries)
+    if language.attention_sinks:
+        sinks = f"language.decoder.layers.{number}.self_attention.core_attention.softmax_offset"
+        yield vector(sinks, part, language.num_attention_heads)
+    yield from linear(proj, part, queries, width, rows=1, unit="token", has_bias=language.has_bias)
     if language.num_experts:
         yield from _experts(language, f"language.decoder.layers.{number}")
         return
     yield from norm(fc1, part, width, has_bias=has_bias, joint=".layer_norm_")
     first = 2 * inner if language.is_gated else inner
-    yield from linear(fc1, part, width, first, rows=1, unit="token", has_bias=has_bias)
-    yield from linear(fc2, part, inner, width, rows=1, unit="token", has_bias=has_bias)
+    yield from linear(fc1, part, width, first, rows=1, unit="token", has_bias=language.has_bias)
+    yield from linear(fc2, part, inner, width, rows=1, unit="token", has_bias=language.has_bias)
+
+
+def _attention(architecture: Architecture, number: int, queries: int) -> Piece:
+    """Return the products of a layer's attention, over all heads of ``queries`` numbers."""
+    language = architecture.language
+    window = language.window_of(number)
+    if window:
+        return Piece(
+            key="", part="language", elements=0, forward=4 * queries * window, unit="token"
+        )
+    sees_all = architecture.prefix_lm or not language.is_causal
+    pairs = 4 if sees_all else 2  # half of 4: causal
+    return Piece(
+        key="", part="language", elements=0, forward=pairs * queries, unit="squared_length"
+    )
 
 
 def _experts(language: Language, layer: str) -> Iterator[Piece]:
@@ -284,7 +301,8 @@ def _experts(language: Language, layer: str) -> Iterator[Piece]:
     count = language.num_experts
     yield from norm(f"{layer}.pre_mlp_layernorm", part, width, has_bias=False)
     router = f"{layer}.mlp.router"
-    yield from linear(router, part, width, count, rows=1, unit="token", has_bias=False)
+    has_bias = language.has_bias
+    yield from linear(router, part, width, count, rows=1, unit="token", has_bias=has_bias)
     for expert in range(count):
         for name, inputs, outputs in (
             ("linear_fc1", width, 2 * inner),
@@ -299,6 +317,9 @@ def _experts(language: Language, layer: str) -> Iterator[Piece]:
                 is_matrix=True,
                 expert=expert,
             )
+            if has_bias:
+                bias = f"{layer}.mlp.experts.{expert}.{name}.bias"
+                yield replace(vector(bias, part, outputs), expert=expert)
 
 
 _LINEARS = (

@@ -29,6 +29,7 @@ _SHARDED = (
     "linear_fc2.weight",
 )
 _SHARDED += ("qk_norm.query", "qk_norm.key", "word_embeddings.weight", "output_layer.weight")
+_SHARDED += ("core_attention.softmax_offset",)
 _SHARDED += ("linear_q.weight", "linear_k.weight", "linear_v.weight")
 _SHARDED += ("linear_qkv.lora.b", "linear_fc1.lora.b", "linear_proj.lora.a", "linear_fc2.lora.a")
 _SHARDED += (f"linear_qkv{MAGNITUDE}", f"linear_fc1{MAGNITUDE}")

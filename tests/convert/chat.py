@@ -114,6 +114,7 @@ def _language_settings(architecture: Architecture) -> dict:
         "internlm2": "InternLM2",
         "internlm3": "InternLM3",
         "mistral": "Mistral",
+        "gpt_oss": "GptOss",
     }
     scaling = (
         {"type": "dynamic", "factor": language.rotary_dynamic_factor}
@@ -142,6 +143,24 @@ def _language_settings(architecture: Architecture) -> dict:
 
 
 def _expert_settings(language: Language) -> dict:
+    if language.family == "gpt_oss":
+        return {
+            "attention_bias": True,
+            "initial_context_length": 4096,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "num_experts_per_tok": language.experts_per_token,
+            "num_local_experts": language.num_experts,
+            "rope_scaling": {
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "factor": language.rotary_yarn_factor,
+                "original_max_position_embeddings": language.rotary_yarn_positions,
+                "rope_type": "yarn",
+                "truncate": False,
+            },
+            "sliding_window": language.window_size,
+            "swiglu_limit": 7.0,
+        }
     return {
         "decoder_sparse_step": 1,
         "mlp_only_layers": [],

@@ -55,6 +55,22 @@ EXPERTS = dict(
     experts_per_token=3,
     expert_ffn_hidden_size=20,  # transformers' kernel takes multiples of 4
 )
+# A window shorter than most samples; YaRN's ramp inside the few rotations of a head.
+GPT_OSS = dict(
+    family="gpt_oss",
+    linear_bias=True,
+    attention_sinks=True,
+    window_size=5,
+    window_attn_skip_freq=2,
+    activation="clamped_quick_geglu",
+    num_experts=5,
+    experts_per_token=3,
+    ffn_hidden_size=20,
+    expert_ffn_hidden_size=20,
+    rotary_yarn_factor=4.0,
+    rotary_yarn_positions=64,
+    rotary_yarn_truncate=False,
+)
 # One of each kind that the tables know: vision encoders, families, tied and untied heads.
 KINDS = {
     "qwen2": SMALL,
@@ -80,6 +96,7 @@ KINDS = {
     "internlm2": language(family="internlm2", qkv_bias=False, rotary_dynamic_factor=3.0),
     "internlm3": language(family="internlm3", qkv_bias=False, kv_channels=12),
     "phi3": language(family="phi3", qkv_bias=False),
+    "gpt_oss": language(**GPT_OSS, kv_channels=10),
 }
 
 

@@ -13,7 +13,7 @@ import torch
 
 from megavlm.config.schema import Architecture, Config
 from tests.convert.chat import make_chat
-from tests.convert.models import EXPERTS, GEMMA, PERSIMMON
+from tests.convert.models import EXPERTS, GEMMA, GPT_OSS, PERSIMMON
 from tests.data.samples import make_dataset
 from tests.ranks.model_checks import answers_of_transformers, assert_equals_transformers
 from tests.ranks.pool import Pool
@@ -66,10 +66,18 @@ MODELS = {
     "qwen3_moe tied": _model(
         **EXPERTS | dict(experts_per_token=1, norm_topk_prob=False), tied_head=True, vocab_size=211
     ),
+    "gpt_oss": _model(**GPT_OSS, kv_channels=10, num_query_groups=1),
+    "gpt_oss tied": _model(
+        **GPT_OSS
+        | dict(window_size=40, rotary_yarn_factor=1.0, rotary_yarn_truncate=True)
+        | dict(rotary_yarn_positions=4096),
+        tied_head=True,
+        vocab_size=211,
+    ),
 }
 # Read in the format of OpenGVLab; the others in that of transformers.
 CHAT = ("qwen2 tied, three vision heads", "qwen3, InternViT-6B", "internlm2", "internlm3")
-CHAT += ("qwen3_moe tied",)
+CHAT += ("qwen3_moe tied", "gpt_oss")
 
 
 def random_model(architecture: Architecture, context_token_id: int, folder: Path) -> None:

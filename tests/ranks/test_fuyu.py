@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from megavlm.config.architecture import PIXELS
 from megavlm.config.schema import Config
+from megavlm.config.vision import PIXELS
 from megavlm.planner.flops import pieces, training_cost
 from tests.convert.fuyu_models import KINDS, SMALL, make_fuyu
 from tests.data.samples import make_dataset, make_sample

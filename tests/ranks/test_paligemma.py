@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from megavlm.config.architecture import PIXELS
 from megavlm.config.schema import Checkpoint
+from megavlm.config.vision import PIXELS
 from megavlm.data.loading.dataset import PackedDataset
 from megavlm.model.positions import resize_positions
 from megavlm.planner.flops import pieces, training_cost

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from megavlm.config import cross_attention
 from megavlm.config.architecture import GATED
+from megavlm.config.checks.attention import attention_problems
 from megavlm.config.checks.experts import expert_size_problems
 from megavlm.config.checks.limits import at_least
 from megavlm.config.checks.no_vision import model_problems
@@ -224,6 +225,7 @@ def _language(arch: Architecture) -> Iterator[str]:
             f"--architecture.prefix_lm true: --architecture.objective {arch.objective} has no"
             " answers; use false"
         )
+    yield from attention_problems(arch)
     heads = language.num_attention_heads
     groups = language.num_query_groups
     if not language.kv_channels and language.hidden_size % heads:

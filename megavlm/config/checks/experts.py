@@ -39,7 +39,7 @@ def expert_size_problems(language: Language) -> Iterator[str]:
         )
     if not language.is_gated or language.has_layer_norm:
         yield (
-            f"{_FLAG}.num_experts {language.num_experts}: experts are gated MLPs without biases,"
+            f"{_FLAG}.num_experts {language.num_experts}: experts are gated MLPs behind RMSNorm,"
             f" and {_FLAG}.family {language.family} with {_FLAG}.activation {language.activation}"
             " has none; use 0"
         )
@@ -164,6 +164,12 @@ def _adapter_problems(arch: Architecture) -> Iterator[str]:
     keys = _expert_keys(arch)
     if any(lora.adapts(key) for key in keys):
         targets = f"--architecture.lora.targets {','.join(lora.targets)} adapts experts"
+        if arch.language.linear_bias:
+            yield (
+                f"{targets}, which {_FLAG}.family {arch.language.family} holds together in one"
+                " tensor: no file of adapters names one of them; name the attention alone, such as"
+                " language.*.self_attention"
+            )
         if lora.dropout:
             yield (
                 f"--architecture.lora.dropout {lora.dropout}: {targets}, which do not know the"

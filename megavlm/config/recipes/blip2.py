@@ -9,10 +9,10 @@ captions in the first stage and at most 48 in the second (``docs/recipes.md``), 
 
 from __future__ import annotations
 
-from megavlm.config.architecture import PIXELS
 from megavlm.config.connectors import Connector
 from megavlm.config.recipes.recipe import Recipe, Stage
 from megavlm.config.schema import Architecture, Language, Optimizer, Training, Vision
+from megavlm.config.vision import PIXELS
 
 ARCHITECTURE = Architecture(
     vision=Vision(

@@ -8,10 +8,11 @@ one step. The text encoder is that of the released weights.
 
 from __future__ import annotations
 
-from megavlm.config.architecture import PIXELS, Architecture, Contrastive, Language, Vision
+from megavlm.config.architecture import Architecture, Contrastive, Language, Vision
 from megavlm.config.connectors import Connector
 from megavlm.config.recipes.recipe import Recipe, Stage
 from megavlm.config.schema import Optimizer, Training
+from megavlm.config.vision import PIXELS
 
 EVERYTHING = ("vision", "connector", "language", "objective")
 STAGES: dict[str, Stage] = {

@@ -11,11 +11,11 @@ IDEFICS 9B.
 
 from __future__ import annotations
 
-from megavlm.config.architecture import PIXELS
 from megavlm.config.connectors import Connector
 from megavlm.config.cross_attention import CrossAttention
 from megavlm.config.recipes.recipe import Recipe, Stage
 from megavlm.config.schema import Architecture, Language, Optimizer, Training, Vision
+from megavlm.config.vision import PIXELS
 
 ARCHITECTURE = Architecture(
     vision=Vision(

@@ -8,10 +8,10 @@ parameters.
 
 from __future__ import annotations
 
-from megavlm.config.architecture import PIXELS
 from megavlm.config.connectors import Connector
 from megavlm.config.recipes.recipe import Recipe, Stage
 from megavlm.config.schema import Architecture, Language, Optimizer, Training, Vision
+from megavlm.config.vision import PIXELS
 
 # Fuyu-8B: patches of 30 pixels, each a tile of its own.
 ARCHITECTURE = Architecture(

@@ -8,10 +8,10 @@ four samples (``docs/recipes.md``). The steps are one epoch of 558,128 and 665,2
 
 from __future__ import annotations
 
-from megavlm.config.architecture import PIXELS
 from megavlm.config.connectors import LLAVA
 from megavlm.config.recipes.recipe import Recipe, Stage
 from megavlm.config.schema import Architecture, Language, Optimizer, Training, Vision
+from megavlm.config.vision import PIXELS
 
 # CLIP-L/14 of 336 pixels, and Vicuna 7B 1.5 with a row for <image>.
 ARCHITECTURE = Architecture(

@@ -11,10 +11,10 @@ samples (``docs/recipes.md``).
 
 from __future__ import annotations
 
-from megavlm.config.architecture import PIXELS
 from megavlm.config.connectors import Connector
 from megavlm.config.recipes.recipe import Recipe, Stage
 from megavlm.config.schema import Architecture, Language, Optimizer, Training, Vision
+from megavlm.config.vision import PIXELS
 
 # SigLIP So400m/14 and Gemma 2B, with rows for <image>, 1024 places and 128 codes of shapes, filled
 # up to a multiple of 64.

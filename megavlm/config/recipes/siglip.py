@@ -8,11 +8,12 @@ billion pairs, one of the paper's.
 
 from __future__ import annotations
 
-from megavlm.config.architecture import PIXELS, Architecture, Contrastive, Language, Vision
+from megavlm.config.architecture import Architecture, Contrastive, Language, Vision
 from megavlm.config.connectors import Connector
 from megavlm.config.recipes.clip import EVERYTHING
 from megavlm.config.recipes.recipe import Recipe, Stage
 from megavlm.config.schema import Optimizer, Training
+from megavlm.config.vision import PIXELS
 
 STAGES: dict[str, Stage] = {
     "1": Stage(

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from transformers import Blip2Config, Blip2VisionConfig, PreTrainedConfig
 
-from megavlm.config.architecture import PIXELS
 from megavlm.config.connectors import Connector
 from megavlm.config.qformer import QFormer
 from megavlm.config.schema import Architecture, Vision
+from megavlm.config.vision import PIXELS
 from megavlm.convert.hf import json_files as shared
 from megavlm.convert.hf import language_config
 from megavlm.convert.weights.families import written_as

@@ -30,6 +30,7 @@ _CODE = {
     "": "OpenGVLab/InternVL2_5-1B",
     "qwen3": "OpenGVLab/InternVL3_5-1B",
     "qwen3_moe": "OpenGVLab/InternVL3_5-30B-A3B",
+    "gpt_oss": "OpenGVLab/InternVL3_5-GPT-OSS-20B-A4B-Preview",
     "internlm3": "OpenGVLab/InternVL3-9B",
     "phi3": "OpenGVLab/InternVL2-4B",
 }

@@ -36,7 +36,8 @@ from megavlm.convert.hf.part_folders import open_parts, write_parts
 from megavlm.convert.hf.safetensors_files import SHARD_BYTES, SafetensorsFolder
 from megavlm.convert.hf.unused_weights import WithUnused
 from megavlm.convert.weights.adapters import MergedAdapters
-from megavlm.convert.weights.fused_experts import SeparateExperts
+from megavlm.convert.weights.fused_experts import separate_experts
+from megavlm.convert.weights.joined_experts import JoinedExperts
 from megavlm.convert.weights.tables import Dialect
 from megavlm.convert.weights.upcycle import Upcycled, Upcycling
 from megavlm.convert.weights.views import HuggingFaceView, MegatronView, Tensors
@@ -102,8 +103,8 @@ def open_weights(folder: Path) -> Tensors:
     """Open the weights of a Hugging Face folder."""
     form = hub_format_of(folder)
     if form.folders:
-        return SeparateExperts(open_parts(folder, form.folders))
-    return SeparateExperts(SafetensorsFolder(folder, rename=form.name_on_disk))
+        return separate_experts(open_parts(folder, form.folders))
+    return separate_experts(SafetensorsFolder(folder, rename=form.name_on_disk))
 
 
 def _read_checkpoint(path: str | Path) -> Checkpoint:
@@ -172,7 +173,7 @@ def export(
         if vision
         else unused_weights.read(folder)
     )
-    view = WithUnused(used, architecture, dialect, unused, dtype)
+    view = JoinedExperts(WithUnused(used, architecture, dialect, unused, dtype))
     words = Path(tokenizer) if tokenizer else folder / TOKENIZER
     if not words.is_dir():
         raise FileNotFoundError(
@@ -356,7 +357,7 @@ def _main_dtype(view: WithUnused) -> torch.dtype:
     return elements.most_common(1)[0][0]
 
 
-def _bytes(view: MegatronView | HuggingFaceView | WithUnused) -> int:
+def _bytes(view: MegatronView | HuggingFaceView | JoinedExperts) -> int:
     """Bytes of all tensors."""
     return sum(header.nbytes for header in view.headers.values())
 

@@ -27,7 +27,7 @@ from megavlm.convert.hf.model_config import architecture_from_hf, differences
 from megavlm.convert.hf.safetensors_files import SafetensorsFolder, tensor_names
 from megavlm.convert.hf.vision_part import vision_from_hf
 from megavlm.convert.weights.families import FAMILIES, family_of
-from megavlm.convert.weights.fused_experts import SeparateExperts
+from megavlm.convert.weights.fused_experts import separate_experts
 from megavlm.convert.weights.mapping import within
 from megavlm.convert.weights.tables import EMBEDDING_KEY, HEAD_KEY
 from megavlm.convert.weights.transforms import Shape
@@ -285,7 +285,7 @@ def _serve_language(config: Config) -> Callable[[str], Served]:
     folder = Path(config.init.language)
     language = _language(folder)
     found = replace(wanted, language=language)
-    source = SeparateExperts(
+    source = separate_experts(
         SafetensorsFolder(folder, rename=lambda name: None if _BUFFER.search(name) else name)
     )
     table = list(within(family_of(language).rows(language), "language.", ""))

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from transformers import FuyuConfig
 
-from megavlm.config.architecture import PIXELS
 from megavlm.config.connectors import Connector
 from megavlm.config.schema import Architecture, Vision
+from megavlm.config.vision import PIXELS
 from megavlm.convert.hf import json_files as shared
 from megavlm.convert.hf import language_config, tokenizer_files
 from megavlm.convert.hf.json_files import FILE_NAME, IMAGE_PROCESSOR_NAME, write_json

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from transformers import IdeficsConfig
 
-from megavlm.config.architecture import PIXELS
 from megavlm.config.connectors import Connector
 from megavlm.config.cross_attention import CrossAttention
 from megavlm.config.resampler import Resampler
 from megavlm.config.schema import Architecture
+from megavlm.config.vision import PIXELS
 from megavlm.convert.hf import clip_vision, language_config, tokenizer_files
 from megavlm.convert.hf import json_files as shared
 from megavlm.convert.hf.json_files import FILE_NAME, IMAGE_PROCESSOR_NAME, read_json, write_json

@@ -6,12 +6,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from megavlm.config.schema import Language
-from megavlm.convert.hf import opt_config
+from megavlm.convert.hf import gpt_oss_config, opt_config
 from megavlm.convert.hf.json_files import contradictions, missing
 from megavlm.convert.weights.families import FAMILIES
 from megavlm.convert.weights.families.family import Family
 
-_OPT = "opt"
+# Families whose settings have a module of their own.
+_OF_THEIR_OWN = {"opt": opt_config, "gpt_oss": gpt_oss_config}
 _NEEDED = (
     "num_hidden_layers",
     "hidden_size",
@@ -20,12 +21,6 @@ _NEEDED = (
     "vocab_size",
     "max_position_embeddings",
 )
-_REFUSED = {
-    "gpt_oss": (
-        "its attention has learned sinks and sliding windows, and its experts have biases and a"
-        " clamped gate, which no layer here computes"
-    ),
-}
 _NEEDED_OF_EXPERTS = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
 
 
@@ -37,14 +32,11 @@ def problems(settings: Mapping[str, Any], section: str) -> Iterator[str]:
         section: name of that part.
     """
     kind = settings.get("model_type")
-    if kind in _REFUSED:
-        yield f"{section}.model_type is {kind!r}: {_REFUSED[kind]}"
-        return
     if kind not in FAMILIES:
         yield f"{section}.model_type is {kind!r}, must be one of {', '.join(FAMILIES)}"
         return
-    if kind == _OPT:
-        yield from opt_config.problems(settings, section)
+    if kind in _OF_THEIR_OWN:
+        yield from _OF_THEIR_OWN[kind].problems(settings, section)
         return
     family = FAMILIES[kind]
     settings = _with_experts(settings)
@@ -85,8 +77,8 @@ def read(settings: Mapping[str, Any], *, tied_head: bool) -> Language:
         settings: the model's part of config.json, without problems.
         tied_head: whether the head is the token embedding.
     """
-    if settings["model_type"] == _OPT:
-        return opt_config.read(settings, tied_head=tied_head)
+    if settings["model_type"] in _OF_THEIR_OWN:
+        return _OF_THEIR_OWN[settings["model_type"]].read(settings, tied_head=tied_head)
     settings = _with_experts(settings)
     width = settings["hidden_size"]
     heads = settings["num_attention_heads"]
@@ -170,11 +162,13 @@ def write(
         eos_token_id: token that ends an answer.
         pad_token_id: token that fills up texts of a batch.
     """
+    own = _OF_THEIR_OWN.get(family.name)
+    sizes = own.write(language) if own else _write_sizes(language, family)
     return {
         "architectures": [family.class_name],
         "model_type": family.name,
         **family.settings,
-        **(opt_config.write(language) if family.name == _OPT else _write_sizes(language, family)),
+        **sizes,
         "tie_word_embeddings": language.tied_head,
         "bos_token_id": bos_token_id,
         "eos_token_id": eos_token_id,

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from transformers import CLIPConfig, SiglipConfig
 
-from megavlm.config.architecture import PIXELS
 from megavlm.config.connectors import Connector
 from megavlm.config.schema import Architecture, Contrastive, Language, Vision
+from megavlm.config.vision import PIXELS
 from megavlm.convert.hf import clip_vision, json_files, tokenizer_files
 from megavlm.convert.hf.json_files import FILE_NAME, IMAGE_PROCESSOR_NAME, write_json
 from megavlm.convert.hf.preprocessing import Usage

@@ -11,6 +11,7 @@ import re
 from torch import Tensor
 
 from megavlm.convert.weights.byte_ranges import Range
+from megavlm.convert.weights.joined_experts import CutExperts
 from megavlm.convert.weights.views import Header, Tensors
 
 _FUSED = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)")
@@ -66,3 +67,8 @@ class SeparateExperts:
 
     def __str__(self) -> str:
         return str(self._source)
+
+
+def separate_experts(source: Tensors) -> Tensors:
+    """Show the tensors of each expert by itself, in whichever way files hold those of a layer."""
+    return SeparateExperts(CutExperts(source))

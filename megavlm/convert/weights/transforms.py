@@ -292,6 +292,27 @@ class Transposed(Operation):
 
 
 @dataclass(frozen=True)
+class Interleaved(Operation):
+    """A fused gate whose two halves alternate: of a weight as columns of the transposed matrix, of
+    a bias as numbers.
+    """
+
+    def split(self, whole: Tensor) -> tuple[Tensor, ...]:
+        """Return Hugging Face's tensor [..., 2 M] of megatron-core's [2 M, ...]."""
+        gate, other = whole.chunk(2)
+        return (torch.stack([gate, other], dim=1).flatten(0, 1).movedim(0, -1).contiguous(),)
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        """Return megatron-core's tensor."""
+        rows = parts[0].movedim(-1, 0)
+        return torch.cat([rows[::2], rows[1::2]])
+
+    def part_shapes(self, whole: Shape) -> tuple[Shape, ...]:
+        """Return the shape of Hugging Face's tensor."""
+        return ((*whole[1:], whole[0]),)
+
+
+@dataclass(frozen=True)
 class BesideIdentity(Operation):
     """A linear layer, weight or bias, beside a second one that changes nothing: an identity matrix,
     or zeros.

@@ -6,7 +6,8 @@ import argparse
 import dataclasses
 import re
 
-from megavlm.config.architecture import PIXELS, Architecture
+from megavlm.config.architecture import Architecture
+from megavlm.config.vision import PIXELS
 from megavlm.data.images.frame_sampling import FrameChoice
 from megavlm.data.images.tiling import FUYU_LIMIT, Tiling
 from megavlm.data.packing.settings import Job

@@ -6,9 +6,9 @@ import argparse
 import os
 from dataclasses import dataclass
 
-from megavlm.config.architecture import PIXELS
 from megavlm.config.former_names import GONE
 from megavlm.config.hub_cache import cached
+from megavlm.config.vision import PIXELS
 from megavlm.data.images.tiling import FUYU_LIMIT
 from megavlm.data.text.templates import FORMATS
 

@@ -44,8 +44,13 @@ def transformers_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]
     }
     for name in [name for name in shapes if ".mlp.experts." in name]:
         # In memory the experts of a layer are one tensor, in files each is by itself.
-        experts, rows, columns = shapes.pop(name)
         stem, _, matrix = name.rpartition(".")
+        experts, *shape = shapes.pop(name)
+        if architecture.language.linear_bias:  # GPT-OSS: the table has parts of one tensor
+            of_each = {f"{stem}.{expert}.{matrix}": tuple(shape) for expert in range(experts)}
+            shapes |= of_each
+            continue
+        rows, columns = shape
         for expert in range(experts):
             if matrix == "down_proj":
                 shapes[f"{stem}.{expert}.down_proj.weight"] = (rows, columns)
@@ -140,7 +145,10 @@ def test_operations_and_tables_need_neither_megatron_nor_transformers() -> None:
 def test_each_weight_of_the_files_has_an_adapter(
     architecture: Architecture, dialect: Dialect
 ) -> None:
-    adapted = replace(architecture, lora=Lora(rank=2, targets=("vision", "language")))
+    language = "language"
+    if architecture.language.linear_bias:  # adapters of its experts are refused
+        language += ".*.self_attention"
+    adapted = replace(architecture, lora=Lora(rank=2, targets=("vision", language)))
     table = list(adapted_rows(adapted, dialect))
     assert len(table) > architecture.language.num_layers
     for row in table:

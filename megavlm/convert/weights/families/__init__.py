@@ -7,6 +7,7 @@ from __future__ import annotations
 from megavlm.config.schema import Language
 from megavlm.convert.weights.families import (
     gemma,
+    gpt_oss,
     internlm2,
     internlm3,
     llama,
@@ -34,6 +35,7 @@ FAMILIES: dict[str, Family] = {
         opt,
         persimmon,
         phi3,
+        gpt_oss,
     )
 }
 

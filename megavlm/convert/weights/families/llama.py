@@ -66,7 +66,10 @@ def attention(language: Language) -> list[Row]:
         ),
         *(norms if language.qk_norm else []),
         *linear(
-            "self_attention.linear_proj", ("self_attn.o_proj",), (width, heads * size), bias=False
+            "self_attention.linear_proj",
+            ("self_attn.o_proj",),
+            (width, heads * size),
+            bias=language.linear_bias,
         ),
     ]
 

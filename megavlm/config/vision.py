@@ -1,0 +1,131 @@
+"""The vision encoder: its sizes, and which of its variants it is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+# Mean and standard deviation of red, green and blue, by what the vision encoder was pretrained
+# with.
+PIXELS: dict[str, tuple[tuple[float, float, float], tuple[float, float, float]]] = {
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "clip": ((0.4814546, 0.4578275, 0.40821073), (0.2686295, 0.2613025, 0.2757711)),
+    "siglip": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vision:
+    """The vision encoder: an InternViT, the vision part of a CLIP (arXiv 2103.00020) or SigLIP
+    (arXiv 2303.15343), or EVA's ViT-g (arXiv 2211.07636), BLIP-2's.
+
+    Args:
+        family: weight naming and architecture variant (class token, patch bias, norm before the
+            first layer, layer scale).
+        image_size: side of a tile (InternVL's 448 x 448 image patch) in pixels.
+        patch_size: side of a patch in pixels.
+        num_layers: transformer layers that are built; features come out of the last of them. 0:
+            there is no vision encoder, and the connector reads the pixels of patches, as in Fuyu.
+        unused_layers: layers of the pretrained encoder behind these. They are not built: LLaVA
+            takes CLIP's features from before its last layer (``vision_feature_layer`` -2), so 1.
+            Checkpoints and exports carry them, unchanged, from where the encoder came from.
+        final_norm: whether a LayerNorm follows the last layer, as in SigLIP: PaliGemma takes its
+            features from behind it.
+        hidden_size: width of the encoder.
+        ffn_hidden_size: width inside the MLP of a layer.
+        num_attention_heads: attention heads.
+        normalization: kind of norm before attention and before the MLP.
+        layernorm_epsilon: added to the variance inside the norms.
+        qkv_bias: whether the query, key and value projections have a bias.
+        qk_norm: whether queries and keys are normalised, each over all heads at once
+            (InternViT-6B).
+        activation: of the MLP: GELU, its approximation with tanh, or x * sigmoid(1.702 x).
+        layer_scale: initial value of the layer scales on both residual branches; InternViT only.
+        pixel_mean: mean of red, green and blue (of pixels from 0 to 1) that is subtracted: three
+            numbers, or imagenet, clip or siglip.
+        pixel_std: standard deviation of red, green and blue that is divided by; likewise.
+        patch_drop: share of a tile's patches that the layers do not see in training, other ones
+            each time (FLIP, arXiv 2212.00794); none are left out in evaluation. The class token
+            stays. For models that make one embedding of a tile.
+    """
+
+    family: Literal["internvit", "clip", "siglip", "eva"] = "internvit"
+    image_size: int = 448
+    patch_size: int = 14
+    num_layers: int = 24
+    unused_layers: int = 0
+    final_norm: bool = False
+    hidden_size: int = 1024
+    ffn_hidden_size: int = 4096
+    num_attention_heads: int = 16
+    normalization: Literal["LayerNorm", "RMSNorm"] = "LayerNorm"
+    layernorm_epsilon: float = 1e-6
+    qkv_bias: bool = True
+    qk_norm: bool = False
+    activation: Literal["gelu", "gelu_tanh", "quick_gelu"] = "gelu"
+    layer_scale: float = 0.1
+    pixel_mean: tuple[float, float, float] = PIXELS["imagenet"][0]
+    pixel_std: tuple[float, float, float] = PIXELS["imagenet"][1]
+    patch_drop: float = 0.0
+
+    @property
+    def exists(self) -> bool:
+        """Whether there is a vision encoder."""
+        return self.num_layers > 0
+
+    @property
+    def output_size(self) -> int:
+        """Width of what the connector reads: hidden states, or the pixels of a patch."""
+        return self.hidden_size if self.exists else 3 * self.patch_size**2
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side of a tile."""
+        return self.image_size // max(self.patch_size, 1)
+
+    @property
+    def fills_tile(self) -> bool:
+        """Whether patches cover a tile. The largest SigLIPs leave some pixels out: 384 pixels make
+        27 patches of 14.
+        """
+        return self.family == "siglip" or not self.image_size % self.patch_size
+
+    @property
+    def has_class_token(self) -> bool:
+        """Whether a class token comes before the patches."""
+        return self.exists and self.family != "siglip"
+
+    @property
+    def has_patch_bias(self) -> bool:
+        """Whether the patch embedding has a bias."""
+        return self.family != "clip"
+
+    @property
+    def has_embedding_norm(self) -> bool:
+        """Whether there is a norm between the embedding and the first layer."""
+        return self.family == "clip"
+
+    @property
+    def has_layer_scale(self) -> bool:
+        """Whether the residual branches have learned factors."""
+        return self.family == "internvit"
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a tile inside the encoder: its patches and the class token, if there is one."""
+        return self.grid**2 + self.has_class_token
+
+    @property
+    def kept_patches(self) -> int:
+        """Patches of a tile that the layers see in training, one at least."""
+        return max(1, int(self.grid**2 * (1 - self.patch_drop)))
+
+    @property
+    def patch_choice(self) -> tuple[int, int] | None:
+        """Patches of a tile, and those of them that are kept in training; none: all are."""
+        return (self.grid**2, self.kept_patches) if self.patch_drop else None
+
+    @property
+    def layer_tokens(self) -> int:
+        """Tokens of a tile that the layers see in training."""
+        return self.kept_patches + self.has_class_token

@@ -1,0 +1,142 @@
+"""The settings of a GPT-OSS, from and to its part of config.json."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from megavlm.config.schema import Language
+from megavlm.convert.hf.json_files import contradictions, missing
+from megavlm.convert.weights.families import gpt_oss
+
+_NEEDED = (
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "num_local_experts",
+    "num_experts_per_tok",
+    "sliding_window",
+)
+# What YaRN is here beside its factor, its first length and whether its ramp is rounded.
+_YARN = {
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "attention_factor": None,
+    "mscale": None,
+    "mscale_all_dim": None,
+    "partial_rotary_factor": 1.0,
+}
+_NEEDED_OF_YARN = ("factor", "original_max_position_embeddings")
+
+
+def problems(settings: Mapping[str, Any], section: str) -> Iterator[str]:
+    """Yield why a GPT-OSS cannot be trained here; arguments as of ``language_config.problems``."""
+    yield from missing(section, settings, *_NEEDED)
+    yield from contradictions(section, settings, gpt_oss.FAMILY.settings)
+    kinds = settings.get("layer_types")
+    if kinds is not None and list(kinds) != _layer_types(len(kinds)):
+        yield (
+            f"{section}.layer_types are not sliding_attention and full_attention by turns, which"
+            " all models of the family have"
+        ).lstrip(".")
+    scaling = _scaling(settings)
+    kind = _rope_type(scaling)
+    name = f"{section}.rope_scaling".lstrip(".")
+    if kind not in ("yarn", "default"):
+        yield f"{name}: rotary positions are of type {kind!r}, must be 'yarn' or 'default'"
+        return
+    if "rope_theta" not in scaling and settings.get("rope_theta") is None:
+        yield f"{section}.rope_theta is missing".lstrip(".")
+    if kind == "yarn":
+        yield from missing(name, scaling, *_NEEDED_OF_YARN)
+        yield from contradictions(name, scaling, _YARN)
+
+
+def read(settings: Mapping[str, Any], *, tied_head: bool) -> Language:
+    """Read a GPT-OSS; arguments as of ``language_config.read``."""
+    scaling = _scaling(settings)
+    heads = settings["num_attention_heads"]
+    width = settings["hidden_size"]
+    size = settings["head_dim"]
+    yarn = {}
+    if _rope_type(scaling) == "yarn" and scaling["factor"] != 1:
+        yarn = dict(
+            rotary_yarn_factor=float(scaling["factor"]),
+            rotary_yarn_positions=scaling["original_max_position_embeddings"],
+            rotary_yarn_truncate=scaling.get("truncate", True),
+        )
+    return Language(
+        family="gpt_oss",
+        num_layers=settings["num_hidden_layers"],
+        hidden_size=width,
+        ffn_hidden_size=settings["intermediate_size"],
+        num_attention_heads=heads,
+        num_query_groups=settings["num_key_value_heads"],
+        kv_channels=0 if size * heads == width else size,
+        vocab_size=settings["vocab_size"],
+        rotary_base=float(scaling.get("rope_theta", settings.get("rope_theta"))),
+        layernorm_epsilon=settings["rms_norm_eps"],
+        max_position_embeddings=settings["max_position_embeddings"],
+        tied_head=tied_head,
+        num_experts=settings["num_local_experts"],
+        experts_per_token=settings["num_experts_per_tok"],
+        expert_ffn_hidden_size=settings["intermediate_size"],
+        window_size=settings["sliding_window"],
+        **yarn,
+        **gpt_oss.FAMILY.facts,
+    )
+
+
+def write(language: Language) -> dict[str, Any]:
+    """Return the sizes in a GPT-OSS's part of config.json."""
+    base = language.rotary_base
+    scaling: dict[str, Any] = {"rope_type": "default"}
+    if language.rotary_yarn_factor != 1:
+        scaling = {
+            "rope_type": "yarn",
+            "factor": language.rotary_yarn_factor,
+            "original_max_position_embeddings": language.rotary_yarn_positions,
+            "truncate": language.rotary_yarn_truncate,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+        }
+    return {
+        "num_hidden_layers": language.num_layers,
+        "hidden_size": language.hidden_size,
+        "intermediate_size": language.expert_ffn_hidden_size,
+        "num_attention_heads": language.num_attention_heads,
+        "num_key_value_heads": language.num_query_groups,
+        "head_dim": language.head_size,
+        "vocab_size": language.vocab_size,
+        "rms_norm_eps": language.layernorm_epsilon,
+        "max_position_embeddings": language.max_position_embeddings,
+        "num_local_experts": language.num_experts,
+        "num_experts_per_tok": language.experts_per_token,
+        "sliding_window": language.window_size,
+        "layer_types": _layer_types(language.num_layers),
+        "rope_theta": base,
+        "rope_scaling": scaling,
+        "rope_parameters": scaling | {"rope_theta": base},
+    }
+
+
+def _layer_types(count: int) -> list[str]:
+    """Return the kinds of attention of all layers."""
+    return [("sliding_attention", "full_attention")[number % 2] for number in range(count)]
+
+
+def _scaling(settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the settings of rotary positions, as transformers 5 or 4 calls them. The class of
+    GPT-OSS takes YaRN if there are none.
+    """
+    return settings.get("rope_parameters") or settings.get("rope_scaling") or {"rope_type": "yarn"}
+
+
+def _rope_type(scaling: Mapping[str, Any]) -> str:
+    return scaling.get("rope_type", scaling.get("type", "default"))
