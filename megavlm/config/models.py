@@ -1,7 +1,6 @@
 """The table of models, which ``--model`` picks from.
 
-They are InternVL 2.5 (arXiv 2412.05271), 3 (arXiv 2504.10479) and 3.5 (arXiv 2508.18265), but for
-the one of 20B with GPT-OSS: its attention has sinks and windows, which no layer here computes.
+They are InternVL 2.5 (arXiv 2412.05271), 3 (arXiv 2504.10479) and 3.5 (arXiv 2508.18265).
 """
 
 from __future__ import annotations
@@ -90,6 +89,31 @@ def _qwen3_moe(*sizes: int, expert_ffn_hidden_size: int) -> Language:
         expert_ffn_hidden_size=expert_ffn_hidden_size,
     )
 
+
+# GPT-OSS-20B, whose table has rows for InternVL's nine special tokens.
+_GPT_OSS_20B = Language(
+    family="gpt_oss",
+    num_layers=24,
+    hidden_size=2880,
+    ffn_hidden_size=2880,
+    num_attention_heads=64,
+    num_query_groups=8,
+    kv_channels=64,
+    vocab_size=201088,
+    rotary_base=150000.0,
+    rotary_yarn_factor=32.0,
+    rotary_yarn_truncate=False,
+    layernorm_epsilon=1e-5,
+    max_position_embeddings=131072,
+    linear_bias=True,
+    attention_sinks=True,
+    window_size=128,
+    window_attn_skip_freq=2,
+    activation="clamped_quick_geglu",
+    num_experts=32,
+    experts_per_token=4,
+    expert_ffn_hidden_size=2880,
+)
 
 # Learns to read a few shapes and colours within minutes on a laptop; for trying things out and for
 # tests.
@@ -197,6 +221,7 @@ MODELS: dict[str, Architecture] = {
         vision=_INTERNVIT_6B,
         language=_qwen3_moe(94, 4096, 12288, 64, 4, expert_ffn_hidden_size=1536),
     ),
+    "internvl3_5-gpt-oss-20b": Architecture(vision=_INTERNVIT_300M, language=_GPT_OSS_20B),
     "digits": _DIGITS,
 }
 

@@ -144,6 +144,12 @@ def expert_problems(config: Config) -> Iterator[str]:
             f" (--architecture.cross_attention.every {arch.cross_attention.every}) have not been"
             " tried with experts; use 0"
         )
+    expert_tensor = config.parallel.expert_tensor_parallel_size
+    if language.linear_bias and expert_tensor > 1:
+        yield (
+            f"--parallel.expert_tensor_parallel_size {expert_tensor}: each rank would add the bias"
+            f" of an expert's second layer ({_FLAG}.linear_bias true); use 1"
+        )
     yield from _ignored_settings(config)
     yield from _adapter_problems(arch)
 
