@@ -78,9 +78,7 @@ class LanguageModel(GPTModel):
         )
         count_routed_tokens(self)
         if language.rotary_yarn_factor > 1:
-            self.rotary_pos_emb.inv_freq = frequencies(language).to(
-                self.rotary_pos_emb.inv_freq.device
-            )
+            self.rotary_pos_emb.inv_freq = frequencies(language)
         self.embedding_scale = 1.0
         if language.scaled_embedding:
             # Rounded to the dtype of the embeddings, as in transformers.
