@@ -86,8 +86,9 @@ WITHOUT_TORCH = ("megavlm/config/", "megavlm/data/")
 TORCH_IN_DATA = {"megavlm/data/loading/batch.py", "megavlm/data/loading/loader.py"}
 # Puts stand-ins for CUDA's functions into torch and megatron-core, by name.
 MAY_SET = {"megavlm/parallel/cpu_backend.py"}
-# Answers on a CPU only, where nothing has to wait for a device.
-MAY_SYNCHRONISE = {"megavlm/model/attention.py"}
+# Answers on a CPU only, where nothing has to wait for a device; or, on local kernels, cuts a pack
+# into samples by itself, because no kernel with sinks does, as docs/experts.md tells.
+MAY_SYNCHRONISE = {"megavlm/model/attention.py", "megavlm/model/sink_attention.py"}
 # The training loop may be longer: it reads like the algorithm, from top to bottom.
 LONG_FUNCTIONS = {"megavlm/train/loop.py": 120}
 # None at the moment; a new entry needs its reason beside it.
