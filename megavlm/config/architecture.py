@@ -81,6 +81,15 @@ class Language:
         expert_ffn_hidden_size: width inside an expert.
         norm_topk_prob: whether the chosen experts' outputs are weighed by their probabilities
             divided by the sum of these; else by the probabilities among all experts.
+        router_scores: of an expert for a token: its share of the softmax, or the sigmoid of its
+            logit (DeepSeek-V3, arXiv 2412.19437), which takes the place of the probability.
+        router_bias: whether a bias is added to the scores for the choice of experts alone, which
+            ``--experts.bias_update_rate`` moves (arXiv 2408.15664).
+        routed_scaling: factor of the routed experts' outputs.
+        shared_expert_ffn_hidden_size: width inside a gated MLP that every token takes beside its
+            experts; 0: none. Several shared experts are one of their joint width.
+        shared_expert_gate: whether the shared expert's output is multiplied by the sigmoid of a
+            learned projection of the token (Qwen2-MoE).
     """
 
     family: str = "qwen2"
@@ -122,6 +131,11 @@ class Language:
     experts_per_token: int = 0
     expert_ffn_hidden_size: int = 0
     norm_topk_prob: bool = True
+    router_scores: Literal["softmax", "sigmoid"] = "softmax"
+    router_bias: bool = False
+    routed_scaling: float = 1.0
+    shared_expert_ffn_hidden_size: int = 0
+    shared_expert_gate: bool = False
 
     @property
     def is_gated(self) -> bool:

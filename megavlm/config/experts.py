@@ -19,6 +19,9 @@ class Experts:
         balance_over: what f_i is a share of: the choices of the pack itself, or those of the last
             step's global batch, which leave packs of one kind free to choose few experts (arXiv
             2501.11873). The first step of a run then has no balance loss.
+        bias_update_rate: by how much each step moves the bias of an expert that was chosen less or
+            more often than the mean of its layer over the global batch, up or down (arXiv
+            2408.15664); for models with ``--architecture.language.router_bias``. 0: it stays.
         router_z_loss: weight of the squared logarithm of the softmax's denominator in the router
             (arXiv 2202.08906), such as 1e-3; a mean over tokens and packs likewise. 0: off.
         dispatcher: how expert-parallel ranks send each other tokens: each token to the ranks of its
@@ -28,5 +31,6 @@ class Experts:
 
     balance_loss: float = 0.001
     balance_over: Literal["pack", "global_batch"] = "pack"
+    bias_update_rate: float = 0.001
     router_z_loss: float = 0.0
     dispatcher: Literal["alltoall", "allgather"] = "alltoall"

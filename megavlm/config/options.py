@@ -64,6 +64,7 @@ ALIASES = {
     "--eval-interval": "training.eval_interval",
     "--deterministic-mode": "training.deterministic",
     "--moe-aux-loss-coeff": "experts.balance_loss",
+    "--moe-router-bias-update-rate": "experts.bias_update_rate",
     "--moe-z-loss-coeff": "experts.router_z_loss",
     "--moe-token-dispatcher-type": "experts.dispatcher",
     "--fp8-format": "fp8.format",

@@ -19,8 +19,10 @@ from megatron.core.tensor_parallel.layers import RowParallelLinear
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.mlp import MLPSubmodules, apply_swiglu_sharded_factory
 from megatron.core.transformer.moe.experts import SequentialMLP
-from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor, nn
 
 from megavlm.config.lora import EXPERT_LINEARS
@@ -136,6 +138,26 @@ def sequential_experts(submodules: MLPSubmodules) -> type:
                 yield number, f"local_experts.{number}.{name}", name, weight
 
     return _experts(SequentialMLP, submodules, weights)
+
+
+def mixture_spec(
+    experts: type, column_linear: type, row_linear: type, router: Callable[..., nn.Module]
+) -> ModuleSpec:
+    """Describe router, experts, and the gated MLP that all tokens take, which ``MoELayer`` builds
+    if the configuration has one.
+
+    Args:
+        experts: those of a layer that a rank holds.
+        column_linear, row_linear: linear layers of the shared expert.
+        router: makes a router.
+    """
+    shared = MLPSubmodules(linear_fc1=column_linear, linear_fc2=row_linear)
+    submodules = MoESubmodules(
+        experts=experts,
+        router=router,
+        shared_experts=ModuleSpec(module=SharedExpertMLP, submodules=shared),
+    )
+    return ModuleSpec(module=MoELayer, submodules=submodules)
 
 
 def grouped_experts(grouped: type, submodules: MLPSubmodules) -> type:

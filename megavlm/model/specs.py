@@ -25,7 +25,6 @@ from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubm
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
-from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
@@ -35,7 +34,12 @@ from torch.distributed import ProcessGroup
 from megavlm.config.schema import Architecture, Config, Experts, Vision
 from megavlm.model.attention import PackedAttention, TileAttention, attend_with_prefixes
 from megavlm.model.cross_attention import CrossModules, GatedCrossAttention, GatedLayer
-from megavlm.model.experts import ExpertRowLinear, grouped_experts, sequential_experts
+from megavlm.model.experts import (
+    ExpertRowLinear,
+    grouped_experts,
+    mixture_spec,
+    sequential_experts,
+)
 from megavlm.model.norm import Norm
 from megavlm.model.precision import uses_transformer_engine
 from megavlm.model.residual_branch import add_branch, add_branch_by_kernels
@@ -315,10 +319,9 @@ def _layers(
     return [ModuleSpec(module=module, params=params, submodules=submodules)] * count
 
 
-def _with_experts(layers: list[ModuleSpec], chosen: Kernels, settings: Experts) -> list[ModuleSpec]:
+def _with_experts(layers: list[ModuleSpec], chosen: Kernels, router: Callable) -> list[ModuleSpec]:
     """Put experts in the place of the MLPs; a norm of its own stands before router and experts."""
-    router = functools.partial(PackRouter, experts=settings)
-    experts = MoESubmodules(experts=chosen.experts, router=router)
+    mixture = mixture_spec(chosen.experts, chosen.column_linear, chosen.row_linear, router)
     keys = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
     return [
         replace(
@@ -326,7 +329,7 @@ def _with_experts(layers: list[ModuleSpec], chosen: Kernels, settings: Experts) 
             submodules=replace(
                 layer.submodules,
                 pre_mlp_layernorm=chosen.norm,
-                mlp=ModuleSpec(module=MoELayer, submodules=experts),
+                mlp=mixture,
                 sharded_state_dict_keys_map=keys,
             ),
         )
@@ -372,7 +375,8 @@ def language_spec(
         [gated] = _layers(GatedLayer, attention, 1, chosen, cross=_cross(architecture, chosen))
     found = [gated if crosses.stands_before(layer) else plain for layer in layers]
     if language.num_experts:
-        found = _with_experts(found, chosen, experts)
+        router = functools.partial(PackRouter, language=language, experts=experts)
+        found = _with_experts(found, chosen, router)
     return TransformerBlockSubmodules(layer_specs=found, layer_norm=chosen.norm)
 
 

@@ -180,6 +180,8 @@ def _expert_settings(config: Config, chosen: Kernels) -> dict[str, Any]:
         moe_ffn_hidden_size=language.expert_ffn_hidden_size,
         moe_router_pre_softmax=not language.norm_topk_prob,
         moe_router_dtype="fp32",
+        moe_shared_expert_intermediate_size=language.shared_expert_ffn_hidden_size or None,
+        moe_shared_expert_gate=language.shared_expert_gate,
         # ``PackRouter`` adds the losses of one pack: its share of the mean over a step's packs.
         moe_aux_loss_coeff=config.experts.balance_loss / packs,
         moe_z_loss_coeff=config.experts.router_z_loss / packs,

@@ -39,6 +39,7 @@ def named_weights(model: VisionLanguageModel) -> dict[str, nn.Parameter]:
         entry.key: entry.data
         for entry in sharded
         if isinstance(entry, (ShardedTensor, ShardedTensorFactory))
+        and isinstance(entry.data, nn.Parameter)  # not the bias of a router
     }
 
 

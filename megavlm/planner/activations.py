@@ -335,8 +335,9 @@ def language_layer(
 
     Inputs and results of both norms (4 D) are replicated, or sharded with sequence parallelism.
     Sharded: queries, keys, values, the output of attention, and the MLP's gate, its other half and
-    their product (3 M); or what its experts keep (``_expert_layer``). Normalised queries and keys
-    are kept twice. A frozen layer needs neither the results of the norms nor that product.
+    their product (3 M); or what its experts keep (``_expert_layer``), and the shared one as an MLP.
+    Normalised queries and keys are kept twice. A frozen layer needs neither the results of the
+    norms nor that product.
     """
     language = arch.language
     width = language.hidden_size
@@ -353,6 +354,7 @@ def language_layer(
     inner = (inputs + 1 if is_trained else inputs) * language.ffn_hidden_size / tensor
     if language.num_experts:
         inner = _expert_layer(language, is_trained, shared) / tensor
+        inner += (3 if is_trained else 2) * language.shared_expert_ffn_hidden_size / tensor
     return (4 if is_trained else 2) * width / (
         tensor if sequence_parallel else 1
     ) + attention / tensor + inner, inner

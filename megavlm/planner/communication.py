@@ -151,7 +151,10 @@ def _tensor(config: Config, chunk: Chunk, load: RankLoad) -> float:
         part: {"none": 0, "selective": 1, "full": 2}[parallel.recompute_of(part)]
         for part in LAYER_PARTS
     }
-    if arch.language.num_experts and parallel.recompute_of("language") == "selective":
+    # Tokens go to experts from where sequence parallelism has them: attention alone sums, and the
+    # shared expert.
+    sums_once = arch.language.num_experts > 0 and not arch.language.shared_expert_ffn_hidden_size
+    if sums_once and parallel.recompute_of("language") == "selective":
         again["language"] = 0  # experts are computed again, and attention alone sums
     found = 0.0
     for layer in chunk.layer_numbers(arch.vision.num_layers):
@@ -163,8 +166,7 @@ def _tensor(config: Config, chunk: Chunk, load: RankLoad) -> float:
             * backward[layer]
         )
         if not in_vision:
-            # Tokens go to experts from where sequence parallelism has them: attention alone sums.
-            sums = sums / 2 if arch.language.num_experts else sums
+            sums = sums / 2 if sums_once else sums
             blocks = arch.cross_attention.stands_before(layer - arch.vision.num_layers)
             found += (2 if blocks else 1) * sums * load.tokens * arch.language.hidden_size
         elif parallel.vision == "tensor":

@@ -292,8 +292,8 @@ def _attention(architecture: Architecture, number: int, queries: int) -> Piece:
 
 
 def _experts(language: Language, layer: str) -> Iterator[Piece]:
-    """Yield the norm, the router and the experts of a layer; each expert's part of the FLOPs is
-    that of tokens spread evenly.
+    """Yield the norm, the router, the shared expert and the experts of a layer; each expert's part
+    of the FLOPs is that of tokens spread evenly.
     """
     part = "language"
     width = language.hidden_size
@@ -303,6 +303,14 @@ def _experts(language: Language, layer: str) -> Iterator[Piece]:
     router = f"{layer}.mlp.router"
     has_bias = language.has_bias
     yield from linear(router, part, width, count, rows=1, unit="token", has_bias=has_bias)
+    if shared := language.shared_expert_ffn_hidden_size:
+        stem = f"{layer}.mlp.shared_experts"
+        sizes = dict(rows=1, unit="token", has_bias=False)
+        yield from linear(f"{stem}.linear_fc1", part, width, 2 * shared, **sizes)
+        yield from linear(f"{stem}.linear_fc2", part, shared, width, **sizes)
+        if language.shared_expert_gate:
+            gate = linear(stem, part, width, 1, **sizes)
+            yield from (replace(piece, key=f"{stem}.gate_weight") for piece in gate)
     for expert in range(count):
         for name, inputs, outputs in (
             ("linear_fc1", width, 2 * inner),

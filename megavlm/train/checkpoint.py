@@ -203,8 +203,14 @@ def held(state: State, config: Config, weights: ShardedStateDict) -> ShardedStat
     return {
         name: entry
         for name, entry in weights.items()
-        if any(matches(entry.key.removeprefix(_PREFIX), pattern) for pattern in trainable)
+        if any(matches(_masked_as(entry.key), pattern) for pattern in trainable)
     }
+
+
+def _masked_as(key: str) -> str:
+    """Return what a freeze mask calls a weight: a router's bias moves if its weight is trained."""
+    key = key.removeprefix(_PREFIX)
+    return key.removesuffix("expert_bias") + "weight" if key.endswith(".expert_bias") else key
 
 
 @torch.no_grad()

@@ -71,6 +71,21 @@ GPT_OSS = dict(
     rotary_yarn_positions=64,
     rotary_yarn_truncate=False,
 )
+SHARED_EXPERT = EXPERTS | dict(
+    family="qwen2_moe",
+    qkv_bias=True,
+    qk_norm=False,
+    norm_topk_prob=False,
+    shared_expert_ffn_hidden_size=28,
+    shared_expert_gate=True,
+)
+SIGMOID_ROUTER = EXPERTS | dict(
+    family="dots1",
+    router_scores="sigmoid",
+    router_bias=True,
+    routed_scaling=2.5,
+    shared_expert_ffn_hidden_size=40,
+)
 # One of each kind that the tables know: vision encoders, families, tied and untied heads.
 KINDS = {
     "qwen2": SMALL,
@@ -110,6 +125,8 @@ GEMMA = dict(
 PERSIMMON = dict(family="persimmon", qk_norm=True, activation="relu2", rotary_percent=0.5)
 # What InternVLChatModel has no place for, too.
 NATIVE_KINDS = KINDS | {
+    "qwen2_moe": language(**SHARED_EXPERT),
+    "dots1": language(**SIGMOID_ROUTER),
     "gemma": language(**GEMMA),
     "persimmon": language(**PERSIMMON, num_query_groups=6),
     "gemma tied": language(**GEMMA, tied_head=True, kv_channels=10, num_query_groups=1),
@@ -139,13 +156,20 @@ def make_hf(
     torch.manual_seed(0)
     model = InternVLForConditionalGeneration(InternVLConfig.from_dict(settings)).to(dtype)
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_()
+        for tensor in (*model.parameters(), *router_biases(model)):
+            tensor.normal_()
     model.save_pretrained(folder, max_shard_size=shard_size)
     for name in tokenizer_files.FILES:
         if (TOKENIZER / name).is_file():
             (folder / name).write_bytes((TOKENIZER / name).read_bytes())
     return folder
+
+
+def router_biases(model: PreTrainedModel) -> list[Tensor]:
+    """Return the biases of a model's routers, which are no parameters."""
+    return [
+        tensor for name, tensor in model.named_buffers() if name.endswith("e_score_correction_bias")
+    ]
 
 
 ENDS = dict(bos_token_id=1, eos_token_id=2, pad_token_id=0)

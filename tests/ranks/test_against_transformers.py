@@ -13,7 +13,15 @@ import torch
 
 from megavlm.config.schema import Architecture, Config
 from tests.convert.chat import make_chat
-from tests.convert.models import EXPERTS, GEMMA, GPT_OSS, PERSIMMON
+from tests.convert.models import (
+    EXPERTS,
+    GEMMA,
+    GPT_OSS,
+    PERSIMMON,
+    SHARED_EXPERT,
+    SIGMOID_ROUTER,
+    router_biases,
+)
 from tests.data.samples import make_dataset
 from tests.ranks.model_checks import answers_of_transformers, assert_equals_transformers
 from tests.ranks.pool import Pool
@@ -63,6 +71,8 @@ MODELS = {
     "persimmon": _model(**PERSIMMON, num_query_groups=4, vocab_size=193),
     "internlm3": _model(family="internlm3", qkv_bias=False, kv_channels=14, num_query_groups=1),
     "qwen3_moe": _model(**EXPERTS, kv_channels=10, num_query_groups=1),
+    "dots1": _model(**SIGMOID_ROUTER, num_query_groups=1),
+    "qwen2_moe": _model(**SHARED_EXPERT, num_query_groups=2),
     "qwen3_moe tied": _model(
         **EXPERTS | dict(experts_per_token=1, norm_topk_prob=False), tied_head=True, vocab_size=211
     ),
@@ -101,8 +111,8 @@ def random_model(architecture: Architecture, context_token_id: int, folder: Path
         InternVLConfig.from_dict(json.loads(json.dumps(settings)))
     )
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.05)
+        for tensor in (*model.parameters(), *router_biases(model)):
+            tensor.add_(torch.randn_like(tensor) * 0.05)
     model.save_pretrained(folder)
 
 

@@ -53,6 +53,7 @@ MODEL = dataclasses.replace(
 LOSSES = Experts(balance_loss=0.3, router_z_loss=0.02)
 
 
+SHARED = dict(shared_expert_ffn_hidden_size=20, shared_expert_gate=True)
 # Of the chunks of a pipeline, see ``MODEL``.
 CUTS = {1: "auto", 2: "v*2,t|t", 4: "v|v|t|t"}
 
@@ -326,9 +327,11 @@ def test_the_losses_of_the_router_have_gradients(ranks: Pool, dataset: Path) -> 
     assert len({round(norm, 4) for norm in norms}) == 3
 
 
-def test_the_cost_is_what_torch_counts(ranks: Pool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("shared", [{}, SHARED])
+def test_the_cost_is_what_torch_counts(ranks: Pool, tmp_path: Path, shared: dict[str, Any]) -> None:
     # As many words as rows of the padded vocabulary, and a full pack: padding does not count.
-    model = dataclasses.replace(MODEL, language=dataclasses.replace(MODEL.language, vocab_size=256))
+    language = dataclasses.replace(MODEL.language, vocab_size=256, **shared)
+    model = dataclasses.replace(MODEL, language=language)
     sizes = sizes_of(model)
     text = dict(text_tokens=128 - model.features_per_tile, grids=((1, 1),), line=1)
     sample = make_sample(np.random.default_rng(0), images=1, **text, **sizes)

@@ -1,5 +1,5 @@
-"""What routers remember from step to step: it is that of one process at every layout, evaluation
-and skipped steps change nothing of it, and a run that resumes has it.
+"""Routers with all their options, and a shared expert: they train like one process at every layout;
+evaluation and skipped steps change nothing of what routers remember, and a run that resumes has it.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,10 +19,30 @@ from tests.ranks.layouts import LIMIT, MASKS, asks_for_all
 from tests.ranks.pool import Pool
 from tests.ranks.runs import Curve, build, train_curve
 from tests.ranks.test_experts import LAYOUTS, Layout, compare, expert_config, expert_job
+from tests.ranks.test_experts import MODEL as DROPLESS
 from tests.ranks.test_experts import dataset as dataset
 from tests.ranks.test_resume import forget_the_end, losses, run_job, saved_tensors
 
-SETTINGS = dict(balance_over="global_batch", global_batch_size=6)
+SETTINGS = dict(balance_over="global_batch", bias_update_rate=0.01, global_batch_size=6)
+MODEL = dataclasses.replace(
+    DROPLESS,
+    language=dataclasses.replace(
+        DROPLESS.language,
+        router_scores="sigmoid",
+        router_bias=True,
+        routed_scaling=2.5,
+        shared_expert_ffn_hidden_size=20,
+        shared_expert_gate=True,
+    ),
+)
+# A class of transformers has it.
+EXPORTED = dataclasses.replace(
+    MODEL,
+    language=dataclasses.replace(
+        MODEL.language, family="dots1", shared_expert_ffn_hidden_size=24, shared_expert_gate=False
+    ),
+)
+BIAS = "language.decoder.layers.1.mlp.router.expert_bias"
 CASES = [
     Layout(expert=2, pipeline=2, data=2, other=(("recompute", "full"),), everyday=("2",)),
     Layout(expert=2, tensor=2, other=(("dispatcher", "allgather"),), everyday=("2",)),
@@ -32,7 +53,9 @@ CASES = [
 
 
 def remembering(dataset: Path, **settings: Any) -> Config:
-    return expert_config(dataset, **SETTINGS | dict(trainable=MASKS["2"], steps=3) | settings)
+    return expert_config(
+        dataset, MODEL, **SETTINGS | dict(trainable=MASKS["2"], steps=3) | settings
+    )
 
 
 @pytest.fixture(scope="module")
@@ -56,15 +79,45 @@ class Memory:
 
     Args:
         choices: of each expert in each pack, counted by hand.
+        by_score: the same without the bias.
         scores: sum of each expert's score over a pack's tokens, and the number of these.
-        shares: that the router remembers, after the step.
+        shares, bias: that the router remembers, after the step.
         load: of the router, after the step.
     """
 
     choices: list[list[float]]
+    by_score: list[list[float]]
     scores: list[tuple[list[float], int]]
     shares: list[float]
+    bias: list[float]
     load: list[float]
+
+
+def watched(router: Any) -> list[tuple[Any, ...]]:
+    """Return a list that gets an entry from each forward pass of a router: choices of each expert,
+    those without the bias, the sum of its shares of the scores, and the number of tokens. What the
+    router returns is compared with what the scores and biases say.
+    """
+    seen: list[tuple[Any, ...]] = []
+
+    def look(module, inputs, output):
+        real = (~inputs[1]).flatten()
+        scores = (inputs[0].flatten(0, 1)[real] @ module.weight.T).sigmoid()
+        weights, routed = (values[real] for values in output)
+        chosen, by_score = (
+            torch.zeros_like(routed).scatter(1, values.topk(3).indices, True)
+            for values in (scores + module.expert_bias, scores)
+        )
+        assert torch.equal(routed, chosen)
+        expected = scores * chosen
+        expected = 2.5 * expected / expected.sum(-1, keepdim=True)
+        torch.testing.assert_close(weights, expected)
+        shares = scores / scores.sum(-1, keepdim=True)
+        counts = (values.sum(0).tolist() for values in (routed, by_score, shares))
+        seen.append((*counts, len(scores)))
+
+    router.register_forward_hook(look)
+    return seen
 
 
 def steps_by_hand(config: Config, skips: tuple[bool, ...]) -> list[Memory]:
@@ -77,14 +130,7 @@ def steps_by_hand(config: Config, skips: tuple[bool, ...]) -> list[Memory]:
     job = build(config)
     size = config.training.global_batch_size
     router = job.chunks[0].routers[0]
-    seen: list[tuple[Any, Any]] = []
-
-    def look(module, inputs, output):
-        real = (~inputs[1]).flatten()
-        scores = (inputs[0].flatten(0, 1)[real] @ module.weight.T).softmax(-1)
-        seen.append((output[1].sum(0).tolist(), (scores.sum(0).tolist(), len(scores))))
-
-    router.register_forward_hook(look)
+    seen = watched(router)
     batches = [job.train.batch(pack, 0, vision_layers=2) for pack in range(size)]
     found = []
     for is_skipped in skips:
@@ -108,23 +154,26 @@ def steps_by_hand(config: Config, skips: tuple[bool, ...]) -> list[Memory]:
                 skips=lambda loss, norm, is_skipped=is_skipped: is_skipped,
             )
             # With recomputation each pack is seen twice, one after the other.
-            choices, scores = zip(*seen[:: len(seen) // size], strict=True)
+            choices, by_score, scores, tokens = zip(*seen[:: len(seen) // size], strict=True)
             load = router.load.tolist()
         found.append(
             Memory(
                 choices=list(choices),
-                scores=list(scores),
+                by_score=list(by_score),
+                scores=list(zip(scores, tokens, strict=True)),
                 shares=router.shares.tolist(),
+                bias=router.expert_bias.tolist(),
                 load=load,
             )
         )
     return found
 
 
-def test_the_balance_is_over_the_choices_of_the_last_step(ranks: Pool, dataset: Path) -> None:
+def test_shares_and_biases_are_those_of_the_last_step(ranks: Pool, dataset: Path) -> None:
     config = remembering(dataset, recompute="full")
     [steps] = ranks.run(steps_by_hand, 1, config, (False, True, False))
     before = [1 / 8] * 8
+    bias = [0.0] * 8
     for number, step in enumerate(steps):
         expected = sum(
             8 * sum(share * score / tokens for share, score in zip(before, scores, strict=True))
@@ -132,10 +181,13 @@ def test_the_balance_is_over_the_choices_of_the_last_step(ranks: Pool, dataset: 
         )
         *_, balance, packs = step.load
         assert (balance, packs) == (pytest.approx(expected, rel=1e-5), 6)
-        choices = [sum(of_pack) for of_pack in zip(*step.choices, strict=True)]
+        taken, by_score = (np.array(counts).sum(0) for counts in (step.choices, step.by_score))
         if number != 1:  # a skipped step
-            before = [count / sum(choices) for count in choices]
+            before = by_score / by_score.sum()
+            bias = bias + 0.01 * np.sign(taken.mean() - taken)
         assert step.shares == pytest.approx(before, rel=1e-6)
+        assert step.bias == pytest.approx(bias, rel=1e-6, abs=1e-8)
+    assert any(not np.array_equal(step.choices, step.by_score) for step in steps)
 
 
 def test_the_first_step_has_no_balance_loss(ranks: Pool, dataset: Path) -> None:
@@ -151,8 +203,10 @@ def test_a_run_resumes_bit_for_bit(ranks: Pool, dataset: Path, tmp_path: Path) -
     layout = Layout(expert=2, pipeline=2, data=2).settings
     for name in ("whole", "killed"):
         job = expert_job(dataset, tmp_path / name, **layout)
-        experts = dataclasses.replace(job.experts, balance_over="global_batch")
-        ranks.run(run_job, 4, dataclasses.replace(job, experts=experts))
+        experts = dataclasses.replace(
+            job.experts, balance_over="global_batch", bias_update_rate=0.01
+        )
+        ranks.run(run_job, 4, dataclasses.replace(job, architecture=EXPORTED, experts=experts))
         if name == "whole":
             forget_the_end(tmp_path / "whole", tmp_path / "killed")
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")[3:]
@@ -161,5 +215,6 @@ def test_a_run_resumes_bit_for_bit(ranks: Pool, dataset: Path, tmp_path: Path) -
         for name in ("whole", "killed")
     )
     assert len(set(whole["routers.1.shares"].tolist())) > 2
+    assert whole[f"model.{BIAS}"].abs().max() > 0.01, "moved more than once"
     assert whole.keys() == killed.keys()
     assert all(torch.equal(whole[key], killed[key]) for key in whole)

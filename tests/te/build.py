@@ -185,11 +185,12 @@ def wide(architecture: Any) -> Any:
     return dataclasses.replace(architecture, vision=vision, language=language)
 
 
-def mixture(architecture: Any) -> Any:
-    """Put experts in the place of MLPs."""
-    from tests.convert.models import EXPERTS
+def mixture(architecture: Any, has_options: bool = False) -> Any:
+    """Put experts in the place of MLPs; with options: sigmoid scores, a bias, a shared expert."""
+    from tests.convert.models import EXPERTS, SIGMOID_ROUTER
 
-    language = dataclasses.replace(architecture.language, **EXPERTS)
+    chosen = SIGMOID_ROUTER | dict(shared_expert_gate=True) if has_options else EXPERTS
+    language = dataclasses.replace(architecture.language, **chosen)
     return dataclasses.replace(architecture, language=language)
 
 

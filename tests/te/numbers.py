@@ -30,6 +30,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "cross-attention, recompute full": dict(crosses=True, recompute="full"),
     "experts": dict(experts=True),
     "experts, recompute selective": dict(experts=True, recompute="selective"),
+    "all options of routers": dict(experts=True, options=True),
     "adapters of experts": dict(
         experts=True, adapters=True, trainable=("connector", "language.*.lora")
     ),
@@ -65,6 +66,7 @@ def configure(
     qk_norm: bool = False,
     crosses: bool = False,
     experts: bool = False,
+    options: bool = False,
     adapters: bool = False,
     **settings: Any,
 ) -> Any:
@@ -75,7 +77,7 @@ def configure(
     if crosses:
         return dataclasses.replace(config, architecture=crossed(config.architecture))
     if experts:
-        model = mixture(config.architecture)
+        model = mixture(config.architecture, has_options=options)
         # The first expert of each layer has none.
         targets = ("language.*.experts.[1-9].*",)
         lora = Lora(rank=4 if adapters else 0, targets=targets if adapters else Lora().targets)

@@ -13,7 +13,9 @@ from megavlm.config.schema import Architecture, Config, Language, Parallel
 _FLAG = "--architecture.language"
 _SIZES = ("experts_per_token", "expert_ffn_hidden_size")
 # Fields of ``Experts`` that only trained routers read.
-_OF_ROUTERS = ("balance_loss", "balance_over", "router_z_loss")
+_OF_ROUTERS = ("balance_loss", "balance_over", "bias_update_rate", "router_z_loss")
+_VARIANTS = ("router_scores", "router_bias", "routed_scaling")
+_SHARED = ("shared_expert_ffn_hidden_size", "shared_expert_gate")
 
 
 def expert_size_problems(language: Language) -> Iterator[str]:
@@ -22,10 +24,21 @@ def expert_size_problems(language: Language) -> Iterator[str]:
         yield f"{_FLAG}.num_experts {language.num_experts}: must be 0 or more"
         return
     if not language.num_experts:
-        for name, value in changed(language, *_SIZES).items():
+        for name, value in changed(language, *_SIZES, *_VARIANTS, *_SHARED).items():
             yield f"{_FLAG}.{name} {value} has no effect without {_FLAG}.num_experts, such as 128"
         return
     yield from at_least(1, "architecture.language", language, *_SIZES)
+    yield from at_least(0, "architecture.language", language, "shared_expert_ffn_hidden_size")
+    if language.routed_scaling <= 0:
+        yield (
+            f"{_FLAG}.routed_scaling {language.routed_scaling}: must be more than 0, since it"
+            " multiplies the experts' outputs"
+        )
+    if language.shared_expert_gate and not language.shared_expert_ffn_hidden_size:
+        yield (
+            f"{_FLAG}.shared_expert_gate true has no effect without"
+            f" {_FLAG}.shared_expert_ffn_hidden_size, such as {language.expert_ffn_hidden_size}"
+        )
     chosen = language.experts_per_token
     if chosen > language.num_experts:
         yield (
@@ -118,7 +131,7 @@ def expert_problems(config: Config) -> Iterator[str]:
     """Yield what of a run's settings does not go with experts."""
     experts = config.experts
     language = config.architecture.language
-    yield from at_least(0, "experts", experts, "balance_loss", "router_z_loss")
+    yield from at_least(0, "experts", experts, "balance_loss", "bias_update_rate", "router_z_loss")
     if not language.num_experts:
         for name, value in changed(experts).items():
             yield (
@@ -130,6 +143,11 @@ def expert_problems(config: Config) -> Iterator[str]:
         yield (
             "--fp8.language delayed: the largest values that an expert has seen are in no"
             " checkpoint, and one that gets no token has none; use tensorwise or blockwise"
+        )
+    if language.shared_expert_ffn_hidden_size and "language" in config.fp8.recipes:
+        yield (
+            f"--fp8.language {config.fp8.language}: FP8 has not been tried with a shared expert"
+            f" ({_FLAG}.shared_expert_ffn_hidden_size); leave it out"
         )
     arch = config.architecture
     if arch.needs.spans_step:
@@ -212,6 +230,11 @@ def _ignored_settings(config: Config) -> Iterator[str]:
         yield (
             f"--experts.balance_over {experts.balance_over} has no effect with"
             " --experts.balance_loss 0; leave it out, or use a weight such as 0.001"
+        )
+    if changed(experts, "bias_update_rate") and not config.architecture.language.router_bias:
+        yield (
+            f"--experts.bias_update_rate {experts.bias_update_rate} has no effect without"
+            f" {_FLAG}.router_bias true; leave it out"
         )
     if changed(experts, "dispatcher") and not spans_data_ranks(config.parallel):
         yield (

@@ -56,7 +56,7 @@ _BY_SECTION: dict[str, dict[Kind, str]] = {
     },
     "ema.": {"taken": "warmup evaluate export", "refused": "decay"},
     "loss.": {"taken": "vocabulary_block label_smoothing z_loss"},
-    "experts.": {"taken": "balance_loss balance_over router_z_loss dispatcher"},
+    "experts.": {"taken": "balance_loss balance_over bias_update_rate router_z_loss dispatcher"},
     "bad_steps.": {"taken": "skip spike_factor spike_action window most_in_a_row most"},
     "profile.": {"free": "folder first_step step_count ranks memory memory_snapshot"},
     "fp8.": {"taken": "vision language format first_bf16_layers last_bf16_layers"},

@@ -21,7 +21,8 @@ _NEEDED = (
     "vocab_size",
     "max_position_embeddings",
 )
-_NEEDED_OF_EXPERTS = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
+# Fields about experts that config.json need not state.
+_UNSTATED = {"norm_topk_prob": False, "routed_scaling": 1.0}
 
 
 def problems(settings: Mapping[str, Any], section: str) -> Iterator[str]:
@@ -41,8 +42,8 @@ def problems(settings: Mapping[str, Any], section: str) -> Iterator[str]:
     family = FAMILIES[kind]
     settings = _with_experts(settings)
     yield from missing(section, settings, *_NEEDED, family.norm_epsilon)
-    if family.has_experts:
-        yield from missing(section, settings, *_NEEDED_OF_EXPERTS)
+    needed = (name for field, name in family.expert_names.items() if field not in _UNSTATED)
+    yield from missing(section, settings, *needed)
     stated = {
         name: value
         for name, value in settings.items()
@@ -104,36 +105,34 @@ def read(settings: Mapping[str, Any], *, tied_head: bool) -> Language:
 
 
 def _with_experts(settings: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return settings with the name ``num_experts``, which transformers 5 writes as
-    ``num_local_experts``.
+    """Return settings with the name of the number of experts that the family has, which
+    transformers 5 writes as ``num_local_experts``.
     """
-    count = settings.get("num_experts", settings.get("num_local_experts"))
-    return {**settings, "num_experts": count}
+    name = FAMILIES[settings["model_type"]].expert_names.get("num_experts", "num_experts")
+    return {**settings, name: settings.get(name, settings.get("num_local_experts"))}
 
 
 def _read_experts(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Read the fields of ``Language`` about experts; none if the model has none."""
-    if not FAMILIES[settings["model_type"]].has_experts:
-        return {}
-    return dict(
-        num_experts=settings["num_experts"],
-        experts_per_token=settings["num_experts_per_tok"],
-        expert_ffn_hidden_size=settings["moe_intermediate_size"],
-        # transformers leaves them as they are if the file says nothing.
-        norm_topk_prob=settings.get("norm_topk_prob", False),
-    )
-
-
-def _write_experts(language: Language) -> dict[str, Any]:
-    """Write the fields of ``Language`` about experts; nothing if the model has none."""
-    if not language.num_experts:
-        return {}
-    return {
-        "num_experts": language.num_experts,
-        "num_experts_per_tok": language.experts_per_token,
-        "moe_intermediate_size": language.expert_ffn_hidden_size,
-        "norm_topk_prob": language.norm_topk_prob,
+    family = FAMILIES[settings["model_type"]]
+    # transformers leaves weights as they are if the file says nothing.
+    found = {
+        field: settings.get(name, _UNSTATED.get(field))
+        for field, name in family.expert_names.items()
     }
+    if family.counts_shared:
+        found["shared_expert_ffn_hidden_size"] *= found["expert_ffn_hidden_size"]
+    return found
+
+
+def _write_experts(language: Language, family: Family) -> dict[str, Any]:
+    """Write the fields of ``Language`` about experts; nothing if the model has none."""
+    fields = vars(language)
+    found = {name: fields[field] for field, name in family.expert_names.items()}
+    if family.counts_shared:
+        name = family.expert_names["shared_expert_ffn_hidden_size"]
+        found[name] //= language.expert_ffn_hidden_size
+    return found
 
 
 def _rotary(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -188,7 +187,7 @@ def _write_sizes(language: Language, family: Family) -> dict[str, Any]:
         "vocab_size": language.vocab_size,
         family.norm_epsilon: language.layernorm_epsilon,
         "max_position_embeddings": language.max_position_embeddings,
-        **_write_experts(language),
+        **_write_experts(language, family),
         **_write_rotary(language),
     }
 

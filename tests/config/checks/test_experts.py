@@ -57,6 +57,17 @@ def found(*options: str, model: str = MODEL, ranks: int = 8) -> list[str]:
         (("--architecture.language.activation", "gelu"), "experts are gated MLPs"),
         (("--experts.balance_loss", "-1"), "must be 0 or more"),
         (("--experts.dispatcher", "allgather"), "no token leaves its rank"),
+        (("--architecture.language.shared_expert_gate", "true"), "has no effect without"),
+        (("--architecture.language.routed_scaling", "0"), "must be more than 0"),
+        (("--architecture.language.shared_expert_ffn_hidden_size", "-1"), "must be 0 or more"),
+        (("--experts.bias_update_rate", "0.01"), "has no effect without"),
+        (
+            (
+                *("--architecture.language.shared_expert_ffn_hidden_size", "768"),
+                *("--fp8.language", "tensorwise"),
+            ),
+            "not been tried with a shared expert",
+        ),
         (
             ("--experts.balance_over", "global_batch", "--experts.balance_loss", "0"),
             "has no effect with --experts.balance_loss 0",

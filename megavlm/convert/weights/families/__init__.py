@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from megavlm.config.schema import Language
 from megavlm.convert.weights.families import (
+    dots1,
     gemma,
     gpt_oss,
     internlm2,
@@ -16,6 +17,7 @@ from megavlm.convert.weights.families import (
     persimmon,
     phi3,
     qwen2,
+    qwen2_moe,
     qwen3,
     qwen3_moe,
 )
@@ -26,7 +28,9 @@ FAMILIES: dict[str, Family] = {
     for module in (
         qwen2,
         qwen3,
+        qwen2_moe,
         qwen3_moe,
+        dots1,
         internlm2,
         internlm3,
         llama,
@@ -68,6 +72,22 @@ def family_of(language: Language) -> Family:
     if family.has_experts != (language.num_experts > 0):
         wrong.append(
             ("num_experts", language.num_experts, "1 or more" if family.has_experts else 0)
+        )
+    if family.has_shared_expert != (language.shared_expert_ffn_hidden_size > 0):
+        size = language.shared_expert_ffn_hidden_size
+        wrong.append(
+            (
+                "shared_expert_ffn_hidden_size",
+                size,
+                "1 or more" if family.has_shared_expert else 0,
+            )
+        )
+    if family.counts_shared and (
+        language.shared_expert_ffn_hidden_size % max(language.expert_ffn_hidden_size, 1)
+    ):
+        size = language.shared_expert_ffn_hidden_size
+        wrong.append(
+            ("shared_expert_ffn_hidden_size", size, "a multiple of expert_ffn_hidden_size")
         )
     if wrong:
         listed = "; ".join(

@@ -21,6 +21,12 @@ _USUAL_FACTS = {
     "attention_sinks": False,
     "window_attn_skip_freq": 0,
 }
+_USUAL_EXPERT_NAMES = {
+    "num_experts": "num_experts",
+    "experts_per_token": "num_experts_per_tok",
+    "expert_ffn_hidden_size": "moe_intermediate_size",
+    "norm_topk_prob": "norm_topk_prob",
+}
 _USUAL_SETTINGS = {"hidden_act": "silu"}
 
 
@@ -43,6 +49,9 @@ class Family:
         has_groups: whether config.json states the number of key and value heads; otherwise each
             query head has its own.
         has_experts: whether the MLP of every layer is a mixture of experts.
+        expert_names: what config.json calls fields of ``Language`` about experts.
+        counts_shared: whether it says of the shared expert how many times as wide as an expert it
+            is, instead of its width.
         norm_epsilon: what config.json calls the epsilon of the norms.
         native: family whose names and settings are used inside classes of transformers; empty: this
             one.
@@ -58,13 +67,22 @@ class Family:
     has_head_dim: bool = True
     has_groups: bool = True
     has_experts: bool = False
+    expert_names: Mapping[str, str] = field(default_factory=dict)
+    counts_shared: bool = False
     norm_epsilon: str = "rms_norm_eps"
     native: str = ""
     chat: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "facts", _USUAL_FACTS | dict(self.facts))
+        names = _USUAL_EXPERT_NAMES | dict(self.expert_names) if self.has_experts else {}
+        object.__setattr__(self, "expert_names", names)
         object.__setattr__(self, "settings", _USUAL_SETTINGS | dict(self.settings))
+
+    @property
+    def has_shared_expert(self) -> bool:
+        """Whether every token takes another gated MLP beside its experts."""
+        return "shared_expert_ffn_hidden_size" in self.expert_names
 
 
 def decoder(

@@ -12,9 +12,13 @@ from megavlm.convert.weights.families.family import Family, decoder
 from megavlm.convert.weights.families.llama import attention, gated_mlp
 from megavlm.convert.weights.mapping import Row, norm
 
+SOFTMAX_ROUTER = {"router_scores": "softmax", "router_bias": False, "routed_scaling": 1.0}
+
 
 def rows(language: Language) -> list[Row]:
-    """Build the table of Qwen3-MoE."""
+    """Build the table of Qwen3-MoE, and of families with a bias of the router or a shared expert
+    beside.
+    """
     return decoder(language, _layer(language), embedding="model.embed_tokens", head="lm_head")
 
 
@@ -26,6 +30,8 @@ def _layer(language: Language) -> list[Row]:
         *attention(language),
         *norm("pre_mlp_layernorm.", "post_attention_layernorm", width),
         Row("mlp.router.weight", ("mlp.gate.weight",), shape),
+        *_bias(language),
+        *_shared(language),
         *(
             row
             for number in range(language.num_experts)
@@ -34,11 +40,30 @@ def _layer(language: Language) -> list[Row]:
     ]
 
 
+def _bias(language: Language) -> list[Row]:
+    """Build the row of the bias that DeepSeek-V3's router chooses with."""
+    names = ("mlp.gate.e_score_correction_bias",)
+    row = Row("mlp.router.expert_bias", names, (language.num_experts,))
+    return [row] if language.router_bias else []
+
+
+def _shared(language: Language) -> list[Row]:
+    """Build the rows of the shared expert: one with a gate, of Qwen2-MoE, or several as one."""
+    inner = language.shared_expert_ffn_hidden_size
+    width = language.hidden_size
+    if not inner:
+        return []
+    if not language.shared_expert_gate:
+        return gated_mlp("mlp.shared_experts.", "mlp.shared_experts.", width, inner)
+    gate = Row("mlp.shared_experts.gate_weight", ("mlp.shared_expert_gate.weight",), (1, width))
+    return [*gated_mlp("mlp.shared_experts.", "mlp.shared_expert.", width, inner), gate]
+
+
 FAMILY = Family(
     name="qwen3_moe",
     class_name="Qwen3MoeForCausalLM",
     rows=rows,
-    facts={"qkv_bias": False, "qk_norm": True},
+    facts={"qkv_bias": False, "qk_norm": True, **SOFTMAX_ROUTER, "shared_expert_gate": False},
     settings={
         "attention_bias": False,
         "use_sliding_window": False,
