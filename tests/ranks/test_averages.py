@@ -76,15 +76,19 @@ def test_every_layout_averages_alike_and_a_run_resumes_bit_for_bit(
     world, layout = EVERYWHERE
 
     def everywhere(name: str) -> Config:
-        ema = Ema(decay=DECAY, evaluate=True)
-        return job(dataset, tmp_path / name, ema, save_interval=3, **layout)
+        return job(dataset, tmp_path / name, evaluated, save_interval=3, **layout)
 
+    evaluated = Ema(decay=DECAY, evaluate=True)
+    ranks.run(run_job, 1, job(dataset, tmp_path / "one", evaluated, save_interval=0))
     ranks.run(run_job, world, everywhere("whole"))
     # What is evaluated does not change what is trained.
     assert losses(tmp_path / "whole") == pytest.approx(losses(alone), rel=1e-5)
     first, *others = zip(valid_losses(alone), valid_losses(tmp_path / "whole"), strict=True)
     assert first[0] == pytest.approx(first[1], rel=1e-5)
     assert all(abs(one / other - 1) > 1e-4 for one, other in others)
+    assert valid_losses(tmp_path / "whole") == pytest.approx(
+        valid_losses(tmp_path / "one"), rel=1e-5
+    )
     found = tensors(ranks, tmp_path / "whole", STEPS)
     for key, expected in tensors(ranks, alone, STEPS).items():
         if key.startswith("ema."):
