@@ -78,6 +78,11 @@ def test_every_layout_averages_alike_and_a_run_resumes_bit_for_bit(
     def everywhere(name: str) -> Config:
         return job(dataset, tmp_path / name, evaluated, save_interval=3, **layout)
 
+    def assert_averages_are_those_of_one_process(found: dict[str, torch.Tensor]) -> None:
+        for key, expected in tensors(ranks, alone, STEPS).items():
+            if key.startswith("ema."):
+                torch.testing.assert_close(found[key], expected, rtol=1e-4, atol=1e-5)
+
     evaluated = Ema(decay=DECAY, evaluate=True)
     ranks.run(run_job, 1, job(dataset, tmp_path / "one", evaluated, save_interval=0))
     ranks.run(run_job, world, everywhere("whole"))
@@ -90,14 +95,15 @@ def test_every_layout_averages_alike_and_a_run_resumes_bit_for_bit(
         valid_losses(tmp_path / "one"), rel=1e-5
     )
     found = tensors(ranks, tmp_path / "whole", STEPS)
-    for key, expected in tensors(ranks, alone, STEPS).items():
-        if key.startswith("ema."):
-            torch.testing.assert_close(found[key], expected, rtol=1e-4, atol=1e-5)
+    assert_averages_are_those_of_one_process(found)
     forget_the_end(tmp_path / "whole", tmp_path / "killed")
     ranks.run(run_job, world, everywhere("killed"))
     again = tensors(ranks, tmp_path / "killed", STEPS)
     assert again.keys() == found.keys()
     assert all(torch.equal(again[key], found[key]) for key in found)
+    halves = dict(tensor_model_parallel_size=2, save_interval=STEPS)
+    ranks.run(run_job, 2, job(dataset, tmp_path / "split", Ema(decay=DECAY), **halves))
+    assert_averages_are_those_of_one_process(tensors(ranks, tmp_path / "split", STEPS))
 
 
 def test_the_weights_of_an_export_are_the_averages(ranks: Pool, alone: Path) -> None:

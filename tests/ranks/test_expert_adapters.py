@@ -24,7 +24,7 @@ ADAPTED = dataclasses.replace(MODEL, lora=Lora(rank=2, targets=("language.*.expe
 # The adapters of the experts train, and nothing else of the language model.
 SETTINGS = dict(trainable=("connector", "language.*.lora"), steps=4)
 EVERYDAY = [
-    Layout(expert=2, data=2),
+    Layout(expert=2, context=2),
     Layout(expert=2, tensor=2, pipeline=2, data=2, other=(("recompute", "full"),)),
 ]
 

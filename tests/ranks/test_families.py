@@ -60,9 +60,10 @@ TIED_LAYOUTS = {
     "pp2 vp2 dp2, on the head's rank": (4, INTERLEAVED | dict(layout="v*2|v,t|t|t")),
     "pp2 vp2, on another rank": (2, INTERLEAVED | dict(layout="v*2|v|t*2|t")),
 }
-# The table in each of the places, under every kind of parallelism but CP, which sums up as DP does.
+# The table in each of the places, under every kind of parallelism.
 USUAL_TIED = (
     "pp2, with the head",
+    "pp2 cp2",
     "pp3, in the middle",
     "tp2 pp2",
     "pp2 vp2 dp2, on the head's rank",

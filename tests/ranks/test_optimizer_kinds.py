@@ -66,6 +66,7 @@ USUAL = [
     ("adam", 2, dict()),
     ("muon", 3, dict(global_batch_size=3)),
     ("muon", 4, TENSOR),
+    ("muon", 2, PIPELINE),
 ]
 
 

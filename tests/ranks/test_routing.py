@@ -46,6 +46,7 @@ BIAS = "language.decoder.layers.1.mlp.router.expert_bias"
 CASES = [
     Layout(expert=2, pipeline=2, data=2, other=(("recompute", "full"),), everyday=("2",)),
     Layout(expert=2, tensor=2, other=(("dispatcher", "allgather"),), everyday=("2",)),
+    Layout(expert=2, context=2, other=(("recompute", "selective"),), everyday=("2",)),
     Layout(data=3),
     Layout(tensor=2, data=3),
     *(layout for layout in LAYOUTS if 6 % layout.data == 0),
@@ -64,7 +65,7 @@ def alone(ranks: Pool, dataset: Path) -> Callable[[], Curve]:
     return cache(lambda: ranks.run(train_curve, 1, remembering(dataset))[0])
 
 
-@pytest.mark.parametrize("layout", CASES if asks_for_all() else CASES[:2], ids=str)
+@pytest.mark.parametrize("layout", CASES if asks_for_all() else CASES[:3], ids=str)
 def test_a_layout_trains_like_one_process(
     ranks: Pool, dataset: Path, alone: Callable[[], Curve], layout: Layout
 ) -> None:
