@@ -250,8 +250,8 @@ class TaskPacks:
     @cached_property
     def ends(self) -> frozenset[int]:
         """Tokens that end an answer."""
-        tokens = (self.template.end_token_id, self.template.tokenizer.eos_token_id)
-        return frozenset(token for token in tokens if token is not None)
+        own = self.template.tokenizer.eos_token_id
+        return self.template.end_token_ids | ({own} if own is not None else set())
 
     @cached_property
     def _end_text(self) -> str:
@@ -259,7 +259,7 @@ class TaskPacks:
         before it, such as a full stop and a line break.
         """
         special = self.template.tokenizer.all_special_ids
-        return "" if self.template.end_token_id in special else self.template.format.end
+        return "" if self.template.end_token_id in special else self.template.format.final_end
 
     def is_over(self, tokens: Sequence[int]) -> bool:
         """Tell whether an answer is over with its last token."""

@@ -13,6 +13,7 @@ from PIL import Image
 from megavlm.data.loading.dataset import sample_positions
 from megavlm.data.loading.prefixes import find_prefixes
 from megavlm.data.store.manifest import read_manifest
+from megavlm.data.text.templates import FORMATS
 from megavlm.data.text.tokenizer import IMAGE_TOKEN_SETS, add_special_tokens, load_tokenizer
 from megavlm.evaluate.packs import Asked, QuestionReader, prepare
 from megavlm.evaluate.task import Task, read_task
@@ -45,6 +46,7 @@ def make_packs(folder: Path, template: str, tokenizer: str, context: str) -> Pat
     golden = Path(__file__).parents[1] / "golden" / tokenizer
     loaded = load_tokenizer(golden)
     add_special_tokens(loaded, context)
+    loaded.add_tokens(list(FORMATS[template].markers), special_tokens=True)
     token = loaded.convert_tokens_to_ids(IMAGE_TOKEN_SETS[context].context)
     make_dataset(folder, packs=1, context_token_id=token, vocab_size=len(loaded))
     dataclasses.replace(read_manifest(folder), template=template).write(folder)
@@ -75,6 +77,17 @@ def test_an_answer_ends_at_a_special_token(tmp_path: Path) -> None:
     assert not task.is_over(tokens)
     assert task.is_over([*tokens, task.template.end_token_id])
     assert task.text([*tokens, task.template.end_token_id]) == "a\nb"
+
+
+def test_an_answer_ends_at_either_end_and_begins_behind_its_channel(tmp_path: Path) -> None:
+    packs = make_packs(tmp_path / "packs", "internvl3_5_gpt_oss", "tokenizer", "internvl")
+    task = prepare(make_task(tmp_path, "Who?"), packs, 4)
+    tokens = task.template.tokenizer("<|channel|>final<|message|>a\nb")["input_ids"]
+    assert not task.is_over(tokens)
+    for end in ("<|return|>", "<|end|>"):
+        ended = [*tokens, task.template.tokenizer.convert_tokens_to_ids(end), tokens[-1]]
+        assert task.is_over(ended[:-1])
+        assert task.text(ended) == "a\nb"
 
 
 def test_an_answer_ends_at_a_line_break_that_another_token_holds(tmp_path: Path) -> None:

@@ -59,6 +59,13 @@ RECIPE = Recipe(
     name="internvl",
     description="InternVL 2.5 to 3.5: vision encoder, MLP, language model",
     stages=STAGES,
-    template=("internvl2_5", "Hermes-2", "internlm2-chat", "phi3-chat", "vicuna"),
+    template=(
+        "internvl2_5",
+        "Hermes-2",
+        "internlm2-chat",
+        "phi3-chat",
+        "vicuna",
+        "internvl3_5_gpt_oss",
+    ),
     hub_format="native",
 )

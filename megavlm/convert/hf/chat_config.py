@@ -41,8 +41,10 @@ _FIXED: dict[str, dict[str, Any]] = {
     "": {"select_layer": -1, "ps_version": "v2", "use_backbone_lora": 0, "use_llm_lora": 0},
     "vision_config": {"hidden_act": "gelu", "num_channels": 3},
 }
-# Conversation templates that OpenGVLab's classes know.
+# Conversation templates that OpenGVLab's classes know, and those that the class of one family knows
+# beside them.
 _TEMPLATES = ("internvl2_5", "Hermes-2", "internlm2-chat", "phi3-chat")
+_TEMPLATES_OF = {"gpt_oss": ("internvl3_5_gpt_oss",)}
 _NEEDED_OF_VISION = (
     "image_size",
     "patch_size",
@@ -151,10 +153,10 @@ def write(
     Raises:
         ValueError: the class does not know the template.
     """
-    _refuse_template(usage.template)
     vision = architecture.vision
     language = architecture.language
     family = written_as(language, "chat")
+    _refuse_template(usage.template, family.name)
     number = str(dtype).removeprefix("torch.")
     return {
         "architectures": [CLASS_NAME],
@@ -180,12 +182,13 @@ def write(
     }
 
 
-def _refuse_template(template: str) -> None:
-    """Raise ValueError for one of our templates that the class does not know."""
-    if template in FORMATS and template not in _TEMPLATES:
+def _refuse_template(template: str, family: str) -> None:
+    """Raise ValueError for one of our templates that the class of a family does not know."""
+    known = _TEMPLATES + _TEMPLATES_OF.get(family, ())
+    if template in FORMATS and template not in known:
         raise ValueError(
             f"--dialect chat: InternVLChatModel has no template {template!r}, only"
-            f" {', '.join(_TEMPLATES)}; use --dialect native"
+            f" {', '.join(known)}; use --dialect native"
         )
 
 

@@ -83,7 +83,7 @@ def token_ids(folder: Path, architecture: Architecture, template: str) -> TokenI
             " rows"
         )
     if row:
-        end = tokenizer(row.end, add_special_tokens=False)["input_ids"][-1]
+        end = tokenizer(row.final_end, add_special_tokens=False)["input_ids"][-1]
     elif tokenizer.eos_token_id is not None:
         end = tokenizer.eos_token_id
     else:

@@ -12,11 +12,10 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from megavlm.data.records.record import IMAGE_PLACEHOLDER, SHOWING_ROLES, Turn
-from megavlm.data.records.reject import RejectError
 from megavlm.data.text.documents import learned_behind_image, with_chunk_ends
-from megavlm.data.text.image_rows import expand
+from megavlm.data.text.image_rows import expand, extents
 from megavlm.data.text.instruction import NO_INSTRUCTION, InstructionTokens
-from megavlm.data.text.pair_tokens import pair_tokens
+from megavlm.data.text.pair_tokens import pair_text, pair_tokens
 from megavlm.data.text.placeholders import (
     check_placeholders,
     check_single,
@@ -89,7 +88,12 @@ class ChatTemplate:
             self._token_id(token)
         self.context_token_id = self._token_id(images.context)
         self.newline_token_id = self._token_id(images.newline) if images.newline else None
-        self.end_token_id = self._tokens([self.format.end])[0][-1]
+        ends = self._tokens([self.format.final_end, self.format.end])
+        # Of an answer that ends a conversation, and of any answer.
+        self.end_token_id = ends[0][-1]
+        self.end_token_ids = frozenset(found[-1] for found in ends)
+        # A space alone is a part of the first token of the text.
+        self._start_tokens = self._tokens([self.format.start.strip()])[0]
         self._refused = (*images.shown, *filter(None, [self.format.chunk_end]))
         self._image_token_ids = [self._token_id(token) for token in images.shown]
         self._opening_tokens = self._tokens([self.format.opening])[0]
@@ -142,7 +146,7 @@ class ChatTemplate:
             return len(self.encode(turns, tiles, rows)[0])
         turns = self._with_system(turns)
         self._check(turns, len(tiles))
-        texts = ["".join(self._render(turn)) for turn in turns]
+        texts = ["".join(piece) for piece in self._render_all(turns)]
         if self.format.joint:
             texts = ["".join(texts)]
         if texts[0] != self._first_count[0]:
@@ -184,27 +188,16 @@ class ChatTemplate:
         return self._encode(question, tiles, rows, self.format.opening)[0]
 
     def image_extents(self, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return where the images of a sample's tokens begin and end, int64 [images] each, with
-        the tokens before and after their features. Images without such tokens that stand side by
-        side count as one.
-        """
-        images = self.format.images
-        if images.start and images.start == images.end:
-            places = np.flatnonzero(tokens == self.context_token_id)
-            return places - 1, places + 2
-        if images.start and images.end:
-            start, end, _ = self._image_token_ids
-            return np.flatnonzero(tokens == start), np.flatnonzero(tokens == end) + 1
-        of_images = tokens == self.context_token_id
-        if self.newline_token_id is not None:
-            of_images |= tokens == self.newline_token_id
-        is_context = np.concatenate([[False], of_images, [False]])
-        steps = np.diff(is_context.astype(np.int8))
-        return np.flatnonzero(steps == 1), np.flatnonzero(steps == -1)
+        """Return where images begin and end in the tokens of a sample, as ``extents`` does."""
+        ids = self._image_token_ids, self.context_token_id, self.newline_token_id
+        return extents(tokens, self.format.images, *ids)
 
     def text(self, tokens: Sequence[int] | np.ndarray) -> str:
-        """Decode an answer's tokens, leaving out special tokens."""
-        return self.tokenizer.decode([int(token) for token in tokens], skip_special_tokens=True)
+        """Decode an answer's tokens, leaving out special tokens and what stands before its text."""
+        ids = [int(token) for token in tokens]
+        if ids[: len(self._start_tokens)] == self._start_tokens:
+            ids = ids[len(self._start_tokens) :]
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
 
     def _encode(
         self, turns: Sequence[Turn], tiles: Sequence[int], rows: Sequence[int], opening: str
@@ -214,7 +207,7 @@ class ChatTemplate:
             return self._encode_pair(turns, tiles)
         turns = self._with_system(turns)
         self._check(turns, len(tiles))
-        pieces = [self._render(turn) for turn in turns]
+        pieces = self._render_all(turns)
         is_joint = self.format.joint or turns[0].role == "pretrain"
         tokens, supervised = (self._encode_joint if is_joint else self._encode_apart)(
             turns, pieces, opening
@@ -247,17 +240,9 @@ class ChatTemplate:
         self, turns: Sequence[Turn], tiles: Sequence[int]
     ) -> tuple[np.ndarray, np.ndarray]:
         """Tokens of the text of a pair; all are supervised."""
-        texts = [turn.text for turn in turns if turn.role in ("gpt", "pretrain")]
-        if list(tiles) != [1] or len(texts) != 1:
-            raise RejectError(
-                "conversation",
-                f"{len(texts)} texts and {len(tiles)} images of {sum(tiles)} tiles, but a pair is"
-                " one image of one tile and one text",
-            )
-        text = texts[0].replace(IMAGE_PLACEHOLDER, "").strip()
         tokens = pair_tokens(
             self.format,
-            text,
+            pair_text(turns, tiles),
             self.pair_length,
             tokenize=lambda whole: self.tokenizer(whole)["input_ids"],
             end=self.tokenizer.eos_token_id,
@@ -265,9 +250,17 @@ class ChatTemplate:
         )
         return np.array(tokens, np.int32), np.ones(len(tokens), bool)
 
-    def _render(self, turn: Turn) -> tuple[str, str, str]:
+    def _render_all(self, turns: Sequence[Turn]) -> list[tuple[str, str, str]]:
+        """Render the turns of a conversation, of which an answer may end with other tokens if it
+        is the last turn.
+        """
+        *others, last = turns
+        end = self.format.final_end
+        return [*(self._render(turn, self.format.end) for turn in others), self._render(last, end)]
+
+    def _render(self, turn: Turn, end: str) -> tuple[str, str, str]:
         """Split the text of a turn into what precedes the learned part, that part, and what follows
-        it.
+        it; an answer ends with ``end``.
         """
         text = turn.text.strip() if self.format.strip else turn.text
         if turn.role in SHOWING_ROLES:
@@ -285,7 +278,7 @@ class ChatTemplate:
         if turn.role == "pretrain":
             return "", text + self.format.text_end, ""
         if turn.role == "gpt":
-            answer = self.format.answer.replace("{}", text, 1)
+            answer = self.format.start + text + end
             if not turn.learned:
                 return self.format.opening + answer, "", self.format.closing
             return self.format.opening, answer, self.format.closing

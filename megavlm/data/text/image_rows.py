@@ -8,6 +8,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from megavlm.data.text.tokenizer import ImageTokens
+
 
 def expand(
     tokens: np.ndarray,
@@ -43,3 +45,29 @@ def expand(
         width = count // lines + 1
         found[end - lines * width + width - 1 : end : width] = newline
     return found, np.repeat(supervised, repeats)
+
+
+def extents(
+    tokens: np.ndarray, images: ImageTokens, shown: Sequence[int], context: int, newline: int | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return where the images of a sample's tokens begin and end, int64 [images] each, with the
+    tokens before and after their features. Images without such tokens that stand side by side
+    count as one.
+
+    Args:
+        tokens: int32 [T].
+        images: the tokens of images.
+        shown: their ids.
+        context, newline: as for ``expand``.
+    """
+    if images.start and images.start == images.end:
+        places = np.flatnonzero(tokens == context)
+        return places - 1, places + 2
+    if images.start and images.end:
+        start, end, _ = shown
+        return np.flatnonzero(tokens == start), np.flatnonzero(tokens == end) + 1
+    of_images = tokens == context
+    if newline is not None:
+        of_images |= tokens == newline
+    steps = np.diff(np.concatenate([[False], of_images, [False]]).astype(np.int8))
+    return np.flatnonzero(steps == 1), np.flatnonzero(steps == -1)

@@ -2,11 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import repeat
 
+from megavlm.data.records.record import IMAGE_PLACEHOLDER, Turn
 from megavlm.data.records.reject import RejectError
 from megavlm.data.text.templates import ChatFormat
+
+
+def pair_text(turns: Sequence[Turn], tiles: Sequence[int]) -> str:
+    """Return the text of a pair, without its image.
+
+    Args:
+        turns: of the pair.
+        tiles: of each image.
+
+    Raises:
+        RejectError: there is not one text, or not one image of one tile.
+    """
+    texts = [turn.text for turn in turns if turn.role in ("gpt", "pretrain")]
+    if list(tiles) != [1] or len(texts) != 1:
+        raise RejectError(
+            "conversation",
+            f"{len(texts)} texts and {len(tiles)} images of {sum(tiles)} tiles, but a pair is one"
+            " image of one tile and one text",
+        )
+    return texts[0].replace(IMAGE_PLACEHOLDER, "").strip()
 
 
 def pair_tokens(

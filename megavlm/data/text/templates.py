@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from megavlm.data.text.jinja import jinja_template
 from megavlm.data.text.tokenizer import CHUNK_END, IMAGE_TOKEN_SETS, ImageTokens
 
 
@@ -37,6 +38,8 @@ class ChatFormat:
         human: a human turn.
         opening: what stands before an answer, and is not learned.
         answer: an answer with its end, learned.
+        last_end: what ends the answer that a conversation ends with, learned, in the place of what
+            ends an answer; empty: that.
         closing: what stands behind an answer, and is not learned.
         markers: special tokens that the tokenizer must have.
         joint: whether a conversation becomes tokens as one text; otherwise each turn does by
@@ -75,6 +78,7 @@ class ChatFormat:
     human: str
     opening: str
     answer: str
+    last_end: str = ""
     closing: str = ""
     markers: tuple[str, ...]
     joint: bool = True
@@ -108,8 +112,18 @@ class ChatFormat:
 
     @property
     def end(self) -> str:
-        """What ends an answer."""
+        """What ends an answer behind which a conversation goes on."""
         return self.answer.partition("{}")[2]
+
+    @property
+    def final_end(self) -> str:
+        """What ends the answer that a conversation ends with, and a model's own."""
+        return self.last_end or self.end
+
+    @property
+    def start(self) -> str:
+        """What an answer begins with in front of its text; learned."""
+        return self.answer.partition("{}")[0]
 
     def hf_template(self, *, system_message: str | None = None, bos: bool = False) -> str:
         """Return the template with which Hugging Face's apply_chat_template gives the same text.
@@ -123,41 +137,21 @@ class ChatFormat:
             bos: whether a text begins with the tokenizer's ``bos_token``.
         """
         message = self.system_message if system_message is None else system_message
-        rows = {
-            "system": self.system,
-            "user": self.human,
-            "assistant": self.opening + self.answer + self.closing,
-        }
-        around = ", ".join(
-            f"'{role}': [{', '.join(map(_quoted, row.partition('{}')[::2]))}]"
-            for role, row in rows.items()
+        return jinja_template(
+            {
+                "system": self.system,
+                "user": self.human,
+                "assistant": self.opening + self.answer + self.closing,
+            },
+            beginning=self.system.replace("{}", message) if message else "",
+            opening=self.opening,
+            last_end=self.last_end and self.last_end + self.closing,
+            # A template without questions shows images alone, one behind the other.
+            image=self.images.context + ("\n" if self.questions else ""),
+            strip=self.strip,
+            questions=self.questions,
+            bos=bos,
         )
-        trim = " | trim" if self.strip else ""
-        # A template without questions shows images alone, one behind the other.
-        image = self.images.context + ("\\n" if self.questions else "")
-        shown = "true" if self.questions else "message['role'] == 'assistant'"
-        default = ""
-        if self.system and message:
-            default = f"{{{{ {_quoted(self.system.replace('{}', message))} }}}}"
-        return (
-            f"{{%- set around = {{{around}}} %}}{'{{ bos_token }}' if bos else ''}{{%- if"
-            f" messages[0]['role'] != 'system' %}}{default}{{% endif %}}{{%- for message in"
-            " messages %}{{ around[message['role']][0] }}{%- if message['content'] is string"
-            f" %}}{{% if {shown} %}}{{{{ message['content']{trim} }}}}{{% endif %}}{{% else %}}{{%-"
-            " for part in message['content'] %}{%- if part['type'] == 'image' %}{{"
-            f" '{image}' }}}}{{% elif part['type'] == 'text' and {shown} %}}{{{{"
-            f" part['text']{trim} }}}}"
-            "{% elif part['type'] == 'video' %}"
-            "{{ raise_exception('pass the frames of a video as images') }}"
-            f"{{% endif %}}{{%- endfor %}}{{% endif %}}{{{{"
-            " around[message['role']][1] }}{% endfor %}{%- if add_generation_prompt %}{{"
-            f" {_quoted(self.opening)} }}}}{{% endif %}}"
-        )
-
-
-def _quoted(text: str) -> str:
-    """Quote a text for Jinja."""
-    return "'" + text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n") + "'"
 
 
 _INTERNVL_2 = (
@@ -167,6 +161,11 @@ _INTERNVL_2 = (
 _INTERNVL_2_5 = (
     "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、"
     "清华大学及多家合作单位联合开发的多模态大语言模型。"
+)
+_INTERNVL_GPT_OSS = (
+    "You are InternVL, a large language model trained by Shanghai AI Laboratory.\n"
+    "Knowledge cutoff: 2024-06\nCurrent date: 2025-08-06\n\nReasoning: low\n\n"
+    "# Valid channels: final. Channel must be included for every message."
 )
 _VICUNA = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -268,6 +267,17 @@ FORMATS: dict[str, ChatFormat] = {
             opening="<|assistant|>\n",
             answer="{}<|end|>",
             markers=("<|system|>", "<|user|>", "<|assistant|>", "<|end|>"),
+        ),
+        ChatFormat(
+            name="internvl3_5_gpt_oss",
+            system_message=_INTERNVL_GPT_OSS,
+            system="<|start|>system<|message|>{}<|end|>",
+            human="<|start|>user<|message|>{}<|end|>",
+            opening="<|start|>assistant",
+            answer="<|channel|>final<|message|>{}<|end|>",
+            last_end="<|return|>",
+            markers=("<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|return|>"),
+            joint=False,
         ),
         _VICUNA_ROW,
         _PLAIN_ROW,

@@ -12,10 +12,12 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
 from megavlm.config.cli import from_yaml
-from megavlm.convert.hf import convert
+from megavlm.convert.hf import chat_config, convert
 from megavlm.convert.hf.hub_formats import dialect_of
 from megavlm.convert.hf.model_config import architecture_from_hf
+from megavlm.convert.hf.preprocessing import Usage
 from megavlm.convert.hf.reference import load_reference
+from megavlm.data.text.templates import FORMATS
 from megavlm.data.text.tokenizer import fingerprint, load_tokenizer
 from tests.convert.chat import chat_settings, make_chat, same_tensors, with_head
 from tests.convert.models import KINDS, SMALL, TOKENIZER, as_native, load_all, make_hf
@@ -191,12 +193,22 @@ def test_templates_that_the_class_does_not_know_are_refused(tmp_path: Path, temp
     usage = json.loads((checkpoint / "usage.json").read_text()) | {"template": template}
     (checkpoint / "usage.json").write_text(json.dumps(usage))
     words = load_tokenizer(checkpoint / "tokenizer")
-    words.add_tokens(["</s>"], special_tokens=True)
+    words.add_tokens(list(FORMATS[template].markers), special_tokens=True)
     words.save_pretrained(checkpoint / "tokenizer")
     with pytest.raises(ValueError, match=f"no template '{template}', only internvl2_5, Hermes-2"):
         convert.export(checkpoint, tmp_path / "out", dialect="chat")
     assert not (tmp_path / "out").exists()
     assert convert.export(checkpoint, tmp_path / "exported").is_dir()
+
+
+def test_a_template_that_the_class_of_one_family_knows_is_written_for_it() -> None:
+    usage = Usage(template="internvl3_5_gpt_oss", system_message="Be brief.")
+    tokens = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}
+    settings = {"dtype": torch.float32, "tokens": tokens, "usage": usage}
+    written = chat_config.write(KINDS["gpt_oss"], **settings)
+    assert (written["template"], written["system_message"]) == (usage.template, "Be brief.")
+    with pytest.raises(ValueError, match="no template 'internvl3_5_gpt_oss'"):
+        chat_config.write(KINDS["qwen2"], **settings)
 
 
 def test_a_template_of_another_model_passes_through_and_is_not_replaced(tmp_path: Path) -> None:

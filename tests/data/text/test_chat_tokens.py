@@ -50,6 +50,29 @@ def test_every_golden_conversation(conversations, template):
         assert supervised.astype(int).tolist() == conversation["supervised"]
 
 
+def test_every_golden_conversation_whose_last_answer_ends_otherwise():
+    name = "internvl3_5_gpt_oss"
+    tokenizer = load_tokenizer(GOLDEN / "tokenizer")
+    tokenizer.add_tokens(list(chat_format(name).markers), special_tokens=True)
+    template = ChatTemplate(tokenizer, features_per_tile=4, name=name)
+    with gzip.open(GOLDEN / f"{name}_chat.jsonl.gz", "rt", encoding="utf-8") as file:
+        found = [json.loads(line) for line in file]
+    assert len(found) == 24
+    for conversation in found:
+        turns = _turns(conversation)
+        tiles = conversation["tiles_per_image"]
+        tokens, supervised = template.encode(turns, tiles)
+        assert tokens.tolist() == conversation["input_ids"]
+        assert supervised.astype(int).tolist() == conversation["supervised"]
+        assert template.count(turns, tiles) == len(tokens)
+        prompt = template.prompt(turns[:-1], tiles)
+        assert prompt.tolist() == conversation["input_ids"][: len(prompt)]
+        assert tokens[-1] == template.end_token_id
+        assert template.text(tokens[len(prompt) :]) == tokenizer.decode(
+            tokenizer(turns[-1].text)["input_ids"], skip_special_tokens=True
+        )
+
+
 def test_conversations_before_it_change_no_conversation(conversations, template):
     """The tokens of the last system message are kept."""
     own = [

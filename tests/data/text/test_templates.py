@@ -33,6 +33,8 @@ MARKERS = (
     "</s>",
     "<|im_start|>",
     "<|im_end|>",
+    *FORMATS["internvl3_5_gpt_oss"].markers[:3],
+    "<|return|>",
 )
 OLD_SYSTEM = (
     "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL,"
@@ -331,6 +333,32 @@ def test_hugging_face_renders_the_same_tokens(tokenizers, name, which):
             tokenizer(text, add_special_tokens=False)["input_ids"]
             == template.encode(turns, [1] * shown)[0].tolist()
         )
+
+
+def test_hugging_face_ends_only_a_finished_conversation_with_the_last_end(tokenizers):
+    tokenizer = tokenizers["bytes"]
+    template = ChatTemplate(tokenizer, 1, name="internvl3_5_gpt_oss")
+    turns = turns_of("be brief", [("who", "a fox"), ("and now", "yes")])
+    roles = {"human": "user", "gpt": "assistant", "system": "system"}
+    messages = [{"role": roles[turn.role], "content": turn.text} for turn in turns]
+
+    def shown(count: int, prompts: bool) -> str:
+        return tokenizer.apply_chat_template(
+            messages[:count],
+            chat_template=template.format.hf_template(),
+            add_generation_prompt=prompts,
+            tokenize=False,
+        )
+
+    start = "<|start|>system<|message|>be brief<|end|><|start|>user<|message|>who<|end|>"
+    first = f"{start}<|start|>assistant<|channel|>final<|message|>a fox"
+    then = "<|end|><|start|>user<|message|>and now<|end|><|start|>assistant"
+    assert shown(3, False) == f"{first}<|return|>"
+    assert shown(3, True) == f"{first}<|end|><|start|>assistant"
+    assert shown(4, True) == f"{first}{then}"
+    assert shown(5, False) == f"{first}{then}<|channel|>final<|message|>yes<|return|>"
+    ids = tokenizer(shown(4, True), add_special_tokens=False)["input_ids"]
+    assert template.prompt(turns[:4]).tolist() == ids
 
 
 def test_hugging_face_template_refuses_videos(tokenizers):
