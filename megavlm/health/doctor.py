@@ -9,6 +9,7 @@ It works on a CPU and says so. Exit status 1: something that training needs is m
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import os
@@ -38,6 +39,8 @@ PACKAGES = (
     ("numba", "packing and fast resizing", False),
     ("simplejpeg", "faster decoding of JPEG", False),
 )
+# What NVIDIA's images and nightly builds of torch call the one that they bring.
+_OTHER_NAMES = {"triton": "pytorch-triton"}
 # A chip's first compute capability that has FP8 products, and MXFP8's.
 _FP8 = (8, 9)
 _MXFP8 = (10, 0)
@@ -71,9 +74,9 @@ def packages() -> Iterator[Finding]:
     """Look for what training imports."""
     yield Finding(topic="python", text=platform.python_version())
     for name, purpose, is_needed in PACKAGES:
-        try:
-            yield Finding(topic=name, text=importlib.metadata.version(name))
-        except importlib.metadata.PackageNotFoundError:
+        if version := _version(name) or _version(_OTHER_NAMES.get(name, name)):
+            yield Finding(topic=name, text=version)
+        else:
             extra = "[pytorch]" if name == "transformer-engine" else ""
             isolated = "--no-build-isolation " if extra else ""
             yield Finding(
@@ -82,6 +85,13 @@ def packages() -> Iterator[Finding]:
                 remedy=f'pip install {isolated}"{name}{extra}"',
                 is_fault=is_needed,
             )
+
+
+def _version(name: str) -> str:
+    """Return the version of a distribution; empty: it is not installed."""
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version(name)
+    return ""
 
 
 def device() -> Iterator[Finding]:

@@ -28,15 +28,17 @@ def test_a_needed_package_that_is_missing_is_a_fault_with_its_remedy(
     known = importlib.metadata.version
 
     def version(name: str) -> str:
-        if name in ("jsonargparse", "transformer-engine"):
+        if name in ("jsonargparse", "transformer-engine", "triton"):
             raise importlib.metadata.PackageNotFoundError(name)
-        return known(name)
+        return "3.5.1" if name == "pytorch-triton" else known(name)
 
     monkeypatch.setattr(importlib.metadata, "version", version)
     found = {one.topic: one for one in doctor.examine()}
     assert found["jsonargparse"].is_fault and not found["transformer-engine"].is_fault
     assert 'pip install "jsonargparse"' in str(found["jsonargparse"])
     assert "transformer-engine[pytorch]" in found["transformer-engine"].remedy
+    # Under the name that NVIDIA's images have for it.
+    assert found["triton"].text == "3.5.1" and not found["triton"].remedy
 
 
 def test_a_kernel_that_fails_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
