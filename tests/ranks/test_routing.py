@@ -49,7 +49,12 @@ CASES = [
     Layout(expert=2, context=2, other=(("recompute", "selective"),), everyday=("2",)),
     Layout(data=3),
     Layout(tensor=2, data=3),
-    *(layout for layout in LAYOUTS if 6 % layout.data == 0),
+    # Six packs a step must divide, those of a rank with several chunks by the pipeline's ranks.
+    *(
+        layout
+        for layout in LAYOUTS
+        if 6 % (layout.data * (layout.pipeline if layout.virtual > 1 else 1)) == 0
+    ),
 ]
 
 
