@@ -39,6 +39,12 @@ def expert_size_problems(language: Language) -> Iterator[str]:
             f"{_FLAG}.shared_expert_gate true has no effect without"
             f" {_FLAG}.shared_expert_ffn_hidden_size, such as {language.expert_ffn_hidden_size}"
         )
+    if language.shared_expert_ffn_hidden_size and language.linear_bias:
+        yield (
+            f"{_FLAG}.linear_bias true: megatron-core's shared expert"
+            f" ({_FLAG}.shared_expert_ffn_hidden_size {language.shared_expert_ffn_hidden_size}) has"
+            " no biases; use false, or 0 for the shared expert"
+        )
     chosen = language.experts_per_token
     if chosen > language.num_experts:
         yield (
@@ -245,11 +251,16 @@ def _ignored_settings(config: Config) -> Iterator[str]:
 
 
 def grouped_expert_problems(config: Config) -> Iterator[str]:
-    """Yield what of a freeze mask Transformer Engine's grouped kernel does not follow: it asks the
-    first expert of a layer whether weights have gradients, for all of them.
+    """Yield what Transformer Engine's grouped kernel does not do: biases of experts have no keys
+    here, and it asks the first expert of a layer whether weights have gradients, for all of them.
     """
     language = config.architecture.language
     trainable = config.training.trainable
+    if language.num_experts and language.linear_bias:
+        yield (
+            f"{_FLAG}.linear_bias true: checkpoints would lack the biases of experts in Transformer"
+            " Engine's grouped kernel; use --training.kernels local"
+        )
     for layer in range(language.num_layers if language.num_experts else 0):
         for name in ("linear_fc1", "linear_fc2"):
             stem = f"language.decoder.layers.{layer}.mlp.experts"

@@ -165,6 +165,9 @@ def _tensor_parallel(parallel: Parallel, arch: Architecture) -> Iterator[str]:
     }
     if not language.num_experts:  # experts are split by sizes of their own
         in_language["language.ffn_hidden_size"] = language.ffn_hidden_size
+    elif language.shared_expert_ffn_hidden_size:
+        name = "language.shared_expert_ffn_hidden_size"
+        in_language[name] = language.shared_expert_ffn_hidden_size
     shared = in_vision | (in_language if language.exists else {})
     if min(shared.values(), default=1) < 1 or language.num_query_groups < 1:
         return

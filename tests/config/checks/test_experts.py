@@ -60,6 +60,20 @@ def found(*options: str, model: str = MODEL, ranks: int = 8) -> list[str]:
         (("--architecture.language.shared_expert_gate", "true"), "has no effect without"),
         (("--architecture.language.routed_scaling", "0"), "must be more than 0"),
         (("--architecture.language.shared_expert_ffn_hidden_size", "-1"), "must be 0 or more"),
+        (
+            (
+                *("--architecture.language.shared_expert_ffn_hidden_size", "768"),
+                *("--architecture.language.linear_bias", "true"),
+            ),
+            "shared expert (--architecture.language.shared_expert_ffn_hidden_size 768) has no bias",
+        ),
+        (
+            (
+                *("--architecture.language.shared_expert_ffn_hidden_size", "33"),
+                *("--parallel.tensor_model_parallel_size", "2", "--sequence-parallel", "true"),
+            ),
+            "2 does not divide --architecture.language.shared_expert_ffn_hidden_size 33",
+        ),
         (("--experts.bias_update_rate", "0.01"), "has no effect without"),
         (
             (
@@ -136,3 +150,12 @@ def test_a_mask_of_single_experts_needs_local_layers() -> None:
         found = [told for told in device_problems(config, gpu) if "all experts of a layer" in told]
         assert len(found) == count, mask
         assert not device_problems(config, DeviceCapabilities())
+
+
+def test_biases_of_experts_need_local_layers() -> None:
+    gpu = DeviceCapabilities(capability=(9, 0), has_transformer_engine=True)
+    biased = ["--stage", "2", "--model", MODEL, "--architecture.language.linear_bias", "true"]
+    for kernels, count in (("auto", 1), ("local", 0)):
+        config = parse([*biased, "--training.kernels", kernels])
+        found = [told for told in device_problems(config, gpu) if "biases of experts" in told]
+        assert len(found) == count, kernels
