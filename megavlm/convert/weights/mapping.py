@@ -23,12 +23,14 @@ class Row:
         names: Hugging Face's names, likewise.
         shape: of megatron-core's whole tensor, without padding.
         operation: between the two.
+        keeps_dtype: whether exports in another dtype leave it in its own, as transformers does.
     """
 
     key: str
     names: tuple[str, ...]
     shape: Shape
     operation: Operation = SAME
+    keeps_dtype: bool = False
 
     @property
     def part_shapes(self) -> tuple[Shape, ...]:

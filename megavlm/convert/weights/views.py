@@ -173,7 +173,7 @@ class HuggingFaceView(Mapping[str, Tensor]):
     Args:
         source: megatron-core's whole tensors.
         architecture: the model that they must be.
-        dtype: dtype to turn them into; none: as they are.
+        dtype: dtype to turn them into, but for rows that keep their own; none: as they are.
         dialect: to name them in.
 
     Raises:
@@ -203,7 +203,7 @@ class HuggingFaceView(Mapping[str, Tensor]):
         self._dtype = dtype
         self._rows = {name: row for row in table for name in row.names}
         self.headers = {
-            name: Header(shape, dtype or source.headers[row.key].dtype)
+            name: Header(shape, self._dtype_of(row))
             for row in table
             for name, shape in zip(row.names, row.part_shapes, strict=True)
         }
@@ -214,14 +214,18 @@ class HuggingFaceView(Mapping[str, Tensor]):
         return row.split(self._source[row.key])
 
     def __getitem__(self, name: str) -> Tensor:
-        tensor = self._parts(self._rows[name])[name]
-        return tensor if self._dtype is None else tensor.to(self._dtype)
+        row = self._rows[name]
+        return self._parts(row)[name].to(self._dtype_of(row))
+
+    def _dtype_of(self, row: Row) -> torch.dtype:
+        own = self._source.headers[row.key].dtype
+        return own if self._dtype is None or row.keeps_dtype else self._dtype
 
     def ranges(self, name: str, rows: range) -> list[Range] | None:
         """See ``Tensors``."""
         row = self._rows[name]
         found = self._source.headers[row.key]
-        if self._dtype not in (None, found.dtype):
+        if self._dtype_of(row) != found.dtype:
             return None
         runs = byte_ranges.split_runs(row.operation, found.shape)
         return _ranges(self._source, (row.key,), runs and runs[row.names.index(name)], rows)

@@ -102,6 +102,19 @@ def test_transformers_loads_an_export_without_a_name_lost(tmp_path: Path) -> Non
     assert model.generation_config.eos_token_id == tokenizer.convert_tokens_to_ids("<|im_end|>")
 
 
+def test_biases_of_routers_keep_float32(tmp_path: Path) -> None:
+    source = make_hf(tmp_path / "hf", NATIVE_KINDS["dots1"])
+    weights = load_all(source)
+    biases = [name for name in weights if name.endswith("e_score_correction_bias")]
+    assert biases
+    weights |= {name: weights[name].float() + 1e-4 for name in biases}
+    save_file(weights, source / "model.safetensors", {"format": "pt"})
+    start = convert.import_(source, tmp_path / "start")
+    after = load_all(convert.export(start, tmp_path / "out", dtype=torch.float16))
+    assert all(torch.equal(after.pop(name), weights[name]) for name in biases)
+    assert {tensor.dtype for tensor in after.values()} == {torch.float16}
+
+
 def test_the_tokenizer_stays_the_same_and_renders_the_template(tmp_path: Path) -> None:
     checkpoint = convert.import_(make_hf(tmp_path / "hf"), tmp_path / "checkpoint")
     out = convert.export(checkpoint, tmp_path / "out")

@@ -43,7 +43,7 @@ def _layer(language: Language) -> list[Row]:
 def _bias(language: Language) -> list[Row]:
     """Build the row of the bias that DeepSeek-V3's router chooses with."""
     names = ("mlp.gate.e_score_correction_bias",)
-    row = Row("mlp.router.expert_bias", names, (language.num_experts,))
+    row = Row("mlp.router.expert_bias", names, (language.num_experts,), keeps_dtype=True)
     return [row] if language.router_bias else []
 
 
