@@ -36,6 +36,9 @@ EXIF = 0xE1
 ICC = 0xE2
 ADOBE = 0xEE
 LOOKED_AT = frozenset({*SEQUENTIAL_FRAMES, TABLES, JFIF, EXIF, ICC, 0xED, ADOBE})
+# Those, and what it leaves out as a whole. It takes DHP for a frame, and looks for markers in JPGn;
+# FF only fills.
+KNOWN = LOOKED_AT | {0xC4, 0xDD, 0xFE, *range(0xE3, 0xF0)}
 JFIF_BYTES = 12
 ICC_HEAD_BYTES = 14
 ADOBE_BYTES = 12
@@ -167,8 +170,9 @@ def _find_frame(encoded: bytes, as_pillow: bool = False) -> _Frame | None:
             content = encoded[offset + 4 : end]
             is_plain &= _is_plain(marker, content)
             has_exif |= marker == EXIF and content.startswith(b"Exif")
-            has_density |= marker == JFIF and content[7:8] in (b"\1", b"\2")
-        is_plain &= size >= 2
+            is_jfif = marker == JFIF and content.startswith(b"JFIF")
+            has_density |= is_jfif and content[7:8] in (b"\1", b"\2")
+        is_plain &= size >= 2 and marker in KNOWN
         offset = end
     return None
 

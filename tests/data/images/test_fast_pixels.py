@@ -200,6 +200,30 @@ def test_sizes_are_those_of_pillow_and_it_opens_all_files_that_have_one():
     assert 1000 < told < 6000
 
 
+FRAME = bytes.fromhex("0007000903011100021100031100")
+
+
+@pytest.mark.parametrize(
+    ("marker", "content"),
+    [
+        (0xDE, b"\x08" + FRAME),
+        (0xF0, b"\xff\xc0\0\x11\x08" + FRAME),
+        (0xFF, b"\xc0\0\x11\x08" + FRAME),
+    ],
+)
+def test_no_size_is_told_where_pillow_finds_another_frame(marker: int, content: bytes):
+    image = Image.fromarray(picture(np.random.default_rng(3), 31, 40))
+    image.save(file := io.BytesIO(), "JPEG")
+    place = file.getvalue().index(b"\xff\xda")
+    size = b"" if marker == 0xFF else (2 + len(content)).to_bytes(2)
+    # As a segment, FF C0 00 would be of 49152 bytes.
+    rest = bytes(0xC002 - 2 - len(content)) if marker == 0xFF else b""
+    segment = bytes([0xFF, marker]) + size + content + rest
+    encoded = file.getvalue()[:place] + segment + file.getvalue()[place:]
+    assert Image.open(io.BytesIO(encoded)).size == (9, 7)
+    assert jpeg.plain_size(encoded) is None
+
+
 @pytest.mark.parametrize("options", [{"progressive": True}, {"mode": "CMYK"}])
 def test_what_is_decoded_to_know_whether_it_can_be(options):
     pytest.importorskip("simplejpeg")
