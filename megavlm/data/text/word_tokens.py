@@ -2,8 +2,8 @@
 
 A byte-level BPE (GPT-2's, Qwen2's, Llama 3's) cuts a text into words by a pattern and makes tokens
 of each word alone, so the tokens of a text are its words' tokens one after the other, and words
-come again. The pattern is rewritten for ASCII, where letters and digits are plain classes; other
-texts, and tokenizers of other kinds, take the tokenizer itself.
+come again. The patterns of these three are known here, for ASCII, where letters and digits are
+plain classes; other texts, and tokenizers with anything else, take the tokenizer itself.
 """
 
 from __future__ import annotations
@@ -13,12 +13,24 @@ import random
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
+from unicodedata import is_normalized
 
 import numpy as np
 
+Splitter = Callable[[str], list[str]]
+
 # That of GPT-2, which ByteLevel has inside.
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# Patterns hold no other class of characters than these; in ASCII they are plain.
+QWEN2_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+LLAMA3_PATTERN = QWEN2_PATTERN.replace(r"\p{N}|", r"\p{N}{1,3}|", 1)
+# Of other patterns one would have to know that Python reads them as the tokenizer does (^, {,2} and
+# others mean something else there), that they find a word again where it stands alone, and that
+# they leave no sign out.
+PATTERNS = (GPT2_PATTERN, QWEN2_PATTERN, LLAMA3_PATTERN)
+# The only classes of characters that they have beside those of Python.
 ASCII_CLASSES = {r"\p{L}": "A-Za-z", r"\p{N}": "0-9"}
 # Texts of all that patterns tell apart, which are compared with the tokenizer's before any other.
 TRIED_TEXTS = 100
@@ -49,6 +61,8 @@ class WordTokens:
     def __init__(self, backend: Any) -> None:
         self._backend = backend
         self._words, self._special = _splitters(json.loads(backend.to_str()))
+        if backend.encode_special_tokens:  # as ordinary text
+            self._words = None
         self._counts = _WordTable(lambda word: len(self._by_tokenizer(word)))
         self._tokens = _WordTable(lambda word: self._by_tokenizer(word).tobytes())
         self._counted = self._encoded = 0
@@ -138,10 +152,8 @@ class _WordTable(dict):
         return self[word]
 
 
-def _splitters(
-    facts: dict[str, Any],
-) -> tuple[Callable[[str], list[str]] | None, Callable[[str], list[str]]]:
-    """Return what cuts an ASCII text into words (None: not known), and what cuts it at special
+def _splitters(facts: dict[str, Any]) -> tuple[Splitter | None, Splitter]:
+    """Return what cuts an ASCII text into words (None: not known), and what cuts it at added
     tokens, which are every second part of the result.
 
     Args:
@@ -149,21 +161,41 @@ def _splitters(
     """
     added = facts.get("added_tokens") or []
     pattern = _pattern(facts)
-    if pattern is None or any(
-        token["single_word"] or token["lstrip"] or token["rstrip"] for token in added
-    ):
+    if pattern is None or not all(map(_is_plain, added)):
         return None, lambda text: [text]
-    names = sorted((token["content"] for token in added), key=len, reverse=True)
-    if not names:
-        return re.compile(pattern, re.ASCII).findall, lambda text: [text]
-    special = re.compile(f"({'|'.join(map(re.escape, names))})")
-    return re.compile(pattern, re.ASCII).findall, special.split
+    # The tokenizer looks for those that are not normalized first.
+    cuts = [
+        re.compile(f"({'|'.join(map(re.escape, sorted(names, key=len, reverse=True)))})").split
+        for is_late in (False, True)
+        if (names := [token["content"] for token in added if token["normalized"] is is_late])
+    ]
+    return re.compile(pattern, re.ASCII).findall, lambda text: _cut([text], cuts)
+
+
+def _cut(parts: list[str], cuts: Sequence[Splitter]) -> list[str]:
+    """Cut every second part, from the first on, by each of ``cuts`` in turn."""
+    for cut in cuts:
+        found = []
+        for number, part in enumerate(parts):
+            found += [part] if number % 2 else cut(part)
+        parts = found
+    return parts
+
+
+def _is_plain(token: dict[str, Any]) -> bool:
+    """Whether an added token is found wherever its content stands in a text, and only there."""
+    content = token["content"]
+    is_same = not token["normalized"] or is_normalized("NFC", content)
+    at_borders = token["single_word"] or token["lstrip"] or token["rstrip"]
+    return bool(content) and is_same and not at_borders
 
 
 def _pattern(facts: dict[str, Any]) -> str | None:
     """Return the pattern of words, for ASCII; None for a tokenizer of another kind."""
     model = facts.get("model") or {}
     normalizer = facts.get("normalizer")
+    if facts.get("truncation") or facts.get("padding"):
+        return None
     if model.get("type") != "BPE" or model.get("dropout") or model.get("end_of_word_suffix"):
         return None
     if normalizer is not None and normalizer.get("type") != "NFC":  # NFC leaves ASCII as it is
@@ -187,19 +219,13 @@ def _pattern(facts: dict[str, Any]) -> str | None:
 
 
 def _in_ascii(pattern: str) -> str | None:
-    """Rewrite a pattern for ASCII; None for one that has more than the classes known here."""
-    if not pattern or re.search(r"(?<!\\)\((?!\?)", pattern):  # a group would change what is found
+    """Rewrite a pattern for ASCII; None for one that is not known."""
+    if pattern not in PATTERNS:
         return None
     for name, plain in ASCII_CLASSES.items():
         # Outside of brackets a class needs its own.
-        parts = re.split(r"(\[(?:\\.|[^\]\\])*\])", pattern)
+        parts = re.split(r"(\[[^\]]*\])", pattern)
         parts[::2] = [part.replace(name, f"[{plain}]") for part in parts[::2]]
         parts[1::2] = [part.replace(name, plain) for part in parts[1::2]]
         pattern = "".join(parts)
-    if re.search(r"\\[pPkKXRhH]", pattern):
-        return None
-    try:
-        re.compile(pattern, re.ASCII)
-    except re.error:
-        return None
     return pattern

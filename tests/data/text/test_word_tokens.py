@@ -7,20 +7,16 @@ import random
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 
 from megavlm.data.records.record import Turn
 from megavlm.data.text import word_tokens
 from megavlm.data.text.chat_tokens import ChatTemplate
 from megavlm.data.text.templates import FORMATS
 from megavlm.data.text.tokenizer import add_special_tokens, load_tokenizer
-from megavlm.data.text.word_tokens import WordTokens
+from megavlm.data.text.word_tokens import LLAMA3_PATTERN, QWEN2_PATTERN, WordTokens
 
 TOKENIZER = Path(__file__).parents[2] / "golden" / "tokenizer"
-QWEN2_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 ALPHABET = [*"abcXYZ019 '.,-_<|>\n\r\t", "'s", "'LL", "  ", "<|im_end|>", "<img>", "\x1c", "word"]
 
 
@@ -60,7 +56,7 @@ def texts(count: int) -> list[str]:
     return ["".join(rng.choices(ALPHABET, k=rng.randint(0, 40))) for _ in range(count)]
 
 
-@pytest.mark.parametrize("pattern", ["", QWEN2_PATTERN])
+@pytest.mark.parametrize("pattern", ["", QWEN2_PATTERN, LLAMA3_PATTERN])
 def test_tokens_are_those_of_the_tokenizer(tokenizer, pattern: str, monkeypatch):
     monkeypatch.setattr(word_tokens, "COMPARED_TEXTS", 0)
     monkeypatch.setattr(word_tokens, "COMPARED_SHARE", 10**9)
@@ -74,12 +70,53 @@ def test_tokens_are_those_of_the_tokenizer(tokenizer, pattern: str, monkeypatch)
 
 
 def test_a_tokenizer_of_another_kind_makes_its_tokens_itself(tokenizer):
-    backend = with_pattern(tokenizer, r"\p{Lu}+|\p{Ll}+|.")
+    # The last finds all that is tried beforehand, and leaves out a sign that is not.
+    for pattern in (r"\p{Lu}+|\p{Ll}+|.", "^word|" + QWEN2_PATTERN, r" ?[!-~]+|[\x01-\x20]|\x7f"):
+        backend = with_pattern(tokenizer, pattern)
+        words = WordTokens(backend)
+        assert words._words is None
+        expected = backend.encode("One\0two", add_special_tokens=False).ids
+        assert words.count("One\0two") == len(expected)
+        assert words.encode(["One\0two"])[0].tolist() == expected
+
+
+def test_settings_that_change_all_tokens_are_the_tokenizers_own(tokenizer, monkeypatch):
+    monkeypatch.setattr(word_tokens, "COMPARED_TEXTS", 0)
+    monkeypatch.setattr(word_tokens, "COMPARED_SHARE", 10**9)
+    text = "word " * 50 + "<img>"
+    for setting in ("truncation", "padding", "special"):
+        backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        if setting == "truncation":
+            backend.enable_truncation(50)
+        elif setting == "padding":
+            backend.enable_padding(pad_to_multiple_of=64)
+        else:
+            backend.encode_special_tokens = True
+        words = WordTokens(backend)
+        expected = backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        assert expected != tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+        assert words.count(text) == len(expected)
+        assert words.encode([text])[0].tolist() == expected
+
+
+def test_added_tokens_are_found_in_the_order_of_the_tokenizer(tokenizer, monkeypatch):
+    monkeypatch.setattr(word_tokens, "COMPARED_TEXTS", 0)
+    monkeypatch.setattr(word_tokens, "COMPARED_SHARE", 10**9)
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.add_tokens([AddedToken(name, normalized=True) for name in ("ab<", "|im_end", "bcd")])
+    backend.add_tokens([AddedToken("bc", normalized=False)])
     words = WordTokens(backend)
-    assert words._words is None
-    expected = backend.encode("One two", add_special_tokens=False).ids
-    assert words.count("One two") == len(expected)
-    assert words.encode(["One two"])[0].tolist() == expected
+    assert words._words is not None
+    for text in ("ab<img>", "a<|im_end|>b", "abcd bc", "ab<x|im_end|"):
+        expected = backend.encode(text, add_special_tokens=False).ids
+        assert words.count(text) == len(expected), text
+        assert words.encode([text])[0].tolist() == expected, text
+
+
+def test_an_added_token_that_normalizing_changes_is_left_to_the_tokenizer(tokenizer):
+    backend = with_pattern(tokenizer, QWEN2_PATTERN)
+    backend.add_tokens([AddedToken("\u212a", normalized=True)])  # K, the sign of kelvin
+    assert WordTokens(backend)._words is None
 
 
 def test_words_that_are_cut_otherwise_are_not_taken(tokenizer, monkeypatch):
