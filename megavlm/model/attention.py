@@ -152,6 +152,7 @@ class PackedAttention(nn.Module):
     def _attend_to_all(
         self, query: Tensor, key: Tensor, value: Tensor, ends: Tensor, grouped: bool
     ) -> Tensor:
+        ends = ends.cpu()
         lengths = ends.diff()
         ends = ends.numpy()
         positions = own_positions(ends, self.group)
@@ -171,7 +172,9 @@ class PackedAttention(nn.Module):
         for q, k, v, position, start in zip(*parts, ends[:-1], strict=True):
             seen = position[:, None] >= torch.arange(start, start + k.shape[2])
             attended.append(
-                scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=grouped)
+                scaled_dot_product_attention(
+                    q, k, v, attn_mask=seen.to(q.device), enable_gqa=grouped
+                )
             )
         return _tokens_first(attended)
 

@@ -91,7 +91,7 @@ class SinkAttention(nn.Module):
         ranks = self.context_group.size()
         if ranks > 1:
             joined = torch.cat([key, value], dim=-1)
-            joined = gather_tokens(joined, ends.numpy(), self.context_group)
+            joined = gather_tokens(joined, ends.cpu().numpy(), self.context_group)
             key, value = joined.split((key.shape[-1], value.shape[-1]), dim=-1)
         query, key, value = (x.transpose(0, 1) for x in (query, key, value))
         samples = zip(
