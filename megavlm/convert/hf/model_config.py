@@ -25,7 +25,9 @@ def architecture_from_hf(folder: str | Path) -> Architecture:
     folder = Path(folder)
     path = folder / FILE_NAME
     raw = read_json(path)
-    if raw.get("quantization_config"):
+    quantised = raw.get("quantization_config") or {}
+    # Of MXFP4 a file of weights says by itself which are in it.
+    if quantised and quantised.get("quant_method") != "mxfp4":
         raise ValueError(
             f"{path}: has a quantization_config; quantised weights cannot be trained, name the"
             " folder of the original model"

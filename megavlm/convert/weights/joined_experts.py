@@ -117,11 +117,13 @@ class JoinedExperts(Mapping[str, Tensor]):
 
     def __init__(self, source: Tensors):
         self._source = source
-        self._parts: dict[str, list[str]] = {}
+        numbered: dict[str, dict[int, str]] = {}
         for name in source.headers:
             found = _CUT.fullmatch(name)
             if found is not None:
-                self._parts.setdefault(f"{found[1]}.{found[3]}", []).append(name)
+                numbered.setdefault(f"{found[1]}.{found[3]}", {})[int(found[2])] = name
+        # In any order of the source: as text, 10 is before 2.
+        self._parts = {name: [parts[n] for n in sorted(parts)] for name, parts in numbered.items()}
         joined = {names[0]: name for name, names in self._parts.items()}
         parts = {part for names in self._parts.values() for part in names}
         self.headers: dict[str, Header] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -64,6 +65,10 @@ def test_a_foreign_folder_in_mxfp4_is_read_as_transformers_reads_it(tmp_path: Pa
         expected[name] = convert_moe_packed_tensors(blocks, scales)
     assert len(expected) == 4
     save_file(tensors, path, metadata={"format": "pt"})
+    config = folder / "config.json"
+    settings = json.loads(config.read_text())
+    settings["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": []}
+    config.write_text(json.dumps(settings))
     assert convert.architecture_from_hf(folder) == MODEL
     view = convert.hf_tensors_as_megatron(folder, MODEL)
     [fused] = [one for name, one in expected.items() if "layers.1." in name and "gate" in name]
@@ -88,18 +93,20 @@ def test_cutting_and_joining_are_inverse() -> None:
     found = _Tensors(
         {
             "head": torch.randn(3),
-            f"{STEM}.gate_up_proj": torch.randn(3, 4, 10),
-            f"{STEM}.gate_up_proj_bias": torch.randn(3, 10),
-            f"{STEM}.down_proj": torch.randn(3, 5, 4),
-            f"{STEM}.down_proj_bias": torch.randn(3, 4),
+            f"{STEM}.gate_up_proj": torch.randn(12, 4, 10),
+            f"{STEM}.gate_up_proj_bias": torch.randn(12, 10),
+            f"{STEM}.down_proj": torch.randn(12, 5, 4),
+            f"{STEM}.down_proj_bias": torch.randn(12, 4),
         }
     )
     cut = CutExperts(found)
-    assert len(cut.headers) == 1 + 3 * 4
+    assert len(cut.headers) == 1 + 12 * 4
     assert cut.headers[f"{STEM}.2.down_proj"].shape == (5, 4)
     joined = JoinedExperts(cut)
     assert joined.headers == found.headers
     assert all(torch.equal(joined[name], one) for name, one in found.items())
+    in_order_of_text = JoinedExperts(_Tensors({name: cut[name] for name in sorted(cut.headers)}))
+    assert all(torch.equal(in_order_of_text[name], one) for name, one in found.items())
 
 
 def test_half_of_a_weight_in_4_bits_is_refused() -> None:
