@@ -40,18 +40,25 @@ def problems(settings: Mapping[str, Any], section: str) -> Iterator[str]:
     yield from missing(section, settings, *_NEEDED)
     yield from contradictions(section, settings, gpt_oss.FAMILY.settings)
     kinds = settings.get("layer_types")
-    if kinds is not None and list(kinds) != _layer_types(len(kinds)):
+    if kinds is not None and list(kinds) != _layer_types(
+        settings.get("num_hidden_layers") or len(kinds)
+    ):
         yield (
-            f"{section}.layer_types are not sliding_attention and full_attention by turns, which"
-            " all models of the family have"
+            f"{section}.layer_types are not sliding_attention and full_attention by turns, one for"
+            " each of num_hidden_layers, which all models of the family have"
         ).lstrip(".")
+    if settings.get("sliding_window") == 0:
+        yield f"{section}.sliding_window is 0, must be at least 1".lstrip(".")
     scaling = _scaling(settings)
-    kind = _rope_type(scaling)
     name = f"{section}.rope_scaling".lstrip(".")
+    if any(isinstance(value, Mapping) for value in scaling.values()):
+        yield f"{name}: rotary positions of each kind of layer, must be the same in all"
+        return
+    kind = _rope_type(scaling)
     if kind not in ("yarn", "default"):
         yield f"{name}: rotary positions are of type {kind!r}, must be 'yarn' or 'default'"
         return
-    if "rope_theta" not in scaling and settings.get("rope_theta") is None:
+    if scaling.get("rope_theta", settings.get("rope_theta")) is None:
         yield f"{section}.rope_theta is missing".lstrip(".")
     if kind == "yarn":
         yield from missing(name, scaling, *_NEEDED_OF_YARN)
@@ -69,7 +76,7 @@ def read(settings: Mapping[str, Any], *, tied_head: bool) -> Language:
         yarn = dict(
             rotary_yarn_factor=float(scaling["factor"]),
             rotary_yarn_positions=scaling["original_max_position_embeddings"],
-            rotary_yarn_truncate=scaling.get("truncate", True),
+            rotary_yarn_truncate=bool(scaling.get("truncate", True)),
         )
     return Language(
         family="gpt_oss",
