@@ -84,9 +84,14 @@ class PackRouter(TopKRouter):
             self.register_buffer("expert_bias", torch.zeros(count))
 
     @property
+    def _is_trained(self) -> bool:
+        """Whether a loss on the scores moves anything."""
+        return any(parameter.requires_grad for parameter in self.parameters())
+
+    @property
     def looks_back(self) -> bool:
         """Whether a step depends on the choices of the one before it."""
-        return (self.balances_steps or self.bias_rate > 0) and self.weight.requires_grad
+        return (self.balances_steps or self.bias_rate > 0) and self._is_trained
 
     def remember(self, choices: Tensor) -> None:
         """Take the choices of a whole step [2, E], see ``choices``."""
@@ -164,7 +169,7 @@ class PackRouter(TopKRouter):
         self.load += torch.cat([own[0], balance.detach()[None], part])
         balance_weight = self.config.moe_aux_loss_coeff
         z_weight = self.config.moe_z_loss_coeff or 0.0
-        if not self.weight.requires_grad or not (balance_weight or z_weight):
+        if not self._is_trained or not (balance_weight or z_weight):
             return weights
         loss = balance_weight * balance
         if z_weight:

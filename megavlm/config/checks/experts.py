@@ -222,8 +222,13 @@ def _adapter_problems(arch: Architecture) -> Iterator[str]:
 def _ignored_settings(config: Config) -> Iterator[str]:
     """Yield settings of experts that this run would not read."""
     experts = config.experts
-    layers = range(config.architecture.language.num_layers)
-    routers = [f"language.decoder.layers.{layer}.mlp.router.weight" for layer in layers]
+    language = config.architecture.language
+    names = ("weight", "bias") if language.linear_bias else ("weight",)
+    routers = [
+        f"language.decoder.layers.{layer}.mlp.router.{name}"
+        for layer in range(language.num_layers)
+        for name in names
+    ]
     trainable = config.training.trainable
     if not any(matches(key, pattern) for key in routers for pattern in trainable):
         for name, value in changed(experts, *_OF_ROUTERS).items():
@@ -237,7 +242,7 @@ def _ignored_settings(config: Config) -> Iterator[str]:
             f"--experts.balance_over {experts.balance_over} has no effect with"
             " --experts.balance_loss 0; leave it out, or use a weight such as 0.001"
         )
-    if changed(experts, "bias_update_rate") and not config.architecture.language.router_bias:
+    if changed(experts, "bias_update_rate") and not language.router_bias:
         yield (
             f"--experts.bias_update_rate {experts.bias_update_rate} has no effect without"
             f" {_FLAG}.router_bias true; leave it out"

@@ -39,6 +39,7 @@ def vision_settings(raw: Mapping[str, Any]) -> dict[str, Any]:
 def vision_problems(found: Mapping[str, Any], section: str) -> Iterator[str]:
     """Yield settings of the vision encoder that our model does not support."""
     yield from shared.contradictions(section, found, _FIXED_VISION)
+    yield from shared.no_sizes(section, found, "image_size", "patch_size")
 
 
 def read_vision(found: Mapping[str, Any], folder: Path) -> Vision:

@@ -45,18 +45,16 @@ _FIXED: dict[str, dict[str, Any]] = {
 # beside them.
 _TEMPLATES = ("internvl2_5", "Hermes-2", "internlm2-chat", "phi3-chat")
 _TEMPLATES_OF = {"gpt_oss": ("internvl3_5_gpt_oss",)}
-_NEEDED_OF_VISION = (
+_SIZES_OF_VISION = (
     "image_size",
     "patch_size",
     "num_hidden_layers",
     "hidden_size",
     "intermediate_size",
     "num_attention_heads",
-    "norm_type",
-    "layer_norm_eps",
-    "qkv_bias",
-    "qk_normalization",
 )
+_FLAGS_OF_VISION = ("qkv_bias", "qk_normalization")
+_NEEDED_OF_VISION = (*_SIZES_OF_VISION, *_FLAGS_OF_VISION, "norm_type", "layer_norm_eps")
 
 
 def read(raw: dict[str, Any], folder: Path, *, has_head: bool | None) -> Architecture:
@@ -105,6 +103,9 @@ def vision_problems(vision: dict[str, Any], section: str) -> Iterator[str]:
     settings in the file.
     """
     yield from shared.missing(section, vision, *_NEEDED_OF_VISION)
+    yield from shared.no_sizes(section, vision, *_SIZES_OF_VISION)
+    yield from shared.no_positive_numbers(section, vision, "layer_norm_eps", "initializer_factor")
+    yield from shared.no_flags(section, vision, *_FLAGS_OF_VISION)
     yield from shared.contradictions(section, vision, _FIXED["vision_config"])
     if vision.get("norm_type") not in (None, *NORMS):
         name = f"{section}.norm_type".lstrip(".")
@@ -126,7 +127,7 @@ def read_vision(
         layernorm_epsilon=settings["layer_norm_eps"],
         qkv_bias=settings["qkv_bias"],
         qk_norm=settings["qk_normalization"],
-        layer_scale=settings.get("initializer_factor", 0.1),
+        layer_scale=settings.get("initializer_factor") or 0.1,
         pixel_mean=mean,
         pixel_std=std,
     )

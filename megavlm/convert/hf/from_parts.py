@@ -122,7 +122,7 @@ def language_from_hf(init: Init, image_tokens: str = "internvl") -> Language:
 def _language(folder: Path) -> Language:
     """Read the language model exactly as its folder describes it."""
     path = folder / json_files.FILE_NAME
-    raw = json_files.read_json(path)
+    raw = json_files.read_config(path)
     if raw.get("model_type") not in FAMILIES:
         raise ValueError(
             f"--init.language {path}: model_type is {raw.get('model_type')!r}, must be one of"
@@ -298,7 +298,7 @@ def _serve_language(config: Config) -> Callable[[str], Served]:
     view = MegatronView(source, tuple(table))
     _, new = extend_tokenizer(config.init, wanted.image_tokens)
     std = float(
-        json_files.read_json(folder / json_files.FILE_NAME).get(
+        json_files.read_config(folder / json_files.FILE_NAME).get(
             "initializer_range", _INITIALIZER_RANGE
         )
     )

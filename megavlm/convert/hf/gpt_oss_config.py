@@ -6,9 +6,17 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from megavlm.config.schema import Language
-from megavlm.convert.hf.json_files import contradictions, missing
+from megavlm.convert.hf.json_files import (
+    contradictions,
+    missing,
+    no_positive_numbers,
+    no_sizes,
+    rotary_problems,
+    rotary_settings,
+)
 from megavlm.convert.weights.families import gpt_oss
 
+_EPSILON = "rms_norm_eps"
 _NEEDED = (
     "num_hidden_layers",
     "hidden_size",
@@ -18,7 +26,7 @@ _NEEDED = (
     "head_dim",
     "vocab_size",
     "max_position_embeddings",
-    "rms_norm_eps",
+    _EPSILON,
     "num_local_experts",
     "num_experts_per_tok",
     "sliding_window",
@@ -38,17 +46,17 @@ _NEEDED_OF_YARN = ("factor", "original_max_position_embeddings")
 def problems(settings: Mapping[str, Any], section: str) -> Iterator[str]:
     """Yield why a GPT-OSS cannot be trained here; arguments as of ``language_config.problems``."""
     yield from missing(section, settings, *_NEEDED)
+    unreadable = list(_unreadable(settings, section))
+    if unreadable:
+        yield from unreadable
+        return
     yield from contradictions(section, settings, gpt_oss.FAMILY.settings)
     kinds = settings.get("layer_types")
-    if kinds is not None and list(kinds) != _layer_types(
-        settings.get("num_hidden_layers") or len(kinds)
-    ):
+    if kinds is not None and kinds != _layer_types(settings.get("num_hidden_layers") or len(kinds)):
         yield (
             f"{section}.layer_types are not sliding_attention and full_attention by turns, one for"
             " each of num_hidden_layers, which all models of the family have"
         ).lstrip(".")
-    if settings.get("sliding_window") == 0:
-        yield f"{section}.sliding_window is 0, must be at least 1".lstrip(".")
     scaling = _scaling(settings)
     name = f"{section}.rope_scaling".lstrip(".")
     if any(isinstance(value, Mapping) for value in scaling.values()):
@@ -63,6 +71,17 @@ def problems(settings: Mapping[str, Any], section: str) -> Iterator[str]:
     if kind == "yarn":
         yield from missing(name, scaling, *_NEEDED_OF_YARN)
         yield from contradictions(name, scaling, _YARN)
+
+
+def _unreadable(settings: Mapping[str, Any], section: str) -> Iterator[str]:
+    """Yield settings whose values are of another kind than ``read`` takes."""
+    yield from no_sizes(section, settings, *(name for name in _NEEDED if name != _EPSILON))
+    yield from no_positive_numbers(section, settings, _EPSILON)
+    scaling = rotary_settings(settings)
+    if isinstance(scaling, Mapping):
+        name = f"{section}.rope_scaling".lstrip(".")
+        yield from no_sizes(name, scaling, "original_max_position_embeddings")
+    yield from rotary_problems(section, settings)
 
 
 def read(settings: Mapping[str, Any], *, tied_head: bool) -> Language:
@@ -88,7 +107,7 @@ def read(settings: Mapping[str, Any], *, tied_head: bool) -> Language:
         kv_channels=0 if size * heads == width else size,
         vocab_size=settings["vocab_size"],
         rotary_base=float(scaling.get("rope_theta", settings.get("rope_theta"))),
-        layernorm_epsilon=settings["rms_norm_eps"],
+        layernorm_epsilon=settings[_EPSILON],
         max_position_embeddings=settings["max_position_embeddings"],
         tied_head=tied_head,
         num_experts=settings["num_local_experts"],
@@ -121,7 +140,7 @@ def write(language: Language) -> dict[str, Any]:
         "num_key_value_heads": language.num_query_groups,
         "head_dim": language.head_size,
         "vocab_size": language.vocab_size,
-        "rms_norm_eps": language.layernorm_epsilon,
+        _EPSILON: language.layernorm_epsilon,
         "max_position_embeddings": language.max_position_embeddings,
         "num_local_experts": language.num_experts,
         "num_experts_per_tok": language.experts_per_token,
@@ -142,7 +161,7 @@ def _scaling(settings: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the settings of rotary positions, as transformers 5 or 4 calls them. The class of
     GPT-OSS takes YaRN if there are none.
     """
-    return settings.get("rope_parameters") or settings.get("rope_scaling") or {"rope_type": "yarn"}
+    return rotary_settings(settings) or {"rope_type": "yarn"}
 
 
 def _rope_type(scaling: Mapping[str, Any]) -> str:

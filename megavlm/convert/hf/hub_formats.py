@@ -29,7 +29,7 @@ from megavlm.convert.hf import (
     preprocessing,
     processor,
 )
-from megavlm.convert.hf.json_files import FILE_NAME, read_json
+from megavlm.convert.hf.json_files import FILE_NAME, read_config
 from megavlm.convert.hf.preprocessing import Usage
 from megavlm.convert.weights import pairs
 from megavlm.convert.weights.tables import Dialect, llava_name_on_disk, name_on_disk
@@ -211,7 +211,7 @@ def dialect_of(folder: str | Path) -> Dialect:
         ValueError: it is of another kind of model.
     """
     path = Path(folder) / FILE_NAME
-    settings = read_json(path)
+    settings = read_config(path)
     found = settings.get("model_type")
     of_kind = {dialect: row for dialect, row in HUB_FORMATS.items() if row.model_type == found}
     if not of_kind:

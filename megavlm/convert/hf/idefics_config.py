@@ -83,10 +83,7 @@ def _problems(settings: dict[str, Any], text: dict[str, Any]) -> Iterator[str]:
     vision = settings["vision_config"]
     for section, fixed in _FIXED.items():
         yield from shared.contradictions(section, settings[section] if section else settings, fixed)
-    yield from clip_vision.activation_problems(vision, "vision_config")
-    for name in ("image_size", "patch_size"):
-        if not isinstance(vision[name], int):
-            yield f"vision_config.{name} is {vision[name]}, must be one number"
+    yield from clip_vision.problems(vision, "vision_config")
     if settings["alpha_type"] not in _GATES:
         yield f"alpha_type is {settings['alpha_type']!r}, must be {' or '.join(_GATES)}"
     every = settings["cross_layer_interval"]

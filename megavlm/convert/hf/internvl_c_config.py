@@ -15,7 +15,7 @@ import torch
 from megavlm.config.connectors import Connector
 from megavlm.config.schema import Architecture, Contrastive, Language
 from megavlm.convert.hf import chat_config, json_files, language_config, tokenizer_files
-from megavlm.convert.hf.json_files import FILE_NAME, IMAGE_PROCESSOR_NAME, read_json, write_json
+from megavlm.convert.hf.json_files import FILE_NAME, IMAGE_PROCESSOR_NAME, read_config, write_json
 from megavlm.convert.hf.pairs_config import image_processor
 from megavlm.convert.hf.preprocessing import Usage
 from megavlm.convert.weights.families import written_as
@@ -35,9 +35,10 @@ _CODE = "OpenGVLab/InternViT-6B-224px"
 def read(raw: dict[str, Any], folder: Path, *, has_head: bool | None) -> Architecture:
     """Read the architecture; arguments and errors as of ``native_config.read``."""
     path = folder / FILE_NAME
-    json_files.refuse(path, list(json_files.missing("", raw, *_NEEDED)))
+    wrong = [*json_files.missing("", raw, *_NEEDED), *json_files.no_sizes("", raw, *_NEEDED)]
+    json_files.refuse(path, wrong)
     vision_path = folder / VISION / FILE_NAME
-    vision = read_json(vision_path)
+    vision = read_config(vision_path)
     json_files.refuse(vision_path, list(chat_config.vision_problems(vision, "")))
     pixels = json_files.normalisation(folder / VISION)
     return Architecture(
@@ -53,7 +54,7 @@ def read(raw: dict[str, Any], folder: Path, *, has_head: bool | None) -> Archite
 
 
 def _language(path: Path) -> Language:
-    settings = read_json(path)
+    settings = read_config(path)
     json_files.refuse(path, list(language_config.problems(settings, "")))
     return language_config.read(settings, tied_head=False)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,19 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: not JSON ({error})") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: not a JSON object")
+    return content
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Read a config.json; errors as of ``read_json``."""
+    content = read_json(path)
+    wrong = []
+    if not isinstance(content.get("model_type"), str | None):
+        wrong.append(f"model_type is {content['model_type']!r}, must be text")
+    named = content.get("architectures") or []
+    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+        wrong.append(f"architectures is {named!r}, must be a list of names of classes")
+    refuse(path, wrong)
     return content
 
 
@@ -72,6 +86,51 @@ def missing(section: str, found: Mapping[str, Any], *names: str) -> Iterator[str
     return (f"{section}.{name} is missing".lstrip(".") for name in names if found.get(name) is None)
 
 
+def no_sizes(section: str, found: Mapping[str, Any], *names: str, least: int = 1) -> Iterator[str]:
+    """Yield settings that are stated and no whole numbers of at least ``least``."""
+    for name in names:
+        value = found.get(name)
+        if value is not None and (type(value) is not int or value < least):
+            yield (
+                f"{section}.{name}".lstrip(".")
+                + f" is {value!r}, must be a whole number of at least {least}"
+            )
+
+
+def no_positive_numbers(section: str, found: Mapping[str, Any], *names: str) -> Iterator[str]:
+    """Yield settings that are stated and no numbers above 0."""
+    for name in names:
+        value = found.get(name)
+        if value is not None and (type(value) not in (int, float) or not 0 < value < math.inf):
+            yield f"{section}.{name}".lstrip(".") + f" is {value!r}, must be a number above 0"
+
+
+def no_flags(section: str, found: Mapping[str, Any], *names: str) -> Iterator[str]:
+    """Yield settings that are stated and neither true nor false."""
+    for name in names:
+        if not isinstance(found.get(name), bool | None):
+            yield f"{section}.{name}".lstrip(".") + f" is {found[name]!r}, must be true or false"
+
+
+def rotary_problems(section: str, found: Mapping[str, Any]) -> Iterator[str]:
+    """Yield why the settings of rotary positions cannot be read."""
+    yield from no_positive_numbers(section, found, "rope_theta", "partial_rotary_factor")
+    for name in ("rope_parameters", "rope_scaling"):
+        scaling = found.get(name)
+        if isinstance(scaling, Mapping):
+            numbers = ("rope_theta", "factor", "partial_rotary_factor")
+            yield from no_positive_numbers(f"{section}.{name}".lstrip("."), scaling, *numbers)
+        elif scaling is not None:
+            yield f"{section}.{name}".lstrip(".") + f" is {scaling!r}, must be an object"
+
+
+def rotary_settings(found: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the settings of rotary positions as transformers 5 or 4 calls them; empty if there
+    are none.
+    """
+    return found.get("rope_parameters") or found.get("rope_scaling") or {}
+
+
 def refuse(path: Path, wrong: list[str]) -> None:
     """Raise ValueError where anything is wrong with a model's settings."""
     if wrong:
@@ -93,15 +152,27 @@ def image_processor(folder: Path) -> dict[str, Any]:
 def normalisation(
     folder: Path, usual: tuple[tuple[float, ...], tuple[float, ...]] = PIXELS["imagenet"]
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of pixels; ``usual`` where the folder says nothing."""
+    """Mean and standard deviation of pixels; ``usual`` if the folder says nothing.
+
+    Raises:
+        ValueError: the folder says what cannot be one.
+    """
     found = image_processor(folder)
     mean, std = usual
-    return _of_colours(found.get("image_mean", mean)), _of_colours(found.get("image_std", std))
+    return (
+        _of_colours(folder, "image_mean", found.get("image_mean", mean)),
+        _of_colours(folder, "image_std", found.get("image_std", std)),
+    )
 
 
-def _of_colours(found: float | Sequence[float]) -> tuple[float, ...]:
+def _of_colours(folder: Path, name: str, found: Any) -> tuple[float, ...]:
     """Return a value for each of red, green and blue, of one for all or three."""
-    return tuple(found) if isinstance(found, Sequence) else (float(found),) * 3
+    values = tuple(found) if isinstance(found, Sequence) else (found,) * 3
+    if len(values) != 3 or not all(type(value) in (int, float) for value in values):
+        raise ValueError(
+            f"{folder}: {name} of the image processor is {found!r}, must be a number or three"
+        )
+    return tuple(map(float, values))
 
 
 def whole_inverse(ratio: float) -> int:

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from megavlm.config.schema import Language
 from megavlm.convert.hf import gpt_oss_config, opt_config
-from megavlm.convert.hf.json_files import contradictions, missing
+from megavlm.convert.hf.json_files import (
+    contradictions,
+    missing,
+    no_flags,
+    no_positive_numbers,
+    no_sizes,
+    rotary_problems,
+    rotary_settings,
+)
 from megavlm.convert.weights.families import FAMILIES
 from megavlm.convert.weights.families.family import Family
 
@@ -21,6 +29,7 @@ _NEEDED = (
     "vocab_size",
     "max_position_embeddings",
 )
+_STATED_BY_SOME = ("num_key_value_heads", "head_dim")
 # Fields about experts that config.json need not state.
 _UNSTATED = {"norm_topk_prob": False, "routed_scaling": 1.0}
 
@@ -33,7 +42,7 @@ def problems(settings: Mapping[str, Any], section: str) -> Iterator[str]:
         section: name of that part.
     """
     kind = settings.get("model_type")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         yield f"{section}.model_type is {kind!r}, must be one of {', '.join(FAMILIES)}"
         return
     if kind in _OF_THEIR_OWN:
@@ -42,8 +51,12 @@ def problems(settings: Mapping[str, Any], section: str) -> Iterator[str]:
     family = FAMILIES[kind]
     settings = _with_experts(settings)
     yield from missing(section, settings, *_NEEDED, family.norm_epsilon)
-    needed = (name for field, name in family.expert_names.items() if field not in _UNSTATED)
+    needed = [name for field, name in family.expert_names.items() if field not in _UNSTATED]
     yield from missing(section, settings, *needed)
+    unreadable = list(_unreadable(settings, section, family, needed))
+    if unreadable:
+        yield from unreadable
+        return
     stated = {
         name: value
         for name, value in settings.items()
@@ -69,6 +82,18 @@ def problems(settings: Mapping[str, Any], section: str) -> Iterator[str]:
             f"{section}.head_dim is {settings['head_dim']}, must be hidden_size /"
             f" num_attention_heads = {width / heads:g}"
         )
+
+
+def _unreadable(
+    settings: Mapping[str, Any], section: str, family: Family, of_experts: Sequence[str]
+) -> Iterator[str]:
+    """Yield settings whose values are of another kind than ``read`` takes."""
+    yield from no_sizes(section, settings, *_NEEDED, *_STATED_BY_SOME)
+    yield from no_sizes(section, settings, *of_experts, least=0)
+    scaling = family.expert_names.get("routed_scaling", "")
+    yield from no_positive_numbers(section, settings, family.norm_epsilon, scaling)
+    yield from rotary_problems(section, settings)
+    yield from no_flags(section, settings, family.expert_names.get("norm_topk_prob", ""))
 
 
 def read(settings: Mapping[str, Any], *, tied_head: bool) -> Language:
@@ -117,7 +142,7 @@ def _read_experts(settings: Mapping[str, Any]) -> dict[str, Any]:
     family = FAMILIES[settings["model_type"]]
     # transformers leaves weights as they are if the file says nothing.
     found = {
-        field: settings.get(name, _UNSTATED.get(field))
+        field: _UNSTATED.get(field) if settings.get(name) is None else settings[name]
         for field, name in family.expert_names.items()
     }
     if family.counts_shared:
@@ -139,9 +164,9 @@ def _rotary(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Merge the settings of rotary positions into one mapping; transformers 4 keeps the base apart
     from the rest, transformers 5 does not.
     """
-    scaling = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
+    scaling = rotary_settings(settings)
     kind = scaling.get("rope_type", scaling.get("type", "default"))
-    base = scaling.get("rope_theta", settings.get("rope_theta") or 1e4)
+    base = scaling.get("rope_theta") or settings.get("rope_theta") or 1e4
     found = {"rope_type": kind, "rope_theta": base}
     partial = scaling.get("partial_rotary_factor", settings.get("partial_rotary_factor"))
     if partial is not None:

@@ -63,7 +63,7 @@ def _problems(settings: dict[str, Any]) -> Iterator[str]:
             f"projector_hidden_act is {settings['projector_hidden_act']!r}, must be one of"
             f" {', '.join(_CONNECTORS)}"
         )
-    yield from clip_vision.activation_problems(vision, "vision_config")
+    yield from clip_vision.problems(vision, "vision_config")
     layer = settings["vision_feature_layer"]
     if not isinstance(layer, int):
         yield f"vision_feature_layer is {layer}, must be one layer"

@@ -9,7 +9,7 @@ from typing import Any
 from megavlm.config.differences import differing
 from megavlm.config.schema import Architecture
 from megavlm.convert.hf.hub_formats import hub_format_of
-from megavlm.convert.hf.json_files import FILE_NAME, read_json
+from megavlm.convert.hf.json_files import FILE_NAME, read_config
 from megavlm.convert.hf.safetensors_files import tensor_names
 from megavlm.convert.weights.tables import head_names, name_on_disk
 
@@ -24,7 +24,7 @@ def architecture_from_hf(folder: str | Path) -> Architecture:
     """
     folder = Path(folder)
     path = folder / FILE_NAME
-    raw = read_json(path)
+    raw = read_config(path)
     quantised = raw.get("quantization_config") or {}
     # Of MXFP4 a file of weights says by itself which are in it.
     if quantised and quantised.get("quant_method") != "mxfp4":

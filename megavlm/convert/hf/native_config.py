@@ -74,7 +74,7 @@ def _problems(settings: dict[str, Any]) -> Iterator[str]:
             f"vision_config.norm_type is {vision['norm_type']!r}, must be one of {', '.join(NORMS)}"
         )
     for name in ("image_size", "patch_size"):
-        if vision[name][0] != vision[name][1]:
+        if len(vision[name]) != 2 or vision[name][0] != vision[name][1]:
             yield f"vision_config.{name} is {list(vision[name])}, must be square"
     if vision["use_qk_norm"] and vision["layer_norm_eps"] != _QK_NORM_EPSILON:
         yield (

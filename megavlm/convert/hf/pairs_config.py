@@ -23,8 +23,11 @@ _OLD_END = 2
 
 def read_clip(raw: dict[str, Any], folder: Path, *, has_head: bool | None) -> Architecture:
     """Read the architecture of a ``CLIPModel``; see ``native_config.read``."""
-    found = CLIPConfig.from_dict(raw).to_dict()  # fills in what the file leaves out
-    json_files.refuse(folder / FILE_NAME, list(_problems(found)))
+    found = json_files.complete(CLIPConfig, raw, folder / FILE_NAME)
+    wrong = [*_problems(found), *json_files.missing("", found, "projection_dim")]
+    json_files.refuse(
+        folder / FILE_NAME, [*wrong, *json_files.no_sizes("", found, "projection_dim")]
+    )
     return Architecture(
         objective="contrastive",
         vision=_vision("clip", found["vision_config"], folder),
@@ -36,10 +39,10 @@ def read_clip(raw: dict[str, Any], folder: Path, *, has_head: bool | None) -> Ar
 
 def read_siglip(raw: dict[str, Any], folder: Path, *, has_head: bool | None) -> Architecture:
     """Read the architecture of a ``SiglipModel``; see ``native_config.read``."""
-    found = SiglipConfig.from_dict(raw).to_dict()  # fills in what the file leaves out
+    found = json_files.complete(SiglipConfig, raw, folder / FILE_NAME)
     text = found["text_config"]
     size = text.get("projection_size") or text["hidden_size"]
-    wrong = list(_problems(found))
+    wrong = [*_problems(found), *json_files.no_sizes("text_config", text, "projection_size")]
     if not found["vision_config"].get("vision_use_head", True):
         wrong.append("vision_config.vision_use_head is False, must be True")
     json_files.refuse(folder / FILE_NAME, wrong)
@@ -55,7 +58,7 @@ def read_siglip(raw: dict[str, Any], folder: Path, *, has_head: bool | None) -> 
 def _problems(found: dict[str, Any]) -> Iterator[str]:
     """Yield settings that our model does not support."""
     for section in ("vision_config", "text_config"):
-        yield from clip_vision.activation_problems(found[section], section)
+        yield from clip_vision.problems(found[section], section)
     yield from json_files.contradictions(
         "vision_config", found["vision_config"], {"num_channels": 3}
     )

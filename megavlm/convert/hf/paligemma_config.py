@@ -55,7 +55,7 @@ def _problems(settings: dict[str, Any]) -> Iterator[str]:
     vision = settings["vision_config"]
     text = dict(settings["text_config"])
     yield from shared.contradictions("vision_config", vision, _VISION)
-    yield from clip_vision.activation_problems(vision, "vision_config")
+    yield from clip_vision.problems(vision, "vision_config")
     if text.pop(_BIDIRECTIONAL, True) is False:
         yield f"text_config.{_BIDIRECTIONAL} is False, must be True: prefixes are bidirectional"
     if text.get("model_type") != "gemma":

@@ -99,7 +99,7 @@ def _with_text(found: QFormer, text: str | Path, known: QFormer) -> QFormer:
 def _read(folder: str | Path, known: QFormer, flag: str) -> tuple[QFormer, bool]:
     """Return the sizes of a folder's Q-Former, and whether it has what reads texts."""
     path = Path(folder) / json_files.FILE_NAME
-    raw = json_files.read_json(path)
+    raw = json_files.read_config(path)
     kind = raw.get("model_type")
     if kind == _BERT:
         return _of_bert(path, raw, known), True
@@ -107,7 +107,7 @@ def _read(folder: str | Path, known: QFormer, flag: str) -> tuple[QFormer, bool]
         raise ValueError(
             f"{flag} {path}: model_type is {kind!r}, must be one of {', '.join((*_FORMS, _BERT))}"
         )
-    settings = _FORMS[kind].from_dict(raw).to_dict()
+    settings = json_files.complete(_FORMS[kind], raw, path)
     wrong = json_files.contradictions(
         "qformer_config", settings["qformer_config"], {"hidden_act": "gelu"}
     )
@@ -125,7 +125,7 @@ def _read(folder: str | Path, known: QFormer, flag: str) -> tuple[QFormer, bool]
 
 
 def _of_bert(path: Path, raw: dict[str, Any], known: QFormer) -> QFormer:
-    found = BertConfig.from_dict(raw).to_dict()
+    found = json_files.complete(BertConfig, raw, path)
     json_files.refuse(path, list(json_files.contradictions("", found, {"hidden_act": "gelu"})))
     return replace(
         known,
@@ -176,7 +176,7 @@ def serve(config: Config, fresh: FullTensor) -> FullTensor:
 def _open(path: str, architecture: Architecture, wants: Callable[[str], bool]) -> MegatronView:
     """Open the weights of a folder whose keys are wanted; errors as of ``serve``."""
     folder = Path(path)
-    kind = json_files.read_json(folder / json_files.FILE_NAME)["model_type"]
+    kind = json_files.read_config(folder / json_files.FILE_NAME)["model_type"]
     table = [row for row in _table(architecture, kind) if wants(row.key)]
     known = SafetensorsFolder(folder, rename=_rename(kind, {n for row in table for n in row.names}))
     # A first stage has no layer to a language model, and another language model another width.

@@ -35,7 +35,7 @@ _LAYER = re.compile(r"encoder\.layers\.(\d+)\.")
 
 def is_encoder(folder: str) -> bool:
     """Return whether a folder holds a vision encoder alone; raises as ``read_json``."""
-    kind = json_files.read_json(Path(folder) / json_files.FILE_NAME).get("model_type")
+    kind = json_files.read_config(Path(folder) / json_files.FILE_NAME).get("model_type")
     return kind == _INTERNVIT or kind in _CLIP_KINDS or kind in blip2_config.VISION_TYPES
 
 
@@ -53,7 +53,7 @@ def vision_from_hf(folder: str | Path, like: Vision | None = None) -> Vision:
         ValueError: it is none of them, or none that can be trained here.
     """
     path = Path(folder) / json_files.FILE_NAME
-    raw = json_files.read_json(path)
+    raw = json_files.read_config(path)
     kind = raw.get("model_type")
     if kind == _INTERNVIT:
         json_files.refuse(path, list(chat_config.vision_problems(raw, "")))
@@ -69,9 +69,7 @@ def vision_from_hf(folder: str | Path, like: Vision | None = None) -> Vision:
             f" {', '.join((_INTERNVIT, *_CLIP_KINDS, *_EVA_KINDS))}"
         )
     family, form = _CLIP_KINDS[kind]
-    found = form.from_dict(
-        raw.get("vision_config", raw)
-    ).to_dict()  # fills in what the file leaves out
+    found = json_files.complete(form, raw.get("vision_config", raw), path)
     has_like = like is not None and like.family == family
     unused = like.unused_layers if has_like else 1
     json_files.refuse(path, list(_clip_problems(found, unused)))
@@ -86,7 +84,7 @@ def vision_from_hf(folder: str | Path, like: Vision | None = None) -> Vision:
 
 def _clip_problems(found: dict[str, Any], unused: int) -> Iterator[str]:
     """Yield settings that our model does not support; ``unused`` layers are not built."""
-    yield from clip_vision.activation_problems(found, "")
+    yield from clip_vision.problems(found, "")
     if found["num_hidden_layers"] <= unused:
         yield (
             f"num_hidden_layers is {found['num_hidden_layers']}, must be {unused + 1} or more:"
@@ -127,7 +125,7 @@ def _used_by_eva(folder: Path) -> Callable[[str], str | None]:
     """Rename the tensors of an EVA, alone or in a BLIP-2, and leave out the others; the norm behind
     it belongs to the connector.
     """
-    raw = json_files.read_json(folder / json_files.FILE_NAME)
+    raw = json_files.read_config(folder / json_files.FILE_NAME)
     start = "vision_model." if raw["model_type"] in blip2_config.WHOLE_TYPES else ""
 
     def name_in_table(name: str) -> str | None:

@@ -1,0 +1,162 @@
+"""config.json with values of another kind than it should have: the file and the setting are named,
+or the value is one that no field is read from.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+from transformers import PreTrainedConfig
+
+from megavlm.config.schema import Architecture, Language, Vision
+from megavlm.convert.hf import language_config
+from megavlm.convert.hf.json_files import read_config, refuse, write_json
+from megavlm.convert.hf.model_config import architecture_from_hf
+from megavlm.convert.hf.vision_part import vision_from_hf
+from megavlm.convert.weights.families import FAMILIES
+
+STRANGE = ([1, 2], "x", None, -1, 1.5)
+INTERNVIT = {
+    "model_type": "intern_vit_6b",
+    "image_size": 448,
+    "patch_size": 14,
+    "num_hidden_layers": 24,
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_attention_heads": 16,
+    "norm_type": "layer_norm",
+    "layer_norm_eps": 1e-6,
+    "qkv_bias": True,
+    "qk_normalization": False,
+    "initializer_factor": 0.1,
+}
+
+
+INTERNVL_CHAT = {
+    "model_type": "internvl_chat",
+    "architectures": ["InternVLChatModel"],
+    "downsample_ratio": 0.5,
+    "ps_version": "v2",
+    "force_image_size": 448,
+    "vision_config": INTERNVIT,
+    "llm_config": transformers.Qwen2Config().to_dict(),
+}
+LANGUAGE_MODELS = [
+    transformers.Qwen2Config(),
+    transformers.Qwen3MoeConfig(),
+    transformers.Dots1Config(n_routed_experts=8, n_shared_experts=1, num_experts_per_tok=2),
+    transformers.GptOssConfig(),
+    transformers.OPTConfig(),
+    transformers.PersimmonConfig(),
+    transformers.Phi3Config(),
+    transformers.GemmaConfig(),
+]
+
+
+def spoilt(settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield settings with one strange value each, at every place."""
+    for path in places(settings):
+        for value in STRANGE:
+            changed = copy.deepcopy(settings)
+            section = changed
+            for name in path[:-1]:
+                section = section[name]
+            section[path[-1]] = value
+            yield changed
+
+
+def places(settings: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    """Yield where the settings are, such as ``("text_config", "hidden_size")``."""
+    for name, value in settings.items():
+        yield (name,)
+        if isinstance(value, dict):
+            yield from ((name, *inner) for inner in places(value))
+
+
+def ill_typed(found: Any, usual: Any) -> list[str]:
+    """Return the fields whose values have not the type of those of ``usual``."""
+    wrong = []
+    for field in dataclasses.fields(found):
+        value = getattr(found, field.name)
+        other = getattr(usual, field.name)
+        if dataclasses.is_dataclass(value):
+            wrong += ill_typed(value, other)
+        elif type(value) is not type(other) and (type(value), type(other)) != (int, float):
+            wrong.append(field.name)
+    return wrong
+
+
+def check(folder: Path, settings: dict[str, Any], read: Callable[[Path], Any], usual: Any) -> None:
+    """Read a file and every spoilt one: it is refused by name, or no field is of another type."""
+    write_json(folder / "config.json", settings)
+    assert not ill_typed(read(folder), usual)
+    refused = 0
+    for changed in spoilt(settings):
+        write_json(folder / "config.json", changed)
+        try:
+            assert not ill_typed(read(folder), usual), changed
+        except ValueError as error:
+            assert str(folder / "config.json") in str(error)
+            refused += 1
+    assert refused > 50
+
+
+def test_strange_values_of_a_model_are_named(tmp_path: Path) -> None:
+    check(tmp_path, INTERNVL_CHAT, architecture_from_hf, Architecture())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        INTERNVIT,
+        transformers.CLIPVisionConfig().to_dict(),
+        transformers.SiglipVisionConfig().to_dict(),
+    ],
+    ids=lambda settings: settings["model_type"],
+)
+def test_strange_values_of_a_vision_encoder_are_named(
+    tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    check(tmp_path, settings, vision_from_hf, Vision())
+
+
+@pytest.mark.parametrize("config", LANGUAGE_MODELS, ids=lambda config: config.model_type)
+def test_strange_values_of_a_language_model_are_named(
+    tmp_path: Path, config: PreTrainedConfig
+) -> None:
+    settings = config.to_dict() | FAMILIES[config.model_type].settings
+
+    def read(folder: Path) -> Language:
+        path = folder / "config.json"
+        raw = read_config(path)
+        refuse(path, list(language_config.problems(raw, "")))
+        return language_config.read(raw, tied_head=False)
+
+    check(tmp_path, settings, read, Language())
+
+
+def test_the_sentence_names_the_setting(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    write_json(
+        path, transformers.Qwen2Config().to_dict() | {"rope_parameters": [1], "hidden_size": 0}
+    )
+    found = list(language_config.problems(read_config(path), "text_config"))
+    assert found == [
+        "text_config.hidden_size is 0, must be a whole number of at least 1",
+        "text_config.rope_parameters is [1], must be an object",
+    ]
+
+
+@pytest.mark.parametrize("name", ["image_mean", "image_std"])
+def test_strange_colours_of_an_image_processor_are_named(tmp_path: Path, name: str) -> None:
+    write_json(tmp_path / "config.json", INTERNVIT)
+    for strange in ({}, [], [1, 2], "abc", None, [0.5, 0.5, "x"]):
+        write_json(tmp_path / "preprocessor_config.json", {name: strange})
+        with pytest.raises(ValueError, match=f"{name} of the image processor is .*a number or thr"):
+            vision_from_hf(tmp_path)
