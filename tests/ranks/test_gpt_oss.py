@@ -99,6 +99,15 @@ def test_a_layout_trains_like_one_process(
     assert max(found.values()) <= LIMIT, found
 
 
+def test_a_router_whose_bias_alone_is_trained_has_its_losses(ranks: Pool, dataset: Path) -> None:
+    config = configure(dataset, trainable=("language.*.router.bias",), steps=1)
+    norms = {
+        ranks.run(train_curve, 1, dataclasses.replace(config, experts=losses))[0].grad_norms[0]
+        for losses in (LOSSES, Experts(balance_loss=0.0))
+    }
+    assert len(norms) == 2
+
+
 def test_a_pack_equals_its_samples_alone(ranks: Pool, tmp_path: Path) -> None:
     samples = _samples((1, 0, 2, 1), seed=1)
     sizes = dict(capacity=160, **sizes_of(MODEL))
