@@ -47,10 +47,11 @@ fi
 wanted="$(cat setup.py constraints.txt megavlm/__init__.py <(pwd) | sha256sum | cut -d' ' -f1)"
 mark="$("$python" -c 'import sys; print(sys.prefix)')/.megavlm-installed"
 if [[ "$(cat "$mark" 2>/dev/null)" != "$wanted" ]]; then
+    # Python compiles what is imported; all of it would cost as much again as the rest of the installation.
     echo "installing into $("$python" -c 'import sys; print(sys.prefix)') ..."
-    "$python" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,quickstart]'
+    "$python" -m pip install --no-compile --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,quickstart]'
     # Without torchvision, which the schedules that the tests compare with do not use.
-    "$python" -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps timm
+    "$python" -m pip install --no-compile --quiet --disable-pip-version-check -c constraints.txt --no-deps timm
     echo "$wanted" >"$mark"
 fi
 

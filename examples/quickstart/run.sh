@@ -31,7 +31,7 @@ else
 fi
 if ! "$python" -c "import megavlm, megatron.core, sklearn" 2>/dev/null; then
     echo "installing; this takes a minute or two"
-    "$python" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[quickstart]'
+    "$python" -m pip install --no-compile --quiet --disable-pip-version-check -c constraints.txt -e '.[quickstart]'
 fi
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
