@@ -43,11 +43,14 @@ if [[ -z "${python:-}" ]]; then
     python="$folder/bin/python"
 fi
 
+# Modules are compiled when they are first imported, and that is kept: each of the many processes would compile them again.
+unset PYTHONDONTWRITEBYTECODE
+
 # Installing again when nothing changed costs a minute, so the files that say what to install are remembered beside the environment.
 wanted="$(cat setup.py constraints.txt megavlm/__init__.py <(pwd) | sha256sum | cut -d' ' -f1)"
 mark="$("$python" -c 'import sys; print(sys.prefix)')/.megavlm-installed"
 if [[ "$(cat "$mark" 2>/dev/null)" != "$wanted" ]]; then
-    # Python compiles what is imported; all of it would cost as much again as the rest of the installation.
+    # To compile what no test imports would cost as much again as the rest of the installation.
     echo "installing into $("$python" -c 'import sys; print(sys.prefix)') ..."
     "$python" -m pip install --no-compile --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,quickstart]'
     # Without torchvision, which the schedules that the tests compare with do not use.

@@ -34,6 +34,7 @@ if ! "$python" -c "import megavlm, megatron.core, sklearn" 2>/dev/null; then
     "$python" -m pip install --no-compile --quiet --disable-pip-version-check -c constraints.txt -e '.[quickstart]'
 fi
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+unset PYTHONDONTWRITEBYTECODE # each command would compile again what it imports
 
 step "data: boards, questions, a tokenizer"
 "$python" "$here/make_data.py" "$out/data"

@@ -31,7 +31,7 @@ YAMLS = sorted(set(ROOT.glob("examples/**/*.yaml")) - set(ROOT.glob("examples/lm
 # lmms-eval and VLMEvalKit.
 _OTHERS = """
     --all --gpus --ipc --ulimit --network --device --cap-add --build-arg --format --quiet
-    --disable-pip-version-check --uid --create-home
+    --disable-pip-version-check --no-compile --uid --create-home
     --shell --nodes --job-name --ntasks-per-node --gpus-per-node --cpus-per-task --exclusive
     --time --signal --requeue --open-mode --output
     --kill-on-bad-exit --container-image --container-mounts --container-workdir
