@@ -5,6 +5,9 @@ how.
 from __future__ import annotations
 
 import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from megavlm.config.hub_cache import find_folder
 from megavlm.convert.hf import convert

@@ -11,6 +11,8 @@ import argparse
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 from megavlm.data.inspect.statistics import overview_of, to_text
 from megavlm.data.store.reader import Reader
 from megavlm.io.early_end import allow_early_end
