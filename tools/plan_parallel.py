@@ -23,13 +23,22 @@ from megavlm.planner import search
 from megavlm.planner.estimate import Estimate, Hardware
 from megavlm.planner.report import draw, options_to_text, to_text
 from tools.planning.layouts import alignment_note, judge
-from tools.planning.options import Packs, make_parser, read_config, read_hardware, read_packs
+from tools.planning.options import (
+    Packs,
+    make_parser,
+    number_problems,
+    read_config,
+    read_hardware,
+    read_packs,
+)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     options = make_parser(__doc__ or "").parse_args(arguments)
     try:
+        if wrong := list(number_problems(options)):
+            raise ValueError("\n  ".join(wrong))
         config = read_config(options)
         packs = read_packs(options)
         hardware = read_hardware(options)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 
 from megavlm.config.cli import parse
@@ -27,6 +29,19 @@ _HARDWARE = {
     "network_gb_per_s": "bandwidth between nodes, each way, for each GPU, in GB/s",
     "gpus_per_node": "GPUs of a node",
     "efficiency": "fraction of --tflops that training reaches",
+}
+# What the numbers must be, a test of it that NaN and infinity fail, and the options.
+_RANGES = {
+    "at least 1": (
+        lambda number: 1 <= number < math.inf,
+        ("gpus", "global_batch_size", "top", "gpus_per_node", "capacity", "sample_tokens"),
+    ),
+    "0 or more": (lambda number: 0 <= number < math.inf, ("tiles", "supervised")),
+    "above 0": (
+        lambda number: 0 < number < math.inf,
+        ("tflops", "memory_gib", "node_gb_per_s", "network_gb_per_s"),
+    ),
+    "above 0 and at most 1": (lambda number: 0 < number <= 1, ("efficiency",)),
 }
 
 
@@ -93,6 +108,16 @@ def _add_packs(parser: argparse.ArgumentParser, shown: str) -> None:
         parser.add_argument(
             f"--{name}", type=type(default), default=default, help=f"{what} {shown}"
         )
+
+
+def number_problems(options: argparse.Namespace) -> Iterator[str]:
+    """Yield the numbers that no plan can have."""
+    for asked, (holds, names) in _RANGES.items():
+        for name in names:
+            number = vars(options)[name]
+            if number is not None and not holds(number):
+                shown = f"{number:g}" if isinstance(number, float) else number
+                yield f"--{name} {shown}: must be {asked}"
 
 
 def read_config(options: argparse.Namespace) -> Config:
