@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# How every try.sh begins, which sources this with its own arguments: it makes the folder OUT, by default one of the recipe's name, and goes to
-# the repository's root. Then there are $here (folder of the try.sh), $out, $python, and step NAME, which says what comes next.
+# How every try.sh begins, which sources this with its own arguments: it makes the folder OUT, by default one of the recipe's name, goes to the
+# repository's root, and finds or makes an environment. Then there are $here (folder of the try.sh), $out, $python, and step NAME, which says
+# what comes next.
 set -euo pipefail
 started=$SECONDS
 here="$(cd "$(dirname "${BASH_SOURCE[1]}")" && pwd)"
@@ -12,7 +13,8 @@ if [[ -n "$(ls -A "$out")" ]]; then
     exit 2
 fi
 cd "$here/../.."
-python="${PYTHON:-python}"
-export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 step() { printf '\n== %s (after %d s)\n' "$1" $((SECONDS - started)); }
+
+step "environment"
+source "$here/../find_python.sh"

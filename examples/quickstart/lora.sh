@@ -8,8 +8,7 @@ set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 out="$(cd "${1:-quickstart}" && pwd)"
 cd "$here/../.."
-python="${VIRTUAL_ENV:+$VIRTUAL_ENV/bin/}python"
-export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+source "$here/../find_python.sh"
 
 "$python" -m torch.distributed.run --standalone --nproc-per-node 2 pretrain_vlm.py --config "$here/stage2_lora.yaml" \
     --data.train "$out/packs/mixed_train" --data.valid "$out/packs/mixed_valid" \

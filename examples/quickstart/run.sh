@@ -21,20 +21,7 @@ cd "$root"
 step() { printf '\n== %s (after %d s)\n' "$1" $((SECONDS - started)); }
 
 step "environment"
-if [[ -n "${VIRTUAL_ENV:-}" ]]; then
-    python="$VIRTUAL_ENV/bin/python"
-elif [[ -n "${CONDA_PREFIX:-}" ]]; then
-    python="$CONDA_PREFIX/bin/python"
-else
-    [[ -x .venv/bin/python ]] || "${PYTHON:-python3}" -m venv .venv
-    python="$root/.venv/bin/python"
-fi
-if ! "$python" -c "import megavlm, megatron.core, sklearn" 2>/dev/null; then
-    echo "installing; this takes a minute or two"
-    "$python" -m pip install --no-compile --quiet --disable-pip-version-check -c constraints.txt -e '.[quickstart]'
-fi
-export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
-unset PYTHONDONTWRITEBYTECODE # each command would compile again what it imports
+source "$here/../find_python.sh"
 
 step "data: boards, questions, a tokenizer"
 "$python" "$here/make_data.py" "$out/data"
