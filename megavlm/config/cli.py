@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -19,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from megavlm.config import torchrun, yaml_file
+from megavlm.config import torchrun, verdict, yaml_file
 from megavlm.config.hub_cache import cached, short_name
 from megavlm.config.layer_ranges import with_layers
 from megavlm.config.models import MODELS, ReadModel, architecture, for_objective
@@ -35,13 +33,12 @@ from megavlm.config.options import (
 from megavlm.config.recipes import RECIPES, recipe
 from megavlm.config.recipes.recipe import Recipe
 from megavlm.config.schema import Architecture, Config, Init
+from megavlm.config.verdict import PROGRAM, FindStart
 from megavlm.config.yaml_file import Settings
 
 FindProblems = Callable[[Config, int], Sequence[str]]
 """Finds what keeps a configuration from running on a number of ranks."""
 
-PROGRAM = "pretrain_vlm.py"
-_PATIENCE_SECONDS = 3.0
 _OPTIMIZER_OFFLOAD = (
     "the optimizer is not offloaded to the CPU, since such a run could not be resumed at another"
     " layout; use more data-parallel ranks, --optimizer.moments bfloat16, or LoRA"
@@ -76,6 +73,7 @@ def parse(
     arguments: Sequence[str] | None = None,
     read_model: ReadModel | None = None,
     find_problems: FindProblems | None = None,
+    find_start: FindStart | None = None,
 ) -> Config:
     """Return the configuration that a command line asks for; wrong input ends the process with
     status 2 and a short message.
@@ -86,6 +84,7 @@ def parse(
             only the table of models is known.
         find_problems: checks the configuration, for ``--check`` and ``--print_config`` too; none:
             it is not checked.
+        find_start: looks, for ``--check``, at what the run would start from; none: nothing does.
     """
     try:
         if wrong := torchrun.problems():
@@ -94,43 +93,26 @@ def parse(
         ranks = asked.check or torchrun.world_size()
         found = list(find_problems(config, ranks)) if find_problems else []
     except (argparse.ArgumentError, ValueError, OSError) as error:
-        tell(str(error))
+        verdict.tell(str(error))
         raise SystemExit(2) from None
     if asked.print_config:
         show([config], found)
         raise SystemExit(0)
     if found:
-        tell_problems(found)
+        verdict.tell_problems(found)
         raise SystemExit(2)
     if asked.check is not None:
-        tell_good(ranks)
-        raise SystemExit(0)
+        verdict.end_check([config], ranks, find_start)
     return config
-
-
-def tell_problems(found: Sequence[str]) -> None:
-    """Print what is wrong with a configuration."""
-    listed = "\n  ".join(found)
-    tell(f"{_counted(found)} with the configuration:\n  {listed}")
-
-
-def tell_good(ranks: int) -> None:
-    """Print, once, that nothing is wrong."""
-    if _is_first_rank():
-        counted = "1 rank" if ranks == 1 else f"{ranks} ranks"
-        print(f"nothing is wrong with the configuration for {counted}")
-
-
-def _counted(found: Sequence[str]) -> str:
-    return f"{len(found)} problem" if len(found) == 1 else f"{len(found)} problems"
 
 
 def show(runs: Sequence[Config], found: Sequence[str]) -> None:
     """Print configurations, and beside them, on the error output, why they would be refused."""
-    if _is_first_rank():
+    if verdict.is_first_rank():
         print("---\n".join(map(to_yaml, runs)), end="", flush=True)
         if found:
-            note = f"{PROGRAM}: as it stands the run would be refused, for {_counted(found)}:"
+            counted = verdict.counted(found)
+            note = f"{PROGRAM}: as it stands the run would be refused, for {counted}:"
             print("\n  ".join([note, *found]), file=sys.stderr, flush=True)
 
 
@@ -340,22 +322,6 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def tell(error: str) -> None:
-    """Print the error once: other ranks wait, and print it only if the first rank has not ended
-    the job (torchrun kills all ranks as soon as one exits).
-    """
-    where = ""
-    if not _is_first_rank():
-        time.sleep(_PATIENCE_SECONDS)
-        where = f" on {torchrun.name_of_rank()}"
-    torchrun.refuse(f"{PROGRAM}: error{where}: {error}\n--help lists every option")
-
-
-def _is_first_rank() -> bool:
-    """Return whether this process is the first of its job; one without torchrun is alone."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 def _description(chosen: Recipe) -> str:
     """Return the text that ``--help`` prints above the options."""
     recipe_lines = "\n".join(f"  {name:<15} {row.description}" for name, row in RECIPES.items())
@@ -372,7 +338,8 @@ example, on a machine with 8 GPUs:
 Every option is also a key of the YAML files that --config FILE names. --config can be repeated;
 later files override earlier ones, and the command line overrides all files. --print_config prints
 the whole configuration as YAML instead of training. --check RANKS lists its problems for that many
-ranks (without a number: for as many as torchrun starts) and exits, with status 2 if there are any.
+ranks (without a number: for as many as torchrun starts), looks at the save folder and at what the
+run would start from, writes nothing, and exits, with status 2 if there are any problems.
 The defaults below are those of the stage and the model, if both are given.
 
 --stage A,B trains several stages in turn, each in a folder of its own in --save and from the

@@ -10,10 +10,11 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
-from megavlm.config import cli, torchrun
+from megavlm.config import cli, torchrun, verdict
 from megavlm.config.cli import FindProblems
 from megavlm.config.models import ReadModel
 from megavlm.config.schema import Config, Init
+from megavlm.config.verdict import FindStart
 
 _OWN = ("--checkpoint.save", "--save", "--checkpoint.load", "--load", "--stage", "--recipe")
 _SWITCHES = ("--print_config", "--check", "--help", "-h")
@@ -37,7 +38,10 @@ class Command:
 
 
 def parse_stages(
-    arguments: Sequence[str], read_model: ReadModel, find_problems: FindProblems
+    arguments: Sequence[str],
+    read_model: ReadModel,
+    find_problems: FindProblems,
+    find_start: FindStart | None = None,
 ) -> list[Config]:
     """Return the runs that a command line asks for, in order; as ``cli.parse``, which reads a
     command of one stage.
@@ -47,18 +51,20 @@ def parse_stages(
     try:
         command = _take_apart(list(arguments))
     except ValueError as error:
-        cli.tell(str(error))
+        verdict.tell(str(error))
         raise SystemExit(2) from None
     if len(command.stages) < 2 or "--help" in command.asked or "-h" in command.asked:
         first = ["--stage", command.stages[0]] if command.stages else []
         plain = [*command.options, *first, *command.asked]
-        return [cli.parse(plain, read_model, find_problems)]
+        return [cli.parse(plain, read_model, find_problems, find_start)]
     runs: list[Config] = []
     for number, stage in enumerate(command.stages):
         given = [*command.options, "--stage", stage, *command.of_stage.get(stage, ())]
         run = cli.parse(given, read_model)
         if not run.checkpoint.save:
-            cli.tell("--stage: several stages need --checkpoint.save, the folder for all of them")
+            verdict.tell(
+                "--stage: several stages need --checkpoint.save, the folder for all of them"
+            )
             raise SystemExit(2)
         is_last = number == len(command.stages) - 1
         runs.append(_placed(run, runs[-1] if runs else None, exports=is_last, command=command))
@@ -69,11 +75,10 @@ def parse_stages(
         cli.show(runs, found)
         raise SystemExit(0)
     if found:
-        cli.tell_problems(found)
+        verdict.tell_problems(found)
         raise SystemExit(2)
     if "--check" in command.asked:
-        cli.tell_good(_ranks(command))
-        raise SystemExit(0)
+        verdict.end_check(runs, _ranks(command), find_start)
     return runs
 
 

@@ -40,6 +40,7 @@ from megavlm.planner.layout import Layout, make_layout
 from megavlm.planner.partition import PackSize
 from megavlm.train import averages, below, checkpoint, origin, stage_moments
 from megavlm.train import resume as source
+from megavlm.train import start as start_point
 from megavlm.train.bad_steps import StepError
 from megavlm.train.build import build
 from megavlm.train.job import Job
@@ -182,11 +183,7 @@ def inspect(config: Config, world_size: int) -> Start:
         ValueError: a dataset or checkpoint that cannot be used.
     """
     inspect_job(config, world_size)
-    own = source.own(config)
-    if own is not None:
-        below.find(config, own)  # which must be there
-        return own
-    return origin.find(config)
+    return start_point.find(config)
 
 
 def inspect_job(config: Config, world_size: int) -> None:

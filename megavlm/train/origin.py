@@ -73,7 +73,7 @@ def _check_parts(config: Config) -> None:
     from_parts.refuse_other(config.init, config.architecture)
     if config.init.vision and _exports_unused(config):
         unused_weights.check_encoder(Path(config.init.vision), config.architecture.vision)
-    if config.init.language:
+    if config.init.language and resume.has_packs(config):
         tokenizer, _ = from_parts.extend_tokenizer(config.init, config.architecture.image_tokens)
         if (
             fingerprint(tokenizer)

@@ -21,6 +21,7 @@ from megavlm.config.checks.resume import refusals
 from megavlm.config.checks.rules import ConfigError
 from megavlm.config.checks.saving import exported_step
 from megavlm.config.schema import Config
+from megavlm.data.records.readers import is_annotation
 from megavlm.data.store.manifest import read_manifest
 from megavlm.train import checkpoint
 
@@ -131,29 +132,12 @@ def fit(config: Config, source: Checkpoint) -> Checkpoint:
         config.architecture,
         takes_weights=not resumes(config, source),
     )
-    tokenizer = read_manifest(config.data.train_folders[0]).tokenizer_fingerprint
-    if source.state.tokenizer not in (None, tokenizer):
-        words = source.folder / step_folder.TOKENIZER
-        problems.append(
-            f"--data.train {config.data.train}: packed with another tokenizer than the"
-            f" checkpoint's, {words}"
-        )
+    problems += _tokenizer_problems(config, source)
     if resumes(config, source):
         # What lies below a checkpoint of trained parameters is known by its content.
         asks_by_name = is_own(config, source) and not source.state.trained_only
         problems += refusals(source.config, config, is_own=asks_by_name)
-        counts = pack_counts(config)
-        if source.state.packs not in ((), counts):
-            before, now = (
-                " + ".join(f"{count:,}" for count in packs)
-                for packs in (source.state.packs, counts)
-            )
-            problems.append(
-                f"--data.train {config.data.train}: has {now} packs, and the run began with"
-                f" {before}: its order would be another. To train on other data, export the model"
-                " (tools/convert_checkpoint.py export), and give it to --checkpoint.load of a"
-                " new run"
-            )
+        problems += _pack_problems(config, source)
     elif config.checkpoint.moments == "keep" and source.state.stage is None:
         problems.append(
             f"--checkpoint.moments keep: {source.folder} was made by conversion and has no moments;"
@@ -176,6 +160,41 @@ def fit(config: Config, source: Checkpoint) -> Checkpoint:
         listed = "\n  ".join(problems)
         raise ConfigError(f"the checkpoint {source.folder} does not fit this run:\n  {listed}")
     return source
+
+
+def _tokenizer_problems(config: Config, source: Checkpoint) -> list[str]:
+    if not has_packs(config):
+        return []
+    tokenizer = read_manifest(config.data.train_folders[0]).tokenizer_fingerprint
+    if source.state.tokenizer in (None, tokenizer):
+        return []
+    words = source.folder / step_folder.TOKENIZER
+    return [
+        f"--data.train {config.data.train}: packed with another tokenizer than the"
+        f" checkpoint's, {words}"
+    ]
+
+
+def _pack_problems(config: Config, source: Checkpoint) -> list[str]:
+    if not has_packs(config) or source.state.packs in ((), pack_counts(config)):
+        return []
+    before, now = (
+        " + ".join(f"{count:,}" for count in packs)
+        for packs in (source.state.packs, pack_counts(config))
+    )
+    return [
+        f"--data.train {config.data.train}: has {now} packs, and the run began with"
+        f" {before}: its order would be another. To train on other data, export the model"
+        " (tools/convert_checkpoint.py export), and give it to --checkpoint.load of a"
+        " new run"
+    ]
+
+
+def has_packs(config: Config) -> bool:
+    """Tell whether all training data is packed: always, but for ``--check``, which packs no
+    annotation files.
+    """
+    return not any(map(is_annotation, config.data.train_folders))
 
 
 def pack_counts(config: Config) -> tuple[int, ...]:

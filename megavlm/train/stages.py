@@ -15,7 +15,7 @@ import torch
 from megavlm.config import torchrun
 from megavlm.config.schema import Config
 from megavlm.data.store.manifest import read_manifest
-from megavlm.train import checkpoint, resume
+from megavlm.train import checkpoint, resume, start
 from megavlm.train.launch import inspect_job, launch
 from megavlm.train.resume import DamagedError
 from megavlm.train.stop_signal import StopRequest
@@ -75,6 +75,23 @@ def _first(stages: Sequence[Config]) -> int:
     first = max(begun, default=0)
     is_over = first < len(stages) - 1 and resume.is_done(stages[first])
     return first + 1 if is_over else first
+
+
+def find_start(stages: Sequence[Config]) -> str:
+    """Return in words what the stages would start from; nothing is built or written.
+
+    Raises:
+        ValueError: it would be refused, or a later stage's save folder would.
+        OSError: it cannot be read.
+    """
+    number = _first(stages)
+    told = start.in_words(stages[number], start.find(stages[number]))
+    for run in stages[number + 1 :]:
+        try:
+            resume.own(run)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"stage {run.stage}: {error}") from error
+    return told if len(stages) == 1 else f"stage {stages[number].stage} comes first: {told}"
 
 
 def _check_ahead(stages: Sequence[Config]) -> None:

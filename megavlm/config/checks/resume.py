@@ -117,7 +117,7 @@ def refusals(old: Config, new: Config, *, is_own: bool) -> list[str]:
         before = _value(old, key)
         now = _value(new, key)
         if kind == "refused" and before != now:
-            found.append(f"{_difference(key, before, now)}: {_reason(key)}")
+            found.append(f"{_difference(key, before, now)}: {_reason(key)}{_remedy(key, old, new)}")
         elif kind == "origin" and is_own and _asks_for_another_start(key, old, new):
             found.append(
                 f"{_difference(key, before, now)}: the run resumes its own checkpoint, and this"
@@ -192,10 +192,17 @@ def _difference(key: str, before: Any, now: Any) -> str:
 
 
 def _reason(key: str) -> str:
-    text = _REASONS.get(key) or _REASONS[key.partition(".")[0] + "."]
-    if key == "data.group":
-        text += "; it follows --training.global_batch_size unless it is given"
-    return text
+    return _REASONS.get(key) or _REASONS[key.partition(".")[0] + "."]
+
+
+def _remedy(key: str, old: Config, new: Config) -> str:
+    """Return what to add to a command whose new batch size alone has changed the buckets."""
+    if key != "data.group" or new.data.group:
+        return ""
+    return (
+        "; it follows --training.global_batch_size unless it is given: to change the batch size"
+        f" alone, add --data.group {old.group}"
+    )
 
 
 def _value(config: Config, key: str) -> Any:

@@ -96,7 +96,9 @@ def test_the_batch_may_change_if_the_order_of_the_packs_stays() -> None:
     old = run("--global-batch-size", "8")
     [refused] = refusals(old, run("--global-batch-size", "16"), is_own=False)
     assert refused.startswith("--data.group: 8 in the checkpoint, 16 asked for")
-    assert refused.endswith("it follows --training.global_batch_size unless it is given")
+    assert refused.endswith("to change the batch size alone, add --data.group 8")
+    [refused] = refusals(old, run("--data.group", "4"), is_own=False)
+    assert "add --data.group" not in refused  # the command gives it already
     assert not refusals(old, run("--global-batch-size", "16", "--data.group", "8"), is_own=False)
     shared = ["--data.group", "8", "--data.batch_shares", "true"]
     [refused] = refusals(

@@ -1,0 +1,68 @@
+"""What a command is told of its configuration: what is wrong with it, or, for ``--check``, that
+nothing is, and what it would start from.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from megavlm.config import torchrun
+from megavlm.config.schema import Config
+
+FindStart = Callable[[Sequence[Config]], str]
+"""Looks at what the stages of a command would start from, writes nothing, and returns it in words.
+It raises ValueError or OSError if that would be refused."""
+
+PROGRAM = "pretrain_vlm.py"
+_PATIENCE_SECONDS = 3.0
+
+
+def end_check(runs: Sequence[Config], ranks: int, find_start: FindStart | None) -> NoReturn:
+    """End a ``--check`` that has found nothing wrong with the configurations themselves.
+
+    Args:
+        runs: of all stages.
+        ranks: that they were checked for.
+        find_start: looks at what they would start from; none: nothing does.
+    """
+    try:
+        start = find_start(runs) if find_start else ""
+    except (ValueError, OSError) as error:
+        tell_problems([str(error)])
+        raise SystemExit(2) from None
+    if is_first_rank():
+        named = "1 rank" if ranks == 1 else f"{ranks} ranks"
+        print(f"nothing is wrong with the configuration for {named}")
+        if start:
+            print(start)
+    raise SystemExit(0)
+
+
+def tell_problems(found: Sequence[str]) -> None:
+    """Print what is wrong with a configuration."""
+    listed = "\n  ".join(found)
+    tell(f"{counted(found)} with the configuration:\n  {listed}")
+
+
+def counted(found: Sequence[str]) -> str:
+    """Return how many problems there are, in words."""
+    return f"{len(found)} problem" if len(found) == 1 else f"{len(found)} problems"
+
+
+def tell(error: str) -> None:
+    """Print the error once: other ranks wait, and print it only if the first rank has not ended
+    the job (torchrun kills all ranks as soon as one exits).
+    """
+    where = ""
+    if not is_first_rank():
+        time.sleep(_PATIENCE_SECONDS)
+        where = f" on {torchrun.name_of_rank()}"
+    torchrun.refuse(f"{PROGRAM}: error{where}: {error}\n--help lists every option")
+
+
+def is_first_rank() -> bool:
+    """Return whether this process is the first of its job; one without torchrun is alone."""
+    return os.environ.get("RANK", "0") == "0"

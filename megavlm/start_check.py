@@ -1,0 +1,35 @@
+"""What a command would start from, for ``--check``: the code of the run itself looks, and only
+reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from megavlm.config.schema import Config, Init
+
+
+def tell_start(stages: Sequence[Config]) -> str:
+    """Return in words what the stages of a command would start from.
+
+    Raises:
+        ValueError: it would be refused.
+        OSError: it cannot be read.
+    """
+    first = stages[0]
+    if not first.checkpoint.load and first.init == Init() and not any(map(_has_begun, stages)):
+        place = f"; {first.checkpoint.save} is new or empty" if first.checkpoint.save else ""
+        return f"it would start with random weights{place}"
+    # Only now, since it takes seconds: most checks have no checkpoint to look at.
+    from megavlm.train.stages import find_start
+
+    return find_start(stages)
+
+
+def _has_begun(run: Config) -> bool:
+    """Return whether there is anything in the save folder, or in its place."""
+    save = Path(run.checkpoint.save)
+    if not run.checkpoint.save or not save.exists():
+        return False
+    return not save.is_dir() or any(save.iterdir())

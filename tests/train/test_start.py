@@ -1,0 +1,143 @@
+"""What ``--check`` says of the save folder and of what a run would start from: the run's own words,
+and nothing is written.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megavlm.config.cli import to_yaml
+from megavlm.config.schema import Config
+from megavlm.config.stages import parse_stages
+from megavlm.pack_first import problems
+from megavlm.start_check import tell_start
+from megavlm.train.launch import inspect
+from tests.ranks.runs import config_for
+from tests.train.test_launch import _fake_checkpoint, dataset  # noqa: F401
+
+
+@pytest.fixture
+def command(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:  # noqa: F811
+    """Make a folder with a run of stage 2 after its first step, and one with other things; return
+    the options of that run.
+    """
+    monkeypatch.chdir(tmp_path)
+    config = config_for(dataset, global_batch_size=4)
+    Path("run.yaml").write_text(to_yaml(config))
+    _fake_checkpoint(Path("run"), config)
+    Path("images").mkdir()
+    Path("images/cat.png").touch()
+    return ["--config", "run.yaml"]
+
+
+def parsed(arguments: list[str]) -> list[Config]:
+    return parse_stages(arguments, lambda *_: None, problems, tell_start)
+
+
+def checked(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    """Return the status of a check and what it says, and see that it writes nothing."""
+    before = {path: path.stat().st_mtime_ns for path in Path().rglob("*")}
+    with pytest.raises(SystemExit) as ended:
+        parsed([*arguments, "--check"])
+    assert {path: path.stat().st_mtime_ns for path in Path().rglob("*")} == before
+    shown = capsys.readouterr()
+    return ended.value.code, shown.err if ended.value.code else shown.out
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ("--stage 1 --save run", "it holds checkpoints of stage 2, and this is stage 1"),
+        ("--save images", "the folder holds something else already (cat.png)"),
+        ("--save run --training.global_batch_size 8", "alone, add --data.group 4"),
+        ("--save run --training.seed 7", "--training.seed: "),
+        ("--save run --architecture.vision.num_layers 2", "of another model"),
+        ("--save new --load images", "--checkpoint.load images: no checkpoint and no"),
+        ("--save new --load run --training.seed 7", "--training.seed: "),
+        ("--save new --load run --architecture.vision.num_layers 2", "2 asked for"),
+    ],
+)
+def test_a_check_refuses_what_the_run_refuses_in_the_same_words(
+    command: list[str], options: str, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [*command, *options.split()]
+    [config] = parsed(arguments)
+    with pytest.raises(ValueError) as error:
+        inspect(config, 1)
+    status, said = checked(arguments, capsys)
+    assert status == 2
+    assert told in said
+    assert f"1 problem with the configuration:\n  {error.value}\n" in said
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ("--save new", "it would start with random weights; new is new or empty"),
+        ("--checkpoint.save_interval 0", "it would start with random weights"),
+        ("--save run --training.steps 9", "it would resume run after step 1 of 9"),
+        (
+            "--save run --training.steps 9 --training.global_batch_size 8 --data.group 4",
+            "it would resume run after step 1 of 9",
+        ),
+        (
+            "--save new --load run --training.steps 9",
+            "it would resume run/step_00000001 after step 1 of 9",
+        ),
+        ("--stage 1 --save new --load run", "it would start from the weights of run/step_00000001"),
+    ],
+)
+def test_the_last_line_of_a_check_says_what_the_run_would_start_from(
+    command: list[str], options: str, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, said = checked([*command, *options.split()], capsys)
+    assert status == 0, said
+    assert said == f"nothing is wrong with the configuration for 1 rank\n{told}\n"
+
+
+def test_the_folder_of_each_stage_is_looked_at(
+    command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [*command, "--stage", "2,1", "--save", "both"]
+    Path("both").mkdir()
+    assert "it would start with random weights" in checked(arguments, capsys)[1]
+    Path("images").rename("both/stage_1")
+    status, said = checked(arguments, capsys)
+    assert status == 2
+    assert "stage 1: --checkpoint.save both/stage_1: the folder holds something else" in said
+    Path("both/stage_1").rename("images")
+    Path("run").rename("both/stage_2")
+    status, said = checked(arguments, capsys)
+    assert status == 0, said
+    assert "stage 2 comes first: it would resume both/stage_2 after step 1" in said
+
+
+def test_annotations_are_not_packed_to_look_at_a_checkpoint(
+    command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("notes.jsonl").write_text("{}\n")
+    arguments = [*command, "--save", "run", "--data.train", "notes.jsonl"]
+    with pytest.raises(SystemExit) as ended:
+        parse_stages([*arguments, "--check"], lambda *_: None, lambda *_: (), tell_start)
+    assert ended.value.code == 0
+    assert "it would resume run after step 1" in capsys.readouterr().out
+
+
+def test_without_anything_to_look_at_no_torch_is_imported(command: list[str]) -> None:
+    code = f"""
+import sys
+from megavlm.start_check import tell_start
+from megavlm.config.stages import parse_stages
+from megavlm.pack_first import problems
+try:
+    parse_stages({[*command, "--save", "new", "--check"]!r}, None, problems, tell_start)
+finally:
+    assert "torch" not in sys.modules
+"""
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert told.returncode == 0 and told.stderr == ""
+    assert "new is new or empty" in told.stdout
