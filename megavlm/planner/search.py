@@ -8,6 +8,7 @@ import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 
+from megavlm.config.checks.rank_slices import capacity_problems
 from megavlm.config.checks.rules import layout_problems
 from megavlm.config.schema import LAYER_PARTS, Config, Loss, Optimizer, Parallel
 from megavlm.planner.estimate import USABLE, Estimate, Hardware, estimate
@@ -37,7 +38,7 @@ def layouts(
     """
     found = [
         estimate(candidate, gpus, size, capacity, hardware)
-        for candidate in _candidates(config, gpus)
+        for candidate in _candidates(config, gpus, capacity)
     ]
     if not found:
         plain = layout_problems(dataclasses.replace(config, parallel=Parallel()), gpus)
@@ -158,10 +159,12 @@ def flags(chosen: Estimate) -> str:
     )
 
 
-def _candidates(config: Config, gpus: int) -> Iterator[Config]:
+def _candidates(config: Config, gpus: int, capacity: int) -> Iterator[Config]:
     for parallel in _sizes(config, gpus):
         candidate = dataclasses.replace(config, parallel=parallel)
-        if not layout_problems(candidate, gpus):
+        if not layout_problems(candidate, gpus) and not any(
+            capacity_problems(parallel, "", capacity)
+        ):
             yield from (
                 dataclasses.replace(
                     candidate, parallel=dataclasses.replace(parallel, recompute=name)
@@ -173,12 +176,9 @@ def _candidates(config: Config, gpus: int) -> Iterator[Config]:
 def _sizes(config: Config, gpus: int) -> Iterator[Parallel]:
     layers = config.architecture.vision.num_layers + config.architecture.language.num_layers
     has_sequences = not config.architecture.needs.is_of_pairs
-    powers = [2**power for power in range(11)]
-    for tensor in [size for size in powers if size <= min(gpus, _MOST_TENSOR)]:
-        for context in [size for size in powers if size <= _MOST_CONTEXT and tensor * size <= gpus]:
-            for pipeline in [
-                size for size in powers if tensor * context * size <= gpus and size <= layers
-            ]:
+    for tensor in _divisors(gpus, _MOST_TENSOR):
+        for context in _divisors(gpus // tensor, _MOST_CONTEXT):
+            for pipeline in _divisors(gpus // (tensor * context), layers):
                 for virtual in _VIRTUAL if pipeline > 1 else (1,):
                     for vision in ("tensor", "data") if tensor > 1 else ("tensor",):
                         parallel = Parallel(
@@ -198,11 +198,14 @@ def _with_expert_sizes(config: Config, parallel: Parallel, ranks: int) -> Iterat
     """
     experts = config.architecture.language.num_experts
     tensor = parallel.tensor_model_parallel_size if experts else 1
-    size = 1
-    while size <= min(max(experts, 1), ranks):
+    for size in _divisors(ranks, max(experts, 1)):
         for shared in sorted({1, tensor}):
             if size * shared <= ranks:
                 yield dataclasses.replace(
                     parallel, expert_model_parallel_size=size, expert_tensor_parallel_size=shared
                 )
-        size *= 2
+
+
+def _divisors(number: int, most: int) -> list[int]:
+    """Return the divisors of a number that are at most ``most``."""
+    return [size for size in range(1, min(number, most) + 1) if number % size == 0]

@@ -40,3 +40,12 @@ def test_what_a_number_must_be_is_told(capsys: pytest.CaptureFixture[str]):
         "  --tflops 0: must be above 0",
         "  --efficiency 1.5: must be above 0 and at most 1",
     ]
+
+
+def test_packs_that_the_ranks_of_a_layout_cannot_share_are_refused(
+    capsys: pytest.CaptureFixture[str],
+):
+    layout = ["--layout", "--parallel.context_parallel_size 3", "--gpus", "6"]
+    assert main([*_RUN, *layout, "--global_batch_size", "6"]) == 1
+    assert "--capacity that is a multiple of 6" in capsys.readouterr().err
+    assert main([*_RUN, *layout, "--global_batch_size", "6", "--capacity", "16386"]) == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from megavlm.config.checks.rank_slices import capacity_problems
 from megavlm.config.checks.rules import layout_problems
 from megavlm.config.schema import Config, Parallel
 from megavlm.planner.estimate import Estimate, Hardware, estimate
@@ -14,7 +15,9 @@ def judge(config: Config, gpus: int, packs: Packs, hardware: Hardware) -> Estima
     Raises:
         ValueError: it cannot run; every problem names the flag to change.
     """
-    if wrong := layout_problems(config, gpus):
+    where = "--capacity" if packs.alignment is None else "--data"
+    sharing = capacity_problems(config.parallel, where, packs.capacity)
+    if wrong := [*layout_problems(config, gpus), *sharing]:
         listed = "\n  ".join(wrong)
         raise ValueError(f"--layout cannot run on --gpus {gpus}:\n  {listed}")
     return estimate(config, gpus, packs.size, packs.capacity, hardware)

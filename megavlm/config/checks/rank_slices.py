@@ -26,7 +26,6 @@ def sharing_problems(
         capacity: tokens of a pack.
         alignment: each sample starts at a multiple of this many tokens.
     """
-    tensor = max(parallel.tensor_model_parallel_size, 1)
     context = max(parallel.context_parallel_size, 1)
     pieces = 2 * context
     if context > 1 and alignment % pieces:
@@ -34,6 +33,21 @@ def sharing_problems(
             f"{where}: its samples start at multiples of {alignment}, and"
             f" --parallel.context_parallel_size {context} cuts each into {pieces} equal pieces;"
             f" pack with --alignment {pieces}"
+        )
+    yield from capacity_problems(parallel, where, capacity)
+
+
+def capacity_problems(parallel: Parallel, where: str, capacity: int) -> Iterator[str]:
+    """Yield the reasons why the ranks cannot share packs of ``capacity`` tokens; arguments as for
+    ``sharing_problems``.
+    """
+    tensor = max(parallel.tensor_model_parallel_size, 1)
+    context = max(parallel.context_parallel_size, 1)
+    if context > 1 and capacity % (2 * context):
+        yield (
+            f"{where}: packs of {capacity} tokens cannot be cut into the {2 * context} equal pieces"
+            f" of --parallel.context_parallel_size {context}; pack with a --capacity that is a"
+            f" multiple of {2 * context}"
         )
     if parallel.sequence_parallel and capacity // context % tensor:
         yield (

@@ -1,0 +1,30 @@
+"""Which layouts the search tries."""
+
+from __future__ import annotations
+
+import pytest
+
+from megavlm.config.cli import parse
+from megavlm.config.schema import Parallel
+from megavlm.planner.estimate import Hardware
+from megavlm.planner.partition import PackSize
+from megavlm.planner.search import layouts
+
+_SIZE = PackSize(tokens=16384, squared_lengths=3e7, tiles=50)
+
+
+def _seen(gpus: int, capacity: int) -> dict[str, set]:
+    """Return the values that each setting has in the layouts of some GPUs."""
+    config = parse(["--stage", "2", "--model", "internvl2_5-2b"])
+    found = layouts(config, gpus, _SIZE, capacity, Hardware(memory_gib=1000))
+    return {name: {vars(one.parallel)[name] for one in found} for name in vars(Parallel())}
+
+
+@pytest.mark.parametrize(("gpus", "shared"), [(6, {1, 2}), (12, {1, 2, 4})])
+def test_sizes_need_be_no_powers_of_two(gpus: int, shared: set[int]):
+    seen = _seen(gpus, 16384)
+    pipelines = seen["pipeline_model_parallel_size"]
+    assert 3 in pipelines and all(gpus % size == 0 for size in pipelines)
+    for name in ("tensor_model_parallel_size", "context_parallel_size"):
+        assert seen[name] == shared, "3 does not divide 16,384 tokens"
+    assert 3 in _seen(gpus, 16386)["context_parallel_size"]
