@@ -34,9 +34,9 @@ def recalls(job: Job) -> dict[str, float]:
     """Measure retrieval among the first ``eval_packs`` validation packs (all for 0). Collective;
     the chunks' parameters are whole.
 
-    Where others are as similar as the right one, such as the same words for another image, it is in
-    their middle. So one more such text does no harm, and embeddings that are all alike find
-    nothing.
+    If others are exactly as similar as the right one, such as the same words for another image,
+    half of them count as better. So one more such text does no harm, and embeddings that are all
+    alike find nothing.
 
     Returns:
         The figures of ``NAMES``, on ranks with the last chunk; nothing on others.

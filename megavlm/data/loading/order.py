@@ -8,9 +8,9 @@ An epoch's order is a permutation of ``range(num_packs)`` made by a Feistel netw
 power of two, walking along its cycles until a number falls inside the range (J. Black and P.
 Rogaway, "Ciphers with Arbitrary Finite Domains", CT-RSA 2002).
 
-Packs are stored so that neighbours cost alike (see ``packing_order``). With a ``group`` of several
-packs, each run of so many positions is taken from one neighbourhood, a window of a few groups;
-groups come in a random order, and windows start elsewhere in every epoch.
+Packs are stored so that neighbours cost alike (see ``megavlm/data/packing/cost_order.py``). With a
+``group`` of several packs, each run of so many positions is taken from one neighbourhood, a window
+of a few groups; groups come in a random order, and windows start elsewhere in every epoch.
 """
 
 from __future__ import annotations

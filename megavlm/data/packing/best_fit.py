@@ -206,7 +206,7 @@ def check_sizes(tokens: np.ndarray, tiles: np.ndarray, capacity: int, tile_cap: 
 def best_fit_python(
     tokens: np.ndarray, tiles: np.ndarray, order: np.ndarray, capacity: int, tile_cap: int
 ) -> tuple[np.ndarray, int]:
-    """``packing_numba.best_fit`` in plain Python, with whole numbers of any size as sets of bits.
+    """``best_fit_numba.best_fit`` in plain Python, with whole numbers of any size as sets of bits.
     The result is the same, bin for bin.
     """
     free = [0] * (
