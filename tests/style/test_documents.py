@@ -1,4 +1,4 @@
-"""The documentation's links lead somewhere, and the files that it names exist."""
+"""The links and paths in the documentation exist, and it lists all commands."""
 
 from __future__ import annotations
 
@@ -62,3 +62,9 @@ def test_links_and_paths_exist(path: Path):
     text = path.read_text(encoding="utf-8")
     complaints = [*wrong_links(path, text), *wrong_paths(path, text)]
     assert not complaints, "\n".join(complaints)
+
+
+def test_every_command_is_in_the_table_of_commands():
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\| `(tools/\w+\.py)` \|", text, re.M)
+    assert sorted(listed) == sorted(f"tools/{path.name}" for path in (ROOT / "tools").glob("*.py"))
