@@ -91,10 +91,11 @@ def publish(growing: Path, target: Path) -> None:
     leaves a whole one named.
     """
     atomic.sync_tree(growing)
-    if target.exists():
-        _drop(target)
+    before = _set_aside(target) if target.exists() else None
     atomic.publish(growing, target)
     atomic.write_text(target.parent / LATEST, target.name + "\n")
+    if before is not None:
+        shutil.rmtree(before, ignore_errors=True)
 
 
 def drop_old(
@@ -141,6 +142,11 @@ def _figure(folder: Path, name: str) -> float | None:
 
 def _drop(folder: Path) -> None:
     """Rename, then remove: half a checkpoint never has a checkpoint's name."""
+    shutil.rmtree(_set_aside(folder), ignore_errors=True)
+
+
+def _set_aside(folder: Path) -> Path:
+    """Give a checkpoint the name of one that is being removed, and return it."""
     leaving = folder.with_name(f"{_LEAVING}{folder.name}_{uuid.uuid4().hex[:8]}")
     os.replace(folder, leaving)
-    shutil.rmtree(leaving, ignore_errors=True)
+    return leaving

@@ -21,6 +21,7 @@ from megavlm.config import torchrun, verdict, yaml_file
 from megavlm.config.hub_cache import cached, short_name
 from megavlm.config.layer_ranges import with_layers
 from megavlm.config.models import MODELS, ReadModel, architecture, for_objective
+from megavlm.config.not_offered import NOT_OFFERED
 from megavlm.config.options import (
     Parser,
     make_parser,
@@ -39,20 +40,6 @@ from megavlm.config.yaml_file import Settings
 FindProblems = Callable[[Config, int], Sequence[str]]
 """Finds what keeps a configuration from running on a number of ranks."""
 
-_OPTIMIZER_OFFLOAD = (
-    "the optimizer is not offloaded to the CPU, since such a run could not be resumed at another"
-    " layout; use more data-parallel ranks, --optimizer.moments bfloat16, or LoRA"
-)
-_ACTIVATION_OFFLOAD = (
-    "activations are not offloaded to the CPU, which excludes pipelines; use --parallel.recompute"
-)
-# Flags of Megatron for what is left out on purpose.
-_NOT_OFFERED = {
-    "--optimizer-cpu-offload": _OPTIMIZER_OFFLOAD,
-    "--optimizer-offload-fraction": _OPTIMIZER_OFFLOAD,
-    "--cpu-offloading-num-layers": _ACTIVATION_OFFLOAD,
-    "--fine-grained-activation-offloading": _ACTIVATION_OFFLOAD,
-}
 _NO_NAMES = Config(stage="", model="")
 
 
@@ -302,8 +289,8 @@ def _normal(arguments: list[str]) -> list[str]:
     known = {*by_flag, "--help", "--config", "--print_config", "--check"}
     given = [argument.split("=")[0] for argument in arguments if argument.startswith("--")]
     for flag in given:
-        if flag in _NOT_OFFERED:
-            raise ValueError(f"{flag}: {_NOT_OFFERED[flag]} (docs/optimisation.md)")
+        if flag in NOT_OFFERED:
+            raise ValueError(f"{flag}: {NOT_OFFERED[flag]}")
     unknown = [f"{flag}{nearest(flag, known)}" for flag in given if flag not in known]
     if unknown:
         raise ValueError("unknown option " + ", ".join(unknown))

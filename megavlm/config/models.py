@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -263,7 +264,9 @@ def architecture(
         return read_model(name, init, default)
     if default is not None and not name:
         return default
+    close = get_close_matches(name, MODELS, n=1, cutoff=0.8)
     raise ValueError(
         f"--model {name}: no such model, no such folder, and none of that name in the hub's cache;"
-        f" known models are {', '.join(MODELS)}"
+        + (f" did you mean {close[0]}?" if close else "")
+        + f" known models are {', '.join(MODELS)}"
     )

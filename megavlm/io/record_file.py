@@ -55,9 +55,9 @@ class RecordFile:
             return column
         indices = np.asarray(key, np.int64)
         if indices.size and (indices.min() < 0 or indices.max() >= self.count):
-            raise IndexError(
-                f"rows run from 0 to {self.count - 1}, not {indices.min()} to {indices.max()}"
-            )
+            least, most = indices.min(), indices.max()
+            asked = least if least == most else f"{least} to {most}"
+            raise IndexError(f"rows run from 0 to {self.count - 1}, not {asked}")
         wanted, back = np.unique(indices, return_inverse=True)
         found = np.empty(len(wanted), self.dtype)
         breaks = np.flatnonzero(np.diff(wanted) * self.dtype.itemsize > GAP_BYTES) + 1

@@ -78,6 +78,7 @@ class PackRouter(TopKRouter):
         self.register_buffer("shares", torch.full((count,), 1 / count), persistent=False)
         self.has_sigmoid = language.router_scores == "sigmoid"
         self.scaling = language.routed_scaling
+        self.is_waiting = False
         self.bias_rate = experts.bias_update_rate if language.router_bias else 0.0
         if language.router_bias:
             del self.expert_bias  # none, of megatron-core, which updates its own at every step
@@ -169,7 +170,7 @@ class PackRouter(TopKRouter):
         self.load += torch.cat([own[0], balance.detach()[None], part])
         balance_weight = self.config.moe_aux_loss_coeff
         z_weight = self.config.moe_z_loss_coeff or 0.0
-        if not self._is_trained or not (balance_weight or z_weight):
+        if self.is_waiting or not self._is_trained or not (balance_weight or z_weight):
             return weights
         loss = balance_weight * balance
         if z_weight:

@@ -15,7 +15,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from torch import Tensor, nn
 
 from megavlm.config.lora import MAGNITUDE
-from megavlm.config.schema import Config
+from megavlm.config.schema import Architecture, Config
 from megavlm.model.vision_attention import unpadded_shape
 from megavlm.model.vlm import VisionLanguageModel
 
@@ -58,8 +58,23 @@ def _shards(model: VisionLanguageModel) -> Iterator[ShardedTensor]:
 
 
 def weight_sizes(model: VisionLanguageModel) -> dict[str, int]:
-    """Numbers in each whole tensor of which this chunk holds a part, by checkpoint key."""
-    return {shard.key: math.prod(shard.global_shape) for shard in _shards(model)}
+    """Numbers in each whole tensor of which this chunk holds a part, by checkpoint key, without
+    rows and heads that only pad.
+    """
+    arch = model.architecture
+    return {
+        shard.key: math.prod(_unpadded(arch, shard.key, tuple(shard.global_shape)))
+        for shard in _shards(model)
+    }
+
+
+def _unpadded(arch: Architecture, key: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape of a whole tensor as it is without padding for the layout."""
+    if key.startswith("vision."):
+        return unpadded_shape(arch.vision, key, shape)
+    if key.endswith(("word_embeddings.weight", "output_layer.weight")):
+        return (arch.table_rows, *shape[1:])
+    return shape
 
 
 @torch.no_grad()
@@ -115,8 +130,7 @@ def fresh_tensor(config: Config) -> FullTensor:
     def draw(key: str, shape: tuple[int, ...]) -> Tensor:
         if key in constants:
             return torch.full(shape, constants[key])
-        if key.startswith("vision."):
-            shape = unpadded_shape(arch.vision, key, shape)
+        shape = _unpadded(arch, key, shape)
         if key.endswith((".lora.b", MAGNITUDE)):  # a magnitude begins as the norm of its row
             return torch.zeros(shape)
         if key.endswith("_gate"):
@@ -139,8 +153,6 @@ def fresh_tensor(config: Config) -> FullTensor:
         # The connector keeps the name that it was drawn by first, so that a seed keeps its meaning.
         drawn_as = key.replace("connector.", "projector.", 1) if key.startswith("conn") else key
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {drawn_as}".encode()))
-        if key.endswith(("word_embeddings.weight", "output_layer.weight")):
-            shape = (arch.table_rows, *shape[1:])
         return torch.normal(0.0, std, shape, generator=generator)
 
     return draw

@@ -33,7 +33,8 @@ class Below:
 
 def find(config: Config, start: Start) -> Below | None:
     """Find the weights below a checkpoint of trained parameters: at the folders that the command
-    names, where they were, or as far from the save folder as they were. No file of weights is read.
+    names, where they were, or at the same path relative to the save
+    folder. No file of weights is read.
 
     Raises:
         ValueError: they are nowhere, or do not fit the model, or the command names others.
@@ -66,6 +67,26 @@ def find(config: Config, start: Start) -> Below | None:
     raise ValueError(
         f"{start.folder}: holds trained parameters only, and what lies below them is not there:\n"
         f"  {listed}\n  name where it is now: --checkpoint.load, or --init for parts"
+    )
+
+
+def _still_there(config: Config, start: Checkpoint) -> list[Path]:
+    """Return the folders with the base of a run whose last checkpoint is whole.
+
+    Raises:
+        ValueError: they are nowhere; checkpoints to come could not be resumed.
+    """
+    tried = {}
+    for folders in _places(config, start):
+        found = base_files.difference(start.state.base, folders)
+        if not found:
+            return folders
+        tried[found] = None
+    listed = "\n  ".join(tried)
+    raise ValueError(
+        "--checkpoint.trained_only: checkpoints to come would hold trained parameters only, and"
+        f" what lies below them is not there:\n  {listed}\n  name where it is now,"
+        " --checkpoint.load or --init for parts, or leave --checkpoint.trained_only out"
     )
 
 
@@ -152,14 +173,17 @@ def note(config: Config, start: Start, below: Below | None) -> Base:
         config: the run.
         start: what it starts from.
         below: what lies below that.
+
+    Raises:
+        ValueError: it is not there any more.
     """
     if not config.checkpoint.trained_only:
         return Base()
     is_known = below is not None or (isinstance(start, Checkpoint) and start.state.base != Base())
     # A later stage begins with what the stage before it ended with, not with what lay below that.
     if is_known and isinstance(start, Checkpoint) and resume.resumes(config, start):
-        known = start.state.base
-        return known if below is None else base_files.moved(known, below.folders, _save(config))
+        folders = _still_there(config, start) if below is None else below.folders
+        return base_files.moved(start.state.base, folders, _save(config))
     by_size_only = config.checkpoint.verify == "size"
     return base_files.note(_folders(start), _save(config), by_size_only=by_size_only)
 

@@ -34,7 +34,7 @@ from megavlm.model.vlm import VisionLanguageModel
 from megavlm.train import averages, master_weights, router_state
 from megavlm.train.averages import Averages, parameter_states
 from megavlm.train.master_weights import Master, MismatchError
-from megavlm.train.optimizer import oldest
+from megavlm.train.optimizer import load_state, oldest
 
 _PREFIX = "model."
 _POSITIONS = _PREFIX + POSITIONS_KEY
@@ -277,7 +277,7 @@ def load_optimizer(
         _take_averages(averaged, loaded)
     # In float32 the master weights are the weights, and the checkpoint's weights may have 16 bits:
     # the master weights come last.
-    optimizer.load_state_dict(loaded["optimizer"])
+    load_state(optimizer, loaded["optimizer"])
 
 
 def _take_averages(averaged: Averages, loaded: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ from megavlm.data.loading.batch import Batch
 from megavlm.health.watchdog import Watchdog
 from megavlm.planner.flops import training_cost
 from megavlm.train import meters as observers
+from megavlm.train import router_state
 from megavlm.train.bad_steps import BadStepRule, StepError
 from megavlm.train.control_pass import ControlPass
 from megavlm.train.evaluate import held_out_loss
@@ -137,8 +138,11 @@ def run(job: Job, state: State, metrics: Metrics, stop: StopRequest | None = Non
                 saves = groups.any_rank(stop.wants_save, job.backend.device) or saves
                 with clock.paused():
                     saver.poll()
+            # Who asks to stop may not wait for an evaluation: the checkpoint comes first.
             if state.step == last or (
-                config.training.eval_interval and state.step % config.training.eval_interval == 0
+                config.training.eval_interval
+                and state.step % config.training.eval_interval == 0
+                and not asked_to_stop
             ):
                 with clock.paused():
                     enter = partial(watchdog.enter, "evaluation", state.step)
@@ -184,6 +188,7 @@ def _train(
             f"step {state.step + 1}: --data.train {config.data.train}: no token of packs"
             f" {ids.tolist()} is supervised, so there is no loss"
         )
+    router_state.let_wait(job.chunks, config.training, state.step)
     if highest := config.training.highest_drop_path:
         for chunk in job.chunks:
             chunk.set_drop_path(drop_path(state.step, config.training) / highest)

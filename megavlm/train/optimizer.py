@@ -257,6 +257,19 @@ def counts_here(parameter: Tensor, optimizer: MegatronOptimizer) -> bool:
     )
 
 
+def load_state(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
+    """Take the state of a checkpoint. In float32 the master weights in it are the weights, of which
+    each rank gets a shard: all are gathered, which the first step would not do without
+    ``--parallel.overlap_param_gather``. Collective.
+    """
+    optimizer.load_state_dict(state)
+    chunks = {
+        id(chunk): chunk for part in optimizer.chained_optimizers for chunk in part.model_chunks
+    }
+    for chunk in chunks.values():
+        chunk.start_param_sync(force_sync=True)
+
+
 def oldest(optimizer: MegatronOptimizer) -> int:
     """Return the number of updates that the oldest moments had seen before this run."""
     return max((age_of(group) for group in optimizer.param_groups), default=0)

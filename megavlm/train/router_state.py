@@ -7,7 +7,8 @@ from typing import Any
 
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor
 
-from megavlm.config.schema import Config
+from megavlm.config.schema import Config, Training
+from megavlm.config.unfreezing import frozen_steps
 from megavlm.model.vlm import VisionLanguageModel
 
 STATE = "routers"
@@ -18,6 +19,18 @@ def is_kept(config: Config) -> bool:
     return bool(config.architecture.language.num_experts) and (
         config.experts.balance_over == "global_batch"
     )
+
+
+def let_wait(chunks: Sequence[VisionLanguageModel], training: Training, step: int) -> None:
+    """Leave out the losses of routers that ``--training.frozen_until`` still holds in the step
+    after ``step``: what is before them would be trained by these.
+    """
+    if not training.frozen_until:
+        return
+    for chunk in chunks:
+        for router in chunk.routers:
+            key = f"language.decoder.layers.{router.layer_number - 1}.mlp.router.weight"
+            router.is_waiting = step < frozen_steps(key, training)
 
 
 def entries(chunks: Sequence[VisionLanguageModel]) -> dict[str, ShardedStateDict]:

@@ -24,7 +24,7 @@ from megavlm.model.positions import POSITIONS_KEY
 from megavlm.model.vlm import VisionLanguageModel
 from megavlm.model.weights import named_weights
 from megavlm.train import checkpoint, master_weights
-from megavlm.train.optimizer import oldest
+from megavlm.train.optimizer import load_state, oldest
 
 
 def age(key: str, history: History) -> int:
@@ -113,4 +113,4 @@ def keep(
             index: kept.get(index, {}) | fresh.get((number, index), {})
             for index in part["param_state"]
         }
-    optimizer.load_state_dict(checkpoint.join_parts(parts))
+    load_state(optimizer, checkpoint.join_parts(parts))

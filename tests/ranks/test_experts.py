@@ -5,6 +5,7 @@ and an expert may get no token.
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -325,6 +326,18 @@ def test_the_losses_of_the_router_have_gradients(ranks: Pool, dataset: Path) -> 
         )
     ]
     assert len({round(norm, 4) for norm in norms}) == 3
+
+
+def test_a_router_that_is_still_frozen_trains_nothing_before_it(
+    ranks: Pool, dataset: Path, tmp_path: Path
+) -> None:
+    norms = []
+    for name, losses in (("with", LOSSES), ("without", Experts(balance_loss=0.0))):
+        job = expert_job(dataset, tmp_path / name, frozen_until=("language=2",), save_interval=0)
+        ranks.run(run_job, 1, dataclasses.replace(job, experts=losses))
+        lines = map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())
+        norms.append([line["grad_norm"] for line in lines if "grad_norm" in line])
+    assert norms[0][:2] == norms[1][:2] and norms[0][2] != norms[1][2]
 
 
 @pytest.mark.parametrize("shared", [{}, SHARED])

@@ -119,8 +119,15 @@ def test_a_run_out_of_time_ends_after_a_checkpoint_and_goes_on_bit_for_bit(
 ) -> None:
     ranks.run(run_job, 2, make_job(dataset, tmp_path / "whole"))
     short = make_job(dataset, tmp_path / "short", max_hours=1e-9)
-    # The time is looked at after each logged step.
-    assert ranks.run(run_job, 2, short) == [1, 1]
+    # The time is looked at after each logged step, and no evaluation delays the checkpoint.
+    late = dataclasses.replace(
+        short,
+        training=dataclasses.replace(short.training, eval_interval=1),
+        data=dataclasses.replace(short.data, valid=str(dataset)),
+    )
+    assert ranks.run(run_job, 2, late) == [1, 1]
+    records = (tmp_path / "short" / "metrics.jsonl").read_text().splitlines()
+    assert not [line for line in records if '"valid_loss"' in line and json.loads(line)["step"]]
     assert ranks.run(run_job, 2, short) == [2, 2]
     assert ranks.run(run_job, 2, make_job(dataset, tmp_path / "short")) == [STEPS] * 2
     assert losses(tmp_path / "short") == losses(tmp_path / "whole")

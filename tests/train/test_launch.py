@@ -61,7 +61,7 @@ def test_all_problems_are_told_at_once(dataset: Path) -> None:
     with pytest.raises(ConfigError) as error:
         inspect(config, 4)
     assert "--parallel.tensor_model_parallel_size 3" in str(error.value)
-    assert "ranks that torchrun started, 4" in str(error.value)
+    assert "does not divide the number of ranks, 4" in str(error.value)
 
 
 def test_a_model_that_contradicts_its_family_is_refused_before_it_is_trained(dataset: Path) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -68,11 +69,18 @@ def _open_encoder(folder: Path) -> SafetensorsFolder:
 
 
 def write(weights: Weights, folder: Path) -> None:
-    """Write them into a checkpoint, if there are any."""
-    if weights:
-        save_file(
-            {name: tensor.contiguous() for name, tensor in weights.items()}, folder / FILE_NAME
-        )
+    """Write them into a checkpoint, if there are any.
+
+    Raises:
+        OSError: the disk is full.
+    """
+    if not weights:
+        return
+    tensors = {name: tensor.contiguous() for name, tensor in weights.items()}
+    try:
+        save_file(tensors, folder / FILE_NAME)
+    except SafetensorError as error:
+        raise OSError(f"{folder / FILE_NAME}: {error}") from error
 
 
 def read(folder: Path) -> dict[str, Tensor]:

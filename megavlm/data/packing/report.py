@@ -134,7 +134,8 @@ class Report:
                 f" ranks {self.imbalance_512:.1%}"
             ),
             *(
-                f"cap {trial.tile_cap:>5} {trial.fill:.3%} filled" + self._mark(trial)
+                f"cap {trial.tile_cap:>5} {trial.fill:.3%} of the best possible fill"
+                + self._mark(trial)
                 for trial in self.caps
             ),
             f"time      {self.seconds:.1f} s, {self.samples_per_second:,.0f} samples/s",

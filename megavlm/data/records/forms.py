@@ -76,7 +76,7 @@ def read_statement(fields: Mapping[str, Any], media: int, prompt: str) -> Statem
     keys = ", ".join(sorted(map(str, fields))) or "none"
     raise RejectError(
         "conversation",
-        f"conversations is missing, and so are caption and text; the keys are {keys}",
+        f"none of {_KNOWN_KEYS} is there; the keys are {keys}",
     )
 
 
@@ -317,6 +317,7 @@ FORMS = (
     Form(keys=("file_name", "text"), read=_caption("text")),
     Form(keys=("text",), read=_text),
 )
+_KNOWN_KEYS = ", ".join(" with ".join(form.keys) for form in FORMS)
 # Keys that hold lists of turns or texts; tables store them as JSON now and then.
 LIST_KEYS = ("conversations", "messages", "texts", "history", "images", "videos")
 

@@ -60,7 +60,7 @@ WRONG = [
                 "--parallel.pipeline_model_parallel_size 1 x --parallel.context_parallel_size 2 = 2"
                 " does not divide"
             ),
-            "started, 3",
+            "number of ranks, 3",
         ],
     ),
     (

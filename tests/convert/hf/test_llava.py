@@ -112,6 +112,11 @@ def test_transformers_loads_an_export_and_its_processor(
     assert run_example(out, monkeypatch, capsys)
 
 
+def test_a_disk_that_takes_no_unused_weights_is_an_error_of_the_disk(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="unused_weights"):
+        unused_weights.write({"a": torch.zeros(2)}, tmp_path / "not" / "there")
+
+
 def test_unused_weights_that_are_lost_are_told_and_can_be_named(
     tmp_path: Path, words: Path
 ) -> None:

@@ -63,7 +63,7 @@ BAD_LINES = [
     (b'{"conversations": [', "malformed_json", "line 1 column"),
     (b"\xff\xfe", "malformed_json", "utf-8|decode"),
     (b"[1]", "malformed_json", "list, not an object"),
-    ({}, "conversation", "missing"),
+    ({}, "conversation", "none of conversations, messages,"),
     ({"conversations": []}, "conversation", r"\[\]"),
     ({"conversations": "hello"}, "conversation", "hello"),
     ({"conversations": [HUMAN, {"from": "gpt"}]}, "conversation", r"conversations\[1\]"),
