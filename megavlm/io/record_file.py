@@ -55,7 +55,8 @@ class RecordFile:
             return column
         indices = np.asarray(key, np.int64)
         if indices.size and (indices.min() < 0 or indices.max() >= self.count):
-            least, most = indices.min(), indices.max()
+            least = indices.min()
+            most = indices.max()
             asked = least if least == most else f"{least} to {most}"
             raise IndexError(f"rows run from 0 to {self.count - 1}, not {asked}")
         wanted, back = np.unique(indices, return_inverse=True)
