@@ -138,12 +138,7 @@ def run(job: Job, state: State, metrics: Metrics, stop: StopRequest | None = Non
                 saves = groups.any_rank(stop.wants_save, job.backend.device) or saves
                 with clock.paused():
                     saver.poll()
-            # Who asks to stop may not wait for an evaluation: the checkpoint comes first.
-            if state.step == last or (
-                config.training.eval_interval
-                and state.step % config.training.eval_interval == 0
-                and not asked_to_stop
-            ):
+            if state.step == last or (_evaluates(job, state) and not asked_to_stop):
                 with clock.paused():
                     enter = partial(watchdog.enter, "evaluation", state.step)
                     state = evaluate(job, state, metrics, enter)
@@ -218,6 +213,12 @@ def _weight_of_pack(job: Job, ids: np.ndarray) -> WeightOfPack | None:
         return None
     divisors = job.train.pack_weights(ids, data.loss_reduction, data.loss_weights)
     return lambda batch: divisors[batch.pack_id]
+
+
+def _evaluates(job: Job, state: State) -> bool:
+    """Return whether it is time for an evaluation. Who asks to stop may not wait for one."""
+    interval = job.config.training.eval_interval
+    return bool(interval) and state.step % interval == 0
 
 
 def _saves(job: Job, state: State) -> bool:
