@@ -7,6 +7,10 @@ python tools/plan_parallel.py --model internvl2_5-8b --stage 1 --gpus 64 --data 
 python tools/plan_parallel.py --recipe llava --stage 2 --gpus 8
 python tools/plan_parallel.py --model InternVL2_5-8B/ --stage 2 --gpus 64 --layout \\
     '--parallel.tensor_model_parallel_size 4 --parallel.sequence_parallel true'
+python tools/plan_parallel.py --model internvl2_5-8b --stage 2 --gpus 8 \\
+    --architecture.lora.rank 16 --training.trainable connector --training.drop_path 0
+
+Options that are not listed below are those of pretrain_vlm.py, --config FILE too.
 """
 
 from __future__ import annotations
@@ -35,15 +39,15 @@ from tools.planning.options import (
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    options = make_parser(__doc__ or "").parse_args(arguments)
+    options, others = make_parser(__doc__ or "").parse_known_args(arguments)
     try:
         if wrong := list(number_problems(options)):
             raise ValueError("\n  ".join(wrong))
-        config = read_config(options)
+        config = read_config(options, others)
         packs = read_packs(options)
         hardware = read_hardware(options)
         print(
-            f"{options.model or options.recipe}, stage {options.stage}, {options.gpus} GPUs,"
+            f"{options.model or config.recipe}, stage {options.stage}, {options.gpus} GPUs,"
             f" {config.training.global_batch_size} packs a step, each of {packs.capacity}"
         )
         if options.layout is None:

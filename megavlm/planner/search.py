@@ -165,12 +165,14 @@ def _candidates(config: Config, gpus: int, capacity: int) -> Iterator[Config]:
         if not layout_problems(candidate, gpus) and not any(
             capacity_problems(parallel, "", capacity)
         ):
-            yield from (
+            recomputing = [
                 dataclasses.replace(
                     candidate, parallel=dataclasses.replace(parallel, recompute=name)
                 )
-                for name in RECOMPUTE
-            )
+                for name in RECOMPUTE[1:]
+            ]
+            yield candidate
+            yield from (one for one in recomputing if not layout_problems(one, gpus))
 
 
 def _sizes(config: Config, gpus: int) -> Iterator[Parallel]:

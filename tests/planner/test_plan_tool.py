@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
 from tools.plan_parallel import main
@@ -49,3 +52,53 @@ def test_packs_that_the_ranks_of_a_layout_cannot_share_are_refused(
     assert main([*_RUN, *layout, "--global_batch_size", "6"]) == 1
     assert "--capacity that is a multiple of 6" in capsys.readouterr().err
     assert main([*_RUN, *layout, "--global_batch_size", "6", "--capacity", "16386"]) == 0
+
+
+def _planned(tmp_path: Path, *arguments: str) -> list[dict]:
+    """Return all layouts that the tool finds."""
+    path = tmp_path / "plan.json"
+    assert main([*_RUN, "--memory_gib", "1000", "--json", str(path), *arguments]) == 0
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_the_search_starts_from_the_options_of_the_trainer(tmp_path: Path):
+    usual = _planned(tmp_path)
+    average = _planned(tmp_path, "--ema.decay", "0.999")
+    assert average[0]["memory"]["optimizer"] > usual[0]["memory"]["optimizer"]
+    file = tmp_path / "run.yaml"
+    file.write_text("optimizer: {moments: bfloat16}\n", encoding="utf-8")
+    smaller = _planned(tmp_path, "--config", str(file))
+    assert smaller[0]["memory"]["optimizer"] < usual[0]["memory"]["optimizer"]
+    adapters = ["--training.trainable", "connector", "--training.drop_path", "0"]
+    adapters += ["--architecture.lora.rank", "4", "--architecture.lora.dropout", "0.1"]
+    trained = _planned(tmp_path, *adapters)
+    assert trained[0]["memory"]["gradients"] < 0.1 * usual[0]["memory"]["gradients"]
+    sizes = {"context_parallel_size", "recompute", "pipeline_model_parallel_size"}
+    seen = {tuple(one["parallel"][name] for name in sorted(sizes)) for one in trained}
+    assert {context for context, *_ in seen} == {1}, "dropout excludes context parallelism"
+    assert all(pipeline == 1 or recompute == "none" for _, pipeline, recompute in seen)
+
+
+def test_an_option_that_the_search_sets_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert main([*_RUN, "--tensor-model-parallel-size", "2"]) == 1
+    told = "error: --parallel.tensor_model_parallel_size 2: the search sets the layout"
+    assert capsys.readouterr().err.startswith(told)
+    file = tmp_path / "run.yaml"
+    file.write_text("parallel: {recompute: full}\n", encoding="utf-8")
+    assert main([*_RUN, "--config", str(file)]) == 1
+    assert f"--parallel.recompute full (--config {file}, line 1)" in capsys.readouterr().err
+    assert main([*_RUN, "--config", str(file), "--layout", "--parallel.vision tensor"]) == 0
+    assert " full " in capsys.readouterr().out
+
+
+def test_options_of_the_trainer_are_checked(capsys: pytest.CaptureFixture[str]):
+    for wrong in (
+        ["--training.trainable", "foo"],
+        ["--loss.vocabulary_block", "-1"],
+        ["--gpu", "8"],
+    ):
+        with pytest.raises(SystemExit):
+            main([*_RUN, *wrong])
+        assert wrong[0] in capsys.readouterr().err

@@ -6,12 +6,14 @@ import argparse
 import dataclasses
 import math
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from megavlm.config.cli import parse
+from megavlm.config.checks.rules import settings_problems
+from megavlm.config.cli import parse, where_given
 from megavlm.config.schema import Config
 from megavlm.data.store.reader import Reader
+from megavlm.job_checks import parameter_problems
 from megavlm.model_source import read_model
 from megavlm.planner.estimate import Hardware
 from megavlm.planner.partition import PackSize
@@ -64,24 +66,23 @@ class Packs:
 def make_parser(description: str) -> argparse.ArgumentParser:
     """Make the parser; its defaults are InternVL's."""
     parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     shown = "(default: %(default)s)"
     model = "model preset, such as internvl2_5-8b, or a Hugging Face folder"
     parser.add_argument("--model", default="", help=f"{model} (default: the recipe's own)")
-    parser.add_argument(
-        "--recipe", default=Config(stage="", model="").recipe, help=f"recipe {shown}"
-    )
+    unset = Config(stage="", model="")
+    parser.add_argument("--recipe", help=f"recipe (default: {unset.recipe})")
     parser.add_argument(
         "--stage", required=True, help="stage of the recipe, such as 2; sets the freeze mask"
     )
     parser.add_argument("--gpus", type=int, required=True, help="number of GPUs of the run")
     batch = "packs (microbatches) of a step (default: the stage's)"
     parser.add_argument("--global_batch_size", type=int, help=batch)
-    moments = ["float32", "bfloat16"]
-    parser.add_argument(
-        "--moments", choices=moments, default=moments[0], help=f"dtype of Adam's moments {shown}"
-    )
+    moments = f"dtype of Adam's moments (default: {unset.optimizer.moments})"
+    parser.add_argument("--moments", choices=["float32", "bfloat16"], help=moments)
     layout = "judge one layout instead of searching: its --parallel options, in quotes"
     parser.add_argument("--layout", metavar="OPTIONS", help=layout)
     _add_packs(parser, shown)
@@ -120,19 +121,44 @@ def number_problems(options: argparse.Namespace) -> Iterator[str]:
                 yield f"--{name} {shown}: must be {asked}"
 
 
-def read_config(options: argparse.Namespace) -> Config:
-    """Return the run that is planned, with the layout of ``--layout`` if there is one."""
-    batch = options.global_batch_size
-    return parse(
-        [
-            *("--recipe", options.recipe, "--stage", options.stage),
-            *(("--model", options.model) if options.model else ()),
-            *("--optimizer.moments", options.moments),
-            *(("--training.global_batch_size", str(batch)) if batch else ()),
-            *shlex.split(options.layout or ""),
-        ],
-        read_model,
-    )
+def read_config(options: argparse.Namespace, others: Sequence[str]) -> Config:
+    """Return the run that is planned, with the layout of ``--layout`` if there is one; wrong input
+    ends the process as in ``parse``.
+
+    Args:
+        options: of the planner.
+        others: those of ``pretrain_vlm.py``.
+
+    Raises:
+        ValueError: an option that the search sets, or a file that cannot be read.
+    """
+    if options.layout is None and (wrong := list(_of_layout(others))):
+        raise ValueError("\n  ".join(wrong))
+    named = {
+        "recipe": options.recipe,
+        "stage": options.stage,
+        "model": options.model,
+        "optimizer.moments": options.moments,
+        "training.global_batch_size": options.global_batch_size,
+    }
+    given = [word for name, value in named.items() if value for word in (f"--{name}", str(value))]
+    return parse([*given, *others, *shlex.split(options.layout or "")], read_model, _problems)
+
+
+def _of_layout(others: Sequence[str]) -> Iterator[str]:
+    """Yield the options of a layout, which the search sets itself."""
+    for key, given in where_given(others).items():
+        if key.startswith("parallel."):
+            where = f" ({given.file})" if given.file else ""
+            yield (
+                f"--{key} {given.text}{where}: the search sets the layout; leave it out, or judge"
+                " one layout with --layout"
+            )
+
+
+def _problems(config: Config, ranks: int) -> list[str]:
+    """Return what is wrong with a run, whatever its data and layout."""
+    return settings_problems(config) or parameter_problems(config)
 
 
 def read_packs(options: argparse.Namespace) -> Packs:

@@ -79,21 +79,10 @@ def problems(config: Config, world_size: int) -> list[str]:
     to change.
     """
     return [
-        *number_problems(config),
-        *architecture_problems(config.architecture),
         *layout_problems(config, world_size),
         *_data(config.data),
-        *_training(config.training),
-        *objective_problems(config),
-        *run_problems(config),
-        *optimizer_problems(config.optimizer, config.training),
-        *unfreezing.setting_problems(config),
-        *ema_problems(config),
-        *_kernels(config.training),
-        *fp8_problems(config.fp8, config),
-        *_loss(config),
+        *settings_problems(config),
         *expert_problems(config),
-        *dropout_problems(config.architecture.lora, config.parallel),
         *bad_steps_problems(config.bad_steps),
         *profile_problems(config.profile, config.training.steps, world_size),
         *bucket_problems(config.parallel),
@@ -109,6 +98,22 @@ def problems(config: Config, world_size: int) -> list[str]:
         *at_least(0, "logging", config.logging, "peak_tflops"),
         *observer_problems(config.logging, config.checkpoint),
         *_health(config.health),
+    ]
+
+
+def settings_problems(config: Config) -> list[str]:
+    """Everything that cannot be, whatever the data and the layout of the run."""
+    return [
+        *number_problems(config),
+        *architecture_problems(config.architecture),
+        *_training(config.training),
+        *objective_problems(config),
+        *run_problems(config),
+        *optimizer_problems(config.optimizer, config.training),
+        *unfreezing.setting_problems(config),
+        *ema_problems(config),
+        *_kernels(config.training),
+        *_loss(config),
     ]
 
 
@@ -132,6 +137,8 @@ def layout_problems(config: Config, world_size: int) -> list[str]:
         *_pipeline(config.parallel, config.architecture),
         *objective_layout_problems(config.parallel, config.architecture),
         *expert_layout_problems(config, world_size),
+        *fp8_problems(config.fp8, config),
+        *dropout_problems(config.architecture.lora, config.parallel),
         *_world(config, world_size),
     ]
 
