@@ -46,7 +46,9 @@ def log_run_summary(
             + ", the rest fresh"
         )
     shares = ", ".join(
-        f"{part} {trained.weights[part]:,} of {trained.total[part]:,}" for part in PARTS
+        f"{part} {trained.weights[part]:,} of {trained.total[part]:,}"
+        for part in PARTS
+        if trained.total[part]
     )
     context = f" x context {groups.context_size}" if groups.context_size > 1 else ""
     virtual = config.parallel.virtual_pipeline_model_parallel_size
@@ -55,8 +57,9 @@ def log_run_summary(
         pipeline += f" ({virtual} chunks each)"
     sizes = f"tensor {groups.tensor_size}{context} x {pipeline} x data {groups.data_size}"
     sizes += _experts(config.parallel)
+    counted = "1 rank" if groups.size == 1 else f"{groups.size} ranks"
     metrics.say(
-        f"stage {config.stage}, model {config.model}, {groups.size} ranks: {sizes},"
+        f"stage {config.stage}, model {config.model}, {counted}: {sizes},"
         f" {config.training.precision}"
     )
     metrics.say(f"start: {origin}")
