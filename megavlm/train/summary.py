@@ -30,21 +30,6 @@ def log_run_summary(
     metrics: Metrics,
 ) -> None:
     """Say what is about to run."""
-    origin = "fresh weights"
-    if isinstance(start, Checkpoint):
-        goes_on = (
-            f"resuming after step {state.step}" if source.resumes(config, start) else "its weights"
-        )
-        stage = start.state.stage
-        made = f"stage {stage}, step {start.state.step}" if stage else "made by conversion"
-        origin = f"{start.folder} ({made}): {goes_on}"
-    elif isinstance(start, Path):
-        origin = f"{start} (Hugging Face): its weights"
-    elif start is not None:
-        origin = (
-            ", ".join(f"{part} from {folder}" for part, folder in start.parts.items())
-            + ", the rest fresh"
-        )
     shares = ", ".join(
         f"{part} {trained.weights[part]:,} of {trained.total[part]:,}"
         for part in PARTS
@@ -62,7 +47,7 @@ def log_run_summary(
         f"stage {config.stage}, model {config.model}, {counted}: {sizes},"
         f" {config.training.precision}"
     )
-    metrics.say(f"start: {origin}")
+    metrics.say(f"start: {_origin(config, start, state)}")
     if isinstance(start, Init):
         for note in from_parts.notes(start, config.architecture):
             metrics.say(f"note: {note}")
@@ -84,6 +69,23 @@ def log_run_summary(
     metrics.say(f"trainable parameters: {shares}")
     metrics.say("\n  ".join(["parameter groups:", *table_lines(config, parameter_table(config))]))
     metrics.record(state.step, {"trainable_parameters": sum(trained.weights.values())})
+
+
+def _origin(config: Config, start: Checkpoint | Path | Init | None, state: State) -> str:
+    """Say what a run starts from."""
+    if isinstance(start, Checkpoint):
+        goes_on = (
+            f"resuming after step {state.step}" if source.resumes(config, start) else "its weights"
+        )
+        stage = start.state.stage
+        made = f"stage {stage}, step {start.state.step}" if stage else "made by conversion"
+        return f"{start.folder} ({made}): {goes_on}"
+    if isinstance(start, Path):
+        return f"{start} (Hugging Face): its weights"
+    if start is None:
+        return "fresh weights"
+    parts = ", ".join(f"{part} from {folder}" for part, folder in start.parts.items())
+    return f"{parts}, the rest fresh"
 
 
 def _experts(parallel: Parallel) -> str:
