@@ -152,7 +152,9 @@ def test_a_second_run_in_the_same_folder_is_refused_before_anything_is_deleted(
     ) as first:
         _wait_for_step(save / "metrics.jsonl", 1)
         (save / ".growing_step_00000001_0a1b2c3d").mkdir()
+        first.send_signal(signal.SIGSTOP)  # or its steps would take the cores from the other
         second = _torchrun(*arguments)
+        first.send_signal(signal.SIGCONT)
         still_runs = first.poll() is None
         is_whole = (save / ".growing_step_00000001_0a1b2c3d").exists()
         first.kill()
