@@ -33,8 +33,8 @@ class Below:
 
 def find(config: Config, start: Start) -> Below | None:
     """Find the weights below a checkpoint of trained parameters: at the folders that the command
-    names, where they were, or at the same path relative to the save
-    folder. No file of weights is read.
+    names, where they were, or at the same path relative to the save folder. No file of weights is
+    read.
 
     Raises:
         ValueError: they are nowhere, or do not fit the model, or the command names others.

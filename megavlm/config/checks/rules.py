@@ -281,7 +281,7 @@ def _world(config: Config, world_size: int) -> Iterator[str]:
             for name, size in sizes.items()
             if size > 1 or name != "context"
         )
-        yield (f"{product} = {model} does not divide the number of ranks, {world_size}")
+        yield f"{product} = {model} does not divide the number of ranks, {world_size}"
         return
     copies = world_size // model
     pipeline = sizes["pipeline_model"]

@@ -45,14 +45,7 @@ _FIXED: dict[str, dict[str, Any]] = {
 # beside them.
 _TEMPLATES = ("internvl2_5", "Hermes-2", "internlm2-chat", "phi3-chat")
 _TEMPLATES_OF = {"gpt_oss": ("internvl3_5_gpt_oss",)}
-_SIZES_OF_VISION = (
-    "image_size",
-    "patch_size",
-    "num_hidden_layers",
-    "hidden_size",
-    "intermediate_size",
-    "num_attention_heads",
-)
+_SIZES_OF_VISION = ("image_size", "patch_size", *shared.SIZES)
 _FLAGS_OF_VISION = ("qkv_bias", "qk_normalization")
 _NEEDED_OF_VISION = (*_SIZES_OF_VISION, *_FLAGS_OF_VISION, "norm_type", "layer_norm_eps")
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from megavlm.config.schema import Vision
-from megavlm.convert.hf.json_files import missing, no_positive_numbers, no_sizes
+from megavlm.convert.hf.json_files import SIZES, missing, needed_sizes, no_positive_numbers
 
 ACTIVATIONS = {"gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_pytorch_tanh": "gelu_tanh"}
 """What transformers calls the activations of CLIP and SigLIP, and what we call them."""
@@ -15,10 +15,7 @@ ACTIVATIONS = {"gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_pytorch_tanh": 
 _SIZES = (
     "image_size",
     "patch_size",
-    "num_hidden_layers",
-    "hidden_size",
-    "intermediate_size",
-    "num_attention_heads",
+    *SIZES,
     "vocab_size",
     "max_position_embeddings",
 )
@@ -27,8 +24,8 @@ _SIZES = (
 def problems(found: Mapping[str, Any], section: str) -> Iterator[str]:
     """Yield what our model does not support of an encoder of images or texts."""
     stated = [name for name in _SIZES if name in found]  # images have no words, texts no patches
-    yield from missing(section, found, *stated, "layer_norm_eps")
-    yield from no_sizes(section, found, *stated)
+    yield from needed_sizes(section, found, *stated)
+    yield from missing(section, found, "layer_norm_eps")
     yield from no_positive_numbers(section, found, "layer_norm_eps")
     if found.get("hidden_act") not in ACTIVATIONS:
         name = f"{section}.hidden_act".lstrip(".")

@@ -7,6 +7,7 @@ from typing import Any
 
 from megavlm.config.schema import Language
 from megavlm.convert.hf.json_files import (
+    SIZES,
     contradictions,
     missing,
     no_positive_numbers,
@@ -18,10 +19,7 @@ from megavlm.convert.weights.families import gpt_oss
 
 _EPSILON = "rms_norm_eps"
 _NEEDED = (
-    "num_hidden_layers",
-    "hidden_size",
-    "intermediate_size",
-    "num_attention_heads",
+    *SIZES,
     "num_key_value_heads",
     "head_dim",
     "vocab_size",

@@ -35,8 +35,7 @@ _CODE = "OpenGVLab/InternViT-6B-224px"
 def read(raw: dict[str, Any], folder: Path, *, has_head: bool | None) -> Architecture:
     """Read the architecture; arguments and errors as of ``native_config.read``."""
     path = folder / FILE_NAME
-    wrong = [*json_files.missing("", raw, *_NEEDED), *json_files.no_sizes("", raw, *_NEEDED)]
-    json_files.refuse(path, wrong)
+    json_files.refuse(path, list(json_files.needed_sizes("", raw, *_NEEDED)))
     vision_path = folder / VISION / FILE_NAME
     vision = read_config(vision_path)
     json_files.refuse(vision_path, list(chat_config.vision_problems(vision, "")))

@@ -14,6 +14,8 @@ from megavlm.config.vision import PIXELS
 
 FILE_NAME = "config.json"
 IMAGE_PROCESSOR_NAME = "preprocessor_config.json"
+# Sizes of a transformer, as most files of Hugging Face call them.
+SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads")
 NORMS = {"layer_norm": "LayerNorm", "rms_norm": "RMSNorm"}
 
 
@@ -41,9 +43,9 @@ def read_config(path: Path) -> dict[str, Any]:
     wrong = []
     if not isinstance(content.get("model_type"), str | None):
         wrong.append(f"model_type is {content['model_type']!r}, must be text")
-    named = content.get("architectures") or []
-    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
-        wrong.append(f"architectures is {named!r}, must be a list of names of classes")
+    classes = content.get("architectures") or []
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        wrong.append(f"architectures is {classes!r}, must be a list of names of classes")
     refuse(path, wrong)
     return content
 
@@ -72,18 +74,29 @@ def complete(form: type[PreTrainedConfig], raw: dict[str, Any], path: Path) -> d
         ) from None
 
 
+def named(section: str, name: str) -> str:
+    """Return what a setting is called in messages; the file itself is the section ``""``."""
+    return f"{section}.{name}".lstrip(".")
+
+
 def contradictions(
     section: str, found: Mapping[str, Any], fixed: Mapping[str, Any]
 ) -> Iterator[str]:
     """Yield settings that differ from the one value that our model supports."""
     for name, value in fixed.items():
         if name in found and found[name] != value:
-            yield f"{section}.{name}".lstrip(".") + f" is {found[name]!r}, must be {value!r}"
+            yield f"{named(section, name)} is {found[name]!r}, must be {value!r}"
 
 
 def missing(section: str, found: Mapping[str, Any], *names: str) -> Iterator[str]:
     """Yield settings that the file lacks."""
-    return (f"{section}.{name} is missing".lstrip(".") for name in names if found.get(name) is None)
+    return (f"{named(section, name)} is missing" for name in names if found.get(name) is None)
+
+
+def needed_sizes(section: str, found: Mapping[str, Any], *names: str) -> Iterator[str]:
+    """Yield settings that the file lacks, and those that are no whole numbers of at least 1."""
+    yield from missing(section, found, *names)
+    yield from no_sizes(section, found, *names)
 
 
 def no_sizes(section: str, found: Mapping[str, Any], *names: str, least: int = 1) -> Iterator[str]:
@@ -92,8 +105,7 @@ def no_sizes(section: str, found: Mapping[str, Any], *names: str, least: int = 1
         value = found.get(name)
         if value is not None and (type(value) is not int or value < least):
             yield (
-                f"{section}.{name}".lstrip(".")
-                + f" is {value!r}, must be a whole number of at least {least}"
+                f"{named(section, name)} is {value!r}, must be a whole number of at least {least}"
             )
 
 
@@ -102,14 +114,14 @@ def no_positive_numbers(section: str, found: Mapping[str, Any], *names: str) -> 
     for name in names:
         value = found.get(name)
         if value is not None and (type(value) not in (int, float) or not 0 < value < math.inf):
-            yield f"{section}.{name}".lstrip(".") + f" is {value!r}, must be a number above 0"
+            yield f"{named(section, name)} is {value!r}, must be a number above 0"
 
 
 def no_flags(section: str, found: Mapping[str, Any], *names: str) -> Iterator[str]:
     """Yield settings that are stated and neither true nor false."""
     for name in names:
         if not isinstance(found.get(name), bool | None):
-            yield f"{section}.{name}".lstrip(".") + f" is {found[name]!r}, must be true or false"
+            yield f"{named(section, name)} is {found[name]!r}, must be true or false"
 
 
 def rotary_problems(section: str, found: Mapping[str, Any]) -> Iterator[str]:
@@ -119,9 +131,9 @@ def rotary_problems(section: str, found: Mapping[str, Any]) -> Iterator[str]:
         scaling = found.get(name)
         if isinstance(scaling, Mapping):
             numbers = ("rope_theta", "factor", "partial_rotary_factor")
-            yield from no_positive_numbers(f"{section}.{name}".lstrip("."), scaling, *numbers)
+            yield from no_positive_numbers(named(section, name), scaling, *numbers)
         elif scaling is not None:
-            yield f"{section}.{name}".lstrip(".") + f" is {scaling!r}, must be an object"
+            yield f"{named(section, name)} is {scaling!r}, must be an object"
 
 
 def rotary_settings(found: Mapping[str, Any]) -> Mapping[str, Any]:

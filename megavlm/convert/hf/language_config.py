@@ -8,6 +8,7 @@ from typing import Any
 from megavlm.config.schema import Language
 from megavlm.convert.hf import gpt_oss_config, opt_config
 from megavlm.convert.hf.json_files import (
+    SIZES,
     contradictions,
     missing,
     no_flags,
@@ -21,14 +22,7 @@ from megavlm.convert.weights.families.family import Family
 
 # Families whose settings have a module of their own.
 _OF_THEIR_OWN = {"opt": opt_config, "gpt_oss": gpt_oss_config}
-_NEEDED = (
-    "num_hidden_layers",
-    "hidden_size",
-    "intermediate_size",
-    "num_attention_heads",
-    "vocab_size",
-    "max_position_embeddings",
-)
+_NEEDED = (*SIZES, "vocab_size", "max_position_embeddings")
 _STATED_BY_SOME = ("num_key_value_heads", "head_dim")
 # Fields about experts that config.json need not state.
 _UNSTATED = {"norm_topk_prob": False, "routed_scaling": 1.0}

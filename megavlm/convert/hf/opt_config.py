@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from megavlm.config.schema import Language
-from megavlm.convert.hf.json_files import contradictions, missing, no_sizes
+from megavlm.convert.hf.json_files import contradictions, needed_sizes
 from megavlm.convert.weights.families import opt
 
 _NEEDED = (
@@ -23,8 +23,7 @@ _NEEDED = (
 
 def problems(settings: Mapping[str, Any], section: str) -> Iterator[str]:
     """Yield why an OPT cannot be trained here; arguments as of ``language_config.problems``."""
-    yield from missing(section, settings, *_NEEDED)
-    yield from no_sizes(section, settings, *_NEEDED)
+    yield from needed_sizes(section, settings, *_NEEDED)
     yield from contradictions(section, settings, opt.FAMILY.settings)
     size = settings.get("word_embed_proj_dim")
     width = settings.get("hidden_size")

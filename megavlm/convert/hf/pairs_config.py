@@ -24,10 +24,8 @@ _OLD_END = 2
 def read_clip(raw: dict[str, Any], folder: Path, *, has_head: bool | None) -> Architecture:
     """Read the architecture of a ``CLIPModel``; see ``native_config.read``."""
     found = json_files.complete(CLIPConfig, raw, folder / FILE_NAME)
-    wrong = [*_problems(found), *json_files.missing("", found, "projection_dim")]
-    json_files.refuse(
-        folder / FILE_NAME, [*wrong, *json_files.no_sizes("", found, "projection_dim")]
-    )
+    wrong = [*_problems(found), *json_files.needed_sizes("", found, "projection_dim")]
+    json_files.refuse(folder / FILE_NAME, wrong)
     return Architecture(
         objective="contrastive",
         vision=_vision("clip", found["vision_config"], folder),
