@@ -35,7 +35,7 @@ class LanguageModel(GPTModel):
         config: megatron-core's configuration of the whole language model.
         run: ours; without a head over the vocabulary the last chunk ends in hidden states.
         chunk: which layers are built.
-        chosen: kernels of the layers.
+        kernels: of the layers.
         groups: process groups.
         vp_stage: index of the model chunk on its rank; none if the rank has one.
 
@@ -51,7 +51,7 @@ class LanguageModel(GPTModel):
         config: TransformerConfig,
         run: Config,
         chunk: Chunk,
-        chosen: Kernels,
+        kernels: Kernels,
         groups: ProcessGroupCollection,
         vp_stage: int | None,
     ):
@@ -60,7 +60,7 @@ class LanguageModel(GPTModel):
         super().__init__(
             config=config,
             transformer_layer_spec=language_spec(
-                chunk.language_layers, architecture, chosen, run.experts
+                chunk.language_layers, architecture, kernels, run.experts
             ),
             vocab_size=padded_vocabulary(language.vocab_size),
             max_sequence_length=language.position_rows,
@@ -84,7 +84,7 @@ class LanguageModel(GPTModel):
             # Rounded to the dtype of the embeddings, as in transformers.
             scale = torch.tensor(language.hidden_size**0.5, dtype=config.params_dtype)
             self.embedding_scale = float(scale)
-        self.cross_entropy = chosen.cross_entropy
+        self.cross_entropy = kernels.cross_entropy
         self.loss_positions: Tensor | None = None
         self.has_learned_positions = language.has_learned_positions
         self.unused_positions = language.unused_positions
@@ -267,8 +267,8 @@ class LanguageModel(GPTModel):
             hidden = gather_from_sequence_parallel_region(
                 hidden, tensor_parallel_output_grad=True, group=self.scattered_over
             )
-        chosen = self.loss_positions
-        return (hidden if chosen is None else hidden.index_select(0, chosen),)
+        positions = self.loss_positions
+        return (hidden if positions is None else hidden.index_select(0, positions),)
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """Compute the cross-entropy over the vocabulary without its padding.
@@ -283,17 +283,17 @@ class LanguageModel(GPTModel):
         Returns:
             [1, T], 0 where no loss is computed
         """
-        chosen = self.loss_positions
+        positions = self.loss_positions
         # Not a transpose: its stride of T in a dimension of one is what Transformer Engine's kernel
         # would step by.
-        wanted = labels.reshape(-1, 1) if chosen is None else labels[0, chosen, None]
+        wanted = labels.reshape(-1, 1) if positions is None else labels[0, positions, None]
         if self.loss_terms is not None:
             losses = self._loss_by_block(logits, wanted, self.loss_terms)
         else:
             losses = self._loss_of_logits(logits, wanted)
-        if chosen is None:
+        if positions is None:
             return losses
-        return losses.new_zeros(labels.shape).index_copy(1, chosen, losses)
+        return losses.new_zeros(labels.shape).index_copy(1, positions, losses)
 
     def _loss_of_logits(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Return the losses [1, P] of logits [P, 1, V] and labels [P, 1]."""

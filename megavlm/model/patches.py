@@ -19,19 +19,19 @@ class Patches(nn.Module):
 
     Args:
         vision: the settings of the model's images.
-        chosen: kernels of the layers.
+        kernels: of the layers.
         dtype: of the result.
     """
 
     drop_path_share = 1.0  # there is nothing to drop
 
-    def __init__(self, vision: Vision, chosen: Kernels, dtype: torch.dtype):
+    def __init__(self, vision: Vision, kernels: Kernels, dtype: torch.dtype):
         super().__init__()
         self.patch_size = vision.patch_size
         self.dtype = dtype
         for name, values in (("mean", vision.pixel_mean), ("std", vision.pixel_std)):
             self.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)
-        self.standardise = chosen.pointwise(standardise)
+        self.standardise = kernels.pointwise(standardise)
 
     def normalise(self, tiles: Tensor) -> Tensor:
         """Cut tiles into patches.

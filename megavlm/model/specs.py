@@ -158,15 +158,15 @@ def transformer_engine_kernels() -> Kernels:
     )
 
 
-def kernels(config: Config) -> Kernels:
+def choose_kernels(config: Config) -> Kernels:
     """Return the layers that the configuration asks for, or the best that this device runs."""
     if not uses_transformer_engine(config):
         return local_kernels()
-    chosen = transformer_engine_kernels()
+    kernels = transformer_engine_kernels()
     if config.architecture.lora.rank:
         # An adapter reads what the norm gives, which a linear layer that normalises does not show.
-        chosen = replace(chosen, layer_norm=chosen.norm, norm_linear=chosen.column_linear)
-    return chosen
+        kernels = replace(kernels, layer_norm=kernels.norm, norm_linear=kernels.column_linear)
+    return kernels
 
 
 def _split_without_copies() -> None:
@@ -280,36 +280,36 @@ def _adding_bias(linear: type) -> type:
 
 
 def _attention(
-    core: type, qkv_bias: bool, chosen: Kernels, head_norm: type | None = None
+    core: type, qkv_bias: bool, kernels: Kernels, head_norm: type | None = None
 ) -> SelfAttentionSubmodules:
-    linear = chosen.norm_linear if qkv_bias else _without_bias(chosen.norm_linear)
+    linear = kernels.norm_linear if qkv_bias else _without_bias(kernels.norm_linear)
     return SelfAttentionSubmodules(
         linear_qkv=linear,
         core_attention=core,
-        linear_proj=chosen.row_linear,
+        linear_proj=kernels.row_linear,
         q_layernorm=head_norm,
         k_layernorm=head_norm,
     )
 
 
-def mlp_submodules(first: type, chosen: Kernels) -> MLPSubmodules:
+def mlp_submodules(first: type, kernels: Kernels) -> MLPSubmodules:
     """Slots of an MLP whose first linear layer is ``first``."""
     return MLPSubmodules(
         linear_fc1=_adding_bias(first),
-        linear_fc2=chosen.row_linear,
-        activation_func=chosen.swiglu,  # taken if the configuration says so
+        linear_fc2=kernels.row_linear,
+        activation_func=kernels.swiglu,  # taken if the configuration says so
     )
 
 
 def _layers(
-    module: type, attention: ModuleSpec, count: int, chosen: Kernels, **params: Callable | bool
+    module: type, attention: ModuleSpec, count: int, kernels: Kernels, **params: Callable | bool
 ) -> list[ModuleSpec]:
     submodules = TransformerLayerSubmodules(
-        input_layernorm=chosen.layer_norm,
+        input_layernorm=kernels.layer_norm,
         self_attention=attention,
         self_attn_bda=get_bias_dropout_add,
-        pre_mlp_layernorm=chosen.layer_norm,
-        mlp=ModuleSpec(module=MLP, submodules=mlp_submodules(chosen.norm_linear, chosen)),
+        pre_mlp_layernorm=kernels.layer_norm,
+        mlp=ModuleSpec(module=MLP, submodules=mlp_submodules(kernels.norm_linear, kernels)),
         mlp_bda=get_bias_dropout_add,
         sharded_state_dict_keys_map={
             "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
@@ -319,16 +319,16 @@ def _layers(
     return [ModuleSpec(module=module, params=params, submodules=submodules)] * count
 
 
-def _with_experts(layers: list[ModuleSpec], chosen: Kernels, router: Callable) -> list[ModuleSpec]:
+def _with_experts(layers: list[ModuleSpec], kernels: Kernels, router: Callable) -> list[ModuleSpec]:
     """Put experts in the place of the MLPs; a norm of its own stands before router and experts."""
-    mixture = mixture_spec(chosen.experts, chosen.column_linear, chosen.row_linear, router)
+    mixture = mixture_spec(kernels.experts, kernels.column_linear, kernels.row_linear, router)
     keys = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
     return [
         replace(
             layer,
             submodules=replace(
                 layer.submodules,
-                pre_mlp_layernorm=chosen.norm,
+                pre_mlp_layernorm=kernels.norm,
                 mlp=mixture,
                 sharded_state_dict_keys_map=keys,
             ),
@@ -337,24 +337,24 @@ def _with_experts(layers: list[ModuleSpec], chosen: Kernels, router: Callable) -
     ]
 
 
-def vision_spec(count: int, vision: Vision, chosen: Kernels) -> TransformerBlockSubmodules:
+def vision_spec(count: int, vision: Vision, kernels: Kernels) -> TransformerBlockSubmodules:
     """Describe ``count`` consecutive layers of the vision encoder, without a norm after the
     last.
     """
     params = {"attn_mask_type": AttnMaskType.no_mask, "qk_norm": vision.qk_norm}
-    inside = _attention(chosen.tile_attention, vision.qkv_bias, chosen)
+    inside = _attention(kernels.tile_attention, vision.qkv_bias, kernels)
     attention = ModuleSpec(module=VisionAttention, params=params, submodules=inside)
     settings = dict(
         layer_scale=vision.has_layer_scale,
-        add_branch=chosen.add_branch,
-        checkpoint=chosen.checkpoint,
+        add_branch=kernels.add_branch,
+        checkpoint=kernels.checkpoint,
     )
-    layers = _layers(VisionLayer, attention, count, chosen, **settings)
+    layers = _layers(VisionLayer, attention, count, kernels, **settings)
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=None)
 
 
 def language_spec(
-    layers: Sequence[int], architecture: Architecture, chosen: Kernels, experts: Experts
+    layers: Sequence[int], architecture: Architecture, kernels: Kernels, experts: Experts
 ) -> TransformerBlockSubmodules:
     """Describe consecutive layers of the language model, counted from 0, with a norm after the
     model's last layer.
@@ -362,33 +362,33 @@ def language_spec(
     language = architecture.language
     crosses = architecture.cross_attention
     inside = _attention(
-        SinkAttention if language.attention_sinks else chosen.packed_attention,
+        SinkAttention if language.attention_sinks else kernels.packed_attention,
         language.qkv_bias,
-        chosen,
-        chosen.norm if language.qk_norm else None,
+        kernels,
+        kernels.norm if language.qk_norm else None,
     )
     mask = AttnMaskType.causal if language.is_causal else AttnMaskType.no_mask
     attention = ModuleSpec(module=SelfAttention, params={"attn_mask_type": mask}, submodules=inside)
-    [plain] = _layers(TransformerLayer, attention, 1, chosen)
+    [plain] = _layers(TransformerLayer, attention, 1, kernels)
     gated = plain
     if crosses.every:
-        [gated] = _layers(GatedLayer, attention, 1, chosen, cross=_cross(architecture, chosen))
+        [gated] = _layers(GatedLayer, attention, 1, kernels, cross=_cross(architecture, kernels))
     found = [gated if crosses.stands_before(layer) else plain for layer in layers]
     if language.num_experts:
         router = functools.partial(PackRouter, language=language, experts=experts)
-        found = _with_experts(found, chosen, router)
-    return TransformerBlockSubmodules(layer_specs=found, layer_norm=chosen.norm)
+        found = _with_experts(found, kernels, router)
+    return TransformerBlockSubmodules(layer_specs=found, layer_norm=kernels.norm)
 
 
-def _cross(architecture: Architecture, chosen: Kernels) -> Callable:
+def _cross(architecture: Architecture, kernels: Kernels) -> Callable:
     """Return what makes the cross-attention in front of a layer."""
     modules = CrossModules(
-        norm=chosen.norm,
-        column_linear=chosen.column_linear,
-        row_linear=chosen.row_linear,
-        attention=chosen.packed_attention,
-        mlp=mlp_submodules(chosen.column_linear, chosen),
-        checkpoint=chosen.checkpoint,
+        norm=kernels.norm,
+        column_linear=kernels.column_linear,
+        row_linear=kernels.row_linear,
+        attention=kernels.packed_attention,
+        mlp=mlp_submodules(kernels.column_linear, kernels),
+        checkpoint=kernels.checkpoint,
     )
     return functools.partial(
         GatedCrossAttention,

@@ -58,7 +58,7 @@ _RECOMPUTE: dict[str, dict[str, Any]] = {
 def _common(
     config: Config,
     counts: tuple[int, ...],
-    chosen: Kernels,
+    kernels: Kernels,
     tensor_size: int,
     recompute: str = "none",
 ) -> dict[str, Any]:
@@ -67,7 +67,7 @@ def _common(
     Args:
         config: the run.
         counts: layers of this part in each pipeline chunk.
-        chosen: kernels of the layers.
+        kernels: of the layers.
         tensor_size: ranks that share each layer of this part.
         recompute: what is computed again of its layers.
     """
@@ -92,7 +92,7 @@ def _common(
         masked_softmax_fusion=False,
         bias_activation_fusion=False,  # megatron-core's fused GELU is an approximation
         bias_dropout_fusion=False,
-        apply_rope_fusion=chosen.is_fused,
+        apply_rope_fusion=kernels.is_fused,
         persist_layer_norm=False,
         deterministic_mode=config.training.deterministic,
         # gradients are summed: the loss is divided by the whole step's weight before backward
@@ -110,7 +110,7 @@ def _common(
     )
 
 
-def vision_config(config: Config, layout: Layout, chosen: Kernels) -> TransformerConfig:
+def vision_config(config: Config, layout: Layout, kernels: Kernels) -> TransformerConfig:
     """Configure the vision encoder; its tiles are too short for sequence parallelism."""
     vision = config.architecture.vision
     parallel = config.parallel
@@ -130,17 +130,17 @@ def vision_config(config: Config, layout: Layout, chosen: Kernels) -> Transforme
         add_qkv_bias=vision.qkv_bias,
         activation_func=ACTIVATIONS[vision.activation],
         **fp8_settings(config, "vision"),
-        **_common(config, layout.vision_counts(), chosen, parallel.vision_tensor_size, recompute),
+        **_common(config, layout.vision_counts(), kernels, parallel.vision_tensor_size, recompute),
     )
 
 
-def connector_config(config: Config, chosen: Kernels) -> TransformerConfig:
+def connector_config(config: Config, kernels: Kernels) -> TransformerConfig:
     """Configure the connector: LayerNorm, linear, GELU, linear, without a pipeline of its own."""
     arch = config.architecture
     width = arch.language.hidden_size
     if not arch.language.exists:
         width = arch.needs.connector_output(arch) or arch.vision.hidden_size
-    common = _common(config, (1,), chosen, config.parallel.vision_tensor_size) | {
+    common = _common(config, (1,), kernels, config.parallel.vision_tensor_size) | {
         "pipeline_model_parallel_size": 1
     }
     return TransformerConfig(
@@ -168,7 +168,7 @@ def _window_settings(language: Language) -> dict[str, Any]:
     )
 
 
-def _expert_settings(config: Config, chosen: Kernels) -> dict[str, Any]:
+def _expert_settings(config: Config, kernels: Kernels) -> dict[str, Any]:
     """Configure the experts of a language model; nothing if it has none."""
     language = config.architecture.language
     if not language.num_experts:
@@ -186,7 +186,7 @@ def _expert_settings(config: Config, chosen: Kernels) -> dict[str, Any]:
         moe_aux_loss_coeff=config.experts.balance_loss / packs,
         moe_z_loss_coeff=config.experts.router_z_loss / packs,
         moe_token_dispatcher_type=config.experts.dispatcher,
-        moe_grouped_gemm=chosen.is_fused,
+        moe_grouped_gemm=kernels.is_fused,
         expert_model_parallel_size=config.parallel.expert_model_parallel_size,
         expert_tensor_parallel_size=config.parallel.expert_tensor_parallel_size,
     )
@@ -195,15 +195,15 @@ def _expert_settings(config: Config, chosen: Kernels) -> dict[str, Any]:
     return settings
 
 
-def language_config(config: Config, layout: Layout, chosen: Kernels) -> TransformerConfig:
+def language_config(config: Config, layout: Layout, kernels: Kernels) -> TransformerConfig:
     """Configure the language model: RMSNorm, rotary positions, grouped-query attention, a gated
     MLP; or a text encoder or an OPT.
     """
     language = config.architecture.language
     parallel = config.parallel
-    has_swiglu = chosen.swiglu is not None and language.activation == "swiglu"
+    has_swiglu = kernels.swiglu is not None and language.activation == "swiglu"
     has_swiglu = has_swiglu and not language.num_experts
-    fuses_gate = chosen.is_fused and language.is_gated and not has_swiglu
+    fuses_gate = kernels.is_fused and language.is_gated and not has_swiglu
     return TransformerConfig(
         num_layers=language.num_layers,
         hidden_size=language.hidden_size,
@@ -231,7 +231,7 @@ def language_config(config: Config, layout: Layout, chosen: Kernels) -> Transfor
         **_common(
             config,
             layout.language_counts(),
-            chosen,
+            kernels,
             parallel.tensor_model_parallel_size,
             parallel.recompute_of("language"),
         )
@@ -239,7 +239,7 @@ def language_config(config: Config, layout: Layout, chosen: Kernels) -> Transfor
             "bias_activation_fusion": fuses_gate,
             "use_te_activation_func": has_swiglu,
             # Without a bias it is one addition, and calling what torch compiled takes longer.
-            "bias_dropout_fusion": chosen.is_fused and language.has_layer_norm,
+            "bias_dropout_fusion": kernels.is_fused and language.has_layer_norm,
         }
-        | _expert_settings(config, chosen),
+        | _expert_settings(config, kernels),
     )

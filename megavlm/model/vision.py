@@ -46,7 +46,7 @@ class VisionEncoder(MegatronModule):
         vision: ours.
         chunk: which layers are built.
         drop_path: highest rate of drop path.
-        chosen: kernels of the layers.
+        kernels: of the layers.
         groups: process groups.
         vp_stage: index of the model chunk on its rank; none if the rank has one.
     """
@@ -59,7 +59,7 @@ class VisionEncoder(MegatronModule):
         vision: Vision,
         chunk: Chunk,
         drop_path: float,
-        chosen: Kernels,
+        kernels: Kernels,
         groups: ProcessGroupCollection,
         vp_stage: int | None,
     ):
@@ -89,18 +89,18 @@ class VisionEncoder(MegatronModule):
             )
             self.embedding_norm = None
             if vision.has_embedding_norm:
-                self.embedding_norm = chosen.norm(
+                self.embedding_norm = kernels.norm(
                     config=config, hidden_size=width, eps=vision.layernorm_epsilon
                 )
-            self.standardise = chosen.pointwise(standardise)
+            self.standardise = kernels.pointwise(standardise)
         self.final_norm = None
         if vision.final_norm and vision.num_layers - 1 in chunk.vision_layers:
-            self.final_norm = chosen.norm(
+            self.final_norm = kernels.norm(
                 config=config, hidden_size=vision.hidden_size, eps=vision.layernorm_epsilon
             )
         self.encoder = TransformerBlock(
             config=config,
-            spec=vision_spec(len(chunk.vision_layers), vision, chosen),
+            spec=vision_spec(len(chunk.vision_layers), vision, kernels),
             post_layer_norm=False,
             pre_process=True,
             post_process=False,

@@ -30,7 +30,7 @@ from megavlm.model.objective import build_objective
 from megavlm.model.patches import Patches
 from megavlm.model.recompute import ask_for_gradient
 from megavlm.model.router import routers_of
-from megavlm.model.specs import Kernels, kernels
+from megavlm.model.specs import Kernels, choose_kernels
 from megavlm.model.transformer import language_config, vision_config
 from megavlm.model.vision import VisionEncoder
 from megavlm.parallel.process_groups import Groups
@@ -59,10 +59,10 @@ class VisionLanguageModel(MegatronModule):
     def __init__(self, config: Config, layout: Layout, groups: Groups, number: int | None = None):
         number = groups.pipeline_rank if number is None else number
         chunk = layout.chunks[number]
-        chosen = kernels(config)
+        kernels = choose_kernels(config)
         arch = config.architecture
         settings = (language_config if arch.language.exists else vision_config)(
-            config, layout, chosen
+            config, layout, kernels
         )
         super().__init__(settings)
         # The pipeline schedules of megatron-core ask a chunk for these.
@@ -90,9 +90,9 @@ class VisionLanguageModel(MegatronModule):
         self.trains_vision = True
         self.first_trained = 0
         collection = groups.collection
-        self.vision = self._vision(config, layout, chunk, chosen)
+        self.vision = self._vision(config, layout, chunk, kernels)
         if chunk.has_connector:
-            self.connector = build_connector(config, chosen, groups.vision)
+            self.connector = build_connector(config, kernels, groups.vision)
         # Parts of which every tensor-parallel rank has a copy, for tiles of its own.
         self.copies = []
         if holds_whole_layers(groups):
@@ -103,30 +103,30 @@ class VisionLanguageModel(MegatronModule):
             # It then sees the tiles of all ranks, so that each of them has its whole gradient.
             self.copies.remove(self.connector)
         if chunk.has_language:
-            self.language = LanguageModel(self.config, config, chunk, chosen, collection, vp_stage)
+            self.language = LanguageModel(self.config, config, chunk, kernels, collection, vp_stage)
             stack = "language.decoder.layers"
             attach(self.language, stack, arch, self.config, collection.tp)
             attach_to_experts(self.language, stack, arch)
         self.routers = tuple(routers_of(self))
-        self.objective = build_objective(self.config, config, chunk, chosen, groups)
+        self.objective = build_objective(self.config, config, chunk, kernels, groups)
         if not arch.language.exists and chunk.has_connector:
             self.objective.take_connector(self.connector)
 
     def _vision(
-        self, config: Config, layout: Layout, chunk: Chunk, chosen: Kernels
+        self, config: Config, layout: Layout, chunk: Chunk, kernels: Kernels
     ) -> VisionEncoder | Patches | None:
         """Build this chunk's part of the vision encoder, or what cuts patches if there is none."""
         arch = config.architecture
         if not arch.vision.exists:
             is_first = chunk.has_patch_embedding
-            return Patches(arch.vision, chosen, self.config.params_dtype) if is_first else None
+            return Patches(arch.vision, kernels, self.config.params_dtype) if is_first else None
         if not (chunk.has_patch_embedding or chunk.vision_layers):
             return None
         groups = self.groups.vision
-        encoder = vision_config(config, layout, chosen)
+        encoder = vision_config(config, layout, kernels)
         drop_path = config.training.highest_drop_path
         vision = VisionEncoder(
-            encoder, arch.vision, chunk, drop_path, chosen, groups, self.vp_stage
+            encoder, arch.vision, chunk, drop_path, kernels, groups, self.vp_stage
         )
         attach(vision, "vision.encoder.layers", arch, encoder, groups.tp)
         return vision
@@ -223,25 +223,27 @@ class VisionLanguageModel(MegatronModule):
                 layer.recompute_mlp = mode
         return self
 
-    def forward(self, batch: Batch, with_loss: bool = True, chosen: bool = False) -> Tensor:
+    def forward(
+        self, batch: Batch, with_loss: bool = True, only_loss_positions: bool = False
+    ) -> Tensor:
         """Run this chunk on one pack.
 
         Args:
             batch: the pack.
             with_loss: end in losses, otherwise in logits.
-            chosen: end in the logits of ``batch.loss_positions`` alone.
+            only_loss_positions: end in the logits of ``batch.loss_positions`` alone.
 
         Returns:
             The loss of every token [T], or logits [T or P, padded V / tensor-parallel ranks], from
-                the last chunk; from others what the next
-            chunk takes: [N, I, D] inside the vision encoder, [T, 1, D] inside the language model.
+                the last chunk; from others what the next chunk takes: [N, I, D] inside the vision
+                encoder, [T, 1, D] inside the language model.
         """
         # Before the first chunk that trains anything there is no backward pass, and nothing is kept
         # for one.
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.number >= self.first_trained):
-            return self._run(batch, with_loss, chosen)
+            return self._run(batch, with_loss, only_loss_positions)
 
-    def _run(self, batch: Batch, with_loss: bool, chosen: bool) -> Tensor:
+    def _run(self, batch: Batch, with_loss: bool, only_loss_positions: bool) -> Tensor:
         if self.architecture.lora.dropout:
             first_tile = self.groups.rank_slice.tile_rank * batch.num_tiles
             set_draw(self, batch.draw, first_tile)
@@ -253,7 +255,7 @@ class VisionLanguageModel(MegatronModule):
         if self.connector is not None:
             hidden = self._fuse(hidden, batch)
         if self.language is not None:
-            hidden = self._read(hidden, batch, with_loss, chosen)
+            hidden = self._read(hidden, batch, with_loss, only_loss_positions)
         return hidden
 
     def _encode(self, received: Tensor | None, batch: Batch) -> Tensor:
@@ -274,7 +276,9 @@ class VisionLanguageModel(MegatronModule):
         rows = self._memory_rows(batch)
         return torch.cat([fused, as_rows(features, rows, fused.shape[-1])]) if rows else fused
 
-    def _read(self, hidden: Tensor, batch: Batch, with_loss: bool, chosen: bool) -> Tensor:
+    def _read(
+        self, hidden: Tensor, batch: Batch, with_loss: bool, only_loss_positions: bool
+    ) -> Tensor:
         hidden = ask_for_gradient(hidden, self.config)
         received = memory = None
         if rows := self._memory_rows(batch):
@@ -302,7 +306,7 @@ class VisionLanguageModel(MegatronModule):
             packed.cu_seqlens_q_padded = packed.cu_seqlens_kv_padded = ends
         padding = self._padding(batch) if self.architecture.language.num_experts else {}
         has_head = self.architecture.needs.has_vocabulary_head
-        chooses = self.chooses_loss_positions if with_loss else chosen
+        chooses = self.chooses_loss_positions if with_loss else only_loss_positions
         self.language.loss_positions = batch.loss_positions if chooses else None
         output = self.language(
             input_ids=None,

@@ -58,7 +58,8 @@ def run_pipeline(
 
     def forward_step(iterator: Iterator[Batch], chunk: VisionLanguageModel):
         batch = next(iterator)
-        return chunk(batch, with_loss, not with_loss), partial(_as_asked, loss, batch)
+        output = chunk(batch, with_loss=with_loss, only_loss_positions=not with_loss)
+        return output, partial(_as_asked, loss, batch)
 
     for module in (module for chunk in model for module in chunk.modules()):
         if "is_first_microbatch" in vars(

@@ -65,8 +65,8 @@ class AverageSizes:
 class AverageConnector(MegatronModule):
     """The module of ``AverageSizes``."""
 
-    def __init__(self, config: Config, chosen, groups):
-        super().__init__(connector_config(config, chosen))
+    def __init__(self, config: Config, kernels, groups):
+        super().__init__(connector_config(config, kernels))
         vision = config.architecture.vision
         self.side = vision.grid
         self.class_tokens = int(vision.has_class_token)

@@ -78,7 +78,7 @@ register(
         losses=lambda arch: WEIGHTS,
         readings=("hits",),
     ),
-    lambda settings, config, chunk, chosen, groups: Length(settings, chunk),
+    lambda settings, config, chunk, kernels, groups: Length(settings, chunk),
 )
 
 

@@ -62,7 +62,7 @@ def register(
 
 
 def build_connector(
-    config: Config, chosen: Kernels, groups: ProcessGroupCollection
+    config: Config, kernels: Kernels, groups: ProcessGroupCollection
 ) -> MegatronModule:
     """Build the module of the run's connector."""
-    return MODULES[config.architecture.connector.kind](config, chosen, groups)
+    return MODULES[config.architecture.connector.kind](config, kernels, groups)

@@ -18,12 +18,12 @@ class LinearConnector(MegatronModule):
 
     Args:
         config: the run.
-        chosen: kernels of the layers.
+        kernels: of the layers.
         groups: process groups of the vision encoder.
     """
 
-    def __init__(self, config: Config, chosen: Kernels, groups: ProcessGroupCollection):
-        super().__init__(connector_config(config, chosen))
+    def __init__(self, config: Config, kernels: Kernels, groups: ProcessGroupCollection):
+        super().__init__(connector_config(config, kernels))
         vision = config.architecture.vision
         self.class_tokens = int(vision.has_class_token)
         self.linear = nn.Linear(

@@ -36,12 +36,12 @@ class MlpConnector(MegatronModule):
 
     Args:
         config: the run.
-        chosen: kernels of the layers.
+        kernels: of the layers.
         groups: process groups of the vision encoder.
     """
 
-    def __init__(self, config: Config, chosen: Kernels, groups: ProcessGroupCollection):
-        settings = connector_config(config, chosen)
+    def __init__(self, config: Config, kernels: Kernels, groups: ProcessGroupCollection):
+        settings = connector_config(config, kernels)
         super().__init__(settings)
         architecture = config.architecture
         self.factor = architecture.connector.pixel_shuffle
@@ -49,12 +49,12 @@ class MlpConnector(MegatronModule):
         input_size = architecture.connector_sizes.feature_size
         self.norm = None
         if architecture.connector.norm:
-            self.norm = chosen.norm(
+            self.norm = kernels.norm(
                 config=settings, hidden_size=input_size, eps=settings.layernorm_epsilon
             )
         self.mlp = MLP(
             config=settings,
-            submodules=mlp_submodules(chosen.column_linear, chosen),
+            submodules=mlp_submodules(kernels.column_linear, kernels),
             input_size=input_size,
             ffn_hidden_size=settings.ffn_hidden_size,
             tp_group=groups.tp,

@@ -24,12 +24,12 @@ class PoolConnector(MegatronModule):
 
     Args:
         config: the run.
-        chosen: kernels of the layers.
+        kernels: of the layers.
         groups: process groups of the vision encoder.
     """
 
-    def __init__(self, config: Config, chosen: Kernels, groups: ProcessGroupCollection):
-        super().__init__(connector_config(config, chosen))
+    def __init__(self, config: Config, kernels: Kernels, groups: ProcessGroupCollection):
+        super().__init__(connector_config(config, kernels))
         architecture = config.architecture
         vision = architecture.vision
         self.takes_class_token = architecture.connector.kind == "class_token"
@@ -54,12 +54,12 @@ class AttentionPoolConnector(MegatronModule):
 
     Args:
         config: the run.
-        chosen: kernels of the layers.
+        kernels: of the layers.
         groups: process groups of the vision encoder.
     """
 
-    def __init__(self, config: Config, chosen: Kernels, groups: ProcessGroupCollection):
-        super().__init__(connector_config(config, chosen))
+    def __init__(self, config: Config, kernels: Kernels, groups: ProcessGroupCollection):
+        super().__init__(connector_config(config, kernels))
         vision = config.architecture.vision
         width = vision.hidden_size
         inner = vision.ffn_hidden_size
@@ -97,12 +97,12 @@ class MeanQueryPoolConnector(MegatronModule):
 
     Args:
         config: the run.
-        chosen: kernels of the layers.
+        kernels: of the layers.
         groups: process groups of the vision encoder.
     """
 
-    def __init__(self, config: Config, chosen: Kernels, groups: ProcessGroupCollection):
-        super().__init__(connector_config(config, chosen))
+    def __init__(self, config: Config, kernels: Kernels, groups: ProcessGroupCollection):
+        super().__init__(connector_config(config, kernels))
         architecture = config.architecture
         width = architecture.vision.hidden_size
         dtype = self.config.params_dtype

@@ -140,12 +140,12 @@ class QFormerConnector(MegatronModule):
 
     Args:
         config: the run.
-        chosen: kernels of the layers.
+        kernels: of the layers.
         groups: process groups of the vision encoder.
     """
 
-    def __init__(self, config: Config, chosen: Kernels, groups: ProcessGroupCollection):
-        super().__init__(connector_config(config, chosen))
+    def __init__(self, config: Config, kernels: Kernels, groups: ProcessGroupCollection):
+        super().__init__(connector_config(config, kernels))
         architecture = config.architecture
         settings = architecture.connector.qformer
         vision = architecture.vision

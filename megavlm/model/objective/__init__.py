@@ -22,13 +22,13 @@ run, the chunk, the kernels of the layers, the process groups.
 """
 
 MODULES: dict[str, ObjectiveModule] = {
-    "next_token": lambda settings, config, chunk, chosen, groups: NextToken(
+    "next_token": lambda settings, config, chunk, kernels, groups: NextToken(
         settings, places_features=not config.architecture.cross_attention.every
     ),
-    "contrastive": lambda settings, config, chunk, chosen, groups: Contrastive(
+    "contrastive": lambda settings, config, chunk, kernels, groups: Contrastive(
         settings, config.architecture, chunk, groups
     ),
-    "qformer": lambda settings, config, chunk, chosen, groups: QFormerObjective(
+    "qformer": lambda settings, config, chunk, kernels, groups: QFormerObjective(
         settings, config, chunk, groups
     ),
 }
@@ -52,11 +52,11 @@ def register(name: str, needs: ObjectiveNeeds, module: ObjectiveModule) -> None:
 
 
 def build_objective(
-    settings: TransformerConfig, config: Config, chunk: Chunk, chosen: Kernels, groups: Groups
+    settings: TransformerConfig, config: Config, chunk: Chunk, kernels: Kernels, groups: Groups
 ) -> Objective:
     """Build the part of the run's objective that stands in a chunk."""
     name = config.architecture.objective
-    built = MODULES[name](settings, config, chunk, chosen, groups)
+    built = MODULES[name](settings, config, chunk, kernels, groups)
     if built.spans_step != OBJECTIVES[name].spans_step:
         raise TypeError(
             f"objective {name}: its needs say spans_step {OBJECTIVES[name].spans_step}, and its"
