@@ -17,8 +17,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from megavlm.evaluate.run import answer_with
-from tools.evaluation.options import add_options, parse_options
+from megavlm.config.folders import existing
+from tools.evaluation.options import add_options, existing_file, parse_options
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -26,12 +26,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("model", type=Path, metavar="DIR", help="what to ask")
+    parser.add_argument("model", type=existing, metavar="DIR", help="what to ask")
     parser.add_argument("question", help="<image> stands for an image")
-    parser.add_argument("--image", nargs="*", default=[], type=Path, metavar="FILE")
+    parser.add_argument("--image", nargs="*", default=[], type=existing_file, metavar="FILE")
     parser.add_argument("--system", metavar="TEXT", help="system message, if not the template's")
     add_options(parser, max_new_tokens=64)
     (options, others) = parse_options(parser, arguments)
+    # Only now: help and mistakes on the command line should not wait for torch.
+    from megavlm.evaluate.run import answer_with
+
     row = dict(question=options.question, image=[str(path.resolve()) for path in options.image])
     row |= dict(answer="") if options.system is None else dict(answer="", system=options.system)
     with tempfile.TemporaryDirectory(prefix="megavlm-chat-") as folder:

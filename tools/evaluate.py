@@ -17,9 +17,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from megavlm.evaluate.page import table_lines, write_page
-from megavlm.evaluate.run import answer_with, is_hub_folder
-from tools.evaluation.options import add_options, parse_options
+from megavlm.config.folders import existing_named
+from tools.evaluation.options import add_options, existing_file, parse_options
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -28,9 +27,9 @@ def main(arguments: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "models", nargs="+", type=Path, metavar="[NAME=]DIR", help="what to evaluate"
+        "models", nargs="+", type=existing_named, metavar="[NAME=]DIR", help="what to evaluate"
     )
-    parser.add_argument("--tasks", nargs="+", required=True, type=Path, metavar="FILE")
+    parser.add_argument("--tasks", nargs="+", required=True, type=existing_file, metavar="FILE")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR")
     add_options(parser, max_new_tokens=16)
     parser.add_argument(
@@ -42,6 +41,10 @@ def main(arguments: list[str] | None = None) -> int:
         "--shown", type=int, default=200, metavar="N", help="questions of a task on the page"
     )
     (options, others) = parse_options(parser, arguments)
+    # Only now: help and mistakes on the command line should not wait for torch.
+    from megavlm.evaluate.page import table_lines, write_page
+    from megavlm.evaluate.run import answer_with, is_hub_folder
+
     try:
         if options.transformers and not any(map(is_hub_folder, options.models)):
             raise ValueError("--transformers: no model is a Hugging Face folder; leave it out")

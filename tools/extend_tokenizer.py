@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from megavlm.config.hub_cache import cached
+from megavlm.config.folders import existing
 from megavlm.data.text.chat_tokens import DEFAULT
 from megavlm.data.text.templates import chat_format
 from megavlm.data.text.tokenizer import extend, fingerprint, first_tokens, load_tokenizer
@@ -33,7 +33,7 @@ def main() -> int:
         dest="language",
         required=True,
         metavar="DIR",
-        type=cached,
+        type=existing,
         help="folder of the language model, or of its tokenizer; or an id in the hub's cache",
     )
     parser.add_argument(

@@ -9,8 +9,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from megavlm.data.packing.asked_job import make_job
 from megavlm.data.packing.command_line import parse
-from megavlm.data.packing.job import pack_dataset, plan_dataset
-from megavlm.data.packing.report_plot import draw_report
 from megavlm.io.early_end import allow_early_end
 from megavlm.model_source import image_model
 
@@ -19,9 +17,11 @@ def main() -> int:
     """Run the command line; returns the exit status."""
     options = parse()
     try:
-        report = (plan_dataset if options.dry_run else pack_dataset)(
-            make_job(options, image_model(options.model))
-        )
+        job = make_job(options, image_model(options.model))
+        # Only now: help and mistakes on the command line should not wait for transformers.
+        from megavlm.data.packing.job import pack_dataset, plan_dataset
+
+        report = (plan_dataset if options.dry_run else pack_dataset)(job)
     except (ValueError, OSError, RuntimeError) as error:
         print(f"pack_dataset: error: {error}", file=sys.stderr)
         return 2
@@ -30,6 +30,8 @@ def main() -> int:
         if options.json:
             Path(options.json).write_text(report.to_json(), encoding="utf-8")
         if options.picture:
+            from megavlm.data.packing.report_plot import draw_report
+
             draw_report(report, options.picture)
     except (OSError, ModuleNotFoundError) as error:
         print(f"pack_dataset: error: {error}", file=sys.stderr)

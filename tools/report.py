@@ -13,8 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from megavlm.report.page import write_report
-from megavlm.report.run_log import read_run
+from megavlm.config.folders import existing_named, named
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -22,18 +21,20 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("runs", nargs="+", metavar="[NAME=]DIR", help="save folders of runs")
+    parser.add_argument(
+        "runs", nargs="+", metavar="[NAME=]DIR", type=existing_named, help="save folders of runs"
+    )
     parser.add_argument("--out", type=Path, default=Path("report.html"), metavar="FILE")
     parser.add_argument(
         "--answers", type=int, default=20, metavar="N", help="answers shown of a task"
     )
     options = parser.parse_args(arguments)
+    # Only now: help and mistakes on the command line should not wait for torch.
+    from megavlm.report.page import write_report
+    from megavlm.report.run_log import read_run
+
     try:
-        named = [
-            words.partition("=") if "=" in words and not Path(words).exists() else ("", "", words)
-            for words in options.runs
-        ]
-        runs = [read_run(Path(folder), name) for name, _, folder in named]
+        runs = [read_run(folder, name) for name, folder in map(named, options.runs)]
         twice = [name for name, count in Counter(run.name for run in runs).items() if count > 1]
         if twice:
             raise ValueError(f"two runs are called {twice[0]}; name them: NAME=DIR")

@@ -16,7 +16,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from tools.verification.logits import DTYPES, LIMITS, Agreement, compare
+from megavlm.config.folders import existing
+from tools.verification.agreement import LIMITS, Agreement
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -25,19 +26,22 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     load = "checkpoint: the folder of a step, or of a run"
-    parser.add_argument("--load", required=True, metavar="DIR", help=load)
+    parser.add_argument("--load", required=True, metavar="DIR", type=existing, help=load)
     hf = "the exported Hugging Face folder, in the native dialect"
-    parser.add_argument("--hf", required=True, metavar="DIR", type=Path, help=hf)
+    parser.add_argument("--hf", required=True, metavar="DIR", type=existing, help=hf)
     data = "packed dataset of the same tokenizer and tiles"
-    parser.add_argument("--data", required=True, metavar="DIR", type=Path, help=data)
+    parser.add_argument("--data", required=True, metavar="DIR", type=existing, help=data)
     parser.add_argument("--packs", default=4, type=int, help="packs to compare (default: 4)")
     dtype = "dtype of both models (default: float32)"
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help=dtype)
+    parser.add_argument("--dtype", choices=LIMITS, default="float32", help=dtype)
     shares = ", ".join(f"{share:g} in {name}" for name, share in LIMITS.items())
     limit = f"largest accepted difference of two logits (default, of the largest logit: {shares})"
     parser.add_argument("--limit", type=float, help=limit)
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the figures to a file too")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.packs < 1:
+        parser.error(f"--packs {options.packs}: must be at least 1")
+    return options
 
 
 def report(found: Agreement, limit: float | None) -> int:
@@ -58,8 +62,13 @@ def report(found: Agreement, limit: float | None) -> int:
 def main() -> int:
     """Run the tool."""
     options = parse()
+    # Only now: help and mistakes on the command line should not wait for torch.
+    from tools.verification.logits import compare
+
     try:
-        found = compare(options.load, options.hf, options.data, options.packs, options.dtype)
+        found = compare(
+            options.load, Path(options.hf), Path(options.data), options.packs, options.dtype
+        )
     except (ValueError, OSError) as error:
         print(f"verify_export: error: {error}", file=sys.stderr)
         return 2

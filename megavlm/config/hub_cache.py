@@ -26,19 +26,22 @@ def cached(name: str) -> str:
         return name
 
 
-def find_folder(name: str, flag: str) -> Path:
-    """Return the folder ``name``, or the cached snapshot of the hub id ``name``.
+def find_folder(name: str, flag: str = "") -> Path:
+    """Return the folder ``name``, or the cached snapshot of the hub id ``name``; ``flag`` goes
+    before the name in errors.
 
     Raises:
         FileNotFoundError: no such folder exists, and the cache has no such model.
     """
     folder = Path(cached(name))
-    if not folder.exists() and _HUB_ID.fullmatch(name):
-        raise FileNotFoundError(
-            f"{flag} {name}: no such folder, and the hub's cache has no such model; download it"
-            f" first: hf download {name}"
-        )
-    return folder
+    if folder.exists():
+        return folder
+    as_id = (
+        f", and the hub's cache has no such model; if it is one, download it first: hf download"
+        f" {name}"
+    )
+    told = f"{flag} {name}".lstrip()
+    raise FileNotFoundError(f"{told}: no such folder{as_id if _HUB_ID.fullmatch(name) else ''}")
 
 
 def file_name(folder: str | Path) -> str:

@@ -22,7 +22,8 @@ from megavlm.checkpoint.step_folder import Checkpoint
 from megavlm.config import yaml_file
 from megavlm.config.cli import to_yaml
 from megavlm.config.evaluation import Eval
-from megavlm.config.hub_cache import cached, file_name
+from megavlm.config.folders import named
+from megavlm.config.hub_cache import file_name
 from megavlm.config.recipes import recipe_of
 from megavlm.config.schema import (
     BadSteps,
@@ -53,7 +54,7 @@ _SETTINGS = "evaluation.yaml"
 
 
 def answer_with(
-    model: Path,
+    model: str,
     tasks: Sequence[Path],
     out: Path,
     *,
@@ -81,18 +82,18 @@ def answer_with(
         ValueError: nothing to evaluate there, a task that cannot be read, or a run that failed.
     """
     found = read_tasks(tuple(map(str, tasks)))
-    name, model = _named(model)
-    saved = _checkpoint(model, packs)
+    name, folder = named(model)
+    saved = _checkpoint(folder, packs)
     by_transformers &= saved is None
     if by_transformers and (others or ranks > 1):
         raise ValueError(
-            f"{model}: transformers answers in one process, and options of pretrain_vlm.py do not"
+            f"{folder}: transformers answers in one process, and options of pretrain_vlm.py do not"
             " reach it; leave out --transformers, or --ranks and what is behind --"
         )
-    name = _noted_name(name, saved.folder if saved else model, out)
+    name = _noted_name(name, saved.folder if saved else folder, out)
     target = out / name
     asked = {
-        "model": _content(saved.folder if saved else model),
+        "model": _content(saved.folder if saved else folder),
         "packs": str(packs),
         "settings": [max_new_tokens, by_transformers, *others],
         "files": _files(found, _manifest(packs, saved), others),
@@ -100,23 +101,23 @@ def answer_with(
     if not _is_done(target, asked):
         _forget(target)
         if by_transformers:
-            answer_tasks(model, found, packs, target / _RUN, max_new_tokens)
+            answer_tasks(folder, found, packs, target / _RUN, max_new_tokens)
         else:
             evaluation = Eval(
                 tasks=tuple(str(task.path) for task in found),
                 max_new_tokens=max_new_tokens,
                 only=True,
             )
-            words = _words(saved, model, evaluation, target, packs)
+            words = _words(saved, folder, evaluation, target, packs)
             words += ["--training.global_batch_size", str(ranks)]
-            _run([*words, *others], ranks, model, is_quiet=is_quiet)
+            _run([*words, *others], ranks, folder, is_quiet=is_quiet)
         atomic.write_text(target / _DONE, json.dumps(asked) + "\n")
     return _read(name, target / _RUN)
 
 
-def is_hub_folder(model: Path) -> bool:
+def is_hub_folder(model: str) -> bool:
     """Tell whether a model, ``NAME=DIR`` or not, is a Hugging Face folder."""
-    return (_named(model)[1] / "config.json").is_file()
+    return (named(model)[1] / "config.json").is_file()
 
 
 def _checkpoint(model: Path, packs: Path | None) -> Checkpoint | None:
@@ -130,16 +131,6 @@ def _checkpoint(model: Path, packs: Path | None) -> Checkpoint | None:
             " dataset of its template and tiles with --packs"
         )
     return saved
-
-
-def _named(model: Path) -> tuple[str, Path]:
-    """Split ``NAME=DIR``, of which DIR may be a hub id in the cache; a path that exists is none,
-    whatever it is called.
-    """
-    name, sign, folder = str(model).partition("=")
-    if sign and not model.exists():
-        return name, Path(cached(folder))
-    return "", Path(cached(str(model)))
 
 
 def _noted_name(name: str, folder: Path, out: Path) -> str:

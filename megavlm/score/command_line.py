@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import os
+from typing import Any
 
-import torch
-
-from megavlm.config.hub_cache import cached
+from megavlm.config.folders import existing
 from megavlm.data.packing.command_line import add_files
 from megavlm.data.records.meta_file import read_sources
-from megavlm.score.settings import Job
 
 DESCRIPTION = "Write how similar image and text of each record are, by a model of two encoders."
 EXAMPLE = """example:
@@ -23,15 +20,15 @@ docs/data.md says what is in it.
 """
 
 
-def parse(arguments: list[str] | None = None) -> Job:
-    """Parse the command line.
+def parse(arguments: list[str] | None = None) -> dict[str, Any]:
+    """Parse the command line, and return the fields of the ``Job`` that it asks for.
 
     Raises:
         ValueError, FileNotFoundError: a meta file or annotation file that cannot be read.
     """
     given = vars(make_parser().parse_args(arguments))
     sources = read_sources(given.pop("meta"), given.pop("jsonl"), given.pop("root"))
-    return Job(sources=sources, **given)
+    return {"sources": sources, **given}
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -53,7 +50,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         "--model",
         metavar="DIR",
         required=True,
-        type=cached,
+        type=existing,
         help=(
             "what scores: a CLIPModel or SiglipModel (a folder, or an id in the hub's cache), or a"
             " checkpoint of such a model"
@@ -64,7 +61,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         "--tokenizer",
         metavar="DIR",
         default="",
-        type=cached,
+        type=existing,
         help="folder of the tokenizer (default: the model's own)",
     )
     add("--precision", choices=("float32", "bfloat16"), default="float32")
@@ -107,11 +104,10 @@ def _add_workers(parser: argparse.ArgumentParser) -> None:
     add(
         "--workers",
         type=int,
-        default=2 * torch.cuda.device_count() or os.cpu_count() or 1,
         metavar="N",
         help=(
             "processes, each with a copy of the model, which share the GPUs of the machine; 0: this"
-            " one only (default: two for each GPU, or all cores; here %(default)s)"
+            " one only (default: two for each GPU, or all cores)"
         ),
     )
     add(

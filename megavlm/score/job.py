@@ -87,7 +87,7 @@ def _score_rest(job: Job, folder: Path, state: ScoringState) -> None:
         unscored.truncate(state.unscored_bytes)
         saved = time.monotonic()
         tasks = islice(_tasks(job), state.tasks, None)
-        for found in ordered_map(worker.score, tasks, job.workers, job.executor):
+        for found in ordered_map(worker.score, tasks, job.processes, job.executor):
             rows.write(found.rows.tobytes())
             images.write(found.images.tobytes())
             lines = reject_lines(found.rejects)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from megavlm.data.packing.executors import Executor
 from megavlm.data.packing.work_folder import partial_of, refuse_filled
@@ -29,7 +32,8 @@ class Job:
         batch: most pairs that are embedded at once.
         duplicates: cosine of the embeddings of images that count as the same; 0: do not look.
         places: whether to put the records on a path with similar images side by side.
-        workers: processes; 0: this one (with Ray: as many as the cluster has cores).
+        workers: processes; 0: this one (with Ray: as many as the cluster has cores); None: two for
+            each GPU, or as many as there are cores.
         executor: where they run.
     """
 
@@ -41,14 +45,14 @@ class Job:
     batch: int = 64
     duplicates: float = 0.98
     places: bool = False
-    workers: int = 0
+    workers: int | None = 0
     executor: Executor = "processes"
 
     def check(self) -> None:
         """Raise ValueError, FileNotFoundError or FileExistsError, naming the flag, for settings
         that cannot work; reads no record.
         """
-        if self.workers < 0:
+        if self.workers is not None and self.workers < 0:
             raise ValueError(f"--workers {self.workers}: must be at least 0")
         if self.batch < 1:
             raise ValueError(f"--batch {self.batch}: must be at least 1")
@@ -63,6 +67,13 @@ class Job:
     def towers(self) -> TwoTowers:
         """The model, without its weights."""
         return find_towers(self.model, self.tokenizer, self.precision)
+
+    @property
+    def processes(self) -> int:
+        """Return how many worker processes there are."""
+        if self.workers is not None:
+            return self.workers
+        return 2 * torch.cuda.device_count() or os.cpu_count() or 1
 
     @property
     def partial(self) -> Path:

@@ -68,7 +68,7 @@ def model(tmp_path: Path) -> Path:
 def ask(model: Path, *others: str, **more: str) -> None:
     root = model.parent
     answer_with(
-        model,
+        str(model),
         [write_question(root / "task.jsonl", "b", **more)],
         root / "out",
         packs=root / "packs",

@@ -265,8 +265,9 @@ def test_a_dataset_without_any_score_is_an_error(data: Path, tmp_path: Path) -> 
 
 def test_the_command_line(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--model", str(data / "clip"), "--jsonl", str(data / "good.jsonl"), "--out", "there"]
-    job = parse([*words, "--duplicates", "0", "--workers", "3"])
-    assert (job.out, job.duplicates, job.workers, job.sources[0].name) == ("there", 0.0, 3, "good")
+    job = Job(**parse([*words, "--duplicates", "0", "--workers", "3"]))
+    assert (job.out, job.duplicates, job.processes) == ("there", 0.0, 3)
+    assert job.sources[0].name == "good" and Job(**parse(words)).processes > 0
     with pytest.raises(SystemExit):
         parse(words[2:])
     assert "--model" in capsys.readouterr().err

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tools.verification.logits import Agreement, _Tally
+from tools.verification.agreement import Agreement
+from tools.verification.logits import _Tally
 
 TOOL = Path(__file__).parents[2] / "tools" / "verify_export.py"
 SAME = Agreement(

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from megavlm.config.folders import existing
+
 
 def add_options(parser: argparse.ArgumentParser, *, max_new_tokens: int) -> None:
     """Add the options of a program that lets models answer.
@@ -17,13 +19,20 @@ def add_options(parser: argparse.ArgumentParser, *, max_new_tokens: int) -> None
     """
     parser.add_argument(
         "--packs",
-        type=Path,
+        type=lambda name: Path(existing(name)),
         metavar="DIR",
         help="packed dataset whose template, tokenizer and tiles are used (default: that which a"
         " checkpoint was trained on)",
     )
     parser.add_argument("--max_new_tokens", type=int, default=max_new_tokens, metavar="N")
     parser.add_argument("--ranks", type=int, default=1, metavar="N", help="processes (default: 1)")
+
+
+def existing_file(name: str) -> Path:
+    """Return the path of a file; raises ArgumentTypeError if there is none."""
+    if not Path(name).is_file():
+        raise argparse.ArgumentTypeError(f"{name}: no such file")
+    return Path(name)
 
 
 def parse_options(

@@ -1,14 +1,13 @@
-"""The command line of ``tools/convert_checkpoint.py``, and the exports that it asks for."""
+"""The command line of ``tools/convert_checkpoint.py``."""
 
 from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Iterator
 
-from megavlm.config.hub_cache import cached
-from megavlm.convert.hf import convert, model_card, peft_export, push
-from megavlm.convert.weights.tables import DIALECTS
-from megavlm.convert.weights.upcycle import Upcycling
+from megavlm.config.exports import HOLDS
+from megavlm.config.folders import existing
 
 _EXAMPLE = """examples:
   python tools/convert_checkpoint.py import --hf InternVL2_5-1B-hf/ --out checkpoints/start
@@ -19,7 +18,8 @@ _EXAMPLE = """examples:
 
 Training also starts from a Hugging Face folder itself: --checkpoint.load DIR.
 """
-_SHARD_SIZE = "5GB"
+DTYPES = ("bfloat16", "float16", "float32")
+SHARD_SIZE = "5GB"
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -39,9 +39,37 @@ def parse(description: str, arguments: list[str] | None = None) -> argparse.Name
         "check", help="convert a Hugging Face folder there and back, and compare"
     )
     check.add_argument(
-        "--hf", metavar="DIR", required=True, help="Hugging Face folder, or id in the hub's cache"
+        "--hf",
+        metavar="DIR",
+        required=True,
+        type=existing,
+        help="Hugging Face folder, or id in the hub's cache",
     )
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    if wrong := "; ".join(_without_effect(args)):
+        parser.error(wrong)
+    return args
+
+
+def _without_effect(args: argparse.Namespace) -> Iterator[str]:
+    """Yield the options that do not go with the others."""
+    if args.command == "import":
+        for name in ("topk", "seed"):
+            if vars(args)[f"upcycle_{name}"] is not None and args.upcycle_experts is None:
+                yield f"--upcycle_{name}: no effect without --upcycle_experts"
+        if args.upcycle_experts is not None and args.peft:
+            yield (
+                f"--upcycle_experts {args.upcycle_experts}: the adapters of --peft are of a dense"
+                " model; export them merged, and upcycle that"
+            )
+    elif args.command == "export":
+        if args.private and not args.push_to_hub:
+            yield "--private: no effect without --push_to_hub; leave it out"
+        names = ("dialect", "dtype", "tokenizer", "vision", "license")
+        unread = [f"--{name}" for name in names if vars(args)[name]]
+        unread += ["--max_shard_size"] if args.max_shard_size != SHARD_SIZE else []
+        if args.peft and unread:
+            yield f"{', '.join(unread)}: no effect with --peft; leave it out"
 
 
 def _add_import(parser: argparse.ArgumentParser) -> None:
@@ -50,6 +78,7 @@ def _add_import(parser: argparse.ArgumentParser) -> None:
         "--hf",
         metavar="DIR",
         required=True,
+        type=existing,
         help="Hugging Face folder, in any dialect, or the id of a model in the hub's cache",
     )
     parser.add_argument(
@@ -62,14 +91,14 @@ def _add_import(parser: argparse.ArgumentParser) -> None:
         "--tokenizer",
         metavar="DIR",
         default="",
-        type=cached,
+        type=existing,
         help="folder of the tokenizer, if the model's own is Python code",
     )
     parser.add_argument(
         "--peft",
         metavar="DIR",
         default="",
-        type=cached,
+        type=existing,
         help="folder of LoRA adapters of that model, by PEFT",
     )
     _add_upcycling(parser)
@@ -92,35 +121,13 @@ def _add_upcycling(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def upcycling(args: argparse.Namespace) -> Upcycling | None:
-    """Return what an import is to make of a dense model; none: leave it dense.
-
-    Raises:
-        ValueError: options do not go together.
-    """
-    given = {
-        name: vars(args)[f"upcycle_{name}"]
-        for name in ("topk", "seed")
-        if vars(args)[f"upcycle_{name}"] is not None
-    }
-    if args.upcycle_experts is None:
-        for name in given:
-            raise ValueError(f"--upcycle_{name}: no effect without --upcycle_experts")
-        return None
-    if args.peft:
-        raise ValueError(
-            f"--upcycle_experts {args.upcycle_experts}: the adapters of --peft are of a dense"
-            " model; export them merged, and upcycle that"
-        )
-    return Upcycling(experts=args.upcycle_experts, **{"topk": 2} | given)
-
-
 def _add_export(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``export``."""
     parser.add_argument(
         "--load",
         metavar="DIR",
         required=True,
+        type=existing,
         help="folder of one step, or a run's save folder (then its newest)",
     )
     parser.add_argument(
@@ -131,27 +138,27 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--dialect",
-        choices=DIALECTS,
+        choices=tuple(HOLDS),
         help="class: InternVLForConditionalGeneration (native), InternVLChatModel (chat), CLIPModel"
         " (clip), LlavaForConditionalGeneration (llava), ... (default: that of the recipe)",
     )
     parser.add_argument(
         "--dtype",
-        choices=sorted(convert.DTYPES),
+        choices=DTYPES,
         help="dtype of the weights (default: as in the checkpoint)",
     )
     parser.add_argument(
         "--tokenizer",
         metavar="DIR",
         default="",
-        type=cached,
+        type=existing,
         help="folder of the tokenizer, if the checkpoint has none",
     )
     parser.add_argument(
         "--vision",
         metavar="DIR",
         default="",
-        type=cached,
+        type=existing,
         help="folder of the vision encoder that the model started from, if the checkpoint lacks the"
         " weights of it that LlavaForConditionalGeneration has and training does not use",
     )
@@ -183,7 +190,7 @@ def _add_form(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max_shard_size",
         metavar="SIZE",
-        default=_SHARD_SIZE,
+        default=SHARD_SIZE,
         help="largest file of weights, such as 500MB; a larger tensor gets a file of its own"
         " (default: 5GB)",
     )
@@ -213,41 +220,3 @@ def read_size(text: str) -> int:
     if size < 1:
         raise ValueError(f"--max_shard_size {text}: must be bytes, or a number with KB, MB or GB")
     return size
-
-
-def export(args: argparse.Namespace) -> None:
-    """Export a checkpoint, and upload the folder if the command line says so."""
-    if args.private and not args.push_to_hub:
-        raise ValueError("--private: no effect without --push_to_hub; leave it out")
-    if args.push_to_hub:
-        made = push.make_repository(args.push_to_hub, is_private=args.private)
-        print(f"repository {made}")
-    if args.peft:
-        _refuse_unread(args)
-        made = peft_export.export(args.load, args.out, base=args.peft, averages=args.ema)
-        print(f"LoRA adapters written to {made}")
-    else:
-        made = convert.export(
-            args.load,
-            args.out,
-            dialect=args.dialect,
-            dtype=convert.DTYPES.get(args.dtype),
-            tokenizer=args.tokenizer,
-            vision=args.vision,
-            licenses=model_card.read_licenses(args.license),
-            shard_bytes=read_size(args.max_shard_size),
-            averages=args.ema,
-        )
-        print(f"Hugging Face model written to {made}")
-    if args.push_to_hub:
-        print(f"uploaded: {push.push(made, args.push_to_hub)}")
-
-
-def _refuse_unread(args: argparse.Namespace) -> None:
-    """Refuse options of ``export`` that say nothing about adapters."""
-    names = ("dialect", "dtype", "tokenizer", "vision", "license")
-    unread = [f"--{name}" for name in names if vars(args)[name]]
-    if args.max_shard_size != _SHARD_SIZE:
-        unread.append("--max_shard_size")
-    if unread:
-        raise ValueError(f"{', '.join(unread)}: no effect with --peft; leave it out")

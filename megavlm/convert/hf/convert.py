@@ -50,8 +50,6 @@ from megavlm.data.text.tokenizer import (
 from megavlm.io.atomic import new_folder
 from megavlm.io.progress import Progress
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-
 
 def hf_tensors_as_megatron(folder: str | Path, architecture: Architecture) -> MegatronView:
     """Show the weights of a Hugging Face folder under our checkpoint keys; each is read on access.

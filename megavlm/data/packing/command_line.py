@@ -6,6 +6,7 @@ import argparse
 import os
 from dataclasses import dataclass
 
+from megavlm.config.folders import existing
 from megavlm.config.former_names import GONE
 from megavlm.config.hub_cache import cached
 from megavlm.config.vision import PIXELS
@@ -263,14 +264,14 @@ def _add_outputs(parser: argparse.ArgumentParser) -> None:
         "--tokenizer",
         metavar="DIR",
         required=True,
-        type=cached,
+        type=existing,
         help="folder of the language model's tokenizer, or an id in the hub's cache",
     )
     add(
         "--qformer_tokenizer",
         metavar="DIR",
         default="",
-        type=cached,
+        type=existing,
         help="folder of the tokenizer of what a Q-Former reads, for --template instructblip"
         " (default: qformer_tokenizer/ in the folder of --tokenizer)",
     )

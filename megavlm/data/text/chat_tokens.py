@@ -7,9 +7,9 @@ An image becomes the template's image tokens, such as ``<img>``, one ``<IMG_CONT
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from megavlm.data.records.record import IMAGE_PLACEHOLDER, SHOWING_ROLES, Turn
 from megavlm.data.text.documents import learned_behind_image, with_chunk_ends
@@ -25,6 +25,9 @@ from megavlm.data.text.placeholders import (
 from megavlm.data.text.templates import chat_format
 from megavlm.data.text.tokenizer import first_tokens
 from megavlm.data.text.word_tokens import WordTokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 DEFAULT = "internvl2_5"
 

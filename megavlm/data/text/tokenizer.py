@@ -8,9 +8,10 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerBase
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 IMAGE_START = "<img>"
 IMAGE_END = "</img>"
@@ -132,6 +133,9 @@ def load_tokenizer(folder: str | Path, flag: str = "--tokenizer") -> PreTrainedT
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{flag} {folder}: there is no such folder")
+    # Only now, since it takes a second: command lines know the tokens without any tokenizer.
+    from transformers import AutoTokenizer
+
     try:
         if (
             _settings(folder).get("tokenizer_class") in LIKE_LLAMA
@@ -207,6 +211,7 @@ def _settings(folder: Path) -> dict[str, Any]:
 def _load_sentencepiece(folder: Path) -> PreTrainedTokenizerBase:
     """Load a sentencepiece model, which itself says whether a text starts with a space."""
     from sentencepiece import sentencepiece_model_pb2
+    from transformers import LlamaTokenizer
 
     model = sentencepiece_model_pb2.ModelProto.FromString((folder / "tokenizer.model").read_bytes())
     tokenizer = LlamaTokenizer.from_pretrained(

@@ -302,8 +302,10 @@ def test_the_tool_says_what_is_wrong_and_exits_with_2(
     source = make_hf(tmp_path / "hf")
     assert run_tool("import", "--hf", str(source), "--out", str(tmp_path)) == 2
     assert f"--out {tmp_path}: exists" in capsys.readouterr().err
-    assert run_tool("export", "--load", str(tmp_path / "none"), "--out", str(tmp_path / "out")) == 2
+    assert run_tool("export", "--load", str(tmp_path), "--out", str(tmp_path / "out")) == 2
     assert "no checkpoint is there" in capsys.readouterr().err
+    assert run_tool("export", "--load", str(tmp_path / "none"), "--out", str(tmp_path / "out")) == 2
+    assert "--load: " + str(tmp_path / "none: no such folder") in capsys.readouterr().err
     assert run_tool("check", "--hf", str(tmp_path)) == 2
     assert "config.json: no such file" in capsys.readouterr().err
 

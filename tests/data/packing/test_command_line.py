@@ -14,7 +14,14 @@ from megavlm.data.packing.command_line import parse
 @pytest.fixture
 def arguments(tmp_path: Path) -> list[str]:
     (tmp_path / "records.jsonl").write_text("{}\n")
-    return ["--jsonl", str(tmp_path / "records.jsonl"), "--tokenizer", "words", "--out", "packs"]
+    return [
+        "--jsonl",
+        str(tmp_path / "records.jsonl"),
+        "--tokenizer",
+        str(tmp_path),
+        "--out",
+        "packs",
+    ]
 
 
 @pytest.mark.parametrize(
