@@ -100,7 +100,7 @@ def publish(growing: Path, target: Path) -> None:
 
 def drop_old(
     root: Path, published: Path, keep: int, keep_best: int, best_by: str = VALID_LOSS
-) -> None:
+) -> list[str]:
     """Remove checkpoints, but for the newest and the best ones. What is newer than ``published`` is
     of another course of the run and stays.
 
@@ -110,6 +110,9 @@ def drop_old(
         keep: newest ones to keep; 0: all.
         keep_best: ones to keep beside them.
         best_by: those with the lowest validation loss, or with the highest figure of a task.
+
+    Returns:
+        Why some could not be removed, a line each; they stay, or a part of them does.
     """
     steps = {folder: step_of(folder) for folder in root.glob(f"{_STEP}*")}
     mine = sorted(
@@ -121,15 +124,20 @@ def drop_old(
         key=steps.get,
     )
     if not keep:
-        return
+        return []
     sign = 1 if best_by == VALID_LOSS else -1
     ranked = sorted(
         (sign * value, folder) for folder in mine if (value := _figure(folder, best_by)) is not None
     )
     spared = {*mine[-keep:], published, *(folder for _, folder in ranked[:keep_best])}
+    problems = []
     for folder in mine:
         if folder not in spared:
-            _drop(folder)
+            try:
+                _drop(folder)
+            except OSError as error:  # such as a file that a client of NFS still has open
+                problems.append(f"{type(error).__name__}: {error}")
+    return problems
 
 
 def _figure(folder: Path, name: str) -> float | None:
@@ -142,7 +150,7 @@ def _figure(folder: Path, name: str) -> float | None:
 
 def _drop(folder: Path) -> None:
     """Rename, then remove: half a checkpoint never has a checkpoint's name."""
-    shutil.rmtree(_set_aside(folder), ignore_errors=True)
+    shutil.rmtree(_set_aside(folder))
 
 
 def _set_aside(folder: Path) -> Path:

@@ -82,6 +82,20 @@ class Lock:
             taker = f"now held by {found}" if found else "gone"
             raise OSError(f"{self._path}: the lock of this run is {taker}; it no longer saves here")
 
+    @property
+    def is_gone(self) -> bool:
+        """Whether nobody holds the lock: somebody removed it, or took it over and gave it up."""
+        return not self._path.exists()
+
+    def take_again(self) -> None:
+        """Take a lock that is gone, unless another run is faster; its folder is made if need be.
+
+        Raises:
+            OSError: nothing can be written to the folder.
+        """
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        _create(self._path, self._holder)
+
     def release(self) -> None:
         """Give the lock up."""
         self._ended.set()

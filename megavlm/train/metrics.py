@@ -22,6 +22,7 @@ from megavlm.train.console import Lines, open_console
 from megavlm.train.trackers import MLflow, TensorBoard, Watched, WeightsAndBiases
 
 FILE_NAME = "metrics.jsonl"
+_BLOCK_BYTES = 1 << 16
 
 
 class Metrics:
@@ -56,7 +57,8 @@ class Metrics:
     def _open_file(self, folder: Path) -> None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._file = (folder / FILE_NAME).open("ab", buffering=0)
+            self._file = (folder / FILE_NAME).open("ab+", buffering=0)
+            _cut_unfinished_line(self._file)
         except OSError as error:
             self.say(f"ERROR: {folder / FILE_NAME}: records are on the console only ({error})")
 
@@ -111,6 +113,10 @@ class Metrics:
         is told once, until there is room again.
         """
         try:
+            if not os.fstat(self._file.fileno()).st_nlink:  # somebody removed it
+                removed = self._file
+                self._file = Path(removed.name).open("ab+", buffering=0)
+                removed.close()
             size = os.fstat(self._file.fileno()).st_size
             if self._file.write(line.encode()) < len(line.encode()):
                 self._file.truncate(size)
@@ -135,3 +141,15 @@ class Metrics:
                 self._file.close()
         for tracker in self._trackers:
             tracker.close(has_failed=kind is not None)
+
+
+def _cut_unfinished_line(file: FileIO) -> None:
+    """Remove what a power cut left of the last line, so that each line is a whole record."""
+    end = file.seek(0, os.SEEK_END)
+    newline = -1
+    while end and newline < 0:
+        start = max(0, end - _BLOCK_BYTES)
+        file.seek(start)
+        newline = file.read(end - start).rfind(b"\n")
+        end = start + newline + 1
+    file.truncate(end)

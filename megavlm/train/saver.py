@@ -21,6 +21,7 @@ import torch.distributed as dist
 from megavlm.checkpoint import checksums, directory
 from megavlm.checkpoint import train_state as run_state
 from megavlm.checkpoint.async_writer import Writing
+from megavlm.checkpoint.lock import FILE_NAME as LOCK_NAME
 from megavlm.checkpoint.step_folder import CONFIG_NAME, SHARDS, TOKENIZER
 from megavlm.checkpoint.train_state import State
 from megavlm.config.cli import to_yaml
@@ -131,6 +132,8 @@ class Saver:
         target = self._root / directory.step_name(self.step)
         seconds = time.perf_counter() - self._start
         self._metrics.say(f"saved {target} in {seconds:.1f} s" + " beside training" * self._beside)
+        if self._job.groups.rank == 0:
+            self._drop_old(target)
 
     def finish(self) -> None:
         """Wait for the last checkpoint.
@@ -159,10 +162,17 @@ class Saver:
         told = {text: rank for rank, text in reversed(list(enumerate(errors))) if text}
         if not told:
             return False
-        free = shutil.disk_usage(self._root if self._root.exists() else "/").free
         listed = "; ".join(f"rank {rank}: {text}" for text, rank in told.items())
-        self._give_up(f"{listed}; {free / 2**20:,.0f} MiB are free there")
+        self._give_up(listed + self._free())
         return True
+
+    def _free(self) -> str:
+        """Say how much room there is where checkpoints go; empty if that cannot be told."""
+        try:
+            free = shutil.disk_usage(self._root).free
+        except OSError:  # the folder is gone, or its file system is
+            return ""
+        return f"; {free / 2**20:,.0f} MiB are free there"
 
     def _give_up(self, error: str) -> None:
         """Tell that the checkpoint could not be saved, and clear it away."""
@@ -174,9 +184,27 @@ class Saver:
             shutil.rmtree(self._growing, ignore_errors=True)
         self._metrics.say(f"ERROR: {self._problem}")
 
+    def _check_lock(self) -> None:
+        """Make sure that no other run saves here. If only the lock is gone, or the whole folder,
+        it is made again.
+
+        Raises:
+            OSError: another run has saved here or does so, or nothing can be written.
+        """
+        lock = self._job.lock
+        if lock is None:
+            return
+        found = directory.candidates(self._root)
+        if lock.is_gone and (not found or directory.step_of(found[0]) == self.step):
+            lock.take_again()
+            self._metrics.say(
+                f"WARNING: --checkpoint.save {self._root}: somebody removed {LOCK_NAME}, or the"
+                " folder; it is made again"
+            )
+        lock.check()
+
     def _prepare(self) -> None:
-        if self._job.lock is not None:
-            self._job.lock.check()
+        self._check_lock()
         (self._growing / SHARDS).mkdir(parents=True)
         with (self._growing / _SPARE).open("wb") as file:
             os.posix_fallocate(file.fileno(), 0, _SPARE_BYTES + _FIRST_BYTES)
@@ -184,8 +212,7 @@ class Saver:
 
     def _publish(self, sums: dict[str, checksums.Sum]) -> None:
         """Add the small files to the shards, then give the checkpoint its name."""
-        if self._job.lock is not None:
-            self._job.lock.check()
+        self._check_lock()
         config = self._job.config
         growing = self._growing
         dataset = self._job.train.folder
@@ -197,5 +224,20 @@ class Saver:
         checksums.write(growing, sums)
         target = self._root / directory.step_name(self._state.step)
         directory.publish(growing, target)
-        files = config.checkpoint
-        directory.drop_old(self._root, target, files.keep, files.keep_best, files.best_by)
+
+    def _drop_old(self, target: Path) -> None:
+        """Remove the checkpoints that ``target`` makes superfluous. It is whole whether or not that
+        succeeds.
+        """
+        files = self._job.config.checkpoint
+        try:
+            problems = directory.drop_old(
+                self._root, target, files.keep, files.keep_best, files.best_by
+            )
+        except OSError as error:  # the folder cannot be listed
+            problems = [f"{type(error).__name__}: {error}"]
+        if problems:
+            self._metrics.say(
+                f"WARNING: --checkpoint.keep {files.keep}: older checkpoints of {self._root} could"
+                f" not be removed, and take up room ({'; '.join(problems)})"
+            )

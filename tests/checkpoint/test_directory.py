@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,25 @@ def test_nothing_goes_when_all_are_to_be_kept(tmp_path: Path) -> None:
         _checkpoint(tmp_path, step)
     directory.drop_old(tmp_path, tmp_path / directory.step_name(3), keep=0, keep_best=0)
     assert _steps(tmp_path) == [1, 2, 3]
+
+
+def test_one_that_cannot_be_removed_is_told_and_keeps_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (1, 2, 3):
+        _checkpoint(tmp_path, step)
+    rename = os.replace
+
+    def refuse(source: Path, target: Path) -> None:
+        if source.name == directory.step_name(1):
+            raise PermissionError(f"{source}: in use")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", refuse)
+    newest = tmp_path / directory.step_name(3)
+    told = directory.drop_old(tmp_path, newest, keep=1, keep_best=0)
+    assert told == [f"PermissionError: {tmp_path / directory.step_name(1)}: in use"]
+    assert _steps(tmp_path) == [1, 3]
 
 
 def test_a_run_that_went_back_keeps_what_it_has_just_written(tmp_path: Path) -> None:

@@ -89,6 +89,26 @@ def test_a_full_disk_costs_records_but_no_run_and_leaves_whole_lines(
     assert "metrics.jsonl: the record above is on the console only" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("left", ['{"step": 2, "lo', "\0" * 70_000, ""])
+def test_what_a_power_cut_left_of_a_line_costs_no_other_record(tmp_path: Path, left: str) -> None:
+    path = tmp_path / "run" / "metrics.jsonl"
+    for step in (1, 2):
+        with Metrics(_config(tmp_path), is_writer=True) as metrics:
+            metrics.record(step, {"loss": 2.5})
+        if step == 1:
+            path.write_text(path.read_text() + left)
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2]
+
+
+def test_a_file_that_somebody_removed_is_made_again(tmp_path: Path) -> None:
+    path = tmp_path / "run" / "metrics.jsonl"
+    with Metrics(_config(tmp_path), is_writer=True) as metrics:
+        metrics.record(1, {"loss": 2.5})
+        path.unlink()
+        metrics.record(2, {"loss": 1.5})
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [2]
+
+
 def test_other_ranks_write_nothing(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     with Metrics(
         _config(tmp_path, tensorboard=True, wandb_project="p", wandb_mode="offline"),

@@ -1,0 +1,76 @@
+"""What saving does if the save folder is not as the run left it."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from megavlm.checkpoint import directory, train_state
+from megavlm.checkpoint.lock import FILE_NAME, Lock, held
+from megavlm.checkpoint.train_state import State
+from megavlm.config.schema import Checkpoint
+from megavlm.train.saver import Saver
+from tests.ranks.runs import config_for
+
+
+def _saver(folder: Path, told: list[str], lock: Lock | None = None, step: int = 0) -> Saver:
+    config = dataclasses.replace(
+        config_for(folder), checkpoint=Checkpoint(save=str(folder), keep=1)
+    )
+    job = SimpleNamespace(config=config, lock=lock, groups=SimpleNamespace(rank=0))
+    return Saver(job, SimpleNamespace(say=told.append), step)
+
+
+def _checkpoint(folder: Path, step: int) -> Path:
+    made = folder / directory.step_name(step)
+    made.mkdir(parents=True)
+    train_state.write(State(step=step), made)
+    (folder / "latest").write_text(made.name + "\n")
+    return made
+
+
+@pytest.mark.parametrize("is_all", [True, False])
+def test_a_lock_that_somebody_removed_is_made_again(tmp_path: Path, is_all: bool) -> None:
+    folder = tmp_path / "run"
+    told: list[str] = []
+    with held(folder) as lock:
+        saver = _saver(folder, told, lock, step=3)
+        _checkpoint(folder, 3)
+        if is_all:
+            shutil.rmtree(folder)
+        else:
+            (folder / FILE_NAME).unlink()
+        saver._check_lock()
+        lock.check()
+        saver._check_lock()
+    assert len(told) == 1 and f"--checkpoint.save {folder}: somebody removed" in told[0]
+
+
+def test_a_run_that_slept_while_another_saved_does_not_take_its_lock_again(tmp_path: Path) -> None:
+    with held(tmp_path) as lock:
+        saver = _saver(tmp_path, [], lock, step=3)
+        (tmp_path / FILE_NAME).unlink()
+        _checkpoint(tmp_path, 4)
+        with pytest.raises(OSError, match="is gone"):
+            saver._check_lock()
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = _checkpoint(tmp_path, 1)
+    newest = _checkpoint(tmp_path, 2)
+
+    def refuse(*paths: Path) -> None:
+        raise PermissionError("in use")
+
+    monkeypatch.setattr(os, "replace", refuse)
+    told: list[str] = []
+    _saver(tmp_path, told)._drop_old(newest)
+    assert old.exists() and len(told) == 1
+    assert told[0].startswith("WARNING: --checkpoint.keep 1:") and "in use" in told[0]
