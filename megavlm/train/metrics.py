@@ -57,7 +57,7 @@ class Metrics:
     def _open_file(self, folder: Path) -> None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._file = (folder / FILE_NAME).open("ab+", buffering=0)
+            self._file = FileIO(str(folder / FILE_NAME), "a+")
             _cut_unfinished_line(self._file)
         except OSError as error:
             self.say(f"ERROR: {folder / FILE_NAME}: records are on the console only ({error})")
@@ -115,7 +115,7 @@ class Metrics:
         try:
             if not os.fstat(self._file.fileno()).st_nlink:  # somebody removed it
                 removed = self._file
-                self._file = Path(removed.name).open("ab+", buffering=0)
+                self._file = FileIO(removed.name, "a+")
                 removed.close()
             size = os.fstat(self._file.fileno()).st_size
             if self._file.write(line.encode()) < len(line.encode()):
