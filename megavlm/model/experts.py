@@ -26,6 +26,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor, nn
 
 from megavlm.config.lora import EXPERT_LINEARS
+from megavlm.model.named_after import named_after
 
 
 def count_routed_tokens(model: nn.Module) -> None:
@@ -193,6 +194,7 @@ def _experts(
         weights: lists the weights of this rank's experts, see ``expert_entries``.
     """
 
+    @named_after(kind)
     class Experts(kind):
         """Run the experts of this rank."""
 

@@ -20,7 +20,8 @@ from torch.nn import Module
 from megavlm.config.schema import Config, Loss
 from megavlm.model.added_tokens import AddedEmbedding, AddedHead
 from megavlm.model.experts import count_routed_tokens
-from megavlm.model.specs import Kernels, language_spec
+from megavlm.model.kernels import Kernels
+from megavlm.model.specs import language_spec
 from megavlm.model.vocabulary_loss import LossTerms, vocabulary_loss
 from megavlm.model.yarn import frequencies
 from megavlm.planner.layout import Chunk

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from megavlm.config.schema import Vision
-from megavlm.model.specs import Kernels
+from megavlm.model.kernels import Kernels
 from megavlm.model.standardise import standardise
 
 

@@ -13,8 +13,8 @@ from torch.nn.functional import gelu
 
 from megavlm.config.freeze_mask import trains
 from megavlm.config.schema import Config, Language
+from megavlm.model.kernels import Kernels
 from megavlm.model.precision import fp8_settings, precision
-from megavlm.model.specs import Kernels
 from megavlm.model.yarn import product_scale
 from megavlm.planner.layout import Layout
 from megavlm.planner.padding import padded_heads

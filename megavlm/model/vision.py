@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from megavlm.config.schema import Vision
+from megavlm.model.kernels import Kernels
 from megavlm.model.positions import resize_positions
 from megavlm.model.recompute import ask_for_gradient
-from megavlm.model.specs import Kernels, vision_spec
+from megavlm.model.specs import vision_spec
 from megavlm.model.standardise import standardise
 from megavlm.model.vision_layer import drop_path_rate
 from megavlm.planner.layout import Chunk

@@ -24,13 +24,13 @@ from megavlm.model.attention import PackedSamples
 from megavlm.model.connector import build_connector
 from megavlm.model.expert_adapters import attach_to_experts
 from megavlm.model.fusion import as_rows, from_rows
+from megavlm.model.kernels import Kernels, choose_kernels
 from megavlm.model.language import LanguageModel
 from megavlm.model.lora import LowRankAdapter, attach, set_draw
 from megavlm.model.objective import build_objective
 from megavlm.model.patches import Patches
 from megavlm.model.recompute import ask_for_gradient
 from megavlm.model.router import routers_of
-from megavlm.model.specs import Kernels, choose_kernels
 from megavlm.model.transformer import language_config, vision_config
 from megavlm.model.vision import VisionEncoder
 from megavlm.parallel.process_groups import Groups

@@ -65,20 +65,20 @@ def test_loss_and_gradients_are_as_near_to_float32_as_those_of_local_layers(
 
 def test_packed_attention_sees_one_sample_at_a_time() -> None:
     from megavlm.model.attention import PackedAttention, PackedSamples
-    from megavlm.model.specs import transformer_engine_kernels
+    from megavlm.model.kernels import transformer_engine_kernels
     from megavlm.model.transformer import language_config
     from megavlm.parallel import process_groups
     from megavlm.planner.layout import make_layout
 
     config = small(Path("unused"), kernels="transformer_engine")
     device_backend = backend.start(5)
-    chosen = transformer_engine_kernels()
+    kernels = transformer_engine_kernels()
     groups = process_groups.create(config.parallel, 0)
     try:
         from megatron.core.transformer.enums import AttnMaskType
 
-        settings = language_config(config, make_layout(config), chosen)
-        attention = chosen.packed_attention(
+        settings = language_config(config, make_layout(config), kernels)
+        attention = kernels.packed_attention(
             config=settings,
             layer_number=1,
             attn_mask_type=AttnMaskType.causal,

@@ -98,7 +98,7 @@ def test_transformer_engine_is_called_twice_with_its_names_of_masks(
 ) -> None:
     from megatron.core.transformer.enums import AttnMaskType
 
-    from megavlm.model.specs import of_packs
+    from megavlm.model.transformer_engine import of_packs
 
     calls = []
 
@@ -115,6 +115,7 @@ def test_transformer_engine_is_called_twice_with_its_names_of_masks(
             return query.flatten(1)
 
     module = of_packs(Attention)()
+    assert repr(module) == "OfPacksAttention()"
     inputs = [torch.randn(sum(LENGTHS), heads, SIZE) for heads in (HEADS, GROUPS, GROUPS)]
     found = module(*inputs, None, attn_mask_type=AttnMaskType.causal, packed_seq_params=samples)
     assert torch.equal(found, inputs[0].flatten(1)), "rows return to their places"

@@ -16,7 +16,7 @@ from megavlm.config.schema import Config
 from megavlm.convert.weights import qformer as weights
 from megavlm.model.connector.qformer import QFormerConnector
 from megavlm.model.connector.qformer_mask import Mode, TextRows, seen_by
-from megavlm.model.specs import local_kernels
+from megavlm.model.kernels import local_kernels
 from tests.ranks.runs import TINY, config_for
 
 VISION = 28

@@ -14,7 +14,7 @@ from megavlm.config.resampler import Resampler
 from megavlm.config.schema import Config
 from megavlm.convert.weights import resampler as weights
 from megavlm.model.connector.resampler import ResamplerConnector
-from megavlm.model.specs import local_kernels
+from megavlm.model.kernels import local_kernels
 from tests.ranks.runs import TINY, config_for
 
 VISION = 28

@@ -64,7 +64,7 @@ FOR_SCRIPTS = {
 DOORS = {
     "megatron.core.parallel_state": {"megavlm/parallel/process_groups.py"},
     "transformer_engine": {
-        "megavlm/model/specs.py",
+        "megavlm/model/transformer_engine.py",
         "megavlm/model/precision.py",
         "megavlm/health/doctor.py",
     },

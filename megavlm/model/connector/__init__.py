@@ -23,7 +23,7 @@ from megavlm.model.connector.pool import (
 )
 from megavlm.model.connector.qformer import QFormerConnector
 from megavlm.model.connector.resampler import ResamplerConnector
-from megavlm.model.specs import Kernels
+from megavlm.model.kernels import Kernels
 
 ConnectorModule = Callable[[Config, Kernels, ProcessGroupCollection], MegatronModule]
 """Makes a connector's module from the run, the kernels of the layers, and the process groups of the

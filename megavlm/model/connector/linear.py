@@ -9,7 +9,7 @@ from megatron.core.transformer import MegatronModule
 from torch import Tensor, nn
 
 from megavlm.config.schema import Config
-from megavlm.model.specs import Kernels
+from megavlm.model.kernels import Kernels
 from megavlm.model.transformer import connector_config
 
 

@@ -8,7 +8,8 @@ from megatron.core.transformer.mlp import MLP
 from torch import Tensor
 
 from megavlm.config.schema import Config
-from megavlm.model.specs import Kernels, mlp_submodules
+from megavlm.model.kernels import Kernels
+from megavlm.model.specs import mlp_submodules
 from megavlm.model.transformer import connector_config
 
 

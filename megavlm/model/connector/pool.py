@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from megavlm.config.schema import Config
 from megavlm.model.connector.heads import attend, split_heads
-from megavlm.model.specs import Kernels
+from megavlm.model.kernels import Kernels
 from megavlm.model.transformer import ACTIVATIONS, connector_config
 
 _MEAN_EPSILON = 1e-5  # of the norms of InternVL-C's pool, whatever the encoder's is

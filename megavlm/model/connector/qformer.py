@@ -23,7 +23,7 @@ from megavlm.config.schema import Config
 from megavlm.data.loading.batch import Instructions
 from megavlm.model.connector.heads import attend, split_heads
 from megavlm.model.connector.qformer_mask import TextRows, seen_by
-from megavlm.model.specs import Kernels
+from megavlm.model.kernels import Kernels
 from megavlm.model.transformer import connector_config
 
 

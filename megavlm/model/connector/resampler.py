@@ -18,7 +18,7 @@ from torch.nn.functional import relu
 from megavlm.config.resampler import Resampler
 from megavlm.config.schema import Config
 from megavlm.model.connector.heads import attend, split_heads
-from megavlm.model.specs import Kernels
+from megavlm.model.kernels import Kernels
 from megavlm.model.transformer import connector_config
 
 

@@ -8,11 +8,11 @@ from megatron.core.transformer import TransformerConfig
 
 from megavlm.config.objectives import OBJECTIVES, ObjectiveNeeds
 from megavlm.config.schema import Config
+from megavlm.model.kernels import Kernels
 from megavlm.model.objective.contrastive import Contrastive
 from megavlm.model.objective.next_token import NextToken
 from megavlm.model.objective.objective import Objective
 from megavlm.model.objective.qformer import QFormerObjective
-from megavlm.model.specs import Kernels
 from megavlm.parallel.process_groups import Groups
 from megavlm.planner.layout import Chunk
 
