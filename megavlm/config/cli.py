@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from megavlm.config import torchrun, verdict, yaml_file
+from megavlm.config.help_text import help_text
 from megavlm.config.hub_cache import cached, short_name
 from megavlm.config.layer_ranges import with_layers
 from megavlm.config.models import MODELS, ReadModel, architecture, for_objective
@@ -31,9 +32,9 @@ from megavlm.config.options import (
     to_config,
     to_namespace,
 )
-from megavlm.config.recipes import RECIPES, recipe
+from megavlm.config.recipes import recipe
 from megavlm.config.recipes.recipe import Recipe
-from megavlm.config.schema import Architecture, Config, Init
+from megavlm.config.schema import Config, Init
 from megavlm.config.verdict import PROGRAM, FindStart
 from megavlm.config.yaml_file import Settings
 
@@ -144,10 +145,9 @@ def _parse(arguments: list[str], read_model: ReadModel | None) -> tuple[Config, 
             for name, folder in given.items()
         }
     )
-    wants_help = any(word in others for word in ("-h", "--help"))
     defaults = (
         _NO_NAMES
-        if wants_help and not all(names.values())
+        if chosen.help is not None and not all(names.values())
         else _from_tables(
             **names,
             chosen=chosen_recipe,
@@ -156,7 +156,12 @@ def _parse(arguments: list[str], read_model: ReadModel | None) -> tuple[Config, 
             sets_vision=_sets_vision(others, files),
         )
     )
-    parser = make_parser(defaults, PROGRAM, _description(chosen_recipe))
+    if chosen.help is not None:
+        text = help_text(chosen.help, defaults, chosen_recipe)
+        if verdict.is_first_rank():
+            print(text, end="")
+        raise SystemExit(0)
+    parser = make_parser(defaults, PROGRAM)
     values = to_namespace(defaults)
     for settings in files:
         content = {
@@ -204,6 +209,7 @@ def _first_pass() -> argparse.ArgumentParser:
     parser.add_argument("--config", action="append", default=[])
     parser.add_argument("--print_config", action="store_true")
     parser.add_argument("--check", nargs="?", type=int, const=0)
+    parser.add_argument("-h", "--help", nargs="?", const="")
     return parser
 
 
@@ -307,47 +313,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(entry) for key, entry in value.items()}
     return list(value) if isinstance(value, tuple) else value
-
-
-def _description(chosen: Recipe) -> str:
-    """Return the text that ``--help`` prints above the options."""
-    recipe_lines = "\n".join(f"  {name:<15} {row.description}" for name, row in RECIPES.items())
-    stage_lines = "\n".join(
-        f"  {name:<15} {row.description}" for name, row in chosen.stages.items()
-    )
-    model_lines = "\n".join(f"  {name:<15} {_size(row)}" for name, row in MODELS.items())
-    return f"""Train a vision-language model.
-
-example, on a machine with 8 GPUs:
-  torchrun --nproc_per_node 8 {PROGRAM} --stage 1 --model internvl2_5-1b --load InternVL2_5-1B/ \\
-      --data.train packs/captions --save runs/stage1 --tensor-model-parallel-size 2
-
-Every option is also a key of the YAML files that --config FILE names. --config can be repeated;
-later files override earlier ones, and the command line overrides all files. --print_config prints
-the whole configuration as YAML instead of training. --check RANKS lists its problems for that many
-ranks (without a number: for as many as torchrun starts), looks at the save folder and at what the
-run would start from, writes nothing, and exits, with status 2 if there are any problems.
-The defaults below are those of the stage and the model, if both are given.
-
---stage A,B trains several stages in turn, each in a folder of its own in --save and from the
-checkpoint of the one before; --for B 'OPTIONS' gives options to one of them.
-
-recipes:
-{recipe_lines}
-
-stages of the recipe {chosen.name}:
-{stage_lines}
-
-models:
-{model_lines}"""
-
-
-def _size(row: Architecture) -> str:
-    vision = row.vision
-    language = row.language
-    encoder = f"{vision.num_layers} layers of {vision.hidden_size}" if vision.exists else "none"
-    return (
-        f"vision {encoder}, {vision.image_size} pixels;"
-        f" language {language.num_layers} layers of {language.hidden_size}, vocabulary"
-        f" {language.vocab_size}"
-    )

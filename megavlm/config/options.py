@@ -9,7 +9,7 @@ import dataclasses
 import difflib
 import inspect
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from types import MappingProxyType
@@ -166,13 +166,16 @@ class Parser(jsonargparse.ArgumentParser):
         raise argparse.ArgumentError(None, explain(message)) from ex
 
 
-def make_parser(defaults: Config, prog: str, description: str = "") -> Parser:
-    """Make a parser that knows every option.
+def make_parser(
+    defaults: Config, prog: str, description: str = "", only: Collection[str] | None = None
+) -> Parser:
+    """Make a parser of options.
 
     Args:
         defaults: values where none are given.
         prog: name of the program.
         description: text above the options, shown as it stands.
+        only: keys of the options that it knows; none: all.
     """
     parser = Parser(
         prog=prog,
@@ -182,8 +185,12 @@ def make_parser(defaults: Config, prog: str, description: str = "") -> Parser:
         ),
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=only is None,
     )
-    for path, text, listed in sections():
+    for path, text, every in sections():
+        listed = [option for option in every if only is None or option.key in only]
+        if not listed:
+            continue
         group = parser.add_argument_group(path.removesuffix(".") or "run", text.replace("``", ""))
         for option in listed:
             value = _value(defaults, option.key)

@@ -96,6 +96,7 @@ def _take_apart(arguments: list[str]) -> Command:
     previous = ""
     for word in words:
         is_ranks = previous == "--check" and word.isdecimal()
+        is_section = previous in ("--help", "-h") and not word.startswith("--")
         previous = word
         flag, has_value, value = word.partition("=")
         if flag == "--stage":
@@ -106,7 +107,7 @@ def _take_apart(arguments: list[str]) -> Command:
             of_stage[name] = of_stage.get(name, []) + shlex.split(next(words, ""))
         elif flag in _SWITCHES:
             asked += [flag, value] if has_value else [flag]
-        elif is_ranks:
+        elif is_ranks or is_section:
             asked.append(word)
         else:
             options.append(word)

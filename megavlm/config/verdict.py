@@ -60,7 +60,8 @@ def tell(error: str) -> None:
     if not is_first_rank():
         time.sleep(_PATIENCE_SECONDS)
         where = f" on {torchrun.name_of_rank()}"
-    torchrun.refuse(f"{PROGRAM}: error{where}: {error}\n--help lists every option")
+    hint = "--help lists the sections of options, and --help SECTION the options of one"
+    torchrun.refuse(f"{PROGRAM}: error{where}: {error}\n{hint}")
 
 
 def is_first_rank() -> bool:

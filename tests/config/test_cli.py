@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from megavlm.config.cli import from_yaml, parse, to_yaml
+from megavlm.config.help_text import section_names
 from megavlm.config.models import MODELS
 from megavlm.config.options import ALIASES, options
 from megavlm.config.recipes import RECIPES
@@ -243,7 +244,7 @@ def test_another_rank_gives_the_first_time_to_end_the_job_before_it_speaks(
 
 def test_help_names_every_option_and_shows_the_defaults_of_the_stage(capsys: pytest.CaptureFixture):
     with pytest.raises(SystemExit) as stopped:
-        parse(["--help", "--stage", "2", "--model", "tiny"])
+        parse(["--help", "all", "--stage", "2", "--model", "tiny"])
     shown = " ".join(capsys.readouterr().out.split())
     assert stopped.value.code == 0
     assert all(f"--{key}" in shown for key in options()) and all(
@@ -254,6 +255,45 @@ def test_help_names_every_option_and_shows_the_defaults_of_the_stage(capsys: pyt
         and "(default: vision,connector,language)" in shown
     )
     assert "``" not in shown
+
+
+def helped(arguments: list[str], capsys: pytest.CaptureFixture) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        parse(arguments)
+    assert stopped.value.code == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_is_an_overview(flag: str, capsys: pytest.CaptureFixture):
+    shown = helped([flag, "--recipe", "llava"], capsys)
+    names = (*RECIPES, *RECIPES["llava"].stages, *MODELS, *section_names())
+    assert all(name in shown for name in names)
+    assert len(shown.splitlines()) < 100 and "--parallel.bucket_size" not in shown
+
+
+def test_help_lists_the_options_of_a_section_or_tells_of_one(capsys: pytest.CaptureFixture):
+    for word, inside in (("parallel", "parallel."), ("architecture", "architecture.")):
+        shown = helped([*NAMES, "--help", word], capsys)
+        for key in options():
+            assert (f"\n  --{key} " in shown) == key.startswith(inside), (word, key)
+    for word in ("lr", "--lr", "optimizer.lr"):
+        shown = helped([f"--help={word}", *NAMES], capsys)
+        assert f"peak learning rate (default: {STAGES['1'].optimizer.lr})" in shown
+        assert "--optimizer.min_lr" not in shown
+    assert "\n  --recipe " in helped(["--help", "run"], capsys)
+
+
+@pytest.mark.parametrize(
+    ("word", "told"),
+    [
+        ("paralel", "--help paralel: no such section or option; did you mean parallel?"),
+        ("bucket", "did you mean parallel.bucket_size or ddp-bucket-size?"),
+        ("zzz", "--help without a word lists the sections"),
+    ],
+)
+def test_help_names_what_a_word_may_have_meant(word: str, told: str, capsys: pytest.CaptureFixture):
+    assert told in refused(["--help", word], capsys)
 
 
 def test_print_config_prints_what_would_run(
