@@ -8,7 +8,7 @@
 #   NNODES=2 MASTER_ADDR=node0 JOB_ID=7 bash examples/llava/run.sh 1                    the same on each of 2 nodes
 #   sbatch --nodes 2 examples/llava/slurm.sh 1                                          what a cluster with Slurm does
 #
-# VISION LANGUAGE  folders of CLIP and of the language model with its tokenizer, as they are published. Weights must be in safetensors files; a
+# VISION LANGUAGE  folders of CLIP (or SigLIP: docs/recipes.md) and of the language model with its tokenizer, as they are published. Weights must be in safetensors files; a
 #             folder with pytorch_model*.bin only is turned into one with (AutoModelForCausalLM for a language model)
 #             python -c "import sys, transformers as t; getattr(t, sys.argv[1]).from_pretrained(sys.argv[2], dtype='auto').save_pretrained(sys.argv[2])" CLIPModel DIR
 # DATA        holds blip_laion_cc_sbu_558k.json with images/, and llava_v1_5_mix665k.json with the image folders that it names

@@ -33,6 +33,7 @@ class Connector:
             quarter of the tokens; 1, as in LLaVA: none).
         heads: for mean_query: attention heads.
         norm: for mlp: LayerNorm before the linear layers, as in InternVL; LLaVA has none.
+        bias: for mlp and linear: whether the linear layers have biases.
         qformer: for qformer: its sizes.
         resampler: for resampler: its sizes.
     """
@@ -40,6 +41,7 @@ class Connector:
     kind: str = "mlp"
     pixel_shuffle: int = 2
     norm: bool = True
+    bias: bool = True
     heads: int = 16
     qformer: QFormer = field(default_factory=QFormer)
     resampler: Resampler = field(default_factory=Resampler)
@@ -127,7 +129,8 @@ class Mlp:
             yield from norm("connector.norm", PART, inputs, has_bias=True)
         for name, size in (("linear_fc1", inputs), ("linear_fc2", width)):
             key = f"connector.mlp.{name}"
-            yield from linear(key, PART, size, width, rows=rows, unit="tile", has_bias=True)
+            has_bias = self.settings.bias
+            yield from linear(key, PART, size, width, rows=rows, unit="tile", has_bias=has_bias)
 
     def kept(self, tensor_size: int) -> float:
         """Count inputs and results of the norm, and what goes into GELU and comes out of it."""
@@ -167,7 +170,7 @@ class Linear:
 
     def pieces(self) -> Iterator[Piece]:
         """See ``ConnectorSizes``."""
-        sizes = dict(rows=self.features, unit="tile", has_bias=True)
+        sizes = dict(rows=self.features, unit="tile", has_bias=self.settings.bias)
         ends = self.ends
         yield from linear("connector.linear", PART, ends.input_size, ends.output_size, **sizes)
 

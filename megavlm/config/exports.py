@@ -60,6 +60,8 @@ def _internvl(arch: Architecture) -> Iterator[str]:
             " --architecture.connector.kind mlp and --architecture.connector.norm true; this model"
             f" is {arch.vision.family} with {connector.kind} and {str(connector.norm).lower()}"
         )
+    elif not connector.bias:
+        yield ("InternVL's formats have --architecture.connector.bias true; this model has false")
     if arch.image_tokens != "internvl":
         yield (
             "InternVL's formats have the image tokens of --architecture.image_tokens internvl; this"
@@ -90,10 +92,10 @@ def _llava(arch: Architecture) -> Iterator[str]:
     yield from _without_crosses(arch)
     connector = arch.connector
     shuffles = connector.kind == "mlp" and (connector.pixel_shuffle != 1 or connector.norm)
-    if arch.vision.family != "clip":
+    if arch.vision.family not in ("clip", "siglip"):
         yield (
-            "LlavaForConditionalGeneration is written with --architecture.vision.family clip; this"
-            f" model has {arch.vision.family}"
+            "LlavaForConditionalGeneration is written with --architecture.vision.family clip or"
+            f" siglip; this model has {arch.vision.family}"
         )
     if connector.kind not in ("mlp", "linear") or shuffles:
         yield (
@@ -177,7 +179,9 @@ def _paligemma(arch: Architecture) -> Iterator[str]:
         "vision.family": ("siglip", arch.vision.family),
         "vision.final_norm": (True, arch.vision.final_norm),
         "vision.unused_layers": (0, arch.vision.unused_layers),
+        "vision.unused_head": (False, arch.vision.unused_head),
         "connector.kind": ("linear", arch.connector.kind),
+        "connector.bias": (True, arch.connector.bias),
         "language.family": ("gemma", arch.language.family),
     }
     yield from _other_values("PaliGemmaForConditionalGeneration", wanted)
@@ -192,6 +196,7 @@ def _fuyu(arch: Architecture) -> Iterator[str]:
         "vision.num_layers": (0, vision.num_layers),
         "vision.image_size": (vision.patch_size, vision.image_size),
         "connector.kind": ("linear", arch.connector.kind),
+        "connector.bias": (True, arch.connector.bias),
         "language.family": ("persimmon", arch.language.family),
         "language.tied_head": (False, arch.language.tied_head),
     }

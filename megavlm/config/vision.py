@@ -29,6 +29,8 @@ class Vision:
         unused_layers: layers of the pretrained encoder behind these. They are not built: LLaVA
             takes CLIP's features from before its last layer (``vision_feature_layer`` -2), so 1.
             Checkpoints and exports carry them, unchanged, from where the encoder came from.
+        unused_head: whether files of the pretrained encoder hold a head that makes one embedding of
+            a tile (SigLIP's attention pool), which no feature needs. It is carried likewise.
         final_norm: whether a LayerNorm follows the last layer, as in SigLIP: PaliGemma takes its
             features from behind it.
         hidden_size: width of the encoder.
@@ -54,6 +56,7 @@ class Vision:
     patch_size: int = 14
     num_layers: int = 24
     unused_layers: int = 0
+    unused_head: bool = False
     final_norm: bool = False
     hidden_size: int = 1024
     ffn_hidden_size: int = 4096

@@ -151,7 +151,7 @@ def connector_config(config: Config, kernels: Kernels) -> TransformerConfig:
         num_attention_heads=config.parallel.vision_tensor_size,
         normalization="LayerNorm",
         layernorm_epsilon=1e-5,
-        add_bias_linear=True,
+        add_bias_linear=arch.connector.bias,
         activation_func=gelu,
         **common,
     )

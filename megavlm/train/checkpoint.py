@@ -357,8 +357,8 @@ def architecture_differences(
     old: Architecture, new: Architecture, *, takes_weights: bool = False
 ) -> list[str]:
     """``describe_differences`` of two models; the family only says how Hugging Face's files name
-    the same weights, unused layers are not built; dropout, and which pairs are positives of each
-    other, may change.
+    the same weights, unused layers and heads are not built; dropout, and which pairs are positives
+    of each other, may change.
 
     Args:
         old: of the checkpoint.
@@ -381,7 +381,11 @@ def architecture_differences(
             positives=new.contrastive.positives,
             exchange=new.contrastive.exchange,
         ),
-        vision=replace(old.vision, unused_layers=new.vision.unused_layers),
+        vision=replace(
+            old.vision,
+            unused_layers=new.vision.unused_layers,
+            unused_head=new.vision.unused_head,
+        ),
     )
     return describe_differences(old, new)
 

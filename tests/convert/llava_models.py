@@ -10,6 +10,7 @@ from transformers import LlavaForConditionalGeneration
 
 from megavlm.config.connectors import LLAVA, Connector
 from megavlm.config.schema import Architecture, Language, Vision
+from megavlm.config.vision import PIXELS
 from megavlm.convert.hf import llava_config
 from tests.convert.models import ENDS, save_with_pixels, scattered
 
@@ -68,6 +69,24 @@ KINDS = {
         dict(num_layers=2, unused_layers=2, num_attention_heads=4),
     ),
 }
+_SIGLIP = dict(
+    family="siglip",
+    image_size=18,  # two pixels more than the patches cover
+    layernorm_epsilon=1e-6,
+    activation="gelu_tanh",
+    pixel_mean=PIXELS["siglip"][0],
+    pixel_std=PIXELS["siglip"][1],
+)
+SIGLIP = {
+    "siglip with its head, no biases in the connector": _with(
+        dict(family="qwen2", qkv_bias=True),
+        _SIGLIP | dict(unused_head=True),
+        replace(LLAVA, bias=False),
+    ),
+    "siglip, features of the last layer": _with(
+        {}, _SIGLIP | dict(num_layers=3, unused_layers=0), replace(LINEAR, bias=False)
+    ),
+}
 
 
 def make_llava(
@@ -90,5 +109,6 @@ def make_llava(
     if architecture.connector.kind == "linear":
         second = model.model.multi_modal_projector.linear_2
         torch.nn.init.eye_(second.weight)
-        torch.nn.init.zeros_(second.bias)
+        if second.bias is not None:
+            torch.nn.init.zeros_(second.bias)
     return save_with_pixels(model, folder, architecture)

@@ -19,7 +19,7 @@ from megavlm.data.images.tiling import Tiling
 from megavlm.data.packing.job import Job, pack_dataset
 from megavlm.data.records.meta_file import read_sources
 from megavlm.planner.flops import pieces, training_cost
-from tests.convert.llava_models import KINDS, LINEAR, SMALL, make_llava
+from tests.convert.llava_models import KINDS, LINEAR, SIGLIP, SMALL, make_llava
 from tests.convert.models import load_all
 from tests.convert.part_folders import make_language, make_vision
 from tests.data.samples import make_dataset, make_sample
@@ -38,14 +38,18 @@ from tests.ranks.test_layouts import compare
 from tests.ranks.test_resume import run_job
 from tests.ranks.test_whole_way import write_records
 
-# As many tokens as rows of the padded vocabulary, since padding is computed but does not count.
-ROUND = dataclasses.replace(SMALL, language=dataclasses.replace(SMALL.language, vocab_size=256))
 MASKS = {name: stage.training.trainable for name, stage in STAGES.items()}
-EVERYDAY = [
-    layout
-    for layout in LAYOUTS
-    if asks_for_all() or str(layout) in ("TP2 SP", "PP2", "CP2", "TP2 whole vision layers")
-]
+SEEING, *_ = SIGLIP.values()
+KINDS = KINDS | (SIGLIP if asks_for_all() else {"siglip": SEEING})
+MODELS = {
+    "clip": SMALL,
+    "linear": dataclasses.replace(SMALL, connector=LINEAR),
+    "siglip": SEEING,
+}
+EVERYDAY = {
+    "clip": ("TP2 SP", "PP2", "CP2", "TP2 whole vision layers"),
+    "siglip": ("TP2 SP",),
+}
 
 
 _config = partial(recipe_config, "llava")
@@ -79,12 +83,13 @@ def test_a_pack_equals_its_samples_alone(ranks: Pool, tmp_path: Path, connector:
     )
 
 
-@pytest.mark.parametrize(("mask", "connector"), [("1", "mlp"), ("2", "mlp"), ("2", "linear")])
-def test_the_cost_is_what_torch_counts(
-    ranks: Pool, tmp_path: Path, mask: str, connector: str
-) -> None:
-    kind = {"mlp": SMALL.connector, "linear": LINEAR}[connector]
-    architecture = dataclasses.replace(ROUND, connector=kind)
+@pytest.mark.parametrize(
+    ("mask", "kind"), [("1", "clip"), ("2", "clip"), ("2", "linear"), ("2", "siglip")]
+)
+def test_the_cost_is_what_torch_counts(ranks: Pool, tmp_path: Path, mask: str, kind: str) -> None:
+    # As many tokens as rows of the padded vocabulary, since padding is computed but does not count.
+    language = dataclasses.replace(MODELS[kind].language, vocab_size=256)
+    architecture = dataclasses.replace(MODELS[kind], language=language)
     make_dataset(tmp_path, packs=1, image_share=1.0, **sizes_of(architecture))
     [(counted, size, keys)] = ranks.run(counted_by_torch, 1, tmp_path, MASKS[mask], architecture)
     size["squared_lengths"] *= 2  # torch counts all pairs of tokens
@@ -98,16 +103,27 @@ def test_the_cost_is_what_torch_counts(
     assert {piece.key for piece in pieces(architecture)} - {""} == keys
 
 
-@pytest.mark.parametrize("layout", EVERYDAY, ids=str)
-def test_a_layout_trains_like_one_process(ranks: Pool, tmp_path: Path, layout: Layout) -> None:
-    sizes = sizes_of(SMALL)
-    make_dataset(tmp_path, packs=12, capacity=240, alignment=4, **sizes)
+@pytest.mark.parametrize(
+    ("kind", "layout"),
+    [
+        (kind, layout)
+        for kind, everyday in EVERYDAY.items()
+        for layout in LAYOUTS
+        if asks_for_all() or str(layout) in everyday
+    ],
+    ids=str,
+)
+def test_a_layout_trains_like_one_process(
+    ranks: Pool, tmp_path: Path, kind: str, layout: Layout
+) -> None:
+    small = MODELS[kind]
+    make_dataset(tmp_path, packs=12, capacity=240, alignment=4, **sizes_of(small))
     layers = max(2, layout.layers)
     architecture = dataclasses.replace(
-        SMALL,
-        vision=dataclasses.replace(SMALL.vision, num_layers=layers, num_attention_heads=4),
+        small,
+        vision=dataclasses.replace(small.vision, num_layers=layers, num_attention_heads=4),
         language=dataclasses.replace(
-            SMALL.language, num_layers=layers, num_attention_heads=4, num_query_groups=2
+            small.language, num_layers=layers, num_attention_heads=4, num_query_groups=2
         ),
     )
     settings = dict(trainable=MASKS["2"], adam_eps=1e-3, steps=4)
@@ -120,14 +136,15 @@ def test_a_layout_trains_like_one_process(ranks: Pool, tmp_path: Path, layout: L
     assert max(compare(curves, expected).values()) <= LIMIT
 
 
+@pytest.mark.parametrize(("kind", "tiling"), [("clip", "pad"), ("siglip", "stretch")])
 def test_a_run_from_parts_exports_the_layers_that_it_did_not_use(
-    ranks: Pool, tmp_path: Path
+    ranks: Pool, tmp_path: Path, kind: str, tiling: str
 ) -> None:
     from megavlm.convert.hf import from_parts
     from megavlm.convert.hf.reference import load_reference
 
     init = Init(
-        vision=str(make_vision(tmp_path / "clip", "clip")),
+        vision=str(make_vision(tmp_path / "vision", kind)),
         language=str(make_language(tmp_path / "language")),
     )
     known = RECIPES["llava"].architecture
@@ -142,7 +159,7 @@ def test_a_run_from_parts_exports_the_layers_that_it_did_not_use(
             features_per_tile=architecture.features_per_tile,
             tiling=Tiling(
                 tile_size=architecture.vision.image_size,
-                mode="pad",
+                mode=tiling,
                 pixel_mean=architecture.vision.pixel_mean,
             ),
             pixel_std=architecture.vision.pixel_std,
@@ -154,7 +171,8 @@ def test_a_run_from_parts_exports_the_layers_that_it_did_not_use(
     config = dataclasses.replace(config, stage="1", init=init, checkpoint=files)
     assert ranks.run(run_job, 1, config) == [2]
     found = load_reference(tmp_path / "hf").model.vision_tower.state_dict()
-    before = load_all(tmp_path / "clip")
+    before = load_all(tmp_path / "vision")
     assert any("layers.2." in name for name in before)
+    assert any("head.probe" in name for name in before) == (kind == "siglip")
     for name, tensor in before.items():
         assert torch.equal(found[name.removeprefix("vision_model.")], tensor), name

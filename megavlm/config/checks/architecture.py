@@ -59,6 +59,11 @@ def _unused(arch: Architecture) -> Iterator[str]:
             f"--architecture.connector.heads {arch.connector.heads} has no effect:"
             f" --architecture.connector.kind is {arch.connector.kind}; leave it out"
         )
+    if arch.connector.kind not in ("mlp", "linear") and not arch.connector.bias:
+        yield (
+            "--architecture.connector.bias false has no effect: --architecture.connector.kind is"
+            f" {arch.connector.kind}; leave it out"
+        )
     for section, settings, why in sections:
         usual = vars(type(settings)())
         for name, value in changed(settings).items():
@@ -126,6 +131,11 @@ def _vision(arch: Architecture) -> Iterator[str]:
         yield (
             f"{flag}.final_norm true: the norm stands behind the last layer, so use"
             f" {flag}.unused_layers 0; it is {vision.unused_layers}"
+        )
+    if vision.unused_head and vision.family != "siglip":
+        yield (
+            f"{flag}.unused_head true: files of a vision encoder of {flag}.family {vision.family}"
+            " hold no head; use false"
         )
     if not 0 <= vision.patch_drop < 1:
         yield f"{flag}.patch_drop {vision.patch_drop}: must be 0 or more, and less than 1"

@@ -1,5 +1,6 @@
-"""The recipe of LLaVA 1.5 (arXiv 2310.03744): CLIP's features from before its last layer, a small
-connector, a language model; the connector alone is trained first, then it and the language model.
+"""The recipe of LLaVA 1.5 (arXiv 2310.03744): CLIP's features from before its last layer (or
+SigLIP's, with ``--init.vision``), a small connector, a language model; the connector alone is
+trained first, then it and the language model.
 
 Learning rates, schedule and AdamW's settings are those of the scripts of its authors, which clip no
 gradients. Their batches of 256 and 128 are samples; batches here count packs, of about eight and
@@ -72,7 +73,7 @@ STAGES: dict[str, Stage] = {
 
 RECIPE = Recipe(
     name="llava",
-    description="LLaVA 1.0 and 1.5: CLIP, linear layer or MLP, language model",
+    description="LLaVA 1.0 and 1.5: CLIP or SigLIP, linear layer or MLP, language model",
     stages=STAGES,
     architecture=ARCHITECTURE,
     hub_format="llava",

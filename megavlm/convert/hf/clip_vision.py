@@ -43,6 +43,7 @@ def read(
     family: str,
     pixels: tuple[tuple[float, ...], tuple[float, ...]],
     unused_layers: int = 0,
+    unused_head: bool = False,
     final_norm: bool = False,
 ) -> Vision:
     """Read a vision encoder.
@@ -52,6 +53,7 @@ def read(
         family: ours.
         pixels: mean and standard deviation.
         unused_layers: last ones, of which features need none.
+        unused_head: whether its files have a head, which features do not need.
         final_norm: whether features come from behind the norm at its end.
     """
     mean, std = pixels
@@ -61,6 +63,7 @@ def read(
         patch_size=found["patch_size"],
         num_layers=found["num_hidden_layers"] - unused_layers,
         unused_layers=unused_layers,
+        unused_head=unused_head,
         final_norm=final_norm,
         hidden_size=found["hidden_size"],
         ffn_hidden_size=found["intermediate_size"],

@@ -320,7 +320,9 @@ def check(folder: str | Path) -> list[PartCheck]:
     source = open_weights(folder)
     dialect = dialect_of(folder)
     view = MegatronView(source, architecture, dialect)
-    back = HuggingFaceView(view, architecture, dialect=dialect)
+    unused = unused_weights.of_model(folder, architecture, dialect)
+    used = HuggingFaceView(view, architecture, dialect=dialect)
+    back = WithUnused(used, architecture, dialect, unused)
     widened = view.widened
     names: dict[str, list[str]] = {}
     changed: dict[str, list[str]] = {}
@@ -355,7 +357,7 @@ def _main_dtype(view: WithUnused) -> torch.dtype:
     return elements.most_common(1)[0][0]
 
 
-def _bytes(view: MegatronView | HuggingFaceView | JoinedExperts) -> int:
+def _bytes(view: Tensors) -> int:
     """Bytes of all tensors."""
     return sum(header.nbytes for header in view.headers.values())
 

@@ -16,8 +16,8 @@ from megavlm.config.connectors import Connector
 from megavlm.config.schema import Architecture, Contrastive, Language
 from megavlm.convert.hf import chat_config, json_files, language_config, tokenizer_files
 from megavlm.convert.hf.json_files import FILE_NAME, IMAGE_PROCESSOR_NAME, read_config, write_json
-from megavlm.convert.hf.pairs_config import image_processor
 from megavlm.convert.hf.preprocessing import Usage
+from megavlm.convert.hf.processor import tile_processor
 from megavlm.convert.weights.families import written_as
 from megavlm.data.text.templates import chat_format
 from megavlm.data.text.tokenizer import load_tokenizer
@@ -85,7 +85,7 @@ def write(
         "language_folder": LANGUAGE,
     }
     write_json(folder / FILE_NAME, settings)
-    processor = image_processor(architecture, usage, "CLIPImageProcessor")
+    processor = tile_processor(architecture, usage, "CLIPImageProcessor")
     for name in ("", VISION):
         (folder / name).mkdir(exist_ok=True)
         write_json(folder / name / IMAGE_PROCESSOR_NAME, processor)

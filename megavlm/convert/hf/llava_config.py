@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +11,18 @@ import torch
 from transformers import LlavaConfig
 
 from megavlm.config.connectors import LLAVA, Connector
-from megavlm.config.schema import Architecture
+from megavlm.config.schema import Architecture, Vision
+from megavlm.config.vision import PIXELS
 from megavlm.convert.hf import clip_vision, language_config
 from megavlm.convert.hf import json_files as shared
 from megavlm.convert.weights.families import written_as
 
 CLASS_NAME = "LlavaForConditionalGeneration"
 MODEL_TYPE = "llava"
-# By the kind of connector: the activation between the two linear layers that files always have.
+# By the activation between the two linear layers that files always have.
 _CONNECTORS = {"gelu": LLAVA, "linear": Connector(kind="linear", pixel_shuffle=1, norm=False)}
-_FIXED: dict[str, dict[str, Any]] = {
-    "": {"vision_feature_select_strategy": "default", "multimodal_projector_bias": True},
-    "vision_config": {"model_type": "clip_vision_model", "num_channels": 3},
-}
+# By the kind of vision encoder: its family.
+FAMILIES = {"clip_vision_model": "clip", "siglip_vision_model": "siglip"}
 
 
 def read(raw: dict[str, Any], folder: Path, *, has_head: bool | None) -> Architecture:
@@ -36,19 +36,22 @@ def read(raw: dict[str, Any], folder: Path, *, has_head: bool | None) -> Archite
     settings = shared.complete(LlavaConfig, raw, path)
     shared.refuse(path, list(_problems(settings)))
     vision = settings["vision_config"]
+    family = FAMILIES[vision["model_type"]]
+    connector = _CONNECTORS[settings["projector_hidden_act"]]
     tied = settings["tie_word_embeddings"] or settings["text_config"].get("tie_word_embeddings")
     return Architecture(
         vision=clip_vision.read(
             vision,
-            family="clip",
-            pixels=shared.normalisation(folder),
+            family=family,
+            pixels=shared.normalisation(folder, PIXELS[family]),
             unused_layers=vision["num_hidden_layers"]
             - _layers(vision, settings["vision_feature_layer"]),
+            unused_head=family == "siglip" and vision["vision_use_head"],
         ),
         language=language_config.read(
             settings["text_config"], tied_head=bool(tied) and not has_head
         ),
-        connector=_CONNECTORS[settings["projector_hidden_act"]],
+        connector=replace(connector, bias=settings["multimodal_projector_bias"]),
         image_tokens="llava",
     )
 
@@ -56,8 +59,16 @@ def read(raw: dict[str, Any], folder: Path, *, has_head: bool | None) -> Archite
 def _problems(settings: dict[str, Any]) -> Iterator[str]:
     """Yield settings that our model does not support."""
     vision = settings["vision_config"]
-    for section, fixed in _FIXED.items():
-        yield from shared.contradictions(section, settings[section] if section else settings, fixed)
+    family = FAMILIES.get(vision.get("model_type"))
+    if family is None:
+        yield (
+            f"vision_config.model_type is {vision.get('model_type')!r}, must be one of"
+            f" {', '.join(FAMILIES)}"
+        )
+    else:
+        chosen = {"vision_feature_select_strategy": select_strategy(Vision(family=family))}
+        yield from shared.contradictions("", settings, chosen)
+    yield from shared.contradictions("vision_config", vision, {"num_channels": 3})
     if settings["projector_hidden_act"] not in _CONNECTORS:
         yield (
             f"projector_hidden_act is {settings['projector_hidden_act']!r}, must be one of"
@@ -81,6 +92,13 @@ def _layers(vision: dict[str, Any], feature_layer: int) -> int:
     """
     below_zero = vision["num_hidden_layers"] + 1 if feature_layer < 0 else 0
     return feature_layer + below_zero
+
+
+def select_strategy(vision: Vision) -> str:
+    """Return what transformers calls the features of a tile that the connector reads: all of them,
+    or all but that of the class token.
+    """
+    return "default" if vision.has_class_token else "full"
 
 
 def write(
@@ -108,12 +126,9 @@ def write(
         "vision_feature_layer": -1 - vision.unused_layers,
         "pad_token_id": pad_token_id,
         "tie_word_embeddings": language.tied_head,
-        **_FIXED[""],
-        "vision_config": {
-            **_FIXED["vision_config"],
-            **clip_vision.write(vision),
-            "projection_dim": vision.hidden_size,
-        },
+        "vision_feature_select_strategy": select_strategy(vision),
+        "multimodal_projector_bias": architecture.connector.bias,
+        "vision_config": _vision(vision),
         "text_config": language_config.write(
             language,
             written_as(language, "llava"),
@@ -121,4 +136,19 @@ def write(
             eos_token_id=eos_token_id,
             pad_token_id=pad_token_id,
         ),
+    }
+
+
+def _vision(vision: Vision) -> dict[str, Any]:
+    """Build the section of the vision encoder; each family has one setting of its own."""
+    kind = next(name for name, family in FAMILIES.items() if family == vision.family)
+    own = {
+        "clip": {"projection_dim": vision.hidden_size},
+        "siglip": {"vision_use_head": vision.unused_head},
+    }
+    return {
+        "model_type": kind,
+        "num_channels": 3,
+        **clip_vision.write(vision),
+        **own[vision.family],
     }

@@ -13,20 +13,23 @@ from megavlm.convert.hf.json_files import (
     FILE_NAME,
     IMAGE_PROCESSOR_NAME,
     image_processor,
+    read_json,
     write_json,
 )
 from megavlm.convert.hf.preprocessing import Usage
-from megavlm.convert.hf.processor import chat_template, pixel_settings, write_generation
+from megavlm.convert.hf.processor import chat_template, tile_processor, write_generation
 from megavlm.data.text.templates import FORMATS
 from megavlm.data.text.tokenizer import IMAGE_TOKEN_SETS
 
 _PROCESSOR = "LlavaProcessor"
 _TEMPLATE = "llava_v1"
+# By the family of the vision encoder: the image processor that makes a square of the whole image.
+_STRETCHING = {"clip": "CLIPImageProcessor", "siglip": "SiglipImageProcessor"}
 
 
 def read_usage(folder: Path) -> Usage:
-    """Read how a model is to be used: LLaVA 1.5's conversations, and one tile an image, padded if
-    the image processor says so.
+    """Read how a model is to be used: LLaVA 1.5's conversations, and one tile an image, made as the
+    image processor says, or as usual for the model's vision encoder.
     """
     return Usage(
         template=_TEMPLATE,
@@ -34,8 +37,22 @@ def read_usage(folder: Path) -> Usage:
         min_tiles=1,
         max_tiles=1,
         thumbnail=False,
-        tiling="pad" if image_processor(folder).get("do_pad") else "crop",
+        tiling=_tiling(folder),
     )
+
+
+def _tiling(folder: Path) -> str:
+    """Return how the image processor of a folder makes a square of an image."""
+    found = image_processor(folder)
+    if found.get("do_pad"):
+        return "pad"
+    kind = found.get("image_processor_type") or found.get("feature_extractor_type")
+    if kind is None:
+        vision = read_json(folder / FILE_NAME).get("vision_config") or {}
+        kind = vision.get("model_type", "")
+    # SigLIP's image processor crops only if it is told to, CLIP's unless it is told not to.
+    crops = found.get("do_center_crop", not kind.lower().startswith("siglip"))
+    return "crop" if crops else "stretch"
 
 
 def write(
@@ -63,9 +80,9 @@ def write(
     processor = {
         "processor_class": _PROCESSOR,
         "patch_size": architecture.vision.patch_size,
-        "vision_feature_select_strategy": "default",
+        "vision_feature_select_strategy": llava_config.select_strategy(architecture.vision),
         "image_token": context,
-        "num_additional_image_tokens": 1,  # the class token, which features leave out
+        "num_additional_image_tokens": int(architecture.vision.has_class_token),
     }
     write_json(folder / "processor_config.json", processor)
 
@@ -78,15 +95,13 @@ def _vocabulary(tokenizer: Path) -> dict[str, int]:
 
 
 def _image_processor(architecture: Architecture, usage: Usage) -> dict[str, Any]:
-    """Return the settings of the image processor: the one that pads to squares is LLaVA's own."""
+    """Return the settings of the image processor. ``LlavaProcessor`` looks for the number of image
+    tokens in ``crop_size``, also if nothing is cropped.
+    """
     side = architecture.vision.image_size
-    pads = usage.tiling == "pad"
+    kind = _STRETCHING[architecture.vision.family]
     return {
-        "image_processor_type": "LlavaImageProcessor" if pads else "CLIPImageProcessor",
         "processor_class": _PROCESSOR,
-        **pixel_settings(architecture),
-        **({"do_pad": True} if pads else {}),
-        "size": {"shortest_edge": side},
-        "do_center_crop": True,
         "crop_size": {"height": side, "width": side},
+        **tile_processor(architecture, usage, kind),
     }

@@ -41,14 +41,14 @@ def architecture_from_hf(folder: str | Path) -> Architecture:
 
 
 # Facts that weights of one model may be used with differently: positions are resized to the tile,
-# the factor is only where training starts, unused layers are not built, a family is how files name
-# weights, rotary positions are stretched for longer samples only, and how long instructions are
-# stands in no file. A tied head may be untied,
-# too.
+# the factor is only where training starts, unused layers and heads are not built, a family is how
+# files name weights, rotary positions are stretched for longer samples only, and how long
+# instructions are stands in no file. A tied head may be untied, too.
 _FREE = {
     "architecture.vision.image_size",
     "architecture.vision.layer_scale",
     "architecture.vision.unused_layers",
+    "architecture.vision.unused_head",
     "architecture.language.max_position_embeddings",
     "architecture.language.family",
     "architecture.language.rotary_dynamic_factor",

@@ -15,9 +15,9 @@ from megavlm.config.vision import PIXELS
 from megavlm.convert.hf import clip_vision, json_files, tokenizer_files
 from megavlm.convert.hf.json_files import FILE_NAME, IMAGE_PROCESSOR_NAME, write_json
 from megavlm.convert.hf.preprocessing import Usage
+from megavlm.convert.hf.processor import tile_processor
 from megavlm.data.text.tokenizer import load_tokenizer
 
-_BICUBIC = 3
 _OLD_END = 2
 
 
@@ -103,7 +103,7 @@ def write_clip(
         projection_dim=architecture.contrastive.size,
         architectures=["CLIPModel"],
     )
-    processor = image_processor(architecture, usage, "CLIPImageProcessor") | {
+    processor = tile_processor(architecture, usage, "CLIPImageProcessor") | {
         "do_convert_rgb": True,
         "processor_class": "CLIPProcessor",
     }
@@ -120,7 +120,7 @@ def write_siglip(
         vision_config=clip_vision.write(architecture.vision),
         architectures=["SiglipModel"],
     )
-    processor = image_processor(architecture, usage, "SiglipImageProcessor") | {
+    processor = tile_processor(architecture, usage, "SiglipImageProcessor") | {
         "processor_class": "SiglipProcessor",
     }
     _write(folder, tokenizer, config, dtype, processor)
@@ -175,36 +175,6 @@ def check_clip_tokenizer(folder: Path) -> dict[str, int]:
             " the embedding of the text; pack with a tokenizer that does"
         )
     return ids
-
-
-def image_processor(architecture: Architecture, usage: Usage, kind: str) -> dict[str, Any]:
-    """Return the settings of an image processor.
-
-    Args:
-        architecture: of the model.
-        usage: how images became tiles.
-        kind: class that stretches images to squares.
-    """
-    vision = architecture.vision
-    side = vision.image_size
-    square = {"height": side, "width": side}
-    if usage.tiling in ("dynamic", "stretch"):
-        shape: dict[str, Any] = {"size": square, "do_center_crop": False}
-    else:
-        kind = "LlavaImageProcessor" if usage.tiling == "pad" else "CLIPImageProcessor"
-        shape = {"size": {"shortest_edge": side}, "do_center_crop": True, "crop_size": square}
-        if usage.tiling == "pad":
-            shape["do_pad"] = True
-    return shape | {
-        "image_processor_type": kind,
-        "do_resize": True,
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": list(vision.pixel_mean),
-        "image_std": list(vision.pixel_std),
-        "resample": _BICUBIC,
-    }
 
 
 def _write(

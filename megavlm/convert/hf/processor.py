@@ -229,6 +229,26 @@ def _image_processor(architecture: Architecture, usage: Usage) -> dict[str, Any]
     }
 
 
+def tile_processor(architecture: Architecture, usage: Usage, kind: str) -> dict[str, Any]:
+    """Return the settings of an image processor that makes one tile of an image.
+
+    Args:
+        architecture: of the model.
+        usage: how images became tiles.
+        kind: class that stretches images to squares.
+    """
+    side = architecture.vision.image_size
+    square = {"height": side, "width": side}
+    if usage.tiling in ("dynamic", "stretch"):
+        shape: dict[str, Any] = {"size": square, "do_center_crop": False}
+    else:
+        kind = "LlavaImageProcessor" if usage.tiling == "pad" else "CLIPImageProcessor"
+        shape = {"size": {"shortest_edge": side}, "do_center_crop": True, "crop_size": square}
+        if usage.tiling == "pad":
+            shape["do_pad"] = True
+    return {"image_processor_type": kind, **pixel_settings(architecture), **shape}
+
+
 def _video_processor(architecture: Architecture) -> dict[str, Any]:
     side = architecture.vision.image_size
     return {

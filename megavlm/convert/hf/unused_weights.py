@@ -1,6 +1,6 @@
 """Weights of a pretrained vision encoder that no model here uses, and that files of
-``LlavaForConditionalGeneration`` hold all the same: the layers behind the features, and the norm
-behind the last layer.
+``LlavaForConditionalGeneration`` hold all the same: the layers behind the features, the norm behind
+the last layer, and the head of a SigLIP.
 
 A checkpoint has them in a file of their own, under their names in the encoder. A run copies them
 from what it starts from into each of its checkpoints, and an export writes them unchanged.
@@ -41,10 +41,10 @@ def of_model(folder: Path, architecture: Architecture, dialect: Dialect) -> dict
 
 
 def of_encoder(folder: Path, vision: Vision) -> dict[str, Tensor]:
-    """Read them from the folder of a CLIP, with or without its text half.
+    """Read them from the folder of a CLIP or SigLIP, with or without its text half.
 
     Raises:
-        ValueError: the folder has more layers than the encoder, or fewer.
+        ValueError: the folder has more layers than the encoder, or fewer, or lacks its head.
     """
     source = _open_encoder(folder)
     check_encoder(folder, vision)
@@ -53,7 +53,9 @@ def of_encoder(folder: Path, vision: Vision) -> dict[str, Tensor]:
 
 
 def check_encoder(folder: Path, vision: Vision) -> None:
-    """Raise ValueError if the folder of a CLIP has more layers than the encoder, or fewer."""
+    """Raise ValueError if the folder of a CLIP or SigLIP has more layers than the encoder, or
+    fewer, or lacks its head.
+    """
     names = _open_encoder(folder).headers
     found = {int(layer[1]) for name in names if (layer := _LAYER.match(name))}
     if len(found) != vision.num_layers + vision.unused_layers:
@@ -62,6 +64,15 @@ def check_encoder(folder: Path, vision: Vision) -> None:
             f" --architecture.vision.unused_layers {vision.unused_layers}: {folder} has"
             f" {len(found)} layers; exports hold all of them, so the two must add up to that"
         )
+    if vision.unused_head and not any(map(_is_of_head, names)):
+        raise ValueError(
+            f"--architecture.vision.unused_head true: {folder} has no weights of a head (head.*);"
+            " use false, and exports have none"
+        )
+
+
+def _is_of_head(name: str) -> bool:
+    return name.startswith("head.")
 
 
 def _open_encoder(folder: Path) -> SafetensorsFolder:
@@ -114,7 +125,10 @@ class WithUnused(Mapping[str, Tensor]):
         self._view = view
         table = unused_rows(architecture, dialect)
         plain = clip.unused_rows(architecture.vision) if table else []
-        if table and not weights and not architecture.vision.unused_layers:
+        vision = architecture.vision
+        if not vision.unused_head:
+            weights = {name: one for name, one in weights.items() if not _is_of_head(name)}
+        if table and not weights and not (vision.unused_layers or vision.unused_head):
             first = next(iter(view.headers.values())).dtype
             weights = {
                 row.key: (torch.zeros if row.key.endswith("bias") else torch.ones)(
@@ -124,11 +138,11 @@ class WithUnused(Mapping[str, Tensor]):
             }
         shapes = {row.key: row.shape for row in plain}
         if table and {name: tuple(found.shape) for name, found in weights.items()} != shapes:
+            head = " and head" if vision.unused_head else ""
             raise ValueError(
-                f"{view}: the checkpoint has no {FILE_NAME} with the"
-                f" {architecture.vision.unused_layers} layers that"
-                " --architecture.vision.unused_layers names and the norm behind them; name the"
-                " folder of the vision encoder that it started from with --vision"
+                f"{view}: the checkpoint has no {FILE_NAME} with the {vision.unused_layers} layers"
+                f" that --architecture.vision.unused_layers names and the norm{head} behind them;"
+                " name the folder of the vision encoder that it started from with --vision"
             )
         self._unused = {
             name: weights[row.key].to(dtype or weights[row.key].dtype)

@@ -10,6 +10,7 @@ from typing import Any
 from transformers import CLIPVisionConfig, SiglipVisionConfig
 
 from megavlm.config.schema import Vision
+from megavlm.config.vision import PIXELS
 from megavlm.convert.hf import blip2_config, chat_config, clip_vision, json_files
 from megavlm.convert.hf.safetensors_files import SafetensorsFolder
 from megavlm.convert.weights.families import clip, eva, internvit
@@ -73,12 +74,14 @@ def vision_from_hf(folder: str | Path, like: Vision | None = None) -> Vision:
     has_like = like is not None and like.family == family
     unused = like.unused_layers if has_like else 1
     json_files.refuse(path, list(_clip_problems(found, unused)))
+    final_norm = has_like and like.final_norm
     return clip_vision.read(
         found,
         family=family,
-        pixels=json_files.normalisation(Path(folder)),
+        pixels=json_files.normalisation(Path(folder), PIXELS[family]),
         unused_layers=unused,
-        final_norm=has_like and like.final_norm,
+        unused_head=family == "siglip" and found["vision_use_head"] and not final_norm,
+        final_norm=final_norm,
     )
 
 

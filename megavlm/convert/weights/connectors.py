@@ -13,18 +13,19 @@ def mlp_rows(architecture: Architecture, names: tuple[str, str, str]) -> list[Ro
     """
     features = architecture.connector_sizes.feature_size
     width = architecture.language.hidden_size
+    bias = architecture.connector.bias
     first = norm("norm.", names[0], features, "LayerNorm") if architecture.connector.norm else []
     return [
         *first,
-        *linear("mlp.linear_fc1", (names[1],), (width, features)),
-        *linear("mlp.linear_fc2", (names[2],), (width, width)),
+        *linear("mlp.linear_fc1", (names[1],), (width, features), bias=bias),
+        *linear("mlp.linear_fc2", (names[2],), (width, width), bias=bias),
     ]
 
 
 def linear_rows(architecture: Architecture, name: str) -> list[Row]:
     """List the weights of the connector ``linear``."""
     shape = (architecture.language.hidden_size, architecture.vision.output_size)
-    return linear("linear", (name,), shape)
+    return linear("linear", (name,), shape, bias=architecture.connector.bias)
 
 
 def llava_rows(architecture: Architecture) -> list[Row]:
@@ -36,4 +37,5 @@ def llava_rows(architecture: Architecture) -> list[Row]:
         return mlp_rows(architecture, ("", *names))
     width = architecture.language.hidden_size
     shape = (width, architecture.vision.hidden_size)
-    return linear("linear", names, shape, BesideIdentity(width))
+    bias = architecture.connector.bias
+    return linear("linear", names, shape, BesideIdentity(width), bias=bias)

@@ -63,20 +63,10 @@ def clip_rows(architecture: Architecture) -> tuple[Row, ...]:
 
 def siglip_rows(architecture: Architecture) -> tuple[Row, ...]:
     """List every weight of a ``SiglipModel``."""
-    vision = architecture.vision
-    width = vision.hidden_size
-    inner = vision.ffn_hidden_size
-    head = "vision_model.head."
     text = (architecture.contrastive.size, architecture.language.hidden_size)
     return (
         *_towers(architecture),
-        Row("connector.query", (f"{head}probe",), (1, 1, width)),
-        Row("connector.in_proj_weight", (f"{head}attention.in_proj_weight",), (3 * width, width)),
-        Row("connector.in_proj_bias", (f"{head}attention.in_proj_bias",), (3 * width,)),
-        *linear("connector.out_proj", (f"{head}attention.out_proj",), (width, width)),
-        *norm("connector.mlp_norm.", f"{head}layernorm", width, "LayerNorm"),
-        *linear("connector.up", (f"{head}mlp.fc1",), (inner, width)),
-        *linear("connector.down", (f"{head}mlp.fc2",), (width, inner)),
+        *within(clip.attention_pool(architecture.vision), "connector.", "vision_model."),
         *linear("objective.text_projection", ("text_model.head",), text),
         Row("objective.logit_scale", ("logit_scale",), (1,)),
         Row("objective.logit_bias", ("logit_bias",), (1,)),

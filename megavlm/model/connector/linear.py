@@ -29,6 +29,7 @@ class LinearConnector(MegatronModule):
         self.linear = nn.Linear(
             vision.output_size,
             config.architecture.language.hidden_size,
+            bias=config.architecture.connector.bias,
             dtype=self.config.params_dtype,
         )
 

@@ -46,6 +46,10 @@ def test_nothing_is_wrong_with_the_model_of_the_tests(tmp_path: Path) -> None:
             dict(connector=Connector(kind="resampler", resampler=Resampler(latents=0))),
             "resampler.latents 0: must be 1 or more",
         ),
+        (
+            dict(connector=Connector(kind="resampler", bias=False)),
+            "connector.bias false has no effect: --architecture.connector.kind is resampler",
+        ),
         (dict(added_tokens=-1), "--architecture.added_tokens -1: must be 0 or more"),
         (dict(added_tokens=643), "less than --architecture.language.vocab_size 643"),
         (dict(language=TIED), "--architecture.language.tied_head false"),

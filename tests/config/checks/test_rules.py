@@ -212,6 +212,11 @@ WRONG = [
         ["final_norm true: a vision encoder of --architecture.vision.family internvit has no norm"],
     ),
     (
+        "--architecture.vision.unused_head true",
+        1,
+        ["unused_head true: files of a vision encoder of --architecture.vision.family internvit"],
+    ),
+    (
         "--architecture.prefix_lm true --parallel.context_parallel_size 2",
         2,
         ["context_parallel_size 2: --architecture.prefix_lm true lets the tokens of a prefix see"],

@@ -3,21 +3,39 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
+import math
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
-from transformers import AutoProcessor, LlavaForConditionalGeneration
+from transformers import (
+    AutoImageProcessor,
+    AutoProcessor,
+    LlavaForConditionalGeneration,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 
-from megavlm.convert.hf import convert, unused_weights
+from megavlm.config.connectors import LLAVA
+from megavlm.config.schema import Architecture
+from megavlm.convert.hf import convert, llava_processor, unused_weights
+from megavlm.convert.hf.hub_formats import hub_format_of
 from megavlm.convert.hf.json_files import read_json, write_json
 from megavlm.convert.hf.model_config import architecture_from_hf
+from megavlm.convert.hf.vision_part import vision_from_hf
+from megavlm.convert.weights.families import clip
 from megavlm.convert.weights.tables import llava_name_on_disk
+from megavlm.data.images.tiling import pad_colour
+from megavlm.data.images.transforms import decode_changed
+from megavlm.planner.flops import pieces
 from tests.convert.card import run_example
-from tests.convert.llava_models import KINDS, SMALL, make_llava
+from tests.convert.llava_models import KINDS, SIGLIP, SMALL, make_llava
 from tests.convert.models import GEMMA, load_all
 from tests.convert.round_trip import assert_round_trip, golden_words
 
@@ -42,11 +60,16 @@ def renamed(folder: Path, out: Path, change) -> Path:
     return out
 
 
-KINDS = KINDS | {
-    "gemma tied": dataclasses.replace(
-        SMALL, language=dataclasses.replace(SMALL.language, **GEMMA, tied_head=True)
-    )
-}
+SEEING = SIGLIP["siglip with its head, no biases in the connector"]
+KINDS = (
+    KINDS
+    | SIGLIP
+    | {
+        "gemma tied": dataclasses.replace(
+            SMALL, language=dataclasses.replace(SMALL.language, **GEMMA, tied_head=True)
+        )
+    }
+)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -54,6 +77,10 @@ def test_import_then_export_is_bit_identical(tmp_path: Path, words: Path, kind: 
     source = make_llava(tmp_path / "hf", KINDS[kind])
     tensors = assert_round_trip(source, tmp_path, words, KINDS[kind], "llava", llava_name_on_disk)
     assert any("post_layernorm" in name for name in tensors)
+    assert any("head.probe" in name for name in tensors) == KINDS[kind].vision.unused_head
+    checked = convert.check(source)
+    assert not any(part.changed for part in checked)
+    assert sum(part.tensors for part in checked) == len(tensors)
 
 
 @pytest.mark.parametrize("form", ["published", "in memory"])
@@ -84,10 +111,15 @@ def test_three_forms_of_names_are_read(tmp_path: Path, words: Path, form: str) -
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
+@pytest.mark.parametrize("architecture", [SMALL, SEEING], ids=["clip", "siglip"])
 def test_transformers_loads_an_export_and_its_processor(
-    tmp_path: Path, words: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    tmp_path: Path,
+    words: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+    architecture: Architecture,
 ) -> None:
-    source = make_llava(tmp_path / "hf")
+    source = make_llava(tmp_path / "hf", architecture)
     start = convert.import_(source, tmp_path / "start", tokenizer=words)
     out = convert.export(start, tmp_path / "out", dtype=torch.float32)
     model, info = LlavaForConditionalGeneration.from_pretrained(
@@ -106,10 +138,38 @@ def test_transformers_loads_an_export_and_its_processor(
     pixels = torch.zeros(3, 16, 30, dtype=torch.uint8)
     inputs = processor(images=pixels, text=text, return_tensors="pt")
     count = int((inputs["input_ids"] == model.config.image_token_index).sum())
-    assert count == SMALL.features_per_tile == 16
+    assert count == architecture.features_per_tile == 16
     with torch.no_grad():
         assert model(**inputs).logits.isfinite().all()
     assert run_example(out, monkeypatch, capsys)
+
+
+@pytest.mark.parametrize("tiling", ["stretch", "pad", "crop"])
+def test_an_export_with_siglip_sees_the_pixels_of_training(
+    tmp_path: Path, words: Path, tiling: str
+) -> None:
+    source = make_llava(tmp_path / "hf", SEEING)
+    usage = hub_format_of(source).read_usage(source)
+    assert usage.tiling == "stretch"
+    usage = dataclasses.replace(usage, tiling=tiling)
+    out = tmp_path / "out"
+    out.mkdir()
+    llava_processor.write(out, words, SEEING, usage, torch.float32)
+    assert hub_format_of(out).read_usage(out) == usage
+    processor = AutoProcessor.from_pretrained(out)
+    processor.image_processor = AutoImageProcessor.from_pretrained(out, backend="pil")
+    is_stretched = type(processor.image_processor).__name__.startswith("Siglip")
+    assert is_stretched == (tiling == "stretch")
+    image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (25, 41, 3), np.uint8))
+    inputs = processor(images=image, text="<image>what is it", return_tensors="pt")
+    assert int((inputs["input_ids"] == processor.image_token_id).sum()) == 16
+    assert processor._get_num_multimodal_tokens([(25, 41)])["num_image_tokens"] == [16]
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    shape = dict(pad_colour=pad_colour(tiling, SEEING.vision.pixel_mean), crops=tiling == "crop")
+    [tile] = decode_changed(file.getvalue(), 1, 1, SEEING.vision.image_size, False, **shape)
+    expected = (torch.from_numpy(tile) / 255 - 0.5) / 0.5
+    assert (inputs["pixel_values"][0] - expected).abs().max() < 2e-6
 
 
 def test_a_disk_that_takes_no_unused_weights_is_an_error_of_the_disk(tmp_path: Path) -> None:
@@ -147,6 +207,8 @@ def test_unused_weights_that_are_lost_are_told_and_can_be_named(
 @pytest.mark.parametrize(
     ("change", "told"),
     [
+        ({"vision_config": {"model_type": "vit"}}, "one of clip_vision_model, siglip_vision_model"),
+        ({"vision_config": {"model_type": "siglip_vision_model"}}, "must be 'full'"),
         ({"vision_feature_layer": [-2, -1]}, "must be one layer"),
         ({"vision_feature_layer": -9}, "must be one of the 3 layers"),
         ({"vision_feature_select_strategy": "full"}, "must be 'default'"),
@@ -171,9 +233,32 @@ def test_a_second_layer_that_is_no_identity_is_refused(tmp_path: Path) -> None:
         convert.import_(source, tmp_path / "start")
 
 
+def test_every_weight_of_siglip_so400m_is_trained_or_kept(tmp_path: Path) -> None:
+    sizes = dict(hidden_size=1152, intermediate_size=4304, num_hidden_layers=27)
+    shape = dict(num_attention_heads=16, image_size=384, patch_size=14)
+    settings = SiglipVisionConfig(**sizes, **shape)
+    write_json(tmp_path / "config.json", settings.to_dict())
+    vision = vision_from_hf(tmp_path)
+    assert (vision.num_layers, vision.unused_layers, vision.unused_head) == (26, 1, True)
+    assert (vision.pixel_mean, vision.pixel_std) == ((0.5,) * 3, (0.5,) * 3)
+    architecture = Architecture(vision=vision, connector=LLAVA, language=SMALL.language)
+    assert architecture.features_per_tile == 27**2  # six pixels of each side are left out
+    with torch.device("meta"):
+        model = SiglipVisionModel(settings)
+    expected = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
+    trained = {
+        name: part
+        for row in clip.rows(vision)
+        for name, part in zip(row.names, row.part_shapes, strict=True)
+    }
+    kept = {row.key: row.shape for row in clip.unused_rows(vision)}
+    assert trained.keys().isdisjoint(kept) and trained | kept == expected
+    counted = sum(piece.elements for piece in pieces(architecture) if piece.part == "vision")
+    assert counted == sum(math.prod(part) for part in trained.values()) == 397_745_440
+
+
 def test_the_preset_is_llava_1_5_7b() -> None:
     from megavlm.config.recipes.llava import ARCHITECTURE, RECIPE
-    from megavlm.planner.flops import pieces
 
     counts = {part: 0 for part in ("vision", "connector", "language", "head")}
     for piece in pieces(ARCHITECTURE):

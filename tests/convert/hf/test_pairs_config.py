@@ -11,7 +11,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, PreTrainedTokenizerFast
 
 from megavlm.config.recipes import recipe
-from megavlm.convert.hf import pairs_config
+from megavlm.convert.hf import pairs_config, processor
 from megavlm.convert.hf.json_files import IMAGE_PROCESSOR_NAME, write_json
 from megavlm.convert.hf.preprocessing import Usage
 from tests.data.pair_tokenizer import make_pair_tokenizer
@@ -22,13 +22,13 @@ from tests.data.pair_tokenizer import make_pair_tokenizer
 def test_images_are_cut_as_in_training(tmp_path: Path, kind: str, tiling: str) -> None:
     architecture = recipe("clip").architecture
     usage = Usage(template="clip", system_message="", max_tiles=1, tiling=tiling)
-    settings = pairs_config.image_processor(architecture, usage, kind)
+    settings = processor.tile_processor(architecture, usage, kind)
     write_json(tmp_path / IMAGE_PROCESSOR_NAME, settings)
-    processor = AutoImageProcessor.from_pretrained(tmp_path)
+    seen_by = AutoImageProcessor.from_pretrained(tmp_path)
     # White on the left, black on the right: 300 x 100.
     pixels = np.zeros((100, 300, 3), np.uint8)
     pixels[:, :150] = 255
-    made = processor(Image.fromarray(pixels), return_tensors="pt")["pixel_values"][0]
+    made = seen_by(Image.fromarray(pixels), return_tensors="pt")["pixel_values"][0]
     side = architecture.vision.image_size
     assert made.shape == (3, side, side)
     mean, std = (

@@ -54,20 +54,40 @@ def rows(vision: Vision) -> list[Row]:
 
 
 def unused_rows(vision: Vision) -> list[Row]:
-    """Build the table of the layers behind those that exist, and of the norm behind all of them, as
-    the files have them; they are tensors of no model here. If the norm is used, all layers are.
+    """Build the table of the layers behind those that exist, of the norm behind all of them, and of
+    the head behind it, as the files have them; they are tensors of no model here. If the norm is
+    used, all layers are.
     """
     if vision.final_norm:
         return []
     everything = replace(vision, num_layers=vision.num_layers + vision.unused_layers)
     used = {name for row in rows(vision) for name in row.names}
-    parts = [
+    table = [
+        *rows(everything),
+        *norm("final_norm.", "post_layernorm", vision.hidden_size, "LayerNorm"),
+        *(attention_pool(vision) if vision.unused_head else []),
+    ]
+    return [
         Row(name, (name,), shape)
-        for row in rows(everything)
+        for row in table
         for name, shape in zip(row.names, row.part_shapes, strict=True)
         if name not in used
     ]
-    return [*parts, *norm("post_layernorm.", "post_layernorm", vision.hidden_size, "LayerNorm")]
+
+
+def attention_pool(vision: Vision) -> list[Row]:
+    """Build the table of the head of a SigLIP, which makes one embedding of a tile."""
+    width = vision.hidden_size
+    inner = vision.ffn_hidden_size
+    return [
+        Row("query", ("head.probe",), (1, 1, width)),
+        Row("in_proj_weight", ("head.attention.in_proj_weight",), (3 * width, width)),
+        Row("in_proj_bias", ("head.attention.in_proj_bias",), (3 * width,)),
+        *linear("out_proj", ("head.attention.out_proj",), (width, width)),
+        *norm("mlp_norm.", "head.layernorm", width, "LayerNorm"),
+        *linear("up", ("head.mlp.fc1",), (inner, width)),
+        *linear("down", ("head.mlp.fc2",), (width, inner)),
+    ]
 
 
 def layer(encoder: Vision | Language) -> list[Row]:
