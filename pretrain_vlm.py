@@ -7,10 +7,10 @@ import sys
 from megavlm.config.stages import parse_stages
 from megavlm.model_source import read_model
 from megavlm.pack_first import pack_annotations, problems
-from megavlm.start_check import tell_start
+from megavlm.start_check import check_start
 
 if __name__ == "__main__":
-    stages = parse_stages(sys.argv[1:], read_model, problems, tell_start)
+    stages = parse_stages(sys.argv[1:], read_model, problems, check_start)
     runs = [pack_annotations(run, stages[0]) for run in stages]
     # Only now, since it takes seconds: help and mistakes in the configuration should not wait for
     # torch and megatron-core.

@@ -10,7 +10,7 @@ from pathlib import Path
 from megavlm.config.schema import Config, Init
 
 
-def tell_start(stages: Sequence[Config]) -> str:
+def check_start(stages: Sequence[Config]) -> str:
     """Return in words what the stages of a command would start from.
 
     Raises:
@@ -22,9 +22,9 @@ def tell_start(stages: Sequence[Config]) -> str:
         place = f"; {first.checkpoint.save} is new or empty" if first.checkpoint.save else ""
         return f"it would start with random weights{place}"
     # Only now, since it takes seconds: most checks have no checkpoint to look at.
-    from megavlm.train.stages import find_start
+    from megavlm.train.stages import describe_start
 
-    return find_start(stages)
+    return describe_start(stages)
 
 
 def _has_begun(run: Config) -> bool:

@@ -1,4 +1,6 @@
-"""The files below a checkpoint of trained parameters: where they are, and their content."""
+"""The files of the base weights of a checkpoint of trained parameters: where they are, and their
+content.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +21,8 @@ _UNREAD = -1
 
 @dataclass(frozen=True, kw_only=True)
 class Base:
-    """What lies below a checkpoint of trained parameters; nothing if the run began with fresh
-    weights.
+    """What a checkpoint of trained parameters notes of its base weights; nothing if the run began
+    with fresh weights.
 
     Args:
         folders: absolute, one for each part that the run began with.

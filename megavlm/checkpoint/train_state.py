@@ -38,7 +38,7 @@ class State:
         figures: names and values of the tasks after this very step; empty where none was asked.
         history: earlier stages of which moments were kept.
         trained_only: whether the checkpoint holds the trained parameters only.
-        base: the files of the weights below them.
+        base: the files of their base weights.
         skipped: steps whose update was skipped.
         skipped_in_a_row: how many of these are the last steps.
         skipped_steps: their numbers, counted from 1, if parameters are unfrozen on the way.

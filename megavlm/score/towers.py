@@ -29,8 +29,8 @@ from megavlm.data.text.tokenizer import fingerprint, load_tokenizer
 from megavlm.model.vlm import VisionLanguageModel
 from megavlm.parallel import backend, process_groups
 from megavlm.planner.layout import make_layout
-from megavlm.train import origin
-from megavlm.train.origin import Start
+from megavlm.train import initial_weights
+from megavlm.train.start_point import Start
 
 _TIMEOUT_MINUTES = 60
 
@@ -157,7 +157,7 @@ class Towers:
         groups = process_groups.create(config.parallel, 0, layout.embedding_chunk)
         self.chunk = VisionLanguageModel(config, layout, groups, 0)
         self.chunk.to(self.backend.device)
-        origin.fill(config, model.start, (), [self.chunk])
+        initial_weights.fill(config, model.start, (), [self.chunk])
         self.chunk.eval()
 
     @torch.no_grad()

@@ -21,11 +21,11 @@ from megavlm.model.precision import tile_multiple
 from megavlm.parallel.backend import Backend
 from megavlm.parallel.process_groups import Groups
 from megavlm.train.averages import Averages
-from megavlm.train.build import Built
+from megavlm.train.build_model import BuiltModel
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job(Built):
+class Job(BuiltModel):
     """What is trained on this rank, and everything around it.
 
     Args:

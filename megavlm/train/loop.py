@@ -3,46 +3,40 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from functools import partial
 
 import numpy as np
-import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from megavlm.checkpoint.train_state import State
 from megavlm.data.loading.batch import Batch
 from megavlm.health.watchdog import Watchdog
 from megavlm.planner.flops import training_cost
-from megavlm.train import meters as observers
 from megavlm.train import router_state
 from megavlm.train.bad_steps import BadStepRule, StepError
 from megavlm.train.control_pass import ControlPass
-from megavlm.train.evaluate import held_out_loss
+from megavlm.train.evaluation import evaluate
 from megavlm.train.expert_load import ExpertLoad
 from megavlm.train.gates import Gates
-from megavlm.train.group_rates import GroupRates
 from megavlm.train.job import Job
 from megavlm.train.meters import Clock, Meter
 from megavlm.train.metrics import Metrics
 from megavlm.train.named_losses import NamedLosses
-from megavlm.train.optimizer import set_rates, whole_weights
+from megavlm.train.optimizer import set_rates
 from megavlm.train.profile import ProfiledSteps
-from megavlm.train.retrieval import recalls
 from megavlm.train.saver import Saver
 from megavlm.train.schedule import drop_path
 from megavlm.train.source_losses import SourceLosses
 from megavlm.train.step import StepResult, WeightOfPack, train_step
+from megavlm.train.step_log import StepLog
 from megavlm.train.stop_signal import StopRequest
 from megavlm.train.supply import Supply
-from megavlm.train.tasks import answer_tasks
 from megavlm.train.throughput import Throughput, peak_of
+from megavlm.train.unchecked_norms import UncheckedNorms
 
 
-def run(job: Job, state: State, metrics: Metrics, stop: StopRequest | None = None) -> State:
+def train(job: Job, state: State, metrics: Metrics, stop: StopRequest | None = None) -> State:
     """Train from ``state`` to the last step, or until asked to stop. Collective.
 
     Args:
@@ -58,67 +52,50 @@ def run(job: Job, state: State, metrics: Metrics, stop: StopRequest | None = Non
     """
     config = job.config
     groups = job.groups
-    packs = job.config.training.global_batch_size
+    device = job.backend.device
+    packs = config.training.global_batch_size
     last = config.training.steps
-    interval = config.logging.interval
-    positions = range(
-        state.consumed + groups.data_rank,
-        state.consumed + (last - state.step) * packs,
-        groups.data_size,
-    )
+    saver = Saver(job, metrics, state.step)
     if state.step >= last:
         metrics.say(f"nothing to do: step {state.step} is done, and --training.steps is {last}")
-    loader = job.batches(
-        job.train,
-        job.plan,
-        positions,
-        workers=config.data.workers,
-        seed=config.training.seed,
-        drops_patches=True,
-    )
-    saver = Saver(job, metrics, state.step)
-    if state.step >= last and state.trained_only and config.checkpoint.save:
-        saver.save(state)  # the last checkpoint is whole, also where fewer steps are asked for now
+        if state.trained_only and config.checkpoint.save:
+            saver.save(state)  # the last checkpoint is whole, also if fewer steps are asked for now
     rule = BadStepRule(job, state, metrics)
-    unseen = {}
-    reported = state.step
+    norms = UncheckedNorms()
     clock = Clock()
     supply = Supply(job.backend, job.train.manifest.capacity)
     control = ControlPass(job, clock)
     meters = (*_meters(job, clock), supply, control)
-    rates = GroupRates(config)
+    step_log = StepLog(job, meters, metrics, state.step)
     with (
-        StopRequest(config.training.max_hours)
-        if stop is None
-        else contextlib.nullcontext(stop) as stop,
+        _listen(job, stop) as stop,
         _watchdog(job) as watchdog,
         ProfiledSteps(config.profile, groups.rank, metrics) as profiled,
-        contextlib.closing(loader) as loaded,
+        contextlib.closing(_load_batches(job, state)) as loader,
     ):
-        arriving = supply.timed(watchdog.count(loaded))
+        batches = supply.timed(watchdog.count(loader))
         if state.step == 0:
             with clock.paused():
-                enter = partial(watchdog.enter, "evaluation", state.step)
-                state = evaluate(job, state, metrics, enter)
+                state = _evaluate(job, state, metrics, watchdog)
         while state.step < last:
             watchdog.enter("step", state.step + 1)
             profiled.enter_step(state.step + 1)
             ids = job.plan.pack_ids(state.consumed, packs)
             rate = set_rates(job.optimizer, config, state.step, state.skipped, state.skipped_steps)
             try:
-                result = _train(job, state, ids, arriving, meters, rule, control)
+                result = _step(job, state, ids, batches, meters, rule, control)
                 state = rule.after(state.after(packs))
                 if not result.is_skipped:
                     if job.averages is not None:
                         job.averages.update(state.updates - 1)
-                    unseen[state.step] = (ids.tolist(), result.grad_norm)
+                    norms.add(state.step, ids, result.grad_norm)
                 for meter in meters:
                     meter.add_step(job.train.index[ids])
-                is_logged = state.step % interval == 0 or state.step == last
-                saves = _saves(job, state)
+                is_last = state.step == last
+                is_logged = is_last or state.step % config.logging.interval == 0
+                saves = is_last or _saves(job, state)
                 if is_logged or saves:
-                    grad_norm = _look(unseen) if unseen else float(result.grad_norm)
-                    unseen = {}
+                    grad_norm = norms.check(result.grad_norm)
                 rule.check_limits(state.step)
             except StepError:
                 saver.wait()  # every rank is here, and what is being written is from before it
@@ -126,47 +103,80 @@ def run(job: Job, state: State, metrics: Metrics, stop: StopRequest | None = Non
 
             asked_to_stop = False
             if is_logged:
-                loss = float(groups.sum_over_data(result.loss))
-                figures, by_source = observers.report(meters, groups, state.step - reported)
-                reported = state.step
-                figures = {"loss": loss, "lr": rate, "grad_norm": grad_norm} | figures
-                if config.bad_steps.skips:
-                    figures["skipped_steps"] = state.skipped
-                by_source |= rates.at(state.step - 1, rate)
-                metrics.record(state.step, figures, by_source)
-                asked_to_stop = groups.any_rank(stop.asked, job.backend.device)
-                saves = groups.any_rank(stop.wants_save, job.backend.device) or saves
+                step_log.record(state, result.loss, grad_norm, rate)
+                asked_to_stop = groups.any_rank(stop.asked, device)
+                saves = groups.any_rank(stop.wants_save, device) or saves
                 with clock.paused():
                     saver.poll()
-            if state.step == last or (_evaluates(job, state) and not asked_to_stop):
+            if is_last or (_evaluates(job, state) and not asked_to_stop):
                 with clock.paused():
-                    enter = partial(watchdog.enter, "evaluation", state.step)
-                    state = evaluate(job, state, metrics, enter)
-            if config.checkpoint.save and (saves or asked_to_stop or state.step == last):
+                    state = _evaluate(job, state, metrics, watchdog)
+            if config.checkpoint.save and (saves or asked_to_stop):
                 with clock.paused():
                     watchdog.enter("checkpoint", state.step)
                     saver.save(state)
                     stop.wants_save = False
-            if asked_to_stop or state.step == last:
+            if asked_to_stop or is_last:
                 saver.wait()  # while a signal does not end the run at once
             if asked_to_stop:
-                kept = "nothing is kept without --checkpoint.save"
-                if config.checkpoint.save:
-                    kept = f"the last checkpoint is of step {saver.step}"
-                cause = "--training.max_hours" if stop.is_late else "a signal"
-                metrics.say(f"stopped by {cause} after step {state.step}; {kept}")
+                metrics.say(_how_it_stopped(job, stop, state.step, saver.step))
                 break
         saver.finish()
         # Whoever begins another run has to know of what came after the last look.
-        stop.is_agreed = groups.any_rank(stop.asked, job.backend.device)
+        stop.is_agreed = groups.any_rank(stop.asked, device)
     return state
 
 
-def _train(
+def _listen(job: Job, stop: StopRequest | None) -> contextlib.AbstractContextManager[StopRequest]:
+    """Return the context in which signals and the time limit ask this run to stop; those of the
+    whole command, if there are others after it, are heard already.
+    """
+    if stop is None:
+        return StopRequest(job.config.training.max_hours)
+    return contextlib.nullcontext(stop)
+
+
+def _how_it_stopped(job: Job, stop: StopRequest, step: int, saved: int) -> str:
+    """Return why a run ended before its last step, and what is left of it.
+
+    Args:
+        job: the run.
+        stop: what asked for it.
+        step: the last step that was trained.
+        saved: the step of the last checkpoint.
+    """
+    kept = "nothing is kept without --checkpoint.save"
+    if job.config.checkpoint.save:
+        kept = f"the last checkpoint is of step {saved}"
+    cause = "--training.max_hours" if stop.is_late else "a signal"
+    return f"stopped by {cause} after step {step}; {kept}"
+
+
+def _load_batches(job: Job, state: State) -> Generator[Batch, None, None]:
+    """Load this data-parallel rank's packs of the steps after ``state``."""
+    config = job.config
+    left = config.training.steps - state.step
+    end = state.consumed + left * config.training.global_batch_size
+    return job.batches(
+        job.train,
+        job.plan,
+        range(state.consumed + job.groups.data_rank, end, job.groups.data_size),
+        workers=config.data.workers,
+        seed=config.training.seed,
+        drops_patches=True,
+    )
+
+
+def _evaluate(job: Job, state: State, metrics: Metrics, watchdog: Watchdog) -> State:
+    """Evaluate the model after ``state``, as the watchdog knows."""
+    return evaluate(job, state, metrics, partial(watchdog.enter, "evaluation", state.step))
+
+
+def _step(
     job: Job,
     state: State,
     ids: np.ndarray,
-    arriving: Iterator[Batch],
+    batches: Iterator[Batch],
     meters: Sequence[Meter],
     rule: BadStepRule,
     control: ControlPass,
@@ -193,16 +203,16 @@ def _train(
     return train_step(
         job.ddp_chunks,
         job.optimizer,
-        control.run(state.step + 1, arriving, count, weight, weight_of_pack),
+        control.run(state.step + 1, batches, count, weight, weight_of_pack),
         count,
         weight,
         config.optimizer.clip_grad,
         job.backend,
-        meters,
-        job.samples_of_ranks(job.train, ids),
-        skips if config.bad_steps.is_watched else None,
-        weight_of_pack,
-        job.part_norms,
+        meters=meters,
+        samples=job.samples_of_ranks(job.train, ids),
+        skips=skips if config.bad_steps.is_watched else None,
+        weight_of_pack=weight_of_pack,
+        part_norms=job.part_norms,
     )
 
 
@@ -243,24 +253,6 @@ def _meters(job: Job, clock: Clock) -> Sequence[Meter]:
     )
 
 
-def _look(unseen: dict[int, tuple[list[int], Tensor]]) -> float:
-    """Wait for the norms of the last steps' gradients, and refuse one that is not finite; the
-    newest is returned.
-
-    Args:
-        unseen: the packs and the norm of each step, by its number on the console.
-    """
-    values = torch.stack([norm for _, norm in unseen.values()]).tolist()
-    for (step, (ids, _)), norm in zip(unseen.items(), values, strict=True):
-        if not math.isfinite(norm):
-            raise StepError(
-                f"step {step}: the gradient's norm is {norm} on packs {ids}, and the weights are"
-                " lost since then; resume from the last checkpoint, which is from before it, with"
-                " --bad_steps.skip true, with a lower --optimizer.lr, or without these packs"
-            )
-    return values[-1]
-
-
 def _watchdog(job: Job) -> Watchdog:
     store = dist.PrefixStore(
         "watchdog", dist.group.WORLD.get_group_store().clone()
@@ -272,55 +264,3 @@ def _watchdog(job: Job) -> Watchdog:
         job.config.health,
         job.config.parallel.timeout_minutes,
     )
-
-
-def _evaluated_weights(job: Job) -> contextlib.AbstractContextManager[None]:
-    """Return the context in which the model has the weights that are evaluated."""
-    if job.averages is not None and job.config.ema.evaluate:
-        return job.averages.in_model(job.ddp_chunks)
-    return contextlib.nullcontext()
-
-
-def evaluate(
-    job: Job, state: State, metrics: Metrics, progress: Callable[[], None] = lambda: None
-) -> State:
-    """Measure the validation loss and answer the tasks, if there are any. Collective.
-
-    Args:
-        job: the run.
-        state: where it is.
-        metrics: get the figures.
-        progress: called at the start, and from time to time.
-
-    Returns:
-        The state, with the loss.
-    """
-    if job.valid is None and not job.tasks:
-        return state
-    figures: dict[str, float] = {}
-    by_source: dict[str, dict[str, float]] = {}
-    progress()
-    with whole_weights(job.ddp_chunks), _evaluated_weights(job):
-        if job.valid is not None:
-            own_loss, named, sources = held_out_loss(job)
-            loss = job.groups.from_writer(own_loss, job.backend.device)
-            state = dataclasses.replace(state, valid_loss=loss)
-            figures["valid_loss"] = loss
-            figures |= {f"valid_{name}": value for name, value in named.items()}
-            by_source["valid_loss"] = sources
-            if job.config.eval.without_images:
-                own_loss, _, _ = held_out_loss(job, without_images=True)
-                blind = job.groups.from_writer(own_loss, job.backend.device)
-                figures["valid_loss_without_images"] = blind
-            if job.chunks[-1].objective.embeds_pairs:
-                figures |= recalls(job)
-        if job.tasks:
-            result = answer_tasks(job, state.step, progress)
-            for problem in result.problems:
-                metrics.say(problem)
-            figures |= result.figures
-            state = dataclasses.replace(state, figures=tuple(result.figures.items()))
-            by_source |= result.by_category
-            metrics.show(state.step, result.answers)
-    metrics.record(state.step, figures, by_source)
-    return state

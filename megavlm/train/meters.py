@@ -71,7 +71,7 @@ class Clock:
         return time.perf_counter() - self._start
 
 
-def report(
+def collect_reports(
     meters: Sequence[Meter], groups: Groups, steps: int
 ) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
     """Collect the reports of all meters. Collective.

@@ -48,7 +48,9 @@ _MOMENTS: dict[str, dict[str, Any]] = {
 }
 
 
-def wrap(config: Config, chunks: Sequence[VisionLanguageModel]) -> list[DistributedDataParallel]:
+def wrap_chunks(
+    config: Config, chunks: Sequence[VisionLanguageModel]
+) -> list[DistributedDataParallel]:
     """Reduce gradients over data-parallel replicas in float32. The freeze mask must be set before.
 
     The gradients of all but a rank's first chunk are summed in one go: its other chunks compute
@@ -120,7 +122,7 @@ def whole_weights(ddp_chunks: Sequence[DistributedDataParallel]) -> Iterator[Non
             _wait_in_owners_only(chunk)
 
 
-def build(
+def build_optimizer(
     config: Config,
     ddp_chunks: Sequence[DistributedDataParallel],
     ages: Mapping[int, int] = MappingProxyType({}),
@@ -189,10 +191,12 @@ class Gradient:
 
 
 @torch.no_grad()
-def prepare(
+def prepare_gradient(
     optimizer: MegatronOptimizer, device: torch.device, sums_by_part: SumsByPart | None = None
 ) -> Gradient:
-    """Make the gradient ready for ``update``, and compute its norm. Collective: one all-reduce."""
+    """Make the gradient ready for ``update_weights``, and compute its norm. Collective: one
+    all-reduce.
+    """
     optimizer.prepare_grads()
     found = [pair for part in optimizer.chained_optimizers for pair in _gradients(part)]
     _clear_frozen(optimizer, found)
@@ -207,13 +211,13 @@ def prepare(
 
 
 @torch.no_grad()
-def update(optimizer: MegatronOptimizer, gradient: Gradient, clip_grad: float) -> None:
+def update_weights(optimizer: MegatronOptimizer, gradient: Gradient, clip_grad: float) -> None:
     """Clip the gradient and update the weights. megatron-core's own ``step`` does the same as this
-    and ``prepare``, but waits for the norm on the host.
+    and ``prepare_gradient``, but waits for the norm on the host.
 
     Args:
         optimizer: of megatron-core.
-        gradient: what ``prepare`` returned.
+        gradient: what ``prepare_gradient`` returned.
         clip_grad: largest norm of the gradient; 0: no clipping.
     """
     if clip_grad and gradient.shards:
@@ -288,7 +292,7 @@ def set_rates(
     All groups count updates as the oldest does, and Adam divides both moments by one minus their
     decay to that power. Rates of a younger group undo that and put its own number of updates in
     place; SGD and Muon have nothing of the kind. A group that is not unfrozen yet has rate zero,
-    and ``prepare`` clears its gradients.
+    and ``prepare_gradient`` clears its gradients.
 
     Args:
         optimizer: of megatron-core.

@@ -12,8 +12,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megavlm.checkpoint import checksums, step_folder
-from megavlm.checkpoint import directory as folder
+from megavlm.checkpoint import checksums, directory, step_folder
 from megavlm.checkpoint.step_folder import Checkpoint
 from megavlm.checkpoint.train_state import History
 from megavlm.config import torchrun
@@ -30,7 +29,7 @@ class DamagedError(ValueError):
     """A checkpoint that is not what was written, and nothing to take its place."""
 
 
-def own(config: Config) -> Checkpoint | None:
+def find_own(config: Config) -> Checkpoint | None:
     """Find the newest checkpoint of this very run, to resume from, without reading its shards.
 
     Raises:
@@ -40,10 +39,10 @@ def own(config: Config) -> Checkpoint | None:
     save = Path(config.checkpoint.save)
     if not config.checkpoint.save or not save.exists():
         return None
-    found = folder.candidates(save)
+    found = directory.candidates(save)
     if found:
         return _first_whole(config, found, [])
-    strangers = sorted(entry.name for entry in save.iterdir() if not folder.is_own(entry))
+    strangers = sorted(entry.name for entry in save.iterdir() if not directory.is_own(entry))
     if strangers:
         listed = ", ".join(strangers[:3])
         raise ValueError(
@@ -56,7 +55,7 @@ def own(config: Config) -> Checkpoint | None:
 def has_begun(config: Config) -> bool:
     """Tell whether the run's save folder holds a checkpoint."""
     save = Path(config.checkpoint.save)
-    return save.is_dir() and bool(folder.candidates(save))
+    return save.is_dir() and bool(directory.candidates(save))
 
 
 def is_done(config: Config) -> bool:
@@ -122,65 +121,64 @@ def _of_this_stage(config: Config, found: Checkpoint) -> Checkpoint:
             f" is stage {config.stage}; name another folder, and give this one to --checkpoint.load"
             " to start from its weights"
         )
-    return fit(config, found)
+    return check_fits(config, found)
 
 
-def fit(config: Config, source: Checkpoint) -> Checkpoint:
+def check_fits(config: Config, start: Checkpoint) -> Checkpoint:
     """Refuse a checkpoint that this job cannot start from."""
     problems = checkpoint.architecture_differences(
-        source.config.architecture,
+        start.config.architecture,
         config.architecture,
-        takes_weights=not resumes(config, source),
+        takes_weights=not resumes(config, start),
     )
-    problems += _tokenizer_problems(config, source)
-    if resumes(config, source):
+    problems += _tokenizer_problems(config, start)
+    if resumes(config, start):
         # What lies below a checkpoint of trained parameters is known by its content.
-        asks_by_name = is_own(config, source) and not source.state.trained_only
-        problems += refusals(source.config, config, is_own=asks_by_name)
-        problems += _pack_problems(config, source)
-    elif config.checkpoint.moments == "keep" and source.state.stage is None:
+        asks_by_name = is_own(config, start) and not start.state.trained_only
+        problems += refusals(start.config, config, is_own=asks_by_name)
+        problems += _pack_problems(config, start)
+    elif config.checkpoint.moments == "keep" and start.state.stage is None:
         problems.append(
-            f"--checkpoint.moments keep: {source.folder} was made by conversion and has no moments;"
+            f"--checkpoint.moments keep: {start.folder} was made by conversion and has no moments;"
             " use fresh"
         )
-    elif config.checkpoint.moments == "keep" and source.config.training.frozen_until:
+    elif config.checkpoint.moments == "keep" and start.config.training.frozen_until:
         problems.append(
-            f"--checkpoint.moments keep: stage {source.state.stage} unfroze parameters on its way"
+            f"--checkpoint.moments keep: stage {start.state.stage} unfroze parameters on its way"
             " (--training.frozen_until), whose moments are younger than others; use fresh"
         )
     elif (
-        config.checkpoint.moments == "keep"
-        and source.config.optimizer.kind != config.optimizer.kind
+        config.checkpoint.moments == "keep" and start.config.optimizer.kind != config.optimizer.kind
     ):
         problems.append(
-            f"--checkpoint.moments keep: {source.folder} has the moments of --optimizer.kind"
-            f" {source.config.optimizer.kind}, and the run has {config.optimizer.kind}; use fresh"
+            f"--checkpoint.moments keep: {start.folder} has the moments of --optimizer.kind"
+            f" {start.config.optimizer.kind}, and the run has {config.optimizer.kind}; use fresh"
         )
     if problems:
         listed = "\n  ".join(problems)
-        raise ConfigError(f"the checkpoint {source.folder} does not fit this run:\n  {listed}")
-    return source
+        raise ConfigError(f"the checkpoint {start.folder} does not fit this run:\n  {listed}")
+    return start
 
 
-def _tokenizer_problems(config: Config, source: Checkpoint) -> list[str]:
+def _tokenizer_problems(config: Config, start: Checkpoint) -> list[str]:
     if not has_packs(config):
         return []
     tokenizer = read_manifest(config.data.train_folders[0]).tokenizer_fingerprint
-    if source.state.tokenizer in (None, tokenizer):
+    if start.state.tokenizer in (None, tokenizer):
         return []
-    words = source.folder / step_folder.TOKENIZER
+    words = start.folder / step_folder.TOKENIZER
     return [
         f"--data.train {config.data.train}: packed with another tokenizer than the"
         f" checkpoint's, {words}"
     ]
 
 
-def _pack_problems(config: Config, source: Checkpoint) -> list[str]:
-    if not has_packs(config) or source.state.packs in ((), pack_counts(config)):
+def _pack_problems(config: Config, start: Checkpoint) -> list[str]:
+    if not has_packs(config) or start.state.packs in ((), pack_counts(config)):
         return []
     before, now = (
         " + ".join(f"{count:,}" for count in packs)
-        for packs in (source.state.packs, pack_counts(config))
+        for packs in (start.state.packs, pack_counts(config))
     )
     return [
         f"--data.train {config.data.train}: has {now} packs, and the run began with"
@@ -202,43 +200,43 @@ def pack_counts(config: Config) -> tuple[int, ...]:
     return tuple(read_manifest(folder).totals.packs for folder in config.data.train_folders)
 
 
-def resumes(config: Config, source: Checkpoint) -> bool:
+def resumes(config: Config, start: Checkpoint) -> bool:
     """Tell whether a checkpoint is resumed, rather than only its weights taken: the run's own
     always, another one of the same stage unless its weights are all that is asked for.
     """
-    takes_weights = config.checkpoint.weights_only and not is_own(config, source)
-    is_same_stage = (source.config.recipe, source.state.stage) == (config.recipe, config.stage)
+    takes_weights = config.checkpoint.weights_only and not is_own(config, start)
+    is_same_stage = (start.config.recipe, start.state.stage) == (config.recipe, config.stage)
     return is_same_stage and not takes_weights
 
 
-def first_step(config: Config, source: object) -> int:
+def first_step(config: Config, start: object) -> int:
     """Return the number of updates that are done when the run starts."""
-    is_resumed = isinstance(source, Checkpoint) and resumes(config, source)
-    return source.state.step if is_resumed else 0
+    is_resumed = isinstance(start, Checkpoint) and resumes(config, start)
+    return start.state.step if is_resumed else 0
 
 
-def is_own(config: Config, source: Checkpoint) -> bool:
+def is_own(config: Config, start: Checkpoint) -> bool:
     """Tell whether a checkpoint is in the run's save folder."""
-    return bool(config.checkpoint.save) and source.folder.parent == Path(config.checkpoint.save)
+    return bool(config.checkpoint.save) and start.folder.parent == Path(config.checkpoint.save)
 
 
-def history(config: Config, source: Checkpoint | Path | None) -> History:
+def history(config: Config, start: Checkpoint | Path | None) -> History:
     """Earlier stages whose moments the run keeps."""
-    if not isinstance(source, Checkpoint):
+    if not isinstance(start, Checkpoint):
         return ()
-    if resumes(config, source):
-        return source.state.history
-    before = (source.state.updates, source.config.training.trainable)
-    return (*source.state.history, before) if config.checkpoint.moments == "keep" else ()
+    if resumes(config, start):
+        return start.state.history
+    before = (start.state.updates, start.config.training.trainable)
+    return (*start.state.history, before) if config.checkpoint.moments == "keep" else ()
 
 
-def whole(config: Config, source: Checkpoint) -> Checkpoint:
+def find_undamaged(config: Config, start: Checkpoint) -> Checkpoint:
     """Find the checkpoint to load whose files all have the checksums they were written with.
     Collective.
 
     Args:
         config: the run.
-        source: the first choice.
+        start: the first choice.
 
     Returns:
         That one, or, where it is the run's own and damaged, the newest one before it that is whole.
@@ -249,24 +247,24 @@ def whole(config: Config, source: Checkpoint) -> Checkpoint:
     """
     problems: list[str] = []
     while True:
-        choice = [source]
+        choice = [start]
         dist.broadcast_object_list(choice)  # what rank 0 sees in the folder counts
-        source = choice[0]
-        found = checksums.damage(source.folder, by_size_only=config.checkpoint.verify == "size")
+        start = choice[0]
+        found = checksums.damage(start.folder, by_size_only=config.checkpoint.verify == "size")
         if not found:
-            if checksums.read(source.folder) is None:
-                _warn(f"{source.folder}: loaded unchecked, it has no {checksums.FILE_NAME}", [])
-            return source
+            if checksums.read(start.folder) is None:
+                _warn(f"{start.folder}: loaded unchecked, it has no {checksums.FILE_NAME}", [])
+            return start
         problems += found
-        if not is_own(config, source):
+        if not is_own(config, start):
             listed = "\n  ".join(problems)
             raise DamagedError(
-                f"--checkpoint.load {source.folder}: the checkpoint is damaged; name another one:\n"
+                f"--checkpoint.load {start.folder}: the checkpoint is damaged; name another one:\n"
                 f"  {listed}"
             )
-        before = folder.candidates(source.folder.parent)
+        before = directory.candidates(start.folder.parent)
         try:
-            source = _first_whole(config, before[before.index(source.folder) + 1 :], problems)
+            start = _first_whole(config, before[before.index(start.folder) + 1 :], problems)
         except DamagedError:
             raise
         except ValueError as error:  # the one before does not fit this run

@@ -15,8 +15,9 @@ import torch
 from megavlm.config import torchrun
 from megavlm.config.schema import Config
 from megavlm.data.store.manifest import read_manifest
-from megavlm.train import checkpoint, resume, start
-from megavlm.train.launch import inspect_job, launch
+from megavlm.train import checkpoint, resume, start_point
+from megavlm.train.inspection import find_start, inspect_job
+from megavlm.train.launch import launch
 from megavlm.train.resume import DamagedError
 from megavlm.train.stop_signal import StopRequest
 
@@ -42,7 +43,7 @@ def launch_all(stages: Sequence[Config]) -> None:
                     config, stop, ahead=ahead, attempt=attempts[number], can_go_back=goes_back
                 )
             except DamagedError as error:
-                _say_that_it_goes_back(stages[number - 1], error)
+                _warn_of_going_back(stages[number - 1], error)
                 attempts[number] += 1
                 number -= 1
                 attempts[number] += 1
@@ -58,7 +59,7 @@ def launch_all(stages: Sequence[Config]) -> None:
                 torch.cuda.empty_cache()
 
 
-def _say_that_it_goes_back(before: Config, error: DamagedError) -> None:
+def _warn_of_going_back(before: Config, error: DamagedError) -> None:
     if torchrun.rank() == 0:
         print(
             f"WARNING: {error}\nstage {before.stage} resumes from the checkpoint before",
@@ -77,7 +78,7 @@ def _first(stages: Sequence[Config]) -> int:
     return first + 1 if is_over else first
 
 
-def find_start(stages: Sequence[Config]) -> str:
+def describe_start(stages: Sequence[Config]) -> str:
     """Return in words what the stages would start from; nothing is built or written.
 
     Raises:
@@ -85,13 +86,14 @@ def find_start(stages: Sequence[Config]) -> str:
         OSError: it cannot be read.
     """
     number = _first(stages)
-    told = start.in_words(stages[number], start.find(stages[number]))
+    first = stages[number]
+    text = start_point.describe_ahead(first, find_start(first))
     for run in stages[number + 1 :]:
         try:
-            resume.own(run)
+            resume.find_own(run)
         except (ValueError, OSError) as error:
             raise ValueError(f"stage {run.stage}: {error}") from error
-    return told if len(stages) == 1 else f"stage {stages[number].stage} comes first: {told}"
+    return text if len(stages) == 1 else f"stage {first.stage} comes first: {text}"
 
 
 def _check_ahead(stages: Sequence[Config]) -> None:
@@ -114,7 +116,7 @@ def _problems_ahead(stages: Sequence[Config]) -> Iterator[str]:
             # What it starts from is not there yet.
             files = replace(run.checkpoint, load="", weights_only=False, moments="fresh")
             inspect_job(replace(run, checkpoint=files), torchrun.world_size())
-            resume.own(run)
+            resume.find_own(run)
         except (ValueError, OSError) as error:
             yield f"{name}: {error}"
             continue

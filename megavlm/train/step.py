@@ -15,8 +15,8 @@ from megavlm.model.objective.objective import Objective
 from megavlm.model.router import end_step
 from megavlm.model.tied import sum_tied_gradients
 from megavlm.parallel.backend import Backend
-from megavlm.train import optimizer as adamw
 from megavlm.train.meters import Meter
+from megavlm.train.optimizer import prepare_gradient, update_weights
 from megavlm.train.part_norms import PartNorms
 from megavlm.train.pipeline import run_pipeline
 from megavlm.train.whole_step import run_whole_step
@@ -51,9 +51,9 @@ def _finalize(
     sum_tied_gradients([chunk.module for chunk in model])
 
 
-def prepare(model: Sequence[DistributedDataParallel]) -> None:
-    """Tell megatron-core's schedules, which ask a rank's first chunk, how gradients are finished,
-    and when not to sum them yet.
+def set_schedule_hooks(model: Sequence[DistributedDataParallel]) -> None:
+    """Tell megatron-core's pipeline schedules how gradients are finished after the last backward
+    pass, and when not to sum them yet. They read the configuration of a rank's first chunk.
     """
     config = model[0].config
     overlaps = model[0].ddp_config.overlap_grad_reduce
@@ -131,7 +131,7 @@ def train_step(
     part_norms: PartNorms | None = None,
 ) -> StepResult:
     """Update the parameters once; arguments as in ``run_packs``, ``run_whole_step`` and
-    ``optimizer.update``.
+    ``update_weights``.
 
     Args:
         part_norms: gets the norms of the gradient by part.
@@ -155,10 +155,10 @@ def train_step(
             meters=meters,
             weight_of_pack=weight_of_pack,
         )
-    gradient = adamw.prepare(optimizer, backend.device, part_norms.sums if part_norms else None)
+    gradient = prepare_gradient(optimizer, backend.device, part_norms.sums if part_norms else None)
     is_skipped = skips is not None and skips(loss, gradient.norm)
     if not is_skipped:
-        adamw.update(optimizer, gradient, clip_grad)
+        update_weights(optimizer, gradient, clip_grad)
         if part_norms is not None:
             part_norms.keep(gradient.by_part)
         for chunk in model:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import socket
-from pathlib import Path
 
 from megavlm.checkpoint.step_folder import Checkpoint
 from megavlm.checkpoint.train_state import State
@@ -15,8 +14,9 @@ from megavlm.convert.hf import from_parts
 from megavlm.model.freeze import Trained
 from megavlm.parallel import process_groups
 from megavlm.planner.parameter_table import parameter_table, table_lines
-from megavlm.train import resume as source
+from megavlm.train import resume, start_point
 from megavlm.train.metrics import Metrics
+from megavlm.train.start_point import Start
 
 _GROUPS = ("optimizer.decay ", "no_decay", "lr_multipliers", "layer_decay")
 
@@ -25,7 +25,7 @@ def log_run_summary(
     config: Config,
     groups: process_groups.Groups,
     trained: Trained,
-    start: Checkpoint | Path | Init | None,
+    start: Start,
     state: State,
     metrics: Metrics,
 ) -> None:
@@ -47,11 +47,11 @@ def log_run_summary(
         f"stage {config.stage}, model {config.model}, {counted}: {sizes},"
         f" {config.training.precision}"
     )
-    metrics.say(f"start: {_origin(config, start, state)}")
+    metrics.say(f"start: {start_point.describe(config, start, state.step)}")
     if isinstance(start, Init):
         for note in from_parts.notes(start, config.architecture):
             metrics.say(f"note: {note}")
-    is_resumed = isinstance(start, Checkpoint) and source.resumes(config, start)
+    is_resumed = isinstance(start, Checkpoint) and resume.resumes(config, start)
     if is_resumed and (table := changes(start.config, config)):
         metrics.say("\n".join(["changed since the checkpoint:", *table]))
         if any(option in line for line in table for option in _GROUPS):
@@ -69,23 +69,6 @@ def log_run_summary(
     metrics.say(f"trainable parameters: {shares}")
     metrics.say("\n  ".join(["parameter groups:", *table_lines(config, parameter_table(config))]))
     metrics.record(state.step, {"trainable_parameters": sum(trained.weights.values())})
-
-
-def _origin(config: Config, start: Checkpoint | Path | Init | None, state: State) -> str:
-    """Say what a run starts from."""
-    if isinstance(start, Checkpoint):
-        goes_on = (
-            f"resuming after step {state.step}" if source.resumes(config, start) else "its weights"
-        )
-        stage = start.state.stage
-        made = f"stage {stage}, step {start.state.step}" if stage else "made by conversion"
-        return f"{start.folder} ({made}): {goes_on}"
-    if isinstance(start, Path):
-        return f"{start} (Hugging Face): its weights"
-    if start is None:
-        return "fresh weights"
-    parts = ", ".join(f"{part} from {folder}" for part, folder in start.parts.items())
-    return f"{parts}, the rest fresh"
 
 
 def _experts(parallel: Parallel) -> str:

@@ -128,7 +128,12 @@ def test_a_freeze_mask_trains_what_it_says_and_nothing_else(
 ) -> None:
     from megavlm.model.freeze import matches
     from megavlm.model.weights import named_weights
-    from megavlm.train.optimizer import prepare, set_rates, update, whole_weights
+    from megavlm.train.optimizer import (
+        prepare_gradient,
+        set_rates,
+        update_weights,
+        whole_weights,
+    )
 
     with job(small(dataset, kernels="transformer_engine", trainable=trainable)) as built:
         before = {
@@ -136,7 +141,9 @@ def test_a_freeze_mask_trains_what_it_says_and_nothing_else(
         }
         _, found = gradients(built)
         set_rates(built.optimizer, built.config, 5)
-        update(built.optimizer, prepare(built.optimizer, built.backend.device), 1.0)
+        update_weights(
+            built.optimizer, prepare_gradient(built.optimizer, built.backend.device), 1.0
+        )
         with whole_weights(built.ddp_chunks):
             after = named_weights(built.chunks[0])
             for key, weight in after.items():

@@ -191,11 +191,12 @@ def test_the_host_waits_for_nothing_in_a_step(
 def run(config: Config) -> None:
     """Run a whole job as ``pretrain_vlm.py`` does."""
     from megavlm.parallel import backend, process_groups
-    from megavlm.train import launch
+    from megavlm.train.inspection import inspect
+    from megavlm.train.run_job import run_job
 
-    source = launch.inspect(config, 1)
+    start = inspect(config, 1)
     try:
-        launch.train(config, backend.start(5, deterministic=config.training.deterministic), source)
+        run_job(config, backend.start(5, deterministic=config.training.deterministic), start)
     finally:
         process_groups.destroy()
 

@@ -29,11 +29,11 @@ def main(how: str, seconds: float, config: Path) -> None:
     train_step = loop.train_step
     steps = []
 
-    def late(*arguments):
+    def late(*arguments, **settings):
         steps.append(1)
         if os.environ["RANK"] == "1" and len(steps) == _LATE_STEP:
             {"sleeps": _sleep, "freezes": _freeze}[how](seconds)
-        return train_step(*arguments)
+        return train_step(*arguments, **settings)
 
     loop.train_step = late
     launch.launch(from_yaml(config))

@@ -161,7 +161,7 @@ def build(config: Config):
     from megavlm.parallel import backend, process_groups
     from megavlm.planner.layout import make_layout
     from megavlm.planner.partition import PackSize
-    from megavlm.train.build import build as build_model
+    from megavlm.train.build_model import build_model
     from megavlm.train.job import Job
 
     device_backend = backend.start(

@@ -13,7 +13,7 @@ import torch
 
 from megavlm.config.averages import Ema, ema_problems
 from megavlm.config.schema import Checkpoint, Config, Data, Eval, Optimizer
-from megavlm.train.launch import inspect
+from megavlm.train.inspection import inspect
 from tests.ranks.layouts import asks_for_all
 from tests.ranks.pool import Pool
 from tests.ranks.runs import make_packs

@@ -68,7 +68,7 @@ def _told(save: Path) -> list[dict[str, float]]:
 def test_a_run_that_would_take_other_packs_does_not_go_on(
     ranks: Pool, folders: list[Path], tmp_path: Path
 ) -> None:
-    from megavlm.train import launch
+    from megavlm.train import inspection
 
     config = _job(folders, tmp_path / "run", "shares of batches, curriculum")
     ranks.run(
@@ -99,7 +99,7 @@ def test_a_run_that_would_take_other_packs_does_not_go_on(
     )
     for words, changes in others.items():
         with pytest.raises(ConfigError, match=words):
-            launch.inspect(dataclasses.replace(config, **changes), 1)
+            inspection.inspect(dataclasses.replace(config, **changes), 1)
 
 
 @pytest.mark.parametrize(("kind", "other"), list(zip(KINDS, (1, 4), strict=True)))

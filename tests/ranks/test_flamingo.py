@@ -181,7 +181,7 @@ def gates_behind_an_update(config: Config) -> dict[str, float]:
     """Update all gates by the same gradient, and return what this rank reports of them then."""
     from megavlm.model.weights import named_weights
     from megavlm.train.gates import Gates
-    from megavlm.train.optimizer import prepare, set_rates, update
+    from megavlm.train.optimizer import prepare_gradient, set_rates, update_weights
     from tests.ranks.runs import build
 
     job = build(config)
@@ -189,7 +189,7 @@ def gates_behind_an_update(config: Config) -> dict[str, float]:
         if weight.requires_grad:
             weight.main_grad.fill_(float(key.endswith("_gate")))
     set_rates(job.optimizer, config, 2)
-    update(job.optimizer, prepare(job.optimizer, job.backend.device), 0.0)
+    update_weights(job.optimizer, prepare_gradient(job.optimizer, job.backend.device), 0.0)
     return Gates(job.ddp_chunks).report(job.groups, 1)["gate"]
 
 

@@ -48,7 +48,7 @@ def run_planted(config: Config, factors: dict[int, float], signals: tuple[int, .
 
     now: list[int] = []
     plain_loss = steps.weighted_sum
-    plain_train = loop._train
+    plain_step = loop._step
 
     def planted(losses: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         return plain_loss(losses, weights) * factors.get(now[-1], 1.0)
@@ -59,12 +59,12 @@ def run_planted(config: Config, factors: dict[int, float], signals: tuple[int, .
         now.append(state.step + 1 if is_planted else 0)
         if state.step + 1 in signals and job.groups.rank == job.groups.size - 1:
             os.kill(os.getpid(), signal.SIGUSR1)
-        return plain_train(job, state, *arguments)
+        return plain_step(job, state, *arguments)
 
     shown = io.StringIO()
     with (
         mock.patch.object(steps, "weighted_sum", planted),
-        mock.patch.object(loop, "_train", counted),
+        mock.patch.object(loop, "_step", counted),
         contextlib.redirect_stdout(shown),
     ):
         run_job(config)
@@ -193,7 +193,7 @@ def run_out_of_memory(config: Config) -> str:
     shown = io.StringIO()
     error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
     with (
-        mock.patch.object(launch, "run", side_effect=error),
+        mock.patch.object(launch, "run_job", side_effect=error),
         mock.patch.object(launch.backend, "stop"),
         contextlib.redirect_stderr(shown),
         contextlib.suppress(SystemExit),

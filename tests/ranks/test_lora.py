@@ -252,7 +252,7 @@ def test_a_run_starts_from_a_model_without_adapters_and_resumes_bit_for_bit(
 
 
 def test_other_adapters_are_refused_on_resume(ranks: Pool, dataset: Path, tmp_path: Path) -> None:
-    from megavlm.train.launch import inspect
+    from megavlm.train.inspection import inspect
 
     job = make_job(dataset, tmp_path / "run", trainable=MASK, drop_path=0.1)
     ranks.run(run_job, 1, with_adapters(job))

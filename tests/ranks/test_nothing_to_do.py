@@ -7,6 +7,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,7 +15,7 @@ from megavlm.checkpoint.step_folder import find
 from megavlm.config.checks.saving import exported_step
 from megavlm.convert.hf import convert
 from megavlm.train.bad_steps import StepError
-from megavlm.train.loop import _look
+from megavlm.train.unchecked_norms import UncheckedNorms
 from tests.ranks.pool import Pool
 from tests.ranks.test_changed_options import output_of_job
 from tests.ranks.test_whole_way import packs as packs
@@ -79,7 +80,11 @@ def test_a_stage_that_starts_from_a_longer_one_exports_its_own_model(
 
 
 def test_a_step_that_is_not_finite_is_named_as_the_console_does_with_its_packs() -> None:
-    unseen = {7: ([3, 1], torch.tensor(1.0)), 8: ([4, 2], torch.tensor(float("nan")))}
+    norms = UncheckedNorms()
+    assert norms.check(torch.tensor(2.5)) == 2.5, "of a step that had no update"
+    norms.add(7, np.array([3, 1]), torch.tensor(1.5))
+    assert norms.check(torch.tensor(2.5)) == 1.5, "of the last update"
+    norms.add(8, np.array([4, 2]), torch.tensor(float("nan")))
+    norms.add(9, np.array([5, 6]), torch.tensor(float("nan")))
     with pytest.raises(StepError, match=r"step 8: the gradient's norm is nan.*\[4, 2\]"):
-        _look(unseen)
-    assert _look({7: ([3, 1], torch.tensor(1.5))}) == 1.5
+        norms.check(torch.tensor(2.5))

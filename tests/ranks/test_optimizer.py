@@ -27,7 +27,7 @@ def decay_factors(config: Config) -> dict[str, float]:
     import torch
 
     from megavlm.model.weights import named_weights
-    from megavlm.train.optimizer import prepare, set_rates, update
+    from megavlm.train.optimizer import prepare_gradient, set_rates, update_weights
 
     job = build(config)
     weights = {
@@ -37,7 +37,11 @@ def decay_factors(config: Config) -> dict[str, float]:
     job.ddp_chunks[0].zero_grad_buffer()
     job.optimizer.zero_grad()
     set_rates(job.optimizer, config, 1)
-    update(job.optimizer, prepare(job.optimizer, job.backend.device), config.optimizer.clip_grad)
+    update_weights(
+        job.optimizer,
+        prepare_gradient(job.optimizer, job.backend.device),
+        config.optimizer.clip_grad,
+    )
     kept = {
         key: float(weight.norm() / before[key].norm())
         for key, weight in weights.items()
@@ -68,7 +72,12 @@ def weights_after_a_step(
 ) -> tuple[dict[str, np.ndarray], float]:
     """Run an update that clips; return this rank's weights and the norm before clipping."""
     from megavlm.model.weights import named_weights
-    from megavlm.train.optimizer import prepare, set_rates, update, whole_weights
+    from megavlm.train.optimizer import (
+        prepare_gradient,
+        set_rates,
+        update_weights,
+        whole_weights,
+    )
     from megavlm.train.step import run_packs
 
     job = build(config)
@@ -82,9 +91,9 @@ def weights_after_a_step(
     if by_megatron_core:
         norm = job.optimizer.step()[1]
     else:
-        gradient = prepare(job.optimizer, job.backend.device)
+        gradient = prepare_gradient(job.optimizer, job.backend.device)
         norm = gradient.norm
-        update(job.optimizer, gradient, clip)
+        update_weights(job.optimizer, gradient, clip)
     with whole_weights(job.ddp_chunks):
         return {
             key: weight.detach().numpy().copy()

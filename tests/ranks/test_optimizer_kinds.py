@@ -142,7 +142,7 @@ def test_a_run_resumes_bit_for_bit_and_at_another_layout(
 def test_a_stage_keeps_the_moments_of_the_same_kind_alone(
     ranks: Pool, dataset: Path, tmp_path: Path
 ) -> None:
-    from megavlm.train.launch import inspect
+    from megavlm.train.inspection import inspect
 
     ranks.run(run_job, 1, make_job(dataset, tmp_path / "run", kind="muon"))
     told = r"optimizer\.kind: muon in the checkpoint, sgd asked for"

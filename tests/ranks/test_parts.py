@@ -295,7 +295,7 @@ def test_packs_of_another_tokenizer_are_refused(
     parts_and_packs: tuple[Init, Path], tmp_path: Path
 ) -> None:
     from megavlm.convert.hf import from_parts
-    from megavlm.train import launch
+    from megavlm.train import inspection
 
     init, packs = parts_and_packs
     architecture = from_parts.read_model("", init)
@@ -316,7 +316,7 @@ def test_packs_of_another_tokenizer_are_refused(
             r" .*other"
         ),
     ):
-        launch.inspect(config, 1)
+        inspection.inspect(config, 1)
 
 
 def read_losses(save: Path) -> list[float]:

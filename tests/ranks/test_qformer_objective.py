@@ -323,7 +323,7 @@ def test_held_out_losses_have_no_label_smoothing(ranks: Pool, pairs: Path, tmp_p
 
 
 def test_longer_texts_are_refused_and_never_cut_in_silence(ranks: Pool, pairs: Path) -> None:
-    from megavlm.train.launch import inspect
+    from megavlm.train.inspection import inspect
 
     config = dataclasses.replace(
         config_of(pairs, {"text_tokens": 8}), checkpoint=Checkpoint(save_interval=0)

@@ -33,11 +33,12 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run_job(config: Config) -> int:
     """Run a whole job as ``pretrain_vlm.py`` does; return the step that it ended at."""
     from megavlm.parallel import backend
-    from megavlm.train import launch
+    from megavlm.train.inspection import inspect
+    from megavlm.train.run_job import run_job
 
     world = config.parallel.model_parallel_size
-    source = launch.inspect(config, max(world, torch.distributed.get_world_size()))
-    return launch.train(config, backend.start(5), source).step
+    start = inspect(config, max(world, torch.distributed.get_world_size()))
+    return run_job(config, backend.start(5), start).step
 
 
 def saved_tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -285,14 +286,15 @@ def test_the_checkpoint_with_the_lowest_held_out_loss_stays(
 def run_with_a_signal(config: Config) -> tuple[int, bool]:
     """Run a job, of which one rank was told to stop before it began."""
     from megavlm.parallel import backend
-    from megavlm.train import launch
+    from megavlm.train.inspection import inspect
+    from megavlm.train.run_job import run_job
     from megavlm.train.stop_signal import StopRequest
 
-    source = launch.inspect(config, torch.distributed.get_world_size())
+    start = inspect(config, torch.distributed.get_world_size())
     stop = StopRequest()
     if torch.distributed.get_rank() == 1:
         stop._remember(signal.SIGTERM, None)
-    state = launch.train(config, backend.start(5), source, stop=stop)
+    state = run_job(config, backend.start(5), start, stop=stop)
     return state.step, stop.is_agreed
 
 

@@ -12,8 +12,8 @@ import torch
 from megavlm.checkpoint import step_folder
 from megavlm.config.lora import Lora
 from megavlm.config.schema import Config
-from megavlm.train import below
-from megavlm.train.launch import inspect
+from megavlm.train import base_weights
+from megavlm.train.inspection import inspect
 from tests.ranks.pool import Pool
 from tests.ranks.runs import make_packs
 from tests.ranks.test_resume import STEPS, forget_the_end, losses, make_job, run_job, saved_tensors
@@ -72,12 +72,12 @@ def test_a_run_resumes_from_its_adapters_and_its_base_alone(
     more = adapted(dataset, tmp_path / "killed", tmp_path / "gone")
     more = dataclasses.replace(more, checkpoint=dataclasses.replace(more.checkpoint, load=""))
     start = step_folder.read(tmp_path / "killed" / last)
-    assert below.note(more, start, None) == start.state.base
+    assert base_weights.note(more, start, None) == start.state.base
     base.rename(tmp_path / "elsewhere")
     with pytest.raises(ValueError, match=r"(?s)checkpoints to come would hold trained .*: missing"):
-        below.note(more, start, None)
+        base_weights.note(more, start, None)
     named = dataclasses.replace(more.checkpoint, load=str(tmp_path / "elsewhere"))
-    moved = below.note(dataclasses.replace(more, checkpoint=named), start, None)
+    moved = base_weights.note(dataclasses.replace(more, checkpoint=named), start, None)
     assert moved.files == start.state.base.files and "elsewhere" in moved.folders[0]
 
     # Nothing but the run itself can read a checkpoint of adapters.

@@ -11,7 +11,7 @@ import pytest
 from megavlm.config.checks.rules import ConfigError
 from megavlm.config.cli import to_yaml
 from megavlm.config.schema import Checkpoint, Config, Logging
-from megavlm.train.launch import inspect
+from megavlm.train.inspection import inspect
 from megavlm.train.resume import resumes
 from tests.data.samples import make_dataset
 from tests.ranks.runs import TINY, config_for

@@ -14,8 +14,7 @@ import pytest
 from megavlm.config.models import MODELS
 from megavlm.config.schema import Checkpoint, Logging
 from megavlm.planner.flops import training_cost
-from megavlm.train import meters
-from megavlm.train.meters import Clock, Meter
+from megavlm.train.meters import Clock, Meter, collect_reports
 from megavlm.train.metrics import Metrics
 from megavlm.train.throughput import STEP_SECONDS, Throughput
 from tests.ranks.runs import config_for
@@ -194,7 +193,7 @@ def test_reports_of_meters_are_merged_and_a_meter_overrides_what_it_needs() -> N
     for _ in range(4):
         meter.add(None, None, 1.0)
     meter.add_step(np.zeros(2))
-    assert meters.report([meter, meter], SimpleNamespace(size=1), 2) == (
+    assert collect_reports([meter, meter], SimpleNamespace(size=1), 2) == (
         {"batches_per_step": 2.0},
         {"batches": {"chats": 4.0}},
     )

@@ -14,8 +14,8 @@ from megavlm.config.cli import to_yaml
 from megavlm.config.schema import Config
 from megavlm.config.stages import parse_stages
 from megavlm.pack_first import problems
-from megavlm.start_check import tell_start
-from megavlm.train.launch import inspect
+from megavlm.start_check import check_start
+from megavlm.train.inspection import inspect
 from tests.ranks.runs import config_for
 from tests.train.test_launch import _fake_checkpoint, dataset  # noqa: F401
 
@@ -35,7 +35,7 @@ def command(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> l
 
 
 def parsed(arguments: list[str]) -> list[Config]:
-    return parse_stages(arguments, lambda *_: None, problems, tell_start)
+    return parse_stages(arguments, lambda *_: None, problems, check_start)
 
 
 def checked(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
@@ -122,7 +122,7 @@ def test_annotations_are_not_packed_to_look_at_a_checkpoint(
     Path("notes.jsonl").write_text("{}\n")
     arguments = [*command, "--save", "run", "--data.train", "notes.jsonl"]
     with pytest.raises(SystemExit) as ended:
-        parse_stages([*arguments, "--check"], lambda *_: None, lambda *_: (), tell_start)
+        parse_stages([*arguments, "--check"], lambda *_: None, lambda *_: (), check_start)
     assert ended.value.code == 0
     assert "it would resume run after step 1" in capsys.readouterr().out
 
@@ -130,11 +130,11 @@ def test_annotations_are_not_packed_to_look_at_a_checkpoint(
 def test_without_anything_to_look_at_no_torch_is_imported(command: list[str]) -> None:
     code = f"""
 import sys
-from megavlm.start_check import tell_start
+from megavlm.start_check import check_start
 from megavlm.config.stages import parse_stages
 from megavlm.pack_first import problems
 try:
-    parse_stages({[*command, "--save", "new", "--check"]!r}, None, problems, tell_start)
+    parse_stages({[*command, "--save", "new", "--check"]!r}, None, problems, check_start)
 finally:
     assert "torch" not in sys.modules
 """

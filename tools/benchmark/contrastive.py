@@ -98,7 +98,7 @@ def measure(pairs: int, packs: int) -> dict[str, float]:
     from megavlm.planner.layout import make_layout
     from megavlm.planner.memory import memory
     from megavlm.planner.partition import PackSize
-    from megavlm.train.build import build
+    from megavlm.train.build_model import build_model
     from megavlm.train.whole_step import run_whole_step
 
     torch.set_num_threads(1)
@@ -111,7 +111,9 @@ def measure(pairs: int, packs: int) -> dict[str, float]:
         device = backend.start(5, store=torch.distributed.FileStore(store.name, 1))
         groups = process_groups.create(Parallel(), 1, layout.embedding_chunk)
         fresh = weights.fresh_tensor(config)
-        built = build(config, layout, groups, device, lambda chunks: weights.fill(chunks, fresh))
+        built = build_model(
+            config, layout, groups, device, lambda chunks: weights.fill(chunks, fresh)
+        )
         batches = [make_batch(config, each, seed) for seed in range(packs)]
 
         def run(some: Sequence[Any]) -> float:

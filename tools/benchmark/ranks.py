@@ -72,7 +72,7 @@ class Run:
     def __init__(self, config, layout, groups, device_backend, packs: Path):
         from megavlm.data.loading.dataset import PackedDataset
         from megavlm.model.weights import fill
-        from megavlm.train.build import build
+        from megavlm.train.build_model import build_model
         from tools.benchmark.packs import fullest
         from tools.benchmark.trainer import random_weights
 
@@ -80,7 +80,7 @@ class Run:
         self._backend = device_backend
         dataset = PackedDataset(packs)
         draw = random_weights(device_backend.device)
-        self._built = build(
+        self._built = build_model(
             config, layout, groups, device_backend, lambda chunks: fill(chunks, draw)
         )
         ids = fullest(dataset, config.training.global_batch_size)

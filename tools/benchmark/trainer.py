@@ -16,7 +16,7 @@ from megavlm.model import precision, weights
 from megavlm.parallel import backend, process_groups
 from megavlm.planner.layout import make_layout
 from megavlm.train import optimizer
-from megavlm.train.build import build
+from megavlm.train.build_model import build_model
 from megavlm.train.step import train_step
 from tools.benchmark.cases import Case
 from tools.benchmark.feed import Feed
@@ -54,7 +54,7 @@ class Trainer:
         self._packs = packs
         groups = process_groups.create(config.parallel, config.training.seed)
         drawn = random_weights(device_backend.device)
-        self._built = build(
+        self._built = build_model(
             config,
             make_layout(config),
             groups,

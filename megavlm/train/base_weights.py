@@ -1,4 +1,4 @@
-"""What lies below a checkpoint that holds trained parameters only: the weights that its run began
+"""The base weights of a checkpoint that holds trained parameters only: those that its run began
 with. They are known by the content of their files, wherever these are now.
 """
 
@@ -14,13 +14,13 @@ from megavlm.checkpoint.step_folder import Checkpoint
 from megavlm.config.schema import Config, Init
 from megavlm.convert.hf import convert, from_parts
 from megavlm.train import checkpoint, resume
-from megavlm.train.origin import Start
 from megavlm.train.resume import DamagedError
+from megavlm.train.start_point import Start
 
 
 @dataclass(frozen=True, kw_only=True)
-class Below:
-    """Weights that were found.
+class BaseWeights:
+    """Base weights that were found.
 
     Args:
         start: to fill the chunks from.
@@ -31,8 +31,8 @@ class Below:
     folders: list[Path]
 
 
-def find(config: Config, start: Start) -> Below | None:
-    """Find the weights below a checkpoint of trained parameters: at the folders that the command
+def find(config: Config, start: Start) -> BaseWeights | None:
+    """Find the base weights of a checkpoint of trained parameters: at the folders that the command
     names, where they were, or at the same path relative to the save folder. No file of weights is
     read.
 
@@ -54,7 +54,7 @@ def find(config: Config, start: Start) -> Below | None:
         name = ", ".join(map(str, folders))
         tried[name] = tried.get(name) or base_files.difference(base, folders)
         if not tried[name]:
-            return Below(start=_opened(start, folders), folders=folders)
+            return BaseWeights(start=_opened(start, folders), folders=folders)
         if folders == named and _asks_for_others(config, start):
             flag = "--checkpoint.load" if config.checkpoint.load else "--init"
             listed = "\n  ".join(tried.values())
@@ -70,18 +70,19 @@ def find(config: Config, start: Start) -> Below | None:
     )
 
 
-def _still_there(config: Config, start: Checkpoint) -> list[Path]:
-    """Return the folders with the base of a run whose last checkpoint is whole.
+def _locate_again(config: Config, start: Checkpoint) -> list[Path]:
+    """Return the folders with the base weights of a run that resumes from a checkpoint of all
+    weights, and whose next checkpoints will hold trained parameters only.
 
     Raises:
         ValueError: they are nowhere; checkpoints to come could not be resumed.
     """
     tried = {}
     for folders in _places(config, start):
-        found = base_files.difference(start.state.base, folders)
-        if not found:
+        missing = base_files.difference(start.state.base, folders)
+        if not missing:
             return folders
-        tried[found] = None
+        tried[missing] = None
     listed = "\n  ".join(tried)
     raise ValueError(
         "--checkpoint.trained_only: checkpoints to come would hold trained parameters only, and"
@@ -140,25 +141,25 @@ def _opened(start: Checkpoint, folders: list[Path]) -> Start:
     if (folders[0] / "config.json").is_file():
         convert.refuse_other(folders[0], architecture)
         return folders[0]
-    below = step_folder.read(folders[0])
+    base = step_folder.read(folders[0])
     if different := checkpoint.architecture_differences(
-        below.config.architecture, architecture, takes_weights=True
+        base.config.architecture, architecture, takes_weights=True
     ):
         listed = "\n  ".join(different)
-        raise ValueError(f"{below.folder}: is of another model than {start.folder}:\n  {listed}")
-    return below
+        raise ValueError(f"{base.folder}: is of another model than {start.folder}:\n  {listed}")
+    return base
 
 
-def verify(config: Config, start: Start, below: Below) -> None:
+def verify(config: Config, start: Start, found: BaseWeights) -> None:
     """Compare the content of what was found with what the run began with. Collective.
 
     Raises:
         DamagedError: it is another one; every rank raises it.
     """
     by_size_only = config.checkpoint.verify == "size"
-    found = base_files.damage(start.state.base, below.folders, by_size_only=by_size_only)
-    if found:
-        listed = "\n  ".join(found)
+    damage = base_files.damage(start.state.base, found.folders, by_size_only=by_size_only)
+    if damage:
+        listed = "\n  ".join(damage)
         raise DamagedError(
             f"{start.folder}: holds trained parameters only, and what lies below them is no longer"
             f" what they were trained on:\n  {listed}\n  mend the files, or name another folder"
@@ -166,23 +167,24 @@ def verify(config: Config, start: Start, below: Below) -> None:
         )
 
 
-def note(config: Config, start: Start, below: Below | None) -> Base:
-    """Note what lies below the checkpoints of a run with ``--checkpoint.trained_only``. Collective.
+def note(config: Config, start: Start, found: BaseWeights | None) -> Base:
+    """Note the base weights of a run with ``--checkpoint.trained_only``, for its checkpoints.
+    Collective.
 
     Args:
         config: the run.
         start: what it starts from.
-        below: what lies below that.
+        found: base weights of that.
 
     Raises:
         ValueError: it is not there any more.
     """
     if not config.checkpoint.trained_only:
         return Base()
-    is_known = below is not None or (isinstance(start, Checkpoint) and start.state.base != Base())
-    # A later stage begins with what the stage before it ended with, not with what lay below that.
+    is_known = found is not None or (isinstance(start, Checkpoint) and start.state.base != Base())
+    # A later stage begins with what the stage before it ended with, not with its base weights.
     if is_known and isinstance(start, Checkpoint) and resume.resumes(config, start):
-        folders = _still_there(config, start) if below is None else below.folders
+        folders = _locate_again(config, start) if found is None else found.folders
         return base_files.moved(start.state.base, folders, _save(config))
     by_size_only = config.checkpoint.verify == "size"
     return base_files.note(_folders(start), _save(config), by_size_only=by_size_only)

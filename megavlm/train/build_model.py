@@ -17,13 +17,14 @@ from megavlm.model.vlm import VisionLanguageModel
 from megavlm.parallel.backend import Backend
 from megavlm.parallel.process_groups import Groups
 from megavlm.planner.layout import Layout
-from megavlm.train import optimizer, stage_moments
+from megavlm.train import stage_moments
+from megavlm.train.optimizer import build_optimizer, wrap_chunks
 from megavlm.train.part_norms import PartNorms
-from megavlm.train.step import prepare
+from megavlm.train.step import set_schedule_hooks
 
 
 @dataclass(frozen=True, kw_only=True)
-class Built:
+class BuiltModel:
     """What is trained on this rank. A training run adds its data (``train/job``); benchmarks and
     tests need none.
 
@@ -42,14 +43,14 @@ class Built:
     part_norms: PartNorms
 
 
-def build(
+def build_model(
     config: Config,
     layout: Layout,
     groups: Groups,
     backend: Backend,
     fill: Callable[[Sequence[VisionLanguageModel]], object],
     history: History = (),
-) -> Built:
+) -> BuiltModel:
     """Build, fill, freeze and wrap this rank's chunks, and create their optimizer. Collective.
 
     Args:
@@ -76,15 +77,15 @@ def build(
         for module in quantised:
             nf4_layers.clear(module)
     trained = freeze.apply(chunks, config.training.trainable)
-    ddp_chunks = optimizer.wrap(config, chunks)
-    prepare(ddp_chunks)
-    adamw = optimizer.build(config, ddp_chunks, stage_moments.ages(chunks, history))
-    return Built(
+    ddp_chunks = wrap_chunks(config, chunks)
+    set_schedule_hooks(ddp_chunks)
+    optimizer = build_optimizer(config, ddp_chunks, stage_moments.ages(chunks, history))
+    return BuiltModel(
         chunks=chunks,
         ddp_chunks=ddp_chunks,
-        optimizer=adamw,
+        optimizer=optimizer,
         trained=trained,
-        part_norms=PartNorms(chunks, adamw, backend.device),
+        part_norms=PartNorms(chunks, optimizer, backend.device),
     )
 
 

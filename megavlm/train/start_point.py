@@ -1,33 +1,27 @@
-"""What a run starts from, and how its weights are filled from it."""
+"""What a run starts from: what the command names, and how it is told."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from megavlm.checkpoint import step_folder
 from megavlm.checkpoint.step_folder import Checkpoint
 from megavlm.config.checks.rules import ConfigError
 from megavlm.config.exports import HOLDS
-from megavlm.config.lora import is_adapter
 from megavlm.config.recipes import recipe
 from megavlm.config.schema import Config, Init
 from megavlm.convert.hf import convert, from_parts, unused_weights
-from megavlm.convert.hf.hub_formats import dialect_of
 from megavlm.convert.weights.tables import unused_rows
 from megavlm.data.store.manifest import read_manifest
 from megavlm.data.text.tokenizer import fingerprint
-from megavlm.model import weights
-from megavlm.model.vlm import VisionLanguageModel
-from megavlm.train import checkpoint, resume
+from megavlm.train import resume
 
 Start = Checkpoint | Path | Init | None
 """What a run starts from: a checkpoint, a Hugging Face folder, parts, or nothing."""
 
 
-def find(config: Config) -> Start:
-    """Find what a run starts from that has no checkpoint of its own.
+def find_named(config: Config) -> Start:
+    """Find what the command names for a run to start from that has no checkpoint of its own.
 
     Raises:
         ValueError: it is not there, or does not fit, or averages are to be measured and it has
@@ -45,7 +39,7 @@ def find(config: Config) -> Start:
 
 
 def _named(config: Config) -> Start:
-    """Return what the command says that a run starts from; errors as of ``find``."""
+    """Return what the command says that a run starts from; errors as of ``find_named``."""
     if config.init != Init():
         _check_parts(config)
         return config.init
@@ -65,13 +59,13 @@ def _named(config: Config) -> Start:
             f"--checkpoint.load {config.checkpoint.load}: no checkpoint and no Hugging Face model"
             " is there"
         )
-    return resume.fit(config, loaded)
+    return resume.check_fits(config, loaded)
 
 
 def _check_parts(config: Config) -> None:
     """Refuse parts that do not fit the model or the data."""
     from_parts.refuse_other(config.init, config.architecture)
-    if config.init.vision and _exports_unused(config):
+    if config.init.vision and exports_unused(config):
         unused_weights.check_encoder(Path(config.init.vision), config.architecture.vision)
     if config.init.language and resume.has_packs(config):
         tokenizer, _ = from_parts.extend_tokenizer(config.init, config.architecture.image_tokens)
@@ -86,48 +80,43 @@ def _check_parts(config: Config) -> None:
             )
 
 
-def unused(config: Config, start: Start) -> unused_weights.Weights:
-    """Read what files of the trained model will hold of its vision encoder beside its weights."""
-    if isinstance(start, Checkpoint):
-        return unused_weights.read(start.folder)
-    if isinstance(start, Path):
-        found = convert.refuse_other(start, config.architecture)
-        return unused_weights.of_model(start, found, dialect_of(start))
-    if start is not None and start.vision and _exports_unused(config):
-        return unused_weights.of_encoder(Path(start.vision), config.architecture.vision)
-    return {}
-
-
-def _exports_unused(config: Config) -> bool:
+def exports_unused(config: Config) -> bool:
     """Tell whether exports hold more of a vision encoder than the model uses."""
     dialect = recipe(config.recipe).format_for(config.architecture.objective)
     arch = config.architecture
     return not any(HOLDS[dialect](arch)) and bool(unused_rows(arch, dialect))
 
 
-def fill(
-    config: Config, start: Start, below: Sequence[Start], chunks: Sequence[VisionLanguageModel]
-) -> None:
-    """Give this rank's chunks the weights that the run starts from. Collective.
+def describe_ahead(config: Config, start: Start) -> str:
+    """Return in words what a run would start from, for ``--check``."""
+    if isinstance(start, Checkpoint):
+        if not resume.resumes(config, start):
+            return f"it would start from the weights of {start.folder}"
+        place = config.checkpoint.save if resume.is_own(config, start) else start.folder
+        return f"it would resume {place} after step {start.state.step} of {config.training.steps}"
+    if isinstance(start, Path):
+        return f"it would start from the weights of {start}"
+    if start is not None:
+        return f"it would start from the weights of {', '.join(start.parts.values())}"
+    return "it would start with random weights"
+
+
+def describe(config: Config, start: Start, step: int) -> str:
+    """Return in words what a run starts from.
 
     Args:
         config: the run.
-        start: where they come from.
-        below: what lies below a checkpoint of trained parameters, if ``start`` is one.
-        chunks: of this rank.
+        start: what it is.
+        step: updates that are done.
     """
-    for base in below:
-        fill(config, base, (), chunks)
-    fresh = weights.fresh_tensor(config)
     if isinstance(start, Checkpoint):
-        if config.architecture.lora.rank and not start.config.architecture.lora.rank:
-            weights.fill(chunks, fresh, wanted=is_adapter)  # the rest is loaded
-        checkpoint.load_weights(start, chunks)
-    elif isinstance(start, Path):
-        there = convert.full_tensors(start, config.architecture)
-        weights.fill(chunks, lambda key, shape: (fresh if is_adapter(key) else there)(key, shape))
-    else:
-        if start is not None:
-            # Parts below a checkpoint may be elsewhere than the command says.
-            fresh = from_parts.full_tensors(replace(config, init=start), fresh)
-        weights.fill(chunks, fresh)
+        taken = f"resuming after step {step}" if resume.resumes(config, start) else "its weights"
+        stage = start.state.stage
+        made = f"stage {stage}, step {start.state.step}" if stage else "made by conversion"
+        return f"{start.folder} ({made}): {taken}"
+    if isinstance(start, Path):
+        return f"{start} (Hugging Face): its weights"
+    if start is None:
+        return "fresh weights"
+    parts = ", ".join(f"{part} from {folder}" for part, folder in start.parts.items())
+    return f"{parts}, the rest fresh"
