@@ -24,8 +24,9 @@ class Eval:
             front of questions are taken from.
         shots: numbers of examples, such as ``0,4,8``: every task is asked once with each, and its
             figures are called ``TASK_4_shots/FIGURE``; empty: without examples.
-        max_new_tokens: longest answer. The whole prompt runs again for each token, so this is for
-            short answers.
+        max_new_tokens: longest answer.
+        cache_gib: memory of each rank for the keys and values of the questions that are answered at
+            once, in GiB: as many packs of questions as fit, at least one.
         without_images: also measure the validation loss with every image in one colour, the mean
             of the pixels. A model that is not worse without images ignores them.
         control_interval: every so many steps, also measure the loss of the step's packs with every
@@ -38,6 +39,7 @@ class Eval:
     examples: str = ""
     shots: tuple[int, ...] = ()
     max_new_tokens: int = 16
+    cache_gib: float = 2.0
     without_images: bool = False
     control_interval: int = 0
     only: bool = False

@@ -50,7 +50,7 @@ def answer_tasks(
                 f"{task.path}: --transformers answers questions, and the metric {task.metric}"
                 " compares images and texts; leave it out"
             )
-    asked = [prepare(task, packs, max_new_tokens) for task in tasks]
+    asked = [prepare(task, packs) for task in tasks]
     reference = load_reference(model).to("cuda" if torch.cuda.is_available() else "cpu")
     figures: dict[str, float] = {}
     for task in asked:

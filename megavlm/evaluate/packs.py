@@ -1,7 +1,7 @@
 """Questions as packs, which the trainer runs as it runs those of a dataset.
 
-A question has room for its answer behind it: what stands later in a sample changes nothing before
-it, so every pass takes the same packs with one token more.
+A question has room for the first token of its answer behind it, so that a prefix ends there. The
+answer itself needs none: layers keep the keys and values of what stands before it.
 
 Shapes: T tokens of a pack (its capacity).
 """
@@ -41,7 +41,7 @@ class Asked:
         supervised: bool [n], the tokens of the choice.
         images: its images, whose files are not read yet; ``name`` is the path.
         instruction: int32 [m], what a Q-Former reads beside them.
-        room: tokens that are kept free for the answer.
+        room: tokens that are kept free behind it.
     """
 
     path: Path
@@ -63,9 +63,7 @@ class Asked:
         return f"{self.path}:{self.line}"
 
 
-def ask(
-    task: Task, question: Question, template: ChatTemplate, tiling: Tiling, room: int
-) -> list[Asked]:
+def ask(task: Task, question: Question, template: ChatTemplate, tiling: Tiling) -> list[Asked]:
     """Return a question, ready for the model; with choices, the question with each of them.
 
     Args:
@@ -73,7 +71,6 @@ def ask(
         question: what is asked.
         template: of the conversation, with its tokenizer.
         tiling: how images become tiles.
-        room: tokens to keep free for an answer that the model writes.
 
     Raises:
         ValueError: an image that cannot be read, or a text that the template refuses.
@@ -94,7 +91,6 @@ def ask(
                 for index, choice in enumerate(question.choices)
             )
             found = [template.encode((*question.turns, ending), tiles, rows) for ending in endings]
-            room = 0
     except RejectError as error:
         raise ValueError(f"--eval.tasks {where}: {error.detail}") from None
     return [
@@ -105,7 +101,7 @@ def ask(
             supervised=supervised,
             images=images,
             instruction=template.instruction(question.turns, tiles),
-            room=room,
+            room=0 if question.choices else 1,
         )
         for tokens, supervised in found
     ]
@@ -156,10 +152,9 @@ def arrange(asked: Sequence[Asked], manifest: Manifest) -> list[list[int]]:
         length = -(-(len(one.tokens) + one.room) // manifest.alignment) * manifest.alignment
         if length > manifest.capacity or one.tiles > manifest.tile_cap:
             raise ValueError(
-                f"--eval.tasks {one.where}: {length} tokens with room for the answer and"
-                f" {one.tiles} tiles, but the packs of --data.train hold {manifest.capacity} tokens"
-                f" and {manifest.tile_cap} tiles; lower --eval.max_new_tokens, or pack with larger"
-                " --capacity and --tile_cap"
+                f"--eval.tasks {one.where}: {length} tokens and {one.tiles} tiles, but the packs of"
+                f" --data.train hold {manifest.capacity} tokens and {manifest.tile_cap} tiles; pack"
+                " with larger --capacity and --tile_cap"
             )
         if tokens + length > manifest.capacity or tiles + one.tiles > manifest.tile_cap:
             packs.append([])
@@ -273,22 +268,31 @@ class TaskPacks:
         return (found.partition(self._end_text)[0] if self._end_text else found).strip()
 
 
-def prepare(task: Task, folder: Path | str, max_new_tokens: int) -> TaskPacks:
+def prepare(
+    task: Task, folder: Path | str, max_new_tokens: int = 0, positions: int = 0
+) -> TaskPacks:
     """Make the packs of a task, with the tokenizer, template and tiles of a packed dataset.
 
     Args:
         task: the questions.
         folder: of the dataset.
         max_new_tokens: longest answer.
+        positions: tokens that the model has positions for; 0: any number.
 
     Raises:
-        ValueError: a question that does not fit the template or the packs, or images that cannot
-            be read.
+        ValueError: a question that does not fit the template, the packs or, with an answer, the
+            positions, or images that cannot be read.
     """
     manifest, template, tiling = usage_of(folder)
-    # One more than is read, so that there always is room, where a prefix ends.
-    found = [ask(task, question, template, tiling, max_new_tokens) for question in task.questions]
+    found = [ask(task, question, template, tiling) for question in task.questions]
     asked = tuple(one for each in found for one in each)
+    for one in asked if positions else ():
+        if (length := len(one.tokens) + one.room * max_new_tokens) > positions:
+            raise ValueError(
+                f"--eval.tasks {one.where}: {length} tokens with the longest answer, but the model"
+                f" has positions for {positions}; lower --eval.max_new_tokens {max_new_tokens}, or"
+                " leave the question out"
+            )
     order = arrange(asked, manifest)
     return TaskPacks(
         task=task,

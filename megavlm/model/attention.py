@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from megavlm.data.loading.batch import Media, Prefixes
+from megavlm.model.key_value_cache import Decode, Prefill
 from megavlm.parallel.context_parallel import gather_tokens, own_positions
 
 
@@ -30,11 +31,13 @@ class PackedSamples(PackedSeqParams):
         prefixes: where samples are divided, for a prefix-LM; none: attention is causal, or without
             a mask, in whole samples.
         media: which tokens read which image, for cross-attention; none: the model has none.
+        cached: what is kept of keys and values, or read, while questions are answered.
     """
 
     pad_between_seqs: bool = False
     prefixes: Prefixes | None = None
     media: Media | None = None
+    cached: Prefill | Decode | None = None
 
     def of_prefixes(self) -> PackedSamples:
         """Describe attention inside prefixes."""

@@ -25,6 +25,8 @@ from torch.distributed import ProcessGroup
 from megavlm.config.cross_attention import CrossAttention
 from megavlm.data.loading.batch import Media
 from megavlm.model.attention import PackedSamples
+from megavlm.model.cached_attention import attend_to_shares
+from megavlm.model.key_value_cache import Decode
 from megavlm.model.norm import scaled_rms_norm
 
 
@@ -140,19 +142,22 @@ class GatedCrossAttention(MegatronModule):
         gate.sequence_parallel = self.config.sequence_parallel
         return gate
 
-    def forward(self, hidden: Tensor, memory: Tensor, media: Media, recompute: bool) -> Tensor:
+    def forward(
+        self, hidden: Tensor, memory: Tensor | None, samples: PackedSamples, recompute: bool
+    ) -> Tensor:
         """Let tokens read images.
 
         Args:
             hidden: [t, 1, D].
-            memory: features of all tiles [I * F, 1, M].
-            media: which tokens read which tile.
+            memory: features of all tiles [I * F, 1, M]; none if what is cached is read.
+            samples: which tokens read which tile, and what is cached.
             recompute: whether the MLP is computed again in the backward pass.
 
         Returns:
             [t, 1, D]
         """
-        hidden = hidden + torch.tanh(self.attention_gate) * self._attend(hidden, memory, media)
+        read = self._attend(hidden, memory, samples)
+        hidden = hidden + torch.tanh(self.attention_gate) * read
         normed = self.mlp_norm(hidden)
         if recompute and torch.is_grad_enabled():
             transformed = self.checkpoint(self._transform, self.group, normed)
@@ -164,16 +169,23 @@ class GatedCrossAttention(MegatronModule):
         output, bias = self.mlp(hidden)
         return output if bias is None else output + bias
 
-    def _attend(self, hidden: Tensor, memory: Tensor, media: Media) -> Tensor:
+    def _attend(self, hidden: Tensor, memory: Tensor | None, samples: PackedSamples) -> Tensor:
         query = self._heads(self.linear_q(self.norm(hidden))[0])
-        key = self._heads(self.linear_k(memory)[0])
-        value = self._heads(self.linear_v(memory)[0])
         if self.query_norm is not None:
             query = self.query_norm(query)
+        if isinstance(samples.cached, Decode):
+            shares = samples.cached.tiles(self)
+            return self.linear_proj(attend_to_shares(query, shares)[:, None])[0]
+        key = self._heads(self.linear_k(memory)[0])
+        value = self._heads(self.linear_v(memory)[0])
+        if self.key_norm is not None:
             key = self.key_norm(key)
+        if samples.cached is not None:
+            samples.cached.record_tiles(self, self._by_tile(key), self._by_tile(value))
+        media = samples.media
         asking = query.index_select(0, media.rows)
         key, value = (self._of_segments(one, media) for one in (key, value))
-        samples = PackedSamples(
+        segments = PackedSamples(
             qkv_format="thd",
             cu_seqlens_q=media.ends,
             cu_seqlens_kv=media.image_ends * self.features,
@@ -186,7 +198,7 @@ class GatedCrossAttention(MegatronModule):
             value,
             None,
             attn_mask_type=AttnMaskType.no_mask,
-            packed_seq_params=samples,
+            packed_seq_params=segments,
         ).view(len(media.rows), -1)
         if not media.is_real:
             found = found * 0
@@ -199,8 +211,11 @@ class GatedCrossAttention(MegatronModule):
 
     def _of_segments(self, states: Tensor, media: Media) -> Tensor:
         """Choose the features that segments read: [I * F, H, d] -> [segments * F, H, d]."""
-        by_tile = states.view(-1, self.features, *states.shape[1:])
-        return by_tile.index_select(0, media.images).flatten(0, 1)
+        return self._by_tile(states).index_select(0, media.images).flatten(0, 1)
+
+    def _by_tile(self, states: Tensor) -> Tensor:
+        """[I * F, H, d] -> [I, F, H, d]"""
+        return states.view(-1, self.features, *states.shape[1:])
 
 
 class GatedLayer(TransformerLayer):
@@ -220,15 +235,14 @@ class GatedLayer(TransformerLayer):
         self,
         hidden_states: Tensor,
         *args,
-        context: Tensor,
+        context: Tensor | None,
         packed_seq_params: PackedSamples,
         **kwargs,
     ) -> tuple[Tensor, Tensor]:
         """Run block and layer; ``TransformerBlock.forward`` of megatron-core calls this, and its
         ``context``, the features of all tiles, is what it recomputes gradients for.
         """
-        media = packed_seq_params.media
-        hidden_states = self.cross(hidden_states, context, media, self.recompute_mlp)
+        hidden_states = self.cross(hidden_states, context, packed_seq_params, self.recompute_mlp)
         return super().forward(
             hidden_states, *args, context=context, packed_seq_params=packed_seq_params, **kwargs
         )

@@ -17,7 +17,8 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 from torch.nn import Module
 
-from megavlm.config.schema import Config, Loss
+from megavlm.config.schema import Config, Language, Loss
+from megavlm.data.loading.batch import Batch
 from megavlm.model.added_tokens import AddedEmbedding, AddedHead
 from megavlm.model.experts import count_routed_tokens
 from megavlm.model.kernels import Kernels
@@ -45,6 +46,7 @@ class LanguageModel(GPTModel):
     Attributes:
         loss_positions: int64 [P], ascending: where head and loss are computed in the next forward
             pass; none: everywhere.
+        token_positions: int64 [T], see ``Batch.positions``, for the next forward pass.
     """
 
     def __init__(
@@ -78,8 +80,7 @@ class LanguageModel(GPTModel):
             vp_stage=vp_stage,
         )
         count_routed_tokens(self)
-        if language.rotary_yarn_factor > 1:
-            self.rotary_pos_emb.inv_freq = frequencies(language)
+        self._prepare_positions(language)
         self.embedding_scale = 1.0
         if language.scaled_embedding:
             # Rounded to the dtype of the embeddings, as in transformers.
@@ -87,8 +88,6 @@ class LanguageModel(GPTModel):
             self.embedding_scale = float(scale)
         self.cross_entropy = kernels.cross_entropy
         self.loss_positions: Tensor | None = None
-        self.has_learned_positions = language.has_learned_positions
-        self.unused_positions = language.unused_positions
         if self.post_process and not architecture.needs.has_vocabulary_head:
             # GPTModel returns hidden states if it is told that another chunk has the head; its
             # layers have been built with the final norm.
@@ -106,6 +105,17 @@ class LanguageModel(GPTModel):
             self._gather_before_head(groups)
             if run.loss.is_by_block:
                 self._take_loss_terms(run.loss, rows)
+
+    def _prepare_positions(self, language: Language) -> None:
+        """Make positions what the language model has, and those that a pass gives."""
+        self.token_positions: Tensor | None = None
+        self.has_learned_positions = language.has_learned_positions
+        self.unused_positions = language.unused_positions
+        if language.rotary_yarn_factor > 1:
+            self.rotary_pos_emb.inv_freq = frequencies(language)
+        if not language.has_learned_positions:
+            # GPTModel calls it for the angles of its tokens.
+            self.rotary_pos_emb.register_forward_hook(self._at_positions)
 
     def _take_loss_terms(self, loss: Loss, rows: int) -> None:
         """Let the loss project hidden states itself, block by block; this rank has ``rows`` rows of
@@ -141,17 +151,20 @@ class LanguageModel(GPTModel):
             embeddings = self.added_embedding(tokens, embeddings)
         return embeddings if self.embedding_scale == 1 else embeddings * self.embedding_scale
 
-    def add_positions(self, hidden: Tensor, sample_ends: Tensor, tokens: int) -> Tensor:
+    def add_positions(self, hidden: Tensor, batch: Batch) -> Tensor:
         """Add learned positions, if the model has them, to tokens and image features alike.
 
         Args:
-            hidden: what enters the first layer [T + R, 1, D].
-            sample_ends: where samples end in the whole pack [N + 1].
-            tokens: T, of this rank; the rows behind them get no positions.
+            hidden: what enters the first layer [T + R, 1, D]; the last R rows get no positions.
+            batch: the pack.
         """
         if not self.has_learned_positions:
             return hidden
-        rows = self.position_ids(sample_ends, tokens)
+        tokens = len(batch.tokens)
+        if batch.positions is None:
+            rows = self.position_ids(batch.sample_ends, tokens)
+        else:
+            rows = self.unused_positions + batch.positions[None]
         positions = self.embedding.position_embeddings(rows).transpose(0, 1)
         return torch.cat([hidden[:tokens] + positions, hidden[tokens:]])
 
@@ -175,6 +188,27 @@ class LanguageModel(GPTModel):
         rows = self.unused_positions + offsets + (skipped if ranks > 1 else 0)
         # The padding at the end may be longer than any sample.
         return rows.clamp(max=self.max_position_embeddings - 1)[None]
+
+    def _at_positions(self, rotary: Module, inputs: tuple, angles: Tensor) -> Tensor:
+        """Choose the angles of new tokens; called by torch behind the rotary embedding's forward.
+
+        Args:
+            rotary: the rotary embedding.
+            inputs: of its forward.
+            angles: of each place in a sample [longest sample, 1, 1, rotated width].
+
+        Returns:
+            [T * context-parallel ranks, 1, 1, rotated width], if ``token_positions`` are given
+        """
+        if self.token_positions is None:
+            return angles
+        own = angles.index_select(0, self.token_positions)
+        ranks = self.pg_collection.cp.size()
+        if ranks == 1:
+            return own
+        # All ranks have the same tokens; each takes a piece from the front and one from the back.
+        front, back = own.chunk(2)
+        return torch.cat([front.repeat(ranks, 1, 1, 1), back.repeat(ranks, 1, 1, 1)])
 
     def setup_embeddings_and_output_layer(self) -> None:
         """Mark embedding and head as megatron-core looks for them; called by GPTModel.

@@ -17,6 +17,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from megavlm.config.schema import Architecture, Experts, Vision
+from megavlm.model.cached_attention import caching
 from megavlm.model.cross_attention import CrossModules, GatedCrossAttention, GatedLayer
 from megavlm.model.experts import mixture_spec
 from megavlm.model.kernels import Kernels
@@ -140,12 +141,10 @@ def language_spec(
     """
     language = architecture.language
     crosses = architecture.cross_attention
-    inside = _attention(
-        SinkAttention if language.attention_sinks else kernels.packed_attention,
-        language.qkv_bias,
-        kernels,
-        kernels.norm if language.qk_norm else None,
-    )
+    sinks = language.attention_sinks
+    core = caching(SinkAttention if sinks else kernels.packed_attention, has_sinks=sinks)
+    head_norm = kernels.norm if language.qk_norm else None
+    inside = _attention(core, language.qkv_bias, kernels, head_norm)
     mask = AttnMaskType.causal if language.is_causal else AttnMaskType.no_mask
     attention = ModuleSpec(module=SelfAttention, params={"attn_mask_type": mask}, submodules=inside)
     [plain] = _layers(TransformerLayer, attention, 1, kernels)

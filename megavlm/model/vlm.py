@@ -45,6 +45,9 @@ from megavlm.parallel.vision_parallel import (
 )
 from megavlm.planner.layout import Chunk, Layout
 
+_NOTHING = (1, 1, 1)
+"""Shape of what chunks send in place of hidden states of tiles if there are none."""
+
 
 class VisionLanguageModel(MegatronModule):
     """A chunk of the model, one of those that stand on this rank.
@@ -146,6 +149,8 @@ class VisionLanguageModel(MegatronModule):
     def received_shape(self, batch: Batch) -> tuple[int, int, int]:
         """Shape of what the chunk before sends for a pack."""
         if self.vision is not None or self.connector is not None:
+            if batch.positions is not None:
+                return _NOTHING
             vision = self.architecture.vision
             tokens = vision.tokens if batch.kept_patches is None else vision.layer_tokens
             return tokens, batch.num_tiles, vision.hidden_size
@@ -259,18 +264,22 @@ class VisionLanguageModel(MegatronModule):
         return hidden
 
     def _encode(self, received: Tensor | None, batch: Batch) -> Tensor:
+        if batch.positions is not None:
+            return batch.tokens.new_zeros(_NOTHING, dtype=self.config.pipeline_dtype)
         if self.trains_vision:
             return self.vision(received, batch.tiles, batch.drop_path_draws, batch.kept_patches)
         with torch.no_grad():
             return self.vision(received, batch.tiles, None, batch.kept_patches)
 
     def _fuse(self, hidden: Tensor, batch: Batch) -> Tensor:
-        embeddings = self.language.embed(batch.tokens)
-        read = self.architecture.connector.instruction_tokens > 0
-        given = {"instructions": batch.instructions} if read else {}
-        features = gather_features(self.connector(hidden, **given), self.groups)
-        fused = self.objective.enter(embeddings, features, batch)
-        fused = self.language.add_positions(fused, batch.sample_ends, len(batch.tokens))
+        fused = self.language.embed(batch.tokens)
+        features = None
+        if batch.positions is None:
+            read = self.architecture.connector.instruction_tokens > 0
+            given = {"instructions": batch.instructions} if read else {}
+            features = gather_features(self.connector(hidden, **given), self.groups)
+            fused = self.objective.enter(fused, features, batch)
+        fused = self.language.add_positions(fused, batch)
         if self.config.sequence_parallel:
             fused = scatter_to_sequence_parallel_region(fused)
         rows = self._memory_rows(batch)
@@ -299,6 +308,7 @@ class VisionLanguageModel(MegatronModule):
             max_seqlen_kv=longest,
             prefixes=batch.prefixes if self.architecture.prefix_lm else None,
             media=batch.media,
+            cached=batch.cached,
         )
         if self.groups.context_size > 1:
             # Transformer Engine cuts samples at the ends with padding. There is none between ours:
@@ -308,6 +318,7 @@ class VisionLanguageModel(MegatronModule):
         has_head = self.architecture.needs.has_vocabulary_head
         chooses = self.chooses_loss_positions if with_loss else only_loss_positions
         self.language.loss_positions = batch.loss_positions if chooses else None
+        self.language.token_positions = batch.positions
         output = self.language(
             input_ids=None,
             position_ids=None,

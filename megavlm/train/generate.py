@@ -1,8 +1,8 @@
 """Answers of the model that is trained, on any layout.
 
-Each pass runs whole packs of questions through the pipeline, as training does, and adds one token
-to each answer. That is exact and needs no other code for attention; a cache would save time for
-long answers.
+The packs of questions run through the pipeline once, as in training, and give the first token of
+each answer. Layers keep the keys and values of the questions, so that each further pass runs no
+more than the newest token of each answer.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,55 +18,55 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megavlm.config.checks.datasets import fp8_multiple
+from megavlm.config.schema import Config
 from megavlm.data.loading.batch import Batch
 from megavlm.data.loading.dataset import sample_positions
+from megavlm.data.loading.media import images_read
 from megavlm.data.loading.order import Plan
 from megavlm.evaluate.packs import TaskPacks
+from megavlm.model.cross_attention import GatedLayer
 from megavlm.model.greedy import likeliest_tokens
+from megavlm.model.key_value_cache import Decode, KeyValueCache, Prefill, places_for
+from megavlm.model.precision import precision
 from megavlm.train.evaluate import blank_packs, own_positions, run_forward
 from megavlm.train.job import Job
 from megavlm.train.pipeline import run_pipeline
 from megavlm.train.source_losses import SourceLosses
 
-# Packs of a data-parallel rank whose tiles are held at once.
-_WINDOW = 16
-
 
 @dataclass(frozen=True, kw_only=True)
-class _OpenPack:
-    """A pack of questions whose answers grow.
+class _Pack:
+    """A pack of questions that this rank answers.
 
     Args:
-        batch: this rank's slice, with no answer yet.
-        questions: indices of its questions.
-        ends: position in the pack where each prompt ends.
-        local: index among this rank's tokens of each position in the pack; -1: another rank's.
+        number: of the pack.
+        starts: position in the pack where each of its questions starts, by the question's number.
+        ends: int32 [N + 1], where the samples of the pack start and end.
+        tiles: which of the pack's tiles an answer reads by cross-attention, by question.
+        asked: place among this rank's tokens of the last one of a question, and the question; those
+            that this rank has, in the order of places.
     """
 
-    batch: Batch
-    questions: tuple[int, ...]
-    ends: tuple[int, ...]
-    local: np.ndarray
+    number: int
+    starts: dict[int, int]
+    ends: np.ndarray
+    tiles: dict[int, int]
+    asked: list[tuple[int, int]]
 
-    def with_answers(
-        self, answers: Sequence[Sequence[int]], is_done: Sequence[bool]
-    ) -> tuple[Batch, list[int]]:
-        """Return the batch with the answers so far, which asks for the next token of those that
-        are not done; and the questions whose next token this rank computes, in order.
-        """
-        tokens = self.batch.tokens.clone()
-        asked = []
-        for question, end in zip(self.questions, self.ends, strict=True):
-            for position, token in enumerate(answers[question], end):
-                if self.local[position] >= 0:
-                    tokens[self.local[position]] = token
-            last = int(self.local[end + len(answers[question]) - 1])
-            if not is_done[question] and last >= 0:
-                asked.append((last, question))
-        asked.sort()
-        positions = torch.tensor([last for last, _ in asked] or [0])
-        batch = dataclasses.replace(self.batch, tokens=tokens, loss_positions=positions)
-        return batch, [question for _, question in asked]
+    @property
+    def questions(self) -> list[int]:
+        """Those whose next token this rank finds, in its order."""
+        return [question for _, question in self.asked]
+
+    def prefill(self, batch: Batch, cache: KeyValueCache) -> Batch:
+        """Return the batch that asks for the first tokens of the answers, and keeps the keys."""
+        places = [place for place, _ in self.asked]
+        return dataclasses.replace(
+            batch,
+            loss_positions=torch.tensor(places or [0]),
+            cached=Prefill(cache, self.starts, self.ends, self.tiles),
+        )
 
 
 @torch.no_grad()
@@ -84,97 +84,196 @@ def generate(
     """
     answers: list[list[int]] = [[] for _ in task.asked]
     is_done = [False for _ in task.asked]
-    window = job.groups.data_size * _WINDOW
+    window = job.groups.data_size * _packs_at_once(job, task, max_new_tokens)
     for start in range(0, len(task.order), window):
         numbers = range(start, min(start + window, len(task.order)))
-        opened = _open(job, task, [numbers[own] for own in own_positions(job, len(numbers))])
-        questions = [question for number in numbers for question in task.order[number]]
-        for _ in range(max_new_tokens):
-            progress()
-            most = _most_packs(job, [task.order[number] for number in numbers], is_done)
-            tokens = _next_tokens(job, opened, answers, is_done, most)
-            for question in questions:
+        packs = [_place(job, task, numbers[own]) for own in own_positions(job, len(numbers))]
+        asked = [question for number in numbers for question in task.order[number]]
+        lengths = {one: len(task.asked[one].tokens) for pack in packs for one in pack.starts}
+        cache = KeyValueCache(lengths, max_new_tokens, job.backend.device)
+        progress()
+        found = _first_tokens(job, task, packs, cache, -(-len(numbers) // job.groups.data_size))
+        while True:
+            for question in asked:
                 if not is_done[question]:
-                    answers[question].append(tokens[question])
-                    is_done[question] = task.is_over(answers[question])
-            if all(is_done[question] for question in questions):
+                    answers[question].append(found[question])
+                    is_over = task.is_over(answers[question])
+                    is_done[question] = is_over or len(answers[question]) == max_new_tokens
+            if all(is_done[question] for question in asked):
                 break
+            cache.keep({question for question in asked if not is_done[question]})
+            progress()
+            found = _next_tokens(job, cache, answers)
     return answers
 
 
-def _open(job: Job, task: TaskPacks, numbers: Sequence[int]) -> list[_OpenPack]:
-    """Load packs of questions."""
-    plan = Plan(num_packs=len(task.packs), seed=0, shuffle=False)
-    batches = job.batches(task.packs, plan, numbers, workers=0)
+def _packs_at_once(job: Job, task: TaskPacks, max_new_tokens: int) -> int:
+    """Return how many packs each data-parallel rank answers at once. Collective."""
+    architecture = job.config.architecture
+    language = architecture.language
+    parts = [chunk.language for chunk in job.chunks if chunk.language is not None]
+    layers = [layer for part in parts for layer in part.decoder.layers]
+    crosses = sum(isinstance(layer, GatedLayer) for layer in layers)
+    heads = [language.num_query_groups, language.num_attention_heads]
+    own, read = (-(-count // job.groups.tensor_size) for count in heads)
+    elements = [len(layers) * own, crosses * read * architecture.features_per_tile]
+    found = torch.tensor(elements, device=job.backend.device)
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)  # pipeline stages have more layers or fewer
+    of_place, of_image = found.tolist()
+    most = max(
+        sum(places_for(len(task.asked[one].tokens) + max_new_tokens) * of_place for one in pack)
+        + len(pack) * of_image
+        for pack in task.order
+    )
+    size = 2 * language.head_size * precision(job.config).dtype.itemsize
+    return max(int(job.config.eval.cache_gib * 2**30) // (most * size), 1)
+
+
+def _place(job: Job, task: TaskPacks, number: int) -> _Pack:
+    """Find the questions of a pack in it."""
     manifest = task.packs.manifest
-    opened = []
-    with contextlib.closing(batches):
-        for number, batch in zip(numbers, batches, strict=True):
-            asked = [task.asked[index] for index in task.order[number]]
-            lengths = np.array([len(one.tokens) + one.room for one in asked])
-            _, ends = sample_positions(lengths, manifest.alignment, manifest.capacity)
-            own = job.groups.rank_slice.tokens(ends)
-            local = np.full(manifest.capacity, -1)
-            local[own] = np.arange(len(own))
-            starts = ends[: len(asked)].tolist()
-            opened.append(
-                _OpenPack(
-                    batch=batch,
-                    questions=task.order[number],
-                    ends=tuple(
-                        start + len(one.tokens) for start, one in zip(starts, asked, strict=True)
-                    ),
-                    local=local,
-                )
-            )
-    return opened
+    questions = task.order[number]
+    asked = [task.asked[index] for index in questions]
+    lengths = np.array([len(one.tokens) + one.room for one in asked])
+    _, ends = sample_positions(lengths, manifest.alignment, manifest.capacity)
+    local = np.full(manifest.capacity, -1)
+    own = job.groups.rank_slice.tokens(ends)
+    local[own] = np.arange(len(own))
+    starts = ends[: len(asked)].tolist()
+    last = [
+        int(local[start + len(one.tokens) - 1]) for start, one in zip(starts, asked, strict=True)
+    ]
+    return _Pack(
+        number=number,
+        starts=dict(zip(questions, starts, strict=True)),
+        ends=ends,
+        tiles=_tiles_read(task, number) if job.config.architecture.cross_attention.every else {},
+        asked=sorted(pair for pair in zip(last, questions, strict=True) if pair[0] >= 0),
+    )
 
 
-def _most_packs(job: Job, questions: Sequence[Sequence[int]], is_done: Sequence[bool]) -> int:
-    """Count the packs with an answer that is not done, of the data-parallel rank that has most.
+def _tiles_read(task: TaskPacks, number: int) -> dict[int, int]:
+    """Return which tile of a pack the answer to each question reads by cross-attention."""
+    samples = task.packs.reader.samples(number, load=False)
+    lengths = np.array([sample.length for sample in samples])
+    tokens = np.concatenate([sample.tokens for sample in samples])
+    manifest = task.packs.manifest
+    read = images_read(tokens, lengths, manifest.context_token_id, manifest.end_token_id)
+    starts = np.cumsum(lengths) - lengths
+    found = {
+        question: int(read[start + len(task.asked[question].tokens)])
+        for question, start in zip(task.order[number], starts, strict=True)
+    }
+    return {question: tile for question, tile in found.items() if tile >= 0}
 
-    Args:
-        job: the run.
-        questions: of each pack of all ranks.
-        is_done: of each question.
-    """
-    is_open = [not all(is_done[question] for question in pack) for pack in questions]
-    ranks = range(job.groups.data_size)
-    return max(sum(is_open[rank :: job.groups.data_size]) for rank in ranks)
 
-
-def _next_tokens(
-    job: Job,
-    opened: Sequence[_OpenPack],
-    answers: Sequence[Sequence[int]],
-    is_done: Sequence[bool],
-    most: int,
+def _first_tokens(
+    job: Job, task: TaskPacks, packs: Sequence[_Pack], cache: KeyValueCache, most: int
 ) -> list[int]:
-    """Return the next token of each answer that is not done, on every rank; -1 for those of other
+    """Return the first token of the answer to each question, on every rank; -1 for those of other
     packs. Collective.
 
     Args:
         job: the run.
-        opened: packs of this rank.
-        answers: so far, of each question.
-        is_done: of each question.
-        most: packs with an answer that is not done, of the rank that has most.
+        task: the questions.
+        packs: of this rank.
+        cache: takes the keys and values of their questions.
+        most: packs of the rank that has most.
     """
-    found = torch.full((len(answers),), -1, dtype=torch.int64, device=job.backend.device)
-    grown = [
-        pack.with_answers(answers, is_done)
-        for pack in opened
-        if not all(is_done[question] for question in pack.questions)
-    ]
-    blank = blank_packs(job, len(grown), most)
-    if grown or blank:
-        last = grown[-1][0] if grown else opened[-1].with_answers(answers, is_done)[0]
-        grown += [(last, []) for _ in range(blank)]
+    plan = Plan(num_packs=len(task.packs), seed=0, shuffle=False)
+    numbers = [pack.number for pack in packs]
+    loaded = job.batches(task.packs, plan, numbers, workers=0)
+    blank = blank_packs(job, len(packs), most)
+
+    def passes() -> Iterator[Batch]:
+        for pack, batch in zip(packs, loaded, strict=True):
+            yield pack.prefill(batch, cache)
+        for _ in range(blank):
+            yield batch
+
+    with contextlib.closing(loaded):
+        questions = [*(pack.questions for pack in packs), *([] for _ in range(blank))]
+        return _tokens_of(job, len(task.asked), passes(), questions)
+
+
+def _next_tokens(job: Job, cache: KeyValueCache, answers: Sequence[Sequence[int]]) -> list[int]:
+    """Return the next token of the answer to each question that the cache has, as
+    ``_first_tokens``. Collective.
+
+    Args:
+        job: the run.
+        cache: of this rank.
+        answers: so far, of each question.
+    """
+    own = int(bool(cache.questions))
+    blank = blank_packs(job, own, 1)
+    nothing = KeyValueCache({}, 0, job.backend.device)
+    caches = [cache] * own + [nothing] * blank
+    passes = [Decode(one, _row_multiple(job.config)) for one in caches]
+    batches = [_new_tokens(job, one, answers) for one in passes]
+    return _tokens_of(job, len(answers), batches, [one.questions for one in passes])
+
+
+def _row_multiple(config: Config) -> int:
+    """Return what the tokens of a pass must be a multiple of on each rank."""
+    parallel = config.parallel
+    rows = fp8_multiple(config.fp8.language, parallel.sequence_parallel)
+    if parallel.sequence_parallel:
+        rows *= parallel.tensor_model_parallel_size
+    # Context-parallel ranks take a sample's front and back.
+    return rows * (2 if parallel.context_parallel_size > 1 else 1)
+
+
+def _new_tokens(job: Job, new: Decode, answers: Sequence[Sequence[int]]) -> Batch:
+    """Make the batch of the newest token of each question, padded with tokens of no question."""
+    rows = len(new.positions)
+    count = len(new.questions)
+    tokens = torch.zeros(rows, dtype=torch.int64)
+    tokens[:count] = torch.tensor([answers[one][-1] for one in new.questions], dtype=torch.int64)
+    nothing = torch.zeros(0, dtype=torch.int64)
+    side = job.config.architecture.vision.image_size
+    return Batch(
+        tokens=tokens,
+        labels=torch.zeros(rows, dtype=torch.int64),
+        loss_weights=torch.zeros(rows),
+        loss_positions=torch.arange(max(count, 1)),
+        sources=torch.zeros(rows, dtype=torch.int32),
+        is_padding=torch.arange(rows) >= count,
+        # To megatron-core, context-parallel ranks share one sample.
+        sample_ends=torch.tensor([0, rows * job.groups.context_size], dtype=torch.int32),
+        longest_sample=new.longest,
+        prefixes=None,
+        tiles=torch.zeros(0, 3, side, side, dtype=torch.uint8),
+        feature_positions=nothing,
+        feature_numbers=nothing,
+        num_features=0,
+        drop_path_draws=torch.zeros(0, 0),
+        weight_sum=0.0,
+        pack_id=-1,
+        positions=new.positions,
+        cached=new,
+    )
+
+
+def _tokens_of(
+    job: Job, count: int, batches: Iterable[Batch], questions: Sequence[Sequence[int]]
+) -> list[int]:
+    """Run passes, and return the likeliest next token of each question on every rank; -1 for those
+    that no rank has run. Collective.
+
+    Args:
+        job: the run.
+        count: questions of the task.
+        batches: of this rank.
+        questions: of each batch, in the order of its logits; there may be more logits.
+    """
+    found = torch.full((count,), -1, dtype=torch.int64, device=job.backend.device)
+    if questions:
         run_pipeline(
             job.ddp_chunks,
-            (batch for batch, _ in grown),
-            len(grown),
-            _keep(job, [questions for _, questions in grown], found),
+            iter(batches),
+            len(questions),
+            _keep(job, questions, found),
             job.backend,
             forward_only=True,
             with_loss=False,

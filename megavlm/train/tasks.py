@@ -61,7 +61,7 @@ def open_tasks(config: Config) -> tuple[TaskPacks | PairPacks, ...]:
         ValueError: a task that cannot be asked, with its file and line.
     """
     needs = config.architecture.needs
-    longest = needs.longest_sample(config.architecture) if needs.is_of_pairs else None
+    longest = needs.longest_sample(config.architecture)
     return _open(
         config.eval,
         config.data.train_folders[0],
@@ -113,7 +113,7 @@ def _open(
     return tuple(
         prepare_pairs(task, folder, longest)
         if task.is_of_pairs
-        else prepare(task, folder, evaluation.max_new_tokens)
+        else prepare(task, folder, evaluation.max_new_tokens, longest)
         for task in tasks
     )
 

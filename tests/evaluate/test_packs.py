@@ -63,7 +63,7 @@ def make_task(folder: Path, *questions: str) -> Task:
 
 def test_there_is_room_for_one_token(tmp_path: Path) -> None:
     packs = make_packs(tmp_path / "packs", "internvl2_5", "tokenizer", "internvl")
-    task = prepare(make_task(tmp_path, "Who?", "Where?"), packs, 1)
+    task = prepare(make_task(tmp_path, "Who?", "Where?"), packs)
     packs = [task.packs.reader.read(number) for number in range(len(task.packs))]
     lengths = [length for pack in packs for length in pack.lengths.tolist()]
     assert lengths == [len(one.tokens) + 1 for one in task.asked]
@@ -72,7 +72,7 @@ def test_there_is_room_for_one_token(tmp_path: Path) -> None:
 
 def test_an_answer_ends_at_a_special_token(tmp_path: Path) -> None:
     packs = make_packs(tmp_path / "packs", "internvl2_5", "tokenizer", "internvl")
-    task = prepare(make_task(tmp_path, "Who?"), packs, 4)
+    task = prepare(make_task(tmp_path, "Who?"), packs)
     tokens = task.template.tokenizer("a\nb")["input_ids"]
     assert not task.is_over(tokens)
     assert task.is_over([*tokens, task.template.end_token_id])
@@ -81,7 +81,7 @@ def test_an_answer_ends_at_a_special_token(tmp_path: Path) -> None:
 
 def test_an_answer_ends_at_either_end_and_begins_behind_its_channel(tmp_path: Path) -> None:
     packs = make_packs(tmp_path / "packs", "internvl3_5_gpt_oss", "tokenizer", "internvl")
-    task = prepare(make_task(tmp_path, "Who?"), packs, 4)
+    task = prepare(make_task(tmp_path, "Who?"), packs)
     tokens = task.template.tokenizer("<|channel|>final<|message|>a\nb")["input_ids"]
     assert not task.is_over(tokens)
     for end in ("<|return|>", "<|end|>"):
@@ -92,7 +92,7 @@ def test_an_answer_ends_at_either_end_and_begins_behind_its_channel(tmp_path: Pa
 
 def test_an_answer_ends_at_a_line_break_that_another_token_holds(tmp_path: Path) -> None:
     packs = make_packs(tmp_path / "packs", "llava_plain", "llava_tokenizer", "llava")
-    task = prepare(make_task(tmp_path, "<image>"), packs, 4)
+    task = prepare(make_task(tmp_path, "<image>"), packs)
     tokens = task.template.tokenizer("a\nb", add_special_tokens=False)["input_ids"]
     vars(task)["ends"] = frozenset()  # as if the line break were part of another token
     assert task.is_over(tokens) and not task.is_over(tokens[:1])
@@ -102,4 +102,4 @@ def test_an_answer_ends_at_a_line_break_that_another_token_holds(tmp_path: Path)
 def test_a_question_that_the_template_would_leave_out_is_refused(tmp_path: Path) -> None:
     packs = make_packs(tmp_path / "packs", "llava_plain", "llava_tokenizer", "llava")
     with pytest.raises(ValueError, match=r"exam.jsonl:2: the template llava_plain .* 'Who\?'"):
-        prepare(make_task(tmp_path, "<image>", "Who?"), packs, 4)
+        prepare(make_task(tmp_path, "<image>", "Who?"), packs)

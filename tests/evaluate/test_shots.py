@@ -51,7 +51,7 @@ def test_each_image_of_a_prompt_has_its_own_tokens(tmp_path: Path) -> None:
     add_special_tokens(tokenizer, "idefics")
     template = ChatTemplate(tokenizer, 1, name="flamingo")
     tiling = Tiling(tile_size=8, max_tiles=1, mode="stretch")
-    [asked] = ask(four, four.questions[0], template, tiling, 4)
+    [asked] = ask(four, four.questions[0], template, tiling)
     assert np.count_nonzero(asked.tokens == template.context_token_id) == 5 == len(asked.images)
     assert tokenizer.decode(asked.tokens).count("Answer: shade") == 4
 

@@ -1,5 +1,5 @@
-"""Trains a small model on Transformer Engine's layers and on local ones, on a CPU, and prints how
-far they are from each other, as JSON. ``test_numbers`` starts it.
+"""Trains a small model on Transformer Engine's layers and on local ones, on a CPU, lets both answer
+questions, and prints how far they are from each other, as JSON. ``test_numbers`` starts it.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 STEPS = 2
 PACKS = 4
+NEW_TOKENS = 4
 
 
 def make_packs(features_per_tile: int) -> Path:
@@ -107,16 +108,21 @@ def crossed(architecture: Any) -> Any:
     )
 
 
-def train(config: Any) -> tuple[list[tuple[float, float]], dict[str, Any]]:
-    """Return loss and gradient norm of each step, and the weights in the end."""
+def train(config: Any) -> tuple[list[tuple[float, float]], dict[str, Any], list[list[int]]]:
+    """Return loss and gradient norm of each step, and in the end weights and answers."""
     from megavlm.model.precision import tile_multiple
     from megavlm.model.weights import named_weights
     from megavlm.parallel import process_groups
+    from megavlm.train.evaluate import evaluating
+    from megavlm.train.generate import generate
     from megavlm.train.optimizer import set_rates, whole_weights
     from megavlm.train.step import train_step
+    from tests.data.questions import random_questions
     from tests.ranks.runs import build
 
     job = build(config)
+    packs = Path(config.data.train)
+    task = random_questions(packs, packs.parent, config.architecture.table_rows)
     multiple = tile_multiple(config)
     told = []
     try:
@@ -131,17 +137,19 @@ def train(config: Any) -> tuple[list[tuple[float, float]], dict[str, Any]]:
             )
             told.append((float(result.loss), float(result.grad_norm)))
         with whole_weights(job.ddp_chunks):
+            with evaluating(job.ddp_chunks):
+                answers = generate(job, task, NEW_TOKENS)
             weights = named_weights(job.chunks[0])
-            return told, {key: weight.detach().clone() for key, weight in weights.items()}
+            return told, {key: one.detach().clone() for key, one in weights.items()}, answers
     finally:
         process_groups.destroy()
 
 
 def compare(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """Train with both kinds of layers."""
+    """Train and answer with both kinds of layers."""
     plain = {name: value for name, value in settings.items() if name != "recompute"}
-    (local_told, local) = train(configure(folder, "local", **plain))
-    (told, engine) = train(configure(folder, "transformer_engine", **settings))
+    (local_told, local, local_answers) = train(configure(folder, "local", **plain))
+    (told, engine, answers) = train(configure(folder, "transformer_engine", **settings))
     distances = {
         key: float((engine[key] - weight).norm() / weight.norm().clamp_min(1e-12))
         for key, weight in local.items()
@@ -153,6 +161,8 @@ def compare(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
         "local": local_told,
         "engine": told,
         "farthest": max(distances.values()),
+        "local_answers": local_answers,
+        "answers": answers,
     }
 
 

@@ -1,5 +1,5 @@
 """On a CPU, Transformer Engine's layers with torch operations in place of its compiled functions
-train as local layers do: losses, gradient norms, and weights after two steps.
+train as local layers do: losses, gradient norms, weights after two steps, and answers.
 """
 
 from __future__ import annotations
@@ -31,3 +31,5 @@ def test_both_kinds_of_layers_train_alike(found: dict[str, Any], name: str) -> N
     for local, engine in zip(one["local"], one["engine"], strict=True):
         assert engine == pytest.approx(local, rel=1e-5)
     assert one["farthest"] < 1e-5
+    assert one["answers"] == one["local_answers"]
+    assert len(set(map(tuple, one["answers"]))) > 1

@@ -19,6 +19,8 @@ def evaluation_problems(config: Config) -> Iterator[str]:
     yield from _shots(config)
     if asked.max_new_tokens < 1:
         yield f"--eval.max_new_tokens {asked.max_new_tokens}: must be at least 1"
+    if asked.cache_gib <= 0:
+        yield f"--eval.cache_gib {asked.cache_gib}: must be more than 0"
     has_loss = bool(config.data.valid)
     interval = config.training.eval_interval
     if interval > 0 and not (has_loss or asked.tasks):

@@ -71,7 +71,7 @@ _BY_SECTION: dict[str, dict[Kind, str]] = {
     },
     "eval.": {
         "taken": "tasks examples shots max_new_tokens without_images control_interval",
-        "free": "only",
+        "free": "only cache_gib",
     },
     "health.": {"free": "speed_check slow_factor least_gb_per_s hang_factor hang_seconds"},
 }

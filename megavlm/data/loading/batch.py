@@ -132,7 +132,7 @@ class Batch:
         sample_ends: int32 [N + 1], from 0 to the capacity: where samples start and end in the whole
             pack. The padding at the end is one more sample.
         longest_sample: tokens of the longest sample, the padding counted as one.
-        prefixes: where samples are divided for a prefix-LM.
+        prefixes: where samples are divided for a prefix-LM; none in a pass of new tokens.
         media: which tokens read which image, for cross-attention; none if images have more than one
             placeholder token.
         instructions: what a Q-Former reads beside the tiles; none if the packs have none.
@@ -153,7 +153,12 @@ class Batch:
         draw: a random number of 31 bits, from (seed, position) alone.
         samples: of the pack, the padding at the end not counted.
         weight_sum: sum of the loss weights of the whole pack, in float64 from the index.
-        pack_id: the pack.
+        pack_id: the pack; -1 for new tokens.
+        positions: int64 [T], the place of each token in its sample, if they are not the tokens of a
+            pack but one new token of each of T samples, whose tiles and earlier tokens have been
+            seen; none: the places follow from ``sample_ends``.
+        cached: what attention keeps or reads of earlier tokens while questions are answered, see
+            ``model/key_value_cache``; none in training.
     """
 
     tokens: torch.Tensor
@@ -164,7 +169,7 @@ class Batch:
     is_padding: torch.Tensor
     sample_ends: torch.Tensor
     longest_sample: int
-    prefixes: Prefixes
+    prefixes: Prefixes | None
     tiles: torch.Tensor
     feature_positions: torch.Tensor
     feature_numbers: torch.Tensor
@@ -179,6 +184,8 @@ class Batch:
     instructions: Instructions | None = None
     weight_sum: float
     pack_id: int
+    positions: torch.Tensor | None = None
+    cached: Any = None
 
     @classmethod
     def of(cls, **values: np.ndarray | float | Prefixes | Media | Instructions | None) -> Batch:

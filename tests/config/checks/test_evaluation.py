@@ -61,6 +61,7 @@ def test_what_cannot_be(exam: str):
     for found, told in [
         (problems(Eval(tasks=("gone.jsonl",))), "--eval.tasks gone.jsonl: no such file"),
         (problems(Eval(max_new_tokens=0)), "--eval.max_new_tokens 0: must be at least 1"),
+        (problems(Eval(cache_gib=0.0)), "--eval.cache_gib 0.0: must be more than 0"),
         (problems(Eval(tasks=(exam,)), objective="qformer"), "--eval.tasks asks for answers"),
         (
             problems(Eval(tasks=(exam,), shots=(0,)), objective="contrastive"),

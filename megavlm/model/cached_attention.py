@@ -1,0 +1,135 @@
+"""Attention that keeps keys and values while questions are answered, in front of any other kind.
+
+In a decode pass each question has one new token, so that plain operations of torch are enough, and
+all kinds of attention are alike but for windows and sinks.
+
+Shape letters: T tokens of a pack on this rank, R rows of a decode pass, Q questions of a group, H
+query heads, G key and value heads, W places, d width of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.utils import is_layer_window_attention
+from torch import Tensor
+
+from megavlm.model.attention import PackedSamples
+from megavlm.model.key_value_cache import Decode, Share
+from megavlm.model.named_after import named_after
+
+
+def caching(attention: type, *, has_sinks: bool = False) -> type:
+    """Let ``attention``, that of whole packs, keep keys and values in the pass over questions, and
+    stand in for it in the passes behind.
+
+    Args:
+        attention: a class for the slot that megatron-core calls core attention.
+        has_sinks: whether its ``softmax_offset`` are sinks.
+    """
+
+    @named_after(attention)
+    class Caching(attention):
+        def __init__(
+            self,
+            *args: Any,
+            config: TransformerConfig,
+            layer_number: int,
+            pg_collection: ProcessGroupCollection,
+            softmax_scale: float | None = None,
+            **kwargs: Any,
+        ):
+            super().__init__(
+                *args,
+                config=config,
+                layer_number=layer_number,
+                pg_collection=pg_collection,
+                softmax_scale=softmax_scale,
+                **kwargs,
+            )
+            self.context_ranks = pg_collection.cp
+            self.product_scale = softmax_scale
+            has_window = is_layer_window_attention(
+                config.window_size, config.window_attn_skip_freq, layer_number
+            )
+            self.seen_tokens = config.window_size[0] + 1 if has_window else 0
+
+        def forward(
+            self,
+            query: Tensor,
+            key: Tensor,
+            value: Tensor,
+            *args: Any,
+            packed_seq_params: PackedSamples,
+            **kwargs: Any,
+        ) -> Tensor:
+            """Attend; ``Attention.forward`` of megatron-core calls this."""
+            cached = packed_seq_params.cached
+            if isinstance(cached, Decode):
+                shares = cached.extend(self, key, value)
+                sinks = self.softmax_offset if has_sinks else None
+                return attend_to_shares(query, shares, self.product_scale, self.seen_tokens, sinks)
+            if cached is not None:
+                cached.record(self, key, value, self.context_ranks)
+            return super().forward(
+                query, key, value, *args, packed_seq_params=packed_seq_params, **kwargs
+            )
+
+    return Caching
+
+
+def attend_to_shares(
+    query: Tensor,
+    shares: Iterable[Share],
+    scale: float | None = None,
+    window: int = 0,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Attend with the newest token of each question: [R, H, d] -> [R, H * d], zeros in rows that
+    read nothing.
+
+    Args:
+        query: of all rows.
+        shares: what they read.
+        scale: factor of the products; none: 1 / sqrt(d).
+        window, sinks: see ``attend_to_share``.
+    """
+    scale = query.shape[2] ** -0.5 if scale is None else scale
+    found = torch.zeros_like(query).flatten(1)
+    for share in shares:
+        found[share.rows] = attend_to_share(query[share.rows], share, scale, window, sinks)
+    return found
+
+
+def attend_to_share(
+    query: Tensor, share: Share, scale: float, window: int = 0, sinks: Tensor | None = None
+) -> Tensor:
+    """Attend with the newest token of each question of a group.
+
+    Args:
+        query: [Q, H, d]
+        share: what they read.
+        scale: factor of the products.
+        window: tokens that a query sees, the own one counted; 0: all.
+        sinks: [H], see ``model/sink_attention``; none: there are none.
+
+    Returns:
+        [Q, H * d]
+    """
+    questions, groups, width, size = share.values.shape
+    queries = query.view(questions, groups, -1, size)
+    scores = torch.matmul(queries, share.keys.transpose(2, 3)).float() * scale
+    distance = share.places[:, None] - torch.arange(width, device=query.device)
+    hidden = distance < 0
+    if window:
+        hidden = hidden | (distance >= window)
+    scores = scores.masked_fill(hidden[:, None, None], float("-inf"))
+    if sinks is not None:
+        beside = sinks.float().view(1, groups, -1, 1).expand(questions, -1, -1, 1)
+        scores = torch.cat([scores, beside], dim=-1)
+    shares = scores.softmax(-1)[..., :width].to(share.values.dtype)
+    return torch.matmul(shares, share.values).flatten(1)
