@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from megavlm.io.storage import Files
+from megavlm.io.storage import Files, ReadError
 
 # Records that lie closer together than this are read at once.
 GAP_BYTES = 1 << 14
@@ -44,7 +44,7 @@ class RecordFile:
 
         Raises:
             IndexError: an index is out of range.
-            ValueError: the file ends too early.
+            ReadError: the file ends too early.
         """
         if isinstance(key, str):
             column = np.empty(self.count, self.dtype[key])
@@ -78,7 +78,7 @@ class RecordFile:
         size = self.dtype.itemsize
         data = self.files.read(self.name, self.start + first * size, self.start + end * size)
         if len(data) != (end - first) * size:
-            raise ValueError(
+            raise ReadError(
                 f"{self.files.folder}/{self.name}: ends before row {end}; the file is cut off or"
                 " changed"
             )

@@ -2,38 +2,28 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import threading
-from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
+from megavlm.io.open_files import OpenFiles
 from megavlm.io.remote import facts_of, is_remote, open_system, read_range, request
-
-# A process may commonly open 1024 files, and workers inherit those of their parent.
-OPEN_FILES = 64
 
 
 class LocalFiles:
-    """The files of a local folder. Reads name their offset, so that processes and threads may share
-    open files.
+    """The files of a local folder.
 
     Args:
         folder: that holds the files.
+        opened: open files of this and other folders; none: of this one alone.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, opened: OpenFiles | None = None) -> None:
         self.folder = Path(folder)
-        self._open: OrderedDict[str, int] = OrderedDict()
-        self._lock = threading.Lock()
+        self.opened = opened or OpenFiles()
 
     def __reduce__(self) -> tuple:
-        return type(self), (self.folder,)
-
-    def __del__(self) -> None:
-        for descriptor in self._open.values():
-            os.close(descriptor)
+        return type(self), (self.folder, self.opened)
 
     def exists(self, name: str) -> bool:
         """Whether there is such a file."""
@@ -44,16 +34,8 @@ class LocalFiles:
         return (self.folder / name).stat().st_size
 
     def read(self, name: str, start: int, end: int) -> bytes:
-        """Bytes ``[start, end)`` of a file; fewer where it ends before."""
-        with self._lock:
-            descriptor = self._descriptor(name)
-            data = os.pread(descriptor, end - start, start)
-            while len(data) < end - start:  # one call gives 2 GB at most
-                more = os.pread(descriptor, end - start - len(data), start + len(data))
-                if not more:
-                    break
-                data += more
-        return data
+        """Bytes ``[start, end)`` of a file; fewer where it ends before. Raises OSError."""
+        return self.opened.read(self.folder / name, start, end)
 
     def copy(self, name: str, to: Path) -> None:
         """Copy a file, or a folder with all that is in it; nothing where there is none."""
@@ -62,15 +44,6 @@ class LocalFiles:
             shutil.copytree(source, to)
         elif source.exists():
             shutil.copyfile(source, to)
-
-    def _descriptor(self, name: str) -> int:
-        """Return an open file; those read last stay open."""
-        if name not in self._open:
-            while len(self._open) >= OPEN_FILES:
-                os.close(self._open.popitem(last=False)[1])
-            self._open[name] = os.open(self.folder / name, os.O_RDONLY)
-        self._open.move_to_end(name)
-        return self._open[name]
 
 
 class RemoteFiles:
@@ -130,8 +103,16 @@ class RemoteFiles:
 Files = LocalFiles | RemoteFiles
 
 
-def open_folder(folder: str | Path) -> Files:
+class ReadError(ValueError):
+    """Stored data that cannot be read any more, or that is not what was written."""
+
+
+def open_folder(folder: str | Path, opened: OpenFiles | None = None) -> Files:
     """Open a local or remote folder of packs.
+
+    Args:
+        folder: the folder.
+        opened: open files that it shares with other local folders; none: it has its own.
 
     Raises:
         ValueError: its files cannot be listed, or fsspec does not know such URLs.
@@ -141,4 +122,4 @@ def open_folder(folder: str | Path) -> Files:
             f"{folder}: packs cannot be read from the web, where the files of their tokenizer"
             " cannot be listed; copy them to a disk or to a store such as S3"
         )
-    return RemoteFiles(str(folder)) if is_remote(folder) else LocalFiles(folder)
+    return RemoteFiles(str(folder)) if is_remote(folder) else LocalFiles(folder, opened)

@@ -15,6 +15,10 @@ from megavlm.train import resume
 from megavlm.train.start_point import Start
 
 
+class ExportError(RuntimeError):
+    """A model that could not be exported at the end of a run."""
+
+
 def export_finished(config: Config, state: State, start: Start, groups: Groups) -> None:
     """Export the model of a run that is done, if it is asked for and not done already."""
     files = config.checkpoint
@@ -26,13 +30,19 @@ def export_finished(config: Config, state: State, start: Start, groups: Groups) 
     # A run with nothing to do has saved nothing. Steps of another stage do not count.
     has_saved = resume.first_step(config, start) < state.step
     folder = files.save if has_saved else start.folder
-    convert.export(
-        folder, files.export_hf, averages=config.ema.export, flag="--checkpoint.export_hf"
-    )
     # So that the same command again is no mistake.
     noted = {
         "folder": str(Path(files.export_hf).resolve()),
         "step": config.training.steps,
         "averages": config.ema.export,
     }
-    atomic.write_text(Path(files.save) / EXPORTED, json.dumps(noted) + "\n")
+    try:
+        convert.export(
+            folder, files.export_hf, averages=config.ema.export, flag="--checkpoint.export_hf"
+        )
+        atomic.write_text(Path(files.save) / EXPORTED, json.dumps(noted) + "\n")
+    except OSError as error:
+        raise ExportError(
+            f"--checkpoint.export_hf {files.export_hf}: the model could not be exported ({error});"
+            f" the checkpoint {folder} is whole, and the same command exports it"
+        ) from error

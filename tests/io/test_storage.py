@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import pickle
+
 import fsspec
 import numpy as np
 import pytest
@@ -9,6 +13,7 @@ import pytest
 from megavlm.data.loading.dataset import PackedDataset
 from megavlm.data.loading.loader import batches
 from megavlm.data.loading.order import Plan
+from megavlm.io.open_files import OpenFiles
 from megavlm.io.storage import LocalFiles, open_folder
 from tests.data.loading.test_loader import equal
 from tests.data.samples import make_dataset
@@ -67,9 +72,35 @@ def test_what_is_not_there():
         PackedDataset("nonsense://x")
 
 
-def test_files_stay_open_up_to_a_number(folder, monkeypatch):
-    monkeypatch.setattr("megavlm.io.storage.OPEN_FILES", 2)
-    files = LocalFiles(folder)
+def test_files_stay_open_up_to_a_number_over_all_folders_that_share_it(folder, monkeypatch):
+    monkeypatch.setattr("megavlm.io.open_files.most_open", lambda: 3)
+    opened = OpenFiles()
+    folders = pickle.loads(pickle.dumps([LocalFiles(folder, opened) for _ in range(4)]))
+    assert len({id(files.opened) for files in folders}) == 1
     names = sorted(path.name for path in folder.iterdir() if path.is_file())
+    before = len(os.listdir("/proc/self/fd"))
     for name in names * 2:
-        assert files.read(name, 0, 10**9) == (folder / name).read_bytes()
+        for files in folders:
+            assert files.read(name, 0, 10**9) == (folder / name).read_bytes()
+    assert len(os.listdir("/proc/self/fd")) == before + 3
+
+
+@pytest.mark.parametrize("failures", [1, 2])
+def test_a_file_that_fails_once_is_opened_again_and_one_that_fails_twice_is_named(
+    folder, monkeypatch, failures
+):
+    left = [OSError(errno.ESTALE, "Stale file handle")] * failures
+    read = os.pread
+
+    def fail(*arguments):
+        if left:
+            raise left.pop()
+        return read(*arguments)
+
+    monkeypatch.setattr(os, "pread", fail)
+    files = LocalFiles(folder)
+    if failures == 1:
+        assert files.read("manifest.json", 0, 10) == (folder / "manifest.json").read_bytes()[:10]
+        return
+    with pytest.raises(OSError, match="Stale file handle: .*manifest.json"):
+        files.read("manifest.json", 0, 10)

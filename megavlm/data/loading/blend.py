@@ -29,6 +29,7 @@ from megavlm.data.loading.dataset import PackedDataset
 from megavlm.data.loading.order import Order, Plan, permute
 from megavlm.data.store.index_format import RECORD
 from megavlm.data.store.manifest import Manifest
+from megavlm.io.open_files import OpenFiles
 
 # Weights are rounded to shares of so many positions.
 BLOCK = 2**16
@@ -80,6 +81,12 @@ class BlendPlan:
     def num_packs(self) -> int:
         """Packs of all datasets."""
         return sum(plan.num_packs for plan in self.plans)
+
+    @cached_property
+    def starts(self) -> np.ndarray:
+        """The number of the first pack of each dataset; int64."""
+        packs = [plan.num_packs for plan in self.plans]
+        return np.cumsum([0, *packs[:-1]], dtype=np.int64)
 
     @cached_property
     def counts(self) -> np.ndarray:
@@ -147,11 +154,9 @@ class BlendPlan:
         flat = np.ravel(positions).astype(np.int64)
         datasets, offsets = self.split(flat)
         ids = np.empty_like(flat)
-        first = 0
-        for number, plan in enumerate(self.plans):
+        for number in np.unique(datasets).tolist():
             chosen = datasets == number
-            ids[chosen] = plan.at(offsets[chosen]) + first
-            first += plan.num_packs
+            ids[chosen] = self.plans[number].at(offsets[chosen]) + self.starts[number]
         return ids.reshape(np.shape(positions))
 
     def split(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -250,12 +255,7 @@ class BlendedDataset:
         """Sum of the loss weights of packs, from the index. The order of the ids does not change
         the result's last bit.
         """
-        owners = self._owner(np.asarray(pack_ids))
-        parts = [
-            dataset.index[pack_ids[owners == number] - self.starts[number]][f"weight_{reduction}"]
-            for number, dataset in enumerate(self.datasets)
-        ]
-        return math.fsum(np.concatenate(parts))
+        return math.fsum(self[pack_ids][f"weight_{reduction}"])
 
     def pack_weights(
         self, pack_ids: np.ndarray, reduction: str, loss_weights: Sequence[float]
@@ -321,7 +321,7 @@ def open_blend(
         augment, next_image: as for ``PackedDataset``.
         sampling: as for ``shares_of``.
     """
-    options = {"augment": augment, "next_image": next_image}
+    options = {"augment": augment, "next_image": next_image, "opened": OpenFiles()}
     datasets = [PackedDataset(folder, **options) for folder in folders]
     order = {"seed": seed, "shuffle": shuffle, "group": group}
     plans = tuple(

@@ -28,6 +28,8 @@ from megavlm.data.loading.tiles import TileDecoder
 from megavlm.data.store.manifest import Manifest
 from megavlm.data.store.pack_format import REDUCTIONS
 from megavlm.data.store.reader import Index, Pack, Reader
+from megavlm.io.open_files import OpenFiles
+from megavlm.io.storage import ReadError
 
 _LOSS_MULTIPLE = 128
 
@@ -42,6 +44,7 @@ class PackedDataset:
             colour.
         next_image: share of the samples whose tokens read the next image by cross-attention, if
             their text has one, not the last one.
+        opened: open files that it shares with other datasets; none: it has its own.
 
     Raises:
         FileNotFoundError: no complete dataset there.
@@ -49,16 +52,22 @@ class PackedDataset:
     """
 
     def __init__(
-        self, folder: Path | str | Reader, *, augment: Sequence[str] = (), next_image: float = 0.0
+        self,
+        folder: Path | str | Reader,
+        *,
+        augment: Sequence[str] = (),
+        next_image: float = 0.0,
+        opened: OpenFiles | None = None,
     ) -> None:
-        self.reader = folder if isinstance(folder, Reader) else Reader(folder)
+        self.reader = folder if isinstance(folder, Reader) else Reader(folder, opened)
+        self._opened = opened
         self.augment = tuple(augment)
         self._decoder = TileDecoder(self.manifest, self.augment, self.folder, self.reader.origin)
         self.next_image = next_image
 
     def __reduce__(self) -> tuple:
         options = {"augment": self.augment, "next_image": self.next_image}
-        return partial(type(self), self.folder, **options), ()
+        return partial(type(self), self.folder, **options, opened=self._opened), ()
 
     def __len__(self) -> int:
         return len(self.reader)
@@ -186,7 +195,7 @@ class PackedDataset:
         numbers = self._number_of_file
         named = pack.provenance["source"]
         if named.min() < 0 or named.max() >= len(numbers):
-            raise ValueError(
+            raise ReadError(
                 f"{self.folder}: pack {pack.pack_id} has samples of source {named.max()}, but"
                 f" manifest.json lists {len(numbers)} sources; pack the dataset again"
             )
@@ -218,14 +227,14 @@ class PackedDataset:
         if is_of_pairs and not np.array_equal(
             np.repeat(pack.images["sample"], pack.images["tiles"]), np.arange(len(pack.lengths))
         ):
-            raise ValueError(
+            raise ReadError(
                 f"{self.folder}: pack {pack.pack_id} was packed for pairs, but its"
                 f" {len(pack.lengths)} samples have {pack.tiles} tiles, not one each; pack the"
                 " dataset again"
             )
         expected = pack.tiles * self.manifest.features_per_tile
         if len(placeholders) != expected:
-            raise ValueError(
+            raise ReadError(
                 f"{self.folder}: pack {pack.pack_id} has {len(placeholders)} context tokens (id"
                 f" {self.manifest.context_token_id}), but its {pack.tiles} tiles of"
                 f" {self.manifest.features_per_tile} features need {expected}; pack the dataset"

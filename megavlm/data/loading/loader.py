@@ -8,6 +8,7 @@ import multiprocessing.sharedctypes
 import os
 import time
 from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -23,6 +24,7 @@ from megavlm.data.loading.worker_processes import (
     ignore_signals_but_from_parent,
     starting_workers,
 )
+from megavlm.io.storage import ReadError
 
 # How the words for a worker that is gone begin, PyTorch's and ours.
 DIED = "DataLoader worker"
@@ -56,8 +58,8 @@ def batches(
         options: keyword arguments of ``PackedDataset.batch``, which makes every batch.
 
     Raises:
-        ValueError: a pack cannot be read or decoded; names the pack and the sample's file and line.
-        RuntimeError: a worker died or is stuck; names its pack, and where the samples come from.
+        ReadError: a pack cannot be read or decoded; names the pack and the sample's file and line.
+        WorkerError: a worker died or is stuck; names its pack, and where the samples come from.
     """
     make = partial(dataset.batch, **options)
     has_pixels = dataset.has_images and options.get("with_tiles", True)
@@ -81,7 +83,7 @@ def batches(
         for position in positions:
             try:
                 with WorkerFailureWatcher(processes):
-                    batch = next(arriving)
+                    batch = _made(next(arriving))
             except Exception as error:
                 if not workers:
                     raise
@@ -89,6 +91,21 @@ def batches(
             yield batch
     finally:
         del arriving  # nothing else holds DataLoader's iterator, so the workers end
+
+
+class WorkerError(RuntimeError):
+    """A loader worker that died or is stuck."""
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """What a worker hands over instead of a batch that it cannot make.
+
+    Args:
+        reason: in words; without the worker's stack, which PyTorch would put before them.
+    """
+
+    reason: str
 
 
 class WorkerStatusBoard:
@@ -151,7 +168,7 @@ class Positions(Dataset):
     def __len__(self) -> int:
         return len(self.positions)
 
-    def __getitem__(self, index: int) -> Batch:
+    def __getitem__(self, index: int) -> Batch | Unreadable:
         position = int(self.positions[index])
         worker = get_worker_info()
         if worker is None:
@@ -159,6 +176,8 @@ class Positions(Dataset):
         self.board.start(worker.id, position)
         try:
             return self._make(position)
+        except ReadError as error:
+            return Unreadable(str(error))
         finally:
             self.board.end(worker.id)
 
@@ -166,7 +185,18 @@ class Positions(Dataset):
         if self._has_made_one and self._has_pixels:
             load_decoders()
         self._has_made_one = True
-        return self.make(int(self.plan.at(position)), position)
+        pack_id = int(self.plan.at(position))
+        try:
+            return self.make(pack_id, position)
+        except OSError as error:
+            raise ReadError(f"pack {pack_id}: {error}") from error
+
+
+def _made(arrived: Batch | Unreadable) -> Batch:
+    """Return a batch; raise ReadError if a worker could not make it."""
+    if isinstance(arrived, Unreadable):
+        raise ReadError(arrived.reason)
+    return arrived
 
 
 def _explain(
@@ -200,7 +230,7 @@ def _without_process(at_work: list[tuple[int, int, float]]) -> list[tuple[int, i
 
 def _worker_is_gone(
     dataset: PackedDataset, plan: Plan, position: int, board: WorkerStatusBoard, error: Exception
-) -> RuntimeError:
+) -> WorkerError:
     """Describe a worker that died or is stuck: the pack it was at, and its samples' origins."""
     text = f"{type(error).__name__} {error}"
     at_work = board.at_work()
@@ -228,7 +258,7 @@ def _worker_is_gone(
     ]
     pack_ids = [pack_id for pack_id, _ in at] or [int(plan.at(position))]
     origins = [origin for pack_id in pack_ids for origin in dataset.origins(pack_id)]
-    return RuntimeError(
+    return WorkerError(
         f"{dataset.folder}: no batch for pack {int(plan.at(position))} (position {position}):"
         f" {text.rstrip('. ')}."
         f" {'; '.join(words for _, words in at) or 'no process was at a pack'}. {advice}. The"
@@ -236,7 +266,7 @@ def _worker_is_gone(
     )
 
 
-def _unchanged(batch: Batch) -> Batch:
+def _unchanged(batch: Batch | Unreadable) -> Batch | Unreadable:
     """Return a pack as it is. The DataLoader calls this to collate."""
     return batch
 

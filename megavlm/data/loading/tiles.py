@@ -16,6 +16,7 @@ from megavlm.data.images.tiling import pad_colour
 from megavlm.data.images.transforms import decode_changed
 from megavlm.data.store.manifest import Manifest
 from megavlm.data.store.reader import Pack
+from megavlm.io.storage import ReadError
 
 
 class TileDecoder:
@@ -58,7 +59,7 @@ class TileDecoder:
             position: of the pack in the run's order.
 
         Raises:
-            ValueError: an image that cannot be decoded.
+            ReadError: an image that cannot be decoded.
         """
         size = self.manifest.image_size
         tiles = np.zeros((len(chosen), 3, size, size), np.uint8)
@@ -80,7 +81,7 @@ class TileDecoder:
             # Whatever the decoder raises, the user has to learn which image it was.
             except Exception as error:
                 origin = self.origin(pack, int(row["sample"]))
-                raise ValueError(
+                raise ReadError(
                     f"{self.where}: pack {pack.pack_id}: image {index} of the pack, from the"
                     f" sample at {origin}, cannot be decoded: {type(error).__name__}: {error}"
                 ) from error

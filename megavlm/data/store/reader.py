@@ -23,8 +23,9 @@ from megavlm.data.store.index_format import (
 from megavlm.data.store.manifest import Manifest, read_manifest
 from megavlm.data.store.pack_format import IMAGE, PROVENANCE, Sections, sections
 from megavlm.io.checksum import measure
+from megavlm.io.open_files import OpenFiles
 from megavlm.io.record_file import CHUNK_BYTES, RecordFile
-from megavlm.io.storage import Files, LocalFiles, is_remote, open_folder
+from megavlm.io.storage import Files, LocalFiles, ReadError, is_remote, open_folder
 
 CHECKED_SHARDS = 1024
 
@@ -99,15 +100,17 @@ class Reader:
 
     Args:
         folder: folder with ``manifest.json``, or the URL of one in object storage.
+        opened: open files that it shares with other datasets; none: it has its own.
 
     Raises:
         FileNotFoundError: no manifest, or a file that it names is missing.
         ValueError: another format, a file cut off, or an index of another build.
     """
 
-    def __init__(self, folder: Path | str) -> None:
+    def __init__(self, folder: Path | str, opened: OpenFiles | None = None) -> None:
         self.folder: Path | str = str(folder) if is_remote(folder) else Path(folder)
-        self.files = open_folder(folder)
+        self._opened = opened
+        self.files = open_folder(folder, opened)
         self.manifest: Manifest = read_manifest(self.folder)
         shards = self.manifest.shards
         self._form = _check_files(self.files, self.manifest)
@@ -119,7 +122,7 @@ class Reader:
             raise ValueError(f"{self.folder}: the dataset has no packs")
 
     def __reduce__(self) -> tuple:
-        return type(self), (self.folder,)
+        return type(self), (self.folder, self._opened)
 
     def __len__(self) -> int:
         return len(self.index)
@@ -133,7 +136,7 @@ class Reader:
         neither read nor verified.
 
         Raises:
-            ValueError: the bytes on the disk are not those that were written; names the pack and
+            ReadError: the bytes on the disk are not those that were written; names the pack and
                 the file.
         """
         record = self.index[pack_id]
@@ -143,14 +146,14 @@ class Reader:
         end = int(record["offset"] + record["bytes"])
         middle = start + layout.encoded
         if not 0 <= start <= middle <= end <= shard.bin_bytes:
-            raise ValueError(
+            raise ReadError(
                 f"pack {pack_id}: its record places it outside {self.bin_path(pack_id)};"
                 f" {INDEX_NAME} is damaged, pack again"
             )
         end = end if with_images else middle
         data = self.files.read(f"{shard.name}.bin", start, end)
         if len(data) != end - start:
-            raise ValueError(
+            raise ReadError(
                 f"{self.bin_path(pack_id)}: ends inside pack {pack_id}; the file is cut off, copy"
                 " or pack the dataset again"
             )
@@ -175,7 +178,7 @@ class Reader:
         """Read everything and verify all checksums; returns the number of packs.
 
         Raises:
-            ValueError: at the first that is wrong.
+            ReadError: at the first that is wrong.
         """
         size = self._form.header_bytes + self._form.record.itemsize * len(self)
         _, crc = measure(
@@ -183,7 +186,7 @@ class Reader:
             for start in range(0, size, CHUNK_BYTES)
         )
         if crc != self.manifest.idx_crc32:
-            raise ValueError(
+            raise ReadError(
                 f"{self.folder}/{INDEX_NAME}: checksum is not the one in the manifest; the file is"
                 " damaged, copy or pack the dataset again"
             )
@@ -194,7 +197,7 @@ class Reader:
     def _check(self, pack_id: int, what: str, data: np.ndarray, expected: int) -> None:
         found = zlib.crc32(data)
         if found != expected:
-            raise ValueError(
+            raise ReadError(
                 f"{self.bin_path(pack_id)}: pack {pack_id}: CRC32 of its {what} is {found:08x},"
                 f" written was {expected:08x}; the file is damaged, copy or pack the dataset again"
             )

@@ -17,8 +17,9 @@ import torch
 
 from megavlm.data.loading.batch import Batch
 from megavlm.data.loading.dataset import PackedDataset
-from megavlm.data.loading.loader import batches
+from megavlm.data.loading.loader import WorkerError, batches
 from megavlm.data.loading.order import Plan
+from megavlm.io.storage import ReadError
 from tests.data.loading.test_dataset import write_broken_image
 from tests.data.samples import make_dataset
 
@@ -107,8 +108,8 @@ def test_close_ends_the_workers(dataset):
 def test_an_unreadable_image_is_named(tmp_path, workers):
     write_broken_image(tmp_path)
     with pytest.raises(
-        ValueError, match=r"pack 0: image 0 of the pack, from the sample at captions.jsonl:41"
-    ):
+        ReadError, match=r"pack 0: image 0 of the pack, from the sample at captions.jsonl:41"
+    ) as caught:
         next(
             batches(
                 PackedDataset(tmp_path),
@@ -118,6 +119,32 @@ def test_an_unreadable_image_is_named(tmp_path, workers):
                 workers=workers,
             )
         )
+    assert "Traceback" not in str(caught.value)  # a worker's, which PyTorch puts into the message
+
+
+@pytest.mark.parametrize(
+    ("workers", "damage", "told"),
+    [
+        (0, lambda path: os.truncate(path, 100), r"ends inside pack \d"),
+        (1, Path.unlink, r"pack \d: .*No such file"),
+    ],
+)
+def test_a_file_that_is_damaged_while_a_run_reads_it_is_named(tmp_path, workers, damage, told):
+    make_dataset(tmp_path, packs=7, shard_bytes=5000)
+    last = max(tmp_path.glob("*.bin"))
+    stream = batches(
+        PackedDataset(tmp_path),
+        Plan(num_packs=7, shuffle=False),
+        range(7),
+        reduction="token",
+        workers=workers,
+        prefetch=1,
+    )
+    next(stream)
+    damage(last)
+    with pytest.raises(ReadError, match=told) as caught:
+        list(stream)
+    assert str(last) in str(caught.value) and "Traceback" not in str(caught.value)
 
 
 def test_a_worker_that_dies_is_named(dataset):
@@ -133,7 +160,7 @@ def test_a_worker_that_dies_is_named(dataset):
     (worker,) = multiprocessing.active_children()
     os.kill(worker.pid, signal.SIGKILL)
     with pytest.raises(
-        RuntimeError, match=r"no batch for pack (1|2) .*--data.workers 0.* random.jsonl:\d+"
+        WorkerError, match=r"no batch for pack (1|2) .*--data.workers 0.* random.jsonl:\d+"
     ):
         for _ in range(3):
             next(stream)
@@ -163,7 +190,7 @@ def test_a_worker_that_dies_is_told_of_only_where_a_batch_is_waited_for(dataset)
 TRAINER = """
 import multiprocessing, os, signal, sys, time
 from megavlm.data.loading.dataset import PackedDataset
-from megavlm.data.loading.loader import batches
+from megavlm.data.loading.loader import WorkerError, batches
 from megavlm.data.loading.order import Plan
 
 asked = []

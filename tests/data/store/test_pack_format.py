@@ -160,7 +160,7 @@ def test_pickle(stored):
 
 def test_more_shards_than_may_stay_open(tmp_path, monkeypatch):
     make_dataset(tmp_path, packs=6, shard_bytes=1)
-    monkeypatch.setattr("megavlm.io.storage.OPEN_FILES", 2)
+    monkeypatch.setattr("megavlm.io.open_files.most_open", lambda: 2)
     reader = Reader(tmp_path)
     assert len(reader.manifest.shards) == 6
     first = reader.read(0)

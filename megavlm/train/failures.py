@@ -1,0 +1,58 @@
+"""What ends a run and is no mistake in the code: told in words, without a traceback."""
+
+from __future__ import annotations
+
+from megavlm.config import torchrun
+from megavlm.config.schema import Config
+from megavlm.data.loading.loader import WorkerError
+from megavlm.health import out_of_memory
+from megavlm.io.remote import RemoteError
+from megavlm.io.storage import ReadError
+from megavlm.train.bad_steps import StepError
+from megavlm.train.export import ExportError
+from megavlm.train.master_weights import MismatchError
+from megavlm.train.resume import DamagedError
+from megavlm.train.saver import SaveError
+
+# Raised on every rank.
+_SHARED = (DamagedError, MismatchError, SaveError, StepError)
+_OF_ONE_RANK = (ExportError, ReadError, RemoteError, WorkerError)
+
+
+def report(config: Config, error: Exception) -> int | None:
+    """Print why a run ends.
+
+    Args:
+        config: the run.
+        error: that ended it on this rank.
+
+    Returns:
+        The exit status; none if nothing was printed, since the error needs its traceback.
+    """
+    if isinstance(error, _SHARED):
+        torchrun.refuse(f"error: {error}", is_told=torchrun.rank() == 0)
+        return 2
+    names_file = isinstance(error, OSError) and bool(error.filename)
+    if isinstance(error, _OF_ONE_RANK) or names_file:
+        # The other ranks wait for this one until torchrun ends them.
+        torchrun.refuse(f"error on {torchrun.name_of_rank()}: {error}{_kept(config)}")
+        return 1
+    if out_of_memory.is_out_of_memory(error):
+        _report_full_memory(config, error)
+        return 1
+    return None
+
+
+def _kept(config: Config) -> str:
+    """Say from where the same command resumes."""
+    if not config.checkpoint.save:
+        return ""
+    return f"; the same command resumes from the last checkpoint in {config.checkpoint.save}"
+
+
+def _report_full_memory(config: Config, error: BaseException) -> None:
+    """Print what would save memory. The other ranks end with this one."""
+    lines = [out_of_memory.advice(config, torchrun.world_size(), error)]
+    if config.profile.memory_snapshot:
+        lines.append(out_of_memory.write_snapshot(config, torchrun.rank()))
+    torchrun.refuse("\n".join(lines))

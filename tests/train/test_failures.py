@@ -1,0 +1,78 @@
+"""What ends a run is told in words if it is no mistake in the code."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from megavlm.checkpoint.train_state import State
+from megavlm.config.schema import Checkpoint, Config
+from megavlm.data.loading.loader import WorkerError
+from megavlm.io.remote import RemoteError
+from megavlm.io.storage import ReadError
+from megavlm.train import export, failures
+from megavlm.train.saver import SaveError
+from tests.ranks.runs import config_for
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    return config_for(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ReadError("packs-00000.bin: ends inside pack 7"),
+        RemoteError("s3://bucket/packs: no answer"),
+        WorkerError("a worker was killed by signal 9"),
+        OSError(errno.ENOSPC, "No space left on device", "/runs/exported"),
+    ],
+)
+def test_what_a_machine_did_to_one_rank_names_the_rank(
+    config: Config, tmp_path: Path, capsys: pytest.CaptureFixture, error: Exception
+) -> None:
+    assert failures.report(config, error) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("error on rank 3 (") and str(error) in told
+    assert str(error) in json.loads((tmp_path / "error.json").read_text())["message"]["message"]
+
+
+def test_a_full_disk_at_the_export_leaves_the_way_to_export_again(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = Checkpoint(save="runs/a", export_hf="exports/a")
+    config = dataclasses.replace(config, checkpoint=files)
+
+    def fail(*_: object, **options: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(export.convert, "export", fail)
+    done = State(step=config.training.steps)
+    with pytest.raises(export.ExportError, match="--checkpoint.export_hf exports/a: .*No space"):
+        export.export_finished(config, done, None, SimpleNamespace(rank=0))
+
+
+def test_what_every_rank_knows_is_told_by_the_first(
+    config: Config, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert failures.report(config, SaveError("no room")) == 2
+    assert capsys.readouterr().err == ""
+    monkeypatch.setenv("RANK", "0")
+    assert failures.report(config, SaveError("no room")) == 2
+    assert capsys.readouterr().err == "error: no room\n"
+
+
+@pytest.mark.parametrize("error", [ValueError("shapes differ"), OSError(errno.EPIPE, "broken")])
+def test_a_mistake_in_the_code_keeps_its_traceback(
+    config: Config, capsys: pytest.CaptureFixture, error: Exception
+) -> None:
+    assert failures.report(config, error) is None
+    assert capsys.readouterr().err == ""
