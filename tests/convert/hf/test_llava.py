@@ -204,6 +204,31 @@ def test_unused_weights_that_are_lost_are_told_and_can_be_named(
     )
 
 
+def test_a_head_can_be_left_out_and_one_that_is_missing_is_told(
+    tmp_path: Path, words: Path
+) -> None:
+    source = make_llava(tmp_path / "hf", SEEING)
+    start = convert.import_(source, tmp_path / "start", tokenizer=words)
+    settings = start / "config.yaml"
+    text = settings.read_text()
+    settings.write_text(text.replace("unused_head: true", "unused_head: false"))
+    out = convert.export(start, tmp_path / "out")
+    before = {llava_name_on_disk(name): tensor for name, tensor in load_all(source).items()}
+    after = load_all(out)
+    assert {name for name in before if ".head." not in name} == after.keys() != before.keys()
+    assert not architecture_from_hf(out).vision.unused_head
+    encoder = {
+        name.removeprefix("vision_tower."): tensor
+        for name, tensor in after.items()
+        if name.startswith("vision_tower.")
+    }
+    (tmp_path / "siglip").mkdir()
+    save_file(encoder, tmp_path / "siglip" / "model.safetensors", {"format": "pt"})
+    settings.write_text(text)
+    with pytest.raises(ValueError, match="unused_head true: .*siglip has no weights of a head"):
+        convert.export(start, tmp_path / "again", vision=tmp_path / "siglip")
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [
