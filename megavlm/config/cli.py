@@ -173,6 +173,25 @@ def _parse(arguments: list[str], read_model: ReadModel | None) -> tuple[Config, 
     return with_layers(dataclasses.replace(config, init=init, checkpoint=checkpoint)), chosen
 
 
+def of_presets(config: Config, read_model: ReadModel | None) -> Config:
+    """Return the configuration that a run's recipe, stage, model and parts alone give.
+
+    Raises:
+        ValueError: the model is neither in the table nor a folder, nor made of parts.
+        OSError: a folder cannot be read.
+    """
+    named = config.model if config.model in MODELS or Path(config.model).is_dir() else ""
+    usual = _from_tables(
+        chosen=recipe(config.recipe),
+        stage=config.stage,
+        model=named,
+        init=config.init,
+        read_model=read_model,
+        sets_vision=not config.init.vision,
+    )
+    return with_layers(usual)
+
+
 def where_given(arguments: Sequence[str]) -> dict[str, Given]:
     """Return the options that a command line and its files give, by key; the command line wins.
 

@@ -11,10 +11,15 @@ from pathlib import Path
 import torch
 
 from megavlm.config import torchrun
+from megavlm.config.cli import of_presets
 from megavlm.config.freeze_mask import trains
 from megavlm.config.models import MODELS
+from megavlm.config.options import options, shown_value, to_namespace
 from megavlm.config.schema import Config
+from megavlm.model_source import read_model
 
+# Sections of the configuration that the planner reads, beside the layout.
+_PLANNED = ("architecture.", "optimizer.", "training.", "ema.", "fp8.", "loss.", "experts.")
 _OF_HOST = ("can't allocate memory", "not enough memory")
 
 
@@ -70,21 +75,34 @@ def _options(config: Config) -> Iterator[str]:
 
 
 def _planner_command(config: Config, ranks: int) -> str:
-    """Return the command that predicts the memory of this run, if its model has a name."""
-    if config.model not in MODELS and not Path(config.model).is_dir():
+    """Return the command that predicts the memory of this run, with all of its settings that the
+    planner looks at; empty if its model is only known to this process.
+    """
+    try:
+        usual = of_presets(config, read_model)
+    except (ValueError, OSError):
         return ""
-    layout = [
-        f"--parallel.{name} {value}"
-        for name, value in vars(config.parallel).items()
-        if name.endswith("_parallel_size") and value > 1
-    ]
-    layout += ["--parallel.sequence_parallel true"] if config.parallel.sequence_parallel else []
     words = ["python", "tools/plan_parallel.py", "--recipe", config.recipe]
-    words += ["--model", config.model, "--stage", config.stage, "--gpus", str(ranks)]
-    words += ["--global_batch_size", str(config.training.global_batch_size)]
+    if config.model in MODELS or Path(config.model).is_dir():
+        words += ["--model", config.model]
+    words += ["--stage", config.stage, "--gpus", str(ranks)]
+    for name, folder in config.init.parts.items():
+        words += [f"--init.{name}", folder]
     words += ["--data", config.data.train_folders[0]]
-    words += ["--layout", " ".join([*layout, f"--parallel.recompute {config.parallel.recompute}"])]
-    return shlex.join(words)
+    words += [word for pair in _settings(config, usual, _PLANNED) for word in pair]
+    layout = [word for pair in _settings(config, usual, ("parallel.",)) for word in pair]
+    return shlex.join([*words, "--layout", shlex.join(layout)])
+
+
+def _settings(
+    config: Config, usual: Config, sections: tuple[str, ...]
+) -> Iterator[tuple[str, str]]:
+    """Yield flag and value of the settings in some sections that are not as usual."""
+    before = to_namespace(usual)
+    now = to_namespace(config)
+    for key in options():
+        if key.startswith(sections) and now[key] != before[key]:
+            yield f"--{key}", "" if now[key] == () else shown_value(now[key])
 
 
 def record_memory(config: Config) -> None:
