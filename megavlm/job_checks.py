@@ -6,7 +6,7 @@ from pathlib import Path
 
 from megavlm.config import unfreezing
 from megavlm.config.checks import rules
-from megavlm.config.checks.datasets import DatasetFacts, facts_problems
+from megavlm.config.checks.datasets import DatasetFacts, batch_warnings, facts_problems
 from megavlm.config.lora import lora_problems
 from megavlm.config.parameter_groups import name_problems, setting_problems
 from megavlm.config.recipes import RECIPES
@@ -30,6 +30,15 @@ def problems(config: Config, world_size: int) -> list[str]:
         except (ValueError, OSError) as error:
             found.append(f"{flag} {folder}: {error}")
     return found + facts_problems(config, facts)
+
+
+def warnings(config: Config) -> list[str]:
+    """Return what runs, but hardly as it is meant.
+
+    Raises:
+        ValueError: a dataset that cannot be used.
+    """
+    return list(batch_warnings(config, dataset_facts(config)))
 
 
 def parameter_problems(config: Config) -> list[str]:

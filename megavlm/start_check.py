@@ -1,5 +1,5 @@
-"""What a command would start from, for ``--check``: the code of the run itself looks, and only
-reads.
+"""What a command would start from, for ``--check``, and what to be warned of: the code of the run
+itself looks, and only reads.
 """
 
 from __future__ import annotations
@@ -7,16 +7,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from megavlm import job_checks
 from megavlm.config.schema import Config, Init
 
 
 def check_start(stages: Sequence[Config]) -> str:
-    """Return in words what the stages of a command would start from.
+    """Return in words what the stages of a command would start from, below warnings.
 
     Raises:
         ValueError: it would be refused.
         OSError: it cannot be read.
     """
+    warnings = [f"warning: {found}" for run in stages for found in job_checks.warnings(run)]
+    return "\n".join([*dict.fromkeys(warnings), _start(stages)])
+
+
+def _start(stages: Sequence[Config]) -> str:
+    """Return in words what the stages of a command would start from; raises as ``check_start``."""
     first = stages[0]
     if not first.checkpoint.load and first.init == Init() and not any(map(_has_begun, stages)):
         place = f"; {first.checkpoint.save} is new or empty" if first.checkpoint.save else ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 
+from megavlm import job_checks
 from megavlm.checkpoint.step_folder import Checkpoint
 from megavlm.checkpoint.train_state import State
 from megavlm.config.checks.resume import changes
@@ -51,6 +52,8 @@ def log_run_summary(
     if isinstance(start, Init):
         for note in from_parts.notes(start, config.architecture):
             metrics.say(f"note: {note}")
+    for warning in job_checks.warnings(config):
+        metrics.say(f"warning: {warning}")
     is_resumed = isinstance(start, Checkpoint) and resume.resumes(config, start)
     if is_resumed and (table := changes(start.config, config)):
         metrics.say("\n".join(["changed since the checkpoint:", *table]))

@@ -96,7 +96,11 @@ def test_the_last_line_of_a_check_says_what_the_run_would_start_from(
 ) -> None:
     status, said = checked([*command, *options.split()], capsys)
     assert status == 0, said
-    assert said == f"nothing is wrong with the configuration for 1 rank\n{told}\n"
+    first, *warnings, last = said.splitlines()
+    assert (first, last) == ("nothing is wrong with the configuration for 1 rank", told)
+    # A step of 8 packs, of a dataset of 4, is the only thing to be warned of.
+    assert len(warnings) == options.count("batch_size 8"), said
+    assert all("has 4 packs, and a step of --training.global" in line for line in warnings)
 
 
 def test_the_folder_of_each_stage_is_looked_at(

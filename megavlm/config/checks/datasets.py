@@ -212,6 +212,29 @@ def _together(config: Config, facts: Sequence[DatasetFacts]) -> Iterator[str]:
         yield from _batch_shares(config, train)
 
 
+def batch_warnings(config: Config, facts: Sequence[DatasetFacts]) -> Iterator[str]:
+    """Yield the training sets that have fewer packs than a step draws from them: that runs, but a
+    step then holds packs twice.
+    """
+    train = [dataset for dataset in facts if dataset.flag == "--data.train" and dataset.num_packs]
+    if not train or len(train) != len(config.data.train_folders):
+        return
+    packs = [dataset.num_packs for dataset in train]
+    samples = [dataset.num_samples for dataset in train]
+    shares = shares_of(config.data.weights, config.data.sampling, packs, samples)
+    batch = config.training.global_batch_size
+    for dataset, share in zip(train, shares, strict=False):
+        drawn = share / max(sum(shares), 1e-300) * batch
+        if drawn > dataset.num_packs:
+            counted = "1 pack" if dataset.num_packs == 1 else f"{dataset.num_packs} packs"
+            yield (
+                f"--data.train {dataset.folder}: has {counted}, and a step of"
+                f" --training.global_batch_size {batch} draws {drawn:.4g} from it, so it trains on"
+                " some more than once; use a smaller batch, more data, or more and smaller packs"
+                " (tools/pack_dataset.py --capacity)"
+            )
+
+
 def _batch_shares(config: Config, train: Sequence[DatasetFacts]) -> Iterator[str]:
     """Training sets whose share of a global batch is less than a pack."""
     packs = [dataset.num_packs for dataset in train]

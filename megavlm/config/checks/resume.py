@@ -208,7 +208,9 @@ def _remedy(key: str, old: Config, new: Config) -> str:
 
 def _value(config: Config, key: str) -> Any:
     if key == "data.group":
-        return config.group
+        return config.group if config.data.shuffle else 0
+    if key == "data.sampling" and config.data.weights:
+        return "packs"  # weights go before it
     value: Any = config
     for name in key.split("."):
         value = vars(value)[name]

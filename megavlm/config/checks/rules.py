@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 from megavlm.config import unfreezing
 from megavlm.config.averages import ema_problems
 from megavlm.config.checks import start
 from megavlm.config.checks.architecture import architecture_problems
 from megavlm.config.checks.buckets import bucket_problems
+from megavlm.config.checks.data import data_problems
 from megavlm.config.checks.datasets import DatasetFacts, facts_problems
 from megavlm.config.checks.device import DeviceCapabilities, device_problems
 from megavlm.config.checks.drop_path import drop_path_problems
@@ -31,11 +31,9 @@ from megavlm.config.lora import dropout_problems
 from megavlm.config.loss import loss_problems
 from megavlm.config.objectives import OBJECTIVES
 from megavlm.config.schema import (
-    AUGMENTATIONS,
     LAYER_PARTS,
     Architecture,
     Config,
-    Data,
     Health,
     Parallel,
     Training,
@@ -80,7 +78,7 @@ def problems(config: Config, world_size: int) -> list[str]:
     """
     return [
         *layout_problems(config, world_size),
-        *_data(config.data),
+        *data_problems(config.data),
         *settings_problems(config),
         *expert_problems(config),
         *bad_steps_problems(config.bad_steps),
@@ -306,56 +304,6 @@ def _nearest_multiples(number: int, of: int) -> str:
     """Write the multiples just below and above a number as text."""
     below = number // of * of
     return f"{below} or {below + of}" if below > 0 else f"{below + of}"
-
-
-def _data(data: Data) -> Iterator[str]:
-    if not data.train:
-        yield "--data.train: name the folder of a packed dataset; tools/pack_dataset.py makes one"
-    folders = [("train", folder) for folder in data.train_folders]
-    if data.valid:
-        folders.append(("valid", data.valid))
-    for name, folder in folders:
-        if not any(sign in folder for sign in ("://", *"*?[{")) and not Path(folder).exists():
-            yield (
-                f"--data.{name} {folder}: no such path; tools/pack_dataset.py --out {folder} makes"
-                " packs"
-            )
-    if data.weights and len(data.weights) != len(data.train_folders):
-        yield (
-            f"--data.weights: {len(data.weights)} weights for {len(data.train_folders)} folders of"
-            " --data.train"
-        )
-    if any(not 0 < weight < float("inf") for weight in data.weights):
-        yield f"--data.weights {','.join(map(str, data.weights))}: each must be above 0"
-    if data.batch_shares and len(data.train_folders) < 2:
-        yield (
-            "--data.batch_shares true has no effect: --data.train names one folder; give several,"
-            " with commas, or leave it out"
-        )
-    yield from _loss_weights(data)
-    for name in data.augment:
-        if name == "half_crop" and "crop" in data.augment:
-            yield "--data.augment crop,half_crop: an image is cropped in one way; give one of them"
-        if name not in AUGMENTATIONS:
-            yield f"--data.augment {name}: no such change; known are {', '.join(AUGMENTATIONS)}"
-    yield from at_least(0, "data", data, "workers", "group", "timeout")
-    yield from at_least(1, "data", data, "prefetch")
-
-
-def _loss_weights(data: Data) -> Iterator[str]:
-    """Yield what is wrong with the weights of folders in the loss."""
-    weights = data.loss_weights
-    flag = f"--data.loss_weights {','.join(map(str, weights))}"
-    if weights and len(weights) != len(data.train_folders):
-        folders = len(data.train_folders)
-        yield f"{flag}: {len(weights)} weights for {folders} folders of --data.train"
-    if any(not 0 < weight < float("inf") for weight in weights):
-        yield f"{flag}: each must be above 0"
-    if weights and not data.batch_shares:
-        yield (
-            f"{flag}: each is for the mean of its folder in a batch, so every batch must have packs"
-            " of every folder; give --data.batch_shares true"
-        )
 
 
 def _training(training: Training) -> Iterator[str]:

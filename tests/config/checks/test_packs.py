@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from megavlm.config.checks.datasets import batch_warnings
 from megavlm.config.checks.rules import ConfigError, check, facts_problems
 from tests.config.checks.configs import facts, tiny
 
@@ -137,6 +138,28 @@ def test_shares_of_a_batch_are_a_pack_at_least(packs: Path, options: str, wrong:
     assert wrong is None or (
         wrong in problems[0] and "--training.global_batch_size 20" in problems[0]
     )
+
+
+@pytest.mark.parametrize(
+    ("packed", "options", "warned"),
+    [
+        ([3], "--training.global_batch_size 4", ["packs: has 3 packs, and a step of"]),
+        ([1], "--training.global_batch_size 4", ["packs: has 1 pack, and a step of"]),
+        ([4], "--training.global_batch_size 4", []),
+        ([4, 96], "--training.global_batch_size 20", []),
+        ([4, 96], "--training.global_batch_size 20 --data.weights 1,1", ["draws 10 from it"]),
+        ([4, 5], "--training.global_batch_size 20", ["draws 8.889 from it", "draws 11.11"]),
+    ],
+)
+def test_a_step_of_more_packs_than_there_are_is_warned_of(
+    packs: Path, packed: list[int], options: str, warned: list[str]
+):
+    config = tiny(packs, "--data.train", ",".join([str(packs)] * len(packed)), *options.split())
+    sets = [facts(config, num_packs=number) for number in packed]
+    valid = facts(config, flag="--data.valid", num_packs=1)
+    found = list(batch_warnings(config, [*sets, valid]))
+    assert len(found) == len(warned), found
+    assert all(words in warning for words, warning in zip(warned, found, strict=True)), found
 
 
 def test_blended_packs_have_one_capacity(packs: Path):

@@ -92,6 +92,15 @@ def test_a_table_says_what_changed() -> None:
     ]
 
 
+def test_settings_without_effect_may_change() -> None:
+    shares = ("--data.weights", "1,2")
+    assert not refusals(run(*shares, "--data.sampling", "sqrt"), run(*shares), is_own=False)
+    stored = ("--data.shuffle", "false")
+    assert not refusals(run(*stored, "--data.group", "8"), run(*stored), is_own=False)
+    for before, now in (((), shares), ((), ("--data.sampling", "sqrt")), ((), stored)):
+        assert refusals(run(*before), run(*now), is_own=False)
+
+
 def test_the_batch_may_change_if_the_order_of_the_packs_stays() -> None:
     old = run("--global-batch-size", "8")
     [refused] = refusals(old, run("--global-batch-size", "16"), is_own=False)

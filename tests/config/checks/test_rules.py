@@ -171,6 +171,16 @@ WRONG = [
     ("--data.weights 1,2", 1, ["--data.weights: 2 weights for 1 folders of --data.train"]),
     ("--data.weights 0", 1, ["--data.weights 0.0: each must be above 0"]),
     (
+        "--data.weights 1 --data.sampling sqrt",
+        1,
+        ["--data.sampling sqrt has no effect: --data.weights says", "--data.sampling packs"],
+    ),
+    (
+        "--data.shuffle false --data.group 8",
+        1,
+        ["--data.group 8 has no effect: --data.shuffle false takes packs as they are stored"],
+    ),
+    (
         "--data.batch_shares true",
         1,
         ["--data.batch_shares true has no effect: --data.train names one folder"],
