@@ -11,6 +11,7 @@ from __future__ import annotations
 import gc
 import inspect
 import multiprocessing
+import os
 import queue
 import signal
 from collections.abc import Callable
@@ -26,6 +27,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 from megavlm.checkpoint import checksums
+from megavlm.checkpoint.writer_processes import end_with_parent, watched_writers
 from megavlm.io.checksum import Sum
 
 # From 0.19 on megatron-core has two ways to write beside training; the other one is a package of
@@ -92,7 +94,9 @@ class Writing:
         # it.
         context = multiprocessing.get_context("fork")
         self._pipe, theirs = context.Pipe(duplex=False)
-        self._process = context.Process(target=_serve, args=(work, theirs), name="checkpoint")
+        self._process = context.Process(
+            target=_serve, args=(work, theirs, os.getpid()), name="checkpoint"
+        )
         self._process.start()
         theirs.close()
 
@@ -128,7 +132,8 @@ def _write(
     if write is None:
         return Outcome(sums={})
     try:
-        write()
+        with watched_writers():
+            write()
         found = results.get_nowait()
         if isinstance(found, Exception):
             raise found
@@ -141,10 +146,11 @@ def _write(
         return Outcome(error=f"{type(error).__name__}: {error}")
 
 
-def _serve(work: Callable[[], Outcome], pipe: Connection) -> None:
+def _serve(work: Callable[[], Outcome], pipe: Connection, rank_pid: int) -> None:
     """Run in the writing process. Ignore signals, since the rank waits for this process before it
     ends; collect no garbage, since that would touch CUDA.
     """
+    end_with_parent(rank_pid)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     gc.disable()

@@ -16,6 +16,8 @@ from megavlm.train.saver import SaveError
 
 # Raised on every rank.
 _SHARED = (DamagedError, MismatchError, SaveError, StepError)
+# How gloo and NCCL word that another rank ended.
+_LOST = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
 _OF_ONE_RANK = (ExportError, ReadError, RemoteError, WorkerError)
 
 
@@ -36,6 +38,12 @@ def report(config: Config, error: Exception) -> int | None:
     if isinstance(error, _OF_ONE_RANK) or names_file:
         # The other ranks wait for this one until torchrun ends them.
         torchrun.refuse(f"error on {torchrun.name_of_rank()}: {error}{_kept(config)}")
+        return 1
+    if isinstance(error, RuntimeError) and any(words in str(error) for words in _LOST):
+        torchrun.refuse(
+            f"error on {torchrun.name_of_rank()}: another rank ended, so this one cannot go on; why"
+            f" it did is above, or it was killed{_kept(config)} ({error})"
+        )
         return 1
     if out_of_memory.is_out_of_memory(error):
         _report_full_memory(config, error)

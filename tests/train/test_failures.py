@@ -33,6 +33,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
         ReadError("packs-00000.bin: ends inside pack 7"),
         RemoteError("s3://bucket/packs: no answer"),
         WorkerError("a worker was killed by signal 9"),
+        RuntimeError("Connection closed by peer [127.0.0.1]:7883"),
         OSError(errno.ENOSPC, "No space left on device", "/runs/exported"),
     ],
 )

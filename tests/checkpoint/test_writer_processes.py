@@ -1,0 +1,75 @@
+"""A process that writes shards fails the save if it is killed, and does not outlive its rank."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import pytest
+
+from megavlm.checkpoint.writer_processes import WriterError, watched_writers
+
+FORK = multiprocessing.get_context("fork")
+
+
+def _write(queue: multiprocessing.JoinableQueue) -> None:
+    """Be killed, as by the kernel; a process that waits for the queue waits for ever."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_writer_that_is_killed_is_an_error_and_the_others_end() -> None:
+    before = signal.getsignal(signal.SIGCHLD)
+    queue = FORK.JoinableQueue()
+    queue.put(1)
+    other = FORK.Process(target=time.sleep, args=(60,))
+    killed = FORK.Process(target=_write, args=(queue,))
+    with pytest.raises(WriterError, match="killed by signal 9"), watched_writers():
+        other.start()
+        killed.start()
+        queue.join()
+    other.join(timeout=20)
+    killed.join(timeout=20)
+    assert (other.exitcode, killed.exitcode) == (-signal.SIGKILL, -signal.SIGKILL)
+    assert signal.getsignal(signal.SIGCHLD) == before
+
+
+def test_writers_that_end_well_are_no_error() -> None:
+    with watched_writers():
+        writers = [FORK.Process(target=time.sleep, args=(0.01,)) for _ in range(3)]
+        for writer in writers:
+            writer.start()
+        for writer in writers:
+            writer.join()
+
+
+def _start_a_writer(pipe: Connection) -> None:
+    with watched_writers():
+        writer = FORK.Process(target=time.sleep, args=(60,))
+        writer.start()
+        pipe.send(writer.pid)
+        time.sleep(60)
+
+
+def test_a_writer_does_not_outlive_its_rank() -> None:
+    ours, theirs = FORK.Pipe()
+    rank = FORK.Process(target=_start_a_writer, args=(theirs,))
+    rank.start()
+    writer = ours.recv()
+    time.sleep(0.2)  # it has just been forked, and asks to end with its parent
+    rank.kill()
+    rank.join()
+    deadline = time.monotonic() + 20
+    while _is_alive(writer):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except FileNotFoundError:
+        return False
