@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Blip2Config, Blip2VisionConfig, PreTrainedConfig
 
 from megavlm.config.connectors import Connector
 from megavlm.config.qformer import QFormer
@@ -19,6 +18,7 @@ from megavlm.convert.weights.families import written_as
 
 CLASS_NAME = "Blip2ForConditionalGeneration"
 MODEL_TYPE = "blip-2"
+FORM = "Blip2Config"
 VISION_TYPES = ("blip_2_vision_model", "instructblip_vision_model")
 """What config.json calls the vision encoder alone."""
 WHOLE_TYPES = (MODEL_TYPE, "instructblip")
@@ -33,7 +33,8 @@ def vision_settings(raw: Mapping[str, Any]) -> dict[str, Any]:
     """
     found = dict(raw.get("vision_config") or {} if raw["model_type"] in WHOLE_TYPES else raw)
     found.pop("model_type", None)
-    return Blip2VisionConfig(**found).to_dict() | {"num_channels": found.get("num_channels", 3)}
+    complete = shared.config_class("Blip2VisionConfig")(**found).to_dict()
+    return complete | {"num_channels": found.get("num_channels", 3)}
 
 
 def vision_problems(found: Mapping[str, Any], section: str) -> Iterator[str]:
@@ -67,14 +68,14 @@ def read(
     folder: Path,
     *,
     has_head: bool | None,
-    form: type[PreTrainedConfig] = Blip2Config,
+    form: str = FORM,
     qformer: Mapping[str, Any] = _WITHOUT_TEXT,
 ) -> Architecture:
     """Read the architecture; errors and other arguments as in ``native_config``.
 
     Args:
         raw, folder, has_head: as there.
-        form: class of the configuration.
+        form: class of the configuration in transformers.
         qformer: what it must say of the Q-Former.
     """
     settings = read_settings(raw, folder, qformer, form)
@@ -94,7 +95,7 @@ def read_settings(
     raw: dict[str, Any],
     folder: Path,
     qformer: Mapping[str, Any],
-    form: type[PreTrainedConfig] = Blip2Config,
+    form: str = FORM,
 ) -> dict[str, Any]:
     """Return what config.json says, with what it leaves out.
 
@@ -102,7 +103,7 @@ def read_settings(
         raw: content of config.json.
         folder: where it is.
         qformer: what it must say of the Q-Former.
-        form: class of the configuration.
+        form: class of the configuration in transformers.
 
     Raises:
         ValueError: it is of a model that ours is not; every difference is named.

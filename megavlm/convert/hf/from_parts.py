@@ -8,8 +8,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from megavlm.config.connectors import LLAVA, Connector
 from megavlm.config.lora import is_adapter
@@ -33,6 +32,9 @@ from megavlm.convert.weights.tables import EMBEDDING_KEY, HEAD_KEY
 from megavlm.convert.weights.transforms import Shape
 from megavlm.convert.weights.views import MegatronView
 from megavlm.data.text.tokenizer import extend, load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _BUFFER = re.compile(r"\.rotary_emb\.inv_freq$")

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import FuyuConfig
 
 from megavlm.config.connectors import Connector
 from megavlm.config.schema import Architecture, Vision
@@ -32,7 +31,7 @@ _BILINEAR = 2
 def read(raw: dict[str, Any], folder: Path, *, has_head: bool | None) -> Architecture:
     """Read the architecture; arguments and errors as in ``native_config``."""
     path = folder / FILE_NAME
-    settings = shared.complete(FuyuConfig, raw, path)
+    settings = shared.complete("FuyuConfig", raw, path)
     text = settings["text_config"]
     tied = settings["tie_word_embeddings"] or text.get("tie_word_embeddings")
     shared.refuse(path, list(_problems(settings)))

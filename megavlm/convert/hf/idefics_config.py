@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import IdeficsConfig
 
 from megavlm.config.connectors import Connector
 from megavlm.config.cross_attention import CrossAttention
@@ -36,7 +35,7 @@ _LLAMA = FAMILIES["llama"]
 def read(raw: dict[str, Any], folder: Path, *, has_head: bool | None) -> Architecture:
     """Read the architecture; arguments and errors as in ``native_config``."""
     path = folder / FILE_NAME
-    settings = shared.complete(IdeficsConfig, raw, path)
+    settings = shared.complete("IdeficsConfig", raw, path)
     # Its language model stands at the top of the file, without a name of its own.
     text = settings | {"model_type": _LLAMA.name}
     shared.refuse(path, list(_problems(settings, text)))

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import InstructBlipConfig
 
 from megavlm.config.schema import Architecture
 from megavlm.convert.hf import blip2_config, blip2_processor, tokenizer_files
@@ -21,6 +20,7 @@ from megavlm.data.text.tokenizer import QFORMER_TOKENIZER
 
 CLASS_NAME = "InstructBlipForConditionalGeneration"
 MODEL_TYPE = "instructblip"
+FORM = "InstructBlipConfig"
 PROCESSOR = "InstructBlipProcessor"
 _TEMPLATE = "instructblip"
 
@@ -29,7 +29,7 @@ def read(raw: dict[str, Any], folder: Path, *, has_head: bool | None) -> Archite
     """Read the architecture; arguments and errors as in ``native_config``. How long instructions
     are stands in no file; it is the authors' 128 tokens, or as many as there are positions.
     """
-    found = blip2_config.read(raw, folder, has_head=has_head, form=InstructBlipConfig, qformer={})
+    found = blip2_config.read(raw, folder, has_head=has_head, form=FORM, qformer={})
     qformer = found.connector.qformer
     longest = chat_format(_TEMPLATE).instruction_length
     tokens = min(longest, qformer.max_position_embeddings)

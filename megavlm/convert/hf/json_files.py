@@ -6,11 +6,12 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-from transformers import PreTrainedConfig
+from typing import TYPE_CHECKING, Any
 
 from megavlm.config.vision import PIXELS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 FILE_NAME = "config.json"
 IMAGE_PROCESSOR_NAME = "preprocessor_config.json"
@@ -55,19 +56,29 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def complete(form: type[PreTrainedConfig], raw: dict[str, Any], path: Path) -> dict[str, Any]:
+def config_class(name: str) -> type[PreTrainedConfig]:
+    """Return a class of transformers, which takes a second to import: a run that reads and writes
+    none of its folders is spared that.
+    """
+    import transformers
+
+    return getattr(transformers, name)
+
+
+def complete(form: str, raw: dict[str, Any], path: Path) -> dict[str, Any]:
     """Return settings with what the file leaves out, as a class of transformers has it.
 
     Args:
-        form: the class.
+        form: name of the class.
         raw: content of the file.
         path: of the file.
 
     Raises:
         ValueError: the class refuses them.
     """
+    kind = config_class(form)
     try:
-        return form.from_dict(raw).to_dict()
+        return kind.from_dict(raw).to_dict()
     except Exception as error:  # transformers' checks raise errors of many kinds
         raise ValueError(
             f"{path}: transformers cannot read it: {' '.join(str(error).split()):.300}"

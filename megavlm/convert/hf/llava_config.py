@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlavaConfig
 
 from megavlm.config.connectors import LLAVA, Connector
 from megavlm.config.schema import Architecture, Vision
@@ -33,7 +32,7 @@ def read(raw: dict[str, Any], folder: Path, *, has_head: bool | None) -> Archite
             f"{path}: has no text_config; it is of LLaVA's own code, and only folders of"
             f" transformers' {CLASS_NAME} are read"
         )
-    settings = shared.complete(LlavaConfig, raw, path)
+    settings = shared.complete("LlavaConfig", raw, path)
     shared.refuse(path, list(_problems(settings)))
     vision = settings["vision_config"]
     family = FAMILIES[vision["model_type"]]

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import InternVLConfig
 
 from megavlm.config.schema import Architecture, Connector, Vision
 from megavlm.convert.hf import json_files as shared
@@ -51,7 +50,7 @@ def read(raw: dict[str, Any], folder: Path, *, has_head: bool | None) -> Archite
         ValueError: it is of a model that ours is not; every difference is named.
     """
     path = folder / shared.FILE_NAME
-    settings = shared.complete(InternVLConfig, raw, path)
+    settings = shared.complete("InternVLConfig", raw, path)
     shared.refuse(path, list(_problems(settings)))
     mean, std = shared.normalisation(folder)
     return Architecture(

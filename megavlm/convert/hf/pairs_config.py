@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import CLIPConfig, SiglipConfig
 
 from megavlm.config.connectors import Connector
 from megavlm.config.schema import Architecture, Contrastive, Language, Vision
@@ -18,12 +17,15 @@ from megavlm.convert.hf.preprocessing import Usage
 from megavlm.convert.hf.processor import tile_processor
 from megavlm.data.text.tokenizer import load_tokenizer
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
 _OLD_END = 2
 
 
 def read_clip(raw: dict[str, Any], folder: Path, *, has_head: bool | None) -> Architecture:
     """Read the architecture of a ``CLIPModel``; see ``native_config.read``."""
-    found = json_files.complete(CLIPConfig, raw, folder / FILE_NAME)
+    found = json_files.complete("CLIPConfig", raw, folder / FILE_NAME)
     wrong = [*_problems(found), *json_files.needed_sizes("", found, "projection_dim")]
     json_files.refuse(folder / FILE_NAME, wrong)
     return Architecture(
@@ -37,7 +39,7 @@ def read_clip(raw: dict[str, Any], folder: Path, *, has_head: bool | None) -> Ar
 
 def read_siglip(raw: dict[str, Any], folder: Path, *, has_head: bool | None) -> Architecture:
     """Read the architecture of a ``SiglipModel``; see ``native_config.read``."""
-    found = json_files.complete(SiglipConfig, raw, folder / FILE_NAME)
+    found = json_files.complete("SiglipConfig", raw, folder / FILE_NAME)
     text = found["text_config"]
     size = text.get("projection_size") or text["hidden_size"]
     wrong = [*_problems(found), *json_files.no_sizes("text_config", text, "projection_size")]
@@ -97,7 +99,7 @@ def write_clip(
 ) -> None:
     """Write everything but weights of a ``CLIPModel``; see ``processor.write_native``."""
     ids = check_clip_tokenizer(tokenizer)
-    config = CLIPConfig(
+    config = json_files.config_class("CLIPConfig")(
         text_config=_written_text(architecture.language) | ids,
         vision_config=clip_vision.write(architecture.vision),
         projection_dim=architecture.contrastive.size,
@@ -115,7 +117,7 @@ def write_siglip(
 ) -> None:
     """Write everything but weights of a ``SiglipModel``; see ``processor.write_native``."""
     text = _written_text(architecture.language) | _token_ids(tokenizer)
-    config = SiglipConfig(
+    config = json_files.config_class("SiglipConfig")(
         text_config=text | {"projection_size": architecture.contrastive.size},
         vision_config=clip_vision.write(architecture.vision),
         architectures=["SiglipModel"],
@@ -180,7 +182,7 @@ def check_clip_tokenizer(folder: Path) -> dict[str, int]:
 def _write(
     folder: Path,
     tokenizer: Path,
-    config: CLIPConfig | SiglipConfig,
+    config: PreTrainedConfig,
     dtype: torch.dtype,
     processor: dict[str, Any],
 ) -> None:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PaliGemmaConfig
 
 from megavlm.config.connectors import Connector
 from megavlm.config.schema import Architecture
@@ -31,7 +30,7 @@ _BIDIRECTIONAL = "use_bidirectional_attention"
 def read(raw: dict[str, Any], folder: Path, *, has_head: bool | None) -> Architecture:
     """Read the architecture; arguments and errors as in ``native_config``."""
     path = folder / FILE_NAME
-    settings = shared.complete(PaliGemmaConfig, raw, path)
+    settings = shared.complete("PaliGemmaConfig", raw, path)
     text = settings["text_config"]
     shared.refuse(path, list(_problems(settings)))
     return Architecture(

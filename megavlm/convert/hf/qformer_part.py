@@ -10,8 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from transformers import BertConfig, Blip2Config, InstructBlipConfig
-
 from megavlm.config.qformer import QFormer
 from megavlm.config.schema import Architecture, Config
 from megavlm.convert.hf import blip2_config, json_files
@@ -23,7 +21,7 @@ from megavlm.convert.weights.transforms import Shape
 from megavlm.convert.weights.views import MegatronView
 
 _BERT = "bert"
-_FORMS = {blip2_config.MODEL_TYPE: Blip2Config, "instructblip": InstructBlipConfig}
+_FORMS = {blip2_config.MODEL_TYPE: blip2_config.FORM, "instructblip": "InstructBlipConfig"}
 _NAMES = {"instructblip": qformer.INSTRUCT_BLIP}
 _SPREAD = 0.02
 # Weights of a Q-Former that a BERT does not have.
@@ -125,7 +123,7 @@ def _read(folder: str | Path, known: QFormer, flag: str) -> tuple[QFormer, bool]
 
 
 def _of_bert(path: Path, raw: dict[str, Any], known: QFormer) -> QFormer:
-    found = json_files.complete(BertConfig, raw, path)
+    found = json_files.complete("BertConfig", raw, path)
     json_files.refuse(path, list(json_files.contradictions("", found, {"hidden_act": "gelu"})))
     return replace(
         known,

@@ -12,13 +12,14 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from megavlm.convert.hf import sentencepiece_file
 from megavlm.convert.hf.json_files import write_json
 from megavlm.data.text.tokenizer import fingerprint, first_tokens, load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 TEMPLATE_NAME = "chat_template.jinja"
 FILES = (

@@ -7,8 +7,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from transformers import CLIPVisionConfig, SiglipVisionConfig
-
 from megavlm.config.schema import Vision
 from megavlm.config.vision import PIXELS
 from megavlm.convert.hf import blip2_config, chat_config, clip_vision, json_files
@@ -17,11 +15,11 @@ from megavlm.convert.weights.families import clip, eva, internvit
 from megavlm.convert.weights.mapping import Row
 
 _INTERNVIT = "intern_vit_6b"  # what OpenGVLab calls every InternViT
-_CLIP_KINDS: dict[str, tuple[str, type]] = {
-    "clip": ("clip", CLIPVisionConfig),
-    "clip_vision_model": ("clip", CLIPVisionConfig),
-    "siglip": ("siglip", SiglipVisionConfig),
-    "siglip_vision_model": ("siglip", SiglipVisionConfig),
+_CLIP_KINDS: dict[str, tuple[str, str]] = {
+    "clip": ("clip", "CLIPVisionConfig"),
+    "clip_vision_model": ("clip", "CLIPVisionConfig"),
+    "siglip": ("siglip", "SiglipVisionConfig"),
+    "siglip_vision_model": ("siglip", "SiglipVisionConfig"),
 }
 _EVA_KINDS = (*blip2_config.VISION_TYPES, *blip2_config.WHOLE_TYPES)
 CLIP_FAMILIES = {family for family, _ in _CLIP_KINDS.values()}
