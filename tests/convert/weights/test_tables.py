@@ -122,15 +122,13 @@ def test_the_chat_dialect_has_no_place_for_gemma() -> None:
 
 def test_operations_and_tables_need_neither_megatron_nor_transformers() -> None:
     code = (
-        "import sys, megavlm.convert.weights.transforms, megavlm.convert.weights.tables; print([m"
-        " for m in ('megatron', 'transformers') if m in sys.modules])"
+        "import sys, megavlm.convert.weights.transforms, megavlm.convert.weights.tables\n"
+        "print('megatron' in sys.modules)\n"
+        "import megavlm.train.launch\n"  # which needs transformers for some runs alone
+        "print('transformers' in sys.modules)"
     )
-    assert (
-        subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True
-        ).stdout.strip()
-        == "[]"
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False"] * 2
 
 
 @pytest.mark.parametrize(
