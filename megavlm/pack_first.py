@@ -226,7 +226,7 @@ def _job(config: Config, name: str) -> Job:
     for flag, values in form.items():
         for value in values:
             first += [] if value == ANY else [flag, value]
-    alone = vars(parser.parse_args([*source, "--tokenizer", tokenizer or "given"]))
+    alone = vars(parser.parse_args([*source, "--tokenizer", tokenizer]))
     asked = parser.parse_args([*first, *words])
     for option in OWN_OPTIONS:
         if vars(asked)[option] != alone[option]:

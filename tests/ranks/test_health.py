@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
-import socket
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing import Process
@@ -22,6 +20,7 @@ from megavlm.health import speed_check
 from megavlm.parallel import backend, process_groups
 from tests.data.samples import make_dataset
 from tests.ranks import late_rank
+from tests.ranks.commands import become_rank, free_port
 from tests.ranks.pool import Pool, start_process
 from tests.ranks.runs import TINY, config_for
 
@@ -49,18 +48,7 @@ LATE = {
 
 
 def start_rank(rank: int, port: int, how: str, config: Path) -> None:
-    """Be a rank as torchrun starts one, in a process whose output goes to files."""
-    for number, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(config.with_suffix(f".{rank}.{name}"), os.O_CREAT | os.O_WRONLY), number)
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(RANKS),
-        LOCAL_WORLD_SIZE=str(RANKS),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )
-    torch.set_num_threads(1)
+    become_rank(rank, RANKS, port, config.with_suffix(""))
     late_rank.main(how, 10, config)
 
 
@@ -88,8 +76,7 @@ def late_runs(
         )
         path = folder / f"{how}.yaml"
         path.write_text(to_yaml(config))
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
+        port = free_port()
         runs[how] = [start_process(start_rank, rank, port, how, path) for rank in range(RANKS)]
     yield folder, runs
     for process in (each for run in runs.values() for each in run):

@@ -9,7 +9,6 @@ import json
 import os
 import random
 import signal
-import subprocess
 import threading
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from megavlm.config.stages import parse_stages
 from megavlm.data.packing import job, scan
 from megavlm.data.store.reader import Reader
 from megavlm.model_source import read_model
-from tests.ranks.test_torchrun import ENVIRONMENT, TORCHRUN
+from tests.ranks import commands
 
 TOKENIZER = Path(__file__).parents[1] / "golden" / "tokenizer"
 
@@ -68,14 +67,7 @@ def packed(folder: Path, packing: str = "") -> str:
 
 
 def test_one_command_packs_and_trains_and_the_next_one_finds_the_packs(folder: Path):
-    done = subprocess.run(
-        [*TORCHRUN, *flags(folder)],
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    done = commands.run([flags(folder)] * 2, folder / "told")
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("60 read, 0 rejected") == 1  # one rank packs
     assert "the other ranks wait" in done.stderr
@@ -115,9 +107,13 @@ def test_later_stages_pack_theirs_with_the_tokenizer_of_the_first(folder: Path):
 def kill_while_packing(folder: Path, monkeypatch):
     child = os.fork()
     if child == 0:
-        monkeypatch.setattr(job, "_write_shards", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
-        packed(folder)
-        os._exit(0)
+        try:
+            monkeypatch.setattr(
+                job, "_write_shards", lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+            )
+            packed(folder)
+        finally:
+            os._exit(0)  # or the tests would go on twice
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
 
 

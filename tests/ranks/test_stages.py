@@ -7,10 +7,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
-import shlex
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import psutil
@@ -20,13 +18,13 @@ import torch
 from megavlm.config.cli import to_yaml
 from megavlm.config.schema import Checkpoint, Config, Logging
 from megavlm.config.stages import parse_stages
+from tests.ranks import commands
 from tests.ranks.layouts import asks_for_all
 from tests.ranks.pool import Pool
 from tests.ranks.runs import config_for, make_packs
 from tests.ranks.test_resume import saved_tensors
-from tests.ranks.test_torchrun import ENVIRONMENT, ROOT, TORCHRUN, _trained_steps, _wait_for_step
+from tests.ranks.test_torchrun import ENVIRONMENT, TORCHRUN, _trained_steps, _wait_for_step
 
-ALONE = [sys.executable, str(ROOT / "pretrain_vlm.py")]
 ENDS = ("stage_1.5/step_00000010", "stage_2/step_00000002")
 
 
@@ -80,30 +78,49 @@ def assert_equal_ends(ranks: Pool, one: Path, other: Path) -> None:
         assert all(torch.equal(expected[key], found[key]) for key in expected), stage
 
 
-def run(command: list[str]) -> str:
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
+def start(program: list[str], arguments: list[str], output: Path) -> psutil.Process:
+    """Start ``pretrain_vlm.py`` under torchrun, or without if ``program`` is empty."""
+    if not program:
+        [alone] = commands.start([arguments], output)
+        return psutil.Process(alone.pid)
+    return psutil.Popen(
+        [*program, *arguments],
+        env=ENVIRONMENT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+
+def run(program: list[str], arguments: list[str], output: Path) -> str:
+    done = (
+        subprocess.run(
+            [*program, *arguments], env=ENVIRONMENT, capture_output=True, text=True, timeout=240
+        )
+        if program
+        else commands.run([arguments], output)
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-@pytest.mark.parametrize("program", [ALONE, TORCHRUN] if asks_for_all() else [ALONE])
+@pytest.mark.parametrize("program", [[], TORCHRUN] if asks_for_all() else [[]])
 def test_stages_that_were_killed_and_started_again_end_bit_for_bit_alike(
     ranks: Pool, arguments: list[str], undisturbed: Path, tmp_path: Path, program: list[str]
 ) -> None:
     if program == TORCHRUN:
         undisturbed = tmp_path / "whole"
-        run([*program, *arguments, "--checkpoint.save", str(undisturbed)])
+        run(program, [*arguments, "--checkpoint.save", str(undisturbed)], tmp_path / "told")
     killed = tmp_path / "killed"
-    command = [*program, *arguments, "--checkpoint.save", str(killed)]
-    with subprocess.Popen(
-        command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    ) as started:
+    command = [*arguments, "--checkpoint.save", str(killed)]
+    job = start(program, command, tmp_path / "first")
+    try:
         _wait_for_step(killed / "stage_1.5" / "metrics.jsonl", 3)
-        job = psutil.Process(started.pid)
+    finally:
         for process in [job, *job.children(recursive=True)]:  # ranks have sessions of their own
             process.kill()
+        job.wait()
     assert not (killed / "stage_2").exists()
-    again = run(command)
+    again = run(program, command, tmp_path / "again")
     # The first stage is not built again; the second resumes; the third starts from it.
     assert "stage 1," not in again and "resuming after step" in again
     assert f"start: {killed / ENDS[0]} (stage 1.5, step 10): its weights" in again
@@ -147,18 +164,10 @@ def test_what_one_rank_alone_finds_in_a_later_stage_is_told_by_all(
     arguments: list[str], tmp_path: Path
 ) -> None:
     make_packs(tmp_path / "other", packs=4, image_share=0.7, vocab_size=198)
-    start = [*ALONE, *arguments, "--checkpoint.save", str(tmp_path / "run")]
-    of_rank_1 = shlex.join(["--for", "2", f"--data.train {tmp_path / 'other'}"])
-    command = f'[ $RANK = 1 ] && set -- {of_rank_1}; exec {shlex.join(start)} "$@"'
-    done = subprocess.run(
-        [*TORCHRUN[:-1], "--no-python", "bash", "-c", command],
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    usual = [*arguments, "--checkpoint.save", str(tmp_path / "run")]
+    of_rank_1 = ["--for", "2", f"--data.train {tmp_path / 'other'}"]
+    done = commands.run([usual, [*usual, *of_rank_1]], tmp_path / "told")
     assert done.returncode != 0
-    told, _, _ = done.stderr.partition("ChildFailedError")  # torchrun repeats it
-    assert told.count("a later stage could not run") == 1, done.stderr
-    assert "error: rank 1 (" in told and "packed with another tokenizer" in told
+    assert done.stderr.count("a later stage could not run") == 1, done.stderr
+    assert "error: rank 1 (" in done.stderr and "packed with another tokenizer" in done.stderr
     assert not list((tmp_path / "run").rglob("metrics.jsonl")), "nothing has started"

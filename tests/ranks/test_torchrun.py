@@ -15,6 +15,7 @@ import pytest
 
 from megavlm.config.cli import from_yaml, to_yaml
 from tests.data.samples import make_dataset
+from tests.ranks import commands
 from tests.ranks.runs import config_for
 
 ROOT = Path(__file__).parents[2]
@@ -78,7 +79,6 @@ def test_a_refusal_is_told_before_anything_starts_and_again_below_the_traceback_
 @pytest.mark.parametrize(
     ("of_rank_1", "told"),
     [
-        ("--training.seed 8", ["rank 1 (", "--training.seed is 8 (rank 0: 3)"]),
         ("--data.train elsewhere", ["rank 1 (", "--data.train elsewhere: no such path"]),
         ("--config missing.yaml", ["error on rank 1 (", "missing.yaml: no such file"]),
     ],
@@ -100,6 +100,16 @@ def test_a_rank_that_was_started_otherwise_is_named(
     assert "step 1 " not in done.stdout
     told_once, _, _ = done.stderr.partition("ChildFailedError")  # torchrun repeats it
     assert told_once.count("error:") + told_once.count("error on") == 1
+
+
+def test_ranks_that_were_started_with_other_settings_are_told_so(
+    config_file: Path, tmp_path: Path
+) -> None:
+    usual = ["--config", str(config_file), "--checkpoint.save_interval", "0"]
+    done = commands.run([usual, [*usual, "--training.seed", "8"]], tmp_path / "told")
+    assert done.returncode != 0 and "step 1 " not in done.stdout
+    assert "rank 1 (" in done.stderr and "--training.seed is 8 (rank 0: 3)" in done.stderr
+    assert done.stderr.count("error:") == 1, done.stderr
 
 
 def test_sigterm_ends_a_run_after_a_checkpoint_and_the_same_command_goes_on(
@@ -130,7 +140,8 @@ def test_sigterm_ends_a_run_after_a_checkpoint_and_the_same_command_goes_on(
     assert "stopped by a signal after step" in output
     stopped = int((tmp_path / "run" / "latest").read_text().strip().removeprefix("step_"))
     assert stopped >= 3 and stopped % 3 == 0
-    done = _torchrun(*arguments, "--training.steps", str(stopped + 2))
+    arguments += ["--training.steps", str(stopped + 2)]
+    done = commands.run([arguments] * 2, tmp_path / "again")
     assert done.returncode == 0, done.stderr
     assert f"resuming after step {stopped}" in done.stdout
     assert _trained_steps(tmp_path / "run" / "metrics.jsonl") == [
@@ -146,29 +157,24 @@ def test_a_second_run_in_the_same_folder_is_refused_before_anything_is_deleted(
     arguments = ["--config", str(config_file), "--checkpoint.save", str(save)]
     arguments += ["--training.steps", "100000", "--optimizer.schedule", "constant"]
     arguments += ["--checkpoint.save_interval", "0", "--logging.interval", "1"]
-    alone = [sys.executable, TORCHRUN[-1], *arguments]
-    with subprocess.Popen(
-        alone, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    ) as first:
+    [first] = commands.start([arguments], tmp_path / "first")
+    try:
         _wait_for_step(save / "metrics.jsonl", 1)
         (save / ".growing_step_00000001_0a1b2c3d").mkdir()
-        first.send_signal(signal.SIGSTOP)  # or its steps would take the cores from the other
+        os.kill(first.pid, signal.SIGSTOP)  # or its steps would take the cores from the other
         second = _torchrun(*arguments)
-        first.send_signal(signal.SIGCONT)
-        still_runs = first.poll() is None
+        os.kill(first.pid, signal.SIGCONT)
+        still_runs = first.is_alive()
         is_whole = (save / ".growing_step_00000001_0a1b2c3d").exists()
+    finally:
         first.kill()
+        first.join()
     told = f"--checkpoint.save {save}: another run writes to this folder (process {first.pid} on"
     assert still_runs and is_whole and second.returncode != 0
     assert second.stderr.partition("ChildFailedError")[0].count(told) == 1, second.stderr
     assert "Traceback" not in second.stderr.partition(told)[0]
-    done = subprocess.run(  # the lock of a killed run holds nobody up
-        [*alone, "--training.steps", "2"],
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    # The lock of a killed run holds nobody up.
+    done = commands.run([[*arguments, "--training.steps", "2"]], tmp_path / "done")
     assert done.returncode == 0, done.stderr
     assert "what a killed run left: .growing_step_00000001_0a1b2c3d" in done.stdout
     assert not list(save.glob(".lock*"))
@@ -177,14 +183,14 @@ def test_a_second_run_in_the_same_folder_is_refused_before_anything_is_deleted(
 def test_a_step_that_is_not_finite_is_one_sentence(config_file: Path, tmp_path: Path) -> None:
     arguments = ["--config", str(config_file), "--checkpoint.save", str(tmp_path / "run")]
     arguments += ["--checkpoint.save_interval", "1", "--logging.interval", "1"]
-    done = _torchrun(*arguments, "--optimizer.lr", "1e30", "--optimizer.schedule", "constant")
+    arguments += ["--optimizer.lr", "1e30", "--optimizer.schedule", "constant"]
+    done = commands.run([arguments] * 2, tmp_path / "told")
     assert done.returncode != 0
-    mine, _, _ = done.stderr.partition("ChildFailedError")
     told = re.findall(
-        r"^error: step (\d+): the gradient's norm is (?:nan|inf) on packs", mine, re.M
+        r"^error: step (\d+): the gradient's norm is (?:nan|inf) on packs", done.stderr, re.M
     )
     assert len(told) == 1, done.stderr
-    assert "Traceback" not in mine.partition("error: step")[0]
+    assert "Traceback" not in done.stderr
     # The checkpoint that is named there is from before the step.
     latest = (tmp_path / "run" / "latest").read_text().strip()
     assert latest == f"step_{int(told[0]) - 1:08d}"
