@@ -33,7 +33,7 @@ def vision_settings(raw: Mapping[str, Any]) -> dict[str, Any]:
     """
     found = dict(raw.get("vision_config") or {} if raw["model_type"] in WHOLE_TYPES else raw)
     found.pop("model_type", None)
-    complete = shared.config_class("Blip2VisionConfig")(**found).to_dict()
+    complete = shared.class_of_transformers("Blip2VisionConfig")(**found).to_dict()
     return complete | {"num_channels": found.get("num_channels", 3)}
 
 

@@ -6,12 +6,9 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from megavlm.config.vision import PIXELS
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
 
 FILE_NAME = "config.json"
 IMAGE_PROCESSOR_NAME = "preprocessor_config.json"
@@ -56,7 +53,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def config_class(name: str) -> type[PreTrainedConfig]:
+def class_of_transformers(name: str) -> Any:
     """Return a class of transformers, which takes a second to import: a run that reads and writes
     none of its folders is spared that.
     """
@@ -76,7 +73,7 @@ def complete(form: str, raw: dict[str, Any], path: Path) -> dict[str, Any]:
     Raises:
         ValueError: the class refuses them.
     """
-    kind = config_class(form)
+    kind = class_of_transformers(form)
     try:
         return kind.from_dict(raw).to_dict()
     except Exception as error:  # transformers' checks raise errors of many kinds

@@ -99,7 +99,7 @@ def write_clip(
 ) -> None:
     """Write everything but weights of a ``CLIPModel``; see ``processor.write_native``."""
     ids = check_clip_tokenizer(tokenizer)
-    config = json_files.config_class("CLIPConfig")(
+    config = json_files.class_of_transformers("CLIPConfig")(
         text_config=_written_text(architecture.language) | ids,
         vision_config=clip_vision.write(architecture.vision),
         projection_dim=architecture.contrastive.size,
@@ -117,7 +117,7 @@ def write_siglip(
 ) -> None:
     """Write everything but weights of a ``SiglipModel``; see ``processor.write_native``."""
     text = _written_text(architecture.language) | _token_ids(tokenizer)
-    config = json_files.config_class("SiglipConfig")(
+    config = json_files.class_of_transformers("SiglipConfig")(
         text_config=text | {"projection_size": architecture.contrastive.size},
         vision_config=clip_vision.write(architecture.vision),
         architectures=["SiglipModel"],

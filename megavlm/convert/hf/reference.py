@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-import transformers
 from torch import Tensor, nn
 
 from megavlm.convert.hf.hub_formats import hub_format_of
+from megavlm.convert.hf.json_files import class_of_transformers
 from megavlm.data.loading.batch import Instructions
 
 
@@ -40,5 +40,5 @@ def load_reference(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Modul
             f"{folder}: in the format of {row.class_name}, which transformers does not read by"
             " itself; export it with another --dialect, such as native, if that holds the model"
         )
-    form = getattr(transformers, row.class_name)
+    form = class_of_transformers(row.class_name)
     return form.from_pretrained(folder, dtype=dtype, local_files_only=True).eval()
