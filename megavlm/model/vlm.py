@@ -278,7 +278,7 @@ class VisionLanguageModel(MegatronModule):
             read = self.architecture.connector.instruction_tokens > 0
             given = {"instructions": batch.instructions} if read else {}
             features = gather_features(self.connector(hidden, **given), self.groups)
-            fused = self.objective.enter(fused, features, batch)
+            fused = self.objective.fuse(fused, features, batch)
         fused = self.language.add_positions(fused, batch)
         if self.config.sequence_parallel:
             fused = scatter_to_sequence_parallel_region(fused)

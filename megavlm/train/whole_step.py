@@ -66,10 +66,10 @@ def run_whole_step(
     at_once = objective.packs_at_once(count)
 
     def loss_from(first: int, outputs: Sequence[Output]) -> Tensor:
-        chosen = slice(first, first + len(outputs))
-        of_ranks = [of_rank[chosen] for of_rank in samples]
-        losses = objective.step_losses(outputs, packs[chosen], of_ranks)
-        return _weighed(losses, packs[chosen], weight_of_step, meters)
+        here = slice(first, first + len(outputs))
+        of_ranks = [of_rank[here] for of_rank in samples]
+        losses = objective.step_losses(outputs, packs[here], of_ranks)
+        return _weighed(losses, packs[here], weight_of_step, meters)
 
     if at_once == 1:
         numbers = itertools.count()
@@ -184,7 +184,7 @@ def _keep_gradients(
             part.requires_grad_()
     leaves = [part for output in outputs for part in _parts(output)]
     stand_ins = [stand_in_for(parameter) for parameter in objective.loss_parameters]
-    with objective.reading(stand_ins):
+    with objective.gradients_to(stand_ins):
         loss = loss_from(first, outputs)
         found = torch.autograd.grad(loss, [*leaves, *stand_ins], allow_unused=True)
     each = iter(found)

@@ -64,7 +64,7 @@ class Contrastive(Objective):
             if self.settings.loss == "sigmoid":
                 self.logit_bias = nn.Parameter(torch.zeros(1, dtype=dtype))
 
-    def enter(self, embeddings: Tensor, features: Tensor, batch: Batch) -> Tensor:
+    def fuse(self, embeddings: Tensor, features: Tensor, batch: Batch) -> Tensor:
         """See ``Objective``: embeddings of the images ride along behind the tokens, filled up to
         whole rows.
         """
@@ -126,7 +126,7 @@ class Contrastive(Objective):
         """Return the loss of each pair of this rank [n], in float32: bfloat16 has steps of one half
         near a logit of 100. ``ids`` of the images and texts of all ranks [N, 2].
         """
-        scale = self.read(self.logit_scale).float().exp()
+        scale = self.values_of(self.logit_scale).float().exp()
         first = sum(counts[: self.data_rank])
         own = torch.arange(first, first + len(images), device=images.device)
 
@@ -137,13 +137,13 @@ class Contrastive(Objective):
 
         if self.settings.exchange == "ring":
             ring = Ring(group=self.group, rank=self.data_rank, counts=counts, positives=positives)
-            bias = self.read(self.logit_bias).float()
+            bias = self.values_of(self.logit_bias).float()
             return sigmoid_ring_losses(images, texts, scale, bias, ring)
         all_texts = gather_rows(texts, counts, self.group)
         logits = scale * linear(images, all_texts)
         everyone = torch.arange(sum(counts), device=own.device)
         if self.settings.loss == "sigmoid":
-            logits = logits + self.read(self.logit_bias).float()
+            logits = logits + self.values_of(self.logit_bias).float()
             signs = 2 * self._positives(own, everyone, ids).float() - 1
             return -logsigmoid(signs * logits).sum(dim=1)
         all_images = gather_rows(images, counts, self.group)

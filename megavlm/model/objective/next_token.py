@@ -23,6 +23,6 @@ class NextToken(Objective):
         super().__init__(settings)
         self.places_features = places_features
 
-    def enter(self, embeddings: Tensor, features: Tensor, batch: Batch) -> Tensor:
+    def fuse(self, embeddings: Tensor, features: Tensor, batch: Batch) -> Tensor:
         """See ``Objective``."""
         return place_features(embeddings, features, batch) if self.places_features else embeddings

@@ -26,10 +26,19 @@ Output = Tensor | tuple[Tensor, ...]
 class Objective(MegatronModule):
     """A part of every chunk of the model; what it needs is a row of ``config/objectives``.
 
-    It says what enters the layers of the language model, what rides along beside their tokens from
-    one pipeline stage to the next, and what the last chunk ends in. Its own layers, if it has any,
-    stand in the last chunk. Without a language model the connector stands there too, and the
-    objective runs it.
+    For each pack of a step, in this order:
+
+    1. ``fuse``, in the chunk with the connector: tokens and image features become what enters the
+       language model, [T + R, 1, D].
+    2. ``riding_rows``, in every chunk of the language model: R, the rows behind the tokens that
+       travel from chunk to chunk, and which the layers do not see.
+    3. ``forward``, in the last chunk, where the objective's own layers stand if there are any.
+       Without a language model the connector stands there too, and the objective runs it.
+    4. ``losses``, on ranks with the last chunk: the losses of the pack's tokens, [T]. If a loss
+       depends on other packs (``spans_step``), ``step_losses`` takes its place, which
+       ``train/whole_step`` calls for ``packs_at_once`` packs together.
+
+    After the optimizer's update: ``after_step``, in every chunk.
 
     Attributes:
         spans_step: whether a loss depends on all samples of a step, see ``ObjectiveNeeds``. The
@@ -54,7 +63,7 @@ class Objective(MegatronModule):
         """The connector, in the last chunk of a model without a language model."""
         return self._connector[0]
 
-    def enter(self, embeddings: Tensor, features: Tensor, batch: Batch) -> Tensor:
+    def fuse(self, embeddings: Tensor, features: Tensor, batch: Batch) -> Tensor:
         """Bring tokens and images together.
 
         Args:
@@ -88,7 +97,7 @@ class Objective(MegatronModule):
         return output[0]
 
     def losses(self, output: Tensor, batch: Batch) -> Losses:
-        """Return the losses of each token, from what the last chunk ended in.
+        """Return the losses of each token [T], from what the last chunk ended in.
 
         The loss of the step is the sum of their totals, weighed by ``Batch.loss_weights``, over the
         sum of all weights of the step; data-parallel and context-parallel ranks add up their parts.
@@ -111,25 +120,26 @@ class Objective(MegatronModule):
         return []
 
     @contextmanager
-    def reading(self, stand_ins: Sequence[Tensor]) -> Iterator[None]:
+    def gradients_to(self, stand_ins: Sequence[Tensor]) -> Iterator[None]:
         """Give the gradients of ``loss_parameters`` to float32 tensors of their shapes, inside the
-        context, so that those of several packs are summed in float32. Losses must be computed, and
-        their gradients taken, in it.
+        context, so that those of several packs are summed in float32. ``train/whole_step`` computes
+        the losses of ``step_losses``, and takes their gradients, in it; ``step_losses`` must read
+        its parameters by ``values_of`` and ``call``.
         """
         self._stand_ins = dict(zip(self.loss_parameters, stand_ins, strict=True))
         yield
         self._stand_ins = {}
 
-    def read(self, parameter: nn.Parameter) -> Tensor:
-        """Return a parameter's values; see ``reading`` for where their gradient goes."""
+    def values_of(self, parameter: nn.Parameter) -> Tensor:
+        """Return a parameter's values; see ``gradients_to`` for where their gradient goes."""
         stand_in = self._stand_ins.get(parameter)
         return parameter if stand_in is None else read_for(stand_in, parameter)
 
     def call(self, module: nn.Module, *inputs: Tensor, **options: Tensor) -> Tensor:
-        """Call a module that losses read, each parameter read by ``read``."""
+        """Call a module that ``step_losses`` needs, its parameters as of ``values_of``."""
         if not self._stand_ins:
             return module(*inputs, **options)
-        parameters = {name: self.read(one) for name, one in module.named_parameters()}
+        parameters = {name: self.values_of(one) for name, one in module.named_parameters()}
         return functional_call(module, parameters, inputs, options)
 
     def step_losses(
@@ -145,6 +155,9 @@ class Objective(MegatronModule):
             outputs: what the last chunk ended in, for each pack.
             batches: the packs.
             samples: of each pack of each data-parallel rank.
+
+        Returns:
+            The losses of each pack's tokens [T], in the order of the packs.
         """
         raise NotImplementedError(f"{type(self).__name__} has a loss for each pack alone")
 

@@ -229,7 +229,7 @@ class QFormerObjective(Objective):
             batch: the pack.
         """
         partners = torch.arange(at.first, at.first + len(own.ids), device=own.ids.device)
-        temperature = self.read(self.temperature).float()
+        temperature = self.values_of(self.temperature).float()
         others = pool
         if self.settings.gradient == "local":
             others = pool.map(torch.Tensor.detach)

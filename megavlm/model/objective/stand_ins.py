@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 
-class _Read(torch.autograd.Function):
+class _ReadFor(torch.autograd.Function):
     """Read a parameter; the gradient goes to its stand-in, in float32."""
 
     @staticmethod
@@ -20,7 +20,7 @@ class _Read(torch.autograd.Function):
 
 def read_for(stand_in: Tensor, parameter: nn.Parameter) -> Tensor:
     """Return the values of a parameter; their gradient goes to the stand-in."""
-    return _Read.apply(stand_in, parameter)
+    return _ReadFor.apply(stand_in, parameter)
 
 
 def stand_in_for(parameter: Tensor) -> Tensor:
