@@ -29,7 +29,7 @@ def factory(key: str, data: torch.Tensor) -> ShardedTensorFactory:
 
 def test_each_part_of_a_chain_is_compared_by_key_and_offset() -> None:
     upper = torch.randn(4, 3, dtype=torch.bfloat16)
-    lower = torch.randn(4, 3, dtype=torch.bfloat16)
+    lower = upper + 1  # different in every element
     fused = torch.randn(6, dtype=torch.float32)
     frozen = torch.randn(2)
     weights = {
