@@ -51,8 +51,8 @@ def main(arguments: list[str] | None = None) -> int:
             f" {config.training.global_batch_size} packs a step, each of {packs.capacity}"
         )
         if options.layout is None:
-            found = search.layouts(config, options.gpus, packs.size, packs.capacity, hardware)
-            shown = search.best_of_each(found)[: options.top]
+            found = search.find_layouts(config, options.gpus, packs.size, packs.capacity, hardware)
+            shown = search.without_recompute_variants(found)[: options.top]
             fit = f"{len(found)} layouts fit into nine tenths of {hardware.memory_gib:g} GiB"
         else:
             found = [judge(config, options.gpus, packs, hardware)]
@@ -75,11 +75,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _explain(config: Config, first: Estimate, gpus: int, packs: Packs, hardware: Hardware) -> None:
     """Print what changes the first layout, and how to ask for it."""
-    changed = search.options(config, first, gpus, packs.size, packs.capacity, hardware)
+    changed = search.estimate_changes(config, first, gpus, packs.size, packs.capacity, hardware)
     print(
         "the first, with one option changed at a time:\n"
         f"{options_to_text(changed, hardware)}\n\n"
-        f"to use the first:\n{search.flags(first)}"
+        f"to use the first:\n{search.to_flags(first)}"
     )
     if note := alignment_note(first.parallel, packs.alignment):
         print(note)

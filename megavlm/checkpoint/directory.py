@@ -13,8 +13,7 @@ import shutil
 import uuid
 from pathlib import Path
 
-from megavlm.checkpoint import lock
-from megavlm.checkpoint import train_state as run_state
+from megavlm.checkpoint import lock, train_state
 from megavlm.config.evaluation import VALID_LOSS
 from megavlm.io import atomic
 
@@ -142,7 +141,7 @@ def drop_old(
 
 def _figure(folder: Path, name: str) -> float | None:
     try:
-        value = run_state.read(folder).figure(name)
+        value = train_state.read(folder).figure(name)
         return value if value is not None and math.isfinite(value) else None
     except (ValueError, OSError):
         return None

@@ -1,5 +1,5 @@
-"""Choosing a layout: every one that can run, what it is expected to need and take, and what each
-option changes.
+"""Searching for a layout: every one that can run, what it is expected to need and take, and what
+each option changes.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ _VIRTUAL = (1, 2, 3, 4, 6, 8)
 RECOMPUTE = ("none", "selective", "full")
 
 
-def layouts(
+def find_layouts(
     config: Config, gpus: int, size: PackSize, capacity: int, hardware: Hardware
 ) -> list[Estimate]:
-    """Every layout that can run and fits into the memory, the fastest first.
+    """Find every layout that can run and fits into the memory, the fastest first.
 
     Args:
         config: the run; its layout is not looked at.
@@ -36,33 +36,33 @@ def layouts(
         ValueError: none can run, or none fits; says which flags to change, and how little memory
             would be enough.
     """
-    found = [
+    estimates = [
         estimate(candidate, gpus, size, capacity, hardware)
         for candidate in _candidates(config, gpus, capacity)
     ]
-    if not found:
+    if not estimates:
         plain = layout_problems(dataclasses.replace(config, parallel=Parallel()), gpus)
         raise ValueError(
             f"no layout can run on --gpus {gpus}: "
             + "; ".join(plain or ["none of the sizes divides them"])
         )
-    fitting = [one for one in found if one.fits(hardware)]
+    fitting = [each for each in estimates if each.fits(hardware)]
     if not fitting:
-        raise ValueError(_nothing_fits(found, hardware))
-    return sorted(fitting, key=lambda one: (one.step_ms, one.memory.total))
+        raise ValueError(_why_nothing_fits(estimates, hardware))
+    return sorted(fitting, key=lambda each: (each.step_ms, each.memory.total))
 
 
-def best_of_each(found: Sequence[Estimate]) -> list[Estimate]:
-    """Of layouts that differ only in what is computed again the first, in their order."""
-    chosen: dict[Parallel, Estimate] = {}
-    for one in found:
-        chosen.setdefault(dataclasses.replace(one.parallel, recompute="none", layout=""), one)
-    return list(chosen.values())
+def without_recompute_variants(estimates: Sequence[Estimate]) -> list[Estimate]:
+    """Keep the first of the layouts that differ only in what is recomputed, in their order."""
+    first: dict[Parallel, Estimate] = {}
+    for each in estimates:
+        first.setdefault(dataclasses.replace(each.parallel, recompute="none", layout=""), each)
+    return list(first.values())
 
 
-def _nothing_fits(found: Sequence[Estimate], hardware: Hardware) -> str:
-    """Why no layout fits, and what would."""
-    least = min(found, key=lambda one: one.memory.total)
+def _why_nothing_fits(estimates: Sequence[Estimate], hardware: Hardware) -> str:
+    """Explain why no layout fits, and what would."""
+    least = min(estimates, key=lambda each: each.memory.total)
     enough = math.ceil(least.memory_gib / USABLE)
     return (
         f"no layout fits into nine tenths of --memory_gib {hardware.memory_gib:g}: the least,"
@@ -71,9 +71,9 @@ def _nothing_fits(found: Sequence[Estimate], hardware: Hardware) -> str:
     )
 
 
-def describe(one: Estimate) -> str:
+def describe(layout: Estimate) -> str:
     """Describe a layout in a few words."""
-    parallel = one.parallel
+    parallel = layout.parallel
     words = [
         f"TP {parallel.tensor_model_parallel_size}",
         f"PP {parallel.pipeline_model_parallel_size}",
@@ -86,19 +86,19 @@ def describe(one: Estimate) -> str:
         words.append(f"EP {parallel.expert_model_parallel_size}")
     if parallel.expert_tensor_parallel_size > 1:
         words.append(f"ETP {parallel.expert_tensor_parallel_size}")
-    words.append(f"DP {one.data_ranks}")
+    words.append(f"DP {layout.data_ranks}")
     if parallel.vision == "data":
         words.append("vision data")
     return f"{' '.join(words)}, recompute {parallel.recompute}"
 
 
-def options(
-    config: Config, chosen: Estimate, gpus: int, size: PackSize, capacity: int, hardware: Hardware
+def estimate_changes(
+    config: Config, layout: Estimate, gpus: int, size: PackSize, capacity: int, hardware: Hardware
 ) -> dict[str, Estimate]:
-    """Estimate the chosen layout with one option changed at a time, keyed by the change; arguments
-    as for ``layouts``.
+    """Estimate a layout with one option changed at a time, keyed by the change; arguments as for
+    ``find_layouts``.
     """
-    as_chosen = dataclasses.replace(chosen.parallel, layout="auto")
+    unchanged = dataclasses.replace(layout.parallel, layout="auto")
     changes: dict[str, dict] = {
         f"--parallel.recompute {name}": {"recompute": name} for name in RECOMPUTE
     }
@@ -109,12 +109,12 @@ def options(
         }
     changes["--parallel.overlap_grad_reduce false"] = {"overlap_grad_reduce": False}
     changes["--parallel.overlap_param_gather false"] = {"overlap_param_gather": False}
-    if as_chosen.tensor_model_parallel_size > 1:
-        other = "tensor" if as_chosen.vision == "data" else "data"
+    if unchanged.tensor_model_parallel_size > 1:
+        other = "tensor" if unchanged.vision == "data" else "data"
         changes[f"--parallel.vision {other}"] = {"vision": other}
         changes["--parallel.sequence_parallel false"] = {"sequence_parallel": False}
     runs = {
-        name: dataclasses.replace(config, parallel=dataclasses.replace(as_chosen, **change))
+        name: dataclasses.replace(config, parallel=dataclasses.replace(unchanged, **change))
         for name, change in changes.items()
     }
     optimizer = config.optimizer
@@ -125,11 +125,11 @@ def options(
     ):
         smaller: Optimizer = dataclasses.replace(optimizer, moments="bfloat16")
         runs["--optimizer.moments bfloat16"] = dataclasses.replace(
-            config, parallel=as_chosen, optimizer=smaller
+            config, parallel=unchanged, optimizer=smaller
         )
     if config.architecture.needs.has_vocabulary_head and not config.loss.is_by_block:
         runs["--loss.vocabulary_block 8192"] = dataclasses.replace(
-            config, parallel=as_chosen, loss=Loss(vocabulary_block=8192)
+            config, parallel=unchanged, loss=Loss(vocabulary_block=8192)
         )
     return {
         name: estimate(run, gpus, size, capacity, hardware)
@@ -138,17 +138,17 @@ def options(
     }
 
 
-def flags(chosen: Estimate) -> str:
+def to_flags(layout: Estimate) -> str:
     """Write the command-line options that ask for a layout."""
     plain = Parallel()
-    asked = vars(chosen.parallel)
+    asked = vars(layout.parallel)
     changed = {
         name: value
         for name, value in asked.items()
         if value != vars(plain)[name] and name != "layout"
     }
-    if chosen.parallel.pipeline_model_parallel_size > 1:
-        changed["layout"] = f"'{chosen.parallel.layout}'"
+    if layout.parallel.pipeline_model_parallel_size > 1:
+        changed["layout"] = f"'{layout.parallel.layout}'"
     changed = {
         name: ",".join(value) if isinstance(value, tuple) else value
         for name, value in changed.items()
@@ -160,7 +160,8 @@ def flags(chosen: Estimate) -> str:
 
 
 def _candidates(config: Config, gpus: int, capacity: int) -> Iterator[Config]:
-    for parallel in _sizes(config, gpus):
+    """Yield the run with each layout that can run, and with each way to recompute."""
+    for parallel in _parallel_sizes(config, gpus):
         candidate = dataclasses.replace(config, parallel=parallel)
         if not layout_problems(candidate, gpus) and not any(
             capacity_problems(parallel, "", capacity)
@@ -172,10 +173,11 @@ def _candidates(config: Config, gpus: int, capacity: int) -> Iterator[Config]:
                 for name in RECOMPUTE[1:]
             ]
             yield candidate
-            yield from (one for one in recomputing if not layout_problems(one, gpus))
+            yield from (each for each in recomputing if not layout_problems(each, gpus))
 
 
-def _sizes(config: Config, gpus: int) -> Iterator[Parallel]:
+def _parallel_sizes(config: Config, gpus: int) -> Iterator[Parallel]:
+    """Yield every combination of sizes whose product divides the GPUs."""
     layers = config.architecture.vision.num_layers + config.architecture.language.num_layers
     has_sequences = not config.architecture.needs.is_of_pairs
     for tensor in _divisors(gpus, _MOST_TENSOR):

@@ -18,8 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megavlm.checkpoint import checksums, directory
-from megavlm.checkpoint import train_state as run_state
+from megavlm.checkpoint import checksums, directory, train_state
 from megavlm.checkpoint.async_writer import Writing
 from megavlm.checkpoint.lock import FILE_NAME as LOCK_NAME
 from megavlm.checkpoint.step_folder import CONFIG_NAME, SHARDS, TOKENIZER
@@ -220,7 +219,7 @@ class Saver:
         for name in (MANIFEST_NAME, TOKENIZER):
             open_folder(dataset).copy(name, growing / name)
         unused_weights.write(self._job.unused_weights, growing)
-        run_state.write(self._state, growing)
+        train_state.write(self._state, growing)
         checksums.write(growing, sums)
         target = self._root / directory.step_name(self._state.step)
         directory.publish(growing, target)

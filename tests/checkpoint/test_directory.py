@@ -7,15 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from megavlm.checkpoint import directory
-from megavlm.checkpoint import train_state as run_state
+from megavlm.checkpoint import directory, train_state
 from megavlm.checkpoint.train_state import State
 
 
 def _checkpoint(root: Path, step: int, loss: float | None = None, figures: tuple = ()) -> Path:
     made = root / directory.step_name(step)
     made.mkdir(parents=True)
-    run_state.write(State(step=step, valid_loss=loss, figures=figures), made)
+    train_state.write(State(step=step, valid_loss=loss, figures=figures), made)
     return made
 
 

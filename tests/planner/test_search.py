@@ -8,7 +8,7 @@ from megavlm.config.cli import parse
 from megavlm.config.schema import Parallel
 from megavlm.planner.estimate import Hardware
 from megavlm.planner.partition import PackSize
-from megavlm.planner.search import layouts
+from megavlm.planner.search import find_layouts
 
 _SIZE = PackSize(tokens=16384, squared_lengths=3e7, tiles=50)
 
@@ -16,7 +16,7 @@ _SIZE = PackSize(tokens=16384, squared_lengths=3e7, tiles=50)
 def _seen(gpus: int, capacity: int) -> dict[str, set]:
     """Return the values that each setting has in the layouts of some GPUs."""
     config = parse(["--stage", "2", "--model", "internvl2_5-2b"])
-    found = layouts(config, gpus, _SIZE, capacity, Hardware(memory_gib=1000))
+    found = find_layouts(config, gpus, _SIZE, capacity, Hardware(memory_gib=1000))
     return {name: {vars(one.parallel)[name] for one in found} for name in vars(Parallel())}
 
 
