@@ -86,19 +86,18 @@ def endless(task: TaskPacks, questions: int = 0) -> TaskPacks:
 
 def make_job(config: Config) -> Job:
     """Build a model with fresh weights, in evaluation mode."""
-    from megavlm.train.build import build
-
     from megavlm.data.loading.dataset import PackedDataset
     from megavlm.data.loading.order import Plan
     from megavlm.model import weights
     from megavlm.parallel import backend, process_groups
     from megavlm.planner.layout import make_layout
+    from megavlm.train.build_model import build_model
     from megavlm.train.job import Job
 
     device_backend = backend.start(5)
     layout = make_layout(config)
     groups = process_groups.create(config.parallel, 0, layout.embedding_chunk)
-    built = build(
+    built = build_model(
         config,
         layout,
         groups,
