@@ -13,6 +13,7 @@ import pytest
 from megavlm.config.checks.rules import layout_problems
 from megavlm.config.cli import parse
 from megavlm.config.schema import Config, Fp8, Parallel
+from megavlm.planner import search
 from megavlm.planner.activations import RankLoad, activation_memory
 from megavlm.planner.estimate import Estimate, Hardware, estimate
 from megavlm.planner.flops import pieces
@@ -20,12 +21,6 @@ from megavlm.planner.layout import make_layout
 from megavlm.planner.memory import Memory, memory
 from megavlm.planner.partition import PackSize
 from megavlm.planner.report import to_text
-from megavlm.planner.search import (
-    estimate_changes,
-    find_layouts,
-    to_flags,
-    without_recompute_variants,
-)
 from tests.convert.models import make_hf
 from tools.plan_parallel import main
 from tools.planning.layouts import alignment_note
@@ -111,7 +106,7 @@ def test_early_chunks_keep_more_packs_under_way() -> None:
 
 @pytest.fixture(scope="module")
 def found() -> list[Estimate]:
-    return find_layouts(run(), 64, SIZE, CAPACITY, Hardware(memory_gib=80))
+    return search.find_layouts(run(), 64, SIZE, CAPACITY, Hardware(memory_gib=80))
 
 
 def test_every_layout_can_run_and_fits(found: list[Estimate]) -> None:
@@ -128,18 +123,18 @@ def test_where_nothing_fits_the_least_memory_that_would_is_told() -> None:
     with pytest.raises(
         ValueError, match=r"--memory_gib 1: .* would do; else try more --gpus"
     ) as told:
-        find_layouts(run(), 8, SIZE, CAPACITY, Hardware(memory_gib=1))
+        search.find_layouts(run(), 8, SIZE, CAPACITY, Hardware(memory_gib=1))
     enough = int(re.search(r"--memory_gib (\d+) would do", str(told.value))[1])
-    assert find_layouts(run(), 8, SIZE, CAPACITY, Hardware(memory_gib=enough))
+    assert search.find_layouts(run(), 8, SIZE, CAPACITY, Hardware(memory_gib=enough))
     with pytest.raises(ValueError, match="--memory_gib"):
-        find_layouts(run(), 8, SIZE, CAPACITY, Hardware(memory_gib=enough - 1))
+        search.find_layouts(run(), 8, SIZE, CAPACITY, Hardware(memory_gib=enough - 1))
 
 
 def test_where_nothing_can_run_the_flag_is_named() -> None:
     with pytest.raises(
         ValueError, match=r"--gpus 97: --training.global_batch_size 512 is not a multiple"
     ):
-        find_layouts(run(), 97, SIZE, CAPACITY, Hardware())
+        search.find_layouts(run(), 97, SIZE, CAPACITY, Hardware())
 
 
 def test_layouts_of_every_kind_are_looked_at(found: list[Estimate]) -> None:
@@ -161,7 +156,7 @@ def test_layouts_of_every_kind_are_looked_at(found: list[Estimate]) -> None:
 def test_of_layouts_that_differ_in_recomputation_the_fastest_is_shown(
     found: list[Estimate],
 ) -> None:
-    shown = without_recompute_variants(found)
+    shown = search.without_recompute_variants(found)
     assert shown[0] is found[0] and len(shown) < len(found)
     kept = {dataclasses.replace(one.parallel, recompute="none", layout="") for one in found}
     assert len(shown) == len(kept)
@@ -170,7 +165,7 @@ def test_of_layouts_that_differ_in_recomputation_the_fastest_is_shown(
 def test_the_flags_of_a_layout_ask_for_it(found: list[Estimate]) -> None:
     for one in found[:: len(found) // 5]:
         asked = parse(
-            ["--stage", "2", "--model", "internvl2_5-2b", *shlex.split(to_flags(one))]
+            ["--stage", "2", "--model", "internvl2_5-2b", *shlex.split(search.to_flags(one))]
         ).parallel
         assert asked == dataclasses.replace(one.parallel, layout=asked.layout)
         assert asked.layout in ("auto", one.parallel.layout)
@@ -180,7 +175,7 @@ def test_options_are_told_by_what_they_change() -> None:
     chosen = estimate(
         run(tensor_model_parallel_size=2, sequence_parallel=True), 64, SIZE, CAPACITY, Hardware()
     )
-    found = estimate_changes(run(), chosen, 64, SIZE, CAPACITY, Hardware())
+    found = search.estimate_changes(run(), chosen, 64, SIZE, CAPACITY, Hardware())
     none = found["--parallel.recompute none"]
     full = found["--parallel.recompute full"]
     assert (none.memory, none.step_ms) == (chosen.memory, chosen.step_ms)
