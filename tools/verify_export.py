@@ -46,6 +46,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def report(found: Agreement, limit: float | None) -> int:
     """Print the figures and the verdict; return the exit status."""
+    print(f"checkpoint: {found.checkpoint}")
     print(
         f"{found.samples} samples, {found.tokens} tokens, computed in {found.dtype}: largest"
         f" difference of logits {found.max_abs_difference:.2e}"

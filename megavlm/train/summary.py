@@ -31,11 +31,6 @@ def log_run_summary(
     metrics: Metrics,
 ) -> None:
     """Say what is about to run."""
-    shares = ", ".join(
-        f"{part} {trained.weights[part]:,} of {trained.total[part]:,}"
-        for part in PARTS
-        if trained.total[part]
-    )
     context = f" x context {groups.context_size}" if groups.context_size > 1 else ""
     virtual = config.parallel.virtual_pipeline_model_parallel_size
     pipeline = f"pipeline {groups.pipeline_size}"
@@ -52,6 +47,14 @@ def log_run_summary(
     if isinstance(start, Init):
         for note in from_parts.notes(start, config.architecture):
             metrics.say(f"note: {note}")
+    if not config.eval.only:
+        _log_training(config, trained, start, state, metrics)
+
+
+def _log_training(
+    config: Config, trained: Trained, start: Start, state: State, metrics: Metrics
+) -> None:
+    """Say what is about to be trained, and how."""
     for warning in job_checks.warnings(config):
         metrics.say(f"warning: {warning}")
     is_resumed = isinstance(start, Checkpoint) and resume.resumes(config, start)
@@ -69,6 +72,11 @@ def log_run_summary(
         metrics.say("moments: fresh")
     if config.checkpoint.save:
         metrics.say(_how_to_save())
+    shares = ", ".join(
+        f"{part} {trained.weights[part]:,} of {trained.total[part]:,}"
+        for part in PARTS
+        if trained.total[part]
+    )
     metrics.say(f"trainable parameters: {shares}")
     metrics.say("\n  ".join(["parameter groups:", *table_lines(config, parameter_table(config))]))
     metrics.record(state.step, {"trainable_parameters": sum(trained.weights.values())})

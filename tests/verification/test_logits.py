@@ -22,6 +22,7 @@ SAME = Agreement(
     equal_choices=30,
     not_finite=0,
     dtype="float32",
+    checkpoint="runs/stage2/step_00000300",
 )
 
 
@@ -42,7 +43,8 @@ def test_the_verdict(changes: dict, message: str | None, capsys: pytest.CaptureF
     found = dataclasses.replace(SAME, **changes)
     report = runpy.run_path(str(TOOL))["report"]
     assert report(found, None) == (0 if message is None else 1)
-    last = capsys.readouterr().out.splitlines()[-1]
+    first, *_, last = capsys.readouterr().out.splitlines()
+    assert first == "checkpoint: runs/stage2/step_00000300"
     assert last.startswith("PASS" if message is None else "FAIL") and (message or "") in last
 
 

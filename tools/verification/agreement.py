@@ -20,6 +20,7 @@ class Agreement:
         equal_choices: positions at which both rank the same token first.
         not_finite: positions at which a logit of either model is NaN or infinite.
         dtype: both models computed in.
+        checkpoint: folder of the step that was compared.
     """
 
     samples: int
@@ -29,6 +30,7 @@ class Agreement:
     equal_choices: int
     not_finite: int
     dtype: str
+    checkpoint: str
 
     def failures(self, limit: float | None = None) -> list[str]:
         """Return what is wrong, one sentence each; an empty list: the models are the same.

@@ -103,6 +103,7 @@ def compare(
         equal_choices=tally.equal,
         not_finite=tally.not_finite,
         dtype=dtype,
+        checkpoint=str(found.folder),
     )
 
 

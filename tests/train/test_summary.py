@@ -1,0 +1,38 @@
+"""What a run says of itself before its first step."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from megavlm.config.cli import parse
+from megavlm.config.freeze_mask import PARTS
+from megavlm.train.summary import log_run_summary
+
+OF_TRAINING = (
+    "moments: fresh",
+    "trainable parameters: ",
+    "parameter groups:",
+    "to save a checkpoint",
+)
+
+
+@pytest.mark.parametrize("only", [False, True])
+def test_an_evaluation_says_nothing_of_training(only: bool) -> None:
+    options = ["--save", "run", "--eval.only", str(only).lower()]
+    config = parse(["--stage", "2", "--model", "tiny", *options])
+    said: list[str] = []
+    recorded: list[dict] = []
+    log_run_summary(
+        config,
+        SimpleNamespace(size=1, tensor_size=1, context_size=1, pipeline_size=1, data_size=1),
+        SimpleNamespace(weights=dict.fromkeys(PARTS, 3), total=dict.fromkeys(PARTS, 4)),
+        None,
+        SimpleNamespace(step=0, history=()),
+        SimpleNamespace(say=said.append, record=lambda step, figures: recorded.append(figures)),
+    )
+    assert said[0].startswith("stage 2, model tiny, 1 rank: tensor 1") and "start: " in said[1]
+    for words in OF_TRAINING:
+        assert any(line.startswith(words) for line in said) != only, said
+    assert len(recorded) == (not only)
