@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -145,7 +146,7 @@ def test_normalisations_have_names(tmp_path: Path):
 
 @pytest.mark.slow
 def test_every_alias_sets_the_field_that_it_stands_for():
-    kinds = {int: "3", float: "0.25", bool: "true", str: "some"}
+    kinds = {int: 3, float: 0.25, bool: True, str: "some"}
     others = {
         "parallel.recompute": "full",
         "parallel.overlap_grad_reduce": "false",
@@ -160,10 +161,17 @@ def test_every_alias_sets_the_field_that_it_stands_for():
     }
     plain = parse(NAMES)
     for alias, key in ALIASES.items():
-        text = others.get(key) or kinds[options()[key].kind]
-        config = parse([*NAMES, alias, text])
-        assert config == parse([*NAMES, f"--{key}", text]), alias
-        assert config != plain, alias
+        value = others.get(key) or kinds[options()[key].kind]
+        expected = with_value(plain, key, {"false": False}.get(value, value))
+        config = parse([*NAMES, alias, str(value).lower()])
+        assert config == expected != plain, alias
+
+
+def with_value(config: Any, key: str, value: Any) -> Any:
+    name, _, inner = key.partition(".")
+    return dataclasses.replace(
+        config, **{name: with_value(vars(config)[name], inner, value) if inner else value}
+    )
 
 
 def test_a_switch_needs_no_value():

@@ -7,12 +7,9 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megavlm.data.loading.dataset import PackedDataset
-from megavlm.data.loading.loader import batches
 from megavlm.data.loading.order import Plan
 from megavlm.data.packing.best_fit import best_fit_python, pack
 from megavlm.data.packing.plan import Samples, plan_packs
@@ -20,7 +17,6 @@ from megavlm.data.sample import Sample
 from megavlm.data.store.manifest import Manifest
 from megavlm.data.store.pack_format import Writer
 from megavlm.data.store.reader import Reader
-from tests.data.samples import make_dataset
 from tools.benchmark.packing_baselines import buffered, next_fit
 
 CASES = settings(
@@ -162,27 +158,3 @@ def test_the_order_depends_on_seed_and_position_alone(
     assert seen == whole.tolist()
     epoch = consumed // packs
     assert np.array_equal(np.sort(plan.pack_ids(epoch * packs, packs)), np.arange(packs))
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory) -> PackedDataset:
-    folder = tmp_path_factory.mktemp("packs")
-    make_dataset(folder, packs=13, capacity=64, text_tokens=(4, 20), image_share=0)
-    return PackedDataset(folder)
-
-
-@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
-def test_workers_and_ranks_give_the_same_order(dataset, ranks):
-    plan = Plan(num_packs=13, seed=2, group=4)
-    whole = plan.pack_ids(5, 24).tolist()
-    for workers in range(5):
-        if ranks > 2 and workers > 1:
-            continue
-        shares = [
-            [
-                batch.pack_id
-                for batch in batches(dataset, plan, range(5 + rank, 29, ranks), workers=workers)
-            ]
-            for rank in range(ranks)
-        ]
-        assert [shares[place % ranks][place // ranks] for place in range(24)] == whole
