@@ -66,8 +66,12 @@ failed=()
 "$python" -m ruff check --quiet --output-format concise . || failed+=("ruff check (see above)")
 "$python" -m ruff format --check --quiet . >/dev/null || failed+=("ruff format (run: $python -m ruff format .)")
 processes=()
-if (($# == 0)) && ! nvidia-smi -L >/dev/null 2>&1; then
-    processes=(-n 2 --dist loadfile --no-loadscope-reorder)
+if ! nvidia-smi -L >/dev/null 2>&1; then
+    # Nothing is compiled for a CPU, and each process that imports megatron-core would load torch's compiler for more than a second.
+    export TORCHDYNAMO_DISABLE=1
+    if (($# == 0)); then
+        processes=(-n 2 --dist loadfile --no-loadscope-reorder)
+    fi
 fi
 "$python" -m pytest -rs "${quick[@]}" "${processes[@]}" "$@" || failed+=("pytest")
 if ((${#failed[@]})); then

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import pytest
 
+from megavlm.evaluate import run as evaluation
+from tests.ranks import commands
 from tests.ranks.pool import Pool
 
 pytest.register_assert_rewrite("tests.ranks.model_checks")
@@ -27,3 +30,14 @@ def ranks() -> Iterator[Pool]:
     pool = Pool()
     yield pool
     pool.close()
+
+
+@pytest.fixture
+def quick_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Let tools that answer with ``pretrain_vlm.py`` start it as ``commands`` does."""
+
+    def run(words: Sequence[str], ranks: int, model: Path, *, is_quiet: bool) -> None:
+        done = commands.run([words] * ranks, tmp_path / "told")
+        assert done.returncode == 0, done.stderr
+
+    monkeypatch.setattr(evaluation, "_run", run)

@@ -216,12 +216,14 @@ def test_one_question_is_answered(folders: Path, alone, capfd: pytest.CaptureFix
     assert chat.main(words) == 0
     assert capfd.readouterr().out == free.template.text(alone[0][0]).strip() + "\n"
     words[3] = str(folders / "gone.png")
-    assert chat.main(words) == 2
+    with pytest.raises(SystemExit) as ended:
+        chat.main(words)
     done = capfd.readouterr()
-    assert "gone.png is missing" in done.err
+    assert ended.value.code == 2 and "gone.png: no such file" in done.err
     assert done.out == ""
 
 
+@pytest.mark.usefixtures("quick_start")
 def test_models_are_compared(
     folders: Path, ranks: Pool, alone, tmp_path: Path, capfd: pytest.CaptureFixture
 ):

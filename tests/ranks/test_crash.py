@@ -31,7 +31,7 @@ from tests.ranks.test_resume import run_job
 
 ROOT = Path(__file__).parents[2]
 CRASHES = int(os.environ.get("MEGAVLM_CRASHES", "1"))
-STEPS = 20 + 12 * CRASHES
+STEPS = 8 + 12 * CRASHES
 INTERVAL = 3
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 # A life of the run has each of these in turn.

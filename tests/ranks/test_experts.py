@@ -159,12 +159,18 @@ def expert_config(dataset: Path, architecture: Architecture = MODEL, **settings:
 
 @pytest.fixture(scope="module")
 def alone(ranks: Pool, dataset: Path) -> Callable[[str], Curve]:
+    return trained_alone(ranks, lambda mask: expert_config(dataset, trainable=MASKS[mask], steps=5))
+
+
+def trained_alone(ranks: Pool, configured: Callable[[str], Config]) -> Callable[[str], Curve]:
     """Return a cached function that trains in one process, for a freeze mask."""
-    return cache(
-        lambda mask: ranks.run(
-            train_curve, 1, expert_config(dataset, trainable=MASKS[mask], steps=5)
-        )[0]
-    )
+    return cache(lambda mask: ranks.run(train_curve, 1, configured(mask))[0])
+
+
+def assert_trains_alike(ranks: Pool, layout: Layout, config: Config, alone: Curve) -> None:
+    """Compare what a layout trains with what one process does."""
+    found = compare(ranks.run(train_curve, layout.ranks, config), alone)
+    assert alone.grad_norms[0] > 0 and max(found.values()) <= LIMIT, found
 
 
 @pytest.mark.parametrize(("layout", "mask"), CASES, ids=str)
@@ -172,9 +178,7 @@ def test_a_layout_trains_like_one_process(
     ranks: Pool, dataset: Path, alone: Callable[[str], Curve], layout: Layout, mask: str
 ) -> None:
     config = expert_config(dataset, trainable=MASKS[mask], steps=5, **layout.settings)
-    curves = ranks.run(train_curve, layout.ranks, config)
-    found = compare(curves, alone(mask))
-    assert max(found.values()) <= LIMIT, found
+    assert_trains_alike(ranks, layout, config, alone(mask))
 
 
 def test_bfloat16_trains_like_one_process_but_for_rounding(ranks: Pool, dataset: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +14,11 @@ from megavlm.config.schema import Config, Experts
 from megavlm.planner.flops import pieces
 from tests.convert.models import GPT_OSS
 from tests.data.samples import make_dataset
-from tests.ranks.layouts import LIMIT, MASKS, asks_for_all
+from tests.ranks.layouts import MASKS, asks_for_all
 from tests.ranks.model_checks import assert_pack_equals_samples_alone, sizes_of
 from tests.ranks.pool import Pool
 from tests.ranks.runs import TINY, Curve, build, config_for, train_curve
-from tests.ranks.test_experts import LOSSES, Layout
-from tests.ranks.test_layouts import compare
+from tests.ranks.test_experts import LOSSES, Layout, assert_trains_alike, trained_alone
 from tests.ranks.test_packs import _samples
 from tests.ranks.test_resume import forget_the_end, make_job, run_job, saved_tensors
 
@@ -80,12 +78,7 @@ def configure(dataset: Path, **settings) -> Config:
 
 @pytest.fixture(scope="module")
 def alone(ranks: Pool, dataset: Path) -> Callable[[str], Curve]:
-    """Return a cached function that trains in one process, for a freeze mask."""
-    return cache(
-        lambda mask: ranks.run(
-            train_curve, 1, configure(dataset, trainable=ALL_MASKS[mask], steps=5)
-        )[0]
-    )
+    return trained_alone(ranks, lambda mask: configure(dataset, trainable=ALL_MASKS[mask], steps=5))
 
 
 @pytest.mark.parametrize(("layout", "mask"), CASES, ids=str)
@@ -93,10 +86,7 @@ def test_a_layout_trains_like_one_process(
     ranks: Pool, dataset: Path, alone: Callable[[str], Curve], layout: Layout, mask: str
 ) -> None:
     config = configure(dataset, trainable=ALL_MASKS[mask], steps=5, **layout.settings)
-    curves = ranks.run(train_curve, layout.ranks, config)
-    assert alone(mask).grad_norms[0] > 0
-    found = compare(curves, alone(mask))
-    assert max(found.values()) <= LIMIT, found
+    assert_trains_alike(ranks, layout, config, alone(mask))
 
 
 def test_a_router_whose_bias_alone_is_trained_has_its_losses(ranks: Pool, dataset: Path) -> None:

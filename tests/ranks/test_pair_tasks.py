@@ -189,6 +189,7 @@ def test_training_does_not_notice(data: Path, ranks: Pool, tmp_path: Path) -> No
     assert figures(tmp_path / "asked", 0) != figures(tmp_path / "asked", 2)
 
 
+@pytest.mark.usefixtures("quick_start")
 def test_a_folder_of_transformers_is_evaluated(
     data: Path, expected: dict[str, float], tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
