@@ -92,7 +92,7 @@ def pack_annotations(config: Config, first: Config | None = None) -> Config:
 
 
 def _refuse(text: str) -> NoReturn:
-    torchrun.refuse(text, is_told=torchrun.local_rank() == 0)
+    torchrun.refuse(text, is_printed=torchrun.local_rank() == 0)
     raise SystemExit(2)
 
 
@@ -149,7 +149,7 @@ def _pack_or_wait(lock: IO[str], out: Path, pack: Callable[[], None]) -> None:
             if packs and idle_since - told > LOG_INTERVAL_SECONDS:
                 told = idle_since
                 lock.seek(0)
-                _say(f"waits for {lock.read() or 'another process'}, which packs into {out}")
+                _log(f"waits for {lock.read() or 'another process'}, which packs into {out}")
         if not out.exists():
             time.sleep(POLL_SECONDS)
 
@@ -184,12 +184,12 @@ def _pack(job: Job, name: str) -> None:
         # but the packer goes by their times.
         shutil.rmtree(job.partial)
     begins = "resumes packing" if job.partial.exists() else "packs"
-    _say(f"{begins} {name} into {job.out}; the other ranks wait")
+    _log(f"{begins} {name} into {job.out}; the other ranks wait")
     report = pack_dataset(job)
     print(report.text(), file=sys.stderr, flush=True)
 
 
-def _say(text: str) -> None:
+def _log(text: str) -> None:
     print(f"{torchrun.name_of_rank()} {text}", file=sys.stderr, flush=True)
 
 

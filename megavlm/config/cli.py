@@ -81,13 +81,13 @@ def parse(
         ranks = asked.check or torchrun.world_size()
         found = list(find_problems(config, ranks)) if find_problems else []
     except (argparse.ArgumentError, ValueError, OSError) as error:
-        verdict.tell(str(error))
+        verdict.print_error(str(error))
         raise SystemExit(2) from None
     if asked.print_config:
         show([config], found)
         raise SystemExit(0)
     if found:
-        verdict.tell_problems(found)
+        verdict.print_problems(found)
         raise SystemExit(2)
     if asked.check is not None:
         verdict.end_check([config], ranks, find_start)

@@ -51,7 +51,7 @@ def parse_stages(
     try:
         command = _take_apart(list(arguments))
     except ValueError as error:
-        verdict.tell(str(error))
+        verdict.print_error(str(error))
         raise SystemExit(2) from None
     if len(command.stages) < 2 or "--help" in command.asked or "-h" in command.asked:
         first = ["--stage", command.stages[0]] if command.stages else []
@@ -62,7 +62,7 @@ def parse_stages(
         given = [*command.options, "--stage", stage, *command.of_stage.get(stage, ())]
         run = cli.parse(given, read_model)
         if not run.checkpoint.save:
-            verdict.tell(
+            verdict.print_error(
                 "--stage: several stages need --checkpoint.save, the folder for all of them"
             )
             raise SystemExit(2)
@@ -75,7 +75,7 @@ def parse_stages(
         cli.show(runs, found)
         raise SystemExit(0)
     if found:
-        verdict.tell_problems(found)
+        verdict.print_problems(found)
         raise SystemExit(2)
     if "--check" in command.asked:
         verdict.end_check(runs, _ranks(command), find_start)

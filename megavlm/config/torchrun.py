@@ -59,15 +59,15 @@ def name_of_rank() -> str:
     return f"rank {os.environ.get('RANK', 0)} ({socket.gethostname()})"
 
 
-def refuse(text: str, *, is_told: bool = True) -> None:
+def refuse(text: str, *, is_printed: bool = True) -> None:
     """Say why the run ends, and leave it where torchrun finds it, which repeats it last, below its
     own traceback.
 
     Args:
         text: the reason, in words.
-        is_told: print it; false on ranks for which another one does.
+        is_printed: print it; false on ranks for which another one does.
     """
-    if is_told:
+    if is_printed:
         print(text, file=sys.stderr, flush=True)
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path:

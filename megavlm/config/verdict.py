@@ -31,7 +31,7 @@ def end_check(runs: Sequence[Config], ranks: int, find_start: FindStart | None) 
     try:
         start = find_start(runs) if find_start else ""
     except (ValueError, OSError) as error:
-        tell_problems([str(error)])
+        print_problems([str(error)])
         raise SystemExit(2) from None
     if is_first_rank():
         named = "1 rank" if ranks == 1 else f"{ranks} ranks"
@@ -41,10 +41,10 @@ def end_check(runs: Sequence[Config], ranks: int, find_start: FindStart | None) 
     raise SystemExit(0)
 
 
-def tell_problems(found: Sequence[str]) -> None:
+def print_problems(found: Sequence[str]) -> None:
     """Print what is wrong with a configuration."""
     listed = "\n  ".join(found)
-    tell(f"{counted(found)} with the configuration:\n  {listed}")
+    print_error(f"{counted(found)} with the configuration:\n  {listed}")
 
 
 def counted(found: Sequence[str]) -> str:
@@ -52,7 +52,7 @@ def counted(found: Sequence[str]) -> str:
     return f"{len(found)} problem" if len(found) == 1 else f"{len(found)} problems"
 
 
-def tell(error: str) -> None:
+def print_error(error: str) -> None:
     """Print the error once: other ranks wait, and print it only if the first rank has not ended
     the job (torchrun kills all ranks as soon as one exits).
     """

@@ -57,7 +57,7 @@ def agree_to_start(
             lambda problem: torchrun.refuse(f"error: {problem}"),
         )
     except DisagreementError as error:
-        torchrun.refuse(f"error: {error}", is_told=False)  # rank 0 has told it
+        torchrun.refuse(f"error: {error}", is_printed=False)  # rank 0 has told it
         raise SystemExit(2) from None
     return start, lock
 

@@ -76,7 +76,7 @@ class BadStepRule:
         is_skipped = not is_finite or (is_spike and settings.spike_action == "skip")
         if is_skipped or is_spike:
             verb = "is skipped" if is_skipped else "is a spike"
-            self._metrics.say(
+            self._metrics.log(
                 f"WARNING: step {step} {verb}: {what}; packs {list(packs)} ({self._origins(packs)})"
             )
         self._count(loss, is_skipped)

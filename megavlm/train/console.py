@@ -23,7 +23,7 @@ BySource = Mapping[str, Mapping[str, float]]
 class Console(Protocol):
     """Prints what a run tells."""
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """Print a text."""
 
     def record(self, step: int, steps: int, values: Values, by_source: BySource) -> None:
@@ -40,7 +40,7 @@ class Console(Protocol):
 class Lines:
     """Plain lines, with every figure under its name, for files and programs."""
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """Print a text."""
         with contextlib.suppress(OSError, UnicodeError):  # a full disk below a redirected console
             print(text, flush=True)
@@ -52,7 +52,7 @@ class Lines:
         left = time_left(step, steps, values)
         words += [f"left {left}"] if left else []
         words += _of_sources(by_source)
-        self.say("  ".join(words))
+        self.log("  ".join(words))
 
 
 class Terminal:
@@ -70,7 +70,7 @@ class Terminal:
             file=file, width=width, force_terminal=file is not None or None, highlight=False
         )
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """Print a text; what begins with WARNING or ERROR has a colour."""
         kind = text.partition(":")[0].lower()
         style = {"warning": "yellow", "error": "bold red"}.get(kind)

@@ -51,7 +51,7 @@ def evaluate(
         if job.tasks:
             result = answer_tasks(job, state.step, progress)
             for problem in result.problems:
-                metrics.say(problem)
+                metrics.log(problem)
             figures |= result.figures
             state = dataclasses.replace(state, figures=tuple(result.figures.items()))
             by_source |= result.by_category

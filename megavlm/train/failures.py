@@ -32,7 +32,7 @@ def report(config: Config, error: Exception) -> int | None:
         The exit status; none if nothing was printed, since the error needs its traceback.
     """
     if isinstance(error, _SHARED):
-        torchrun.refuse(f"error: {error}", is_told=torchrun.rank() == 0)
+        torchrun.refuse(f"error: {error}", is_printed=torchrun.rank() == 0)
         return 2
     names_file = isinstance(error, OSError) and bool(error.filename)
     if isinstance(error, _OF_ONE_RANK) or names_file:

@@ -57,7 +57,7 @@ def train(job: Job, state: State, metrics: Metrics, stop: StopRequest | None = N
     last = config.training.steps
     saver = Saver(job, metrics, state.step)
     if state.step >= last:
-        metrics.say(f"nothing to do: step {state.step} is done, and --training.steps is {last}")
+        metrics.log(f"nothing to do: step {state.step} is done, and --training.steps is {last}")
         if state.trained_only and config.checkpoint.save:
             saver.save(state)  # the last checkpoint is whole, also if fewer steps are asked for now
     rule = BadStepRule(job, state, metrics)
@@ -119,7 +119,7 @@ def train(job: Job, state: State, metrics: Metrics, stop: StopRequest | None = N
             if asked_to_stop or is_last:
                 saver.wait()  # while a signal does not end the run at once
             if asked_to_stop:
-                metrics.say(_how_it_stopped(job, stop, state.step, saver.step))
+                metrics.log(_how_it_stopped(job, stop, state.step, saver.step))
                 break
         saver.finish()
         # Whoever begins another run has to know of what came after the last look.

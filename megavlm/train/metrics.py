@@ -47,12 +47,12 @@ class Metrics:
             self._open_file(Path(config.checkpoint.save))
         if config.logging.tensorboard:
             board = partial(TensorBoard, config, step)
-            self._trackers.append(Watched(TensorBoard.name, board, self.say))
+            self._trackers.append(Watched(TensorBoard.name, board, self.log))
         if config.logging.wandb_project:
-            wandb = partial(WeightsAndBiases, config, self.say)
-            self._trackers.append(Watched(WeightsAndBiases.name, wandb, self.say))
+            wandb = partial(WeightsAndBiases, config, self.log)
+            self._trackers.append(Watched(WeightsAndBiases.name, wandb, self.log))
         if config.logging.mlflow:
-            self._trackers.append(Watched(MLflow.name, partial(MLflow, config), self.say))
+            self._trackers.append(Watched(MLflow.name, partial(MLflow, config), self.log))
 
     def _open_file(self, folder: Path) -> None:
         try:
@@ -60,12 +60,12 @@ class Metrics:
             self._file = FileIO(str(folder / FILE_NAME), "a+")
             _cut_unfinished_line(self._file)
         except OSError as error:
-            self.say(f"ERROR: {folder / FILE_NAME}: records are on the console only ({error})")
+            self.log(f"ERROR: {folder / FILE_NAME}: records are on the console only ({error})")
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """Print a line on the console."""
         if self._writes:
-            self._console.say(text)
+            self._console.log(text)
 
     def record(
         self,
@@ -124,7 +124,7 @@ class Metrics:
             self._is_file_full = False
         except OSError as error:
             if not self._is_file_full:
-                self.say(
+                self.log(
                     f"ERROR: {self._file.name}: the record above is on the console only, and so are"
                     f" the next ones until there is room ({error})"
                 )

@@ -58,9 +58,9 @@ class ProfiledSteps:
             path.parent.mkdir(parents=True, exist_ok=True)
             running.export_chrome_trace(str(path))
         except OSError as error:
-            self._metrics.say(f"ERROR: --profile.folder {settings.folder}: no trace ({error})")
+            self._metrics.log(f"ERROR: --profile.folder {settings.folder}: no trace ({error})")
             return
-        self._metrics.say(
+        self._metrics.log(
             f"profile: traces of steps {settings.first_step} to {last} are in {path.parent}"
         )
 

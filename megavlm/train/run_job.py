@@ -94,20 +94,20 @@ def _clean(save: Path, groups: Groups, metrics: Metrics) -> None:
     left: list = [directory.clean(save) if groups.rank == 0 and save.exists() else []]
     dist.broadcast_object_list(left)
     if left[0]:
-        metrics.say(f"removed from {save} what a killed run left: {', '.join(left[0])}")
+        metrics.log(f"removed from {save} what a killed run left: {', '.join(left[0])}")
 
 
 def _check_speed(config: Config, groups: Groups, backend: Backend, metrics: Metrics) -> None:
     """Log how fast ranks and groups are, and who is slow. Collective."""
     speeds = speed_check.measure(groups, backend)
-    metrics.say(speed_check.summary(speeds))
+    metrics.log(speed_check.summary(speeds))
     for finding in speed_check.findings(speeds, config.health, on_gpu=backend.asynchronous):
-        metrics.say(f"warning: {finding}")
+        metrics.log(f"warning: {finding}")
 
 
 def _log_plans(config: Config, layout: Layout, plan: Order, metrics: Metrics) -> None:
     """Log how the model is cut for the pipeline, and how several datasets are mixed."""
     if config.parallel.pipeline_model_parallel_size > 1:
-        metrics.say(f"pipeline: {layout}")
+        metrics.log(f"pipeline: {layout}")
     if isinstance(plan, BlendPlan):
-        metrics.say(f"data: of {plan.block:,} packs {plan.describe(config.data.train_folders)}")
+        metrics.log(f"data: of {plan.block:,} packs {plan.describe(config.data.train_folders)}")

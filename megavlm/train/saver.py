@@ -130,7 +130,7 @@ class Saver:
         self.step = self._state.step
         target = self._root / directory.step_name(self.step)
         seconds = time.perf_counter() - self._start
-        self._metrics.say(f"saved {target} in {seconds:.1f} s" + " beside training" * self._beside)
+        self._metrics.log(f"saved {target} in {seconds:.1f} s" + " beside training" * self._beside)
         if self._job.groups.rank == 0:
             self._drop_old(target)
 
@@ -181,7 +181,7 @@ class Saver:
         )
         if self._job.groups.rank == 0:
             shutil.rmtree(self._growing, ignore_errors=True)
-        self._metrics.say(f"ERROR: {self._problem}")
+        self._metrics.log(f"ERROR: {self._problem}")
 
     def _check_lock(self) -> None:
         """Make sure that no other run saves here. If only the lock is gone, or the whole folder,
@@ -196,7 +196,7 @@ class Saver:
         found = directory.candidates(self._root)
         if lock.is_gone and (not found or directory.step_of(found[0]) == self.step):
             lock.take_again()
-            self._metrics.say(
+            self._metrics.log(
                 f"WARNING: --checkpoint.save {self._root}: somebody removed {LOCK_NAME}, or the"
                 " folder; it is made again"
             )
@@ -236,7 +236,7 @@ class Saver:
         except OSError as error:  # the folder cannot be listed
             problems = [f"{type(error).__name__}: {error}"]
         if problems:
-            self._metrics.say(
+            self._metrics.log(
                 f"WARNING: --checkpoint.keep {files.keep}: older checkpoints of {self._root} could"
                 f" not be removed, and take up room ({'; '.join(problems)})"
             )

@@ -39,14 +39,14 @@ def log_run_summary(
     sizes = f"tensor {groups.tensor_size}{context} x {pipeline} x data {groups.data_size}"
     sizes += _experts(config.parallel)
     counted = "1 rank" if groups.size == 1 else f"{groups.size} ranks"
-    metrics.say(
+    metrics.log(
         f"stage {config.stage}, model {config.model}, {counted}: {sizes},"
         f" {config.training.precision}"
     )
-    metrics.say(f"start: {start_point.describe(config, start, state.step)}")
+    metrics.log(f"start: {start_point.describe(config, start, state.step)}")
     if isinstance(start, Init):
         for note in from_parts.notes(start, config.architecture):
-            metrics.say(f"note: {note}")
+            metrics.log(f"note: {note}")
     if not config.eval.only:
         _log_training(config, trained, start, state, metrics)
 
@@ -54,31 +54,31 @@ def log_run_summary(
 def _log_training(
     config: Config, trained: Trained, start: Start, state: State, metrics: Metrics
 ) -> None:
-    """Say what is about to be trained, and how."""
+    """Log what is about to be trained, and how."""
     for warning in job_checks.warnings(config):
-        metrics.say(f"warning: {warning}")
+        metrics.log(f"warning: {warning}")
     is_resumed = isinstance(start, Checkpoint) and resume.resumes(config, start)
     if is_resumed and (table := changes(start.config, config)):
-        metrics.say("\n".join(["changed since the checkpoint:", *table]))
+        metrics.log("\n".join(["changed since the checkpoint:", *table]))
         if any(option in line for line in table for option in _GROUPS):
-            metrics.say("parameter groups are divided anew; moments follow their parameters")
+            metrics.log("parameter groups are divided anew; moments follow their parameters")
     if state.history:
         *_, (steps, trainable) = state.history
-        metrics.say(
+        metrics.log(
             f"moments: those after {steps} steps of {', '.join(trainable)} for what this stage"
             " trains too, fresh for the rest"
         )
     elif state.step == 0:
-        metrics.say("moments: fresh")
+        metrics.log("moments: fresh")
     if config.checkpoint.save:
-        metrics.say(_how_to_save())
+        metrics.log(_how_to_save())
     shares = ", ".join(
         f"{part} {trained.weights[part]:,} of {trained.total[part]:,}"
         for part in PARTS
         if trained.total[part]
     )
-    metrics.say(f"trainable parameters: {shares}")
-    metrics.say("\n  ".join(["parameter groups:", *table_lines(config, parameter_table(config))]))
+    metrics.log(f"trainable parameters: {shares}")
+    metrics.log("\n  ".join(["parameter groups:", *table_lines(config, parameter_table(config))]))
     metrics.record(state.step, {"trainable_parameters": sum(trained.weights.values())})
 
 

@@ -75,17 +75,17 @@ class WeightsAndBiases:
 
     Args:
         config: the run.
-        say: told if the server cannot be reached.
+        log: told if the server cannot be reached.
     """
 
     name = "Weights & Biases"
 
-    def __init__(self, config: Config, say: Callable[[str], None]):
+    def __init__(self, config: Config, log: Callable[[str], None]):
         import wandb
         import yaml
 
         self._wandb = wandb
-        self._say = say
+        self._log = log
         settings: dict[str, Any] = dict(
             project=config.logging.wandb_project,
             name=config.logging.run_name or None,
@@ -103,7 +103,7 @@ class WeightsAndBiases:
         except Exception as error:  # its own, the network's and others, by version
             if mode == "offline" or not config.checkpoint.save:
                 raise
-            say(
+            log(
                 f"WARNING: Weights & Biases cannot be reached ({_one_line(error)}); its records go"
                 f" to {config.checkpoint.save}/wandb, for wandb sync"
             )
@@ -121,7 +121,7 @@ class WeightsAndBiases:
         try:
             pictures = [self._wandb.Image(row["image"][0], caption=_caption(row)) for row in shown]
         except Exception as error:  # a picture that is gone, or that it cannot read: curves go on
-            self._say(f"WARNING: the pictures of {task} are not shown ({_one_line(error)})")
+            self._log(f"WARNING: the pictures of {task} are not shown ({_one_line(error)})")
             return
         if pictures:
             self._run.log({f"answers/{task}": pictures, "step": step})
@@ -225,12 +225,12 @@ class Watched:
     Args:
         name: in the warning.
         make: makes the tracker.
-        say: told of the failure, once.
+        log: told of the failure, once.
     """
 
-    def __init__(self, name: str, make: Callable[[], Tracker], say: Callable[[str], None]):
+    def __init__(self, name: str, make: Callable[[], Tracker], log: Callable[[str], None]):
         self._name = name
-        self._say = say
+        self._log = log
         self._tracker: Tracker | None = None
         self._attempt(lambda: self._start(make))
 
@@ -257,7 +257,7 @@ class Watched:
             action()
         except Exception as error:  # whatever it is, training continues
             self._tracker = None
-            self._say(
+            self._log(
                 f"WARNING: {self._name} gets no more figures ({_one_line(error)});"
                 " training continues"
             )

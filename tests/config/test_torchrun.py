@@ -57,17 +57,17 @@ def test_none_and_all_of_the_variables_are_sound(monkeypatch: pytest.MonkeyPatch
     assert (torchrun.world_size(), torchrun.rank()) == (2, 1)
 
 
-@pytest.mark.parametrize("is_told", [True, False])
+@pytest.mark.parametrize("is_printed", [True, False])
 def test_a_refusal_is_left_where_torchrun_reads_it(
-    is_told: bool,
+    is_printed: bool,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture,
 ) -> None:
     path = tmp_path / "error.json"
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(path))
-    torchrun.refuse("error: no packs", is_told=is_told)
-    assert capsys.readouterr().err == ("error: no packs\n" if is_told else "")
+    torchrun.refuse("error: no packs", is_printed=is_printed)
+    assert capsys.readouterr().err == ("error: no packs\n" if is_printed else "")
     assert json.loads(path.read_text())["message"]["extraInfo"]["py_callstack"] == "error: no packs"
 
 

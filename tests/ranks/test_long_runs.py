@@ -165,7 +165,7 @@ def judge(rules: BadSteps, losses: list[float]) -> tuple[list[bool], State, list
     for step, loss in enumerate(losses, start=1):
         skipped.append(rule.skips(step, [step], torch.tensor(loss), torch.tensor(1.0)))
         rule.check_limits(step)
-    return skipped, rule.after(State()), [call.args[0] for call in metrics.say.call_args_list]
+    return skipped, rule.after(State()), [call.args[0] for call in metrics.log.call_args_list]
 
 
 def test_spikes_are_warned_of_or_skipped_and_a_limit_holds_for_all_of_them() -> None:

@@ -60,7 +60,7 @@ def test_who_reads_decides_what_is_printed(
     with os.fdopen(theirs, "w", encoding="utf-8") as output:
         monkeypatch.setattr(sys, "stdout", output)
         console = open_console()
-        console.say("WARNING: [red]a disk[/red] is full")
+        console.log("WARNING: [red]a disk[/red] is full")
         console.record(5, 10, {"loss": 2.5, "seconds_per_step": 30.0}, {})
         output.flush()
         text = os.read(ours, 4096).decode().replace("\r\n", "\n")

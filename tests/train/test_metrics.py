@@ -114,7 +114,7 @@ def test_other_ranks_write_nothing(tmp_path: Path, capsys: pytest.CaptureFixture
         is_writer=False,
     ) as metrics:
         metrics.record(1, {"loss": 1.0})
-        metrics.say("hello")
+        metrics.log("hello")
     assert not (tmp_path / "run").exists() and capsys.readouterr().out == ""
 
 

@@ -23,7 +23,7 @@ def _saver(folder: Path, told: list[str], lock: Lock | None = None, step: int = 
         config_for(folder), checkpoint=Checkpoint(save=str(folder), keep=1)
     )
     job = SimpleNamespace(config=config, lock=lock, groups=SimpleNamespace(rank=0))
-    return Saver(job, SimpleNamespace(say=told.append), step)
+    return Saver(job, SimpleNamespace(log=told.append), step)
 
 
 def _checkpoint(folder: Path, step: int) -> Path:
