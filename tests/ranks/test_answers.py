@@ -89,7 +89,8 @@ def configure(root: Path, **settings) -> Config:
     return dataclasses.replace(
         config,
         architecture=ARCHITECTURE,
-        eval=Eval(tasks=tasks, max_new_tokens=NEW_TOKENS),
+        # One pack at once.
+        eval=Eval(tasks=tasks, max_new_tokens=NEW_TOKENS, cache_gib=1e-6),
     )
 
 

@@ -29,7 +29,15 @@ PP2 = (2, dict(pipeline_model_parallel_size=2))
 CP2 = (2, dict(context_parallel_size=2))
 VIRTUAL = (2, dict(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2))
 TP2_CP2 = (4, dict(tensor_model_parallel_size=2, context_parallel_size=2))
-EVERY = {"one": (1, {}), "TP2": TP2, "TP2 SP": TP2_SP, "PP2": PP2, "CP2": CP2, "TP2 CP2": TP2_CP2}
+EVERY = {
+    "one": (1, {}),
+    "TP2": TP2,
+    "TP2 SP": TP2_SP,
+    "PP2": PP2,
+    "PP2 virtual 2": VIRTUAL,
+    "CP2": CP2,
+    "TP2 CP2": TP2_CP2,
+}
 
 
 def _sized(architecture: Architecture, **language) -> Architecture:

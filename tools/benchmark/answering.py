@@ -14,6 +14,7 @@ import argparse
 import dataclasses
 import json
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -84,8 +85,15 @@ def endless(task: TaskPacks, questions: int = 0) -> TaskPacks:
     )
 
 
-def make_job(config: Config) -> Job:
-    """Build a model with fresh weights, in evaluation mode."""
+def make_job(config: Config, store: Path) -> Job:
+    """Build a model with fresh weights, in evaluation mode, in a world of one process.
+
+    Args:
+        config: of the model and its packs.
+        store: file that the process group uses.
+    """
+    import torch.distributed as dist
+
     from megavlm.data.loading.dataset import PackedDataset
     from megavlm.data.loading.order import Plan
     from megavlm.model import weights
@@ -94,7 +102,7 @@ def make_job(config: Config) -> Job:
     from megavlm.train.build_model import build_model
     from megavlm.train.job import Job
 
-    device_backend = backend.start(5)
+    device_backend = backend.start(5, store=dist.FileStore(str(store), 1))
     layout = make_layout(config)
     groups = process_groups.create(config.parallel, 0, layout.embedding_chunk)
     built = build_model(
@@ -116,6 +124,7 @@ def measure(job: Job, task: TaskPacks, counts: Sequence[int]) -> list[dict[str, 
     """Answer in so many tokens, both ways; return seconds, and whether answers are the same."""
     from megavlm.train.generate import generate
 
+    generate(job, task, 2)  # to warm up
     rows = []
     for count in counts:
         start = time.perf_counter()
@@ -160,7 +169,8 @@ def main() -> None:
     }
     print(json.dumps(facts), flush=True)
     config = Case(model=options.model, stage="2", precision="fp32").config(str(options.packs))
-    rows = measure(make_job(config), task, options.tokens)
+    with tempfile.TemporaryDirectory() as folder:
+        rows = measure(make_job(config, Path(folder) / "store"), task, options.tokens)
     if options.out:
         write_figures(options.out, facts | {"cases": rows})
 
