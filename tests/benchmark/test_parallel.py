@@ -12,6 +12,7 @@ import pytest
 
 from megavlm.config.models import architecture
 from megavlm.planner.flops import training_cost
+from tests.ranks.pool import copying
 from tools.benchmark import chunk_times, frozen, parallel, splits
 from tools.benchmark.scaled import FULL, STAGE_NAMES
 
@@ -21,7 +22,8 @@ def test_all_parts_run_and_their_figures_fit_together(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ):
     out = tmp_path / "deep" / "parallel.json"
-    assert parallel.main(["--smoke", "--json", str(out)]) == 0
+    with copying():
+        assert parallel.main(["--smoke", "--json", str(out)]) == 0
     told = json.loads(out.read_text())
     rows = told["chunks"]["rows"]
     assert {row["stage"] for row in rows} == set(STAGE_NAMES) == set(told["splits"]["rows"])

@@ -4,10 +4,11 @@ megatron-core, which takes seconds.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
@@ -37,10 +38,23 @@ _SERVER.set_forkserver_preload(
 def start_process(target: Callable, *args: Any) -> ForkServerProcess:
     """Start a process that calls ``target(*args)`` with megatron-core imported."""
     process = multiprocessing.get_context("forkserver").Process(target=target, args=args)
-    connect = _SERVER.connect_to_new_process
-    with mock.patch.object(forkserver, "connect_to_new_process", connect):
+    with copying():
         process.start()
     return process
+
+
+@contextlib.contextmanager
+def copying() -> Iterator[None]:
+    """Let what multiprocessing starts, by whatever method, be copies of the process that has
+    imported megatron-core.
+    """
+    context = multiprocessing.get_context("forkserver")
+    connect = _SERVER.connect_to_new_process
+    with (
+        mock.patch.object(forkserver, "connect_to_new_process", connect),
+        mock.patch.object(multiprocessing, "get_context", return_value=context),
+    ):
+        yield
 
 
 class Pool:
