@@ -16,7 +16,6 @@ from megavlm.planner.flops import training_cost
 from megavlm.train import router_state
 from megavlm.train.bad_steps import BadStepRule, StepError
 from megavlm.train.control_pass import ControlPass
-from megavlm.train.evaluation import evaluate
 from megavlm.train.expert_load import ExpertLoad
 from megavlm.train.gates import Gates
 from megavlm.train.job import Job
@@ -24,6 +23,7 @@ from megavlm.train.meters import Clock, Meter
 from megavlm.train.metrics import Metrics
 from megavlm.train.named_losses import NamedLosses
 from megavlm.train.optimizer import set_rates
+from megavlm.train.periodic_evaluation import evaluate
 from megavlm.train.profile import ProfiledSteps
 from megavlm.train.saver import Saver
 from megavlm.train.schedule import drop_path

@@ -22,10 +22,10 @@ from megavlm.planner.layout import Layout, make_layout
 from megavlm.planner.partition import PackSize
 from megavlm.train import resume
 from megavlm.train.build_job import build_job
-from megavlm.train.evaluation import evaluate
 from megavlm.train.export import export_finished
 from megavlm.train.loop import train
 from megavlm.train.metrics import Metrics
+from megavlm.train.periodic_evaluation import evaluate
 from megavlm.train.start_point import Start
 from megavlm.train.stop_signal import StopRequest
 from megavlm.train.summary import log_run_summary

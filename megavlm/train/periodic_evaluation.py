@@ -1,4 +1,4 @@
-"""One evaluation of a run: validation loss, retrieval among pairs, and answers to the tasks."""
+"""What a run measures from time to time: validation loss, retrieval among pairs, answers."""
 
 from __future__ import annotations
 
