@@ -155,8 +155,8 @@ def _equal(one: Tensor, other: Tensor) -> bool:
     return torch.equal(one.view(torch.int16), other.view(torch.int16))
 
 
-def main() -> int:
-    """Run the benchmark."""
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -180,7 +180,7 @@ def main() -> int:
         help="where to write, four times the model's bytes (default: a temporary folder)",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(prefix="convert-", dir=options.folder) as folder:
         found = run(Path(folder), options.model, options.layers, options.repeat)
     print(f"{'':8} {'GB/s':>8} {'of a copy':>10}")
