@@ -1,6 +1,6 @@
 """``pretrain_vlm.py`` as users start it, in copies of the process that has imported megatron-core.
 
-Started anew, each of its processes takes seven seconds for that. What torchrun itself does is
+Started anew, each of its processes takes five seconds for that. What torchrun itself does is
 tested in ``test_torchrun.py`` and ``test_crash.py``.
 """
 

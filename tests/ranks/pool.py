@@ -22,7 +22,7 @@ _TIMEOUT_SECONDS = 240
 # not end.
 _JOBS_OF_A_WORKER = 15
 # The server that multiprocessing keeps for everybody may run already, for a test that packs or
-# loads, without these modules: each process would then import them, for seven seconds.
+# loads, without these modules: each process would then import them, for five seconds.
 _SERVER = forkserver.ForkServer()
 _SERVER.set_forkserver_preload(
     [
