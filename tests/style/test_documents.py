@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from megavlm import __version__
 from tests.style.source import ROOT
 
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -62,6 +63,11 @@ def test_links_and_paths_exist(path: Path):
     text = path.read_text(encoding="utf-8")
     complaints = [*wrong_links(path, text), *wrong_paths(path, text)]
     assert not complaints, "\n".join(complaints)
+
+
+def test_the_changelog_has_the_version():
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert f"\n## {__version__} - " in text
 
 
 def test_every_command_is_in_the_table_of_commands():
