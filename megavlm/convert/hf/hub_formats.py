@@ -218,6 +218,8 @@ def dialect_of(folder: str | Path) -> Dialect:
         known = dict.fromkeys(row.model_type for row in HUB_FORMATS.values())
         raise ValueError(
             f"{path}: model_type is {found!r}, must be {' or '.join(map(repr, known))}"
+            "; a language model or vision encoder alone is for --init.language or --init.vision of"
+            " pretrain_vlm.py"
         )
     # Several classes may have one kind of config.json, which then names the class.
     named = settings.get("architectures") or []

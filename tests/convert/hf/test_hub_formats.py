@@ -42,7 +42,9 @@ def test_a_new_row_is_found_by_its_model_type(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_json(tmp_path / "config.json", {"model_type": "mine"})
-    with pytest.raises(ValueError, match="model_type is 'mine', must be 'internvl' or"):
+    with pytest.raises(
+        ValueError, match="model_type is 'mine', must be 'internvl' or .*; a language model"
+    ):
         architecture_from_hf(tmp_path)
     row = dataclasses.replace(
         HUB_FORMATS["native"],
