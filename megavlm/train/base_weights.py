@@ -13,7 +13,8 @@ from megavlm.checkpoint.base_files import Base
 from megavlm.checkpoint.step_folder import Checkpoint
 from megavlm.config.schema import Config, Init
 from megavlm.convert.hf import convert, from_parts
-from megavlm.train import checkpoint, resume
+from megavlm.train import resume
+from megavlm.train.architecture_differences import architecture_differences
 from megavlm.train.resume import DamagedError
 from megavlm.train.start_point import Start
 
@@ -142,7 +143,7 @@ def _opened(start: Checkpoint, folders: list[Path]) -> Start:
         convert.refuse_other(folders[0], architecture)
         return folders[0]
     base = step_folder.read(folders[0])
-    if different := checkpoint.architecture_differences(
+    if different := architecture_differences(
         base.config.architecture, architecture, takes_weights=True
     ):
         listed = "\n  ".join(different)

@@ -23,15 +23,15 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from megavlm.checkpoint.metadata import read_description
 from megavlm.checkpoint.step_folder import SHARDS, Checkpoint
 from megavlm.checkpoint.train_state import State
-from megavlm.config.differences import differing
 from megavlm.config.freeze_mask import matches
 from megavlm.config.lora import is_adapter
-from megavlm.config.schema import Architecture, Config, Fp8, Vision
+from megavlm.config.schema import Config, Fp8, Vision
 from megavlm.model import nf4_layers
 from megavlm.model.positions import POSITIONS_KEY, resize_positions
 from megavlm.model.precision import precision
 from megavlm.model.vlm import VisionLanguageModel
 from megavlm.train import averages, master_weights, router_state
+from megavlm.train.architecture_differences import architecture_differences
 from megavlm.train.averages import Averages, parameter_states
 from megavlm.train.master_weights import Master, MismatchError
 from megavlm.train.optimizer import load_state, oldest
@@ -87,9 +87,15 @@ def sharded(
     weights = sharded_weights(chunks)
 
     def state_of() -> dict[Any, Any]:
-        return optimizer.sharded_state_dict(
+        state = optimizer.sharded_state_dict(
             weights, is_loading=is_loading, metadata=_OPTIMIZER_FORMAT
         )
+        for part in filter(None, optimizer_parts(state, optimizer)):
+            # megatron-core 0.19 orders the settings of a group otherwise after a resume, and the
+            # file of a resumed run is to equal that of one that was not interrupted.
+            groups = part["optimizer"]["param_groups"]
+            part["optimizer"]["param_groups"] = [dict(sorted(group.items())) for group in groups]
+        return state
 
     means = {}
     with master_weights.library_warnings() as warnings:
@@ -351,50 +357,3 @@ def _take(
         ]
     if wrong:
         raise ValueError(f"the checkpoint's weights are not those of the model: {', '.join(wrong)}")
-
-
-def architecture_differences(
-    old: Architecture, new: Architecture, *, takes_weights: bool = False
-) -> list[str]:
-    """``describe_differences`` of two models; the family only says how Hugging Face's files name
-    the same weights, unused layers and heads are not built; dropout, and which pairs are positives
-    of each other, may change.
-
-    Args:
-        old: of the checkpoint.
-        new: of the run.
-        takes_weights: whether the run only takes weights: it may then have LoRA adapters that the
-            checkpoint lacks, another tile size, and other shares of dropped patches.
-    """
-    if takes_weights and not old.lora.rank:
-        old = replace(old, lora=new.lora)
-    if takes_weights:
-        free = ("image_size", "patch_drop")
-        of_new = {name: vars(new.vision)[name] for name in free}
-        old = replace(old, vision=replace(old.vision, **of_new))
-    old = replace(
-        old,
-        lora=replace(old.lora, dropout=new.lora.dropout),
-        language=replace(old.language, family=new.language.family),
-        contrastive=replace(
-            old.contrastive,
-            positives=new.contrastive.positives,
-            exchange=new.contrastive.exchange,
-        ),
-        vision=replace(
-            old.vision,
-            unused_layers=new.vision.unused_layers,
-            unused_head=new.vision.unused_head,
-        ),
-    )
-    return describe_differences(old, new)
-
-
-def describe_differences(old: Any, new: Any, path: str = "architecture") -> list[str]:
-    """Describe the fields in which two configurations differ, such as
-    ``--architecture.vision.num_layers: 24 in the checkpoint, 45 asked for``.
-    """
-    return [
-        f"--{name}: {before} in the checkpoint, {now} asked for"
-        for name, before, now in differing(old, new, path)
-    ]

@@ -22,7 +22,7 @@ from megavlm.config.checks.saving import exported_step
 from megavlm.config.schema import Config
 from megavlm.data.records.readers import is_annotation
 from megavlm.data.store.manifest import read_manifest
-from megavlm.train import checkpoint
+from megavlm.train.architecture_differences import architecture_differences
 
 
 class DamagedError(ValueError):
@@ -77,7 +77,7 @@ def _first_whole(config: Config, candidates: Sequence[Path], problems: list[str]
     for candidate in candidates:
         try:
             found = step_folder.read(candidate)
-            if differences := checkpoint.architecture_differences(
+            if differences := architecture_differences(
                 found.config.architecture, config.architecture
             ):
                 raise ValueError(
@@ -126,7 +126,7 @@ def _of_this_stage(config: Config, found: Checkpoint) -> Checkpoint:
 
 def check_fits(config: Config, start: Checkpoint) -> Checkpoint:
     """Refuse a checkpoint that this job cannot start from."""
-    problems = checkpoint.architecture_differences(
+    problems = architecture_differences(
         start.config.architecture,
         config.architecture,
         takes_weights=not resumes(config, start),

@@ -15,7 +15,8 @@ import torch
 from megavlm.config import torchrun
 from megavlm.config.schema import Config
 from megavlm.data.store.manifest import read_manifest
-from megavlm.train import checkpoint, resume, start_point
+from megavlm.train import resume, start_point
+from megavlm.train.architecture_differences import architecture_differences
 from megavlm.train.inspection import find_start, inspect_job
 from megavlm.train.launch import launch
 from megavlm.train.resume import DamagedError
@@ -120,7 +121,7 @@ def _problems_ahead(stages: Sequence[Config]) -> Iterator[str]:
         except (ValueError, OSError) as error:
             yield f"{name}: {error}"
             continue
-        for text in checkpoint.architecture_differences(
+        for text in architecture_differences(
             before.architecture, run.architecture, takes_weights=True
         ):
             yield f"{name}: {text}".replace("in the checkpoint", f"in stage {before.stage}")

@@ -1,0 +1,50 @@
+"""In what the model of a checkpoint and that of a run differ."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from megavlm.config.differences import differing
+from megavlm.config.schema import Architecture
+
+
+def architecture_differences(
+    old: Architecture, new: Architecture, *, takes_weights: bool = False
+) -> list[str]:
+    """Describe the fields in which two models differ, such as
+    ``--architecture.vision.num_layers: 24 in the checkpoint, 45 asked for``.
+
+    The family only says how Hugging Face's files name the same weights, unused layers and heads are
+    not built; dropout, and which pairs are positives of each other, may change.
+
+    Args:
+        old: of the checkpoint.
+        new: of the run.
+        takes_weights: whether the run only takes weights: it may then have LoRA adapters that the
+            checkpoint lacks, another tile size, and other shares of dropped patches.
+    """
+    if takes_weights and not old.lora.rank:
+        old = replace(old, lora=new.lora)
+    if takes_weights:
+        free = ("image_size", "patch_drop")
+        of_new = {name: vars(new.vision)[name] for name in free}
+        old = replace(old, vision=replace(old.vision, **of_new))
+    old = replace(
+        old,
+        lora=replace(old.lora, dropout=new.lora.dropout),
+        language=replace(old.language, family=new.language.family),
+        contrastive=replace(
+            old.contrastive,
+            positives=new.contrastive.positives,
+            exchange=new.contrastive.exchange,
+        ),
+        vision=replace(
+            old.vision,
+            unused_layers=new.vision.unused_layers,
+            unused_head=new.vision.unused_head,
+        ),
+    )
+    return [
+        f"--{name}: {before} in the checkpoint, {now} asked for"
+        for name, before, now in differing(old, new, "architecture")
+    ]
