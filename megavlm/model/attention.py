@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -119,16 +120,19 @@ class PackedAttention(nn.Module):
     Args:
         attn_mask_type: causal, or no mask, for which the pack must belong to one rank.
         pg_collection: process groups; without them the pack belongs to this rank alone.
+        softmax_scale: factor of the products of queries and keys; none: 1 / sqrt(head size).
     """
 
     def __init__(
         self,
         attn_mask_type: AttnMaskType = AttnMaskType.causal,
         pg_collection: ProcessGroupCollection | None = None,
+        softmax_scale: float | None = None,
         **kwargs,
     ):
         super().__init__()
         self.is_causal = attn_mask_type is AttnMaskType.causal
+        self.scale = softmax_scale
         self.group = (
             pg_collection.cp if pg_collection is not None and pg_collection.cp.size() > 1 else None
         )
@@ -149,8 +153,9 @@ class PackedAttention(nn.Module):
             grouped = query.shape[1] != key.shape[1]
             return self._attend_to_all(query, key, value, ends, grouped)
         if packed_seq_params.prefixes is not None:
-            return attend_with_prefixes(_attend, query, key, value, packed_seq_params)
-        return _attend(query, key, value, packed_seq_params, self.is_causal)
+            attend = partial(_attend, scale=self.scale)
+            return attend_with_prefixes(attend, query, key, value, packed_seq_params)
+        return _attend(query, key, value, packed_seq_params, self.is_causal, scale=self.scale)
 
     def _attend_to_all(
         self, query: Tensor, key: Tensor, value: Tensor, ends: Tensor, grouped: bool
@@ -176,7 +181,12 @@ class PackedAttention(nn.Module):
             seen = position[:, None] >= torch.arange(start, start + k.shape[2])
             attended.append(
                 scaled_dot_product_attention(
-                    q, k, v, attn_mask=seen.to(q.device), enable_gqa=grouped
+                    q,
+                    k,
+                    v,
+                    attn_mask=seen.to(q.device),
+                    scale=self.scale,
+                    enable_gqa=grouped,
                 )
             )
         return _tokens_first(attended)
@@ -195,9 +205,15 @@ def _tokens_first(attended: list[Tensor]) -> Tensor:
 
 
 def _attend(
-    query: Tensor, key: Tensor, value: Tensor, samples: PackedSamples, is_causal: bool
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    samples: PackedSamples,
+    is_causal: bool,
+    *,
+    scale: float | None = None,
 ) -> Tensor:
-    """See ``Attend``."""
+    """See ``Attend``; ``scale`` as ``softmax_scale`` of ``PackedAttention``."""
     lengths = [ends.diff().tolist() for ends in (samples.cu_seqlens_q, samples.cu_seqlens_kv)]
     lengths.append(lengths[1])
     split = (
@@ -216,7 +232,13 @@ def _attend(
         is_square = is_causal and not missing
         attended.append(
             scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=is_square, enable_gqa=grouped
+                q,
+                k,
+                v,
+                attn_mask=mask,
+                is_causal=is_square,
+                scale=scale,
+                enable_gqa=grouped,
             )
         )
     return _tokens_first(attended)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -47,7 +48,14 @@ def samples() -> PackedSamples:
     )
 
 
-def dense(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+def dense(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float | None,
+    *,
+    has_prefixes: bool = True,
+) -> torch.Tensor:
     """Attend with one mask over the whole pack."""
     tokens = len(query)
     mask = torch.zeros(tokens, tokens, dtype=torch.bool)
@@ -55,17 +63,19 @@ def dense(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.
     for length, prefix in zip(LENGTHS, PREFIXES, strict=True):
         # Without an answer a sample is causal.
         seen = torch.ones(length, length, dtype=torch.bool).tril()
-        if prefix < length:
+        if has_prefixes and prefix < length:
             seen[:prefix, :prefix] = True
         mask[start : start + length, start : start + length] = seen
         start += length
     key, value = (x.repeat_interleave(HEADS // GROUPS, dim=1) for x in (key, value))
-    scores = torch.einsum("qhd,khd->hqk", query, key) / math.sqrt(SIZE)
+    scale = 1 / math.sqrt(SIZE) if scale is None else scale
+    scores = torch.einsum("qhd,khd->hqk", query, key) * scale
     shares = scores.masked_fill(~mask, -math.inf).softmax(-1)
     return torch.einsum("hqk,khd->qhd", shares, value).flatten(1)
 
 
-def test_two_calls_a_sample_are_a_dense_mask(samples: PackedSamples) -> None:
+@pytest.mark.parametrize("scale", [None, 0.9])
+def test_two_calls_a_sample_are_a_dense_mask(samples: PackedSamples, scale: float | None) -> None:
     generator = torch.Generator().manual_seed(0)
     inputs = [
         torch.randn(
@@ -73,14 +83,18 @@ def test_two_calls_a_sample_are_a_dense_mask(samples: PackedSamples) -> None:
         )
         for heads in (HEADS, GROUPS, GROUPS)
     ]
-    ours = PackedAttention()(*inputs, packed_seq_params=samples)
-    theirs = dense(*inputs)
+    attention = PackedAttention(softmax_scale=scale)
+    ours = attention(*inputs, packed_seq_params=samples)
+    theirs = dense(*inputs, scale)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
     weights = torch.randn(ours.shape, dtype=torch.float64, generator=generator)
     found = torch.autograd.grad(ours, inputs, weights)
     expected = torch.autograd.grad(theirs, inputs, weights)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+    ours = attention(*inputs, packed_seq_params=dataclasses.replace(samples, prefixes=None))
+    theirs = dense(*inputs, scale, has_prefixes=False)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
 
 
 def test_padding_between_stored_samples_belongs_to_the_sample_before_it() -> None:
