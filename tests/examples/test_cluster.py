@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
 import signal
 import subprocess
 import time
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -59,6 +62,17 @@ def shell(tmp_path: Path) -> dict[str, str]:
 def asked(shell: dict[str, str]) -> list[str]:
     """Arguments of the program that was started."""
     return Path(shell["LOG"]).read_text().splitlines()
+
+
+def asked_packing(shell: dict[str, str]) -> Namespace:
+    """Arguments of the packer that was started, if the folders of tokenizers are there."""
+    script, *arguments = asked(shell)
+    assert Path(script).resolve() == ROOT / "tools" / "pack_dataset.py"
+    with contextlib.chdir(Path(shell["LOG"]).parent):
+        for flag, value in itertools.pairwise(arguments):
+            if flag in ("--tokenizer", "--qformer_tokenizer"):
+                Path(value).mkdir(parents=True, exist_ok=True)
+        return pack_dataset.parse(arguments)
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: str(path.relative_to(ROOT)))
@@ -130,9 +144,7 @@ def test_the_packer_knows_every_option(shell: dict[str, str]):
         env=shell | {"DATA": "data", "TOKENIZER": "tokenizer"},
         check=True,
     )
-    script, *arguments = asked(shell)
-    assert Path(script).resolve() == ROOT / "tools" / "pack_dataset.py"
-    args = pack_dataset.parse(arguments)
+    args = asked_packing(shell)
     assert (args.model, args.capacity, args.workers) == ("internvl2_5-8b", 16384, 3)
     assert args.out == "packs/stage2"
 
@@ -187,9 +199,7 @@ def test_the_packer_knows_every_option_of_a_recipes_script(
     data = {"DATA": "data", "JSONL": "chats.jsonl", "ROOT": "images"}
     command = ["bash", str(ROOT / "examples" / recipe / "run.sh"), *asks]
     subprocess.run(command, env=shell | parts | data, check=True)
-    script, *arguments = asked(shell)
-    assert Path(script).resolve() == ROOT / "tools" / "pack_dataset.py"
-    args = pack_dataset.parse(arguments)
+    args = asked_packing(shell)
     assert [args.template, args.tiling, Path(args.out).name] == expected
     assert args.image_size == (896 if recipe == "paligemma" else None)
 
@@ -205,7 +215,7 @@ def test_blip2s_scripts_name_options_that_exist(shell: dict[str, str], tmp_path:
     assert fits(config, ranks=8)
     packs = {"PACKS": str(tmp_path / "packs")}
     subprocess.run([*command, "pack"], env=shell | parts | packs, check=True)
-    args = pack_dataset.parse(asked(shell)[1:])
+    args = asked_packing(shell)
     assert (args.template, args.tokens_per_tile, args.truncate) == ("blip2", 32, 64)
 
 
@@ -243,7 +253,7 @@ def test_the_script_for_pairs_names_options_that_exist(
     assert config.checkpoint.moments == ("keep" if stage == "2" else "fresh")
     assert fits(config, ranks=8)
     subprocess.run([*command, "pack", stage], env=environment, check=True)
-    args = pack_dataset.parse(asked(shell)[1:])
+    args = asked_packing(shell)
     assert (args.template, args.image_size, args.tile_cap) == (recipe, side, str(pairs))
     assert args.capacity == pairs * {"clip": 77, "siglip": 64, "internvl_c": 80}[recipe]
 
@@ -271,7 +281,7 @@ def test_blip2s_first_stage_names_options_that_exist(shell: dict[str, str], tmp_
     assert config.init == Init(vision="eyes", connector="bert")
     assert config.data.augment == ("half_crop", "flip") and fits(config, ranks=8)
     subprocess.run([*command, "pack1"], env=shell | parts, check=True)
-    args = pack_dataset.parse(asked(shell)[1:])
+    args = asked_packing(shell)
     assert (args.template, args.tile_cap, args.data_augment) == ("blip2_pairs", "42", True)
 
 
@@ -285,7 +295,7 @@ def test_instructblips_script_names_options_that_exist(shell: dict[str, str], tm
     assert config.init == Init(vision="qformer", connector="qformer", language="words")
     assert config.data.sampling == "sqrt" and fits(config, ranks=8)
     subprocess.run([*command, "pack"], env=shell | parts, check=True)
-    args = pack_dataset.parse(asked(shell)[1:])
+    args = asked_packing(shell)
     assert (args.template, args.qformer_tokenizer) == ("instructblip", str(tmp_path))
 
 
@@ -298,7 +308,7 @@ def test_fuyus_script_names_options_that_exist(shell: dict[str, str], tmp_path: 
     assert (config.recipe, config.stage, config.training.seed) == ("fuyu", "1", 9)
     assert fits(config, ranks=8)
     subprocess.run([*command, "pack"], env=shell | parts, check=True)
-    args = pack_dataset.parse(asked(shell)[1:])
+    args = asked_packing(shell)
     assert (args.template, args.tiling, args.model) == ("fuyu", "patches", str(tmp_path))
 
 

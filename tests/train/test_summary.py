@@ -30,7 +30,7 @@ def test_an_evaluation_says_nothing_of_training(only: bool) -> None:
         SimpleNamespace(weights=dict.fromkeys(PARTS, 3), total=dict.fromkeys(PARTS, 4)),
         None,
         SimpleNamespace(step=0, history=()),
-        SimpleNamespace(say=said.append, record=lambda step, figures: recorded.append(figures)),
+        SimpleNamespace(log=said.append, record=lambda step, figures: recorded.append(figures)),
     )
     assert said[0].startswith("stage 2, model tiny, 1 rank: tensor 1") and "start: " in said[1]
     for words in OF_TRAINING:
