@@ -61,7 +61,7 @@ def _internvl(arch: Architecture) -> Iterator[str]:
             f" is {arch.vision.family} with {connector.kind} and {str(connector.norm).lower()}"
         )
     elif not connector.bias:
-        yield ("InternVL's formats have --architecture.connector.bias true; this model has false")
+        yield "InternVL's formats have --architecture.connector.bias true; this model has false"
     if arch.image_tokens != "internvl":
         yield (
             "InternVL's formats have the image tokens of --architecture.image_tokens internvl; this"

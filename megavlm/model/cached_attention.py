@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
 from megavlm.model.attention import PackedSamples
 from megavlm.model.key_value_cache import Decode, Share
 from megavlm.model.named_after import named_after
+from megavlm.model.windows import is_hidden, window_of
 
 
 def caching(attention: type, *, has_sinks: bool = False) -> type:
@@ -53,10 +53,7 @@ def caching(attention: type, *, has_sinks: bool = False) -> type:
             )
             self.context_ranks = pg_collection.cp
             self.product_scale = softmax_scale
-            has_window = is_layer_window_attention(
-                config.window_size, config.window_attn_skip_freq, layer_number
-            )
-            self.seen_tokens = config.window_size[0] + 1 if has_window else 0
+            self.seen_tokens = window_of(config, layer_number)
 
         def forward(
             self,
@@ -124,9 +121,7 @@ def attend_to_share(
     queries = query.view(questions, groups, -1, size)
     scores = torch.matmul(queries, share.keys.transpose(2, 3)).float() * scale
     distance = share.places[:, None] - torch.arange(width, device=query.device)
-    hidden = distance < 0
-    if window:
-        hidden = hidden | (distance >= window)
+    hidden = is_hidden(distance, window)
     scores = scores.masked_fill(hidden[:, None, None], float("-inf"))
     if sinks is not None:
         beside = sinks.float().view(1, groups, -1, 1).expand(questions, -1, -1, 1)

@@ -19,7 +19,6 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.utils import (
     ensure_metadata_has_dp_cp_group,
-    is_layer_window_attention,
     make_sharded_tensors_for_checkpoint,
 )
 from torch import Tensor, nn
@@ -27,6 +26,7 @@ from torch.distributed import ProcessGroup
 from torch.utils.checkpoint import checkpoint
 
 from megavlm.model.attention import PackedSamples
+from megavlm.model.windows import is_hidden, window_of
 from megavlm.parallel.context_parallel import gather_tokens
 
 _BLOCK = 1024
@@ -67,10 +67,7 @@ class SinkAttention(nn.Module):
         self.scale = config.kv_channels**-0.5 if softmax_scale is None else softmax_scale
         self.tensor_group = pg_collection.tp
         self.context_group = pg_collection.cp
-        has_window = is_layer_window_attention(
-            config.window_size, config.window_attn_skip_freq, layer_number
-        )
-        self.window = config.window_size[0] + 1 if has_window else 0
+        self.window = window_of(config, layer_number)
         heads = config.num_attention_heads // self.tensor_group.size()
         self.softmax_offset = nn.Parameter(torch.zeros(heads, dtype=config.params_dtype))
         set_tensor_model_parallel_attributes(self.softmax_offset, is_parallel=True, dim=0, stride=1)
@@ -198,9 +195,7 @@ def attend_to_block(
     groups, keys, size = value.shape
     scores = torch.matmul(query.reshape(groups, -1, size), key.transpose(1, 2))
     distance = (torch.arange(queries)[:, None] + first - torch.arange(keys)).to(query.device)
-    hidden = distance < 0
-    if window:
-        hidden = hidden | (distance >= window)
+    hidden = is_hidden(distance, window)
     scores = (scores.view(heads, queries, keys).float() * scale).masked_fill(hidden, float("-inf"))
     beside = sinks.float()[:, None, None].expand(heads, queries, 1)
     shares = torch.cat([scores, beside], dim=-1).softmax(-1)[..., :-1].to(value.dtype)

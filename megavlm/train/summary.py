@@ -48,6 +48,9 @@ def log_run_summary(
         for note in from_parts.notes(start, config.architecture):
             metrics.log(f"note: {note}")
     if not config.eval.only:
+        if groups.is_writer:  # it reads the manifests again
+            for warning in job_checks.warnings(config):
+                metrics.log(f"warning: {warning}")
         _log_training(config, trained, start, state, metrics)
 
 
@@ -55,8 +58,6 @@ def _log_training(
     config: Config, trained: Trained, start: Start, state: State, metrics: Metrics
 ) -> None:
     """Log what is about to be trained, and how."""
-    for warning in job_checks.warnings(config):
-        metrics.log(f"warning: {warning}")
     is_resumed = isinstance(start, Checkpoint) and resume.resumes(config, start)
     if is_resumed and (table := changes(start.config, config)):
         metrics.log("\n".join(["changed since the checkpoint:", *table]))

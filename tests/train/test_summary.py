@@ -26,7 +26,9 @@ def test_an_evaluation_says_nothing_of_training(only: bool) -> None:
     recorded: list[dict] = []
     log_run_summary(
         config,
-        SimpleNamespace(size=1, tensor_size=1, context_size=1, pipeline_size=1, data_size=1),
+        SimpleNamespace(
+            size=1, tensor_size=1, context_size=1, pipeline_size=1, data_size=1, is_writer=True
+        ),
         SimpleNamespace(weights=dict.fromkeys(PARTS, 3), total=dict.fromkeys(PARTS, 4)),
         None,
         SimpleNamespace(step=0, history=()),

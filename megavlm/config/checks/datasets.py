@@ -219,12 +219,8 @@ def batch_warnings(config: Config, facts: Sequence[DatasetFacts]) -> Iterator[st
     train = [dataset for dataset in facts if dataset.flag == "--data.train" and dataset.num_packs]
     if not train or len(train) != len(config.data.train_folders):
         return
-    packs = [dataset.num_packs for dataset in train]
-    samples = [dataset.num_samples for dataset in train]
-    shares = shares_of(config.data.weights, config.data.sampling, packs, samples)
     batch = config.training.global_batch_size
-    for dataset, share in zip(train, shares, strict=False):
-        drawn = share / max(sum(shares), 1e-300) * batch
+    for dataset, drawn in _packs_of_step(config, train):
         if drawn > dataset.num_packs:
             counted = "1 pack" if dataset.num_packs == 1 else f"{dataset.num_packs} packs"
             yield (
@@ -237,18 +233,26 @@ def batch_warnings(config: Config, facts: Sequence[DatasetFacts]) -> Iterator[st
 
 def _batch_shares(config: Config, train: Sequence[DatasetFacts]) -> Iterator[str]:
     """Training sets whose share of a global batch is less than a pack."""
-    packs = [dataset.num_packs for dataset in train]
-    samples = [dataset.num_samples for dataset in train]
-    weights = shares_of(config.data.weights, config.data.sampling, packs, samples)
     batch = config.training.global_batch_size
-    for dataset, weight in zip(train, weights, strict=False):
-        share = weight / max(sum(weights), 1e-300) * batch
+    for dataset, share in _packs_of_step(config, train):
         if share < 1:
             yield (
                 f"--data.batch_shares true: {dataset.folder} has a share of {share:.2g} packs of"
                 f" --training.global_batch_size {batch}, and must have 1; raise its share of"
                 " --data.weights or the batch, or leave --data.batch_shares out"
             )
+
+
+def _packs_of_step(
+    config: Config, train: Sequence[DatasetFacts]
+) -> Iterator[tuple[DatasetFacts, float]]:
+    """Yield each training set with the packs that a step draws from it on average."""
+    packs = [dataset.num_packs for dataset in train]
+    samples = [dataset.num_samples for dataset in train]
+    shares = shares_of(config.data.weights, config.data.sampling, packs, samples)
+    whole = max(sum(shares), 1e-300)
+    for dataset, share in zip(train, shares, strict=False):
+        yield dataset, share / whole * config.training.global_batch_size
 
 
 def _same_tokenizer(facts: Sequence[DatasetFacts]) -> Iterator[str]:
