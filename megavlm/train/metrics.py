@@ -19,7 +19,8 @@ from typing import Any
 
 from megavlm.config.schema import Config
 from megavlm.train.console import Lines, open_console
-from megavlm.train.trackers import MLflow, TensorBoard, Watched, WeightsAndBiases
+from megavlm.train.outbox import Outbox
+from megavlm.train.trackers import MLflow, TensorBoard, Tracker, Watched, WeightsAndBiases
 
 FILE_NAME = "metrics.jsonl"
 _BLOCK_BYTES = 1 << 16
@@ -40,7 +41,7 @@ class Metrics:
         self._console = open_console() if is_writer else Lines()
         self._file: FileIO | None = None
         self._is_file_full = False
-        self._trackers: list[Watched] = []
+        self._trackers: list[Tracker] = []
         if not is_writer:
             return
         if config.checkpoint.save:
@@ -52,7 +53,7 @@ class Metrics:
             wandb = partial(WeightsAndBiases, config, self.log)
             self._trackers.append(Watched(WeightsAndBiases.name, wandb, self.log))
         if config.logging.mlflow:
-            self._trackers.append(Watched(MLflow.name, partial(MLflow, config), self.log))
+            self._trackers.append(Outbox(MLflow.name, partial(MLflow, config), self.log))
 
     def _open_file(self, folder: Path) -> None:
         try:

@@ -1,5 +1,6 @@
 """TensorBoard, Weights & Biases and MLflow, as observers: none can end a run, and each continues
-its records of the run when it resumes.
+its records of the run when it resumes. The first two write files and send them on by themselves;
+MLflow's calls wait for its server, so an ``Outbox`` makes them.
 """
 
 from __future__ import annotations
@@ -104,7 +105,7 @@ class WeightsAndBiases:
             if mode == "offline" or not config.checkpoint.save:
                 raise
             log(
-                f"WARNING: Weights & Biases cannot be reached ({_one_line(error)}); its records go"
+                f"WARNING: Weights & Biases cannot be reached ({one_line(error)}); its records go"
                 f" to {config.checkpoint.save}/wandb, for wandb sync"
             )
             self._run = wandb.init(**settings, mode="offline")
@@ -121,7 +122,7 @@ class WeightsAndBiases:
         try:
             pictures = [self._wandb.Image(row["image"][0], caption=_caption(row)) for row in shown]
         except Exception as error:  # a picture that is gone, or that it cannot read: curves go on
-            self._log(f"WARNING: the pictures of {task} are not shown ({_one_line(error)})")
+            self._log(f"WARNING: the pictures of {task} are not shown ({one_line(error)})")
             return
         if pictures:
             self._run.log({f"answers/{task}": pictures, "step": step})
@@ -148,7 +149,8 @@ class MLflow:
             address = (Path(config.checkpoint.save) / "mlruns").resolve().as_uri()
             # It keeps a store of files for who asks for it by name.
             os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
-        # Its own patience with a silent server is a quarter of an hour, in which all ranks wait.
+        # Its own patience with a silent server is a quarter of an hour, which a run that has ended
+        # would wait for.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
         from mlflow.entities import Metric, Param
@@ -215,7 +217,8 @@ def _caption(row: Mapping[str, Any]) -> str:
     return f"{row['question']}\nanswer: {row['prediction']}\nright: {right}"
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """Write what went wrong, with its kind, in a line."""
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 
@@ -258,6 +261,6 @@ class Watched:
         except Exception as error:  # whatever it is, training continues
             self._tracker = None
             self._log(
-                f"WARNING: {self._name} gets no more figures ({_one_line(error)});"
+                f"WARNING: {self._name} gets no more figures ({one_line(error)});"
                 " training continues"
             )
