@@ -81,10 +81,7 @@ def _summary(runs: Sequence[Run]) -> Iterator[str]:
     """Show the last value of each figure."""
     yield "<table>" + _row(["", *_names(runs)], "th")
     yield _row(["folder", *(escape(str(run.folder)) for run in runs)])
-    steps = [
-        max((points[-1][0] for points in run.figures.values() if points), default=0) for run in runs
-    ]
-    yield _row(["step", *(f"{step:,}" for step in steps)])
+    yield _row(["step", *(f"{_last_step(run):,}" for run in runs)])
     for name in figure_names(runs):
         last = [run.figures.get(name) for run in runs]
         yield _row([escape(name), *(f"{points[-1][1]:.6g}" if points else "–" for points in last)])

@@ -1,4 +1,4 @@
-"""Small packed datasets of random samples, written straight through ``store.Writer``: no tokenizer
+"""Small packed datasets of random samples, written straight through ``ShardWriter``: no tokenizer
 is needed.
 """
 
@@ -6,15 +6,19 @@ from __future__ import annotations
 
 import io
 import itertools
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 from PIL import Image as Picture
 
 from megavlm.data.sample import Image, Sample
-from megavlm.data.store import pack_format
-from megavlm.data.store.manifest import Level, Manifest, Source
+from megavlm.data.store.index_format import round_up
+from megavlm.data.store.manifest import Level, Manifest, Shard, Source, Totals
+from megavlm.data.store.pack_format import PackRules, ShardWriter, complete
 
+_SHARD_BYTES = 2**30
 GRIDS = ((1, 1), (2, 1), (1, 2), (3, 1))
 
 
@@ -98,7 +102,7 @@ def make_dataset(
     capacity: int = 256,
     alignment: int = 1,
     text_tokens: tuple[int, int] = (8, 40),
-    shard_bytes: int = pack_format.SHARD_BYTES,
+    shard_bytes: int = _SHARD_BYTES,
     seed: int = 0,
     grids: tuple[tuple[int, int], ...] = GRIDS,
     levels: tuple[int, ...] = (),
@@ -124,10 +128,10 @@ def make_dataset(
             words = int(rng.integers(*text_tokens))
             fixed = dict(text_tokens=words, grids=grids, line=line, source=line % len(sources))
             fixed["instruction_tokens"] = line % (instruction_length + 1)
-            used = sum(pack_format.round_up(sample.length, alignment) for sample in pack)
+            used = sum(round_up(sample.length, alignment) for sample in pack)
             for count in range(images, -1, -1):
                 sample = make_sample(rng, images=count, **fixed, **facts)
-                if used + pack_format.round_up(sample.length, alignment) <= capacity:
+                if used + round_up(sample.length, alignment) <= capacity:
                     pack.append(sample)
                     break
         return pack
@@ -157,7 +161,7 @@ def write_packs(
     features_per_tile: int,
     capacity: int,
     alignment: int = 1,
-    shard_bytes: int = pack_format.SHARD_BYTES,
+    shard_bytes: int = _SHARD_BYTES,
     seed: int = 0,
     levels: tuple[int, ...] = (),
     sources: tuple[str, ...] = ("random",),
@@ -166,31 +170,52 @@ def write_packs(
 ) -> Manifest:
     """Write the given samples as the packs of a dataset."""
     lines = max(sample.line for pack in packs for sample in pack)
-    with pack_format.Writer(folder, capacity, shard_bytes, alignment=alignment) as writer:
+    manifest = Manifest(
+        tokenizer_fingerprint=f"random-{vocab_size}",
+        vocab_size=vocab_size,
+        context_token_id=context_token_id,
+        end_token_id=end_token_id,
+        instruction_length=instruction_length,
+        template="internvl2_5",
+        image_size=tile_size,
+        features_per_tile=features_per_tile,
+        max_tiles=3,
+        capacity=capacity,
+        tile_cap=max(sum(sample.tiles for sample in pack) for pack in packs),
+        alignment=alignment,
+        seed=seed,
+        sources=tuple(
+            Source(name=name, annotations=f"{name}.jsonl", records=lines, samples=lines)
+            for name in sources
+        ),
+        levels=tuple(
+            Level(packs=count, easiest=place, hardest=place) for place, count in enumerate(levels)
+        ),
+    )
+    return store_packs(folder, packs, manifest, shard_bytes=shard_bytes)
+
+
+def store_packs(
+    folder: Path,
+    packs: Iterable[Sequence[Sample]],
+    manifest: Manifest,
+    *,
+    shard_bytes: int = _SHARD_BYTES,
+) -> Manifest:
+    """Write packs by the manifest's rules, a new shard whenever one has reached ``shard_bytes``,
+    and complete the dataset.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    rules = PackRules(
+        capacity=manifest.capacity, tile_cap=manifest.tile_cap, alignment=manifest.alignment
+    )
+    shards: list[tuple[Shard, Totals]] = []
+    with ExitStack() as stack:
+        shard = stack.enter_context(ShardWriter(folder, 0, rules))
         for pack in packs:
-            writer.write(pack)
-        return writer.close(
-            Manifest(
-                tokenizer_fingerprint=f"random-{vocab_size}",
-                vocab_size=vocab_size,
-                context_token_id=context_token_id,
-                end_token_id=end_token_id,
-                instruction_length=instruction_length,
-                template="internvl2_5",
-                image_size=tile_size,
-                features_per_tile=features_per_tile,
-                max_tiles=3,
-                capacity=capacity,
-                tile_cap=max(sum(sample.tiles for sample in pack) for pack in packs),
-                alignment=alignment,
-                seed=seed,
-                sources=tuple(
-                    Source(name=name, annotations=f"{name}.jsonl", records=lines, samples=lines)
-                    for name in sources
-                ),
-                levels=tuple(
-                    Level(packs=count, easiest=place, hardest=place)
-                    for place, count in enumerate(levels)
-                ),
-            )
-        )
+            if shard.packs and shard.bytes >= shard_bytes:
+                shards.append(shard.close())
+                shard = stack.enter_context(ShardWriter(folder, len(shards), rules))
+            shard.write(pack)
+        shards.append(shard.close())
+    return complete(folder, manifest, shards)

@@ -15,8 +15,8 @@ from megavlm.data.packing.best_fit import best_fit_python, pack
 from megavlm.data.packing.plan import Samples, plan_packs
 from megavlm.data.sample import Sample
 from megavlm.data.store.manifest import Manifest
-from megavlm.data.store.pack_format import Writer
 from megavlm.data.store.reader import Reader
+from tests.data.samples import store_packs
 from tools.benchmark.packing_baselines import buffered, next_fit
 
 CASES = settings(
@@ -103,13 +103,13 @@ def test_every_token_of_every_sample_is_in_one_pack(sizes, seed):
         "image_size": 2,
         "features_per_tile": 1,
     }
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        Writer(Path(folder), capacity, 500, alignment=alignment, tile_cap=cap) as writer,
-    ):
-        for first, end in zip(plan.starts[:-1], plan.starts[1:], strict=True):
-            writer.write([samples[place] for place in plan.order[first:end]])
-        writer.close(Manifest(**facts, capacity=capacity, tile_cap=cap, alignment=alignment))
+    packs = (
+        [samples[place] for place in plan.order[first:end]]
+        for first, end in zip(plan.starts[:-1], plan.starts[1:], strict=True)
+    )
+    manifest = Manifest(**facts, capacity=capacity, tile_cap=cap, alignment=alignment)
+    with tempfile.TemporaryDirectory() as folder:
+        store_packs(Path(folder), packs, manifest, shard_bytes=500)
         reader = Reader(folder)
         found = Counter()
         for stored in map(reader.read, range(len(reader))):

@@ -14,7 +14,6 @@ samples, M tokens of their instructions for a Q-Former.
 from __future__ import annotations
 
 import dataclasses
-import re
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -34,12 +33,11 @@ from megavlm.data.store.index_format import (
     RECORD,
     round_up,
 )
-from megavlm.data.store.manifest import FILE_NAME, Manifest, Shard, Totals
+from megavlm.data.store.manifest import Manifest, Shard, Totals
 from megavlm.io import atomic
 from megavlm.io.checksum import chunks, measure
 
 SECTION_ALIGNMENT_BYTES = 8
-SHARD_BYTES = 2**30
 REDUCTIONS = ("token", "sample", "square")
 
 # ``instruction`` counts the tokens of the sample's instruction; it was always 0 before version 3.
@@ -234,84 +232,6 @@ def _index_chunks(
     for chunk in chain([FORM.header(packs)], *records):
         index.write(chunk)
         yield chunk
-
-
-class Writer:
-    """Writes packs one after the other, starts a new shard at ``shard_bytes``, and the manifest at
-    the end.
-
-    Args:
-        folder: made if missing. Packs that an unfinished run left there are removed; a complete
-            dataset is an error.
-        capacity, tile_cap, alignment: as for ``PackRules``.
-        shard_bytes: a ``.bin`` file that has reached this size is followed by the next one.
-
-    Raises:
-        FileExistsError: the folder holds a complete dataset.
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        capacity: int,
-        shard_bytes: int = SHARD_BYTES,
-        *,
-        tile_cap: int | None = None,
-        alignment: int = 1,
-    ) -> None:
-        self.folder = Path(folder)
-        self.shard_bytes = shard_bytes
-        self.rules = PackRules(capacity=capacity, tile_cap=tile_cap, alignment=alignment)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if (self.folder / FILE_NAME).exists():
-            raise FileExistsError(
-                f"{self.folder}: holds a complete packed dataset; give another --out or remove it"
-            )
-        for path in self.folder.iterdir():
-            if re.fullmatch(r"packs-\d{5,}\.(bin|records)", path.name):
-                path.unlink()
-        self._shards: list[tuple[Shard, Totals]] = []
-        self._shard = ShardWriter(self.folder, 0, self.rules)
-
-    def write(self, samples: Sequence[Sample]) -> int:
-        """Append one pack and return its id; raises ValueError where the samples cannot make
-        one.
-        """
-        if self._shard.packs and self._shard.bytes >= self.shard_bytes:
-            self._shards.append(self._shard.close())
-            self._shard = ShardWriter(self.folder, len(self._shards), self.rules)
-        self._shard.write(samples)
-        return sum(shard.packs for shard, _ in self._shards) + self._shard.packs - 1
-
-    def close(self, manifest: Manifest) -> Manifest:
-        """Complete the dataset: write ``manifest`` with the shards and totals of what was written,
-        and return it.
-
-        Raises:
-            ValueError: the manifest's capacity, alignment or tile cap is not the one that the packs
-                were written with.
-        """
-        facts = dataclasses.asdict(manifest)
-        rules = dataclasses.asdict(self.rules)
-        for name in ("capacity", "alignment", "tile_cap"):
-            if rules[name] not in (None, facts[name]):
-                raise ValueError(
-                    f"manifest: {name} {facts[name]}, but the packs were written with {rules[name]}"
-                )
-        self._shards.append(self._shard.close())
-        return complete(self.folder, manifest, self._shards)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Let go of the files; a folder that was not closed stays incomplete."""
-        self._shard.__exit__(kind, error, trace)
 
 
 def pack_block(samples: Sequence[Sample]) -> tuple[list[bytes], np.ndarray]:

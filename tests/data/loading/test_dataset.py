@@ -14,10 +14,9 @@ from megavlm.data.images.decode import decode_tiles
 from megavlm.data.loading.dataset import PackedDataset
 from megavlm.data.loading.draws import drop_path_draws
 from megavlm.data.sample import Image, Sample
-from megavlm.data.store import pack_format
 from megavlm.data.store.manifest import Manifest, Source
 from megavlm.data.store.reader import Reader
-from tests.data.samples import make_dataset
+from tests.data.samples import make_dataset, store_packs
 
 CAPACITY = 256
 
@@ -238,9 +237,7 @@ def write_broken_image(folder) -> None:
         tile_cap=9,
         sources=(Source(name="captions", annotations="captions.jsonl"),),
     )
-    with pack_format.Writer(folder, 64) as writer:
-        writer.write([text, broken])
-        writer.close(manifest)
+    store_packs(folder, [[text, broken]], manifest)
 
 
 def test_a_full_pack_has_no_padding_sample(tmp_path):
@@ -253,9 +250,7 @@ def test_a_full_pack_has_no_padding_sample(tmp_path):
     )
     write_broken_image(tmp_path / "facts")
     manifest = Reader(tmp_path / "facts").manifest
-    with pack_format.Writer(tmp_path / "full", 64) as writer:
-        writer.write([sample])
-        writer.close(manifest)
+    store_packs(tmp_path / "full", [[sample]], manifest)
     batch = PackedDataset(tmp_path / "full").batch(0, 0, reduction="token")
     assert (
         batch.sample_ends.tolist() == [0, 64]

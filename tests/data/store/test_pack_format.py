@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from megavlm.data.sample import Sample
-from megavlm.data.store import pack_format
 from megavlm.data.store.index_format import FORM, FORMS, HEADER, RECORD
 from megavlm.data.store.manifest import Manifest, read_manifest
+from megavlm.data.store.pack_format import PackRules, ShardWriter, pack_block, sections
 from megavlm.data.store.reader import Reader
-from tests.data.samples import make_dataset, make_sample
+from tests.data.samples import make_dataset, make_sample, store_packs
 
 FACTS = {"vocab_size": 512, "context_token_id": 500, "tile_size": 32, "features_per_tile": 4}
 MANIFEST = Manifest(
@@ -26,7 +26,7 @@ MANIFEST = Manifest(
     image_size=32,
     features_per_tile=4,
     capacity=300,
-    tile_cap=9,
+    tile_cap=99,
 )
 
 
@@ -56,10 +56,7 @@ def stored(tmp_path_factory):
 
 def make_stored(folder):
     packs = random_packs(12)
-    with pack_format.Writer(folder, 300, shard_bytes=4000) as writer:
-        assert [writer.write(samples) for samples in packs] == list(range(12))
-        manifest = writer.close(MANIFEST)
-    return folder, packs, manifest
+    return folder, packs, store_packs(folder, packs, MANIFEST, shard_bytes=4000)
 
 
 @pytest.fixture
@@ -142,7 +139,7 @@ def test_one_supervised_first_token_counts_nothing():
         source=0,
         line=1,
     )
-    _, record = pack_format.pack_block([sample])
+    _, record = pack_block([sample])
     assert record["supervised"] == record["weight_sample"] == record["weight_square"] == 0
 
 
@@ -169,41 +166,20 @@ def test_more_shards_than_may_stay_open(tmp_path, monkeypatch):
     assert np.array_equal(first.tokens, tokens)
 
 
-def test_unfinished_folder(tmp_path):
-    with pack_format.Writer(tmp_path, 300) as writer:
-        writer.write(random_packs(1)[0])
-    with pytest.raises(FileNotFoundError, match="packing did not end"):
-        Reader(tmp_path)
-    (tmp_path / "packs-00007.bin").write_bytes(b"left by a run before")
-    with pack_format.Writer(tmp_path, 300) as writer:
-        writer.write(random_packs(1)[0])
-        writer.close(MANIFEST)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "manifest.json",
-        "packs-00000.bin",
-        "packs.idx",
-    ]
-    with pytest.raises(FileExistsError, match="complete packed dataset"):
-        pack_format.Writer(tmp_path, 300)
-
-
-def test_writer_refuses(tmp_path):
+def test_packs_against_the_rules_are_refused(tmp_path):
     long = Sample(
         tokens=np.zeros(301, np.int32), supervised=np.zeros(301, bool), images=(), source=0, line=1
     )
-    with pack_format.Writer(tmp_path, 300, alignment=4, tile_cap=2) as writer:
+    rules = PackRules(capacity=300, tile_cap=2, alignment=4)
+    with ShardWriter(tmp_path, 0, rules) as writer:
         for samples in ([], [long], [long_part(long, 297), long_part(long, 1)]):
             with pytest.raises(ValueError, match="aligned to 4.*--capacity 300"):
                 writer.write(samples)
         tiles = make_sample(np.random.default_rng(0), images=3, text_tokens=3, line=1, **FACTS)
         with pytest.raises(ValueError, match="above --tile_cap 2"):
             writer.write([tiles])
-        with pytest.raises(
-            ValueError, match="manifest: alignment 1, but the packs were written with 4"
-        ):
-            writer.close(MANIFEST)
     with pytest.raises(ValueError, match="--capacity 10 is not a multiple of --alignment 4"):
-        pack_format.Writer(tmp_path, 10, alignment=4)
+        PackRules(capacity=10, alignment=4)
 
 
 def long_part(sample: Sample, length: int) -> Sample:
@@ -214,7 +190,7 @@ def long_part(sample: Sample, length: int) -> Sample:
 
 def test_damaged_bytes(stored, damaged):
     record = Reader(stored[0]).index[0]
-    layout = pack_format.sections(
+    layout = sections(
         *(int(record[name]) for name in ("tokens", "samples", "images", "instructions"))
     )
     path = damaged / "packs-00000.bin"
@@ -279,8 +255,7 @@ def test_wrong_header(damaged, place, value, message):
 
 
 def test_no_packs(tmp_path):
-    with pack_format.Writer(tmp_path, 300) as writer:
-        writer.close(MANIFEST)
+    store_packs(tmp_path, [], MANIFEST)
     with pytest.raises(ValueError, match="the dataset has no packs"):
         Reader(tmp_path)
 
@@ -291,10 +266,7 @@ def test_packs_of_version_2_are_read(stored, damaged):
         for samples in stored[1]
     ]
     folder = damaged.parent / "old"
-    with pack_format.Writer(folder, 300, shard_bytes=4000) as writer:
-        for samples in packs:
-            writer.write(samples)
-        manifest = writer.close(MANIFEST)
+    manifest = store_packs(folder, packs, MANIFEST, shard_bytes=4000)
     new = Reader(folder)
     old = FORMS[2]
     rows = new.index[np.arange(len(packs))]
