@@ -68,8 +68,3 @@ class Sample:
     def tiles(self) -> int:
         """Tiles of all images, thumbnails counted."""
         return sum(image.tiles for image in self.images)
-
-    @property
-    def supervised_count(self) -> int:
-        """Number of tokens that have a loss."""
-        return int(np.count_nonzero(self.supervised))

@@ -24,9 +24,6 @@ from megavlm.planner.partition import PackSize, layer_costs
 
 _TILES = 4
 NUMBER_BYTES = {"bfloat16": 2, "float32": 4}
-# Exponentials of a logit in 32 bits, and what is rounded to the dtype again, without Transformer
-# Engine.
-_EXPONENTIAL_BYTES = 4
 # Of dropout on the inputs of adapters: the mask, and the integers that it is drawn from.
 _MASK_BYTES = 1
 _DRAW_BYTES = 16

@@ -12,7 +12,7 @@ import pytest
 from megavlm.config.recipes.internvl import STAGES
 from tools.benchmark import gpu, report, runner
 from tools.benchmark.cases import all_cases, chosen, predicted_gib, predicted_tflop, smoke_cases
-from tools.benchmark.kernel_times import Kernel, busy_us, group_of, table
+from tools.benchmark.kernel_times import Kernel, group_of, table
 from tools.benchmark.measure import steps_to_warm_up
 
 
@@ -193,7 +193,6 @@ def test_idle_time_is_when_no_kernel_runs():
         _kernel("gemm", 30, 40),
         _kernel("gemm", 32, 34),
     ]
-    assert busy_us(kernels) == 30
     found = table(kernels)
     assert found["span_ms"] == 0.04
     assert found["groups_ms"] == {"matrix products": 0.022, "communication": 0.015, "idle": 0.01}

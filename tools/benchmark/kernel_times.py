@@ -110,11 +110,6 @@ def _span_us(kernels: list[Kernel]) -> float:
     return max(kernel.end for kernel in kernels) - min(kernel.start for kernel in kernels)
 
 
-def busy_us(kernels: list[Kernel]) -> float:
-    """Microseconds in which at least one kernel ran."""
-    return _span_us(kernels) - sum(gap.us for gap in gaps(kernels))
-
-
 def table(kernels: list[Kernel]) -> dict[str, object]:
     """Milliseconds of each group, of nothing at all (idle), and of the kernels that take longest.
 

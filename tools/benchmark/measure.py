@@ -19,7 +19,6 @@ from tools.benchmark import kernel_times
 from tools.benchmark.cases import Case
 from tools.benchmark.feed import Feed
 
-H200_BF16_TFLOPS = 989.0
 LEAST_STEPS = 3
 # Batches of Transformer Engine's layers have tiles in multiples of it (FP8: of more).
 TILE_MULTIPLE = 4

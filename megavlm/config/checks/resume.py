@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from megavlm.config.options import options, shown_value
+from megavlm.config.options import shown_value
 from megavlm.config.schema import Config
 
 Kind = Literal["taken", "refused", "origin", "free"]
@@ -93,15 +93,6 @@ _REASONS = {
     "training.trainable": "there are moments of what was trained, and of nothing else",
     "training.frozen_until": "moments begin at the step that unfreezes a parameter",
 }
-
-
-def kind_of(key: str) -> Kind:
-    """Return what becomes of the option ``key``.
-
-    Raises:
-        KeyError: nobody has decided it.
-    """
-    return "refused" if key.startswith("architecture.") else KINDS[key]
 
 
 def refusals(old: Config, new: Config, *, is_own: bool) -> list[str]:
@@ -215,11 +206,3 @@ def _value(config: Config, key: str) -> Any:
     for name in key.split("."):
         value = vars(value)[name]
     return value
-
-
-def unclassified() -> set[str]:
-    """Return the options of the schema that the table does not hold, and entries of the table that
-    are no options.
-    """
-    known = {key for key in options() if not key.startswith("architecture.")}
-    return known ^ KINDS.keys()

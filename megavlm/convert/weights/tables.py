@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal, get_args
+from typing import Literal
 
 from megavlm.config.exports import HOLDS
 from megavlm.config.schema import Architecture, Language, Vision
@@ -22,7 +22,6 @@ from megavlm.convert.weights import idefics, pairs, qformer, resampler
 from megavlm.convert.weights.connectors import linear_rows, llava_rows, mlp_rows
 from megavlm.convert.weights.families import FAMILIES, clip, eva, internvit, written_as
 from megavlm.convert.weights.mapping import Row, within
-from megavlm.convert.weights.transforms import Shape
 
 Dialect = Literal[
     "native",
@@ -38,7 +37,6 @@ Dialect = Literal[
     "instructblip",
     "idefics",
 ]
-DIALECTS: tuple[Dialect, ...] = get_args(Dialect)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,8 +234,3 @@ def head_names() -> set[str]:
         for row in within(family.rows(Language(num_layers=1)), "language.", _LANGUAGE)
     )
     return {name for row in language if row.key == HEAD_KEY for name in row.names}
-
-
-def megatron_shapes(architecture: Architecture) -> dict[str, Shape]:
-    """Shape of every whole tensor by megatron-core's key, without padding."""
-    return {row.key: row.shape for row in rows(architecture)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import transformers
@@ -15,8 +16,10 @@ from megavlm.convert.hf.card_examples import EXAMPLES
 from megavlm.convert.hf.hub_formats import HUB_FORMATS, dialect_of
 from megavlm.convert.hf.json_files import read_json, write_json
 from megavlm.convert.hf.model_config import architecture_from_hf
-from megavlm.convert.weights.tables import DIALECTS
+from megavlm.convert.weights.tables import Dialect
 from tests.convert.models import SMALL, make_hf
+
+DIALECTS = get_args(Dialect)
 
 
 def test_every_dialect_of_the_weights_has_a_row() -> None:

@@ -66,7 +66,7 @@ def test_a_sample_with_an_image(root):
     assert image.encoded == (root / "wide.png").read_bytes()
     assert sample.tokens.dtype == np.int32 and sample.supervised.dtype == np.bool_
     assert np.count_nonzero(sample.tokens == 5) == sample.tiles * 4 == 12
-    assert 0 < sample.supervised_count < sample.length == len(sample.supervised)
+    assert 0 < np.count_nonzero(sample.supervised) < sample.length == len(sample.supervised)
 
 
 def test_text_only(root):
