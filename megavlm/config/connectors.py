@@ -34,6 +34,8 @@ class Connector:
         heads: for mean_query: attention heads.
         norm: for mlp: LayerNorm before the linear layers, as in InternVL; LLaVA has none.
         bias: for mlp and linear: whether the linear layers have biases.
+        newline: for mlp and linear: whether a learned embedding ends each row of an image's
+            features, as in LLaVA-NeXT; for packs of ``--tiling anyres``.
         qformer: for qformer: its sizes.
         resampler: for resampler: its sizes.
     """
@@ -42,6 +44,7 @@ class Connector:
     pixel_shuffle: int = 2
     norm: bool = True
     bias: bool = True
+    newline: bool = False
     heads: int = 16
     qformer: QFormer = field(default_factory=QFormer)
     resampler: Resampler = field(default_factory=Resampler)
@@ -53,6 +56,14 @@ class Connector:
 
 
 LLAVA = Connector(pixel_shuffle=1, norm=False)
+WITH_NEWLINES = ("mlp", "linear")
+"""Kinds that can have ``newline``."""
+
+
+def _newline(settings: Connector, width: int) -> Iterator[Piece]:
+    """Yield the embedding of the end of a row, if there is one."""
+    if settings.newline:
+        yield vector("connector.newline", PART, width)
 
 
 class ConnectorSizes(Protocol):
@@ -131,6 +142,7 @@ class Mlp:
             key = f"connector.mlp.{name}"
             has_bias = self.settings.bias
             yield from linear(key, PART, size, width, rows=rows, unit="tile", has_bias=has_bias)
+        yield from _newline(self.settings, width)
 
     def kept(self, tensor_size: int) -> float:
         """Count inputs and results of the norm, and what goes into GELU and comes out of it."""
@@ -173,6 +185,7 @@ class Linear:
         sizes = dict(rows=self.features, unit="tile", has_bias=self.settings.bias)
         ends = self.ends
         yield from linear("connector.linear", PART, ends.input_size, ends.output_size, **sizes)
+        yield from _newline(self.settings, ends.output_size)
 
     def kept(self, tensor_size: int) -> float:
         """Count what goes into the layer."""

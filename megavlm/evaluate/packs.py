@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from megavlm.data.images.decode import read_size
+from megavlm.data.images.feature_layout import feature_layout, sizes_in_text
 from megavlm.data.images.tiling import Tiling
 from megavlm.data.loading.dataset import PackedDataset
 from megavlm.data.records.record import IMAGE_PLACEHOLDER, Turn
@@ -78,11 +79,11 @@ def ask(task: Task, question: Question, template: ChatTemplate, tiling: Tiling) 
     where = task.where(question)
     _check_text(question, template, where)
     images = tuple(image_of(path, tiling, len(question.images), where) for path in question.images)
-    tiles = [image.tiles for image in images]
-    rows = [image.rows for image in images]
+    layout = feature_layout(tiling.mode, template.features_per_tile)
+    tiles, shown = sizes_in_text(images, layout)
     try:
         if not question.choices:
-            tokens = template.prompt(question.turns, tiles, rows)
+            tokens = template.prompt(question.turns, tiles, shown)
             found = [(tokens, np.zeros(len(tokens), bool))]
         else:
             metric = METRICS[task.metric]
@@ -90,7 +91,7 @@ def ask(task: Task, question: Question, template: ChatTemplate, tiling: Tiling) 
                 Turn(role="gpt", text=metric.choice(index, choice))
                 for index, choice in enumerate(question.choices)
             )
-            found = [template.encode((*question.turns, ending), tiles, rows) for ending in endings]
+            found = [template.encode((*question.turns, ending), tiles, shown) for ending in endings]
     except RejectError as error:
         raise ValueError(f"--eval.tasks {where}: {error.detail}") from None
     return [
@@ -330,5 +331,6 @@ def usage_of(folder: Path | str, pair_length: int = 0) -> tuple[Manifest, ChatTe
         mode=manifest.tiling,
         pixel_mean=manifest.pixel_mean,
         limit=manifest.image_limit,
+        grids=manifest.grids,
     )
     return manifest, template, tiling

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from megavlm.config.architecture import Architecture
 from megavlm.data.loading.batch import Batch
 
 
@@ -35,6 +37,25 @@ def place_features(embeddings: Tensor, features: Tensor, batch: Batch) -> Tensor
     return embeddings.index_copy(
         0, batch.feature_positions, features.index_select(0, batch.feature_numbers)
     )
+
+
+def make_newline(architecture: Architecture, dtype: torch.dtype) -> nn.Parameter | None:
+    """Make the embedding that ends each row of an image's features [D]; none if the connector has
+    none.
+    """
+    if not architecture.connector.newline:
+        return None
+    return nn.Parameter(torch.zeros(architecture.language.hidden_size, dtype=dtype))
+
+
+def place_newlines(embeddings: Tensor, newline: Tensor, batch: Batch) -> Tensor:
+    """Put the embedding of the end of a row [D] where rows end, in embeddings [T, 1, D]. It gets a
+    gradient, of zero, from packs without rows too.
+    """
+    places = batch.newline_positions
+    # Expanded, not indexed: its gradient is then one sum, in the same order on every rank.
+    rows = newline.to(embeddings.dtype).expand(len(places), 1, -1)
+    return embeddings.index_copy(0, places, rows)
 
 
 def as_rows(features: Tensor, rows: int, width: int) -> Tensor:

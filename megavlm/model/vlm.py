@@ -23,7 +23,7 @@ from megavlm.data.loading.batch import Batch
 from megavlm.model.attention import PackedSamples
 from megavlm.model.connector import build_connector
 from megavlm.model.expert_adapters import attach_to_experts
-from megavlm.model.fusion import as_rows, from_rows
+from megavlm.model.fusion import as_rows, from_rows, place_newlines
 from megavlm.model.kernels import Kernels, choose_kernels
 from megavlm.model.language import LanguageModel
 from megavlm.model.lora import LowRankAdapter, attach, set_draw
@@ -196,18 +196,28 @@ class VisionLanguageModel(MegatronModule):
         """Finish the gradients of weights of which each tensor-parallel rank has a copy.
         Collective.
         """
+        newline = self.newline
         for part in self.copies:
-            sum_gradients(part.parameters(), self.groups)
+            own = (parameter for parameter in part.parameters() if parameter is not newline)
+            sum_gradients(own, self.groups)
         average_gradients(self._computed_alike(), self.groups)
 
+    @property
+    def newline(self) -> nn.Parameter | None:
+        """The connector's embedding of the end of a row; none where there is none."""
+        has_newline = self.architecture.connector.newline and self.connector is not None
+        return self.connector.newline if has_newline else None
+
     def _computed_alike(self) -> Iterator[nn.Parameter]:
-        """Yield the parameters of whole modules that every tensor-parallel rank runs on the same
-        input: connectors that are not sharded, and the rows of added tokens.
+        """Yield the parameters that every tensor-parallel rank uses alike: those of connectors that
+        are not sharded, the embedding of the end of a row, and the rows of added tokens.
         """
         parts: list[nn.Module | None] = []
         is_whole = not self.architecture.connector_sizes.all_reduced_elements
         if is_whole and self.connector not in self.copies:
             parts.append(self.connector)
+        elif self.newline is not None:
+            yield self.newline
         if self.language is not None:
             parts += [self.language.added_embedding, self.language.added_head]
         for part in parts:
@@ -279,6 +289,8 @@ class VisionLanguageModel(MegatronModule):
             given = {"instructions": batch.instructions} if read else {}
             features = gather_features(self.connector(hidden, **given), self.groups)
             fused = self.objective.fuse(fused, features, batch)
+            if self.newline is not None:
+                fused = place_newlines(fused, self.newline, batch)
         fused = self.language.add_positions(fused, batch)
         if self.config.sequence_parallel:
             fused = scatter_to_sequence_parallel_region(fused)

@@ -147,7 +147,10 @@ def fresh_tensor(config: Config) -> FullTensor:
             # PEFT's start: kaiming_uniform_ with a = sqrt(5).
             generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {key}".encode()))
             return (2 * torch.rand(shape, generator=generator) - 1) / shape[1] ** 0.5
-        std = 1.0 if key == "connector.latents" else (2 / (5 * width)) ** 0.5
+        std = {
+            "connector.latents": 1.0,
+            "connector.newline": arch.language.hidden_size**-0.5,  # LLaVA-NeXT's
+        }.get(key, (2 / (5 * width)) ** 0.5)
         if key.endswith(("linear_proj.weight", "linear_fc2.weight")) and layers > 1:
             std /= (2 * layers) ** 0.5
         # The connector keeps the name that it was drawn by first, so that a seed keeps its meaning.

@@ -246,6 +246,7 @@ def _new_tokens(job: Job, new: Decode, answers: Sequence[Sequence[int]]) -> Batc
         tiles=torch.zeros(0, 3, side, side, dtype=torch.uint8),
         feature_positions=nothing,
         feature_numbers=nothing,
+        newline_positions=nothing,
         num_features=0,
         drop_path_draws=torch.zeros(0, 0),
         weight_sum=0.0,

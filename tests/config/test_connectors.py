@@ -7,6 +7,7 @@ import re
 
 import pytest
 
+from megavlm.config.checks import rules
 from megavlm.config.cli import from_yaml, parse, to_yaml
 from megavlm.config.connectors import LLAVA, Connector, Ends, connector_sizes
 from megavlm.config.models import MODELS
@@ -23,6 +24,17 @@ def test_a_quarter_of_the_patches_are_features_of_internvl_and_all_are_of_llava(
     norms = [piece.key for piece in ours.pieces() if ".norm." in piece.key]
     assert norms == ["connector.norm.weight", "connector.norm.bias"]
     assert not any(".norm." in piece.key for piece in llava.pieces())
+
+
+def test_rows_that_end_in_an_embedding_are_of_connectors_with_rows() -> None:
+    for kind in ("mlp", "linear"):
+        sizes = connector_sizes(dataclasses.replace(LLAVA, kind=kind, newline=True), ENDS)
+        found = {piece.key: piece for piece in sizes.pieces()}["connector.newline"]
+        assert (found.elements, found.forward, found.is_matrix) == (48, 0, False)
+    options = ["--architecture.connector.kind", "qformer", "--architecture.connector.newline"]
+    config = parse([*RUN, *options, "true", "--data.train", "packs"])
+    told = [one for one in rules.problems(config, 1) if "connector.newline true" in one]
+    assert len(told) == 1 and "kind qformer gives no rows" in told[0]
 
 
 def test_an_unknown_connector_is_refused_with_those_that_there_are() -> None:

@@ -75,6 +75,7 @@ def make_batch(config: Config, pairs: int, seed: int) -> Any:
         tiles=rng.integers(0, 256, (pairs, 3, side, side), dtype=np.uint8),
         feature_positions=np.zeros(0, np.int64),
         feature_numbers=np.zeros(0, np.int64),
+        newline_positions=np.zeros(0, np.int64),
         num_features=0,
         drop_path_draws=np.zeros((2 * vision.num_layers, pairs), np.float32),
         samples=pairs,

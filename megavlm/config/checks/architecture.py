@@ -10,6 +10,7 @@ from megavlm.config.checks.attention import attention_problems
 from megavlm.config.checks.experts import expert_size_problems
 from megavlm.config.checks.limits import at_least
 from megavlm.config.checks.no_vision import model_problems
+from megavlm.config.connectors import WITH_NEWLINES
 from megavlm.config.differences import changed
 from megavlm.config.options import shown_value
 from megavlm.config.schema import NO_LANGUAGE, Architecture
@@ -161,6 +162,12 @@ def _connector(arch: Architecture) -> Iterator[str]:
     yield from problems
     if problems:
         return
+    if arch.connector.newline and arch.connector.kind not in WITH_NEWLINES:
+        yield (
+            f"--architecture.connector.newline true: a connector of --architecture.connector.kind"
+            f" {arch.connector.kind} gives no rows of features; use false, or"
+            f" {' or '.join(WITH_NEWLINES)}"
+        )
     yield from arch.needs.problems(arch)
     if arch.needs.takes_one_embedding:
         yield from _pairs(arch)

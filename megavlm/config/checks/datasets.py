@@ -150,6 +150,11 @@ def _form(config: Config, facts: DatasetFacts, where: str) -> Iterator[str]:
             f" {tiling}; pack with --tiling {tiling}, or give --data.tiling {facts.tiling} to train"
             " on these packs as they are"
         )
+    if facts.has_images and facts.tiling == "anyres" and not config.architecture.connector.newline:
+        yield (
+            f"{where}: packed with --tiling anyres, which needs --architecture.connector.newline"
+            " true; this model has false"
+        )
 
 
 def _instructions(arch: Architecture, facts: DatasetFacts, where: str) -> Iterator[str]:

@@ -11,7 +11,7 @@ from typing import Literal
 from megavlm.config.sampling import Sampling
 from megavlm.config.schema import ANY, Architecture, Data, Optimizer, Training
 
-Tiling = Literal["any", "dynamic", "pad", "crop", "stretch", "patches"]
+Tiling = Literal["any", "dynamic", "pad", "crop", "stretch", "patches", "anyres"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -160,15 +160,51 @@ def cut_tiles(
         out = np.empty(shape, np.uint8)
     if out.shape != shape:
         raise ValueError(f"room for tiles of shape {out.shape}, but the image gives {shape}")
-    resize = load_decoders() if load_decoders.cache_info().currsize else _resize_with_pillow
+    resize = _resizer()
     resize(pixels, columns, rows, tile_size, out[:whole])
     if len(out) > whole:
         resize(pixels, 1, 1, tile_size, out[whole:])
     return out
 
 
+def cut_fitted(
+    pixels: np.ndarray,
+    columns: int,
+    rows: int,
+    tile_size: int,
+    size: tuple[int, int],
+    out: np.ndarray | None = None,
+) -> np.ndarray:
+    """Cut an image into the whole image as one tile, and a grid in whose middle it stands, with
+    black beside it; uint8 [1 + rows * columns, 3, S, S].
+
+    Args:
+        pixels: uint8 [height, width, 3].
+        columns, rows, tile_size, out: as for ``decode_tiles``.
+        size: width and height in pixels that the image gets in the grid.
+
+    Raises:
+        ValueError: ``out`` has another shape.
+    """
+    shape = (1 + columns * rows, 3, tile_size, tile_size)
+    if out is None:
+        out = np.empty(shape, np.uint8)
+    if out.shape != shape:
+        raise ValueError(f"room for tiles of shape {out.shape}, but the image gives {shape}")
+    resize = _resizer()
+    resize(pixels, 1, 1, tile_size, out[:1])
+    out[1:] = 0
+    resize(pixels, columns, rows, tile_size, out[1:], size)
+    return out
+
+
+def _resizer() -> Callable[..., None]:
+    """Return ``resize.resize_to_tiles``, or Pillow's as long as that is not loaded."""
+    return load_decoders() if load_decoders.cache_info().currsize else _resize_with_pillow
+
+
 @cache
-def load_decoders() -> Callable[[np.ndarray, int, int, int, np.ndarray], None]:
+def load_decoders() -> Callable[..., None]:
     """Load the libraries and the machine code that are fastest at many images, and return what
     resizes.
 
@@ -202,15 +238,26 @@ def check_pixels(encoded: bytes) -> None:
 
 
 def _resize_with_pillow(
-    pixels: np.ndarray, columns: int, rows: int, tile_size: int, tiles: np.ndarray
+    pixels: np.ndarray,
+    columns: int,
+    rows: int,
+    tile_size: int,
+    tiles: np.ndarray,
+    inner: tuple[int, int] | None = None,
 ) -> None:
-    """``resize_numba.resize_to_tiles``."""
+    """``resize.resize_to_tiles``."""
     image = PillowImage.fromarray(pixels)
-    for width, height in (
-        (columns * tile_size, image.height),
-        (columns * tile_size, rows * tile_size),
-    ):
-        image = image.resize((width, height), PillowImage.Resampling.BICUBIC)
+    across = columns * tile_size
+    down = rows * tile_size
+    wide, high = inner or (across, down)
+    for size in ((wide, image.height), (wide, high)):
+        image = image.resize(size, PillowImage.Resampling.BICUBIC)
+    if inner:
+        # As with numba, pixels beside the image are left as they are.
+        grid = tiles.reshape(rows, columns, 3, tile_size, tile_size).transpose(0, 3, 1, 4, 2)
+        whole = PillowImage.fromarray(grid.reshape(down, across, 3))
+        whole.paste(image, ((across - wide) // 2, (down - high) // 2))
+        image = whole
     grid = np.asarray(image).reshape(rows, tile_size, columns, tile_size, 3)
     tiles[:] = grid.transpose(0, 2, 4, 1, 3).reshape(-1, 3, tile_size, tile_size)
 

@@ -19,7 +19,12 @@ WEIGHT_BITS = 22
 
 
 def resize_to_tiles(
-    pixels: np.ndarray, columns: int, rows: int, tile_size: int, tiles: np.ndarray
+    pixels: np.ndarray,
+    columns: int,
+    rows: int,
+    tile_size: int,
+    tiles: np.ndarray,
+    inner: tuple[int, int] | None = None,
 ) -> None:
     """Resize an image to a grid of tiles, row by row.
 
@@ -29,11 +34,17 @@ def resize_to_tiles(
         rows: tiles above each other.
         tile_size: side S of a tile in pixels.
         tiles: uint8 [rows * columns, 3, S, S], to be filled.
+        inner: width and height that the image gets in the middle of the grid; pixels beside it are
+            left as they are. None: those of the grid.
     """
     height, width = pixels.shape[:2]
-    along = _weights(width, columns * tile_size)
-    down = _weights(height, rows * tile_size)
-    compiled(_resize)(np.ascontiguousarray(pixels), *along, *down, columns, tile_size, tiles)
+    wide, high = inner or (columns * tile_size, rows * tile_size)
+    left = (columns * tile_size - wide) // 2
+    top = (rows * tile_size - high) // 2
+    along = _weights(width, wide)
+    down = _weights(height, high)
+    place = columns, left, top, tile_size
+    compiled(_resize)(np.ascontiguousarray(pixels), *along, *down, place, tiles)
 
 
 @lru_cache(maxsize=512)
@@ -75,8 +86,11 @@ def _cubic(x: float) -> float:
     return (((x - 5.0) * x + 8.0) * x - 4.0) * -0.5 if x < 2.0 else 0.0
 
 
-def _resize(pixels, first_x, count_x, weights_x, first_y, count_y, weights_y, columns, size, tiles):
-    """Both passes, one channel after the other; machine code."""
+def _resize(pixels, first_x, count_x, weights_x, first_y, count_y, weights_y, place, tiles):
+    """Both passes, one channel after the other; machine code. ``place``: columns of the grid, its
+    pixels to the left of the image and above it, and the side of a tile.
+    """
+    columns, beside, above, size = place
     height = pixels.shape[0]
     width = pixels.shape[1]
     wide = len(first_x)
@@ -115,8 +129,12 @@ def _resize(pixels, first_x, count_x, weights_x, first_y, count_y, weights_y, co
                 source = flat[first_y[y] + tap]
                 for x in range(wide):
                     sums[x] += weight * np.int32(source[x])
+            line = y + above
             for column in range(columns):
-                row = tiles[y // size * columns + column, channel, y % size]
-                part = sums[column * size : (column + 1) * size]
-                for x in range(size):
-                    row[x] = min(max(part[x] >> 22, 0), 255)
+                row = tiles[line // size * columns + column, channel, line % size]
+                shift = column * size - beside
+                start = max(shift, 0)
+                part = sums[start : min(shift + size, wide)]
+                room = row[start - shift :]
+                for x in range(len(part)):
+                    room[x] = min(max(part[x] >> 22, 0), 255)

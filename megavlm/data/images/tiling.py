@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal, get_args
 
+from megavlm.data.images.anyres import LLAVA_GRIDS, Grid, best_grid
 from megavlm.data.images.patches import fitted_size, patch_grid
 
-Mode = Literal["dynamic", "pad", "crop", "stretch", "patches"]
+Mode = Literal["dynamic", "pad", "crop", "stretch", "patches", "anyres"]
 
 
 # Fuyu's, in pixels.
@@ -33,9 +34,11 @@ class Tiling:
         mode: ``dynamic``; or each image is one tile: filled up to a square (``pad``) or the square
             in its middle (``crop``), as LLaVA has them, or all of it with another shape
             (``stretch``), as PaliGemma. ``patches``: a tile is a patch, and an image has as many as
-            cover it, as in Fuyu.
+            cover it, as in Fuyu. ``anyres``: the whole image, then a grid of tiles that it is
+            fitted into, as in LLaVA-NeXT.
         pixel_mean: mean of red, green and blue, from 0 to 1: what ``pad`` fills with.
         limit: for ``patches``: width and height in pixels that larger images are made smaller to.
+        grids: for ``anyres``: the grids that images may have.
     """
 
     tile_size: int
@@ -45,6 +48,7 @@ class Tiling:
     mode: Mode = "dynamic"
     pixel_mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     limit: tuple[int, int] = FUYU_LIMIT
+    grids: tuple[Grid, ...] = LLAVA_GRIDS
 
     def __post_init__(self) -> None:
         if self.tile_size < 1:
@@ -66,7 +70,12 @@ class Tiling:
     @property
     def size_flag(self) -> str:
         """The option that makes images smaller."""
-        return "--image_limit" if self.mode == "patches" else "--max_tiles"
+        return {"patches": "--image_limit", "anyres": "--grids"}.get(self.mode, "--max_tiles")
+
+    @property
+    def takes_frames(self) -> bool:
+        """Whether a frame of a video can be one tile."""
+        return self.mode not in ("patches", "anyres")
 
     @property
     def pad_colour(self) -> tuple[int, int, int] | None:
@@ -83,13 +92,17 @@ class Tiling:
         """
         if self.mode == "patches":
             return patch_grid(fitted_size(width, height, self.limit), self.tile_size)
+        if self.mode == "anyres":
+            return best_grid(width, height, self.grids, self.tile_size)
         if self.mode != "dynamic":
             return 1, 1
         most = image_max_tiles(self.max_tiles if max_tiles is None else max_tiles, images)
         return choose_grid(width, height, self.min_tiles, most, self.tile_size)
 
     def count(self, columns: int, rows: int) -> int:
-        """Tiles of an image with this grid, thumbnail counted."""
+        """Tiles of an image with this grid, the whole image as one of its own counted."""
+        if self.mode == "anyres":
+            return columns * rows + 1
         return tile_count(columns, rows, self.thumbnail and self.mode != "patches")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 
 import numpy as np
 from PIL import Image as PillowImage
@@ -10,7 +11,6 @@ from PIL import ImageEnhance
 
 from megavlm.data.images.augment import Change
 from megavlm.data.images.decode import cut_tiles, decode_pixels
-from megavlm.data.images.patches import cut_patches
 
 
 def decode_changed(
@@ -22,7 +22,7 @@ def decode_changed(
     *,
     pad_colour: tuple[int, int, int] | None = None,
     crops: bool = False,
-    fits: tuple[int, int] | None = None,
+    cut: Callable[[PillowImage.Image, np.ndarray | None], np.ndarray] | None = None,
     change: Change | None = None,
     out: np.ndarray | None = None,
 ) -> np.ndarray:
@@ -32,8 +32,8 @@ def decode_changed(
         encoded, columns, rows, tile_size, thumbnail: as for ``media.decode_tiles``.
         pad_colour: what the image is filled up with to a square; None: it is not.
         crops: whether the square in its middle is taken, see ``centre_crop``.
-        fits: width and height that the image is resized to before it is cut into patches, which
-            the tiles then are; None: it is resized to the grid.
+        cut: makes the tiles of the changed image, in an array if there is one; None: the image is
+            resized to the grid.
         change: what else happens to it.
         out: as for ``media.decode_tiles``.
 
@@ -47,8 +47,8 @@ def decode_changed(
         image = to_square(image, pad_colour)
     if crops:
         image = centre_crop(image, tile_size)
-    if fits is not None:
-        tiles = cut_patches(image, fits, tile_size, out)
+    if cut is not None:
+        tiles = cut(image, out)
     else:
         tiles = cut_tiles(np.asarray(image), columns, rows, tile_size, thumbnail, out)
     if change.qualities:

@@ -142,6 +142,8 @@ class Batch:
         feature_positions: int64 [placeholders], where in ``tokens`` image features go, ascending.
         feature_numbers: int64 [placeholders], which of the features of the whole pack (those of all
             its tiles, in their order) goes there.
+        newline_positions: int64 [newlines], where in ``tokens`` the connector's embedding of the
+            end of a row goes; see ``data/images/feature_layout``.
         num_features: features of the whole pack, those of padding tiles not counted.
         drop_path_draws: float32 [2 * vision layers, I], uniform in [0, 1), drawn from (seed,
             position) alone.
@@ -173,6 +175,7 @@ class Batch:
     tiles: torch.Tensor
     feature_positions: torch.Tensor
     feature_numbers: torch.Tensor
+    newline_positions: torch.Tensor
     num_features: int
     drop_path_draws: torch.Tensor
     pair_draws: torch.Tensor | None = None

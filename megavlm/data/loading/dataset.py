@@ -12,6 +12,12 @@ from pathlib import Path
 
 import numpy as np
 
+from megavlm.data.images.feature_layout import (
+    NEWLINE,
+    FeatureLayout,
+    feature_layout,
+    numbers_in_pack,
+)
 from megavlm.data.loading.batch import Batch, Media
 from megavlm.data.loading.draws import (
     drop_path_draws,
@@ -204,24 +210,31 @@ class PackedDataset:
     def _features(
         self, pack: Pack, positions: np.ndarray, local: np.ndarray
     ) -> dict[str, np.ndarray | int]:
-        """Return where image features go among the rank's tokens, and which of the pack's features
-        these are, int64; and how many the pack has.
+        """Return where image features and newlines go among the rank's tokens, and which of the
+        pack's features these are, int64; and how many the pack has.
 
         Args:
             pack: the pack.
             positions: of its stored tokens.
             local: where each token of the pack is among the rank's tokens; -1: nowhere.
         """
-        found = local[self._feature_positions(pack, positions)]
-        is_own = found >= 0
+        numbers = numbers_in_pack(pack.images, self._layout, self.manifest.features_per_tile)
+        found = local[self._placeholders(pack, positions, len(numbers))]
+        is_feature = (found >= 0) & (numbers != NEWLINE)
         return dict(
-            feature_positions=found[is_own],
-            feature_numbers=np.flatnonzero(is_own),
+            feature_positions=found[is_feature],
+            feature_numbers=numbers[is_feature],
+            newline_positions=found[(found >= 0) & (numbers == NEWLINE)],
             num_features=pack.tiles * self.manifest.features_per_tile,
         )
 
-    def _feature_positions(self, pack: Pack, positions: np.ndarray) -> np.ndarray:
-        """Return the positions of the placeholder tokens; int64 [real tiles * F]."""
+    @cached_property
+    def _layout(self) -> FeatureLayout:
+        """Which features of an image stand in its text."""
+        return feature_layout(self.manifest.tiling, self.manifest.features_per_tile)
+
+    def _placeholders(self, pack: Pack, positions: np.ndarray, expected: int) -> np.ndarray:
+        """Return the positions of the placeholder tokens, int64 [expected]."""
         placeholders = positions[pack.tokens == self.manifest.context_token_id]
         is_of_pairs = self.manifest.features_per_tile == 0 and pack.tiles > 0
         if is_of_pairs and not np.array_equal(
@@ -232,7 +245,6 @@ class PackedDataset:
                 f" {len(pack.lengths)} samples have {pack.tiles} tiles, not one each; pack the"
                 " dataset again"
             )
-        expected = pack.tiles * self.manifest.features_per_tile
         if len(placeholders) != expected:
             raise ReadError(
                 f"{self.folder}: pack {pack.pack_id} has {len(placeholders)} context tokens (id"

@@ -6,12 +6,14 @@ Shapes: I tiles, S side of a tile in pixels.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
+from numpy.typing import ArrayLike
 
+from megavlm.data.images import anyres, patches
 from megavlm.data.images.augment import draw
-from megavlm.data.images.decode import decode_tiles
-from megavlm.data.images.patches import fitted_size
+from megavlm.data.images.decode import cut_fitted, decode_tiles
 from megavlm.data.images.tiling import pad_colour
 from megavlm.data.images.transforms import decode_changed
 from megavlm.data.store.manifest import Manifest
@@ -44,7 +46,7 @@ class TileDecoder:
         mode = manifest.tiling
         self.pad_colour = pad_colour(mode, manifest.pixel_mean)
         self.crops = mode == "crop"
-        self.cuts_patches = mode == "patches"
+        self.cut = {"patches": self._patches, "anyres": self._fitted}.get(mode)
         # Whether an image is only resized to its grid.
         self.is_plain = mode in ("dynamic", "stretch")
 
@@ -103,10 +105,11 @@ class TileDecoder:
         if self.is_plain and not operations:
             decode_tiles(pack.image(index), columns, rows, size, has_thumbnail, out=room)
             return
-        shape = int(row["width"]) / int(row["height"])
-        fits = None
-        if self.cuts_patches:
-            fits = fitted_size(int(row["width"]), int(row["height"]), self.manifest.image_limit)
+        width = int(row["width"])
+        height = int(row["height"])
+        cut = None
+        if self.cut is not None:
+            cut = partial(self.cut, (width, height), (columns, rows))
         decode_changed(
             pack.image(index),
             columns,
@@ -115,10 +118,32 @@ class TileDecoder:
             has_thumbnail,
             pad_colour=self.pad_colour,
             crops=self.crops,
-            fits=fits,
-            change=draw(operations, count, seed=seed, position=position, index=index, shape=shape),
+            cut=cut,
+            change=draw(
+                operations,
+                count,
+                seed=seed,
+                position=position,
+                index=index,
+                shape=width / height,
+            ),
             out=room,
         )
+
+    def _patches(
+        self, size: tuple[int, int], grid: tuple[int, int], image: ArrayLike, out: np.ndarray
+    ) -> np.ndarray:
+        """Cut an image, which had ``size`` before it was changed, into patches."""
+        fits = patches.fitted_size(*size, self.manifest.image_limit)
+        return patches.cut_patches(image, fits, self.manifest.image_size, out)
+
+    def _fitted(
+        self, size: tuple[int, int], grid: tuple[int, int], image: ArrayLike, out: np.ndarray
+    ) -> np.ndarray:
+        """Fit an image, which had ``size`` before it was changed, into its grid."""
+        side = self.manifest.image_size
+        inner = anyres.fitted_size(*size, grid, side)
+        return cut_fitted(np.asarray(image), *grid, side, inner, out)
 
     def _is_augmented(self, pack: Pack, index: int) -> bool:
         """Whether an image goes through random changes."""

@@ -8,6 +8,7 @@ import re
 
 from megavlm.config.architecture import Architecture
 from megavlm.config.vision import PIXELS
+from megavlm.data.images.anyres import LLAVA_GRIDS, Grid, read_grids
 from megavlm.data.images.frame_sampling import FrameChoice
 from megavlm.data.images.tiling import FUYU_LIMIT, Tiling
 from megavlm.data.packing.settings import Job
@@ -68,6 +69,7 @@ def make_job(args: argparse.Namespace, model: Architecture) -> Job:
             mode=args.tiling,
             pixel_mean=mean,
             limit=_limit(args.image_limit, args.tiling),
+            grids=_grids(args.grids, args.tiling),
         ),
         pixel_std=std,
         frames=FrameChoice(
@@ -96,6 +98,17 @@ def _limit(text: str, tiling: str) -> tuple[int, int]:
             f"--image_limit {text}: must be width and height in pixels, such as 1920x1080"
         )
     return int(found[1]), int(found[2])
+
+
+def _grids(text: str, tiling: str) -> tuple[Grid, ...]:
+    """Read the grids that images may have. Raises ValueError: they are none, or would have no
+    effect.
+    """
+    if not text:
+        return LLAVA_GRIDS
+    if tiling != "anyres":
+        raise ValueError(f"--grids {text}: goes with --tiling anyres; leave it out")
+    return read_grids(text)
 
 
 def _with_sizes(model: Architecture, args: argparse.Namespace) -> Architecture:

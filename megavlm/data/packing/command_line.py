@@ -10,6 +10,7 @@ from megavlm.config.folders import existing
 from megavlm.config.former_names import GONE
 from megavlm.config.hub_cache import cached
 from megavlm.config.vision import PIXELS
+from megavlm.data.images.anyres import LLAVA_GRIDS, grids_text
 from megavlm.data.images.tiling import FUYU_LIMIT
 from megavlm.data.text.templates import FORMATS
 
@@ -66,7 +67,17 @@ IMAGES = (
         text=(
             "dynamic; or each image is one tile: padded to a square (pad), the square in its"
             " middle (crop), or stretched to a square (stretch); or each patch is one tile, for"
-            " images of any size (patches) (default: %(default)s)"
+            " images of any size (patches); or the whole image and a grid that it is fitted into"
+            " (anyres) (default: %(default)s)"
+        ),
+    ),
+    Option(
+        name="grids",
+        default="",
+        metavar="CxR,...",
+        text=(
+            "for --tiling anyres: columns and rows of the grids that images may have (default:"
+            f" {grids_text(LLAVA_GRIDS)})"
         ),
     ),
     Option(

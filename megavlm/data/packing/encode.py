@@ -5,7 +5,7 @@ becomes tokens.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from typing import Literal, TypeVar
@@ -13,6 +13,7 @@ from typing import Literal, TypeVar
 import numpy as np
 
 from megavlm.data.images.decode import check_pixels, load_decoders, read_header, scale_deep
+from megavlm.data.images.feature_layout import feature_layout, sizes_in_text
 from megavlm.data.images.frame_sampling import FrameChoice, show_frames
 from megavlm.data.images.tiling import Tiling
 from megavlm.data.images.video import frame_times, open_media, read_frames, read_media
@@ -102,6 +103,7 @@ class Encoder:
     ) -> None:
         self.template = template
         self.tiling = tiling
+        self.layout = feature_layout(tiling.mode, template.features_per_tile)
         self.capacity = capacity
         self.tile_cap = tile_cap
         self.frames = frames or FrameChoice()
@@ -202,7 +204,7 @@ class Encoder:
         stills = tuple(
             self._image(file, len(record.images), max_tiles, images, keep) for file in record.images
         )
-        length = self.template.count(record.conversations, *_extents(stills))
+        length = self.template.count(record.conversations, *sizes_in_text(stills, self.layout))
         size = Size(
             length=length,
             images=stills,
@@ -251,8 +253,8 @@ class Encoder:
             turns = show_frames(turns, [len(clip) for clip in clips])
         else:
             pictures = tuple(stills)
-        tiles, rows = _extents(pictures)
-        tokens, supervised = self.template.encode(turns, tiles, rows)
+        tiles, shown = sizes_in_text(pictures, self.layout)
+        tokens, supervised = self.template.encode(turns, tiles, shown)
         whole = Sample(
             tokens=tokens,
             supervised=supervised,
@@ -266,7 +268,7 @@ class Encoder:
         if self.windows.cut and turns[0].role == "pretrain":
             samples = tuple(cut_windows(whole, self.windows, self.template))
         else:
-            samples = (truncated(whole, self.truncate, self.template),)
+            samples = (truncated(whole, self.truncate, self.template, shown),)
         for sample in samples:
             self._check_size(sample, "--max_frames" if record.videos else self.tiling.size_flag)
             keep.check_length(sample.length)
@@ -285,7 +287,7 @@ class Encoder:
             lower = f" or lower {flag}" if tiles else ""
             raise RejectError(
                 "too_long",
-                f"{sample.length} tokens, {tiles * self.template.features_per_tile} of them for"
+                f"{sample.length} tokens, {sum(map(self.layout.count, sample.images))} of them for"
                 f" {tiles} tiles, but a pack holds {self.capacity}: raise"
                 f" --capacity{lower}",
             )
@@ -335,8 +337,9 @@ class Encoder:
 
     def _frames(self, video: Video, how: Images, rng: np.random.Generator) -> tuple[Image, ...]:
         """Return the chosen frames of a video, a tile each."""
-        if self.tiling.mode == "patches":
-            raise RejectError("unsupported", "a video, but --tiling patches takes images alone")
+        if not self.tiling.takes_frames:
+            told = f"a video, but --tiling {self.tiling.mode} takes images alone"
+            raise RejectError("unsupported", told)
         try:
             chosen = self.frames.choose(frame_times(video.file), video.clip, rng)
             if how is Images.HEADER:
@@ -382,8 +385,3 @@ def reject(raw: RawRecord, annotations: Annotations, source: int, error: RejectE
         reason=error.reason,
         detail=error.detail,
     )
-
-
-def _extents(images: Sequence[Image]) -> tuple[list[int], list[int]]:
-    """Return the tiles of images, and the rows of their grids."""
-    return [image.tiles for image in images], [image.rows for image in images]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megavlm.data.images.feature_layout import feature_layout
 from megavlm.data.images.frame_sampling import FrameChoice
 from megavlm.data.images.tiling import Tiling
 from megavlm.data.packing.encode import DeepImages
@@ -197,12 +198,24 @@ class Job:
                 f"--tiling {self.tiling.mode}: {flag} has a token behind each row of patches; use"
                 " --tiling patches"
             )
+        if self.tiling.mode == "anyres":
+            self._check_anyres()
         least = 0 if form.is_of_pairs else 1
         if self.features_per_tile < least or (form.is_of_pairs and self.features_per_tile):
             raise ValueError(
                 f"--tokens_per_tile {self.features_per_tile}: must be"
                 f" {'0: ' + flag + ' has none' if form.is_of_pairs else 'at least 1'}"
             )
+
+    def _check_anyres(self) -> None:
+        """Raise ValueError for images of one placeholder token, or features that fill no square."""
+        form = chat_format(self.template)
+        if form.is_of_pairs or form.images.is_single:
+            raise ValueError(
+                f"--tiling anyres: --template {self.template} has no placeholder token for each"
+                " feature of an image; use another --tiling"
+            )
+        feature_layout(self.tiling.mode, self.features_per_tile)
 
     def _check_tiles(self) -> None:
         """Raise ValueError for a cap on tiles that cannot work."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -12,11 +12,12 @@ from megavlm.data.records.reject import RejectError
 from megavlm.data.sample import Sample
 from megavlm.data.text.chat_tokens import ChatTemplate
 from megavlm.data.text.documents import learned_behind_image
+from megavlm.data.text.image_rows import Shown
 
 
-def truncated(whole: Sample, end: int, template: ChatTemplate) -> Sample:
+def truncated(whole: Sample, end: int, template: ChatTemplate, shown: Sequence[Shown]) -> Sample:
     """Return a sample without what stands behind its first ``end`` tokens (0: all of it). An
-    image is kept or lost as a whole.
+    image, of which ``shown`` says what it takes up, is kept or lost as a whole.
 
     Raises:
         RejectError: the end lies inside an image, or nothing to learn lies before it.
@@ -24,11 +25,10 @@ def truncated(whole: Sample, end: int, template: ChatTemplate) -> Sample:
     if not end or whole.length <= end:
         return whole
     context = template.context_token_id
-    shown = int(np.count_nonzero(whole.tokens[:end] == context))
-    features = np.array([image.tiles for image in whole.images], np.int64)
-    ends = np.cumsum(features) * template.features_per_tile
-    images = int(np.count_nonzero(ends <= shown))
-    if shown not in (0, *ends.tolist()):
+    left = int(np.count_nonzero(whole.tokens[:end] == context))
+    ends = np.cumsum(np.array([image.features for image in shown], np.int64))
+    images = int(np.count_nonzero(ends <= left))
+    if left not in (0, *ends.tolist()):
         raise RejectError(
             "too_long",
             f"{whole.length} tokens, and --truncate {end} would cut image {images + 1} in two:"

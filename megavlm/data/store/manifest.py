@@ -18,10 +18,10 @@ from megavlm.io.storage import LocalFiles, open_folder
 
 FILE_NAME = "manifest.json"
 FORMAT_NAME = "megavlm-packs"
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 # Version 2 had no levels, version 3 no limit of the size of images, version 4 no instructions for a
-# Q-Former.
-READ_VERSIONS = (2, 3, 4, FORMAT_VERSION)
+# Q-Former, version 5 no grids.
+READ_VERSIONS = (2, 3, 4, 5, FORMAT_VERSION)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,9 +115,10 @@ class Manifest:
         min_tiles: fewest tiles of an image, thumbnail not counted.
         max_tiles: most tiles of an image, thumbnail not counted.
         thumbnail: whether an image of several tiles gets its thumbnail as one more tile.
-        tiling: how images become tiles: dynamic, pad, crop, stretch or patches; frames of videos
-            are always one tile, and there are none among patches.
+        tiling: how images become tiles: dynamic, pad, crop, stretch, patches or anyres; frames of
+            videos are always one tile, and there are none with the last two.
         image_limit: for patches: width and height in pixels that larger images are made smaller to.
+        grids: for anyres: columns and rows of the grids that images may have, the first of equals.
         pixel_mean: mean that the model subtracts from each channel, of values in [0, 1].
         pixel_std: value that the model divides each channel by.
         capacity: tokens of a pack.
@@ -150,6 +151,7 @@ class Manifest:
     thumbnail: bool = True
     tiling: str = "dynamic"
     image_limit: tuple[int, int] = (1920, 1080)
+    grids: tuple[tuple[int, int], ...] = ()
     pixel_mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     pixel_std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     capacity: int
@@ -229,6 +231,7 @@ def parse_manifest(text: str, path: Path | str) -> Manifest:
     for name in ("pixel_mean", "pixel_std", "image_limit"):
         if name in facts:
             facts[name] = tuple(facts[name])
+    facts["grids"] = tuple(map(tuple, facts.get("grids", ())))
     return _build(Manifest, facts, str(path))
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from megavlm.data.records.record import IMAGE_PLACEHOLDER, SHOWING_ROLES, Turn
 from megavlm.data.text.documents import learned_behind_image, with_chunk_ends
-from megavlm.data.text.image_rows import expand, extents
+from megavlm.data.text.image_rows import Shown, expand, extents
 from megavlm.data.text.instruction import NO_INSTRUCTION, InstructionTokens
 from megavlm.data.text.pair_tokens import pair_text, pair_tokens
 from megavlm.data.text.placeholders import (
@@ -126,27 +126,28 @@ class ChatTemplate:
         return [self.tokenizer.bos_token_id]
 
     def encode(
-        self, turns: Sequence[Turn], tiles: Sequence[int], rows: Sequence[int] = ()
+        self, turns: Sequence[Turn], tiles: Sequence[int], shown: Sequence[Shown] = ()
     ) -> tuple[np.ndarray, np.ndarray]:
         """Tokens, int32 [T], and the supervised mask, bool [T], of a conversation or of a text.
 
         Args:
             turns: system (optional), human, gpt, human, gpt, ...; or one ``pretrain`` turn.
             tiles: tiles of each image, thumbnail counted, in the order of the placeholders.
-            rows: rows of tiles of each image, for a template with a token behind each row; empty:
-                one row each.
+            shown: what each image takes up; empty: ``features_per_tile`` tokens for each tile.
 
         Raises:
             RejectError: not as many placeholders as images, or an image's token in a text.
         """
-        return self._encode(turns, tiles, rows, "")
+        return self._encode(turns, tiles, shown, "")
 
-    def count(self, turns: Sequence[Turn], tiles: Sequence[int], rows: Sequence[int] = ()) -> int:
+    def count(
+        self, turns: Sequence[Turn], tiles: Sequence[int], shown: Sequence[Shown] = ()
+    ) -> int:
         """Return the number of tokens that ``encode`` makes, faster; arguments and errors as
         there.
         """
         if self.format.is_of_pairs or self.format.split_at_images:
-            return len(self.encode(turns, tiles, rows)[0])
+            return len(self.encode(turns, tiles, shown)[0])
         turns = self._with_system(turns)
         self._check(turns, len(tiles))
         texts = ["".join(piece) for piece in self._render_all(turns)]
@@ -156,7 +157,7 @@ class ChatTemplate:
             self._first_count = texts[0], self._words.count(texts[0])
         found = len(self.first_tokens) + self._first_count[1]
         found += sum(map(self._words.count, texts[1:]))
-        return found + sum(tiles) * self.features_per_tile - len(tiles)
+        return found + sum(one.features for one in self._shown(tiles, shown)) - len(tiles)
 
     def instruction(self, turns: Sequence[Turn], tiles: Sequence[int]) -> np.ndarray:
         """Tokens of what a Q-Former reads beside the images of a conversation, int32 [m]; none
@@ -170,7 +171,7 @@ class ChatTemplate:
         self,
         question: str | Sequence[Turn],
         tiles: Sequence[int] = (),
-        rows: Sequence[int] = (),
+        shown: Sequence[Shown] = (),
     ) -> np.ndarray:
         """Tokens, int32 [T], up to where the answer begins: the start of what ``encode`` makes of
         the same conversation.
@@ -178,7 +179,7 @@ class ChatTemplate:
         Args:
             question: the human's text, or the turns up to a human one. One image without a
                 placeholder goes first, on its own line.
-            tiles, rows: as for ``encode``.
+            tiles, shown: as for ``encode``.
 
         Raises:
             RejectError: not as many placeholders as images, or an image's token in a text.
@@ -188,7 +189,7 @@ class ChatTemplate:
             question = [
                 Turn(role="human", text=f"{IMAGE_PLACEHOLDER}\n{question}" if alone else question)
             ]
-        return self._encode(question, tiles, rows, self.format.opening)[0]
+        return self._encode(question, tiles, shown, self.format.opening)[0]
 
     def image_extents(self, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return where images begin and end in the tokens of a sample, as ``extents`` does."""
@@ -203,7 +204,7 @@ class ChatTemplate:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
     def _encode(
-        self, turns: Sequence[Turn], tiles: Sequence[int], rows: Sequence[int], opening: str
+        self, turns: Sequence[Turn], tiles: Sequence[int], shown: Sequence[Shown], opening: str
     ) -> tuple[np.ndarray, np.ndarray]:
         """Tokens and mask of turns, followed by the ``opening`` of an answer."""
         if self.format.is_of_pairs:
@@ -229,9 +230,12 @@ class ChatTemplate:
         if turns[0].role == "pretrain" and self.format.learns_behind_images:
             supervised = learned_behind_image(tokens, supervised, self.context_token_id)
         # Each placeholder became one context token, and no text holds another.
-        features = np.asarray(tiles, np.int64) * self.features_per_tile
-        context = self.context_token_id
-        return expand(tokens, supervised, context, features, self.newline_token_id, rows)
+        ids = self.context_token_id, self.newline_token_id
+        return expand(tokens, supervised, self._shown(tiles, shown), *ids)
+
+    def _shown(self, tiles: Sequence[int], shown: Sequence[Shown]) -> Sequence[Shown]:
+        """Return what images take up in the text; arguments as for ``encode``."""
+        return shown or [Shown(features=count * self.features_per_tile) for count in tiles]
 
     def _with_system(self, turns: Sequence[Turn]) -> list[Turn]:
         """Return the turns of a conversation, with the usual system message if they have none."""

@@ -5,43 +5,50 @@ a model has one.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from megavlm.data.text.tokenizer import ImageTokens
 
 
+class Shown(NamedTuple):
+    """What an image takes up in the text: its context tokens, and rows of equally many of them if a
+    token stands behind each row.
+    """
+
+    features: int
+    rows: int = 1
+
+
 def expand(
     tokens: np.ndarray,
     supervised: np.ndarray,
+    shown: Sequence[Shown],
     context: int,
-    features: Sequence[int],
     newline: int | None = None,
-    rows: Sequence[int] = (),
 ) -> tuple[np.ndarray, np.ndarray]:
     """Put an image's tokens in the place of its one context token.
 
     Args:
         tokens: int32 [t], with one context token for each image.
         supervised: bool [t].
+        shown: of each image.
         context: id of the context token.
-        features: context tokens of each image.
         newline: id of the token behind each row of an image; None: there is none.
-        rows: rows of each image, if there is; empty: each image is one row.
 
     Returns:
         Tokens and mask; no token of an image is supervised.
     """
     is_image = tokens == context
     repeats = np.ones(len(tokens), np.int64)
-    repeats[is_image] = features
+    repeats[is_image] = [one.features for one in shown]
     if newline is None:
         return np.repeat(tokens, repeats), np.repeat(supervised, repeats)
-    rows = rows or [1] * len(features)
-    repeats[is_image] += np.asarray(rows, np.int64)
+    repeats[is_image] += np.array([one.rows for one in shown], np.int64)
     found = np.repeat(tokens, repeats)
     places = np.cumsum(repeats)[is_image]
-    for end, count, lines in zip(places, features, rows, strict=True):
+    for end, (count, lines) in zip(places, shown, strict=True):
         width = count // lines + 1
         found[end - lines * width + width - 1 : end : width] = newline
     return found, np.repeat(supervised, repeats)

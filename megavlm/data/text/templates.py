@@ -5,7 +5,8 @@ All but ``plain``, ``blip2``, ``blip2_pairs``, ``instructblip``, ``paligemma``, 
 ``siglip`` and those that begin with ``llava`` or ``flamingo`` are InternVL's. Those of ``llava``
 are LLaVA's (Liu et al., arXiv 2304.08485 and 2310.03744), with its image tokens: ``llava_plain`` is
 what LLaVA pretrains its connector with (images and answers), ``llava_v1`` its conversations,
-``llava_chatml`` the same for language models that end an answer with ``<|im_end|>``. ``blip2`` is a
+``llava_chatml`` the same for language models that end an answer with ``<|im_end|>``, and
+``llava_mistral`` LLaVA-NeXT's for Mistral's instructions. ``blip2`` is a
 caption behind its image, as BLIP-2 (arXiv 2301.12597) reads it: the image stands before the token
 that begins a text. ``instructblip`` is InstructBLIP's (arXiv 2305.06500): images, an instruction
 and its answer, without roles; a Q-Former reads the instruction too. ``flamingo`` is an image, a
@@ -283,6 +284,16 @@ FORMATS: dict[str, ChatFormat] = {
         _PLAIN_ROW,
         replace(_PLAIN_ROW, name="llava_plain", **_LLAVA),
         replace(_VICUNA_ROW, name="llava_v1", **_LLAVA),
+        ChatFormat(
+            name="llava_mistral",
+            system_message="",
+            system="<<SYS>>\n{}\n<</SYS>>\n\n",
+            human="[INST] {} [/INST]",
+            opening="",
+            answer=" {} </s>",  # the first space is part of the answer's first token
+            markers=("</s>",),
+            **_LLAVA,
+        ),
         replace(
             _PLAIN_ROW,
             name="blip2",

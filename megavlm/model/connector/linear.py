@@ -9,6 +9,7 @@ from megatron.core.transformer import MegatronModule
 from torch import Tensor, nn
 
 from megavlm.config.schema import Config
+from megavlm.model.fusion import make_newline
 from megavlm.model.kernels import Kernels
 from megavlm.model.transformer import connector_config
 
@@ -32,6 +33,8 @@ class LinearConnector(MegatronModule):
             bias=config.architecture.connector.bias,
             dtype=self.config.params_dtype,
         )
+        # The chunk places it among the tokens.
+        self.newline = make_newline(config.architecture, self.config.params_dtype)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Turn hidden states into features.

@@ -8,6 +8,7 @@ from megatron.core.transformer.mlp import MLP
 from torch import Tensor
 
 from megavlm.config.schema import Config
+from megavlm.model.fusion import make_newline
 from megavlm.model.kernels import Kernels
 from megavlm.model.specs import mlp_submodules
 from megavlm.model.transformer import connector_config
@@ -60,6 +61,8 @@ class MlpConnector(MegatronModule):
             ffn_hidden_size=settings.ffn_hidden_size,
             tp_group=groups.tp,
         )
+        # The chunk places it among the tokens.
+        self.newline = make_newline(architecture, self.config.params_dtype)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Turn hidden states into features.

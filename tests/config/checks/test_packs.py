@@ -24,6 +24,11 @@ from tests.config.checks.configs import facts, tiny
         ),
         ({"vocab_size": 600}, "", ["has 600 tokens", "vocab_size is 512"]),
         (
+            {"tiling": "anyres"},
+            "",
+            ["packed with --tiling anyres, which needs --architecture.connector.newline true"],
+        ),
+        (
             {"capacity": 1023},
             "--tensor-model-parallel-size 2 --sequence-parallel",
             ["packs of 1023 tokens", "parallel_size 2"],

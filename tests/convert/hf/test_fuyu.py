@@ -18,6 +18,7 @@ from megavlm.convert.hf.json_files import read_json, write_json
 from megavlm.convert.hf.model_config import architecture_from_hf
 from megavlm.convert.weights.tables import name_on_disk
 from megavlm.data.text.chat_tokens import ChatTemplate
+from megavlm.data.text.image_rows import Shown
 from megavlm.data.text.tokenizer import load_tokenizer
 from megavlm.planner.flops import pieces
 from tests.convert.card import run_example
@@ -71,7 +72,7 @@ def test_transformers_loads_an_export_and_its_processor(
         return_legacy_image_output=False,
     )
     template = ChatTemplate(load_tokenizer(out), 1, name="fuyu")
-    asked = template.prompt("what is it", [4 * 2], [2])
+    asked = template.prompt("what is it", [4 * 2], [Shown(4 * 2, rows=2)])
     assert inputs["input_ids"][0].tolist() == asked.tolist()
     made = model.generate(**inputs, max_new_tokens=3, do_sample=False)
     assert made.shape[1] > inputs["input_ids"].shape[1]

@@ -31,6 +31,7 @@ def make_batch() -> Batch:
         tiles=np.zeros((1, 3, 2, 2), np.uint8),
         feature_positions=np.zeros(0, np.int64),
         feature_numbers=np.zeros(0, np.int64),
+        newline_positions=np.zeros(0, np.int64),
         num_features=0,
         drop_path_draws=np.zeros((2, 1), np.float32),
         weight_sum=4.0,
@@ -57,6 +58,7 @@ def test_of_shares_memory_and_keeps_types():
         "tiles": torch.uint8,
         "feature_positions": torch.int64,
         "feature_numbers": torch.int64,
+        "newline_positions": torch.int64,
         "drop_path_draws": torch.float32,
     }
 

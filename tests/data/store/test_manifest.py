@@ -20,6 +20,8 @@ MANIFEST = Manifest(
     tile_cap=13,
     sources=(Source(name="a", annotations="a.jsonl", records=3, samples=2, repeat_time=0.5),),
     levels=(Level(packs=2, easiest=-0.5, hardest=3.0),),
+    tiling="anyres",
+    grids=((2, 1), (1, 3)),
     rejects={"image missing": 1},
 )
 
@@ -28,6 +30,13 @@ def test_round_trip(tmp_path):
     MANIFEST.write(tmp_path)
     assert read_manifest(tmp_path) == MANIFEST
     assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
+
+
+def test_a_manifest_from_before_grids_is_read(tmp_path):
+    facts = json.loads(MANIFEST.to_json()) | {"version": 5}
+    del facts["grids"]
+    (tmp_path / "manifest.json").write_text(json.dumps(facts))
+    assert read_manifest(tmp_path).grids == ()
 
 
 def test_missing(tmp_path):

@@ -13,18 +13,20 @@ from transformers import FuyuProcessor
 from transformers.models.fuyu.image_processing_pil_fuyu import FuyuImageProcessorPil
 
 from megavlm.config.recipes.fuyu import ARCHITECTURE
-from megavlm.data.images.patches import fitted_size
+from megavlm.data.images.patches import cut_patches, fitted_size
 from megavlm.data.images.tiling import Tiling
 from megavlm.data.images.transforms import decode_changed
 from megavlm.data.records.record import Turn
 from megavlm.data.records.reject import RejectError
 from megavlm.data.text.chat_tokens import ChatTemplate
+from megavlm.data.text.image_rows import Shown
 from megavlm.data.text.tokenizer import add_special_tokens, load_tokenizer
 from megavlm.model.patches import Patches
 from tests.convert.part_folders import make_fuyu_tokenizer
 from tests.data.text.test_templates import sentences
 
 PATCH = 30
+SIX = [Shown(6, rows=2)]
 # Smaller than a patch, whole patches, larger than the limit in one or both ways, and long strips.
 SIZES = [(17, 23), (60, 30), (61, 91), (300, 200), (500, 40), (241, 333), (31, 900)]
 LIMIT = (240, 180)
@@ -91,12 +93,16 @@ def test_tokens_and_patches_are_those_of_the_processor(
     tiling = Tiling(tile_size=PATCH, mode="patches", limit=LIMIT)
     columns, rows = tiling.grid(*size)
     tiles = tiling.count(columns, rows)
-    asked = template.prompt(question, [tiles], [rows])
+    asked = template.prompt(question, [tiles], [Shown(tiles, rows)])
     assert asked.tolist() == theirs["input_ids"][0].tolist()
     file = io.BytesIO()
     image.save(file, "PNG")
     fits = fitted_size(*size, LIMIT)
-    patches = decode_changed(file.getvalue(), columns, rows, PATCH, False, fits=fits)
+
+    def cut(image: Image.Image, out: np.ndarray | None) -> np.ndarray:
+        return cut_patches(image, fits, PATCH, out)
+
+    patches = decode_changed(file.getvalue(), columns, rows, PATCH, False, cut=cut)
     pixels = Patches(ARCHITECTURE.vision, Plain(), torch.float32)(None, torch.tensor(patches), None)
     assert pixels.shape == (1, tiles, 3 * PATCH**2)
     expected = theirs["pixel_values"].float().reshape(tiles, -1)
@@ -104,22 +110,23 @@ def test_tokens_and_patches_are_those_of_the_processor(
 
 
 def test_an_answer_follows_its_token_and_is_learned(template: ChatTemplate) -> None:
-    tokens, supervised = template.encode(turns("<image>\nwhat is it", " a dog "), [6], [2])
+    tokens, supervised = template.encode(turns("<image>\nwhat is it", " a dog "), [6], SIX)
     names = template.tokenizer.convert_ids_to_tokens(tokens.tolist())
     row = ["|SPEAKER|"] * 3 + ["|NEWLINE|"]
     assert names[:9] == [*row, *row, "<s>"]
     learned = names.index("<0x04>") + 1
     assert names[-1] == "|ENDOFTEXT|" and learned < len(names) - 1
     assert supervised.tolist() == [place >= learned for place in range(len(names))]
-    assert template.prompt("what is it", [6], [2]).tolist() == tokens[:learned].tolist()
-    assert template.count(turns("<image>\nwhat is it", "a dog"), [6], [2]) == len(tokens)
+    assert template.prompt("what is it", [6], SIX).tolist() == tokens[:learned].tolist()
+    assert template.count(turns("<image>\nwhat is it", "a dog"), [6], SIX) == len(tokens)
     assert template.text(tokens[learned:-1]) == " a dog"
     starts, ends = template.image_extents(tokens)
     assert (starts.tolist(), ends.tolist()) == ([0], [8])
 
 
 def test_several_images_stand_one_behind_the_other(template: ChatTemplate) -> None:
-    tokens, _ = template.encode(turns("<image> or <image>", "neither"), [2, 3], [1, 3])
+    shown = [Shown(2), Shown(3, rows=3)]
+    tokens, _ = template.encode(turns("<image> or <image>", "neither"), [2, 3], shown)
     names = template.tokenizer.convert_ids_to_tokens(tokens.tolist())
     line = ["|SPEAKER|", "|NEWLINE|"]
     assert names[:10] == ["|SPEAKER|", *line, *line, *line, *line, "<s>"][:10]
@@ -132,7 +139,7 @@ def test_texts_without_an_image_begin_with_their_first_token(template: ChatTempl
 
 def test_tokens_of_rows_in_a_text_are_refused(template: ChatTemplate) -> None:
     with pytest.raises(RejectError, match=r"holds \|NEWLINE\| 1 times"):
-        template.encode(turns("<image> a |NEWLINE|", "b"), [1], [1])
+        template.encode(turns("<image> a |NEWLINE|", "b"), [1])
 
 
 def test_a_tokenizer_without_fuyus_tokens_is_refused(tmp_path: Path) -> None:

@@ -1,0 +1,135 @@
+"""Images as the whole and a grid of tiles, in packs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from megavlm.config.recipes.llava_next import VICUNA_7B
+from megavlm.data.images import anyres, decode
+from megavlm.data.images.feature_layout import NEWLINE, feature_layout, numbers_in_pack
+from megavlm.data.images.tiling import Tiling
+from megavlm.data.loading.dataset import PackedDataset
+from megavlm.data.loading.rank_slice import RankSlice
+from megavlm.data.packing.asked_job import make_job
+from megavlm.data.packing.command_line import parse
+from megavlm.data.packing.job import pack_dataset
+from tests.convert.round_trip import golden_words
+
+SIZES = [(50, 20), (15, 40), (31, 31), (64, 45), (90, 4)]
+GRIDS = ((1, 1), (3, 2), (2, 2), (1, 3))
+OPTIONS = ["--template", "llava_v1", "--tiling", "anyres", "--image_size", "28"]
+OPTIONS += ["--patch_size", "7", "--grids", anyres.grids_text(GRIDS)]
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    golden_words(tmp_path / "words", "llava")
+    rng = np.random.default_rng(0)
+    lines = []
+    for number, (width, height) in enumerate(SIZES):
+        pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{number}.png")
+        shown = [f"{number}.png"] if number else ["0.png", "1.png"]
+        turns = [
+            {"from": "human", "value": "<image>" * len(shown) + f"\nwhich is number {number}"},
+            {"from": "gpt", "value": f"it is {number}"},
+        ]
+        lines.append(json.dumps({"image": shown, "conversations": turns}))
+    (tmp_path / "records.jsonl").write_text("\n".join(lines))
+    return tmp_path
+
+
+def pack(data: Path, *options: str) -> PackedDataset:
+    files = ["--jsonl", str(data / "records.jsonl"), "--root", str(data), "--workers", "0"]
+    files += ["--tokenizer", str(data / "words"), "--out", str(data / "packs")]
+    args = parse([*files, *OPTIONS, "--capacity", "1024", "--alignment", "4", *options])
+    pack_dataset(make_job(args, VICUNA_7B))
+    return PackedDataset(data / "packs")
+
+
+def test_packs_have_the_tokens_and_tiles_of_their_images(data: Path) -> None:
+    packs = pack(data)
+    manifest = packs.manifest
+    assert (manifest.tiling, manifest.grids) == ("anyres", GRIDS)
+    assert (manifest.image_size, manifest.features_per_tile) == (28, 16)
+    layout = feature_layout("anyres", 16)
+    tiling = Tiling(tile_size=28, mode="anyres", grids=GRIDS)
+    assert manifest.totals.images == 6 and len(packs) == 1
+    stored = packs.reader.read(0)
+    batch = packs.batch(0, 0)
+    numbers = numbers_in_pack(stored.images, layout, 16)
+    shown = batch.tokens == manifest.context_token_id
+    assert int(shown.sum()) == len(numbers)
+    rows = torch.full(shown.shape, NEWLINE - 1)
+    rows[batch.feature_positions] = batch.feature_numbers
+    rows[batch.newline_positions] = NEWLINE
+    assert rows[shown].tolist() == numbers.tolist() and not (rows[~shown] >= NEWLINE).any()
+    first = 0
+    for index, row in enumerate(stored.images):
+        size = int(row["width"]), int(row["height"])
+        grid = tiling.grid(*size)
+        assert (row["columns"], row["rows"]) == grid
+        pixels = decode.decode_pixels(stored.image(index))
+        expected = decode.cut_fitted(pixels, *grid, 28, anyres.fitted_size(*size, grid, 28))
+        assert np.array_equal(batch.tiles[first : first + len(expected)].numpy(), expected)
+        first += len(expected)
+    assert first == len(batch.tiles) == manifest.totals.tiles
+    assert manifest.totals.tokens == int(stored.lengths.sum())
+
+
+def test_slices_of_ranks_hold_every_feature_and_newline_once(data: Path) -> None:
+    packs = pack(data)
+    whole = packs.batch(0, 0)
+    slices = [
+        packs.batch(0, 0, rank_slice=RankSlice(context_rank=rank, context_ranks=2))
+        for rank in range(2)
+    ]
+    found = torch.cat([one.feature_numbers for one in slices]).sort().values
+    assert torch.equal(found, whole.feature_numbers.sort().values)
+    assert sum(len(one.newline_positions) for one in slices) == len(whole.newline_positions) > 0
+    for one in slices:
+        assert (one.tokens[one.newline_positions] == packs.manifest.context_token_id).all()
+
+
+def test_the_tiles_of_an_augmented_image_are_those_of_its_own_size(data: Path) -> None:
+    plain = pack(data, "--data_augment")
+    changed = PackedDataset(data / "packs", augment=("crop", "flip", "colour", "jpeg"))
+    one, other = (packs.batch(0, 0).tiles for packs in (plain, changed))
+    assert one.shape == other.shape and not np.array_equal(one, other)
+
+
+def test_an_end_is_cut_off_behind_whole_images(data: Path) -> None:
+    with pytest.raises(ValueError, match="would cut image 1 in two: raise --truncate"):
+        pack(data, "--truncate", "60", "--max_rejects", "0")
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--tiling", "pad"], "--grids 1x1,3x2,2x2,1x3: goes with --tiling anyres"),
+        (["--grids", "3"], "--grids 3: must be columns and rows of tiles"),
+        (["--tokens_per_tile", "12"], "--tokens_per_tile 12: .*so use a square number"),
+        (["--template", "clip", "--alignment", "1"], "--tiling anyres: --template clip has no"),
+        (["--template", "flamingo"], "--tiling anyres: --template flamingo has no placeholder"),
+        (["--capacity", "40"], "lower --grids"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(
+    data: Path, options: list[str], told: str
+) -> None:
+    with pytest.raises(ValueError, match=told):
+        pack(data, *options)
+
+
+def test_a_video_is_rejected(data: Path) -> None:
+    turns = [{"from": "human", "value": "<video>\nwhat"}, {"from": "gpt", "value": "a"}]
+    with open(data / "records.jsonl", "a") as file:
+        file.write("\n" + json.dumps({"video": "0.png", "conversations": turns}))
+    packs = pack(data, "--max_rejects", "0.5")
+    assert packs.manifest.rejects == {"unsupported": 1}
