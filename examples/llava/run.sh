@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# LLaVA 1.5 from its parts: bash run.sh pack | 1 | 2 [option...]. `pack` runs on one node; the others run on every node of the job. Options
+# LLaVA 1.5, or LLaVA-NeXT (1.6), from its parts: bash run.sh pack | 1 | 2 [option...]. `pack` runs on one node; the others run on every node of the job. Options
 # after the stage go to the trainer (to the packer, for `pack`): bash run.sh 1 --parallel.tensor_model_parallel_size 2
 #
 #   export VISION=clip-vit-large-patch14-336/ LANGUAGE=vicuna-7b-v1.5/
@@ -11,8 +11,11 @@
 # VISION LANGUAGE  folders of CLIP (or SigLIP: docs/recipes.md) and of the language model with its tokenizer, as they are published. Weights must be in safetensors files; a
 #             folder with pytorch_model*.bin only is turned into one with (AutoModelForCausalLM for a language model)
 #             python -c "import sys, transformers as t; getattr(t, sys.argv[1]).from_pretrained(sys.argv[2], dtype='auto').save_pretrained(sys.argv[2])" CLIPModel DIR
-# DATA        holds blip_laion_cc_sbu_558k.json with images/, and llava_v1_5_mix665k.json with the image folders that it names
-# TEMPLATE    of stage 2: llava_v1 (Vicuna, Llama, Mistral), or llava_chatml for language models that end an answer with <|im_end|>
+# RECIPE      llava (the default), or llava_next: images as grids of tiles, and everything trained in stage 2
+# DATA        holds blip_laion_cc_sbu_558k.json with images/, and llava_v1_5_mix665k.json with the image folders that it names; for llava_next
+#             llava_1_6.json in its place
+# TEMPLATE    of stage 2: llava_v1 (Vicuna, Llama, Mistral), llava_chatml for language models that end an answer with <|im_end|>, or
+#             llava_mistral for Mistral's [INST] (llava_next)
 # PACKS RUNS  where packs and checkpoints go
 # NNODES MASTER_ADDR MASTER_PORT JOB_ID GPUS_PER_NODE  as in examples/internvl2_5_8b/run.sh
 #
@@ -20,8 +23,9 @@
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 root="$here/../.."
-PACKS="${PACKS:-packs/llava}"
-RUNS="${RUNS:-runs/llava}"
+RECIPE="${RECIPE:-llava}"
+PACKS="${PACKS:-packs/$RECIPE}"
+RUNS="${RUNS:-runs/$RECIPE}"
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}"
 
 stage="${1:-}"
@@ -34,7 +38,7 @@ pack() {
     shift 3
     if [[ ! -f "$PACKS/$name/manifest.json" ]]; then
         python "$root/tools/pack_dataset.py" --model "${VISION:?name the folder of CLIP}" --tokenizer "${LANGUAGE:?name the language model}" \
-            --jsonl "$file" --root "$images" --truncate 2048 --out "$PACKS/$name" "$@" "${options[@]}"
+            --jsonl "$file" --root "$images" --out "$PACKS/$name" "$@" "${options[@]}"
     fi
 }
 
@@ -43,16 +47,21 @@ train() {
     local name="$1"
     shift
     exec torchrun --nnodes "${NNODES:-1}" --nproc_per_node "${GPUS_PER_NODE:-8}" --max_restarts 0 \
-        --rdzv_backend c10d --rdzv_endpoint "${MASTER_ADDR:-127.0.0.1}:${MASTER_PORT:-29500}" --rdzv_id "${JOB_ID:-llava}" \
-        "$root/pretrain_vlm.py" --recipe llava --data.train "$PACKS/$name" --checkpoint.save "$RUNS/$name" \
+        --rdzv_backend c10d --rdzv_endpoint "${MASTER_ADDR:-127.0.0.1}:${MASTER_PORT:-29500}" --rdzv_id "${JOB_ID:-$RECIPE}" \
+        "$root/pretrain_vlm.py" --recipe "$RECIPE" --data.train "$PACKS/$name" --checkpoint.save "$RUNS/$name" \
         --checkpoint.export_hf "$RUNS/$name-hf" "$@" "${options[@]}"
 }
 
 case "$stage" in
     pack)
         : "${DATA:?name the folder of the annotation files}"
-        pack stage1 "$DATA/blip_laion_cc_sbu_558k.json" "$DATA/images" --template llava_plain --tiling crop --capacity 4864
-        pack stage2 "$DATA/llava_v1_5_mix665k.json" "$DATA" --template "${TEMPLATE:-llava_v1}" --tiling pad --capacity 4096
+        case "$RECIPE" in
+            llava) second=(llava_v1_5_mix665k.json --tiling pad --capacity 4096 --truncate 2048) ;;
+            llava_next) second=(llava_1_6.json --tiling anyres --capacity 8192 --truncate 4096) ;;
+            *) echo "RECIPE=$RECIPE: must be llava or llava_next" >&2 && exit 2 ;;
+        esac
+        pack stage1 "$DATA/blip_laion_cc_sbu_558k.json" "$DATA/images" --template llava_plain --tiling crop --capacity 4864 --truncate 2048
+        pack stage2 "$DATA/${second[0]}" "$DATA" --template "${TEMPLATE:-llava_v1}" "${second[@]:1}"
         ;;
     1) train stage1 --stage 1 --init.vision "${VISION:?name the folder of CLIP}" --init.language "${LANGUAGE:?name the language model}" ;;
     2) train stage2 --stage 2 --model "$RUNS/stage1-hf" --checkpoint.load "$RUNS/stage1" ;;

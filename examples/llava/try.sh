@@ -2,12 +2,17 @@
 # LLaVA's two stages, small, on two CPU cores, in a few minutes.
 #
 #   bash examples/llava/try.sh [OUT]      OUT: folder to make (default: llava)
+#   RECIPE=llava_next bash examples/llava/try.sh OUT      LLaVA-NeXT: images as grids of tiles
 #
-# It makes boards of digits, a small CLIP that can read them and a fresh language model, packs the boards as LLaVA does (crop, then pad), trains
-# the connector, then connector and language model, exports both stages, compares the second with transformers, and lets transformers answer
+# It makes boards of digits, a small CLIP that can read them and a fresh language model, packs the boards as LLaVA does (crop, then pad or anyres),
+# trains the connector, then connector and language model (LLaVA-NeXT: everything), exports both stages, compares the second with transformers, and lets transformers answer
 # held-out questions after each. It ends with OUT/summary.json. Learning rates are higher than LLaVA's, since the language model starts fresh.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../start_try.sh"
+
+RECIPE="${RECIPE:-llava}"
+tiling=pad
+[[ "$RECIPE" == llava_next ]] && tiling=anyres
 
 step "data, a CLIP, a language model"
 OMP_NUM_THREADS=2 "$python" "$here/make_parts.py" "$out/data"
@@ -19,14 +24,14 @@ pack() {
 }
 step "packs"
 pack stage1 llava_plain crop
-pack stage2 llava_chatml pad
+pack stage2 llava_chatml "$tiling"
 
 # train STAGE STEPS LR OPTION...
 train() {
     step "training: stage $1"
     local stage="$1" steps="$2" lr="$3"
     shift 3
-    "$python" -m torch.distributed.run --standalone --nproc-per-node 2 pretrain_vlm.py --recipe llava --stage "$stage" \
+    "$python" -m torch.distributed.run --standalone --nproc-per-node 2 pretrain_vlm.py --recipe "$RECIPE" --stage "$stage" \
         --data.train "$out/packs/stage$stage" --data.workers 0 --data.group 1 --training.precision float32 --training.steps "$steps" \
         --training.global_batch_size 4 --optimizer.lr "$lr" --optimizer.clip_grad 1.0 --checkpoint.save_interval 0 --logging.interval 50 \
         --health.speed_check false --checkpoint.save "$out/runs/stage$stage" --checkpoint.export_hf "$out/exported/stage$stage" "$@"

@@ -153,6 +153,7 @@ def test_the_packer_knows_every_option(shell: dict[str, str]):
 STARTS = {
     ("llava", "1"): None,
     ("llava", "2"): "stage1",
+    ("llava_next", "2"): "stage1",
     ("paligemma", "1"): None,
     ("paligemma", "2"): "stage1",
     ("paligemma", "2.5"): "stage2",
@@ -169,8 +170,9 @@ def test_the_trainer_knows_every_option_of_a_recipes_script(
     before = STARTS[recipe, stage]
     (runs / f"{before}-hf").mkdir(parents=True)
     parts = {"VISION": "eyes", "LANGUAGE": "words", "RUNS": str(runs), "FROM": "2"}
-    command = ["bash", str(ROOT / "examples" / recipe / "run.sh"), stage, "--training.seed", "9"]
-    cluster = {"NNODES": "4", "MASTER_ADDR": "node0"}
+    script = ROOT / "examples" / recipe.removesuffix("_next") / "run.sh"
+    command = ["bash", str(script), stage, "--training.seed", "9"]
+    cluster = {"NNODES": "4", "MASTER_ADDR": "node0", "RECIPE": recipe}
     subprocess.run(command, env=shell | parts | cluster, check=True)
     run = get_args_parser().parse_args(asked(shell))
     assert (run.nnodes, run.nproc_per_node, run.max_restarts) == ("4", "8", 0)
@@ -186,19 +188,21 @@ def test_the_trainer_knows_every_option_of_a_recipes_script(
     ("recipe", "asks", "expected"),
     [
         ("llava", ["pack"], ["llava_plain", "crop", "stage1"]),
+        ("llava_next", ["pack"], ["llava_v1", "anyres", "stage2"]),
         ("paligemma", ["pack", "2.5"], ["paligemma", "stretch", "stage2.5"]),
     ],
 )
 def test_the_packer_knows_every_option_of_a_recipes_script(
     shell: dict[str, str], tmp_path: Path, recipe: str, asks: list[str], expected: list[str]
 ):
-    # LLaVA packs two sets, of which the second is there already.
-    (tmp_path / "packs" / "stage2").mkdir(parents=True)
-    (tmp_path / "packs" / "stage2" / "manifest.json").touch()
+    # LLaVA packs two sets, of which the other is there already.
+    for name in {"stage1", "stage2"} - {expected[-1]}:
+        (tmp_path / "packs" / name).mkdir(parents=True)
+        (tmp_path / "packs" / name / "manifest.json").touch()
     parts = {"VISION": "eyes", "LANGUAGE": "words", "PACKS": str(tmp_path / "packs")}
-    data = {"DATA": "data", "JSONL": "chats.jsonl", "ROOT": "images"}
-    command = ["bash", str(ROOT / "examples" / recipe / "run.sh"), *asks]
-    subprocess.run(command, env=shell | parts | data, check=True)
+    data = {"DATA": "data", "JSONL": "chats.jsonl", "ROOT": "images", "RECIPE": recipe}
+    script = ROOT / "examples" / recipe.removesuffix("_next") / "run.sh"
+    subprocess.run(["bash", str(script), *asks], env=shell | parts | data, check=True)
     args = asked_packing(shell)
     assert [args.template, args.tiling, Path(args.out).name] == expected
     assert args.image_size == (896 if recipe == "paligemma" else None)
