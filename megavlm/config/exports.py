@@ -25,17 +25,35 @@ _CHAT_FAMILIES = (
 
 
 def _without_crosses(arch: Architecture) -> Iterator[str]:
-    """Yield what only IDEFICS's class has, and PaliGemma's."""
+    """Yield what only IDEFICS's class has, PaliGemma's and LLaVA-NeXT's."""
+    yield from _no_crosses(arch)
+    yield from _causal(arch)
+
+
+def _no_crosses(arch: Architecture) -> Iterator[str]:
     if arch.cross_attention.every or arch.added_tokens:
         yield (
             "only IdeficsForVisionText2Text has cross-attention layers and added tokens; this model"
             f" has --architecture.cross_attention.every {arch.cross_attention.every} and"
             f" --architecture.added_tokens {arch.added_tokens}"
         )
-    yield from _causal(arch)
 
 
 def _causal(arch: Architecture) -> Iterator[str]:
+    """Yield what only PaliGemma's class computes, and LLaVA-NeXT's."""
+    yield from _no_newline(arch)
+    yield from _one_way(arch)
+
+
+def _no_newline(arch: Architecture) -> Iterator[str]:
+    if arch.connector.newline:
+        yield (
+            "only LlavaNextForConditionalGeneration ends rows of features with a learned embedding;"
+            " this model has --architecture.connector.newline true"
+        )
+
+
+def _one_way(arch: Architecture) -> Iterator[str]:
     """Yield what only PaliGemma's class computes."""
     if arch.prefix_lm:
         yield (
@@ -90,26 +108,40 @@ def _chat(arch: Architecture) -> Iterator[str]:
 
 def _llava(arch: Architecture) -> Iterator[str]:
     yield from _without_crosses(arch)
+    yield from _llava_parts("LlavaForConditionalGeneration", arch)
+
+
+def _llava_next(arch: Architecture) -> Iterator[str]:
+    name = "LlavaNextForConditionalGeneration"
+    yield from _no_crosses(arch)
+    yield from _one_way(arch)
+    yield from _llava_parts(name, arch)
+    if not arch.connector.newline:
+        yield f"{name} has --architecture.connector.newline true; this model has false"
+
+
+def _llava_parts(name: str, arch: Architecture) -> Iterator[str]:
+    """Yield what a class of LLaVA's kind has no place for."""
     connector = arch.connector
     shuffles = connector.kind == "mlp" and (connector.pixel_shuffle != 1 or connector.norm)
     if arch.vision.family not in ("clip", "siglip"):
         yield (
-            "LlavaForConditionalGeneration is written with --architecture.vision.family clip or"
+            f"{name} is written with --architecture.vision.family clip or"
             f" siglip; this model has {arch.vision.family}"
         )
     if connector.kind not in ("mlp", "linear") or shuffles:
         yield (
-            "LlavaForConditionalGeneration has --architecture.connector.kind linear, or mlp with"
+            f"{name} has --architecture.connector.kind linear, or mlp with"
             " --architecture.connector.pixel_shuffle 1 and --architecture.connector.norm false;"
             f" this model has {connector.kind} with {connector.pixel_shuffle} and"
             f" {str(connector.norm).lower()}"
         )
     if arch.image_tokens != "llava":
         yield (
-            "LlavaForConditionalGeneration has the image token of --architecture.image_tokens"
+            f"{name} has the image token of --architecture.image_tokens"
             f" llava; this model has those of {arch.image_tokens}"
         )
-    yield from _no_opt("LlavaForConditionalGeneration", arch)
+    yield from _no_opt(name, arch)
 
 
 def _blip2(arch: Architecture) -> Iterator[str]:
@@ -176,6 +208,7 @@ def _paligemma(arch: Architecture) -> Iterator[str]:
         "cross_attention.every": (0, arch.cross_attention.every),
         "prefix_lm": (True, arch.prefix_lm),
         "image_tokens": ("paligemma", arch.image_tokens),
+        "connector.newline": (False, arch.connector.newline),
         "vision.family": ("siglip", arch.vision.family),
         "vision.final_norm": (True, arch.vision.final_norm),
         "vision.unused_layers": (0, arch.vision.unused_layers),
@@ -313,6 +346,7 @@ HOLDS: dict[str, Callable[[Architecture], Iterator[str]]] = {
     "native": _native,
     "chat": _chat,
     "llava": _llava,
+    "llava_next": _llava_next,
     "paligemma": _paligemma,
     "fuyu": _fuyu,
     "clip": _clip,

@@ -1,6 +1,7 @@
 """The table of models, which ``--model`` picks from.
 
-They are InternVL 2.5 (arXiv 2412.05271), 3 (arXiv 2504.10479) and 3.5 (arXiv 2508.18265).
+They are InternVL 2.5 (arXiv 2412.05271), 3 (arXiv 2504.10479) and 3.5 (arXiv 2508.18265), and
+LLaVA-NeXT, for ``--recipe llava_next``.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from megavlm.config.recipes import llava_next
 from megavlm.config.schema import NO_LANGUAGE, Architecture, Init, Language, Vision
 
 ReadModel = Callable[[str, Init, Architecture | None], Architecture]
@@ -223,6 +225,7 @@ MODELS: dict[str, Architecture] = {
         language=_qwen3_moe(94, 4096, 12288, 64, 4, expert_ffn_hidden_size=1536),
     ),
     "internvl3_5-gpt-oss-20b": Architecture(vision=_INTERNVIT_300M, language=_GPT_OSS_20B),
+    **llava_next.MODELS,
     "digits": _DIGITS,
 }
 

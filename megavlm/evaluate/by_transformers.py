@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from megavlm.convert.hf.hub_formats import dialect_of, hub_format_of
-from megavlm.convert.hf.reference import load_reference
+from megavlm.convert.hf.reference import load_reference, size_inputs
 from megavlm.evaluate.graded import ANSWERS, chosen, grade, write_rows, written
 from megavlm.evaluate.packs import TaskPacks, prepare
 from megavlm.evaluate.task import Task
 from megavlm.io import atomic
 
 # Dialects whose classes take the prompt and the pixels of its images, as below.
-_ANSWERING = ("native", "llava", "paligemma", "fuyu")
+_ANSWERING = ("native", "llava", "llava_next", "paligemma", "fuyu")
 
 
 def answer_tasks(
@@ -136,6 +136,7 @@ def _inputs(model: nn.Module, task: TaskPacks) -> Iterator[dict[str, Tensor]]:
                 inputs["pixel_values"] = (
                     pixels.permute(0, 2, 3, 1).flatten(1)[None] if is_patches else pixels
                 )
+            inputs |= size_inputs(model, [(image.width, image.height) for image in one.images])
             if model.config.model_type == "paligemma":
                 # All of a prompt is a prefix, which sees itself; a choice behind it is not.
                 choice = torch.from_numpy(one.supervised.astype(np.int64))[None]

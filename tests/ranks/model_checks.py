@@ -97,10 +97,12 @@ def answers_of_transformers(
     """Of each sample, run by itself: its place in the pack, its logits, and the losses of all its
     tokens but the last.
     """
-    from megavlm.convert.hf.reference import instruction_inputs, load_reference
+    from megavlm.convert.hf.reference import instruction_inputs, load_reference, size_inputs
     from megavlm.data.loading.dataset import PackedDataset
 
-    batch = PackedDataset(packs).batch(0, 0)
+    dataset = PackedDataset(packs)
+    batch = dataset.batch(0, 0)
+    images = dataset.reader.read(0).images
     reference = load_reference(folder)
     mean, std = (
         torch.tensor(x)[:, None, None]
@@ -110,14 +112,16 @@ def answers_of_transformers(
     ends = batch.sample_ends.tolist()
     found = []
     tile = 0
-    for start, end in zip(ends[:-2], ends[1:-1], strict=True):
+    for sample, (start, end) in enumerate(zip(ends[:-2], ends[1:-1], strict=True)):
         tokens = batch.tokens[start:end]
-        count = int((tokens == CONTEXT).sum()) // architecture.placeholders_per_tile
+        own = images[images["sample"] == sample]
+        count = int(own["tiles"].sum())
         shown = pixels[tile : tile + count]
         if not architecture.vision.exists:  # the class takes patches, not images
             shown = shown.permute(0, 2, 3, 1).flatten(1)[None]
         inputs = {"pixel_values": shown} if count else {}
         inputs |= instruction_inputs(batch.instructions, slice(tile, tile + count))
+        inputs |= size_inputs(reference, own[["width", "height"]].tolist())
         if architecture.cross_attention.every:
             inputs = _read_by_idefics(tokens, shown if count else pixels[:1], count)
         if architecture.prefix_lm:
@@ -192,6 +196,7 @@ def assert_pack_equals_samples_alone(
     configure: Callable[[Path], Config],
     samples: Sequence[Sample],
     folder: Path,
+    write: Callable[..., object] = write_packs,
     **settings: int,
 ) -> None:
     """Compare losses and gradients of samples in one pack with those of each in a pack alone.
@@ -201,10 +206,11 @@ def assert_pack_equals_samples_alone(
         configure: makes the run of a folder of packs.
         samples: to pack.
         folder: for the packs.
+        write: writes packs.
         settings: of ``write_packs``.
     """
-    write_packs(folder / "together", [list(samples)], **settings)
-    write_packs(folder / "alone", [[sample] for sample in samples], **settings)
+    write(folder / "together", [list(samples)], **settings)
+    write(folder / "alone", [[sample] for sample in samples], **settings)
     [(together, gradients)] = ranks.run(losses_and_gradients, 1, configure(folder / "together"))
     [(alone, expected)] = ranks.run(losses_and_gradients, 1, configure(folder / "alone"))
     np.testing.assert_allclose(together[0], np.concatenate(alone), rtol=1e-5)

@@ -1,5 +1,5 @@
 """Models of recipes answer questions during training as transformers does: behind image tokens of
-CLIP, as a prefix-LM, whose prompt sees itself, and with patches of images of any size.
+CLIP, as a prefix-LM, whose prompt sees itself, and with patches or grids of images of any size.
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ import pytest
 import torch
 
 from megavlm.config.schema import Architecture, Config, Eval
+from megavlm.data.images.anyres import LLAVA_GRIDS
 from megavlm.data.text.tokenizer import IMAGE_TOKEN_SETS, add_special_tokens, load_tokenizer
-from tests.convert import fuyu_models, llava_models, paligemma_models
+from tests.convert import fuyu_models, llava_models, llava_next_models, paligemma_models
 from tests.convert.fuyu_models import make_fuyu
 from tests.convert.llava_models import make_llava
+from tests.convert.llava_next_models import make_llava_next
 from tests.convert.paligemma_models import make_paligemma
 from tests.convert.part_folders import make_fuyu_tokenizer, make_gemma_tokenizer
 from tests.convert.round_trip import golden_words
@@ -28,7 +30,12 @@ from tests.ranks.pool import Pool
 from tests.ranks.runs import config_for
 
 NEW_TOKENS = 5
-TEMPLATES = {"paligemma": "paligemma", "fuyu": "fuyu", "llava": "llava_v1"}
+TEMPLATES = {
+    "paligemma": "paligemma",
+    "fuyu": "fuyu",
+    "llava": "llava_v1",
+    "llava_next": "llava_v1",
+}
 CASES: dict[str, tuple[Architecture, Callable, Callable, str, tuple[str, ...]]] = {
     "paligemma": (
         paligemma_models.KINDS["untied"],  # a tied head repeats the last token
@@ -50,6 +57,13 @@ CASES: dict[str, tuple[Architecture, Callable, Callable, str, tuple[str, ...]]] 
         partial(golden_words, image_tokens="llava"),
         "pad",
         ("connector", "language"),
+    ),
+    "llava_next": (
+        llava_next_models.SMALL,
+        make_llava_next,
+        partial(golden_words, image_tokens="llava"),
+        "anyres",
+        ("vision", "connector", "language"),
     ),
 }
 
@@ -105,6 +119,7 @@ def test_answers_equal_those_of_transformers(ranks: Pool, tmp_path: Path, recipe
         pixel_mean=architecture.vision.pixel_mean,
         pixel_std=architecture.vision.pixel_std,
         image_limit=(6 * size, 6 * size),
+        grids=LLAVA_GRIDS,
     ).write(tmp_path / "packs")
     tokenizer.save_pretrained(words)
     folder = make_model(tmp_path / "hf", architecture, torch.float32, image_token_id=context)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -17,7 +18,7 @@ from megavlm.checkpoint import step_folder
 from megavlm.checkpoint.step_folder import Checkpoint
 from megavlm.config.schema import Architecture, Fp8, Parallel
 from megavlm.convert.hf import convert
-from megavlm.convert.hf.reference import instruction_inputs, load_reference
+from megavlm.convert.hf.reference import instruction_inputs, load_reference, size_inputs
 from megavlm.convert.hf.safetensors_files import SafetensorsFolder
 from megavlm.data.loading.batch import Batch
 from megavlm.data.loading.dataset import PackedDataset
@@ -123,8 +124,11 @@ def _compare_pack(
     prefixes = dict(
         zip(batch.sample_ends.tolist(), batch.prefixes.ends.diff().tolist(), strict=False)
     )
-    for start, end, first, last in _samples(batch, architecture.placeholders_per_tile):
+    images = dataset.reader.read(pack_id, with_images=False).images
+    for sample, (start, end, first, last) in enumerate(_samples(batch, images)):
         inputs = {"pixel_values": pixels[first:last]} if last > first else {}
+        own = images[images["sample"] == sample]
+        inputs |= size_inputs(theirs, own[["width", "height"]].tolist())
         inputs |= instruction_inputs(batch.instructions, slice(first, last))
         if architecture.cross_attention.every:
             inputs = _read_images(batch, pixels, (start, end, first, last))
@@ -176,6 +180,11 @@ def _refuse_others(found: Checkpoint, hf_folder: Path, packs: Manifest) -> None:
         )
     if packs.totals.tiles:
         _refuse_tiles(architecture, packs)
+        if architecture.connector.newline and packs.tiling != "anyres":
+            raise ValueError(
+                f"--data: packs of --tiling {packs.tiling}, and {hf_folder} makes a grid of tiles"
+                " of every image; name packs of --tiling anyres"
+            )
 
 
 def _refuse_tiles(architecture: Architecture, packs: Manifest) -> None:
@@ -207,17 +216,12 @@ def _load(
     return model.eval()
 
 
-def _samples(batch: Batch, features_per_tile: int) -> list[tuple[int, int, int, int]]:
-    """Return first and last token, first and last tile of each sample, without the padding at the
-    end.
+def _samples(batch: Batch, images: np.ndarray) -> list[tuple[int, int, int, int]]:
+    """Return first token and end, first tile and end of each sample, without the padding at the
+    end; ``images`` is the pack's table of images.
     """
     ends = batch.sample_ends.tolist()
-    tiles = 0
-    found = []
-    positions: Tensor = batch.feature_positions
-    for start, end in zip(ends, ends[1:], strict=False):
-        own = int(((positions >= start) & (positions < end)).sum()) // features_per_tile
-        if bool(batch.loss_weights[start:end].any()) or own:
-            found.append((start, end, tiles, tiles + own))
-        tiles += own
-    return found
+    tiles = np.bincount(images["sample"], weights=images["tiles"], minlength=batch.samples)
+    last = np.cumsum(tiles, dtype=np.int64).tolist()
+    first = [0, *last[:-1]]
+    return list(zip(ends[: batch.samples], ends[1:], first, last, strict=False))

@@ -11,6 +11,7 @@ from megavlm.config.recipes import (
     internvl,
     internvl_c,
     llava,
+    llava_next,
     paligemma,
     siglip,
 )
@@ -21,6 +22,7 @@ RECIPES: dict[str, Recipe] = {
     for module in (
         internvl,
         llava,
+        llava_next,
         paligemma,
         fuyu,
         blip2,

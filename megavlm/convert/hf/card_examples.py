@@ -126,6 +126,7 @@ EXAMPLES: dict[Dialect, Example] = {
     "native": Example(text=_CHATTING),
     "chat": Example(text=_ORIGINAL),
     "llava": Example(text=_CHATTING),
+    "llava_next": Example(text=_CHATTING),
     "paligemma": Example(text=_ASKING.format(prompt="<image>What is it?")),
     "fuyu": Example(text=_READING_PATCHES),
     "clip": _comparing(

@@ -26,14 +26,37 @@ FAMILIES = {"clip_vision_model": "clip", "siglip_vision_model": "siglip"}
 
 def read(raw: dict[str, Any], folder: Path, *, has_head: bool | None) -> Architecture:
     """Read the architecture; arguments and errors as in ``native_config``."""
+    settings = complete("LlavaConfig", CLASS_NAME, raw, folder)
+    return architecture_of(settings, folder, has_head=has_head)
+
+
+def complete(form: str, class_name: str, raw: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Return the settings with what the file leaves out.
+
+    Args:
+        form: class of the settings.
+        class_name: class of the model.
+        raw: content of the file.
+        folder: of the model.
+
+    Raises:
+        ValueError: our model does not support them.
+    """
     path = folder / shared.FILE_NAME
     if "text_config" not in raw:
         raise ValueError(
             f"{path}: has no text_config; it is of LLaVA's own code, and only folders of"
-            f" transformers' {CLASS_NAME} are read"
+            f" transformers' {class_name} are read"
         )
-    settings = shared.complete("LlavaConfig", raw, path)
+    settings = shared.complete(form, raw, path)
     shared.refuse(path, list(_problems(settings)))
+    return settings
+
+
+def architecture_of(
+    settings: dict[str, Any], folder: Path, *, has_head: bool | None
+) -> Architecture:
+    """Return the architecture of complete settings; arguments as in ``native_config``."""
     vision = settings["vision_config"]
     family = FAMILIES[vision["model_type"]]
     connector = _CONNECTORS[settings["projector_hidden_act"]]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,24 +63,50 @@ def write(
     """Write everything but weights, as ``AutoProcessor`` and ``LlavaForConditionalGeneration`` read
     it; arguments and errors as of ``processor.write_native``.
     """
-    if "</s>" not in _vocabulary(tokenizer) and usage.template == _TEMPLATE:
+    image_processor = _image_processor(architecture, usage)
+    settings = partial(llava_config.write, architecture)
+    write_folder(
+        folder, tokenizer, architecture, usage, dtype, _PROCESSOR, settings, image_processor
+    )
+
+
+def write_folder(
+    folder: Path,
+    tokenizer: Path,
+    architecture: Architecture,
+    usage: Usage,
+    dtype: torch.dtype,
+    kind: str,
+    settings: Callable[..., dict[str, Any]],
+    image_processor: dict[str, Any],
+) -> None:
+    """Write everything but weights of a class of LLaVA's kind.
+
+    Args:
+        folder, tokenizer, architecture, usage, dtype: as of ``processor.write_native``.
+        kind: class of the processor.
+        settings: makes the content of config.json, of the arguments of ``llava_config.write``
+            behind the first.
+        image_processor: settings of the image processor.
+    """
+    markers = FORMATS[usage.template].markers if usage.template in FORMATS else ()
+    if not usage.is_trained and not set(markers) <= _vocabulary(tokenizer).keys():
         # Imported with a language model that ends answers otherwise; its chat template is kept.
         usage = Usage(**(vars(usage) | {"template": ""}))
     ids = write_generation(folder, tokenizer, architecture, usage)
     context = IMAGE_TOKEN_SETS[architecture.image_tokens].context
-    settings = llava_config.write(architecture, dtype=dtype, image_token_id=ids.image, **ids.text)
-    write_json(folder / FILE_NAME, settings)
+    write_json(folder / FILE_NAME, settings(dtype=dtype, image_token_id=ids.image, **ids.text))
     entries = {
         "extra_special_tokens": {"image_token": context},
-        "processor_class": _PROCESSOR,
+        "processor_class": kind,
     }
     tokenizer_files.write(tokenizer, folder, entries)
     template = chat_template(tokenizer, usage, with_images=True, image=context)
     if template is not None:
         (folder / tokenizer_files.TEMPLATE_NAME).write_text(template, encoding="utf-8")
-    write_json(folder / IMAGE_PROCESSOR_NAME, _image_processor(architecture, usage))
+    write_json(folder / IMAGE_PROCESSOR_NAME, {"processor_class": kind, **image_processor})
     processor = {
-        "processor_class": _PROCESSOR,
+        "processor_class": kind,
         "patch_size": architecture.vision.patch_size,
         "vision_feature_select_strategy": llava_config.select_strategy(architecture.vision),
         "image_token": context,
@@ -101,7 +129,6 @@ def _image_processor(architecture: Architecture, usage: Usage) -> dict[str, Any]
     side = architecture.vision.image_size
     kind = _STRETCHING[architecture.vision.family]
     return {
-        "processor_class": _PROCESSOR,
         "crop_size": {"height": side, "width": side},
         **tile_processor(architecture, usage, kind),
     }

@@ -21,6 +21,7 @@ from megavlm.convert.hf.card_examples import EXAMPLES, Example
 from megavlm.convert.hf.preprocessing import Usage
 from megavlm.convert.weights.tables import Dialect, rows, unused_rows
 from megavlm.convert.weights.views import Header
+from megavlm.data.images.anyres import grids_text
 from megavlm.data.store.manifest import FILE_NAME as MANIFEST_NAME
 from megavlm.data.store.manifest import Manifest, read_manifest
 
@@ -222,6 +223,9 @@ def _usage(usage: Usage, dialect: Dialect) -> Iterator[str]:
     elif usage.tiling == "patches":
         width, height = usage.image_limit
         yield f"- patches of an image: as many as cover it, up to {width} x {height} pixels"
+    elif usage.tiling == "anyres":
+        grids = grids_text(usage.grids)
+        yield f"- tiles of an image: the whole image, and one of the grids {grids}"
     else:
         squares = {
             "pad": ", padded to a square",
@@ -230,6 +234,11 @@ def _usage(usage: Usage, dialect: Dialect) -> Iterator[str]:
         }
         padded = squares.get(usage.tiling, "")
         yield f"- tiles of an image: 1{padded}"
+    if dialect == "llava_next" and usage.tiling != "anyres":
+        yield (
+            "- limit of the image processor: it also makes a grid of tiles; training showed one"
+            f" (--tiling {usage.tiling})."
+        )
     if dialect == "native":  # LLaVA's image processor can do all that its packs do
         yield from (f"- limit of the image processor: {text}" for text in usage.lost_in_native)
 

@@ -32,8 +32,9 @@ class Usage:
         max_tiles: most tiles of an image, thumbnail not counted.
         thumbnail: whether an image of several tiles gets its thumbnail as one more tile.
         tiling: ``dynamic``, or how each image becomes one tile: ``pad``, ``crop`` or ``stretch``;
-            or ``patches``.
+            or ``patches``, or ``anyres``.
         image_limit: for ``patches``: width and height that larger images are made smaller to.
+        grids: for ``anyres``: columns and rows of the grids that images may have.
         is_trained: whether the model was trained here; otherwise a chat template that comes with
             the tokenizer is kept.
     """
@@ -45,6 +46,7 @@ class Usage:
     thumbnail: bool = True
     tiling: str = "dynamic"
     image_limit: tuple[int, int] = FUYU_LIMIT
+    grids: tuple[tuple[int, int], ...] = ()
     is_trained: bool = False
 
     @property
@@ -115,6 +117,7 @@ def of_checkpoint(folder: Path) -> Usage:
             thumbnail=packs.thumbnail,
             tiling=packs.tiling,
             image_limit=packs.image_limit,
+            grids=packs.grids,
             is_trained=True,
         )
     if not (folder / _FILE_NAME).is_file():
@@ -122,6 +125,7 @@ def of_checkpoint(folder: Path) -> Usage:
     facts = read_json(folder / _FILE_NAME)
     if "image_limit" in facts:  # JSON has no tuples
         facts["image_limit"] = tuple(facts["image_limit"])
+    facts["grids"] = tuple(map(tuple, facts.get("grids", ())))
     return Usage(**facts)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -22,6 +23,16 @@ def instruction_inputs(instructions: Instructions | None, tiles: slice) -> dict[
     places = torch.arange(tokens.shape[1], device=tokens.device)
     real = places < instructions.lengths[tiles, None]
     return {"qformer_input_ids": tokens, "qformer_attention_mask": real.long()}
+
+
+def size_inputs(model: nn.Module, sizes: Sequence[tuple[int, int]]) -> dict[str, Tensor]:
+    """Return what ``LlavaNextForConditionalGeneration`` reads beside the tiles of images: their
+    widths and heights, the other way round; nothing for other classes, or without images.
+    """
+    if model.config.model_type != "llava_next" or not len(sizes):
+        return {}
+    device = next(model.parameters()).device
+    return {"image_sizes": torch.tensor([(height, width) for width, height in sizes]).to(device)}
 
 
 def load_reference(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megavlm.config.schema import Architecture
-from megavlm.convert.weights.mapping import Row, linear, norm
+from megavlm.convert.weights.mapping import Row, linear, norm, within
 from megavlm.convert.weights.transforms import BesideIdentity
 
 
@@ -39,3 +39,11 @@ def llava_rows(architecture: Architecture) -> list[Row]:
     shape = (width, architecture.vision.hidden_size)
     bias = architecture.connector.bias
     return linear("linear", names, shape, BesideIdentity(width), bias=bias)
+
+
+def llava_next_rows(architecture: Architecture) -> list[Row]:
+    """List the weights of LLaVA-NeXT's connectors: LLaVA's, and the embedding of the end of a row,
+    which stands beside them in files.
+    """
+    newline = Row("newline", ("image_newline",), (architecture.language.hidden_size,))
+    return [*within(llava_rows(architecture), "", "multi_modal_projector."), newline]

@@ -3,8 +3,9 @@ both directions.
 
 Dialects are ``native``, the names of ``InternVLForConditionalGeneration`` of transformers,
 ``chat``, those of ``InternVLChatModel``, in which OpenGVLab publishes its models, and ``llava``,
-``paligemma`` and ``fuyu``, those of ``LlavaForConditionalGeneration``,
-``PaliGemmaForConditionalGeneration`` and ``FuyuForCausalLM``, ``idefics`` those of
+``llava_next``, ``paligemma`` and ``fuyu``, those of ``LlavaForConditionalGeneration``,
+``LlavaNextForConditionalGeneration``, ``PaliGemmaForConditionalGeneration`` and
+``FuyuForCausalLM``, ``idefics`` those of
 ``IdeficsForVisionText2Text``; ``pairs`` has those of contrastive models.
 """
 
@@ -19,7 +20,12 @@ from typing import Literal
 from megavlm.config.exports import HOLDS
 from megavlm.config.schema import Architecture, Language, Vision
 from megavlm.convert.weights import idefics, pairs, qformer, resampler
-from megavlm.convert.weights.connectors import linear_rows, llava_rows, mlp_rows
+from megavlm.convert.weights.connectors import (
+    linear_rows,
+    llava_next_rows,
+    llava_rows,
+    mlp_rows,
+)
 from megavlm.convert.weights.families import FAMILIES, clip, eva, internvit, written_as
 from megavlm.convert.weights.mapping import Row, within
 
@@ -27,6 +33,7 @@ Dialect = Literal[
     "native",
     "chat",
     "llava",
+    "llava_next",
     "paligemma",
     "fuyu",
     "clip",
@@ -85,6 +92,13 @@ _NAMES: dict[Dialect, _Names] = {
         connector_rows=llava_rows,
         unused_rows=clip.unused_rows,
     ),
+    "llava_next": _Names(
+        vision="vision_tower.vision_model.",
+        vision_rows=clip.rows,
+        connector="",
+        connector_rows=llava_next_rows,
+        unused_rows=clip.unused_rows,
+    ),
     "paligemma": _Names(
         vision="vision_tower.vision_model.",
         vision_rows=clip.rows,
@@ -140,6 +154,7 @@ _IN_MEMORY = (
     (re.compile(r"^lm_head\."), "language_model.lm_head."),
     (re.compile(r"^model\.language_model\."), "language_model.model."),
     (re.compile(r"^model\.(vision_tower|multi_modal_projector|vision_embed_tokens)\."), r"\1."),
+    (re.compile(r"^model\.image_newline$"), "image_newline"),
 )
 
 

@@ -1,0 +1,61 @@
+"""config.json of ``LlavaNextForConditionalGeneration``: LLaVA's, with the grids that images may
+have, in pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from megavlm.config.schema import Architecture
+from megavlm.convert.hf import json_files as shared
+from megavlm.convert.hf import llava_config
+from megavlm.data.images.anyres import Grid
+
+CLASS_NAME = "LlavaNextForConditionalGeneration"
+MODEL_TYPE = "llava_next"
+PINPOINTS = "image_grid_pinpoints"
+
+
+def read(raw: dict[str, Any], folder: Path, *, has_head: bool | None) -> Architecture:
+    """Read the architecture; arguments and errors as in ``native_config``."""
+    settings = llava_config.complete("LlavaNextConfig", CLASS_NAME, raw, folder)
+    shared.refuse(folder / shared.FILE_NAME, list(_problems(settings, folder)))
+    found = llava_config.architecture_of(settings, folder, has_head=has_head)
+    return replace(found, connector=replace(found.connector, newline=True))
+
+
+def _problems(settings: dict[str, Any], folder: Path) -> Iterator[str]:
+    """Yield settings that our model does not support."""
+    side = settings["vision_config"].get("image_size")
+    grids = settings[PINPOINTS]
+    if not grids or any(pixels % side for grid in grids for pixels in grid):
+        yield f"{PINPOINTS} is {grids}, must be multiples of vision_config.image_size {side}"
+    of_processor = shared.image_processor(folder).get(PINPOINTS, grids)
+    if list(map(list, of_processor)) != list(map(list, grids)):
+        yield f"{PINPOINTS} is {grids}, but that of the image processor is {of_processor}"
+
+
+def grids_of(settings: dict[str, Any]) -> tuple[Grid, ...]:
+    """Return the grids of a complete config.json."""
+    side = settings["vision_config"]["image_size"]
+    return tuple((width // side, height // side) for height, width in settings[PINPOINTS])
+
+
+def pinpoints(grids: tuple[Grid, ...], side: int) -> list[list[int]]:
+    """Return grids as heights and widths in pixels, of tiles of ``side`` pixels."""
+    return [[rows * side, columns * side] for columns, rows in grids]
+
+
+def write(
+    architecture: Architecture, *, grids: tuple[Grid, ...], **arguments: Any
+) -> dict[str, Any]:
+    """Build the content of config.json; ``arguments`` as in ``llava_config``."""
+    own = {
+        "architectures": [CLASS_NAME],
+        "model_type": MODEL_TYPE,
+        PINPOINTS: pinpoints(grids, architecture.vision.image_size),
+    }
+    return llava_config.write(architecture, **arguments) | own

@@ -1,0 +1,66 @@
+"""Everything in a folder of ``LlavaNextForConditionalGeneration`` but the weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megavlm.config.schema import Architecture
+from megavlm.convert.hf import llava_next_config, llava_processor
+from megavlm.convert.hf.json_files import FILE_NAME, complete, read_config
+from megavlm.convert.hf.preprocessing import Usage
+from megavlm.convert.hf.processor import pixel_settings
+from megavlm.data.images.anyres import LLAVA_GRIDS
+from megavlm.data.text.templates import FORMATS
+
+_PROCESSOR = "LlavaNextProcessor"
+# By the kind of language model that each of the authors' templates is for.
+_TEMPLATES = {"mistral": "llava_mistral", "qwen2": "llava_chatml", "qwen3": "llava_chatml"}
+_USUAL = "llava_v1"
+
+
+def read_usage(folder: Path) -> Usage:
+    """Read how a model is to be used: the conversations of its kind of language model, and the
+    grids of its config.json.
+    """
+    path = folder / FILE_NAME
+    settings = complete("LlavaNextConfig", read_config(path), path)
+    template = _TEMPLATES.get(settings["text_config"]["model_type"], _USUAL)
+    grids = llava_next_config.grids_of(settings)
+    return Usage(
+        template=template,
+        system_message=FORMATS[template].system_message,
+        min_tiles=1,
+        max_tiles=1,
+        thumbnail=False,
+        tiling="anyres",
+        grids=grids,
+    )
+
+
+def write(
+    folder: Path, tokenizer: Path, architecture: Architecture, usage: Usage, dtype: torch.dtype
+) -> None:
+    """Write everything but weights, as ``AutoProcessor`` and ``LlavaNextForConditionalGeneration``
+    read it; arguments and errors as of ``processor.write_native``.
+    """
+    grids = usage.grids or LLAVA_GRIDS
+
+    def settings(**arguments: Any) -> dict[str, Any]:
+        return llava_next_config.write(architecture, grids=grids, **arguments)
+
+    side = architecture.vision.image_size
+    image_processor = {
+        "image_processor_type": "LlavaNextImageProcessor",
+        **pixel_settings(architecture),
+        "size": {"shortest_edge": side},
+        "do_center_crop": True,
+        "crop_size": {"height": side, "width": side},
+        "do_pad": True,
+        llava_next_config.PINPOINTS: llava_next_config.pinpoints(grids, side),
+    }
+    llava_processor.write_folder(
+        folder, tokenizer, architecture, usage, dtype, _PROCESSOR, settings, image_processor
+    )

@@ -1,0 +1,169 @@
+"""LLaVA-NeXT against ``transformers``, its packs against their samples alone, its cost against
+torch's count, and its training at other layouts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from megavlm.config.recipes.llava_next import STAGES
+from megavlm.config.schema import Architecture, Config
+from megavlm.config.vision import PIXELS
+from megavlm.data.loading.dataset import PackedDataset
+from megavlm.planner.flops import pieces, training_cost
+from tests.convert.llava_next_models import (
+    KINDS,
+    LINEAR,
+    SIZES,
+    SMALL,
+    make_anyres_packs,
+    make_anyres_sample,
+    make_llava_next,
+    write_anyres,
+)
+from tests.ranks.layouts import LAYOUTS, LIMIT, Layout, asks_for_all
+from tests.ranks.model_checks import (
+    WORLDS,
+    answers_of_transformers,
+    assert_equals_transformers,
+    assert_pack_equals_samples_alone,
+    recipe_config,
+    sizes_of,
+)
+from tests.ranks.pool import Pool
+from tests.ranks.runs import train_curve
+from tests.ranks.test_cost import counted_by_torch
+from tests.ranks.test_layouts import compare
+from tests.ranks.test_resume import STEPS, forget_the_end, make_job, run_job, saved_tensors
+
+TRAINABLE = STAGES["2"].training.trainable
+CAPACITY = 288
+EVERYDAY = {
+    "mlp": ("TP2 PP2 SP", "TP2 CP2 whole vision layers"),
+    "linear": ("TP2 whole vision layers",),
+}
+EVERYDAY_KINDS = ("vicuna", "mistral, linear")
+
+
+_config = partial(recipe_config, "llava_next", trainable=TRAINABLE)
+
+
+def model_of(connector: str, layers: int = 2) -> Architecture:
+    """Return a model whose heads four ranks can share."""
+    heads = dict(num_layers=layers, num_attention_heads=4)
+    return dataclasses.replace(
+        SMALL,
+        connector={"mlp": SMALL.connector, "linear": LINEAR}[connector],
+        vision=dataclasses.replace(SMALL.vision, **heads),
+        language=dataclasses.replace(SMALL.language, **heads, num_query_groups=2),
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS if asks_for_all() else EVERYDAY_KINDS)
+def test_logits_and_losses_equal_those_of_transformers(
+    ranks: Pool, tmp_path: Path, kind: str
+) -> None:
+    architecture = KINDS[kind]
+    packs = tmp_path / "packs"
+    facts = sizes_of(architecture)
+    rng = np.random.default_rng(1)
+    shown = [(size,) for size in SIZES] + [(), SIZES[:2]]
+    samples = [
+        make_anyres_sample(rng, sizes, text_tokens=9 + place, line=place + 1, **facts)
+        for place, sizes in enumerate(shown)
+    ]
+    write_anyres(packs, [samples], capacity=1024, **facts)
+    folder = make_llava_next(tmp_path / "hf", architecture, torch.float32, 7, spread=0.05)
+    expected = answers_of_transformers(folder, packs, architecture)
+    worlds = WORLDS if kind == "vicuna" or asks_for_all() else {"one process": (1, {})}
+    configure = partial(_config, architecture, packs)
+    assert_equals_transformers(ranks, configure, folder, expected, worlds)
+
+
+def test_a_pack_equals_its_samples_alone(ranks: Pool, tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    facts = sizes_of(SMALL)
+    samples = [
+        make_anyres_sample(rng, sizes, text_tokens=12 + 5 * place, line=place + 1, **facts)
+        for place, sizes in enumerate(((SIZES[0],), (), SIZES[1:3], (SIZES[4],)))
+    ]
+    assert_pack_equals_samples_alone(
+        ranks,
+        partial(_config, SMALL),
+        samples,
+        tmp_path,
+        write=write_anyres,
+        capacity=480,
+        **facts,
+    )
+
+
+def test_the_cost_is_what_torch_counts(ranks: Pool, tmp_path: Path) -> None:
+    # As many tokens as rows of the padded vocabulary, since padding is computed but does not count.
+    architecture = dataclasses.replace(
+        SMALL, language=dataclasses.replace(SMALL.language, vocab_size=256)
+    )
+    make_anyres_packs(tmp_path, 1, CAPACITY, **sizes_of(architecture))
+    [(counted, size, keys)] = ranks.run(counted_by_torch, 1, tmp_path, TRAINABLE, architecture)
+    size["squared_lengths"] *= 2  # torch counts all pairs of tokens
+    assert training_cost(architecture, TRAINABLE).total(**size) == counted
+    assert {piece.key for piece in pieces(architecture)} - {""} == keys
+    assert "connector.newline" in keys
+    batch = PackedDataset(tmp_path).batch(0, 0)
+    shown = int((batch.tokens == 7).sum())
+    assert 0 < len(batch.newline_positions) == shown - len(batch.feature_numbers)
+
+
+@pytest.mark.parametrize(
+    ("connector", "layout"),
+    [
+        (connector, layout)
+        for connector, everyday in EVERYDAY.items()
+        for layout in LAYOUTS
+        if asks_for_all() or str(layout) in everyday
+    ],
+    ids=str,
+)
+def test_a_layout_trains_like_one_process(
+    ranks: Pool, tmp_path: Path, connector: str, layout: Layout
+) -> None:
+    make_anyres_packs(tmp_path, 12, CAPACITY, alignment=4, **sizes_of(SMALL))
+    architecture = model_of(connector, max(2, layout.layers))
+    settings = dict(adam_eps=1e-3, steps=4)
+    [expected] = ranks.run(train_curve, 1, _config(architecture, tmp_path, **settings))
+    settings |= layout.settings
+    curves = ranks.run(train_curve, layout.ranks, _config(architecture, tmp_path, **settings))
+    assert max(compare(curves, expected).values()) <= LIMIT
+
+
+def test_a_run_that_goes_on_is_the_same_bit_for_bit(ranks: Pool, tmp_path: Path) -> None:
+    # The packs' pixels are normalised as InternVL's.
+    mean, std = PIXELS["imagenet"]
+    architecture = model_of("mlp")
+    vision = dataclasses.replace(architecture.vision, pixel_mean=mean, pixel_std=std)
+    packs = tmp_path / "packs"
+    make_anyres_packs(packs, 12, CAPACITY, alignment=4, **sizes_of(SMALL))
+
+    def job(save: Path) -> Config:
+        layout = dict(tensor_model_parallel_size=2, vision="data")
+        made = make_job(packs, save, trainable=TRAINABLE, **layout)
+        model = dataclasses.replace(architecture, vision=vision)
+        return dataclasses.replace(made, architecture=model, recipe="llava_next", stage="2")
+
+    assert ranks.run(run_job, 2, job(tmp_path / "whole")) == [STEPS] * 2
+    forget_the_end(tmp_path / "whole", tmp_path / "again")
+    assert ranks.run(run_job, 2, job(tmp_path / "again")) == [STEPS] * 2
+    whole, again = (
+        ranks.run(saved_tensors, 1, tmp_path / name / f"step_{STEPS:08d}")[0]
+        for name in ("whole", "again")
+    )
+    assert whole.keys() == again.keys()
+    assert whole["model.connector.newline"].shape == (SMALL.language.hidden_size,)
+    for name, tensor in whole.items():
+        assert torch.equal(tensor, again[name]), name
