@@ -43,7 +43,7 @@ from make_data import (
 )
 from try_out import parse_parts
 
-from megavlm.config.architecture import PIXELS
+from megavlm.config.vision import PIXELS
 
 QUERIES = 8
 KINDS = (tuple(SIZES), COLOURS, SHAPES, tuple(PLACES))

@@ -29,7 +29,7 @@ from boards import Board, Scans, make_board, questions, split_scans
 from make_data import HELD_OUT_SCANS, train_tokenizer, write_lines
 from try_out import parse_parts
 
-from megavlm.config.architecture import PIXELS
+from megavlm.config.vision import PIXELS
 from megavlm.data.images.tiling import pad_colour
 from megavlm.data.images.transforms import to_square
 

@@ -28,7 +28,7 @@ from make_data import HELD_OUT_SCANS, write_lines
 from make_parts import SIDE, one_question_each, train_encoder, write_records
 from try_out import parse_parts
 
-from megavlm.config.architecture import PIXELS
+from megavlm.config.vision import PIXELS
 
 MEAN, STD = PIXELS["siglip"]
 SPECIAL = ["<pad>", "<eos>", "<bos>"]
