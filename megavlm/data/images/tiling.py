@@ -60,6 +60,8 @@ class Tiling:
             )
         if self.mode not in get_args(Mode):
             raise ValueError(f"--tiling {self.mode}: must be one of {', '.join(get_args(Mode))}")
+        if self.mode == "anyres" and not self.grids:
+            raise ValueError("--grids: --tiling anyres needs at least one grid")
         if self.mode == "patches" and any(side < 1 or side % self.tile_size for side in self.limit):
             width, height = self.limit
             raise ValueError(

@@ -106,3 +106,8 @@ def test_other_texts_are_no_grids(text: str) -> None:
 def test_features_that_fill_no_square_are_told() -> None:
     with pytest.raises(ValueError, match="--tokens_per_tile 12.*square number"):
         feature_layout("anyres", 12)
+
+
+def test_a_tiling_without_grids_is_told() -> None:
+    with pytest.raises(ValueError, match="--tiling anyres needs at least one grid"):
+        Tiling(tile_size=SIDE, mode="anyres", grids=())
