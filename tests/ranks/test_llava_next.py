@@ -15,7 +15,11 @@ import torch
 from megavlm.config.recipes.llava_next import STAGES
 from megavlm.config.schema import Architecture, Config
 from megavlm.config.vision import PIXELS
+from megavlm.convert.hf import convert
+from megavlm.data.images.tiling import Tiling
 from megavlm.data.loading.dataset import PackedDataset
+from megavlm.data.packing.job import Job, pack_dataset
+from megavlm.data.records.meta_file import read_sources
 from megavlm.planner.flops import pieces, training_cost
 from tests.convert.llava_next_models import (
     KINDS,
@@ -27,6 +31,7 @@ from tests.convert.llava_next_models import (
     make_llava_next,
     write_anyres,
 )
+from tests.convert.round_trip import golden_words
 from tests.ranks.layouts import LAYOUTS, LIMIT, Layout, asks_for_all
 from tests.ranks.model_checks import (
     WORLDS,
@@ -41,6 +46,7 @@ from tests.ranks.runs import train_curve
 from tests.ranks.test_cost import counted_by_torch
 from tests.ranks.test_layouts import compare
 from tests.ranks.test_resume import STEPS, forget_the_end, make_job, run_job, saved_tensors
+from tests.ranks.test_whole_way import write_records
 
 TRAINABLE = STAGES["2"].training.trainable
 CAPACITY = 288
@@ -167,3 +173,36 @@ def test_a_run_that_goes_on_is_the_same_bit_for_bit(ranks: Pool, tmp_path: Path)
     assert whole["model.connector.newline"].shape == (SMALL.language.hidden_size,)
     for name, tensor in whole.items():
         assert torch.equal(tensor, again[name]), name
+
+
+def difference(checkpoint: Path, hf: Path, packs: Path) -> float:
+    """Return how far the logits of an export are from those of its checkpoint."""
+    from tools.verification.logits import compare
+
+    return compare(str(checkpoint), hf, packs, packs=1).max_abs_difference
+
+
+def test_an_export_is_verified_with_packs_of_its_tiles(ranks: Pool, tmp_path: Path) -> None:
+    words = tmp_path / "words"
+    golden_words(words, "llava")
+    source = make_llava_next(tmp_path / "hf", SMALL, torch.float32, spread=0.05)
+    start = convert.import_(source, tmp_path / "start", tokenizer=words)
+    out = convert.export(start, tmp_path / "out", dtype=torch.float32)
+    vision = SMALL.vision
+    for tiling in ("anyres", "crop"):
+        pack_dataset(
+            Job(
+                sources=read_sources(None, str(write_records(tmp_path)), str(tmp_path)),
+                tokenizer=str(words),
+                out=str(tmp_path / tiling),
+                capacity=512,
+                features_per_tile=SMALL.features_per_tile,
+                tiling=Tiling(tile_size=16, mode=tiling, pixel_mean=vision.pixel_mean),
+                pixel_std=vision.pixel_std,
+                template="llava_v1",
+            )
+        )
+    [found] = ranks.run(difference, 1, start, out, tmp_path / "anyres")
+    assert 0 <= found <= 1e-4
+    with pytest.raises(Exception, match="makes a grid of tiles of every image; name packs of"):
+        ranks.run(difference, 1, start, out, tmp_path / "crop")
