@@ -21,12 +21,11 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-from megavlm.checkpoint import checksums
+from megavlm.checkpoint import checksums, whole_shards
 from megavlm.checkpoint.writer_processes import end_with_parent, watched_writers
 from megavlm.io.checksum import Sum
 
@@ -70,8 +69,13 @@ class Writing:
         # nothing else writes to it here.
         self._queue: queue.Queue = queue.Queue()
         vars(filesystem_async)["_results_queue"] = self._queue
+        whole_shards.check(tensors)
         request = dist_checkpointing.save(
-            tensors, str(shards), async_sharded_save=True, **_STRATEGY
+            tensors,
+            str(shards),
+            validate_access_integrity=False,
+            async_sharded_save=True,
+            **_STRATEGY,
         )
         self._finish = request.finalize_fns
         arguments = list(request.async_fn_args)
@@ -82,7 +86,7 @@ class Writing:
         write = request.async_fn and partial(
             request.async_fn, *arguments, **request.async_fn_kwargs
         )
-        work = partial(_write, write, self._queue, shards, dist.get_rank())
+        work = partial(_write, write, self._queue, shards)
         self._outcome: Outcome | None = None
         if beside:
             self._start(work)
@@ -126,9 +130,7 @@ class Writing:
             finish()
 
 
-def _write(
-    write: Callable[[], None] | None, results: queue.Queue, shards: Path, rank: int
-) -> Outcome:
+def _write(write: Callable[[], None] | None, results: queue.Queue, shards: Path) -> Outcome:
     if write is None:
         return Outcome(sums={})
     try:
@@ -137,10 +139,11 @@ def _write(
         found = results.get_nowait()
         if isinstance(found, Exception):
             raise found
-        files = sorted(shards.glob(f"__{rank}_*"))
+        # Not by a look into the folder, where the files of all ranks are.
+        names = {result.storage_data.relative_path for each in found.values() for result in each}
         return Outcome(
             results=found,
-            sums={f"{shards.name}/{file.name}": checksums.measure(file) for file in files},
+            sums={f"{shards.name}/{name}": checksums.measure(shards / name) for name in names},
         )
     except Exception as error:  # whatever it is, other ranks wait for an answer
         return Outcome(error=f"{type(error).__name__}: {error}")

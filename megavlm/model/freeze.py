@@ -26,13 +26,16 @@ class Trained:
     total: dict[str, int]
 
 
-def apply(chunks: Sequence[VisionLanguageModel], trainable: Sequence[str]) -> Trained:
+def apply(
+    chunks: Sequence[VisionLanguageModel], trainable: Sequence[str], whole_model: dist.ProcessGroup
+) -> Trained:
     """Freeze every weight that no pattern of ``trainable`` means. Collective; call it before DDP
     and the optimizer are built.
 
     Args:
         chunks: this rank's.
         trainable: parts, or patterns of checkpoint keys with ``*``, ``?`` and ``[]``.
+        whole_model: ranks that have all layers and all experts between them.
 
     Raises:
         ValueError: a pattern means no weight on any rank; every rank raises it.
@@ -47,8 +50,8 @@ def apply(chunks: Sequence[VisionLanguageModel], trainable: Sequence[str]) -> Tr
             parameter.requires_grad_(bool(patterns))
             used |= patterns
             sizes[key] = whole[key], bool(patterns)
-    everywhere: list = [None] * dist.get_world_size()
-    dist.all_gather_object(everywhere, (used, found))
+    everywhere: list = [None] * whole_model.size()
+    dist.all_gather_object(everywhere, (used, found), group=whole_model)
     unused = set(trainable) - set().union(*(seen for seen, _ in everywhere))
     if unused:
         listed = ", ".join(sorted(unused))

@@ -76,7 +76,8 @@ def build_model(
         _move(chunks, backend)
         for module in quantised:
             nf4_layers.clear(module)
-    trained = freeze.apply(chunks, config.training.trainable)
+    whole_model = groups.collection.tp_ep_pp
+    trained = freeze.apply(chunks, config.training.trainable, whole_model)
     ddp_chunks = wrap_chunks(config, chunks)
     set_schedule_hooks(ddp_chunks)
     optimizer = build_optimizer(config, ddp_chunks, stage_moments.ages(chunks, history))

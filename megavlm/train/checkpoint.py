@@ -18,9 +18,11 @@ from megatron.core.dist_checkpointing.mapping import (
     ShardedTensor,
 )
 from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megavlm.checkpoint.metadata import read_description
+from megavlm.checkpoint.shared_loading import Replicas, SharedLoading
 from megavlm.checkpoint.step_folder import SHARDS, Checkpoint
 from megavlm.checkpoint.train_state import State
 from megavlm.config.freeze_mask import matches
@@ -137,16 +139,27 @@ def _scales(chunks: Sequence[VisionLanguageModel]) -> ShardedStateDict:
     }
 
 
-def load_shards(checkpoint: Checkpoint, wanted: dict[str, Any]) -> dict[str, Any]:
+def load_shards(
+    checkpoint: Checkpoint, wanted: dict[str, Any], collection: ProcessGroupCollection
+) -> dict[str, Any]:
     """Read tensors of a checkpoint. Collective.
 
     Args:
         checkpoint: where they are; in format 1 keys say ``projector`` for the connector.
         wanted: the tensors, as ``sharded`` names them; their keys may be changed.
+        collection: groups of this rank; replicas read together.
     """
     if checkpoint.state.format == 1:
         dict_list_map_inplace(_name_as_in_format_1, wanted)
-    return dist_checkpointing.load(wanted, str(checkpoint.folder / SHARDS))
+    replicas = Replicas(dense=collection.dp_cp, experts=collection.expt_dp)
+    # What is asked for is what the chunks have, so it needs no check, for which every rank would
+    # hear of the shards of all others.
+    return dist_checkpointing.load(
+        wanted,
+        str(checkpoint.folder / SHARDS),
+        sharded_strategy=SharedLoading(replicas),
+        validate_access_integrity=False,
+    )
 
 
 def _name_as_in_format_1(entry: Any) -> Any:
@@ -176,7 +189,7 @@ def load_weights(checkpoint: Checkpoint, chunks: Sequence[VisionLanguageModel]) 
     if not before.lora.rank:
         wanted = {name: entry for name, entry in wanted.items() if not is_adapter(entry.key)}
     wanted = {name: _as_stored(entry, before.vision) for name, entry in wanted.items()}
-    loaded = load_shards(checkpoint, {"model": wanted})["model"]
+    loaded = load_shards(checkpoint, {"model": wanted}, chunks[0].groups.collection)["model"]
     for name, entry in wanted.items():
         if entry.key == _POSITIONS:
             classes = int(before.vision.has_class_token)
@@ -260,7 +273,7 @@ def load_optimizer(
     }
     if not router_state.is_kept(checkpoint.config):
         asked.pop(router_state.STATE, None)  # asked for since then
-    loaded = load_shards(checkpoint, asked)
+    loaded = load_shards(checkpoint, asked, chunks[0].groups.collection)
     router_state.take(chunks, loaded)
     partly = checkpoint.state.trained_only or bool(in_4_bits)
     _take(chunks, loaded["model"] | loaded.get("scales", {}), partly=partly)

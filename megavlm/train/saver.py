@@ -23,6 +23,7 @@ from megavlm.checkpoint.async_writer import Writing
 from megavlm.checkpoint.lock import FILE_NAME as LOCK_NAME
 from megavlm.checkpoint.step_folder import CONFIG_NAME, SHARDS, TOKENIZER
 from megavlm.checkpoint.train_state import State
+from megavlm.checkpoint.whole_shards import ShardError
 from megavlm.config.cli import to_yaml
 from megavlm.convert.hf import unused_weights
 from megavlm.data.store.manifest import FILE_NAME as MANIFEST_NAME
@@ -92,12 +93,12 @@ class Saver:
                     is_loading=False,
                     averaged=job.averages,
                 )
-            except MismatchError as error:  # on every rank
+                kept = checkpoint.held(state, config, tensors["model"])
+                tensors["model"] = checkpoint.dequantised(kept, job.chunks)
+                self._writing = Writing(tensors, self._growing / SHARDS, beside=self._beside)
+            except (MismatchError, ShardError) as error:  # on every rank
                 self._give_up(str(error))
                 return
-            kept = checkpoint.held(state, config, tensors["model"])
-            tensors["model"] = checkpoint.dequantised(kept, job.chunks)
-            self._writing = Writing(tensors, self._growing / SHARDS, beside=self._beside)
         if not self._beside:
             self.wait()
 

@@ -101,7 +101,8 @@ def keep(
         ]
     )
     found = master_weights.masters(everything["model"], everything["optimizer"], optimizer)
-    loaded = checkpoint.load_shards(source, {"optimizer": wanted})["optimizer"]
+    collection = chunks[0].groups.collection
+    loaded = checkpoint.load_shards(source, {"optimizer": wanted}, collection)["optimizer"]
     checkpoint.refuse_mismatch(source, found, loaded)
     read = checkpoint.optimizer_parts(loaded, optimizer)
     for number, part in enumerate(parts):

@@ -24,11 +24,16 @@ from tests.data.samples import make_dataset
 from tests.ranks.runs import config_for
 
 
-def _verdicts(views: list[RankView], size: int | None = None, timeout: float = 20) -> list[str]:
+def _verdicts(
+    views: list[RankView],
+    size: int | None = None,
+    timeout: float = 20,
+    store: dist.Store | None = None,
+) -> list[str]:
     """Return what each rank is told; empty if it may start. Ranks from ``len(views)`` on do not
     come.
     """
-    store = dist.HashStore()
+    store = store or dist.HashStore()
     said = []
 
     def rank(number: int) -> str:
@@ -74,6 +79,18 @@ def test_a_rank_that_cannot_start_is_named() -> None:
     ]
     [told] = set(_verdicts(views))
     assert told == "rank 1 (b): --data.train packs: no such folder"
+
+
+@pytest.mark.parametrize("ranks", [2, 16])
+def test_facts_that_all_ranks_see_are_in_the_store_once(ranks: int) -> None:
+    store = dist.HashStore()
+    facts = {f"code of {number}.py": "0123456789ab" for number in range(500)}
+    views = [RankView(facts=facts, host=f"node{rank}") for rank in range(ranks)]
+    assert _verdicts(views, store=store) == [""] * ranks
+    posted = [store.get(f"preflight/view/{rank}") for rank in range(ranks)]
+    assert max(map(len, posted)) < 200
+    # A view of each rank, the facts, how many see them, and the verdict.
+    assert store.num_keys() == ranks + 3
 
 
 def test_what_all_ranks_have_is_told_without_ranks() -> None:

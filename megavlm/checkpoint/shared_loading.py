@@ -1,0 +1,132 @@
+"""Reads a distributed checkpoint with ranks that are replicas of each other: each reads a share of
+what all of them need, and sends it to the others.
+
+megatron-core lets every rank read all that it needs itself, so that what is read of the storage
+grows with the number of replicas: weights, master weights and moments of 8 billion parameters are
+112 GB, which 1,024 data-parallel ranks would read 1,024 times.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedStateDict, ShardedTensor
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
+from torch import Tensor
+
+_OF_EXPERTS = ".mlp.experts."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replicas:
+    """Ranks that need the same shards.
+
+    Args:
+        dense: of all but experts; this rank is one of them.
+        experts: of experts.
+    """
+
+    dense: dist.ProcessGroup
+    experts: dist.ProcessGroup
+
+
+class SharedLoading(TorchDistLoadShardedStrategy):
+    """Loads shards; ``dist_checkpointing.load`` calls ``load`` on every rank.
+
+    Args:
+        replicas: of this rank.
+    """
+
+    def __init__(self, replicas: Replicas):
+        super().__init__()
+        self._replicas = replicas
+
+    @torch.no_grad()
+    def load(
+        self, sharded_state_dict: ShardedStateDict, checkpoint_dir: Path, *options: Any
+    ) -> dict[Any, Any]:
+        """Return the state dict with tensors in the place of shards. Collective."""
+        entries = [one for one in nested_values(sharded_state_dict) if isinstance(one, ShardedBase)]
+        shards = [one for one in entries if isinstance(one, ShardedTensor)]
+        kinds = (
+            ([one for one in shards if _OF_EXPERTS not in one.key], self._replicas.dense),
+            ([one for one in shards if _OF_EXPERTS in one.key], self._replicas.experts),
+        )
+        plans = [
+            (shard, owner, group)
+            for kind, group in kinds
+            for shard, owner in zip(kind, _owners(kind, group))  # nothing to share, no owners
+        ]
+        others = {id(shard) for shard, owner, group in plans if owner != group.rank()}
+        own = {str(number): one for number, one in enumerate(entries) if id(one) not in others}
+        read = super().load(own, checkpoint_dir, *options)
+        values = {id(one): read[number] for number, one in own.items()}
+        for shard, owner, group in plans:
+            if shard.data is None:
+                shard.init_data("cpu")
+            _send(values.setdefault(id(shard), shard.data.detach()), owner, group)
+        return dict_list_map_inplace(lambda one: values.get(id(one), one), sharded_state_dict)
+
+
+def _owners(shards: Sequence[ShardedTensor], group: dist.ProcessGroup) -> list[int]:
+    """Return which rank of a group reads each shard; none if each rank reads its own, since they do
+    not need the same. Collective over the group.
+    """
+    if group.size() == 1 or not _is_common(shards, group):
+        return []
+    sizes = [one.dtype.itemsize * torch.Size(one.local_shape).numel() for one in shards]
+    return spread(sizes, group.size())
+
+
+def spread(sizes: Sequence[int], ranks: int) -> list[int]:
+    """Divide shards among ranks so that all read about as much; a pure function.
+
+    Args:
+        sizes: bytes of each shard.
+        ranks: their number.
+
+    Returns:
+        The rank of each shard.
+    """
+    loads = [(0, rank) for rank in range(ranks)]
+    owners = [0] * len(sizes)
+    for number in sorted(range(len(sizes)), key=lambda number: -sizes[number]):
+        load, rank = heapq.heappop(loads)
+        owners[number] = rank
+        heapq.heappush(loads, (load + sizes[number], rank))
+    return owners
+
+
+def _is_common(shards: Sequence[ShardedTensor], group: dist.ProcessGroup) -> bool:
+    """Tell whether all ranks of a group need the same shards in the same order. Collective."""
+    said = repr(
+        [(one.key, tuple(one.global_offset), tuple(one.local_shape), one.dtype) for one in shards]
+    )
+    number = int.from_bytes(hashlib.sha256(said.encode()).digest()[:7], "little")
+    both = torch.tensor([number, -number], device=_device(group))
+    dist.all_reduce(both, op=dist.ReduceOp.MAX, group=group)
+    most, negated_least = both.tolist()
+    return most == -negated_least
+
+
+def _send(tensor: Tensor, owner: int, group: dist.ProcessGroup) -> None:
+    """Give all ranks of a group the values that one of them has read, as bytes. Collective; one
+    tensor at a time is on the device.
+    """
+    moved = tensor.to(_device(group)).contiguous()
+    dist.broadcast(moved.view(-1).view(torch.uint8), group_src=owner, group=group)
+    if moved is not tensor:
+        tensor.copy_(moved)
+
+
+def _device(group: dist.ProcessGroup) -> torch.device:
+    """Return where tensors are that a group exchanges."""
+    return torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")
