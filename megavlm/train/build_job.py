@@ -82,7 +82,7 @@ def build_job(
         groups=groups,
         train=packs,
         plan=plan,
-        valid=PackedDataset(config.data.valid) if config.data.valid else None,
+        valid=PackedDataset(config.data.valid, with_shards=False) if config.data.valid else None,
         tasks=open_tasks(config),
         lock=lock,
         averages=averaged,

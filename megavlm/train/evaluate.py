@@ -175,7 +175,7 @@ def _run_steps(
             packs,
             batch // job.groups.data_size,
             weight,
-            job.samples_of_ranks(job.valid, ids[start : start + batch]),
+            job.samples_of_ranks(job.valid.index[ids[start : start + batch]]),
             job.backend,
             forward_only=True,
             meters=meters,

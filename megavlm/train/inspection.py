@@ -13,7 +13,8 @@ from megavlm.config.recipes import recipe
 from megavlm.config.schema import Config
 from megavlm.convert.hf.hub_formats import HUB_FORMATS
 from megavlm.convert.weights.families import family_of
-from megavlm.data.loading.dataset import PackedDataset
+from megavlm.data.store.manifest import read_manifest
+from megavlm.data.store.reader import Reader, check_shards
 from megavlm.model import precision
 from megavlm.train import base_weights, resume, start_point
 from megavlm.train.start_point import Start
@@ -51,6 +52,8 @@ def inspect_job(config: Config, world_size: int) -> None:
     if language.exists and not language.is_encoder:
         family_of(language)  # else the trained model could not be exported
     _check_tokenizer(config)
+    if torchrun.local_rank() == 0:  # machines may have copies of their own
+        check_shards(_packs(config))
     if torchrun.rank() == 0:  # it reads the whole index, and all ranks hear of what it finds
         _check_lengths(config)
     open_tasks(config)
@@ -71,6 +74,11 @@ def find_start(config: Config) -> Start:
     return own
 
 
+def _packs(config: Config) -> list[str]:
+    """Return the folders of all packs of a run."""
+    return [*config.data.train_folders, *filter(None, [config.data.valid])]
+
+
 def _check_tokenizer(config: Config) -> None:
     """Raise ValueError for packs with a tokenizer that the format of the export cannot have."""
     row = HUB_FORMATS[recipe(config.recipe).format_for(config.architecture.objective)]
@@ -85,8 +93,10 @@ def _check_lengths(config: Config) -> None:
     if bound is None:
         return
     (option, most) = bound
-    for packs in (*config.data.train_folders, *filter(None, [config.data.valid])):
-        longest = int(PackedDataset(packs).index["longest"].max())
+    for packs in _packs(config):
+        if read_manifest(packs).capacity <= most:  # no sample is longer than a pack
+            continue
+        longest = Reader(packs, with_shards=False).index.largest("longest")
         if longest > most:
             raise ValueError(
                 f"{packs}: holds a sample of {longest} tokens, and {option} is {most}: each token"

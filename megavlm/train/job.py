@@ -53,17 +53,13 @@ class Job(BuiltModel):
     averages: Averages | None = None
     unused_weights: Weights = field(default_factory=dict)
 
-    def samples_of_ranks(
-        self, packs: PackedDataset | BlendedDataset, ids: np.ndarray
-    ) -> list[list[int]]:
-        """Return the samples of each pack that each data-parallel rank has in a step, from the
-        index.
+    def samples_of_ranks(self, records: np.ndarray) -> list[list[int]]:
+        """Return the samples of each pack that each data-parallel rank has in a step.
 
         Args:
-            packs: the dataset.
-            ids: all packs of the step, in order; the ranks take them in turn.
+            records: in the index, of all packs of the step, in order; the ranks take them in turn.
         """
-        samples = packs.index[ids]["samples"]
+        samples = records["samples"]
         ranks = self.groups.data_size
         return [samples[rank::ranks].tolist() for rank in range(ranks)]
 

@@ -11,6 +11,8 @@ import torch.distributed as dist
 
 from megavlm.checkpoint.train_state import State
 from megavlm.data.loading.batch import Batch
+from megavlm.data.loading.dataset import weight_of
+from megavlm.data.loading.step_packs import StepPacks
 from megavlm.health.watchdog import Watchdog
 from megavlm.planner.flops import training_cost
 from megavlm.train import router_state
@@ -67,6 +69,7 @@ def train(job: Job, state: State, metrics: Metrics, stop: StopRequest | None = N
     control = ControlPass(job, clock)
     meters = (*_meters(job, clock), supply, control)
     step_log = StepLog(job, meters, metrics, state.step)
+    steps = StepPacks(job.train, job.plan, packs)
     with (
         _listen(job, stop) as stop,
         _watchdog(job) as watchdog,
@@ -80,17 +83,17 @@ def train(job: Job, state: State, metrics: Metrics, stop: StopRequest | None = N
         while state.step < last:
             watchdog.enter("step", state.step + 1)
             profiled.enter_step(state.step + 1)
-            ids = job.plan.pack_ids(state.consumed, packs)
+            ids, records = steps.after(state.consumed)
             rate = set_rates(job.optimizer, config, state.step, state.skipped, state.skipped_steps)
             try:
-                result = _step(job, state, ids, batches, meters, rule, control)
+                result = _step(job, state, ids, records, batches, meters, rule, control)
                 state = rule.after(state.after(packs))
                 if not result.is_skipped:
                     if job.averages is not None:
                         job.averages.update(state.updates - 1)
                     norms.add(state.step, ids, result.grad_norm)
                 for meter in meters:
-                    meter.add_step(job.train.index[ids])
+                    meter.add_step(records)
                 is_last = state.step == last
                 is_logged = is_last or state.step % config.logging.interval == 0
                 saves = is_last or _saves(job, state)
@@ -176,18 +179,20 @@ def _step(
     job: Job,
     state: State,
     ids: np.ndarray,
+    records: np.ndarray,
     batches: Iterator[Batch],
     meters: Sequence[Meter],
     rule: BadStepRule,
     control: ControlPass,
 ) -> StepResult:
-    """Run the step after ``state`` on the packs ``ids``, and its control pass if it has one.
+    """Run the step after ``state`` on the packs ``ids``, of which the index has ``records``, and
+    its control pass if it has one.
 
     Raises:
         StepError: no token is supervised, so there is no loss; or ``BadStepRule.skips`` raised it.
     """
     config = job.config
-    weight = job.train.weight_sum(ids, config.data.loss_reduction)
+    weight = weight_of(records, config.data.loss_reduction)
     if not weight:
         raise StepError(
             f"step {state.step + 1}: --data.train {config.data.train}: no token of packs"
@@ -198,7 +203,7 @@ def _step(
         for chunk in job.chunks:
             chunk.set_drop_path(drop_path(state.step, config.training) / highest)
     skips = partial(rule.skips, state.step + 1, ids.tolist())
-    weight_of_pack = _weight_of_pack(job, ids)
+    weight_of_pack = _weight_of_pack(job, ids, records)
     count = len(ids) // job.groups.data_size
     return train_step(
         job.ddp_chunks,
@@ -209,19 +214,19 @@ def _step(
         config.optimizer.clip_grad,
         job.backend,
         meters=meters,
-        samples=job.samples_of_ranks(job.train, ids),
+        samples=job.samples_of_ranks(records),
         skips=skips if config.bad_steps.is_watched else None,
         weight_of_pack=weight_of_pack,
         part_norms=job.part_norms,
     )
 
 
-def _weight_of_pack(job: Job, ids: np.ndarray) -> WeightOfPack | None:
+def _weight_of_pack(job: Job, ids: np.ndarray, records: np.ndarray) -> WeightOfPack | None:
     """Return what the loss of each pack of a step is divided by; none: the same for all."""
     data = job.config.data
     if not data.loss_weights:
         return None
-    divisors = job.train.pack_weights(ids, data.loss_reduction, data.loss_weights)
+    divisors = job.train.pack_weights(ids, records, data.loss_reduction, data.loss_weights)
     return lambda batch: divisors[batch.pack_id]
 
 

@@ -48,7 +48,8 @@ def recalls(job: Job) -> dict[str, float]:
         outputs = _embed(job, plan, count)
     if not job.groups.has_last_chunk:
         return {}
-    counts = list(map(sum, job.samples_of_ranks(job.valid, plan.pack_ids(0, count))))
+    records = job.valid.index[plan.pack_ids(0, count)]
+    counts = list(map(sum, job.samples_of_ranks(records)))
     size = job.config.architecture.contrastive.size
     none = torch.zeros(2, 0, size, device=job.backend.device)  # a rank may have no pack
     images, texts = torch.cat([none, *outputs], dim=1)

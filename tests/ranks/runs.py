@@ -228,7 +228,7 @@ def train_curve(config: Config, pack_ids: tuple[int, ...] = ()) -> Curve:
             weight,
             config.optimizer.clip_grad,
             job.backend,
-            samples=job.samples_of_ranks(job.train, ids),
+            samples=job.samples_of_ranks(job.train.index[ids]),
             part_norms=job.part_norms,
         )
         losses.append(_from_last_chunk(float(job.groups.sum_over_data(result.loss)), job))

@@ -36,7 +36,7 @@ def gradients(config: Config, folders: list[Path]) -> list[dict[str, np.ndarray]
     chosen = np.array([0, 2, 3, first, first + 4])
 
     def gradient(ids: np.ndarray, weights: tuple[float, ...]) -> dict[str, np.ndarray]:
-        divisors = blend.pack_weights(ids, "square", weights)
+        divisors = blend.pack_weights(ids, blend.index[ids], "square", weights)
         layers = config.architecture.vision.num_layers
         packs = [blend.batch(int(number), 0, vision_layers=layers) for number in ids]
         job.ddp_chunks[0].zero_grad_buffer()

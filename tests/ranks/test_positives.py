@@ -86,7 +86,7 @@ def loss_of(config: Config) -> tuple[float, np.ndarray, float, float]:
         for number in range(len(job.train))
     ]
     outputs = outputs_of(job.ddp_chunks, iter(packs), len(packs), job.backend)
-    samples = job.samples_of_ranks(job.train, np.arange(len(packs)))
+    samples = job.samples_of_ranks(job.train.index[np.arange(len(packs))])
     weight = sum(pack.weight_sum for pack in packs)
     loss = run_whole_step(
         job.ddp_chunks, iter(packs), len(packs), weight, samples, job.backend, forward_only=True

@@ -169,7 +169,7 @@ def measured(config: Config) -> dict[str, Any]:
     options = dict(reduction="sample", vision_layers=3, seed=config.training.seed)
     ids = job.plan.pack_ids(0, 4)
     packs = [job.train.batch(int(number), at, **options) for at, number in enumerate(ids)]
-    samples = job.samples_of_ranks(job.train, ids)
+    samples = job.samples_of_ranks(job.train.index[ids])
     outputs = []
     hidden = []
 
@@ -373,7 +373,7 @@ def sums_of_pool(config: Config) -> dict[str, list[Any]]:
     ids = job.plan.pack_ids(0, 4)
     options = dict(reduction="sample", vision_layers=3, seed=config.training.seed)
     packs = [job.train.batch(int(number), at, **options) for at, number in enumerate(ids)]
-    samples = job.samples_of_ranks(job.train, ids)
+    samples = job.samples_of_ranks(job.train.index[ids])
     outputs = whole_step.outputs_of(job.ddp_chunks, iter(packs), 4, job.backend)
     found = {"together": [], "alone": []}
 

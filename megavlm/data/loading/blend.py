@@ -25,7 +25,7 @@ import numpy as np
 from megavlm.config.sampling import Sampling, shares_of
 from megavlm.data.loading.batch import Batch
 from megavlm.data.loading.curriculum import Curriculum
-from megavlm.data.loading.dataset import PackedDataset
+from megavlm.data.loading.dataset import PackedDataset, weight_of
 from megavlm.data.loading.order import Order, Plan, permute
 from megavlm.data.store.index_format import RECORD
 from megavlm.data.store.manifest import Manifest
@@ -138,9 +138,10 @@ class BlendPlan:
         """How often each dataset comes in a block before each window; int64 [block / window,
         datasets].
         """
-        in_window = (self.pattern.reshape(-1, self.window, 1) == np.arange(len(self.counts))).sum(
-            axis=1
-        )
+        datasets = len(self.counts)
+        windows = self.block // self.window
+        place = np.repeat(np.arange(windows), self.window) * datasets + self.pattern
+        in_window = np.bincount(place, minlength=windows * datasets).reshape(windows, datasets)
         return np.cumsum(in_window, axis=0) - in_window
 
     def pack_ids(self, consumed: int, count: int) -> np.ndarray:
@@ -169,15 +170,25 @@ class BlendPlan:
             slots = permute(slots, self.window, self.seed, np.repeat(windows, self.window))
         blocks, in_block = np.divmod(windows, self.block // self.window)
         datasets = self.pattern[in_block[:, None] * self.window + slots.reshape(-1, self.window)]
-        is_of = datasets[:, :, None] == np.arange(len(self.plans))
-        earlier = (
-            np.cumsum(is_of, axis=1)
-            - is_of
-            + (blocks[:, None] * self.counts + self.before[in_block])[:, None]
-        )
         column = positions % self.window
         chosen = datasets[row, column]
-        return chosen, earlier[row, column, chosen]
+        place = in_block[row]
+        earlier = blocks[row] * self.counts[chosen] + self.before[place, chosen]
+        return chosen, earlier + _earlier_alike(datasets)[row, column]
+
+
+def _earlier_alike(rows: np.ndarray) -> np.ndarray:
+    """Return how often the number at each place of a row stands before it in its row; int64, shaped
+    like ``rows``.
+    """
+    order = np.argsort(rows, axis=1, kind="stable")
+    ordered = np.take_along_axis(rows, order, axis=1)
+    places = np.broadcast_to(np.arange(rows.shape[1]), rows.shape)
+    begins = np.diff(ordered, axis=1, prepend=-1) != 0
+    found = np.empty_like(order)
+    firsts = np.maximum.accumulate(np.where(begins, places, 0), axis=1)
+    np.put_along_axis(found, order, places - firsts, axis=1)
+    return found
 
 
 class BlendedDataset:
@@ -255,26 +266,31 @@ class BlendedDataset:
         """Sum of the loss weights of packs, from the index. The order of the ids does not change
         the result's last bit.
         """
-        return math.fsum(self[pack_ids][f"weight_{reduction}"])
+        return weight_of(self[pack_ids], reduction)
 
     def pack_weights(
-        self, pack_ids: np.ndarray, reduction: str, loss_weights: Sequence[float]
+        self,
+        pack_ids: np.ndarray,
+        records: np.ndarray,
+        reduction: str,
+        loss_weights: Sequence[float],
     ) -> dict[int, float]:
         """Return what the summed loss of each pack of a step is divided by, so that the loss is the
         sum over the datasets of ``loss_weights`` times the mean loss of their labels in the step.
 
         Args:
             pack_ids: of the step.
+            records: of these packs in the index.
             reduction: as for ``weight_sum``.
             loss_weights: of each dataset.
         """
         owners = self._owner(np.asarray(pack_ids))
         divisors = {}
         for number, weight in enumerate(loss_weights):
-            own = pack_ids[owners == number]
+            is_own = owners == number
             # Without a label every loss weight is 0, and any divisor will do.
-            total = (self.weight_sum(own, reduction) if len(own) else 0.0) or 1.0
-            divisors |= dict.fromkeys(own.tolist(), total / weight)
+            total = weight_of(records[is_own], reduction) or 1.0
+            divisors |= dict.fromkeys(pack_ids[is_own].tolist(), total / weight)
         return divisors
 
     def batch(self, pack_id: int, position: int, **options: Any) -> Batch:
@@ -311,7 +327,7 @@ def open_blend(
     """Packed datasets as one, and the order of their packs.
 
     Args:
-        folders: of the datasets.
+        folders: of the datasets, whose shards ``check_shards`` has looked at.
         weights: share of the packs that are taken from each; empty: as ``sampling`` says.
         seed, shuffle, group: of the order, as for ``Plan``.
         curriculum: whether each dataset's levels of difficulty come one after the other; one
@@ -322,6 +338,7 @@ def open_blend(
         sampling: as for ``shares_of``.
     """
     options = {"augment": augment, "next_image": next_image, "opened": OpenFiles()}
+    options["with_shards"] = False
     datasets = [PackedDataset(folder, **options) for folder in folders]
     order = {"seed": seed, "shuffle": shuffle, "group": group}
     plans = tuple(

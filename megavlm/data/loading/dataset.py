@@ -51,6 +51,7 @@ class PackedDataset:
         next_image: share of the samples whose tokens read the next image by cross-attention, if
             their text has one, not the last one.
         opened: open files that it shares with other datasets; none: it has its own.
+        with_shards: as for ``Reader``.
 
     Raises:
         FileNotFoundError: no complete dataset there.
@@ -64,15 +65,17 @@ class PackedDataset:
         augment: Sequence[str] = (),
         next_image: float = 0.0,
         opened: OpenFiles | None = None,
+        with_shards: bool = True,
     ) -> None:
-        self.reader = folder if isinstance(folder, Reader) else Reader(folder, opened)
+        is_open = isinstance(folder, Reader)
+        self.reader = folder if is_open else Reader(folder, opened, with_shards=with_shards)
         self._opened = opened
         self.augment = tuple(augment)
         self._decoder = TileDecoder(self.manifest, self.augment, self.folder, self.reader.origin)
         self.next_image = next_image
 
     def __reduce__(self) -> tuple:
-        options = {"augment": self.augment, "next_image": self.next_image}
+        options = {"augment": self.augment, "next_image": self.next_image, "with_shards": False}
         return partial(type(self), self.folder, **options, opened=self._opened), ()
 
     def __len__(self) -> int:
@@ -121,7 +124,7 @@ class PackedDataset:
         """Sum of the loss weights of packs, from the index. The order of the ids does not change
         the result's last bit.
         """
-        return math.fsum(self.index[pack_ids][_weight_field(reduction)])
+        return weight_of(self.index[pack_ids], reduction)
 
     def batch(
         self,
@@ -253,6 +256,16 @@ class PackedDataset:
                 " again"
             )
         return placeholders
+
+
+def weight_of(records: np.ndarray, reduction: str) -> float:
+    """Sum the loss weights of packs, whose order does not change the result's last bit.
+
+    Args:
+        records: of the packs in the index.
+        reduction: token, sample or square.
+    """
+    return math.fsum(records[_weight_field(reduction)])
 
 
 def sample_positions(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,11 @@ FORMAT_VERSION = 6
 # Version 2 had no levels, version 3 no limit of the size of images, version 4 no instructions for a
 # Q-Former, version 5 no grids.
 READ_VERSIONS = (2, 3, 4, 5, FORMAT_VERSION)
+# More than a blend has; what is parsed is in memory anyway, as long as its dataset is open.
+KEPT_MANIFESTS = 4096
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Source:
     """One annotation file that samples come from.
 
@@ -62,7 +64,7 @@ class Level:
     hardest: float
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Shard:
     """One file ``NAME.bin``.
 
@@ -184,7 +186,8 @@ class Manifest:
 
 
 def read_manifest(folder: Path | str) -> Manifest:
-    """Read the manifest of a packed dataset.
+    """Read the manifest of a packed dataset. That of a local folder is parsed once, as long as the
+    file stays as it is: a run asks for it several times when it starts.
 
     Raises:
         FileNotFoundError: there is no folder, or no manifest in it.
@@ -203,7 +206,16 @@ def read_manifest(folder: Path | str) -> Manifest:
             f"{path}: missing. It is written last, so {folder} is no packed dataset or its packing"
             " did not end; run tools/pack_dataset.py"
         )
+    if isinstance(files, LocalFiles):
+        state = Path(path).stat()
+        return _parse_local(path, state.st_mtime_ns, state.st_size, state.st_ino)
     return parse_manifest(files.read(FILE_NAME, 0, files.size(FILE_NAME)).decode(), path)
+
+
+@lru_cache(maxsize=KEPT_MANIFESTS)
+def _parse_local(path: str, modified: int, size: int, inode: int) -> Manifest:
+    """Parse a local manifest, whose state tells it from one that is written there later."""
+    return parse_manifest(Path(path).read_text(encoding="utf-8"), path)
 
 
 def parse_manifest(text: str, path: Path | str) -> Manifest:

@@ -6,8 +6,9 @@ Shapes: T tokens of the pack, N samples.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +26,10 @@ from megavlm.data.store.pack_format import IMAGE, PROVENANCE, Sections, sections
 from megavlm.io.checksum import measure
 from megavlm.io.open_files import OpenFiles
 from megavlm.io.record_file import CHUNK_BYTES, RecordFile
-from megavlm.io.storage import Files, LocalFiles, ReadError, is_remote, open_folder
+from megavlm.io.storage import Files, ReadError, is_remote, open_folder
 
+# Shards whose sizes are looked at before a run starts; a parallel file system takes a millisecond
+# for each.
 CHECKED_SHARDS = 1024
 
 
@@ -90,6 +93,10 @@ class Index:
             return np.zeros(len(self), RECORD[key])
         return self._rows[key]
 
+    def largest(self, name: str) -> int:
+        """Return the largest value of a field; the records are read a part at a time."""
+        return max(int(rows[name].max()) for rows in self._rows.chunks())
+
     def shard_of(self, ids: np.ndarray | int) -> np.ndarray:
         """Return the number of the shard that holds each pack."""
         return np.searchsorted(self.starts, ids, side="right") - 1
@@ -101,20 +108,24 @@ class Reader:
     Args:
         folder: folder with ``manifest.json``, or the URL of one in object storage.
         opened: open files that it shares with other datasets; none: it has its own.
+        with_shards: whether to look at the sizes of the shards, as ``check_shards`` does.
 
     Raises:
         FileNotFoundError: no manifest, or a file that it names is missing.
         ValueError: another format, a file cut off, or an index of another build.
     """
 
-    def __init__(self, folder: Path | str, opened: OpenFiles | None = None) -> None:
+    def __init__(
+        self, folder: Path | str, opened: OpenFiles | None = None, *, with_shards: bool = True
+    ) -> None:
         self.folder: Path | str = str(folder) if is_remote(folder) else Path(folder)
         self._opened = opened
         self.files = open_folder(folder, opened)
         self.manifest: Manifest = read_manifest(self.folder)
-        shards = self.manifest.shards
-        self._form = _check_files(self.files, self.manifest)
-        packs = [shard.packs for shard in shards]
+        self._form = _check_index(self.files, self.manifest)
+        if with_shards:
+            check_shards([self.folder])
+        packs = [shard.packs for shard in self.manifest.shards]
         form = self._form
         rows = RecordFile(self.files, INDEX_NAME, form.record, sum(packs), form.header_bytes)
         self.index = Index(rows, packs)
@@ -122,7 +133,7 @@ class Reader:
             raise ValueError(f"{self.folder}: the dataset has no packs")
 
     def __reduce__(self) -> tuple:
-        return type(self), (self.folder, self._opened)
+        return partial(type(self), self.folder, self._opened, with_shards=False), ()
 
     def __len__(self) -> int:
         return len(self.index)
@@ -233,27 +244,51 @@ def _sections(record: np.ndarray) -> Sections:
     return sections(*counts)
 
 
-def _check_files(files: Files, manifest: Manifest) -> IndexForm:
-    """Look at the index's header, and at the sizes of the files; return the form of the index."""
+def check_shards(folders: Iterable[Path | str]) -> None:
+    """Compare the sizes of local shards with the manifests of their datasets. Of more than
+    ``CHECKED_SHARDS``, so many are looked at, spread over all: a run over a thousand datasets
+    starts at once, and what is wrong with another one is told when it is read.
+
+    Raises:
+        FileNotFoundError: a shard is missing.
+        ValueError: a shard is cut off or changed.
+    """
+    named = [
+        (Path(folder) / f"{shard.name}.bin", shard.bin_bytes)
+        for folder in folders
+        if not is_remote(folder)
+        for shard in read_manifest(folder).shards
+    ]
+    chosen = np.linspace(0, len(named) - 1, min(len(named), CHECKED_SHARDS)).astype(int)
+    for path, expected in (named[number] for number in chosen.tolist()):
+        try:
+            _check_size(path, path.stat().st_size, expected)
+        except FileNotFoundError:
+            raise _missing(path) from None
+
+
+def _check_index(files: Files, manifest: Manifest) -> IndexForm:
+    """Look at the size and the header of the index, and return its form."""
+    path = f"{files.folder}/{INDEX_NAME}"
+    if not files.exists(INDEX_NAME):
+        raise _missing(path)
     packs = sum(shard.packs for shard in manifest.shards)
-    sizes = {}
-    # Of very many files the sizes are looked at when one is read, so that a run starts at once.
-    if len(manifest.shards) <= CHECKED_SHARDS and isinstance(files, LocalFiles):
-        sizes = {f"{shard.name}.bin": shard.bin_bytes for shard in manifest.shards}
-    for name in (INDEX_NAME, *sizes):
-        if not files.exists(name):
-            raise FileNotFoundError(
-                f"{files.folder}/{name}: missing, but the manifest names it; copy or pack the"
-                " dataset again"
-            )
     longest = max(form.header_bytes for form in FORMS.values())
-    start = files.read(INDEX_NAME, 0, min(longest, files.size(INDEX_NAME)))
-    form = read_header(f"{files.folder}/{INDEX_NAME}", start, packs)
-    sizes[INDEX_NAME] = form.header_bytes + form.record.itemsize * packs
-    for name, expected in sizes.items():
-        if (found := files.size(name)) != expected:
-            raise ValueError(
-                f"{files.folder}/{name}: {found} bytes, written were {expected}; "
-                "the file is cut off or changed, copy or pack the dataset again"
-            )
+    found = files.size(INDEX_NAME)
+    form = read_header(path, files.read(INDEX_NAME, 0, min(longest, found)), packs)
+    _check_size(path, found, form.header_bytes + form.record.itemsize * packs)
     return form
+
+
+def _missing(path: Path | str) -> FileNotFoundError:
+    return FileNotFoundError(
+        f"{path}: missing, but the manifest names it; copy or pack the dataset again"
+    )
+
+
+def _check_size(path: Path | str, found: int, expected: int) -> None:
+    if found != expected:
+        raise ValueError(
+            f"{path}: {found} bytes, written were {expected}; "
+            "the file is cut off or changed, copy or pack the dataset again"
+        )

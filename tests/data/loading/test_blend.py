@@ -15,6 +15,8 @@ from megavlm.data.loading.blend import BLOCK, BlendedDataset, BlendPlan, open_bl
 from megavlm.data.loading.dataset import PackedDataset
 from megavlm.data.loading.loader import batches
 from megavlm.data.loading.order import Plan
+from megavlm.data.loading.step_packs import StepPacks
+from megavlm.data.store import manifest, reader
 from tests.data.samples import make_dataset
 
 PLANS = (Plan(num_packs=10, seed=1), Plan(num_packs=1000, seed=1), Plan(num_packs=7, seed=1))
@@ -120,6 +122,45 @@ def test_a_blend_is_loaded_and_gone_on_with(folders):
     assert order.weights == (5.0, 9.0) and len(even) == 14
     alone, plan = open_blend(folders[:1], (), seed=5, shuffle=True, group=1)
     assert isinstance(alone, PackedDataset) and isinstance(plan, Plan)
+
+
+def test_a_blend_is_opened_without_a_look_at_shards_and_parses_each_manifest_once(
+    tmp_path, monkeypatch
+):
+    folders = [str(tmp_path / f"{number}") for number in range(6)]
+    for folder in folders:
+        make_dataset(folder, packs=2, shard_bytes=1)
+    parsed = []
+    parse = manifest.parse_manifest
+    monkeypatch.setattr(
+        manifest, "parse_manifest", lambda text, path: parsed.append(path) or parse(text, path)
+    )
+    looked_at = []
+    monkeypatch.setattr(reader, "_check_size", lambda path, *sizes: looked_at.append(path.name))
+    monkeypatch.setattr(reader, "CHECKED_SHARDS", 5)
+    reader.check_shards(folders)
+    assert len(looked_at) == 5, "of 12 shards"
+    monkeypatch.undo()
+    (tmp_path / "5" / "packs-00001.bin").unlink()
+    with pytest.raises(FileNotFoundError, match="5/packs-00001.bin: missing, but the manifest"):
+        reader.check_shards(folders)
+    open_blend(folders, (), seed=5, shuffle=True, group=1)
+    assert sorted(parsed) == [f"{folder}/manifest.json" for folder in folders]
+
+
+def test_steps_look_many_datasets_up_together(folders, monkeypatch):
+    dataset, plan = open_blend(folders, (3.0, 1.0), seed=5, shuffle=True, group=1)
+    looks = []
+    found = BlendedDataset.__getitem__
+    monkeypatch.setattr(
+        BlendedDataset, "__getitem__", lambda self, ids: looks.append(len(ids)) or found(self, ids)
+    )
+    steps = StepPacks(dataset, plan, 6)
+    for start in (*range(0, 300, 6), 1002, 6):  # forwards, then anywhere
+        ids, records = steps.after(start)
+        assert ids.tolist() == plan.pack_ids(start, 6).tolist()
+        assert records.tolist() == found(dataset, ids).tolist()
+    assert looks == [132] * 5, "64 packs of each dataset and a part of a step, not every step"
 
 
 def test_samples_come_by_the_square_root_of_their_number(tmp_path):

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from megavlm.data.packing.repeats import take
+from megavlm.data.packing.source_list import write_sources
 from megavlm.data.records.meta_file import (
     Annotations,
     Filter,
@@ -157,6 +160,29 @@ def test_weights_are_shares_of_the_samples():
     taken = take(rows, sources, seed=0)
     assert len(taken) == 220 and np.count_nonzero(rows[taken] == 2) == 55
     assert set(np.bincount(taken, minlength=220)[200:]) == {2, 3}
+
+
+class _CountedName(str):
+    """A name that counts how often it is compared."""
+
+    compared = 0
+
+    def __eq__(self, other: object) -> bool:
+        _CountedName.compared += 1
+        return str(self) == str(other)
+
+    __hash__ = str.__hash__
+
+
+def test_each_of_many_sources_is_looked_up_and_not_compared_with_all_others(tmp_path: Path):
+    count = 400
+    sources = [_source(_CountedName(f"s{number // 2}"), weight=1.0) for number in range(count)]
+    rows = np.arange(3 * count) % count  # three records of each file
+    assert np.bincount(take(rows, sources, seed=0)).tolist() == [1] * (3 * count)
+    assert _CountedName.compared < 2 * count
+    listed = write_sources(tmp_path, sources)
+    assert listed.read() == tuple(sources) and listed.read() is listed.read()
+    assert len(pickle.dumps(listed)) < 1000, "what is sent with each shard"
 
 
 def test_filters():
