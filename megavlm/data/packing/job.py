@@ -33,6 +33,8 @@ from megavlm.data.packing.report import PackingFacts, Report, make_report
 from megavlm.data.packing.scan import Scan, scan_records
 from megavlm.data.packing.scan_again import read_rejects_again
 from megavlm.data.packing.settings import Job
+from megavlm.data.packing.source_list import FILE_NAME as SOURCES_NAME
+from megavlm.data.packing.source_list import write_sources
 from megavlm.data.packing.source_report import report_sources
 from megavlm.data.packing.work_folder import JOB_NAME, LOCK_NAME, partial_folder
 from megavlm.data.packing.write_shards import (
@@ -252,13 +254,14 @@ def _write_shards(
     shards = {number: find_written(folder, number) for number in range(plan.shards)}
     missing = [number for number, written in shards.items() if written is None]
     rules = PackRules(capacity=job.capacity, tile_cap=plan.tile_cap, alignment=job.alignment)
+    sources = write_sources(folder.absolute(), job.sources)
 
     def tasks() -> Iterator[ShardTask]:
         for number in missing:
             starts = plan.shard(number)
             yield ShardTask(
                 settings=settings,
-                sources=job.sources,
+                sources=sources,
                 folder=folder.absolute(),
                 number=number,
                 rules=rules,
@@ -323,7 +326,7 @@ def _tidy(folder: Path, scan: Scan, late: list[Reject], report: Report) -> None:
     (folder / "report.txt").write_text(report.text() + "\n", encoding="utf-8")
     remove_markers(folder)
     shutil.rmtree(folder / SCAN_NAME)
-    for name in (JOB_NAME, LOCK_NAME):
+    for name in (JOB_NAME, LOCK_NAME, SOURCES_NAME):
         (folder / name).unlink()
 
 

@@ -21,8 +21,11 @@ def take(row_sources: np.ndarray, sources: Sequence[Annotations], seed: int) -> 
         sources: all sources.
         seed: fixes the draws.
     """
-    names = [source.name for source in sources]
-    first = np.array([names.index(name) for name in names])  # files of one source are one group
+    groups: dict[str, int] = {}
+    # Files of one source are one group, which has the number of the first of them.
+    first = np.array(
+        [groups.setdefault(source.name, number) for number, source in enumerate(sources)], np.int32
+    )
     group_of_row = first[row_sources]
     found = np.bincount(group_of_row, minlength=len(sources)).astype(np.float64)
     # Of a share below 1, the scan has read no more than that share.
@@ -31,11 +34,13 @@ def take(row_sources: np.ndarray, sources: Sequence[Annotations], seed: int) -> 
     if weights.any():
         wanted = wanted.sum() * weights / weights.sum()
     times = np.zeros(len(row_sources), np.int32)
+    by_group = np.argsort(group_of_row, kind="stable")
+    starts = np.cumsum(found.astype(np.int64)) - found.astype(np.int64)
     for group, (count, total) in enumerate(
         zip(found.astype(int).tolist(), np.rint(wanted).astype(int).tolist(), strict=True)
     ):
         if count:
-            own = np.flatnonzero(group_of_row == group)
+            own = by_group[starts[group] : starts[group] + count]
             times[own] = total // count
             times[
                 np.random.default_rng((seed, 1, group)).choice(own, total % count, replace=False)

@@ -76,8 +76,10 @@ def report_sources(
     all_tokens = max(1, int(tokens.sum()))
     lost = Counter(reject.source for reject in late)
     reports = []
-    for name in dict.fromkeys(source.name for source in sources):
-        own = [index for index, source in enumerate(sources) if source.name == name]
+    files: dict[str, list[int]] = {}
+    for index, source in enumerate(sources):
+        files.setdefault(source.name, []).append(index)
+    for name, own in files.items():
         unread: Counter[str] = Counter()
         for index in own:
             unread.update(scan.sources[index].unread)
@@ -108,13 +110,16 @@ def _taken(
     times = np.bincount(plan.order, minlength=len(rows))
     source = rows["source"]
     if late:
-        lines = rows["line"]
-        for index in {reject.source for reject in late}:
-            lost = [reject.line for reject in late if reject.source == index]
-            times[(source == index) & np.isin(lines, lost)] = 0
+        lost = [_record(np.int64(reject.source), np.int64(reject.line)) for reject in late]
+        times[np.isin(_record(source, rows["line"]), lost)] = 0
     samples = np.bincount(source, weights=times, minlength=sources)
     text_only = np.bincount(
         source, weights=np.where(rows["tiles"] == 0, times, 0), minlength=sources
     )
     tokens = np.bincount(source, weights=times * rows["tokens"], minlength=sources)
     return samples.astype(np.int64), text_only.astype(np.int64), tokens.astype(np.int64)
+
+
+def _record(source: np.ndarray, line: np.ndarray) -> np.ndarray:
+    """Return a number for each record, int64, from the 32 bits of its source and of its line."""
+    return source.astype(np.int64) << 32 | line

@@ -19,7 +19,7 @@ import numpy as np
 from megavlm.data.images.decode import check_pixels
 from megavlm.data.packing.encode import Images, reject
 from megavlm.data.packing.executors import EncoderSettings, build_encoder
-from megavlm.data.records.meta_file import Annotations
+from megavlm.data.packing.source_list import SourceList
 from megavlm.data.records.raw_record import RawRecord
 from megavlm.data.records.readers import open_reader
 from megavlm.data.records.reject import REPAIRABLE, Reject, RejectError
@@ -39,7 +39,7 @@ class ShardTask:
 
     Args:
         settings: of the encoder.
-        sources: annotation files.
+        sources: lists the annotation files.
         folder: where the shard goes.
         number: of the shard.
         rules: what a pack may hold.
@@ -49,7 +49,7 @@ class ShardTask:
     """
 
     settings: EncoderSettings
-    sources: tuple[Annotations, ...]
+    sources: SourceList
     folder: Path
     number: int
     rules: PackRules
@@ -185,7 +185,7 @@ def _encode_row(
     task: ShardTask, row: np.void, source: int, documents: Documents
 ) -> Sample | Reject:
     """Return the sample of one row."""
-    annotations = task.sources[source]
+    annotations = task.sources.read()[source]
     line = int(row["line"])
     offset = int(row["offset"])
     raw, samples = documents.get((source, offset), (None, ()))
