@@ -7,6 +7,7 @@ heads are padded so that they divide. Norm and router before experts are replica
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -85,6 +86,14 @@ class ParameterCounts:
             in_nf4=self.in_nf4 + other.in_nf4,
             largest_in_nf4=max(self.largest_in_nf4, other.largest_in_nf4),
         )
+
+    def times(self, count: int) -> ParameterCounts:
+        """Return the counts of ``count`` tensors, each with these."""
+        if count == 1:
+            return self
+        largest = self.largest_in_nf4 if count else 0
+        sums = {name: value * count for name, value in vars(self).items()}
+        return ParameterCounts(**sums | {"largest_in_nf4": largest})
 
 
 def parameters_on_rank(config: Config, chunk: Chunk) -> ParameterCounts:
@@ -169,16 +178,36 @@ def _layers(sharding: _Sharding, layer_numbers: range) -> ParameterCounts:
     return sum(_by_layer(sharding)[layer_numbers.start : layer_numbers.stop], ParameterCounts())
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=4096)
 def _by_layer(sharding: _Sharding) -> tuple[ParameterCounts, ...]:
     """Return the counts of each layer, with embeddings, connector and head on their layers."""
-    vision = sharding.arch.vision.num_layers
-    layers = sharding.arch.vision.num_layers + sharding.arch.language.num_layers
-    table = [ParameterCounts()] * layers
-    for piece in pieces(sharding.arch):
-        if piece.elements:
-            table[layer_of(piece, vision, layers)] += _counts(piece, sharding)
+    arch = sharding.arch
+    table = [ParameterCounts()] * (arch.vision.num_layers + arch.language.num_layers)
+    own = arch.language.num_experts // sharding.expert  # those of the first expert-parallel rank
+    for layer, piece, experts in _weights(arch, sharding.trainable):
+        times = bisect_left(experts, own) if experts else 1
+        table[layer] += _counts(piece, sharding).times(times)
     return tuple(table)
+
+
+@lru_cache(maxsize=8)
+def _weights(
+    arch: Architecture, trainable: tuple[str, ...]
+) -> tuple[tuple[int, Piece, tuple[int, ...]], ...]:
+    """Return the weights with their layers; experts of a layer that are alike are one entry with
+    the numbers of all of them, since there may be a hundred.
+    """
+    layers = arch.vision.num_layers + arch.language.num_layers
+    alike: dict[tuple, tuple[Piece, list[int]]] = {}
+    for piece in pieces(arch):
+        if not piece.elements:
+            continue
+        layer = layer_of(piece, arch.vision.num_layers, layers)
+        name = piece.key.replace(f".experts.{piece.expert}.", ".experts.")
+        trained = is_trained(piece, trainable)
+        _, experts = alike.setdefault((layer, name, piece.elements, trained), (piece, []))
+        experts += [] if piece.expert is None else [piece.expert]
+    return tuple((layer, piece, tuple(found)) for (layer, *_), (piece, found) in alike.items())
 
 
 def _counts(piece: Piece, sharding: _Sharding) -> ParameterCounts:
@@ -192,9 +221,8 @@ def _counts(piece: Piece, sharding: _Sharding) -> ParameterCounts:
     elif piece.part == "vision" and piece.key.endswith(_BY_HEADS):
         heads = sharding.arch.vision.num_attention_heads
         elements = elements // heads * padded_heads(heads, ranks)
-    if piece.expert is not None:  # those of the first expert-parallel rank
-        own = sharding.arch.language.num_experts // sharding.expert
-        elements = elements // sharding.shared if piece.expert < own else 0
+    if piece.expert is not None:
+        elements = elements // sharding.shared
     elif piece.key.endswith(_SHARDED):
         elements = elements // ranks
     trained = elements if is_trained(piece, sharding.trainable) else 0

@@ -118,7 +118,7 @@ def _shared_expert_problems(config: Config, flag: str) -> Iterator[str]:
         flag: the option that shares them, with its value.
     """
     arch = config.architecture
-    if any(arch.lora.adapts(key) for key in _expert_keys(arch)):
+    if arch.lora.rank and any(arch.lora.adapts(key) for key in _expert_keys(arch)):
         yield (
             f"{flag}: --architecture.lora.targets {','.join(arch.lora.targets)} adapts experts,"
             " whose tokens would get the whole gradient of their adapters from each rank; use 1"
