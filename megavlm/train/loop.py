@@ -11,8 +11,8 @@ import torch.distributed as dist
 
 from megavlm.checkpoint.train_state import State
 from megavlm.data.loading.batch import Batch
-from megavlm.data.loading.dataset import weight_of
 from megavlm.data.loading.step_packs import StepPacks
+from megavlm.data.loading.weights import weight_of
 from megavlm.health.watchdog import Watchdog
 from megavlm.planner.flops import training_cost
 from megavlm.train import router_state

@@ -25,8 +25,9 @@ import numpy as np
 from megavlm.config.sampling import Sampling, shares_of
 from megavlm.data.loading.batch import Batch
 from megavlm.data.loading.curriculum import Curriculum
-from megavlm.data.loading.dataset import PackedDataset, weight_of
+from megavlm.data.loading.dataset import PackedDataset
 from megavlm.data.loading.order import Order, Plan, permute
+from megavlm.data.loading.weights import weight_of
 from megavlm.data.store.index_format import RECORD
 from megavlm.data.store.manifest import Manifest
 from megavlm.io.open_files import OpenFiles

@@ -5,7 +5,6 @@ Shapes: T tokens of the pack (its capacity), t tokens stored, N samples, I tiles
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import cached_property, partial
 from pathlib import Path
@@ -31,8 +30,8 @@ from megavlm.data.loading.pair_ids import pair_ids
 from megavlm.data.loading.prefixes import find_prefixes
 from megavlm.data.loading.rank_slice import WHOLE_PACK, RankSlice
 from megavlm.data.loading.tiles import TileDecoder
+from megavlm.data.loading.weights import weight_field, weight_of
 from megavlm.data.store.manifest import Manifest
-from megavlm.data.store.pack_format import REDUCTIONS
 from megavlm.data.store.reader import Index, Pack, Reader
 from megavlm.io.open_files import OpenFiles
 from megavlm.io.storage import ReadError
@@ -183,7 +182,7 @@ class PackedDataset:
             tiles=self._decoder.decode(pack, chosen if with_tiles else range(0), seed, position),
             **self._features(pack, positions, local),
             **_draws(pack.tiles, chosen, seed, position, vision_layers, patches),
-            weight_sum=float(self.index[pack_id][_weight_field(reduction)]),
+            weight_sum=float(self.index[pack_id][weight_field(reduction)]),
             pack_id=int(pack_id),
         )
 
@@ -258,16 +257,6 @@ class PackedDataset:
         return placeholders
 
 
-def weight_of(records: np.ndarray, reduction: str) -> float:
-    """Sum the loss weights of packs, whose order does not change the result's last bit.
-
-    Args:
-        records: of the packs in the index.
-        reduction: token, sample or square.
-    """
-    return math.fsum(records[_weight_field(reduction)])
-
-
 def sample_positions(
     lengths: np.ndarray, alignment: int, capacity: int
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -305,7 +294,7 @@ def label(
     counted = supervised.copy()
     counted[starts] = False
     counts = np.maximum(np.add.reduceat(counted, starts, dtype=np.int64), 1)
-    _weight_field(reduction)
+    weight_field(reduction)
     power = {"token": 0.0, "sample": -1.0, "square": -0.5}[reduction]
     weight_of_token = np.repeat((counts**power).astype(np.float32), lengths) * counted
     labels = np.zeros_like(tokens)
@@ -368,15 +357,6 @@ def _spread(values: np.ndarray, positions: np.ndarray, capacity: int, fill: int 
     result = np.full(capacity, fill, values.dtype)
     result[positions] = values
     return result
-
-
-def _weight_field(reduction: str) -> str:
-    """Return the index's field with the sum of loss weights."""
-    if reduction not in REDUCTIONS:
-        raise ValueError(
-            f"--data.loss_reduction {reduction}: must be one of {', '.join(REDUCTIONS)}"
-        )
-    return f"weight_{reduction}"
 
 
 def loss_positions(loss_weights: np.ndarray) -> np.ndarray:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import pickle
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -129,7 +130,7 @@ def test_a_blend_is_opened_without_a_look_at_shards_and_parses_each_manifest_onc
 ):
     folders = [str(tmp_path / f"{number}") for number in range(6)]
     for folder in folders:
-        make_dataset(folder, packs=2, shard_bytes=1)
+        make_dataset(Path(folder), packs=2, shard_bytes=1)
     parsed = []
     parse = manifest.parse_manifest
     monkeypatch.setattr(
@@ -165,8 +166,8 @@ def test_steps_look_many_datasets_up_together(folders, monkeypatch):
 
 def test_samples_come_by_the_square_root_of_their_number(tmp_path):
     folders = [str(tmp_path / name) for name in ("large", "small")]
-    make_dataset(folders[0], packs=64, samples_per_pack=4)
-    make_dataset(folders[1], packs=16, samples_per_pack=1)
+    make_dataset(Path(folders[0]), packs=64, samples_per_pack=4)
+    make_dataset(Path(folders[1]), packs=16, samples_per_pack=1)
     dataset, plan = open_blend(folders, (), seed=5, shuffle=True, group=1, sampling="sqrt")
     ids = plan.pack_ids(0, 20_000)
     drawn = dataset.index[ids]["samples"]
