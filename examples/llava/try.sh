@@ -11,8 +11,9 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../start_try.sh"
 
 RECIPE="${RECIPE:-llava}"
-tiling=pad
-[[ "$RECIPE" == llava_next ]] && tiling=anyres
+tiling=pad steps=400
+# A pack holds fewer of the larger samples.
+[[ "$RECIPE" == llava_next ]] && tiling=anyres steps=1200
 
 step "data, a CLIP, a language model"
 OMP_NUM_THREADS=2 "$python" "$here/make_parts.py" "$out/data"
@@ -37,7 +38,7 @@ train() {
         --health.speed_check false --checkpoint.save "$out/runs/stage$stage" --checkpoint.export_hf "$out/exported/stage$stage" "$@"
 }
 train 1 60 2e-3 --init.vision "$out/data/clip" --init.language "$out/data/language"
-train 2 400 2e-3 --model "$out/exported/stage1" --checkpoint.load "$out/runs/stage1"
+train 2 "$steps" 2e-3 --model "$out/exported/stage1" --checkpoint.load "$out/runs/stage1"
 
 step "the exported model against the trained one"
 "$python" tools/verify_export.py --load "$out/runs/stage2" --hf "$out/exported/stage2" --data "$out/packs/stage2" --packs 4 --json "$out/verify.json"
