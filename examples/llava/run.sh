@@ -11,7 +11,7 @@
 # VISION LANGUAGE  folders of CLIP (or SigLIP: docs/recipes.md) and of the language model with its tokenizer, as they are published. Weights must be in safetensors files; a
 #             folder with pytorch_model*.bin only is turned into one with (AutoModelForCausalLM for a language model)
 #             python -c "import sys, transformers as t; getattr(t, sys.argv[1]).from_pretrained(sys.argv[2], dtype='auto').save_pretrained(sys.argv[2])" CLIPModel DIR
-# RECIPE      llava (the default), or llava_next: images as grids of tiles, and everything trained in stage 2
+# RECIPE      llava (the default), or llava_next: images as grids of tiles, everything trained in stage 2
 # DATA        holds blip_laion_cc_sbu_558k.json with images/, and llava_v1_5_mix665k.json with the image folders that it names; for llava_next
 #             llava_1_6.json in its place
 # TEMPLATE    of stage 2: llava_v1 (Vicuna, Llama, Mistral), llava_chatml for language models that end an answer with <|im_end|>, or

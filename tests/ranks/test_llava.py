@@ -47,7 +47,7 @@ MODELS = {
     "siglip": SEEING,
 }
 EVERYDAY = {
-    "clip": ("TP2 SP", "PP2", "CP2", "TP2 whole vision layers"),
+    "clip": ("TP2 SP", "PP2"),
     "siglip": ("TP2 SP",),
 }
 
