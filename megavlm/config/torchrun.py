@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import socket
 import sys
 import time
 
 _OF_A_JOB = ("RANK", "MASTER_ADDR", "MASTER_PORT")
+# Connections of a rank to the key-value store that torchrun serves: the rank's own, the watchdog's,
+# and NCCL's.
+_CONNECTIONS = 3
+_OTHER_FILES = 64
 
 
 def world_size() -> int:
@@ -45,6 +50,7 @@ def problems() -> list[str]:
             f"RANK={os.environ.get('RANK', 0)} in the environment, but WORLD_SIZE is {size}: start"
             " the run with torchrun, or unset both for one rank"
         )
+    found += [] if found else _open_files(int(size))
     several_nodes = os.environ.get("GROUP_WORLD_SIZE", "1") != "1"
     if several_nodes and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
         found.append(
@@ -52,6 +58,20 @@ def problems() -> list[str]:
             " their ranks would not meet again; use --max-restarts 0 and start the job again"
         )
     return found
+
+
+def _open_files(size: int) -> list[str]:
+    """Name the limit of open files, which this rank has of the torchrun that started it, if the
+    store could not hold its connections to all ranks: those that come last would be refused.
+    """
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = _CONNECTIONS * size + _OTHER_FILES
+    if size == 1 or rank() or limit == resource.RLIM_INFINITY or limit >= needed:
+        return []
+    return [
+        f"ulimit -n {limit}: the store of torchrun needs {needed} open files for {size} ranks;"
+        ' raise the limit where torchrun is started: ulimit -n "$(ulimit -H -n)"'
+    ]
 
 
 def name_of_rank() -> str:

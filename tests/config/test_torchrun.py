@@ -57,6 +57,24 @@ def test_none_and_all_of_the_variables_are_sound(monkeypatch: pytest.MonkeyPatch
     assert (torchrun.world_size(), torchrun.rank()) == (2, 1)
 
 
+def test_too_few_open_files_for_the_connections_of_all_ranks_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torchrun.resource, "getrlimit", lambda kind: (1024, 4096))
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    found = {}
+    for size, number in ((320, 0), (321, 0), (1024, 0), (1024, 1)):
+        monkeypatch.setenv("WORLD_SIZE", str(size))
+        monkeypatch.setenv("RANK", str(number))
+        found[size, number] = torchrun.problems()
+    assert not found[320, 0] and not found[1024, 1], "the first rank says it for all"
+    assert found[321, 0][0].startswith(
+        "ulimit -n 1024: the store of torchrun needs 1027 open files"
+    )
+    assert "3136 open files for 1024 ranks" in found[1024, 0][0]
+
+
 @pytest.mark.parametrize("is_printed", [True, False])
 def test_a_refusal_is_left_where_torchrun_reads_it(
     is_printed: bool,
