@@ -185,12 +185,14 @@ def wide(architecture: Any) -> Any:
     return dataclasses.replace(architecture, vision=vision, language=language)
 
 
-def mixture(architecture: Any, has_options: bool = False) -> Any:
+def mixture(architecture: Any, experts: int = 5, has_options: bool = False) -> Any:
     """Put experts in the place of MLPs; with options: sigmoid scores, a bias, a shared expert."""
     from tests.convert.models import EXPERTS, SIGMOID_ROUTER
 
     chosen = SIGMOID_ROUTER | dict(shared_expert_gate=True) if has_options else EXPERTS
-    language = dataclasses.replace(architecture.language, **chosen)
+    language = dataclasses.replace(
+        architecture.language, **chosen | dict(num_experts=experts)
+    )
     return dataclasses.replace(architecture, language=language)
 
 

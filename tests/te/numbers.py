@@ -28,11 +28,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "query and key norms": dict(qk_norm=True),
     "cross-attention": dict(crosses=True),
     "cross-attention, recompute full": dict(crosses=True, recompute="full"),
-    "experts": dict(experts=True),
-    "experts, recompute selective": dict(experts=True, recompute="selective"),
-    "all options of routers": dict(experts=True, options=True),
+    "experts": dict(experts=5),
+    "experts, recompute selective": dict(experts=5, recompute="selective"),
+    "all options of routers": dict(experts=5, options=True),
     "adapters of experts": dict(
-        experts=True, adapters=True, trainable=("connector", "language.*.lora")
+        experts=5, adapters=True, trainable=("connector", "language.*.lora")
     ),
 }
 STEPS = 2
@@ -40,7 +40,7 @@ PACKS = 4
 NEW_TOKENS = 4
 
 
-def make_packs(features_per_tile: int) -> Path:
+def make_packs(features_per_tile: int, alignment: int = 1) -> Path:
     """Write packs of random samples for the small model, with so many placeholders of a tile."""
     from tests.data.samples import make_dataset
     from tests.gpu.models import CAPACITY, SMALL
@@ -57,6 +57,7 @@ def make_packs(features_per_tile: int) -> Path:
         tile_size=SMALL.vision.image_size,
         features_per_tile=features_per_tile,
         vocab_size=SMALL.language.vocab_size,
+        alignment=alignment,
     )
     return folder
 
@@ -66,7 +67,7 @@ def configure(
     kernels: str,
     qk_norm: bool = False,
     crosses: bool = False,
-    experts: bool = False,
+    experts: int = 0,
     options: bool = False,
     adapters: bool = False,
     **settings: Any,
@@ -78,11 +79,14 @@ def configure(
     if crosses:
         return dataclasses.replace(config, architecture=crossed(config.architecture))
     if experts:
-        model = mixture(config.architecture, has_options=options)
+        model = mixture(config.architecture, experts, has_options=options)
         # The first expert of each layer has none.
         targets = ("language.*.experts.[1-9].*",)
         lora = Lora(rank=4 if adapters else 0, targets=targets if adapters else Lora().targets)
         return dataclasses.replace(config, architecture=dataclasses.replace(model, lora=lora))
+    if adapters:
+        architecture = dataclasses.replace(config.architecture, lora=Lora(rank=4))
+        return dataclasses.replace(config, architecture=architecture)
     if not qk_norm:
         return config
     language = dataclasses.replace(
@@ -145,6 +149,13 @@ def train(config: Any) -> tuple[list[tuple[float, float]], dict[str, Any], list[
         process_groups.destroy()
 
 
+def is_compared(key: str) -> bool:
+    """Return whether a weight is more than rounding; softmax does not see biases of the keys'
+    norms.
+    """
+    return not key.endswith("key_norm.bias")
+
+
 def compare(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """Train and answer with both kinds of layers."""
     plain = {name: value for name, value in settings.items() if name != "recompute"}
@@ -153,8 +164,7 @@ def compare(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     distances = {
         key: float((engine[key] - weight).norm() / weight.norm().clamp_min(1e-12))
         for key, weight in local.items()
-        # Softmax does not see biases of the keys' norms: they are rounding.
-        if not key.endswith("key_norm.bias")
+        if is_compared(key)
     }
     return {
         "same_keys": engine.keys() == local.keys(),

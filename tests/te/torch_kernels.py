@@ -5,7 +5,7 @@ functions, everything in Python runs as it is.
 of its own, with ``python -O``: Transformer Engine asserts that tensors are on a GPU. Not covered:
 FP8, Triton kernels, and the kernels themselves.
 
-Shape letters: T tokens, D hidden size, S tokens of a tile, I tiles, H heads.
+Shape letters: T tokens, D hidden size, H heads.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+
+from tests.te import torch_attention
 
 Normed = tuple[Tensor, Tensor | None, Tensor]
 
@@ -99,39 +101,6 @@ def rms_norm_backward(
     return dx.to(x.dtype), (dy * normed).sum(0).to(weight.dtype)
 
 
-def attend(ends: Tensor, key_ends: Tensor, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Attend inside tiles [S, I, H, head], or causally inside samples [T, H, head], or from
-    segments to the features of their tiles, whose ends are others.
-    """
-    if query.dim() == 4:
-        inside = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        return scaled_dot_product_attention(*inside).permute(2, 0, 1, 3)
-    is_causal = torch.equal(ends, key_ends)
-    sizes = [one.diff().tolist() for one in (ends, key_ends, key_ends)]
-    parts = zip((query, key, value), sizes)
-    samples = zip(*(x.transpose(0, 1).split(lengths, dim=1) for x, lengths in parts))
-    made = [
-        scaled_dot_product_attention(*one, is_causal=is_causal, enable_gqa=True) for one in samples
-    ]
-    return torch.cat(made, 1).transpose(0, 1)
-
-
-def attention(*given: Any, **more: Any) -> list[Tensor]:
-    """Attend forward, as ``tex.fused_attn_fwd``."""
-    with torch.no_grad():
-        made = attend(*given[11:16]).contiguous()
-    return [made, torch.zeros(1), torch.zeros(2, dtype=torch.int64)]
-
-
-def attention_backward(*given: Any, **more: Any) -> list[Tensor | None]:
-    """Return the gradients of query, key and value, as ``tex.fused_attn_bwd``."""
-    (ends, key_ends, query, key, value, out, d_out) = given[11:18]
-    with torch.enable_grad():
-        inputs = [x.detach().requires_grad_() for x in (query, key, value)]
-        made = attend(ends, key_ends, *inputs)
-        return [*torch.autograd.grad(made, inputs, d_out.view_as(out)), None, None]
-
-
 def swiglu(halves: Tensor, quantizer: None) -> Tensor:
     """Gate one half by the other, as ``tex.swiglu``."""
     gate, value = halves.chunk(2, -1)
@@ -160,11 +129,14 @@ def add_branch_backward(
 
 
 def rotary(sign: int) -> Callable[..., Tensor]:
-    """Turn heads [T, H, head] by angles that restart with each sample."""
+    """Turn heads [T, H, head] by angles that restart with each sample, of which a context-parallel
+    rank holds two of 2 * ranks parts.
+    """
 
     def turn(t: Tensor, freqs: Tensor, *rest: Any) -> Tensor:
-        ends = rest[3]
-        angles = torch.cat([freqs[:size] for size in ends.diff().tolist()]).view(len(t), 1, -1)
+        (_, _, _, ends, ranks, rank) = rest
+        places = [_own_places(size, ranks, rank) for size in ends.diff().tolist()]
+        angles = freqs[torch.cat(places)].view(len(t), 1, -1)
         first, second = t.chunk(2, -1)
         turned = torch.cat([-second, first], -1)
         return (t * angles.cos() + sign * turned * angles.sin()).to(t.dtype)
@@ -172,16 +144,36 @@ def rotary(sign: int) -> Callable[..., Tensor]:
     return turn
 
 
-def entropy_forward(logits: Tensor, target: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    """Return losses, and the gradient written over the logits."""
-    rows = logits.view(-1, logits.shape[-1]).float()
-    wanted = target.reshape(-1, 1)
-    losses = rows.logsumexp(-1) - rows.gather(1, wanted)[:, 0]
-    gradient = rows.softmax(-1)
-    gradient.scatter_add_(1, wanted, torch.full((len(rows), 1), -1.0))
+def _own_places(size: int, ranks: int, rank: int) -> Tensor:
+    """Return the positions in a sample that a context-parallel rank holds."""
+    places = torch.arange(size)
+    if ranks == 1:
+        return places
+    parts = places.view(2 * ranks, -1)
+    return torch.cat([parts[rank], parts[-1 - rank]])
+
+
+def entropy_forward(
+    logits: Tensor, target: Tensor, smoothing: float, reduces: bool, group: Any, ignored: int
+) -> tuple[Tensor, Tensor]:
+    """Return losses, and the gradient written over the logits; ranks hold parts of the classes."""
+    rows = logits.detach().view(-1, logits.shape[-1]).float()
+    own = target.reshape(-1, 1) - rows.shape[-1] * (group.rank() if group else 0)
+    is_here = (own >= 0) & (own < rows.shape[-1])
+    own = own.clamp(0, rows.shape[-1] - 1)
+    wanted = rows.gather(1, own) * is_here
+    most = rows.amax(-1, keepdim=True)
+    if group:
+        dist.all_reduce(most, dist.ReduceOp.MAX, group)
+    sums = (rows - most).exp().sum(-1, keepdim=True)
+    if group:
+        dist.all_reduce(sums, group=group)
+        dist.all_reduce(wanted, group=group)
+    gradient = (rows - most).exp() / sums
+    gradient.scatter_add_(1, own, -is_here.float())
     with torch.no_grad():
         logits.copy_(gradient.view_as(logits))
-    return losses.view(logits.shape[:2]), logits
+    return (sums.log() + most - wanted).view(logits.shape[:2]), logits
 
 
 def entropy_backward(logits: Tensor, gradient: Tensor, captured: bool) -> Tensor:
@@ -235,17 +227,19 @@ def install() -> None:
     running = backend.start(5)
     backend.start = lambda *args, **settings: running
     _answer_as_hopper()
-    compiled = _NORMS | {
-        "generic_gemm": gemm,
-        "te_general_grouped_gemm": grouped_gemm,
-        "fused_attn_fwd": attention,
-        "fused_attn_bwd": attention_backward,
-        "fused_rope_forward": rotary(1),
-        "fused_rope_backward": rotary(-1),
-        "swiglu": swiglu,
-        "dswiglu": swiglu_backward,
-        "get_cublasLt_version": lambda: 130100,
-    }
+    compiled = (
+        _NORMS
+        | torch_attention.COMPILED
+        | {
+            "generic_gemm": gemm,
+            "te_general_grouped_gemm": grouped_gemm,
+            "fused_rope_forward": rotary(1),
+            "fused_rope_backward": rotary(-1),
+            "swiglu": swiglu,
+            "dswiglu": swiglu_backward,
+            "get_cublasLt_version": lambda: 130100,
+        }
+    )
     for name, function in compiled.items():
         setattr(tex, name, function)
     answers = {
@@ -274,6 +268,7 @@ def install() -> None:
     )
     entropy.cross_entropy_forward = entropy_forward
     entropy.cross_entropy_backward = entropy_backward
+    torch_attention.install_requests()
     _install_branches()
 
 
