@@ -190,9 +190,7 @@ def mixture(architecture: Any, experts: int = 5, has_options: bool = False) -> A
     from tests.convert.models import EXPERTS, SIGMOID_ROUTER
 
     chosen = SIGMOID_ROUTER | dict(shared_expert_gate=True) if has_options else EXPERTS
-    language = dataclasses.replace(
-        architecture.language, **chosen | dict(num_experts=experts)
-    )
+    language = dataclasses.replace(architecture.language, **chosen | dict(num_experts=experts))
     return dataclasses.replace(architecture, language=language)
 
 

@@ -1,5 +1,6 @@
 """A CUDA device that is not there, for one process: tensors of torch's ``FakeTensorMode`` say that
-they are on it, and have shapes and dtypes but no values.
+they are on it, and have shapes and dtypes but no values. The process may stand for any rank of a
+world, whose other ranks are not there either.
 
 ``libraries`` compiles two small libraries, which the process must be started with: a stand-in for
 the driver, and for torch's count of devices. ``pretend`` then gives a Hopper GPU's answers.
@@ -69,7 +70,9 @@ def _ignore(*args: Any, **settings: Any) -> None:
 
 
 def pretend() -> None:
-    """Make torch answer as on one Hopper GPU, with one rank, for the rest of the process."""
+    """Make torch answer as on one Hopper GPU, with one rank, for the rest of the process; ``join``
+    makes it another rank of more.
+    """
     import torch
     import torch._dynamo  # before functions that it wraps are replaced
     import transformer_engine.pytorch  # noqa: F401  its import looks at the real device
@@ -85,7 +88,8 @@ def pretend() -> None:
     torch.compile = lambda function=None, **settings: function or (lambda inner: inner)
     torch.nn.Module.to = _move
     _answer(torch.cuda)
-    _answer_for_one_rank(torch.distributed)
+    _answer_for_others(torch.distributed)
+    join(0, 1)
 
 
 def _answer(cuda: Any) -> None:
@@ -125,24 +129,44 @@ def _answer(cuda: Any) -> None:
     engine._set_cuda_rng_state = _ignore
 
 
-def _answer_for_one_rank(dist: Any) -> None:
-    """Start torch's ``fake`` process group; between one rank there is nothing to send."""
+def join(rank: int, ranks: int) -> None:
+    """Start torch's ``fake`` process group anew, as this rank of so many."""
+    import torch.distributed as dist
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
+
+
+def _answer_for_others(dist: Any) -> None:
+    """Let exchanges do nothing: what they fill is there already, and has no values."""
     for name in (
         "all_reduce",
         "all_gather_into_tensor",
+        "all_to_all_single",
         "reduce_scatter_tensor",
         "broadcast",
         "barrier",
+        "isend",
+        "irecv",
+        "P2POp",
     ):
         setattr(dist, name, Nothing)
-    dist.all_gather_object = lambda found, one, group=None: found.__setitem__(0, one)
+
+    def all_gather_object(found: list[Any], one: Any, group: Any = None) -> None:
+        found[:] = [one] * len(found)
+
+    dist.all_gather_object = all_gather_object
+    dist.batch_isend_irecv = lambda operations: [Nothing() for _ in operations]
     dist._coalescing_manager = Nothing
     dist.distributed_c10d._coalescing_manager = Nothing
     new_group = dist.new_group
-    dist.new_group = lambda ranks=None, *args, **settings: new_group(ranks, backend="fake")
+
+    def fake_group(ranks: Any = None, *args: Any, **settings: Any) -> Any:
+        return new_group(ranks, backend="fake")
+
+    dist.new_group = fake_group
 
 
 def _move(module: Any, device: Any) -> Any:

@@ -85,7 +85,13 @@ def run(config: Any, waits: Any, planted: Sequence[Any]) -> dict[str, Any]:
             multiple = tile_multiple(config)
             layers = config.architecture.vision.num_layers
             packs = [
-                job.train.batch(n, n, vision_layers=layers, tile_multiple=multiple)
+                job.train.batch(
+                    n,
+                    n,
+                    vision_layers=layers,
+                    tile_multiple=multiple,
+                    rank_slice=job.groups.rank_slice,
+                )
                 for n in range(PACKS)
             ]
 

@@ -171,6 +171,31 @@ def attention_backward(*given: Any, **more: Any) -> list[Tensor | None]:
     return [_alike(query), _alike(key), _alike(value), None, None]
 
 
+def read_half(x: Tensor, ends: Tensor, half: int) -> Tensor:
+    """Return what ``tex.thd_read_half_tensor`` does: half of the rows of each sample."""
+    require_cuda(x, ends)
+    return x.new_empty(len(x) // 2, *x.shape[1:])
+
+
+def read_second_half_sums(sums: Tensor, ends: Tensor, is_packed: bool, length: int) -> Tensor:
+    """Return what ``tex.thd_read_second_half_lse`` does, of sums [H, T]."""
+    require_cuda(sums, ends)
+    if not is_packed or 2 * length != sums.shape[1]:
+        raise RuntimeError(f"mismatch: half of {tuple(sums.shape)} has {length} tokens")
+    return sums.new_empty(sums.shape[0], length)
+
+
+def join_steps(*given: Any) -> None:
+    """Stand for what adds one step of context parallelism to the others."""
+    require_cuda(*given)
+
+
+def transpose(data: Tensor, dtype: Any, out: Tensor | None = None) -> Tensor:
+    """Return what ``tex.fp8_transpose`` does, of bytes [..., D]."""
+    require_cuda(data, out)
+    return data.new_empty(data.shape[-1], *data.shape[:-1]) if out is None else out
+
+
 def add_branch(
     hidden: Tensor, branch: Tensor, bias: Tensor, scale: Tensor | None, keep: Tensor | None
 ) -> Tensor:
@@ -250,6 +275,12 @@ def install() -> None:
         "fused_attn_fwd": attention,
         "fused_attn_bwd": attention_backward,
         "get_fused_attn_backend": lambda *args: backend,
+        "thd_read_half_tensor": read_half,
+        "thd_read_second_half_lse": read_second_half_sums,
+        "thd_second_half_lse_correction": join_steps,
+        "thd_out_correction": join_steps,
+        "thd_grad_correction": join_steps,
+        "fp8_transpose": transpose,
         "fused_rope_forward": rotary,
         "fused_rope_backward": rotary,
         "swiglu": lambda halves, quantizer: halves[..., halves.shape[-1] // 2 :].contiguous(),
