@@ -16,6 +16,10 @@ import types
 from pathlib import Path
 from typing import Any
 
+from tests.te.exchanges import Exchanges
+
+exchanges = Exchanges()
+"""What this process was asked to exchange since it has joined."""
 DEVICES = """
 extern "C" { int fake_devices = 0; }
 namespace c10::cuda {
@@ -137,30 +141,17 @@ def join(rank: int, ranks: int) -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
+    exchanges.lines.clear()
 
 
 def _answer_for_others(dist: Any) -> None:
-    """Let exchanges do nothing: what they fill is there already, and has no values."""
-    for name in (
-        "all_reduce",
-        "all_gather_into_tensor",
-        "all_to_all_single",
-        "reduce_scatter_tensor",
-        "broadcast",
-        "barrier",
-        "isend",
-        "irecv",
-        "P2POp",
-    ):
-        setattr(dist, name, Nothing)
+    """Let exchanges do nothing but be noted: what they fill is there already, and has no values."""
+    exchanges.install(dist)
 
     def all_gather_object(found: list[Any], one: Any, group: Any = None) -> None:
         found[:] = [one] * len(found)
 
     dist.all_gather_object = all_gather_object
-    dist.batch_isend_irecv = lambda operations: [Nothing() for _ in operations]
-    dist._coalescing_manager = Nothing
-    dist.distributed_c10d._coalescing_manager = Nothing
     new_group = dist.new_group
 
     def fake_group(ranks: Any = None, *args: Any, **settings: Any) -> Any:

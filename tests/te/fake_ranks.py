@@ -21,6 +21,10 @@ SP = TP2 | dict(sequence_parallel=True)
 PP2 = dict(pipeline_model_parallel_size=2)
 CP2 = dict(context_parallel_size=2)
 FP8 = dict(fp8=Fp8(vision="tensorwise", language="tensorwise"))
+CUT = dict(layout="v*2|v,c,t*3,h")
+# Letters of a layout's text that stand for a part.
+LETTERS = {"vision": "v", "connector": "c", "language": "th"}
+PACKS = 6
 # Number of ranks and settings.
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "TP2": (2, TP2),
@@ -31,26 +35,59 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "DP2": (2, {}),
     "DP2, connector": (2, dict(trainable=("connector",))),
     "PP2": (2, PP2 | dict(layout="v*3,c,t|t*2,h")),
-    "PP2, boundary in the vision encoder": (2, PP2 | dict(layout="v*2|v,c,t*3,h")),
+    "PP2, boundary in the vision encoder": (2, PP2 | CUT),
+    "PP2, boundary in the frozen vision encoder": (
+        2,
+        PP2 | CUT | dict(trainable=("connector",)),
+    ),
+    "PP3": (3, dict(pipeline_model_parallel_size=3, layout="v*2|v,c,t|t*2,h")),
+    "PP3, connector": (
+        3,
+        dict(pipeline_model_parallel_size=3, layout="v*2|v,c,t|t*2,h", trainable=("connector",)),
+    ),
     "PP2, interleaved": (
         2,
         PP2 | dict(virtual_pipeline_model_parallel_size=2, layout="v|v*2|c,t|t*2,h"),
     ),
+    "PP3, interleaved": (
+        3,
+        dict(
+            pipeline_model_parallel_size=3,
+            virtual_pipeline_model_parallel_size=2,
+            layout="v|v|v|c,t|t|t,h",
+        ),
+    ),
+    "PP2, interleaved, connector": (
+        2,
+        PP2
+        | dict(
+            virtual_pipeline_model_parallel_size=2,
+            layout="v|v*2|c,t|t*2,h",
+            trainable=("connector",),
+        ),
+    ),
     "CP2": (2, CP2),
     "CP2, fp8": (2, CP2 | FP8),
     "CP4": (4, dict(context_parallel_size=4)),
-    "TP2 x CP2 x PP2 with SP": (8, SP | CP2 | PP2 | dict(layout="v*2|v,c,t*3,h")),
+    "TP2 x CP2 x PP2 with SP": (8, SP | CP2 | PP2 | CUT),
+    "TP2 x PP2 x DP2, replicated vision encoder": (8, SP | PP2 | CUT | dict(vision="data")),
 }
 
 
-def let_others_train() -> None:
-    """Let the other ranks say that they train all parts, the first chunk among them."""
+def let_others_train(settings: dict[str, Any]) -> None:
+    """Let the other ranks say what they train, and in which chunk that begins."""
     import torch.distributed as dist
 
     from megavlm.model import freeze
 
+    parts = settings.get("trainable", EVERYTHING)
+    letters = "".join(LETTERS[part] for part in parts)
+    chunks = settings.get("layout", "vcth").split("|")
+    first = next(number for number, text in enumerate(chunks) if set(letters) & set(text))
+    told = (set(parts), {first: {f"{parts[0]}.first": (1, True)}})
+
     def all_gather_object(found: list[Any], own: Any) -> None:
-        found[:] = [own] + [(set(EVERYTHING), {0: {"vision.first": (1, True)}})] * (len(found) - 1)
+        found[:] = [own] + [told] * (len(found) - 1)
 
     freeze.dist = types.SimpleNamespace(
         get_world_size=dist.get_world_size, all_gather_object=all_gather_object
@@ -64,15 +101,17 @@ def main() -> None:
 
     folder = make_packs(SMALL.features_per_tile, ALIGNMENT)
     waits = prepare()
-    let_others_train()
     found: dict[str, list[dict[str, Any]]] = {}
     for name in sys.argv[2:] or LAYOUTS:
         (ranks, settings) = LAYOUTS[name]
         found[name] = []
         for rank in range(ranks):
             fake_cuda.join(rank, ranks)
-            found[name].append(measure(folder, waits, settings))
+            let_others_train(settings)
+            told = measure(folder, waits, settings, packs_a_step=PACKS)
+            found[name].append(told | {"exchanges": list(fake_cuda.exchanges.lines)})
     fake_cuda.join(1, 2)
+    let_others_train({})
     found["planted wait"] = [measure(folder, waits, SP, [Reader()])]
     found["planted mismatch"] = [measure(folder, waits, SP, [Stray()])]
     json.dump(found, os.fdopen(int(sys.argv[1]), "w"))

@@ -59,13 +59,14 @@ def prepare() -> Any:
     return waits
 
 
-def run(config: Any, waits: Any, planted: Sequence[Any]) -> dict[str, Any]:
+def run(config: Any, waits: Any, planted: Sequence[Any], packs_a_step: int) -> dict[str, Any]:
     """Build a model and update it; watch the last step, for the first may compile and plan.
 
     Args:
         config: of the run.
         waits: what finds waits.
         planted: meters with a fault, which must be found.
+        packs_a_step: of this rank.
     """
     from torch.utils._python_dispatch import _disable_current_modes
 
@@ -92,7 +93,7 @@ def run(config: Any, waits: Any, planted: Sequence[Any]) -> dict[str, Any]:
                     tile_multiple=multiple,
                     rank_slice=job.groups.rank_slice,
                 )
-                for n in range(PACKS)
+                for n in range(packs_a_step)
             ]
 
         def arriving(packs: list[Any] = packs) -> Iterator[Any]:
@@ -105,7 +106,14 @@ def run(config: Any, waits: Any, planted: Sequence[Any]) -> dict[str, Any]:
         set_rates(job.optimizer, config, step)
         waits.watching = step == STEPS - 1
         result = train_step(
-            job.ddp_chunks, job.optimizer, arriving(), PACKS, weight, 1.0, job.backend, meters
+            job.ddp_chunks,
+            job.optimizer,
+            arriving(),
+            packs_a_step,
+            weight,
+            1.0,
+            job.backend,
+            meters,
         )
         waits.watching = False
         results = (result.loss, result.grad_norm)
@@ -132,7 +140,11 @@ class Stray:
 
 
 def measure(
-    folder: Path, waits: Any, settings: dict[str, Any], planted: Sequence[Any] = ()
+    folder: Path,
+    waits: Any,
+    settings: dict[str, Any],
+    planted: Sequence[Any] = (),
+    packs_a_step: int = PACKS,
 ) -> dict[str, Any]:
     """Run one setting and return what was found, or the error that ended it."""
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -144,7 +156,7 @@ def measure(
     config = small(folder, **dict(kernels="transformer_engine") | settings)
     try:
         with FakeTensorMode(allow_non_fake_inputs=True), waits:
-            found = run(config, waits, planted)
+            found = run(config, waits, planted, packs_a_step)
     except RuntimeError as error:
         found = {"error": "".join(traceback.format_exception(error))[-3000:]}
     finally:

@@ -1,5 +1,5 @@
 """On CUDA devices that are not there, no tensor of any rank's training step is on the wrong device,
-and nothing in it makes the host wait.
+nothing in it makes the host wait, and what the ranks send each other ends.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from tests.te import fake_cuda
+from tests.te.exchanges import hang
 from tests.te.fake_ranks import LAYOUTS
 from tests.te.process import answer_of
 from tests.te.test_fake_step import MISSING
@@ -30,6 +31,16 @@ def test_no_rank_mixes_devices_or_waits(found: dict[str, list[dict[str, Any]]], 
         assert "error" not in rank, rank["error"]
         assert rank["weights"] > 1e5
         assert rank["stray"] == [] and rank["waits"] == {}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_ranks_ask_nccl_in_an_order_that_ends(
+    found: dict[str, list[dict[str, Any]]], name: str
+) -> None:
+    lines = [rank["exchanges"] for rank in found[name]]
+    shared = [line for line in lines[0] if len(line.get("ranks", ())) > 1]
+    assert shared
+    assert not hang(lines), hang(lines)
 
 
 def test_planted_faults_are_found(found: dict[str, list[dict[str, Any]]]) -> None:
