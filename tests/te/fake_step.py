@@ -78,8 +78,8 @@ def run(config: Any, waits: Any, planted: Sequence[Any], packs_a_step: int) -> d
 
     job = build(config)
     meters = [SourceLosses(job.train.source_names, job.backend.device), *planted]
-    chunk = job.chunks[0]
-    tensors = [*chunk.named_parameters(), *chunk.named_buffers()]
+    weights = [weight for chunk in job.chunks for weight in chunk.named_parameters()]
+    tensors = [*weights, *(buffer for chunk in job.chunks for buffer in chunk.named_buffers())]
     stray = [name for name, tensor in tensors if tensor.device.type != "cuda"]
     for step in range(STEPS):
         with _disable_current_modes():
@@ -118,7 +118,7 @@ def run(config: Any, waits: Any, planted: Sequence[Any], packs_a_step: int) -> d
         waits.watching = False
         results = (result.loss, result.grad_norm)
         stray += [f"result {n}" for n, one in enumerate(results) if one.device.type != "cuda"]
-    return {"stray": stray, "weights": sum(weight.numel() for weight in chunk.parameters())}
+    return {"stray": stray, "weights": sum(weight.numel() for _, weight in weights)}
 
 
 class Reader:

@@ -258,14 +258,8 @@ def install() -> None:
     engine._get_cuda_rng_state = lambda *args, **settings: torch.get_rng_state()
     engine._set_cuda_rng_state = lambda *args, **settings: None
     fused = tex.NVTE_Fused_Attn_Backend.NVTE_F16_arbitrary_seqlen
-    attention_utils.get_attention_backend = lambda params: (
-        False,
-        None,
-        True,
-        fused,
-        False,
-        [False, True, True],
-    )
+    chosen = (False, None, True, fused, False, [False, True, True])
+    attention_utils.get_attention_backend = lambda params: chosen
     entropy.cross_entropy_forward = entropy_forward
     entropy.cross_entropy_backward = entropy_backward
     torch_attention.install_requests()
