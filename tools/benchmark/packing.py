@@ -21,8 +21,8 @@ import time
 from pathlib import Path
 
 import numpy as np
-from figures import write_figures
-from packing_baselines import Strategy, compare
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from megavlm.data.loading.order import Plan
 from megavlm.data.packing.best_fit import automatic_tile_cap, pack
@@ -30,6 +30,8 @@ from megavlm.data.packing.cost_order import storage_order
 from megavlm.data.packing.plan import Samples, plan_packs
 from megavlm.data.packing.report import PackingFacts, make_report
 from megavlm.data.packing.report_plot import draw_report
+from tools.benchmark.figures import write_figures
+from tools.benchmark.packing_baselines import Strategy, compare
 
 CAPACITY = 16384
 FEATURES_PER_TILE = 256
