@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -148,12 +149,16 @@ def manifests(shards: int) -> dict[str, float]:
     """Parse the manifest of a dataset of ``shards`` shards."""
     named = [Shard(name=f"packs-{i:05d}", packs=6000, bin_bytes=10**9) for i in range(shards)]
     text = _manifest(named, 10).to_json()
-    del named
-    before = psutil.Process().memory_info().rss
-    kept: list[Manifest] = []
-    seconds = _seconds(lambda: kept.append(parse_manifest(text, "manifest.json")))
-    grown = psutil.Process().memory_info().rss - before
-    return {"bytes": len(text), "parsing_s": seconds, "memory_mib": grown / 2**20}
+    seconds = _seconds(lambda: parse_manifest(text, "manifest.json"))
+    tracemalloc.start()
+    kept = parse_manifest(text, "manifest.json")
+    memory, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    return {
+        "bytes": len(text),
+        "parsing_s": seconds,
+        "memory_bytes_a_shard": memory / len(kept.shards),
+    }
 
 
 def sources(count: int, work: Path) -> dict[str, float]:
@@ -178,7 +183,7 @@ def plan_here(samples: int) -> None:
     plan_packs(Samples(rows=rows[:1000], tokens=tokens, tiles=tiles), **plan)  # compiles
     tokens, tiles = (np.resize(values, samples) for values in mix(min(samples, 10**6)))
     given = Samples(rows=rows, tokens=tokens, tiles=tiles)
-    before = psutil.Process().memory_info().rss
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     begin = time.process_time()
     packs = plan_packs(given, **plan).packs
     seconds = time.process_time() - begin
@@ -190,7 +195,7 @@ def plan_here(samples: int) -> None:
                 "seconds": seconds,
                 "samples_per_s": samples / seconds,
                 "given_bytes_a_sample": 12,
-                "more_bytes_a_sample": max(0, most - before) / samples,
+                "more_bytes_a_sample": (most - before) / samples,
             }
         )
     )
