@@ -36,7 +36,11 @@ if TYPE_CHECKING:
 # What a run decides, or what is for the tool alone.
 OWN_OPTIONS = ("model", "meta", "jsonl", "out", "dry_run", "json", "picture")
 READ_BYTES = 2**20
+# Who waits looks this often at first, then less and less: a thousand processes may wait, and one
+# file system answers them all.
 POLL_SECONDS = 0.5
+MOST_POLL_SECONDS = 10.0
+POLL_SHARE = 0.05
 LOG_INTERVAL_SECONDS = 30.0
 # Without anyone who packs, a process waits so long for the first one of its machine to begin.
 PATIENCE_SECONDS = 300.0
@@ -128,7 +132,8 @@ def _pack_or_wait(lock: IO[str], out: Path, pack: Callable[[], None]) -> None:
     """
     packs = torchrun.local_rank() == 0
     told = -LOG_INTERVAL_SECONDS
-    idle_since = time.monotonic()
+    begun = time.monotonic()
+    idle_since = begun
     while not out.exists():
         if _lock(lock, fcntl.LOCK_EX if packs else fcntl.LOCK_SH):
             try:
@@ -151,7 +156,8 @@ def _pack_or_wait(lock: IO[str], out: Path, pack: Callable[[], None]) -> None:
                 lock.seek(0)
                 _log(f"waits for {lock.read() or 'another process'}, which packs into {out}")
         if not out.exists():
-            time.sleep(POLL_SECONDS)
+            waited = time.monotonic() - begun
+            time.sleep(max(POLL_SECONDS, min(POLL_SHARE * waited, MOST_POLL_SECONDS)))
 
 
 def _lock(lock: IO[str], kind: int) -> bool:

@@ -11,6 +11,7 @@ import random
 import signal
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -190,3 +191,25 @@ def test_packing_options_without_annotations_are_refused(folder: Path):
     config = parse([*flags(folder), f"--data.train={folder}"])
     found = pack_first.problems(config, 1)
     assert sum("has no effect: neither --data.train nor" in each for each in found) == 2
+
+
+def test_who_waits_for_an_hour_does_not_look_at_the_folder_all_the_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "packs"
+    now = [0.0]
+    looks = []
+
+    def sleep(seconds: float) -> None:
+        looks.append(seconds)
+        now[0] += seconds
+        if now[0] > 3600:
+            out.mkdir()
+
+    clock = SimpleNamespace(monotonic=lambda: now[0], sleep=sleep)
+    monkeypatch.setattr(pack_first, "time", clock)
+    monkeypatch.setattr(pack_first, "_lock", lambda lock, kind: False)  # another machine packs
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with open(tmp_path / "lock", "a+") as lock:
+        pack_first._pack_or_wait(lock, out, lambda: pytest.fail("it is not the first"))
+    assert len(looks) < 500 and looks[0] < 1 and now[0] < 3620
