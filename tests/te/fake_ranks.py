@@ -76,8 +76,6 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 
 def let_others_train(settings: dict[str, Any]) -> None:
     """Let the other ranks say what they train, and in which chunk that begins."""
-    import torch.distributed as dist
-
     from megavlm.model import freeze
 
     parts = settings.get("trainable", EVERYTHING)
@@ -86,12 +84,10 @@ def let_others_train(settings: dict[str, Any]) -> None:
     first = next(number for number, text in enumerate(chunks) if set(letters) & set(text))
     told = (set(parts), {first: {f"{parts[0]}.first": (1, True)}})
 
-    def all_gather_object(found: list[Any], own: Any) -> None:
+    def all_gather_object(found: list[Any], own: Any, group: Any) -> None:
         found[:] = [own] + [told] * (len(found) - 1)
 
-    freeze.dist = types.SimpleNamespace(
-        get_world_size=dist.get_world_size, all_gather_object=all_gather_object
-    )
+    freeze.dist = types.SimpleNamespace(all_gather_object=all_gather_object)
 
 
 def main() -> None:
