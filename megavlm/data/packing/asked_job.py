@@ -63,13 +63,11 @@ def make_job(args: argparse.Namespace, model: Architecture) -> Job:
         features_per_tile=_tokens_per_tile(model, args.tokens_per_tile, args.template),
         tiling=Tiling(
             tile_size=model.vision.image_size,
-            min_tiles=args.min_tiles,
-            max_tiles=args.max_tiles,
-            thumbnail=args.thumbnail,
             mode=args.tiling,
             pixel_mean=mean,
             limit=_limit(args.image_limit, args.tiling),
             grids=_grids(args.grids, args.tiling),
+            **_of_dynamic_tiling(args),
         ),
         pixel_std=std,
         frames=FrameChoice(
@@ -98,6 +96,21 @@ def _limit(text: str, tiling: str) -> tuple[int, int]:
             f"--image_limit {text}: must be width and height in pixels, such as 1920x1080"
         )
     return int(found[1]), int(found[2])
+
+
+def _of_dynamic_tiling(args: argparse.Namespace) -> dict[str, int | bool]:
+    """Return the given settings of dynamic tiling. Raises ValueError: they would have no effect."""
+    asked = {"min_tiles": args.min_tiles, "max_tiles": args.max_tiles}
+    given: dict[str, int | bool] = {
+        name: value for name, value in asked.items() if value is not None
+    }
+    flags = [f"--{name} {value}" for name, value in given.items()]
+    if not args.thumbnail:
+        given["thumbnail"] = False
+        flags.append("--no_thumbnail")
+    if flags and args.tiling != "dynamic":
+        raise ValueError(f"{', '.join(flags)}: goes with --tiling dynamic; leave it out")
+    return given
 
 
 def _grids(text: str, tiling: str) -> tuple[Grid, ...]:

@@ -52,13 +52,14 @@ SIZES = (
 IMAGES = (
     Option(
         name="min_tiles",
-        default=1,
-        text="fewest tiles of an image, thumbnail not counted (default: %(default)s)",
+        text="for --tiling dynamic: fewest tiles of an image, thumbnail not counted (default: 1)",
     ),
     Option(
         name="max_tiles",
-        default=12,
-        text="most tiles of a record's images, thumbnails not counted (default: %(default)s)",
+        text=(
+            "for --tiling dynamic: most tiles of a record's images, thumbnails not counted"
+            " (default: 12)"
+        ),
     ),
     Option(
         name="tiling",
