@@ -15,6 +15,7 @@ from transformers import LlavaNextForConditionalGeneration
 from megavlm.config.connectors import Connector
 from megavlm.config.schema import Architecture
 from megavlm.convert.hf import llava_next_config
+from megavlm.convert.hf.json_files import read_json, write_json
 from megavlm.data.images.anyres import LLAVA_GRIDS, Grid
 from megavlm.data.images.feature_layout import feature_layout
 from megavlm.data.images.tiling import Tiling
@@ -60,7 +61,11 @@ def make_llava_next(
         torch.nn.init.eye_(second.weight)
         if second.bias is not None:
             torch.nn.init.zeros_(second.bias)
-    return save_with_pixels(model, folder, architecture)
+    save_with_pixels(model, folder, architecture)
+    path = folder / "preprocessor_config.json"
+    own = {llava_next_config.PINPOINTS: settings[llava_next_config.PINPOINTS]}
+    write_json(path, read_json(path) | own)
+    return folder
 
 
 def make_image(rng: np.random.Generator, size: tuple[int, int], tile_size: int) -> Image:

@@ -12,11 +12,12 @@ from typing import Any
 from megavlm.config.schema import Architecture
 from megavlm.convert.hf import json_files as shared
 from megavlm.convert.hf import llava_config
-from megavlm.data.images.anyres import Grid
+from megavlm.data.images.anyres import LLAVA_GRIDS, Grid
 
 CLASS_NAME = "LlavaNextForConditionalGeneration"
 MODEL_TYPE = "llava_next"
 PINPOINTS = "image_grid_pinpoints"
+_USUAL_SIDE = 336
 
 
 def read(raw: dict[str, Any], folder: Path, *, has_head: bool | None) -> Architecture:
@@ -31,11 +32,28 @@ def _problems(settings: dict[str, Any], folder: Path) -> Iterator[str]:
     """Yield settings that our model does not support."""
     side = settings["vision_config"].get("image_size")
     grids = settings[PINPOINTS]
-    if not grids or any(pixels % side for grid in grids for pixels in grid):
-        yield f"{PINPOINTS} is {grids}, must be multiples of vision_config.image_size {side}"
-    of_processor = shared.image_processor(folder).get(PINPOINTS, grids)
-    if list(map(list, of_processor)) != list(map(list, grids)):
+    if not _are_grids(grids, side):
+        yield (
+            f"{PINPOINTS} is {grids}, must be multiples of vision_config.image_size {side}: pairs"
+            " of height and width"
+        )
+    processor = shared.image_processor(folder)
+    # Where its file does not say, transformers takes the usual ones, whatever config.json says.
+    of_processor = processor.get(PINPOINTS, pinpoints(LLAVA_GRIDS, _USUAL_SIDE))
+    if processor and of_processor != grids:
         yield f"{PINPOINTS} is {grids}, but that of the image processor is {of_processor}"
+
+
+def _are_grids(found: Any, side: int) -> bool:
+    """Tell whether a value of JSON is a list of heights and widths in whole tiles."""
+    return (
+        isinstance(found, list)
+        and len(found) > 0
+        and all(isinstance(grid, list) and len(grid) == 2 for grid in found)
+        and all(
+            type(each) is int and each > 0 and each % side == 0 for grid in found for each in grid
+        )
+    )
 
 
 def grids_of(settings: dict[str, Any]) -> tuple[Grid, ...]:

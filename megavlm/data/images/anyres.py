@@ -18,6 +18,9 @@ Grid = tuple[int, int]
 # LLaVA-NeXT's, in its order: the first of two that fit an image equally well is taken.
 LLAVA_GRIDS: tuple[Grid, ...] = ((2, 1), (1, 2), (2, 2), (1, 3), (3, 1))
 
+# Far more than a model can read, and few enough to be held in memory.
+_MOST_TILES = 1024
+
 
 def grids_text(grids: Sequence[Grid]) -> str:
     """Write grids as ``--grids`` has them, such as ``2x1,1x2``."""
@@ -35,7 +38,10 @@ def read_grids(text: str) -> tuple[Grid, ...]:
         raise ValueError(
             f"--grids {text}: must be columns and rows of tiles, such as {grids_text(LLAVA_GRIDS)}"
         )
-    return tuple((int(grid[1]), int(grid[2])) for grid in found)
+    grids = tuple((int(grid[1]), int(grid[2])) for grid in found)
+    if any(columns * rows > _MOST_TILES for columns, rows in grids):
+        raise ValueError(f"--grids {text}: a grid has at most {_MOST_TILES} tiles")
+    return grids
 
 
 @lru_cache(maxsize=65536)

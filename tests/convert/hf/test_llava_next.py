@@ -109,6 +109,11 @@ def test_transformers_loads_an_export_and_its_processor(
     [
         ({"image_grid_pinpoints": [[16, 24]]}, "must be multiples of vision_config.image_size 16"),
         ({"image_grid_pinpoints": []}, "must be multiples"),
+        ({"image_grid_pinpoints": [32, 16]}, "pairs of height and width"),
+        ({"image_grid_pinpoints": [[32, 16, 16]]}, "pairs of height and width"),
+        ({"image_grid_pinpoints": [["32", "16"]]}, "pairs of height and width"),
+        ({"image_grid_pinpoints": [[-16, 16]]}, "must be multiples"),
+        ({"image_grid_pinpoints": [[0, 16]]}, "must be multiples"),
         ({"vision_feature_layer": [-2, -1]}, "must be one layer"),
         ({"text_config": None}, "LLaVA's own code"),
     ],
@@ -125,8 +130,14 @@ def test_other_models_are_refused(tmp_path: Path, change: dict, told: str) -> No
 def test_grids_that_the_image_processor_has_otherwise_are_refused(tmp_path: Path) -> None:
     source = make_llava_next(tmp_path / "hf")
     path = source / "preprocessor_config.json"
-    write_json(path, read_json(path) | {"image_grid_pinpoints": [[32, 16]]})
+    settings = read_json(path)
+    write_json(path, settings | {"image_grid_pinpoints": [[32, 16]]})
     with pytest.raises(ValueError, match="but that of the image processor"):
+        architecture_from_hf(source)
+    # transformers then takes those of its own class.
+    del settings["image_grid_pinpoints"]
+    write_json(path, settings)
+    with pytest.raises(ValueError, match=r"image processor is \[\[336, 672\]"):
         architecture_from_hf(source)
 
 

@@ -115,6 +115,7 @@ def test_an_end_is_cut_off_behind_whole_images(data: Path) -> None:
         (["--tiling", "pad"], "--grids 1x1,3x2,2x2,1x3: goes with --tiling anyres"),
         (["--max_tiles", "6"], "--max_tiles 6: goes with --tiling dynamic; leave it out"),
         (["--min_tiles", "2", "--no_thumbnail"], "--min_tiles 2, --no_thumbnail: goes with"),
+        (["--grids", "2x1,99999x99999"], "a grid has at most 1024 tiles"),
         (["--grids", "3"], "--grids 3: must be columns and rows of tiles"),
         (["--tokens_per_tile", "12"], "--tokens_per_tile 12: .*so use a square number"),
         (["--template", "clip", "--alignment", "1"], "--tiling anyres: --template clip has no"),
