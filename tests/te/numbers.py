@@ -178,12 +178,9 @@ def compare(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     """Compare every setting and print what was found."""
-    from megavlm.data.loading.batch import Batch
     from tests.gpu.models import SMALL
 
     torch_kernels.install()
-    # Memory cannot be page-locked without a driver.
-    Batch.pin_memory = lambda batch, device=None: batch
     folders = [make_packs(SMALL.features_per_tile), make_packs(1)]
     found = {
         name: compare(folders["crosses" in settings], settings)

@@ -78,12 +78,9 @@ RUNS = {
 @cache
 def install() -> None:
     """Put stand-ins into this rank, once."""
-    from megavlm.data.loading.batch import Batch
     from tests.te import torch_kernels
 
     torch_kernels.install()
-    # Memory cannot be page-locked without a driver.
-    Batch.pin_memory = lambda batch, device=None: batch
 
 
 def train(config: Any) -> Curve:

@@ -264,6 +264,7 @@ def install() -> None:
     entropy.cross_entropy_backward = entropy_backward
     torch_attention.install_requests()
     _install_branches()
+    _leave_memory_unlocked()
 
 
 def _install_branches() -> None:
@@ -271,3 +272,10 @@ def _install_branches() -> None:
 
     branch_kernels.add = residual_branch.add_branch
     branch_kernels.add_backward = add_branch_backward
+
+
+def _leave_memory_unlocked() -> None:
+    """Hand batches on as they are: memory cannot be page-locked without a driver."""
+    from megavlm.data.loading.batch import Batch
+
+    Batch.pin_memory = lambda batch, device=None: batch
