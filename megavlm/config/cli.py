@@ -34,7 +34,7 @@ from megavlm.config.options import (
 )
 from megavlm.config.recipes import recipe
 from megavlm.config.recipes.recipe import Recipe
-from megavlm.config.schema import Config, Init
+from megavlm.config.schema import Architecture, Config, Init
 from megavlm.config.verdict import PROGRAM, FindStart
 from megavlm.config.yaml_file import Settings
 
@@ -154,6 +154,7 @@ def _parse(arguments: list[str], read_model: ReadModel | None) -> tuple[Config, 
             init=init,
             read_model=read_model,
             sets_vision=_sets_vision(others, files),
+            is_stated=chosen.model is None and _state_architecture(files),
         )
     )
     if chosen.help is not None:
@@ -253,6 +254,14 @@ def _sets_vision(arguments: list[str], files: Sequence[Settings]) -> bool:
     )
 
 
+def _state_architecture(files: Sequence[Settings]) -> bool:
+    """Return whether files say all of what a model is, as ``to_yaml`` does: the name in them is
+    then that of a model that may be a row of no table and a folder of another machine.
+    """
+    given = {path for settings in files for path in settings.lines}
+    return all(key in given for key in options() if key.startswith("architecture."))
+
+
 def _from_tables(
     *,
     chosen: Recipe,
@@ -261,11 +270,13 @@ def _from_tables(
     init: Init,
     read_model: ReadModel | None,
     sets_vision: bool,
+    is_stated: bool = False,
 ) -> Config:
     """Return the schema's defaults under the rows of both tables.
 
     A language model to start from says what the language part is; the vision part is then that of a
-    folder, what ``--architecture.vision`` says, or the recipe's.
+    folder, what ``--architecture.vision`` says, or the recipe's. Nothing is looked up for a model
+    that files state in full.
     """
     has_model = model or chosen.architecture or init.is_whole or (init.language and sets_vision)
     wanted = ("stage", stage, chosen.stages), ("model", has_model, MODELS)
@@ -280,7 +291,9 @@ def _from_tables(
         )
         raise ValueError(f"missing {' and '.join(missing)}{instead}")
     row = chosen.stage(stage)
-    built = architecture(model or "", init, read_model, chosen.architecture)
+    built = chosen.architecture or Architecture()
+    if not is_stated:
+        built = architecture(model or "", init, read_model, chosen.architecture)
     parts = [short_name(folder) for folder in init.parts.values()]
     name = model or "+".join(parts) or chosen.name
     return Config(

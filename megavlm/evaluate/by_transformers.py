@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from megavlm.convert.hf.hub_formats import dialect_of, hub_format_of
-from megavlm.convert.hf.reference import load_reference, size_inputs
+from megavlm.convert.hf.reference import load_reference, refuse_other_tiles, size_inputs
+from megavlm.data.store.manifest import read_manifest
 from megavlm.evaluate.graded import ANSWERS, chosen, grade, write_rows, written
 from megavlm.evaluate.packs import TaskPacks, prepare
 from megavlm.evaluate.task import Task
@@ -50,6 +51,7 @@ def answer_tasks(
                 f"{task.path}: --transformers answers questions, and the metric {task.metric}"
                 " compares images and texts; leave it out"
             )
+    refuse_other_tiles(f"--packs {packs}", read_manifest(packs), model)
     asked = [prepare(task, packs) for task in tasks]
     reference = load_reference(model).to("cuda" if torch.cuda.is_available() else "cpu")
     figures: dict[str, float] = {}

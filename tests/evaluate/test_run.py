@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +11,7 @@ import pytest
 
 from megavlm.config.checks.rules import problems
 from megavlm.config.cli import parse
-from megavlm.config.schema import Ema, Eval
+from megavlm.config.schema import Ema, Eval, Init
 from megavlm.evaluate import run
 from megavlm.evaluate.page import Answered, table_lines
 from megavlm.evaluate.run import _options, answer_with
@@ -29,6 +30,17 @@ def test_settings_of_trained_experts_do_not_stand_in_the_way(tmp_path: Path) -> 
     measuring = parse(_options(saved, Eval(), tmp_path))
     assert not [told for told in problems(measuring, 1) if "experts" in told]
     assert measuring.architecture == trained.architecture
+
+
+@pytest.mark.parametrize("recipe", ["internvl", "llava_next", "clip"])
+def test_a_checkpoint_needs_no_folder_that_its_model_was_made_of(
+    tmp_path: Path, recipe: str
+) -> None:
+    trained = parse(["--recipe", recipe, "--stage", "1", "--model", "tiny"])
+    trained = dataclasses.replace(trained, model="clip+language", init=Init(vision="gone"))
+    saved = SimpleNamespace(config=trained, folder=tmp_path / "step_00000001")
+    measuring = parse(_options(saved, Eval(), tmp_path))
+    assert (measuring.model, measuring.architecture) == (trained.model, trained.architecture)
 
 
 def test_averages_do_not_stand_in_the_way(tmp_path: Path) -> None:

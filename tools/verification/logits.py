@@ -16,9 +16,14 @@ from torch import Tensor, nn
 
 from megavlm.checkpoint import step_folder
 from megavlm.checkpoint.step_folder import Checkpoint
-from megavlm.config.schema import Architecture, Fp8, Parallel
+from megavlm.config.schema import Fp8, Parallel
 from megavlm.convert.hf import convert
-from megavlm.convert.hf.reference import instruction_inputs, load_reference, size_inputs
+from megavlm.convert.hf.reference import (
+    instruction_inputs,
+    load_reference,
+    refuse_other_tiles,
+    size_inputs,
+)
 from megavlm.convert.hf.safetensors_files import SafetensorsFolder
 from megavlm.data.loading.batch import Batch
 from megavlm.data.loading.dataset import PackedDataset
@@ -178,26 +183,7 @@ def _refuse_others(found: Checkpoint, hf_folder: Path, packs: Manifest) -> None:
             f"--hf {hf_folder}: has another tokenizer ({exported}) than the checkpoint"
             f" ({found.state.tokenizer})"
         )
-    if packs.totals.tiles:
-        _refuse_tiles(architecture, packs)
-        if architecture.connector.newline and packs.tiling != "anyres":
-            raise ValueError(
-                f"--data: packs of --tiling {packs.tiling}, and {hf_folder} makes a grid of tiles"
-                " of every image; name packs of --tiling anyres"
-            )
-
-
-def _refuse_tiles(architecture: Architecture, packs: Manifest) -> None:
-    """Raise ValueError if the packs' tiles are not those of the model."""
-    for name, packed, needed in (
-        ("pixels a side", packs.image_size, architecture.vision.image_size),
-        ("image tokens", packs.features_per_tile, architecture.placeholders_per_tile),
-    ):
-        if packed != needed:
-            raise ValueError(
-                f"--data: has tiles of {packed} {name}, and the model's have {needed}; name packs"
-                " that the model was trained on"
-            )
+    refuse_other_tiles("--data", packs, hf_folder)
 
 
 def _load(

@@ -10,7 +10,10 @@ from torch import Tensor, nn
 
 from megavlm.convert.hf.hub_formats import hub_format_of
 from megavlm.convert.hf.json_files import class_of_transformers
+from megavlm.convert.hf.model_config import architecture_from_hf
+from megavlm.data.images.anyres import grids_text
 from megavlm.data.loading.batch import Instructions
+from megavlm.data.store.manifest import Manifest
 
 
 def instruction_inputs(instructions: Instructions | None, tiles: slice) -> dict[str, Tensor]:
@@ -33,6 +36,38 @@ def size_inputs(model: nn.Module, sizes: Sequence[tuple[int, int]]) -> dict[str,
         return {}
     device = next(model.parameters()).device
     return {"image_sizes": torch.tensor([(height, width) for width, height in sizes]).to(device)}
+
+
+def refuse_other_tiles(flag: str, packs: Manifest, folder: Path) -> None:
+    """Raise ValueError if the tiles of packs with images are not those that the model of a Hugging
+    Face folder reads; ``flag`` names the packs.
+    """
+    if not packs.totals.tiles:
+        return
+    architecture = architecture_from_hf(folder)
+    for name, packed, needed in (
+        ("pixels a side", packs.image_size, architecture.vision.image_size),
+        ("image tokens", packs.features_per_tile, architecture.placeholders_per_tile),
+    ):
+        if packed != needed:
+            raise ValueError(
+                f"{flag}: has tiles of {packed} {name}, and the model's have {needed}; name packs"
+                " that the model was trained on"
+            )
+    grids = hub_format_of(folder).read_usage(folder).grids
+    if packs.grids == grids:  # none, if no image has a grid
+        return
+    of_packs = f"{flag}: packs of --tiling {packs.tiling}"
+    if packs.grids:
+        of_packs += f" --grids {grids_text(packs.grids)}"
+    if not grids:
+        raise ValueError(
+            f"{of_packs}, and {folder} makes other tiles; name packs of another --tiling"
+        )
+    raise ValueError(
+        f"{of_packs}, and {folder} makes a grid of tiles of every image; name packs of --tiling"
+        f" anyres --grids {grids_text(grids)}"
+    )
 
 
 def load_reference(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:

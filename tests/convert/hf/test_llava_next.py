@@ -23,16 +23,27 @@ from megavlm.convert.hf import convert, llava_next_config, preprocessing
 from megavlm.convert.hf.hub_formats import hub_format_of
 from megavlm.convert.hf.json_files import read_json, write_json
 from megavlm.convert.hf.model_config import architecture_from_hf
+from megavlm.convert.hf.reference import refuse_other_tiles
 from megavlm.convert.weights.tables import llava_name_on_disk, rows, unused_rows
 from megavlm.data.images.anyres import LLAVA_GRIDS
 from megavlm.data.images.feature_layout import feature_layout, sizes_in_text
 from megavlm.data.text.chat_tokens import ChatTemplate
 from megavlm.data.text.tokenizer import load_tokenizer
+from megavlm.evaluate.by_transformers import answer_tasks
 from megavlm.planner.flops import pieces
 from tests.convert.card import run_example
-from tests.convert.llava_next_models import KINDS, SIZES, SMALL, make_image, make_llava_next
+from tests.convert.llava_models import make_llava
+from tests.convert.llava_next_models import (
+    KINDS,
+    SIZES,
+    SMALL,
+    make_anyres_packs,
+    make_image,
+    make_llava_next,
+)
 from tests.convert.models import load_all
 from tests.convert.round_trip import assert_round_trip, golden_words
+from tests.ranks.model_checks import sizes_of
 
 SEEING = dataclasses.replace(
     KINDS["siglip with its head, no biases in the connector"], language=SMALL.language
@@ -139,6 +150,26 @@ def test_grids_that_the_image_processor_has_otherwise_are_refused(tmp_path: Path
     write_json(path, settings)
     with pytest.raises(ValueError, match=r"image processor is \[\[336, 672\]"):
         architecture_from_hf(source)
+
+
+def test_transformers_is_given_packs_of_its_tiles_alone(tmp_path: Path) -> None:
+    facts = sizes_of(SMALL)
+    packs = make_anyres_packs(tmp_path / "packs", 1, 288, **facts)
+    model = make_llava_next(tmp_path / "hf")
+    refuse_other_tiles("--data", packs, model)
+    plain = make_llava(tmp_path / "plain")
+    for folder, changes, told in (
+        (model, dict(grids=LLAVA_GRIDS[1:]), "--grids 1x2,2x2,1x3,3x1, and .* --grids 2x1,1x2,"),
+        (model, dict(grids=(), tiling="crop"), "--tiling crop, and .* makes a grid of tiles of"),
+        (model, dict(image_size=32), "tiles of 32 pixels a side, and the model's have 16"),
+        (model, dict(features_per_tile=1), "tiles of 1 image tokens, and the model's have 16"),
+        (plain, {}, "--grids 2x1,1x2,2x2,1x3,3x1, and .* makes other tiles"),
+    ):
+        dataclasses.replace(packs, **changes).write(tmp_path / "packs")
+        with pytest.raises(ValueError, match=f"--packs .*{told}"):
+            answer_tasks(folder, (), tmp_path / "packs", tmp_path / "out", max_new_tokens=1)
+    no_images = dataclasses.replace(packs.totals, tiles=0)
+    refuse_other_tiles("--data", dataclasses.replace(packs, grids=(), totals=no_images), model)
 
 
 def test_llava_holds_no_newlines_and_the_other_way_round(tmp_path: Path, words: Path) -> None:
