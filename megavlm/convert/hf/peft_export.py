@@ -16,7 +16,7 @@ from megavlm.config.hub_cache import find_folder
 from megavlm.config.lora import Lora
 from megavlm.convert.dist_checkpoint import ShardsFolder
 from megavlm.convert.hf.convert import open_weights, refuse_other
-from megavlm.convert.hf.hub_formats import dialect_of
+from megavlm.convert.hf.hub_formats import dialect_of, hub_format_of
 from megavlm.convert.hf.peft_folder import CONFIG, NORMS, PREFIX, WEIGHTS
 from megavlm.convert.weights.adapters import adapted_rows, factors
 from megavlm.convert.weights.tables import name_in_memory, rows
@@ -49,17 +49,18 @@ def export(
     architecture = found.config.architecture
     if not architecture.lora.rank:
         raise ValueError(f"--load {checkpoint}: has no LoRA adapters; leave --peft out")
+    model = find_folder(str(base), "--peft")
+    if dialect_of(model) != "native":
+        raise ValueError(
+            f"--peft {base}: adapters are written for an InternVLForConditionalGeneration only"
+            f" (made by --dialect native), and this is of {hub_format_of(model).class_name}; leave"
+            " --peft out to merge them"
+        )
     if any(".experts." in row.key for row in adapted_rows(architecture)):
         raise ValueError(
             f"--peft {base}: adapters of experts have no form that PEFT loads: transformers 5 holds"
             " all experts of a layer in one parameter, with one A for gate and up; leave --peft out"
             " to merge them"
-        )
-    model = find_folder(str(base), "--peft")
-    if dialect_of(model) != "native":
-        raise ValueError(
-            f"--peft {base}: adapters are written for an InternVLForConditionalGeneration only"
-            " (export one with --dialect native); leave --peft out to merge them"
         )
     refuse_other(model, architecture)
     source = ShardsFolder(found.folder / SHARDS, averages=averages)

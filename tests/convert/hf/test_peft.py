@@ -22,7 +22,9 @@ from megavlm.convert.dist_checkpoint import ShardsFolder, write_shards
 from megavlm.convert.hf import convert, peft_export
 from megavlm.convert.weights.views import Header
 from megavlm.model.nf4 import rounded
+from tests.convert.llava_next_models import make_llava_next
 from tests.convert.models import NATIVE_KINDS, SMALL, make_hf
+from tests.convert.round_trip import golden_words
 
 TARGETS = ("language", "vision.*.self_attention", "vision.encoder.layers.1.mlp")
 
@@ -265,6 +267,19 @@ def test_what_is_no_adapter_of_the_model_is_refused(base: Path, tmp_path: Path) 
     save_file(tensors | {"base_model.model.x": torch.ones(1)}, folder / "adapter_model.safetensors")
     with pytest.raises(ValueError, match="1 tensors are no adapters of linear layers"):
         convert.import_(base, tmp_path / "wrong", adapters=folder)
+
+
+def test_adapters_of_other_classes_are_refused(tmp_path: Path) -> None:
+    model = make_llava_next(tmp_path / "hf")
+    golden_words(tmp_path / "words", "llava")
+    with pytest.raises(ValueError, match="of InternVL alone are read, and .* is of LlavaNext"):
+        convert.import_(model, tmp_path / "out", tokenizer=tmp_path / "words", adapters="adapters")
+    trained = convert.import_(model, tmp_path / "out", tokenizer=tmp_path / "words")
+    settings = from_yaml(trained / "config.yaml")
+    adapted = replace(settings.architecture, lora=Lora(rank=2))
+    (trained / "config.yaml").write_text(to_yaml(replace(settings, architecture=adapted)))
+    with pytest.raises(ValueError, match="and this is of LlavaNextForConditionalGeneration"):
+        peft_export.export(trained, tmp_path / "adapters", base=model)
 
 
 def test_adapters_of_weights_in_4_bits_are_exported_both_ways(base: Path, tmp_path: Path) -> None:
