@@ -21,6 +21,8 @@ GATED = ("swiglu", "geglu_tanh", "clamped_quick_geglu")
 LEARNED_POSITIONS = (*TEXT_ENCODERS, "opt")
 # Families with LayerNorm, biases everywhere, and an MLP without a gate.
 LAYER_NORM_FAMILIES = (*LEARNED_POSITIONS, "persimmon")
+# Families of which some layers have sliding windows.
+WINDOWED_FAMILIES = ("gpt_oss", "gemma2")
 # Rows of OPT's table of positions that stand before that of the first token.
 _OPT_UNUSED_POSITIONS = 2
 
@@ -33,8 +35,8 @@ class Language:
 
     Args:
         family: weight naming of Hugging Face's files, such as qwen2, qwen3, internlm2, internlm3,
-            llama, mistral, phi3, gemma, persimmon or qwen3_moe; clip_text and siglip_text are text
-            encoders, the latter without a causal mask.
+            llama, mistral, phi3, gemma, gemma2, persimmon or qwen3_moe; clip_text and siglip_text
+            are text encoders, the latter without a causal mask.
         num_layers: transformer layers; 0: there is no language model, as some objectives ask.
         hidden_size: width of the model.
         ffn_hidden_size: width inside the gated MLP of a layer; with experts it has no effect, and
@@ -66,6 +68,13 @@ class Language:
             layer has them.
         window_attn_skip_freq: every so many-th layer has no window: 2 is every second; 0: all
             layers have windows.
+        attention_softcap: bound of the products of queries and keys, c, which become c tanh(x / c)
+            (Gemma 2, arXiv 2408.00118); 0: none.
+        final_softcap: the same of the logits over the vocabulary; 0: none.
+        query_pre_attn_scalar: products of queries and keys are divided by its square root; 0: the
+            width of a head.
+        sandwich_norm: whether attention and MLP have a norm behind them, too, in front of the
+            addition (Gemma 2).
         tied_head: whether the head shares the token embedding's tensor.
         activation: of the MLP: swiglu, with a gate, in most language models, and geglu_tanh, a gate
             with the approximation of GELU, in Gemma; in text encoders GELU, its approximation with
@@ -114,6 +123,10 @@ class Language:
     attention_sinks: bool = False
     window_size: int = 0
     window_attn_skip_freq: int = 0
+    attention_softcap: float = 0.0
+    final_softcap: float = 0.0
+    query_pre_attn_scalar: int = 0
+    sandwich_norm: bool = False
     tied_head: bool = False
     activation: Literal[
         "swiglu",
@@ -166,6 +179,12 @@ class Language:
         """Return how many tokens a token sees in a layer, counted from 0; 0: the whole sample."""
         every = self.window_attn_skip_freq
         return 0 if every and (layer + 1) % every == 0 else self.window_size
+
+    @property
+    def attends_in_blocks(self) -> bool:
+        """Whether attention is our own, since no kernel for packed samples computes it."""
+        has_cap = self.attention_softcap > 0
+        return self.attention_sinks or has_cap or self.window_size > 0
 
     @property
     def has_learned_positions(self) -> bool:

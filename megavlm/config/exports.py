@@ -23,6 +23,9 @@ _CHAT_FAMILIES = (
     "gpt_oss",
 )
 
+# Language models that the code of ``PaliGemmaForConditionalGeneration`` puts a prefix in front of.
+PALIGEMMA_FAMILIES = ("gemma", "gemma2")
+
 
 def _without_crosses(arch: Architecture) -> Iterator[str]:
     """Yield what only IDEFICS's class has, PaliGemma's and LLaVA-NeXT's."""
@@ -89,12 +92,21 @@ def _internvl(arch: Architecture) -> Iterator[str]:
 
 def _native(arch: Architecture) -> Iterator[str]:
     yield from _internvl(arch)
-    yield from _no_opt("InternVLForConditionalGeneration", arch)
+    yield from _bare_language("InternVLForConditionalGeneration", arch)
 
 
-def _no_opt(name: str, arch: Architecture) -> Iterator[str]:
-    if arch.language.family == "opt":
+def _bare_language(name: str, arch: Architecture) -> Iterator[str]:
+    """Yield what a class has no place for that builds a language model without its head, and
+    computes logits itself.
+    """
+    language = arch.language
+    if language.family == "opt":
         yield f"{name} cannot be built with --architecture.language.family opt, as this model is"
+    if language.final_softcap:
+        yield (
+            f"{name} computes logits without a soft cap, --architecture.language.final_softcap 0;"
+            f" this model has {language.final_softcap}"
+        )
 
 
 def _chat(arch: Architecture) -> Iterator[str]:
@@ -141,7 +153,7 @@ def _llava_parts(name: str, arch: Architecture) -> Iterator[str]:
             f"{name} has the image token of --architecture.image_tokens"
             f" llava; this model has those of {arch.image_tokens}"
         )
-    yield from _no_opt(name, arch)
+    yield from _bare_language(name, arch)
 
 
 def _blip2(arch: Architecture) -> Iterator[str]:
@@ -215,9 +227,13 @@ def _paligemma(arch: Architecture) -> Iterator[str]:
         "vision.unused_head": (False, arch.vision.unused_head),
         "connector.kind": ("linear", arch.connector.kind),
         "connector.bias": (True, arch.connector.bias),
-        "language.family": ("gemma", arch.language.family),
     }
     yield from _other_values("PaliGemmaForConditionalGeneration", wanted)
+    if arch.language.family not in PALIGEMMA_FAMILIES:
+        yield (
+            "PaliGemmaForConditionalGeneration has --architecture.language.family"
+            f" {' or '.join(PALIGEMMA_FAMILIES)}; this model has {arch.language.family}"
+        )
 
 
 def _fuyu(arch: Architecture) -> Iterator[str]:

@@ -12,7 +12,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from megavlm.config.recipes import llava_next
+from megavlm.config.recipes import llava_next, paligemma
 from megavlm.config.schema import NO_LANGUAGE, Architecture, Init, Language, Vision
 
 ReadModel = Callable[[str, Init, Architecture | None], Architecture]
@@ -227,6 +227,7 @@ MODELS: dict[str, Architecture] = {
     "internvl3_5-gpt-oss-20b": Architecture(vision=_INTERNVIT_300M, language=_GPT_OSS_20B),
     **llava_next.MODELS,
     "digits": _DIGITS,
+    **paligemma.MODELS,
 }
 
 

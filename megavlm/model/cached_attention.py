@@ -1,7 +1,7 @@
 """Attention that keeps keys and values while questions are answered, in front of any other kind.
 
 In a decode pass each question has one new token, so that plain operations of torch are enough, and
-all kinds of attention are alike but for windows and sinks.
+all kinds of attention are alike but for windows, soft caps and sinks.
 
 Shape letters: T tokens of a pack on this rank, R rows of a decode pass, Q questions of a group, H
 query heads, G key and value heads, W places, d width of a head.
@@ -18,19 +18,22 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 from megavlm.model.attention import PackedSamples
+from megavlm.model.block_attention import capped
 from megavlm.model.key_value_cache import Decode, Share
 from megavlm.model.named_after import named_after
 from megavlm.model.windows import is_hidden, window_of
 
 
-def caching(attention: type, *, has_sinks: bool = False) -> type:
+def caching(attention: type, *, has_sinks: bool = False, softcap: float = 0.0) -> type:
     """Let ``attention``, that of whole packs, keep keys and values in the pass over questions, and
     stand in for it in the passes behind.
 
     Args:
         attention: a class for the slot that megatron-core calls core attention.
         has_sinks: whether its ``softmax_offset`` are sinks.
+        softcap: of its products, which it takes as an argument; 0: it has none.
     """
+    settings = {"softcap": softcap} if softcap else {}
 
     @named_after(attention)
     class Caching(attention):
@@ -49,6 +52,7 @@ def caching(attention: type, *, has_sinks: bool = False) -> type:
                 layer_number=layer_number,
                 pg_collection=pg_collection,
                 softmax_scale=softmax_scale,
+                **settings,
                 **kwargs,
             )
             self.context_ranks = pg_collection.cp
@@ -69,7 +73,8 @@ def caching(attention: type, *, has_sinks: bool = False) -> type:
             if isinstance(cached, Decode):
                 shares = cached.extend(self, key, value)
                 sinks = self.softmax_offset if has_sinks else None
-                return attend_to_shares(query, shares, self.product_scale, self.seen_tokens, sinks)
+                sight = (self.product_scale, self.seen_tokens, sinks, softcap)
+                return attend_to_shares(query, shares, *sight)
             if cached is not None:
                 cached.record(self, key, value, self.context_ranks)
             return super().forward(
@@ -85,6 +90,7 @@ def attend_to_shares(
     scale: float | None = None,
     window: int = 0,
     sinks: Tensor | None = None,
+    softcap: float = 0.0,
 ) -> Tensor:
     """Attend with the newest token of each question: [R, H, d] -> [R, H * d], zeros in rows that
     read nothing.
@@ -93,17 +99,22 @@ def attend_to_shares(
         query: of all rows.
         shares: what they read.
         scale: factor of the products; none: 1 / sqrt(d).
-        window, sinks: see ``attend_to_share``.
+        window, sinks, softcap: see ``attend_to_share``.
     """
     scale = query.shape[2] ** -0.5 if scale is None else scale
     found = torch.zeros_like(query).flatten(1)
     for share in shares:
-        found[share.rows] = attend_to_share(query[share.rows], share, scale, window, sinks)
+        found[share.rows] = attend_to_share(query[share.rows], share, scale, window, sinks, softcap)
     return found
 
 
 def attend_to_share(
-    query: Tensor, share: Share, scale: float, window: int = 0, sinks: Tensor | None = None
+    query: Tensor,
+    share: Share,
+    scale: float,
+    window: int = 0,
+    sinks: Tensor | None = None,
+    softcap: float = 0.0,
 ) -> Tensor:
     """Attend with the newest token of each question of a group.
 
@@ -113,13 +124,15 @@ def attend_to_share(
         scale: factor of the products.
         window: tokens that a query sees, the own one counted; 0: all.
         sinks: [H], see ``model/sink_attention``; none: there are none.
+        softcap: bound of the products after that; 0: none.
 
     Returns:
         [Q, H * d]
     """
     questions, groups, width, size = share.values.shape
     queries = query.view(questions, groups, -1, size)
-    scores = torch.matmul(queries, share.keys.transpose(2, 3)).float() * scale
+    products = torch.matmul(queries, share.keys.transpose(2, 3)).float()
+    scores = capped(products * scale, softcap)
     distance = share.places[:, None] - torch.arange(width, device=query.device)
     hidden = is_hidden(distance, window)
     scores = scores.masked_fill(hidden[:, None, None], float("-inf"))

@@ -20,6 +20,7 @@ from torch.nn import Module
 from megavlm.config.schema import Config, Language, Loss
 from megavlm.data.loading.batch import Batch
 from megavlm.model.added_tokens import AddedEmbedding, AddedHead
+from megavlm.model.block_attention import capped
 from megavlm.model.experts import count_routed_tokens
 from megavlm.model.kernels import Kernels
 from megavlm.model.specs import language_spec
@@ -99,6 +100,10 @@ class LanguageModel(GPTModel):
         self.added_embedding = self.added_head = None
         if architecture.added_tokens:
             self._add_tokens(architecture.added_tokens, architecture.table_rows)
+        self.softcap = language.final_softcap
+        if self.post_process and self.softcap:
+            # Called by GPTModel for the logits.
+            self.output_layer.forward = partial(self._capped, self.output_layer.forward)
         self.loss_terms: LossTerms | None = None
         self.ends_in_loss = False
         if self.post_process:
@@ -128,6 +133,7 @@ class LanguageModel(GPTModel):
             vocabulary=self.real_words,
             smoothing=loss.label_smoothing,
             z_loss=loss.z_loss,
+            softcap=self.softcap,
         )
         # Called by GPTModel, which gives the result to ``compute_language_model_loss``.
         self.output_layer.forward = partial(self._project, self.output_layer.forward)
@@ -262,6 +268,13 @@ class LanguageModel(GPTModel):
         """
         logits, bias = plain(hidden, weight=weight, **options)
         return self.added_head(hidden, logits, self.scattered_over is None), bias
+
+    def _capped(
+        self, plain: Callable[..., tuple], hidden: Tensor, weight: Tensor | None = None, **options
+    ) -> tuple[Tensor, Tensor | None]:
+        """Compute logits with their soft cap; shapes as of ``_with_added``."""
+        logits, bias = plain(hidden, weight=weight, **options)
+        return capped(logits, self.softcap), bias
 
     def _project(
         self, plain: Callable[..., tuple], hidden: Tensor, weight: Tensor | None = None, **options

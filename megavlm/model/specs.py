@@ -16,13 +16,15 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
-from megavlm.config.schema import Architecture, Experts, Vision
+from megavlm.config.schema import Architecture, Experts, Language, Vision
+from megavlm.model.block_attention import BlockAttention
 from megavlm.model.cached_attention import caching
 from megavlm.model.cross_attention import CrossModules, GatedCrossAttention, GatedLayer
 from megavlm.model.experts import mixture_spec
 from megavlm.model.kernels import Kernels
 from megavlm.model.named_after import named_after
 from megavlm.model.router import PackRouter
+from megavlm.model.sandwich_layer import SandwichLayer
 from megavlm.model.sink_attention import SinkAttention
 from megavlm.model.vision_attention import VisionAttention
 from megavlm.model.vision_layer import VisionLayer
@@ -141,13 +143,14 @@ def language_spec(
     """
     language = architecture.language
     crosses = architecture.cross_attention
-    sinks = language.attention_sinks
-    core = caching(SinkAttention if sinks else kernels.packed_attention, has_sinks=sinks)
     head_norm = kernels.norm if language.qk_norm else None
-    inside = _attention(core, language.qkv_bias, kernels, head_norm)
+    inside = _attention(_core(language, kernels), language.qkv_bias, kernels, head_norm)
     mask = AttnMaskType.causal if language.is_causal else AttnMaskType.no_mask
     attention = ModuleSpec(module=SelfAttention, params={"attn_mask_type": mask}, submodules=inside)
-    [plain] = _layers(TransformerLayer, attention, 1, kernels)
+    if language.sandwich_norm:
+        [plain] = _layers(SandwichLayer, attention, 1, kernels, norm=kernels.norm)
+    else:
+        [plain] = _layers(TransformerLayer, attention, 1, kernels)
     gated = plain
     if crosses.every:
         [gated] = _layers(GatedLayer, attention, 1, kernels, cross=_cross(architecture, kernels))
@@ -156,6 +159,15 @@ def language_spec(
         router = functools.partial(PackRouter, language=language, experts=experts)
         found = _with_experts(found, kernels, router)
     return TransformerBlockSubmodules(layer_specs=found, layer_norm=kernels.norm)
+
+
+def _core(language: Language, kernels: Kernels) -> type:
+    """Return the attention between queries and keys of a language model."""
+    if not language.attends_in_blocks:
+        return caching(kernels.packed_attention)
+    sinks = language.attention_sinks
+    kind = SinkAttention if sinks else BlockAttention
+    return caching(kind, has_sinks=sinks, softcap=language.attention_softcap)
 
 
 def _cross(architecture: Architecture, kernels: Kernels) -> Callable:

@@ -226,7 +226,7 @@ def language_config(config: Config, layout: Layout, kernels: Kernels) -> Transfo
         context_parallel_size=parallel.context_parallel_size,
         **_GATE_SETTINGS.get(language.activation, {}),
         **_window_settings(language),
-        softmax_scale=product_scale(language) if language.rotary_yarn_factor > 1 else None,
+        softmax_scale=product_scale(language),
         **fp8_settings(config, "language"),
         **_common(
             config,

@@ -33,6 +33,8 @@ class LossTerms:
         smoothing: share of the label's probability that goes to all words alike (Szegedy et al.,
             arXiv 1512.00567), as ``torch.nn.functional.cross_entropy`` has it.
         z_loss: weight of the square of the log-denominator (Chowdhery et al., arXiv 2204.02311).
+        softcap: bound of the logits, c, which become c tanh(x / c) (Gemma 2, arXiv 2408.00118); 0:
+            none.
     """
 
     block: int
@@ -41,6 +43,7 @@ class LossTerms:
     vocabulary: int
     smoothing: float = 0.0
     z_loss: float = 0.0
+    softcap: float = 0.0
 
 
 def vocabulary_loss(
@@ -79,7 +82,7 @@ class _VocabularyLoss(torch.autograd.Function):
         # The logit of the label, and the sum of all.
         sums = torch.zeros(2, len(hidden), **options)
         for start, rows in _blocks(head, terms):
-            logits = (hidden @ rows.T).float()
+            logits = _logits(hidden, rows, terms)
             _pick(logits, labels - start, sums[0])
             if terms.smoothing:
                 sums[1] += logits.sum(dim=1)
@@ -117,10 +120,15 @@ class _VocabularyLoss(torch.autograd.Function):
         of_softmax = gradient * (1 + 2 * terms.z_loss * logs)
         of_label = (terms.smoothing - 1) * gradient
         for start, rows in _blocks(head, terms):
-            found = (hidden @ rows.T).float().sub_(logs[:, None]).exp_().mul_(of_softmax[:, None])
+            found = _logits(hidden, rows, terms)
+            # The derivative of the soft cap at each logit.
+            slopes = 1 - (found / terms.softcap).square_() if terms.softcap else None
+            found.sub_(logs[:, None]).exp_().mul_(of_softmax[:, None])
             if terms.smoothing:
                 found -= (terms.smoothing / terms.vocabulary * gradient)[:, None]
             _add(found, labels - start, of_label)
+            if slopes is not None:
+                found *= slopes
             found = found.to(hidden.dtype)
             if of_head is not None:
                 torch.mm(found.T, hidden, out=of_head[start : start + len(rows)])
@@ -128,6 +136,12 @@ class _VocabularyLoss(torch.autograd.Function):
                 of_hidden += found @ rows
         of_hidden = None if of_hidden is None else of_hidden.to(hidden.dtype)
         return of_hidden, of_head, None, None, None
+
+
+def _logits(hidden: Tensor, rows: Tensor, terms: LossTerms) -> Tensor:
+    """Compute the logits of a block, float32 [P, B]."""
+    logits = (hidden @ rows.T).float()
+    return logits.div_(terms.softcap).tanh_().mul_(terms.softcap) if terms.softcap else logits
 
 
 def _blocks(head: Tensor, terms: LossTerms) -> Iterator[tuple[int, Tensor]]:

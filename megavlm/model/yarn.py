@@ -44,9 +44,11 @@ def frequencies(language: Language) -> Tensor:
     return plain / language.rotary_yarn_factor * share + plain * (1 - share)
 
 
-def product_scale(language: Language) -> float:
-    """Return the factor of the products of queries and keys: each is multiplied by 0.1 log(factor)
-    + 1 beside 1 / sqrt(head size) (section 3.4).
+def product_scale(language: Language) -> float | None:
+    """Return the factor of the products of queries and keys: with YaRN, each is multiplied by 0.1
+    log(factor) + 1 beside 1 / sqrt(head size) (section 3.4); none: 1 / sqrt(head size) it is.
     """
+    if language.rotary_yarn_factor == 1 and not language.query_pre_attn_scalar:
+        return None
     growth = 0.1 * log(language.rotary_yarn_factor) + 1
-    return growth**2 * language.head_size**-0.5
+    return growth**2 * (language.query_pre_attn_scalar or language.head_size) ** -0.5

@@ -220,13 +220,17 @@ def _logit_bytes(config: Config) -> int:
     """Count the bytes of a logit while the loss is computed.
 
     Both losses write over what they get: Transformer Engine's the logits, megatron-core's own
-    their copy in 32 bits. A loss by block has logits, that copy, and the gradient in 16 bits.
+    their copy in 32 bits. A loss by block has logits, that copy, and the gradient in 16 bits. A
+    soft cap keeps what its slope is computed from.
     """
-    if config.training.precision == "float32":
-        return 4
+    has_cap = config.architecture.language.final_softcap > 0
+    is_float32 = config.training.precision == "float32"
     if config.loss.is_by_block:
-        return 8
-    return 6 if config.training.kernels == "local" else 2
+        # The slope of a soft cap, in float32.
+        return (4 if is_float32 else 8) + 4 * has_cap
+    if is_float32:
+        return 4 + 4 * has_cap
+    return (6 if config.training.kernels == "local" else 2) + 2 * has_cap
 
 
 def _blocks(config: Config, chunk: Chunk, load: RankLoad, is_trained: bool) -> ActivationMemory:
@@ -334,7 +338,8 @@ def language_layer(
     Sharded: queries, keys, values, the output of attention, and the MLP's gate, its other half and
     their product (3 M); or what its experts keep (``_expert_layer``), and the shared one as an MLP.
     Normalised queries and keys are kept twice. A frozen layer needs neither the results of the
-    norms nor that product.
+    norms nor that product. Norms behind the branches keep their inputs (2 D), which are computed
+    again with the MLP for one of them.
     """
     language = arch.language
     width = language.hidden_size
@@ -352,9 +357,10 @@ def language_layer(
     if language.num_experts:
         inner = _expert_layer(language, is_trained, shared) / tensor
         inner += (3 if is_trained else 2) * language.shared_expert_ffn_hidden_size / tensor
-    return (4 if is_trained else 2) * width / (
-        tensor if sequence_parallel else 1
-    ) + attention / tensor + inner, inner
+    width /= tensor if sequence_parallel else 1
+    behind = width if language.sandwich_norm else 0
+    norms = (4 if is_trained else 2) * width + behind
+    return norms + attention / tensor + inner + behind, inner + behind
 
 
 def _expert_layer(language: Language, is_trained: bool, shared: int) -> float:

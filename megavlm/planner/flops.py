@@ -8,8 +8,9 @@ from hardware FLOPs): what is computed again to save memory, and padding (of pac
 vocabulary), take time but do not count. Norms, activations, softmax and the optimizer are left out,
 as in both papers. Causal attention is counted by half, since only half of the pairs see each other;
 both papers count all of them. Of a prefix-LM all pairs are counted: what its n answer tokens of a
-sample of m do not see, n (m - n) + n^2 / 2 pairs, is little beside its prefix with the image. With
-a sliding window each token is counted with a whole window; the first ones of a sample see less.
+sample of m do not see, n (m - n) + n^2 / 2 pairs, is little beside its prefix with the image, which
+sees itself whole with sliding windows, too. With a sliding window each token of another model is
+counted with a whole window; the first ones of a sample see less.
 
 **The backward pass** of a product with a weight has two products, each as large as the forward one:
 the gradient of its input and that of its weight. A frozen weight has no gradient, and the gradient
@@ -254,33 +255,39 @@ def _language_layer(architecture: Architecture, number: int) -> Iterator[Piece]:
         count * language.head_size
         for count in (language.num_attention_heads, language.num_query_groups)
     )
-    qkv, proj, fc1, fc2 = (f"language.decoder.layers.{number}.{name}" for name in _LINEARS)
+    layer = f"language.decoder.layers.{number}"
+    qkv, proj, fc1, fc2 = (f"{layer}.{name}" for name in _LINEARS)
     yield from norm(qkv, part, width, has_bias=has_bias, joint=".layer_norm_")
     yield from linear(
         qkv, part, width, queries + 2 * keys, rows=1, unit="token", has_bias=language.qkv_bias
     )
     for name in ("q_layernorm", "k_layernorm") if language.qk_norm else ():
-        key = f"language.decoder.layers.{number}.self_attention.{name}"
+        key = f"{layer}.self_attention.{name}"
         yield from norm(key, part, language.head_size, has_bias=has_bias)
     yield _attention(architecture, number, queries)
     if language.attention_sinks:
-        sinks = f"language.decoder.layers.{number}.self_attention.core_attention.softmax_offset"
+        sinks = f"{layer}.self_attention.core_attention.softmax_offset"
         yield vector(sinks, part, language.num_attention_heads)
     yield from linear(proj, part, queries, width, rows=1, unit="token", has_bias=language.has_bias)
+    if language.sandwich_norm:
+        yield from norm(f"{layer}.post_attention_norm", part, width, has_bias=has_bias)
     if language.num_experts:
-        yield from _experts(language, f"language.decoder.layers.{number}")
-        return
-    yield from norm(fc1, part, width, has_bias=has_bias, joint=".layer_norm_")
-    first = 2 * inner if language.is_gated else inner
-    yield from linear(fc1, part, width, first, rows=1, unit="token", has_bias=language.has_bias)
-    yield from linear(fc2, part, inner, width, rows=1, unit="token", has_bias=language.has_bias)
+        yield from _experts(language, layer)
+    else:
+        yield from norm(fc1, part, width, has_bias=has_bias, joint=".layer_norm_")
+        first = 2 * inner if language.is_gated else inner
+        sizes = dict(rows=1, unit="token", has_bias=language.has_bias)
+        yield from linear(fc1, part, width, first, **sizes)
+        yield from linear(fc2, part, inner, width, **sizes)
+    if language.sandwich_norm:
+        yield from norm(f"{layer}.post_mlp_norm", part, width, has_bias=has_bias)
 
 
 def _attention(architecture: Architecture, number: int, queries: int) -> Piece:
     """Return the products of a layer's attention, over all heads of ``queries`` numbers."""
     language = architecture.language
     window = language.window_of(number)
-    if window:
+    if window and not architecture.prefix_lm:
         return Piece(
             key="", part="language", elements=0, forward=4 * queries * window, unit="token"
         )

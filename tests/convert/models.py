@@ -122,12 +122,29 @@ GEMMA = dict(
     zero_centered_norm=True,
     scaled_embedding=True,
 )
+# A window shorter than most samples, caps that most numbers feel, and products divided by another
+# number than the width of a head.
+GEMMA2 = GEMMA | dict(
+    family="gemma2",
+    window_size=5,
+    window_attn_skip_freq=2,
+    attention_softcap=0.75,
+    final_softcap=1.5,
+    query_pre_attn_scalar=3,
+    sandwich_norm=True,
+)
+# As classes have it that compute logits themselves.
+BARE_GEMMA2 = GEMMA2 | dict(final_softcap=0.0)
 PERSIMMON = dict(family="persimmon", qk_norm=True, activation="relu2", rotary_percent=0.5)
 # What InternVLChatModel has no place for, too.
 NATIVE_KINDS = KINDS | {
     "qwen2_moe": language(**SHARED_EXPERT),
     "dots1": language(**SIGMOID_ROUTER),
     "gemma": language(**GEMMA),
+    "gemma2": language(**BARE_GEMMA2),
+    "gemma2 tied": language(
+        **BARE_GEMMA2 | dict(attention_softcap=0.0), tied_head=True, kv_channels=10
+    ),
     "persimmon": language(**PERSIMMON, num_query_groups=6),
     "gemma tied": language(**GEMMA, tied_head=True, kv_channels=10, num_query_groups=1),
 }

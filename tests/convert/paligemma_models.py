@@ -11,7 +11,7 @@ from transformers import PaliGemmaForConditionalGeneration
 from megavlm.config.connectors import Connector
 from megavlm.config.schema import Architecture, Language, Vision
 from megavlm.convert.hf import paligemma_config
-from tests.convert.models import ENDS, GEMMA, save_with_pixels, scattered
+from tests.convert.models import ENDS, GEMMA, GEMMA2, save_with_pixels, scattered
 
 SMALL = Architecture(
     vision=Vision(
@@ -53,6 +53,10 @@ KINDS = {
         ),
     ),
 }
+PALIGEMMA2 = replace(SMALL, language=replace(SMALL.language, **GEMMA2, num_query_groups=2))
+# A tied head repeats the last token.
+UNTIED2 = replace(PALIGEMMA2, language=replace(PALIGEMMA2.language, tied_head=False))
+KINDS["PaliGemma 2"] = PALIGEMMA2
 
 
 def make_paligemma(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from megavlm.config.schema import Language
 from megavlm.convert.hf import gpt_oss_config
-from megavlm.model import sink_attention, yarn
+from megavlm.model import block_attention, yarn
 from megavlm.model.attention import PackedSamples
 from megavlm.model.sink_attention import SinkAttention
 
@@ -69,7 +69,7 @@ def test_each_sample_of_a_pack_is_that_of_transformers(
     monkeypatch: pytest.MonkeyPatch, window: int, layer: int, block: int
 ) -> None:
     torch.manual_seed(0)
-    monkeypatch.setattr(sink_attention, "_BLOCK", block)
+    monkeypatch.setattr(block_attention, "_BLOCK", block)
     module = attention(window, layer)
     inputs = [
         torch.randn(ENDS[-1], heads, SIZE, requires_grad=True) for heads in (HEADS, GROUPS, GROUPS)

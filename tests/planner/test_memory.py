@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
 
 from megavlm.config.lora import Lora
+from megavlm.config.loss import Loss
 from megavlm.config.models import MODELS
 from megavlm.config.schema import Ema, Fp8
 from megavlm.model.nf4 import Nf4Weight
-from megavlm.planner.activations import RankLoad, activation_memory
+from megavlm.planner.activations import ActivationMemory, RankLoad, activation_memory
 from megavlm.planner.flops import pieces
 from megavlm.planner.layout import make_layout
 from tests.planner.test_estimate import SIZE, needed, run
@@ -44,6 +46,33 @@ def test_weights_in_4_bits_take_a_code_and_a_share_of_a_scale() -> None:
     assert plain.weights - small.weights == pytest.approx((2 - 0.5625) * linears)
     stored = Nf4Weight(torch.zeros(8, 2048))
     assert (stored.codes.nbytes + stored.scales.nbytes) / (8 * 2048) == 0.5625
+
+
+def test_norms_behind_branches_and_a_cap_of_logits_keep_what_their_slopes_need() -> None:
+    plain = run("2")
+    load = RankLoad(tokens=1000.0, tiles=0.0)
+    last = make_layout(plain, SIZE).chunks[-1]
+    language = plain.architecture.language
+
+    def kept(recompute: str, block: int = 0, **settings: Any) -> ActivationMemory:
+        architecture = dataclasses.replace(
+            plain.architecture, language=dataclasses.replace(language, **settings)
+        )
+        parallel = dataclasses.replace(plain.parallel, recompute=recompute)
+        loss = Loss(vocabulary_block=block)
+        config = dataclasses.replace(plain, architecture=architecture, parallel=parallel, loss=loss)
+        return activation_memory(config, last, load)
+
+    # In 16 bits: the inputs of both norms, or of the one that is not computed again.
+    for recompute, norms in (("none", 2), ("selective", 1)):
+        more = kept(recompute, sandwich_norm=True).per_microbatch - kept(recompute).per_microbatch
+        layers = len(last.language_layers)
+        assert more == norms * layers * 2 * 1000 * language.hidden_size
+    capped = dict(final_softcap=30.0)
+    # In 16 bits of all logits, and in float32 of a block.
+    more = kept("none", **capped).once - kept("none").once
+    assert more == 2 * 1000 * language.vocab_size
+    assert kept("none", 512, **capped).once - kept("none", 512).once == 4 * 1000 * 512
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])

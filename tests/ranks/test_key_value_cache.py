@@ -18,6 +18,7 @@ from tests.ranks.layouts import asks_for_all
 from tests.ranks.pool import Pool
 from tests.ranks.runs import TINY, config_for
 from tests.ranks.test_flamingo import OPEN
+from tests.ranks.test_gemma2 import MODEL as GEMMA2
 from tests.ranks.test_gpt_oss import MODEL as GPT_OSS
 from tools.benchmark import answering
 
@@ -56,12 +57,14 @@ MODELS = {
         num_query_groups=2,
     ),
     "sinks, windows and experts": _sized(GPT_OSS),
+    "soft caps, windows and norms behind branches": _sized(GEMMA2),
     "cross-attention": _sized(OPEN),
     "learned positions behind a Q-Former": _sized(BLIP2["opt"]),
 }
 EVERYDAY = {
     "real heads": ("one",),
-    "sinks, windows and experts": ("TP2 CP2", "PP2"),
+    "sinks, windows and experts": ("TP2 CP2",),
+    "soft caps, windows and norms behind branches": ("PP2",),
     "cross-attention": ("TP2 SP", "PP2"),
     "learned positions behind a Q-Former": ("CP2",),
 }

@@ -174,6 +174,7 @@ CASES = [(name, WIDE) for name in LAYOUTS if "experts" not in name]
 CASES += [(name, TINY) for name in ("tensor", "pipeline")]
 CASES += [("tensor", _as_large_as_tiny(llava_models.SMALL))]
 CASES += [(name, _as_large_as_tiny(paligemma_models.SMALL)) for name in ("tensor", "pipeline")]
+CASES += [("tensor", _as_large_as_tiny(paligemma_models.PALIGEMMA2))]
 MIXTURE = dataclasses.replace(TINY, language=dataclasses.replace(TINY.language, **EXPERTS))
 MIXTURE = dataclasses.replace(
     MIXTURE, language=dataclasses.replace(MIXTURE.language, num_experts=6)

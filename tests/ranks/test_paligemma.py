@@ -1,5 +1,5 @@
-"""PaliGemma against ``transformers``, its packs against their samples alone, its cost against
-torch's count, and its training at other layouts.
+"""PaliGemma and PaliGemma 2 against ``transformers``, their packs against the samples alone, their
+cost against torch's count, and their training at other layouts.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from megavlm.config.schema import Checkpoint
+from megavlm.config.schema import Architecture, Checkpoint
 from megavlm.config.vision import PIXELS
 from megavlm.data.loading.dataset import PackedDataset
 from megavlm.model.positions import resize_positions
 from megavlm.planner.flops import pieces, training_cost
-from tests.convert.paligemma_models import KINDS, SMALL, make_paligemma
+from tests.convert.paligemma_models import KINDS, PALIGEMMA2, SMALL, make_paligemma
 from tests.data.samples import make_dataset, make_sample
 from tests.ranks.layouts import LAYOUTS, LIMIT, Layout, asks_for_all
 from tests.ranks.model_checks import (
@@ -38,18 +38,23 @@ LAYOUTS_OF_LOGITS = WORLDS | {
     "pp2, in the encoder": (2, dict(pipeline_model_parallel_size=2, layout="v*2|c,t*2,h")),
 }
 ONE_TILE = ((1, 1),)
-EVERYDAY = [
-    layout
+EVERYDAY = {SMALL: ("DP2", "TP2 whole vision layers"), PALIGEMMA2: ("TP2 SP", "PP2")}
+CASES = [
+    (model, layout)
+    for model, everyday in EVERYDAY.items()
     for layout in LAYOUTS
-    if layout.context == 1
-    and (asks_for_all() or str(layout) in ("DP2", "TP2 SP", "PP2", "TP2 whole vision layers"))
+    if layout.context == 1 and (asks_for_all() or str(layout) in everyday)
 ]
 
 
 _config = partial(recipe_config, "paligemma")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+def _named(model: Architecture) -> str:
+    return model.language.family
+
+
+@pytest.mark.parametrize("kind", KINDS if asks_for_all() else ("tied", "PaliGemma 2"))
 def test_logits_and_losses_equal_those_of_transformers(
     ranks: Pool, tmp_path: Path, kind: str
 ) -> None:
@@ -67,46 +72,63 @@ def test_logits_and_losses_equal_those_of_transformers(
     )
 
 
-def test_a_pack_equals_its_samples_alone(ranks: Pool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("model", EVERYDAY if asks_for_all() else [SMALL], ids=_named)
+def test_a_pack_equals_its_samples_alone(ranks: Pool, tmp_path: Path, model: Architecture) -> None:
     rng = np.random.default_rng(1)
-    sizes = sizes_of(SMALL)
+    sizes = sizes_of(model)
     samples = [
         make_sample(rng, images=count, text_tokens=12 + 5 * n, line=n + 1, grids=ONE_TILE, **sizes)
         for n, count in enumerate((1, 0, 2, 1))
     ]
     assert_pack_equals_samples_alone(
-        ranks, partial(_config, SMALL), samples, tmp_path, capacity=200, **sizes
+        ranks, partial(_config, model), samples, tmp_path, capacity=200, **sizes
     )
 
 
-def test_the_cost_is_what_torch_counts(ranks: Pool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("model", EVERYDAY, ids=_named)
+def test_the_cost_is_what_torch_counts(ranks: Pool, tmp_path: Path, model: Architecture) -> None:
     # As many tokens as rows of the padded vocabulary, since padding is computed, not counted.
-    language = dataclasses.replace(SMALL.language, vocab_size=256)
-    architecture = dataclasses.replace(SMALL, language=language)
+    language = dataclasses.replace(model.language, vocab_size=256)
+    architecture = dataclasses.replace(model, language=language)
     make_dataset(tmp_path, packs=1, image_share=1.0, **sizes_of(architecture))
     batch = PackedDataset(tmp_path).batch(0, 0)
     lengths = batch.sample_ends.diff().double()
     prefixes = batch.prefixes.ends.diff().double()
     for mask in (("connector",), EVERYTHING):
         [(counted, size, keys)] = ranks.run(counted_by_torch, 1, tmp_path, mask, architecture)
-        # Two calls a sample: prefix with prefix, and the rest with everything.
-        seen = prefixes**2 + (lengths - prefixes) * lengths
-        assert size["squared_lengths"] > seen.sum() > size["squared_lengths"] / 2
-        size["squared_lengths"] = int(seen.sum())
+        if language.attends_in_blocks:
+            # All pairs of a short sample. Behind, queries and keys are multiplied again, which is
+            # half of the forward pass.
+            counted -= (
+                size["squared_lengths"]
+                // 2
+                * sum(
+                    piece.forward
+                    for piece in pieces(architecture)
+                    if piece.unit == "squared_length"
+                )
+            )
+        else:
+            # Two calls a sample: prefix with prefix, and the rest with everything.
+            seen = prefixes**2 + (lengths - prefixes) * lengths
+            assert size["squared_lengths"] > seen.sum() > size["squared_lengths"] / 2
+            size["squared_lengths"] = int(seen.sum())
         assert training_cost(architecture, mask).total(**size) == counted
         assert {piece.key for piece in pieces(architecture)} - {""} == keys
 
 
-@pytest.mark.parametrize("layout", EVERYDAY, ids=str)
-def test_a_layout_trains_like_one_process(ranks: Pool, tmp_path: Path, layout: Layout) -> None:
-    make_dataset(tmp_path, packs=12, capacity=240, alignment=4, **sizes_of(SMALL))
+@pytest.mark.parametrize(
+    ("model", "layout"), CASES, ids=[f"{_named(model)} {layout}" for model, layout in CASES]
+)
+def test_a_layout_trains_like_one_process(
+    ranks: Pool, tmp_path: Path, model: Architecture, layout: Layout
+) -> None:
+    make_dataset(tmp_path, packs=12, capacity=240, alignment=4, **sizes_of(model))
     layers = max(2, layout.layers)
     architecture = dataclasses.replace(
-        SMALL,
-        vision=dataclasses.replace(SMALL.vision, num_layers=layers, num_attention_heads=4),
-        language=dataclasses.replace(
-            SMALL.language, num_layers=layers, num_attention_heads=8, num_query_groups=1
-        ),
+        model,
+        vision=dataclasses.replace(model.vision, num_layers=layers, num_attention_heads=4),
+        language=dataclasses.replace(model.language, num_layers=layers, num_attention_heads=8),
     )
     settings = dict(adam_eps=1e-3, steps=4)
     [expected] = ranks.run(train_curve, 1, _config(architecture, tmp_path, **settings))

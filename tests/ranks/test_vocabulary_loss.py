@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,17 +18,20 @@ from tests.ranks.runs import build, config_for, make_packs, train_curve, whole_w
 
 BLOCK = Loss(vocabulary_block=48)
 TENSOR = dict(tensor_model_parallel_size=2)
+TIED = dict(tied_head=True)
+CAPPED = dict(final_softcap=0.3)
 LAYOUTS = {
-    "alone": (1, dict(), False),
-    "TP 2, tied": (2, TENSOR, True),
-    "TP 2, SP": (2, TENSOR | dict(sequence_parallel=True), False),
+    "alone": (1, dict(), dict()),
+    "TP 2, tied": (2, TENSOR, TIED),
+    "TP 2, SP, soft cap": (2, TENSOR | dict(sequence_parallel=True), CAPPED),
     "PP 2, tied, all tokens": (
         2,
         dict(pipeline_model_parallel_size=2, layout="v*3,t|t*2", head_tokens="all"),
-        True,
+        TIED,
     ),
-    "TP 2, SP, tied": (2, TENSOR | dict(sequence_parallel=True), True),
-    "CP 2": (2, dict(context_parallel_size=2), False),
+    "TP 2, SP": (2, TENSOR | dict(sequence_parallel=True), dict()),
+    "TP 2, SP, tied": (2, TENSOR | dict(sequence_parallel=True), TIED),
+    "CP 2": (2, dict(context_parallel_size=2), CAPPED),
 }
 USUAL = list(LAYOUTS)[1:4]
 
@@ -39,8 +43,9 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def tied(config: Config, is_tied: bool) -> Config:
-    language = dataclasses.replace(config.architecture.language, tied_head=is_tied)
+def changed(config: Config, **settings: Any) -> Config:
+    """Return a run with other settings of the language model."""
+    language = dataclasses.replace(config.architecture.language, **settings)
     architecture = dataclasses.replace(config.architecture, language=language)
     return dataclasses.replace(config, architecture=architecture)
 
@@ -49,8 +54,8 @@ def tied(config: Config, is_tied: bool) -> Config:
 def test_training_by_block_equals_training_with_whole_logits(
     ranks: Pool, dataset: Path, name: str
 ) -> None:
-    world, layout, is_tied = LAYOUTS[name]
-    config = tied(config_for(dataset, steps=3, **layout), is_tied)
+    world, layout, settings = LAYOUTS[name]
+    config = changed(config_for(dataset, steps=3, **layout), **settings)
     plain = ranks.run(train_curve, world, config)
     blocks = ranks.run(train_curve, world, dataclasses.replace(config, loss=BLOCK))
     assert blocks[0].losses == pytest.approx(plain[0].losses, rel=1e-6)
@@ -86,19 +91,27 @@ def losses_and_gradients(config: Config, in_training: bool) -> tuple[torch.Tenso
     return labels[0], hidden.detach()[:, 0], whole, losses.detach(), of_hidden[:, 0], gradient
 
 
-@pytest.mark.parametrize("in_training", [True, False])
+# A cap that most logits feel.
+SMOOTHED = [(True, 0.3), (False, 0.0)]
+SMOOTHED += [(True, 0.0), (False, 0.3)] if asks_for_all() else []
+
+
+@pytest.mark.parametrize(("in_training", "softcap"), SMOOTHED)
 def test_smoothing_and_z_loss_are_those_of_torch_and_of_the_paper(
-    ranks: Pool, dataset: Path, in_training: bool
+    ranks: Pool, dataset: Path, in_training: bool, softcap: float
 ) -> None:
     loss = Loss(vocabulary_block=48, label_smoothing=0.1, z_loss=1e-2)
     for world in (1, 2):
         config = config_for(dataset, tensor_model_parallel_size=world)
+        config = changed(config, final_softcap=softcap)
         config = dataclasses.replace(config, loss=loss)
         found, *_ = ranks.run(losses_and_gradients, world, config, in_training)
         labels, hidden, head, losses, of_hidden, of_head = found
         hidden.requires_grad_()
         head.requires_grad_()
         logits = hidden @ head.T
+        if softcap:
+            logits = softcap * torch.tanh(logits / softcap)
         smoothing = 0.1 if in_training else 0.0
         wanted = cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)
         wanted = wanted + (1e-2 if in_training else 0.0) * logits.logsumexp(1).square()

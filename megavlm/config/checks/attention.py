@@ -1,10 +1,10 @@
-"""Cross checks of a language model's attention: sinks, sliding windows and YaRN."""
+"""Cross checks of a language model's attention: sinks, sliding windows, soft caps and YaRN."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megavlm.config.architecture import Architecture
+from megavlm.config.architecture import WINDOWED_FAMILIES, Architecture
 from megavlm.config.checks.limits import at_least
 from megavlm.config.differences import changed
 from megavlm.config.schema import Config, Language
@@ -18,10 +18,11 @@ def attention_problems(arch: Architecture) -> Iterator[str]:
     yield from at_least(
         0, "architecture.language", language, "window_size", "window_attn_skip_freq"
     )
-    if language.window_size and not language.attention_sinks:
+    if language.window_size and language.family not in WINDOWED_FAMILIES:
         yield (
-            f"{_FLAG}.window_size {language.window_size}: sliding windows are only computed beside"
-            f" sinks; use 0, or {_FLAG}.attention_sinks true"
+            f"{_FLAG}.window_size {language.window_size}: a model of {_FLAG}.family"
+            f" {language.family} has no sliding windows, as {' and '.join(WINDOWED_FAMILIES)} have;"
+            " use 0"
         )
     if language.window_attn_skip_freq == 1:
         yield f"{_FLAG}.window_attn_skip_freq 1: no layer would have a window; use 0 or 2"
@@ -37,6 +38,7 @@ def attention_problems(arch: Architecture) -> Iterator[str]:
         )
     if language.attention_sinks:
         yield from _sinks(arch)
+    yield from _caps(arch)
     yield from _yarn(language)
 
 
@@ -51,6 +53,34 @@ def _sinks(arch: Architecture) -> Iterator[str]:
         yield (
             f"{flag}: layers with gated cross-attention (--architecture.cross_attention.every"
             f" {arch.cross_attention.every}) have not been tried with sinks; use false"
+        )
+
+
+def _caps(arch: Architecture) -> Iterator[str]:
+    """Yield what soft caps and norms behind branches cannot be."""
+    language = arch.language
+    names = ("attention_softcap", "final_softcap", "query_pre_attn_scalar")
+    yield from at_least(0, "architecture.language", language, *names)
+    given = changed(language, *names, "sandwich_norm")
+    name, value = next(iter(given.items()), ("", None))
+    if not given:
+        return
+    flag = f"{_FLAG}.{name} {str(value).lower()}"
+    if language.family != "gemma2":
+        yield (
+            f"{flag}: a model of {_FLAG}.family {language.family} has none, as gemma2 has; leave it"
+            " out"
+        )
+    elif arch.cross_attention.every:
+        yield (
+            f"{flag}: layers with gated cross-attention (--architecture.cross_attention.every"
+            f" {arch.cross_attention.every}) have no norms behind their branches; use another"
+            " language model"
+        )
+    if language.final_softcap and not arch.needs.has_vocabulary_head:
+        yield (
+            f"{_FLAG}.final_softcap {language.final_softcap} has no effect:"
+            f" --architecture.objective {arch.objective} has no head over the vocabulary; use 0"
         )
 
 
@@ -83,10 +113,17 @@ def _yarn(language: Language) -> Iterator[str]:
         )
 
 
-def sink_kernel_problems(config: Config) -> Iterator[str]:
+def attention_kernel_problems(config: Config) -> Iterator[str]:
     """Yield why Transformer Engine's layers cannot compute a language model."""
-    if config.architecture.language.attention_sinks:
-        yield (
-            f"{_FLAG}.attention_sinks true: Transformer Engine has no attention with sinks for"
-            " packed samples; use --training.kernels local"
-        )
+    language = config.architecture.language
+    whys = {
+        "attention_sinks": "Transformer Engine has no attention with sinks for packed samples",
+        "attention_softcap": "Transformer Engine has no attention with soft caps",
+        "window_size": "Transformer Engine's attention with sliding windows has not been tried",
+        "sandwich_norm": "Transformer Engine's norms behind branches have not been tried",
+    }
+    given = changed(language, *whys)
+    name = next((name for name in whys if name in given), "")
+    if name:
+        value = str(given[name]).lower()
+        yield f"{_FLAG}.{name} {value}: {whys[name]}; use --training.kernels local"

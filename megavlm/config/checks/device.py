@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megavlm.config.checks.attention import sink_kernel_problems
+from megavlm.config.checks.attention import attention_kernel_problems
 from megavlm.config.checks.experts import grouped_expert_problems
 from megavlm.config.schema import Config
 
@@ -69,7 +69,7 @@ def device_problems(config: Config, device: DeviceCapabilities) -> list[str]:
         )
     if not lack and not uses_local:
         found += grouped_expert_problems(config)
-        found += sink_kernel_problems(config)
+        found += attention_kernel_problems(config)
     for part, recipe in config.fp8.recipes.items():
         if lack:
             found.append(

@@ -11,6 +11,8 @@ samples (``docs/recipes.md``).
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from megavlm.config.connectors import Connector
 from megavlm.config.recipes.recipe import Recipe, Stage
 from megavlm.config.schema import Architecture, Language, Optimizer, Training, Vision
@@ -53,6 +55,34 @@ ARCHITECTURE = Architecture(
     image_tokens="paligemma",
     prefix_lm=True,
 )
+
+
+def _paligemma2(layers: int, width: int, inner: int, heads: int, **sizes: int) -> Architecture:
+    """Make a PaliGemma 2 (Steiner et al., arXiv 2412.03555) from the sizes of its Gemma 2."""
+    language = replace(
+        ARCHITECTURE.language,
+        family="gemma2",
+        num_layers=layers,
+        hidden_size=width,
+        ffn_hidden_size=inner,
+        num_attention_heads=heads,
+        num_query_groups=heads // 2,
+        window_size=4096,
+        window_attn_skip_freq=2,
+        attention_softcap=50.0,
+        final_softcap=30.0,
+        sandwich_norm=True,
+        **sizes,
+    )
+    return replace(ARCHITECTURE, language=language)
+
+
+# Gemma 2 of 2B, 9B and 27B.
+MODELS: dict[str, Architecture] = {
+    "paligemma2-3b": _paligemma2(26, 2304, 9216, 8, kv_channels=256, query_pre_attn_scalar=256),
+    "paligemma2-10b": _paligemma2(42, 3584, 14336, 16, kv_channels=256, query_pre_attn_scalar=256),
+    "paligemma2-28b": _paligemma2(46, 4608, 36864, 32, kv_channels=128, query_pre_attn_scalar=144),
+}
 
 
 def _stage(description: str, steps: int, batch: int, image_size: int | None) -> Stage:

@@ -9,6 +9,8 @@ from megavlm.config.schema import Language
 from megavlm.convert.hf.json_files import (
     SIZES,
     contradictions,
+    layer_type_problems,
+    layer_types,
     missing,
     no_positive_numbers,
     no_sizes,
@@ -49,12 +51,7 @@ def problems(settings: Mapping[str, Any], section: str) -> Iterator[str]:
         yield from unreadable
         return
     yield from contradictions(section, settings, gpt_oss.FAMILY.settings)
-    kinds = settings.get("layer_types")
-    if kinds is not None and kinds != _layer_types(settings.get("num_hidden_layers") or len(kinds)):
-        yield (
-            f"{section}.layer_types are not sliding_attention and full_attention by turns, one for"
-            " each of num_hidden_layers, which all models of the family have"
-        ).lstrip(".")
+    yield from layer_type_problems(section, settings)
     scaling = _scaling(settings)
     name = f"{section}.rope_scaling".lstrip(".")
     if any(isinstance(value, Mapping) for value in scaling.values()):
@@ -143,16 +140,11 @@ def write(language: Language) -> dict[str, Any]:
         "num_local_experts": language.num_experts,
         "num_experts_per_tok": language.experts_per_token,
         "sliding_window": language.window_size,
-        "layer_types": _layer_types(language.num_layers),
+        "layer_types": layer_types(language.num_layers),
         "rope_theta": base,
         "rope_scaling": scaling,
         "rope_parameters": scaling | {"rope_theta": base},
     }
-
-
-def _layer_types(count: int) -> list[str]:
-    """Return the kinds of attention of all layers."""
-    return [("sliding_attention", "full_attention")[number % 2] for number in range(count)]
 
 
 def _scaling(settings: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -55,7 +55,7 @@ def read(raw: dict[str, Any], folder: Path, *, has_head: bool | None) -> Archite
 def _language(path: Path) -> Language:
     settings = read_config(path)
     json_files.refuse(path, list(language_config.problems(settings, "")))
-    return language_config.read(settings, tied_head=False)
+    return language_config.read_bare(settings, tied_head=False)
 
 
 def usage(folder: Path) -> Usage:

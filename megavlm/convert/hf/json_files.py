@@ -132,6 +132,21 @@ def no_flags(section: str, found: Mapping[str, Any], *names: str) -> Iterator[st
             yield f"{named(section, name)} is {found[name]!r}, must be true or false"
 
 
+def layer_types(count: int) -> list[str]:
+    """Return the kinds of attention of all layers, if every other has a sliding window."""
+    return [("sliding_attention", "full_attention")[number % 2] for number in range(count)]
+
+
+def layer_type_problems(section: str, found: Mapping[str, Any]) -> Iterator[str]:
+    """Yield that other layers than every other one have a sliding window, if the file says so."""
+    kinds = found.get("layer_types")
+    if kinds is not None and kinds != layer_types(found.get("num_hidden_layers") or len(kinds)):
+        yield (
+            f"{named(section, 'layer_types')} are not sliding_attention and full_attention by"
+            " turns, one for each of num_hidden_layers, which all models of the family have"
+        )
+
+
 def rotary_problems(section: str, found: Mapping[str, Any]) -> Iterator[str]:
     """Yield why the settings of rotary positions cannot be read."""
     yield from no_positive_numbers(section, found, "rope_theta", "partial_rotary_factor")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from megavlm.config.schema import Language
@@ -10,6 +11,8 @@ from megavlm.convert.hf import gpt_oss_config, opt_config
 from megavlm.convert.hf.json_files import (
     SIZES,
     contradictions,
+    layer_type_problems,
+    layer_types,
     missing,
     no_flags,
     no_positive_numbers,
@@ -26,6 +29,8 @@ _NEEDED = (*SIZES, "vocab_size", "max_position_embeddings")
 _STATED_BY_SOME = ("num_key_value_heads", "head_dim")
 # Fields about experts that config.json need not state.
 _UNSTATED = {"norm_topk_prob": False, "routed_scaling": 1.0}
+# Fields of what a family states whose numbers have a point, and may be null.
+_NULLABLE = ("attention_softcap", "final_softcap")
 
 
 def problems(settings: Mapping[str, Any], section: str) -> Iterator[str]:
@@ -46,7 +51,7 @@ def problems(settings: Mapping[str, Any], section: str) -> Iterator[str]:
     settings = _with_experts(settings)
     yield from missing(section, settings, *_NEEDED, family.norm_epsilon)
     needed = [name for field, name in family.expert_names.items() if field not in _UNSTATED]
-    yield from missing(section, settings, *needed)
+    yield from missing(section, settings, *needed, *_needed_of(family))
     unreadable = list(_unreadable(settings, section, family, needed))
     if unreadable:
         yield from unreadable
@@ -57,6 +62,8 @@ def problems(settings: Mapping[str, Any], section: str) -> Iterator[str]:
         if value not in family.accepted.get(name, ())
     }
     yield from contradictions(section, stated, family.settings)
+    if family.facts["window_attn_skip_freq"]:
+        yield from layer_type_problems(section, settings)
     rotary = _rotary(settings)
     if rotary["rope_type"] not in ("default", "dynamic"):
         yield (
@@ -78,12 +85,20 @@ def problems(settings: Mapping[str, Any], section: str) -> Iterator[str]:
         )
 
 
+def _needed_of(family: Family) -> list[str]:
+    """Return the names of further settings that a family's config.json must state."""
+    return [name for field, name in family.stated.items() if field not in _NULLABLE]
+
+
 def _unreadable(
     settings: Mapping[str, Any], section: str, family: Family, of_experts: Sequence[str]
 ) -> Iterator[str]:
     """Yield settings whose values are of another kind than ``read`` takes."""
     yield from no_sizes(section, settings, *_NEEDED, *_STATED_BY_SOME)
     yield from no_sizes(section, settings, *of_experts, least=0)
+    yield from no_sizes(section, settings, *_needed_of(family))
+    caps = [family.stated[field] for field in _NULLABLE if field in family.stated]
+    yield from no_positive_numbers(section, settings, *caps)
     scaling = family.expert_names.get("routed_scaling", "")
     yield from no_positive_numbers(section, settings, family.norm_epsilon, scaling)
     yield from rotary_problems(section, settings)
@@ -100,12 +115,13 @@ def read(settings: Mapping[str, Any], *, tied_head: bool) -> Language:
     if settings["model_type"] in _OF_THEIR_OWN:
         return _OF_THEIR_OWN[settings["model_type"]].read(settings, tied_head=tied_head)
     settings = _with_experts(settings)
+    family = FAMILIES[settings["model_type"]]
     width = settings["hidden_size"]
     heads = settings["num_attention_heads"]
     rotary = _rotary(settings)
     head_size = settings.get("head_dim") or width // heads
     return Language(
-        family=settings["model_type"],
+        family=family.name,
         num_layers=settings["num_hidden_layers"],
         hidden_size=width,
         ffn_hidden_size=settings["intermediate_size"],
@@ -115,12 +131,20 @@ def read(settings: Mapping[str, Any], *, tied_head: bool) -> Language:
         vocab_size=settings["vocab_size"],
         rotary_base=float(rotary["rope_theta"]),
         rotary_dynamic_factor=float(rotary.get("factor", 1.0)),
-        layernorm_epsilon=settings[FAMILIES[settings["model_type"]].norm_epsilon],
+        layernorm_epsilon=settings[family.norm_epsilon],
         max_position_embeddings=settings["max_position_embeddings"],
         tied_head=tied_head,
-        **FAMILIES[settings["model_type"]].facts,
+        **family.facts,
+        **{field: settings.get(name) or 0 for field, name in family.stated.items()},
         **_read_experts(settings),
     )
+
+
+def read_bare(settings: Mapping[str, Any], *, tied_head: bool) -> Language:
+    """Read a language model that a class builds without its head. The class computes logits itself,
+    and no soft cap of them, whatever config.json says.
+    """
+    return replace(read(settings, tied_head=tied_head), final_softcap=0.0)
 
 
 def _with_experts(settings: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -206,6 +230,8 @@ def _write_sizes(language: Language, family: Family) -> dict[str, Any]:
         "vocab_size": language.vocab_size,
         family.norm_epsilon: language.layernorm_epsilon,
         "max_position_embeddings": language.max_position_embeddings,
+        **{name: vars(language)[field] or None for field, name in family.stated.items()},
+        **({"layer_types": layer_types(language.num_layers)} if language.window_size else {}),
         **_write_experts(language, family),
         **_write_rotary(language),
     }

@@ -70,7 +70,7 @@ def architecture_of(
             - _layers(vision, settings["vision_feature_layer"]),
             unused_head=family == "siglip" and vision["vision_use_head"],
         ),
-        language=language_config.read(
+        language=language_config.read_bare(
             settings["text_config"], tied_head=bool(tied) and not has_head
         ),
         connector=replace(connector, bias=settings["multimodal_projector_bias"]),

@@ -42,8 +42,8 @@ def architecture_from_hf(folder: str | Path) -> Architecture:
 
 # Facts that weights of one model may be used with differently: positions are resized to the tile,
 # the factor is only where training starts, unused layers and heads are not built, a family is how
-# files name weights, rotary positions are stretched for longer samples only, and how long
-# instructions are stands in no file. A tied head may be untied, too.
+# files name weights, rotary positions are stretched for longer samples only, some classes cap no
+# logits, and how long instructions are stands in no file. A tied head may be untied, too.
 _FREE = {
     "architecture.vision.image_size",
     "architecture.vision.layer_scale",
@@ -52,6 +52,7 @@ _FREE = {
     "architecture.language.max_position_embeddings",
     "architecture.language.family",
     "architecture.language.rotary_dynamic_factor",
+    "architecture.language.final_softcap",
     "architecture.cross_attention.gate_start",
     "architecture.connector.qformer.instruction_tokens",
     "architecture.vision.patch_drop",

@@ -55,7 +55,7 @@ def read(raw: dict[str, Any], folder: Path, *, has_head: bool | None) -> Archite
     mean, std = shared.normalisation(folder)
     return Architecture(
         vision=_vision(settings["vision_config"], mean, std),
-        language=language_config.read(
+        language=language_config.read_bare(
             settings["text_config"], tied_head=settings["tie_word_embeddings"] and not has_head
         ),
         connector=Connector(pixel_shuffle=shared.whole_inverse(settings["downsample_ratio"])),

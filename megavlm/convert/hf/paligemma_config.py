@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from megavlm.config.connectors import Connector
+from megavlm.config.exports import PALIGEMMA_FAMILIES
 from megavlm.config.schema import Architecture
 from megavlm.convert.hf import clip_vision, language_config, tokenizer_files
 from megavlm.convert.hf import json_files as shared
@@ -57,10 +58,10 @@ def _problems(settings: dict[str, Any]) -> Iterator[str]:
     yield from clip_vision.problems(vision, "vision_config")
     if text.pop(_BIDIRECTIONAL, True) is False:
         yield f"text_config.{_BIDIRECTIONAL} is False, must be True: prefixes are bidirectional"
-    if text.get("model_type") != "gemma":
+    if text.get("model_type") not in PALIGEMMA_FAMILIES:
         yield (
-            f"text_config.model_type is {text.get('model_type')!r}, must be 'gemma' (PaliGemma 1);"
-            " PaliGemma 2 has a Gemma 2, which is not supported"
+            f"text_config.model_type is {text.get('model_type')!r}, must be 'gemma' (PaliGemma) or"
+            " 'gemma2' (PaliGemma 2)"
         )
         return
     yield from language_config.problems(text, "text_config")

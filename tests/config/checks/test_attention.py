@@ -1,4 +1,6 @@
-"""What attention with sinks, windows and YaRN cannot be is refused, with the flag to change."""
+"""What attention with sinks, windows, soft caps and YaRN cannot be is refused, with the flag to
+change.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +12,11 @@ from megavlm.config.cli import parse
 
 MODEL = "internvl3_5-gpt-oss-20b"
 PLAIN = "internvl3_5-8b"
+CAPPED = "paligemma2-3b"
+CROSSES = ("--architecture.cross_attention.every", "2", "--architecture.connector.kind")
+CROSSES += ("resampler",)
+PAIRS = ("--architecture.objective", "contrastive", "--architecture.connector.kind", "mean")
+PAIRS += ("tied_head", "false")
 ADAPTERS = ("--architecture.lora.rank", "8", "--architecture.lora.targets", "language.*.experts")
 
 
@@ -20,12 +27,18 @@ def found(model: str, *options: str) -> list[str]:
         flag + one if index % 2 == 0 and "-" not in one else one
         for index, one in enumerate(options)
     ]
-    config = parse(["--stage", "2", "--model", model, *named])
-    return problems(config, 8)
+    return problems(parse([*_model(model), *named]), 8)
 
 
-def test_the_model_of_the_table_has_no_problem() -> None:
+def _model(name: str) -> list[str]:
+    """Return the options of a model and its recipe."""
+    recipe = "paligemma" if name == CAPPED else "internvl"
+    return ["--recipe", recipe, "--stage", "2", "--model", name]
+
+
+def test_the_models_of_the_table_have_no_problem() -> None:
     assert not [one for one in found(MODEL) if "architecture" in one]
+    assert not [one for one in found(CAPPED) if "architecture" in one]
     split = ("--expert-model-parallel-size", "8")
     assert not [one for one in found(MODEL, *split) if "architecture" in one]
 
@@ -33,7 +46,18 @@ def test_the_model_of_the_table_has_no_problem() -> None:
 @pytest.mark.parametrize(
     ("model", "options", "told"),
     [
-        (PLAIN, ("window_size", "128"), "only computed beside sinks"),
+        (PLAIN, ("window_size", "128"), "qwen3 has no sliding windows, as gpt_oss and gemma2 have"),
+        (PLAIN, ("attention_softcap", "50"), "attention_softcap 50.0: a model of"),
+        (PLAIN, ("final_softcap", "30"), "qwen3 has none, as gemma2 has; leave it out"),
+        (PLAIN, ("query_pre_attn_scalar", "256"), "query_pre_attn_scalar 256: a model of"),
+        (PLAIN, ("sandwich_norm", "true"), "sandwich_norm true: a model of"),
+        (CAPPED, ("attention_softcap", "-1"), "attention_softcap -1.0: must be 0 or more"),
+        (CAPPED, ("final_softcap", "-0.5"), "final_softcap -0.5: must be 0 or more"),
+        (CAPPED, ("query_pre_attn_scalar", "-4"), "query_pre_attn_scalar -4: must be 0 or more"),
+        (CAPPED, ("window_size", "0"), "window_attn_skip_freq 2 has no effect without"),
+        (CAPPED, CROSSES, "(--architecture.cross_attention.every 2) have no norms behind"),
+        (CAPPED, PAIRS, "final_softcap 30.0 has no effect: --architecture.objective contrastive"),
+        (CAPPED, ("--context-parallel-size", "2"), "--architecture.prefix_lm true"),
         (PLAIN, ("window_attn_skip_freq", "2"), "has no effect without"),
         (PLAIN, ("rotary_yarn_truncate", "false"), "rotary_yarn_truncate false has no effect"),
         (PLAIN, ("rotary_yarn_factor", "0.5"), "rotary_yarn_factor"),
@@ -50,9 +74,27 @@ def test_what_cannot_run_is_named(model: str, options: tuple[str, ...], told: st
     assert any(told in one for one in found(model, *options)), found(model, *options)
 
 
-def test_transformer_engine_has_no_sinks() -> None:
+NO_CAP = ("--architecture.language.attention_softcap", "0")
+NO_WINDOW = (*NO_CAP, "--architecture.language.window_size", "0")
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "name"),
+    [
+        (MODEL, (), "attention_sinks true"),
+        (CAPPED, (), "attention_softcap 50.0"),
+        (CAPPED, NO_CAP, "window_size 4096"),
+        (CAPPED, NO_WINDOW, "sandwich_norm true"),
+    ],
+)
+def test_transformer_engine_has_no_such_attention(
+    model: str, options: tuple[str, ...], name: str
+) -> None:
     gpu = DeviceCapabilities(capability=(9, 0), has_transformer_engine=True)
     for kernels, is_refused in (("auto", True), ("transformer_engine", True), ("local", False)):
-        config = parse(["--stage", "2", "--model", MODEL, "--training.kernels", kernels])
-        told = [one for one in device_problems(config, gpu) if "attention_sinks" in one]
-        assert bool(told) == is_refused
+        config = parse([*_model(model), "--training.kernels", kernels, *options])
+        told = [one for one in device_problems(config, gpu) if f"language.{name}: " in one]
+        assert len(told) == is_refused and all("--training.kernels local" in one for one in told)
+    config = parse([*_model(model), "--training.kernels", "local", "--fp8.language", "tensorwise"])
+    [told] = [one for one in [*problems(config, 8), *device_problems(config, gpu)] if "fp8" in one]
+    assert "--training.kernels" in told

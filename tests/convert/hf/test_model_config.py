@@ -104,11 +104,11 @@ def test_models_of_other_kinds_are_refused_with_all_reasons(tmp_path: Path) -> N
 
 def test_other_language_models_are_refused(tmp_path: Path) -> None:
     settings = settings_of(SMALL)
-    settings["text_config"]["model_type"] = "gemma2"
+    settings["text_config"]["model_type"] = "gemma3_text"
     write_json(tmp_path / "config.json", settings)
     with pytest.raises(
         ValueError,
-        match=r"text_config.model_type is 'gemma2', must be one of qwen2, qwen3, .*mistral",
+        match=r"text_config.model_type is 'gemma3_text', must be one of qwen2, qwen3, .*mistral",
     ):
         architecture_from_hf(tmp_path)
 

@@ -87,7 +87,7 @@ def test_transformers_loads_an_export_and_its_processor(
         ("", {"image_token_index": 2000}, "must have a row for it"),
         ("vision_config", {"vision_use_head": True}, "vision_use_head is True, must be False"),
         ("text_config", {"use_bidirectional_attention": False}, "prefixes are bidirectional"),
-        ("text_config", {"model_type": "gemma2"}, "PaliGemma 2 has a Gemma 2"),
+        ("text_config", {"model_type": "qwen2"}, r"must be 'gemma' \(PaliGemma\) or 'gemma2'"),
     ],
 )
 def test_other_models_are_refused(tmp_path: Path, section: str, change: dict, told: str) -> None:
@@ -109,6 +109,22 @@ def test_the_model_of_the_recipe_is_paligemma_3b() -> None:
     assert counts["connector"] == 1152 * 2048 + 2048
     assert counts["language"] + counts["head"] == 2_506_172_416 + 1216 * 2048
     assert ARCHITECTURE.placeholders_per_tile == 256
+
+
+@pytest.mark.parametrize(
+    ("name", "total"),
+    # As Keras Hub counts them for 257152 tokens (3032094960, 9662409456 and 27650192112), and 64
+    # rows more, as of transformers' folders.
+    [
+        ("paligemma2-3b", 3_032_242_416),
+        ("paligemma2-10b", 9_662_638_832),
+        ("paligemma2-28b", 27_650_487_024),
+    ],
+)
+def test_the_models_of_the_table_are_paligemma_2(name: str, total: int) -> None:
+    architecture = parse(["--recipe", "paligemma", "--stage", "1", "--model", name]).architecture
+    assert sum(piece.elements for piece in pieces(architecture)) == total
+    assert architecture.placeholders_per_tile == 256
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from megavlm.model.nf4 import rounded
 from tests.convert.llava_next_models import make_llava_next
 from tests.convert.models import NATIVE_KINDS, SMALL, make_hf
 from tests.convert.round_trip import golden_words
+from tests.ranks.layouts import asks_for_all
 
 TARGETS = ("language", "vision.*.self_attention", "vision.encoder.layers.1.mlp")
 
@@ -159,8 +160,12 @@ def test_peft_gives_the_logits_of_the_merged_export(
     assert "language.decoder.layers.*.self_attention.linear_qkv" in found.targets
 
 
-@pytest.mark.parametrize(("family", "modules"), [("phi3", 4), ("persimmon", 4)])
-def test_families_with_joint_projections_are_merged_as_peft_merges_them(
+FAMILIES = [("phi3", 4), ("persimmon", 4)]
+FAMILIES += [("gemma2", 7)] if asks_for_all() else []
+
+
+@pytest.mark.parametrize(("family", "modules"), FAMILIES)
+def test_families_with_other_projections_are_merged_as_peft_merges_them(
     tmp_path: Path, family: str, modules: int
 ) -> None:
     architecture = NATIVE_KINDS[family]

@@ -8,6 +8,7 @@ from megavlm.config.schema import Language
 from megavlm.convert.weights.families import (
     dots1,
     gemma,
+    gemma2,
     gpt_oss,
     internlm2,
     internlm3,
@@ -36,6 +37,7 @@ FAMILIES: dict[str, Family] = {
         llama,
         mistral,
         gemma,
+        gemma2,
         opt,
         persimmon,
         phi3,

@@ -20,6 +20,10 @@ _USUAL_FACTS = {
     "linear_bias": False,
     "attention_sinks": False,
     "window_attn_skip_freq": 0,
+    "attention_softcap": 0.0,
+    "final_softcap": 0.0,
+    "query_pre_attn_scalar": 0,
+    "sandwich_norm": False,
 }
 _USUAL_EXPERT_NAMES = {
     "num_experts": "num_experts",
@@ -53,6 +57,8 @@ class Family:
         counts_shared: whether it says of the shared expert how many times as wide as an expert it
             is, instead of its width.
         norm_epsilon: what config.json calls the epsilon of the norms.
+        stated: what config.json calls further fields of ``Language``, in which models of the family
+            differ and others have the usual value; null there is 0.
         native: family whose names and settings are used inside classes of transformers; empty: this
             one.
         chat: the same for ``InternVLChatModel``.
@@ -70,11 +76,14 @@ class Family:
     expert_names: Mapping[str, str] = field(default_factory=dict)
     counts_shared: bool = False
     norm_epsilon: str = "rms_norm_eps"
+    stated: Mapping[str, str] = field(default_factory=dict)
     native: str = ""
     chat: str = ""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "facts", _USUAL_FACTS | dict(self.facts))
+        facts = _USUAL_FACTS | dict(self.facts)
+        facts = {name: value for name, value in facts.items() if name not in self.stated}
+        object.__setattr__(self, "facts", facts)
         names = _USUAL_EXPERT_NAMES | dict(self.expert_names) if self.has_experts else {}
         object.__setattr__(self, "expert_names", names)
         object.__setattr__(self, "settings", _USUAL_SETTINGS | dict(self.settings))
