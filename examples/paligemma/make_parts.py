@@ -1,7 +1,9 @@
 """Make what PaliGemma starts from, small: boards of one or two handwritten digits with a question
-about each, a SigLIP that has learned to read such boards, and a Gemma that has learned nothing.
+about each, a SigLIP that has learned to read such boards, and a Gemma that has learned nothing, or
+a Gemma 2 for PaliGemma 2.
 
 python examples/paligemma/make_parts.py OUT
+python examples/paligemma/make_parts.py OUT --gemma 2
 """
 
 from __future__ import annotations
@@ -13,8 +15,9 @@ import numpy as np
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
     GemmaConfig,
-    GemmaForCausalLM,
     PreTrainedTokenizerFast,
     SiglipVisionConfig,
     SiglipVisionModel,
@@ -41,16 +44,20 @@ SIGLIP = SiglipVisionConfig(
     patch_size=8,
     vision_use_head=False,
 )
-GEMMA = GemmaConfig(
+SIZES = dict(
     hidden_size=128,
     intermediate_size=256,
     num_hidden_layers=3,
     num_attention_heads=4,
-    num_key_value_heads=1,
     head_dim=48,
     vocab_size=400,
     max_position_embeddings=2048,
 )
+# By generation. A window of the second is shorter than the tokens of an image.
+GEMMA = {
+    1: GemmaConfig(**SIZES, num_key_value_heads=1),
+    2: Gemma2Config(**SIZES, num_key_value_heads=2, query_pre_attn_scalar=48, sliding_window=8),
+}
 
 
 def pixels_of(board: Board) -> np.ndarray:
@@ -72,7 +79,7 @@ def train_siglip(rng: np.random.Generator, scans: Scans, steps: int, folder: Pat
     )
 
 
-def make_language(texts: list[str], folder: Path) -> None:
+def make_language(texts: list[str], generation: int, folder: Path) -> None:
     """Write a fresh Gemma, and a tokenizer that begins and ends texts as Gemma's does."""
     words = Tokenizer(models.BPE())
     # A digit by itself is a token by itself.
@@ -81,7 +88,8 @@ def make_language(texts: list[str], folder: Path) -> None:
     words.pre_tokenizer = pre_tokenizers.Sequence(cuts)
     words.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    settings = dict(vocab_size=GEMMA.vocab_size, special_tokens=SPECIAL, initial_alphabet=alphabet)
+    rows = SIZES["vocab_size"]
+    settings = dict(vocab_size=rows, special_tokens=SPECIAL, initial_alphabet=alphabet)
     words.train_from_iterator(texts, trainers.BpeTrainer(**settings))
     words.post_processor = processors.TemplateProcessing(
         single="<bos> $A", pair="<bos> $A $B:1", special_tokens=[("<bos>", SPECIAL.index("<bos>"))]
@@ -90,11 +98,13 @@ def make_language(texts: list[str], folder: Path) -> None:
         tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>"
     ).save_pretrained(folder)
     torch.manual_seed(1)
-    GemmaForCausalLM(GEMMA).save_pretrained(folder)
+    AutoModelForCausalLM.from_config(GEMMA[generation]).save_pretrained(folder)
 
 
 def main() -> None:
-    options = parse_parts(__doc__, records=3000, exam=200, siglip_steps=500)
+    options = parse_parts(__doc__, records=3000, exam=200, siglip_steps=500, gemma=1)
+    if options.gemma not in GEMMA:
+        raise SystemExit(f"--gemma {options.gemma}: must be one of {', '.join(map(str, GEMMA))}")
     images = options.out / "images"
     images.mkdir(parents=True)
     train, held_out = split_scans(HELD_OUT_SCANS, 0)
@@ -103,7 +113,7 @@ def main() -> None:
     for name, found in (("train", records), ("exam", exam)):
         write_lines(options.out / f"{name}.jsonl", one_question_each(found))
     texts = [turn["value"] for record in records for turn in record["conversations"]]
-    make_language(texts, options.out / "gemma")
+    make_language(texts, options.gemma, options.out / "gemma")
     steps = options.siglip_steps
     share = train_siglip(np.random.default_rng(3), train, steps, options.out / "siglip")
     print(

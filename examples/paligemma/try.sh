@@ -2,6 +2,7 @@
 # PaliGemma's stages, small, on two CPU cores, in a few minutes.
 #
 #   bash examples/paligemma/try.sh [OUT]      OUT: folder to make (default: paligemma)
+#   GEMMA=2 bash examples/paligemma/try.sh    PaliGemma 2, with a Gemma 2
 #
 # It makes boards of digits, a small SigLIP that can read them and a fresh Gemma, packs the boards at two resolutions, trains all parts at the lower
 # one and then at the higher one, exports both stages, compares the second with transformers, and lets transformers answer held-out questions
@@ -10,7 +11,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../start_try.sh"
 
 step "data, a SigLIP, a Gemma"
-OMP_NUM_THREADS=2 "$python" "$here/make_parts.py" "$out/data"
+OMP_NUM_THREADS=2 "$python" "$here/make_parts.py" "$out/data" --gemma "${GEMMA:-1}"
 
 # pack STAGE PIXELS
 pack() {
