@@ -62,10 +62,13 @@ def _problems(settings: dict[str, Any]) -> Iterator[str]:
 
 def read_usage(folder: Path) -> Usage:
     """Read how a model is to be used: one question, and images of any size up to the limit of the
-    image processor.
+    image processor. Raises ValueError: the limit cannot be one.
     """
-    settings = shared.image_processor(folder)
-    size = settings.get("size") or {}
+    size = shared.image_processor(folder).get("size") or {}
+    path = shared.image_processor_file(folder)
+    if not isinstance(size, dict):
+        shared.refuse(path, [f"size is {size!r}, must be an object"])
+    shared.refuse(path, list(shared.no_sizes("size", size, "width", "height")))
     width, height = FUYU_LIMIT
     return Usage(
         template="fuyu",
@@ -74,7 +77,7 @@ def read_usage(folder: Path) -> Usage:
         max_tiles=1,
         thumbnail=False,
         tiling="patches",
-        image_limit=(size.get("width", width), size.get("height", height)),
+        image_limit=(size.get("width") or width, size.get("height") or height),
     )
 
 

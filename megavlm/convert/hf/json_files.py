@@ -12,6 +12,7 @@ from megavlm.config.vision import PIXELS
 
 FILE_NAME = "config.json"
 IMAGE_PROCESSOR_NAME = "preprocessor_config.json"
+PROCESSOR_NAME = "processor_config.json"
 # Sizes of a transformer, as most files of Hugging Face call them.
 SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads")
 NORMS = {"layer_norm": "LayerNorm", "rms_norm": "RMSNorm"}
@@ -38,9 +39,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_config(path: Path) -> dict[str, Any]:
     """Read a config.json; errors as of ``read_json``."""
     content = read_json(path)
-    wrong = []
-    if not isinstance(content.get("model_type"), str | None):
-        wrong.append(f"model_type is {content['model_type']!r}, must be text")
+    wrong = [*no_texts("", content, "model_type")]
     classes = content.get("architectures") or []
     if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
         wrong.append(f"architectures is {classes!r}, must be a list of names of classes")
@@ -147,6 +146,13 @@ def layer_type_problems(section: str, found: Mapping[str, Any]) -> Iterator[str]
         )
 
 
+def no_texts(section: str, found: Mapping[str, Any], *names: str) -> Iterator[str]:
+    """Yield settings that are stated and no text."""
+    for name in names:
+        if not isinstance(found.get(name), str | None):
+            yield f"{named(section, name)} is {found[name]!r}, must be text"
+
+
 def rotary_problems(section: str, found: Mapping[str, Any]) -> Iterator[str]:
     """Yield why the settings of rotary positions cannot be read."""
     yield from no_positive_numbers(section, found, "rope_theta", "partial_rotary_factor")
@@ -175,13 +181,26 @@ def refuse(path: Path, wrong: list[str]) -> None:
         )
 
 
+def image_processor_file(folder: Path) -> Path:
+    """Return the file that holds the settings of a folder's image processor, if there is one."""
+    own = folder / IMAGE_PROCESSOR_NAME
+    # transformers 5 keeps the image processor in the other one
+    return own if own.is_file() else folder / PROCESSOR_NAME
+
+
 def image_processor(folder: Path) -> dict[str, Any]:
-    """Read the settings of the image processor; an empty mapping if the folder has none."""
-    if (folder / IMAGE_PROCESSOR_NAME).is_file():
-        return read_json(folder / IMAGE_PROCESSOR_NAME)
-    # transformers 5 keeps the image processor in it
-    whole = folder / "processor_config.json"
-    return read_json(whole).get("image_processor", {}) if whole.is_file() else {}
+    """Read the settings of the image processor; an empty mapping if the folder has none.
+
+    Raises:
+        ValueError: they are no object.
+    """
+    path = image_processor_file(folder)
+    found = read_json(path) if path.is_file() else {}
+    if path.name == PROCESSOR_NAME:
+        found = found.get("image_processor", {})
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: image_processor is {found!r}, must be an object")
+    return found
 
 
 def normalisation(
@@ -190,23 +209,37 @@ def normalisation(
     """Mean and standard deviation of pixels; ``usual`` if the folder says nothing.
 
     Raises:
-        ValueError: the folder says what cannot be one.
+        ValueError: the folder says what cannot be one, or that pixels are not normalised.
     """
     found = image_processor(folder)
+    path = image_processor_file(folder)
+    refuse(path, list(_other_scaling(found)))
     mean, std = usual
     return (
-        _of_colours(folder, "image_mean", found.get("image_mean", mean)),
-        _of_colours(folder, "image_std", found.get("image_std", std)),
+        _of_colours(path, "image_mean", found.get("image_mean", mean)),
+        _of_colours(path, "image_std", found.get("image_std", std)),
     )
 
 
-def _of_colours(folder: Path, name: str, found: Any) -> tuple[float, ...]:
+def _other_scaling(found: Mapping[str, Any]) -> Iterator[str]:
+    """Yield settings of an image processor that scales pixels otherwise than to 0 to 1, and then by
+    mean and standard deviation.
+    """
+    for name in ("do_rescale", "do_normalize"):
+        if found.get(name) not in (None, True):
+            yield f"{name} is {found[name]!r}, must be True"
+    factor = found.get("rescale_factor")
+    if factor is not None and (
+        type(factor) not in (int, float) or not math.isclose(factor, 1 / 255, rel_tol=1e-6)
+    ):
+        yield f"rescale_factor is {factor!r}, must be 1 / 255"
+
+
+def _of_colours(path: Path, name: str, found: Any) -> tuple[float, ...]:
     """Return a value for each of red, green and blue, of one for all or three."""
     values = tuple(found) if isinstance(found, Sequence) else (found,) * 3
     if len(values) != 3 or not all(type(value) in (int, float) for value in values):
-        raise ValueError(
-            f"{folder}: {name} of the image processor is {found!r}, must be a number or three"
-        )
+        raise ValueError(f"{path}: {name} is {found!r}, must be a number or three")
     return tuple(map(float, values))
 
 

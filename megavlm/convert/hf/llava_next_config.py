@@ -23,12 +23,13 @@ _USUAL_SIDE = 336
 def read(raw: dict[str, Any], folder: Path, *, has_head: bool | None) -> Architecture:
     """Read the architecture; arguments and errors as in ``native_config``."""
     settings = llava_config.complete("LlavaNextConfig", CLASS_NAME, raw, folder)
-    shared.refuse(folder / shared.FILE_NAME, list(_problems(settings, folder)))
+    shared.refuse(folder / shared.FILE_NAME, list(_problems(settings)))
+    shared.refuse(shared.image_processor_file(folder), list(_other_grids(settings, folder)))
     found = llava_config.architecture_of(settings, folder, has_head=has_head)
     return replace(found, connector=replace(found.connector, newline=True))
 
 
-def _problems(settings: dict[str, Any], folder: Path) -> Iterator[str]:
+def _problems(settings: dict[str, Any]) -> Iterator[str]:
     """Yield settings that our model does not support."""
     side = settings["vision_config"].get("image_size")
     grids = settings[PINPOINTS]
@@ -37,11 +38,17 @@ def _problems(settings: dict[str, Any], folder: Path) -> Iterator[str]:
             f"{PINPOINTS} is {grids}, must be multiples of vision_config.image_size {side}: pairs"
             " of height and width"
         )
+
+
+def _other_grids(settings: dict[str, Any], folder: Path) -> Iterator[str]:
+    """Yield in what the image processor makes other grids than the model reads."""
     processor = shared.image_processor(folder)
     # Where its file does not say, transformers takes the usual ones, whatever config.json says.
-    of_processor = processor.get(PINPOINTS, pinpoints(LLAVA_GRIDS, _USUAL_SIDE))
-    if processor and of_processor != grids:
-        yield f"{PINPOINTS} is {grids}, but that of the image processor is {of_processor}"
+    usual = pinpoints(LLAVA_GRIDS, _USUAL_SIDE)
+    grids = settings[PINPOINTS]
+    if processor and processor.get(PINPOINTS, usual) != grids:
+        found = processor.get(PINPOINTS, f"missing, which means {usual}")
+        yield f"{PINPOINTS} is {found}, must be that of {shared.FILE_NAME}, {grids}"
 
 
 def _are_grids(found: Any, side: int) -> bool:

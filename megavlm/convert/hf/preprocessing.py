@@ -11,7 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megavlm.convert.hf.json_files import FILE_NAME, IMAGE_PROCESSOR_NAME, read_json, write_json
+from megavlm.convert.hf.json_files import (
+    FILE_NAME,
+    image_processor,
+    image_processor_file,
+    no_flags,
+    no_sizes,
+    no_texts,
+    read_json,
+    refuse,
+    write_json,
+)
 from megavlm.data.images.tiling import FUYU_LIMIT
 from megavlm.data.store.manifest import FILE_NAME as MANIFEST_NAME
 from megavlm.data.store.manifest import read_manifest
@@ -19,6 +29,7 @@ from megavlm.data.text.chat_tokens import DEFAULT
 from megavlm.data.text.templates import FORMATS, chat_format
 
 _FILE_NAME = "usage.json"
+_THUMBNAIL = "use_thumbnail"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,38 +79,39 @@ class Usage:
 
 
 def of_chat(folder: Path) -> Usage:
-    """Read the settings from a folder of ``InternVLChatModel``."""
-    settings = read_json(folder / FILE_NAME)
-    usage = _tiles(settings, "min_dynamic_patch", "max_dynamic_patch")
+    """Read the settings from a folder of ``InternVLChatModel``. Raises ValueError: they cannot
+    be.
+    """
+    path = folder / FILE_NAME
+    settings = read_json(path)
+    of_text = no_texts("", settings, "template", "system_message")
+    refuse(path, [*of_text, *no_flags("", settings, "pad2square")])
+    usage = _tiles(path, settings, "min_dynamic_patch", "max_dynamic_patch")
     template = settings.get("template") or usage.template
     own = FORMATS[template].system_message if template in FORMATS else ""
     message = settings.get("system_message", own)
     return dataclasses.replace(
         usage,
         template=template,
-        system_message=message,
+        system_message=message or "",
         tiling="pad" if settings.get("pad2square") else "dynamic",
     )
 
 
 def of_native(folder: Path) -> Usage:
-    """Read the settings from a folder of transformers; transformers 5 keeps the image processor in
-    the settings of the processor.
-    """
-    if (folder / IMAGE_PROCESSOR_NAME).is_file():
-        return _tiles(read_json(folder / IMAGE_PROCESSOR_NAME), "min_patches", "max_patches")
-    if (folder / "processor_config.json").is_file():
-        found = read_json(folder / "processor_config.json").get("image_processor", {})
-        return _tiles(found, "min_patches", "max_patches")
-    return Usage()
+    """Read the settings from a folder of transformers. Raises ValueError: they cannot be."""
+    path = image_processor_file(folder)
+    return _tiles(path, image_processor(folder), "min_patches", "max_patches")
 
 
-def _tiles(found: dict[str, Any], least: str, most: str) -> Usage:
+def _tiles(path: Path, found: dict[str, Any], least: str, most: str) -> Usage:
+    refuse(path, [*no_sizes("", found, least, most), *no_flags("", found, _THUMBNAIL)])
     usual = Usage()
+    thumbnail = found.get(_THUMBNAIL)
     return Usage(
-        min_tiles=found.get(least, usual.min_tiles),
-        max_tiles=found.get(most, usual.max_tiles),
-        thumbnail=found.get("use_thumbnail", usual.thumbnail),
+        min_tiles=found.get(least) or usual.min_tiles,
+        max_tiles=found.get(most) or usual.max_tiles,
+        thumbnail=usual.thumbnail if thumbnail is None else thumbnail,
     )
 
 

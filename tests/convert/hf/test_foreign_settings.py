@@ -15,9 +15,10 @@ import transformers
 from transformers import PreTrainedConfig
 
 from megavlm.config.schema import Architecture, Language, Vision
-from megavlm.convert.hf import language_config
+from megavlm.convert.hf import fuyu_config, language_config, preprocessing
 from megavlm.convert.hf.json_files import read_config, refuse, write_json
 from megavlm.convert.hf.model_config import architecture_from_hf
+from megavlm.convert.hf.preprocessing import Usage
 from megavlm.convert.hf.vision_part import vision_from_hf
 from megavlm.convert.weights.families import FAMILIES
 
@@ -158,5 +159,59 @@ def test_strange_colours_of_an_image_processor_are_named(tmp_path: Path, name: s
     write_json(tmp_path / "config.json", INTERNVIT)
     for strange in ({}, [], [1, 2], "abc", None, [0.5, 0.5, "x"]):
         write_json(tmp_path / "preprocessor_config.json", {name: strange})
-        with pytest.raises(ValueError, match=f"{name} of the image processor is .*a number or thr"):
+        with pytest.raises(
+            ValueError, match=rf"preprocessor_config.json: {name} is .*a number or thr"
+        ):
             vision_from_hf(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"do_normalize": False}, "do_normalize is False, must be True"),
+        ({"do_rescale": False}, "do_rescale is False, must be True"),
+        ({"rescale_factor": 1.0}, "rescale_factor is 1.0, must be 1 / 255"),
+        ({"rescale_factor": "x"}, "rescale_factor is 'x', must be 1 / 255"),
+    ],
+)
+def test_pixels_that_are_scaled_otherwise_are_refused(
+    tmp_path: Path, settings: dict, told: str
+) -> None:
+    write_json(tmp_path / "config.json", INTERNVIT)
+    for name, content in (
+        ("processor_config.json", {"image_processor": settings}),
+        ("preprocessor_config.json", settings),
+    ):
+        write_json(tmp_path / name, content)
+        with pytest.raises(ValueError, match=f"/{name}: [^/]*{told}"):
+            vision_from_hf(tmp_path)
+    write_json(tmp_path / "preprocessor_config.json", {"rescale_factor": 0.00392156862745098})
+    vision_from_hf(tmp_path)
+    write_json(tmp_path / "processor_config.json", {"image_processor": [1]})
+    (tmp_path / "preprocessor_config.json").unlink()
+    with pytest.raises(ValueError, match=r"image_processor is \[1\], must be an object"):
+        vision_from_hf(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("read", "file", "strange"),
+    [
+        (preprocessing.of_native, "preprocessor_config.json", {"max_patches": "x"}),
+        (preprocessing.of_native, "preprocessor_config.json", {"min_patches": 0}),
+        (preprocessing.of_native, "preprocessor_config.json", {"use_thumbnail": "no"}),
+        (preprocessing.of_chat, "config.json", {"max_dynamic_patch": [6]}),
+        (preprocessing.of_chat, "config.json", {"template": ["a"]}),
+        (preprocessing.of_chat, "config.json", {"system_message": 5}),
+        (preprocessing.of_chat, "config.json", {"pad2square": 1}),
+        (fuyu_config.read_usage, "preprocessor_config.json", {"size": 384}),
+        (fuyu_config.read_usage, "preprocessor_config.json", {"size": {"width": "a"}}),
+    ],
+)
+def test_strange_limits_of_images_are_named(
+    tmp_path: Path, read: Callable[[Path], Usage], file: str, strange: dict
+) -> None:
+    write_json(tmp_path / file, strange)
+    with pytest.raises(ValueError, match=rf"/{file}: [^/]*{next(iter(strange))}.* is .*, must be"):
+        read(tmp_path)
+    write_json(tmp_path / file, dict.fromkeys(strange))
+    assert read(tmp_path).max_tiles in (1, 12)
