@@ -170,10 +170,10 @@ def _images(tasks: Sequence[Task]) -> str:
 
 
 def _manifest(packs: Path | None, saved: Checkpoint | None) -> list[Path]:
-    """Return the manifest of the packs whose template, tokenizer and tiles are used, if it is on
-    this machine.
+    """Return the manifests of the packs whose template, tokenizer and tiles may be used, if they
+    are on this machine.
     """
-    folders = [packs] if packs else saved.config.data.train_folders[:1] if saved else []
+    folders = [packs] if packs else saved.config.data.train_folders if saved else []
     return [path for folder in folders if (path := Path(folder) / MANIFEST).is_file()]
 
 

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from megavlm.config.evaluation import VALID_LOSS
 from megavlm.config.schema import Config, Eval
+from megavlm.data.store.manifest import first_with_images
 from megavlm.evaluate.graded import (
     ANSWERS,
     Graded,
@@ -62,9 +63,10 @@ def open_tasks(config: Config) -> tuple[TaskPacks | PairPacks, ...]:
     """
     needs = config.architecture.needs
     longest = needs.longest_sample(config.architecture)
+    folders = config.data.train_folders
     return _open(
         config.eval,
-        config.data.train_folders[0],
+        first_with_images(folders) if config.eval.tasks else folders[0],
         config.checkpoint.best_by,
         config.architecture.objective,
         longest[1] if longest else 0,

@@ -213,15 +213,20 @@ class BlendedDataset:
 
     @property
     def folder(self) -> Path:
-        """Where the first dataset lies; the others have the same tokenizer."""
-        return self.datasets[0].folder
+        """Where the dataset of ``manifest`` lies; the others have the same tokenizer."""
+        return self._first.folder
 
     @property
     def manifest(self) -> Manifest:
-        """The facts of the first dataset; the tokenizer, the template and the capacity are those of
-        all.
+        """The facts of the first dataset that has images, or the first of all; the tokenizer and
+        the capacity are those of all.
         """
-        return self.datasets[0].manifest
+        return self._first.manifest
+
+    @cached_property
+    def _first(self) -> PackedDataset:
+        """The first dataset that has images, as ``first_with_images`` chooses it."""
+        return next((each for each in self.datasets if each.has_images), self.datasets[0])
 
     @cached_property
     def source_names(self) -> tuple[str, ...]:

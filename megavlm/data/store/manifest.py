@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from pathlib import Path
@@ -183,6 +184,14 @@ class Manifest:
         nothing.
         """
         atomic.write_text(folder / FILE_NAME, self.to_json())
+
+
+def first_with_images(folders: Sequence[str]) -> str:
+    """Return the first of several folders of packs that has images, or the first of all: questions
+    are asked, and images tiled, as its manifest says. Errors are those of ``read_manifest``.
+    """
+    found = (folder for folder in folders if read_manifest(folder).totals.tiles)
+    return folders[0] if len(folders) == 1 else next(found, folders[0])
 
 
 def read_manifest(folder: Path | str) -> Manifest:

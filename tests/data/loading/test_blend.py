@@ -108,6 +108,20 @@ def test_a_blend_answers_as_its_datasets_do(folders):
     assert len(blend.some_records()) == 14
 
 
+def test_a_blend_is_described_by_its_first_packs_with_images(folders, tmp_path: Path):
+    make_dataset(tmp_path, packs=1, image_share=0.0)
+    texts = str(tmp_path)
+    for names, expected in (
+        ([texts, *folders], folders[0]),
+        (folders[::-1], folders[1]),
+        ([texts, texts], texts),
+        ([texts], texts),
+    ):
+        blend = BlendedDataset([PackedDataset(name) for name in names])
+        assert str(blend.folder) == manifest.first_with_images(names) == expected
+        assert blend.manifest == manifest.read_manifest(expected)
+
+
 def test_a_blend_is_loaded_and_gone_on_with(folders):
     dataset, plan = open_blend(folders, (3.0, 1.0), seed=5, shuffle=True, group=1)
     whole = [batch.pack_id for batch in batches(dataset, plan, range(40), reduction="token")]
