@@ -78,7 +78,7 @@ def write(
         "## Training\n\n" + "\n".join(_training(checkpoint, manifest)),
     ]
     if manifest:
-        sections.append("## Data\n\n" + "\n".join(_data(manifest)))
+        sections.append("## Data\n\n" + "\n".join(_data(checkpoint, manifest)))
     sections.append("## Prompt and images\n\n" + "\n".join(_usage(usage, dialect)))
     sections.append("## Licences\n\n" + "\n".join(_licenses(licenses)))
     (folder / FILE_NAME).write_text("\n\n".join(sections) + "\n", encoding="utf-8")
@@ -192,9 +192,16 @@ def _weight_decay(optimizer: Optimizer) -> str:
     )
 
 
-def _data(manifest: Manifest) -> Iterator[str]:
-    """Yield what the training packs were made of."""
+def _data(checkpoint: Checkpoint, manifest: Manifest) -> Iterator[str]:
+    """Yield what the training packs were made of: of several datasets the one whose manifest the
+    checkpoint has.
+    """
     totals = manifest.totals
+    folders = checkpoint.config.data.train_folders
+    if len(folders) > 1:
+        yield f"Of packs of {', '.join(f'`{short_name(folder)}`' for folder in folders)}."
+        yield "What follows is told of one of them, the first that has images, if any has:"
+        yield ""
     yield (
         f"{totals.samples:,} samples with {totals.tokens:,} tokens ({totals.supervised:,} of them"
         f" supervised) and {totals.images:,} images in {totals.tiles:,} tiles, in"

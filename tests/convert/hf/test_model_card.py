@@ -88,6 +88,15 @@ def test_a_card_states_what_the_checkpoint_knows(tmp_path: Path) -> None:
     assert counted["connector"] == sum(tensor.numel() for tensor in connector)
 
 
+def test_a_card_says_that_a_blend_has_more_data(tmp_path: Path) -> None:
+    step = trained(tmp_path)
+    settings = (step / CONFIG_NAME).read_text()
+    (step / CONFIG_NAME).write_text(settings.replace("train: ''", "train: /home/somebody/a,b"))
+    text = (convert.export(step, tmp_path / "out") / "README.md").read_text()
+    assert "Of packs of `a`, `b`.\nWhat follows is told of one of them" in text
+    assert "somebody" not in text
+
+
 def test_a_card_invents_nothing(tmp_path: Path) -> None:
     start = convert.import_(make_hf(tmp_path / "hf"), tmp_path / "start")
     text = (convert.export(start, tmp_path / "out", dialect="chat") / "README.md").read_text()
