@@ -87,6 +87,7 @@ def build_job(
         lock=lock,
         averages=averaged,
         unused_weights=initial_weights.find_unused(config, start) if groups.rank == 0 else {},
+        usage=None if packs.has_images else initial_weights.find_usage(start),
     )
     return job, state
 

@@ -11,8 +11,9 @@ from pathlib import Path
 from megavlm.checkpoint.step_folder import Checkpoint
 from megavlm.config.lora import is_adapter
 from megavlm.config.schema import Config
-from megavlm.convert.hf import convert, from_parts, unused_weights
-from megavlm.convert.hf.hub_formats import dialect_of
+from megavlm.convert.hf import convert, from_parts, preprocessing, unused_weights
+from megavlm.convert.hf.hub_formats import dialect_of, hub_format_of
+from megavlm.convert.hf.preprocessing import Usage
 from megavlm.model import weights
 from megavlm.model.vlm import VisionLanguageModel
 from megavlm.train import checkpoint, start_point
@@ -46,6 +47,15 @@ def fill(
             # Base weights may be elsewhere than the command says.
             fresh = from_parts.full_tensors(replace(config, init=start), fresh)
         weights.fill(chunks, fresh)
+
+
+def find_usage(start: Start) -> Usage | None:
+    """Read how images become tiles for the model that a run starts from; none if that says nothing
+    of it.
+    """
+    if isinstance(start, Checkpoint):
+        return preprocessing.of_checkpoint(start.folder)
+    return hub_format_of(start).read_usage(start) if isinstance(start, Path) else None
 
 
 def find_unused(config: Config, start: Start) -> unused_weights.Weights:

@@ -9,6 +9,7 @@ import numpy as np
 
 from megavlm.checkpoint.lock import Lock
 from megavlm.config.schema import Config
+from megavlm.convert.hf.preprocessing import Usage
 from megavlm.convert.hf.unused_weights import Weights
 from megavlm.data.loading.batch import Batch
 from megavlm.data.loading.blend import BlendedDataset
@@ -40,6 +41,8 @@ class Job(BuiltModel):
         averages: of the trained parameters, if they are asked for.
         unused_weights: what only files hold of the vision encoder, on the first rank; see
             ``convert/hf/unused_weights``.
+        usage: how images become tiles for the model that the run started from, if its packs have
+            none.
     """
 
     config: Config
@@ -52,6 +55,7 @@ class Job(BuiltModel):
     lock: Lock | None = None
     averages: Averages | None = None
     unused_weights: Weights = field(default_factory=dict)
+    usage: Usage | None = None
 
     def samples_of_ranks(self, records: np.ndarray) -> list[list[int]]:
         """Return the samples of each pack that each data-parallel rank has in a step.

@@ -25,7 +25,7 @@ from megavlm.checkpoint.step_folder import CONFIG_NAME, SHARDS, TOKENIZER
 from megavlm.checkpoint.train_state import State
 from megavlm.checkpoint.whole_shards import ShardError
 from megavlm.config.cli import to_yaml
-from megavlm.convert.hf import unused_weights
+from megavlm.convert.hf import preprocessing, unused_weights
 from megavlm.data.store.manifest import FILE_NAME as MANIFEST_NAME
 from megavlm.io.storage import open_folder
 from megavlm.train import checkpoint
@@ -220,6 +220,8 @@ class Saver:
         for name in (MANIFEST_NAME, TOKENIZER):
             open_folder(dataset).copy(name, growing / name)
         unused_weights.write(self._job.unused_weights, growing)
+        if self._job.usage is not None:
+            preprocessing.write(self._job.usage, growing)
         train_state.write(self._state, growing)
         checksums.write(growing, sums)
         target = self._root / directory.step_name(self._state.step)

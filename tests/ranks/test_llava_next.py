@@ -15,11 +15,12 @@ import torch
 from megavlm.config.recipes.llava_next import STAGES
 from megavlm.config.schema import Architecture, Config
 from megavlm.config.vision import PIXELS
-from megavlm.convert.hf import convert
+from megavlm.convert.hf import convert, preprocessing
 from megavlm.data.images.tiling import Tiling
 from megavlm.data.loading.dataset import PackedDataset
 from megavlm.data.packing.job import Job, pack_dataset
 from megavlm.data.records.meta_file import read_sources
+from megavlm.data.store.manifest import read_manifest
 from megavlm.planner.flops import pieces, training_cost
 from tests.convert.llava_next_models import (
     KINDS,
@@ -32,6 +33,7 @@ from tests.convert.llava_next_models import (
     write_anyres,
 )
 from tests.convert.round_trip import golden_words
+from tests.data.samples import make_dataset
 from tests.ranks.layouts import LAYOUTS, LIMIT, Layout, asks_for_all
 from tests.ranks.model_checks import (
     WORLDS,
@@ -173,6 +175,26 @@ def test_a_run_that_goes_on_is_the_same_bit_for_bit(ranks: Pool, tmp_path: Path)
     assert whole["model.connector.newline"].shape == (SMALL.language.hidden_size,)
     for name, tensor in whole.items():
         assert torch.equal(tensor, again[name]), name
+
+
+def test_a_run_on_texts_alone_keeps_how_images_become_tiles(ranks: Pool, tmp_path: Path) -> None:
+    mean, std = PIXELS["imagenet"]
+    vision = dataclasses.replace(SMALL.vision, pixel_mean=mean, pixel_std=std)
+    architecture = dataclasses.replace(SMALL, vision=vision)
+    packs = tmp_path / "packs"
+    make_dataset(packs, packs=12, image_share=0.0)
+    grids = ((3, 2), (1, 2))
+    model = make_llava_next(tmp_path / "hf", architecture, torch.float32, grids=grids)
+    made = make_job(packs, tmp_path / "run", model, trainable=("language",))
+    config = dataclasses.replace(made, architecture=architecture, recipe="llava_next", stage="2")
+    ranks.run(run_job, 1, config)
+    forget_the_end(tmp_path / "run", tmp_path / "again")
+    files = dataclasses.replace(config.checkpoint, save=str(tmp_path / "again"))
+    ranks.run(run_job, 1, dataclasses.replace(config, checkpoint=files))
+    for save in ("run", "again"):  # the second one was resumed
+        found = preprocessing.of_checkpoint(tmp_path / save / f"step_{STEPS:08d}")
+        assert (found.tiling, found.grids, found.is_trained) == ("anyres", grids, True)
+        assert found.template == read_manifest(packs).template
 
 
 def difference(checkpoint: Path, hf: Path, packs: Path) -> float:

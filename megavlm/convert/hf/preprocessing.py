@@ -117,11 +117,13 @@ def _tiles(path: Path, found: dict[str, Any], least: str, most: str) -> Usage:
 
 def of_checkpoint(folder: Path) -> Usage:
     """Read the settings of a checkpoint: from the packs it was trained on, else from the folder
-    that it was imported from.
+    that it was imported from. Packs of texts alone say nothing of images: what it was started from
+    does, if the checkpoint has kept that.
     """
+    kept = _read(folder)
     if (folder / MANIFEST_NAME).is_file():
         packs = read_manifest(folder)
-        return Usage(
+        of_packs = Usage(
             template=packs.template,
             system_message=packs.system_message,
             min_tiles=packs.min_tiles,
@@ -132,8 +134,17 @@ def of_checkpoint(folder: Path) -> Usage:
             grids=packs.grids,
             is_trained=True,
         )
+        if packs.totals.tiles or kept is None:
+            return of_packs
+        texts = dict(template=packs.template, system_message=packs.system_message)
+        return dataclasses.replace(kept, **texts, is_trained=True)
+    return Usage() if kept is None else kept
+
+
+def _read(folder: Path) -> Usage | None:
+    """Read what ``write`` has written; none if it has not."""
     if not (folder / _FILE_NAME).is_file():
-        return Usage()
+        return None
     facts = read_json(folder / _FILE_NAME)
     if "image_limit" in facts:  # JSON has no tuples
         facts["image_limit"] = tuple(facts["image_limit"])
