@@ -79,7 +79,7 @@ def _explain(config: Config, first: Estimate, gpus: int, packs: Packs, hardware:
     print(
         "the first, with one option changed at a time:\n"
         f"{options_to_text(changed, hardware)}\n\n"
-        f"to use the first:\n{search.to_flags(first)}"
+        f"to use the first:\n{search.to_flags(first) or 'no option of --parallel'}"
     )
     if note := alignment_note(first.parallel, packs.alignment):
         print(note)
