@@ -21,7 +21,10 @@ from megatron.core.transformer.mlp import MLPSubmodules, apply_swiglu_sharded_fa
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
-from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+from megatron.core.transformer.moe.token_dispatcher import (
+    MoEAlltoAllTokenDispatcher,
+    MoETokenDispatcher,
+)
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor, nn
 
@@ -29,8 +32,8 @@ from megavlm.config.lora import EXPERT_LINEARS
 from megavlm.model.named_after import named_after
 
 
-def count_routed_tokens(model: nn.Module) -> None:
-    """Let the dispatchers of a model count the tokens that are routed.
+def prepare_dispatchers(model: nn.Module) -> None:
+    """Let the dispatchers of a model count the tokens that are routed, and keep nothing of a pass.
 
     ``MoEAlltoAllTokenDispatcher.preprocess`` takes all tokens for routed, unless experts have a
     capacity; megatron-core 0.19 then permutes as many.
@@ -38,6 +41,7 @@ def count_routed_tokens(model: nn.Module) -> None:
     for layer in model.modules():
         if isinstance(layer, MoELayer):
             dispatcher = layer.token_dispatcher
+            layer.register_forward_hook(partial(_forget_pass, dispatcher))
             if isinstance(dispatcher, MoEAlltoAllTokenDispatcher):
                 plain = dispatcher.preprocess
                 # Called by ``MoEAlltoAllTokenDispatcher.dispatch_preprocess``.
@@ -54,6 +58,14 @@ def _preprocess(
     dispatcher.num_out_tokens = routed.sum()
     dispatcher._maybe_update_cuda_sync_point("before_permutation_1")
     return found
+
+
+def _forget_pass(dispatcher: MoETokenDispatcher, *unused: object) -> None:
+    """Let go of tensors with a graph, which may hold the model; called by torch behind a layer."""
+    kept = vars(dispatcher)
+    for name, value in kept.items():
+        if isinstance(value, Tensor) and value.requires_grad:
+            kept[name] = None
 
 
 def mark_experts(experts: nn.Module) -> None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 import torch.distributed as dist
@@ -21,13 +21,16 @@ from megavlm.config.schema import Config, Language, Loss
 from megavlm.data.loading.batch import Batch
 from megavlm.model.added_tokens import AddedEmbedding, AddedHead
 from megavlm.model.block_attention import capped
-from megavlm.model.experts import count_routed_tokens
+from megavlm.model.experts import prepare_dispatchers
 from megavlm.model.kernels import Kernels
 from megavlm.model.specs import language_spec
 from megavlm.model.vocabulary_loss import LossTerms, vocabulary_loss
 from megavlm.model.yarn import frequencies
 from megavlm.planner.layout import Chunk
 from megavlm.planner.padding import padded_vocabulary
+
+# Lengths of the longest sample whose angles are kept; as many as megatron-core keeps.
+_ANGLES_KEPT = 32
 
 
 class LanguageModel(GPTModel):
@@ -80,7 +83,7 @@ class LanguageModel(GPTModel):
             pg_collection=groups,
             vp_stage=vp_stage,
         )
-        count_routed_tokens(self)
+        prepare_dispatchers(self)
         self._prepare_positions(language)
         self.embedding_scale = 1.0
         if language.scaled_embedding:
@@ -119,8 +122,13 @@ class LanguageModel(GPTModel):
         if language.rotary_yarn_factor > 1:
             self.rotary_pos_emb.inv_freq = frequencies(language)
         if not language.has_learned_positions:
+            # megatron-core keeps angles in a cache of the class, whose keys hold the module and, by
+            # its hook, this model: it would stay in memory after its run.
+            rotary = self.rotary_pos_emb
+            angles = partial(type(rotary).forward.__wrapped__, rotary)
+            rotary.forward = lru_cache(_ANGLES_KEPT)(angles)
             # GPTModel calls it for the angles of its tokens.
-            self.rotary_pos_emb.register_forward_hook(self._at_positions)
+            rotary.register_forward_hook(self._at_positions)
 
     def _take_loss_terms(self, loss: Loss, rows: int) -> None:
         """Let the loss project hidden states itself, block by block; this rank has ``rows`` rows of

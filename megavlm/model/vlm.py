@@ -341,6 +341,7 @@ class VisionLanguageModel(MegatronModule):
             **padding,
             extra_block_kwargs=None if memory is None else {"context": memory},
         )
+        self.language.set_input_tensor(None)  # has a graph, which may hold the model
         if self.post_process:
             return self.objective(output, riding, batch)
         behind = [rows for rows in (riding, received) if rows is not None]

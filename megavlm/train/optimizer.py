@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +24,7 @@ from megatron.core.optimizer import (
 )
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from megatron.core.transformer.module import param_is_not_shared
-from torch import Tensor
+from torch import Tensor, nn
 
 from megavlm.config.schema import Config
 from megavlm.model.precision import precision
@@ -48,6 +49,15 @@ _MOMENTS: dict[str, dict[str, Any]] = {
 }
 
 
+class _Reduction(DistributedDataParallel):
+    """megatron-core's, whose hooks do not keep the model in memory: torch's graph holds them, and a
+    circle that leads through it is one that Python's garbage collection does not find.
+    """
+
+    def _make_backward_post_hook(self, param: nn.Parameter) -> Callable[..., None]:
+        return DistributedDataParallel._make_backward_post_hook(weakref.proxy(self), param)
+
+
 def wrap_chunks(
     config: Config, chunks: Sequence[VisionLanguageModel]
 ) -> list[DistributedDataParallel]:
@@ -57,7 +67,7 @@ def wrap_chunks(
     meanwhile.
     """
     ddp_chunks = [
-        DistributedDataParallel(
+        _Reduction(
             chunk.config,
             DistributedDataParallelConfig(
                 use_distributed_optimizer=True,

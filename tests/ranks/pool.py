@@ -18,9 +18,6 @@ from typing import Any
 from unittest import mock
 
 _TIMEOUT_SECONDS = 240
-# A job that trains leaves the threads of its process groups behind, 50 and more, which torch does
-# not end.
-_JOBS_OF_A_WORKER = 15
 # The server that multiprocessing keeps for everybody may run already, for a test that packs or
 # loads, without these modules: each process would then import them, for five seconds.
 _SERVER = forkserver.ForkServer()
@@ -79,8 +76,6 @@ class Pool:
         Raises:
             AssertionError: a rank raised; its traceback is the message. The workers are replaced.
         """
-        if self._jobs % _JOBS_OF_A_WORKER == 0:
-            self.close()
         while len(self._workers) < world_size:
             self._start_worker()
         self._jobs += 1
@@ -108,9 +103,11 @@ class Pool:
             failed, answer = connection.recv()
         except EOFError:
             failed = True
-            answer = "the process died"
+            answer = None
         if failed:
-            self.close()
+            exit_codes = self.close()
+            if answer is None:
+                answer = f"the process died, exit code {exit_codes[rank]}"
             raise AssertionError(f"rank {rank}: {answer}")
         return answer
 
@@ -120,18 +117,21 @@ class Pool:
         theirs.close()
         self._workers.append((process, ours))
 
-    def close(self) -> None:
-        """End all workers."""
-        for process, connection in self._workers:
+    def close(self) -> list[int | None]:
+        """End all workers; return their exit codes."""
+        workers = self._workers
+        self._workers = []
+        for process, connection in workers:
             # a worker that waits for work ends by itself, and ends the processes that it started
             connection.close()
             process.join(timeout=5)
             process.kill()
             process.join()
-        self._workers = []
+        return [process.exitcode for process, _ in workers]
 
 
 def _serve(connection: Connection) -> None:
+    import faulthandler
     import gc
     import warnings
 
@@ -141,13 +141,16 @@ def _serve(connection: Connection) -> None:
     from megavlm.parallel import process_groups
 
     warnings.filterwarnings("ignore")
+    faulthandler.enable()
     torch.set_num_threads(1)
     gc.freeze()  # what was imported stays, and each save collects garbage
+    groups: list[dist.ProcessGroup] = []
     while True:
         try:
             function, args, rank, world_size, store, seconds = connection.recv()
         except EOFError:
             return
+        faulthandler.dump_traceback_later(0.9 * seconds)
         try:
             timeout = timedelta(seconds=seconds)
             dist.init_process_group(
@@ -160,7 +163,32 @@ def _serve(connection: Connection) -> None:
             answer = False, function(*args)
         except BaseException:
             answer = True, traceback.format_exc()
-        connection.send(answer)
+        # They end one job late. A thread of theirs that still lets go of its last tensors needs
+        # Python's lock, which torch would hold while it waits for the thread to end.
+        ending = groups
+        groups = list(dist.distributed_c10d._world.pg_map)
         process_groups.destroy()  # a function that failed may have left its groups
         if dist.is_initialized():
             dist.destroy_process_group()
+        ending.clear()
+        left = models_in_memory()
+        faulthandler.cancel_dump_traceback_later()
+        if left and not answer[0]:
+            answer = True, f"{function.__name__} left {', '.join(left)} in memory"
+        connection.send(answer)
+
+
+def models_in_memory() -> list[str]:
+    """Collect garbage, and return the kinds of models that are left: they would be in the way of
+    the next stage of a command.
+    """
+    import gc
+
+    from megatron.core.distributed import DistributedDataParallel
+
+    from megavlm.model.vlm import VisionLanguageModel
+
+    gc.collect()
+    models = (DistributedDataParallel, VisionLanguageModel)
+    kinds = (type(one) for one in gc.get_objects())  # not isinstance: some are proxies of nothing
+    return [kind.__name__ for kind in kinds if issubclass(kind, models)]

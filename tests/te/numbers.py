@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megavlm.config.lora import Lora
+from tests.ranks.pool import models_in_memory
 from tests.te import torch_kernels
 from tests.te.build import mixture
 
@@ -173,6 +174,7 @@ def compare(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
         "farthest": max(distances.values()),
         "local_answers": local_answers,
         "answers": answers,
+        "left": models_in_memory(),
     }
 
 

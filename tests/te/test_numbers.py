@@ -33,3 +33,8 @@ def test_both_kinds_of_layers_train_alike(found: dict[str, Any], name: str) -> N
     assert one["farthest"] < 1e-5
     assert one["answers"] == one["local_answers"]
     assert len(set(map(tuple, one["answers"]))) > 1
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_models_on_both_kinds_of_layers_leave_memory(found: dict[str, Any], name: str) -> None:
+    assert found[name]["left"] == []
