@@ -8,7 +8,7 @@
 # It uses the virtual or conda environment that is active; else it makes .venv with python3 (3.11 or newer). PYTHON names another
 # interpreter, and goes before both: PYTHON=python3.12 makes .venv-3.12, and the interpreter of an environment uses that environment. There
 # it installs what is missing, at the versions of constraints.txt: Python 3.11 gets megatron-core 0.16, newer ones 0.19. Then it checks the
-# style and runs the tests. At the end it says what was skipped, and why.
+# style and runs the tests. At the end it says what failed, and what was skipped and why.
 set -euo pipefail
 quick=()
 if [[ "${1:-}" == --quick ]]; then
@@ -73,7 +73,7 @@ if ! nvidia-smi -L >/dev/null 2>&1; then
         processes=(-n 2 --dist loadfile --no-loadscope-reorder)
     fi
 fi
-"$python" -m pytest -rs "${quick[@]}" "${processes[@]}" "$@" || failed+=("pytest")
+"$python" -m pytest -rsfE "${quick[@]}" "${processes[@]}" "$@" || failed+=("pytest")
 if ((${#failed[@]})); then
     printf 'tests/run.sh: failed: %s\n' "${failed[@]}" >&2
     exit 1

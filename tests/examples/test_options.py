@@ -61,14 +61,12 @@ def known() -> set[str]:
         Path(command_line.__file__),
         Path(convert_command_line.__file__),
     ]:
-        texts = (
-            node.value
-            for node in ast.walk(ast.parse(path.read_text()))
-            if isinstance(node, ast.Constant)
-        )
-        found |= {
-            text for text in texts if isinstance(text, str) and re.fullmatch(r"--[a-z_]+", text)
-        }
+        for node in ast.walk(ast.parse(path.read_text())):
+            match node:
+                case ast.Constant(value=str(text)) if re.fullmatch(r"--[a-z_]+", text):
+                    found.add(text)
+                case ast.Call(func=ast.Name(id="parse_parts"), keywords=counts):
+                    found |= {f"--{count.arg}" for count in counts}
     return found
 
 

@@ -50,7 +50,9 @@ def trained(folder: Path) -> Path:
         tile_cap=8,
         sources=(source,),
         rejects={"no_answer": 5},
-        totals=Totals(packs=99, samples=12340, tokens=50000, supervised=4000, images=12340),
+        totals=Totals(
+            packs=99, samples=12340, tokens=50000, supervised=4000, images=12340, tiles=20000
+        ),
     ).write(step)
     return step
 
