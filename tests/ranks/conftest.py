@@ -11,8 +11,6 @@ from megavlm.evaluate import run as evaluation
 from tests.ranks import commands
 from tests.ranks.pool import Pool
 
-pytest.register_assert_rewrite("tests.ranks.model_checks")
-
 # What tests/run.sh --quick runs with ranks; the others of this folder are slow.
 QUICK = ("test_packs.py",)
 

@@ -101,7 +101,7 @@ class Pool:
     def _answer(self, connection: Connection, rank: int) -> Any:
         try:
             failed, answer = connection.recv()
-        except EOFError:
+        except (EOFError, ConnectionResetError):
             failed = True
             answer = None
         if failed:
