@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from megavlm.config.schema import Architecture
-from megavlm.convert.hf import blip2_config, tokenizer_files
+from megavlm.convert.hf import blip2_config, one_tile, tokenizer_files
 from megavlm.convert.hf.json_files import FILE_NAME, IMAGE_PROCESSOR_NAME, write_json
 from megavlm.convert.hf.preprocessing import Usage
-from megavlm.convert.hf.processor import pixel_settings, write_generation
+from megavlm.convert.hf.processor import tile_processor, write_generation
 
 PROCESSOR = "Blip2Processor"
 _TEMPLATE = "blip2"
+_IMAGES = "BlipImageProcessor"
 
 
 def read_usage(folder: Path) -> Usage:
-    """Return how a model is to be used: captions behind one image, which is stretched to a square
-    tile.
+    """Return how a model is to be used: captions behind one image, see ``usage_of``."""
+    return usage_of(folder, _TEMPLATE)
+
+
+def usage_of(folder: Path, template: str) -> Usage:
+    """Return how a model of BLIP-2's kind is to be used: an image is stretched to a square tile, or
+    becomes one as the image processor says.
     """
-    return Usage(
-        template=_TEMPLATE, system_message="", max_tiles=1, thumbnail=False, tiling="stretch"
-    )
+    tiling = one_tile.read_tiling(folder, _IMAGES)
+    return Usage(template=template, system_message="", max_tiles=1, thumbnail=False, tiling=tiling)
 
 
 def write(
@@ -38,20 +42,16 @@ def write(
     write_json(folder / FILE_NAME, settings)
     # The processor finds the placeholder token by its text; a name for it would confuse it.
     tokenizer_files.write(tokenizer, folder, {"processor_class": PROCESSOR})
-    write_images(folder, architecture)
+    write_images(folder, architecture, usage)
     write_json(
         folder / "processor_config.json",
         {"processor_class": PROCESSOR, "num_query_tokens": architecture.placeholders_per_tile},
     )
 
 
-def write_images(folder: Path, architecture: Architecture, processor: str = PROCESSOR) -> None:
-    """Write the settings of the image processor, which stretches images to squares."""
-    side = architecture.vision.image_size
-    settings: dict[str, Any] = {
-        "image_processor_type": "BlipImageProcessor",
-        "processor_class": processor,
-        **pixel_settings(architecture),
-        "size": {"height": side, "width": side},
-    }
-    write_json(folder / IMAGE_PROCESSOR_NAME, settings)
+def write_images(
+    folder: Path, architecture: Architecture, usage: Usage, processor: str = PROCESSOR
+) -> None:
+    """Write the settings of the image processor, which makes squares of images as training did."""
+    settings = tile_processor(architecture, usage, _IMAGES)
+    write_json(folder / IMAGE_PROCESSOR_NAME, settings | {"processor_class": processor})

@@ -11,7 +11,7 @@ import torch
 from megavlm.config.image_text import ImageText
 from megavlm.config.schema import NO_LANGUAGE, Architecture
 from megavlm.convert.hf import blip2_config, tokenizer_files
-from megavlm.convert.hf.blip2_processor import PROCESSOR, write_images
+from megavlm.convert.hf.blip2_processor import PROCESSOR, usage_of, write_images
 from megavlm.convert.hf.json_files import FILE_NAME, write_json
 from megavlm.convert.hf.preprocessing import Usage
 
@@ -33,10 +33,8 @@ def read(raw: dict[str, Any], folder: Path, *, has_head: bool | None) -> Archite
 
 
 def read_usage(folder: Path) -> Usage:
-    """Return how a model sees pairs: images stretched to squares."""
-    return Usage(
-        template="blip2_pairs", system_message="", max_tiles=1, thumbnail=False, tiling="stretch"
-    )
+    """Return how a model sees pairs, see ``blip2_processor.usage_of``."""
+    return usage_of(folder, "blip2_pairs")
 
 
 def write(
@@ -51,7 +49,7 @@ def write(
         "image_text_hidden_size": architecture.image_text.size,
     }
     write_json(folder / FILE_NAME, settings)
-    write_images(folder, architecture)
+    write_images(folder, architecture, usage)
     # Texts have no placeholder tokens, so no number of them is told.
     write_json(folder / "processor_config.json", {"processor_class": PROCESSOR})
     for name in tokenizer_files.FILES:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from megavlm.config.connectors import Connector
 from megavlm.config.schema import Architecture, Vision
 from megavlm.config.vision import PIXELS
 from megavlm.convert.hf import json_files as shared
-from megavlm.convert.hf import language_config, tokenizer_files
+from megavlm.convert.hf import language_config, one_tile, tokenizer_files
 from megavlm.convert.hf.json_files import FILE_NAME, IMAGE_PROCESSOR_NAME, write_json
 from megavlm.convert.hf.preprocessing import Usage
 from megavlm.convert.hf.processor import pixel_settings, write_generation
@@ -25,7 +25,13 @@ from megavlm.data.text.tokenizer import IMAGE_TOKEN_SETS, load_tokenizer
 CLASS_NAME = "FuyuForCausalLM"
 MODEL_TYPE = "fuyu"
 _PROCESSOR = "FuyuProcessor"
-_BILINEAR = 2
+_USUAL_PATCH = 30
+# How an image is filled up to whole patches.
+_FILLING: dict[str, Any] = {
+    "do_pad": True,
+    "padding_value": float(FILL),
+    "padding_mode": "constant",
+}
 
 
 def read(raw: dict[str, Any], folder: Path, *, has_head: bool | None) -> Architecture:
@@ -64,8 +70,10 @@ def read_usage(folder: Path) -> Usage:
     """Read how a model is to be used: one question, and images of any size up to the limit of the
     image processor. Raises ValueError: the limit cannot be one.
     """
-    size = shared.image_processor(folder).get("size") or {}
+    found = shared.image_processor(folder)
     path = shared.image_processor_file(folder)
+    shared.refuse(path, list(_other_images(found, folder)))
+    size = found.get("size") or {}
     if not isinstance(size, dict):
         shared.refuse(path, [f"size is {size!r}, must be an object"])
     shared.refuse(path, list(shared.no_sizes("size", size, "width", "height")))
@@ -79,6 +87,18 @@ def read_usage(folder: Path) -> Usage:
         tiling="patches",
         image_limit=(size.get("width") or width, size.get("height") or height),
     )
+
+
+def _other_images(found: Mapping[str, Any], folder: Path) -> Iterator[str]:
+    """Yield settings by which an image processor makes other patches than those of ``folder``."""
+    yield from one_tile.other_resizing(found, one_tile.BILINEAR)
+    needed = dict(_FILLING)
+    if found.get("patch_size") is not None:
+        side = shared.read_config(folder / FILE_NAME).get("patch_size") or _USUAL_PATCH
+        needed["patch_size"] = {"height": side, "width": side}
+    for name, value in needed.items():
+        if found.get(name) not in (None, value):
+            yield f"{name} is {found[name]!r}, must be {value!r}"
 
 
 def write(
@@ -146,12 +166,10 @@ def write_files(
         "image_processor_type": "FuyuImageProcessor",
         "processor_class": _PROCESSOR,
         **pixel_settings(architecture),
-        "resample": _BILINEAR,
+        "resample": one_tile.BILINEAR,
         "size": {"height": height, "width": width},
         "patch_size": {"height": side, "width": side},
-        "do_pad": True,
-        "padding_value": float(FILL),
-        "padding_mode": "constant",
+        **_FILLING,
     }
     write_json(folder / IMAGE_PROCESSOR_NAME, image_processor)
     write_json(folder / "processor_config.json", {"processor_class": _PROCESSOR})

@@ -38,12 +38,10 @@ def read(raw: dict[str, Any], folder: Path, *, has_head: bool | None) -> Archite
 
 
 def read_usage(folder: Path) -> Usage:
-    """Return how a model is to be used: an instruction behind one image, which is stretched to a
-    square tile.
+    """Return how a model is to be used: an instruction behind one image, see
+    ``blip2_processor.usage_of``.
     """
-    return Usage(
-        template=_TEMPLATE, system_message="", max_tiles=1, thumbnail=False, tiling="stretch"
-    )
+    return blip2_processor.usage_of(folder, _TEMPLATE)
 
 
 def write(
@@ -67,7 +65,7 @@ def write(
     tokenizer_files.write(tokenizer, folder, {"processor_class": PROCESSOR})
     (folder / QFORMER_TOKENIZER).mkdir()
     tokenizer_files.copy(words, folder / QFORMER_TOKENIZER)
-    blip2_processor.write_images(folder, architecture, PROCESSOR)
+    blip2_processor.write_images(folder, architecture, usage, PROCESSOR)
     write_json(
         folder / "processor_config.json",
         {"processor_class": PROCESSOR, "num_query_tokens": architecture.placeholders_per_tile},

@@ -14,7 +14,7 @@ import torch
 
 from megavlm.config.connectors import Connector
 from megavlm.config.schema import Architecture, Contrastive, Language
-from megavlm.convert.hf import chat_config, json_files, language_config, tokenizer_files
+from megavlm.convert.hf import chat_config, json_files, language_config, one_tile, tokenizer_files
 from megavlm.convert.hf.json_files import FILE_NAME, IMAGE_PROCESSOR_NAME, read_config, write_json
 from megavlm.convert.hf.preprocessing import Usage
 from megavlm.convert.hf.processor import tile_processor
@@ -60,9 +60,7 @@ def _language(path: Path) -> Language:
 
 def usage(folder: Path) -> Usage:
     """Return how the model sees pairs: as its image processor says."""
-    found = json_files.image_processor(folder)
-    is_cropped = bool(found.get("do_center_crop"))
-    tiling = "pad" if found.get("do_pad") else "crop" if is_cropped else "stretch"
+    tiling = one_tile.read_tiling(folder, "")
     return Usage(template="internvl_c", system_message="", max_tiles=1, tiling=tiling)
 
 

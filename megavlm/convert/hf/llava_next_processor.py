@@ -9,7 +9,15 @@ import torch
 
 from megavlm.config.schema import Architecture
 from megavlm.convert.hf import llava_next_config, llava_processor
-from megavlm.convert.hf.json_files import FILE_NAME, complete, read_config
+from megavlm.convert.hf.json_files import (
+    FILE_NAME,
+    complete,
+    image_processor,
+    image_processor_file,
+    read_config,
+    refuse,
+)
+from megavlm.convert.hf.one_tile import BICUBIC, other_resizing
 from megavlm.convert.hf.preprocessing import Usage
 from megavlm.convert.hf.processor import pixel_settings
 from megavlm.data.images.anyres import LLAVA_GRIDS
@@ -29,6 +37,8 @@ def read_usage(folder: Path) -> Usage:
     settings = complete("LlavaNextConfig", read_config(path), path)
     template = _TEMPLATES.get(settings["text_config"]["model_type"], _USUAL)
     grids = llava_next_config.grids_of(settings)
+    resizing = other_resizing(image_processor(folder), BICUBIC)
+    refuse(image_processor_file(folder), list(resizing))
     return Usage(
         template=template,
         system_message=FORMATS[template].system_message,
@@ -52,7 +62,7 @@ def write(
         return llava_next_config.write(architecture, grids=grids, **arguments)
 
     side = architecture.vision.image_size
-    image_processor = {
+    made = {
         "image_processor_type": "LlavaNextImageProcessor",
         **pixel_settings(architecture),
         "size": {"shortest_edge": side},
@@ -62,5 +72,5 @@ def write(
         llava_next_config.PINPOINTS: llava_next_config.pinpoints(grids, side),
     }
     llava_processor.write_folder(
-        folder, tokenizer, architecture, usage, dtype, _PROCESSOR, settings, image_processor
+        folder, tokenizer, architecture, usage, dtype, _PROCESSOR, settings, made
     )

@@ -10,11 +10,10 @@ from typing import Any
 import torch
 
 from megavlm.config.schema import Architecture
-from megavlm.convert.hf import llava_config, tokenizer_files
+from megavlm.convert.hf import llava_config, one_tile, tokenizer_files
 from megavlm.convert.hf.json_files import (
     FILE_NAME,
     IMAGE_PROCESSOR_NAME,
-    image_processor,
     read_json,
     write_json,
 )
@@ -45,16 +44,8 @@ def read_usage(folder: Path) -> Usage:
 
 def _tiling(folder: Path) -> str:
     """Return how the image processor of a folder makes a square of an image."""
-    found = image_processor(folder)
-    if found.get("do_pad"):
-        return "pad"
-    kind = found.get("image_processor_type") or found.get("feature_extractor_type")
-    if kind is None:
-        vision = read_json(folder / FILE_NAME).get("vision_config") or {}
-        kind = vision.get("model_type", "")
-    # SigLIP's image processor crops only if it is told to, CLIP's unless it is told not to.
-    crops = found.get("do_center_crop", not kind.lower().startswith("siglip"))
-    return "crop" if crops else "stretch"
+    vision = read_json(folder / FILE_NAME).get("vision_config") or {}
+    return one_tile.read_tiling(folder, vision.get("model_type") or "clip")
 
 
 def write(

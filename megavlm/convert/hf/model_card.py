@@ -18,6 +18,7 @@ from megavlm.checkpoint.step_folder import Checkpoint
 from megavlm.config.hub_cache import short_name
 from megavlm.config.schema import Optimizer
 from megavlm.convert.hf.card_examples import EXAMPLES, Example
+from megavlm.convert.hf.limits import limits
 from megavlm.convert.hf.preprocessing import Usage
 from megavlm.convert.weights.tables import Dialect, rows, unused_rows
 from megavlm.convert.weights.views import Header
@@ -241,13 +242,7 @@ def _usage(usage: Usage, dialect: Dialect) -> Iterator[str]:
         }
         padded = squares.get(usage.tiling, "")
         yield f"- tiles of an image: 1{padded}"
-    if dialect == "llava_next" and usage.tiling != "anyres":
-        yield (
-            "- limit of the image processor: it also makes a grid of tiles; training showed one"
-            f" (--tiling {usage.tiling})."
-        )
-    if dialect == "native":  # LLaVA's image processor can do all that its packs do
-        yield from (f"- limit of the image processor: {text}" for text in usage.lost_in_native)
+    yield from (f"- limit of the image processor: {text}" for text in limits(usage, dialect))
 
 
 def _licenses(licenses: Mapping[str, str]) -> Iterator[str]:

@@ -15,12 +15,13 @@ from megavlm.convert.weights.tables import head_names, name_on_disk
 
 
 def architecture_from_hf(folder: str | Path) -> Architecture:
-    """Read the architecture of a Hugging Face folder, from config.json and the names of the weights
-    alone.
+    """Read the architecture of a Hugging Face folder, from config.json, the settings of its image
+    processor and the names of the weights alone.
 
     Raises:
         FileNotFoundError: the folder has no config.json.
-        ValueError: it is of a model that ours is not; every difference is named.
+        ValueError: it is of a model that ours is not, every difference is named; or its image
+            processor makes other images than training does.
     """
     folder = Path(folder)
     path = folder / FILE_NAME
@@ -37,7 +38,9 @@ def architecture_from_hf(folder: str | Path) -> Architecture:
     # What the weights say about the head is more reliable than config.json, where transformers ties
     # by default.
     has_head = None if names is None else not head_names().isdisjoint(map(name_on_disk, names))
-    return row.read_architecture(raw, folder, has_head=has_head)
+    found = row.read_architecture(raw, folder, has_head=has_head)
+    row.read_usage(folder)  # refuses what its image processor does otherwise than training
+    return found
 
 
 # Facts that weights of one model may be used with differently: positions are resized to the tile,

@@ -11,7 +11,7 @@ import torch
 from megavlm.config.connectors import Connector
 from megavlm.config.schema import Architecture, Contrastive, Language, Vision
 from megavlm.config.vision import PIXELS
-from megavlm.convert.hf import clip_vision, json_files, tokenizer_files
+from megavlm.convert.hf import clip_vision, json_files, one_tile, tokenizer_files
 from megavlm.convert.hf.json_files import FILE_NAME, IMAGE_PROCESSOR_NAME, write_json
 from megavlm.convert.hf.preprocessing import Usage
 from megavlm.convert.hf.processor import tile_processor
@@ -85,13 +85,19 @@ def _language(family: str, found: dict[str, Any]) -> Language:
 
 
 def usage_of_clip(folder: Path) -> Usage:
-    """Return how a ``CLIPModel`` sees pairs: the square in the middle of an image."""
-    return Usage(template="clip", system_message="", max_tiles=1, tiling="crop")
+    """Return how a ``CLIPModel`` sees pairs: the square in the middle of an image, or as its image
+    processor says.
+    """
+    tiling = one_tile.read_tiling(folder, "CLIPImageProcessor")
+    return Usage(template="clip", system_message="", max_tiles=1, tiling=tiling)
 
 
 def usage_of_siglip(folder: Path) -> Usage:
-    """Return how a ``SiglipModel`` sees pairs: images stretched to squares."""
-    return Usage(template="siglip", system_message="", max_tiles=1, tiling="dynamic")
+    """Return how a ``SiglipModel`` sees pairs: images stretched to squares, or as its image
+    processor says.
+    """
+    tiling = one_tile.read_tiling(folder, "SiglipImageProcessor")
+    return Usage(template="siglip", system_message="", max_tiles=1, tiling=tiling)
 
 
 def write_clip(

@@ -11,17 +11,19 @@ import torch
 from megavlm.config.connectors import Connector
 from megavlm.config.exports import PALIGEMMA_FAMILIES
 from megavlm.config.schema import Architecture
-from megavlm.convert.hf import clip_vision, language_config, tokenizer_files
+from megavlm.config.vision import PIXELS
+from megavlm.convert.hf import clip_vision, language_config, one_tile, tokenizer_files
 from megavlm.convert.hf import json_files as shared
 from megavlm.convert.hf.json_files import FILE_NAME, IMAGE_PROCESSOR_NAME, write_json
 from megavlm.convert.hf.preprocessing import Usage
-from megavlm.convert.hf.processor import pixel_settings, write_generation
+from megavlm.convert.hf.processor import tile_processor, write_generation
 from megavlm.convert.weights.families import written_as
 from megavlm.data.text.tokenizer import IMAGE_TOKEN_SETS
 
 CLASS_NAME = "PaliGemmaForConditionalGeneration"
 MODEL_TYPE = "paligemma"
 _PROCESSOR = "PaliGemmaProcessor"
+_IMAGES = "SiglipImageProcessor"
 _VISION = {"model_type": "siglip_vision_model", "num_channels": 3, "vision_use_head": False}
 # The class sets it, so that the tokens of a prefix see each other; the language model alone is
 # causal.
@@ -38,7 +40,7 @@ def read(raw: dict[str, Any], folder: Path, *, has_head: bool | None) -> Archite
         vision=clip_vision.read(
             settings["vision_config"],
             family="siglip",
-            pixels=shared.normalisation(folder),
+            pixels=shared.normalisation(folder, PIXELS["siglip"]),
             final_norm=True,
         ),
         connector=Connector(kind="linear", pixel_shuffle=1, norm=False),
@@ -73,14 +75,16 @@ def _problems(settings: dict[str, Any]) -> Iterator[str]:
 
 
 def read_usage(folder: Path) -> Usage:
-    """Read how a model is to be used: one question, and images stretched to squares."""
+    """Read how a model is to be used: one question, and images stretched to squares, or as the
+    image processor says.
+    """
     return Usage(
         template="paligemma",
         system_message="",
         min_tiles=1,
         max_tiles=1,
         thumbnail=False,
-        tiling="stretch",
+        tiling=one_tile.read_tiling(folder, _IMAGES),
     )
 
 
@@ -141,12 +145,9 @@ def write_files(
         "processor_class": _PROCESSOR,
     }
     tokenizer_files.write(tokenizer, folder, entries)
-    side = architecture.vision.image_size
     image_processor = {
-        "image_processor_type": "SiglipImageProcessor",
+        **tile_processor(architecture, usage, _IMAGES),
         "processor_class": _PROCESSOR,
-        **pixel_settings(architecture),
-        "size": {"height": side, "width": side},
         "image_seq_length": architecture.placeholders_per_tile,
     }
     write_json(folder / IMAGE_PROCESSOR_NAME, image_processor)

@@ -22,6 +22,7 @@ from megavlm.convert.hf.json_files import (
     refuse,
     write_json,
 )
+from megavlm.convert.hf.one_tile import BICUBIC, other_resizing
 from megavlm.data.images.tiling import FUYU_LIMIT
 from megavlm.data.store.manifest import FILE_NAME as MANIFEST_NAME
 from megavlm.data.store.manifest import read_manifest
@@ -65,18 +66,6 @@ class Usage:
         """Whether an image may become several tiles."""
         return self.tiling == "dynamic" and self.max_tiles > 1
 
-    @property
-    def lost_in_native(self) -> tuple[str, ...]:
-        """What the image processor of transformers does otherwise, as sentences."""
-        pads = "It stretches images to squares; training padded them (--tiling pad)."
-        adds = "It adds a thumbnail to images of several tiles; training did not."
-        found = []
-        if self.tiling == "pad":
-            found.append(pads)
-        if self.crops and not self.thumbnail:
-            found.append(adds)
-        return tuple(found)
-
 
 def of_chat(folder: Path) -> Usage:
     """Read the settings from a folder of ``InternVLChatModel``. Raises ValueError: they cannot
@@ -101,7 +90,9 @@ def of_chat(folder: Path) -> Usage:
 def of_native(folder: Path) -> Usage:
     """Read the settings from a folder of transformers. Raises ValueError: they cannot be."""
     path = image_processor_file(folder)
-    return _tiles(path, image_processor(folder), "min_patches", "max_patches")
+    found = image_processor(folder)
+    refuse(path, list(other_resizing(found, BICUBIC)))
+    return _tiles(path, found, "min_patches", "max_patches")
 
 
 def _tiles(path: Path, found: dict[str, Any], least: str, most: str) -> Usage:

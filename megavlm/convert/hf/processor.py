@@ -13,6 +13,7 @@ import torch
 from megavlm.config.schema import Architecture
 from megavlm.convert.hf import chat_config, native_config, tokenizer_files
 from megavlm.convert.hf.json_files import FILE_NAME, IMAGE_PROCESSOR_NAME, read_json, write_json
+from megavlm.convert.hf.one_tile import BICUBIC
 from megavlm.convert.hf.preprocessing import Usage
 from megavlm.data.text.templates import FORMATS
 from megavlm.data.text.tokenizer import (
@@ -24,7 +25,6 @@ from megavlm.data.text.tokenizer import (
     load_tokenizer,
 )
 
-_BICUBIC = 3
 # The processor wants a token for videos that texts do not hold. Qwen2.5's tokenizers have one.
 # Elsewhere it is one of InternVL's that nothing uses, since a new token would make another
 # tokenizer than the one that the model was trained with.
@@ -154,7 +154,7 @@ def write_chat(
         "size": side,
         "do_center_crop": True,
         "crop_size": side,
-        "resample": _BICUBIC,
+        "resample": BICUBIC,
         "do_normalize": True,
         "image_mean": list(vision.pixel_mean),
         "image_std": list(vision.pixel_std),
@@ -264,7 +264,7 @@ def pixel_settings(architecture: Architecture) -> dict[str, Any]:
     return {
         "do_convert_rgb": True,
         "do_resize": True,
-        "resample": _BICUBIC,
+        "resample": BICUBIC,
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,

@@ -132,9 +132,6 @@ def test_images_that_training_padded_are_not_cropped(tmp_path: Path) -> None:
     assert settings["pad2square"] and not settings["dynamic_image_size"]
     again = convert.import_(chat, tmp_path / "again")
     assert preprocessing.of_checkpoint(again) == dataclasses.replace(usage, is_trained=False)
-    assert len(usage.lost_in_native) == 1 and not Usage().lost_in_native
-    assert len(Usage(thumbnail=False).lost_in_native) == 1
-    assert not Usage(thumbnail=False, max_tiles=1).lost_in_native
 
 
 def test_generation_settings_stop_at_the_end_of_an_answer(tmp_path: Path) -> None:
