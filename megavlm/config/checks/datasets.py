@@ -136,19 +136,20 @@ def _form(config: Config, facts: DatasetFacts, where: str) -> Iterator[str]:
     """Yield in what the form of conversations and images is not the one that the stage wants."""
     wanted = config.data.template
     stage = f"stage {config.stage} of recipe {config.recipe}"
+    is_blend = len(config.data.train_folders) > 1  # whose datasets may differ
     if ANY not in wanted and facts.template not in wanted:
         listed = ",".join(wanted)
         yield (
             f"{where}: packed with the conversation template {facts.template}, but {stage} is"
             f" trained on {listed}; pack with --template {wanted[0]}, or give --data.template"
-            f" {facts.template} to train on these packs as they are"
+            f" {ANY if is_blend else facts.template} to train on these packs as they are"
         )
     tiling = config.data.tiling
     if facts.has_images and tiling not in (ANY, facts.tiling):
         yield (
             f"{where}: packed with --tiling {facts.tiling}, but {stage} is trained on --data.tiling"
-            f" {tiling}; pack with --tiling {tiling}, or give --data.tiling {facts.tiling} to train"
-            " on these packs as they are"
+            f" {tiling}; pack with --tiling {tiling}, or give --data.tiling"
+            f" {ANY if is_blend else facts.tiling} to train on these packs as they are"
         )
     if facts.has_images and facts.tiling == "anyres" and not config.architecture.connector.newline:
         yield (

@@ -40,6 +40,11 @@ def recipe_of_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
         ("1", {"template": "plain", "tiling": "pad"}, ()),
         ("1", {"template": "vicuna", "tiling": "pad"}, ("template vicuna", "--data.template vic")),
         ("1", {"template": "plain", "tiling": "dynamic"}, ("--data.tiling dynamic to train",)),
+        (
+            "1 --data.train a,b --data.weights 1,1",
+            {"template": "plain", "tiling": "dynamic"},
+            ("--data.tiling any to train",),
+        ),
         ("1", {"template": "plain", "tiling": "dynamic", "has_images": False}, ()),
         ("2", {"template": "phi3-chat", "tiling": "dynamic"}, ()),
         ("2", {"template": "plain"}, ("stage 2 of recipe mine is trained on vicuna,phi3-chat",)),
@@ -50,8 +55,8 @@ def recipe_of_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_packs_have_the_form_that_the_stage_wants(
     stage: str, form: dict[str, str | bool], wrong: tuple[str, ...], tmp_path: Path
 ) -> None:
-    arguments = ["--recipe", "mine", "--model", "tiny", "--stage", *stage.split()]
-    config = parse([*arguments, "--data.train", str(tmp_path)])
+    arguments = ["--recipe", "mine", "--model", "tiny", "--data.train", str(tmp_path)]
+    config = parse([*arguments, "--stage", *stage.split()])
     found = facts_problems(config, [facts(config, **form)])
     assert len(found) == (1 if wrong else 0)
     assert all(part in found[0] for part in wrong)
