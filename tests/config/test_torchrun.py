@@ -43,7 +43,7 @@ def test_an_environment_that_torchrun_did_not_make_is_refused(
         | variables,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
     )
     assert done.returncode == 2 and told in done.stderr, done.stderr
     assert "Traceback" not in done.stderr
@@ -101,7 +101,7 @@ def test_checks_that_need_no_model_run_without_torch(tmp_path: Path) -> None:
             env=environment | {"PYTHONPATH": f"{tmp_path}:{ROOT}"},
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=240,
         )
 
     wrong = ("--lr", "0", "--seed", str(2**70), "--data.train", str(tmp_path))

@@ -14,7 +14,7 @@ def test_a_log_has_a_line_now_and_then(capfd, monkeypatch):
     lines: list[str] = []
     with progress.Progress("writing", "packs", 40, 10) as shown:
         shown.add(10, "3 rejected")
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         while len(lines) < 2 and time.monotonic() < deadline:
             time.sleep(0.01)  # nothing is added meanwhile
             lines += capfd.readouterr().err.splitlines()

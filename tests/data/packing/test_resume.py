@@ -102,7 +102,7 @@ def test_killed(data, tmp_path, monkeypatch):  # noqa: F811
     process = subprocess.Popen(
         [sys.executable, "-c", SLOW_PACKING, data, tmp_path / "out"], env=environment
     )
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while not (tmp_path / "out.partial" / "packs-00002.json").exists():
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.02)
@@ -149,7 +149,7 @@ def test_workers_end_with_a_packing_that_is_killed():
     process = psutil.Popen(
         [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)}
     )
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     started = []
     while (
         len(started) < 4
@@ -159,7 +159,7 @@ def test_workers_end_with_a_packing_that_is_killed():
         started = process.children(recursive=True)
     process.kill()
     process.wait()
-    _, alive = psutil.wait_procs(started, timeout=20)
+    _, alive = psutil.wait_procs(started, timeout=120)
     assert not alive
 
 
