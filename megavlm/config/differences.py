@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import struct
+import math
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any
+
+_DIGITS = 5e-7
 
 
 def changed(settings: Any, *names: str, usual: Any = None) -> dict[str, Any]:
@@ -27,28 +29,22 @@ def changed(settings: Any, *names: str, usual: Any = None) -> dict[str, Any]:
 def differing(old: Any, new: Any, path: str) -> Iterator[tuple[str, Any, Any]]:
     """Yield dotted path, old value and new value of every field in which two configurations differ.
 
-    Numbers are compared as float32: a file written by a program that keeps them so has
-    9.999999747378752e-06 for 1e-5.
+    Numbers are compared to six digits: a file written by a program that keeps them as float32 has
+    9.999999747378752e-06 for 1e-5, and some write CLIP's pixels with a digit less than others.
     """
     if is_dataclass(old) and type(old) is type(new):
         for field in fields(old):
             yield from differing(
                 getattr(old, field.name), getattr(new, field.name), f"{path}.{field.name}"
             )
-    elif not _is_same(old, new):
+    elif not is_same(old, new):
         yield path, old, new
 
 
-def _is_same(old: Any, new: Any) -> bool:
-    """Compare two values; of two numbers what float32 keeps counts."""
+def is_same(old: Any, new: Any) -> bool:
+    """Compare two values; numbers, and those of tuples, to six digits."""
     if isinstance(old, float) and isinstance(new, float):
-        return _as_float32(old) == _as_float32(new)
+        return math.isclose(old, new, rel_tol=_DIGITS)
+    if isinstance(old, tuple) and isinstance(new, tuple) and len(old) == len(new):
+        return all(map(is_same, old, new))
     return bool(old == new)
-
-
-def _as_float32(value: float) -> bytes:
-    """Return the bits of a number in float32; of one that does not fit those in float64."""
-    try:
-        return struct.pack("<f", value)
-    except OverflowError:
-        return struct.pack("<d", value)

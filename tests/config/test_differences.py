@@ -24,7 +24,10 @@ def test_every_field_that_differs_is_named_with_both_values() -> None:
     assert list(differing(MODEL, MODEL, "architecture")) == []
 
 
-def test_numbers_are_compared_as_float32() -> None:
+def test_numbers_are_compared_to_six_digits() -> None:
+    mean = (0.48145466, 0.4578275, 0.40821073)
+    assert list(differing(mean, (0.4814546, 0.4578275, 0.40821073), "mean")) == []
+    assert len(list(differing(mean, (0.481454, 0.4578275, 0.40821073), "mean"))) == 1
     assert list(differing(1e-5, 9.999999747378752e-06, "eps")) == []
     assert list(differing(1e-5, 1.000001e-5, "eps")) == [("eps", 1e-5, 1.000001e-5)]
     assert list(differing(1e300, 2e300, "large")) == [("large", 1e300, 2e300)]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from megavlm.config.checks.rank_slices import rows_of_a_rank, sharing_problems
 from megavlm.config.connectors import CONNECTORS
+from megavlm.config.differences import is_same
 from megavlm.config.freeze_mask import parts_named
 from megavlm.config.objectives import OBJECTIVES
 from megavlm.config.sampling import shares_of
@@ -105,7 +106,7 @@ def _dataset(config: Config, facts: DatasetFacts) -> Iterator[str]:
         ("pixel_mean", facts.pixel_mean, arch.vision.pixel_mean),
         ("pixel_std", facts.pixel_std, arch.vision.pixel_std),
     ):
-        if facts.has_images and packed != trained:
+        if facts.has_images and not is_same(packed, trained):
             yield (
                 f"{where}: packed for a {name} of {packed}, but --architecture.vision.{name} is"
                 f" {trained}"

@@ -75,6 +75,8 @@ def test_packs_without_images_need_not_fit_the_vision_encoder(packs: Path):
 
 def test_packs_for_another_normalisation_are_refused(packs: Path):
     config = tiny(packs)
+    nearly = tuple(value * (1 + 1e-7) for value in config.architecture.vision.pixel_mean)
+    assert not facts_problems(config, [facts(config, pixel_mean=nearly)])
     [problem] = facts_problems(config, [facts(config, pixel_mean=(0.5, 0.5, 0.5))])
     assert (
         "--data.train" in problem

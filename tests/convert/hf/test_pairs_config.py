@@ -7,14 +7,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from PIL import Image
 from transformers import AutoImageProcessor, PreTrainedTokenizerFast
 
 from megavlm.config.recipes import recipe
+from megavlm.config.vision import PIXELS
 from megavlm.convert.hf import pairs_config, processor
 from megavlm.convert.hf.json_files import IMAGE_PROCESSOR_NAME, write_json
 from megavlm.convert.hf.preprocessing import Usage
 from tests.data.pair_tokenizer import make_pair_tokenizer
+
+
+@pytest.mark.parametrize("kind", ["CLIP", "Siglip"])
+def test_pixels_are_those_of_transformers(kind: str) -> None:
+    """Packs of ``--pixels clip`` are refused if a published CLIP's differ from them."""
+    usual = getattr(transformers, f"{kind}ImageProcessor")
+    assert PIXELS[kind.lower()] == (tuple(usual.image_mean), tuple(usual.image_std))
 
 
 @pytest.mark.parametrize("kind", ["CLIPImageProcessor", "SiglipImageProcessor"])
