@@ -11,7 +11,7 @@ import torch
 
 from megavlm.config.schema import Architecture
 from megavlm.convert.hf import preprocessing
-from megavlm.convert.hf.convert import copy_tokenizer
+from megavlm.convert.hf.convert import copy_qformer_tokenizer, copy_tokenizer
 from megavlm.convert.hf.hub_formats import HUB_FORMATS, dialect_of
 from megavlm.convert.hf.model_config import architecture_from_hf, differences
 from megavlm.convert.weights.families import written_as
@@ -52,6 +52,7 @@ def check_files(folder: str | Path) -> list[FileCheck]:
         out = Path(scratch) / "out"
         out.mkdir()
         before = copy_tokenizer(folder, kept)
+        copy_qformer_tokenizer([folder], kept)
         if before is None:
             reason = "the folder has no tokenizer, and none is exported without one"
             return [FileCheck(name=name, note=reason) for name in ("config", "tokenizer", "usage")]

@@ -234,7 +234,7 @@ def import_(
     with new_folder(out, flag) as growing, Progress("import", "B", _bytes(view)) as progress:
         write_shards(view, growing / SHARDS, done=progress.add)
         words = copy_tokenizer(Path(tokenizer) if tokenizer else folder, growing / TOKENIZER)
-        _copy_qformer_tokenizer((tokenizer, folder), growing / TOKENIZER)
+        copy_qformer_tokenizer((tokenizer, folder), growing / TOKENIZER)
         (growing / CONFIG_NAME).write_text(
             to_yaml(Config(recipe=source, stage="", model=name, architecture=mixture)),
             encoding="utf-8",
@@ -271,7 +271,7 @@ def copy_tokenizer(folder: Path, target: Path) -> str | None:
     return fingerprint(load_tokenizer(target))
 
 
-def _copy_qformer_tokenizer(folders: Iterable[str | Path], target: Path) -> None:
+def copy_qformer_tokenizer(folders: Iterable[str | Path], target: Path) -> None:
     """Copy the tokenizer of a Q-Former out of the first folder that has one beside its own."""
     inside = (Path(folder) / QFORMER_TOKENIZER for folder in folders if folder)
     found = next((folder for folder in inside if folder.is_dir()), None)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoProcessor, InstructBlipForConditionalGeneration
 
-from megavlm.convert.hf import convert
+from megavlm.convert.hf import check_files, convert
 from megavlm.convert.hf.model_config import architecture_from_hf, differences
 from megavlm.data.records.record import Turn
 from megavlm.data.text.chat_tokens import ChatTemplate
@@ -45,6 +45,7 @@ def test_transformers_loads_an_export_and_its_processor(
         out, output_loading_info=True, dtype="auto"
     )
     assert not any(info.values()) and model.dtype == torch.float32
+    assert not any(file.changes or file.note for file in check_files.check_files(out))
     template = ChatTemplate(
         load_tokenizer(words),
         INSTRUCT.features_per_tile,
