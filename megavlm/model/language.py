@@ -119,6 +119,9 @@ class LanguageModel(GPTModel):
         self.token_positions: Tensor | None = None
         self.has_learned_positions = language.has_learned_positions
         self.unused_positions = language.unused_positions
+        if self.pre_process and language.has_learned_positions:
+            # megatron-core makes them in float32, whatever params_dtype says.
+            self.embedding.position_embeddings.to(self.config.params_dtype)
         if language.rotary_yarn_factor > 1:
             self.rotary_pos_emb.inv_freq = frequencies(language)
         if not language.has_learned_positions:

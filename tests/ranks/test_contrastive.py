@@ -198,8 +198,9 @@ def test_recalls_equal_a_search_by_brute_force(
 def test_the_scale_stays_below_its_bound(ranks: Pool, pairs: Path) -> None:
     settings = dataclasses.replace(CLIP.contrastive, max_scale=15.0)
     bounded = dataclasses.replace(CLIP, contrastive=settings)
-    for world in (1, 2):
-        curve = ranks.run(run, world, config_of(bounded, pairs, lr=0.5, steps=3))
+    stages = dict(pipeline_model_parallel_size=2, precision="bfloat16")
+    for world, settings in (1, {}), (2, stages):
+        curve = ranks.run(run, world, config_of(bounded, pairs, lr=0.5, steps=3, **settings))
         scale = whole_weights(curve)["objective.logit_scale"]
         assert scale <= math.log(15.0) + 1e-6
 
