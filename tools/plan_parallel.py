@@ -76,10 +76,13 @@ def main(arguments: list[str] | None = None) -> int:
 def _explain(config: Config, first: Estimate, gpus: int, packs: Packs, hardware: Hardware) -> None:
     """Print what changes the first layout, and how to ask for it."""
     changed = search.estimate_changes(config, first, gpus, packs.size, packs.capacity, hardware)
+    flags = [search.to_flags(first)]
+    if config.training.kernels == "local":  # asked for, or all that can compute the model
+        flags.append("--training.kernels local")
     print(
         "the first, with one option changed at a time:\n"
         f"{options_to_text(changed, hardware)}\n\n"
-        f"to use the first:\n{search.to_flags(first) or 'no option of --parallel'}"
+        f"to use the first:\n{' '.join(filter(None, flags)) or 'no option of --parallel'}"
     )
     if note := alignment_note(first.parallel, packs.alignment):
         print(note)

@@ -105,3 +105,19 @@ def test_options_of_the_trainer_are_checked(capsys: pytest.CaptureFixture[str]):
         with pytest.raises(SystemExit):
             main([*_RUN, *wrong])
         assert wrong[0] in capsys.readouterr().err
+
+
+def test_a_model_that_transformer_engine_cannot_compute_is_planned_on_local_kernels(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    run = ["--recipe", "paligemma", "--model", "paligemma2-3b", "--stage", "1", "--gpus", "8"]
+    path = tmp_path / "plan.json"
+    memory = {}
+    for kernels in ("auto", "local"):
+        kind = ["--training.kernels", kernels]
+        assert main([*run, *kind, "--json", str(path)]) == 0
+        assert capsys.readouterr().out.splitlines()[-1].endswith(" --training.kernels local")
+        memory[kernels] = json.loads(path.read_text(encoding="utf-8"))[0]["memory_gib"]
+    assert memory["auto"] == memory["local"]
+    assert main([*run, "--training.kernels", "transformer_engine"]) == 1
+    assert "use --training.kernels local" in capsys.readouterr().err

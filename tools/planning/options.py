@@ -9,6 +9,7 @@ import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from megavlm.config.checks.device import kernel_problems
 from megavlm.config.checks.rules import settings_problems
 from megavlm.config.cli import parse, where_given
 from megavlm.config.schema import Config
@@ -125,12 +126,16 @@ def read_config(options: argparse.Namespace, others: Sequence[str]) -> Config:
     """Return the run that is planned, with the layout of ``--layout`` if there is one; wrong input
     ends the process as in ``parse``.
 
+    A run that Transformer Engine's layers cannot compute has local ones, unless it asks for the
+    others.
+
     Args:
         options: of the planner.
         others: those of ``pretrain_vlm.py``.
 
     Raises:
-        ValueError: an option that the search sets, or a file that cannot be read.
+        ValueError: an option that the search sets, a file that cannot be read, or layers that
+            cannot compute the run.
     """
     if options.layout is None and (wrong := list(_of_layout(others))):
         raise ValueError("\n  ".join(wrong))
@@ -142,7 +147,12 @@ def read_config(options: argparse.Namespace, others: Sequence[str]) -> Config:
         "training.global_batch_size": options.global_batch_size,
     }
     given = [word for name, value in named.items() if value for word in (f"--{name}", str(value))]
-    return parse([*given, *others, *shlex.split(options.layout or "")], read_model, _problems)
+    config = parse([*given, *others, *shlex.split(options.layout or "")], read_model, _problems)
+    wrong = list(kernel_problems(config))
+    if config.training.kernels == "transformer_engine" and wrong:
+        raise ValueError("\n  ".join(wrong))
+    training = dataclasses.replace(config.training, kernels="local")
+    return dataclasses.replace(config, training=training) if wrong else config
 
 
 def _of_layout(others: Sequence[str]) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megavlm.config.checks.attention import attention_kernel_problems
@@ -60,16 +61,8 @@ def device_problems(config: Config, device: DeviceCapabilities) -> list[str]:
             f"--profile.memory_snapshot {config.profile.memory_snapshot}: is of a GPU's memory, and"
             " this machine has no CUDA device; leave it out"
         )
-    uses_local = config.training.kernels == "local" or config.training.precision == "float32"
-    if config.architecture.lora.nf4 and not lack and not uses_local:
-        found.append(
-            f"--architecture.lora.nf4 {','.join(config.architecture.lora.nf4)}: Transformer"
-            " Engine's linear layers keep weights for the backward pass by themselves, in 16 bits;"
-            " use --training.kernels local"
-        )
-    if not lack and not uses_local:
-        found += grouped_expert_problems(config)
-        found += attention_kernel_problems(config)
+    if not lack:
+        found += kernel_problems(config)
     for part, recipe in config.fp8.recipes.items():
         if lack:
             found.append(
@@ -92,6 +85,20 @@ def device_problems(config: Config, device: DeviceCapabilities) -> list[str]:
                 f" {there}; use {', '.join([*runs, 'none'])}"
             )
     return found
+
+
+def kernel_problems(config: Config) -> Iterator[str]:
+    """Yield why Transformer Engine's layers cannot run a configuration that uses them on a GPU."""
+    if config.training.kernels == "local" or config.training.precision == "float32":
+        return
+    if config.architecture.lora.nf4:
+        yield (
+            f"--architecture.lora.nf4 {','.join(config.architecture.lora.nf4)}: Transformer"
+            " Engine's linear layers keep weights for the backward pass by themselves, in 16 bits;"
+            " use --training.kernels local"
+        )
+    yield from grouped_expert_problems(config)
+    yield from attention_kernel_problems(config)
 
 
 def _runs(recipe: str, capability: tuple[int, int]) -> bool:
