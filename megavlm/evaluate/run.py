@@ -24,7 +24,7 @@ from megavlm.config.cli import to_yaml
 from megavlm.config.evaluation import Eval
 from megavlm.config.folders import named
 from megavlm.config.hub_cache import file_name
-from megavlm.config.recipes import recipe_of
+from megavlm.config.recipes import recipe, recipe_of
 from megavlm.config.schema import (
     BadSteps,
     Config,
@@ -125,10 +125,11 @@ def _checkpoint(model: Path, packs: Path | None) -> Checkpoint | None:
     saved = step_folder.find(model) if not (model / "config.json").is_file() else None
     if saved is None and not (model / "config.json").is_file():
         raise ValueError(f"{model}: neither a checkpoint nor a Hugging Face folder")
-    if saved is None and packs is None:
+    if packs is None and not (saved and saved.config.data.train):
+        kind = "checkpoint that was not trained" if saved else "Hugging Face folder"
         raise ValueError(
-            f"{model}: a Hugging Face folder does not say how questions are packed; name a packed"
-            " dataset of its template and tiles with --packs"
+            f"{model}: a {kind} does not say how questions are packed; name a packed dataset of its"
+            " template and tiles with --packs"
         )
     return saved
 
@@ -231,6 +232,7 @@ def _options(saved: Checkpoint, evaluation: Eval, target: Path) -> list[str]:
     """
     config: Config = replace(
         saved.config,
+        stage=saved.config.stage or list(recipe(saved.config.recipe).stages)[-1],  # none: imported
         init=Init(),
         data=replace(
             saved.config.data,

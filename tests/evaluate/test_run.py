@@ -11,7 +11,7 @@ import pytest
 
 from megavlm.config.checks.rules import problems
 from megavlm.config.cli import parse
-from megavlm.config.schema import Ema, Eval, Init
+from megavlm.config.schema import Config, Ema, Eval, Init
 from megavlm.evaluate import run
 from megavlm.evaluate.page import Answered, table_lines
 from megavlm.evaluate.run import _options, answer_with
@@ -41,6 +41,19 @@ def test_a_checkpoint_needs_no_folder_that_its_model_was_made_of(
     saved = SimpleNamespace(config=trained, folder=tmp_path / "step_00000001")
     measuring = parse(_options(saved, Eval(), tmp_path))
     assert (measuring.model, measuring.architecture) == (trained.model, trained.architecture)
+
+
+def test_an_imported_checkpoint_needs_no_stage_but_packs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    imported = Config(recipe="instructblip", stage="", model="custom")
+    saved = SimpleNamespace(config=imported, folder=tmp_path / "step_00000001")
+    measuring = parse(_options(saved, Eval(), tmp_path))
+    assert (measuring.recipe, measuring.stage) == ("instructblip", "1")
+    monkeypatch.setattr(run.step_folder, "find", lambda model: saved)
+    task = write_question(tmp_path / "exam.jsonl", "a cat")
+    with pytest.raises(ValueError, match="not trained does not say how questions are packed"):
+        answer_with(str(tmp_path), [task], tmp_path / "out", packs=None, max_new_tokens=1, ranks=1)
 
 
 def test_averages_do_not_stand_in_the_way(tmp_path: Path) -> None:

@@ -6,12 +6,14 @@ import dataclasses
 import runpy
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from megavlm.config.recipes import recipe
 from tools.verification.agreement import Agreement
-from tools.verification.logits import _Tally
+from tools.verification.logits import _refuse_others, _Tally
 
 TOOL = Path(__file__).parents[2] / "tools" / "verify_export.py"
 SAME = Agreement(
@@ -69,3 +71,10 @@ def test_no_packs_are_refused(
         runpy.run_path(str(TOOL), run_name="__main__")
     assert ended.value.code == 2
     assert "--packs 0: must be at least 1" in capsys.readouterr().err
+
+
+def test_models_of_pairs_have_nothing_to_compare(tmp_path: Path) -> None:
+    config = SimpleNamespace(architecture=recipe("clip").architecture)
+    found = SimpleNamespace(config=config, folder=tmp_path)
+    with pytest.raises(ValueError, match="a model of pairs has no logits"):
+        _refuse_others(found, tmp_path, None)

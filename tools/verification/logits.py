@@ -171,6 +171,11 @@ def _read_images(
 def _refuse_others(found: Checkpoint, hf_folder: Path, packs: Manifest) -> None:
     """Raise ValueError if checkpoint, exported model and packs do not belong together."""
     architecture = found.config.architecture
+    if not architecture.needs.has_vocabulary_head:
+        raise ValueError(
+            f"--load {found.folder}: a model of pairs has no logits of tokens to compare; compare"
+            " its figures on a task of pairs, see tools/evaluate.py"
+        )
     convert.refuse_other(hf_folder, architecture)
     exported = fingerprint(load_tokenizer(hf_folder, "--hf"))
     if packs.tokenizer_fingerprint != exported:
