@@ -230,12 +230,12 @@ def _options(saved: Checkpoint, evaluation: Eval, target: Path) -> list[str]:
     """Return the options that give a checkpoint's model and data, on one rank. Little is trained,
     so that the optimizer, which is not used, is small; FP8 would need scales that training finds.
     """
+    found = saved.config if saved.config.stage else _as_trained(saved.config)
     config: Config = replace(
-        saved.config,
-        stage=saved.config.stage or list(recipe(saved.config.recipe).stages)[-1],  # none: imported
+        found,
         init=Init(),
         data=replace(
-            saved.config.data,
+            found.data,
             valid="",
             weights=(),
             batch_shares=False,
@@ -260,6 +260,16 @@ def _options(saved: Checkpoint, evaluation: Eval, target: Path) -> list[str]:
     )
     atomic.write_text(target / _SETTINGS, to_yaml(config))
     return ["--config", str(target / _SETTINGS)]
+
+
+def _as_trained(config: Config) -> Config:
+    """Return the configuration of an imported model as if its recipe's last stage of the same
+    objective had trained it.
+    """
+    row = recipe(config.recipe)
+    objective = config.architecture.objective
+    stage = [name for name, one in row.stages.items() if one.objective == objective][-1]
+    return replace(config, stage=stage, data=row.data(stage))
 
 
 def _of_folder(model: Path) -> list[str]:

@@ -11,7 +11,7 @@ import pytest
 
 from megavlm.config.checks.rules import problems
 from megavlm.config.cli import parse
-from megavlm.config.schema import Config, Ema, Eval, Init
+from megavlm.config.schema import Config, Data, Ema, Eval, Init
 from megavlm.evaluate import run
 from megavlm.evaluate.page import Answered, table_lines
 from megavlm.evaluate.run import _options, answer_with
@@ -32,15 +32,18 @@ def test_settings_of_trained_experts_do_not_stand_in_the_way(tmp_path: Path) -> 
     assert measuring.architecture == trained.architecture
 
 
+@pytest.mark.parametrize("stage", ["1", ""])
 @pytest.mark.parametrize("recipe", ["internvl", "llava_next", "clip"])
-def test_a_checkpoint_needs_no_folder_that_its_model_was_made_of(
-    tmp_path: Path, recipe: str
+def test_a_checkpoint_needs_neither_a_stage_nor_the_folder_that_its_model_was_made_of(
+    tmp_path: Path, recipe: str, stage: str
 ) -> None:
     trained = parse(["--recipe", recipe, "--stage", "1", "--model", "tiny"])
     trained = dataclasses.replace(trained, model="clip+language", init=Init(vision="gone"))
-    saved = SimpleNamespace(config=trained, folder=tmp_path / "step_00000001")
+    kept = trained if stage else dataclasses.replace(trained, stage="", data=Data())  # an import
+    saved = SimpleNamespace(config=kept, folder=tmp_path / "step_00000001")
     measuring = parse(_options(saved, Eval(), tmp_path))
     assert (measuring.model, measuring.architecture) == (trained.model, trained.architecture)
+    assert measuring.data.loss_reduction == trained.data.loss_reduction
 
 
 def test_an_imported_checkpoint_needs_no_stage_but_packs(
