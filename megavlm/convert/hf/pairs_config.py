@@ -27,7 +27,7 @@ def read_clip(raw: dict[str, Any], folder: Path, *, has_head: bool | None) -> Ar
     """Read the architecture of a ``CLIPModel``; see ``native_config.read``."""
     found = json_files.complete("CLIPConfig", raw, folder / FILE_NAME)
     wrong = [*_problems(found), *json_files.needed_sizes("", found, "projection_dim")]
-    json_files.refuse(folder / FILE_NAME, wrong)
+    json_files.refuse(folder / FILE_NAME, [*wrong, *_no_end(found["text_config"])])
     return Architecture(
         objective="contrastive",
         vision=_vision("clip", found["vision_config"], folder),
@@ -62,6 +62,16 @@ def _problems(found: dict[str, Any]) -> Iterator[str]:
     yield from json_files.contradictions(
         "vision_config", found["vision_config"], {"num_channels": 3}
     )
+
+
+def _no_end(text: dict[str, Any]) -> Iterator[str]:
+    """Yield that no token ends a text: a ``CLIPModel`` would take the embedding of its first."""
+    end = text.get("eos_token_id")
+    if type(end) is not int or not 0 <= end < text["vocab_size"]:
+        yield (
+            f"text_config.eos_token_id is {end!r}, must be a token of text_config.vocab_size"
+            f" {text['vocab_size']}: the embedding of a text is that of its end"
+        )
 
 
 def _vision(family: str, found: dict[str, Any], folder: Path) -> Vision:

@@ -9,12 +9,13 @@ import pytest
 import torch
 import transformers
 from PIL import Image
-from transformers import AutoImageProcessor, PreTrainedTokenizerFast
+from transformers import AutoImageProcessor, CLIPConfig, PreTrainedTokenizerFast
 
 from megavlm.config.recipes import recipe
 from megavlm.config.vision import PIXELS
 from megavlm.convert.hf import pairs_config, processor
-from megavlm.convert.hf.json_files import IMAGE_PROCESSOR_NAME, write_json
+from megavlm.convert.hf.json_files import FILE_NAME, IMAGE_PROCESSOR_NAME, write_json
+from megavlm.convert.hf.model_config import architecture_from_hf
 from megavlm.convert.hf.preprocessing import Usage
 from tests.data.pair_tokenizer import make_pair_tokenizer
 
@@ -62,3 +63,11 @@ def test_a_tokenizer_that_does_not_end_texts_is_refused(tmp_path: Path) -> None:
     tokenizer.save_pretrained(tmp_path / "goes_on")
     with pytest.raises(ValueError, match="does not end a text with its eos_token"):
         pairs_config.check_clip_tokenizer(tmp_path / "goes_on")
+
+
+def test_a_clip_whose_texts_have_no_end_is_refused(tmp_path: Path) -> None:
+    settings = CLIPConfig().to_dict()
+    settings["text_config"]["vocab_size"] = 1000  # and the end is 49407, as usual
+    write_json(tmp_path / FILE_NAME, settings)
+    with pytest.raises(ValueError, match=r"config.json.*\n.*text_config.eos_token_id is 49407"):
+        architecture_from_hf(tmp_path)
