@@ -2,12 +2,13 @@
 
 The checkpoint's model reads whole packs; ``transformers`` reads their samples one by one. Both
 compute in the same dtype, and the checkpoint's weights are first rounded to the dtype of the
-exported ones, so that only the order of the sums may differ.
+exported ones, adapters merged, so that only the order of the sums may differ.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,8 @@ from megavlm.data.loading.batch import Batch
 from megavlm.data.loading.dataset import PackedDataset
 from megavlm.data.store.manifest import Manifest
 from megavlm.data.text.tokenizer import fingerprint, load_tokenizer
+from megavlm.model.expert_adapters import GroupedAdapters
+from megavlm.model.lora import LowRankAdapter
 from megavlm.model.vlm import VisionLanguageModel
 from megavlm.parallel import backend, process_groups
 from megavlm.planner.layout import make_layout
@@ -200,11 +203,46 @@ def _load(
     groups = process_groups.create(alone.parallel, seed=0)
     model = VisionLanguageModel(alone, make_layout(alone), groups).to(device)
     checkpoint.load_weights(found, [model])
+    model.eval()
     exported = {header.dtype for header in SafetensorsFolder(hf_folder).headers.values()}
     if len(exported) == 1:
-        for parameter in model.parameters():
-            parameter.copy_(parameter.to(*exported))
-    return model.eval()
+        _round(model, *exported)
+    return model
+
+
+def _round(model: VisionLanguageModel, dtype: torch.dtype) -> None:
+    """Round weights as an export rounds them, which has added adapters to them before. In float32
+    there is nothing to round, and adapters stay beside their weights.
+    """
+    if dtype == torch.float32:
+        return
+    adapted = [pair for module in model.modules() for pair in _adapters(module)]
+    for adapter, weight in adapted:
+        changed = weight + adapter(_identity(adapter.a)).T
+        if adapter.magnitude is not None:
+            changed *= (adapter.magnitude / adapter.norms(weight))[:, None]
+        weight.copy_(changed)
+        adapter.b.zero_()
+    for parameter in model.parameters():
+        parameter.copy_(parameter.to(dtype))
+    for adapter, weight in adapted:
+        if adapter.magnitude is not None:  # so that it changes nothing any more
+            adapter.magnitude.copy_(adapter.norms(weight))
+
+
+def _identity(like: Tensor) -> Tensor:
+    """Return the identity of what an A [rank, inputs] reads [inputs, inputs]."""
+    return torch.eye(like.shape[1], dtype=like.dtype, device=like.device)
+
+
+def _adapters(module: nn.Module) -> Iterator[tuple[LowRankAdapter, Tensor]]:
+    """Yield the adapters of a linear layer, or of a grouped one, each with its weight."""
+    lora = dict(module.named_children()).get("lora")
+    if isinstance(lora, LowRankAdapter):
+        yield lora, module.get_parameter("weight")
+    elif isinstance(lora, GroupedAdapters):
+        for number, adapter in lora.items():
+            yield adapter, module.get_parameter(f"weight{number}")
 
 
 def _samples(batch: Batch, images: np.ndarray) -> list[tuple[int, int, int, int]]:
