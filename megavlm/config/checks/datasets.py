@@ -170,11 +170,11 @@ def _instructions(arch: Architecture, facts: DatasetFacts, where: str) -> Iterat
             f" {reads}; pack with --template instructblip and --qformer_tokenizer"
         )
     elif length > reads:
+        fits = length <= arch.connector.qformer.max_position_embeddings
         yield (
             f"{where}: packed with --instruction_length {length}, but {flag}.instruction_tokens is"
-            f" {reads}; pack with at most that --instruction_length, or give"
-            f" {flag}.instruction_tokens {length}"
-        )
+            f" {reads}; pack with at most that --instruction_length"
+        ) + (f", or give {flag}.instruction_tokens {length}" if reads and fits else "")
     rows = arch.connector.qformer.vocab_size
     if reads and facts.qformer_vocab_size > rows:
         yield (

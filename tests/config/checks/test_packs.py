@@ -9,6 +9,7 @@ import pytest
 
 from megavlm.config.checks.datasets import batch_warnings
 from megavlm.config.checks.rules import ConfigError, check, facts_problems
+from megavlm.config.cli import parse
 from tests.config.checks.configs import facts, tiny
 
 
@@ -173,3 +174,14 @@ def test_blended_packs_have_one_capacity(packs: Path):
     config = tiny(packs)
     [problem] = facts_problems(config, [facts(config), facts(config, folder="other", capacity=512)])
     assert "--data.train other: packs of 512 tokens, but those of packs have 1024" in problem
+
+
+@pytest.mark.parametrize("positions", [50, 128])
+def test_longer_instructions_are_proposed_if_there_are_positions_for_them(positions: int) -> None:
+    settings = {"instruction_tokens": 50, "max_position_embeddings": positions}
+    flag = "--architecture.connector.qformer."
+    options = [word for name, value in settings.items() for word in (flag + name, str(value))]
+    config = parse(["--recipe", "instructblip", "--stage", "1", *options])
+    found = facts(config, instruction_length=128, tiling="stretch")
+    [problem] = [one for one in facts_problems(config, [found]) if "instruction_length 128" in one]
+    assert (f"give {flag}instruction_tokens 128" in problem) == (positions == 128)
