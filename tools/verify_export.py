@@ -37,6 +37,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     shares = ", ".join(f"{share:g} in {name}" for name, share in LIMITS.items())
     limit = f"largest accepted difference of two logits (default, of the largest logit: {shares})"
     parser.add_argument("--limit", type=float, help=limit)
+    ema = "the export has the moving averages (--ema.export true, or export --ema)"
+    parser.add_argument("--ema", action="store_true", help=ema)
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the figures to a file too")
     options = parser.parse_args(arguments)
     if options.packs < 1:
@@ -68,7 +70,12 @@ def main() -> int:
 
     try:
         found = compare(
-            options.load, Path(options.hf), Path(options.data), options.packs, options.dtype
+            options.load,
+            Path(options.hf),
+            Path(options.data),
+            options.packs,
+            options.dtype,
+            averages=options.ema,
         )
     except (ValueError, OSError) as error:
         print(f"verify_export: error: {error}", file=sys.stderr)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from megavlm.config.averages import Ema
 from megavlm.config.lora import Lora
 from megavlm.config.schema import Checkpoint, Config, Logging
 from megavlm.data.images.tiling import Tiling
@@ -94,21 +95,22 @@ def whole_config(packs: Path, save: Path, **checkpoint) -> Config:
 
 
 def _with_adapters(packs: Path, save: Path, hf: Path) -> Config:
-    """Configure a run that trains adapters in bfloat16."""
+    """Configure a run that trains adapters in bfloat16 and exports their averages."""
     config = whole_config(packs, save, export_hf=str(hf))
     lora = Lora(rank=4, targets=("vision", "language"), dora=True)
     training = dataclasses.replace(
         config.training, precision="bfloat16", trainable=("connector", "*.lora")
     )
     architecture = dataclasses.replace(config.architecture, lora=lora)
-    return dataclasses.replace(config, training=training, architecture=architecture)
+    ema = Ema(decay=0.5, export=True)
+    return dataclasses.replace(config, training=training, architecture=architecture, ema=ema)
 
 
-def agreement(load: Path, hf: Path, packs: Path, dtype: str = "float32"):
+def agreement(load: Path, hf: Path, packs: Path, dtype: str = "float32", ema: bool = False):
     """Return how near the trained and the exported model are."""
     from tools.verification.logits import compare
 
-    return compare(str(load), hf, packs, 2, dtype)
+    return compare(str(load), hf, packs, 2, dtype, averages=ema)
 
 
 def _valid_losses(save: Path) -> list[float]:
@@ -147,7 +149,8 @@ def test_an_export_that_differs_is_noticed(ranks: Pool, packs: Path, tmp_path: P
 
     def compared(changes: dict):
         save_file(weights | changes, file, metadata={"format": "pt"})
-        return ranks.run(agreement, 1, tmp_path / "run", tmp_path / "hf", packs)[0]
+        options = ("float32", True)
+        return ranks.run(agreement, 1, tmp_path / "run", tmp_path / "hf", packs, *options)[0]
 
     found = compared({name: weights[name] * 2})
     assert found.max_abs_difference > 1e-4 and "logits differ" in found.failures()[0]

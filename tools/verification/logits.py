@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from megavlm.checkpoint import step_folder
-from megavlm.checkpoint.step_folder import Checkpoint
+from megavlm.checkpoint.step_folder import SHARDS, Checkpoint
 from megavlm.config.schema import Fp8, Parallel
+from megavlm.convert.dist_checkpoint import ShardsFolder
 from megavlm.convert.hf import convert
 from megavlm.convert.hf.reference import (
     instruction_inputs,
@@ -30,6 +31,7 @@ from megavlm.data.loading.batch import Batch
 from megavlm.data.loading.dataset import PackedDataset
 from megavlm.data.store.manifest import Manifest
 from megavlm.data.text.tokenizer import fingerprint, load_tokenizer
+from megavlm.model import weights
 from megavlm.model.expert_adapters import GroupedAdapters
 from megavlm.model.lora import LowRankAdapter
 from megavlm.model.vlm import VisionLanguageModel
@@ -74,6 +76,8 @@ def compare(
     dataset_folder: Path,
     packs: int,
     dtype: str = "float32",
+    *,
+    averages: bool = False,
 ) -> Agreement:
     """Compare the checkpoint with ``transformers``.
 
@@ -83,6 +87,7 @@ def compare(
         dataset_folder: packs to compare on.
         packs: how many of them, from the first; at least 1.
         dtype: both models compute in, a key of ``DTYPES``.
+        averages: the export has the moving averages of the parameters.
 
     Raises:
         FileNotFoundError: a folder is missing.
@@ -98,7 +103,7 @@ def compare(
     device = backend.start(timeout_minutes=30).device
     try:
         theirs = load_reference(hf_folder, DTYPES[dtype]).to(device)
-        ours = _load(found, hf_folder, dtype, device)
+        ours = _load(found, hf_folder, dtype, device, averages=averages)
         tally = _Tally()
         for pack_id in range(min(packs, len(dataset))):
             _compare_pack(dataset, pack_id, ours, theirs, tally)
@@ -195,7 +200,7 @@ def _refuse_others(found: Checkpoint, hf_folder: Path, packs: Manifest) -> None:
 
 
 def _load(
-    found: Checkpoint, hf_folder: Path, dtype: str, device: torch.device
+    found: Checkpoint, hf_folder: Path, dtype: str, device: torch.device, *, averages: bool
 ) -> VisionLanguageModel:
     """Return the checkpoint's model, its weights rounded to the dtype of the exported ones."""
     training = dataclasses.replace(found.config.training, precision=dtype)
@@ -203,6 +208,9 @@ def _load(
     groups = process_groups.create(alone.parallel, seed=0)
     model = VisionLanguageModel(alone, make_layout(alone), groups).to(device)
     checkpoint.load_weights(found, [model])
+    if averages:
+        source = ShardsFolder(found.folder / SHARDS, averages=True)
+        weights.fill([model], lambda key, shape: source[key])
     model.eval()
     exported = {header.dtype for header in SafetensorsFolder(hf_folder).headers.values()}
     if len(exported) == 1:
