@@ -25,7 +25,6 @@ from megavlm.data.text.tokenizer import IMAGE_TOKEN_SETS, load_tokenizer
 CLASS_NAME = "FuyuForCausalLM"
 MODEL_TYPE = "fuyu"
 _PROCESSOR = "FuyuProcessor"
-_USUAL_PATCH = 30
 # How an image is filled up to whole patches.
 _FILLING: dict[str, Any] = {
     "do_pad": True,
@@ -94,7 +93,8 @@ def _other_images(found: Mapping[str, Any], folder: Path) -> Iterator[str]:
     yield from one_tile.other_resizing(found, one_tile.BILINEAR)
     needed = dict(_FILLING)
     if found.get("patch_size") is not None:
-        side = shared.read_config(folder / FILE_NAME).get("patch_size") or _USUAL_PATCH
+        path = folder / FILE_NAME
+        side = shared.complete("FuyuConfig", shared.read_config(path), path)["patch_size"]
         needed["patch_size"] = {"height": side, "width": side}
     for name, value in needed.items():
         if found.get(name) not in (None, value):
