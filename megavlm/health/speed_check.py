@@ -4,7 +4,8 @@ start of a run, and who is slow.
 One slow rank slows all, and shows nowhere: a throttled GPU, a bad cable, a network card that NCCL
 did not pick. Two measures find it. All groups of a kind sum a tensor at the same time, as in
 training: a slow group stands out among its like. Then ranks exchange data in pairs, each with two
-partners in turn: a rank that is slow with both is the cause.
+partners in turn: a rank that is slow with both is the cause. If somebody is slow, all is measured
+once more, and who was slow for a moment only is not named.
 """
 
 from __future__ import annotations
@@ -77,8 +78,46 @@ class Speeds:
     seconds: float
 
 
-def measure(groups: Groups, backend: Backend) -> Speeds:
-    """Measure. Collective: every rank of the world calls it, and gets everybody's figures."""
+def check(groups: Groups, backend: Backend, health: Health) -> tuple[Speeds, list[str]]:
+    """Measure, and find who is slow each time. Collective: every rank of the world calls it, and
+    gets everybody's figures.
+
+    Args:
+        groups: the run's process groups.
+        backend: where tensors live.
+        health: what counts as slow.
+
+    Returns:
+        What was measured, and the findings, a line each.
+    """
+    speeds = _measure(groups, backend)
+    found = findings(speeds, health, on_gpu=backend.asynchronous)
+    if found:
+        speeds = _fastest(speeds, _measure(groups, backend))
+        found = findings(speeds, health, on_gpu=backend.asynchronous)
+    return speeds, found
+
+
+def _fastest(first: Speeds, second: Speeds) -> Speeds:
+    """Return each figure at its better of two measurements of the same ranks; clocks of the
+    second.
+    """
+    return Speeds(
+        hosts=first.hosts,
+        compute=_better(first.compute, second.compute),
+        clock=second.clock,
+        pairs={key: _better(first.pairs[key], second.pairs[key]) for key in first.pairs},
+        groups={key: _better(first.groups[key], second.groups[key]) for key in first.groups},
+        members=first.members,
+        seconds=first.seconds + second.seconds,
+    )
+
+
+def _better(first: tuple[float, ...], second: tuple[float, ...]) -> tuple[float, ...]:
+    return tuple(map(max, first, second))
+
+
+def _measure(groups: Groups, backend: Backend) -> Speeds:
     start = time.perf_counter()
     sizes = _GPU if backend.asynchronous else _CPU
     hosts: list[str] = [""] * groups.size

@@ -99,9 +99,9 @@ def _clean(save: Path, groups: Groups, metrics: Metrics) -> None:
 
 def _check_speed(config: Config, groups: Groups, backend: Backend, metrics: Metrics) -> None:
     """Log how fast ranks and groups are, and who is slow. Collective."""
-    speeds = speed_check.measure(groups, backend)
+    speeds, found = speed_check.check(groups, backend, config.health)
     metrics.log(speed_check.summary(speeds))
-    for finding in speed_check.findings(speeds, config.health, on_gpu=backend.asynchronous):
+    for finding in found:
         metrics.log(f"warning: {finding}")
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from unittest.mock import Mock, patch
 
 import pytest
 
 from megavlm.config.schema import Health
+from megavlm.health import speed_check
 from megavlm.health.speed_check import Speeds, findings, partner, summary
 
 # Two machines of four GPUs: tensor-parallel pairs, data-parallel groups of four.
@@ -58,6 +60,27 @@ def test_nobody_is_named_where_all_are_alike() -> None:
 def test_who_is_slow_is_named(changes: dict, words: list[str]) -> None:
     found = findings(dataclasses.replace(GOOD, **changes), Health(), on_gpu=True)
     assert len(found) == 1 and all(word in found[0] for word in words), found
+
+
+def test_who_was_slow_once_only_is_not_named() -> None:
+    slow = dataclasses.replace(
+        GOOD,
+        compute=_with(GOOD.compute, rank5=80.0),
+        pairs=GOOD.pairs | {4: _with(GOOD.pairs[4], rank6=2.0)},
+        groups=GOOD.groups | {"tensor": _with(GOOD.groups["tensor"], rank0=9.0, rank1=9.0)},
+    )
+    slower = dataclasses.replace(slow, compute=_with(slow.compute, rank1=60.0))
+    assert len(findings(slower, Health(), on_gpu=True)) == 4
+    assert _checked(slower, GOOD) == _checked(GOOD, slower) == []
+    words = ["rank 5 ", "rank 6 ", "the tensor group of ranks 0-1 "]
+    found = _checked(slower, slow)
+    assert len(found) == 3 and all(line.startswith(word) for line, word in zip(found, words))
+
+
+def _checked(*measured: Speeds) -> list[str]:
+    with patch.object(speed_check, "_measure", side_effect=measured):
+        _, found = speed_check.check(Mock(), Mock(asynchronous=True), Health())
+    return found
 
 
 def test_a_wrong_network_card_everywhere_is_seen_on_gpus() -> None:
