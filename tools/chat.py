@@ -17,8 +17,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from megavlm.config.folders import existing
-from tools.evaluation.options import add_options, existing_file, parse_options
+from megavlm.config.option_types import existing, existing_file
+from tools.evaluation.options import add_options, parse_options
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -28,7 +28,14 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("model", type=existing, metavar="DIR", help="what to ask")
     parser.add_argument("question", help="<image> stands for an image")
-    parser.add_argument("--image", nargs="*", default=[], type=existing_file, metavar="FILE")
+    parser.add_argument(
+        "--image",
+        nargs="+",
+        default=[],
+        type=existing_file,
+        metavar="FILE",
+        help="pictures, in the order of the question's <image>",
+    )
     parser.add_argument("--system", metavar="TEXT", help="system message, if not the template's")
     add_options(parser, max_new_tokens=64)
     (options, others) = parse_options(parser, arguments)

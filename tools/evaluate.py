@@ -17,8 +17,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from megavlm.config.folders import existing_named
-from tools.evaluation.options import add_options, existing_file, parse_options
+from megavlm.config.option_types import count_from, existing_file, existing_named
+from tools.evaluation.options import add_options, parse_options
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -29,8 +29,21 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "models", nargs="+", type=existing_named, metavar="[NAME=]DIR", help="what to evaluate"
     )
-    parser.add_argument("--tasks", nargs="+", required=True, type=existing_file, metavar="FILE")
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR")
+    parser.add_argument(
+        "--tasks",
+        nargs="+",
+        required=True,
+        type=existing_file,
+        metavar="FILE",
+        help="questions with their answers, a JSON object a line (docs/evaluation.md)",
+    )
+    parser.add_argument(
+        "--out",
+        required=True,
+        type=Path,
+        metavar="DIR",
+        help="folder of the figures and pages; made if it is missing",
+    )
     add_options(parser, max_new_tokens=16)
     parser.add_argument(
         "--transformers",
@@ -38,7 +51,11 @@ def main(arguments: list[str] | None = None) -> int:
         help="let transformers answer with Hugging Face folders, and not the trainer",
     )
     parser.add_argument(
-        "--shown", type=int, default=200, metavar="N", help="questions of a task on the page"
+        "--shown",
+        type=count_from(0),
+        default=200,
+        metavar="N",
+        help="questions of a task on the page (default: %(default)s)",
     )
     (options, others) = parse_options(parser, arguments)
     # Only now: help and mistakes on the command line should not wait for torch.

@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from megavlm.config.folders import existing
+from megavlm.config.option_types import existing
 from megavlm.data.text.chat_tokens import DEFAULT
 from megavlm.data.text.templates import chat_format
 from megavlm.data.text.tokenizer import extend, fingerprint, first_tokens, load_tokenizer

@@ -13,6 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from megavlm.config.option_types import count_from, new_file, new_picture
 from megavlm.data.inspect.statistics import overview_of, to_text
 from megavlm.data.store.reader import Reader
 from megavlm.io.early_end import allow_early_end
@@ -24,19 +25,21 @@ def main(arguments: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path, help="folder of a packed dataset")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the same figures as JSON")
+    parser.add_argument(
+        "--json", type=new_file, metavar="FILE", help="write the same figures as JSON"
+    )
     parser.add_argument(
         "--check", action="store_true", help="read every byte and verify all checksums"
     )
     parser.add_argument(
         "--picture",
-        type=Path,
+        type=new_picture,
         metavar="FILE",
         help="draw packs: tiles, text with the supervised part marked, mask",
     )
     parser.add_argument(
         "--packs",
-        type=int,
+        type=count_from(0),
         nargs="+",
         metavar="ID",
         help="packs to draw (default: three, spread over the dataset)",
@@ -44,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         text = show(options)
-    except (OSError, ValueError, IndexError, ModuleNotFoundError) as error:
+    except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(text)
@@ -54,6 +57,9 @@ def main(arguments: list[str] | None = None) -> int:
 def show(options: argparse.Namespace) -> str:
     """Write and draw what the options ask for, and return the figures as text."""
     reader = Reader(options.folder)
+    for number in options.packs or ():
+        if number >= len(reader):
+            raise ValueError(f"--packs {number}: the packs are 0 to {len(reader) - 1}")
     overview = overview_of(reader, check=options.check)
     text = to_text(overview)
     if options.json:

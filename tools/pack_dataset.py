@@ -28,12 +28,12 @@ def main() -> int:
     print(report.text())
     try:
         if options.json:
-            Path(options.json).write_text(report.to_json(), encoding="utf-8")
+            options.json.write_text(report.to_json(), encoding="utf-8")
         if options.picture:
             from megavlm.data.packing.report_plot import draw_report
 
             draw_report(report, options.picture)
-    except (OSError, ModuleNotFoundError) as error:
+    except OSError as error:
         print(f"pack_dataset: error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from megavlm.config.checks.limits import at_least
 from megavlm.config.checks.optimizer import optimizer_problems
 from megavlm.config.cli import parse
+from megavlm.config.option_types import new_file, new_picture
 from megavlm.config.schema import Config
 from megavlm.model_source import read_model
 from megavlm.train.schedule import learning_rate, weight_decay
@@ -31,8 +32,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rates of every step")
-    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the rates")
+    parser.add_argument(
+        "--json", type=new_file, metavar="FILE", help="write the rates of every step"
+    )
+    parser.add_argument("--picture", type=new_picture, metavar="FILE", help="draw the rates")
     options, others = parser.parse_known_args(arguments)
     if not _names_model(others):
         others += ["--model", "tiny"]
@@ -53,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
             options.json.write_text(json.dumps(rows) + "\n", encoding="utf-8")
         if options.picture:
             _draw(rates, settings.schedule, options.picture)
-    except (OSError, ModuleNotFoundError, ValueError) as error:
+    except OSError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

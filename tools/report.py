@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from megavlm.config.folders import existing_named, named
+from megavlm.config.option_types import count_from, existing_named, named, new_file
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -24,9 +24,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "runs", nargs="+", metavar="[NAME=]DIR", type=existing_named, help="save folders of runs"
     )
-    parser.add_argument("--out", type=Path, default=Path("report.html"), metavar="FILE")
     parser.add_argument(
-        "--answers", type=int, default=20, metavar="N", help="answers shown of a task"
+        "--out",
+        type=new_file,
+        default="report.html",
+        metavar="FILE",
+        help="page to write (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--answers",
+        type=count_from(0),
+        default=20,
+        metavar="N",
+        help="answers shown of a task (default: %(default)s)",
     )
     options = parser.parse_args(arguments)
     # Only now: help and mistakes on the command line should not wait for torch.

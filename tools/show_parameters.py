@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from megavlm.config.checks.optimizer import optimizer_problems
 from megavlm.config.cli import parse
+from megavlm.config.option_types import new_file
 from megavlm.config.schema import Config
 from megavlm.job_checks import parameter_problems
 from megavlm.model_source import read_model
@@ -30,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write groups with all names")
+    parser.add_argument("--json", type=new_file, metavar="FILE", help="write groups with all names")
     parser.add_argument("--names", action="store_true", help="print the names of each group")
     options, others = parser.parse_known_args(arguments)
     config = parse(others, read_model=read_model, find_problems=_problems)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from megavlm.config.folders import existing
+from megavlm.config.option_types import count_from, existing, new_file
 from tools.verification.agreement import LIMITS, Agreement
 
 
@@ -31,7 +31,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--hf", required=True, metavar="DIR", type=existing, help=hf)
     data = "packed dataset of the same tokenizer and tiles"
     parser.add_argument("--data", required=True, metavar="DIR", type=existing, help=data)
-    parser.add_argument("--packs", default=4, type=int, help="packs to compare (default: 4)")
+    packs = "packs to compare (default: %(default)s)"
+    parser.add_argument("--packs", default=4, type=count_from(1), metavar="N", help=packs)
     dtype = "dtype of both models (default: float32)"
     parser.add_argument("--dtype", choices=LIMITS, default="float32", help=dtype)
     shares = ", ".join(f"{share:g} in {name}" for name, share in LIMITS.items())
@@ -39,11 +40,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--limit", type=float, help=limit)
     ema = "the export has the moving averages (--ema.export true, or export --ema)"
     parser.add_argument("--ema", action="store_true", help=ema)
-    parser.add_argument("--json", metavar="FILE", type=Path, help="write the figures to a file too")
-    options = parser.parse_args(arguments)
-    if options.packs < 1:
-        parser.error(f"--packs {options.packs}: must be at least 1")
-    return options
+    parser.add_argument(
+        "--json", metavar="FILE", type=new_file, help="write the figures to a file too"
+    )
+    return parser.parse_args(arguments)
 
 
 def report(found: Agreement, limit: float | None) -> int:

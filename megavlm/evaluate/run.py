@@ -22,8 +22,8 @@ from megavlm.checkpoint.step_folder import Checkpoint
 from megavlm.config import yaml_file
 from megavlm.config.cli import to_yaml
 from megavlm.config.evaluation import Eval
-from megavlm.config.folders import named
 from megavlm.config.hub_cache import file_name
+from megavlm.config.option_types import named
 from megavlm.config.recipes import recipe, recipe_of
 from megavlm.config.schema import (
     BadSteps,

@@ -97,9 +97,6 @@ def _table(rows: Iterable[tuple[str, ...]], left: int = 0) -> str:
 def draw(estimates: Sequence[Estimate], path: Path) -> None:
     """Draw a bar for each layout: its chunks, as long as their share of a pack's time, in the
     colour of the pipeline rank that holds them.
-
-    Raises:
-        ModuleNotFoundError: matplotlib is not installed.
     """
     import matplotlib
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from megavlm.config.folders import existing
+from megavlm.config.option_types import existing
 from megavlm.data.packing.command_line import add_files
 from megavlm.data.records.meta_file import read_sources
 

@@ -70,7 +70,7 @@ def test_no_packs_are_refused(
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(TOOL), run_name="__main__")
     assert ended.value.code == 2
-    assert "--packs 0: must be at least 1" in capsys.readouterr().err
+    assert "argument --packs: 0: must be at least 1" in capsys.readouterr().err
 
 
 def test_models_of_pairs_have_nothing_to_compare(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megavlm.config.folders import existing
+from megavlm.config.option_types import count_from, existing
 
 
 def add_options(parser: argparse.ArgumentParser, *, max_new_tokens: int) -> None:
@@ -24,15 +24,20 @@ def add_options(parser: argparse.ArgumentParser, *, max_new_tokens: int) -> None
         help="packed dataset whose template, tokenizer and tiles are used (default: that which a"
         " checkpoint was trained on)",
     )
-    parser.add_argument("--max_new_tokens", type=int, default=max_new_tokens, metavar="N")
-    parser.add_argument("--ranks", type=int, default=1, metavar="N", help="processes (default: 1)")
-
-
-def existing_file(name: str) -> Path:
-    """Return the path of a file; raises ArgumentTypeError if there is none."""
-    if not Path(name).is_file():
-        raise argparse.ArgumentTypeError(f"{name}: no such file")
-    return Path(name)
+    parser.add_argument(
+        "--max_new_tokens",
+        type=count_from(1),
+        default=max_new_tokens,
+        metavar="N",
+        help="most tokens of an answer (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--ranks",
+        type=count_from(1),
+        default=1,
+        metavar="N",
+        help="processes (default: %(default)s)",
+    )
 
 
 def parse_options(

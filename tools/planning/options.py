@@ -12,6 +12,7 @@ from pathlib import Path
 from megavlm.config.checks.device import kernel_problems
 from megavlm.config.checks.rules import settings_problems
 from megavlm.config.cli import parse, where_given
+from megavlm.config.option_types import new_file, new_picture
 from megavlm.config.schema import Config
 from megavlm.data.store.reader import Reader
 from megavlm.job_checks import parameter_problems
@@ -95,9 +96,12 @@ def make_parser(description: str) -> argparse.ArgumentParser:
             help=f"{_HARDWARE[field.name]} {shown}",
         )
     parser.add_argument("--top", type=int, default=12, help=f"layouts to show {shown}")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all layouts as JSON")
+    parser.add_argument("--json", type=new_file, metavar="FILE", help="write all layouts as JSON")
     parser.add_argument(
-        "--picture", type=Path, metavar="FILE", help="draw the chunks of the layouts that are shown"
+        "--picture",
+        type=new_picture,
+        metavar="FILE",
+        help="draw the chunks of the layouts that are shown",
     )
     return parser
 

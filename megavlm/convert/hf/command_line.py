@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 
 from megavlm.config.exports import HOLDS
-from megavlm.config.folders import existing
+from megavlm.config.option_types import existing
 
 _EXAMPLE = """examples:
   python tools/convert_checkpoint.py import --hf InternVL2_5-1B-hf/ --out checkpoints/start

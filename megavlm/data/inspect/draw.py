@@ -57,16 +57,10 @@ def draw(dataset: PackedDataset, pack_ids: Sequence[int], path: Path) -> None:
     """Draw packs into an image file.
 
     Raises:
-        ModuleNotFoundError: matplotlib is not installed; says how to install it.
         FileNotFoundError: the dataset has no tokenizer to read its tokens with.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "--picture draws with matplotlib, which is not installed: pip install"
-            " 'megavlm[quickstart]'"
-        ) from error
+    from matplotlib.figure import Figure
+
     folder = dataset.folder / "tokenizer"
     if not folder.is_dir():
         raise FileNotFoundError(

@@ -6,9 +6,9 @@ import argparse
 import os
 from dataclasses import dataclass
 
-from megavlm.config.folders import existing
 from megavlm.config.former_names import GONE
 from megavlm.config.hub_cache import cached
+from megavlm.config.option_types import existing, new_file, new_picture
 from megavlm.config.vision import PIXELS
 from megavlm.data.images.anyres import LLAVA_GRIDS, grids_text
 from megavlm.data.images.tiling import FUYU_LIMIT
@@ -288,8 +288,8 @@ def _add_outputs(parser: argparse.ArgumentParser) -> None:
         " (default: qformer_tokenizer/ in the folder of --tokenizer)",
     )
     add("--out", metavar="DIR", help="folder to make; must be missing or empty")
-    add("--picture", metavar="FILE", help="plot the report, with matplotlib")
-    add("--json", metavar="FILE", help="also write the report's figures there")
+    add("--picture", metavar="FILE", type=new_picture, help="plot the report, with matplotlib")
+    add("--json", metavar="FILE", type=new_file, help="also write the report's figures there")
 
 
 def _add_options(parser: argparse.ArgumentParser, title: str, options: tuple[Option, ...]) -> None:

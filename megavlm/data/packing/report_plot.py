@@ -12,19 +12,10 @@ TAKEN_COLOUR = "#b03060"
 SHOWN_SOURCES = 16
 
 
-def draw_report(report: Report, path: Path | str) -> None:
-    """Draw the figures into an image file.
+def draw_report(report: Report, path: Path) -> None:
+    """Draw the figures into an image file."""
+    from matplotlib.figure import Figure
 
-    Raises:
-        ModuleNotFoundError: matplotlib is not installed; says how to install it.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "--picture draws with matplotlib, which is not installed: pip install"
-            " 'megavlm[quickstart]'"
-        ) from error
     figure = Figure(figsize=(14, 8), layout="constrained")
     figure.suptitle(
         f"{report.out}: {report.records:,} records, {report.packs:,} packs of {report.capacity:,}"

@@ -107,6 +107,8 @@ def test_tool(folder, tmp_path):
         and wrong.stderr.startswith("error: ")
         and "manifest.json" in wrong.stderr
     )
+    far = run(folder, "--packs", "39", "40")
+    assert (far.returncode, far.stderr) == (1, "error: --packs 40: the packs are 0 to 39\n")
 
 
 def test_picture(tmp_path):
