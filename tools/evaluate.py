@@ -21,8 +21,8 @@ from megavlm.config.option_types import count_from, existing_file, existing_name
 from tools.evaluation.options import add_options, parse_options
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
+def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    """Return the tool's options, and those of pretrain_vlm.py."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -57,7 +57,12 @@ def main(arguments: list[str] | None = None) -> int:
         metavar="N",
         help="questions of a task on the page (default: %(default)s)",
     )
-    (options, others) = parse_options(parser, arguments)
+    return parse_options(parser, arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    (options, others) = parse(arguments)
     # Only now: help and mistakes on the command line should not wait for torch.
     from megavlm.evaluate.page import table_lines, write_page
     from megavlm.evaluate.run import answer_with, is_hub_folder
