@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from pathlib import Path
 
 from megavlm import job_checks
 from megavlm.checkpoint.step_folder import Checkpoint
@@ -11,7 +12,7 @@ from megavlm.checkpoint.train_state import State
 from megavlm.config.checks.resume import changes
 from megavlm.config.freeze_mask import PARTS
 from megavlm.config.schema import Config, Init, Parallel
-from megavlm.convert.hf import from_parts
+from megavlm.convert.hf import dropout, from_parts
 from megavlm.model.freeze import Trained
 from megavlm.parallel import process_groups
 from megavlm.planner.parameter_table import parameter_table, table_lines
@@ -44,14 +45,22 @@ def log_run_summary(
         f" {config.training.precision}"
     )
     metrics.log(f"start: {start_point.describe(config, start, state.step)}")
-    if isinstance(start, Init):
-        for note in from_parts.notes(start, config.architecture):
-            metrics.log(f"note: {note}")
+    for note in _notes(config, start):
+        metrics.log(f"note: {note}")
     if not config.eval.only:
         if groups.is_writer:  # it reads the manifests again
             for warning in job_checks.warnings(config):
                 metrics.log(f"warning: {warning}")
         _log_training(config, trained, start, state, metrics)
+
+
+def _notes(config: Config, start: Start) -> list[str]:
+    """Return what a run makes of the folders that it starts from that they are not by
+    themselves.
+    """
+    if isinstance(start, Init):
+        return from_parts.notes(start, config.architecture) + dropout.notes_on_parts(start)
+    return dropout.notes_on_model(start) if isinstance(start, Path) else []
 
 
 def _log_training(

@@ -5,10 +5,11 @@ waits for no torch.
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 import torch
 
-from megavlm.convert.hf import convert, model_card, peft_export, push
+from megavlm.convert.hf import convert, dropout, model_card, peft_export, push
 from megavlm.convert.hf.check_files import FileCheck, check_files
 from megavlm.convert.hf.command_line import read_size
 from megavlm.convert.weights.upcycle import Upcycling
@@ -34,6 +35,8 @@ def run(args: argparse.Namespace) -> int:
         upcycling=_upcycling(args),
     )
     print(f"checkpoint written to {made}")
+    for note in dropout.notes_on_model(Path(args.hf)):
+        print(f"note: {note}")
     return 0
 
 

@@ -25,8 +25,8 @@ CLASS_NAME = "IdeficsForVisionText2Text"
 MODEL_TYPE = "idefics"
 _PROCESSOR = "IdeficsProcessor"
 _FIXED: dict[str, dict[str, Any]] = {
-    "": {"tie_word_embeddings": False, "use_resampler": True, "dropout": 0.0},
-    "vision_config": {"num_channels": 3, "attention_dropout": 0.0},
+    "": {"tie_word_embeddings": False, "use_resampler": True},
+    "vision_config": {"num_channels": 3},
 }
 _GATES = {"float": "scalar", "vector": "vector"}
 _LLAMA = FAMILIES["llama"]

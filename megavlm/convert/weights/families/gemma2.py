@@ -35,7 +35,6 @@ FAMILY = Family(
     settings={
         **gemma.FAMILY.settings,
         "hidden_activation": "gelu_pytorch_tanh",
-        "attention_dropout": 0.0,
     },
     accepted=gemma.FAMILY.accepted,
     stated={
