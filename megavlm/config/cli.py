@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from jsonargparse import Namespace
 
 from megavlm.config import torchrun, verdict, yaml_file
 from megavlm.config.help_text import help_text
@@ -24,10 +25,11 @@ from megavlm.config.layer_ranges import with_layers
 from megavlm.config.models import MODELS, ReadModel, architecture, for_objective
 from megavlm.config.not_offered import NOT_OFFERED
 from megavlm.config.options import (
-    Parser,
+    is_ready,
     make_parser,
     nearest,
     options,
+    reader,
     shown_value,
     to_config,
     to_namespace,
@@ -106,9 +108,12 @@ def show(runs: Sequence[Config], found: Sequence[str]) -> None:
 
 def to_yaml(config: Config) -> str:
     """Write the whole configuration as YAML; ``from_yaml`` gives exactly ``config`` back."""
-    return yaml.safe_dump(
-        _plain(dataclasses.asdict(config)), sort_keys=False, allow_unicode=True, width=140
-    )
+    return yaml.safe_dump(to_settings(config), sort_keys=False, allow_unicode=True, width=140)
+
+
+def to_settings(config: Config) -> dict[str, Any]:
+    """Return the whole configuration as nested mappings, as YAML has it: lists for tuples."""
+    return _plain(dataclasses.asdict(config))
 
 
 def from_yaml(source: str | Path) -> Config:
@@ -123,9 +128,8 @@ def from_yaml(source: str | Path) -> Config:
         ValueError: not YAML, unknown keys, or values of the wrong type.
     """
     where = str(source) if isinstance(source, Path) else "configuration"
-    parser = make_parser(_NO_NAMES, PROGRAM)
     settings = yaml_file.read(source, where)
-    return to_config(_apply(parser, settings, to_namespace(_NO_NAMES)))
+    return to_config(_apply(settings, to_namespace(_NO_NAMES)))
 
 
 def _parse(arguments: list[str], read_model: ReadModel | None) -> tuple[Config, argparse.Namespace]:
@@ -162,14 +166,16 @@ def _parse(arguments: list[str], read_model: ReadModel | None) -> tuple[Config, 
         if verdict.is_first_rank():
             print(text, end="")
         raise SystemExit(0)
-    parser = make_parser(defaults, PROGRAM)
     values = to_namespace(defaults)
     for settings in files:
         content = {
             key: value for key, value in settings.content.items() if key not in (*names, "recipe")
         }
-        values = _apply(parser, dataclasses.replace(settings, content=content), values)
-    config = to_config(parser.parse_args(_normal(others), namespace=values, defaults=False))
+        values = _apply(dataclasses.replace(settings, content=content), values)
+    words = _normal(others)
+    parser = make_parser(defaults, PROGRAM, only=_given(words))
+    values.update(parser.parse_args(words, defaults=False))
+    config = to_config(values)
     checkpoint = dataclasses.replace(config.checkpoint, load=cached(config.checkpoint.load))
     return with_layers(dataclasses.replace(config, init=init, checkpoint=checkpoint)), chosen
 
@@ -307,14 +313,31 @@ def _from_tables(
     )
 
 
-def _apply(parser: Parser, settings: Settings, values: Any) -> Any:
-    """Return what a parser makes of a file, over the values so far, which are those of all options:
-    filled in by the parser, every value would be checked four times.
+def _apply(settings: Settings, values: Namespace) -> Namespace:
+    """Return values with those of a file over them.
+
+    The parser reads only what has another type than its field: for a file that ``to_yaml`` wrote,
+    of hundreds of options, it would take half a second.
     """
+    known = options()
+    others = {}
+    for key, value in yaml_file.flat(settings.content):
+        if key in known and is_ready(known[key], value):
+            values[key] = reader(known[key])(value) if isinstance(value, list) else value
+        else:
+            others[key] = value
     try:
-        return parser.parse_object(dict(settings.content), namespace=values, defaults=False)
+        parser = make_parser(_NO_NAMES, PROGRAM, only=others)
+        values.update(parser.parse_object(others, defaults=False))
     except argparse.ArgumentError as error:
         raise ValueError(f"{settings.location(str(error))}: {error}") from None
+    return values
+
+
+def _given(words: Sequence[str]) -> set[str]:
+    """Return the keys of the options that a command line gives."""
+    by_flag = {flag: option.key for option in options().values() for flag in option.flags}
+    return {by_flag[flag] for word in words if (flag := word.split("=")[0]) in by_flag}
 
 
 def _normal(arguments: list[str]) -> list[str]:

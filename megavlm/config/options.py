@@ -199,12 +199,50 @@ def make_parser(
                 shown += f" (default: {shown_value(value)})"
             group.add_argument(
                 *option.flags,
-                type=_reader(option),
+                type=reader(option),
                 default=value,
                 help=shown,
                 metavar=_metavar(option),
             )
     return parser
+
+
+def reader(option: Option) -> Any:
+    """Return a function that turns text or a YAML value into the field's value."""
+    if get_origin(option.kind) is not tuple:
+        return option.kind
+    item, *more = get_args(option.kind)
+
+    names = NAMED.get(option.key, {})
+    read_item = READ_ITEM.get(option.key, item)
+
+    def read(value: Any) -> tuple:
+        if isinstance(value, str) and value.strip() in names:
+            return names[value.strip()]
+        try:
+            values = (
+                [part.strip() for part in value.strip("[]() ").split(",") if part.strip()]
+                if isinstance(value, str)
+                else list(value)
+            )
+            if more != [...] and len(values) != len(more) + 1:
+                raise ValueError("another number of values")
+            return tuple(read_item(entry) for entry in values)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{error}; got: {value}") from None
+
+    return read
+
+
+def is_ready(option: Option, value: Any) -> bool:
+    """Return whether a value of a YAML file has its field's type already, a list for a tuple."""
+    if get_origin(option.kind) is Literal:
+        return type(value) is str and value in get_args(option.kind)
+    if get_origin(option.kind) is tuple:
+        item, *more = get_args(option.kind)
+        has_length = more == [...] or (type(value) is list and len(value) == len(more) + 1)
+        return type(value) is list and has_length and all(type(entry) is item for entry in value)
+    return type(value) is option.kind
 
 
 def to_config(namespace: Any, kind: type = Config) -> Any:
@@ -262,33 +300,6 @@ def explain(message: str) -> str:
     if not found or found[1] not in options():
         return message
     return f"--{found[1]}: expected {options()[found[1]].expects}; got {found[2]}"
-
-
-def _reader(option: Option) -> Any:
-    """Return a function that turns text or a YAML value into the field's value."""
-    if get_origin(option.kind) is not tuple:
-        return option.kind
-    item, *more = get_args(option.kind)
-
-    names = NAMED.get(option.key, {})
-    read_item = READ_ITEM.get(option.key, item)
-
-    def read(value: Any) -> tuple:
-        if isinstance(value, str) and value.strip() in names:
-            return names[value.strip()]
-        try:
-            values = (
-                [part.strip() for part in value.strip("[]() ").split(",") if part.strip()]
-                if isinstance(value, str)
-                else list(value)
-            )
-            if more != [...] and len(values) != len(more) + 1:
-                raise ValueError("another number of values")
-            return tuple(read_item(entry) for entry in values)
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{error}; got: {value}") from None
-
-    return read
 
 
 def _metavar(option: Option) -> str:

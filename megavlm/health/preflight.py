@@ -23,10 +23,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import yaml
 
 import megavlm
-from megavlm.config.cli import to_yaml
+from megavlm.config.cli import to_settings
 from megavlm.config.schema import Config
 from megavlm.config.yaml_file import flat
 from megavlm.data.store.manifest import FILE_NAME as MANIFEST_NAME
@@ -75,7 +74,7 @@ def snapshot(config: Config, start: object) -> dict[str, str]:
         start: what it would start from, a folder or parts; none for fresh weights. Only its text is
             looked at.
     """
-    facts = {f"--{key}": _shown(value) for key, value in flat(yaml.safe_load(to_yaml(config)))}
+    facts = {f"--{key}": _shown(value) for key, value in flat(to_settings(config))}
     facts |= {
         "it starts from": str(start),
         "python": platform.python_version(),

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from megavlm.config.cli import to_yaml
+from megavlm.config.cli import to_settings
 from megavlm.config.schema import Config
 from megavlm.config.yaml_file import flat
 from megavlm.io import atomic
@@ -83,7 +83,6 @@ class WeightsAndBiases:
 
     def __init__(self, config: Config, log: Callable[[str], None]):
         import wandb
-        import yaml
 
         self._wandb = wandb
         self._log = log
@@ -91,7 +90,7 @@ class WeightsAndBiases:
             project=config.logging.wandb_project,
             name=config.logging.run_name or None,
             dir=config.checkpoint.save or None,
-            config=yaml.safe_load(to_yaml(config)),
+            config=to_settings(config),
             id=_run_id(config.checkpoint.save, "wandb"),
         )
         mode = config.logging.wandb_mode
@@ -142,7 +141,6 @@ class MLflow:
     name = "MLflow"
 
     def __init__(self, config: Config):
-        import yaml
 
         address = os.environ.get("MLFLOW_TRACKING_URI", "")
         if not address:
@@ -173,8 +171,7 @@ class MLflow:
             experiment, tags={_RUN_ID: own}, run_name=name
         ).info.run_id
         settings = [
-            Param(key, str(value)[:_LONGEST_VALUE])
-            for key, value in flat(yaml.safe_load(to_yaml(config)))
+            Param(key, str(value)[:_LONGEST_VALUE]) for key, value in flat(to_settings(config))
         ]
         for start in range(0, len(settings), _MOST_VALUES):
             self._client.log_batch(self._run, params=settings[start : start + _MOST_VALUES])
