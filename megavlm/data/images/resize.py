@@ -134,7 +134,10 @@ def _resize(pixels, first_x, count_x, weights_x, first_y, count_y, weights_y, pl
                 row = tiles[line // size * columns + column, channel, line % size]
                 shift = column * size - beside
                 start = max(shift, 0)
-                part = sums[start : min(shift + size, wide)]
+                end = min(shift + size, wide)
+                if start >= end:  # the image does not reach into this tile
+                    continue
+                part = sums[start:end]
                 room = row[start - shift :]
                 for x in range(len(part)):
                     room[x] = min(max(part[x] >> 22, 0), 255)
