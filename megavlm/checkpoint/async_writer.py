@@ -21,9 +21,11 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
 from megavlm.checkpoint import checksums, whole_shards
 from megavlm.checkpoint.writer_processes import end_with_parent, watched_writers
@@ -54,6 +56,29 @@ class Outcome:
     error: str = ""
 
 
+class _Strategy(TorchDistSaveShardedStrategy):
+    """Saves as megatron-core does by default, and remembers why shards could not be described: rank
+    0 alone writes their description, and the other ranks wait for it in a collective.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("torch_dist", 1)
+        self.error = ""
+
+    def _get_save_and_finalize_callbacks(self, writer: Any, *arguments: Any) -> Any:
+        """``async_save`` calls this hook with what writes this rank's shards."""
+        finish = writer.finish
+
+        def finish_or_tell(*results: Any) -> None:
+            try:
+                finish(*results)
+            except OSError as error:
+                self.error = f"{type(error).__name__}: {error}"
+
+        writer.finish = finish_or_tell
+        return super()._get_save_and_finalize_callbacks(writer, *arguments)
+
+
 class Writing:
     """Shards of this rank on their way to the disk; when the constructor returns, the weights may
     change. Collective.
@@ -70,9 +95,11 @@ class Writing:
         self._queue: queue.Queue = queue.Queue()
         vars(filesystem_async)["_results_queue"] = self._queue
         whole_shards.check(tensors)
+        self._strategy = _Strategy()
         request = dist_checkpointing.save(
             tensors,
             str(shards),
+            sharded_strategy=self._strategy,
             validate_access_integrity=False,
             async_sharded_save=True,
             **_STRATEGY,
@@ -122,12 +149,21 @@ class Writing:
             )
         return self._outcome
 
-    def describe(self) -> None:
-        """Write what the shards are. Collective, when every rank has written without an error."""
+    def describe(self) -> str:
+        """Write what the shards are, and return what went wrong with it on this rank. Collective,
+        when every rank has written without an error.
+        """
         if self.wait().results is not None:
             self._queue.put(self._outcome.results)
-        for finish in self._finish:
+        *finishes, finish_settings = self._finish
+        for finish in finishes:
             finish()
+        try:
+            finish_settings()
+        except OSError as error:  # of rank 0, and the others wait behind it
+            dist.barrier()
+            return f"{type(error).__name__}: {error}"
+        return self._strategy.error
 
 
 def _write(write: Callable[[], None] | None, results: queue.Queue, shards: Path) -> Outcome:

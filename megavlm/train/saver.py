@@ -124,7 +124,8 @@ class Saver:
         if self._agree(outcome.error):
             return
         self._on_first(lambda: (self._growing / _SPARE).unlink())
-        writing.describe()
+        if self._agree(writing.describe()):
+            return
         sums = {name: found for share in known for name, found in share.items()}
         if self._agree(self._on_first(lambda: self._publish(sums))):
             return

@@ -193,6 +193,35 @@ def test_a_full_disk_costs_the_checkpoint_that_was_being_written_and_no_other(
     assert not error and "resuming after step 3" in words
 
 
+def without_description(config: Config, name: str) -> tuple[str, str]:
+    """Run a job in which the disk fails when rank 0 writes a file about the shards."""
+    import builtins
+
+    def refuse(path: object, *options: object, **more: object) -> io.IOBase:
+        if str(path).endswith(name):
+            raise OSError(5, "Input/output error", str(path))
+        return opened(path, *options, **more)
+
+    opened = builtins.open
+    vars(builtins)["open"] = refuse
+    vars(io)["open"] = refuse
+    try:
+        return told(config)
+    finally:
+        vars(builtins)["open"] = opened
+        vars(io)["open"] = opened
+
+
+@pytest.mark.parametrize("name", [".metadata.tmp", "metadata.json"])
+def test_shards_that_cannot_be_described_are_a_failed_save_on_every_rank(
+    ranks: Pool, dataset: Path, tmp_path: Path, name: str
+) -> None:
+    config = make_job(dataset, tmp_path / "run", tensor_model_parallel_size=2)
+    for _, error in ranks.run(without_description, 2, config, name):
+        assert f"--checkpoint.save {tmp_path / 'run'}: the checkpoint of step 6 could not" in error
+        assert "(rank 0: OSError: [Errno 5] Input/output error" in error
+
+
 def with_slow_disk(config: Config) -> tuple[str, str]:
     """Run a job in which rank 1 takes a second to write, so that training is steps ahead by
     then.
