@@ -12,6 +12,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from megavlm.config.lora import Lora
 from tests.ranks.pool import models_in_memory
 from tests.te import torch_kernels
@@ -189,6 +191,8 @@ def main() -> None:
         for name, settings in SETTINGS.items()
     }
     json.dump(found, os.fdopen(int(sys.argv[1]), "w"))
+    # Threads of all groups would be left running while the process ends.
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -26,8 +26,10 @@ def answer_of(module: str, *flags: str, variables: Mapping[str, str]) -> dict[st
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)} | dict(variables)
     with tempfile.TemporaryFile() as answer:
         number = answer.fileno()
+        # Of a process that dies, where it was is told.
+        options = ["-W", "ignore", "-X", "faulthandler", *flags]
         process = subprocess.run(
-            [sys.executable, "-W", "ignore", *flags, "-m", module, str(number)],
+            [sys.executable, *options, "-m", module, str(number)],
             env=environment,
             cwd=ROOT,
             pass_fds=[number],
