@@ -18,6 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from megavlm.config.option_types import existing, existing_file
+from megavlm.data.records.record import IMAGE_PLACEHOLDER
 from tools.evaluation.options import add_options, parse_options
 
 
@@ -39,6 +40,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--system", metavar="TEXT", help="system message, if not the template's")
     add_options(parser, max_new_tokens=64)
     (options, others) = parse_options(parser, arguments)
+    shown = options.question.count(IMAGE_PLACEHOLDER)
+    # One image without a placeholder goes in front.
+    if shown != len(options.image) and (shown or len(options.image) > 1):
+        parser.error(
+            f"argument --image: names {len(options.image)} pictures, but the question has"
+            f" {IMAGE_PLACEHOLDER} {shown} times; write it where each picture stands"
+        )
     # Only now: help and mistakes on the command line should not wait for torch.
     from megavlm.evaluate.run import answer_with
 

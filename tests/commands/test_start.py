@@ -25,6 +25,10 @@ MISSING = {
     "show_parameters.py": ["--stage", "1", "--config", "nowhere"],
     "verify_export.py": ["--load", ".", "--hf", "nowhere", "--data", "."],
 }
+# Other mistakes, and what is told of them.
+MISTAKES = {
+    "chat.py": ([".", "<image> or?", "--image", __file__, __file__], "the question has <image> 1"),
+}
 # Runs tools with their arguments, all in one process, and prints the status of each, what it
 # printed and which of the slow modules were imported by then.
 PROGRAM = """
@@ -47,6 +51,10 @@ for tool, *words in commands:
 def test_help_and_mistakes_come_before_slow_imports(tmp_path: Path):
     assert sorted(MISSING) == TOOLS
     commands = [[name, "--help"] for name in TOOLS] + [[name, *MISSING[name]] for name in TOOLS]
+    expected = ["usage:"] * len(TOOLS) + ["nowhere"] * len(TOOLS)
+    for name, (words, message) in MISTAKES.items():
+        commands.append([name, *words])
+        expected.append(message)
     asked = [[str(ROOT / "tools" / name), *words] for name, *words in commands]
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, json.dumps(asked), json.dumps(SLOW)],
@@ -56,10 +64,8 @@ def test_help_and_mistakes_come_before_slow_imports(tmp_path: Path):
         check=True,
     )
     lines = done.stdout.splitlines()
-    for command, line in zip(commands, lines, strict=True):
+    for command, message, line in zip(commands, expected, lines, strict=True):
         status, told, slow = json.loads(line)
-        is_help = command[1] == "--help"
-        assert (status == 0) == is_help, (command, told)
-        assert ("usage:" if is_help else "nowhere") in told, (command, told)
+        assert (status == 0) == (command[1] == "--help"), (command, told)
+        assert message in " ".join(told.split()), (command, told)
         assert not slow, (command, slow)
-    assert len(lines) == 2 * len(TOOLS)
