@@ -109,6 +109,7 @@ QFORMER_TOKENIZER = "qformer_tokenizer"
 # Tokenizer classes that come as Python files beside the model, and read a sentencepiece model as
 # LlamaTokenizer does.
 LIKE_LLAMA = ("InternLM2Tokenizer", "InternLM2TokenizerFast", "InternLM3Tokenizer")
+LLAMA = ("LlamaTokenizer", "LlamaTokenizerFast")
 
 # Scripts, digits, white space, code and special tokens: two tokenizers that cut this alike and
 # share a vocabulary are one.
@@ -137,10 +138,7 @@ def load_tokenizer(folder: str | Path, flag: str = "--tokenizer") -> PreTrainedT
     from transformers import AutoTokenizer
 
     try:
-        if (
-            _settings(folder).get("tokenizer_class") in LIKE_LLAMA
-            and (folder / "tokenizer.model").is_file()
-        ):
+        if _is_read_as_llama(folder):
             return _load_sentencepiece(folder)
         return AutoTokenizer.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=False
@@ -206,6 +204,18 @@ def _settings(folder: Path) -> dict[str, Any]:
     """Read ``tokenizer_config.json``; an empty mapping if the folder has none."""
     path = folder / "tokenizer_config.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _is_read_as_llama(folder: Path) -> bool:
+    """Return whether a folder's sentencepiece model is read by LlamaTokenizer, and not by what
+    AutoTokenizer chooses.
+    """
+    if not (folder / "tokenizer.model").is_file():
+        return False
+    name = _settings(folder).get("tokenizer_class")
+    # Without a tokenizer.json, AutoTokenizer makes of a Mistral's one that puts no space in front
+    # of a text.
+    return name in LIKE_LLAMA or (name in LLAMA and not (folder / "tokenizer.json").is_file())
 
 
 def _load_sentencepiece(folder: Path) -> PreTrainedTokenizerBase:

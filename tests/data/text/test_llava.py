@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,16 @@ def test_tokens_of_mistrals_instructions_are_those_of_llava_next(
         assert supervised == mask or not any(mask), conversation
         assert any(supervised)
     assert learned == 40
+
+
+def test_a_sentencepiece_model_beside_a_mistral_starts_texts_with_a_space(tmp_path: Path) -> None:
+    expected = load_tokenizer(GOLDEN / "llava_tokenizer")
+    folder = Path(shutil.copytree(GOLDEN / "llava_tokenizer", tmp_path / "mistral"))
+    (folder / "config.json").write_text('{"model_type": "mistral"}')
+    text = "what is this</s>a red fox"
+    tokens = load_tokenizer(folder)(text)["input_ids"]
+    assert tokens == expected(text)["input_ids"]
+    assert expected.convert_ids_to_tokens(tokens)[1].startswith("▁")
 
 
 def golden(name: str) -> list[dict]:
