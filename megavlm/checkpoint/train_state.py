@@ -15,7 +15,7 @@ FILE_NAME = "state.json"
 FORMAT_VERSION = 2
 READABLE_VERSIONS = (1, 2)  # version 1 called the connector projector
 
-_LISTS = ("packs", "recent_losses", "skipped_steps")
+_LISTS = ("packs", "indexes", "recent_losses", "skipped_steps")
 
 History = tuple[tuple[int, tuple[str, ...]], ...]
 """Stages whose moments were kept, oldest first: steps of each, and what it trained."""
@@ -34,6 +34,7 @@ class State:
         stage: name of the stage that was trained; none in a checkpoint made by conversion.
         tokenizer: fingerprint of the tokenizer of the training packs; none where it is not known.
         packs: how many each folder of training packs has; empty where it is not known.
+        indexes: checksum of the index of each of these folders; empty where it is not known.
         valid_loss: validation loss after this very step; none where it was not measured.
         figures: names and values of the tasks after this very step; empty where none was asked.
         history: earlier stages of which moments were kept.
@@ -51,6 +52,7 @@ class State:
     stage: str | None = None
     tokenizer: str | None = None
     packs: tuple[int, ...] = ()
+    indexes: tuple[int, ...] = ()
     valid_loss: float | None = None
     figures: tuple[tuple[str, float], ...] = ()
     history: History = ()

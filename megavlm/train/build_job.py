@@ -71,7 +71,7 @@ def build_job(
     averaged = averages.build(config.ema, built.optimizer)
     if isinstance(start, Checkpoint) and resume.resumes(config, start):
         checkpoint.load_optimizer(start, built.chunks, built.optimizer, config.fp8, averaged)
-        state = replace(start.state, base=base)
+        state = replace(start.state, base=base, indexes=resume.index_sums(config))
     elif history:
         stage_moments.keep(start, built.chunks, built.optimizer)
         averages.begin_again(averaged)
@@ -116,6 +116,7 @@ def _first_state(
         stage=config.stage,
         tokenizer=packs.manifest.tokenizer_fingerprint,
         packs=resume.pack_counts(config),
+        indexes=resume.index_sums(config),
         history=history,
         base=base,
     )

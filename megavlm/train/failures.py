@@ -52,8 +52,8 @@ def report(config: Config, error: Exception) -> int | None:
 
 
 def _kept(config: Config) -> str:
-    """Say from where the same command resumes."""
-    if not config.checkpoint.save:
+    """Say from where the same command resumes; an evaluation begins anew."""
+    if not config.checkpoint.save or config.eval.only:
         return ""
     return f"; the same command resumes from the last checkpoint in {config.checkpoint.save}"
 

@@ -137,6 +137,7 @@ def check_fits(config: Config, start: Checkpoint) -> Checkpoint:
         asks_by_name = is_own(config, start) and not start.state.trained_only
         problems += refusals(start.config, config, is_own=asks_by_name)
         problems += _pack_problems(config, start)
+        _warn_of_other_packs(config, start)
     elif config.checkpoint.moments == "keep" and start.state.stage is None:
         problems.append(
             f"--checkpoint.moments keep: {start.folder} was made by conversion and has no moments;"
@@ -155,9 +156,25 @@ def check_fits(config: Config, start: Checkpoint) -> Checkpoint:
             f" {start.config.optimizer.kind}, and the run has {config.optimizer.kind}; use fresh"
         )
     if problems:
-        listed = "\n  ".join(problems)
+        listed = "\n  ".join([*problems, *_other_ways(config, start)])
         raise ConfigError(f"the checkpoint {start.folder} does not fit this run:\n  {listed}")
     return start
+
+
+def _other_ways(config: Config, start: Checkpoint) -> list[str]:
+    """Return how a run could start from a checkpoint that it cannot resume; empty if it cannot."""
+    if not resumes(config, start) or start.state.trained_only:
+        return []
+    before = start.config.architecture
+    if architecture_differences(before, config.architecture, takes_weights=True):
+        return []
+    if _tokenizer_problems(config, start):
+        return []
+    return [
+        "to start a new run from its weights, with fresh moments: --checkpoint.load"
+        f" {start.folder} --checkpoint.weights_only true"
+        + (", and a new --checkpoint.save" if is_own(config, start) else "")
+    ]
 
 
 def _tokenizer_problems(config: Config, start: Checkpoint) -> list[str]:
@@ -182,10 +199,22 @@ def _pack_problems(config: Config, start: Checkpoint) -> list[str]:
     )
     return [
         f"--data.train {config.data.train}: has {now} packs, and the run began with"
-        f" {before}: its order would be another. To train on other data, export the model"
-        " (tools/convert_checkpoint.py export), and give it to --checkpoint.load of a"
-        " new run"
+        f" {before}: its order would be another"
     ]
+
+
+def _warn_of_other_packs(config: Config, start: Checkpoint) -> None:
+    """Tell of folders that hold as many packs as before, but others."""
+    if not has_packs(config) or start.state.packs != pack_counts(config):
+        return
+    found = zip(config.data.train_folders, start.state.indexes, index_sums(config), strict=False)
+    for folder, before, now in found:
+        if before != now:
+            _warn(
+                f"--data.train {folder}: its packs are others than those that the run was trained"
+                " on; in this epoch, samples may come twice or never",
+                [],
+            )
 
 
 def has_packs(config: Config) -> bool:
@@ -198,6 +227,11 @@ def has_packs(config: Config) -> bool:
 def pack_counts(config: Config) -> tuple[int, ...]:
     """Packs of each folder of training packs."""
     return tuple(read_manifest(folder).totals.packs for folder in config.data.train_folders)
+
+
+def index_sums(config: Config) -> tuple[int, ...]:
+    """Checksums of the indexes of the folders of training packs."""
+    return tuple(read_manifest(folder).idx_crc32 for folder in config.data.train_folders)
 
 
 def resumes(config: Config, start: Checkpoint) -> bool:

@@ -46,6 +46,18 @@ def test_what_a_machine_did_to_one_rank_names_the_rank(
     assert str(error) in json.loads((tmp_path / "error.json").read_text())["message"]["message"]
 
 
+def test_an_evaluation_that_ends_has_no_checkpoint_to_resume_from(
+    config: Config, capsys: pytest.CaptureFixture
+) -> None:
+    config = dataclasses.replace(config, checkpoint=Checkpoint(save="runs/a"))
+    for evaluation, resumes in (
+        (config.eval, True),
+        (dataclasses.replace(config.eval, only=True), False),
+    ):
+        failures.report(dataclasses.replace(config, eval=evaluation), ReadError("cut off"))
+        assert ("the last checkpoint in runs/a" in capsys.readouterr().err) == resumes
+
+
 def test_a_full_disk_at_the_export_leaves_the_way_to_export_again(
     config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:

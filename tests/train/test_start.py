@@ -4,6 +4,7 @@ and nothing is written.
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from megavlm.config.stages import parse_stages
 from megavlm.pack_first import problems
 from megavlm.start_check import check_start
 from megavlm.train.inspection import inspect
+from megavlm.train.resume import index_sums
 from tests.ranks.runs import config_for
 from tests.train.test_launch import _fake_checkpoint, dataset  # noqa: F401
 
@@ -72,6 +74,42 @@ def test_a_check_refuses_what_the_run_refuses_in_the_same_words(
     assert status == 2
     assert told in said
     assert f"1 problem with the configuration:\n  {error.value}\n" in said
+
+
+@pytest.mark.parametrize(
+    ("options", "way"),
+    [
+        ("--save run --training.seed 7", "--checkpoint.weights_only true, and a new"),
+        ("--save new --load run --training.seed 7", "run/step_00000001 --checkpoint.weights_only"),
+        ("--save new --load run --lora.rank 2 --training.trainable connector", "weights_only"),
+        ("--save new --load run --architecture.vision.num_layers 2", ""),
+    ],
+)
+def test_what_cannot_be_resumed_names_the_way_to_start_from_its_weights(
+    command: list[str], options: str, way: str
+) -> None:
+    options = options.replace("--lora", "--architecture.lora")
+    [config] = parsed([*command, *options.split()])
+    with pytest.raises(ValueError) as error:
+        inspect(config, 1)
+    assert way in str(error.value)
+    assert ("to start a new run from its weights" in str(error.value)) == bool(way)
+
+
+def test_packs_that_were_replaced_by_as_many_others_are_told(
+    command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    [config] = parsed([*command, "--save", "run"])
+    path = Path("run/step_00000001/state.json")
+    state = json.loads(path.read_text()) | {"packs": [4]}
+    path.write_text(json.dumps(state))
+    inspect(config, 1)
+    assert "WARNING" not in capsys.readouterr().err
+    for index, is_other in ((index_sums(config)[0], False), (7, True)):
+        path.write_text(json.dumps(state | {"indexes": [index]}))
+        inspect(config, 1)
+        said = capsys.readouterr().err
+        assert (f"--data.train {config.data.train}: its packs are others" in said) == is_other
 
 
 @pytest.mark.parametrize(
