@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 
 import pytest
 
+from megavlm.config.schema import Config
 from megavlm.evaluate import run as evaluation
 from tests.ranks import commands
 from tests.ranks.pool import Pool
+from tests.ranks.runs import Curve, train_curve
 
 # What tests/run.sh --quick runs with ranks; the others of this folder are slow.
 QUICK = ("test_packs.py",)
@@ -28,6 +31,12 @@ def ranks() -> Iterator[Pool]:
     pool = Pool()
     yield pool
     pool.close()
+
+
+@pytest.fixture(scope="module")
+def train_alone(ranks: Pool) -> Callable[[Config], Curve]:
+    """Return a function that trains in one process, each configuration of a file once."""
+    return cache(lambda config: ranks.run(train_curve, 1, config)[0])
 
 
 @pytest.fixture

@@ -100,7 +100,7 @@ def averaged(config: Config) -> Config:
 
 @pytest.mark.parametrize("mask", [("connector",), ("vision", "connector", "language")])
 def test_it_trains_like_one_process(ranks: Pool, dataset: Path, mask: tuple[str, ...]) -> None:
-    settings = dict(trainable=mask, steps=4)
+    settings = dict(trainable=mask, steps=3)
     [one] = ranks.run(train, 1, averaged(config_for(dataset, **settings)))
     four = ranks.run(train, 4, averaged(config_for(dataset, **settings, **LAYOUT)))
     assert four[0].losses == pytest.approx(one.losses, rel=1e-5)

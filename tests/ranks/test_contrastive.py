@@ -107,7 +107,7 @@ def run(config: Config) -> Curve:
 
 def config_of(architecture: Architecture, packs: Path, **settings: Any) -> Config:
     # The bias of the keys has no gradient but noise, which AdamW would blow up.
-    usual = dict(trainable=EVERYTHING, steps=4, drop_path=0.2, adam_eps=1e-4, lr=1e-3)
+    usual = dict(trainable=EVERYTHING, steps=3, drop_path=0.2, adam_eps=1e-4, lr=1e-3)
     config = config_for(packs, **usual | settings)
     data = Data(train=str(packs), workers=0, loss_reduction="sample")
     return dataclasses.replace(config, architecture=architecture, data=data)

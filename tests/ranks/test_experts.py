@@ -95,7 +95,7 @@ class Layout(layouts.Layout):
 
 LAYOUTS = (
     Layout(data=2),
-    Layout(expert=2, data=2, everyday=("2",)),
+    Layout(expert=2, data=2),
     Layout(expert=2, data=2, other=(("dispatcher", "allgather"),), everyday=("2",)),
     Layout(expert=2, data=2, other=(("recompute", "full"),), everyday=("2",)),
     Layout(expert=2, data=2, other=(("recompute", "selective"),)),
@@ -103,7 +103,7 @@ LAYOUTS = (
     Layout(expert=2, data=2, other=(("overlap_param_gather", False),)),
     Layout(expert=4, data=4, everyday=("1.5",)),
     Layout(expert=2, data=4),
-    Layout(tensor=2, everyday=("2",)),
+    Layout(tensor=2),
     Layout(expert=2, tensor=2, everyday=("2",)),
     Layout(expert=2, tensor=2, other=(("vision", "data"),)),
     Layout(expert=4, tensor=4),
@@ -112,7 +112,7 @@ LAYOUTS = (
     Layout(expert=4, tensor=2, data=2, everyday=("2",)),
     Layout(pipeline=2),
     Layout(pipeline=2, virtual=2),
-    Layout(expert=2, pipeline=2, data=2, everyday=("0", "2")),
+    Layout(expert=2, pipeline=2, data=2, everyday=("2",)),
     Layout(expert=2, pipeline=2, virtual=2, data=2),
     Layout(expert=2, pipeline=2, tensor=2),
     Layout(expert=4, pipeline=2, tensor=2, data=2),
@@ -159,7 +159,7 @@ def expert_config(dataset: Path, architecture: Architecture = MODEL, **settings:
 
 @pytest.fixture(scope="module")
 def alone(ranks: Pool, dataset: Path) -> Callable[[str], Curve]:
-    return trained_alone(ranks, lambda mask: expert_config(dataset, trainable=MASKS[mask], steps=5))
+    return trained_alone(ranks, lambda mask: expert_config(dataset, trainable=MASKS[mask], steps=3))
 
 
 def trained_alone(ranks: Pool, configured: Callable[[str], Config]) -> Callable[[str], Curve]:
@@ -177,7 +177,7 @@ def assert_trains_alike(ranks: Pool, layout: Layout, config: Config, alone: Curv
 def test_a_layout_trains_like_one_process(
     ranks: Pool, dataset: Path, alone: Callable[[str], Curve], layout: Layout, mask: str
 ) -> None:
-    config = expert_config(dataset, trainable=MASKS[mask], steps=5, **layout.settings)
+    config = expert_config(dataset, trainable=MASKS[mask], steps=3, **layout.settings)
     assert_trains_alike(ranks, layout, config, alone(mask))
 
 
@@ -217,7 +217,7 @@ def test_a_run_resumes_bit_for_bit_and_at_other_layouts(
     assert len(experts) == 2 * 4, "of two layers: weight, master weight, both moments"
     others = [Layout(), Layout(expert=2, tensor=2), Layout(shared=2, data=2), Layout(tensor=2)]
     others += [Layout(expert=2, shared=2, data=4), Layout(expert=4, data=4)]
-    others = others if asks_for_all() else others[1:3]
+    others = others if asks_for_all() else [Layout(expert=2, shared=2, data=4)]
     for number, other in enumerate([Layout(expert=2, pipeline=2, data=2), *others]):
         resumed = tmp_path / str(number)
         forget_the_end(tmp_path / "whole", resumed)

@@ -37,7 +37,7 @@ from tests.ranks.test_cost import counted_by_torch
 from tests.ranks.test_layouts import compare
 from tests.ranks.test_memory import assert_memory_is_held
 
-STEPS = dict(adam_eps=1e-3, steps=4)
+STEPS = dict(adam_eps=1e-3, steps=3)
 MASK = STAGES["1"].training.trainable
 # Gates that are open: at zero nothing behind them has a gradient.
 OPEN = dataclasses.replace(

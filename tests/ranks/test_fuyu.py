@@ -5,6 +5,7 @@ what is counted, and its training at other layouts.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from tests.ranks.model_checks import (
     sizes_of,
 )
 from tests.ranks.pool import Pool
-from tests.ranks.runs import train_curve
+from tests.ranks.runs import Curve, train_curve
 from tests.ranks.test_cost import counted_by_torch
 from tests.ranks.test_layouts import compare
 from tests.ranks.test_memory import assert_memory_is_held
@@ -81,17 +82,25 @@ def test_the_cost_is_what_torch_counts(ranks: Pool, tmp_path: Path, mask: tuple)
     assert {piece.key for piece in pieces(architecture)} - {""} == keys
 
 
+@pytest.fixture(scope="module")
+def packs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("packs")
+    make_dataset(folder, packs=12, capacity=240, alignment=4, **sizes_of(SMALL))
+    return folder
+
+
 @pytest.mark.parametrize("layout", EVERYDAY, ids=str)
-def test_a_layout_trains_like_one_process(ranks: Pool, tmp_path: Path, layout: Layout) -> None:
-    make_dataset(tmp_path, packs=12, capacity=240, alignment=4, **sizes_of(SMALL))
+def test_a_layout_trains_like_one_process(
+    ranks: Pool, train_alone: Callable[[Config], Curve], packs: Path, layout: Layout
+) -> None:
     layers = max(4, layout.pipeline * layout.virtual)
     heads = dict(hidden_size=64, num_attention_heads=8, num_query_groups=8)
     language = dataclasses.replace(SMALL.language, num_layers=layers, **heads)
     architecture = dataclasses.replace(SMALL, language=language)
-    settings = dict(adam_eps=1e-3, steps=4)
-    [expected] = ranks.run(train_curve, 1, _config(architecture, tmp_path, **settings))
+    settings = dict(adam_eps=1e-3, steps=3)
+    expected = train_alone(_config(architecture, packs, **settings))
     settings |= layout.settings | {"layout": "even"}
-    curves = ranks.run(train_curve, layout.ranks, _config(architecture, tmp_path, **settings))
+    curves = ranks.run(train_curve, layout.ranks, _config(architecture, packs, **settings))
     assert max(compare(curves, expected).values()) <= LIMIT
 
 

@@ -78,14 +78,14 @@ def configure(dataset: Path, **settings) -> Config:
 
 @pytest.fixture(scope="module")
 def alone(ranks: Pool, dataset: Path) -> Callable[[str], Curve]:
-    return trained_alone(ranks, lambda mask: configure(dataset, trainable=ALL_MASKS[mask], steps=5))
+    return trained_alone(ranks, lambda mask: configure(dataset, trainable=ALL_MASKS[mask], steps=3))
 
 
 @pytest.mark.parametrize(("layout", "mask"), CASES, ids=str)
 def test_a_layout_trains_like_one_process(
     ranks: Pool, dataset: Path, alone: Callable[[str], Curve], layout: Layout, mask: str
 ) -> None:
-    config = configure(dataset, trainable=ALL_MASKS[mask], steps=5, **layout.settings)
+    config = configure(dataset, trainable=ALL_MASKS[mask], steps=3, **layout.settings)
     assert_trains_alike(ranks, layout, config, alone(mask))
 
 

@@ -136,7 +136,7 @@ def alone(ranks: Pool, packs: Path) -> Curve:
 
 
 def run_of(packs: Path, **settings: Any) -> Config:
-    return _config(MODEL, packs, **dict(trainable=MASK, adam_eps=1e-3, steps=4) | settings)
+    return _config(MODEL, packs, **dict(trainable=MASK, adam_eps=1e-3, steps=3) | settings)
 
 
 @pytest.mark.parametrize("name", EVERYDAY)

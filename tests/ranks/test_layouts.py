@@ -34,8 +34,8 @@ from tests.ranks.runs import (
 
 # Images of each sample; each third pack has none.
 PACKS = [(1, 0, 2), (0, 2, 1), (0, 0, 0), (2, 0, 0)] * 3
-# An epoch and two steps more, or as many as the table is about.
-STEPS = 10 if layouts.asks_for_all() else 5
+# An epoch and a step more, or as many as the table is about.
+STEPS = 10 if layouts.asks_for_all() else 4
 CASES = [
     (layout, mask)
     for layout in LAYOUTS

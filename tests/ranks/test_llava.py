@@ -5,7 +5,8 @@ count, and its training at other layouts.
 from __future__ import annotations
 
 import dataclasses
-from functools import partial
+from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 
 from megavlm.config.recipes import RECIPES
 from megavlm.config.recipes.llava import STAGES
-from megavlm.config.schema import Checkpoint, Init
+from megavlm.config.schema import Checkpoint, Config, Init
 from megavlm.data.images.tiling import Tiling
 from megavlm.data.packing.job import Job, pack_dataset
 from megavlm.data.records.meta_file import read_sources
@@ -32,7 +33,7 @@ from tests.ranks.model_checks import (
     sizes_of,
 )
 from tests.ranks.pool import Pool
-from tests.ranks.runs import train_curve
+from tests.ranks.runs import Curve, train_curve
 from tests.ranks.test_cost import counted_by_torch
 from tests.ranks.test_layouts import compare
 from tests.ranks.test_resume import run_job
@@ -103,6 +104,18 @@ def test_the_cost_is_what_torch_counts(ranks: Pool, tmp_path: Path, mask: str, k
     assert {piece.key for piece in pieces(architecture)} - {""} == keys
 
 
+@pytest.fixture(scope="module")
+def packs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Return a function that gives the packs of a kind of model."""
+
+    def write(kind: str) -> Path:
+        folder = tmp_path_factory.mktemp("packs")
+        make_dataset(folder, packs=12, capacity=240, alignment=4, **sizes_of(MODELS[kind]))
+        return folder
+
+    return cache(write)
+
+
 @pytest.mark.parametrize(
     ("kind", "layout"),
     [
@@ -114,10 +127,13 @@ def test_the_cost_is_what_torch_counts(ranks: Pool, tmp_path: Path, mask: str, k
     ids=str,
 )
 def test_a_layout_trains_like_one_process(
-    ranks: Pool, tmp_path: Path, kind: str, layout: Layout
+    ranks: Pool,
+    train_alone: Callable[[Config], Curve],
+    packs: Callable[[str], Path],
+    kind: str,
+    layout: Layout,
 ) -> None:
     small = MODELS[kind]
-    make_dataset(tmp_path, packs=12, capacity=240, alignment=4, **sizes_of(small))
     layers = max(2, layout.layers)
     architecture = dataclasses.replace(
         small,
@@ -126,14 +142,10 @@ def test_a_layout_trains_like_one_process(
             small.language, num_layers=layers, num_attention_heads=4, num_query_groups=2
         ),
     )
-    settings = dict(trainable=MASKS["2"], adam_eps=1e-3, steps=4)
-    [expected] = ranks.run(train_curve, 1, _config(architecture, tmp_path, **settings))
-    curves = ranks.run(
-        train_curve,
-        layout.ranks,
-        _config(architecture, tmp_path, **settings, **layout.settings),
-    )
-    assert max(compare(curves, expected).values()) <= LIMIT
+    settings = dict(trainable=MASKS["2"], adam_eps=1e-3, steps=3)
+    expected = train_alone(_config(architecture, packs(kind), **settings))
+    config = _config(architecture, packs(kind), **settings, **layout.settings)
+    assert max(compare(ranks.run(train_curve, layout.ranks, config), expected).values()) <= LIMIT
 
 
 @pytest.mark.parametrize(("kind", "tiling"), [("clip", "pad"), ("siglip", "stretch")])

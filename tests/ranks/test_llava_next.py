@@ -5,6 +5,7 @@ torch's count, and its training at other layouts.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -44,7 +45,7 @@ from tests.ranks.model_checks import (
     sizes_of,
 )
 from tests.ranks.pool import Pool
-from tests.ranks.runs import train_curve
+from tests.ranks.runs import Curve, train_curve
 from tests.ranks.test_cost import counted_by_torch
 from tests.ranks.test_layouts import compare
 from tests.ranks.test_resume import STEPS, forget_the_end, make_job, run_job, saved_tensors
@@ -128,6 +129,13 @@ def test_the_cost_is_what_torch_counts(ranks: Pool, tmp_path: Path) -> None:
     assert 0 < len(batch.newline_positions) == shown - len(batch.feature_numbers)
 
 
+@pytest.fixture(scope="module")
+def packs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("packs")
+    make_anyres_packs(folder, 12, CAPACITY, alignment=4, **sizes_of(SMALL))
+    return folder
+
+
 @pytest.mark.parametrize(
     ("connector", "layout"),
     [
@@ -139,14 +147,17 @@ def test_the_cost_is_what_torch_counts(ranks: Pool, tmp_path: Path) -> None:
     ids=str,
 )
 def test_a_layout_trains_like_one_process(
-    ranks: Pool, tmp_path: Path, connector: str, layout: Layout
+    ranks: Pool,
+    train_alone: Callable[[Config], Curve],
+    packs: Path,
+    connector: str,
+    layout: Layout,
 ) -> None:
-    make_anyres_packs(tmp_path, 12, CAPACITY, alignment=4, **sizes_of(SMALL))
     architecture = model_of(connector, max(2, layout.layers))
-    settings = dict(adam_eps=1e-3, steps=4)
-    [expected] = ranks.run(train_curve, 1, _config(architecture, tmp_path, **settings))
+    settings = dict(adam_eps=1e-3, steps=3)
+    expected = train_alone(_config(architecture, packs, **settings))
     settings |= layout.settings
-    curves = ranks.run(train_curve, layout.ranks, _config(architecture, tmp_path, **settings))
+    curves = ranks.run(train_curve, layout.ranks, _config(architecture, packs, **settings))
     assert max(compare(curves, expected).values()) <= LIMIT
 
 

@@ -22,9 +22,9 @@ TIED = dataclasses.replace(TINY, language=dataclasses.replace(TINY.language, tie
 CASES = {
     "alone": ({}, 1, REDUCTIONS),
     "TP2": (dict(tensor_model_parallel_size=2), 2, ("square",)),
-    "TP2 SP": (dict(tensor_model_parallel_size=2, sequence_parallel=True), 2, REDUCTIONS),
-    "PP2": (dict(pipeline_model_parallel_size=2), 2, REDUCTIONS),
-    "CP2": (dict(context_parallel_size=2), 2, REDUCTIONS),
+    "TP2 SP": (dict(tensor_model_parallel_size=2, sequence_parallel=True), 2, ("token",)),
+    "PP2": (dict(pipeline_model_parallel_size=2), 2, ("sample",)),
+    "CP2": (dict(context_parallel_size=2), 2, ("square",)),
 }
 
 

@@ -99,7 +99,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def guessing(packs: Path, **settings: Any) -> Config:
-    usual = dict(trainable=EVERYTHING, steps=4, drop_path=0.2, adam_eps=1e-4, lr=1e-3)
+    usual = dict(trainable=EVERYTHING, steps=3, drop_path=0.2, adam_eps=1e-4, lr=1e-3)
     config = config_for(packs, **usual | settings)
     data = Data(train=str(packs), workers=0, loss_reduction="sample")
     return dataclasses.replace(config, architecture=ARCHITECTURE, data=data)
