@@ -52,9 +52,16 @@ def _unused(arch: Architecture) -> Iterator[str]:
     if not arch.cross_attention.every:
         why = "--architecture.cross_attention.every is 0"
         sections.append(("cross_attention", arch.cross_attention, why))
-    if arch.connector.kind != "resampler":
-        why = f"--architecture.connector.kind is {arch.connector.kind}"
-        sections.append(("connector.resampler", arch.connector.resampler, why))
+    if arch.objective != "contrastive":
+        why = f"--architecture.objective is {arch.objective}"
+        sections.append(("contrastive", arch.contrastive, why))
+    of_kinds = {"qformer": arch.connector.qformer, "resampler": arch.connector.resampler}
+    why = f"--architecture.connector.kind is {arch.connector.kind}"
+    sections += [
+        (f"connector.{kind}", settings, why)
+        for kind, settings in of_kinds.items()
+        if kind != arch.connector.kind
+    ]
     if arch.connector.kind != "mean_query" and changed(arch.connector, "heads"):
         yield (
             f"--architecture.connector.heads {arch.connector.heads} has no effect:"

@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 
+from megavlm.config.architecture import Contrastive
 from megavlm.config.checks.rules import problems
 from megavlm.config.connectors import LLAVA, Connector
 from megavlm.config.cross_attention import CrossAttention
 from megavlm.config.loss import Loss
+from megavlm.config.qformer import QFormer
 from megavlm.config.resampler import Resampler
 from megavlm.config.schema import Config
 from tests.convert.idefics_models import FLAMINGO
@@ -69,6 +71,16 @@ def test_nothing_is_wrong_with_the_model_of_the_tests(tmp_path: Path) -> None:
             ),
             "--architecture.connector.resampler.latents 8 has no effect:"
             " --architecture.connector.kind is mlp; leave it out, or use 64",
+        ),
+        (
+            dict(connector=Connector(kind="resampler", qformer=QFormer(queries=8))),
+            "--architecture.connector.qformer.queries 8 has no effect:"
+            " --architecture.connector.kind is resampler; leave it out, or use 32",
+        ),
+        (
+            dict(contrastive=Contrastive(loss="sigmoid")),
+            "--architecture.contrastive.loss sigmoid has no effect: --architecture.objective is"
+            " next_token; leave it out, or use softmax",
         ),
     ],
 )
