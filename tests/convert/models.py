@@ -18,6 +18,8 @@ from megavlm.config.schema import Architecture, Language, Vision
 from megavlm.convert.hf import native_config, tokenizer_files
 
 TOKENIZER = Path(__file__).parents[1] / "golden" / "tokenizer"
+CONTEXT = 5
+"""Id of the placeholder token in that tokenizer."""
 
 SMALL = Architecture(
     vision=Vision(
@@ -168,7 +170,12 @@ def make_hf(
 ) -> Path:
     """Write a random model, as transformers saves it, with the golden tokenizer."""
     settings = native_config.write(
-        architecture, dtype=dtype, image_token_id=90, bos_token_id=0, eos_token_id=1, pad_token_id=2
+        architecture,
+        dtype=dtype,
+        image_token_id=CONTEXT,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
     )
     torch.manual_seed(0)
     model = InternVLForConditionalGeneration(InternVLConfig.from_dict(settings)).to(dtype)

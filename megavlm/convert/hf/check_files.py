@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 import torch
 
 from megavlm.config.schema import Architecture
-from megavlm.convert.hf import preprocessing
+from megavlm.convert.hf import named_tokens, preprocessing
 from megavlm.convert.hf.convert import copy_qformer_tokenizer, copy_tokenizer
 from megavlm.convert.hf.hub_formats import HUB_FORMATS, dialect_of
 from megavlm.convert.hf.model_config import architecture_from_hf, differences
@@ -56,6 +56,7 @@ def check_files(folder: str | Path) -> list[FileCheck]:
         if before is None:
             reason = "the folder has no tokenizer, and none is exported without one"
             return [FileCheck(name=name, note=reason) for name in ("config", "tokenizer", "usage")]
+        named_tokens.check(folder, kept, architecture.image_tokens)
         try:
             form.write_files(out, kept, architecture, usage, torch.bfloat16)
         except ValueError as error:

@@ -23,6 +23,7 @@ from megavlm.config.schema import Architecture, Config
 from megavlm.convert.dist_checkpoint import ShardsFolder, write_shards
 from megavlm.convert.hf import (
     model_card,
+    named_tokens,
     peft_folder,
     preprocessing,
     tokenizer_files,
@@ -232,13 +233,13 @@ def import_(
     name = next((name for name, known in MODELS.items() if known == mixture), "custom")
     source = recipe_of(dialect_of(folder)).name
     with new_folder(out, flag) as growing, Progress("import", "B", _bytes(view)) as progress:
-        write_shards(view, growing / SHARDS, done=progress.add)
         words = copy_tokenizer(Path(tokenizer) if tokenizer else folder, growing / TOKENIZER)
+        if words is not None and not tokenizer:
+            named_tokens.check(folder, growing / TOKENIZER, architecture.image_tokens)
+        write_shards(view, growing / SHARDS, done=progress.add)
         copy_qformer_tokenizer((tokenizer, folder), growing / TOKENIZER)
-        (growing / CONFIG_NAME).write_text(
-            to_yaml(Config(recipe=source, stage="", model=name, architecture=mixture)),
-            encoding="utf-8",
-        )
+        config = Config(recipe=source, stage="", model=name, architecture=mixture)
+        (growing / CONFIG_NAME).write_text(to_yaml(config), encoding="utf-8")
         unused_weights.write(
             unused_weights.of_model(folder, architecture, dialect_of(folder)), growing
         )

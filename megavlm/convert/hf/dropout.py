@@ -10,13 +10,7 @@ from typing import Any
 
 from megavlm.config.schema import Init
 from megavlm.convert.hf.hub_formats import hub_format_of
-from megavlm.convert.hf.json_files import (
-    FILE_NAME,
-    class_of_transformers,
-    complete,
-    named,
-    read_config,
-)
+from megavlm.convert.hf.json_files import FILE_NAME, named, read_complete
 
 
 def stated(settings: Mapping[str, Any], section: str = "") -> Iterator[str]:
@@ -37,7 +31,7 @@ def notes_on_model(folder: Path) -> list[str]:
     """Return what to say of the folder of a whole model, or of one of its parts' folders."""
     inside = hub_format_of(folder).folders.values()
     files = [folder / FILE_NAME, *(folder / name / FILE_NAME for name in inside)]
-    return [note for path in files for note in _notes(path, stated(_read(path)))]
+    return [note for path in files for note in _notes(path, stated(read_complete(path)))]
 
 
 def notes_on_parts(init: Init) -> list[str]:
@@ -50,19 +44,11 @@ def notes_on_parts(init: Init) -> list[str]:
         folder = vars(init)[part]
         if folder:
             path = Path(folder) / FILE_NAME
-            settings = _read(path)
+            settings = read_complete(path)
             is_whole = isinstance(settings.get(section), Mapping)
             shares = stated(settings[section], section) if is_whole else stated(settings)
             found += _notes(path, shares)
     return found
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """Read a config.json, with what it leaves out if transformers has the class."""
-    raw = read_config(path)
-    classes = class_of_transformers("CONFIG_MAPPING")
-    kind = raw.get("model_type")
-    return complete(classes[kind].__name__, raw, path) if kind in classes else raw
 
 
 def _notes(path: Path, shares: Iterator[str]) -> Iterator[str]:

@@ -4,10 +4,10 @@ this table.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -35,6 +35,9 @@ from megavlm.convert.hf.json_files import FILE_NAME, read_config
 from megavlm.convert.hf.preprocessing import Usage
 from megavlm.convert.weights import pairs
 from megavlm.convert.weights.tables import Dialect, llava_name_on_disk, name_on_disk
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class ReadArchitecture(Protocol):
@@ -76,6 +79,8 @@ class HubFormat:
             model is one folder.
         check_tokenizer: raises ValueError for the folder of a tokenizer whose texts the class would
             read otherwise than training does; none: every tokenizer will do.
+        end_problems: yields why config.json and a tokenizer end texts at different tokens, if the
+            class computes something of the token there.
     """
 
     class_name: str
@@ -87,6 +92,9 @@ class HubFormat:
     name_on_disk: Callable[[str], str | None]
     folders: Mapping[str, str] = field(default_factory=dict)
     check_tokenizer: Callable[[Path], object] | None = None
+    end_problems: Callable[[Mapping[str, Any], PreTrainedTokenizerBase], Iterator[str]] | None = (
+        None
+    )
 
 
 # By the dialect that names the weights, see ``convert/weights/tables``.
@@ -155,6 +163,7 @@ HUB_FORMATS: dict[Dialect, HubFormat] = {
         write_files=pairs_config.write_clip,
         name_on_disk=pairs.name_on_disk,
         check_tokenizer=pairs_config.check_clip_tokenizer,
+        end_problems=pairs_config.end_problems,
     ),
     "siglip": HubFormat(
         class_name="SiglipModel",

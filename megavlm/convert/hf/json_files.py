@@ -81,6 +81,16 @@ def complete(form: str, raw: dict[str, Any], path: Path) -> dict[str, Any]:
         ) from None
 
 
+def read_complete(path: Path) -> dict[str, Any]:
+    """Read a config.json with what it leaves out, if transformers has the class; errors as of
+    ``read_config`` and ``complete``.
+    """
+    raw = read_config(path)
+    classes = class_of_transformers("CONFIG_MAPPING")
+    kind = raw.get("model_type")
+    return complete(classes[kind].__name__, raw, path) if kind in classes else raw
+
+
 def named(section: str, name: str) -> str:
     """Return what a setting is called in messages; the file itself is the section ``""``."""
     return f"{section}.{name}".lstrip(".")

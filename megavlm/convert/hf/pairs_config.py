@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from megavlm.convert.hf.processor import tile_processor
 from megavlm.data.text.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 _OLD_END = 2
 
@@ -171,6 +171,20 @@ def _token_ids(folder: Path) -> dict[str, int]:
     if ids["eos_token_id"] is None:
         raise ValueError(f"--tokenizer {folder}: has no eos_token, which ends a text")
     return {name: number for name, number in ids.items() if number is not None}
+
+
+def end_problems(settings: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    """Yield that a ``CLIPModel`` takes the embedding of a text elsewhere than at the end that the
+    tokenizer gives it. For old folders, whose id is 2, that is the token with the highest id.
+    """
+    end = settings["text_config"]["eos_token_id"]
+    taken = max(tokenizer.get_vocab().values()) if end == _OLD_END else end
+    if tokenizer.eos_token_id not in (None, taken):
+        old = f", which means the highest id, {taken}" if end == _OLD_END else ""
+        yield (
+            f"text_config.eos_token_id is {end}{old}, and the tokenizer's {tokenizer.eos_token} is"
+            f" {tokenizer.eos_token_id}"
+        )
 
 
 def check_clip_tokenizer(folder: Path) -> dict[str, int]:
