@@ -49,7 +49,24 @@ def find_layouts(
     fitting = [each for each in estimates if each.fits(hardware)]
     if not fitting:
         raise ValueError(_why_nothing_fits(estimates, hardware))
-    return sorted(fitting, key=lambda each: (each.step_ms, each.memory.total))
+    return sorted(fitting, key=_by_speed)
+
+
+def _by_speed(layout: Estimate) -> tuple[float, ...]:
+    """Return what layouts are sorted by: time, then how much is recomputed, then how much is split;
+    recomputation costs nothing by the estimate if all of the model's layers are frozen.
+    """
+    parallel = layout.parallel
+    return (
+        layout.step_ms,
+        RECOMPUTE.index(parallel.recompute),
+        parallel.virtual_pipeline_model_parallel_size,
+        parallel.pipeline_model_parallel_size,
+        parallel.context_parallel_size,
+        parallel.tensor_model_parallel_size,
+        parallel.expert_model_parallel_size * parallel.expert_tensor_parallel_size,
+        layout.memory.total,
+    )
 
 
 def without_recompute_variants(estimates: Sequence[Estimate]) -> list[Estimate]:

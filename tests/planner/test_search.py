@@ -1,4 +1,4 @@
-"""Which layouts the search tries."""
+"""Which layouts the search tries, and their order."""
 
 from __future__ import annotations
 
@@ -28,3 +28,10 @@ def test_sizes_need_be_no_powers_of_two(gpus: int, shared: set[int]):
     for name in ("tensor_model_parallel_size", "context_parallel_size"):
         assert seen[name] == shared, "3 does not divide 16,384 tokens"
     assert 3 in _seen(gpus, 16386)["context_parallel_size"]
+
+
+def test_of_equal_times_the_layout_that_recomputes_least_comes_first() -> None:
+    config = parse(["--recipe", "blip2", "--stage", "1"])  # nothing but the Q-Former is trained
+    layouts = find_layouts(config, 1, _SIZE, 16384, Hardware(memory_gib=80))
+    assert len({one.step_ms for one in layouts}) == 1
+    assert [one.parallel.recompute for one in layouts] == ["none", "selective", "full"]
