@@ -96,12 +96,7 @@ def _dataset(config: Config, facts: DatasetFacts) -> Iterator[str]:
             f"{where}: tiles of {facts.image_size} pixels, but --architecture.vision.image_size is"
             f" {arch.vision.image_size}"
         )
-    wanted = _placeholders(arch)
-    if facts.has_images and wanted not in (None, facts.features_per_tile):
-        yield (
-            f"{where}: packed for {facts.features_per_tile} features a tile, but the model makes"
-            f" {wanted}; pack it with --model"
-        )
+    yield from _features(config, facts, where)
     for name, packed, trained in (
         ("pixel_mean", facts.pixel_mean, arch.vision.pixel_mean),
         ("pixel_std", facts.pixel_std, arch.vision.pixel_std),
@@ -133,12 +128,34 @@ def _dataset(config: Config, facts: DatasetFacts) -> Iterator[str]:
         )
 
 
+def _features(config: Config, facts: DatasetFacts, where: str) -> Iterator[str]:
+    """Yield that images have another number of placeholder tokens than the model has features."""
+    arch = config.architecture
+    wanted = _placeholders(arch)
+    if _mixes_pairs(arch, facts):
+        pairs = "pairs of an image and a text"
+        texts = "conversations"
+        has, reads = (texts, pairs) if arch.needs.is_of_pairs else (pairs, texts)
+        form = config.data.template[0]
+        yield (
+            f"{where}: packed with --template {facts.template}, which makes {has}, and"
+            f" --architecture.objective {arch.objective} reads {reads}; pack with"
+            f" {'another --template' if form == ANY else f'--template {form}'}"
+        )
+    elif facts.has_images and wanted not in (None, facts.features_per_tile):
+        yield (
+            f"{where}: packed for {facts.features_per_tile} features a tile, but the model makes"
+            f" {wanted}; pack it with --model"
+        )
+
+
 def _form(config: Config, facts: DatasetFacts, where: str) -> Iterator[str]:
     """Yield in what the form of conversations and images is not the one that the stage wants."""
     wanted = config.data.template
     stage = f"stage {config.stage} of recipe {config.recipe}"
     is_blend = len(config.data.train_folders) > 1  # whose datasets may differ
-    if ANY not in wanted and facts.template not in wanted:
+    is_other = ANY not in wanted and facts.template not in wanted
+    if is_other and not _mixes_pairs(config.architecture, facts):  # which no option would mend
         listed = ",".join(wanted)
         yield (
             f"{where}: packed with the conversation template {facts.template}, but {stage} is"
@@ -181,6 +198,16 @@ def _instructions(arch: Architecture, facts: DatasetFacts, where: str) -> Iterat
             f"{where}: its --qformer_tokenizer has {facts.qformer_vocab_size} tokens, but"
             f" {flag}.vocab_size is {rows}"
         )
+
+
+def _mixes_pairs(arch: Architecture, facts: DatasetFacts) -> bool:
+    """Tell whether a model is given pairs of an image and a text, which have no placeholder tokens,
+    and reads conversations, or the other way round.
+    """
+    wanted = _placeholders(arch)
+    return (
+        facts.has_images and wanted is not None and (facts.features_per_tile == 0) != (not wanted)
+    )
 
 
 def _placeholders(arch: Architecture) -> int | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -60,6 +62,31 @@ def test_packs_have_the_form_that_the_stage_wants(
     found = facts_problems(config, [facts(config, **form)])
     assert len(found) == (1 if wrong else 0)
     assert all(part in found[0] for part in wrong)
+
+
+@pytest.mark.parametrize(
+    ("stage", "other", "told"),
+    [
+        (
+            "2",
+            "1",
+            "makes pairs of an image and a text, .* reads conversations; .*--template blip2$",
+        ),
+        ("1", "2", "makes conversations, .* reads pairs of .*; pack with --template blip2_pairs$"),
+    ],
+)
+@pytest.mark.parametrize("asked", ["", "any"])
+def test_no_option_is_proposed_to_read_pairs_as_conversations(
+    stage: str, other: str, told: str, asked: str
+) -> None:
+    recipe = ["--recipe", "blip2", "--stage"]
+    given = parse([*recipe, other])
+    packs = facts(given, features_per_tile=32 if other == "2" else 0, tiling="stretch")
+    config = parse([*recipe, stage, *(["--data.template", asked] if asked else [])])
+    own = replace(packs, vocab_size=1, pixel_mean=config.architecture.vision.pixel_mean)
+    [problem] = facts_problems(config, [own])
+    assert "--data.template" not in problem and "--model" not in problem
+    assert re.search("; pack with another --template$" if asked else told, problem)
 
 
 def test_internvl_is_not_trained_on_pairs_without_questions() -> None:
