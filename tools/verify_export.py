@@ -65,7 +65,9 @@ def report(found: Agreement, limit: float | None) -> int:
 def main() -> int:
     """Run the tool."""
     options = parse()
-    # Only now: help and mistakes on the command line should not wait for torch.
+    # Only now: help and mistakes on the command line should not wait for torch. First that which
+    # keeps megatron-core from warning of packages that it could use.
+    import megavlm.train  # noqa: F401
     from tools.verification.logits import compare
 
     try:

@@ -62,6 +62,15 @@ def find(path: str | Path) -> Checkpoint | None:
     return found
 
 
+def runs_inside(path: str | Path) -> str:
+    """Name the save folders in a folder that is none itself, such as that of a command of several
+    stages, for an error; empty if there are none.
+    """
+    inside = sorted(folder for folder in Path(path).glob("*") if folder.is_dir())
+    found = [str(folder) for folder in inside if directory.candidates(folder)]
+    return f"; it holds the runs {', '.join(found)}: name one of them" if found else ""
+
+
 def read(folder: Path) -> Checkpoint:
     """Read the checkpoint of one step; its small files are compared with their checksums, its
     shards are not touched.

@@ -124,7 +124,8 @@ def _checkpoint(model: Path, packs: Path | None) -> Checkpoint | None:
     """Return the checkpoint to evaluate; none: the folder is Hugging Face's."""
     saved = step_folder.find(model) if not (model / "config.json").is_file() else None
     if saved is None and not (model / "config.json").is_file():
-        raise ValueError(f"{model}: neither a checkpoint nor a Hugging Face folder")
+        hint = step_folder.runs_inside(model)
+        raise ValueError(f"{model}: neither a checkpoint nor a Hugging Face folder{hint}")
     if packs is None and not (saved and saved.config.data.train):
         kind = "checkpoint that was not trained" if saved else "Hugging Face folder"
         raise ValueError(

@@ -57,7 +57,7 @@ def _named(config: Config) -> Start:
     if loaded is None:
         raise ValueError(
             f"--checkpoint.load {config.checkpoint.load}: no checkpoint and no Hugging Face model"
-            " is there"
+            f" is there{step_folder.runs_inside(config.checkpoint.load)}"
         )
     return resume.check_fits(config, loaded)
 

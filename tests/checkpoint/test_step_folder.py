@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,14 @@ def test_an_empty_latest_counts_as_absent(tmp_path: Path, content: str) -> None:
 
 def test_conversion_says_if_no_checkpoint_is_there(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no checkpoint is there"):
+        export(tmp_path, tmp_path / "out")
+
+
+def test_the_folder_of_several_stages_is_told_by_its_runs(tmp_path: Path) -> None:
+    _step(tmp_path / "stage_2", 6)
+    _step(tmp_path / "stage_1", 4)
+    runs = f"{tmp_path / 'stage_1'}, {tmp_path / 'stage_2'}"
+    with pytest.raises(FileNotFoundError, match=f"holds the runs {re.escape(runs)}: name one"):
         export(tmp_path, tmp_path / "out")
 
 

@@ -97,7 +97,8 @@ def compare(
         raise ValueError(f"--packs {packs}: must be at least 1")
     found = step_folder.find(checkpoint_path)
     if found is None:
-        raise ValueError(f"--load {checkpoint_path}: no checkpoint is there")
+        hint = step_folder.runs_inside(checkpoint_path)
+        raise ValueError(f"--load {checkpoint_path}: no checkpoint is there{hint}")
     dataset = PackedDataset(dataset_folder)
     _refuse_others(found, hf_folder, dataset.manifest)
     device = backend.start(timeout_minutes=30).device

@@ -116,7 +116,8 @@ def _read_checkpoint(path: str | Path) -> Checkpoint:
     found = step_folder.find(path)
     if found is None:
         raise FileNotFoundError(
-            f"{path}: no checkpoint is there; name the folder of a step or of a run"
+            f"--load {path}: no checkpoint is there"
+            + (step_folder.runs_inside(path) or "; name the folder of a step or of a run")
         )
     return found
 

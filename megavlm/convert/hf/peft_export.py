@@ -45,7 +45,8 @@ def export(
     """
     found = step_folder.find(checkpoint)
     if found is None:
-        raise FileNotFoundError(f"--load {checkpoint}: no checkpoint is there")
+        hint = step_folder.runs_inside(checkpoint)
+        raise FileNotFoundError(f"--load {checkpoint}: no checkpoint is there{hint}")
     architecture = found.config.architecture
     if not architecture.lora.rank:
         raise ValueError(f"--load {checkpoint}: has no LoRA adapters; leave --peft out")
