@@ -10,6 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from megavlm.convert.hf.command_line import parse
+from megavlm.io.full_disk import in_words
 
 
 def main() -> int:
@@ -23,7 +24,8 @@ def main() -> int:
     try:
         return run(args)
     except (ValueError, OSError) as error:
-        print(f"convert_checkpoint: error: {error}", file=sys.stderr)
+        said = in_words(error, "--out", vars(args).get("out"))
+        print(f"convert_checkpoint: error: {said}", file=sys.stderr)
         return 2
 
 

@@ -10,6 +10,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from megavlm.data.packing.asked_job import make_job
 from megavlm.data.packing.command_line import parse
 from megavlm.io.early_end import allow_early_end
+from megavlm.io.full_disk import in_words
 from megavlm.model_source import image_model
 
 
@@ -23,7 +24,7 @@ def main() -> int:
 
         report = (plan_dataset if options.dry_run else pack_dataset)(job)
     except (ValueError, OSError, RuntimeError) as error:
-        print(f"pack_dataset: error: {error}", file=sys.stderr)
+        print(f"pack_dataset: error: {in_words(error, '--out', options.out)}", file=sys.stderr)
         return 2
     print(report.text())
     try:

@@ -282,6 +282,9 @@ def write_shards(tensors: Tensors, folder: Path, done: Done = ignore) -> None:
     layout.
 
     At most one tensor is in memory.
+
+    Raises:
+        OSError: the disk is full, or fails.
     """
     folder.mkdir(parents=True, exist_ok=True)
     planned: dict[str, Any] = {
@@ -290,12 +293,27 @@ def write_shards(tensors: Tensors, folder: Path, done: Done = ignore) -> None:
     for key, header in tensors.headers.items():
         planned[_PREFIX + key] = torch.empty(header.shape, dtype=header.dtype, device="meta")
     planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    writer = _Writer(folder, tensors, done)
     with _alone():
-        torch_checkpoint.save(
-            planned, storage_writer=_Writer(folder, tensors, done), planner=planner, no_dist=True
-        )
-    torch.save({}, folder / _COMMON_NAME)
+        try:
+            torch_checkpoint.save(planned, storage_writer=writer, planner=planner, no_dist=True)
+        except torch_checkpoint.api.CheckpointException as error:
+            raise _cause(error) from error
+    common = io.BytesIO()
+    torch.save({}, common)
+    (folder / _COMMON_NAME).write_bytes(common.getbuffer())
     (folder / _METADATA_NAME).write_text(json.dumps(_FORMAT), encoding="utf-8")
+
+
+def _cause(error: torch_checkpoint.api.CheckpointException) -> BaseException:
+    """Return what went wrong with writing: below ``torch.save``, which calls a file that it cannot
+    finish an error of its own.
+    """
+    [(found, _)] = error.failures.values()
+    cause: BaseException | None = found
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__context__
+    return cause or found
 
 
 def _stateful_modules(keys: Iterable[str]) -> set[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from megavlm.convert.hf.safetensors_files import (
     SafetensorsFolder,
     write_safetensors,
 )
+from megavlm.io.full_disk import in_words
 from tests.convert.models import load_all
 from tests.convert.weights.test_views import InMemory
 
@@ -119,6 +121,20 @@ def test_shards_come_back_one_at_a_time(tmp_path: Path) -> None:
     read = ShardsFolder(tmp_path / "shards")
     assert read.headers == written.headers
     assert all(torch.equal(read[name], tensor) for name, tensor in written.tensors.items())
+
+
+@pytest.mark.parametrize("room", [0, 100, 1000])
+def test_a_full_disk_is_an_error_of_the_system_with_the_folder(tmp_path: Path, room: int) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as error:
+            write_shards(some_tensors(), tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    said = in_words(error.value, "--out", tmp_path)
+    assert said == f"--out {tmp_path}: [Errno 27] File too large"
+    assert in_words(ValueError("wrong"), "--out", tmp_path) == "wrong"
 
 
 def test_damaged_shards_are_named(tmp_path: Path) -> None:
