@@ -16,6 +16,11 @@ from tests.ranks.test_resume import first_moments, losses, make_job, run_job, sa
 HALF = "step_00000003"
 
 
+@pytest.fixture(scope="module")
+def begun(ranks: Pool, dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return interrupted(ranks, dataset, tmp_path_factory.mktemp("runs"))
+
+
 def interrupted(ranks: Pool, dataset: Path, tmp_path: Path, **settings) -> Path:
     """Run until the checkpoint of step 3, and keep that one alone."""
     save = tmp_path / "begun"
@@ -26,16 +31,15 @@ def interrupted(ranks: Pool, dataset: Path, tmp_path: Path, **settings) -> Path:
     return save
 
 
-def resumed(begun: Path, name: str) -> Path:
-    return Path(shutil.copytree(begun, begun.with_name(name)))
+def resumed(begun: Path, copy: Path) -> Path:
+    return Path(shutil.copytree(begun, copy))
 
 
 def test_other_betas_count_and_are_what_the_configuration_says(
-    ranks: Pool, dataset: Path, tmp_path: Path
+    ranks: Pool, dataset: Path, begun: Path, tmp_path: Path
 ) -> None:
-    begun = interrupted(ranks, dataset, tmp_path)
     for name, beta in (("same", 0.9), ("other", 0.5)):
-        save = resumed(begun, name)
+        save = resumed(begun, tmp_path / name)
         ranks.run(run_job, 1, make_job(dataset, save, save_interval=1, adam_beta1=beta))
     [before] = ranks.run(first_moments, 1, begun, 3)
     [same], [other] = (
@@ -55,7 +59,9 @@ def test_a_bfloat16_checkpoint_keeps_its_master_weights_in_float32(
     still = dict(precision="float32", lr=1e-30, weight_decay=0.0, save_interval=1)
     later = dict(overlap_param_gather=False)
     for name, world, other in (("one", 1, {}), ("two", 2, {}), ("three", 2, later)):
-        ranks.run(run_job, world, make_job(dataset, resumed(begun, name), **still, **other))
+        ranks.run(
+            run_job, world, make_job(dataset, resumed(begun, tmp_path / name), **still, **other)
+        )
     # Weights of 16 bits in the first forward pass on the parts that the other rank owns would show.
     first, *others = (losses(tmp_path / name)[0] for name in ("one", "two", "three"))
     assert others == pytest.approx([first] * 2, rel=1e-5)
@@ -73,12 +79,14 @@ def test_a_bfloat16_checkpoint_keeps_its_master_weights_in_float32(
             assert torch.equal(weight.flatten(), value.flatten()[: weight.numel()]), key
 
 
-def test_what_changed_is_a_table_at_the_start(ranks: Pool, dataset: Path, tmp_path: Path) -> None:
-    begun = interrupted(ranks, dataset, tmp_path)
-    [shown] = ranks.run(output_of_job, 1, make_job(dataset, begun, lr=1e-3))
+def test_what_changed_is_a_table_at_the_start(
+    ranks: Pool, dataset: Path, begun: Path, tmp_path: Path
+) -> None:
+    save = resumed(begun, tmp_path / "run")
+    [shown] = ranks.run(output_of_job, 1, make_job(dataset, save, lr=1e-3))
     assert "changed since the checkpoint:" in shown
     assert "--optimizer.lr  0.003       0.001" in shown
-    [shown] = ranks.run(output_of_job, 1, make_job(dataset, begun, lr=1e-3))
+    [shown] = ranks.run(output_of_job, 1, make_job(dataset, save, lr=1e-3))
     assert "changed since" not in shown
 
 
@@ -92,10 +100,11 @@ def output_of_job(config) -> str:
     return shown.getvalue()
 
 
-def test_another_decay_is_taken_and_told(ranks: Pool, dataset: Path, tmp_path: Path) -> None:
-    begun = interrupted(ranks, dataset, tmp_path)
+def test_another_decay_is_taken_and_told(
+    ranks: Pool, dataset: Path, begun: Path, tmp_path: Path
+) -> None:
     for name, decay in (("same", "all"), ("other", "matrices")):
-        config = make_job(dataset, resumed(begun, name), decay=decay, weight_decay=0.5)
+        config = make_job(dataset, resumed(begun, tmp_path / name), decay=decay, weight_decay=0.5)
         [text] = ranks.run(output_of_job, 1, config)
         changed = "--optimizer.decay         all" in text and "moments follow" in text
         assert changed == (name == "other"), text

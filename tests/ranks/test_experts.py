@@ -134,6 +134,7 @@ LAYOUTS = (
     Layout(expert=2, shared=2, pipeline=2, tensor=2, data=2, other=(("recompute", "full"),)),
     Layout(shared=2, pipeline=2, virtual=2, data=2),
 )
+STEPS = 5 if asks_for_all() else 3
 CASES = [
     (layout, mask)
     for layout in LAYOUTS
@@ -159,7 +160,9 @@ def expert_config(dataset: Path, architecture: Architecture = MODEL, **settings:
 
 @pytest.fixture(scope="module")
 def alone(ranks: Pool, dataset: Path) -> Callable[[str], Curve]:
-    return trained_alone(ranks, lambda mask: expert_config(dataset, trainable=MASKS[mask], steps=3))
+    return trained_alone(
+        ranks, lambda mask: expert_config(dataset, trainable=MASKS[mask], steps=STEPS)
+    )
 
 
 def trained_alone(ranks: Pool, configured: Callable[[str], Config]) -> Callable[[str], Curve]:
@@ -177,7 +180,7 @@ def assert_trains_alike(ranks: Pool, layout: Layout, config: Config, alone: Curv
 def test_a_layout_trains_like_one_process(
     ranks: Pool, dataset: Path, alone: Callable[[str], Curve], layout: Layout, mask: str
 ) -> None:
-    config = expert_config(dataset, trainable=MASKS[mask], steps=3, **layout.settings)
+    config = expert_config(dataset, trainable=MASKS[mask], steps=STEPS, **layout.settings)
     assert_trains_alike(ranks, layout, config, alone(mask))
 
 

@@ -105,7 +105,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _config(dataset: Path, architecture: Architecture, **settings) -> Config:
-    return dataclasses.replace(config_for(dataset, steps=5, **settings), architecture=architecture)
+    return dataclasses.replace(config_for(dataset, steps=3, **settings), architecture=architecture)
 
 
 @pytest.mark.parametrize(
@@ -183,7 +183,7 @@ def test_heads_that_only_pad_stay_zero(ranks: Pool, dataset: Path) -> None:
 
 
 def _job(dataset: Path, save: Path, load: Path | str = "", **settings) -> Config:
-    files = Checkpoint(save=str(save), load=str(load), save_interval=4, keep=0)
+    files = Checkpoint(save=str(save), load=str(load), save_interval=2, keep=0)
     return dataclasses.replace(
         _config(dataset, ODD, **settings), checkpoint=files, logging=Logging(interval=1)
     )
@@ -194,11 +194,11 @@ def test_a_checkpoint_with_padded_heads_goes_on_at_other_layouts(
 ) -> None:
     """With tensors of all three lengths: 3 heads in one process, 4 on two or four ranks."""
     ranks.run(run_job, 2, _job(dataset, tmp_path / "two", tensor_model_parallel_size=2))
-    [expected] = ranks.run(saved_tensors, 1, tmp_path / "two" / "step_00000005")
+    [expected] = ranks.run(saved_tensors, 1, tmp_path / "two" / "step_00000003")
     for world in (1, 4):
         save = tmp_path / str(world)
         ranks.run(run_job, world, _one_step(dataset, tmp_path / "two", save, world))
-        [found] = ranks.run(saved_tensors, 1, save / "step_00000005")
+        [found] = ranks.run(saved_tensors, 1, save / "step_00000003")
         assert found.keys() == expected.keys() and any(
             "exp_avg" in key and "qk_norm" in key for key in found
         )
@@ -214,11 +214,11 @@ def test_a_checkpoint_with_padded_heads_goes_on_at_other_layouts(
 
 def _one_step(dataset: Path, source: Path, save: Path, world: int) -> Config:
     """Configure one more step, at another layout, from a copy of a run that stopped after step
-    4.
+    2.
     """
     import shutil
 
     save.mkdir()
-    shutil.copytree(source / "step_00000004", save / "step_00000004")
-    (save / "latest").write_text("step_00000004\n")
+    shutil.copytree(source / "step_00000002", save / "step_00000002")
+    (save / "latest").write_text("step_00000002\n")
     return _job(dataset, save, tensor_model_parallel_size=world)

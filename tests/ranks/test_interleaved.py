@@ -92,7 +92,7 @@ def test_eight_chunks_on_four_ranks_train_like_one_process(ranks: Pool, dataset:
         ranks.run(
             train_curve,
             world,
-            dataclasses.replace(config_for(dataset, steps=4, **settings), architecture=DEEP),
+            dataclasses.replace(config_for(dataset, steps=3, **settings), architecture=DEEP),
         )[0]
         for world, settings in ((1, {}), (4, layout))
     )
@@ -136,8 +136,8 @@ def test_a_checkpoint_of_many_chunks_goes_on_at_other_layouts(
         pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=3, layout="even"
     )
     tensor = dict(tensor_model_parallel_size=2)
-    layouts = [(1, {}), (2, even), (4, INTERLEAVED | tensor)]
-    for world, layout in layouts + ([(2, tensor)] if asks_for_all() else []):
+    layouts = [(2, even), (4, INTERLEAVED | tensor)]
+    for world, layout in layouts + ([(1, {}), (2, tensor)] if asks_for_all() else []):
         save = tmp_path / f"other-{len(list(tmp_path.iterdir()))}"
         forget_the_end(tmp_path / "whole", save)
         ranks.run(run_job, world, make_job(dataset, save, **layout))

@@ -69,7 +69,7 @@ LAYOUTS = {
 }
 WORLDS = {
     "experts that two ranks share": 4,
-    "experts of tensor-parallel ranks": 8,
+    "experts of tensor-parallel ranks": 4,
     "alone": 1,
     "tensor": 2,
     "whole vision layers": 2,

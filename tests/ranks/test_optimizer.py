@@ -133,7 +133,7 @@ def curve_with_small_buckets(config: Config) -> Curve:
 @pytest.fixture(scope="module")
 def alone(ranks: Pool, dataset: Path) -> Curve:
     """Train in one process."""
-    return ranks.run(train_curve, 1, config_for(dataset, drop_path=0.2))[0]
+    return ranks.run(train_curve, 1, config_for(dataset, steps=4, drop_path=0.2))[0]
 
 
 @pytest.mark.parametrize(
@@ -142,9 +142,8 @@ def alone(ranks: Pool, dataset: Path) -> Curve:
 def test_communication_beside_computation_changes_nothing(
     ranks: Pool, dataset: Path, alone: Curve, overlap: dict[str, bool]
 ) -> None:
-    shared = ranks.run(curve_with_small_buckets, 2, config_for(dataset, drop_path=0.2, **overlap))[
-        0
-    ]
+    config = config_for(dataset, steps=4, drop_path=0.2, **overlap)
+    shared = ranks.run(curve_with_small_buckets, 2, config)[0]
     assert shared.losses == pytest.approx(alone.losses, rel=1e-5)
     assert shared.grad_norms == pytest.approx(alone.grad_norms, rel=1e-5)
 
@@ -153,7 +152,7 @@ def test_patches_are_embedded_with_the_weights_that_were_gathered(
     ranks: Pool, dataset: Path
 ) -> None:
     """No other weight of the vision encoder waits for them here."""
-    config = config_for(dataset, trainable=("vision.patch_embedding", "connector"))
+    config = config_for(dataset, trainable=("vision.patch_embedding", "connector"), steps=4)
     [alone] = ranks.run(train_curve, 1, config)
     shared = ranks.run(train_curve, 2, config)[0]
     assert shared.losses == pytest.approx(alone.losses, rel=1e-5)

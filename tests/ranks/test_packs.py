@@ -85,7 +85,7 @@ def test_a_pack_without_images_trains_beside_one_with_images(
     write_packs(tmp_path / "packs", packs, capacity=CAPACITY, alignment=4, **SIZES)
     # Rank 0 always has images and rank 1 never has, then neither has.
     order = (0, 1, 2, 3, 1, 3)
-    settings = dict(trainable=mask, global_batch_size=2, steps=6)
+    settings = dict(trainable=mask, global_batch_size=2, steps=3)
     [alone] = ranks.run(train_curve, 1, config_for(tmp_path / "packs", **settings), order)
     pipeline = dict(pipeline_model_parallel_size=2, layout="v*2|v,t*3")
     for layout in (
@@ -112,12 +112,12 @@ def test_recomputed_layers_train_the_same(ranks: Pool, tmp_path: Path, recompute
     # Only late layers are trained, so that the input of the recomputed layers is frozen.
     mask = ("vision.encoder.layers.2", "connector")
     [kept] = ranks.run(
-        train_curve, 1, config_for(tmp_path / "packs", trainable=mask, drop_path=0.3)
+        train_curve, 1, config_for(tmp_path / "packs", trainable=mask, drop_path=0.3, steps=3)
     )
     [recomputed] = ranks.run(
         train_curve,
         1,
-        config_for(tmp_path / "packs", trainable=mask, drop_path=0.3, recompute=recompute),
+        config_for(tmp_path / "packs", trainable=mask, drop_path=0.3, steps=3, recompute=recompute),
     )
     assert recomputed.losses == pytest.approx(kept.losses, rel=1e-6)
     assert recomputed.grad_norms == pytest.approx(kept.grad_norms, rel=1e-6)
@@ -152,12 +152,9 @@ def test_bfloat16_trains_like_float32(ranks: Pool, tmp_path: Path) -> None:
         capacity=CAPACITY,
         **SIZES,
     )
-    [exact] = ranks.run(train_curve, 1, config_for(tmp_path / "packs"))
-    half = ranks.run(
-        train_curve,
-        2,
-        config_for(tmp_path / "packs", precision="bfloat16", tensor_model_parallel_size=2),
-    )[0]
+    [exact] = ranks.run(train_curve, 1, config_for(tmp_path / "packs", steps=5))
+    settings = dict(steps=5, precision="bfloat16", tensor_model_parallel_size=2)
+    half = ranks.run(train_curve, 2, config_for(tmp_path / "packs", **settings))[0]
     assert half.losses == pytest.approx(exact.losses, rel=2e-2)
 
 

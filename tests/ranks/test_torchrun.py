@@ -162,7 +162,7 @@ def test_a_second_run_in_the_same_folder_is_refused_before_anything_is_deleted(
         _wait_for_step(save / "metrics.jsonl", 1)
         (save / ".growing_step_00000001_0a1b2c3d").mkdir()
         os.kill(first.pid, signal.SIGSTOP)  # or its steps would take the cores from the other
-        second = _torchrun(*arguments)
+        second = commands.run([arguments] * 2, tmp_path / "second")
         os.kill(first.pid, signal.SIGCONT)
         still_runs = first.is_alive()
         is_whole = (save / ".growing_step_00000001_0a1b2c3d").exists()
@@ -171,8 +171,7 @@ def test_a_second_run_in_the_same_folder_is_refused_before_anything_is_deleted(
         first.join()
     told = f"--checkpoint.save {save}: another run writes to this folder (process {first.pid} on"
     assert still_runs and is_whole and second.returncode != 0
-    assert second.stderr.partition("ChildFailedError")[0].count(told) == 1, second.stderr
-    assert "Traceback" not in second.stderr.partition(told)[0]
+    assert second.stderr.count(told) == 1 and "Traceback" not in second.stderr, second.stderr
     # The lock of a killed run holds nobody up.
     done = commands.run([[*arguments, "--training.steps", "2"]], tmp_path / "done")
     assert done.returncode == 0, done.stderr
