@@ -16,6 +16,7 @@ of a few groups; groups come in a random order, and windows start elsewhere in e
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol
 
 import numpy as np
@@ -24,6 +25,8 @@ ROUNDS = 8
 # Below this many bits a Feistel network can make few different permutations; small datasets walk a
 # little more instead.
 SMALLEST_DOMAIN_BITS = 6
+# Permutations of up to so many packs are kept as tables.
+LARGEST_TABLE = 1024
 # A group's packs are drawn from a window of so many groups: enough that every epoch puts other
 # packs together.
 WINDOW_GROUPS = 8
@@ -126,6 +129,27 @@ def permute(offsets: np.ndarray, size: int, seed: int, epochs: np.ndarray) -> np
     """Return where each offset of ``range(size)`` goes in the permutation of (seed, its epoch);
     all are int64 [n].
     """
+    if size > LARGEST_TABLE:
+        return _permute(offsets, size, seed, epochs)
+    places = np.empty_like(offsets)
+    for epoch in np.unique(epochs).tolist():
+        chosen = epochs == epoch
+        places[chosen] = _table(size, seed, epoch)[offsets[chosen]]
+    return places
+
+
+@lru_cache(maxsize=256)
+def _table(size: int, seed: int, epoch: int) -> np.ndarray:
+    """Return a whole permutation of few packs, of which single ones are asked for again and
+    again.
+    """
+    offsets = np.arange(size, dtype=np.int64)
+    table = _permute(offsets, size, seed, np.full_like(offsets, epoch))
+    table.setflags(write=False)
+    return table
+
+
+def _permute(offsets: np.ndarray, size: int, seed: int, epochs: np.ndarray) -> np.ndarray:
     bits = max(SMALLEST_DOMAIN_BITS, (size - 1).bit_length())
     # A modulo rather than a cast, so that a negative seed is a seed too.
     key = _mix(np.uint64(seed % 2**64) ^ _mix(epochs.astype(np.uint64)))
