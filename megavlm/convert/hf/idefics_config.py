@@ -13,7 +13,7 @@ from megavlm.config.cross_attention import CrossAttention
 from megavlm.config.resampler import Resampler
 from megavlm.config.schema import Architecture
 from megavlm.config.vision import PIXELS
-from megavlm.convert.hf import clip_vision, language_config, tokenizer_files
+from megavlm.convert.hf import clip_vision, language_config, one_tile, tokenizer_files
 from megavlm.convert.hf import json_files as shared
 from megavlm.convert.hf.json_files import FILE_NAME, IMAGE_PROCESSOR_NAME, read_json, write_json
 from megavlm.convert.hf.preprocessing import Usage
@@ -144,7 +144,11 @@ def write(
 
 
 def read_usage(folder: Path) -> Usage:
-    """Return how a model is to be used: images stretched to squares, one tile each."""
+    """Return how a model is to be used: images stretched to squares, one tile each. Raises
+    ValueError: its image processor resizes them otherwise.
+    """
+    wrong = one_tile.other_resizing(shared.image_processor(folder), one_tile.BICUBIC)
+    shared.refuse(shared.image_processor_file(folder), list(wrong))
     template = "flamingo_chunks" if _ends_chunks(folder) else "flamingo"
     return Usage(
         template=template, system_message="", max_tiles=1, thumbnail=False, tiling="stretch"

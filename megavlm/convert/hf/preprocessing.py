@@ -78,11 +78,12 @@ def of_chat(folder: Path) -> Usage:
     usage = _tiles(path, settings, "min_dynamic_patch", "max_dynamic_patch")
     template = settings.get("template") or usage.template
     own = FORMATS[template].system_message if template in FORMATS else ""
-    message = settings.get("system_message", own)
+    message = settings.get("system_message")
+    refuse(image_processor_file(folder), list(other_resizing(image_processor(folder), BICUBIC)))
     return dataclasses.replace(
         usage,
         template=template,
-        system_message=message or "",
+        system_message=own if message is None else message,
         tiling="pad" if settings.get("pad2square") else "dynamic",
     )
 

@@ -15,12 +15,13 @@ import transformers
 from transformers import PreTrainedConfig
 
 from megavlm.config.schema import Architecture, Language, Vision
-from megavlm.convert.hf import fuyu_config, language_config, preprocessing
+from megavlm.convert.hf import fuyu_config, idefics_config, language_config, preprocessing
 from megavlm.convert.hf.json_files import read_config, refuse, write_json
 from megavlm.convert.hf.model_config import architecture_from_hf
 from megavlm.convert.hf.preprocessing import Usage
 from megavlm.convert.hf.vision_part import vision_from_hf
 from megavlm.convert.weights.families import FAMILIES
+from megavlm.data.text.templates import FORMATS
 
 STRANGE = ([1, 2], "x", None, -1, 1.5)
 INTERNVIT = {
@@ -191,6 +192,25 @@ def test_pixels_that_are_scaled_otherwise_are_refused(
     (tmp_path / "preprocessor_config.json").unlink()
     with pytest.raises(ValueError, match=r"image_processor is \[1\], must be an object"):
         vision_from_hf(tmp_path)
+
+
+@pytest.mark.parametrize("read", [preprocessing.of_chat, idefics_config.read_usage])
+def test_images_that_are_resized_otherwise_are_refused(
+    tmp_path: Path, read: Callable[[Path], Usage]
+) -> None:
+    write_json(tmp_path / "config.json", INTERNVL_CHAT)
+    write_json(tmp_path / "preprocessor_config.json", {"resample": 3})
+    read(tmp_path)
+    write_json(tmp_path / "preprocessor_config.json", {"resample": 2})
+    with pytest.raises(ValueError, match=r"/preprocessor_config.json: [^/]*resample is 2, must be"):
+        read(tmp_path)
+
+
+def test_no_system_message_is_that_of_the_template(tmp_path: Path) -> None:
+    own = FORMATS["Hermes-2"].system_message
+    for stated, found in (({}, own), ({"system_message": None}, own), ({"system_message": ""}, "")):
+        write_json(tmp_path / "config.json", {"template": "Hermes-2", **stated})
+        assert preprocessing.of_chat(tmp_path).system_message == found
 
 
 @pytest.mark.parametrize(
