@@ -91,7 +91,7 @@ def publish(growing: Path, target: Path) -> None:
     """
     atomic.sync_tree(growing)
     before = _set_aside(target) if target.exists() else None
-    atomic.publish(growing, target)
+    atomic.rename(growing, target)
     atomic.write_text(target.parent / LATEST, target.name + "\n")
     if before is not None:
         shutil.rmtree(before, ignore_errors=True)

@@ -70,7 +70,14 @@ def publish(growing: Path, target: Path) -> None:
         OSError: the disk is full, or ``target`` holds something.
     """
     sync_tree(growing)
-    os.replace(growing, target)
+    rename(growing, target)
+
+
+def rename(flushed: Path, target: Path) -> None:
+    """Give a folder whose content is on the disk its name; arguments and errors as of
+    ``publish``.
+    """
+    os.replace(flushed, target)
     _sync(target.parent)
 
 

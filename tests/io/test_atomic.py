@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from megavlm.checkpoint import directory
 from megavlm.io import atomic
 from megavlm.io.atomic import new_folder
 
@@ -54,6 +55,17 @@ def test_all_of_a_folder_is_flushed_before_it_is_renamed(
     inside = {("flush", path.stat().st_ino) for path in parts}
     assert inside <= set(events[:renamed])
     assert events[renamed + 1 :] == [("flush", tmp_path.stat().st_ino)]
+
+
+def test_a_checkpoint_is_flushed_once(tmp_path: Path, events: list[tuple[str, int]]) -> None:
+    growing = tmp_path / "growing"
+    growing.mkdir()
+    (growing / "file").write_text("x")
+    target = tmp_path / "step_00000007"
+    directory.publish(growing, target)
+    flushed = ("flush", (target / "file").stat().st_ino)
+    assert events.count(flushed) == 1
+    assert events.index(flushed) < events.index(("rename", target.stat().st_ino))
 
 
 def test_a_failed_write_leaves_the_old_file(
