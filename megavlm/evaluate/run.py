@@ -46,6 +46,7 @@ from megavlm.evaluate.graded import ANSWERS
 from megavlm.evaluate.page import Answered, read_rows
 from megavlm.evaluate.task import Task, read_tasks
 from megavlm.io import atomic
+from megavlm.io.remote import is_remote
 
 _PROGRAM = Path(__file__).parents[2] / "pretrain_vlm.py"
 _DONE = "evaluated.json"
@@ -131,6 +132,14 @@ def _checkpoint(model: Path, packs: Path | None) -> Checkpoint | None:
         raise ValueError(
             f"{model}: a {kind} does not say how questions are packed; name a packed dataset of its"
             " template and tiles with --packs"
+        )
+    folders = saved.config.data.train_folders if saved and packs is None else ()
+    gone = [folder for folder in folders if not is_remote(folder) and not Path(folder).exists()]
+    if gone:
+        raise ValueError(
+            f"{model}: the packs that it was trained on, whose template and tiles questions need,"
+            f" are not there ({', '.join(gone)}, seen from {Path.cwd()}); name them, or others of"
+            " the same kind, with --packs"
         )
     return saved
 

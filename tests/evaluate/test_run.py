@@ -59,6 +59,20 @@ def test_an_imported_checkpoint_needs_no_stage_but_packs(
         answer_with(str(tmp_path), [task], tmp_path / "out", packs=None, max_new_tokens=1, ranks=1)
 
 
+def test_packs_that_are_not_there_any_more_are_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained = parse(["--stage", "2", "--model", "tiny", "--data.train", "packs/a,s3://packs/b"])
+    saved = SimpleNamespace(config=trained, folder=tmp_path / "step_00000001")
+    monkeypatch.setattr(run.step_folder, "find", lambda model: saved)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"not there \(packs/a, seen from .*with --packs"):
+        run._checkpoint(tmp_path, None)
+    assert run._checkpoint(tmp_path, tmp_path / "packs") == saved
+    (tmp_path / "packs" / "a").mkdir(parents=True)
+    assert run._checkpoint(tmp_path, None) == saved
+
+
 def test_averages_do_not_stand_in_the_way(tmp_path: Path) -> None:
     settings = ["--ema.decay", "0.999", "--ema.export", "true", "--ema.evaluate", "true"]
     folders = ["--checkpoint.export_hf", str(tmp_path / "hf"), "--data.valid", "valid"]
