@@ -141,7 +141,6 @@ class MLflow:
     name = "MLflow"
 
     def __init__(self, config: Config):
-
         address = os.environ.get("MLFLOW_TRACKING_URI", "")
         if not address:
             address = (Path(config.checkpoint.save) / "mlruns").resolve().as_uri()
