@@ -40,6 +40,7 @@ from megavlm.config.schema import (
 )
 from megavlm.config.schema import Checkpoint as Saving
 from megavlm.convert.hf.hub_formats import dialect_of
+from megavlm.convert.hf.model_config import architecture_from_hf
 from megavlm.data.store.manifest import FILE_NAME as MANIFEST
 from megavlm.evaluate.by_transformers import answer_tasks
 from megavlm.evaluate.graded import ANSWERS
@@ -283,10 +284,15 @@ def _as_trained(config: Config) -> Config:
 
 
 def _of_folder(model: Path) -> list[str]:
-    """Return the options that give the model of a Hugging Face folder."""
+    """Return the options that give the model of a Hugging Face folder, also if the recipe's last
+    stage trains at another image size.
+    """
     row = recipe_of(dialect_of(model))
     last = list(row.stages)[-1]
     words = ["--recipe", row.name, "--stage", last, "--model", str(model)]
+    if row.stages[last].image_size:
+        size = architecture_from_hf(model).vision.image_size
+        words += ["--architecture.vision.image_size", str(size)]
     small = ["--training.trainable", "connector", "--training.drop_path", "0"]
     return [*words, *small, "--checkpoint.load", str(model)]
 

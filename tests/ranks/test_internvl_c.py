@@ -13,12 +13,15 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModel, InternVLVisionConfig, InternVLVisionModel
 
+from megavlm.config.cli import parse
 from megavlm.config.connectors import Connector
 from megavlm.config.recipes import recipe
 from megavlm.config.schema import Architecture, Language, Vision
 from megavlm.convert.hf import convert, native_config
 from megavlm.convert.hf.model_config import architecture_from_hf
 from megavlm.convert.weights.families import internvit
+from megavlm.evaluate.run import _of_folder
+from megavlm.model_source import read_model
 from tests.convert.card import run_example
 from tests.data.pair_tokenizer import make_pair_tokenizer
 from tests.ranks.model_checks import recipe_config
@@ -203,6 +206,12 @@ def test_its_parts_start_other_models(folder: Path) -> None:
     )
     with pytest.raises(ValueError, match=r"lm_head\.weight"):
         from_parts.full_tensors(talking, lambda key, shape: torch.zeros(shape))
+
+
+def test_a_folder_is_evaluated_at_its_own_image_size(folder: Path) -> None:
+    measuring = parse(_of_folder(folder), read_model)
+    assert measuring.architecture.vision.image_size == SMALL.vision.image_size
+    assert recipe("internvl_c").stages[measuring.stage].image_size == 364
 
 
 def test_a_damaged_folder_is_refused(folder: Path, tmp_path: Path) -> None:
