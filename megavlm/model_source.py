@@ -4,7 +4,9 @@ imported late, since it takes seconds.
 
 from __future__ import annotations
 
-from megavlm.config.models import architecture
+from pathlib import Path
+
+from megavlm.config.models import MODELS, architecture
 from megavlm.config.recipes import RECIPES
 from megavlm.config.schema import Architecture, Init
 
@@ -41,3 +43,16 @@ def image_model(name: str | None) -> Architecture:
         return Architecture()
     of_recipe = RECIPES[name].architecture if name in RECIPES else None
     return of_recipe or architecture(name, read_model=read)
+
+
+def image_grids(name: str | None) -> tuple[tuple[int, int], ...]:
+    """Return columns and rows of the grids of images that the folder of a LLaVA-NeXT states; none
+    for any other name. Errors are those of ``image_model``.
+    """
+    if not name or name in RECIPES or name in MODELS or not Path(name).is_dir():
+        return ()
+    from megavlm.convert.hf import hub_formats, vision_part
+
+    if vision_part.is_encoder(name):
+        return ()
+    return hub_formats.hub_format_of(name).read_usage(Path(name)).grids

@@ -7,18 +7,20 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from megavlm.data.images.anyres import LLAVA_GRIDS
 from megavlm.data.packing.asked_job import make_job
 from megavlm.data.packing.command_line import parse
 from megavlm.io.early_end import allow_early_end
 from megavlm.io.full_disk import in_words
-from megavlm.model_source import image_model
+from megavlm.model_source import image_grids, image_model
 
 
 def main() -> int:
     """Run the command line; returns the exit status."""
     options = parse()
     try:
-        job = make_job(options, image_model(options.model))
+        model = image_model(options.model)
+        job = make_job(options, model, image_grids(options.model) or LLAVA_GRIDS)
         # Only now: help and mistakes on the command line should not wait for transformers.
         from megavlm.data.packing.job import pack_dataset, plan_dataset
 

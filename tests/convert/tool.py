@@ -1,4 +1,4 @@
-"""Run ``tools/convert_checkpoint.py`` inside the test's own process."""
+"""Run ``tools/convert_checkpoint.py``, or another tool, inside the test's own process."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ import runpy
 import sys
 from pathlib import Path
 
-TOOL = str(Path(__file__).parents[2] / "tools" / "convert_checkpoint.py")
+_TOOLS = Path(__file__).parents[2] / "tools"
 
 
-def run_tool(*arguments: str) -> int:
+def run_tool(*arguments: str, tool: str = "convert_checkpoint") -> int:
     """Run the tool, and return its exit status."""
     before = sys.argv
-    sys.argv = [TOOL, *arguments]
+    path = str(_TOOLS / f"{tool}.py")
+    sys.argv = [path, *arguments]
     try:
-        runpy.run_path(TOOL, run_name="__main__")
+        runpy.run_path(path, run_name="__main__")
     except SystemExit as ended:
         return int(ended.code or 0)
     finally:

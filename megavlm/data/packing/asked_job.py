@@ -35,8 +35,15 @@ PASSED_ON = (
 )
 
 
-def make_job(args: argparse.Namespace, model: Architecture) -> Job:
+def make_job(
+    args: argparse.Namespace, model: Architecture, grids: tuple[Grid, ...] = LLAVA_GRIDS
+) -> Job:
     """Return the job that a command line asks for.
+
+    Args:
+        args: the command line.
+        model: what packs are for.
+        grids: that images may have for AnyRes, unless the command line says it.
 
     Raises:
         ValueError, FileNotFoundError: it cannot be done; names the flag.
@@ -66,7 +73,7 @@ def make_job(args: argparse.Namespace, model: Architecture) -> Job:
             mode=args.tiling,
             pixel_mean=mean,
             limit=_limit(args.image_limit, args.tiling),
-            grids=_grids(args.grids, args.tiling),
+            grids=_grids(args.grids, args.tiling) or grids,
             **_of_dynamic_tiling(args),
         ),
         pixel_std=std,
@@ -114,11 +121,11 @@ def _of_dynamic_tiling(args: argparse.Namespace) -> dict[str, int | bool]:
 
 
 def _grids(text: str, tiling: str) -> tuple[Grid, ...]:
-    """Read the grids that images may have. Raises ValueError: they are none, or would have no
-    effect.
+    """Read the grids that images may have; none if nothing is said. Raises ValueError: they are
+    none, or would have no effect.
     """
     if not text:
-        return LLAVA_GRIDS
+        return ()
     if tiling != "anyres":
         raise ValueError(f"--grids {text}: goes with --tiling anyres; leave it out")
     return read_grids(text)

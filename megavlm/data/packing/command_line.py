@@ -78,7 +78,7 @@ IMAGES = (
         metavar="CxR,...",
         text=(
             "for --tiling anyres: columns and rows of the grids that images may have (default:"
-            f" {grids_text(LLAVA_GRIDS)})"
+            f" those of a LLaVA-NeXT's folder that --model names, else {grids_text(LLAVA_GRIDS)})"
         ),
     ),
     Option(

@@ -27,9 +27,11 @@ from megavlm.convert.hf.reference import refuse_other_tiles
 from megavlm.convert.weights.tables import llava_name_on_disk, rows, unused_rows
 from megavlm.data.images.anyres import LLAVA_GRIDS
 from megavlm.data.images.feature_layout import feature_layout, sizes_in_text
+from megavlm.data.packing.settings import Job
 from megavlm.data.text.chat_tokens import ChatTemplate
 from megavlm.data.text.tokenizer import load_tokenizer
 from megavlm.evaluate.by_transformers import answer_tasks
+from megavlm.model_source import image_grids
 from megavlm.planner.flops import pieces
 from tests.convert.card import run_example
 from tests.convert.llava_models import make_llava
@@ -43,6 +45,7 @@ from tests.convert.llava_next_models import (
 )
 from tests.convert.models import load_all
 from tests.convert.round_trip import assert_round_trip, golden_words
+from tests.convert.tool import run_tool
 from tests.ranks.model_checks import sizes_of
 
 SEEING = dataclasses.replace(
@@ -152,6 +155,29 @@ def test_grids_that_the_image_processor_has_otherwise_are_refused(tmp_path: Path
     write_json(path, settings)
     with pytest.raises(ValueError, match=r"is missing, which means \[\[336, 672\]"):
         architecture_from_hf(source)
+
+
+@pytest.mark.parametrize("given", ["", "4x1"])
+def test_packs_have_the_grids_of_the_model(
+    tmp_path: Path, words: Path, monkeypatch: pytest.MonkeyPatch, given: str
+) -> None:
+    folder = make_llava_next(tmp_path / "hf", grids=((1, 2), (3, 1)))
+    jobs: list[Job] = []
+
+    def stop(job: Job) -> None:
+        jobs.append(job)
+        raise ValueError
+
+    monkeypatch.setattr("megavlm.data.packing.job.pack_dataset", stop)
+    records = tmp_path / "records.jsonl"
+    records.write_text("{}")
+    files = ["--jsonl", str(records), "--tokenizer", str(words), "--out", str(tmp_path / "out")]
+    form = ["--model", str(folder), "--tiling", "anyres", "--template", "llava_v1"]
+    form += ["--grids", given] if given else []
+    assert run_tool(*files, *form, tool="pack_dataset") == 2
+    [job] = jobs
+    assert job.tiling.grids == (((4, 1),) if given else ((1, 2), (3, 1)))
+    assert image_grids("llava-v1.6-vicuna-7b") == image_grids(None) == ()
 
 
 def test_transformers_is_given_packs_of_its_tiles_alone(tmp_path: Path) -> None:
