@@ -25,7 +25,7 @@ ROUNDS = 8
 # Below this many bits a Feistel network can make few different permutations; small datasets walk a
 # little more instead.
 SMALLEST_DOMAIN_BITS = 6
-# Permutations of up to so many packs are kept as tables.
+# Permutations of up to so many packs are kept as tables, for single positions.
 LARGEST_TABLE = 1024
 # A group's packs are drawn from a window of so many groups: enough that every epoch puts other
 # packs together.
@@ -129,13 +129,10 @@ def permute(offsets: np.ndarray, size: int, seed: int, epochs: np.ndarray) -> np
     """Return where each offset of ``range(size)`` goes in the permutation of (seed, its epoch);
     all are int64 [n].
     """
-    if size > LARGEST_TABLE:
+    # Many positions may lie in many epochs, each with a table of its own.
+    if len(offsets) != 1 or size > LARGEST_TABLE:
         return _permute(offsets, size, seed, epochs)
-    places = np.empty_like(offsets)
-    for epoch in np.unique(epochs).tolist():
-        chosen = epochs == epoch
-        places[chosen] = _table(size, seed, epoch)[offsets[chosen]]
-    return places
+    return _table(size, seed, int(epochs[0]))[offsets]
 
 
 @lru_cache(maxsize=256)
