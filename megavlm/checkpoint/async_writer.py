@@ -56,7 +56,7 @@ class Outcome:
     error: str = ""
 
 
-class _Strategy(TorchDistSaveShardedStrategy):
+class _TellingStrategy(TorchDistSaveShardedStrategy):
     """Saves as megatron-core does by default, and remembers why shards could not be described: rank
     0 alone writes their description, and the other ranks wait for it in a collective.
     """
@@ -95,7 +95,7 @@ class Writing:
         self._queue: queue.Queue = queue.Queue()
         vars(filesystem_async)["_results_queue"] = self._queue
         whole_shards.check(tensors)
-        self._strategy = _Strategy()
+        self._strategy = _TellingStrategy()
         request = dist_checkpointing.save(
             tensors,
             str(shards),

@@ -62,6 +62,19 @@ def find(path: str | Path) -> Checkpoint | None:
     return found
 
 
+def find_given(path: str | Path) -> Checkpoint:
+    """``find`` what ``--load`` of a tool names; raises FileNotFoundError if no checkpoint is
+    there.
+    """
+    found = find(path)
+    if found is None:
+        raise FileNotFoundError(
+            f"--load {path}: no checkpoint is there"
+            + (runs_inside(path) or "; name the folder of a step or of a run")
+        )
+    return found
+
+
 def runs_inside(path: str | Path) -> str:
     """Name the save folders in a folder that is none itself, such as that of a command of several
     stages, for an error; empty if there are none.

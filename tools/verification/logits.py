@@ -90,15 +90,12 @@ def compare(
         averages: the export has the moving averages of the parameters.
 
     Raises:
-        FileNotFoundError: a folder is missing.
-        ValueError: there is no checkpoint, or checkpoint, model and packs do not belong together.
+        FileNotFoundError: a folder or the checkpoint is missing.
+        ValueError: checkpoint, model and packs do not belong together.
     """
     if packs < 1:
         raise ValueError(f"--packs {packs}: must be at least 1")
-    found = step_folder.find(checkpoint_path)
-    if found is None:
-        hint = step_folder.runs_inside(checkpoint_path)
-        raise ValueError(f"--load {checkpoint_path}: no checkpoint is there{hint}")
+    found = step_folder.find_given(checkpoint_path)
     dataset = PackedDataset(dataset_folder)
     _refuse_others(found, hf_folder, dataset.manifest)
     device = backend.start(timeout_minutes=30).device

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megavlm.checkpoint import step_folder, train_state
-from megavlm.checkpoint.step_folder import CONFIG_NAME, SHARDS, TOKENIZER, Checkpoint
+from megavlm.checkpoint.step_folder import CONFIG_NAME, SHARDS, TOKENIZER
 from megavlm.checkpoint.train_state import State
 from megavlm.config.cli import to_yaml
 from megavlm.config.models import MODELS
@@ -106,22 +106,6 @@ def open_weights(folder: Path) -> Tensors:
     return separate_experts(SafetensorsFolder(folder, rename=form.name_on_disk))
 
 
-def _read_checkpoint(path: str | Path) -> Checkpoint:
-    """Read the checkpoint of a step, or the newest of a run's save folder.
-
-    Raises:
-        FileNotFoundError: no checkpoint is there.
-        ValueError: it is incomplete or damaged.
-    """
-    found = step_folder.find(path)
-    if found is None:
-        raise FileNotFoundError(
-            f"--load {path}: no checkpoint is there"
-            + (step_folder.runs_inside(path) or "; name the folder of a step or of a run")
-        )
-    return found
-
-
 def _merged(source: Tensors, architecture: Architecture, dialect: Dialect) -> Tensors:
     return MergedAdapters(source, architecture, dialect) if architecture.lora.rank else source
 
@@ -161,7 +145,7 @@ def export(
         FileNotFoundError: the checkpoint, or its tokenizer, is missing.
         ValueError: the checkpoint is damaged or of another model than it says, or ``out`` is taken.
     """
-    found = _read_checkpoint(checkpoint)
+    found = step_folder.find_given(checkpoint)
     folder = found.folder
     out = Path(out)
     architecture = found.config.architecture

@@ -147,8 +147,7 @@ def read_usage(folder: Path) -> Usage:
     """Return how a model is to be used: images stretched to squares, one tile each. Raises
     ValueError: its image processor resizes them otherwise.
     """
-    wrong = one_tile.other_resizing(shared.image_processor(folder), one_tile.BICUBIC)
-    shared.refuse(shared.image_processor_file(folder), list(wrong))
+    one_tile.refuse_other_resizing(folder)
     template = "flamingo_chunks" if _ends_chunks(folder) else "flamingo"
     return Usage(
         template=template, system_message="", max_tiles=1, thumbnail=False, tiling="stretch"

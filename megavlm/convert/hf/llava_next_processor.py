@@ -12,12 +12,9 @@ from megavlm.convert.hf import llava_next_config, llava_processor
 from megavlm.convert.hf.json_files import (
     FILE_NAME,
     complete,
-    image_processor,
-    image_processor_file,
     read_config,
-    refuse,
 )
-from megavlm.convert.hf.one_tile import BICUBIC, other_resizing
+from megavlm.convert.hf.one_tile import refuse_other_resizing
 from megavlm.convert.hf.preprocessing import Usage
 from megavlm.convert.hf.processor import pixel_settings
 from megavlm.data.images.anyres import LLAVA_GRIDS
@@ -37,8 +34,7 @@ def read_usage(folder: Path) -> Usage:
     settings = complete("LlavaNextConfig", read_config(path), path)
     template = _TEMPLATES.get(settings["text_config"]["model_type"], _USUAL)
     grids = llava_next_config.grids_of(settings)
-    resizing = other_resizing(image_processor(folder), BICUBIC)
-    refuse(image_processor_file(folder), list(resizing))
+    refuse_other_resizing(folder)
     return Usage(
         template=template,
         system_message=FORMATS[template].system_message,

@@ -68,6 +68,13 @@ def other_resizing(found: Mapping[str, Any], resample: int) -> Iterator[str]:
         )
 
 
+def refuse_other_resizing(folder: Path) -> None:
+    """Raise ValueError if the image processor of a model's folder resizes otherwise than by bicubic
+    interpolation.
+    """
+    refuse(image_processor_file(folder), list(other_resizing(image_processor(folder), BICUBIC)))
+
+
 def _sides(size: Any, *, is_edge: bool) -> Mapping[str, Any]:
     """Return a size as an object; a number alone is that of the shorter edge or of both sides."""
     if isinstance(size, Mapping):

@@ -43,10 +43,7 @@ def export(
         ValueError: the checkpoint has no adapters, or some of experts, or other weights than the
             base.
     """
-    found = step_folder.find(checkpoint)
-    if found is None:
-        hint = step_folder.runs_inside(checkpoint)
-        raise FileNotFoundError(f"--load {checkpoint}: no checkpoint is there{hint}")
+    found = step_folder.find_given(checkpoint)
     architecture = found.config.architecture
     if not architecture.lora.rank:
         raise ValueError(f"--load {checkpoint}: has no LoRA adapters; leave --peft out")

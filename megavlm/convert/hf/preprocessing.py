@@ -22,7 +22,7 @@ from megavlm.convert.hf.json_files import (
     refuse,
     write_json,
 )
-from megavlm.convert.hf.one_tile import BICUBIC, other_resizing
+from megavlm.convert.hf.one_tile import refuse_other_resizing
 from megavlm.data.images.tiling import FUYU_LIMIT
 from megavlm.data.store.manifest import FILE_NAME as MANIFEST_NAME
 from megavlm.data.store.manifest import read_manifest
@@ -79,7 +79,7 @@ def of_chat(folder: Path) -> Usage:
     template = settings.get("template") or usage.template
     own = FORMATS[template].system_message if template in FORMATS else ""
     message = settings.get("system_message")
-    refuse(image_processor_file(folder), list(other_resizing(image_processor(folder), BICUBIC)))
+    refuse_other_resizing(folder)
     return dataclasses.replace(
         usage,
         template=template,
@@ -90,10 +90,10 @@ def of_chat(folder: Path) -> Usage:
 
 def of_native(folder: Path) -> Usage:
     """Read the settings from a folder of transformers. Raises ValueError: they cannot be."""
-    path = image_processor_file(folder)
-    found = image_processor(folder)
-    refuse(path, list(other_resizing(found, BICUBIC)))
-    return _tiles(path, found, "min_patches", "max_patches")
+    refuse_other_resizing(folder)
+    return _tiles(
+        image_processor_file(folder), image_processor(folder), "min_patches", "max_patches"
+    )
 
 
 def _tiles(path: Path, found: dict[str, Any], least: str, most: str) -> Usage:
