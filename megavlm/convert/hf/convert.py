@@ -204,12 +204,7 @@ def import_(
     architecture = architecture_from_hf(folder)
     view: Tensors = hf_tensors_as_megatron(folder, architecture)
     if adapters:
-        if dialect_of(folder) not in ("native", "chat"):
-            raise ValueError(
-                f"--peft {adapters}: adapters of InternVL alone are read, and {folder} is of"
-                f" {hub_format_of(folder).class_name}; merge them with PEFT, and import the model"
-            )
-        view = peft_folder.WithAdapters(view, architecture, Path(adapters))
+        view = peft_folder.WithAdapters(view, architecture, Path(adapters), dialect_of(folder))
         architecture = view.architecture
     mixture = architecture
     if upcycling is not None:

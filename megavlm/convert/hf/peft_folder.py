@@ -14,11 +14,12 @@ from torch import Tensor
 
 from megavlm.config.lora import LINEARS, Lora
 from megavlm.config.schema import Architecture
+from megavlm.convert.hf.hub_formats import HUB_FORMATS
 from megavlm.convert.hf.json_files import read_json
 from megavlm.convert.weights.adapters import factor_keys, magnitude_key, moves_rows
 from megavlm.convert.weights.byte_ranges import Range
 from megavlm.convert.weights.mapping import Row
-from megavlm.convert.weights.tables import name_in_memory, rows
+from megavlm.convert.weights.tables import Dialect, rows, unused_rows
 from megavlm.convert.weights.views import Header, Tensors
 
 CONFIG = "adapter_config.json"
@@ -36,6 +37,7 @@ _MUST_BE: dict[str, Sequence[Any]] = {
     "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
     "alora_invocation_tokens": (None,),
 }
+_ADAPTER = re.compile(rf"\.(lora_[AB]\.weight|{NORMS})$")
 _LAYER = re.compile(r"\.layers\.\d+\.")
 
 
@@ -49,22 +51,23 @@ class WithAdapters:
         model: the weights of the model that the adapters are of.
         architecture: of that model.
         folder: the PEFT folder.
+        dialect: that the model is written in; adapters are named as in ``native`` for ``chat``.
 
     Raises:
         FileNotFoundError: a file is missing.
         ValueError: the adapters are of another kind, or not of this model.
     """
 
-    def __init__(self, model: Tensors, architecture: Architecture, folder: Path):
+    def __init__(self, model: Tensors, architecture: Architecture, folder: Path, dialect: Dialect):
         settings = _read_settings(folder)
-        found = load_file(folder / WEIGHTS)
-        self._left = {name.removeprefix(PREFIX): tensor for name, tensor in found.items()}
+        dialect = "native" if dialect == "chat" else dialect
+        self._left = _read_weights(folder, architecture, dialect)
         self._model = model
         rank = settings["r"]
         alpha = float(settings["lora_alpha"])
         if settings.get("use_rslora"):
             alpha *= rank**0.5
-        table = rows(architecture)
+        table = rows(architecture, dialect)
         own: dict[str, Tensor] = {}
         adapted = []
         every = Lora(rank=rank, targets=("vision", "language"))
@@ -72,7 +75,7 @@ class WithAdapters:
             if every.adapts(row.key) and (factors := self._take_factors(row, rank)):
                 own |= factors | (self._take_norms(row) if settings.get("use_dora") else {})
                 adapted.append(row.key)
-            elif row.key.startswith("connector."):
+            else:
                 own |= self._take_whole(row)
         if self._left:
             listed = ", ".join(sorted(self._left)[:3])
@@ -83,9 +86,7 @@ class WithAdapters:
         if not adapted:
             raise ValueError(f"{folder / WEIGHTS}: holds no adapters of this model")
         has_norms = bool(settings.get("use_dora"))
-        lora = Lora(
-            rank=rank, alpha=alpha, targets=_patterns(adapted, architecture), dora=has_norms
-        )
+        lora = Lora(rank=rank, alpha=alpha, targets=_patterns(adapted, table), dora=has_norms)
         self.architecture = replace(architecture, lora=lora)
         self._own = own
         headers = {
@@ -100,7 +101,7 @@ class WithAdapters:
         inputs = row.shape[1]
         some = None
         for name, (outputs, *_) in zip(row.names, row.part_shapes, strict=True):
-            stem = name_in_memory(name.removesuffix("weight"))
+            stem = name.removesuffix("weight")
             a = self._left.pop(f"{stem}lora_A.weight", None)
             b = self._left.pop(f"{stem}lora_B.weight", None)
             some = a if some is None else some
@@ -124,7 +125,7 @@ class WithAdapters:
         """Take the norms of DoRA, of all of a weight."""
         parts = []
         for name, (outputs, *_) in zip(row.names, row.part_shapes, strict=True):
-            stem = name_in_memory(name.removesuffix("weight"))
+            stem = name.removesuffix("weight")
             norms = self._left.pop(stem + NORMS, None)
             if norms is None or tuple(norms.shape) != (outputs,):
                 found = "is missing" if norms is None else f"has shape {list(norms.shape)}"
@@ -139,10 +140,9 @@ class WithAdapters:
 
     def _take_whole(self, row: Row) -> dict[str, Tensor]:
         """Take a weight that was trained in full (PEFT's ``modules_to_save``)."""
-        names = [name_in_memory(name) for name in row.names]
-        if not all(name in self._left for name in names):
+        if not all(name in self._left for name in row.names):
             return {}
-        return {row.key: row.join([self._left.pop(name) for name in names])}
+        return {row.key: row.join([self._left.pop(name) for name in row.names])}
 
     def __getitem__(self, key: str) -> Tensor:
         return self._own[key] if key in self._own else self._model[key]
@@ -166,9 +166,23 @@ def _read_settings(folder: Path) -> dict[str, Any]:
     return settings
 
 
-def _patterns(adapted: Sequence[str], architecture: Architecture) -> tuple[str, ...]:
-    """Return the shortest patterns that mean these weights and no others."""
-    every = {key for row in rows(architecture) for key in [row.key] if key.endswith(".weight")}
+def _read_weights(folder: Path, architecture: Architecture, dialect: Dialect) -> dict[str, Tensor]:
+    """Read the weights of a PEFT folder, by names as in the model's files. Adapters of layers that
+    the model does not compute, such as the last of LLaVA's CLIP, have no effect and are left out.
+    """
+    name_on_disk = HUB_FORMATS[dialect].name_on_disk
+    unused = {name for row in unused_rows(architecture, dialect) for name in row.names}
+    found = {}
+    for name, tensor in load_file(folder / WEIGHTS).items():
+        on_disk = name_on_disk(name.removeprefix(PREFIX))
+        if on_disk is not None and _ADAPTER.sub(".weight", on_disk) not in unused:
+            found[on_disk] = tensor
+    return found
+
+
+def _patterns(adapted: Sequence[str], table: Sequence[Row]) -> tuple[str, ...]:
+    """Return the shortest patterns that mean these weights of a table and no others."""
+    every = {row.key for row in table if row.key.endswith(".weight")}
     found: list[str] = []
     for part in ("vision.encoder", "language.decoder"):
         for name in LINEARS:

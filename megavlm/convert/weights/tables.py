@@ -140,12 +140,6 @@ _WHOLE: dict[str, Callable[[Architecture], tuple[Row, ...]]] = {
 }
 _LANGUAGE = "language_model."
 _LLAVA_BUFFER = re.compile(r"\.(rotary_emb\.inv_freq|embeddings\.position_ids)$")
-_ON_DISK = {
-    "language_model.lm_head.": "lm_head.",
-    "language_model.model.": "model.language_model.",
-    "vision_tower.": "model.vision_tower.",
-    "multi_modal_projector.": "model.multi_modal_projector.",
-}
 EMBEDDING_KEY = "language.embedding.word_embeddings.weight"
 HEAD_KEY = "language.output_layer.weight"
 # In memory transformers names weights so; files carry the names on the right, but some programs
@@ -176,16 +170,6 @@ def llava_name_on_disk(name: str) -> str | None:
         return None
     found = name_on_disk(name)
     return re.sub(r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model.", found)
-
-
-def name_in_memory(name: str) -> str:
-    """Return the name that ``InternVLForConditionalGeneration`` gives a weight, or a module, of the
-    native dialect.
-    """
-    for start, inside in _ON_DISK.items():
-        if name.startswith(start):
-            return inside + name.removeprefix(start)
-    return name
 
 
 def rows(architecture: Architecture, dialect: Dialect = "native") -> tuple[Row, ...]:

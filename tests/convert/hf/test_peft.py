@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,23 +14,29 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import InternVLForConditionalGeneration
 
-from megavlm.checkpoint import train_state
-from megavlm.checkpoint.train_state import State
 from megavlm.config.cli import from_yaml, to_yaml
-from megavlm.config.lora import MAGNITUDE, Lora
-from megavlm.config.schema import Architecture, Config
+from megavlm.config.lora import MAGNITUDE, Lora, stacked
+from megavlm.config.schema import Architecture
 from megavlm.convert.dist_checkpoint import ShardsFolder, write_shards
 from megavlm.convert.hf import convert, peft_export
-from megavlm.convert.weights.views import Header
+from megavlm.convert.hf.hub_formats import HUB_FORMATS, dialect_of
+from megavlm.convert.hf.reference import load_reference
+from megavlm.convert.weights.adapters import MergedAdapters, adapted_rows
+from megavlm.convert.weights.tables import llava_name_on_disk, rows
+from megavlm.convert.weights.views import Header, HuggingFaceView
 from megavlm.model.nf4 import rounded
+from megavlm.planner.flops import pieces
+from tests.convert.blip2_models import make_blip2, make_instructblip
+from tests.convert.fuyu_models import make_fuyu
+from tests.convert.idefics_models import make_idefics
+from tests.convert.llava_models import make_llava
 from tests.convert.llava_next_models import make_llava_next
 from tests.convert.models import NATIVE_KINDS, SMALL, make_hf
-from tests.convert.round_trip import golden_words
+from tests.convert.paligemma_models import make_paligemma
 from tests.ranks.layouts import asks_for_all
 
 TARGETS = ("language", "vision.*.self_attention", "vision.encoder.layers.1.mlp")
-
-
+CONNECTOR = "connector.mlp.linear_fc1.weight"
 # Linear layers of the vision encoder without an adapter.
 _NOT_ADAPTED = ("layer.0.mlp.fc1.weight", "layer.0.mlp.fc2.weight")
 
@@ -69,31 +76,29 @@ def make_base(folder: Path, architecture: Architecture) -> Path:
     return folder
 
 
-def checkpoint_of(
-    base: Path,
-    folder: Path,
-    lora: Lora,
-    *,
-    trains_connector: bool,
-    architecture: Architecture = SMALL,
-) -> Path:
-    """Write a checkpoint with random adapters, as training leaves one."""
-    from megavlm.planner.flops import pieces
+def checkpoint_of(base: Path, folder: Path, lora: Lora, *, trained: str = "") -> Path:
+    """Write a checkpoint with random adapters, as training leaves one.
 
-    convert.import_(base, folder.parent / "imported")
-    architecture = replace(architecture, lora=lora)
-    plain = ShardsFolder(folder.parent / "imported" / "shards")
+    Args:
+        base: the model that they were trained on.
+        folder: to make.
+        lora: settings of the adapters.
+        trained: key of a weight beside them that was trained, if any.
+    """
+    convert.import_(base, folder)
+    (folder / "shards").rename(folder.parent / "plain")
+    plain = ShardsFolder(folder.parent / "plain")
+    config = from_yaml(folder / "config.yaml")
+    architecture = replace(config.architecture, lora=lora)
     generator = torch.Generator().manual_seed(7)
     edits: dict[str, Tensor] = {}
     for piece in pieces(architecture):
-        rank = lora.rank
         if piece.key.endswith(".lora.a"):
-            columns = {"vision": (24, 40), "language": (48, 56)}[piece.part]
-            columns = columns if piece.expert is None else (48, 20)
-            inputs = columns["linear_fc2" in piece.key]
-            shape = (piece.elements // inputs, inputs)
+            weight = piece.key.removesuffix(".lora.a") + ".weight"
+            rows = lora.rank * stacked(architecture, weight)
+            shape = (rows, piece.elements // rows)
         elif piece.key.endswith(".lora.b"):
-            shape = (piece.elements // rank, rank)
+            shape = (piece.elements // lora.rank, lora.rank)
         elif piece.key.endswith(MAGNITUDE):
             edits[piece.key] = 0.5 + torch.rand(piece.elements, generator=generator)
             continue
@@ -103,14 +108,10 @@ def checkpoint_of(
     for key in plain.headers:
         if lora.quantises(key):  # as checkpoints hold weights that training has in 4 bits
             edits[key] = rounded(plain[key])
-    if trains_connector:
-        key = "connector.mlp.linear_fc1.weight"
-        edits[key] = plain[key] + 0.1
-    folder.mkdir()
+    if trained:
+        edits[trained] = plain[trained] + 0.1
     write_shards(Edited(plain, edits), folder / "shards")
-    config = Config(stage="2", model="custom", architecture=architecture)
-    (folder / "config.yaml").write_text(to_yaml(config))
-    train_state.write(State(stage="2"), folder)
+    (folder / "config.yaml").write_text(to_yaml(replace(config, architecture=architecture)))
     return folder
 
 
@@ -137,7 +138,8 @@ def test_peft_gives_the_logits_of_the_merged_export(
     base: Path, tmp_path: Path, trains_connector: bool, is_dora: bool
 ) -> None:
     lora = Lora(rank=4, alpha=12.0, targets=TARGETS, dora=is_dora)
-    trained = checkpoint_of(base, tmp_path / "trained", lora, trains_connector=trains_connector)
+    key = CONNECTOR if trains_connector else ""
+    trained = checkpoint_of(base, tmp_path / "trained", lora, trained=key)
     convert.export(trained, tmp_path / "merged", tokenizer=base, dialect="native")
     peft_export.export(trained, tmp_path / "adapters", base=base)
     merged = logits(load(tmp_path / "merged"))
@@ -171,8 +173,7 @@ def test_families_with_other_projections_are_merged_as_peft_merges_them(
     architecture = NATIVE_KINDS[family]
     base = make_base(tmp_path / "base", architecture)
     lora = Lora(rank=4, alpha=12.0, targets=("language",))
-    settings = dict(trains_connector=False, architecture=architecture)
-    trained = checkpoint_of(base, tmp_path / "trained", lora, **settings)
+    trained = checkpoint_of(base, tmp_path / "trained", lora)
     convert.export(trained, tmp_path / "merged", tokenizer=base, dialect="native")
     peft_export.export(trained, tmp_path / "adapters", base=base)
     saved = json.loads((tmp_path / "adapters" / "adapter_config.json").read_text())
@@ -216,8 +217,7 @@ def test_adapters_of_experts_are_merged_and_not_written_for_peft(tmp_path: Path)
     architecture = NATIVE_KINDS["qwen3_moe"]
     base = make_base(tmp_path / "base", architecture)
     lora = Lora(rank=4, alpha=12.0, targets=("language.*.experts",))
-    settings = dict(trains_connector=False, architecture=architecture)
-    trained = checkpoint_of(base, tmp_path / "trained", lora, **settings)
+    trained = checkpoint_of(base, tmp_path / "trained", lora)
     convert.export(trained, tmp_path / "merged", tokenizer=base, dialect="native")
     source = ShardsFolder(trained / "shards")
     plain, merged = (load(folder) for folder in (base, tmp_path / "merged"))
@@ -246,7 +246,7 @@ def test_adapters_of_experts_are_merged_and_not_written_for_peft(tmp_path: Path)
 
 def test_what_is_no_adapter_of_the_model_is_refused(base: Path, tmp_path: Path) -> None:
     lora = Lora(rank=2, targets=("*.linear_proj",))
-    trained = checkpoint_of(base, tmp_path / "trained", lora, trains_connector=False)
+    trained = checkpoint_of(base, tmp_path / "trained", lora)
     folder = tmp_path / "adapters"
     peft_export.export(trained, folder, base=base)
     other = tmp_path / "other"
@@ -256,7 +256,7 @@ def test_what_is_no_adapter_of_the_model_is_refused(base: Path, tmp_path: Path) 
     save_file(weights | {name: weights[name] + 1}, other / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match="1 weights beside the adapters and the connector are not"):
         peft_export.export(trained, tmp_path / "wrong", base=other)
-    plain = tmp_path / "imported"
+    plain = convert.import_(base, tmp_path / "imported")
     with pytest.raises(ValueError, match="has no LoRA adapters"):
         peft_export.export(plain, tmp_path / "wrong", base=base)
     config = json.loads((folder / "adapter_config.json").read_text())
@@ -274,22 +274,92 @@ def test_what_is_no_adapter_of_the_model_is_refused(base: Path, tmp_path: Path) 
         convert.import_(base, tmp_path / "wrong", adapters=folder)
 
 
-def test_adapters_of_other_classes_are_refused(tmp_path: Path) -> None:
-    model = make_llava_next(tmp_path / "hf")
-    golden_words(tmp_path / "words", "llava")
-    with pytest.raises(ValueError, match="of InternVL alone are read, and .* is of LlavaNext"):
-        convert.import_(model, tmp_path / "out", tokenizer=tmp_path / "words", adapters="adapters")
-    trained = convert.import_(model, tmp_path / "out", tokenizer=tmp_path / "words")
-    settings = from_yaml(trained / "config.yaml")
-    adapted = replace(settings.architecture, lora=Lora(rank=2))
-    (trained / "config.yaml").write_text(to_yaml(replace(settings, architecture=adapted)))
-    with pytest.raises(ValueError, match="and this is of LlavaNextForConditionalGeneration"):
-        peft_export.export(trained, tmp_path / "adapters", base=model)
+CLASSES: dict[str, tuple[Callable[..., Path], str, str]] = {
+    "llava": (make_llava, CONNECTOR, "model.multi_modal_projector"),
+    "llava_next": (make_llava_next, CONNECTOR, "model.multi_modal_projector"),
+    "paligemma": (make_paligemma, "connector.linear.weight", "model.multi_modal_projector"),
+    "fuyu": (make_fuyu, "connector.linear.weight", "model.vision_embed_tokens"),
+    "blip2": (make_blip2, "connector.output.weight", "language_projection"),
+    "instructblip": (
+        make_instructblip,
+        "connector.output.weight",
+        "language_projection",
+    ),
+    "idefics": (
+        make_idefics,
+        "language.decoder.layers.0.cross.linear_q.weight",
+        "model.gated_cross_attn_layers.0",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_adapters_of_every_class_are_those_that_peft_merges(tmp_path: Path, kind: str) -> None:
+    make, key, module = CLASSES[kind]
+    base = make(tmp_path / "base", dtype=torch.float32)
+    parts = ("language",) if kind == "fuyu" else ("language", "vision.encoder.layers.1")
+    lora = Lora(rank=4, alpha=12.0, targets=parts)
+    trained = checkpoint_of(base, tmp_path / "trained", lora, trained=key)
+    peft_export.export(trained, tmp_path / "adapters", base=base)
+    saved = json.loads((tmp_path / "adapters" / "adapter_config.json").read_text())
+    assert saved["modules_to_save"] == [module]
+    plain = load_reference(base)
+    before = {name: tensor.clone() for name, tensor in plain.state_dict().items()}
+    by_peft = peft.PeftModel.from_pretrained(plain, tmp_path / "adapters").merge_and_unload()
+    architecture = from_yaml(trained / "config.yaml").architecture
+    dialect = dialect_of(base)
+    source = MergedAdapters(ShardsFolder(trained / "shards"), architecture, dialect)
+    merged = HuggingFaceView(source, architecture, None, dialect=dialect)
+    changed = {row.key for row in adapted_rows(architecture, dialect)} | {key}
+    rows_of = {name: row.key for row in rows(architecture, dialect) for name in row.names}
+    name_on_disk = HUB_FORMATS[dialect].name_on_disk
+    seen = set()
+    for name, tensor in by_peft.state_dict().items():
+        on_disk = name_on_disk(name)
+        if on_disk in rows_of:
+            seen.add(on_disk)
+            assert (tensor - merged[on_disk]).abs().max() < 1e-5, name
+            is_same = torch.equal(tensor, before[name])
+            assert is_same == (rows_of[on_disk] not in changed), name
+    assert seen == rows_of.keys()
+    # And back: every tensor returns bit for bit.
+    convert.import_(base, tmp_path / "again", adapters=tmp_path / "adapters")
+    first, second = (ShardsFolder(folder / "shards") for folder in (trained, tmp_path / "again"))
+    assert first.headers.keys() == second.headers.keys()
+    assert all(torch.equal(first[one], second[one]) for one in first.headers)
+
+
+def test_adapters_that_peft_has_made_of_a_llava_are_imported(tmp_path: Path) -> None:
+    base = make_llava(tmp_path / "base", dtype=torch.float32)
+    torch.manual_seed(0)
+    # In the last layer of CLIP too, which LLaVA does not compute.
+    settings = peft.LoraConfig(r=3, target_modules=["q_proj", "fc1"], init_lora_weights=False)
+    model = peft.get_peft_model(load_reference(base), settings)
+    model.save_pretrained(tmp_path / "adapters")
+    imported = convert.import_(base, tmp_path / "start", adapters=tmp_path / "adapters")
+    architecture = from_yaml(imported / "config.yaml").architecture
+    source = MergedAdapters(ShardsFolder(imported / "shards"), architecture, "llava")
+    merged = HuggingFaceView(source, architecture, None, dialect="llava")
+    by_peft = {
+        llava_name_on_disk(name): tensor
+        for name, tensor in model.merge_and_unload().state_dict().items()
+    }
+    for name in merged.headers:
+        assert (by_peft[name] - merged[name]).abs().max() < 1e-5, name
+
+
+def test_what_peft_cannot_hold_is_refused(tmp_path: Path) -> None:
+    base = make_llava_next(tmp_path / "base", dtype=torch.float32)
+    lora = Lora(rank=2)
+    trained = checkpoint_of(base, tmp_path / "trained", lora, trained="connector.newline")
+    with pytest.raises(ValueError, match="image_newline was trained, which is a parameter of no"):
+        peft_export.export(trained, tmp_path / "adapters", base=base)
+    assert not (tmp_path / "adapters").exists()
 
 
 def test_adapters_of_weights_in_4_bits_are_exported_both_ways(base: Path, tmp_path: Path) -> None:
     lora = Lora(rank=4, targets=TARGETS, nf4=("language", "vision"))
-    trained = checkpoint_of(base, tmp_path / "trained", lora, trains_connector=False)
+    trained = checkpoint_of(base, tmp_path / "trained", lora)
     convert.export(trained, tmp_path / "merged", tokenizer=base, dialect="native")
     peft_export.export(trained, tmp_path / "adapters", base=base)
     # Merged is what was trained: the base as it is in 4 bits, with the adapters.
