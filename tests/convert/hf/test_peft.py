@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import peft
@@ -32,6 +33,7 @@ from tests.convert.idefics_models import make_idefics
 from tests.convert.llava_models import make_llava
 from tests.convert.llava_next_models import make_llava_next
 from tests.convert.models import NATIVE_KINDS, SMALL, make_hf
+from tests.convert.pair_models import make_pair_model
 from tests.convert.paligemma_models import make_paligemma
 from tests.ranks.layouts import asks_for_all
 
@@ -274,6 +276,13 @@ def test_what_is_no_adapter_of_the_model_is_refused(base: Path, tmp_path: Path) 
         convert.import_(base, tmp_path / "wrong", adapters=folder)
 
 
+def make_pairs(folder: Path, kind: str, dtype: torch.dtype) -> Path:
+    """Write a random CLIP or SigLIP."""
+    model = make_pair_model(kind, vocab_size=199, positions=16, begin=1, end=2, noise=0.05)
+    model.to(dtype).save_pretrained(folder)
+    return folder
+
+
 CLASSES: dict[str, tuple[Callable[..., Path], str, str]] = {
     "llava": (make_llava, CONNECTOR, "model.multi_modal_projector"),
     "llava_next": (make_llava_next, CONNECTOR, "model.multi_modal_projector"),
@@ -284,6 +293,16 @@ CLASSES: dict[str, tuple[Callable[..., Path], str, str]] = {
         make_instructblip,
         "connector.output.weight",
         "language_projection",
+    ),
+    "clip": (
+        partial(make_pairs, kind="clip"),
+        "connector.projection.weight",
+        "visual_projection",
+    ),
+    "siglip": (
+        partial(make_pairs, kind="siglip"),
+        "objective.text_projection.weight",
+        "text_model.head",
     ),
     "idefics": (
         make_idefics,
