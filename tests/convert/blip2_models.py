@@ -13,7 +13,7 @@ from megavlm.config.image_text import ImageText
 from megavlm.config.qformer import QFormer
 from megavlm.config.schema import NO_LANGUAGE, Architecture, Language, Vision
 from megavlm.convert.hf import blip2_config, instructblip
-from tests.convert.models import ENDS, save_with_pixels, scattered
+from tests.convert.models import ids_with, save_with_pixels, scattered
 
 OPT = Architecture(
     vision=Vision(
@@ -110,7 +110,7 @@ def make_instructblip(
     spread: float = 0.2,
 ) -> Path:
     """Write a random InstructBLIP, as ``make_blip2`` does."""
-    settings = instructblip.config(architecture, dtype, image_token_id, **ENDS)
+    settings = instructblip.config(architecture, ids_with(image_token_id), dtype)
     model = scattered(InstructBlipForConditionalGeneration, settings, dtype, spread)
     return save_with_pixels(model, folder, architecture)
 
@@ -123,11 +123,6 @@ def make_blip2(
     spread: float = 0.2,
 ) -> Path:
     """Write a random model whose every weight differs from its fresh value."""
-    settings = blip2_config.write(
-        architecture,
-        dtype=dtype,
-        image_token_id=image_token_id,
-        **ENDS,
-    )
+    settings = blip2_config.write(architecture, ids_with(image_token_id), dtype)
     model = scattered(Blip2ForConditionalGeneration, settings, dtype, spread)
     return save_with_pixels(model, folder, architecture)

@@ -11,7 +11,7 @@ from transformers import FuyuForCausalLM
 from megavlm.config.connectors import Connector
 from megavlm.config.schema import Architecture, Language, Vision
 from megavlm.convert.hf import fuyu_config
-from tests.convert.models import ENDS, PERSIMMON, save_with_pixels, scattered
+from tests.convert.models import PERSIMMON, ids_with, save_with_pixels, scattered
 
 SMALL = Architecture(
     vision=Vision(
@@ -61,11 +61,6 @@ def make_fuyu(
     spread: float = 0.1,
 ) -> Path:
     """Write a random model whose every weight differs from its fresh value."""
-    settings = fuyu_config.write(
-        architecture,
-        dtype=dtype,
-        image_token_id=image_token_id,
-        **ENDS,
-    )
+    settings = fuyu_config.write(architecture, ids_with(image_token_id), dtype)
     model = scattered(FuyuForCausalLM, settings, dtype, spread)
     return save_with_pixels(model, folder, architecture)

@@ -13,7 +13,7 @@ from megavlm.config.cross_attention import CrossAttention
 from megavlm.config.resampler import Resampler
 from megavlm.config.schema import Architecture, Language, Vision
 from megavlm.convert.hf import idefics_config
-from tests.convert.models import ENDS, save_with_pixels, scattered
+from tests.convert.models import ids_with, save_with_pixels, scattered
 
 FLAMINGO = Architecture(
     vision=Vision(
@@ -68,6 +68,6 @@ def make_idefics(
     spread: float = 0.2,
 ) -> Path:
     """Write a random model whose every weight differs from its fresh value, gates too."""
-    settings = idefics_config.write(architecture, dtype=dtype, **ENDS)
+    settings = idefics_config.write(architecture, ids_with(0), dtype)
     model = scattered(IdeficsForVisionText2Text, settings, dtype, spread)
     return save_with_pixels(model, folder, architecture)

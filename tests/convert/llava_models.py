@@ -12,7 +12,7 @@ from megavlm.config.connectors import LLAVA, Connector
 from megavlm.config.schema import Architecture, Language, Vision
 from megavlm.config.vision import PIXELS
 from megavlm.convert.hf import llava_config
-from tests.convert.models import ENDS, save_with_pixels, scattered
+from tests.convert.models import ids_with, save_with_pixels, scattered
 
 LINEAR = Connector(kind="linear", pixel_shuffle=1, norm=False)
 SMALL = Architecture(
@@ -99,12 +99,7 @@ def make_llava(
     """Write a random model whose every weight differs from its fresh value; the second layer of a
     linear connector stays an identity.
     """
-    settings = llava_config.write(
-        architecture,
-        dtype=dtype,
-        image_token_id=image_token_id,
-        **ENDS,
-    )
+    settings = llava_config.write(architecture, ids_with(image_token_id), dtype)
     model = scattered(LlavaForConditionalGeneration, settings, dtype, spread)
     if architecture.connector.kind == "linear":
         second = model.model.multi_modal_projector.linear_2

@@ -22,7 +22,7 @@ from megavlm.data.images.tiling import Tiling
 from megavlm.data.sample import Image, Sample
 from megavlm.data.store.manifest import Manifest
 from tests.convert import llava_models
-from tests.convert.models import ENDS, save_with_pixels, scattered
+from tests.convert.models import ids_with, save_with_pixels, scattered
 from tests.data.samples import write_packs
 
 # Wide, tall, square, a grid that is filled up on two sides, and one whose rows are few.
@@ -53,8 +53,7 @@ def make_llava_next(
     """Write a random model whose every weight differs from its fresh value; the second layer of a
     linear connector stays an identity.
     """
-    arguments = dict(dtype=dtype, image_token_id=image_token_id, **ENDS)
-    settings = llava_next_config.write(architecture, grids=grids, **arguments)
+    settings = llava_next_config.write(architecture, grids, ids_with(image_token_id), dtype)
     model = scattered(LlavaNextForConditionalGeneration, settings, dtype, spread)
     if architecture.connector.kind == "linear":
         second = model.model.multi_modal_projector.linear_2

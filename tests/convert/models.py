@@ -16,6 +16,7 @@ from transformers import InternVLConfig, InternVLForConditionalGeneration, PreTr
 
 from megavlm.config.schema import Architecture, Language, Vision
 from megavlm.convert.hf import native_config, tokenizer_files
+from megavlm.convert.hf.token_ids import TokenIds
 
 TOKENIZER = Path(__file__).parents[1] / "golden" / "tokenizer"
 CONTEXT = 5
@@ -170,12 +171,7 @@ def make_hf(
 ) -> Path:
     """Write a random model, as transformers saves it, with the golden tokenizer."""
     settings = native_config.write(
-        architecture,
-        dtype=dtype,
-        image_token_id=CONTEXT,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=2,
+        architecture, TokenIds(image=CONTEXT, begin=0, end=1, pad=2), dtype
     )
     torch.manual_seed(0)
     model = InternVLForConditionalGeneration(InternVLConfig.from_dict(settings)).to(dtype)
@@ -196,8 +192,9 @@ def router_biases(model: PreTrainedModel) -> list[Tensor]:
     ]
 
 
-ENDS = dict(bos_token_id=1, eos_token_id=2, pad_token_id=0)
-"""Ids that the config.json of a random model names."""
+def ids_with(image: int) -> TokenIds:
+    """Return the ids that the config.json of a random model names."""
+    return TokenIds(image=image, begin=1, end=2, pad=0)
 
 
 def scattered(

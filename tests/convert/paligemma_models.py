@@ -11,7 +11,7 @@ from transformers import PaliGemmaForConditionalGeneration
 from megavlm.config.connectors import Connector
 from megavlm.config.schema import Architecture, Language, Vision
 from megavlm.convert.hf import paligemma_config
-from tests.convert.models import ENDS, GEMMA, GEMMA2, save_with_pixels, scattered
+from tests.convert.models import GEMMA, GEMMA2, ids_with, save_with_pixels, scattered
 
 SMALL = Architecture(
     vision=Vision(
@@ -67,11 +67,6 @@ def make_paligemma(
     spread: float = 0.1,
 ) -> Path:
     """Write a random model whose every weight differs from its fresh value."""
-    settings = paligemma_config.write(
-        architecture,
-        dtype=dtype,
-        image_token_id=image_token_id,
-        **ENDS,
-    )
+    settings = paligemma_config.write(architecture, ids_with(image_token_id), dtype)
     model = scattered(PaliGemmaForConditionalGeneration, settings, dtype, spread)
     return save_with_pixels(model, folder, architecture)

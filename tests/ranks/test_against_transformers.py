@@ -103,14 +103,10 @@ def random_model(architecture: Architecture, context_token_id: int, folder: Path
     from transformers import InternVLConfig, InternVLForConditionalGeneration
 
     from megavlm.convert.hf import native_config
+    from megavlm.convert.hf.token_ids import TokenIds
 
     settings = native_config.write(
-        architecture,
-        dtype=torch.float32,
-        image_token_id=context_token_id,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=0,
+        architecture, TokenIds(image=context_token_id, begin=0, end=1, pad=0), torch.float32
     )
     torch.manual_seed(5)
     model = InternVLForConditionalGeneration(

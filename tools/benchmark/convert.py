@@ -28,6 +28,7 @@ from megavlm.config.schema import Architecture
 from megavlm.convert.hf import convert, native_config
 from megavlm.convert.hf.json_files import FILE_NAME, write_json
 from megavlm.convert.hf.safetensors_files import SafetensorsFolder, write_safetensors
+from megavlm.convert.hf.token_ids import TokenIds
 from megavlm.convert.weights.tables import rows
 from megavlm.convert.weights.views import Header
 from megavlm.data.text.tokenizer import SPECIAL_TOKENS
@@ -82,14 +83,7 @@ def make_model(folder: Path, name: str, layers: int) -> int:
     write_safetensors(tensors, folder)
     write_json(
         folder / FILE_NAME,
-        native_config.write(
-            model,
-            dtype=torch.bfloat16,
-            image_token_id=2,
-            bos_token_id=0,
-            eos_token_id=9,
-            pad_token_id=9,
-        ),
+        native_config.write(model, TokenIds(image=2, begin=0, end=9, pad=9), torch.bfloat16),
     )
     return sum(header.nbytes for header in tensors.headers.values())
 

@@ -27,6 +27,7 @@ from transformers import InternVLConfig, InternVLForConditionalGeneration
 
 from megavlm.config.schema import Vision
 from megavlm.convert.hf import native_config
+from megavlm.convert.hf.token_ids import TokenIds
 from megavlm.data.loading.batch import Batch
 from megavlm.data.loading.dataset import PackedDataset
 from megavlm.data.loading.order import Plan
@@ -123,12 +124,7 @@ def build(
     """Build a model with random weights, with the parts that the stage freezes frozen."""
     torch.manual_seed(0)
     settings = native_config.write(
-        case.architecture,
-        dtype=dtype,
-        image_token_id=image_token_id,
-        bos_token_id=0,
-        eos_token_id=2,
-        pad_token_id=0,
+        case.architecture, TokenIds(image=image_token_id, begin=0, end=2, pad=0), dtype
     )
     with device:
         model = InternVLForConditionalGeneration._from_config(

@@ -14,6 +14,7 @@ from megavlm.config.schema import Architecture, Vision
 from megavlm.config.vision import PIXELS
 from megavlm.convert.hf import json_files as shared
 from megavlm.convert.hf import language_config
+from megavlm.convert.hf.token_ids import TokenIds
 from megavlm.convert.weights.families import written_as
 
 CLASS_NAME = "Blip2ForConditionalGeneration"
@@ -134,29 +135,15 @@ def read_connector(settings: Mapping[str, Any]) -> Connector:
     return Connector(kind="qformer", qformer=qformer)
 
 
-def write(
-    architecture: Architecture,
-    *,
-    dtype: torch.dtype,
-    image_token_id: int,
-    bos_token_id: int,
-    eos_token_id: int,
-    pad_token_id: int,
-) -> dict[str, Any]:
+def write(architecture: Architecture, ids: TokenIds, dtype: torch.dtype) -> dict[str, Any]:
     """Build the content of config.json; arguments as in ``native_config``."""
     language = architecture.language
     return write_parts(architecture) | {
         "architectures": [CLASS_NAME],
         "dtype": str(dtype).removeprefix("torch."),
-        "image_token_index": image_token_id,
+        "image_token_index": ids.image,
         "tie_word_embeddings": language.tied_head,
-        "text_config": language_config.write(
-            language,
-            written_as(language, "blip2"),
-            bos_token_id=bos_token_id,
-            eos_token_id=eos_token_id,
-            pad_token_id=pad_token_id,
-        ),
+        "text_config": language_config.write(language, written_as(language, "blip2"), ids),
     }
 
 

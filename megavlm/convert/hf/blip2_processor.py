@@ -38,8 +38,7 @@ def write(
     processor puts the placeholder tokens of an image before a text by itself.
     """
     ids = write_generation(folder, tokenizer, architecture, usage)
-    settings = blip2_config.write(architecture, dtype=dtype, image_token_id=ids.image, **ids.text)
-    write_json(folder / FILE_NAME, settings)
+    write_json(folder / FILE_NAME, blip2_config.write(architecture, ids, dtype))
     # The processor finds the placeholder token by its text; a name for it would confuse it.
     tokenizer_files.write(tokenizer, folder, {"processor_class": PROCESSOR})
     write_images(folder, architecture, usage)

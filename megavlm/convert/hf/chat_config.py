@@ -19,6 +19,7 @@ from megavlm.convert.hf import json_files as shared
 from megavlm.convert.hf import language_config
 from megavlm.convert.hf.json_files import NORMS
 from megavlm.convert.hf.preprocessing import Usage
+from megavlm.convert.hf.token_ids import TextIds
 from megavlm.convert.weights.families import written_as
 from megavlm.data.text.templates import FORMATS
 
@@ -127,11 +128,7 @@ def read_vision(
 
 
 def write(
-    architecture: Architecture,
-    *,
-    dtype: torch.dtype,
-    tokens: dict[str, int],
-    usage: Usage,
+    architecture: Architecture, ids: TextIds, dtype: torch.dtype, usage: Usage
 ) -> dict[str, Any]:
     """Return the content of config.json.
 
@@ -139,8 +136,8 @@ def write(
 
     Args:
         architecture: the model.
+        ids: of the tokens of the language model.
         dtype: of the weights.
-        tokens: ``bos_token_id``, ``eos_token_id`` and ``pad_token_id``.
         usage: its template and tile limits. The class of InternVL 3.5 takes the template's own
             system message, whatever this says.
 
@@ -169,7 +166,7 @@ def write(
         "system_message": usage.system_message,
         "tie_word_embeddings": False,
         "vision_config": vision_config(vision) | {"torch_dtype": number},
-        "llm_config": language_config.write(language, family, **tokens)
+        "llm_config": language_config.write(language, family, ids)
         # No attn_implementation: the class chooses FlashAttention itself if it is installed, and
         # transformers refuses a model that names it where it is not.
         | {"tie_word_embeddings": False, "use_cache": True, "torch_dtype": number},

@@ -16,6 +16,7 @@ from megavlm.convert.hf import language_config, one_tile, tokenizer_files
 from megavlm.convert.hf.json_files import FILE_NAME, IMAGE_PROCESSOR_NAME, write_json
 from megavlm.convert.hf.preprocessing import Usage
 from megavlm.convert.hf.processor import pixel_settings, write_generation
+from megavlm.convert.hf.token_ids import TokenIds
 from megavlm.convert.weights.families import written_as
 from megavlm.data.images.patches import FILL
 from megavlm.data.images.tiling import FUYU_LIMIT
@@ -101,28 +102,19 @@ def _other_images(found: Mapping[str, Any], folder: Path) -> Iterator[str]:
             yield f"{name} is {found[name]!r}, must be {value!r}"
 
 
-def write(
-    architecture: Architecture,
-    *,
-    dtype: torch.dtype,
-    image_token_id: int,
-    bos_token_id: int,
-    eos_token_id: int,
-    pad_token_id: int,
-) -> dict[str, Any]:
+def write(architecture: Architecture, ids: TokenIds, dtype: torch.dtype) -> dict[str, Any]:
     """Build the content of config.json; arguments as in ``native_config``."""
     language = architecture.language
-    tokens = dict(bos_token_id=bos_token_id, eos_token_id=eos_token_id, pad_token_id=pad_token_id)
-    text = language_config.write(language, written_as(language, "fuyu"), **tokens)
+    text = language_config.write(language, written_as(language, "fuyu"), ids)
     return {
         "architectures": [CLASS_NAME],
         "model_type": MODEL_TYPE,
         "dtype": str(dtype).removeprefix("torch."),
         "patch_size": architecture.vision.patch_size,
         "num_channels": 3,
-        "image_token_id": image_token_id,
+        "image_token_id": ids.image,
         "tie_word_embeddings": language.tied_head,
-        **tokens,
+        **ids.text,
         "text_config": text,
     }
 
@@ -157,8 +149,7 @@ def write_files(
     """
     check_tokenizer(tokenizer)
     ids = write_generation(folder, tokenizer, architecture, usage)
-    settings = write(architecture, dtype=dtype, image_token_id=ids.image, **ids.text)
-    write_json(folder / FILE_NAME, settings)
+    write_json(folder / FILE_NAME, write(architecture, ids, dtype))
     tokenizer_files.write(tokenizer, folder, {"processor_class": _PROCESSOR})
     width, height = usage.image_limit
     side = architecture.vision.patch_size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from megavlm.convert.hf import json_files as shared
 from megavlm.convert.hf.json_files import FILE_NAME, IMAGE_PROCESSOR_NAME, read_json, write_json
 from megavlm.convert.hf.preprocessing import Usage
 from megavlm.convert.hf.processor import GENERATION_NAME, pixel_settings, write_generation
+from megavlm.convert.hf.token_ids import TextIds
 from megavlm.convert.weights.families import FAMILIES
 from megavlm.data.text.tokenizer import CHUNK_END, load_tokenizer
 
@@ -94,26 +96,13 @@ def _problems(settings: dict[str, Any], text: dict[str, Any]) -> Iterator[str]:
     yield from language_config.problems(text, "")
 
 
-def write(
-    architecture: Architecture,
-    *,
-    dtype: torch.dtype,
-    bos_token_id: int,
-    eos_token_id: int,
-    pad_token_id: int,
-) -> dict[str, Any]:
+def write(architecture: Architecture, ids: TextIds, dtype: torch.dtype) -> dict[str, Any]:
     """Build the content of config.json; arguments as in ``native_config``."""
     vision = clip_vision.write(architecture.vision)
     width = vision.pop("hidden_size")
     crosses = architecture.cross_attention
     resampler = architecture.connector.resampler
-    text = language_config.write(
-        architecture.language,
-        _LLAMA,
-        bos_token_id=bos_token_id,
-        eos_token_id=eos_token_id,
-        pad_token_id=pad_token_id,
-    )
+    text = language_config.write(architecture.language, _LLAMA, ids)
     return text | {
         "architectures": [CLASS_NAME],
         "model_type": MODEL_TYPE,
@@ -165,12 +154,12 @@ def write_files(
     ids = write_generation(folder, tokenizer, architecture, usage)
     # The class refuses ids of added tokens here, such as that of the token which ends a chunk.
     rows = architecture.table_rows
-    known = {
-        name: token if token < rows else words.eos_token_id for name, token in ids.text.items()
-    }
-    write_json(folder / FILE_NAME, write(architecture, dtype=dtype, **known))
-    padded = ids.text | {"pad_token_id": known["pad_token_id"]}
-    write_json(folder / GENERATION_NAME, padded)
+    begin, end, pad = (
+        token if token < rows else words.eos_token_id for token in (ids.begin, ids.end, ids.pad)
+    )
+    known = TextIds(begin=begin, end=end, pad=pad)
+    write_json(folder / FILE_NAME, write(architecture, known, dtype))
+    write_json(folder / GENERATION_NAME, replace(ids, pad=pad).text)
     entries = {"processor_class": _PROCESSOR}
     if words.pad_token is None:  # the processor fills up texts, even one alone
         entries["pad_token"] = words.unk_token or words.eos_token

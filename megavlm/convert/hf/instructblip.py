@@ -15,6 +15,7 @@ from megavlm.convert.hf import blip2_config, blip2_processor, tokenizer_files
 from megavlm.convert.hf.json_files import FILE_NAME, write_json
 from megavlm.convert.hf.preprocessing import Usage
 from megavlm.convert.hf.processor import write_generation
+from megavlm.convert.hf.token_ids import TokenIds
 from megavlm.data.text.templates import chat_format
 from megavlm.data.text.tokenizer import QFORMER_TOKENIZER
 
@@ -61,7 +62,7 @@ def write(
             f" {QFORMER_TOKENIZER}/ there; put that of the packs (--qformer_tokenizer) into it"
         )
     ids = write_generation(folder, tokenizer, architecture, usage)
-    write_json(folder / FILE_NAME, config(architecture, dtype, ids.image, **ids.text))
+    write_json(folder / FILE_NAME, config(architecture, ids, dtype))
     tokenizer_files.write(tokenizer, folder, {"processor_class": PROCESSOR})
     (folder / QFORMER_TOKENIZER).mkdir()
     tokenizer_files.copy(words, folder / QFORMER_TOKENIZER)
@@ -72,13 +73,10 @@ def write(
     )
 
 
-def config(
-    architecture: Architecture, dtype: torch.dtype, image_token_id: int, **ends: int
-) -> dict[str, Any]:
-    """Build the content of config.json; ``ends`` are the ids that begin, end and fill up texts."""
-    settings = blip2_config.write(
-        architecture, dtype=dtype, image_token_id=image_token_id, **ends
-    ) | {"architectures": [CLASS_NAME], "model_type": MODEL_TYPE}
+def config(architecture: Architecture, ids: TokenIds, dtype: torch.dtype) -> dict[str, Any]:
+    """Build the content of config.json; arguments as in ``native_config``."""
+    own = {"architectures": [CLASS_NAME], "model_type": MODEL_TYPE}
+    settings = blip2_config.write(architecture, ids, dtype) | own
     settings["vision_config"]["model_type"] = blip2_config.VISION_TYPES[1]
     settings["qformer_config"]["model_type"] = "instructblip_qformer"
     del settings["qformer_config"]["use_qformer_text_input"]

@@ -18,6 +18,7 @@ from megavlm.convert.hf import chat_config, json_files, language_config, one_til
 from megavlm.convert.hf.json_files import FILE_NAME, IMAGE_PROCESSOR_NAME, read_config, write_json
 from megavlm.convert.hf.preprocessing import Usage
 from megavlm.convert.hf.processor import tile_processor
+from megavlm.convert.hf.token_ids import TextIds
 from megavlm.convert.weights.families import written_as
 from megavlm.data.text.templates import chat_format
 from megavlm.data.text.tokenizer import load_tokenizer
@@ -108,12 +109,11 @@ def _written_language(language: Language, tokenizer: Path) -> dict[str, Any]:
     end = words.eos_token_id
     if end is None:
         raise ValueError(f"--tokenizer {tokenizer}: has no eos_token, which ends a text")
-    found = language_config.write(
-        language,
-        written_as(language, "internvl_c"),
-        bos_token_id=end if words.bos_token_id is None else words.bos_token_id,
-        eos_token_id=end,
-        pad_token_id=end if words.pad_token_id is None else words.pad_token_id,
+    ids = TextIds(
+        begin=end if words.bos_token_id is None else words.bos_token_id,
+        end=end,
+        pad=end if words.pad_token_id is None else words.pad_token_id,
     )
+    found = language_config.write(language, written_as(language, "internvl_c"), ids)
     [name] = found["architectures"]
     return found | {"architectures": [name.replace("ForCausalLM", "Model")]}

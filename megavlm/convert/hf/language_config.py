@@ -20,6 +20,7 @@ from megavlm.convert.hf.json_files import (
     rotary_problems,
     rotary_settings,
 )
+from megavlm.convert.hf.token_ids import TextIds
 from megavlm.convert.weights.families import FAMILIES
 from megavlm.convert.weights.families.family import Family
 
@@ -192,17 +193,13 @@ def _rotary(settings: Mapping[str, Any]) -> dict[str, Any]:
     return found | ({"factor": scaling["factor"]} if "factor" in scaling else {})
 
 
-def write(
-    language: Language, family: Family, *, bos_token_id: int, eos_token_id: int, pad_token_id: int
-) -> dict[str, Any]:
+def write(language: Language, family: Family, ids: TextIds) -> dict[str, Any]:
     """Return a language model's part of config.json.
 
     Args:
         language: the model.
         family: in whose format it is written.
-        bos_token_id: token that begins a text.
-        eos_token_id: token that ends an answer.
-        pad_token_id: token that fills up texts of a batch.
+        ids: of the tokens that it names.
     """
     own = _OF_THEIR_OWN.get(family.name)
     sizes = own.write(language) if own else _write_sizes(language, family)
@@ -212,9 +209,7 @@ def write(
         **family.settings,
         **sizes,
         "tie_word_embeddings": language.tied_head,
-        "bos_token_id": bos_token_id,
-        "eos_token_id": eos_token_id,
-        "pad_token_id": pad_token_id,
+        **ids.text,
     }
 
 

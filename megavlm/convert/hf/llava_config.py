@@ -14,6 +14,7 @@ from megavlm.config.schema import Architecture, Vision
 from megavlm.config.vision import PIXELS
 from megavlm.convert.hf import clip_vision, language_config
 from megavlm.convert.hf import json_files as shared
+from megavlm.convert.hf.token_ids import TokenIds
 from megavlm.convert.weights.families import written_as
 
 CLASS_NAME = "LlavaForConditionalGeneration"
@@ -123,15 +124,7 @@ def select_strategy(vision: Vision) -> str:
     return "default" if vision.has_class_token else "full"
 
 
-def write(
-    architecture: Architecture,
-    *,
-    dtype: torch.dtype,
-    image_token_id: int,
-    bos_token_id: int,
-    eos_token_id: int,
-    pad_token_id: int,
-) -> dict[str, Any]:
+def write(architecture: Architecture, ids: TokenIds, dtype: torch.dtype) -> dict[str, Any]:
     """Build the content of config.json; arguments as in ``native_config``."""
     vision = architecture.vision
     language = architecture.language
@@ -140,24 +133,18 @@ def write(
         "architectures": [CLASS_NAME],
         "model_type": MODEL_TYPE,
         "dtype": str(dtype).removeprefix("torch."),
-        "image_token_index": image_token_id,
+        "image_token_index": ids.image,
         "image_seq_length": architecture.placeholders_per_tile,
         "projector_hidden_act": next(
             name for name, settings in _CONNECTORS.items() if settings.kind == kind
         ),
         "vision_feature_layer": -1 - vision.unused_layers,
-        "pad_token_id": pad_token_id,
+        "pad_token_id": ids.pad,
         "tie_word_embeddings": language.tied_head,
         "vision_feature_select_strategy": select_strategy(vision),
         "multimodal_projector_bias": architecture.connector.bias,
         "vision_config": _vision(vision),
-        "text_config": language_config.write(
-            language,
-            written_as(language, "llava"),
-            bos_token_id=bos_token_id,
-            eos_token_id=eos_token_id,
-            pad_token_id=pad_token_id,
-        ),
+        "text_config": language_config.write(language, written_as(language, "llava"), ids),
     }
 
 

@@ -9,9 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from megavlm.config.schema import Architecture
 from megavlm.convert.hf import json_files as shared
 from megavlm.convert.hf import llava_config
+from megavlm.convert.hf.token_ids import TokenIds
 from megavlm.data.images.anyres import LLAVA_GRIDS, Grid
 
 CLASS_NAME = "LlavaNextForConditionalGeneration"
@@ -75,12 +78,12 @@ def pinpoints(grids: tuple[Grid, ...], side: int) -> list[list[int]]:
 
 
 def write(
-    architecture: Architecture, *, grids: tuple[Grid, ...], **arguments: Any
+    architecture: Architecture, grids: tuple[Grid, ...], ids: TokenIds, dtype: torch.dtype
 ) -> dict[str, Any]:
-    """Build the content of config.json; ``arguments`` as in ``llava_config``."""
+    """Build the content of config.json; other arguments than ``grids`` as in ``native_config``."""
     own = {
         "architectures": [CLASS_NAME],
         "model_type": MODEL_TYPE,
         PINPOINTS: pinpoints(grids, architecture.vision.image_size),
     }
-    return llava_config.write(architecture, **arguments) | own
+    return llava_config.write(architecture, ids, dtype) | own

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -54,9 +54,7 @@ def write(
     """
     grids = usage.grids or LLAVA_GRIDS
 
-    def settings(**arguments: Any) -> dict[str, Any]:
-        return llava_next_config.write(architecture, grids=grids, **arguments)
-
+    settings = partial(llava_next_config.write, architecture, grids)
     side = architecture.vision.image_size
     made = {
         "image_processor_type": "LlavaNextImageProcessor",

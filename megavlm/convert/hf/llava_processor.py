@@ -19,6 +19,7 @@ from megavlm.convert.hf.json_files import (
 )
 from megavlm.convert.hf.preprocessing import Usage
 from megavlm.convert.hf.processor import chat_template, tile_processor, write_generation
+from megavlm.convert.hf.token_ids import TokenIds
 from megavlm.data.text.templates import FORMATS
 from megavlm.data.text.tokenizer import IMAGE_TOKEN_SETS
 
@@ -68,7 +69,7 @@ def write_folder(
     usage: Usage,
     dtype: torch.dtype,
     kind: str,
-    settings: Callable[..., dict[str, Any]],
+    settings: Callable[[TokenIds, torch.dtype], dict[str, Any]],
     image_processor: dict[str, Any],
 ) -> None:
     """Write everything but weights of a class of LLaVA's kind.
@@ -76,8 +77,7 @@ def write_folder(
     Args:
         folder, tokenizer, architecture, usage, dtype: as of ``processor.write_native``.
         kind: class of the processor.
-        settings: makes the content of config.json, of the arguments of ``llava_config.write``
-            behind the first.
+        settings: makes the content of config.json, of ids of tokens and the dtype of weights.
         image_processor: settings of the image processor.
     """
     markers = FORMATS[usage.template].markers if usage.template in FORMATS else ()
@@ -86,7 +86,7 @@ def write_folder(
         usage = Usage(**(vars(usage) | {"template": ""}))
     ids = write_generation(folder, tokenizer, architecture, usage)
     context = IMAGE_TOKEN_SETS[architecture.image_tokens].context
-    write_json(folder / FILE_NAME, settings(dtype=dtype, image_token_id=ids.image, **ids.text))
+    write_json(folder / FILE_NAME, settings(ids, dtype))
     entries = {
         "extra_special_tokens": {"image_token": context},
         "processor_class": kind,

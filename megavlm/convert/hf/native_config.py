@@ -12,6 +12,7 @@ from megavlm.config.schema import Architecture, Connector, Vision
 from megavlm.convert.hf import json_files as shared
 from megavlm.convert.hf import language_config
 from megavlm.convert.hf.json_files import NORMS
+from megavlm.convert.hf.token_ids import TokenIds
 from megavlm.convert.weights.families import written_as
 
 CLASS_NAME = "InternVLForConditionalGeneration"
@@ -104,24 +105,13 @@ def _vision(settings: dict[str, Any], mean: tuple[float, ...], std: tuple[float,
     )
 
 
-def write(
-    architecture: Architecture,
-    *,
-    dtype: torch.dtype,
-    image_token_id: int,
-    bos_token_id: int,
-    eos_token_id: int,
-    pad_token_id: int,
-) -> dict[str, Any]:
+def write(architecture: Architecture, ids: TokenIds, dtype: torch.dtype) -> dict[str, Any]:
     """Build the content of config.json.
 
     Args:
         architecture: the model.
+        ids: of the tokens that it names.
         dtype: dtype of the weights.
-        image_token_id: token that stands for an image feature.
-        bos_token_id: token that begins a text.
-        eos_token_id: token that ends an answer.
-        pad_token_id: token that fills up texts of a batch.
 
     Raises:
         ValueError: transformers has no such model.
@@ -138,19 +128,13 @@ def write(
         "architectures": [CLASS_NAME],
         "model_type": MODEL_TYPE,
         "dtype": str(dtype).removeprefix("torch."),
-        "image_token_id": image_token_id,
+        "image_token_id": ids.image,
         "image_seq_length": architecture.placeholders_per_tile,
         "downsample_ratio": 1 / architecture.connector.pixel_shuffle,
         "tie_word_embeddings": language.tied_head,
         **_FIXED[""],
         "vision_config": _vision_config(vision),
-        "text_config": language_config.write(
-            language,
-            written_as(language, "native"),
-            bos_token_id=bos_token_id,
-            eos_token_id=eos_token_id,
-            pad_token_id=pad_token_id,
-        ),
+        "text_config": language_config.write(language, written_as(language, "native"), ids),
     }
 
 

@@ -17,6 +17,7 @@ from megavlm.convert.hf import json_files as shared
 from megavlm.convert.hf.json_files import FILE_NAME, IMAGE_PROCESSOR_NAME, write_json
 from megavlm.convert.hf.preprocessing import Usage
 from megavlm.convert.hf.processor import tile_processor, write_generation
+from megavlm.convert.hf.token_ids import TokenIds
 from megavlm.convert.weights.families import written_as
 from megavlm.data.text.tokenizer import IMAGE_TOKEN_SETS
 
@@ -88,35 +89,19 @@ def read_usage(folder: Path) -> Usage:
     )
 
 
-def write(
-    architecture: Architecture,
-    *,
-    dtype: torch.dtype,
-    image_token_id: int,
-    bos_token_id: int,
-    eos_token_id: int,
-    pad_token_id: int,
-) -> dict[str, Any]:
+def write(architecture: Architecture, ids: TokenIds, dtype: torch.dtype) -> dict[str, Any]:
     """Build the content of config.json; arguments as in ``native_config``."""
     language = architecture.language
-    text = language_config.write(
-        language,
-        written_as(language, "paligemma"),
-        bos_token_id=bos_token_id,
-        eos_token_id=eos_token_id,
-        pad_token_id=pad_token_id,
-    )
+    text = language_config.write(language, written_as(language, "paligemma"), ids)
     return {
         "architectures": [CLASS_NAME],
         "model_type": MODEL_TYPE,
         "dtype": str(dtype).removeprefix("torch."),
-        "image_token_index": image_token_id,
+        "image_token_index": ids.image,
         "projection_dim": language.hidden_size,
         "hidden_size": language.hidden_size,
         "vocab_size": language.vocab_size,
-        "bos_token_id": bos_token_id,
-        "eos_token_id": eos_token_id,
-        "pad_token_id": pad_token_id,
+        **ids.text,
         "tie_word_embeddings": language.tied_head,
         "vision_config": {
             **_VISION,
@@ -137,8 +122,7 @@ def write_files(
     prompts together.
     """
     ids = write_generation(folder, tokenizer, architecture, usage)
-    settings = write(architecture, dtype=dtype, image_token_id=ids.image, **ids.text)
-    write_json(folder / FILE_NAME, settings)
+    write_json(folder / FILE_NAME, write(architecture, ids, dtype))
     context = IMAGE_TOKEN_SETS[architecture.image_tokens].context
     entries = {
         "extra_special_tokens": {"image_token": context},

@@ -4,7 +4,6 @@ processor, generation settings.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,12 @@ from megavlm.convert.hf import chat_config, native_config, tokenizer_files
 from megavlm.convert.hf.json_files import FILE_NAME, IMAGE_PROCESSOR_NAME, read_json, write_json
 from megavlm.convert.hf.one_tile import BICUBIC
 from megavlm.convert.hf.preprocessing import Usage
+from megavlm.convert.hf.token_ids import TokenIds, token_ids
 from megavlm.data.text.templates import FORMATS
 from megavlm.data.text.tokenizer import (
     IMAGE_CONTEXT,
     IMAGE_END,
     IMAGE_START,
-    IMAGE_TOKEN_SETS,
     first_tokens,
     load_tokenizer,
 )
@@ -32,65 +31,6 @@ _VIDEO = "<|video_pad|>"
 _UNUSED = "<quad>"
 _PROCESSOR = "InternVLProcessor"
 GENERATION_NAME = "generation_config.json"
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenIds:
-    """Ids of the tokens that a model's settings name.
-
-    Args:
-        image: stands for an image feature.
-        begin: the tokenizer's beginning of a text, or the padding token if it has none. Never
-            null: ``generate`` of transformers 4.37 stops at a null before it looks at the
-            embeddings that InternVLChatModel gives it.
-        end: ends an answer.
-        pad: fills up the texts of a batch.
-    """
-
-    image: int
-    begin: int
-    end: int
-    pad: int
-
-    @property
-    def text(self) -> dict[str, int]:
-        """The tokens of the language model, by their names in config.json."""
-        return {"bos_token_id": self.begin, "eos_token_id": self.end, "pad_token_id": self.pad}
-
-
-def token_ids(folder: Path, architecture: Architecture, template: str) -> TokenIds:
-    """Ids of the tokens that matter, in the tokenizer of a folder.
-
-    Raises:
-        ValueError: the tokenizer lacks one, or knows more tokens than the model.
-    """
-    tokenizer = load_tokenizer(folder)
-    known = tokenizer.get_vocab()
-    row = FORMATS.get(template)
-    markers = row.markers if row else ()
-    images = IMAGE_TOKEN_SETS[architecture.image_tokens]
-    missing = [token for token in (*images.added, *markers) if token not in known]
-    if missing:
-        raise ValueError(
-            f"--tokenizer {folder}: lacks {', '.join(missing)}; take the folder tokenizer/ of the"
-            " packed dataset"
-        )
-    if max(known.values()) >= architecture.language.vocab_size:
-        highest = max(known.values())
-        rows = architecture.language.vocab_size
-        raise ValueError(
-            f"--tokenizer {folder}: has ids up to {highest}, and the model's vocabulary has {rows}"
-            " rows"
-        )
-    if row:
-        end = tokenizer(row.final_end, add_special_tokens=False)["input_ids"][-1]
-    elif tokenizer.eos_token_id is not None:
-        end = tokenizer.eos_token_id
-    else:
-        raise ValueError(f"--tokenizer {folder}: has no eos_token, which ends an answer")
-    pad = end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    begin = pad if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    return TokenIds(image=known[images.context], begin=begin, end=end, pad=pad)
 
 
 def write_native(
@@ -116,8 +56,7 @@ def write_native(
             f"--dialect native: the model's template {usage.template!r} is not one of"
             f" {', '.join(FORMATS)}, and its tokenizer has no chat template with images; use chat"
         )
-    settings = native_config.write(architecture, dtype=dtype, image_token_id=ids.image, **ids.text)
-    write_json(folder / FILE_NAME, settings)
+    write_json(folder / FILE_NAME, native_config.write(architecture, ids, dtype))
     tokenizer_files.write(tokenizer, folder, _processor_tokens(tokenizer))
     (folder / tokenizer_files.TEMPLATE_NAME).write_text(template, encoding="utf-8")
     write_json(folder / IMAGE_PROCESSOR_NAME, _image_processor(architecture, usage))
@@ -135,13 +74,7 @@ def write_chat(
     it read it; arguments and errors as of ``write_native``.
     """
     ids = write_generation(folder, tokenizer, architecture, usage)
-    settings = chat_config.write(
-        architecture,
-        dtype=dtype,
-        tokens=ids.text,
-        usage=usage,
-    )
-    write_json(folder / FILE_NAME, settings)
+    write_json(folder / FILE_NAME, chat_config.write(architecture, ids, dtype, usage))
     # transformers before 4.43 reads the template from tokenizer_config.json alone.
     template = chat_template(tokenizer, usage, with_images=False)
     tokenizer_files.write(tokenizer, folder, {"chat_template": template} if template else {})

@@ -17,6 +17,7 @@ from megavlm.convert.hf.hub_formats import dialect_of
 from megavlm.convert.hf.model_config import architecture_from_hf
 from megavlm.convert.hf.preprocessing import Usage
 from megavlm.convert.hf.reference import load_reference
+from megavlm.convert.hf.token_ids import TextIds
 from megavlm.data.text.templates import FORMATS
 from megavlm.data.text.tokenizer import fingerprint, load_tokenizer
 from tests.convert.chat import chat_settings, make_chat, same_tensors, with_head
@@ -203,12 +204,11 @@ def test_templates_that_the_class_does_not_know_are_refused(tmp_path: Path, temp
 
 def test_a_template_that_the_class_of_one_family_knows_is_written_for_it() -> None:
     usage = Usage(template="internvl3_5_gpt_oss", system_message="Be brief.")
-    tokens = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}
-    settings = {"dtype": torch.float32, "tokens": tokens, "usage": usage}
-    written = chat_config.write(KINDS["gpt_oss"], **settings)
+    settings = (TextIds(begin=1, end=2, pad=3), torch.float32, usage)
+    written = chat_config.write(KINDS["gpt_oss"], *settings)
     assert (written["template"], written["system_message"]) == (usage.template, "Be brief.")
     with pytest.raises(ValueError, match="no template 'internvl3_5_gpt_oss'"):
-        chat_config.write(KINDS["qwen2"], **settings)
+        chat_config.write(KINDS["qwen2"], *settings)
 
 
 def test_a_template_of_another_model_passes_through_and_is_not_replaced(tmp_path: Path) -> None:

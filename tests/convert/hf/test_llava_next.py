@@ -43,7 +43,7 @@ from tests.convert.llava_next_models import (
     make_image,
     make_llava_next,
 )
-from tests.convert.models import load_all
+from tests.convert.models import ids_with, load_all
 from tests.convert.round_trip import assert_round_trip, golden_words
 from tests.convert.tool import run_tool
 from tests.ranks.model_checks import sizes_of
@@ -229,9 +229,8 @@ def test_presets_are_the_published_models() -> None:
         width = architecture.language.hidden_size
         assert counts["connector"] == (1024 + 1) * width + (width + 1) * width + width
         assert architecture.features_per_tile == 576
-        ids = dict(image_token_id=32000, bos_token_id=1, eos_token_id=2, pad_token_id=0)
         settings = llava_next_config.write(
-            architecture, grids=LLAVA_GRIDS, dtype=torch.float16, **ids
+            architecture, LLAVA_GRIDS, ids_with(32000), torch.float16
         )
         with torch.device("meta"):
             model = LlavaNextForConditionalGeneration(LlavaNextConfig.from_dict(settings))

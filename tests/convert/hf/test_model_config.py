@@ -16,6 +16,7 @@ from megavlm.convert.hf import native_config
 from megavlm.convert.hf.hub_formats import dialect_of
 from megavlm.convert.hf.json_files import write_json
 from megavlm.convert.hf.model_config import architecture_from_hf, differences
+from megavlm.convert.hf.token_ids import TokenIds
 from tests.convert.models import KINDS, NATIVE_KINDS, SMALL, as_native, language
 
 INTERNVL = {name: one for name, one in MODELS.items() if one.image_tokens == "internvl"}
@@ -23,12 +24,7 @@ INTERNVL = {name: one for name, one in MODELS.items() if one.image_tokens == "in
 
 def settings_of(architecture: Architecture) -> dict:
     return native_config.write(
-        architecture,
-        dtype=torch.bfloat16,
-        image_token_id=90,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=2,
+        architecture, TokenIds(image=90, begin=0, end=1, pad=2), torch.bfloat16
     )
 
 

@@ -14,6 +14,7 @@ from megavlm.config.lora import Lora, stacked
 from megavlm.config.models import MODELS
 from megavlm.config.schema import Architecture
 from megavlm.convert.hf import native_config
+from megavlm.convert.hf.token_ids import TokenIds
 from megavlm.convert.weights.adapters import adapted_rows
 from megavlm.convert.weights.families import FAMILIES, family_of
 from megavlm.convert.weights.tables import (
@@ -31,12 +32,7 @@ INTERNVL = {name: one for name, one in MODELS.items() if one.image_tokens == "in
 
 def transformers_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
     settings = native_config.write(
-        architecture,
-        dtype=torch.bfloat16,
-        image_token_id=90,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=2,
+        architecture, TokenIds(image=90, begin=0, end=1, pad=2), torch.bfloat16
     )
     with torch.device("meta"):
         model = InternVLForConditionalGeneration(InternVLConfig.from_dict(settings))
