@@ -98,6 +98,7 @@ def _facts(flag: str, folder: str) -> DatasetFacts:
         fingerprint=manifest.tokenizer_fingerprint,
         pixel_mean=manifest.pixel_mean,
         pixel_std=manifest.pixel_std,
+        resample=manifest.resample,
         may_augment=any(source.augment for source in manifest.sources),
         has_levels=bool(manifest.levels),
         template=manifest.template,

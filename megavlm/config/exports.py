@@ -111,6 +111,8 @@ def _bare_language(name: str, arch: Architecture) -> Iterator[str]:
 
 def _chat(arch: Architecture) -> Iterator[str]:
     yield from _internvl(arch)
+    wanted = {"vision.resample": ("bicubic", arch.vision.resample)}
+    yield from _other_values("InternVLChatModel", wanted)
     if arch.language.family not in _CHAT_FAMILIES:
         yield (
             "InternVLChatModel has a language model of --architecture.language.family"

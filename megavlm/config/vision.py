@@ -12,6 +12,8 @@ PIXELS: dict[str, tuple[tuple[float, float, float], tuple[float, float, float]]]
     "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
     "siglip": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
 }
+# How images are resized to tiles.
+Resample = Literal["bicubic", "bilinear"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +48,8 @@ class Vision:
         pixel_mean: mean of red, green and blue (of pixels from 0 to 1) that is subtracted: three
             numbers, or imagenet, clip or siglip.
         pixel_std: standard deviation of red, green and blue that is divided by; likewise.
+        resample: how images are resized to tiles, as the encoder was pretrained: bicubic, or
+            bilinear as for SigLIP 2. The patches of Fuyu's images are always bilinear.
         patch_drop: share of a tile's patches that the layers do not see in training, other ones
             each time (FLIP, arXiv 2212.00794); none are left out in evaluation. The class token
             stays. For models that make one embedding of a tile.
@@ -69,6 +73,7 @@ class Vision:
     layer_scale: float = 0.1
     pixel_mean: tuple[float, float, float] = PIXELS["imagenet"][0]
     pixel_std: tuple[float, float, float] = PIXELS["imagenet"][1]
+    resample: Resample = "bicubic"
     patch_drop: float = 0.0
 
     @property

@@ -330,6 +330,7 @@ def usage_of(folder: Path | str, pair_length: int = 0) -> tuple[Manifest, ChatTe
         thumbnail=manifest.thumbnail,
         mode=manifest.tiling,
         pixel_mean=manifest.pixel_mean,
+        resample=manifest.resample,
         limit=manifest.image_limit,
         grids=manifest.grids,
     )

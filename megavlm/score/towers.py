@@ -73,6 +73,7 @@ class TwoTowers:
             max_tiles=1,
             mode=self.usage.tiling,
             pixel_mean=self.architecture.vision.pixel_mean,
+            resample=self.architecture.vision.resample,
         )
 
 

@@ -114,6 +114,7 @@ def _ready(settings: WorkerSettings) -> _Ready:
         tiling=tiling.mode,
         pixel_mean=vision.pixel_mean,
         pixel_std=vision.pixel_std,
+        resample=vision.resample,
         capacity=_CAPACITY,
         tile_cap=settings.batch,
     )

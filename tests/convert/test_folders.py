@@ -16,6 +16,7 @@ from megavlm.config.schema import Architecture, Init
 from megavlm.convert.hf.from_parts import extend_tokenizer
 from megavlm.data.store.manifest import read_manifest
 from megavlm.data.text.tokenizer import fingerprint, load_tokenizer
+from megavlm.evaluate.packs import usage_of
 from megavlm.model_source import image_model, read_model
 from tests.convert.models import KINDS, SMALL, TOKENIZER, make_hf
 from tests.convert.part_folders import WORDS, make_parts, make_tokenizer, make_vision
@@ -34,10 +35,15 @@ def run(tool: str, *arguments: str) -> subprocess.CompletedProcess:
 def test_a_run_takes_its_architecture_from_a_folder(tmp_path: Path, kind: str) -> None:
     folder = make_hf(tmp_path / "hf", KINDS[kind])
     (folder / "preprocessor_config.json").write_text(
-        json.dumps({"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]})
+        json.dumps({"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6], "resample": 2})
     )
     config = parse(["--stage", "2", "--model", str(folder)], read_model)
-    vision = replace(KINDS[kind].vision, pixel_mean=(0.1, 0.2, 0.3), pixel_std=(0.4, 0.5, 0.6))
+    vision = replace(
+        KINDS[kind].vision,
+        pixel_mean=(0.1, 0.2, 0.3),
+        pixel_std=(0.4, 0.5, 0.6),
+        resample="bilinear",
+    )
     assert config.architecture == replace(KINDS[kind], vision=vision) == image_model(str(folder))
 
 
@@ -70,6 +76,8 @@ def test_packs_need_only_the_vision_encoder(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_packs_for_a_folder_have_its_sizes_and_pixels(tmp_path: Path) -> None:
     vision = make_vision(tmp_path / "siglip", "siglip")
+    path = vision / "preprocessor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"resample": 2}))
     turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "That."}]
     (tmp_path / "chats.jsonl").write_text(json.dumps({"conversations": turns}) + "\n")
     arguments = [
@@ -87,6 +95,7 @@ def test_packs_for_a_folder_have_its_sizes_and_pixels(tmp_path: Path) -> None:
     manifest = read_manifest(tmp_path / "packs")
     assert (manifest.image_size, manifest.features_per_tile) == (21, 16)
     assert (manifest.pixel_mean, manifest.pixel_std) == ((0.48, 0.46, 0.41), (0.27, 0.26, 0.28))
+    assert manifest.resample == usage_of(tmp_path / "packs")[2].resample == "bilinear"
 
 
 @pytest.mark.slow

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import CLIPModel, SiglipModel
+from transformers import AutoImageProcessor, CLIPModel, SiglipModel
 
 from megavlm.config.schema import Architecture, Config, Data
 from megavlm.convert.hf import convert
+from megavlm.convert.hf.json_files import write_json
 from megavlm.convert.hf.model_config import architecture_from_hf
 from megavlm.convert.hf.safetensors_files import SafetensorsFolder
 from tests.convert.card import run_example
@@ -114,6 +115,8 @@ def test_an_import_is_exported_bit_for_bit(
 ) -> None:
     model = make_model(kind)
     model.save_pretrained(tmp_path / "hf")
+    if kind == "siglip":  # the way of SigLIP 2
+        write_json(tmp_path / "hf" / "preprocessor_config.json", {"resample": 2})
     make_pair_tokenizer(tmp_path / "words", ("a", "b"))
     checkpoint = convert.import_(tmp_path / "hf", tmp_path / "start", tokenizer=tmp_path / "words")
     out = convert.export(checkpoint, tmp_path / "out")
@@ -123,6 +126,7 @@ def test_an_import_is_exported_bit_for_bit(
     for name in before.headers:
         assert torch.equal(before[name], after[name]), name
     assert architecture_from_hf(out) == architecture_from_hf(tmp_path / "hf")
+    assert AutoImageProcessor.from_pretrained(out).resample == (2 if kind == "siglip" else 3)
     again = type(model).from_pretrained(out)
     assert all(
         torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items()

@@ -46,6 +46,7 @@ class DatasetFacts:
         has_images: whether any pack has an image.
         fingerprint: hash of the tokenizer.
         pixel_mean, pixel_std: how the pixels are to be normalised.
+        resample: how images are resized to tiles.
         may_augment: whether a source was packed with data_augment.
         has_levels: whether it was packed by levels of difficulty.
         template: conversation template.
@@ -67,6 +68,7 @@ class DatasetFacts:
     fingerprint: str
     pixel_mean: tuple[float, float, float]
     pixel_std: tuple[float, float, float]
+    resample: str
     may_augment: bool = False
     has_levels: bool = False
     template: str = ""
@@ -106,6 +108,12 @@ def _dataset(config: Config, facts: DatasetFacts) -> Iterator[str]:
                 f"{where}: packed for a {name} of {packed}, but --architecture.vision.{name} is"
                 f" {trained}"
             )
+    if facts.has_images and facts.resample != arch.vision.resample:
+        yield (
+            f"{where}: its images are resized {facts.resample}, but --architecture.vision.resample"
+            f" is {arch.vision.resample}; pack with --resample {arch.vision.resample}, or for this"
+            " model by --model"
+        )
     if arch.objective in OBJECTIVES:
         option, rows = arch.needs.vocabulary(arch)
         if facts.vocab_size > rows:

@@ -48,7 +48,6 @@ def read_vision(found: Mapping[str, Any], folder: Path) -> Vision:
     """Read the vision encoder from the result of ``vision_settings``; pixels are CLIP's if the
     folder does not say.
     """
-    mean, std = shared.normalisation(folder, PIXELS["clip"])
     return Vision(
         family="eva",
         image_size=found["image_size"],
@@ -59,8 +58,7 @@ def read_vision(found: Mapping[str, Any], folder: Path) -> Vision:
         num_attention_heads=found["num_attention_heads"],
         layernorm_epsilon=found["layer_norm_eps"],
         qkv_bias=found["qkv_bias"],
-        pixel_mean=mean,
-        pixel_std=std,
+        **shared.pixel_fields(folder, PIXELS["clip"]),
     )
 
 

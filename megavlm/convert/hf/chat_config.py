@@ -58,9 +58,8 @@ def read(raw: dict[str, Any], folder: Path, *, has_head: bool | None) -> Archite
     vision = raw["vision_config"]
     language = raw["llm_config"]
     says_tied = bool(raw.get("tie_word_embeddings", language.get("tie_word_embeddings", False)))
-    mean, std = shared.normalisation(folder)
     return Architecture(
-        vision=read_vision(vision, mean, std),
+        vision=read_vision(vision, shared.pixel_fields(folder)),
         language=language_config.read(language, tied_head=says_tied and not has_head),
         connector=Connector(pixel_shuffle=shared.whole_inverse(raw["downsample_ratio"])),
     )
@@ -106,10 +105,8 @@ def vision_problems(vision: dict[str, Any], section: str) -> Iterator[str]:
         yield f"{name} is {vision['norm_type']!r}, must be one of {', '.join(NORMS)}"
 
 
-def read_vision(
-    settings: dict[str, Any], mean: tuple[float, ...], std: tuple[float, ...]
-) -> Vision:
-    """Read the vision encoder."""
+def read_vision(settings: dict[str, Any], pixels: dict[str, Any]) -> Vision:
+    """Read the vision encoder; ``pixels`` as of ``json_files.pixel_fields``."""
     return Vision(
         image_size=settings["image_size"],
         patch_size=settings["patch_size"],
@@ -122,8 +119,7 @@ def read_vision(
         qkv_bias=settings["qkv_bias"],
         qk_norm=settings["qk_normalization"],
         layer_scale=settings.get("initializer_factor") or 0.1,
-        pixel_mean=mean,
-        pixel_std=std,
+        **pixels,
     )
 
 

@@ -41,7 +41,7 @@ def read(
     found: Mapping[str, Any],
     *,
     family: str,
-    pixels: tuple[tuple[float, ...], tuple[float, ...]],
+    pixels: dict[str, Any],
     unused_layers: int = 0,
     unused_head: bool = False,
     final_norm: bool = False,
@@ -51,12 +51,11 @@ def read(
     Args:
         found: its settings, complete.
         family: ours.
-        pixels: mean and standard deviation.
+        pixels: as of ``json_files.pixel_fields``.
         unused_layers: last ones, of which features need none.
         unused_head: whether its files have a head, which features do not need.
         final_norm: whether features come from behind the norm at its end.
     """
-    mean, std = pixels
     return Vision(
         family=family,
         image_size=found["image_size"],
@@ -70,8 +69,7 @@ def read(
         num_attention_heads=found["num_attention_heads"],
         layernorm_epsilon=found["layer_norm_eps"],
         activation=ACTIVATIONS[found["hidden_act"]],
-        pixel_mean=mean,
-        pixel_std=std,
+        **pixels,
     )
 
 

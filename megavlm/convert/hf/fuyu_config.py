@@ -12,7 +12,7 @@ from megavlm.config.connectors import Connector
 from megavlm.config.schema import Architecture, Vision
 from megavlm.config.vision import PIXELS
 from megavlm.convert.hf import json_files as shared
-from megavlm.convert.hf import language_config, one_tile, tokenizer_files
+from megavlm.convert.hf import language_config, tokenizer_files
 from megavlm.convert.hf.json_files import FILE_NAME, IMAGE_PROCESSOR_NAME, write_json
 from megavlm.convert.hf.preprocessing import Usage
 from megavlm.convert.hf.processor import pixel_settings, write_generation
@@ -91,7 +91,7 @@ def read_usage(folder: Path) -> Usage:
 
 def _other_images(found: Mapping[str, Any], folder: Path) -> Iterator[str]:
     """Yield settings by which an image processor makes other patches than those of ``folder``."""
-    yield from one_tile.other_resizing(found, one_tile.BILINEAR)
+    yield from shared.other_resizing(found, "bilinear")
     needed = dict(_FILLING)
     if found.get("patch_size") is not None:
         path = folder / FILE_NAME
@@ -157,7 +157,7 @@ def write_files(
         "image_processor_type": "FuyuImageProcessor",
         "processor_class": _PROCESSOR,
         **pixel_settings(architecture),
-        "resample": one_tile.BILINEAR,
+        "resample": shared.RESAMPLES["bilinear"],
         "size": {"height": height, "width": width},
         "patch_size": {"height": side, "width": side},
         **_FILLING,

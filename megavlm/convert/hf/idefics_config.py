@@ -14,7 +14,7 @@ from megavlm.config.cross_attention import CrossAttention
 from megavlm.config.resampler import Resampler
 from megavlm.config.schema import Architecture
 from megavlm.config.vision import PIXELS
-from megavlm.convert.hf import clip_vision, language_config, one_tile, tokenizer_files
+from megavlm.convert.hf import clip_vision, language_config, tokenizer_files
 from megavlm.convert.hf import json_files as shared
 from megavlm.convert.hf.json_files import FILE_NAME, IMAGE_PROCESSOR_NAME, read_json, write_json
 from megavlm.convert.hf.preprocessing import Usage
@@ -49,7 +49,7 @@ def read(raw: dict[str, Any], folder: Path, *, has_head: bool | None) -> Archite
         vision=clip_vision.read(
             vision | {"hidden_size": vision["embed_dim"]},
             family="clip",
-            pixels=shared.normalisation(folder, PIXELS["clip"]),
+            pixels=shared.pixel_fields(folder, PIXELS["clip"]),
         ),
         connector=Connector(
             kind="resampler",
@@ -133,10 +133,7 @@ def write(architecture: Architecture, ids: TextIds, dtype: torch.dtype) -> dict[
 
 
 def read_usage(folder: Path) -> Usage:
-    """Return how a model is to be used: images stretched to squares, one tile each. Raises
-    ValueError: its image processor resizes them otherwise.
-    """
-    one_tile.refuse_other_resizing(folder)
+    """Return how a model is to be used: images stretched to squares, one tile each."""
     template = "flamingo_chunks" if _ends_chunks(folder) else "flamingo"
     return Usage(
         template=template, system_message="", max_tiles=1, thumbnail=False, tiling="stretch"

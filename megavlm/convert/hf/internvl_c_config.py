@@ -40,10 +40,10 @@ def read(raw: dict[str, Any], folder: Path, *, has_head: bool | None) -> Archite
     vision_path = folder / VISION / FILE_NAME
     vision = read_config(vision_path)
     json_files.refuse(vision_path, list(chat_config.vision_problems(vision, "")))
-    pixels = json_files.normalisation(folder / VISION)
+    pixels = json_files.pixel_fields(folder / VISION)
     return Architecture(
         objective="contrastive",
-        vision=chat_config.read_vision(vision, *pixels),
+        vision=chat_config.read_vision(vision, pixels),
         connector=Connector(kind="mean_query", heads=raw["attn_pool_num_heads"]),
         language=_language(folder / LANGUAGE / FILE_NAME),
         contrastive=Contrastive(

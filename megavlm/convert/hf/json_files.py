@@ -15,6 +15,8 @@ IMAGE_PROCESSOR_NAME = "preprocessor_config.json"
 PROCESSOR_NAME = "processor_config.json"
 # Sizes of a transformer, as most files of Hugging Face call them.
 SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads")
+# Pillow's numbers of ways to resize, by which image processors name them.
+RESAMPLES = {"bilinear": 2, "bicubic": 3}
 NORMS = {"layer_norm": "LayerNorm", "rms_norm": "RMSNorm"}
 
 
@@ -229,6 +231,38 @@ def normalisation(
         _of_colours(path, "image_mean", found.get("image_mean", mean)),
         _of_colours(path, "image_std", found.get("image_std", std)),
     )
+
+
+def pixel_fields(
+    folder: Path, usual: tuple[tuple[float, ...], tuple[float, ...]] = PIXELS["imagenet"]
+) -> dict[str, Any]:
+    """Return the fields of ``Vision`` that say how images are resized and normalised: ``usual``,
+    and bicubic, if the folder says nothing.
+
+    Raises:
+        ValueError: as of ``normalisation``, or images are not resized, or neither way.
+    """
+    mean, std = normalisation(folder, usual)
+    settings = image_processor(folder)
+    number = settings.get("resample")
+    refuse(image_processor_file(folder), list(other_resizing(settings, *RESAMPLES)))
+    found = [name for name, known in RESAMPLES.items() if known == number]
+    return dict(pixel_mean=mean, pixel_std=std, resample=found[0] if found else "bicubic")
+
+
+def other_resizing(found: Mapping[str, Any], *names: str) -> Iterator[str]:
+    """Yield settings by which an image processor resizes images otherwise than in one of the named
+    ways.
+    """
+    if found.get("do_resize") is False:
+        yield "do_resize is False, must be True"
+    resample = found.get("resample")
+    if resample is not None and resample not in [RESAMPLES[name] for name in names]:
+        ways = " or ".join(f"{RESAMPLES[name]} ({name})" for name in names)
+        yield (
+            f"resample is {resample!r}, must be {ways}, as images are resized here; change the file"
+            " to use the model so"
+        )
 
 
 def _other_scaling(found: Mapping[str, Any]) -> Iterator[str]:

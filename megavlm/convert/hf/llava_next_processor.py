@@ -14,7 +14,6 @@ from megavlm.convert.hf.json_files import (
     complete,
     read_config,
 )
-from megavlm.convert.hf.one_tile import refuse_other_resizing
 from megavlm.convert.hf.preprocessing import Usage
 from megavlm.convert.hf.processor import pixel_settings
 from megavlm.data.images.anyres import LLAVA_GRIDS
@@ -34,7 +33,6 @@ def read_usage(folder: Path) -> Usage:
     settings = complete("LlavaNextConfig", read_config(path), path)
     template = _TEMPLATES.get(settings["text_config"]["model_type"], _USUAL)
     grids = llava_next_config.grids_of(settings)
-    refuse_other_resizing(folder)
     return Usage(
         template=template,
         system_message=FORMATS[template].system_message,

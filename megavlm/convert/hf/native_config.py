@@ -53,9 +53,8 @@ def read(raw: dict[str, Any], folder: Path, *, has_head: bool | None) -> Archite
     path = folder / shared.FILE_NAME
     settings = shared.complete("InternVLConfig", raw, path)
     shared.refuse(path, list(_problems(settings)))
-    mean, std = shared.normalisation(folder)
     return Architecture(
-        vision=_vision(settings["vision_config"], mean, std),
+        vision=_vision(settings["vision_config"], shared.pixel_fields(folder)),
         language=language_config.read_bare(
             settings["text_config"], tied_head=settings["tie_word_embeddings"] and not has_head
         ),
@@ -86,7 +85,7 @@ def _problems(settings: dict[str, Any]) -> Iterator[str]:
         yield f"downsample_ratio is {settings['downsample_ratio']}, must be 1 / a whole number"
 
 
-def _vision(settings: dict[str, Any], mean: tuple[float, ...], std: tuple[float, ...]) -> Vision:
+def _vision(settings: dict[str, Any], pixels: dict[str, Any]) -> Vision:
     """Read the vision encoder."""
     return Vision(
         image_size=settings["image_size"][0],
@@ -100,8 +99,7 @@ def _vision(settings: dict[str, Any], mean: tuple[float, ...], std: tuple[float,
         qkv_bias=settings["attention_bias"],
         qk_norm=settings["use_qk_norm"],
         layer_scale=settings["layer_scale_init_value"],
-        pixel_mean=mean,
-        pixel_std=std,
+        **pixels,
     )
 
 

@@ -16,9 +16,6 @@ from megavlm.convert.hf.json_files import (
     refuse,
 )
 
-# Pillow's numbers of ways to resize, by which image processors name them.
-BILINEAR = 2
-BICUBIC = 3
 # What the names of classes begin with that crop unless they are told not to.
 _CROPPING = ("clip", "llava")
 _PADDING = "llava"
@@ -46,33 +43,11 @@ def read_tiling(folder: Path, kind: str) -> str:
     pads = bool(found.get("do_pad")) and kind.startswith(_PADDING)
     size = _sides(found.get("size"), is_edge=crops)
     cut = _sides(found.get("crop_size"), is_edge=False) if crops else {}
-    wrong = [*other_resizing(found, BICUBIC), *_no_square("size", size)]
-    wrong += [*_no_square("crop_size", cut), *_uneven(size, cut, crops=crops, pads=pads)]
-    refuse(path, wrong)
+    wrong = [*_no_square("size", size), *_no_square("crop_size", cut)]
+    refuse(path, [*wrong, *_uneven(size, cut, crops=crops, pads=pads)])
     if pads:
         return "pad"
     return "crop" if crops and "height" not in size else "stretch"
-
-
-def other_resizing(found: Mapping[str, Any], resample: int) -> Iterator[str]:
-    """Yield settings by which an image processor resizes images otherwise than by ``resample``,
-    Pillow's number of a way to do it.
-    """
-    if found.get("do_resize") is False:
-        yield "do_resize is False, must be True"
-    if found.get("resample") not in (None, resample):
-        name = {BILINEAR: "bilinear", BICUBIC: "bicubic"}[resample]
-        yield (
-            f"resample is {found['resample']!r}, must be {resample}: images are resized"
-            f" {name} here; change the file to use the model so"
-        )
-
-
-def refuse_other_resizing(folder: Path) -> None:
-    """Raise ValueError if the image processor of a model's folder resizes otherwise than by bicubic
-    interpolation.
-    """
-    refuse(image_processor_file(folder), list(other_resizing(image_processor(folder), BICUBIC)))
 
 
 def _sides(size: Any, *, is_edge: bool) -> Mapping[str, Any]:

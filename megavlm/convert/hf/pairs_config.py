@@ -75,7 +75,7 @@ def _no_end(text: dict[str, Any]) -> Iterator[str]:
 
 
 def _vision(family: str, found: dict[str, Any], folder: Path) -> Vision:
-    pixels = json_files.normalisation(folder, PIXELS[family])
+    pixels = json_files.pixel_fields(folder, PIXELS[family])
     return clip_vision.read(found, family=family, pixels=pixels)
 
 

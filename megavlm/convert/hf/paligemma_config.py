@@ -41,7 +41,7 @@ def read(raw: dict[str, Any], folder: Path, *, has_head: bool | None) -> Archite
         vision=clip_vision.read(
             settings["vision_config"],
             family="siglip",
-            pixels=shared.normalisation(folder, PIXELS["siglip"]),
+            pixels=shared.pixel_fields(folder, PIXELS["siglip"]),
             final_norm=True,
         ),
         connector=Connector(kind="linear", pixel_shuffle=1, norm=False),

@@ -18,11 +18,11 @@ from megavlm.convert.hf.json_files import (
     no_flags,
     no_sizes,
     no_texts,
+    other_resizing,
     read_json,
     refuse,
     write_json,
 )
-from megavlm.convert.hf.one_tile import refuse_other_resizing
 from megavlm.data.images.tiling import FUYU_LIMIT
 from megavlm.data.store.manifest import FILE_NAME as MANIFEST_NAME
 from megavlm.data.store.manifest import read_manifest
@@ -79,7 +79,8 @@ def of_chat(folder: Path) -> Usage:
     template = settings.get("template") or usage.template
     own = FORMATS[template].system_message if template in FORMATS else ""
     message = settings.get("system_message")
-    refuse_other_resizing(folder)
+    # OpenGVLab's code, and the programs that load such a folder, do not read which way.
+    refuse(image_processor_file(folder), list(other_resizing(image_processor(folder), "bicubic")))
     return dataclasses.replace(
         usage,
         template=template,
@@ -90,7 +91,6 @@ def of_chat(folder: Path) -> Usage:
 
 def of_native(folder: Path) -> Usage:
     """Read the settings from a folder of transformers. Raises ValueError: they cannot be."""
-    refuse_other_resizing(folder)
     return _tiles(
         image_processor_file(folder), image_processor(folder), "min_patches", "max_patches"
     )

@@ -11,8 +11,13 @@ import torch
 
 from megavlm.config.schema import Architecture
 from megavlm.convert.hf import chat_config, native_config, tokenizer_files
-from megavlm.convert.hf.json_files import FILE_NAME, IMAGE_PROCESSOR_NAME, read_json, write_json
-from megavlm.convert.hf.one_tile import BICUBIC
+from megavlm.convert.hf.json_files import (
+    FILE_NAME,
+    IMAGE_PROCESSOR_NAME,
+    RESAMPLES,
+    read_json,
+    write_json,
+)
 from megavlm.convert.hf.preprocessing import Usage
 from megavlm.convert.hf.token_ids import TokenIds, token_ids
 from megavlm.data.text.templates import FORMATS
@@ -87,7 +92,7 @@ def write_chat(
         "size": side,
         "do_center_crop": True,
         "crop_size": side,
-        "resample": BICUBIC,
+        "resample": RESAMPLES["bicubic"],
         "do_normalize": True,
         "image_mean": list(vision.pixel_mean),
         "image_std": list(vision.pixel_std),
@@ -193,11 +198,11 @@ def _video_processor(architecture: Architecture) -> dict[str, Any]:
 
 
 def pixel_settings(architecture: Architecture) -> dict[str, Any]:
-    """How pixels become numbers."""
+    """How images are resized, and their pixels become numbers."""
     return {
         "do_convert_rgb": True,
         "do_resize": True,
-        "resample": BICUBIC,
+        "resample": RESAMPLES[architecture.vision.resample],
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,

@@ -56,8 +56,7 @@ def vision_from_hf(folder: str | Path, like: Vision | None = None) -> Vision:
     kind = raw.get("model_type")
     if kind == _INTERNVIT:
         json_files.refuse(path, list(chat_config.vision_problems(raw, "")))
-        mean, std = json_files.normalisation(Path(folder))
-        return chat_config.read_vision(raw, mean, std)
+        return chat_config.read_vision(raw, json_files.pixel_fields(Path(folder)))
     if kind in _EVA_KINDS:
         settings = blip2_config.vision_settings(raw)
         json_files.refuse(path, list(blip2_config.vision_problems(settings, "")))
@@ -76,7 +75,7 @@ def vision_from_hf(folder: str | Path, like: Vision | None = None) -> Vision:
     return clip_vision.read(
         found,
         family=family,
-        pixels=json_files.normalisation(Path(folder), PIXELS[family]),
+        pixels=json_files.pixel_fields(Path(folder), PIXELS[family]),
         unused_layers=unused,
         unused_head=family == "siglip" and found["vision_use_head"] and not final_norm,
         final_norm=final_norm,

@@ -1,10 +1,10 @@
 """Image files: their size, and their pixels as tiles. The only module that imports PIL.
 
-Pixels are those of InternVL: converted to RGB, resized to the grid with bicubic interpolation (the
-shape is not kept), cut row by row, the thumbnail last; a rotation noted in EXIF is not applied.
-Resizing is along rows first, then along columns, as in all Pillow up to version 12; later ones
-choose the order for each image, which changes a few pixels by a few levels. Unlike there, a
-truncated file is an error, not a picture that ends in grey.
+Pixels are those of InternVL: converted to RGB, resized to the grid with bicubic interpolation, or
+bilinear for encoders that were pretrained so (the shape is not kept), cut row by row, the thumbnail
+last; a rotation noted in EXIF is not applied. Resizing is along rows first, then along columns, as
+in all Pillow up to version 12; later ones choose the order for each image, which changes a few
+pixels by a few levels. Unlike there, a truncated file is an error, not a picture that ends in grey.
 """
 
 from __future__ import annotations
@@ -33,6 +33,11 @@ MAX_TEXT_BYTES = 2**26
 # Of a file that is open, in which the size is looked for first.
 HEAD_BYTES = 2**13
 PngImagePlugin.MAX_TEXT_CHUNK = MAX_TEXT_BYTES
+# How images are resized, as ``--architecture.vision.resample`` names it.
+RESAMPLES = {
+    "bicubic": PillowImage.Resampling.BICUBIC,
+    "bilinear": PillowImage.Resampling.BILINEAR,
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -119,6 +124,7 @@ def decode_tiles(
     tile_size: int,
     thumbnail: bool,
     out: np.ndarray | None = None,
+    resample: str = "bicubic",
 ) -> np.ndarray:
     """Decode the tiles of an image, uint8 [I, 3, S, S]: row by row, then the thumbnail if the grid
     has more than one tile.
@@ -130,11 +136,12 @@ def decode_tiles(
         tile_size: side S of a tile in pixels.
         thumbnail: whether a grid of several tiles is followed by the whole image as one tile.
         out: where the tiles go; None: a new array.
+        resample: how the image is resized, ``bicubic`` or ``bilinear``.
 
     Raises:
         ValueError: the image cannot be decoded, with the reason, or ``out`` has another shape.
     """
-    return cut_tiles(decode_pixels(encoded), columns, rows, tile_size, thumbnail, out)
+    return cut_tiles(decode_pixels(encoded), columns, rows, tile_size, thumbnail, out, resample)
 
 
 def decode_pixels(encoded: bytes) -> np.ndarray:
@@ -152,6 +159,7 @@ def cut_tiles(
     tile_size: int,
     thumbnail: bool,
     out: np.ndarray | None = None,
+    resample: str = "bicubic",
 ) -> np.ndarray:
     """``decode_tiles`` of pixels, uint8 [height, width, 3]."""
     whole = columns * rows
@@ -161,9 +169,9 @@ def cut_tiles(
     if out.shape != shape:
         raise ValueError(f"room for tiles of shape {out.shape}, but the image gives {shape}")
     resize = _resizer()
-    resize(pixels, columns, rows, tile_size, out[:whole])
+    resize(pixels, columns, rows, tile_size, out[:whole], resample=resample)
     if len(out) > whole:
-        resize(pixels, 1, 1, tile_size, out[whole:])
+        resize(pixels, 1, 1, tile_size, out[whole:], resample=resample)
     return out
 
 
@@ -174,13 +182,14 @@ def cut_fitted(
     tile_size: int,
     size: tuple[int, int],
     out: np.ndarray | None = None,
+    resample: str = "bicubic",
 ) -> np.ndarray:
     """Cut an image into the whole image as one tile, and a grid in whose middle it stands, with
     black beside it; uint8 [1 + rows * columns, 3, S, S].
 
     Args:
         pixels: uint8 [height, width, 3].
-        columns, rows, tile_size, out: as for ``decode_tiles``.
+        columns, rows, tile_size, out, resample: as for ``decode_tiles``.
         size: width and height in pixels that the image gets in the grid.
 
     Raises:
@@ -192,9 +201,9 @@ def cut_fitted(
     if out.shape != shape:
         raise ValueError(f"room for tiles of shape {out.shape}, but the image gives {shape}")
     resize = _resizer()
-    resize(pixels, 1, 1, tile_size, out[:1])
+    resize(pixels, 1, 1, tile_size, out[:1], resample=resample)
     out[1:] = 0
-    resize(pixels, columns, rows, tile_size, out[1:], size)
+    resize(pixels, columns, rows, tile_size, out[1:], size, resample)
     return out
 
 
@@ -244,6 +253,7 @@ def _resize_with_pillow(
     tile_size: int,
     tiles: np.ndarray,
     inner: tuple[int, int] | None = None,
+    resample: str = "bicubic",
 ) -> None:
     """``resize.resize_to_tiles``."""
     image = PillowImage.fromarray(pixels)
@@ -251,7 +261,7 @@ def _resize_with_pillow(
     down = rows * tile_size
     wide, high = inner or (across, down)
     for size in ((wide, image.height), (wide, high)):
-        image = image.resize(size, PillowImage.Resampling.BICUBIC)
+        image = image.resize(size, RESAMPLES[resample])
     if inner:
         # As with numba, pixels beside the image are left as they are.
         grid = tiles.reshape(rows, columns, 3, tile_size, tile_size).transpose(0, 3, 1, 4, 2)

@@ -37,6 +37,8 @@ class Tiling:
             cover it, as in Fuyu. ``anyres``: the whole image, then a grid of tiles that it is
             fitted into, as in LLaVA-NeXT.
         pixel_mean: mean of red, green and blue, from 0 to 1: what ``pad`` fills with.
+        resample: how images are resized to tiles: ``bicubic`` or ``bilinear``; those of
+            ``patches`` are always bilinear.
         limit: for ``patches``: width and height in pixels that larger images are made smaller to.
         grids: for ``anyres``: the grids that images may have.
     """
@@ -47,6 +49,7 @@ class Tiling:
     thumbnail: bool = True
     mode: Mode = "dynamic"
     pixel_mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    resample: str = "bicubic"
     limit: tuple[int, int] = FUYU_LIMIT
     grids: tuple[Grid, ...] = LLAVA_GRIDS
 

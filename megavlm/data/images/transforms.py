@@ -10,7 +10,7 @@ from PIL import Image as PillowImage
 from PIL import ImageEnhance
 
 from megavlm.data.images.augment import Change
-from megavlm.data.images.decode import cut_tiles, decode_pixels
+from megavlm.data.images.decode import RESAMPLES, cut_tiles, decode_pixels
 
 
 def decode_changed(
@@ -25,6 +25,7 @@ def decode_changed(
     cut: Callable[[PillowImage.Image, np.ndarray | None], np.ndarray] | None = None,
     change: Change | None = None,
     out: np.ndarray | None = None,
+    resample: str = "bicubic",
 ) -> np.ndarray:
     """Decode the changed tiles of an image, as ``decode.decode_tiles``, uint8 [I, 3, S, S].
 
@@ -35,7 +36,7 @@ def decode_changed(
         cut: makes the tiles of the changed image, in an array if there is one; None: the image is
             resized to the grid.
         change: what else happens to it.
-        out: as for ``media.decode_tiles``.
+        out, resample: as for ``decode.decode_tiles``.
 
     Raises:
         ValueError: the image cannot be decoded, with the reason.
@@ -46,11 +47,12 @@ def decode_changed(
     if pad_colour is not None:
         image = to_square(image, pad_colour)
     if crops:
-        image = centre_crop(image, tile_size)
+        image = centre_crop(image, tile_size, resample)
     if cut is not None:
         tiles = cut(image, out)
     else:
-        tiles = cut_tiles(np.asarray(image), columns, rows, tile_size, thumbnail, out)
+        pixels = np.asarray(image)
+        tiles = cut_tiles(pixels, columns, rows, tile_size, thumbnail, out, resample)
     if change.qualities:
         for tile, quality in zip(tiles, change.qualities, strict=True):
             tile[:] = _compress(tile, quality)
@@ -93,14 +95,14 @@ def to_square(image: PillowImage.Image, colour: tuple[int, int, int]) -> PillowI
     return square
 
 
-def centre_crop(image: PillowImage.Image, size: int) -> PillowImage.Image:
+def centre_crop(image: PillowImage.Image, size: int, resample: str) -> PillowImage.Image:
     """Resize an image so that its shorter side has ``size`` pixels, and take the square in its
     middle, as CLIP's image processor does.
     """
     short = min(image.size)
     width, height = (int(size * side / short) for side in image.size)
     for shape in ((width, image.height), (width, height)):
-        image = image.resize(shape, PillowImage.Resampling.BICUBIC)
+        image = image.resize(shape, RESAMPLES[resample])
     left = (width - size) // 2
     top = (height - size) // 2
     return image.crop((left, top, left + size, top + size))

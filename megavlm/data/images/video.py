@@ -90,8 +90,9 @@ def _encode(image: PillowImage.Image, tiling: Tiling) -> Frame:
     """Encode a decoded frame as a tile."""
     square = image if tiling.pad_colour is None else to_square(image, tiling.pad_colour)
     if tiling.mode == "crop":
-        square = centre_crop(square, tiling.tile_size)
-    (tile,) = cut_tiles(np.asarray(square), 1, 1, tiling.tile_size, False)
+        square = centre_crop(square, tiling.tile_size, tiling.resample)
+    pixels = np.asarray(square)
+    (tile,) = cut_tiles(pixels, 1, 1, tiling.tile_size, False, resample=tiling.resample)
     file = io.BytesIO()
     PillowImage.fromarray(np.ascontiguousarray(tile.transpose(1, 2, 0))).save(
         file, "JPEG", quality=JPEG_QUALITY, subsampling=0

@@ -103,7 +103,8 @@ class TileDecoder:
         has_thumbnail = count > columns * rows
         operations = self.augment if self._is_augmented(pack, index) else ()
         if self.is_plain and not operations:
-            decode_tiles(pack.image(index), columns, rows, size, has_thumbnail, out=room)
+            encoded = pack.image(index)
+            decode_tiles(encoded, columns, rows, size, has_thumbnail, room, self.manifest.resample)
             return
         width = int(row["width"])
         height = int(row["height"])
@@ -128,6 +129,7 @@ class TileDecoder:
                 shape=width / height,
             ),
             out=room,
+            resample=self.manifest.resample,
         )
 
     def _patches(
@@ -143,7 +145,8 @@ class TileDecoder:
         """Fit an image, which had ``size`` before it was changed, into its grid."""
         side = self.manifest.image_size
         inner = anyres.fitted_size(*size, grid, side)
-        return cut_fitted(np.asarray(image), *grid, side, inner, out)
+        pixels = np.asarray(image)
+        return cut_fitted(pixels, *grid, side, inner, out, self.manifest.resample)
 
     def _is_augmented(self, pack: Pack, index: int) -> bool:
         """Whether an image goes through random changes."""

@@ -72,6 +72,7 @@ def make_job(
             tile_size=model.vision.image_size,
             mode=args.tiling,
             pixel_mean=mean,
+            resample=args.resample or model.vision.resample,
             limit=_limit(args.image_limit, args.tiling),
             grids=_grids(args.grids, args.tiling) or grids,
             **_of_dynamic_tiling(args),

@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import os
 from dataclasses import dataclass
+from typing import get_args
 
 from megavlm.config.former_names import GONE
 from megavlm.config.hub_cache import cached
 from megavlm.config.option_types import existing, new_file, new_picture
-from megavlm.config.vision import PIXELS
+from megavlm.config.vision import PIXELS, Resample
 from megavlm.data.images.anyres import LLAVA_GRIDS, grids_text
 from megavlm.data.images.tiling import FUYU_LIMIT
 from megavlm.data.text.templates import FORMATS
@@ -315,7 +316,7 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
         help=(
             "model, recipe whose model (fuyu), or Hugging Face folder (or its id in the hub's"
             " cache), that the packs are for: sets --image_size, --patch_size, --tokens_per_tile"
-            " and --pixels"
+            " --pixels and --resample"
         ),
     )
     parser.add_argument(
@@ -325,6 +326,11 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
             "mean and standard deviation that the model normalises pixels with (default: the"
             " model's, or imagenet)"
         ),
+    )
+    parser.add_argument(
+        "--resample",
+        choices=get_args(Resample),
+        help="how images are resized to tiles (default: the model's, or bicubic)",
     )
 
 

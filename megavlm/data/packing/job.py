@@ -362,6 +362,7 @@ def _manifest(
         grids=job.tiling.grids if job.tiling.mode == "anyres" else (),
         pixel_mean=job.tiling.pixel_mean,
         pixel_std=job.pixel_std,
+        resample=job.tiling.resample,
         capacity=job.capacity,
         tile_cap=plan.tile_cap,
         alignment=job.alignment,

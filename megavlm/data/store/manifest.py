@@ -124,6 +124,7 @@ class Manifest:
         grids: for anyres: columns and rows of the grids that images may have, the first of equals.
         pixel_mean: mean that the model subtracts from each channel, of values in [0, 1].
         pixel_std: value that the model divides each channel by.
+        resample: how images are resized to tiles: bicubic or bilinear.
         capacity: tokens of a pack.
         tile_cap: most tiles of a pack.
         alignment: each sample starts at a multiple of this many tokens in its pack.
@@ -157,6 +158,7 @@ class Manifest:
     grids: tuple[tuple[int, int], ...] = ()
     pixel_mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     pixel_std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    resample: str = "bicubic"
     capacity: int
     tile_cap: int
     alignment: int = 1

@@ -30,6 +30,7 @@ def facts(config: Config, **changes: Any) -> DatasetFacts:
         fingerprint="abc",
         pixel_mean=config.architecture.vision.pixel_mean,
         pixel_std=config.architecture.vision.pixel_std,
+        resample=config.architecture.vision.resample,
         template=config.data.template[0],
     )
     return dataclasses.replace(good, **changes)

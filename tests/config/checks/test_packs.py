@@ -50,6 +50,11 @@ from tests.config.checks.configs import facts, tiny
             ["give a rank 536 rows", "a multiple of 32"],
         ),
         (
+            {"resample": "bicubic"},
+            "--architecture.vision.resample bilinear",
+            ["its images are resized bicubic", "pack with --resample bilinear"],
+        ),
+        (
             {"has_images": False},
             "--training.trainable vision,connector",
             ["has no images", "learns from images only"],

@@ -15,7 +15,7 @@ import transformers
 from transformers import PreTrainedConfig
 
 from megavlm.config.schema import Architecture, Language, Vision
-from megavlm.convert.hf import fuyu_config, idefics_config, language_config, preprocessing
+from megavlm.convert.hf import fuyu_config, language_config, preprocessing
 from megavlm.convert.hf.json_files import read_config, refuse, write_json
 from megavlm.convert.hf.model_config import architecture_from_hf
 from megavlm.convert.hf.preprocessing import Usage
@@ -194,16 +194,13 @@ def test_pixels_that_are_scaled_otherwise_are_refused(
         vision_from_hf(tmp_path)
 
 
-@pytest.mark.parametrize("read", [preprocessing.of_chat, idefics_config.read_usage])
-def test_images_that_are_resized_otherwise_are_refused(
-    tmp_path: Path, read: Callable[[Path], Usage]
-) -> None:
+def test_images_that_are_resized_otherwise_are_refused(tmp_path: Path) -> None:
     write_json(tmp_path / "config.json", INTERNVL_CHAT)
     write_json(tmp_path / "preprocessor_config.json", {"resample": 3})
-    read(tmp_path)
+    preprocessing.of_chat(tmp_path)
     write_json(tmp_path / "preprocessor_config.json", {"resample": 2})
     with pytest.raises(ValueError, match=r"/preprocessor_config.json: [^/]*resample is 2, must be"):
-        read(tmp_path)
+        preprocessing.of_chat(tmp_path)
 
 
 def test_no_system_message_is_that_of_the_template(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from transformers import AutoImageProcessor, PaliGemmaConfig
 from megavlm.config.vision import PIXELS
 from megavlm.convert.hf import one_tile
 from megavlm.convert.hf.hub_formats import HUB_FORMATS
-from megavlm.convert.hf.json_files import write_json
+from megavlm.convert.hf.json_files import RESAMPLES, pixel_fields, write_json
 from megavlm.convert.hf.limits import limits
 from megavlm.convert.hf.model_config import architecture_from_hf
 from megavlm.convert.hf.preprocessing import Usage
@@ -38,6 +38,7 @@ def as_file(kind: str, settings: dict[str, Any]) -> dict[str, Any]:
     return {"image_processor_type": f"{kind}ImageProcessor", **pixels, **settings}
 
 
+@pytest.mark.parametrize("resample", RESAMPLES)
 @pytest.mark.parametrize("name", ["preprocessor_config.json", "processor_config.json"])
 @pytest.mark.parametrize(
     ("kind", "settings", "tiling"),
@@ -54,18 +55,20 @@ def as_file(kind: str, settings: dict[str, Any]) -> dict[str, Any]:
     ],
 )
 def test_tiles_are_those_of_transformers(
-    tmp_path: Path, name: str, kind: str, settings: dict[str, Any], tiling: str
+    tmp_path: Path, resample: str, name: str, kind: str, settings: dict[str, Any], tiling: str
 ) -> None:
-    found = as_file(kind, settings)
+    found = as_file(kind, settings | {"resample": RESAMPLES[resample]})
     inside = name == "processor_config.json"
     write_json(tmp_path / name, {"image_processor": found} if inside else found)
     assert one_tile.read_tiling(tmp_path, "") == tiling
+    pixels = pixel_fields(tmp_path)
+    assert pixels == dict(pixel_mean=MEAN, pixel_std=STD, resample=resample)
     image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (25, 41, 3), np.uint8))
     theirs = AutoImageProcessor.from_pretrained(tmp_path, backend="pil")
     seen = theirs(image, return_tensors="pt")["pixel_values"][0]
     file = io.BytesIO()
     image.save(file, "PNG")
-    shape = dict(pad_colour=pad_colour(tiling, MEAN), crops=tiling == "crop")
+    shape = dict(pad_colour=pad_colour(tiling, MEAN), crops=tiling == "crop", resample=resample)
     [tile] = decode_changed(file.getvalue(), 1, 1, SIDE, False, **shape)
     mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
     assert ((torch.from_numpy(tile) / 255 - mean) / std - seen).abs().max() < 2e-6
@@ -74,8 +77,6 @@ def test_tiles_are_those_of_transformers(
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        ({"resample": 2}, "resample is 2, must be 3: images are resized bicubic here"),
-        ({"do_resize": False}, "do_resize is False, must be True"),
         ({"size": {"shortest_edge": 18}, "crop_size": SQUARE}, "must be the same"),
         ({"size": EDGE, "do_center_crop": False}, "images would not become squares"),
         ({"size": {"height": 16, "width": 18}}, "must be a square"),
@@ -112,18 +113,23 @@ def test_formats_of_one_tile_read_their_image_processor(
     assert read(tmp_path).tiling == {"crop": "stretch", "stretch": "crop"}[usual]
 
 
-@pytest.mark.parametrize("dialect", ["native", "llava_next"])
-def test_formats_of_several_tiles_refuse_other_resizing(tmp_path: Path, dialect: str) -> None:
-    write_json(tmp_path / "config.json", {"model_type": dialect})
-    write_json(tmp_path / "preprocessor_config.json", {"resample": 0})
-    with pytest.raises(ValueError, match="resample is 0, must be 3"):
-        HUB_FORMATS[dialect].read_usage(tmp_path)
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"resample": 0}, r"resample is 0, must be 2 \(bilinear\) or 3 \(bicubic\)"),
+        ({"do_resize": False}, "do_resize is False, must be True"),
+    ],
+)
+def test_other_resizing_is_refused(tmp_path: Path, settings: dict[str, Any], told: str) -> None:
+    write_json(tmp_path / "preprocessor_config.json", settings)
+    with pytest.raises(ValueError, match=f"preprocessor_config.json.*\n.*{told}"):
+        pixel_fields(tmp_path)
 
 
 def test_a_model_is_refused_before_its_weights_are_read(tmp_path: Path) -> None:
     source = make_fuyu(tmp_path)
     for settings, told in (
-        ({"resample": 3}, "resample is 3, must be 2: images are resized bilinear"),
+        ({"resample": 3}, "resample is 3, must be 2 .bilinear., as images are resized"),
         ({"patch_size": {"height": 7, "width": 7}}, "patch_size is .* must be .*height.: 6"),
         ({"padding_value": 0.0}, "padding_value is 0.0, must be 1.0"),
     ):

@@ -7,16 +7,26 @@ from __future__ import annotations
 import io
 import json
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from megavlm.data.images.anyres import fitted_size
 from megavlm.data.images.augment import Change, draw
-from megavlm.data.images.decode import cut_tiles, decode_tiles
+from megavlm.data.images.decode import (
+    RESAMPLES,
+    cut_fitted,
+    cut_tiles,
+    decode_pixels,
+    decode_tiles,
+)
 from megavlm.data.images.tiling import Tiling
 from megavlm.data.images.transforms import decode_changed
 from megavlm.data.loading.dataset import PackedDataset
+from megavlm.data.loading.tiles import TileDecoder
+from megavlm.data.store.manifest import read_manifest
 from tests.data.samples import make_dataset
 
 ALL = ("jpeg", "crop", "flip", "colour")
@@ -184,6 +194,27 @@ def test_cropping_is_what_clips_image_processor_does(size, tmp_path):
     expected = np.asarray(clip(Image.fromarray(pixels))["pixel_values"][0])
     # Newer versions of Pillow resize tall images along columns first, which rounds otherwise.
     assert np.abs(tile.astype(int) - expected).max() <= (2 if size[1] > size[0] else 0)
+
+
+@pytest.mark.parametrize("tiling", ["stretch", "crop", "anyres"])
+def test_images_are_resized_as_their_packs_say(tiling, tmp_path):
+    make_dataset(tmp_path, packs=1, image_share=1.0, grids=((2, 1),))
+    pack = PackedDataset(tmp_path).reader.read(0)
+    encoded = pack.image(0)
+    found = {}
+    for resample in RESAMPLES:
+        manifest = replace(read_manifest(tmp_path), tiling=tiling, resample=resample)
+        decoder = TileDecoder(manifest, (), tmp_path, lambda pack, index: "")
+        found[resample] = decoder.decode(pack, range(3), 0, 0)
+        if tiling == "anyres":
+            pixels = decode_pixels(encoded)
+            inner = fitted_size(*pixels.shape[1::-1], (2, 1), 32)
+            expected = cut_fitted(pixels, 2, 1, 32, inner, resample=resample)
+        else:
+            crops = tiling == "crop"
+            expected = decode_changed(encoded, 2, 1, 32, True, crops=crops, resample=resample)
+        assert np.array_equal(found[resample], expected)
+    assert not np.array_equal(*found.values())
 
 
 def test_packs_that_were_made_with_crop_are_cropped(encoded, tmp_path):

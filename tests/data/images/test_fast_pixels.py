@@ -24,8 +24,9 @@ def picture(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
     return np.clip(smooth * 2 - 128 + rng.integers(-9, 10, smooth.shape), 0, 255).astype(np.uint8)
 
 
+@pytest.mark.parametrize("resample", decode.RESAMPLES)
 @pytest.mark.parametrize("seed", range(12))
-def test_resizing(seed):
+def test_resizing(seed, resample):
     resize_to_tiles = pytest.importorskip(
         "megavlm.data.images.resize", exc_type=ImportError
     ).resize_to_tiles
@@ -35,8 +36,9 @@ def test_resizing(seed):
     size = int(rng.choice([14, 48, 448]))
     pixels = picture(rng, int(width), int(height))
     found, expected = (np.empty((columns * rows, 3, size, size), np.uint8) for _ in range(2))
-    resize_to_tiles(pixels, int(columns), int(rows), size, found)
-    decode._resize_with_pillow(pixels, int(columns), int(rows), size, expected)
+    place = (pixels, int(columns), int(rows), size)
+    resize_to_tiles(*place, found, resample=resample)
+    decode._resize_with_pillow(*place, expected, resample=resample)
     assert np.array_equal(found, expected)
 
 
