@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+import re
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from megavlm.config.parameter_groups import decays, multiplier
-from megavlm.config.schema import Config
+from megavlm.config.schema import Config, Optimizer
 from megavlm.planner.flops import pieces
 from tests.ranks.layouts import asks_for_all
 from tests.ranks.pool import Pool
@@ -69,6 +75,96 @@ def test_the_first_update_of_each_parameter_is_as_long_as_its_rate(
     for key, start in whole_weights([before]).items():
         wanted = 1e-3 * multiplier(key, config.optimizer, TINY)
         assert np.abs(after[key] - start).max() == pytest.approx(wanted, rel=2e-3), key
+
+
+# Warm-up of 4 of 20 steps from 1e-5 to 1e-3, and then down to 1e-4.
+LOWEST = 1e-4
+RUN = dict(lr=1e-3, warmup_steps=4, warmup_init_lr=1e-5, min_lr=LOWEST, weight_decay=0.1)
+FALLS: dict[str, tuple[dict[str, Any], Callable[[int], float]]] = {
+    "cosine": ({}, lambda step: 0.5 + 0.5 * math.cos(math.pi * (step - 4) / 16)),
+    "linear": ({}, lambda step: (20 - step) / 16),
+    "polynomial": (dict(power=2.0), lambda step: ((20 - step) / 16) ** 2),
+    "WSD": (dict(wsd_decay_steps=6), lambda step: 1 - math.sqrt(max(step - 14, 0) / 6)),
+    "step": (dict(step_interval=5, step_factor=0.3), lambda step: 0.3 ** ((step - 4) // 5)),
+    "inverse-square-root": ({}, lambda step: math.sqrt(4 / step)),
+    "constant": ({}, lambda step: 1.0),
+}
+DECAYS: dict[str, Callable[[int], float]] = {
+    "constant": lambda step: 0.1,
+    "linear": lambda step: 0.1 + 0.4 * step / 20,
+    "cosine": lambda step: 0.3 - 0.2 * math.cos(math.pi * step / 20),
+}
+
+
+def rates_in_groups(config: Config, settings: list[Optimizer]) -> dict[str, list]:
+    """Return the shape of every parameter, and the rates and weight decays that the optimizer has
+    for it in each step of each run.
+    """
+    from megavlm.model.weights import named_weights
+    from megavlm.train.optimizer import set_rates
+    from tests.ranks.runs import build
+
+    job = build(config)
+    [chunk] = job.chunks
+    found = {key: [tuple(weight.shape)] for key, weight in named_weights(chunk).items()}
+    for optimizer in settings:
+        run = replace(config, optimizer=optimizer)
+        for step in range(20):
+            set_rates(job.optimizer, run, step)
+            for key, weight in named_weights(chunk).items():
+                [part] = job.optimizer.chained_optimizers
+                group = part.optimizer.param_groups[part.model_param_group_index_map[weight][0]]
+                found[key].append((group["lr"], group["weight_decay"]))
+    return found
+
+
+def by_hand(key: str, shape: tuple[int, ...]) -> tuple[float, bool]:
+    """Work out what ``GROUPS`` means for a parameter of the tiny model, whose two stacks have three
+    layers each: the multiple of the rate, and whether it has weight decay.
+    """
+    part = key.split(".")[0]
+    factor = {"vision": 0.5, "connector": 4.0, "language": 1.0}[part]
+    if key.endswith(".linear_fc1.weight"):
+        factor = 0.25
+    rho = {"vision": 0.8, "connector": 1.0, "language": 0.9}[part]
+    if layer := re.search(r"layers\.(\d)\.", key):
+        factor *= rho ** (3 - int(layer[1]))
+    elif "embedding" in key or key == "vision.class_token":
+        factor *= rho**4
+    is_matrix = sum(size > 1 for size in shape) > 1
+    return factor, is_matrix and key != "vision.position_embedding"
+
+
+def test_rates_and_decays_of_every_parameter_in_every_step_of_every_schedule(
+    ranks: Pool, dataset: Path
+) -> None:
+    config = config_for(dataset, steps=20, **RUN, **GROUPS)
+    shrinking = list(itertools.islice(itertools.cycle(DECAYS), len(FALLS)))
+    settings = [
+        replace(
+            config.optimizer,
+            schedule=schedule,
+            weight_decay_schedule=decay,
+            end_weight_decay=0.5 if decay != "constant" else 0.0,
+            **FALLS[schedule][0],
+        )
+        for schedule, decay in zip(FALLS, shrinking, strict=True)
+    ]
+    [found] = ranks.run(rates_in_groups, 1, config, settings)
+    for key, (shape, *rates) in found.items():
+        factor, has_decay = by_hand(key, shape)
+        wanted = []
+        for schedule, decay in zip(FALLS, shrinking, strict=True):
+            for step in range(20):
+                fall = FALLS[schedule][1]
+                if step < 4:
+                    rate = 1e-5 + (1e-3 - 1e-5) * step / 4
+                elif schedule in ("step", "inverse-square-root"):
+                    rate = max(1e-3 * fall(step), LOWEST)
+                else:
+                    rate = LOWEST + (1e-3 - LOWEST) * fall(step)
+                wanted.append((rate * factor, DECAYS[decay](step) * has_decay))
+        np.testing.assert_allclose(rates, wanted, rtol=1e-9, atol=1e-18, err_msg=key)
 
 
 def test_updates_are_those_of_one_process(ranks: Pool, dataset: Path) -> None:

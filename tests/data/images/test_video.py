@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from megavlm.data.images.decode import RESAMPLES, cut_tiles
 from megavlm.data.images.frame_sampling import FrameChoice, show_frames
 from megavlm.data.images.tiling import Tiling
+from megavlm.data.images.transforms import centre_crop
 from megavlm.data.images.video import frame_times, read_frames
 from megavlm.data.packing.encode import Encoder, Images
 from megavlm.data.records.meta_file import Annotations
@@ -97,6 +99,22 @@ def test_frames_are_the_ones_that_were_asked_for(videos, kind):
     if kind != "folder":
         inside = MediaFile(path="x", content=videos[kind].read_bytes())
         assert read_frames(inside, places, Tiling(tile_size=16)) == frames
+
+
+@pytest.mark.parametrize("mode", ["stretch", "crop"])
+def test_frames_are_resized_as_images_are(tmp_path, mode):
+    pixels = np.random.default_rng(5).integers(0, 256, (2, 90, 70), np.uint8)
+    first, second = map(Image.fromarray, pixels)
+    first.save(tmp_path / "noise.gif", save_all=True, append_images=[second])
+    shown = np.repeat(pixels[0][..., None], 3, axis=-1)
+    for resample in RESAMPLES:
+        tiling = Tiling(tile_size=16, mode=mode, resample=resample)
+        [frame] = read_frames(MediaFile(path=str(tmp_path / "noise.gif")), [0], tiling)
+        image = Image.fromarray(shown)
+        whole = np.asarray(centre_crop(image, 16, resample)) if mode == "crop" else shown
+        [tile] = cut_tiles(whole, 1, 1, 16, False, resample=resample)
+        found = np.asarray(Image.open(io.BytesIO(frame.encoded))).transpose(2, 0, 1)
+        assert np.abs(found.astype(int) - tile).mean() < 2
 
 
 def test_one_frame_of_each_equal_part():
