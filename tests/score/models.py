@@ -39,7 +39,7 @@ def make_towers(folder: Path, kind: str) -> Path:
         CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size=crop).save_pretrained(folder)
     else:
         size = {"height": SIDE, "width": SIDE}
-        SiglipImageProcessorPil(size=size, resample=3).save_pretrained(folder)
+        SiglipImageProcessorPil(size=size, resample=2).save_pretrained(folder)
     return folder
 
 
