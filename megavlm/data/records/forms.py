@@ -299,7 +299,9 @@ def _caption(key: str) -> Callable[[Mapping[str, Any], int, str], Statement]:
 
 
 def _text(fields: Mapping[str, Any], media: int, prompt: str) -> Statement:
-    """Read a text that is learned as a whole."""
+    """Read a text that is learned as a whole; that of an imagefolder's row needs the image."""
+    if "file_name" in fields and not media:
+        raise RejectError("missing_media", "file_name is null: text without an image or a video")
     turn = Turn(role="pretrain", text=learned_text(fields["text"], "text"))
     return Statement(turns=[turn], keys=("text",))
 

@@ -125,6 +125,8 @@ def test_an_imagefolder_s_text_is_a_caption(tmp_path):
     record = parse_record(raw.fields(), root=source.root)
     assert record.images == (MediaFile(path=str(tmp_path / "a.png")),)
     assert [turn.role for turn in record.conversations] == ["human", "gpt"]
+    with pytest.raises(RejectError, match="file_name is null"):
+        parse_record({"file_name": None, "text": "a fox"}, root=source.root)
 
 
 def test_img2dataset_is_read_from_tables_and_archives(tmp_path):
