@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from megavlm.config import torchrun
 from megavlm.config.checks.limits import at_least
 from megavlm.config.schema import Checkpoint
 
@@ -36,8 +38,7 @@ def checkpoint_problems(
             " folder for checkpoints; use --checkpoint.save_interval 0 for a run that keeps"
             " nothing"
         )
-    if checkpoint.save and Path(checkpoint.save).exists() and not Path(checkpoint.save).is_dir():
-        yield f"--checkpoint.save {checkpoint.save}: is a file; name a folder"
+    yield from _unwritable("--checkpoint.save", checkpoint.save)
     if checkpoint.load and not Path(checkpoint.load).is_dir():
         yield f"--checkpoint.load {checkpoint.load}: no such folder"
     if checkpoint.moments == "keep" and not checkpoint.load:
@@ -60,6 +61,8 @@ def checkpoint_problems(
         )
     if checkpoint.export_hf and exported_step(checkpoint, averages=averages) != steps:
         yield from _taken(checkpoint.export_hf)
+        if torchrun.rank() == 0:  # which alone exports
+            yield from _unwritable("--checkpoint.export_hf", checkpoint.export_hf)
 
 
 def _best_problems(checkpoint: Checkpoint, eval_interval: int) -> Iterator[str]:
@@ -91,10 +94,21 @@ def _best_problems(checkpoint: Checkpoint, eval_interval: int) -> Iterator[str]:
         )
 
 
+def _unwritable(flag: str, name: str) -> Iterator[str]:
+    """Say why a folder cannot be written to, or made; nothing if there is no name."""
+    place = Path(name).absolute()
+    while not os.path.lexists(place):
+        place = place.parent
+    if name and not place.is_dir():
+        yield f"{flag} {name}: {place} is no folder; name one that is, or can be made"
+    elif name and not os.access(place, os.W_OK | os.X_OK):
+        yield f"{flag} {name}: nothing can be written in {place}; name another folder"
+
+
 def _taken(export: str) -> Iterator[str]:
     """Name a folder for the exported model that holds something already."""
     target = Path(export)
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+    if target.is_dir() and any(target.iterdir()):
         yield (
             f"--checkpoint.export_hf {export}: exists already and is not an empty folder; name"
             " another"
