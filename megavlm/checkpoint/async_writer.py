@@ -27,7 +27,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
-from megavlm.checkpoint import checksums, whole_shards
+from megavlm.checkpoint import checksums, common_file, whole_shards
 from megavlm.checkpoint.writer_processes import end_with_parent, watched_writers
 from megavlm.io.checksum import Sum
 
@@ -96,6 +96,7 @@ class Writing:
         vars(filesystem_async)["_results_queue"] = self._queue
         whole_shards.check(tensors)
         self._strategy = _TellingStrategy()
+        errors = common_file.watched()
         request = dist_checkpointing.save(
             tensors,
             str(shards),
@@ -105,6 +106,9 @@ class Writing:
             **_STRATEGY,
         )
         self._finish = request.finalize_fns
+        self._outcome = Outcome(error=errors[0]) if errors else None
+        if self._outcome is not None:
+            return
         arguments = list(request.async_fn_args)
         if request.preload_fn is not None:
             arguments[1] = (
@@ -114,7 +118,6 @@ class Writing:
             request.async_fn, *arguments, **request.async_fn_kwargs
         )
         work = partial(_write, write, self._queue, shards)
-        self._outcome: Outcome | None = None
         if beside:
             self._start(work)
         else:
