@@ -89,6 +89,22 @@ def sync_tree(root: Path) -> None:
         _sync(Path(folder))
 
 
+def make_folder(folder: Path, asked: str) -> None:
+    """Make a folder, and those above it, unless it is there.
+
+    Args:
+        folder: the folder.
+        asked: flag and value that it is made for, in errors.
+
+    Raises:
+        OSError: it cannot be made; the message names what was asked.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"{asked}: nothing can be written there ({error})") from error
+
+
 @contextmanager
 def new_folder(target: Path, flag: str) -> Iterator[Path]:
     """Yield a folder to fill, which takes the name ``target`` when the block ends well and is
@@ -100,13 +116,13 @@ def new_folder(target: Path, flag: str) -> Iterator[Path]:
 
     Raises:
         ValueError: the target exists and is not an empty folder.
+        OSError: nothing can be written there.
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{flag} {target}: exists and is not an empty folder; name another one")
-    target.parent.mkdir(parents=True, exist_ok=True)
     growing = target.with_name(f"{_GROWING}{target.name}")
     shutil.rmtree(growing, ignore_errors=True)
-    growing.mkdir()
+    make_folder(growing, f"{flag} {target}")
     try:
         yield growing
         publish(growing, target)

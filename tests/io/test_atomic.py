@@ -118,3 +118,13 @@ def test_an_empty_folder_may_be_filled(tmp_path: Path) -> None:
         (tmp_path / "out").mkdir()
         (growing / "file").touch()
     assert (tmp_path / "out" / "file").is_file()
+
+
+def test_a_folder_that_cannot_be_made_is_named_with_its_flag(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    target = tmp_path / "file" / "out"
+    with (
+        pytest.raises(OSError, match=f"--out {target}: nothing can be written there"),
+        atomic.new_folder(target, "--out"),
+    ):
+        pass

@@ -44,7 +44,7 @@ def partial_folder(folder: Path, identity: dict[str, Any], *, flag: str) -> Iter
     Raises:
         FileExistsError: another process works there, or another job was stopped there.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    atomic.make_folder(folder, flag)
     identity = json.loads(json.dumps(identity))
     with open(folder / LOCK_NAME, "w", encoding="utf-8") as lock:
         try:
